@@ -1,0 +1,148 @@
+"""Config: frozen pydantic models fed from YAML layers and `key=value` overrides, with did-you-mean on a typo."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ddray.errors import InputError, did_you_mean
+
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+
+
+class Config(BaseModel):
+    """A frozen set of named values; an unknown name or a value out of range is an `InputError`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], *, prefix: str = "", source: str = "") -> Self:
+        """Validate `values` into a config.
+
+        Args:
+            values: nested mapping of field names to values.
+            prefix: put before field names in messages, such as `"method."`.
+            source: where the values came from, named in messages.
+
+        Raises:
+            InputError: an unknown field (with the nearest name) or a value that breaks a field's rule.
+        """
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise InputError(_one_line(cls, error, prefix, source)) from error
+
+    def dump(self) -> dict[str, Any]:
+        """Return the values as plain JSON types, nested configs as dicts."""
+        return self.model_dump(mode="json")
+
+
+def _one_line(cls: type[BaseModel], error: ValidationError, prefix: str, source: str) -> str:
+    """Turn pydantic's first complaint into one line: rule, value, fix."""
+    first = error.errors()[0]
+    path = [part for part in first["loc"] if isinstance(part, str | int)]
+    name = prefix + ".".join(map(str, path))
+    where = f" (in {source})" if source else ""
+    if first["type"] == "extra_forbidden":
+        names = _field_names(cls, path[:-1])
+        hint = did_you_mean(str(path[-1]), names) or f"; known: {', '.join(sorted(names)) or 'none'}"
+        return f"unknown option {name!r}{where}{hint}"
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    if not path:
+        return f"{message}{where}"
+    return f"{name}: {message}, got {first['input']!r}{where}"
+
+
+def _field_names(cls: type[BaseModel], path: Sequence[str | int]) -> list[str]:
+    """Return the field names of the (nested) model at `path` below `cls`."""
+    for part in path:
+        field = cls.model_fields.get(str(part))
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return []
+        cls = field.annotation
+    return list(cls.model_fields)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping.
+
+    Raises:
+        InputError: the file is missing, is no YAML, or is not a mapping.
+    """
+    try:
+        held = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"config file must be readable, got {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"config file must be YAML, got {path}: {reason}") from error
+    if held is None:
+        return {}
+    if not isinstance(held, dict) or not all(isinstance(key, str) for key in held):
+        raise InputError(f"config file must hold a mapping of names to values, got {path}")
+    return {key: _number(value) for key, value in held.items()}
+
+
+def _number(value: Any) -> Any:
+    """Turn YAML 1.1's string "1e-3" into the number that everybody means, also inside lists and mappings."""
+    if isinstance(value, str) and _NUMBER.match(value):
+        return float(value)
+    if isinstance(value, list):
+        return [_number(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _number(item) for key, item in value.items()}
+    return value
+
+
+def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
+    """Turn `["steps=3", "method.lr_img=.1"]` into `{"steps": 3, "method": {"lr_img": 0.1}}`; the last one wins.
+
+    Raises:
+        InputError: a pair without `=`, without a name, or with a value that is no YAML.
+    """
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not all(name.strip().split(".")):
+            raise InputError(f"--set takes key=value, got {pair!r}; example: --set method.lr_img=0.5")
+        try:
+            value = _number(yaml.safe_load(text))
+        except yaml.YAMLError as error:
+            raise InputError(f"--set {name}: the value must be YAML, got {text!r}") from error
+        found = merge(found, nest(name.strip(), value))
+    return found
+
+
+def nest(name: str, value: Any) -> dict[str, Any]:
+    """Return `{"a": {"b": value}}` for the dotted name `"a.b"`."""
+    for part in reversed(name.split(".")):
+        value = {part: value}
+    return dict(value)
+
+
+def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge nested mappings; a later layer wins, mappings are merged key by key."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+            merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """List what differs between two nested mappings as `name: old -> new`, sorted by name."""
+    lines: list[str] = []
+    for key in sorted({*old, *new}):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            lines += difference(before, after, f"{prefix}{key}.")
+        elif before != after:
+            lines.append(f"{prefix}{key}: {before!r} -> {after!r}")
+    return lines

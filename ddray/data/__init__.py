@@ -1,0 +1,24 @@
+"""Datasets, splits, pixel spaces and differentiable Siamese augmentation."""
+
+from __future__ import annotations
+
+from ddray.data.dataset import Dataset, Split, carve_val
+from ddray.data.dsa import Dsa, DsaPlan, dsa_for
+from ddray.data.dsa_ops import DsaParams
+from ddray.data.loaders import dataset_names, open_dataset
+from ddray.data.pixels import PixelSpace, fit_zca, normalized_space
+
+__all__ = [
+    "Dataset",
+    "Dsa",
+    "DsaParams",
+    "DsaPlan",
+    "PixelSpace",
+    "Split",
+    "carve_val",
+    "dataset_names",
+    "dsa_for",
+    "fit_zca",
+    "normalized_space",
+    "open_dataset",
+]

@@ -1,0 +1,155 @@
+"""The named datasets: geometry, normalisation constants, class lists and where their files may lie.
+
+Means and standard deviations are those of the DC/DSA/DM code family, which every paper's numbers rest on. The ImageNet
+subsets are those of Table 1 of the DataDAM supplement, classes in its order (ImageWoof, ImageSquawk: from MTT).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+_IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
+_IMAGENET_STD: Final = (0.229, 0.224, 0.225)
+_DIGIT_NAMES: Final = tuple("0123456789")
+
+
+@dataclass(frozen=True)
+class KnownDataset:
+    """What is fixed about a named dataset.
+
+    Attributes:
+        shape: (C, H, W) in which it is used.
+        mean: per channel; empty: computed from train.
+        std: per channel; empty: computed from train.
+        can_flip: whether a mirrored image keeps its class.
+        resize: whether images of other sizes are resized (short side, then centre crop) or refused.
+        torchvision: the class that reads and downloads it, if any.
+        marker: path below the root by which torchvision's layout is recognised.
+        folders: names its folder may have below the data directory, besides its own.
+        class_names: one per label; empty: taken from the files.
+        wnids: WordNet ids of the class folders, in the order of the labels.
+    """
+
+    shape: tuple[int, int, int]
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    can_flip: bool = True
+    resize: bool = False
+    torchvision: str | None = None
+    marker: str = ""
+    folders: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
+    wnids: tuple[str, ...] = ()
+
+
+def _imagenet(size: int, folders: tuple[str, ...], classes: dict[str, str] | None = None) -> KnownDataset:
+    """Return a member of the ImageNet family; `classes` maps WordNet ids to names, in the order of the labels."""
+    return KnownDataset(
+        (3, size, size),
+        _IMAGENET_MEAN,
+        _IMAGENET_STD,
+        resize=True,
+        folders=folders,
+        class_names=tuple((classes or {}).values()),
+        wnids=tuple(classes or {}),
+    )
+
+
+_IMAGENETTE: Final = {
+    "n01440764": "tench",
+    "n02102040": "English springer",
+    "n02979186": "cassette player",
+    "n03000684": "chain saw",
+    "n03028079": "church",
+    "n03394916": "French horn",
+    "n03417042": "garbage truck",
+    "n03425413": "gas pump",
+    "n03445777": "golf ball",
+    "n03888257": "parachute",
+}
+_IMAGEWOOF: Final = {
+    "n02096294": "Australian terrier",
+    "n02093754": "Border terrier",
+    "n02111889": "Samoyed",
+    "n02088364": "beagle",
+    "n02086240": "Shih-Tzu",
+    "n02089973": "English foxhound",
+    "n02087394": "Rhodesian ridgeback",
+    "n02115641": "dingo",
+    "n02099601": "golden retriever",
+    "n02105641": "Old English sheepdog",
+}
+_IMAGESQUAWK: Final = {
+    "n01806143": "peacock",
+    "n02007558": "flamingo",
+    "n01818515": "macaw",
+    "n02051845": "pelican",
+    "n02056570": "king penguin",
+    "n01614925": "bald eagle",
+    "n01843383": "toucan",
+    "n01518878": "ostrich",
+    "n01860187": "black swan",
+    "n01819313": "sulphur-crested cockatoo",
+}
+
+KNOWN: Final[dict[str, KnownDataset]] = {
+    "digits": KnownDataset((1, 16, 16), can_flip=False, class_names=_DIGIT_NAMES),
+    "mnist": KnownDataset(
+        (1, 28, 28),
+        (0.1307,),
+        (0.3081,),
+        can_flip=False,
+        torchvision="MNIST",
+        marker="MNIST/raw/train-images-idx3-ubyte",
+        class_names=_DIGIT_NAMES,
+    ),
+    "fashion_mnist": KnownDataset(
+        (1, 28, 28),
+        (0.2861,),
+        (0.3530,),
+        torchvision="FashionMNIST",
+        marker="FashionMNIST/raw/train-images-idx3-ubyte",
+        class_names=(
+            *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+            *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+        ),
+    ),
+    "svhn": KnownDataset(
+        (3, 32, 32),
+        (0.4377, 0.4438, 0.4728),
+        (0.1980, 0.2010, 0.1970),
+        can_flip=False,
+        torchvision="SVHN",
+        marker="train_32x32.mat",
+        class_names=_DIGIT_NAMES,
+    ),
+    "cifar10": KnownDataset(
+        (3, 32, 32),
+        (0.4914, 0.4822, 0.4465),
+        (0.2023, 0.1994, 0.2010),
+        torchvision="CIFAR10",
+        marker="cifar-10-batches-py",
+        class_names=(
+            *("airplane", "automobile", "bird", "cat", "deer"),
+            *("dog", "frog", "horse", "ship", "truck"),
+        ),
+    ),
+    "cifar100": KnownDataset(
+        (3, 32, 32),
+        (0.5071, 0.4866, 0.4409),
+        (0.2673, 0.2564, 0.2762),
+        torchvision="CIFAR100",
+        marker="cifar-100-python",
+    ),
+    "tiny_imagenet": _imagenet(64, ("tiny-imagenet-200", "tiny-imagenet")),
+    "imagenet": _imagenet(64, ("ILSVRC2012", "imagenet-1k")),
+    "imagenette": _imagenet(128, ("imagenette2", "imagenette2-320", "imagenette2-160"), _IMAGENETTE),
+    "imagewoof": _imagenet(128, ("imagewoof2", "imagewoof2-320", "imagewoof2-160"), _IMAGEWOOF),
+    "imagesquawk": _imagenet(128, (), _IMAGESQUAWK),
+    "cub200": _imagenet(64, ("CUB_200_2011",)),
+    "stanford_dogs": _imagenet(64, ("StanfordDogs", "stanford-dogs")),
+    "speech_commands_mini": KnownDataset(
+        (1, 64, 64), can_flip=False, folders=("mini_speech_commands",)
+    ),
+}

@@ -1,0 +1,169 @@
+"""DSA: differentiable Siamese augmentation, one draw for real and synthetic images alike.
+
+Two functions share the name in the literature:
+
+- `dsa` (DSA, arXiv:2102.08259, mode 'S'; DM, DataDAM, MTT, ...): ONE operation of the strategy per batch.
+- `dsa_idc` (IDC, arXiv:2205.14959; DSDM): flip, colour and cutout always, plus one operation of the rest.
+
+Deviation: the authors' code reseeds the global generator to repeat a draw, so that offsets along both axes coincide;
+here a draw is a `DsaPlan`, made once from a generator and applied to as many batches as needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import torch
+from torch import Tensor
+
+from ddray.data.dsa_ops import NUM_COLUMNS, OPERATIONS, DsaParams
+from ddray.errors import InputError, unknown
+
+Variant = Literal["dsa", "dsa_idc"]
+FULL_STRATEGY: Final = "color_crop_cutout_flip_scale_rotate"
+_ALWAYS_FIRST: Final = ("flip", "color")  # dsa_idc applies these, then the drawn operation, then cutout
+
+
+@dataclass(frozen=True, eq=False)
+class DsaPlan:
+    """The outcome of a draw: `num` parameter sets.
+
+    Attributes:
+        choices: int64 [num] on the CPU, the drawn operation of each set, so that dispatch needs no device sync.
+        params: float32 [num, 11], uniform draws, independent of the image size.
+    """
+
+    choices: Tensor
+    params: Tensor
+
+    def __len__(self) -> int:
+        return len(self.choices)
+
+
+class Dsa:
+    """A differentiable augmentation with a strategy.
+
+    Args:
+        strategy: operation names joined by "_", of color, crop, cutout, flip, scale, rotate.
+        variant: which of the two functions (see the module's docstring).
+        params: strengths of the operations.
+
+    Raises:
+        InputError: an unknown or repeated operation, or an unknown variant.
+    """
+
+    def __init__(
+        self, strategy: str, *, variant: Variant = "dsa", params: DsaParams | None = None
+    ) -> None:
+        names = strategy.split("_")
+        for name in names:
+            if name not in OPERATIONS:
+                raise unknown("DSA operation", name, OPERATIONS)
+        if len(set(names)) != len(names):
+            raise InputError(f"DSA strategy must name each operation once, got {strategy!r}")
+        if variant not in ("dsa", "dsa_idc"):
+            raise unknown("DSA variant", variant, ("dsa", "dsa_idc"))
+        self.strategy = strategy
+        self.variant = variant
+        self.params = params or DsaParams()
+        always = ("flip", "color", "cutout") if variant == "dsa_idc" else ()
+        self._before = tuple(name for name in _ALWAYS_FIRST if name in names and name in always)
+        self._after = ("cutout",) if "cutout" in names and "cutout" in always else ()
+        self._drawn = tuple(name for name in names if name not in always)
+
+    def draw(
+        self, num: int, generator: torch.Generator, *, shared_op: bool, device: torch.device | str | None = None
+    ) -> DsaPlan:
+        """Draw `num` parameter sets.
+
+        Args:
+            num: the number of samples (evaluation) or of classes (Siamese matching).
+            generator: a CPU generator; one on a GPU works at the price of a sync.
+            shared_op: one operation for all sets (evaluation: parameters per sample), or one per set (a fresh draw
+                per class).
+            device: where the parameters are to lie; None: where the images turn out to be.
+
+        Raises:
+            InputError: `num` is below 1.
+        """
+        if num < 1:
+            raise InputError(f"the number of DSA parameter sets must be at least 1, got {num}")
+        home = generator.device
+        count = max(len(self._drawn), 1)
+        choices = torch.randint(count, (1 if shared_op else num,), generator=generator, device=home).cpu()
+        params = torch.rand(num, NUM_COLUMNS, generator=generator, device=home)
+        if device is not None:
+            params = params.to(device, non_blocking=True)
+        return DsaPlan(choices.expand(num).contiguous(), params)
+
+    def apply(self, images: Tensor, plan: DsaPlan, index: Tensor | None = None) -> Tensor:
+        """Augment images; differentiable with respect to them.
+
+        Args:
+            images: [N, C, H, W].
+            plan: a draw. Applying one plan to real and synthetic images is what makes the pair Siamese.
+            index: int64 [N], the parameter set of each sample, such as its class; None: sample n uses set n. Keep it
+                on the CPU to spare a device sync.
+
+        Returns:
+            [N, C, H, W], in the images' order and memory format.
+
+        Raises:
+            InputError: the plan has no set for a sample.
+        """
+        sets = self._sets(len(images), plan, index)
+        if len(sets) == 0:
+            return images
+        # Half precision would coarsen offsets and angles; the operations cast what they mix with pixels.
+        dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
+        params = plan.params.to(images.device, dtype, non_blocking=True)
+        choices = plan.choices[sets]
+        if len(self._drawn) <= 1 or bool((choices == choices[0]).all()):
+            augmented = self._chain(images, params, sets, int(choices[0]))
+        else:
+            augmented = self._by_choice(images, params, sets, choices)
+        if _is_channels_last(images) and not _is_channels_last(augmented):
+            augmented = augmented.contiguous(memory_format=torch.channels_last)
+        return augmented
+
+    def _sets(self, num: int, plan: DsaPlan, index: Tensor | None) -> Tensor:
+        """Return each sample's parameter set, int64 [num] on the CPU."""
+        sets = torch.arange(num) if index is None else index.cpu()
+        if len(sets) != num or (num and (int(sets.min()) < 0 or int(sets.max()) >= len(plan))):
+            raise InputError(f"DSA needs one of the plan's {len(plan)} parameter sets for each of {num} images")
+        return sets
+
+    def _by_choice(self, images: Tensor, params: Tensor, sets: Tensor, choices: Tensor) -> Tensor:
+        """Augment the samples of each drawn operation together, and return them in their own order."""
+        present, lengths = torch.unique_consecutive(choices, return_counts=True)
+        if len(present) == len(present.unique()):  # class-sorted samples: slices are views, nothing is gathered
+            parts = zip(images.split(lengths.tolist()), sets.split(lengths.tolist()), present.tolist(), strict=True)
+            return torch.cat([self._chain(part, params, own, choice) for part, own, choice in parts])
+        order = torch.argsort(choices, stable=True)
+        grouped = images.index_select(0, order.to(images.device, non_blocking=True))
+        augmented = self._by_choice(grouped, params, sets[order], choices[order])
+        back = torch.argsort(order)
+        return augmented.index_select(0, back.to(images.device, non_blocking=True))
+
+    def _chain(self, images: Tensor, params: Tensor, sets: Tensor, choice: int) -> Tensor:
+        """Apply the fixed operations and the drawn one to samples that share the choice."""
+        if bool((sets == sets[0]).all()):
+            first = int(sets[0])
+            rows = params[first : first + 1]
+        else:
+            rows = params.index_select(0, sets.to(params.device, non_blocking=True))
+        for name in (*self._before, *self._drawn[choice : choice + 1], *self._after):
+            images = OPERATIONS[name](images, rows, self.params)
+        return images
+
+
+def _is_channels_last(images: Tensor) -> bool:
+    """Whether the images lie channels-last and not also in the default order."""
+    return images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
+
+
+def dsa_for(can_flip: bool, variant: Variant = "dsa") -> Dsa:
+    """Return the papers' augmentation for a dataset, without flip where a mirrored image changes its class."""
+    strategy = FULL_STRATEGY if can_flip else FULL_STRATEGY.replace("flip_", "")
+    return Dsa(strategy, variant=variant)

@@ -1,0 +1,137 @@
+"""Hugging Face style parquet shards: columns img|image {bytes, path} and label|fine_label."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from ddray.data.sources import Item, Source
+from ddray.errors import InputError
+
+_BATCH: Final = 1024
+_IMAGE_COLUMNS: Final = ("img", "image")
+_LABEL_COLUMNS: Final = ("label", "fine_label")
+_TEST_PREFIXES: Final = ("test", "validation", "valid", "val")
+
+
+def shards(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Return the (train, test) shards in `folder` or its `data/`, as Hugging Face names them; empty if there are none.
+
+    Files without a known prefix count as train. Test shards are `test*`, or else `validation*`, `valid*`, `val*`.
+    """
+    for place in (folder, folder / "data"):
+        files = sorted(place.glob("*.parquet"))
+        if not files:
+            continue
+        train = [file for file in files if file.name.startswith("train")]
+        train = train or [file for file in files if not file.name.startswith(_TEST_PREFIXES)]
+        for prefix in _TEST_PREFIXES:
+            test = [file for file in files if file.name.startswith(prefix)]
+            if test:
+                return train, test
+        return train, []
+    return [], []
+
+
+def class_names(files: Sequence[Path]) -> tuple[str, ...]:
+    """Return the class names in the first shard's `huggingface` metadata; without them, numbers up to the largest label.
+
+    Raises:
+        InputError: a shard cannot be read, or lacks a column.
+    """
+    schema = _opened(files[0]).schema_arrow
+    _, column = _columns(files[0], schema.names)
+    named = _names_in((schema.metadata or {}).get(b"huggingface", b"{}"), column)
+    if named:
+        return named
+    largest = -1
+    for file in files:
+        for labels in _read(file, [column]):
+            largest = max([largest, *_labels(file, labels[0])])
+    return tuple(str(number) for number in range(largest + 1))
+
+
+def parquet_source(files: Sequence[Path]) -> Source:
+    """Return the images of shards, in order."""
+    return Source(
+        files=tuple(files),
+        count=lambda: sum(_opened(file).metadata.num_rows for file in files),
+        batches=lambda: _batches(files),
+    )
+
+
+def _names_in(metadata: bytes, column: str) -> tuple[str, ...]:
+    """Return the names of the ClassLabel feature `column` in Hugging Face's metadata, if it is there."""
+    try:
+        names = json.loads(metadata)["info"]["features"][column]["names"]
+    except (ValueError, KeyError, TypeError):
+        return ()
+    return tuple(map(str, names)) if isinstance(names, list) else ()
+
+
+def _corrupt(file: Path, error: Exception) -> InputError:
+    """Return the error for a shard that pyarrow refuses."""
+    return InputError(f"parquet shard must be readable, got {file}: {' '.join(str(error).split())}")
+
+
+def _opened(file: Path) -> Any:
+    """Open a shard."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(file)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _corrupt(file, error) from error
+
+
+def _columns(file: Path, names: Sequence[str]) -> tuple[str, str]:
+    """Return the names of the image and the label column."""
+    found = []
+    for what, known in (("an image", _IMAGE_COLUMNS), ("a label", _LABEL_COLUMNS)):
+        column = next((name for name in known if name in names), None)
+        if column is None:
+            raise InputError(
+                f"parquet shard must have {what} column named {' or '.join(known)}, got {', '.join(names)} in {file}"
+            )
+        found.append(column)
+    return found[0], found[1]
+
+
+def _read(file: Path, columns: list[str]) -> Iterator[list[Any]]:
+    """Yield the columns' values, a batch of rows at a time."""
+    import pyarrow
+
+    shard = _opened(file)
+    try:
+        for batch in shard.iter_batches(batch_size=_BATCH, columns=columns):
+            yield [batch.column(name).to_pylist() for name in columns]
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _corrupt(file, error) from error
+
+
+def _labels(file: Path, values: Sequence[Any]) -> list[int]:
+    """Return labels as integers."""
+    for value in values:
+        if not isinstance(value, int) or value < 0:
+            raise InputError(f"labels must be integers from 0 on, got {value!r} in {file}")
+    return list(values)
+
+
+def _batches(files: Sequence[Path]) -> Iterator[list[Item]]:
+    """Yield the images of shards with their labels."""
+    for file in files:
+        columns = list(_columns(file, _opened(file).schema_arrow.names))
+        row = 0
+        for images, labels in _read(file, columns):
+            batch = []
+            for image, label in zip(images, _labels(file, labels), strict=True):
+                where = f"{file}, row {row}"
+                data = image.get("bytes") if isinstance(image, dict) else image
+                if not isinstance(data, bytes):
+                    raise InputError(f"parquet shard must hold encoded image bytes, got none in {where}")
+                batch.append(Item(where, label, data))
+                row += 1
+            yield batch

@@ -1,0 +1,185 @@
+"""Pixel spaces: raw [0, 1], mean/std-normalised, ZCA-whitened; each encodes pixels and decodes them again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ddray.data.dataset import Dataset, Split
+from ddray.errors import InputError
+
+_ENCODE_CHUNK = 4096  # images converted from uint8 at a time
+
+
+@dataclass(frozen=True, eq=False)
+class PixelSpace:
+    """What a network sees: an affine, invertible function of raw pixels.
+
+    Attributes:
+        kind: "raw" (pixels in [0, 1]), "normalized" ((x - mean) / std per channel), or "zca" ((x - zca_mean) @
+            zca_matrix on flattened raw pixels; no mean/std, as in MTT and DataDAM).
+        mean: per channel, used by "normalized".
+        std: per channel, used by "normalized".
+        zca_mean: float32 [D], D = C * H * W.
+        zca_matrix: float32 [D, D], symmetric.
+    """
+
+    kind: Literal["raw", "normalized", "zca"] = "raw"
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    zca_mean: Tensor | None = None
+    zca_matrix: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("raw", "normalized", "zca"):
+            raise InputError(f"pixel space must be one of raw, normalized, zca, got {self.kind!r}")
+        if self.kind == "normalized" and (len(self.mean) != len(self.std) or not self.mean or min(self.std) <= 0):
+            raise InputError(
+                "pixel space normalized needs a mean and a positive std per channel, "
+                f"got mean {self.mean} and std {self.std}"
+            )
+        if self.kind == "zca":
+            self._check_zca()
+
+    def _check_zca(self) -> None:
+        """Raise InputError unless mean [D] and matrix [D, D] are there and fit."""
+        if self.zca_mean is None or self.zca_matrix is None:
+            raise InputError("pixel space zca needs zca_mean and zca_matrix, got None")
+        size = self.zca_mean.numel()
+        if self.zca_mean.ndim != 1 or self.zca_matrix.shape != (size, size):
+            raise InputError(
+                "pixel space zca needs zca_mean [D] and zca_matrix [D, D], "
+                f"got {list(self.zca_mean.shape)} and {list(self.zca_matrix.shape)}"
+            )
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Return float32 [N, C, H, W] in this space, on the images' device.
+
+        Args:
+            images: uint8 [N, C, H, W] (divided by 255), or float in [0, 1] (spectrograms: in their own units).
+        """
+        if images.dtype != torch.uint8:
+            return self._encode(images.float())
+        encoded = torch.empty(images.shape, dtype=torch.float32, device=images.device)
+        for start in range(0, len(images), _ENCODE_CHUNK):  # no second float copy of the whole set
+            part = slice(start, start + _ENCODE_CHUNK)
+            encoded[part] = self._encode(images[part].float() / 255)
+        return encoded
+
+    def decode(self, encoded: Tensor) -> Tensor:
+        """Return raw pixels [N, C, H, W] of images in this space; the inverse of `encode`, never clamped."""
+        if self.kind == "raw":
+            return encoded
+        if self.kind == "normalized":
+            return encoded * _per_channel(self.std, encoded.device) + _per_channel(self.mean, encoded.device)
+        mean, _ = self._whitening(encoded.device)
+        inverse = self._zca_inverse.to(encoded.device)
+        return (encoded.flatten(1) @ inverse + mean).reshape(encoded.shape)
+
+    def to(self, device: torch.device | str) -> PixelSpace:
+        """Return this space with its tensors on `device`; itself if they are there already."""
+        if self.zca_mean is None or self.zca_matrix is None:
+            return self
+        target = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
+        if self.zca_matrix.device == target:
+            return self
+        return replace(self, zca_mean=self.zca_mean.to(target), zca_matrix=self.zca_matrix.to(target))
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        """Encode float32 raw pixels."""
+        if self.kind == "raw":
+            return pixels
+        if self.kind == "normalized":
+            return (pixels - _per_channel(self.mean, pixels.device)) / _per_channel(self.std, pixels.device)
+        mean, matrix = self._whitening(pixels.device)
+        return ((pixels.flatten(1) - mean) @ matrix).reshape(pixels.shape)
+
+    def _whitening(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return (mean [D], matrix [D, D]) on `device`; call `to` beforehand to copy them there only once."""
+        if self.zca_mean is None or self.zca_matrix is None:
+            raise InputError(f"only the zca pixel space whitens, got {self.kind}")
+        return self.zca_mean.to(device), self.zca_matrix.to(device)
+
+    @cached_property
+    def _zca_inverse(self) -> Tensor:
+        """The de-whitening matrix [D, D]; inverted in float64, since the whitening one spans sqrt(1/eps) scales."""
+        if self.zca_matrix is None:
+            raise InputError(f"only the zca pixel space whitens, got {self.kind}")
+        return torch.linalg.inv(self.zca_matrix.double()).float()
+
+
+@lru_cache(maxsize=64)
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return `values` as [1, C, 1, 1] on `device`, copied there once."""
+    return torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)
+
+
+def normalized_space(dataset: Dataset) -> PixelSpace:
+    """Return the mean/std-normalised space of a dataset."""
+    return PixelSpace("normalized", dataset.mean, dataset.std)
+
+
+def fit_zca(
+    split: Split, *, eps: float = 0.1, chunk: int = 1024, device: torch.device | str = "cpu"
+) -> PixelSpace:
+    """Fit ZCA whitening on raw pixels: the result of `kornia.enhance.zca_mean(x / 255, eps=eps)`.
+
+    The matrix is U (S + eps)^-1/2 U' of the unbiased covariance. kornia centres a float copy of the whole set;
+    here the covariance is summed in float64 over chunks, so memory stays at a few [D, D] matrices.
+
+    Args:
+        split: what to fit on: train, or what is left of it after carving val.
+        eps: added to the eigenvalues (DataDAM, MTT: 0.1).
+        chunk: images per matrix product.
+        device: where to compute and where the result lies.
+
+    Raises:
+        InputError: fewer than 2 images.
+    """
+    if len(split) < 2:
+        raise InputError(f"ZCA needs at least 2 images, got {len(split)}")
+    mean = _pixel_mean(split.images, chunk, device)
+    covariance = torch.zeros(mean.numel(), mean.numel(), dtype=torch.float64, device=device)
+    for part in split.images.split(chunk):
+        centred = _flat_pixels(part, device) - mean
+        covariance.addmm_(centred.T, centred)
+    eigenvalues, vectors = torch.linalg.eigh(covariance.div_(len(split) - 1))
+    # Rounding can leave an eigenvalue of a singular covariance slightly below zero.
+    scale = (eigenvalues.clamp(min=0) + eps).rsqrt()
+    matrix = (vectors * scale) @ vectors.T
+    return PixelSpace("zca", zca_mean=mean.float(), zca_matrix=matrix.float())
+
+
+def _flat_pixels(images: Tensor, device: torch.device | str) -> Tensor:
+    """Return float64 [N, D] raw pixels in [0, 1]; floats are taken as they are."""
+    pixels = images.to(device).flatten(1).double()
+    return pixels / 255 if images.dtype == torch.uint8 else pixels
+
+
+def _pixel_mean(images: Tensor, chunk: int, device: torch.device | str) -> Tensor:
+    """Return the float64 [D] mean image."""
+    total = torch.zeros(images[0].numel(), dtype=torch.float64, device=device)
+    for part in images.split(chunk):
+        total += _flat_pixels(part, device).sum(0)
+    return total / len(images)
+
+
+def channel_statistics(images: Tensor, *, chunk: int = 4096) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return (mean, std) per channel of images [N, C, H, W], in [0, 1] units for uint8, in their own for floats."""
+    channels = images.shape[1]
+    total = torch.zeros(channels, dtype=torch.float64)
+    square = torch.zeros(channels, dtype=torch.float64)
+    for part in images.split(chunk):
+        pixels = part.double() / 255 if images.dtype == torch.uint8 else part.double()
+        total += pixels.sum((0, 2, 3))
+        square += pixels.square().sum((0, 2, 3))
+    count = images.numel() / channels
+    mean = total / count
+    std = (square / count - mean.square()).clamp(min=0).sqrt()
+    # A channel without any contrast is only centred.
+    std = torch.where(std > 1e-6, std, torch.ones_like(std))
+    return tuple(mean.tolist()), tuple(std.tolist())

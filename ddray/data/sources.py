@@ -1,0 +1,228 @@
+"""Sources: encoded images that are listed but not yet read, and their decoding into one cached array."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ddray.data import cache
+from ddray.data.dataset import Split
+from ddray.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_TASK = 64  # images per task of the thread pool: fewer would be all bookkeeping
+_GREY_MODES = {"1", "L", "LA", "La"}
+_DEEP_MODES = ("I", "F")  # 16 or 32 bits per channel
+STANDARD_SIZES = (128, 64, 32)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One encoded image.
+
+    Attributes:
+        where: its file (and row), for messages.
+        label: its class.
+        data: the encoded bytes, or the file that holds them.
+    """
+
+    where: str
+    label: int
+    data: bytes | Path
+
+    def read(self) -> bytes:
+        """Return the encoded bytes."""
+        if isinstance(self.data, bytes):
+            return self.data
+        try:
+            return self.data.read_bytes()
+        except OSError as error:
+            raise InputError(f"image file must be readable, got {self.where}: {error.strerror}") from error
+
+
+@dataclass(frozen=True)
+class Source:
+    """The images of one half of a dataset.
+
+    Attributes:
+        files: every file that decides the content, for the cache's key.
+        count: returns the number of images.
+        batches: yields them in order, some hundred at a time.
+        labelling: whatever else decides the labels, such as the order of the classes.
+    """
+
+    files: Sequence[Path]
+    count: Callable[[], int]
+    batches: Callable[[], Iterator[Sequence[Item]]]
+    labelling: str = ""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What decoded images look like.
+
+    Attributes:
+        shape: (C, H, W).
+        resize: whether other sizes are brought to it (short side, bilinear with antialiasing, centre crop) or refused.
+    """
+
+    shape: tuple[int, int, int]
+    resize: bool
+
+
+def load(source: Source, geometry: Geometry | None) -> tuple[Split, Geometry]:
+    """Decode a source, or take it from the cache.
+
+    Args:
+        source: what to decode.
+        geometry: of the result; None: chosen by `survey` from the images.
+
+    Raises:
+        InputError: an image cannot be read, or has a size that `geometry` refuses.
+        StorageError: the cache cannot be written.
+    """
+
+    def build(folder: Path) -> dict[str, object]:
+        chosen = geometry or survey(source)
+        _decode_into(source, chosen, folder)
+        return {"shape": chosen.shape, "resize": chosen.resize}
+
+    settings = f"images v1 {geometry} {source.labelling}"
+    split, facts = cache.fetch(source.files, settings, build)
+    return split, Geometry((facts["shape"][0], facts["shape"][1], facts["shape"][2]), facts["resize"])
+
+
+def survey(source: Source) -> Geometry:
+    """Choose the geometry of a folder that nobody has described, from its images' headers.
+
+    Square images of one size up to 128 px keep it, and other sizes are refused from then on. Everything else is brought
+    to the largest of 128, 64, 32 px that the median short side reaches (to 32 below that). One channel if all images
+    are grey, else three.
+    """
+    sizes: list[tuple[int, int]] = []
+    grey = True
+    with ThreadPoolExecutor(_num_threads()) as pool:
+        for batch in source.batches():
+            for chunk in pool.map(_headers, _tasks(batch)):
+                for size, is_grey in chunk:
+                    sizes.append(size)
+                    grey = grey and is_grey
+    if not sizes:
+        raise InputError("a dataset must have images, got none" + (f" in {source.files[0]}" if source.files else ""))
+    channels = 1 if grey else 3
+    width, height = sizes[0]
+    if width == height <= STANDARD_SIZES[0] and len(set(sizes)) == 1:
+        return Geometry((channels, height, width), resize=False)
+    median = float(np.median([min(size) for size in sizes]))
+    side = next((size for size in STANDARD_SIZES if size <= median), STANDARD_SIZES[-1])
+    return Geometry((channels, side, side), resize=True)
+
+
+def _num_threads() -> int:
+    """Threads for decoding; Pillow releases the interpreter lock."""
+    return min(8, os.cpu_count() or 1)
+
+
+def _tasks(batch: Sequence[Item]) -> list[Sequence[Item]]:
+    """Cut a batch into tasks for the pool."""
+    return [batch[start : start + _TASK] for start in range(0, len(batch), _TASK)]
+
+
+def _headers(items: Sequence[Item]) -> list[tuple[tuple[int, int], bool]]:
+    """Return ((width, height), is grey) of each image without decoding it."""
+    found = []
+    for item in items:
+        with _opened(item) as image:
+            found.append((image.size, image.mode in _GREY_MODES))
+    return found
+
+
+def _opened(item: Item) -> Image.Image:
+    """Open an image; its pixels are decoded later."""
+    from PIL import Image
+
+    try:
+        return Image.open(io.BytesIO(item.read()))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise _unreadable(item, error) from error
+
+
+def _unreadable(item: Item, error: Exception) -> InputError:
+    """Return the error for an image that Pillow refuses."""
+    reason = "no image format that Pillow knows" if "identify" in str(error) else " ".join(str(error).split())
+    return InputError(f"image must be readable, got {item.where}: {reason}")
+
+
+def decode(item: Item, geometry: Geometry) -> np.ndarray:
+    """Return an image as uint8 [C, H, W].
+
+    Raises:
+        InputError: it cannot be decoded, has more than 8 bits per channel, or a size that `geometry` refuses.
+    """
+    from PIL import Image
+
+    channels, height, width = geometry.shape
+    with _opened(item) as image:
+        if image.mode.startswith(_DEEP_MODES):
+            raise InputError(f"images must have 8 bits per channel, got mode {image.mode} in {item.where}")
+        if image.size != (width, height) and not geometry.resize:
+            raise InputError(
+                f"images must be {width}x{height} like the rest of their dataset, "
+                f"got {image.width}x{image.height} in {item.where}"
+            )
+        try:
+            if image.mode == "P":
+                image = image.convert("RGBA")  # a palette may hold transparent colours; keep their RGB part
+            image = image.convert("L" if channels == 1 else "RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise _unreadable(item, error) from error
+        if image.size != (width, height):
+            image = _fit(image, width, height)
+        pixels = np.asarray(image, dtype=np.uint8)
+    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+
+
+def _fit(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Scale until the frame is just covered, then crop its centre."""
+    from PIL import Image
+
+    ratio = max(width / image.width, height / image.height)
+    size = (max(width, round(image.width * ratio)), max(height, round(image.height * ratio)))
+    image = image.resize(size, Image.Resampling.BILINEAR)
+    left, top = (size[0] - width) // 2, (size[1] - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def _decode_into(source: Source, geometry: Geometry, folder: Path) -> None:
+    """Write images.npy and labels.npy; the array is filled through a memory map, so it may exceed the memory."""
+    num = source.count()
+    if num == 0:
+        raise InputError("a dataset must have images, got none" + (f" in {source.files[0]}" if source.files else ""))
+    images = np.lib.format.open_memmap(
+        folder / cache.IMAGES, mode="w+", dtype=np.uint8, shape=(num, *geometry.shape)
+    )
+    labels = np.empty(num, dtype=np.int64)
+
+    def fill(start: int, items: Sequence[Item]) -> None:
+        for place, item in enumerate(items, start):
+            images[place] = decode(item, geometry)
+            labels[place] = item.label
+
+    done = 0
+    with ThreadPoolExecutor(_num_threads()) as pool:
+        for batch in source.batches():
+            tasks = _tasks(batch)
+            starts = [done + _TASK * number for number in range(len(tasks))]
+            list(pool.map(fill, starts, tasks))
+            done += len(batch)
+    images.flush()
+    np.save(folder / cache.LABELS, labels)

@@ -1,0 +1,46 @@
+"""The errors that ddray raises on purpose, and the did-you-mean hint they share."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class DdrayError(Exception):
+    """Base of ddray's own errors; the message is one line that states rule, value and fix.
+
+    Attributes:
+        exit_code: process exit status of the command line when this error ends a command.
+    """
+
+    exit_code = 1
+
+
+class InputError(DdrayError):
+    """Bad input of any kind: an option, a config value, a file (exit 2)."""
+
+    exit_code = 2
+
+
+class DivergedError(DdrayError):
+    """A loss or an image became NaN or infinite; final for the trial it happened in."""
+
+
+class StorageError(DdrayError):
+    """A file could not be written (full disk, no permission); the message names the path."""
+
+
+class InterruptedRunError(DdrayError):
+    """SIGINT or SIGTERM ended a run that --resume continues."""
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """Return "; did you mean 'x'?" for the choice nearest to `name`, or "" when none is near."""
+    near = difflib.get_close_matches(name.lower(), list(choices), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def unknown(what: str, name: str, choices: Iterable[str]) -> InputError:
+    """Return the error for a name that is not among `choices`: what is allowed, what came, the nearest."""
+    listed = sorted(choices)
+    return InputError(f"{what} must be one of {', '.join(listed)}, got {name!r}{did_you_mean(name, listed)}")

@@ -1,0 +1,93 @@
+"""Evaluation protocols: one file each; a protocol's settings are its constructor's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from ddray.artifact import TrainSet
+from ddray.data import Dataset, PixelSpace, Split
+
+
+@dataclass(frozen=True)
+class EvalContext:
+    """What a protocol scores against.
+
+    Attributes:
+        dataset: the target (classes, whether images may be flipped).
+        split: its held-out part: val while searching, test at the end.
+        space: pixel space of the training images, applied to the split too.
+        device: where to compute.
+    """
+
+    dataset: Dataset
+    split: Split
+    space: PixelSpace
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """One network's score.
+
+    Attributes:
+        arch: canonical architecture name.
+        seed: which network.
+        accuracy: fraction right on the split.
+        num_images: images trained on.
+        wall_s: seconds.
+    """
+
+    arch: str
+    seed: int
+    accuracy: float
+    num_images: int
+    wall_s: float
+
+
+class Evaluator(Protocol):
+    """A protocol: trains something on a set and scores it."""
+
+    def evaluate(self, train_set: TrainSet, ctx: EvalContext, *, arch: str, seed: int) -> EvalResult:
+        """Train one network on `train_set` and score it on the context's split."""
+        ...
+
+
+def summarise(results: Sequence[EvalResult]) -> dict[str, Any]:
+    """Return mean, sample standard deviation (None for one network) and the single values of one arch's results."""
+    import statistics
+
+    values = [result.accuracy for result in results]
+    return {
+        "arch": results[0].arch,
+        "accuracy_mean": statistics.fmean(values),
+        "accuracy_std": statistics.stdev(values) if len(values) > 1 else None,
+        "per_seed": values,
+        "num_images": results[0].num_images,
+        "wall_s": sum(result.wall_s for result in results),
+    }
+
+
+def evaluate_archs(
+    evaluator: Evaluator,
+    train: TrainSet,
+    ctx: EvalContext,
+    *,
+    archs: Sequence[str],
+    num_seeds: int,
+    seed: int = 0,
+    on_result: Callable[[EvalResult], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Score every architecture with `num_seeds` networks; return one summary each, in order."""
+    found = []
+    for arch in archs:
+        results = []
+        for number in range(num_seeds):
+            results.append(evaluator.evaluate(train, ctx, arch=arch, seed=seed + number))
+            if on_result is not None:
+                on_result(results[-1])
+        found.append(summarise(results))
+    return found

@@ -1,0 +1,61 @@
+"""Protocol `hard`: train a fresh network on the set's hard labels, report its accuracy (DC, DSA, DM, DataDAM's protocol).
+
+The last epoch's network is scored once; the peers look at test up to 400 times and report the best look.
+"""
+
+from __future__ import annotations
+
+import time
+
+from ddray.artifact import TrainSet
+from ddray.errors import DivergedError
+from ddray.evaluate import EvalContext, EvalResult
+from ddray.evaluate.training import Recipe, accuracy, augmenter, train
+from ddray.nets import build_net, check_arch
+from ddray.seeding import derive, derive_seed
+
+
+class Hard:
+    """Hard-label training.
+
+    Args:
+        recipe: epochs, rates, schedule, augmentation.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+
+    def evaluate(self, train_set: TrainSet, ctx: EvalContext, *, arch: str, seed: int) -> EvalResult:
+        """Train one network and score it.
+
+        Args:
+            train_set: images [N, C, H, W] in the context's space, labels [N].
+            ctx: target and split.
+            arch: architecture name.
+            seed: which network: decides weights, batch order and augmentation.
+
+        Raises:
+            InputError: the architecture is unknown or does not fit the images.
+            DivergedError: the training loss became NaN.
+        """
+        begin = time.perf_counter()
+        shape = train_set.images.shape
+        net = build_net(
+            arch,
+            (shape[1], shape[2], shape[3]),
+            ctx.dataset.num_classes,
+            seed=derive_seed(seed, "evaluate", "net"),
+            device=ctx.device,
+        )
+        loss = train(
+            net,
+            train_set.images.to(ctx.device),
+            train_set.labels.to(ctx.device),
+            self._recipe,
+            generator=derive(seed, "evaluate", "train"),
+            augment=augmenter(self._recipe.augment, can_flip=ctx.dataset.can_flip, space=ctx.space),
+        )
+        if loss != loss:
+            raise DivergedError(f"training {arch} on the set diverged: its loss is NaN; lower evaluate.lr")
+        right = accuracy(net, ctx.split, ctx.space, device=ctx.device)
+        return EvalResult(check_arch(arch), seed, right, len(train_set.labels), time.perf_counter() - begin)

@@ -1,0 +1,163 @@
+"""Training a network on a small or real set: the one loop behind the `hard` protocol and the pool's networks.
+
+Data stays on the device, augmentation runs there, and nothing syncs per step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from ddray.config import Config
+from ddray.data import PixelSpace, Split, dsa_for
+from ddray.nets import Net
+from ddray.seeding import derive_seed, forked_global
+
+Augment = Literal["dsa", "dsa_idc", "autoaugment", "randaugment", "none"]
+Schedule = Literal["vico", "step15", "cosine", "constant"]
+Augmenter = Callable[[Tensor, torch.Generator], Tensor]
+
+
+class Recipe(Config):
+    """How a network is trained (SGD, cross entropy)."""
+
+    epochs: int = Field(default=1000, ge=1)
+    """E; the `vico` schedule runs E + 1, as the peers' loop does."""
+    lr: float = Field(default=0.01, gt=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: float = Field(default=5e-4, ge=0)
+    batch: int = Field(default=256, ge=1)
+    schedule: Schedule = "vico"
+    """`vico`: E + 1 epochs, after epoch E // 2 + 1 the rate falls tenfold and momentum is reset (DC, DM, DataDAM
+    code); `step15`: x.5 every 15 epochs (DataDAM supplement Table 2); `cosine` to 0; `constant`."""
+    augment: Augment = "dsa"
+
+
+def train(
+    net: Net,
+    images: Tensor,
+    labels: Tensor,
+    recipe: Recipe,
+    *,
+    generator: torch.Generator,
+    augment: Augmenter | None,
+) -> float:
+    """Train `net` in place and leave it in eval mode.
+
+    Args:
+        net: the network, on the images' device.
+        images: float32 [N, C, H, W] in their pixel space.
+        labels: int64 [N].
+        recipe: epochs, rates, batch, schedule.
+        generator: CPU generator of the batches' order and the augmentation.
+        augment: applied to every batch; None leaves it as it is.
+
+    Returns:
+        The mean loss of the last epoch.
+    """
+    images = images.contiguous(memory_format=torch.channels_last)
+    net.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    optimizer = _sgd(net, recipe, recipe.lr)
+    loss = torch.zeros((), device=images.device)
+    total = recipe.epochs + 1 if recipe.schedule == "vico" else recipe.epochs
+    for epoch in range(total):
+        if recipe.schedule != "vico":
+            optimizer.param_groups[0]["lr"] = recipe.lr * _factor(recipe, epoch)
+        order = torch.randperm(len(labels), generator=generator).to(images.device, non_blocking=True)
+        loss = torch.zeros((), device=images.device)
+        for index in order.split(recipe.batch):
+            batch = images[index]
+            if augment is not None:
+                batch = augment(batch, generator)
+            step_loss = F.cross_entropy(net(batch), labels[index])
+            optimizer.zero_grad(set_to_none=True)
+            step_loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            loss += step_loss.detach() * len(index)
+        if recipe.schedule == "vico" and epoch == recipe.epochs // 2 + 1:
+            # The peers re-create the optimiser here, which also forgets the momentum.
+            optimizer = _sgd(net, recipe, recipe.lr * 0.1)
+    net.eval()
+    return float(loss / len(labels))
+
+
+def _sgd(net: Net, recipe: Recipe, lr: float) -> torch.optim.SGD:
+    return torch.optim.SGD(
+        net.parameters(), lr=lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+    )
+
+
+def _factor(recipe: Recipe, epoch: int) -> float:
+    """Return the schedule's factor on lr in an epoch counted from 0."""
+    if recipe.schedule == "step15":
+        return float(0.5 ** (epoch // 15))
+    if recipe.schedule == "cosine":
+        return 0.5 * (1.0 + float(torch.cos(torch.tensor(torch.pi * epoch / recipe.epochs))))
+    return 1.0
+
+
+@torch.no_grad()
+def accuracy(net: Net, split: Split, space: PixelSpace, *, device: torch.device, chunk: int | None = None) -> float:
+    """Return the fraction of a split that `net` (in eval mode) classifies right.
+
+    Args:
+        net: the network, on `device`.
+        split: real images, uint8 [N, C, H, W].
+        space: the pixel space the network was trained in.
+        device: where to compute.
+        chunk: images at once; default 32 on a CPU (they fit the cache there), 1,024 on a GPU.
+    """
+    chunk = chunk or (32 if device.type == "cpu" else 1024)
+    space = space.to(device)
+    right = torch.zeros((), dtype=torch.int64, device=device)
+    for start in range(0, len(split), chunk):
+        images = space.encode(split.images[start : start + chunk].to(device, non_blocking=True))
+        labels = split.labels[start : start + chunk].to(device, non_blocking=True)
+        logits = net(images.contiguous(memory_format=torch.channels_last))
+        right += (logits.argmax(1) == labels).sum()
+    return float(right) / len(split)
+
+
+def augmenter(name: Augment, *, can_flip: bool, space: PixelSpace) -> Augmenter | None:
+    """Return the augmentation called `name` for batches [N, C, H, W] in `space`.
+
+    `dsa` and `dsa_idc`: per-sample parameters, one op for a batch (`dsa`) as at the peers' evaluation.
+    `autoaugment` and `randaugment`: torchvision's policies on the pixels as 8-bit images, image by image
+    (DataDAM supplement, Fig 4).
+
+    Args:
+        name: which one; `none` gives None.
+        can_flip: whether mirrored images keep their class.
+        space: pixel space of the batches.
+    """
+    if name == "none":
+        return None
+    if name in ("dsa", "dsa_idc"):
+        dsa = dsa_for(can_flip, "dsa" if name == "dsa" else "dsa_idc")
+
+        def apply(batch: Tensor, generator: torch.Generator) -> Tensor:
+            return dsa.apply(batch, dsa.draw(len(batch), generator, shared_op=True))
+
+        return apply
+    return _policy(name, space)
+
+
+def _policy(name: str, space: PixelSpace) -> Augmenter:
+    """Return torchvision's AutoAugment or RandAugment on batches in `space`."""
+    from torchvision.transforms import v2
+
+    transform = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10) if name == "autoaugment" else v2.RandAugment()
+
+    def apply(batch: Tensor, generator: torch.Generator) -> Tensor:
+        pixels = (space.to(batch.device).decode(batch).clamp(0, 1) * 255).round().to(torch.uint8)
+        seed = int(torch.randint(2**62, (), generator=generator))
+        with forked_global(derive_seed(seed, "augment")):
+            changed = torch.stack([transform(image) for image in pixels])
+        return space.to(batch.device).encode(changed).contiguous(memory_format=torch.channels_last)
+
+    return apply

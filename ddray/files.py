@@ -1,0 +1,97 @@
+"""Writing files so that nothing half-written is ever left under its final name."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from ddray.errors import StorageError
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn an `OSError` of writing `path` into a `StorageError` that names the path and the fix."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        fix = "free some space" if error.errno == errno.ENOSPC else "check the folder's permissions and space"
+        raise StorageError(f"could not write {path}: {reason}; {fix}, then run again with --resume") from error
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object], *, only_if_absent: bool = False) -> bool:
+    """Write `path` through a temporary file beside it: written, synced, then renamed.
+
+    Args:
+        path: the final name; its folder is created.
+        write: called with the open temporary file.
+        only_if_absent: link instead of rename, so that the first writer wins.
+
+    Returns:
+        Whether this call's bytes are now at `path` (False only with `only_if_absent`).
+
+    Raises:
+        StorageError: the disk is full, or the folder can't be written.
+    """
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        temporary = Path(name)
+        try:
+            with _as_os_error(), os.fdopen(handle, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.chmod(0o666 & ~_umask())
+            if not only_if_absent:
+                temporary.replace(path)
+                _sync_folder(path.parent)
+                return True
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return False
+            _sync_folder(path.parent)
+            return True
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                temporary.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file atomically."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+@contextmanager
+def _as_os_error() -> Iterator[None]:
+    """Torch's zip writer reports a full disk as a RuntimeError: turn it back into the OSError that it was."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if "PytorchStreamWriter" in text or "file write" in text or "unexpected pos" in text:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise
+
+
+def _umask() -> int:
+    """Return the process's umask (POSIX offers no read without a write)."""
+    current = os.umask(0o077)
+    os.umask(current)
+    return current
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,189 @@
+"""The ledger: one finished unit of work is one atomic row, published exactly once.
+
+A row is `<run>/ledger/<key>.json`; its key is the hash of what the unit is. The first writer wins (os.link),
+and a worker left over from a killed driver is refused by the run's epoch (a fence).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from ddray.config import Config
+from ddray.files import storage_errors, write_atomically
+
+log = logging.getLogger(__name__)
+
+Kind = Literal["trial", "distill", "evaluate", "nas", "truth", "pool"]
+
+
+class Unit(Config):
+    """What a piece of work is; equal units have equal keys."""
+
+    kind: Kind
+    spec: dict[str, Any]
+    inputs: tuple[str, ...] = ()
+    """Keys of the units whose results this one uses."""
+    code_version: int = 1
+    """Raised when the same spec would give another result."""
+
+    @property
+    def key(self) -> str:
+        """Sha256 (hex) of the unit's canonical JSON."""
+        return hashlib.sha256(canonical_json(self.dump()).encode()).hexdigest()
+
+
+class Row(Config):
+    """A published result of a unit."""
+
+    key: str
+    kind: Kind
+    spec: dict[str, Any]
+    status: Literal["done", "failed"]
+    result: dict[str, Any]
+    wall_s: float = Field(ge=0)
+    error: str | None = None
+    epoch: int = 0
+
+
+def canonical_json(value: Any) -> str:
+    """Return JSON with sorted keys and no spaces; NaN is refused."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+class Ledger:
+    """The rows and events of one run directory; safe for many processes at once.
+
+    Args:
+        run_dir: the run's folder (absolute).
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.folder = run_dir / "ledger"
+        self._events = run_dir / "events.jsonl"
+        self._epoch_file = run_dir / "epoch"
+
+    def open_epoch(self) -> int:
+        """Start a new run epoch; rows of every earlier epoch's workers are refused from now on."""
+        with self._locked(exclusive=True):
+            epoch = self._read_epoch() + 1
+            write_atomically(self._epoch_file, lambda file: file.write(str(epoch).encode()))
+        return epoch
+
+    def publish(self, unit: Unit, row: Row, *, epoch: int) -> bool:
+        """Publish a unit's row once.
+
+        Args:
+            unit: the finished unit; its key must be the row's.
+            row: what came out.
+            epoch: the run epoch that the caller was started in.
+
+        Returns:
+            Whether this call's row is the published one; False when another came first or the epoch is stale.
+
+        Raises:
+            ValueError: the row is of another unit.
+            StorageError: the row can't be written.
+        """
+        if row.key != unit.key:
+            raise ValueError(f"row key must be the unit's {unit.key}, got {row.key}")
+        text = canonical_json({**row.dump(), "epoch": epoch})
+        with self._locked(exclusive=False):
+            if epoch < self._read_epoch():
+                log.warning("unit %s: row of run epoch %d refused, a newer run has begun", unit.key[:12], epoch)
+                return False
+            won = write_atomically(self._path(unit.key), lambda file: file.write(text.encode()), only_if_absent=True)
+        if won:
+            self.event("finish" if row.status == "done" else "fail", unit.key, epoch)
+        return won
+
+    def row(self, key: str) -> Row | None:
+        """Return the published row of a key, or None; a torn row is set aside and counts as none."""
+        path = self._path(key)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+        try:
+            row = Row.model_validate_json(text)
+            if row.key != key:
+                raise ValueError(f"the row says it is {row.key}")
+        except ValueError as error:
+            aside = path.with_suffix(".corrupt")
+            path.replace(aside)
+            reason = str(error).splitlines()[0]
+            log.warning("ledger row %s is torn (%s): set aside as %s, will be recomputed", path, reason, aside.name)
+            return None
+        return row
+
+    def rows(self, kind: Kind | None = None) -> list[Row]:
+        """Return the published rows (of one kind), sorted by key."""
+        found = [self.row(path.stem) for path in sorted(self.folder.glob("*.json"))]
+        return [row for row in found if row is not None and kind in (None, row.kind)]
+
+    def event(self, event: Literal["start", "finish", "fail", "retry"], key: str, epoch: int, **more: Any) -> None:
+        """Append one line to events.jsonl (one write call: lines of several processes don't mix)."""
+        held = {"event": event, "key": key, "epoch": epoch, "time": round(time.time(), 3), **more}
+        with storage_errors(self._events):
+            handle = os.open(self._events, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                os.write(handle, (json.dumps(held) + "\n").encode())
+            finally:
+                os.close(handle)
+
+    def events(self) -> list[dict[str, Any]]:
+        """Return the events so far; a torn last line (a crash while writing) is left out."""
+        if not self._events.exists():
+            return []
+        found = []
+        for line in self._events.read_text(encoding="utf-8").splitlines():
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError:
+                log.warning("events.jsonl has a torn line: left out")
+        return found
+
+    def begin(self, unit: Unit, *, epoch: int, **more: Any) -> int:
+        """Note that a unit starts: a `start`, or a `retry` if this epoch had started it before.
+
+        Returns:
+            How many times this epoch had started the unit before.
+        """
+        earlier = sum(
+            event["key"] == unit.key and event["epoch"] == epoch and event["event"] in ("start", "retry")
+            for event in self.events()
+        )
+        self.event("retry" if earlier else "start", unit.key, epoch, **more)
+        return earlier
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{key}.json"
+
+    def _read_epoch(self) -> int:
+        try:
+            return int(self._epoch_file.read_text())
+        except FileNotFoundError:
+            return 0
+
+    @contextmanager
+    def _locked(self, *, exclusive: bool) -> Iterator[None]:
+        """Hold the epoch lock, so that no stale row slips in between the check and the link."""
+        path = self.run_dir / "epoch.lock"
+        with storage_errors(path):
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+            yield
+        finally:
+            os.close(handle)

@@ -1,0 +1,143 @@
+"""What the coresets share: a method made of one selection, and features of a network trained on train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ddray.artifact import DistilledSet
+from ddray.config import Config
+from ddray.distill import DistillContext, Distiller, Target
+from ddray.pool import PoolSpec
+
+Select = Callable[[DistillContext, Any], tuple[Tensor, Tensor]]
+
+
+class FeatureConfig(Config):
+    """The network whose embedding the selection is made in."""
+
+    feature_epochs: int = Field(default=20, ge=1)
+    """Epochs of training on train (SGD .01, momentum .9, weight decay 5e-4, batch 256, no augmentation)."""
+
+
+def selection_method(config_class: type[Config], select: Select) -> type[Distiller]:
+    """Return a method without steps, whose set is `select(ctx, config)`: images [K * ipc, C, H, W] and labels.
+
+    Args:
+        config_class: its settings.
+        select: chooses or makes the images, in the context's pixel space.
+    """
+
+    class Selection:
+        config_type: ClassVar[type[Config]] = config_class
+        num_steps = 0
+
+        def __init__(self, config: Config, num_steps: int) -> None:
+            self._config = config
+
+        @staticmethod
+        def preset(name: str, target: Target) -> dict[str, Any]:
+            """Return the same settings for both presets: nothing is matched, and pixels are mean/std-normalised."""
+            return {"steps": 0, "evaluate": {"epochs": 1000, "augment": "dsa"}}
+
+        def setup(self, ctx: DistillContext) -> None:
+            """Make the selection."""
+            images, labels = select(ctx, self._config)
+            self._set = ctx.make_set(images, labels)
+
+        def step(self) -> dict[str, Tensor]:
+            """Refuse: there is nothing to do."""
+            raise RuntimeError("a selection has no steps")
+
+        def snapshot(self) -> DistilledSet:
+            """Return the selected set."""
+            return self._set
+
+        def state_dict(self) -> dict[str, Any]:
+            """Return nothing: a selection is made anew in no time."""
+            return {}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            """Take nothing."""
+
+    return Selection
+
+
+def take(ctx: DistillContext, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the real images of `index` [M] in the context's pixel space, and their labels."""
+    return ctx.space.encode(ctx.split.images[index]), ctx.split.labels[index]
+
+
+def pool_features(ctx: DistillContext, epochs: int = 20) -> Tensor:
+    """Return features [N, D] of all images of the split, from one network of the pool (eval mode, no augmentation).
+
+    Args:
+        ctx: the split, the architecture and the pool.
+        epochs: how long the network is trained.
+    """
+    spec = PoolSpec(
+        kind="supervised",
+        dataset=ctx.dataset.fingerprint,
+        split=ctx.split_name,
+        transform="normalized",
+        arch=ctx.arch,
+        recipe={"epochs": epochs, "lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4, "batch": 256},
+        seed=ctx.seed,
+        image_shape=ctx.dataset.image_shape,
+        num_classes=ctx.dataset.num_classes,
+    )
+    return ctx.pool.get([spec])[0].tensors["features"]
+
+
+def per_class(labels: Tensor, num_classes: int, ipc: int, choose: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return indices [K * ipc]: `choose` picks `ipc` positions among each class's members [n_c]."""
+    members = [torch.nonzero(labels == label).flatten() for label in range(num_classes)]
+    return torch.cat([own[choose(own)[:ipc]] for own in members])
+
+
+def herding_order(features: Tensor, ipc: int) -> Tensor:
+    """Return `ipc` positions in herding's order (Welling 2009): argmin over unused f of ||(k+1) mean - sum - f||.
+
+    Args:
+        features: [n, D] of one class.
+        ipc: how many to choose.
+    """
+    held = features.double()
+    mean, total = held.mean(0), torch.zeros_like(held[0])
+    unused = torch.ones(len(held), dtype=torch.bool)
+    chosen: list[int] = []
+    for k in range(ipc):
+        distance = ((k + 1) * mean - total - held).norm(dim=1)
+        best = int(distance.masked_fill(~unused, torch.inf).argmin())
+        unused[best] = False
+        total = total + held[best]
+        chosen.append(best)
+    return torch.tensor(chosen)
+
+
+def kcenter_order(features: Tensor, ipc: int) -> Tensor:
+    """Return `ipc` positions by greedy k-center (Sener & Savarese 2018): nearest to the mean, then farthest-first.
+
+    Args:
+        features: [n, D] of one class.
+        ipc: how many to choose.
+    """
+    held = features.double()
+    first = int((held - held.mean(0)).norm(dim=1).argmin())
+    chosen = [first]
+    nearest = (held - held[first]).norm(dim=1)
+    for _ in range(ipc - 1):
+        nearest[chosen[-1]] = -1.0
+        best = int(nearest.argmax())
+        chosen.append(best)
+        nearest = torch.minimum(nearest, (held - held[best]).norm(dim=1))
+    return torch.tensor(chosen)
+
+
+def kcenter_indices(features: Tensor, labels: Tensor, num_classes: int, ipc: int) -> Tensor:
+    """Return k-center's indices [K * ipc], class-sorted, for features [N, D]."""
+    return per_class(labels, num_classes, ipc, lambda own: kcenter_order(features[own], ipc))

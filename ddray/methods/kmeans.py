@@ -1,0 +1,58 @@
+"""K-means: per class, the real image nearest to each of `ipc` centroids (scikit-learn's k-means++).
+
+Clustered in the embedding of a ConvNet trained on train.
+
+**Deviations**: Boost-SSDD's k-means baseline clusters the whole unlabelled set in its teacher's space; this one is its
+supervised counterpart, class by class.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from ddray.distill import DistillContext
+from ddray.methods._coreset import FeatureConfig, per_class, pool_features, selection_method, take
+from ddray.seeding import derive_seed
+
+
+class KMeansConfig(FeatureConfig):
+    """K-means' settings."""
+
+
+def kmeans_order(features: Tensor, ipc: int, seed: int) -> Tensor:
+    """Return `ipc` distinct positions: to each centroid the nearest sample not yet taken.
+
+    Args:
+        features: [n, D] of one class.
+        ipc: number of clusters.
+        seed: decides the initial centroids.
+    """
+    from sklearn.cluster import KMeans
+
+    held = features.double()
+    fit = KMeans(n_clusters=ipc, n_init=3, random_state=seed % 2**32).fit(held.numpy())
+    distance = torch.cdist(torch.from_numpy(fit.cluster_centers_).double(), held)
+    chosen: list[int] = []
+    for row in distance:
+        row[chosen] = torch.inf
+        chosen.append(int(row.argmin()))
+    return torch.tensor(chosen)
+
+
+def select(ctx: DistillContext, config: KMeansConfig) -> tuple[Tensor, Tensor]:
+    """Return the images nearest to the centroids, and their labels."""
+    features = pool_features(ctx, config.feature_epochs)
+    seed = derive_seed(ctx.seed, "distill", "kmeans")
+    chosen = per_class(
+        ctx.split.labels,
+        ctx.dataset.num_classes,
+        ctx.ipc,
+        lambda own: kmeans_order(features[own], ctx.ipc, seed),
+    )
+    return take(ctx, chosen)
+
+
+METHOD: Final = selection_method(KMeansConfig, select)

@@ -1,0 +1,19 @@
+"""Networks by name: the ConvNet family and the architectures it is compared with."""
+
+from ddray.nets.build import Net, build_net, is_per_sample, num_params, reinitialize
+from ddray.nets.features import Features
+from ddray.nets.names import arch_names, check_arch, convnet_name, default_arch, with_norm
+
+__all__ = [
+    "Features",
+    "Net",
+    "arch_names",
+    "build_net",
+    "check_arch",
+    "convnet_name",
+    "default_arch",
+    "is_per_sample",
+    "num_params",
+    "reinitialize",
+    "with_norm",
+]

@@ -1,0 +1,137 @@
+"""Building networks from names: deterministic in the seed, and re-drawn in place for a new one."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ddray.errors import InputError
+from ddray.nets.convnet import ConvNet
+from ddray.nets.features import Features
+from ddray.nets.names import Arch, parse_arch
+from ddray.seeding import derive_seed, forked_global
+
+# Every other family halves the image three times or more, and instance norm needs 2x2 maps at the end.
+MIN_SIZE = 16
+
+
+class Net(nn.Module):
+    """A classifier whose embedding and feature maps are open to distillation methods.
+
+    Attributes:
+        arch: canonical architecture name.
+        image_shape: (C, H, W) it was built for.
+        num_classes: K.
+        body: the module that maps [N, C, H, W] to `Features`.
+    """
+
+    def __init__(
+        self, arch: str, image_shape: tuple[int, int, int], num_classes: int, body: nn.Module
+    ) -> None:
+        super().__init__()
+        self.arch = arch
+        self.image_shape = image_shape
+        self.num_classes = num_classes
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits [N, K] of `x` [N, C, H, W]."""
+        return self.features(x).logits
+
+    def features(self, x: Tensor) -> Features:
+        """Return logits, embedding and feature maps of `x` [N, C, H, W]."""
+        found: Features = self.body(x)
+        return found
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Return the embedding [N, D] of `x` [N, C, H, W]."""
+        return self.features(x).embedding
+
+
+def build_net(
+    arch: str,
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    *,
+    seed: int,
+    device: str | torch.device = "cpu",
+) -> Net:
+    """Build a freshly initialised network.
+
+    The global random generators are left as they were. On CUDA the weights are drawn on the device, so they
+    differ from the CPU's for the same seed.
+
+    Args:
+        arch: architecture name with optional suffixes, such as `"convnet3_bn"`.
+        image_shape: (C, H, W) of the images it will see.
+        num_classes: K.
+        seed: decides every initial weight.
+        device: where it is initialised and stays.
+
+    Raises:
+        InputError: the name is unknown, or the images do not fit the architecture.
+    """
+    parsed = parse_arch(arch)
+    if len(image_shape) != 3 or min(image_shape) < 1:
+        raise InputError(f"image_shape must be three positive numbers (C, H, W), got {tuple(image_shape)}")
+    if num_classes < 1:
+        raise InputError(f"num_classes must be at least 1, got {num_classes}")
+    channels, height, width = image_shape
+    with forked_global(derive_seed(seed, "net"), device), torch.device(device):
+        body = _body(parsed, (channels, height, width), num_classes)
+    return Net(parsed.name, (channels, height, width), num_classes, body)
+
+
+def _body(arch: Arch, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+    """Return the module behind a parsed name; torchvision is imported only for the families that need it."""
+    if arch.is_convnet:
+        return ConvNet(arch, image_shape, num_classes)
+    if min(image_shape[1:]) < MIN_SIZE:
+        raise InputError(
+            f"images for {arch.name} must be at least {MIN_SIZE} px, got {image_shape[1]}x{image_shape[2]}; "
+            "a ConvNet takes smaller ones"
+        )
+    if arch.base in ("alexnet", "vgg11"):
+        from ddray.nets import classic
+
+        return classic.build(arch, image_shape, num_classes)
+    if arch.base in ("vit_tiny", "deit_tiny"):
+        from ddray.nets.vit import VisionTransformer
+
+        return VisionTransformer(arch, image_shape, num_classes)
+    from ddray.nets import torchvision_nets
+
+    return torchvision_nets.build(arch, image_shape, num_classes)
+
+
+@torch.no_grad()
+def reinitialize(net: Net, seed: int) -> None:
+    """Draw fresh weights and buffers in place: the same bytes as `build_net(..., seed=seed)`.
+
+    Parameters keep their identity and memory format, so a compiled network needs no recompilation.
+    Gradients are left alone.
+
+    Args:
+        net: the network, compiled or not.
+        seed: decides every new weight.
+    """
+    held = list(chain(net.parameters(), net.buffers()))
+    fresh = build_net(net.arch, net.image_shape, net.num_classes, seed=seed, device=held[0].device)
+    for old, new in zip(held, chain(fresh.parameters(), fresh.buffers()), strict=True):
+        old.copy_(new)
+
+
+def is_per_sample(net: nn.Module) -> bool:
+    """Return whether no layer mixes samples in train() mode, so that a batch may be run in chunks.
+
+    Only batch norm mixes samples; dropout draws per sample and does not count.
+    """
+    return not any(isinstance(module, _BatchNorm) for module in net.modules())
+
+
+def num_params(net: nn.Module) -> int:
+    """Return the number of trainable parameters."""
+    return sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)

@@ -1,0 +1,183 @@
+"""Architecture names: a base name and optional suffixes in any order; the canonical name omits defaults."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from ddray.errors import InputError, did_you_mean, unknown
+
+WIDTH = 128
+ACTIVATIONS = {"sigmoid": "_sigmoid", "relu": "_relu", "leakyrelu": "_leakyrelu"}
+NORMS = {"none": "_nonorm", "batch": "_bn", "layer": "_ln", "instance": "_in", "group": "_gn"}
+POOLINGS = {"none": "_nopool", "max": "_max", "avg": "_avg"}
+GROUPS = 4
+
+# Base name -> the norms it can be built with; the first is the default.
+_CONVNET_NORMS = ("instance", "none", "batch", "layer", "group")
+_TORCHVISION_NORMS = ("batch", "instance")
+_NORMS_OF: dict[str, tuple[str, ...]] = {
+    **{f"convnet{depth}": _CONVNET_NORMS for depth in range(1, 7)},
+    "resnet10": _TORCHVISION_NORMS,
+    "resnet18": _TORCHVISION_NORMS,
+    "resnet18_ap": _TORCHVISION_NORMS,
+    "resnet101": _TORCHVISION_NORMS,
+    "vgg11": ("instance", "none", "batch"),
+    "alexnet": ("none", "batch", "instance"),
+    "mobilenet_v2": _TORCHVISION_NORMS,
+    "densenet121": _TORCHVISION_NORMS,
+    "densenet_cifar": _TORCHVISION_NORMS,
+    "efficientnet_b0": _TORCHVISION_NORMS,
+    "shufflenet_v2": _TORCHVISION_NORMS,
+    "vit_tiny": ("none",),
+    "deit_tiny": ("none",),
+}
+_SUFFIX_FIELDS = {
+    suffix.removeprefix("_"): (field, value)
+    for field, table in (("activation", ACTIVATIONS), ("norm", NORMS), ("pooling", POOLINGS))
+    for value, suffix in table.items()
+}
+
+
+@dataclass(frozen=True)
+class Arch:
+    """A parsed architecture name.
+
+    Attributes:
+        base: one of `arch_names()`.
+        norm: one of `NORMS`.
+        width: channels of every block (ConvNet family only).
+        activation: one of `ACTIVATIONS` (ConvNet family only).
+        pooling: one of `POOLINGS` (ConvNet family only).
+    """
+
+    base: str
+    norm: str
+    width: int = WIDTH
+    activation: str = "relu"
+    pooling: str = "avg"
+
+    @property
+    def is_convnet(self) -> bool:
+        """Whether this is a member of the ConvNet family."""
+        return self.base.startswith("convnet")
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks of a ConvNet."""
+        return int(self.base.removeprefix("convnet"))
+
+    @property
+    def name(self) -> str:
+        """The canonical name: suffixes in the order width, activation, norm, pooling, defaults omitted."""
+        width = "" if self.width == WIDTH else f"_w{self.width}"
+        activation = "" if self.activation == "relu" else ACTIVATIONS[self.activation]
+        norm = "" if self.norm == _NORMS_OF[self.base][0] else NORMS[self.norm]
+        pooling = "" if self.pooling == "avg" else POOLINGS[self.pooling]
+        return f"{self.base}{width}{activation}{norm}{pooling}"
+
+
+def arch_names() -> list[str]:
+    """Return the base names, in the order in which tables list them."""
+    return list(_NORMS_OF)
+
+
+def parse_arch(arch: str) -> Arch:
+    """Parse an architecture name.
+
+    Args:
+        arch: base name and suffixes, such as `"convnet3_w64_bn"`.
+
+    Raises:
+        InputError: an unknown base or suffix, a suffix the base does not take, or two of one kind.
+    """
+    # The longest base wins: "resnet18_ap" is a base of its own, not a suffix of "resnet18".
+    bases = [base for base in _NORMS_OF if arch == base or arch.startswith(f"{base}_")]
+    if not bases:
+        raise unknown("arch", arch, _NORMS_OF)
+    base = max(bases, key=len)
+    values: dict[str, str | int] = {}
+    for suffix in arch[len(base) :].split("_")[1:]:
+        field, value = _parse_suffix(arch, base, suffix)
+        if field in values:
+            raise InputError(f"arch must name one {field}, got {arch!r} with two of them")
+        values[field] = value
+    parsed = replace(Arch(base, _NORMS_OF[base][0]), **values)  # type: ignore[arg-type]
+    if parsed.norm == "group" and parsed.width % GROUPS:
+        raise InputError(f"the width of a _gn arch must be a multiple of {GROUPS}, got {arch!r}")
+    return parsed
+
+
+def _parse_suffix(arch: str, base: str, suffix: str) -> tuple[str, str | int]:
+    """Return the field a suffix (without its underscore) sets, and the value."""
+    allowed = [NORMS[norm] for norm in _NORMS_OF[base]] if len(_NORMS_OF[base]) > 1 else []
+    if base.startswith("convnet"):
+        if re.fullmatch(r"w[1-9][0-9]{0,4}", suffix):
+            return "width", int(suffix[1:])
+        allowed = ["_w<width>", *ACTIVATIONS.values(), *allowed, *POOLINGS.values()]
+    if f"_{suffix}" not in allowed:
+        rule = f"must be one of {', '.join(allowed)}" if allowed else "is not taken by this arch"
+        whole = {*_NORMS_OF, *(f"{base}{known}" for known in allowed)} - {base}
+        hint = did_you_mean(f"{base}_{suffix}", whole)
+        raise InputError(f"suffix of {base} {rule}, got '_{suffix}' in {arch!r}{hint}")
+    return _SUFFIX_FIELDS[suffix]
+
+
+def check_arch(arch: str) -> str:
+    """Return the canonical name of an architecture.
+
+    Raises:
+        InputError: the name is unknown; the message holds the nearest known one.
+    """
+    return parse_arch(arch).name
+
+
+def with_norm(arch: str, norm: str) -> str:
+    """Return the canonical name of `arch` with its norm replaced: `("convnet3", "batch")` -> `"convnet3_bn"`.
+
+    Args:
+        arch: an architecture name.
+        norm: none, batch, layer, instance or group.
+
+    Raises:
+        InputError: an unknown name, or a norm this architecture cannot be built with.
+    """
+    parsed = parse_arch(arch)
+    if norm not in _NORMS_OF[parsed.base]:
+        raise unknown(f"norm of {parsed.base}", norm, _NORMS_OF[parsed.base])
+    return parse_arch(replace(parsed, norm=norm).name).name
+
+
+def convnet_name(depth: int, width: int, activation: str, norm: str, pooling: str) -> str:
+    """Return the canonical name of one ConvNet.
+
+    Args:
+        depth: number of blocks, 1 to 6.
+        width: channels of every block.
+        activation: sigmoid, relu or leakyrelu.
+        norm: none, batch, layer, instance or group (4 groups).
+        pooling: none, max or avg.
+
+    Raises:
+        InputError: a value outside these.
+    """
+    for what, value, table in (
+        ("activation", activation, ACTIVATIONS),
+        ("norm", norm, NORMS),
+        ("pooling", pooling, POOLINGS),
+    ):
+        if value not in table:
+            raise unknown(what, value, table)
+    return check_arch(f"convnet{depth}_w{width}{ACTIVATIONS[activation]}{NORMS[norm]}{POOLINGS[pooling]}")
+
+
+def default_arch(image_shape: tuple[int, int, int]) -> str:
+    """Return the ConvNet the field uses at this size: 3 blocks up to 32 px, 4 at 64, 5 at 128, 6 beyond.
+
+    Args:
+        image_shape: (C, H, W).
+    """
+    size = min(image_shape[1:])
+    return (
+        "convnet3" if size <= 32 else "convnet4" if size <= 64 else "convnet5" if size <= 128 else "convnet6"
+    )

@@ -1,0 +1,165 @@
+"""Run directories: made atomically, never reused by accident, resumed only with the same configuration."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ddray.config import difference, read_yaml
+from ddray.errors import InputError
+from ddray.files import storage_errors, write_text
+from ddray.ledger import Ledger
+
+_PACKAGES = ("torch", "torchvision", "numpy", "kornia", "scikit-learn", "ray", "optuna")
+
+
+class Run:
+    """One run directory, opened for this process's driver.
+
+    Attributes:
+        folder: absolute path of the run directory.
+        ledger: its rows and events.
+        epoch: the run epoch that this driver opened; workers publish under it.
+        resumed: whether the folder held a run already.
+    """
+
+    def __init__(self, folder: Path, *, resumed: bool) -> None:
+        self.folder = folder
+        self.resumed = resumed
+        self.ledger = Ledger(folder)
+        self.epoch = self.ledger.open_epoch()
+
+    def checkpoint(self, key: str) -> Path:
+        """Return where the checkpoint of a unit lives."""
+        return self.folder / "checkpoints" / f"{key}.pt"
+
+
+def open_run(run_dir: Path | None, config: Mapping[str, Any], *, command: str, resume: bool) -> Run:
+    """Make a fresh run directory, or open one to resume.
+
+    Args:
+        run_dir: the named folder; None makes `runs/<command>-<number>`.
+        config: the resolved configuration, written to config.yaml; a resumed run must have the same.
+        command: the command's name.
+        resume: continue an existing folder; a missing one starts fresh.
+
+    Raises:
+        InputError: the folder exists and `resume` is off, or its configuration differs (with the diff).
+        StorageError: the folder can't be made.
+    """
+    held = {"command": command, **config}
+    if run_dir is None:
+        if resume:
+            raise InputError("--resume needs --run-dir: the folder of the run to continue")
+        folder = _numbered(Path("runs").absolute(), command)
+    else:
+        folder = run_dir.absolute()
+        config_file = folder / "config.yaml"
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"--run-dir must be a folder, got the file {folder}")
+        occupied = folder.is_dir() and any(path.suffix != ".tmp" for path in folder.iterdir())
+        if occupied and not resume:
+            raise InputError(f"--run-dir must be a new folder, {folder} exists; add --resume to continue it, or name another")
+        if occupied and config_file.exists():
+            _check_same(read_yaml(config_file), held, folder)
+            return Run(folder, resumed=True)
+        if occupied and not {path.name for path in folder.iterdir()} <= {"epoch", "epoch.lock", "environment.json"}:
+            raise InputError(f"--resume needs a run directory, {folder} has no config.yaml; name another folder")
+        with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
+    write_text(folder / "config.yaml", yaml.safe_dump(held, sort_keys=False))
+    with storage_errors(folder):
+        (folder / "ledger").mkdir(exist_ok=True)
+        (folder / "checkpoints").mkdir(exist_ok=True)
+    return Run(folder, resumed=False)
+
+
+def _numbered(parent: Path, command: str) -> Path:
+    """Make the next free `<parent>/<command>-<number>`; mkdir is atomic, so two processes get two folders."""
+    with storage_errors(parent):
+        parent.mkdir(parents=True, exist_ok=True)
+        numbers = [path.name.removeprefix(f"{command}-") for path in parent.glob(f"{command}-*")]
+        number = 1 + max((int(text) for text in numbers if text.isdigit()), default=0)
+        while True:
+            folder = parent / f"{command}-{number:04d}"
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                number += 1
+            else:
+                return folder
+
+
+def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path) -> None:
+    """Refuse to resume under another configuration."""
+    plain = json.loads(json.dumps(new))
+    changed = difference(old, plain)
+    if changed:
+        raise InputError(
+            f"--resume needs the configuration that {folder} was started with; changed: {', '.join(changed)}; "
+            "use the old values, or a new --run-dir"
+        )
+
+
+def environment() -> dict[str, Any]:
+    """Return what a reader needs to judge a run: versions, hardware, commit, command, date (UTC)."""
+    return {
+        "versions": versions(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cpu_count": os.cpu_count(),
+        "devices": _devices(),
+        "git_commit": git_commit(),
+        "command": sys.argv,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of ddray, Python and the libraries that decide the numbers."""
+    from ddray import __version__
+
+    found = {"ddray": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str | None:
+    """Return the commit of ddray's own checkout, or None for an installed wheel."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+def _processor() -> str:
+    """Return the processor's model name."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def _devices() -> list[str]:
+    """Return the names of the CUDA devices that torch sees."""
+    import torch
+
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

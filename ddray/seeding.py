@@ -1,0 +1,54 @@
+"""Randomness: every generator is derived from (seed, labels); nothing touches the clock or global state."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def derive_seed(seed: int, *labels: str | int) -> int:
+    """Return a 63-bit seed that depends on `seed` and every label, and on nothing else.
+
+    Args:
+        seed: the run's seed.
+        *labels: what the draw is for, such as `("step", 12, "batch")`.
+    """
+    text = "\x1f".join([str(int(seed)), *(f"{type(label).__name__}:{label}" for label in labels)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+def derive(seed: int, *labels: str | int, device: str | torch.device = "cpu") -> torch.Generator:
+    """Return a fresh torch generator on `device`, seeded by `derive_seed(seed, *labels)`."""
+    return torch.Generator(device=device).manual_seed(derive_seed(seed, *labels))
+
+
+def derive_numpy(seed: int, *labels: str | int) -> np.random.Generator:
+    """Return a fresh NumPy generator, seeded by `derive_seed(seed, *labels)`."""
+    import numpy
+
+    return numpy.random.default_rng(derive_seed(seed, *labels))
+
+
+@contextmanager
+def forked_global(seed: int, device: str | torch.device = "cpu") -> Iterator[None]:
+    """Run a block that insists on torch's global generator with that generator seeded, then restore it.
+
+    The one place where ddray touches global random state: library layers initialise themselves from it,
+    and torchvision's augmentation draws from it.
+
+    Args:
+        seed: what the global generators (CPU, and the CUDA device if `device` is one) are seeded with.
+        device: the device whose generator the block uses besides the CPU's.
+    """
+    device = torch.device(device)
+    cuda = [device.index or 0] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.random.manual_seed(seed)
+        yield

@@ -1,0 +1,119 @@
+"""The ConvNet family against a naive forward pass in float64, and its published size."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from ddray.errors import InputError
+from ddray.nets import build_net, convnet_name, num_params
+from ddray.nets.names import ACTIVATIONS, NORMS, POOLINGS
+
+
+def naive_conv(x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
+    """Correlate by summing nine shifted products."""
+    n, c, h, w = x.shape
+    padded = x.new_zeros(n, c, h + 2 * padding, w + 2 * padding)
+    padded[:, :, padding : padding + h, padding : padding + w] = x
+    height, width = h + 2 * padding - 2, w + 2 * padding - 2
+    out = bias.view(1, -1, 1, 1).expand(n, -1, height, width).clone()
+    for i, j in product(range(3), range(3)):
+        out += torch.einsum("nchw,oc->nohw", padded[:, :, i : i + height, j : j + width], weight[:, :, i, j])
+    return out
+
+
+def naive_norm(x: Tensor, norm: str, state: dict[str, Tensor], prefix: str) -> Tensor:
+    """Standardise over the axes that define each norm, then apply its affine map."""
+    if norm == "none":
+        return x
+    n, c, h, w = x.shape
+    grouped, axes = {
+        "batch": (x, (0, 2, 3)),
+        "layer": (x, (1, 2, 3)),
+        "instance": (x, (2, 3)),
+        "group": (x.reshape(n, 4, c // 4, h, w), (2, 3, 4)),
+    }[norm]
+    centred = grouped - grouped.mean(axes, keepdim=True)
+    scaled = (centred / (centred.square().mean(axes, keepdim=True) + 1e-5).sqrt()).reshape(n, c, h, w)
+    shape = (1, c, h, w) if norm == "layer" else (1, c, 1, 1)
+    return scaled * state[f"{prefix}.weight"].view(shape) + state[f"{prefix}.bias"].view(shape)
+
+
+def naive_activation(x: Tensor, activation: str) -> Tensor:
+    if activation == "sigmoid":
+        return 1 / (1 + (-x).exp())
+    return torch.where(x > 0, x, x * (0.01 if activation == "leakyrelu" else 0.0))
+
+
+def naive_pool(x: Tensor, pooling: str) -> Tensor:
+    if pooling == "none":
+        return x
+    h, w = x.shape[2] // 2 * 2, x.shape[3] // 2 * 2
+    corners = torch.stack([x[:, :, i:h:2, j:w:2] for i, j in product((0, 1), (0, 1))])
+    return corners.amax(0) if pooling == "max" else corners.mean(0)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(("activation", "pooling"), list(product(ACTIVATIONS, POOLINGS)))
+def test_forward_equals_the_naive_one(norm: str, activation: str, pooling: str) -> None:
+    for channels, depth in ((1, 2), (3, 3)):
+        net = build_net(
+            convnet_name(depth, 8, activation, norm, pooling), (channels, 9, 12), 5, seed=1
+        ).double()
+        generator = torch.Generator().manual_seed(2)
+        for parameter in net.parameters():  # affine maps away from the identity
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        x = torch.randn(4, channels, 9, 12, generator=generator, dtype=torch.float64)
+        state = dict(net.body.state_dict())
+        expected, maps = x, []
+        for block in range(depth):
+            padding = 3 if block == 0 and channels == 1 else 1
+            weight, bias = state[f"convs.{block}.weight"], state[f"convs.{block}.bias"]
+            expected = naive_conv(expected, weight, bias, padding)
+            expected = naive_activation(naive_norm(expected, norm, state, f"norms.{block}"), activation)
+            maps.append(expected)
+            expected = naive_pool(expected, pooling)
+        embedding = expected.flatten(1)
+        logits = embedding @ state["classifier.weight"].T + state["classifier.bias"]
+        found = net.features(x)
+        assert len(found.maps) == depth
+        for got, want in zip(found.maps, maps, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(found.embedding, embedding, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(found.logits, logits, rtol=1e-9, atol=1e-9)
+
+
+def test_convnet3_has_the_published_size() -> None:
+    net = build_net("convnet3", (3, 32, 32), 10, seed=0)
+    assert num_params(net) == 320_010
+    assert net.embed(torch.zeros(2, 3, 32, 32)).shape == (2, 2048)
+
+
+def test_one_channel_images_are_padded_by_3_whatever_their_size() -> None:
+    for size, side in ((28, 32), (64, 68)):
+        net = build_net("convnet3_w4", (1, size, size), 10, seed=0)
+        assert net.features(torch.zeros(1, 1, size, size)).maps[0].shape == (1, 4, side, side)
+
+
+def test_gradients_reach_the_image_twice() -> None:
+    """Activations are in place: the derivatives that gradient matching needs must survive that."""
+    for activation, norm in product(ACTIVATIONS, ("instance", "batch", "none")):
+        net = build_net(convnet_name(2, 4, activation, norm, "avg"), (3, 8, 8), 3, seed=0).double()
+        x = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+        def outputs(image: Tensor, net: torch.nn.Module = net) -> Tensor:
+            return net(image).square().sum()
+
+        x.requires_grad_()
+        assert torch.autograd.gradcheck(outputs, (x,))
+        assert torch.autograd.gradgradcheck(outputs, (x,))
+
+
+@pytest.mark.parametrize(("arch", "shape"), [("convnet5", (3, 16, 16)), ("convnet4", (3, 8, 8))])
+def test_too_small_an_image_is_refused(arch: str, shape: tuple[int, int, int]) -> None:
+    with pytest.raises(InputError, match=r"sides must be at least .* smaller depth"):
+        build_net(arch, shape, 10, seed=0)
+    build_net(f"{arch}_w4_nopool", shape, 10, seed=0)
