@@ -1,8 +1,8 @@
 """The cache of decoded datasets: `$DDRAY_HOME/datasets/<key>/{images,labels}.npy`, complete or absent.
 
-An entry is made in a temporary folder and renamed, so a reader never sees half of one and of two writers the first wins.
-Its key covers name, size and modification time of every source file: a changed file makes a new entry. Nothing that is
-handed out shares writable memory with the files.
+An entry is made in a temporary folder and renamed, so a reader never sees half of one and of two writers the
+first wins. Its key covers name, size and modification time of every source file: a changed file makes a new
+entry. Nothing that is handed out shares writable memory with the files.
 """
 
 from __future__ import annotations

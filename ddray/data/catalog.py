@@ -1,7 +1,7 @@
 """The named datasets: geometry, normalisation constants, class lists and where their files may lie.
 
-Means and standard deviations are those of the DC/DSA/DM code family, which every paper's numbers rest on. The ImageNet
-subsets are those of Table 1 of the DataDAM supplement, classes in its order (ImageWoof, ImageSquawk: from MTT).
+Means and standard deviations are those of the DC/DSA/DM code family, which every paper's numbers rest on. The
+ImageNet subsets are those of Table 1 of the DataDAM supplement, classes in its order.
 """
 
 from __future__ import annotations
@@ -43,13 +43,16 @@ class KnownDataset:
     wnids: tuple[str, ...] = ()
 
 
-def _imagenet(size: int, folders: tuple[str, ...], classes: dict[str, str] | None = None) -> KnownDataset:
-    """Return a member of the ImageNet family; `classes` maps WordNet ids to names, in the order of the labels."""
+def _imagenet(
+    size: int, folders: tuple[str, ...], classes: dict[str, str] | None = None, torchvision: str | None = None
+) -> KnownDataset:
+    """Return a member of the ImageNet family; `classes` maps WordNet ids to names, in the labels' order."""
     return KnownDataset(
         (3, size, size),
         _IMAGENET_MEAN,
         _IMAGENET_STD,
         resize=True,
+        torchvision=torchvision,
         folders=folders,
         class_names=tuple((classes or {}).values()),
         wnids=tuple(classes or {}),
@@ -92,6 +95,17 @@ _IMAGESQUAWK: Final = {
     "n01860187": "black swan",
     "n01819313": "sulphur-crested cockatoo",
 }
+
+_CIFAR100_NAMES: Final = """
+apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly
+camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile
+cup dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp
+lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree
+orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine possum
+rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider
+squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor train
+trout tulip turtle wardrobe whale willow_tree wolf woman worm
+"""
 
 KNOWN: Final[dict[str, KnownDataset]] = {
     "digits": KnownDataset((1, 16, 16), can_flip=False, class_names=_DIGIT_NAMES),
@@ -141,15 +155,16 @@ KNOWN: Final[dict[str, KnownDataset]] = {
         (0.2673, 0.2564, 0.2762),
         torchvision="CIFAR100",
         marker="cifar-100-python",
+        class_names=tuple(_CIFAR100_NAMES.split()),
     ),
     "tiny_imagenet": _imagenet(64, ("tiny-imagenet-200", "tiny-imagenet")),
     "imagenet": _imagenet(64, ("ILSVRC2012", "imagenet-1k")),
-    "imagenette": _imagenet(128, ("imagenette2", "imagenette2-320", "imagenette2-160"), _IMAGENETTE),
+    "imagenette": _imagenet(
+        128, ("imagenette2", "imagenette2-320", "imagenette2-160"), _IMAGENETTE, torchvision="Imagenette"
+    ),
     "imagewoof": _imagenet(128, ("imagewoof2", "imagewoof2-320", "imagewoof2-160"), _IMAGEWOOF),
     "imagesquawk": _imagenet(128, (), _IMAGESQUAWK),
     "cub200": _imagenet(64, ("CUB_200_2011",)),
     "stanford_dogs": _imagenet(64, ("StanfordDogs", "stanford-dogs")),
-    "speech_commands_mini": KnownDataset(
-        (1, 64, 64), can_flip=False, folders=("mini_speech_commands",)
-    ),
+    "speech_commands_mini": KnownDataset((1, 64, 64), can_flip=False, folders=("mini_speech_commands",)),
 }

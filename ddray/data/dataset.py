@@ -56,7 +56,8 @@ class Dataset:
         std: per channel, likewise.
         can_flip: whether a mirrored image keeps its class (not for digits, house numbers, speech).
         load_train: reads the train split.
-        load_test: reads the test split; called by `test()` alone, so that a broken test set disturbs nothing else.
+        load_test: reads the test split; only `test()` calls it, so that a broken test set disturbs nothing
+            else.
     """
 
     name: str
@@ -104,9 +105,13 @@ class Dataset:
     def fingerprint(self) -> str:
         """SHA-256 over train's images, labels and the class names; test plays no part."""
         split = self.train()
-        head = {"class_names": self.class_names, "shape": list(split.images.shape), "dtype": str(split.images.dtype)}
+        head = {
+            "class_names": self.class_names,
+            "shape": list(split.images.shape),
+            "dtype": str(split.images.dtype),
+        }
         digest = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
-        for chunk in split.images.split(_HASH_CHUNK):
+        for chunk in torch.split(split.images, _HASH_CHUNK):
             digest.update(chunk.contiguous().numpy().data)
         digest.update(split.labels.contiguous().numpy().data)
         return digest.hexdigest()
@@ -171,5 +176,7 @@ def carve_val(split: Split, *, seed: int, fraction: float = 0.1) -> tuple[Split,
         raise InputError(f"the validation fraction must lie in (0, 1), got {fraction}")
     held = stratified_holdout(split.labels, fraction, seeding.derive(seed, "data", "carve_val"))
     if not bool(held.any()):
-        raise InputError(f"carving val needs a class with 2 images, got {len(split)} images of as many classes")
+        raise InputError(
+            f"carving val needs a class with 2 images, got {len(split)} images of as many classes"
+        )
     return split.select((~held).nonzero()[:, 0]), split.select(held.nonzero()[:, 0])

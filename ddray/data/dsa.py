@@ -5,8 +5,9 @@ Two functions share the name in the literature:
 - `dsa` (DSA, arXiv:2102.08259, mode 'S'; DM, DataDAM, MTT, ...): ONE operation of the strategy per batch.
 - `dsa_idc` (IDC, arXiv:2205.14959; DSDM): flip, colour and cutout always, plus one operation of the rest.
 
-Deviation: the authors' code reseeds the global generator to repeat a draw, so that offsets along both axes coincide;
-here a draw is a `DsaPlan`, made once from a generator and applied to as many batches as needed.
+Deviation: the authors' code reseeds the global generator to repeat a draw, so that its parameters coincide
+    (the
+same offset along both axes); here they are independent, drawn once and applied to as many batches as needed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class DsaPlan:
     """The outcome of a draw: `num` parameter sets.
 
     Attributes:
-        choices: int64 [num] on the CPU, the drawn operation of each set, so that dispatch needs no device sync.
+        choices: int64 [num] on the CPU, the drawn operation of each set; dispatch so needs no device sync.
         params: float32 [num, 11], uniform draws, independent of the image size.
     """
 
@@ -53,9 +54,7 @@ class Dsa:
         InputError: an unknown or repeated operation, or an unknown variant.
     """
 
-    def __init__(
-        self, strategy: str, *, variant: Variant = "dsa", params: DsaParams | None = None
-    ) -> None:
+    def __init__(self, strategy: str, *, variant: Variant = "dsa", params: DsaParams | None = None) -> None:
         names = strategy.split("_")
         for name in names:
             if name not in OPERATIONS:
@@ -73,15 +72,20 @@ class Dsa:
         self._drawn = tuple(name for name in names if name not in always)
 
     def draw(
-        self, num: int, generator: torch.Generator, *, shared_op: bool, device: torch.device | str | None = None
+        self,
+        num: int,
+        generator: torch.Generator,
+        *,
+        shared_op: bool,
+        device: torch.device | str | None = None,
     ) -> DsaPlan:
         """Draw `num` parameter sets.
 
         Args:
             num: the number of samples (evaluation) or of classes (Siamese matching).
             generator: a CPU generator; one on a GPU works at the price of a sync.
-            shared_op: one operation for all sets (evaluation: parameters per sample), or one per set (a fresh draw
-                per class).
+            shared_op: one operation for all sets (evaluation: parameters per sample), or one per set
+                (Siamese: a fresh draw per class).
             device: where the parameters are to lie; None: where the images turn out to be.
 
         Raises:
@@ -103,8 +107,8 @@ class Dsa:
         Args:
             images: [N, C, H, W].
             plan: a draw. Applying one plan to real and synthetic images is what makes the pair Siamese.
-            index: int64 [N], the parameter set of each sample, such as its class; None: sample n uses set n. Keep it
-                on the CPU to spare a device sync.
+            index: int64 [N], the parameter set of each sample, such as its class; None: sample n uses set n.
+                On the CPU it spares a device sync.
 
         Returns:
             [N, C, H, W], in the images' order and memory format.
@@ -131,14 +135,23 @@ class Dsa:
         """Return each sample's parameter set, int64 [num] on the CPU."""
         sets = torch.arange(num) if index is None else index.cpu()
         if len(sets) != num or (num and (int(sets.min()) < 0 or int(sets.max()) >= len(plan))):
-            raise InputError(f"DSA needs one of the plan's {len(plan)} parameter sets for each of {num} images")
+            raise InputError(
+                f"DSA needs one of the plan's {len(plan)} parameter sets for each of {num} images"
+            )
         return sets
 
     def _by_choice(self, images: Tensor, params: Tensor, sets: Tensor, choices: Tensor) -> Tensor:
         """Augment the samples of each drawn operation together, and return them in their own order."""
         present, lengths = torch.unique_consecutive(choices, return_counts=True)
-        if len(present) == len(present.unique()):  # class-sorted samples: slices are views, nothing is gathered
-            parts = zip(images.split(lengths.tolist()), sets.split(lengths.tolist()), present.tolist(), strict=True)
+        if len(present) == len(
+            present.unique()
+        ):  # class-sorted samples: slices are views, nothing is gathered
+            parts = zip(
+                torch.split(images, lengths.tolist()),
+                torch.split(sets, lengths.tolist()),
+                present.tolist(),
+                strict=True,
+            )
             return torch.cat([self._chain(part, params, own, choice) for part, own, choice in parts])
         order = torch.argsort(choices, stable=True)
         grouped = images.index_select(0, order.to(images.device, non_blocking=True))
@@ -164,6 +177,6 @@ def _is_channels_last(images: Tensor) -> bool:
 
 
 def dsa_for(can_flip: bool, variant: Variant = "dsa") -> Dsa:
-    """Return the papers' augmentation for a dataset, without flip where a mirrored image changes its class."""
+    """Return the papers' augmentation, without flip where a mirrored image changes its class."""
     strategy = FULL_STRATEGY if can_flip else FULL_STRATEGY.replace("flip_", "")
     return Dsa(strategy, variant=variant)

@@ -1,8 +1,8 @@
 """The operations of differentiable Siamese augmentation on a batch, each with one parameter row per sample.
 
 Own code after the formulas of DSA (Zhao & Bilen 2021, arXiv:2102.08259) and DiffAugment (Zhao et al. 2020,
-arXiv:2006.10738). Parameters arrive as uniform draws in [0, 1) and are scaled here, so that a plan does not depend on
-the image size. `rows` has shape [N, 11], or [1, 11] where all samples share one row.
+arXiv:2006.10738). Parameters arrive as uniform draws in [0, 1) and are scaled here, so that a plan does not
+depend on the image size. `rows` has shape [N, 11], or [1, 11] where all samples share one row.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from ddray.data import layouts
+from ddray.data.layouts import Layout
 from ddray.data.sources import Item, Source
 from ddray.errors import InputError
 
@@ -17,9 +19,10 @@ _TEST_PREFIXES: Final = ("test", "validation", "valid", "val")
 
 
 def shards(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Return the (train, test) shards in `folder` or its `data/`, as Hugging Face names them; empty if there are none.
+    """Return the (train, test) shards in `folder` or its `data/`; empty if there are none.
 
-    Files without a known prefix count as train. Test shards are `test*`, or else `validation*`, `valid*`, `val*`.
+    Test shards are `test*`, or else `validation*`, `valid*`, `val*`. Train shards are `train*`, or else all
+    that are not test.
     """
     for place in (folder, folder / "data"):
         files = sorted(place.glob("*.parquet"))
@@ -35,15 +38,34 @@ def shards(folder: Path) -> tuple[list[Path], list[Path]]:
     return [], []
 
 
-def class_names(files: Sequence[Path]) -> tuple[str, ...]:
-    """Return the class names in the first shard's `huggingface` metadata; without them, numbers up to the largest label.
+def layout_of_parquet(folder: Path, names: tuple[str, ...] = ()) -> Layout | None:
+    """Return the layout of a folder of shards, or None; without test shards, test is a fixed 20%.
+
+    Args:
+        folder: holds the shards, or a `data/` that does.
+        names: class names to use where the shards name none.
 
     Raises:
-        InputError: a shard cannot be read, or lacks a column.
+        InputError: there are test shards only, or a train shard cannot be read.
     """
+    train, test = shards(folder)
+    if not train:
+        if test:
+            raise InputError(
+                f"a parquet folder must have train-*.parquet shards, got only {test[0].name} in {folder}"
+            )
+        return None
+    found = _class_names(train, names)
+    if not test:
+        return layouts.from_one_source(found, parquet_source(train))
+    return layouts.from_sources(found, parquet_source(train), lambda: parquet_source(test))
+
+
+def _class_names(files: Sequence[Path], default: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the names in the first shard's metadata, else the default, else a number per label."""
     schema = _opened(files[0]).schema_arrow
     _, column = _columns(files[0], schema.names)
-    named = _names_in((schema.metadata or {}).get(b"huggingface", b"{}"), column)
+    named = _names_in((schema.metadata or {}).get(b"huggingface", b"{}"), column) or default
     if named:
         return named
     largest = -1
@@ -94,7 +116,8 @@ def _columns(file: Path, names: Sequence[str]) -> tuple[str, str]:
         column = next((name for name in known if name in names), None)
         if column is None:
             raise InputError(
-                f"parquet shard must have {what} column named {' or '.join(known)}, got {', '.join(names)} in {file}"
+                f"parquet shard must have {what} column named {' or '.join(known)}, "
+                f"got {', '.join(names)} in {file}"
             )
         found.append(column)
     return found[0], found[1]

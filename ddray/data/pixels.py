@@ -20,8 +20,8 @@ class PixelSpace:
     """What a network sees: an affine, invertible function of raw pixels.
 
     Attributes:
-        kind: "raw" (pixels in [0, 1]), "normalized" ((x - mean) / std per channel), or "zca" ((x - zca_mean) @
-            zca_matrix on flattened raw pixels; no mean/std, as in MTT and DataDAM).
+        kind: "raw" (pixels in [0, 1]), "normalized" ((x - mean) / std per channel), or "zca" ((x - zca_mean)
+            @ zca_matrix on flattened raw pixels; no mean/std, as in MTT and DataDAM).
         mean: per channel, used by "normalized".
         std: per channel, used by "normalized".
         zca_mean: float32 [D], D = C * H * W.
@@ -37,7 +37,9 @@ class PixelSpace:
     def __post_init__(self) -> None:
         if self.kind not in ("raw", "normalized", "zca"):
             raise InputError(f"pixel space must be one of raw, normalized, zca, got {self.kind!r}")
-        if self.kind == "normalized" and (len(self.mean) != len(self.std) or not self.mean or min(self.std) <= 0):
+        if self.kind == "normalized" and (
+            len(self.mean) != len(self.std) or not self.mean or min(self.std) <= 0
+        ):
             raise InputError(
                 "pixel space normalized needs a mean and a positive std per channel, "
                 f"got mean {self.mean} and std {self.std}"
@@ -60,7 +62,7 @@ class PixelSpace:
         """Return float32 [N, C, H, W] in this space, on the images' device.
 
         Args:
-            images: uint8 [N, C, H, W] (divided by 255), or float in [0, 1] (spectrograms: in their own units).
+            images: uint8 [N, C, H, W] (divided by 255), or float in [0, 1] (spectrograms: in their units).
         """
         if images.dtype != torch.uint8:
             return self._encode(images.float())
@@ -106,10 +108,11 @@ class PixelSpace:
 
     @cached_property
     def _zca_inverse(self) -> Tensor:
-        """The de-whitening matrix [D, D]; inverted in float64, since the whitening one spans sqrt(1/eps) scales."""
+        """The de-whitening matrix [D, D], inverted in float64."""
         if self.zca_matrix is None:
             raise InputError(f"only the zca pixel space whitens, got {self.kind}")
-        return torch.linalg.inv(self.zca_matrix.double()).float()
+        inverse: Tensor = torch.linalg.inv(self.zca_matrix.double())
+        return inverse.float()
 
 
 @lru_cache(maxsize=64)
@@ -128,8 +131,8 @@ def fit_zca(
 ) -> PixelSpace:
     """Fit ZCA whitening on raw pixels: the result of `kornia.enhance.zca_mean(x / 255, eps=eps)`.
 
-    The matrix is U (S + eps)^-1/2 U' of the unbiased covariance. kornia centres a float copy of the whole set;
-    here the covariance is summed in float64 over chunks, so memory stays at a few [D, D] matrices.
+    The matrix is U (S + eps)^-1/2 U' of the unbiased covariance. kornia centres a float copy of the whole
+    set; here the covariance is summed in float64 over chunks, so memory stays at a few [D, D] matrices.
 
     Args:
         split: what to fit on: train, or what is left of it after carving val.
@@ -144,7 +147,7 @@ def fit_zca(
         raise InputError(f"ZCA needs at least 2 images, got {len(split)}")
     mean = _pixel_mean(split.images, chunk, device)
     covariance = torch.zeros(mean.numel(), mean.numel(), dtype=torch.float64, device=device)
-    for part in split.images.split(chunk):
+    for part in torch.split(split.images, chunk):
         centred = _flat_pixels(part, device) - mean
         covariance.addmm_(centred.T, centred)
     eigenvalues, vectors = torch.linalg.eigh(covariance.div_(len(split) - 1))
@@ -163,17 +166,17 @@ def _flat_pixels(images: Tensor, device: torch.device | str) -> Tensor:
 def _pixel_mean(images: Tensor, chunk: int, device: torch.device | str) -> Tensor:
     """Return the float64 [D] mean image."""
     total = torch.zeros(images[0].numel(), dtype=torch.float64, device=device)
-    for part in images.split(chunk):
+    for part in torch.split(images, chunk):
         total += _flat_pixels(part, device).sum(0)
     return total / len(images)
 
 
 def channel_statistics(images: Tensor, *, chunk: int = 4096) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return (mean, std) per channel of images [N, C, H, W], in [0, 1] units for uint8, in their own for floats."""
+    """Return (mean, std) per channel of images [N, C, H, W], in [0, 1] units for uint8."""
     channels = images.shape[1]
     total = torch.zeros(channels, dtype=torch.float64)
     square = torch.zeros(channels, dtype=torch.float64)
-    for part in images.split(chunk):
+    for part in torch.split(images, chunk):
         pixels = part.double() / 255 if images.dtype == torch.uint8 else part.double()
         total += pixels.sum((0, 2, 3))
         square += pixels.square().sum((0, 2, 3))

@@ -72,7 +72,8 @@ class Geometry:
 
     Attributes:
         shape: (C, H, W).
-        resize: whether other sizes are brought to it (short side, bilinear with antialiasing, centre crop) or refused.
+        resize: whether other sizes are brought to it (short side, antialiased bilinear, centre crop) or
+            refused.
     """
 
     shape: tuple[int, int, int]
@@ -104,9 +105,9 @@ def load(source: Source, geometry: Geometry | None) -> tuple[Split, Geometry]:
 def survey(source: Source) -> Geometry:
     """Choose the geometry of a folder that nobody has described, from its images' headers.
 
-    Square images of one size up to 128 px keep it, and other sizes are refused from then on. Everything else is brought
-    to the largest of 128, 64, 32 px that the median short side reaches (to 32 below that). One channel if all images
-    are grey, else three.
+    Square images of one size up to 128 px keep it, and other sizes are refused from then on. Everything else
+    is brought to the largest of 128, 64, 32 px that the median short side reaches (to 32 below that). One
+    channel if all images are grey, else three.
     """
     sizes: list[tuple[int, int]] = []
     grey = True
@@ -117,7 +118,9 @@ def survey(source: Source) -> Geometry:
                     sizes.append(size)
                     grey = grey and is_grey
     if not sizes:
-        raise InputError("a dataset must have images, got none" + (f" in {source.files[0]}" if source.files else ""))
+        raise InputError(
+            "a dataset must have images, got none" + (f" in {source.files[0]}" if source.files else "")
+        )
     channels = 1 if grey else 3
     width, height = sizes[0]
     if width == height <= STANDARD_SIZES[0] and len(set(sizes)) == 1:
@@ -203,10 +206,12 @@ def _fit(image: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def _decode_into(source: Source, geometry: Geometry, folder: Path) -> None:
-    """Write images.npy and labels.npy; the array is filled through a memory map, so it may exceed the memory."""
+    """Write images.npy (through a memory map, so it may exceed the memory) and labels.npy."""
     num = source.count()
     if num == 0:
-        raise InputError("a dataset must have images, got none" + (f" in {source.files[0]}" if source.files else ""))
+        raise InputError(
+            "a dataset must have images, got none" + (f" in {source.files[0]}" if source.files else "")
+        )
     images = np.lib.format.open_memmap(
         folder / cache.IMAGES, mode="w+", dtype=np.uint8, shape=(num, *geometry.shape)
     )

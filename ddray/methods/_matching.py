@@ -66,7 +66,9 @@ class ClassBatches:
         self._members = torch.zeros(self.num_classes, int(counts.max()), dtype=torch.int64)
         self._members[split.labels[order], column] = order
         self._absent = torch.arange(int(counts.max())) >= counts[:, None]
-        self.labels = torch.arange(self.num_classes).repeat_interleave(self.per_class).to(ctx.device)
+        # On the CPU they choose DSA's ops without a sync, on the device they index the sums.
+        self.labels_cpu = torch.arange(self.num_classes).repeat_interleave(self.per_class)
+        self.labels = self.labels_cpu.to(ctx.device)
 
     def draw(self, generator: torch.Generator) -> Tensor:
         """Return image indices [K * per_class], class-sorted, without repetition within a class."""
@@ -172,7 +174,8 @@ class MeanMatching:
         self._loss = loss
         self.batches = ClassBatches(ctx, config.batch_real)
         images, self.labels = initial_images(ctx, config.init)
-        self.images = images.requires_grad_(True)
+        self._labels_cpu = self.labels.cpu()
+        self.images = images.contiguous().requires_grad_(True)
         self._optimizer = torch.optim.SGD([self.images], lr=config.lr_img, momentum=config.momentum)
         self._dsa = None if config.augment == "none" else dsa_for(ctx.dataset.can_flip, config.augment)
         net = build_net(ctx.arch, ctx.dataset.image_shape, ctx.dataset.num_classes, seed=0, device=ctx.device)
@@ -193,7 +196,7 @@ class MeanMatching:
         index = self.batches.draw(generator)
         plan = self._dsa.draw(self.batches.num_classes, generator, shared_op=False) if self._dsa else None
         real = self._real_means(index, plan)
-        synthetic = self.images if plan is None or self._dsa is None else self._dsa.apply(self.images, plan, self.labels)
+        synthetic = self.images if plan is None or self._dsa is None else self._dsa.apply(self.images, plan, self._labels_cpu)
         statistics = self._statistics(self.net, synthetic.contiguous(memory_format=torch.channels_last))
         loss = self._loss(real, [self._means(values) for values in statistics])
         self._optimizer.zero_grad(set_to_none=True)
@@ -207,18 +210,18 @@ class MeanMatching:
 
         Batch norm mixes samples, so a network that has it sees all classes in one batch (as the peers' DM does).
         """
-        labels, batches = self.batches.labels, self.batches
+        batches = self.batches
         sums: list[Tensor] = []
         parts = chunks(len(index), self._sample_bytes, index.device) if self._chunked else [slice(0, len(index))]
         for part in parts:
             images = batches.take(index[part])
             if plan is not None and self._dsa is not None:
-                images = self._dsa.apply(images, plan, labels[part])
+                images = self._dsa.apply(images, plan, batches.labels_cpu[part])
             statistics = self._real_statistics(self.net, images.contiguous(memory_format=torch.channels_last))
             if not sums:
                 sums = [values.new_zeros(batches.num_classes, values.shape[1]) for values in statistics]
             for total, values in zip(sums, statistics, strict=True):
-                total.index_add_(0, labels[part], values)
+                total.index_add_(0, batches.labels[part], values)
         return [total.div_(batches.per_class) for total in sums]
 
     def _means(self, values: Tensor) -> Tensor:

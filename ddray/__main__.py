@@ -1,0 +1,5 @@
+"""`python -m ddray` is `ddray`."""
+
+from ddray.cli import main
+
+main()

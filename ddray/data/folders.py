@@ -1,0 +1,218 @@
+"""Folders of image files: by class, Tiny-ImageNet's val, ImageNet subsets, CUB-200-2011, Stanford Dogs."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from ddray.data import layouts
+from ddray.data.layouts import Layout
+from ddray.data.sources import Item, Source
+from ddray.errors import InputError
+
+IMAGE_SUFFIXES: Final = (
+    *(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"),
+    *(".ppm", ".pgm", ".pbm", ".tif", ".tiff"),
+)
+_BATCH: Final = 1024
+_VAL_NAMES: Final = ("val", "validation", "valid")
+_NAME_FILES: Final = ("words.txt", "LOC_synset_mapping.txt")
+Labelled = list[tuple[Path, int]]
+
+
+def class_folders(folder: Path) -> list[str]:
+    """Return the names of the subfolders, sorted, without hidden ones and `__MACOSX`."""
+    if not folder.is_dir():
+        return []
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] not in "._")
+
+
+def files_below(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
+    """Yield the files at any depth with one of the suffixes, in sorted order."""
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()
+        for name in sorted(names):
+            if name.lower().endswith(suffixes) and not name.startswith("."):
+                yield Path(place, name)
+
+
+def by_class(
+    folder: Path, classes: Sequence[str], suffixes: tuple[str, ...], *, empty_ok: bool = False
+) -> Labelled:
+    """Return (file, label) for every file of every class folder.
+
+    Raises:
+        InputError: a class folder is missing, or (unless `empty_ok`) holds no such file.
+    """
+    found: Labelled = []
+    for label, name in enumerate(classes):
+        files = list(files_below(folder / name, suffixes))
+        if not files and not empty_ok:
+            raise InputError(
+                f"class folder must hold files ({' '.join(suffixes)}), got none in {folder / name}"
+            )
+        found += [(file, label) for file in files]
+    return found
+
+
+def image_source(labelled: Labelled) -> Source:
+    """Return the images of listed files, in order."""
+
+    def batches() -> Iterator[list[Item]]:
+        for start in range(0, len(labelled), _BATCH):
+            yield [Item(str(file), label, file) for file, label in labelled[start : start + _BATCH]]
+
+    labels = hashlib.sha256(",".join(str(label) for _, label in labelled).encode()).hexdigest()
+    return Source([file for file, _ in labelled], lambda: len(labelled), batches, labels)
+
+
+def layout_of_folder(root: Path, wnids: Sequence[str] = (), names: Sequence[str] = ()) -> Layout | None:
+    """Return the layout of an image folder, or None if there are no class folders.
+
+    Known arrangements: train/ and test/ (or val/) by class; train/ and val/ with Tiny-ImageNet's
+    val_annotations.txt; class folders only, or train/ only (test: a fixed stratified 20%).
+
+    Args:
+        root: the folder.
+        wnids: class folders to use, in this order; none: all, sorted (in `names`' order if these are they).
+        names: class names; none: the folders', or what words.txt calls them.
+
+    Raises:
+        InputError: a class folder is missing or empty.
+    """
+    base = root / "train" if (root / "train").is_dir() else root
+    present = class_folders(base)
+    if not present or (base == root and next(files_below(root / present[0], IMAGE_SUFFIXES), None) is None):
+        return None
+    classes = list(wnids) or (list(names) if set(names) == set(present) else present)
+    missing = sorted(set(classes) - set(present))
+    if missing:
+        raise InputError(
+            f"image folder must have a folder for every class, got none for {missing[0]} in {base}"
+        )
+    shown = tuple(names) if len(names) == len(classes) else _human_names(root, classes)
+    labelled = by_class(base, classes, IMAGE_SUFFIXES)
+    held = _held_out(root, classes, subset=bool(wnids)) if base != root else None
+    if held is not None:
+        return layouts.from_sources(shown, image_source(labelled), lambda: image_source(held()))
+    train, test = layouts.halves([label for _, label in labelled])
+    return layouts.from_sources(
+        shown, image_source([labelled[i] for i in train]), lambda: image_source([labelled[i] for i in test])
+    )
+
+
+def _held_out(root: Path, classes: Sequence[str], *, subset: bool) -> Callable[[], Labelled] | None:
+    """Return what lists the test half next to train/: test/ by class, else val/; None if there is neither."""
+    candidates = [root / name for name in ("test", *_VAL_NAMES)]
+    for folder in candidates:
+        present = class_folders(folder)
+        if (folder / "val_annotations.txt").is_file():
+            return lambda: _tiny_imagenet_val(folder, classes)
+        # An unlabelled test/images, as in Tiny-ImageNet, is no class of train: val is meant.
+        if present and (set(present) <= set(classes) or (subset and set(present) & set(classes))):
+            return lambda: by_class(folder, classes, IMAGE_SUFFIXES, empty_ok=True)
+    for folder in candidates[1:]:
+        strange = sorted(set(class_folders(folder)) - set(classes))
+        if strange:
+            raise InputError(f"class folders of {folder} must be among those of train, got {strange[0]!r}")
+    return None
+
+
+def _tiny_imagenet_val(folder: Path, classes: Sequence[str]) -> Labelled:
+    """Return Tiny-ImageNet's val: images/ and a tab-separated list of file name, WordNet id and a box."""
+    number = {name: label for label, name in enumerate(classes)}
+    found: Labelled = []
+    for fields in _table(folder / "val_annotations.txt", 2, "\t"):
+        if fields[1] not in number:
+            raise InputError(
+                f"classes in {folder / 'val_annotations.txt'} must be among train's, got {fields[1]!r}"
+            )
+        found.append((folder / "images" / fields[0], number[fields[1]]))
+    return found
+
+
+def _table(file: Path, columns: int, separator: str | None = None) -> list[list[str]]:
+    """Return a text file's lines, split into at least `columns` fields."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"dataset list must be readable, got {file}: {error}") from error
+    rows = [line.split(separator) for line in lines if line.strip()]
+    short = next((row for row in rows if len(row) < columns), None)
+    if short is not None:
+        raise InputError(f"lines of {file} must have {columns} fields, got {' '.join(short)!r}")
+    return rows
+
+
+def _human_names(root: Path, classes: Sequence[str]) -> tuple[str, ...]:
+    """Return what words.txt (or ImageNet's synset mapping) calls each class, else its folder's name."""
+    file = next((root / name for name in _NAME_FILES if (root / name).is_file()), None)
+    if file is None:
+        return tuple(classes)
+    words = {
+        row[0]: row[1].split(",")[0].strip() for row in (" ".join(r).split(None, 1) for r in _table(file, 2))
+    }
+    return tuple(words.get(name, name) for name in classes)
+
+
+def layout_of_cub(root: Path) -> Layout | None:
+    """Return the layout of CUB-200-2011 (`images/`, `images.txt` and two more lists), or None.
+
+    Raises:
+        InputError: a list is missing or malformed.
+    """
+    if not (root / "images.txt").is_file():
+        return None
+    paths = {row[0]: root / "images" / row[1] for row in _table(root / "images.txt", 2)}
+    labels = {row[0]: row[1] for row in _table(root / "image_class_labels.txt", 2)}
+    in_train = {row[0]: row[1] == "1" for row in _table(root / "train_test_split.txt", 2)}
+    for image in paths:
+        if image not in in_train or not labels.get(image, "").isdecimal():
+            raise InputError(
+                f"every image of {root / 'images.txt'} must have a label and a half, got none for {image}"
+            )
+    folder_of = {int(labels[image]) - 1: path.parent.name for image, path in paths.items()}
+    names = tuple(
+        folder_of.get(label, "").partition(".")[2] for label in range(max(folder_of, default=-1) + 1)
+    )
+
+    def half(train: bool) -> Labelled:
+        return [(path, int(labels[image]) - 1) for image, path in paths.items() if in_train[image] == train]
+
+    return layouts.from_sources(names, image_source(half(True)), lambda: image_source(half(False)))
+
+
+def layout_of_dogs(root: Path) -> Layout | None:
+    """Return the layout of Stanford Dogs (`Images/`, and two .mat lists, also in `lists/`), or None.
+
+    Raises:
+        InputError: a list cannot be read.
+    """
+    lists = next((place for place in (root, root / "lists") if (place / "train_list.mat").is_file()), None)
+    if lists is None:
+        return None
+    train = _dog_list(lists / "train_list.mat", root / "Images")
+    folder_of = {label: file.parent.name for file, label in train}
+    names = tuple(
+        folder_of.get(label, "").partition("-")[2] for label in range(max(folder_of, default=-1) + 1)
+    )
+    test = lists / "test_list.mat"
+    return layouts.from_sources(
+        names, image_source(train), lambda: image_source(_dog_list(test, root / "Images"))
+    )
+
+
+def _dog_list(file: Path, images: Path) -> Labelled:
+    """Read Matlab's `file_list` (cells of strings) and `labels` (from 1 on)."""
+    from scipy.io import loadmat
+
+    try:
+        held: dict[str, Any] = loadmat(file)
+        names = [str(cell[0]) for cell in held["file_list"].ravel()]
+        labels = [int(label) - 1 for label in held["labels"].ravel()]
+        return [(images / name, label) for name, label in zip(names, labels, strict=True)]
+    except Exception as error:  # loadmat raises whatever a broken file leads to
+        raise InputError(f"list of images must be a readable .mat file, got {file}: {error}") from error

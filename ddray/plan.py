@@ -1,0 +1,279 @@
+"""From a command's options to what a run needs: the resolved configuration, the context, the shared networks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Generic, Literal, TypeVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ddray.config import Config, merge, parse_overrides, read_yaml
+from ddray.data import Dataset, PixelSpace, Split, fit_zca
+from ddray.distill import DistillContext, Distiller, Target
+from ddray.errors import InputError, unknown
+from ddray.evaluate.training import Recipe, train
+from ddray.methods import get_method
+from ddray.nets import build_net, check_arch, default_arch
+from ddray.pool import LocalPool, PoolSpec
+from ddray.seeding import derive, derive_seed
+from ddray.shipped import shipped
+
+PRESETS: Final = ("paper", "repo")
+M = TypeVar("M", bound=Config)
+
+
+class EvaluateConfig(Recipe):
+    """How a distilled set is scored."""
+
+    seeds: int = Field(default=5, ge=1)
+    """Networks per architecture."""
+
+
+class RunConfig(Config, Generic[M]):
+    """Everything that decides a distillation and its score."""
+
+    steps: int = Field(ge=0)
+    checkpoint_every: int = Field(default=100, ge=1)
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the real branch: `auto` where a compiler is found and the run is long enough to earn it back."""
+    arch: str = "auto"
+    """Network to match in; `auto` is the field's ConvNet for the resolution, suffixes as in `auto_bn`."""
+    pixel_space: Literal["normalized", "raw", "zca"] = "normalized"
+    evaluate: EvaluateConfig = EvaluateConfig()
+    method: M
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A resolved distillation: what to run on what.
+
+    Attributes:
+        method: the method's name.
+        dataset: the opened dataset (its test set unread).
+        ipc: images per class.
+        seed: the run's seed.
+        config: the resolved configuration.
+    """
+
+    method: str
+    dataset: Dataset
+    ipc: int
+    seed: int
+    config: RunConfig[Any]
+
+    def describe(self) -> dict[str, Any]:
+        """Return plain values that say what the run is (config.yaml, keys of units)."""
+        return {
+            "method": self.method,
+            "dataset": self.dataset.name,
+            "fingerprint": self.dataset.fingerprint,
+            "ipc": self.ipc,
+            "seed": self.seed,
+            **self.config.dump(),
+        }
+
+    @property
+    def arch(self) -> str:
+        """Canonical name of the network to match in."""
+        return resolve_arch(self.config.arch, self.dataset.image_shape)
+
+
+def resolve_arch(arch: str, image_shape: tuple[int, int, int]) -> str:
+    """Return the canonical name; `auto` and `auto_<suffix>` take the default ConvNet for the resolution."""
+    if arch == "auto" or arch.startswith("auto_"):
+        arch = default_arch(image_shape) + arch.removeprefix("auto")
+    return check_arch(arch)
+
+
+def resolve(
+    method: str,
+    dataset: Dataset,
+    *,
+    ipc: int,
+    seed: int = 0,
+    preset: str = "paper",
+    config_file: Path | None = None,
+    layers: Sequence[Mapping[str, Any]] = (),
+) -> Plan:
+    """Resolve a run: preset, then the shipped file for dataset and ipc, then `config_file`, then `layers`.
+
+    Args:
+        method: the method's name.
+        dataset: the opened dataset.
+        ipc: images per class, >= 1.
+        seed: the run's seed.
+        preset: `paper` or `repo`.
+        config_file: the user's own YAML.
+        layers: nested overrides; the last one wins.
+
+    Raises:
+        InputError: an unknown method, preset or field, or a value that breaks a field's rule.
+    """
+    chosen = get_method(method)
+    if preset not in PRESETS:
+        raise unknown("preset", preset, PRESETS)
+    if ipc < 1:
+        raise InputError(f"ipc must be >= 1, got {ipc}")
+    target = Target(dataset.name, dataset.image_shape, dataset.num_classes, ipc)
+    held = merge(
+        {"method": {}},
+        chosen.preset(preset, target),
+        *(read_yaml(path) for path in shipped_configs(method, dataset.name, ipc)),
+        read_yaml(config_file) if config_file is not None else {},
+        *layers,
+    )
+    config = RunConfig[chosen.config_type].parse(held)  # type: ignore[name-defined]
+    resolve_arch(config.arch, dataset.image_shape)
+    return Plan(method, dataset, ipc, seed, config)
+
+
+def override_layers(sets: Sequence[str], steps: int | None = None) -> list[dict[str, Any]]:
+    """Return the layers of `--set key=value` options and of `--steps`."""
+    return [parse_overrides(sets), *([{"steps": steps}] if steps is not None else [])]
+
+
+def shipped_configs(method: str, dataset: str, ipc: int) -> list[Path]:
+    """Return the shipped files that apply: `<dataset>.yaml` for every ipc, then `<dataset>_ipc<k>.yaml`."""
+    if not re.fullmatch(r"[a-z0-9_]+", dataset):
+        return []
+    folder = shipped("configs", method)
+    return [path for path in (folder / f"{dataset}.yaml", folder / f"{dataset}_ipc{ipc}.yaml") if path.is_file()]
+
+
+def check_ipc(ipc: int, split: Split, dataset: Dataset) -> None:
+    """Refuse an ipc that a class of the split in use cannot fill.
+
+    Raises:
+        InputError: with the largest ipc that fits.
+    """
+    smallest = int(torch.bincount(split.labels, minlength=dataset.num_classes).min())
+    if not 1 <= ipc <= smallest:
+        raise InputError(f"ipc must be in 1..{smallest} for {dataset.name} (its smallest class), got {ipc}")
+
+
+def pixel_space(kind: str, dataset: Dataset, split: Split) -> PixelSpace:
+    """Return the pixel space of a run; ZCA is fitted on the real train images, once."""
+    if kind == "zca":
+        return fit_zca(split)
+    if kind == "raw":
+        return PixelSpace("raw", dataset.mean, dataset.std)
+    return PixelSpace("normalized", dataset.mean, dataset.std)
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device called `name`; `auto` is CUDA where there is one.
+
+    Raises:
+        InputError: no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device must be auto, cpu, cuda or cuda:<n>, got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device must be auto, cpu, cuda or cuda:<n>, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
+    return device
+
+
+def make_context(
+    plan: Plan,
+    split: Split,
+    *,
+    split_name: str,
+    device: torch.device,
+    space: PixelSpace | None = None,
+) -> DistillContext:
+    """Return what the method is given.
+
+    Args:
+        plan: the resolved run.
+        split: the real images to distil from.
+        split_name: which part of the dataset they are, such as `train`.
+        device: where to compute.
+        space: the pixel space, when it was fitted before (once for many trials).
+
+    Raises:
+        InputError: ipc does not fit the split, or compile=on without a compiler.
+    """
+    from ddray.methods._matching import wants_compile
+
+    check_ipc(plan.ipc, split, plan.dataset)
+    config, dataset = plan.config, plan.dataset
+    batch_real = int(getattr(config.method, "batch_real", 0))
+    return DistillContext(
+        dataset=dataset,
+        split=split,
+        split_name=split_name,
+        space=space or pixel_space(config.pixel_space, dataset, split),
+        ipc=plan.ipc,
+        arch=plan.arch,
+        seed=plan.seed,
+        device=device,
+        pool=LocalPool(SupervisedTrainer(dataset, split, device)),
+        compile=wants_compile(
+            config.compile,
+            num_steps=config.steps,
+            images_per_step=batch_real * dataset.num_classes,
+            image_shape=dataset.image_shape,
+        ),
+        method=plan.method,
+        config=config.dump(),
+    )
+
+
+def make_distiller(plan: Plan) -> Distiller:
+    """Return the plan's method object.
+
+    Raises:
+        InputError: steps for a method that has none.
+    """
+    distiller = get_method(plan.method)(plan.config.method, plan.config.steps)
+    if distiller.num_steps != plan.config.steps:
+        raise InputError(f"steps must be {distiller.num_steps} for {plan.method}, got {plan.config.steps}")
+    return distiller
+
+
+@dataclass(frozen=True)
+class SupervisedTrainer:
+    """Trains the pool's supervised networks on a split, and takes their features of it.
+
+    Attributes:
+        dataset: names and statistics.
+        split: the real images.
+        device: where to compute.
+    """
+
+    dataset: Dataset
+    split: Split
+    device: torch.device
+
+    def __call__(self, spec: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+        """Return weights and features [N, D] of a network trained by `spec.recipe`, and its final loss."""
+        space = PixelSpace("normalized", self.dataset.mean, self.dataset.std)
+        seed = derive_seed(spec.seed, "pool", spec.kind)
+        net = build_net(spec.arch, spec.image_shape, spec.num_classes, seed=seed, device=self.device)
+        recipe = Recipe.parse({**spec.recipe, "schedule": "constant", "augment": "none"}, prefix="recipe.")
+        loss = train(
+            net,
+            space.encode(self.split.images).to(self.device),
+            self.split.labels.to(self.device),
+            recipe,
+            generator=derive(seed, "order"),
+            augment=None,
+        )
+        features = []
+        with torch.no_grad():
+            for images in self.split.images.split(64):
+                encoded = space.encode(images.to(self.device)).contiguous(memory_format=torch.channels_last)
+                features.append(net.embed(encoded).cpu())
+        weights = {f"weights.{name}": tensor for name, tensor in net.state_dict().items()}
+        return {**weights, "features": torch.cat(features)}, {"final_loss": loss}

@@ -1,0 +1,37 @@
+"""results.csv: a run's ledger as one flat table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ddray.files import write_text
+from ddray.ledger import Row
+
+
+def write_results(path: Path, rows: Sequence[Row]) -> None:
+    """Write one line per row, nested values under dotted names.
+
+    Raises:
+        StorageError: the file can't be written.
+    """
+    import pandas as pd
+
+    flat = [
+        {"key": row.key, "kind": row.kind, "status": row.status, **flatten(row.result), **flatten(row.spec, "spec.")}
+        | {"wall_s": round(row.wall_s, 3), "error": row.error}
+        for row in rows
+    ]
+    write_text(path, pd.DataFrame(flat).to_csv(index=False))
+
+
+def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one level with dotted names."""
+    found: dict[str, Any] = {}
+    for name, held in value.items():
+        if isinstance(held, dict):
+            found |= flatten(held, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = held
+    return found

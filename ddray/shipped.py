@@ -1,0 +1,12 @@
+"""The YAML files that ship with ddray: beside the package in a checkout, inside it in a wheel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def shipped(*parts: str) -> Path:
+    """Return the path of a shipped file or folder, such as `shipped("configs", "datadam")`; it may not exist."""
+    package = Path(__file__).resolve().parent
+    inside = package / "_shipped"
+    return (inside if inside.is_dir() else package.parent).joinpath(*parts)
