@@ -43,7 +43,12 @@ def _result_config(plan: Plan) -> dict[str, Any]:
 
 
 def distill(
-    plan: Plan, *, device: torch.device, run_dir: Path | None = None, resume: bool = False, out: Path | None = None
+    plan: Plan,
+    *,
+    device: torch.device,
+    run_dir: Path | None = None,
+    resume: bool = False,
+    out: Path | None = None,
 ) -> dict[str, Any]:
     """Distil on all of train, in a run directory that can be resumed.
 
@@ -86,9 +91,7 @@ def distill(
     made.distilled.save(target)
     save_grid(made.distilled, target.with_suffix(".png"))
     result = _distill_result(plan, made, target)
-    row = Row(
-        key=unit.key, kind="distill", spec=unit.spec, status="done", result=result, wall_s=made.wall_s
-    )
+    row = Row(key=unit.key, kind="distill", spec=unit.spec, status="done", result=result, wall_s=made.wall_s)
     run.ledger.publish(unit, row, epoch=run.epoch)
     write_results(run.folder / "results.csv", run.ledger.rows())
     return {**result, "run_dir": str(run.folder)}
@@ -207,7 +210,9 @@ def evaluation_config(held: DistilledSet, options: EvaluateOptions) -> EvaluateC
     """Return the evaluation settings: the artifact's own, overridden by the options."""
     asked = {"seeds": options.seeds, "epochs": options.epochs, "augment": options.augment}
     own = held.meta.config.get("evaluate", {})
-    return EvaluateConfig.parse({**own, **{k: v for k, v in asked.items() if v is not None}}, prefix="evaluate.")
+    return EvaluateConfig.parse(
+        {**own, **{k: v for k, v in asked.items() if v is not None}}, prefix="evaluate."
+    )
 
 
 def _check_fits(held: DistilledSet, target: Dataset, path: Path) -> None:

@@ -106,23 +106,35 @@ class DistilledSet:
         if images.dtype != torch.float32 or images.ndim != 4 or images.shape[0] == 0:
             raise InputError(f"images must be float32 [N, C, H, W], got {images.dtype} {list(images.shape)}")
         if tuple(images.shape[1:]) != meta.image_shape:
-            raise InputError(f"images must be of image_shape {meta.image_shape}, got {tuple(images.shape[1:])}")
-        if not torch.isfinite(images).all():
+            raise InputError(
+                f"images must be of image_shape {meta.image_shape}, got {tuple(images.shape[1:])}"
+            )
+        if not self.is_finite():
             raise InputError("images must be finite, got NaN or infinity")
         if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-            raise InputError(f"labels must be int64 [{images.shape[0]}], got {labels.dtype} {list(labels.shape)}")
+            raise InputError(
+                f"labels must be int64 [{images.shape[0]}], got {labels.dtype} {list(labels.shape)}"
+            )
         if labels.min() < 0 or labels.max() >= len(meta.class_names):
             raise InputError(
                 f"labels must be in 0..{len(meta.class_names) - 1}, got {int(labels.min())}..{int(labels.max())}"
             )
         channels = images.shape[1]
         if len(meta.mean) != channels or len(meta.std) != channels or min(meta.std) <= 0:
-            raise InputError(f"mean and std must hold {channels} values, std > 0, got {meta.mean}, {meta.std}")
+            raise InputError(
+                f"mean and std must hold {channels} values, std > 0, got {meta.mean}, {meta.std}"
+            )
         width = images[0].numel()
         shapes = {name: list(tensor.shape) for name, tensor in self.zca.items()}
         wanted = {"zca_mean": [width], "zca_matrix": [width, width]} if meta.pixel_space == "zca" else {}
         if shapes != wanted:
-            raise InputError(f"a set in pixel space {meta.pixel_space} must hold {wanted or 'no ZCA'}, got {shapes}")
+            raise InputError(
+                f"a set in pixel space {meta.pixel_space} must hold {wanted or 'no ZCA'}, got {shapes}"
+            )
+
+    def is_finite(self) -> bool:
+        """Return whether no image is NaN or infinite."""
+        return bool(torch.isfinite(self.images).all())
 
     def save(self, path: Path) -> None:
         """Validate, then write the file atomically.
@@ -142,7 +154,9 @@ class DistilledSet:
         write_atomically(path, lambda file: torch.save(held, file))
 
 
-def load(path: Path, *, dataset: Dataset | None = None, pixel_space: PixelSpace | None = None) -> DistilledSet:
+def load(
+    path: Path, *, dataset: Dataset | None = None, pixel_space: PixelSpace | None = None
+) -> DistilledSet:
     """Read a distilled set: ours, the DC family's `res_*.pt`, or MTT's `images_best.pt` beside `labels_best.pt`.
 
     Args:
@@ -235,8 +249,12 @@ def _own(path: Path, held: Mapping[str, Any]) -> DistilledSet:
     known = {"format_version", "images", "labels", "meta", *_ZCA}
     missing, more = {"images", "labels", "meta"} - held.keys(), held.keys() - known
     if missing or more:
-        raise InputError(f"{path} must hold {sorted(known)}; missing {sorted(missing)}, unknown {sorted(more)}")
-    wrong = [key for key in held if key not in ("format_version", "meta") and not isinstance(held[key], Tensor)]
+        raise InputError(
+            f"{path} must hold {sorted(known)}; missing {sorted(missing)}, unknown {sorted(more)}"
+        )
+    wrong = [
+        key for key in held if key not in ("format_version", "meta") and not isinstance(held[key], Tensor)
+    ]
     if wrong:
         raise InputError(f"{path}: {', '.join(wrong)} must be tensors")
     try:
@@ -262,7 +280,11 @@ def _foreign(path: Path, held: Any) -> tuple[Tensor, Tensor]:
         if len(held["data"]) > 1:
             log.info("%s holds %d sets: the first is read", path, len(held["data"]))
         pair = held["data"][0]
-        if isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(part, Tensor) for part in pair):
+        if (
+            isinstance(pair, list | tuple)
+            and len(pair) == 2
+            and all(isinstance(part, Tensor) for part in pair)
+        ):
             return _shaped(path, *pair)
     if isinstance(held, Tensor) and path.name.startswith("images_"):
         labels_path = path.with_name(path.name.replace("images_", "labels_", 1))

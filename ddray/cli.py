@@ -23,19 +23,31 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-data_app = typer.Typer(help="Datasets: what is known, what is there.", no_args_is_help=True, rich_markup_mode=None)
+data_app = typer.Typer(
+    help="Datasets: what is known, what is there.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(data_app, name="data")
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")
+]
 Method = Annotated[str, typer.Option("--method", help="Method or baseline, such as datadam, dm, random.")]
-DatasetOption = Annotated[str, typer.Option("--dataset", help="Dataset name, or a folder (see `ddray data list`).")]
+DatasetOption = Annotated[
+    str, typer.Option("--dataset", help="Dataset name, or a folder (see `ddray data list`).")
+]
 Ipc = Annotated[int, typer.Option("--ipc", help="Images per class.")]
 Preset = Annotated[str, typer.Option("--preset", help="paper: as printed; repo: as in the authors' code.")]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML that overrides preset and shipped config.")]
-Sets = Annotated[list[str] | None, typer.Option("--set", help="key=value, such as method.lr_img=0.5; repeatable.")]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="YAML that overrides preset and shipped config.")
+]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", help="key=value, such as method.lr_img=0.5; repeatable.")
+]
 Seed = Annotated[int, typer.Option("--seed", help="Every draw is derived from it.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:<n>.")]
-RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Folder of the run; default runs/<command>-<number>.")]
+RunDir = Annotated[
+    Path | None, typer.Option("--run-dir", help="Folder of the run; default runs/<command>-<number>.")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --run-dir.")]
 DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Where datasets are; default $DDRAY_DATA.")]
 Download = Annotated[bool, typer.Option("--download", help="Let torchvision download what is missing.")]
@@ -55,7 +67,9 @@ def distill(
     device: Device = "auto",
     run_dir: RunDir = None,
     resume: Resume = False,
-    out: Annotated[Path | None, typer.Option("--out", help="Artifact; default <run dir>/distilled.pt.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Artifact; default <run dir>/distilled.pt.")
+    ] = None,
     data_dir: DataDir = None,
     download: Download = False,
     as_json: Json = False,
@@ -88,15 +102,28 @@ def distill(
 
 @app.command()
 def evaluate(
-    file: Annotated[Path, typer.Argument(help="Distilled set: ours, DC family's res_*.pt, MTT's images_best.pt.")],
-    dataset: Annotated[str | None, typer.Option("--dataset", help="Target; default the artifact's own.")] = None,
+    file: Annotated[
+        Path, typer.Argument(help="Distilled set: ours, DC family's res_*.pt, MTT's images_best.pt.")
+    ],
+    dataset: Annotated[
+        str | None, typer.Option("--dataset", help="Target; default the artifact's own.")
+    ] = None,
     protocol: Annotated[str, typer.Option("--protocol", help="hard: train on hard labels.")] = "hard",
     arch: Arch = None,
-    seeds: Annotated[int | None, typer.Option("--seeds", help="Networks per architecture; default 5.")] = None,
-    epochs: Annotated[int | None, typer.Option("--epochs", help="Epochs of training; default the method's.")] = None,
-    split: Annotated[str, typer.Option("--split", help="test, or val: the tenth of train a search keeps back.")] = "test",
+    seeds: Annotated[
+        int | None, typer.Option("--seeds", help="Networks per architecture; default 5.")
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option("--epochs", help="Epochs of training; default the method's.")
+    ] = None,
+    split: Annotated[
+        str, typer.Option("--split", help="test, or val: the tenth of train a search keeps back.")
+    ] = "test",
     augment: Annotated[
-        str | None, typer.Option("--augment", help="dsa, dsa_idc, autoaugment, randaugment or none; default the method's.")
+        str | None,
+        typer.Option(
+            "--augment", help="dsa, dsa_idc, autoaugment, randaugment or none; default the method's."
+        ),
     ] = None,
     pixel_space: Annotated[
         str, typer.Option("--pixel-space", help="Of another project's file: normalized, zca or raw.")
@@ -136,14 +163,26 @@ def tune(
     method: Method,
     dataset: DatasetOption = "digits",
     ipc: Ipc = 1,
-    space: Annotated[Path | None, typer.Option("--space", help="YAML of ranges; default the method's shipped one.")] = None,
-    num_samples: Annotated[int, typer.Option("--num-samples", help="Trials, the paper's point among them.")] = 16,
-    strategy: Annotated[str, typer.Option("--strategy", help="asha-tpe, tpe, random, grid or pb2.")] = "asha-tpe",
+    space: Annotated[
+        Path | None, typer.Option("--space", help="YAML of ranges; default the method's shipped one.")
+    ] = None,
+    num_samples: Annotated[
+        int, typer.Option("--num-samples", help="Trials, the paper's point among them.")
+    ] = 16,
+    strategy: Annotated[
+        str, typer.Option("--strategy", help="asha-tpe, tpe, random, grid or pb2.")
+    ] = "asha-tpe",
     cpus_per_trial: Annotated[float, typer.Option("--cpus-per-trial", help="CPU cores per trial.")] = 1.0,
-    gpus_per_trial: Annotated[float, typer.Option("--gpus-per-trial", help="GPUs per trial; fractions share one.")] = 0.0,
+    gpus_per_trial: Annotated[
+        float, typer.Option("--gpus-per-trial", help="GPUs per trial; fractions share one.")
+    ] = 0.0,
     max_concurrent: Annotated[int | None, typer.Option("--max-concurrent", help="Trials at a time.")] = None,
-    time_budget: Annotated[float | None, typer.Option("--time-budget", help="Seconds after which no trial starts.")] = None,
-    address: Annotated[str | None, typer.Option("--address", help="Ray cluster to connect to; default a local one.")] = None,
+    time_budget: Annotated[
+        float | None, typer.Option("--time-budget", help="Seconds after which no trial starts.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option("--address", help="Ray cluster to connect to; default a local one.")
+    ] = None,
     preset: Preset = "paper",
     config: ConfigFile = None,
     set_: Sets = None,
@@ -219,13 +258,20 @@ def data_list(data_dir: DataDir = None, as_json: Json = False) -> None:
                 found.append({"name": name, "found": False})
             else:
                 found.append({"name": name, "found": True})
-        emit({"datasets": found}, _table_of("datasets", {d["name"]: "found" if d["found"] else "-" for d in found}))
+        emit(
+            {"datasets": found},
+            _table_of("datasets", {d["name"]: "found" if d["found"] else "-" for d in found}),
+        )
 
 
 @app.command()
 def doctor(
-    address: Annotated[str | None, typer.Option("--address", help="Ray cluster to look at; default a local one.")] = None,
-    run_dir: Annotated[Path, typer.Option("--run-dir", help="Folder that all nodes must share.")] = Path("runs"),
+    address: Annotated[
+        str | None, typer.Option("--address", help="Ray cluster to look at; default a local one.")
+    ] = None,
+    run_dir: Annotated[Path, typer.Option("--run-dir", help="Folder that all nodes must share.")] = Path(
+        "runs"
+    ),
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> None:
@@ -233,8 +279,13 @@ def doctor(
     with _output(as_json) as emit:
         from ddray.cluster.doctor import examine
 
-        result = examine(address=address, run_dir=Path(os.path.abspath(run_dir)), data_dir=_absolute(data_dir))
-        emit(result, _table_of("doctor", {c["check"]: f"{c['status']}: {c['detail']}" for c in result["checks"]}))
+        result = examine(
+            address=address, run_dir=Path(os.path.abspath(run_dir)), data_dir=_absolute(data_dir)
+        )
+        emit(
+            result,
+            _table_of("doctor", {c["check"]: f"{c['status']}: {c['detail']}" for c in result["checks"]}),
+        )
         if not result["ok"]:
             raise typer.Exit(1)
 

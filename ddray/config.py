@@ -63,7 +63,9 @@ def _field_names(cls: type[BaseModel], path: Sequence[str | int]) -> list[str]:
     """Return the field names of the (nested) model at `path` below `cls`."""
     for part in path:
         field = cls.model_fields.get(str(part))
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+        if field is None or not (
+            isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        ):
             return []
         cls = field.annotation
     return list(cls.model_fields)

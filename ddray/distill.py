@@ -6,7 +6,7 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -176,6 +176,7 @@ def run_distillation(
     checkpoint: Path | None = None,
     checkpoint_every: int = 100,
     until: int | None = None,
+    looks: Collection[int] = (),
     on_step: Callable[[int, float], None] | None = None,
 ) -> DistillResult:
     """Run a method to its end, or to step `until`, from its checkpoint if there is one.
@@ -185,8 +186,10 @@ def run_distillation(
         ctx: what it works on.
         checkpoint: file to continue from and to keep up to date; None keeps none.
         checkpoint_every: steps between checkpoints; also between the loop's looks at the loss.
-        until: stop after this step (a rung of a search); None runs all.
-        on_step: called with (step, loss) at every look.
+        until: stop after this step; None runs all.
+        looks: further steps to checkpoint and look at (a search's rungs).
+        on_step: called with (step, loss) at every look, after its checkpoint; a run that resumes at a look calls it
+            for that step first, since it may have been cut off before.
 
     Raises:
         DivergedError: a loss or an image became NaN or infinite.
@@ -197,10 +200,12 @@ def run_distillation(
     distiller.setup(ctx)
     losses: list[Tensor] = []
     done = _restore(distiller, checkpoint, losses)
+    if done in looks and on_step is not None:
+        on_step(done, _finite(losses[-1], done))
     timer = StepTimer(ctx.device)
     for step in range(done + 1, last + 1):
         losses.append(distiller.step()["loss"].detach().reshape(1))
-        look = step % checkpoint_every == 0 or step == last
+        look = step % checkpoint_every == 0 or step == last or step in looks
         timer.stop(sync=look)
         if look:
             value = _finite(losses[-1], step)
@@ -209,8 +214,10 @@ def run_distillation(
             if on_step is not None:
                 on_step(step, value)
     distilled = distiller.snapshot()
-    if not torch.isfinite(distilled.images).all():
-        raise DivergedError(f"{ctx.method} diverged by step {last}: an image is NaN or infinite; lower lr_img")
+    if not distilled.is_finite():
+        raise DivergedError(
+            f"{ctx.method} diverged by step {last}: an image is NaN or infinite; lower lr_img"
+        )
     return DistillResult(
         distilled=distilled,
         losses=torch.cat([loss.cpu() for loss in losses]).float() if losses else torch.zeros(0),
@@ -255,7 +262,11 @@ class StepTimer:
 
 
 def _save(distiller: Distiller, path: Path, step: int, losses: list[Tensor]) -> None:
-    held = {"step": step, "state": distiller.state_dict(), "losses": torch.cat([loss.cpu() for loss in losses])}
+    held = {
+        "step": step,
+        "state": distiller.state_dict(),
+        "losses": torch.cat([loss.cpu() for loss in losses]),
+    }
     write_atomically(path, lambda file: torch.save(held, file))
 
 

@@ -22,10 +22,14 @@ def storage_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         fix = "free some space" if error.errno == errno.ENOSPC else "check the folder's permissions and space"
-        raise StorageError(f"could not write {path}: {reason}; {fix}, then run again with --resume") from error
+        raise StorageError(
+            f"could not write {path}: {reason}; {fix}, then run again with --resume"
+        ) from error
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], object], *, only_if_absent: bool = False) -> bool:
+def write_atomically(
+    path: Path, write: Callable[[BinaryIO], object], *, only_if_absent: bool = False
+) -> bool:
     """Write `path` through a temporary file beside it: written, synced, then renamed.
 
     Args:

@@ -101,9 +101,13 @@ class Ledger:
         text = canonical_json({**row.dump(), "epoch": epoch})
         with self._locked(exclusive=False):
             if epoch < self._read_epoch():
-                log.warning("unit %s: row of run epoch %d refused, a newer run has begun", unit.key[:12], epoch)
+                log.warning(
+                    "unit %s: row of run epoch %d refused, a newer run has begun", unit.key[:12], epoch
+                )
                 return False
-            won = write_atomically(self._path(unit.key), lambda file: file.write(text.encode()), only_if_absent=True)
+            won = write_atomically(
+                self._path(unit.key), lambda file: file.write(text.encode()), only_if_absent=True
+            )
         if won:
             self.event("finish" if row.status == "done" else "fail", unit.key, epoch)
         return won
@@ -123,7 +127,9 @@ class Ledger:
             aside = path.with_suffix(".corrupt")
             path.replace(aside)
             reason = str(error).splitlines()[0]
-            log.warning("ledger row %s is torn (%s): set aside as %s, will be recomputed", path, reason, aside.name)
+            log.warning(
+                "ledger row %s is torn (%s): set aside as %s, will be recomputed", path, reason, aside.name
+            )
             return None
         return row
 
@@ -132,7 +138,9 @@ class Ledger:
         found = [self.row(path.stem) for path in sorted(self.folder.glob("*.json"))]
         return [row for row in found if row is not None and kind in (None, row.kind)]
 
-    def event(self, event: Literal["start", "finish", "fail", "retry"], key: str, epoch: int, **more: Any) -> None:
+    def event(
+        self, event: Literal["start", "finish", "fail", "retry"], key: str, epoch: int, **more: Any
+    ) -> None:
         """Append one line to events.jsonl (one write call: lines of several processes don't mix)."""
         held = {"event": event, "key": key, "epoch": epoch, "time": round(time.time(), 3), **more}
         with storage_errors(self._events):

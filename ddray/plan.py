@@ -142,7 +142,9 @@ def shipped_configs(method: str, dataset: str, ipc: int) -> list[Path]:
     if not re.fullmatch(r"[a-z0-9_]+", dataset):
         return []
     folder = shipped("configs", method)
-    return [path for path in (folder / f"{dataset}.yaml", folder / f"{dataset}_ipc{ipc}.yaml") if path.is_file()]
+    return [
+        path for path in (folder / f"{dataset}.yaml", folder / f"{dataset}_ipc{ipc}.yaml") if path.is_file()
+    ]
 
 
 def check_ipc(ipc: int, split: Split, dataset: Dataset) -> None:
@@ -180,7 +182,9 @@ def pick_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"--device must be auto, cpu, cuda or cuda:<n>, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
+        raise InputError(
+            f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu"
+        )
     return device
 
 

@@ -71,7 +71,9 @@ class PoolEntry:
         spec = PoolSpec.parse(self.meta["spec"])
         net = build_net(spec.arch, spec.image_shape, spec.num_classes, seed=0)
         prefix = "weights."
-        net.load_state_dict({k.removeprefix(prefix): v for k, v in self.tensors.items() if k.startswith(prefix)})
+        net.load_state_dict(
+            {k.removeprefix(prefix): v for k, v in self.tensors.items() if k.startswith(prefix)}
+        )
         return net.eval()
 
 
@@ -137,9 +139,15 @@ class LocalPool:
             draft = Path(tempfile.mkdtemp(prefix=f".{spec.key[:12]}.", suffix=".tmp", dir=self._folder))
             try:
                 save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, draft / _TENSORS)
-                text = json.dumps({"key": spec.key, "spec": spec.dump(), **measured}, indent=2, sort_keys=True)
+                text = json.dumps(
+                    {"key": spec.key, "spec": spec.dump(), **measured}, indent=2, sort_keys=True
+                )
                 (draft / _ENTRY).write_text(text + "\n", encoding="utf-8")
-                with contextlib.suppress(FileExistsError, OSError) if final.exists() else contextlib.nullcontext():
+                with (
+                    contextlib.suppress(FileExistsError, OSError)
+                    if final.exists()
+                    else contextlib.nullcontext()
+                ):
                     draft.rename(final)
             finally:
                 shutil.rmtree(draft, ignore_errors=True)

@@ -69,12 +69,20 @@ def open_run(run_dir: Path | None, config: Mapping[str, Any], *, command: str, r
             raise InputError(f"--run-dir must be a folder, got the file {folder}")
         occupied = folder.is_dir() and any(path.suffix != ".tmp" for path in folder.iterdir())
         if occupied and not resume:
-            raise InputError(f"--run-dir must be a new folder, {folder} exists; add --resume to continue it, or name another")
+            raise InputError(
+                f"--run-dir must be a new folder, {folder} exists; add --resume to continue it, or name another"
+            )
         if occupied and config_file.exists():
             _check_same(read_yaml(config_file), held, folder)
             return Run(folder, resumed=True)
-        if occupied and not {path.name for path in folder.iterdir()} <= {"epoch", "epoch.lock", "environment.json"}:
-            raise InputError(f"--resume needs a run directory, {folder} has no config.yaml; name another folder")
+        if occupied and not {path.name for path in folder.iterdir()} <= {
+            "epoch",
+            "epoch.lock",
+            "environment.json",
+        }:
+            raise InputError(
+                f"--resume needs a run directory, {folder} has no config.yaml; name another folder"
+            )
         with storage_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")

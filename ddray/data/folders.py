@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +19,7 @@ IMAGE_SUFFIXES: Final = (
     *(".ppm", ".pgm", ".pbm", ".tif", ".tiff"),
 )
 _BATCH: Final = 1024
-_VAL_NAMES: Final = ("val", "validation", "valid")
+_HELD_OUT_NAMES: Final = ("test", "val", "validation", "valid")
 _NAME_FILES: Final = ("words.txt", "LOC_synset_mapping.txt")
 Labelled = list[tuple[Path, int]]
 
@@ -106,19 +107,22 @@ def layout_of_folder(root: Path, wnids: Sequence[str] = (), names: Sequence[str]
 
 def _held_out(root: Path, classes: Sequence[str], *, subset: bool) -> Callable[[], Labelled] | None:
     """Return what lists the test half next to train/: test/ by class, else val/; None if there is neither."""
-    candidates = [root / name for name in ("test", *_VAL_NAMES)]
-    for folder in candidates:
-        present = class_folders(folder)
+    for name in _HELD_OUT_NAMES:
+        folder = root / name
         if (folder / "val_annotations.txt").is_file():
-            return lambda: _tiny_imagenet_val(folder, classes)
-        # An unlabelled test/images, as in Tiny-ImageNet, is no class of train: val is meant.
-        if present and (set(present) <= set(classes) or (subset and set(present) & set(classes))):
-            return lambda: by_class(folder, classes, IMAGE_SUFFIXES, empty_ok=True)
-    for folder in candidates[1:]:
-        strange = sorted(set(class_folders(folder)) - set(classes))
-        if strange:
-            raise InputError(f"class folders of {folder} must be among those of train, got {strange[0]!r}")
+            return partial(_tiny_imagenet_val, folder, classes)
+        # An unlabelled test/images, as in Tiny-ImageNet, shares no class with train: val is meant.
+        if set(class_folders(folder)) & set(classes):
+            return partial(_held_out_by_class, folder, classes, subset=subset)
     return None
+
+
+def _held_out_by_class(folder: Path, classes: Sequence[str], *, subset: bool) -> Labelled:
+    """Return the files of a test folder; classes beyond train's are an error unless a `subset` is wanted."""
+    strange = sorted(set(class_folders(folder)) - set(classes))
+    if strange and not subset:
+        raise InputError(f"class folders of {folder} must be among those of train, got {strange[0]!r}")
+    return by_class(folder, classes, IMAGE_SUFFIXES, empty_ok=True)
 
 
 def _tiny_imagenet_val(folder: Path, classes: Sequence[str]) -> Labelled:

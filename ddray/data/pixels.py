@@ -13,6 +13,8 @@ from ddray.data.dataset import Dataset, Split
 from ddray.errors import InputError
 
 _ENCODE_CHUNK = 4096  # images converted from uint8 at a time
+_MIDDLE = 128.0
+_EXACT_CHUNK = 1024  # see `_moments`
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +134,7 @@ def fit_zca(
     """Fit ZCA whitening on raw pixels: the result of `kornia.enhance.zca_mean(x / 255, eps=eps)`.
 
     The matrix is U (S + eps)^-1/2 U' of the unbiased covariance. kornia centres a float copy of the whole
-    set; here the covariance is summed in float64 over chunks, so memory stays at a few [D, D] matrices.
+    set; here it is summed over chunks, so memory stays at a few [D, D] matrices.
 
     Args:
         split: what to fit on: train, or what is left of it after carving val.
@@ -145,30 +147,32 @@ def fit_zca(
     """
     if len(split) < 2:
         raise InputError(f"ZCA needs at least 2 images, got {len(split)}")
-    mean = _pixel_mean(split.images, chunk, device)
-    covariance = torch.zeros(mean.numel(), mean.numel(), dtype=torch.float64, device=device)
-    for part in torch.split(split.images, chunk):
-        centred = _flat_pixels(part, device) - mean
-        covariance.addmm_(centred.T, centred)
-    eigenvalues, vectors = torch.linalg.eigh(covariance.div_(len(split) - 1))
+    mean, covariance = _moments(split.images, chunk, device)
+    eigenvalues, vectors = torch.linalg.eigh(covariance)
     # Rounding can leave an eigenvalue of a singular covariance slightly below zero.
     scale = (eigenvalues.clamp(min=0) + eps).rsqrt()
     matrix = (vectors * scale) @ vectors.T
     return PixelSpace("zca", zca_mean=mean.float(), zca_matrix=matrix.float())
 
 
-def _flat_pixels(images: Tensor, device: torch.device | str) -> Tensor:
-    """Return float64 [N, D] raw pixels in [0, 1]; floats are taken as they are."""
-    pixels = images.to(device).flatten(1).double()
-    return pixels / 255 if images.dtype == torch.uint8 else pixels
+def _moments(images: Tensor, chunk: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Return float64 mean [D] and unbiased covariance [D, D] of raw pixels in [0, 1] (floats as they are).
 
-
-def _pixel_mean(images: Tensor, chunk: int, device: torch.device | str) -> Tensor:
-    """Return the float64 [D] mean image."""
-    total = torch.zeros(images[0].numel(), dtype=torch.float64, device=device)
-    for part in torch.split(images, chunk):
-        total += _flat_pixels(part, device).sum(0)
-    return total / len(images)
+    Bytes less 128 are integers up to 2^7, so float32 products summed over 2^10 images stay below 2^24, where
+    float32 is exact: full precision at the speed of single.
+    """
+    is_bytes = images.dtype == torch.uint8
+    size, count = images[0].numel(), len(images)
+    total = torch.zeros(size, dtype=torch.float64, device=device)
+    product = torch.zeros(size, size, dtype=torch.float64, device=device)
+    for part in torch.split(images, min(chunk, _EXACT_CHUNK) if is_bytes else chunk):
+        flat = part.to(device).flatten(1)
+        flat = flat.float() - _MIDDLE if is_bytes else flat.double()
+        total += flat.sum(0, dtype=torch.float64)
+        product += flat.T @ flat
+    covariance = product.addr_(total, total, alpha=-1 / count).div_(count - 1)
+    mean = total / count
+    return ((mean + _MIDDLE) / 255, covariance.div_(255**2)) if is_bytes else (mean, covariance)
 
 
 def channel_statistics(images: Tensor, *, chunk: int = 4096) -> tuple[tuple[float, ...], tuple[float, ...]]:

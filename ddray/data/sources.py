@@ -215,6 +215,9 @@ def _decode_into(source: Source, geometry: Geometry, folder: Path) -> None:
     images = np.lib.format.open_memmap(
         folder / cache.IMAGES, mode="w+", dtype=np.uint8, shape=(num, *geometry.shape)
     )
+    with (folder / cache.IMAGES).open("r+b") as file:
+        # Without it a full disk is met inside the memory map, as a fatal SIGBUS.
+        os.posix_fallocate(file.fileno(), 0, (folder / cache.IMAGES).stat().st_size)
     labels = np.empty(num, dtype=np.int64)
 
     def fill(start: int, items: Sequence[Item]) -> None:

@@ -102,7 +102,9 @@ def _factor(recipe: Recipe, epoch: int) -> float:
 
 
 @torch.no_grad()
-def accuracy(net: Net, split: Split, space: PixelSpace, *, device: torch.device, chunk: int | None = None) -> float:
+def accuracy(
+    net: Net, split: Split, space: PixelSpace, *, device: torch.device, chunk: int | None = None
+) -> float:
     """Return the fraction of a split that `net` (in eval mode) classifies right.
 
     Args:

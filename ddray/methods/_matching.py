@@ -24,9 +24,9 @@ from ddray.seeding import derive_numpy, derive_seed
 Statistics = Callable[[Net, Tensor], tuple[Tensor, ...]]
 MeansLoss = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 
-# A block's map of one chunk stays below this: larger ones leave the cache, and above 32 MiB glibc maps and unmaps
-# fresh pages for each (measured on 2 cores: chunks of 32 CIFAR images 0.7 of the bare convolutions' time, of 64 2.1).
-_CHUNK_BYTES: Final = 16 * 2**20
+# A block's map of one chunk stays below this: larger ones leave the cache, and from 32 MiB on glibc maps and unmaps
+# fresh pages for each (ConvNet-3 on 2 cores: 64 images of 32 px at once take 1.6 times as long as 16 at a time).
+_CHUNK_BYTES: Final = 8 * 2**20
 # Real 32x32x3 images a run must process before compiling (about 20 s on 2 cores) has paid for itself fourfold.
 _COMPILE_WORTH: Final = 500_000
 
@@ -138,7 +138,9 @@ def chunks(total: int, sample_bytes: int, device: torch.device) -> Iterator[slic
         yield slice(start, min(total, start + size))
 
 
-def wants_compile(choice: str, *, num_steps: int, images_per_step: int, image_shape: tuple[int, int, int]) -> bool:
+def wants_compile(
+    choice: str, *, num_steps: int, images_per_step: int, image_shape: tuple[int, int, int]
+) -> bool:
     """Decide whether to compile the real branch.
 
     Args:
@@ -152,7 +154,9 @@ def wants_compile(choice: str, *, num_steps: int, images_per_step: int, image_sh
     """
     compiler = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
     if choice == "on" and compiler is None:
-        raise InputError("compile=on needs a C++ compiler (g++ or clang++) on the PATH; install one or use compile=off")
+        raise InputError(
+            "compile=on needs a C++ compiler (g++ or clang++) on the PATH; install one or use compile=off"
+        )
     if choice != "auto":
         return choice == "on"
     work = num_steps * images_per_step * image_shape[1] * image_shape[2] / 1024
@@ -169,7 +173,9 @@ class MeanMatching:
         loss: from real and synthetic class means [K, D_l] to a scalar.
     """
 
-    def __init__(self, ctx: DistillContext, config: MatchingConfig, statistics: Statistics, loss: MeansLoss) -> None:
+    def __init__(
+        self, ctx: DistillContext, config: MatchingConfig, statistics: Statistics, loss: MeansLoss
+    ) -> None:
         self._ctx = ctx
         self._loss = loss
         self.batches = ClassBatches(ctx, config.batch_real)
@@ -196,7 +202,11 @@ class MeanMatching:
         index = self.batches.draw(generator)
         plan = self._dsa.draw(self.batches.num_classes, generator, shared_op=False) if self._dsa else None
         real = self._real_means(index, plan)
-        synthetic = self.images if plan is None or self._dsa is None else self._dsa.apply(self.images, plan, self._labels_cpu)
+        synthetic = (
+            self.images
+            if plan is None or self._dsa is None
+            else self._dsa.apply(self.images, plan, self._labels_cpu)
+        )
         statistics = self._statistics(self.net, synthetic.contiguous(memory_format=torch.channels_last))
         loss = self._loss(real, [self._means(values) for values in statistics])
         self._optimizer.zero_grad(set_to_none=True)
@@ -212,7 +222,9 @@ class MeanMatching:
         """
         batches = self.batches
         sums: list[Tensor] = []
-        parts = chunks(len(index), self._sample_bytes, index.device) if self._chunked else [slice(0, len(index))]
+        parts = (
+            chunks(len(index), self._sample_bytes, index.device) if self._chunked else [slice(0, len(index))]
+        )
         for part in parts:
             images = batches.take(index[part])
             if plan is not None and self._dsa is not None:

@@ -12,7 +12,14 @@ from typing import Final
 from torch import Tensor
 
 from ddray.distill import DistillContext
-from ddray.methods._coreset import FeatureConfig, herding_order, per_class, pool_features, selection_method, take
+from ddray.methods._coreset import (
+    FeatureConfig,
+    herding_order,
+    per_class,
+    pool_features,
+    selection_method,
+    take,
+)
 
 
 class HerdingConfig(FeatureConfig):

@@ -19,7 +19,13 @@ def write_results(path: Path, rows: Sequence[Row]) -> None:
     import pandas as pd
 
     flat = [
-        {"key": row.key, "kind": row.kind, "status": row.status, **flatten(row.result), **flatten(row.spec, "spec.")}
+        {
+            "key": row.key,
+            "kind": row.kind,
+            "status": row.status,
+            **flatten(row.result),
+            **flatten(row.spec, "spec."),
+        }
         | {"wall_s": round(row.wall_s, 3), "error": row.error}
         for row in rows
     ]

@@ -1,0 +1,164 @@
+"""The end of a search: the winner and the paper's point on fresh seeds and all of train, scored on test once."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ddray import artifact
+from ddray.cluster.payload import Payload, pack, unpack
+from ddray.cluster.runtime import check_capacity, ray_runtime, set_threads, worker_device
+from ddray.cluster.trial import Job, score, trial_config
+from ddray.distill import run_distillation
+from ddray.errors import DdrayError
+from ddray.files import write_atomically
+from ddray.ledger import Ledger, Row, Unit
+from ddray.plan import Plan, make_context, make_distiller, pixel_space
+from ddray.report.images import save_grid
+from ddray.run import Run
+from ddray.seeding import derive_seed
+
+if TYPE_CHECKING:
+    from ddray.cluster.tune import TuneOptions
+
+
+def run_finals(
+    plan: Plan, job: Job, run: Run, points: Mapping[str, Row | None], options: TuneOptions
+) -> dict[str, dict[str, Any]]:
+    """Distil each point on fresh seeds from all of train, and score the sets on test.
+
+    Args:
+        plan: the search's plan.
+        job: the search's job.
+        run: where rows and artifacts go.
+        points: `best` and `paper` (None if it failed), as trial rows.
+        options: resources and the number of fresh seeds.
+
+    Returns:
+        Per point `{"artifact", "scores": {"test_accuracy_mean", "test_accuracy_std"}}`; mean and sample standard
+        deviation are over all networks of all fresh seeds.
+
+    Raises:
+        InputError: the test set can't be read.
+        DdrayError: every fresh seed of the winner failed.
+    """
+    units = {
+        name: [final_unit(job, row.spec["params"], number, plan) for number in range(options.final_sets)]
+        for name, row in points.items()
+        if row is not None
+    }
+    wanted = {unit.key: unit for several in units.values() for unit in several}
+    missing = [unit for key, unit in wanted.items() if run.ledger.row(key) is None]
+    if missing:
+        _run_missing(plan, job, run, missing, options)
+    found = {name: _summary(run, several) for name, several in units.items()}
+    if found["best"]["artifact"] is None:
+        errors = [row.error for unit in units["best"] if (row := run.ledger.row(unit.key)) is not None]
+        raise DdrayError(f"the winner failed on every fresh seed: {errors[0]}")
+    first = Path(found["best"]["artifact"])
+    final = run.folder / "distilled.pt"
+    with first.open("rb") as held:
+        write_atomically(final, lambda file: shutil.copyfileobj(held, file))
+    save_grid(artifact.load(final), final.with_suffix(".png"))
+    found["best"]["artifact"] = str(final)
+    return found
+
+
+def final_unit(job: Job, params: Mapping[str, Any], number: int, plan: Plan) -> Unit:
+    """Return the unit of one fresh seed: distilled from all of train, scored on test."""
+    spec = {
+        "params": dict(params),
+        "method": job.method,
+        "ipc": job.ipc,
+        "seed": derive_seed(job.seed, "final", number) % 2**31,
+        "fingerprint": plan.dataset.fingerprint,
+        "split": "train",
+        "scored_on": "test",
+        "config": trial_config(job, params).dump(),
+    }
+    return Unit(kind="evaluate", spec=spec)
+
+
+def _run_missing(plan: Plan, job: Job, run: Run, missing: list[Unit], options: TuneOptions) -> None:
+    """Run the units that have no row, in parallel."""
+    # Opened here and not before: a search must not see test, and a broken one must not cost a trial.
+    test, train = plan.dataset.test(), plan.dataset.train()
+    space = pixel_space(plan.config.pixel_space, plan.dataset, train)
+    with ray_runtime(options.address):
+        import ray
+
+        from ddray.cluster.fanout import Task, fan_out
+
+        fits = check_capacity(job.cpus, job.gpus)
+        payload = ray.put(pack(plan.dataset, train, "train", test, space))
+        tasks = [Task(unit.key, final_task, (job, payload, unit)) for unit in missing]
+        workers = min(fits, options.max_concurrent or fits, len(tasks))
+        for outcome in fan_out(tasks, num_workers=workers, cpus=job.cpus, gpus=job.gpus):
+            if outcome.error is not None:
+                unit = next(unit for unit in missing if unit.key == outcome.key)
+                row = Row(
+                    key=unit.key,
+                    kind=unit.kind,
+                    spec=unit.spec,
+                    status="failed",
+                    result={"attempts": outcome.attempts},
+                    wall_s=0.0,
+                    error=" ".join(str(outcome.error).split())[:300],
+                )
+                run.ledger.publish(unit, row, epoch=job.epoch)
+
+
+def final_task(job: Job, payload: Payload, unit: Unit) -> None:
+    """Distil one fresh seed and score it; runs in a worker and publishes its row."""
+    set_threads(job.cpus)
+    begin = time.perf_counter()
+    ledger = Ledger(Path(job.run_dir))
+    if ledger.row(unit.key) is not None:
+        return
+    ledger.begin(unit, epoch=job.epoch)
+    held = unpack(payload)
+    device = torch.device(worker_device(job.gpus))
+    config = trial_config(job, unit.spec["params"])
+    plan = Plan(job.method, held.dataset, job.ipc, unit.spec["seed"], config)
+    made = run_distillation(
+        make_distiller(plan),
+        make_context(plan, held.split, split_name="train", device=device, space=held.space),
+        checkpoint=Path(job.run_dir) / "checkpoints" / f"{unit.key}.pt" if config.steps else None,
+        checkpoint_every=config.checkpoint_every,
+    )
+    path = artifact_path(Path(job.run_dir), unit)
+    made.distilled.save(path)
+    scored = score(plan, made.distilled, held, device, seed=unit.spec["seed"])
+    row = Row(
+        key=unit.key,
+        kind=unit.kind,
+        spec=unit.spec,
+        status="done",
+        result=scored,
+        wall_s=time.perf_counter() - begin,
+    )
+    ledger.publish(unit, row, epoch=job.epoch)
+
+
+def artifact_path(run_dir: Path, unit: Unit) -> Path:
+    """Return where a fresh seed's set lies."""
+    return run_dir / "artifacts" / f"{unit.key}.pt"
+
+
+def _summary(run: Run, units: list[Unit]) -> dict[str, Any]:
+    """Return the artifact of the first fresh seed that worked, and the test score over all of them."""
+    rows = [row for unit in units if (row := run.ledger.row(unit.key)) is not None and row.status == "done"]
+    values = [value for row in rows for value in row.result["per_seed"]]
+    return {
+        "artifact": str(run.folder / "artifacts" / f"{rows[0].key}.pt") if rows else None,
+        "scores": {
+            "test_accuracy_mean": statistics.fmean(values) if values else None,
+            "test_accuracy_std": statistics.stdev(values) if len(values) > 1 else None,
+        },
+    }

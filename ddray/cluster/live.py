@@ -1,0 +1,75 @@
+"""The live table of a search's trials: redrawn on a terminal, one plain line per finished trial elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+log = logging.getLogger(__name__)
+_SHOWN = 20
+
+
+class LiveTable:
+    """Shows trials on stderr.
+
+    Args:
+        total: trials of the whole search.
+        done: those finished in earlier parts of the run.
+    """
+
+    def __init__(self, total: int, done: int) -> None:
+        self._total = total
+        self._before = done
+        self._begin = time.monotonic()
+        self._trials: dict[int, tuple[str, str, float | None, str]] = {}
+        self._live: Any = None
+
+    def __enter__(self) -> Self:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.live import Live
+
+            self._live = Live(self._table(), console=Console(stderr=True), refresh_per_second=2)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def update(self, number: int, params: Mapping[str, Any], status: str, metrics: Mapping[str, Any]) -> None:
+        """Show a trial's news: its status, and its val accuracy at its last rung if it has one."""
+        if status == "running" and self._trials.get(number, ("",))[0] not in ("", "running"):
+            return
+        value = metrics.get("val_accuracy")
+        text = ", ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in params.items())
+        looks = len(metrics.get("rungs", {}))
+        self._trials[number] = (status, text, value, str(looks) if looks else "-")
+        if self._live is not None:
+            self._live.update(self._table())
+        elif status != "running":
+            shown = "-" if value is None else f"{value:.1%}"
+            log.info("trial %d %s: val %s (%s) [%s]", number, status, shown, text, self._progress())
+
+    def _progress(self) -> str:
+        """Return finished trials of all, and the time left at this pace."""
+        ended = sum(status != "running" for status, *_ in self._trials.values())
+        done = self._before + ended
+        pace = (time.monotonic() - self._begin) / max(1, ended)
+        left = f", ETA {pace * (self._total - done):.0f} s" if ended and done < self._total else ""
+        return f"{done}/{self._total}{left}"
+
+    def _table(self) -> Any:
+        from rich.table import Table
+
+        table = Table("trial", "status", "val %", "looks", "settings", title=f"trials {self._progress()}")
+        for number in sorted(self._trials)[-_SHOWN:]:
+            status, text, value, looks = self._trials[number]
+            table.add_row(str(number), status, "-" if value is None else f"{100 * value:.1f}", looks, text)
+        return table

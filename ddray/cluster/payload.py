@@ -1,0 +1,106 @@
+"""What workers get through the object store: real images once per node, and copies at the boundary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ddray.data import Dataset, PixelSpace, Split
+from ddray.errors import InputError
+
+
+@dataclass(frozen=True)
+class Payload:
+    """A dataset's part as NumPy arrays (RAY.md 11: shared without a copy per worker) and plain values.
+
+    Attributes:
+        facts: name, class names, shape, statistics, fingerprint.
+        split_name: which part of the dataset `images` is.
+        images: uint8 [N, C, H, W] to distil from.
+        labels: int64 [N].
+        held_images: uint8 [M, C, H, W] to score on.
+        held_labels: int64 [M].
+        zca: zca_mean [D] and zca_matrix [D, D] fitted on `images`, or empty.
+        kind: pixel space.
+    """
+
+    facts: dict[str, Any]
+    split_name: str
+    images: np.ndarray[Any, Any]
+    labels: np.ndarray[Any, Any]
+    held_images: np.ndarray[Any, Any]
+    held_labels: np.ndarray[Any, Any]
+    zca: dict[str, np.ndarray[Any, Any]]
+    kind: str
+
+
+def pack(dataset: Dataset, split: Split, split_name: str, held: Split, space: PixelSpace) -> Payload:
+    """Return the payload of a split to distil from, and of the part to score on."""
+    zca = {"zca_mean": space.zca_mean, "zca_matrix": space.zca_matrix}
+    return Payload(
+        facts={
+            "name": dataset.name,
+            "class_names": dataset.class_names,
+            "image_shape": dataset.image_shape,
+            "mean": dataset.mean,
+            "std": dataset.std,
+            "can_flip": dataset.can_flip,
+            "fingerprint": dataset.fingerprint,
+        },
+        split_name=split_name,
+        images=split.images.numpy(),
+        labels=split.labels.numpy(),
+        held_images=held.images.numpy(),
+        held_labels=held.labels.numpy(),
+        zca={name: value.numpy() for name, value in zca.items() if value is not None and space.kind == "zca"},
+        kind=space.kind,
+    )
+
+
+@dataclass(frozen=True)
+class Unpacked:
+    """A worker's own copy of a payload.
+
+    Attributes:
+        dataset: facts only; its test set can't be opened from a worker.
+        split: to distil from.
+        held: to score on.
+        space: pixel space.
+    """
+
+    dataset: Dataset
+    split: Split
+    held: Split
+    space: PixelSpace
+
+
+_latest: tuple[tuple[str, str, int], Unpacked] | None = None
+
+
+def unpack(payload: Payload) -> Unpacked:
+    """Copy a payload out of the object store; a worker that runs many trials copies it once."""
+    global _latest
+    facts = dict(payload.facts)
+    identity = (facts["fingerprint"], f"{payload.split_name}:{payload.kind}", len(payload.held_labels))
+    if _latest is not None and _latest[0] == identity:
+        return _latest[1]
+    fingerprint = facts.pop("fingerprint")
+    split = Split(torch.tensor(payload.images), torch.tensor(payload.labels))
+    dataset = _WorkerDataset(**facts, load_train=lambda: split, load_test=_no_test)
+    dataset.__dict__["fingerprint"] = fingerprint  # the whole train set's, not this part's
+    zca = {name: torch.tensor(value) for name, value in payload.zca.items()}
+    space = PixelSpace(payload.kind, dataset.mean, dataset.std, **zca)  # type: ignore[arg-type]
+    held = Split(torch.tensor(payload.held_images), torch.tensor(payload.held_labels))
+    _latest = (identity, Unpacked(dataset, split, held, space))
+    return _latest[1]
+
+
+class _WorkerDataset(Dataset):
+    """A dataset known by its facts."""
+
+
+def _no_test() -> Split:
+    raise InputError("a worker is given the images it needs; it opens no test set")

@@ -1,0 +1,139 @@
+"""Starting and leaving Ray: a local instance or an existing cluster, quiet, with capacity checked first."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from ddray.errors import DdrayError, InputError
+
+log = logging.getLogger(__name__)
+
+# Set before Ray is imported: RAY.md 8 (working directory), 10 (GPUs of num_gpus=0 workers), 14 (quiet output).
+_ENVIRONMENT = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+
+
+@contextmanager
+def ray_runtime(address: str | None) -> Iterator[None]:
+    """Run a block with Ray started (or connected to), and leave it afterwards.
+
+    Args:
+        address: an existing cluster's address (`auto`, `host:port`, `ray://...`); None starts a local instance.
+
+    Raises:
+        InputError: no cluster answers at `address`.
+        DdrayError: a local instance could not be started.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    settings: dict[str, Any] = {
+        "logging_level": logging.ERROR,
+        "log_to_driver": False,
+        "namespace": "ddray",
+        "runtime_env": {"env_vars": {**_ENVIRONMENT, **_worker_environment()}},
+    }
+    try:
+        if address is None:
+            ray.init(include_dashboard=False, num_cpus=cpu_count(), **settings)
+        else:
+            ray.init(address=address, **settings)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        if address is not None:
+            raise InputError(f"--address must be a running Ray cluster, got {address!r}: {reason}") from error
+        raise DdrayError(f"Ray could not be started here: {reason}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def cpu_count() -> int:
+    """Return the CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _worker_environment() -> dict[str, str]:
+    """Return what workers need of this process's environment: where data and the package are."""
+    held = {name: os.environ[name] for name in ("DDRAY_HOME", "DDRAY_DATA") if name in os.environ}
+    # A package run from a folder (PYTHONPATH, or `python -m` in a checkout) must be found by local workers too.
+    root = str(Path(__file__).resolve().parents[2])
+    paths = [root, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    return {**held, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+
+
+def check_capacity(cpus: float, gpus: float) -> int:
+    """Return how many workers of this size fit the cluster at once (RAY.md 9: a task that never fits hangs silently).
+
+    Raises:
+        InputError: not even one fits.
+    """
+    import ray
+
+    have = ray.cluster_resources()
+    have_cpus, have_gpus = have.get("CPU", 0.0), have.get("GPU", 0.0)
+    if cpus > have_cpus:
+        raise InputError(f"--cpus-per-trial must be <= {have_cpus:g} (the cluster's CPUs), got {cpus:g}")
+    if gpus > have_gpus:
+        raise InputError(f"--gpus-per-trial must be <= {have_gpus:g} (the cluster's GPUs), got {gpus:g}")
+    fits = [int(have_cpus // cpus)] if cpus > 0 else []
+    if gpus > 0:
+        fits.append(int(have_gpus // gpus))
+    return max(1, min(fits))
+
+
+@contextmanager
+def sigterm_as_sigint() -> Iterator[None]:
+    """Handle SIGTERM as SIGINT, which Tune ends cleanly on (RAY.md 1). Does nothing outside the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGTERM, forward)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def set_threads(cpus: float) -> None:
+    """Give this worker's torch its share of cores (RAY.md 7: a Ray worker has one thread whatever num_cpus says)."""
+    import torch
+
+    torch.set_num_threads(max(1, int(cpus)))
+
+
+def worker_device(gpus: float) -> str:
+    """Return the device of a worker: CUDA only if it was given a GPU, whatever it can see (RAY.md 10)."""
+    import torch
+
+    return "cuda" if gpus > 0 and torch.cuda.is_available() else "cpu"
+
+
+def quiet_workers() -> None:
+    """Send a worker's log lines to its stderr, warnings and above."""
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)

@@ -1,0 +1,173 @@
+"""Running a search's trials under Ray Tune: scheduler, callbacks, and the function that Tune calls."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray import tune
+from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig, Tuner
+from ray.tune.logger import TBXLoggerCallback
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+
+from ddray.cluster.live import LiveTable
+from ddray.cluster.search import METRIC, FunctionSource, NumberedSearch, TpeSource, stopped_row, unfinished
+from ddray.cluster.trial import ETA, run_trial
+from ddray.ledger import Row
+from ddray.space import grid, sample
+from ddray.study import write_study
+
+if TYPE_CHECKING:
+    from ddray.cluster.payload import Payload
+    from ddray.cluster.tune import Search
+
+log = logging.getLogger(__name__)
+MAX_FAILURES = 2
+
+
+class PaperSafeAsha(AsyncHyperBandScheduler):  # type: ignore[misc]
+    """ASHA that never stops trial 0, so that the paper's point is compared at full length.
+
+    Args:
+        budgets: the rungs.
+        rows: finished trials of earlier parts of the run: their rungs count again.
+    """
+
+    def __init__(self, budgets: tuple[int, ...], rows: list[Row]) -> None:
+        super().__init__(
+            time_attr="budget",
+            metric=METRIC,
+            mode="max",
+            max_t=budgets[-1] + 1,
+            grace_period=1,
+            reduction_factor=ETA,
+        )
+        for row in rows:
+            self._recall(row)
+
+    def _recall(self, row: Row) -> None:
+        """Enter a finished trial's rungs."""
+
+        class Known:
+            trial_id = f"number-{row.spec['number']}"
+
+        for budget, value in row.result.get("rungs", {}).items():
+            self._brackets[0].on_result(Known, int(budget), float(value))
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Return the scheduler's decision."""
+        decision = super().on_trial_result(tune_controller, trial, result)
+        return str(TrialScheduler.CONTINUE if result.get("number") == 0 else decision)
+
+
+class Publisher(Callback):  # type: ignore[misc]
+    """Publishes the rows that a worker can't: of trials that the scheduler stopped, and of those that kept crashing."""
+
+    def __init__(self, search: Search, live: LiveTable) -> None:
+        self._search = search
+        self._live = live
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Show a rung."""
+        self._live.update(trial.config["number"], trial.config["params"], "running", result)
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Say that a trial is tried again."""
+        log.warning("trial %d: its worker failed, trying again", trial.config["number"])
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Publish a stopped trial's row."""
+        number, params = trial.config["number"], trial.config["params"]
+        row = self._search.row_of(number, params)
+        if row is None:
+            unit = self._search.unit(number, params)
+            draft = stopped_row(number, params, trial.last_result)
+            wall_s = float(trial.last_result.get("time_total_s", 0.0))
+            row = draft.model_copy(update={"key": unit.key, "spec": unit.spec, "wall_s": wall_s})
+            self._search.ledger.publish(unit, row, epoch=self._search.job.epoch)
+        stopped = row.status == "done" and row.result["stopped_early"]
+        self._live.update(number, params, "stopped early" if stopped else row.status, row.result)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Publish a failed row for a trial whose retries are used up."""
+        number, params = trial.config["number"], trial.config["params"]
+        unit = self._search.unit(number, params)
+        error = trial.get_pickled_error() or trial.get_error()
+        lines = [line for line in str(error or "worker died").strip().splitlines() if line.strip()]
+        reason = f"failed {MAX_FAILURES + 1} times; last: {lines[-1].strip()[:300]}"
+        row = Row(
+            key=unit.key,
+            kind="trial",
+            spec=unit.spec,
+            status="failed",
+            result={"number": number},
+            wall_s=0.0,
+            error=reason,
+        )
+        self._search.ledger.publish(unit, row, epoch=self._search.job.epoch)
+        self._live.update(number, params, "failed", {})
+
+
+def _trainable(config: dict[str, Any], *, job: Any, payload: Any) -> None:
+    """What Tune runs in a worker."""
+    run_trial(job, payload, config["number"], config["params"], tune.report)
+
+
+def run_tune(search: Search, payload: Payload, concurrent: int) -> None:
+    """Run the missing trials of a search under Tune.
+
+    Args:
+        search: what to run.
+        payload: the real images, put into the object store once.
+        concurrent: trials at a time.
+    """
+    options, job = search.options, search.job
+    rows = search.rows()
+    live = LiveTable(search.num_samples, len(rows))
+    asha = len(job.budgets) > 1
+    tuner = Tuner(
+        tune.with_resources(
+            tune.with_parameters(_trainable, job=job, payload=payload),
+            {"cpu": options.cpus_per_trial, "gpu": options.gpus_per_trial},
+        ),
+        tune_config=TuneConfig(
+            search_alg=_numbered(search, rows),
+            scheduler=PaperSafeAsha(job.budgets, rows) if asha else FIFOScheduler(),
+            num_samples=-1,
+            max_concurrent_trials=concurrent,
+            reuse_actors=True,
+        ),
+        run_config=RunConfig(
+            name=f"epoch-{job.epoch}",
+            storage_path=str(search.folder / "tune"),
+            callbacks=[Publisher(search, live), TBXLoggerCallback()],
+            failure_config=FailureConfig(max_failures=MAX_FAILURES),
+            verbose=0,
+        ),
+    )
+    with live:
+        tuner.fit()
+    write_study(search.folder / "optuna.journal", search.space, search.rows())
+
+
+def _numbered(search: Search, rows: list[Row]) -> NumberedSearch:
+    """Return the searcher: unfinished trials first, then the paper's point, then new numbers."""
+    options, space, seed = search.options, search.space, search.job.seed
+    given = unfinished(search.ledger.events(), rows, search.job)
+    if 0 in search.missing() and 0 not in dict(given):
+        given.insert(0, (0, search.paper))
+    fresh = [number for number in search.missing() if number not in dict(given)]
+    source: TpeSource | FunctionSource
+    if options.strategy in ("asha-tpe", "tpe") and space:
+        path = search.folder / "optuna.journal"
+        source = TpeSource(space, rows, seed=seed, num_samples=search.num_samples, path=path)
+    elif options.strategy == "grid":
+        source = FunctionSource(grid(space, search.paper).__getitem__)
+    else:
+        source = FunctionSource(lambda number: sample(space, seed, number))
+    deadline = None if options.time_budget is None else time.monotonic() + options.time_budget
+    return NumberedSearch(source, given=given, fresh=fresh, row_of=search.row_of, deadline=deadline)

@@ -1,0 +1,187 @@
+"""Searchers that number their trials, so that a trial is the same unit whoever asks for it, and a resume can go on.
+
+`NumberedSearch` hands out unfinished trials first, then new numbers; the settings of a new number come from OptunaSearch
+(TPE) or, for `random` and `grid`, from a pure function of the number (RAY.md 20).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from ray.tune.search import Searcher
+from ray.tune.search.optuna import OptunaSearch
+
+from ddray.cluster.trial import Job, trial_result
+from ddray.ledger import Row
+from ddray.seeding import derive_seed
+from ddray.space import Space
+from ddray.study import STUDY, add_row, write_study
+
+METRIC = "val_accuracy"
+
+
+class TpeSource:
+    """Settings from OptunaSearch's TPE, whose study is rebuilt from the ledger and lives in a journal file.
+
+    Trials that ASHA stopped enter as PRUNED with the values of their rungs; Tune's own OptunaSearch would tell them
+    COMPLETE at their last rung's value, so that low-fidelity scores would pass for final ones (RAY.md 4).
+
+    Args:
+        space: the ranges.
+        rows: finished trials so far.
+        seed: the search's seed.
+        num_samples: trials in all, for the number of random ones at the start.
+        path: the journal file; an old one is replaced.
+    """
+
+    def __init__(self, space: Space, rows: Sequence[Row], *, seed: int, num_samples: int, path: Path) -> None:
+        self._space = space
+        # With the same seed a rebuilt sampler would propose its first points again (RAY.md 20).
+        sampler = optuna.samplers.TPESampler(
+            seed=derive_seed(seed, "tpe", len(rows)) % 2**32,
+            n_startup_trials=max(3, min(10, num_samples // 3)),
+        )
+        self._storage = write_study(path, space, rows)
+        distributions = {name: held.distribution() for name, held in space.items()}
+        self._search = OptunaSearch(
+            space=distributions,
+            metric=METRIC,
+            mode="max",
+            sampler=sampler,
+            study_name=STUDY,
+            storage=self._storage,
+        )
+
+    def suggest(self, trial_id: str, number: int) -> dict[str, Any]:
+        """Return the settings of a new trial."""
+        held = self._search.suggest(trial_id)
+        return {name: self._space[name].from_optuna(value) for name, value in held.items()}
+
+    def complete(self, trial_id: str, row: Row | None) -> None:
+        """Tell the study how a suggested trial ended: its value, its rungs if it was stopped, or a failure."""
+        if row is None or row.status == "failed":
+            self._search.on_trial_complete(trial_id, None, error=True)
+            return
+        held = self._search._ot_trials[trial_id]
+        for budget, value in row.result["rungs"].items():
+            held.report(value, int(budget))
+        result = None if row.result["stopped_early"] else {METRIC: row.result["val_accuracy"]}
+        self._search.on_trial_complete(trial_id, result)
+
+    def add(self, row: Row) -> None:
+        """Tell the study of a trial that it did not suggest."""
+        add_row(optuna.load_study(study_name=STUDY, storage=self._storage), self._space, row)
+
+
+class FunctionSource:
+    """Settings as a pure function of the trial's number (`random`, `grid`)."""
+
+    def __init__(self, function: Callable[[int], Mapping[str, Any]]) -> None:
+        self._function = function
+
+    def suggest(self, trial_id: str, number: int) -> dict[str, Any]:
+        """Return the settings of a new trial."""
+        return dict(self._function(number))
+
+    def complete(self, trial_id: str, row: Row | None) -> None:
+        """Nothing to learn."""
+
+    def add(self, row: Row) -> None:
+        """Nothing to learn."""
+
+
+class NumberedSearch(Searcher):  # type: ignore[misc]
+    """Hands out numbered trials: given ones first (the paper's point, unfinished ones), then new numbers.
+
+    Args:
+        source: settings of new numbers.
+        given: (number, settings) to run first.
+        fresh: new numbers, in order.
+        row_of: the published row of a (number, settings), if any.
+        deadline: monotonic time after which no trial starts; None for none.
+    """
+
+    def __init__(
+        self,
+        source: TpeSource | FunctionSource,
+        *,
+        given: Sequence[tuple[int, dict[str, Any]]],
+        fresh: Sequence[int],
+        row_of: Callable[[int, Mapping[str, Any]], Row | None],
+        deadline: float | None,
+    ) -> None:
+        super().__init__(metric=METRIC, mode="max")
+        self._source = source
+        self._given = list(given)
+        self._fresh = list(fresh)
+        self._row_of = row_of
+        self._deadline = deadline
+        self._running: dict[str, tuple[int, dict[str, Any], bool]] = {}
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """Return the next trial's `{"number", "params"}`, or FINISHED."""
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            return str(Searcher.FINISHED)
+        if self._given:
+            number, params = self._given.pop(0)
+            self._running[trial_id] = (number, params, False)
+        elif self._fresh:
+            number = self._fresh.pop(0)
+            params = self._source.suggest(trial_id, number)
+            self._running[trial_id] = (number, params, True)
+        else:
+            return str(Searcher.FINISHED)
+        return {"number": number, "params": params}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Take nothing: the study hears of rungs from the row, once."""
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Tell the source how the trial ended, by its published row (callbacks publish before searchers hear)."""
+        number, params, suggested = self._running.pop(trial_id)
+        row = self._row_of(number, params)
+        if row is None and result is not None and not error:
+            # The scheduler stopped it; the callback publishes this very row.
+            row = stopped_row(number, params, result)
+        if suggested:
+            self._source.complete(trial_id, row)
+        elif row is not None:
+            self._source.add(row)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Keep nothing: a resumed search is rebuilt from the ledger."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Take nothing."""
+
+
+def stopped_row(number: int, params: Mapping[str, Any], result: Mapping[str, Any]) -> Row:
+    """Return the row (without a key yet) of a trial that the scheduler stopped after `result`."""
+    rungs = {int(budget): value for budget, value in result.get("rungs", {}).items()}
+    rungs.setdefault(int(result["budget"]), float(result[METRIC]))
+    held = trial_result(number, params, rungs, stopped_early=True)
+    return Row(key="", kind="trial", spec={}, status="done", result=held, wall_s=0.0)
+
+
+def numbers_of(rows: Sequence[Row]) -> set[int]:
+    """Return the trial numbers that have a row."""
+    return {int(row.spec["number"]) for row in rows}
+
+
+def unfinished(
+    events: Sequence[Mapping[str, Any]], rows: Sequence[Row], job: Job
+) -> list[tuple[int, dict[str, Any]]]:
+    """Return (number, settings) of trials that were started and have no row, by number."""
+    done = numbers_of(rows)
+    started = {
+        int(event["number"]): dict(event["params"])
+        for event in events
+        if event["event"] in ("start", "retry") and "params" in event and "number" in event
+    }
+    return sorted((number, params) for number, params in started.items() if number not in done)

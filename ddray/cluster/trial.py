@@ -1,0 +1,252 @@
+"""One trial in a worker: distil, look at val at every rung, publish one row. Nothing here needs Tune."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from ddray.artifact import DistilledSet
+from ddray.cluster.payload import Payload, Unpacked, unpack
+from ddray.cluster.runtime import quiet_workers, set_threads, worker_device
+from ddray.config import merge
+from ddray.distill import DistillResult, run_distillation
+from ddray.errors import DivergedError
+from ddray.evaluate import EvalContext, evaluate_archs
+from ddray.evaluate.hard import Hard
+from ddray.evaluate.training import Recipe
+from ddray.files import write_text
+from ddray.ledger import Ledger, Row, Unit
+from ddray.methods import get_method
+from ddray.plan import Plan, RunConfig, make_context, make_distiller
+
+ETA: Final = 3
+"""ASHA's reduction factor: a third of the trials go on at each rung."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every trial of a search shares.
+
+    Attributes:
+        run_dir: absolute path of the run.
+        epoch: run epoch to publish under.
+        method: the method's name.
+        ipc: images per class.
+        seed: the search's seed, the same for every trial (common random numbers).
+        config: the resolved configuration as plain values; a trial changes `method.*`.
+        budgets: rungs as parts of the last one, such as (1, 3, 9); (1,) has no early look.
+        cpus: cores of a worker.
+        gpus: GPUs of a worker.
+    """
+
+    run_dir: str
+    epoch: int
+    method: str
+    ipc: int
+    seed: int
+    config: Mapping[str, Any]
+    budgets: tuple[int, ...]
+    cpus: float
+    gpus: float
+
+
+def trial_config(job: Job, params: Mapping[str, Any]) -> RunConfig[Any]:
+    """Return the configuration of a trial.
+
+    Raises:
+        InputError: a setting breaks the method's rules.
+    """
+    config_type = get_method(job.method).config_type
+    values = merge(job.config, {"method": dict(params)})
+    return RunConfig[config_type].parse(values)  # type: ignore[valid-type]
+
+
+def trial_unit(job: Job, number: int, params: Mapping[str, Any], fingerprint: str) -> Unit:
+    """Return the ledger unit of a trial; its number is part of it."""
+    spec = {
+        "number": number,
+        "params": dict(params),
+        "method": job.method,
+        "ipc": job.ipc,
+        "seed": job.seed,
+        "fingerprint": fingerprint,
+        "split": split_name(job.seed),
+        "budgets": list(job.budgets),
+        "config": trial_config(job, params).dump(),
+    }
+    return Unit(kind="trial", spec=spec)
+
+
+def split_name(seed: int) -> str:
+    """Return the name of the nine tenths of train that a search distils from."""
+    return f"train-val{seed}"
+
+
+def rung_steps(steps: int, budgets: tuple[int, ...]) -> dict[int, int]:
+    """Return step -> budget for the rungs of a run of `steps`."""
+    return {max(1, steps * budget // budgets[-1]): budget for budget in budgets} if steps else {}
+
+
+class Rungs:
+    """The val accuracies of a trial's rungs, kept beside its checkpoint, so that a resumed trial looks only once."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.values: dict[int, float] = {}
+        if path.exists():
+            self.values = {int(k): float(v) for k, v in json.loads(path.read_text(encoding="utf-8")).items()}
+
+    def add(self, budget: int, value: float) -> None:
+        """Keep a rung's value."""
+        self.values[budget] = value
+        write_text(self._path, json.dumps(self.values))
+
+
+def score(
+    plan: Plan, made: DistilledSet, held: Unpacked, device: torch.device, *, seed: int
+) -> dict[str, Any]:
+    """Return the accuracy of a set on the payload's held-out part, over `evaluate.seeds` networks."""
+    recipe = Recipe.parse({name: getattr(plan.config.evaluate, name) for name in Recipe.model_fields})
+    ctx = EvalContext(held.dataset, held.held, held.space, device)
+    return evaluate_archs(
+        Hard(recipe),
+        made.decode(),
+        ctx,
+        archs=(plan.arch,),
+        num_seeds=plan.config.evaluate.seeds,
+        seed=seed,
+    )[0]
+
+
+def run_trial(
+    job: Job,
+    payload: Payload,
+    number: int,
+    params: Mapping[str, Any],
+    report: Callable[[dict[str, Any]], None],
+) -> None:
+    """Run one trial to its end and publish its row.
+
+    Args:
+        job: what all trials share.
+        payload: the real images.
+        number: the trial's number.
+        params: its settings.
+        report: called with each rung's metrics; may not return if the scheduler stops the trial.
+
+    Raises:
+        Exception: a crash or lack of memory; the caller retries it. A diverged trial does not raise: its failed row
+            is published, and `report` gets `failed=True`.
+    """
+    quiet_workers()
+    set_threads(job.cpus)
+    device = torch.device(worker_device(job.gpus))
+    held = unpack(payload)
+    unit = trial_unit(job, number, params, held.dataset.fingerprint)
+    ledger = Ledger(Path(job.run_dir))
+    known = ledger.row(unit.key)
+    if known is not None:
+        report(_final_metrics(known, job))
+        return
+    ledger.begin(unit, epoch=job.epoch, number=number, params=dict(params))
+    begin = time.perf_counter()
+    rungs = Rungs(Path(job.run_dir) / "checkpoints" / f"{unit.key}.rungs.json")
+    plan = Plan(job.method, held.dataset, job.ipc, job.seed, trial_config(job, params))
+    try:
+        made = _distil(plan, job, held, unit, rungs, device, report)
+    except DivergedError as error:
+        row = _row(unit, "failed", {"number": number, "rungs": rungs.values}, begin, str(error))
+        ledger.publish(unit, row, epoch=job.epoch)
+        report(_final_metrics(row, job))
+        return
+    result = trial_result(number, params, rungs.values, stopped_early=False)
+    first, final = made.edge_losses()
+    more = {"first_loss": first, "final_loss": final, "seconds_per_step": made.seconds_per_step}
+    row = _row(unit, "done", {**result, **more}, begin, None)
+    ledger.publish(unit, row, epoch=job.epoch)
+    report(_final_metrics(row, job))
+
+
+def trial_result(
+    number: int, params: Mapping[str, Any], rungs: Mapping[int, float], *, stopped_early: bool
+) -> dict[str, Any]:
+    """Return a trial row's result; `val_accuracy` is that of the last rung it reached."""
+    return {
+        "number": number,
+        "params": dict(params),
+        "val_accuracy": rungs[max(rungs)],
+        "rungs": {str(budget): value for budget, value in sorted(rungs.items())},
+        "stopped_early": stopped_early,
+    }
+
+
+def _distil(
+    plan: Plan,
+    job: Job,
+    held: Unpacked,
+    unit: Unit,
+    rungs: Rungs,
+    device: torch.device,
+    report: Callable[[dict[str, Any]], None],
+) -> DistillResult:
+    """Distil, scoring on val at every rung; the last rung is the end."""
+    distiller = make_distiller(plan)
+    ctx = make_context(plan, held.split, split_name=split_name(job.seed), device=device, space=held.space)
+    steps = rung_steps(plan.config.steps, job.budgets)
+
+    def look(step: int, loss: float) -> None:
+        budget = steps.get(step)
+        if budget is None or budget == job.budgets[-1]:
+            return
+        if budget not in rungs.values:
+            rungs.add(budget, _val(plan, distiller.snapshot(), held, device))
+        report(_metrics(unit.spec["number"], budget, rungs.values, failed=False))
+
+    made = run_distillation(
+        distiller,
+        ctx,
+        checkpoint=Path(job.run_dir) / "checkpoints" / f"{unit.key}.pt" if plan.config.steps else None,
+        checkpoint_every=plan.config.checkpoint_every,
+        looks=tuple(steps),
+        on_step=look,
+    )
+    if job.budgets[-1] not in rungs.values:
+        rungs.add(job.budgets[-1], _val(plan, made.distilled, held, device))
+    return made
+
+
+def _val(plan: Plan, made: DistilledSet, held: Unpacked, device: torch.device) -> float:
+    if not made.is_finite():
+        raise DivergedError(f"{plan.method} diverged: an image is NaN or infinite; lower lr_img")
+    return float(score(plan, made, held, device, seed=plan.seed)["accuracy_mean"])
+
+
+def _row(unit: Unit, status: Any, result: dict[str, Any], begin: float, error: str | None) -> Row:
+    wall_s = time.perf_counter() - begin
+    return Row(
+        key=unit.key, kind="trial", spec=unit.spec, status=status, result=result, wall_s=wall_s, error=error
+    )
+
+
+def _final_metrics(row: Row, job: Job) -> dict[str, Any]:
+    """Return what the scheduler is told at the end."""
+    failed = row.status == "failed"
+    rungs = {job.budgets[-1]: 0.0} if failed else {int(b): v for b, v in row.result["rungs"].items()}
+    return _metrics(row.result["number"], job.budgets[-1], rungs, failed=failed)
+
+
+def _metrics(number: int, budget: int, rungs: Mapping[int, float], *, failed: bool) -> dict[str, Any]:
+    """Return the metrics of a look; a failed trial ranks below every other."""
+    return {
+        "val_accuracy": 0.0 if failed else rungs[max(rungs)],
+        "budget": budget,
+        "number": number,
+        "failed": failed,
+        "rungs": {str(b): v for b, v in rungs.items()},
+    }

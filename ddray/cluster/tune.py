@@ -1,0 +1,265 @@
+"""`ddray tune`: Ray Tune schedules and searches, the ledger is the record of truth (RAY.md 1, 19, 20).
+
+A search distils from nine tenths of train and scores on the tenth it keeps back. Test is opened once, after the search
+has ended, for the winner and the paper's point on fresh seeds.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from ddray.cluster.finals import run_finals
+from ddray.cluster.payload import Payload, pack
+from ddray.cluster.runtime import check_capacity, ray_runtime, sigterm_as_sigint
+from ddray.cluster.trial import ETA, Job, split_name, trial_config, trial_unit
+from ddray.config import Config
+from ddray.data import carve_val
+from ddray.errors import DdrayError, InputError, InterruptedRunError, unknown
+from ddray.ledger import Row
+from ddray.plan import Plan, check_ipc, make_distiller, pixel_space
+from ddray.report.table import write_results
+from ddray.report.tune_page import write_report
+from ddray.run import Run, open_run
+from ddray.shipped import shipped
+from ddray.space import Range, grid, read_space, sample
+
+log = logging.getLogger(__name__)
+
+Strategy = Literal["asha-tpe", "tpe", "random", "grid", "pb2"]
+
+
+class TuneOptions(Config):
+    """How a search is run (nothing here changes what a trial is)."""
+
+    num_samples: int = Field(default=16, ge=1)
+    strategy: Strategy = "asha-tpe"
+    cpus_per_trial: float = Field(default=1.0, gt=0)
+    gpus_per_trial: float = Field(default=0.0, ge=0)
+    max_concurrent: int | None = Field(default=None, ge=1)
+    time_budget: float | None = Field(default=None, gt=0)
+    address: str | None = None
+    final_sets: int = Field(default=3, ge=1)
+    """Fresh seeds on which the winner and the paper's point are distilled again for the test score."""
+
+
+def tune(
+    plan: Plan, options: TuneOptions, *, space_file: Path | None, run_dir: Path | None, resume: bool
+) -> dict[str, Any]:
+    """Run a search, or continue one.
+
+    Args:
+        plan: the method's resolved settings; the paper's point of the search.
+        options: strategy, size, resources.
+        space_file: ranges; None takes the method's shipped ones.
+        run_dir: the run's folder; None makes a numbered one.
+        resume: continue what the folder holds.
+
+    Returns:
+        The command's JSON (DESIGN: commands).
+
+    Raises:
+        InputError: the space, the plan or an option is bad, or the test set can't be read at the end.
+        InterruptedRunError: SIGINT or SIGTERM; what had finished is kept.
+        DdrayError: no trial finished.
+    """
+    begin = time.perf_counter()
+    space = _space(plan, space_file)
+    make_distiller(plan)
+    paper = {name: plan.config.method.dump()[name] for name in space}
+    train, val = carve_val(plan.dataset.train(), seed=plan.seed)
+    check_ipc(plan.ipc, train, plan.dataset)
+    config = {
+        **plan.describe(),
+        "strategy": options.strategy,
+        "num_samples": _num_samples(options, space, paper),
+        "space": {name: {held.kind: held.ends()} for name, held in space.items()},
+        "final_sets": options.final_sets,
+    }
+    run = open_run(run_dir, config, command="tune", resume=resume)
+    job = Job(
+        run_dir=str(run.folder),
+        epoch=run.epoch,
+        method=plan.method,
+        ipc=plan.ipc,
+        seed=plan.seed,
+        config=plan.config.dump(),
+        budgets=_budgets(options.strategy, plan.config.steps),
+        cpus=options.cpus_per_trial,
+        gpus=options.gpus_per_trial,
+    )
+    search = Search(plan, options, space, paper, job, run, config["num_samples"])
+    for name, held in space.items():
+        for value in held.ends():
+            trial_config(job, {name: value})
+    if search.missing():
+        with sigterm_as_sigint(), ray_runtime(options.address):
+            whitening = pixel_space(plan.config.pixel_space, plan.dataset, train)
+            search.run(pack(plan.dataset, train, split_name(plan.seed), val, whitening))
+    rows = search.rows()
+    write_results(run.folder / "results.csv", run.ledger.rows())
+    best, paper_row = _best(rows), _paper(rows)
+    with sigterm_as_sigint():
+        scores = run_finals(plan, job, run, {"best": best, "paper": paper_row}, options)
+    write_results(run.folder / "results.csv", run.ledger.rows())
+    result = _result(run, rows, best, paper_row, scores, begin)
+    write_report(run.folder, result, rows, space)
+    return result
+
+
+def _space(plan: Plan, space_file: Path | None) -> dict[str, Range]:
+    """Return the ranges, each a field of the method.
+
+    Raises:
+        InputError: the file is missing or names a field that the method does not have.
+    """
+    path = space_file or shipped("search_spaces", "hpo", f"{plan.method}.yaml")
+    if not path.is_file():
+        raise InputError(f"a search needs a space file, got {path}; write one and pass it with --space")
+    space = read_space(path)
+    fields = type(plan.config.method).model_fields
+    for name in space:
+        if name not in fields:
+            raise unknown(f"{path}: a range's name", name, fields)
+    return space
+
+
+def _num_samples(options: TuneOptions, space: Mapping[str, Range], paper: Mapping[str, Any]) -> int:
+    """Return the number of trials: as asked, or the whole grid.
+
+    Raises:
+        InputError: there is nothing to vary, or PB2 gets ranges it can't use.
+    """
+    if options.strategy == "grid":
+        return len(grid(space, paper))
+    if not space and options.num_samples > 1:
+        raise InputError(
+            f"--num-samples must be 1 where the space file has no range (every trial would be the same), "
+            f"got {options.num_samples}"
+        )
+    if options.strategy == "pb2":
+        from ddray.cluster.pb2 import check_space
+
+        check_space(space, options.num_samples)
+    return options.num_samples
+
+
+def _budgets(strategy: Strategy, steps: int) -> tuple[int, ...]:
+    """Return the rungs of a trial as parts of the last: looks at a ninth, a third and the whole for ASHA."""
+    if strategy == "asha-tpe" and steps >= ETA**2:
+        return (1, ETA, ETA**2)
+    return (1,)
+
+
+class Search:
+    """One search: what is done, what is missing, and how to run the rest."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        options: TuneOptions,
+        space: Mapping[str, Range],
+        paper: dict[str, Any],
+        job: Job,
+        run: Run,
+        num_samples: int,
+    ) -> None:
+        self.plan, self.options, self.space, self.paper = plan, options, space, paper
+        self.job, self.ledger, self.folder, self.num_samples = job, run.ledger, run.folder, num_samples
+
+    def rows(self) -> list[Row]:
+        """Return the trials' rows, by number."""
+        return sorted(self.ledger.rows("trial"), key=lambda row: int(row.spec["number"]))
+
+    def missing(self) -> list[int]:
+        """Return the numbers without a row."""
+        done = {int(row.spec["number"]) for row in self.rows()}
+        return [number for number in range(self.num_samples) if number not in done]
+
+    def row_of(self, number: int, params: Mapping[str, Any]) -> Row | None:
+        """Return the published row of a trial, or None."""
+        return self.ledger.row(self.unit(number, params).key)
+
+    def unit(self, number: int, params: Mapping[str, Any]) -> Any:
+        """Return the unit of a trial."""
+        return trial_unit(self.job, number, params, self.plan.dataset.fingerprint)
+
+    def run(self, payload: Payload) -> None:
+        """Run what is missing.
+
+        Raises:
+            InterruptedRunError: a signal came, or the time budget ended before the paper's point.
+        """
+        fits = check_capacity(self.options.cpus_per_trial, self.options.gpus_per_trial)
+        concurrent = min(fits, self.options.max_concurrent or fits)
+        begin = time.monotonic()
+        if self.options.strategy == "pb2":
+            from ddray.cluster.pb2 import run_pb2
+
+            run_pb2(self, payload, concurrent)
+        else:
+            from ddray.cluster.scheduling import run_tune
+
+            run_tune(self, payload, concurrent)
+        missing = self.missing()
+        budget = self.options.time_budget
+        out_of_time = budget is not None and time.monotonic() - begin >= budget
+        if missing and not (out_of_time and 0 not in missing):
+            raise InterruptedRunError(
+                f"the search ended with {self.num_samples - len(missing)} of {self.num_samples} trials in "
+                f"{self.folder}; run again with --run-dir {self.folder} --resume to finish it"
+            )
+
+
+def _best(rows: Sequence[Row]) -> Row:
+    """Return the trial with the highest val accuracy at full length (the earliest one of equals).
+
+    Raises:
+        DdrayError: no trial finished.
+    """
+    whole = [row for row in rows if row.status == "done" and not row.result["stopped_early"]]
+    if not whole:
+        reasons = sorted({row.error or "unknown" for row in rows})
+        raise DdrayError(f"no trial finished: {'; '.join(reasons)}; narrow the space or lower lr_img")
+    return max(whole, key=lambda row: (row.result["val_accuracy"], -int(row.spec["number"])))
+
+
+def _paper(rows: Sequence[Row]) -> Row | None:
+    """Return the paper's own point (trial 0) if it finished."""
+    return next((row for row in rows if int(row.spec["number"]) == 0 and row.status == "done"), None)
+
+
+def _result(
+    run: Run,
+    rows: Sequence[Row],
+    best: Row,
+    paper: Row | None,
+    scores: Mapping[str, Mapping[str, Any]],
+    begin: float,
+) -> dict[str, Any]:
+    """Return the command's JSON."""
+    done = [row for row in rows if row.status == "done"]
+    none = {"test_accuracy_mean": None, "test_accuracy_std": None}
+    return {
+        "run_dir": str(run.folder),
+        "num_trials": len(rows),
+        "num_failed": len(rows) - len(done),
+        "num_stopped_early": sum(bool(row.result["stopped_early"]) for row in done),
+        "best": {
+            "config": best.spec["params"],
+            "val_accuracy": best.result["val_accuracy"],
+            "trial": best.spec["number"],
+        },
+        "paper_point": {
+            "val_accuracy": paper.result["val_accuracy"] if paper else None,
+            **(scores["paper"]["scores"] if paper else none),
+        },
+        "artifact": scores["best"]["artifact"],
+        **scores["best"]["scores"],
+        "wall_s": time.perf_counter() - begin,
+    }

@@ -1,0 +1,105 @@
+"""report.html of a search: one self-contained page, plots by Optuna's own plotly functions, no network access."""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ddray import artifact
+from ddray.files import write_text
+from ddray.ledger import Row
+from ddray.report.images import grid, png
+from ddray.space import Space
+from ddray.study import study_of
+
+log = logging.getLogger(__name__)
+
+
+def write_report(run_dir: Path, result: Mapping[str, Any], rows: Sequence[Row], space: Space) -> None:
+    """Write `<run>/report.html`.
+
+    Args:
+        run_dir: the run's folder; config.yaml and environment.json are shown from it.
+        result: the command's JSON.
+        rows: the trials' rows, by number.
+        space: the ranges, for the plots.
+
+    Raises:
+        StorageError: the page can't be written.
+    """
+    from jinja2 import Environment, PackageLoader, select_autoescape
+
+    loader = Environment(loader=PackageLoader("ddray.report"), autoescape=select_autoescape())
+    names = list(space)
+    page = loader.get_template("tune.html").render(
+        result=result,
+        names=names,
+        trials=[_trial(row, names) for row in rows],
+        figures=_figures(space, rows),
+        picture=_picture(Path(result["artifact"])),
+        config=(run_dir / "config.yaml").read_text(encoding="utf-8"),
+        environment=json.loads((run_dir / "environment.json").read_text(encoding="utf-8")),
+        plotly=_plotly(),
+    )
+    write_text(run_dir / "report.html", page)
+
+
+def _trial(row: Row, names: Sequence[str]) -> dict[str, Any]:
+    """Return what the table shows of a trial."""
+    params = row.spec["params"]
+    status = (
+        "failed" if row.status == "failed" else "stopped early" if row.result["stopped_early"] else "done"
+    )
+    return {
+        "number": row.spec["number"],
+        "status": status,
+        "val": row.result.get("val_accuracy"),
+        "looks": len(row.result.get("rungs", {})),
+        "values": [_text(params.get(name)) for name in names],
+        "wall_s": row.wall_s,
+        "error": row.error,
+    }
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _figures(space: Space, rows: Sequence[Row]) -> list[dict[str, str]]:
+    """Return Optuna's figures as HTML parts; one that these trials can't give is left out, with the reason."""
+    import optuna.visualization as plots
+
+    study = study_of(space, rows)
+    wanted: list[tuple[str, Callable[..., Any]]] = [
+        ("Optimisation history", plots.plot_optimization_history),
+        ("Parallel coordinates", plots.plot_parallel_coordinate),
+        ("Hyperparameter importances", plots.plot_param_importances),
+    ]
+    found = []
+    for title, plot in wanted:
+        try:
+            figure = plot(study)
+        except (ValueError, RuntimeError) as error:
+            found.append({"title": title, "html": "", "reason": str(error).splitlines()[0]})
+            continue
+        figure.update_layout(template="plotly_white", margin={"l": 60, "r": 30, "t": 30, "b": 50}, title=None)
+        found.append(
+            {"title": title, "html": figure.to_html(full_html=False, include_plotlyjs=False), "reason": ""}
+        )
+    return found
+
+
+def _picture(path: Path) -> str:
+    """Return the winner's image grid as base64 PNG."""
+    return base64.b64encode(png(grid(artifact.load(path)))).decode()
+
+
+def _plotly() -> str:
+    """Return plotly's JavaScript, to be written into the page."""
+    from plotly.offline import get_plotlyjs
+
+    return str(get_plotlyjs())

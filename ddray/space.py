@@ -1,0 +1,142 @@
+"""Search spaces: a method's ranges, read from YAML, sampled as a pure function of (seed, trial number)."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from ddray.config import read_yaml
+from ddray.errors import InputError, did_you_mean
+from ddray.seeding import derive
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+_KINDS = ("loguniform", "uniform", "randint", "choice")
+
+
+@dataclass(frozen=True)
+class Range:
+    """One setting's range.
+
+    Attributes:
+        kind: `loguniform`, `uniform` (both floats in [low, high]), `randint` (low..high, both included) or `choice`.
+        low: lower end; unused for `choice`.
+        high: upper end; unused for `choice`.
+        choices: the values of `choice`.
+    """
+
+    kind: Literal["loguniform", "uniform", "randint", "choice"]
+    low: float = 0.0
+    high: float = 0.0
+    choices: tuple[Any, ...] = ()
+
+    def sample(self, generator: torch.Generator) -> Any:
+        """Draw a value."""
+        u = float(torch.rand((), generator=generator, dtype=torch.float64))
+        if self.kind == "choice":
+            return self.choices[min(int(u * len(self.choices)), len(self.choices) - 1)]
+        if self.kind == "randint":
+            return min(int(self.low + u * (self.high - self.low + 1)), int(self.high))
+        if self.kind == "uniform":
+            return self.low + u * (self.high - self.low)
+        return math.exp(math.log(self.low) + u * (math.log(self.high) - math.log(self.low)))
+
+    def ends(self) -> list[Any]:
+        """Return the values to check against a method's rules: all choices, or both ends."""
+        if self.kind == "choice":
+            return list(self.choices)
+        return [int(self.low), int(self.high)] if self.kind == "randint" else [self.low, self.high]
+
+    def distribution(self) -> BaseDistribution:
+        """Return Optuna's distribution; choices enter as JSON text, so that lists can be chosen too."""
+        from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+        if self.kind == "choice":
+            return CategoricalDistribution([json.dumps(choice) for choice in self.choices])
+        if self.kind == "randint":
+            return IntDistribution(int(self.low), int(self.high))
+        return FloatDistribution(self.low, self.high, log=self.kind == "loguniform")
+
+    def to_optuna(self, value: Any) -> Any:
+        """Return a value as the distribution holds it."""
+        return json.dumps(value) if self.kind == "choice" else value
+
+    def from_optuna(self, value: Any) -> Any:
+        """Return a distribution's value as the method takes it."""
+        return json.loads(value) if self.kind == "choice" else value
+
+    def contains(self, value: Any) -> bool:
+        """Return whether the range holds a value (the paper's point may lie outside)."""
+        if self.kind == "choice":
+            return value in self.choices
+        return isinstance(value, int | float) and self.low <= value <= self.high
+
+
+Space = Mapping[str, Range]
+"""Names of a method's fields to their ranges."""
+
+
+def read_space(path: Path) -> dict[str, Range]:
+    """Read a space file: `name: {loguniform: [a, b]} | {uniform: [a, b]} | {randint: [a, b]} | {choice: [...]}`.
+
+    Raises:
+        InputError: the file can't be read, or a range is none of these or empty.
+    """
+    return {name: _range(name, value, path) for name, value in read_yaml(path).items()}
+
+
+def _range(name: str, value: Any, path: Path) -> Range:
+    if not isinstance(value, dict) or len(value) != 1:
+        raise InputError(
+            f"{path}: {name} must be {{kind: [...]}} with kind one of {', '.join(_KINDS)}, got {value!r}"
+        )
+    kind, values = next(iter(value.items()))
+    if kind not in _KINDS:
+        raise InputError(
+            f"{path}: {name}: range must be one of {', '.join(_KINDS)}, got {kind!r}{did_you_mean(kind, _KINDS)}"
+        )
+    if not isinstance(values, list) or not values:
+        raise InputError(f"{path}: {name}: {kind} takes a list of values, got {values!r}")
+    if kind == "choice":
+        texts = [json.dumps(choice) for choice in values]
+        if len(set(texts)) != len(texts):
+            raise InputError(f"{path}: {name}: choices must differ, got {values!r}")
+        return Range("choice", choices=tuple(values))
+    numbers = len(values) == 2 and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    if not numbers or not values[0] < values[1]:
+        raise InputError(f"{path}: {name}: {kind} takes [low, high] with low < high, got {values!r}")
+    if kind == "loguniform" and values[0] <= 0:
+        raise InputError(f"{path}: {name}: loguniform takes low > 0, got {values!r}")
+    if kind == "randint" and not all(isinstance(v, int) for v in values):
+        raise InputError(f"{path}: {name}: randint takes whole numbers, got {values!r}")
+    return Range(kind, *(v if kind == "randint" else float(v) for v in values))
+
+
+def sample(space: Space, seed: int, number: int) -> dict[str, Any]:
+    """Return the settings of trial `number` in a random search: a pure function of (seed, number)."""
+    return {name: held.sample(derive(seed, "space", number, name)) for name, held in space.items()}
+
+
+def grid(space: Space, paper: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return every combination of choices, the paper's point first (added if the grid lacks it).
+
+    Raises:
+        InputError: a range is not a `choice`.
+    """
+    for name, held in space.items():
+        if held.kind != "choice":
+            raise InputError(f"strategy grid needs choices, {name} is a {held.kind}: use {{choice: [...]}}")
+    points = [
+        dict(zip(space, values, strict=True))
+        for values in itertools.product(*(held.choices for held in space.values()))
+    ]
+    first = dict(paper)
+    return [first, *(point for point in points if point != first)]

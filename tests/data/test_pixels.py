@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import kornia
+import pytest
+import torch
+
+from ddray.data import PixelSpace, Split, fit_zca
+from ddray.data.pixels import channel_statistics
+from ddray.errors import InputError
+
+
+def some_split(num: int = 90, shape: tuple[int, int, int] = (3, 4, 4)) -> Split:
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randint(0, 256, (num, 1, 1, 1), generator=generator)
+    images = (base + torch.randint(0, 128, (num, *shape), generator=generator)).clamp(max=255)
+    return Split(images.to(torch.uint8), torch.zeros(num, dtype=torch.long))
+
+
+def spaces() -> list[PixelSpace]:
+    return [
+        PixelSpace(),
+        PixelSpace("normalized", (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)),
+        fit_zca(some_split()),
+    ]
+
+
+@pytest.mark.parametrize("space", spaces(), ids=lambda space: space.kind)
+def test_decode_inverts_encode(space: PixelSpace) -> None:
+    images = some_split().images
+    encoded = space.encode(images)
+    assert encoded.dtype == torch.float32
+    torch.testing.assert_close(space.decode(encoded), images / 255, rtol=0, atol=2e-5)
+    torch.testing.assert_close(space.encode(images / 255), encoded, rtol=1e-5, atol=1e-5)
+    assert space.to("cpu") is space
+
+
+def test_normalized_is_mean_and_std_per_channel() -> None:
+    space = PixelSpace("normalized", (0.5, 0.0, 0.0), (0.25, 1.0, 2.0))
+    images = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
+    assert space.encode(images)[0, :, 0, 0].tolist() == [2.0, 1.0, 0.5]
+
+
+@pytest.mark.parametrize("chunk", [7, 1000])
+def test_zca_equals_kornia(chunk: int) -> None:
+    split = some_split()
+    pixels = split.images.double() / 255
+    matrix, mean, inverse = kornia.enhance.zca_mean(pixels, eps=0.1, return_inverse=True)
+    space = fit_zca(split, eps=0.1, chunk=chunk)
+    assert space.zca_matrix is not None
+    assert space.zca_mean is not None
+    torch.testing.assert_close(space.zca_matrix.double(), matrix, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(space.zca_mean.double(), mean[0], rtol=1e-4, atol=1e-6)
+    expected = kornia.enhance.linear_transform(pixels, matrix, mean)
+    torch.testing.assert_close(space.encode(split.images).double(), expected, rtol=1e-4, atol=1e-5)
+    back = kornia.enhance.linear_transform(expected, inverse, torch.zeros_like(mean)) + mean.view(1, 3, 4, 4)
+    torch.testing.assert_close(space.decode(expected.float()).double(), back, rtol=1e-4, atol=1e-5)
+
+
+def test_zca_of_fewer_images_than_pixels_equals_kornia() -> None:
+    split = some_split(20)
+    matrix, _, _ = kornia.enhance.zca_mean(split.images.double() / 255, eps=0.1)
+    found = fit_zca(split).zca_matrix
+    assert found is not None
+    torch.testing.assert_close(found.double(), matrix, rtol=1e-4, atol=1e-6)
+
+
+def test_zca_of_floats_equals_kornia() -> None:
+    images = torch.rand(60, 1, 4, 4, generator=torch.Generator().manual_seed(0)) * 9 - 5
+    matrix, _, _ = kornia.enhance.zca_mean(images.double(), eps=0.1)
+    found = fit_zca(Split(images, torch.zeros(60, dtype=torch.long)), chunk=7).zca_matrix
+    assert found is not None
+    torch.testing.assert_close(found.double(), matrix, rtol=1e-4, atol=1e-6)
+
+
+def test_zca_whitens() -> None:
+    split = some_split(400)
+    flat = fit_zca(split, eps=1e-6).encode(split.images).flatten(1).double()
+    torch.testing.assert_close(flat.mean(0), torch.zeros(48, dtype=torch.float64), rtol=0, atol=1e-3)
+    torch.testing.assert_close(torch.cov(flat.T), torch.eye(48, dtype=torch.float64), rtol=0, atol=5e-3)
+
+
+def test_gradients_pass_through_encode() -> None:
+    images = (some_split(3).images / 255).requires_grad_()
+    for space in spaces():
+        (gradient,) = torch.autograd.grad(space.encode(images).square().sum(), images)
+        assert bool(gradient.abs().sum() > 0)
+
+
+def test_channel_statistics_do_not_depend_on_the_chunk() -> None:
+    images = some_split().images
+    mean, std = channel_statistics(images, chunk=7)
+    pixels = images.double() / 255
+    assert mean == pytest.approx(pixels.mean((0, 2, 3)).tolist(), abs=1e-9)
+    assert std == pytest.approx(pixels.std((0, 2, 3), correction=0).tolist(), abs=1e-9)
+    assert channel_statistics(torch.zeros(2, 1, 2, 2)) == ((0.0,), (1.0,))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: PixelSpace("whitened"),  # type: ignore[arg-type]
+        lambda: PixelSpace("normalized"),
+        lambda: PixelSpace("normalized", (0.5,), (0.0,)),
+        lambda: PixelSpace("zca"),
+        lambda: PixelSpace("zca", zca_mean=torch.zeros(3), zca_matrix=torch.zeros(4, 4)),
+        lambda: fit_zca(some_split(1)),
+    ],
+)
+def test_a_space_that_makes_no_sense_is_refused(make: object) -> None:
+    assert callable(make)
+    with pytest.raises(InputError):
+        make()
