@@ -78,8 +78,9 @@ def distill(
     with _output(as_json) as emit:
         from ddray import api, plan
         from ddray.data import open_dataset
+        from ddray.methods import get_method
 
-        plan.get_method(method)
+        get_method(method)
         opened = open_dataset(dataset, data_dir=_absolute(data_dir), download=download)
         resolved = plan.resolve(
             method,
@@ -199,8 +200,9 @@ def tune(
         from ddray import plan
         from ddray.cluster import tune as cluster_tune
         from ddray.data import open_dataset
+        from ddray.methods import get_method
 
-        plan.get_method(method)
+        get_method(method)
         opened = open_dataset(dataset, data_dir=_absolute(data_dir), download=download)
         resolved = plan.resolve(
             method,

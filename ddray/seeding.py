@@ -37,6 +37,23 @@ def derive_numpy(seed: int, *labels: str | int) -> np.random.Generator:
 
 
 @contextmanager
+def forked_numpy(seed: int) -> Iterator[None]:
+    """Run a block that insists on NumPy's legacy global generator with it seeded, then restore it (Ray's PB2 does).
+
+    Args:
+        seed: what the generator is seeded with (its low 32 bits).
+    """
+    import numpy
+
+    before = numpy.random.get_state()  # noqa: NPY002 - the legacy generator is what has to be wrapped
+    numpy.random.set_state(numpy.random.RandomState(seed % 2**32).get_state())  # noqa: NPY002
+    try:
+        yield
+    finally:
+        numpy.random.set_state(before)  # noqa: NPY002
+
+
+@contextmanager
 def forked_global(seed: int, device: str | torch.device = "cpu") -> Iterator[None]:
     """Run a block that insists on torch's global generator with that generator seeded, then restore it.
 

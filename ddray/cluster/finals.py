@@ -49,7 +49,7 @@ def run_finals(
         DdrayError: every fresh seed of the winner failed.
     """
     units = {
-        name: [final_unit(job, row.spec["params"], number, plan) for number in range(options.final_sets)]
+        name: [final_unit(job, schedule_of(row, plan), number, plan) for number in range(options.final_sets)]
         for name, row in points.items()
         if row is not None
     }
@@ -70,17 +70,24 @@ def run_finals(
     return found
 
 
-def final_unit(job: Job, params: Mapping[str, Any], number: int, plan: Plan) -> Unit:
+def schedule_of(row: Row, plan: Plan) -> list[dict[str, Any]]:
+    """Return what a trial's set was distilled with: its settings throughout, or PB2's schedule of settings."""
+    whole = [{"until": plan.config.steps, "params": row.spec["params"]}]
+    held: list[dict[str, Any]] = row.result.get("schedule", whole)
+    return held
+
+
+def final_unit(job: Job, schedule: list[dict[str, Any]], number: int, plan: Plan) -> Unit:
     """Return the unit of one fresh seed: distilled from all of train, scored on test."""
     spec = {
-        "params": dict(params),
+        "schedule": schedule,
         "method": job.method,
         "ipc": job.ipc,
         "seed": derive_seed(job.seed, "final", number) % 2**31,
         "fingerprint": plan.dataset.fingerprint,
         "split": "train",
         "scored_on": "test",
-        "config": trial_config(job, params).dump(),
+        "config": trial_config(job, schedule[-1]["params"]).dump(),
     }
     return Unit(kind="evaluate", spec=spec)
 
@@ -124,14 +131,17 @@ def final_task(job: Job, payload: Payload, unit: Unit) -> None:
     ledger.begin(unit, epoch=job.epoch)
     held = unpack(payload)
     device = torch.device(worker_device(job.gpus))
-    config = trial_config(job, unit.spec["params"])
-    plan = Plan(job.method, held.dataset, job.ipc, unit.spec["seed"], config)
-    made = run_distillation(
-        make_distiller(plan),
-        make_context(plan, held.split, split_name="train", device=device, space=held.space),
-        checkpoint=Path(job.run_dir) / "checkpoints" / f"{unit.key}.pt" if config.steps else None,
-        checkpoint_every=config.checkpoint_every,
-    )
+    checkpoint = Path(job.run_dir) / "checkpoints" / f"{unit.key}.pt"
+    for segment in unit.spec["schedule"]:
+        config = trial_config(job, segment["params"])
+        plan = Plan(job.method, held.dataset, job.ipc, unit.spec["seed"], config)
+        made = run_distillation(
+            make_distiller(plan),
+            make_context(plan, held.split, split_name="train", device=device, space=held.space),
+            checkpoint=checkpoint if config.steps else None,
+            checkpoint_every=config.checkpoint_every,
+            until=segment["until"],
+        )
     path = artifact_path(Path(job.run_dir), unit)
     made.distilled.save(path)
     scored = score(plan, made.distilled, held, device, seed=unit.spec["seed"])

@@ -1,0 +1,53 @@
+# make demo | test | check | clean. Needs Python >= 3.11 and make; everything else goes into .venv.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+NUM_SAMPLES ?= 6
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check clean
+
+help:
+	@echo "make demo    install, tune DataDAM on the embedded digits, show where pictures and table are"
+	@echo "make test    install with the test extra, run the default test suite"
+	@echo "make check   install with the dev extra, run ruff and mypy"
+	@echo "make clean   remove caches and build output (.venv and runs/ stay)"
+
+# pip is the last thing that venv makes: a half-made environment is made again.
+$(VENV)/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: ddray needs Python >= 3.11, $(PYTHON) is $$($(PYTHON) --version 2>&1); use make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp per set of extras; a change of pyproject.toml or constraints.txt installs again.
+$(VENV)/.installed-run: EXTRA :=
+$(VENV)/.installed-test: EXTRA := [test]
+$(VENV)/.installed-dev: EXTRA := [dev]
+$(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.$(EXTRA)'
+	@touch $@
+
+# Numbered folders: a second demo stands beside the first.
+demo: $(VENV)/.installed-run
+	@number=1; while [ -e "runs/demo-$$number" ]; do number=$$((number + 1)); done; \
+	run="$(CURDIR)/runs/demo-$$number"; \
+	$(PY) -m ddray tune --method datadam --dataset digits --ipc 1 --num-samples $(NUM_SAMPLES) --run-dir "$$run" && \
+	echo && \
+	for file in distilled.png report.html results.csv; do \
+		if [ -f "$$run/$$file" ]; then echo "$$run/$$file"; else echo "error: $$run/$$file is missing" >&2; exit 1; fi; \
+	done
+
+# Nothing is written outside the checkout and the temporary folder.
+test: $(VENV)/.installed-test
+	@home=$$(mktemp -d) && trap 'rm -rf "$$home"' EXIT INT TERM && \
+	DDRAY_HOME="$$home" $(PY) -m pytest -m "not slow and not gpu and not browser" $(PYTEST_ARGS)
+
+check: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(PY) -m mypy
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis *.egg-info
+	find ddray tests -name __pycache__ -type d -prune -exec rm -rf {} +

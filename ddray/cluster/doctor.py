@@ -1,0 +1,146 @@
+"""`ddray doctor`: what a run needs, checked: versions, devices, data, Ray, and a folder that all nodes can write."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import uuid
+from collections.abc import Callable
+from importlib.metadata import requires, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddray.cluster.runtime import cpu_count, ray_runtime
+from ddray.data import dataset_names, open_dataset
+from ddray.errors import DdrayError, InputError
+from ddray.pool import home
+
+_MIN_FREE_GIB = 5.0
+
+
+def examine(*, address: str | None, run_dir: Path, data_dir: Path | None) -> dict[str, Any]:
+    """Run every check.
+
+    Args:
+        address: Ray cluster to look at; None starts a local instance.
+        run_dir: folder that every node must be able to write, seen as the same one by all.
+        data_dir: where datasets are looked for; None is $DDRAY_DATA.
+
+    Returns:
+        `{"ok", "checks": [{"check", "status": "ok"|"warning"|"failed", "detail"}]}`; warnings leave `ok` true.
+    """
+    checks: list[tuple[str, Callable[[], tuple[str, str]]]] = [
+        ("versions", _versions),
+        ("devices", _devices),
+        ("compiler", _compiler),
+        ("data", lambda: _data(data_dir)),
+        ("home", lambda: _writable(home())),
+        ("run folder", lambda: _writable(run_dir)),
+        ("ray", lambda: _ray(address, run_dir)),
+    ]
+    found = []
+    for name, check in checks:
+        try:
+            status, detail = check()
+        except (DdrayError, OSError) as error:
+            status, detail = "failed", " ".join(str(error).split())
+        found.append({"check": name, "status": status, "detail": detail})
+    return {"ok": all(entry["status"] != "failed" for entry in found), "checks": found}
+
+
+def _versions() -> tuple[str, str]:
+    """Compare what is installed with what pyproject asks for."""
+    from packaging.requirements import Requirement
+
+    wrong = []
+    for line in requires("ddray") or []:
+        requirement = Requirement(line)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        have = version(requirement.name)
+        if not requirement.specifier.contains(have, prereleases=True):
+            wrong.append(f"{requirement.name} {have} (needs {requirement.specifier})")
+    said = f"Python {sys.version.split()[0]}, torch {torch.__version__}, ray {version('ray')}, optuna {version('optuna')}"
+    return ("failed", "; ".join(wrong)) if wrong else ("ok", said)
+
+
+def _devices() -> tuple[str, str]:
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return "ok", f"{cpu_count()} CPU cores; " + (", ".join(names) or "no GPU that torch can use")
+
+
+def _compiler() -> tuple[str, str]:
+    found = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+    return ("ok", found) if found else ("warning", "no C++ compiler: compile=auto stays eager")
+
+
+def _data(data_dir: Path | None) -> tuple[str, str]:
+    """List the datasets that are there."""
+    found = []
+    for name in dataset_names():
+        try:
+            open_dataset(name, data_dir=data_dir)
+        except InputError:
+            continue
+        found.append(name)
+    folder = data_dir or os.environ.get("DDRAY_DATA")
+    if folder is None:
+        return "warning", f"$DDRAY_DATA is not set: only {', '.join(found)} can be found"
+    return "ok", f"{folder}: {', '.join(found)}"
+
+
+def _writable(folder: Path) -> tuple[str, str]:
+    """Write, sync, link and remove a file, as the ledger does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".doctor-{uuid.uuid4().hex}.tmp"
+    linked = probe.with_suffix(".link.tmp")
+    try:
+        with probe.open("wb") as file:
+            file.write(b"ddray")
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(probe, linked)
+    finally:
+        probe.unlink(missing_ok=True)
+        linked.unlink(missing_ok=True)
+    free = shutil.disk_usage(folder).free / 2**30
+    status = "ok" if free >= _MIN_FREE_GIB else "warning"
+    return status, f"{folder}: writable, {free:.1f} GiB free"
+
+
+def _ray(address: str | None, run_dir: Path) -> tuple[str, str]:
+    """Start or join Ray, and let every node write into the run folder for this process to read."""
+    with ray_runtime(address):
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+        token = uuid.uuid4().hex
+        write = ray.remote(num_cpus=0)(write_token)
+        ray.get(
+            [
+                write.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
+                    str(run_dir), f".doctor-{token}-{node}.tmp"
+                )
+                for node in nodes
+            ],
+            timeout=60,
+        )
+        seen = [path for node in nodes if (path := run_dir / f".doctor-{token}-{node}.tmp").exists()]
+        for path in seen:
+            path.unlink()
+        have = ray.cluster_resources()
+        said = f"{len(nodes)} nodes, {have.get('CPU', 0):g} CPUs, {have.get('GPU', 0):g} GPUs"
+    if len(seen) < len(nodes):
+        return "failed", f"{said}; {run_dir} is not shared: {len(nodes) - len(seen)} nodes wrote elsewhere"
+    return "ok", f"{said}; {run_dir} is shared by all of them"
+
+
+def write_token(folder: str, name: str) -> None:
+    """Write an empty file; runs on a node."""
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / name).touch()

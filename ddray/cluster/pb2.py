@@ -1,0 +1,277 @@
+"""PB2 (Parker-Holder et al., NeurIPS 2020; "Provably Efficient Online Hyperparameter Optimization with
+Population-Based Bandits"): settings change inside a trial.
+
+A population is distilled in lock step, a generation at a time. After each generation the worst members clone the state
+of the best ones (`state_dict` holds no settings) and get new settings from Ray's own PB2 model, a time-varying Gaussian
+process of the gain in val accuracy. Member 0 keeps the paper's settings throughout, so that they are compared at full
+length. Every segment's outcome is a file, so a resumed search repeats no finished segment, and chooses as before.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import pandas as pd
+import torch
+
+from ddray.cluster.payload import Payload, unpack
+from ddray.cluster.runtime import set_threads, worker_device
+from ddray.cluster.trial import Job, score, split_name, trial_config, trial_result
+from ddray.distill import run_distillation
+from ddray.errors import DivergedError, InputError
+from ddray.files import write_atomically, write_text
+from ddray.ledger import Row
+from ddray.plan import Plan, make_context, make_distiller
+from ddray.seeding import derive_numpy, derive_seed, forked_numpy
+from ddray.space import Range, sample
+
+if TYPE_CHECKING:
+    from ddray.cluster.tune import Search
+
+log = logging.getLogger(__name__)
+
+GENERATIONS: Final = 4
+_QUANTILE: Final = 0.25
+
+
+@dataclass
+class Member:
+    """One member of the population.
+
+    Attributes:
+        number: its trial number.
+        params: its settings in the next segment.
+        schedule: what its present state was distilled with: `{"until": step, "params": settings}` in order.
+        state: checkpoint that its next segment starts from; None at the start.
+        value: val accuracy after the last segment; -inf if that diverged.
+        values: step -> val accuracy along its present lineage.
+        error: why the last segment failed; None if it did not.
+    """
+
+    number: int
+    params: dict[str, Any]
+    schedule: list[dict[str, Any]] = field(default_factory=list)
+    state: Path | None = None
+    value: float = -math.inf
+    values: dict[int, float] = field(default_factory=dict)
+    error: str | None = None
+
+
+def check_space(space: Mapping[str, Range], num_samples: int) -> None:
+    """Refuse what PB2 can't search.
+
+    Raises:
+        InputError: no numeric range, or too small a population.
+    """
+    if not _numeric(space):
+        raise InputError("strategy pb2 needs a uniform or loguniform range, the space file has none")
+    if num_samples < 3:
+        raise InputError(f"--num-samples is pb2's population and must be >= 3, got {num_samples}")
+
+
+def _numeric(space: Mapping[str, Range]) -> dict[str, Range]:
+    return {name: held for name, held in space.items() if held.kind in ("uniform", "loguniform")}
+
+
+def segment_ends(steps: int) -> list[int]:
+    """Return the steps at which the generations end.
+
+    Raises:
+        InputError: the method has too few steps to be cut.
+    """
+    if steps < GENERATIONS:
+        raise InputError(f"strategy pb2 needs a method with steps >= {GENERATIONS}, got {steps}")
+    return [steps * (number + 1) // GENERATIONS for number in range(GENERATIONS)]
+
+
+def run_pb2(search: Search, payload: Payload, concurrent: int) -> None:
+    """Run or continue a PB2 search; publish every member's row at the end.
+
+    Args:
+        search: what to run.
+        payload: the real images.
+        concurrent: segments at a time.
+    """
+    import ray
+
+    space = _numeric(search.space)
+    left_out = sorted(set(search.space) - set(space))
+    if left_out:
+        log.info("pb2 varies numbers only: %s keep the paper's values", ", ".join(left_out))
+    ends = segment_ends(search.plan.config.steps)
+    members = [
+        Member(n, {**search.paper, **(sample(space, search.job.seed, n) if n else {})})
+        for n in range(search.num_samples)
+    ]
+    initial = {member.number: dict(member.params) for member in members}
+    for member in members:
+        unit = search.unit(member.number, member.params)
+        search.ledger.begin(unit, epoch=search.job.epoch, number=member.number, params=initial[member.number])
+    begin = time.perf_counter()
+    shared = ray.put(payload)
+    history: list[list[Any]] = []
+    _run_segments(search, members, 0, shared, concurrent, generation=0)
+    _record(history, members, 0, space)
+    for generation, end in enumerate(ends, start=1):
+        _run_segments(search, members, end, shared, concurrent, generation=generation)
+        _record(history, members, end, space)
+        if generation < len(ends):
+            history = _exploit(members, history, space, search.job.seed, generation)
+    for member in members:
+        _publish(search, member, initial[member.number], time.perf_counter() - begin)
+
+
+def _run_segments(
+    search: Search, members: Sequence[Member], end: int, payload: Any, concurrent: int, *, generation: int
+) -> None:
+    """Bring every member to step `end`, in parallel; what has a file is not run again."""
+    from ddray.cluster.fanout import Task, fan_out
+
+    folder = search.folder / "pb2"
+    paths = {member.number: folder / f"{member.number:04d}-generation{generation}.json" for member in members}
+    tasks = [
+        Task(
+            str(member.number),
+            run_segment,
+            (search.job, payload, member.number, member.params, member.state, end, paths[member.number]),
+        )
+        for member in members
+        if not paths[member.number].exists()
+    ]
+    job = search.job
+    errors = {}
+    for outcome in fan_out(tasks, num_workers=concurrent, cpus=job.cpus, gpus=job.gpus):
+        if outcome.error is not None:
+            errors[int(outcome.key)] = " ".join(str(outcome.error).split())[:300]
+    for member in members:
+        path = paths[member.number]
+        held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"error": errors[member.number]}
+        member.error = held.get("error")
+        if member.error is not None:
+            member.value = -math.inf
+            continue
+        member.value = float(held["val_accuracy"])
+        member.values[end] = member.value
+        if end:
+            member.state = path.with_suffix(".pt")
+            member.schedule.append({"until": end, "params": dict(member.params)})
+
+
+def run_segment(
+    job: Job, payload: Payload, number: int, params: Mapping[str, Any], state: Path | None, end: int, path: Path
+) -> None:
+    """Continue from `state` to step `end` under `params`, score on val, write the outcome to `path`.
+
+    Runs in a worker. A diverged segment's outcome is its error; step 0 scores the initial images.
+    """
+    set_threads(job.cpus)
+    held = unpack(payload)
+    device = torch.device(worker_device(job.gpus))
+    plan = Plan(job.method, held.dataset, job.ipc, job.seed, trial_config(job, params))
+    checkpoint = path.with_suffix(".pt")
+    if state is not None and not checkpoint.exists():
+        with state.open("rb") as source:
+            write_atomically(checkpoint, lambda file: shutil.copyfileobj(source, file))
+    try:
+        made = run_distillation(
+            make_distiller(plan),
+            make_context(plan, held.split, split_name=split_name(job.seed), device=device, space=held.space),
+            checkpoint=checkpoint,
+            checkpoint_every=plan.config.checkpoint_every,
+            until=end,
+        )
+        scored = score(plan, made.distilled, held, device, seed=job.seed)
+        outcome: dict[str, Any] = {"val_accuracy": scored["accuracy_mean"]}
+    except DivergedError as error:
+        outcome = {"error": str(error)}
+    write_text(path, json.dumps({"number": number, "until": end, "params": dict(params), **outcome}))
+
+
+def _record(history: list[list[Any]], members: Sequence[Member], step: int, space: Mapping[str, Range]) -> None:
+    """Add what the population reached to the Gaussian process's data."""
+    for member in members:
+        if member.error is None:
+            history.append([str(member.number), step, *_encode(member.params, space), member.value])
+
+
+def _encode(params: Mapping[str, Any], space: Mapping[str, Range]) -> list[float]:
+    """Return the settings as the process sees them: logarithms of log ranges."""
+    return [math.log(params[n]) if held.kind == "loguniform" else float(params[n]) for n, held in space.items()]
+
+
+def _decode(values: Sequence[float], space: Mapping[str, Range]) -> dict[str, float]:
+    """Return settings within their ranges from what the process proposes."""
+    found = {}
+    for value, (name, held) in zip(values, space.items(), strict=True):
+        plain = math.exp(value) if held.kind == "loguniform" else float(value)
+        found[name] = min(max(plain, held.low), held.high)
+    return found
+
+
+def _exploit(
+    members: list[Member], history: list[list[Any]], space: Mapping[str, Range], seed: int, generation: int
+) -> list[list[Any]]:
+    """Let the worst members clone the best ones and give them new settings; return the extended data.
+
+    The paper's own point (member 0) clones nobody; a diverged member always clones.
+    """
+    from ray.tune.schedulers.pb2 import _explore
+
+    ranked = sorted(members, key=lambda member: (member.value, -member.number))
+    num = max(1, math.ceil(len(members) * _QUANTILE))
+    top = [member for member in ranked[-num:] if member.error is None]
+    if not top:
+        return history
+    others = [member for member in ranked if member.number != 0 and member not in top]
+    bottom = [member for place, member in enumerate(others) if place < num or member.error is not None]
+    rng = derive_numpy(seed, "pb2", generation)
+    columns = ["Trial", "Time", *space, "Reward"]
+    bounds = {
+        name: (math.log(held.low), math.log(held.high)) if held.kind == "loguniform" else (held.low, held.high)
+        for name, held in space.items()
+    }
+    data = pd.DataFrame(history, columns=columns)
+    chosen: list[list[float]] = []
+    for member in bottom:
+        parent = top[int(rng.integers(len(top)))]
+        values = dict(zip(space, _encode(parent.params, space), strict=True))
+        with forked_numpy(derive_seed(seed, "pb2", generation, member.number)):
+            current = np.array(chosen) if chosen else None
+            values, data = _explore(data, bounds, current, str(parent.number), str(member.number), values)
+        proposal = [float(values[name]) for name in space]
+        chosen.append(proposal)
+        member.params = {**parent.params, **_decode(proposal, space)}
+        member.schedule = [dict(segment) for segment in parent.schedule]
+        member.values = dict(parent.values)
+        member.state, member.error = parent.state, None
+        log.info("pb2 generation %d: trial %d clones trial %d", generation, member.number, parent.number)
+    return [list(row) for row in data[columns].itertuples(index=False)]
+
+
+def _publish(search: Search, member: Member, initial: dict[str, Any], wall_s: float) -> None:
+    """Publish a member's row: its schedule replays it on other seeds."""
+    unit = search.unit(member.number, initial)
+    if member.error is None:
+        result = trial_result(member.number, initial, member.values, stopped_early=False)
+        result["schedule"] = member.schedule
+    else:
+        result = {"number": member.number}
+    row = Row(
+        key=unit.key,
+        kind="trial",
+        spec=unit.spec,
+        status="done" if member.error is None else "failed",
+        result=result,
+        wall_s=wall_s,
+        error=member.error,
+    )
+    search.ledger.publish(unit, row, epoch=search.job.epoch)
