@@ -224,8 +224,8 @@ def _check_fits(held: DistilledSet, target: Dataset, path: Path) -> None:
         )
     if held.meta.class_names != target.class_names:
         raise InputError(
-            f"{path} has {len(held.meta.class_names)} classes of {held.meta.dataset}, {target.name} has other ones "
-            f"({target.num_classes}): evaluate it on the dataset it was distilled from"
+            f"{path} has {len(held.meta.class_names)} classes of {held.meta.dataset}, {target.name} has "
+            f"{target.num_classes} other ones: evaluate it on the dataset it was distilled from"
         )
     if int(held.labels.max()) >= target.num_classes:
         raise InputError(f"{path}: labels must be < {target.num_classes} for {target.name}")
@@ -234,7 +234,7 @@ def _check_fits(held: DistilledSet, target: Dataset, path: Path) -> None:
 
 
 def _held_out(target: Dataset, split: str, held: DistilledSet) -> Split:
-    """Return the split to score on; val is the part of train that a search with the artifact's seed keeps back."""
+    """Return the split to score on; val is what a search with the artifact's seed keeps back of train."""
     if split == "test":
         return target.test()
     return carve_val(target.train(), seed=held.meta.seed or 0)[1]

@@ -117,7 +117,8 @@ class DistilledSet:
             )
         if labels.min() < 0 or labels.max() >= len(meta.class_names):
             raise InputError(
-                f"labels must be in 0..{len(meta.class_names) - 1}, got {int(labels.min())}..{int(labels.max())}"
+                f"labels must be in 0..{len(meta.class_names) - 1}, "
+                f"got {int(labels.min())}..{int(labels.max())}"
             )
         channels = images.shape[1]
         if len(meta.mean) != channels or len(meta.std) != channels or min(meta.std) <= 0:
@@ -131,6 +132,9 @@ class DistilledSet:
             raise InputError(
                 f"a set in pixel space {meta.pixel_space} must hold {wanted or 'no ZCA'}, got {shapes}"
             )
+        for name, tensor in self.zca.items():
+            if tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
+                raise InputError(f"{name} must be finite float32, got {tensor.dtype}, NaN or infinity")
 
     def is_finite(self) -> bool:
         """Return whether no image is NaN or infinite."""
@@ -146,18 +150,23 @@ class DistilledSet:
         self.validate()
         held: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
-            "images": self.images.contiguous().cpu(),
-            "labels": self.labels.contiguous().cpu(),
-            **{name: tensor.contiguous().cpu() for name, tensor in self.zca.items()},
+            "images": _plain(self.images),
+            "labels": _plain(self.labels),
+            **{name: _plain(tensor) for name, tensor in self.zca.items()},
             "meta": json.dumps(self.meta.dump(), sort_keys=True),
         }
         write_atomically(path, lambda file: torch.save(held, file))
 
 
+def _plain(tensor: Tensor) -> Tensor:
+    """Return a contiguous CPU copy: of a view, torch.save would write the whole tensor behind it."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
 def load(
     path: Path, *, dataset: Dataset | None = None, pixel_space: PixelSpace | None = None
 ) -> DistilledSet:
-    """Read a distilled set: ours, the DC family's `res_*.pt`, or MTT's `images_best.pt` beside `labels_best.pt`.
+    """Read a distilled set: ours, the DC family's `res_*.pt`, or MTT's `images_best.pt` + `labels_best.pt`.
 
     Args:
         path: the file.
@@ -210,7 +219,7 @@ def describe_foreign(
 
 
 def _numpy_scalars() -> list[Any]:
-    """The explicit list of safe globals for the DC family's files: their accuracies are NumPy float scalars."""
+    """Return the safe globals for the DC family's files: their accuracies are NumPy float scalars."""
     import numpy as np
 
     multiarray = np._core.multiarray  # type: ignore[attr-defined]
@@ -258,9 +267,9 @@ def _own(path: Path, held: Mapping[str, Any]) -> DistilledSet:
     if wrong:
         raise InputError(f"{path}: {', '.join(wrong)} must be tensors")
     try:
-        values = json.loads(held["meta"])
+        values = dict(json.loads(held["meta"]))
     except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: meta must be a JSON string, got {str(held['meta'])[:60]!r}") from error
+        raise InputError(f"{path}: meta must be a JSON object, got {str(held['meta'])[:60]!r}") from error
     meta = Meta.parse(values, prefix="meta.", source=str(path))
     made = DistilledSet(held["images"], held["labels"], meta, {key: held[key] for key in _ZCA if key in held})
     return _validated(path, made)
@@ -292,14 +301,15 @@ def _foreign(path: Path, held: Any) -> tuple[Tensor, Tensor]:
         if isinstance(labels, Tensor):
             return _shaped(path, held, labels)
     raise InputError(
-        f'{path} must be ddray\'s own file, {{"data": [[images, labels], ...]}} (DC family), or images_*.pt beside '
-        "labels_*.pt (MTT)"
+        f'{path} must be ddray\'s own file, {{"data": [[images, labels], ...]}} (DC family), or images_*.pt '
+        "beside labels_*.pt (MTT)"
     )
 
 
 def _shaped(path: Path, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     if images.ndim != 4 or labels.shape != images.shape[:1] or len(labels) == 0 or labels.min() < 0:
         raise InputError(
-            f"{path} must hold images [N, C, H, W] and labels [N] >= 0, got {list(images.shape)}, {list(labels.shape)}"
+            f"{path} must hold images [N, C, H, W] and labels [N] >= 0, "
+            f"got {list(images.shape)}, {list(labels.shape)}"
         )
     return images, labels

@@ -1,4 +1,4 @@
-"""Config: frozen pydantic models fed from YAML layers and `key=value` overrides, with did-you-mean on a typo."""
+"""Config: frozen pydantic models fed from YAML layers and `key=value` overrides; a typo gets a hint."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _number(value: Any) -> Any:
 
 
 def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
-    """Turn `["steps=3", "method.lr_img=.1"]` into `{"steps": 3, "method": {"lr_img": 0.1}}`; the last one wins.
+    """Turn `["steps=3", "method.p=.1"]` into `{"steps": 3, "method": {"p": 0.1}}`; the last one wins.
 
     Raises:
         InputError: a pair without `=`, without a name, or with a value that is no YAML.

@@ -73,7 +73,7 @@ class DistillContext:
         return derive(self.seed, "distill", *labels)
 
     def make_set(self, images: Tensor, labels: Tensor) -> DistilledSet:
-        """Return images [N, C, H, W] (in `space`) and labels [N] as a self-describing set, copied to the CPU."""
+        """Return images [N, C, H, W] (in `space`) and labels [N] as a self-describing set on the CPU."""
         from ddray.nets.names import parse_arch
 
         zca = {"zca_mean": self.space.zca_mean, "zca_matrix": self.space.zca_matrix}
@@ -188,8 +188,8 @@ def run_distillation(
         checkpoint_every: steps between checkpoints; also between the loop's looks at the loss.
         until: stop after this step; None runs all.
         looks: further steps to checkpoint and look at (a search's rungs).
-        on_step: called with (step, loss) at every look, after its checkpoint; a run that resumes at a look calls it
-            for that step first, since it may have been cut off before.
+        on_step: called with (step, loss) at every look, after its checkpoint; a run that resumes at one of
+            `looks` calls it for that step first, since it may have been cut off before.
 
     Raises:
         DivergedError: a loss or an image became NaN or infinite.
@@ -200,7 +200,7 @@ def run_distillation(
     distiller.setup(ctx)
     losses: list[Tensor] = []
     done = _restore(distiller, checkpoint, losses)
-    if done in looks and on_step is not None:
+    if losses and done in looks and on_step is not None:
         on_step(done, _finite(losses[-1], done))
     timer = StepTimer(ctx.device)
     for step in range(done + 1, last + 1):

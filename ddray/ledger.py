@@ -6,6 +6,8 @@ and a worker left over from a killed driver is refused by the run's epoch (a fen
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -116,16 +118,15 @@ class Ledger:
         """Return the published row of a key, or None; a torn row is set aside and counts as none."""
         path = self._path(key)
         try:
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            return None
-        try:
-            row = Row.model_validate_json(text)
+            row = Row.model_validate_json(path.read_bytes())
             if row.key != key:
                 raise ValueError(f"the row says it is {row.key}")
+        except FileNotFoundError:
+            return None
         except ValueError as error:
             aside = path.with_suffix(".corrupt")
-            path.replace(aside)
+            with contextlib.suppress(FileNotFoundError):  # another process has set it aside
+                path.replace(aside)
             reason = str(error).splitlines()[0]
             log.warning(
                 "ledger row %s is torn (%s): set aside as %s, will be recomputed", path, reason, aside.name
@@ -146,7 +147,9 @@ class Ledger:
         with storage_errors(self._events):
             handle = os.open(self._events, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
-                os.write(handle, (json.dumps(held) + "\n").encode())
+                line = (json.dumps(held) + "\n").encode()
+                if os.write(handle, line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             finally:
                 os.close(handle)
 
@@ -155,10 +158,10 @@ class Ledger:
         if not self._events.exists():
             return []
         found = []
-        for line in self._events.read_text(encoding="utf-8").splitlines():
+        for line in self._events.read_bytes().splitlines():
             try:
                 found.append(json.loads(line))
-            except json.JSONDecodeError:
+            except ValueError:
                 log.warning("events.jsonl has a torn line: left out")
         return found
 
@@ -168,7 +171,7 @@ class Ledger:
         Returns:
             How many times this epoch had started the unit before.
         """
-        earlier = sum(
+        earlier: int = sum(
             event["key"] == unit.key and event["epoch"] == epoch and event["event"] in ("start", "retry")
             for event in self.events()
         )

@@ -1,4 +1,4 @@
-"""From a command's options to what a run needs: the resolved configuration, the context, the shared networks."""
+"""From a command's options to what a run needs: resolved configuration, context, shared networks."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class RunConfig(Config, Generic[M]):
     steps: int = Field(ge=0)
     checkpoint_every: int = Field(default=100, ge=1)
     compile: Literal["auto", "on", "off"] = "auto"
-    """Compile the real branch: `auto` where a compiler is found and the run is long enough to earn it back."""
+    """Compile the real branch; `auto`: where there is a compiler and the run is long enough to pay."""
     arch: str = "auto"
     """Network to match in; `auto` is the field's ConvNet for the resolution, suffixes as in `auto_bn`."""
     pixel_space: Literal["normalized", "raw", "zca"] = "normalized"
@@ -69,7 +69,7 @@ class Plan:
     def describe(self) -> dict[str, Any]:
         """Return plain values that say what the run is (config.yaml, keys of units)."""
         return {
-            "method": self.method,
+            "method_name": self.method,
             "dataset": self.dataset.name,
             "fingerprint": self.dataset.fingerprint,
             "ipc": self.ipc,
@@ -276,7 +276,7 @@ class SupervisedTrainer:
         )
         features = []
         with torch.no_grad():
-            for images in self.split.images.split(64):
+            for images in torch.split(self.split.images, 64):
                 encoded = space.encode(images.to(self.device)).contiguous(memory_format=torch.channels_last)
                 features.append(net.embed(encoded).cpu())
         weights = {f"weights.{name}": tensor for name, tensor in net.state_dict().items()}

@@ -1,12 +1,12 @@
 """Model pools: networks that many trials share, trained once and kept under the hash of what they are.
 
-An entry is a folder `$DDRAY_HOME/pool/<key>/` with `entry.json` and `tensors.safetensors`, made beside its final
-name and moved there whole: whoever finishes first wins, and both have trained the same bytes.
+An entry is a folder `$DDRAY_HOME/pool/<key>/` with `entry.json` and `tensors.safetensors`, made beside its
+final name and moved there whole: whoever finishes first wins, and both have trained the same bytes.
 """
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -130,6 +130,7 @@ class LocalPool:
             raise InputError(f"pool entry {folder} must be undamaged: {reason}; remove the folder") from error
 
     def _train(self, spec: PoolSpec) -> PoolEntry:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         tensors, measured = self._trainer(spec)
@@ -138,20 +139,23 @@ class LocalPool:
             self._folder.mkdir(parents=True, exist_ok=True)
             draft = Path(tempfile.mkdtemp(prefix=f".{spec.key[:12]}.", suffix=".tmp", dir=self._folder))
             try:
-                save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, draft / _TENSORS)
+                held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+                try:
+                    save_file(held, draft / _TENSORS)
+                except SafetensorError as error:  # its Rust side wraps the OSError
+                    raise OSError(errno.EIO, f"{error}") from error
                 text = json.dumps(
                     {"key": spec.key, "spec": spec.dump(), **measured}, indent=2, sort_keys=True
                 )
                 (draft / _ENTRY).write_text(text + "\n", encoding="utf-8")
-                with (
-                    contextlib.suppress(FileExistsError, OSError)
-                    if final.exists()
-                    else contextlib.nullcontext()
-                ):
+                try:
                     draft.rename(final)
+                except OSError:
+                    if not final.exists():  # else another process was first, with the same bytes
+                        raise
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
-        held = self._read(spec)
-        if held is None:
+        entry = self._read(spec)
+        if entry is None:
             raise InputError(f"pool entry {final} was removed while it was being trained; run again")
-        return held
+        return entry

@@ -67,15 +67,17 @@ def open_run(run_dir: Path | None, config: Mapping[str, Any], *, command: str, r
         config_file = folder / "config.yaml"
         if folder.exists() and not folder.is_dir():
             raise InputError(f"--run-dir must be a folder, got the file {folder}")
-        occupied = folder.is_dir() and any(path.suffix != ".tmp" for path in folder.iterdir())
+        names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        occupied = any(not name.endswith(".tmp") for name in names)
         if occupied and not resume:
             raise InputError(
-                f"--run-dir must be a new folder, {folder} exists; add --resume to continue it, or name another"
+                f"--run-dir must be a new folder, {folder} exists; "
+                "add --resume to continue it, or name another"
             )
         if occupied and config_file.exists():
             _check_same(read_yaml(config_file), held, folder)
             return Run(folder, resumed=True)
-        if occupied and not {path.name for path in folder.iterdir()} <= {
+        if not {name for name in names if not name.endswith(".tmp")} <= {
             "epoch",
             "epoch.lock",
             "environment.json",
@@ -115,8 +117,8 @@ def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path) ->
     changed = difference(old, plain)
     if changed:
         raise InputError(
-            f"--resume needs the configuration that {folder} was started with; changed: {', '.join(changed)}; "
-            "use the old values, or a new --run-dir"
+            f"--resume needs the configuration that {folder} was started with; "
+            f"changed: {', '.join(changed)}; use the old values, or a new --run-dir"
         )
 
 

@@ -38,7 +38,7 @@ def derive_numpy(seed: int, *labels: str | int) -> np.random.Generator:
 
 @contextmanager
 def forked_numpy(seed: int) -> Iterator[None]:
-    """Run a block that insists on NumPy's legacy global generator with it seeded, then restore it (Ray's PB2 does).
+    """Run a block that insists on NumPy's global generator (Ray's PB2) with it seeded, then restore it.
 
     Args:
         seed: what the generator is seeded with (its low 32 bits).

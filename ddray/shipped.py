@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def shipped(*parts: str) -> Path:
-    """Return the path of a shipped file or folder, such as `shipped("configs", "datadam")`; it may not exist."""
+    """Return the path of a shipped file or folder, as `shipped("configs", "datadam")`; it may not exist."""
     package = Path(__file__).resolve().parent
     inside = package / "_shipped"
     return (inside if inside.is_dir() else package.parent).joinpath(*parts)

@@ -27,7 +27,7 @@ class Range:
     """One setting's range.
 
     Attributes:
-        kind: `loguniform`, `uniform` (both floats in [low, high]), `randint` (low..high, both included) or `choice`.
+        kind: `loguniform`, `uniform` (floats in [low, high]), `randint` (low..high, both kept) or `choice`.
         low: lower end; unused for `choice`.
         high: upper end; unused for `choice`.
         choices: the values of `choice`.
@@ -46,8 +46,11 @@ class Range:
         if self.kind == "randint":
             return min(int(self.low + u * (self.high - self.low + 1)), int(self.high))
         if self.kind == "uniform":
-            return self.low + u * (self.high - self.low)
-        return math.exp(math.log(self.low) + u * (math.log(self.high) - math.log(self.low)))
+            value = self.low + u * (self.high - self.low)
+        else:
+            value = math.exp(math.log(self.low) + u * (math.log(self.high) - math.log(self.low)))
+        # Rounding can put a draw near an end just outside, where Optuna would refuse it.
+        return min(max(value, self.low), self.high)
 
     def ends(self) -> list[Any]:
         """Return the values to check against a method's rules: all choices, or both ends."""
@@ -85,7 +88,7 @@ Space = Mapping[str, Range]
 
 
 def read_space(path: Path) -> dict[str, Range]:
-    """Read a space file: `name: {loguniform: [a, b]} | {uniform: [a, b]} | {randint: [a, b]} | {choice: [...]}`.
+    """Read a space file: `name: {kind: [a, b]}`, kind loguniform, uniform or randint, or `{choice: [...]}`.
 
     Raises:
         InputError: the file can't be read, or a range is none of these or empty.
@@ -101,23 +104,38 @@ def _range(name: str, value: Any, path: Path) -> Range:
     kind, values = next(iter(value.items()))
     if kind not in _KINDS:
         raise InputError(
-            f"{path}: {name}: range must be one of {', '.join(_KINDS)}, got {kind!r}{did_you_mean(kind, _KINDS)}"
+            f"{path}: {name}: range must be one of {', '.join(_KINDS)}, "
+            f"got {kind!r}{did_you_mean(str(kind), _KINDS)}"
         )
     if not isinstance(values, list) or not values:
         raise InputError(f"{path}: {name}: {kind} takes a list of values, got {values!r}")
     if kind == "choice":
-        texts = [json.dumps(choice) for choice in values]
-        if len(set(texts)) != len(texts):
+        if len({_text(name, choice, path) for choice in values}) != len(values):
             raise InputError(f"{path}: {name}: choices must differ, got {values!r}")
         return Range("choice", choices=tuple(values))
     numbers = len(values) == 2 and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
-    if not numbers or not values[0] < values[1]:
-        raise InputError(f"{path}: {name}: {kind} takes [low, high] with low < high, got {values!r}")
+    if not numbers or not -math.inf < values[0] < values[1] < math.inf:
+        raise InputError(f"{path}: {name}: {kind} takes finite [low, high] with low < high, got {values!r}")
     if kind == "loguniform" and values[0] <= 0:
         raise InputError(f"{path}: {name}: loguniform takes low > 0, got {values!r}")
     if kind == "randint" and not all(isinstance(v, int) for v in values):
         raise InputError(f"{path}: {name}: randint takes whole numbers, got {values!r}")
-    return Range(kind, *(v if kind == "randint" else float(v) for v in values))
+    low, high = values
+    return Range(kind, low, high) if kind == "randint" else Range(kind, float(low), float(high))
+
+
+def _text(name: str, choice: Any, path: Path) -> str:
+    """Return a choice as JSON text.
+
+    Raises:
+        InputError: YAML read it as something that JSON has not, such as a date.
+    """
+    try:
+        return json.dumps(choice)
+    except TypeError as error:
+        raise InputError(
+            f"{path}: {name}: a choice must be a JSON value, got {choice!r}; quote it"
+        ) from error
 
 
 def sample(space: Space, seed: int, number: int) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import logging
 import math
 import shutil
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -244,7 +245,9 @@ def _exploit(
     for member in bottom:
         parent = top[int(rng.integers(len(top)))]
         values = dict(zip(space, _encode(parent.params, space), strict=True))
-        with forked_numpy(derive_seed(seed, "pb2", generation, member.number)):
+        with forked_numpy(derive_seed(seed, "pb2", generation, member.number)), warnings.catch_warnings():
+            # Ray passes SciPy an option that it deprecates, and the process rarely converges on so few points.
+            warnings.simplefilter("ignore")
             current = np.array(chosen) if chosen else None
             values, data = _explore(data, bounds, current, str(parent.number), str(member.number), values)
         proposal = [float(values[name]) for name in space]

@@ -55,7 +55,8 @@ def ray_runtime(address: str | None) -> Iterator[None]:
     }
     try:
         if address is None:
-            ray.init(include_dashboard=False, num_cpus=cpu_count(), **settings)
+            # "local" even where a cluster runs on this machine: one is joined only when it is asked for.
+            ray.init(address="local", include_dashboard=False, num_cpus=cpu_count(), **settings)
         else:
             ray.init(address=address, **settings)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -64,7 +65,8 @@ def ray_runtime(address: str | None) -> Iterator[None]:
             raise InputError(f"--address must be a running Ray cluster, got {address!r}: {reason}") from error
         raise DdrayError(f"Ray could not be started here: {reason}") from error
     try:
-        yield
+        with sigterm_as_sigint():  # again: ray.init puts a handler of its own in place
+            yield
     finally:
         ray.shutdown()
 

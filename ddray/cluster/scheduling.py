@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -96,9 +97,10 @@ class Publisher(Callback):  # type: ignore[misc]
         """Publish a failed row for a trial whose retries are used up."""
         number, params = trial.config["number"], trial.config["params"]
         unit = self._search.unit(number, params)
-        error = trial.get_pickled_error() or trial.get_error()
-        lines = [line for line in str(error or "worker died").strip().splitlines() if line.strip()]
-        reason = f"failed {MAX_FAILURES + 1} times; last: {lines[-1].strip()[:300]}"
+        # Tune keeps the text beside the trial's local files; its last line is the exception.
+        text = Path(trial.error_file).read_text(encoding="utf-8") if trial.error_file else ""
+        lines = [line.strip() for line in text.splitlines() if line.strip()] or ["its worker died"]
+        reason = f"failed {MAX_FAILURES + 1} times; last: {lines[-1][:300]}"
         row = Row(
             key=unit.key,
             kind="trial",

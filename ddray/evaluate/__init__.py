@@ -57,7 +57,7 @@ class Evaluator(Protocol):
 
 
 def summarise(results: Sequence[EvalResult]) -> dict[str, Any]:
-    """Return mean, sample standard deviation (None for one network) and the single values of one arch's results."""
+    """Return mean, sample standard deviation (None for one network) and all values of an arch's results."""
     import statistics
 
     values = [result.accuracy for result in results]

@@ -1,4 +1,4 @@
-"""Protocol `hard`: train a fresh network on the set's hard labels, report its accuracy (DC, DSA, DM, DataDAM's protocol).
+"""Protocol `hard` (DC, DSA, DM, DataDAM): train a fresh network on the set's hard labels and score it.
 
 The last epoch's network is scored once; the peers look at test up to 400 times and report the best look.
 """

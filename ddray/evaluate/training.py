@@ -33,8 +33,8 @@ class Recipe(Config):
     weight_decay: float = Field(default=5e-4, ge=0)
     batch: int = Field(default=256, ge=1)
     schedule: Schedule = "vico"
-    """`vico`: E + 1 epochs, after epoch E // 2 + 1 the rate falls tenfold and momentum is reset (DC, DM, DataDAM
-    code); `step15`: x.5 every 15 epochs (DataDAM supplement Table 2); `cosine` to 0; `constant`."""
+    """`vico`: E + 1 epochs, after epoch E // 2 + 1 the rate falls tenfold and momentum is reset (DC, DM,
+    DataDAM code); `step15`: x.5 every 15 epochs (DataDAM supplement Table 2); `cosine` to 0; `constant`."""
     augment: Augment = "dsa"
 
 
@@ -61,7 +61,7 @@ def train(
         The mean loss of the last epoch.
     """
     images = images.contiguous(memory_format=torch.channels_last)
-    net.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    net.to(memory_format=torch.channels_last).train()
     optimizer = _sgd(net, recipe, recipe.lr)
     loss = torch.zeros((), device=images.device)
     total = recipe.epochs + 1 if recipe.schedule == "vico" else recipe.epochs
@@ -70,7 +70,7 @@ def train(
             optimizer.param_groups[0]["lr"] = recipe.lr * _factor(recipe, epoch)
         order = torch.randperm(len(labels), generator=generator).to(images.device, non_blocking=True)
         loss = torch.zeros((), device=images.device)
-        for index in order.split(recipe.batch):
+        for index in torch.split(order, recipe.batch):
             batch = images[index]
             if augment is not None:
                 batch = augment(batch, generator)

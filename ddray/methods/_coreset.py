@@ -25,7 +25,7 @@ class FeatureConfig(Config):
 
 
 def selection_method(config_class: type[Config], select: Select) -> type[Distiller]:
-    """Return a method without steps, whose set is `select(ctx, config)`: images [K * ipc, C, H, W] and labels.
+    """Return a method without steps; its set is `select(ctx, config)`: images [K * ipc, C, H, W] and labels.
 
     Args:
         config_class: its settings.
@@ -41,7 +41,7 @@ def selection_method(config_class: type[Config], select: Select) -> type[Distill
 
         @staticmethod
         def preset(name: str, target: Target) -> dict[str, Any]:
-            """Return the same settings for both presets: nothing is matched, and pixels are mean/std-normalised."""
+            """Return the same settings for both presets: nothing is matched."""
             return {"steps": 0, "evaluate": {"epochs": 1000, "augment": "dsa"}}
 
         def setup(self, ctx: DistillContext) -> None:
@@ -73,7 +73,7 @@ def take(ctx: DistillContext, index: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pool_features(ctx: DistillContext, epochs: int = 20) -> Tensor:
-    """Return features [N, D] of all images of the split, from one network of the pool (eval mode, no augmentation).
+    """Return features [N, D] of the split's images by a network of the pool (eval mode, no augmentation).
 
     Args:
         ctx: the split, the architecture and the pool.
@@ -100,7 +100,9 @@ def per_class(labels: Tensor, num_classes: int, ipc: int, choose: Callable[[Tens
 
 
 def herding_order(features: Tensor, ipc: int) -> Tensor:
-    """Return `ipc` positions in herding's order (Welling 2009): argmin over unused f of ||(k+1) mean - sum - f||.
+    """Return `ipc` positions in herding's order (Welling 2009).
+
+    Each is the argmin over unused f of ||(k+1) mean - sum - f||.
 
     Args:
         features: [n, D] of one class.
@@ -120,7 +122,9 @@ def herding_order(features: Tensor, ipc: int) -> Tensor:
 
 
 def kcenter_order(features: Tensor, ipc: int) -> Tensor:
-    """Return `ipc` positions by greedy k-center (Sener & Savarese 2018): nearest to the mean, then farthest-first.
+    """Return `ipc` positions by greedy k-center (Sener & Savarese 2018).
+
+    The first is the nearest to the mean, then farthest-first.
 
     Args:
         features: [n, D] of one class.

@@ -1,7 +1,8 @@
-"""What the distribution-matching methods (DM, MMD-pixel, DataDAM) share: batches, initial images, one matched step.
+"""What the distribution-matching methods (DM, MMD-pixel, DataDAM) share: batches, initial images, one step.
 
-A method brings per-sample statistics of images [N, C, H, W] -> tuple of [N, D_l] and a loss on their per-class means
-[K, D_l]; everything here is vectorised over classes. The real branch runs under no_grad in chunks that fit the cache.
+A method brings per-sample statistics of images [N, C, H, W] -> tuple of [N, D_l] and a loss on their
+per-class means [K, D_l]; everything here is vectorised over classes. The real branch runs under no_grad in
+chunks that fit the cache.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from ddray.seeding import derive_numpy, derive_seed
 Statistics = Callable[[Net, Tensor], tuple[Tensor, ...]]
 MeansLoss = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 
-# A block's map of one chunk stays below this: larger ones leave the cache, and from 32 MiB on glibc maps and unmaps
-# fresh pages for each (ConvNet-3 on 2 cores: 64 images of 32 px at once take 1.6 times as long as 16 at a time).
+# A block's map of one chunk stays below this: larger ones leave the cache, and from 32 MiB on glibc maps and
+# unmaps fresh pages for each (ConvNet-3 on 2 cores: 64 images of 32 px at once take 1.6 times as long as 16).
 _CHUNK_BYTES: Final = 8 * 2**20
-# Real 32x32x3 images a run must process before compiling (about 20 s on 2 cores) has paid for itself fourfold.
+# Real 32x32x3 images after which compiling (about 20 s on 2 cores) has paid for itself fourfold.
 _COMPILE_WORTH: Final = 500_000
 
 
@@ -37,6 +38,7 @@ class MatchingConfig(Config):
     lr_img: float = Field(default=1.0, gt=0)
     """Learning rate of the images (SGD)."""
     momentum: float = Field(default=0.5, ge=0, lt=1)
+    """Momentum of the images' SGD."""
     batch_real: int = Field(default=256, ge=1)
     """Real images per class and step; never more than the smallest class has."""
     init: Literal["random", "kcenter", "noise"] = "random"
@@ -122,14 +124,15 @@ def random_indices(ctx: DistillContext) -> Tensor:
         members = torch.nonzero(ctx.split.labels == label).flatten()
         if len(members) < ctx.ipc:
             raise InputError(
-                f"ipc must be <= {len(members)} for {ctx.dataset.name} (images of class {label}), got {ctx.ipc}"
+                f"ipc must be <= {len(members)} for {ctx.dataset.name} (images of class {label}), "
+                f"got {ctx.ipc}"
             )
         chosen.append(members[torch.from_numpy(rng.permutation(len(members))[: ctx.ipc])])
     return torch.cat(chosen)
 
 
 def chunks(total: int, sample_bytes: int, device: torch.device) -> Iterator[slice]:
-    """Yield slices over `total` samples whose largest map (`sample_bytes` each) fits the cache (CPU) or memory (GPU)."""
+    """Yield slices over `total` samples whose largest maps (`sample_bytes` each) fit the cache or the GPU."""
     budget = _CHUNK_BYTES if device.type == "cpu" else 2**31
     size = max(1, min(total, budget // max(1, sample_bytes)))
     if size >= 8:
@@ -144,7 +147,7 @@ def wants_compile(
     """Decide whether to compile the real branch.
 
     Args:
-        choice: `on`, `off`, or `auto`: only where a compiler is found and the run is long enough to earn it back.
+        choice: `on`, `off`, or `auto`: where a compiler is found and the run is long enough to earn it back.
         num_steps: steps of the run.
         images_per_step: real images in each.
         image_shape: (C, H, W).
@@ -164,7 +167,7 @@ def wants_compile(
 
 
 class MeanMatching:
-    """Images learned so that class means of their statistics meet the real ones; a fresh random network per step.
+    """Images learned so that class means of their statistics meet the real ones; a fresh network per step.
 
     Args:
         ctx: what to work on.
@@ -185,7 +188,7 @@ class MeanMatching:
         self._optimizer = torch.optim.SGD([self.images], lr=config.lr_img, momentum=config.momentum)
         self._dsa = None if config.augment == "none" else dsa_for(ctx.dataset.can_flip, config.augment)
         net = build_net(ctx.arch, ctx.dataset.image_shape, ctx.dataset.num_classes, seed=0, device=ctx.device)
-        self.net = net.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        self.net = net.to(memory_format=torch.channels_last).train()
         for parameter in self.net.parameters():
             parameter.requires_grad_(False)
         self._chunked = is_per_sample(self.net)
@@ -218,7 +221,7 @@ class MeanMatching:
     def _real_means(self, index: Tensor, plan: Any) -> list[Tensor]:
         """Return the class means [K, D_l] of the real batch, its statistics summed chunk by chunk.
 
-        Batch norm mixes samples, so a network that has it sees all classes in one batch (as the peers' DM does).
+        Batch norm mixes samples: a network that has it sees all classes in one batch (as the peers' DM does).
         """
         batches = self.batches
         sums: list[Tensor] = []
@@ -244,20 +247,21 @@ class MeanMatching:
         """Return images, momentum and the step count; draws need no state, they depend on the step alone."""
         momentum = self._optimizer.state.get(self.images, {}).get("momentum_buffer")
         held: dict[str, Any] = {"step": self._step, "images": self.images.detach().cpu().clone()}
-        return held if momentum is None else {**held, "momentum": momentum.detach().cpu().clone()}
+        return held if momentum is None else {**held, "momentum_buffer": momentum.detach().cpu().clone()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`'s state."""
         self._step = int(state["step"])
         self.images.copy_(state["images"])
-        if "momentum" in state:
-            self._optimizer.state[self.images]["momentum_buffer"] = state["momentum"].to(self.images.device)
+        if "momentum_buffer" in state:
+            held = state["momentum_buffer"].to(self.images.device, copy=True)
+            self._optimizer.state[self.images]["momentum_buffer"] = held
 
 
 @torch.no_grad()
 def _largest_map_bytes(net: Net, ctx: DistillContext) -> int:
-    """Return the bytes of one sample's largest map in `net`, found on one blank image (eval mode: no statistics kept)."""
+    """Return the bytes of one sample's largest map, found on a blank image (in eval mode: no trace)."""
     was_training = net.training
     maps = net.eval().features(torch.zeros(1, *ctx.dataset.image_shape, device=ctx.device)).maps
     net.train(was_training)

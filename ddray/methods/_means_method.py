@@ -14,7 +14,7 @@ from ddray.methods._matching import MatchingConfig, MeanMatching, Statistics
 
 
 def squared_distance(real: Sequence[Tensor], synthetic: Sequence[Tensor]) -> Tensor:
-    """Return the sum over classes of ||mean real_c - mean syn_c||^2, for one statistic's means [K, D] each."""
+    """Return the sum over classes of ||mean real_c - mean syn_c||^2, for one statistic's means [K, D]."""
     return (real[0] - synthetic[0]).square().sum()
 
 

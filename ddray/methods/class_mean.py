@@ -1,7 +1,7 @@
 """Class mean: the mean image of each class, or of `ipc` random disjoint parts of it. The honest lower bar.
 
-No learning at all; on digits at ipc 1 it scores higher than most distilled sets, so a method that does not beat it
-there has learned nothing that a mean would not give.
+No learning at all; on digits at ipc 1 it scores higher than most distilled sets, so a method that does not
+beat it there has learned nothing that a mean would not give.
 
 **Deviations**: none; it is no paper's method.
 """

@@ -1,20 +1,20 @@
-"""DataDAM: dataset distillation by attention matching (Sajedi et al., ICCV 2023; supplement sections 1.4 and 2.2).
+"""DataDAM: dataset distillation by attention matching (Sajedi et al., ICCV 2023; supplement 1.4 and 2.2).
 
-Each step draws a fresh random network and minimises L_SAM + lambda * L_MMD over the synthetic images: L_SAM matches
-class means of spatial attention maps, A_l = sum over channels of |F_l|^p, in every layer but the last; L_MMD matches
-class means of the embedding.
+Each step draws a fresh random network and minimises L_SAM + lambda * L_MMD over the synthetic images: L_SAM
+matches class means of spatial attention maps, A_l = sum over channels of |F_l|^p, in every layer but the
+last; L_MMD matches class means of the embedding.
 
 **Deviations** (paper | authors' code | ours)
 
-- `loss_scale`: no factor printed | 100 on the whole loss | 100 in both presets (plain SGD: a 100-fold lr_img).
+- `loss_scale`: no factor printed | 100 on the whole loss | 100 in both presets (for SGD: a 100-fold lr_img).
 - norm: InstanceNorm | BatchNorm, hard-wired (authors' issue 8) | by preset.
 - power p: 4 | 1 | by preset.
 - batch_real, iterations: 256, 8,000 | 64, 20,000 | by preset; a class with fewer images gives all of them.
-- pixels: ZCA without mean/std for CIFAR | mean/std, ZCA off; when on, real initial images are whitened twice |
-  by preset, and whitened once.
-- evaluation: StepLR x.5 every 15 epochs, epochs not given (on one batch per epoch the rate is spent after some 30
-  updates' worth) | x.1 once, 1,800 epochs, batch 64 | preset `paper`: the protocol its baselines share, 1,000
-  epochs (`evaluate.schedule=step15` measures the printed one); preset `repo`: the code's.
+- pixels: ZCA without mean/std for CIFAR | mean/std, ZCA off; when on, real initial images are whitened
+  twice | by preset, and whitened once.
+- evaluation: StepLR x.5 every 15 epochs, epochs not given (on one batch per epoch the rate is spent after
+  some 30 updates' worth) | x.1 once, 1,800 epochs, batch 64 | preset `paper`: the protocol its baselines
+  share, 1,000 epochs (`evaluate.schedule=step15` measures the printed one); preset `repo`: the code's.
 - augmentation and network seeds: wall clock | wall clock | derived from the run's seed.
 """
 
@@ -73,7 +73,7 @@ def attention(maps: Tensor, p: float, norm: Norm) -> Tensor:
 
 
 def _power(maps: Tensor, p: float) -> Tensor:
-    """Return |maps|^p, by multiplication for the powers that are used (faster than pow, in place without gradients)."""
+    """Return |maps|^p, by multiplication for the usual powers (faster than pow; in place without grad)."""
     if p == 1:
         return maps.abs()
     if p not in (2, 4, 8):

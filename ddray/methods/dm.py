@@ -1,12 +1,12 @@
 """DM: dataset condensation with distribution matching (Zhao & Bilen, WACV 2023; Eq 6, Algorithm 1).
 
-Each step draws a fresh random network and minimises sum_c ||mean emb(real_c) - mean emb(syn_c)||^2 over the synthetic
-images, both under the same augmentation.
+Each step draws a fresh random network and minimises sum_c ||mean emb(real_c) - mean emb(syn_c)||^2 over the
+synthetic images, both under the same augmentation.
 
 **Deviations** (paper and authors' code agree on every setting; both presets are the same)
 
-- The authors' code takes ConvNets class by class and BatchNorm networks in one batch; ours takes all classes in one
-  pass, which is the same sum.
+- The authors' code takes ConvNets class by class and BatchNorm networks in one batch; ours takes all classes
+  in one pass, which is the same sum.
 - augmentation and network seeds: wall clock | derived from the run's seed.
 """
 
@@ -22,7 +22,7 @@ from ddray.nets import Net
 
 
 class DMConfig(MatchingConfig):
-    """DM's settings: lr_img 1, momentum .5, 256 real images per class, 20,000 steps, real initialisation, DSA."""
+    """DM's settings: lr_img 1, momentum .5, 256 real images per class, 20,000 steps, real init, DSA."""
 
 
 def embedding(net: Net, images: Tensor) -> tuple[Tensor, ...]:

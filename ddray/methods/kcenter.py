@@ -1,4 +1,4 @@
-"""K-center (Sener & Savarese 2018): the image nearest to the class mean, then always the farthest from those chosen.
+"""K-center (Sener & Savarese 2018): the image nearest to the class mean, then always the farthest one.
 
 Chosen per class in the embedding of a ConvNet trained on train.
 

@@ -2,8 +2,8 @@
 
 Clustered in the embedding of a ConvNet trained on train.
 
-**Deviations**: Boost-SSDD's k-means baseline clusters the whole unlabelled set in its teacher's space; this one is its
-supervised counterpart, class by class.
+**Deviations**: Boost-SSDD's k-means baseline clusters the whole unlabelled set in its teacher's space; this
+one is its supervised counterpart, class by class.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""report.html of a search: one self-contained page, plots by Optuna's own plotly functions, no network access."""
+"""report.html of a search: one self-contained page, plots by Optuna's plotly functions, no network access."""
 
 from __future__ import annotations
 
 import base64
 import json
-import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,6 @@ from ddray.ledger import Row
 from ddray.report.images import grid, png
 from ddray.space import Space
 from ddray.study import study_of
-
-log = logging.getLogger(__name__)
 
 
 def write_report(run_dir: Path, result: Mapping[str, Any], rows: Sequence[Row], space: Space) -> None:
@@ -70,7 +68,7 @@ def _text(value: Any) -> str:
 
 
 def _figures(space: Space, rows: Sequence[Row]) -> list[dict[str, str]]:
-    """Return Optuna's figures as HTML parts; one that these trials can't give is left out, with the reason."""
+    """Return Optuna's figures as HTML parts; one that these trials can't give is replaced by the reason."""
     import optuna.visualization as plots
 
     study = study_of(space, rows)
@@ -82,8 +80,11 @@ def _figures(space: Space, rows: Sequence[Row]) -> list[dict[str, str]]:
     found = []
     for title, plot in wanted:
         try:
-            figure = plot(study)
-        except (ValueError, RuntimeError) as error:
+            with warnings.catch_warnings():
+                # Optuna warns where a plot would say nothing (importances of too few trials): then none is drawn.
+                warnings.simplefilter("error", UserWarning)
+                figure = plot(study)
+        except (ValueError, RuntimeError, UserWarning) as error:
             found.append({"title": title, "html": "", "reason": str(error).splitlines()[0]})
             continue
         figure.update_layout(template="plotly_white", margin={"l": 60, "r": 30, "t": 30, "b": 50}, title=None)

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+
+from ddray.data import Dataset, Split, open_dataset
+from ddray.distill import DistillContext, Distiller
+from ddray.plan import Plan, make_context, make_distiller, resolve
+
+CPU = torch.device("cpu")
+
+# A busy machine is no failure.
+settings.register_profile("ddray", deadline=None)
+settings.load_profile("ddray")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums are taken in one order, and tests that run side by side do not fight over cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def ddray_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test has a home of its own, and no data directory but the one it names."""
+    home = tmp_path / "home"
+    monkeypatch.setenv("DDRAY_HOME", str(home))
+    monkeypatch.delenv("DDRAY_DATA", raising=False)
+    return home
+
+
+@pytest.fixture(scope="session")
+def digits() -> Dataset:
+    return open_dataset("digits")
+
+
+@pytest.fixture(scope="session")
+def toy() -> Callable[..., Dataset]:
+    """Makes a dataset of random uint8 images, classes unsorted; `counts` says how many each class has."""
+
+    def make(
+        counts: tuple[int, ...] = (9, 7, 8),
+        shape: tuple[int, int, int] = (3, 16, 16),
+        *,
+        name: str = "toy",
+        can_flip: bool = True,
+        seed: int = 0,
+    ) -> Dataset:
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        labels = labels[torch.randperm(len(labels), generator=generator)]
+        images = torch.randint(0, 256, (len(labels), *shape), generator=generator, dtype=torch.uint8)
+        split = Split(images, labels)
+        channels = shape[0]
+        return Dataset(
+            name=name,
+            class_names=tuple(f"class {i}" for i in range(len(counts))),
+            image_shape=shape,
+            mean=tuple(0.4 + 0.05 * i for i in range(channels)),
+            std=tuple(0.2 + 0.05 * i for i in range(channels)),
+            can_flip=can_flip,
+            load_train=lambda: split,
+            load_test=lambda: split,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def planned() -> Callable[..., tuple[Plan, DistillContext, Distiller]]:
+    """Makes plan, context and a fresh method object from nested settings."""
+
+    def make(
+        method: str, dataset: Dataset, /, *, ipc: int = 1, seed: int = 0, preset: str = "paper", **layers: Any
+    ) -> tuple[Plan, DistillContext, Distiller]:
+        settings = {"arch": "convnet2_w8", "compile": "off", **layers}
+        plan = resolve(method, dataset, ipc=ipc, seed=seed, preset=preset, layers=[settings])
+        ctx = make_context(plan, dataset.train(), split_name="train", device=CPU)
+        return plan, ctx, make_distiller(plan)
+
+    return make

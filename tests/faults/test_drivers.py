@@ -1,0 +1,100 @@
+"""The driver killed in the middle of a search: every trial once, nothing finished is run again."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.faults.search import command, count, finish, stamps, start, trials, wait_for
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_killed_driver_resumes(tmp_path: Path, number: signal.Signals) -> None:
+    run = tmp_path / "run"
+    victim = start(command(run))
+    wait_for(lambda: len(list((run / "ledger").glob("*.json"))) >= 1, victim)
+    victim.send_signal(number)
+    _, errors = victim.communicate(timeout=120)
+    if number != signal.SIGKILL:
+        assert victim.returncode == 1
+        last = errors.strip().splitlines()[-1]
+        assert last.startswith("error:")
+        assert "--resume" in last
+        assert "Traceback" not in errors
+    before = stamps(run)
+    assert 1 <= len(before) < 4, "too late: the search was over"
+    out = finish(command(run, "--resume"))
+    rows = trials(run)
+    assert [int(row.spec["number"]) for row in rows] == [0, 1, 2, 3]
+    assert out["num_trials"] == 4
+    assert out["num_failed"] == 0
+    after = stamps(run)
+    assert before.items() <= after.items()
+    assert all(count(run, "start", key) == 1 for key in before)
+
+
+def test_memory_and_foreign_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial that asks for more memory than there is fails after its retries; its neighbours finish.
+
+    The method comes from a package of the user's own, found through its entry point.
+    """
+    package = tmp_path / "site"
+    info = package / "greedy-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: greedy\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[ddray.methods]\ngreedy = greedy\n")
+    (package / "greedy.py").write_text(
+        "import torch\n"
+        "from ddray.config import Config\n"
+        "from ddray.methods._coreset import selection_method, take\n"
+        "from ddray.methods._matching import random_indices\n"
+        "class GreedyConfig(Config):\n"
+        "    gigabytes: float = 0.0\n"
+        "def select(ctx, config):\n"
+        "    held = torch.ones(int(config.gigabytes * 2**28))\n"
+        "    return take(ctx, random_indices(ctx))\n"
+        "METHOD = selection_method(GreedyConfig, select)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(package))
+    space = tmp_path / "space.yaml"
+    space.write_text("gigabytes: {choice: [0.0, 1.0e+8]}\n")
+    run = tmp_path / "run"
+    out = finish(
+        [
+            *(sys.executable, "-m", "ddray", "tune", "--method", "greedy", "--ipc", "1", "--strategy", "grid"),
+            *("--space", str(space), "--set", "evaluate.epochs=2", "--set", "evaluate.seeds=1", "--final-sets", "1"),
+            *("--run-dir", str(run), "--json"),
+        ]
+    )
+    rows = trials(run)
+    assert [row.status for row in rows] == ["done", "failed"]
+    assert "memory" in str(rows[1].error)
+    assert count(run, "retry", rows[1].key) == 2
+    assert out["best"]["config"] == {"gigabytes": 0.0}
+
+
+def test_full_disk_names_the_path_and_leaves_a_resumable_run(tmp_path: Path) -> None:
+    """A file-size limit makes the checkpoint's write fail for real."""
+    run, out = tmp_path / "run", tmp_path / "out.pt"
+    base = [
+        *(sys.executable, "-m", "ddray", "distill", "--method", "datadam", "--ipc", "1", "--steps", "4"),
+        *("--set", "checkpoint_every=2", "--set", "method.batch_real=4"),
+        *("--run-dir", str(run), "--out", str(out), "--json"),
+    ]
+    limited = ["bash", "-c", f"ulimit -f 8; trap '' XFSZ; exec {' '.join(base)}"]
+    done = subprocess.run(limited, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 1, done.stderr[-1500:]
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error:")
+    assert str(run / "checkpoints") in last
+    assert "Traceback" not in done.stderr
+    assert not out.exists()
+    assert not list(run.rglob("*.tmp"))
+    finish([*base, "--resume"])
+    assert out.exists()

@@ -1,0 +1,147 @@
+"""What happens to trials: diverged, out of memory, killed, stopped early; each ends alone and as the ledger says."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from ddray.errors import InputError
+from tests.faults.search import TINY, count, ray_workers, search, stamps, trials, wait_for
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_here")]
+
+
+def test_a_diverging_trial_fails_alone_and_is_not_tried_again(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    out = search(run, "lr_img: {choice: [1.0, 1.0e+30]}", strategy="grid")
+    rows = trials(run)
+    assert [row.status for row in rows] == ["done", "failed"]
+    assert "lower lr_img" in str(rows[1].error)
+    assert count(run, "start", rows[1].key) == 1
+    assert count(run, "retry", rows[1].key) == 0
+    assert (out["num_trials"], out["num_failed"], out["best"]["config"]) == (2, 1, {"lr_img": 1.0})
+    assert (run / "report.html").stat().st_size > 1_000_000  # plotly's script is inside: no network access needed
+    assert list((run / "tune").rglob("events.out.tfevents*"))
+
+
+def test_a_finished_search_resumes_without_work(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    first = search(run, "lr_img: {choice: [0.5, 1.0]}", strategy="grid")
+    before, events = stamps(run), (run / "events.jsonl").read_text()
+    again = search(run, "lr_img: {choice: [0.5, 1.0]}", strategy="grid", resume=True)
+    assert {k: v for k, v in again.items() if k != "wall_s"} == {k: v for k, v in first.items() if k != "wall_s"}
+    assert stamps(run) == before
+    assert (run / "events.jsonl").read_text() == events
+    with pytest.raises(InputError, match=r"space\.lr_img"):
+        search(run, "lr_img: {choice: [0.25, 1.0]}", strategy="grid", resume=True)
+
+
+def test_a_killed_worker_costs_a_retry_and_nothing_else(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    outcome: dict[str, object] = {}
+    layers = {**TINY, "steps": 100, "method": {"batch_real": 8}}
+
+    def body() -> None:
+        outcome.update(search(run, "lr_img: {choice: [1.0]}", strategy="grid", layers=layers))
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    try:
+        wait_for(lambda: any((run / "checkpoints").glob("*.pt")), None)
+        victims = ray_workers("_trainable") or ray_workers("ImplicitFunc")
+        assert victims, "no trial worker found"
+        for victim in victims:
+            os.kill(victim, signal.SIGKILL)
+    finally:
+        thread.join(timeout=300)
+    rows = trials(run)
+    assert [row.status for row in rows] == ["done"]
+    assert count(run, "start", rows[0].key) == 1
+    assert count(run, "retry", rows[0].key) == 1
+    assert outcome["num_failed"] == 0
+
+
+def test_asha_stops_poor_trials_early_but_never_the_papers_point(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    # Trial 0 is the paper's point, made the worst by its own rate: it must reach full length all the same.
+    layers = {**TINY, "steps": 27, "evaluate": {"epochs": 8, "seeds": 1}, "method": {"batch_real": 4, "lr_img": 1e-6}}
+    out = search(
+        run, "lr_img: {loguniform: [0.1, 1.0]}", num_samples=7, strategy="asha-tpe", max_concurrent=1, layers=layers
+    )
+    rows = trials(run)
+    assert [int(row.spec["number"]) for row in rows] == list(range(7))
+    assert sorted(map(int, rows[0].result["rungs"])) == [1, 3, 9]
+    stopped = [row for row in rows if row.result["stopped_early"]]
+    assert stopped
+    assert out["num_stopped_early"] == len(stopped)
+    assert all(max(map(int, row.result["rungs"])) < 9 for row in stopped)
+    best = next(row for row in rows if row.spec["number"] == out["best"]["trial"])
+    assert not best.result["stopped_early"]
+    assert out["best"]["val_accuracy"] >= out["paper_point"]["val_accuracy"]
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    study = optuna.load_study(
+        study_name="ddray", storage=JournalStorage(JournalFileBackend(str(run / "optuna.journal")))
+    )
+    # The paper's point lies outside the range: Optuna can't hold it.
+    states = sorted(trial.state.name for trial in study.trials)
+    assert states == ["COMPLETE"] * (6 - len(stopped)) + ["PRUNED"] * len(stopped)
+
+
+def test_pb2_changes_settings_inside_a_trial_and_resumes_by_generation(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    layers = {**TINY, "steps": 8, "evaluate": {"epochs": 4, "seeds": 1}, "method": {"batch_real": 4}}
+    settings = {"strategy": "pb2", "num_samples": 4, "layers": layers}
+    out = search(run, "lr_img: {loguniform: [0.001, 2.0]}\nmomentum: {uniform: [0.0, 0.9]}", **settings)  # type: ignore[arg-type]
+    rows = trials(run)
+    assert [row.status for row in rows] == ["done"] * 4
+    assert all(segment["params"] == rows[0].spec["params"] for segment in rows[0].result["schedule"])
+    assert all([s["until"] for s in row.result["schedule"]] == [2, 4, 6, 8] for row in rows)
+    changed = [row for row in rows if len({json.dumps(s["params"]) for s in row.result["schedule"]}) > 1]
+    assert changed, "no member was given new settings"
+    # A crash before the rows were published: the segments are not run again, and the choices are the same.
+    segments = {path: path.stat().st_mtime_ns for path in (run / "pb2").glob("*.json")}
+    assert len(segments) == 4 * 5
+    for path in (run / "ledger").glob("*.json"):
+        path.unlink()
+    late = sorted((run / "pb2").glob("*generation4*"))
+    assert len(late) == 8
+    for path in late:
+        path.unlink()
+    again = search(
+        run, "lr_img: {loguniform: [0.001, 2.0]}\nmomentum: {uniform: [0.0, 0.9]}", resume=True, **settings  # type: ignore[arg-type]
+    )
+    kept = {path: stamp for path, stamp in segments.items() if "generation4" not in path.name}
+    assert kept
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in kept.items())
+    for key in ("best", "paper_point", "test_accuracy_mean"):
+        assert again[key] == out[key]
+
+
+def test_what_never_fits_is_refused_instead_of_hanging(tmp_path: Path) -> None:
+    begin = time.monotonic()
+    with pytest.raises(InputError, match="--cpus-per-trial must be <="):
+        search(tmp_path / "a", "lr_img: {choice: [1.0]}", strategy="grid", cpus_per_trial=4096.0)
+    with pytest.raises(InputError, match="--gpus-per-trial must be <= 0"):
+        search(tmp_path / "b", "lr_img: {choice: [1.0]}", strategy="grid", gpus_per_trial=0.5)
+    assert time.monotonic() - begin < 60
+
+
+def test_test_set_is_not_opened_by_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ddray.data import Dataset
+
+    def broken(self: Dataset) -> None:
+        raise InputError("the test set is broken")
+
+    monkeypatch.setattr(Dataset, "test", broken)
+    with pytest.raises(InputError, match="the test set is broken"):
+        search(tmp_path / "run", "lr_img: {choice: [0.5, 1.0]}", strategy="grid")
+    assert [row.status for row in trials(tmp_path / "run")] == ["done", "done"]

@@ -1,0 +1,35 @@
+"""Losses of five steps, written to tests/golden/*.json: .venv/bin/python tests/golden/regenerate.py
+
+Run it only after a change that is meant to change the numbers, and say so in CHANGELOG.md.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from ddray.data import open_dataset
+from ddray.distill import run_distillation
+from ddray.plan import make_context, make_distiller, resolve
+
+FOLDER = Path(__file__).resolve().parent
+METHODS = ("datadam", "dm", "mmd_pixel")
+STEPS = 5
+
+
+def losses(method: str) -> list[float]:
+    """Return the losses of the first steps on digits: ipc 1, batch_real 8, seed 0, one thread."""
+    torch.set_num_threads(1)
+    dataset = open_dataset("digits")
+    layers = [{"steps": STEPS, "compile": "off", "method": {"batch_real": 8}}]
+    plan = resolve(method, dataset, ipc=1, seed=0, layers=layers)
+    ctx = make_context(plan, dataset.train(), split_name="train", device=torch.device("cpu"))
+    return [float(loss) for loss in run_distillation(make_distiller(plan), ctx).losses]
+
+
+if __name__ == "__main__":
+    for name in METHODS:
+        text = json.dumps({"command": "tests/golden/regenerate.py", "losses": losses(name)}, indent=2)
+        (FOLDER / f"{name}.json").write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,20 @@
+"""Losses against numbers of an earlier build; floats with a tolerance: bytes differ across CPUs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from regenerate import FOLDER, METHODS, STEPS, losses
+
+
+def test_every_golden_file_is_checked() -> None:
+    assert sorted(path.stem for path in FOLDER.glob("*.json")) == sorted(METHODS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_losses_are_what_they_were(method: str) -> None:
+    wanted = json.loads((FOLDER / f"{method}.json").read_text(encoding="utf-8"))["losses"]
+
+    assert len(wanted) == STEPS
+    assert losses(method) == pytest.approx(wanted, rel=1e-4)

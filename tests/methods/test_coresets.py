@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ddray.methods import kmeans
+from ddray.methods._coreset import herding_order, kcenter_indices, kcenter_order, per_class, pool_features
+from ddray.methods.kmeans import kmeans_order
+from ddray.nets import build_net
+
+
+def features(num: int, seed: int, dim: int = 3) -> Tensor:
+    return torch.randn(num, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def length(v: list[float]) -> float:
+    return sum(x * x for x in v) ** 0.5
+
+
+def naive_herding(rows: list[list[float]], ipc: int) -> list[int]:
+    """The greedy that keeps the chosen ones' mean nearest to the mean of all."""
+    mean = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+    chosen: list[int] = []
+    for _ in range(ipc):
+        candidates = [i for i in range(len(rows)) if i not in chosen]
+
+        def error(i: int) -> float:
+            own = [rows[j] for j in (*chosen, i)]
+            return length([m - sum(c) / len(own) for m, c in zip(mean, zip(*own, strict=True), strict=True)])
+
+        chosen.append(min(candidates, key=error))
+    return chosen
+
+
+def naive_kcenter(rows: list[list[float]], ipc: int) -> list[int]:
+    mean = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+
+    def between(a: list[float], b: list[float]) -> float:
+        return length([x - y for x, y in zip(a, b, strict=True)])
+
+    chosen = [min(range(len(rows)), key=lambda i: between(rows[i], mean))]
+    while len(chosen) < ipc:
+        rest = [i for i in range(len(rows)) if i not in chosen]
+        chosen.append(max(rest, key=lambda i: min(between(rows[i], rows[j]) for j in chosen)))
+    return chosen
+
+
+@settings(max_examples=40)
+@given(num=st.integers(1, 12), seed=st.integers(0, 2**32), data=st.data())
+def test_herding_keeps_the_running_mean_nearest_to_the_class_mean(num: int, seed: int, data: Any) -> None:
+    ipc = data.draw(st.integers(1, num))
+    held = features(num, seed)
+
+    found = herding_order(held, ipc).tolist()
+
+    assert found == naive_herding(held.tolist(), ipc)
+    assert len(set(found)) == ipc
+
+
+@settings(max_examples=40)
+@given(num=st.integers(1, 12), seed=st.integers(0, 2**32), data=st.data())
+def test_kcenter_starts_at_the_mean_and_goes_farthest_first(num: int, seed: int, data: Any) -> None:
+    ipc = data.draw(st.integers(1, num))
+    held = features(num, seed)
+
+    assert kcenter_order(held, ipc).tolist() == naive_kcenter(held.tolist(), ipc)
+
+
+def test_equal_features_still_give_distinct_images() -> None:
+    held = torch.ones(5, 3)
+
+    assert sorted(herding_order(held, 5).tolist()) == [0, 1, 2, 3, 4]
+    assert sorted(kcenter_order(held, 5).tolist()) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_kmeans_takes_the_real_image_nearest_to_each_clusters_mean(seed: int) -> None:
+    """Three clusters too far apart to be confused; the nearest sample to each mean is found by a loop."""
+    centres = torch.tensor([[0.0, 0.0], [100.0, 0.0], [0.0, 100.0]], dtype=torch.float64)
+    held = torch.cat([centre + features(5, 10 * seed + i, dim=2) for i, centre in enumerate(centres)])
+
+    found = kmeans_order(held, 3, seed=seed)
+
+    wanted = []
+    for cluster in range(3):
+        rows = held[5 * cluster : 5 * cluster + 5].tolist()
+        mean = [sum(column) / 5 for column in zip(*rows, strict=True)]
+        far = [length([a - b for a, b in zip(row, mean, strict=True)]) for row in rows]
+        wanted.append(5 * cluster + far.index(min(far)))
+    assert sorted(found.tolist()) == wanted
+
+
+def test_kmeans_never_takes_an_image_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two centroids can share their nearest sample: the second takes the next one."""
+    held = torch.tensor([[0.0], [10.0], [11.0], [30.0]])
+    import sklearn.cluster
+
+    class Fixed:
+        def __init__(self, **given: Any) -> None:
+            self.cluster_centers_ = torch.tensor([[9.0], [10.2], [29.0]]).numpy()
+
+        def fit(self, rows: Any) -> Fixed:
+            return self
+
+    monkeypatch.setattr(sklearn.cluster, "KMeans", Fixed)
+    assert kmeans.kmeans_order(held, 3, seed=0).tolist() == [1, 2, 3]
+
+
+def test_per_class_picks_among_each_classs_own_members() -> None:
+    labels = torch.tensor([1, 0, 2, 1, 0, 2, 2])
+
+    found = per_class(labels, 3, 2, lambda own: torch.arange(len(own)).flip(0))
+
+    assert found.tolist() == [4, 1, 3, 0, 6, 5]
+
+
+def test_kcenter_indices_are_each_classs_own_kcenter() -> None:
+    held, labels = features(12, 0), torch.tensor([0, 1, 2] * 4)
+    wanted = [
+        3 * position + label for label in range(3) for position in naive_kcenter(held[label::3].tolist(), 2)
+    ]
+
+    assert kcenter_indices(held, labels, 3, 2).tolist() == wanted
+
+
+def test_class_mean_is_the_mean_of_the_encoded_images(toy: Any, planned: Any) -> None:
+    dataset = toy()
+    _, ctx, method = planned("class_mean", dataset)
+    method.setup(ctx)
+    made = method.snapshot()
+
+    split = dataset.train()
+    assert made.labels.tolist() == [0, 1, 2]
+    for label in range(3):
+        total, count = torch.zeros(3, 16, 16, dtype=torch.float64), 0
+        for image, own in zip(split.images, split.labels.tolist(), strict=True):
+            if own != label:
+                continue
+            for channel in range(3):
+                pixels = image[channel].double() / 255
+                total[channel] += (pixels - dataset.mean[channel]) / dataset.std[channel]
+            count += 1
+        torch.testing.assert_close(made.images[label].double(), total / count, rtol=1e-5, atol=1e-6)
+
+
+def test_class_mean_at_more_per_class_splits_the_class_into_disjoint_parts(toy: Any, planned: Any) -> None:
+    """Weighted with the parts' sizes, the means of the parts are the mean of the class."""
+    dataset = toy(counts=(8, 4))
+    _, ctx, one = planned("class_mean", dataset)
+    one.setup(ctx)
+    _, ctx, two = planned("class_mean", dataset, ipc=4)
+    two.setup(ctx)
+
+    whole, parts = one.snapshot(), two.snapshot()
+
+    assert parts.labels.tolist() == [0] * 4 + [1] * 4
+    torch.testing.assert_close(parts.images.view(2, 4, 3, 16, 16).mean(1), whole.images, rtol=1e-5, atol=1e-6)
+    singles = ctx.space.encode(ctx.split.images[ctx.split.labels == 1])  # parts of one image each
+    for single in singles:
+        assert min(float((single - part).abs().max()) for part in parts.images[4:]) < 1e-6
+
+
+@pytest.mark.parametrize("method", ["random", "herding", "kcenter", "kmeans"])
+def test_coresets_are_real_images_of_their_class_without_repetition(
+    method: str, toy: Any, planned: Any
+) -> None:
+    dataset = toy()
+    layers = {} if method == "random" else {"method": {"feature_epochs": 1}}
+    _, ctx, distiller = planned(method, dataset, ipc=3, **layers)
+    distiller.setup(ctx)
+    made = distiller.snapshot()
+
+    assert made.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    real = ctx.space.encode(ctx.split.images)
+    places = [[i for i in range(len(real)) if torch.equal(real[i], image)] for image in made.images]
+    assert all(len(place) == 1 for place in places)
+    found = [place[0] for place in places]
+    assert len(set(found)) == 9
+    assert torch.equal(ctx.split.labels[found], made.labels)
+
+
+def test_features_are_the_pool_networks_embedding_in_eval_mode(toy: Any, planned: Any) -> None:
+    dataset = toy()
+    _, ctx, _ = planned("herding", dataset, arch="convnet1_w8_bn")
+    found = pool_features(ctx, epochs=2)
+
+    folders = list((ctx.pool._folder).iterdir())
+    assert len(folders) == 1
+    from safetensors.torch import load_file
+
+    held = load_file(folders[0] / "tensors.safetensors")
+    net = build_net("convnet1_w8_bn", (3, 16, 16), 3, seed=5)
+    net.load_state_dict({k.removeprefix("weights."): v for k, v in held.items() if k.startswith("weights.")})
+    with torch.no_grad():
+        wanted = torch.cat([net.eval().embed(ctx.space.encode(image[None])) for image in ctx.split.images])
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert torch.equal(pool_features(ctx, epochs=2), found)
+    assert not torch.equal(pool_features(ctx, epochs=1), found)

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ddray.errors import InputError
+from ddray.methods.datadam import attention, datadam_loss, discrepancy, mmd
+
+POWERS = (1, 2, 3, 4, 8, 1.5)
+NORMS = ("l2", "l1", "none")
+LOSSES = ("mse", "mae", "cosine")
+
+
+def naive_attention(maps: Tensor, p: float, norm: str) -> list[list[float]]:
+    """Place by place in Python floats: A(y, x) = sum_c |F(c, y, x)|^p, divided by its sample's norm."""
+    num, channels, height, width = maps.shape
+    found = []
+    for n in range(num):
+        places = [
+            sum(abs(float(maps[n, c, y, x])) ** p for c in range(channels))
+            for y in range(height)
+            for x in range(width)
+        ]
+        size = {"l2": math.sqrt(sum(a * a for a in places)), "l1": sum(places), "none": 1.0}[norm]
+        found.append([a / size for a in places])
+    return found
+
+
+def class_means(rows: list[list[float]], num_classes: int) -> list[list[float]]:
+    """Means of class-sorted rows, equally many per class."""
+    per = len(rows) // num_classes
+    return [
+        [sum(rows[c * per + i][d] for i in range(per)) / per for d in range(len(rows[0]))]
+        for c in range(num_classes)
+    ]
+
+
+def naive_distance(a: list[float], b: list[float], loss: str) -> float:
+    if loss == "mse":
+        return sum((x - y) ** 2 for x, y in zip(a, b, strict=True))
+    if loss == "mae":
+        return sum(abs(x - y) for x, y in zip(a, b, strict=True))
+    dot = sum(x * y for x, y in zip(a, b, strict=True))
+    return 1 - dot / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
+
+
+def maps(num: int, seed: int) -> list[Tensor]:
+    """Two layers of signed maps (a LeakyReLU's are negative too), float64."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(num, 3, 4, 2), (num, 2, 2, 2)]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+@pytest.mark.parametrize(("p", "norm"), list(itertools.product(POWERS, NORMS)))
+def test_attention_is_the_papers_sum_of_powers_normalised_per_sample(p: float, norm: Any) -> None:
+    held = maps(3, seed=1)[0]
+
+    found = attention(held, p, norm)
+
+    wanted = torch.tensor(naive_attention(held, p, norm), dtype=torch.float64)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("p", "norm"), list(itertools.product(POWERS, NORMS)))
+def test_attention_with_gradients_is_the_same_and_its_gradient_is_right(p: float, norm: Any) -> None:
+    held = maps(2, seed=2)[1]
+    live = held.clone().requires_grad_(True)
+
+    assert torch.equal(attention(live, p, norm).detach(), attention(held, p, norm))
+    assert torch.autograd.gradcheck(lambda x: attention(x, p, norm), (live,))
+
+
+@pytest.mark.parametrize("p", POWERS)
+def test_attention_leaves_the_maps_as_they_are(p: float) -> None:
+    """The power is taken in place without gradients: never in place of the network's own maps."""
+    held = maps(2, seed=3)[0]
+    before = held.clone()
+
+    attention(held, p, "l2")
+
+    assert torch.equal(held, before)
+
+
+@pytest.mark.parametrize(("p", "norm", "loss"), list(itertools.product(POWERS, NORMS, LOSSES)))
+def test_loss_is_l_sam_plus_lambda_l_mmd(p: float, norm: Any, loss: Any) -> None:
+    num_classes, lambda_mmd, scale = 2, 0.3, 7.0
+    real_maps, syn_maps = maps(6, seed=4), maps(4, seed=5)
+    generator = torch.Generator().manual_seed(6)
+    real_emb = torch.randn(6, 5, generator=generator, dtype=torch.float64)
+    syn_emb = torch.randn(4, 5, generator=generator, dtype=torch.float64)
+
+    def means(values: list[Tensor], embedding: Tensor) -> list[Tensor]:
+        held = [*(attention(m, p, norm) for m in values), embedding]
+        return [value.view(num_classes, -1, value.shape[1]).mean(1) for value in held]
+
+    found = datadam_loss(
+        means(real_maps, real_emb),
+        means(syn_maps, syn_emb),
+        lambda_mmd=lambda_mmd,
+        loss_scale=scale,
+        loss=loss,
+    )
+
+    l_sam = 0.0
+    for real, syn in zip(real_maps, syn_maps, strict=True):
+        a = class_means(naive_attention(real, p, norm), num_classes)
+        b = class_means(naive_attention(syn, p, norm), num_classes)
+        l_sam += sum(naive_distance(a[c], b[c], loss) for c in range(num_classes))
+    a, b = class_means(real_emb.tolist(), num_classes), class_means(syn_emb.tolist(), num_classes)
+    l_mmd = sum(naive_distance(a[c], b[c], "mse") for c in range(num_classes))
+    assert float(found) == pytest.approx(scale * (l_sam + lambda_mmd * l_mmd), rel=1e-11)
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    p=st.sampled_from(POWERS),
+    scale=st.floats(0.2, 5),
+    norm=st.sampled_from(NORMS),
+)
+def test_attention_is_blind_to_sign_and_a_normalised_one_to_scale(
+    seed: int, p: float, scale: float, norm: Any
+) -> None:
+    held = maps(2, seed)[0]
+    power = scale**p if norm == "none" else 1.0
+
+    torch.testing.assert_close(attention(-held, p, norm), attention(held, p, norm), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        attention(scale * held, p, norm), power * attention(held, p, norm), rtol=1e-9, atol=1e-300
+    )
+
+
+@given(seed=st.integers(0, 2**32), loss=st.sampled_from(LOSSES), num_classes=st.integers(1, 6))
+def test_losses_do_not_depend_on_the_order_of_classes_and_vanish_at_equality(
+    seed: int, loss: Any, num_classes: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    real, syn = (torch.randn(num_classes, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    order = torch.randperm(num_classes, generator=generator)
+
+    for function in (lambda a, b: discrepancy(a, b, loss), mmd):
+        torch.testing.assert_close(function(real[order], syn[order]), function(real, syn))
+        assert float(function(real, real)) == pytest.approx(0.0, abs=1e-12)
+        assert float(function(real, syn)) > 0
+
+
+@pytest.mark.parametrize("layers", [(0,), (3,), (-1, 1)])
+def test_layers_that_the_network_has_not_are_refused(layers: Any, toy: Any, planned: Any) -> None:
+    _, ctx, method = planned("datadam", toy(), steps=1, method={"layers": list(layers)})
+
+    with pytest.raises(InputError, match=r"method\.layers must be within 1\.\.2 for convnet2_w8"):
+        method.setup(ctx)

@@ -1,0 +1,340 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ddray import artifact
+from ddray.artifact import DistilledSet, Meta, load
+from ddray.data import PixelSpace
+from ddray.errors import InputError
+
+
+def meta(**changes: Any) -> Meta:
+    values: dict[str, Any] = {
+        "dataset": "toy",
+        "fingerprint": "f" * 64,
+        "class_names": ("cat", "dög"),
+        "ipc": 2,
+        "ipc_decoded": 2,
+        "storage_floats": 4 * 3 * 4 * 5,
+        "pixel_space": "normalized",
+        "mean": (0.4, 0.5, 0.6),
+        "std": (0.2, 0.25, 0.3),
+        "image_shape": (3, 4, 5),
+        "method": "dm",
+        "config": {"steps": 3, "method": {"lr_img": 1e-05, "layers": [1, 2], "init": None}},
+        "seed": 7,
+        "arch": "convnet1",
+        "norm": "instance",
+        "versions": {"torch": "2"},
+        "git_commit": None,
+    }
+    return Meta.parse({**values, **changes})
+
+
+def images(num: int = 4, shape: tuple[int, ...] = (3, 4, 5)) -> Tensor:
+    return torch.randn(num, *shape, generator=torch.Generator().manual_seed(0))
+
+
+def made(**changes: Any) -> DistilledSet:
+    held: dict[str, Any] = {"images": images(), "labels": torch.tensor([0, 0, 1, 1]), "meta": meta()}
+    return DistilledSet(**{**held, **changes})
+
+
+def whitening(width: int = 60) -> dict[str, Tensor]:
+    return {"zca_mean": torch.rand(width), "zca_matrix": torch.eye(width) * 2}
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "distilled.pt"
+    made().save(path)
+
+    held = load(path)
+
+    assert torch.equal(held.images, images())
+    assert held.labels.tolist() == [0, 0, 1, 1]
+    assert held.labels.dtype == torch.int64
+    assert held.meta == meta()
+    assert held.zca == {}
+    assert held.space().std == (0.2, 0.25, 0.3)
+    assert torch.equal(held.decode().images, images())
+    assert [entry.name for entry in tmp_path.iterdir() if entry.suffix == ".tmp"] == []
+
+
+def test_saving_twice_gives_the_same_bytes_wherever_it_lies(tmp_path: Path) -> None:
+    made().save(tmp_path / "a.pt")
+    load(tmp_path / "a.pt").save(tmp_path / "longer name.pt")
+
+    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "longer name.pt").read_bytes()
+
+
+def test_the_file_holds_tensors_and_one_json_string(tmp_path: Path) -> None:
+    made().save(tmp_path / "a.pt")
+
+    held = torch.load(tmp_path / "a.pt", weights_only=True)
+
+    assert set(held) == {"format_version", "images", "labels", "meta"}
+    assert held["format_version"] == 1
+    assert json.loads(held["meta"])["class_names"] == ["cat", "dög"]
+
+
+def test_a_view_is_stored_without_the_tensor_behind_it(tmp_path: Path) -> None:
+    whole = torch.randn(4000, 3, 4, 5)
+    made(images=whole[:4]).save(tmp_path / "a.pt")
+
+    held = load(tmp_path / "a.pt")
+    assert torch.equal(held.images, whole[:4])
+    assert (tmp_path / "a.pt").stat().st_size < 10_000
+
+
+def test_a_whitened_set_keeps_its_whitening(tmp_path: Path) -> None:
+    zca = whitening()
+    made(meta=meta(pixel_space="zca"), zca=zca).save(tmp_path / "a.pt")
+
+    held = load(tmp_path / "a.pt")
+
+    assert held.zca.keys() == zca.keys()
+    assert all(torch.equal(held.zca[name], zca[name]) for name in zca)
+    pixels = torch.rand(2, 3, 4, 5)
+    torch.testing.assert_close(held.space().decode(held.space().encode(pixels)), pixels)
+
+
+BROKEN: dict[str, tuple[dict[str, Any], str]] = {
+    "double": ({"images": images().double()}, r"images must be float32 \[N, C, H, W\], got torch\.float64"),
+    "flat": ({"images": images().flatten(1)}, r"images must be float32 \[N, C, H, W\]"),
+    "none": ({"images": images(0), "labels": torch.zeros(0).long()}, r"got torch\.float32 \[0, 3, 4, 5\]"),
+    "shape": ({"images": images(4, (3, 5, 4))}, r"image_shape \(3, 4, 5\), got \(3, 5, 4\)"),
+    "nan": ({"images": images().index_fill(0, torch.tensor(1), torch.nan)}, "images must be finite"),
+    "infinite": ({"images": images().index_fill(0, torch.tensor(1), torch.inf)}, "images must be finite"),
+    "labels dtype": ({"labels": torch.tensor([0, 0, 1, 1]).int()}, r"labels must be int64 \[4\]"),
+    "labels count": (
+        {"labels": torch.tensor([0, 1, 1])},
+        r"labels must be int64 \[4\], got torch\.int64 \[3\]",
+    ),
+    "label high": ({"labels": torch.tensor([0, 0, 1, 2])}, r"labels must be in 0\.\.1, got 0\.\.2"),
+    "label low": ({"labels": torch.tensor([-1, 0, 1, 1])}, r"labels must be in 0\.\.1, got -1\.\.1"),
+    "mean": ({"meta": meta(mean=(0.5,))}, "mean and std must hold 3 values"),
+    "std": ({"meta": meta(std=(0.2, 0.0, 0.1))}, "mean and std must hold 3 values, std > 0"),
+    "zca missing": ({"meta": meta(pixel_space="zca")}, "a set in pixel space zca must hold"),
+    "zca too much": ({"zca": whitening()}, "pixel space normalized must hold no ZCA"),
+    "zca shape": (
+        {"meta": meta(pixel_space="zca"), "zca": whitening(59)},
+        "a set in pixel space zca must hold",
+    ),
+    "zca nan": (
+        {"meta": meta(pixel_space="zca"), "zca": {**whitening(), "zca_mean": torch.full((60,), torch.nan)}},
+        "zca_mean must be finite float32",
+    ),
+    "zca double": (
+        {"meta": meta(pixel_space="zca"), "zca": {**whitening(), "zca_matrix": torch.eye(60).double()}},
+        "zca_matrix must be finite float32, got torch.float64",
+    ),
+}
+
+
+@pytest.mark.parametrize("rule", BROKEN)
+def test_a_broken_rule_is_refused_on_save_and_on_load(
+    rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes, message = BROKEN[rule]
+    path = tmp_path / "bad.pt"
+    with pytest.raises(InputError, match=message):
+        made(**changes).save(path)
+    assert not path.exists()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DistilledSet, "validate", lambda self: None)
+        made(**changes).save(path)
+    with pytest.raises(InputError, match=r"bad\.pt: .*" + message):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ipc": 0}, r"ipc: .*greater than or equal to 1, got 0"),
+        ({"pixel_space": "rgb"}, "pixel_space: .*got 'rgb'"),
+        ({"colour": 1}, "unknown option 'colour'"),
+        ({"mean": (float("nan"),) * 3}, r"mean\.0: .*finite number"),
+    ],
+)
+def test_a_meta_of_other_rules_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        meta(**changes)
+
+
+def own_file(path: Path, **changes: Any) -> Path:
+    """Our format, with parts replaced; None removes one."""
+    held = {
+        "format_version": 1,
+        "images": images(),
+        "labels": torch.tensor([0, 0, 1, 1]),
+        "meta": json.dumps(meta().dump()),
+        **changes,
+    }
+    torch.save({key: value for key, value in held.items() if value is not None}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": 2}, "format_version must be 1, got 2; update ddray"),
+        ({"extra": torch.zeros(1)}, r"unknown \['extra'\]"),
+        ({"labels": None}, r"missing \['labels'\]"),
+        ({"images": [[1.0]]}, "images must be tensors"),
+        ({"meta": "no json"}, "meta must be a JSON object, got 'no json'"),
+        ({"meta": "[1]"}, "meta must be a JSON object"),
+        ({"meta": "3"}, "meta must be a JSON object"),
+        ({"meta": torch.zeros(2)}, "meta must be a JSON object"),
+        ({"meta": "{}"}, r"meta\.dataset: field required"),
+        ({"meta": json.dumps({**meta().dump(), "methud": 1})}, r"'meta\.methud' .*did you mean 'method'"),
+    ],
+)
+def test_a_file_of_another_make_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    assert load(own_file(tmp_path / "good.pt")).meta == meta()
+    with pytest.raises(InputError, match=message) as caught:
+        load(own_file(tmp_path / "a.pt", **changes))
+    assert "a.pt" in str(caught.value)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 100, 0.5, -1])
+def test_a_torn_file_is_refused(kept: float, tmp_path: Path) -> None:
+    made().save(tmp_path / "a.pt")
+    whole = (tmp_path / "a.pt").read_bytes()
+    count = int(kept if isinstance(kept, int) else kept * len(whole))
+    (tmp_path / "torn.pt").write_bytes(whole[:count])
+
+    with pytest.raises(InputError, match=r"torn\.pt must be an undamaged distilled set.*copy it again"):
+        load(tmp_path / "torn.pt")
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.pt", tmp_path):
+        with pytest.raises(InputError, match="a distilled set must be an existing file, got"):
+            load(path)
+
+
+class Bomb:
+    def __init__(self, target: Path) -> None:
+        self.target = str(target)
+
+    def __reduce__(self) -> Any:
+        return open, (self.target, "w")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_pickle_bomb_does_not_go_off(legacy: bool, tmp_path: Path) -> None:
+    import pickle
+
+    marker = tmp_path / "marker"
+    pickle.loads(pickle.dumps(Bomb(marker))).close()  # it is a live one
+    assert marker.exists()
+    marker.unlink()
+    torch.save(
+        {"format_version": 1, "images": Bomb(marker)},
+        tmp_path / "bomb.pt",
+        _use_new_zipfile_serialization=not legacy,
+    )
+
+    with pytest.raises(InputError, match=r"bomb\.pt must be an undamaged distilled set of tensors"):
+        load(tmp_path / "bomb.pt")
+    assert not marker.exists()
+
+
+class TestForeign:
+    @pytest.fixture
+    def dataset(self, toy: Any) -> Any:
+        return toy(counts=(4, 4), shape=(3, 16, 16))
+
+    def test_the_dc_familys_file_with_numpy_accuracies(self, dataset: Any, tmp_path: Path) -> None:
+        first, labels = torch.randn(4, 3, 16, 16), torch.tensor([0, 0, 1, 1])
+        path = tmp_path / "res_DM_CIFAR10_ConvNet_2ipc.pt"
+        accs = {"ConvNet": [np.float64(0.5), np.float32(0.25), np.mean([0.1, 0.2])]}
+        torch.save({"data": [[first, labels], [first + 1, labels]], "accs_all_exps": accs}, path)
+
+        held = load(path, dataset=dataset)
+
+        assert torch.equal(held.images, first)
+        assert held.labels.tolist() == [0, 0, 1, 1]
+        assert held.meta.method == "file:res_DM_CIFAR10_ConvNet_2ipc.pt"
+        assert (held.meta.dataset, held.meta.ipc, held.meta.arch) == ("toy", 2, "convnet3")
+        assert held.meta.pixel_space == "normalized"
+        assert held.meta.mean == dataset.mean
+
+    def test_mtts_pair_of_files(self, dataset: Any, tmp_path: Path) -> None:
+        first, labels = torch.randn(2, 3, 16, 16), torch.tensor([0, 1])
+        torch.save(first, tmp_path / "images_best.pt")
+        torch.save(labels, tmp_path / "labels_best.pt")
+
+        held = load(tmp_path / "images_best.pt", dataset=dataset)
+
+        assert torch.equal(held.images, first)
+        assert held.labels.tolist() == [0, 1]
+
+    def test_a_whitened_one_carries_the_given_whitening(self, dataset: Any, tmp_path: Path) -> None:
+        torch.save({"data": [[torch.randn(2, 3, 16, 16), torch.tensor([0, 1])]]}, tmp_path / "res_a.pt")
+        space = PixelSpace("zca", zca_mean=torch.zeros(768), zca_matrix=torch.eye(768))
+
+        held = load(tmp_path / "res_a.pt", dataset=dataset, pixel_space=space)
+
+        assert held.meta.pixel_space == "zca"
+        assert torch.equal(held.zca["zca_matrix"], torch.eye(768))
+        held.save(tmp_path / "ours.pt")
+        assert load(tmp_path / "ours.pt").meta == held.meta
+
+    def test_it_needs_a_dataset(self, tmp_path: Path) -> None:
+        torch.save({"data": [[torch.randn(2, 3, 16, 16), torch.tensor([0, 1])]]}, tmp_path / "res_a.pt")
+
+        with pytest.raises(InputError, match=r"res_a\.pt does not say which dataset.*add --dataset NAME"):
+            load(tmp_path / "res_a.pt")
+
+    @pytest.mark.parametrize(
+        ("held", "message"),
+        [
+            ({"data": []}, "must be ddray's own file"),
+            ({"data": [[torch.zeros(2, 3, 16, 16)]]}, "must be ddray's own file"),
+            ({"data": [[torch.zeros(2, 3, 16, 16), 3]]}, "must be ddray's own file"),
+            ({"state_dict": {}}, "must be ddray's own file"),
+            (torch.zeros(2, 3, 16, 16), "must be ddray's own file"),
+            ({"data": [[torch.zeros(2, 768), torch.tensor([0, 1])]]}, "must hold images"),
+            ({"data": [[torch.zeros(2, 3, 16, 16), torch.tensor([0])]]}, "must hold images"),
+            ({"data": [[torch.zeros(2, 3, 16, 16), torch.tensor([0, -1])]]}, "must hold images"),
+            ({"data": [[torch.zeros(0, 3, 16, 16), torch.zeros(0).long()]]}, "must hold images"),
+            ({"data": [[torch.zeros(2, 3, 16, 16), torch.tensor([0, 2])]]}, r"labels must be in 0\.\.1"),
+            ({"data": [[torch.full((2, 3, 16, 16), torch.nan), torch.tensor([0, 1])]]}, "must be finite"),
+        ],
+    )
+    def test_a_malformed_one_is_refused(self, held: Any, message: str, dataset: Any, tmp_path: Path) -> None:
+        torch.save(held, tmp_path / "res_bad.pt")
+
+        with pytest.raises(InputError, match=message) as caught:
+            load(tmp_path / "res_bad.pt", dataset=dataset)
+        assert "res_bad.pt" in str(caught.value)
+
+    def test_images_without_their_labels_are_refused(self, dataset: Any, tmp_path: Path) -> None:
+        torch.save(torch.zeros(2, 3, 16, 16), tmp_path / "images_best.pt")
+
+        with pytest.raises(InputError, match=r"existing file, got .*labels_best\.pt"):
+            load(tmp_path / "images_best.pt", dataset=dataset)
+
+    def test_only_number_scalars_are_let_in(self, dataset: Any, tmp_path: Path) -> None:
+        """An object array could hold anything: it is not on the list."""
+        torch.save({"data": np.array([Bomb(tmp_path / "x")], dtype=object)}, tmp_path / "res_a.pt")
+
+        with pytest.raises(InputError, match="must be an undamaged distilled set"):
+            load(tmp_path / "res_a.pt", dataset=dataset)
+        assert not (tmp_path / "x").exists()
+        assert len(artifact._numpy_scalars()) == 5
+
+
+def test_a_set_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made().images = images()  # type: ignore[misc]

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import Field
+
+from ddray.config import Config, difference, merge, nest, parse_overrides, read_yaml
+from ddray.errors import InputError
+
+
+class Inner(Config):
+    lr_img: float = Field(default=1.0, gt=0)
+    momentum: float = 0.5
+
+
+class Outer(Config):
+    steps: int = Field(default=3, ge=0)
+    method: Inner = Inner()
+
+
+names = st.sampled_from("abc")
+leaves = st.integers(0, 3) | st.none() | st.lists(st.integers(0, 3), max_size=2)
+nested = st.dictionaries(names, leaves | st.dictionaries(names, leaves, max_size=2), max_size=3)
+
+
+@pytest.mark.parametrize(
+    ("given_values", "message"),
+    [
+        ({"step": 1}, "unknown option 'step'; did you mean 'steps'?"),
+        ({"zzz": 1}, "unknown option 'zzz'; known: method, steps"),
+        ({"method": {"lr_imgs": 1}}, "unknown option 'method.lr_imgs'; did you mean 'lr_img'?"),
+        ({"steps": -1}, "steps: input should be greater than or equal to 0, got -1"),
+        ({"method": {"lr_img": 0}}, "method.lr_img: input should be greater than 0, got 0"),
+        ({"method": {"lr_img": float("nan")}}, "method.lr_img: input should be a finite number, got nan"),
+        ({"method": {"momentum": float("inf")}}, "method.momentum: input should be a finite number, got inf"),
+        ({"steps": "many"}, "steps: input should be a valid integer"),
+    ],
+)
+def test_a_bad_value_is_one_line_with_rule_value_and_fix(given_values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        Outer.parse(given_values)
+
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_prefix_and_source_are_named() -> None:
+    with pytest.raises(InputError, match=r"unknown option 'method\.lr' \(in a\.yaml\)"):
+        Inner.parse({"lr": 1}, prefix="method.", source="a.yaml")
+
+
+def test_a_config_is_frozen_and_dumps_plain_values() -> None:
+    config = Outer.parse({"method": {"lr_img": 2}})
+
+    assert config.dump() == {"steps": 3, "method": {"lr_img": 2.0, "momentum": 0.5}}
+    assert Outer.parse(config.dump()) == config
+    with pytest.raises(ValueError, match="frozen"):
+        config.steps = 4
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 1e-3),
+        ("-2E5", -2e5),
+        (".5e1", 5.0),
+        ("1.5e+2", 150.0),
+        ("e3", "e3"),
+        ("1e", "1e"),
+        ("[1e-3, x]", [1e-3, "x"]),
+        ("{a: 1e2}", {"a": 100.0}),
+        ("true", True),
+        ("3", 3),
+        ("", None),
+    ],
+)
+def test_overrides_read_values_as_yaml_and_1e_3_as_a_number(text: str, value: Any) -> None:
+    found = parse_overrides([f"a={text}"])["a"]
+
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_overrides_nest_and_the_last_one_wins() -> None:
+    found = parse_overrides(["steps=3", "method.lr_img=.1", "method.momentum=0", "steps=4", "a.b.c=x=y"])
+
+    assert found == {"steps": 4, "method": {"lr_img": 0.1, "momentum": 0}, "a": {"b": {"c": "x=y"}}}
+
+
+@pytest.mark.parametrize("pair", ["steps", "=3", "a..b=1", ".a=1", "a=[1", "a.=2"])
+def test_a_malformed_override_is_refused(pair: str) -> None:
+    with pytest.raises(InputError, match="--set"):
+        parse_overrides([pair])
+
+
+def test_read_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("steps: 1e2\nmethod: {lr_img: 1e-1, init: random}\n")
+    assert read_yaml(path) == {"steps": 100.0, "method": {"lr_img": 0.1, "init": "random"}}
+    path.write_text("# nothing\n")
+    assert read_yaml(path) == {}
+
+
+@pytest.mark.parametrize("held", [b"[1, 2]", b"a: [", b"\xff\xfe\x00", b"just text", b"1: a"])
+def test_a_file_that_is_no_mapping_is_refused_by_name(held: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(held)
+
+    with pytest.raises(InputError, match=r"config file must .*bad\.yaml"):
+        read_yaml(path)
+
+
+def test_a_missing_file_and_a_folder_are_refused_by_name(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.yaml", tmp_path):
+        with pytest.raises(InputError, match="config file must be readable, got .*" + path.name):
+            read_yaml(path)
+
+
+@given(nested, nested, nested)
+def test_of_merged_layers_the_later_wins_name_by_name_and_none_is_changed(a: Any, b: Any, c: Any) -> None:
+    before = repr((a, b, c))
+    merged = merge(a, b)
+
+    assert merge(a, b, c) == merge(merged, c)
+    assert merge(a, a) == merge(a) == merge({}, a) == a
+    for key in {*a, *b}:
+        both = isinstance(a.get(key), dict) and isinstance(b.get(key), dict)
+        wanted = {**a[key], **b[key]} if both else b.get(key, a.get(key))
+        assert merged[key] == wanted
+    assert repr((a, b, c)) == before
+
+
+@given(nested, nested)
+def test_difference_is_empty_exactly_at_equality(a: Any, b: Any) -> None:
+    assert difference(a, a) == []
+    assert (difference(a, b) == []) == (a == b or not _unlike(a, b))
+
+
+def _unlike(a: Any, b: Any) -> bool:
+    """Whether two mappings differ beyond a missing key that is null in the other, or an empty mapping."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return any(_unlike(a.get(key), b.get(key)) for key in {*a, *b})
+    return bool(a != b)
+
+
+def test_difference_names_what_changed() -> None:
+    old = {"steps": 3, "method": {"lr": 1, "p": 2}, "gone": True}
+    new = {"steps": 4, "method": {"lr": 1, "p": 3}}
+
+    assert difference(old, new) == ["gone: True -> None", "method.p: 2 -> 3", "steps: 3 -> 4"]
+
+
+def test_nest() -> None:
+    assert nest("a.b", 1) == {"a": {"b": 1}}
+    assert nest("a", None) == {"a": None}

@@ -1,0 +1,136 @@
+"""What README and CONTRIBUTING tell people to type works: blocks after `<!-- test -->` run as they stand."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ddray.methods
+from ddray import plan
+from ddray.artifact import DistilledSet
+from ddray.data import open_dataset
+from ddray.distill import run_distillation
+from ddray.space import read_space
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCK = re.compile(r"^<!-- test(?:: (?P<tag>[a-z]+))? -->\n```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.M | re.S)
+
+
+def blocks(page: str, tag: str | None, kind: str) -> list[str]:
+    """Return the tagged blocks of a page, which has at least one."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = [m["text"] for m in BLOCK.finditer(text) if m["tag"] == tag and m["kind"] == kind]
+    assert found, f"{page} has no {kind} block after <!-- test{': ' + tag if tag else ''} -->"
+    return found
+
+
+def run_block(text: str, folder: Path) -> None:
+    """Run shell lines in a folder of their own, with `ddray` of this interpreter."""
+    commands = folder / "bin"
+    commands.mkdir()
+    wrapper = commands / "ddray"
+    wrapper.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m ddray "$@"\n')
+    wrapper.chmod(0o755)
+    environment = {
+        **os.environ,
+        "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "DDRAY_HOME": str(folder / "home"),
+    }
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", text],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+    assert done.returncode == 0, f"{text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+def test_readme_blocks_run(tmp_path: Path) -> None:
+    run_block("\n".join(blocks("README.md", None, "bash")), tmp_path)
+    assert (tmp_path / "runs/first/distilled.pt").is_file()
+    assert (tmp_path / "runs/first/distilled.png").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_readme_slow_blocks_run(tmp_path: Path) -> None:
+    run_block("\n".join(blocks("README.md", "slow", "bash")), tmp_path)
+    for name in ("results.csv", "report.html", "distilled.pt", "distilled.png"):
+        assert (tmp_path / "runs/search" / name).is_file(), name
+
+
+@pytest.fixture
+def centroids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """CONTRIBUTING's method as another package offers it; its space file."""
+    package = tmp_path / "contributed"
+    package.mkdir()
+    (package / "__init__.py").write_text('"""A package of somebody else."""\n')
+    (source,) = blocks("CONTRIBUTING.md", "method", "python")
+    (package / "centroids.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    offered = importlib.metadata.EntryPoint("centroids", "contributed.centroids", "ddray.methods")
+    monkeypatch.setattr(ddray.methods, "entry_points", lambda group: [offered])
+    (space,) = blocks("CONTRIBUTING.md", "space", "yaml")
+    path = tmp_path / "centroids.yaml"
+    path.write_text(space)
+    return path
+
+
+def distil(ipc: int, *, checkpoint: Path | None = None, until: int | None = None) -> DistilledSet:
+    opened = open_dataset("digits")
+    resolved = plan.resolve("centroids", opened, ipc=ipc, layers=[{"steps": 2}])
+    ctx = plan.make_context(resolved, opened.train(), split_name="train", device=torch.device("cpu"))
+    made = run_distillation(
+        plan.make_distiller(resolved), ctx, checkpoint=checkpoint, checkpoint_every=1, until=until
+    )
+    return made.distilled
+
+
+def test_contributing_method_runs_and_resumes(centroids: Path, tmp_path: Path) -> None:
+    whole = distil(2)
+    assert whole.labels.bincount().tolist() == [2] * 10
+    distil(2, checkpoint=tmp_path / "checkpoint.pt", until=1)
+    resumed = distil(2, checkpoint=tmp_path / "checkpoint.pt")
+    assert torch.equal(resumed.images, whole.images)
+
+
+def test_contributing_method_moves_to_the_mean(centroids: Path) -> None:
+    from contributed.centroids import move
+
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.rand(2, 3, 5, 4, generator=generator, dtype=torch.float64)
+    centers, counts = torch.zeros(3, 1, 4, dtype=torch.float64), torch.zeros(3, 1, dtype=torch.float64)
+    for batch in (first, second):
+        centers, counts, _ = move(centers, counts, batch)
+    torch.testing.assert_close(centers[:, 0], torch.cat([first, second], dim=1).mean(1))
+    assert counts.tolist() == [[10.0]] * 3
+
+
+def test_contributing_space_names_fields(centroids: Path) -> None:
+    space = read_space(centroids)
+    assert space
+    fields = ddray.methods.get_method("centroids").config_type.model_fields
+    assert space.keys() <= fields.keys()
+
+
+def test_contributing_file_passes_ruff(centroids: Path, tmp_path: Path) -> None:
+    ruff = pytest.importorskip("ruff", reason="ruff is in the dev extra")
+    command = [sys.executable, "-m", ruff.__name__]
+    target = str(tmp_path / "contributed/centroids.py")
+    for arguments in (
+        ["check", "--config", str(ROOT / "pyproject.toml")],
+        ["format", "--check", "--config", str(ROOT / "pyproject.toml")],
+    ):
+        done = subprocess.run([*command, *arguments, target], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr

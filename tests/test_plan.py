@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ddray import plan as module
+from ddray.data import fit_zca
+from ddray.errors import InputError
+from ddray.plan import (
+    check_ipc,
+    make_context,
+    make_distiller,
+    override_layers,
+    pick_device,
+    pixel_space,
+    resolve,
+    resolve_arch,
+    shipped_configs,
+)
+
+CPU = torch.device("cpu")
+
+
+def test_layers_win_in_order(toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Preset, then <dataset>.yaml, then <dataset>_ipc<k>.yaml, then --config, then --set, then --steps."""
+    folder = tmp_path / "configs" / "dm"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(module, "shipped", lambda *parts: tmp_path.joinpath(*parts))
+    dataset = toy()
+
+    def settings(**more: Any) -> tuple[float, float, float, float, int]:
+        config = resolve("dm", dataset, ipc=2, **more).config
+        held = config.method
+        return held.lr_img, held.momentum, held.batch_real, config.evaluate.epochs, config.steps
+
+    assert settings() == (1.0, 0.5, 256, 1000, 20_000)
+    (folder / "toy.yaml").write_text("steps: 7\nmethod: {lr_img: 2, momentum: .1, batch_real: 3}\n")
+    assert settings() == (2.0, 0.1, 3, 1000, 7)
+    (folder / "toy_ipc2.yaml").write_text("evaluate: {epochs: 9}\nmethod: {lr_img: 3, momentum: .2}\n")
+    (folder / "toy_ipc3.yaml").write_text("method: {lr_img: 99}\n")
+    assert settings() == (3.0, 0.2, 3, 9, 7)
+    (tmp_path / "own.yaml").write_text("method: {momentum: .3}\nsteps: 1e1\n")
+    assert settings(config_file=tmp_path / "own.yaml") == (3.0, 0.3, 3, 9, 10)
+    layers = override_layers(["method.momentum=.4", "steps=11", "method.momentum=.5"], steps=12)
+    assert settings(config_file=tmp_path / "own.yaml", layers=layers) == (3.0, 0.5, 3, 9, 12)
+
+
+def test_override_layers_without_steps() -> None:
+    assert override_layers(["steps=3"]) == [{"steps": 3}]
+    assert override_layers([], steps=0) == [{}, {"steps": 0}]
+
+
+@pytest.mark.parametrize("name", ["../dm", "/etc/passwd", "a b", "", "Digits", "a.b"])
+def test_a_dataset_given_by_path_has_no_shipped_files(name: str) -> None:
+    assert shipped_configs("dm", name, 1) == []
+    assert [path.name for path in shipped_configs("dm", "digits", 1)] == ["digits.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "datadm"}, "did you mean 'datadam'"),
+        ({"preset": "papers"}, "preset must be one of paper, repo, got 'papers'; did you mean 'paper'"),
+        ({"ipc": 0}, "ipc must be >= 1, got 0"),
+        ({"layers": [{"stepz": 1}]}, "unknown option 'stepz'; did you mean 'steps'"),
+        ({"layers": [{"method": {"lr_imgs": 1}}]}, "unknown option 'method.lr_imgs'; did you mean 'lr_img'"),
+        ({"layers": [{"evaluate": {"epoch": 1}}]}, "unknown option 'evaluate.epoch'; did you mean 'epochs'"),
+        ({"layers": [{"steps": -1}]}, "steps: .*got -1"),
+        ({"layers": [{"compile": "maybe"}]}, "compile: .*got 'maybe'"),
+        ({"layers": [{"arch": "convnet9"}]}, "convnet9"),
+    ],
+)
+def test_bad_settings_are_refused(changes: dict[str, Any], message: str, toy: Any) -> None:
+    values = {"method": "dm", "ipc": 1, **changes}
+    with pytest.raises(InputError, match=message):
+        resolve(values.pop("method"), toy(), **values)
+
+
+@pytest.mark.parametrize(
+    ("arch", "shape", "wanted"),
+    [
+        ("auto", (3, 32, 32), "convnet3"),
+        ("auto", (3, 64, 64), "convnet4"),
+        ("auto", (3, 128, 128), "convnet5"),
+        ("auto_bn", (3, 32, 32), "convnet3_bn"),
+        ("auto_w64", (3, 64, 64), "convnet4_w64"),
+        ("resnet18", (3, 32, 32), "resnet18"),
+    ],
+)
+def test_auto_is_the_fields_convnet(arch: str, shape: tuple[int, int, int], wanted: str) -> None:
+    assert resolve_arch(arch, shape) == wanted
+
+
+def test_ipc_must_fit_the_smallest_class(toy: Any) -> None:
+    dataset = toy(counts=(9, 4, 8))
+    check_ipc(4, dataset.train(), dataset)
+    for ipc in (0, 5):
+        with pytest.raises(
+            InputError, match=rf"ipc must be in 1\.\.4 for toy \(its smallest class\), got {ipc}"
+        ):
+            check_ipc(ipc, dataset.train(), dataset)
+
+
+def test_a_context_is_refused_for_an_ipc_that_does_not_fit(toy: Any) -> None:
+    dataset = toy()
+    plan = resolve("random", dataset, ipc=8)
+    with pytest.raises(InputError, match=r"ipc must be in 1\.\.7"):
+        make_context(plan, dataset.train(), split_name="train", device=CPU)
+
+
+def test_steps_of_a_method_without_steps_are_refused(toy: Any) -> None:
+    plan = resolve("herding", toy(), ipc=1, layers=[{"steps": 3}])
+    with pytest.raises(InputError, match="steps must be 0 for herding, got 3"):
+        make_distiller(plan)
+
+
+def test_pixel_spaces(toy: Any) -> None:
+    dataset = toy()
+    split = dataset.train()
+
+    normalized = pixel_space("normalized", dataset, split)
+    assert (normalized.kind, normalized.mean, normalized.std) == ("normalized", dataset.mean, dataset.std)
+    raw = pixel_space("raw", dataset, split)
+    torch.testing.assert_close(raw.encode(split.images), split.images / 255)
+    zca = pixel_space("zca", dataset, split).zca_matrix
+    wanted = fit_zca(split).zca_matrix
+    assert zca is not None
+    assert wanted is not None
+    assert torch.equal(zca, wanted)
+
+
+def test_a_context_holds_what_the_plan_says(toy: Any) -> None:
+    dataset = toy()
+    plan = resolve("dm", dataset, ipc=2, seed=5, layers=[{"arch": "convnet2_w8_bn", "compile": "off"}])
+    space = fit_zca(dataset.train())
+
+    ctx = make_context(plan, dataset.train(), split_name="train-val0", device=CPU, space=space)
+
+    assert (ctx.ipc, ctx.seed, ctx.arch, ctx.split_name) == (2, 5, "convnet2_w8_bn", "train-val0")
+    assert ctx.space is space
+    assert not ctx.compile
+    assert ctx.config == plan.config.dump()
+
+
+def test_what_a_plan_says_of_itself_differs_with_everything_that_decides(toy: Any) -> None:
+    dataset = toy()
+    plan = resolve("dm", dataset, ipc=1)
+    others = [
+        dataclasses.replace(plan, seed=1),
+        dataclasses.replace(plan, ipc=2),
+        dataclasses.replace(plan, method="mmd_pixel"),
+        dataclasses.replace(plan, dataset=toy(seed=1)),
+        resolve("dm", dataset, ipc=1, layers=[{"method": {"lr_img": 2}}]),
+    ]
+
+    said = [repr(sorted(held.describe().items())) for held in (plan, *others)]
+
+    assert len(set(said)) == len(said)
+    assert plan.describe()["method_name"] == "dm"
+    assert plan.describe()["method"]["lr_img"] == 1.0
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert pick_device("auto") == CPU
+    assert pick_device("cpu") == CPU
+    assert pick_device("cuda:0") == torch.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert pick_device("auto") == torch.device("cuda")
+    for name in ("gpu", "mps", "meta", "cuda:x", ""):
+        with pytest.raises(InputError, match="--device must be auto, cpu, cuda"):
+            pick_device(name)
+    with pytest.raises(InputError, match="--device cuda:1: torch sees 1 CUDA devices"):
+        pick_device("cuda:1")

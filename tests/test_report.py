@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from ddray.artifact import DistilledSet
+from ddray.data import fit_zca
+from ddray.ledger import Row
+from ddray.report.images import grid, png, save_grid
+from ddray.report.table import flatten, write_results
+from ddray.report.tune_page import write_report
+from ddray.space import Range
+
+leaves = st.integers() | st.none() | st.lists(st.integers(), max_size=2)
+nested = st.recursive(
+    st.dictionaries(st.sampled_from("abc"), leaves, max_size=3),
+    lambda inner: st.dictionaries(st.sampled_from("abc"), inner | leaves, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(nested)
+def test_flatten_names_every_leaf_by_its_path(value: dict[str, Any]) -> None:
+    found = flatten(value, "x.")
+
+    for name, leaf in found.items():
+        held: Any = value
+        for part in name.removeprefix("x.").split("."):
+            held = held[part]
+        assert held is leaf
+
+    def count(held: Any) -> int:
+        return sum(map(count, held.values())) if isinstance(held, dict) else 1
+
+    assert len(found) == count(value)
+
+
+def test_results_are_one_line_per_row(tmp_path: Path) -> None:
+    rows = [
+        Row(
+            key="a" * 64,
+            kind="distill",
+            spec={"ipc": 1, "method": {"lr": 0.5}},
+            status="done",
+            result={"accuracy": 0.25, "note": 'a, "b"\nc'},
+            wall_s=1.23456,
+        ),
+        Row(key="b", kind="trial", spec={}, status="failed", result={}, wall_s=0, error="NaN loss"),
+    ]
+    write_results(tmp_path / "results.csv", rows)
+
+    found = list(csv.DictReader(io.StringIO((tmp_path / "results.csv").read_text())))
+
+    assert [line["key"] for line in found] == ["a" * 64, "b"]
+    assert found[0] | {"accuracy": "0.25", "spec.method.lr": "0.5", "wall_s": "1.235"} == found[0]
+    assert found[0]["note"] == 'a, "b"\nc'
+    assert (found[1]["status"], found[1]["error"], found[1]["accuracy"]) == ("failed", "NaN loss", "")
+
+
+def test_no_rows_give_an_empty_table(tmp_path: Path) -> None:
+    write_results(tmp_path / "results.csv", [])
+
+    assert (tmp_path / "results.csv").read_text().strip() == ""
+
+
+def a_set(toy: Any, planned: Any, *, ipc: int = 2, **layers: Any) -> DistilledSet:
+    _, ctx, method = planned("random", toy(), ipc=ipc, **layers)
+    method.setup(ctx)
+    made: DistilledSet = method.snapshot()
+    return made
+
+
+def cells(picture: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """Undo the grid: 2 px padding, 16 px images magnified four times -> [rows, columns, 3, 16, 16]."""
+    side = 64 + 2
+    assert picture.shape == (3, rows * side + 2, columns * side + 2)
+    found = [
+        picture[:, 2 + r * side : 66 + r * side : 4, 2 + c * side : 66 + c * side : 4]
+        for r in range(rows)
+        for c in range(columns)
+    ]
+    return torch.stack(found).view(rows, columns, 3, 16, 16)
+
+
+def test_a_grid_has_a_class_per_row_in_raw_pixels(toy: Any, planned: Any) -> None:
+    made = a_set(toy, planned)
+
+    found = cells(grid(made), 3, 2)
+
+    split = toy().train()
+    for label in range(3):
+        for column in range(2):
+            pixels = (found[label, column] * 255).round()
+            own = split.images[split.labels == label].float()
+            assert min(float((pixels - image).abs().max()) for image in own) <= 1
+
+
+def test_a_class_with_fewer_images_leaves_white_and_never_more_than_ten_are_shown(
+    toy: Any, planned: Any
+) -> None:
+    made = a_set(toy, planned, ipc=2)
+    uneven = DistilledSet(made.images[:5], made.labels[:5], made.meta)
+    assert float(cells(grid(uneven), 3, 2)[2, 1].min()) == 1.0
+
+    many = DistilledSet(made.images[:1].repeat(12, 1, 1, 1), made.labels[:1].repeat(12), made.meta)
+    cells(grid(many), 1, 10)
+
+
+def test_a_whitened_sets_images_fill_the_range(toy: Any, planned: Any) -> None:
+    made = a_set(toy, planned, pixel_space="zca")
+    assert made.meta.pixel_space == "zca"
+    wild = DistilledSet(made.images * 5, made.labels, made.meta, made.zca)
+
+    found = cells(grid(wild), 3, 2).flatten(0, 1).flatten(1)
+
+    assert torch.isfinite(found).all()
+    assert (found.min(1).values == 0).all()
+    assert (found.max(1).values == 1).all()
+    assert ((found == 0).float().mean(1) < 0.02).all()
+    assert fit_zca(toy().train()).zca_matrix is not None
+
+
+def test_the_png_holds_the_picture(toy: Any, planned: Any, tmp_path: Path) -> None:
+    made = a_set(toy, planned)
+    save_grid(made, tmp_path / "a.png")
+
+    held = Image.open(io.BytesIO((tmp_path / "a.png").read_bytes()))
+
+    assert held.size == (134, 200)
+    values = torch.frombuffer(bytearray(held.convert("RGB").tobytes()), dtype=torch.uint8)
+    wanted = grid(made).permute(1, 2, 0).flatten()
+    assert float((values / 255 - wanted).abs().max()) < 1 / 255
+    assert png(grid(made)) == (tmp_path / "a.png").read_bytes()
+
+
+SPACE = {"lr_img": Range("loguniform", 0.01, 10.0), "init": Range("choice", choices=("random", "noise"))}
+
+
+class TestTunePage:
+    def row(self, number: int, **changes: Any) -> Row:
+        values: dict[str, Any] = {
+            "key": f"{number}",
+            "kind": "trial",
+            "spec": {"number": number, "params": {"lr_img": 0.123456 * (number + 1), "init": "random"}},
+            "status": "done",
+            "result": {
+                "number": number,
+                "val_accuracy": 0.1234 + number / 100,
+                "stopped_early": number == 1,
+                "rungs": {"5": 0.1, "10": 0.12},
+            },
+            "wall_s": 1.5,
+        }
+        return Row.parse({**values, **changes})
+
+    def page(self, rows: list[Row], toy: Any, planned: Any, folder: Path) -> str:
+        a_set(toy, planned).save(folder / "distilled.pt")
+        (folder / "config.yaml").write_text("steps: 3\nname: <b>bold</b>\n")
+        environment = {
+            "date": "2026-01-01",
+            "processor": "CPU",
+            "cpu_count": 2,
+            "devices": ["H200"],
+            "versions": {"ddray": "0", "torch": "2"},
+            "git_commit": None,
+        }
+        (folder / "environment.json").write_text(json.dumps(environment))
+        result = {
+            "artifact": str(folder / "distilled.pt"),
+            "num_trials": len(rows),
+            "num_failed": 1,
+            "num_stopped_early": 1,
+            "best": {"val_accuracy": 0.1534, "trial": 3},
+            "paper_point": {"val_accuracy": 0.1234, "test_accuracy_mean": 0.11, "test_accuracy_std": None},
+            "test_accuracy_mean": 0.14,
+            "test_accuracy_std": 0.01,
+        }
+        write_report(folder, result, rows, SPACE)
+        return (folder / "report.html").read_text()
+
+    def test_it_shows_every_trial_and_needs_no_network(self, toy: Any, planned: Any, tmp_path: Path) -> None:
+        failed = {"status": "failed", "error": "loss <i>NaN</i>", "result": {"number": 2}}
+        rows = [self.row(0), self.row(1), self.row(2, **failed), self.row(3)]
+
+        page = self.page(rows, toy, planned, tmp_path)
+
+        body = page[page.index("</script>") :]
+        table = body[body.index("<h2>Trials</h2>") :]
+        assert re.findall(r"<td>(done|stopped early|failed)</td>", table) == [
+            *("done", "stopped early", "failed", "done")
+        ]
+        assert "<td>15.34</td>" in table  # percent for people
+        assert "<td>0.1235</td>" in table
+        assert re.search(r'<tr class="best"><td>3</td>', table)
+        assert "loss &lt;i&gt;NaN&lt;/i&gt;" in table
+        assert "&lt;b&gt;bold&lt;/b&gt;" in table
+        assert "11.00 &plusmn; - %" in body
+        assert "data:image/png;base64," in body
+        assert not re.findall(
+            r'(?:src|href)\s*=\s*["\']?(?:https?:)?//', page[: page.index("<script>")] + body
+        )
+        assert "@import" not in body
+
+    def test_figures_that_cannot_be_drawn_give_their_reason(
+        self, toy: Any, planned: Any, tmp_path: Path
+    ) -> None:
+        page = self.page([self.row(3)], toy, planned, tmp_path)
+
+        assert page.count("Not drawn:") >= 1
+        assert "Hyperparameter importances" in page
+
+
+@pytest.mark.parametrize("name", ["result", "names", "trials", "figures", "picture", "config", "environment"])
+def test_the_template_uses_what_it_is_given(name: str) -> None:
+    import ddray.report
+
+    template = Path(ddray.report.__file__).parent / "templates" / "tune.html"
+    assert re.search(rf"{{[{{%][^}}]*\b{name}\b", template.read_text())

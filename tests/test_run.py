@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from ddray.config import read_yaml
+from ddray.errors import InputError, StorageError
+from ddray.run import _numbered, open_run
+
+CONFIG = {"steps": 3, "lr": 1e-05, "method": {"layers": (1, 2), "init": None}, "name": "digits"}
+
+
+def test_a_fresh_run_describes_itself(tmp_path: Path) -> None:
+    run = open_run(tmp_path / "a" / "run", CONFIG, command="distill", resume=False)
+
+    assert not run.resumed
+    assert run.epoch == 1
+    assert run.folder == tmp_path / "a" / "run"
+    assert run.checkpoint("key") == run.folder / "checkpoints" / "key.pt"
+    plain = json.loads(json.dumps(CONFIG))
+    assert read_yaml(run.folder / "config.yaml") == {"command": "distill", **plain}
+    environment = json.loads((run.folder / "environment.json").read_text())
+    assert {"versions", "processor", "git_commit", "command", "date", "devices"} <= environment.keys()
+    assert environment["versions"]["torch"]
+    assert sorted(path.name for path in run.folder.iterdir()) == [
+        *("checkpoints", "config.yaml", "environment.json", "epoch", "epoch.lock", "ledger")
+    ]
+
+
+def test_without_a_name_folders_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "distill-0007").mkdir(parents=True)
+    (tmp_path / "runs" / "distill-best").mkdir()
+
+    found = [
+        open_run(None, CONFIG, command=command, resume=False).folder
+        for command in ("distill", "distill", "tune")
+    ]
+
+    assert found == [tmp_path / "runs" / name for name in ("distill-0008", "distill-0009", "tune-0001")]
+
+
+def test_many_at_once_get_a_folder_each(tmp_path: Path) -> None:
+    found: list[Path] = []
+    gate = threading.Barrier(8)
+
+    def make() -> None:
+        gate.wait()
+        found.extend(_numbered(tmp_path, "tune") for _ in range(10))
+
+    threads = [threading.Thread(target=make) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert len(set(found)) == len(found) == 80
+
+
+def test_a_relative_name_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = open_run(Path("here"), CONFIG, command="tune", resume=False)
+    monkeypatch.chdir("/")
+
+    assert run.folder == tmp_path / "here"
+    assert run.checkpoint("k").is_absolute()
+
+
+def test_an_existing_folder_is_refused_untouched(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("mine")
+
+    for resume, message in ((False, "must be a new folder"), (True, r"has no config\.yaml")):
+        with pytest.raises(InputError, match=message):
+            open_run(folder, CONFIG, command="distill", resume=resume)
+    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+
+
+def test_an_empty_folder_may_be_used(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+
+    assert not open_run(tmp_path / "run", CONFIG, command="distill", resume=False).resumed
+
+
+def test_a_file_is_no_run_directory(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+
+    for resume in (False, True):
+        with pytest.raises(InputError, match="--run-dir must be a folder, got the file"):
+            open_run(tmp_path / "run", CONFIG, command="distill", resume=resume)
+
+
+def test_resume_continues_the_same_configuration_in_a_new_epoch(tmp_path: Path) -> None:
+    first = open_run(tmp_path / "run", CONFIG, command="distill", resume=False)
+    before = (first.folder / "config.yaml").read_bytes()
+
+    again = open_run(tmp_path / "run", CONFIG, command="distill", resume=True)
+
+    assert again.resumed
+    assert (first.epoch, again.epoch) == (1, 2)
+    assert (first.folder / "config.yaml").read_bytes() == before
+
+
+def test_resume_of_a_missing_folder_starts_fresh(tmp_path: Path) -> None:
+    run = open_run(tmp_path / "run", CONFIG, command="distill", resume=True)
+
+    assert not run.resumed
+    assert run.epoch == 1
+
+
+def test_resume_after_a_crash_while_the_folder_was_being_made_starts_fresh(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "environment.json").write_text("{}")
+    (folder / ".config.yaml.abc123.tmp").write_text("steps:")
+
+    run = open_run(folder, CONFIG, command="distill", resume=True)
+
+    assert not run.resumed
+    assert read_yaml(folder / "config.yaml")["steps"] == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "command", "diff"),
+    [
+        ({"steps": 4}, "distill", "steps: 3 -> 4"),
+        ({"method": {"layers": (1, 3), "init": None}}, "distill", r"method\.layers: \[1, 2\] -> \[1, 3\]"),
+        ({"more": 1}, "distill", "more: None -> 1"),
+        ({}, "tune", "command: 'distill' -> 'tune'"),
+    ],
+)
+def test_resume_with_another_configuration_is_refused_with_the_difference(
+    change: dict[str, object], command: str, diff: str, tmp_path: Path
+) -> None:
+    run = open_run(tmp_path / "run", CONFIG, command="distill", resume=False)
+
+    with pytest.raises(InputError, match=f"changed: {diff}; use the old values, or a new --run-dir"):
+        open_run(tmp_path / "run", {**CONFIG, **change}, command=command, resume=True)
+    assert run.ledger.open_epoch() == 2  # the refused one opened none
+
+
+def test_resume_needs_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(InputError, match="--resume needs --run-dir"):
+        open_run(None, CONFIG, command="distill", resume=True)
+    assert list(tmp_path.glob("runs*")) == []
+
+
+def test_a_place_that_cannot_hold_a_folder_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(StorageError, match=r"could not write .*/file/run"):
+        open_run(tmp_path / "file" / "run", CONFIG, command="distill", resume=False)

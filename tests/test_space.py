@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ddray.errors import InputError
+from ddray.space import Range, grid, read_space, sample
+
+json_values = (
+    st.none() | st.booleans() | st.integers() | st.text(max_size=4) | st.lists(st.integers(), max_size=3)
+)
+finite = st.floats(-1e6, 1e6)
+positive = st.floats(1e-12, 1e12)
+
+
+@st.composite
+def ranges(draw: Any) -> Range:
+    kind = draw(st.sampled_from(["loguniform", "uniform", "randint", "choice"]))
+    if kind == "choice":
+        return Range(kind, choices=tuple(draw(st.lists(json_values, min_size=1, max_size=4, unique_by=repr))))
+    numbers = {"loguniform": positive, "uniform": finite, "randint": st.integers(-1000, 1000)}[kind]
+    low, high = sorted(draw(st.tuples(numbers, numbers).filter(lambda pair: pair[0] != pair[1])))
+    return Range(kind, low, high)
+
+
+@given(held=ranges(), other=ranges(), seed=st.integers(0, 2**62), number=st.integers(0, 10**6))
+def test_a_sample_is_a_pure_function_of_seed_and_number_and_lies_in_range(
+    held: Range, other: Range, seed: int, number: int
+) -> None:
+    found = sample({"a": held, "b": other}, seed, number)
+
+    assert found == sample({"b": other, "a": held}, seed, number)
+    assert found["a"] == sample({"a": held}, seed, number)["a"]
+    assert held.contains(found["a"])
+    assert other.contains(found["b"])
+    if held.kind == "randint":
+        assert isinstance(found["a"], int)
+
+
+@given(held=ranges(), seed=st.integers(0, 2**62))
+def test_optuna_holds_a_sample_and_gives_it_back(held: Range, seed: int) -> None:
+    value = sample({"a": held}, seed, 0)["a"]
+    distribution = held.distribution()
+    inside = held.to_optuna(value)
+
+    assert distribution._contains(distribution.to_internal_repr(inside))
+    back = held.from_optuna(distribution.to_external_repr(distribution.to_internal_repr(inside)))
+    assert back == value
+    assert type(back) is type(value)
+
+
+def test_draws_near_the_ends_stay_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    for low, high in ((0.01, 10.0), (1e-4, 1.0), (0.1, 0.3), (1e-3, 0.7)):
+        for u in (0.0, 1 - 2**-53):
+            monkeypatch.setattr(
+                torch, "rand", lambda *given, u=u, **more: torch.tensor(u, dtype=torch.float64)
+            )
+            for kind in ("loguniform", "uniform"):
+                held = Range(kind, low, high)  # type: ignore[arg-type]
+                value = held.sample(torch.Generator())
+                assert held.contains(value)
+                assert value == pytest.approx(low if u == 0 else high)
+            assert Range("randint", 2, 5).sample(torch.Generator()) == (2 if u == 0 else 5)
+            assert Range("choice", choices=("a", "b")).sample(torch.Generator()) == ("a" if u == 0 else "b")
+
+
+def test_draws_follow_their_distribution() -> None:
+    space = {
+        "log": Range("loguniform", 1e-4, 1.0),
+        "flat": Range("uniform", -1.0, 3.0),
+        "whole": Range("randint", 1, 4),
+        "pick": Range("choice", choices=("a", "b")),
+    }
+    drawn = [sample(space, 0, number) for number in range(2000)]
+
+    below = sum(point["log"] < 1e-2 for point in drawn) / 2000  # half of the decades
+    assert below == pytest.approx(0.5, abs=0.04)
+    assert math.fsum(point["flat"] for point in drawn) / 2000 == pytest.approx(1.0, abs=0.1)
+    whole = Counter(point["whole"] for point in drawn)
+    assert sorted(whole) == [1, 2, 3, 4]
+    assert min(whole.values()) > 430
+    assert Counter(point["pick"] for point in drawn)["a"] == pytest.approx(1000, abs=80)
+
+
+choices = st.dictionaries(
+    st.sampled_from("abc"), st.lists(st.integers(0, 5), min_size=1, max_size=3, unique=True), max_size=3
+)
+
+
+@given(choices=choices, data=st.data())
+def test_a_grid_is_every_point_once_with_the_papers_first(choices: dict[str, list[int]], data: Any) -> None:
+    space = {name: Range("choice", choices=tuple(values)) for name, values in choices.items()}
+    paper = {name: data.draw(st.integers(0, 5)) for name in space}
+
+    found = grid(space, paper)
+
+    every = [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+    assert found[0] == paper
+    assert len(found) == len(every) + (paper not in every)
+    assert found[1:] == [point for point in every if point != paper]
+
+
+def test_a_grid_needs_choices() -> None:
+    with pytest.raises(InputError, match="strategy grid needs choices, lr is a uniform"):
+        grid({"lr": Range("uniform", 0, 1)}, {"lr": 0.5})
+
+
+def test_a_file_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "space.yaml"
+    path.write_text(
+        "lr: {loguniform: [1e-3, 10]}\nmomentum: {uniform: [0, 0.9]}\nwidth: {randint: [1, 8]}\n"
+        "layers: {choice: [[1], [1, 2], null]}\np: {choice: [1.0, 2.0]}\n"
+    )
+
+    assert read_space(path) == {
+        "lr": Range("loguniform", 0.001, 10.0),
+        "momentum": Range("uniform", 0.0, 0.9),
+        "width": Range("randint", 1, 8),
+        "layers": Range("choice", choices=([1], [1, 2], None)),
+        "p": Range("choice", choices=(1.0, 2.0)),
+    }
+    assert [held.ends() for held in read_space(path).values()] == [
+        [0.001, 10.0],
+        [0.0, 0.9],
+        [1, 8],
+        [[1], [1, 2], None],
+        [1.0, 2.0],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lr: 3", "lr must be {kind"),
+        ("lr: {}", "lr must be {kind"),
+        ("lr: {uniform: [0, 1], choice: [1]}", "lr must be {kind"),
+        ("lr: {unifrom: [0, 1]}", "lr: range must be one of .* got 'unifrom'; did you mean 'uniform'"),
+        ("lr: {1: [0, 1]}", "lr: range must be one of .* got 1"),
+        ("lr: {uniform: 3}", "lr: uniform takes a list"),
+        ("lr: {uniform: []}", "lr: uniform takes a list"),
+        ("lr: {uniform: [0, 1, 2]}", r"lr: uniform takes finite \[low, high\]"),
+        ("lr: {uniform: [1, 1]}", "low < high"),
+        ("lr: {uniform: [2, 1]}", "low < high"),
+        ("lr: {uniform: [a, b]}", "low < high"),
+        ("lr: {uniform: [false, true]}", "low < high"),
+        ("lr: {uniform: [.nan, 1]}", "low < high"),
+        ("lr: {uniform: [0, .inf]}", "finite"),
+        ("lr: {loguniform: [0, 1]}", "loguniform takes low > 0"),
+        ("lr: {loguniform: [-1, 1]}", "loguniform takes low > 0"),
+        ("lr: {randint: [0, 1.5]}", "randint takes whole numbers"),
+        ("lr: {choice: []}", "choice takes a list"),
+        ("lr: {choice: [1, 2, 1]}", "choices must differ"),
+        ("lr: {choice: [2020-01-01]}", "a choice must be a JSON value, got .*quote it"),
+        ("[1]", "must hold a mapping"),
+        ("lr: {", "must be YAML"),
+    ],
+)
+def test_a_bad_file_is_refused_with_path_and_name(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "space.yaml"
+    path.write_text(text)
+
+    with pytest.raises(InputError, match=message) as caught:
+        read_space(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["0.5", None, [0.5], math.nan, math.inf])
+def test_a_range_holds_only_numbers_between_its_ends(value: Any) -> None:
+    assert not Range("uniform", 0.0, 1.0).contains(value)
