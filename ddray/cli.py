@@ -392,6 +392,10 @@ def _percent(mean: float, std: float | None) -> str:
     return f"{100 * mean:.2f}" + ("" if std is None else f" +- {100 * std:.2f}")
 
 
+# Typer carries a copy of click in newer versions and click itself in older ones: its own error's base is right in both.
+_USAGE_ERROR = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 2 bad input of any kind, 1 anything else."""
     # Before torch is loaded: OpenMP threads that wait by spinning fight over the cores of a shared machine. Two
@@ -410,13 +414,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def _run(arguments: list[str], debug: bool) -> int:
     """Run one command; return the exit code, after one line on stderr for any failure."""
-    import click
-
     try:
         code = typer.main.get_command(app).main(arguments, prog_name="ddray", standalone_mode=False)
-    except click.ClickException as error:
-        return _fail(error.format_message(), 2)
-    except (click.Abort, KeyboardInterrupt):
+    except _USAGE_ERROR as error:
+        return _fail(error.format_message(), 2)  # type: ignore[attr-defined]
+    except (typer.Abort, KeyboardInterrupt):
         return _fail("interrupted; run again with --resume and the same --run-dir to continue", 1)
     except InterruptedRunError as error:
         return _fail(str(error), 1)

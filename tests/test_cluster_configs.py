@@ -1,4 +1,4 @@
-"""The cluster examples parse; every `ddray` command that a page or an example shows has options that exist."""
+"""The cluster examples parse; `ddray` commands that pages and examples show have options that exist."""
 
 from __future__ import annotations
 

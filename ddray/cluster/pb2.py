@@ -155,7 +155,11 @@ def _run_segments(
             errors[int(outcome.key)] = " ".join(str(outcome.error).split())[:300]
     for member in members:
         path = paths[member.number]
-        held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"error": errors[member.number]}
+        held = (
+            json.loads(path.read_text(encoding="utf-8"))
+            if path.exists()
+            else {"error": errors[member.number]}
+        )
         member.error = held.get("error")
         if member.error is not None:
             member.value = -math.inf
@@ -168,7 +172,13 @@ def _run_segments(
 
 
 def run_segment(
-    job: Job, payload: Payload, number: int, params: Mapping[str, Any], state: Path | None, end: int, path: Path
+    job: Job,
+    payload: Payload,
+    number: int,
+    params: Mapping[str, Any],
+    state: Path | None,
+    end: int,
+    path: Path,
 ) -> None:
     """Continue from `state` to step `end` under `params`, score on val, write the outcome to `path`.
 
@@ -197,7 +207,9 @@ def run_segment(
     write_text(path, json.dumps({"number": number, "until": end, "params": dict(params), **outcome}))
 
 
-def _record(history: list[list[Any]], members: Sequence[Member], step: int, space: Mapping[str, Range]) -> None:
+def _record(
+    history: list[list[Any]], members: Sequence[Member], step: int, space: Mapping[str, Range]
+) -> None:
     """Add what the population reached to the Gaussian process's data."""
     for member in members:
         if member.error is None:
@@ -206,7 +218,9 @@ def _record(history: list[list[Any]], members: Sequence[Member], step: int, spac
 
 def _encode(params: Mapping[str, Any], space: Mapping[str, Range]) -> list[float]:
     """Return the settings as the process sees them: logarithms of log ranges."""
-    return [math.log(params[n]) if held.kind == "loguniform" else float(params[n]) for n, held in space.items()]
+    return [
+        math.log(params[n]) if held.kind == "loguniform" else float(params[n]) for n, held in space.items()
+    ]
 
 
 def _decode(values: Sequence[float], space: Mapping[str, Range]) -> dict[str, float]:
@@ -237,7 +251,9 @@ def _exploit(
     rng = derive_numpy(seed, "pb2", generation)
     columns = ["Trial", "Time", *space, "Reward"]
     bounds = {
-        name: (math.log(held.low), math.log(held.high)) if held.kind == "loguniform" else (held.low, held.high)
+        name: (math.log(held.low), math.log(held.high))
+        if held.kind == "loguniform"
+        else (held.low, held.high)
         for name, held in space.items()
     }
     data = pd.DataFrame(history, columns=columns)

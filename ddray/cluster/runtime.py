@@ -28,6 +28,8 @@ _ENVIRONMENT = {
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 
+_GRACE_S = 30.0
+
 
 @contextmanager
 def ray_runtime(address: str | None) -> Iterator[None]:
@@ -107,12 +109,19 @@ def check_capacity(cpus: float, gpus: float) -> int:
 
 @contextmanager
 def sigterm_as_sigint() -> Iterator[None]:
-    """Handle SIGTERM as SIGINT, which Tune ends cleanly on (RAY.md 1). Does nothing outside the main thread."""
+    """Handle SIGTERM as SIGINT, which Tune ends cleanly on (RAY.md 1). Does nothing outside the main thread.
+
+    A signal to the whole process group (`timeout`, `scancel`) also kills Ray's own processes, which the driver then
+    waits for: if it has not ended after a while, it ends at once. The ledger holds all that had finished.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def forward(number: int, frame: FrameType | None) -> None:
+        watchdog = threading.Timer(_GRACE_S, _end_now)
+        watchdog.daemon = True
+        watchdog.start()
         os.kill(os.getpid(), signal.SIGINT)
 
     before = signal.signal(signal.SIGTERM, forward)
@@ -120,6 +129,13 @@ def sigterm_as_sigint() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _end_now() -> None:
+    """End the process without waiting for Ray."""
+    sys.stderr.write("error: interrupted, and Ray did not end in time; run again with --resume to continue\n")
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def set_threads(cpus: float) -> None:

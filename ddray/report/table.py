@@ -29,7 +29,7 @@ def write_results(path: Path, rows: Sequence[Row]) -> None:
         | {"wall_s": round(row.wall_s, 3), "error": row.error}
         for row in rows
     ]
-    write_text(path, pd.DataFrame(flat).to_csv(index=False))
+    write_text(path, pd.DataFrame(flat).convert_dtypes().to_csv(index=False))
 
 
 def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -81,7 +81,7 @@ def _figures(space: Space, rows: Sequence[Row]) -> list[dict[str, str]]:
     for title, plot in wanted:
         try:
             with warnings.catch_warnings():
-                # Optuna warns where a plot would say nothing (importances of too few trials): then none is drawn.
+                # Optuna warns where a plot would say nothing (importances of too few trials): none is drawn.
                 warnings.simplefilter("error", UserWarning)
                 figure = plot(study)
         except (ValueError, RuntimeError, UserWarning) as error:

@@ -32,9 +32,7 @@ def search(
     path = run_dir.parent / f"{run_dir.name}.yaml"
     path.write_text(space)
     settings = {"batch_real": 4} if method != "random" else {}
-    plan = resolve(
-        method, open_dataset("digits"), ipc=1, layers=[layers or {**TINY, "method": settings}]
-    )
+    plan = resolve(method, open_dataset("digits"), ipc=1, layers=[layers or {**TINY, "method": settings}])
     return tune(
         plan,
         TuneOptions(final_sets=1, **options),
@@ -48,7 +46,16 @@ def command(run_dir: Path, *more: str, steps: int = 60) -> list[str]:
     """Return the command line of a search with 4 random trials, slow enough to be killed in the middle."""
     return [
         *(sys.executable, "-m", "ddray", "tune", "--method", "datadam", "--ipc", "1", "--strategy", "random"),
-        *("--num-samples", "4", "--steps", str(steps), "--set", "evaluate.epochs=2", "--set", "evaluate.seeds=1"),
+        *(
+            "--num-samples",
+            "4",
+            "--steps",
+            str(steps),
+            "--set",
+            "evaluate.epochs=2",
+            "--set",
+            "evaluate.seeds=1",
+        ),
         *("--set", "method.batch_real=8", "--set", "checkpoint_every=5", "--max-concurrent", "1"),
         *("--final-sets", "1", "--run-dir", str(run_dir), "--json", *more),
     ]
@@ -83,12 +90,16 @@ def count(run_dir: Path, event: str, key: str) -> int:
     return sum(line["event"] == event and line["key"] == key for line in Ledger(run_dir).events())
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str] | None, seconds: float = 240) -> None:
+def wait_for(
+    condition: Callable[[], bool], process: subprocess.Popen[str] | None, seconds: float = 240
+) -> None:
     """Wait until a condition holds; fail if the process ends before, or time runs out."""
     end = time.monotonic() + seconds
     while not condition():
         if process is not None and process.poll() is not None:
-            raise AssertionError(f"ended first with exit {process.returncode}: {process.communicate()[1][-1500:]}")
+            raise AssertionError(
+                f"ended first with exit {process.returncode}: {process.communicate()[1][-1500:]}"
+            )
         assert time.monotonic() < end, "not seen in time"
         time.sleep(0.1)
 

@@ -67,8 +67,28 @@ def test_memory_and_foreign_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     run = tmp_path / "run"
     out = finish(
         [
-            *(sys.executable, "-m", "ddray", "tune", "--method", "greedy", "--ipc", "1", "--strategy", "grid"),
-            *("--space", str(space), "--set", "evaluate.epochs=2", "--set", "evaluate.seeds=1", "--final-sets", "1"),
+            *(
+                sys.executable,
+                "-m",
+                "ddray",
+                "tune",
+                "--method",
+                "greedy",
+                "--ipc",
+                "1",
+                "--strategy",
+                "grid",
+            ),
+            *(
+                "--space",
+                str(space),
+                "--set",
+                "evaluate.epochs=2",
+                "--set",
+                "evaluate.seeds=1",
+                "--final-sets",
+                "1",
+            ),
             *("--run-dir", str(run), "--json"),
         ]
     )

@@ -26,7 +26,9 @@ def test_a_diverging_trial_fails_alone_and_is_not_tried_again(tmp_path: Path) ->
     assert count(run, "start", rows[1].key) == 1
     assert count(run, "retry", rows[1].key) == 0
     assert (out["num_trials"], out["num_failed"], out["best"]["config"]) == (2, 1, {"lr_img": 1.0})
-    assert (run / "report.html").stat().st_size > 1_000_000  # plotly's script is inside: no network access needed
+    assert (
+        run / "report.html"
+    ).stat().st_size > 1_000_000  # plotly's script is inside: no network access needed
     assert list((run / "tune").rglob("events.out.tfevents*"))
 
 
@@ -35,7 +37,9 @@ def test_a_finished_search_resumes_without_work(tmp_path: Path) -> None:
     first = search(run, "lr_img: {choice: [0.5, 1.0]}", strategy="grid")
     before, events = stamps(run), (run / "events.jsonl").read_text()
     again = search(run, "lr_img: {choice: [0.5, 1.0]}", strategy="grid", resume=True)
-    assert {k: v for k, v in again.items() if k != "wall_s"} == {k: v for k, v in first.items() if k != "wall_s"}
+    assert {k: v for k, v in again.items() if k != "wall_s"} == {
+        k: v for k, v in first.items() if k != "wall_s"
+    }
     assert stamps(run) == before
     assert (run / "events.jsonl").read_text() == events
     with pytest.raises(InputError, match=r"space\.lr_img"):
@@ -70,9 +74,19 @@ def test_a_killed_worker_costs_a_retry_and_nothing_else(tmp_path: Path) -> None:
 def test_asha_stops_poor_trials_early_but_never_the_papers_point(tmp_path: Path) -> None:
     run = tmp_path / "run"
     # Trial 0 is the paper's point, made the worst by its own rate: it must reach full length all the same.
-    layers = {**TINY, "steps": 27, "evaluate": {"epochs": 8, "seeds": 1}, "method": {"batch_real": 4, "lr_img": 1e-6}}
+    layers = {
+        **TINY,
+        "steps": 27,
+        "evaluate": {"epochs": 8, "seeds": 1},
+        "method": {"batch_real": 4, "lr_img": 1e-6},
+    }
     out = search(
-        run, "lr_img: {loguniform: [0.1, 1.0]}", num_samples=7, strategy="asha-tpe", max_concurrent=1, layers=layers
+        run,
+        "lr_img: {loguniform: [0.1, 1.0]}",
+        num_samples=7,
+        strategy="asha-tpe",
+        max_concurrent=1,
+        layers=layers,
     )
     rows = trials(run)
     assert [int(row.spec["number"]) for row in rows] == list(range(7))
@@ -117,7 +131,10 @@ def test_pb2_changes_settings_inside_a_trial_and_resumes_by_generation(tmp_path:
     for path in late:
         path.unlink()
     again = search(
-        run, "lr_img: {loguniform: [0.001, 2.0]}\nmomentum: {uniform: [0.0, 0.9]}", resume=True, **settings  # type: ignore[arg-type]
+        run,
+        "lr_img: {loguniform: [0.001, 2.0]}\nmomentum: {uniform: [0.0, 0.9]}",
+        resume=True,
+        **settings,  # type: ignore[arg-type]
     )
     kept = {path: stamp for path, stamp in segments.items() if "generation4" not in path.name}
     assert kept

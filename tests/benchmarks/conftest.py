@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from ddray.cluster.runtime import cpu_count
+from ddray.data import Dataset, Split
+from ddray.plan import Plan, resolve
+
+
+@pytest.fixture(autouse=True)
+def all_threads() -> Iterator[None]:
+    """Ratios are of a run that has the machine's cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(2, cpu_count()))
+    yield
+    torch.set_num_threads(before)
+
+
+def best_of(function: Callable[[], object], rounds: int) -> float:
+    """Return the shortest of several runs in seconds, after one to warm up: the least disturbed one."""
+    function()
+    times = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def random_dataset(num_classes: int, per_class: int, *, name: str = "random32") -> Dataset:
+    """Return random 32x32 colour images; speed does not depend on what they show."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (num_classes * per_class, 3, 32, 32)
+    images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    split = Split(images, torch.arange(num_classes).repeat(per_class))
+    return Dataset(
+        name=name,
+        class_names=tuple(map(str, range(num_classes))),
+        image_shape=(3, 32, 32),
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+        can_flip=True,
+        load_train=lambda: split,
+        load_test=lambda: split,
+    )
+
+
+def datadam_plan(dataset: Dataset, batch_real: int, compile_: str) -> Plan:
+    """Return DataDAM's paper preset on a dataset at ipc 1."""
+    layer = {"compile": compile_, "steps": 8000, "method": {"batch_real": batch_real}}
+    return resolve("datadam", dataset, ipc=1, layers=[layer])

@@ -1,0 +1,119 @@
+"""A DataDAM step against named baselines measured in the same run (absolute times on shared machines are noise)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddray.data import dsa_for
+from ddray.distill import DistillContext
+from ddray.methods.datadam import DataDAM, attention
+from ddray.nets import build_net
+from ddray.plan import make_context, make_distiller
+from tests.benchmarks.conftest import best_of, datadam_plan, random_dataset
+
+pytestmark = pytest.mark.benchmark
+CPU = torch.device("cpu")
+
+
+def ready(num_classes: int, batch_real: int, compile_: str = "off") -> tuple[DataDAM, DistillContext]:
+    """Return a DataDAM object that has been set up on random images."""
+    dataset = random_dataset(num_classes, batch_real)
+    plan = datadam_plan(dataset, batch_real, compile_)
+    ctx = make_context(plan, dataset.train(), split_name="train", device=CPU)
+    method = make_distiller(plan)
+    method.setup(ctx)
+    assert isinstance(method, DataDAM)
+    return method, ctx
+
+
+def bare_convolutions() -> Any:
+    """Return U: the three bare convolutions over 2,560 images, eager fp32, no_grad, chunks of 64."""
+    inputs = [torch.randn(2560, 3, 32, 32), torch.randn(2560, 128, 16, 16), torch.randn(2560, 128, 8, 8)]
+    weights = [torch.randn(128, c, 3, 3) * 0.05 for c in (3, 128, 128)]
+
+    @torch.no_grad()
+    def run() -> None:
+        for images, weight in zip(inputs, weights, strict=True):
+            for chunk in images.split(64):
+                F.conv2d(chunk, weight, padding=1)
+
+    return run
+
+
+def test_step_against_bare_convolutions(benchmark: Any) -> None:
+    """Bars: a whole step <= 2.4 U eager and <= 1.2 U compiled, with equal losses."""
+    unit = bare_convolutions()
+    eager, _ = ready(10, 256, "off")
+    compiled, _ = ready(10, 256, "on")
+    first = [float(method.step()["loss"]) for method in (eager, compiled)]
+    assert first[1] == pytest.approx(first[0], rel=1e-3)
+    for _ in range(3):  # new random weights every step: no recompilation, the losses stay together
+        with torch.compiler.set_stance("fail_on_recompile"):
+            losses = [float(method.step()["loss"]) for method in (eager, compiled)]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    u = best_of(unit, 3)
+    ratio = {"eager": best_of(eager.step, 3) / u, "compiled": best_of(compiled.step, 3) / u}
+    benchmark.extra_info.update({"U_seconds": u, **ratio})
+    benchmark.pedantic(eager.step, rounds=2)
+    assert ratio["eager"] <= 2.4, ratio
+    assert ratio["compiled"] <= 1.2, ratio
+
+
+def per_class_loop(ctx: DistillContext, images: Tensor, batch_real: int) -> Any:
+    """Return one DataDAM step as the peers write it: class by class, whole batches, a network built each time."""
+    labels = torch.arange(ctx.dataset.num_classes)
+    dsa = dsa_for(True)
+    real_by_class = [ctx.split.images[ctx.split.labels == label] for label in labels]
+    learned = images.clone().requires_grad_(True)
+    optimizer = torch.optim.SGD([learned], lr=1.0, momentum=0.5)
+
+    def statistics(net: Any, batch: Tensor) -> tuple[Tensor, ...]:
+        _, embedding, maps = net.features(batch)
+        return (*(attention(m, 4.0, "l2").mean(0) for m in maps[:-1]), embedding.mean(0))
+
+    def run() -> None:
+        net = build_net("convnet3", (3, 32, 32), len(labels), seed=1).train()
+        loss = torch.zeros(())
+        for label in range(len(labels)):
+            chosen = torch.randperm(len(real_by_class[label]))[:batch_real]
+            real = ctx.space.encode(real_by_class[label][chosen])
+            plan = dsa.draw(1, torch.Generator().manual_seed(label), shared_op=False)
+            zero = torch.zeros(batch_real, dtype=torch.int64)
+            with torch.no_grad():
+                wanted = statistics(net, dsa.apply(real, plan, zero))
+            found = statistics(net, dsa.apply(learned[label : label + 1], plan, zero[:1]))
+            parts = [(a - b).square().sum() for a, b in zip(wanted, found, strict=True)]
+            loss = loss + 100 * (sum(parts[:-1]) + 0.01 * parts[-1])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return run
+
+
+@pytest.mark.parametrize(("num_classes", "batch_real"), [(10, 256), (100, 256)])
+def test_step_against_a_per_class_loop(benchmark: Any, num_classes: int, batch_real: int) -> None:
+    """Bar: >= 1.8 times as fast as the loop over classes."""
+    method, ctx = ready(num_classes, batch_real)
+    loop = per_class_loop(ctx, torch.randn(num_classes, 3, 32, 32), batch_real)
+    rounds = 3 if num_classes == 10 else 1
+    base, ours = best_of(loop, rounds), best_of(method.step, rounds)
+    benchmark.extra_info.update({"loop_seconds": base, "ours_seconds": ours, "times_faster": base / ours})
+    benchmark.pedantic(method.step, rounds=1)
+    assert base / ours >= 1.8, benchmark.extra_info
+
+
+def test_cost_grows_linearly(benchmark: Any) -> None:
+    """Seconds per real image stay level (within a factor 1.6) from 10 classes x 32 to 40 x 64 images."""
+    table = {}
+    for num_classes, batch_real in ((10, 32), (10, 64), (20, 64), (40, 64)):
+        method, _ = ready(num_classes, batch_real)
+        table[f"{num_classes}x{batch_real}"] = best_of(method.step, 3) / (num_classes * batch_real)
+    benchmark.extra_info.update({"seconds_per_real_image": table})
+    benchmark.pedantic(method.step, rounds=1)
+    assert max(table.values()) / min(table.values()) < 1.6, table
