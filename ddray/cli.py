@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import sys
@@ -13,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ddray import display
 from ddray.errors import DdrayError, InputError, InterruptedRunError
 
 app = typer.Typer(
@@ -98,7 +98,7 @@ def distill(
             resume=resume,
             out=_absolute(out),
         )
-        emit(result, _table_of("distilled", result))
+        emit(result, display.table_of("distilled", result))
 
 
 @app.command()
@@ -156,7 +156,7 @@ def evaluate(
             download=download,
         )
         result = api.evaluate(Path(os.path.abspath(file)), options, device=plan.pick_device(device))
-        emit(result, lambda: _accuracy_table(f"{file.name}: {protocol}, {split}", result["results"]))
+        emit(result, lambda: display.accuracy_table(f"{file.name}: {protocol}, {split}", result["results"]))
 
 
 @app.command()
@@ -232,7 +232,7 @@ def tune(
         result = cluster_tune.tune(
             resolved, options, space_file=_absolute(space), run_dir=_absolute(run_dir), resume=resume
         )
-        emit(result, lambda: _tune_tables(result))
+        emit(result, lambda: display.tune_tables(result))
 
 
 @data_app.command("info")
@@ -247,7 +247,7 @@ def data_info(
         from ddray import api
 
         result = api.data_info(name, data_dir=_absolute(data_dir), download=download)
-        emit(result, _table_of(name, result))
+        emit(result, display.table_of(name, result))
 
 
 @data_app.command("list")
@@ -256,7 +256,7 @@ def data_list(data_dir: DataDir = None, as_json: Json = False) -> None:
     with _output(as_json) as emit:
         from ddray.data import dataset_names, open_dataset
 
-        found = []
+        found: list[dict[str, Any]] = []
         for name in dataset_names():
             try:
                 open_dataset(name, data_dir=_absolute(data_dir))
@@ -266,7 +266,7 @@ def data_list(data_dir: DataDir = None, as_json: Json = False) -> None:
                 found.append({"name": name, "found": True})
         emit(
             {"datasets": found},
-            _table_of("datasets", {d["name"]: "found" if d["found"] else "-" for d in found}),
+            display.table_of("datasets", {d["name"]: "found" if d["found"] else "-" for d in found}),
         )
 
 
@@ -290,7 +290,9 @@ def doctor(
         )
         emit(
             result,
-            _table_of("doctor", {c["check"]: f"{c['status']}: {c['detail']}" for c in result["checks"]}),
+            display.table_of(
+                "doctor", {c["check"]: f"{c['status']}: {c['detail']}" for c in result["checks"]}
+            ),
         )
         if not result["ok"]:
             raise typer.Exit(1)
@@ -308,11 +310,11 @@ Emit = Callable[[dict[str, Any], Any], None]
 def _output(as_json: bool) -> Iterator[Emit]:
     """Give the function that prints a command's result.
 
-    With --json everything that libraries print on stdout while the command works is sent to stderr, on the level of
-    the file descriptor, so that the one JSON object is alone there.
+    With --json everything that libraries print on stdout while the command works is sent to stderr, on the
+    level of the file descriptor, so that the one JSON object is alone there.
     """
     if not as_json:
-        yield lambda result, table: _print(table() if callable(table) else table)
+        yield lambda result, table: display.show(table() if callable(table) else table)
         return
     sys.stdout.flush()
     real = os.dup(1)
@@ -332,74 +334,15 @@ def _output(as_json: bool) -> Iterator[Emit]:
         os.close(real)
 
 
-def _print(*tables: Any) -> None:
-    from rich.console import Console
-
-    console = Console()
-    for table in tables:
-        for part in table if isinstance(table, list | tuple) else (table,):
-            console.print(part)
-
-
-def _table_of(title: str, values: dict[str, Any]) -> Any:
-    """Return a two-column table of a mapping."""
-    from rich.table import Table
-
-    table = Table(title=title, show_header=False)
-    for name, value in values.items():
-        text = f"{value:.4g}" if isinstance(value, float) else str(value)
-        table.add_row(name, text if len(text) < 400 else text[:400] + " ...")
-    return table
-
-
-def _accuracy_table(title: str, results: list[dict[str, Any]]) -> Any:
-    """Return a table of accuracies in percent: mean and sample standard deviation over networks."""
-    from rich.table import Table
-
-    table = Table("arch", "accuracy %", "std", "networks", "images", "seconds", title=title)
-    for result in results:
-        std = result["accuracy_std"]
-        table.add_row(
-            result["arch"],
-            f"{100 * result['accuracy_mean']:.2f}",
-            "-" if std is None else f"{100 * std:.2f}",
-            str(len(result["per_seed"])),
-            str(result["num_images"]),
-            f"{result['wall_s']:.1f}",
-        )
-    return table
-
-
-def _tune_tables(result: dict[str, Any]) -> list[Any]:
-    """Return what a search found, and where its files are."""
-    best, paper = result["best"], result["paper_point"]
-    summary = {
-        "trials": f"{result['num_trials']} ({result['num_failed']} failed, {result['num_stopped_early']} stopped early)",
-        "best config": json.dumps(best["config"]) + f" (trial {best['trial']})",
-        "val accuracy %": f"{100 * best['val_accuracy']:.2f} (paper's point {100 * paper['val_accuracy']:.2f})",
-        "test accuracy %": _percent(result["test_accuracy_mean"], result["test_accuracy_std"])
-        + f" (paper's point {_percent(paper['test_accuracy_mean'], paper['test_accuracy_std'])})",
-        "seconds": f"{result['wall_s']:.0f}",
-        "artifact": result["artifact"],
-        "picture": str(Path(result["artifact"]).with_suffix(".png")),
-        "report": str(Path(result["run_dir"]) / "report.html"),
-        "table": str(Path(result["run_dir"]) / "results.csv"),
-    }
-    return [_table_of("search", summary)]
-
-
-def _percent(mean: float, std: float | None) -> str:
-    return f"{100 * mean:.2f}" + ("" if std is None else f" +- {100 * std:.2f}")
-
-
-# Typer carries a copy of click in newer versions and click itself in older ones: its own error's base is right in both.
-_USAGE_ERROR = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+# Newer versions of Typer carry a copy of click, older ones use click: its own error's base is right in both.
+_USAGE_ERROR: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 2 bad input of any kind, 1 anything else."""
-    # Before torch is loaded: OpenMP threads that wait by spinning fight over the cores of a shared machine. Two
-    # DataDAM runs at once on 2 cores took 1.1 to 8.8 s a step; with short spins 0.9 to 1.1 s (alone: 0.6, both ways).
+    # Before torch is loaded: OpenMP threads that wait by spinning fight over the cores of a shared machine.
+    # Two DataDAM runs at once on 2 cores took 1.1 to 8.8 s a step; with short spins 0.9 to 1.1 s (alone: 0.6,
+    # both ways).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
@@ -417,7 +360,7 @@ def _run(arguments: list[str], debug: bool) -> int:
     try:
         code = typer.main.get_command(app).main(arguments, prog_name="ddray", standalone_mode=False)
     except _USAGE_ERROR as error:
-        return _fail(error.format_message(), 2)  # type: ignore[attr-defined]
+        return _fail(error.format_message(), 2)
     except (typer.Abort, KeyboardInterrupt):
         return _fail("interrupted; run again with --resume and the same --run-dir to continue", 1)
     except InterruptedRunError as error:

@@ -1,4 +1,4 @@
-"""`ddray doctor`: what a run needs, checked: versions, devices, data, Ray, and a folder that all nodes can write."""
+"""`ddray doctor`: checks what a run needs: versions, devices, data, Ray, a folder all nodes can write."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def examine(*, address: str | None, run_dir: Path, data_dir: Path | None) -> dic
         data_dir: where datasets are looked for; None is $DDRAY_DATA.
 
     Returns:
-        `{"ok", "checks": [{"check", "status": "ok"|"warning"|"failed", "detail"}]}`; warnings leave `ok` true.
+        `{"ok", "checks": [{"check", "status": "ok"|"warning"|"failed", "detail"}]}`; warnings keep `ok` true.
     """
     checks: list[tuple[str, Callable[[], tuple[str, str]]]] = [
         ("versions", _versions),
@@ -63,7 +63,10 @@ def _versions() -> tuple[str, str]:
         have = version(requirement.name)
         if not requirement.specifier.contains(have, prereleases=True):
             wrong.append(f"{requirement.name} {have} (needs {requirement.specifier})")
-    said = f"Python {sys.version.split()[0]}, torch {torch.__version__}, ray {version('ray')}, optuna {version('optuna')}"
+    said = (
+        f"Python {sys.version.split()[0]}, torch {torch.__version__}, "
+        f"ray {version('ray')}, optuna {version('optuna')}"
+    )
     return ("failed", "; ".join(wrong)) if wrong else ("ok", said)
 
 
@@ -117,7 +120,7 @@ def _ray(address: str | None, run_dir: Path) -> tuple[str, str]:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+        nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
         token = uuid.uuid4().hex
         write = ray.remote(num_cpus=0)(write_token)
         ray.get(
@@ -132,7 +135,7 @@ def _ray(address: str | None, run_dir: Path) -> tuple[str, str]:
         seen = [path for node in nodes if (path := run_dir / f".doctor-{token}-{node}.tmp").exists()]
         for path in seen:
             path.unlink()
-        have = ray.cluster_resources()
+        have = ray.cluster_resources()  # type: ignore[no-untyped-call]
         said = f"{len(nodes)} nodes, {have.get('CPU', 0):g} CPUs, {have.get('GPU', 0):g} GPUs"
     if len(seen) < len(nodes):
         return "failed", f"{said}; {run_dir} is not shared: {len(nodes) - len(seen)} nodes wrote elsewhere"

@@ -1,4 +1,4 @@
-"""Fan-out of tasks over long-lived Ray actors: each task once, a crashed worker replaced, its task tried again."""
+"""Fan-out of tasks over long-lived Ray actors; a crashed worker is replaced and its task tried again."""
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ def fan_out(
 ) -> Iterator[Outcome]:
     """Run tasks on up to `num_workers` actors; yield outcomes as they come.
 
-    A diverged run, bad input or a full disk is final; a crash, a killed worker or lack of memory is tried again.
+    A diverged run, bad input or a full disk is final; a crash, a killed worker or lack of memory is tried
+    again.
 
     Args:
         tasks: what to run, in order of start.
@@ -82,7 +83,7 @@ def fan_out(
     while waiting or running:
         while waiting and len(running) < num_workers:
             task, attempt = waiting.pop(0)
-            actor = idle.pop() if idle else _Worker.options(num_cpus=cpus, num_gpus=gpus).remote(cpus)
+            actor = idle.pop() if idle else _Worker.options(num_cpus=cpus, num_gpus=gpus).remote(cpus)  # type: ignore[attr-defined]
             running[actor.run.remote(task.function, *task.arguments)] = (task, attempt, actor)
         ready, _ = ray.wait(list(running), num_returns=1)
         task, attempt, actor = running.pop(ready[0])

@@ -1,4 +1,4 @@
-"""The end of a search: the winner and the paper's point on fresh seeds and all of train, scored on test once."""
+"""The end of a search: winner and paper's point on fresh seeds and all of train, scored on test once."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def run_finals(
         options: resources and the number of fresh seeds.
 
     Returns:
-        Per point `{"artifact", "scores": {"test_accuracy_mean", "test_accuracy_std"}}`; mean and sample standard
-        deviation are over all networks of all fresh seeds.
+        Per point `{"artifact", "scores": {"test_accuracy_mean", "test_accuracy_std"}}`; mean and sample
+        standard deviation are over all networks of all fresh seeds.
 
     Raises:
         InputError: the test set can't be read.
@@ -71,7 +71,7 @@ def run_finals(
 
 
 def schedule_of(row: Row, plan: Plan) -> list[dict[str, Any]]:
-    """Return what a trial's set was distilled with: its settings throughout, or PB2's schedule of settings."""
+    """Return what a trial's set was distilled with: its settings throughout, or PB2's schedule."""
     whole = [{"until": plan.config.steps, "params": row.spec["params"]}]
     held: list[dict[str, Any]] = row.result.get("schedule", whole)
     return held

@@ -1,10 +1,13 @@
-"""PB2 (Parker-Holder et al., NeurIPS 2020; "Provably Efficient Online Hyperparameter Optimization with
-Population-Based Bandits"): settings change inside a trial.
+"""PB2: settings change inside a trial.
 
-A population is distilled in lock step, a generation at a time. After each generation the worst members clone the state
-of the best ones (`state_dict` holds no settings) and get new settings from Ray's own PB2 model, a time-varying Gaussian
-process of the gain in val accuracy. Member 0 keeps the paper's settings throughout, so that they are compared at full
-length. Every segment's outcome is a file, so a resumed search repeats no finished segment, and chooses as before.
+Parker-Holder et al., "Provably Efficient Online Hyperparameter Optimization with Population-Based Bandits",
+NeurIPS 2020.
+
+A population is distilled in lock step, a generation at a time. After each generation the worst members clone
+the state of the best ones (`state_dict` holds no settings) and get new settings from Ray's own PB2 model, a
+time-varying Gaussian process of the gain in val accuracy. Member 0 keeps the paper's settings throughout, so
+that they are compared at full length. Every segment's outcome is a file, so a resumed search repeats no
+finished segment, and chooses as before.
 """
 
 from __future__ import annotations
@@ -262,10 +265,10 @@ def _exploit(
         parent = top[int(rng.integers(len(top)))]
         values = dict(zip(space, _encode(parent.params, space), strict=True))
         with forked_numpy(derive_seed(seed, "pb2", generation, member.number)), warnings.catch_warnings():
-            # Ray passes SciPy an option that it deprecates, and the process rarely converges on so few points.
+            # Ray passes SciPy a deprecated option, and the process rarely converges on so few points.
             warnings.simplefilter("ignore")
             current = np.array(chosen) if chosen else None
-            values, data = _explore(data, bounds, current, str(parent.number), str(member.number), values)
+            values, data = _explore(data, bounds, current, str(parent.number), str(member.number), values)  # type: ignore[arg-type]
         proposal = [float(values[name]) for name in space]
         chosen.append(proposal)
         member.params = {**parent.params, **_decode(proposal, space)}

@@ -17,7 +17,7 @@ from ddray.errors import DdrayError, InputError
 
 log = logging.getLogger(__name__)
 
-# Set before Ray is imported: RAY.md 8 (working directory), 10 (GPUs of num_gpus=0 workers), 14 (quiet output).
+# Set before Ray is imported: RAY.md 8 (working directory), 10 (GPUs of num_gpus=0 workers), 14 (quiet).
 _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -36,7 +36,7 @@ def ray_runtime(address: str | None) -> Iterator[None]:
     """Run a block with Ray started (or connected to), and leave it afterwards.
 
     Args:
-        address: an existing cluster's address (`auto`, `host:port`, `ray://...`); None starts a local instance.
+        address: an existing cluster's (`auto`, `host:port`, `ray://...`); None starts a local instance.
 
     Raises:
         InputError: no cluster answers at `address`.
@@ -81,21 +81,23 @@ def cpu_count() -> int:
 def _worker_environment() -> dict[str, str]:
     """Return what workers need of this process's environment: where data and the package are."""
     held = {name: os.environ[name] for name in ("DDRAY_HOME", "DDRAY_DATA") if name in os.environ}
-    # A package run from a folder (PYTHONPATH, or `python -m` in a checkout) must be found by local workers too.
+    # A package run from a folder (PYTHONPATH, `python -m` in a checkout) must be found by local workers too.
     root = str(Path(__file__).resolve().parents[2])
     paths = [root, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     return {**held, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
 
 
 def check_capacity(cpus: float, gpus: float) -> int:
-    """Return how many workers of this size fit the cluster at once (RAY.md 9: a task that never fits hangs silently).
+    """Return how many workers of this size fit the cluster at once.
+
+    Checked because a task that never fits hangs silently (RAY.md 9).
 
     Raises:
         InputError: not even one fits.
     """
     import ray
 
-    have = ray.cluster_resources()
+    have = ray.cluster_resources()  # type: ignore[no-untyped-call]
     have_cpus, have_gpus = have.get("CPU", 0.0), have.get("GPU", 0.0)
     if cpus > have_cpus:
         raise InputError(f"--cpus-per-trial must be <= {have_cpus:g} (the cluster's CPUs), got {cpus:g}")
@@ -111,8 +113,9 @@ def check_capacity(cpus: float, gpus: float) -> int:
 def sigterm_as_sigint() -> Iterator[None]:
     """Handle SIGTERM as SIGINT, which Tune ends cleanly on (RAY.md 1). Does nothing outside the main thread.
 
-    A signal to the whole process group (`timeout`, `scancel`) also kills Ray's own processes, which the driver then
-    waits for: if it has not ended after a while, it ends at once. The ledger holds all that had finished.
+    A signal to the whole process group (`timeout`, `scancel`) also kills Ray's own processes, which the
+    driver then waits for: if it has not ended after a while, it ends at once. The ledger holds all that had
+    finished.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -139,7 +142,7 @@ def _end_now() -> None:
 
 
 def set_threads(cpus: float) -> None:
-    """Give this worker's torch its share of cores (RAY.md 7: a Ray worker has one thread whatever num_cpus says)."""
+    """Give this worker's torch its share of cores (RAY.md 7: it has one thread whatever num_cpus says)."""
     import torch
 
     torch.set_num_threads(max(1, int(cpus)))

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ray
 from ray import tune
 from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig, Tuner
 from ray.tune.logger import TBXLoggerCallback
@@ -28,7 +27,7 @@ log = logging.getLogger(__name__)
 MAX_FAILURES = 2
 
 
-class PaperSafeAsha(AsyncHyperBandScheduler):  # type: ignore[misc]
+class PaperSafeAsha(AsyncHyperBandScheduler):
     """ASHA that never stops trial 0, so that the paper's point is compared at full length.
 
     Args:
@@ -55,7 +54,7 @@ class PaperSafeAsha(AsyncHyperBandScheduler):  # type: ignore[misc]
             trial_id = f"number-{row.spec['number']}"
 
         for budget, value in row.result.get("rungs", {}).items():
-            self._brackets[0].on_result(Known, int(budget), float(value))
+            self._brackets[0].on_result(Known, int(budget), float(value))  # type: ignore[arg-type]
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Return the scheduler's decision."""
@@ -63,8 +62,8 @@ class PaperSafeAsha(AsyncHyperBandScheduler):  # type: ignore[misc]
         return str(TrialScheduler.CONTINUE if result.get("number") == 0 else decision)
 
 
-class Publisher(Callback):  # type: ignore[misc]
-    """Publishes the rows that a worker can't: of trials that the scheduler stopped, and of those that kept crashing."""
+class Publisher(Callback):
+    """Publishes the rows that a worker can't: of trials that were stopped and of those that kept crashing."""
 
     def __init__(self, search: Search, live: LiveTable) -> None:
         self._search = search
@@ -138,7 +137,7 @@ def run_tune(search: Search, payload: Payload, concurrent: int) -> None:
         ),
         tune_config=TuneConfig(
             search_alg=_numbered(search, rows),
-            scheduler=PaperSafeAsha(job.budgets, rows) if asha else FIFOScheduler(),
+            scheduler=PaperSafeAsha(job.budgets, rows) if asha else FIFOScheduler(),  # type: ignore[no-untyped-call]
             num_samples=-1,
             max_concurrent_trials=concurrent,
             reuse_actors=True,
@@ -146,7 +145,7 @@ def run_tune(search: Search, payload: Payload, concurrent: int) -> None:
         run_config=RunConfig(
             name=f"epoch-{job.epoch}",
             storage_path=str(search.folder / "tune"),
-            callbacks=[Publisher(search, live), TBXLoggerCallback()],
+            callbacks=[Publisher(search, live), TBXLoggerCallback()],  # type: ignore[no-untyped-call]
             failure_config=FailureConfig(max_failures=MAX_FAILURES),
             verbose=0,
         ),

@@ -1,7 +1,7 @@
-"""Searchers that number their trials, so that a trial is the same unit whoever asks for it, and a resume can go on.
+"""Searchers that number their trials: a trial is the same unit whoever asks for it, and a resume can go on.
 
-`NumberedSearch` hands out unfinished trials first, then new numbers; the settings of a new number come from OptunaSearch
-(TPE) or, for `random` and `grid`, from a pure function of the number (RAY.md 20).
+`NumberedSearch` hands out unfinished trials first, then new numbers; the settings of a new number come from
+OptunaSearch (TPE) or, for `random` and `grid`, from a pure function of the number (RAY.md 20).
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ METRIC = "val_accuracy"
 class TpeSource:
     """Settings from OptunaSearch's TPE, whose study is rebuilt from the ledger and lives in a journal file.
 
-    Trials that ASHA stopped enter as PRUNED with the values of their rungs; Tune's own OptunaSearch would tell them
-    COMPLETE at their last rung's value, so that low-fidelity scores would pass for final ones (RAY.md 4).
+    Trials that ASHA stopped enter as PRUNED with the values of their rungs; Tune's own OptunaSearch would
+    tell them COMPLETE at their last rung's value, so that low-fidelity scores would pass for final ones
+    (RAY.md 4).
 
     Args:
         space: the ranges.
@@ -59,10 +60,10 @@ class TpeSource:
     def suggest(self, trial_id: str, number: int) -> dict[str, Any]:
         """Return the settings of a new trial."""
         held = self._search.suggest(trial_id)
-        return {name: self._space[name].from_optuna(value) for name, value in held.items()}
+        return {name: self._space[name].from_optuna(value) for name, value in held.items()}  # type: ignore[union-attr]
 
     def complete(self, trial_id: str, row: Row | None) -> None:
-        """Tell the study how a suggested trial ended: its value, its rungs if it was stopped, or a failure."""
+        """Tell the study how a suggested trial ended: its value, its rungs if stopped, or a failure."""
         if row is None or row.status == "failed":
             self._search.on_trial_complete(trial_id, None, error=True)
             return
@@ -94,7 +95,7 @@ class FunctionSource:
         """Nothing to learn."""
 
 
-class NumberedSearch(Searcher):  # type: ignore[misc]
+class NumberedSearch(Searcher):
     """Hands out numbered trials: given ones first (the paper's point, unfinished ones), then new numbers.
 
     Args:
@@ -122,7 +123,7 @@ class NumberedSearch(Searcher):  # type: ignore[misc]
         self._deadline = deadline
         self._running: dict[str, tuple[int, dict[str, Any], bool]] = {}
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
         """Return the next trial's `{"number", "params"}`, or FINISHED."""
         if self._deadline is not None and time.monotonic() > self._deadline:
             return str(Searcher.FINISHED)
@@ -143,7 +144,7 @@ class NumberedSearch(Searcher):  # type: ignore[misc]
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Tell the source how the trial ended, by its published row (callbacks publish before searchers hear)."""
+        """Tell the source how the trial ended, by its row (callbacks publish before searchers hear)."""
         number, params, suggested = self._running.pop(trial_id)
         row = self._row_of(number, params)
         if row is None and result is not None and not error:

@@ -94,7 +94,7 @@ def rung_steps(steps: int, budgets: tuple[int, ...]) -> dict[int, int]:
 
 
 class Rungs:
-    """The val accuracies of a trial's rungs, kept beside its checkpoint, so that a resumed trial looks only once."""
+    """The val accuracies of a trial's rungs, kept beside its checkpoint: a resumed trial looks only once."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -141,8 +141,8 @@ def run_trial(
         report: called with each rung's metrics; may not return if the scheduler stops the trial.
 
     Raises:
-        Exception: a crash or lack of memory; the caller retries it. A diverged trial does not raise: its failed row
-            is published, and `report` gets `failed=True`.
+        Exception: a crash or lack of memory; the caller retries it. A diverged trial does not raise: its
+            failed row is published, and `report` gets `failed=True`.
     """
     quiet_workers()
     set_threads(job.cpus)

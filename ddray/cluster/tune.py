@@ -1,7 +1,7 @@
 """`ddray tune`: Ray Tune schedules and searches, the ledger is the record of truth (RAY.md 1, 19, 20).
 
-A search distils from nine tenths of train and scores on the tenth it keeps back. Test is opened once, after the search
-has ended, for the winner and the paper's point on fresh seeds.
+A search distils from nine tenths of train and scores on the tenth it keeps back. Test is opened once, after
+the search has ended, for the winner and the paper's point on fresh seeds.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ddray.report.table import write_results
 from ddray.report.tune_page import write_report
 from ddray.run import Run, open_run
 from ddray.shipped import shipped
-from ddray.space import Range, grid, read_space, sample
+from ddray.space import Range, grid, read_space
 
 log = logging.getLogger(__name__)
 

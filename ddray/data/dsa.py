@@ -6,8 +6,7 @@ Two functions share the name in the literature:
 - `dsa_idc` (IDC, arXiv:2205.14959; DSDM): flip, colour and cutout always, plus one operation of the rest.
 
 Deviation: the authors' code reseeds the global generator to repeat a draw, so that its parameters coincide
-    (the
-same offset along both axes); here they are independent, drawn once and applied to as many batches as needed.
+(the same offset along both axes); here they are independent, drawn once and applied as often as needed.
 """
 
 from __future__ import annotations

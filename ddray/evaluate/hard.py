@@ -5,6 +5,7 @@ The last epoch's network is scored once; the peers look at test up to 400 times 
 
 from __future__ import annotations
 
+import math
 import time
 
 from ddray.artifact import TrainSet
@@ -55,7 +56,7 @@ class Hard:
             generator=derive(seed, "evaluate", "train"),
             augment=augmenter(self._recipe.augment, can_flip=ctx.dataset.can_flip, space=ctx.space),
         )
-        if loss != loss:
-            raise DivergedError(f"training {arch} on the set diverged: its loss is NaN; lower evaluate.lr")
+        if not math.isfinite(loss):
+            raise DivergedError(f"training {arch} on the set diverged: its loss is {loss}; lower evaluate.lr")
         right = accuracy(net, ctx.split, ctx.space, device=ctx.device)
         return EvalResult(check_arch(arch), seed, right, len(train_set.labels), time.perf_counter() - begin)

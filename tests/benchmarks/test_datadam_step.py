@@ -1,4 +1,4 @@
-"""A DataDAM step against named baselines measured in the same run (absolute times on shared machines are noise)."""
+"""A DataDAM step against baselines measured in the same run (absolute times on shared machines are noise)."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_step_against_bare_convolutions(benchmark: Any) -> None:
 
 
 def per_class_loop(ctx: DistillContext, images: Tensor, batch_real: int) -> Any:
-    """Return one DataDAM step as the peers write it: class by class, whole batches, a network built each time."""
+    """Return a DataDAM step as the peers write it: class by class, whole batches, a new network each time."""
     labels = torch.arange(ctx.dataset.num_classes)
     dsa = dsa_for(True)
     real_by_class = [ctx.split.images[ctx.split.labels == label] for label in labels]

@@ -1,4 +1,4 @@
-"""What happens to trials: diverged, out of memory, killed, stopped early; each ends alone and as the ledger says."""
+"""What happens to trials: diverged, out of memory, killed, stopped early; each ends as the ledger says."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_pb2_changes_settings_inside_a_trial_and_resumes_by_generation(tmp_path:
     run = tmp_path / "run"
     layers = {**TINY, "steps": 8, "evaluate": {"epochs": 4, "seeds": 1}, "method": {"batch_real": 4}}
     settings = {"strategy": "pb2", "num_samples": 4, "layers": layers}
-    out = search(run, "lr_img: {loguniform: [0.001, 2.0]}\nmomentum: {uniform: [0.0, 0.9]}", **settings)  # type: ignore[arg-type]
+    out = search(run, "lr_img: {loguniform: [0.001, 2.0]}\nmomentum: {uniform: [0.0, 0.9]}", **settings)
     rows = trials(run)
     assert [row.status for row in rows] == ["done"] * 4
     assert all(segment["params"] == rows[0].spec["params"] for segment in rows[0].result["schedule"])
@@ -134,7 +134,7 @@ def test_pb2_changes_settings_inside_a_trial_and_resumes_by_generation(tmp_path:
         run,
         "lr_img: {loguniform: [0.001, 2.0]}\nmomentum: {uniform: [0.0, 0.9]}",
         resume=True,
-        **settings,  # type: ignore[arg-type]
+        **settings,
     )
     kept = {path: stamp for path, stamp in segments.items() if "generation4" not in path.name}
     assert kept
