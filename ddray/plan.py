@@ -32,6 +32,8 @@ class EvaluateConfig(Recipe):
 
     seeds: int = Field(default=5, ge=1)
     """Networks per architecture."""
+    val_seeds: int = Field(default=2, ge=1)
+    """Networks per look of a search (never more than `seeds`): a look at every rung of every trial."""
 
 
 class RunConfig(Config, Generic[M]):

@@ -144,7 +144,8 @@ def final_task(job: Job, payload: Payload, unit: Unit) -> None:
         )
     path = artifact_path(Path(job.run_dir), unit)
     made.distilled.save(path)
-    scored = score(plan, made.distilled, held, device, seed=unit.spec["seed"])
+    nets = plan.config.evaluate.seeds
+    scored = score(plan, made.distilled, held, device, seed=unit.spec["seed"], num_seeds=nets)
     row = Row(
         key=unit.key,
         kind=unit.kind,

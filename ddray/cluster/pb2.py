@@ -29,7 +29,7 @@ import torch
 
 from ddray.cluster.payload import Payload, unpack
 from ddray.cluster.runtime import set_threads, worker_device
-from ddray.cluster.trial import Job, score, split_name, trial_config, trial_result
+from ddray.cluster.trial import Job, split_name, trial_config, trial_result, val_accuracy
 from ddray.distill import run_distillation
 from ddray.errors import DivergedError, InputError
 from ddray.files import write_atomically, write_text
@@ -203,8 +203,7 @@ def run_segment(
             checkpoint_every=plan.config.checkpoint_every,
             until=end,
         )
-        scored = score(plan, made.distilled, held, device, seed=job.seed)
-        outcome: dict[str, Any] = {"val_accuracy": scored["accuracy_mean"]}
+        outcome: dict[str, Any] = {"val_accuracy": val_accuracy(plan, made.distilled, held, device)}
     except DivergedError as error:
         outcome = {"error": str(error)}
     write_text(path, json.dumps({"number": number, "until": end, "params": dict(params), **outcome}))

@@ -109,19 +109,26 @@ class Rungs:
 
 
 def score(
-    plan: Plan, made: DistilledSet, held: Unpacked, device: torch.device, *, seed: int
+    plan: Plan, made: DistilledSet, held: Unpacked, device: torch.device, *, seed: int, num_seeds: int
 ) -> dict[str, Any]:
-    """Return the accuracy of a set on the payload's held-out part, over `evaluate.seeds` networks."""
+    """Return the accuracy of a set on the payload's held-out part, over `num_seeds` networks."""
     recipe = Recipe.parse({name: getattr(plan.config.evaluate, name) for name in Recipe.model_fields})
     ctx = EvalContext(held.dataset, held.held, held.space, device)
     return evaluate_archs(
-        Hard(recipe),
-        made.decode(),
-        ctx,
-        archs=(plan.arch,),
-        num_seeds=plan.config.evaluate.seeds,
-        seed=seed,
+        Hard(recipe), made.decode(), ctx, archs=(plan.arch,), num_seeds=num_seeds, seed=seed
     )[0]
+
+
+def val_accuracy(plan: Plan, made: DistilledSet, held: Unpacked, device: torch.device) -> float:
+    """Return the mean accuracy of a look of a search.
+
+    Raises:
+        DivergedError: an image is NaN or infinite.
+    """
+    if not made.is_finite():
+        raise DivergedError(f"{plan.method} diverged: an image is NaN or infinite; lower lr_img")
+    num_seeds = min(plan.config.evaluate.seeds, plan.config.evaluate.val_seeds)
+    return float(score(plan, made, held, device, seed=plan.seed, num_seeds=num_seeds)["accuracy_mean"])
 
 
 def run_trial(
@@ -205,7 +212,7 @@ def _distil(
         if budget is None or budget == job.budgets[-1]:
             return
         if budget not in rungs.values:
-            rungs.add(budget, _val(plan, distiller.snapshot(), held, device))
+            rungs.add(budget, val_accuracy(plan, distiller.snapshot(), held, device))
         report(_metrics(unit.spec["number"], budget, rungs.values, failed=False))
 
     made = run_distillation(
@@ -217,14 +224,8 @@ def _distil(
         on_step=look,
     )
     if job.budgets[-1] not in rungs.values:
-        rungs.add(job.budgets[-1], _val(plan, made.distilled, held, device))
+        rungs.add(job.budgets[-1], val_accuracy(plan, made.distilled, held, device))
     return made
-
-
-def _val(plan: Plan, made: DistilledSet, held: Unpacked, device: torch.device) -> float:
-    if not made.is_finite():
-        raise DivergedError(f"{plan.method} diverged: an image is NaN or infinite; lower lr_img")
-    return float(score(plan, made, held, device, seed=plan.seed)["accuracy_mean"])
 
 
 def _row(unit: Unit, status: Any, result: dict[str, Any], begin: float, error: str | None) -> Row:
