@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,9 +69,12 @@ def distill(
         StorageError: a file can't be written.
     """
     # Everything that can be refused is refused before a folder is made.
+    if out is not None:
+        _check_out(out)
     distiller = make_distiller(plan)
     ctx = make_context(plan, plan.dataset.train(), split_name="train", device=device)
-    run = open_run(run_dir, plan.describe(), command="distill", resume=resume)
+    config = {**plan.describe(), "device": device.type}
+    run = open_run(run_dir, config, command="distill", resume=resume)
     unit = distill_unit(plan, "train")
     checkpoint = run.checkpoint(unit.key)
     run.ledger.begin(unit, epoch=run.epoch)
@@ -95,6 +99,21 @@ def distill(
     run.ledger.publish(unit, row, epoch=run.epoch)
     write_results(run.folder / "results.csv", run.ledger.rows())
     return {**result, "run_dir": str(run.folder)}
+
+
+def _check_out(out: Path) -> None:
+    """Refuse an --out that can't become the artifact, before the work and not after it.
+
+    Raises:
+        InputError: a folder, a picture's name, or a place that can't be written.
+    """
+    if out.is_dir():
+        raise InputError(f"--out must be a file, {out} is a folder")
+    if out.suffix == ".png":
+        raise InputError(f"--out is the artifact, whose picture stands beside it as .png; got {out}; use .pt")
+    parent = next(path for path in out.parents if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"--out must be in a folder that can be written, got {out}")
 
 
 def _distill_result(plan: Plan, made: DistillResult, target: Path) -> dict[str, Any]:
@@ -210,6 +229,10 @@ def evaluation_config(held: DistilledSet, options: EvaluateOptions) -> EvaluateC
     """Return the evaluation settings: the artifact's own, overridden by the options."""
     asked = {"seeds": options.seeds, "epochs": options.epochs, "augment": options.augment}
     own = held.meta.config.get("evaluate", {})
+    if not isinstance(own, dict):
+        raise InputError(f"meta.config.evaluate must be a mapping, got {own!r}")
+    if options.augment == "none" and options.epochs is None:
+        own = {**own, "epochs": min(300, own.get("epochs", 300))}  # the peers' length without augmentation
     return EvaluateConfig.parse(
         {**own, **{k: v for k, v in asked.items() if v is not None}}, prefix="evaluate."
     )
@@ -237,6 +260,7 @@ def _held_out(target: Dataset, split: str, held: DistilledSet) -> Split:
     """Return the split to score on; val is what a search with the artifact's seed keeps back of train."""
     if split == "test":
         return target.test()
+    log.warning("val is a tenth of train: a set that was distilled from all of train has seen it")
     return carve_val(target.train(), seed=held.meta.seed or 0)[1]
 
 

@@ -182,6 +182,10 @@ def load(
     if dataset is None:
         raise InputError(f"{path} does not say which dataset it is of: add --dataset NAME")
     images, labels = _foreign(path, held)
+    if int(labels.max()) >= dataset.num_classes:
+        raise InputError(
+            f"{path}: labels must be < {dataset.num_classes} for {dataset.name}, got {int(labels.max())}"
+        )
     space = pixel_space or PixelSpace("normalized", dataset.mean, dataset.std)
     zca = {"zca_mean": space.zca_mean, "zca_matrix": space.zca_matrix} if space.kind == "zca" else {}
     made = DistilledSet(
@@ -253,7 +257,7 @@ def _read(path: Path) -> Any:
 def _own(path: Path, held: Mapping[str, Any]) -> DistilledSet:
     """Build a set from our own format."""
     version = held["format_version"]
-    if version != FORMAT_VERSION:
+    if not isinstance(version, int) or version != FORMAT_VERSION:
         raise InputError(f"{path}: format_version must be {FORMAT_VERSION}, got {version}; update ddray")
     known = {"format_version", "images", "labels", "meta", *_ZCA}
     missing, more = {"images", "labels", "meta"} - held.keys(), held.keys() - known
@@ -261,11 +265,9 @@ def _own(path: Path, held: Mapping[str, Any]) -> DistilledSet:
         raise InputError(
             f"{path} must hold {sorted(known)}; missing {sorted(missing)}, unknown {sorted(more)}"
         )
-    wrong = [
-        key for key in held if key not in ("format_version", "meta") and not isinstance(held[key], Tensor)
-    ]
+    wrong = [key for key in held if key not in ("format_version", "meta") and not _is_plain(held[key])]
     if wrong:
-        raise InputError(f"{path}: {', '.join(wrong)} must be tensors")
+        raise InputError(f"{path}: {', '.join(wrong)} must be dense tensors")
     try:
         values = dict(json.loads(held["meta"]))
     except (TypeError, ValueError) as error:
@@ -273,6 +275,11 @@ def _own(path: Path, held: Mapping[str, Any]) -> DistilledSet:
     meta = Meta.parse(values, prefix="meta.", source=str(path))
     made = DistilledSet(held["images"], held["labels"], meta, {key: held[key] for key in _ZCA if key in held})
     return _validated(path, made)
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether a value is a tensor whose numbers are there (not sparse, not on the meta device)."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
 
 
 def _validated(path: Path, made: DistilledSet) -> DistilledSet:
@@ -289,16 +296,12 @@ def _foreign(path: Path, held: Any) -> tuple[Tensor, Tensor]:
         if len(held["data"]) > 1:
             log.info("%s holds %d sets: the first is read", path, len(held["data"]))
         pair = held["data"][0]
-        if (
-            isinstance(pair, list | tuple)
-            and len(pair) == 2
-            and all(isinstance(part, Tensor) for part in pair)
-        ):
+        if isinstance(pair, list | tuple) and len(pair) == 2 and all(_is_plain(part) for part in pair):
             return _shaped(path, *pair)
-    if isinstance(held, Tensor) and path.name.startswith("images_"):
+    if _is_plain(held) and path.name.startswith("images_"):
         labels_path = path.with_name(path.name.replace("images_", "labels_", 1))
         labels = _read(labels_path)
-        if isinstance(labels, Tensor):
+        if _is_plain(labels):
             return _shaped(path, held, labels)
     raise InputError(
         f'{path} must be ddray\'s own file, {{"data": [[images, labels], ...]}} (DC family), or images_*.pt '

@@ -295,7 +295,8 @@ def doctor(
             ),
         )
         if not result["ok"]:
-            raise typer.Exit(1)
+            failed = [c["check"] for c in result["checks"] if c["status"] == "failed"]
+            raise DdrayError(f"failed checks: {', '.join(failed)}; see above")
 
 
 def _absolute(path: Path | None) -> Path | None:

@@ -81,7 +81,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         held = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"config file must be readable, got {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # YAML raises ValueError for the 45th of a month
         reason = " ".join(str(error).split())
         raise InputError(f"config file must be YAML, got {path}: {reason}") from error
     if held is None:
@@ -115,7 +115,7 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
             raise InputError(f"--set takes key=value, got {pair!r}; example: --set method.lr_img=0.5")
         try:
             value = _number(yaml.safe_load(text))
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:
             raise InputError(f"--set {name}: the value must be YAML, got {text!r}") from error
         found = merge(found, nest(name.strip(), value))
     return found

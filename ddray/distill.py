@@ -199,7 +199,7 @@ def run_distillation(
     last = distiller.num_steps if until is None else min(until, distiller.num_steps)
     distiller.setup(ctx)
     losses: list[Tensor] = []
-    done = _restore(distiller, checkpoint, losses)
+    done = _restore(distiller, checkpoint, losses, ctx.device)
     if losses and done in looks and on_step is not None:
         on_step(done, _finite(losses[-1], done))
     timer = StepTimer(ctx.device)
@@ -213,6 +213,7 @@ def run_distillation(
                 _save(distiller, checkpoint, step, losses)
             if on_step is not None:
                 on_step(step, value)
+            timer.restart()
     distilled = distiller.snapshot()
     if not distilled.is_finite():
         raise DivergedError(
@@ -220,7 +221,7 @@ def run_distillation(
         )
     return DistillResult(
         distilled=distilled,
-        losses=torch.cat([loss.cpu() for loss in losses]).float() if losses else torch.zeros(0),
+        losses=torch.cat(losses).cpu().float() if losses else torch.zeros(0),
         resumed_from_step=done,
         wall_s=time.perf_counter() - begin,
         seconds_per_step=timer.median(),
@@ -255,6 +256,10 @@ class StepTimer:
         self._seconds += [(now - self._mark) / self._pending] * self._pending
         self._mark, self._pending = now, 0
 
+    def restart(self) -> None:
+        """Leave what was done since the last stop (a checkpoint, a rung's score) out of the steps' time."""
+        self._mark = time.perf_counter()
+
     def median(self) -> float | None:
         """Return the median seconds per step after the first tenth (warm-up)."""
         kept = self._seconds[len(self._seconds) // 10 :]
@@ -265,12 +270,12 @@ def _save(distiller: Distiller, path: Path, step: int, losses: list[Tensor]) -> 
     held = {
         "step": step,
         "state": distiller.state_dict(),
-        "losses": torch.cat([loss.cpu() for loss in losses]),
+        "losses": torch.cat(losses).cpu(),
     }
     write_atomically(path, lambda file: torch.save(held, file))
 
 
-def _restore(distiller: Distiller, path: Path | None, losses: list[Tensor]) -> int:
+def _restore(distiller: Distiller, path: Path | None, losses: list[Tensor], device: torch.device) -> int:
     """Load the checkpoint, if there is one; a damaged one is set aside, said, and the run starts anew."""
     if path is None or not path.exists():
         return 0
@@ -284,5 +289,5 @@ def _restore(distiller: Distiller, path: Path | None, losses: list[Tensor]) -> i
         log.warning("checkpoint %s is damaged (%s): set aside as %s, starting anew", path, reason, aside.name)
         return 0
     distiller.load_state_dict(state)
-    losses.extend(old.split(1))
+    losses.extend(old.to(device).split(1))
     return step

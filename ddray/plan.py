@@ -24,6 +24,7 @@ from ddray.seeding import derive, derive_seed
 from ddray.shipped import shipped
 
 PRESETS: Final = ("paper", "repo")
+MAX_ZCA: Final = 12_288  # 3 x 64 x 64: beyond, the matrix alone takes gigabytes and its eigenvectors hours
 M = TypeVar("M", bound=Config)
 
 
@@ -161,7 +162,16 @@ def check_ipc(ipc: int, split: Split, dataset: Dataset) -> None:
 
 
 def pixel_space(kind: str, dataset: Dataset, split: Split) -> PixelSpace:
-    """Return the pixel space of a run; ZCA is fitted on the real train images, once."""
+    """Return the pixel space of a run; ZCA is fitted on the real train images, once.
+
+    Raises:
+        InputError: the images are too large to be whitened.
+    """
+    size = split.images[0].numel()
+    if kind == "zca" and size > MAX_ZCA:
+        raise InputError(
+            f"pixel_space=zca needs images of at most {MAX_ZCA} values, got {size}; use normalized"
+        )
     if kind == "zca":
         return fit_zca(split)
     if kind == "raw":
@@ -210,11 +220,8 @@ def make_context(
     Raises:
         InputError: ipc does not fit the split, or compile=on without a compiler.
     """
-    from ddray.methods._matching import wants_compile
-
     check_ipc(plan.ipc, split, plan.dataset)
     config, dataset = plan.config, plan.dataset
-    batch_real = int(getattr(config.method, "batch_real", 0))
     return DistillContext(
         dataset=dataset,
         split=split,
@@ -225,14 +232,34 @@ def make_context(
         seed=plan.seed,
         device=device,
         pool=LocalPool(SupervisedTrainer(dataset, split, device)),
-        compile=wants_compile(
-            config.compile,
-            num_steps=config.steps,
-            images_per_step=batch_real * dataset.num_classes,
-            image_shape=dataset.image_shape,
-        ),
+        compile=check_plan(plan),
         method=plan.method,
         config=config.dump(),
+    )
+
+
+def check_plan(plan: Plan) -> bool:
+    """Check what only the network can tell, and return whether its hot function will be compiled.
+
+    Raises:
+        InputError: the network does not fit the images, `layers` names one that it does not have, or
+            compile=on finds no compiler.
+    """
+    from ddray.methods._matching import wants_compile
+
+    config, dataset = plan.config, plan.dataset
+    net = build_net(plan.arch, dataset.image_shape, dataset.num_classes, seed=0).eval()
+    layers = getattr(config.method, "layers", None)
+    if layers is not None:
+        with torch.no_grad():
+            num = len(net.features(torch.zeros(1, *dataset.image_shape)).maps)
+        if not all(1 <= layer <= num for layer in layers):
+            raise InputError(f"method.layers must be within 1..{num} for {plan.arch}, got {list(layers)}")
+    return wants_compile(
+        config.compile,
+        num_steps=config.steps,
+        images_per_step=int(getattr(config.method, "batch_real", 0)) * dataset.num_classes,
+        image_shape=dataset.image_shape,
     )
 
 

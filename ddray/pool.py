@@ -43,6 +43,8 @@ class PoolSpec(Config):
     seed: int
     image_shape: tuple[int, int, int]
     num_classes: int
+    device: str = "cpu"
+    """Kind of device it is trained on: weights drawn on another differ."""
     parents: tuple[str, ...] = ()
     """Keys of entries this one was trained from."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -65,11 +66,12 @@ def open_run(run_dir: Path | None, config: Mapping[str, Any], *, command: str, r
     else:
         folder = run_dir.absolute()
         config_file = folder / "config.yaml"
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f"--run-dir must be a folder, got the file {folder}")
+        file = next((path for path in (folder, *folder.parents) if path.is_file()), None)
+        if file is not None:
+            raise InputError(f"--run-dir must be a folder, {file} is a file; name another")
         names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
         occupied = any(not name.endswith(".tmp") for name in names)
-        if occupied and not resume:
+        if folder.exists() and not resume:
             raise InputError(
                 f"--run-dir must be a new folder, {folder} exists; "
                 "add --resume to continue it, or name another"
@@ -149,12 +151,18 @@ def versions() -> dict[str, str]:
     return found
 
 
+@functools.cache
 def git_commit() -> str | None:
     """Return the commit of ddray's own checkout, or None for an installed wheel."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False
+        )
+    except OSError:  # a checkout on a machine without git
+        return None
     return done.stdout.strip() or None
 
 

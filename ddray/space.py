@@ -58,6 +58,11 @@ class Range:
             return list(self.choices)
         return [int(self.low), int(self.high)] if self.kind == "randint" else [self.low, self.high]
 
+    def probes(self) -> list[Any]:
+        """Return values that stand for the whole range: its ends, and one between them."""
+        between = [self.low + 0.37 * (self.high - self.low)] if self.kind in ("uniform", "loguniform") else []
+        return [*self.ends(), *between]
+
     def distribution(self) -> BaseDistribution:
         """Return Optuna's distribution; choices enter as JSON text, so that lists can be chosen too."""
         from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
@@ -80,6 +85,8 @@ class Range:
         """Return whether the range holds a value (the paper's point may lie outside)."""
         if self.kind == "choice":
             return value in self.choices
+        if self.kind == "randint" and not isinstance(value, int):
+            return False
         return isinstance(value, int | float) and self.low <= value <= self.high
 
 

@@ -48,7 +48,12 @@ class TestDistill:
         made = artifact.load(Path(found["artifact"]))
         assert made.meta.config["steps"] == 6
         assert (tmp_path / "run" / "distilled.png").stat().st_size > 0
-        run = open_run(tmp_path / "run", self.plan(digits).describe(), command="distill", resume=True)
+        run = open_run(
+            tmp_path / "run",
+            {**self.plan(digits).describe(), "device": "cpu"},
+            command="distill",
+            resume=True,
+        )
         (row,) = run.ledger.rows()
         assert (row.kind, row.status, row.result["final_loss"]) == ("distill", "done", found["final_loss"])
         assert [event["event"] for event in run.ledger.events()] == ["start", "finish"]
@@ -86,7 +91,7 @@ class TestDistill:
             distill(plan, device=CPU, run_dir=tmp_path / "run", out=out)
 
         assert out.read_bytes() == b"old"
-        run = open_run(tmp_path / "run", plan.describe(), command="distill", resume=True)
+        run = open_run(tmp_path / "run", {**plan.describe(), "device": "cpu"}, command="distill", resume=True)
         assert run.ledger.rows() == []
         assert [event["event"] for event in run.ledger.events()] == ["start", "fail"]
 

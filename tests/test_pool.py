@@ -65,6 +65,7 @@ def test_the_key_depends_on_every_field() -> None:
         {"seed": 1},
         {"image_shape": (1, 8, 9)},
         {"num_classes": 4},
+        {"device": "cuda"},
         {"parents": ("a",)},
     ]
 

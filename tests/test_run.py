@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ddray.config import read_yaml
-from ddray.errors import InputError, StorageError
+from ddray.errors import InputError
 from ddray.run import _numbered, open_run
 
 CONFIG = {"steps": 3, "lr": 1e-05, "method": {"layers": (1, 2), "init": None}, "name": "digits"}
@@ -80,17 +80,19 @@ def test_an_existing_folder_is_refused_untouched(tmp_path: Path) -> None:
     assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
 
 
-def test_an_empty_folder_may_be_used(tmp_path: Path) -> None:
+def test_an_empty_folder_is_refused_like_any_other_but_may_be_resumed(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
 
-    assert not open_run(tmp_path / "run", CONFIG, command="distill", resume=False).resumed
+    with pytest.raises(InputError, match="add --resume"):
+        open_run(tmp_path / "run", CONFIG, command="distill", resume=False)
+    assert not open_run(tmp_path / "run", CONFIG, command="distill", resume=True).resumed
 
 
 def test_a_file_is_no_run_directory(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
 
     for resume in (False, True):
-        with pytest.raises(InputError, match="--run-dir must be a folder, got the file"):
+        with pytest.raises(InputError, match=r"--run-dir must be a folder, .* is a file"):
             open_run(tmp_path / "run", CONFIG, command="distill", resume=resume)
 
 
@@ -151,8 +153,8 @@ def test_resume_needs_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert list(tmp_path.glob("runs*")) == []
 
 
-def test_a_place_that_cannot_hold_a_folder_is_a_storage_error(tmp_path: Path) -> None:
+def test_a_place_that_cannot_hold_a_folder_is_bad_input(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
 
-    with pytest.raises(StorageError, match=r"could not write .*/file/run"):
+    with pytest.raises(InputError, match=r"--run-dir must be a folder, .*/file is a file"):
         open_run(tmp_path / "file" / "run", CONFIG, command="distill", resume=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import statistics
 import time
@@ -14,9 +15,9 @@ import torch
 from ddray import artifact
 from ddray.cluster.payload import Payload, pack, unpack
 from ddray.cluster.runtime import check_capacity, ray_runtime, set_threads, worker_device
-from ddray.cluster.trial import Job, score, trial_config
+from ddray.cluster.trial import Job, forget_checkpoint, score, trial_config
 from ddray.distill import run_distillation
-from ddray.errors import DdrayError
+from ddray.errors import DdrayError, DivergedError, StorageError
 from ddray.files import write_atomically
 from ddray.ledger import Ledger, Row, Unit
 from ddray.plan import Plan, make_context, make_distiller, pixel_space
@@ -26,6 +27,8 @@ from ddray.seeding import derive_seed
 
 if TYPE_CHECKING:
     from ddray.cluster.tune import TuneOptions
+
+log = logging.getLogger(__name__)
 
 
 def run_finals(
@@ -60,7 +63,8 @@ def run_finals(
     found = {name: _summary(run, several) for name, several in units.items()}
     if found["best"]["artifact"] is None:
         errors = [row.error for unit in units["best"] if (row := run.ledger.row(unit.key)) is not None]
-        raise DdrayError(f"the winner failed on every fresh seed: {errors[0]}")
+        reason = errors[0] if errors else "crashed (see above); run again with --resume"
+        raise DdrayError(f"the winner failed on every fresh seed: {reason}")
     first = Path(found["best"]["artifact"])
     final = run.folder / "distilled.pt"
     with first.open("rb") as held:
@@ -107,7 +111,9 @@ def _run_missing(plan: Plan, job: Job, run: Run, missing: list[Unit], options: T
         tasks = [Task(unit.key, final_task, (job, payload, unit)) for unit in missing]
         workers = min(fits, options.max_concurrent or fits, len(tasks))
         for outcome in fan_out(tasks, num_workers=workers, cpus=job.cpus, gpus=job.gpus):
-            if outcome.error is not None:
+            if isinstance(outcome.error, StorageError):
+                raise outcome.error  # no row: --resume runs it when there is space again
+            if isinstance(outcome.error, DivergedError):
                 unit = next(unit for unit in missing if unit.key == outcome.key)
                 row = Row(
                     key=unit.key,
@@ -119,6 +125,10 @@ def _run_missing(plan: Plan, job: Job, run: Run, missing: list[Unit], options: T
                     error=" ".join(str(outcome.error).split())[:300],
                 )
                 run.ledger.publish(unit, row, epoch=job.epoch)
+            elif outcome.error is not None:
+                # Nor here: a crash is worth another try on --resume.
+                reason = " ".join(str(outcome.error).split())[:200]
+                log.warning("final run %s failed %d times: %s", outcome.key[:12], outcome.attempts, reason)
 
 
 def final_task(job: Job, payload: Payload, unit: Unit) -> None:
@@ -155,6 +165,7 @@ def final_task(job: Job, payload: Payload, unit: Unit) -> None:
         wall_s=time.perf_counter() - begin,
     )
     ledger.publish(unit, row, epoch=job.epoch)
+    forget_checkpoint(Path(job.run_dir), unit.key)
 
 
 def artifact_path(run_dir: Path, unit: Unit) -> Path:
@@ -171,5 +182,6 @@ def _summary(run: Run, units: list[Unit]) -> dict[str, Any]:
         "scores": {
             "test_accuracy_mean": statistics.fmean(values) if values else None,
             "test_accuracy_std": statistics.stdev(values) if len(values) > 1 else None,
+            "test_num_networks": len(values),
         },
     }

@@ -31,12 +31,13 @@ from ddray.cluster.payload import Payload, unpack
 from ddray.cluster.runtime import set_threads, worker_device
 from ddray.cluster.trial import Job, split_name, trial_config, trial_result, val_accuracy
 from ddray.distill import run_distillation
-from ddray.errors import DivergedError, InputError
+from ddray.errors import DivergedError, InputError, StorageError
 from ddray.files import write_atomically, write_text
 from ddray.ledger import Row
 from ddray.plan import Plan, make_context, make_distiller
 from ddray.seeding import derive_numpy, derive_seed, forked_numpy
 from ddray.space import Range, sample
+from ddray.study import write_study
 
 if TYPE_CHECKING:
     from ddray.cluster.tune import Search
@@ -70,12 +71,17 @@ class Member:
     error: str | None = None
 
 
-def check_space(space: Mapping[str, Range], num_samples: int) -> None:
+def check_space(space: Mapping[str, Range], paper: Mapping[str, Any], num_samples: int) -> None:
     """Refuse what PB2 can't search.
 
     Raises:
-        InputError: no numeric range, or too small a population.
+        InputError: no numeric range, the paper's value outside a logarithm, or too small a population.
     """
+    for name, held in _numeric(space).items():
+        if held.kind == "loguniform" and not paper[name] > 0:
+            raise InputError(
+                f"strategy pb2 needs {name} > 0 to start from (its range is loguniform), got {paper[name]}"
+            )
     if not _numeric(space):
         raise InputError("strategy pb2 needs a uniform or loguniform range, the space file has none")
     if num_samples < 3:
@@ -132,6 +138,7 @@ def run_pb2(search: Search, payload: Payload, concurrent: int) -> None:
             history = _exploit(members, history, space, search.job.seed, generation)
     for member in members:
         _publish(search, member, initial[member.number], time.perf_counter() - begin)
+    write_study(search.folder / "optuna.journal", search.space, search.rows())
 
 
 def _run_segments(
@@ -154,6 +161,8 @@ def _run_segments(
     job = search.job
     errors = {}
     for outcome in fan_out(tasks, num_workers=concurrent, cpus=job.cpus, gpus=job.gpus):
+        if isinstance(outcome.error, StorageError):
+            raise outcome.error
         if outcome.error is not None:
             errors[int(outcome.key)] = " ".join(str(outcome.error).split())[:300]
     for member in members:

@@ -97,16 +97,22 @@ def check_capacity(cpus: float, gpus: float) -> int:
     """
     import ray
 
-    have = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    have_cpus, have_gpus = have.get("CPU", 0.0), have.get("GPU", 0.0)
-    if cpus > have_cpus:
-        raise InputError(f"--cpus-per-trial must be <= {have_cpus:g} (the cluster's CPUs), got {cpus:g}")
-    if gpus > have_gpus:
-        raise InputError(f"--gpus-per-trial must be <= {have_gpus:g} (the cluster's GPUs), got {gpus:g}")
-    fits = [int(have_cpus // cpus)] if cpus > 0 else []
-    if gpus > 0:
-        fits.append(int(have_gpus // gpus))
-    return max(1, min(fits))
+    if gpus > 1 and gpus != int(gpus):
+        raise InputError(f"--gpus-per-trial must be whole above 1, got {gpus:g}")
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    most = {kind: max((node.get(kind, 0.0) for node in nodes), default=0.0) for kind in ("CPU", "GPU")}
+    for option, wanted, kind in (("cpus", cpus, "CPU"), ("gpus", gpus, "GPU")):
+        if wanted > most[kind]:
+            raise InputError(
+                f"--{option}-per-trial must be <= {most[kind]:g} (of the largest node), got {wanted:g}"
+            )
+    fits = sum(
+        min(int(node.get("CPU", 0.0) // cpus), int(node.get("GPU", 0.0) // gpus) if gpus > 0 else 2**31)
+        for node in nodes
+    )
+    if fits == 0:
+        raise InputError(f"no node has {cpus:g} CPUs and {gpus:g} GPUs together; ask for less per trial")
+    return fits
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialSch
 
 from ddray.cluster.live import LiveTable
 from ddray.cluster.search import METRIC, FunctionSource, NumberedSearch, TpeSource, stopped_row, unfinished
-from ddray.cluster.trial import ETA, run_trial
+from ddray.cluster.trial import ETA, forget_checkpoint, run_trial
+from ddray.errors import StorageError
 from ddray.ledger import Row
 from ddray.space import grid, sample
 from ddray.study import write_study
@@ -68,6 +69,7 @@ class Publisher(Callback):
     def __init__(self, search: Search, live: LiveTable) -> None:
         self._search = search
         self._live = live
+        self.storage_error: str | None = None
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -89,6 +91,7 @@ class Publisher(Callback):
             wall_s = float(trial.last_result.get("time_total_s", 0.0))
             row = draft.model_copy(update={"key": unit.key, "spec": unit.spec, "wall_s": wall_s})
             self._search.ledger.publish(unit, row, epoch=self._search.job.epoch)
+            forget_checkpoint(self._search.folder, unit.key)
         stopped = row.status == "done" and row.result["stopped_early"]
         self._live.update(number, params, "stopped early" if stopped else row.status, row.result)
 
@@ -99,6 +102,10 @@ class Publisher(Callback):
         # Tune keeps the text beside the trial's local files; its last line is the exception.
         text = Path(trial.error_file).read_text(encoding="utf-8") if trial.error_file else ""
         lines = [line.strip() for line in text.splitlines() if line.strip()] or ["its worker died"]
+        if "StorageError" in lines[-1]:
+            # Not the trial's fault: no row, so that --resume runs it when there is space again.
+            self.storage_error = lines[-1].partition("StorageError")[2].lstrip(": ")
+            return
         reason = f"failed {MAX_FAILURES + 1} times; last: {lines[-1][:300]}"
         row = Row(
             key=unit.key,
@@ -129,6 +136,7 @@ def run_tune(search: Search, payload: Payload, concurrent: int) -> None:
     options, job = search.options, search.job
     rows = search.rows()
     live = LiveTable(search.num_samples, len(rows))
+    publisher = Publisher(search, live)
     asha = len(job.budgets) > 1
     tuner = Tuner(
         tune.with_resources(
@@ -145,13 +153,15 @@ def run_tune(search: Search, payload: Payload, concurrent: int) -> None:
         run_config=RunConfig(
             name=f"epoch-{job.epoch}",
             storage_path=str(search.folder / "tune"),
-            callbacks=[Publisher(search, live), TBXLoggerCallback()],  # type: ignore[no-untyped-call]
+            callbacks=[publisher, TBXLoggerCallback()],  # type: ignore[no-untyped-call]
             failure_config=FailureConfig(max_failures=MAX_FAILURES),
             verbose=0,
         ),
     )
     with live:
         tuner.fit()
+    if publisher.storage_error is not None:
+        raise StorageError(publisher.storage_error)
     write_study(search.folder / "optuna.journal", search.space, search.rows())
 
 
@@ -165,7 +175,9 @@ def _numbered(search: Search, rows: list[Row]) -> NumberedSearch:
     source: TpeSource | FunctionSource
     if options.strategy in ("asha-tpe", "tpe") and space:
         path = search.folder / "optuna.journal"
-        source = TpeSource(space, rows, seed=seed, num_samples=search.num_samples, path=path)
+        source = TpeSource(
+            space, rows, seed=seed, epoch=search.job.epoch, num_samples=search.num_samples, path=path
+        )
     elif options.strategy == "grid":
         source = FunctionSource(grid(space, search.paper).__getitem__)
     else:

@@ -35,15 +35,19 @@ class TpeSource:
         space: the ranges.
         rows: finished trials so far.
         seed: the search's seed.
+        epoch: the run epoch.
         num_samples: trials in all, for the number of random ones at the start.
         path: the journal file; an old one is replaced.
     """
 
-    def __init__(self, space: Space, rows: Sequence[Row], *, seed: int, num_samples: int, path: Path) -> None:
+    def __init__(
+        self, space: Space, rows: Sequence[Row], *, seed: int, epoch: int, num_samples: int, path: Path
+    ) -> None:
         self._space = space
-        # With the same seed a rebuilt sampler would propose its first points again (RAY.md 20).
+        # With the same seed a rebuilt sampler would propose its first points again (RAY.md 20), and two parts
+        # of a run can begin with as many rows: the run epoch tells them apart.
         sampler = optuna.samplers.TPESampler(
-            seed=derive_seed(seed, "tpe", len(rows)) % 2**32,
+            seed=derive_seed(seed, "tpe", epoch) % 2**32,
             n_startup_trials=max(3, min(10, num_samples // 3)),
         )
         self._storage = write_study(path, space, rows)
@@ -144,11 +148,13 @@ class NumberedSearch(Searcher):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Tell the source how the trial ended, by its row (callbacks publish before searchers hear)."""
-        number, params, suggested = self._running.pop(trial_id)
+        """Tell the source how the trial ended: by its row, or by the result it was stopped at."""
+        number, params, suggested = self._running.pop(trial_id, (None, {}, False))
+        if number is None:  # told before: Tune repeats itself after an error in a callback
+            return
         row = self._row_of(number, params)
         if row is None and result is not None and not error:
-            # The scheduler stopped it; the callback publishes this very row.
+            # Stopped: Tune tells searchers before callbacks, which publish this very row.
             row = stopped_row(number, params, result)
         if suggested:
             self._source.complete(trial_id, row)
@@ -164,7 +170,9 @@ class NumberedSearch(Searcher):
 
 def stopped_row(number: int, params: Mapping[str, Any], result: Mapping[str, Any]) -> Row:
     """Return the row (without a key yet) of a trial that the scheduler stopped after `result`."""
-    rungs = {int(budget): value for budget, value in result.get("rungs", {}).items()}
+    rungs = {int(budget): float(value) for budget, value in result.get("rungs", {}).items()}
+    # Tune hands searchers flattened results.
+    rungs |= {int(name.split("/")[1]): float(v) for name, v in result.items() if name.startswith("rungs/")}
     rungs.setdefault(int(result["budget"]), float(result[METRIC]))
     held = trial_result(number, params, rungs, stopped_early=True)
     return Row(key="", kind="trial", spec={}, status="done", result=held, wall_s=0.0)
@@ -182,7 +190,8 @@ def unfinished(
     done = numbers_of(rows)
     started = {
         int(event["number"]): dict(event["params"])
-        for event in events
+        # A late worker of a killed driver may write after the next epoch has begun: the newest epoch counts.
+        for event in sorted(events, key=lambda event: int(event["epoch"]))
         if event["event"] in ("start", "retry") and "params" in event and "number" in event
     }
     return sorted((number, params) for number, params in started.items() if number not in done)

@@ -177,7 +177,14 @@ def run_trial(
     more = {"first_loss": first, "final_loss": final, "seconds_per_step": made.seconds_per_step}
     row = _row(unit, "done", {**result, **more}, begin, None)
     ledger.publish(unit, row, epoch=job.epoch)
+    forget_checkpoint(Path(job.run_dir), unit.key)
     report(_final_metrics(row, job))
+
+
+def forget_checkpoint(run_dir: Path, key: str) -> None:
+    """Remove what a unit continued from, now that its row is published."""
+    for name in (f"{key}.pt", f"{key}.rungs.json"):
+        (run_dir / "checkpoints" / name).unlink(missing_ok=True)
 
 
 def trial_result(

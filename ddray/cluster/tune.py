@@ -6,9 +6,11 @@ the search has ended, for the winner and the paper's point on fresh seeds.
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,12 +19,14 @@ from pydantic import Field
 from ddray.cluster.finals import run_finals
 from ddray.cluster.payload import Payload, pack
 from ddray.cluster.runtime import check_capacity, ray_runtime, sigterm_as_sigint
-from ddray.cluster.trial import ETA, Job, split_name, trial_config, trial_unit
+from ddray.cluster.search import unfinished
+from ddray.cluster.trial import ETA, Job, split_name, trial_unit
 from ddray.config import Config
 from ddray.data import carve_val
 from ddray.errors import DdrayError, InputError, InterruptedRunError, unknown
+from ddray.files import write_text
 from ddray.ledger import Row
-from ddray.plan import Plan, check_ipc, make_distiller, pixel_space
+from ddray.plan import Plan, check_ipc, check_plan, make_distiller, pixel_space
 from ddray.report.table import write_results
 from ddray.report.tune_page import write_report
 from ddray.run import Run, open_run
@@ -71,15 +75,17 @@ def tune(
     begin = time.perf_counter()
     space = _space(plan, space_file)
     make_distiller(plan)
+    check_plan(plan)
     paper = {name: plan.config.method.dump()[name] for name in space}
     train, val = carve_val(plan.dataset.train(), seed=plan.seed)
     check_ipc(plan.ipc, train, plan.dataset)
     config = {
         **plan.describe(),
         "strategy": options.strategy,
-        "num_samples": _num_samples(options, space, paper),
+        "num_samples": _num_samples(options, space, paper, plan.config.steps),
         "space": {name: {held.kind: held.ends()} for name, held in space.items()},
         "final_sets": options.final_sets,
+        "device": "cuda" if options.gpus_per_trial > 0 else "cpu",
     }
     run = open_run(run_dir, config, command="tune", resume=resume)
     job = Job(
@@ -94,16 +100,14 @@ def tune(
         gpus=options.gpus_per_trial,
     )
     search = Search(plan, options, space, paper, job, run, config["num_samples"])
-    for name, held in space.items():
-        for value in held.ends():
-            trial_config(job, {name: value})
-    if search.missing():
+    if search.missing() and not search.closed():
         with sigterm_as_sigint(), ray_runtime(options.address):
             whitening = pixel_space(plan.config.pixel_space, plan.dataset, train)
             search.run(pack(plan.dataset, train, split_name(plan.seed), val, whitening))
     rows = search.rows()
     write_results(run.folder / "results.csv", run.ledger.rows())
     best, paper_row = _best(rows), _paper(rows)
+    search.close()
     with sigterm_as_sigint():
         scores = run_finals(plan, job, run, {"best": best, "paper": paper_row}, options)
     write_results(run.folder / "results.csv", run.ledger.rows())
@@ -126,10 +130,27 @@ def _space(plan: Plan, space_file: Path | None) -> dict[str, Range]:
     for name in space:
         if name not in fields:
             raise unknown(f"{path}: a range's name", name, fields)
-    return space
+    return {name: _checked(plan, name, held, path) for name, held in space.items()}
 
 
-def _num_samples(options: TuneOptions, space: Mapping[str, Range], paper: Mapping[str, Any]) -> int:
+def _checked(plan: Plan, name: str, held: Range, path: Path) -> Range:
+    """Return a range whose values the method takes, choices as the method holds them (1 as 1.0).
+
+    Raises:
+        InputError: a value breaks the field's rule, or does not fit the network.
+    """
+    config, method = plan.config, plan.config.method
+    taken = []
+    for value in held.probes():
+        changed = type(method).parse({**method.dump(), name: value}, source=str(path))
+        check_plan(replace(plan, config=config.model_copy(update={"method": changed})))
+        taken.append(changed.dump()[name])
+    return replace(held, choices=tuple(taken)) if held.kind == "choice" else held
+
+
+def _num_samples(
+    options: TuneOptions, space: Mapping[str, Range], paper: Mapping[str, Any], steps: int
+) -> int:
     """Return the number of trials: as asked, or the whole grid.
 
     Raises:
@@ -143,9 +164,12 @@ def _num_samples(options: TuneOptions, space: Mapping[str, Range], paper: Mappin
             f"got {options.num_samples}"
         )
     if options.strategy == "pb2":
-        from ddray.cluster.pb2 import check_space
+        from ddray.cluster.pb2 import check_space, segment_ends
 
-        check_space(space, options.num_samples)
+        check_space(space, paper, options.num_samples)
+        segment_ends(steps)
+        if options.time_budget is not None:
+            raise InputError("--time-budget is not taken with strategy pb2, whose trials end together")
     return options.num_samples
 
 
@@ -181,6 +205,19 @@ class Search:
         done = {int(row.spec["number"]) for row in self.rows()}
         return [number for number in range(self.num_samples) if number not in done]
 
+    def closed(self) -> bool:
+        """Return whether the test set has been opened: a search that saw its scores must not go on."""
+        closed = (self.folder / "search.closed").exists()
+        if closed:
+            log.warning("this search was closed by its time budget: test has been opened, no trial is added")
+        return closed
+
+    def close(self) -> None:
+        """Note that the search has ended, before test is opened."""
+        path = self.folder / "search.closed"
+        if not path.exists():
+            write_text(path, json.dumps([int(row.spec["number"]) for row in self.rows()]))
+
     def row_of(self, number: int, params: Mapping[str, Any]) -> Row | None:
         """Return the published row of a trial, or None."""
         return self.ledger.row(self.unit(number, params).key)
@@ -209,7 +246,9 @@ class Search:
         missing = self.missing()
         budget = self.options.time_budget
         out_of_time = budget is not None and time.monotonic() - begin >= budget
-        if missing and not (out_of_time and 0 not in missing):
+        # A budget lets running trials end; a signal leaves some without a row.
+        cut_off = bool(unfinished(self.ledger.events(), self.rows(), self.job))
+        if missing and (cut_off or not out_of_time or 0 in missing):
             raise InterruptedRunError(
                 f"the search ended with {self.num_samples - len(missing)} of {self.num_samples} trials in "
                 f"{self.folder}; run again with --run-dir {self.folder} --resume to finish it"

@@ -155,11 +155,14 @@ def _policy(name: str, space: PixelSpace) -> Augmenter:
 
     transform = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10) if name == "autoaugment" else v2.RandAugment()
 
+    moved: dict[torch.device, PixelSpace] = {}  # a whitening's inverse is computed once, not per batch
+
     def apply(batch: Tensor, generator: torch.Generator) -> Tensor:
-        pixels = (space.to(batch.device).decode(batch).clamp(0, 1) * 255).round().to(torch.uint8)
+        here = moved.setdefault(batch.device, space.to(batch.device))
+        pixels = (here.decode(batch).clamp(0, 1) * 255).round().to(torch.uint8)
         seed = int(torch.randint(2**62, (), generator=generator))
         with forked_global(derive_seed(seed, "augment")):
             changed = torch.stack([transform(image) for image in pixels])
-        return space.to(batch.device).encode(changed).contiguous(memory_format=torch.channels_last)
+        return here.encode(changed).contiguous(memory_format=torch.channels_last)
 
     return apply

@@ -86,6 +86,7 @@ def pool_features(ctx: DistillContext, epochs: int = 20) -> Tensor:
         transform="normalized",
         arch=ctx.arch,
         recipe={"epochs": epochs, "lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4, "batch": 256},
+        device=ctx.device.type,
         seed=ctx.seed,
         image_shape=ctx.dataset.image_shape,
         num_classes=ctx.dataset.num_classes,

@@ -23,7 +23,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar, Final, Literal
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
@@ -147,11 +146,7 @@ class DataDAM:
         }
 
     def setup(self, ctx: DistillContext) -> None:
-        """Make the initial images and the matcher.
-
-        Raises:
-            InputError: `layers` names a layer that the network does not have.
-        """
+        """Make the initial images and the matcher."""
         config = self._config
         layers = config.layers
 
@@ -171,7 +166,6 @@ class DataDAM:
 
         self._matcher = MeanMatching(ctx, config, statistics, loss)
         self._ctx = ctx
-        _check_layers(layers, self._matcher.net, ctx)
 
     def step(self) -> dict[str, Tensor]:
         """Match one batch under one fresh network."""
@@ -188,20 +182,6 @@ class DataDAM:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state."""
         self._matcher.load_state_dict(state)
-
-
-def _check_layers(layers: tuple[int, ...] | None, net: Net, ctx: DistillContext) -> None:
-    """Refuse layers that the network has not.
-
-    Raises:
-        InputError: with the numbers that it has.
-    """
-    from ddray.errors import InputError
-
-    with torch.no_grad():
-        num = len(net.features(torch.zeros(2, *ctx.dataset.image_shape, device=ctx.device)).maps)
-    if layers is not None and not all(1 <= layer <= num for layer in layers):
-        raise InputError(f"method.layers must be within 1..{num} for {ctx.arch}, got {list(layers)}")
 
 
 METHOD: Final = DataDAM

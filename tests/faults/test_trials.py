@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
 import time
 from pathlib import Path
 
+import optuna
 import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 
 from ddray.errors import InputError
 from tests.faults.search import TINY, count, ray_workers, search, stamps, trials, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_here")]
+
+
+def _journal(run: Path) -> JournalStorage:
+    """Return the study file as optuna-dashboard opens it."""
+    return JournalStorage(JournalFileBackend(str(run / "optuna.journal")))
 
 
 def test_a_diverging_trial_fails_alone_and_is_not_tried_again(tmp_path: Path) -> None:
@@ -98,13 +107,7 @@ def test_asha_stops_poor_trials_early_but_never_the_papers_point(tmp_path: Path)
     best = next(row for row in rows if row.spec["number"] == out["best"]["trial"])
     assert not best.result["stopped_early"]
     assert out["best"]["val_accuracy"] >= out["paper_point"]["val_accuracy"]
-    import optuna
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
-
-    study = optuna.load_study(
-        study_name="ddray", storage=JournalStorage(JournalFileBackend(str(run / "optuna.journal")))
-    )
+    study = optuna.load_study(study_name="ddray", storage=_journal(run))
     # The paper's point lies outside the range: Optuna can't hold it.
     states = sorted(trial.state.name for trial in study.trials)
     assert states == ["COMPLETE"] * (6 - len(stopped)) + ["PRUNED"] * len(stopped)
@@ -141,6 +144,31 @@ def test_pb2_changes_settings_inside_a_trial_and_resumes_by_generation(tmp_path:
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in kept.items())
     for key in ("best", "paper_point", "test_accuracy_mean"):
         assert again[key] == out[key]
+
+
+def test_choices_are_taken_as_the_method_holds_them(tmp_path: Path) -> None:
+    """`1` for a float field is the paper's `1.0`: one trial, which the sampler sees."""
+    run = tmp_path / "run"
+    out = search(run, "lr_img: {choice: [1, 2]}\np: {choice: [1, 4]}", strategy="tpe", num_samples=3)
+    assert out["num_trials"] == 3
+    assert trials(run)[0].spec["params"] == {"lr_img": 1.0, "p": 4.0}
+    study = optuna.load_study(study_name="ddray", storage=_journal(run))
+    assert len(study.trials) == 3
+
+
+@pytest.mark.parametrize(
+    ("space", "word"),
+    [
+        ("lr_img: {uniform: [-1.0, 1.0]}", "greater than 0"),
+        ("batch_real: {uniform: [16, 64]}", "integer"),
+        ("layers: {choice: [[1], [9]]}", "within 1..3"),
+        ("lr: {uniform: [0.1, 1.0]}", "lr_img"),
+    ],
+)
+def test_a_bad_range_is_refused_before_a_folder_is_made(tmp_path: Path, space: str, word: str) -> None:
+    with pytest.raises(InputError, match=re.escape(word)):
+        search(tmp_path / "run", space, strategy="random")
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_never_fits_is_refused_instead_of_hanging(tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ from ddray.plan import resolve
 def test_a_whitened_set_is_distilled_saved_and_shown(toy: Callable[..., Dataset], tmp_path: Path) -> None:
     """Preset paper whitens CIFAR: the file holds what undoes it, and its pixels lie near the real ones."""
     dataset = toy((12, 12, 12))
-    layers = [{"pixel_space": "zca", "steps": 2, "arch": "convnet2_w8", "method": {"batch_real": 4, "lr_img": 1e-3}}]
+    layers = [
+        {"pixel_space": "zca", "steps": 2, "arch": "convnet2_w8", "method": {"batch_real": 4, "lr_img": 1e-3}}
+    ]
     plan = resolve("datadam", dataset, ipc=2, layers=layers)
     out = tmp_path / "set.pt"
     api.distill(plan, device=torch.device("cpu"), run_dir=tmp_path / "run", out=out)
