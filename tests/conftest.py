@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as ddray.cli sets it, before torch is loaded
+
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
