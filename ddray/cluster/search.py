@@ -125,12 +125,14 @@ class NumberedSearch(Searcher):
         self._fresh = list(fresh)
         self._row_of = row_of
         self._deadline = deadline
+        self._begun = False
         self._running: dict[str, tuple[int, dict[str, Any], bool]] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
         """Return the next trial's `{"number", "params"}`, or FINISHED."""
-        if self._deadline is not None and time.monotonic() > self._deadline:
+        if self._begun and self._deadline is not None and time.monotonic() > self._deadline:
             return str(Searcher.FINISHED)
+        self._begun = True  # the shortest budget still has room for the paper's point
         if self._given:
             number, params = self._given.pop(0)
             self._running[trial_id] = (number, params, False)

@@ -100,7 +100,7 @@ def tune(
         gpus=options.gpus_per_trial,
     )
     search = Search(plan, options, space, paper, job, run, config["num_samples"])
-    if search.missing() and not search.closed():
+    if search.missing():
         with sigterm_as_sigint(), ray_runtime(options.address):
             whitening = pixel_space(plan.config.pixel_space, plan.dataset, train)
             search.run(pack(plan.dataset, train, split_name(plan.seed), val, whitening))
@@ -195,28 +195,27 @@ class Search:
     ) -> None:
         self.plan, self.options, self.space, self.paper = plan, options, space, paper
         self.job, self.ledger, self.folder, self.num_samples = job, run.ledger, run.folder, num_samples
+        self._closed = run.folder / "search.closed"
 
     def rows(self) -> list[Row]:
         """Return the trials' rows, by number."""
         return sorted(self.ledger.rows("trial"), key=lambda row: int(row.spec["number"]))
 
     def missing(self) -> list[int]:
-        """Return the numbers without a row."""
+        """Return the numbers without a row; of a closed search (see `close`) only those that it had."""
         done = {int(row.spec["number"]) for row in self.rows()}
-        return [number for number in range(self.num_samples) if number not in done]
-
-    def closed(self) -> bool:
-        """Return whether the test set has been opened: a search that saw its scores must not go on."""
-        closed = (self.folder / "search.closed").exists()
-        if closed:
-            log.warning("this search was closed by its time budget: test has been opened, no trial is added")
-        return closed
+        wanted: Sequence[int] = range(self.num_samples)
+        if self._closed.exists():
+            wanted = json.loads(self._closed.read_text(encoding="utf-8"))
+        return [number for number in wanted if number not in done]
 
     def close(self) -> None:
-        """Note that the search has ended, before test is opened."""
-        path = self.folder / "search.closed"
-        if not path.exists():
-            write_text(path, json.dumps([int(row.spec["number"]) for row in self.rows()]))
+        """Note that the search has ended, before test is opened: one that saw its scores must not go on."""
+        if not self._closed.exists():
+            numbers = [int(row.spec["number"]) for row in self.rows()]
+            write_text(self._closed, json.dumps(numbers))
+            if len(numbers) < self.num_samples:
+                log.warning("the time budget closed this search: test is opened, --resume adds no trial")
 
     def row_of(self, number: int, params: Mapping[str, Any]) -> Row | None:
         """Return the published row of a trial, or None."""

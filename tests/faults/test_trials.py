@@ -127,7 +127,7 @@ def test_pb2_changes_settings_inside_a_trial_and_resumes_by_generation(tmp_path:
     # A crash before the rows were published: the segments are not run again, and the choices are the same.
     segments = {path: path.stat().st_mtime_ns for path in (run / "pb2").glob("*.json")}
     assert len(segments) == 4 * 5
-    for path in (run / "ledger").glob("*.json"):
+    for path in [*(run / "ledger").glob("*.json"), run / "search.closed"]:
         path.unlink()
     late = sorted((run / "pb2").glob("*generation4*"))
     assert len(late) == 8
@@ -144,6 +144,23 @@ def test_pb2_changes_settings_inside_a_trial_and_resumes_by_generation(tmp_path:
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in kept.items())
     for key in ("best", "paper_point", "test_accuracy_mean"):
         assert again[key] == out[key]
+
+
+def test_a_closed_search_adds_no_trial_but_mends_its_own(tmp_path: Path) -> None:
+    """After test was opened, --resume computes a torn row again; it does not search on."""
+    run = tmp_path / "run"
+    space = "lr_img: {loguniform: [0.1, 1.0]}"
+    first = search(run, space, strategy="random", num_samples=3, max_concurrent=1, time_budget=0.01)
+    assert first["num_trials"] < 3
+    assert (
+        search(run, space, strategy="random", num_samples=3, resume=True)["num_trials"] == first["num_trials"]
+    )
+    row = trials(run)[0]
+    torn = run / "ledger" / f"{row.key}.json"
+    torn.write_bytes(torn.read_bytes()[:40])
+    again = search(run, space, strategy="random", num_samples=3, resume=True)
+    assert again["num_trials"] == first["num_trials"]
+    assert trials(run)[0].result["val_accuracy"] == row.result["val_accuracy"]
 
 
 def test_choices_are_taken_as_the_method_holds_them(tmp_path: Path) -> None:
