@@ -18,6 +18,8 @@ _MAX_CLASSES = 50
 def grid(distilled: DistilledSet) -> Tensor:
     """Return the set as one picture, float32 [3, H, W] in [0, 1]: a class per row, at most 10 by 50 images.
 
+    With one image per class, ten classes stand in a row.
+
     Whitened images leave [0, 1] widely when they are de-whitened; every image is then stretched between its
     own 1st and 99th percentile, so that its structure can be seen.
     """
@@ -37,7 +39,9 @@ def grid(distilled: DistilledSet) -> Tensor:
     cells[place] = pixels.clamp(0, 1)
     zoom = max(1, 64 // pixels.shape[-1])
     cells = cells.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-    picture: Tensor = make_grid(cells, nrow=columns, padding=2, pad_value=1.0)
+    picture: Tensor = make_grid(
+        cells, nrow=columns if columns > 1 else _MAX_PER_CLASS, padding=2, pad_value=1.0
+    )
     return picture
 
 
