@@ -249,6 +249,8 @@ def _read(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types here, each of them means: not a file of tensors
         reason = " ".join(str(error).split())[:160] or type(error).__name__
+        if "weights_only" in str(error):  # torch goes on to advise switching the protection off
+            reason = "it holds objects that could run code, which are never loaded"
         raise InputError(
             f"{path} must be an undamaged distilled set of tensors and plain values: {reason}; copy it again"
         ) from error
