@@ -145,12 +145,9 @@ class Ledger:
         """Append one line to events.jsonl (one write call: lines of several processes don't mix)."""
         held = {"event": event, "key": key, "epoch": epoch, "time": round(time.time(), 3), **more}
         with storage_errors(self._events):
-            handle = os.open(self._events, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+            handle = os.open(self._events, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
                 line = (json.dumps(held) + "\n").encode()
-                size = os.fstat(handle).st_size
-                if size and os.pread(handle, 1, size - 1) != b"\n":
-                    line = b"\n" + line  # a crash tore the last line: it must not swallow this one
                 if os.write(handle, line) < len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             finally:
