@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 
-from ddray.cluster.runtime import quiet_workers, set_threads
+from ddray.cluster.runtime import prepare_worker, set_threads
 from ddray.errors import DivergedError, InputError, StorageError
 
 log = logging.getLogger(__name__)
 
+_LOOK_S = 5.0  # between looks at tasks that may hang, and at workers that may wait for cores
 _FINAL = (DivergedError, InputError, StorageError)
 
 
@@ -54,8 +57,11 @@ class _Worker:
     """Runs tasks one after another; torch is imported once."""
 
     def __init__(self, cpus: float) -> None:
-        quiet_workers()
+        prepare_worker()
         set_threads(cpus)
+
+    def awake(self) -> None:
+        """Say that the process has started."""
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call the function."""
@@ -63,44 +69,111 @@ class _Worker:
 
 
 def fan_out(
-    tasks: Sequence[Task], *, num_workers: int, cpus: float, gpus: float, max_attempts: int = 3
+    tasks: Sequence[Task],
+    *,
+    num_workers: int | Callable[[], int],
+    cpus: float,
+    gpus: float,
+    max_attempts: int = 3,
+    timeout_s: float | None = None,
+    on_start: Callable[[str, int], None] | None = None,
+    follow: Callable[[Outcome], Sequence[Task]] | None = None,
 ) -> Iterator[Outcome]:
     """Run tasks on up to `num_workers` actors; yield outcomes as they come.
 
-    A diverged run, bad input or a full disk is final; a crash, a killed worker or lack of memory is tried
-    again.
+    A diverged run, bad input or a full disk is final; a crash, a killed worker, lack of memory or a task that
+    hangs is tried again.
 
     Args:
         tasks: what to run, in order of start.
-        num_workers: actors at a time.
+        num_workers: actors at a time; a function is asked again at every start, since nodes come and go.
         cpus: cores of each.
         gpus: GPUs of each.
         max_attempts: tries of one task.
+        timeout_s: seconds after which a task counts as hung and its worker is killed; None waits for ever.
+        on_start: called with (key, attempt) when a task is handed to a worker.
+        follow: called with every outcome before it is yielded; gives the tasks that can run because of it.
     """
-    waiting = [(task, 1) for task in tasks]
-    running: dict[Any, tuple[Task, int, Any]] = {}
+    waiting = deque((task, 1) for task in tasks)
+    running: dict[Any, _Running] = {}
     idle: list[Any] = []
     while waiting or running:
-        while waiting and len(running) < num_workers:
-            task, attempt = waiting.pop(0)
+        most = num_workers() if callable(num_workers) else num_workers
+        while waiting and len(running) < most:
+            task, attempt = waiting.popleft()
             actor = idle.pop() if idle else _Worker.options(num_cpus=cpus, num_gpus=gpus).remote(cpus)  # type: ignore[attr-defined]
-            running[actor.run.remote(task.function, *task.arguments)] = (task, attempt, actor)
-        ready, _ = ray.wait(list(running), num_returns=1)
-        task, attempt, actor = running.pop(ready[0])
-        try:
-            value = ray.get(ready[0])
-        except Exception as error:  # whatever the task raised, or Ray's word that its worker died
-            cause = getattr(error, "cause", None)
-            reason = cause if isinstance(cause, Exception) else error
-            if not isinstance(error, ray.exceptions.RayActorError):
-                idle.append(actor)
-            if not isinstance(reason, _FINAL) and attempt < max_attempts:
-                log.warning(
-                    "task %s failed (%s): trying again", task.key[:12], " ".join(str(reason).split())[:120]
-                )
-                waiting.append((task, attempt + 1))
-                continue
-            yield Outcome(task.key, None, reason, attempt)
+            if on_start is not None:
+                on_start(task.key, attempt)
+            awake = actor.awake.remote()  # before the task: the start of a process is no part of its time
+            running[actor.run.remote(task.function, *task.arguments)] = _Running(task, attempt, actor, awake)
+        done = _next(running, idle, timeout_s)
+        held = running.pop(done)
+        value, error = _result(done, held, idle, timeout_s)
+        if error is not None and not isinstance(error, _FINAL) and held.attempt < max_attempts:
+            reason = " ".join(str(error).split())[:120]
+            log.warning("task %s failed (%s): trying again", held.task.key[:12], reason)
+            waiting.append((held.task, held.attempt + 1))
+            continue
+        outcome = Outcome(held.task.key, value, error, held.attempt)
+        if follow is not None:
+            waiting.extend((task, 1) for task in follow(outcome))
+        yield outcome
+
+
+@dataclass
+class _Running:
+    """A task in a worker; `since` is when the worker was seen to have begun it."""
+
+    task: Task
+    attempt: int
+    actor: Any
+    awake: Any
+    since: float | None = None
+
+    def seconds(self) -> float:
+        """Return how long the task has run, 0 while its worker starts."""
+        if self.since is None:
+            if not ray.wait([self.awake], timeout=0)[0]:
+                return 0.0
+            self.since = time.monotonic()
+        return time.monotonic() - self.since
+
+
+def _next(running: dict[Any, _Running], idle: list[Any], timeout_s: float | None) -> Any:
+    """Return the reference of a task that has ended, or of one that has run too long."""
+    while True:
+        wait_s = _LOOK_S if idle else None
+        if timeout_s is not None:
+            longest = max(held.seconds() for held in running.values())
+            wait_s = min(_LOOK_S, max(0.1, timeout_s - longest))
+        ready, _ = ray.wait(list(running), num_returns=1, timeout=wait_s)
+        if ready:
+            return ready[0]
+        # A node that died took cores with it: a new worker may be waiting for those of an idle one.
+        for actor in idle:
+            ray.kill(actor)
+        idle.clear()
+        late = max(running, key=lambda reference: running[reference].seconds())
+        if timeout_s is not None and running[late].seconds() >= timeout_s:
+            return late
+
+
+def _result(
+    reference: Any, held: _Running, idle: list[Any], timeout_s: float | None
+) -> tuple[Any, Exception | None]:
+    """Return (value, None) or (None, why it failed); a worker that lives is idle again."""
+    ready, _ = ray.wait([reference], timeout=0)
+    if not ready:
+        ray.kill(held.actor)
+        return None, TimeoutError(f"no result within {timeout_s:g} s")
+    try:
+        value = ray.get(reference)
+    except Exception as error:  # whatever the task raised, or Ray's word that its worker died
+        if isinstance(error, ray.exceptions.RayActorError):
+            idle.clear()  # they may have died with the same node; each would cost a task a try
         else:
-            idle.append(actor)
-            yield Outcome(task.key, value, None, attempt)
+            idle.append(held.actor)
+        cause = getattr(error, "cause", None)
+        return None, cause if isinstance(cause, Exception) else error
+    idle.append(held.actor)
+    return value, None

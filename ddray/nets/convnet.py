@@ -1,7 +1,8 @@
 """The ConvNet family of the dataset-condensation code base (DC, arXiv:2006.05929; "VICO").
 
 A ConvNet-D is D blocks of conv3x3 (padding 1, bias) -> norm -> activation -> 2x2 pooling, flattened into one
-linear layer; layers keep PyTorch's default initialisation. A one-channel image is padded by 3 instead of 1 in
+linear layer; layers keep PyTorch's default initialisation. Blocks have one width, or (`_x2`, KRR-ST's inner
+networks) each twice the channels of the one before. A one-channel image is padded by 3 instead of 1 in
 the first convolution, whatever its size: the authors' code tests the channels, which turns 28 px into 32.
 """
 
@@ -21,7 +22,7 @@ class ConvNet(nn.Module):
     """A ConvNet that returns `Features`; the embedding is the flattened output of the last pooling.
 
     Args:
-        arch: the parsed name: depth, width, activation, norm and pooling.
+        arch: the parsed name: depth, width, doubling, activation, norm and pooling.
         image_shape: (C, H, W) of the images.
         num_classes: K.
 
@@ -38,8 +39,9 @@ class ConvNet(nn.Module):
         channels, height, width = image_shape
         for block in range(arch.depth):
             padding = 3 if block == 0 and image_shape[0] == 1 else 1
-            self.convs.append(nn.Conv2d(channels, arch.width, 3, padding=padding))
-            channels, height, width = arch.width, height + 2 * padding - 2, width + 2 * padding - 2
+            out_channels = arch.width * 2**block if arch.doubling else arch.width
+            self.convs.append(nn.Conv2d(channels, out_channels, 3, padding=padding))
+            channels, height, width = out_channels, height + 2 * padding - 2, width + 2 * padding - 2
             self.norms.append(norm_layer(arch.norm, (channels, height, width)))
             if arch.pooling != "none":
                 if min(height, width) < 2:

@@ -32,10 +32,14 @@ _NORMS_OF: dict[str, tuple[str, ...]] = {
     "vit_tiny": ("none",),
     "deit_tiny": ("none",),
 }
-_SUFFIX_FIELDS = {
-    suffix.removeprefix("_"): (field, value)
-    for field, table in (("activation", ACTIVATIONS), ("norm", NORMS), ("pooling", POOLINGS))
-    for value, suffix in table.items()
+DOUBLING = "_x2"
+_SUFFIX_FIELDS: dict[str, tuple[str, str | bool]] = {
+    **{
+        suffix.removeprefix("_"): (field, value)
+        for field, table in (("activation", ACTIVATIONS), ("norm", NORMS), ("pooling", POOLINGS))
+        for value, suffix in table.items()
+    },
+    DOUBLING.removeprefix("_"): ("doubling", True),
 }
 
 
@@ -46,7 +50,8 @@ class Arch:
     Attributes:
         base: one of `arch_names()`.
         norm: one of `NORMS`.
-        width: channels of every block (ConvNet family only).
+        width: channels of every block, or of the first (ConvNet family only).
+        doubling: whether each block has twice the channels of the one before (KRR-ST; ConvNet family only).
         activation: one of `ACTIVATIONS` (ConvNet family only).
         pooling: one of `POOLINGS` (ConvNet family only).
     """
@@ -54,6 +59,7 @@ class Arch:
     base: str
     norm: str
     width: int = WIDTH
+    doubling: bool = False
     activation: str = "relu"
     pooling: str = "avg"
 
@@ -69,8 +75,9 @@ class Arch:
 
     @property
     def name(self) -> str:
-        """The canonical name: suffixes in the order width, activation, norm, pooling, defaults omitted."""
+        """The canonical name: width, doubling, activation, norm, pooling in this order, defaults omitted."""
         width = "" if self.width == WIDTH else f"_w{self.width}"
+        width += DOUBLING if self.doubling else ""
         activation = "" if self.activation == "relu" else ACTIVATIONS[self.activation]
         norm = "" if self.norm == _NORMS_OF[self.base][0] else NORMS[self.norm]
         pooling = "" if self.pooling == "avg" else POOLINGS[self.pooling]
@@ -96,7 +103,7 @@ def parse_arch(arch: str) -> Arch:
     if not bases:
         raise unknown("arch", arch, _NORMS_OF)
     base = max(bases, key=len)
-    values: dict[str, str | int] = {}
+    values: dict[str, str | int | bool] = {}
     for suffix in arch[len(base) :].split("_")[1:]:
         field, value = _parse_suffix(arch, base, suffix)
         if field in values:
@@ -108,13 +115,13 @@ def parse_arch(arch: str) -> Arch:
     return parsed
 
 
-def _parse_suffix(arch: str, base: str, suffix: str) -> tuple[str, str | int]:
+def _parse_suffix(arch: str, base: str, suffix: str) -> tuple[str, str | int | bool]:
     """Return the field a suffix (without its underscore) sets, and the value."""
     allowed = [NORMS[norm] for norm in _NORMS_OF[base]] if len(_NORMS_OF[base]) > 1 else []
     if base.startswith("convnet"):
         if re.fullmatch(r"w[1-9][0-9]{0,4}", suffix):
             return "width", int(suffix[1:])
-        allowed = ["_w<width>", *ACTIVATIONS.values(), *allowed, *POOLINGS.values()]
+        allowed = ["_w<width>", DOUBLING, *ACTIVATIONS.values(), *allowed, *POOLINGS.values()]
     if f"_{suffix}" not in allowed:
         rule = f"must be one of {', '.join(allowed)}" if allowed else "is not taken by this arch"
         whole = {*_NORMS_OF, *(f"{base}{known}" for known in allowed)} - {base}

@@ -92,6 +92,13 @@ def test_convnet3_has_the_published_size() -> None:
     assert net.embed(torch.zeros(2, 3, 32, 32)).shape == (2, 2048)
 
 
+def test_doubling_gives_the_inner_networks_of_krr_st() -> None:
+    net = build_net("convnet3_x2_bn", (3, 32, 32), 512, seed=0)
+    widths = [tuple(conv.weight.shape[:2]) for conv in net.body.convs]
+    assert widths == [(128, 3), (256, 128), (512, 256)]
+    assert net.embed(torch.zeros(2, 3, 32, 32)).shape == (2, 8192)
+
+
 def test_one_channel_images_are_padded_by_3_whatever_their_size() -> None:
     for size, side in ((28, 32), (64, 68)):
         net = build_net("convnet3_w4", (1, size, size), 10, seed=0)

@@ -1,0 +1,55 @@
+"""NAS sweeps over long-lived Ray Core actors: one per CPU core, GPU or fraction of one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ddray.cluster.runtime import check_capacity, ray_runtime, sigterm_as_sigint, worker_device
+from ddray.nas.sweep import MAX_ATTEMPTS, NasOptions
+from ddray.nas.units import NasJob, NasTask, SweepData, run_task
+
+
+@dataclass(frozen=True)
+class RayExecutor:
+    """Runs a sweep's tasks on a cluster; the data goes through the object store once per node.
+
+    Attributes:
+        options: address, resources, patience.
+    """
+
+    options: NasOptions
+
+    def __call__(
+        self, job: NasJob, data: SweepData, tasks: Sequence[NasTask], on_start: Callable[[str, int], None]
+    ) -> Iterator[tuple[str, Exception | None, int]]:
+        """Yield (task's key, why it failed or None, attempts) as tasks end.
+
+        Raises:
+            InputError: no worker of this size fits the cluster, or no cluster answers.
+        """
+        with sigterm_as_sigint(), ray_runtime(self.options.address):
+            import ray
+
+            from ddray.cluster.fanout import Task, fan_out
+
+            fits = check_capacity(job.cpus, job.gpus, per="worker")
+            held = ray.put(data)
+            work = [Task(task.key, in_worker, (job, held, task)) for task in tasks]
+            for outcome in fan_out(
+                work,
+                num_workers=min(fits, self.options.num_workers or fits, len(work)),
+                cpus=job.cpus,
+                gpus=job.gpus,
+                max_attempts=MAX_ATTEMPTS,
+                timeout_s=self.options.unit_timeout,
+                on_start=on_start,
+            ):
+                yield outcome.key, outcome.error, outcome.attempts
+
+
+def in_worker(job: NasJob, data: SweepData, task: NasTask) -> None:
+    """Run one task on the worker's device."""
+    run_task(job, data, task, torch.device(worker_device(job.gpus)))

@@ -1,0 +1,113 @@
+"""The 720 ConvNets of the DataDAM supplement (section 2.3): depth x width x activation x norm x pooling."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+
+from ddray.config import read_yaml
+from ddray.errors import InputError
+from ddray.nets import Net, build_net, convnet_name
+from ddray.nets.names import Arch, parse_arch
+from ddray.shipped import shipped
+
+DESCRIBED_SHAPE = (3, 32, 32)
+DESCRIBED_CLASSES = 10
+
+
+class ConvNet720:
+    """The grid, in the order of `search_spaces/nas/convnet720.yaml`: the last factor varies fastest."""
+
+    name = "convnet720"
+
+    def __init__(self) -> None:
+        factors = read_yaml(shipped("search_spaces", "nas", "convnet720.yaml"))
+        self._points = [
+            dict(zip(factors, values, strict=True)) for values in itertools.product(*factors.values())
+        ]
+
+    def __len__(self) -> int:
+        return len(self._points)
+
+    def choices(self, index: int) -> dict[str, Any]:
+        """Return depth, width, activation, norm and pooling of an architecture.
+
+        Raises:
+            InputError: there is no such index.
+        """
+        if not 0 <= index < len(self):
+            raise InputError(f"indices of {self.name} must be in 0..{len(self) - 1}, got {index}")
+        return dict(self._points[index])
+
+    def arch_name(self, index: int) -> str:
+        """Return the canonical name, as `convnet3_w64_bn_max`."""
+        return convnet_name(**self.choices(index))
+
+    def describe(self, index: int) -> dict[str, Any]:
+        """Return index, name, choices, and parameters and FLOPs in millions for 3x32x32 and 10 classes."""
+        params, flops = convnet_size(parse_arch(self.arch_name(index)), DESCRIBED_SHAPE, DESCRIBED_CLASSES)
+        sizes = {"params_m": params / 1e6, "flops_m": flops / 1e6}
+        return {"index": index, "name": self.arch_name(index), **self.choices(index), **sizes}
+
+    def build(
+        self,
+        index: int,
+        image_shape: tuple[int, int, int],
+        num_classes: int,
+        *,
+        seed: int,
+        device: str | torch.device = "cpu",
+    ) -> Net:
+        """Build an architecture for images of `image_shape` (C, H, W); `seed` decides every weight."""
+        return build_net(self.arch_name(index), image_shape, num_classes, seed=seed, device=device)
+
+    def cost(self, index: int, image_shape: tuple[int, int, int], num_classes: int) -> float:
+        """Return the multiply-adds of one image's forward pass, in millions.
+
+        Raises:
+            InputError: the image is too small for the depth.
+        """
+        return convnet_size(parse_arch(self.arch_name(index)), image_shape, num_classes)[1] / 1e6
+
+
+def convnet_size(arch: Arch, image_shape: tuple[int, int, int], num_classes: int) -> tuple[int, int]:
+    """Return parameters and FLOPs (per image) of a ConvNet without building it.
+
+    FLOPs are counted as NAS-Bench-201's (`ddray.nets.nasbench201.cell_net_size`), biases included.
+
+    Args:
+        arch: the parsed name.
+        image_shape: (C, H, W) of the images.
+        num_classes: K.
+
+    Raises:
+        InputError: the image is too small for the depth.
+    """
+    channels, height, width = image_shape
+    params = flops = 0
+    for block in range(arch.depth):
+        if block == 0 and image_shape[0] == 1:  # padded by 3 instead of 1
+            height, width = height + 4, width + 4
+        weights = (9 * channels + 1) * arch.width
+        channels = arch.width
+        params += weights + _norm_params(arch.norm, (channels, height, width))
+        flops += weights * height * width
+        if arch.pooling != "none":
+            height, width = height // 2, width // 2
+    if min(height, width) < 1:
+        raise InputError(
+            f"{arch.name} halves the image {arch.depth} times, so its sides must be at least "
+            f"{2**arch.depth} px, got {image_shape[1]}x{image_shape[2]}"
+        )
+    linear = (channels * height * width + 1) * num_classes
+    return params + linear, flops + linear
+
+
+def _norm_params(norm: str, shape: tuple[int, int, int]) -> int:
+    """Return the weights and biases of a norm for maps of `shape` (C, H, W)."""
+    if norm == "none":
+        return 0
+    channels, height, width = shape
+    return 2 * channels * (height * width if norm == "layer" else 1)

@@ -1,0 +1,114 @@
+"""Rank correlation as what a search maximises: `ddray tune --objective nas-spearman`.
+
+A small sample of architectures is trained on the whole train part once; a trial's set is scored by how well
+training on it ranks them. Everything is scored on val.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddray.artifact import DistilledSet
+from ddray.data import Dataset, Split
+from ddray.ledger import Unit
+from ddray.nas.ranking import figures_of_merit
+from ddray.nas.sweep import Execute, NasOptions, Sweep, choose_architectures, resolve_config, run_sweep
+from ddray.nas.units import NasTask, SweepData, Workbench, training_set
+from ddray.seeding import derive_seed
+
+
+@dataclass(frozen=True)
+class SpearmanObjective:
+    """What a trial needs to be scored by rank correlation.
+
+    Attributes:
+        indices: the sampled architectures.
+        truth: their val accuracies after training on the whole train part.
+        recipe: how they are trained on a proxy (`NasRecipe` as plain values).
+        space: name and options for `get_space`.
+        seed: of the networks.
+    """
+
+    indices: tuple[int, ...]
+    truth: tuple[float, ...]
+    recipe: Mapping[str, Any]
+    space: Mapping[str, Any]
+    seed: int
+
+    def describe(self) -> dict[str, Any]:
+        """Return plain values that tell one objective from another."""
+        return {
+            "indices": list(self.indices),
+            "truth": list(self.truth),
+            "recipe": dict(self.recipe),
+            "space": dict(self.space),
+        }
+
+    def score(self, made: DistilledSet, dataset: Dataset, val: Split, device: torch.device) -> float:
+        """Return Spearman's rho of a set's ranking against the truth; 0 where either ranks nothing.
+
+        Args:
+            made: the set that architectures are trained on.
+            dataset: classes, and whether images may be flipped.
+            val: real images to score on.
+            device: where to compute.
+        """
+        decoded = made.decode()
+        data = SweepData(
+            sets={"proxy": training_set(decoded.images, decoded.labels, made.space())},
+            val=(val.images.numpy(), val.labels.numpy()),
+            test=None,
+            num_classes=dataset.num_classes,
+            can_flip=dataset.can_flip,
+        )
+        bench = Workbench(data, device)
+        scores = [bench.run(self._task(index))[0]["val_accuracy"] for index in self.indices]
+        found = figures_of_merit(scores, self.truth, storage_images=None, wall_s=None, num_bootstrap=1)
+        return float(found["spearman"] or 0.0)
+
+    def _task(self, index: int) -> NasTask:
+        return NasTask(
+            units=(Unit(kind="nas", spec={"index": index}),),
+            index=index,
+            set_name="proxy",
+            seeds=(derive_seed(self.seed, "nas", 0) % 2**31,),
+            recipe=self.recipe,
+            num_steps=None,
+            space=self.space,
+            shuffle=True,
+            cost=1.0,
+        )
+
+
+def spearman_objective(
+    options: NasOptions, dataset: Dataset, train: Split, val: Split, execute: Execute, folder: Path
+) -> SpearmanObjective:
+    """Train the sampled architectures on the whole train part (or take them from `$DDRAY_HOME`).
+
+    Args:
+        options: sample, epochs, resources.
+        dataset: the real data.
+        train: what is left of train without val.
+        val: real images to score on.
+        execute: runs the trainings.
+        folder: the trainings' own run directory, continued if it exists.
+    """
+    config = resolve_config(options)
+    indices = choose_architectures(options, config, dataset)
+    device = "cuda" if options.gpus_per_worker > 0 else "cpu"
+    sweep = Sweep(options, config, dataset, train, val, (), indices, device)
+    _, rows = run_sweep(sweep, execute, run_dir=folder, resume=True)
+    held = {int(row.spec["index"]): float(row.result["val_accuracy"]) for row in rows if row.status == "done"}
+    known = tuple(index for index in indices if index in held)
+    return SpearmanObjective(
+        known,
+        tuple(held[index] for index in known),
+        config.recipe.dump(),
+        sweep.space_options(),
+        options.seed,
+    )

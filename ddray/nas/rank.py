@@ -1,0 +1,315 @@
+"""The `ddray nas` command as functions: describe a space, rank given scores, or run a sweep and report it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from ddray import artifact
+from ddray.api import PixelKind, check_fits, foreign_space
+from ddray.data import Dataset, open_dataset
+from ddray.errors import DdrayError, InputError, unknown
+from ddray.files import write_atomically, write_text
+from ddray.ledger import Row
+from ddray.nas.proxies import (
+    COMPATS,
+    Proxy,
+    baseline_proxies,
+    dcbench_variants,
+    file_proxies,
+    warn_of_seen_val,
+)
+from ddray.nas.ranking import figures_of_merit
+from ddray.nas.spaces import NasSpace, get_space, parse_indices
+from ddray.nas.sweep import (
+    Execute,
+    NasConfig,
+    NasOptions,
+    Sweep,
+    choose_architectures,
+    run_sweep,
+    split_for,
+)
+from ddray.nas.truth import Truth, api_truth, csv_truth, read_scores, table_truth
+
+_NO_TEST = "truth_test_accuracy"
+
+
+def describe(space_name: str, text: str) -> dict[str, Any]:
+    """Return `{"archs": [...]}`: index, parameters and FLOPs (millions) and choices of each architecture.
+
+    Args:
+        space_name: convnet720 or nasbench201.
+        text: `all`, or indices joined by commas.
+
+    Raises:
+        InputError: an unknown space or index.
+    """
+    space = get_space(space_name)
+    return {"archs": [space.describe(index) for index in parse_indices(text, space)]}
+
+
+def rank_scores(path: Path, options: NasOptions) -> dict[str, Any]:
+    """Rank given scores against a truth; nothing is trained.
+
+    Raises:
+        InputError: the scores or the truth can't be read.
+    """
+    begin = time.perf_counter()
+    space = get_space(options.space)
+    indices, scores = read_scores(path)
+    if options.truth == "whole":
+        raise InputError("--scores needs --truth table, api:FILE or a CSV file: nothing is trained")
+    truth = read_truth(options, space, indices)
+    held = figures_of_merit(
+        scores[None],
+        truth.values,
+        storage_images=0,
+        wall_s=time.perf_counter() - begin,
+        chance=None,
+        seed=options.seed,
+    )
+    return {"space": options.space, "num_archs": len(indices), "proxies": [{"proxy": path.name, **held}]}
+
+
+def read_truth(options: NasOptions, space: NasSpace, indices: Sequence[int]) -> Truth:
+    """Return the truth of a file or table at `indices`.
+
+    Raises:
+        InputError: it can't be read, or lacks an architecture.
+    """
+    kind, _, file = options.truth.partition(":")
+    column = {} if options.truth_column is None else {"column": options.truth_column}
+    if options.truth == "table":
+        return table_truth(space, indices, **column)
+    if kind == "api" and file:
+        if space.name != "nasbench201":
+            raise InputError(f"--truth api:FILE is of --space nasbench201, got {space.name}")
+        return api_truth(Path(file).absolute(), indices, **column)
+    return csv_truth(Path(options.truth).absolute(), indices, **column)
+
+
+@dataclass(frozen=True)
+class NasRequest:
+    """What a sweep is made of, besides its options.
+
+    Attributes:
+        proxies: distilled sets.
+        baselines: names, such as early-stopping, random, kcenter.
+        dataset: the real data; None takes the first artifact's.
+        pixel_space: of other projects' files.
+        compat: `dcbench` adds its harness's bugs; None does not.
+        data_dir: where datasets are looked for.
+        download: let torchvision download.
+    """
+
+    proxies: tuple[Path, ...]
+    baselines: tuple[str, ...] = ()
+    dataset: str | None = None
+    pixel_space: PixelKind = "normalized"
+    compat: str | None = None
+    data_dir: Path | None = None
+    download: bool = False
+
+
+def prepare(request: NasRequest, options: NasOptions, config: NasConfig) -> Sweep:
+    """Check a request and return the sweep it asks for; nothing is trained but a coreset's networks.
+
+    Raises:
+        InputError: a file, a name or a number is bad.
+    """
+    if request.compat is not None and request.compat not in COMPATS:
+        raise unknown("--compat", request.compat, COMPATS)
+    if request.compat is not None and options.space != "nasbench201":
+        raise InputError(f"--compat {request.compat} is about --space nasbench201, got {options.space}")
+    named = None if request.dataset is None else _open(request.dataset, request)
+    space = foreign_space(named, request.pixel_space)
+    sets = [artifact.load(path, dataset=named, pixel_space=space) for path in request.proxies]
+    dataset = named or _open(sets[0].meta.dataset, request)
+    for path, held in zip(request.proxies, sets, strict=True):
+        check_fits(held, dataset, path)
+    indices = choose_architectures(options, config, dataset)
+    train, val = split_for(dataset, options.seed)
+    files = file_proxies(request.proxies, sets)
+    warn_of_seen_val(request.proxies, sets, f"train-val{options.seed}")
+    baselines = baseline_proxies(
+        request.baselines,
+        files,
+        dataset,
+        train,
+        config.recipe,
+        seed=options.seed,
+        device=torch.device("cpu"),
+    )
+    variants = dcbench_variants(files) if request.compat else []
+    device = "cuda" if options.gpus_per_worker > 0 else "cpu"
+    return Sweep(options, config, dataset, train, val, (*files, *baselines, *variants), indices, device)
+
+
+def _open(name: str, request: NasRequest) -> Dataset:
+    return open_dataset(name, data_dir=request.data_dir, download=request.download)
+
+
+def rank_architectures(
+    request: NasRequest,
+    options: NasOptions,
+    config: NasConfig,
+    execute: Execute,
+    *,
+    run_dir: Path | None,
+    resume: bool,
+) -> dict[str, Any]:
+    """Train architectures on proxies, rank them, compare with the truth, and write table, plots and page.
+
+    Returns:
+        The command's JSON (DESIGN: commands).
+
+    Raises:
+        InputError: bad input of any kind.
+        DdrayError: no architecture finished.
+    """
+    begin = time.perf_counter()
+    sweep = prepare(request, options, config)
+    truth = None
+    if options.truth != "whole":  # read before anything is trained
+        truth = read_truth(options, sweep.space(), sweep.indices)
+    run, rows = run_sweep(sweep, execute, run_dir=run_dir, resume=resume)
+    found = collect(sweep, rows, truth)
+    result = {
+        "space": options.space,
+        "dataset": sweep.dataset.name,
+        "num_archs": len(sweep.indices),
+        "num_failed": sum(row.status == "failed" for row in rows),
+        "run_dir": str(run.folder),
+        "truth": found.truth_facts,
+        "proxies": found.proxies,
+        "wall_s": time.perf_counter() - begin,
+    }
+    _write(run.folder, result, found.table, [proxy.name for proxy in sweep.proxies])
+    return result
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a sweep's rows say.
+
+    Attributes:
+        proxies: figures of merit, one mapping per proxy.
+        table: one line per proxy and architecture; test stands in its last column only.
+        truth_facts: source, seconds and images of the truth.
+    """
+
+    proxies: list[dict[str, Any]]
+    table: pd.DataFrame
+    truth_facts: dict[str, Any]
+
+
+def collect(sweep: Sweep, rows: Sequence[Row], truth: Truth | None) -> Found:
+    """Return figures and table of a sweep's rows.
+
+    Args:
+        sweep: the sweep.
+        rows: its rows.
+        truth: of a file or table; None takes the `truth` rows.
+
+    Raises:
+        DdrayError: no architecture finished on a proxy and has a truth.
+    """
+    place = {index: column for column, index in enumerate(sweep.indices)}
+    true_rows = [row for row in rows if row.kind == "truth"]
+    facts: dict[str, Any] = {"source": sweep.options.truth}
+    if truth is None:
+        values = _matrix(true_rows, place, "val_accuracy")
+        test = _matrix(true_rows, place, "test_accuracy")
+        truth = Truth("whole", values, _mean(test) if np.isfinite(test).any() else None)
+        facts |= {"wall_s": sum(row.wall_s for row in true_rows), "storage_images": len(sweep.train)}
+    space = sweep.space()
+    chance = 1 / sweep.dataset.num_classes
+    proxies, tables = [], []
+    for proxy in sweep.proxies:
+        own = [row for row in rows if row.kind == "nas" and row.spec["proxy"] == proxy.name]
+        scores = _matrix(own, place, "val_accuracy")
+        if not np.isfinite(scores).any():
+            reasons = sorted({row.error or "unknown" for row in own})
+            raise DdrayError(f"no architecture finished on {proxy.name}: {'; '.join(reasons)}")
+        figures = figures_of_merit(
+            scores,
+            truth.values,
+            storage_images=proxy.storage_images,
+            wall_s=sum(row.wall_s for row in own),
+            chance=chance,
+            num_val=len(sweep.val),
+            seed=sweep.options.seed,
+        )
+        diverged = sum(bool(row.result.get("diverged")) for row in own)
+        proxies.append({"proxy": proxy.name, **figures, "num_diverged": diverged})
+        tables.append(_table(proxy, space, sweep.indices, scores, truth))
+    return Found(proxies, pd.concat(tables, ignore_index=True), facts)
+
+
+def _matrix(rows: Sequence[Row], place: Mapping[int, int], name: str) -> np.ndarray[Any, Any]:
+    """Return accuracies [S, A], a failed or missing unit as NaN."""
+    seeds = sorted({row.spec["seed"] for row in rows})
+    held = np.full((max(1, len(seeds)), len(place)), np.nan)
+    for row in rows:
+        value = row.result.get(name)
+        if row.status == "done" and value is not None:
+            held[seeds.index(row.spec["seed"]), place[row.spec["index"]]] = value
+    return held
+
+
+def _mean(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return means over seeds [A]; an architecture without any value is NaN."""
+    finite = np.isfinite(values)
+    total = np.where(finite, values, 0.0).sum(0)
+    return np.where(finite.any(0), total / np.maximum(finite.sum(0), 1), np.nan)
+
+
+def _table(
+    proxy: Proxy, space: NasSpace, indices: Sequence[int], scores: np.ndarray[Any, Any], truth: Truth
+) -> pd.DataFrame:
+    """Return one line per architecture, best by the proxy first."""
+    lines = []
+    mean = _mean(scores)
+    true = _mean(np.atleast_2d(truth.values))
+    for column, index in enumerate(indices):
+        own = [float(value) for value in scores[:, column] if np.isfinite(value)]
+        described = {k: v for k, v in space.describe(index).items() if k not in ("index", "name")}
+        lines.append(
+            {
+                "proxy": proxy.name,
+                "index": index,
+                "name": space.arch_name(index),
+                **described,
+                "proxy_accuracy": mean[column],
+                "proxy_accuracy_std": statistics.stdev(own) if len(own) > 1 else np.nan,
+                "proxy_rank": np.nan,
+                "truth_accuracy": true[column],
+                "truth_rank": np.nan,
+                "num_seeds": len(own),
+                "failed": not own,
+                _NO_TEST: np.nan if truth.test is None else truth.test[column],
+            }
+        )
+    table = pd.DataFrame(lines)
+    for name in ("proxy", "truth"):
+        table[f"{name}_rank"] = table[f"{name}_accuracy"].rank(ascending=False, method="min")
+    return table.sort_values(["proxy_rank", "index"], ignore_index=True)
+
+
+def _write(folder: Path, result: Mapping[str, Any], table: pd.DataFrame, names: Sequence[str]) -> None:
+    """Write results.csv, results.parquet, the scatter plots and report.html."""
+    from ddray.report.nas_page import save_scatters, write_nas_report
+
+    write_text(folder / "results.csv", table.to_csv(index=False))
+    write_atomically(folder / "results.parquet", lambda file: table.to_parquet(file, index=False))
+    save_scatters(folder, table, result["proxies"])
+    write_nas_report(folder, result, table)

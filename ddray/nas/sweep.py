@@ -1,0 +1,403 @@
+"""`ddray nas`: train architectures on proxies, rank them by val, and compare with the ranking by the truth.
+
+Architectures are trained on nine tenths of train (or on a proxy of it) and ranked on the tenth kept back;
+test plays no part but for the last column of the table.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final, Literal, Protocol
+
+import torch
+from pydantic import Field
+
+from ddray.config import Config, merge
+from ddray.data import Dataset, Split, carve_val
+from ddray.errors import InputError, InterruptedRunError, StorageError
+from ddray.ledger import Row, Unit
+from ddray.nas.proxies import Proxy
+from ddray.nas.spaces import NasSpace, get_space, sample
+from ddray.nas.training import NasRecipe
+from ddray.nas.units import CODE_VERSION, NasJob, NasTask, SweepData, real_set, truth_ledger
+from ddray.progress import progress
+from ddray.run import Run, open_run
+from ddray.seeding import derive_seed
+
+log = logging.getLogger(__name__)
+
+MAX_ATTEMPTS: Final = 3
+# A step's fixed cost (kernel launches, augmentation) in the unit of `NasSpace.cost`: a million multiply-adds.
+_STEP_COST: Final = 50.0
+
+
+class CellOptions(Config):
+    """The NAS-Bench-201 network that is trained: DC-BENCH's proxy setting."""
+
+    channels: int = Field(default=16, ge=1)
+    num_cells: int = Field(default=1, ge=1)
+    cell_affine: bool = False
+
+
+class NasConfig(Config):
+    """How architectures are trained."""
+
+    recipe: NasRecipe
+    truth_recipe: NasRecipe
+    cells: CellOptions = CellOptions()
+
+
+# Published nowhere for the 720 ConvNets (one follow-up: 200 epochs): ours, pinned. NAS-Bench-201: DC-BENCH's.
+_RECIPES: Final[dict[str, dict[str, Any]]] = {
+    "convnet720": {"epochs": 200, "lr": 0.01, "weight_decay": 5e-4, "batch": 256},
+    "nasbench201": {
+        "epochs": 50,
+        "lr": 0.025,
+        "lr_min": 0.001,
+        "weight_decay": 3e-4,
+        "batch": 64,
+        "clip": 5.0,
+    },
+}
+
+
+class NasOptions(Config):
+    """What `ddray nas` was asked for."""
+
+    space: str = "convnet720"
+    sample: int | None = Field(default=None, ge=1)
+    """Architectures, stratified by cost; None takes the whole space."""
+    max_mflops: float | None = Field(default=None, gt=0)
+    """Leave out architectures that need more million multiply-adds for an image."""
+    seeds: int = Field(default=1, ge=1)
+    """Networks per architecture and proxy."""
+    epochs: int | None = Field(default=None, ge=1)
+    truth: str = "whole"
+    truth_epochs: int | None = Field(default=None, ge=1)
+    truth_seeds: int = Field(default=1, ge=1)
+    truth_column: str | None = None
+    seed: int = 0
+    executor: Literal["ray", "local"] = "ray"
+    cpus_per_worker: float = Field(default=1.0, gt=0)
+    gpus_per_worker: float = Field(default=0.0, ge=0)
+    num_workers: int | None = Field(default=None, ge=1)
+    unit_timeout: float = Field(default=7200.0, gt=0)
+    """Seconds after which a unit counts as hung; it is tried again, then marked failed."""
+    address: str | None = None
+
+
+def resolve_config(options: NasOptions, layers: Sequence[Mapping[str, Any]] = ()) -> NasConfig:
+    """Return the training settings: the space's own, then --epochs and --truth-epochs, then --set."""
+    own = _RECIPES[options.space]
+    asked = {} if options.epochs is None else {"epochs": options.epochs}
+    recipe = {**own, **asked}
+    truth = {**recipe, **({} if options.truth_epochs is None else {"epochs": options.truth_epochs})}
+    shared = merge(
+        {"recipe": recipe, "truth_recipe": truth}, *({"truth_recipe": _shared(layer)} for layer in layers)
+    )
+    return NasConfig.parse(merge(shared, *layers))
+
+
+def _shared(layer: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what a --set of the recipe means for the truth: the same, but for the epochs."""
+    held = layer.get("recipe", {})
+    return {k: v for k, v in held.items() if k != "epochs"} if isinstance(held, Mapping) else {}
+
+
+class Execute(Protocol):
+    """Runs tasks; yields (task's key, why it failed or None, attempts) as they end."""
+
+    def __call__(
+        self, job: NasJob, data: SweepData, tasks: Sequence[NasTask], on_start: Callable[[str, int], None]
+    ) -> Iterator[tuple[str, Exception | None, int]]:
+        """Run tasks in order of start."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A resolved sweep.
+
+    Attributes:
+        options: what was asked for.
+        config: how architectures are trained.
+        dataset: the real data.
+        train: nine tenths of train.
+        val: the tenth to rank by.
+        proxies: what architectures are trained on, besides the truth.
+        indices: the architectures.
+        device: kind of device the workers compute on.
+    """
+
+    options: NasOptions
+    config: NasConfig
+    dataset: Dataset
+    train: Split
+    val: Split
+    proxies: tuple[Proxy, ...]
+    indices: tuple[int, ...]
+    device: str
+    _space: dict[str, NasSpace] = field(default_factory=dict, repr=False)
+
+    def space(self, mixture: str | None = None) -> NasSpace:
+        """Return the space of architectures, as a proxy trains them."""
+        return get_space(**self.space_options(mixture))
+
+    def space_options(self, mixture: str | None = None) -> dict[str, Any]:
+        """Return name and options for `get_space`."""
+        if self.options.space != "nasbench201":
+            return {"name": self.options.space}
+        return {"name": "nasbench201", **self.config.cells.dump(), "mixture": mixture}
+
+    def describe(self) -> dict[str, Any]:
+        """Return plain values that decide the results (config.yaml)."""
+        options = self.options
+        return {
+            "space": options.space,
+            "indices": list(self.indices),
+            "seeds": options.seeds,
+            "seed": options.seed,
+            "dataset": self.dataset.name,
+            "fingerprint": self.dataset.fingerprint,
+            "truth": options.truth,
+            "truth_seeds": options.truth_seeds,
+            "truth_column": options.truth_column,
+            "proxies": {proxy.name: proxy.key for proxy in self.proxies},
+            "device": self.device,
+            **self.config.dump(),
+        }
+
+    def tasks(self, *, fused: bool) -> list[NasTask]:
+        """Return all tasks, longest first: the proxies' and, for truth `whole`, the truth's.
+
+        Args:
+            fused: put the seeds of one architecture into one task (a GPU may train them as one).
+        """
+        found = []
+        spaces = {proxy.mixture: self.space(proxy.mixture) for proxy in self.proxies} | {None: self.space()}
+        for index in self.indices:
+            for proxy in self.proxies:
+                seeds = [derive_seed(self.options.seed, "nas", n) % 2**31 for n in range(self.options.seeds)]
+                found += self._tasks_of(index, proxy, seeds, spaces[proxy.mixture], fused)
+            if self.options.truth == "whole":
+                seeds = [
+                    derive_seed(self.options.seed, "truth", n) % 2**31
+                    for n in range(self.options.truth_seeds)
+                ]
+                found += self._tasks_of(index, None, seeds, spaces[None], fused)
+        # Equal costs keep their order: the same sweep starts its tasks in the same order everywhere.
+        return sorted(found, key=lambda task: -task.cost)
+
+    def _tasks_of(
+        self, index: int, proxy: Proxy | None, seeds: Sequence[int], space: NasSpace, fused: bool
+    ) -> list[NasTask]:
+        recipe = self.config.truth_recipe if proxy is None else self.config.recipe
+        num_images = len(self.train) if proxy is None else proxy.num_images
+        num_steps = None if proxy is None else proxy.num_steps
+        steps = num_steps or recipe.num_steps(num_images)
+        cost = space.cost(index, self.dataset.image_shape, self.dataset.num_classes)
+        work = steps * (_STEP_COST + 3 * cost * min(recipe.batch, num_images))
+        name = space.arch_name(index)
+        units = [self._unit(index, name, proxy, seed, recipe) for seed in seeds]
+        groups = [tuple(units)] if fused else [(unit,) for unit in units]
+        return [
+            NasTask(
+                units=group,
+                index=index,
+                set_name="whole" if proxy is None else proxy.set_name,
+                seeds=tuple(int(unit.spec["seed"]) for unit in group),
+                recipe=recipe.dump(),
+                num_steps=num_steps,
+                space=self.space_options(None if proxy is None else proxy.mixture),
+                shuffle=proxy is None or proxy.shuffle,
+                cost=work * len(group),
+            )
+            for group in groups
+        ]
+
+    def _unit(self, index: int, arch: str, proxy: Proxy | None, seed: int, recipe: NasRecipe) -> Unit:
+        spec = {
+            "space": self.options.space,
+            "cells": self.config.cells.dump() if self.options.space == "nasbench201" else None,
+            "index": index,
+            "arch": arch,
+            "seed": seed,
+            "recipe": recipe.dump(),
+            "fingerprint": self.dataset.fingerprint,
+            "split": f"train-val{self.options.seed}",
+            "device": self.device,
+        }
+        if proxy is None:
+            return Unit(kind="truth", spec=spec, code_version=CODE_VERSION)
+        held = {**spec, "proxy": proxy.name, "proxy_key": proxy.key, **proxy.variant()}
+        return Unit(kind="nas", spec=held, code_version=CODE_VERSION)
+
+    def data(self, tasks: Sequence[NasTask]) -> SweepData:
+        """Return the arrays that these tasks need."""
+        wanted = {task.set_name for task in tasks}
+        sets = {proxy.set_name: proxy.data for proxy in self.proxies if proxy.set_name in wanted}
+        if "whole" in wanted:
+            sets["whole"] = real_set(self.train, self.dataset)
+        test = None
+        if any(task.units[0].kind == "truth" for task in tasks):
+            try:
+                held = self.dataset.test()
+                test = (held.images.numpy(), held.labels.numpy())
+            except InputError as error:
+                log.warning("no test column: %s", error)
+        val = (self.val.images.numpy(), self.val.labels.numpy())
+        return SweepData(sets, val, test, self.dataset.num_classes, self.dataset.can_flip)
+
+
+def split_for(dataset: Dataset, seed: int) -> tuple[Split, Split]:
+    """Return (nine tenths of train, the tenth to rank by)."""
+    return carve_val(dataset.train(), seed=seed)
+
+
+def choose_architectures(options: NasOptions, config: NasConfig, dataset: Dataset) -> tuple[int, ...]:
+    """Return the indices of the architectures to train.
+
+    Raises:
+        InputError: an unknown space, or a sample larger than it.
+    """
+    held = config.cells.dump() if options.space == "nasbench201" else {}
+    space = get_space(options.space, **held)
+    drawn = sample(
+        space,
+        options.sample,
+        seed=options.seed,
+        image_shape=dataset.image_shape,
+        num_classes=dataset.num_classes,
+        max_mflops=options.max_mflops,
+    )
+    return tuple(drawn)
+
+
+def run_sweep(sweep: Sweep, execute: Execute, *, run_dir: Path | None, resume: bool) -> tuple[Run, list[Row]]:
+    """Run what is missing of a sweep; return its run and all rows.
+
+    Raises:
+        InputError: the folder can't be used.
+        StorageError: a row can't be written.
+    """
+    run = open_run(run_dir, sweep.describe(), command="nas", resume=resume)
+    tasks = sweep.tasks(fused=sweep.device == "cuda")
+    _take_known_truth(run, tasks)
+    done = {row.key for row in run.ledger.rows()}
+    missing = [held for task in tasks if (held := _without(task, done)) is not None]
+    if missing:
+        _run_missing(sweep, execute, run, missing, num_units=sum(len(task.units) for task in tasks))
+    keys = {unit.key for task in tasks for unit in task.units}
+    return run, [row for row in run.ledger.rows() if row.key in keys]
+
+
+def _without(task: NasTask, done: set[str]) -> NasTask | None:
+    """Return the task without its finished units; None if nothing is left."""
+    left = [(unit, seed) for unit, seed in zip(task.units, task.seeds, strict=True) if unit.key not in done]
+    if not left:
+        return None
+    units, seeds = zip(*left, strict=True)
+    return replace(task, units=units, seeds=seeds, cost=task.cost * len(units) / len(task.units))
+
+
+def _take_known_truth(run: Run, tasks: Sequence[NasTask]) -> None:
+    """Copy truth that another run has trained into this run's ledger."""
+    units = [unit for task in tasks for unit in task.units if unit.kind == "truth"]
+    if not units:
+        return
+    shared = truth_ledger()
+    for unit in units:
+        if run.ledger.row(unit.key) is None and (row := shared.row(unit.key)) is not None:
+            run.ledger.publish(unit, row.model_copy(update={"epoch": 0}), epoch=run.epoch)
+
+
+def _run_missing(
+    sweep: Sweep, execute: Execute, run: Run, tasks: Sequence[NasTask], *, num_units: int
+) -> None:
+    options = sweep.options
+    job = NasJob(
+        str(run.folder),
+        run.epoch,
+        run.folder.name + str(run.epoch),
+        options.cpus_per_worker,
+        options.gpus_per_worker,
+    )
+    by_key = {task.key: task for task in tasks}
+    total = sum(task.cost for task in tasks)
+    num_missing = sum(len(task.units) for task in tasks)
+    done_cost, done_units, begin = 0.0, num_units - num_missing, time.monotonic()
+
+    def on_start(key: str, attempt: int) -> None:
+        for unit in by_key[key].units:
+            run.ledger.event("start" if attempt == 1 else "retry", unit.key, run.epoch)
+
+    with (
+        _continued_by_resume(run),
+        progress(f"{options.space} on {sweep.dataset.name}", num_units, start=done_units) as show,
+    ):
+        for key, error, attempts in execute(job, sweep.data(tasks), tasks, on_start):
+            task = by_key[key]
+            if isinstance(error, StorageError | InputError):
+                raise error
+            if error is not None:
+                _mark_failed(run, task, error, attempts)
+            done_cost += task.cost
+            done_units += len(task.units)
+            left = (time.monotonic() - begin) * (total - done_cost) / done_cost
+            show(done_units, f"about {left / 60:.0f} min left, counted by work")
+
+
+@contextmanager
+def _continued_by_resume(run: Run) -> Iterator[None]:
+    """Say after a signal how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise InterruptedRunError(
+            f"the sweep was interrupted; run again with --run-dir {run.folder} --resume to finish it"
+        ) from error
+
+
+def _mark_failed(run: Run, task: NasTask, error: Exception, attempts: int) -> None:
+    """Publish failed rows of a task that was tried often enough; the sweep goes on."""
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    for unit in task.units:
+        log.warning("%s failed %d times: %s", unit.spec["arch"], attempts, reason)
+        row = Row(
+            key=unit.key,
+            kind=unit.kind,
+            spec=unit.spec,
+            status="failed",
+            result={"attempts": attempts},
+            wall_s=0.0,
+            error=reason,
+        )
+        run.ledger.publish(unit, row, epoch=run.epoch)
+
+
+def execute_locally(
+    job: NasJob, data: SweepData, tasks: Sequence[NasTask], on_start: Callable[[str, int], None]
+) -> Iterator[tuple[str, Exception | None, int]]:
+    """Run tasks one after another in this process, without Ray (`--executor local`)."""
+    from ddray.nas.units import run_task
+
+    device = torch.device("cuda" if job.gpus > 0 else "cpu")
+    for task in tasks:
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            on_start(task.key, attempt)
+            try:
+                run_task(job, data, task, device)
+            except (StorageError, InputError) as error:
+                yield task.key, error, attempt
+                break
+            except Exception as error:  # lack of memory above all: one architecture must not end the sweep
+                if attempt == MAX_ATTEMPTS:
+                    yield task.key, error, attempt
+            else:
+                yield task.key, None, attempt
+                break

@@ -1,0 +1,332 @@
+"""Training the architectures of a NAS space: the hot loop behind `ddray nas`.
+
+Images, labels and the batch order lie on the device, augmentation runs there, nothing syncs per step. On CUDA
+the whole step (forward, backward, update) is one CUDA graph per architecture and batch size, with the eager
+step as the fallback, and the seeds of one architecture are trained as one vmapped network where a probe shows
+that this is faster. On a CPU they never are: 8 fused ConvNets took twice the time of a loop (RAY.md 17).
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from ddray.config import Config
+from ddray.data.dsa import Dsa, DsaPlan
+from ddray.nets import Net, is_per_sample
+from ddray.seeding import derive
+
+log = logging.getLogger(__name__)
+
+Mode = Literal["auto", "loop", "fused"]
+_PROBE_STEPS = 6
+# Images at once where no layer mixes them: a batch of 256 at once took up to 1.5 times as long.
+_CPU_CHUNK = 64
+
+
+class NasRecipe(Config):
+    """How every architecture is trained: SGD on cross entropy, the rate falling by a cosine."""
+
+    epochs: int = Field(default=200, ge=1)
+    lr: float = Field(default=0.01, gt=0)
+    lr_min: float = Field(default=0.0, ge=0)
+    """Where the cosine ends."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    nesterov: bool = False
+    weight_decay: float = Field(default=5e-4, ge=0)
+    batch: int = Field(default=256, ge=1)
+    clip: float | None = Field(default=None, gt=0)
+    """Largest norm of a network's gradient; None does not clip."""
+    augment: Literal["dsa", "none"] = "dsa"
+    """DSA with parameters per sample, one operation per batch."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16`: autocast of the forward pass."""
+
+    def num_steps(self, num_images: int) -> int:
+        """Return the optimiser steps of a whole training on `num_images`."""
+        return self.epochs * math.ceil(num_images / self.batch)
+
+    def lr_at(self, step: int, num_steps: int) -> float:
+        """Return the learning rate of a step counted from 0."""
+        return self.lr_min + 0.5 * (self.lr - self.lr_min) * (1 + math.cos(math.pi * step / num_steps))
+
+
+def train_seeds(
+    nets: Sequence[Net],
+    images: Tensor,
+    labels: Tensor,
+    recipe: NasRecipe,
+    *,
+    seeds: Sequence[int],
+    dsa: Dsa | None,
+    num_steps: int | None = None,
+    shuffle: bool = True,
+    mode: Mode = "auto",
+) -> str:
+    """Train networks of one architecture, one per seed, in place; they are left in eval mode.
+
+    Args:
+        nets: equal architectures with their own weights, on the images' device.
+        images: float32 [N, C, H, W], in channels_last.
+        labels: int64 [N].
+        recipe: the settings.
+        seeds: decide each network's batch order and augmentation.
+        dsa: the augmentation; None leaves batches as they are.
+        num_steps: optimiser steps; default the recipe's epochs over `images`.
+        shuffle: off reproduces an unshuffled loader (`--compat dcbench`).
+        mode: `loop` one network after another, `fused` all at once, `auto` by a probe on CUDA, else `loop`.
+
+    Returns:
+        How they were trained: `loop` or `fused`, with `+graph` where a CUDA graph ran.
+    """
+    total = num_steps or recipe.num_steps(len(labels))
+    for net in nets:
+        net.to(memory_format=torch.channels_last).train()
+    work = _Work(images, labels, recipe, dsa, shuffle, total)
+    if mode == "auto":
+        fuse = len(nets) > 1 and images.device.type == "cuda" and _fusing_pays(nets, work, seeds)
+    else:
+        fuse = mode == "fused"
+    if fuse:
+        graph = work.run(_Fused(nets, recipe), seeds, total)
+    else:
+        pairs = zip(nets, seeds, strict=True)
+        graph = min([work.run(_Single(net, recipe), [seed], total) for net, seed in pairs])
+    for net in nets:
+        net.eval()
+    return ("fused" if fuse else "loop") + ("+graph" if graph else "")
+
+
+@torch.no_grad()
+def count_right(net: Net, images: Tensor, labels: Tensor, *, chunk: int | None = None) -> int:
+    """Return how many images [N, C, H, W], encoded and on its device, `net` in eval mode gets right."""
+    chunk = chunk or (32 if images.device.type == "cpu" else 2048)
+    right = torch.zeros((), dtype=torch.int64, device=images.device)
+    for part, wanted in zip(torch.split(images, chunk), torch.split(labels, chunk), strict=True):
+        right += (net(part).argmax(1) == wanted).sum()
+    return int(right)
+
+
+class _Work:
+    """What networks are trained on, and the loop over its batches."""
+
+    def __init__(
+        self, images: Tensor, labels: Tensor, recipe: NasRecipe, dsa: Dsa | None, shuffle: bool, total: int
+    ) -> None:
+        self.images, self.labels, self.recipe, self.dsa = images, labels, recipe, dsa
+        self.shuffle, self.total = shuffle, total
+
+    def run(self, stepper: _Single | _Fused, seeds: Sequence[int], num_steps: int) -> bool:
+        """Do the first `num_steps` steps of the training; return whether CUDA graphs did them."""
+        orders = [self._batches(seed) for seed in seeds]
+        draws = [derive(seed, "nas", "augment") for seed in seeds]
+        graphs = _Graphs(stepper) if self.images.device.type == "cuda" else None
+        step = stepper.step if graphs is None else graphs.step
+        for number in range(num_steps):
+            index = torch.cat([next(order) for order in orders])
+            batch = self.images.index_select(0, index)
+            if self.dsa is not None:
+                size = len(index) // len(seeds)
+                plans = [self.dsa.draw(size, draw, shared_op=True) for draw in draws]
+                choices = torch.cat([plan.choices for plan in plans])
+                batch = self.dsa.apply(batch, DsaPlan(choices, torch.cat([plan.params for plan in plans])))
+            stepper.set_lr(self.recipe.lr_at(number, self.total))
+            step(batch, self.labels.index_select(0, index))
+        stepper.finish()
+        return graphs is not None and graphs.captured
+
+    def _batches(self, seed: int) -> Iterator[Tensor]:
+        """Yield the indices of every batch, epoch after epoch, drawn on the CPU and copied once an epoch."""
+        generator = derive(seed, "nas", "order")
+        num, device = len(self.labels), self.images.device
+        while True:
+            order = torch.randperm(num, generator=generator) if self.shuffle else torch.arange(num)
+            yield from torch.split(order.to(device, non_blocking=True), self.recipe.batch)
+
+
+class _Single:
+    """The training step of one network."""
+
+    def __init__(self, net: Net, recipe: NasRecipe) -> None:
+        self._net, self._recipe = net, recipe
+        self._params: list[Tensor] = list(net.parameters())
+        self._per_sample = is_per_sample(net)
+        self._lr = torch.zeros((), device=self._params[0].device)
+        self._momenta = [torch.zeros_like(held) for held in self._params]
+        self.state: list[Tensor] = [*self._params, *net.buffers(), *self._momenta]
+
+    def set_lr(self, lr: float) -> None:
+        """Set the rate of the next step."""
+        self._lr.fill_(lr)
+
+    def step(self, images: Tensor, labels: Tensor) -> None:
+        """Do one step on images [B, C, H, W]."""
+        grads = self._gradients(images, labels)
+        with torch.no_grad():
+            if self._recipe.clip is not None:
+                norm = torch.stack(torch._foreach_norm(grads)).norm()
+                torch._foreach_mul_(grads, (self._recipe.clip / (norm + 1e-6)).clamp(max=1.0))
+            _update(self._params, grads, self._momenta, self._lr, self._recipe)
+
+    def _gradients(self, images: Tensor, labels: Tensor) -> list[Tensor]:
+        """Return the gradient of the mean loss, summed over parts that fit a CPU's cache."""
+        grads: list[Tensor] = []
+        size = _CPU_CHUNK if self._per_sample and images.device.type == "cpu" else len(labels)
+        for part, wanted in zip(torch.split(images, size), torch.split(labels, size), strict=True):
+            with _autocast(images.device, self._recipe):
+                loss = F.cross_entropy(self._net(part), wanted, reduction="sum") / len(labels)
+            own = torch.autograd.grad(loss, self._params, materialize_grads=True)
+            if grads:
+                torch._foreach_add_(grads, own)
+            else:
+                grads = list(own)
+        return grads
+
+    def finish(self) -> None:
+        """Nothing to bring back: the network's own weights were trained."""
+
+
+class _Fused:
+    """The training step of several networks of one architecture at once (torch.func over stacked weights)."""
+
+    def __init__(self, nets: Sequence[Net], recipe: NasRecipe) -> None:
+        self._nets, self._recipe = nets, recipe
+        stacked, self._buffers = torch.func.stack_module_state(list(nets))
+        self._names = list(stacked)
+        self._params = [stacked[name].detach().requires_grad_(True) for name in self._names]
+        self._lr = torch.zeros((), device=self._params[0].device)
+        self._momenta = [torch.zeros_like(held) for held in self._params]
+        self._template = copy.deepcopy(nets[0]).to("meta")
+        self.state: list[Tensor] = [*self._params, *self._buffers.values(), *self._momenta]
+
+    def set_lr(self, lr: float) -> None:
+        """Set the rate of the next step."""
+        self._lr.fill_(lr)
+
+    def step(self, images: Tensor, labels: Tensor) -> None:
+        """Do one step on images [S * B, C, H, W], seed after seed."""
+        num = len(self._nets)
+        with _autocast(images.device, self._recipe):
+            params = dict(zip(self._names, self._params, strict=True))
+            logits = torch.func.vmap(self._forward)(
+                params, self._buffers, images.view(num, -1, *images.shape[1:])
+            )
+            losses = F.cross_entropy(logits.flatten(0, 1), labels, reduction="none")
+        # Sums over seeds keep the networks' gradients apart; each is of its own mean.
+        loss = losses.sum() * (num / len(labels))
+        grads = list(torch.autograd.grad(loss, self._params, materialize_grads=True))
+        with torch.no_grad():
+            if self._recipe.clip is not None:
+                squares = torch.stack([grad.flatten(1).square().sum(1) for grad in grads]).sum(0)
+                scale = (self._recipe.clip / (squares.sqrt() + 1e-6)).clamp(max=1.0)
+                grads = [grad * scale.view(-1, *[1] * (grad.ndim - 1)) for grad in grads]
+            _update(self._params, grads, self._momenta, self._lr, self._recipe)
+
+    def _forward(self, params: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor) -> Tensor:
+        logits: Tensor = torch.func.functional_call(self._template, (params, buffers), (images,))
+        return logits
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Copy the trained weights into the networks."""
+        held = dict(zip(self._names, self._params, strict=True)) | self._buffers
+        for number, net in enumerate(self._nets):
+            for name, tensor in (*net.named_parameters(), *net.named_buffers()):
+                tensor.copy_(held[name][number])
+
+
+def _update(
+    params: list[Tensor], grads: list[Tensor], momenta: list[Tensor], lr: Tensor, recipe: NasRecipe
+) -> None:
+    """Do torch.optim.SGD's update, with the rate in a tensor so that a CUDA graph can replay it."""
+    if recipe.weight_decay:
+        torch._foreach_add_(grads, params, alpha=recipe.weight_decay)
+    torch._foreach_mul_(momenta, recipe.momentum)
+    torch._foreach_add_(momenta, grads)
+    if recipe.nesterov:
+        torch._foreach_add_(grads, momenta, alpha=recipe.momentum)
+    moves = torch._foreach_mul(grads if recipe.nesterov else momenta, lr)
+    torch._foreach_sub_(params, moves)
+
+
+def _autocast(device: torch.device, recipe: NasRecipe) -> Any:
+    """Return the forward pass's precision; its weight cache would outlive the step inside a CUDA graph."""
+    return torch.autocast(
+        device.type, torch.bfloat16, enabled=recipe.precision == "bf16", cache_enabled=False
+    )
+
+
+class _Graphs:
+    """CUDA graphs of a stepper's step, one per batch size; what can't be captured runs as it is."""
+
+    def __init__(self, stepper: _Single | _Fused) -> None:
+        self._stepper = stepper
+        self._held: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self._eager = False
+        self.captured = False
+
+    def step(self, images: Tensor, labels: Tensor) -> None:
+        """Do one step: capture it the first time, replay it afterwards."""
+        if not self._eager and len(labels) not in self._held:
+            try:
+                self._held[len(labels)] = self._capture(images, labels)
+                self.captured = True
+            except RuntimeError as error:
+                self._eager = True
+                log.warning("no CUDA graph (%s): steps run eagerly", str(error).splitlines()[0])
+        if len(labels) not in self._held:
+            self._stepper.step(images, labels)
+            return
+        graph, held_images, held_labels = self._held[len(labels)]
+        held_images.copy_(images)
+        held_labels.copy_(labels)
+        graph.replay()
+
+    def _capture(self, images: Tensor, labels: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+        """Warm up on a side stream, capture, and put back what the warm-up changed."""
+        before = [tensor.detach().clone() for tensor in self._stepper.state]
+        held_images, held_labels = images.clone(), labels.clone()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    self._stepper.step(held_images, held_labels)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._stepper.step(held_images, held_labels)
+        finally:
+            with torch.no_grad():
+                for tensor, old in zip(self._stepper.state, before, strict=True):
+                    tensor.copy_(old)
+        return graph, held_images, held_labels
+
+
+def _fusing_pays(nets: Sequence[Net], work: _Work, seeds: Sequence[int]) -> bool:
+    """Time a few steps both ways on copies of the networks."""
+
+    def seconds(run: Callable[[], object]) -> float:
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    steps = min(_PROBE_STEPS, work.total)
+    try:
+        fused = seconds(lambda: work.run(_Fused(copy.deepcopy(nets), work.recipe), seeds, steps))
+    except (RuntimeError, NotImplementedError) as error:
+        log.info("seeds are not fused (%s)", str(error).splitlines()[0])
+        return False
+    alone = seconds(lambda: work.run(_Single(copy.deepcopy(nets[0]), work.recipe), seeds[:1], steps))
+    return fused < alone * len(nets)

@@ -1,0 +1,354 @@
+"""True accuracies that nothing is trained for: from a table, a CSV file, or the benchmark's own file.
+
+NAS-Bench-201 (Dong and Yang, ICLR 2020; MIT) is read from the table that ships with ddray, or from the
+original `NAS-Bench-201-v1_*.pth` through the package nas-bench-201. That package calls torch.load in a way
+that has failed since torch 2.6: the file is loaded here, as plain values and nothing else, and handed over.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import logging
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import numpy as np
+import torch
+
+from ddray.errors import InputError, unknown
+from ddray.nas.nasbench201 import read_table
+from ddray.nas.spaces import NasSpace
+
+log = logging.getLogger(__name__)
+
+_V = TypeVar("_V")
+
+DEFAULT_COLUMN: Final = "cifar10_test_200_mean"
+_COLUMN = re.compile(
+    r"(cifar10|cifar100|imagenet16)_(valid|test|valtest)_(12|200)(?:_(mean|mean_derived|s\d+))?$"
+)
+_API_NAMES: Final = {"cifar10": "cifar10", "cifar100": "cifar100", "imagenet16": "ImageNet16-120"}
+_CSV_COLUMNS: Final = ("accuracy", "val_accuracy")
+_CSV_TEST: Final = "test_accuracy"
+
+
+@dataclass(frozen=True)
+class Truth:
+    """True accuracies of the asked architectures, in the order asked for.
+
+    Attributes:
+        source: where they come from.
+        values: accuracy in [0, 1] that a ranking is compared with, NaN where unknown [A] (or [T, A] by seed).
+        test: accuracy in [0, 1] on test for the table's last column [A]; None if it is not known.
+    """
+
+    source: str
+    values: np.ndarray[Any, Any]
+    test: np.ndarray[Any, Any] | None = None
+
+
+def table_truth(space: NasSpace, indices: Sequence[int], column: str = DEFAULT_COLUMN) -> Truth:
+    """Return a column of the NAS-Bench-201 table.
+
+    Args:
+        space: nasbench201.
+        indices: the cells.
+        column: an accuracy column; a cell without a run of that seed is NaN.
+
+    Raises:
+        InputError: another space, an unknown column, or a cell that does not exist.
+    """
+    if space.name != "nasbench201":
+        raise InputError(
+            f"--truth table is of nasbench201, got --space {space.name}; use --truth whole or a CSV file"
+        )
+    dataset, _, epochs, _ = _parts(column)
+    test = f"{dataset}_test_{epochs}" + ("_mean" if epochs == "200" else "")
+    return Truth(f"table:{column}", _cells(indices, column) / 100, _cells(indices, test) / 100)
+
+
+def _cells(indices: Sequence[int], column: str) -> np.ndarray[Any, Any]:
+    """Return a column of the table at `indices`.
+
+    Raises:
+        InputError: a cell that does not exist.
+    """
+    values = read_table()[column].to_numpy()
+    wrong = [index for index in indices if not 0 <= index < len(values)]
+    if wrong:
+        raise InputError(f"index must be in 0..{len(values) - 1} for nasbench201, got {wrong[0]}")
+    found: np.ndarray[Any, Any] = values[np.asarray(indices, dtype=np.int64)]
+    return found
+
+
+def _parts(column: str) -> tuple[str, str, str, str]:
+    """Split an accuracy column's name into dataset, split, epochs and what is behind them.
+
+    Raises:
+        InputError: it is not one of the accuracy columns.
+    """
+    held = [name for name in read_table().columns if _COLUMN.match(name)]
+    found = _COLUMN.match(column)
+    if found is None or column not in held:
+        raise unknown("--truth-column", column, held)
+    dataset, split, epochs, rest = found.groups(default="")
+    return dataset, split, epochs, rest
+
+
+def csv_truth(path: Path, indices: Sequence[int], column: str | None = None) -> Truth:
+    """Return accuracies of a CSV file with a column `index`.
+
+    A file with any accuracy above 1 is in percent. A column `test_accuracy`, if there is one, is shown too.
+
+    Args:
+        path: the file.
+        indices: the architectures.
+        column: the accuracy column; None takes `accuracy` or `val_accuracy`.
+
+    Raises:
+        InputError: the file is missing, has no such column, lacks an architecture or has it twice, or holds
+            something that is no accuracy.
+    """
+    if not path.is_file():
+        reason = "is a folder" if path.is_dir() else "does not exist"
+        raise InputError(f"--truth must be whole, table, api:FILE or a CSV file, {path} {reason}")
+    lines = _read_csv(path)
+    names = list(lines[0][1])
+    chosen = column or next((name for name in _CSV_COLUMNS if name in names), None)
+    if chosen is None:
+        raise InputError(
+            f"{path} must have a column {' or '.join(_CSV_COLUMNS)}, got {', '.join(names)}; "
+            "name it with --truth-column"
+        )
+    if chosen not in names or chosen == "index":
+        raise unknown(f"--truth-column of {path}", chosen, [name for name in names if name != "index"])
+    test = _CSV_TEST if _CSV_TEST in names else None
+
+    def accuracies(row: Mapping[str, str], where: str) -> tuple[float, float]:
+        return _number(row[chosen], chosen, where), _number_or_nan(
+            row[test], test, where
+        ) if test else math.nan
+
+    held = _by_index(path, lines, accuracies)
+    scale = _unit(path, [value for pair in held.values() for value in pair])
+    missing = [index for index in indices if index not in held]
+    if missing:
+        raise InputError(
+            f"{path} must hold every architecture that is ranked, "
+            f"{len(missing)} are missing, the first is {missing[0]}"
+        )
+    values = np.array([held[index][0] for index in indices], dtype=np.float64) / scale
+    tested = np.array([held[index][1] for index in indices], dtype=np.float64) / scale
+    return Truth(f"csv:{path.name}:{chosen}", values, tested if np.isfinite(tested).any() else None)
+
+
+def read_scores(path: Path) -> tuple[list[int], np.ndarray[Any, Any]]:
+    """Return (indices, scores [A]) of a CSV file with columns `index` and `score`, by ascending index.
+
+    An empty score is a failed architecture's: NaN.
+
+    Raises:
+        InputError: the file is missing, lacks a column, or holds an index twice or what is no number.
+    """
+    if not path.is_file():
+        reason = "is a folder" if path.is_dir() else "does not exist"
+        raise InputError(f"--scores must be a CSV file with columns index,score: {path} {reason}")
+    lines = _read_csv(path)
+    if "score" not in lines[0][1]:
+        raise InputError(f"{path} must have columns index,score, got {', '.join(lines[0][1])}")
+
+    held = _by_index(path, lines, lambda row, where: _number_or_nan(row["score"], "score", where))
+    return sorted(held), np.array([held[index] for index in sorted(held)], dtype=np.float64)
+
+
+def _read_csv(path: Path) -> list[tuple[int, dict[str, str]]]:
+    """Return the lines of a CSV file as (line number, values by column); it has a column `index`.
+
+    Raises:
+        InputError: it can't be read, is empty, or has a line with another number of values.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, skipinitialspace=True, strict=True)
+            lines = [(reader.line_num, row) for row in reader]
+            names = [name.strip() for name in reader.fieldnames or ()]
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise InputError(f"{path} must be a readable CSV file in UTF-8: {error}") from error
+    if "index" not in names or len(set(names)) < len(names):
+        raise InputError(
+            f"{path} must have one column index and no name twice, got {', '.join(names) or 'nothing'}"
+        )
+    if not lines:
+        raise InputError(f"{path} must hold at least one architecture below its header")
+    for number, row in lines:
+        # csv keeps superfluous values under the key None, and sets missing ones to None.
+        if None in row or None in row.values():
+            raise InputError(f"{path}, line {number}: a line must have {len(names)} values, as the header")
+    return [(number, dict(zip(names, row.values(), strict=True))) for number, row in lines]
+
+
+def _by_index(
+    path: Path, lines: Sequence[tuple[int, Mapping[str, str]]], parse: Callable[[Mapping[str, str], str], _V]
+) -> dict[int, _V]:
+    """Return what `parse(row, where)` gives for every line, by its index.
+
+    Raises:
+        InputError: an index is no whole number >= 0, or comes twice.
+    """
+    held: dict[int, _V] = {}
+    for number, row in lines:
+        where = f"{path}, line {number}"
+        text = row["index"].strip()
+        if not (text.isascii() and text.isdigit()):
+            raise InputError(f"{where}: index must be a whole number >= 0, got {row['index']!r}")
+        if int(text) in held:
+            raise InputError(f"{where}: every index must come once, {text} comes again")
+        held[int(text)] = parse(row, where)
+    return held
+
+
+def _number(text: str, name: str, where: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise InputError(f"{where}: {name} must be a finite number, got {text!r}")
+    return value
+
+
+def _number_or_nan(text: str, name: str, where: str) -> float:
+    """Return a number, or NaN for an empty field."""
+    return _number(text, name, where) if text.strip() else math.nan
+
+
+def _unit(path: Path, values: Sequence[float]) -> float:
+    """Return 100 for accuracies in percent, 1 for fractions.
+
+    Raises:
+        InputError: a value is neither.
+    """
+    finite = [value for value in values if math.isfinite(value)]
+    low, high = min(finite), max(finite)
+    if low < 0 or high > 100:
+        wrong = low if low < 0 else high
+        raise InputError(
+            f"{path}: accuracies must be fractions in [0, 1] or percent in [0, 100], got {wrong}"
+        )
+    if high <= 1:
+        return 1.0
+    log.info("%s: accuracies up to %g are read as percent", path, high)
+    return 100.0
+
+
+def api_truth(path: Path, indices: Sequence[int], column: str = DEFAULT_COLUMN) -> Truth:
+    """Return accuracies of the original NAS-Bench-201 file through its package.
+
+    Cells are found by their structure. `*_mean` averages all seeds, `*_s777` takes one: a cell without that
+    run is NaN. `*_derived` is what the table had to derive and the file holds.
+
+    Args:
+        path: `NAS-Bench-201-v1_0-e61699.pth` or `-v1_1-096897.pth`.
+        indices: cells, in nasbench201's numbering.
+        column: an accuracy column of the table.
+
+    Raises:
+        InputError: the package or the file is missing, the file is damaged or another one, lacks a cell or
+            the dataset, or the column is unknown.
+    """
+    dataset, split, epochs, rest = _parts(column)
+    structures = [str(structure) for structure in _cells(indices, "arch_str")]
+    api, places = _open_api(path, structures)
+    seed = int(rest[1:]) if rest.startswith("s") else False
+    values = [_ask(api, place, dataset, split, epochs, seed) for place in places]
+    if not np.isfinite(values).any():
+        raise InputError(
+            f"{path} holds no {column} of these {len(values)} cells; choose another --truth-column"
+        )
+    test = np.array([_ask(api, place, dataset, "test", epochs, False) for place in places]) / 100
+    return Truth(
+        f"api:{path.name}:{column}", np.array(values) / 100, test if np.isfinite(test).any() else None
+    )
+
+
+def _open_api(path: Path, structures: Sequence[str]) -> tuple[Any, list[int]]:
+    """Return the package's API over the wanted cells of a file, and their numbers in it.
+
+    The package copies what it is given: only the wanted cells are handed over.
+    """
+    if not path.is_file():
+        raise InputError(f"--truth api:FILE must name NAS-Bench-201's .pth file, {path} does not exist")
+    try:
+        package = importlib.import_module("nas_201_api")
+    except ImportError as error:
+        raise InputError(
+            "--truth api:FILE needs the package: pip install nas-bench-201; or use --truth table"
+        ) from error
+    held = _load(path)
+    known = {structure: place for place, structure in enumerate(held["meta_archs"])}
+    missing = [structure for structure in structures if known.get(structure) not in held["arch2infos"]]
+    if missing:
+        raise InputError(
+            f"{path} must hold every cell that is ranked, "
+            f"{len(missing)} are missing, the first is {missing[0]}"
+        )
+    places = [known[structure] for structure in structures]
+    infos = {place: held["arch2infos"][place] for place in places}
+    try:
+        api = package.NASBench201API(
+            {**held, "arch2infos": infos, "evaluated_indexes": places}, verbose=False
+        )
+    except Exception as error:  # the package asserts, and its keys may be missing at any depth
+        raise InputError(f"{path} is not read by nas-bench-201 ({type(error).__name__}: {error})") from error
+    return api, places
+
+
+def _ask(api: Any, place: int, dataset: str, split: str, epochs: str, seed: int | bool) -> float:
+    """Return one accuracy in percent, averaged over seeds (`seed` False) or of one; NaN if there is none."""
+    # CIFAR-10 has validation accuracies only of networks trained on half of train.
+    name = "cifar10-valid" if (dataset, split) == ("cifar10", "valid") else _API_NAMES[dataset]
+    try:
+        info = api.get_more_info(place, name, iepoch=None, hp=epochs, is_random=seed)
+    except (KeyError, ValueError):  # the file has no such dataset, or no such seed of this cell
+        return math.nan
+    return float(info.get(f"{split}-accuracy", math.nan))
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """Load the original file: plain values, NumPy scalars and tensors, never anything that runs code.
+
+    Raises:
+        InputError: the file is damaged, or not NAS-Bench-201's.
+    """
+    try:
+        with torch.serialization.safe_globals(_numpy_scalars()):
+            held = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types here, each of them means: not a file of plain values
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        if "weights_only" in str(error):  # torch goes on to advise switching the protection off
+            reason = "it holds objects that could run code, which are never loaded"
+        raise InputError(
+            f"{path} must be NAS-Bench-201's undamaged file: {reason}; download it again"
+        ) from error
+    wanted = ("meta_archs", "arch2infos", "evaluated_indexes")
+    if not isinstance(held, dict) or not set(wanted) <= held.keys():
+        raise InputError(f"{path} must be NAS-Bench-201's file, a dict with {', '.join(wanted)}")
+    return held
+
+
+def _numpy_scalars() -> list[Any]:
+    """Return the safe globals for the benchmark's file: parameter counts and some times are NumPy scalars."""
+    multiarray = np._core.multiarray  # type: ignore[attr-defined]
+    return [
+        np.dtype,
+        np.dtypes.Float64DType,
+        np.dtypes.Float32DType,
+        np.dtypes.Int64DType,
+        (multiarray.scalar, "numpy._core.multiarray.scalar"),
+        (multiarray.scalar, "numpy.core.multiarray.scalar"),
+    ]

@@ -1,0 +1,259 @@
+"""Units of a NAS sweep: one architecture trained on one set with one seed; nothing here needs Ray."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddray.data import Dataset, PixelSpace, Split, dsa_for
+from ddray.ledger import Ledger, Row, Unit
+from ddray.nas.spaces import get_space
+from ddray.nas.training import NasRecipe, count_right, train_seeds
+from ddray.pool import home
+from ddray.seeding import derive_seed
+
+CODE_VERSION: Final = 1
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """A set that architectures are trained on, as NumPy arrays (RAY.md 11).
+
+    Attributes:
+        images: float32 [N, C, H, W] in the pixel space, or uint8 [N, C, H, W] of real images.
+        labels: int64 [N].
+        space: pixel space as plain values: kind, mean, std, and zca_mean [D], zca_matrix [D, D] if whitened.
+    """
+
+    images: np.ndarray[Any, Any]
+    labels: np.ndarray[Any, Any]
+    space: Mapping[str, Any]
+
+    @property
+    def key(self) -> str:
+        """Sha256 (hex) of the content."""
+        digest = hashlib.sha256(f"{self.images.dtype}{self.images.shape}{self.space['kind']}".encode())
+        for name in ("mean", "std"):
+            digest.update(repr(self.space[name]).encode())
+        for array in (self.images, self.labels, self.space.get("zca_mean"), self.space.get("zca_matrix")):
+            if array is not None:
+                digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+
+def training_set(images: Tensor, labels: Tensor, space: PixelSpace) -> TrainingSet:
+    """Return images [N, C, H, W] (encoded float32, or uint8) and labels [N] as a `TrainingSet`."""
+    held: dict[str, Any] = {"kind": space.kind, "mean": space.mean, "std": space.std}
+    if space.zca_mean is not None and space.zca_matrix is not None:
+        held |= {"zca_mean": space.zca_mean.numpy(), "zca_matrix": space.zca_matrix.numpy()}
+    return TrainingSet(images.numpy(), labels.numpy(), held)
+
+
+@dataclass(frozen=True)
+class SweepData:
+    """What every worker of a sweep needs.
+
+    Attributes:
+        sets: what is trained on, by name.
+        val: uint8 [M, C, H, W] (spectrograms: float32) and labels [M] to rank by.
+        test: likewise, for the last column; None if there is none to open.
+        num_classes: K.
+        can_flip: whether a mirrored image keeps its class.
+    """
+
+    sets: Mapping[str, TrainingSet]
+    val: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
+    test: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None
+    num_classes: int
+    can_flip: bool
+
+
+@dataclass(frozen=True)
+class NasTask:
+    """Units of one architecture on one set that are trained together, one per seed.
+
+    Attributes:
+        units: their ledger units.
+        index: the architecture.
+        set_name: which of the sweep's sets.
+        seeds: one per unit.
+        recipe: `NasRecipe` as plain values.
+        num_steps: optimiser steps; None for the recipe's epochs.
+        space: name and options for `get_space`.
+        shuffle: off for an unshuffled loader.
+        cost: expected work, in units that are the same for all tasks.
+    """
+
+    units: tuple[Unit, ...]
+    index: int
+    set_name: str
+    seeds: tuple[int, ...]
+    recipe: Mapping[str, Any]
+    num_steps: int | None
+    space: Mapping[str, Any]
+    shuffle: bool
+    cost: float
+
+    @property
+    def key(self) -> str:
+        """Key of the first unit: names the task."""
+        return self.units[0].key
+
+
+class Workbench:
+    """One worker's copy of a sweep's data on its device.
+
+    Args:
+        data: the sweep's arrays; copied, never handed out.
+        device: where to compute.
+    """
+
+    def __init__(self, data: SweepData, device: torch.device) -> None:
+        self._data, self._device = data, device
+        self._encoded: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def run(self, task: NasTask) -> list[dict[str, Any]]:
+        """Train a task's networks and score them on val (and truth on test); one result per unit."""
+        images, labels = self._training(task.set_name)
+        space = get_space(**task.space)
+        shape = (images.shape[1], images.shape[2], images.shape[3])
+        recipe = NasRecipe.parse(task.recipe)
+        nets = [
+            space.build(
+                task.index,
+                shape,
+                self._data.num_classes,
+                seed=derive_seed(seed, "nas", "net"),
+                device=self._device,
+            )
+            for seed in task.seeds
+        ]
+        dsa = dsa_for(self._data.can_flip) if recipe.augment == "dsa" else None
+        mode = train_seeds(
+            nets,
+            images,
+            labels,
+            recipe,
+            seeds=task.seeds,
+            dsa=dsa,
+            num_steps=task.num_steps,
+            shuffle=task.shuffle,
+        )
+        found = []
+        for net in nets:
+            diverged = not all(bool(torch.isfinite(held).all()) for held in net.parameters())
+            scores = {"val_accuracy": self._accuracy(net, "val", task.set_name)}
+            if task.units[0].kind == "truth" and self._data.test is not None:
+                scores["test_accuracy"] = self._accuracy(net, "test", task.set_name)
+            steps = task.num_steps or recipe.num_steps(len(labels))
+            found.append(
+                {**scores, "num_images": len(labels), "num_steps": steps, "mode": mode, "diverged": diverged}
+            )
+        return found
+
+    def _accuracy(self, net: Any, split: Literal["val", "test"], set_name: str) -> float:
+        images, labels = self._held_out(split, set_name)
+        return count_right(net, images, labels) / len(labels)
+
+    def _training(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return a set's encoded images in channels_last, and its labels, on the device."""
+        held = self._data.sets[name]
+        return self._cached(f"train {name}", held.images, held.labels, held.space)
+
+    def _held_out(self, split: Literal["val", "test"], set_name: str) -> tuple[Tensor, Tensor]:
+        """Return a held-out part in the pixel space of a set; sets in one space share it."""
+        held = self._data.val if split == "val" or self._data.test is None else self._data.test
+        space = self._data.sets[set_name].space
+        name = f"{split} {_space_key(space)}"
+        return self._cached(name, held[0], held[1], space, encode=True)
+
+    def _cached(
+        self,
+        name: str,
+        images: np.ndarray[Any, Any],
+        labels: np.ndarray[Any, Any],
+        space: Mapping[str, Any],
+        encode: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        if name not in self._encoded:
+            # torch.tensor copies: the object store's memory must not be written to (RAY.md 11).
+            pixels = torch.tensor(images).to(self._device)
+            if encode or pixels.dtype == torch.uint8:
+                pixels = _pixel_space(space).to(self._device).encode(pixels)
+            held = pixels.contiguous(memory_format=torch.channels_last)
+            self._encoded[name] = (held, torch.tensor(labels).to(self._device))
+        return self._encoded[name]
+
+
+def _space_key(space: Mapping[str, Any]) -> str:
+    """Return a short name of a pixel space."""
+    empty = TrainingSet(np.zeros(0, np.float32), np.zeros(0, np.int64), space)
+    return empty.key
+
+
+def _pixel_space(space: Mapping[str, Any]) -> PixelSpace:
+    zca = {name: torch.tensor(space[name]) for name in ("zca_mean", "zca_matrix") if name in space}
+    return PixelSpace(space["kind"], tuple(space["mean"]), tuple(space["std"]), **zca)
+
+
+@dataclass(frozen=True)
+class NasJob:
+    """What every task of a sweep shares.
+
+    Attributes:
+        run_dir: absolute path of the run.
+        epoch: run epoch to publish under.
+        data_key: names the sweep's data, so that a worker copies it once.
+        cpus: cores of a worker.
+        gpus: GPUs of a worker.
+    """
+
+    run_dir: str
+    epoch: int
+    data_key: str
+    cpus: float
+    gpus: float
+
+
+_latest: tuple[str, Workbench] | None = None
+
+
+def run_task(job: NasJob, data: SweepData, task: NasTask, device: torch.device) -> None:
+    """Run a task and publish its rows; truth goes to `$DDRAY_HOME` too, for other runs.
+
+    Raises:
+        Exception: a crash or lack of memory; the caller tries again.
+    """
+    global _latest
+    name = f"{job.data_key} {device}"
+    if _latest is None or _latest[0] != name:
+        _latest = (name, Workbench(data, device))
+    begin = time.perf_counter()
+    results = _latest[1].run(task)
+    wall_s = (time.perf_counter() - begin) / len(results)
+    ledger = Ledger(Path(job.run_dir))
+    for unit, result in zip(task.units, results, strict=True):
+        row = Row(key=unit.key, kind=unit.kind, spec=unit.spec, status="done", result=result, wall_s=wall_s)
+        if unit.kind == "truth":
+            truth_ledger().publish(unit, row, epoch=0)
+        ledger.publish(unit, row, epoch=job.epoch)
+
+
+def truth_ledger() -> Ledger:
+    """Return the ledger of whole-set trainings that all runs share, under `$DDRAY_HOME`."""
+    folder = home() / "nas"
+    (folder / "ledger").mkdir(parents=True, exist_ok=True)
+    return Ledger(folder)
+
+
+def real_set(split: Split, dataset: Dataset) -> TrainingSet:
+    """Return real images as a set in the dataset's normalised space."""
+    return training_set(split.images, split.labels, PixelSpace("normalized", dataset.mean, dataset.std))

@@ -1,0 +1,400 @@
+"""report.html and scatter plots of `ddray nas`: how architectures rank on proxies and by the truth.
+
+The plots are those of DataDAM's supplement (Figs 7 and 8), the summary has the shape of its Tables 4 and 5.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import numpy as np
+
+from ddray.files import write_atomically, write_text
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from PIL import Image, ImageDraw
+
+_NUM_RANKED: Final = 20
+_MANY_POINTS: Final = 3000
+_FIXED: Final = (
+    *("proxy", "index", "name", "params_m", "flops_m", "proxy_accuracy", "proxy_accuracy_std", "proxy_rank"),
+    *("truth_accuracy", "truth_rank", "num_seeds", "failed", "truth_test_accuracy"),
+)
+# Okabe and Ito's colours, the blue lighter: told apart by colour-blind readers, on white and on black.
+_COLOURS: Final = ("#1f84c9", "#e69f00", "#009e73", "#cc79a7")
+_X_TITLE: Final = "validation accuracy, trained on the proxy (%)"
+_Y_TITLE: Final = "true accuracy (%)"
+
+# DataDAM's supplement, Tables 4 and 5: CIFAR-10, 50 images per class; 0.72 stands in its text. Per method:
+# accuracy of the best-ranked, Spearman's rho over all and over the top 20 %, minutes, stored images.
+PUBLISHED: Final[Mapping[str, Mapping[str, tuple[float | None, ...]]]] = {
+    "convnet720": {
+        "random": (0.889, None, 0.44, 33.0, 500),
+        "dsa": (0.872, None, 0.57, 31.2, 500),
+        "dm": (0.872, None, 0.51, 32.2, 500),
+        "cafe": (0.836, None, 0.36, 30.7, 500),
+        "datadam": (0.890, 0.72, 0.69, 34.8, 500),
+        "early_stopping": (0.889, None, 0.64, 37.1, 50000),
+        "whole": (0.892, None, 1.00, 5168.9, 50000),
+    },
+    "nasbench201": {
+        "random": (0.919, -0.06, None, None, None),
+        "dc": (0.8644, -0.19, None, None, None),
+        "dsa": (0.7354, -0.37, None, None, None),
+        "dm": (0.9216, -0.37, None, None, None),
+        "kip": (0.9291, -0.50, None, None, None),
+        "mtt": (0.7354, -0.09, None, None, None),
+        "datadam": (0.9396, 0.07, None, None, None),
+        "whole": (0.935, 0.7487, None, None, None),
+    },
+}
+
+
+def write_nas_report(run_dir: Path, result: Mapping[str, Any], table: pd.DataFrame) -> None:
+    """Write `<run>/report.html`, one page that needs no network.
+
+    Args:
+        run_dir: the run's folder; config.yaml and environment.json are shown from it.
+        result: the command's JSON.
+        table: one line per proxy and architecture, as in results.csv.
+
+    Raises:
+        StorageError: the page can't be written.
+    """
+    from jinja2 import Environment, PackageLoader, select_autoescape
+    from plotly.offline import get_plotlyjs
+
+    loader = Environment(loader=PackageLoader("ddray.report"), autoescape=select_autoescape())
+    choices = [name for name in table.columns if name not in _FIXED]
+    proxies = []
+    for figures in result["proxies"]:
+        own = table[table["proxy"] == figures["proxy"]]
+        ranked = own[own["proxy_rank"].notna()].nsmallest(_NUM_RANKED, "proxy_rank")
+        proxies.append({"figures": figures, "plot": scatter_plot(own), "ranked": _records(ranked)})
+    page = loader.get_template("nas.html").render(
+        result=result,
+        lines=summary(result),
+        proxies=proxies,
+        choices=choices,
+        failures=_records(table[table["failed"].astype(bool)]),
+        config=(run_dir / "config.yaml").read_text(encoding="utf-8"),
+        environment=json.loads((run_dir / "environment.json").read_text(encoding="utf-8")),
+        plotly=get_plotlyjs(),
+    )
+    write_text(run_dir / "report.html", page)
+
+
+def summary(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the summary's lines, figures by the names of the command's JSON.
+
+    Below each proxy, and the whole set if it was trained, stands what is published of it, if anything; at the
+    end what is published of other methods.
+    """
+    left = dict(PUBLISHED.get(result["space"], {}))
+    found: list[dict[str, Any]] = []
+    for figures in result["proxies"]:
+        found.append({**figures, "label": figures["proxy"], "counts": _counts(figures)})
+        twin = next((method for method in left if _is_of(figures, method)), None)
+        if twin is not None:
+            found.append(_printed_line(twin, left.pop(twin)))
+    truth = result.get("truth", {})
+    if "wall_s" in truth:
+        best = result["proxies"][0]["best_truth_accuracy"]
+        perfect = dict.fromkeys(("spearman", "spearman_top20", "kendall"), 1)
+        found.append({"label": "whole set", "top1_truth_accuracy": best, **perfect, **truth})
+        found += [_printed_line("whole", left.pop("whole"))] if "whole" in left else []
+    return [*found, *(_printed_line(method, values) for method, values in left.items())]
+
+
+def _counts(figures: Mapping[str, Any]) -> str:
+    """Return what was counted of a proxy's architectures, in words."""
+    names = {"ties": "tied", "at_chance": "at chance", "diverged": "diverged", "failed": "left out"}
+    counts = {what: figures.get(f"num_{key}") for key, what in names.items()}
+    return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+
+
+def _printed_line(method: str, values: Sequence[float | None]) -> dict[str, Any]:
+    keys = ("top1_truth_accuracy", "spearman", "spearman_top20", "minutes", "storage_images")
+    return {"label": f"{method} (published)", "published": True, **dict(zip(keys, values, strict=True))}
+
+
+def _is_of(figures: Mapping[str, Any], method: str) -> bool:
+    """Return whether a proxy is of a method: by `method`, or a name that holds the method's as a word."""
+    text = str(figures.get("method") or figures["proxy"]).lower().replace("-", "_")
+    return re.search(rf"(?<![a-z]){method}(?![a-z])", text) is not None
+
+
+def _records(table: pd.DataFrame) -> list[dict[Any, Any]]:
+    """Return a table's lines as mappings, NaN as None."""
+    return table.astype(object).where(table.notna(), None).to_dict("records")
+
+
+class _Points(NamedTuple):
+    """What a scatter plot shows: architectures with a score and a truth, accuracies in percent [A]."""
+
+    x: np.ndarray[Any, Any]
+    y: np.ndarray[Any, Any]
+    groups: list[tuple[str, np.ndarray[Any, Any]]]
+    """Label and mask [A] of each colour."""
+    table: pd.DataFrame
+
+    def line(self) -> tuple[float, float] | None:
+        """Return slope and intercept of the least-squares line, or None where there is none."""
+        if len(self.x) < 3 or np.ptp(self.x) == 0:
+            return None
+        centred = self.x - self.x.mean()
+        slope = float(centred @ self.y / (centred @ centred))
+        return slope, float(self.y.mean() - slope * self.x.mean())
+
+    def border(self) -> float | None:
+        """Return the whole-set accuracy from which an architecture is among the top 20 %."""
+        return float(np.sort(self.y)[-math.ceil(len(self.y) / 5)]) if len(self.y) else None
+
+
+def _points(table: pd.DataFrame) -> _Points:
+    """Return the points of one proxy's lines, coloured by depth where the space has one."""
+    known = table[table["proxy_accuracy"].notna() & table["truth_accuracy"].notna()]
+    x, y = (100 * known[f"{name}_accuracy"].to_numpy(dtype=np.float64) for name in ("proxy", "truth"))
+    groups = [("", np.ones(len(known), dtype=bool))]
+    if "depth" in known.columns:
+        groups = [
+            (f"depth {depth}", (known["depth"] == depth).to_numpy())
+            for depth in sorted(known["depth"].unique())
+        ]
+    return _Points(x, y, groups, known)
+
+
+# Without a ground of its own a plot takes the page's, light or dark.
+_LAYOUT: Final[Mapping[str, Any]] = {
+    "template": "plotly_white",
+    "height": 480,
+    "margin": {"l": 60, "r": 15, "t": 30, "b": 50},
+    "paper_bgcolor": "rgba(0,0,0,0)",
+    "plot_bgcolor": "rgba(0,0,0,0)",
+    "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "#8a94a3"},
+    "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+    "xaxis_title": _X_TITLE,
+    "yaxis_title": _Y_TITLE,
+}
+
+
+def scatter_plot(table: pd.DataFrame) -> str:
+    """Return one proxy's interactive scatter plot as an HTML part."""
+    import plotly.graph_objects as go
+
+    points = _points(table)
+    figure = go.Figure()
+    kind = go.Scattergl if len(points.x) > _MANY_POINTS else go.Scatter
+    for number, (label, mask) in enumerate(points.groups):
+        held = points.table[mask]
+        figure.add_trace(
+            kind(
+                x=points.x[mask],
+                y=points.y[mask],
+                mode="markers",
+                name=label,
+                marker={"color": _COLOURS[number % len(_COLOURS)], "size": 7, "opacity": 0.9},
+                customdata=held[["name", "index", "proxy_rank", "truth_rank"]].to_numpy(dtype=object),
+                hovertemplate="%{customdata[0]}<br>index %{customdata[1]}"
+                "<br>proxy %{x:.2f} % (rank %{customdata[2]:.0f})"
+                "<br>truth %{y:.2f} % (rank %{customdata[3]:.0f})<extra></extra>",
+            )
+        )
+    line, border = points.line(), points.border()
+    if line is not None:
+        ends = np.array([points.x.min(), points.x.max()])
+        figure.add_scatter(
+            x=ends,
+            y=line[0] * ends + line[1],
+            mode="lines",
+            line_color="#8a94a3",
+            hoverinfo="skip",
+            name="line",
+        )
+    if border is not None:
+        figure.add_hline(border, line_dash="dot", line_color="#8a94a3", annotation_text="top 20 %")
+    figure.update_layout(**_LAYOUT, showlegend=len(points.groups) > 1)
+    config = {"responsive": True, "displaylogo": False}
+    return str(figure.to_html(full_html=False, include_plotlyjs=False, config=config))
+
+
+def save_scatters(run_dir: Path, table: pd.DataFrame, proxies: Sequence[Mapping[str, Any]]) -> list[Path]:
+    """Write one PNG per proxy, `scatter-<number>-<name>.png`, and `scatter.png` with all of them.
+
+    Args:
+        run_dir: where to.
+        table: one line per proxy and architecture, as in results.csv.
+        proxies: the proxies' figures, as in the command's JSON.
+
+    Returns:
+        The files, scatter.png last.
+
+    Raises:
+        StorageError: a file can't be written.
+    """
+    from PIL import Image
+
+    written, panels = [], []
+    y_range = _range(_points(table).y)
+    for number, figures in enumerate(proxies, start=1):
+        points = _points(table[table["proxy"] == figures["proxy"]])
+        slug = re.sub(r"[^A-Za-z0-9]+", "-", Path(figures["proxy"]).stem).strip("-").lower()
+        path = run_dir / f"scatter-{number}-{slug or 'proxy'}.png"
+        _save(_panel(figures, points, y_range, (900, 700)), path)
+        written.append(path)
+        panels.append(_panel(figures, points, y_range, (640, 520)))
+    columns = min(3, math.ceil(math.sqrt(len(panels))))
+    sheet = Image.new("RGB", (columns * 640, math.ceil(len(panels) / columns) * 520), "white")
+    for number, panel in enumerate(panels):
+        sheet.paste(panel, (number % columns * 640, number // columns * 520))
+    _save(sheet, run_dir / "scatter.png")
+    return [*written, run_dir / "scatter.png"]
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    write_atomically(path, lambda file: image.save(file, format="PNG", optimize=True))
+
+
+def _title(figures: Mapping[str, Any]) -> str:
+    """Return the correlations of a proxy in words."""
+
+    def text(key: str) -> str:
+        if figures.get(key) is None:
+            return "undefined"
+        interval = figures.get(f"{key}_ci95")
+        return f"{figures[key]:.2f}" + ("" if interval is None else " [{:.2f}, {:.2f}]".format(*interval))
+
+    return f"Spearman {text('spearman')}, top 20 %: {text('spearman_top20')}"
+
+
+def _range(values: np.ndarray[Any, Any]) -> tuple[float, float]:
+    """Return an axis's ends: the values' and a little more."""
+    if not len(values):
+        return 0.0, 100.0
+    low, high = float(values.min()), float(values.max())
+    pad = 0.05 * (high - low) or 1.0
+    return low - pad, high + pad
+
+
+def _ticks(low: float, high: float) -> Iterator[float]:
+    """Yield 4 to 10 round numbers from low to high."""
+    raw = (high - low) / 6
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw)
+    for number in range(math.ceil(low / step), math.floor(high / step) + 1):
+        yield round(number * step, 10)
+
+
+_FINE: Final = 3  # drawn so many times larger, then reduced: smooth edges
+_INK, _DIM, _GRID = "#1c2430", "#5a6675", "#e3e6ea"
+
+
+class _Frame:
+    """The drawing of one panel: a canvas, and where its axes are."""
+
+    def __init__(self, size: tuple[int, int], x: tuple[float, float], y: tuple[float, float]) -> None:
+        from PIL import Image, ImageDraw
+
+        self.size, self.x, self.y = size, x, y
+        self.image = Image.new("RGB", (size[0] * _FINE, size[1] * _FINE), "white")
+        self.draw: ImageDraw.ImageDraw = ImageDraw.Draw(self.image)
+        self.left, self.top, self.right, self.bottom = 76, 88, size[0] - 24, size[1] - 64
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        """Return where a pair of accuracies stands, in the panel's pixels."""
+        across = (x - self.x[0]) / (self.x[1] - self.x[0])
+        up = (y - self.y[0]) / (self.y[1] - self.y[0])
+        return self.left + across * (self.right - self.left), self.bottom - up * (self.bottom - self.top)
+
+    def stroke(self, places: Sequence[tuple[float, float]], colour: str, width: float = 1.0) -> None:
+        """Draw a line through places."""
+        fine = [(x * _FINE, y * _FINE) for x, y in places]
+        self.draw.line(fine, fill=colour, width=round(width * _FINE))
+
+    def dot(self, place: tuple[float, float], radius: float, colour: str) -> None:
+        """Draw a disc."""
+        self.draw.circle((place[0] * _FINE, place[1] * _FINE), radius * _FINE, fill=colour)
+
+    def text(self, place: tuple[float, float], text: str, size: int, colour: str, anchor: str) -> float:
+        """Write a text and return its length."""
+        font = _font(size)
+        self.draw.text((place[0] * _FINE, place[1] * _FINE), text, fill=colour, font=font, anchor=anchor)
+        return float(font.getlength(text)) / _FINE
+
+    def upright(self, place: tuple[float, float], text: str, size: int, colour: str) -> None:
+        """Write a text turned by 90 degrees, from the left of `place`, about its height."""
+        from PIL import Image, ImageFont
+
+        turned = ImageFont.TransposedFont(_font(size), Image.Transpose.ROTATE_90)
+        length = _font(size).getlength(text)
+        self.draw.text((place[0] * _FINE, place[1] * _FINE - length / 2), text, fill=colour, font=turned)
+
+
+def _font(size: int) -> Any:
+    from PIL import ImageFont
+
+    return ImageFont.load_default(size * _FINE)
+
+
+def _panel(
+    figures: Mapping[str, Any], points: _Points, y_range: tuple[float, float], size: tuple[int, int]
+) -> Image.Image:
+    """Draw one proxy's scatter plot."""
+    from PIL import Image
+
+    frame = _Frame(size, _range(points.x), y_range)
+    _axes(frame)
+    line, border = points.line(), points.border()
+    if line is not None:
+        along = np.linspace(points.x.min(), points.x.max(), 200)
+        drawn = [frame.at(x, y) for x in along if y_range[0] <= (y := line[0] * x + line[1]) <= y_range[1]]
+        frame.stroke(drawn, "#a3acb8", 1.5)
+    if border is not None:
+        height = frame.at(0, border)[1]
+        for start in range(frame.left, frame.right - 4, 10):
+            frame.stroke([(start, height), (start + 4, height)], "#8a94a3", 1.2)
+        frame.text((frame.left + 6, height - 3), "top 20 %", 12, _DIM, "ls")
+    radius = 3.6 if len(points.x) <= 200 else 2.6 if len(points.x) <= _MANY_POINTS else 1.3
+    for number, (_, mask) in enumerate(points.groups):
+        for x, y in zip(points.x[mask], points.y[mask], strict=True):
+            frame.dot(frame.at(x, y), radius + 0.7 * (radius > 2), "white")
+            frame.dot(frame.at(x, y), radius, _COLOURS[number % len(_COLOURS)])
+    name = str(figures["proxy"])
+    frame.text((frame.left, 30), name if len(name) <= 48 else f"...{name[-45:]}", 20, _INK, "ls")
+    frame.text((frame.left, 54), _title(figures), 16, _INK, "ls")
+    if len(points.groups) > 1:
+        _legend(frame, points)
+    if not len(points.x):
+        frame.text((size[0] / 2, size[1] / 2), "no architecture was ranked", 16, _DIM, "mm")
+    return frame.image.resize(size, Image.Resampling.LANCZOS)
+
+
+def _axes(frame: _Frame) -> None:
+    """Draw grid, tick labels and axis titles."""
+    for x in _ticks(*frame.x):
+        place = frame.at(x, frame.y[0])
+        frame.stroke([place, (place[0], frame.top)], _GRID)
+        frame.text((place[0], frame.bottom + 8), f"{x:g}", 14, _DIM, "mt")
+    for y in _ticks(*frame.y):
+        place = frame.at(frame.x[0], y)
+        frame.stroke([place, (frame.right, place[1])], _GRID)
+        frame.text((frame.left - 8, place[1]), f"{y:g}", 14, _DIM, "rm")
+    corners = [(frame.left, frame.top), (frame.left, frame.bottom), (frame.right, frame.bottom)]
+    frame.stroke(corners, _DIM, 1.2)
+    middle = ((frame.left + frame.right) / 2, (frame.top + frame.bottom) / 2)
+    frame.text((middle[0], frame.size[1] - 12), _X_TITLE, 16, _INK, "ms")
+    frame.upright((12, middle[1]), _Y_TITLE, 16, _INK)
+
+
+def _legend(frame: _Frame, points: _Points) -> None:
+    """Write the colours' labels in a line above the axes."""
+    across = float(frame.left)
+    for number, (label, _) in enumerate(points.groups):
+        frame.dot((across + 5, 75), 5, _COLOURS[number % len(_COLOURS)])
+        across += 15 + frame.text((across + 15, 75), label, 14, _DIM, "lm") + 18

@@ -1,0 +1,180 @@
+"""What ranking architectures costs: our training against a plain loop, the executor's share, enumeration."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from ddray.cluster.fanout import Task, fan_out
+from ddray.cluster.nas import RayExecutor, in_worker
+from ddray.cluster.runtime import ray_runtime
+from ddray.data import PixelSpace, dsa_for
+from ddray.ledger import Ledger, Unit
+from ddray.nas.spaces import get_space, sample
+from ddray.nas.sweep import NasOptions
+from ddray.nas.training import NasRecipe
+from ddray.nas.units import NasJob, NasTask, SweepData, training_set
+from tests.benchmarks.conftest import random_dataset
+
+pytestmark = pytest.mark.benchmark
+NUM_ARCHS, EPOCHS = 24, 3
+RECIPE = NasRecipe(epochs=EPOCHS)
+
+
+def plain_loop(images: torch.Tensor, labels: torch.Tensor, val: torch.Tensor, indices: list[int]) -> float:
+    """Train one network after another as the peers do: a DataLoader, a sync per step; return the seconds."""
+    space = get_space("convnet720")
+    dsa = dsa_for(True)
+    begin = time.perf_counter()
+    for index in indices:
+        net = space.build(index, (3, 32, 32), 10, seed=0, device=torch.device("cpu")).train()
+        loader = DataLoader(TensorDataset(images, labels), batch_size=RECIPE.batch, shuffle=True)
+        optimizer = torch.optim.SGD(net.parameters(), lr=RECIPE.lr, momentum=0.9, weight_decay=5e-4)
+        draw = torch.Generator().manual_seed(0)
+        losses = []
+        for _ in range(EPOCHS):
+            for batch, wanted in loader:
+                augmented = dsa.apply(batch, dsa.draw(len(batch), draw, shared_op=True))
+                loss = F.cross_entropy(net(augmented), wanted)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+        net.eval()
+        with torch.no_grad():
+            for (batch,) in DataLoader(TensorDataset(val), batch_size=RECIPE.batch):
+                net(batch).argmax(1).tolist()
+    return time.perf_counter() - begin
+
+
+def our_sweep(data: SweepData, indices: list[int], run: Path) -> float:
+    """Train the same architectures over Ray; return the seconds from the first unit to the last row."""
+    space = get_space("convnet720")
+    Ledger(run).folder.mkdir(parents=True)
+    epoch = Ledger(run).open_epoch()
+    tasks = [
+        NasTask(
+            units=(Unit(kind="nas", spec={"index": index}),),
+            index=index,
+            set_name="proxy",
+            seeds=(0,),
+            recipe=RECIPE.dump(),
+            num_steps=None,
+            space={"name": "convnet720"},
+            shuffle=True,
+            cost=space.cost(index, (3, 32, 32), 10),
+        )
+        for index in indices
+    ]
+    tasks.sort(key=lambda task: -task.cost)
+    with ray_runtime(None):
+        held = ray.put(data)
+        job = NasJob(str(run), epoch, run.name, 1.0, 0.0)
+        # Workers are long-lived: their start and their imports are no part of a unit.
+        work = [Task(f"import {number}", _import, ()) for number in range(2)]
+        work += [Task(task.key, in_worker, (job, held, task)) for task in tasks]
+        outcomes = fan_out(work, num_workers=2, cpus=1, gpus=0)
+        assert [next(outcomes).error, next(outcomes).error] == [None, None]
+        begin = time.perf_counter()
+        errors = [outcome.error for outcome in outcomes]
+        seconds = time.perf_counter() - begin
+    assert errors == [None] * len(indices)
+    assert len(Ledger(run).rows("nas")) == len(indices)
+    return seconds
+
+
+def _import() -> None:
+    import torchvision  # noqa: F401
+
+    import ddray.nas.units  # noqa: F401
+
+    time.sleep(10.0)  # so that both workers have started when the first one is free
+
+
+@pytest.mark.ray
+def test_a_sweep_against_a_plain_loop(benchmark: Any, tmp_path: Path) -> None:
+    """Bar: >= 1.7x on 2 cores; 24 architectures x 500 images of 32 px, the same epochs."""
+    dataset = random_dataset(10, 60)
+    split = dataset.train()
+    space = PixelSpace("normalized", dataset.mean, dataset.std)
+    images = space.encode(split.images)
+    # The cheaper three quarters: the widest maps would take minutes, and both sides the same convolutions.
+    everything = sample(get_space("convnet720"), 32, seed=0, image_shape=(3, 32, 32), num_classes=10)
+    costs = {index: get_space("convnet720").cost(index, (3, 32, 32), 10) for index in everything}
+    indices = sorted(sorted(everything, key=costs.__getitem__)[:NUM_ARCHS])
+    data = SweepData(
+        sets={"proxy": training_set(images[:500], split.labels[:500], space)},
+        val=(split.images[500:].numpy(), split.labels[500:].numpy()),
+        test=None,
+        num_classes=10,
+        can_flip=True,
+    )
+    ours = our_sweep(data, indices, tmp_path / "run")
+    plain = plain_loop(images[:500], split.labels[:500], images[500:], indices)
+    benchmark.extra_info.update({"ratio": plain / ours, "plain_s": plain, "ours_s": ours})
+    benchmark.pedantic(lambda: None, rounds=1)
+    assert plain / ours >= 1.7, (plain, ours)
+
+
+@pytest.mark.ray
+def test_overhead_per_unit(benchmark: Any, tmp_path: Path) -> None:
+    """Bar: < 20 ms per unit beside the training itself."""
+    images = np.zeros((10, 1, 16, 16), np.uint8)
+    labels = np.arange(10)
+    space = {"kind": "raw", "mean": (0.0,), "std": (1.0,)}
+    from ddray.nas.units import TrainingSet
+
+    data = SweepData({"proxy": TrainingSet(images, labels, space)}, (images, labels), None, 10, False)
+    run = tmp_path / "run"
+    Ledger(run).folder.mkdir(parents=True)
+    epoch = Ledger(run).open_epoch()
+    tiny = get_space("convnet720")
+    index = min(range(len(tiny)), key=lambda i: tiny.cost(i, (1, 16, 16), 10))
+    tasks = [
+        NasTask(
+            units=(Unit(kind="nas", spec={"number": number}),),
+            index=index,
+            set_name="proxy",
+            seeds=(number,),
+            recipe=NasRecipe(epochs=1, augment="none").dump(),
+            num_steps=1,
+            space={"name": "convnet720"},
+            shuffle=True,
+            cost=1.0,
+        )
+        for number in range(100)
+    ]
+    ledger = Ledger(run)
+    with ray_runtime(None):
+        job = NasJob(str(run), epoch, "overhead", 1.0, 0.0)
+
+        def start(key: str, attempt: int) -> None:
+            ledger.event("start", key, epoch)
+
+        list(RayExecutor(NasOptions(num_workers=1))(job, data, tasks, start))
+    finished = sorted(event["time"] for event in ledger.events() if event["event"] == "finish")
+    work = sum(sorted(row.wall_s for row in ledger.rows("nas"))[:-1])  # the first row pays for imports
+    overhead = (finished[-1] - finished[0] - work) / (len(tasks) - 1)
+    benchmark.extra_info.update({"overhead_seconds": overhead})
+    benchmark.pedantic(lambda: None, rounds=1)
+    assert overhead < 0.020, overhead
+
+
+def test_describing_every_cell(benchmark: Any) -> None:
+    """Bar: < 10 s for all 15,625."""
+    begin = time.perf_counter()
+    space = get_space("nasbench201")
+    found = [space.describe(index) for index in range(len(space))]
+    seconds = time.perf_counter() - begin
+    benchmark.extra_info.update({"seconds": seconds})
+    benchmark.pedantic(lambda: None, rounds=1)
+    assert len(found) == 15_625
+    assert seconds < 10

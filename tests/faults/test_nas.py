@@ -1,0 +1,176 @@
+"""A NAS sweep over Ray: driver killed, worker killed, unit hung; every unit once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from ddray.cluster.fanout import Task, fan_out
+from ddray.cluster.runtime import ray_runtime
+from ddray.ledger import Ledger
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def proxy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("proxy")
+    path = folder / "random.pt"
+    ddray("distill", "--method", "random", "--ipc", "1", "--out", str(path), "--run-dir", str(folder / "run"))
+    return path
+
+
+def ddray(*arguments: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "ddray", *arguments, "--json"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def sweep(run: Path, proxy: Path, *more: str) -> list[str]:
+    """Return the arguments of a sweep of 8 cells x 2 seeds: nothing is trained for the truth."""
+    return [
+        *("nas", "--proxy", str(proxy), "--space", "nasbench201", "--sample", "8", "--seeds", "2"),
+        *("--epochs", "20", "--truth", "table", "--run-dir", str(run), *more),
+    ]
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 300
+    while not condition():
+        assert process.poll() is None, process.communicate()[1][-2000:]
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_driver_resumes(tmp_path: Path, proxy: Path, number: signal.Signals) -> None:
+    run = tmp_path / "run"
+    victim = subprocess.Popen(
+        [sys.executable, "-m", "ddray", *sweep(run, proxy)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for(lambda: len(list((run / "ledger").glob("*.json"))) >= 3, victim)
+    victim.send_signal(number)
+    _, errors = victim.communicate(timeout=120)
+    if number == signal.SIGTERM:
+        assert victim.returncode == 1
+        assert "--resume" in errors.strip().splitlines()[-1]
+        assert "Traceback" not in errors
+    before = {path: path.stat().st_mtime_ns for path in (run / "ledger").glob("*.json")}
+    assert len(before) < 16, "too late: the sweep was over"
+    starts = [event["key"] for event in Ledger(run).events() if event["event"] == "start"]
+    out = ddray(*sweep(run, proxy, "--resume"))
+    rows = Ledger(run).rows("nas")
+    assert len(rows) == 16
+    assert len({(row.spec["index"], row.spec["seed"]) for row in rows}) == 16
+    assert out["num_archs"] == 8
+    assert out["num_failed"] == 0
+    after = {path: path.stat().st_mtime_ns for path in (run / "ledger").glob("*.json")}
+    assert before.items() <= after.items()
+    again = [event["key"] for event in Ledger(run).events() if event["event"] == "start"][len(starts) :]
+    assert not {path.stem for path in before} & set(again)
+
+
+def _record(folder: str, name: str) -> int:
+    """Count this call in a file, and return which call of the task it is."""
+    path = Path(folder) / name
+    with path.open("a") as file:
+        file.write("x")
+    return len(path.read_text())
+
+
+def _fine(folder: str, name: str) -> str:
+    _record(folder, name)
+    return name
+
+
+def _dies_once(folder: str, name: str) -> str:
+    if _record(folder, name) == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return name
+
+
+def _hangs(folder: str, name: str) -> str:
+    _record(folder, name)
+    time.sleep(600)
+    return name
+
+
+def _hangs_once(folder: str, name: str) -> str:
+    if _record(folder, name) == 1:
+        time.sleep(600)
+    return name
+
+
+def test_a_hung_or_killed_worker_costs_its_task_alone(tmp_path: Path) -> None:
+    started: list[tuple[str, int]] = []
+    functions = {"hangs": _hangs, "once": _hangs_once, "dies": _dies_once}
+    tasks = [
+        Task(name, functions.get(name, _fine), (str(tmp_path), name))
+        for name in ("hangs", "a", "dies", "b", "once", "c")
+    ]
+    with ray_runtime(None):
+        begin = time.monotonic()
+        outcomes = {
+            outcome.key: outcome
+            for outcome in fan_out(
+                tasks,
+                num_workers=2,
+                cpus=1,
+                gpus=0,
+                max_attempts=2,
+                timeout_s=8.0,
+                on_start=lambda key, attempt: started.append((key, attempt)),
+            )
+        }
+        assert time.monotonic() - begin < 120
+        assert ray.is_initialized()
+    assert {key for key, outcome in outcomes.items() if outcome.error is None} == {
+        "a",
+        "b",
+        "c",
+        "dies",
+        "once",
+    }
+    assert isinstance(outcomes["hangs"].error, TimeoutError)
+    assert {key: outcome.attempts for key, outcome in outcomes.items()} == {
+        **dict.fromkeys("abc", 1),
+        "dies": 2,
+        "once": 2,
+        "hangs": 2,
+    }
+    assert sorted(started) == sorted(
+        [*((name, 1) for name in outcomes), *((name, 2) for name in ("dies", "once", "hangs"))]
+    )
+    assert {name: len((tmp_path / name).read_text()) for name in "abc"} == dict.fromkeys("abc", 1)
+
+
+def test_a_search_for_rank_correlation(tmp_path: Path, proxy: Path) -> None:
+    """A search for rank correlation runs through, on val alone."""
+    out = ddray(
+        *("tune", "--method", "random", "--ipc", "1", "--objective", "nas-spearman", "--nas-sample", "3"),
+        *("--nas-epochs", "1", "--num-samples", "1", "--strategy", "random", "--final-sets", "1"),
+        *("--set", "evaluate.epochs=2", "--set", "evaluate.seeds=1", "--run-dir", str(tmp_path / "run")),
+    )
+    assert out["objective"] == "val_spearman"
+    assert -1 <= out["best"]["val_spearman"] <= 1
+    (row,) = Ledger(tmp_path / "run").rows("trial")
+    assert row.result["objective"] == "val_spearman"
+    assert len(row.spec["objective"]["truth"]) == 3
+    assert len(Ledger(tmp_path / "run" / "architectures").rows("truth")) == 3

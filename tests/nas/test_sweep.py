@@ -1,0 +1,280 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from ddray import api
+from ddray.data import Dataset, open_dataset
+from ddray.errors import InputError
+from ddray.ledger import Ledger
+from ddray.nas import rank
+from ddray.nas.convnet720 import ConvNet720
+from ddray.nas.sweep import (
+    NasConfig,
+    NasOptions,
+    choose_architectures,
+    execute_locally,
+    resolve_config,
+)
+from ddray.nas.units import NasJob, NasTask, SweepData, run_task, truth_ledger
+from ddray.plan import resolve
+
+CPU = torch.device("cpu")
+SMALL = {"recipe": {"batch": 1024, "augment": "none"}}
+
+
+@pytest.fixture(scope="session")
+def proxies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two distilled sets of digits: one that knows nothing of val, one of all of train."""
+    folder = tmp_path_factory.mktemp("proxies")
+    found = {}
+    for method, ipc, val_seed in (("class_mean", 1, 0), ("random", 2, None)):
+        plan = resolve(method, open_dataset("digits"), ipc=ipc)
+        path = folder / f"{method}.pt"
+        api.distill(plan, device=CPU, run_dir=folder / method, out=path, val_seed=val_seed)
+        found[method] = path
+    return found
+
+
+@pytest.fixture(autouse=True)
+def small_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples come from the 48 narrowest ConvNets of one and two blocks: seconds, not minutes."""
+
+    def drawn(held: NasOptions, config: NasConfig, dataset: Dataset) -> tuple[int, ...]:
+        chosen = choose_architectures(held, config, dataset)
+        if held.space != "convnet720":
+            return chosen
+        space = ConvNet720()
+        cheap = sorted(range(len(space)), key=lambda index: space.cost(index, (1, 16, 16), 10))
+        return tuple(sorted(cheap[:: max(1, 48 // len(chosen))][: len(chosen)]))
+
+    monkeypatch.setattr(rank, "choose_architectures", drawn)
+
+
+def options(**more: Any) -> NasOptions:
+    return NasOptions(**{"sample": 4, "epochs": 1, "executor": "local", **more})
+
+
+def config_of(held: NasOptions) -> NasConfig:
+    return resolve_config(held, (SMALL,))
+
+
+def run(folder: Path, paths: Sequence[Path], *, resume: bool = False, **more: Any) -> dict[str, Any]:
+    request = {name: more.pop(name) for name in ("baselines", "compat") if name in more}
+    held = options(**more)
+    return rank.rank_architectures(
+        rank.NasRequest(tuple(paths), **request),
+        held,
+        config_of(held),
+        execute_locally,
+        run_dir=folder,
+        resume=resume,
+    )
+
+
+def test_a_sweep_ranks_and_reports(
+    tmp_path: Path, proxies: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "run"
+    out = run(folder, list(proxies.values()), seeds=2, baselines=("early-stopping", "random"))
+    assert out["num_archs"] == 4
+    assert [found["proxy"] for found in out["proxies"]] == [
+        "class_mean.pt",
+        "random.pt",
+        "early-stopping (1 steps)",
+        "random (ipc 1)",
+        "random (ipc 2)",
+    ]
+    assert [found["storage_images"] for found in out["proxies"]] == [10, 20, 1293, 10, 20]
+    assert "random.pt: not known to be distilled without val" in caplog.text
+    assert "class_mean.pt" not in caplog.text
+    rows = Ledger(folder).rows()
+    assert len([row for row in rows if row.kind == "nas"]) == 4 * 2 * 5
+    assert len([row for row in rows if row.kind == "truth"]) == 4
+    table = pd.read_csv(folder / "results.csv")
+    assert list(table.columns)[-1] == "truth_test_accuracy"
+    assert sum("test" in name for name in table.columns) == 1
+    # The figures are those of the rows: means over seeds, ranked by val.
+    own = table[table["proxy"] == "random.pt"].set_index("index")
+    for index, line in own.iterrows():
+        values = [
+            row.result["val_accuracy"]
+            for row in rows
+            if row.kind == "nas" and row.spec["index"] == index and row.spec["proxy"] == "random.pt"
+        ]
+        assert len(values) == line["num_seeds"] == 2
+        assert line["proxy_accuracy"] == pytest.approx(np.mean(values))
+    found = out["proxies"][1]
+    first = own.sort_values(["proxy_rank", "truth_rank"]).iloc[0]
+    assert found["top1_truth_accuracy"] <= found["best_truth_accuracy"] == own["truth_accuracy"].max()
+    assert first["proxy_rank"] == 1
+    assert (folder / "results.parquet").is_file()
+    assert (folder / "scatter.png").is_file()
+    assert "random.pt" in (folder / "report.html").read_text()
+
+    stamps = {path: path.stat().st_mtime_ns for path in (folder / "ledger").iterdir()}
+    again = run(folder, list(proxies.values()), seeds=2, baselines=("early-stopping", "random"), resume=True)
+    assert [p["spearman"] for p in again["proxies"]] == [p["spearman"] for p in out["proxies"]]
+    assert {path: path.stat().st_mtime_ns for path in (folder / "ledger").iterdir()} == stamps
+
+
+def test_truth_is_trained_once_for_all_runs(
+    tmp_path: Path, proxies: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path / "one", [proxies["random"]])
+    assert len(truth_ledger().rows("truth")) == 4
+    trained: list[str] = []
+
+    def spy(job: NasJob, data: SweepData, task: NasTask, device: torch.device) -> None:
+        trained.append(task.units[0].kind)
+        run_task(job, data, task, device)
+
+    monkeypatch.setattr("ddray.nas.units.run_task", spy)
+    run(tmp_path / "two", [proxies["class_mean"]])
+    assert trained == ["nas"] * 4
+    assert len(Ledger(tmp_path / "two").rows("truth")) == 4
+    run(tmp_path / "three", [proxies["random"]], truth_epochs=2)
+    assert trained == ["nas"] * 4 + ["truth", "nas"] * 4 or sorted(trained[4:]) == ["nas"] * 4 + ["truth"] * 4
+
+
+def test_a_broken_test_set_costs_the_last_column_alone(
+    tmp_path: Path,
+    proxies: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def broken(self: Dataset) -> Any:
+        raise InputError("the test file is torn")
+
+    monkeypatch.setattr(Dataset, "test", broken)
+    out = run(tmp_path / "run", [proxies["random"]])
+    assert out["num_failed"] == 0
+    assert "no test column: the test file is torn" in caplog.text
+    assert pd.read_csv(tmp_path / "run" / "results.csv")["truth_test_accuracy"].isna().all()
+
+
+def test_a_crashing_unit_is_tried_again_then_marked(
+    tmp_path: Path, proxies: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, int] = {}
+    broken: list[int] = []
+
+    def fragile(job: NasJob, data: SweepData, task: NasTask, device: torch.device) -> None:
+        seen[task.key] = seen.get(task.key, 0) + 1
+        if not broken and task.units[0].kind == "nas":
+            broken.append(task.index)
+        if task.units[0].kind == "nas" and task.index == broken[0]:
+            raise MemoryError("no memory for this one")
+        if seen[task.key] == 1:
+            raise RuntimeError("a first try fails")
+        run_task(job, data, task, device)
+
+    monkeypatch.setattr("ddray.nas.units.run_task", fragile)
+    folder = tmp_path / "run"
+    out = run(folder, [proxies["random"]])
+    assert out["num_failed"] == 1
+    assert out["proxies"][0]["num_failed"] == 1
+    assert out["proxies"][0]["num_archs"] == 3
+    (failed,) = [row for row in Ledger(folder).rows() if row.status == "failed"]
+    assert failed.result == {"attempts": 3}
+    assert failed.error == "no memory for this one"
+    events = [event["event"] for event in Ledger(folder).events() if event["key"] == failed.key]
+    assert events == ["start", "retry", "retry", "fail"]
+    table = pd.read_csv(folder / "results.csv")
+    assert table["failed"].sum() == 1
+    # A failed row is final: nothing is run again.
+    seen.clear()
+    run(folder, [proxies["random"]], resume=True)
+    assert not seen
+
+
+def test_dcbench_bugs_are_proxies_of_their_own(tmp_path: Path, proxies: dict[str, Path]) -> None:
+    more = {"space": "nasbench201", "sample": 3, "truth": "table", "compat": "dcbench"}
+    out = run(tmp_path / "run", [proxies["random"]], **more)
+    assert [found["proxy"] for found in out["proxies"]] == [
+        "random.pt",
+        "random.pt [softmax over one-hot]",
+        "random.pt [softmax, one_hot cut]",
+        "random.pt [unshuffled]",
+        "random.pt [all three]",
+    ]
+    assert len(Ledger(tmp_path / "run").rows("nas")) == 15
+    assert out["proxies"][0]["best_truth_accuracy"] > 0.5
+
+
+def test_cost_orders_tasks_longest_first(proxies: dict[str, Path], tmp_path: Path) -> None:
+    held = options(sample=8)
+    sweep = rank.prepare(rank.NasRequest((proxies["random"],)), held, config_of(held))
+    tasks = sweep.tasks(fused=False)
+    costs = [task.cost for task in tasks]
+    assert costs == sorted(costs, reverse=True)
+    assert len({task.key for task in tasks}) == len(tasks) == 16
+    fused = rank.prepare(
+        rank.NasRequest((proxies["random"],)), options(sample=8, seeds=3), config_of(held)
+    ).tasks(fused=True)
+    assert sorted(len(task.units) for task in fused) == [1] * 8 + [3] * 8
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"sample": 721}, ["720", "721"]),
+        ({"truth": "nofile.csv"}, ["nofile.csv"]),
+        ({"truth": "table"}, ["nasbench201"]),
+        ({"truth": "api:any.pth"}, ["nasbench201"]),
+        ({"baselines": ("datadam",)}, ["datadam", "--proxy"]),
+        ({"baselines": ("randon",)}, ["randon", "random"]),
+        ({"compat": "dcbench"}, ["nasbench201"]),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_is_made(
+    tmp_path: Path, proxies: dict[str, Path], change: dict[str, Any], words: list[str]
+) -> None:
+    with pytest.raises(InputError) as caught:
+        run(tmp_path / "run", [proxies["random"]], **change)
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_same_proxy_twice_is_refused(tmp_path: Path, proxies: dict[str, Path]) -> None:
+    with pytest.raises(InputError, match="once"):
+        run(tmp_path / "run", [proxies["random"], proxies["random"]])
+
+
+def test_resume_under_another_proxy_is_refused(tmp_path: Path, proxies: dict[str, Path]) -> None:
+    run(tmp_path / "run", [proxies["random"]], sample=1)
+    with pytest.raises(InputError, match="proxies"):
+        run(tmp_path / "run", [proxies["class_mean"]], sample=1, resume=True)
+
+
+def test_config_layers() -> None:
+    held = NasOptions(epochs=7, truth_epochs=9)
+    config = resolve_config(held, ({"recipe": {"lr": 0.1, "epochs": 8}},))
+    assert (config.recipe.epochs, config.truth_recipe.epochs) == (8, 9)
+    assert config.recipe.lr == config.truth_recipe.lr == 0.1
+    config = resolve_config(NasOptions(space="nasbench201"), ({"truth_recipe": {"lr": 0.2}},))
+    assert (config.recipe.lr, config.truth_recipe.lr, config.recipe.clip) == (0.025, 0.2, 5.0)
+
+
+def test_workers_leave_shared_arrays_alone(proxies: dict[str, Path], tmp_path: Path) -> None:
+    """What a worker gets is the object store's own memory (RAY.md 11)."""
+    held = options(sample=1, truth="whole")
+    sweep = rank.prepare(rank.NasRequest((proxies["random"],)), held, config_of(held))
+    tasks = sweep.tasks(fused=False)
+    data = sweep.data(tasks)
+    arrays = [data.val[0], *(held.images for held in data.sets.values())]
+    before = [array.copy() for array in arrays]
+    folder = tmp_path / "run"
+    Ledger(folder).folder.mkdir(parents=True)
+    epoch = Ledger(folder).open_epoch()
+    for task in tasks:
+        run_task(NasJob(str(folder), epoch, "x", 1.0, 0.0), data, task, CPU)
+    assert all(np.array_equal(a, b) for a, b in zip(arrays, before, strict=True))
+    assert json.loads((folder / "epoch").read_text()) == 1

@@ -1,0 +1,306 @@
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from ddray.report.nas_page import PUBLISHED, _ticks, save_scatters, summary, write_nas_report
+
+NAN = float("nan")
+
+
+def figures(proxy: str, **changes: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "proxy": proxy,
+        "spearman": 0.7123,
+        "spearman_ci95": [0.55, 0.81],
+        "spearman_top20": None,
+        "spearman_top20_ci95": None,
+        "kendall": 0.5,
+        "top1_truth_accuracy": 0.601,
+        "top5_truth_accuracy": 0.602,
+        "top10_truth_accuracy": 0.603,
+        "best_truth_accuracy": 0.604,
+        "num_ties": 4,
+        "num_at_chance": 0,
+        "num_archs": 23,
+        "num_failed": 1,
+        "wall_s": 90.0,
+        "storage_images": 500,
+    }
+    return values | changes
+
+
+def lines(proxy: str, num: int = 24, *, depth: bool = True) -> pd.DataFrame:
+    """Architectures 0..num-1, best first; the last one failed, the one before has no truth."""
+    rank = np.arange(num, dtype=float)
+    table = pd.DataFrame(
+        {
+            "proxy": proxy,
+            "index": 100 + np.arange(num),
+            "name": [f"net<{number}>" for number in range(num)],
+            **({"depth": 1 + np.arange(num) % 4} if depth else {"arch_str": "|none~0|"}),
+            "params_m": 0.12345,
+            "flops_m": 6.5,
+            "proxy_accuracy": 0.5 - rank / 100,
+            "proxy_accuracy_std": 0.01,
+            "proxy_rank": rank + 1,
+            "truth_accuracy": 0.604 - rank / 1000,
+            "truth_rank": rank + 1,
+            "num_seeds": 2,
+            "failed": False,
+            "truth_test_accuracy": 0.7111,
+        }
+    )
+    table.loc[num - 1, ["proxy_accuracy", "proxy_accuracy_std", "proxy_rank"]] = NAN
+    table.loc[num - 1, ["num_seeds", "failed"]] = [0, True]
+    table.loc[num - 2, ["truth_accuracy", "truth_rank", "truth_test_accuracy"]] = NAN
+    return table
+
+
+def result(*proxies: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {"space": "convnet720", "num_archs": 24, "proxies": list(proxies), "wall_s": 100.0} | changes
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "config.yaml").write_text("command: nas\nname: <b>bold</b>\n")
+    environment = {
+        "date": "2026-01-01",
+        "processor": "CPU",
+        "cpu_count": 2,
+        "devices": ["H200"],
+        "versions": {"ddray": "0", "torch": "2"},
+        "git_commit": None,
+    }
+    (tmp_path / "environment.json").write_text(json.dumps(environment))
+    return tmp_path
+
+
+@pytest.fixture
+def page(folder: Path) -> Callable[..., str]:
+    """Writes a page and returns it without plotly's own code."""
+
+    def write(held: dict[str, Any], table: pd.DataFrame) -> str:
+        write_nas_report(folder, held, table)
+        text = (folder / "report.html").read_text()
+        return (
+            text[: text.index("<script>")]
+            + text[text.index("</style>\n<script>") :].partition("</script>")[2]
+        )
+
+    return write
+
+
+class TestSummary:
+    def test_what_is_published_is_what_the_papers_table_says(self) -> None:
+        path = Path(__file__).parent.parent / "reports" / "published.csv"
+        with path.open() as file:
+            rows = [row for row in csv.DictReader(file) if row["paper"] == "datadam"]
+        for space, table in (("convnet720", "Table 4"), ("nasbench201", "Table 5")):
+            found: dict[tuple[str, str], float] = {}
+            for row in rows:
+                if row["table"] == table:
+                    scale = 100 if row["metric"] == "nas_top1_accuracy" else 1
+                    found[row["method"], row["metric"]] = float(row["value"]) / scale
+            assert {method for method, _ in found} == set(PUBLISHED[space])
+            metrics = ("nas_top1_accuracy", "spearman", "spearman_top20", "search_time", "storage_images")
+            for method, values in PUBLISHED[space].items():
+                wanted = [found.pop((method, metric), None) for metric in metrics]
+                if (space, method) == ("convnet720", "datadam"):
+                    assert wanted[1] is None
+                    wanted[1] = 0.72  # in the text, not in the table
+                assert list(values) == pytest.approx(wanted)
+            assert not found
+
+    def test_a_methods_published_line_stands_below_its_proxy(self) -> None:
+        found = summary(
+            result(
+                figures("datadam_ipc10.pt"),
+                figures("dsdm.pt"),
+                figures("early-stopping"),
+                figures("a.pt", method="random"),
+                truth={"source": "whole", "wall_s": 600.0, "storage_images": 900},
+            )
+        )
+
+        assert [line["label"] for line in found] == [
+            *("datadam_ipc10.pt", "datadam (published)", "dsdm.pt"),
+            *("early-stopping", "early_stopping (published)", "a.pt", "random (published)"),
+            *("whole set", "whole (published)", "dsa (published)", "dm (published)", "cafe (published)"),
+        ]
+        whole = found[7]
+        assert (whole["top1_truth_accuracy"], whole["spearman"], whole["wall_s"]) == (0.604, 1, 600.0)
+        assert found[0]["counts"] == "4 tied, 1 left out"
+
+    def test_a_truth_that_was_read_has_no_line(self) -> None:
+        found = summary(result(figures("x"), space="nasbench201", truth={"source": "table"}))
+
+        assert found[0]["label"] == "x"
+        assert "whole set" not in [line["label"] for line in found]
+        assert len(found) == 1 + 8
+
+
+class TestPage:
+    def test_it_shows_figures_rankings_failures_and_where_they_come_from(self, page: Any) -> None:
+        held = result(
+            figures("datadam <1>.pt"),
+            figures("random", spearman=None, spearman_ci95=None, kendall=None, wall_s=None),
+            dataset="cifar10",
+            truth={"source": "whole", "wall_s": 600.0, "storage_images": 900},
+        )
+        text = page(held, pd.concat([lines("datadam <1>.pt"), lines("random")], ignore_index=True))
+
+        merit = text[text.index("<h2>Figures of merit</h2>") : text.index("<h2>datadam &lt;1&gt;.pt</h2>")]
+        cells = [re.findall(r"<td[^>]*>(.*?)</td>", line) for line in merit.splitlines() if "<td" in line]
+        assert cells[0][:4] == ["datadam &lt;1&gt;.pt", "60.10", "60.20", "60.30"]
+        assert cells[0][4] == '0.712 <span class="ci">[0.55, 0.81]</span>'
+        assert cells[0][5:] == ["-", "0.500", "1.5", "500", "4 tied, 1 left out"]
+        assert cells[1] == [
+            "datadam (published)",
+            "89.00",
+            "-",
+            "-",
+            "0.720",
+            "0.690",
+            "-",
+            "34.8",
+            "500",
+            "",
+        ]
+        assert cells[2][4:8] == ["-", "-", "-", "-"]
+        assert cells[4][0] == "whole set"
+
+        ranked = text[text.index("Best-ranked architectures (20)") : text.index("<h2>random</h2>")]
+        rows = [re.findall(r"<td[^>]*>(.*?)</td>", line) for line in ranked.splitlines() if "<td" in line]
+        assert len(rows) == 20
+        assert rows[0] == [
+            *("1", "1", "100", "net&lt;0&gt;", "1", "0.123", "6.5"),
+            *("50.00 &plusmn; 1.00", "2", "60.40", "71.11"),
+        ]
+        heads = re.findall(r"<th>(.*?)</th>", ranked)
+        assert heads[-1] == "test %"  # test plays no part but in the last column
+
+        failures = text[text.index("<h2>Failures</h2>") :]
+        assert failures.count("net&lt;23&gt;") == 2
+        assert "&lt;b&gt;bold&lt;/b&gt;" in text
+        assert "H200" in text
+        assert text.count("js-plotly") >= 1
+        assert text.count("Plotly.newPlot") == 2
+
+    def test_it_needs_no_network_and_suits_phones_and_the_dark(self, page: Any) -> None:
+        text = page(result(figures("random")), lines("random"))
+
+        assert not re.findall(r'(?:src|href)\s*=\s*["\']?(?:https?:)?//', text)
+        assert "@import" not in text
+        assert "prefers-color-scheme: dark" in text
+        assert 'name="viewport" content="width=device-width' in text
+        assert '"responsive": true' in text
+
+    def test_names_cannot_leave_the_plots_script(self, page: Any) -> None:
+        table = lines("random")
+        table["name"] = "</script><img src=x>"
+
+        assert "</script><img" not in page(result(figures("random")), table)
+
+    def test_without_failures_and_depths(self, page: Any) -> None:
+        table = lines("random", depth=False).iloc[:20]
+
+        text = page(result(figures("random"), space="nasbench201"), table)
+
+        assert "None: every architecture finished" in text
+        assert "<th>arch_str</th>" in text
+        assert "|none~0|" in text
+
+    def test_many_points_are_drawn_by_the_graphics_card(self, page: Any) -> None:
+        text = page(result(figures("random")), lines("random", 3500, depth=False))
+
+        assert '"type":"scattergl"' in text
+
+    def test_a_proxy_that_ranked_nothing(self, page: Any) -> None:
+        table = lines("random").iloc[-2:]
+
+        text = page(result(figures("random", spearman=None, spearman_ci95=None)), table)
+
+        assert "Best-ranked architectures (1)" in text
+        assert "net&lt;23&gt;" not in text[: text.index("<h2>Failures</h2>")]
+
+
+class TestScatters:
+    def test_one_png_per_proxy_and_one_of_all(self, tmp_path: Path) -> None:
+        names = ["/data/Some set.pt", "early-stopping", "???"]
+        table = pd.concat([lines(name) for name in names], ignore_index=True)
+
+        found = save_scatters(tmp_path, table, [figures(name) for name in names])
+
+        assert [path.name for path in found] == [
+            *("scatter-1-some-set.png", "scatter-2-early-stopping.png", "scatter-3-proxy.png", "scatter.png")
+        ]
+        with Image.open(found[0]) as picture:
+            assert picture.size == (900, 700)
+        with Image.open(found[-1]) as picture:
+            assert picture.size == (2 * 640, 2 * 520)
+        assert not list(tmp_path.glob("*.tmp"))
+
+    def test_dots_stand_where_their_accuracies_are(self, tmp_path: Path) -> None:
+        table = lines("x", 5, depth=False).iloc[:3].copy()
+        table["proxy_accuracy"] = [0.1, 0.2, 0.9]
+        table["truth_accuracy"] = [0.2, 0.6, 0.3]
+
+        with Image.open(save_scatters(tmp_path, table, [figures("x")])[0]) as picture:
+            pixels = np.asarray(picture.convert("RGB")).astype(int)
+
+        # The axes' box is x 76..876, y 636..88; ends are 5 % of the range beyond the data.
+        blue = (np.abs(pixels - [0x1F, 0x84, 0xC9]).sum(2) < 12).nonzero()
+        assert len(blue[0]) > 30
+        wanted = [
+            (76 + 800 * (0.05 + f) / 1.1, 636 - 548 * (0.05 + g) / 1.1)
+            for f, g in ((0, 0), (0.125, 1), (1, 0.25))
+        ]
+        for x, y in wanted:
+            near = (np.abs(blue[1] - x) < 6) & (np.abs(blue[0] - y) < 6)
+            assert near.sum() >= 10
+            assert blue[1][near].mean() == pytest.approx(x, abs=1)
+            assert blue[0][near].mean() == pytest.approx(y, abs=1)
+        far = [min(np.hypot(bx - x, by - y) for x, y in wanted) for by, bx in zip(*blue, strict=True)]
+        assert max(far) < 6
+
+    def test_depths_have_colours_of_their_own(self, tmp_path: Path) -> None:
+        with Image.open(save_scatters(tmp_path, lines("x"), [figures("x")])[0]) as picture:
+            pixels = np.asarray(picture.convert("RGB")).astype(int).reshape(-1, 3)
+
+        for colour in ("1f84c9", "e69f00", "009e73", "cc79a7"):
+            assert (np.abs(pixels - list(bytes.fromhex(colour))).sum(1) < 12).sum() > 30
+
+    @pytest.mark.parametrize("num", [0, 1, 2])
+    def test_few_points_or_none(self, tmp_path: Path, num: int) -> None:
+        table = lines("x").iloc[:num] if num else lines("x").iloc[-1:]
+
+        found = save_scatters(tmp_path, table, [figures("x", spearman=None, spearman_ci95=None)])
+
+        assert len(found) == 2
+
+    def test_equal_accuracies_have_a_place(self, tmp_path: Path) -> None:
+        table = lines("x").assign(proxy_accuracy=0.1, truth_accuracy=0.1)
+
+        assert save_scatters(tmp_path, table, [figures("x")])
+
+    @pytest.mark.parametrize(
+        ("low", "high"), [(0, 100), (9.9, 10.1), (42.13, 43.7), (-5, 7.5), (93.99, 94.01)]
+    )
+    def test_ticks_are_round_and_within(self, low: float, high: float) -> None:
+        found = list(_ticks(low, high))
+
+        assert 3 <= len(found) <= 10
+        assert all(low <= tick <= high for tick in found)
+        steps = np.diff(found)
+        assert steps == pytest.approx(np.full(len(steps), steps[0]))
+        assert f"{steps[0]:.0e}"[0] in "125"
