@@ -1,31 +1,39 @@
 """Model pools: networks that many trials share, trained once and kept under the hash of what they are.
 
-An entry is a folder `$DDRAY_HOME/pool/<key>/` with `entry.json` and `tensors.safetensors`, made beside its
-final name and moved there whole: whoever finishes first wins, and both have trained the same bytes.
+Whoever asks for an entry first trains it. Others wait for it, and take over if the trainer dies. How entries
+lie on disk is `pool_files`' matter.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import json
+import logging
 import os
-import shutil
-import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from torch import Tensor, nn
+from pydantic import ValidationInfo, field_validator
 
 from ddray.config import Config
-from ddray.errors import InputError
-from ddray.files import storage_errors
+from ddray.errors import DdrayError
 from ddray.ledger import canonical_json
+from ddray.pool_files import DamagedEntryError, EntryLock, PoolFiles
+from ddray.progress import progress
 
-_ENTRY = "entry.json"
-_TENSORS = "tensors.safetensors"
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ddray.data import Dataset
+
+log = logging.getLogger(__name__)
+
+SUPERVISED_RECIPE: Final = {"epochs": 20, "lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4, "batch": 256}
+"""How the field trains the networks that it matches in (DSDM Sec 4.1; the coresets of DC)."""
+
+_PLAIN: Final = {"schedule": "constant", "augment": "none", "strategy": None, "cutmix": 0.0}
 
 
 class PoolSpec(Config):
@@ -48,10 +56,49 @@ class PoolSpec(Config):
     parents: tuple[str, ...] = ()
     """Keys of entries this one was trained from."""
 
+    @field_validator("recipe")
+    @classmethod
+    def _without_plain_values(cls, recipe: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        """Leave out what a supervised recipe does anyway: the same training is the same entry."""
+        if info.data.get("kind") != "supervised":
+            return recipe
+        return {k: v for k, v in recipe.items() if k not in _PLAIN or v != _PLAIN[k]}
+
     @property
     def key(self) -> str:
         """Sha256 (hex) of the spec's canonical JSON."""
         return hashlib.sha256(canonical_json(self.dump()).encode()).hexdigest()
+
+
+def supervised_specs(
+    dataset: Dataset, *, split: str, arch: str, device: str, recipe: Mapping[str, Any], seed: int, num: int
+) -> list[PoolSpec]:
+    """Return the specs of `num` networks trained on labels, with seeds `seed`, `seed + 1`, ...
+
+    Args:
+        dataset: what they are trained on.
+        split: which part of it.
+        arch: canonical architecture name.
+        device: kind of device.
+        recipe: fields of `evaluate.training.Recipe`; those of `SUPERVISED_RECIPE` by default.
+        seed: of the first network.
+        num: how many.
+    """
+    return [
+        PoolSpec(
+            kind="supervised",
+            dataset=dataset.fingerprint,
+            split=split,
+            transform="normalized",
+            arch=arch,
+            recipe={**SUPERVISED_RECIPE, **recipe},
+            seed=seed + number,
+            image_shape=dataset.image_shape,
+            num_classes=dataset.num_classes,
+            device=device,
+        )
+        for number in range(num)
+    ]
 
 
 @dataclass(frozen=True)
@@ -60,7 +107,7 @@ class PoolEntry:
 
     Attributes:
         meta: the spec, and what training measured.
-        tensors: memory-mapped tensors: weights under `weights.<name>`, features [N, D] under `features`.
+        tensors: weights under `weights.<name>`, features [N, D] under `features`; large ones memory-mapped.
     """
 
     meta: Mapping[str, Any]
@@ -87,7 +134,7 @@ class ModelPool(Protocol):
         ...
 
 
-Trainer = Callable[[PoolSpec], tuple[Mapping[str, Tensor], Mapping[str, Any]]]
+Trainer = Callable[[PoolSpec], "tuple[Mapping[str, Tensor], Mapping[str, Any]]"]
 """Trains one spec: tensors to keep, and measurements for the entry's meta."""
 
 
@@ -96,8 +143,21 @@ def home() -> Path:
     return Path(os.environ.get("DDRAY_HOME") or Path.home() / ".cache" / "ddray").expanduser().absolute()
 
 
+def draft_entry(files: PoolFiles, spec: PoolSpec, trainer: Trainer, *, times_trained: int) -> Path:
+    """Train a spec and write its entry beside its place; return the folder.
+
+    Raises:
+        StorageError: the disk is full, or the folder can't be written.
+        Exception: whatever the trainer raises.
+    """
+    begin = time.perf_counter()
+    tensors, measured = trainer(spec)
+    facts = {**measured, "spec": spec.dump(), "wall_s": time.perf_counter() - begin}
+    return files.draft(spec.key, tensors, facts, times_trained=times_trained)
+
+
 class LocalPool:
-    """A pool in a folder of this machine.
+    """A pool in a folder that this machine's processes share.
 
     Args:
         trainer: trains a spec that is not there yet.
@@ -106,58 +166,61 @@ class LocalPool:
 
     def __init__(self, trainer: Trainer, folder: Path | None = None) -> None:
         self._trainer = trainer
-        self._folder = folder or home() / "pool"
+        self._files = PoolFiles(folder or home() / "pool")
 
     def get(self, specs: Sequence[PoolSpec]) -> list[PoolEntry]:
-        """Return the entries of `specs`, in order; missing ones are trained.
+        """Return the entries of `specs`, in order; missing ones are trained, damaged ones again.
 
         Raises:
-            InputError: an entry on disk is damaged (the message says which folder to remove).
+            InputError: an entry can't be read.
             StorageError: an entry can't be written.
         """
-        return [self._read(spec) or self._train(spec) for spec in specs]
+        entries: dict[str, PoolEntry] = {}
+        missing: dict[str, PoolSpec] = {}
+        for key, spec in {spec.key: spec for spec in specs}.items():
+            entry = self._open(key)
+            if entry is None:
+                missing[key] = spec
+            else:
+                entries[key] = entry
+        if missing:
+            self._train(missing, entries)
+        return [entries[spec.key] for spec in specs]
 
-    def _read(self, spec: PoolSpec) -> PoolEntry | None:
+    def _train(self, missing: dict[str, PoolSpec], entries: dict[str, PoolEntry]) -> None:
+        """Move specs from `missing` to `entries`, first those that nobody else is training."""
+        total = len(missing)
+        log.info("pool: training %d of %d networks", total, total + len(entries))
+        with progress("training the pool", total) as show:
+            while missing:
+                key, lock = self._next(list(missing))
+                with lock:
+                    if self._files.mend(key, lock) is None:
+                        times = lock.times_trained + 1
+                        draft = draft_entry(self._files, missing[key], self._trainer, times_trained=times)
+                        self._files.publish(key, draft, lock)
+                entry = self._open(key)
+                if entry is None:
+                    raise DdrayError(f"pool entry {key} was removed while it was being trained; run again")
+                entries[key] = entry
+                show(total - len(missing) + 1, missing.pop(key).arch)
+
+    def _next(self, keys: Sequence[str]) -> tuple[str, EntryLock]:
+        """Return the lock of the first key that is free; wait for the first one if none is."""
+        for key in keys:
+            lock = self._files.try_lock(key)
+            if lock is not None:
+                return key, lock
+        log.info("pool: another process trains %s, waiting for it", keys[0][:12])
+        return keys[0], self._files.lock(keys[0])
+
+    def _open(self, key: str) -> PoolEntry | None:
+        """Return a sound entry, else None."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        folder = self._folder / spec.key
-        if not folder.exists():
-            return None
         try:
-            meta = json.loads((folder / _ENTRY).read_text(encoding="utf-8"))
-            return PoolEntry(meta, load_file(folder / _TENSORS))
-        except (OSError, ValueError, SafetensorError) as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"pool entry {folder} must be undamaged: {reason}; remove the folder") from error
-
-    def _train(self, spec: PoolSpec) -> PoolEntry:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
-        tensors, measured = self._trainer(spec)
-        final = self._folder / spec.key
-        with storage_errors(final):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            draft = Path(tempfile.mkdtemp(prefix=f".{spec.key[:12]}.", suffix=".tmp", dir=self._folder))
-            try:
-                held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-                try:
-                    save_file(held, draft / _TENSORS)
-                except SafetensorError as error:  # its Rust side wraps the OSError
-                    raise OSError(errno.EIO, f"{error}") from error
-                text = json.dumps(
-                    {"key": spec.key, "spec": spec.dump(), **measured}, indent=2, sort_keys=True
-                )
-                (draft / _ENTRY).write_text(text + "\n", encoding="utf-8")
-                try:
-                    draft.rename(final)
-                except OSError:
-                    if not final.exists():  # else another process was first, with the same bytes
-                        raise
-            finally:
-                shutil.rmtree(draft, ignore_errors=True)
-        entry = self._read(spec)
-        if entry is None:
-            raise InputError(f"pool entry {final} was removed while it was being trained; run again")
-        return entry
+            meta = self._files.read(key)
+            return None if meta is None else PoolEntry(meta, load_file(self._files.tensors_path(key)))
+        except (DamagedEntryError, SafetensorError, FileNotFoundError):  # or set aside since it was read
+            return None

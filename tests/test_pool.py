@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import shutil
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,9 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from ddray import pool_files
 from ddray.errors import InputError, StorageError
 from ddray.nets import build_net
-from ddray.pool import LocalPool, PoolSpec, home
+from ddray.pool import SUPERVISED_RECIPE, LocalPool, PoolSpec, home, supervised_specs
+from ddray.pool_files import ENTRY, TENSORS, PoolFiles
 
 
 def spec(**changes: Any) -> PoolSpec:
@@ -41,6 +45,15 @@ class Trainer:
         net = build_net(wanted.arch, wanted.image_shape, wanted.num_classes, seed=wanted.seed + 1)
         weights = {f"weights.{name}": tensor for name, tensor in net.state_dict().items()}
         return {**weights, "features": torch.arange(6.0).view(3, 2).T}, {"final_loss": 0.5}
+
+
+def names(ddray_home: Path) -> list[str]:
+    """What the pool's folder holds besides locks."""
+    return sorted(path.name for path in (ddray_home / "pool").iterdir() if path.suffix != ".lock")
+
+
+def times_trained(ddray_home: Path, wanted: PoolSpec) -> int:
+    return int(json.loads((ddray_home / "pool" / wanted.key / ENTRY).read_text())["times_trained"])
 
 
 def test_home_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -74,6 +87,28 @@ def test_the_key_depends_on_every_field() -> None:
     assert spec().key == spec().key
 
 
+def test_a_supervised_recipe_is_the_same_with_what_it_does_anyway() -> None:
+    plain = {"schedule": "constant", "augment": "none", "strategy": None, "cutmix": 0.0}
+
+    assert spec(recipe={"epochs": 2, **plain}) == spec(recipe={"epochs": 2})
+    for name, value in {"schedule": "cosine", "augment": "dsa", "strategy": "crop", "cutmix": 0.5}.items():
+        assert spec(recipe={"epochs": 2, **plain, name: value}).recipe == {"epochs": 2, name: value}
+    ssl = spec(kind="ssl", recipe={"epochs": 2, "augment": "none"})
+    assert ssl.recipe == {"epochs": 2, "augment": "none"}
+
+
+def test_the_specs_of_a_pool_differ_in_their_seeds(toy: Any) -> None:
+    dataset = toy()
+    specs = supervised_specs(
+        dataset, split="train", arch="convnet1_w8", device="cpu", recipe={"epochs": 3}, seed=5, num=3
+    )
+
+    assert [held.seed for held in specs] == [5, 6, 7]
+    assert specs[0].recipe == {**SUPERVISED_RECIPE, "epochs": 3}
+    assert (specs[0].dataset, specs[0].num_classes) == (dataset.fingerprint, 3)
+    assert specs[0].model_copy(update={"seed": 6}) == specs[1]
+
+
 def test_what_is_missing_is_trained_once_and_given_in_order(ddray_home: Path) -> None:
     trainer = Trainer()
     pool = LocalPool(trainer)
@@ -86,10 +121,10 @@ def test_what_is_missing_is_trained_once_and_given_in_order(ddray_home: Path) ->
     assert later.meta == b.meta
     assert b.meta["final_loss"] == 0.5
     assert b.meta["key"] == spec(seed=1).key
+    assert b.meta["times_trained"] == 1
     assert torch.equal(later.tensors["features"], torch.tensor([[0.0, 2.0, 4.0], [1.0, 3.0, 5.0]]))
-    assert sorted(path.name for path in (ddray_home / "pool").iterdir()) == sorted(
-        [spec().key, spec(seed=1).key]
-    )
+    assert names(ddray_home) == sorted([spec().key, spec(seed=1).key])
+    assert PoolFiles(ddray_home / "pool").known() == names(ddray_home)
 
 
 def test_an_entry_gives_its_network_with_its_weights_in_eval_mode() -> None:
@@ -103,32 +138,207 @@ def test_an_entry_gives_its_network_with_its_weights_in_eval_mode() -> None:
     assert torch.equal(net(images), wanted(images))
 
 
-@pytest.mark.parametrize("name", ["entry.json", "tensors.safetensors"])
-@pytest.mark.parametrize("held", [None, b"", b"\xff{half"])
-def test_a_damaged_entry_is_refused_with_the_folder_to_remove(
-    name: str, held: bytes | None, ddray_home: Path
+def test_tensors_are_maps_of_the_file_and_writing_to_them_changes_no_other(ddray_home: Path) -> None:
+    first, second = (LocalPool(Trainer()).get([spec()])[0] for _ in range(2))
+    path = ddray_home / "pool" / spec().key / TENSORS
+
+    assert str(path) in Path("/proc/self/maps").read_text()
+    first.tensors["features"].zero_()
+    assert second.tensors["features"].sum() == 15
+    assert LocalPool(Trainer()).get([spec()])[0].tensors["features"].sum() == 15
+
+
+def damage(kind: str, folder: Path) -> None:
+    """Damage an entry in one of the ways that happen."""
+    entry, tensors = folder / ENTRY, folder / TENSORS
+    if kind == "no entry":
+        entry.unlink()
+    elif kind == "no tensors":
+        tensors.unlink()
+    elif kind == "empty entry":
+        entry.write_bytes(b"")
+    elif kind == "torn entry":
+        entry.write_bytes(entry.read_bytes()[:-20] + b"\xff")
+    elif kind == "another's entry":
+        entry.write_text(entry.read_text().replace(folder.name, "0" * 64))
+    elif kind == "empty tensors":
+        tensors.write_bytes(b"")
+    elif kind == "torn tensors":
+        tensors.write_bytes(tensors.read_bytes()[:100])
+    elif kind == "a bit":
+        held = bytearray(tensors.read_bytes())
+        held[-1] ^= 1
+        tensors.write_bytes(held)
+
+
+DAMAGES = ("no entry", "no tensors", "empty entry", "torn entry", "another's entry", "empty tensors")
+
+
+@pytest.mark.parametrize("kind", [*DAMAGES, "torn tensors", "a bit"])
+def test_a_damaged_entry_is_set_aside_said_and_trained_again(
+    kind: str, ddray_home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    LocalPool(Trainer()).get([spec(), spec(seed=1)])
+    folder = ddray_home / "pool" / spec().key
+    damage(kind, folder)
+    damaged = {path.name: path.read_bytes() for path in folder.iterdir()}
+    trainer = Trainer()
+
+    entry, _ = LocalPool(trainer).get([spec(), spec(seed=1)])
+
+    assert trainer.calls == [spec()]
+    assert entry.meta["times_trained"] == times_trained(ddray_home, spec()) == 2
+    assert times_trained(ddray_home, spec(seed=1)) == 1
+    assert entry.tensors["features"].sum() == 15
+    (line,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert spec().key[:12] in line
+    assert f"set aside as {spec().key}.corrupt-1" in line
+    aside = ddray_home / "pool" / f"{spec().key}.corrupt-1"
+    assert {path.name: path.read_bytes() for path in aside.iterdir()} == damaged
+    assert LocalPool(trainer).get([spec()])[0].meta == entry.meta
+    assert len(trainer.calls) == 1
+
+
+def test_an_entry_damaged_twice_is_kept_twice(ddray_home: Path) -> None:
+    for number in (1, 2, 3):
+        LocalPool(Trainer()).get([spec()])
+        assert times_trained(ddray_home, spec()) == number
+        damage("torn tensors" if number == 1 else "torn entry", ddray_home / "pool" / spec().key)
+    LocalPool(Trainer()).get([spec()])
+
+    key = spec().key
+    assert names(ddray_home) == [key, f"{key}.corrupt-1", f"{key}.corrupt-2", f"{key}.corrupt-3"]
+    assert PoolFiles(ddray_home / "pool").known() == [key]
+
+
+def test_the_count_outlives_the_entry_and_a_lost_lock_file(ddray_home: Path) -> None:
+    LocalPool(Trainer()).get([spec()])
+    shutil.rmtree(ddray_home / "pool" / spec().key)
+    LocalPool(Trainer()).get([spec()])
+    assert times_trained(ddray_home, spec()) == 2
+
+    (ddray_home / "pool" / f"{spec().key}.lock").unlink()
+    damage("a bit", ddray_home / "pool" / spec().key)
+    LocalPool(Trainer()).get([spec()])
+    assert times_trained(ddray_home, spec()) == 3
+
+
+def test_an_entry_of_an_earlier_version_without_a_hash_is_read(ddray_home: Path) -> None:
+    LocalPool(Trainer()).get([spec()])
+    path = ddray_home / "pool" / spec().key / ENTRY
+    held = json.loads(path.read_text())
+    path.write_text(json.dumps({name: held[name] for name in ("key", "spec", "final_loss")}))
+    trainer = Trainer()
+
+    assert LocalPool(trainer).get([spec()])[0].tensors["features"].sum() == 15
+    assert trainer.calls == []
+    damage("torn tensors", path.parent)
+    assert LocalPool(trainer).get([spec()])[0].meta["times_trained"] == 2
+
+
+def test_the_hash_is_computed_once_per_process(ddray_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    LocalPool(Trainer()).get([spec()])
+    hashed: list[Path] = []
+    sha256 = pool_files._sha256
+    monkeypatch.setattr(pool_files, "_sha256", lambda path: hashed.append(path) or sha256(path))
+    LocalPool(Trainer()).get([spec()])
+    assert hashed == []
+
+    monkeypatch.setattr(pool_files, "_sound", set())
+    for _ in range(2):
+        LocalPool(Trainer()).get([spec()])
+    assert hashed == [ddray_home / "pool" / spec().key / TENSORS]
+
+
+def test_an_entry_that_may_not_be_read_is_no_damage(
+    ddray_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     LocalPool(Trainer()).get([spec()])
-    path = ddray_home / "pool" / spec().key / name
-    path.unlink() if held is None else path.write_bytes(held)
 
-    with pytest.raises(
-        InputError, match=f"pool entry .*{spec().key} must be undamaged: .*; remove the folder"
-    ):
+    def refuse(folder: Path) -> Any:
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(pool_files, "_described", refuse)
+    with pytest.raises(InputError, match=f"pool entry .*{spec().key} must be readable: Permission denied"):
         LocalPool(Trainer()).get([spec()])
+    assert names(ddray_home) == [spec().key]
 
 
-def test_a_trainer_that_fails_leaves_nothing(ddray_home: Path) -> None:
+def test_nothing_is_said_when_all_are_there(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        LocalPool(Trainer()).get([spec(), spec(seed=1)])
+        assert [record.getMessage() for record in caplog.records] == ["pool: training 2 of 2 networks"]
+        caplog.clear()
+        LocalPool(Trainer()).get([spec(), spec(seed=1)])
+        assert caplog.records == []
+
+
+def test_a_trainer_that_fails_leaves_nothing_and_the_next_one_may_try(ddray_home: Path) -> None:
     def fail(wanted: PoolSpec) -> Any:
         raise KeyError("diverged")
 
     with pytest.raises(KeyError):
         LocalPool(fail).get([spec()])
-    assert not ddray_home.exists() or list((ddray_home / "pool").iterdir()) == []
+    assert names(ddray_home) == []
+    assert LocalPool(Trainer()).get([spec()])[0].meta["times_trained"] == 1
 
 
-def test_of_two_trainers_the_first_wins_and_the_second_takes_its_entry(ddray_home: Path) -> None:
-    """Both find nothing, both train; the slower one finds the other's entry in its place."""
+def test_what_a_killed_trainer_left_half_written_is_removed(ddray_home: Path) -> None:
+    pool = ddray_home / "pool"
+    mine, other = pool / f".{spec().key}.aa.tmp", pool / f".{spec(seed=1).key}.aa.tmp"
+    for folder in (mine, other):
+        folder.mkdir(parents=True)
+        (folder / TENSORS).write_bytes(b"half")
+
+    LocalPool(Trainer()).get([spec()])
+
+    assert not mine.exists()
+    assert other.exists()  # somebody else may be writing it
+
+
+def test_of_many_threads_one_trains_and_all_get_its_entry(ddray_home: Path) -> None:
+    trainer, found, errors = Trainer(), [], []
+    gate = threading.Barrier(6)
+
+    def work() -> None:
+        try:
+            gate.wait()
+            found.extend(LocalPool(trainer).get([spec()]))
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert errors == []
+    assert len(trainer.calls) == 1
+    assert len(found) == 6
+    assert len({json.dumps(entry.meta, sort_keys=True) for entry in found}) == 1
+
+
+def test_who_waits_for_one_entry_trains_the_next(ddray_home: Path) -> None:
+    """While another holds the first entry's lock, the second is trained; then the first is taken over."""
+    lock = PoolFiles(ddray_home / "pool").lock(spec().key)
+
+    class Releasing(Trainer):
+        def __call__(self, wanted: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+            if wanted == spec(seed=1):
+                lock.release()  # as a trainer that died
+            return super().__call__(wanted)
+
+    trainer = Releasing()
+    LocalPool(trainer).get([spec(), spec(seed=1)])
+
+    assert trainer.calls == [spec(seed=1), spec()]
+
+
+def test_where_locks_do_not_hold_the_first_entry_stays(
+    ddray_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_files.fcntl, "flock", lambda handle, how: None)
 
     class Overtaken(Trainer):
         def __call__(self, wanted: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
@@ -139,39 +349,7 @@ def test_of_two_trainers_the_first_wins_and_the_second_takes_its_entry(ddray_hom
     (entry,) = LocalPool(Overtaken()).get([spec()])
 
     assert entry.meta["final_loss"] == 0.5
-    assert [path.name for path in (ddray_home / "pool").iterdir()] == [spec().key]
-
-
-def test_of_many_threads_all_get_the_same_whole_entry(ddray_home: Path) -> None:
-    gate = threading.Barrier(6)
-    found: list[Any] = []
-    errors: list[BaseException] = []
-
-    class Waiting(Trainer):
-        def __call__(self, wanted: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
-            made = super().__call__(wanted)
-            gate.wait()
-            return made
-
-    def work() -> None:
-        try:
-            found.extend(LocalPool(Waiting()).get([spec()]))
-        except BaseException as error:
-            errors.append(error)
-
-    for _ in range(5):
-        found.clear()
-        threads = [threading.Thread(target=work) for _ in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert errors == []
-        assert len({json.dumps(entry.meta, sort_keys=True) for entry in found}) == 1
-        assert [path.name for path in (ddray_home / "pool").iterdir()] == [spec().key]
-        for path in (ddray_home / "pool" / spec().key).iterdir():
-            path.unlink()
-        (ddray_home / "pool" / spec().key).rmdir()
+    assert names(ddray_home) == [spec().key]
 
 
 def test_a_full_disk_is_a_storage_error_and_leaves_nothing(
@@ -184,7 +362,15 @@ def test_a_full_disk_is_a_storage_error_and_leaves_nothing(
         Path(path).write_bytes(b"half")
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(safetensors.torch, "save_file", fail)
-    with pytest.raises(StorageError, match=f"could not write .*{spec().key}: .*No space left on device"):
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors.torch, "save_file", fail)
+        with pytest.raises(StorageError, match=f"could not write .*{spec().key}: .*No space left on device"):
+            LocalPool(Trainer()).get([spec()])
+    assert names(ddray_home) == []
+    assert LocalPool(Trainer()).get([spec()])[0].meta["times_trained"] == 1
+
+
+def test_a_folder_that_cannot_be_made_is_a_storage_error(ddray_home: Path) -> None:
+    ddray_home.write_text("a file")
+    with pytest.raises(StorageError, match=r"could not write .*\.lock: Not a directory"):
         LocalPool(Trainer()).get([spec()])
-    assert list((ddray_home / "pool").iterdir()) == []

@@ -1,0 +1,97 @@
+"""A search's pool: what its method declares is trained in parallel before the first trial, then served."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from ddray.cluster.payload import Payload, unpack
+from ddray.cluster.pool import PoolAddress, pool_service
+from ddray.cluster.runtime import worker_device
+from ddray.cluster.trial import Job, trial_pool
+from ddray.errors import DdrayError
+from ddray.pool import PoolSpec, home
+from ddray.pool_files import DamagedEntryError, PoolFiles
+from ddray.progress import progress
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def shared_pool(job: Job, payload: Payload, specs: Sequence[PoolSpec], num_workers: int) -> Iterator[Job]:
+    """Serve a pool to the workers while the block runs; `specs` are trained first.
+
+    Without `specs` there is no service: workers that need a network all the same share the files.
+
+    Args:
+        job: what the workers are to know.
+        payload: the real images.
+        specs: networks that are sure to be asked for.
+        num_workers: how many are trained at a time.
+
+    Yields:
+        The job, which knows the service.
+
+    Raises:
+        DdrayError: a network could not be trained.
+    """
+    if not specs:
+        yield job
+        return
+    folder = home() / "pool"
+    name = hashlib.sha256(f"{job.run_dir} {job.epoch}".encode()).hexdigest()[:16]
+    address = PoolAddress(f"ddray-pool-{name}", str(folder))
+    with pool_service(address):
+        served = replace(job, pool=address)
+        missing = [spec for spec in specs if not _is_there(PoolFiles(folder), spec.key)]
+        if missing:
+            _train(served, payload, missing, num_workers)
+        yield served
+
+
+def _is_there(files: PoolFiles, key: str) -> bool:
+    """Return whether an entry is sound; a damaged one is set aside here, where people read the log."""
+    try:
+        return files.read(key) is not None
+    except DamagedEntryError:
+        lock = files.try_lock(key)
+        if lock is None:
+            return False
+        with lock:
+            return files.mend(key, lock) is not None
+
+
+def _train(job: Job, payload: Payload, specs: Sequence[PoolSpec], num_workers: int) -> None:
+    """Train networks, as many at a time as there are workers."""
+    import ray
+
+    from ddray.cluster.fanout import Task, fan_out
+
+    shared = ray.put(payload)
+    tasks = [Task(spec.key, train_member, (job, shared, spec)) for spec in specs]
+    workers = min(num_workers, len(tasks))
+    log.info("pool: training %d networks (%s), %d at a time", len(tasks), specs[0].arch, workers)
+    with progress("training the pool", len(tasks)) as show:
+        outcomes = fan_out(tasks, num_workers=workers, cpus=job.cpus, gpus=job.gpus)
+        for done, outcome in enumerate(outcomes, start=1):
+            if isinstance(outcome.error, DdrayError):
+                raise outcome.error
+            if outcome.error is not None:
+                reason = " ".join(str(outcome.error).split())[:200]
+                raise DdrayError(
+                    f"pool network {outcome.key[:12]} failed {outcome.attempts} times: {reason}; "
+                    "run again with --resume"
+                )
+            show(done, "")
+
+
+def train_member(job: Job, payload: Payload, spec: PoolSpec) -> None:
+    """Train one network; runs in a worker, whose device is the one that counts."""
+    held = unpack(payload)
+    device = torch.device(worker_device(job.gpus))
+    trial_pool(job, held, device).get([spec.model_copy(update={"device": device.type})])

@@ -1,0 +1,304 @@
+"""The files of a pool: one folder per entry, moved into place whole, and a lock file beside it.
+
+`<key>/entry.json` says what the entry is, `<key>/tensors.safetensors` holds it. `<key>.lock` is locked while
+somebody makes the entry, and counts how often that was done. A damaged entry is set aside as
+`<key>.corrupt-<n>`.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Self
+
+from ddray.errors import DdrayError, InputError
+from ddray.files import storage_errors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+ENTRY: Final = "entry.json"
+TENSORS: Final = "tensors.safetensors"
+
+_sound: set[tuple[str, int, int]] = set()
+"""Tensor files whose hash this process has checked: path, size, time of change (ns)."""
+
+
+class DamagedEntryError(DdrayError):
+    """An entry's files are missing, torn or changed; whoever holds its lock sets it aside."""
+
+
+class EntryLock:
+    """The right to make one entry; the kernel takes it from a process that dies.
+
+    Args:
+        handle: the open, locked file.
+    """
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+
+    @property
+    def times_trained(self) -> int:
+        """How often the entry was made, lost and damaged ones included."""
+        held = os.pread(self._handle, 32, 0).strip()
+        return int(held) if held.isdigit() else 0
+
+    def note(self, times_trained: int) -> None:
+        """Keep a count; it never falls."""
+        if times_trained > self.times_trained:
+            os.pwrite(self._handle, f"{times_trained}\n".encode(), 0)
+
+    def release(self) -> None:
+        """Let others make the entry."""
+        os.close(self._handle)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+class PoolFiles:
+    """Entries in a folder that many processes share.
+
+    Args:
+        folder: where they are; made when the first one is.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def known(self) -> list[str]:
+        """Return the keys of the entries that are there, sorted."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(path.name for path in self.folder.iterdir() if re.fullmatch("[0-9a-f]{64}", path.name))
+
+    def tensors_path(self, key: str) -> Path:
+        """Return where an entry's tensors are."""
+        return self.folder / key / TENSORS
+
+    def describe(self, key: str) -> dict[str, Any]:
+        """Return what an entry says of itself, its tensors unchecked.
+
+        Raises:
+            DamagedEntryError: `entry.json` is missing or torn.
+            InputError: it can't be read.
+        """
+        with _damage(self.folder / key):
+            return _described(self.folder / key)
+
+    def read(self, key: str) -> dict[str, Any] | None:
+        """Return what an entry says of itself, its files checked; None if it is not there.
+
+        The size is checked always, header and hash once per process.
+
+        Raises:
+            DamagedEntryError: a file is missing, torn or changed.
+            InputError: a file can't be read.
+        """
+        folder = self.folder / key
+        if not folder.is_dir():
+            return None
+        with _damage(folder):
+            meta = _described(folder)
+            _check_tensors(folder / TENSORS, meta)
+        return meta
+
+    def find(self, key: str) -> dict[str, Any] | None:
+        """Return what a sound entry says of itself, else None."""
+        try:
+            return self.read(key)
+        except DamagedEntryError:
+            return None
+
+    def lock(self, key: str) -> EntryLock:
+        """Wait for an entry's lock and take it.
+
+        Raises:
+            StorageError: the lock file can't be made.
+        """
+        return self._locked(key, fcntl.LOCK_EX)
+
+    def try_lock(self, key: str) -> EntryLock | None:
+        """Take an entry's lock if it is free, else return None.
+
+        Raises:
+            StorageError: the lock file can't be made.
+        """
+        try:
+            return self._locked(key, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return None
+
+    def _locked(self, key: str, how: int) -> EntryLock:
+        """Take the lock, then remove what a killed trainer left half-written."""
+        path = self.folder / f"{key}.lock"
+        with storage_errors(path):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, how)
+        except BaseException:
+            os.close(handle)
+            raise
+        for left in self.folder.glob(f".{key}.*.tmp"):
+            shutil.rmtree(left, ignore_errors=True)
+        return EntryLock(handle)
+
+    def mend(self, key: str, lock: EntryLock) -> dict[str, Any] | None:
+        """Return what a sound entry says of itself; set a damaged one aside, say so, and return None.
+
+        Raises:
+            StorageError: it can't be renamed.
+        """
+        try:
+            return self.read(key)
+        except DamagedEntryError as error:
+            reason = str(error)
+        folder = self.folder / key
+        lock.note(_times_trained(folder))
+        number = 1
+        while (aside := self.folder / f"{key}.corrupt-{number}").exists():
+            number += 1
+        with storage_errors(aside):
+            folder.rename(aside)
+        log.warning(
+            "pool entry %s is damaged (%s): set aside as %s, will be trained again",
+            key[:12],
+            reason,
+            aside.name,
+        )
+        return None
+
+    def draft(
+        self, key: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], *, times_trained: int
+    ) -> Path:
+        """Write an entry beside its place; return the folder.
+
+        Args:
+            key: which entry.
+            tensors: what to keep.
+            facts: what else `entry.json` says.
+            times_trained: this making of the entry included.
+
+        Raises:
+            StorageError: the disk is full, or the folder can't be written.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        final = self.folder / key
+        with storage_errors(final):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            draft = self.folder / f".{key}.{uuid.uuid4().hex}.tmp"
+            draft.mkdir()
+            try:
+                held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+                try:
+                    save_file(held, draft / TENSORS)
+                except SafetensorError as error:  # its Rust side wraps the OSError
+                    raise OSError(errno.EIO, f"{error}") from error
+                size, digest = (draft / TENSORS).stat().st_size, _sha256(draft / TENSORS)
+                own = {"key": key, "times_trained": times_trained, "size_bytes": size, "sha256": digest}
+                text = json.dumps({**facts, **own}, indent=2, sort_keys=True)
+                (draft / ENTRY).write_text(text + "\n", encoding="utf-8")
+            except BaseException:
+                shutil.rmtree(draft, ignore_errors=True)
+                raise
+        return draft
+
+    def publish(self, key: str, draft: Path, lock: EntryLock) -> None:
+        """Move a draft into its place and count it; where locks do not hold, the first one stays.
+
+        Raises:
+            StorageError: the folder can't be written.
+        """
+        final = self.folder / key
+        with storage_errors(final):
+            try:
+                draft.rename(final)
+            except OSError:
+                if not final.exists():
+                    raise
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
+            lock.note(lock.times_trained + 1)
+
+
+@contextmanager
+def _damage(folder: Path) -> Iterator[None]:
+    """Turn what goes wrong while an entry is read into the error that says so."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except PermissionError as error:
+        raise InputError(
+            f"pool entry {folder} must be readable: {error.strerror}; check its permissions"
+        ) from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise DamagedEntryError(" ".join(str(error).split())) from error
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    """Return an entry's `entry.json`.
+
+    Raises:
+        ValueError: it is torn, or of another entry.
+    """
+    meta = json.loads((folder / ENTRY).read_text(encoding="utf-8"))
+    if not isinstance(meta, dict) or meta.get("key") != folder.name or not isinstance(meta.get("spec"), dict):
+        raise ValueError(f"{ENTRY} is of another entry")
+    return meta
+
+
+def _check_tensors(path: Path, meta: Mapping[str, Any]) -> None:
+    """Compare an entry's tensors with what `entry.json` says of them.
+
+    Raises:
+        ValueError: size or hash differ.
+    """
+    from safetensors import safe_open
+
+    status = path.stat()
+    size = meta.get("size_bytes", status.st_size)
+    if size != status.st_size:
+        raise ValueError(f"{TENSORS} has {status.st_size} bytes instead of {size}")
+    identity = (str(path), status.st_size, status.st_mtime_ns)
+    if identity not in _sound:
+        with safe_open(path, framework="numpy"):  # compares the header with the file's length
+            pass
+        if meta.get("sha256", digest := _sha256(path)) != digest:
+            raise ValueError(f"{TENSORS} has changed: its hash is not the one in {ENTRY}")
+        _sound.add(identity)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _times_trained(folder: Path) -> int:
+    """Return the count of an entry that may be damaged: it was made at least once."""
+    try:
+        return int(json.loads((folder / ENTRY).read_text(encoding="utf-8"))["times_trained"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 1

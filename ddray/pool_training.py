@@ -1,0 +1,124 @@
+"""Training what a pool lacks: supervised networks and their features of the real images, D3HR's stages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from ddray import ssl
+from ddray.data import Dataset, Split, normalized_space
+from ddray.errors import DivergedError, unknown
+from ddray.evaluate.training import Augmenter, Recipe, augmenter, train
+from ddray.nets import Net, build_net
+from ddray.pool import LocalPool, PoolSpec
+from ddray.seeding import derive, derive_seed
+
+DIFFUSION_KINDS: Final = ("diffusion", "latents", "inverted", "statistics")
+"""D3HR's stages (`methods._d3hr_stages`)."""
+_MAX_ENCODED: Final = 200 * 2**20  # bytes of a split that is trained on as floats, encoded once
+
+
+@dataclass(frozen=True)
+class PoolTrainer:
+    """Trains what a pool lacks, each kind of entry by its own trainer.
+
+    Attributes:
+        dataset: names and statistics; its whole train is what specs of split `train` are trained on.
+        split: the real images of every other split.
+        device: where to compute.
+    """
+
+    dataset: Dataset
+    split: Split
+    device: torch.device
+
+    def __call__(self, spec: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+        """Return an entry's tensors, and what training measured.
+
+        Raises:
+            InputError: there is no such kind, or the spec does not fit the images.
+            DivergedError: a loss became NaN.
+        """
+        if spec.kind == ssl.KIND:
+            split = self.dataset.train() if spec.split == "train" else self.split
+            return ssl.SslTrainer(split.images, self.device)(spec)
+        if spec.kind not in DIFFUSION_KINDS:
+            return SupervisedTrainer(self.dataset, self.split, self.device)(spec)
+        from ddray.methods._d3hr_stages import train_stage
+
+        split = self.dataset.train() if spec.split == "train" else self.split
+        return train_stage(spec, self.dataset, split, self.device, LocalPool(self))
+
+
+@dataclass(frozen=True)
+class SupervisedTrainer:
+    """Trains the pool's supervised networks on a split, and takes their features of it.
+
+    Attributes:
+        dataset: names and statistics; its whole train is what specs of split `train` are trained on.
+        split: the real images of every other split.
+        device: where to compute.
+    """
+
+    dataset: Dataset
+    split: Split
+    device: torch.device
+
+    def __call__(self, spec: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+        """Return weights and features [N, D] of a network trained by `spec.recipe`, and its final loss.
+
+        Raises:
+            InputError: a kind of entry that is trained elsewhere, or a bad recipe.
+            DivergedError: the loss became NaN.
+        """
+        if spec.kind != "supervised":
+            raise unknown("kind of pool entry", spec.kind, ("supervised", ssl.KIND, *DIFFUSION_KINDS))
+        split = self.dataset.train() if spec.split == "train" else self.split
+        seed = derive_seed(spec.seed, "pool", spec.kind)
+        net = build_net(spec.arch, spec.image_shape, spec.num_classes, seed=seed, device=self.device)
+        recipe = Recipe.parse({"schedule": "constant", "augment": "none", **spec.recipe}, prefix="recipe.")
+        recipe = recipe.on(split)
+        images, augment = self._images(split, recipe)
+        loss = train(
+            net,
+            images,
+            split.labels.to(self.device),
+            recipe,
+            generator=derive(seed, "order"),
+            augment=augment,
+        )
+        if not math.isfinite(loss):
+            raise DivergedError(f"training {spec.arch} for the pool diverged: its loss is {loss}; lower lr")
+        weights = {f"weights.{name}": tensor for name, tensor in net.state_dict().items()}
+        measured = {"final_loss": loss, "dataset_name": self.dataset.name}
+        return {**weights, "features": self._features(net, split)}, measured
+
+    def _images(self, split: Split, recipe: Recipe) -> tuple[Tensor, Augmenter | None]:
+        """Return what is trained on and what is done to each batch: a large split is encoded by the batch."""
+        space = normalized_space(self.dataset)
+        augment = augmenter(
+            recipe.augment, can_flip=self.dataset.can_flip, space=space, strategy=recipe.strategy
+        )
+        if 4 * split.images.numel() <= _MAX_ENCODED:
+            return space.encode(split.images).to(self.device), augment
+
+        def encode(batch: Tensor, generator: torch.Generator) -> Tensor:
+            encoded = space.encode(batch).contiguous(memory_format=torch.channels_last)
+            return encoded if augment is None else augment(encoded, generator)
+
+        return split.images.to(self.device), encode
+
+    @torch.no_grad()
+    def _features(self, net: Net, split: Split) -> Tensor:
+        """Return the embedding [N, D] of every image, on the CPU."""
+        space = normalized_space(self.dataset)
+        found = []
+        for images in torch.split(split.images, 64):
+            encoded = space.encode(images.to(self.device)).contiguous(memory_format=torch.channels_last)
+            found.append(net.embed(encoded).cpu())
+        return torch.cat(found)

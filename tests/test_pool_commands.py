@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ddray import pool_api
+from ddray.cli import _run
+from ddray.errors import InputError
+from ddray.plan import declared_specs, make_context, resolve
+from ddray.pool import supervised_specs
+from ddray.pool_api import list_pool, show_entry, train_pool
+from ddray.pool_files import ENTRY, TENSORS
+
+CPU = torch.device("cpu")
+
+
+def trained(dataset: Any, **more: Any) -> dict[str, Any]:
+    settings = {"arch": "convnet1_w8", "recipe": {"epochs": 1}, "seed": 0, "num_models": 1, "device": CPU}
+    return train_pool(dataset, **{**settings, **more})
+
+
+def test_training_gives_the_keys_that_methods_ask_for(toy: Any, ddray_home: Path) -> None:
+    dataset = toy()
+    found = trained(dataset, num_models=2, recipe={}, seed=3)
+
+    plan = resolve("herding", dataset, ipc=1, seed=3, layers=[{"arch": "convnet1_w8"}])
+    ctx = make_context(plan, dataset.train(), split_name="train", device=CPU)
+    (declared,) = declared_specs(plan, ctx)
+    specs = supervised_specs(
+        dataset, split="train", arch="convnet1_w8", device="cpu", recipe={}, seed=3, num=2
+    )
+    assert found["keys"] == [spec.key for spec in specs]
+    assert found["key"] == found["keys"][0] == declared.key
+    assert found["folder"] == str(ddray_home / "pool" / found["key"])
+    assert Path(found["folder"], TENSORS).is_file()
+
+
+def test_the_recipe_is_checked_and_taken(toy: Any) -> None:
+    dataset = toy()
+    found = trained(dataset, recipe={"epochs": 1, "lr": 1, "augment": "dsa", "schedule": "constant"})
+    recipe = show_entry(found["key"])["meta"]["spec"]["recipe"]
+    plain = {"momentum": 0.9, "weight_decay": 5e-4, "batch": 256}
+    assert recipe == {"epochs": 1, "lr": 1.0, "augment": "dsa", **plain}
+    assert trained(dataset, recipe={"epochs": 1, "lr": 1.0, "augment": "dsa"}) == found
+    for more, message in (
+        ({"recipe": {"epoch": 1}}, "unknown option 'epoch'; did you mean 'epochs'"),
+        ({"recipe": {"epochs": 0}}, "epochs: .*got 0"),
+        ({"num_models": 0}, "--num-models must be >= 1, got 0"),
+        ({"arch": "convnet9"}, "convnet9"),
+    ):
+        with pytest.raises(InputError, match=message):
+            trained(dataset, **more)
+
+
+def test_a_pool_folder_of_ones_own(toy: Any, tmp_path: Path, ddray_home: Path) -> None:
+    found = trained(toy(), folder=tmp_path / "own")
+    assert found["folder"] == str(tmp_path / "own" / found["key"])
+    assert not ddray_home.exists()
+    assert list_pool() == {"models": []}
+
+
+def test_the_list_says_what_is_there(toy: Any, ddray_home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert list_pool() == {"models": []}
+    keys = sorted(trained(toy(), num_models=2)["keys"])
+    folder = ddray_home / "pool" / keys[1]
+
+    models = list_pool()["models"]
+
+    assert [model["key"] for model in models] == keys
+    assert models[1] == {
+        "key": keys[1],
+        "kind": "supervised",
+        "dataset": "toy",
+        "arch": "convnet1_w8",
+        "epochs": 1,
+        "times_trained": 1,
+        "size_bytes": (folder / ENTRY).stat().st_size + (folder / TENSORS).stat().st_size,
+    }
+    assert caplog.records == []
+    (folder / ENTRY).write_text("{")
+    assert [model["key"] for model in list_pool()["models"]] == keys[:1]
+    assert keys[1][:12] in caplog.text
+    (folder / ENTRY).write_text(json.dumps({"key": keys[1], "spec": {}}))
+    assert list_pool()["models"][1]["epochs"] is None
+
+
+def test_an_entry_is_shown_by_a_prefix(toy: Any, ddray_home: Path) -> None:
+    keys = sorted(trained(toy(), num_models=2)["keys"])
+
+    shown = show_entry(keys[0][:10])
+
+    assert (shown["key"], shown["folder"]) == (keys[0], str(ddray_home / "pool" / keys[0]))
+    assert shown["meta"]["spec"]["arch"] == "convnet1_w8"
+    assert shown["tensors"]["features"] == {"dtype": "F32", "shape": [24, 8 * 8 * 8]}
+    assert any(name.startswith("weights.") for name in shown["tensors"])
+    with pytest.raises(InputError, match=r"key must begin one entry of .*, 0 begin with 'zz'; there: "):
+        show_entry("zz")
+    with pytest.raises(InputError, match=f"2 begin with ''; there: {keys[0][:12]}, {keys[1][:12]}"):
+        show_entry("")
+    (ddray_home / "pool" / keys[0] / TENSORS).write_bytes(b"half")
+    with pytest.raises(InputError, match=r"must be undamaged: .*4 bytes instead of"):
+        show_entry(keys[0])
+
+
+class TestCommands:
+    TRAIN = ("pool", "train", "--kind", "supervised", "--arch", "convnet1_w8", "--epochs", "1")
+
+    def test_train_list_show(self, capfd: pytest.CaptureFixture[str], ddray_home: Path) -> None:
+        assert _run([*self.TRAIN, "--num-models", "2", "--device", "cpu", "--json"], False) == 0
+        made = json.loads(capfd.readouterr().out)
+        assert len(made["keys"]) == 2
+
+        assert _run(["pool", "list", "--json"], False) == 0
+        models = json.loads(capfd.readouterr().out)["models"]
+        assert sorted(made["keys"]) == [model["key"] for model in models]
+        assert {(model["dataset"], model["epochs"]) for model in models} == {("digits", 1)}
+
+        assert _run(["pool", "show", made["key"][:8], "--json"], False) == 0
+        assert json.loads(capfd.readouterr().out)["key"] == made["key"]
+        for command in (["pool", "list"], ["pool", "show", made["key"]], [*self.TRAIN]):
+            assert _run(command, False) == 0
+            assert made["key"][:12] in capfd.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["pool", "train", "--kind", "supervized"], "--kind must be one of .*did you mean 'supervised'"),
+            (["pool", "show", "abc"], "0 begin with 'abc'; there: none"),
+            ([*TRAIN, "--set", "epoch=2"], "unknown option 'epoch'"),
+            ([*TRAIN, "--dataset", "digitz"], "did you mean 'digits'"),
+        ],
+    )
+    def test_bad_input_is_one_line(
+        self, arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        import re
+
+        assert _run(arguments, False) == 2
+        (line,) = capfd.readouterr().err.strip().splitlines()
+        assert re.match(f"error: .*{message}", line)
+
+    def test_epochs_and_sets_reach_the_recipe(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked: list[dict[str, Any]] = []
+
+        def look(dataset: Any, **more: Any) -> dict[str, Any]:
+            asked.append({"dataset": dataset.name, **more})
+            return {"key": "k", "folder": "f", "keys": ["k"]}
+
+        monkeypatch.setattr(pool_api, "train_pool", look)
+        sets = ["--set", "epochs=7", "--set", "lr=1e-1", "--seed", "4", "--out", "own"]
+        assert _run(["pool", "train", "--kind", "supervised", *sets], False) == 0
+        assert _run([*self.TRAIN, *sets], False) == 0
+        assert asked[0]["recipe"] == {"epochs": 7, "lr": 0.1}
+        assert (asked[0]["seed"], asked[0]["num_models"], asked[0]["arch"]) == (4, 1, "auto")
+        assert asked[0]["folder"] == Path.cwd() / "own"
+        assert (asked[1]["recipe"]["epochs"], asked[1]["arch"]) == (1, "convnet1_w8")
+
+
+def test_a_damaged_entry_is_said_on_stderr_at_the_next_use(
+    toy: Any, ddray_home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = trained(toy())
+    (ddray_home / "pool" / found["key"] / TENSORS).write_bytes(b"half")
+    with caplog.at_level(logging.WARNING):
+        trained(toy())
+    assert found["key"][:12] in caplog.text
+    assert [model["times_trained"] for model in list_pool()["models"]] == [2]

@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ddray import pool_training
+from ddray.data import Dataset, Split, carve_val
+from ddray.errors import DivergedError, InputError
+from ddray.nets import build_net
+from ddray.plan import declared_specs, make_context, resolve
+from ddray.pool import LocalPool, PoolSpec, supervised_specs
+from ddray.pool_training import SupervisedTrainer
+from ddray.seeding import derive, derive_seed
+
+CPU = torch.device("cpu")
+
+
+def wanted(dataset: Dataset, split: str = "train", seed: int = 3, **recipe: Any) -> PoolSpec:
+    recipe = {"epochs": 2, "batch": 7, **recipe}
+    (spec,) = supervised_specs(
+        dataset, split=split, arch="convnet2_w8", device="cpu", recipe=recipe, seed=seed, num=1
+    )
+    return spec
+
+
+def same(a: Any, b: Any) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_it_is_plain_sgd_on_the_normalized_images(toy: Any) -> None:
+    """Against a loop written out here: SGD .01, momentum .9, weight decay 5e-4, a fresh order each epoch."""
+    dataset = toy()
+    split = dataset.train()
+    seed = derive_seed(3, "pool", "supervised")
+    net = build_net("convnet2_w8", dataset.image_shape, 3, seed=seed)
+    mean, std = (torch.tensor(held).view(1, 3, 1, 1) for held in (dataset.mean, dataset.std))
+    images = (split.images.float() / 255 - mean) / std
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    order = derive(seed, "order")
+    for _ in range(2):
+        total = 0.0
+        for index in torch.split(torch.randperm(len(split), generator=order), 7):
+            loss = F.cross_entropy(net(images[index]), split.labels[index])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += float(loss.detach()) * len(index)
+
+    tensors, measured = SupervisedTrainer(dataset, split, CPU)(wanted(dataset))
+
+    assert measured == {"final_loss": pytest.approx(total / len(split), rel=1e-4), "dataset_name": "toy"}
+    for name, value in net.state_dict().items():
+        torch.testing.assert_close(tensors[f"weights.{name}"], value, rtol=1e-3, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(tensors["features"], net.embed(images), rtol=1e-3, atol=1e-4)
+
+
+def test_a_large_split_is_encoded_by_the_batch(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = toy()
+    trainer = SupervisedTrainer(dataset, dataset.train(), CPU)
+    whole, _ = trainer(wanted(dataset))
+    monkeypatch.setattr(pool_training, "_MAX_ENCODED", 0)
+    sizes = []
+    train = pool_training.train
+
+    def look(net: Any, images: Any, *rest: Any, **more: Any) -> float:
+        sizes.append(images.element_size())
+        return float(train(net, images, *rest, **more))
+
+    monkeypatch.setattr(pool_training, "train", look)
+    by_batch, _ = trainer(wanted(dataset))
+
+    assert sizes == [1]  # bytes
+    for name, value in whole.items():
+        torch.testing.assert_close(by_batch[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("limit", [0, 2**40])
+def test_the_recipe_decides(limit: int, toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_training, "_MAX_ENCODED", limit)
+    dataset = toy()
+    trainer = SupervisedTrainer(dataset, dataset.train(), CPU)
+    changes: list[dict[str, Any]] = [
+        {},
+        {"augment": "dsa_idc"},
+        {"augment": "dsa_idc", "strategy": "crop"},
+        {"cutmix": 1.0},
+        {"schedule": "cosine"},
+        {"lr": 0.1},
+    ]
+
+    found = [trainer(wanted(dataset, **change))[0]["features"] for change in changes]
+
+    assert len({tuple(held.flatten().tolist()) for held in found}) == len(changes)
+    assert torch.equal(found[1], trainer(wanted(dataset, **changes[1]))[0]["features"])
+
+
+def test_a_spec_of_train_is_trained_on_all_of_train_wherever(toy: Any) -> None:
+    """A search distils from a part of train; its pool may be trained on the whole."""
+    dataset = toy(counts=(20, 20, 20))
+    part, _ = carve_val(dataset.train(), seed=0)
+    searching, final = (SupervisedTrainer(dataset, split, CPU) for split in (part, dataset.train()))
+
+    a, b = (trainer(wanted(dataset))[0] for trainer in (searching, final))
+    c, _ = searching(wanted(dataset, split="train-val0"))
+
+    assert same(a, b)
+    assert len(a["features"]) == 60
+    assert len(c["features"]) == len(part) == 54
+    assert not torch.equal(a["features"][:54], c["features"])
+
+
+def test_spectrograms_are_not_augmented(toy: Any) -> None:
+    images = toy(shape=(1, 16, 16)).train()
+    sound = Split(images.images.float() / 255, images.labels)
+    dataset = Dataset(
+        "sound", ("a", "b", "c"), (1, 16, 16), (0.5,), (0.3,), False, lambda: sound, lambda: sound
+    )
+    trainer = SupervisedTrainer(dataset, sound, CPU)
+
+    assert same(trainer(wanted(dataset))[0], trainer(wanted(dataset, augment="dsa_idc", cutmix=0.5))[0])
+
+
+def test_what_cannot_be_trained_is_refused(toy: Any) -> None:
+    dataset = toy()
+    trainer = SupervisedTrainer(dataset, dataset.train(), CPU)
+
+    with pytest.raises(InputError, match=r"kind of pool entry must be one of .*supervised, got 'supervise'"):
+        trainer(wanted(dataset).model_copy(update={"kind": "supervise"}))
+    with pytest.raises(InputError, match=r"unknown option 'recipe.epoch'; did you mean 'epochs'"):
+        trainer(wanted(dataset, epoch=3))
+    with pytest.raises(DivergedError, match=r"training convnet2_w8 for the pool diverged: .*lower lr"):
+        trainer(wanted(dataset, lr=1e30))
+
+
+def test_only_selections_made_in_features_declare_their_network(toy: Any, ddray_home: Path) -> None:
+    dataset = toy()
+    for method, epochs in {"herding": 20, "kcenter": 20, "kmeans": 20, "random": None, "dm": None}.items():
+        plan = resolve(method, dataset, ipc=1, seed=4, layers=[{"arch": "convnet1_w8"}])
+        ctx = make_context(plan, dataset.train(), split_name="train", device=CPU)
+
+        specs = declared_specs(plan, ctx)
+
+        if epochs is None:
+            assert specs == []
+            continue
+        (spec,) = specs
+        assert (spec.seed, spec.split, spec.recipe["epochs"], spec.arch) == (4, "train", 20, "convnet1_w8")
+
+
+def test_what_a_selection_declares_is_what_it_asks_for(toy: Any, planned: Any, ddray_home: Path) -> None:
+    dataset = toy()
+    plan, ctx, distiller = planned("kcenter", dataset, method={"feature_epochs": 1})
+    (spec,) = declared_specs(plan, ctx)
+    (entry,) = LocalPool(SupervisedTrainer(dataset, dataset.train(), CPU)).get([spec])
+    assert math.isfinite(entry.meta["final_loss"])
+
+    def never(asked: PoolSpec) -> Any:
+        raise AssertionError(f"{asked} was not declared")
+
+    object.__setattr__(ctx, "pool", LocalPool(never))
+    distiller.setup(ctx)
+    assert len(distiller.snapshot().labels) == 3
+
+
+def test_a_pool_may_be_given(toy: Any) -> None:
+    dataset = toy()
+    plan = resolve("random", dataset, ipc=1)
+    pool = LocalPool(lambda spec: ({}, {}))
+    assert make_context(plan, dataset.train(), split_name="train", device=CPU, pool=pool).pool is pool
