@@ -39,6 +39,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def is_audio(self) -> bool:
+        """Whether the images are spectrograms, which no picture augmentation fits."""
+        return self.images.is_floating_point()
+
     def select(self, index: Tensor) -> Split:
         """Return a copy of the images at `index` [M], in that order."""
         return Split(self.images[index], self.labels[index])

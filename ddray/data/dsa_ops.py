@@ -131,3 +131,16 @@ OPERATIONS: Final[dict[str, Callable[[Tensor, Tensor, DsaParams], Tensor]]] = {
     "scale": scale,
     "rotate": rotate,
 }
+
+
+def crop_and_flip(images: Tensor, generator: torch.Generator, *, can_flip: bool) -> Tensor:
+    """Return torchvision's RandomCrop(side, padding=side / 8) and a flip by half, per sample, on the device.
+
+    Args:
+        images: float [N, C, H, W] in a space where 0 is what the padding should be.
+        generator: CPU generator of the draws.
+        can_flip: whether a mirrored image keeps its class.
+    """
+    rows = torch.rand(len(images), NUM_COLUMNS, generator=generator).to(images.device, non_blocking=True)
+    shifted = crop(images, rows, DsaParams())
+    return flip(shifted, rows, DsaParams()) if can_flip else shifted

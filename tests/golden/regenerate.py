@@ -15,7 +15,8 @@ from ddray.distill import run_distillation
 from ddray.plan import make_context, make_distiller, resolve
 
 FOLDER = Path(__file__).resolve().parent
-METHODS = ("datadam", "dm", "mmd_pixel")
+METHODS = ("cafe", "datadam", "dc", "dm", "dsa", "dsdm", "idm", "m3d", "mmd_pixel")
+POOL = {"num_models": 2, "epochs": 1}
 STEPS = 5
 
 
@@ -23,7 +24,8 @@ def losses(method: str) -> list[float]:
     """Return the losses of the first steps on digits: ipc 1, batch_real 8, seed 0, one thread."""
     torch.set_num_threads(1)
     dataset = open_dataset("digits")
-    layers = [{"steps": STEPS, "compile": "off", "method": {"batch_real": 8}}]
+    own = {"batch_real": 8, **({"pool": POOL} if method == "dsdm" else {})}
+    layers = [{"steps": STEPS, "compile": "off", "method": own}]
     plan = resolve(method, dataset, ipc=1, seed=0, layers=layers)
     ctx = make_context(plan, dataset.train(), split_name="train", device=torch.device("cpu"))
     return [float(loss) for loss in run_distillation(make_distiller(plan), ctx).losses]

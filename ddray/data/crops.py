@@ -1,0 +1,88 @@
+"""Random resized crops of batches, one box per image, on the images' own device.
+
+The boxes are drawn as torchvision's `RandomResizedCrop` draws them; all crops of a batch are then sampled by
+one bilinear grid, flips included.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_ATTEMPTS = 10
+
+
+def draw_boxes(
+    num: int,
+    size: tuple[int, int],
+    generator: torch.Generator,
+    *,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Tensor:
+    """Return `num` boxes (top, left, height, width) in pixels, int64 [num, 4].
+
+    Args:
+        num: how many.
+        size: (H, W) of the images.
+        generator: CPU generator.
+        scale: smallest and largest share of the image's area.
+        ratio: smallest and largest width / height.
+    """
+    height, width = size
+    draws = torch.rand(num, _ATTEMPTS, 2, generator=generator, dtype=torch.float64)
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[..., 0])
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    aspect = (low + (high - low) * draws[..., 1]).exp()
+    rows, columns = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
+    fits = (rows >= 1) & (rows <= height) & (columns >= 1) & (columns <= width)
+    # Of ten attempts the first that fits; none: the largest centred box of an allowed ratio.
+    first = fits.int().argmax(1, keepdim=True)
+    rows, columns = rows.gather(1, first)[:, 0], columns.gather(1, first)[:, 0]
+    none = ~fits.any(1)
+    rows = torch.where(none, min(height, round(width / ratio[0])), rows)
+    columns = torch.where(none, min(width, round(height * ratio[1])), columns)
+    place = torch.rand(num, 2, generator=generator, dtype=torch.float64)
+    place = torch.where(none[:, None], 0.5, place)
+    top = (place[:, 0] * (height - rows + 1)).floor().clamp(max=height - rows)
+    left = (place[:, 1] * (width - columns + 1)).floor().clamp(max=width - columns)
+    return torch.stack([top, left, rows, columns], 1).long()
+
+
+def resized_crops(images: Tensor, boxes: Tensor, flips: Tensor | None = None) -> Tensor:
+    """Return each image's box at the size of the whole image (bilinear).
+
+    Args:
+        images: [N, C, H, W].
+        boxes: [N, 4] of `draw_boxes`.
+        flips: bool [N], which crops are mirrored.
+
+    Returns:
+        [N, C, H, W].
+    """
+    height, width = images.shape[2:]
+    top, left, rows, columns = boxes.to(images.dtype).unbind(1)
+    theta = images.new_zeros(len(boxes), 2, 3).to(boxes.device)
+    sign = 1 if flips is None else 1 - 2 * flips.to(theta)
+    theta[:, 0, 0], theta[:, 0, 2] = sign * columns / width, (2 * left + columns) / width - 1
+    theta[:, 1, 1], theta[:, 1, 2] = rows / height, (2 * top + rows) / height - 1
+    grid = F.affine_grid(theta.to(images.device, non_blocking=True), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def random_resized_crop(
+    images: Tensor,
+    generator: torch.Generator,
+    *,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    flip: bool = False,
+) -> Tensor:
+    """Return a random resized crop of each image [N, C, H, W], half of them mirrored if `flip`."""
+    size = (images.shape[2], images.shape[3])
+    boxes = draw_boxes(len(images), size, generator, scale=scale, ratio=ratio)
+    flips = torch.rand(len(images), generator=generator) < 0.5 if flip else None
+    return resized_crops(images, boxes, flips)

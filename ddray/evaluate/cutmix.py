@@ -1,0 +1,60 @@
+"""CutMix (Yun et al., ICCV 2019, arXiv:1905.04899) with Beta(1, 1), as IDC's and DSDM's code draws it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """A batch after CutMix.
+
+    Attributes:
+        images: [N, C, H, W], each with a box of its partner.
+        partner: int64 [N] on the images' device, the image that each took its box from.
+        share: of an image's own pixels that are left, the weight of its own label.
+    """
+
+    images: Tensor
+    partner: Tensor
+    share: float
+
+
+def cutmix(images: Tensor, probability: float, generator: torch.Generator) -> Mixed | None:
+    """Mix a batch with itself by CutMix, or return None as a draw decides.
+
+    Every draw is made on the CPU, so that nothing waits for the device.
+
+    Args:
+        images: [N, C, H, W], left as they are.
+        probability: of mixing the batch.
+        generator: CPU generator.
+    """
+    drawn, lam, row, column = torch.rand(4, generator=generator).tolist()
+    if drawn >= probability:
+        return None
+    partner = torch.randperm(len(images), generator=generator).to(images.device, non_blocking=True)
+    rows, columns = (
+        _side(size, lam, centre) for size, centre in zip(images.shape[2:], (row, column), strict=True)
+    )
+    mixed = images.clone()
+    mixed[:, :, rows, columns] = images[:, :, rows, columns].index_select(0, partner)
+    covered = (rows.stop - rows.start) * (columns.stop - columns.start)
+    return Mixed(mixed, partner, 1 - covered / (images.shape[2] * images.shape[3]))
+
+
+def _side(size: int, lam: float, centre: float) -> slice:
+    """Return the box's pixels along one axis: sqrt(1 - lam) of it around a uniform centre, cut at the border.
+
+    Args:
+        size: pixels of the axis.
+        lam: the draw of Beta(1, 1), what is to be left of the image.
+        centre: uniform in [0, 1).
+    """
+    middle = int(centre * size)
+    half = int(size * math.sqrt(1 - lam)) // 2
+    return slice(max(middle - half, 0), min(middle + half, size))

@@ -1,0 +1,138 @@
+"""Protocol `robust`: DD-Ranking's label-robust and augmentation-robust scores (arXiv:2505.13300).
+
+With accuracies as fractions, and w = gamma = 1/2 as on their leaderboard:
+
+    HLR = acc(whole set) - acc(set)                         hard-label recovery
+    IOR = acc(set) - acc(random images at its storage)      improvement over random
+    alpha = w IOR - (1 - w) HLR
+    beta = gamma (set - random, augmented) + (1 - gamma) (set - random, not augmented)
+    LRS = (e^alpha - e^-1) / (e - e^-1), and ARS likewise from beta
+
+Both lie in [0, 1]; a set no better than random and as good as the whole scores .2689 (alpha = 0).
+
+**Deviations** (paper | package `ddranking` | ours)
+
+- units: LRS and ARS in [0, 1] | alpha and beta are formed of percents, so that e^alpha leaves every range |
+  fractions, as the paper means them.
+- learning rate: not given | tuned for the set and for random images, by test accuracy | one recipe for all.
+- accuracy: not given | the best of all looks at test | the last epoch's.
+- the whole set: not given | un-augmented, with a recipe per dataset, or a stored number | un-augmented, with
+  the set's own recipe, once for all seeds and kept (`--full-epochs` shortens it).
+- random images: same images per class | likewise | same storage: a set that decodes one stored image to four
+  is compared with one random image, not with four. A fresh draw per seed.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+
+from ddray.artifact import TrainSet
+from ddray.data import Split
+from ddray.evaluate import EvalContext, EvalResult
+from ddray.evaluate.hard import fit
+from ddray.evaluate.subsets import random_subset
+from ddray.evaluate.training import Recipe, accuracy
+from ddray.evaluate.whole import whole_set_accuracy
+from ddray.nets import check_arch
+from ddray.seeding import derive
+
+
+def normalised_score(value: float) -> float:
+    """Return (e^value - e^-1) / (e - e^-1): [-1, 1] onto [0, 1]."""
+    return (math.exp(value) - math.exp(-1)) / (math.e - math.exp(-1))
+
+
+def label_robust_score(hlr: float, ior: float, weight: float = 0.5) -> float:
+    """Return LRS.
+
+    Args:
+        hlr: hard-label recovery, a difference of fractions.
+        ior: improvement over random, likewise.
+        weight: w, of the improvement.
+    """
+    return normalised_score(weight * ior - (1 - weight) * hlr)
+
+
+def augmentation_robust_score(augmented: float, plain: float, weight: float = 0.5) -> float:
+    """Return ARS.
+
+    Args:
+        augmented: set - random, both trained with augmentation, a difference of fractions.
+        plain: the same without augmentation.
+        weight: gamma, of the augmented one.
+    """
+    return normalised_score(weight * augmented + (1 - weight) * plain)
+
+
+class Robust:
+    """LRS and ARS of a set.
+
+    Args:
+        recipe: how the set is trained on; the random images likewise.
+        real: the dataset's images that random ones are drawn from, and the whole of which is trained on.
+        split_name: which part of the dataset they are.
+        random_per_class: random images per class at the set's storage.
+        full_epochs: epochs on the whole set; None: the recipe's.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        real: Split,
+        split_name: str,
+        random_per_class: int,
+        full_epochs: int | None = None,
+    ) -> None:
+        self._recipe = recipe.on(real)
+        self._whole = recipe.model_copy(update={"epochs": full_epochs or recipe.epochs})
+        self._real = real
+        self._split_name = split_name
+        self._per_class = random_per_class
+
+    def evaluate(self, train_set: TrainSet, ctx: EvalContext, *, arch: str, seed: int) -> EvalResult:
+        """Train on the set and on random images, with and without augmentation, and score all four.
+
+        Args:
+            train_set: images [N, C, H, W] in the context's space, labels [N].
+            ctx: target and split.
+            arch: architecture name.
+            seed: which networks, and which random images.
+
+        Raises:
+            InputError: the architecture is unknown or does not fit the images.
+            DivergedError: a training loss became NaN.
+            StorageError: the whole set's accuracy can't be kept.
+        """
+        begin = time.perf_counter()
+        generator = derive(seed, "evaluate", "robust", "random")
+        random = random_subset(self._real, self._per_class, ctx.space, generator)
+        plain = self._recipe.without_augmentation()
+
+        def score(images: TrainSet, recipe: Recipe) -> float:
+            return accuracy(
+                fit(images, ctx, recipe, arch=arch, seed=seed), ctx.split, ctx.space, device=ctx.device
+            )
+
+        augmented = score(train_set, self._recipe), score(random, self._recipe)
+        bare = augmented if plain == self._recipe else (score(train_set, plain), score(random, plain))
+        full = whole_set_accuracy(self._real, ctx, self._whole, arch=arch, split_name=self._split_name)
+        hlr, ior = full - augmented[0], augmented[0] - augmented[1]
+        return EvalResult(
+            check_arch(arch),
+            seed,
+            augmented[0],
+            len(train_set.labels),
+            time.perf_counter() - begin,
+            measures={
+                "lrs": label_robust_score(hlr, ior),
+                "ars": augmentation_robust_score(ior, bare[0] - bare[1]),
+                "hlr": hlr,
+                "ior": ior,
+                "accuracy_full": full,
+                "accuracy_random": augmented[1],
+                "accuracy_plain": bare[0],
+                "accuracy_random_plain": bare[1],
+            },
+        )

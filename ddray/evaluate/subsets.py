@@ -1,0 +1,65 @@
+"""Stratified subsets: of a set to train on (--train-limit), and random real images at a set's storage."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ddray.artifact import TrainSet
+from ddray.data import PixelSpace, Split
+from ddray.errors import InputError
+
+
+def class_ranks(labels: Tensor, generator: torch.Generator) -> Tensor:
+    """Return each sample's place in a random order of its class, counted from 0.
+
+    Args:
+        labels: int64 [N].
+        generator: CPU generator of the order.
+
+    Returns:
+        int64 [N].
+    """
+    shuffled = torch.randperm(len(labels), generator=generator)
+    order = shuffled[torch.argsort(labels[shuffled], stable=True)]
+    counts = torch.bincount(labels)
+    ranks = torch.empty_like(labels)
+    ranks[order] = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[order]]
+    return ranks
+
+
+def limited(train_set: TrainSet, limit: int, generator: torch.Generator) -> TrainSet:
+    """Return at most `limit` images of a set, every class by its share; the order is kept.
+
+    Args:
+        train_set: images [N, C, H, W] and labels [N].
+        limit: how many images.
+        generator: CPU generator of the draw; it also decides which classes give one image more.
+
+    Raises:
+        InputError: `limit` is below 1.
+    """
+    if limit < 1:
+        raise InputError(f"--train-limit must be >= 1, got {limit}")
+    if limit >= len(train_set.labels):
+        return train_set
+    labels = train_set.labels
+    # The r-th of a class's n images stands at (r + 1/2) / n: what lies first is a stratified sample.
+    place = (class_ranks(labels, generator) + 0.5) / torch.bincount(labels)[labels]
+    shuffled = torch.randperm(len(labels), generator=generator)
+    first = shuffled[torch.argsort(place[shuffled], stable=True)][:limit]
+    kept = first.sort().values
+    return TrainSet(train_set.images[kept], labels[kept])
+
+
+def random_subset(real: Split, per_class: int, space: PixelSpace, generator: torch.Generator) -> TrainSet:
+    """Return random real images in a pixel space; a class with fewer than `per_class` gives all it has.
+
+    Args:
+        real: images to draw from.
+        per_class: images per class.
+        space: pixel space of the result.
+        generator: CPU generator of the draw.
+    """
+    chosen = real.select(torch.nonzero(class_ranks(real.labels, generator) < per_class)[:, 0])
+    return TrainSet(space.encode(chosen.images), chosen.labels)

@@ -1,0 +1,251 @@
+"""Gradient matching (DC and DSA): the distance of two gradients, and the loops around it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Final, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ddray.artifact import DistilledSet
+from ddray.config import Config
+from ddray.data import DsaPlan
+from ddray.distill import DistillContext, Distiller, Target
+from ddray.evaluate.training import Recipe, augmenter, train
+from ddray.methods._matching import ClassBatches, chunks, initial_images, largest_map_bytes
+from ddray.methods._partitioned import siamese
+from ddray.nets import build_net, is_per_sample, reinitialize
+from ddray.seeding import derive_seed
+
+Metric = Literal["layerwise", "mse", "cosine"]
+_LOOPS: Final = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
+_STATISTICS_IMAGES: Final = 16  # real images per class that batch norm's statistics are fixed on
+
+
+class GradientConfig(Config):
+    """Settings of the methods that match gradients."""
+
+    lr_img: float = Field(default=0.1, gt=0)
+    """Learning rate of the images (SGD)."""
+    momentum: float = Field(default=0.5, ge=0, lt=1)
+    """Momentum of the images' SGD."""
+    batch_real: int = Field(default=256, ge=1)
+    """Real images per class and update; never more than the smallest class has."""
+    init: Literal["random", "kcenter", "noise"] = "noise"
+    """Initial images: random real ones, k-center's choice, or Gaussian noise."""
+    augment: Literal["dsa", "dsa_idc", "none"] = "none"
+    """Siamese augmentation: the same parameters for real and synthetic images, a fresh draw per class."""
+    metric: Metric = "layerwise"
+    """Distance of gradients: cosine by layer and output (the papers'), squared, or cosine of all in one."""
+    outer_loop: int = Field(default=1, ge=1)
+    """Updates of the images per network."""
+    inner_loop: int = Field(default=1, ge=1)
+    """Epochs on the images that the network is trained for between two of them."""
+    lr_net: float = Field(default=0.01, gt=0)
+    """Learning rate of the network (SGD without momentum)."""
+    batch_train: int = Field(default=256, ge=1)
+    """Synthetic images per batch of its training."""
+
+
+def gradient_distance(real: Sequence[Tensor], synthetic: Sequence[Tensor], *, metric: Metric) -> Tensor:
+    """Return the distance of two gradients, each a tensor per parameter.
+
+    `layerwise` (DC, Eq 10 and its appendix): the sum over layers and output channels of 1 - cosine, where a
+    convolution's gradient [O, I, h, w] has O rows of I*h*w; biases and normalisation layers do not count.
+
+    Args:
+        real: gradients on real images.
+        synthetic: gradients on synthetic images; the result is differentiable in them.
+        metric: which distance.
+    """
+    if metric != "layerwise":
+        a, b = (torch.cat([gradient.flatten() for gradient in held]) for held in (real, synthetic))
+        if metric == "mse":
+            return (a - b).square().sum()
+        return 1 - F.cosine_similarity(a, b, dim=0)
+    total = synthetic[0].new_zeros(())
+    for one, other in zip(real, synthetic, strict=True):
+        if one.ndim > 1:
+            a, b = one.flatten(1), other.flatten(1)
+            total = total + (1 - (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + 1e-6)).sum()
+    return total
+
+
+def loops(ipc: int) -> tuple[int, int]:
+    """Return the published (outer, inner) loops; an ipc without any takes those of the next lower one."""
+    return _LOOPS[max(known for known in _LOOPS if known <= ipc)]
+
+
+class GradientMatching:
+    """Images whose gradients follow the real ones' along a network's training on the images.
+
+    Args:
+        ctx: what to work on.
+        config: the settings.
+    """
+
+    def __init__(self, ctx: DistillContext, config: GradientConfig) -> None:
+        self._ctx = ctx
+        self._config = config
+        self._batches = ClassBatches(ctx, config.batch_real)
+        images, self.labels = initial_images(ctx, config.init)
+        self.images = images.contiguous()
+        self._optimizer = torch.optim.SGD([self.images], lr=config.lr_img, momentum=config.momentum)
+        self._dsa = siamese(ctx.dataset.can_flip, config.augment, None)
+        net = build_net(ctx.arch, ctx.dataset.image_shape, ctx.dataset.num_classes, seed=0, device=ctx.device)
+        self._net = net.to(memory_format=torch.channels_last)
+        self._mixes = not is_per_sample(net)
+        self._sample_bytes = largest_map_bytes(net, ctx)
+        self._step = 0
+
+    def step(self) -> dict[str, Tensor]:
+        """Draw a network, then take turns: update the images, train the network on them."""
+        self._step += 1
+        reinitialize(self._net, derive_seed(self._ctx.seed, "distill", "net", self._step))
+        total = torch.zeros((), device=self.images.device)
+        for outer in range(1, self._config.outer_loop + 1):
+            generator = self._ctx.generator("step", self._step, outer)
+            self._net.train()
+            if self._mixes:
+                self._fix_statistics(generator)
+            total += self._update_images(generator)
+            if outer < self._config.outer_loop:
+                self._train_net(generator)
+        return {"loss": total / (self._config.outer_loop * self._batches.num_classes)}
+
+    def _update_images(self, generator: torch.Generator) -> Tensor:
+        """Match class by class, and take one step of SGD; return the loss."""
+        batches, ipc = self._batches, self._ctx.ipc
+        index = batches.draw(generator).view(batches.num_classes, -1)
+        plan = self._dsa.draw(batches.num_classes, generator, shared_op=False) if self._dsa else None
+        self.images.grad = torch.empty_like(self.images)
+        total = torch.zeros((), device=self.images.device)
+        for label in range(batches.num_classes):
+            rows = slice(label * ipc, (label + 1) * ipc)
+            own = self.images[rows].detach().requires_grad_(True)
+            real = self._real_gradient(index[label], label, plan)
+            synthetic = self._gradient(own, label, plan, create_graph=True)
+            distance = gradient_distance(real, synthetic, metric=self._config.metric)
+            self.images.grad[rows] = torch.autograd.grad(distance, own)[0]
+            total += distance.detach()
+        self._optimizer.step()
+        return total
+
+    def _real_gradient(self, index: Tensor, label: int, plan: DsaPlan | None) -> list[Tensor]:
+        """Return the mean gradient over real images of one class, chunk by chunk."""
+        total: list[Tensor] = []
+        for part in chunks(len(index), self._sample_bytes, index.device):
+            images = self._batches.take(index[part])
+            share = len(images) / len(index)
+            found = self._gradient(images, label, plan, create_graph=False)
+            total = (
+                [share * new for new in found]
+                if not total
+                else [old.add_(new, alpha=share) for old, new in zip(total, found, strict=True)]
+            )
+        return total
+
+    def _gradient(
+        self, images: Tensor, label: int, plan: DsaPlan | None, *, create_graph: bool
+    ) -> tuple[Tensor, ...]:
+        """Return the gradient of the mean cross entropy of images of one class, a tensor per parameter."""
+        labels = torch.full((len(images),), label)
+        if plan is not None and self._dsa is not None:
+            images = self._dsa.apply(images, plan, labels)
+        logits = self._net(images.contiguous(memory_format=torch.channels_last))
+        loss = F.cross_entropy(logits, labels.to(logits.device, non_blocking=True))
+        return torch.autograd.grad(loss, list(self._net.parameters()), create_graph=create_graph)
+
+    @torch.no_grad()
+    def _fix_statistics(self, generator: torch.Generator) -> None:
+        """Fix batch norm's statistics on real images: one synthetic image per class has none to speak of."""
+        batches = self._batches
+        index = batches.draw(generator).view(batches.num_classes, -1)[:, :_STATISTICS_IMAGES]
+        images = batches.take(index.flatten())
+        self._net(images.contiguous(memory_format=torch.channels_last))
+        for module in self._net.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+
+    def _train_net(self, generator: torch.Generator) -> None:
+        """Train the network on the synthetic images."""
+        config = self._config
+        recipe = Recipe(
+            epochs=config.inner_loop,
+            lr=config.lr_net,
+            momentum=0.0,
+            weight_decay=0.0,
+            batch=config.batch_train,
+            schedule="constant",
+            augment=config.augment,
+        )
+        augment = augmenter(config.augment, can_flip=self._ctx.dataset.can_flip, space=self._ctx.space)
+        labels = self.labels.to(self.images.device)
+        train(self._net, self.images, labels, recipe, generator=generator, augment=augment)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return images, momentum and step; networks and draws depend on the step alone."""
+        velocity = self._optimizer.state.get(self.images, {}).get("momentum_buffer")
+        held: dict[str, Any] = {"step": self._step, "images": self.images.cpu().clone()}
+        return held if velocity is None else {**held, "velocity": velocity.cpu().clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state."""
+        self._step = int(state["step"])
+        self.images.copy_(state["images"])
+        if "velocity" in state:
+            held = state["velocity"].to(self.images.device, copy=True)
+            self._optimizer.state[self.images]["momentum_buffer"] = held
+
+
+def gradient_method(config_class: type[GradientConfig], evaluate: dict[str, Any]) -> type[Distiller]:
+    """Return a method that matches gradients.
+
+    Args:
+        config_class: its settings.
+        evaluate: how its sets are scored.
+    """
+
+    class Gradients:
+        config_type: ClassVar[type[Config]] = config_class
+
+        def __init__(self, config: GradientConfig, num_steps: int) -> None:
+            self._config = config
+            self.num_steps = num_steps
+
+        @staticmethod
+        def preset(name: str, target: Target) -> dict[str, Any]:
+            """Return the published settings, the same in paper and code; the loops follow from ipc."""
+            outer, inner = loops(target.ipc)
+            return {
+                "steps": 1000,
+                "evaluate": evaluate,
+                "method": {"outer_loop": outer, "inner_loop": inner},
+            }
+
+        def setup(self, ctx: DistillContext) -> None:
+            """Make the initial images and the network."""
+            self._ctx = ctx
+            self._matcher = GradientMatching(ctx, self._config)
+
+        def step(self) -> dict[str, Tensor]:
+            """Run the loops under one fresh network."""
+            return self._matcher.step()
+
+        def snapshot(self) -> DistilledSet:
+            """Return the current images as a set."""
+            return self._ctx.make_set(self._matcher.images, self._matcher.labels)
+
+        def state_dict(self) -> dict[str, Any]:
+            """Return images, momentum and step."""
+            return self._matcher.state_dict()
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            """Continue from a state."""
+            self._matcher.load_state_dict(state)
+
+    return Gradients

@@ -1,0 +1,114 @@
+"""IDM's queue of networks that are trained while they are used; a part of the trial's state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddray.distill import DistillContext
+from ddray.nets import Net, build_net
+from ddray.seeding import derive_seed
+
+
+@dataclass
+class Member:
+    """A network of the queue, its optimiser, and how it did on its own training batches.
+
+    Attributes:
+        net: the network.
+        optimizer: SGD with momentum.
+        right: real images classified right since the last reset, a scalar on the device.
+        seen: real images seen since then.
+    """
+
+    net: Net
+    optimizer: torch.optim.SGD
+    right: Tensor
+    seen: int = 0
+
+    def accuracy(self) -> Tensor:
+        """Return the fraction right since the last reset; 0 before any training."""
+        return self.right / max(1, self.seen)
+
+
+class NetQueue:
+    """Networks in the order they were made; the oldest leaves when it is full.
+
+    Args:
+        ctx: architecture, classes, seed and device.
+        size: most networks.
+        lr: learning rate of their training (SGD, momentum .9, weight decay 5e-4).
+    """
+
+    def __init__(self, ctx: DistillContext, *, size: int, lr: float) -> None:
+        self._ctx = ctx
+        self._size = size
+        self._lr = lr
+        self._made = 0
+        self.members: list[Member] = []
+
+    def push(self) -> None:
+        """Add a fresh network."""
+        self.members = [*self.members, self._member(self._made)][-self._size :]
+        self._made += 1
+
+    def _member(self, number: int) -> Member:
+        ctx = self._ctx
+        seed = derive_seed(ctx.seed, "distill", "queue", number)
+        shape, num_classes = ctx.dataset.image_shape, ctx.dataset.num_classes
+        net = build_net(ctx.arch, shape, num_classes, seed=seed, device=ctx.device)
+        net.to(memory_format=torch.channels_last).train()
+        optimizer = torch.optim.SGD(net.parameters(), lr=self._lr, momentum=0.9, weight_decay=5e-4)
+        return Member(net, optimizer, torch.zeros((), device=ctx.device))
+
+    def train(self, place: int, images: Tensor, labels: Tensor) -> None:
+        """Train one network on one batch [B, C, H, W]."""
+        member = self.members[place]
+        logits = member.net(images.contiguous(memory_format=torch.channels_last))
+        loss = F.cross_entropy(logits, labels)
+        member.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        member.optimizer.step()
+        member.right = member.right + (logits.argmax(1) == labels).sum()
+        member.seen += len(labels)
+
+    def forget_accuracies(self) -> None:
+        """Count right answers anew."""
+        for member in self.members:
+            member.right, member.seen = torch.zeros_like(member.right), 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return weights, momentum and counts of every network."""
+        return {"made": self._made, "members": [_member_state(member) for member in self.members]}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state."""
+        self._made = int(state["made"])
+        self.members = []
+        for held in state["members"]:
+            member = self._member(0)
+            for mine, theirs in zip(member.net.state_dict().values(), held["values"], strict=True):
+                mine.copy_(theirs)
+            for parameter, velocity in zip(member.net.parameters(), held["velocities"], strict=False):
+                copied = torch.empty_like(parameter).copy_(velocity)
+                member.optimizer.state[parameter]["momentum_buffer"] = copied
+            member.right = held["right"].to(member.right.device, copy=True)
+            member.seen = int(held["seen"])
+            self.members.append(member)
+
+
+def _member_state(member: Member) -> dict[str, Any]:
+    """Return copies of a member's tensors; no velocities before its first training step."""
+    state = member.optimizer.state
+    velocities = [state[p]["momentum_buffer"] for p in member.net.parameters() if p in state]
+    return {
+        "values": [value.detach().cpu().clone() for value in member.net.state_dict().values()],
+        "velocities": [velocity.detach().cpu().clone() for velocity in velocities],
+        "right": member.right.cpu().clone(),
+        "seen": member.seen,
+    }

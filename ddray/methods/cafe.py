@@ -1,0 +1,264 @@
+"""CAFE: learning to condense by aligning features (Wang et al., CVPR 2022; Sec 3.2-3.4).
+
+Along a network's training on the synthetic images, each step moves them so that the class means of all
+layers' features meet the real ones' (layer-wise alignment), and real images are told apart by their product
+with the synthetic class means (discrimination loss). How long a network is trained between two steps, and
+when a fresh one is taken, follows its accuracy on real images (dynamic bi-level optimisation).
+
+**Deviations** (authors' code | ours)
+
+- a step: all updates under one network, 2,000 of them | one update of the images, 20,000 of them: a network
+  serves for ten or more.
+- the loops have no other end than their accuracies' | at most `max_outer` and `max_inner` turns.
+- accuracies: each adds a tenth of the one before (the sum is never reset) | plain.
+- rate of the images: halved after 1,200, 1,600 and 1,800 of 2,000 networks | at the same parts of the steps.
+- layer weights: .1, .1, 1 for ConvNet-3's maps, 1 + 1 for the embedding | the same; `early_weight` for all
+  but the last map of a deeper one.
+- augmentation and network seeds: wall clock | derived from the run's seed. `augment=dsa` is CAFE+DSA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Final, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from ddray.artifact import DistilledSet
+from ddray.config import Config
+from ddray.data import DsaPlan
+from ddray.distill import DistillContext, Target
+from ddray.evaluate.training import Recipe, augmenter, train
+from ddray.methods._matching import ClassBatches, chunks, initial_images, largest_map_bytes
+from ddray.methods._partitioned import siamese
+from ddray.nets import build_net, is_per_sample, reinitialize
+from ddray.seeding import derive_seed
+
+_MILESTONES: Final = (0.6, 0.8, 0.9)
+
+
+class CAFEConfig(Config):
+    """CAFE's settings."""
+
+    lr_img: float = Field(default=0.1, gt=0)
+    """Learning rate of the images (SGD)."""
+    momentum: float = Field(default=0.5, ge=0, lt=1)
+    """Momentum of the images' SGD."""
+    batch_real: int = Field(default=256, ge=1)
+    """Real images per class and step; never more than the smallest class has."""
+    init: Literal["random", "kcenter", "noise"] = "noise"
+    """Initial images: random real ones, k-center's choice, or Gaussian noise."""
+    augment: Literal["dsa", "dsa_idc", "none"] = "none"
+    """Siamese augmentation: the same parameters for real and synthetic images, a fresh draw per class."""
+    early_weight: float = Field(default=0.1, ge=0)
+    """Weight of the alignment of every map but the last."""
+    discrimination: float = Field(default=0.01, ge=0)
+    """Weight of the discrimination loss, summed over the real images."""
+    outer_gap: float = Field(default=0.04, ge=0)
+    """A network is given up when its accuracy varied by less over the window (lambda 1)."""
+    inner_gap: float = Field(default=0.03, ge=0)
+    """Its training pauses when its accuracy varied by more over the window (lambda 2)."""
+    window: int = Field(default=10, ge=1)
+    """Accuracies that are looked at."""
+    max_outer: int = Field(default=50, ge=1)
+    """Most steps under one network."""
+    max_inner: int = Field(default=50, ge=1)
+    """Most epochs of its training between two of them."""
+    batch_query: int = Field(default=128, ge=1)
+    """Real images per class that an accuracy is taken on."""
+    lr_net: float = Field(default=0.01, gt=0)
+    """Learning rate of the network (SGD without momentum)."""
+    batch_train: int = Field(default=256, ge=1)
+    """Synthetic images per batch of its training."""
+
+
+def cafe_loss(
+    real: Sequence[Tensor],
+    synthetic: Sequence[Tensor],
+    embedded: Tensor,
+    labels: Tensor,
+    *,
+    early_weight: float,
+    discrimination: float,
+) -> Tensor:
+    """Return the layer-wise alignment plus the weighted discrimination loss.
+
+    Args:
+        real: class means of every map [K, D_l], then of the embedding [K, d].
+        synthetic: the same of the synthetic images.
+        embedded: embeddings of the real images [N, d].
+        labels: theirs, int64 [N].
+        early_weight: of every map but the last; the last counts once, the embedding twice.
+        discrimination: weight of the cross entropy of <embedding, synthetic class mean>, summed over images.
+    """
+    weights = [*[early_weight] * (len(real) - 2), 1.0, 2.0]
+    total = F.cross_entropy(embedded @ synthetic[-1].T, labels, reduction="sum") * discrimination
+    for weight, a, b in zip(weights[-len(real) :], real, synthetic, strict=True):
+        total = total + weight * (a - b).square().sum()
+    return total
+
+
+class CAFE:
+    """Condensing by aligning features."""
+
+    config_type: ClassVar[type[Config]] = CAFEConfig
+
+    def __init__(self, config: CAFEConfig, num_steps: int) -> None:
+        self._config = config
+        self.num_steps = num_steps
+
+    @staticmethod
+    def preset(name: str, target: Target) -> dict[str, Any]:
+        """Return the settings of the authors' code, for both presets."""
+        return {"steps": 20_000, "evaluate": {"epochs": 600, "augment": "none"}}
+
+    def setup(self, ctx: DistillContext) -> None:
+        """Make the initial images."""
+        config = self._config
+        self._ctx = ctx
+        self._batches = ClassBatches(ctx, config.batch_real)
+        self._queries = ClassBatches(ctx, config.batch_query)
+        images, self._labels = initial_images(ctx, config.init)
+        self._images = images.contiguous().requires_grad_(True)
+        self._optimizer = torch.optim.SGD([self._images], lr=config.lr_img, momentum=config.momentum)
+        self._dsa = siamese(ctx.dataset.can_flip, config.augment, None)
+        net = build_net(ctx.arch, ctx.dataset.image_shape, ctx.dataset.num_classes, seed=0, device=ctx.device)
+        self._net = net.to(memory_format=torch.channels_last).train()
+        self._per_sample = is_per_sample(net)
+        self._sample_bytes = largest_map_bytes(net, ctx)
+        self._step = self._made = self._turns = 0
+        self._accuracies: list[float] = []
+
+    def step(self) -> dict[str, Tensor]:
+        """Update the images under the current network, then train it on them, or give it up."""
+        config = self._config
+        self._step += 1
+        generator = self._ctx.generator("step", self._step)
+        if self._turns == 0:
+            self._made += 1
+            reinitialize(self._net, derive_seed(self._ctx.seed, "distill", "net", self._made))
+        loss = self._update_images(generator)
+        self._turns += 1
+        self._accuracies = [*self._accuracies, self._accuracy(generator)][-config.window :]
+        spread = max(self._accuracies) - min(self._accuracies)
+        settled = len(self._accuracies) == config.window and spread < config.outer_gap
+        if settled or self._turns == config.max_outer:
+            self._turns, self._accuracies = 0, []
+        else:
+            self._train_net(generator)
+        return {"loss": loss}
+
+    def _update_images(self, generator: torch.Generator) -> Tensor:
+        """Align features of one batch; return the loss."""
+        batches, config = self._batches, self._config
+        index = batches.draw(generator)
+        plan = self._dsa.draw(batches.num_classes, generator, shared_op=False) if self._dsa else None
+        real, embedded = self._real(index, plan)
+        _, embedding, maps = self._net.features(self._augmented(self._images, plan, self._labels.cpu()))
+        means = [_means(values.flatten(1), batches.num_classes) for values in (*maps, embedding)]
+        loss = cafe_loss(
+            real,
+            means,
+            embedded,
+            batches.labels,
+            early_weight=config.early_weight,
+            discrimination=config.discrimination,
+        )
+        halved = sum(self._step - 1 >= part * self.num_steps for part in _MILESTONES)
+        self._optimizer.param_groups[0]["lr"] = config.lr_img * 0.5**halved
+        (self._images.grad,) = torch.autograd.grad(loss, self._images)
+        self._optimizer.step()
+        return loss.detach()
+
+    @torch.no_grad()
+    def _real(self, index: Tensor, plan: DsaPlan | None) -> tuple[list[Tensor], Tensor]:
+        """Return class means of all maps and the embedding, and the embeddings [N, d], chunk by chunk."""
+        batches, embedded = self._batches, []
+        sums: list[Tensor] = []
+        whole = [slice(0, len(index))]
+        for part in chunks(len(index), self._sample_bytes, index.device) if self._per_sample else whole:
+            images = self._augmented(batches.take(index[part]), plan, batches.labels_cpu[part])
+            _, embedding, maps = self._net.features(images)
+            flat = [values.flatten(1) for values in (*maps, embedding)]
+            if not sums:
+                sums = [values.new_zeros(batches.num_classes, values.shape[1]) for values in flat]
+            for total, values in zip(sums, flat, strict=True):
+                total.index_add_(0, batches.labels[part], values)
+            embedded.append(embedding)
+        return [total.div_(batches.per_class) for total in sums], torch.cat(embedded)
+
+    def _augmented(self, images: Tensor, plan: DsaPlan | None, labels: Tensor) -> Tensor:
+        if plan is not None and self._dsa is not None:
+            images = self._dsa.apply(images, plan, labels)
+        return images.contiguous(memory_format=torch.channels_last)
+
+    def _train_net(self, generator: torch.Generator) -> None:
+        """Train the network on the images until its accuracy has moved."""
+        config, images = self._config, self._images.detach()
+        recipe = Recipe(
+            epochs=1,
+            lr=config.lr_net,
+            momentum=0.0,
+            weight_decay=0.0,
+            batch=config.batch_train,
+            schedule="constant",
+            augment=config.augment,
+        )
+        augment = augmenter(config.augment, can_flip=self._ctx.dataset.can_flip, space=self._ctx.space)
+        accuracies: list[float] = []
+        for _ in range(config.max_inner):
+            train(self._net, images, self._labels, recipe, generator=generator, augment=augment)
+            self._net.train()
+            accuracies = [*accuracies, self._accuracy(generator)][-config.window :]
+            if len(accuracies) == config.window and max(accuracies) - min(accuracies) > config.inner_gap:
+                break
+
+    @torch.no_grad()
+    def _accuracy(self, generator: torch.Generator) -> float:
+        """Return the network's accuracy on real images, as many of every class."""
+        index = self._queries.draw(generator)
+        right = torch.zeros((), device=index.device)
+        for part in chunks(len(index), self._sample_bytes, index.device):
+            images = self._queries.take(index[part]).contiguous(memory_format=torch.channels_last)
+            right += (self._net(images).argmax(1) == self._queries.labels[part]).sum()
+        return float(right) / len(index)
+
+    def snapshot(self) -> DistilledSet:
+        """Return the current images as a set."""
+        return self._ctx.make_set(self._images, self._labels)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return images, momentum, the network and where its loops stand."""
+        velocity = self._optimizer.state.get(self._images, {}).get("momentum_buffer")
+        held: dict[str, Any] = {
+            "step": self._step,
+            "images": self._images.detach().cpu().clone(),
+            "net": [value.detach().cpu().clone() for value in self._net.state_dict().values()],
+            "made": self._made,
+            "turns": self._turns,
+            "accuracies": list(self._accuracies),
+        }
+        return held if velocity is None else {**held, "velocity": velocity.cpu().clone()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state."""
+        self._step, self._made, self._turns = (int(state[name]) for name in ("step", "made", "turns"))
+        self._accuracies = [float(value) for value in state["accuracies"]]
+        self._images.copy_(state["images"])
+        for mine, theirs in zip(self._net.state_dict().values(), state["net"], strict=True):
+            mine.copy_(theirs)
+        if "velocity" in state:
+            held = state["velocity"].to(self._images.device, copy=True)
+            self._optimizer.state[self._images]["momentum_buffer"] = held
+
+
+def _means(values: Tensor, num_classes: int) -> Tensor:
+    """Return class means [K, D] of class-sorted rows [K * n, D]."""
+    return values.view(num_classes, -1, values.shape[1]).mean(1)
+
+
+METHOD: Final = CAFE

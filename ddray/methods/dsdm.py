@@ -1,0 +1,300 @@
+"""DSDM: diversified semantic distribution matching (Li et al., ACM MM 2024; Algorithm 1, Eq 4-9).
+
+Each step takes one of M networks trained on the real images and minimises L_proto + lambda1 L_SD +
+lambda2 L_h over the synthetic images: L_proto matches class means of the embedding (Eq 4), L_SD class
+covariances (Eq 5), L_h the class means of the synthetic images with their own history under all networks
+(Eq 6-8).
+
+**Deviations** (paper | authors' code | ours)
+
+- `lr_img`: .1 | .1 (ipc / 10) (size / base)^2, base 28 for MNIST, 64 for speech, 224 for ImageNet, else 32 |
+  by preset.
+- optimiser: SGD | momentum .5 over all pixels, stepped once per class, so that a gradient moves its pixels
+  by 2 lr within the step | by preset, stepped once for all classes; with momentum .5 the 2 lr are spread over
+  the next steps.
+- covariance: / n | / (n - 1) | by preset; ipc 1 at factor 1 has none, and the term is dropped.
+- L_h: Eq 6 from the second step on | also / d, from step 2,001 on, prototypes of augmented images; their
+  memory starts at the first prototype | by preset. Eq 8 starts it at 0. Both keep one for all networks.
+- initial images: random real ones | the first of each class, nearest down-scaling | by preset; the paper's
+  are scaled down bilinearly.
+- matching augmentation: not mentioned | `dsa_idc` color_crop_cutout, one draw for real and synthetic images |
+  by preset. Without it the pool's kept features serve as the real ones: no network sees a real image.
+- pool: 20 epochs, SGD .01/.9/5e-4, batch 256 | also CutMix .5 and color + crop | by preset. Networks match in
+  eval mode (no difference for InstanceNorm).
+- pixels: not mentioned | [0, 1], clamped at the start of each step | the code's, in both presets.
+- evaluation: 1,500 epochs | batch 64, multi-step rate, `dsa_idc` without cutout, CutMix .5, best of some 400
+  looks at test | the code's settings in both presets, the last epoch.
+- a factor that does not divide the side: padded with grey | parts that differ by a pixel.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Final, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ddray.artifact import DistilledSet
+from ddray.config import Config
+from ddray.distill import DistillContext, Target
+from ddray.errors import InputError
+from ddray.methods._covariance import covariance_distance
+from ddray.methods._partitioned import (
+    Draw,
+    FeaturePairs,
+    LearnedImages,
+    PartitionedConfig,
+    by_class,
+    embedding,
+    idc_evaluation,
+    nearby,
+)
+from ddray.nets import reinitialize
+from ddray.pool import PoolSpec
+from ddray.seeding import derive_seed
+
+_BASE_SIZES: Final = {"mnist": 28, "imagenet": 224, "imagenette": 224, "imagewoof": 224, "imagesquawk": 224}
+
+_RECIPE: Final = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4, "batch": 256}
+
+
+class PoolConfig(Config):
+    """The networks that images are matched under."""
+
+    num_models: int = Field(default=10, ge=1)
+    """M (Fig 5, right)."""
+    epochs: int = Field(default=20, ge=1)
+    """E, epochs on the real images (Fig 5, left)."""
+    augment: Literal["dsa", "dsa_idc", "none"] = "none"
+    """Augmentation of their training."""
+    strategy: str | None = None
+    """Its operations, joined by "_"; default: all of them."""
+    cutmix: float = Field(default=0.0, ge=0, le=1)
+    """Probability of CutMix per batch of their training."""
+
+
+class DSDMConfig(PartitionedConfig):
+    """DSDM's settings; defaults are the paper's."""
+
+    lambda1: float = Field(default=50.0, ge=0)
+    """Weight of L_SD (Fig 6)."""
+    lambda2: float = Field(default=0.2, ge=0)
+    """Weight of L_h (Fig 6)."""
+    ema: float = Field(default=0.99, ge=0, lt=1)
+    """Smoothing factor alpha of Eq 8."""
+    use_proto: bool = True
+    """L_proto (Table 4)."""
+    use_pool: bool = True
+    """Networks trained on the real images (Table 4, PM); off: a fresh random one each step."""
+    use_sd: bool = True
+    """L_SD (Table 4)."""
+    use_history: bool = True
+    """L_h (Table 4)."""
+    unbiased: bool = False
+    """Covariances over n - 1 instead of n."""
+    history_from: int = Field(default=2, ge=2)
+    """First step with L_h."""
+    history_mean: bool = False
+    """L_h averages over the d dimensions instead of summing."""
+    history_first: Literal["zero", "prototype"] = "zero"
+    """What the memory starts with (Eq 8: 0)."""
+    history_augmented: bool = False
+    """The memory takes prototypes of augmented images."""
+    pool: PoolConfig = PoolConfig()
+    """The networks; `--set method.pool.num_models=2`."""
+
+
+def prototype_loss(real: Tensor, synthetic: Tensor) -> Tensor:
+    """Return L_proto (Eq 4): the sum over classes of ||mean real_c - mean syn_c||^2.
+
+    Args:
+        real: features [K, n, d].
+        synthetic: features [K, m, d].
+    """
+    return (real.mean(1) - synthetic.mean(1)).square().sum()
+
+
+def history_loss(synthetic: Tensor, memory: Tensor, *, mean: bool) -> Tensor:
+    """Return L_h (Eq 6): the sum over classes of ||mean syn_c - h_c||^2, over d if `mean`.
+
+    Args:
+        synthetic: features [K, m, d].
+        memory: h^(t-1), [K, d].
+        mean: average over the dimensions (authors' code).
+    """
+    squares = (synthetic.mean(1) - memory).square()
+    return squares.mean(1).sum() if mean else squares.sum()
+
+
+def remember(
+    memory: Tensor | None, prototypes: Tensor, *, ema: float, first: Literal["zero", "prototype"]
+) -> Tensor:
+    """Return h^(t) (Eq 8) from h^(t-1), None at t = 1, and Eq 7's prototypes [K, d] of the updated images."""
+    if memory is None:
+        return torch.zeros_like(prototypes) if first == "zero" else prototypes
+    return ema * memory + (1 - ema) * prototypes
+
+
+class DSDM:
+    """Diversified semantic distribution matching."""
+
+    config_type: ClassVar[type[Config]] = DSDMConfig
+
+    def __init__(self, config: DSDMConfig, num_steps: int) -> None:
+        self._config = config
+        self.num_steps = num_steps
+
+    @staticmethod
+    def preset(name: str, target: Target) -> dict[str, Any]:
+        """Return the settings of `paper` or `repo` (authors' code)."""
+        held: dict[str, Any] = {
+            "steps": 10_000,
+            "arch": "auto",
+            "pixel_space": "normalized",
+            "evaluate": idc_evaluation(target.dataset, target.image_shape, factor=2),
+        }
+        if name == "paper":
+            return held
+        size, is_sound = target.image_shape[1], target.image_shape == (1, 64, 64)
+        base = 64 if is_sound else _BASE_SIZES.get(target.dataset, 32)
+        method = {
+            "lr_img": 0.1 * (target.ipc / 10) * (size / base) ** 2,
+            "momentum": 0.5,
+            "init": "first",
+            "resize": "nearest",
+            "unbiased": True,
+            "history_from": 2001,
+            "history_mean": True,
+            "history_first": "prototype",
+            "history_augmented": True,
+        }
+        if not is_sound:  # IDC augments no spectrogram
+            method["augment"], method["strategy"] = "dsa_idc", "color_crop_cutout"
+            method["pool"] = {"augment": "dsa_idc", "strategy": "color_crop", "cutmix": 0.5}
+        return {**held, "method": method}
+
+    def pool_specs(self, ctx: DistillContext) -> list[PoolSpec]:
+        """Return what the pool is to train for this run, a spec per network; none without a pool."""
+        pool = self._config.pool
+        recipe = {**_RECIPE, **pool.model_dump(exclude={"num_models"})}
+        return [
+            PoolSpec(
+                kind="supervised",
+                dataset=ctx.dataset.fingerprint,
+                split=ctx.split_name,
+                transform="normalized",
+                arch=ctx.arch,
+                recipe=recipe,
+                device=ctx.device.type,
+                seed=ctx.seed + number,
+                image_shape=ctx.dataset.image_shape,
+                num_classes=ctx.dataset.num_classes,
+            )
+            for number in range(pool.num_models if self._config.use_pool else 0)
+        ]
+
+    def setup(self, ctx: DistillContext) -> None:
+        """Make the initial images and get the networks.
+
+        Raises:
+            InputError: another pixel space than the pool's, or no term to minimise.
+        """
+        if self._config.use_pool and ctx.space.kind != "normalized":
+            raise InputError(
+                "dsdm needs pixel_space=normalized, which its networks are trained in, "
+                f"got {ctx.space.kind}; or set method.use_pool=false"
+            )
+        self._ctx = ctx
+        self._learned = LearnedImages(ctx, self._config)
+        if not self._config.use_proto and not (self._config.use_sd and self._learned.parts > 1):
+            raise InputError(
+                "dsdm needs use_proto, or use_sd with 2 mini-images per class, "
+                f"got use_proto=False, use_sd={self._config.use_sd} and {self._learned.parts} per class"
+            )
+        self._pairs = FeaturePairs(ctx, self._config, self._learned, embedding)
+        self._pairs.net.train(not self._config.use_pool)
+        entries = ctx.pool.get(self.pool_specs(ctx))
+        names = self._pairs.net.state_dict().keys()
+        weights = ([entry.tensors[f"weights.{name}"] for name in names] for entry in entries)
+        self._weights = [[tensor.to(ctx.device) for tensor in held] for held in weights]
+        kept = self._config.augment == "none" and all("features" in entry.tensors for entry in entries)
+        features = [entry.tensors["features"] for entry in entries] if kept else []
+        self._features = nearby(features, ctx.device)
+        self._memory: Tensor | None = None
+        self._step = 0
+
+    def step(self) -> dict[str, Tensor]:
+        """Match one batch under one network, update the images, then their memory."""
+        self._step += 1
+        config = self._config
+        generator = self._ctx.generator("step", self._step)
+        member = self._take_net(generator)
+        self._learned.clamp()
+        draw = self._pairs.draw(generator)
+        real = self._real(draw, member)
+        found = self._embedded(self._pairs.synthetic(draw))
+        loss = found.new_zeros(())
+        if config.use_proto:
+            loss = loss + prototype_loss(real, found)
+        if config.use_sd:
+            loss = loss + config.lambda1 * covariance_distance(real, found, unbiased=config.unbiased)
+        if config.use_history and self._memory is not None and self._step >= config.history_from:
+            history = history_loss(found, self._memory, mean=config.history_mean)
+            loss = loss + config.lambda2 * history  # Eq 9
+        self._learned.update(loss)
+        if config.use_history:
+            self._remember(draw)
+        return {"loss": loss.detach()}
+
+    def _take_net(self, generator: torch.Generator) -> int:
+        """Put one network's weights into the working network; return which."""
+        net = self._pairs.net
+        if not self._weights:
+            reinitialize(net, derive_seed(self._ctx.seed, "distill", "net", self._step))
+            return 0
+        member = int(torch.randint(len(self._weights), (), generator=generator))
+        with torch.no_grad():
+            for mine, theirs in zip(net.state_dict().values(), self._weights[member], strict=True):
+                mine.copy_(theirs)
+        return member
+
+    def _real(self, draw: Draw, member: int) -> Tensor:
+        """Return the real features [K, n, d]: the pool's own where nothing is augmented."""
+        if not self._features:
+            return self._pairs.real(draw)
+        held = self._features[member]
+        rows = held.index_select(0, draw.index.to(held.device))
+        return by_class(rows.to(draw.index.device), self._pairs.num_classes)
+
+    def _embedded(self, images: Tensor) -> Tensor:
+        """Return features [K, m, d] of class-sorted images [K * m, C, H, W]."""
+        return by_class(embedding(self._pairs.net, images), self._pairs.num_classes)
+
+    @torch.no_grad()
+    def _remember(self, draw: Draw) -> None:
+        """Take the updated images' prototypes into the memory (Eq 7, 8)."""
+        plan = draw.plan if self._config.history_augmented else None
+        images = self._pairs.synthetic(Draw(draw.index, plan, None))
+        prototypes = self._embedded(images).mean(1)
+        config = self._config
+        self._memory = remember(self._memory, prototypes, ema=config.ema, first=config.history_first)
+
+    def snapshot(self) -> DistilledSet:
+        """Return the current images as a set."""
+        return self._learned.snapshot()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return pixels, momentum, memory and step; draws depend on the step alone."""
+        held = {"step": self._step, **self._learned.state_dict()}
+        return held if self._memory is None else {**held, "memory": self._memory.cpu().clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state."""
+        self._step = int(state["step"])
+        self._learned.load_state_dict(state)
+        memory = state.get("memory")
+        self._memory = None if memory is None else memory.to(self._ctx.device, copy=True)
+
+
+METHOD: Final = DSDM

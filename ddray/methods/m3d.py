@@ -1,0 +1,158 @@
+"""M3D: dataset condensation by minimising the maximum mean discrepancy (Zhang et al., AAAI 2024).
+
+Each step minimises the sum over classes of MMD^2(real_c, syn_c), in the reproducing kernel Hilbert space of a
+kernel on the embedding of a random network: E k(x, x') + E k(y, y') - 2 E k(x, y). A Gaussian kernel is
+characteristic: all moments are matched, where DM (a linear kernel) matches the first.
+
+**Deviations** (paper | ours)
+
+- The authors' code was not available to us: this follows the definition, in the protocol of the code base it
+  shares with DSDM (IDC's): factor 2, pixels in [0, 1], `dsa_idc`, evaluation over 1,500 epochs; one preset.
+- kernel: Gaussian | a sum of `num_widths` Gaussians whose widths are powers of 2 around the mean squared
+  distance of the class's images (Gretton et al., 2012), without a gradient.
+- MMD^2: - | the biased estimate, never negative.
+- several steps per random network ("iteration per random model") | `steps_per_net`; its value and the step
+  size are ours.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Final, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ddray.artifact import DistilledSet
+from ddray.config import Config
+from ddray.distill import DistillContext, Target
+from ddray.methods._partitioned import (
+    FeaturePairs,
+    LearnedImages,
+    PartitionedConfig,
+    by_class,
+    embedding,
+    idc_evaluation,
+)
+from ddray.nets import reinitialize
+from ddray.seeding import derive_seed
+
+Kernel = Literal["gaussian", "polynomial", "linear"]
+
+
+class M3DConfig(PartitionedConfig):
+    """M3D's settings."""
+
+    lr_img: float = Field(default=1.0, gt=0)
+    """Learning rate of the pixels (SGD)."""
+    momentum: float = Field(default=0.5, ge=0, lt=1)
+    """Momentum of the pixels' SGD."""
+    augment: Literal["dsa", "dsa_idc", "none"] = "dsa_idc"
+    """Siamese augmentation: the same parameters for real and synthetic images, a fresh draw per class."""
+    strategy: str | None = "color_crop_cutout"
+    """Operations of the augmentation, joined by "_"; default of None: all of them."""
+    kernel: Kernel = "gaussian"
+    """Kernel of the Hilbert space; `linear` is DM, `polynomial` is (x.y / d + 1)^2."""
+    num_widths: int = Field(default=5, ge=1)
+    """Gaussians in the sum."""
+    steps_per_net: int = Field(default=10, ge=1)
+    """Steps under one random network."""
+
+
+def mmd(real: Tensor, synthetic: Tensor, *, kernel: Kernel, num_widths: int = 5) -> Tensor:
+    """Return the sum over classes of the squared maximum mean discrepancy; differentiable in `synthetic`.
+
+    Args:
+        real: features [K, n, d].
+        synthetic: features [K, m, d].
+        kernel: which kernel.
+        num_widths: Gaussians in a Gaussian kernel's sum.
+    """
+    if kernel == "linear":
+        return (real.mean(1) - synthetic.mean(1)).square().sum()
+    if kernel == "polynomial":
+        size = real.shape[2]
+        means = [
+            (x @ y.mT / size + 1).square().mean((1, 2))
+            for x, y in ((real, real), (synthetic, synthetic), (real, synthetic))
+        ]
+        return (means[0] + means[1] - 2 * means[2]).sum()
+    centre = real.mean(1, keepdim=True)  # distances do not change, and their products cancel less
+    x, y = real - centre, synthetic - centre
+    within, among, across = _distances(x, x), _distances(y, y), _distances(x, y)
+    width = _mean_distance(within, among, across)
+    total = real.new_zeros(())
+    for power in range(num_widths):
+        scaled = width * 2.0 ** (power - num_widths // 2)
+        for sign, distances in ((1, within), (1, among), (-2, across)):
+            total = total + sign * torch.exp(-distances / scaled).mean((1, 2)).sum()
+    return total
+
+
+def _distances(x: Tensor, y: Tensor) -> Tensor:
+    """Return squared distances [K, n, m] of x [K, n, d] and y [K, m, d]."""
+    squares = x.square().sum(2)[:, :, None] + y.square().sum(2)[:, None, :]
+    return (squares - 2 * x @ y.mT).clamp_min(0)
+
+
+@torch.no_grad()
+def _mean_distance(within: Tensor, among: Tensor, across: Tensor) -> Tensor:
+    """Return the mean squared distance [K, 1, 1] of two different images of a class, real or synthetic."""
+    count = within.shape[1] + among.shape[1]
+    total = sum(part.sum((1, 2)) for part in (within, among)) + 2 * across.sum((1, 2))
+    return (total / max(1, count * (count - 1))).clamp_min(1e-12)[:, None, None]
+
+
+class M3D:
+    """Minimising the maximum mean discrepancy."""
+
+    config_type: ClassVar[type[Config]] = M3DConfig
+
+    def __init__(self, config: M3DConfig, num_steps: int) -> None:
+        self._config = config
+        self.num_steps = num_steps
+
+    @staticmethod
+    def preset(name: str, target: Target) -> dict[str, Any]:
+        """Return the settings, the same for both presets; spectrograms are not augmented."""
+        method = {"augment": "none"} if target.image_shape == (1, 64, 64) else {}
+        evaluate = idc_evaluation(target.dataset, target.image_shape, factor=2)
+        return {"steps": 10_000, "evaluate": evaluate, "method": method}
+
+    def setup(self, ctx: DistillContext) -> None:
+        """Make the initial images."""
+        self._ctx = ctx
+        self._learned = LearnedImages(ctx, self._config)
+        self._pairs = FeaturePairs(ctx, self._config, self._learned, embedding)
+        self._pairs.net.train()
+        self._step = 0
+
+    def step(self) -> dict[str, Tensor]:
+        """Match one batch under a random network, a fresh one every `steps_per_net` steps."""
+        config, pairs = self._config, self._pairs
+        number = self._step // config.steps_per_net
+        self._step += 1
+        reinitialize(pairs.net, derive_seed(self._ctx.seed, "distill", "net", number))
+        self._learned.clamp()
+        draw = pairs.draw(self._ctx.generator("step", self._step))
+        real = pairs.real(draw)
+        found = by_class(embedding(pairs.net, pairs.synthetic(draw)), pairs.num_classes)
+        loss = mmd(real, found, kernel=config.kernel, num_widths=config.num_widths)
+        self._learned.update(loss)
+        return {"loss": loss.detach()}
+
+    def snapshot(self) -> DistilledSet:
+        """Return the current images as a set."""
+        return self._learned.snapshot()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return pixels, momentum and step; networks and draws depend on the step alone."""
+        return {"step": self._step, **self._learned.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state."""
+        self._step = int(state["step"])
+        self._learned.load_state_dict(state)
+
+
+METHOD: Final = M3D

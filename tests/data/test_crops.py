@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ddray.data.crops import draw_boxes, random_resized_crop, resized_crops
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (16, 24)])
+def test_boxes_have_the_area_and_ratio_that_were_asked_for(size: tuple[int, int]) -> None:
+    height, width = size
+    boxes = draw_boxes(4000, size, seeded(), scale=(0.2, 0.6))
+
+    top, left, rows, columns = boxes.double().unbind(1)
+    assert bool((top >= 0).all())
+    assert bool((top + rows <= height).all())
+    assert bool((left >= 0).all())
+    assert bool((left + columns <= width).all())
+    area, ratio = rows * columns / (height * width), columns / rows
+    assert float(area.min()) > 0.15
+    assert float(area.max()) < 0.66
+    assert float(ratio.min()) > 0.6
+    assert float(ratio.max()) < 1.6
+    assert float(area.mean()) == pytest.approx(0.4, abs=0.02)
+    assert float(ratio.log().mean()) == pytest.approx(0, abs=0.05)
+    assert len(set(top.tolist())) > 5
+
+
+def test_a_ratio_that_never_fits_gives_the_largest_centred_box() -> None:
+    boxes = draw_boxes(3, (8, 80), seeded(), scale=(1.0, 1.0), ratio=(1.0, 1.0))
+
+    assert boxes.tolist() == [[0, 36, 8, 8]] * 3
+
+
+def test_a_crop_is_the_box_resized() -> None:
+    images = torch.rand(3, 2, 12, 12, generator=seeded())
+    boxes = torch.tensor([[0, 0, 12, 12], [2, 4, 6, 6], [3, 0, 4, 8]])
+
+    found = resized_crops(images, boxes)
+
+    assert torch.allclose(found[0], images[0], atol=1e-5)
+    for image, crop, (top, left, rows, columns) in zip(
+        images[1:], found[1:], boxes[1:].tolist(), strict=True
+    ):
+        part = image[None, :, top : top + rows, left : left + columns]
+        wanted = F.interpolate(part, (12, 12), mode="bilinear", align_corners=False)[0]
+        inner = slice(2, -2)  # at its edges a crop sees its neighbours in the image, a cut-out part does not
+        assert torch.allclose(crop[:, inner, inner], wanted[:, inner, inner], atol=1e-4)
+
+
+def test_a_flip_mirrors_the_crop() -> None:
+    images = torch.rand(2, 1, 8, 8, generator=seeded())
+    boxes = torch.tensor([[1, 2, 5, 4]] * 2)
+    plain = resized_crops(images, boxes)
+
+    flipped = resized_crops(images, boxes, torch.tensor([True, False]))
+
+    assert torch.allclose(flipped[0], plain[0].flip(-1), atol=1e-5)
+    assert torch.allclose(flipped[1], plain[1], atol=1e-6)
+
+
+def test_half_of_the_images_are_mirrored_and_the_draw_is_the_generators() -> None:
+    images = torch.arange(16.0).expand(400, 1, 16, 16).contiguous()
+
+    crops = random_resized_crop(images, seeded(3), scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=True)
+
+    mirrored = (crops[:, 0, 0, 0] > crops[:, 0, 0, -1]).float().mean()
+    assert float(mirrored) == pytest.approx(0.5, abs=4 * math.sqrt(0.25 / 400))
+    again = random_resized_crop(images, seeded(3), scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=True)
+    assert torch.equal(crops, again)
+    whole = random_resized_crop(images, seeded(), scale=(1.0, 1.0), ratio=(1.0, 1.0))
+    assert torch.allclose(whole, images, atol=1e-4)

@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddray.data import PixelSpace, Split, dsa_for
+from ddray.errors import InputError
+from ddray.evaluate.cutmix import cutmix
+from ddray.evaluate.training import RECIPES, Recipe, _factor, augmenter, named_recipe, train
+from ddray.plan import EvaluateConfig, resolve
+from ddray.seeding import derive
+
+SPACE = PixelSpace("normalized", (0.5,), (0.25,))
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 5, 6, 100, 1500])
+def test_multistep_is_pytorchs_scheduler_with_the_milestones_of_idc(epochs: int) -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.01)
+    milestones = [2 * epochs // 3, 5 * epochs // 6]
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=milestones, gamma=0.2)
+    recipe = Recipe(epochs=epochs, schedule="multistep")
+    for epoch in range(epochs):
+        assert 0.01 * _factor(recipe, epoch) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+        optimizer.step()
+        scheduler.step()
+
+
+def boxed(images: Tensor, seed: int) -> tuple[Tensor, Tensor, float]:
+    """Return IDC's CutMix of a batch, pixel by pixel, its partners, and the share that is left."""
+    generator = derive(seed)
+    _, lam, row, column = torch.rand(4, generator=generator).tolist()
+    partner = torch.randperm(len(images), generator=generator)
+    height, width = images.shape[2:]
+    cut_h, cut_w = int(height * math.sqrt(1 - lam)), int(width * math.sqrt(1 - lam))
+    cy, cx = int(row * height), int(column * width)
+    mixed, left = images.clone(), 0
+    for y in range(height):
+        for x in range(width):
+            if cy - cut_h // 2 <= y < cy + cut_h // 2 and cx - cut_w // 2 <= x < cx + cut_w // 2:
+                for i in range(len(images)):
+                    mixed[i, :, y, x] = images[partner[i], :, y, x]
+            else:
+                left += 1
+    return mixed, partner, left / (height * width)
+
+
+def test_cutmix_is_the_codes_box_with_the_share_of_pixels_as_weight() -> None:
+    images = torch.randn(5, 2, 7, 9, generator=derive(0))
+    shares = []
+    for seed in range(40):
+        kept = images.clone()
+        found = cutmix(images, 1.0, derive(seed))
+        assert found is not None
+        mixed, partner, share = boxed(images, seed)
+        assert torch.equal(found.images, mixed)
+        assert torch.equal(found.partner, partner)
+        assert found.share == pytest.approx(share)
+        assert torch.equal(images, kept)
+        shares.append(share)
+    assert min(shares) < 0.5 < max(shares)
+
+
+def test_cutmix_mixes_by_its_probability() -> None:
+    images = torch.zeros(2, 1, 4, 4)
+    generator = derive(3)
+    mixed = sum(cutmix(images, 0.3, generator) is not None for _ in range(2000))
+    assert 0.26 < mixed / 2000 < 0.34
+
+
+def test_training_with_cutmix_is_sgd_on_the_two_labels_by_hand() -> None:
+    images = torch.randn(7, 1, 6, 6, generator=derive(1))
+    labels = torch.randint(0, 3, (7,), generator=derive(2))
+    recipe = Recipe(
+        epochs=4, lr=0.2, momentum=0.5, weight_decay=0.01, batch=4, schedule="constant", cutmix=0.6
+    )
+    ours: Any = nn.Sequential(nn.Flatten(), nn.Linear(36, 3))
+    wanted: Any = nn.Sequential(nn.Flatten(), nn.Linear(36, 3))
+    wanted.load_state_dict(ours.state_dict())
+
+    loss = train(ours, images, labels, recipe, generator=derive(4), augment=None)
+
+    generator, last, num_mixed = derive(4), 0.0, 0
+    optimizer = torch.optim.SGD(wanted.parameters(), lr=0.2, momentum=0.5, weight_decay=0.01)
+    for _ in range(4):
+        last = 0.0
+        for index in torch.randperm(7, generator=generator).split(4):
+            state = generator.get_state()
+            batch, targets = images[index], F.one_hot(labels[index], 3).float()
+            if float(torch.rand(4, generator=generator)[0]) < 0.6:
+                torch.randperm(len(index), generator=generator)
+                replayed = torch.Generator().set_state(state)
+                mixed = cutmix(batch, 1.0, replayed)
+                assert mixed is not None
+                batch = mixed.images
+                targets = mixed.share * targets + (1 - mixed.share) * targets[mixed.partner]
+                num_mixed += 1
+            step = -(targets * F.log_softmax(wanted(batch), 1)).sum(1).mean()
+            optimizer.zero_grad()
+            step.backward()
+            optimizer.step()
+            last += float(step.detach()) * len(index) / 7
+    assert 0 < num_mixed < 8
+    assert loss == pytest.approx(last, rel=1e-5)
+    for a, b in zip(ours.parameters(), wanted.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_cutmix_follows_the_augmentation() -> None:
+    seen: list[Tensor] = []
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(x.detach().clone())
+            return self.weight.expand(len(x), 2)
+
+    images = torch.zeros(4, 1, 8, 8)
+    recipe = Recipe(epochs=20, schedule="constant", cutmix=1.0)
+    net: Any = Net()
+    train(
+        net,
+        images,
+        torch.tensor([0, 1, 0, 1]),
+        recipe,
+        generator=derive(0),
+        augment=lambda batch, generator: batch + torch.arange(1.0, 5.0).view(4, 1, 1, 1),
+    )
+    assert len(seen) == 20
+    assert any(len(batch[i].unique()) == 2 for batch in seen for i in range(4))
+    assert all(set(batch.unique().tolist()) <= {1.0, 2.0, 3.0, 4.0} for batch in seen)
+
+
+class TestStrategy:
+    def batch(self) -> Tensor:
+        return torch.randn(6, 3, 16, 16, generator=derive(0))
+
+    @pytest.mark.parametrize("name", ["dsa", "dsa_idc"])
+    def test_it_replaces_the_operations(self, name: Any) -> None:
+        apply = augmenter(name, can_flip=True, space=SPACE, strategy="flip")
+        assert apply is not None
+        batch = self.batch()
+        for seed in range(4):
+            out = apply(batch, derive(seed))
+            for before, after in zip(batch, out, strict=True):
+                assert torch.equal(after, before) or torch.equal(after, before.flip(2))
+
+    def test_idc_without_cutout_zeroes_no_square(self) -> None:
+        ones = torch.ones(8, 1, 16, 16)
+        apply = augmenter("dsa_idc", can_flip=False, space=SPACE, strategy="cutout_flip")
+        bare = augmenter("dsa_idc", can_flip=True, space=SPACE, strategy="flip")
+        assert apply is not None
+        assert bare is not None
+        assert bool((apply(ones, derive(0)) == 0).any())
+        assert torch.equal(bare(ones, derive(0)), ones)
+
+    def test_flip_is_left_out_where_it_changes_the_class(self) -> None:
+        batch = self.batch()
+        assert augmenter("dsa", can_flip=False, space=SPACE, strategy="flip") is None
+        color = augmenter("dsa_idc", can_flip=False, space=SPACE, strategy="color_flip")
+        wanted = augmenter("dsa_idc", can_flip=True, space=SPACE, strategy="color")
+        assert color is not None
+        assert wanted is not None
+        assert torch.equal(color(batch, derive(2)), wanted(batch, derive(2)))
+
+    @pytest.mark.parametrize("can_flip", [True, False])
+    def test_without_one_it_is_the_papers(self, can_flip: bool) -> None:
+        batch, dsa = self.batch(), dsa_for(can_flip)
+        apply = augmenter("dsa", can_flip=can_flip, space=SPACE)
+        assert apply is not None
+        assert torch.equal(
+            apply(batch, derive(5)), dsa.apply(batch, dsa.draw(len(batch), derive(5), shared_op=True))
+        )
+
+    def test_an_unknown_operation_is_refused_when_the_recipe_is_read(self) -> None:
+        with pytest.raises(InputError, match=r"DSA operation must be one of .*'cuttout'.*'cutout'"):
+            Recipe.parse({"strategy": "color_cuttout"})
+
+
+class TestNamedRecipe:
+    def test_vico_is_the_default(self) -> None:
+        assert Recipe(**RECIPES["vico"]) == Recipe()
+
+    def test_idc_is_dsdms_evaluation(self) -> None:
+        recipe = Recipe.parse(named_recipe({"recipe": "idc"}))
+        assert (recipe.epochs, recipe.batch, recipe.schedule, recipe.cutmix) == (1500, 64, "multistep", 0.5)
+        assert recipe.augment == "dsa_idc"
+        assert recipe.strategy == "color_crop_flip_scale_rotate"
+        assert (recipe.lr, recipe.momentum, recipe.weight_decay) == (0.01, 0.9, 5e-4)
+
+    @pytest.mark.parametrize("name", sorted(RECIPES))
+    def test_it_names_every_field(self, name: str) -> None:
+        assert set(RECIPES[name]) == set(Recipe.model_fields)
+
+    def test_what_is_given_beside_it_wins(self) -> None:
+        assert named_recipe({"recipe": "idc", "epochs": 7})["epochs"] == 7
+        assert named_recipe({"epochs": 7}) == {"epochs": 7}
+
+    @pytest.mark.parametrize("name", ["idd", 3, ["idc"]])
+    def test_another_name_is_refused(self, name: Any) -> None:
+        with pytest.raises(InputError, match="recipe must be one of idc, vico"):
+            named_recipe({"recipe": name})
+
+    def test_it_wins_over_the_preset_and_later_layers_over_it(self, digits: Any) -> None:
+        layers = [{"evaluate": {"recipe": "idc"}}, {"evaluate": {"epochs": 9}}]
+        found = resolve("dm", digits, ipc=1, layers=layers).config.evaluate
+        wanted = {**RECIPES["idc"], "epochs": 9}
+        assert {name: getattr(found, name) for name in wanted} == wanted
+        assert isinstance(found, EvaluateConfig)
+        before = resolve("dm", digits, ipc=1, layers=[{"evaluate": {"epochs": 9}}, layers[0]]).config.evaluate
+        assert before.epochs == 1500
+
+
+def test_spectrograms_are_never_augmented() -> None:
+    recipe = Recipe.parse(named_recipe({"recipe": "idc", "epochs": 3}))
+    labels = torch.tensor([0])
+    audio, pictures = Split(torch.zeros(1, 1, 4, 4), labels), Split(torch.zeros(1, 1, 4, 4).byte(), labels)
+    assert audio.is_audio
+    assert not pictures.is_audio
+    assert recipe.on(pictures) == recipe
+    bare = recipe.on(audio)
+    assert (bare.augment, bare.strategy, bare.cutmix) == ("none", None, 0.0)
+    assert (bare.epochs, bare.schedule, bare.batch) == (3, "multistep", 64)

@@ -1,0 +1,170 @@
+"""DC and DSA: the distance of gradients by hand, and steps replayed in float64."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddray.data import dsa_for
+from ddray.methods import _matching, get_method
+from ddray.methods._gradients import gradient_distance, loops
+from ddray.methods._matching import ClassBatches
+from ddray.nets import build_net
+from ddray.seeding import derive_seed
+
+BATCH, IPC, LR = 5, 2, 0.1
+
+
+def gradients(seed: int) -> list[Tensor]:
+    """A convolution's weight and bias, a normalisation layer's two vectors, a linear weight and bias."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(4, 2, 3, 3), (4,), (4,), (4,), (3, 8), (3,)]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def cosine(a: list[float], b: list[float]) -> float:
+    dot = sum(x * y for x, y in zip(a, b, strict=True))
+    return dot / (math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(y * y for y in b)) + 1e-6)
+
+
+def test_layerwise_distance_goes_by_output_and_leaves_vectors_out() -> None:
+    real, synthetic = gradients(1), gradients(2)
+
+    wanted = 0.0
+    for layer in (0, 4):
+        for one, other in zip(
+            real[layer].flatten(1).tolist(), synthetic[layer].flatten(1).tolist(), strict=True
+        ):
+            wanted += 1 - cosine(one, other)
+    assert float(gradient_distance(real, synthetic, metric="layerwise")) == pytest.approx(wanted, rel=1e-12)
+    changed = [g if g.ndim > 1 else g + 1 for g in synthetic]
+    assert float(gradient_distance(real, changed, metric="layerwise")) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_the_other_distances_take_all_in_one() -> None:
+    real, synthetic = gradients(1), gradients(2)
+    a, b = ([float(x) for g in held for x in g.flatten()] for held in (real, synthetic))
+
+    squared = sum((x - y) ** 2 for x, y in zip(a, b, strict=True))
+    assert float(gradient_distance(real, synthetic, metric="mse")) == pytest.approx(squared, rel=1e-12)
+    assert float(gradient_distance(real, synthetic, metric="cosine")) == pytest.approx(
+        1 - cosine(a, b), rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("metric", ["layerwise", "mse", "cosine"])
+def test_equal_gradients_are_no_distance_apart(metric: Any) -> None:
+    real = gradients(3)
+
+    assert float(gradient_distance(real, real, metric=metric)) == pytest.approx(0, abs=1e-5)
+    assert float(gradient_distance(real, gradients(4), metric=metric)) > 0.1
+
+
+def replay(ctx: Any, own: dict[str, Any], images: Tensor) -> tuple[float, Tensor]:
+    """The first step in float64: outer updates of the images, epochs of the network between them."""
+    num_classes, shape = ctx.dataset.num_classes, ctx.dataset.image_shape
+    net = build_net(ctx.arch, shape, num_classes, seed=derive_seed(ctx.seed, "distill", "net", 1)).double()
+    dsa = dsa_for(ctx.dataset.can_flip) if own["augment"] == "dsa" else None
+    batches = ClassBatches(ctx, BATCH)
+    velocity, total = torch.zeros_like(images), 0.0
+
+    def gradient(batch: Tensor, label: int, plan: Any, graph: bool) -> Any:
+        labels = torch.full((len(batch),), label)
+        seen = batch if plan is None else dsa.apply(batch, plan, labels)
+        loss = F.cross_entropy(net(seen), labels)
+        return torch.autograd.grad(loss, list(net.parameters()), create_graph=graph)
+
+    for outer in range(1, own["outer_loop"] + 1):
+        generator = ctx.generator("step", 1, outer)
+        net.train()
+        if "bn" in ctx.arch:
+            index = batches.draw(generator).view(num_classes, -1)[:, :16].flatten()
+            with torch.no_grad():
+                net(ctx.space.encode(ctx.split.images[index]).double())
+            for module in net.modules():
+                if isinstance(module, torch.nn.BatchNorm2d):
+                    module.eval()
+        index = batches.draw(generator).view(num_classes, -1)
+        plan = dsa.draw(num_classes, generator, shared_op=False) if dsa else None
+        live = images.clone().requires_grad_(True)
+        loss = torch.zeros((), dtype=torch.float64)
+        for label in range(num_classes):
+            real = ctx.space.encode(ctx.split.images[index[label]]).double()
+            wanted = [g.detach() for g in gradient(real, label, plan, graph=False)]
+            found = gradient(live[IPC * label : IPC * (label + 1)], label, plan, graph=True)
+            loss = loss + gradient_distance(wanted, found, metric="layerwise")
+        velocity = 0.5 * velocity + torch.autograd.grad(loss, live)[0]
+        images = images - LR * velocity
+        total += float(loss.detach())
+        if outer < own["outer_loop"]:
+            net.train()
+            labels = torch.arange(num_classes).repeat_interleave(IPC)
+            for _ in range(own["inner_loop"]):
+                order = torch.randperm(len(labels), generator=generator)
+                batch = images[order]
+                if dsa is not None:
+                    batch = dsa.apply(batch, dsa.draw(len(batch), generator, shared_op=True))
+                step = torch.autograd.grad(F.cross_entropy(net(batch), labels[order]), list(net.parameters()))
+                with torch.no_grad():
+                    for parameter, change in zip(net.parameters(), step, strict=True):
+                        parameter -= 0.05 * change
+    return total / (num_classes * own["outer_loop"]), images
+
+
+@pytest.mark.parametrize("method", ["dc", "dsa"])
+@pytest.mark.parametrize("arch", ["convnet2_w8", "convnet2_w8_bn"])
+@pytest.mark.parametrize(("outer", "inner"), [(1, 1), (3, 2)])
+def test_a_step_is_the_algorithm(
+    method: str,
+    arch: str,
+    outer: int,
+    inner: int,
+    toy: Any,
+    planned: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = {"augment": "dsa" if method == "dsa" else "none", "outer_loop": outer, "inner_loop": inner}
+    settings = {"batch_real": BATCH, "lr_img": LR, "lr_net": 0.05, **own}
+    _, ctx, distiller = planned(method, toy(), ipc=IPC, seed=4, steps=1, arch=arch, method=settings)
+    monkeypatch.setattr(_matching, "_CHUNK_BYTES", 2 * 8 * 16 * 16 * 4)  # two images at a time
+    distiller.setup(ctx)
+    start = distiller.snapshot().images
+
+    loss = float(distiller.step()["loss"])
+
+    wanted_loss, wanted = replay(ctx, own, start.double())
+    assert loss == pytest.approx(wanted_loss, rel=1e-3)
+    moved = distiller.snapshot().images.double() - start.double()
+    assert float((moved - (wanted - start)).norm() / (wanted - start).norm()) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("ipc", "wanted"),
+    [(1, (1, 1)), (9, (1, 1)), (10, (10, 50)), (20, (20, 25)), (50, (50, 10)), (100, (50, 10))],
+)
+def test_loops_are_the_published_ones(ipc: int, wanted: tuple[int, int]) -> None:
+    assert loops(ipc) == wanted
+
+
+def test_presets_differ_as_the_papers_do(digits: Any) -> None:
+    dc, dsa = (get_method(name).config_type() for name in ("dc", "dsa"))
+
+    assert (dc.init, dc.augment, dc.lr_img, dc.momentum, dc.lr_net) == ("noise", "none", 0.1, 0.5, 0.01)
+    assert (dsa.init, dsa.augment, dsa.lr_img, dsa.momentum, dsa.lr_net) == ("random", "dsa", 0.1, 0.5, 0.01)
+
+
+def test_starts_are_noise_for_dc_and_real_images_for_dsa(toy: Any, planned: Any) -> None:
+    real: list[bool] = []
+    for method in ("dc", "dsa"):
+        _, ctx, distiller = planned(method, toy(), ipc=IPC, steps=1, method={"batch_real": BATCH})
+        distiller.setup(ctx)
+        held = ctx.space.encode(ctx.split.images)
+        real.append(
+            all((held - image).abs().amax((1, 2, 3)).min() < 1e-6 for image in distiller.snapshot().images)
+        )
+    assert real == [False, True]
