@@ -1,0 +1,173 @@
+"""Decoder `boost_ssdd`: images and targets from bases, coefficients and approximation networks.
+
+Boost-SSDD (Yu et al., ICLR 2025), Algorithm 2 and Sec 3.4: X_s = D(C^x B^x, s), Y_s = C^y B^y; the set is
+trained on as {X_s, tau_1(X_s), ..., tau_A(X_s)} with targets {Y_s, Y_s + Q_1(C^y) B^y, ...}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from ddray.config import Config
+from ddray.errors import InputError
+
+Augmentation = Literal["rotation", "jigsaw", "crop", "none"]
+Approximation = Literal["mlp", "bias", "same", "ideal"]
+
+NUM_VIEWS: Final[dict[Augmentation, int]] = {"rotation": 3, "jigsaw": 3, "crop": 5, "none": 0}
+"""A: predefined views besides the image itself (Table 12)."""
+_CROP: Final = 5 / 8  # 20 of 32 pixels
+Tensors = Mapping[str, Tensor]
+
+
+class Bases(Config):
+    """How a set is stored: the parameters of decoder `boost_ssdd`."""
+
+    scale: int = Field(ge=1)
+    """s: the bases are up-sampled by this factor."""
+    augmentation: Augmentation
+    """The predefined views."""
+    approximation: Approximation
+    """What gives the views' targets: networks Q_a | one shift per view | none | all of them stored."""
+    approximation_mse: float | None = None
+    """Mean squared error of the approximated shifts, in coefficients (Table 11)."""
+
+    @property
+    def num_views(self) -> int:
+        """A, the predefined views besides the image itself."""
+        return NUM_VIEWS[self.augmentation]
+
+
+def upsample(flat: Tensor, shape: tuple[int, int, int], scale: int) -> Tensor:
+    """Return D(.): images [m, C, H*scale, W*scale] of rows [m, C*H*W], bilinear.
+
+    Pixel centres are kept (no aligned corners), so that it commutes with rotations by 90 degrees.
+    """
+    small = flat.view(-1, *shape)
+    if scale == 1:
+        return small
+    return F.interpolate(small, scale_factor=scale, mode="bilinear", align_corners=False)
+
+
+def views(images: Tensor, augmentation: Augmentation) -> Tensor:
+    """Return {X, tau_1(X), ..., tau_A(X)}, float [(A + 1) * m, C, H, W], view by view; differentiable."""
+    return torch.cat([images, *(view(images, augmentation, number) for number in _numbers(augmentation))])
+
+
+def view(images: Tensor, augmentation: Augmentation, number: int) -> Tensor:
+    """Return tau_number of images [m, C, H, W], numbers from 0."""
+    height, width = images.shape[2:]
+    if augmentation == "rotation":
+        return images.rot90(number + 1, (2, 3))
+    if augmentation == "jigsaw":
+        shifts = ((0, width // 2), (height // 2, 0), (height // 2, width // 2))[number]
+        return images.roll(shifts, (2, 3))
+    size_y, size_x = max(1, int(height * _CROP + 0.5)), max(1, int(width * _CROP + 0.5))
+    bottom, right = height - size_y, width - size_x
+    top, left = ((0, 0), (0, right), (bottom, 0), (bottom, right), (bottom // 2, right // 2))[number]
+    cropped = images[:, :, top : top + size_y, left : left + size_x]
+    return F.interpolate(cropped, size=(height, width), mode="bilinear", align_corners=False)
+
+
+def _numbers(augmentation: Augmentation) -> range:
+    return range(NUM_VIEWS[augmentation])
+
+
+def view_coefficients(tensors: Tensors, bases: Bases, coefficients: Tensor) -> Tensor:
+    """Return the coefficients of the views' targets, C^y + Q_a(C^y) or what stands for it, [A, m, V].
+
+    Args:
+        tensors: the stored tensors.
+        bases: which of the four kinds they are.
+        coefficients: C^y [m, V].
+    """
+    if bases.approximation == "ideal":
+        return tensors["view_coefficients"]
+    if bases.approximation == "same":
+        return coefficients.expand(bases.num_views, -1, -1)
+    bias = tensors["shift_bias"]
+    if bases.approximation == "bias":
+        return coefficients + bias[:, None]
+    first, hidden = tensors["hidden_weight"], tensors["hidden_bias"]
+    return coefficients + perceptron(coefficients, first, hidden, tensors["shift_weight"], bias)
+
+
+def perceptron(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    """Return all two-layer perceptrons Q_a of x [m, V]: w1 [A, h, V], b1 [A, h], w2 [A, V, h], b2 [A, V]."""
+    hidden = (x @ w1.mT + b1[:, None]).relu()
+    return hidden @ w2.mT + b2[:, None]
+
+
+def images_of(tensors: Tensors, bases: Bases) -> Tensor:
+    """Return the images without their views, X_s [m, C, H, W]."""
+    if "images" in tensors:
+        return tensors["images"]
+    held = tensors["image_bases"]
+    _, channels, height, width = held.shape
+    return upsample(tensors["image_coefficients"] @ held.flatten(1), (channels, height, width), bases.scale)
+
+
+def targets_of(tensors: Tensors) -> Tensor:
+    """Return the targets of the images themselves, Y_s [m, D]."""
+    if "targets" in tensors:
+        return tensors["targets"]
+    return tensors["target_coefficients"] @ tensors["target_bases"]
+
+
+def expand(tensors: Tensors, bases: Bases) -> tuple[Tensor, Tensor]:
+    """Return the set as it is trained on: images [(A + 1) m, C, H, W] and targets [(A + 1) m, D]."""
+    images = views(images_of(tensors, bases), bases.augmentation)
+    own = targets_of(tensors)
+    if bases.num_views == 0:
+        return images, own
+    # Without bases the coefficients are the targets themselves.
+    moved = view_coefficients(tensors, bases, tensors.get("target_coefficients", own))
+    if "target_bases" in tensors:
+        moved = moved @ tensors["target_bases"]
+    return images, torch.cat([own, *moved])
+
+
+def check(tensors: Tensors, bases: Bases, image_shape: tuple[int, int, int]) -> None:
+    """Check that names and shapes are those that the decoder reads.
+
+    Raises:
+        InputError: naming the first rule that is broken.
+    """
+    wanted = (
+        {"images", "targets"}
+        if "images" in tensors
+        else {
+            "image_bases",
+            "image_coefficients",
+            "target_bases",
+            "target_coefficients",
+        }
+    )
+    if bases.num_views:
+        wanted |= {
+            "mlp": {"hidden_weight", "hidden_bias", "shift_weight", "shift_bias"},
+            "bias": {"shift_bias"},
+            "same": set(),
+            "ideal": {"view_coefficients"},
+        }[bases.approximation]
+    if set(tensors) != wanted:
+        raise InputError(f"decoder boost_ssdd must hold {sorted(wanted)}, got {sorted(tensors)}")
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
+            raise InputError(f"{name} must be finite float32, got {tensor.dtype}, NaN or infinity")
+    try:
+        images, targets = expand(tensors, bases)
+    except (RuntimeError, ValueError, IndexError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(f"the tensors of decoder boost_ssdd must fit one another: {reason}") from error
+    if tuple(images.shape[1:]) != image_shape or len(images) != len(targets):
+        raise InputError(
+            f"decoder boost_ssdd must give images {image_shape} and a target each, "
+            f"got {list(images.shape)}, {list(targets.shape)}"
+        )

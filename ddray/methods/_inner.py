@@ -1,0 +1,160 @@
+"""The pool of inner networks that KRR-ST and Boost-SSDD take turns with (Boost-SSDD Algorithm 1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddray.distill import DistillContext
+from ddray.nets import Net, build_net, reinitialize
+from ddray.seeding import derive_seed
+
+PoolReset = Literal["paper", "krrst_code"]
+
+
+@dataclass(frozen=True)
+class InnerRecipe:
+    """How inner networks are trained.
+
+    Attributes:
+        size: L, networks in the pool.
+        longest: Z, steps after which a network is replaced.
+        lr: of full-batch SGD.
+        momentum: of it.
+        weight_decay: of it.
+        batch: rows per step, drawn at random; None takes all.
+        reset: whether a replaced network starts counting anew (`paper`), or, its counter being left at Z, is
+            replaced each time that it is taken (`krrst_code`).
+    """
+
+    size: int
+    longest: int
+    lr: float
+    momentum: float
+    weight_decay: float
+    batch: int | None
+    reset: PoolReset
+
+
+class _Slot:
+    """One network, its momentum, and how many steps its counter says."""
+
+    def __init__(self, net: Net, recipe: InnerRecipe) -> None:
+        self.net = net
+        self.trained = 0
+        self.optimizer = torch.optim.SGD(
+            net.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Return weights, statistics, momentum and counter as copies on the CPU."""
+        held = [self.optimizer.state.get(p, {}).get("momentum_buffer") for p in self.net.parameters()]
+        return {
+            "trained": self.trained,
+            "net": {name: _copy(tensor) for name, tensor in self.net.state_dict().items()},
+            "velocity": [_copy(tensor) for tensor in held if tensor is not None],
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Continue from `state()`'s state."""
+        self.trained = int(state["trained"])
+        self.net.load_state_dict(state["net"])
+        self.optimizer.state.clear()
+        for parameter, held in zip(self.net.parameters(), state["velocity"], strict=False):
+            self.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(held)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().clone()
+
+
+class InnerPool:
+    """Inner networks, each trained for a different number of steps on the current set.
+
+    Args:
+        ctx: architecture, shape, seed, device.
+        recipe: how they are trained.
+        num_outputs: D of the targets.
+    """
+
+    def __init__(self, ctx: DistillContext, recipe: InnerRecipe, num_outputs: int) -> None:
+        self._ctx = ctx
+        self._recipe = recipe
+        self._slots = [_Slot(self._new(number, num_outputs), recipe) for number in range(recipe.size)]
+        self.filled = False
+
+    def _new(self, number: int, num_outputs: int) -> Net:
+        ctx = self._ctx
+        seed = self._seed(number, 0)
+        net = build_net(ctx.arch, ctx.dataset.image_shape, num_outputs, seed=seed, device=ctx.device)
+        return net.to(memory_format=torch.channels_last).requires_grad_(False)
+
+    def _seed(self, number: int, step: int) -> int:
+        """Return the seed of the weights that slot `number` gets at outer step `step`."""
+        return derive_seed(self._ctx.seed, "distill", "inner", number, step)
+
+    def fill(self, images: Tensor, targets: Tensor) -> None:
+        """Train every network for its own number of steps, uniform in 1..Z (Algorithm 1, lines 4-5)."""
+        recipe = self._recipe
+        generator = self._ctx.generator("inner", "lengths")
+        lengths = torch.randint(1, recipe.longest + 1, (recipe.size,), generator=generator).tolist()
+        for number, (slot, length) in enumerate(zip(self._slots, lengths, strict=True)):
+            rows = self._ctx.generator("inner", "fill", number)
+            for _ in range(length):
+                self._train(slot, images, targets, rows)
+        self.filled = True
+
+    def net(self, number: int) -> Net:
+        """Return a network in eval mode, its weights without gradient."""
+        return self._slots[number].net.eval()
+
+    def advance(self, number: int, images: Tensor, targets: Tensor, step: int) -> None:
+        """Train a network for one step, or replace it (Algorithm 1, lines 13-19).
+
+        Args:
+            number: which one.
+            images: of the current set with its views [M, C, H, W], detached.
+            targets: theirs [M, D], detached.
+            step: the outer step, which decides the draws.
+        """
+        slot = self._slots[number]
+        if slot.trained < self._recipe.longest:
+            self._train(slot, images, targets, self._ctx.generator("inner", "rows", step))
+            return
+        reinitialize(slot.net, self._seed(number, step))
+        slot.optimizer.state.clear()
+        if self._recipe.reset == "paper":
+            slot.trained = 0
+
+    def _train(self, slot: _Slot, images: Tensor, targets: Tensor, rows: torch.Generator) -> None:
+        """Take one step on Eq 2, the squared error's mean over rows and dimensions, in train mode."""
+        batch = self._recipe.batch
+        if batch is not None and batch < len(images):
+            index = torch.randperm(len(images), generator=rows)[:batch].to(images.device, non_blocking=True)
+            images, targets = images[index], targets[index]
+        net = slot.net.train().requires_grad_(True)
+        loss = F.mse_loss(net(images.contiguous(memory_format=torch.channels_last)), targets)
+        slot.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        slot.optimizer.step()
+        slot.optimizer.zero_grad(set_to_none=True)
+        net.requires_grad_(False)
+        slot.trained += 1
+
+    def counters(self) -> list[int]:
+        """Return z_1..z_L."""
+        return [slot.trained for slot in self._slots]
+
+    def state(self) -> list[dict[str, Any]]:
+        """Return every network's state; nothing before they were filled."""
+        return [slot.state() for slot in self._slots] if self.filled else []
+
+    def load(self, state: list[dict[str, Any]]) -> None:
+        """Continue from `state()`'s state."""
+        for slot, held in zip(self._slots, state, strict=False):
+            slot.load(held)
+        self.filled = bool(state)

@@ -1,0 +1,165 @@
+"""Boost-SSDD's beginning and end: principal components, float accounting, approximation networks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddray.bases import NUM_VIEWS, Approximation, Augmentation, perceptron
+from ddray.data import PixelSpace
+
+_CHUNK: Final = 1024
+_FIT_STEPS: Final = 2000
+_FIT_LR: Final = 0.01
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a budget is spent; every count in floats or rows.
+
+    Attributes:
+        num_image_bases: U.
+        num_target_bases: V.
+        num_images: m.
+        storage_floats: of everything that is stored.
+    """
+
+    num_image_bases: int
+    num_target_bases: int
+    num_images: int
+    storage_floats: int
+
+
+def shift_floats(
+    num_views: int, width: int, approximation: Approximation, hidden: int, num_images: int = 0
+) -> int:
+    """Return the floats of what gives the views' targets: A networks V -> h -> V, or what stands for them."""
+    if approximation == "mlp":
+        return num_views * (width * hidden + hidden + hidden * width + width)
+    if approximation == "bias":
+        return num_views * width
+    return num_views * width * num_images if approximation == "ideal" else 0
+
+
+def layout(
+    floats: int,
+    *,
+    basis_floats: int,
+    feature_dim: int,
+    num_image_bases: int,
+    num_target_bases: int,
+    num_real: int,
+    augmentation: Augmentation,
+    approximation: Approximation,
+    hidden: int,
+) -> Layout:
+    """Spend a budget: bases and networks first, what is left on coefficients, m = left / (U + V).
+
+    Views that are all stored (`ideal`) are the paper's upper bound "without considering the storage budget"
+    (A.7): they get the m of the networks, and count in `storage_floats` alone.
+
+    Args:
+        floats: the budget.
+        basis_floats: of one image basis.
+        feature_dim: D.
+        num_image_bases: U.
+        num_target_bases: V.
+        num_real: m is never more than this: coefficients start as projections of as many real images.
+        augmentation: the predefined views.
+        approximation: what gives their targets.
+        hidden: h.
+    """
+    num_views = NUM_VIEWS[augmentation]
+    counted: Approximation = "mlp" if approximation == "ideal" else approximation
+    fixed = num_image_bases * basis_floats + num_target_bases * feature_dim
+    fixed += shift_floats(num_views, num_target_bases, counted, hidden)
+    per_image = num_image_bases + num_target_bases
+    num_images = max(0, min(num_real, (floats - fixed) // per_image))
+    extra = shift_floats(num_views, num_target_bases, "ideal", hidden, num_images)
+    if approximation == "ideal":
+        fixed += extra - shift_floats(num_views, num_target_bases, "mlp", hidden)
+    return Layout(num_image_bases, num_target_bases, num_images, fixed + num_images * per_image)
+
+
+def default_image_bases(budget: int, basis_floats: int, floats: int, num_real: int) -> int:
+    """Return U: twice the budget's images, at most their dimension, half the floats, one per real image."""
+    return max(1, min(2 * budget, basis_floats, floats // (2 * basis_floats), num_real))
+
+
+def default_target_bases(budget: int, feature_dim: int, floats: int, num_real: int) -> int:
+    """Return V: twice the budget's images, at most D, a third of the floats, one per real image."""
+    return max(1, min(2 * budget, feature_dim, floats // (3 * feature_dim), num_real))
+
+
+def shrink(images: Tensor, scale: int) -> Tensor:
+    """Return images [m, C, H, W] averaged over scale x scale pixels, as rows [m, C*H*W / scale^2]."""
+    return F.avg_pool2d(images, scale).flatten(1)
+
+
+def shrunk_rows(images: Tensor, space: PixelSpace, scale: int, device: torch.device) -> Tensor:
+    """Return all real images shrunk, in `space`, float32 [N, d], made chunk by chunk."""
+    parts = [shrink(space.encode(part.to(device)), scale) for part in torch.split(images, _CHUNK)]
+    return torch.cat(parts)
+
+
+def principal_components(rows: Tensor, num: int) -> Tensor:
+    """Return the first `num` principal directions [num, d] of rows [N, d], uncentred: no mean to store.
+
+    Eigenvectors of the second moments, summed in float64.
+    """
+    moments = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+    for part in torch.split(rows, _CHUNK):
+        held = part.double()
+        moments.addmm_(held.T, held)
+    vectors: Tensor = torch.linalg.eigh(moments).eigenvectors
+    return vectors[:, -num:].flip(1).T.float().contiguous()
+
+
+def fit_shifts(
+    coefficients: Tensor, moved: Tensor, hidden: int, generator: torch.Generator
+) -> tuple[dict[str, Tensor], float]:
+    """Train the approximation networks Q_a on the views' shifts (Algorithm 1, lines 21-23).
+
+    Inputs are standardised while training, and the standardisation is folded into the first layer.
+
+    Args:
+        coefficients: C^y [m, V].
+        moved: C^y_a [A, m, V].
+        hidden: width of the hidden layer.
+        generator: CPU generator of the initial weights.
+
+    Returns:
+        The networks' tensors (`ddray.bases`), and their mean squared error.
+    """
+    num_views, _, width = moved.shape
+    wanted = moved - coefficients
+    mean = coefficients.mean(0)
+    std = coefficients.std(0, correction=0).clamp_min(1e-6)
+    inputs = (coefficients - mean) / std
+    shapes = ((num_views, hidden, width), (num_views, hidden), (num_views, width, hidden), (num_views, width))
+    with torch.enable_grad():
+        weights = []
+        for shape, fan_in in zip(shapes, (width, width, hidden, hidden), strict=True):
+            drawn = (2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(fan_in)
+            weights.append(drawn.to(coefficients.device).requires_grad_(True))
+        optimizer = torch.optim.Adam(weights, lr=_FIT_LR)
+        for step in range(_FIT_STEPS):
+            optimizer.param_groups[0]["lr"] = _FIT_LR * (1 - step / _FIT_STEPS)
+            loss = (perceptron(inputs, *weights) - wanted).square().mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    w1, b1, w2, b2 = (weight.detach() for weight in weights)
+    folded = w1 / std
+    tensors = {
+        "hidden_weight": folded,
+        "hidden_bias": b1 - folded @ mean,
+        "shift_weight": w2,
+        "shift_bias": b2,
+    }
+    return tensors, float((perceptron(coefficients, *tensors.values()) - wanted).square().mean())

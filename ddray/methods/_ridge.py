@@ -1,0 +1,107 @@
+"""Kernel ridge regression of teacher representations on features: Eq 3 and its gradient, in closed form.
+
+The prediction for real features T is T S' (S S' + lambda I)^-1 Y, for features S and targets Y of the
+distilled set, both with a bias column. Its gradient needs no graph through the solve, and real features only
+one pass, chunk by chunk. With more samples than features the same is solved as S (S'S + lambda I)^-1, so that
+no matrix is larger than the smaller side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Up to this size the solve is in float64, which never fails and needs no look at the result.
+_DOUBLE: Final = 4096
+
+
+class RidgeLoss(NamedTuple):
+    """A loss and its gradient.
+
+    Attributes:
+        loss: mean over real samples and dimensions of the squared error.
+        features: its gradient in the distilled features [M, F].
+        targets: its gradient in the distilled targets [M, D].
+    """
+
+    loss: Tensor
+    features: Tensor
+    targets: Tensor
+
+
+@torch.no_grad()
+def ridge_loss(
+    features: Tensor, targets: Tensor, real: Iterable[tuple[Tensor, Tensor]], *, ridge: float
+) -> RidgeLoss:
+    """Return the outer loss (Eq 3, as a mean) with its gradient.
+
+    Args:
+        features: of the distilled images [M, F], without the bias column.
+        targets: their targets [M, D].
+        real: chunks of (features [n, F], teacher representations [n, D]) of real images.
+        ridge: lambda as a part of the Gram matrix's trace (bias column included; a constant to the gradient).
+    """
+    s = with_bias(features)
+    penalty = ridge * s.square().sum(dtype=torch.float64)
+    dual = len(s) <= s.shape[1]
+    factor = cholesky(s @ s.T if dual else s.T @ s, penalty)
+    alpha = solve(factor, targets if dual else s.T @ targets)
+    weights = s.T @ alpha if dual else alpha  # [F + 1, D]
+    loss, gradient = _residuals(weights, real)
+    if dual:
+        beta = solve(factor, s @ gradient)
+        in_features = alpha @ (gradient - s.T @ beta).T - beta @ weights.T
+        in_targets = beta
+    else:
+        z = solve(factor, gradient)
+        in_targets = s @ z
+        in_features = (targets - s @ weights) @ z.T - in_targets @ weights.T
+    return RidgeLoss(loss, in_features[:, :-1], in_targets)
+
+
+def _residuals(weights: Tensor, real: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return the mean squared error of real features times `weights` [F + 1, D], and its gradient in them."""
+    loss, gradient, count = weights.new_zeros(()), torch.zeros_like(weights), 0
+    for features, wanted in real:
+        t = with_bias(features)
+        residual = t @ weights - wanted
+        loss += residual.square().sum()
+        gradient.addmm_(t.T, residual)
+        count += residual.numel()
+    return loss / count, gradient.mul_(2 / count)
+
+
+def with_bias(features: Tensor) -> Tensor:
+    """Return features [n, F] with a column of ones [n, F + 1]."""
+    return F.pad(features, (0, 1), value=1.0)
+
+
+def cholesky(gram: Tensor, penalty: Tensor) -> Tensor:
+    """Return the lower Cholesky factor of gram + penalty * I [n, n].
+
+    In float64, from 4,096 rows on in the matrix's own dtype with float64 as the way out.
+    """
+    dtypes = [torch.float64] if len(gram) <= _DOUBLE else [gram.dtype, torch.float64]
+    for dtype in dtypes:
+        held = gram.to(dtype, copy=True)
+        held.diagonal().add_(penalty.to(dtype))
+        factor, info = torch.linalg.cholesky_ex(held)
+        if dtype == torch.float64 or not bool(info):
+            break
+    found: Tensor = factor
+    return found
+
+
+def solve(factor: Tensor, right: Tensor) -> Tensor:
+    """Return the solution for right-hand sides [n, k], in their dtype."""
+    return torch.cholesky_solve(right.to(factor.dtype), factor).to(right.dtype)
+
+
+def solve_bytes(num_rows: int, num_features: int) -> int:
+    """Return the bytes that `ridge_loss` holds at its peak in square matrices."""
+    size = min(num_rows, num_features + 1)
+    return size * size * (4 + 2 * 8 if size <= _DOUBLE else 4 + 2 * 4)

@@ -1,0 +1,138 @@
+"""What the self-supervised methods share: the teacher of the pool, the storage budget, selections of images.
+
+A budget of N images is N * C * H * W floats (Boost-SSDD Sec 4, Storage Budget). We count every float that a
+set needs: images and their representations alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, ClassVar, Final, Literal
+
+import torch
+from torch import Tensor
+
+from ddray.artifact import DistilledSet
+from ddray.config import Config
+from ddray.distill import BudgetDistiller, DistillContext, Target
+from ddray.errors import InputError
+from ddray.nets import build_net
+from ddray.pool import PoolEntry
+from ddray.ssl import TeacherConfig, teacher_spec
+
+EVALUATE: Final[dict[str, Any]] = {
+    "epochs": 1000,
+    "lr": 0.1,
+    "momentum": 0.9,
+    "weight_decay": 1e-3,
+    "batch": 256,
+    "schedule": "constant",
+    "augment": "none",
+}
+"""Pre-training on a distilled set (Boost-SSDD A.1): SGD on the mean squared error, no augmentation."""
+
+Choose = Callable[[DistillContext, Tensor, int], Tensor]
+
+
+class SslConfig(Config):
+    """Settings of every self-supervised method."""
+
+    teacher: TeacherConfig = TeacherConfig()
+    """The network whose representations are distilled; one pool entry for all runs."""
+
+
+def teacher_of(ctx: DistillContext, config: TeacherConfig) -> PoolEntry:
+    """Return the pool's teacher for the context's images: weights, and features [N, D] in their order."""
+    spec = teacher_spec(config, ctx.dataset, ctx.split, split_name=ctx.split_name, device=ctx.device)
+    return ctx.pool.get([spec])[0]
+
+
+@lru_cache(maxsize=32)
+def feature_dim(arch: str, image_shape: tuple[int, int, int]) -> int:
+    """Return D, the dimension of a teacher's representations."""
+    net = build_net(arch, image_shape, 1, seed=0).eval()
+    with torch.no_grad():
+        return net.embed(torch.zeros(1, *image_shape)).shape[1]
+
+
+def budget_floats(budget: int, image_shape: tuple[int, int, int]) -> int:
+    """Return the floats that `budget` images of `image_shape` (C, H, W) take."""
+    channels, height, width = image_shape
+    return budget * channels * height * width
+
+
+def num_pairs(config: SslConfig, budget: int, image_shape: tuple[int, int, int]) -> int:
+    """Return how many images fit a budget together with their representations."""
+    pair = budget_floats(1, image_shape) + feature_dim(config.teacher.arch, image_shape)
+    return budget_floats(budget, image_shape) // pair
+
+
+def arch_for(image_shape: tuple[int, int, int]) -> str:
+    """Return the papers' inner network: batch norm, channels doubling to 512 in the last block."""
+    size = min(image_shape[1:])
+    depth = 3 if size <= 32 else 4 if size <= 64 else 5 if size <= 128 else 6
+    return f"convnet{depth}_w{512 // 2 ** (depth - 1)}_x2_bn"
+
+
+def given_budget(ctx: DistillContext) -> int:
+    """Return the run's budget in images.
+
+    Raises:
+        InputError: the context was made for a method that counts images per class.
+    """
+    if ctx.budget is None:
+        raise InputError(f"{ctx.method} needs a budget of images, got none; add --budget N")
+    return ctx.budget
+
+
+def ssl_selection(config_class: type[SslConfig], choose: Choose) -> type[BudgetDistiller]:
+    """Return a method without steps: real images with the teacher's representations of them.
+
+    Args:
+        config_class: its settings.
+        choose: picks m indices, given the context, the teacher's features [N, D] and m.
+    """
+
+    class Selection:
+        config_type: ClassVar[type[Config]] = config_class
+        uses_budget: ClassVar[Literal[True]] = True
+        num_steps = 0
+
+        def __init__(self, config: SslConfig, num_steps: int) -> None:
+            self._config = config
+
+        @staticmethod
+        def preset(name: str, target: Target) -> dict[str, Any]:
+            """Return the same settings for both presets: nothing is matched."""
+            return {"steps": 0, "arch": arch_for(target.image_shape), "evaluate": EVALUATE}
+
+        @staticmethod
+        def num_distilled(config: Any, budget: int, image_shape: tuple[int, int, int], num_real: int) -> int:
+            """Return how many images the budget holds."""
+            return num_pairs(config, budget, image_shape)
+
+        def setup(self, ctx: DistillContext) -> None:
+            """Make the selection."""
+            self.representations = teacher_of(ctx, self._config.teacher).tensors["features"]
+            m = num_pairs(self._config, given_budget(ctx), ctx.dataset.image_shape)
+            index = choose(ctx, self.representations, m)
+            images = ctx.space.encode(ctx.split.images[index])
+            self._set = ctx.make_ssl_set(images, self.representations[index])
+
+        def step(self) -> dict[str, Tensor]:
+            """Refuse: there is nothing to do."""
+            raise RuntimeError("a selection has no steps")
+
+        def snapshot(self) -> DistilledSet:
+            """Return the selected set."""
+            return self._set
+
+        def state_dict(self) -> dict[str, Any]:
+            """Return nothing: a selection is made anew in no time."""
+            return {}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            """Take nothing."""
+
+    return Selection

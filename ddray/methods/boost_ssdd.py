@@ -1,0 +1,281 @@
+"""Boost-SSDD: self-supervised distillation by parameterisation, predefined augmentation and approximation.
+
+Yu et al., ICLR 2025 (Algorithms 1 and 2, Eq 2-3, Table 5). KRR-ST's loop on image bases B^x and coefficients
+C^x, representation bases B^y and coefficients C^y, and coefficients C^y_a of every predefined view, which
+small networks Q_a replace in the end.
+
+**Deviations** (paper | ours)
+
+- inner loss: Eq 2 sums over dimensions, which diverges at its own lr .1 | mean.
+- principal components: of what is not said | uncentred, so that no mean is stored; images are shrunk by
+  averaging.
+- Q_a's optimiser: not given | full-batch Adam, lr .01 falling linearly, 2,000 steps; inputs are standardised
+  while training, which is folded into the first layer. Inner weight decay: not given | KRR-ST's 1e-3.
+- U and V outside Table 5: twice N, at most the dimension | also at most a half and a third of the floats (the
+  shares that the table's own rows take).
+- real batches: not said | un-augmented, so that the teacher's features are read, not computed.
+- the inner step: on the views that the outer loss was taken on | on the updated ones (KRR-ST's code).
+- N=5000: a full batch of 48,508 images per inner step | `inner_batch` 8,192, drawn anew each step; the outer
+  solve is exact, in the features' space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Final, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ddray import bases
+from ddray.artifact import DistilledSet
+from ddray.bases import Approximation, Augmentation, Bases
+from ddray.config import Config
+from ddray.data import normalized_space
+from ddray.distill import DistillContext, Target
+from ddray.errors import InputError
+from ddray.methods._krr import BilevelLoop, KrrConfig
+from ddray.methods._parameterise import (
+    Layout,
+    default_image_bases,
+    default_target_bases,
+    fit_shifts,
+    layout,
+    principal_components,
+    shrunk_rows,
+)
+from ddray.methods._ssl import EVALUATE, arch_for, budget_floats, feature_dim, given_budget, teacher_of
+from ddray.nets import Net
+from ddray.ssl import embed_all, teacher_net
+
+# Table 5: dataset -> budget -> (U, V, weight decay of pre-training).
+_TABLE5: Final[dict[str, dict[int, tuple[int, int, float]]]] = {
+    "cifar100": {
+        25: (50, 50, 1e-3),
+        50: (100, 100, 1e-3),
+        100: (200, 200, 1e-3),
+        1000: (500, 500, 1e-4),
+        5000: (700, 500, 1e-4),
+    },
+    "tiny_imagenet": {50: (100, 100, 5e-3), 100: (200, 200, 5e-3), 200: (400, 400, 5e-3)},
+    "imagenet": {250: (500, 500, 5e-3)},
+}
+
+
+class BoostSsddConfig(KrrConfig):
+    """Boost-SSDD's settings; defaults are the paper's for 32 px."""
+
+    parameterize: bool = True
+    """Whether images and representations are learned through bases and coefficients (Table 3)."""
+    num_image_bases: int | None = Field(default=None, ge=1)
+    """U; default: twice the budget, as far as dimension and budget allow."""
+    num_target_bases: int | None = Field(default=None, ge=1)
+    """V; likewise."""
+    scale: int = Field(default=2, ge=1)
+    """s: image bases are smaller than images by this factor."""
+    init: Literal["pc", "real", "random"] = "pc"
+    """Bases and coefficients start as principal components and projections, as real images and noise, or as
+    noise (Table 4)."""
+    augmentation: Augmentation = "rotation"
+    """The predefined views (Table 12)."""
+    approximation: Approximation = "mlp"
+    """What gives the views' targets: networks, one shift each, nothing, or all of them stored (Table 11)."""
+    hidden: int = Field(default=4, ge=1)
+    """h, width of the approximation networks."""
+
+
+class BoostSsdd:
+    """Bilevel distillation of bases and coefficients."""
+
+    config_type: ClassVar[type[Config]] = BoostSsddConfig
+    uses_budget: ClassVar[Literal[True]] = True
+
+    def __init__(self, config: BoostSsddConfig, num_steps: int) -> None:
+        self._config = config
+        self.num_steps = num_steps
+
+    @staticmethod
+    def preset(name: str, target: Target) -> dict[str, Any]:
+        """Return the paper's settings (there is no code of the authors: `repo` is the same)."""
+        side = min(target.image_shape[1:])
+        small = side <= 32
+        method: dict[str, Any] = {"scale": 2 if small else max(2, side // 16), "hidden": 4 if small else 16}
+        decay = 1e-3 if small else 5e-3
+        row = _TABLE5.get(target.dataset, {}).get(target.budget or 0)
+        if row is not None:
+            method["num_image_bases"], method["num_target_bases"], decay = row
+        if target.dataset == "cifar100" and (target.budget or 0) >= 5000:
+            method["inner_batch"] = 8192
+        return {
+            "steps": 30_000 if small else 20_000,
+            "checkpoint_every": 1000,
+            "arch": arch_for(target.image_shape),
+            "evaluate": {**EVALUATE, "weight_decay": decay},
+            "method": method,
+        }
+
+    @staticmethod
+    def num_distilled(
+        config: BoostSsddConfig, budget: int, image_shape: tuple[int, int, int], num_real: int
+    ) -> int:
+        """Return m, how many images the budget holds, without their views."""
+        return plan_layout(config, budget, image_shape, num_real).num_images
+
+    def setup(self, ctx: DistillContext) -> None:
+        """Make the initial bases and coefficients, and the loop (Algorithm 1, lines 1-6)."""
+        self._ctx, config = ctx, self._config
+        shape = ctx.dataset.image_shape
+        plan = plan_layout(config, given_budget(ctx), shape, len(ctx.split))
+        entry = teacher_of(ctx, config.teacher)
+        self.representations = entry.tensors["features"]
+        learned = Bases(scale=config.scale, augmentation=config.augmentation, approximation="ideal")
+
+        def synthesise(parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+            return bases.expand(parameters, learned)
+
+        index = torch.randperm(len(ctx.split), generator=ctx.generator("init"))[: plan.num_images]
+        start = _start(ctx, config, plan, self.representations, index)
+        if learned.num_views:
+            start["view_coefficients"] = _start_of_views(
+                ctx, config, start, teacher_net(entry).to(ctx.device)
+            )
+        self.loop = BilevelLoop(ctx, config, start, synthesise, self.num_steps)
+
+    def step(self) -> dict[str, Tensor]:
+        """Take one outer step."""
+        return self.loop.step()
+
+    def snapshot(self) -> DistilledSet:
+        """Fit the approximation networks and return the current set (Algorithm 1, lines 21-23)."""
+        config = self._config
+        tensors = {name: tensor.detach().clone() for name, tensor in self.loop.parameters.items()}
+        moved = tensors.pop("view_coefficients", None)
+        mse = None
+        if moved is not None:
+            own = tensors["target_coefficients" if config.parameterize else "targets"]
+            more, mse = self._approximate(own, moved)
+            tensors |= more
+        held = Bases(
+            scale=config.scale,
+            augmentation=config.augmentation,
+            approximation=config.approximation,
+            approximation_mse=mse,
+        )
+        return self._ctx.make_based_set(tensors, held)
+
+    def _approximate(self, own: Tensor, moved: Tensor) -> tuple[dict[str, Tensor], float]:
+        """Return what gives the views' coefficients [A, m, V] from the images' own [m, V], and its error."""
+        config = self._config
+        shift = moved - own
+        if config.approximation == "ideal":
+            return {"view_coefficients": moved}, 0.0
+        if config.approximation == "same":
+            return {}, float(shift.square().mean())
+        if config.approximation == "bias":
+            bias = shift.mean(1)
+            return {"shift_bias": bias}, float((shift - bias[:, None]).square().mean())
+        return fit_shifts(own, moved, config.hidden, self._ctx.generator("approximation"))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return bases, coefficients, optimiser, inner networks and step."""
+        return self.loop.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state."""
+        self.loop.load_state_dict(state)
+
+
+def plan_layout(
+    config: BoostSsddConfig, budget: int, image_shape: tuple[int, int, int], num_real: int
+) -> Layout:
+    """Return how a budget of images is spent.
+
+    Raises:
+        InputError: the images don't divide by the scale, or are not square where they are rotated.
+    """
+    channels, height, width = image_shape
+    if height % config.scale or width % config.scale:
+        raise InputError(f"method.scale must divide the images' sides, {height}x{width}, got {config.scale}")
+    if config.augmentation == "rotation" and height != width:
+        raise InputError(
+            f"method.augmentation=rotation needs square images, got {height}x{width}; use jigsaw"
+        )
+    floats, dim = budget_floats(budget, image_shape), feature_dim(config.teacher.arch, image_shape)
+    basis = channels * height * width // config.scale**2
+    if not config.parameterize:
+        # Images and targets are their own coefficients, and no bases are stored.
+        spent = {"basis_floats": 0, "feature_dim": 0}
+        num_image_bases, num_target_bases = channels * height * width, dim
+    else:
+        spent = {"basis_floats": basis, "feature_dim": dim}
+        num_image_bases = config.num_image_bases or default_image_bases(budget, basis, floats, num_real)
+        num_target_bases = config.num_target_bases or default_target_bases(budget, dim, floats, num_real)
+        if num_image_bases > min(basis, num_real) or num_target_bases > min(dim, num_real):
+            raise InputError(
+                f"method.num_image_bases must be <= {min(basis, num_real)} and method.num_target_bases "
+                f"<= {min(dim, num_real)} (dimensions and images), got {num_image_bases}, {num_target_bases}"
+            )
+    return layout(
+        floats,
+        **spent,
+        num_image_bases=num_image_bases,
+        num_target_bases=num_target_bases,
+        num_real=num_real,
+        augmentation=config.augmentation,
+        approximation=config.approximation,
+        hidden=config.hidden,
+    )
+
+
+def _start(
+    ctx: DistillContext, config: BoostSsddConfig, plan: Layout, features: Tensor, index: Tensor
+) -> dict[str, Tensor]:
+    """Return initial bases and coefficients (Sec 3.2; Table 4), or the pairs themselves without bases."""
+    features = features.to(ctx.device)
+    if not config.parameterize:
+        images = ctx.space.encode(ctx.split.images[index]).to(ctx.device)
+        return {"images": images, "targets": features[index]}
+    rows = shrunk_rows(ctx.split.images, ctx.space.to(ctx.device), config.scale, ctx.device)
+    held: dict[str, Tensor] = {}
+    for name, real, num in (
+        ("image", rows, plan.num_image_bases),
+        ("target", features, plan.num_target_bases),
+    ):
+        generator = ctx.generator("init", name)
+        if config.init == "pc":
+            base = principal_components(real, num)
+            coefficients = real[index.to(real.device)] @ base.T
+        else:
+            noise = torch.randn(plan.num_images + num, max(num, real.shape[1]), generator=generator)
+            coefficients = noise[: plan.num_images, :num].to(real.device)
+            chosen = torch.randperm(len(real), generator=generator)[:num].to(real.device)
+            random = noise[plan.num_images :, : real.shape[1]].to(real.device)
+            base = real[chosen] if config.init == "real" else random
+        held[f"{name}_bases"], held[f"{name}_coefficients"] = base, coefficients
+    channels, height, width = ctx.dataset.image_shape
+    shape = (-1, channels, height // config.scale, width // config.scale)
+    held["image_bases"] = held["image_bases"].view(shape)
+    return held
+
+
+def _start_of_views(
+    ctx: DistillContext, config: BoostSsddConfig, start: Mapping[str, Tensor], teacher: Net
+) -> Tensor:
+    """Return initial C^y_a [A, m, V]: the teacher's representations of the views, projected (Sec 3.3)."""
+    num_views = bases.NUM_VIEWS[config.augmentation]
+    own = start["target_coefficients" if config.parameterize else "targets"]
+    if config.parameterize and config.init != "pc":
+        shape = (num_views, *own.shape)
+        return torch.randn(shape, generator=ctx.generator("init", "views")).to(own.device)
+    learned = Bases(scale=config.scale, augmentation=config.augmentation, approximation="same")
+    images = bases.views(bases.images_of(start, learned), config.augmentation)[len(own) :]
+    # A teacher sees normalised pixels, whatever space the set is learned in.
+    pixels = ctx.space.to(ctx.device).decode(images)
+    found = embed_all(teacher, pixels, normalized_space(ctx.dataset), ctx.device)
+    found = found.to(own.device)
+    projected = found @ start["target_bases"].T if config.parameterize else found
+    return projected.view(num_views, *own.shape)
+
+
+METHOD: Final = BoostSsdd

@@ -1,0 +1,103 @@
+"""KRR-ST: self-supervised dataset distillation for transfer learning (Lee et al., ICLR 2024).
+
+Images and target representations are learned so that networks trained on the pairs predict the teacher's
+representations of real images: Boost-SSDD's Eq 2 (inner) and Eq 3 (outer), its baseline and engine.
+
+**Deviations** (paper | authors' code | ours)
+
+- inner loss: summed over dimensions (Eq 2), which diverges at lr .1 | mean over rows and dimensions | mean.
+- a replaced inner network's counter: not given | stays at Z, so that most steps use a fresh network |
+  `pool_reset` by preset.
+- initial images: normalised | in [0, 1], while real batches are normalised | `init_raw` by preset.
+- teacher's first convolution: padding not given | 2 | by preset.
+- lr_outer on CIFAR-100: 1e-4 | 1e-4, in a later README 1e-3 | 1e-4.
+- storage: images alone are counted | images alone | images and targets.
+- real batches: drawn without repetition within an epoch | within a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Final, Literal
+
+import torch
+from torch import Tensor
+
+from ddray.artifact import DistilledSet
+from ddray.config import Config
+from ddray.distill import DistillContext, Target
+from ddray.methods._krr import BilevelLoop, KrrConfig
+from ddray.methods._ssl import EVALUATE, arch_for, given_budget, num_pairs, teacher_of
+
+
+class KrrStConfig(KrrConfig):
+    """KRR-ST's settings; defaults are the paper's for 32 px."""
+
+    init_raw: bool = False
+    """Whether the initial images are pixels in [0, 1] instead of normalised ones (authors' code)."""
+
+
+def synthesise(parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return images [m, C, H, W] and targets [m, D]: the parameters themselves."""
+    return parameters["images"], parameters["targets"]
+
+
+class KrrSt:
+    """Learned images with learned targets."""
+
+    config_type: ClassVar[type[Config]] = KrrStConfig
+    uses_budget: ClassVar[Literal[True]] = True
+
+    def __init__(self, config: KrrStConfig, num_steps: int) -> None:
+        self._config = config
+        self.num_steps = num_steps
+
+    @staticmethod
+    def preset(name: str, target: Target) -> dict[str, Any]:
+        """Return the settings of `paper` or `repo` (authors' code) for a target."""
+        small = min(target.image_shape[1:]) <= 32
+        method: dict[str, Any] = {"lr_outer": 1e-4 if small else 1e-5, "augment_real": "crop_flip"}
+        if name == "repo":
+            method |= {"pool_reset": "krrst_code", "init_raw": True, "teacher": {"stem_padding": 2}}
+        return {
+            "steps": 160_000,
+            "checkpoint_every": 1000,
+            "arch": arch_for(target.image_shape),
+            "evaluate": EVALUATE,
+            "method": method,
+        }
+
+    @staticmethod
+    def num_distilled(config: Any, budget: int, image_shape: tuple[int, int, int], num_real: int) -> int:
+        """Return how many images the budget holds with their targets."""
+        return num_pairs(config, budget, image_shape)
+
+    def setup(self, ctx: DistillContext) -> None:
+        """Start from random real images and the teacher's representations of them."""
+        self._ctx = ctx
+        self.representations = teacher_of(ctx, self._config.teacher).tensors["features"]
+        m = num_pairs(self._config, given_budget(ctx), ctx.dataset.image_shape)
+        index = torch.randperm(len(ctx.split), generator=ctx.generator("init"))[:m]
+        chosen = ctx.split.images[index]
+        images = chosen.float() / 255 if self._config.init_raw else ctx.space.encode(chosen)
+        start = {"images": images, "targets": self.representations[index]}
+        self.loop = BilevelLoop(ctx, self._config, start, synthesise, self.num_steps)
+
+    def step(self) -> dict[str, Tensor]:
+        """Take one outer step."""
+        return self.loop.step()
+
+    def snapshot(self) -> DistilledSet:
+        """Return the current pairs as a set."""
+        return self._ctx.make_ssl_set(self.loop.parameters["images"], self.loop.parameters["targets"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return pairs, optimiser, inner networks and step."""
+        return self.loop.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state."""
+        self.loop.load_state_dict(state)
+
+
+METHOD: Final = KrrSt

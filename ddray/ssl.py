@@ -1,0 +1,311 @@
+"""The self-supervised teacher: Barlow Twins (Zbontar et al., ICML 2021) on images without labels.
+
+A pool entry of kind `ssl` holds the network's weights and its features of the whole split. Nothing here takes
+a label: the entry is keyed by a hash of the images, and one-class networks have no head to train.
+
+**Deviations** (solo-learn, which Boost-SSDD's teacher is trained with | ours)
+
+- optimiser: LARS, lr .3, warm-up and cosine | AdamW, the same schedule; their factor .1 on the loss, which
+  AdamW would cancel, is left out.
+- views: kornia or torchvision on single images | the same operations on the batch, on the device: random
+  resized crop, flip where the dataset allows it, colour jitter, greyscale; no blur, no solarisation (as
+  solo-learn's recipe for 32 px).
+- the last, incomplete batch of an epoch is dropped in both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from ddray.config import Config
+from ddray.data import Dataset, PixelSpace, Split
+from ddray.errors import DivergedError, InputError
+from ddray.nets import Net, build_net
+from ddray.pool import PoolEntry, PoolSpec
+from ddray.seeding import derive, derive_seed, forked_global
+
+KIND: Final = "ssl"
+_HASH_CHUNK: Final = 4096
+# Columns of a view's uniform draws.
+_AREA, _RATIO, _TOP, _LEFT, _FLIP, _JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _GREY = range(11)
+
+
+class TeacherConfig(Config):
+    """How the self-supervised teacher is trained."""
+
+    arch: str = "resnet18"
+    """Its stem for small images is a 3x3 convolution without pooling."""
+    epochs: int = Field(default=1000, ge=1)
+    batch: int = Field(default=256, ge=2)
+    lr: float = Field(default=1e-3, gt=0)
+    """Of AdamW; linear warm-up over the first tenth of the steps, then cosine to 0."""
+    weight_decay: float = Field(default=1e-4, ge=0)
+    projector: int = Field(default=2048, ge=1)
+    """Width of the projector's three layers."""
+    off_diagonal: float = Field(default=0.0051, ge=0)
+    """Weight of the redundancy term (Barlow Twins' lambda)."""
+    crop_area: float = Field(default=0.2, gt=0, le=1)
+    """Smallest area of a random resized crop."""
+    stem_padding: int = Field(default=1, ge=0, le=3)
+    """Padding of the first convolution: 1 | 2 (KRR-ST's and solo-learn's code)."""
+    seed: int = Field(default=0, ge=0)
+    """The teacher's own: runs of all seeds share one teacher, as in the papers."""
+
+
+def teacher_spec(
+    config: TeacherConfig, dataset: Dataset, split: Split, *, split_name: str, device: torch.device
+) -> PoolSpec:
+    """Return the pool's spec of a teacher for the images of a split.
+
+    Args:
+        config: how it is trained.
+        dataset: shape, statistics, whether a mirrored image is one of its kind.
+        split: its images decide the spec, its labels do not.
+        split_name: which part of the dataset it is.
+        device: where it will be trained.
+
+    Raises:
+        InputError: the split holds spectrograms, which views of photographs do not fit.
+    """
+    if split.images.dtype != torch.uint8:
+        raise InputError(
+            f"a self-supervised teacher needs images of bytes, {dataset.name} holds spectrograms"
+        )
+    recipe = config.dump()
+    arch, seed = recipe.pop("arch"), recipe.pop("seed")
+    return PoolSpec(
+        kind=KIND,
+        dataset=image_fingerprint(split.images),
+        split=split_name,
+        transform="normalized",
+        arch=arch,
+        recipe={**recipe, "flip": dataset.can_flip, "mean": list(dataset.mean), "std": list(dataset.std)},
+        seed=seed,
+        image_shape=dataset.image_shape,
+        num_classes=1,
+        device=device.type,
+    )
+
+
+def image_fingerprint(images: Tensor) -> str:
+    """Return the sha256 of images [N, C, H, W] alone: no label and no class name plays a part."""
+    head = {"shape": list(images.shape), "dtype": str(images.dtype)}
+    digest = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
+    for chunk in torch.split(images, _HASH_CHUNK):
+        digest.update(chunk.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def teacher_net(entry: PoolEntry) -> Net:
+    """Return an entry's network in eval mode on the CPU; `embed` gives the representations."""
+    net = entry.module()
+    spec = PoolSpec.parse(entry.meta["spec"])
+    return _with_stem(net, int(spec.recipe["stem_padding"])).eval()  # type: ignore[arg-type]
+
+
+def _with_stem(net: Net, padding: int) -> Net:
+    """Set the padding of a torchvision network's first convolution; the weights are the same."""
+    stem = next(module for module in net.modules() if isinstance(module, nn.Conv2d))
+    if padding != 1:
+        stem.padding = (padding, padding)
+    return net
+
+
+def barlow_twins_loss(a: Tensor, b: Tensor, off_diagonal: float) -> Tensor:
+    """Return sum_i (1 - C_ii)^2 + lambda * sum_{i != j} C_ij^2 (Barlow Twins Eq 1-2).
+
+    C is the cross-correlation of both views' projections along the batch. The sum of its squares is taken
+    from the B x B Gram matrices, ||A'B||^2 = <AA', BB'>, which costs 2B/D of the D x D form.
+
+    Args:
+        a: projections of the first views [B, D].
+        b: of the second ones.
+        off_diagonal: lambda.
+    """
+    a, b = (_standardised(z) for z in (a, b))
+    num = len(a)
+    diagonal = (a * b).sum(0) / num
+    squares = ((a @ a.T) * (b @ b.T)).sum() / num**2
+    off = squares - diagonal.square().sum()
+    return (1 - diagonal).square().sum() + off_diagonal * off
+
+
+def _standardised(z: Tensor) -> Tensor:
+    """Return columns of mean 0 and variance 1 along the batch (batch norm without parameters)."""
+    return F.batch_norm(z, None, None, training=True)
+
+
+def projector(dim: int, width: int) -> nn.Sequential:
+    """Return the three-layer projector [N, dim] -> [N, width]."""
+    return nn.Sequential(
+        nn.Linear(dim, width, bias=False),
+        nn.BatchNorm1d(width),
+        nn.ReLU(inplace=True),
+        nn.Linear(width, width, bias=False),
+        nn.BatchNorm1d(width),
+        nn.ReLU(inplace=True),
+        nn.Linear(width, width, bias=False),
+    )
+
+
+def random_view(pixels: Tensor, generator: torch.Generator, *, crop_area: float, flip: bool) -> Tensor:
+    """Return one random view of each image, computed on the images' device.
+
+    Args:
+        pixels: float32 [N, C, H, W] in [0, 1].
+        generator: CPU generator of every draw.
+        crop_area: smallest share of the area that is cropped, sides in a ratio of 3/4 to 4/3.
+        flip: whether half of the views are mirrored.
+
+    Returns:
+        float32 [N, C, H, W] in [0, 1].
+    """
+    u = torch.rand(len(pixels), _GREY + 1, generator=generator).to(pixels.device, non_blocking=True)
+    area = crop_area + (1 - crop_area) * u[:, _AREA]
+    ratio = torch.exp((2 * u[:, _RATIO] - 1) * math.log(4 / 3))
+    width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+    mirrored = torch.where(u[:, _FLIP] < 0.5, -width, width) if flip else width
+    theta = pixels.new_zeros(len(pixels), 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1] = mirrored, height
+    theta[:, 0, 2] = (1 - width) * (2 * u[:, _LEFT] - 1)
+    theta[:, 1, 2] = (1 - height) * (2 * u[:, _TOP] - 1)
+    grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
+    views = F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
+    jittered = _jitter(views, u)
+    return torch.where((u[:, _JITTER] < 0.8)[:, None, None, None], jittered, views)
+
+
+def _jitter(views: Tensor, u: Tensor) -> Tensor:
+    """Return brightness and contrast +-.4, of colour images saturation +-.2, hue +-.1 and greyscale .2."""
+
+    def factor(column: int, strength: float) -> Tensor:
+        return (1 + (2 * u[:, column] - 1) * strength)[:, None, None, None]
+
+    views = (views * factor(_BRIGHTNESS, 0.4)).clamp(0, 1)
+    mean = views.mean((1, 2, 3), keepdim=True)
+    views = ((views - mean) * factor(_CONTRAST, 0.4) + mean).clamp(0, 1)
+    if views.shape[1] != 3:
+        return views
+    from kornia.enhance import adjust_hue
+
+    grey = _grey(views)
+    views = ((views - grey) * factor(_SATURATION, 0.2) + grey).clamp(0, 1)
+    views = adjust_hue(views, (2 * u[:, _HUE] - 1) * 0.1 * 2 * math.pi)
+    return torch.where((u[:, _GREY] < 0.2)[:, None, None, None], _grey(views).expand_as(views), views)
+
+
+def _grey(pixels: Tensor) -> Tensor:
+    """Return the luma [N, 1, H, W] of colour pixels (ITU-R 601)."""
+    weights = pixels.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+    return (pixels * weights).sum(1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class SslTrainer:
+    """Trains the pool's self-supervised teachers on the images of a split.
+
+    Attributes:
+        images: uint8 [N, C, H, W].
+        device: where to compute.
+    """
+
+    images: Tensor
+    device: torch.device
+
+    def __call__(self, spec: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+        """Return weights and features [N, D] of a teacher, and the mean loss of its first and last epoch.
+
+        Raises:
+            DivergedError: the loss became NaN or infinite.
+        """
+        recipe = dict(spec.recipe)
+        space = PixelSpace("normalized", tuple(recipe.pop("mean")), tuple(recipe.pop("std")))
+        flip = bool(recipe.pop("flip"))
+        config = TeacherConfig.parse({**recipe, "arch": spec.arch, "seed": spec.seed}, prefix="teacher.")
+        seed = derive_seed(spec.seed, "pool", spec.kind)
+        net = build_net(spec.arch, spec.image_shape, spec.num_classes, seed=seed, device=self.device)
+        net = _with_stem(net, config.stem_padding).to(memory_format=torch.channels_last)
+        losses = self._train(net, config, space, seed, flip)
+        if not math.isfinite(losses[-1]):
+            raise DivergedError(f"the teacher's loss must stay finite, got {losses[-1]}; lower teacher.lr")
+        weights = {f"weights.{name}": tensor for name, tensor in net.state_dict().items()}
+        features = embed_all(net, self.images, space, self.device)
+        return {**weights, "features": features}, {"first_loss": losses[0], "final_loss": losses[-1]}
+
+    def _train(
+        self, net: Net, config: TeacherConfig, space: PixelSpace, seed: int, flip: bool
+    ) -> list[float]:
+        """Train `net` in place; return the mean loss of every epoch."""
+        device, num = self.device, len(self.images)
+        pixels = self.images.to(device)
+        with torch.no_grad():
+            dim = net.eval().embed(torch.zeros(1, *net.image_shape, device=device)).shape[1]
+        with forked_global(derive_seed(seed, "projector"), device), torch.device(device):
+            head = projector(dim, config.projector)
+        for module in (net, head):
+            module.train()
+        optimizer = torch.optim.AdamW(
+            [*net.parameters(), *head.parameters()], lr=config.lr, weight_decay=config.weight_decay
+        )
+        batch = min(config.batch, num)
+        steps, step = config.epochs * (num // batch), 0
+        generator = derive(seed, "views")
+        epochs: list[Tensor] = []
+        for _ in range(config.epochs):
+            total = torch.zeros((), device=device)
+            order = torch.randperm(num, generator=generator).to(device, non_blocking=True)
+            for index in torch.split(order[: num // batch * batch], batch):
+                raw = pixels[index].float() / 255
+                views = [random_view(raw, generator, crop_area=config.crop_area, flip=flip) for _ in range(2)]
+                optimizer.param_groups[0]["lr"] = config.lr * _schedule(step, steps)
+                loss = self._loss(net, head, [space.encode(view) for view in views], config)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                total += loss.detach()
+                step += 1
+            epochs.append(total / (num // batch))
+        net.eval()
+        return [float(value) for value in epochs]
+
+    def _loss(self, net: Net, head: nn.Module, views: list[Tensor], config: TeacherConfig) -> Tensor:
+        """Return the loss of two encoded views; the networks in bfloat16 on a GPU, the loss in float32."""
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
+            a, b = (head(net.embed(v.contiguous(memory_format=torch.channels_last))) for v in views)
+        return barlow_twins_loss(a.float(), b.float(), config.off_diagonal)
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Return the factor on lr: linear warm-up over a tenth of the steps, then cosine to 0."""
+    warm = max(1, steps // 10)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+@torch.no_grad()
+def embed_all(net: Net, images: Tensor, space: PixelSpace, device: torch.device) -> Tensor:
+    """Return the representations [N, D] of images [N, C, H, W] on the CPU; `net` is in eval mode.
+
+    Args:
+        net: the network, on `device`.
+        images: as stored.
+        space: what the network sees.
+        device: where to compute.
+    """
+    chunk = 64 if device.type == "cpu" else 1024
+    found = []
+    for part in torch.split(images, chunk):
+        encoded = space.encode(part.to(device, non_blocking=True))
+        found.append(net.embed(encoded.contiguous(memory_format=torch.channels_last)).cpu())
+    return torch.cat(found)

@@ -1,0 +1,329 @@
+"""Boost-SSDD: float accounting, initial bases, an outer step by hand, approximation networks, options."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddray.bases import Bases, expand, perceptron
+from ddray.data import Dataset, Split
+from ddray.distill import Target
+from ddray.errors import InputError
+from ddray.methods import _krr
+from ddray.methods._parameterise import fit_shifts, principal_components, shrink
+from ddray.methods.boost_ssdd import BoostSsdd, BoostSsddConfig, plan_layout
+from ddray.nets import build_net
+from ddray.plan import check_size, resolve
+from ddray.seeding import derive_seed
+
+TEACHER = {"arch": "convnet2_w8", "epochs": 1, "batch": 8, "projector": 8}
+QUICK = {"teacher": TEACHER, "pool_size": 2, "inner_steps_max": 2, "batch_real": 6}
+
+
+@pytest.fixture
+def started(toy: Any, planned: Any) -> Any:
+    def make(
+        method: str = "boost_ssdd", *, steps: int = 4, dataset: Any = None, seed: int = 0, **more: Any
+    ) -> Any:
+        settings = {"steps": steps, "method": {**QUICK, **more}, "arch": "convnet2_w8_bn"}
+        _, ctx, distiller = planned(method, dataset or toy(), ipc=2, seed=seed, **settings)
+        distiller.setup(ctx)
+        return ctx, distiller
+
+    return make
+
+
+def config_of(dataset: str, budget: int, shape: tuple[int, int, int], **more: Any) -> BoostSsddConfig:
+    preset = BoostSsdd.preset("paper", Target(dataset, shape, 100, 1, budget))
+    return BoostSsddConfig.parse({**preset["method"], **more})
+
+
+@pytest.mark.parametrize(
+    ("dataset", "budget", "side", "wanted"),
+    [
+        ("cifar100", 25, 32, (50, 50)),
+        ("cifar100", 50, 32, (100, 100)),
+        ("cifar100", 100, 32, (200, 200)),
+        ("cifar100", 1000, 32, (500, 500)),
+        ("cifar100", 5000, 32, (700, 500)),
+        ("tiny_imagenet", 50, 64, (100, 100)),
+        ("tiny_imagenet", 100, 64, (200, 200)),
+        ("tiny_imagenet", 200, 64, (400, 400)),
+        ("imagenet", 250, 64, (500, 500)),
+    ],
+)
+def test_table_5_is_the_paper_preset(dataset: str, budget: int, side: int, wanted: tuple[int, int]) -> None:
+    config = config_of(dataset, budget, (3, side, side))
+    assert (config.num_image_bases, config.num_target_bases) == wanted
+    assert (config.scale, config.hidden) == ((2, 4) if side == 32 else (4, 16))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "budget", "side", "m"),
+    [("cifar100", 100, 32, 114), ("cifar100", 1000, 32, 2418), ("cifar100", 5000, 32, 12_127),
+     ("tiny_imagenet", 200, 64, 2382)],
+)  # fmt: skip
+def test_the_budget_is_counted_to_the_float(dataset: str, budget: int, side: int, m: int) -> None:
+    shape = (3, side, side)
+    config = config_of(dataset, budget, shape)
+    u, v, h = config.num_image_bases or 0, config.num_target_bases or 0, config.hidden
+    fixed = u * 3 * 16 * 16 + v * 512 + 3 * (v * h + h + h * v + v)
+
+    plan = plan_layout(config, budget, shape, 50_000)
+
+    assert plan.num_images == m
+    assert plan.storage_floats == fixed + m * (u + v)
+    assert plan.storage_floats <= budget * 3 * side * side < plan.storage_floats + u + v
+
+
+def test_outside_table_5_bases_keep_the_shares_of_its_rows() -> None:
+    """Twice the budget; of a small one at most a half of the floats for images and a third for targets."""
+    digits = plan_layout(config_of("digits", 200, (1, 16, 16)), 200, (1, 16, 16), 1437)
+    assert (digits.num_image_bases, digits.num_target_bases) == (64, 33)
+    assert digits.storage_floats <= 200 * 256
+    cifar10 = plan_layout(config_of("cifar10", 10, (3, 32, 32)), 10, (3, 32, 32), 50_000)
+    assert (cifar10.num_image_bases, cifar10.num_target_bases) == (20, 20)
+    few = plan_layout(config_of("cifar10", 10, (3, 32, 32)), 10, (3, 32, 32), 15)
+    assert (few.num_image_bases, few.num_target_bases, few.num_images) == (15, 15, 15)
+
+
+def test_a_budget_too_small_names_the_smallest_that_works(toy: Any) -> None:
+    dataset = toy((60,) * 10, shape=(1, 16, 16))
+    with pytest.raises(
+        InputError, match=r"budget must be >= (\d+) images for boost_ssdd on toy, got 1"
+    ) as caught:
+        check_size(resolve("boost_ssdd", dataset, budget=1), dataset.train())
+    least = int(str(caught.value).split(">= ")[1].split()[0])
+    check_size(resolve("boost_ssdd", dataset, budget=least), dataset.train())
+    with pytest.raises(InputError, match=f"budget must be >= {least}"):
+        check_size(resolve("boost_ssdd", dataset, budget=least - 1), dataset.train())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scale": 3}, "method.scale must divide the images' sides, 16x16, got 3"),
+        ({"num_image_bases": 193}, r"num_image_bases must be <= 24 .*got 193"),
+        ({"num_target_bases": 129}, r"num_target_bases <= 24 .*129"),
+    ],
+)
+def test_bases_that_do_not_fit_are_refused(
+    changes: dict[str, Any], message: str, toy: Any, planned: Any
+) -> None:
+    with pytest.raises(InputError, match=message):
+        planned("boost_ssdd", toy(), ipc=20, steps=1, method={**QUICK, **changes})
+
+
+def test_rotations_need_square_images(toy: Any, planned: Any) -> None:
+    wide = toy(shape=(3, 16, 20))
+    with pytest.raises(InputError, match=r"rotation needs square images, got 16x20; use jigsaw"):
+        planned("boost_ssdd", wide, ipc=2, steps=1, method=QUICK)
+
+
+def test_principal_components_are_those_of_an_uncentred_svd() -> None:
+    rows = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)) + torch.tensor([3.0, 0, 0, 0, 0, 0])
+    found = principal_components(rows, 3)
+    wanted = torch.linalg.svd(rows.double(), full_matrices=False).Vh[:3]
+    torch.testing.assert_close((found.double() @ wanted.T).abs(), torch.eye(3).double(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_start_is_a_projection_onto_principal_components(started: Any) -> None:
+    ctx, distiller = started(num_image_bases=7, num_target_bases=5)
+    held = {name: value.detach() for name, value in distiller.loop.parameters.items()}
+    assert held["image_bases"].shape == (7, 3, 8, 8)
+    assert held["target_bases"].shape == (5, 128)
+
+    real = shrink(ctx.space.encode(ctx.split.images), 2)
+    base = held["image_bases"].flatten(1)
+    torch.testing.assert_close(base @ base.T, torch.eye(7), rtol=1e-4, atol=1e-4)
+    # Every row of coefficients is the projection of one real image, and of its representation.
+    projected, features = real @ base.T, distiller.representations @ held["target_bases"].T
+    for own, target in zip(held["image_coefficients"], held["target_coefficients"], strict=True):
+        place = int((projected - own).abs().sum(1).argmin())
+        torch.testing.assert_close(projected[place], own, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(features[place], target, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("init", ["real", "random"])
+def test_other_starts_are_real_images_or_noise(init: str, started: Any) -> None:
+    ctx, distiller = started(init=init)
+    held = distiller.loop.parameters
+    real = shrink(ctx.space.encode(ctx.split.images), 2)
+    nearest = torch.cdist(held["image_bases"].detach().flatten(1), real).amin(1)
+    assert bool((nearest < 1e-4).all()) == (init == "real")
+    assert 0.5 < float(held["image_coefficients"].detach().std()) < 1.5
+    distiller.step()
+
+
+def naive_loss(ctx: Any, parameters: dict[str, Tensor], real: Tensor, wanted: Tensor, net: Any) -> Tensor:
+    """Algorithm 2 and Eq 3 view by view in float64, with an explicit inverse, on a graph through it all."""
+    small = (parameters["image_coefficients"] @ parameters["image_bases"].flatten(1)).view(-1, 3, 8, 8)
+    images = F.interpolate(small, size=(16, 16), mode="bilinear")
+    features, targets = [], []
+    for number in range(4):
+        features.append(net.embed(images.rot90(number, (2, 3))))
+        own = (
+            parameters["target_coefficients"] if number == 0 else parameters["view_coefficients"][number - 1]
+        )
+        targets.append(own @ parameters["target_bases"])
+    s, y = torch.cat(features), torch.cat(targets)
+    s = torch.cat([s, s.new_ones(len(s), 1)], 1)
+    t = net.embed(real)
+    t = torch.cat([t, t.new_ones(len(t), 1)], 1)
+    gram = s @ s.T
+    inverse = torch.linalg.inv(gram + 1e-6 * gram.trace().detach() * torch.eye(len(s), dtype=s.dtype))
+    return (t @ s.T @ inverse @ y - wanted).square().mean()
+
+
+def test_an_outer_step_is_adamw_on_the_gradient_of_equation_3(started: Any) -> None:
+    """One network of known weights; batch_real covers the split, so that the batch is known but for order."""
+    ctx, distiller = started(batch_real=24, pool_size=1, inner_steps_max=1, lr_outer=1e-3, steps=10)
+    loop = distiller.loop
+    loop.inner.fill(*loop._current())
+    net = build_net(ctx.arch, (3, 16, 16), 128, seed=0)
+    net.load_state_dict(loop.inner.net(0).state_dict())
+    net.double().eval()
+    before = {name: p.detach().double().clone().requires_grad_() for name, p in loop.parameters.items()}
+    real, wanted = ctx.space.encode(ctx.split.images).double(), distiller.representations.double()
+    loss = naive_loss(ctx, before, real, wanted, net)
+    wanted_loss = float(loss.detach())
+    gradients = dict(zip(before, torch.autograd.grad(loss, list(before.values())), strict=True))
+
+    found = distiller.step()["loss"]
+
+    assert float(found) == pytest.approx(wanted_loss, rel=1e-3)
+    for name, parameter in loop.parameters.items():
+        gradient = loop._optimizer.state[parameter]["exp_avg"] * 10  # (1 - .9) of the first gradient
+        error = (gradient - gradients[name]).norm() / gradients[name].norm()
+        assert float(error) < 2e-2, name
+        moved = (parameter.detach() - before[name].detach()).abs()
+        assert float(moved.max()) == pytest.approx(1e-3, rel=1e-2)  # AdamW's first step is lr, up to eps
+
+
+def test_a_graph_in_parts_gives_the_same_step(started: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, whole = started(pool_size=1)
+    wanted = whole.step()["loss"]
+    _, parts = started(pool_size=1)
+    monkeypatch.setattr(_krr, "_GRAPH_BYTES", 3 * parts.loop._graph_bytes)
+    found = parts.step()["loss"]
+    assert float(found) == pytest.approx(float(wanted), rel=1e-5)
+    for name, parameter in parts.loop.parameters.items():
+        a = parts.loop._optimizer.state[parameter]["exp_avg"]
+        b = whole.loop._optimizer.state[whole.loop.parameters[name]]["exp_avg"]
+        assert float((a - b).norm() / b.norm()) < 1e-3, name
+
+
+def test_labels_play_no_part(toy: Any, started: Any) -> None:
+    from dataclasses import replace
+
+    dataset: Dataset = toy()
+    split = dataset.train()
+    permuted = replace(dataset, load_train=lambda: Split(split.images, split.labels.roll(5)))
+    made = []
+    for data in (dataset, permuted):
+        _, distiller = started(dataset=data, steps=2)
+        distiller.step()
+        made.append(distiller.snapshot())
+    assert made[0].meta.fingerprint != made[1].meta.fingerprint
+    assert all(torch.equal(made[0].compact[name], made[1].compact[name]) for name in made[0].compact)
+
+
+def test_the_set_that_is_stored_is_the_set_that_is_trained_on(started: Any) -> None:
+    _, distiller = started(steps=2)
+    distiller.step()
+    held = distiller.snapshot()
+    held.validate()
+    decoded = held.decode()
+
+    images, targets = distiller.loop._current()
+    torch.testing.assert_close(decoded.images, images, rtol=1e-5, atol=1e-5)
+    m = len(held.images)
+    torch.testing.assert_close(decoded.targets[:m], targets[:m], rtol=1e-5, atol=1e-5)
+    assert held.meta.bases is not None
+    assert held.meta.bases.approximation_mse is not None
+    shift = (decoded.targets - targets)[m:].square().mean()
+    base = held.compact["target_bases"]
+    assert float(shift) <= held.meta.bases.approximation_mse * float(base.square().sum()) + 1e-6
+    assert held.meta.storage_floats == sum(t.numel() for t in held.compact.values())
+
+
+def test_approximations_are_ranked_as_in_table_11(started: Any) -> None:
+    """Prediction error: same >= bias >= networks >= all stored = 0; only the last may break the budget."""
+    errors, floats = {}, {}
+    for kind in ("same", "bias", "mlp", "ideal"):
+        _, distiller = started(steps=1, approximation=kind)
+        distiller.step()
+        meta = distiller.snapshot().meta
+        assert meta.bases is not None
+        errors[kind], floats[kind] = meta.bases.approximation_mse, meta.storage_floats
+    assert errors["same"] > errors["bias"] > errors["mlp"] > errors["ideal"] == 0
+    assert max(floats[kind] for kind in ("same", "bias", "mlp")) <= 6 * 768
+
+
+@pytest.mark.parametrize("augmentation", ["jigsaw", "crop", "none"])
+def test_other_augmentations_distil(augmentation: str, started: Any) -> None:
+    _, distiller = started(steps=1, augmentation=augmentation)
+    assert torch.isfinite(distiller.step()["loss"])
+    held = distiller.snapshot()
+    held.validate()
+    views = {"jigsaw": 4, "crop": 6, "none": 1}[augmentation]
+    assert len(held.decode().images) == views * len(held.images)
+    assert held.meta.storage_floats <= 6 * 768
+
+
+def test_without_bases_images_and_targets_are_learned_themselves(started: Any) -> None:
+    _, distiller = started(steps=1, parameterize=False, augmentation="none")
+    distiller.step()
+    held = distiller.snapshot()
+    held.validate()
+    assert set(held.compact) == {"images", "targets"}
+    assert held.meta.storage_floats == len(held.images) * (768 + 128) <= 6 * 768
+
+
+def test_networks_learn_a_shift_that_they_can_express() -> None:
+    """Coefficients far from 0 and of unequal size, as principal ones are."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 6, generator=generator) * torch.tensor([20.0, 5, 2, 1, 0.5, 0.1]) + 10
+    shift = torch.stack([0.3 * x.clamp(min=10) - 2, -x])
+    tensors, mse = fit_shifts(x, x + shift, 8, generator)
+
+    names = ("hidden_weight", "hidden_bias", "shift_weight", "shift_bias")
+    assert tuple(tensors) == names
+    found = perceptron(x, *(tensors[name] for name in names))
+    assert mse == pytest.approx(float((found - shift).square().mean()), rel=1e-3)
+    assert mse < 0.02 * float(shift.var())
+    again, _ = fit_shifts(x, x + shift, 8, torch.Generator().manual_seed(1))
+    assert not torch.equal(again["hidden_weight"], tensors["hidden_weight"])
+
+
+def test_a_set_too_large_for_the_memory_is_refused_with_what_it_needs(
+    toy: Any, planned: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_krr, "available_bytes", lambda device: 2**20)
+    _, ctx, distiller = planned("boost_ssdd", toy(), ipc=2, steps=1, method=QUICK)
+    with pytest.raises(
+        InputError, match=r"boost_ssdd needs about 0\.\d GiB for \d+ images with their views, cpu"
+    ):
+        distiller.setup(ctx)
+
+
+def test_decoding_equals_the_training_form(started: Any) -> None:
+    """`ideal` stores what was learned: decoding it gives the very pairs of the last step."""
+    _, distiller = started(steps=1, approximation="ideal")
+    distiller.step()
+    decoded = distiller.snapshot().decode()
+    learned = Bases(scale=2, augmentation="rotation", approximation="ideal")
+    held = {name: value.detach() for name, value in distiller.loop.parameters.items()}
+    for found, wanted in zip((decoded.images, decoded.targets), expand(held, learned), strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_the_networks_of_a_pool_differ(started: Any) -> None:
+    ctx, distiller = started()
+    assert derive_seed(ctx.seed, "distill", "inner", 0, 0) != derive_seed(ctx.seed, "distill", "inner", 1, 0)
+    first, second = (distiller.loop.inner.net(number).state_dict() for number in range(2))
+    assert not torch.equal(first["body.convs.0.weight"], second["body.convs.0.weight"])

@@ -1,0 +1,261 @@
+"""KRR-ST: presets, pool counters, the outer rate, real batches; the self-supervised baselines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ddray.data import normalized_space
+from ddray.distill import Target
+from ddray.errors import InputError
+from ddray.methods._inner import InnerPool, InnerRecipe
+from ddray.methods.kmeans_ssl import nearest_to_centroids
+from ddray.methods.krr_st import KrrSt
+from ddray.nets import build_net
+from ddray.plan import check_size, resolve
+
+TEACHER = {"arch": "convnet2_w8", "epochs": 1, "batch": 8, "projector": 8}
+QUICK = {"teacher": TEACHER, "pool_size": 2, "inner_steps_max": 2, "batch_real": 6, "augment_real": "none"}
+
+
+@pytest.fixture
+def started(toy: Any, planned: Any) -> Any:
+    def make(method: str = "krr_st", *, steps: int = 4, **more: Any) -> Any:
+        own = {"teacher": QUICK["teacher"]} if method == "random_ssl" else QUICK
+        settings = {"steps": steps, "method": {**own, **more}, "arch": "convnet2_w8_bn"}
+        _, ctx, distiller = planned(method, toy(), ipc=2, **settings)
+        distiller.setup(ctx)
+        return ctx, distiller
+
+    return make
+
+
+def recipe(**changes: Any) -> InnerRecipe:
+    values: dict[str, Any] = {
+        "size": 2,
+        "longest": 3,
+        "lr": 0.1,
+        "momentum": 0.9,
+        "weight_decay": 1e-3,
+        "batch": None,
+        "reset": "paper",
+    }
+    return InnerRecipe(**{**values, **changes})
+
+
+def filled(ctx: Any, wanted: InnerRecipe) -> tuple[InnerPool, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(6, 3, 16, 16, generator=generator)
+    targets = torch.randn(6, 4, generator=generator)
+    pool = InnerPool(ctx, wanted, 4)
+    pool.fill(images, targets)
+    return pool, images, targets
+
+
+def weights(pool: InnerPool, number: int) -> Tensor:
+    return torch.cat([p.detach().flatten().clone() for p in pool.net(number).parameters()])
+
+
+def is_fresh(pool: InnerPool, number: int) -> bool:
+    """Whether a network's batch-norm statistics are those of one that was never trained."""
+    return bool((pool.net(number).body.norms[0].running_mean == 0).all())
+
+
+def test_counters_reset_as_in_boost_algorithm_1(started: Any) -> None:
+    """z < Z: one step more; z = Z: a fresh network with z = 0, which is not trained in that turn."""
+    ctx, _ = started()
+    pool, images, targets = filled(ctx, recipe(size=1, longest=3))
+    (z,) = pool.counters()
+    assert 1 <= z <= 3
+    seen = []
+    for step in range(1, 9):
+        before = weights(pool, 0)
+        pool.advance(0, images, targets, step)
+        seen.append(pool.counters()[0])
+        assert not torch.equal(weights(pool, 0), before)
+        assert is_fresh(pool, 0) == (seen[-1] == 0)
+    turns = [*range(z + 1, 4), 0, 1, 2, 3, 0, 1, 2, 3, 0]
+    assert seen == turns[:8]
+
+
+def test_counters_stay_at_their_end_as_in_krr_sts_code(started: Any) -> None:
+    ctx, _ = started()
+    pool, images, targets = filled(ctx, recipe(size=1, longest=2, reset="krrst_code"))
+    for step in range(1, 3):
+        pool.advance(0, images, targets, step)
+    for step in range(3, 7):
+        before = weights(pool, 0)
+        pool.advance(0, images, targets, step)
+        assert pool.counters() == [2]
+        assert is_fresh(pool, 0)
+        assert not torch.equal(weights(pool, 0), before)
+
+
+def test_an_inner_step_is_sgd_on_the_mean_squared_error_in_train_mode(started: Any) -> None:
+    ctx, _ = started()
+    pool, images, targets = filled(ctx, recipe(size=1, longest=1))
+    net = build_net(ctx.arch, (3, 16, 16), 4, seed=0)
+    net.load_state_dict(pool.net(0).state_dict())
+    pool = InnerPool(ctx, recipe(size=1, longest=9), 4)
+    pool._slots[0].net.load_state_dict(net.state_dict())
+    before = [p.detach().clone() for p in net.parameters()]
+    loss = (net.train()(images) - targets).square().sum() / (6 * 4)
+    gradients = torch.autograd.grad(loss, list(net.parameters()))
+
+    pool.advance(0, images, targets, 1)
+
+    for old, gradient, new in zip(before, gradients, pool.net(0).parameters(), strict=True):
+        torch.testing.assert_close(new.detach(), old - 0.1 * (gradient + 1e-3 * old), rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_of_rows_is_drawn_anew_each_step(started: Any) -> None:
+    ctx, _ = started()
+    whole, _, _ = filled(ctx, recipe(size=1, longest=1))
+    part, _, _ = filled(ctx, recipe(size=1, longest=1, batch=3))
+    assert not torch.equal(weights(whole, 0), weights(part, 0))
+    again, _, _ = filled(ctx, recipe(size=1, longest=1, batch=3))
+    assert torch.equal(weights(again, 0), weights(part, 0))
+
+
+def test_the_outer_rate_falls_linearly(started: Any) -> None:
+    _, distiller = started(steps=4, lr_outer=0.01)
+    rates = []
+    for _ in range(4):
+        distiller.step()
+        rates.append(distiller.loop._optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
+    assert distiller.loop._optimizer.param_groups[0]["weight_decay"] == 0
+
+
+def test_the_loss_falls(started: Any) -> None:
+    """Five images of random pixels: there is a tenth to gain (measured: .556 to .502)."""
+    _, distiller = started(steps=120, lr_outer=0.02, batch_real=24, inner_steps_max=10)
+    losses = [float(distiller.step()["loss"]) for _ in range(120)]
+    assert sum(losses[-10:]) < 0.95 * sum(losses[:10])
+
+
+def test_pairs_start_as_real_images_with_their_representations(started: Any) -> None:
+    ctx, distiller = started()
+    held = distiller.snapshot()
+    assert held.targets is not None
+    real = ctx.space.encode(ctx.split.images)
+    place = [int((real - image).abs().amax((1, 2, 3)).argmin()) for image in held.images]
+    assert torch.equal(real[place], held.images)
+    assert torch.equal(distiller.representations[place], held.targets)
+    assert len(set(place)) == len(place) == 5  # 6 * 768 // (768 + 128)
+    assert held.meta.storage_floats == 5 * (768 + 128)
+
+    _, raw = started(init_raw=True)
+    made = raw.snapshot().images
+    assert torch.equal(made, (ctx.split.images[place].float() / 255))
+
+
+def test_augmented_real_batches_are_seen_by_the_teacher_too(started: Any) -> None:
+    """Cached features would be of other views: what the loop compares with is the live teacher's output."""
+    ctx, distiller = started(augment_real="crop_flip", batch_real=8)
+    loop = distiller.loop
+    net = loop.inner.net(0)
+    seen: list[Tensor] = []
+    live = loop._teacher.embed
+    loop._teacher.embed = lambda images: seen.append(images) or live(images)
+
+    chunks = list(loop._real(net, ctx.generator("step", 1)))
+
+    wanted = torch.cat([w for _, w in chunks])
+    real = normalized_space(ctx.dataset).encode(ctx.split.images)
+    for image, target in zip(torch.cat(seen), wanted, strict=True):
+        torch.testing.assert_close(live(image[None])[0], target, rtol=1e-4, atol=1e-5)
+    moved = [float((real - image).abs().amax((1, 2, 3)).min()) for image in torch.cat(seen)]
+    assert sum(value > 1e-3 for value in moved) >= 6
+
+    _, plain = started()
+    (features, cached), *_ = plain.loop._real(net, ctx.generator("step", 1))
+    assert plain.loop._teacher is None
+    place = [int((plain.representations - row).abs().sum(1).argmin()) for row in cached]
+    assert torch.equal(plain.representations[place], cached)
+    torch.testing.assert_close(net.embed(real[place]), features)
+
+
+def test_presets_differ_where_code_and_paper_do() -> None:
+    paper, code = (
+        KrrSt.preset(name, Target("cifar100", (3, 32, 32), 100, 1, 100)) for name in ("paper", "repo")
+    )
+    assert "pool_reset" not in paper["method"]
+    assert code["method"]["pool_reset"] == "krrst_code"
+    assert code["method"]["init_raw"]
+    assert code["method"]["teacher"] == {"stem_padding": 2}
+    assert paper["arch"] == "convnet3_w128_x2_bn"
+    large = KrrSt.preset("paper", Target("tiny_imagenet", (3, 64, 64), 200, 1, 200))
+    assert (large["arch"], large["method"]["lr_outer"]) == ("convnet4_w64_x2_bn", 1e-5)
+
+
+def test_a_budget_larger_than_the_split_is_refused(toy: Any) -> None:
+    dataset = toy()
+    quick = [{"method": {"teacher": TEACHER}}]
+    with pytest.raises(InputError, match=r"budget must be <= (\d+) for toy \(24 images\), got 40") as caught:
+        check_size(resolve("krr_st", dataset, budget=40, layers=quick), dataset.train())
+    most = int(str(caught.value).split("<= ")[1].split()[0])
+    assert most == 29  # 29 * 768 // 896 = 24
+    check_size(resolve("krr_st", dataset, budget=most, layers=quick), dataset.train())
+
+
+@pytest.mark.parametrize(
+    ("method", "size", "message"),
+    [
+        ("krr_st", {}, r"krr_st takes --budget N \(images of storage\), got neither ipc nor budget"),
+        ("krr_st", {"ipc": 1, "budget": 10}, "krr_st takes --budget N .*, got ipc and budget"),
+        ("random", {"budget": 10}, r"random takes --ipc K \(images per class\), got budget"),
+        ("random", {}, "random takes --ipc K .*, got neither"),
+        ("krr_st", {"budget": 0}, "budget must be >= 1, got 0"),
+        ("random", {"ipc": 0}, "ipc must be >= 1, got 0"),
+    ],
+)
+def test_a_method_takes_either_ipc_or_budget(
+    method: str, size: dict[str, int], message: str, toy: Any
+) -> None:
+    with pytest.raises(InputError, match=message):
+        resolve(method, toy(), **size)
+
+
+def test_images_per_class_of_a_budget_method_are_that_many_images_of_each_class(toy: Any) -> None:
+    assert resolve("krr_st", toy(), ipc=4).budget == 12
+    plan = resolve("krr_st", toy(), budget=7)
+    assert (plan.ipc, plan.budget, plan.describe()["budget"]) == (2, 7, 7)
+    assert resolve("random", toy(), ipc=4).budget is None
+    assert "budget" not in resolve("random", toy(), ipc=4).describe()
+
+
+def test_random_pairs_are_real_images_with_their_representations(started: Any) -> None:
+    ctx, distiller = started("random_ssl", steps=0)
+    held = distiller.snapshot()
+    assert held.targets is not None
+    real = ctx.space.encode(ctx.split.images)
+    place = [int((real - image).abs().amax((1, 2, 3)).argmin()) for image in held.images]
+    assert len(set(place)) == 5
+    assert torch.equal(held.targets, distiller.representations[place])
+
+
+def test_kmeans_takes_the_nearest_to_each_centroid() -> None:
+    generator = torch.Generator().manual_seed(0)
+    middles = torch.tensor([[0.0, 0], [10, 0], [0, 10], [10, 10]])
+    features = torch.cat([middles + 0.3 * torch.randn(4, 2, generator=generator) for _ in range(20)])
+    features[:4] = middles  # the first of each cluster lies in its middle, near its centroid
+
+    chosen = nearest_to_centroids(features, 4, seed=0)
+
+    assert sorted(int(index) % 4 for index in chosen) == [0, 1, 2, 3]
+    for index in chosen.tolist():
+        cluster = features[index % 4 :: 4]
+        distance = (cluster - cluster.mean(0)).norm(dim=1)
+        assert float((features[index] - cluster.mean(0)).norm()) == pytest.approx(float(distance.min()))
+
+
+def test_kmeans_never_takes_an_image_twice() -> None:
+    features = torch.zeros(6, 3)
+    features[3:] = 1.0
+    with pytest.warns(match="distinct clusters"):
+        chosen = nearest_to_centroids(features, 5, seed=0)
+    assert len(set(chosen.tolist())) == 5

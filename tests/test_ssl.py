@@ -1,0 +1,164 @@
+"""The self-supervised teacher: its loss against the definition, its views, and that no label reaches it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ddray.data import Dataset, Split, normalized_space
+from ddray.errors import InputError
+from ddray.pool import LocalPool, home
+from ddray.pool_training import PoolTrainer
+from ddray.ssl import (
+    SslTrainer,
+    TeacherConfig,
+    barlow_twins_loss,
+    embed_all,
+    image_fingerprint,
+    random_view,
+    teacher_net,
+    teacher_spec,
+)
+
+CPU = torch.device("cpu")
+SMALL = TeacherConfig(arch="convnet2_w8", epochs=2, batch=8, projector=16)
+
+
+def spec_of(dataset: Dataset, config: TeacherConfig = SMALL, **changes: Any) -> Any:
+    split = dataset.train()
+    spec = teacher_spec(config, dataset, split, split_name="train", device=CPU)
+    return spec.model_copy(update=changes)
+
+
+def naive_barlow_twins(a: Tensor, b: Tensor, off_diagonal: float) -> Tensor:
+    """The double sum over the D x D cross-correlation, entry by entry."""
+    total = torch.zeros((), dtype=a.dtype)
+    for i in range(a.shape[1]):
+        for j in range(b.shape[1]):
+            x, y = a[:, i] - a[:, i].mean(), b[:, j] - b[:, j].mean()
+            scale = ((x.square().mean() + 1e-5) * (y.square().mean() + 1e-5)).sqrt()  # as batch norm divides
+            entry = (x * y).mean() / scale
+            total = total + ((1 - entry) ** 2 if i == j else off_diagonal * entry**2)
+    return total
+
+
+@pytest.mark.parametrize(("num", "dim"), [(5, 9), (12, 4)])
+def test_the_loss_and_its_gradient_equal_the_definition(num: int, dim: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(num, dim, generator=generator, dtype=torch.float64) for _ in range(2))
+    found, wanted = [], []
+    for loss, into in ((barlow_twins_loss, found), (naive_barlow_twins, wanted)):
+        x, y = a.clone().requires_grad_(), b.clone().requires_grad_()
+        value = loss(x, y, 0.3)
+        into += [value.detach(), *torch.autograd.grad(value, (x, y))]
+
+    for got, want in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+def test_equal_decorrelated_views_have_no_loss() -> None:
+    """Orthogonal columns of mean 0: C is the identity."""
+    signs = torch.tensor([[1.0, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]], dtype=torch.float64)
+    assert float(barlow_twins_loss(signs, signs, 1.0)) < 1e-8
+    assert float(barlow_twins_loss(signs, -signs, 0.0)) == pytest.approx(12.0, abs=1e-3)
+
+
+def test_permuted_labels_leave_key_and_bytes_of_the_teacher_unchanged(toy: Any, tmp_path: Path) -> None:
+    dataset = toy((6, 5, 7))
+    split = dataset.train()
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(3))
+    permuted = replace(dataset, load_train=lambda: Split(split.images, split.labels[order]))
+    assert permuted.fingerprint != dataset.fingerprint
+    assert not torch.equal(permuted.train().labels, split.labels)
+
+    files = []
+    for number, data in enumerate((dataset, permuted)):
+        spec = spec_of(data)
+        entry = LocalPool(PoolTrainer(data, data.train(), CPU), tmp_path / str(number)).get([spec])[0]
+        assert entry.tensors["features"].shape == (18, 128)
+        files.append((tmp_path / str(number) / spec.key / "tensors.safetensors").read_bytes())
+
+    assert spec_of(dataset) == spec_of(permuted)
+    assert files[0] == files[1]
+
+
+def test_other_images_and_other_recipes_are_other_teachers(toy: Any) -> None:
+    dataset = toy()
+    keys = {
+        spec_of(dataset).key,
+        spec_of(toy(seed=1)).key,
+        spec_of(toy(can_flip=False)).key,
+        *(spec_of(dataset, SMALL.model_copy(update={name: value})).key for name, value in CHANGES.items()),
+    }
+    assert len(keys) == 3 + len(CHANGES)
+    assert image_fingerprint(dataset.train().images) == image_fingerprint(dataset.train().images.clone())
+
+
+CHANGES = {"epochs": 3, "lr": 0.1, "projector": 8, "stem_padding": 2, "seed": 1, "arch": "convnet1_w8"}
+
+
+def test_an_entry_gives_the_network_behind_its_features(toy: Any) -> None:
+    dataset = toy()
+    config = SMALL.model_copy(update={"stem_padding": 2})
+    images = dataset.train().images
+    entry = LocalPool(PoolTrainer(dataset, dataset.train(), CPU)).get([spec_of(dataset, config)])[0]
+
+    net = teacher_net(entry)
+
+    assert not net.training
+    found = embed_all(net, images, normalized_space(dataset), CPU)
+    assert torch.equal(found, entry.tensors["features"])
+    plain = teacher_net(LocalPool(PoolTrainer(dataset, dataset.train(), CPU)).get([spec_of(dataset)])[0])
+    assert plain.body.convs[0].padding == (1, 1)
+    assert net.body.convs[0].padding == (2, 2)
+    assert home().exists()
+
+
+def test_training_brings_the_loss_down(digits: Dataset) -> None:
+    config = SMALL.model_copy(update={"epochs": 15, "batch": 64, "lr": 3e-3})
+    _, measured = SslTrainer(digits.train().images[:128], CPU)(spec_of(digits, config))
+    assert measured["final_loss"] < 0.6 * measured["first_loss"]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_views_are_a_function_of_the_generator_alone(channels: int) -> None:
+    pixels = torch.rand(6, channels, 12, 10, generator=torch.Generator().manual_seed(0))
+
+    def view(seed: int, *, flip: bool = True) -> Tensor:
+        torch.manual_seed(seed + 7)
+        generator = torch.Generator().manual_seed(seed)
+        return random_view(pixels, generator, crop_area=0.3, flip=flip)
+
+    assert torch.equal(view(1), view(1))
+    assert not torch.equal(view(1), view(2))
+    assert view(1).shape == pixels.shape
+    assert float(view(1).min()) >= 0
+    assert float(view(1).max()) <= 1
+    assert len({tuple(image.flatten().tolist()) for image in view(1)}) == len(pixels)
+
+
+def test_a_whole_crop_without_jitter_is_the_image_or_its_mirror(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ddray.ssl as module
+
+    monkeypatch.setattr(module, "_jitter", lambda views, u: views)
+    pixels = torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    # The largest area in the widest of ratios is cut at the image's sides: only a square ratio is whole.
+    monkeypatch.setattr(module.math, "log", lambda x: 0.0)
+    found = random_view(pixels, torch.Generator().manual_seed(1), crop_area=1.0, flip=True)
+
+    same = (found - pixels).abs().amax((1, 2, 3)) < 1e-5
+    mirrored = (found - pixels.flip(3)).abs().amax((1, 2, 3)) < 1e-5
+    assert bool((same | mirrored).all())
+    assert 5 < int(same.sum()) < 35
+
+
+def test_spectrograms_are_refused(toy: Any) -> None:
+    dataset = toy()
+    split = Split(dataset.train().images.float(), dataset.train().labels)
+    with pytest.raises(InputError, match="images of bytes, toy holds spectrograms"):
+        teacher_spec(SMALL, dataset, split, split_name="train", device=CPU)
