@@ -1,0 +1,141 @@
+"""Teachers of soft labels: networks of the model pool, asked for their accuracy before they teach."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from ddray.data import Dataset, PixelSpace, normalized_space
+from ddray.errors import DdrayError
+from ddray.evaluate import EvalContext
+from ddray.evaluate.training import Augment, Recipe, Schedule, accuracy
+from ddray.nets import Net, check_arch
+from ddray.pool import ModelPool, PoolSpec, supervised_specs
+
+
+class TeacherRecipe(Recipe):
+    """How a teacher is trained on the real images (SGD, cross entropy)."""
+
+    epochs: int = Field(default=50, ge=1)
+    lr: float = Field(default=0.05, gt=0)
+    batch: int = Field(default=64, ge=1)
+    schedule: Schedule = "cosine"
+    augment: Augment = "dsa"
+
+
+@dataclass(frozen=True)
+class Teachers:
+    """Networks in eval mode whose probabilities are averaged (D3HR Sec 6.5), and what they are worth.
+
+    Attributes:
+        nets: on one device.
+        space: pixel space that they were trained in.
+        arch: their names, joined by "+".
+        accuracy: of the averaged probabilities on the context's split.
+        each: one {"arch", "accuracy"} per network.
+    """
+
+    nets: Sequence[Net]
+    space: PixelSpace
+    arch: str
+    accuracy: float
+    each: Sequence[dict[str, Any]]
+
+    @torch.no_grad()
+    def probabilities(self, images: Tensor, space: PixelSpace, temperature: float) -> Tensor:
+        """Return soft labels [N, K] of images [N, C, H, W] that are in `space`."""
+        seen = images if _same(space, self.space) else self.space.encode(space.decode(images))
+        return _averaged(self.nets, seen, temperature)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the JSON of the command: arch and accuracy, and those of each of several."""
+        found = {"arch": self.arch, "accuracy": self.accuracy}
+        return {**found, "each": list(self.each)} if len(self.each) > 1 else found
+
+
+def _averaged(nets: Sequence[Net], images: Tensor, temperature: float) -> Tensor:
+    images = images.contiguous(memory_format=torch.channels_last)
+    total = F.softmax(nets[0](images) / temperature, 1)
+    for net in nets[1:]:
+        total = total + F.softmax(net(images) / temperature, 1)
+    return total / len(nets)
+
+
+def _same(a: PixelSpace, b: PixelSpace) -> bool:
+    return a.kind == b.kind == "normalized" and a.mean == b.mean and a.std == b.std
+
+
+def teacher_spec(
+    dataset: Dataset, split_name: str, arch: str, recipe: Recipe, *, device: torch.device, seed: int = 0
+) -> PoolSpec:
+    """Return the spec of a network trained on the part of a dataset called `split_name`."""
+    return supervised_specs(
+        dataset,
+        split=split_name,
+        arch=check_arch(arch),
+        device=device.type,
+        recipe=recipe.dump(),
+        seed=seed,
+        num=1,
+    )[0]
+
+
+def get_teachers(
+    pool: ModelPool, archs: Sequence[str], recipe: Recipe, ctx: EvalContext, *, split_name: str
+) -> Teachers:
+    """Return teachers from the pool, their accuracy measured and found to be above chance.
+
+    The same name twice is two networks, of different seeds.
+
+    Args:
+        pool: trains what is missing.
+        archs: names of the networks.
+        recipe: of their training.
+        ctx: dataset and the held-out part that they are asked on.
+        split_name: the part of the dataset that they are trained on.
+
+    Raises:
+        DdrayError: a teacher is no better than chance: its labels would teach nothing.
+    """
+    names = [check_arch(arch) for arch in archs]
+    specs = [
+        teacher_spec(ctx.dataset, split_name, name, recipe, device=ctx.device, seed=names[:place].count(name))
+        for place, name in enumerate(names)
+    ]
+    nets = [entry.module().to(ctx.device) for entry in pool.get(specs)]
+    space = normalized_space(ctx.dataset)
+    each = [
+        {"arch": name, "accuracy": accuracy(net, ctx.split, space, device=ctx.device)}  # type: ignore[arg-type]
+        for name, net in zip(names, nets, strict=True)
+    ]
+    for found in each:
+        _check(found["arch"], float(found["accuracy"]), ctx.dataset)  # type: ignore[arg-type]
+    made = Teachers(nets, space.to(ctx.device), "+".join(names), 0.0, each)  # type: ignore[arg-type]
+    whole = float(each[0]["accuracy"]) if len(each) == 1 else _ensemble_accuracy(made, ctx)  # type: ignore[arg-type]
+    return Teachers(made.nets, made.space, made.arch, whole, each)
+
+
+def _check(arch: str, value: float, dataset: Dataset) -> None:
+    """Refuse a teacher at chance: a wrong label order is the usual reason, and makes students look broken."""
+    least = 1.5 / dataset.num_classes if dataset.num_classes > 1 else 0.0
+    if value <= least:
+        raise DdrayError(
+            f"teacher {arch} must be better than chance before it teaches: its accuracy on {dataset.name} is "
+            f"{value:.3f}, needed {least:.3f}; train it longer: --set teacher.epochs=N"
+        )
+
+
+def _ensemble_accuracy(teachers: Teachers, ctx: EvalContext, chunk: int = 256) -> float:
+    """Return the accuracy of the averaged probabilities."""
+    right = 0
+    for start in range(0, len(ctx.split), chunk):
+        images = teachers.space.encode(ctx.split.images[start : start + chunk].to(ctx.device))
+        guessed = teachers.probabilities(images, teachers.space, 1.0).argmax(1).cpu()
+        right += int((guessed == ctx.split.labels[start : start + chunk]).sum())
+    return right / len(ctx.split)

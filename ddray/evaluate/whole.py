@@ -1,0 +1,136 @@
+"""Accuracy of a network trained on the whole dataset: trained once, kept under `$DDRAY_HOME/truth`."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ddray.data import PixelSpace, Split
+from ddray.errors import DivergedError
+from ddray.evaluate import EvalContext
+from ddray.evaluate.training import Recipe, accuracy, train
+from ddray.files import storage_errors
+from ddray.ledger import Ledger, Row, Unit
+from ddray.nets import build_net, check_arch
+from ddray.pool import home
+from ddray.seeding import derive, derive_seed
+
+log = logging.getLogger(__name__)
+
+
+def whole_set_accuracy(
+    real: Split, ctx: EvalContext, recipe: Recipe, *, arch: str, split_name: str, seed: int = 0
+) -> float:
+    """Return the accuracy of a network trained on all real images, un-augmented.
+
+    The answer is a row of the ledger in `$DDRAY_HOME/truth`: whoever asks again trains nothing.
+
+    Args:
+        real: the images to train on.
+        ctx: target, and the split to score on.
+        recipe: epochs, rates, batch, schedule; its augmentation is left out.
+        arch: architecture name.
+        split_name: which part of the dataset `real` is.
+        seed: which network.
+
+    Raises:
+        InputError: the architecture is unknown or does not fit the images.
+        DivergedError: the training loss became NaN.
+        StorageError: the row can't be written.
+    """
+    recipe = recipe.without_augmentation()
+    unit = _unit(ctx, recipe, arch=arch, split_name=split_name, seed=seed)
+    ledger = _ledger()
+    row = ledger.row(unit.key)
+    if row is None:
+        log.info(
+            "training %s on all %d images of %s, once; kept in %s",
+            *(arch, len(real), ctx.dataset.name, ledger.folder),
+        )
+        begin = time.perf_counter()
+        found = _train(real, ctx, recipe, arch=arch, seed=seed)
+        row = Row(
+            key=unit.key,
+            kind="truth",
+            spec=unit.spec,
+            status="done",
+            result={"accuracy": found},
+            wall_s=time.perf_counter() - begin,
+        )
+        ledger.publish(unit, row, epoch=0)
+    return float(row.result["accuracy"])
+
+
+def _unit(ctx: EvalContext, recipe: Recipe, *, arch: str, split_name: str, seed: int) -> Unit:
+    """Return what is asked: everything that decides the answer."""
+    spec = {
+        "dataset": ctx.dataset.fingerprint,
+        "split": split_name,
+        "held_out": _digest(ctx.split.images, ctx.split.labels),
+        "space": _describe(ctx.space),
+        "arch": check_arch(arch),
+        "recipe": recipe.dump(),
+        "device": ctx.device.type,
+        "seed": seed,
+    }
+    return Unit(kind="truth", spec=spec)
+
+
+def _train(real: Split, ctx: EvalContext, recipe: Recipe, *, arch: str, seed: int) -> float:
+    """Train one network on the real images and score it."""
+    space = ctx.space.to(ctx.device)
+
+    def encode(batch: Tensor, generator: torch.Generator) -> Tensor:
+        return space.encode(batch).contiguous(memory_format=torch.channels_last)
+
+    net = build_net(
+        arch,
+        ctx.dataset.image_shape,
+        ctx.dataset.num_classes,
+        seed=derive_seed(seed, "evaluate", "net"),
+        device=ctx.device,
+    )
+    # Batches are encoded one by one: as bytes the whole set takes a quarter of the memory.
+    loss = train(
+        net,
+        real.images.to(ctx.device),
+        real.labels.to(ctx.device),
+        recipe,
+        generator=derive(seed, "evaluate", "train"),
+        augment=encode,
+    )
+    if not math.isfinite(loss):
+        raise DivergedError(
+            f"training {arch} on the whole set diverged: its loss is {loss}; lower evaluate.lr"
+        )
+    return accuracy(net, ctx.split, ctx.space, device=ctx.device)
+
+
+def _ledger() -> Ledger:
+    """Return the ledger of whole-set trainings; its folder is made if need be."""
+    folder: Path = home() / "truth"
+    with storage_errors(folder):
+        (folder / "ledger").mkdir(parents=True, exist_ok=True)
+    return Ledger(folder)
+
+
+def _describe(space: PixelSpace) -> dict[str, object]:
+    """Return what decides a pixel space, as JSON types."""
+    held: dict[str, object] = {"kind": space.kind, "mean": list(space.mean), "std": list(space.std)}
+    if space.zca_mean is None or space.zca_matrix is None:
+        return held
+    return {**held, "zca": _digest(space.zca_mean, space.zca_matrix)}
+
+
+def _digest(*tensors: Tensor) -> str:
+    """Return the sha256 (hex) of tensors' bytes."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,139 @@
+"""From D3HR's statistics to images: group sampling, DDIM sampling, decoding; at once, or later from a set."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ddray.errors import InputError
+from ddray.methods._d3hr_stages import load_generator
+from ddray.methods._diffusion import DiffusionModel, class_ids, folder_fingerprint
+from ddray.methods._group_sampling import group_sample
+from ddray.pool import LocalPool, PoolSpec, home
+from ddray.seeding import derive
+
+if TYPE_CHECKING:
+    from ddray.artifact import DistilledSet
+    from ddray.methods.d3hr import D3HRConfig
+
+
+class Sampler:
+    """Makes images of classes that are known by their statistics.
+
+    Args:
+        mean: [K, D] of the latents at level T.
+        variance: [K, D].
+        model: the generator, on the device to compute on.
+        config: how to choose and to sample.
+        class_names: of the dataset.
+        seed: of the run; class c's draws depend on it and c alone.
+        device: where to compute.
+    """
+
+    def __init__(
+        self,
+        mean: Tensor,
+        variance: Tensor,
+        model: DiffusionModel,
+        config: D3HRConfig,
+        *,
+        class_names: tuple[str, ...],
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        dtype = getattr(torch, config.precision) if device.type == "cuda" else torch.float32
+        self._mean, self._std = mean, (variance * config.variance_scale).sqrt()
+        self._config, self._seed, self._device = config, seed, device
+        self.model = model.to(device, dtype)
+        self._ids = class_ids(model, class_names, config.class_ids)
+
+    def choose(self, label: int, ipc: int) -> tuple[Tensor, float]:
+        """Return the chosen latents [ipc, D] of a class, and their score per dimension."""
+        config = self._config
+        latents, score = group_sample(
+            self._mean[label].to(self._device),
+            self._std[label].to(self._device),
+            ipc=ipc,
+            num_candidates=1 if config.sampling == "random" else config.num_candidates,
+            generator=derive(self._seed, "distill", "group", 0 if config.shared_draws else label),
+            weights=(config.lambda_mean, config.lambda_std, config.lambda_skew),
+            form=config.form,
+        )
+        return latents.cpu(), score / latents.shape[1]
+
+    def decode(self, latents: Tensor, labels: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
+        """Return raw pixels [N, *image_shape] in [0, 1] of latents [N, D] of level T under labels [N]."""
+        ids = self._ids[labels].to(self._device)
+        clean = self.model.sample(latents.to(self._device), ids, self._config.levels())
+        return self.model.decode(clean, image_shape).cpu()
+
+
+def generate(held: DistilledSet, ipc: int, device: torch.device) -> DistilledSet:
+    """Return the images that a set of statistics stands for, `ipc` of each class (Sec 6.7).
+
+    Args:
+        held: a set with decoder `d3hr`.
+        ipc: images per class, >= 1.
+        device: where to compute.
+
+    Raises:
+        InputError: ipc is below 1, or the generator is not there any more.
+    """
+    from ddray.methods.d3hr import D3HRConfig
+
+    if ipc < 1:
+        raise InputError(f"ipc must be >= 1, got {ipc}")
+    meta = held.meta
+    config = D3HRConfig.parse(meta.config.get("method", {}), prefix="method.")
+    model = load_generator(_source(config, meta.generator or ""), LocalPool(_refuse))
+    sampler = Sampler(
+        held.compact["mean"],
+        held.compact["variance"],
+        model,
+        config,
+        class_names=meta.class_names,
+        seed=meta.seed or 0,
+        device=device,
+    )
+    num_classes = len(meta.class_names)
+    latents = torch.cat([sampler.choose(label, ipc)[0] for label in range(num_classes)])
+    labels = torch.arange(num_classes).repeat_interleave(ipc)
+    parts = zip(torch.split(latents, config.batch), torch.split(labels, config.batch), strict=True)
+    pixels = torch.cat([sampler.decode(part, own, meta.image_shape) for part, own in parts])
+    changes = {"ipc_decoded": ipc, "decoder": None}
+    return replace(
+        held,
+        images=held.space().encode(pixels),
+        labels=labels,
+        compact={},
+        meta=meta.model_copy(update=changes),
+    )
+
+
+def _source(config: D3HRConfig, fingerprint: str) -> Mapping[str, Any]:
+    """Return where a set's generator is: the folder it was given, or the pool's entry.
+
+    Raises:
+        InputError: it is in neither.
+    """
+    if config.diffusion is not None:
+        folder_fingerprint(Path(config.diffusion))
+        return {"folder": config.diffusion, "fingerprint": fingerprint}
+    path = home() / "pool" / fingerprint / "entry.json"
+    try:
+        return {"spec": json.loads(path.read_text(encoding="utf-8"))["spec"]}
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"the set needs its generator, {path.parent} does not hold it; copy that folder there, or distil "
+            "with method.diffusion=FOLDER"
+        ) from error
+
+
+def _refuse(spec: PoolSpec) -> Any:
+    raise InputError(f"the set needs its generator, pool entry {spec.key} is damaged; copy it again")

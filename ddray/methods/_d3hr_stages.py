@@ -1,0 +1,289 @@
+"""D3HR's stages up to the statistics, as pool entries: generator -> latents -> inverted -> statistics.
+
+A spec holds the specs of what it is made from, so an entry is known by all that decides it, and by nothing
+that comes later: the number of candidates, the weights of the score and ipc never repeat an inversion. The
+run's seed plays no part. Latents and inversions are kept batch by batch until the entry is whole: a killed
+process loses at most the batch it was working on.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from ddray.data import Dataset, Split
+from ddray.errors import InputError
+from ddray.files import write_atomically
+from ddray.methods._diffusion import DiffusionModel, Levels, class_ids, open_pipeline
+from ddray.methods._diffusion_train import DiffusionRecipe, train_generator
+from ddray.pool import ModelPool, PoolEntry, PoolSpec, home
+from ddray.progress import progress
+from ddray.seeding import derive, forked_global
+
+_PARTS: Final = ("transformer", "vae")
+Stage = tuple[Mapping[str, Tensor], Mapping[str, Any]]
+
+
+def base_spec(dataset: Dataset, split_name: str, device: torch.device) -> PoolSpec:
+    """Return what all specs of a part of a dataset share."""
+    return PoolSpec(
+        kind="diffusion",
+        dataset=dataset.fingerprint,
+        split=split_name,
+        transform="raw",
+        arch="dit",
+        recipe={},
+        seed=0,
+        image_shape=dataset.image_shape,
+        num_classes=dataset.num_classes,
+        device=device.type,
+    )
+
+
+def generator_spec(base: PoolSpec, recipe: DiffusionRecipe) -> PoolSpec:
+    """Return the spec of a generator trained by `recipe` on the part of a dataset that `base` names."""
+    return _derived(base, "diffusion", recipe.dump(), parents=())
+
+
+def latents_spec(base: PoolSpec, source: Mapping[str, Any], *, encoding: str, precision: str) -> PoolSpec:
+    """Return the spec of the VAE latents [N, D] of all images.
+
+    Args:
+        base: dataset, split and device.
+        source: the generator, by `{"spec": ...}` or by `{"folder": ..., "fingerprint": ...}`.
+        encoding: `mode` | `sample` of the posterior.
+        precision: of the networks.
+    """
+    recipe = {"source": dict(source), "encoding": encoding, "precision": precision}
+    parent = source["fingerprint"] if "folder" in source else PoolSpec.parse(source["spec"]).key
+    return _derived(base, "latents", recipe, parents=(parent,))
+
+
+def inverted_spec(
+    latents: PoolSpec, levels: Levels, *, mapping: str, given: tuple[int, ...] | None
+) -> PoolSpec:
+    """Return the spec of the latents taken up to level T.
+
+    Args:
+        latents: where from.
+        levels: how far, and under what guidance.
+        mapping: `ddim` (inversion, Eq 3) | `ddpm` (noise, Eq 1).
+        given: the generator's labels of the classes, if they are told.
+    """
+    ids = None if given is None else list(given)
+    recipe = {"latents": latents.dump(), **levels.dump(), "mapping": mapping, "class_ids": ids}
+    if mapping == "ddpm":
+        del recipe["guidance"]
+    return _derived(latents, "inverted", recipe, parents=(latents.key,))
+
+
+def statistics_spec(inverted: PoolSpec) -> PoolSpec:
+    """Return the spec of the per-class mean and variance [K, D] of inverted latents."""
+    return _derived(inverted, "statistics", {"inverted": inverted.dump()}, parents=(inverted.key,))
+
+
+def _derived(base: PoolSpec, kind: str, recipe: dict[str, Any], parents: tuple[str, ...]) -> PoolSpec:
+    changes = {
+        "kind": kind,
+        "arch": "dit",
+        "transform": "raw",
+        "seed": 0,
+        "recipe": recipe,
+        "parents": parents,
+    }
+    return base.model_copy(update=changes)
+
+
+def train_stage(
+    spec: PoolSpec, dataset: Dataset, split: Split, device: torch.device, pool: ModelPool
+) -> Stage:
+    """Make the entry of one of D3HR's specs: tensors to keep, and measurements.
+
+    Args:
+        spec: of a generator, latents, their inversion or their statistics.
+        dataset: names of the classes.
+        split: the real images that the spec names.
+        device: where to compute.
+        pool: gives what the entry is made from.
+
+    Raises:
+        InputError: the images or the generator do not fit.
+        DivergedError: training the generator diverged.
+    """
+    tensors, measured = _STAGES[spec.kind](spec, dataset, split, device, pool)
+    return tensors, {**measured, "dataset_name": dataset.name}
+
+
+def _latents(spec: PoolSpec, dataset: Dataset, split: Split, device: torch.device, pool: ModelPool) -> Stage:
+    """Encode all images."""
+    if split.images.dtype != torch.uint8:
+        raise InputError("a diffusion model encodes uint8 images, got spectrograms; use another method")
+    model = load_generator(spec.recipe["source"], pool).to(device, _precision(spec, device))
+
+    def encode(index: Tensor) -> Tensor:
+        generator = derive(spec.seed, "encode", int(index[0]))
+        return model.encode(split.images[index].to(device).float() / 255, spec.recipe["encoding"], generator)
+
+    return {"latents": _in_batches(spec, len(split), "encoding", encode)}, {}
+
+
+def _statistics(
+    spec: PoolSpec, dataset: Dataset, split: Split, device: torch.device, pool: ModelPool
+) -> Stage:
+    """Sum up each class's inverted latents."""
+    inverted = pool.get([PoolSpec.parse(spec.recipe["inverted"])])[0].tensors["latents"]
+    mean, variance = class_statistics(inverted, split.labels, dataset.num_classes)
+    return {"mean": mean, "variance": variance}, {}
+
+
+def _generator(
+    spec: PoolSpec, dataset: Dataset, split: Split, device: torch.device, pool: ModelPool
+) -> Stage:
+    """Train the generator."""
+    class_names = dataset.class_names
+    recipe = DiffusionRecipe.parse(spec.recipe, prefix="recipe.")
+    model, measured = train_generator(
+        split, class_names, recipe, seed=spec.seed, device=device, checkpoint=_scratch(spec) / "checkpoint.pt"
+    )
+    tensors = {
+        f"{part}.{name}": tensor
+        for part in _PARTS
+        for name, tensor in getattr(model, part).state_dict().items()
+    }
+    configs = {part: dict(getattr(model, part).config) for part in _PARTS}
+    # Through JSON: configurations hold tuples, and names that the libraries keep for themselves.
+    held = json.loads(json.dumps({**configs, "scheduler": model.scheduler}, default=str))
+    return tensors, {**measured, "configs": held, "class_names": list(class_names)}
+
+
+def entry_generator(entry: PoolEntry) -> DiffusionModel:
+    """Return the generator that a pool entry of kind `diffusion` holds."""
+    from diffusers import AutoencoderKL, DiTTransformer2DModel
+
+    configs = entry.meta["configs"]
+    nets = {}
+    for part, kind in zip(_PARTS, (DiTTransformer2DModel, AutoencoderKL), strict=True):
+        with forked_global(0):
+            nets[part] = kind.from_config(configs[part])
+        prefix = f"{part}."
+        held = {k.removeprefix(prefix): v for k, v in entry.tensors.items() if k.startswith(prefix)}
+        nets[part].load_state_dict(held)
+    return DiffusionModel(
+        nets["transformer"],
+        nets["vae"],
+        configs["scheduler"],
+        fingerprint=str(entry.meta["key"]),
+        class_names=tuple(entry.meta["class_names"]),
+    )
+
+
+def load_generator(source: Mapping[str, Any], pool: ModelPool) -> DiffusionModel:
+    """Return the generator that a source names: a folder, or a spec that the pool trains if it must.
+
+    Raises:
+        InputError: the folder is none, or no longer the one that was meant.
+    """
+    if "folder" not in source:
+        return entry_generator(pool.get([PoolSpec.parse(source["spec"])])[0])
+    model = open_pipeline(Path(source["folder"]))
+    if model.fingerprint != source["fingerprint"]:
+        raise InputError(f"{source['folder']} holds another diffusion model than before; use the old one")
+    return model
+
+
+def _inverted(spec: PoolSpec, dataset: Dataset, split: Split, device: torch.device, pool: ModelPool) -> Stage:
+    """Take all latents up to level T."""
+    recipe = spec.recipe
+    source = PoolSpec.parse(recipe["latents"])
+    clean = pool.get([source])[0].tensors["latents"]
+    model = load_generator(source.recipe["source"], pool).to(device, _precision(source, device))
+    given = None if recipe["class_ids"] is None else tuple(recipe["class_ids"])
+    labels = class_ids(model, dataset.class_names, given)[split.labels]
+    levels = Levels(
+        num_inference_steps=recipe["num_inference_steps"],
+        num_steps=recipe["num_steps"],
+        guidance=recipe.get("guidance", 1.0),
+    )
+
+    def lift(index: Tensor) -> Tensor:
+        start = clean[index].to(device)
+        if recipe["mapping"] == "ddim":
+            return model.invert(start, labels[index].to(device), levels)
+        noise = torch.randn(start.shape, generator=derive(spec.seed, "noise", int(index[0])))
+        return model.add_noise(start, noise.to(device), levels)
+
+    what = "inverting" if recipe["mapping"] == "ddim" else "adding noise"
+    return {"latents": _in_batches(spec, len(split), what, lift)}, {}
+
+
+def class_statistics(latents: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Return mean and unbiased variance [K, D] of each class's latents [N, D], summed in float64.
+
+    A class of one image has variance 0.
+    """
+    means, variances = [], []
+    for label in range(num_classes):
+        own = latents[labels == label].double()
+        means.append(own.mean(0))
+        variances.append(own.var(0) if len(own) > 1 else torch.zeros_like(own[0]))
+    return torch.stack(means).float(), torch.stack(variances).float()
+
+
+def batch_size(device: torch.device, spec: PoolSpec) -> int:
+    """Return images per batch: what a GPU is kept busy by, or what a kill may cost on a CPU."""
+    area = spec.image_shape[1] * spec.image_shape[2]
+    return 64 if device.type == "cpu" else max(64, min(1024, 2**24 // (area * 16)))
+
+
+def _precision(spec: PoolSpec, device: torch.device) -> torch.dtype:
+    return getattr(torch, spec.recipe["precision"]) if device.type == "cuda" else torch.float32
+
+
+def _scratch(spec: PoolSpec) -> Path:
+    """Return where an entry's parts wait until it is whole."""
+    return home() / "parts" / spec.key
+
+
+def forget_parts(specs: list[PoolSpec]) -> None:
+    """Remove the parts of entries that the pool holds by now."""
+    for spec in specs:
+        shutil.rmtree(_scratch(spec), ignore_errors=True)
+
+
+def _in_batches(spec: PoolSpec, num: int, what: str, work: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return `work` of all images [num, D], batch by batch; batches that are on disk are not repeated."""
+    batches = torch.split(torch.arange(num), batch_size(torch.device(spec.device), spec))
+    done: list[Tensor] = []
+    with progress(what, len(batches)) as show:
+        for number, index in enumerate(batches):
+            path = _scratch(spec) / f"{number:06d}.pt"
+            part = _read_part(path, len(index))
+            if part is None:
+                part = work(index).cpu()
+                write_atomically(path, lambda file, part=part: torch.save(part, file))  # type: ignore[misc]
+            done.append(part)
+            show(number + 1, f"{len(index)} images a batch")
+    return torch.cat(done)
+
+
+def _read_part(path: Path, rows: int) -> Tensor | None:
+    """Return a batch that an earlier process wrote, or None if it has to be made."""
+    try:
+        part = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # missing, or torn: either way it is made anew
+        return None
+    return part if isinstance(part, Tensor) and len(part) == rows else None
+
+
+_STAGES: Final = {
+    "diffusion": _generator,
+    "latents": _latents,
+    "inverted": _inverted,
+    "statistics": _statistics,
+}

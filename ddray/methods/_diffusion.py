@@ -1,0 +1,296 @@
+"""A class-conditional latent diffusion model (DiT) as D3HR uses it: encode, invert, sample, decode.
+
+The transformer and the schedulers of diffusers are driven directly: `DiTPipeline.__call__` starts from noise
+only, and takes 1000 for the null label whatever the number of classes K (it is K).
+
+Levels: with S inference steps, step k = 0..S-1 stands at timestep t_k = k * (1000 // S). Inverting T steps
+from a clean latent ends at level t_(T-1), and sampling starts there: the noise predicted on the way up at t_k
+stands for that on the way down, so both ways are each other's inverse up to the step size (Eq 2, 3).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddray.config import Config
+from ddray.errors import InputError
+from ddray.files import write_folder
+from ddray.seeding import forked_global
+
+Encoding = Literal["mode", "sample"]
+_INDEX: Final = "model_index.json"
+_PARTS: Final = ("transformer", "vae")
+_KEPT: Final = (".json", ".safetensors", ".bin")
+
+
+class Levels(Config):
+    """How far latents are taken, and under what guidance.
+
+    Attributes:
+        num_inference_steps: S, steps that the whole way to pure noise would take.
+        num_steps: T <= S, steps that are taken.
+        guidance: scale of classifier-free guidance; 1 is the conditional model alone.
+    """
+
+    num_inference_steps: int
+    num_steps: int
+    guidance: float
+
+
+class DiffusionModel:
+    """A DiT, its autoencoder and its noise schedule.
+
+    Args:
+        transformer: a `DiTTransformer2DModel`; K+1 labels, of which K means "no label".
+        vae: an `AutoencoderKL`.
+        scheduler: configuration of a DDIM-compatible scheduler.
+        fingerprint: sha256 of weights and configuration.
+        class_names: names of the K labels, as far as they are known.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        vae: nn.Module,
+        scheduler: Mapping[str, Any],
+        *,
+        fingerprint: str,
+        class_names: tuple[str, ...] = (),
+    ) -> None:
+        self.transformer: Any = transformer.eval().requires_grad_(False)
+        self.vae: Any = vae.eval().requires_grad_(False)
+        self.scheduler = dict(scheduler)
+        self.fingerprint = fingerprint
+        self.class_names = class_names
+
+    @property
+    def num_classes(self) -> int:
+        """K; also the null label."""
+        return int(self.transformer.config.num_embeds_ada_norm)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of a latent."""
+        config = self.transformer.config
+        return int(config.in_channels), int(config.sample_size), int(config.sample_size)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images that the autoencoder is given, in pixels."""
+        return self.latent_shape[1] << (len(self.vae.config.block_out_channels) - 1)
+
+    def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> DiffusionModel:
+        """Move the networks to a device and a precision; return this object."""
+        for net in (self.transformer, self.vae):
+            net.to(device)
+            if net.dtype != dtype:
+                net.to(dtype)
+        return self
+
+    def fit(self, pixels: Tensor) -> Tensor:
+        """Return raw pixels [N, C, H, W] in [0, 1] as the autoencoder takes them: its size, in [-1, 1]."""
+        channels = _channels(pixels, int(self.vae.config.in_channels))
+        return _resize(channels, (self.image_size, self.image_size)) * 2 - 1
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor, encoding: Encoding, generator: torch.Generator | None = None) -> Tensor:
+        """Return scaled latents [N, D] of raw pixels [N, C, H, W] in [0, 1], resized to the model's size.
+
+        Args:
+            pixels: on the model's device; grey images are repeated for a model of colour images.
+            encoding: the posterior's `mode`, or one `sample` of it (as in the authors' code).
+            generator: of the sample.
+        """
+        posterior = self.vae.encode(self.fit(pixels).to(self._dtype)).latent_dist
+        latents = posterior.mode() if encoding == "mode" else posterior.sample(generator)
+        scaled: Tensor = latents.float().flatten(1) * self.vae.config.scaling_factor
+        return scaled
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
+        """Return raw pixels [N, *image_shape] in [0, 1] of scaled latents [N, D]."""
+        shaped = torch.unflatten(latents / self.vae.config.scaling_factor, 1, self.latent_shape)
+        pixels = (self.vae.decode(shaped.to(self._dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
+        return _resize(_channels(pixels, image_shape[0]), (image_shape[1], image_shape[2])).clamp(0, 1)
+
+    @torch.no_grad()
+    def invert(self, latents: Tensor, labels: Tensor, levels: Levels) -> Tensor:
+        """Return clean latents [N, D] taken up to level T by DDIM inversion (Eq 3) under their labels [N]."""
+        from diffusers import DDIMInverseScheduler
+
+        scheduler = self._prepared(DDIMInverseScheduler, levels)
+        for t in scheduler.timesteps[: levels.num_steps].tolist():
+            noise = self.predict(latents, t, labels, levels.guidance)
+            latents = scheduler.step(noise, t, latents).prev_sample
+        return latents
+
+    @torch.no_grad()
+    def sample(self, latents: Tensor, labels: Tensor, levels: Levels) -> Tensor:
+        """Return latents [N, D] of level T taken down to clean ones by DDIM (Eq 2) under their labels [N]."""
+        from diffusers import DDIMScheduler
+
+        scheduler = self._prepared(DDIMScheduler, levels)
+        for t in scheduler.timesteps[levels.num_inference_steps - levels.num_steps :].tolist():
+            noise = self.predict(latents, t, labels, levels.guidance)
+            latents = scheduler.step(noise, t, latents).prev_sample
+        return latents
+
+    def add_noise(self, latents: Tensor, noise: Tensor, levels: Levels) -> Tensor:
+        """Return clean latents [N, D] with noise [N, D] at level T, by the forward process (Eq 1)."""
+        from diffusers import DDIMInverseScheduler
+
+        scheduler = self._prepared(DDIMInverseScheduler, levels)
+        alpha = float(scheduler.alphas_cumprod[int(scheduler.timesteps[levels.num_steps - 1])])
+        return math.sqrt(alpha) * latents + math.sqrt(1 - alpha) * noise
+
+    def predict(self, latents: Tensor, timestep: int, labels: Tensor, guidance: float) -> Tensor:
+        """Return the noise [N, D] seen in latents [N, D] under labels [N]; `guidance` 1 is none."""
+        shaped = torch.unflatten(latents, 1, self.latent_shape).to(self._dtype)
+        if guidance != 1:
+            shaped = torch.cat([shaped, shaped])
+            labels = torch.cat([labels, torch.full_like(labels, self.num_classes)])
+        timesteps = torch.full((len(labels),), timestep, device=latents.device)
+        found = self.transformer(shaped, timestep=timesteps, class_labels=labels).sample
+        noise: Tensor = found[:, : self.latent_shape[0]].float().flatten(1)  # the rest is a learned variance
+        if guidance == 1:
+            return noise
+        conditional, free = noise.chunk(2)
+        guided: Tensor = free + guidance * (conditional - free)
+        return guided
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.transformer.dtype
+        return dtype
+
+    def _prepared(self, kind: Any, levels: Levels) -> Any:
+        """Return a scheduler on the model's schedule, with the spacing that both directions share."""
+        changes = {"clip_sample": False, "timestep_spacing": "leading", "steps_offset": 0}
+        scheduler = kind.from_config({**self.scheduler, **changes})
+        if not 1 <= levels.num_steps <= levels.num_inference_steps <= scheduler.config.num_train_timesteps:
+            raise InputError(
+                "diffusion steps must satisfy 1 <= inversion_steps <= num_inference_steps <= "
+                f"{scheduler.config.num_train_timesteps}, got {levels.num_steps} and "
+                f"{levels.num_inference_steps}"
+            )
+        scheduler.set_timesteps(levels.num_inference_steps)
+        return scheduler
+
+
+def _channels(pixels: Tensor, num: int) -> Tensor:
+    """Return images [N, num, H, W]: grey ones repeated, coloured ones averaged."""
+    if pixels.shape[1] == num:
+        return pixels
+    return pixels.mean(1, keepdim=True).expand(-1, num, -1, -1)
+
+
+def _resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    if tuple(pixels.shape[2:]) == size:
+        return pixels
+    return F.interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)
+
+
+def open_pipeline(folder: Path) -> DiffusionModel:
+    """Open a folder that diffusers' `DiTPipeline.save_pretrained` wrote, without touching the network.
+
+    Raises:
+        InputError: it is no such folder, a file in it is damaged, or its noise schedule does not fit.
+    """
+    fingerprint = folder_fingerprint(folder)
+    from diffusers import AutoencoderKL, DiTTransformer2DModel
+
+    try:
+        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+        schedule = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+        options = {"local_files_only": True, "low_cpu_mem_usage": False}
+        with forked_global(0):  # layers draw initial weights before they are given their own
+            transformer = DiTTransformer2DModel.from_pretrained(folder / "transformer", **options)
+            vae = AutoencoderKL.from_pretrained(folder / "vae", **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{folder} must be an undamaged DiTPipeline folder: {reason}") from error
+    if schedule.get("prediction_type", "epsilon") != "epsilon":
+        raise InputError(f"{folder} must predict epsilon, its scheduler says {schedule['prediction_type']!r}")
+    names = index.get("id2label") or {}
+    return DiffusionModel(
+        transformer,
+        vae,
+        schedule,
+        fingerprint=fingerprint,
+        class_names=tuple(names[key] for key in sorted(names, key=int)),
+    )
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """Return the sha256 over configurations and weights of a DiTPipeline folder.
+
+    Raises:
+        InputError: it is no such folder.
+    """
+    if not (folder / _INDEX).is_file():
+        raise InputError(f"a diffusion model must be a DiTPipeline folder, {folder} has no {_INDEX}")
+    digest = hashlib.sha256()
+    for path in sorted(_files(folder)):
+        digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for part in ("scheduler", *_PARTS):
+        yield from (path for path in (folder / part).glob("*") if path.suffix in _KEPT)
+
+
+def save_pipeline(model: DiffusionModel, folder: Path) -> None:
+    """Write a model as a DiTPipeline folder; a folder that is there is replaced only after success.
+
+    Raises:
+        StorageError: the folder can't be written.
+    """
+    from diffusers import DDIMScheduler, DiTPipeline
+
+    names = dict(enumerate(model.class_names))
+    pipeline = DiTPipeline(model.transformer, model.vae, DDIMScheduler.from_config(model.scheduler), names)
+    pipeline.register_to_config(id2label=names)
+    write_folder(folder, pipeline.save_pretrained)
+
+
+def class_ids(model: DiffusionModel, class_names: tuple[str, ...], given: tuple[int, ...] | None) -> Tensor:
+    """Return the model's label of each class of a dataset, int64 [K].
+
+    Args:
+        model: the generator.
+        class_names: the dataset's.
+        given: the labels, where they are told; default: by name, or by number where both have as many.
+
+    Raises:
+        InputError: they can't be told.
+    """
+    num = len(class_names)
+    if given is None and model.num_classes == num:
+        given = tuple(range(num))
+    if given is None:
+        synonyms = {part.strip(): i for i, name in enumerate(model.class_names) for part in name.split(",")}
+        found = [synonyms.get(name) for name in class_names]
+        given = tuple(label for label in found if label is not None) if None not in found else None
+    if given is None:
+        raise InputError(
+            f"the diffusion model has {model.num_classes} classes and the dataset {num} others: give "
+            "method.class_ids, or fine-tune it: ddray pool train --kind diffusion --set init=FOLDER"
+        )
+    if len(given) != num or min(given) < 0 or max(given) >= model.num_classes:
+        raise InputError(
+            f"class_ids must be {num} labels in 0..{model.num_classes - 1}, one per class, got {list(given)}"
+        )
+    return torch.tensor(given)

@@ -1,0 +1,128 @@
+"""The loop that trains a generator's networks: rates, averages, and a checkpoint of every stage."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from ddray.errors import DivergedError
+from ddray.files import write_atomically
+from ddray.progress import progress
+
+log = logging.getLogger(__name__)
+
+_SAVE_EVERY_S: Final = 60.0
+
+
+class Checkpoint:
+    """One file with the state of training, by stage; rewritten at most once a minute."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._saved = time.monotonic()
+        self.stages: dict[str, Any] = {}
+        if path is not None and path.exists():
+            try:
+                self.stages = torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as error:  # torch raises many types for a torn file
+                reason = " ".join(str(error).split())[:120]
+                log.warning("checkpoint %s is damaged (%s): starting anew", path, reason)
+
+    def save(self, stage: str, state: Callable[[], dict[str, Any]], *, now: bool = False) -> None:
+        """Write a stage's state, if the last one is old enough or `now`."""
+        if self._path is None or (not now and time.monotonic() - self._saved < _SAVE_EVERY_S):
+            return
+        self.stages[stage] = state()
+        write_atomically(self._path, lambda file: torch.save(self.stages, file))
+        self._saved = time.monotonic()
+
+    def remove(self) -> None:
+        """Remove the file: what it led to is finished."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+
+@dataclass
+class Stage:
+    """One network being trained.
+
+    Attributes:
+        name: of the stage in checkpoints and messages.
+        net: trained in place, left in eval mode without gradients.
+        optimizer: of its parameters.
+        loss: of a step, from its number.
+        lr: of a step, from its number.
+        per_epoch: steps in an epoch.
+        epochs: how many.
+        ema: moving average of the parameters, and its decay; it replaces them at the end.
+    """
+
+    name: str
+    net: Any
+    optimizer: torch.optim.Optimizer
+    loss: Callable[[int], Tensor]
+    lr: Callable[[int], float]
+    per_epoch: int
+    epochs: int
+    ema: float | None = None
+
+    def run(self, held: Checkpoint) -> float:
+        """Train from the checkpoint's state, if it has one; return the mean loss of the last epoch."""
+        parameters = list(self.net.parameters())
+        average = [parameter.detach().clone() for parameter in parameters] if self.ema is not None else []
+        total, done, mean = self.per_epoch * self.epochs, 0, math.nan
+        loss_sum = torch.zeros((), device=parameters[0].device)
+        if self.name in held.stages:
+            state = held.stages[self.name]
+            done, mean = state["step"], state["mean"]
+            self.net.load_state_dict(state["net"])
+            if done < total:
+                self.optimizer.load_state_dict(state["optimizer"])
+                average = [tensor.to(loss_sum.device) for tensor in state["average"]]
+            loss_sum += state["loss_sum"]
+
+        def state_of() -> dict[str, Any]:
+            whole = {} if done == total else {"optimizer": self.optimizer.state_dict(), "average": average}
+            kept = {"step": done, "mean": mean, "net": self.net.state_dict(), "loss_sum": float(loss_sum)}
+            return {**kept, **whole}
+
+        self.net.requires_grad_(True)
+        with progress(f"training the {self.name}", total, start=done) as show:
+            while done < total:
+                self.optimizer.param_groups[0]["lr"] = self.lr(done)
+                loss = self.loss(done)
+                self.optimizer.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+                self.optimizer.step()
+                done += 1
+                if average and self.ema is not None:
+                    decay = min(self.ema, done / (done + 10))  # a young average forgets its start sooner
+                    torch._foreach_lerp_(average, [parameter.detach() for parameter in parameters], 1 - decay)
+                loss_sum += loss.detach()
+                if done % self.per_epoch == 0:
+                    mean = self._mean(loss_sum)
+                    loss_sum.zero_()
+                    show(done, f"loss {mean:.4g}")
+                if done < total:
+                    held.save(self.name, state_of)
+        if average:
+            with torch.no_grad():
+                for parameter, smooth in zip(parameters, average, strict=True):
+                    parameter.copy_(smooth)
+        self.net.requires_grad_(False)
+        held.save(self.name, state_of, now=True)
+        return mean
+
+    def _mean(self, loss_sum: Tensor) -> float:
+        mean = float(loss_sum) / self.per_epoch
+        if not math.isfinite(mean):
+            raise DivergedError(f"the loss of the {self.name} must stay finite, got {mean}; lower its lr")
+        return mean

@@ -1,0 +1,306 @@
+"""Training D3HR's generator: a small VAE and DiT from scratch, or an opened DiT fine-tuned for a dataset.
+
+The autoencoder is trained on reconstruction (mean squared error) and a little KL divergence, the DiT on the
+noise of scaled latents (epsilon prediction, Ho et al. 2020), with labels dropped for classifier-free guidance
+and an exponential moving average of the weights, which is what is kept. Every draw of step i comes from a
+generator of that step: a run that continues from its checkpoint ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from ddray.config import Config
+from ddray.data import Split
+from ddray.errors import InputError
+from ddray.methods._diffusion import DiffusionModel, open_pipeline
+from ddray.methods._diffusion_fit import Checkpoint, Stage
+from ddray.seeding import derive, derive_seed, forked_global
+
+log = logging.getLogger(__name__)
+
+SCHEDULE: Final[dict[str, Any]] = {
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "clip_sample": False,
+    "prediction_type": "epsilon",
+    "set_alpha_to_one": True,
+    "steps_offset": 0,
+    "timestep_spacing": "leading",
+}
+"""DiT's noise schedule (Peebles & Xie 2023)."""
+
+
+class DiffusionRecipe(Config):
+    """How a generator is made; defaults suit 32 px, `default_recipe` gives those of other sizes."""
+
+    init: str | None = None
+    """Folder of a DiTPipeline to re-label and fine-tune; default: train from scratch."""
+    epochs: int = Field(default=400, ge=1)
+    """Epochs of the DiT (the paper fine-tunes 400)."""
+    vae_epochs: int = Field(default=40, ge=1)
+    """Epochs of the autoencoder; an opened model keeps its own."""
+    batch: int = Field(default=128, ge=1)
+    lr: float = Field(default=5e-4, gt=0)
+    """Learning rate of the DiT (AdamW)."""
+    vae_lr: float = Field(default=1e-3, gt=0)
+    """Learning rate of the autoencoder (Adam, cosine)."""
+    ema: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of the moving average of the DiT's weights."""
+    label_dropout: float = Field(default=0.1, ge=0, le=1)
+    """Share of labels replaced by the null label."""
+    kl_weight: float = Field(default=1e-4, ge=0)
+    """Weight of the KL divergence per latent number against the squared error per pixel."""
+    latent_channels: int = Field(default=4, ge=1)
+    vae_width: int = Field(default=32, ge=8, multiple_of=8)
+    """Channels of the autoencoder's first block; they double with each halving."""
+    vae_halvings: int = Field(default=1, ge=0, le=5)
+    """How often the autoencoder halves the image."""
+    patch: int = Field(default=2, ge=1)
+    """Side of the DiT's patches in latent places."""
+    depth: int = Field(default=8, ge=1)
+    heads: int = Field(default=4, ge=1)
+    head_dim: int = Field(default=64, ge=8, multiple_of=4)
+
+
+def default_recipe(image_shape: tuple[int, int, int]) -> dict[str, Any]:
+    """Return the settings for images of `image_shape` (C, H, W) that differ from the defaults."""
+    size = max(image_shape[1:])
+    if size <= 16:
+        return {
+            "epochs": 100,
+            "vae_epochs": 20,
+            "batch": 64,
+            "depth": 4,
+            "head_dim": 32,
+            "ema": 0.995,
+            "vae_width": 16,
+        }
+    if size <= 32:
+        return {}
+    if size <= 64:
+        return {"vae_halvings": 2, "depth": 12, "heads": 6}
+    return {"vae_halvings": 3, "vae_width": 64, "depth": 12, "heads": 6, "vae_epochs": 100}
+
+
+def train_generator(
+    split: Split,
+    class_names: tuple[str, ...],
+    recipe: DiffusionRecipe,
+    *,
+    seed: int,
+    device: torch.device,
+    checkpoint: Path | None = None,
+) -> tuple[DiffusionModel, dict[str, float]]:
+    """Train a generator on real images, from its checkpoint if there is one.
+
+    Args:
+        split: uint8 [N, C, H, W] and labels.
+        class_names: one per label.
+        recipe: sizes and training.
+        seed: decides initial weights and every draw.
+        device: where to compute.
+        checkpoint: file to continue from and to keep up to date, at most a minute behind.
+
+    Returns:
+        The model (in eval mode, on `device`), and the last epoch's mean losses.
+
+    Raises:
+        InputError: images of the wrong kind, or the folder to start from can't be opened.
+        DivergedError: a loss became NaN.
+    """
+    if split.images.dtype != torch.uint8:
+        raise InputError("a diffusion model is trained on uint8 images, got spectrograms; use another method")
+    shape = (split.images.shape[1], split.images.shape[2], split.images.shape[3])
+    if recipe.init is not None:
+        model = relabel(open_pipeline(Path(recipe.init)), class_names, seed=seed)
+    else:
+        model = build(recipe, shape, class_names, seed=seed)
+    model.to(device)
+    held = Checkpoint(checkpoint)
+    measured: dict[str, float] = {}
+    if recipe.init is None:
+        measured["vae_loss"] = _train_vae(model, split, recipe, held, seed=seed)
+    measured["loss"] = _train_dit(model, split, recipe, held, seed=seed)
+    held.remove()
+    return model, measured
+
+
+def build(
+    recipe: DiffusionRecipe,
+    image_shape: tuple[int, int, int],
+    class_names: tuple[str, ...],
+    *,
+    seed: int,
+) -> DiffusionModel:
+    """Return an untrained generator for images of `image_shape` (C, H, W).
+
+    The side of its images is the smallest one that the autoencoder's halvings and the patches divide.
+    """
+    from diffusers import AutoencoderKL, DiTTransformer2DModel
+
+    grain = 2**recipe.vae_halvings * recipe.patch
+    size = math.ceil(max(image_shape[1:]) / grain) * grain
+    blocks = recipe.vae_halvings + 1
+    with forked_global(derive_seed(seed, "diffusion", "build")):
+        vae = AutoencoderKL(
+            in_channels=image_shape[0],
+            out_channels=image_shape[0],
+            down_block_types=("DownEncoderBlock2D",) * blocks,
+            up_block_types=("UpDecoderBlock2D",) * blocks,
+            block_out_channels=tuple(recipe.vae_width * 2**i for i in range(blocks)),
+            latent_channels=recipe.latent_channels,
+            norm_num_groups=8,
+            sample_size=size,
+        )
+        transformer = DiTTransformer2DModel(
+            num_attention_heads=recipe.heads,
+            attention_head_dim=recipe.head_dim,
+            in_channels=recipe.latent_channels,
+            num_layers=recipe.depth,
+            sample_size=size // 2**recipe.vae_halvings,
+            patch_size=recipe.patch,
+            num_embeds_ada_norm=len(class_names),
+        )
+    _start_as_identity(transformer)
+    return DiffusionModel(transformer, vae, SCHEDULE, fingerprint="", class_names=class_names)
+
+
+@torch.no_grad()
+def _start_as_identity(transformer: Any) -> None:
+    """Zero what DiT zeroes (Peebles & Xie 2023, adaLN-Zero) and diffusers leaves at its default."""
+    heads = [transformer.proj_out_1, transformer.proj_out_2]
+    for layer in [*(block.norm1.linear for block in transformer.transformer_blocks), *heads]:
+        layer.weight.zero_()
+        layer.bias.zero_()
+
+
+@torch.no_grad()
+def relabel(model: DiffusionModel, class_names: tuple[str, ...], *, seed: int) -> DiffusionModel:
+    """Return an opened generator with labels for other classes.
+
+    A class that the model knows by name keeps its embedding; any other starts at the mean embedding with a
+    little noise, so that classes can part. The null label keeps its own.
+    """
+    known = {part.strip(): i for i, name in enumerate(model.class_names) for part in name.split(",")}
+    places = [known.get(name) for name in class_names]
+    old = model.num_classes
+    for number, block in enumerate(model.transformer.transformer_blocks):
+        embedder = block.norm1.emb.class_embedder
+        table = embedder.embedding_table.weight
+        middle, spread = table[:old].mean(0), 0.1 * table[:old].std(0, unbiased=False)
+        noise = torch.randn(len(places), table.shape[1], generator=derive(seed, "relabel", number))
+        fresh = middle + spread * noise
+        for label, place in enumerate(places):
+            if place is not None:
+                fresh[label] = table[place]
+        with forked_global(0):
+            embedder.embedding_table = nn.Embedding(len(places) + 1, table.shape[1])
+        embedder.embedding_table.weight.copy_(torch.cat([fresh, table[old:]]))
+        embedder.num_classes = len(places)
+    model.transformer.register_to_config(num_embeds_ada_norm=len(places))
+    return DiffusionModel(
+        model.transformer, model.vae, model.scheduler, fingerprint="", class_names=class_names
+    )
+
+
+def _batch(seed: int, what: str, step: int, per_epoch: int, num: int, batch: int) -> Tensor:
+    """Return the images of a step: the epoch's order depends on its number alone."""
+    epoch, place = divmod(step, per_epoch)
+    order = torch.randperm(num, generator=derive(seed, what, "epoch", epoch))
+    return order[place * batch : (place + 1) * batch]
+
+
+def _train_vae(
+    model: DiffusionModel, split: Split, recipe: DiffusionRecipe, held: Checkpoint, *, seed: int
+) -> float:
+    """Train the autoencoder in place; return the mean loss of its last epoch."""
+    vae, device = model.vae, next(model.vae.parameters()).device
+    per_epoch = math.ceil(len(split) / recipe.batch)
+    total = per_epoch * recipe.vae_epochs
+
+    def loss(step: int) -> Tensor:
+        index = _batch(seed, "vae", step, per_epoch, len(split), recipe.batch)
+        pixels = model.fit(split.images[index].to(device).float() / 255)
+        posterior = vae.encode(pixels.contiguous(memory_format=torch.channels_last)).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=derive(seed, "vae", step)).to(device)
+        found = vae.decode(posterior.mean + posterior.std * noise).sample
+        divergence = posterior.kl().mean() / posterior.mean[0].numel()
+        total: Tensor = F.mse_loss(found, pixels) + recipe.kl_weight * divergence
+        return total
+
+    vae.to(memory_format=torch.channels_last)
+    return Stage(
+        name="autoencoder",
+        net=vae,
+        optimizer=torch.optim.Adam(vae.parameters(), lr=recipe.vae_lr),
+        loss=loss,
+        lr=lambda step: recipe.vae_lr * 0.5 * (1 + math.cos(math.pi * step / total)),
+        per_epoch=per_epoch,
+        epochs=recipe.vae_epochs,
+    ).run(held)
+
+
+@torch.no_grad()
+def _posteriors(model: DiffusionModel, split: Split, batch: int) -> tuple[Tensor, Tensor]:
+    """Return means and standard deviations [N, C, h, w] of all latents, unscaled, on the model's device."""
+    device = next(model.vae.parameters()).device
+    means, deviations = [], []
+    for images in torch.split(split.images, batch):
+        posterior = model.vae.encode(model.fit(images.to(device).float() / 255)).latent_dist
+        means.append(posterior.mean.contiguous())
+        deviations.append(posterior.std.contiguous())
+    return torch.cat(means), torch.cat(deviations)
+
+
+def _train_dit(
+    model: DiffusionModel, split: Split, recipe: DiffusionRecipe, held: Checkpoint, *, seed: int
+) -> float:
+    """Train the transformer in place on the split's latents; return the mean loss of its last epoch."""
+    from diffusers import DDPMScheduler
+
+    means, deviations = _posteriors(model, split, recipe.batch)
+    device, labels = means.device, split.labels.to(means.device)
+    if recipe.init is None:
+        # Latents of unit variance, as the noise's (Rombach et al. 2022, D.1).
+        spread = float((means.double().var() + deviations.double().square().mean()).sqrt())
+        model.vae.register_to_config(scaling_factor=1 / spread)
+    factor, steps = float(model.vae.config.scaling_factor), int(model.scheduler["num_train_timesteps"])
+    scheduler = DDPMScheduler.from_config({**model.scheduler, "_class_name": "DDPMScheduler"})
+    per_epoch = math.ceil(len(labels) / recipe.batch)
+
+    def loss(step: int) -> Tensor:
+        index = _batch(seed, "dit", step, per_epoch, len(labels), recipe.batch).to(device)
+        generator = derive(seed, "dit", step, device=device)
+        drawn, noise = torch.randn((2, *means[index].shape), generator=generator, device=device)
+        clean = (means[index] + deviations[index] * drawn) * factor
+        times = torch.randint(steps, (len(index),), generator=generator, device=device)
+        dropped = torch.rand(len(index), generator=generator, device=device) < recipe.label_dropout
+        given = torch.where(dropped, model.num_classes, labels[index])
+        noisy = scheduler.add_noise(clean, noise, times)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            # In eval mode: diffusers would drop labels from the global generator, in each block anew.
+            found = model.transformer(noisy, timestep=times, class_labels=given).sample
+        return F.mse_loss(found[:, : noise.shape[1]].float(), noise)
+
+    return Stage(
+        name="diffusion transformer",
+        net=model.transformer,
+        optimizer=torch.optim.AdamW(model.transformer.parameters(), lr=recipe.lr, weight_decay=0.0),
+        loss=loss,
+        lr=lambda step: recipe.lr * min(1.0, (step + 1) / 100),
+        per_epoch=per_epoch,
+        epochs=recipe.epochs,
+        ema=recipe.ema,
+    ).run(held)

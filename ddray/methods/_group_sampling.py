@@ -1,0 +1,225 @@
+"""D3HR's group sampling (Eq 5-9): of `num_candidates` groups of `ipc` Gaussian latents, the best one.
+
+Candidates are never held: a block of them is drawn sample by sample into one buffer, three running sums per
+dimension give its scores, and of all blocks only the best candidate's number is kept. Block b has a
+generator of its own, so a candidate depends on the seed and its number alone, and the winner is drawn again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final, Literal
+
+import torch
+from torch import Tensor
+
+from ddray.errors import InputError, unknown
+from ddray.seeding import derive_seed
+
+Form = Literal["paper", "repo"]
+Weights = tuple[float, float, float]
+
+# Numbers in a buffer. On a CPU the five buffers of a block stay in the second-level cache, and each operation
+# stays below the size from which torch spreads it over threads: whole blocks are spread instead.
+_BLOCK: Final = {"cpu": 2**15 - 1, "cuda": 2**23}
+_CHUNK: Final = 4096
+
+
+def group_sample(
+    mean: Tensor,
+    std: Tensor,
+    *,
+    ipc: int,
+    num_candidates: int,
+    generator: torch.Generator,
+    weights: Weights = (1.0, 1.0, 0.5),
+    form: Form = "paper",
+    chunk: int | None = None,
+) -> tuple[Tensor, float]:
+    """Return the best of `num_candidates` groups of `ipc` draws from N(mean, std^2), and its score.
+
+    Candidate j is the same whatever `num_candidates` and `chunk` are: more candidates never score worse.
+
+    Args:
+        mean: [D] of the class's latents, on the device to compute on.
+        std: [D], >= 0.
+        ipc: latents in a group.
+        num_candidates: m, >= 1; 1 is plain random sampling.
+        generator: only its initial seed is used; a call leaves it as it was.
+        weights: of mean, standard deviation and skewness (Eq 5).
+        form: `paper` | `repo`, see `group_scores`.
+        chunk: candidates that are scored before the best of them is taken, in whole blocks: a thread's piece
+            of work on a CPU, the work between two syncs on a GPU.
+
+    Returns:
+        Latents [ipc, D] and the score of these very latents.
+
+    Raises:
+        InputError: shapes do not fit, or a number is out of range.
+    """
+    _check(mean, std, ipc, num_candidates, weights, form)
+    mean, std = mean.detach().float().contiguous(), std.detach().float().contiguous()
+    seed, dim = generator.initial_seed(), len(mean)
+    rows = block_rows(dim, mean.device)
+    blocks = math.ceil(num_candidates / rows)
+    step = max(1, math.ceil((chunk or _CHUNK) / rows))
+    score = _paper_scorer if form == "paper" else _repo_scorer
+
+    def best_of(first: int) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            scores = score(mean, std, ipc, weights, rows)
+            part = [scores(_draws(seed, b, rows, mean, ipc)) for b in range(first, min(first + step, blocks))]
+            found = torch.cat(part)[: num_candidates - first * rows].min(0)
+            return found.values, found.indices + first * rows
+
+    starts = range(0, blocks, step)
+    workers = min(len(starts), torch.get_num_threads()) if mean.device.type == "cpu" else 1
+    if workers > 1:
+        with ThreadPoolExecutor(workers) as threads:
+            found = list(threads.map(best_of, starts))
+    else:
+        found = [best_of(first) for first in starts]
+    place = torch.stack([value for value, _ in found]).argmin()
+    block, row = divmod(int(torch.stack([index for _, index in found])[place]), rows)
+    normal = torch.stack([draw[row].clone() for draw in _draws(seed, block, rows, mean, ipc)])
+    latents = mean + std * normal
+    exact = group_scores(latents[None].double(), mean.double(), std.double(), weights=weights, form=form)
+    return latents, float(exact)
+
+
+def group_scores(
+    latents: Tensor, mean: Tensor, std: Tensor, *, weights: Weights = (1.0, 1.0, 0.5), form: Form = "paper"
+) -> Tensor:
+    """Return the score of each group, as it is defined; lower is more representative.
+
+    `paper`: the sum over dimensions of w1 (mean error)^2 + w2 (error of the standard deviation about the
+    population mean)^2 + w3 skewness^2 over the group (Eq 6-8). `repo`: w1 ||mean error|| + w2 ||error of the
+    unbiased standard deviation|| + w3 ||skewness of each latent across its dimensions||. A term that its
+    number of samples leaves undefined (skewness below 3, the unbiased deviation below 2) is dropped.
+
+    Args:
+        latents: [M, n, D].
+        mean: [D] of the population.
+        std: [D].
+        weights: (w1, w2, w3).
+        form: `paper` | `repo`.
+
+    Returns:
+        [M].
+    """
+    num, dim = latents.shape[1], latents.shape[2]
+    mean_error = latents.mean(1) - mean
+    if form == "repo":
+        total: Tensor = weights[0] * mean_error.norm(dim=1)
+        if num > 1:
+            total = total + weights[1] * (latents.std(1) - std).norm(dim=1)
+        if dim > 2:
+            spread = latents.std(2, keepdim=True).clamp(min=torch.finfo(latents.dtype).tiny)
+            cubes = ((latents - latents.mean(2, keepdim=True)) / spread).pow(3).sum(2)
+            total = total + weights[2] * (_skewness_factor(dim) * cubes).norm(dim=1)
+        return total
+    total = weights[0] * mean_error.square().sum(1)  # Eq 6
+    deviation = (latents - mean).square().mean(1).sqrt()
+    total = total + weights[1] * (deviation - std).square().sum(1)  # Eq 7
+    if num > 2:
+        normal = (latents - mean) / std.clamp(min=torch.finfo(latents.dtype).tiny)
+        total = total + weights[2] * (_skewness_factor(num) * normal.pow(3).sum(1)).square().sum(1)  # Eq 8
+    return total
+
+
+def block_rows(dim: int, device: torch.device) -> int:
+    """Return how many candidates share a generator; it depends on D and the kind of device alone."""
+    return max(1, _BLOCK.get(device.type, _BLOCK["cpu"]) // dim)
+
+
+def _check(mean: Tensor, std: Tensor, ipc: int, num_candidates: int, weights: Weights, form: str) -> None:
+    if mean.ndim != 1 or len(mean) == 0 or std.shape != mean.shape or std.device != mean.device:
+        raise InputError(
+            f"group sampling takes mean [D] and std [D] on one device, got {list(mean.shape)} on "
+            f"{mean.device} and {list(std.shape)} on {std.device}"
+        )
+    if not (bool(torch.isfinite(mean).all()) and bool(torch.isfinite(std).all()) and bool((std >= 0).all())):
+        raise InputError("group sampling takes a finite mean and a finite std >= 0")
+    if ipc < 1 or num_candidates < 1:
+        raise InputError(f"ipc and num_candidates must be >= 1, got {ipc} and {num_candidates}")
+    if len(weights) != 3 or min(weights) < 0:
+        raise InputError(f"weights must be three numbers >= 0, got {weights}")
+    if form not in ("paper", "repo"):
+        raise unknown("form", form, ("paper", "repo"))
+
+
+def _draws(seed: int, block: int, rows: int, like: Tensor, ipc: int) -> Iterator[Tensor]:
+    """Yield a block's standard normal draws, latent after latent of each group, in one buffer [rows, D]."""
+    generator = torch.Generator(like.device).manual_seed(derive_seed(seed, "group", block))
+    buffer = torch.empty(rows, len(like), device=like.device)
+    for _ in range(ipc):
+        yield buffer.normal_(generator=generator)
+
+
+Scorer = Callable[[Iterator[Tensor]], Tensor]
+
+
+def _paper_scorer(mean: Tensor, std: Tensor, ipc: int, weights: Weights, rows: int) -> Scorer:
+    """Return a function from a block's draws to its scores [rows]; with x = mean + std z only z matters."""
+    first, second, third, square = (torch.empty(rows, len(mean), device=mean.device) for _ in range(4))
+    variance = std.square()
+    skewed = ipc > 2 and weights[2] > 0
+
+    def scores(draws: Iterator[Tensor]) -> Tensor:
+        for number, z in enumerate(draws):
+            if number == 0:
+                first.copy_(z)
+                torch.mul(z, z, out=second)
+                if skewed:
+                    torch.mul(second, z, out=third)
+                continue
+            first.add_(z)
+            torch.mul(z, z, out=square)
+            second.add_(square)
+            if skewed:
+                third.addcmul_(square, z)
+        total = first.square_() @ (variance * (weights[0] / ipc**2))  # Eq 6
+        second.mul_(1 / ipc).sqrt_().sub_(1)
+        total += second.square_() @ (variance * weights[1])  # Eq 7
+        if skewed:
+            total += third.square_().sum(1) * (weights[2] * _skewness_factor(ipc) ** 2)  # Eq 8
+        return total
+
+    return scores
+
+
+def _repo_scorer(mean: Tensor, std: Tensor, ipc: int, weights: Weights, rows: int) -> Scorer:
+    """Return the same for the form of the authors' code."""
+    dim = len(mean)
+    first, second, x = (torch.empty(rows, dim, device=mean.device) for _ in range(3))
+    variance = std.square()
+    skewed = dim > 2 and weights[2] > 0
+
+    def scores(draws: Iterator[Tensor]) -> Tensor:
+        first.zero_(), second.zero_()
+        skewness = torch.zeros(rows, device=mean.device)
+        for z in draws:
+            first.add_(z)
+            second.addcmul_(z, z)
+            if skewed:
+                torch.addcmul(mean, std, z, out=x)
+                x.sub_(x.mean(1, keepdim=True))
+                squares = torch.linalg.vector_norm(x, dim=1).square_()
+                spread = (squares / (dim - 1)).pow_(1.5).clamp_(min=torch.finfo(x.dtype).tiny)
+                cubes = x.pow_(3).sum(1) / spread * _skewness_factor(dim)
+                skewness.addcmul_(cubes, cubes)
+        # In units of std: the unbiased variance is (sum z^2 - (sum z)^2 / n) / (n - 1).
+        unbiased = second.addcmul_(first, first, value=-1 / ipc).div_(max(1, ipc - 1)).clamp_(min=0).sqrt_()
+        total = weights[0] / ipc * (first.square_() @ variance).sqrt_()
+        if ipc > 1:
+            total += weights[1] * (unbiased.sub_(1).square_() @ variance).sqrt_()
+        return total + weights[2] * skewness.sqrt_()
+
+    return scores
+
+
+def _skewness_factor(num: int) -> float:
+    """Return n / ((n - 1) (n - 2)) of the adjusted skewness."""
+    return num / ((num - 1) * (num - 2))

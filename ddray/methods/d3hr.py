@@ -1,0 +1,252 @@
+"""D3HR: taming diffusion for dataset distillation with high representativeness (Zhao et al., ICML 2025).
+
+Algorithm 1: real images are encoded and taken up to level T by DDIM inversion (Eq 3); a class's latents there
+are one Gaussian (Sec 4.3); of many groups of `ipc` draws from it the most representative one is chosen (Sec
+4.4, Eq 5-9), taken down by DDIM (Eq 2) and decoded. The generator, the latents, their inversion and the
+statistics are pool entries; a run itself does group sampling, class by class, and decoding in batches.
+
+**Deviations** (paper | authors' code | ours)
+
+- Eq 3 as printed has alpha_(t+1) where its root is meant | the root | the root (DDIMInverseScheduler).
+- level: 31 steps of 50 up and down | inverted to timestep 600, sampled from 620 | both at 600.
+- guidance: not given | 4, null label 1000 whatever K | 4, null label K. With 4, inversion and sampling are
+  not each other's inverse; with 1 they are.
+- posterior: the latent | one sample | `paper` the mode, `repo` a sample.
+- score: Eq 5-8, squared, summed over dimensions, weights 1:1:.5 | norms of the mean and unbiased deviation
+  errors plus .1 of the skewness of each latent across its dimensions | by preset.
+- candidates: m = 1e5 ImageNet, 1e6 Tiny-ImageNet, 5e6 CIFAR | 1,000 m, the same draws for every class | by
+  preset.
+- terms that ipc leaves undefined (skewness below 3; in the code's form the deviation at 1: NaN) are dropped.
+- generator: DiT-XL/2, fine-tuned 400 epochs per dataset | - | any DiTPipeline folder, or one trained here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Final, Literal, Self
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor
+
+from ddray.artifact import DistilledSet
+from ddray.config import Config
+from ddray.distill import DistillContext, Target
+from ddray.methods import _d3hr_stages as stages
+from ddray.methods._d3hr_sampling import Sampler
+from ddray.methods._diffusion import Encoding, Levels, folder_fingerprint
+from ddray.methods._diffusion_train import DiffusionRecipe, default_recipe
+from ddray.methods._group_sampling import Form, group_sample, group_scores
+from ddray.pool import PoolSpec
+from ddray.seeding import derive_seed
+
+__all__ = ["D3HR", "METHOD", "D3HRConfig", "group_sample", "group_scores"]
+
+
+class D3HRConfig(Config):
+    """D3HR's settings; defaults are the paper's."""
+
+    diffusion: str | None = None
+    """Folder of a DiTPipeline; default: a generator trained on the images, by `generator`."""
+    generator: DiffusionRecipe = DiffusionRecipe()
+    """How a generator is trained where none is given."""
+    class_ids: tuple[int, ...] | None = None
+    """The generator's label of each class; default: by name or number."""
+    num_inference_steps: int = Field(default=50, ge=1)
+    """S, steps of the whole way to noise."""
+    inversion_steps: int | None = Field(default=None, ge=1)
+    """T, steps of inversion and of sampling (Fig 5); default: 31 of 50, in proportion."""
+    guidance: float = Field(default=4.0, ge=0)
+    """Scale of classifier-free guidance, in inversion and sampling; 1: none."""
+    encoding: Encoding = "mode"
+    """What stands for an image: the posterior's mode, or a sample of it."""
+    mapping: Literal["ddim", "ddpm"] = "ddim"
+    """Domain mapping: inversion (Eq 3), or added noise (Eq 1; Table 3's Base-DDPM with `sampling=random`)."""
+    sampling: Literal["group", "random", "kmeans"] = "group"
+    """`random`: one group (Table 3's Base-RS); `kmeans`: centres of a class's clean latents, noised (D4M)."""
+    num_candidates: int = Field(default=100_000, ge=1)
+    """m, groups to choose from."""
+    lambda_mean: float = Field(default=1.0, ge=0)
+    """Weight of the mean's term (Eq 6)."""
+    lambda_std: float = Field(default=1.0, ge=0)
+    """Weight of the standard deviation's term (Eq 7)."""
+    lambda_skew: float = Field(default=0.5, ge=0)
+    """Weight of the skewness's term (Eq 8)."""
+    form: Form = "paper"
+    """Form of the score."""
+    shared_draws: bool = False
+    """The same standard normal draws for every class (authors' code)."""
+    variance_scale: float = Field(default=1.0, gt=0)
+    """Factor on the variance that is sampled from (Table A5)."""
+    store: Literal["images", "statistics"] = "images"
+    """`statistics`: mean and variance of each class, from which any ipc is made later (Sec 6.7)."""
+    batch: int = Field(default=64, ge=1)
+    """Images sampled and decoded at a time."""
+    precision: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Of the networks on a GPU; a CPU computes in float32."""
+
+    @field_validator("diffusion")
+    @classmethod
+    def _absolute(cls, value: str | None) -> str | None:
+        """Make the folder absolute at the edge: workers have other working directories."""
+        return None if value is None else str(Path(value).expanduser().absolute())
+
+    @model_validator(mode="after")
+    def _drawn_from_statistics(self) -> Self:
+        """Refuse to store statistics of what is not drawn from them."""
+        if self.store == "statistics" and self.sampling == "kmeans":
+            raise ValueError("store=statistics needs sampling=group or random: k-means needs the images")
+        return self
+
+    def levels(self) -> Levels:
+        """Return how far latents are taken."""
+        steps = self.inversion_steps or max(1, round(self.num_inference_steps * 31 / 50))
+        return Levels(num_inference_steps=self.num_inference_steps, num_steps=steps, guidance=self.guidance)
+
+
+class D3HR:
+    """Group sampling of inverted latents; the number of steps is known once `setup` has seen the images."""
+
+    config_type: ClassVar[type[Config]] = D3HRConfig
+
+    def __init__(self, config: D3HRConfig, num_steps: int) -> None:
+        self._config = config
+        self.num_steps = 0
+
+    @staticmethod
+    def preset(name: str, target: Target) -> dict[str, Any]:
+        """Return the settings of `paper` (Appendix B) or `repo` (authors' code)."""
+        size = max(target.image_shape[1:])
+        candidates = 5_000_000 if size <= 32 else 1_000_000 if size <= 64 else 100_000
+        method: dict[str, Any] = {
+            "num_candidates": candidates,
+            "generator": default_recipe(target.image_shape),
+        }
+        if name == "repo":
+            method |= {
+                "num_candidates": 1000 * candidates,
+                "shared_draws": True,
+                "form": "repo",
+                "lambda_skew": 0.1,
+                "encoding": "sample",
+                "precision": "float16",
+            }
+        evaluate = {"epochs": 1000, "augment": "dsa"}
+        return {"steps": 0, "checkpoint_every": 1, "evaluate": evaluate, "method": method}
+
+    def pool_specs(self, ctx: DistillContext) -> list[PoolSpec]:
+        """Return the statistics, which bring every stage before them."""
+        return plan_stages(ctx, self._config)[1][-1:]
+
+    def setup(self, ctx: DistillContext) -> None:
+        """Get the statistics from the pool: whatever stage is missing is done now, and kept."""
+        self._ctx, config = ctx, self._config
+        self._source, specs = plan_stages(ctx, config)
+        self._fingerprint = specs[0].parents[0]
+        entry = ctx.pool.get([specs[-1]])[0]
+        stages.forget_parts(specs)
+        self._statistics = {name: entry.tensors[name].clone() for name in ("mean", "variance")}
+        self._labels = torch.arange(ctx.dataset.num_classes).repeat_interleave(ctx.ipc)
+        self._chosen = torch.zeros(len(self._labels), self._statistics["mean"].shape[1])
+        self._images = torch.zeros(len(self._labels), *ctx.dataset.image_shape)
+        self._score = torch.zeros(())
+        self._step = 0
+        if config.store == "statistics":
+            return
+        self.num_steps = ctx.dataset.num_classes + math.ceil(len(self._labels) / config.batch)
+        self._sampler = Sampler(
+            **self._statistics,
+            model=stages.load_generator(self._source, ctx.pool),
+            config=config,
+            class_names=ctx.dataset.class_names,
+            seed=ctx.seed,
+            device=ctx.device,
+        )
+        if config.sampling == "kmeans":
+            self._clean = ctx.pool.get([specs[0]])[0].tensors["latents"]
+
+    def step(self) -> dict[str, Tensor]:
+        """Choose a class's latents, or sample and decode a batch of images."""
+        num_classes = self._ctx.dataset.num_classes
+        if self._step < num_classes:
+            self._choose(self._step)
+        else:
+            self._decode(self._step - num_classes)
+        self._step += 1
+        return {"loss": self._score.clone()}
+
+    def _choose(self, label: int) -> None:
+        """Choose the latents of a class; the loss is its score per dimension, averaged over classes."""
+        ctx, config = self._ctx, self._config
+        rows = slice(label * ctx.ipc, (label + 1) * ctx.ipc)
+        if config.sampling == "kmeans":
+            self._chosen[rows] = self._noised_centres(label)
+            return
+        self._chosen[rows], score = self._sampler.choose(label, ctx.ipc)
+        self._score = (self._score * label + score) / (label + 1)
+
+    def _noised_centres(self, label: int) -> Tensor:
+        """Return the centres of a class's clean latents with noise of level T [ipc, D] (D4M)."""
+        from sklearn.cluster import KMeans
+
+        ctx = self._ctx
+        own = self._clean[ctx.split.labels == label].numpy()
+        seed = derive_seed(ctx.seed, "distill", "centres", label)
+        fit = KMeans(n_clusters=ctx.ipc, n_init=1, random_state=seed % 2**32).fit(own)
+        centres = torch.from_numpy(fit.cluster_centers_).float()
+        noise = torch.randn(centres.shape, generator=ctx.generator("noise", label))
+        return self._sampler.model.add_noise(centres, noise, self._config.levels())
+
+    def _decode(self, number: int) -> None:
+        """Sample and decode a batch of the chosen latents."""
+        ctx = self._ctx
+        rows = slice(number * self._config.batch, (number + 1) * self._config.batch)
+        pixels = self._sampler.decode(self._chosen[rows], self._labels[rows], ctx.dataset.image_shape)
+        self._images[rows] = ctx.space.encode(pixels)
+
+    def snapshot(self) -> DistilledSet:
+        """Return the set, its images (those not decoded yet are blank) or its statistics."""
+        made = self._ctx.make_set(self._images, self._labels)
+        meta = made.meta.model_copy(update={"generator": self._fingerprint})
+        if self._config.store == "images":
+            return replace(made, meta=meta)
+        floats = sum(tensor.numel() for tensor in self._statistics.values())
+        meta = meta.model_copy(update={"decoder": "d3hr", "storage_floats": floats})
+        held = {name: tensor.clone() for name, tensor in self._statistics.items()}
+        return replace(made, images=made.images[:0], labels=made.labels[:0], meta=meta, compact=held)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was chosen and decoded."""
+        held = {"latents": self._chosen, "images": self._images, "score": self._score}
+        return {"step": self._step, **{name: tensor.clone() for name, tensor in held.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state."""
+        self._step = int(state["step"])
+        self._chosen = state["latents"].clone()
+        self._images = state["images"].clone()
+        self._score = state["score"].clone()
+
+
+def plan_stages(ctx: DistillContext, config: D3HRConfig) -> tuple[Mapping[str, Any], list[PoolSpec]]:
+    """Return where the generator comes from, and the specs of latents, inversion and statistics.
+
+    Raises:
+        InputError: the given folder can't be read.
+    """
+    base = stages.base_spec(ctx.dataset, ctx.split_name, ctx.device)
+    source: dict[str, Any]
+    if config.diffusion is None:
+        source = {"spec": stages.generator_spec(base, config.generator).dump()}
+    else:
+        folder = Path(config.diffusion)
+        source = {"folder": str(folder), "fingerprint": folder_fingerprint(folder)}
+    latents = stages.latents_spec(base, source, encoding=config.encoding, precision=config.precision)
+    inverted = stages.inverted_spec(latents, config.levels(), mapping=config.mapping, given=config.class_ids)
+    return source, [latents, inverted, stages.statistics_spec(inverted)]
+
+
+METHOD: Final = D3HR

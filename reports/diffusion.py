@@ -1,0 +1,263 @@
+"""Measure what reports/d3hr.md holds: `python reports/diffusion.py [PART]...` (see PARTS).
+
+Each part is kept in reports/d3hr.json with its commands, the hardware and the date; d3hr.md is then written
+from all parts that are there. Accuracies: 3 sets x 3 networks (Table 3's and Fig 4's shape), both protocols.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from regenerate import HERE, ddray, percent, stamp, where
+
+SETS, NETS = 3, 3
+METHODS: dict[str, tuple[str, ...]] = {
+    "random images": ("random",),
+    "RDED": ("rded",),
+    "SRe2L": ("sre2l",),
+    "D4M-style k-means": ("d3hr", "--set", "method.sampling=kmeans"),
+    "Base-DDPM": ("d3hr", "--set", "method.mapping=ddpm", "--set", "method.sampling=random"),
+    "Base-RS": ("d3hr", "--set", "method.sampling=random"),
+    "D3HR": ("d3hr",),
+    "D3HR, the code's score": ("d3hr", "--set", "method.form=repo", "--set", "method.lambda_skew=0.1"),
+}
+PROTOCOLS: dict[str, tuple[str, ...]] = {
+    "hard": (),
+    "soft": ("--protocol", "soft", "--teacher", "resnet18", "--set", "teacher.epochs=20"),
+}
+
+
+def made(folder: Path, method: tuple[str, ...], dataset: str, ipc: int, seed: int) -> tuple[str, str]:
+    """Distil one set; return its file and the command."""
+    out = str(folder / f"{'-'.join(method).replace('.', '').replace('=', '')}-{ipc}-{seed}.pt")
+    command = ("distill", "--method", *method, "--dataset", dataset, "--ipc", str(ipc), "--seed", str(seed))
+    ddray(*command, "--out", out, "--run-dir", out + ".run")
+    return out, f"ddray {' '.join(command)} --out FILE"
+
+
+def accuracy(dataset: str = "digits") -> dict[str, Any]:
+    """Score every method at ipc 1 and 10 under both protocols, with ConvNet-3."""
+    rows = []
+    with tempfile.TemporaryDirectory() as held:
+        for label, method in METHODS.items():
+            for ipc in (1, 10):
+                files = [made(Path(held), method, dataset, ipc, seed) for seed in range(SETS)]
+                for protocol, options in PROTOCOLS.items():
+                    values: list[float] = []
+                    for seed, (file, _) in enumerate(files):
+                        given = ("evaluate", file, *options, "--seeds", str(NETS), "--seed", str(100 * seed))
+                        values += ddray(*given)["results"][0]["per_seed"]
+                    scored = f"ddray evaluate FILE {' '.join(options)} --seeds {NETS}"
+                    rows.append(
+                        {
+                            "method": label,
+                            "ipc": ipc,
+                            "protocol": protocol,
+                            "mean": statistics.fmean(values),
+                            "std": statistics.stdev(values),
+                            "n": len(values),
+                            "command": f"{files[0][1]}; {scored}",
+                        }
+                    )
+                    sys.stderr.write(f"{rows[-1]}\n")
+    return {"dataset": dataset, "rows": rows}
+
+
+def sweeps() -> dict[str, Any]:
+    """Let `ddray tune` try every m, then weights, at ipc 10: one inversion for all trials (Tables A9-A11)."""
+    found = {}
+    for name, space in {
+        "m": "num_candidates: {choice: [1, 10, 100, 1000, 10000, 100000]}\n",
+        "lambda": "lambda_skew: {choice: [0.0, 0.05, 0.5, 1.0, 2.0]}\nlambda_std: {choice: [0.5, 1.0]}\n",
+    }.items():
+        with tempfile.TemporaryDirectory() as held:
+            file = Path(held) / "space.yaml"
+            file.write_text(space)
+            command = ("tune", "--method", "d3hr", "--dataset", "digits", "--ipc", "10", "--strategy", "grid")
+            options = ("--space", str(file), "--run-dir", f"{held}/run", "--final-sets", "1")
+            result = ddray(*command, *options)
+            rows = [json.loads(path.read_text()) for path in Path(held, "run", "ledger").glob("*.json")]
+        trials = [
+            {"params": row["result"]["params"], "val_accuracy": row["result"]["val_accuracy"]}
+            for row in rows
+            if row["kind"] == "trial"
+        ]
+        found[name] = {
+            "space": space,
+            "trials": sorted(trials, key=lambda trial: json.dumps(trial["params"])),
+            "best": result["best"]["config"],
+            "command": f"ddray {' '.join(command)} --space FILE",
+        }
+    return found
+
+
+def selection(dim: int = 4096, ipc: int = 10, num: int = 2000) -> dict[str, Any]:
+    """Say what each form of the score selects by: each term's rank correlation with the total, and share."""
+    import torch
+    from scipy.stats import spearmanr
+
+    from ddray.methods.d3hr import group_scores
+
+    mean, std = torch.zeros(dim), torch.ones(dim)
+    generator = torch.Generator().manual_seed(0)
+    groups = [torch.randn(100, ipc, dim, generator=generator) for _ in range(num // 100)]
+    found = {}
+    for form, weights in (("paper", (1.0, 1.0, 0.5)), ("repo", (1.0, 1.0, 0.1))):
+
+        def score(given: tuple[float, ...], form: Any = form) -> Any:
+            return torch.cat([group_scores(g, mean, std, weights=given, form=form) for g in groups])  # type: ignore[arg-type]
+
+        total = score(weights)
+        for place, term in enumerate(("mean", "std", "skewness")):
+            own = score(tuple(weight if i == place else 0.0 for i, weight in enumerate(weights)))
+            found[f"{form} {term}"] = {
+                "rank_correlation": float(spearmanr(own, total).statistic),
+                "share_of_total": float((own / total).mean()),
+                "spread": float(own.std()),
+            }
+    return {"terms": found, "dim": dim, "ipc": ipc, "num_candidates": num}
+
+
+def inversion() -> dict[str, Any]:
+    """Measure on the digits' generator: round trips by guidance and steps, normality, seconds per image."""
+    import numpy as np
+    import torch
+    from scipy.stats import normaltest
+
+    from ddray.data import open_dataset
+    from ddray.methods._diffusion import Levels, open_pipeline
+
+    folder = ddray("pool", "train", "--kind", "diffusion", "--dataset", "digits")["folder"]
+    split = open_dataset("digits").train()
+    model = open_pipeline(Path(folder))
+    clean = model.encode(split.images.float() / 255, "mode")
+
+    def rejected(latents: torch.Tensor) -> float:
+        own = [latents[split.labels == label].double().numpy() for label in range(10)]
+        return float(np.mean([normaltest(held, axis=0).pvalue < 0.05 for held in own]))
+
+    rows = []
+    for steps, guidance in ((20, 1.0), (20, 4.0), (50, 1.0), (50, 4.0), (200, 1.0)):
+        levels = Levels(num_inference_steps=steps, num_steps=round(steps * 31 / 50), guidance=guidance)
+        part, labels = clean[:256], split.labels[:256]
+        begin = time.perf_counter()
+        top = model.invert(part, labels, levels)
+        seconds = (time.perf_counter() - begin) / len(part)
+        back = model.sample(top, labels, levels)
+        row = {
+            "steps": levels.num_steps,
+            "of": steps,
+            "guidance": guidance,
+            "relative_error": float((back - part).norm() / part.norm()),
+            "seconds_per_image": seconds,
+            "batch": len(part),
+        }
+        if steps <= 50:
+            row["rejected"] = rejected(model.invert(clean, split.labels, levels))
+        rows.append(row)
+    return {"rows": rows, "rejected_clean": rejected(clean), "alpha": 0.05}
+
+
+def speed() -> dict[str, Any]:
+    """Time group sampling at ipc 10 against the floor of its normal draws."""
+    import torch
+
+    from ddray.methods.d3hr import group_sample
+
+    rows = []
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for dim, num in ((256, 1_000_000), (4096, 1_000_000 if device.type == "cuda" else 50_000)):
+        mean, std = torch.zeros(dim, device=device), torch.ones(dim, device=device)
+        for _ in range(2):  # the first one warms up
+            begin = time.perf_counter()
+            group_sample(mean, std, ipc=10, num_candidates=num, generator=torch.Generator().manual_seed(0))
+            seconds = time.perf_counter() - begin
+        draws = num * 10 * dim
+        rows.append(
+            {"dim": dim, "num_candidates": num, "seconds": seconds, "ns_per_draw": 1e9 * seconds / draws}
+        )
+    return {"rows": rows, "device": str(device), "threads": torch.get_num_threads()}
+
+
+PARTS = {f.__name__: f for f in (accuracy, sweeps, selection, inversion, speed)}
+
+
+def render(held: dict[str, Any]) -> str:
+    """Return d3hr.md."""
+    lines = ["# D3HR, measured", "", "Written by `python reports/diffusion.py`; do not edit.", ""]
+    if part := held.get("accuracy"):
+        lines += [f"## {part['dataset']}, ConvNet-3: mean +- std over {SETS} sets x {NETS} networks", ""]
+        cells = {(row["method"], row["ipc"], row["protocol"]): row for row in part["rows"]}
+        columns = [(ipc, protocol) for ipc in (1, 10) for protocol in PROTOCOLS]
+        lines += ["| method | " + " | ".join(f"ipc {ipc}, `{p}`" for ipc, p in columns) + " |"]
+        lines += ["|---" * (len(columns) + 1) + "|"]
+        for label in METHODS:
+            found = [cells[(label, *column)] for column in columns]
+            lines += [f"| {label} | " + " | ".join(percent(c["mean"], c["std"]) for c in found) + " |"]
+        lines += ["", f"{where(part)} Example: `{part['rows'][-1]['command']}`.", ""]
+    if part := held.get("sweeps"):
+        lines += ["## Candidates and weights on digits, ipc 10 (one inversion for all trials)", ""]
+        lines += ["| setting | val % |", "|---|---|"]
+        for name in ("m", "lambda"):
+            for trial in part[name]["trials"]:
+                lines += [f"| `{json.dumps(trial['params'])}` | {100 * trial['val_accuracy']:.2f} |"]
+        lines += ["", f"{where(part)} `{part['m']['command']}`.", ""]
+    if part := held.get("selection"):
+        lines += [
+            f"## What the score selects by (D={part['dim']}, ipc {part['ipc']}, m={part['num_candidates']})",
+            "",
+            "| form, term | rank correlation with the total | share of the total | spread |",
+            "|---|---|---|---|",
+        ]
+        for name, term in part["terms"].items():
+            numbers = f"{term['rank_correlation']:.4f} | {term['share_of_total']:.3f} | {term['spread']:.3g}"
+            lines += [f"| {name} | {numbers} |"]
+        lines += ["", where(part), ""]
+    if part := held.get("inversion"):
+        lines += [
+            "## Inversion and back on the digits' generator",
+            "",
+            "Rejected: share of a class's dimensions that fail D'Agostino's normality test at 5%; "
+            f"clean latents: {part['rejected_clean']:.3f}.",
+            "",
+            "| steps | guidance | relative error of the round trip | rejected | s per image (batch) |",
+            "|---|---|---|---|---|",
+        ]
+        for row in part["rows"]:
+            rejected = f"{row['rejected']:.3f}" if "rejected" in row else "-"
+            seconds = f"{row['seconds_per_image']:.4f} ({row['batch']})"
+            how = f"{row['steps']} of {row['of']} | {row['guidance']:g}"
+            lines += [f"| {how} | {row['relative_error']:.4f} | {rejected} | {seconds} |"]
+        lines += ["", where(part), ""]
+    if part := held.get("speed"):
+        lines += [f"## Group sampling, ipc 10, {part['device']}, {part['threads']} threads", ""]
+        lines += ["| D | candidates | seconds | ns per normal draw |", "|---|---|---|---|"]
+        for row in part["rows"]:
+            numbers = f"{row['seconds']:.2f} | {row['ns_per_draw']:.2f}"
+            lines += [f"| {row['dim']} | {row['num_candidates']:,} | {numbers} |"]
+        lines += ["", where(part), ""]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the named parts (default: all), keep them, write d3hr.md."""
+    path = HERE / "d3hr.json"
+    held = json.loads(path.read_text()) if path.exists() else {}
+    for name in sys.argv[1:] or list(PARTS):
+        if name != "render":
+            held[name] = {**PARTS[name](), "environment": stamp()}
+            held[name]["environment"]["date"] = datetime.now(UTC).isoformat(timespec="seconds")
+            path.write_text(json.dumps(held, indent=2) + "\n")
+    (HERE / "d3hr.md").write_text(render(held))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,277 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ddray import api
+from ddray.artifact import TrainSet
+from ddray.data import PixelSpace, fit_zca, normalized_space
+from ddray.errors import DdrayError, InputError
+from ddray.evaluate import EvalContext
+from ddray.evaluate.soft import Soft, SoftConfig, batches, half_cosine, mix, settle, shuffle_strips, soft_loss
+from ddray.evaluate.teachers import TeacherRecipe, Teachers, get_teachers
+from ddray.nets import build_net
+from ddray.pool import LocalPool
+from ddray.pool_training import PoolTrainer
+
+CPU = torch.device("cpu")
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_the_loss_is_the_kl_divergence_at_a_temperature_without_its_square() -> None:
+    logits, teacher = torch.randn(2, 5, 7, generator=seeded(), dtype=torch.float64)
+
+    found = soft_loss(logits, torch.softmax(teacher / 20, 1), 20.0)
+
+    total = 0.0
+    for a, b in zip(logits.tolist(), teacher.tolist(), strict=True):
+        q = [math.exp(x / 20) for x in a]
+        p = [math.exp(x / 20) for x in b]
+        q, p = [x / sum(q) for x in q], [x / sum(p) for x in p]
+        total += sum(y * math.log(y / x) for x, y in zip(q, p, strict=True))
+    assert float(found) == pytest.approx(total / 5, rel=1e-9)
+
+
+def test_the_rate_falls_along_half_a_cosine() -> None:
+    assert [half_cosine(e, 4) for e in range(4)] == pytest.approx(
+        [0.5 * (1 + math.cos(math.pi * e / 8)) for e in range(4)]
+    )
+    assert half_cosine(4, 4) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("given", "ipc", "num_classes", "size", "arch", "wanted"),
+    [
+        ({}, 10, 10, 32, "resnet18", (400, 0.01, 100)),  # never more than the set has
+        ({}, 50, 10, 32, "resnet18", (400, 0.01, 128)),
+        ({}, 10, 200, 64, "resnet18", (300, 0.01, 128)),
+        ({"recipe": "repo"}, 10, 10, 32, "resnet18", (400, 0.001, 50)),
+        ({"recipe": "repo"}, 50, 100, 32, "resnet18", (400, 0.001, 200)),
+        ({"recipe": "repo"}, 1, 10, 32, "mobilenet_v2", (400, 0.0025, 10)),
+        ({"recipe": "repo", "lr": 0.1, "batch": 7, "epochs": 3}, 10, 10, 32, "vgg11", (3, 0.1, 7)),
+        ({"recipe": "table5"}, 10, 10, 224, "resnet18", (2000, 0.001, 50)),
+        ({"recipe": "table5"}, 50, 10, 224, "resnet18", (1500, 0.001, 100)),
+        ({"recipe": "table5"}, 100, 10, 224, "resnet18", (1000, 0.001, 100)),
+    ],
+)
+def test_recipes_are_the_papers_and_the_codes(
+    given: dict[str, Any], ipc: int, num_classes: int, size: int, arch: str, wanted: tuple[Any, ...]
+) -> None:
+    config = SoftConfig.parse(given)
+
+    found = settle(config, arch=arch, num_images=ipc * num_classes, num_classes=num_classes, size=size)
+
+    assert (found.epochs, found.lr, found.batch) == wanted
+    assert (found.temperature, found.weight_decay, found.min_scale) == (20.0, 0.01, 0.08)
+    assert found.mix == ("mixup" if config.recipe == "table5" else "cutmix")
+
+
+def test_a_single_image_left_over_joins_the_batch_before_it() -> None:
+    assert [len(part) for part in batches(21, 10, seeded())] == [10, 11]
+    assert [len(part) for part in batches(22, 10, seeded())] == [10, 10, 2]
+    assert [len(part) for part in batches(1, 10, seeded())] == [1]
+    assert sorted(torch.cat(batches(21, 10, seeded())).tolist()) == list(range(21))
+
+
+def test_mixes() -> None:
+    images = torch.rand(6, 1, 8, 8, generator=seeded())
+
+    plain, pasted, blended = (mix(images, kind, seeded(2)) for kind in ("none", "cutmix", "mixup"))
+
+    assert torch.equal(plain.images, images)
+    assert plain.share == 1.0
+    own = (pasted.images == images).float().mean()
+    assert 0 < pasted.share < 1
+    assert float(own) >= pasted.share
+    assert torch.allclose(
+        blended.images, blended.share * images + (1 - blended.share) * images[blended.partner]
+    )
+    assert sorted(blended.partner.tolist()) == list(range(6))
+
+
+def test_strips_are_shuffled_whole_and_image_by_image() -> None:
+    images = torch.arange(16.0).view(1, 1, 4, 4).expand(30, 1, 4, 4).contiguous()
+
+    found = shuffle_strips(images, 2, seeded())
+
+    quarters = {tuple(sorted(image.flatten().tolist())) for image in found}
+    assert quarters == {tuple(range(16))}
+    parts = {tuple(image[0, :2, :2].flatten().tolist()) for image in found}
+    assert parts == {(0, 1, 4, 5), (2, 3, 6, 7), (8, 9, 12, 13), (10, 11, 14, 15)}
+    assert torch.equal(shuffle_strips(images, 1, seeded()), images)
+    with pytest.raises(InputError, match="patches must divide the image's side of 4 px, got 3"):
+        shuffle_strips(images, 3, seeded())
+
+
+def taught(nets: list[Any], space: PixelSpace) -> Teachers:
+    return Teachers(
+        nets, space, "+".join(["x"] * len(nets)), 0.9, [{"arch": "x", "accuracy": 0.9}] * len(nets)
+    )
+
+
+def test_several_teachers_probabilities_are_averaged() -> None:
+    nets = [build_net("convnet2_w8", (3, 16, 16), 3, seed=seed).eval() for seed in (0, 1)]
+    space = PixelSpace("normalized", (0.5,) * 3, (0.2,) * 3)
+    images = torch.randn(4, 3, 16, 16, generator=seeded())
+
+    found = taught(nets, space).probabilities(images, space, 2.0)
+
+    wanted = sum(torch.softmax(net(images) / 2, 1) for net in nets) / 2
+    assert torch.allclose(found, wanted, atol=1e-6)
+    assert "each" in taught(nets, space).describe()
+    assert "each" not in taught(nets[:1], space).describe()
+
+
+def test_a_teacher_sees_images_in_its_own_pixel_space(toy: Any) -> None:
+    dataset = toy()
+    net = build_net("convnet2_w8", (3, 16, 16), 3, seed=0).eval()
+    own = normalized_space(dataset)
+    raw = PixelSpace("raw", dataset.mean, dataset.std)
+    whitened = fit_zca(dataset.train())
+    images = dataset.train().images[:5]
+
+    wanted = taught([net], own).probabilities(own.encode(images), own, 1.0)
+    for space in (raw, whitened):
+        found = taught([net], own).probabilities(space.encode(images), space, 1.0)
+        assert torch.allclose(found, wanted, atol=1e-3)
+
+
+@pytest.fixture
+def lessons(digits: Any) -> tuple[EvalContext, Any]:
+    train = digits.train()
+    few = train.select(torch.arange(300))
+    ctx = EvalContext(digits, train.select(torch.arange(300, 500)), normalized_space(digits), CPU)
+    return ctx, LocalPool(PoolTrainer(digits, few, CPU))
+
+
+def test_a_student_learns_from_a_teacher_alone(lessons: Any, digits: Any) -> None:
+    """Its own labels are wrong, the teacher's are not: it must not see its own."""
+    ctx, pool = lessons
+    recipe = TeacherRecipe(epochs=8, augment="none")
+    teachers = get_teachers(pool, ["convnet2_w16"], recipe, ctx, split_name="few")
+    assert teachers.accuracy > 0.8
+    images = ctx.space.encode(digits.train().images[:100])
+    lying = TrainSet(images, torch.randint(10, (100,), generator=seeded()))
+
+    protocol = Soft(SoftConfig(epochs=60, lr=0.005), teachers)
+    first, again, other = (
+        protocol.evaluate(lying, ctx, arch="convnet2_w16", seed=seed) for seed in (0, 0, 1)
+    )
+
+    assert first.accuracy > 0.6
+    assert first.num_images == 100
+    assert first.accuracy == again.accuracy
+    assert first.accuracy != other.accuracy
+
+
+def test_the_same_network_twice_is_two_networks(lessons: Any) -> None:
+    ctx, pool = lessons
+    recipe = TeacherRecipe(epochs=4, augment="none")
+
+    found = get_teachers(pool, ["convnet2_w8", "convnet2_w8"], recipe, ctx, split_name="few")
+
+    weights = [next(net.parameters()) for net in found.nets]
+    assert not torch.equal(*weights)
+    assert found.arch == "convnet2_w8+convnet2_w8"
+    accuracies = [one["accuracy"] for one in found.each]
+    assert min(accuracies) - 0.1 <= found.accuracy <= 1
+
+
+def test_a_teacher_at_chance_is_refused_before_any_student(lessons: Any) -> None:
+    ctx, pool = lessons
+    shuffled = replace(ctx.split, labels=(ctx.split.labels + 1) % 10)  # a wrong label order
+    with pytest.raises(DdrayError, match=r"teacher convnet2_w8 must be better than chance .* needed 0\.150"):
+        get_teachers(
+            pool,
+            ["convnet2_w8"],
+            TeacherRecipe(epochs=8, augment="none"),
+            replace(ctx, split=shuffled),
+            split_name="few",
+        )
+
+
+def test_hard_labels_have_no_teacher_and_soft_ones_need_one(lessons: Any, digits: Any) -> None:
+    ctx, _ = lessons
+    with pytest.raises(InputError, match="recipe paper must have a teacher"):
+        Soft(SoftConfig(), None)
+    images = ctx.space.encode(digits.train().images[:100])
+    own = TrainSet(images, digits.train().labels[:100])
+
+    found = Soft(SoftConfig(recipe="table5", epochs=60), None).evaluate(own, ctx, arch="convnet2_w16", seed=0)
+
+    assert found.accuracy > 0.6
+
+
+@pytest.fixture
+def distilled(planned: Any, digits: Any, tmp_path: Path) -> Path:
+    _, ctx, method = planned(
+        "rded", digits, method={"teacher_arch": "convnet2_w8", "teacher_epochs": 2, "factor": 2}
+    )
+    method.setup(ctx)
+    method.snapshot().save(tmp_path / "d.pt")
+    return tmp_path / "d.pt"
+
+
+def options(**more: Any) -> api.EvaluateOptions:
+    given: dict[str, Any] = {"protocol": "soft", "teachers": ("convnet2_w8",), "sets": ("teacher.epochs=2",)}
+    return api.EvaluateOptions(**{**given, "seeds": 1, "epochs": 2, **more})
+
+
+def test_the_command_says_what_its_teacher_is_worth(distilled: Path) -> None:
+    found = api.evaluate(distilled, options(archs=("convnet2_w8", "convnet2_w16")), device=CPU)
+
+    assert set(found["teacher"]) == {"arch", "accuracy"}
+    assert found["teacher"]["arch"] == "convnet2_w8"
+    assert 0.15 < found["teacher"]["accuracy"] <= 1
+    assert [one["arch"] for one in found["results"]] == ["convnet2_w8", "convnet2_w16"]
+    several = api.evaluate(distilled, options(teachers=("convnet2_w8",) * 2, split="val"), device=CPU)
+    assert len(several["teacher"]["each"]) == 2
+    assert several["split"] == "val"
+
+
+def test_stitched_sets_are_trained_on_with_shuffled_patches(
+    distilled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(
+        "ddray.evaluate.soft.shuffle_strips", lambda images, num, generator: seen.append(num) or images
+    )
+    api.evaluate(distilled, options(), device=CPU)
+    api.evaluate(distilled, options(sets=("teacher.epochs=2", "patches=1")), device=CPU)
+
+    assert set(seen[: len(seen) // 2]) == {2}
+    assert set(seen[len(seen) // 2 :]) == {1}
+
+
+def test_table_5_is_a_recipe_of_hard_labels(distilled: Path) -> None:
+    found = api.evaluate(
+        distilled, options(protocol="hard", recipe="table5", teachers=(), sets=()), device=CPU
+    )
+
+    assert "teacher" not in found
+    assert len(found["results"][0]["per_seed"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"protocol": "hard"}, "--teacher must be left out, or used with --protocol soft"),
+        ({"augment": "dsa"}, "--augment must be left out here"),
+        ({"recipe": "table5"}, "recipe of --protocol soft must be one of paper, repo, got 'table5'"),
+        ({"sets": ("temprature=3",)}, "unknown option 'temprature'; did you mean 'temperature'"),
+        ({"teachers": ("resnet19",)}, "did you mean 'resnet18'"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(
+    distilled: Path, more: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(InputError, match=reason):
+        api.evaluate(distilled, options(**more), device=CPU)

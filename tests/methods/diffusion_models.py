@@ -1,0 +1,38 @@
+"""Small generators for tests: seconds to train, or not trained at all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ddray.data import Dataset, Split
+from ddray.methods._diffusion import DiffusionModel
+from ddray.methods._diffusion_train import DiffusionRecipe, build, train_generator
+
+TINY = {"epochs": 1, "vae_epochs": 1, "vae_width": 8, "depth": 1, "heads": 1, "head_dim": 8, "batch": 16}
+
+
+def tiny_recipe(**changes: Any) -> DiffusionRecipe:
+    return DiffusionRecipe.parse({**TINY, **changes})
+
+
+def untrained(
+    shape: tuple[int, int, int] = (1, 16, 16), num_classes: int = 3, **changes: Any
+) -> DiffusionModel:
+    names = tuple(f"class {i}" for i in range(num_classes))
+    model = build(tiny_recipe(**changes), shape, names, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():  # a DiT starts as the identity: its noise would be 0 whatever it is asked
+        for layer in (model.transformer.proj_out_2, model.transformer.transformer_blocks[0].norm1.linear):
+            layer.weight.copy_(0.3 * torch.randn(layer.weight.shape, generator=generator))
+    return model
+
+
+def trained_on(dataset: Dataset, num: int, **changes: Any) -> tuple[DiffusionModel, Split]:
+    """Return a generator that has learned the first `num` images, and these images."""
+    split = dataset.train()
+    split = Split(split.images[:num], split.labels[:num])
+    recipe = DiffusionRecipe.parse({**TINY, "depth": 2, "heads": 2, "head_dim": 32, "batch": 50, **changes})
+    model, _ = train_generator(split, dataset.class_names, recipe, seed=0, device=torch.device("cpu"))
+    return model, split

@@ -1,0 +1,313 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ddray.errors import DivergedError, InputError
+from ddray.methods import _diffusion_fit
+from ddray.methods._diffusion import (
+    DiffusionModel,
+    Levels,
+    class_ids,
+    folder_fingerprint,
+    open_pipeline,
+    save_pipeline,
+)
+from ddray.methods._diffusion_train import DiffusionRecipe, default_recipe, relabel, train_generator
+from tests.methods.diffusion_models import TINY, tiny_recipe, trained_on, untrained
+
+CPU = torch.device("cpu")
+
+
+def levels(steps: int = 50, num: int = 31, guidance: float = 1.0) -> Levels:
+    return Levels(num_inference_steps=steps, num_steps=num, guidance=guidance)
+
+
+@pytest.fixture(scope="module")
+def learned(digits: Any) -> tuple[DiffusionModel, Any]:
+    return trained_on(digits, 300, epochs=40, vae_epochs=15, lr=2e-3, vae_lr=3e-3)
+
+
+def round_trip(learned: tuple[DiffusionModel, Any], how: Levels) -> float:
+    """Return the relative error of latents that were inverted and sampled back."""
+    model, split = learned
+    clean = model.encode(split.images[:64].float() / 255, "mode")
+    labels = split.labels[:64]
+    back = model.sample(model.invert(clean, labels, how), labels, how)
+    return float((back - clean).norm() / clean.norm())
+
+
+def test_inversion_then_sampling_is_the_identity_up_to_the_step_size(learned: Any) -> None:
+    """At CFG 1; measured here: .05 at 50 steps, a quarter of it at 200."""
+    coarse, fine = round_trip(learned, levels(50, 31)), round_trip(learned, levels(200, 124))
+
+    assert coarse < 0.1
+    assert fine < 0.5 * coarse
+
+
+def test_under_guidance_4_the_way_back_is_worse(learned: Any) -> None:
+    """The code's own setting; measured here: .089 against .079 (100 epochs: .20, .14)."""
+    plain, guided = round_trip(learned, levels(20, 12)), round_trip(learned, levels(20, 12, 4.0))
+
+    assert guided > plain
+
+
+def test_it_has_learned_the_images(learned: Any) -> None:
+    model, split = learned
+    pixels = split.images[:64].float() / 255
+
+    again = model.decode(model.encode(pixels, "mode"), (1, 16, 16))
+
+    assert float((again - pixels).square().mean()) < 0.2 * float(pixels.var())
+    assert float(model.encode(pixels, "sample", torch.Generator().manual_seed(0)).std()) == pytest.approx(
+        1, abs=0.25
+    )
+
+
+def test_one_step_is_equation_2_and_its_inverse_equation_3() -> None:
+    model = untrained()
+    z = torch.randn(4, model.latent_shape[0] * 64, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1, 2, 0])
+    alphas = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
+    high, low = alphas[20], alphas[0]
+    noise = model.predict(z, 20, labels, 1.0).double()
+
+    up = model.invert(z, labels, levels(50, 2))
+    down = model.sample(z, labels, levels(50, 2))
+
+    def move(z: torch.Tensor, before: Any, after: Any, noise: torch.Tensor) -> torch.Tensor:
+        root = lambda x: (1 / x - 1) ** 0.5  # noqa: E731
+        return (after / before) ** 0.5 * z + after**0.5 * (root(after) - root(before)) * noise
+
+    clean = torch.tensor(1.0, dtype=torch.float64)
+    wanted = move(z.double(), high, low, noise)
+    wanted = move(wanted, low, clean, model.predict(wanted.float(), 0, labels, 1.0).double())
+    assert torch.allclose(down.double(), wanted, atol=1e-4)
+    first = move(z.double(), clean, low, model.predict(z, 0, labels, 1.0).double())
+    wanted = move(first, low, high, model.predict(first.float(), 20, labels, 1.0).double())
+    assert torch.allclose(up.double(), wanted, atol=1e-4)
+
+
+def test_guidance_leads_away_from_the_null_label_k() -> None:
+    model = untrained(num_classes=3)
+    z = torch.randn(2, 256, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 2])
+    conditional, free = (model.predict(z, 300, given, 1.0) for given in (labels, torch.tensor([3, 3])))
+
+    guided = model.predict(z, 300, labels, 4.0)
+
+    assert not torch.allclose(conditional, free)
+    assert torch.allclose(guided, free + 4 * (conditional - free), atol=1e-5)
+
+
+def test_added_noise_is_equation_1_at_the_level_where_inversion_ends() -> None:
+    model = untrained()
+    clean, noise = torch.randn(2, 3, 256, generator=torch.Generator().manual_seed(0))
+    alpha = float(torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)[600])
+
+    found = model.add_noise(clean, noise, levels(50, 31))
+
+    assert torch.allclose(found, alpha**0.5 * clean + (1 - alpha) ** 0.5 * noise, atol=1e-5)
+
+
+@pytest.mark.parametrize(("steps", "num"), [(10, 11), (10, 0), (1001, 5)])
+def test_steps_out_of_range_are_refused(steps: int, num: int) -> None:
+    model = untrained()
+    with pytest.raises(InputError, match="1 <= inversion_steps <= num_inference_steps <= 1000"):
+        model.invert(torch.zeros(1, 256), torch.zeros(1, dtype=torch.int64), levels(steps, num))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [(16, 16), (20, 12)])
+def test_images_of_another_size_or_colour_are_fitted(channels: int, size: tuple[int, int]) -> None:
+    model = untrained((3, 16, 16))
+    pixels = torch.rand(2, channels, *size, generator=torch.Generator().manual_seed(0))
+
+    latents = model.encode(pixels, "mode")
+    again = model.decode(latents, (channels, *size))
+
+    assert latents.shape == (2, 256)
+    assert again.shape == pixels.shape
+    assert 0 <= float(again.min()) <= float(again.max()) <= 1
+
+
+def test_a_size_that_does_not_divide_is_rounded_up() -> None:
+    assert untrained((1, 28, 28)).image_size == 28
+    assert untrained((1, 30, 27)).image_size == 32
+
+
+def test_a_saved_pipeline_is_opened_by_diffusers_and_by_us(tmp_path: Path) -> None:
+    from diffusers import DiTPipeline
+
+    model = untrained()
+    z, labels = torch.randn(2, 256, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 2])
+    folder = tmp_path / "dit"
+    save_pipeline(model, folder)
+    (folder / "left").write_text("old")
+    save_pipeline(model, folder)  # replaced as a whole
+
+    ours = open_pipeline(folder)
+    theirs = DiTPipeline.from_pretrained(folder)
+
+    assert not (folder / "left").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["dit"]
+    assert torch.equal(ours.predict(z, 10, labels, 4.0), model.predict(z, 10, labels, 4.0))
+    assert ours.class_names == ("class 0", "class 1", "class 2")
+    assert ours.fingerprint == folder_fingerprint(folder)
+    assert theirs.labels == {"class 0": 0, "class 1": 1, "class 2": 2}
+    assert theirs.transformer.config.num_embeds_ada_norm == 3
+    weights = zip(theirs.transformer.parameters(), model.transformer.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in weights)
+
+
+def test_the_fingerprint_changes_with_a_weight(tmp_path: Path) -> None:
+    model = untrained()
+    save_pipeline(model, tmp_path / "a")
+    save_pipeline(model, tmp_path / "b")
+    with torch.no_grad():
+        model.vae.decoder.conv_out.bias.add_(1)
+    save_pipeline(model, tmp_path / "c")
+
+    assert folder_fingerprint(tmp_path / "a") == folder_fingerprint(tmp_path / "b")
+    assert folder_fingerprint(tmp_path / "a") != folder_fingerprint(tmp_path / "c")
+
+
+def test_a_folder_that_is_no_pipeline_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"must be a DiTPipeline folder, .*nowhere has no model_index.json"):
+        open_pipeline(tmp_path / "nowhere")
+    save_pipeline(untrained(), tmp_path / "dit")
+    path = tmp_path / "dit" / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "prediction_type": "v_prediction"}))
+    with pytest.raises(InputError, match="must predict epsilon, its scheduler says 'v_prediction'"):
+        open_pipeline(tmp_path / "dit")
+    weights = next((tmp_path / "dit" / "vae").glob("*.safetensors"))
+    weights.write_bytes(b"half")
+    with pytest.raises(InputError, match="must be an undamaged DiTPipeline folder"):
+        open_pipeline(tmp_path / "dit")
+
+
+def test_classes_are_matched_by_number_by_name_or_as_told() -> None:
+    model = untrained(num_classes=4)
+
+    assert class_ids(model, ("a", "b", "c", "d"), None).tolist() == [0, 1, 2, 3]
+    assert class_ids(model, ("class 3", "class 1"), None).tolist() == [3, 1]
+    assert class_ids(model, ("a", "b"), (2, 0)).tolist() == [2, 0]
+    with pytest.raises(InputError, match=r"has 4 classes and the dataset 2 others: give method.class_ids"):
+        class_ids(model, ("class 1", "b"), None)
+    with pytest.raises(InputError, match=r"class_ids must be 2 labels in 0\.\.3"):
+        class_ids(model, ("a", "b"), (2, 4))
+
+
+def test_relabelled_classes_keep_what_they_are_known_by(tmp_path: Path) -> None:
+    model = untrained(num_classes=3)
+    table = model.transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight.clone()
+
+    made = relabel(model, ("class 2", "new", "class 0", "newer"), seed=0)
+
+    fresh = made.transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight
+    assert fresh.shape[0] == 5
+    assert torch.equal(fresh[[0, 2, 4]], table[[2, 0, 3]])  # the null label stays the last
+    assert not torch.equal(fresh[1], fresh[3])
+    assert made.num_classes == 4
+    save_pipeline(made, tmp_path / "dit")
+    assert open_pipeline(tmp_path / "dit").num_classes == 4
+
+
+def test_an_opened_pipeline_is_fine_tuned_and_keeps_its_autoencoder(toy: Any, tmp_path: Path) -> None:
+    save_pipeline(untrained((3, 16, 16), num_classes=5), tmp_path / "dit")
+    dataset = toy()
+    before = open_pipeline(tmp_path / "dit")
+
+    recipe = tiny_recipe(init=str(tmp_path / "dit"))
+    model, measured = train_generator(dataset.train(), dataset.class_names, recipe, seed=0, device=CPU)
+
+    assert set(measured) == {"loss"}
+    assert model.num_classes == 3
+    kept = zip(model.vae.state_dict().values(), before.vae.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in kept)
+    assert not torch.equal(
+        model.transformer.state_dict()["proj_out_2.weight"],
+        before.transformer.state_dict()["proj_out_2.weight"],
+    )
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "diffusion transformer"])
+def test_training_that_was_killed_goes_on_to_the_same_bytes(
+    stage: str, toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = toy()
+    recipe = tiny_recipe(epochs=3, vae_epochs=3, batch=8)
+    monkeypatch.setattr(_diffusion_fit, "_SAVE_EVERY_S", 0.0)
+
+    def run(checkpoint: Path | None) -> DiffusionModel:
+        split = dataset.train()
+        return train_generator(split, dataset.class_names, recipe, seed=3, device=CPU, checkpoint=checkpoint)[
+            0
+        ]
+
+    whole = run(None)
+    save, calls = _diffusion_fit.Checkpoint.save, []
+
+    def killed(self: Any, name: str, state: Any, **more: Any) -> None:
+        save(self, name, state, **more)
+        calls.append(name)
+        if calls.count(stage) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(_diffusion_fit.Checkpoint, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "c.pt")
+    monkeypatch.setattr(_diffusion_fit.Checkpoint, "save", save)
+    assert (tmp_path / "c.pt").exists()
+    resumed = run(tmp_path / "c.pt")
+
+    assert not (tmp_path / "c.pt").exists()
+    for part in ("vae", "transformer"):
+        pairs = zip(getattr(whole, part).parameters(), getattr(resumed, part).parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_damaged_checkpoint_is_said_and_training_starts_anew(
+    toy: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "c.pt").write_bytes(b"half")
+    dataset = toy()
+
+    train_generator(
+        dataset.train(), dataset.class_names, tiny_recipe(), seed=0, device=CPU, checkpoint=tmp_path / "c.pt"
+    )
+
+    assert "is damaged" in caplog.text
+
+
+def test_a_rate_that_diverges_is_an_error(toy: Any) -> None:
+    dataset = toy()
+    with pytest.raises(DivergedError, match="the loss of the autoencoder must stay finite"):
+        train_generator(dataset.train(), dataset.class_names, tiny_recipe(vae_lr=1e30), seed=0, device=CPU)
+
+
+def test_dropped_labels_and_the_average_of_weights_take_part(toy: Any) -> None:
+    dataset = toy()
+
+    def bias(**changes: Any) -> torch.Tensor:
+        model, _ = train_generator(
+            dataset.train(), dataset.class_names, tiny_recipe(epochs=2, **changes), seed=0, device=CPU
+        )
+        held: torch.Tensor = model.transformer.proj_out_2.weight
+        return held
+
+    plain = bias()
+    assert not torch.equal(plain, bias(label_dropout=1.0))
+    assert float(bias(ema=0.0).norm()) > float(plain.norm())  # the average is nearer to where it began: 0
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 16), (1, 28, 28), (3, 32, 32), (3, 64, 64), (3, 224, 224)])
+def test_default_recipes_are_recipes(shape: tuple[int, int, int]) -> None:
+    recipe = DiffusionRecipe.parse(default_recipe(shape))
+
+    assert (shape[1] // 2**recipe.vae_halvings) // recipe.patch <= 16
+    assert set(TINY) <= set(DiffusionRecipe.model_fields)

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torchvision.transforms.v2 import functional as tv
+
+from ddray.errors import InputError
+from ddray.methods.rded import choose, crop, crop_losses, default_factor, stitch
+from ddray.nets import build_net
+
+
+def test_a_crop_is_torchvisions() -> None:
+    images = torch.rand(3, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+    boxes = torch.tensor([[0, 0, 20, 20], [3, 5, 10, 8], [18, 18, 2, 2]])
+
+    found = crop(images, boxes, (10, 10))
+
+    for image, made, box in zip(images, found, boxes.tolist(), strict=True):
+        wanted = tv.resized_crop(image, *box, [10, 10], antialias=True)
+        assert torch.allclose(made, wanted, atol=1e-6)
+
+
+def test_crops_are_scored_in_the_middle_of_a_blank_image() -> None:
+    net = build_net("convnet2_w8", (3, 16, 16), 4, seed=0).eval()
+    crops = torch.randn(5, 3, 8, 7, generator=torch.Generator().manual_seed(0))
+
+    found = crop_losses(net, crops, 2, (16, 16))
+
+    padded = torch.zeros(5, 3, 16, 16)
+    padded[:, :, 4:12, 4:11] = crops
+    assert torch.allclose(found, -F.log_softmax(net(padded), 1)[:, 2], atol=1e-5)
+
+
+def test_the_best_crop_of_each_image_comes_before_any_second_best() -> None:
+    losses = torch.tensor([[0.9, 0.1], [0.3, 0.2], [0.5, 0.8]])
+
+    assert choose(losses, 3).tolist() == [1, 3, 4]  # .1, .2, .5: one of each image
+    assert choose(losses, 6).tolist() == [1, 3, 4, 2, 5, 0]  # then .3, .8, .9
+
+
+def test_four_crops_make_an_image() -> None:
+    crops = torch.arange(8.0).view(8, 1, 1, 1).expand(8, 1, 2, 2)
+
+    found = stitch(crops, 2)
+
+    assert found.shape == (2, 1, 4, 4)
+    assert found[0, 0, ::2, ::2].tolist() == [[0, 2], [4, 6]]  # the best two stand in the first place
+    assert found[1, 0, ::2, ::2].tolist() == [[1, 3], [5, 7]]
+    assert torch.equal(stitch(crops, 1), crops)
+
+
+@pytest.mark.parametrize(("size", "factor"), [(16, 1), (32, 1), (64, 1), (128, 2), (224, 2)])
+def test_small_images_are_not_stitched(size: int, factor: int) -> None:
+    assert default_factor((3, size, size)) == factor
+
+
+QUICK = {"teacher_arch": "convnet2_w8", "teacher_epochs": 1}
+
+
+def test_the_images_are_crops_of_their_class(planned: Any, toy: Any) -> None:
+    """Each class has images of one value, so a crop shows where it was taken."""
+    dataset = toy()
+    split = dataset.train()
+    split.images[:] = (split.labels * 80).to(torch.uint8)[:, None, None, None]
+    _, ctx, method = planned("rded", dataset, ipc=3, method={**QUICK, "factor": 2, "num_crops": 2})
+
+    method.setup(ctx)
+
+    made = method.snapshot()
+    pixels = made.space().decode(made.images)
+    assert torch.allclose(
+        pixels * 255, (made.labels * 80.0)[:, None, None, None].expand_as(pixels), atol=0.01
+    )
+    split.images[:] = torch.randint(
+        0, 256, split.images.shape, dtype=torch.uint8, generator=torch.Generator()
+    )
+
+
+def test_a_class_with_too_few_crops_is_refused(planned: Any, toy: Any) -> None:
+    _, ctx, method = planned("rded", toy(), ipc=7, method={**QUICK, "factor": 2, "num_crops": 3})
+    with pytest.raises(
+        InputError, match=r"num_crops must be >= 4 for ipc 7 and factor 2: class 0 has 9 images"
+    ):
+        method.setup(ctx)
+
+
+def test_a_factor_that_does_not_divide_is_refused(planned: Any, toy: Any) -> None:
+    _, ctx, method = planned("rded", toy(), method={**QUICK, "factor": 3})
+    with pytest.raises(InputError, match="factor must divide the image's sides of 16 x 16 px, got 3"):
+        method.setup(ctx)

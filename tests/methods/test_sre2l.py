@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ddray.errors import InputError
+from ddray.methods.sre2l import BatchStatistics, recover_loss
+from ddray.nets import build_net
+
+QUICK = {"teacher_arch": "convnet2_w8_bn", "teacher_epochs": 1}
+
+
+def test_the_distances_are_those_of_each_layers_input() -> None:
+    """Against a walk through the network layer by layer, in float64."""
+    net = build_net("convnet2_w8_bn", (3, 16, 16), 3, seed=0).double().eval()
+    generator = torch.Generator().manual_seed(0)
+    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.running_mean.copy_(torch.randn(8, generator=generator))
+        norm.running_var.copy_(torch.rand(8, generator=generator) + 0.5)
+    images = torch.randn(6, 3, 16, 16, generator=generator, dtype=torch.float64)
+
+    statistics = BatchStatistics(net)
+    with statistics.watch():
+        net(images)
+
+    x, wanted = images, []
+    for conv, norm in zip([m for m in net.modules() if isinstance(m, nn.Conv2d)], norms, strict=True):
+        maps = conv(x)
+        flat = maps.permute(1, 0, 2, 3).reshape(8, -1)
+        wanted.append(
+            (flat.mean(1) - norm.running_mean).norm()
+            + (flat.var(1, unbiased=False) - norm.running_var).norm()
+        )
+        x = F.avg_pool2d(F.relu(norm(maps)), 2)
+    assert len(statistics) == 2
+    assert torch.allclose(torch.stack(statistics.distances), torch.stack(wanted), rtol=1e-9)
+    net(images)
+    assert len(statistics.distances) == 2  # nothing is watched any more
+
+
+def test_the_first_layers_distance_counts_tenfold() -> None:
+    logits, labels = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0])
+    distances = [torch.tensor(2.0), torch.tensor(3.0), torch.tensor(5.0)]
+
+    found = recover_loss(logits, labels, distances, weight=0.1, first=10.0)
+
+    assert float(found) == pytest.approx(float(F.cross_entropy(logits, labels)) + 0.1 * 28, rel=1e-6)
+
+
+def test_images_stay_pixels_and_the_loss_falls(planned: Any, toy: Any) -> None:
+    dataset = toy()
+    _, ctx, method = planned("sre2l", dataset, ipc=2, steps=30, method=QUICK)
+    method.setup(ctx)
+
+    losses = [float(method.step()["loss"]) for _ in range(30)]
+
+    pixels = ctx.space.decode(method.snapshot().images)
+    assert -1e-5 < float(pixels.min()) < float(pixels.max()) < 1 + 1e-5
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_a_batch_is_one_image_of_each_class(planned: Any, toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, ctx, method = planned("sre2l", toy(), ipc=2, steps=1, method=QUICK)
+    method.setup(ctx)
+    seen: list[list[int]] = []
+    real = recover_loss
+
+    def note(logits: Any, labels: Any, *more: Any, **kept: Any) -> Any:
+        seen.append(labels.tolist())
+        return real(logits, labels, *more, **kept)
+
+    monkeypatch.setattr("ddray.methods.sre2l.recover_loss", note)
+    method.step()
+
+    assert seen == [[0, 1, 2], [0, 1, 2]]
+
+
+def test_a_network_without_batch_norm_is_refused(planned: Any, toy: Any) -> None:
+    _, ctx, method = planned("sre2l", toy(), steps=1, method={**QUICK, "teacher_arch": "convnet2_w8"})
+    with pytest.raises(
+        InputError, match="teacher_arch must have batch norm for sre2l, convnet2_w8 has none; add _bn"
+    ):
+        method.setup(ctx)
+
+
+def test_whitened_pixels_are_refused(planned: Any, toy: Any) -> None:
+    _, ctx, method = planned("sre2l", toy(), steps=1, pixel_space="zca", method=QUICK)
+    with pytest.raises(InputError, match="sre2l needs pixel_space=normalized, got zca"):
+        method.setup(ctx)
