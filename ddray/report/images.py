@@ -13,36 +13,53 @@ from ddray.files import write_atomically
 
 _MAX_PER_CLASS = 10
 _MAX_CLASSES = 50
+_MAX_UNLABELLED = 100
+_MAX_BASES = 64  # as many as the paper's figure shows
 
 
 def grid(distilled: DistilledSet) -> Tensor:
     """Return the set as one picture, float32 [3, H, W] in [0, 1]: a class per row, at most 10 by 50 images.
 
-    With one image per class, ten classes stand in a row.
+    With one image per class, ten classes stand in a row; so do the first 100 images of a set without labels.
 
-    Whitened images leave [0, 1] widely when they are de-whitened; every image is then stretched between its
-    own 1st and 99th percentile, so that its structure can be seen.
+    Whitened images leave [0, 1] widely when they are de-whitened, and log-spectrograms never were in it. Each
+    image is then stretched between its own 1st and 99th percentile, so that its structure can be seen.
     """
-    from torchvision.utils import make_grid
-
     rows = []
     for label in torch.unique(distilled.labels)[:_MAX_CLASSES]:
         rows.append(torch.nonzero(distilled.labels == label).flatten()[:_MAX_PER_CLASS])
+    if distilled.targets is not None:
+        rows = list(torch.split(torch.arange(min(_MAX_UNLABELLED, len(distilled.images))), _MAX_PER_CLASS))
     columns = max(len(row) for row in rows)
     pixels = distilled.space().decode(distilled.images[torch.cat(rows)])
-    if distilled.meta.pixel_space == "zca":
+    if distilled.meta.pixel_space == "zca" or min(distilled.meta.mean) < 0:  # no picture's mean is below 0
         low, high = (torch.quantile(pixels.flatten(1), q, dim=1)[:, None, None, None] for q in (0.01, 0.99))
         pixels = (pixels - low) / (high - low).clamp_min(1e-6)
     shape = (len(rows) * columns, *pixels.shape[1:])
     cells = torch.ones(shape)
     place = torch.cat([torch.arange(len(row)) + number * columns for number, row in enumerate(rows)])
     cells[place] = pixels.clamp(0, 1)
-    zoom = max(1, 64 // pixels.shape[-1])
+    return _tiled(cells, columns if columns > 1 else _MAX_PER_CLASS)
+
+
+def _tiled(cells: Tensor, columns: int) -> Tensor:
+    """Return images [N, C, H, W] in [0, 1] as one picture, small ones enlarged."""
+    from torchvision.utils import make_grid
+
+    zoom = max(1, 64 // cells.shape[-1])
     cells = cells.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-    picture: Tensor = make_grid(
-        cells, nrow=columns if columns > 1 else _MAX_PER_CLASS, padding=2, pad_value=1.0
-    )
+    picture: Tensor = make_grid(cells, nrow=columns, padding=2, pad_value=1.0)
     return picture
+
+
+def bases_grid(bases: Tensor) -> Tensor:
+    """Return the first 64 image bases [U, C, H, W] as one picture, each stretched to its own range.
+
+    Boost-SSDD Fig 2a.
+    """
+    shown = bases[:_MAX_BASES]
+    low, high = (f(shown.flatten(1), 1)[:, None, None, None] for f in (torch.amin, torch.amax))
+    return _tiled((shown - low) / (high - low).clamp_min(1e-6), 8)
 
 
 def save_grid(distilled: DistilledSet, path: Path) -> None:

@@ -37,7 +37,7 @@ def write_report(run_dir: Path, result: Mapping[str, Any], rows: Sequence[Row], 
         result=result,
         names=names,
         trials=[_trial(row, names) for row in rows],
-        figures=_figures(space, rows),
+        figures=search_figures(space, rows),
         picture=_picture(Path(result["artifact"])),
         config=(run_dir / "config.yaml").read_text(encoding="utf-8"),
         environment=json.loads((run_dir / "environment.json").read_text(encoding="utf-8")),
@@ -55,7 +55,7 @@ def _trial(row: Row, names: Sequence[str]) -> dict[str, Any]:
     return {
         "number": row.spec["number"],
         "status": status,
-        "val": row.result.get("val_accuracy"),
+        "val": row.result.get(row.result.get("objective", "val_accuracy")),
         "looks": len(row.result.get("rungs", {})),
         "values": [_text(params.get(name)) for name in names],
         "wall_s": row.wall_s,
@@ -67,7 +67,7 @@ def _text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _figures(space: Space, rows: Sequence[Row]) -> list[dict[str, str]]:
+def search_figures(space: Space, rows: Sequence[Row]) -> list[dict[str, str]]:
     """Return Optuna's figures as HTML parts; one that these trials can't give is replaced by the reason."""
     import optuna.visualization as plots
 
@@ -87,7 +87,13 @@ def _figures(space: Space, rows: Sequence[Row]) -> list[dict[str, str]]:
         except (ValueError, RuntimeError, UserWarning) as error:
             found.append({"title": title, "html": "", "reason": str(error).splitlines()[0]})
             continue
-        figure.update_layout(template="plotly_white", margin={"l": 60, "r": 30, "t": 30, "b": 50}, title=None)
+        figure.update_layout(
+            template="plotly_white",
+            margin={"l": 60, "r": 30, "t": 30, "b": 50},
+            title=None,
+            paper_bgcolor="rgba(0,0,0,0)",  # the page's ground, light or dark
+            plot_bgcolor="rgba(0,0,0,0)",
+        )
         found.append(
             {"title": title, "html": figure.to_html(full_html=False, include_plotlyjs=False), "reason": ""}
         )

@@ -1,0 +1,93 @@
+"""The tables that `ddray bench` prints for people."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ddray.bench.cost import summarise
+from ddray.display import table_of
+
+
+def bench_tables(name: str, result: dict[str, Any]) -> list[Any]:
+    """Return a bench's table in percent, its failures, and where its files are.
+
+    What is the same in every cell stands in the title.
+    """
+    from rich.table import Table
+
+    cells = [
+        {**cell, "size": f"ipc {cell['ipc']}" if "ipc" in cell else f"{cell['budget']} images"}
+        for cell in result["cells"]
+    ]
+    names = ("dataset", "size", "protocol", "target", "teacher", "augment", "arch")
+    held = {column: [str(cell.get(column, "-")) for cell in cells] for column in names}
+    varied = [column for column in names if len(set(held[column])) > 1]
+    fixed = [held[column][0] for column in names if len(set(held[column])) == 1 and held[column][0] != "-"]
+    published = any("published" in cell for cell in cells)
+    table = Table("method", *varied, "accuracy %", "n", title=", ".join([name, *fixed]))
+    for column in ("published %", "difference (SE)") if published else ():
+        table.add_column(column)
+    for cell in cells:
+        table.add_row(
+            cell["method"],
+            *(str(cell.get(column, "-")) for column in varied),
+            *(percent(cell["accuracy_mean"], cell["accuracy_std"]), str(cell["n"])),
+            *(published_text(cell.get("published")) if published else ()),
+        )
+    folder = Path(result["run_dir"])
+    summary = {
+        "failed units": result["num_failed"],
+        "not run because of them": len(result["skipped"]),
+        "seconds": f"{result['wall_s']:.0f}",
+        "table": str(folder / "table.csv"),
+        "page": f"ddray report {folder}",
+    }
+    failures = {failure["unit"]: failure["reason"] for failure in result["failures"]}
+    return [table, *([table_of("failures", failures)] if failures else []), table_of("bench", summary)]
+
+
+def published_text(held: dict[str, Any] | None) -> tuple[str, str]:
+    """Return a published accuracy in percent, and ours minus it in points, with standard errors."""
+    if held is None:
+        return "-", "-"
+    apart = held["difference_se"]
+    text = f"{100 * held['difference']:+.2f}" + ("" if apart is None else f" ({apart:+.1f})")
+    return f"{percent(held['accuracy_mean'], held['accuracy_std'])} ({held['paper']}, {held['table']})", text
+
+
+def forecast_tables(found: dict[str, Any]) -> list[Any]:
+    """Return a dry run: the unit graph by groups, and its expected cost."""
+    from rich.table import Table
+
+    table = Table(
+        "kind", "unit", "units", "missing", "needs", "expected", title=f"{found['name']}, {found['scale']}"
+    )
+    for group in summarise(found["units"]):
+        needs = group["needs"]
+        table.add_row(
+            *(group["kind"], group["unit"], str(group["units"]), str(group["missing"])),
+            needs[0] + (f" and {len(needs) - 1} more" if len(needs) > 1 else "") if needs else "-",
+            _duration(group["estimate_s"]),
+        )
+    summary = {
+        "units": f"{found['num_units']} ({found['num_missing']} missing)",
+        "expected": f"{_duration(found['estimate_s'])} of one worker, from past units on this machine",
+        "units without an estimate": found["num_without_estimate"],
+    }
+    if not found["pool_known"]:
+        summary["pool"] = "some methods say what networks they need only when they start"
+    return [table, table_of("forecast", summary)]
+
+
+def _duration(seconds: float | None) -> str:
+    """Return seconds for people."""
+    if seconds is None:
+        return "unknown"
+    hours, minutes = seconds / 3600, seconds / 60
+    return f"{hours:.1f} h" if hours >= 1 else f"{minutes:.0f} min" if minutes >= 2 else f"{seconds:.1f} s"
+
+
+def percent(mean: float, std: float | None) -> str:
+    """Return `12.34 +- 0.56` in percent."""
+    return f"{100 * mean:.2f}" + ("" if std is None else f" +- {100 * std:.2f}")

@@ -1,0 +1,298 @@
+"""The units of a bench: one distillation per (row, dataset, size, seed), one evaluation per set and cell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+from ddray.api import PROTOCOLS, EvaluateOptions
+from ddray.bench.spec import BenchSpec, EvaluateSpec, MethodSpec, Source
+from ddray.bench.units import Cell, Graph, Ranking, Work
+from ddray.config import merge
+from ddray.data import Dataset
+from ddray.errors import unknown
+from ddray.ledger import Unit
+from ddray.methods import get_method
+from ddray.plan import Plan, make_distiller, resolve, resolve_arch
+from ddray.pool import PoolSpec
+from ddray.seeding import derive_seed
+
+# A set is not distilled again because more networks are trained on it.
+_COUNTS = ("seeds", "val_seeds")
+# Options of an evaluation that the table itself sets.
+_OURS = {
+    "dataset",
+    "protocol",
+    "archs",
+    "seeds",
+    "epochs",
+    "split",
+    "augment",
+    "teachers",
+    "seed",
+    "data_dir",
+    "download",
+}
+OpenDataset = Callable[[str], Dataset]
+
+
+def build_graph(
+    spec: BenchSpec, open_dataset: OpenDataset, check: Callable[[Plan], object] = lambda plan: None
+) -> Graph:
+    """Resolve every row and list the units.
+
+    Args:
+        spec: the table.
+        open_dataset: gives a dataset by name; nothing but its facts and fingerprint is used.
+        check: raises for a plan that can't be run; called once per row, dataset and size.
+
+    Raises:
+        InputError: a method, preset, setting, protocol or architecture is bad, or a dataset is missing.
+    """
+    distil: dict[str, Work] = {}
+    evaluate: dict[str, Work] = {}
+    plans: dict[str, Plan] = {}
+    labels: dict[str, list[str]] = {}
+    cells = []
+    seen: set[tuple[str, str, tuple[str, int]]] = set()
+    rankings: dict[tuple[int, str, tuple[str, int]], list[tuple[Cell, tuple[str, ...]]]] = {}
+    for held in spec.evaluate:
+        if held.protocol not in (*PROTOCOLS, "nas"):
+            raise unknown("evaluate.protocol", held.protocol, (*PROTOCOLS, "nas"))
+    for row in spec.rows():
+        get_method(row.name)
+        for name in spec.datasets(row):
+            for size in spec.sizes(row):
+                if (row.row, name, size) in seen:  # a scale put rows of several datasets on one
+                    continue
+                seen.add((row.row, name, size))
+                sets = [
+                    distil_work(spec, row, open_dataset(name), name, size, spec.seed + number)
+                    for number in range(spec.seeds)
+                ]
+                check(sets[0][1])
+                for work, plan in sets:
+                    distil.setdefault(work.key, work)
+                    plans.setdefault(work.key, plan)
+                    labels.setdefault(work.key, []).append(row.row)
+                for number, held in enumerate(map(spec.within, spec.evaluate)):
+                    if name not in spec.scored(held):
+                        continue
+                    if held.protocol == "nas":
+                        own = rankings.setdefault((number, name, size), [])
+                        own.append((_proxy_cell(spec, row, held, *sets[0]), tuple(w.key for w, _ in sets)))
+                        continue
+                    for cell, works in _cells(spec, row, held, sets, open_dataset):
+                        cells.append(cell)
+                        evaluate.update({work.key: work for work in works})
+    ordered = dict(sorted(distil.items(), key=lambda item: -item[1].amount))
+    sweeps = tuple(
+        Ranking(number, spec.evaluate[number], name, tuple(proxies))
+        for (number, name, _), proxies in rankings.items()
+    )
+    return Graph(ordered, evaluate, tuple(cells), sweeps, plans, labels)
+
+
+def distil_work(
+    spec: BenchSpec, row: MethodSpec, dataset: Dataset, name: str, size: tuple[str, int], seed: int
+) -> tuple[Work, Plan]:
+    """Return the unit that distils one set, and its plan."""
+    plan = _limited(spec, row, dataset, size, seed)
+    make_distiller(plan)
+    config = plan.config.dump()
+    kept = {k: v for k, v in config.items() if k != "checkpoint_every"}
+    kept["evaluate"] = {k: v for k, v in config["evaluate"].items() if k not in _COUNTS}
+    held = {
+        "method": row.name,
+        "dataset": dataset.name,
+        "fingerprint": dataset.fingerprint,
+        size[0]: size[1],
+        "seed": seed,
+        "split": "train" if spec.val_seed is None else f"train-val{spec.val_seed}",
+        "config": kept,
+    }
+    channels, height, width = dataset.image_shape
+    images = dataset.num_classes * (getattr(plan.config.method, "batch_real", 0) + plan.ipc)
+    work = Work(
+        unit=Unit(kind="distill", spec=held),
+        title=f"{row.row} {dataset.name} {size[0]} {size[1]} seed {seed}",
+        method=row.name,
+        dataset=name,
+        size=size,
+        ipc=plan.ipc,
+        budget=plan.budget,
+        seed=seed,
+        config=config,
+        amount=float((1 + plan.config.steps) * images * channels * height * width),
+        val_seed=spec.val_seed,
+    )
+    return work, plan
+
+
+def _limited(spec: BenchSpec, row: MethodSpec, dataset: Dataset, size: tuple[str, int], seed: int) -> Plan:
+    """Resolve a row, then lower what exceeds the spec's limits."""
+    shared = MethodSpec(name=row.name, set=spec.set).layers()
+    layers = [*shared, *row.layers()]
+    stored: dict[str, Any] = {size[0]: size[1]}
+
+    def resolved(more: list[dict[str, Any]]) -> Plan:
+        return resolve(row.name, dataset, **stored, seed=seed, preset=row.preset, layers=[*layers, *more])
+
+    plan, limits = resolved([]), spec.limits
+    lower: dict[str, Any] = {}
+    if limits.steps is not None and plan.config.steps > limits.steps:
+        lower["steps"] = limits.steps
+    if limits.epochs is not None and plan.config.evaluate.epochs > limits.epochs:
+        lower = merge(lower, {"evaluate": {"epochs": limits.epochs}})
+    if limits.networks is not None and plan.config.evaluate.seeds > limits.networks:
+        lower = merge(lower, {"evaluate": {"seeds": limits.networks}})
+    if limits.batch_real is not None and getattr(plan.config.method, "batch_real", 0) > limits.batch_real:
+        lower = merge(lower, {"method": {"batch_real": limits.batch_real}})
+    return resolved([lower]) if lower else plan
+
+
+def _cells(
+    spec: BenchSpec,
+    row: MethodSpec,
+    held: EvaluateSpec,
+    sets: list[tuple[Work, Plan]],
+    open_dataset: OpenDataset,
+) -> list[tuple[Cell, list[Work]]]:
+    """Return the cells of a row's sets under one evaluation, each with its units."""
+    found = []
+    first, plan = sets[0]
+    for name in held.target or (first.dataset,):
+        target = open_dataset(name)
+        for teacher in held.teacher or (None,):
+            for arch in held.archs or (plan.arch,):
+                works = [
+                    _evaluate_work(
+                        spec,
+                        held,
+                        work,
+                        own,
+                        target,
+                        name,
+                        resolve_arch(arch, plan.dataset.image_shape),
+                        teacher,
+                    )
+                    for work, own in sets
+                ]
+                cell = Cell(
+                    method=row.row,
+                    name=row.name,
+                    dataset=plan.dataset.name,
+                    num_classes=plan.dataset.num_classes,
+                    size=first.size,
+                    protocol=held.protocol,
+                    arch=works[0].unit.spec["arch"],
+                    target=target.name,
+                    teacher=teacher,
+                    augment=held.augment,
+                    keys=tuple(work.key for work in works),
+                    source=_source(spec.published, held.published, row.published),
+                )
+                found.append((cell, works))
+    return found
+
+
+def _proxy_cell(spec: BenchSpec, row: MethodSpec, held: EvaluateSpec, work: Work, plan: Plan) -> Cell:
+    """Return the cell of a row's sets as proxies."""
+    return Cell(
+        method=row.row,
+        name=row.name,
+        dataset=plan.dataset.name,
+        num_classes=plan.dataset.num_classes,
+        size=work.size,
+        protocol="nas",
+        arch=str(held.options.get("space", "convnet720")),
+        target=plan.dataset.name,
+        teacher=None,
+        augment=None,
+        keys=(),
+        source=_source(spec.published, held.published, row.published),
+    )
+
+
+def _source(*held: Source) -> Source:
+    """Return the last word on each of the source's fields."""
+    return Source.parse(merge(*({k: v for k, v in one.dump().items() if v is not None} for one in held)))
+
+
+def _evaluate_work(
+    spec: BenchSpec,
+    held: EvaluateSpec,
+    work: Work,
+    plan: Plan,
+    target: Dataset,
+    name: str,
+    arch: str,
+    teacher: str | None,
+) -> Work:
+    """Return the unit that scores one set with one architecture."""
+    own, limits = plan.config.evaluate, spec.limits
+    networks = min(held.seeds or own.seeds, limits.networks or 2**31)
+    epochs = held.epochs
+    if limits.epochs is not None and (epochs is not None or held.protocol == "soft"):
+        # What the other protocols take from the method is within the limits already.
+        epochs = min(epochs or limits.epochs, limits.epochs)
+    options: dict[str, Any] = {
+        **_checked(held.options),
+        "dataset": None if name == work.dataset else name,
+        "protocol": held.protocol,
+        "archs": [arch],
+        "epochs": epochs,
+        "seeds": networks,
+        "augment": held.augment,
+        # The same networks for every method: differences between rows are the sets'.
+        "seed": derive_seed(work.seed, "bench", "evaluate") % 2**31,
+        "teachers": None if teacher is None else teacher.split("+"),
+    }
+    options = {k: v for k, v in options.items() if v is not None}
+    described = {
+        "method": work.method,
+        "dataset": plan.dataset.name,
+        work.size[0]: work.size[1],
+        "seed": work.seed,
+        "arch": arch,
+        "target": target.name,
+        "target_fingerprint": target.fingerprint,
+        "split": "test",
+        "options": {k: v for k, v in options.items() if k not in ("archs", "dataset")},
+    }
+    channels, height, width = target.image_shape
+    images = plan.dataset.num_classes * plan.ipc
+    return replace(
+        work,
+        unit=Unit(kind="evaluate", spec=described, inputs=(work.key,)),
+        title=f"{work.title}, {held.protocol} {arch}"
+        + (f" on {target.name}" if name != work.dataset else ""),
+        options=options,
+        amount=float(networks * (epochs or own.epochs) * images * channels * height * width),
+    )
+
+
+def _checked(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a protocol's further options.
+
+    Raises:
+        InputError: `ddray evaluate` has no such option.
+    """
+    known = {one.name for one in fields(EvaluateOptions)} - _OURS
+    for name in options:
+        if name not in known:
+            raise unknown("evaluate.options", name, known)
+    return options
+
+
+def pool_work(asker: Work, spec: PoolSpec) -> Work:
+    """Return the unit that trains a pool entry, with the trainer of the set that asked for it."""
+    return replace(
+        asker,
+        unit=Unit(kind="pool", spec={"pool_key": spec.key, **spec.dump()}),
+        title=f"pool {spec.kind} {spec.arch} seed {spec.seed}",
+        pool=spec,
+        amount=0.0,
+        waited=False,
+    )

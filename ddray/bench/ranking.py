@@ -1,0 +1,136 @@
+"""The NAS tables of a bench: its sets as the proxies of `ddray nas`, one sweep per dataset and size."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from ddray.bench.units import Ranking
+from ddray.bench.work import artifact_name
+from ddray.files import storage_errors
+from ddray.nas.rank import NasRequest, rank_architectures
+from ddray.nas.sweep import Execute, NasOptions, resolve_config
+from ddray.report.published import compare, find, read_numbers
+
+_FIGURES: Final = ("spearman", "spearman_top20", "kendall")
+_REQUEST: Final = ("baselines", "compat")
+
+
+def nas_options(ranking: Ranking, more: Mapping[str, Any]) -> NasOptions:
+    """Return the sweep's options.
+
+    Args:
+        ranking: whose `evaluate.options` they are.
+        more: executor and resources.
+
+    Raises:
+        InputError: `ddray nas` has no such option, or a value is bad.
+    """
+    own = {k: v for k, v in ranking.evaluate.options.items() if k not in _REQUEST}
+    return NasOptions.parse({**own, **more}, prefix="evaluate.options.")
+
+
+def rank_sets(
+    ranking: Ranking,
+    options: NasOptions,
+    execute: Execute,
+    *,
+    run_dir: Path,
+    has_set: Callable[[str], bool],
+    data_dir: Path | None,
+) -> list[dict[str, Any]]:
+    """Rank architectures on every set that is there; return one cell per row.
+
+    Args:
+        ranking: the sets.
+        options: the sweep's.
+        execute: runs its tasks.
+        run_dir: the bench's folder; the sweep is a run of its own below `nas/`.
+        has_set: whether a set was distilled.
+        data_dir: where datasets are; None is $DDRAY_DATA.
+
+    Raises:
+        InputError: an option is bad.
+        DdrayError: no architecture finished.
+    """
+    kind, size = ranking.sets[0][0].size
+    folder = run_dir / "nas" / f"{_slug(ranking.dataset)}-{kind}{size}-{options.space}-{ranking.number}"
+    files: list[Path] = []
+    owners: list[int] = []
+    for place, (cell, keys) in enumerate(ranking.sets):
+        for number, key in enumerate(keys):
+            if has_set(key):
+                named = folder.with_name(f"{folder.name}-sets") / f"{_slug(cell.method)}-{number}.pt"
+                _link(run_dir / artifact_name(key), named)
+                files.append(named)
+                owners.append(place)
+    if not files:
+        return []
+    held = ranking.evaluate.options
+    request = NasRequest(
+        proxies=tuple(files),
+        baselines=tuple(held.get("baselines", ())),
+        compat=held.get("compat"),
+        dataset=ranking.dataset,
+        data_dir=data_dir,
+    )
+    found = rank_architectures(
+        request, options, resolve_config(options), execute, run_dir=folder, resume=True
+    )
+    figures = found["proxies"][: len(files)]
+    return [
+        cell_of(ranking, place, [one for one, owner in zip(figures, owners, strict=True) if owner == place])
+        for place in sorted(set(owners))
+    ]
+
+
+def cell_of(ranking: Ranking, place: int, figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return a row's cell: means over its sets; accuracy is the truth of what the proxy ranks first."""
+    cell = ranking.sets[place][0]
+    kind, size = cell.size
+    values = [float(one["top1_truth_accuracy"]) for one in figures if one["top1_truth_accuracy"] is not None]
+    std = statistics.stdev(values) if len(values) > 1 else None
+    held: dict[str, Any] = {
+        "method": cell.method,
+        "dataset": cell.dataset,
+        kind: size,
+        "arch": cell.arch,
+        "protocol": "nas",
+        "accuracy_mean": statistics.fmean(values) if values else None,
+        "accuracy_std": std,
+        "n": len(values),
+        "num_sets": len(figures),
+        "standard_error": None if std is None else std / len(values) ** 0.5,
+    }
+    numbers = read_numbers()
+    for name in _FIGURES:
+        known = [float(one[name]) for one in figures if one.get(name) is not None]
+        held[name] = statistics.fmean(known) if known else None
+        number = find(numbers, cell, name)
+        if number is not None:
+            held[f"published_{name}"] = number.value
+    number = find(numbers, cell)
+    if number is not None and values:
+        held["published"] = compare(number, held["accuracy_mean"], held["standard_error"])
+    return held
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", Path(text).name).strip("-")
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give a set a name that the sweep's tables can show."""
+    if target.exists():
+        return
+    with storage_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(source, target)
+        except OSError:  # a file system without links
+            shutil.copyfile(source, target)

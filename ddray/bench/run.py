@@ -1,0 +1,322 @@
+"""Running a bench: what is asked for, the run's folder, and the loop that hands units to workers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from pydantic import Field
+
+from ddray.bench.board import Board, Ended, withdraw_crashes
+from ddray.bench.cost import forecast, remember
+from ddray.bench.graph import build_graph
+from ddray.bench.spec import BenchSpec
+from ddray.bench.table import cells_of, write_table
+from ddray.bench.units import Graph, Ranking, Work
+from ddray.bench.work import Job, run_work
+from ddray.config import Config, read_yaml
+from ddray.data import Dataset, open_dataset
+from ddray.data.catalog import KNOWN
+from ddray.errors import DdrayError, DivergedError, InputError, StorageError
+from ddray.files import write_text
+from ddray.ledger import Ledger
+from ddray.nas.sweep import Execute as NasExecute
+from ddray.nas.sweep import NasOptions, execute_locally
+from ddray.plan import Plan, check_plan, check_size
+from ddray.progress import progress
+from ddray.report.table import write_results
+from ddray.run import Run, open_run
+
+log = logging.getLogger(__name__)
+
+_MAX_ATTEMPTS = 3
+_FINAL = (DivergedError, InputError, StorageError)
+# Classes of the datasets whose names are only in their files: for a dry run where they are not there.
+_NUM_CLASSES = {
+    "tiny_imagenet": 200,
+    "imagenet": 1000,
+    "cub200": 200,
+    "stanford_dogs": 120,
+    "speech_commands_mini": 8,
+}
+
+
+class BenchOptions(Config):
+    """How a bench is run (nothing here changes what a unit is, but the device)."""
+
+    scale: str = "paper"
+    executor: Literal["ray", "local"] = "ray"
+    cpus_per_unit: float = Field(default=1.0, gt=0)
+    gpus_per_unit: float = Field(default=0.0, ge=0)
+    max_concurrent: int | None = Field(default=None, ge=1)
+    unit_timeout: float | None = Field(default=None, gt=0)
+    """Seconds after which a unit counts as hung (on Ray): it is tried again, then marked failed."""
+    address: str | None = None
+    retry_failed: bool = False
+    """Run crashed units again; a diverged one would diverge again."""
+    data_dir: Path | None = None
+    download: bool = False
+
+    @property
+    def device(self) -> str:
+        """Where units compute."""
+        return "cuda" if self.gpus_per_unit > 0 else "cpu"
+
+
+class Execute(Protocol):
+    """Runs units; yields how they ended as they end, and takes further ones from `after` at each end."""
+
+    def __call__(
+        self, job: Job, works: Sequence[Work], after: Callable[[Ended], list[Work]]
+    ) -> Iterator[Ended]:
+        """Run `works` in order of start, and what `after` adds."""
+        ...
+
+
+def run_local(job: Job, works: Sequence[Work], after: Callable[[Ended], list[Work]]) -> Iterator[Ended]:
+    """Run units one after another in this process; a crash is tried again, as on a cluster."""
+    waiting = [(work, 1) for work in works]
+    while waiting:
+        work, attempt = waiting.pop(0)
+        try:
+            ended = Ended(work.key, run_work(job, work), None, attempt)
+        except Exception as error:
+            if not isinstance(error, _FINAL) and attempt < _MAX_ATTEMPTS:
+                log.warning("%s failed (%s): trying again", work.title, " ".join(str(error).split())[:120])
+                waiting.append((work, attempt + 1))
+                continue
+            ended = Ended(work.key, None, error, attempt)
+        waiting += [(more, 1) for more in after(ended)]
+        yield ended
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A bench whose table is resolved.
+
+    Attributes:
+        spec: the table.
+        options: how it is run.
+        graph: its units.
+        fingerprints: of its datasets, by name.
+    """
+
+    spec: BenchSpec
+    options: BenchOptions
+    graph: Graph
+    fingerprints: dict[str, str]
+
+
+def prepare(spec: BenchSpec, options: BenchOptions) -> Bench:
+    """Open the datasets, resolve every row, and refuse what can't be run, before a folder is made.
+
+    Raises:
+        InputError: a dataset is missing, or a row does not fit its dataset.
+    """
+    opened: dict[str, Dataset] = {}
+
+    def get(name: str) -> Dataset:
+        if name not in opened:
+            opened[name] = open_dataset(name, data_dir=options.data_dir, download=options.download)
+        return opened[name]
+
+    def check(plan: Plan) -> None:
+        check_plan(plan)
+        check_size(plan, plan.dataset.train())
+
+    graph = build_graph(spec, get, check)
+    for ranking in graph.rankings:
+        _nas_options(ranking, spec, options)
+    return Bench(spec, options, graph, {name: dataset.fingerprint for name, dataset in opened.items()})
+
+
+def dry_run(spec: BenchSpec, options: BenchOptions, *, run_dir: Path | None) -> dict[str, Any]:
+    """Return the unit graph with an estimate of its cost; no image is read, and a dataset may be missing.
+
+    Args:
+        spec: the table.
+        options: how it would be run.
+        run_dir: a run to continue: its finished units are marked.
+
+    Raises:
+        InputError: a row is bad.
+    """
+    fingerprints: dict[str, str] = {}
+    ledger = None
+    if run_dir is not None and (run_dir / "config.yaml").is_file():
+        fingerprints = dict(read_yaml(run_dir / "config.yaml").get("fingerprints", {}))
+        ledger = Ledger(run_dir)
+    opened: dict[str, Dataset] = {}
+
+    def get(name: str) -> Dataset:
+        if name not in opened:
+            opened[name] = _facts(name, options.data_dir)
+            opened[name].__dict__["fingerprint"] = fingerprints.get(name, "unread")
+        return opened[name]
+
+    graph = build_graph(spec, get, check_plan)
+    sweeps = [_nas_options(ranking, spec, options).space for ranking in graph.rankings]
+    return {
+        "name": spec.name,
+        "scale": options.scale,
+        **forecast(graph, ledger, options.device),
+        "nas_sweeps": sweeps,
+    }
+
+
+def _facts(name: str, data_dir: Path | None) -> Dataset:
+    """Open a dataset, or return what is known of one that is not there."""
+    try:
+        return open_dataset(name, data_dir=data_dir)
+    except InputError:
+        if name not in KNOWN:
+            raise
+    known = KNOWN[name]
+    names = known.class_names or tuple(f"class {number}" for number in range(_NUM_CLASSES[name]))
+    channels = known.shape[0]
+    return Dataset(
+        name=name,
+        class_names=names,
+        image_shape=known.shape,
+        mean=known.mean or (0.5,) * channels,
+        std=known.std or (0.5,) * channels,
+        can_flip=known.can_flip,
+        load_train=_not_there,
+        load_test=_not_there,
+    )
+
+
+def _not_there() -> Any:
+    raise InputError("a dry run reads no images")
+
+
+def run_bench(
+    bench: Bench,
+    execute: Execute,
+    *,
+    run_dir: Path | None = None,
+    resume: bool = False,
+    execute_nas: Callable[[NasOptions], NasExecute] = lambda options: execute_locally,
+) -> dict[str, Any]:
+    """Run a bench, or continue one.
+
+    Args:
+        bench: what to run.
+        execute: runs the units: `run_local`, or the cluster's.
+        run_dir: the run's folder; None makes a numbered one.
+        resume: continue what the folder holds.
+        execute_nas: gives what runs the tasks of a NAS table's sweeps.
+
+    Returns:
+        The command's JSON (DESIGN: commands), with the failures and what could not run because of them.
+
+    Raises:
+        InputError: the folder can't be used.
+        StorageError: the disk is full.
+        DdrayError: no cell of the table was scored.
+    """
+    begin = time.perf_counter()
+    options = bench.options
+    config = {
+        **bench.spec.dump(),
+        "scale": options.scale,
+        "fingerprints": bench.fingerprints,
+        "device": options.device,
+    }
+    run = open_run(run_dir, config, command="bench", resume=resume)
+    if options.retry_failed:
+        log.info("%d crashed units are run again", withdraw_crashes(run.ledger))
+    data_dir = None if options.data_dir is None else str(options.data_dir)
+    job = Job(str(run.folder), run.epoch, data_dir, options.device)
+    board = Board(bench.graph, run, job)
+    _loop(board, execute, run, job)
+    cells = cells_of(bench.graph.cells, run.ledger.row)
+    for ranking in bench.graph.rankings:
+        cells += _rank(bench, ranking, run, execute_nas)
+    write_results(run.folder / "results.csv", run.ledger.rows())
+    write_table(run.folder / "table.csv", cells)
+    failures, skipped = board.failures(), board.skipped()
+    held = {"cells": _with_sets(bench.graph, cells), "failures": failures, "skipped": skipped}
+    write_text(run.folder / "cells.json", json.dumps(held, indent=1))
+    if not cells:
+        reasons = sorted({str(failure["reason"]) for failure in failures}) or ["no unit was run"]
+        raise DdrayError(f"no cell of the table was scored: {'; '.join(reasons)[:400]}")
+    return {
+        "run_dir": str(run.folder),
+        "cells": cells,
+        "num_failed": len(failures),
+        "failures": failures,
+        "skipped": skipped,
+        "wall_s": time.perf_counter() - begin,
+    }
+
+
+def _with_sets(graph: Graph, cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the cells with the keys of the sets behind them, for reports."""
+    sets: dict[tuple[str, str, str, int], list[str]] = {}
+    for work in graph.distil.values():
+        for row in graph.labels[work.key]:
+            sets.setdefault((row, work.unit.spec["dataset"], *work.size), []).append(work.key)
+    found = []
+    for cell in cells:
+        kind = "ipc" if "ipc" in cell else "budget"
+        found.append({**cell, "sets": sets.get((cell["method"], cell["dataset"], kind, cell[kind]), [])})
+    return found
+
+
+def _rank(
+    bench: Bench, ranking: Ranking, run: Run, execute_nas: Callable[[NasOptions], NasExecute]
+) -> list[dict[str, Any]]:
+    """Run one NAS sweep, or continue it; return its cells."""
+    from ddray.bench.ranking import rank_sets
+
+    options = _nas_options(ranking, bench.spec, bench.options)
+
+    def has_set(key: str) -> bool:
+        row = run.ledger.row(key)
+        return row is not None and row.status == "done"
+
+    return rank_sets(
+        ranking,
+        options,
+        execute_nas(options),
+        run_dir=run.folder,
+        has_set=has_set,
+        data_dir=bench.options.data_dir,
+    )
+
+
+def _nas_options(ranking: Ranking, spec: BenchSpec, options: BenchOptions) -> NasOptions:
+    """Return a sweep's options, with the bench's executor and resources."""
+    from ddray.bench.ranking import nas_options
+
+    return nas_options(
+        ranking,
+        {
+            "seed": spec.val_seed,
+            "executor": options.executor,
+            "cpus_per_worker": options.cpus_per_unit,
+            "gpus_per_worker": options.gpus_per_unit,
+            "num_workers": options.max_concurrent,
+            "address": options.address,
+            **({} if options.unit_timeout is None else {"unit_timeout": options.unit_timeout}),
+        },
+    )
+
+
+def _loop(board: Board, execute: Execute, run: Run, job: Job) -> None:
+    """Run what is missing."""
+    works = board.first()
+    if not works:
+        return
+    with progress("bench", board.total, start=board.done) as show:
+        for ended in execute(job, works, board.after):
+            row = run.ledger.row(ended.key)
+            if row is not None:
+                remember(board.work(ended.key), row, job.device)
+            show(board.done, f"of {board.total}: {board.work(ended.key).title}")

@@ -1,0 +1,138 @@
+"""What a bench is made of: its units, the cells of its table, and the graph of both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ddray.bench.spec import EvaluateSpec, Source
+from ddray.ledger import Kind, Unit
+from ddray.plan import Plan
+from ddray.pool import PoolSpec
+
+
+@dataclass(frozen=True)
+class Work:
+    """One unit and what a worker needs to do it.
+
+    Attributes:
+        unit: the ledger's unit.
+        title: for people, such as `dm digits ipc 1 seed 0`.
+        method: the method's name.
+        dataset: name or path of the dataset that is distilled.
+        size: (`ipc` or `budget`, images per class or images of storage).
+        ipc: images per class; of a budget its share of a class.
+        budget: images of storage, of methods that count no classes.
+        seed: of the distillation.
+        config: the method's resolved configuration as plain values.
+        amount: expected work, in arbitrary units that are the same for all units of a kind.
+        val_seed: whose val tenth is left out of train; None distils from all of it.
+        options: of an evaluation, as `EvaluateOptions` takes them.
+        pool: of a pool unit, its spec.
+        waited: whether the unit was started before and waited for networks of the pool.
+    """
+
+    unit: Unit
+    title: str
+    method: str
+    dataset: str
+    size: tuple[str, int]
+    ipc: int
+    budget: int | None
+    seed: int
+    config: Mapping[str, Any]
+    amount: float
+    val_seed: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    pool: PoolSpec | None = None
+    waited: bool = False
+
+    @property
+    def key(self) -> str:
+        """The unit's key."""
+        return self.unit.key
+
+    @property
+    def kind(self) -> Kind:
+        """The unit's kind."""
+        return self.unit.kind
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of the table: a row's sets, scored in one way.
+
+    Attributes:
+        method: the row's label.
+        name: the method's name.
+        dataset: what was distilled.
+        num_classes: of that dataset.
+        size: (`ipc` or `budget`, value).
+        protocol: how the sets were scored.
+        arch: canonical name of the network.
+        target: the dataset scored on.
+        teacher: of the protocol `soft`.
+        augment: if the table asks for one.
+        keys: keys of the evaluations, by seed.
+        source: where its published number stands.
+    """
+
+    method: str
+    name: str
+    dataset: str
+    num_classes: int
+    size: tuple[str, int]
+    protocol: str
+    arch: str
+    target: str
+    teacher: str | None
+    augment: str | None
+    keys: tuple[str, ...]
+    source: Source
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The sets of one dataset and size as proxies of one NAS sweep.
+
+    Attributes:
+        number: which evaluation of the table.
+        evaluate: what was asked for.
+        dataset: what was distilled.
+        sets: per row its cell (without evaluations) and its sets' keys, by seed.
+    """
+
+    number: int
+    evaluate: EvaluateSpec
+    dataset: str
+    sets: tuple[tuple[Cell, tuple[str, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """All units of a bench.
+
+    Attributes:
+        distil: by key, the most expensive first.
+        evaluate: by key, in the table's order.
+        cells: the table's numbers, in its order.
+        rankings: its NAS sweeps, which keep ledgers of their own.
+        plans: the plan of every distillation, by key.
+        labels: the rows that every distillation is of, by key.
+    """
+
+    distil: dict[str, Work]
+    evaluate: dict[str, Work]
+    cells: tuple[Cell, ...]
+    rankings: tuple[Ranking, ...]
+    plans: dict[str, Plan]
+    labels: dict[str, list[str]]
+
+    def works(self) -> list[Work]:
+        """Return every unit known before the run: pool units are found while it goes."""
+        return [*self.distil.values(), *self.evaluate.values()]
+
+    def scored_from(self, key: str) -> list[Work]:
+        """Return the evaluations of a distilled set."""
+        return [work for work in self.evaluate.values() if key in work.unit.inputs]

@@ -1,0 +1,304 @@
+"""What a worker does with a unit of a bench: train a pool entry, distil a set, score it; publish one row."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddray import api
+from ddray.bench.units import Work
+from ddray.data import Dataset, PixelSpace, Split, carve_val, open_dataset
+from ddray.distill import DistillContext, DistillResult, run_distillation
+from ddray.errors import DivergedError, InputError
+from ddray.files import write_text
+from ddray.ledger import Ledger, Row
+from ddray.methods import get_method
+from ddray.plan import Plan, RunConfig, declared_specs, make_context, make_distiller, pixel_space
+from ddray.pool import ModelPool, PoolEntry, PoolSpec, home
+from ddray.pool_files import DamagedEntryError, PoolFiles
+
+_CURVE_POINTS = 200
+_PER_BUDGET = 20  # distilled images that one image of storage may hold
+_MAX_BLANK = 2**26  # values: a gigabyte of blank images would be made to learn a count
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every unit of a bench shares.
+
+    Attributes:
+        run_dir: absolute path of the run.
+        epoch: run epoch to publish under.
+        data_dir: where datasets are; None is $DDRAY_DATA.
+        device: `cpu` or `cuda`.
+    """
+
+    run_dir: str
+    epoch: int
+    data_dir: str | None
+    device: str
+
+
+@dataclass(frozen=True)
+class Needs:
+    """A unit's answer when networks of the pool are missing: it is to be run again when they are there.
+
+    Attributes:
+        specs: what has to be trained first.
+    """
+
+    specs: tuple[PoolSpec, ...]
+
+
+class _MissingError(Exception):
+    """Raised inside a method's setup when it asks for pool entries that are not there."""
+
+    def __init__(self, specs: Sequence[PoolSpec]) -> None:
+        super().__init__(f"{len(specs)} entries of the pool are missing")
+        self.specs = tuple(specs)
+
+
+@dataclass
+class AskingPool:
+    """A pool that trains nothing: it gives what is there, and says what is not.
+
+    Attributes:
+        pool: gives the entries.
+        used: keys of what was given, in order.
+    """
+
+    pool: ModelPool
+    used: list[str] = field(default_factory=list)
+
+    def get(self, specs: Sequence[PoolSpec]) -> list[PoolEntry]:
+        """Return the entries of `specs`, in order."""
+        missing = [spec for spec in specs if not has_entry(spec)]
+        if missing:
+            raise _MissingError(missing)
+        self.used += [spec.key for spec in specs]
+        return self.pool.get(specs)
+
+
+def has_entry(spec: PoolSpec) -> bool:
+    """Return whether this machine's pool holds a sound entry."""
+    try:
+        return PoolFiles(home() / "pool").read(spec.key) is not None
+    except DamagedEntryError:  # whoever gets it next mends it
+        return False
+
+
+def asked_first(plan: Plan) -> tuple[PoolSpec, ...] | None:
+    """Return the pool entries that a method asks for first, without real images; None if that can't be told.
+
+    Args:
+        plan: its dataset's images are not read.
+    """
+    num, shape = max(plan.dataset.num_classes, _PER_BUDGET * (plan.budget or 0)), plan.dataset.image_shape
+    if num * math.prod(shape) > _MAX_BLANK:
+        return None
+    labels = torch.arange(num) % plan.dataset.num_classes
+    split = Split(torch.zeros(num, *shape, dtype=torch.uint8), labels)
+    stand_in = replace(plan.dataset, load_train=lambda: split, load_test=lambda: split)
+    stand_in.__dict__["fingerprint"] = "stand-in"
+    config = plan.config.model_copy(update={"compile": "off"})
+    held = replace(plan, dataset=stand_in, config=config, ipc=1)
+    space = PixelSpace("normalized", plan.dataset.mean, plan.dataset.std)
+    try:
+        ctx = make_context(held, split, split_name="train", device=torch.device("cpu"), space=space)
+        if declared := declared_specs(held, ctx):
+            return tuple(declared)
+        make_distiller(held).setup(replace(ctx, pool=_Refusing()))
+    except _MissingError as missing:
+        return missing.specs
+    except Exception:  # a method may need more than blank images before it asks
+        return None
+    return ()
+
+
+class _Refusing:
+    """A pool that has nothing."""
+
+    def get(self, specs: Sequence[PoolSpec]) -> list[PoolEntry]:
+        """Name what was asked for."""
+        raise _MissingError(specs)
+
+
+def run_work(job: Job, work: Work) -> Needs | None:
+    """Do a unit and publish its row; a diverged one publishes a failed row.
+
+    Args:
+        job: what all units share.
+        work: the unit.
+
+    Returns:
+        What the pool lacks, or None.
+
+    Raises:
+        Exception: a crash, lack of memory or of space; the caller retries it.
+    """
+    ledger = Ledger(Path(job.run_dir))
+    if ledger.row(work.key) is not None:
+        return None
+    more = {"reason": "its networks are there"} if work.waited else {}
+    ledger.begin(work.unit, epoch=job.epoch, title=work.title, **more)
+    begin = time.perf_counter()
+    try:
+        result = _TASKS[work.kind](job, work)
+    except _MissingError as missing:
+        return Needs(missing.specs)
+    except DivergedError as error:
+        publish(ledger, job, work, {}, time.perf_counter() - begin, error=str(error))
+        return None
+    publish(ledger, job, work, result, time.perf_counter() - begin)
+    (Path(job.run_dir) / "checkpoints" / f"{work.key}.pt").unlink(missing_ok=True)
+    return None
+
+
+def publish(
+    ledger: Ledger,
+    job: Job,
+    work: Work,
+    result: Mapping[str, Any],
+    wall_s: float,
+    *,
+    error: str | None = None,
+) -> None:
+    """Publish a unit's row: done, or failed with the reason."""
+    row = Row(
+        key=work.key,
+        kind=work.kind,
+        spec=work.unit.spec,
+        status="done" if error is None else "failed",
+        result=dict(result),
+        wall_s=wall_s,
+        error=None if error is None else " ".join(error.split())[:300],
+    )
+    ledger.publish(work.unit, row, epoch=job.epoch)
+
+
+def artifact_name(key: str) -> str:
+    """Return where a distilled set lies below the run's folder."""
+    return f"artifacts/{key}.pt"
+
+
+def file_hash(path: Path) -> str:
+    """Return the sha256 (hex) of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@functools.lru_cache(maxsize=2)
+def _opened(name: str, data_dir: str | None) -> Dataset:
+    """Open a dataset once per worker."""
+    return open_dataset(name, data_dir=None if data_dir is None else Path(data_dir))
+
+
+@functools.lru_cache(maxsize=2)
+def _split(name: str, data_dir: str | None, val_seed: int | None) -> tuple[Split, str]:
+    """Return train, or the nine tenths of it that a ranking leaves, and what it is called."""
+    train = _opened(name, data_dir).train()
+    return (
+        (train, "train") if val_seed is None else (carve_val(train, seed=val_seed)[0], f"train-val{val_seed}")
+    )
+
+
+@functools.lru_cache(maxsize=2)
+def _space(kind: str, name: str, data_dir: str | None, val_seed: int | None) -> PixelSpace:
+    """Fit a pixel space once per worker (ZCA's eigenvectors take seconds)."""
+    return pixel_space(kind, _opened(name, data_dir), _split(name, data_dir, val_seed)[0])
+
+
+def _plan(job: Job, work: Work) -> Plan:
+    """Return the unit's plan on this node's copy of the dataset.
+
+    Raises:
+        InputError: this copy differs from the driver's.
+    """
+    dataset = _opened(work.dataset, job.data_dir)
+    wanted = work.unit.spec.get("fingerprint")
+    if wanted is not None and wanted != dataset.fingerprint:
+        raise InputError(
+            f"{dataset.name} must be the same on every node, this one has {dataset.fingerprint[:12]}, "
+            f"the driver {str(wanted)[:12]}; give all nodes one --data-dir"
+        )
+    config_type = get_method(work.method).config_type
+    config = RunConfig[config_type].parse(work.config)  # type: ignore[valid-type]
+    return Plan(work.method, dataset, work.ipc, work.seed, config, work.budget)
+
+
+def _context(job: Job, work: Work, plan: Plan) -> DistillContext:
+    split, name = _split(work.dataset, job.data_dir, work.val_seed)
+    space = _space(plan.config.pixel_space, work.dataset, job.data_dir, work.val_seed)
+    return make_context(plan, split, split_name=name, device=torch.device(job.device), space=space)
+
+
+def _train_pool(job: Job, work: Work) -> dict[str, Any]:
+    """Train one entry of the pool."""
+    if work.pool is None:
+        raise ValueError("a pool unit must have the spec of its entry")
+    entry = _context(job, work, _plan(job, work)).pool.get([work.pool])[0]
+    return {"final_loss": entry.meta.get("final_loss")}
+
+
+def _distil(job: Job, work: Work) -> dict[str, Any]:
+    """Distil one set into the run's artifacts."""
+    plan = _plan(job, work)
+    ctx = _context(job, work, plan)
+    asking = AskingPool(ctx.pool)
+    folder = Path(job.run_dir)
+    made = run_distillation(
+        make_distiller(plan),
+        replace(ctx, pool=asking),
+        checkpoint=folder / "checkpoints" / f"{work.key}.pt",  # never written by methods without steps
+        checkpoint_every=plan.config.checkpoint_every,
+    )
+    path = folder / artifact_name(work.key)
+    made.distilled.save(path)
+    write_text(path.with_suffix(".json"), json.dumps({"losses": curve(made)}))
+    first, final = made.edge_losses()
+    meta = made.distilled.meta
+    return {
+        "artifact": artifact_name(work.key),
+        "sha256": file_hash(path),
+        "pool": list(dict.fromkeys(asking.used)),
+        "steps": plan.config.steps,
+        "resumed_from_step": made.resumed_from_step,
+        "seconds_per_step": made.seconds_per_step,
+        "first_loss": first,
+        "final_loss": final,
+        "storage_floats": meta.storage_floats,
+        "ipc_decoded": meta.ipc_decoded,
+    }
+
+
+def curve(made: DistillResult) -> list[tuple[int, float]]:
+    """Return (step, loss) at no more than some hundred steps: each the mean of the steps since the last."""
+    losses = made.losses
+    size = max(1, -(-len(losses) // _CURVE_POINTS))
+    return [
+        (min(start + size, len(losses)), float(losses[start : start + size].mean()))
+        for start in range(0, len(losses), size)
+    ]
+
+
+def _evaluate(job: Job, work: Work) -> dict[str, Any]:
+    """Score one set with one architecture."""
+    path = Path(job.run_dir) / artifact_name(work.unit.inputs[0])
+    held: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in work.options.items()}
+    if job.data_dir is not None:
+        held["data_dir"] = Path(job.data_dir)
+    found = api.evaluate(path, api.EvaluateOptions(**held), device=torch.device(job.device))
+    more = {k: v for k, v in found.items() if k not in ("protocol", "split", "results")}
+    return {**found["results"][0], **more}
+
+
+_TASKS = {"pool": _train_pool, "distill": _distil, "evaluate": _evaluate}

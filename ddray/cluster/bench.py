@@ -1,0 +1,91 @@
+"""`ddray bench` on Ray: units over long-lived actors, as many as fit whatever nodes come and go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ddray.bench.board import Ended
+from ddray.bench.run import BenchOptions, prepare, run_bench, run_local
+from ddray.bench.spec import BenchSpec
+from ddray.bench.units import Work
+from ddray.bench.work import Job, run_work
+from ddray.cluster import nas
+from ddray.cluster.runtime import check_capacity, ray_runtime, sigterm_as_sigint
+from ddray.errors import InputError
+
+
+def bench(spec: BenchSpec, options: BenchOptions, *, run_dir: Path | None, resume: bool) -> dict[str, Any]:
+    """Run a bench, or continue one.
+
+    Args:
+        spec: the table.
+        options: scale, resources, executor.
+        run_dir: the run's folder; None makes a numbered one.
+        resume: continue what the folder holds.
+
+    Returns:
+        The command's JSON (DESIGN: commands).
+
+    Raises:
+        InputError: the table, an option or the folder is bad.
+        DdrayError: no cell was scored.
+    """
+    held = prepare(spec, options)
+    with sigterm_as_sigint():
+        if options.executor == "local":
+            return run_bench(held, run_local, run_dir=run_dir, resume=resume)
+        return run_bench(
+            held, RayExecutor(options), run_dir=run_dir, resume=resume, execute_nas=nas.RayExecutor
+        )
+
+
+class RayExecutor:
+    """Runs units on the workers of a Ray cluster; Ray is started when the first unit is there.
+
+    Args:
+        options: resources of a unit, and the cluster.
+    """
+
+    def __init__(self, options: BenchOptions) -> None:
+        self._options = options
+
+    def __call__(
+        self, job: Job, works: Sequence[Work], after: Callable[[Ended], list[Work]]
+    ) -> Iterator[Ended]:
+        """Run `works` in order of start, and what `after` adds."""
+        options = self._options
+        with ray_runtime(options.address):
+            from ddray.cluster.fanout import Outcome, Task, fan_out
+
+            check_capacity(options.cpus_per_unit, options.gpus_per_unit, per="unit")
+
+            def tasks(more: Sequence[Work]) -> list[Task]:
+                return [Task(work.key, run_work, (job, work)) for work in more]
+
+            def follow(outcome: Outcome) -> list[Task]:
+                return tasks(after(_ended(outcome)))
+
+            for outcome in fan_out(
+                tasks(works),
+                num_workers=self._num_workers,
+                cpus=options.cpus_per_unit,
+                gpus=options.gpus_per_unit,
+                timeout_s=options.unit_timeout,
+                follow=follow,
+            ):
+                yield _ended(outcome)
+
+    def _num_workers(self) -> int:
+        """Return how many units fit now: nodes may have died or joined since the last look."""
+        options = self._options
+        try:
+            fits = check_capacity(options.cpus_per_unit, options.gpus_per_unit, per="unit")
+        except InputError:  # every node that fits a unit is gone: its units wait for another
+            fits = 1
+        return min(fits, options.max_concurrent or fits)
+
+
+def _ended(outcome: Any) -> Ended:
+    return Ended(outcome.key, outcome.value, outcome.error, outcome.attempts)

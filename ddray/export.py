@@ -1,0 +1,173 @@
+"""Distilled sets for other tools: a torch dataset, a folder of pictures by class, a parquet file."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ddray.errors import InputError
+from ddray.files import storage_errors, write_atomically
+
+if TYPE_CHECKING:
+    from torch.utils.data import TensorDataset
+
+    from ddray.artifact import DistilledSet, TrainSet
+
+log = logging.getLogger(__name__)
+
+
+def to_torch_dataset(distilled: DistilledSet) -> TensorDataset:
+    """Return (image [C, H, W], label) pairs, as decoded, in the set's pixel space; the tensors are copies.
+
+    Of a self-supervised set the second is the target representation [D].
+    """
+    from torch.utils.data import TensorDataset
+
+    train = distilled.decode()
+    return TensorDataset(train.images.clone(), _second(train).clone())
+
+
+def _second(train: TrainSet) -> Tensor:
+    """Return what an image is trained towards: its label, or its target representation."""
+    return train.labels if train.targets is None else train.targets
+
+
+def pictures(distilled: DistilledSet) -> Tensor:
+    """Return the set as 8-bit pictures, uint8 [N, C, H, W].
+
+    De-normalised and de-whitened pixels that leave [0, 1] are clamped, which is said.
+
+    Raises:
+        InputError: the set holds spectrograms.
+    """
+    if min(distilled.meta.mean) < 0:  # no picture's mean is below 0
+        raise InputError(f"pictures are made of images, {distilled.meta.dataset} has log-spectrograms")
+    pixels = distilled.space().decode(distilled.decode().images)
+    outside = float(((pixels < -1 / 510) | (pixels > 1 + 1 / 510)).float().mean())
+    if outside > 0:
+        log.warning(
+            "%.1f%% of the pixels lie outside [0, 1] and are clamped in pictures; the parquet file's column "
+            "tensor keeps them",
+            100 * outside,
+        )
+    return (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def export_folder(distilled: DistilledSet, folder: Path) -> None:
+    """Write `<folder>/<label>_<class>/<number>.png` and `<folder>/meta.json`; `--dataset <folder>` reads it.
+
+    Images of a self-supervised set, which have no labels, stand in `<folder>/unlabelled`.
+
+    Args:
+        distilled: the set.
+        folder: a new one; it has its name only when it is whole.
+
+    Raises:
+        InputError: the folder exists, or the set holds spectrograms.
+        StorageError: it can't be written.
+    """
+    if folder.exists():
+        raise InputError(f"the folder to export to must be new, {folder} exists; name another")
+    shown = pictures(distilled)
+    names = _folder_names(distilled.meta.class_names)
+    labels = distilled.decode().labels.tolist()
+    places = [names[label] for label in labels] if labels else ["unlabelled"] * len(shown)
+    with storage_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+        try:
+            for number, (picture, name) in enumerate(zip(shown, places, strict=True)):
+                place = draft / name
+                place.mkdir(exist_ok=True)
+                (place / f"{number:05d}.png").write_bytes(_png(picture))
+            text = json.dumps(distilled.meta.dump(), indent=2, sort_keys=True)
+            (draft / "meta.json").write_text(text + "\n", encoding="utf-8")
+            draft.chmod(0o755)
+            draft.rename(folder)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def export_parquet(distilled: DistilledSet, path: Path) -> None:
+    """Write one row per image: image {bytes, path} as PNG, label (or target), and tensor, its exact values.
+
+    `tensor` is float32 of C*H*W values in the set's pixel space; the schema's metadata holds the set's meta
+    under `ddray`, and what Hugging Face's readers need. A folder of such files, named `train-*.parquet`, is
+    a dataset for `--dataset`.
+
+    Raises:
+        StorageError: the file can't be written.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    train = distilled.decode()
+    encoded = [{"bytes": _png(picture), "path": None} for picture in pictures(distilled)]
+    columns: dict[str, Any] = {
+        "image": pa.array(encoded, pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+        "tensor": _rows(train.images),
+    }
+    features: dict[str, Any] = {"image": {"_type": "Image"}, "tensor": _feature(train.images)}
+    if train.targets is None:
+        columns["label"] = pa.array(train.labels.tolist(), pa.int64())
+        features["label"] = {"names": list(distilled.meta.class_names), "_type": "ClassLabel"}
+    else:
+        columns["target"] = _rows(train.targets)
+        features["target"] = _feature(train.targets)
+    table = pa.table(columns)
+    meta = {
+        "huggingface": json.dumps({"info": {"features": features}}),
+        "ddray": json.dumps(distilled.meta.dump(), sort_keys=True),
+    }
+    held = table.replace_schema_metadata(meta)
+    write_atomically(path, lambda file: pq.write_table(held, file))
+
+
+def _rows(values: Tensor) -> Any:
+    """Return float32 [N, ...] as a column of lists of one length."""
+    import pyarrow as pa
+
+    return pa.FixedSizeListArray.from_arrays(
+        pa.array(values.contiguous().flatten().numpy()), values[0].numel()
+    )
+
+
+def _feature(values: Tensor) -> dict[str, Any]:
+    """Return what Hugging Face calls such a column."""
+    return {
+        "feature": {"dtype": "float32", "_type": "Value"},
+        "length": values[0].numel(),
+        "_type": "Sequence",
+    }
+
+
+def _folder_names(classes: tuple[str, ...]) -> list[str]:
+    """Return folder names that sort as the labels do."""
+    width = len(str(len(classes) - 1))
+    return [
+        f"{n:0{width}d}_{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')}" for n, name in enumerate(classes)
+    ]
+
+
+def _png(picture: Tensor) -> bytes:
+    """Return uint8 [C, H, W] as PNG bytes.
+
+    Raises:
+        InputError: neither grey nor RGB.
+    """
+    from torchvision.transforms.functional import to_pil_image
+
+    if picture.shape[0] not in (1, 3):
+        raise InputError(f"pictures have 1 or 3 channels, got {picture.shape[0]}")
+    held = io.BytesIO()
+    to_pil_image(picture).save(held, format="PNG")
+    return held.getvalue()

@@ -1,0 +1,37 @@
+"""Everything a finished distillation is shown as, beside its artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from ddray.artifact import DistilledSet
+from ddray.files import write_atomically
+from ddray.report.embedding import save_tsne
+from ddray.report.images import bases_grid, png, save_grid
+
+
+def save_pictures(distilled: DistilledSet, artifact: Path, *, representations: Tensor | None = None) -> None:
+    """Write `<artifact>.png`; of self-supervised sets also `.bases.png` and `.tsne.png`.
+
+    Args:
+        distilled: the set.
+        artifact: its file.
+        representations: the teacher's of the real images [N, D], where the set has targets.
+
+    Raises:
+        StorageError: a file can't be written.
+    """
+    save_grid(distilled, artifact.with_suffix(".png"))
+    bases = distilled.compact.get("image_bases")
+    if bases is not None:
+        picture = png(bases_grid(bases))
+        write_atomically(artifact.with_suffix(".bases.png"), lambda file: file.write(picture))
+    if distilled.targets is not None and representations is not None:
+        save_tsne(
+            representations,
+            distilled.targets,
+            artifact.with_suffix(".tsne.png"),
+            seed=distilled.meta.seed or 0,
+        )

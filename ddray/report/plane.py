@@ -1,0 +1,127 @@
+"""Real and distilled images in the plane: t-SNE of a network's embedding (DataDAM's supplement, Fig 9)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from ddray.data import Dataset, normalized_space
+from ddray.errors import InputError
+from ddray.nets import Net, build_net, default_arch
+from ddray.pool import LocalPool, PoolSpec, home
+from ddray.report.runs import SetView
+from ddray.seeding import derive, derive_seed
+
+_REAL_PER_CLASS: Final = 60
+_MOST_REAL: Final = 1200
+_MOST_DISTILLED: Final = 300
+_CHUNK: Final = 128
+
+
+@dataclass(frozen=True)
+class Plane:
+    """Points of real and distilled images, found together.
+
+    Attributes:
+        real: [N, 2].
+        real_labels: [N].
+        distilled: (label of the row, points [M, 2], classes [M]; class -1 where a set has none).
+        network: whose embedding it is, for people.
+        class_names: one per label.
+    """
+
+    real: Tensor
+    real_labels: Tensor
+    distilled: tuple[tuple[str, Tensor, Tensor], ...]
+    network: str
+    class_names: tuple[str, ...]
+
+
+def make_plane(dataset: Dataset, sets: Sequence[SetView], *, seed: int = 0) -> Plane | None:
+    """Return the plane of a dataset and of one set per row; None if no set can be read.
+
+    Args:
+        dataset: its train images are the real ones.
+        sets: distilled from it, of one size.
+        seed: decides which images are drawn, and where they start.
+    """
+    net, name = embedding_net(dataset)
+    split = dataset.train()
+    index = _draw(split.labels, dataset.num_classes, seed)
+    space = normalized_space(dataset)
+    parts = [_embed(net, space.encode(split.images[index]))]
+    held: list[tuple[str, Tensor]] = []
+    for view in sets:
+        made = view.load()
+        if made is None or made.meta.image_shape != dataset.image_shape:
+            continue
+        train = made.decode()
+        images = made.space().decode(train.images)
+        classes = train.labels if len(train.labels) == len(images) else torch.full((len(images),), -1)
+        chosen = torch.randperm(len(images), generator=derive(seed, "report", "plane", view.label))
+        chosen = chosen[:_MOST_DISTILLED].sort().values
+        parts.append(_embed(net, space.encode(images[chosen])))
+        held.append((view.label, classes[chosen]))
+    if not held:
+        return None
+    points = project(torch.cat(parts), seed=seed)
+    cut = list(torch.split(points, [len(part) for part in parts]))
+    rows = tuple((label, own, classes) for (label, classes), own in zip(held, cut[1:], strict=True))
+    return Plane(cut[0], split.labels[index], rows, name, dataset.class_names)
+
+
+def project(features: Tensor, *, seed: int) -> Tensor:
+    """Return t-SNE's points [N, 2] of features [N, D]."""
+    from sklearn.manifold import TSNE
+
+    held = features.double().numpy()
+    state = derive_seed(seed, "report", "plane") % 2**32
+    perplexity = min(30.0, max(1.0, (len(held) - 1) / 3))
+    tsne = TSNE(perplexity=perplexity, init="pca", random_state=state, n_jobs=1)
+    return torch.from_numpy(tsne.fit_transform(held)).float()
+
+
+def embedding_net(dataset: Dataset) -> tuple[Net, str]:
+    """Return the longest-trained network of the pool for this dataset, else a random one; and its name."""
+    best: tuple[int, PoolSpec] | None = None
+    for path in sorted((home() / "pool").glob("*/entry.json")):
+        try:
+            spec = PoolSpec.parse(json.loads(path.read_text(encoding="utf-8"))["spec"])
+        except (OSError, ValueError, KeyError, InputError):
+            continue
+        fits = spec.kind == "supervised" and spec.dataset == dataset.fingerprint
+        epochs = int(spec.recipe.get("epochs", 0))
+        if fits and spec.transform == "normalized" and (best is None or epochs > best[0]):
+            best = (epochs, spec)
+    if best is not None:
+        net: Any = LocalPool(_never).get([best[1]])[0].module()
+        return net, f"{best[1].arch}, trained on the real images for {best[0]} epochs"
+    arch = default_arch(dataset.image_shape)
+    seed = derive_seed(0, "report", "net")
+    return build_net(arch, dataset.image_shape, dataset.num_classes, seed=seed).eval(), f"{arch}, untrained"
+
+
+def _never(spec: PoolSpec) -> Any:
+    raise InputError(f"pool entry {spec.key} was removed while it was read; run again")
+
+
+def _draw(labels: Tensor, num_classes: int, seed: int) -> Tensor:
+    """Return indices of some real images of every class."""
+    most = max(1, min(_REAL_PER_CLASS, _MOST_REAL // num_classes))
+    generator = derive(seed, "report", "plane", "real")
+    drawn = []
+    for label in range(num_classes):
+        own = torch.nonzero(labels == label).flatten()
+        drawn.append(own[torch.randperm(len(own), generator=generator)[:most]])
+    return torch.cat(drawn)[:_MOST_REAL]
+
+
+@torch.no_grad()
+def _embed(net: Net, images: Tensor) -> Tensor:
+    """Return the embedding [N, D] of images [N, C, H, W]."""
+    return torch.cat([net.embed(part) for part in torch.split(images, _CHUNK)])

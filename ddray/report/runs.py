@@ -1,0 +1,249 @@
+"""Run folders as a report reads them: configuration, rows, cells of the table, and where the sets lie."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ddray import artifact
+from ddray.artifact import DistilledSet
+from ddray.config import read_yaml
+from ddray.errors import InputError
+from ddray.ledger import Ledger, Row
+
+
+@dataclass(frozen=True)
+class SetView:
+    """One distilled set of a run.
+
+    Attributes:
+        label: the row it is of.
+        method: the method's name.
+        dataset: what was distilled.
+        size: such as `ipc 10`.
+        seed: of the distillation; None if it is not known.
+        path: the file.
+        losses: (step, loss), or () where none were kept.
+        wall_s: seconds of the distillation; None if it is not known.
+    """
+
+    label: str
+    method: str
+    dataset: str
+    size: str
+    seed: int | None
+    path: Path
+    losses: tuple[tuple[int, float], ...]
+    wall_s: float | None
+
+    def place(self) -> tuple[str, int, str, int]:
+        """Return what sets are listed by: data, size, row, seed."""
+        digits = "".join(letter for letter in self.size if letter.isdigit())
+        return self.dataset, int(digits or 0), self.label, self.seed or 0
+
+    def load(self) -> DistilledSet | None:
+        """Return the set, or None if the file is gone or damaged."""
+        try:
+            return artifact.load(self.path)
+        except InputError:
+            return None
+
+
+@dataclass(frozen=True)
+class RunView:
+    """One run.
+
+    Attributes:
+        folder: of the run.
+        command: distill, tune, nas or bench.
+        config: config.yaml.
+        config_text: the same as text.
+        environment: environment.json.
+        rows: the ledger's, by key.
+        events: how often each kind was noted.
+        cells: the table's, as in the command's JSON.
+        failures: units that failed: `{"unit", "kind", "key", "reason"}`.
+        skipped: units that could not run because of them.
+        sets: distilled sets, one per row, dataset, size and seed.
+        corrupt: files that were set aside as damaged.
+    """
+
+    folder: Path
+    command: str
+    config: Mapping[str, Any]
+    config_text: str
+    environment: Mapping[str, Any]
+    rows: tuple[Row, ...]
+    events: Mapping[str, int]
+    cells: tuple[Mapping[str, Any], ...]
+    failures: tuple[Mapping[str, Any], ...]
+    skipped: tuple[str, ...]
+    sets: tuple[SetView, ...]
+    corrupt: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        """What a reader calls the run."""
+        named = self.config.get("name") or " ".join(
+            str(self.config[name]) for name in ("method_name", "dataset") if name in self.config
+        )
+        return f"{self.command} {named}".strip()
+
+    @property
+    def seeds(self) -> list[int]:
+        """Every seed that a row names."""
+        return sorted({row.spec["seed"] for row in self.rows if isinstance(row.spec.get("seed"), int)})
+
+
+def read_run(folder: Path) -> RunView:
+    """Read a run, finished or not.
+
+    Raises:
+        InputError: the folder is not a run's.
+    """
+    config_file, environment_file = folder / "config.yaml", folder / "environment.json"
+    if not config_file.is_file() or not environment_file.is_file():
+        raise InputError(f"ddray report takes run folders (with config.yaml), got {folder}")
+    config = read_yaml(config_file)
+    ledger = Ledger(folder)
+    rows = tuple(ledger.rows())
+    kinds = [str(event["event"]) for event in ledger.events()]
+    held = _read_cells(folder)
+    failed = [
+        {"unit": _name(row), "kind": row.kind, "key": row.key, "reason": row.error or ""}
+        for row in rows
+        if row.status == "failed"
+    ]
+    cells = held.get("cells") or list(_cells(str(config.get("command")), rows))
+    return RunView(
+        folder=folder,
+        command=str(config.get("command", "run")),
+        config=config,
+        config_text=config_file.read_text(encoding="utf-8"),
+        environment=json.loads(environment_file.read_text(encoding="utf-8")),
+        rows=rows,
+        events={kind: kinds.count(kind) for kind in sorted(set(kinds))},
+        cells=tuple(cells),
+        failures=tuple(held.get("failures") or failed),
+        skipped=tuple(held.get("skipped", ())),
+        sets=tuple(sorted(_sets(folder, config, rows, cells), key=SetView.place)),
+        corrupt=tuple(sorted(str(path.relative_to(folder)) for path in folder.rglob("*.corrupt"))),
+    )
+
+
+def _read_cells(folder: Path) -> dict[str, Any]:
+    """Return cells.json of a bench; empty for other runs, and for one that has not ended yet."""
+    path = folder / "cells.json"
+    if not path.is_file():
+        return {}
+    held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return held
+
+
+def _name(row: Row) -> str:
+    """Return what a row is of, for people."""
+    spec = row.spec
+    if row.kind == "trial":
+        return f"trial {spec['number']}"
+    parts = [spec.get("method"), spec.get("dataset"), _size(spec), spec.get("arch")]
+    text = " ".join(str(part) for part in parts if part)
+    return f"{text} seed {spec['seed']}" if "seed" in spec else text or row.key[:12]
+
+
+def _size(spec: Mapping[str, Any]) -> str:
+    """Return `ipc 10` or `100 images`."""
+    if "budget" in spec:
+        return f"{spec['budget']} images"
+    return f"ipc {spec['ipc']}" if "ipc" in spec else ""
+
+
+def size_of(cell: Mapping[str, Any]) -> str:
+    """Return a cell's size for people."""
+    return _size(cell)
+
+
+def _cells(command: str, rows: tuple[Row, ...]) -> Iterator[dict[str, Any]]:
+    """Yield cells of evaluations: of a bench that has not ended, or of a search's final scores."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if row.kind == "evaluate" and row.status == "done":
+            label = _searched(row, rows) if command == "tune" else row.spec.get("method")
+            spec, options = row.spec, row.spec.get("options", {})
+            name = (
+                label,
+                spec.get("dataset"),
+                _size(spec),
+                options.get("protocol", "hard"),
+                row.result["arch"],
+            )
+            groups.setdefault((*name, spec.get("target"), str(options.get("teachers", ""))), []).append(row)
+    for (label, dataset, _, protocol, arch, *_), held in groups.items():
+        values = [float(value) for row in held for value in row.result["per_seed"]]
+        spec = held[0].spec
+        yield {
+            "method": label,
+            "dataset": dataset or "",
+            **{name: spec[name] for name in ("ipc", "budget") if name in spec},
+            "protocol": protocol,
+            "arch": arch,
+            "accuracy_mean": statistics.fmean(values),
+            "accuracy_std": statistics.stdev(values) if len(values) > 1 else None,
+            "n": len(values),
+            "num_sets": len(held),
+            "sets": [key for row in held for key in _sets_behind(row, rows)],
+        }
+
+
+def _sets_behind(row: Row, rows: tuple[Row, ...]) -> list[str]:
+    """Return the keys of the sets that an evaluation scored; of a search, set and score are one row."""
+    if "schedule" in row.spec:
+        return [row.key]
+    wanted = {name: row.spec.get(name) for name in ("method", "dataset", "ipc", "budget", "seed")}
+    return [
+        one.key
+        for one in rows
+        if one.kind == "distill" and all(one.spec.get(name) == value for name, value in wanted.items())
+    ]
+
+
+def _searched(row: Row, rows: tuple[Row, ...]) -> str:
+    """Return which point of a search a final score is of."""
+    paper = next((one for one in rows if one.kind == "trial" and one.spec["number"] == 0), None)
+    own = paper is not None and row.spec["schedule"][-1]["params"] == paper.spec["params"]
+    return f"{row.spec['method']}, {'preset' if own else 'searched'}"
+
+
+def _sets(
+    folder: Path, config: Mapping[str, Any], rows: tuple[Row, ...], cells: list[dict[str, Any]]
+) -> Iterator[SetView]:
+    """Yield the run's distilled sets, each once per row of the table."""
+    labels: dict[str, list[str]] = {}
+    for cell in cells:
+        for key in cell.get("sets", ()):
+            if str(cell["method"]) not in labels.setdefault(key, []):
+                labels[key].append(str(cell["method"]))
+    for row in rows:
+        path = folder / "artifacts" / f"{row.key}.pt"
+        if row.kind == "distill" and "artifact" in row.result:
+            path = folder / row.result["artifact"]
+            path = path if path.is_file() else folder / "distilled.pt"  # of a run that was moved
+        if row.status != "done" or not path.is_file():
+            continue
+        curve = path.with_suffix(".json")
+        losses = json.loads(curve.read_text(encoding="utf-8"))["losses"] if curve.is_file() else []
+        method = row.spec.get("method_name") or row.spec.get("method")
+        for label in labels.get(row.key, [str(method)]):
+            yield SetView(
+                label=label,
+                method=str(method),
+                dataset=str(row.spec.get("dataset") or config.get("dataset")),
+                size=_size(row.spec) or _size(config),
+                seed=row.spec.get("seed"),
+                path=path,
+                losses=tuple((int(step), float(loss)) for step, loss in losses),
+                wall_s=row.wall_s,
+            )

@@ -1,0 +1,187 @@
+"""The report in a real headless browser (Debian's chromium through its driver): `make browser`."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ddray.bench.run import BenchOptions, prepare, run_bench, run_local
+from ddray.bench.spec import BenchSpec
+from ddray.report.page import write_page
+
+webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is in the browser extra")
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
+DRIVER = shutil.which("chromedriver")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not (BROWSER and DRIVER), reason="needs chromium and chromedriver"),
+]
+
+SPEC = {
+    "name": "browser",
+    "dataset": "digits",
+    "methods": [
+        "random",
+        "class_mean",
+        {"name": "dm", "steps": 20, "set": {"method.batch_real": 4}},
+        {"name": "dm", "label": "wild", "steps": 2, "set": {"method.lr_img": 1e30}},
+    ],
+    "ipc": [1, 10],
+    "set": {"arch": "convnet1_w8", "compile": "off"},
+    "evaluate": {"archs": ["convnet1_w8", "convnet1_w8_bn"], "epochs": 2, "seeds": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bench's page, with every section that a bench has."""
+    folder = tmp_path_factory.mktemp("browser")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DDRAY_HOME", str(folder / "home"))
+        held = prepare(BenchSpec.parse(SPEC), BenchOptions(executor="local"))
+        run_bench(held, run_local, run_dir=folder / "run")
+        write_page([folder / "run"], folder / "page.html")
+    return folder / "page.html"
+
+
+Open = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Open]:
+    """Opens a page in a window of some width and colour scheme; one browser per window."""
+    opened = []
+
+    def start(page: Path, *, width: int = 1200, dark: bool = False) -> Any:
+        options = webdriver.ChromeOptions()
+        options.binary_location = BROWSER
+        for argument in (
+            *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
+            "--host-resolver-rules=MAP * ~NOTFOUND",  # whatever it might fetch fails
+        ):
+            options.add_argument(argument)
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
+        opened.append(driver)
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+        driver.get(page.as_uri())
+        return driver
+
+    yield start
+    for driver in opened:
+        driver.quit()
+
+
+@pytest.fixture(scope="module")
+def desktop(browser: Open, page: Path) -> Any:
+    return browser(page)
+
+
+def test_it_loads_without_errors_and_draws_every_plot(desktop: Any) -> None:
+    errors = [entry for entry in desktop.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
+    assert errors == []
+    plots = desktop.find_elements("css selector", ".js-plotly-plot")
+    assert len(plots) >= 2 + 2 + 6
+    empty = (
+        "return [...document.querySelectorAll('.js-plotly-plot')].filter(p => !p.querySelector('.main-svg'))"
+    )
+    assert desktop.execute_script(empty) == []
+    spilled = (
+        "const width = p => p.querySelector('.main-svg').getBoundingClientRect().width;"
+        "return [...document.querySelectorAll('.js-plotly-plot')]"
+        ".filter(p => width(p) > p.parentElement.clientWidth + 1).length"
+    )
+    assert desktop.execute_script(spilled) == 0, "a plot is wider than its place"
+    broken = "return [...document.images].filter(i => !i.complete || i.naturalWidth === 0).length"
+    assert desktop.execute_script(broken) == 0
+    assert desktop.execute_script("return performance.getEntriesByType('resource').length") == 0
+
+
+def test_a_click_on_a_head_sorts_by_number_and_again_reverses(desktop: Any) -> None:
+    head = next(
+        head
+        for head in desktop.find_elements("css selector", "table.sortable th")
+        if head.text.startswith("accuracy")
+    )
+
+    def column() -> list[float]:
+        script = (
+            "const h = arguments[0], t = h.closest('table');"
+            "return [...t.tBodies[0].rows].map(r => Number(r.cells[h.cellIndex].dataset.value))"
+        )
+        return list(desktop.execute_script(script, head))
+
+    before = column()
+    desktop.execute_script("arguments[0].scrollIntoView({block: 'center'})", head)
+    head.click()
+    assert head.get_attribute("aria-sort") == "descending"
+    assert column() == sorted(before, reverse=True)
+    head.click()
+    assert head.get_attribute("aria-sort") == "ascending"
+    assert column() == sorted(before)
+
+
+def test_a_plot_answers_a_hover(desktop: Any) -> None:
+    plot = desktop.find_elements("css selector", ".js-plotly-plot")[0]
+    desktop.execute_script("arguments[0].scrollIntoView({block: 'center'})", plot)
+    bar = plot.find_element("css selector", ".bars .point path")
+    webdriver.ActionChains(desktop).move_to_element(bar).perform()
+    end = time.monotonic() + 10
+    while not plot.find_elements("css selector", ".hoverlayer .hovertext"):
+        assert time.monotonic() < end, "no hover text was seen"
+        time.sleep(0.1)
+    assert "%" in plot.find_element("css selector", ".hoverlayer .hovertext").text
+
+
+def test_it_fits_a_phone(browser: Open, page: Path) -> None:
+    phone = browser(page, width=390)
+    wide = phone.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
+    assert wide <= 0, f"the page is {wide} px wider than the phone"
+    sizes = phone.execute_script(
+        "return [...document.querySelectorAll('.js-plotly-plot')].map(p => p.getBoundingClientRect().right)"
+    )
+    assert sizes
+    assert max(sizes) <= 390
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_text_can_be_read_in_light_and_dark(browser: Open, page: Path, dark: bool) -> None:
+    driver = browser(page, dark=dark)
+    pairs = driver.execute_script(
+        """
+        const seen = [...document.querySelectorAll('p, td, h2, summary, pre, .xtick text, .legendtext')];
+        const ground = e => { for (; e; e = e.parentElement) {
+          const c = getComputedStyle(e).backgroundColor; if (!/, 0\\)$|transparent/.test(c)) return c; }
+          return getComputedStyle(document.body).backgroundColor; };
+        return seen.filter(e => e.textContent.trim()).map(e => {
+          const s = getComputedStyle(e); return [e instanceof SVGElement ? s.fill : s.color, ground(e)]; });
+        """
+    )
+    assert len(pairs) > 50
+    colours = {tuple(pair) for pair in pairs}
+    for ink, ground in colours:
+        assert contrast(ink, ground) >= 4.5, f"{ink} on {ground}"
+    body = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert (luminance(body) < 0.2) == dark
+
+
+def luminance(colour: str) -> float:
+    """Return WCAG's relative luminance of `rgb(r, g, b)`."""
+    values = [float(part) / 255 for part in colour[colour.index("(") + 1 : -1].split(",")[:3]]
+    linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in values]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(a: str, b: str) -> float:
+    """Return WCAG's contrast of two colours."""
+    high, low = sorted((luminance(a), luminance(b)), reverse=True)
+    return (high + 0.05) / (low + 0.05)

@@ -1,0 +1,212 @@
+"""A bench whose driver, worker, node or disk fails: every unit once, and the table of an undisturbed run."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ddray.ledger import Ledger
+from tests.faults.benches import NUM_UNITS, bench, check_exactly_once, command, write_spec
+from tests.faults.search import count, finish, ray_workers, stamps, start, wait_for
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The table of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DDRAY_HOME", str(folder / "home"))
+        finish(command(write_spec(folder), folder / "run", "--executor", "local"))
+    return (folder / "run" / "table.csv").read_bytes()
+
+
+def rows_of(run: Path) -> int:
+    return len(list((run / "ledger").glob("*.json")))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_driver_resumes(tmp_path: Path, number: signal.Signals, table: bytes) -> None:
+    spec, run = write_spec(tmp_path), tmp_path / "run"
+    victim = start(command(spec, run))
+    wait_for(lambda: rows_of(run) >= 3, victim)
+    victim.send_signal(number)
+    if number == signal.SIGKILL:
+        # Orphans of the killed driver may still be at work: nothing is waited for.
+        victim.wait(timeout=60)
+        for pipe in (victim.stdout, victim.stderr):
+            assert pipe is not None
+            pipe.close()
+    else:
+        _, errors = victim.communicate(timeout=120)
+        assert victim.returncode == 1
+        assert "--resume" in errors.strip().splitlines()[-1]
+        assert "Traceback" not in errors
+    before = stamps(run)
+    assert 3 <= len(before) < NUM_UNITS, "too late: the bench was over"
+    out = finish(command(spec, run, "--resume"))
+    assert out["num_failed"] == 0
+    check_exactly_once(run, before)
+    assert (run / "table.csv").read_bytes() == table
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_a_driver_killed_at_any_moment_resumes(tmp_path: Path, seed: int, table: bytes) -> None:
+    """Up to three kills at random moments, by random signals, the next start at once each time."""
+    draw = random.Random(seed)
+    spec, run = write_spec(tmp_path), tmp_path / "run"
+    before: dict[str, int] = {}
+    for _ in range(draw.randint(1, 3)):
+        victim = start(command(spec, run, "--resume"))
+        moment = draw.randint(0, NUM_UNITS - 1)
+        wait_for(
+            lambda moment=moment, victim=victim: rows_of(run) >= moment or victim.poll() is not None, None
+        )
+        time.sleep(draw.uniform(0.0, 3.0))
+        victim.send_signal(draw.choice([signal.SIGKILL, signal.SIGTERM]))
+        victim.communicate(timeout=120)
+        now = stamps(run)
+        assert before.items() <= now.items()
+        before = now
+    finish(command(spec, run, "--resume"))
+    check_exactly_once(run, before)
+    assert (run / "table.csv").read_bytes() == table
+
+
+def test_a_full_disk_ends_the_bench_and_leaves_it_resumable(tmp_path: Path, table: bytes) -> None:
+    """A file-size limit makes the write of a pool entry or a set fail for real."""
+    spec, run = write_spec(tmp_path), tmp_path / "run"
+    base = command(spec, run, "--executor", "local")
+    limited = ["bash", "-c", f"ulimit -f 8; trap '' XFSZ; exec {' '.join(base)}"]
+    done = subprocess.run(limited, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 1, done.stderr[-1500:]
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: could not write")
+    assert "Traceback" not in done.stderr
+    assert not list(run.rglob("*.tmp"))
+    before = stamps(run)
+    finish([*base, "--resume"])
+    check_exactly_once(run, before)
+    assert (run / "table.csv").read_bytes() == table
+
+
+class TestTwoNodes:
+    """Nodes of one CPU each on this machine, and a head without any."""
+
+    @pytest.fixture
+    def cluster(self) -> Iterator[Any]:
+        from ray.cluster_utils import Cluster
+
+        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        try:
+            yield made
+        finally:
+            import ray
+
+            ray.shutdown()
+            made.shutdown()
+
+    def test_a_node_dies_and_another_joins(
+        self, cluster: Any, tmp_path: Path, table: bytes, ddray_home: Path
+    ) -> None:
+        spec, run = write_spec(tmp_path), tmp_path / "run"
+        first = cluster.add_node(num_cpus=1)
+        cluster.add_node(num_cpus=1)
+        outcome: dict[str, Any] = {}
+
+        def body() -> None:
+            outcome.update(bench(spec, run, address=cluster.address))
+
+        thread = threading.Thread(target=body)
+        thread.start()
+        try:
+            wait_for(lambda: rows_of(run) >= 2, None)
+            before = stamps(run)
+            cluster.remove_node(first, allow_graceful=False)
+            cluster.add_node(num_cpus=1)
+        finally:
+            thread.join(timeout=300)
+        assert not thread.is_alive()
+        assert outcome["num_failed"] == 0
+        check_exactly_once(run, before)
+        assert (run / "table.csv").read_bytes() == table
+
+    def test_units_wait_while_no_node_fits_them(
+        self, cluster: Any, tmp_path: Path, table: bytes, ddray_home: Path
+    ) -> None:
+        spec, run = write_spec(tmp_path), tmp_path / "run"
+        only = cluster.add_node(num_cpus=1)
+        outcome: dict[str, Any] = {}
+
+        def body() -> None:
+            outcome.update(bench(spec, run, address=cluster.address))
+
+        thread = threading.Thread(target=body)
+        thread.start()
+        try:
+            wait_for(lambda: rows_of(run) >= 2, None)
+            cluster.remove_node(only, allow_graceful=False)
+            time.sleep(8)  # a worker outlives its node by seconds, and may finish its unit
+            held = stamps(run)
+            time.sleep(3)
+            assert stamps(run) == held, "nothing can run without a node"
+            cluster.add_node(num_cpus=1)
+        finally:
+            thread.join(timeout=300)
+        assert not thread.is_alive()
+        check_exactly_once(run, held)
+        assert (run / "table.csv").read_bytes() == table
+
+
+@pytest.mark.usefixtures("ray_here")
+class TestWorkers:
+    def test_a_killed_worker_costs_a_retry_and_nothing_else(self, tmp_path: Path) -> None:
+        spec, run = write_spec(tmp_path, steps=150), tmp_path / "run"
+        outcome: dict[str, Any] = {}
+
+        def body() -> None:
+            outcome.update(bench(spec, run))
+
+        thread = threading.Thread(target=body)
+        thread.start()
+        try:
+            wait_for(lambda: any((run / "checkpoints").glob("*.pt")), None)
+            victims = ray_workers("_Worker")
+            assert victims, "no worker found"
+            for victim in victims:
+                os.kill(victim, signal.SIGKILL)
+        finally:
+            thread.join(timeout=300)
+        assert outcome["num_failed"] == 0
+        check_exactly_once(run, {})
+        retried = [event["key"] for event in Ledger(run).events() if event["event"] == "retry"]
+        assert retried
+        assert all(count(run, "start", row.key) == 1 for row in Ledger(run).rows())
+
+    def test_tasks_follow_outcomes_and_idle_workers_make_room(self, tmp_path: Path) -> None:
+        from ddray.cluster.fanout import Outcome, Task, fan_out
+
+        def follow(outcome: Outcome) -> list[Task]:
+            number = int(outcome.key)
+            return [Task(f"{2 * number + k}", pow, (number, 2)) for k in (0, 1)] if number < 8 else []
+
+        widths = iter([1, 2] * 50)
+        found = {
+            outcome.key: outcome.value
+            for outcome in fan_out(
+                [Task("1", pow, (0, 2))], num_workers=lambda: next(widths), cpus=0.1, gpus=0, follow=follow
+            )
+        }
+        assert sorted(found, key=int) == [str(number) for number in range(1, 16)]
+        assert found["15"] == 49

@@ -1,0 +1,628 @@
+"""Bench files, the graph of units, the board that hands them out, and the table, all without Ray."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from ddray import artifact
+from ddray.bench import work as bench_work
+from ddray.bench.cost import History, costs_file, summarise
+from ddray.bench.graph import build_graph
+from ddray.bench.ranking import cell_of
+from ddray.bench.run import BenchOptions, dry_run, prepare, run_bench, run_local
+from ddray.bench.spec import BenchSpec, Source, read_spec
+from ddray.bench.table import standard_error
+from ddray.bench.units import Cell, Ranking
+from ddray.bench.work import AskingPool, asked_first
+from ddray.data import open_dataset
+from ddray.distill import DistillContext
+from ddray.errors import DdrayError, InputError, StorageError
+from ddray.ledger import Ledger
+from ddray.methods import get_method, method_names
+from ddray.report.published import compare, find, read_numbers
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted((ROOT / "configs" / "bench").glob("*.yaml"))
+LOCAL = BenchOptions(executor="local")
+TINY: dict[str, Any] = {
+    "name": "tiny",
+    "dataset": "digits",
+    "methods": ["random", {"name": "dm", "steps": 2, "set": {"method.batch_real": 4}}],
+    "ipc": 1,
+    "set": {"arch": "convnet1_w8", "compile": "off"},
+    "evaluate": {"archs": ["convnet1_w8", "convnet1_w8_bn"], "epochs": 1, "seeds": 2},
+    "seeds": 2,
+}
+
+
+def spec(**changes: Any) -> BenchSpec:
+    return BenchSpec.parse({**TINY, **changes})
+
+
+def run(
+    folder: Path, held: BenchSpec | None = None, *, resume: bool = False, **options: Any
+) -> dict[str, Any]:
+    """Run a bench in this process."""
+    chosen = BenchOptions(executor="local", **options)
+    return run_bench(prepare(held or spec(), chosen), run_local, run_dir=folder, resume=resume)
+
+
+def starts(folder: Path) -> dict[str, int]:
+    """Return how often every unit was started."""
+    keys = [event["key"] for event in Ledger(folder).events() if event["event"] == "start"]
+    return {key: keys.count(key) for key in keys}
+
+
+class TestSpec:
+    def test_a_short_file_means_the_long_one(self) -> None:
+        short = BenchSpec.parse({"name": "a", "dataset": "digits", "methods": ["dm"], "ipc": 3})
+        long = {
+            "name": "a",
+            "dataset": ["digits"],
+            "methods": [{"name": "dm"}],
+            "ipc": [3],
+            "evaluate": [{"protocol": "hard"}],
+        }
+        assert short == BenchSpec.parse(long)
+        assert BenchSpec.parse(short.dump()) == short
+
+    def test_a_sweep_gives_one_labelled_row_per_combination(self) -> None:
+        held = spec(
+            methods=[
+                "random",
+                {"name": "datadam", "sweep": {"method.p": [1, 4], "method.loss": ["mse", "mae"]}},
+            ]
+        )
+        rows = held.rows()
+        assert [row.row for row in rows] == [
+            "random",
+            "datadam, p=1, loss=mse",
+            "datadam, p=1, loss=mae",
+            "datadam, p=4, loss=mse",
+            "datadam, p=4, loss=mae",
+        ]
+        assert rows[2].layers() == [{"method": {"p": 1, "loss": "mae"}}]
+
+    def test_presets_of_one_method_are_rows_of_their_own(self) -> None:
+        held = spec(methods=["datadam", {"name": "datadam", "preset": "repo"}])
+        assert [row.row for row in held.rows()] == ["datadam", "datadam (repo)"]
+
+    @pytest.mark.parametrize(
+        ("change", "word"),
+        [
+            ({"methods": ["dm", "dm"]}, "labels must differ"),
+            ({"metods": ["dm"]}, "did you mean 'methods'"),
+            ({"ipc": []}, "must have a size"),
+            ({"ipc": 0}, "greater than or equal to 1"),
+            ({"methods": []}, "at least 1 item"),
+            ({"methods": [{"name": "dm", "dataset": "mnist"}]}, "must be among"),
+            ({"evaluate": []}, "at least one protocol"),
+            ({"evaluate": {"epochs": 0}}, "evaluate"),
+            ({"methods": [{"name": "dm", "stepps": 3}]}, "stepps"),
+        ],
+    )
+    def test_a_bad_file_is_refused_with_the_rule(self, change: dict[str, Any], word: str) -> None:
+        with pytest.raises(InputError, match=word):
+            spec(**change)
+
+    def test_scales_lower_what_exceeds_them(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.yaml"
+        path.write_text(
+            "name: a\ndataset: cifar10\nipc: [1, 10, 50]\nseeds: 5\nmethods: [dm]\n"
+            "evaluate: {archs: [convnet3, resnet10], epochs: 1000}\n"
+            "scales: {cpu: {limits: {steps: 7}, seeds: 2}}\n"
+        )
+        paper, cpu, smoke = (read_spec(path, scale) for scale in ("paper", "cpu", "smoke"))
+        row = paper.rows()[0]
+        assert paper.sizes(row) == [("ipc", 1), ("ipc", 10), ("ipc", 50)]
+        assert cpu.sizes(row) == [("ipc", 1), ("ipc", 10)]
+        assert smoke.sizes(row) == [("ipc", 1)]
+        assert (cpu.limits.steps, cpu.limits.epochs, cpu.seeds) == (7, 300, 2)
+        assert (smoke.dataset, smoke.within(smoke.evaluate[0]).archs) == (("digits",), ("convnet3",))
+        with pytest.raises(InputError, match="--scale must be one of"):
+            read_spec(path, "tiny")
+        path.write_text(path.read_text().replace("cpu:", "gpu:"))
+        with pytest.raises(InputError, match="must be one of cpu, paper, smoke, got 'gpu'"):
+            read_spec(path)
+
+    def test_a_size_beyond_the_limit_is_cut_where_it_is_the_only_one(self) -> None:
+        held = spec(ipc=[50], limits={"ipc": 10})
+        assert held.sizes(held.rows()[0]) == [("ipc", 10)]
+
+
+class TestGraph:
+    def test_units_are_the_product_of_the_axes(self) -> None:
+        graph = build_graph(spec(ipc=[1, 2]), open_dataset)
+        assert (len(graph.distil), len(graph.evaluate), len(graph.cells)) == (
+            2 * 2 * 2,
+            2 * 2 * 2 * 2,
+            2 * 2 * 2,
+        )
+        assert [len(cell.keys) for cell in graph.cells] == [2] * 8
+        amounts = [work.amount for work in graph.distil.values()]
+        assert amounts == sorted(amounts, reverse=True)
+        for work in graph.evaluate.values():
+            (key,) = work.unit.inputs
+            made = graph.distil[key].unit.spec
+            assert {k: work.unit.spec[k] for k in ("method", "dataset", "ipc", "seed")} == {
+                k: made[k] for k in ("method", "dataset", "ipc", "seed")
+            }
+
+    def test_a_set_is_shared_by_evaluations_and_rows_that_score_more_networks(self) -> None:
+        rows = ["random", {"name": "random", "label": "b", "set": {"evaluate.seeds": 7}}]
+        scored = [{"seeds": 1, "augment": augment} for augment in ("dsa", "none")] + [{"epochs": 1}]
+        graph = build_graph(spec(methods=rows, seeds=1, evaluate=scored), open_dataset)
+        assert len(graph.distil) == 1
+        assert [work.options.get("augment") for work in graph.evaluate.values()] == [
+            "dsa",
+            "none",
+            None,
+            None,
+        ]
+        assert [work.options["seeds"] for work in graph.evaluate.values()] == [1, 1, 5, 7]
+        other = [rows[0], {"name": "random", "label": "b", "set": {"evaluate.lr": 0.5}}]
+        assert len(build_graph(spec(methods=other, seeds=1), open_dataset).distil) == 2
+
+    def test_an_evaluation_may_be_of_some_datasets_only(self) -> None:
+        held = spec(
+            dataset=["digits", "mnist"],
+            evaluate=[{"epochs": 1}, {"protocol": "robust", "dataset": "mnist", "epochs": 1}],
+        )
+        by_name = {
+            name: [one.protocol for one in held.evaluate if name in held.scored(one)] for name in held.dataset
+        }
+        assert by_name == {"digits": ["hard"], "mnist": ["hard", "robust"]}
+
+    def test_a_budget_is_a_size_of_its_own(self) -> None:
+        rows = ["random_ssl", {"name": "random", "ipc": 1}]
+        held = spec(methods=rows, budget=20, ipc=[], set={}, evaluate={"protocol": "linear", "epochs": 1})
+        graph = build_graph(held, open_dataset)
+        sizes = {plan.method: (plan.ipc, plan.budget) for plan in graph.plans.values()}
+        assert sizes == {"random_ssl": (2, 20), "random": (1, None)}
+        assert [cell.size for cell in graph.cells] == [("budget", 20), ("ipc", 1)]
+        specs = {work.method: work.unit.spec for work in graph.distil.values()}
+        assert (specs["random_ssl"]["budget"], specs["random"]["ipc"]) == (20, 1)
+        asked = {plan.method: asked_first(plan) for plan in graph.plans.values() if plan.seed == 0}
+        assert [one.kind for one in asked["random_ssl"] or ()] == ["ssl"]
+        with pytest.raises(InputError, match="random takes --ipc K"):
+            build_graph(spec(methods=["random"], budget=20, ipc=[]), open_dataset)
+
+    def test_the_networks_of_a_seed_are_the_same_for_every_row(self) -> None:
+        graph = build_graph(spec(), open_dataset)
+        seeds = {(work.unit.spec["seed"], work.options["seed"]) for work in graph.evaluate.values()}
+        assert len(seeds) == 2
+
+    def test_limits_lower_settings_and_leave_smaller_ones(self) -> None:
+        limits = {"steps": 1, "epochs": 1, "networks": 1, "batch_real": 3}
+        graph = build_graph(spec(limits=limits), open_dataset)
+        for plan in graph.plans.values():
+            assert plan.config.steps == (1 if plan.method == "dm" else 0)
+            assert getattr(plan.config.method, "batch_real", 3) == 3
+        assert {work.options["seeds"] for work in graph.evaluate.values()} == {1}
+
+    @pytest.mark.parametrize(
+        ("change", "word"),
+        [
+            ({"methods": ["datdam"]}, "did you mean 'datadam'"),
+            ({"evaluate": {"protocol": "soft_ish"}}, "evaluate.protocol must be one of"),
+            ({"methods": [{"name": "random", "steps": 3}]}, "steps must be 0"),
+            ({"ipc": 10_000}, "ipc must be in"),
+            ({"methods": [{"name": "datadam", "set": {"method.layers": [9]}}]}, "within 1..1"),
+            ({"evaluate": {"archs": ["convnet9"]}}, "arch must be one of"),
+            ({"evaluate": {"options": {"pixel_spac": "raw"}}}, "did you mean 'pixel_space'"),
+        ],
+    )
+    def test_what_cannot_run_is_refused_before_a_folder_is_made(
+        self, change: dict[str, Any], word: str, tmp_path: Path
+    ) -> None:
+        with pytest.raises(InputError, match=word):
+            run(tmp_path / "run", spec(**change))
+        assert not (tmp_path / "run").exists()
+
+
+class TestRun:
+    def test_rows_artifacts_and_table(self, tmp_path: Path) -> None:
+        found = run(tmp_path / "run")
+        ledger = Ledger(tmp_path / "run")
+        assert (len(ledger.rows("distill")), len(ledger.rows("evaluate"))) == (4, 8)
+        assert found["num_failed"] == 0
+        assert found["skipped"] == []
+        for row in ledger.rows("distill"):
+            assert {"method", "dataset", "ipc", "seed"} <= row.spec.keys()
+            made = artifact.load(tmp_path / "run" / row.result["artifact"])
+            assert (made.meta.method, made.meta.seed) == (row.spec["method"], row.spec["seed"])
+            curve = json.loads((tmp_path / "run" / row.result["artifact"]).with_suffix(".json").read_text())
+            assert len(curve["losses"]) == row.result["steps"]
+        assert len(found["cells"]) == 4
+        for cell in found["cells"]:
+            values = [
+                value
+                for row in ledger.rows("evaluate")
+                if (row.spec["method"], row.spec["arch"]) == (cell["method"], cell["arch"])
+                for value in row.result["per_seed"]
+            ]
+            assert cell["n"] == len(values) == 4
+            assert cell["accuracy_mean"] == pytest.approx(statistics.fmean(values), abs=1e-12)
+            assert cell["accuracy_std"] == pytest.approx(statistics.stdev(values), abs=1e-12)
+        with (tmp_path / "run" / "table.csv").open() as file:
+            lines = list(csv.DictReader(file))
+        assert [line["method"] for line in lines] == ["random", "random", "dm", "dm"]
+        assert [float(line["accuracy_mean"]) for line in lines] == [
+            c["accuracy_mean"] for c in found["cells"]
+        ]
+        assert not list((tmp_path / "run" / "checkpoints").iterdir())
+        assert not list((tmp_path / "run").rglob("*.tmp"))
+
+    def test_a_finished_bench_resumes_without_work(self, tmp_path: Path) -> None:
+        first = run(tmp_path / "run")
+        table = (tmp_path / "run" / "table.csv").read_bytes()
+        events = (tmp_path / "run" / "events.jsonl").read_bytes()
+        again = run(tmp_path / "run", resume=True)
+        assert again["cells"] == first["cells"]
+        assert (tmp_path / "run" / "table.csv").read_bytes() == table
+        assert (tmp_path / "run" / "events.jsonl").read_bytes() == events
+        with pytest.raises(InputError, match="seeds: 2 -> 3"):
+            run(tmp_path / "run", spec(seeds=3), resume=True)
+
+    def test_a_bench_cut_off_anywhere_ends_in_the_same_table(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run(tmp_path / "whole")
+        table = (tmp_path / "whole" / "table.csv").read_bytes()
+        for stop in (1, 5, 9):
+            folder = tmp_path / f"cut{stop}"
+            count = 0
+            real = bench_work.publish
+
+            def publish(*args: Any, stop: int = stop, real: Any = real, **more: Any) -> None:
+                nonlocal count
+                count += 1
+                if count > stop:
+                    raise KeyboardInterrupt
+                real(*args, **more)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(bench_work, "publish", publish)
+                with pytest.raises(KeyboardInterrupt):
+                    run(folder)
+            before = {path: path.stat().st_mtime_ns for path in (folder / "ledger").glob("*.json")}
+            assert len(before) == stop
+            run(folder, resume=True)
+            assert (folder / "table.csv").read_bytes() == table
+            assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items())
+            assert all(starts(folder)[path.stem] == 1 for path in before)
+
+    def test_a_diverged_set_fails_alone(self, tmp_path: Path) -> None:
+        rows = ["random", {"name": "dm", "steps": 2, "set": {"method.lr_img": 1e30, "method.batch_real": 4}}]
+        found = run(tmp_path / "run", spec(methods=rows, seeds=1))
+        assert [cell["method"] for cell in found["cells"]] == ["random", "random"]
+        assert found["num_failed"] == 1
+        (failure,) = found["failures"]
+        assert failure["unit"] == "dm digits ipc 1 seed 0"
+        assert "lower lr_img" in failure["reason"]
+        assert len(found["skipped"]) == 2
+        again = run(tmp_path / "run", spec(methods=rows, seeds=1), resume=True, retry_failed=True)
+        assert again["failures"] == found["failures"], "what diverged would diverge again"
+
+    def test_a_crash_is_tried_three_times_then_listed_and_can_be_retried(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        held = spec(seeds=1)
+        with monkeypatch.context() as patch:
+            patch.setattr(get_method("dm"), "step", lambda self: 1 / 0)
+            found = run(tmp_path / "run", held)
+        assert found["failures"][0]["reason"] == "failed 3 times; last: ZeroDivisionError: division by zero"
+        key = found["failures"][0]["key"]
+        kinds = [event["event"] for event in Ledger(tmp_path / "run").events() if event["key"] == key]
+        assert kinds == ["start", "retry", "retry", "fail"]
+        assert run(tmp_path / "run", held, resume=True)["num_failed"] == 1
+        mended = run(tmp_path / "run", held, resume=True, retry_failed=True)
+        assert (mended["num_failed"], mended["skipped"], len(mended["cells"])) == (0, [], 4)
+
+    def test_a_torn_row_and_a_damaged_set_are_computed_again(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        held = spec(seeds=1)
+        run(tmp_path / "run", held)
+        table = (tmp_path / "run" / "table.csv").read_bytes()
+        ledger = Ledger(tmp_path / "run")
+        torn = ledger.rows("evaluate")[0]
+        (source,) = [row for row in ledger.rows("distill") if row.spec["method"] == torn.spec["method"]]
+        path = tmp_path / "run" / "ledger" / f"{torn.key}.json"
+        path.write_bytes(path.read_bytes()[:30])
+        set_file = tmp_path / "run" / source.result["artifact"]
+        set_file.write_bytes(set_file.read_bytes()[:-100])
+        run(tmp_path / "run", held, resume=True)
+        assert (tmp_path / "run" / "table.csv").read_bytes() == table
+        assert path.with_suffix(".corrupt").exists()
+        assert "is torn" in caplog.text
+        assert "it is distilled again" in caplog.text
+        assert starts(tmp_path / "run")[source.key] == 2
+
+    def test_a_full_disk_ends_the_bench_and_leaves_it_resumable(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with monkeypatch.context() as patch:
+
+            def full(*args: Any, **more: Any) -> None:
+                raise StorageError("could not write x: no space left on device")
+
+            patch.setattr(artifact.DistilledSet, "save", full)
+            with pytest.raises(StorageError, match="no space"):
+                run(tmp_path / "run")
+        assert Ledger(tmp_path / "run").rows() == []
+        assert run(tmp_path / "run", resume=True)["num_failed"] == 0
+
+    def test_when_nothing_can_be_scored_the_reason_is_said(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(get_method("dm"), "step", lambda self: 1 / 0)
+        with pytest.raises(DdrayError, match="no cell of the table was scored: failed 3 times"):
+            run(tmp_path / "run", spec(methods=TINY["methods"][1:], seeds=1))
+
+
+class TestRanking:
+    NAS: ClassVar = {
+        "evaluate": {
+            "protocol": "nas",
+            "options": {"sample": 2, "max_mflops": 3, "epochs": 1, "baselines": ["early-stopping"]},
+        },
+        "seeds": 1,
+    }
+
+    def test_sets_rank_architectures_in_a_run_of_their_own(self, tmp_path: Path) -> None:
+        held = spec(**self.NAS)
+        found = run(tmp_path / "run", held)
+        assert [(cell["method"], cell["arch"], cell["protocol"]) for cell in found["cells"]] == [
+            ("random", "convnet720", "nas"),
+            ("dm", "convnet720", "nas"),
+        ]
+        (sweep,) = [path for path in (tmp_path / "run" / "nas").iterdir() if (path / "ledger").is_dir()]
+        proxies = {row.spec.get("proxy") for row in Ledger(sweep).rows("nas")}
+        assert len(Ledger(sweep).rows("nas")) == 3 * 2, f"two sets and early stopping: {proxies}"
+        for row in Ledger(tmp_path / "run").rows("distill"):
+            made = artifact.load(tmp_path / "run" / row.result["artifact"])
+            assert made.meta.split == row.spec["split"] == "train-val0", (
+                "val is what the ranking is scored on"
+            )
+        for cell in found["cells"]:
+            assert {"spearman", "spearman_top20", "kendall"} <= cell.keys()
+            assert 0 <= cell["accuracy_mean"] <= 1
+        before = {path: path.stat().st_mtime_ns for path in sweep.glob("ledger/*.json")}
+        assert run(tmp_path / "run", held, resume=True)["cells"] == found["cells"]
+        assert {path: path.stat().st_mtime_ns for path in sweep.glob("ledger/*.json")} == before
+
+    def test_a_bad_option_is_refused_before_a_folder_is_made(self, tmp_path: Path) -> None:
+        bad = {"evaluate": {"protocol": "nas", "options": {"sampel": 2}}}
+        with pytest.raises(InputError, match="did you mean 'sample'"):
+            run(tmp_path / "run", spec(**bad))
+        assert not (tmp_path / "run").exists()
+        with pytest.raises(InputError, match="did you mean 'sample'"):
+            dry_run(spec(**bad), LOCAL, run_dir=None)
+
+    def test_published_correlations_stand_beside_ours(self) -> None:
+        cell = TestPublished().cell(
+            size=("ipc", 50),
+            protocol="nas",
+            arch="convnet720",
+            source=Source(paper="datadam", table="Table 4"),
+        )
+        ranking = Ranking(
+            0, BenchSpec.parse({**TINY, **self.NAS}).evaluate[0], "cifar10", ((cell, ("a", "b")),)
+        )
+        figures = [
+            {"top1_truth_accuracy": value, "spearman": rho, "spearman_top20": None, "kendall": rho}
+            for value, rho in ((0.90, 0.5), (0.88, 0.7))
+        ]
+        found = cell_of(ranking, 0, figures)
+        assert found["accuracy_mean"] == pytest.approx(0.89)
+        assert found["spearman"] == pytest.approx(0.6)
+        assert (found["spearman_top20"], found["published_spearman_top20"]) == (None, 0.69)
+        assert found["published"]["accuracy_mean"] == pytest.approx(0.89)
+        assert found["published"]["difference_se"] is not None
+
+
+class TestPool:
+    def test_networks_that_a_method_asks_for_are_units_trained_once(self, tmp_path: Path) -> None:
+        rows = ["kcenter", "herding"]
+        held = spec(methods=rows, set={**TINY["set"], "method.feature_epochs": 1}, ipc=[1, 2])
+        found = run(tmp_path / "run", held)
+        assert found["num_failed"] == 0
+        ledger = Ledger(tmp_path / "run")
+        pool = ledger.rows("pool")
+        assert sorted(row.spec["seed"] for row in pool) == [0, 1], "one network per seed for four rows"
+        keys = {row.spec["pool_key"] for row in pool}
+        assert all(set(row.result["pool"]) <= keys and row.result["pool"] for row in ledger.rows("distill"))
+        finished = [event["key"] for event in ledger.events() if event["event"] == "finish"]
+        order = {key: place for place, key in enumerate(finished)}
+        assert max(order[row.key] for row in pool) < min(order[row.key] for row in ledger.rows("evaluate"))
+        assert all(count == 1 for count in starts(tmp_path / "run").values())
+        # Another run finds them.
+        run(tmp_path / "other", held)
+        assert Ledger(tmp_path / "other").rows("pool") == []
+
+    def test_a_failed_entry_leaves_its_askers_out_and_the_rest_goes_on(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        held = spec(methods=["random", "kcenter"], seeds=1)
+        with monkeypatch.context() as patch:
+            patch.setitem(bench_work._TASKS, "pool", lambda job, work: 1 / 0)
+            found = run(tmp_path / "run", held)
+        assert [cell["method"] for cell in found["cells"]] == ["random", "random"]
+        assert [failure["kind"] for failure in found["failures"]] == ["pool"]
+        assert len(found["skipped"]) == 3
+        mended = run(tmp_path / "run", held, resume=True, retry_failed=True)
+        assert (mended["num_failed"], mended["skipped"]) == (0, [])
+
+    def test_an_asking_pool_gives_what_is_there_and_names_the_rest(self, toy: Any, planned: Any) -> None:
+        _, ctx, method = planned("kcenter", toy())
+        ctx: DistillContext
+        asking = AskingPool(ctx.pool)
+        object.__setattr__(ctx, "pool", asking)
+        with pytest.raises(bench_work._MissingError) as missing:
+            method.setup(ctx)
+        (spec_asked,) = missing.value.specs
+        asking.pool.get([spec_asked])
+        method.setup(ctx)
+        assert asking.used == [spec_asked.key]
+
+    def test_what_a_method_will_ask_for_is_known_without_images(self, digits: Any) -> None:
+        graph = build_graph(spec(methods=["kcenter", "random", "datadam"], seeds=1), lambda name: digits)
+        asked = {plan.method: asked_first(plan) for plan in graph.plans.values()}
+        assert asked["random"] == () == asked["datadam"]
+        assert [held.arch for held in asked["kcenter"] or ()] == ["convnet1_w8"]
+
+
+class TestDryRun:
+    def test_the_graph_is_listed_with_what_it_needs_and_nothing_is_made(self, tmp_path: Path) -> None:
+        found = dry_run(spec(methods=["random", "kcenter"]), LOCAL, run_dir=tmp_path / "none")
+        kinds = [unit["kind"] for unit in found["units"]]
+        assert (kinds.count("pool"), kinds.count("distill"), kinds.count("evaluate")) == (2, 4, 8)
+        assert found["num_missing"] == found["num_units"] == 14
+        assert found["estimate_s"] is None
+        titles = {unit["unit"] for unit in found["units"]}
+        assert all(set(unit["needs"]) <= titles for unit in found["units"])
+        assert not list(tmp_path.iterdir()) or not (tmp_path / "none").exists()
+        groups = summarise(found["units"])
+        assert sum(group["units"] for group in groups) == 14
+
+    def test_a_datasets_facts_are_enough(self) -> None:
+        found = dry_run(spec(dataset=["imagenet"], methods=["random"]), LOCAL, run_dir=None)
+        assert found["num_units"] == 2 + 4
+        with pytest.raises(InputError, match="nowhere"):
+            dry_run(spec(dataset=["nowhere"]), LOCAL, run_dir=None)
+
+    def test_estimates_come_from_past_units(self, tmp_path: Path) -> None:
+        run(tmp_path / "run", spec(seeds=1))
+        rows = Ledger(tmp_path / "run").rows()
+        assert len(costs_file().read_text().splitlines()) == len(rows) == 6
+        found = dry_run(spec(seeds=3), LOCAL, run_dir=None)
+        assert found["num_without_estimate"] == 0
+        assert found["estimate_s"] == pytest.approx(3 * sum(row.wall_s for row in rows), rel=1e-6)
+        assert dry_run(spec(), BenchOptions(gpus_per_unit=1), run_dir=None)["estimate_s"] is None
+        again = dry_run(spec(seeds=1), LOCAL, run_dir=tmp_path / "run")
+        assert (again["num_missing"], again["estimate_s"]) == (0, None)
+        assert {unit["status"] for unit in again["units"]} == {"done"}
+
+    def test_an_estimate_scales_with_the_work(self) -> None:
+        costs_file().parent.mkdir(parents=True)
+        graph = build_graph(spec(seeds=1), open_dataset)
+        work = next(work for work in graph.distil.values() if work.method == "dm")
+        line = {"kind": "distill", "what": "dm", "which": "digits", "device": "cpu"}
+        costs_file().write_text(
+            "\n".join(json.dumps({**line, "amount": work.amount * k, "wall_s": 3.0 * k}) for k in (1, 2, 9))
+            + '\n{"torn'
+        )
+        assert History("cpu").estimate(work).wall_s == pytest.approx(3.0)
+        assert History("cpu").estimate(work).units == 3
+        assert History("cuda").estimate(work).wall_s is None
+
+
+class TestPublished:
+    def cell(self, **changes: Any) -> Cell:
+        values: dict[str, Any] = {
+            "method": "datadam",
+            "name": "datadam",
+            "dataset": "cifar10",
+            "num_classes": 10,
+            "size": ("ipc", 1),
+            "protocol": "hard",
+            "arch": "convnet3",
+            "target": "cifar10",
+            "teacher": None,
+            "augment": None,
+            "keys": (),
+            "source": Source(),
+        }
+        return Cell(**{**values, **changes})
+
+    def value(self, **changes: Any) -> float | None:
+        number = find(read_numbers(), self.cell(**changes))
+        return None if number is None else number.value
+
+    def test_all_numbers_are_read(self) -> None:
+        numbers = read_numbers()
+        assert len(numbers) == 950
+        assert len({(number.paper, number.table) for number in numbers}) == 34
+
+    def test_cells_find_their_numbers(self) -> None:
+        assert self.value() == 32.0
+        assert self.value(name="mmd_pixel", size=("ipc", 50)) == 50.9
+        assert self.value(size=("ipc", 2)) is None
+        assert self.value(dataset="digits", target="digits") is None
+        assert self.value(name="dm", arch="densenet_cifar", size=("ipc", 50)) == 57.4
+        source = Source(paper="dsdm", table="Table 1")
+        assert self.value(name="dm", size=("ipc", 10), source=source) == 48.9
+        assert self.value(source=source) is None, "DataDAM is not in that table"
+
+    def test_boost_counts_images_and_supervised_sets_count_as_their_images(self) -> None:
+        held = {"dataset": "cifar100", "target": "cifar10", "num_classes": 100, "protocol": "linear"}
+        source = Source(paper="boost_ssdd", table="Table 1")
+        assert self.value(name="boost_ssdd", size=("budget", 100), source=source, **held) == 76.83
+        assert self.value(name="dm", size=("ipc", 1), source=source, arch="vgg11", **held) == 28.37
+        assert self.value(name="kmeans_ssl", size=("budget", 100), arch="mobilenet_v2", **held) == 33.53
+
+    def test_settings_and_teachers_tell_ablations_and_students_apart(self) -> None:
+        held = {
+            "name": "d3hr",
+            "dataset": "imagenet",
+            "target": "imagenet",
+            "num_classes": 1000,
+            "size": ("ipc", 10),
+        }
+        table = Source(paper="d3hr", table="Table 2")
+        soft = {"protocol": "soft", "source": table}
+        assert self.value(**held, **soft, teacher="vgg11", arch="mobilenet_v2") == 37.8
+        assert self.value(**held, **soft, teacher="mobilenet_v2", arch="vgg11") == 24.8
+        source = Source(paper="d3hr", table="Table 3", setting="L_mu only")
+        assert self.value(**held, protocol="soft", arch="resnet18", source=source) == 42.6
+        stated = Source(paper="d3hr", table="Table A10", setting="m=1e5; arch not stated")
+        assert (
+            self.value(name="d3hr", size=("ipc", 10), arch="resnet18", protocol="soft", source=stated) == 40.4
+        )
+
+    def test_differences_are_in_standard_errors_of_both(self) -> None:
+        number = find(read_numbers(), self.cell())
+        assert number is not None
+        found = compare(number, 0.35, 0.004)
+        assert found["accuracy_mean"] == pytest.approx(0.32)
+        assert found["difference"] == pytest.approx(0.03)
+        assert found["difference_se"] == pytest.approx(0.03 / math.sqrt(0.004**2 + 0.012**2))
+        assert compare(number, 0.35, None)["difference_se"] is None
+
+    def test_the_standard_error_is_over_sets(self) -> None:
+        assert standard_error([[0.5, 0.7], [0.8, 1.0]]) == pytest.approx(
+            statistics.stdev([0.6, 0.9]) / 2**0.5
+        )
+        assert standard_error([[0.5, 0.7, 0.9]]) == pytest.approx(0.2 / 3**0.5)
+        assert standard_error([[0.5]]) is None
+
+
+@pytest.mark.skipif(not FILES, reason="the wheel ships them")
+class TestFiles:
+    @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+    @pytest.mark.parametrize("scale", ["smoke", "cpu", "paper"])
+    def test_a_shipped_file_parses_and_its_graph_is_listed(self, path: Path, scale: str) -> None:
+        held = read_spec(path, scale)
+        from ddray.api import PROTOCOLS
+
+        known = all(row.name in method_names() for row in held.rows())
+        known = known and all(one.protocol in (*PROTOCOLS, "nas") for one in held.evaluate)
+        if not known:
+            pytest.skip("a method or protocol of this table is not registered")
+        found = dry_run(held, BenchOptions(scale=scale), run_dir=None)
+        assert found["num_units"] > 0
+
+    @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+    def test_a_shipped_file_opens_with_command_numbers_and_cost(self, path: Path) -> None:
+        head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+        assert head[0] == f"# ddray bench configs/bench/{path.name}"
+        assert any(line.startswith("# Expected: ") for line in head)
+        assert any(line.startswith("# Cost: ") for line in head)

@@ -1,0 +1,186 @@
+"""ddray as a library: `import ddray`, sets as torch datasets, pictures and parquet; the README's example."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+import ddray
+from ddray import artifact
+from ddray.artifact import DistilledSet
+from ddray.data import open_dataset
+from ddray.errors import InputError
+from ddray.export import export_folder, export_parquet, pictures
+from tests.test_docs import blocks
+
+SMALL = {"steps": 2, "arch": "convnet1_w8", "compile": "off", "method.batch_real": 4}
+
+
+def python(code: str, folder: Path) -> str:
+    """Run code in a fresh interpreter; return what it printed."""
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(root)!r})\n{code}"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture
+def made() -> DistilledSet:
+    return ddray.distill("dm", ipc=2, settings=SMALL)
+
+
+class TestDistill:
+    def test_it_returns_the_set_of_the_command(self, made: DistilledSet, tmp_path: Path) -> None:
+        kept = ddray.distill("dm", open_dataset("digits"), ipc=2, settings=SMALL, run_dir=tmp_path / "run")
+        assert torch.equal(kept.images, made.images)
+        assert kept.meta.config == made.meta.config
+        assert (tmp_path / "run" / "distilled.pt").is_file()
+        again = ddray.distill("dm", ipc=2, settings=SMALL, run_dir=tmp_path / "run")
+        assert torch.equal(again.images, made.images)
+
+    def test_nothing_is_left_behind_without_a_folder(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        before = set(tmp_path.iterdir())
+        ddray.distill("random")
+        assert {path for path in tmp_path.iterdir() if path.name != "home"} == before - {tmp_path / "home"}
+
+    def test_bad_names_are_refused(self) -> None:
+        with pytest.raises(InputError, match="did you mean 'datadam'"):
+            ddray.distill("datdam")
+        with pytest.raises(InputError, match="lr_img"):
+            ddray.distill("dm", settings={"method.lr_imag": 1})
+
+    def test_evaluate_takes_a_set_or_its_file(self, made: DistilledSet, tmp_path: Path) -> None:
+        made.save(tmp_path / "a.pt")
+        held: dict[str, Any] = {"archs": ["convnet1_w8"], "seeds": 1, "epochs": 1}
+        first, second = ddray.evaluate(made, **held), ddray.evaluate(tmp_path / "a.pt", **held)
+        assert first["results"][0]["per_seed"] == second["results"][0]["per_seed"]
+
+    def test_names_that_are_modules_too_stay_callable_whatever_is_imported_first(
+        self, tmp_path: Path
+    ) -> None:
+        for first in ("ddray", "ddray.distill", "ddray.evaluate.hard", "ddray.export", "ddray.api"):
+            code = (
+                f"import {first}\nimport ddray\n"
+                "from ddray.distill import run_distillation\nfrom ddray.evaluate import EvalContext\n"
+                "assert callable(ddray.distill) and callable(ddray.evaluate) and callable(ddray.export)\n"
+                "print(len(ddray.distill('random').images))"
+            )
+            assert python(code, tmp_path) == "10\n"
+
+    def test_importing_ddray_loads_no_torch(self, tmp_path: Path) -> None:
+        assert python("import ddray; print('torch' in sys.modules, ddray.__version__)", tmp_path).startswith(
+            "False"
+        )
+        with pytest.raises(AttributeError, match="no attribute 'distil'"):
+            ddray.distil  # noqa: B018
+
+
+class TestExport:
+    def test_a_torch_dataset_holds_the_decoded_set(self, made: DistilledSet) -> None:
+        held = made.to_torch_dataset()
+        assert len(held) == 20
+        images, labels = held[:]
+        assert torch.equal(images, made.images)
+        assert torch.equal(labels, made.labels)
+        images.zero_()
+        assert float(made.images.abs().sum()) > 0, "the set shares no memory with what it handed out"
+
+    def test_a_folder_is_a_dataset_again(self, made: DistilledSet, tmp_path: Path) -> None:
+        export_folder(made, tmp_path / "out")
+        opened = open_dataset(str(tmp_path / "out"))
+        assert opened.num_classes == 10
+        split = opened.train()
+        assert len(split) + len(opened.test()) == 20
+        wanted = pictures(made)
+        for number, label in enumerate(made.labels.tolist()):
+            (path,) = (tmp_path / "out").glob(f"{label}_*/{number:05d}.png")
+            pixels = torch.frombuffer(bytearray(Image.open(path).tobytes()), dtype=torch.uint8)
+            assert torch.equal(pixels.view(1, 16, 16), wanted[number])
+        assert json.loads((tmp_path / "out" / "meta.json").read_text())["method"] == "dm"
+        with pytest.raises(InputError, match="must be new"):
+            export_folder(made, tmp_path / "out")
+
+    def test_real_images_come_back_as_they_were(self, tmp_path: Path, digits: Any) -> None:
+        made = ddray.distill("random", ipc=1)
+        real = digits.train().images.flatten(1)
+        for picture in pictures(made).flatten(1):
+            assert bool((real == picture).all(1).any())
+
+    def test_parquet_keeps_values_labels_and_meta(self, made: DistilledSet, tmp_path: Path) -> None:
+        path = tmp_path / "data" / "train-00000.parquet"
+        export_parquet(made, path)
+        table = pq.read_table(path)
+        values = torch.tensor(table["tensor"].to_pylist()).view(made.images.shape)
+        assert torch.equal(values, made.images)
+        assert table["label"].to_pylist() == made.labels.tolist()
+        assert json.loads(table.schema.metadata[b"ddray"]) == json.loads(json.dumps(made.meta.dump()))
+        opened = open_dataset(str(tmp_path / "data"))
+        assert opened.class_names == made.meta.class_names
+        assert len(opened.train()) + len(opened.test()) == 20
+
+    def test_whitened_sets_are_shown_de_whitened_and_clamping_is_said(
+        self, toy: Any, planned: Any, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        _, ctx, method = planned("random", toy(), pixel_space="zca")
+        method.setup(ctx)
+        held = method.snapshot()
+        raw = held.space().decode(held.images)
+        assert (pictures(held).float() / 255 - raw.clamp(0, 1)).abs().max() <= 0.5 / 255 + 1e-6
+        wild = DistilledSet(held.images * 9, held.labels, held.meta, held.zca)
+        caplog.clear()
+        pictures(wild)
+        assert "are clamped" in caplog.text
+
+    def test_sets_without_labels_have_targets(self, tmp_path: Path, made: DistilledSet) -> None:
+        targets = torch.arange(40.0).view(20, 2)
+        counted = {"storage_floats": made.images.numel() + targets.numel()}
+        none = torch.zeros(0, dtype=torch.int64)
+        held = DistilledSet(made.images, none, made.meta.model_copy(update=counted), targets=targets)
+        held.validate()
+        images, second = held.to_torch_dataset()[3]
+        assert torch.equal(images, made.images[3])
+        assert second.tolist() == [6.0, 7.0]
+        export_folder(held, tmp_path / "out")
+        assert len(list((tmp_path / "out" / "unlabelled").glob("*.png"))) == 20
+        export_parquet(held, tmp_path / "a.parquet")
+        table = pq.read_table(tmp_path / "a.parquet")
+        assert table["target"].to_pylist() == targets.tolist()
+        assert "label" not in table.column_names
+
+    def test_spectrograms_have_no_pictures(self, made: DistilledSet) -> None:
+        meta = made.meta.model_copy(update={"mean": (-6.0,)})
+        with pytest.raises(InputError, match="log-spectrograms"):
+            pictures(DistilledSet(made.images, made.labels, meta))
+
+    def test_the_form_follows_the_name(self, made: DistilledSet, tmp_path: Path) -> None:
+        made.save(tmp_path / "a.pt")
+        assert ddray.export(tmp_path / "a.pt", tmp_path / "a.parquet").is_file()
+        assert ddray.export(made, tmp_path / "b").is_dir()
+        assert ddray.export(made, tmp_path / "c.parquet", form="folder").is_dir()
+        assert artifact.load(tmp_path / "a.pt").meta == ddray.load(tmp_path / "a.pt").meta
+
+
+def test_the_readmes_example_runs(tmp_path: Path) -> None:
+    for block in blocks("README.md", None, "python"):
+        out = python(block, tmp_path)
+        assert out.startswith("datadam: ")
+        assert "torch.Size([5, 1, 16, 16])" in out
+    assert (tmp_path / "digits.parquet").is_file()
+    assert len(list((tmp_path / "digits-pictures").glob("*/*.png"))) == 10

@@ -1,0 +1,46 @@
+"""docs/methods has a page per method, as its source has it now."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "docs" / "methods"
+
+
+@pytest.fixture(scope="module")
+def generator() -> Any:
+    spec = importlib.util.spec_from_file_location("docs_regenerate", ROOT / "docs" / "regenerate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_pages_are_those_of_the_sources(generator: Any) -> None:
+    made = generator.pages()
+    assert {"README.md", "datadam.md", "random.md"} <= made.keys()
+    held = {path.name: path.read_text(encoding="utf-8") for path in FOLDER.glob("*.md")}
+    stale = sorted(name for name in {*made, *held} if made.get(name) != held.get(name))
+    assert stale == [], "run: python docs/regenerate.py"
+
+
+def test_a_page_says_what_a_reader_needs(generator: Any) -> None:
+    text = generator.page("datadam")
+    for word in ("# datadam", "ICCV 2023", "## Presets", "## Settings", "## Search space", "## Deviations"):
+        assert word in text
+    assert re.search(r"\| `method\.p` \| `4` \| `1` \|", text)
+    assert "| ipc 10 | 54.2 +- 0.8 | datadam, Table 3 |" in text
+
+
+def test_links_lead_somewhere() -> None:
+    for path in FOLDER.glob("*.md"):
+        for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
+            if "://" not in target:
+                assert (path.parent / target).exists(), f"{path.name}: {target}"

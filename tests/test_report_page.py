@@ -1,0 +1,284 @@
+"""The page of `ddray report`: what it shows of runs, that it needs no network, and its t-SNE planes."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import shutil
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from ddray import artifact
+from ddray.bench.run import BenchOptions, prepare, run_bench, run_local
+from ddray.bench.spec import BenchSpec
+from ddray.data import open_dataset
+from ddray.errors import InputError
+from ddray.ledger import Ledger
+from ddray.plan import resolve
+from ddray.report.figures import accuracy_bars
+from ddray.report.images import grid, png
+from ddray.report.page import default_out, write_page
+from ddray.report.plane import embedding_net, make_plane, project
+from ddray.report.runs import read_run
+
+SPEC: dict[str, Any] = {
+    "name": "<b>mini</b>",
+    "dataset": "digits",
+    "methods": [
+        "random",
+        {"name": "dm", "label": "dm & co", "steps": 3, "set": {"method.batch_real": 4}},
+        {"name": "dm", "label": "wild", "steps": 2, "set": {"method.lr_img": 1e30, "method.batch_real": 4}},
+    ],
+    "ipc": [1, 2],
+    "set": {"arch": "convnet1_w8", "compile": "off"},
+    "evaluate": {"archs": ["convnet1_w8", "convnet1_w8_bn"], "epochs": 1, "seeds": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bench with two rows that worked and one that diverged."""
+    made = tmp_path_factory.mktemp("report")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DDRAY_HOME", str(made / "home"))
+        held = prepare(BenchSpec.parse(SPEC), BenchOptions(executor="local"))
+        run_bench(held, run_local, run_dir=made / "run")
+    return made / "run"
+
+
+@pytest.fixture(scope="module")
+def page(folder: Path) -> str:
+    write_page([folder], folder / "report.html")
+    return (folder / "report.html").read_text()
+
+
+class Tables(HTMLParser):
+    """Reads the text of every table's cells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables: list[list[list[str]]] = []
+        self._cell: list[str] | None = None
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self._cell = []
+
+    def handle_data(self, data: str) -> None:
+        if self._cell is not None:
+            self._cell.append(data)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th") and self._cell is not None:
+            self.tables[-1][-1].append(" ".join("".join(self._cell).split()))
+            self._cell = None
+
+
+def body(page: str) -> str:
+    """Return the page without the bodies of its scripts."""
+    return re.sub(r"(<script[^>]*>).*?(</script>)", r"\1\2", page, flags=re.S)
+
+
+def tables(page: str) -> list[list[list[str]]]:
+    parser = Tables()
+    parser.feed(body(page))
+    return parser.tables
+
+
+def test_it_needs_no_network(page: str) -> None:
+    outside = body(page)
+    assert not re.findall(r"""(?:src|href)\s*=\s*["']?\s*(?:https?:)?//""", outside)
+    assert "@import" not in outside
+    assert "url(http" not in outside
+    assert "plotly" in page.lower()
+
+
+def test_the_leaderboard_has_every_cell_best_first(page: str, folder: Path) -> None:
+    board = tables(page)[0]
+    head, lines = board[0], board[1:]
+    cells = json.loads((folder / "cells.json").read_text())["cells"]
+    assert len(lines) == len(cells) == 2 * 2 * 2
+    assert all(len(line) == len(head) for line in lines)
+    shown = [dict(zip(head, line, strict=True)) for line in lines]
+    for cell in cells:
+        (line,) = [
+            line
+            for line in shown
+            if (line["method"], line["size"], line["arch"])
+            == (cell["method"], f"ipc {cell['ipc']}", cell["arch"])
+        ]
+        mean, std = (f"{100 * cell[name]:.2f}" for name in ("accuracy_mean", "accuracy_std"))
+        assert line["accuracy %"] == f"{mean} ± {std}"
+        assert line["n (sets)"] == "2 (1)"
+        assert line["storage"] == f"{cell['ipc'] * 10 * 256:,}"
+        assert float(line["seconds"]) >= 0
+    groups: dict[tuple[str, str], list[float]] = {}
+    for line in shown:
+        groups.setdefault((line["size"], line["arch"]), []).append(float(line["accuracy %"].split()[0]))
+    assert all(values == sorted(values, reverse=True) for values in groups.values())
+
+
+def test_published_numbers_stand_beside_ours(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    held = json.loads((copy / "cells.json").read_text())
+    held["cells"][0]["published"] = {
+        "accuracy_mean": 0.32,
+        "accuracy_std": 0.012,
+        "paper": "datadam",
+        "table": "Table 3",
+        "difference": -0.0312,
+        "difference_se": -2.46,
+    }
+    (copy / "cells.json").write_text(json.dumps(held))
+    write_page([copy], copy / "report.html", planes=False)
+    board = tables((copy / "report.html").read_text())[0]
+    shown = [dict(zip(board[0], line, strict=True)) for line in board[1:]]
+    (line,) = [line for line in shown if line["published %"] != "-"]
+    assert (line["published %"], line["difference"], line["in SE"]) == ("32.00 ± 1.20", "-3.12", "-2.5")
+
+
+def test_text_of_users_is_escaped(page: str) -> None:
+    assert "<b>mini</b>" not in body(page)
+    assert "&lt;b&gt;mini&lt;/b&gt;" in page
+    assert "dm &amp; co" in body(page)
+
+
+def test_methods_show_their_sets(page: str, folder: Path) -> None:
+    run = read_run(folder)
+    assert sorted({view.label for view in run.sets}) == ["dm & co", "random"]
+    wanted = {base64.b64encode(png(grid(artifact.load(view.path)))).decode() for view in run.sets}
+    shown = set(re.findall(r'src="data:image/png;base64,([^"]+)"', body(page)))
+    assert shown == wanted
+    for held in shown:
+        assert Image.open(io.BytesIO(base64.b64decode(held))).size[0] > 64
+    assert "Random real images" in body(page) or "random" in body(page)
+    assert "batch_real: 4" in body(page)
+
+
+def test_curves_failures_and_provenance(page: str, folder: Path) -> None:
+    text = body(page)
+    assert "Loss: digits, ipc 2" in text
+    failures = next(table for table in tables(page) if table[0][:2] == ["run", "unit"])
+    assert [line[1] for line in failures[1:]] == [
+        "wild digits ipc 2 seed 0",
+        "wild digits ipc 1 seed 0",
+    ] or len(failures) == 3
+    assert "lower lr_img" in failures[1][3]
+    assert "4 units could not run" in text
+    environment = json.loads((folder / "environment.json").read_text())
+    for word in (environment["date"], environment["processor"], f"torch {environment['versions']['torch']}"):
+        assert word in text
+    facts = {line[0]: line[1] for line in tables(page)[-1] if len(line) == 2}
+    assert facts["seeds"].startswith("0")
+    assert facts["units"].startswith(f"{len(Ledger(folder).rows())} rows; ")
+    assert "name: &#39;&lt;b&gt;mini" in text or "name: &lt;b&gt;mini" in text
+
+
+def test_a_run_that_has_not_ended_is_shown_as_far_as_it_got(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    (copy / "cells.json").unlink()
+    gone = Ledger(copy).rows("evaluate")[0]
+    (copy / "ledger" / f"{gone.key}.json").unlink()
+    found = write_page([copy], copy / "report.html", planes=False)
+    assert found["num_failed"] == 2
+    board = tables((copy / "report.html").read_text())[0]
+    assert len(board) - 1 in (7, 8)
+    assert {line[0] for line in board[1:]} == {"random", "dm"}
+
+
+def test_several_runs_stand_on_one_page(folder: Path, tmp_path: Path, digits: Any) -> None:
+    from ddray.api import distill
+
+    plan = resolve("random", digits, ipc=1, layers=[{"arch": "convnet1_w8"}])
+    distill(plan, device=torch.device("cpu"), run_dir=tmp_path / "one")
+    found = write_page([folder, tmp_path / "one"], tmp_path / "page.html", planes=False)
+    assert len(found["runs"]) == 2
+    text = (tmp_path / "page.html").read_text()
+    assert "distill random digits" in text
+    assert text.count('alt="distilled images of random') == 3 or text.count("distilled images of random") >= 2
+
+
+def test_folders_that_are_no_runs_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="takes run folders"):
+        write_page([tmp_path], tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()
+    with pytest.raises(InputError, match="at least one run folder"):
+        default_out([])
+
+
+def test_bars_of_published_numbers_are_markers() -> None:
+    cell = {
+        "method": "dm",
+        "dataset": "cifar10",
+        "ipc": 1,
+        "protocol": "hard",
+        "arch": "convnet3",
+        "accuracy_mean": 0.25,
+        "accuracy_std": None,
+    }
+    published = {"accuracy_mean": 0.26}
+    html = accuracy_bars([cell, {**cell, "method": "datadam", "published": published}])
+    assert "convnet3, published" in html
+    assert '"y":[26.0]' in html
+
+
+class TestPlane:
+    def test_clusters_stay_together_and_the_same_seed_gives_the_same_points(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        centres = 20 * torch.eye(3).repeat_interleave(30, 0)
+        features = torch.cat([centres, torch.zeros(90, 5)], 1) + torch.randn(90, 8, generator=generator)
+        points = project(features, seed=0)
+        assert points.shape == (90, 2)
+        assert torch.equal(points, project(features, seed=0))
+        groups = points.view(3, 30, 2)
+        spread = (groups - groups.mean(1, keepdim=True)).norm(dim=2).max()
+        apart = torch.pdist(groups.mean(1)).min()
+        assert apart > spread
+
+    def test_points_are_of_the_right_images(self, folder: Path) -> None:
+        run = read_run(folder)
+        sets = [view for view in run.sets if view.size == "ipc 2"]
+        plane = make_plane(open_dataset("digits"), sets)
+        assert plane is not None
+        assert plane.real.shape == (len(plane.real_labels), 2)
+        assert plane.real_labels.bincount().tolist() == [60] * 10
+        assert [label for label, _, _ in plane.distilled] == [view.label for view in sets]
+        for _, points, classes in plane.distilled:
+            assert points.shape == (20, 2)
+            assert classes.tolist() == torch.arange(10).repeat_interleave(2).tolist()
+        assert plane.network == "convnet3, untrained"
+
+    def test_the_pools_longest_trained_network_is_taken(self, toy: Callable[..., Any], planned: Any) -> None:
+        dataset = toy(name="toy")
+        assert embedding_net(dataset)[1].endswith("untrained")
+        for epochs in (2, 1):
+            _, ctx, method = planned("kcenter", dataset, method={"feature_epochs": epochs})
+            method.setup(ctx)
+        net, name = embedding_net(dataset)
+        assert name == "convnet2_w8, trained on the real images for 2 epochs"
+        assert not net.training
+
+    def test_a_missing_dataset_is_said(self, folder: Path, tmp_path: Path) -> None:
+        copy = tmp_path / "run"
+        shutil.copytree(folder, copy)
+        held = json.loads((copy / "cells.json").read_text())
+        for path in (copy / "ledger").glob("*.json"):
+            path.write_text(path.read_text().replace('"dataset":"digits"', '"dataset":"cifar10"'))
+        held["cells"] = [{**cell, "dataset": "cifar10"} for cell in held["cells"]]
+        (copy / "cells.json").write_text(json.dumps(held))
+        write_page([copy], copy / "report.html")
+        assert "Not drawn: dataset cifar10 needs a data directory" in (copy / "report.html").read_text()
