@@ -8,11 +8,12 @@ DEMO_ARGS ?= --steps 90 --set evaluate.epochs=100 --set evaluate.seeds=3
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check reports clean
+.PHONY: help demo test browser check reports clean
 
 help:
 	@echo "make demo    install, tune DataDAM on the embedded digits, show where pictures and table are"
 	@echo "make test    install with the test extra, run the default test suite"
+	@echo "make browser test the report in chromium (needs chromium and chromedriver)"
 	@echo "make check   install with the dev extra, run ruff and mypy"
 	@echo "make reports measure what reports/ holds (about an hour on two cores)"
 	@echo "make clean   remove caches and build output (.venv and runs/ stay)"
@@ -27,6 +28,7 @@ $(VENV)/bin/pip:
 $(VENV)/.installed-run: EXTRA :=
 $(VENV)/.installed-test: EXTRA := [test]
 $(VENV)/.installed-dev: EXTRA := [dev]
+$(VENV)/.installed-browser: EXTRA := [browser]
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.$(EXTRA)'
 	@touch $@
@@ -43,9 +45,20 @@ demo: $(VENV)/.installed-run
 	printf '\npicture  %s\nreport   %s\ntable    %s\n' "$$run/distilled.png" "$$run/report.html" "$$run/results.csv"
 
 # Nothing is written outside the checkout and the temporary folder.
+# Tests wait for processes more than they compute: two at a time; benchmarks afterwards, alone on the machine.
+DEFAULT := not slow and not gpu and not browser
 test: $(VENV)/.installed-test
+	@home=$$(mktemp -d) && trap 'rm -rf "$$home"' EXIT INT TERM && export DDRAY_HOME="$$home" && \
+	if [ -n "$(PYTEST_ARGS)" ]; then \
+		$(PY) -m pytest -m "$(DEFAULT)" $(PYTEST_ARGS); \
+	else \
+		$(PY) -m pytest -m "$(DEFAULT) and not benchmark" -n 2 --dist loadfile && \
+		$(PY) -m pytest -m "$(DEFAULT) and benchmark" tests/benchmarks; \
+	fi
+
+browser: $(VENV)/.installed-browser
 	@home=$$(mktemp -d) && trap 'rm -rf "$$home"' EXIT INT TERM && \
-	DDRAY_HOME="$$home" $(PY) -m pytest -m "not slow and not gpu and not browser" $(PYTEST_ARGS)
+	DDRAY_HOME="$$home" $(PY) -m pytest -m browser tests/browser $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

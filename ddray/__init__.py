@@ -1,3 +1,52 @@
-"""ddray: hyperparameter and NAS benchmarking for dataset distillation, on Ray."""
+"""ddray: hyperparameter and NAS benchmarking for dataset distillation, on Ray.
+
+As a library: `ddray.distill("datadam", ipc=1)`, `ddray.load("x.pt")`, `ddray.evaluate(made)`,
+`ddray.export(made, "folder")`.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ddray.library import distill as distill
+    from ddray.library import evaluate as evaluate
+    from ddray.library import export as export
+    from ddray.library import load as load
 
 __version__ = "0.1.0"
+
+_FUNCTIONS = ("distill", "evaluate", "export", "load")
+
+
+class _Callable(ModuleType):
+    """A submodule that shares its name with a function of the library, and can be called as it."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function."""
+        from ddray import library
+
+        return getattr(library, self.__name__.rpartition(".")[2])(*args, **kwargs)
+
+
+class _Package(ModuleType):
+    """This package; torch is loaded when a function is first asked for."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Take a submodule when it is imported: `ddray.distill` stays callable."""
+        if name in _FUNCTIONS and isinstance(value, ModuleType):
+            value.__class__ = _Callable
+        super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a function of the library."""
+        if name not in _FUNCTIONS:
+            raise AttributeError(f"module 'ddray' has no attribute {name!r}")
+        from ddray import library
+
+        return getattr(library, name)
+
+
+sys.modules[__name__].__class__ = _Package

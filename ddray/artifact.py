@@ -7,25 +7,29 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from ddray import generative
+from ddray.bases import Bases, check, images_of, targets_of
+from ddray.bases import expand as expand_bases
 from ddray.config import Config
 from ddray.data import Dataset, PixelSpace
 from ddray.errors import InputError
 from ddray.files import write_atomically
+from ddray.partition import Partition, expand
+from ddray.tensor_files import is_plain, read_foreign, read_tensors
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from torch.utils.data import TensorDataset
 
 FORMAT_VERSION: Final = 1
-_TARGETS: Final = ("labels", "soft_labels", "targets")
 _ZCA: Final = ("zca_mean", "zca_matrix")
 
 
@@ -48,10 +52,20 @@ class Meta(Config):
     method: str
     config: dict[str, Any] = Field(default_factory=dict)
     seed: int | None = None
+    split: str | None = None
+    """What it was distilled from: `train`, or `train-val<seed>` without the val tenth."""
     arch: str
     norm: str
     generator: str | None = None
     """Hash of the generative model behind the images, if any."""
+    budget: int | None = Field(default=None, ge=1)
+    """Images of storage that a self-supervised set was allowed; its ipc is their share of a class."""
+    decoder: Literal["partition", "boost_ssdd", "d3hr"] | None = None
+    """What turns stored tensors into training images; None: they are the same."""
+    partition: Partition | None = None
+    """The parameters of decoder `partition`."""
+    bases: Bases | None = None
+    """The parameters of decoder `boost_ssdd`."""
     versions: dict[str, str] = Field(default_factory=dict)
     git_commit: str | None = None
 
@@ -62,11 +76,13 @@ class TrainSet:
 
     Attributes:
         images: float32 [N, C, H, W].
-        labels: int64 [N].
+        labels: int64 [N]; [0] where there are targets instead.
+        targets: float32 [N, D] of a self-supervised set, else None.
     """
 
     images: Tensor
     labels: Tensor
+    targets: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -75,15 +91,20 @@ class DistilledSet:
 
     Attributes:
         images: float32 [N, C, H, W] in `meta.pixel_space`.
-        labels: int64 [N].
+        labels: int64 [N]; [0] where there are targets instead.
         meta: what the set says of itself.
         zca: `zca_mean` [D] and `zca_matrix` [D, D] of a whitened set (D = C*H*W), else empty.
+        targets: float32 [N, D] of a self-supervised set, else None.
+        compact: the tensors that decoder `boost_ssdd` makes images and targets of, which are then not stored,
+            or the statistics that `d3hr` draws images from, of which there are none before `generated`.
     """
 
     images: Tensor
     labels: Tensor
     meta: Meta
     zca: Mapping[str, Tensor] = field(default_factory=dict)
+    targets: Tensor | None = None
+    compact: Mapping[str, Tensor] = field(default_factory=dict)
 
     def space(self) -> PixelSpace:
         """Return the pixel space that the images live in."""
@@ -92,9 +113,44 @@ class DistilledSet:
             meta.pixel_space, meta.mean, meta.std, self.zca.get("zca_mean"), self.zca.get("zca_matrix")
         )
 
+    def generated(self, ipc: int | None = None, device: torch.device | str = "cpu") -> DistilledSet:
+        """Return this set with images: itself, unless it holds statistics to draw any number of them from.
+
+        Args:
+            ipc: images per class to draw; default as it was distilled.
+            device: where they are made.
+
+        Raises:
+            InputError: `ipc` for a set that holds its images, or the generator is not there any more.
+        """
+        if self.meta.decoder != "d3hr":
+            if ipc is not None:
+                raise InputError("--ipc is for sets that hold statistics; this one holds its images")
+            return self
+        from ddray.methods._d3hr_sampling import generate
+
+        return generate(self, self.meta.ipc if ipc is None else ipc, torch.device(device))
+
     def decode(self) -> TrainSet:
-        """Return the set as training images and labels."""
-        return TrainSet(self.images, self.labels)
+        """Return the set as it is trained on.
+
+        Labelled: images [N * P, C, H, W], P per stored image. Bases: images with their views, and targets.
+        """
+        if self.meta.decoder == "d3hr":
+            return self.generated().decode()
+        partition = self.meta.partition
+        if self.meta.bases is not None:
+            images, targets = expand_bases(self.compact, self.meta.bases)
+            return TrainSet(images, self.labels, targets)
+        if partition is None:
+            return TrainSet(self.images, self.labels, self.targets)
+        return TrainSet(expand(self.images, partition), self.labels.repeat_interleave(partition.num_parts))
+
+    def to_torch_dataset(self) -> TensorDataset:
+        """Return (image [C, H, W], label) pairs, as decoded, in the set's pixel space."""
+        from ddray.export import to_torch_dataset
+
+        return to_torch_dataset(self)
 
     def validate(self) -> None:
         """Check that tensors and meta agree.
@@ -103,6 +159,9 @@ class DistilledSet:
             InputError: naming the first rule that is broken.
         """
         images, labels, meta = self.images, self.labels, self.meta
+        if meta.decoder == "d3hr":
+            generative.check(self.compact, len(meta.class_names), meta.storage_floats)
+            return
         if images.dtype != torch.float32 or images.ndim != 4 or images.shape[0] == 0:
             raise InputError(f"images must be float32 [N, C, H, W], got {images.dtype} {list(images.shape)}")
         if tuple(images.shape[1:]) != meta.image_shape:
@@ -111,11 +170,13 @@ class DistilledSet:
             )
         if not self.is_finite():
             raise InputError("images must be finite, got NaN or infinity")
-        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+        if self.targets is not None:
+            self._validate_targets(self.targets)
+        elif labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
             raise InputError(
                 f"labels must be int64 [{images.shape[0]}], got {labels.dtype} {list(labels.shape)}"
             )
-        if labels.min() < 0 or labels.max() >= len(meta.class_names):
+        elif labels.min() < 0 or labels.max() >= len(meta.class_names):
             raise InputError(
                 f"labels must be in 0..{len(meta.class_names) - 1}, "
                 f"got {int(labels.min())}..{int(labels.max())}"
@@ -135,12 +196,47 @@ class DistilledSet:
         for name, tensor in self.zca.items():
             if tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
                 raise InputError(f"{name} must be finite float32, got {tensor.dtype}, NaN or infinity")
+        self._validate_decoder()
+
+    def _validate_decoder(self) -> None:
+        """Raise InputError unless decoder, its parameters and the counts agree."""
+        meta, partition = self.meta, self.meta.partition
+        if (meta.decoder == "partition") != (partition is not None):
+            raise InputError(f"decoder {meta.decoder} and partition {partition} must both be given, or none")
+        parts = (meta.decoder == "boost_ssdd", meta.bases is not None, bool(self.compact))
+        if any(parts) != (all(parts) and self.targets is not None):
+            raise InputError("decoder boost_ssdd, its bases, tensors and targets must all be given, or none")
+        if partition is None:
+            return
+        if meta.ipc_decoded != meta.ipc * partition.num_parts:
+            raise InputError(
+                f"ipc_decoded must be {meta.ipc} x {partition.num_parts} parts, got {meta.ipc_decoded}"
+            )
+        if meta.storage_floats != self.images.numel():
+            raise InputError(f"storage_floats must be {self.images.numel()}, got {meta.storage_floats}")
+        partition.spans(*self.images.shape[2:])
+
+    def _validate_targets(self, targets: Tensor) -> None:
+        """Raise InputError unless the targets fit the images, and the stored floats are counted right."""
+        meta, num = self.meta, len(self.images)
+        if targets.dtype != torch.float32 or targets.ndim != 2 or len(targets) != num or len(self.labels):
+            raise InputError(
+                f"targets must be float32 [{num}, D] without labels, got {targets.dtype} "
+                f"{list(targets.shape)} and {len(self.labels)} labels"
+            )
+        if meta.bases is not None:
+            check(self.compact, meta.bases, meta.image_shape)
+        stored = self.compact.values() if self.compact else (self.images, targets)
+        floats = sum(tensor.numel() for tensor in stored)
+        if meta.storage_floats != floats:
+            raise InputError(f"storage_floats must be {floats}, got {meta.storage_floats}")
 
     def is_finite(self) -> bool:
-        """Return whether no image is NaN or infinite."""
-        return bool(torch.isfinite(self.images).all())
+        """Return whether no image and no target is NaN or infinite."""
+        tensors = (self.images, *self.compact.values())
+        return all(bool(torch.isfinite(t).all()) for t in (*tensors, self.targets) if t is not None)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Validate, then write the file atomically.
 
         Raises:
@@ -148,14 +244,16 @@ class DistilledSet:
             StorageError: the file can't be written.
         """
         self.validate()
+        stored: dict[str, Tensor] = {"images": self.images, "labels": self.labels}
+        if self.targets is not None:
+            stored = {"images": self.images, "targets": self.targets}
+        stored = dict(self.compact) or stored
         held: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
-            "images": _plain(self.images),
-            "labels": _plain(self.labels),
-            **{name: _plain(tensor) for name, tensor in self.zca.items()},
+            **{name: _plain(tensor) for name, tensor in (stored | dict(self.zca)).items()},
             "meta": json.dumps(self.meta.dump(), sort_keys=True),
         }
-        write_atomically(path, lambda file: torch.save(held, file))
+        write_atomically(Path(path), lambda file: torch.save(held, file))
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -176,12 +274,12 @@ def load(
     Raises:
         InputError: missing, torn, not a distilled set, or holding anything but tensors and plain values.
     """
-    held = _read(path)
+    held = read_tensors(path)
     if isinstance(held, dict) and "format_version" in held:
         return _own(path, held)
     if dataset is None:
         raise InputError(f"{path} does not say which dataset it is of: add --dataset NAME")
-    images, labels = _foreign(path, held)
+    images, labels = read_foreign(path, held)
     if int(labels.max()) >= dataset.num_classes:
         raise InputError(
             f"{path}: labels must be < {dataset.num_classes} for {dataset.name}, got {int(labels.max())}"
@@ -222,66 +320,67 @@ def describe_foreign(
     )
 
 
-def _numpy_scalars() -> list[Any]:
-    """Return the safe globals for the DC family's files: their accuracies are NumPy float scalars."""
-    import numpy as np
-
-    multiarray = np._core.multiarray  # type: ignore[attr-defined]
-    return [
-        np.dtype,
-        np.dtypes.Float64DType,
-        np.dtypes.Float32DType,
-        (multiarray.scalar, "numpy._core.multiarray.scalar"),
-        (multiarray.scalar, "numpy.core.multiarray.scalar"),
-    ]
-
-
-def _read(path: Path) -> Any:
-    """Load a file of tensors and plain values, and nothing else.
-
-    Raises:
-        InputError: the file is missing, torn, or asks for code to be run.
-    """
-    if not path.is_file():
-        raise InputError(f"a distilled set must be an existing file, got {path}")
-    try:
-        with torch.serialization.safe_globals(_numpy_scalars()):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types here, each of them means: not a file of tensors
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        if "weights_only" in str(error):  # torch goes on to advise switching the protection off
-            reason = "it holds objects that could run code, which are never loaded"
-        raise InputError(
-            f"{path} must be an undamaged distilled set of tensors and plain values: {reason}; copy it again"
-        ) from error
-
-
 def _own(path: Path, held: Mapping[str, Any]) -> DistilledSet:
     """Build a set from our own format."""
     version = held["format_version"]
     if not isinstance(version, int) or version != FORMAT_VERSION:
         raise InputError(f"{path}: format_version must be {FORMAT_VERSION}, got {version}; update ddray")
-    known = {"format_version", "images", "labels", "meta", *_ZCA}
-    missing, more = {"images", "labels", "meta"} - held.keys(), held.keys() - known
+    if "meta" in held and _decoder(held["meta"]) in ("boost_ssdd", "d3hr"):
+        return _compact(path, held)
+    needed = {"images", "targets" if "targets" in held else "labels", "meta"}
+    known = {"format_version", *needed, *_ZCA}
+    missing, more = needed - held.keys(), held.keys() - known
     if missing or more:
         raise InputError(
             f"{path} must hold {sorted(known)}; missing {sorted(missing)}, unknown {sorted(more)}"
         )
-    wrong = [key for key in held if key not in ("format_version", "meta") and not _is_plain(held[key])]
+    wrong = [key for key in held if key not in ("format_version", "meta") and not is_plain(held[key])]
     if wrong:
         raise InputError(f"{path}: {', '.join(wrong)} must be dense tensors")
+    meta, zca = _meta(path, held), {key: held[key] for key in _ZCA if key in held}
+    labels = held.get("labels", torch.zeros(0, dtype=torch.int64))
+    return _validated(path, DistilledSet(held["images"], labels, meta, zca, held.get("targets")))
+
+
+def _meta(path: Path, held: Mapping[str, Any]) -> Meta:
     try:
         values = dict(json.loads(held["meta"]))
     except (TypeError, ValueError) as error:
         raise InputError(f"{path}: meta must be a JSON object, got {str(held['meta'])[:60]!r}") from error
-    meta = Meta.parse(values, prefix="meta.", source=str(path))
-    made = DistilledSet(held["images"], held["labels"], meta, {key: held[key] for key in _ZCA if key in held})
+    return Meta.parse(values, prefix="meta.", source=str(path))
+
+
+def _decoder(text: Any) -> Any:
+    """Return what a file's meta says makes images of its tensors, if it can be read."""
+    try:
+        return dict(json.loads(text)).get("decoder")
+    except (TypeError, ValueError):
+        return None
+
+
+def _compact(path: Path, held: Mapping[str, Any]) -> DistilledSet:
+    """Build a set that is stored as bases and coefficients, or as statistics."""
+    meta, zca = _meta(path, held), {key: held[key] for key in _ZCA if key in held}
+    tensors = {key: value for key, value in held.items() if key not in ("format_version", "meta", *_ZCA)}
+    wrong = [key for key, value in tensors.items() if not is_plain(value)]
+    if meta.decoder == "d3hr" and not wrong:
+        blank, none = torch.zeros(0, *meta.image_shape), torch.zeros(0, dtype=torch.int64)
+        return _validated(path, DistilledSet(blank, none, meta, zca, compact=tensors))
+    if wrong or meta.bases is None:
+        raise InputError(f"{path}: {', '.join(wrong) or 'meta.bases'} must be there as dense tensors")
+    try:
+        check(tensors, meta.bases, meta.image_shape)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    made = DistilledSet(
+        images=images_of(tensors, meta.bases),
+        labels=torch.zeros(0, dtype=torch.int64),
+        meta=meta,
+        zca=zca,
+        targets=targets_of(tensors),
+        compact=tensors,
+    )
     return _validated(path, made)
-
-
-def _is_plain(value: Any) -> bool:
-    """Return whether a value is a tensor whose numbers are there (not sparse, not on the meta device)."""
-    return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
 
 
 def _validated(path: Path, made: DistilledSet) -> DistilledSet:
@@ -290,31 +389,3 @@ def _validated(path: Path, made: DistilledSet) -> DistilledSet:
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     return made
-
-
-def _foreign(path: Path, held: Any) -> tuple[Tensor, Tensor]:
-    """Read images and labels out of another project's file."""
-    if isinstance(held, dict) and isinstance(held.get("data"), list) and held["data"]:
-        if len(held["data"]) > 1:
-            log.info("%s holds %d sets: the first is read", path, len(held["data"]))
-        pair = held["data"][0]
-        if isinstance(pair, list | tuple) and len(pair) == 2 and all(_is_plain(part) for part in pair):
-            return _shaped(path, *pair)
-    if _is_plain(held) and path.name.startswith("images_"):
-        labels_path = path.with_name(path.name.replace("images_", "labels_", 1))
-        labels = _read(labels_path)
-        if _is_plain(labels):
-            return _shaped(path, held, labels)
-    raise InputError(
-        f'{path} must be ddray\'s own file, {{"data": [[images, labels], ...]}} (DC family), or images_*.pt '
-        "beside labels_*.pt (MTT)"
-    )
-
-
-def _shaped(path: Path, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    if images.ndim != 4 or labels.shape != images.shape[:1] or len(labels) == 0 or labels.min() < 0:
-        raise InputError(
-            f"{path} must hold images [N, C, H, W] and labels [N] >= 0, "
-            f"got {list(images.shape)}, {list(labels.shape)}"
-        )
-    return images, labels

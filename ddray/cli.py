@@ -14,6 +14,7 @@ import typer
 
 from ddray import display
 from ddray.errors import DdrayError, InputError, InterruptedRunError
+from ddray.memory import reuse_freed_memory
 
 app = typer.Typer(
     name="ddray",
@@ -27,6 +28,12 @@ data_app = typer.Typer(
     help="Datasets: what is known, what is there.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(data_app, name="data")
+pool_app = typer.Typer(
+    help="Model pools: networks that many runs share, trained once.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(pool_app, name="pool")
 
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")
@@ -35,7 +42,12 @@ Method = Annotated[str, typer.Option("--method", help="Method or baseline, such 
 DatasetOption = Annotated[
     str, typer.Option("--dataset", help="Dataset name, or a folder (see `ddray data list`).")
 ]
-Ipc = Annotated[int, typer.Option("--ipc", help="Images per class.")]
+Ipc = Annotated[
+    int | None, typer.Option("--ipc", help="Images per class (self-supervised methods: --budget).")
+]
+Budget = Annotated[
+    int | None, typer.Option("--budget", help="Images of storage, for self-supervised methods.")
+]
 Preset = Annotated[str, typer.Option("--preset", help="paper: as printed; repo: as in the authors' code.")]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="YAML that overrides preset and shipped config.")
@@ -57,7 +69,8 @@ Arch = Annotated[list[str] | None, typer.Option("--arch", help="Network to train
 @app.command()
 def distill(
     method: Method,
-    ipc: Ipc,
+    ipc: Ipc = None,
+    budget: Budget = None,
     dataset: DatasetOption = "digits",
     preset: Preset = "paper",
     config: ConfigFile = None,
@@ -69,6 +82,10 @@ def distill(
     resume: Resume = False,
     out: Annotated[
         Path | None, typer.Option("--out", help="Artifact; default <run dir>/distilled.pt.")
+    ] = None,
+    val_seed: Annotated[
+        int | None,
+        typer.Option("--val-seed", help="Leave out the val tenth that tune and nas with this seed score on."),
     ] = None,
     data_dir: DataDir = None,
     download: Download = False,
@@ -86,6 +103,7 @@ def distill(
             method,
             opened,
             ipc=ipc,
+            budget=budget,
             seed=seed,
             preset=preset,
             config_file=_absolute(config),
@@ -97,6 +115,7 @@ def distill(
             run_dir=_absolute(run_dir),
             resume=resume,
             out=_absolute(out),
+            val_seed=val_seed,
         )
         emit(result, display.table_of("distilled", result))
 
@@ -109,7 +128,14 @@ def evaluate(
     dataset: Annotated[
         str | None, typer.Option("--dataset", help="Target; default the artifact's own.")
     ] = None,
-    protocol: Annotated[str, typer.Option("--protocol", help="hard: train on hard labels.")] = "hard",
+    protocol: Annotated[
+        str,
+        typer.Option(
+            "--protocol",
+            help="hard: train on hard labels; soft: on a teacher's; linear: pre-train, freeze, probe; "
+            "robust: LRS and ARS; continual: class by class, as a memory.",
+        ),
+    ] = "hard",
     arch: Arch = None,
     seeds: Annotated[
         int | None, typer.Option("--seeds", help="Networks per architecture; default 5.")
@@ -126,6 +152,38 @@ def evaluate(
             "--augment", help="dsa, dsa_idc, autoaugment, randaugment or none; default the method's."
         ),
     ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe",
+            help="hard: vico, idc or table5 (D3HR's); soft: paper or repo. How all sets are trained on.",
+        ),
+    ] = None,
+    train_limit: Annotated[
+        int | None,
+        typer.Option("--train-limit", help="Train on at most so many images (linear: of the target)."),
+    ] = None,
+    num_tasks: Annotated[
+        int | None, typer.Option("--num-tasks", help="continual: tasks the classes come in; default 5.")
+    ] = None,
+    full_epochs: Annotated[
+        int | None,
+        typer.Option("--full-epochs", help="robust: epochs on the whole dataset; default as --epochs."),
+    ] = None,
+    teacher: Annotated[
+        list[str] | None,
+        typer.Option("--teacher", help="soft: who labels; several are averaged; default resnet18."),
+    ] = None,
+    ipc: Annotated[
+        int | None, typer.Option("--ipc", help="Images per class, for sets that generate them.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="key=value of the protocol, such as teacher.epochs=30; repeatable."),
+    ] = None,
+    finetune: Annotated[
+        bool, typer.Option("--finetune", help="linear: fine-tune the whole network instead of probing.")
+    ] = False,
     pixel_space: Annotated[
         str, typer.Option("--pixel-space", help="Of another project's file: normalized, zca or raw.")
     ] = "normalized",
@@ -150,20 +208,29 @@ def evaluate(
             epochs=epochs,
             split=split,  # type: ignore[arg-type]
             augment=augment,  # type: ignore[arg-type]
+            recipe=recipe,
+            train_limit=train_limit,
+            num_tasks=num_tasks,
+            full_epochs=full_epochs,
+            finetune=finetune,
             pixel_space=pixel_space,  # type: ignore[arg-type]
             seed=seed,
+            teachers=tuple(teacher or ()),
+            sets=tuple(set_ or ()),
+            ipc=ipc,
             data_dir=_absolute(data_dir),
             download=download,
         )
         result = api.evaluate(Path(os.path.abspath(file)), options, device=plan.pick_device(device))
-        emit(result, lambda: display.accuracy_table(f"{file.name}: {protocol}, {split}", result["results"]))
+        emit(result, lambda: display.evaluate_tables(f"{file.name}: {protocol}, {split}", result["results"]))
 
 
 @app.command()
 def tune(
     method: Method,
     dataset: DatasetOption = "digits",
-    ipc: Ipc = 1,
+    ipc: Ipc = None,
+    budget: Budget = None,
     space: Annotated[
         Path | None, typer.Option("--space", help="YAML of ranges; default the method's shipped one.")
     ] = None,
@@ -181,6 +248,14 @@ def tune(
     time_budget: Annotated[
         float | None, typer.Option("--time-budget", help="Seconds after which no trial starts.")
     ] = None,
+    objective: Annotated[
+        str,
+        typer.Option("--objective", help="val-accuracy, or nas-spearman: how sets rank architectures."),
+    ] = "val-accuracy",
+    nas_sample: Annotated[
+        int, typer.Option("--nas-sample", help="Architectures that nas-spearman ranks.")
+    ] = 16,
+    nas_epochs: Annotated[int, typer.Option("--nas-epochs", help="Epochs of each of them.")] = 50,
     final_sets: Annotated[
         int, typer.Option("--final-sets", help="Fresh seeds on which the winner is scored on test.")
     ] = 3,
@@ -210,7 +285,8 @@ def tune(
         resolved = plan.resolve(
             method,
             opened,
-            ipc=ipc,
+            ipc=1 if ipc is None and budget is None else ipc,
+            budget=budget,
             seed=seed,
             preset=preset,
             config_file=_absolute(config),
@@ -224,6 +300,9 @@ def tune(
                 "gpus_per_trial": gpus_per_trial,
                 "max_concurrent": max_concurrent,
                 "time_budget": time_budget,
+                "objective": objective,
+                "nas_sample": nas_sample,
+                "nas_epochs": nas_epochs,
                 "final_sets": final_sets,
                 "address": address,
             },
@@ -233,6 +312,266 @@ def tune(
             resolved, options, space_file=_absolute(space), run_dir=_absolute(run_dir), resume=resume
         )
         emit(result, lambda: display.tune_tables(result))
+
+
+@app.command()
+def nas(
+    proxy: Annotated[
+        list[Path] | None, typer.Option("--proxy", help="Distilled set to train on; repeatable.")
+    ] = None,
+    space: Annotated[str, typer.Option("--space", help="convnet720 or nasbench201.")] = "convnet720",
+    sample: Annotated[
+        int | None, typer.Option("--sample", help="Architectures, stratified by cost; default all.")
+    ] = None,
+    max_mflops: Annotated[
+        float | None,
+        typer.Option("--max-mflops", help="Leave out architectures of more million FLOPs an image."),
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", help="Networks per architecture and proxy.")] = 1,
+    epochs: Annotated[
+        int | None, typer.Option("--epochs", help="Epochs on a proxy; default 200 (nasbench201: 50).")
+    ] = None,
+    truth: Annotated[
+        str, typer.Option("--truth", help="whole (train on the full set), table, api:FILE or a CSV file.")
+    ] = "whole",
+    truth_epochs: Annotated[
+        int | None, typer.Option("--truth-epochs", help="Epochs on the full set; default as --epochs.")
+    ] = None,
+    truth_seeds: Annotated[
+        int, typer.Option("--truth-seeds", help="Networks per architecture on the full set.")
+    ] = 1,
+    truth_column: Annotated[
+        str | None,
+        typer.Option(
+            "--truth-column", help="Of the table or CSV; the table's default is cifar10_test_200_mean."
+        ),
+    ] = None,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option("--baseline", help="early-stopping, whole, random, kcenter, ...; repeatable."),
+    ] = None,
+    compat: Annotated[
+        str | None, typer.Option("--compat", help="dcbench: each bug of its harness as a further proxy.")
+    ] = None,
+    describe: Annotated[
+        str | None, typer.Option("--describe", help="all, or indices: list architectures, train nothing.")
+    ] = None,
+    scores: Annotated[
+        Path | None,
+        typer.Option("--scores", help="CSV (index,score) to rank against --truth, training nothing."),
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option("--dataset", help="Real data; default the first artifact's.")
+    ] = None,
+    pixel_space: Annotated[
+        str, typer.Option("--pixel-space", help="Of another project's file: normalized, zca or raw.")
+    ] = "normalized",
+    executor: Annotated[
+        str, typer.Option("--executor", help="ray, or local: one after another in this process.")
+    ] = "ray",
+    num_workers: Annotated[
+        int | None, typer.Option("--num-workers", help="Ray workers; default all.")
+    ] = None,
+    cpus_per_worker: Annotated[float, typer.Option("--cpus-per-worker", help="CPU cores per worker.")] = 1.0,
+    gpus_per_worker: Annotated[
+        float | None,
+        typer.Option("--gpus-per-worker", help="GPUs per worker; default 0 (local: 1 where there is one)."),
+    ] = None,
+    unit_timeout: Annotated[
+        float, typer.Option("--unit-timeout", help="Seconds after which a unit counts as hung.")
+    ] = 7200.0,
+    address: Annotated[
+        str | None, typer.Option("--address", help="Ray cluster to connect to; default a local one.")
+    ] = None,
+    set_: Sets = None,
+    seed: Seed = 0,
+    run_dir: RunDir = None,
+    resume: Resume = False,
+    data_dir: DataDir = None,
+    download: Download = False,
+    as_json: Json = False,
+) -> None:
+    """Rank architectures on distilled sets, and compare with their ranking on the full set."""
+    with _output(as_json) as emit:
+        from ddray.config import parse_overrides
+        from ddray.errors import unknown
+        from ddray.nas import rank
+        from ddray.nas.spaces import get_space
+        from ddray.nas.sweep import NasOptions, execute_locally, resolve_config
+
+        get_space(space)
+        if describe is not None:
+            listed = rank.describe(space, describe)
+            emit(listed, lambda: display.archs_table(space, listed["archs"]))
+            return
+        if executor not in ("ray", "local"):
+            raise unknown("--executor", executor, ("ray", "local"))
+        if pixel_space not in ("normalized", "zca", "raw"):
+            raise unknown("--pixel-space", pixel_space, ("normalized", "zca", "raw"))
+        if gpus_per_worker is None:
+            gpus_per_worker = float(executor == "local" and _has_cuda())
+        options = NasOptions.parse(
+            {
+                "space": space,
+                "sample": sample,
+                "max_mflops": max_mflops,
+                "seeds": seeds,
+                "epochs": epochs,
+                "truth": truth,
+                "truth_epochs": truth_epochs,
+                "truth_seeds": truth_seeds,
+                "truth_column": truth_column,
+                "seed": seed,
+                "executor": executor,
+                "cpus_per_worker": cpus_per_worker,
+                "gpus_per_worker": gpus_per_worker,
+                "num_workers": num_workers,
+                "unit_timeout": unit_timeout,
+                "address": address,
+            },
+            prefix="--",
+        )
+        if scores is not None:
+            result = rank.rank_scores(Path(os.path.abspath(scores)), options)
+        else:
+            if not proxy:
+                raise InputError("ddray nas needs --proxy FILE (or --describe, or --scores FILE.csv)")
+            request = rank.NasRequest(
+                proxies=tuple(Path(os.path.abspath(path)) for path in proxy),
+                baselines=tuple(baseline or ()),
+                dataset=dataset,
+                pixel_space=pixel_space,  # type: ignore[arg-type]
+                compat=compat,
+                data_dir=_absolute(data_dir),
+                download=download,
+            )
+            if executor == "ray":
+                from ddray.cluster.nas import RayExecutor
+
+                execute: Any = RayExecutor(options)
+            else:
+                execute = execute_locally
+            result = rank.rank_architectures(
+                request,
+                options,
+                resolve_config(options, (parse_overrides(set_ or []),)),
+                execute,
+                run_dir=_absolute(run_dir),
+                resume=resume,
+            )
+        emit(result, lambda: display.nas_tables(result))
+
+
+@app.command()
+def bench(
+    file: Annotated[Path, typer.Argument(help="YAML of the table, such as configs/bench/<name>.yaml.")],
+    scale: Annotated[
+        str, typer.Option("--scale", help="paper: as written; cpu: minutes to hours; smoke: does it run.")
+    ] = "paper",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the unit graph and its expected cost; run nothing.")
+    ] = False,
+    executor: Annotated[
+        str, typer.Option("--executor", help="ray, or local: one after another in this process.")
+    ] = "ray",
+    cpus_per_unit: Annotated[float, typer.Option("--cpus-per-unit", help="CPU cores per unit.")] = 1.0,
+    gpus_per_unit: Annotated[
+        float, typer.Option("--gpus-per-unit", help="GPUs per unit; fractions share one.")
+    ] = 0.0,
+    max_concurrent: Annotated[int | None, typer.Option("--max-concurrent", help="Units at a time.")] = None,
+    address: Annotated[
+        str | None, typer.Option("--address", help="Ray cluster to connect to; default a local one.")
+    ] = None,
+    unit_timeout: Annotated[
+        float | None, typer.Option("--unit-timeout", help="Seconds after which a unit counts as hung.")
+    ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="With --resume: run crashed units again.")
+    ] = False,
+    run_dir: RunDir = None,
+    resume: Resume = False,
+    data_dir: DataDir = None,
+    download: Download = False,
+    as_json: Json = False,
+) -> None:
+    """Run a table, methods x datasets x sizes x seeds, and set its numbers beside the published ones."""
+    with _output(as_json) as emit:
+        from ddray.bench.display import bench_tables, forecast_tables
+        from ddray.bench.run import BenchOptions
+        from ddray.bench.run import dry_run as forecast
+        from ddray.bench.spec import read_spec
+        from ddray.cluster import bench as cluster_bench
+
+        spec = read_spec(Path(os.path.abspath(file)), scale)
+        options = BenchOptions.parse(
+            {
+                "scale": scale,
+                "executor": executor,
+                "cpus_per_unit": cpus_per_unit,
+                "gpus_per_unit": gpus_per_unit,
+                "max_concurrent": max_concurrent,
+                "unit_timeout": unit_timeout,
+                "address": address,
+                "retry_failed": retry_failed,
+                "data_dir": _absolute(data_dir),
+                "download": download,
+            },
+            prefix="--",
+        )
+        if dry_run:
+            found = forecast(spec, options, run_dir=_absolute(run_dir))
+            emit(found, lambda: forecast_tables(found))
+            return
+        result = cluster_bench.bench(spec, options, run_dir=_absolute(run_dir), resume=resume)
+        emit(result, lambda: bench_tables(spec.name, result))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders of distill, tune, nas or bench.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="The page; default <run>/report.html, report.html of several."),
+    ] = None,
+    tsne: Annotated[
+        bool, typer.Option("--tsne/--no-tsne", help="Draw t-SNE planes; they need the datasets.")
+    ] = True,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Write runs as one self-contained HTML page: leaderboard, methods, sets, curves, failures."""
+    with _output(as_json) as emit:
+        from ddray.report.page import default_out, write_page
+
+        folders = [Path(os.path.abspath(run)) for run in runs]
+        target = _absolute(out) or default_out(folders)
+        result = write_page(folders, target, planes=tsne, data_dir=_absolute(data_dir))
+        emit(result, display.table_of("report", result))
+
+
+@app.command()
+def export(
+    file: Annotated[Path, typer.Argument(help="Distilled set.")],
+    out: Annotated[Path, typer.Argument(help="A new folder, or a .parquet file.")],
+    form: Annotated[
+        str | None, typer.Option("--format", help="folder or parquet; default by the name of OUT.")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option("--dataset", help="Of another project's file: what it was distilled from.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a distilled set for other tools: pictures by class, or one parquet file."""
+    with _output(as_json) as emit:
+        from ddray import library
+        from ddray.errors import unknown
+
+        if form not in (None, "folder", "parquet"):
+            raise unknown("--format", form, ("folder", "parquet"))
+        held = library.load(file, dataset=dataset)
+        written = library.export(held, out, form=form)  # type: ignore[arg-type]
+        result = {"out": str(written), "num_images": len(held.decode().images)}
+        emit(result, display.table_of("exported", result))
 
 
 @data_app.command("info")
@@ -270,6 +609,78 @@ def data_list(data_dir: DataDir = None, as_json: Json = False) -> None:
         )
 
 
+@pool_app.command("train")
+def pool_train(
+    kind: Annotated[
+        str,
+        typer.Option("--kind", help="supervised: networks trained on labels; diffusion: D3HR's generator."),
+    ],
+    dataset: DatasetOption = "digits",
+    arch: Annotated[str, typer.Option("--arch", help="auto: the field's ConvNet.")] = "auto",
+    num_models: Annotated[int, typer.Option("--num-models", help="Networks, on seeds that count up.")] = 1,
+    epochs: Annotated[int | None, typer.Option("--epochs", help="Epochs of training; default 20.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="key=value of the recipe, such as batch=64; repeatable."),
+    ] = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Pool folder, default $DDRAY_HOME/pool; diffusion: DiTPipeline folder."),
+    ] = None,
+    data_dir: DataDir = None,
+    download: Download = False,
+    as_json: Json = False,
+) -> None:
+    """Train the networks of a pool that are not there yet."""
+    with _output(as_json) as emit:
+        from ddray import plan, pool_api
+        from ddray.config import parse_overrides
+        from ddray.data import open_dataset
+
+        pool_api.check_kind(kind)
+        recipe = parse_overrides(set_ or []) | ({} if epochs is None else {"epochs": epochs})
+        opened = open_dataset(dataset, data_dir=_absolute(data_dir), download=download)
+        place, picked = _absolute(out), plan.pick_device(device)
+        if kind == "diffusion":
+            result = pool_api.train_diffusion(opened, recipe=recipe, device=picked, out=place)
+        else:
+            result = pool_api.train_pool(
+                opened,
+                arch=arch,
+                recipe=recipe,
+                seed=seed,
+                num_models=num_models,
+                device=picked,
+                folder=place,
+            )
+        emit(result, display.table_of("pool", {**result, "keys": "\n".join(result["keys"])}))
+
+
+@pool_app.command("list")
+def pool_list(as_json: Json = False) -> None:
+    """List what the pool under $DDRAY_HOME holds."""
+    with _output(as_json) as emit:
+        from ddray import pool_api
+
+        result = pool_api.list_pool()
+        emit(result, lambda: display.pool_table(result["models"]))
+
+
+@pool_app.command("show")
+def pool_show(
+    key: Annotated[str, typer.Argument(help="Key of an entry, or its first characters.")],
+    as_json: Json = False,
+) -> None:
+    """Say what an entry is and which tensors it holds."""
+    with _output(as_json) as emit:
+        from ddray import pool_api
+
+        result = pool_api.show_entry(key)
+        emit(result, lambda: display.entry_tables(result))
+
+
 @app.command()
 def doctor(
     address: Annotated[
@@ -297,6 +708,13 @@ def doctor(
         if not result["ok"]:
             failed = [c["check"] for c in result["checks"] if c["status"] == "failed"]
             raise DdrayError(f"failed checks: {', '.join(failed)}; see above")
+
+
+def _has_cuda() -> bool:
+    """Return whether torch sees a GPU."""
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _absolute(path: Path | None) -> Path | None:
@@ -337,6 +755,8 @@ def _output(as_json: bool) -> Iterator[Emit]:
 
 # Newer versions of Typer carry a copy of click, older ones use click: its own error's base is right in both.
 _USAGE_ERROR: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+_INTERRUPTED = 130  # what Typer returns after Ctrl-C
+_CONTINUE = "interrupted; run again with --resume and the same --run-dir to continue"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -345,6 +765,7 @@ def main(argv: list[str] | None = None) -> None:
     # Two DataDAM runs at once on 2 cores took 1.1 to 8.8 s a step; with short spins 0.9 to 1.1 s (alone: 0.6,
     # both ways).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    reuse_freed_memory()
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
@@ -363,7 +784,7 @@ def _run(arguments: list[str], debug: bool) -> int:
     except _USAGE_ERROR as error:
         return _fail(error.format_message(), 2)
     except (typer.Abort, KeyboardInterrupt):
-        return _fail("interrupted; run again with --resume and the same --run-dir to continue", 1)
+        return _fail(_CONTINUE, 1)
     except InterruptedRunError as error:
         return _fail(str(error), 1)
     except DdrayError as error:
@@ -379,6 +800,8 @@ def _run(arguments: list[str], debug: bool) -> int:
             raise
         text = " ".join(str(error).split())[:300]
         return _fail(f"{type(error).__name__}: {text} (--debug shows the traceback)", 1)
+    if code == _INTERRUPTED:
+        return _fail(_CONTINUE, 1)
     return code if isinstance(code, int) else 0
 
 

@@ -46,6 +46,64 @@ def accuracy_table(title: str, results: list[dict[str, Any]]) -> Any:
     return table
 
 
+def pool_table(models: list[dict[str, Any]]) -> Any:
+    """Return a table of a pool's entries."""
+    from rich.table import Column, Table
+
+    key = Column("key", no_wrap=True)
+    table = Table(key, "kind", "dataset", "arch", "epochs", "times trained", "MB", title="pool")
+    for model in models:
+        epochs = "-" if model["epochs"] is None else str(model["epochs"])
+        size = f"{model['size_bytes'] / 1e6:.1f}"
+        names = (model["key"][:12], model["kind"], model["dataset"], model["arch"])
+        table.add_row(*names, epochs, str(model["times_trained"]), size)
+    return table
+
+
+def entry_tables(result: dict[str, Any]) -> list[Any]:
+    """Return what a pool's entry is, and the shapes of its tensors."""
+    tensors = {name: f"{held['dtype']} {held['shape']}" for name, held in result["tensors"].items()}
+    return [table_of(result["key"][:12], result["meta"]), table_of("tensors", tensors)]
+
+
+def evaluate_tables(title: str, results: list[dict[str, Any]]) -> list[Any]:
+    """Return the accuracies of an evaluation, and what its protocol measures besides."""
+    tables = [accuracy_table(title, results)]
+    if "lrs" in results[0]:
+        tables.append(_robust_table(results))
+    if "per_step" in results[0]:
+        tables.append(_step_table(results))
+    return tables
+
+
+def _robust_table(results: list[dict[str, Any]]) -> Any:
+    """Return LRS and ARS in percent, with the accuracies they are made of."""
+    from rich.table import Table
+
+    table = Table("arch", "LRS %", "ARS %", "whole set %", "random %", "plain %", "random, plain %")
+    for result in results:
+        parts = ("accuracy_full", "accuracy_random", "accuracy_plain", "accuracy_random_plain")
+        table.add_row(
+            result["arch"],
+            *(_percent(result[name], result[f"{name}_std"]) for name in ("lrs", "ars")),
+            *(f"{100 * result[name]:.2f}" for name in parts),
+        )
+    return table
+
+
+def _step_table(results: list[dict[str, Any]]) -> Any:
+    """Return accuracies in percent after each task."""
+    from rich.table import Table
+
+    num_steps = len(results[0]["per_step"])
+    table = Table("arch", *(f"task {step}, %" for step in range(1, num_steps + 1)), "mean %")
+    for result in results:
+        steps = zip(result["per_step"], result["per_step_std"], strict=True)
+        mean = _percent(result["incremental_accuracy"], result["incremental_accuracy_std"])
+        table.add_row(result["arch"], *(_percent(value, std) for value, std in steps), mean)
+    return table
+
+
 def tune_tables(result: dict[str, Any]) -> list[Any]:
     """Return what a search found, and where its files are."""
     best, paper = result["best"], result["paper_point"]
@@ -53,8 +111,7 @@ def tune_tables(result: dict[str, Any]) -> list[Any]:
         "trials": f"{result['num_trials']} ({result['num_failed']} failed, "
         f"{result['num_stopped_early']} stopped early)",
         "best config": json.dumps(best["config"]) + f" (trial {best['trial']})",
-        "val accuracy %": f"{100 * best['val_accuracy']:.2f} "
-        f"(paper's point {100 * paper['val_accuracy']:.2f})",
+        **_val_line(result["objective"], best, paper),
         "test accuracy %": _percent(result["test_accuracy_mean"], result["test_accuracy_std"])
         + f" (paper's point {_percent(paper['test_accuracy_mean'], paper['test_accuracy_std'])})",
         "seconds": f"{result['wall_s']:.0f}",
@@ -64,6 +121,61 @@ def tune_tables(result: dict[str, Any]) -> list[Any]:
         "table": str(Path(result["run_dir"]) / "results.csv"),
     }
     return [table_of("search", summary)]
+
+
+def _val_line(objective: str, best: dict[str, Any], paper: dict[str, Any]) -> dict[str, str]:
+    """Return the line of what the search maximised."""
+    if objective == "val_accuracy":
+        return {"val accuracy %": f"{_hundred(best[objective])} (paper's point {_hundred(paper[objective])})"}
+    return {"val Spearman": f"{_number(best[objective])} (paper's point {_number(paper[objective])})"}
+
+
+def _hundred(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f}"
+
+
+def archs_table(space: str, archs: list[dict[str, Any]]) -> Any:
+    """Return a table of a NAS space's architectures."""
+    from rich.table import Table
+
+    table = Table("index", "architecture", "million parameters", "million FLOPs", title=space)
+    for arch in archs:
+        name = arch.get("arch_str", arch["name"])
+        table.add_row(str(arch["index"]), name, f"{arch['params_m']:.4f}", f"{arch['flops_m']:.2f}")
+    return table
+
+
+def nas_tables(result: dict[str, Any]) -> list[Any]:
+    """Return how well each proxy ranks architectures, and where the sweep's files are."""
+    from rich import box
+    from rich.table import Table
+
+    title = f"{result['num_archs']} architectures of {result['space']}"
+    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("proxy", overflow="fold")
+    for name in ("Spearman", "95 %", "top 20 %", "top-1 %", "best %", "images", "seconds"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for found in result["proxies"]:
+        low, high = found["spearman_ci95"] or (None, None)
+        table.add_row(
+            found["proxy"],
+            _number(found["spearman"]),
+            f"{_number(low)}..{_number(high)}",
+            _number(found["spearman_top20"]),
+            _hundred(found["top1_truth_accuracy"]),
+            _hundred(found["best_truth_accuracy"]),
+            f"{found['storage_images']:g}",
+            f"{found['wall_s']:.1f}",
+        )
+    if "run_dir" not in result:
+        return [table]
+    names = {"report": "report.html", "table": "results.csv", "plot": "scatter.png"}
+    files = {what: str(Path(result["run_dir"]) / name) for what, name in names.items()}
+    return [table, table_of("files", files)]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _percent(mean: float, std: float | None) -> str:

@@ -7,18 +7,20 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from ddray.artifact import DistilledSet, Meta
+from ddray.bases import Bases, images_of, targets_of
 from ddray.config import Config
 from ddray.data import Dataset, PixelSpace, Split
 from ddray.errors import DivergedError
 from ddray.files import write_atomically
+from ddray.partition import Partition
 from ddray.pool import ModelPool
 from ddray.run import git_commit, versions
 from ddray.seeding import derive
@@ -34,6 +36,8 @@ class Target:
     image_shape: tuple[int, int, int]
     num_classes: int
     ipc: int
+    budget: int | None = None
+    """Images of storage, for methods that count no classes."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class DistillContext:
         compile: whether the hot function may be compiled.
         method: the method's name.
         config: the resolved configuration, kept in the artifact.
+        budget: images of storage, for methods that count no classes.
     """
 
     dataset: Dataset
@@ -67,22 +72,31 @@ class DistillContext:
     compile: bool
     method: str
     config: Mapping[str, Any]
+    budget: int | None = None
 
     def generator(self, *labels: str | int) -> torch.Generator:
         """Return a CPU generator for one purpose; step i's draws depend on the seed and i alone."""
         return derive(self.seed, "distill", *labels)
 
-    def make_set(self, images: Tensor, labels: Tensor) -> DistilledSet:
-        """Return images [N, C, H, W] (in `space`) and labels [N] as a self-describing set on the CPU."""
+    def make_set(self, images: Tensor, labels: Tensor, partition: Partition | None = None) -> DistilledSet:
+        """Return images [N, C, H, W] (in `space`) and labels [N] as a self-describing set on the CPU.
+
+        Args:
+            images: as stored.
+            labels: one per stored image.
+            partition: how each image holds mini-images; None, or one part: it is itself a training image.
+        """
         from ddray.nets.names import parse_arch
 
+        if partition is not None and partition.num_parts == 1:
+            partition = None
         zca = {"zca_mean": self.space.zca_mean, "zca_matrix": self.space.zca_matrix}
         meta = Meta(
             dataset=self.dataset.name,
             fingerprint=self.dataset.fingerprint,
             class_names=self.dataset.class_names,
             ipc=self.ipc,
-            ipc_decoded=self.ipc,
+            ipc_decoded=self.ipc * (partition.num_parts if partition else 1),
             storage_floats=images.numel(),
             pixel_space=self.space.kind,
             mean=self.dataset.mean,
@@ -91,8 +105,11 @@ class DistillContext:
             method=self.method,
             config=dict(self.config),
             seed=self.seed,
+            split=self.split_name,
             arch=self.arch,
             norm=parse_arch(self.arch).norm,
+            decoder="partition" if partition else None,
+            partition=partition,
             versions=versions(),
             git_commit=git_commit(),
         )
@@ -103,13 +120,39 @@ class DistillContext:
             zca={k: v.cpu() for k, v in zca.items() if v is not None} if self.space.kind == "zca" else {},
         )
 
+    def make_ssl_set(self, images: Tensor, targets: Tensor) -> DistilledSet:
+        """Return images [N, C, H, W] (in `space`) and targets [N, D] as a set without labels."""
+        made = self.make_set(images, torch.zeros(0, dtype=torch.int64))
+        counted = {"storage_floats": images.numel() + targets.numel(), "budget": self.budget}
+        return replace(
+            made,
+            targets=targets.detach().to("cpu", torch.float32, copy=True).contiguous(),
+            meta=made.meta.model_copy(update=counted),
+        )
+
+    def make_based_set(self, tensors: Mapping[str, Tensor], bases: Bases) -> DistilledSet:
+        """Return a set that is stored as bases, coefficients and networks (decoder `boost_ssdd`)."""
+        held = {
+            name: t.detach().to("cpu", torch.float32, copy=True).contiguous() for name, t in tensors.items()
+        }
+        made = self.make_ssl_set(images_of(held, bases), targets_of(held))
+        decoded = len(made.images) * (bases.num_views + 1)
+        counted = {
+            "storage_floats": sum(tensor.numel() for tensor in held.values()),
+            "ipc_decoded": max(1, decoded // self.dataset.num_classes),
+            "decoder": "boost_ssdd",
+            "bases": bases,
+        }
+        return replace(made, compact=held, meta=made.meta.model_copy(update=counted))
+
 
 class Distiller(Protocol):
     """What a method is (DESIGN: the abstractions).
 
     Attributes:
         config_type: the method's own settings.
-        num_steps: how many steps a whole run has; 0 for methods that select in `setup`.
+        num_steps: how many steps a whole run has; 0 for methods that select in `setup`. A method whose steps
+            depend on the images (D3HR) says 0 before `setup` and the number after it.
     """
 
     config_type: ClassVar[type[Config]]
@@ -140,6 +183,21 @@ class Distiller(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state."""
+        ...
+
+
+class BudgetDistiller(Distiller, Protocol):
+    """A method without classes: it is given a budget of storage instead of images per class.
+
+    Attributes:
+        uses_budget: marks it.
+    """
+
+    uses_budget: ClassVar[Literal[True]]
+
+    @staticmethod
+    def num_distilled(config: Any, budget: int, image_shape: tuple[int, int, int], num_real: int) -> int:
+        """Return how many images the method stores within `budget` images of storage; 0: none fits."""
         ...
 
 
@@ -196,8 +254,8 @@ def run_distillation(
         StorageError: the checkpoint can't be written.
     """
     begin = time.perf_counter()
-    last = distiller.num_steps if until is None else min(until, distiller.num_steps)
     distiller.setup(ctx)
+    last = distiller.num_steps if until is None else min(until, distiller.num_steps)
     losses: list[Tensor] = []
     done = _restore(distiller, checkpoint, losses, ctx.device)
     if losses and done in looks and on_step is not None:

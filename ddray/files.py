@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -66,6 +67,34 @@ def write_atomically(
         finally:
             with contextlib.suppress(FileNotFoundError):
                 temporary.unlink()
+
+
+def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
+    """Write a folder beside its final name and move it there whole; an old one is replaced after success.
+
+    Args:
+        folder: the final name; its parent is created.
+        write: called with the temporary folder.
+
+    Raises:
+        StorageError: the disk is full, or the folder can't be written.
+    """
+    with storage_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+        try:
+            with _as_os_error():
+                write(draft)
+            draft.chmod(0o777 & ~_umask())
+            if folder.exists():
+                old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", suffix=".tmp", dir=folder.parent))
+                folder.rename(old / folder.name)
+                draft.rename(folder)
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                draft.rename(folder)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

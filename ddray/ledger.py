@@ -139,6 +139,12 @@ class Ledger:
         found = [self.row(path.stem) for path in sorted(self.folder.glob("*.json"))]
         return [row for row in found if row is not None and kind in (None, row.kind)]
 
+    def withdraw(self, key: str, why: str) -> None:
+        """Set a row aside as `<key>.<why>`, so that its unit is run again."""
+        path = self._path(key)
+        with storage_errors(path), contextlib.suppress(FileNotFoundError):
+            path.replace(path.with_suffix(f".{why}"))
+
     def event(
         self, event: Literal["start", "finish", "fail", "retry"], key: str, epoch: int, **more: Any
     ) -> None:

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Generic, Literal, TypeVar
+from typing import Any, Final, Generic, Literal, TypeVar, cast
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from ddray.config import Config, merge, parse_overrides, read_yaml
 from ddray.data import Dataset, PixelSpace, Split, fit_zca
-from ddray.distill import DistillContext, Distiller, Target
+from ddray.distill import BudgetDistiller, DistillContext, Distiller, Target
 from ddray.errors import InputError, unknown
-from ddray.evaluate.training import Recipe, train
+from ddray.evaluate.linear import FinetuneConfig, ProbeConfig
+from ddray.evaluate.training import Recipe, named_recipe
 from ddray.methods import get_method
 from ddray.nets import build_net, check_arch, default_arch
-from ddray.pool import LocalPool, PoolSpec
-from ddray.seeding import derive, derive_seed
+from ddray.pool import LocalPool, ModelPool, PoolSpec
+from ddray.pool_training import PoolTrainer
 from ddray.shipped import shipped
 
 PRESETS: Final = ("paper", "repo")
@@ -29,12 +30,20 @@ M = TypeVar("M", bound=Config)
 
 
 class EvaluateConfig(Recipe):
-    """How a distilled set is scored."""
+    """How a distilled set is scored; `evaluate.recipe=vico|idc` sets a whole recipe by name (`RECIPES`)."""
 
     seeds: int = Field(default=5, ge=1)
     """Networks per architecture."""
     val_seeds: int = Field(default=2, ge=1)
     """Networks per look of a search (never more than `seeds`): a look at every rung of every trial."""
+    probe: ProbeConfig = ProbeConfig()
+    """Protocol `linear`: the classifier on frozen embeddings."""
+    finetune: FinetuneConfig = FinetuneConfig()
+    """Protocol `linear` with --finetune: KRR-ST's full fine-tuning."""
+
+    def as_recipe(self) -> Recipe:
+        """Return how a network is trained on the set, without what is done to it afterwards."""
+        return Recipe.parse({name: getattr(self, name) for name in Recipe.model_fields})
 
 
 class RunConfig(Config, Generic[M]):
@@ -58,9 +67,10 @@ class Plan:
     Attributes:
         method: the method's name.
         dataset: the opened dataset (its test set unread).
-        ipc: images per class.
+        ipc: images per class; of a budget its share of a class, at least 1.
         seed: the run's seed.
         config: the resolved configuration.
+        budget: images of storage, for methods that count no classes.
     """
 
     method: str
@@ -68,6 +78,7 @@ class Plan:
     ipc: int
     seed: int
     config: RunConfig[Any]
+    budget: int | None = None
 
     def describe(self) -> dict[str, Any]:
         """Return plain values that say what the run is (config.yaml, keys of units)."""
@@ -76,6 +87,7 @@ class Plan:
             "dataset": self.dataset.name,
             "fingerprint": self.dataset.fingerprint,
             "ipc": self.ipc,
+            **({} if self.budget is None else {"budget": self.budget}),
             "seed": self.seed,
             **self.config.dump(),
         }
@@ -97,7 +109,8 @@ def resolve(
     method: str,
     dataset: Dataset,
     *,
-    ipc: int,
+    ipc: int | None = None,
+    budget: int | None = None,
     seed: int = 0,
     preset: str = "paper",
     config_file: Path | None = None,
@@ -108,7 +121,8 @@ def resolve(
     Args:
         method: the method's name.
         dataset: the opened dataset.
-        ipc: images per class, >= 1.
+        ipc: images per class, >= 1; for a method that takes a budget: that many images per class.
+        budget: images of storage, >= 1, for methods that count no classes.
         seed: the run's seed.
         preset: `paper` or `repo`.
         config_file: the user's own YAML.
@@ -120,19 +134,50 @@ def resolve(
     chosen = get_method(method)
     if preset not in PRESETS:
         raise unknown("preset", preset, PRESETS)
-    if ipc < 1:
-        raise InputError(f"ipc must be >= 1, got {ipc}")
-    target = Target(dataset.name, dataset.image_shape, dataset.num_classes, ipc)
-    held = merge(
-        {"method": {}},
+    ipc, budget = _size(method, dataset, ipc, budget)
+    target = Target(dataset.name, dataset.image_shape, dataset.num_classes, ipc, budget)
+    found = (
         chosen.preset(preset, target),
         *(read_yaml(path) for path in shipped_configs(method, dataset.name, ipc)),
         read_yaml(config_file) if config_file is not None else {},
         *layers,
     )
+    held = merge({"method": {}}, *map(_with_recipe, found))
     config = RunConfig[chosen.config_type].parse(held)  # type: ignore[name-defined]
     resolve_arch(config.arch, dataset.image_shape)
-    return Plan(method, dataset, ipc, seed, config)
+    return Plan(method, dataset, ipc, seed, config, budget)
+
+
+def budget_method(method: str) -> type[BudgetDistiller] | None:
+    """Return the method's class if it takes a budget of storage instead of images per class, else None."""
+    chosen = get_method(method)
+    return cast("type[BudgetDistiller]", chosen) if getattr(chosen, "uses_budget", False) else None
+
+
+def _size(method: str, dataset: Dataset, ipc: int | None, budget: int | None) -> tuple[int, int | None]:
+    """Return images per class and budget of a run.
+
+    Raises:
+        InputError: the method takes the other one, or the number is below 1.
+    """
+    given = [name for name, value in (("ipc", ipc), ("budget", budget)) if value is not None]
+    takes_budget = budget_method(method) is not None
+    if len(given) != 1 or (given == ["budget"] and not takes_budget):
+        option = "--budget N (images of storage)" if takes_budget else "--ipc K (images per class)"
+        raise InputError(f"{method} takes {option}, got {' and '.join(given) or 'neither ipc nor budget'}")
+    for name, value in (("ipc", ipc), ("budget", budget)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} must be >= 1, got {value}")
+    if not takes_budget:
+        return ipc or 0, None
+    images = budget or (ipc or 0) * dataset.num_classes
+    return max(1, images // dataset.num_classes), images
+
+
+def _with_recipe(layer: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a layer with a recipe's name replaced by its fields, so that it wins over earlier layers."""
+    own = layer.get("evaluate")
+    return {**layer, "evaluate": named_recipe(own)} if isinstance(own, Mapping) else layer
 
 
 def override_layers(sets: Sequence[str], steps: int | None = None) -> list[dict[str, Any]]:
@@ -159,6 +204,34 @@ def check_ipc(ipc: int, split: Split, dataset: Dataset) -> None:
     smallest = int(torch.bincount(split.labels, minlength=dataset.num_classes).min())
     if not 1 <= ipc <= smallest:
         raise InputError(f"ipc must be in 1..{smallest} for {dataset.name} (its smallest class), got {ipc}")
+
+
+def check_size(plan: Plan, split: Split) -> None:
+    """Refuse a run whose ipc or budget does not fit the split in use.
+
+    Raises:
+        InputError: with the largest ipc, or the smallest or largest budget, that fits.
+    """
+    chosen = budget_method(plan.method)
+    if chosen is None or plan.budget is None:
+        check_ipc(plan.ipc, split, plan.dataset)
+        return
+
+    def held(budget: int) -> int:
+        shape = plan.dataset.image_shape
+        return chosen.num_distilled(plan.config.method, budget, shape, len(split))
+
+    num = held(plan.budget)
+    if num < 1:
+        least = next(n for n in itertools.count(plan.budget + 1) if held(n) >= 1)
+        raise InputError(
+            f"budget must be >= {least} images for {plan.method} on {plan.dataset.name}, got {plan.budget}"
+        )
+    if num > len(split):
+        most = next(n for n in range(plan.budget - 1, 0, -1) if held(n) <= len(split))
+        raise InputError(
+            f"budget must be <= {most} for {plan.dataset.name} ({len(split)} images), got {plan.budget}"
+        )
 
 
 def pixel_space(kind: str, dataset: Dataset, split: Split) -> PixelSpace:
@@ -207,6 +280,7 @@ def make_context(
     split_name: str,
     device: torch.device,
     space: PixelSpace | None = None,
+    pool: ModelPool | None = None,
 ) -> DistillContext:
     """Return what the method is given.
 
@@ -216,11 +290,12 @@ def make_context(
         split_name: which part of the dataset they are, such as `train`.
         device: where to compute.
         space: the pixel space, when it was fitted before (once for many trials).
+        pool: where shared networks come from; default the files under `$DDRAY_HOME`.
 
     Raises:
         InputError: ipc does not fit the split, or compile=on without a compiler.
     """
-    check_ipc(plan.ipc, split, plan.dataset)
+    check_size(plan, split)
     config, dataset = plan.config, plan.dataset
     return DistillContext(
         dataset=dataset,
@@ -231,10 +306,11 @@ def make_context(
         arch=plan.arch,
         seed=plan.seed,
         device=device,
-        pool=LocalPool(SupervisedTrainer(dataset, split, device)),
+        pool=pool or LocalPool(PoolTrainer(dataset, split, device)),
         compile=check_plan(plan),
         method=plan.method,
         config=config.dump(),
+        budget=plan.budget,
     )
 
 
@@ -275,38 +351,10 @@ def make_distiller(plan: Plan) -> Distiller:
     return distiller
 
 
-@dataclass(frozen=True)
-class SupervisedTrainer:
-    """Trains the pool's supervised networks on a split, and takes their features of it.
+def declared_specs(plan: Plan, ctx: DistillContext) -> list[PoolSpec]:
+    """Return what the method will ask the pool for, if it says so: its `pool_specs(ctx)`, which is optional.
 
-    Attributes:
-        dataset: names and statistics.
-        split: the real images.
-        device: where to compute.
+    A method that says so has its networks trained in parallel before a search's first trial.
     """
-
-    dataset: Dataset
-    split: Split
-    device: torch.device
-
-    def __call__(self, spec: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
-        """Return weights and features [N, D] of a network trained by `spec.recipe`, and its final loss."""
-        space = PixelSpace("normalized", self.dataset.mean, self.dataset.std)
-        seed = derive_seed(spec.seed, "pool", spec.kind)
-        net = build_net(spec.arch, spec.image_shape, spec.num_classes, seed=seed, device=self.device)
-        recipe = Recipe.parse({**spec.recipe, "schedule": "constant", "augment": "none"}, prefix="recipe.")
-        loss = train(
-            net,
-            space.encode(self.split.images).to(self.device),
-            self.split.labels.to(self.device),
-            recipe,
-            generator=derive(seed, "order"),
-            augment=None,
-        )
-        features = []
-        with torch.no_grad():
-            for images in torch.split(self.split.images, 64):
-                encoded = space.encode(images.to(self.device)).contiguous(memory_format=torch.channels_last)
-                features.append(net.embed(encoded).cpu())
-        weights = {f"weights.{name}": tensor for name, tensor in net.state_dict().items()}
-        return {**weights, "features": torch.cat(features)}, {"final_loss": loss}
+    declare = getattr(make_distiller(plan), "pool_specs", None)
+    return [] if declare is None else list(declare(ctx))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -53,13 +53,18 @@ def add_row(study: Any, space: Space, row: Row) -> None:
     study.add_trial(
         create_trial(
             state=TrialState.FAIL if failed else TrialState.PRUNED if stopped else TrialState.COMPLETE,
-            value=None if failed else row.result["val_accuracy"],
+            value=None if failed else score_of(row.result),
             params={name: space[name].to_optuna(value) for name, value in params.items()},
             distributions={name: held.distribution() for name, held in space.items()},
             intermediate_values={int(b): v for b, v in row.result.get("rungs", {}).items()},
             user_attrs={"number": row.result["number"]},
         )
     )
+
+
+def score_of(result: Mapping[str, Any]) -> float:
+    """Return what a trial row's result holds of the search's objective."""
+    return float(result[result.get("objective", "val_accuracy")])
 
 
 def study_of(space: Space, rows: Sequence[Row]) -> Any:

@@ -10,6 +10,7 @@ import concurrent.futures
 import csv
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+Methods = dict[str, tuple[str, ...]]
 HERE = Path(__file__).resolve().parent
 DIGITS = ("random", "class_mean", "herding", "kcenter", "kmeans", "mmd_pixel", "dm", "datadam")
 SMALL = ("--steps", "300", "--set", "method.batch_real=64")
@@ -37,14 +39,14 @@ CIFAR10 = {
 }
 
 
-def ddray(*arguments: str) -> dict[str, Any]:
-    """Run a command on one thread (two run side by side); return its JSON."""
+def ddray(*arguments: str, threads: int | None = 1) -> dict[str, Any]:
+    """Run a command on one thread (two run side by side) or on all; return its JSON."""
     done = subprocess.run(
         [sys.executable, "-m", "ddray", *arguments, "--json"],
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **({} if threads is None else {"OMP_NUM_THREADS": str(threads)})},
     )
     if done.returncode:
         raise SystemExit(f"ddray {' '.join(arguments)} -> exit {done.returncode}\n{done.stderr[-2000:]}")
@@ -107,6 +109,38 @@ def tune() -> dict[str, Any]:
     return {"result": found, "command": "ddray " + " ".join(arguments)}
 
 
+def nas(dataset: str, ipcs: tuple[int, ...], distilled: Methods, options: str) -> dict[str, Any]:
+    """Distil proxies that have not seen val, and rank architectures on them."""
+    given = options.split()
+    with tempfile.TemporaryDirectory() as held:
+        proxies: list[str] = []
+        commands = []
+        for ipc in ipcs:
+            for label, method in distilled.items():
+                out = str(Path(held) / f"{label} ipc {ipc}.pt")
+                made = (
+                    "distill",
+                    "--method",
+                    *method,
+                    "--dataset",
+                    dataset,
+                    "--ipc",
+                    str(ipc),
+                    "--val-seed",
+                    "0",
+                )
+                ddray(*made, "--out", out, "--run-dir", out + ".run")
+                commands.append(f"ddray {' '.join(made)} --out FILE")
+                proxies += ["--proxy", out]
+        found = ddray("nas", *proxies, *given, "--run-dir", str(Path(held) / "run"), threads=None)
+        picture = f"nas_{dataset}_{given[1]}.png"
+        shutil.copy(Path(held) / "run" / "scatter.png", HERE / picture)
+    found.pop("run_dir")
+    command = f"{commands[0]} (and so on); ddray nas --proxy FILE ... {options}"
+    seeds = int(given[given.index("--seeds") + 1]) if "--seeds" in given else 1
+    return {"result": found, "command": command, "seeds": seeds, "picture": picture}
+
+
 def benchmarks() -> dict[str, Any]:
     """Run tests/benchmarks and keep the ratios."""
     with tempfile.TemporaryDirectory() as held:
@@ -120,12 +154,58 @@ def benchmarks() -> dict[str, Any]:
     }
 
 
+NAS_DIGITS = (
+    "--space convnet720 --sample 72 --max-mflops 60 --epochs 30 --truth-epochs 6 --set recipe.batch=32 "
+    "--baseline random --baseline kcenter --baseline early-stopping"
+)
+NAS_CELLS = (
+    "--space nasbench201 --sample 40 --seeds 2 --epochs 20 --truth table --compat dcbench --baseline whole "
+    "--baseline random"
+)
+# The whole set for one epoch, the cheaper half of the grid: what two CPU cores do in minutes.
+NAS_CIFAR10 = (
+    "--space convnet720 --sample 16 --max-mflops 15 --epochs 60 --truth-epochs 1 --set recipe.batch=64 "
+    "--baseline random --baseline early-stopping"
+)
+CIFAR10_PROXIES = {
+    method: (method, "--steps", "100", "--set", "method.batch_real=64") for method in ("dm", "datadam")
+}
+
 PARTS = {
     "digits": lambda: accuracies("digits", {m: (m,) for m in DIGITS}, seeds=3, nets=3),
     "cifar10": lambda: accuracies("cifar10", CIFAR10, seeds=1, nets=3),
     "tune": tune,
+    "nas_digits": lambda: nas("digits", (1, 10), {"dm": ("dm",), "datadam": ("datadam",)}, NAS_DIGITS),
+    "nas_cifar10": lambda: nas("cifar10", (10,), CIFAR10_PROXIES, NAS_CIFAR10),
+    "nas_cells": lambda: nas("digits", (10,), {"datadam": ("datadam",)}, NAS_CELLS),
     "benchmarks": benchmarks,
+    "leaderboard": lambda: bench("leaderboard", "cpu"),
+    "scaling": lambda: cluster("scaling"),
+    "simulation": lambda: cluster("simulation"),
+    "faults": lambda: cluster("faults"),
 }
+
+
+def cluster(part: str) -> dict[str, Any]:
+    """Run a part of cluster.py in a process of its own."""
+    command = [str(HERE / "cluster.py"), part]
+    done = subprocess.run([sys.executable, *command], check=True, stdout=subprocess.PIPE, text=True)
+    return {**json.loads(done.stdout), "command": f"python reports/cluster.py {part}"}
+
+
+def bench(name: str, scale: str) -> dict[str, Any]:
+    """Run a bench and keep its cells, and its page as reports/<name>.html."""
+    with tempfile.TemporaryDirectory() as held:
+        run = str(Path(held) / "run")
+        arguments = ("bench", str(HERE.parent / "configs" / "bench" / f"{name}.yaml"), "--scale", scale)
+        found = ddray(*arguments, "--run-dir", run)
+        ddray("report", run, "--out", str(HERE / f"{name}.html"))
+    return {
+        "cells": found["cells"],
+        "num_failed": found["num_failed"],
+        "wall_s": found["wall_s"],
+        "command": f"ddray bench configs/bench/{name}.yaml --scale {scale}",
+    }
 
 
 def stamp() -> dict[str, Any]:
@@ -187,6 +267,81 @@ def accuracy_table(held: dict[str, Any], with_published: bool) -> list[str]:
     return [*lines, "", f"{where(held)}. Example: `{held['rows'][-1]['command']}`"]
 
 
+def bench_lines(held: dict[str, Any]) -> list[str]:
+    """Return the leaderboard, and what the fan-out was measured to do and to survive."""
+    lines = ["## Leaderboard: digits and CIFAR-10", ""]
+    if "leaderboard" in held:
+        lines += ["The page with pictures and plots: [leaderboard.html](leaderboard.html).", ""]
+        lines += [
+            "| method | dataset | ipc | arch | accuracy % | n (sets) | published % | difference (SE) |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for cell in held["leaderboard"]["cells"]:
+            one = cell.get("published")
+            printed, apart = "-", "-"
+            if one:
+                source = f"({one['paper']}, {one['table']})"
+                printed = f"{percent(one['accuracy_mean'], one['accuracy_std'])} {source}"
+                apart = f"{100 * one['difference']:+.2f}"
+                apart += "" if one["difference_se"] is None else f" ({one['difference_se']:+.1f})"
+            scored = percent(cell["accuracy_mean"], cell["accuracy_std"])
+            lines.append(
+                f"| {cell['method']} | {cell['dataset']} | {cell['ipc']} | {cell['arch']} | {scored} | "
+                f"{cell['n']} ({cell['num_sets']}) | {printed} | {apart} |"
+            )
+        run = held["leaderboard"]
+        lines += [
+            "",
+            f"{run['num_failed']} units failed; {run['wall_s']:.0f} s. `{run['command']}`. {where(run)}.",
+        ]
+    else:
+        lines += ["not measured"]
+    lines += ["", "## Scaling of the fan-out", ""]
+    if "scaling" in held:
+        unit = held["scaling"]["unit_s"]
+        lines += ["| workers | units per second | speed-up | efficiency |", "|---|---|---|---|"]
+        lines += [
+            f"| {row['workers']} | {row['units_per_s']:.2f} +- {row['std']:.2f} | {row['speedup']:.2f} | "
+            f"{100 * row['efficiency']:.1f} % |"
+            for row in held["scaling"]["rows"]
+        ]
+        count = held["scaling"]["rows"][0]["n"]
+        lines += [
+            "",
+            f"Units that sleep {unit} s and publish a row, {count} runs each; efficiency: against {unit} s "
+            f"per unit and worker. `{held['scaling']['command']}`. {where(held['scaling'])}.",
+        ]
+    else:
+        lines += ["not measured"]
+    lines += ["", "## Simulation of a large cluster", ""]
+    if "simulation" in held:
+        one = held["simulation"]
+        lines += [
+            f"{one['units']} units of {one['unit_s']} s on {one['workers']} workers, {one['fake_gpus']} "
+            f"fake GPUs: {one['wall_s']:.1f} s with the start of all processes on this machine "
+            f"({one['ideal_s']:.1f} s without any overhead), {one['units_per_s']:.1f} units per second once "
+            f"all had started; every tenth unit crashed its worker, every hundredth on all three tries: "
+            f"{one['retries']} retries, {one['failed']} "
+            f"failed, every other unit published exactly once. `{one['command']}`. {where(one)}.",
+        ]
+    else:
+        lines += ["not measured"]
+    lines += ["", "## Faults injected and survived", ""]
+    if "faults" in held:
+        lines += ["| fault | injected | survived |", "|---|---|---|"]
+        lines += [
+            f"| {row['fault']} | {row['injected']} | {row['survived']} |" for row in held["faults"]["rows"]
+        ]
+        lines += [
+            "",
+            "Survived: every unit once, nothing finished repeated, tables as without the fault. "
+            f"`{held['faults']['command']}`. {where(held['faults'])}.",
+        ]
+    else:
+        lines += ["not measured"]
+    return [*lines, ""]
+
+
 def render() -> None:
     """Write README.md from the parts that are there."""
     held = {name: json.loads(path.read_text()) for name in PARTS if (path := HERE / f"{name}.json").exists()}
@@ -222,6 +377,16 @@ def render() -> None:
         ]
     else:
         lines += ["not measured", ""]
+    lines += ["## Ranking architectures: the 720 ConvNets, digits", "", *nas_section(held, "nas_digits")]
+    lines += ["## Ranking architectures: the 720 ConvNets, CIFAR-10", ""]
+    lines += [
+        "Scaled to 2 CPU cores: a sample of the cheaper half of the grid, the whole set for one epoch, "
+        "DM and DataDAM of 100 steps with 64 real images per class.",
+        "",
+        *nas_section(held, "nas_cifar10"),
+    ]
+    lines += ["## Ranking architectures: NAS-Bench-201, digits against the table", ""]
+    lines += nas_section(held, "nas_cells")
     lines += ["## Benchmarks", ""]
     if "benchmarks" in held:
         lines += ["| benchmark | measured |", "|---|---|"]
@@ -231,6 +396,7 @@ def render() -> None:
         lines += ["", f"`{held['benchmarks']['command']}`, 1 run. {where(held['benchmarks'])}.", ""]
     else:
         lines += ["not measured", ""]
+    lines += bench_lines(held)
     lines += [
         "## On a GPU",
         "",
@@ -240,9 +406,62 @@ def render() -> None:
         "| CIFAR-10 ipc 1 / 10 / 50, DataDAM, preset repo | 32.0 / 54.2 / 67.0 | not measured |",
         "| CIFAR-10 ipc 10, 8,000 steps: seconds per step, fp32 against autocast | - | not measured |",
         "| vectorised step against a per-class loop (bar 3x) | - | not measured |",
+        "| `ddray nas`, CIFAR-10 ipc 50, >= 144 ConvNets: Spearman, DataDAM | 0.72 (720) | not measured |",
+        "| the 720 grid on an ipc-50 proxy, 200 epochs, one seed (bar 10 min) | 34.8 min | not measured |",
+        "| training against a plain loop (bar 5x) | - | not measured |",
         "",
     ]
     (HERE / "README.md").write_text("\n".join(lines))
+
+
+def nas_section(held: dict[str, Any], part: str) -> list[str]:
+    """Return the lines of a table of rank correlations."""
+    if part not in held:
+        return ["not measured", ""]
+    found = held[part]["result"]
+    head = (
+        "proxy",
+        "Spearman [95 %]",
+        "top 20 %",
+        "Kendall",
+        "top-1 %",
+        "best %",
+        "at chance",
+        "images",
+        "unit s",
+    )
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in found["proxies"]:
+        low, high = row["spearman_ci95"] or (None, None)
+        cells = [
+            row["proxy"].removesuffix(".pt"),
+            f"{rho(row['spearman'])} [{rho(low)}, {rho(high)}]",
+            rho(row["spearman_top20"]),
+            rho(row["kendall"]),
+            percent(row["top1_truth_accuracy"], None),
+            percent(row["best_truth_accuracy"], None),
+            str(row["num_at_chance"]),
+            f"{row['storage_images']:g}",
+            f"{row['wall_s']:.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    truth = found["truth"]
+    spent = f", {truth['wall_s']:.0f} s of training" if "wall_s" in truth else ""
+    lines += [
+        "",
+        f"{found['num_archs']} architectures, {found['num_failed']} failed units, "
+        f"{held[part]['seeds']} network(s) per architecture and proxy; truth: {truth['source']}{spent}; "
+        f"{found['wall_s']:.0f} s in all. `{held[part]['command']}`. {where(held[part])}.",
+        "",
+        f"![accuracy on the proxy against the truth]({held[part]['picture']})",
+        "",
+    ]
+    return lines
+
+
+def rho(value: float | None) -> str:
+    """Return a rank correlation with two digits."""
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _section(held: dict[str, Any], part: str, with_published: bool) -> list[str]:

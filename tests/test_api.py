@@ -50,7 +50,7 @@ class TestDistill:
         assert (tmp_path / "run" / "distilled.png").stat().st_size > 0
         run = open_run(
             tmp_path / "run",
-            {**self.plan(digits).describe(), "device": "cpu"},
+            {**self.plan(digits).describe(), "device": "cpu", "split": "train"},
             command="distill",
             resume=True,
         )
@@ -91,7 +91,12 @@ class TestDistill:
             distill(plan, device=CPU, run_dir=tmp_path / "run", out=out)
 
         assert out.read_bytes() == b"old"
-        run = open_run(tmp_path / "run", {**plan.describe(), "device": "cpu"}, command="distill", resume=True)
+        run = open_run(
+            tmp_path / "run",
+            {**plan.describe(), "device": "cpu", "split": "train"},
+            command="distill",
+            resume=True,
+        )
         assert run.ledger.rows() == []
         assert [event["event"] for event in run.ledger.events()] == ["start", "fail"]
 
@@ -165,7 +170,7 @@ class TestEvaluate:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"protocol": "soft-ish"}, "protocol must be one of hard"),
+            ({"protocol": "soft-ish"}, "protocol must be one of continual, hard, linear, robust, soft"),
             ({"split": "train"}, "split must be one of test, val, got 'train'"),
             ({"archs": ("convnet33",)}, "convnet33"),
             ({"seeds": 0}, r"evaluate\.seeds: .*got 0"),

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddray import artifact
 from ddray.artifact import DistilledSet, Meta, load
 from ddray.data import PixelSpace
 from ddray.errors import InputError
+from ddray.partition import Partition, expand
+from ddray.tensor_files import numpy_scalars
 
 
 def meta(**changes: Any) -> Meta:
@@ -106,6 +107,36 @@ def test_a_whitened_set_keeps_its_whitening(tmp_path: Path) -> None:
     torch.testing.assert_close(held.space().decode(held.space().encode(pixels)), pixels)
 
 
+HALVES = {"decoder": "partition", "partition": {"factor": 2, "axes": "time"}, "ipc_decoded": 4}
+
+
+@pytest.mark.parametrize(("factor", "axes", "parts"), [(2, "both", 4), (3, "both", 9), (3, "time", 3)])
+def test_a_partitioned_set_is_stored_small_and_decoded_large(
+    factor: int, axes: str, parts: int, tmp_path: Path
+) -> None:
+    own = {"decoder": "partition", "partition": {"factor": factor, "axes": axes}, "ipc_decoded": 2 * parts}
+    made(meta=meta(**own)).save(tmp_path / "a.pt")
+
+    held = load(tmp_path / "a.pt")
+
+    assert (held.meta.ipc, held.meta.ipc_decoded, held.meta.storage_floats) == (2, 2 * parts, 240)
+    assert torch.equal(held.images, images())
+    decoded = held.decode()
+    assert decoded.images.shape == (4 * parts, 3, 4, 5)
+    assert torch.equal(decoded.images, expand(images(), Partition.parse(own["partition"])))
+    assert decoded.labels.tolist() == [0] * (2 * parts) + [1] * (2 * parts)
+    assert torch.equal(held.decode().images, decoded.images)
+
+
+def test_a_file_from_before_decoders_is_read(tmp_path: Path) -> None:
+    old = {key: value for key, value in meta().dump().items() if key not in ("decoder", "partition")}
+
+    held = load(own_file(tmp_path / "old.pt", meta=json.dumps(old)))
+
+    assert held.meta == meta()
+    assert torch.equal(held.decode().images, images())
+
+
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "double": ({"images": images().double()}, r"images must be float32 \[N, C, H, W\], got torch\.float64"),
     "flat": ({"images": images().flatten(1)}, r"images must be float32 \[N, C, H, W\]"),
@@ -131,6 +162,32 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "zca nan": (
         {"meta": meta(pixel_space="zca"), "zca": {**whitening(), "zca_mean": torch.full((60,), torch.nan)}},
         "zca_mean must be finite float32",
+    ),
+    "decoder alone": (
+        {"meta": meta(decoder="partition")},
+        "decoder partition and partition None must both be given, or none",
+    ),
+    "partition alone": (
+        {"meta": meta(**{**HALVES, "decoder": None})},
+        "decoder None and partition .* must both be given, or none",
+    ),
+    "decoded count": (
+        {"meta": meta(**{**HALVES, "ipc_decoded": 3})},
+        "ipc_decoded must be 2 x 2 parts, got 3",
+    ),
+    "storage": ({"meta": meta(**HALVES, storage_floats=480)}, "storage_floats must be 240, got 480"),
+    "too many parts": (
+        {
+            "images": images(4, (3, 2, 5)),
+            "meta": meta(
+                image_shape=(3, 2, 5),
+                storage_floats=120,
+                decoder="partition",
+                partition={"factor": 3},
+                ipc_decoded=18,
+            ),
+        },
+        "factor must be at most the image's side of 2 px, got 3",
     ),
     "zca double": (
         {"meta": meta(pixel_space="zca"), "zca": {**whitening(), "zca_matrix": torch.eye(60).double()}},
@@ -162,6 +219,8 @@ def test_a_broken_rule_is_refused_on_save_and_on_load(
         ({"ipc": 0}, r"ipc: .*greater than or equal to 1, got 0"),
         ({"pixel_space": "rgb"}, "pixel_space: .*got 'rgb'"),
         ({"colour": 1}, "unknown option 'colour'"),
+        ({"decoder": "gan"}, "decoder: .*got 'gan'"),
+        ({"partition": {"factor": 4}}, r"partition\.factor: .*got 4"),
         ({"mean": (float("nan"),) * 3}, r"mean\.0: .*finite number"),
     ],
 )
@@ -332,7 +391,7 @@ class TestForeign:
         with pytest.raises(InputError, match="must be an undamaged distilled set"):
             load(tmp_path / "res_a.pt", dataset=dataset)
         assert not (tmp_path / "x").exists()
-        assert len(artifact._numpy_scalars()) == 5
+        assert len(numpy_scalars()) == 5
 
 
 def test_a_set_is_frozen() -> None:

@@ -180,6 +180,7 @@ class TestTunePage:
             "num_trials": len(rows),
             "num_failed": 1,
             "num_stopped_early": 1,
+            "objective": "val_accuracy",
             "best": {"val_accuracy": 0.1534, "trial": 3},
             "paper_point": {"val_accuracy": 0.1234, "test_accuracy_mean": 0.11, "test_accuracy_std": None},
             "test_accuracy_mean": 0.14,
@@ -199,7 +200,7 @@ class TestTunePage:
         assert re.findall(r"<td>(done|stopped early|failed)</td>", table) == [
             *("done", "stopped early", "failed", "done")
         ]
-        assert "<td>15.34</td>" in table  # percent for people
+        assert "<td>15.34 %</td>" in table  # percent for people
         assert "<td>0.1235</td>" in table
         assert re.search(r'<tr class="best"><td>3</td>', table)
         assert "loss &lt;i&gt;NaN&lt;/i&gt;" in table

@@ -14,13 +14,16 @@ import torch
 
 from ddray import artifact
 from ddray.cluster.payload import Payload, pack, unpack
+from ddray.cluster.pretrain import shared_pool
 from ddray.cluster.runtime import check_capacity, ray_runtime, set_threads, worker_device
-from ddray.cluster.trial import Job, forget_checkpoint, score, trial_config
+from ddray.cluster.trial import Job, forget_checkpoint, score, trial_config, trial_pool
+from ddray.data import PixelSpace, Split
 from ddray.distill import run_distillation
 from ddray.errors import DdrayError, DivergedError, StorageError
 from ddray.files import write_atomically
 from ddray.ledger import Ledger, Row, Unit
-from ddray.plan import Plan, make_context, make_distiller, pixel_space
+from ddray.plan import Plan, declared_specs, make_context, make_distiller, pixel_space
+from ddray.pool import PoolSpec
 from ddray.report.images import save_grid
 from ddray.run import Run
 from ddray.seeding import derive_seed
@@ -86,7 +89,7 @@ def final_unit(job: Job, schedule: list[dict[str, Any]], number: int, plan: Plan
     spec = {
         "schedule": schedule,
         "method": job.method,
-        "ipc": job.ipc,
+        **job.size,
         "seed": derive_seed(job.seed, "final", number) % 2**31,
         "fingerprint": plan.dataset.fingerprint,
         "split": "train",
@@ -102,33 +105,53 @@ def _run_missing(plan: Plan, job: Job, run: Run, missing: list[Unit], options: T
     test, train = plan.dataset.test(), plan.dataset.train()
     space = pixel_space(plan.config.pixel_space, plan.dataset, train)
     with ray_runtime(options.address):
-        import ray
-
-        from ddray.cluster.fanout import Task, fan_out
-
         fits = check_capacity(job.cpus, job.gpus)
-        payload = ray.put(pack(plan.dataset, train, "train", test, space))
-        tasks = [Task(unit.key, final_task, (job, payload, unit)) for unit in missing]
-        workers = min(fits, options.max_concurrent or fits, len(tasks))
-        for outcome in fan_out(tasks, num_workers=workers, cpus=job.cpus, gpus=job.gpus):
-            if isinstance(outcome.error, StorageError):
-                raise outcome.error  # no row: --resume runs it when there is space again
-            if isinstance(outcome.error, DivergedError):
-                unit = next(unit for unit in missing if unit.key == outcome.key)
-                row = Row(
-                    key=unit.key,
-                    kind=unit.kind,
-                    spec=unit.spec,
-                    status="failed",
-                    result={"attempts": outcome.attempts},
-                    wall_s=0.0,
-                    error=" ".join(str(outcome.error).split())[:300],
-                )
-                run.ledger.publish(unit, row, epoch=job.epoch)
-            elif outcome.error is not None:
-                # Nor here: a crash is worth another try on --resume.
-                reason = " ".join(str(outcome.error).split())[:200]
-                log.warning("final run %s failed %d times: %s", outcome.key[:12], outcome.attempts, reason)
+        workers = min(fits, options.max_concurrent or fits)
+        payload = pack(plan.dataset, train, "train", test, space)
+        with shared_pool(job, payload, _final_specs(plan, job, missing, train, space), workers) as served:
+            _publish_finals(run, served, payload, missing, workers)
+
+
+def _final_specs(plan: Plan, job: Job, units: list[Unit], train: Split, space: PixelSpace) -> list[PoolSpec]:
+    """Return the networks that the units' methods declare."""
+    device = torch.device("cuda" if job.gpus > 0 else "cpu")
+    found: dict[str, PoolSpec] = {}
+    for unit in units:
+        for segment in unit.spec["schedule"]:
+            config = trial_config(job, segment["params"])
+            held = Plan(job.method, plan.dataset, job.ipc, unit.spec["seed"], config)
+            ctx = make_context(held, train, split_name="train", device=device, space=space)
+            found |= {spec.key: spec for spec in declared_specs(held, ctx)}
+    return list(found.values())
+
+
+def _publish_finals(run: Run, job: Job, payload: Payload, missing: list[Unit], workers: int) -> None:
+    """Run the units in Ray's workers; publish the rows of those that diverged."""
+    import ray
+
+    from ddray.cluster.fanout import Task, fan_out
+
+    shared = ray.put(payload)
+    tasks = [Task(unit.key, final_task, (job, shared, unit)) for unit in missing]
+    for outcome in fan_out(tasks, num_workers=min(workers, len(tasks)), cpus=job.cpus, gpus=job.gpus):
+        if isinstance(outcome.error, StorageError):
+            raise outcome.error  # no row: --resume runs it when there is space again
+        if isinstance(outcome.error, DivergedError):
+            unit = next(unit for unit in missing if unit.key == outcome.key)
+            row = Row(
+                key=unit.key,
+                kind=unit.kind,
+                spec=unit.spec,
+                status="failed",
+                result={"attempts": outcome.attempts},
+                wall_s=0.0,
+                error=" ".join(str(outcome.error).split())[:300],
+            )
+            run.ledger.publish(unit, row, epoch=job.epoch)
+        elif outcome.error is not None:
+            # Nor here: a crash is worth another try on --resume.
+            reason = " ".join(str(outcome.error).split())[:200]
+            log.warning("final run %s failed %d times: %s", outcome.key[:12], outcome.attempts, reason)
 
 
 def final_task(job: Job, payload: Payload, unit: Unit) -> None:
@@ -144,13 +167,20 @@ def final_task(job: Job, payload: Payload, unit: Unit) -> None:
     checkpoint = Path(job.run_dir) / "checkpoints" / f"{unit.key}.pt"
     for segment in unit.spec["schedule"]:
         config = trial_config(job, segment["params"])
-        plan = Plan(job.method, held.dataset, job.ipc, unit.spec["seed"], config)
+        plan = Plan(job.method, held.dataset, job.ipc, unit.spec["seed"], config, job.budget)
         made = run_distillation(
             make_distiller(plan),
-            make_context(plan, held.split, split_name="train", device=device, space=held.space),
-            checkpoint=checkpoint if config.steps else None,
+            make_context(
+                plan,
+                held.split,
+                split_name="train",
+                device=device,
+                space=held.space,
+                pool=trial_pool(job, held, device),
+            ),
+            checkpoint=checkpoint,
             checkpoint_every=config.checkpoint_every,
-            until=segment["until"],
+            until=segment["until"] or None,
         )
     path = artifact_path(Path(job.run_dir), unit)
     made.distilled.save(path)

@@ -47,7 +47,7 @@ class LiveTable:
         """Show a trial's news: its status, and its val accuracy at its last rung if it has one."""
         if status == "running" and self._trials.get(number, ("",))[0] not in ("", "running"):
             return
-        value = metrics.get("val_accuracy")
+        value = metrics.get("score", metrics.get(str(metrics.get("objective"))))
         text = ", ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in params.items())
         looks = len(metrics.get("rungs", {}))
         self._trials[number] = (status, text, value, str(looks) if looks else "-")

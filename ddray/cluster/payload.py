@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from ddray.data import Dataset, PixelSpace, Split
+from ddray.data import Dataset, PixelSpace, Split, carve_val
 from ddray.errors import InputError
 
 
@@ -25,6 +26,8 @@ class Payload:
         held_labels: int64 [M].
         zca: zca_mean [D] and zca_matrix [D, D] fitted on `images`, or empty.
         kind: pixel space.
+        train_rows: int64 [N + M], for each of train's images its row in `images` followed by `held_images`;
+            None where `images` are all of train.
     """
 
     facts: dict[str, Any]
@@ -35,9 +38,17 @@ class Payload:
     held_labels: np.ndarray[Any, Any]
     zca: dict[str, np.ndarray[Any, Any]]
     kind: str
+    train_rows: np.ndarray[Any, Any] | None = None
 
 
-def pack(dataset: Dataset, split: Split, split_name: str, held: Split, space: PixelSpace) -> Payload:
+def pack(
+    dataset: Dataset,
+    split: Split,
+    split_name: str,
+    held: Split,
+    space: PixelSpace,
+    train_rows: Tensor | None = None,
+) -> Payload:
     """Return the payload of a split to distil from, and of the part to score on."""
     zca = {"zca_mean": space.zca_mean, "zca_matrix": space.zca_matrix}
     return Payload(
@@ -57,7 +68,15 @@ def pack(dataset: Dataset, split: Split, split_name: str, held: Split, space: Pi
         held_labels=held.labels.numpy(),
         zca={name: value.numpy() for name, value in zca.items() if value is not None and space.kind == "zca"},
         kind=space.kind,
+        train_rows=None if train_rows is None else train_rows.numpy(),
     )
+
+
+def search_rows(train: Split, *, seed: int) -> Tensor:
+    """Return, for each image of `train`, its row in what `carve_val` leaves followed by val: int64 [N]."""
+    numbered = Split(torch.arange(len(train)).view(-1, 1, 1, 1), train.labels)
+    kept, held = carve_val(numbered, seed=seed)
+    return torch.cat([kept.images, held.images]).flatten().argsort()
 
 
 @dataclass(frozen=True)
@@ -65,7 +84,7 @@ class Unpacked:
     """A worker's own copy of a payload.
 
     Attributes:
-        dataset: facts only; its test set can't be opened from a worker.
+        dataset: facts, and all of train; its test set can't be opened from a worker.
         split: to distil from.
         held: to score on.
         space: pixel space.
@@ -89,11 +108,19 @@ def unpack(payload: Payload) -> Unpacked:
         return _latest[1]
     fingerprint = facts.pop("fingerprint")
     split = Split(torch.tensor(payload.images), torch.tensor(payload.labels))
-    dataset = _WorkerDataset(**facts, load_train=lambda: split, load_test=_no_test)
+    held = Split(torch.tensor(payload.held_images), torch.tensor(payload.held_labels))
+    rows = payload.train_rows
+
+    def train() -> Split:
+        if rows is None:
+            return split
+        joined = Split(torch.cat([split.images, held.images]), torch.cat([split.labels, held.labels]))
+        return joined.select(torch.tensor(rows))
+
+    dataset = _WorkerDataset(**facts, load_train=train, load_test=_no_test)
     dataset.__dict__["fingerprint"] = fingerprint  # the whole train set's, not this part's
     zca = {name: torch.tensor(value) for name, value in payload.zca.items()}
     space = PixelSpace(payload.kind, dataset.mean, dataset.std, **zca)  # type: ignore[arg-type]
-    held = Split(torch.tensor(payload.held_images), torch.tensor(payload.held_labels))
     _latest = (identity, Unpacked(dataset, split, held, space))
     return _latest[1]
 

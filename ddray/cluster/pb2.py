@@ -29,7 +29,7 @@ import torch
 
 from ddray.cluster.payload import Payload, unpack
 from ddray.cluster.runtime import set_threads, worker_device
-from ddray.cluster.trial import Job, split_name, trial_config, trial_result, val_accuracy
+from ddray.cluster.trial import Job, split_name, trial_config, trial_pool, trial_result, val_score
 from ddray.distill import run_distillation
 from ddray.errors import DivergedError, InputError, StorageError
 from ddray.files import write_atomically, write_text
@@ -176,7 +176,7 @@ def _run_segments(
         if member.error is not None:
             member.value = -math.inf
             continue
-        member.value = float(held["val_accuracy"])
+        member.value = float(held["score"])
         member.values[end] = member.value
         if end:
             member.state = path.with_suffix(".pt")
@@ -199,7 +199,7 @@ def run_segment(
     set_threads(job.cpus)
     held = unpack(payload)
     device = torch.device(worker_device(job.gpus))
-    plan = Plan(job.method, held.dataset, job.ipc, job.seed, trial_config(job, params))
+    plan = Plan(job.method, held.dataset, job.ipc, job.seed, trial_config(job, params), job.budget)
     checkpoint = path.with_suffix(".pt")
     if state is not None and not checkpoint.exists():
         with state.open("rb") as source:
@@ -207,12 +207,19 @@ def run_segment(
     try:
         made = run_distillation(
             make_distiller(plan),
-            make_context(plan, held.split, split_name=split_name(job.seed), device=device, space=held.space),
+            make_context(
+                plan,
+                held.split,
+                split_name=split_name(job.seed),
+                device=device,
+                space=held.space,
+                pool=trial_pool(job, held, device),
+            ),
             checkpoint=checkpoint,
             checkpoint_every=plan.config.checkpoint_every,
             until=end,
         )
-        outcome: dict[str, Any] = {"val_accuracy": val_accuracy(plan, made.distilled, held, device)}
+        outcome: dict[str, Any] = {"score": val_score(job, plan, made.distilled, held, device)}
     except DivergedError as error:
         outcome = {"error": str(error)}
     write_text(path, json.dumps({"number": number, "until": end, "params": dict(params), **outcome}))
@@ -291,7 +298,9 @@ def _publish(search: Search, member: Member, initial: dict[str, Any], wall_s: fl
     """Publish a member's row: its schedule replays it on other seeds."""
     unit = search.unit(member.number, initial)
     if member.error is None:
-        result = trial_result(member.number, initial, member.values, stopped_early=False)
+        result = trial_result(
+            member.number, initial, member.values, stopped_early=False, objective=search.job.objective
+        )
         result["schedule"] = member.schedule
     else:
         result = {"number": member.number}

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 from ddray.errors import DdrayError, InputError
+from ddray.memory import reuse_freed_memory
 
 log = logging.getLogger(__name__)
 
@@ -87,10 +88,15 @@ def _worker_environment() -> dict[str, str]:
     return {**held, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
 
 
-def check_capacity(cpus: float, gpus: float) -> int:
+def check_capacity(cpus: float, gpus: float, *, per: str = "trial") -> int:
     """Return how many workers of this size fit the cluster at once.
 
     Checked because a task that never fits hangs silently (RAY.md 9).
+
+    Args:
+        cpus: cores of a worker.
+        gpus: GPUs of a worker.
+        per: what the command's options call a worker: `--cpus-per-<per>`.
 
     Raises:
         InputError: not even one fits.
@@ -98,20 +104,20 @@ def check_capacity(cpus: float, gpus: float) -> int:
     import ray
 
     if gpus > 1 and gpus != int(gpus):
-        raise InputError(f"--gpus-per-trial must be whole above 1, got {gpus:g}")
+        raise InputError(f"--gpus-per-{per} must be whole above 1, got {gpus:g}")
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     most = {kind: max((node.get(kind, 0.0) for node in nodes), default=0.0) for kind in ("CPU", "GPU")}
     for option, wanted, kind in (("cpus", cpus, "CPU"), ("gpus", gpus, "GPU")):
         if wanted > most[kind]:
             raise InputError(
-                f"--{option}-per-trial must be <= {most[kind]:g} (of the largest node), got {wanted:g}"
+                f"--{option}-per-{per} must be <= {most[kind]:g} (of the largest node), got {wanted:g}"
             )
     fits = sum(
         min(int(node.get("CPU", 0.0) // cpus), int(node.get("GPU", 0.0) // gpus) if gpus > 0 else 2**31)
         for node in nodes
     )
     if fits == 0:
-        raise InputError(f"no node has {cpus:g} CPUs and {gpus:g} GPUs together; ask for less per trial")
+        raise InputError(f"no node has {cpus:g} CPUs and {gpus:g} GPUs together; ask for less per {per}")
     return fits
 
 
@@ -161,6 +167,7 @@ def worker_device(gpus: float) -> str:
     return "cuda" if gpus > 0 and torch.cuda.is_available() else "cpu"
 
 
-def quiet_workers() -> None:
-    """Send a worker's log lines to its stderr, warnings and above."""
+def prepare_worker() -> None:
+    """Set up a worker's process: log lines to its stderr, warnings and above; memory that is reused."""
+    reuse_freed_memory()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)

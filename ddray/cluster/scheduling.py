@@ -13,8 +13,8 @@ from ray.tune.logger import TBXLoggerCallback
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
 from ddray.cluster.live import LiveTable
-from ddray.cluster.search import METRIC, FunctionSource, NumberedSearch, TpeSource, stopped_row, unfinished
-from ddray.cluster.trial import ETA, forget_checkpoint, run_trial
+from ddray.cluster.search import FunctionSource, NumberedSearch, TpeSource, stopped_row, unfinished
+from ddray.cluster.trial import ETA, METRIC, forget_checkpoint, run_trial
 from ddray.errors import StorageError
 from ddray.ledger import Row
 from ddray.space import grid, sample

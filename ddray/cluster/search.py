@@ -15,13 +15,11 @@ import optuna
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from ddray.cluster.trial import Job, trial_result
+from ddray.cluster.trial import METRIC, Job, trial_result
 from ddray.ledger import Row
 from ddray.seeding import derive_seed
 from ddray.space import Space
-from ddray.study import STUDY, add_row, write_study
-
-METRIC = "val_accuracy"
+from ddray.study import STUDY, add_row, score_of, write_study
 
 
 class TpeSource:
@@ -74,7 +72,7 @@ class TpeSource:
         held = self._search._ot_trials[trial_id]
         for budget, value in row.result["rungs"].items():
             held.report(value, int(budget))
-        result = None if row.result["stopped_early"] else {METRIC: row.result["val_accuracy"]}
+        result = None if row.result["stopped_early"] else {METRIC: score_of(row.result)}
         self._search.on_trial_complete(trial_id, result)
 
     def add(self, row: Row) -> None:
@@ -176,7 +174,8 @@ def stopped_row(number: int, params: Mapping[str, Any], result: Mapping[str, Any
     # Tune hands searchers flattened results.
     rungs |= {int(name.split("/")[1]): float(v) for name, v in result.items() if name.startswith("rungs/")}
     rungs.setdefault(int(result["budget"]), float(result[METRIC]))
-    held = trial_result(number, params, rungs, stopped_early=True)
+    objective = str(result["objective"])
+    held = trial_result(number, params, rungs, stopped_early=True, objective=objective)
     return Row(key="", kind="trial", spec={}, status="done", result=held, wall_s=0.0)
 
 

@@ -13,18 +13,25 @@ import torch
 
 from ddray.artifact import DistilledSet
 from ddray.cluster.payload import Payload, Unpacked, unpack
-from ddray.cluster.runtime import quiet_workers, set_threads, worker_device
+from ddray.cluster.pool import ClusterPool, PoolAddress
+from ddray.cluster.runtime import prepare_worker, set_threads, worker_device
 from ddray.config import merge
 from ddray.distill import DistillResult, run_distillation
 from ddray.errors import DivergedError
-from ddray.evaluate import EvalContext, evaluate_archs
+from ddray.evaluate import EvalContext, Evaluator, evaluate_archs
 from ddray.evaluate.hard import Hard
-from ddray.evaluate.training import Recipe
+from ddray.evaluate.linear import Linear
 from ddray.files import write_text
 from ddray.ledger import Ledger, Row, Unit
 from ddray.methods import get_method
+from ddray.nas.objective import SpearmanObjective
 from ddray.plan import Plan, RunConfig, make_context, make_distiller
+from ddray.pool import LocalPool, ModelPool
+from ddray.pool_training import PoolTrainer
 
+METRIC: Final = "score"
+"""What Tune is told under this name, whatever the objective is."""
+_WORST: Final = -1.0  # of a failed trial: the lowest rank correlation, below every accuracy
 ETA: Final = 3
 """ASHA's reduction factor: a third of the trials go on at each rung."""
 
@@ -43,6 +50,9 @@ class Job:
         budgets: rungs as parts of the last one, such as (1, 3, 9); (1,) has no early look.
         cpus: cores of a worker.
         gpus: GPUs of a worker.
+        nas: scores sets by how well they rank architectures; None scores them by accuracy.
+        pool: where shared networks are served; None: the files under `$DDRAY_HOME`.
+        budget: images of storage, for methods that count no classes.
     """
 
     run_dir: str
@@ -54,6 +64,25 @@ class Job:
     budgets: tuple[int, ...]
     cpus: float
     gpus: float
+    nas: SpearmanObjective | None = None
+    pool: PoolAddress | None = None
+    budget: int | None = None
+
+    @property
+    def objective(self) -> str:
+        """What a look of a search measures and maximises: the name that rows hold it under."""
+        return "val_accuracy" if self.nas is None else "val_spearman"
+
+    @property
+    def size(self) -> dict[str, int]:
+        """The part of a unit's spec that says how much is stored: ipc, and the budget where there is one."""
+        return {"ipc": self.ipc} if self.budget is None else {"ipc": self.ipc, "budget": self.budget}
+
+
+def trial_pool(job: Job, held: Unpacked, device: torch.device) -> ModelPool:
+    """Return the pool that a worker asks; what it lacks is trained on the payload's images."""
+    trainer = PoolTrainer(held.dataset, held.split, device)
+    return LocalPool(trainer) if job.pool is None else ClusterPool(trainer, job.pool)
 
 
 def trial_config(job: Job, params: Mapping[str, Any]) -> RunConfig[Any]:
@@ -73,13 +102,15 @@ def trial_unit(job: Job, number: int, params: Mapping[str, Any], fingerprint: st
         "number": number,
         "params": dict(params),
         "method": job.method,
-        "ipc": job.ipc,
+        **job.size,
         "seed": job.seed,
         "fingerprint": fingerprint,
         "split": split_name(job.seed),
         "budgets": list(job.budgets),
         "config": trial_config(job, params).dump(),
     }
+    if job.nas is not None:
+        spec["objective"] = job.nas.describe()
     return Unit(kind="trial", spec=spec)
 
 
@@ -94,7 +125,7 @@ def rung_steps(steps: int, budgets: tuple[int, ...]) -> dict[int, int]:
 
 
 class Rungs:
-    """The val accuracies of a trial's rungs, kept beside its checkpoint: a resumed trial looks only once."""
+    """The val scores of a trial's rungs, kept beside its checkpoint: a resumed trial looks only once."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -112,21 +143,24 @@ def score(
     plan: Plan, made: DistilledSet, held: Unpacked, device: torch.device, *, seed: int, num_seeds: int
 ) -> dict[str, Any]:
     """Return the accuracy of a set on the payload's held-out part, over `num_seeds` networks."""
-    recipe = Recipe.parse({name: getattr(plan.config.evaluate, name) for name in Recipe.model_fields})
-    ctx = EvalContext(held.dataset, held.held, held.space, device)
-    return evaluate_archs(
-        Hard(recipe), made.decode(), ctx, archs=(plan.arch,), num_seeds=num_seeds, seed=seed
-    )[0]
+    config, ctx = plan.config.evaluate, EvalContext(held.dataset, held.held, held.space, device)
+    protocol: Evaluator = Hard(config.as_recipe())
+    if made.targets is not None:
+        flip = held.dataset.can_flip
+        protocol = Linear(config.as_recipe(), config.probe, real=held.split, can_flip=flip)
+    return evaluate_archs(protocol, made.decode(), ctx, archs=(plan.arch,), num_seeds=num_seeds, seed=seed)[0]
 
 
-def val_accuracy(plan: Plan, made: DistilledSet, held: Unpacked, device: torch.device) -> float:
-    """Return the mean accuracy of a look of a search.
+def val_score(job: Job, plan: Plan, made: DistilledSet, held: Unpacked, device: torch.device) -> float:
+    """Return a look of a search: the mean accuracy on val, or the rank correlation of architectures.
 
     Raises:
         DivergedError: an image is NaN or infinite.
     """
     if not made.is_finite():
         raise DivergedError(f"{plan.method} diverged: an image is NaN or infinite; lower lr_img")
+    if job.nas is not None:
+        return job.nas.score(made, held.dataset, held.held, device)
     num_seeds = min(plan.config.evaluate.seeds, plan.config.evaluate.val_seeds)
     return float(score(plan, made, held, device, seed=plan.seed, num_seeds=num_seeds)["accuracy_mean"])
 
@@ -151,7 +185,7 @@ def run_trial(
         Exception: a crash or lack of memory; the caller retries it. A diverged trial does not raise: its
             failed row is published, and `report` gets `failed=True`.
     """
-    quiet_workers()
+    prepare_worker()
     set_threads(job.cpus)
     device = torch.device(worker_device(job.gpus))
     held = unpack(payload)
@@ -164,7 +198,7 @@ def run_trial(
     ledger.begin(unit, epoch=job.epoch, number=number, params=dict(params))
     begin = time.perf_counter()
     rungs = Rungs(Path(job.run_dir) / "checkpoints" / f"{unit.key}.rungs.json")
-    plan = Plan(job.method, held.dataset, job.ipc, job.seed, trial_config(job, params))
+    plan = Plan(job.method, held.dataset, job.ipc, job.seed, trial_config(job, params), job.budget)
     try:
         made = _distil(plan, job, held, unit, rungs, device, report)
     except DivergedError as error:
@@ -172,7 +206,7 @@ def run_trial(
         ledger.publish(unit, row, epoch=job.epoch)
         report(_final_metrics(row, job))
         return
-    result = trial_result(number, params, rungs.values, stopped_early=False)
+    result = trial_result(number, params, rungs.values, stopped_early=False, objective=job.objective)
     first, final = made.edge_losses()
     more = {"first_loss": first, "final_loss": final, "seconds_per_step": made.seconds_per_step}
     row = _row(unit, "done", {**result, **more}, begin, None)
@@ -188,13 +222,14 @@ def forget_checkpoint(run_dir: Path, key: str) -> None:
 
 
 def trial_result(
-    number: int, params: Mapping[str, Any], rungs: Mapping[int, float], *, stopped_early: bool
+    number: int, params: Mapping[str, Any], rungs: Mapping[int, float], *, stopped_early: bool, objective: str
 ) -> dict[str, Any]:
-    """Return a trial row's result; `val_accuracy` is that of the last rung it reached."""
+    """Return a trial row's result; its score, under the objective's name, is that of its last rung."""
     return {
         "number": number,
         "params": dict(params),
-        "val_accuracy": rungs[max(rungs)],
+        "objective": objective,
+        objective: rungs[max(rungs)],
         "rungs": {str(budget): value for budget, value in sorted(rungs.items())},
         "stopped_early": stopped_early,
     }
@@ -211,7 +246,14 @@ def _distil(
 ) -> DistillResult:
     """Distil, scoring on val at every rung; the last rung is the end."""
     distiller = make_distiller(plan)
-    ctx = make_context(plan, held.split, split_name=split_name(job.seed), device=device, space=held.space)
+    ctx = make_context(
+        plan,
+        held.split,
+        split_name=split_name(job.seed),
+        device=device,
+        space=held.space,
+        pool=trial_pool(job, held, device),
+    )
     steps = rung_steps(plan.config.steps, job.budgets)
 
     def look(step: int, loss: float) -> None:
@@ -219,19 +261,19 @@ def _distil(
         if budget is None or budget == job.budgets[-1]:
             return
         if budget not in rungs.values:
-            rungs.add(budget, val_accuracy(plan, distiller.snapshot(), held, device))
-        report(_metrics(unit.spec["number"], budget, rungs.values, failed=False))
+            rungs.add(budget, val_score(job, plan, distiller.snapshot(), held, device))
+        report(_metrics(job, unit.spec["number"], budget, rungs.values, failed=False))
 
     made = run_distillation(
         distiller,
         ctx,
-        checkpoint=Path(job.run_dir) / "checkpoints" / f"{unit.key}.pt" if plan.config.steps else None,
+        checkpoint=Path(job.run_dir) / "checkpoints" / f"{unit.key}.pt",
         checkpoint_every=plan.config.checkpoint_every,
         looks=tuple(steps),
         on_step=look,
     )
     if job.budgets[-1] not in rungs.values:
-        rungs.add(job.budgets[-1], val_accuracy(plan, made.distilled, held, device))
+        rungs.add(job.budgets[-1], val_score(job, plan, made.distilled, held, device))
     return made
 
 
@@ -245,14 +287,17 @@ def _row(unit: Unit, status: Any, result: dict[str, Any], begin: float, error: s
 def _final_metrics(row: Row, job: Job) -> dict[str, Any]:
     """Return what the scheduler is told at the end."""
     failed = row.status == "failed"
-    rungs = {job.budgets[-1]: 0.0} if failed else {int(b): v for b, v in row.result["rungs"].items()}
-    return _metrics(row.result["number"], job.budgets[-1], rungs, failed=failed)
+    rungs = {job.budgets[-1]: _WORST} if failed else {int(b): v for b, v in row.result["rungs"].items()}
+    return _metrics(job, row.result["number"], job.budgets[-1], rungs, failed=failed)
 
 
-def _metrics(number: int, budget: int, rungs: Mapping[int, float], *, failed: bool) -> dict[str, Any]:
+def _metrics(
+    job: Job, number: int, budget: int, rungs: Mapping[int, float], *, failed: bool
+) -> dict[str, Any]:
     """Return the metrics of a look; a failed trial ranks below every other."""
     return {
-        "val_accuracy": 0.0 if failed else rungs[max(rungs)],
+        METRIC: _WORST if failed else rungs[max(rungs)],
+        "objective": job.objective,
         "budget": budget,
         "number": number,
         "failed": failed,

@@ -14,28 +14,36 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import Field
 
 from ddray.cluster.finals import run_finals
-from ddray.cluster.payload import Payload, pack
+from ddray.cluster.nas import RayExecutor
+from ddray.cluster.payload import Payload, pack, search_rows
+from ddray.cluster.pretrain import shared_pool
 from ddray.cluster.runtime import check_capacity, ray_runtime, sigterm_as_sigint
 from ddray.cluster.search import unfinished
 from ddray.cluster.trial import ETA, Job, split_name, trial_unit
 from ddray.config import Config
-from ddray.data import carve_val
+from ddray.data import PixelSpace, Split, carve_val
 from ddray.errors import DdrayError, InputError, InterruptedRunError, unknown
 from ddray.files import write_text
 from ddray.ledger import Row
-from ddray.plan import Plan, check_ipc, check_plan, make_distiller, pixel_space
+from ddray.nas.objective import SpearmanObjective, spearman_objective
+from ddray.nas.sweep import NasOptions
+from ddray.plan import Plan, check_plan, check_size, declared_specs, make_context, make_distiller, pixel_space
+from ddray.pool import PoolSpec
 from ddray.report.table import write_results
 from ddray.report.tune_page import write_report
 from ddray.run import Run, open_run
 from ddray.shipped import shipped
 from ddray.space import Range, grid, read_space
+from ddray.study import score_of
 
 log = logging.getLogger(__name__)
 
 Strategy = Literal["asha-tpe", "tpe", "random", "grid", "pb2"]
+Objective = Literal["val-accuracy", "nas-spearman"]
 
 
 class TuneOptions(Config):
@@ -48,6 +56,12 @@ class TuneOptions(Config):
     max_concurrent: int | None = Field(default=None, ge=1)
     time_budget: float | None = Field(default=None, gt=0)
     address: str | None = None
+    objective: Objective = "val-accuracy"
+    """What is maximised: accuracy on val, or the rank correlation of architectures scored on val."""
+    nas_sample: int = Field(default=16, ge=3)
+    """Architectures of the 720 ConvNets that `nas-spearman` ranks."""
+    nas_epochs: int = Field(default=50, ge=1)
+    """Epochs of each, on a trial's set and on the whole train part."""
     final_sets: int = Field(default=3, ge=1)
     """Fresh seeds on which the winner and the paper's point are distilled again for the test score."""
 
@@ -78,7 +92,7 @@ def tune(
     check_plan(plan)
     paper = {name: plan.config.method.dump()[name] for name in space}
     train, val = carve_val(plan.dataset.train(), seed=plan.seed)
-    check_ipc(plan.ipc, train, plan.dataset)
+    check_size(plan, train)
     config = {
         **plan.describe(),
         "strategy": options.strategy,
@@ -87,6 +101,8 @@ def tune(
         "final_sets": options.final_sets,
         "device": "cuda" if options.gpus_per_trial > 0 else "cpu",
     }
+    if options.objective != "val-accuracy":
+        config |= {name: getattr(options, name) for name in ("objective", "nas_sample", "nas_epochs")}
     run = open_run(run_dir, config, command="tune", resume=resume)
     job = Job(
         run_dir=str(run.folder),
@@ -98,12 +114,16 @@ def tune(
         budgets=_budgets(options.strategy, plan.config.steps),
         cpus=options.cpus_per_trial,
         gpus=options.gpus_per_trial,
+        nas=_nas_objective(plan, options, train, val, run),
+        budget=plan.budget,
     )
     search = Search(plan, options, space, paper, job, run, config["num_samples"])
     if search.missing():
         with sigterm_as_sigint(), ray_runtime(options.address):
             whitening = pixel_space(plan.config.pixel_space, plan.dataset, train)
-            search.run(pack(plan.dataset, train, split_name(plan.seed), val, whitening))
+            train_rows = search_rows(plan.dataset.train(), seed=plan.seed)
+            payload = pack(plan.dataset, train, split_name(plan.seed), val, whitening, train_rows)
+            search.run(payload, _specs(plan, job, train, whitening))
     rows = search.rows()
     write_results(run.folder / "results.csv", run.ledger.rows())
     best, paper_row = _best(rows), _paper(rows)
@@ -114,6 +134,33 @@ def tune(
     result = _result(run, rows, best, paper_row, scores, begin)
     write_report(run.folder, result, rows, space)
     return result
+
+
+def _specs(plan: Plan, job: Job, train: Split, space: PixelSpace) -> list[PoolSpec]:
+    """Return the networks that the plan's method declares; other settings of the pool add theirs."""
+    device = torch.device("cuda" if job.gpus > 0 else "cpu")
+    ctx = make_context(plan, train, split_name=split_name(plan.seed), device=device, space=space)
+    return declared_specs(plan, ctx)
+
+
+def _nas_objective(
+    plan: Plan, options: TuneOptions, train: Split, val: Split, run: Run
+) -> SpearmanObjective | None:
+    """Train the sample of architectures that trials are scored by; None where accuracy is maximised."""
+    if options.objective == "val-accuracy":
+        return None
+    nas = NasOptions.parse(
+        {
+            "sample": options.nas_sample,
+            "epochs": options.nas_epochs,
+            "seed": plan.seed,
+            "cpus_per_worker": options.cpus_per_trial,
+            "gpus_per_worker": options.gpus_per_trial,
+            "num_workers": options.max_concurrent,
+            "address": options.address,
+        }
+    )
+    return spearman_objective(nas, plan.dataset, train, val, RayExecutor(nas), run.folder / "architectures")
 
 
 def _space(plan: Plan, space_file: Path | None) -> dict[str, Range]:
@@ -225,23 +272,28 @@ class Search:
         """Return the unit of a trial."""
         return trial_unit(self.job, number, params, self.plan.dataset.fingerprint)
 
-    def run(self, payload: Payload) -> None:
-        """Run what is missing.
+    def run(self, payload: Payload, specs: Sequence[PoolSpec]) -> None:
+        """Train the pool, then run what is missing.
+
+        Args:
+            payload: the real images.
+            specs: networks that the trials share.
 
         Raises:
             InterruptedRunError: a signal came, or the time budget ended before the paper's point.
         """
         fits = check_capacity(self.options.cpus_per_trial, self.options.gpus_per_trial)
         concurrent = min(fits, self.options.max_concurrent or fits)
-        begin = time.monotonic()
-        if self.options.strategy == "pb2":
-            from ddray.cluster.pb2 import run_pb2
+        with shared_pool(self.job, payload, specs, concurrent) as self.job:
+            begin = time.monotonic()
+            if self.options.strategy == "pb2":
+                from ddray.cluster.pb2 import run_pb2
 
-            run_pb2(self, payload, concurrent)
-        else:
-            from ddray.cluster.scheduling import run_tune
+                run_pb2(self, payload, concurrent)
+            else:
+                from ddray.cluster.scheduling import run_tune
 
-            run_tune(self, payload, concurrent)
+                run_tune(self, payload, concurrent)
         missing = self.missing()
         budget = self.options.time_budget
         out_of_time = budget is not None and time.monotonic() - begin >= budget
@@ -255,7 +307,7 @@ class Search:
 
 
 def _best(rows: Sequence[Row]) -> Row:
-    """Return the trial with the highest val accuracy at full length (the earliest one of equals).
+    """Return the trial with the highest val score at full length (the earliest one of equals).
 
     Raises:
         DdrayError: no trial finished.
@@ -264,7 +316,7 @@ def _best(rows: Sequence[Row]) -> Row:
     if not whole:
         reasons = sorted({row.error or "unknown" for row in rows})
         raise DdrayError(f"no trial finished: {'; '.join(reasons)}; narrow the space or lower lr_img")
-    return max(whole, key=lambda row: (row.result["val_accuracy"], -int(row.spec["number"])))
+    return max(whole, key=lambda row: (score_of(row.result), -int(row.spec["number"])))
 
 
 def _paper(rows: Sequence[Row]) -> Row | None:
@@ -282,19 +334,21 @@ def _result(
 ) -> dict[str, Any]:
     """Return the command's JSON."""
     done = [row for row in rows if row.status == "done"]
+    objective = best.result["objective"]
     none = {"test_accuracy_mean": None, "test_accuracy_std": None}
     return {
         "run_dir": str(run.folder),
+        "objective": objective,
         "num_trials": len(rows),
         "num_failed": len(rows) - len(done),
         "num_stopped_early": sum(bool(row.result["stopped_early"]) for row in done),
         "best": {
             "config": best.spec["params"],
-            "val_accuracy": best.result["val_accuracy"],
+            objective: score_of(best.result),
             "trial": best.spec["number"],
         },
         "paper_point": {
-            "val_accuracy": paper.result["val_accuracy"] if paper else None,
+            objective: score_of(paper.result) if paper else None,
             **(scores["paper"]["scores"] if paper else none),
         },
         "artifact": scores["best"]["artifact"],

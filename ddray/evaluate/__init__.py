@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -37,8 +38,9 @@ class EvalResult:
         arch: canonical architecture name.
         seed: which network.
         accuracy: fraction right on the split.
-        num_images: images trained on.
+        num_images: images trained on, as decoded.
         wall_s: seconds.
+        measures: what a protocol measures besides, by name: numbers, or one per step.
     """
 
     arch: str
@@ -46,6 +48,7 @@ class EvalResult:
     accuracy: float
     num_images: int
     wall_s: float
+    measures: Mapping[str, float | tuple[float, ...]] = field(default_factory=dict)
 
 
 class Evaluator(Protocol):
@@ -57,18 +60,36 @@ class Evaluator(Protocol):
 
 
 def summarise(results: Sequence[EvalResult]) -> dict[str, Any]:
-    """Return mean, sample standard deviation (None for one network) and all values of an arch's results."""
-    import statistics
+    """Return an arch's results as mean, sample standard deviation (None for one network) and all values.
 
+    A measure `m` becomes its mean `m` and standard deviation `m_std`; one with a value per step, a list of
+    each.
+    """
     values = [result.accuracy for result in results]
-    return {
+    summary: dict[str, Any] = {
         "arch": results[0].arch,
         "accuracy_mean": statistics.fmean(values),
-        "accuracy_std": statistics.stdev(values) if len(values) > 1 else None,
+        "accuracy_std": _std(values),
         "per_seed": values,
         "num_images": results[0].num_images,
-        "wall_s": sum(result.wall_s for result in results),
     }
+    for name in results[0].measures:
+        summary[name], summary[f"{name}_std"] = _over_seeds([result.measures[name] for result in results])
+    return {**summary, "wall_s": sum(result.wall_s for result in results)}
+
+
+def _over_seeds(values: Sequence[float | tuple[float, ...]]) -> tuple[Any, Any]:
+    """Return mean and standard deviation of numbers, or of each place of equally long tuples."""
+    numbers = [value for value in values if not isinstance(value, tuple)]
+    if numbers:
+        return statistics.fmean(numbers), _std(numbers)
+    steps = list(zip(*(value for value in values if isinstance(value, tuple)), strict=True))
+    return [statistics.fmean(step) for step in steps], [_std(step) for step in steps]
+
+
+def _std(values: Sequence[float]) -> float | None:
+    """Return the sample standard deviation; None for one value."""
+    return statistics.stdev(values) if len(values) > 1 else None
 
 
 def evaluate_archs(

@@ -12,8 +12,46 @@ from ddray.artifact import TrainSet
 from ddray.errors import DivergedError
 from ddray.evaluate import EvalContext, EvalResult
 from ddray.evaluate.training import Recipe, accuracy, augmenter, train
-from ddray.nets import build_net, check_arch
+from ddray.nets import Net, build_net, check_arch
 from ddray.seeding import derive, derive_seed
+
+
+def fit(train_set: TrainSet, ctx: EvalContext, recipe: Recipe, *, arch: str, seed: int) -> Net:
+    """Return a fresh network trained on a set, in eval mode.
+
+    Args:
+        train_set: images [N, C, H, W] in the context's space, labels [N].
+        ctx: target and split.
+        recipe: epochs, rates, augmentation; spectrograms are not augmented.
+        arch: architecture name.
+        seed: decides weights, batch order and augmentation.
+
+    Raises:
+        InputError: the architecture is unknown or does not fit the images.
+        DivergedError: the training loss became NaN.
+    """
+    recipe = recipe.on(ctx.split)
+    shape = train_set.images.shape
+    net = build_net(
+        arch,
+        (shape[1], shape[2], shape[3]),
+        ctx.dataset.num_classes,
+        seed=derive_seed(seed, "evaluate", "net"),
+        device=ctx.device,
+    )
+    loss = train(
+        net,
+        train_set.images.to(ctx.device),
+        train_set.labels.to(ctx.device),
+        recipe,
+        generator=derive(seed, "evaluate", "train"),
+        augment=augmenter(
+            recipe.augment, can_flip=ctx.dataset.can_flip, space=ctx.space, strategy=recipe.strategy
+        ),
+    )
+    if not math.isfinite(loss):
+        raise DivergedError(f"training {arch} on the set diverged: its loss is {loss}; lower evaluate.lr")
+    return net
 
 
 class Hard:
@@ -40,23 +78,6 @@ class Hard:
             DivergedError: the training loss became NaN.
         """
         begin = time.perf_counter()
-        shape = train_set.images.shape
-        net = build_net(
-            arch,
-            (shape[1], shape[2], shape[3]),
-            ctx.dataset.num_classes,
-            seed=derive_seed(seed, "evaluate", "net"),
-            device=ctx.device,
-        )
-        loss = train(
-            net,
-            train_set.images.to(ctx.device),
-            train_set.labels.to(ctx.device),
-            self._recipe,
-            generator=derive(seed, "evaluate", "train"),
-            augment=augmenter(self._recipe.augment, can_flip=ctx.dataset.can_flip, space=ctx.space),
-        )
-        if not math.isfinite(loss):
-            raise DivergedError(f"training {arch} on the set diverged: its loss is {loss}; lower evaluate.lr")
+        net = fit(train_set, ctx, self._recipe, arch=arch, seed=seed)
         right = accuracy(net, ctx.split, ctx.space, device=ctx.device)
         return EvalResult(check_arch(arch), seed, right, len(train_set.labels), time.perf_counter() - begin)

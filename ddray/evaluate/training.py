@@ -5,22 +5,49 @@ Data stays on the device, augmentation runs there, and nothing syncs per step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from ddray.config import Config
-from ddray.data import PixelSpace, Split, dsa_for
+from ddray.data import Dsa, PixelSpace, Split, dsa_for
+from ddray.errors import unknown
+from ddray.evaluate.cutmix import cutmix
 from ddray.nets import Net
 from ddray.seeding import derive_seed, forked_global
 
 Augment = Literal["dsa", "dsa_idc", "autoaugment", "randaugment", "none"]
-Schedule = Literal["vico", "step15", "cosine", "constant"]
+Schedule = Literal["vico", "step15", "multistep", "cosine", "constant"]
 Augmenter = Callable[[Tensor, torch.Generator], Tensor]
+RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
+    "vico": {
+        "epochs": 1000,
+        "lr": 0.01,
+        "momentum": 0.9,
+        "weight_decay": 5e-4,
+        "batch": 256,
+        "schedule": "vico",
+        "augment": "dsa",
+        "strategy": None,
+        "cutmix": 0.0,
+    },
+    "idc": {
+        "epochs": 1500,
+        "lr": 0.01,
+        "momentum": 0.9,
+        "weight_decay": 5e-4,
+        "batch": 64,
+        "schedule": "multistep",
+        "augment": "dsa_idc",
+        "strategy": "color_crop_flip_scale_rotate",
+        "cutmix": 0.5,
+    },
+}
+"""Whole recipes by name: `vico` of DC, DSA, DM and their kin; `idc` of IDC and DSDM (DSDM's 1,500 epochs)."""
 
 
 class Recipe(Config):
@@ -34,8 +61,48 @@ class Recipe(Config):
     batch: int = Field(default=256, ge=1)
     schedule: Schedule = "vico"
     """`vico`: E + 1 epochs, after epoch E // 2 + 1 the rate falls tenfold and momentum is reset (DC, DM,
-    DataDAM code); `step15`: x.5 every 15 epochs (DataDAM supplement Table 2); `cosine` to 0; `constant`."""
+    DataDAM code); `step15`: x.5 every 15 epochs (DataDAM supplement Table 2); `multistep`: x.2 after 2/3 and
+    5/6 of the epochs (IDC, DSDM); `cosine` to 0; `constant`."""
     augment: Augment = "dsa"
+    """Augmentation of pictures; spectrograms have none."""
+    strategy: str | None = None
+    """Operations of `dsa` and `dsa_idc`, joined by "_" (flip is left out where it changes the class);
+    default: all of them."""
+    cutmix: float = Field(default=0.0, ge=0, le=1)
+    """Probability that a batch of pictures is mixed with itself by CutMix (IDC: .5, without cutout)."""
+
+    @field_validator("strategy")
+    @classmethod
+    def _known_operations(cls, value: str | None) -> str | None:
+        if value is not None:
+            Dsa(value)
+        return value
+
+    def without_augmentation(self) -> Self:
+        """Return the same training on the images as they are."""
+        return self.model_copy(update={"augment": "none", "strategy": None, "cutmix": 0.0})
+
+    def on(self, split: Split) -> Self:
+        """Return the recipe for a split: picture augmentations do not apply to spectrograms (IDC, DSDM)."""
+        return self.without_augmentation() if split.is_audio else self
+
+
+def named_recipe(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return evaluation settings with the name under `recipe` replaced by its fields; others given win.
+
+    Args:
+        values: settings by name; `recipe`, if it is there, is one of `RECIPES`.
+
+    Raises:
+        InputError: no recipe has this name.
+    """
+    rest = dict(values)
+    if rest.get("recipe") is None:
+        return rest
+    name = str(rest.pop("recipe"))
+    if name not in RECIPES:
+        raise unknown("recipe", name, RECIPES)
+    return {**RECIPES[name], **rest}
 
 
 def train(
@@ -46,16 +113,18 @@ def train(
     *,
     generator: torch.Generator,
     augment: Augmenter | None,
+    on_epoch: Callable[[Tensor], None] | None = None,
 ) -> float:
     """Train `net` in place and leave it in eval mode.
 
     Args:
         net: the network, on the images' device.
         images: float32 [N, C, H, W] in their pixel space.
-        labels: int64 [N].
+        labels: int64 [N], or float32 [N, D]: targets of the outputs, under the mean squared error.
         recipe: epochs, rates, batch, schedule.
         generator: CPU generator of the batches' order and the augmentation.
-        augment: applied to every batch; None leaves it as it is.
+        augment: applied to every batch, before CutMix; None leaves it as it is.
+        on_epoch: given each epoch's mean loss, a scalar on the device.
 
     Returns:
         The mean loss of the last epoch.
@@ -74,16 +143,30 @@ def train(
             batch = images[index]
             if augment is not None:
                 batch = augment(batch, generator)
-            step_loss = F.cross_entropy(net(batch), labels[index])
+            step_loss = _loss(net, batch, labels[index], recipe.cutmix, generator)
             optimizer.zero_grad(set_to_none=True)
             step_loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             loss += step_loss.detach() * len(index)
+        if on_epoch is not None:
+            on_epoch(loss / len(labels))
         if recipe.schedule == "vico" and epoch == recipe.epochs // 2 + 1:
             # The peers re-create the optimiser here, which also forgets the momentum.
             optimizer = _sgd(net, recipe, recipe.lr * 0.1)
     net.eval()
     return float(loss / len(labels))
+
+
+def _loss(net: Net, batch: Tensor, labels: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+    """Return the batch's cross entropy, by `probability` after CutMix; of targets the mean squared error."""
+    if labels.is_floating_point():
+        return F.mse_loss(net(batch), labels)
+    mixed = cutmix(batch, probability, generator) if probability > 0 else None
+    if mixed is None:
+        return F.cross_entropy(net(batch), labels)
+    logits = net(mixed.images)
+    own, other = F.cross_entropy(logits, labels), F.cross_entropy(logits, labels[mixed.partner])
+    return mixed.share * own + (1 - mixed.share) * other
 
 
 def _sgd(net: Net, recipe: Recipe, lr: float) -> torch.optim.SGD:
@@ -96,6 +179,8 @@ def _factor(recipe: Recipe, epoch: int) -> float:
     """Return the schedule's factor on lr in an epoch counted from 0."""
     if recipe.schedule == "step15":
         return float(0.5 ** (epoch // 15))
+    if recipe.schedule == "multistep":
+        return float(0.2 ** sum(epoch >= recipe.epochs * sixths // 6 for sixths in (4, 5)))
     if recipe.schedule == "cosine":
         return 0.5 * (1.0 + float(torch.cos(torch.tensor(torch.pi * epoch / recipe.epochs))))
     return 1.0
@@ -125,7 +210,9 @@ def accuracy(
     return float(right) / len(split)
 
 
-def augmenter(name: Augment, *, can_flip: bool, space: PixelSpace) -> Augmenter | None:
+def augmenter(
+    name: Augment, *, can_flip: bool, space: PixelSpace, strategy: str | None = None
+) -> Augmenter | None:
     """Return the augmentation called `name` for batches [N, C, H, W] in `space`.
 
     `dsa` and `dsa_idc`: per-sample parameters, one op for a batch (`dsa`) as at the peers' evaluation.
@@ -136,17 +223,31 @@ def augmenter(name: Augment, *, can_flip: bool, space: PixelSpace) -> Augmenter 
         name: which one; `none` gives None.
         can_flip: whether mirrored images keep their class.
         space: pixel space of the batches.
+        strategy: operations of `dsa` and `dsa_idc`; None: all of them.
+
+    Raises:
+        InputError: the strategy names an unknown operation.
     """
     if name == "none":
         return None
     if name in ("dsa", "dsa_idc"):
-        dsa = dsa_for(can_flip, "dsa" if name == "dsa" else "dsa_idc")
+        dsa = _dsa("dsa" if name == "dsa" else "dsa_idc", strategy, can_flip=can_flip)
+        if dsa is None:
+            return None
 
         def apply(batch: Tensor, generator: torch.Generator) -> Tensor:
             return dsa.apply(batch, dsa.draw(len(batch), generator, shared_op=True))
 
         return apply
     return _policy(name, space)
+
+
+def _dsa(variant: Literal["dsa", "dsa_idc"], strategy: str | None, *, can_flip: bool) -> Dsa | None:
+    """Return DSA with a strategy of its own; None where nothing is left of it."""
+    if strategy is None:
+        return dsa_for(can_flip, variant)
+    names = [name for name in strategy.split("_") if can_flip or name != "flip"]
+    return Dsa("_".join(names), variant=variant) if names else None
 
 
 def _policy(name: str, space: PixelSpace) -> Augmenter:

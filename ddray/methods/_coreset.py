@@ -12,7 +12,7 @@ from torch import Tensor
 from ddray.artifact import DistilledSet
 from ddray.config import Config
 from ddray.distill import DistillContext, Distiller, Target
-from ddray.pool import PoolSpec
+from ddray.pool import PoolSpec, supervised_specs
 
 Select = Callable[[DistillContext, Any], tuple[Tensor, Tensor]]
 
@@ -43,6 +43,11 @@ def selection_method(config_class: type[Config], select: Select) -> type[Distill
         def preset(name: str, target: Target) -> dict[str, Any]:
             """Return the same settings for both presets: nothing is matched."""
             return {"steps": 0, "evaluate": {"epochs": 1000, "augment": "dsa"}}
+
+        def pool_specs(self, ctx: DistillContext) -> list[PoolSpec]:
+            """Return the feature network, if the selection is made in features."""
+            held = self._config
+            return _feature_specs(ctx, held.feature_epochs) if isinstance(held, FeatureConfig) else []
 
         def setup(self, ctx: DistillContext) -> None:
             """Make the selection."""
@@ -79,19 +84,20 @@ def pool_features(ctx: DistillContext, epochs: int = 20) -> Tensor:
         ctx: the split, the architecture and the pool.
         epochs: how long the network is trained.
     """
-    spec = PoolSpec(
-        kind="supervised",
-        dataset=ctx.dataset.fingerprint,
+    return ctx.pool.get(_feature_specs(ctx, epochs))[0].tensors["features"]
+
+
+def _feature_specs(ctx: DistillContext, epochs: int) -> list[PoolSpec]:
+    """Return the one network whose features are asked for: trained on what is distilled from."""
+    return supervised_specs(
+        ctx.dataset,
         split=ctx.split_name,
-        transform="normalized",
         arch=ctx.arch,
-        recipe={"epochs": epochs, "lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4, "batch": 256},
         device=ctx.device.type,
+        recipe={"epochs": epochs},
         seed=ctx.seed,
-        image_shape=ctx.dataset.image_shape,
-        num_classes=ctx.dataset.num_classes,
+        num=1,
     )
-    return ctx.pool.get([spec])[0].tensors["features"]
 
 
 def per_class(labels: Tensor, num_classes: int, ipc: int, choose: Callable[[Tensor], Tensor]) -> Tensor:

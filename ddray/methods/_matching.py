@@ -192,7 +192,7 @@ class MeanMatching:
         for parameter in self.net.parameters():
             parameter.requires_grad_(False)
         self._chunked = is_per_sample(self.net)
-        self._sample_bytes = _largest_map_bytes(self.net, ctx)
+        self._sample_bytes = largest_map_bytes(self.net, ctx)
         self._statistics = statistics
         self._real_statistics = torch.compile(statistics, dynamic=False) if ctx.compile else statistics
         self._step = 0
@@ -260,7 +260,7 @@ class MeanMatching:
 
 
 @torch.no_grad()
-def _largest_map_bytes(net: Net, ctx: DistillContext) -> int:
+def largest_map_bytes(net: Net, ctx: DistillContext) -> int:
     """Return the bytes of one sample's largest map, found on a blank image (in eval mode: no trace)."""
     was_training = net.training
     maps = net.eval().features(torch.zeros(1, *ctx.dataset.image_shape, device=ctx.device)).maps

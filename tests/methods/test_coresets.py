@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -193,12 +194,14 @@ def test_coresets_are_real_images_of_their_class_without_repetition(
     assert torch.equal(ctx.split.labels[found], made.labels)
 
 
-def test_features_are_the_pool_networks_embedding_in_eval_mode(toy: Any, planned: Any) -> None:
+def test_features_are_the_pool_networks_embedding_in_eval_mode(
+    toy: Any, planned: Any, ddray_home: Path
+) -> None:
     dataset = toy()
     _, ctx, _ = planned("herding", dataset, arch="convnet1_w8_bn")
     found = pool_features(ctx, epochs=2)
 
-    folders = list((ctx.pool._folder).iterdir())
+    folders = [path for path in (ddray_home / "pool").iterdir() if path.is_dir()]
     assert len(folders) == 1
     from safetensors.torch import load_file
 
