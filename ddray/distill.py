@@ -58,6 +58,7 @@ class DistillContext:
         method: the method's name.
         config: the resolved configuration, kept in the artifact.
         budget: images of storage, for methods that count no classes.
+        search_seed: of a run on all of train: whose val tenth its shared networks have not seen.
     """
 
     dataset: Dataset
@@ -73,6 +74,15 @@ class DistillContext:
     method: str
     config: Mapping[str, Any]
     budget: int | None = None
+    search_seed: int = 0
+
+    @property
+    def shared_split(self) -> str:
+        """The part of train for networks that searches, their final runs and other runs share.
+
+        No val image is in it: a network that has seen val would favour what it knows when val is looked at.
+        """
+        return f"train-val{self.search_seed}" if self.split_name == "train" else self.split_name
 
     def generator(self, *labels: str | int) -> torch.Generator:
         """Return a CPU generator for one purpose; step i's draws depend on the seed and i alone."""

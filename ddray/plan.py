@@ -281,6 +281,7 @@ def make_context(
     device: torch.device,
     space: PixelSpace | None = None,
     pool: ModelPool | None = None,
+    search_seed: int = 0,
 ) -> DistillContext:
     """Return what the method is given.
 
@@ -291,6 +292,7 @@ def make_context(
         device: where to compute.
         space: the pixel space, when it was fitted before (once for many trials).
         pool: where shared networks come from; default the files under `$DDRAY_HOME`.
+        search_seed: of the search that a run on all of train ends.
 
     Raises:
         InputError: ipc does not fit the split, or compile=on without a compiler.
@@ -311,6 +313,7 @@ def make_context(
         method=plan.method,
         config=config.dump(),
         budget=plan.budget,
+        search_seed=search_seed,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddray import ssl
-from ddray.data import Dataset, Split, normalized_space
+from ddray.data import Dataset, Split, carve_val, normalized_space
 from ddray.errors import DivergedError, unknown
 from ddray.evaluate.training import Augmenter, Recipe, augmenter, train
 from ddray.nets import Net, build_net
@@ -20,6 +21,7 @@ from ddray.seeding import derive, derive_seed
 
 DIFFUSION_KINDS: Final = ("diffusion", "latents", "inverted", "statistics")
 """D3HR's stages (`methods._d3hr_stages`)."""
+_CARVED: Final = re.compile(r"train-val(\d+)")
 _MAX_ENCODED: Final = 200 * 2**20  # bytes of a split that is trained on as floats, encoded once
 
 
@@ -60,7 +62,7 @@ class SupervisedTrainer:
     """Trains the pool's supervised networks on a split, and takes their features of it.
 
     Attributes:
-        dataset: names and statistics; its whole train is what specs of split `train` are trained on.
+        dataset: names and statistics; its train is what `train` and `train-val<seed>` are taken from.
         split: the real images of every other split.
         device: where to compute.
     """
@@ -72,13 +74,15 @@ class SupervisedTrainer:
     def __call__(self, spec: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
         """Return weights and features [N, D] of a network trained by `spec.recipe`, and its final loss.
 
+        Of a network trained on `train-val<seed>`, the features of val [M, D] follow in rows of their own.
+
         Raises:
             InputError: a kind of entry that is trained elsewhere, or a bad recipe.
             DivergedError: the loss became NaN.
         """
         if spec.kind != "supervised":
             raise unknown("kind of pool entry", spec.kind, ("supervised", ssl.KIND, *DIFFUSION_KINDS))
-        split = self.dataset.train() if spec.split == "train" else self.split
+        split, unseen = self._images_of(spec.split)
         seed = derive_seed(spec.seed, "pool", spec.kind)
         net = build_net(spec.arch, spec.image_shape, spec.num_classes, seed=seed, device=self.device)
         recipe = Recipe.parse({"schedule": "constant", "augment": "none", **spec.recipe}, prefix="recipe.")
@@ -96,7 +100,15 @@ class SupervisedTrainer:
             raise DivergedError(f"training {spec.arch} for the pool diverged: its loss is {loss}; lower lr")
         weights = {f"weights.{name}": tensor for name, tensor in net.state_dict().items()}
         measured = {"final_loss": loss, "dataset_name": self.dataset.name}
-        return {**weights, "features": self._features(net, split)}, measured
+        features = [self._features(net, part) for part in (split, unseen) if part is not None]
+        return {**weights, "features": torch.cat(features)}, measured
+
+    def _images_of(self, name: str) -> tuple[Split, Split | None]:
+        """Return the part of the dataset called `name`, and the val images that it leaves out."""
+        if name == "train":
+            return self.dataset.train(), None
+        carved = _CARVED.fullmatch(name)
+        return carve_val(self.dataset.train(), seed=int(carved[1])) if carved else (self.split, None)
 
     def _images(self, split: Split, recipe: Recipe) -> tuple[Tensor, Augmenter | None]:
         """Return what is trained on and what is done to each batch: a large split is encoded by the batch."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ddray import pool_training
-from ddray.data import Dataset, Split, carve_val
+from ddray.data import Dataset, Split, carve_val, search_rows
 from ddray.errors import DivergedError, InputError
 from ddray.nets import build_net
 from ddray.plan import declared_specs, make_context, resolve
@@ -100,19 +100,24 @@ def test_the_recipe_decides(limit: int, toy: Any, monkeypatch: pytest.MonkeyPatc
     assert torch.equal(found[1], trainer(wanted(dataset, **changes[1]))[0]["features"])
 
 
-def test_a_spec_of_train_is_trained_on_all_of_train_wherever(toy: Any) -> None:
-    """A search distils from a part of train; its pool may be trained on the whole."""
+def test_a_split_is_the_same_images_for_whoever_trains(toy: Any) -> None:
+    """A search distils from a part of train, its final run from all of it: they share networks."""
     dataset = toy(counts=(20, 20, 20))
-    part, _ = carve_val(dataset.train(), seed=0)
+    part, val = carve_val(dataset.train(), seed=0)
     searching, final = (SupervisedTrainer(dataset, split, CPU) for split in (part, dataset.train()))
 
     a, b = (trainer(wanted(dataset))[0] for trainer in (searching, final))
-    c, _ = searching(wanted(dataset, split="train-val0"))
+    c, d = (trainer(wanted(dataset, split="train-val0"))[0] for trainer in (searching, final))
 
     assert same(a, b)
-    assert len(a["features"]) == 60
-    assert len(c["features"]) == len(part) == 54
-    assert not torch.equal(a["features"][:54], c["features"])
+    assert same(c, d)
+    assert len(a["features"]) == len(c["features"]) == 60
+    assert not torch.equal(a["features"], c["features"])
+    alone = SupervisedTrainer(dataset, part, CPU)(wanted(dataset, split="part"))[0]
+    assert torch.equal(c["features"][: len(part)], alone["features"]), "val is never trained on"
+    rows = search_rows(dataset.train(), seed=0)
+    joined = torch.cat([part.images, val.images])
+    assert torch.equal(joined[rows], dataset.train().images), "features of val stand after the others"
 
 
 def test_spectrograms_are_not_augmented(toy: Any) -> None:

@@ -120,7 +120,9 @@ def _final_specs(plan: Plan, job: Job, units: list[Unit], train: Split, space: P
         for segment in unit.spec["schedule"]:
             config = trial_config(job, segment["params"])
             held = Plan(job.method, plan.dataset, job.ipc, unit.spec["seed"], config)
-            ctx = make_context(held, train, split_name="train", device=device, space=space)
+            ctx = make_context(
+                held, train, split_name="train", device=device, space=space, search_seed=job.seed
+            )
             found |= {spec.key: spec for spec in declared_specs(held, ctx)}
     return list(found.values())
 
@@ -177,6 +179,7 @@ def final_task(job: Job, payload: Payload, unit: Unit) -> None:
                 device=device,
                 space=held.space,
                 pool=trial_pool(job, held, device),
+                search_seed=job.seed,
             ),
             checkpoint=checkpoint,
             checkpoint_every=config.checkpoint_every,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddray.data import Dataset, PixelSpace, Split, carve_val
+from ddray.data import Dataset, PixelSpace, Split
 from ddray.errors import InputError
 
 
@@ -70,13 +70,6 @@ def pack(
         kind=space.kind,
         train_rows=None if train_rows is None else train_rows.numpy(),
     )
-
-
-def search_rows(train: Split, *, seed: int) -> Tensor:
-    """Return, for each image of `train`, its row in what `carve_val` leaves followed by val: int64 [N]."""
-    numbered = Split(torch.arange(len(train)).view(-1, 1, 1, 1), train.labels)
-    kept, held = carve_val(numbered, seed=seed)
-    return torch.cat([kept.images, held.images]).flatten().argsort()
 
 
 @dataclass(frozen=True)

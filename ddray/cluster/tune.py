@@ -19,13 +19,13 @@ from pydantic import Field
 
 from ddray.cluster.finals import run_finals
 from ddray.cluster.nas import RayExecutor
-from ddray.cluster.payload import Payload, pack, search_rows
+from ddray.cluster.payload import Payload, pack
 from ddray.cluster.pretrain import shared_pool
 from ddray.cluster.runtime import check_capacity, ray_runtime, sigterm_as_sigint
 from ddray.cluster.search import unfinished
 from ddray.cluster.trial import ETA, Job, split_name, trial_unit
 from ddray.config import Config
-from ddray.data import PixelSpace, Split, carve_val
+from ddray.data import PixelSpace, Split, carve_val, search_rows
 from ddray.errors import DdrayError, InputError, InterruptedRunError, unknown
 from ddray.files import write_text
 from ddray.ledger import Row

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ddray.data.dataset import Dataset, Split, carve_val
+from ddray.data.dataset import Dataset, Split, carve_val, search_rows
 from ddray.data.dsa import Dsa, DsaPlan, dsa_for
 from ddray.data.dsa_ops import DsaParams
 from ddray.data.loaders import dataset_names, open_dataset
@@ -21,4 +21,5 @@ __all__ = [
     "fit_zca",
     "normalized_space",
     "open_dataset",
+    "search_rows",
 ]

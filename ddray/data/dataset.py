@@ -185,3 +185,10 @@ def carve_val(split: Split, *, seed: int, fraction: float = 0.1) -> tuple[Split,
             f"carving val needs a class with 2 images, got {len(split)} images of as many classes"
         )
     return split.select((~held).nonzero()[:, 0]), split.select(held.nonzero()[:, 0])
+
+
+def search_rows(train: Split, *, seed: int) -> Tensor:
+    """Return, for each image of `train`, its row in what `carve_val` leaves followed by val: int64 [N]."""
+    numbered = Split(torch.arange(len(train)).view(-1, 1, 1, 1), train.labels)
+    kept, held = carve_val(numbered, seed=seed)
+    return torch.cat([kept.images, held.images]).flatten().argsort()

@@ -84,7 +84,8 @@ def pool_features(ctx: DistillContext, epochs: int = 20) -> Tensor:
         ctx: the split, the architecture and the pool.
         epochs: how long the network is trained.
     """
-    return ctx.pool.get(_feature_specs(ctx, epochs))[0].tensors["features"]
+    features = ctx.pool.get(_feature_specs(ctx, epochs))[0].tensors["features"]
+    return features[: len(ctx.split)]  # those of val follow
 
 
 def _feature_specs(ctx: DistillContext, epochs: int) -> list[PoolSpec]:

@@ -20,7 +20,8 @@ covariances (Eq 5), L_h the class means of the synthetic images with their own h
 - matching augmentation: not mentioned | `dsa_idc` color_crop_cutout, one draw for real and synthetic images |
   by preset. Without it the pool's kept features serve as the real ones: no network sees a real image.
 - pool: 20 epochs, SGD .01/.9/5e-4, batch 256 | also CutMix .5 and color + crop | by preset. Networks match in
-  eval mode (no difference for InstanceNorm).
+  eval mode (no difference for InstanceNorm). Trained on all of train | the same | on the nine tenths that a
+  search distils from, also for sets of all of train: one pool serves both, and no network has seen val.
 - pixels: not mentioned | [0, 1], clamped at the start of each step | the code's, in both presets.
 - evaluation: 1,500 epochs | batch 64, multi-step rate, `dsa_idc` without cutout, CutMix .5, best of some 400
   looks at test | the code's settings in both presets, the last epoch.
@@ -48,30 +49,13 @@ from ddray.methods._partitioned import (
     by_class,
     embedding,
     idc_evaluation,
-    nearby,
 )
+from ddray.methods._pretrained import PoolConfig, kept_features, pretrained_specs
 from ddray.nets import reinitialize
 from ddray.pool import PoolSpec
 from ddray.seeding import derive_seed
 
 _BASE_SIZES: Final = {"mnist": 28, "imagenet": 224, "imagenette": 224, "imagewoof": 224, "imagesquawk": 224}
-
-_RECIPE: Final = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4, "batch": 256}
-
-
-class PoolConfig(Config):
-    """The networks that images are matched under."""
-
-    num_models: int = Field(default=10, ge=1)
-    """M (Fig 5, right)."""
-    epochs: int = Field(default=20, ge=1)
-    """E, epochs on the real images (Fig 5, left)."""
-    augment: Literal["dsa", "dsa_idc", "none"] = "none"
-    """Augmentation of their training."""
-    strategy: str | None = None
-    """Its operations, joined by "_"; default: all of them."""
-    cutmix: float = Field(default=0.0, ge=0, le=1)
-    """Probability of CutMix per batch of their training."""
 
 
 class DSDMConfig(PartitionedConfig):
@@ -176,23 +160,7 @@ class DSDM:
 
     def pool_specs(self, ctx: DistillContext) -> list[PoolSpec]:
         """Return what the pool is to train for this run, a spec per network; none without a pool."""
-        pool = self._config.pool
-        recipe = {**_RECIPE, **pool.model_dump(exclude={"num_models"})}
-        return [
-            PoolSpec(
-                kind="supervised",
-                dataset=ctx.dataset.fingerprint,
-                split=ctx.split_name,
-                transform="normalized",
-                arch=ctx.arch,
-                recipe=recipe,
-                device=ctx.device.type,
-                seed=ctx.seed + number,
-                image_shape=ctx.dataset.image_shape,
-                num_classes=ctx.dataset.num_classes,
-            )
-            for number in range(pool.num_models if self._config.use_pool else 0)
-        ]
+        return pretrained_specs(ctx, self._config.pool) if self._config.use_pool else []
 
     def setup(self, ctx: DistillContext) -> None:
         """Make the initial images and get the networks.
@@ -207,20 +175,19 @@ class DSDM:
             )
         self._ctx = ctx
         self._learned = LearnedImages(ctx, self._config)
-        if not self._config.use_proto and not (self._config.use_sd and self._learned.parts > 1):
-            raise InputError(
-                "dsdm needs use_proto, or use_sd with 2 mini-images per class, "
-                f"got use_proto=False, use_sd={self._config.use_sd} and {self._learned.parts} per class"
-            )
         self._pairs = FeaturePairs(ctx, self._config, self._learned, embedding)
+        sizes = min(self._learned.parts, self._config.batch_syn), self._pairs.batches.per_class
+        if not self._config.use_proto and not (self._config.use_sd and min(sizes) > 1):
+            raise InputError(
+                "dsdm needs use_proto, or use_sd with 2 images per class and step, got use_proto=False, "
+                f"use_sd={self._config.use_sd}, {sizes[0]} mini-images and {sizes[1]} real ones"
+            )
         self._pairs.net.train(not self._config.use_pool)
         entries = ctx.pool.get(self.pool_specs(ctx))
         names = self._pairs.net.state_dict().keys()
         weights = ([entry.tensors[f"weights.{name}"] for name in names] for entry in entries)
         self._weights = [[tensor.to(ctx.device) for tensor in held] for held in weights]
-        kept = self._config.augment == "none" and all("features" in entry.tensors for entry in entries)
-        features = [entry.tensors["features"] for entry in entries] if kept else []
-        self._features = nearby(features, ctx.device)
+        self._features = kept_features(ctx, entries) if self._config.augment == "none" else None
         self._memory: Tensor | None = None
         self._step = 0
 
@@ -261,11 +228,9 @@ class DSDM:
 
     def _real(self, draw: Draw, member: int) -> Tensor:
         """Return the real features [K, n, d]: the pool's own where nothing is augmented."""
-        if not self._features:
+        if self._features is None:
             return self._pairs.real(draw)
-        held = self._features[member]
-        rows = held.index_select(0, draw.index.to(held.device))
-        return by_class(rows.to(draw.index.device), self._pairs.num_classes)
+        return by_class(self._features.of(member, draw.index), self._pairs.num_classes)
 
     def _embedded(self, images: Tensor) -> Tensor:
         """Return features [K, m, d] of class-sorted images [K * m, C, H, W]."""

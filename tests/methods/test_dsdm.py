@@ -249,7 +249,12 @@ def test_the_pool_is_asked_for_what_the_preset_says(toy: Any, planned: Any) -> N
 
     specs = distiller.pool_specs(ctx)
 
-    assert [spec.seed for spec in specs] == list(range(5, 15))
+    assert [spec.seed for spec in specs] == list(range(10)), "runs of every seed share the networks"
+    assert {spec.split for spec in specs} == {"train-val0"}, "and none of them has seen val"
+    held = dataclasses.replace(ctx, search_seed=3)
+    assert {spec.split for spec in distiller.pool_specs(held)} == {"train-val3"}
+    held = dataclasses.replace(ctx, split_name="train-val7", search_seed=3)
+    assert {spec.split for spec in distiller.pool_specs(held)} == {"train-val7"}
     assert len({spec.key for spec in specs}) == 10
     assert specs[0].recipe == {
         "epochs": 20,
@@ -262,7 +267,7 @@ def test_the_pool_is_asked_for_what_the_preset_says(toy: Any, planned: Any) -> N
         "cutmix": 0.5,
     }
     first = specs[0]
-    assert (first.kind, first.split, first.transform) == ("supervised", "train", "normalized")
+    assert (first.kind, first.transform) == ("supervised", "normalized")
     assert (first.arch, first.dataset) == (ctx.arch, ctx.dataset.fingerprint)
 
 
@@ -294,7 +299,9 @@ def test_one_mini_image_per_class_drops_the_covariance(unbiased: bool, toy: Any,
     ("layers", "message"),
     [
         ({"method": {"use_proto": False, "use_sd": False}}, "dsdm needs use_proto, or use_sd"),
-        ({"method": {"use_proto": False, "factor": 1}}, "2 mini-images per class, got .* and 1 per class"),
+        ({"method": {"use_proto": False, "factor": 1}}, "2 images per class and step, .* 1 mini-images"),
+        ({"method": {"use_proto": False, "batch_syn": 1}}, "2 images per class and step, .* 1 mini-images"),
+        ({"method": {"use_proto": False, "batch_real": 1}}, "2 images per class and step, .* and 1 real"),
         ({"pixel_space": "raw"}, "dsdm needs pixel_space=normalized.*got raw"),
         ({"pixel_space": "zca"}, "dsdm needs pixel_space=normalized.*got zca"),
         ({"method": {"augment": "dsa", "strategy": "color_crap"}}, "DSA operation must be one of .*crop"),

@@ -1,0 +1,76 @@
+"""Networks trained on the real images, shared by sets, trials and runs; their features of these images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from ddray.config import Config
+from ddray.data import search_rows
+from ddray.distill import DistillContext
+from ddray.methods._partitioned import nearby
+from ddray.pool import PoolEntry, PoolSpec, supervised_specs
+
+
+class PoolConfig(Config):
+    """The networks that images are matched under."""
+
+    num_models: int = Field(default=10, ge=1)
+    """M (Fig 5, right)."""
+    epochs: int = Field(default=20, ge=1)
+    """E, epochs on the real images (Fig 5, left)."""
+    augment: Literal["dsa", "dsa_idc", "none"] = "none"
+    """Augmentation of their training."""
+    strategy: str | None = None
+    """Its operations, joined by "_"; default: all of them."""
+    cutmix: float = Field(default=0.0, ge=0, le=1)
+    """Probability of CutMix per batch of their training."""
+    seed: int = Field(default=0, ge=0)
+    """Of the first network, the others' follow; not the run's: sets and trials of any seed share one pool."""
+
+
+def pretrained_specs(ctx: DistillContext, config: PoolConfig) -> list[PoolSpec]:
+    """Return the specs of the networks: none has seen val, so that searches and other runs share them."""
+    return supervised_specs(
+        ctx.dataset,
+        split=ctx.shared_split,
+        arch=ctx.arch,
+        device=ctx.device.type,
+        recipe=config.model_dump(exclude={"num_models", "seed"}),
+        seed=config.seed,
+        num=config.num_models,
+    )
+
+
+@dataclass(frozen=True)
+class KeptFeatures:
+    """The pool's own features of a context's real images.
+
+    Attributes:
+        features: one [N, D] per network; where rows of val follow those of the rest, [N + M, D].
+        rows: int64 [N], the row of each real image; None: its own number.
+    """
+
+    features: list[Tensor]
+    rows: Tensor | None
+
+    def of(self, member: int, index: Tensor) -> Tensor:
+        """Return features [B, D] of real images `index` [B] under one network, on the device of `index`."""
+        held = self.features[member]
+        rows = index.to(held.device)
+        return held.index_select(0, rows if self.rows is None else self.rows[rows]).to(index.device)
+
+
+def kept_features(ctx: DistillContext, entries: Sequence[PoolEntry]) -> KeptFeatures | None:
+    """Return what the pool kept of the context's real images; None if it lacks some, or has no networks."""
+    whole = ctx.split_name == "train"
+    found = [entry.tensors["features"] for entry in entries if "features" in entry.tensors]
+    if not found or len(found) < len(entries) or (whole and len(found[0]) != len(ctx.split)):
+        return None
+    held = nearby(found, ctx.device)
+    rows = search_rows(ctx.split, seed=ctx.search_seed).to(held[0].device) if whole else None
+    return KeptFeatures(held, rows)
