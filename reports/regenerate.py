@@ -19,6 +19,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import tables
+
 Methods = dict[str, tuple[str, ...]]
 HERE = Path(__file__).resolve().parent
 DIGITS = ("random", "class_mean", "herding", "kcenter", "kmeans", "mmd_pixel", "dm", "datadam")
@@ -155,16 +158,16 @@ def benchmarks() -> dict[str, Any]:
 
 
 NAS_DIGITS = (
-    "--space convnet720 --sample 72 --max-mflops 60 --epochs 30 --truth-epochs 6 --set recipe.batch=32 "
+    "--space convnet720 --sample 72 --max-mflops 20 --epochs 20 --truth-epochs 5 --set recipe.batch=32 "
     "--baseline random --baseline kcenter --baseline early-stopping"
 )
 NAS_CELLS = (
-    "--space nasbench201 --sample 40 --seeds 2 --epochs 20 --truth table --compat dcbench --baseline whole "
+    "--space nasbench201 --sample 24 --seeds 2 --epochs 10 --truth table --compat dcbench --baseline whole "
     "--baseline random"
 )
 # The whole set for one epoch, the cheaper half of the grid: what two CPU cores do in minutes.
 NAS_CIFAR10 = (
-    "--space convnet720 --sample 16 --max-mflops 15 --epochs 60 --truth-epochs 1 --set recipe.batch=64 "
+    "--space convnet720 --sample 16 --max-mflops 10 --epochs 40 --truth-epochs 1 --set recipe.batch=64 "
     "--baseline random --baseline early-stopping"
 )
 CIFAR10_PROXIES = {
@@ -180,6 +183,10 @@ PARTS = {
     "nas_cells": lambda: nas("digits", (10,), {"datadam": ("datadam",)}, NAS_CELLS),
     "benchmarks": benchmarks,
     "leaderboard": lambda: bench("leaderboard", "cpu"),
+    "ablation": lambda: tables.measure(ddray, tables.ABLATION),
+    "speech": lambda: tables.speech(ddray),
+    "ssdd": lambda: tables.measure(ddray, tables.SSDD),
+    "diffusion_table": lambda: tables.measure(ddray, tables.DIFFUSION),
     "scaling": lambda: cluster("scaling"),
     "simulation": lambda: cluster("simulation"),
     "faults": lambda: cluster("faults"),
@@ -396,6 +403,7 @@ def render() -> None:
         lines += ["", f"`{held['benchmarks']['command']}`, 1 run. {where(held['benchmarks'])}.", ""]
     else:
         lines += ["not measured", ""]
+    lines += tables.lines(held, percent, where)
     lines += bench_lines(held)
     lines += [
         "## On a GPU",

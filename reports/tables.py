@@ -1,0 +1,192 @@
+"""Tables in the papers' shape, scaled down to two CPU cores: specs that `ddray bench` runs, and their lines.
+
+`python reports/regenerate.py ablation` (speech, ssdd, diffusion_table) runs one. What is scaled down stands
+in the spec, which is kept in reports/<part>.json with the cells.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+Spec = dict[str, Any]
+Run = Callable[..., dict[str, Any]]
+
+ABLATION: Spec = {
+    "name": "ablation",
+    "dataset": "digits",
+    "ipc": 1,
+    "seeds": 3,
+    "methods": [
+        {
+            "name": "dsdm",
+            "label": "L_proto",
+            "set": {"method.use_pool": False, "method.use_sd": False, "method.use_history": False},
+        },
+        {
+            "name": "dsdm",
+            "label": "L_proto + PM",
+            "set": {"method.use_sd": False, "method.use_history": False},
+        },
+        {"name": "dsdm", "label": "L_proto + PM + L_SD", "set": {"method.use_history": False}},
+        {"name": "dsdm", "label": "L_proto + PM + L_SD + L_h"},
+    ],
+    "evaluate": {"protocol": "hard", "seeds": 3},
+}
+SPEECH: Spec = {
+    "name": "speech",
+    "ipc": [10, 20],
+    "seeds": 1,
+    "set": {"arch": "convnet4_w32"},
+    "methods": [
+        "random",
+        {"name": "herding", "set": {"method.feature_epochs": 5}},
+        {
+            "name": "dsdm",
+            "steps": 100,
+            "set": {"method.batch_real": 64, "method.pool.num_models": 3, "method.pool.epochs": 5},
+        },
+    ],
+    "evaluate": {"protocol": "hard", "seeds": 3, "epochs": 100},
+}
+SSDD: Spec = {
+    "name": "ssdd",
+    "dataset": "digits",
+    "budget": 200,
+    "seeds": 1,
+    "methods": [
+        "random_ssl",
+        "kmeans_ssl",
+        {"name": "krr_st", "label": "KRR-ST", "steps": 150},
+        {
+            "name": "boost_ssdd",
+            "label": "+ parameterization",
+            "steps": 150,
+            "set": {"method.augmentation": "none"},
+        },
+        {"name": "boost_ssdd", "label": "full method (init pc)", "steps": 150},
+        {
+            "name": "boost_ssdd",
+            "label": "full method, init real",
+            "steps": 150,
+            "set": {"method.init": "real"},
+        },
+        {
+            "name": "boost_ssdd",
+            "label": "full method, init random",
+            "steps": 150,
+            "set": {"method.init": "random"},
+        },
+    ],
+    "evaluate": [
+        {"protocol": "linear", "seeds": 3, "epochs": 100},
+        {
+            "protocol": "linear",
+            "seeds": 2,
+            "epochs": 100,
+            "target": ["mnist"],
+            "options": {"train_limit": 2000},
+        },
+    ],
+}
+DIFFUSION: Spec = {
+    "name": "diffusion",
+    "dataset": "digits",
+    "ipc": [1, 10],
+    "seeds": 3,
+    "methods": [
+        "random",
+        {"name": "d3hr", "label": "D4M-style k-means", "set": {"method.sampling": "kmeans"}},
+        {
+            "name": "d3hr",
+            "label": "Base-DDPM",
+            "set": {"method.mapping": "ddpm", "method.sampling": "random"},
+        },
+        {"name": "d3hr", "label": "Base-RS", "set": {"method.sampling": "random"}},
+        {"name": "d3hr", "label": "D3HR"},
+    ],
+    "evaluate": [
+        {"protocol": "hard", "seeds": 3, "epochs": 100},
+        {
+            "protocol": "soft",
+            "seeds": 3,
+            "epochs": 100,
+            "teacher": ["convnet3"],
+            "options": {"sets": ["teacher.epochs=10"]},
+        },
+    ],
+}
+TITLES = {
+    "ablation": "DSDM's parts (the shape of its Table 4), digits",
+    "speech": "Spoken digits (the shape of DSDM's Table 2), ConvNet-4 of width 32",
+    "ssdd": "Self-supervised sets (the shape of Boost-SSDD's Tables 3 and 4, and a transfer), digits",
+    "diffusion_table": "D3HR and its baselines (the shape of its Table 3), digits",
+}
+
+
+def measure(ddray: Run, spec: Spec) -> dict[str, Any]:
+    """Run a spec on all cores, one unit per core; return its cells."""
+    with tempfile.TemporaryDirectory() as held:
+        file = Path(held) / "spec.yaml"
+        file.write_text(yaml.safe_dump(spec))
+        found = ddray("bench", str(file), "--run-dir", str(Path(held) / "run"))
+    return {
+        **{name: found[name] for name in ("cells", "num_failed", "wall_s")},
+        "spec": spec,
+        "command": "ddray bench FILE, FILE being the spec in this part's JSON",
+    }
+
+
+def speech(ddray: Run) -> dict[str, Any]:
+    """Unpack the spoken digits of $DDRAY_DATA/fsdd.tar and run their spec."""
+    with tempfile.TemporaryDirectory() as held:
+        with tarfile.open(Path(os.environ["DDRAY_DATA"]) / "fsdd.tar") as tar:
+            tar.extractall(held, filter="data")
+        found = measure(ddray, {**SPEECH, "dataset": str(Path(held) / "fsdd")})
+    found["spec"]["dataset"] = "fsdd"
+    found["cells"] = [{**cell, "dataset": "fsdd"} for cell in found["cells"]]
+    return found
+
+
+def lines(held: dict[str, Any], percent: Callable[..., str], where: Callable[..., str]) -> list[str]:
+    """Return the report's lines of the parts that are there."""
+    found = []
+    for part, title in TITLES.items():
+        found += [f"## {title}", ""]
+        if part not in held:
+            found += ["not measured", ""]
+            continue
+        cells = held[part]["cells"]
+        columns = list(dict.fromkeys(_column(cell) for cell in cells))
+        values = {(cell["method"], _column(cell)): cell for cell in cells}
+        found += ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+        for method in dict.fromkeys(cell["method"] for cell in cells):
+            scored = [_scored(values.get((method, column)), percent) for column in columns]
+            found += [f"| {method} | " + " | ".join(scored) + " |"]
+        run = held[part]
+        found += [
+            "",
+            "Test accuracy in percent, n networks in brackets. "
+            f"{run['num_failed']} units failed; {run['wall_s']:.0f} s. `{run['command']}`. {where(run)}.",
+            "",
+            f"Spec: `{json.dumps(run['spec'])}`",
+            "",
+        ]
+    return found
+
+
+def _column(cell: dict[str, Any]) -> str:
+    size = f"ipc {cell['ipc']}" if cell.get("ipc") else f"budget {cell.get('budget')}"
+    target = f" on {cell['target']}" if cell.get("target") else ""
+    return f"{size}, `{cell.get('protocol', 'hard')}`{target}"
+
+
+def _scored(cell: dict[str, Any] | None, percent: Callable[..., str]) -> str:
+    return "-" if cell is None else f"{percent(cell['accuracy_mean'], cell['accuracy_std'])} ({cell['n']})"
