@@ -1,0 +1,84 @@
+"""What `ddray nas` is asked for, and how it trains architectures: options, recipes, overrides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Literal
+
+from pydantic import Field
+
+from ddray.config import Config, merge
+from ddray.nas.training import NasRecipe
+
+
+class CellOptions(Config):
+    """The NAS-Bench-201 network that is trained: DC-BENCH's proxy setting."""
+
+    channels: int = Field(default=16, ge=1)
+    num_cells: int = Field(default=1, ge=1)
+    cell_affine: bool = False
+
+
+class NasConfig(Config):
+    """How architectures are trained."""
+
+    recipe: NasRecipe
+    truth_recipe: NasRecipe
+    cells: CellOptions = CellOptions()
+
+
+# Published nowhere for the 720 ConvNets (one follow-up: 200 epochs): ours, pinned. NAS-Bench-201: DC-BENCH's.
+_RECIPES: Final[dict[str, dict[str, Any]]] = {
+    "convnet720": {"epochs": 200, "lr": 0.01, "weight_decay": 5e-4, "batch": 256},
+    "nasbench201": {
+        "epochs": 50,
+        "lr": 0.025,
+        "lr_min": 0.001,
+        "weight_decay": 3e-4,
+        "batch": 64,
+        "clip": 5.0,
+    },
+}
+
+
+class NasOptions(Config):
+    """What `ddray nas` was asked for."""
+
+    space: str = "convnet720"
+    sample: int | None = Field(default=None, ge=1)
+    """Architectures, stratified by cost; None takes the whole space."""
+    max_mflops: float | None = Field(default=None, gt=0)
+    """Leave out architectures that need more million multiply-adds for an image."""
+    seeds: int = Field(default=1, ge=1)
+    """Networks per architecture and proxy."""
+    epochs: int | None = Field(default=None, ge=1)
+    truth: str = "whole"
+    truth_epochs: int | None = Field(default=None, ge=1)
+    truth_seeds: int = Field(default=1, ge=1)
+    truth_column: str | None = None
+    seed: int = 0
+    executor: Literal["ray", "local"] = "ray"
+    cpus_per_worker: float = Field(default=1.0, gt=0)
+    gpus_per_worker: float = Field(default=0.0, ge=0)
+    num_workers: int | None = Field(default=None, ge=1)
+    unit_timeout: float = Field(default=7200.0, gt=0)
+    """Seconds after which a unit counts as hung; it is tried again, then marked failed."""
+    address: str | None = None
+
+
+def resolve_config(options: NasOptions, layers: Sequence[Mapping[str, Any]] = ()) -> NasConfig:
+    """Return the training settings: the space's own, then --epochs and --truth-epochs, then --set."""
+    own = _RECIPES[options.space]
+    asked = {} if options.epochs is None else {"epochs": options.epochs}
+    recipe = {**own, **asked}
+    truth = {**recipe, **({} if options.truth_epochs is None else {"epochs": options.truth_epochs})}
+    shared = merge(
+        {"recipe": recipe, "truth_recipe": truth}, *({"truth_recipe": _shared(layer)} for layer in layers)
+    )
+    return NasConfig.parse(merge(shared, *layers))
+
+
+def _shared(layer: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what a --set of the recipe means for the truth: the same, but for the epochs."""
+    held = layer.get("recipe", {})
+    return {k: v for k, v in held.items() if k != "epochs"} if isinstance(held, Mapping) else {}
