@@ -251,7 +251,7 @@ def _run_missing(
     job = NasJob(
         str(run.folder),
         run.epoch,
-        run.folder.name + str(run.epoch),
+        f"{run.folder}@{run.epoch}",
         options.cpus_per_worker,
         options.gpus_per_worker,
     )
@@ -312,8 +312,9 @@ def execute_locally(
     job: NasJob, data: SweepData, tasks: Sequence[NasTask], on_start: Callable[[str, int], None]
 ) -> Iterator[tuple[str, Exception | None, int]]:
     """Run tasks one after another in this process, without Ray (`--executor local`)."""
-    from ddray.nas.units import run_task
+    from ddray.nas.units import forget_data, run_task
 
+    forget_data()  # a folder that was removed and made again has the name of another sweep's data
     device = torch.device("cuda" if job.gpus > 0 else "cpu")
     for task in tasks:
         for attempt in range(1, MAX_ATTEMPTS + 1):

@@ -211,7 +211,7 @@ class NasJob:
     Attributes:
         run_dir: absolute path of the run.
         epoch: run epoch to publish under.
-        data_key: names the sweep's data, so that a worker copies it once.
+        data_key: names the sweep's data among all that a process may see, so that a worker copies it once.
         cpus: cores of a worker.
         gpus: GPUs of a worker.
     """
@@ -245,6 +245,12 @@ def run_task(job: NasJob, data: SweepData, task: NasTask, device: torch.device) 
         if unit.kind == "truth":
             truth_ledger().publish(unit, row, epoch=0)
         ledger.publish(unit, row, epoch=job.epoch)
+
+
+def forget_data() -> None:
+    """Drop this process's copy of a sweep's data."""
+    global _latest
+    _latest = None
 
 
 def truth_ledger() -> Ledger:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,29 @@ def test_truth_is_trained_once_for_all_runs(
     assert len(Ledger(tmp_path / "two").rows("truth")) == 4
     run(tmp_path / "three", [proxies["random"]], truth_epochs=2)
     assert trained == ["nas"] * 4 + ["truth", "nas"] * 4 or sorted(trained[4:]) == ["nas"] * 4 + ["truth"] * 4
+
+
+@pytest.mark.parametrize("second", ["b/run", "a/run"])
+def test_sweeps_in_one_process_train_on_their_own_images(
+    tmp_path: Path, proxies: dict[str, Path], second: str
+) -> None:
+    """Equal basenames, and a folder that was removed and made again: neither is the other's data."""
+    for folder, method, num_images in (("a/run", "class_mean", 10), (second, "random", 20)):
+        shutil.rmtree(tmp_path / folder, ignore_errors=True)
+        proxy = tmp_path / method / "set.pt"
+        proxy.parent.mkdir()
+        shutil.copyfile(proxies[method], proxy)
+        run(tmp_path / folder, [proxy], sample=1, truth=_csv(tmp_path))
+        (row,) = Ledger(tmp_path / folder).rows("nas")
+        assert row.result["num_images"] == num_images
+
+
+def _csv(folder: Path) -> str:
+    """Write a truth of all 720 architectures, so that none is trained on the whole set."""
+    path = folder / "truth.csv"
+    lines = [f"{index},{0.5 + index / 2000}" for index in range(720)]
+    path.write_text("\n".join(["index,accuracy", *lines, ""]))
+    return str(path)
 
 
 def test_a_broken_test_set_costs_the_last_column_alone(
