@@ -174,7 +174,7 @@ def rank_architectures(
 
     Raises:
         InputError: bad input of any kind.
-        DdrayError: no architecture finished.
+        DdrayError: no architecture finished on any proxy (table, plots and page are written all the same).
     """
     begin = time.perf_counter()
     sweep = prepare(request, options, config)
@@ -193,8 +193,19 @@ def rank_architectures(
         "proxies": found.proxies,
         "wall_s": time.perf_counter() - begin,
     }
-    _write(run.folder, result, found.table, [proxy.name for proxy in sweep.proxies])
+    _write(run.folder, result, found.table)
+    if not any(figures["num_archs"] for figures in found.proxies):
+        raise DdrayError(_why_nothing(run.folder, rows))
     return result
+
+
+def _why_nothing(folder: Path, rows: Sequence[Row]) -> str:
+    """Return the reason of a sweep in which no architecture has both a score and a truth."""
+    reasons = sorted({row.error or "unknown" for row in rows if row.status == "failed"})
+    return (
+        f"at least one architecture must finish on a proxy and have a truth, none does in {folder}: "
+        f"{'; '.join(reasons) or 'the truth lacks them all'}; try smaller ones with --max-mflops"
+    )
 
 
 @dataclass(frozen=True)
@@ -220,8 +231,8 @@ def collect(sweep: Sweep, rows: Sequence[Row], truth: Truth | None) -> Found:
         rows: its rows.
         truth: of a file or table; None takes the `truth` rows.
 
-    Raises:
-        DdrayError: no architecture finished on a proxy and has a truth.
+    Returns:
+        Figures and table; those of a proxy on which nothing finished are None and NaN.
     """
     place = {index: column for column, index in enumerate(sweep.indices)}
     true_rows = [row for row in rows if row.kind == "truth"]
@@ -237,9 +248,6 @@ def collect(sweep: Sweep, rows: Sequence[Row], truth: Truth | None) -> Found:
     for proxy in sweep.proxies:
         own = [row for row in rows if row.kind == "nas" and row.spec["proxy"] == proxy.name]
         scores = _matrix(own, place, "val_accuracy")
-        if not np.isfinite(scores).any():
-            reasons = sorted({row.error or "unknown" for row in own})
-            raise DdrayError(f"no architecture finished on {proxy.name}: {'; '.join(reasons)}")
         figures = figures_of_merit(
             scores,
             truth.values,
@@ -305,7 +313,7 @@ def _table(
     return table.sort_values(["proxy_rank", "index"], ignore_index=True)
 
 
-def _write(folder: Path, result: Mapping[str, Any], table: pd.DataFrame, names: Sequence[str]) -> None:
+def _write(folder: Path, result: Mapping[str, Any], table: pd.DataFrame) -> None:
     """Write results.csv, results.parquet, the scatter plots and report.html."""
     from ddray.report.nas_page import save_scatters, write_nas_report
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Sequence
@@ -10,10 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from rich.console import Console
 
 from ddray import api
 from ddray.data import Dataset, open_dataset
-from ddray.errors import InputError
+from ddray.display import nas_tables
+from ddray.errors import DdrayError, InputError
 from ddray.ledger import Ledger
 from ddray.nas import rank
 from ddray.nas.convnet720 import ConvNet720
@@ -217,6 +220,37 @@ def test_a_crashing_unit_is_tried_again_then_marked(
     seen.clear()
     run(folder, [proxies["random"]], resume=True)
     assert not seen
+
+
+def test_a_proxy_on_which_nothing_finishes_costs_its_own_figures_alone(
+    tmp_path: Path, proxies: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = {"random.pt"}
+
+    def fragile(job: NasJob, data: SweepData, task: NasTask, device: torch.device) -> None:
+        if task.units[0].spec["proxy"] in broken:
+            raise MemoryError("no memory for this one")
+        run_task(job, data, task, device)
+
+    monkeypatch.setattr("ddray.nas.units.run_task", fragile)
+    folder = tmp_path / "run"
+    out = run(folder, [proxies["random"], proxies["class_mean"]], truth=_csv(tmp_path))
+    bad, good = out["proxies"]
+    assert (bad["num_archs"], bad["num_failed"], good["num_archs"]) == (0, 4, 4)
+    assert bad["spearman"] is bad["top1_truth_accuracy"] is bad["kendall"] is None
+    assert bad["best_truth_accuracy"] == good["best_truth_accuracy"]
+    table = pd.read_csv(folder / "results.csv").set_index("proxy")
+    assert table.loc["random.pt", "failed"].all()
+    assert table.loc["class_mean.pt", "proxy_accuracy"].notna().all()
+    assert (folder / "scatter.png").is_file()
+    assert "random.pt" in (folder / "report.html").read_text()
+    Console(file=io.StringIO()).print(*nas_tables(out))
+
+    broken.add("class_mean.pt")
+    with pytest.raises(DdrayError, match="no memory for this one"):
+        run(tmp_path / "none", [proxies["random"], proxies["class_mean"]], truth=_csv(tmp_path))
+    assert pd.read_csv(tmp_path / "none" / "results.csv")["failed"].all()
+    assert (tmp_path / "none" / "report.html").is_file()
 
 
 def test_dcbench_bugs_are_proxies_of_their_own(tmp_path: Path, proxies: dict[str, Path]) -> None:
