@@ -6,7 +6,7 @@ training on it ranks them. Everything is scored on val.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,11 @@ import torch
 
 from ddray.artifact import DistilledSet
 from ddray.data import Dataset, Split
+from ddray.errors import DdrayError
 from ddray.ledger import Unit
-from ddray.nas.ranking import figures_of_merit
-from ddray.nas.sweep import Execute, NasOptions, Sweep, choose_architectures, resolve_config, run_sweep
+from ddray.nas.ranking import MIN_ARCHS, figures_of_merit
+from ddray.nas.options import NasOptions, resolve_config
+from ddray.nas.sweep import Execute, Sweep, choose_architectures, run_sweep
 from ddray.nas.units import NasTask, SweepData, Workbench, training_set
 from ddray.seeding import derive_seed
 
@@ -97,18 +99,42 @@ def spearman_objective(
         val: real images to score on.
         execute: runs the trainings.
         folder: the trainings' own run directory, continued if it exists.
+
+    Raises:
+        DdrayError: fewer than 3 architectures finished, or all are equally good: there is nothing to rank by.
     """
     config = resolve_config(options)
     indices = choose_architectures(options, config, dataset)
     device = "cuda" if options.gpus_per_worker > 0 else "cpu"
-    sweep = Sweep(options, config, dataset, train, val, (), indices, device)
+    # A search must not open test (DESIGN: splits), not even for a column that nobody looks at.
+    sweep = Sweep(options, config, dataset, train, val, (), indices, device, with_test=False)
     _, rows = run_sweep(sweep, execute, run_dir=folder, resume=True)
     held = {int(row.spec["index"]): float(row.result["val_accuracy"]) for row in rows if row.status == "done"}
     known = tuple(index for index in indices if index in held)
+    truth = tuple(held[index] for index in known)
+    _check_truth(truth, len(indices), sorted({row.error for row in rows if row.error}))
     return SpearmanObjective(
         known,
-        tuple(held[index] for index in known),
+        truth,
         config.recipe.dump(),
         sweep.space_options(),
         options.seed,
     )
+
+
+def _check_truth(truth: Sequence[float], num_archs: int, reasons: Sequence[str]) -> None:
+    """Refuse a truth that ranks nothing: every trial would score 0.
+
+    Raises:
+        DdrayError: with what to change.
+    """
+    if len(truth) < MIN_ARCHS:
+        raise DdrayError(
+            f"nas-spearman needs at least {MIN_ARCHS} architectures trained on the whole train part, "
+            f"{len(truth)} of {num_archs} finished ({'; '.join(reasons) or 'none failed'}); raise --nas-sample"
+        )
+    if len(set(truth)) == 1:
+        raise DdrayError(
+            f"nas-spearman needs architectures of different accuracy, all {num_archs} reach {truth[0]:.3f} "
+            "on val; raise --nas-epochs or --nas-sample"
+        )

@@ -21,7 +21,7 @@ from scipy import stats
 from ddray.seeding import derive_numpy
 
 Array = NDArray[np.float64]
-_MIN_ARCHS: Final = 3
+MIN_ARCHS: Final = 3
 _TOP: Final = 5  # the top fifth
 _LEVELS: Final = (0.025, 0.975)
 
@@ -73,12 +73,12 @@ def figures_of_merit(
     if held.shape[1] != true.shape[1]:
         raise ValueError(f"scores are of {held.shape[1]} architectures, truth of {true.shape[1]}")
     known = np.isfinite(held).any(0) & np.isfinite(true).any(0)
-    all_true = _mean(true)
+    all_true = mean_over_seeds(true)
     best = float(np.nanmax(all_true)) if np.isfinite(all_true).any() else None
     held, true = held[:, known], true[:, known]
-    x, y = _mean(held), _mean(true)
+    x, y = mean_over_seeds(held), mean_over_seeds(true)
     top = _first(y, -(-len(y) // _TOP))
-    whole, fifth = _bootstrap(held, true, num_bootstrap, seed) if len(x) >= _MIN_ARCHS else ([], [])
+    whole, fifth = _bootstrap(held, true, num_bootstrap, seed) if len(x) >= MIN_ARCHS else ([], [])
     rho, rho_top = _correlation(stats.spearmanr, x, y), _correlation(stats.spearmanr, x[top], y[top])
     ranked = y[_first(x, len(x))]
     return {
@@ -106,7 +106,7 @@ def _by_seed(values: ArrayLike) -> Array:
     return held
 
 
-def _mean(values: Array, times: Array | None = None) -> Array:
+def mean_over_seeds(values: Array, times: Array | None = None) -> Array:
     """Return means over seeds [A], seed s counted `times[s]` times; NaN where no seed is finite.
 
     Means of the same accuracies summed in another order differ in the last bit, and would pass for no tie:
@@ -127,7 +127,7 @@ def _first(values: Array, num: int) -> NDArray[np.intp]:
 
 def _correlation(measure: Callable[[Array, Array], Any], x: Array, y: Array) -> float | None:
     """Return a rank correlation of x and y [A], or None where it is undefined."""
-    if len(x) < _MIN_ARCHS or (x == x[0]).all() or (y == y[0]).all():
+    if len(x) < MIN_ARCHS or (x == x[0]).all() or (y == y[0]).all():
         return None
     return float(measure(x, y).statistic)
 
@@ -201,7 +201,7 @@ class _Seeds:
         times = np.bincount(drawn, minlength=num).astype(np.float64)
         key = times.tobytes()
         if key not in self._held:
-            mean = _mean(self._values, times)
+            mean = mean_over_seeds(self._values, times)
             groups = np.unique(mean, return_inverse=True)[1].astype(np.intp)
             self._held[key] = _Sorted(groups, _first(mean, len(mean)), np.isfinite(mean))
         return self._held[key]
@@ -210,7 +210,7 @@ class _Seeds:
 def _spearman(x_groups: NDArray[np.intp], y_groups: NDArray[np.intp], drawn: Array) -> float:
     """Return Spearman's rho of architectures drawn `drawn[a]` times each; NaN where it is undefined."""
     num = float(drawn.sum())
-    if num < _MIN_ARCHS:
+    if num < MIN_ARCHS:
         return math.nan
     middle = (num + 1) / 2
     x, y = _ranks(x_groups, drawn) - middle, _ranks(y_groups, drawn) - middle

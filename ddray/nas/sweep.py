@@ -10,7 +10,8 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -18,7 +19,7 @@ import torch
 
 from ddray.data import Dataset, Split, carve_val
 from ddray.errors import InputError, InterruptedRunError, StorageError
-from ddray.ledger import Row, Unit
+from ddray.ledger import Ledger, Row, Unit
 from ddray.nas.options import NasConfig as NasConfig
 from ddray.nas.options import NasOptions as NasOptions
 from ddray.nas.options import resolve_config as resolve_config
@@ -60,6 +61,7 @@ class Sweep:
         proxies: what architectures are trained on, besides the truth.
         indices: the architectures.
         device: kind of device the workers compute on.
+        with_test: whether truth is scored on test too, for the table's last column; off in a search.
     """
 
     options: NasOptions
@@ -70,7 +72,18 @@ class Sweep:
     proxies: tuple[Proxy, ...]
     indices: tuple[int, ...]
     device: str
-    _space: dict[str, NasSpace] = field(default_factory=dict, repr=False)
+    with_test: bool = True
+
+    @cached_property
+    def test(self) -> Split | None:
+        """Test, where truth is trained and scored on it; None also if it can't be read."""
+        if not self.with_test or self.options.truth != "whole":
+            return None
+        try:
+            return self.dataset.test()
+        except InputError as error:
+            log.warning("no test column: %s", error)
+            return None
 
     def space(self, mixture: str | None = None) -> NasSpace:
         """Return the space of architectures, as a proxy trains them."""
@@ -161,7 +174,9 @@ class Sweep:
             "device": self.device,
         }
         if proxy is None:
-            return Unit(kind="truth", spec=spec, code_version=CODE_VERSION)
+            # Part of the key: other runs take this row, and those that have a test column need its score.
+            held = {**spec, "test": self.test is not None}
+            return Unit(kind="truth", spec=held, code_version=CODE_VERSION)
         held = {**spec, "proxy": proxy.name, "proxy_key": proxy.key, **proxy.variant()}
         return Unit(kind="nas", spec=held, code_version=CODE_VERSION)
 
@@ -172,12 +187,8 @@ class Sweep:
         if "whole" in wanted:
             sets["whole"] = real_set(self.train, self.dataset)
         test = None
-        if any(task.units[0].kind == "truth" for task in tasks):
-            try:
-                held = self.dataset.test()
-                test = (held.images.numpy(), held.labels.numpy())
-            except InputError as error:
-                log.warning("no test column: %s", error)
+        if self.test is not None and any(task.units[0].kind == "truth" for task in tasks):
+            test = (self.test.images.numpy(), self.test.labels.numpy())
         val = (self.val.images.numpy(), self.val.labels.numpy())
         return SweepData(sets, val, test, self.dataset.num_classes, self.dataset.can_flip)
 
@@ -240,8 +251,20 @@ def _take_known_truth(run: Run, tasks: Sequence[NasTask]) -> None:
         return
     shared = truth_ledger()
     for unit in units:
-        if run.ledger.row(unit.key) is None and (row := shared.row(unit.key)) is not None:
+        if run.ledger.row(unit.key) is None and (row := _known_truth(shared, unit)) is not None:
             run.ledger.publish(unit, row.model_copy(update={"epoch": 0}), epoch=run.epoch)
+
+
+def _known_truth(shared: Ledger, unit: Unit) -> Row | None:
+    """Return a unit's row, or that of its twin with a test score, which is left out."""
+    row = shared.row(unit.key)
+    if row is not None or unit.spec["test"]:
+        return row
+    twin = shared.row(unit.model_copy(update={"spec": {**unit.spec, "test": True}}).key)
+    if twin is None:
+        return None
+    result = {name: value for name, value in twin.result.items() if name != "test_accuracy"}
+    return twin.model_copy(update={"key": unit.key, "spec": unit.spec, "result": result})
 
 
 def _run_missing(

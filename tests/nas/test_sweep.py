@@ -180,11 +180,16 @@ def test_a_broken_test_set_costs_the_last_column_alone(
     def broken(self: Dataset) -> Any:
         raise InputError("the test file is torn")
 
-    monkeypatch.setattr(Dataset, "test", broken)
-    out = run(tmp_path / "run", [proxies["random"]])
+    with monkeypatch.context() as patch:
+        patch.setattr(Dataset, "test", broken)
+        out = run(tmp_path / "run", [proxies["random"]])
     assert out["num_failed"] == 0
     assert "no test column: the test file is torn" in caplog.text
     assert pd.read_csv(tmp_path / "run" / "results.csv")["truth_test_accuracy"].isna().all()
+
+    # Nothing of it is kept for the runs that can read test.
+    run(tmp_path / "next", [proxies["random"]])
+    assert pd.read_csv(tmp_path / "next" / "results.csv")["truth_test_accuracy"].notna().all()
 
 
 def test_a_crashing_unit_is_tried_again_then_marked(
