@@ -27,7 +27,7 @@ from ddray.nas.proxies import (
     file_proxies,
     warn_of_seen_val,
 )
-from ddray.nas.ranking import figures_of_merit
+from ddray.nas.ranking import figures_of_merit, mean_over_seeds
 from ddray.nas.spaces import NasSpace, get_space, parse_indices
 from ddray.nas.sweep import (
     Execute,
@@ -215,7 +215,7 @@ class Found:
     Attributes:
         proxies: figures of merit, one mapping per proxy.
         table: one line per proxy and architecture; test stands in its last column only.
-        truth_facts: source, seconds and images of the truth.
+        truth_facts: source of the truth; of a trained one seconds, images and how many diverged.
     """
 
     proxies: list[dict[str, Any]]
@@ -240,10 +240,15 @@ def collect(sweep: Sweep, rows: Sequence[Row], truth: Truth | None) -> Found:
     if truth is None:
         values = _matrix(true_rows, place, "val_accuracy")
         test = _matrix(true_rows, place, "test_accuracy")
-        truth = Truth("whole", values, _mean(test) if np.isfinite(test).any() else None)
-        facts |= {"wall_s": sum(row.wall_s for row in true_rows), "storage_images": len(sweep.train)}
+        truth = Truth("whole", values, mean_over_seeds(test) if np.isfinite(test).any() else None)
+        facts |= {
+            "wall_s": sum(row.wall_s for row in true_rows),
+            "storage_images": len(sweep.train),
+            "num_diverged": _num_diverged(true_rows),
+        }
     space = sweep.space()
-    chance = 1 / sweep.dataset.num_classes
+    # A constant answer is right as often as val holds its class: more than 1/K where classes differ in size.
+    chance = float(torch.bincount(sweep.val.labels).max()) / len(sweep.val)
     proxies, tables = [], []
     for proxy in sweep.proxies:
         own = [row for row in rows if row.kind == "nas" and row.spec["proxy"] == proxy.name]
@@ -257,10 +262,14 @@ def collect(sweep: Sweep, rows: Sequence[Row], truth: Truth | None) -> Found:
             num_val=len(sweep.val),
             seed=sweep.options.seed,
         )
-        diverged = sum(bool(row.result.get("diverged")) for row in own)
-        proxies.append({"proxy": proxy.name, **figures, "num_diverged": diverged})
+        proxies.append({"proxy": proxy.name, **figures, "num_diverged": _num_diverged(own)})
         tables.append(_table(proxy, space, sweep.indices, scores, truth))
     return Found(proxies, pd.concat(tables, ignore_index=True), facts)
+
+
+def _num_diverged(rows: Sequence[Row]) -> int:
+    """Return how many architectures diverged with at least one seed."""
+    return len({row.spec["index"] for row in rows if row.result.get("diverged")})
 
 
 def _matrix(rows: Sequence[Row], place: Mapping[int, int], name: str) -> np.ndarray[Any, Any]:
@@ -274,20 +283,13 @@ def _matrix(rows: Sequence[Row], place: Mapping[int, int], name: str) -> np.ndar
     return held
 
 
-def _mean(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return means over seeds [A]; an architecture without any value is NaN."""
-    finite = np.isfinite(values)
-    total = np.where(finite, values, 0.0).sum(0)
-    return np.where(finite.any(0), total / np.maximum(finite.sum(0), 1), np.nan)
-
-
 def _table(
     proxy: Proxy, space: NasSpace, indices: Sequence[int], scores: np.ndarray[Any, Any], truth: Truth
 ) -> pd.DataFrame:
     """Return one line per architecture, best by the proxy first."""
     lines = []
-    mean = _mean(scores)
-    true = _mean(np.atleast_2d(truth.values))
+    mean = mean_over_seeds(scores)
+    true = mean_over_seeds(np.atleast_2d(truth.values))
     for column, index in enumerate(indices):
         own = [float(value) for value in scores[:, column] if np.isfinite(value)]
         described = {k: v for k, v in space.describe(index).items() if k not in ("index", "name")}

@@ -52,7 +52,8 @@ def figures_of_merit(
         truth: accuracies [T, A] (or [A]) that the ranking is compared with, NaN where unknown.
         storage_images: images that the proxy stores; reported as given.
         wall_s: seconds that the proxy's training took; reported as given.
-        chance: accuracy of guessing; None (scores that are no accuracies) leaves `num_at_chance` undefined.
+        chance: accuracy of the best constant guess, the share of val's largest class; None (scores that are
+            no accuracies) leaves `num_at_chance` undefined.
         num_val: images behind one val accuracy: a mean score at most one standard error
             sqrt(chance (1 - chance) / num_val) above chance counts as at chance; None allows none.
         num_bootstrap: draws per interval.

@@ -107,7 +107,7 @@ def summary(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     if "wall_s" in truth:
         best = result["proxies"][0]["best_truth_accuracy"]
         perfect = dict.fromkeys(("spearman", "spearman_top20", "kendall"), 1)
-        found.append({"label": "whole set", "top1_truth_accuracy": best, **perfect, **truth})
+        found.append({"label": "whole set", "top1_truth_accuracy": best, **perfect, **truth, "counts": _counts(truth)})
         found += [_printed_line("whole", left.pop("whole"))] if "whole" in left else []
     return [*found, *(_printed_line(method, values) for method, values in left.items())]
 

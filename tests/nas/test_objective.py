@@ -60,9 +60,7 @@ def test_a_search_does_not_open_test(tmp_path: Path, dataset: Dataset) -> None:
     assert all(row.status == "done" and "test_accuracy" not in row.result for row in rows)
 
 
-def test_a_search_takes_known_truth_without_its_test_score(
-    tmp_path: Path, dataset: Dataset
-) -> None:
+def test_a_search_takes_known_truth_without_its_test_score(tmp_path: Path, dataset: Dataset) -> None:
     found = objective(dataset, tmp_path / "one")
     for row in truth_ledger().rows("truth"):
         (truth_ledger().folder / f"{row.key}.json").unlink()
