@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from ddray.report.nas_page import PUBLISHED, _ticks, save_scatters, summary, write_nas_report
+from ddray.report.nas_page import _ticks, save_scatters, write_nas_report
+from ddray.report.nas_summary import PUBLISHED, summary
 
 NAN = float("nan")
 
@@ -140,6 +141,30 @@ class TestSummary:
         whole = found[7]
         assert (whole["top1_truth_accuracy"], whole["spearman"], whole["wall_s"]) == (0.604, 1, 600.0)
         assert found[0]["counts"] == "4 tied, 1 left out"
+
+    @pytest.mark.parametrize(
+        ("proxy", "method"),
+        [
+            ("/work/random/dm.pt", "dm"),
+            ("/work/random/kcenter.pt", None),
+            ("/random/datadam_ipc10/distilled.pt", "datadam"),
+            ("/work/random_ssl.pt", None),
+            ("random (ipc 10)", "random"),
+            ("early-stopping (20 steps)", "early_stopping"),
+        ],
+    )
+    def test_a_path_is_of_the_method_that_names_its_file(self, proxy: str, method: str | None) -> None:
+        below = summary(result(figures(proxy)))[1]["label"]
+
+        assert below == f"{method or 'random'} (published)"
+        if method is None:  # the published methods follow in the table's order
+            assert len(summary(result(figures(proxy)))) == 1 + len(PUBLISHED["convnet720"])
+
+    def test_diverged_truth_is_counted(self) -> None:
+        found = summary(result(figures("x"), truth={"source": "whole", "wall_s": 1.0, "num_diverged": 2}))
+
+        assert found[1]["label"] == "whole set"
+        assert found[1]["counts"] == "2 diverged"
 
     def test_a_truth_that_was_read_has_no_line(self) -> None:
         found = summary(result(figures("x"), space="nasbench201", truth={"source": "table"}))

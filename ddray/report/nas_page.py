@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import numpy as np
 
 from ddray.files import write_atomically, write_text
+from ddray.report.nas_summary import summary
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,30 +31,6 @@ _FIXED: Final = (
 _COLOURS: Final = ("#1f84c9", "#e69f00", "#009e73", "#cc79a7")
 _X_TITLE: Final = "validation accuracy, trained on the proxy (%)"
 _Y_TITLE: Final = "true accuracy (%)"
-
-# DataDAM's supplement, Tables 4 and 5: CIFAR-10, 50 images per class; 0.72 stands in its text. Per method:
-# accuracy of the best-ranked, Spearman's rho over all and over the top 20 %, minutes, stored images.
-PUBLISHED: Final[Mapping[str, Mapping[str, tuple[float | None, ...]]]] = {
-    "convnet720": {
-        "random": (0.889, None, 0.44, 33.0, 500),
-        "dsa": (0.872, None, 0.57, 31.2, 500),
-        "dm": (0.872, None, 0.51, 32.2, 500),
-        "cafe": (0.836, None, 0.36, 30.7, 500),
-        "datadam": (0.890, 0.72, 0.69, 34.8, 500),
-        "early_stopping": (0.889, None, 0.64, 37.1, 50000),
-        "whole": (0.892, None, 1.00, 5168.9, 50000),
-    },
-    "nasbench201": {
-        "random": (0.919, -0.06, None, None, None),
-        "dc": (0.8644, -0.19, None, None, None),
-        "dsa": (0.7354, -0.37, None, None, None),
-        "dm": (0.9216, -0.37, None, None, None),
-        "kip": (0.9291, -0.50, None, None, None),
-        "mtt": (0.7354, -0.09, None, None, None),
-        "datadam": (0.9396, 0.07, None, None, None),
-        "whole": (0.935, 0.7487, None, None, None),
-    },
-}
 
 
 def write_nas_report(run_dir: Path, result: Mapping[str, Any], table: pd.DataFrame) -> None:
@@ -88,46 +65,6 @@ def write_nas_report(run_dir: Path, result: Mapping[str, Any], table: pd.DataFra
         plotly=get_plotlyjs(),
     )
     write_text(run_dir / "report.html", page)
-
-
-def summary(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the summary's lines, figures by the names of the command's JSON.
-
-    Below each proxy, and the whole set if it was trained, stands what is published of it, if anything; at the
-    end what is published of other methods.
-    """
-    left = dict(PUBLISHED.get(result["space"], {}))
-    found: list[dict[str, Any]] = []
-    for figures in result["proxies"]:
-        found.append({**figures, "label": figures["proxy"], "counts": _counts(figures)})
-        twin = next((method for method in left if _is_of(figures, method)), None)
-        if twin is not None:
-            found.append(_printed_line(twin, left.pop(twin)))
-    truth = result.get("truth", {})
-    if "wall_s" in truth:
-        best = result["proxies"][0]["best_truth_accuracy"]
-        perfect = dict.fromkeys(("spearman", "spearman_top20", "kendall"), 1)
-        found.append({"label": "whole set", "top1_truth_accuracy": best, **perfect, **truth, "counts": _counts(truth)})
-        found += [_printed_line("whole", left.pop("whole"))] if "whole" in left else []
-    return [*found, *(_printed_line(method, values) for method, values in left.items())]
-
-
-def _counts(figures: Mapping[str, Any]) -> str:
-    """Return what was counted of a proxy's architectures, in words."""
-    names = {"ties": "tied", "at_chance": "at chance", "diverged": "diverged", "failed": "left out"}
-    counts = {what: figures.get(f"num_{key}") for key, what in names.items()}
-    return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-
-
-def _printed_line(method: str, values: Sequence[float | None]) -> dict[str, Any]:
-    keys = ("top1_truth_accuracy", "spearman", "spearman_top20", "minutes", "storage_images")
-    return {"label": f"{method} (published)", "published": True, **dict(zip(keys, values, strict=True))}
-
-
-def _is_of(figures: Mapping[str, Any], method: str) -> bool:
-    """Return whether a proxy is of a method: by `method`, or a name that holds the method's as a word."""
-    text = str(figures.get("method") or figures["proxy"]).lower().replace("-", "_")
-    return re.search(rf"(?<![a-z]){method}(?![a-z])", text) is not None
 
 
 def _records(table: pd.DataFrame) -> list[dict[Any, Any]]:
