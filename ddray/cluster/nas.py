@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ddray.cluster.runtime import check_capacity, ray_runtime, sigterm_as_sigint, worker_device
-from ddray.nas.sweep import MAX_ATTEMPTS, NasOptions
+from ddray.nas.sweep import MAX_ATTEMPTS, NasOptions, patience
 from ddray.nas.units import NasJob, NasTask, SweepData, run_task
 
 
@@ -44,7 +44,7 @@ class RayExecutor:
                 cpus=job.cpus,
                 gpus=job.gpus,
                 max_attempts=MAX_ATTEMPTS,
-                timeout_s=self.options.unit_timeout,
+                timeout_s=patience(self.options, tasks),
                 on_start=on_start,
             ):
                 yield outcome.key, outcome.error, outcome.attempts

@@ -17,8 +17,8 @@ from ddray.artifact import DistilledSet
 from ddray.data import Dataset, Split
 from ddray.errors import DdrayError
 from ddray.ledger import Unit
-from ddray.nas.ranking import MIN_ARCHS, figures_of_merit
 from ddray.nas.options import NasOptions, resolve_config
+from ddray.nas.ranking import MIN_ARCHS, figures_of_merit
 from ddray.nas.sweep import Execute, Sweep, choose_architectures, run_sweep
 from ddray.nas.units import NasTask, SweepData, Workbench, training_set
 from ddray.seeding import derive_seed
@@ -130,8 +130,8 @@ def _check_truth(truth: Sequence[float], num_archs: int, reasons: Sequence[str])
     """
     if len(truth) < MIN_ARCHS:
         raise DdrayError(
-            f"nas-spearman needs at least {MIN_ARCHS} architectures trained on the whole train part, "
-            f"{len(truth)} of {num_archs} finished ({'; '.join(reasons) or 'none failed'}); raise --nas-sample"
+            f"nas-spearman needs at least {MIN_ARCHS} architectures trained on the whole train part, got "
+            f"{len(truth)} of {num_archs} ({'; '.join(reasons) or 'none failed'}); raise --nas-sample"
         )
     if len(set(truth)) == 1:
         raise DdrayError(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ddray.config import Config, merge
+from ddray.errors import InputError
 from ddray.nas.training import NasRecipe
 
 
@@ -24,7 +25,13 @@ class NasConfig(Config):
 
     recipe: NasRecipe
     truth_recipe: NasRecipe
+    whole_epochs: int | None = Field(default=None, ge=1)
+    """Epochs of the baseline `whole`; None takes the recipe's."""
     cells: CellOptions = CellOptions()
+
+    def whole_recipe(self) -> NasRecipe:
+        """Return how the baseline `whole` is trained."""
+        return self.recipe.model_copy(update={"epochs": self.whole_epochs or self.recipe.epochs})
 
 
 # Published nowhere for the 720 ConvNets (one follow-up: 200 epochs): ours, pinned. NAS-Bench-201: DC-BENCH's.
@@ -39,6 +46,8 @@ _RECIPES: Final[dict[str, dict[str, Any]]] = {
         "clip": 5.0,
     },
 }
+# DC-BENCH trains its proxies for 50 epochs, and the whole set as a proxy for 10.
+_WHOLE_EPOCHS: Final[dict[str, int | None]] = {"convnet720": None, "nasbench201": 10}
 
 
 class NasOptions(Config):
@@ -61,13 +70,32 @@ class NasOptions(Config):
     cpus_per_worker: float = Field(default=1.0, gt=0)
     gpus_per_worker: float = Field(default=0.0, ge=0)
     num_workers: int | None = Field(default=None, ge=1)
-    unit_timeout: float = Field(default=7200.0, gt=0)
-    """Seconds after which a unit counts as hung; it is tried again, then marked failed."""
+    unit_timeout: float | None = Field(default=None, gt=0)
+    """Seconds after which a unit counts as hung; it is tried again, then marked failed. None: `patience`."""
     address: str | None = None
+
+    @model_validator(mode="after")
+    def _truth_has_columns(self) -> Self:
+        if self.truth == "whole" and self.truth_column is not None:
+            raise ValueError(
+                "--truth-column needs --truth table, api:FILE or a CSV file (whole has no columns), "
+                f"got {self.truth_column}"
+            )
+        return self
 
 
 def resolve_config(options: NasOptions, layers: Sequence[Mapping[str, Any]] = ()) -> NasConfig:
-    """Return the training settings: the space's own, then --epochs and --truth-epochs, then --set."""
+    """Return the training settings: the space's own, then --epochs and --truth-epochs, then --set.
+
+    Epochs that are asked for are those of the baseline `whole` too, unless it has `whole_epochs` of its own.
+
+    Raises:
+        InputError: an unknown name, a value that breaks its rule, or cells of a space that has none.
+    """
+    if options.space != "nasbench201" and any("cells" in layer for layer in layers):
+        raise InputError(
+            f"--set cells.* is of --space nasbench201, got --space {options.space}, which has no cells"
+        )
     own = _RECIPES[options.space]
     asked = {} if options.epochs is None else {"epochs": options.epochs}
     recipe = {**own, **asked}
@@ -75,10 +103,16 @@ def resolve_config(options: NasOptions, layers: Sequence[Mapping[str, Any]] = ()
     shared = merge(
         {"recipe": recipe, "truth_recipe": truth}, *({"truth_recipe": _shared(layer)} for layer in layers)
     )
+    if not asked and not any("epochs" in _recipe_of(layer) for layer in layers):
+        shared["whole_epochs"] = _WHOLE_EPOCHS[options.space]
     return NasConfig.parse(merge(shared, *layers))
 
 
 def _shared(layer: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return what a --set of the recipe means for the truth: the same, but for the epochs."""
+    return {name: value for name, value in _recipe_of(layer).items() if name != "epochs"}
+
+
+def _recipe_of(layer: Mapping[str, Any]) -> Mapping[str, Any]:
     held = layer.get("recipe", {})
-    return {k: v for k, v in held.items() if k != "epochs"} if isinstance(held, Mapping) else {}
+    return held if isinstance(held, Mapping) else {}

@@ -15,7 +15,7 @@ from ddray.artifact import DistilledSet
 from ddray.data import Dataset, Split
 from ddray.errors import InputError, unknown
 from ddray.methods import method_names
-from ddray.nas.training import NasRecipe
+from ddray.nas.options import NasConfig
 from ddray.nas.units import TrainingSet, real_set, training_set
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,9 @@ def file_proxies(paths: Sequence[Path], sets: Sequence[DistilledSet]) -> list[Pr
         data = training_set(decoded.images, decoded.labels, held.space())
         floats = math.prod(held.meta.image_shape)
         found.append(
-            Proxy(name, data.key, name, data, len(decoded.labels), held.meta.storage_floats / floats)
+            Proxy(
+                name, data.key, f"file {name}", data, len(decoded.labels), held.meta.storage_floats / floats
+            )
         )
     return found
 
@@ -90,7 +92,7 @@ def baseline_proxies(
     proxies: Sequence[Proxy],
     dataset: Dataset,
     train: Split,
-    recipe: NasRecipe,
+    config: NasConfig,
     *,
     seed: int,
     device: torch.device,
@@ -98,27 +100,35 @@ def baseline_proxies(
     """Return the baselines to a sweep's proxies: coresets of the same ipc, early stopping at the same steps.
 
     Args:
-        names: `early-stopping`, `whole` (all of `train` for the recipe's epochs), or a method
-            that selects real images (random, kcenter, herding, ...).
+        names: `early-stopping`, `whole` (all of `train` for `whole_epochs`), or a method that selects real
+            images (random, kcenter, herding, ...).
         proxies: the distilled sets; every size among them gets its baselines.
         dataset: the real data.
         train: what to select from.
-        recipe: gives the proxies' steps.
+        config: gives the proxies' steps.
         seed: of the selection.
         device: where pool networks are trained.
 
     Raises:
-        InputError: an unknown baseline, or one that has to be distilled.
+        InputError: an unknown baseline, one that has to be distilled, or one that is named twice.
     """
+    repeated = [name for name in names if names.count(name) > 1]
+    if repeated:
+        raise InputError(
+            f"--baseline must name each once, got {repeated[0]} {names.count(repeated[0])} times"
+        )
     found: list[Proxy] = []
     for name in names:
         if name == WHOLE:
             held = real_set(train, dataset)
-            found.append(Proxy(WHOLE, held.key, "whole", held, len(train), float(len(train))))
+            steps = None if config.whole_epochs is None else config.whole_recipe().num_steps(len(train))
+            found.append(
+                Proxy(WHOLE, held.key, "whole", held, len(train), float(len(train)), num_steps=steps)
+            )
             continue
         if name == EARLY_STOPPING:
             held = real_set(train, dataset)
-            for steps in sorted({recipe.num_steps(proxy.num_images) for proxy in proxies}):
+            for steps in sorted({config.recipe.num_steps(proxy.num_images) for proxy in proxies}):
                 label = f"{EARLY_STOPPING} ({steps} steps)"
                 found.append(
                     Proxy(label, held.key, "whole", held, len(train), float(len(train)), num_steps=steps)
@@ -145,11 +155,25 @@ def _coreset(name: str, ipc: int, dataset: Dataset, train: Split, seed: int, dev
     made = run_distillation(make_distiller(plan), ctx).distilled
     data = training_set(made.images, made.labels, made.space())
     label = f"{name} (ipc {ipc})"
-    return Proxy(label, data.key, label, data, len(made.labels), float(len(made.labels)))
+    return Proxy(label, data.key, f"baseline {label}", data, len(made.labels), float(len(made.labels)))
+
+
+def check_names(proxies: Sequence[Proxy]) -> None:
+    """Refuse proxies of one name: rows, tables and pages tell them apart by it.
+
+    Raises:
+        InputError: a file is called as a baseline is.
+    """
+    names = [proxy.name for proxy in proxies]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"proxies must have different names, 2 are called {name}; rename the file")
 
 
 def dcbench_variants(proxies: Sequence[Proxy]) -> list[Proxy]:
     """Return every proxy under each bug of the public DC-BENCH harness, and under all three.
+
+    Early stopping, which that harness does not have, is left out.
 
     `one_hot` without num_classes harms only under the softmax, whose width it sets: the two stand together.
     """
@@ -164,6 +188,7 @@ def dcbench_variants(proxies: Sequence[Proxy]) -> list[Proxy]:
             _class_sorted(proxy) if "shuffle" in changes else proxy, name=f"{proxy.name} [{label}]", **changes
         )
         for proxy in proxies
+        if not proxy.name.startswith(EARLY_STOPPING)
         for label, changes in variants
     ]
 

@@ -23,6 +23,7 @@ from ddray.nas.proxies import (
     COMPATS,
     Proxy,
     baseline_proxies,
+    check_names,
     dcbench_variants,
     file_proxies,
     warn_of_seen_val,
@@ -65,7 +66,7 @@ def rank_scores(path: Path, options: NasOptions) -> dict[str, Any]:
     """
     begin = time.perf_counter()
     space = get_space(options.space)
-    indices, scores = read_scores(path)
+    indices, scores = read_scores(path, space)
     if options.truth == "whole":
         raise InputError("--scores needs --truth table, api:FILE or a CSV file: nothing is trained")
     truth = read_truth(options, space, indices)
@@ -94,7 +95,7 @@ def read_truth(options: NasOptions, space: NasSpace, indices: Sequence[int]) -> 
         if space.name != "nasbench201":
             raise InputError(f"--truth api:FILE is of --space nasbench201, got {space.name}")
         return api_truth(Path(file).absolute(), indices, **column)
-    return csv_truth(Path(options.truth).absolute(), indices, **column)
+    return csv_truth(Path(options.truth).absolute(), indices, **column, space=space)
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,11 @@ def prepare(request: NasRequest, options: NasOptions, config: NasConfig) -> Swee
         raise unknown("--compat", request.compat, COMPATS)
     if request.compat is not None and options.space != "nasbench201":
         raise InputError(f"--compat {request.compat} is about --space nasbench201, got {options.space}")
+    if options.executor == "local" and options.gpus_per_worker > 0 and not torch.cuda.is_available():
+        raise InputError(
+            "--gpus-per-worker must be 0 with --executor local where torch sees no GPU, "
+            f"got {options.gpus_per_worker:g}"
+        )
     named = None if request.dataset is None else _open(request.dataset, request)
     space = foreign_space(named, request.pixel_space)
     sets = [artifact.load(path, dataset=named, pixel_space=space) for path in request.proxies]
@@ -145,13 +151,16 @@ def prepare(request: NasRequest, options: NasOptions, config: NasConfig) -> Swee
         files,
         dataset,
         train,
-        config.recipe,
+        config,
         seed=options.seed,
         device=torch.device("cpu"),
     )
-    variants = dcbench_variants(files) if request.compat else []
+    proxies = (*files, *baselines)
+    if request.compat:
+        proxies = (*proxies, *dcbench_variants(proxies))
+    check_names(proxies)
     device = "cuda" if options.gpus_per_worker > 0 else "cpu"
-    return Sweep(options, config, dataset, train, val, (*files, *baselines, *variants), indices, device)
+    return Sweep(options, config, dataset, train, val, proxies, indices, device)
 
 
 def _open(name: str, request: NasRequest) -> Dataset:

@@ -36,6 +36,9 @@ log = logging.getLogger(__name__)
 MAX_ATTEMPTS: Final = 3
 # A step's fixed cost (kernel launches, augmentation) in the unit of `NasSpace.cost`: a million multiply-adds.
 _STEP_COST: Final = 50.0
+_LEAST_PATIENCE_S: Final = 7200.0
+# Million multiply-adds a second: a tenth of what a core or a GPU does of them in small networks, or less.
+_SLOWEST: Final = {"cpu": 1000.0, "cuda": 50_000.0}
 
 
 class Execute(Protocol):
@@ -191,6 +194,18 @@ class Sweep:
             test = (self.test.images.numpy(), self.test.labels.numpy())
         val = (self.val.images.numpy(), self.val.labels.numpy())
         return SweepData(sets, val, test, self.dataset.num_classes, self.dataset.can_flip)
+
+
+def patience(options: NasOptions, tasks: Sequence[NasTask]) -> float:
+    """Return the seconds after which a task counts as hung.
+
+    A task of several seeds may take as long as its units together. Unasked, it is two hours, or what the
+    longest task takes on a very slow device: on a core, training on the whole set may take days.
+    """
+    if options.unit_timeout is not None:
+        return options.unit_timeout * max(len(task.units) for task in tasks)
+    slowest = _SLOWEST["cuda" if options.gpus_per_worker > 0 else "cpu"]
+    return max(_LEAST_PATIENCE_S, max(task.cost for task in tasks) / slowest)
 
 
 def split_for(dataset: Dataset, seed: int) -> tuple[Split, Split]:

@@ -100,7 +100,9 @@ def _parts(column: str) -> tuple[str, str, str, str]:
     return dataset, split, epochs, rest
 
 
-def csv_truth(path: Path, indices: Sequence[int], column: str | None = None) -> Truth:
+def csv_truth(
+    path: Path, indices: Sequence[int], column: str | None = None, *, space: NasSpace | None = None
+) -> Truth:
     """Return accuracies of a CSV file with a column `index`.
 
     A file with any accuracy above 1 is in percent. A column `test_accuracy`, if there is one, is shown too.
@@ -109,10 +111,11 @@ def csv_truth(path: Path, indices: Sequence[int], column: str | None = None) -> 
         path: the file.
         indices: the architectures.
         column: the accuracy column; None takes `accuracy` or `val_accuracy`.
+        space: what the indices are of; None checks no index.
 
     Raises:
         InputError: the file is missing, has no such column, lacks an architecture or has it twice, or holds
-            something that is no accuracy.
+            something that is no accuracy, or of no architecture of the space.
     """
     if not path.is_file():
         reason = "is a folder" if path.is_dir() else "does not exist"
@@ -134,7 +137,7 @@ def csv_truth(path: Path, indices: Sequence[int], column: str | None = None) -> 
             row[test], test, where
         ) if test else math.nan
 
-    held = _by_index(path, lines, accuracies)
+    held = _by_index(path, lines, accuracies, space)
     scale = _unit(path, [value for pair in held.values() for value in pair])
     missing = [index for index in indices if index not in held]
     if missing:
@@ -147,13 +150,18 @@ def csv_truth(path: Path, indices: Sequence[int], column: str | None = None) -> 
     return Truth(f"csv:{path.name}:{chosen}", values, tested if np.isfinite(tested).any() else None)
 
 
-def read_scores(path: Path) -> tuple[list[int], np.ndarray[Any, Any]]:
+def read_scores(path: Path, space: NasSpace | None = None) -> tuple[list[int], np.ndarray[Any, Any]]:
     """Return (indices, scores [A]) of a CSV file with columns `index` and `score`, by ascending index.
 
     An empty score is a failed architecture's: NaN.
 
+    Args:
+        path: the file.
+        space: what the indices are of; None checks no index.
+
     Raises:
-        InputError: the file is missing, lacks a column, or holds an index twice or what is no number.
+        InputError: the file is missing, lacks a column, holds an index twice or one that the space has not,
+            or what is no number.
     """
     if not path.is_file():
         reason = "is a folder" if path.is_dir() else "does not exist"
@@ -162,7 +170,7 @@ def read_scores(path: Path) -> tuple[list[int], np.ndarray[Any, Any]]:
     if "score" not in lines[0][1]:
         raise InputError(f"{path} must have columns index,score, got {', '.join(lines[0][1])}")
 
-    held = _by_index(path, lines, lambda row, where: _number_or_nan(row["score"], "score", where))
+    held = _by_index(path, lines, lambda row, where: _number_or_nan(row["score"], "score", where), space)
     return sorted(held), np.array([held[index] for index in sorted(held)], dtype=np.float64)
 
 
@@ -193,12 +201,15 @@ def _read_csv(path: Path) -> list[tuple[int, dict[str, str]]]:
 
 
 def _by_index(
-    path: Path, lines: Sequence[tuple[int, Mapping[str, str]]], parse: Callable[[Mapping[str, str], str], _V]
+    path: Path,
+    lines: Sequence[tuple[int, Mapping[str, str]]],
+    parse: Callable[[Mapping[str, str], str], _V],
+    space: NasSpace | None,
 ) -> dict[int, _V]:
     """Return what `parse(row, where)` gives for every line, by its index.
 
     Raises:
-        InputError: an index is no whole number >= 0, or comes twice.
+        InputError: an index is no whole number >= 0, is none of the space's, or comes twice.
     """
     held: dict[int, _V] = {}
     for number, row in lines:
@@ -206,6 +217,11 @@ def _by_index(
         text = row["index"].strip()
         if not (text.isascii() and text.isdigit()):
             raise InputError(f"{where}: index must be a whole number >= 0, got {row['index']!r}")
+        if space is not None and int(text) >= len(space):
+            raise InputError(
+                f"{where}: indices of {space.name} must be in 0..{len(space) - 1}, got {text}; "
+                "name the space that they are of with --space"
+            )
         if int(text) in held:
             raise InputError(f"{where}: every index must come once, {text} comes again")
         held[int(text)] = parse(row, where)

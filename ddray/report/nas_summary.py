@@ -1,4 +1,4 @@
-"""The summary of a NAS page: figures of merit in the shape of DataDAM's Tables 4 and 5, published ones too."""
+"""The summary of a NAS page, in the shape of DataDAM's Tables 4 and 5: published figures beside ours."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def test_counts_are_of_architectures(sweep: Sweep) -> None:
 
 
 def test_chance_is_the_share_of_vals_largest_class(sweep: Sweep) -> None:
-    """Three quarters of val are of one class: .75 is what a constant answer gets, give or take an error of .125."""
+    """A constant answer gets .75 where three quarters are of one class, give or take an error of .125."""
     assert (sweep.val.labels == 0).sum() * 4 == len(sweep.val) * 3 == 36
     scores = [[0.75] * 3, [0.87] * 3, [0.88] * 3, [0.5] * 3]
     found = collect(sweep, [*rows_of("nas", scores, set()), *rows_of("truth", scores, set())], None)

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
+import math
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +23,18 @@ from ddray.errors import DdrayError, InputError
 from ddray.ledger import Ledger
 from ddray.nas import rank
 from ddray.nas.convnet720 import ConvNet720
+from ddray.nas.nasbench201 import NasBench201
 from ddray.nas.sweep import (
     NasConfig,
     NasOptions,
     choose_architectures,
     execute_locally,
+    patience,
     resolve_config,
 )
-from ddray.nas.units import NasJob, NasTask, SweepData, run_task, truth_ledger
+from ddray.nas.training import train_seeds
+from ddray.nas.units import NasJob, NasTask, SweepData, Workbench, run_task, truth_ledger
+from ddray.nets import Net
 from ddray.plan import resolve
 
 CPU = torch.device("cpu")
@@ -258,18 +265,55 @@ def test_a_proxy_on_which_nothing_finishes_costs_its_own_figures_alone(
     assert (tmp_path / "none" / "report.html").is_file()
 
 
+VARIANTS = ["softmax over one-hot", "softmax, one_hot cut", "unshuffled", "all three"]
+
+
 def test_dcbench_bugs_are_proxies_of_their_own(tmp_path: Path, proxies: dict[str, Path]) -> None:
     more = {"space": "nasbench201", "sample": 3, "truth": "table", "compat": "dcbench"}
     out = run(tmp_path / "run", [proxies["random"]], **more)
     assert [found["proxy"] for found in out["proxies"]] == [
         "random.pt",
-        "random.pt [softmax over one-hot]",
-        "random.pt [softmax, one_hot cut]",
-        "random.pt [unshuffled]",
-        "random.pt [all three]",
+        *(f"random.pt [{label}]" for label in VARIANTS),
     ]
     assert len(Ledger(tmp_path / "run").rows("nas")) == 15
     assert out["proxies"][0]["best_truth_accuracy"] > 0.5
+
+
+def test_every_dcbench_bug_makes_another_network(
+    proxies: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of files and baselines of images alike; early stopping is not the harness's."""
+    trained: list[torch.Tensor] = []
+
+    def spy(nets: Sequence[Net], images: torch.Tensor, *rest: Any, **options: Any) -> str:
+        mode = train_seeds(nets, images, *rest, **options)
+        trained.append(nets[0](torch.linspace(-1, 1, 256).view(1, 1, 16, 16).expand(4, 1, 16, 16)).detach())
+        return mode
+
+    monkeypatch.setattr("ddray.nas.units.train_seeds", spy)
+    held = NasOptions(space="nasbench201", sample=1, epochs=2, truth="table", executor="local")
+    config = resolve_config(held, ({"recipe": {"batch": 4}, "whole_epochs": 1},))
+    request = rank.NasRequest((proxies["random"],), ("random", "early-stopping"), compat="dcbench")
+    sweep = rank.prepare(request, held, config)
+    names = [proxy.name for proxy in sweep.proxies]
+    bases = ["random.pt", "random (ipc 2)"]
+    assert names == [
+        *bases,
+        "early-stopping (10 steps)",
+        *(f"{base} [{label}]" for base in bases for label in VARIANTS),
+    ]
+    # No operation but none and skip_connect: one_hot's width, the highest one plus 1, is cut to 2 of 5.
+    index = NasBench201().index_of("|skip_connect~0|+|skip_connect~0|none~1|+|none~0|skip_connect~1|none~2|")
+    planned = replace(sweep, indices=(index,)).tasks(fused=False)
+    tasks = {task.units[0].spec["proxy"]: task for task in planned}
+    bench = Workbench(sweep.data(planned), CPU)
+    for base in bases:
+        trained.clear()
+        for name in (base, *(f"{base} [{label}]" for label in VARIANTS)):
+            bench.run(tasks[name])
+        assert len(trained) == 5
+        for one, other in itertools.combinations(trained, 2):
+            assert (one - other).abs().max() > 1e-3
 
 
 def test_cost_orders_tasks_longest_first(proxies: dict[str, Path], tmp_path: Path) -> None:
@@ -294,12 +338,19 @@ def test_cost_orders_tasks_longest_first(proxies: dict[str, Path], tmp_path: Pat
         ({"truth": "api:any.pth"}, ["nasbench201"]),
         ({"baselines": ("datadam",)}, ["datadam", "--proxy"]),
         ({"baselines": ("randon",)}, ["randon", "random"]),
+        ({"baselines": ("random", "random")}, ["--baseline", "random", "2 times"]),
         ({"compat": "dcbench"}, ["nasbench201"]),
+        ({"gpus_per_worker": 1}, ["--gpus-per-worker", "local", "got 1"]),
     ],
 )
 def test_bad_input_is_one_line_before_anything_is_made(
-    tmp_path: Path, proxies: dict[str, Path], change: dict[str, Any], words: list[str]
+    tmp_path: Path,
+    proxies: dict[str, Path],
+    change: dict[str, Any],
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError) as caught:
         run(tmp_path / "run", [proxies["random"]], **change)
     assert all(word in str(caught.value) for word in words), caught.value
@@ -309,6 +360,18 @@ def test_bad_input_is_one_line_before_anything_is_made(
 def test_the_same_proxy_twice_is_refused(tmp_path: Path, proxies: dict[str, Path]) -> None:
     with pytest.raises(InputError, match="once"):
         run(tmp_path / "run", [proxies["random"], proxies["random"]])
+
+
+def test_a_file_called_as_a_baseline_is(tmp_path: Path, proxies: dict[str, Path]) -> None:
+    """Its images are not the baseline's; of one name they could not be told apart."""
+    path = tmp_path / "whole"
+    shutil.copyfile(proxies["random"], path)
+    held = options()
+    sweep = rank.prepare(rank.NasRequest((path,), ("early-stopping",)), held, config_of(held))
+    data = sweep.data(sweep.tasks(fused=False))
+    assert [len(data.sets[proxy.set_name].labels) for proxy in sweep.proxies] == [20, 1293]
+    with pytest.raises(InputError, match="called whole; rename the file"):
+        rank.prepare(rank.NasRequest((path,), ("whole",)), held, config_of(held))
 
 
 def test_resume_under_another_proxy_is_refused(tmp_path: Path, proxies: dict[str, Path]) -> None:
@@ -322,8 +385,39 @@ def test_config_layers() -> None:
     config = resolve_config(held, ({"recipe": {"lr": 0.1, "epochs": 8}},))
     assert (config.recipe.epochs, config.truth_recipe.epochs) == (8, 9)
     assert config.recipe.lr == config.truth_recipe.lr == 0.1
+    with pytest.raises(InputError, match=r"cells\.\* is of --space nasbench201, got --space convnet720"):
+        resolve_config(held, ({"cells": {"channels": 8}},))
+    with pytest.raises(InputError, match=r"--truth-column needs .* got accuracy"):
+        NasOptions.parse({"truth_column": "accuracy"})
     config = resolve_config(NasOptions(space="nasbench201"), ({"truth_recipe": {"lr": 0.2}},))
     assert (config.recipe.lr, config.truth_recipe.lr, config.recipe.clip) == (0.025, 0.2, 5.0)
+
+
+def test_dcbench_trains_the_whole_set_as_a_proxy_for_10_epochs(proxies: dict[str, Path]) -> None:
+    """50 on a distilled set, 10 on the whole one (METHODS: NAS), unless other epochs are asked for."""
+
+    def epochs(layer: dict[str, Any], **more: Any) -> int:
+        return resolve_config(NasOptions(**more), (layer,)).whole_recipe().epochs
+
+    cells = {"space": "nasbench201"}
+    assert epochs({}, **cells) == 10
+    assert epochs({}, epochs=3, **cells) == epochs({"recipe": {"epochs": 3}}, **cells) == 3
+    assert epochs({"whole_epochs": 7}, epochs=3, **cells) == 7
+    assert epochs({}) == 200
+    held = NasOptions(sample=2, truth="table", executor="local", **cells)
+    request = rank.NasRequest((proxies["random"],), ("whole",))
+    sweep = rank.prepare(request, held, resolve_config(held))
+    assert [proxy.num_steps for proxy in sweep.proxies] == [None, 10 * math.ceil(1293 / 64)]
+
+
+def test_patience_grows_with_what_a_task_holds(proxies: dict[str, Path]) -> None:
+    held = options(sample=8, seeds=3, truth="some.csv")
+    sweep = rank.prepare(rank.NasRequest((proxies["random"],)), held, config_of(held))
+    tasks = sweep.tasks(fused=True)
+    assert patience(options(unit_timeout=60.0), tasks) == 180.0
+    assert patience(held, tasks) == 7200.0
+    long = [replace(task, cost=1e9) for task in tasks]
+    assert patience(held, long) == 1e6 > patience(options(gpus_per_worker=1), long) == 20_000.0
 
 
 def test_workers_leave_shared_arrays_alone(proxies: dict[str, Path], tmp_path: Path) -> None:
