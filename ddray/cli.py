@@ -375,11 +375,12 @@ def nas(
     cpus_per_worker: Annotated[float, typer.Option("--cpus-per-worker", help="CPU cores per worker.")] = 1.0,
     gpus_per_worker: Annotated[
         float | None,
-        typer.Option("--gpus-per-worker", help="GPUs per worker; default 0 (local: 1 where there is one)."),
+        typer.Option("--gpus-per-worker", help="GPUs per worker; default 1 where this machine has one."),
     ] = None,
     unit_timeout: Annotated[
-        float, typer.Option("--unit-timeout", help="Seconds after which a unit counts as hung.")
-    ] = 7200.0,
+        float | None,
+        typer.Option("--unit-timeout", help="Seconds after which a unit counts as hung; default by cost."),
+    ] = None,
     address: Annotated[
         str | None, typer.Option("--address", help="Ray cluster to connect to; default a local one.")
     ] = None,
@@ -408,8 +409,14 @@ def nas(
             raise unknown("--executor", executor, ("ray", "local"))
         if pixel_space not in ("normalized", "zca", "raw"):
             raise unknown("--pixel-space", pixel_space, ("normalized", "zca", "raw"))
+        rayless = {"--unit-timeout": unit_timeout, "--num-workers": num_workers, "--address": address}
+        if executor == "local":
+            _refuse(rayless, "with --executor local, which runs unit after unit and waits for each")
+        if scores is not None:
+            trained = {"--proxy": proxy, "--baseline": baseline, "--compat": compat, "--set": set_}
+            _refuse(trained, "with --scores, which trains nothing")
         if gpus_per_worker is None:
-            gpus_per_worker = float(executor == "local" and _has_cuda())
+            gpus_per_worker = float(scores is None and _has_cuda())
         options = NasOptions.parse(
             {
                 "space": space,
@@ -708,6 +715,18 @@ def doctor(
         if not result["ok"]:
             failed = [c["check"] for c in result["checks"] if c["status"] == "failed"]
             raise DdrayError(f"failed checks: {', '.join(failed)}; see above")
+
+
+def _refuse(given: dict[str, Any], where: str) -> None:
+    """Refuse options that would be ignored.
+
+    Raises:
+        InputError: with the first one that has a value.
+    """
+    for option, value in given.items():
+        if value not in (None, []):
+            shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+            raise InputError(f"{option} must be left out {where}, got {shown}")
 
 
 def _has_cuda() -> bool:

@@ -30,8 +30,18 @@ from ddray.errors import DdrayError, InputError, InterruptedRunError, unknown
 from ddray.files import write_text
 from ddray.ledger import Row
 from ddray.nas.objective import SpearmanObjective, spearman_objective
-from ddray.nas.sweep import NasOptions
-from ddray.plan import Plan, check_plan, check_size, declared_specs, make_context, make_distiller, pixel_space
+from ddray.nas.options import NasOptions
+from ddray.nas.spaces import get_space
+from ddray.plan import (
+    Plan,
+    budget_method,
+    check_plan,
+    check_size,
+    declared_specs,
+    make_context,
+    make_distiller,
+    pixel_space,
+)
 from ddray.pool import PoolSpec
 from ddray.report.table import write_results
 from ddray.report.tune_page import write_report
@@ -93,6 +103,7 @@ def tune(
     paper = {name: plan.config.method.dump()[name] for name in space}
     train, val = carve_val(plan.dataset.train(), seed=plan.seed)
     check_size(plan, train)
+    _check_objective(plan, options)
     config = {
         **plan.describe(),
         "strategy": options.strategy,
@@ -141,6 +152,24 @@ def _specs(plan: Plan, job: Job, train: Split, space: PixelSpace) -> list[PoolSp
     device = torch.device("cuda" if job.gpus > 0 else "cpu")
     ctx = make_context(plan, train, split_name=split_name(plan.seed), device=device, space=space)
     return declared_specs(plan, ctx)
+
+
+def _check_objective(plan: Plan, options: TuneOptions) -> None:
+    """Refuse a search for rank correlation that can't be, before its folder is made.
+
+    Raises:
+        InputError: the method's sets hold no labels, or there are not so many architectures.
+    """
+    if options.objective == "val-accuracy":
+        return
+    if budget_method(plan.method) is not None:
+        raise InputError(
+            f"--objective nas-spearman needs a method whose sets have labels to train architectures on, got "
+            f"{plan.method}, whose sets have targets; use --objective val-accuracy"
+        )
+    most = len(get_space(NasOptions().space))
+    if options.nas_sample > most:
+        raise InputError(f"--nas-sample must be in 3..{most}, got {options.nas_sample}")
 
 
 def _nas_objective(

@@ -1,0 +1,111 @@
+"""`ddray nas` and `ddray tune --objective nas-spearman` as commands: what is refused, what is the default."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ddray.cli import _run
+from ddray.nas import rank
+from ddray.nas.options import NasOptions
+
+RANK = ("nas", "--proxy", "some.pt")
+
+
+@pytest.fixture
+def csvs(tmp_path: Path) -> dict[str, str]:
+    """Scores and truth of 4 architectures; `outside` has one that the 720 have not."""
+    found = {}
+    for name, column, last in (("scores", "score", 3), ("outside", "score", 5000), ("truth", "accuracy", 3)):
+        path = tmp_path / f"{name}.csv"
+        path.write_text("\n".join([f"index,{column}", *(f"{n},0.{n}5" for n in range(3)), f"{last},0.9", ""]))
+        found[name] = str(path)
+    return found
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run a command that has to exit 2; return its one line."""
+    assert _run(list(arguments), False) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--truth-column", "accuracy"), ["--truth-column needs --truth table", "got accuracy"]),
+        (("--set", "cells.channels=8"), ["cells.*", "nasbench201", "convnet720"]),
+        (("--executor", "local", "--unit-timeout", "60"), ["--unit-timeout", "local", "got 60"]),
+        (("--executor", "local", "--num-workers", "2"), ["--num-workers", "local", "got 2"]),
+    ],
+)
+def test_options_that_would_be_ignored(
+    capsys: pytest.CaptureFixture[str], more: tuple[str, ...], words: list[str]
+) -> None:
+    line = refused(capsys, *RANK, *more)
+    assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize(
+    "more",
+    [("--proxy", "some.pt"), ("--baseline", "random"), ("--set", "recipe.lr=1"), ("--compat", "x")],
+)
+def test_given_scores_are_of_no_training(
+    capsys: pytest.CaptureFixture[str], csvs: dict[str, str], more: tuple[str, str]
+) -> None:
+    line = refused(capsys, "nas", "--scores", csvs["scores"], "--truth", csvs["truth"], *more)
+    assert line == f"error: {more[0]} must be left out with --scores, which trains nothing, got {more[1]}"
+
+
+@pytest.mark.parametrize(("scores", "truth"), [("outside", "truth"), ("scores", "wrong")])
+def test_files_hold_architectures_of_the_space(
+    capsys: pytest.CaptureFixture[str], csvs: dict[str, str], tmp_path: Path, scores: str, truth: str
+) -> None:
+    assert _run(["nas", "--scores", csvs["scores"], "--truth", csvs["truth"]], False) == 0
+    capsys.readouterr()
+    wrong = tmp_path / "wrong.csv"
+    wrong.write_text(Path(csvs["truth"]).read_text() + "5000,0.5\n")
+    line = refused(capsys, "nas", "--scores", csvs[scores], "--truth", {**csvs, "wrong": str(wrong)}[truth])
+    assert "indices of convnet720 must be in 0..719, got 5000" in line
+    assert "--space" in line
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("cuda", "more", "gpus"), [(True, (), 1), (True, ("--gpus-per-worker", "0"), 0), (False, (), 0)]
+)
+def test_a_gpu_that_is_there_is_used(
+    monkeypatch: pytest.MonkeyPatch, cuda: bool, more: tuple[str, ...], gpus: float
+) -> None:
+    seen: list[NasOptions] = []
+
+    def noted(request: Any, options: NasOptions, *rest: Any, **more: Any) -> dict[str, Any]:
+        seen.append(options)
+        return {"space": options.space, "num_archs": 0, "proxies": []}
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(rank, "rank_architectures", noted)
+    for executor in ("ray", "local"):
+        assert _run([*RANK, "--executor", executor, *more, "--json"], False) == 0
+    assert [options.gpus_per_worker for options in seen] == [gpus, gpus]
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--method", "random", "--nas-sample", "721"), ["--nas-sample must be in 3..720, got 721"]),
+        (("--method", "krr_st", "--budget", "10"), ["nas-spearman", "labels", "got krr_st", "val-accuracy"]),
+    ],
+)
+def test_a_search_that_cannot_be_is_refused_before_its_folder_is_made(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: tuple[str, ...], words: list[str]
+) -> None:
+    run = tmp_path / "run"
+    line = refused(capsys, "tune", *arguments, "--objective", "nas-spearman", "--run-dir", str(run))
+    assert all(word in line for word in words), line
+    assert not run.exists()
