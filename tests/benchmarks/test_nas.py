@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from ddray.cluster.fanout import Task, fan_out
+from ddray.cluster.fanout import Outcome, Task, fan_out
 from ddray.cluster.nas import RayExecutor, in_worker
 from ddray.cluster.runtime import ray_runtime
 from ddray.data import PixelSpace, dsa_for
@@ -25,7 +25,7 @@ from ddray.nas.units import NasJob, NasTask, SweepData, training_set
 from tests.benchmarks.conftest import random_dataset
 
 pytestmark = pytest.mark.benchmark
-NUM_ARCHS, EPOCHS = 24, 3
+NUM_ARCHS, EPOCHS, NUM_WORKERS = 24, 3, 2
 RECIPE = NasRecipe(epochs=EPOCHS)
 
 
@@ -78,11 +78,19 @@ def our_sweep(data: SweepData, indices: list[int], run: Path) -> float:
     with ray_runtime(None):
         held = ray.put(data)
         job = NasJob(str(run), epoch, run.name, 1.0, 0.0)
-        # Workers are long-lived: their start and their imports are no part of a unit.
-        work = [Task(f"import {number}", _import, ()) for number in range(2)]
-        work += [Task(task.key, in_worker, (job, held, task)) for task in tasks]
-        outcomes = fan_out(work, num_workers=2, cpus=1, gpus=0)
-        assert [next(outcomes).error, next(outcomes).error] == [None, None]
+        # Workers are long-lived: their start and their imports are no part of a unit. No unit is handed out
+        # before both workers have met: the clock would start after the first one's work.
+        work = [Task(task.key, in_worker, (job, held, task)) for task in tasks]
+        met: list[str] = []
+
+        def after(outcome: Outcome) -> list[Task]:
+            met.append(outcome.key)
+            return work if len(met) == NUM_WORKERS else []
+
+        meet = [Task(f"worker {number}", _meet, (str(run), number)) for number in range(NUM_WORKERS)]
+        outcomes = fan_out(meet, num_workers=NUM_WORKERS, cpus=1, gpus=0, follow=after)
+        assert [next(outcomes).error for _ in meet] == [None] * NUM_WORKERS
+        assert not Ledger(run).rows("nas")
         begin = time.perf_counter()
         errors = [outcome.error for outcome in outcomes]
         seconds = time.perf_counter() - begin
@@ -91,12 +99,15 @@ def our_sweep(data: SweepData, indices: list[int], run: Path) -> float:
     return seconds
 
 
-def _import() -> None:
+def _meet(folder: str, number: int) -> None:
+    """Import what units need, and return when all workers have."""
     import torchvision  # noqa: F401
 
     import ddray.nas.units  # noqa: F401
 
-    time.sleep(10.0)  # so that both workers have started when the first one is free
+    (Path(folder) / f"worker-{number}.here").touch()
+    while len(list(Path(folder).glob("worker-*.here"))) < NUM_WORKERS:
+        time.sleep(0.01)
 
 
 @pytest.mark.ray
