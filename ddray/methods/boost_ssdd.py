@@ -45,21 +45,21 @@ from ddray.methods._parameterise import (
     principal_components,
     shrunk_rows,
 )
-from ddray.methods._ssl import EVALUATE, arch_for, budget_floats, feature_dim, given_budget, teacher_of
+from ddray.methods._ssl import arch_for, budget_floats, evaluate_for, feature_dim, given_budget, teacher_of
 from ddray.nets import Net
 from ddray.ssl import embed_all, teacher_net
 
-# Table 5: dataset -> budget -> (U, V, weight decay of pre-training).
-_TABLE5: Final[dict[str, dict[int, tuple[int, int, float]]]] = {
+# Table 5: dataset -> budget -> (U, V); its weight decay is `_ssl.evaluate_for`'s.
+_TABLE5: Final[dict[str, dict[int, tuple[int, int]]]] = {
     "cifar100": {
-        25: (50, 50, 1e-3),
-        50: (100, 100, 1e-3),
-        100: (200, 200, 1e-3),
-        1000: (500, 500, 1e-4),
-        5000: (700, 500, 1e-4),
+        25: (50, 50),
+        50: (100, 100),
+        100: (200, 200),
+        1000: (500, 500),
+        5000: (700, 500),
     },
-    "tiny_imagenet": {50: (100, 100, 5e-3), 100: (200, 200, 5e-3), 200: (400, 400, 5e-3)},
-    "imagenet": {250: (500, 500, 5e-3)},
+    "tiny_imagenet": {50: (100, 100), 100: (200, 200), 200: (400, 400)},
+    "imagenet": {250: (500, 500)},
 }
 
 
@@ -101,17 +101,16 @@ class BoostSsdd:
         side = min(target.image_shape[1:])
         small = side <= 32
         method: dict[str, Any] = {"scale": 2 if small else max(2, side // 16), "hidden": 4 if small else 16}
-        decay = 1e-3 if small else 5e-3
         row = _TABLE5.get(target.dataset, {}).get(target.budget or 0)
         if row is not None:
-            method["num_image_bases"], method["num_target_bases"], decay = row
+            method["num_image_bases"], method["num_target_bases"] = row
         if target.dataset == "cifar100" and (target.budget or 0) >= 5000:
             method["inner_batch"] = 8192
         return {
             "steps": 30_000 if small else 20_000,
             "checkpoint_every": 1000,
             "arch": arch_for(target.image_shape),
-            "evaluate": {**EVALUATE, "weight_decay": decay},
+            "evaluate": evaluate_for(target),
             "method": method,
         }
 

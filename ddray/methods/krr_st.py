@@ -27,7 +27,7 @@ from ddray.artifact import DistilledSet
 from ddray.config import Config
 from ddray.distill import DistillContext, Target
 from ddray.methods._krr import BilevelLoop, KrrConfig
-from ddray.methods._ssl import EVALUATE, arch_for, given_budget, num_pairs, teacher_of
+from ddray.methods._ssl import arch_for, evaluate_for, given_budget, num_pairs, teacher_of
 
 
 class KrrStConfig(KrrConfig):
@@ -63,7 +63,7 @@ class KrrSt:
             "steps": 160_000,
             "checkpoint_every": 1000,
             "arch": arch_for(target.image_shape),
-            "evaluate": EVALUATE,
+            "evaluate": evaluate_for(target),
             "method": method,
         }
 

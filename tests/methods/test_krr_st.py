@@ -11,6 +11,7 @@ from torch import Tensor
 from ddray.data import normalized_space
 from ddray.distill import Target
 from ddray.errors import InputError
+from ddray.methods import get_method
 from ddray.methods._inner import InnerPool, InnerRecipe
 from ddray.methods.kmeans_ssl import nearest_to_centroids
 from ddray.methods.krr_st import KrrSt
@@ -190,6 +191,36 @@ def test_presets_differ_where_code_and_paper_do() -> None:
     assert paper["arch"] == "convnet3_w128_x2_bn"
     large = KrrSt.preset("paper", Target("tiny_imagenet", (3, 64, 64), 200, 1, 200))
     assert (large["arch"], large["method"]["lr_outer"]) == ("convnet4_w64_x2_bn", 1e-5)
+
+
+@pytest.mark.parametrize("method", ["random_ssl", "kmeans_ssl", "krr_st", "boost_ssdd"])
+def test_all_methods_are_pretrained_on_with_the_weight_decay_of_table_5(method: str) -> None:
+    """Table 5's last column, and the same one for every row of a comparison."""
+    rows = {
+        ("cifar100", 32): {25: 1e-3, 50: 1e-3, 100: 1e-3, 1000: 1e-4, 5000: 1e-4},
+        ("tiny_imagenet", 64): {50: 5e-3, 100: 5e-3, 200: 5e-3},
+        ("imagenet", 64): {250: 5e-3},
+        ("imagenette", 128): {10: 5e-3},
+        ("digits", 16): {200: 1e-3},
+    }
+    for (dataset, side), budgets in rows.items():
+        for budget, wanted in budgets.items():
+            target = Target(dataset, (3, side, side), 100, 1, budget)
+            found = get_method(method).preset("paper", target)["evaluate"]
+            assert (found["weight_decay"], found["lr"], found["epochs"]) == (wanted, 0.1, 1000)
+
+
+@pytest.mark.parametrize("method", ["krr_st", "random_ssl"])
+def test_an_enormous_budget_is_refused_at_once(method: str, toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ddray.methods import _ssl
+
+    dataset, asked = toy(), []
+    real = _ssl.budget_floats
+    monkeypatch.setattr(_ssl, "budget_floats", lambda *given: asked.append(given) or real(*given))
+    plan = resolve(method, dataset, budget=10**20, layers=[{"method": {"teacher": TEACHER}}])
+    with pytest.raises(InputError, match=f"budget must be <= 29 for toy .*, got {10**20}"):
+        check_size(plan, dataset.train())
+    assert 0 < len(asked) < 300
 
 
 def test_a_budget_larger_than_the_split_is_refused(toy: Any) -> None:
