@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Generic, Literal, TypeVar, cast
@@ -223,15 +222,26 @@ def check_size(plan: Plan, split: Split) -> None:
 
     num = held(plan.budget)
     if num < 1:
-        least = next(n for n in itertools.count(plan.budget + 1) if held(n) >= 1)
+        enough = plan.budget
+        while held(enough) < 1:
+            enough *= 2
+        least = _first(lambda n: held(n) >= 1, plan.budget, enough)
         raise InputError(
             f"budget must be >= {least} images for {plan.method} on {plan.dataset.name}, got {plan.budget}"
         )
     if num > len(split):
-        most = next(n for n in range(plan.budget - 1, 0, -1) if held(n) <= len(split))
+        most = _first(lambda n: held(n) > len(split), 0, plan.budget) - 1
         raise InputError(
             f"budget must be <= {most} for {plan.dataset.name} ({len(split)} images), got {plan.budget}"
         )
+
+
+def _first(is_true: Callable[[int], bool], low: int, high: int) -> int:
+    """Return by bisection where a rule that does not hold for `low` begins to hold, given it does for `high`."""
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if is_true(middle) else (middle, high)
+    return high
 
 
 def pixel_space(kind: str, dataset: Dataset, split: Split) -> PixelSpace:

@@ -103,6 +103,18 @@ def test_a_budget_too_small_names_the_smallest_that_works(toy: Any) -> None:
         check_size(resolve("boost_ssdd", dataset, budget=least - 1), dataset.train())
 
 
+def test_the_smallest_budget_is_found_at_once(toy: Any) -> None:
+    """Networks so wide that a thousand million images are needed to store them."""
+    dataset = toy((60,) * 10, shape=(1, 16, 16))
+    plan = resolve("boost_ssdd", dataset, budget=1, layers=[{"method": {"hidden": 10**9}}])
+    with pytest.raises(InputError, match="budget must be >= ") as caught:
+        check_size(plan, dataset.train())
+    least = int(str(caught.value).split(">= ")[1].split()[0])
+    assert least > 10**7
+    held = [plan_layout(plan.config.method, n, (1, 16, 16), 600).num_images for n in (least - 1, least)]
+    assert held[0] < 1 <= held[1]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
