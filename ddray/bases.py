@@ -23,6 +23,7 @@ Approximation = Literal["mlp", "bias", "same", "ideal"]
 NUM_VIEWS: Final[dict[Augmentation, int]] = {"rotation": 3, "jigsaw": 3, "crop": 5, "none": 0}
 """A: predefined views besides the image itself (Table 12)."""
 _CROP: Final = 5 / 8  # 20 of 32 pixels
+_PER_IMAGE: Final = ("images", "targets", "image_coefficients", "target_coefficients")
 Tensors = Mapping[str, Tensor]
 
 
@@ -118,6 +119,14 @@ def targets_of(tensors: Tensors) -> Tensor:
     if "targets" in tensors:
         return tensors["targets"]
     return tensors["target_coefficients"] @ tensors["target_bases"]
+
+
+def of_images(tensors: Tensors, rows: slice | Tensor) -> dict[str, Tensor]:
+    """Return the tensors of a set of some of the images alone; bases and networks are those of all."""
+    held = {name: tensor[rows] if name in _PER_IMAGE else tensor for name, tensor in tensors.items()}
+    if "view_coefficients" in held:
+        held["view_coefficients"] = held["view_coefficients"][:, rows]
+    return held
 
 
 def expand(tensors: Tensors, bases: Bases) -> tuple[Tensor, Tensor]:

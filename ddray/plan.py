@@ -237,7 +237,7 @@ def check_size(plan: Plan, split: Split) -> None:
 
 
 def _first(is_true: Callable[[int], bool], low: int, high: int) -> int:
-    """Return by bisection where a rule that does not hold for `low` begins to hold, given it does for `high`."""
+    """Return by bisection where a rule begins to hold that holds for `high` and not for `low`."""
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if is_true(middle) else (middle, high)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+
+from ddray.memory import available_bytes
 
 _PROBE = """
 import resource, sys, torch
@@ -34,3 +38,13 @@ def test_a_step_maps_no_fresh_pages() -> None:
     without, with_it = faults("no"), faults("yes")
     assert without > 1000, "the probe sees nothing"
     assert with_it < without / 20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/meminfo")
+def test_the_memory_of_a_machine_is_what_is_free_of_it() -> None:
+    facts = Path("/proc/meminfo").read_text(encoding="ascii").split("\n")
+    total, free = (
+        next(int(line.split()[1]) * 1024 for line in facts if line.startswith(name))
+        for name in ("MemTotal:", "MemFree:")
+    )
+    assert 0.5 * free < available_bytes(torch.device("cpu")) < total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +15,8 @@ from ddray.nets import Net, build_net, reinitialize
 from ddray.seeding import derive_seed
 
 PoolReset = Literal["paper", "krrst_code"]
+Draw = Callable[[torch.Generator], tuple[Tensor, Tensor]]
+"""Gives an inner step its rows, detached: images [n, C, H, W] and targets [n, D]."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +26,9 @@ class InnerRecipe:
     Attributes:
         size: L, networks in the pool.
         longest: Z, steps after which a network is replaced.
-        lr: of full-batch SGD.
+        lr: of SGD.
         momentum: of it.
         weight_decay: of it.
-        batch: rows per step, drawn at random; None takes all.
         reset: whether a replaced network starts counting anew (`paper`), or, its counter being left at Z, is
             replaced each time that it is taken (`krrst_code`).
     """
@@ -36,7 +38,6 @@ class InnerRecipe:
     lr: float
     momentum: float
     weight_decay: float
-    batch: int | None
     reset: PoolReset
 
 
@@ -97,7 +98,7 @@ class InnerPool:
         """Return the seed of the weights that slot `number` gets at outer step `step`."""
         return derive_seed(self._ctx.seed, "distill", "inner", number, step)
 
-    def fill(self, images: Tensor, targets: Tensor) -> None:
+    def fill(self, draw: Draw) -> None:
         """Train every network for its own number of steps, uniform in 1..Z (Algorithm 1, lines 4-5)."""
         recipe = self._recipe
         generator = self._ctx.generator("inner", "lengths")
@@ -105,37 +106,32 @@ class InnerPool:
         for number, (slot, length) in enumerate(zip(self._slots, lengths, strict=True)):
             rows = self._ctx.generator("inner", "fill", number)
             for _ in range(length):
-                self._train(slot, images, targets, rows)
+                self._train(slot, *draw(rows))
         self.filled = True
 
     def net(self, number: int) -> Net:
         """Return a network in eval mode, its weights without gradient."""
         return self._slots[number].net.eval()
 
-    def advance(self, number: int, images: Tensor, targets: Tensor, step: int) -> None:
+    def advance(self, number: int, draw: Draw, step: int) -> None:
         """Train a network for one step, or replace it (Algorithm 1, lines 13-19).
 
         Args:
             number: which one.
-            images: of the current set with its views [M, C, H, W], detached.
-            targets: theirs [M, D], detached.
+            draw: gives rows of the current set with its views.
             step: the outer step, which decides the draws.
         """
         slot = self._slots[number]
         if slot.trained < self._recipe.longest:
-            self._train(slot, images, targets, self._ctx.generator("inner", "rows", step))
+            self._train(slot, *draw(self._ctx.generator("inner", "rows", step)))
             return
         reinitialize(slot.net, self._seed(number, step))
         slot.optimizer.state.clear()
         if self._recipe.reset == "paper":
             slot.trained = 0
 
-    def _train(self, slot: _Slot, images: Tensor, targets: Tensor, rows: torch.Generator) -> None:
+    def _train(self, slot: _Slot, images: Tensor, targets: Tensor) -> None:
         """Take one step on Eq 2, the squared error's mean over rows and dimensions, in train mode."""
-        batch = self._recipe.batch
-        if batch is not None and batch < len(images):
-            index = torch.randperm(len(images), generator=rows)[:batch].to(images.device, non_blocking=True)
-            images, targets = images[index], targets[index]
         net = slot.net.train().requires_grad_(True)
         loss = F.mse_loss(net(images.contiguous(memory_format=torch.channels_last)), targets)
         slot.optimizer.zero_grad(set_to_none=True)

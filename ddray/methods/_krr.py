@@ -9,7 +9,7 @@ never from a graph through the solve.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -18,19 +18,17 @@ from torch import Tensor
 from ddray.data import normalized_space
 from ddray.data.dsa_ops import crop_and_flip
 from ddray.distill import DistillContext
-from ddray.errors import InputError
-from ddray.memory import available_bytes
-from ddray.methods._inner import InnerPool, InnerRecipe, PoolReset
-from ddray.methods._matching import chunks, largest_map_bytes
-from ddray.methods._ridge import ridge_loss, solve_bytes
+from ddray.methods._inner import Draw, InnerPool, InnerRecipe, PoolReset
+from ddray.methods._krr_memory import Extent, images_at_once, network_costs
+from ddray.methods._matching import chunks
+from ddray.methods._ridge import ridge_loss
 from ddray.methods._ssl import SslConfig, teacher_of
-from ddray.nets import Net, build_net
+from ddray.nets import Net
 from ddray.ssl import teacher_net
 
-Synthesise = Callable[[Mapping[str, Tensor]], tuple[Tensor, Tensor]]
-
-# Distilled images whose graph is held at once: beyond, the pass is made twice, in parts.
-_GRAPH_BYTES: Final = 8 * 2**30
+Rows = slice | Tensor
+"""Which of the m images."""
+Synthesise = Callable[[Mapping[str, Tensor], Rows], tuple[Tensor, Tensor]]
 
 
 class KrrConfig(SslConfig):
@@ -59,7 +57,7 @@ class KrrConfig(SslConfig):
     decay_inner: float = Field(default=1e-3, ge=0)
     """Weight decay of the inner networks."""
     inner_batch: int | None = Field(default=None, ge=2)
-    """Rows of the set per inner step, drawn at random; default: all of them, as in the papers."""
+    """Rows of the set per inner step: images drawn at random, with all of their views; default: all."""
 
 
 class BilevelLoop:
@@ -69,11 +67,10 @@ class BilevelLoop:
         ctx: what to work on.
         config: the loop's settings.
         parameters: initial values by name; learned in place, on the device.
-        synthesise: from the parameters to images with views [M, C, H, W] and targets [M, D], differentiable.
+        synthesise: from the parameters and k of the images to these with their views [k * (A + 1), C, H, W]
+            and targets [k * (A + 1), D], differentiable.
+        extent: m and A.
         num_steps: of the whole run: the rate falls linearly over them.
-
-    Raises:
-        InputError: the set is too large for the device's memory.
     """
 
     def __init__(
@@ -82,9 +79,10 @@ class BilevelLoop:
         config: KrrConfig,
         parameters: Mapping[str, Tensor],
         synthesise: Synthesise,
+        extent: Extent,
         num_steps: int,
     ) -> None:
-        self._ctx, self._config = ctx, config
+        self._ctx, self._config, self._extent = ctx, config, extent
         self._synthesise, self._num_steps = synthesise, max(1, num_steps)
         self.parameters = {
             name: value.detach().to(ctx.device, copy=True).contiguous().requires_grad_(True)
@@ -100,83 +98,79 @@ class BilevelLoop:
         self._teacher_space = normalized_space(ctx.dataset)
         self._images = ctx.split.images.to(ctx.device)
         self._space = ctx.space.to(ctx.device)
-        with torch.no_grad():
-            num_rows = len(synthesise(self.parameters)[0])
-        self._measure(num_rows)
+        self._costs = network_costs(ctx)
         recipe = InnerRecipe(
             size=config.pool_size,
             longest=config.inner_steps_max,
             lr=config.lr_inner,
             momentum=config.momentum_inner,
             weight_decay=config.decay_inner,
-            batch=config.inner_batch,
             reset=config.pool_reset,
         )
         self.inner = InnerPool(ctx, recipe, self._wanted.shape[1])
         self._step = 0
 
-    def _measure(self, num_rows: int) -> None:
-        """Find what one image costs, and refuse a set that the device can't hold.
-
-        Raises:
-            InputError: naming the memory it would need.
-        """
-        ctx, config = self._ctx, self._config
-        net = build_net(ctx.arch, ctx.dataset.image_shape, 1, seed=0, device=ctx.device).eval()
-        with torch.no_grad():
-            found = net.features(torch.zeros(1, *ctx.dataset.image_shape, device=ctx.device))
-        self._sample_bytes = largest_map_bytes(net, ctx)
-        # A map's output of convolution and norm, and what pooling leaves of it.
-        self._graph_bytes = sum(2 * m.numel() * m.element_size() for m in found.maps) * 5 // 4
-        inner_rows = min(num_rows, config.inner_batch or num_rows)
-        outer_rows = min(num_rows, _GRAPH_BYTES // self._graph_bytes)
-        graph = max(inner_rows, outer_rows) * self._graph_bytes
-        needed = graph + solve_bytes(num_rows, found.embedding.shape[1])
-        available = available_bytes(ctx.device)
-        if needed > available:
-            raise InputError(
-                f"{ctx.method} needs about {needed / 2**30:.1f} GiB for {num_rows} images with their views, "
-                f"{ctx.device} has {available / 2**30:.1f}: lower the budget, or set method.inner_batch"
-            )
-
     def step(self) -> dict[str, Tensor]:
         """Take one outer step (Algorithm 1, lines 8-19)."""
         if not self.inner.filled:
-            self.inner.fill(*self._current())
+            self.inner.fill(self._draw())
         self._step += 1
         generator = self._ctx.generator("step", self._step)
         number = int(torch.randint(self._config.pool_size, (), generator=generator))
         loss = self._outer(self.inner.net(number), generator)
-        self.inner.advance(number, *self._current(), self._step)
+        self.inner.advance(number, self._draw(), self._step)
         return {"loss": loss}
 
     @torch.no_grad()
     def _current(self) -> tuple[Tensor, Tensor]:
-        return self._synthesise(self.parameters)
+        return self._synthesise(self.parameters, slice(None))
+
+    def _draw(self) -> Draw:
+        """Return what gives an inner step its rows: all, or of the images that `inner_batch` holds."""
+        batch, extent = self._config.inner_batch, self._extent
+        if batch is None or batch >= extent.num_rows:
+            held = self._current()
+            return lambda generator: held
+        num = max(1, batch // (extent.num_views + 1))
+
+        @torch.no_grad()
+        def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+            index = torch.randperm(extent.num_images, generator=generator)[:num]
+            # Only these are made: all of a set's images may be more than the device holds.
+            return self._synthesise(self.parameters, index.to(self._images.device, non_blocking=True))
+
+        return draw
 
     def _outer(self, net: Net, generator: torch.Generator) -> Tensor:
         """Update the parameters on Eq 3 under one network; return the loss."""
-        images, targets = self._synthesise(self.parameters)
-        leaf = _channels_last(images.detach()).requires_grad_(True)
-        rows = max(1, _GRAPH_BYTES // self._graph_bytes)
-        parts = [slice(start, start + rows) for start in range(0, len(leaf), rows)]
+        num, size = self._extent.num_images, images_at_once(self._costs, self._extent)
+        parts = [slice(start, min(num, start + size)) for start in range(0, num, size)]
         whole = len(parts) == 1
         with torch.set_grad_enabled(whole):
-            features = torch.cat([net.embed(leaf[part]) for part in parts])
+            made = [self._embedded(net, part) for part in parts]
+        lengths = [len(targets) for _, targets in made]
+        features, targets = made[0] if whole else (torch.cat(held) for held in zip(*made, strict=True))
+        if not whole:
+            made.clear()
         found = ridge_loss(
             features.detach(), targets.detach(), self._real(net, generator), ridge=self._config.ridge
         )
-        if whole:
-            features.backward(found.features)  # type: ignore[no-untyped-call]
-        else:
-            for part in parts:
-                net.embed(leaf[part]).backward(found.features[part])  # type: ignore[no-untyped-call]
+        del features, targets
         self._optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward([images, targets], [leaf.grad, found.targets])
+        gradients = zip(
+            torch.split(found.features, lengths), torch.split(found.targets, lengths), strict=True
+        )
+        for part, gradient in zip(parts, gradients, strict=True):
+            torch.autograd.backward(made.pop() if whole else self._embedded(net, part), gradient)
         factor = 1 - (self._step - 1) / self._num_steps
         self._optimizer.param_groups[0]["lr"] = self._config.lr_outer * max(factor, 0.0)
         self._optimizer.step()
         return found.loss
+
+    def _embedded(self, net: Net, part: slice) -> tuple[Tensor, Tensor]:
+        """Return features [k * (A + 1), F] and targets [k * (A + 1), D] of k images with their views."""
+        images, targets = self._synthesise(self.parameters, part)
+        return net.embed(_channels_last(images)), targets
 
     @torch.no_grad()
     def _real(self, net: Net, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
@@ -184,7 +178,7 @@ class BilevelLoop:
         num = min(self._config.batch_real, len(self._images))
         index = torch.randperm(len(self._images), generator=generator)[:num]
         index = index.to(self._images.device, non_blocking=True)
-        for part in chunks(num, self._sample_bytes, self._images.device):
+        for part in chunks(num, self._costs.sample, self._images.device):
             images, wanted = self._images[index[part]], self._wanted[index[part]]
             if self._teacher is not None:
                 images = crop_and_flip(images.float() / 255, generator, can_flip=self._ctx.dataset.can_flip)

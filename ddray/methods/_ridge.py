@@ -54,12 +54,12 @@ def ridge_loss(
     loss, gradient = _residuals(weights, real)
     if dual:
         beta = solve(factor, s @ gradient)
-        in_features = alpha @ (gradient - s.T @ beta).T - beta @ weights.T
+        in_features = (alpha @ (gradient - s.T @ beta).T).addmm_(beta, weights.T, alpha=-1)
         in_targets = beta
     else:
         z = solve(factor, gradient)
         in_targets = s @ z
-        in_features = (targets - s @ weights) @ z.T - in_targets @ weights.T
+        in_features = ((targets - s @ weights) @ z.T).addmm_(in_targets, weights.T, alpha=-1)
     return RidgeLoss(loss, in_features[:, :-1], in_targets)
 
 
@@ -85,15 +85,20 @@ def cholesky(gram: Tensor, penalty: Tensor) -> Tensor:
 
     In float64, from 4,096 rows on in the matrix's own dtype with float64 as the way out.
     """
-    dtypes = [torch.float64] if len(gram) <= _DOUBLE else [gram.dtype, torch.float64]
-    for dtype in dtypes:
-        held = gram.to(dtype, copy=True)
-        held.diagonal().add_(penalty.to(dtype))
-        factor, info = torch.linalg.cholesky_ex(held)
-        if dtype == torch.float64 or not bool(info):
-            break
-    found: Tensor = factor
-    return found
+    if len(gram) > _DOUBLE:
+        factor, failed = _factor(gram, penalty, gram.dtype)
+        if not bool(failed):
+            return factor
+        del factor  # before the larger one is made
+    return _factor(gram, penalty, torch.float64)[0]
+
+
+def _factor(gram: Tensor, penalty: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the factor in `dtype`, and a number that is not 0 where it failed."""
+    held = gram.to(dtype, copy=True)
+    held.diagonal().add_(penalty.to(dtype))
+    factor, failed = torch.linalg.cholesky_ex(held)
+    return factor, failed
 
 
 def solve(factor: Tensor, right: Tensor) -> Tensor:
@@ -101,7 +106,18 @@ def solve(factor: Tensor, right: Tensor) -> Tensor:
     return torch.cholesky_solve(right.to(factor.dtype), factor).to(right.dtype)
 
 
-def solve_bytes(num_rows: int, num_features: int) -> int:
-    """Return the bytes that `ridge_loss` holds at its peak in square matrices."""
+def solve_bytes(num_rows: int, num_features: int, num_targets: int) -> int:
+    """Return the bytes that `ridge_loss` holds at its peak, the features that it is given included.
+
+    Args:
+        num_rows: M.
+        num_features: F, without the bias column.
+        num_targets: D.
+    """
     size = min(num_rows, num_features + 1)
-    return size * size * (4 + 2 * 8 if size <= _DOUBLE else 4 + 2 * 4)
+    # The Gram matrix in float32, its copy and its factor in float64, which a large one falls back to.
+    square = size * size * (4 + 2 * 8)
+    # The features as given, with their bias column, and their gradient; targets, and theirs.
+    rows = 4 * num_rows * (3 * (num_features + 1) + 3 * num_targets)
+    # Weights, their gradient, and right-hand sides and solutions in float64.
+    return square + rows + num_targets * (3 * 4 * (num_features + 1) + 4 * 8 * size)

@@ -18,7 +18,7 @@ from ddray.config import Config
 from ddray.distill import BudgetDistiller, DistillContext, Target
 from ddray.errors import InputError
 from ddray.nets import build_net
-from ddray.pool import PoolEntry
+from ddray.pool import PoolEntry, PoolSpec
 from ddray.ssl import TeacherConfig, teacher_spec
 
 EVALUATE: Final[dict[str, Any]] = {
@@ -60,8 +60,12 @@ def evaluate_for(target: Target) -> dict[str, Any]:
 
 def teacher_of(ctx: DistillContext, config: TeacherConfig) -> PoolEntry:
     """Return the pool's teacher for the context's images: weights, and features [N, D] in their order."""
-    spec = teacher_spec(config, ctx.dataset, ctx.split, split_name=ctx.split_name, device=ctx.device)
-    return ctx.pool.get([spec])[0]
+    return ctx.pool.get([spec_of_teacher(ctx, config)])[0]
+
+
+def spec_of_teacher(ctx: DistillContext, config: TeacherConfig) -> PoolSpec:
+    """Return what the pool is asked for: the teacher of the context's images."""
+    return teacher_spec(config, ctx.dataset, ctx.split, split_name=ctx.split_name, device=ctx.device)
 
 
 @lru_cache(maxsize=32)
@@ -127,6 +131,10 @@ def ssl_selection(config_class: type[SslConfig], choose: Choose) -> type[BudgetD
         def num_distilled(config: Any, budget: int, image_shape: tuple[int, int, int], num_real: int) -> int:
             """Return how many images the budget holds."""
             return num_pairs(config, budget, image_shape)
+
+        def pool_specs(self, ctx: DistillContext) -> list[PoolSpec]:
+            """Return the teacher."""
+            return [spec_of_teacher(ctx, self._config.teacher)]
 
         def setup(self, ctx: DistillContext) -> None:
             """Make the selection."""

@@ -15,8 +15,10 @@ small networks Q_a replace in the end.
   shares that the table's own rows take).
 - real batches: not said | un-augmented, so that the teacher's features are read, not computed.
 - the inner step: on the views that the outer loss was taken on | on the updated ones (KRR-ST's code).
-- N=5000: a full batch of 48,508 images per inner step | `inner_batch` 8,192, drawn anew each step; the outer
-  solve is exact, in the features' space.
+- inner steps: a full batch, 9,672 rows for CIFAR-100 at N=1000 (21 GiB), 48,508 at N=5000, 9,528 for Tiny
+  ImageNet at N=200 (43 GiB), 37,876 for ImageNette at 128 px (358 GiB) | above `inner_batch` (4,096 rows at
+  32 px, 2,048 at 64, 1,024 at 128) images drawn anew each step, with all of their views. N <= 100 is a full
+  batch. The outer solve is exact, in the features' space, its gradient taken in parts.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ from ddray.config import Config
 from ddray.data import normalized_space
 from ddray.distill import DistillContext, Target
 from ddray.errors import InputError
-from ddray.methods._krr import BilevelLoop, KrrConfig
+from ddray.methods._krr import BilevelLoop, KrrConfig, Rows
+from ddray.methods._krr_memory import Extent, check_memory, declared_teacher
 from ddray.methods._parameterise import (
     Layout,
     default_image_bases,
@@ -47,17 +50,15 @@ from ddray.methods._parameterise import (
 )
 from ddray.methods._ssl import arch_for, budget_floats, evaluate_for, feature_dim, given_budget, teacher_of
 from ddray.nets import Net
+from ddray.pool import PoolSpec
 from ddray.ssl import embed_all, teacher_net
 
+# Rows of an inner step at 32 px: some 9 GiB of graph at every size, since networks halve as sides double.
+_INNER_BATCH: Final = 4096
+_CHUNK: Final = 1024  # images whose views the teacher sees at a time
 # Table 5: dataset -> budget -> (U, V); its weight decay is `_ssl.evaluate_for`'s.
 _TABLE5: Final[dict[str, dict[int, tuple[int, int]]]] = {
-    "cifar100": {
-        25: (50, 50),
-        50: (100, 100),
-        100: (200, 200),
-        1000: (500, 500),
-        5000: (700, 500),
-    },
+    "cifar100": {25: (50, 50), 50: (100, 100), 100: (200, 200), 1000: (500, 500), 5000: (700, 500)},
     "tiny_imagenet": {50: (100, 100), 100: (200, 200), 200: (400, 400)},
     "imagenet": {250: (500, 500)},
 }
@@ -104,8 +105,7 @@ class BoostSsdd:
         row = _TABLE5.get(target.dataset, {}).get(target.budget or 0)
         if row is not None:
             method["num_image_bases"], method["num_target_bases"] = row
-        if target.dataset == "cifar100" and (target.budget or 0) >= 5000:
-            method["inner_batch"] = 8192
+        method["inner_batch"] = _INNER_BATCH * 32 // max(side, 32)
         return {
             "steps": 30_000 if small else 20_000,
             "checkpoint_every": 1000,
@@ -121,17 +121,33 @@ class BoostSsdd:
         """Return m, how many images the budget holds, without their views."""
         return plan_layout(config, budget, image_shape, num_real).num_images
 
-    def setup(self, ctx: DistillContext) -> None:
-        """Make the initial bases and coefficients, and the loop (Algorithm 1, lines 1-6)."""
-        self._ctx, config = ctx, self._config
-        shape = ctx.dataset.image_shape
+    def _planned(self, ctx: DistillContext) -> tuple[Layout, Extent]:
+        """Return how the budget is spent, and how much is learned: targets of views have no networks yet."""
+        shape, config = ctx.dataset.image_shape, self._config
         plan = plan_layout(config, given_budget(ctx), shape, len(ctx.split))
+        num_views = bases.NUM_VIEWS[config.augmentation]
+        moved = num_views * plan.num_images * plan.num_target_bases
+        return plan, Extent(plan.num_images, num_views, plan.storage_floats + moved)
+
+    def pool_specs(self, ctx: DistillContext) -> list[PoolSpec]:
+        """Return the teacher."""
+        return declared_teacher(ctx, self._config, self._planned(ctx)[1])
+
+    def setup(self, ctx: DistillContext) -> None:
+        """Make the initial bases and coefficients, and the loop (Algorithm 1, lines 1-6).
+
+        Raises:
+            InputError: the set is too large for the device's memory.
+        """
+        self._ctx, config = ctx, self._config
+        plan, extent = self._planned(ctx)
+        check_memory(ctx, config, extent)
         entry = teacher_of(ctx, config.teacher)
         self.representations = entry.tensors["features"]
         learned = Bases(scale=config.scale, augmentation=config.augmentation, approximation="ideal")
 
-        def synthesise(parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-            return bases.expand(parameters, learned)
+        def synthesise(parameters: Mapping[str, Tensor], rows: Rows) -> tuple[Tensor, Tensor]:
+            return bases.expand(bases.of_images(parameters, rows), learned)
 
         index = torch.randperm(len(ctx.split), generator=ctx.generator("init"))[: plan.num_images]
         start = _start(ctx, config, plan, self.representations, index)
@@ -139,7 +155,7 @@ class BoostSsdd:
             start["view_coefficients"] = _start_of_views(
                 ctx, config, start, teacher_net(entry).to(ctx.device)
             )
-        self.loop = BilevelLoop(ctx, config, start, synthesise, self.num_steps)
+        self.loop = BilevelLoop(ctx, config, start, synthesise, extent, self.num_steps)
 
     def step(self) -> dict[str, Tensor]:
         """Take one outer step."""
@@ -268,13 +284,16 @@ def _start_of_views(
         shape = (num_views, *own.shape)
         return torch.randn(shape, generator=ctx.generator("init", "views")).to(own.device)
     learned = Bases(scale=config.scale, augmentation=config.augmentation, approximation="same")
-    images = bases.views(bases.images_of(start, learned), config.augmentation)[len(own) :]
-    # A teacher sees normalised pixels, whatever space the set is learned in.
-    pixels = ctx.space.to(ctx.device).decode(images)
-    found = embed_all(teacher, pixels, normalized_space(ctx.dataset), ctx.device)
-    found = found.to(own.device)
-    projected = found @ start["target_bases"].T if config.parameterize else found
-    return projected.view(num_views, *own.shape)
+    space, own_space = ctx.space.to(ctx.device), normalized_space(ctx.dataset)
+    found = own.new_empty(num_views, *own.shape)
+    for rows in torch.split(torch.arange(len(own), device=own.device), _CHUNK):
+        held = bases.images_of(bases.of_images(start, rows), learned)
+        # A teacher sees normalised pixels, whatever space the set is learned in.
+        pixels = space.decode(bases.views(held, config.augmentation)[len(rows) :])
+        features = embed_all(teacher, pixels, own_space, ctx.device).to(own.device)
+        projected = features @ start["target_bases"].T if config.parameterize else features
+        found[:, rows] = projected.view(num_views, len(rows), -1)
+    return found
 
 
 METHOD: Final = BoostSsdd

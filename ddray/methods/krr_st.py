@@ -17,6 +17,7 @@ representations of real images: Boost-SSDD's Eq 2 (inner) and Eq 3 (outer), its 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final, Literal
 
@@ -26,8 +27,10 @@ from torch import Tensor
 from ddray.artifact import DistilledSet
 from ddray.config import Config
 from ddray.distill import DistillContext, Target
-from ddray.methods._krr import BilevelLoop, KrrConfig
-from ddray.methods._ssl import arch_for, evaluate_for, given_budget, num_pairs, teacher_of
+from ddray.methods._krr import BilevelLoop, KrrConfig, Rows
+from ddray.methods._krr_memory import Extent, check_memory, declared_teacher
+from ddray.methods._ssl import arch_for, evaluate_for, feature_dim, given_budget, num_pairs, teacher_of
+from ddray.pool import PoolSpec
 
 
 class KrrStConfig(KrrConfig):
@@ -37,9 +40,9 @@ class KrrStConfig(KrrConfig):
     """Whether the initial images are pixels in [0, 1] instead of normalised ones (authors' code)."""
 
 
-def synthesise(parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return images [m, C, H, W] and targets [m, D]: the parameters themselves."""
-    return parameters["images"], parameters["targets"]
+def synthesise(parameters: Mapping[str, Tensor], rows: Rows) -> tuple[Tensor, Tensor]:
+    """Return images [k, C, H, W] and targets [k, D]: rows of the parameters themselves."""
+    return parameters["images"][rows], parameters["targets"][rows]
 
 
 class KrrSt:
@@ -72,16 +75,30 @@ class KrrSt:
         """Return how many images the budget holds with their targets."""
         return num_pairs(config, budget, image_shape)
 
+    def _extent(self, ctx: DistillContext) -> Extent:
+        """Return m, and the floats of images and targets."""
+        shape = ctx.dataset.image_shape
+        m = num_pairs(self._config, given_budget(ctx), shape)
+        return Extent(m, 0, m * (math.prod(shape) + feature_dim(self._config.teacher.arch, shape)))
+
+    def pool_specs(self, ctx: DistillContext) -> list[PoolSpec]:
+        """Return the teacher."""
+        return declared_teacher(ctx, self._config, self._extent(ctx))
+
     def setup(self, ctx: DistillContext) -> None:
-        """Start from random real images and the teacher's representations of them."""
-        self._ctx = ctx
+        """Start from random real images and the teacher's representations of them.
+
+        Raises:
+            InputError: the set is too large for the device's memory.
+        """
+        self._ctx, extent = ctx, self._extent(ctx)
+        check_memory(ctx, self._config, extent)
         self.representations = teacher_of(ctx, self._config.teacher).tensors["features"]
-        m = num_pairs(self._config, given_budget(ctx), ctx.dataset.image_shape)
-        index = torch.randperm(len(ctx.split), generator=ctx.generator("init"))[:m]
+        index = torch.randperm(len(ctx.split), generator=ctx.generator("init"))[: extent.num_images]
         chosen = ctx.split.images[index]
         images = chosen.float() / 255 if self._config.init_raw else ctx.space.encode(chosen)
         start = {"images": images, "targets": self.representations[index]}
-        self.loop = BilevelLoop(ctx, self._config, start, synthesise, self.num_steps)
+        self.loop = BilevelLoop(ctx, self._config, start, synthesise, extent, self.num_steps)
 
     def step(self) -> dict[str, Tensor]:
         """Take one outer step."""

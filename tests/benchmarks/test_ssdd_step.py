@@ -97,7 +97,7 @@ def test_outer_step_against_a_plain_one(benchmark: Any) -> None:
     loop = distiller.loop
     assert loop.parameters["image_coefficients"].shape == (114, 200)
     # Every turn trains an inner network for one step, as most turns of a run do.
-    loop.inner.fill(*loop._current())
+    loop.inner.fill(loop._draw())
     for slot in loop.inner._slots:
         slot.trained = -(10**6)
     plain = plain_step(loop, ctx)

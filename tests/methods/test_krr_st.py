@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from ddray.data import normalized_space
+from ddray.data import carve_val, normalized_space
 from ddray.distill import Target
 from ddray.errors import InputError
-from ddray.methods import get_method
-from ddray.methods._inner import InnerPool, InnerRecipe
+from ddray.methods import _krr_memory, get_method
+from ddray.methods._inner import Draw, InnerPool, InnerRecipe
 from ddray.methods.kmeans_ssl import nearest_to_centroids
 from ddray.methods.krr_st import KrrSt
 from ddray.nets import build_net
-from ddray.plan import check_size, resolve
+from ddray.plan import check_size, declared_specs, make_context, resolve
+from ddray.pool import LocalPool, PoolEntry, PoolSpec, home
 
 TEACHER = {"arch": "convnet2_w8", "epochs": 1, "batch": 8, "projector": 8}
 QUICK = {"teacher": TEACHER, "pool_size": 2, "inner_steps_max": 2, "batch_real": 6, "augment_real": "none"}
@@ -41,19 +45,18 @@ def recipe(**changes: Any) -> InnerRecipe:
         "lr": 0.1,
         "momentum": 0.9,
         "weight_decay": 1e-3,
-        "batch": None,
         "reset": "paper",
     }
     return InnerRecipe(**{**values, **changes})
 
 
-def filled(ctx: Any, wanted: InnerRecipe) -> tuple[InnerPool, Tensor, Tensor]:
+def filled(ctx: Any, wanted: InnerRecipe) -> tuple[InnerPool, Draw]:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(6, 3, 16, 16, generator=generator)
     targets = torch.randn(6, 4, generator=generator)
     pool = InnerPool(ctx, wanted, 4)
-    pool.fill(images, targets)
-    return pool, images, targets
+    pool.fill(lambda rows: (images, targets))
+    return pool, lambda rows: (images, targets)
 
 
 def weights(pool: InnerPool, number: int) -> Tensor:
@@ -68,13 +71,13 @@ def is_fresh(pool: InnerPool, number: int) -> bool:
 def test_counters_reset_as_in_boost_algorithm_1(started: Any) -> None:
     """z < Z: one step more; z = Z: a fresh network with z = 0, which is not trained in that turn."""
     ctx, _ = started()
-    pool, images, targets = filled(ctx, recipe(size=1, longest=3))
+    pool, draw = filled(ctx, recipe(size=1, longest=3))
     (z,) = pool.counters()
     assert 1 <= z <= 3
     seen = []
     for step in range(1, 9):
         before = weights(pool, 0)
-        pool.advance(0, images, targets, step)
+        pool.advance(0, draw, step)
         seen.append(pool.counters()[0])
         assert not torch.equal(weights(pool, 0), before)
         assert is_fresh(pool, 0) == (seen[-1] == 0)
@@ -84,12 +87,12 @@ def test_counters_reset_as_in_boost_algorithm_1(started: Any) -> None:
 
 def test_counters_stay_at_their_end_as_in_krr_sts_code(started: Any) -> None:
     ctx, _ = started()
-    pool, images, targets = filled(ctx, recipe(size=1, longest=2, reset="krrst_code"))
+    pool, draw = filled(ctx, recipe(size=1, longest=2, reset="krrst_code"))
     for step in range(1, 3):
-        pool.advance(0, images, targets, step)
+        pool.advance(0, draw, step)
     for step in range(3, 7):
         before = weights(pool, 0)
-        pool.advance(0, images, targets, step)
+        pool.advance(0, draw, step)
         assert pool.counters() == [2]
         assert is_fresh(pool, 0)
         assert not torch.equal(weights(pool, 0), before)
@@ -97,28 +100,41 @@ def test_counters_stay_at_their_end_as_in_krr_sts_code(started: Any) -> None:
 
 def test_an_inner_step_is_sgd_on_the_mean_squared_error_in_train_mode(started: Any) -> None:
     ctx, _ = started()
-    pool, images, targets = filled(ctx, recipe(size=1, longest=1))
+    pool, draw = filled(ctx, recipe(size=1, longest=1))
     net = build_net(ctx.arch, (3, 16, 16), 4, seed=0)
     net.load_state_dict(pool.net(0).state_dict())
     pool = InnerPool(ctx, recipe(size=1, longest=9), 4)
     pool._slots[0].net.load_state_dict(net.state_dict())
     before = [p.detach().clone() for p in net.parameters()]
+    images, targets = draw(torch.Generator())
     loss = (net.train()(images) - targets).square().sum() / (6 * 4)
     gradients = torch.autograd.grad(loss, list(net.parameters()))
 
-    pool.advance(0, images, targets, 1)
+    pool.advance(0, draw, 1)
 
     for old, gradient, new in zip(before, gradients, pool.net(0).parameters(), strict=True):
         torch.testing.assert_close(new.detach(), old - 0.1 * (gradient + 1e-3 * old), rtol=1e-4, atol=1e-5)
 
 
-def test_a_batch_of_rows_is_drawn_anew_each_step(started: Any) -> None:
-    ctx, _ = started()
-    whole, _, _ = filled(ctx, recipe(size=1, longest=1))
-    part, _, _ = filled(ctx, recipe(size=1, longest=1, batch=3))
-    assert not torch.equal(weights(whole, 0), weights(part, 0))
-    again, _, _ = filled(ctx, recipe(size=1, longest=1, batch=3))
-    assert torch.equal(weights(again, 0), weights(part, 0))
+def test_a_batch_of_images_is_drawn_anew_each_step(started: Any) -> None:
+    ctx, distiller = started(inner_batch=3)
+    draw, rows = distiller.loop._draw(), ctx.generator("inner", "fill", 0)
+    first, second = draw(rows), draw(rows)
+    again = draw(ctx.generator("inner", "fill", 0))
+    whole = distiller.loop._current()
+    for images, targets in (first, second):
+        assert len(images) == 3
+        for image, target in zip(images, targets, strict=True):
+            place = int((whole[0] - image).abs().amax((1, 2, 3)).argmin())
+            assert torch.equal(whole[0][place], image)
+            assert torch.equal(whole[1][place], target)
+    assert not torch.equal(first[0], second[0])
+    assert torch.equal(first[0], again[0])
+
+
+def test_a_batch_as_large_as_the_set_is_all_of_it_in_order(started: Any) -> None:
+    _, distiller = started(inner_batch=5)
+    assert torch.equal(distiller.loop._draw()(torch.Generator())[0], distiller.loop._current()[0])
 
 
 def test_the_outer_rate_falls_linearly(started: Any) -> None:
@@ -211,7 +227,9 @@ def test_all_methods_are_pretrained_on_with_the_weight_decay_of_table_5(method: 
 
 
 @pytest.mark.parametrize("method", ["krr_st", "random_ssl"])
-def test_an_enormous_budget_is_refused_at_once(method: str, toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_enormous_budget_is_refused_at_once(
+    method: str, toy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from ddray.methods import _ssl
 
     dataset, asked = toy(), []
@@ -221,6 +239,82 @@ def test_an_enormous_budget_is_refused_at_once(method: str, toy: Any, monkeypatc
     with pytest.raises(InputError, match=f"budget must be <= 29 for toy .*, got {10**20}"):
         check_size(plan, dataset.train())
     assert 0 < len(asked) < 300
+
+
+@pytest.mark.parametrize("method", ["random_ssl", "kmeans_ssl", "krr_st", "boost_ssdd"])
+def test_the_teacher_is_declared_before_it_is_asked_for(method: str, toy: Any, planned: Any) -> None:
+    """A search trains what is declared before its first trial; the trial must then ask for just that."""
+    steps = 0 if method.endswith("_ssl") else 1
+    plan, ctx, distiller = planned(method, toy(), ipc=2, steps=steps, method={"teacher": TEACHER})
+    asked: list[PoolSpec] = []
+
+    class Noting:
+        def get(self, specs: Sequence[PoolSpec]) -> list[PoolEntry]:
+            asked.extend(specs)
+            return ctx.pool.get(specs)
+
+    declared = declared_specs(plan, ctx)
+    assert not (home() / "pool").exists()
+    distiller.setup(replace(ctx, pool=Noting()))
+    assert [spec.kind for spec in declared] == ["ssl"]
+    assert {spec.key for spec in asked} == {spec.key for spec in declared}
+
+
+def test_a_clusters_worker_trains_the_declared_teacher(toy: Any, tmp_path: Path) -> None:
+    """`tune` hands a declared spec to `train_member`, whose trainer knows kind `ssl`."""
+    from ddray.cluster.payload import pack
+    from ddray.cluster.pretrain import train_member
+    from ddray.cluster.trial import Job, split_name
+
+    dataset = toy((20, 20, 20))
+    train, val = carve_val(dataset.train(), seed=0)
+    plan = resolve("krr_st", dataset, ipc=2, layers=[{"method": {"teacher": TEACHER}}])
+    ctx = make_context(plan, train, split_name=split_name(0), device=torch.device("cpu"))
+    (spec,) = declared_specs(plan, ctx)
+    payload = pack(dataset, train, split_name(0), val, ctx.space, torch.arange(len(train)))
+    job = Job(
+        run_dir=str(tmp_path),
+        epoch=1,
+        method="krr_st",
+        ipc=plan.ipc,
+        seed=0,
+        config=plan.config.dump(),
+        budgets=(1,),
+        cpus=1,
+        gpus=0,
+        budget=plan.budget,
+    )
+    train_member(job, payload, spec)
+
+    class Refusing:
+        def __call__(self, spec: PoolSpec) -> Any:
+            raise AssertionError("the entry is there already")
+
+    (entry,) = LocalPool(Refusing()).get([spec])
+    assert entry.tensors["features"].shape == (len(train), 128)
+
+
+@pytest.mark.parametrize("method", ["krr_st", "boost_ssdd"])
+def test_a_set_too_large_is_refused_before_its_teacher_is_trained(
+    method: str, toy: Any, planned: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, ctx, distiller = planned(method, toy(), ipc=2, steps=1, method={"teacher": TEACHER})
+    monkeypatch.setattr(_krr_memory, "available_bytes", lambda device: 2**20)
+    assert declared_specs(plan, ctx) == []
+    with pytest.raises(
+        InputError, match=rf"{method} needs about 0\.\d GiB for \d+ images .*cpu has 0\.0 free"
+    ):
+        distiller.setup(ctx)
+    assert not (home() / "pool").exists()
+
+
+def test_a_search_whose_driver_lacks_the_device_declares_the_teacher(toy: Any, planned: Any) -> None:
+    """A head node without a GPU can't say what its workers' GPUs hold."""
+    plan, ctx, _ = planned("krr_st", toy(), ipc=2, steps=1, method={"teacher": TEACHER})
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    (spec,) = declared_specs(plan, replace(ctx, device=torch.device("cuda")))
+    assert spec.device == "cuda"
 
 
 def test_a_budget_larger_than_the_split_is_refused(toy: Any) -> None:

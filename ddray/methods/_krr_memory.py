@@ -1,0 +1,130 @@
+"""How much memory the bilevel loop of KRR-ST and Boost-SSDD takes, asked before any teacher is trained."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from ddray.distill import DistillContext
+from ddray.errors import InputError
+from ddray.memory import available_bytes
+from ddray.methods._ridge import solve_bytes
+from ddray.methods._ssl import feature_dim, spec_of_teacher
+from ddray.nets import build_net
+from ddray.pool import PoolSpec
+
+if TYPE_CHECKING:
+    from ddray.methods._krr import KrrConfig
+
+# Distilled images whose graph is held at once: beyond, the pass is made twice, in parts.
+_GRAPH_BYTES: Final = 8 * 2**30
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How large a set is.
+
+    Attributes:
+        num_images: m, without views.
+        num_views: A; each image gives A + 1 rows.
+        num_floats: that are learned.
+    """
+
+    num_images: int
+    num_views: int
+    num_floats: int
+
+    @property
+    def num_rows(self) -> int:
+        """M, images with their views."""
+        return self.num_images * (self.num_views + 1)
+
+
+@dataclass(frozen=True)
+class NetworkCosts:
+    """What an inner network costs: bytes of one image's largest map and of its graph, F, bytes of weights."""
+
+    sample: int
+    graph: int
+    num_features: int
+    weights: int
+
+
+def network_costs(ctx: DistillContext) -> NetworkCosts:
+    """Measure an inner network on a blank image, on the CPU: a search's driver may lack the device."""
+    net = build_net(ctx.arch, ctx.dataset.image_shape, 1, seed=0).eval()
+    with torch.no_grad():
+        found = net.features(torch.zeros(1, *ctx.dataset.image_shape))
+    sizes = [m.numel() * m.element_size() for m in found.maps]
+    return NetworkCosts(
+        sample=max(sizes, default=1),
+        # A map's output of convolution and norm, and what pooling leaves of it.
+        graph=sum(2 * size for size in sizes) * 5 // 4,
+        num_features=found.embedding.shape[1],
+        weights=sum(4 * p.numel() for p in net.parameters()),
+    )
+
+
+def images_at_once(costs: NetworkCosts, extent: Extent) -> int:
+    """Return how many images' graphs, with their views, the outer pass holds: all, or as many as fit."""
+    return max(1, min(extent.num_images, _GRAPH_BYTES // costs.graph // (extent.num_views + 1)))
+
+
+def needed_bytes(ctx: DistillContext, config: KrrConfig, extent: Extent, num_targets: int) -> int:
+    """Return about how much memory of the device a run takes at its peak.
+
+    Args:
+        ctx: network, real images and device.
+        config: the loop's settings.
+        extent: how large the set is.
+        num_targets: D.
+    """
+    costs, rows = network_costs(ctx), extent.num_rows
+    # A row's graph, and its image: as made, channels last, and its gradient.
+    row = costs.graph + 3 * 4 * math.prod(ctx.dataset.image_shape)
+    inner = min(rows, config.inner_batch or rows) * row
+    at_once = images_at_once(costs, extent) * (extent.num_views + 1)
+    solving = solve_bytes(rows, costs.num_features, num_targets)
+    # In parts, no graph is held while the ridge is solved, but the features' gradients while it is.
+    gradients = 2 * 4 * rows * (costs.num_features + num_targets)
+    outer = at_once * row + solving if at_once == rows else max(at_once * row + gradients, solving)
+    real = 4 * len(ctx.split) * num_targets
+    if ctx.device.type == "cuda":
+        real += ctx.split.images.numel()
+    weights = costs.weights + 4 * num_targets * (costs.num_features + 1)
+    networks = (2 * config.pool_size + 1) * weights  # with momentum, and one gradient
+    learned = 4 * 4 * extent.num_floats  # with gradient and AdamW's averages
+    return max(inner, outer) + real + networks + learned
+
+
+def check_memory(ctx: DistillContext, config: KrrConfig, extent: Extent) -> None:
+    """Refuse a set that the device can't hold; to be asked before a teacher is trained for it.
+
+    Raises:
+        InputError: naming the memory that it would need.
+    """
+    num_targets = feature_dim(config.teacher.arch, ctx.dataset.image_shape)
+    needed = needed_bytes(ctx, config, extent, num_targets) / 2**30
+    free = available_bytes(ctx.device) / 2**30
+    if needed > free:
+        raise InputError(
+            f"{ctx.method} needs about {needed:.1f} GiB for {extent.num_rows} images with their views, "
+            f"{ctx.device} has {free:.1f} free: lower the budget, or method.inner_batch"
+        )
+
+
+def declared_teacher(ctx: DistillContext, config: KrrConfig, extent: Extent) -> list[PoolSpec]:
+    """Return the spec of the teacher that a run will ask for; none where this machine can't hold the set.
+
+    Whether such a set is refused is for the worker to say, whose device is the one that counts; it does so
+    before it asks for a teacher.
+    """
+    if ctx.device.type != "cuda" or torch.cuda.is_available():
+        try:
+            check_memory(ctx, config, extent)
+        except InputError:
+            return []
+    return [spec_of_teacher(ctx, config.teacher)]
