@@ -20,6 +20,7 @@ from ddray.config import Config
 # Columns of a parameter row.
 BRIGHTNESS, SATURATION, CONTRAST, SHIFT_Y, SHIFT_X, CUT_Y, CUT_X, FLIP, SCALE_X, SCALE_Y, ROTATE = range(11)
 NUM_COLUMNS: Final = 11
+_PADDING: Final = 4  # pixels, of `crop_and_flip`
 
 
 class DsaParams(Config):
@@ -65,10 +66,15 @@ def _uniform_integer(u: Tensor, count: int) -> Tensor:
 
 def crop(images: Tensor, rows: Tensor, params: DsaParams) -> Tensor:
     """Shift by whole pixels, up to int(side * crop + 0.5) each way, filling with zeros."""
+    height, width = (int(size * params.crop + 0.5) for size in images.shape[2:])
+    return _shifted(images, rows, (height, width))
+
+
+def _shifted(images: Tensor, rows: Tensor, reaches: tuple[int, int]) -> Tensor:
+    """Shift down and right by whole pixels, up to `reaches` each way, filling with zeros."""
     shifted = images
-    for dim, column in ((2, SHIFT_Y), (3, SHIFT_X)):
+    for dim, column, reach in zip((2, 3), (SHIFT_Y, SHIFT_X), reaches, strict=True):
         size = images.shape[dim]
-        reach = int(size * params.crop + 0.5)
         shift = _uniform_integer(rows[:, column], 2 * reach + 1) - reach
         source = torch.arange(size, device=images.device) + shift[:, None]  # [N, size]
         inside = (source >= 0) & (source < size)
@@ -134,7 +140,9 @@ OPERATIONS: Final[dict[str, Callable[[Tensor, Tensor, DsaParams], Tensor]]] = {
 
 
 def crop_and_flip(images: Tensor, generator: torch.Generator, *, can_flip: bool) -> Tensor:
-    """Return torchvision's RandomCrop(side, padding=side / 8) and a flip by half, per sample, on the device.
+    """Return torchvision's RandomCrop(side, padding=4) and a flip by half, per sample, on the device.
+
+    The padding is 4 pixels whatever the images' size, as in KRR-ST's code.
 
     Args:
         images: float [N, C, H, W] in a space where 0 is what the padding should be.
@@ -142,5 +150,5 @@ def crop_and_flip(images: Tensor, generator: torch.Generator, *, can_flip: bool)
         can_flip: whether a mirrored image keeps its class.
     """
     rows = torch.rand(len(images), NUM_COLUMNS, generator=generator).to(images.device, non_blocking=True)
-    shifted = crop(images, rows, DsaParams())
+    shifted = _shifted(images, rows, (_PADDING, _PADDING))
     return flip(shifted, rows, DsaParams()) if can_flip else shifted

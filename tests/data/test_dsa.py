@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ddray.data import Dsa, DsaParams, DsaPlan, dsa_for
-from ddray.data.dsa_ops import NUM_COLUMNS, OPERATIONS
+from ddray.data.dsa_ops import NUM_COLUMNS, OPERATIONS, crop_and_flip
 from ddray.errors import InputError
 from ddray.seeding import derive
 
@@ -223,3 +223,13 @@ def test_gpu_equals_cpu() -> None:
     index = torch.tensor([0, 3, 1, 2, 0, 1, 2, 3])
     found = dsa.apply(images.cuda(), plan, index.cuda())
     torch.testing.assert_close(found.cpu(), dsa.apply(images, plan, index), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (32, 48), (16, 16)])
+def test_random_crops_pad_four_pixels_at_every_size(height: int, width: int) -> None:
+    """KRR-ST's RandomCrop(side, padding=4): every shift in -4..4 each way, and none beyond."""
+    place = torch.arange(1.0, height * width + 1).view(1, 1, height, width).expand(600, -1, -1, -1)
+    found = crop_and_flip(place, torch.Generator().manual_seed(0), can_flip=False)
+    middle = found[:, 0, height // 2, width // 2].long() - 1
+    down, right = middle // width - height // 2, middle % width - width // 2
+    assert set(down.tolist()) == set(right.tolist()) == set(range(-4, 5))
