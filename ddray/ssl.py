@@ -7,9 +7,9 @@ a label: the entry is keyed by a hash of the images, and one-class networks have
 
 - optimiser: LARS, lr .3, warm-up and cosine | AdamW, the same schedule; their factor .1 on the loss, which
   AdamW would cancel, is left out.
-- views: kornia or torchvision on single images | the same operations on the batch, on the device: random
-  resized crop, flip where the dataset allows it, colour jitter, greyscale; no blur, no solarisation (as
-  solo-learn's recipe for 32 px).
+- views: kornia or torchvision on single images | the operations of solo-learn's CIFAR recipe on the batch, on
+  the device: random resized crop, flip where the dataset allows it, colour jitter (.8), greyscale (.2), and
+  solarisation of the second view (.2); no blur.
 - the last, incomplete batch of an epoch is dropped in both.
 """
 
@@ -37,7 +37,9 @@ from ddray.seeding import derive, derive_seed, forked_global
 KIND: Final = "ssl"
 _HASH_CHUNK: Final = 4096
 # Columns of a view's uniform draws.
-_AREA, _RATIO, _TOP, _LEFT, _FLIP, _JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _GREY = range(11)
+_AREA, _RATIO, _TOP, _LEFT, _FLIP, _JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _GREY, _SOLAR = range(
+    12
+)
 
 
 class TeacherConfig(Config):
@@ -56,6 +58,8 @@ class TeacherConfig(Config):
     """Weight of the redundancy term (Barlow Twins' lambda)."""
     crop_area: float = Field(default=0.2, gt=0, le=1)
     """Smallest area of a random resized crop."""
+    solarize: float = Field(default=0.2, ge=0, le=1)
+    """Share of the second views that are solarised."""
     stem_padding: int = Field(default=1, ge=0, le=3)
     """Padding of the first convolution: 1 | 2 (KRR-ST's and solo-learn's code)."""
     seed: int = Field(default=0, ge=0)
@@ -158,7 +162,9 @@ def projector(dim: int, width: int) -> nn.Sequential:
     )
 
 
-def random_view(pixels: Tensor, generator: torch.Generator, *, crop_area: float, flip: bool) -> Tensor:
+def random_view(
+    pixels: Tensor, generator: torch.Generator, *, crop_area: float, flip: bool, solarize: float = 0.0
+) -> Tensor:
     """Return one random view of each image, computed on the images' device.
 
     Args:
@@ -166,11 +172,12 @@ def random_view(pixels: Tensor, generator: torch.Generator, *, crop_area: float,
         generator: CPU generator of every draw.
         crop_area: smallest share of the area that is cropped, sides in a ratio of 3/4 to 4/3.
         flip: whether half of the views are mirrored.
+        solarize: share of the views whose bright half is inverted.
 
     Returns:
         float32 [N, C, H, W] in [0, 1].
     """
-    u = torch.rand(len(pixels), _GREY + 1, generator=generator).to(pixels.device, non_blocking=True)
+    u = torch.rand(len(pixels), _SOLAR + 1, generator=generator).to(pixels.device, non_blocking=True)
     area = crop_area + (1 - crop_area) * u[:, _AREA]
     ratio = torch.exp((2 * u[:, _RATIO] - 1) * math.log(4 / 3))
     width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
@@ -181,12 +188,19 @@ def random_view(pixels: Tensor, generator: torch.Generator, *, crop_area: float,
     theta[:, 1, 2] = (1 - height) * (2 * u[:, _TOP] - 1)
     grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
     views = F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
-    jittered = _jitter(views, u)
-    return torch.where((u[:, _JITTER] < 0.8)[:, None, None, None], jittered, views)
+    views = torch.where(_drawn(u, _JITTER, 0.8), _jitter(views, u), views)
+    if views.shape[1] == 3:
+        views = torch.where(_drawn(u, _GREY, 0.2), _grey(views).expand_as(views), views)
+    return torch.where(_drawn(u, _SOLAR, solarize) & (views >= 0.5), 1 - views, views) if solarize else views
+
+
+def _drawn(u: Tensor, column: int, share: float) -> Tensor:
+    """Return which samples [N, 1, 1, 1] an operation with a probability of its own befalls."""
+    return (u[:, column] < share)[:, None, None, None]
 
 
 def _jitter(views: Tensor, u: Tensor) -> Tensor:
-    """Return brightness and contrast +-.4, of colour images saturation +-.2, hue +-.1 and greyscale .2."""
+    """Return brightness and contrast +-.4, of colour images saturation +-.2 and hue +-.1."""
 
     def factor(column: int, strength: float) -> Tensor:
         return (1 + (2 * u[:, column] - 1) * strength)[:, None, None, None]
@@ -200,8 +214,8 @@ def _jitter(views: Tensor, u: Tensor) -> Tensor:
 
     grey = _grey(views)
     views = ((views - grey) * factor(_SATURATION, 0.2) + grey).clamp(0, 1)
-    views = adjust_hue(views, (2 * u[:, _HUE] - 1) * 0.1 * 2 * math.pi)
-    return torch.where((u[:, _GREY] < 0.2)[:, None, None, None], _grey(views).expand_as(views), views)
+    hued: Tensor = adjust_hue(views, (2 * u[:, _HUE] - 1) * 0.1 * 2 * math.pi)
+    return hued
 
 
 def _grey(pixels: Tensor) -> Tensor:
@@ -266,7 +280,10 @@ class SslTrainer:
             order = torch.randperm(num, generator=generator).to(device, non_blocking=True)
             for index in torch.split(order[: num // batch * batch], batch):
                 raw = pixels[index].float() / 255
-                views = [random_view(raw, generator, crop_area=config.crop_area, flip=flip) for _ in range(2)]
+                views = [
+                    random_view(raw, generator, crop_area=config.crop_area, flip=flip, solarize=share)
+                    for share in (0.0, config.solarize)
+                ]
                 optimizer.param_groups[0]["lr"] = config.lr * _schedule(step, steps)
                 loss = self._loss(net, head, [space.encode(view) for view in views], config)
                 optimizer.zero_grad(set_to_none=True)

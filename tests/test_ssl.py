@@ -99,7 +99,15 @@ def test_other_images_and_other_recipes_are_other_teachers(toy: Any) -> None:
     assert image_fingerprint(dataset.train().images) == image_fingerprint(dataset.train().images.clone())
 
 
-CHANGES = {"epochs": 3, "lr": 0.1, "projector": 8, "stem_padding": 2, "seed": 1, "arch": "convnet1_w8"}
+CHANGES = {
+    "epochs": 3,
+    "lr": 0.1,
+    "projector": 8,
+    "stem_padding": 2,
+    "solarize": 0.0,
+    "seed": 1,
+    "arch": "convnet1_w8",
+}
 
 
 def test_an_entry_gives_the_network_behind_its_features(toy: Any) -> None:
@@ -146,6 +154,7 @@ def test_a_whole_crop_without_jitter_is_the_image_or_its_mirror(monkeypatch: pyt
     import ddray.ssl as module
 
     monkeypatch.setattr(module, "_jitter", lambda views, u: views)
+    monkeypatch.setattr(module, "_grey", lambda views: views)
     pixels = torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     # The largest area in the widest of ratios is cut at the image's sides: only a square ratio is whole.
     monkeypatch.setattr(module.math, "log", lambda x: 0.0)
@@ -155,6 +164,51 @@ def test_a_whole_crop_without_jitter_is_the_image_or_its_mirror(monkeypatch: pyt
     mirrored = (found - pixels.flip(3)).abs().amax((1, 2, 3)) < 1e-5
     assert bool((same | mirrored).all())
     assert 5 < int(same.sum()) < 35
+
+
+def test_greyscale_and_solarisation_befall_views_whether_jittered_or_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """solo-learn: jitter .8, greyscale .2, solarisation .2 of the second view, each drawn on its own."""
+    import ddray.ssl as module
+
+    # A jitter that leaves a mark: the bottom row is 0, which no other operation here makes of these pixels.
+    def marked(views: Tensor, u: Tensor) -> Tensor:
+        held = views.clone()
+        held[:, :, -1] = 0
+        return held
+
+    monkeypatch.setattr(module, "_jitter", marked)
+    pixels = torch.tensor([0.6, 0.7, 0.8])[:, None, None].expand(4000, 3, 4, 4)
+    made = {
+        share: random_view(
+            pixels, torch.Generator().manual_seed(2), crop_area=1.0, flip=False, solarize=share
+        )
+        for share in (0.0, 0.2)
+    }
+    top = made[0.0][:, :, 0, 0]
+    grey, jittered = (top[:, 0] - top[:, 2]).abs() < 1e-4, made[0.0][:, 0, -1, 0] == 0
+    assert float(jittered.float().mean()) == pytest.approx(0.8, abs=0.03)
+    for those in (grey, grey[jittered], grey[~jittered]):
+        assert float(those.float().mean()) == pytest.approx(0.2, abs=0.05)
+    solarised = (made[0.2][:, :, 0, 0] - (1 - top)).abs().amax(1) < 1e-4
+    for those in (solarised, solarised[grey], solarised[~jittered]):
+        assert float(those.float().mean()) == pytest.approx(0.2, abs=0.05)
+    assert bool((made[0.2] == made[0.0])[~solarised].all())
+
+
+def test_only_the_second_view_is_solarised(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ddray.ssl as module
+
+    shares: list[float] = []
+
+    def view(pixels: Tensor, generator: torch.Generator, **more: Any) -> Tensor:
+        shares.append(more["solarize"])
+        return random_view(pixels, generator, **more)
+
+    monkeypatch.setattr(module, "random_view", view)
+    SslTrainer(toy().train().images[:16], CPU)(spec_of(toy(), SMALL.model_copy(update={"epochs": 1})))
+    assert shares == [0.0, 0.2] * 2
 
 
 def test_spectrograms_are_refused(toy: Any) -> None:
