@@ -16,6 +16,7 @@ from ddray.data import PixelSpace
 _CHUNK: Final = 1024
 _FIT_STEPS: Final = 2000
 _FIT_LR: Final = 0.01
+_CONSTANT: Final = 1e-4  # of a column's mean: a smaller spread is none
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,10 @@ def fit_shifts(
     num_views, _, width = moved.shape
     wanted = moved - coefficients
     mean = coefficients.mean(0)
-    std = coefficients.std(0, correction=0).clamp_min(1e-6)
+    std = coefficients.std(0, correction=0)
+    # Dividing by the spread of a column that hardly varies would fold into weights and biases so large that
+    # their difference is lost in float32's rounding.
+    std = std.where(std > (_CONSTANT * mean.abs()).clamp_min(1e-6), 1.0)
     inputs = (coefficients - mean) / std
     shapes = ((num_views, hidden, width), (num_views, hidden), (num_views, width, hidden), (num_views, width))
     with torch.enable_grad():

@@ -264,7 +264,9 @@ def test_the_set_that_is_stored_is_the_set_that_is_trained_on(started: Any) -> N
     assert held.meta.bases.approximation_mse is not None
     shift = (decoded.targets - targets)[m:].square().mean()
     base = held.compact["target_bases"]
-    assert float(shift) <= held.meta.bases.approximation_mse * float(base.square().sum()) + 1e-6
+    # The bases' rows are nearly orthonormal: an error of V coefficients spreads over D dimensions.
+    wanted = held.meta.bases.approximation_mse * float(base.square().sum()) / base.shape[1]
+    assert float(shift) == pytest.approx(wanted, rel=0.05)
     assert held.meta.storage_floats == sum(t.numel() for t in held.compact.values())
 
 
@@ -315,6 +317,18 @@ def test_networks_learn_a_shift_that_they_can_express() -> None:
     assert mse < 0.02 * float(shift.var())
     again, _ = fit_shifts(x, x + shift, 8, torch.Generator().manual_seed(1))
     assert not torch.equal(again["hidden_weight"], tensors["hidden_weight"])
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-5])
+@pytest.mark.parametrize("num", [1, 20])
+def test_networks_learn_a_shift_of_coefficients_that_hardly_vary(num: int, spread: float) -> None:
+    """One image (m = 1), or columns that are nearly constant: a bias reaches 0."""
+    generator = torch.Generator().manual_seed(0)
+    x = 10 * torch.randn(1, 30, generator=generator) + spread * torch.randn(num, 30, generator=generator)
+    shift = torch.randn(3, 1, 30, generator=generator).expand(-1, num, -1)
+    tensors, mse = fit_shifts(x, x + shift, 4, generator)
+    assert mse < 1e-3
+    assert max(float(tensor.abs().max()) for tensor in tensors.values()) < 100
 
 
 def test_a_set_too_large_for_the_memory_is_refused_with_what_it_needs(
