@@ -263,20 +263,20 @@ def run_distillation(
         DivergedError: a loss or an image became NaN or infinite.
         StorageError: the checkpoint can't be written.
     """
-    begin = time.perf_counter()
+    begin, settings = time.perf_counter(), ctx.config.get("method", {})
     distiller.setup(ctx)
     last = distiller.num_steps if until is None else min(until, distiller.num_steps)
     losses: list[Tensor] = []
     done = _restore(distiller, checkpoint, losses, ctx.device)
     if losses and done in looks and on_step is not None:
-        on_step(done, _finite(losses[-1], done))
+        on_step(done, _finite(losses[-1], done, settings))
     timer = StepTimer(ctx.device)
     for step in range(done + 1, last + 1):
         losses.append(distiller.step()["loss"].detach().reshape(1))
         look = step % checkpoint_every == 0 or step == last or step in looks
         timer.stop(sync=look)
         if look:
-            value = _finite(losses[-1], step)
+            value = _finite(losses[-1], step, settings)
             if checkpoint is not None:
                 _save(distiller, checkpoint, step, losses)
             if on_step is not None:
@@ -285,7 +285,7 @@ def run_distillation(
     distilled = distiller.snapshot()
     if not distilled.is_finite():
         raise DivergedError(
-            f"{ctx.method} diverged by step {last}: an image is NaN or infinite; lower lr_img"
+            f"{ctx.method} diverged by step {last}: an image is NaN or infinite; lower {rate_name(settings)}"
         )
     return DistillResult(
         distilled=distilled,
@@ -296,11 +296,17 @@ def run_distillation(
     )
 
 
-def _finite(loss: Tensor, step: int) -> float:
+def rate_name(settings: Mapping[str, Any]) -> str:
+    """Return which of a method's settings is the learning rate of what it distils, for a message's advice."""
+    return next((name for name in ("lr_img", "lr_outer") if name in settings), "its learning rate")
+
+
+def _finite(loss: Tensor, step: int, settings: Mapping[str, Any]) -> float:
     """Return the loss as a number (the loop's one sync)."""
     value = float(loss)
     if not math.isfinite(value):
-        raise DivergedError(f"the loss must stay finite, got {value} at step {step}; lower lr_img")
+        rate = rate_name(settings)
+        raise DivergedError(f"the loss must stay finite, got {value} at step {step}; lower {rate}")
     return value
 
 

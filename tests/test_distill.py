@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -182,13 +183,23 @@ def test_a_damaged_checkpoint_is_set_aside_said_and_the_run_starts_anew(
     assert "starting anew" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ({"lr_img": 1.0, "lr_net": 0.1}, "lr_img"),
+        ({"ridge": 1.0, "lr_outer": 1.0, "lr_inner": 0.1}, "lr_outer"),
+        ({}, "its learning rate"),
+    ],
+)
 def test_a_nan_loss_ends_the_run_at_the_next_look_and_is_not_kept(
-    ctx: DistillContext, tmp_path: Path
+    settings: dict[str, float], advice: str, ctx: DistillContext, tmp_path: Path
 ) -> None:
+    """The advice names a field that the method has."""
     path = tmp_path / "c.pt"
     method = Counter(12, nan_at=6)
+    ctx = replace(ctx, config={"method": settings})
 
-    with pytest.raises(DivergedError, match="the loss must stay finite, got nan at step 6; lower lr_img"):
+    with pytest.raises(DivergedError, match=rf"must stay finite, got nan at step 6; lower {advice}$"):
         run_distillation(method, ctx, checkpoint=path, checkpoint_every=3)
     assert torch.load(path, weights_only=True)["step"] == 3
 

@@ -16,7 +16,7 @@ from ddray.cluster.payload import Payload, Unpacked, unpack
 from ddray.cluster.pool import ClusterPool, PoolAddress
 from ddray.cluster.runtime import prepare_worker, set_threads, worker_device
 from ddray.config import merge
-from ddray.distill import DistillResult, run_distillation
+from ddray.distill import DistillResult, rate_name, run_distillation
 from ddray.errors import DivergedError
 from ddray.evaluate import EvalContext, Evaluator, evaluate_archs
 from ddray.evaluate.hard import Hard
@@ -158,7 +158,8 @@ def val_score(job: Job, plan: Plan, made: DistilledSet, held: Unpacked, device: 
         DivergedError: an image is NaN or infinite.
     """
     if not made.is_finite():
-        raise DivergedError(f"{plan.method} diverged: an image is NaN or infinite; lower lr_img")
+        rate = rate_name(plan.config.method.dump())
+        raise DivergedError(f"{plan.method} diverged: an image is NaN or infinite; lower {rate}")
     if job.nas is not None:
         return job.nas.score(made, held.dataset, held.held, device)
     num_seeds = min(plan.config.evaluate.seeds, plan.config.evaluate.val_seeds)
