@@ -119,6 +119,24 @@ def test_the_backbone_is_frozen_and_seen_without_augmentation(
     assert torch.equal(labels, real.labels)
 
 
+def test_features_are_extracted_once_per_backbone(context: EvalContext) -> None:
+    """The probe's 60 steps of 16 run on what one pass over the target gave."""
+    instance = protocol(context)
+    net, _, _ = instance._pretrained(pairs(context), context, "convnet2_w8_bn", 0)
+    seen: list[Tensor] = []
+    hook = net.body.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    instance._probed(net, context, 0)
+    hook.remove()
+
+    real = len(context.dataset.train())
+    blank = [images for images in seen if len(images) == 1 and not images.any()]
+    assert len(blank) == 1, "the look at the embedding's size"
+    assert sum(map(len, seen)) - 1 == real + len(context.split)
+    passed = torch.cat([images for images in seen if images.any()])
+    wanted = context.space.encode(context.dataset.train().images)
+    torch.testing.assert_close(passed[:real], wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_the_probe_is_sgd_with_a_cosine_on_cached_features() -> None:
     generator = torch.Generator().manual_seed(0)
     features, labels = (
