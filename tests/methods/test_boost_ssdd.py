@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from ddray.bases import Bases, expand, perceptron
@@ -20,6 +22,8 @@ from ddray.methods._parameterise import fit_shifts, principal_components, shrink
 from ddray.methods.boost_ssdd import BoostSsdd, BoostSsddConfig, plan_layout
 from ddray.nets import build_net
 from ddray.plan import check_size, resolve
+from ddray.report.images import bases_grid
+from ddray.report.pictures import save_pictures
 from ddray.seeding import derive_seed
 
 TEACHER = {"arch": "convnet2_w8", "epochs": 1, "batch": 8, "projector": 8}
@@ -406,3 +410,45 @@ def test_the_networks_of_a_pool_differ(started: Any) -> None:
     assert derive_seed(ctx.seed, "distill", "inner", 0, 0) != derive_seed(ctx.seed, "distill", "inner", 1, 0)
     first, second = (distiller.loop.inner.net(number).state_dict() for number in range(2))
     assert not torch.equal(first["body.convs.0.weight"], second["body.convs.0.weight"])
+
+
+def test_pictures_stand_beside_the_artifact(started: Any, tmp_path: Path) -> None:
+    """Distilled images, image bases and t-SNE (Figs 2a-2c): PNGs of the right size that show something."""
+    _, distiller = started(steps=1, num_image_bases=7)
+    distiller.step()
+    made = distiller.snapshot()
+    save_pictures(made, tmp_path / "set.pt", representations=distiller.representations)
+
+    m = len(made.images)
+    columns = min(10, m)
+    # Cells of 64 pixels with 2 between them.
+    sizes = {
+        "set.png": (66 * columns + 2, 66 * -(-m // columns) + 2),
+        "set.bases.png": (66 * 7 + 2, 66 + 2),
+        "set.tsne.png": (640, 640),
+    }
+    assert {path.name for path in tmp_path.glob("set.*")} == set(sizes)
+    for name, size in sizes.items():
+        with Image.open(tmp_path / name) as picture:
+            assert (picture.format, picture.size) == ("PNG", size), name
+            colours = picture.convert("RGB").getcolors(2**20)
+        assert colours is not None
+        assert len(colours) > 2, name
+    with Image.open(tmp_path / "set.tsne.png") as picture:
+        seen = {colour for _, colour in picture.convert("RGB").getcolors(2**20) or []}
+    assert {(158, 176, 199), (200, 60, 40)} <= seen
+
+
+def test_a_picture_of_bases_stretches_each_to_its_own_range() -> None:
+    bases = torch.stack([torch.linspace(-1, 1, 64), torch.linspace(5, 6, 64)]).view(2, 1, 8, 8)
+    picture = bases_grid(bases)
+    assert picture.shape == (3, 68, 134)
+    first, second = picture[:, 2:66, 2:66], picture[:, 2:66, 68:132]
+    torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+    assert (float(first.min()), float(first.max())) == (0, 1)
+
+
+def test_a_set_without_bases_has_no_picture_of_them(started: Any, tmp_path: Path) -> None:
+    _, distiller = started(steps=1, parameterize=False, augmentation="none")
+    save_pictures(distiller.snapshot(), tmp_path / "set.pt", representations=distiller.representations)
+    assert {path.name for path in tmp_path.glob("set.*")} == {"set.png", "set.tsne.png"}
