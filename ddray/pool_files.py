@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -26,12 +27,16 @@ from ddray.errors import DdrayError, InputError
 from ddray.files import storage_errors
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 log = logging.getLogger(__name__)
 
 ENTRY: Final = "entry.json"
 TENSORS: Final = "tensors.safetensors"
+_MAX_SHARED: Final = 64 * 2**20
+"""Bytes of a tensor beyond which it stays in its file, memory-mapped (features of a whole set)."""
+_BYTES: Final = {"F64": 8, "F32": 4, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 _sound: set[tuple[str, int, int]] = set()
 """Tensor files whose hash this process has checked: path, size, time of change (ns)."""
@@ -241,6 +246,21 @@ class PoolFiles:
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
             lock.note(lock.times_trained + 1)
+
+
+def small_arrays(path: Path) -> tuple[dict[str, np.ndarray[Any, Any]], bool]:
+    """Return an entry's tensors up to 64 MiB as arrays, and whether those are all."""
+    from safetensors import safe_open
+
+    found = {}
+    with safe_open(path, framework="numpy") as file:
+        names = list(file.keys())
+        for name in names:
+            held = file.get_slice(name)
+            size = _BYTES.get(held.get_dtype())  # NumPy has no bfloat16
+            if size is not None and size * math.prod(held.get_shape()) <= _MAX_SHARED:
+                found[name] = file.get_tensor(name)
+    return found, len(found) == len(names)
 
 
 @contextmanager

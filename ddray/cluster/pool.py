@@ -1,16 +1,17 @@
 """A search's pool: one actor says who trains what, so that a network is trained once for a whole cluster.
 
 The actor grants a lease on a missing entry to one client, which trains it and keeps the lease alive. A lease
-that is not kept alive goes to the next client under a higher token (a fence): what the first one finishes
-late is refused. The actor alone moves entries into their place, and holds their file locks meanwhile, so
-that other clusters and processes that share the folder wait too. Weights reach each node once, through the
-object store (RAY.md 11). Nothing here needs torch until an entry is opened: the actor stays small.
+that is not kept alive lapses and goes to the next client under a higher token (a fence): what the first one
+finishes late is refused if there is a next one. The actor alone moves entries into their place, and holds
+their file locks as long as a lease stands, so that other clusters and processes that share the folder wait
+too. A client goes on without the actor only when it is dead: one that is slow may yet grant what it was asked
+for. Weights reach each node once, through the object store (RAY.md 11). Nothing here needs torch until an
+entry is opened: the actor stays small.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import shutil
 import threading
 import time
@@ -21,10 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ddray.pool import LocalPool, PoolEntry, PoolSpec, Trainer, draft_entry
-from ddray.pool_files import EntryLock, PoolFiles
+from ddray.pool_files import EntryLock, PoolFiles, small_arrays
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
 log = logging.getLogger(__name__)
@@ -34,9 +34,6 @@ _BEATS: Final = 4  # per lease
 _POLL_S: Final = 0.2
 _PATIENCE_S: Final = 120.0
 _NAMESPACE: Final = "ddray"
-_MAX_SHARED: Final = 64 * 2**20
-"""Bytes of a tensor beyond which it stays in its file, memory-mapped (features of a whole set)."""
-_BYTES: Final = {"F64": 8, "F32": 4, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,7 @@ class _Granted:
 
 
 class PoolService:
-    """What the actor does; calls come one after another.
+    """What the actor does; calls come one after another, beside the thread that lets leases lapse.
 
     Args:
         folder: the pool's folder.
@@ -113,6 +110,27 @@ class PoolService:
         self._served: dict[str, Served] = {}
         self._granted: dict[str, _Granted] = {}
         self._tokens: dict[str, int] = {}
+        self._lapsed: dict[str, Lease] = {}
+        self._turn = threading.RLock()
+
+    def watch(self) -> None:
+        """Let leases lapse from now on though nobody asks: whoever waits for their locks may not ask."""
+
+        def look() -> None:
+            while True:
+                time.sleep(self._lease_s / _BEATS)
+                self.lapse()
+
+        threading.Thread(target=look, daemon=True).start()
+
+    def lapse(self) -> None:
+        """End the leases that were not kept alive, and release their locks."""
+        with self._turn:
+            for key, granted in list(self._granted.items()):
+                if self._clock() >= granted.deadline:
+                    log.warning("pool entry %s: its trainer is silent, another one may take over", key[:12])
+                    self._end(key)
+                    self._lapsed[key] = granted.lease
 
     def ask(self, key: str) -> Served | Lease | None:
         """Return the entry; or a lease to train it; or None: somebody else is at it, ask again.
@@ -121,15 +139,18 @@ class PoolService:
             InputError: the entry can't be read.
             StorageError: the folder can't be written.
         """
-        return self._look(key) or self._grant(key)
+        with self._turn:
+            self.lapse()
+            return self._look(key) or self._grant(key)
 
     def beat(self, key: str, token: int) -> bool:
         """Keep a lease alive; return whether it still counts."""
-        granted = self._current(key, token)
-        if granted is None:
-            return False
-        granted.deadline = self._clock() + self._lease_s
-        return True
+        with self._turn:
+            granted = self._current(key, token)
+            if granted is None:
+                return False
+            granted.deadline = self._clock() + self._lease_s
+            return True
 
     def publish(self, key: str, token: int, draft: str) -> bool:
         """Move a draft into the entry's place; return False, moving nothing, if the token is stale.
@@ -137,52 +158,71 @@ class PoolService:
         Raises:
             StorageError: the folder can't be written.
         """
-        granted = self._current(key, token)
-        if granted is None:
-            return False
-        self._files.publish(key, Path(draft), granted.lock)
-        self._end(key)
-        return True
+        with self._turn:
+            granted = self._current(key, token)
+            if granted is None:
+                return False
+            self._files.publish(key, Path(draft), granted.lock)
+            self._end(key)
+            return True
 
     def give_up(self, key: str, token: int) -> None:
         """End a lease without an entry: the next client may try."""
-        if self._current(key, token) is not None:
-            self._end(key)
+        with self._turn:
+            if self._current(key, token) is not None:
+                self._end(key)
 
     def forget(self, key: str) -> None:
         """Look at an entry's files again when it is asked for next."""
-        self._served.pop(key, None)
+        with self._turn:
+            self._served.pop(key, None)
 
     def _look(self, key: str) -> Served | None:
         if key not in self._served and key not in self._granted:
+            begin = self._clock()
             meta = self._files.find(key)
             if meta is not None:
                 arrays, is_whole = small_arrays(self._files.tensors_path(key))
                 self._served[key] = Served(meta, self._put(arrays), is_whole)
+            for granted in self._granted.values():  # heartbeats had to wait while a large file was hashed
+                granted.deadline += self._clock() - begin
         return self._served.get(key)
 
     def _grant(self, key: str) -> Served | Lease | None:
-        granted = self._granted.get(key)
-        if granted is None:
-            lock = self._files.try_lock(key)
-            if lock is None:  # a process outside of this cluster is at it
-                return None
-            if self._files.mend(key, lock) is not None:  # it has just finished
-                lock.release()
-                return self._look(key)
-        elif self._clock() < granted.deadline:
+        if key in self._granted:
             return None
-        else:
-            lock = granted.lock
-            log.warning("pool entry %s: its trainer is silent, another one takes over", key[:12])
+        lock = self._free_lock(key)
+        if lock is None:  # a process outside of this cluster is at it, or has just finished
+            return self._look(key)
+        self._lapsed.pop(key, None)
         self._tokens[key] = self._tokens.get(key, 0) + 1
-        lease = Lease(self._tokens[key], lock.times_trained + 1)
-        self._granted[key] = _Granted(lock, lease, self._clock() + self._lease_s)
-        return lease
+        return self._hold(key, lock, Lease(self._tokens[key], lock.times_trained + 1)).lease
+
+    def _hold(self, key: str, lock: EntryLock, lease: Lease) -> _Granted:
+        granted = self._granted[key] = _Granted(lock, lease, self._clock() + self._lease_s)
+        return granted
+
+    def _free_lock(self, key: str) -> EntryLock | None:
+        """Return the lock of an entry that is not there; None if it is, or somebody is at it."""
+        lock = self._files.try_lock(key)
+        if lock is not None and self._files.mend(key, lock) is not None:
+            lock.release()
+            return None
+        return lock
 
     def _current(self, key: str, token: int) -> _Granted | None:
+        """Return what a token holds; a lapsed lease that nobody has taken over counts again."""
         granted = self._granted.get(key)
-        return granted if granted is not None and granted.lease.token == token else None
+        if granted is not None:
+            return granted if granted.lease.token == token else None
+        lapsed = self._lapsed.get(key)
+        if lapsed is None or lapsed.token != token:
+            return None
+        lock = self._free_lock(key)
+        if lock is None:
+            return None
+        del self._lapsed[key]
+        return self._hold(key, lock, lapsed)
 
     def _end(self, key: str) -> None:
         self._granted.pop(key).lock.release()
@@ -192,21 +232,6 @@ def _put(value: Any) -> Any:
     import ray
 
     return ray.put(value)
-
-
-def small_arrays(path: Path) -> tuple[dict[str, np.ndarray[Any, Any]], bool]:
-    """Return an entry's tensors up to 64 MiB as arrays, and whether those are all."""
-    from safetensors import safe_open
-
-    found = {}
-    with safe_open(path, framework="numpy") as file:
-        names = list(file.keys())
-        for name in names:
-            held = file.get_slice(name)
-            size = _BYTES.get(held.get_dtype())  # NumPy has no bfloat16
-            if size is not None and size * math.prod(held.get_shape()) <= _MAX_SHARED:
-                found[name] = file.get_tensor(name)
-    return found, len(found) == len(names)
 
 
 @contextmanager
@@ -224,6 +249,7 @@ def pool_service(address: PoolAddress) -> Iterator[None]:
         "scheduling_strategy": here,
     }
     actor: Any = ray.remote(PoolService).options(**options).remote(address.folder, address.lease_s)
+    actor.watch.remote()
     try:
         yield
     finally:
@@ -231,7 +257,7 @@ def pool_service(address: PoolAddress) -> Iterator[None]:
 
 
 class _ServiceGoneError(Exception):
-    """The actor is dead, or does not answer."""
+    """The actor is dead."""
 
 
 class ClusterPool:
@@ -346,10 +372,10 @@ class ClusterPool:
             thread.join()
 
     def _call(self, method: str, *arguments: Any) -> Any:
-        """Return what the service answers.
+        """Return what the service answers, however long it takes.
 
         Raises:
-            _ServiceGoneError: it does not.
+            _ServiceGoneError: it is dead.
         """
         import ray
 
@@ -363,8 +389,11 @@ class ClusterPool:
     def _fetch(self, reference: Any) -> Any:
         import ray
 
-        lost = (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError, ray.exceptions.GetTimeoutError)
-        try:
-            return ray.get(reference, timeout=_PATIENCE_S)
-        except lost as error:
-            raise _ServiceGoneError(" ".join(str(error).split())[:120]) from error
+        while True:
+            try:
+                return ray.get(reference, timeout=_PATIENCE_S)
+            except ray.exceptions.GetTimeoutError:
+                # Slow, not dead: it still holds the locks, and the lease of an abandoned call would be lost.
+                log.warning("the pool's service has not answered for %d s: waiting on", _PATIENCE_S)
+            except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
+                raise _ServiceGoneError(" ".join(str(error).split())[:120]) from error

@@ -19,6 +19,7 @@ import ray
 import torch
 from torch import Tensor
 
+from ddray.cluster import pool as pool_module
 from ddray.cluster.pool import ClusterPool, Lease, PoolAddress, PoolService, Served, pool_service
 from ddray.ledger import Ledger
 from ddray.pool import LocalPool, PoolSpec
@@ -100,6 +101,60 @@ class TestService:
         served = service.ask(KEY)
         assert isinstance(served, Served)
         assert served.meta["value"] == 2.0
+
+    def test_a_lease_that_lapsed_counts_again_while_nobody_has_taken_over(
+        self, service: PoolService, tmp_path: Path, clock: list[float]
+    ) -> None:
+        files = PoolFiles(tmp_path)
+        assert service.ask(KEY) == Lease(1, 1)
+        clock[0] = 10.0
+        service.lapse()
+        lock = files.try_lock(KEY)
+        assert lock is not None  # whoever works with the files alone is let in
+        assert not service.beat(KEY, 1)
+        assert not service.publish(KEY, 1, self.draft(tmp_path))
+        lock.release()
+        assert service.beat(KEY, 1)
+        assert files.try_lock(KEY) is None
+        assert service.publish(KEY, 1, self.draft(tmp_path))
+
+    def test_a_lapsed_lease_is_refused_if_the_entry_is_there(
+        self, service: PoolService, tmp_path: Path, clock: list[float]
+    ) -> None:
+        files = PoolFiles(tmp_path)
+        service.ask(KEY)
+        clock[0] = 10.0
+        service.lapse()
+        with files.lock(KEY) as lock:
+            files.publish(KEY, Path(self.draft(tmp_path, 2.0)), lock)
+        assert not service.publish(KEY, 1, self.draft(tmp_path, 66.0))
+        served = service.ask(KEY)
+        assert isinstance(served, Served)
+        assert served.meta["value"] == 2.0
+
+    def test_leases_lapse_though_nobody_asks(self, tmp_path: Path) -> None:
+        """A client that went on with the files waits for the lock, and asks the service no more."""
+        service = PoolService(str(tmp_path), lease_s=0.2, put=lambda value: value)
+        service.watch()
+        assert service.ask(KEY) == Lease(1, 1)
+        deadline = time.monotonic() + 20
+        while (lock := PoolFiles(tmp_path).try_lock(KEY)) is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        lock.release()
+
+    def test_time_that_the_service_took_itself_is_on_nobodys_lease(
+        self, service: PoolService, tmp_path: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def hash_for_long(key: str) -> None:
+            clock[0] += 60.0
+
+        service.ask(KEY)
+        monkeypatch.setattr(service._files, "find", hash_for_long)
+        service.ask("b" * 64)
+        monkeypatch.undo()
+        service.lapse()
+        assert PoolFiles(tmp_path).try_lock(KEY) is None
 
     def test_a_token_never_comes_again(self, service: PoolService) -> None:
         for token in (1, 2, 3):
@@ -285,6 +340,25 @@ class TestCluster:
         with caplog.at_level(logging.WARNING):
             again = ClusterPool(train, address).get([spec(1)])
         assert (seeds, again[0].meta) == ([0, 1, 2], found[1].meta)
+
+    def test_a_slow_service_is_waited_for(
+        self,
+        address: PoolAddress,
+        ddray_home: Path,
+        caplog: pytest.LogCaptureFixture,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """A lease granted to a call that was given up would be nobody's."""
+        monkeypatch.setattr(pool_module, "_PATIENCE_S", 0.2)
+        with pool_service(address):
+            actor: Any = ray.get_actor(address.name, namespace="ddray")
+            actor.__ray_call__.remote(lambda service: time.sleep(2))
+            (entry,) = ClusterPool(quick, address).get([spec()])
+            served = ray.get(actor.ask.remote(spec().key))
+        assert entry.meta["by"] == os.getpid()
+        assert served.meta == entry.meta
+        assert "waiting on" in caplog.text
+        assert "is gone" not in caplog.text
 
     def test_a_cluster_and_a_process_share_the_files(self, address: PoolAddress, ddray_home: Path) -> None:
         gate = threading.Event()
