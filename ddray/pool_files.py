@@ -2,7 +2,8 @@
 
 `<key>/entry.json` says what the entry is, `<key>/tensors.safetensors` holds it. `<key>.lock` is locked while
 somebody makes the entry, and counts how often that was done. A damaged entry is set aside as
-`<key>.corrupt-<n>`.
+`<key>.corrupt-<n>`. `.<key>.<host>-<pid>.<random>.tmp` is a draft of that process, which need not hold the lock
+itself: a cluster's client has it held by the service.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import math
 import os
 import re
 import shutil
+import socket
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -36,6 +39,8 @@ ENTRY: Final = "entry.json"
 TENSORS: Final = "tensors.safetensors"
 _MAX_SHARED: Final = 64 * 2**20
 """Bytes of a tensor beyond which it stays in its file, memory-mapped (features of a whole set)."""
+_ABANDONED_S: Final = 3600.0
+"""Seconds without a change after which a draft of another machine is taken to be a dead process's."""
 _BYTES: Final = {"F64": 8, "F32": 4, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 _sound: set[tuple[str, int, int]] = set()
@@ -165,7 +170,8 @@ class PoolFiles:
             os.close(handle)
             raise
         for left in self.folder.glob(f".{key}.*.tmp"):
-            shutil.rmtree(left, ignore_errors=True)
+            if _is_abandoned(left):
+                shutil.rmtree(left, ignore_errors=True)
         return EntryLock(handle)
 
     def mend(self, key: str, lock: EntryLock) -> dict[str, Any] | None:
@@ -213,7 +219,7 @@ class PoolFiles:
         final = self.folder / key
         with storage_errors(final):
             self.folder.mkdir(parents=True, exist_ok=True)
-            draft = self.folder / f".{key}.{uuid.uuid4().hex}.tmp"
+            draft = self.folder / f".{key}.{_host()}-{os.getpid()}.{uuid.uuid4().hex}.tmp"
             draft.mkdir()
             try:
                 held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -231,7 +237,7 @@ class PoolFiles:
         return draft
 
     def publish(self, key: str, draft: Path, lock: EntryLock) -> None:
-        """Move a draft into its place and count it; where locks do not hold, the first one stays.
+        """Move a draft into its place and count it; where locks do not hold, the first one stays, uncounted.
 
         Raises:
             StorageError: the folder can't be written.
@@ -240,12 +246,12 @@ class PoolFiles:
         with storage_errors(final):
             try:
                 draft.rename(final)
+                lock.note(lock.times_trained + 1)
             except OSError:
                 if not final.exists():
                     raise
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
-            lock.note(lock.times_trained + 1)
 
 
 def small_arrays(path: Path) -> tuple[dict[str, np.ndarray[Any, Any]], bool]:
@@ -261,6 +267,29 @@ def small_arrays(path: Path) -> tuple[dict[str, np.ndarray[Any, Any]], bool]:
             if size is not None and size * math.prod(held.get_shape()) <= _MAX_SHARED:
                 found[name] = file.get_tensor(name)
     return found, len(found) == len(names)
+
+
+def _host() -> str:
+    """Return this machine's name, in characters that a draft's name splits at none of."""
+    return re.sub("[^0-9A-Za-z]", "_", socket.gethostname()) or "_"
+
+
+def _is_abandoned(draft: Path) -> bool:
+    """Return whether nobody writes a draft any more: its process is dead, or, elsewhere, silent for long."""
+    owner, _, pid = draft.name.split(".")[2].rpartition("-")
+    if owner == _host() and pid.isdigit():
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:  # another user's, alive
+            pass
+        return False
+    try:
+        changed = max(path.stat().st_mtime for path in (draft, *draft.iterdir()))
+    except OSError:  # moved into its place meanwhile
+        return False
+    return time.time() - changed > _ABANDONED_S
 
 
 @contextmanager

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+import subprocess
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -284,16 +286,46 @@ def test_a_trainer_that_fails_leaves_nothing_and_the_next_one_may_try(ddray_home
 
 
 def test_what_a_killed_trainer_left_half_written_is_removed(ddray_home: Path) -> None:
-    pool = ddray_home / "pool"
-    mine, other = pool / f".{spec().key}.aa.tmp", pool / f".{spec(seed=1).key}.aa.tmp"
-    for folder in (mine, other):
-        folder.mkdir(parents=True)
-        (folder / TENSORS).write_bytes(b"half")
+    files = PoolFiles(ddray_home / "pool")
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    drafts = {}
+    for name, wanted, owner in (
+        ("dead", spec(), f"{pool_files._host()}-{gone.pid}.aa"),
+        ("alive", spec(), f"{pool_files._host()}-{os.getppid()}.aa"),
+        ("of another entry", spec(seed=1), f"{pool_files._host()}-{gone.pid}.aa"),
+        ("elsewhere", spec(), f"some_other_machine-{gone.pid}.aa"),
+        ("elsewhere, silent", spec(), f"some_other_machine-{gone.pid}.bb"),
+        ("of an earlier version, silent", spec(), "cc"),
+    ):
+        drafts[name] = files.folder / f".{wanted.key}.{owner}.tmp"
+        drafts[name].mkdir(parents=True)
+        (drafts[name] / TENSORS).write_bytes(b"half")
+        if "silent" in name:
+            for path in (drafts[name] / TENSORS, drafts[name]):
+                os.utime(path, (1.0, 1.0))
 
     LocalPool(Trainer()).get([spec()])
 
-    assert not mine.exists()
-    assert other.exists()  # somebody else may be writing it
+    assert {name for name, draft in drafts.items() if draft.exists()} == {
+        "alive",
+        "of another entry",
+        "elsewhere",
+    }
+
+
+def test_a_draft_outlives_whoever_takes_the_lock_meanwhile(ddray_home: Path) -> None:
+    """As a cluster's client writes it, which does not hold the lock itself."""
+    files = PoolFiles(ddray_home / "pool")
+    draft = files.draft(spec().key, {"a": torch.ones(2)}, {"spec": spec().dump()}, times_trained=1)
+
+    lock = files.lock(spec().key)
+    files.publish(spec().key, draft, lock)
+    lock.release()
+
+    meta = files.read(spec().key)
+    assert meta is not None
+    assert meta["times_trained"] == 1
 
 
 def test_of_many_threads_one_trains_and_all_get_its_entry(ddray_home: Path) -> None:
@@ -350,6 +382,8 @@ def test_where_locks_do_not_hold_the_first_entry_stays(
 
     assert entry.meta["final_loss"] == 0.5
     assert names(ddray_home) == [spec().key]
+    with PoolFiles(ddray_home / "pool").lock(spec().key) as lock:
+        assert lock.times_trained == 1  # the one that lost is not counted
 
 
 def test_a_full_disk_is_a_storage_error_and_leaves_nothing(
