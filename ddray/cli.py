@@ -620,17 +620,31 @@ def data_list(data_dir: DataDir = None, as_json: Json = False) -> None:
 def pool_train(
     kind: Annotated[
         str,
-        typer.Option("--kind", help="supervised: networks trained on labels; diffusion: D3HR's generator."),
+        typer.Option(
+            "--kind",
+            help="supervised: networks trained on labels; ssl: the self-supervised methods' teacher; "
+            "diffusion: D3HR's generator.",
+        ),
     ],
     dataset: DatasetOption = "digits",
-    arch: Annotated[str, typer.Option("--arch", help="auto: the field's ConvNet.")] = "auto",
-    num_models: Annotated[int, typer.Option("--num-models", help="Networks, on seeds that count up.")] = 1,
-    epochs: Annotated[int | None, typer.Option("--epochs", help="Epochs of training; default 20.")] = None,
+    arch: Annotated[
+        str | None,
+        typer.Option("--arch", help="supervised: default auto, the field's ConvNet; ssl: default resnet18."),
+    ] = None,
+    num_models: Annotated[
+        int | None,
+        typer.Option("--num-models", help="supervised: networks, on seeds that count up; default 1."),
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option("--epochs", help="Epochs of training; supervised: default 20.")
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", help="key=value of the recipe, such as batch=64; repeatable."),
     ] = None,
-    seed: Seed = 0,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="supervised: the first network's, ssl: the teacher's; default 0.")
+    ] = None,
     device: Device = "auto",
     out: Annotated[
         Path | None,
@@ -646,22 +660,19 @@ def pool_train(
         from ddray.config import parse_overrides
         from ddray.data import open_dataset
 
-        pool_api.check_kind(kind)
+        options = {"--arch": arch, "--num-models": num_models, "--seed": seed}
+        pool_api.check_kind(kind, [name for name, value in options.items() if value is not None])
         recipe = parse_overrides(set_ or []) | ({} if epochs is None else {"epochs": epochs})
         opened = open_dataset(dataset, data_dir=_absolute(data_dir), download=download)
         place, picked = _absolute(out), plan.pick_device(device)
+        own = {"arch": arch or "auto", "recipe": recipe, "seed": seed or 0, "device": picked}
         if kind == "diffusion":
             result = pool_api.train_diffusion(opened, recipe=recipe, device=picked, out=place)
+        elif kind == "ssl":
+            result = pool_api.train_teacher(opened, **own, folder=place)
         else:
-            result = pool_api.train_pool(
-                opened,
-                arch=arch,
-                recipe=recipe,
-                seed=seed,
-                num_models=num_models,
-                device=picked,
-                folder=place,
-            )
+            num = 1 if num_models is None else num_models
+            result = pool_api.train_pool(opened, **own, num_models=num, folder=place)
         emit(result, display.table_of("pool", {**result, "keys": "\n".join(result["keys"])}))
 
 

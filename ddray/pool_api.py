@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,24 +12,38 @@ import torch
 from ddray.data import Dataset
 from ddray.errors import InputError, unknown
 from ddray.evaluate.training import Recipe
-from ddray.plan import resolve_arch
+from ddray.nets import check_arch
+from ddray.plan import resolve, resolve_arch
 from ddray.pool import SUPERVISED_RECIPE, LocalPool, home, supervised_specs
 from ddray.pool_files import DamagedEntryError, PoolFiles
 from ddray.pool_training import PoolTrainer
 
 log = logging.getLogger(__name__)
 
-KINDS: Final = ("supervised", "diffusion")
+KINDS: Final[Mapping[str, frozenset[str]]] = {
+    "supervised": frozenset({"--arch", "--num-models", "--seed"}),
+    "ssl": frozenset({"--arch", "--seed"}),
+    "diffusion": frozenset(),
+}
+"""Kinds of entries, and which of the options that not all of them have are theirs."""
 
 
-def check_kind(kind: str) -> None:
-    """Refuse a kind of entry that there is not.
+def check_kind(kind: str, given: Iterable[str] = ()) -> None:
+    """Refuse a kind of entry that there is not, and options that it does not have.
+
+    Args:
+        kind: of entry.
+        given: the options of `KINDS` that the user gave.
 
     Raises:
-        InputError: with the nearest name.
+        InputError: with the nearest name, or with the option.
     """
     if kind not in KINDS:
         raise unknown("--kind", kind, KINDS)
+    for option in given:
+        if option not in KINDS[kind]:
+            others = " or ".join(name for name, options in KINDS.items() if option in options)
+            raise InputError(f"{option} must go with --kind {others}, got --kind {kind}; leave it out")
 
 
 def train_pool(
@@ -78,6 +92,46 @@ def train_pool(
     return {"key": keys[0], "folder": str(folder / keys[0]), "keys": keys}
 
 
+def train_teacher(
+    dataset: Dataset,
+    *,
+    arch: str,
+    recipe: Mapping[str, Any],
+    seed: int,
+    device: torch.device,
+    folder: Path | None = None,
+) -> dict[str, Any]:
+    """Train the self-supervised teacher, if it is not there yet, that KRR-ST and Boost-SSDD ask for.
+
+    Args:
+        dataset: the opened dataset; all of train is used, without its labels.
+        arch: architecture name; `auto` is the methods' default.
+        recipe: changes of the methods' settings for this dataset, fields of `TeacherConfig`.
+        seed: the teacher's own; 0 is the methods' default.
+        device: where to compute.
+        folder: the pool's folder; default `$DDRAY_HOME/pool`.
+
+    Returns:
+        `{"key", "folder", "keys"}`: the entry's key and folder.
+
+    Raises:
+        InputError: a dataset of sounds, an unknown architecture or field, or a value that breaks its rule.
+        StorageError: an entry can't be written.
+    """
+    from ddray.ssl import SslTrainer, teacher_spec
+
+    split = dataset.train()
+    given: dict[str, Any] = {"seed": seed, **recipe}
+    if arch != "auto":
+        check_arch(arch)
+        given["arch"] = arch
+    plan = resolve("boost_ssdd", dataset, budget=dataset.num_classes, layers=[{"method": {"teacher": given}}])
+    spec = teacher_spec(plan.config.method.teacher, dataset, split, split_name="train", device=device)
+    folder = folder or home() / "pool"
+    LocalPool(SslTrainer(split.images, device, dataset.name), folder).get([spec])
+    return {"key": spec.key, "folder": str(folder / spec.key), "keys": [spec.key]}
+
+
 def train_diffusion(
     dataset: Dataset, *, recipe: Mapping[str, Any], device: torch.device, out: Path | None = None
 ) -> dict[str, Any]:
@@ -121,6 +175,9 @@ def list_pool() -> dict[str, Any]:
     for key in files.known():
         try:
             meta = files.describe(key)
+            size = sum(path.stat().st_size for path in (files.folder / key).iterdir())
+        except FileNotFoundError:  # set aside by another process since it was listed
+            continue
         except DamagedEntryError as error:
             log.warning("pool entry %s is damaged (%s): trained again when asked for", key[:12], error)
             continue
@@ -133,7 +190,7 @@ def list_pool() -> dict[str, Any]:
                 "arch": spec.get("arch"),
                 "epochs": spec.get("recipe", {}).get("epochs"),
                 "times_trained": meta.get("times_trained", 1),
-                "size_bytes": sum(path.stat().st_size for path in (files.folder / key).iterdir()),
+                "size_bytes": size,
             }
         )
     return {"models": found}

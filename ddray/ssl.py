@@ -231,10 +231,12 @@ class SslTrainer:
     Attributes:
         images: uint8 [N, C, H, W].
         device: where to compute.
+        dataset_name: what people call the images; the entry says it, its key does not depend on it.
     """
 
     images: Tensor
     device: torch.device
+    dataset_name: str | None = None
 
     def __call__(self, spec: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
         """Return weights and features [N, D] of a teacher, and the mean loss of its first and last epoch.
@@ -254,7 +256,10 @@ class SslTrainer:
             raise DivergedError(f"the teacher's loss must stay finite, got {losses[-1]}; lower teacher.lr")
         weights = {f"weights.{name}": tensor for name, tensor in net.state_dict().items()}
         features = embed_all(net, self.images, space, self.device)
-        return {**weights, "features": features}, {"first_loss": losses[0], "final_loss": losses[-1]}
+        measured: dict[str, Any] = {"first_loss": losses[0], "final_loss": losses[-1]}
+        if self.dataset_name is not None:
+            measured["dataset_name"] = self.dataset_name
+        return {**weights, "features": features}, measured
 
     def _train(
         self, net: Net, config: TeacherConfig, space: PixelSpace, seed: int, flip: bool

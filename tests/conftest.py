@@ -79,6 +79,23 @@ def toy() -> Callable[..., Dataset]:
 
 
 @pytest.fixture(scope="session")
+def sounds() -> Dataset:
+    """A dataset of 24 random spectrograms of two words."""
+    images = torch.randn(24, 1, 64, 64, generator=torch.Generator().manual_seed(0)).clamp_min(-1.5)
+    split = Split(images, torch.arange(24) % 2)
+    return Dataset(
+        name="/sounds",
+        class_names=("yes", "no"),
+        image_shape=(1, 64, 64),
+        mean=(0.1,),
+        std=(0.9,),
+        can_flip=False,
+        load_train=lambda: split,
+        load_test=lambda: split,
+    )
+
+
+@pytest.fixture(scope="session")
 def planned() -> Callable[..., tuple[Plan, DistillContext, Distiller]]:
     """Makes plan, context and a fresh method object from nested settings."""
 

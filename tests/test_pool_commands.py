@@ -11,10 +11,12 @@ import torch
 from ddray import pool_api
 from ddray.cli import _run
 from ddray.errors import InputError
+from ddray.methods._ssl import teacher_of
 from ddray.plan import declared_specs, make_context, resolve
-from ddray.pool import supervised_specs
-from ddray.pool_api import list_pool, show_entry, train_pool
-from ddray.pool_files import ENTRY, TENSORS
+from ddray.pool import LocalPool, supervised_specs
+from ddray.pool_api import list_pool, show_entry, train_pool, train_teacher
+from ddray.pool_files import ENTRY, TENSORS, PoolFiles
+from ddray.ssl import SslTrainer
 
 CPU = torch.device("cpu")
 
@@ -89,6 +91,73 @@ def test_the_list_says_what_is_there(toy: Any, ddray_home: Path, caplog: pytest.
     assert list_pool()["models"][1]["epochs"] is None
 
 
+def test_an_entry_set_aside_while_the_list_is_made_is_left_out(
+    toy: Any, ddray_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = sorted(trained(toy(), num_models=2)["keys"])
+    describe = PoolFiles.describe
+
+    def overtaken(files: PoolFiles, key: str) -> dict[str, Any]:
+        held = describe(files, key)
+        if key == keys[0]:
+            (files.folder / key).rename(files.folder / f"{key}.corrupt-1")
+        return held
+
+    monkeypatch.setattr(PoolFiles, "describe", overtaken)
+    assert [model["key"] for model in list_pool()["models"]] == keys[1:]
+
+
+SMALL = {"epochs": 1, "batch": 8, "projector": 8}
+
+
+@pytest.mark.parametrize("method", ["krr_st", "boost_ssdd"])
+def test_a_teacher_is_the_one_that_the_methods_ask_for(method: str, toy: Any, ddray_home: Path) -> None:
+    dataset = toy()
+    found = train_teacher(dataset, arch="convnet1_w8", recipe=SMALL, seed=0, device=CPU)
+
+    layers = [{"method": {"teacher": {**SMALL, "arch": "convnet1_w8"}}}]
+    plan = resolve(method, dataset, budget=20, layers=layers)
+    ctx = make_context(plan, dataset.train(), split_name="train", device=CPU, pool=LocalPool(never))
+    entry = teacher_of(ctx, plan.config.method.teacher)
+    assert entry.meta["key"] == found["key"] == found["keys"][0]
+    assert Path(found["folder"], TENSORS).is_file()
+    (model,) = list_pool()["models"]
+    assert (model["kind"], model["dataset"], model["arch"]) == ("ssl", "toy", "convnet1_w8")
+    assert (model["epochs"], model["times_trained"]) == (1, 1)
+
+
+@pytest.mark.parametrize("method", ["krr_st", "boost_ssdd", "kmeans_ssl"])
+def test_a_teacher_of_no_settings_is_that_of_the_methods_defaults(
+    method: str, digits: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shipped settings for a dataset count too, as they do for the methods."""
+    monkeypatch.setattr(SslTrainer, "__call__", lambda self, spec: ({"features": torch.ones(1)}, {}))
+    found = train_teacher(digits, arch="auto", recipe={}, seed=0, device=CPU)
+
+    plan = resolve(method, digits, budget=200)
+    ctx = make_context(plan, digits.train(), split_name="train", device=CPU, pool=LocalPool(never))
+    assert teacher_of(ctx, plan.config.method.teacher).meta["key"] == found["key"]
+
+
+def never(spec: Any) -> Any:
+    raise AssertionError("trained twice")
+
+
+def test_a_teachers_settings_are_checked(toy: Any, sounds: Any) -> None:
+    def teacher(dataset: Any, **more: Any) -> Any:
+        return train_teacher(dataset, **{"arch": "auto", "recipe": SMALL, "seed": 0, "device": CPU, **more})
+
+    for more, message in (
+        ({"recipe": {"epoch": 1}}, "unknown option .*epoch'; did you mean .*epochs"),
+        ({"recipe": {"epochs": 0}}, "epochs: .*got 0"),
+        ({"arch": "resnet81"}, "did you mean"),
+    ):
+        with pytest.raises(InputError, match=message):
+            teacher(toy(), **more)
+    with pytest.raises(InputError, match="needs images of bytes"):
+        teacher(sounds)
+
+
 def test_an_entry_is_shown_by_a_prefix(toy: Any, ddray_home: Path) -> None:
     keys = sorted(trained(toy(), num_models=2)["keys"])
 
@@ -130,6 +199,15 @@ class TestCommands:
         ("arguments", "message"),
         [
             (["pool", "train", "--kind", "supervized"], "--kind must be one of .*did you mean 'supervised'"),
+            (
+                ["pool", "train", "--kind", "diffusion", "--seed", "1"],
+                "--seed must go with --kind supervised or ssl, got --kind diffusion; leave it out",
+            ),
+            (["pool", "train", "--kind", "diffusion", "--arch", "convnet3"], "--arch must go with"),
+            (
+                ["pool", "train", "--kind", "ssl", "--num-models", "1"],
+                "--num-models must go with --kind supervised, got --kind ssl",
+            ),
             (["pool", "show", "abc"], "0 begin with 'abc'; there: none"),
             ([*TRAIN, "--set", "epoch=2"], "unknown option 'epoch'"),
             ([*TRAIN, "--dataset", "digitz"], "did you mean 'digits'"),
@@ -159,6 +237,31 @@ class TestCommands:
         assert (asked[0]["seed"], asked[0]["num_models"], asked[0]["arch"]) == (4, 1, "auto")
         assert asked[0]["folder"] == Path.cwd() / "own"
         assert (asked[1]["recipe"]["epochs"], asked[1]["arch"]) == (1, "convnet1_w8")
+
+
+    def test_train_a_teacher(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked: list[dict[str, Any]] = []
+
+        def look(dataset: Any, **more: Any) -> dict[str, Any]:
+            asked.append({"dataset": dataset.name, **more})
+            return {"key": "k", "folder": "f", "keys": ["k"]}
+
+        monkeypatch.setattr(pool_api, "train_teacher", look)
+        command = ["pool", "train", "--kind", "ssl", "--device", "cpu"]
+        assert _run([*command], False) == 0
+        more = ["--epochs", "3", "--set", "batch=9", "--seed", "2", "--arch", "resnet10", "--out", "own"]
+        assert _run([*command, *more], False) == 0
+        rest = {"dataset": "digits", "device": CPU}
+        assert asked == [
+            {**rest, "arch": "auto", "recipe": {}, "seed": 0, "folder": None},
+            {
+                **rest,
+                "arch": "resnet10",
+                "recipe": {"batch": 9, "epochs": 3},
+                "seed": 2,
+                "folder": Path.cwd() / "own",
+            },
+        ]
 
 
 def test_a_damaged_entry_is_said_on_stderr_at_the_next_use(
