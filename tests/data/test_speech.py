@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from data_files import write_wav
+from scipy.io import wavfile
 
 from ddray.data import open_dataset
 from ddray.data.speech import spectrograms
@@ -105,6 +106,20 @@ def test_broken_clips_are_named_and_a_broken_test_disturbs_only_test(tmp_path: P
     cut = tmp_path / "train" / "yes" / "01.wav"
     cut.write_bytes(cut.read_bytes()[:-5000])
     with pytest.raises(InputError, match=r"train/yes/01.wav"):
+        open_dataset(str(tmp_path))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_sample_that_is_not_finite_is_refused(value: float, tmp_path: Path) -> None:
+    """It would make the mean of the whole dataset NaN."""
+    for label in ("down", "up"):
+        (tmp_path / label).mkdir()
+        for number in range(3):
+            samples = np.zeros(8000, dtype=np.float32)
+            if (label, number) == ("up", 2):
+                samples[77] = value
+            wavfile.write(tmp_path / label / f"{number}.wav", 8000, samples)
+    with pytest.raises(InputError, match=r"must hold finite samples, got NaN or infinity in .*up/2\.wav"):
         open_dataset(str(tmp_path))
 
 
