@@ -9,7 +9,10 @@ under the drawn network (class-aware distribution regularisation).
 - optimiser: momentum .5 over all images, stepped once per class, so that a gradient moves its images by 2 lr
   within the step | stepped once for all classes; the 2 lr are spread over the next steps.
 - weight of the cross entropy: `ce_weight` times the network's running accuracy on its own batches in percent,
-  reset at every look at test (100 or 500 iterations) | the same, reset every `accuracy_window` steps.
+  reset at every look at test (100 to 1,000 iterations, by command) | the same, reset every `accuracy_window`
+  steps: as many, by preset.
+- ipc 1 without a partition: of the real batch the 2,560 images of lowest cross entropy are kept, and the
+  synthetic images' cross entropy counts where they are misclassified | neither: as at every other ipc.
 - iterations: 20,001, evaluated every 100 and the best look kept | 20,000, the last.
 - initial images: random real ones, scaled down bilinearly | the same, anti-aliased.
 - augmentation and network seeds: wall clock | derived from the run's seed.
@@ -97,11 +100,16 @@ class IDM:
         if imagenet:
             method = {"batch_real": 128, "batch_train": 128, "push_every": 50, "ce_weight": 3.0}
             method["queue_size"] = 100 if ipc >= 50 else 50
+            method["accuracy_window"] = 200 if ipc < 10 else 1000 if ipc < 50 else 500
         elif target.dataset == "tiny_imagenet":
+            if ipc >= 10:
+                method["accuracy_window"] = 500 if ipc < 50 else 1000
             method |= {"ce_weight": 0.8, "net_steps": 50} if ipc >= 50 else {}
         elif ipc >= (10 if target.num_classes >= 100 else 50):
             method["ce_weight"] = 0.1
             method["net_steps"] = 50 if target.num_classes >= 100 and ipc < 50 else 10
+            if ipc >= 50:
+                method["accuracy_window"] = 500
         return {"steps": 20_000, "evaluate": {"epochs": 1000, "augment": "dsa"}, "method": method}
 
     def setup(self, ctx: DistillContext) -> None:

@@ -18,6 +18,7 @@ from ddray.nets import build_net
 from ddray.partition import Partition, expand
 from ddray.seeding import derive_seed
 
+IMAGENET = {"batch_real": 128, "batch_train": 128, "push_every": 50, "ce_weight": 3.0}
 OWN = {"batch_real": 4, "augment": "none", "net_steps": 2, "batch_train": 6}
 
 
@@ -148,19 +149,16 @@ def test_only_as_many_networks_as_asked_for_are_trained(toy: Any, planned: Any) 
     [
         ("cifar10", 32, 10, 1, {"batch_real": 5000, "push_every": 5}),
         ("cifar10", 32, 10, 10, {}),
-        ("cifar10", 32, 10, 50, {"ce_weight": 0.1, "net_steps": 10}),
+        ("cifar10", 32, 10, 50, {"ce_weight": 0.1, "net_steps": 10, "accuracy_window": 500}),
         ("cifar100", 32, 100, 1, {"batch_real": 5000, "push_every": 5}),
         ("cifar100", 32, 100, 10, {"ce_weight": 0.1, "net_steps": 50}),
-        ("cifar100", 32, 100, 50, {"ce_weight": 0.1, "net_steps": 10}),
-        ("tiny_imagenet", 64, 200, 10, {}),
-        ("tiny_imagenet", 64, 200, 50, {"ce_weight": 0.8, "net_steps": 50}),
-        (
-            "imagenette",
-            128,
-            10,
-            1,
-            {"batch_real": 128, "batch_train": 128, "push_every": 50, "ce_weight": 3.0, "queue_size": 50},
-        ),
+        ("cifar100", 32, 100, 50, {"ce_weight": 0.1, "net_steps": 10, "accuracy_window": 500}),
+        ("tiny_imagenet", 64, 200, 1, {}),
+        ("tiny_imagenet", 64, 200, 10, {"accuracy_window": 500}),
+        ("tiny_imagenet", 64, 200, 50, {"ce_weight": 0.8, "net_steps": 50, "accuracy_window": 1000}),
+        ("imagenette", 128, 10, 1, {**IMAGENET, "queue_size": 50, "accuracy_window": 200}),
+        ("imagenette", 128, 10, 10, {**IMAGENET, "queue_size": 50, "accuracy_window": 1000}),
+        ("imagenette", 128, 10, 50, {**IMAGENET, "queue_size": 100, "accuracy_window": 500}),
     ],
 )
 def test_the_preset_is_the_authors_commands(
@@ -174,3 +172,4 @@ def test_the_preset_is_the_authors_commands(
     defaults = get_method("idm").config_type()
     assert (defaults.lr_img, defaults.momentum, defaults.factor, defaults.queue_size) == (0.2, 0.5, 2, 100)
     assert (defaults.push_every, defaults.num_trained, defaults.net_steps) == (30, 2, 10)
+    assert defaults.accuracy_window == 100
