@@ -38,6 +38,10 @@ class Target:
     ipc: int
     budget: int | None = None
     """Images of storage, for methods that count no classes."""
+    is_audio: bool = False
+    """Whether the images are spectrograms; pictures may have their shape."""
+    factor: int | None = None
+    """Parts along each axis that a stored image is to be cut into, where a setting over the preset says so."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from ddray.config import Config, merge, parse_overrides, read_yaml
 from ddray.data import Dataset, PixelSpace, Split, fit_zca
+from ddray.data.speech import SHAPE as SPECTROGRAM
 from ddray.distill import BudgetDistiller, DistillContext, Distiller, Target
 from ddray.errors import InputError, unknown
 from ddray.evaluate.linear import FinetuneConfig, ProbeConfig
@@ -117,6 +118,8 @@ def resolve(
 ) -> Plan:
     """Resolve a run: preset, then the shipped file for dataset and ipc, then `config_file`, then `layers`.
 
+    Spectrograms are not augmented, by whatever preset (IDC, DSDM); settings over the preset may say otherwise.
+
     Args:
         method: the method's name.
         dataset: the opened dataset.
@@ -134,17 +137,36 @@ def resolve(
     if preset not in PRESETS:
         raise unknown("preset", preset, PRESETS)
     ipc, budget = _size(method, dataset, ipc, budget)
-    target = Target(dataset.name, dataset.image_shape, dataset.num_classes, ipc, budget)
-    found = (
-        chosen.preset(preset, target),
+    given = (
         *(read_yaml(path) for path in shipped_configs(method, dataset.name, ipc)),
         read_yaml(config_file) if config_file is not None else {},
         *layers,
     )
-    held = merge({"method": {}}, *map(_with_recipe, found))
+    target = _target(dataset, ipc, budget, given)
+    fields = chosen.config_type.model_fields
+    sound = {"method": {"augment": "none"}} if target.is_audio and "augment" in fields else {}
+    factor = target.factor or (fields["factor"].default if "factor" in fields else 1)
+    found = (chosen.preset(preset, target), sound, *given)
+    held = merge({"method": {}}, *(_with_recipe(layer, dataset.name, factor) for layer in found))
     config = RunConfig[chosen.config_type].parse(held)  # type: ignore[name-defined]
     resolve_arch(config.arch, dataset.image_shape)
     return Plan(method, dataset, ipc, seed, config, budget)
+
+
+def _target(
+    dataset: Dataset, ipc: int, budget: int | None, given: Sequence[Mapping[str, Any]]
+) -> Target:
+    """Return what a preset may depend on; only a set that may be of sounds is read for it."""
+    own = merge(*given).get("method")
+    return Target(
+        dataset.name,
+        dataset.image_shape,
+        dataset.num_classes,
+        ipc,
+        budget,
+        is_audio=dataset.image_shape == SPECTROGRAM and dataset.train().is_audio,
+        factor=own.get("factor") if isinstance(own, Mapping) else None,
+    )
 
 
 def budget_method(method: str) -> type[BudgetDistiller] | None:
@@ -173,10 +195,12 @@ def _size(method: str, dataset: Dataset, ipc: int | None, budget: int | None) ->
     return max(1, images // dataset.num_classes), images
 
 
-def _with_recipe(layer: Mapping[str, Any]) -> Mapping[str, Any]:
+def _with_recipe(layer: Mapping[str, Any], dataset: str, factor: int) -> Mapping[str, Any]:
     """Return a layer with a recipe's name replaced by its fields, so that it wins over earlier layers."""
     own = layer.get("evaluate")
-    return {**layer, "evaluate": named_recipe(own)} if isinstance(own, Mapping) else layer
+    if not isinstance(own, Mapping):
+        return layer
+    return {**layer, "evaluate": named_recipe(own, dataset=dataset, factor=factor)}
 
 
 def override_layers(sets: Sequence[str], steps: int | None = None) -> list[dict[str, Any]]:

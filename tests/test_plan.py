@@ -10,7 +10,9 @@ import torch
 from ddray import plan as module
 from ddray.data import fit_zca
 from ddray.errors import InputError
+from ddray.methods import get_method, method_names
 from ddray.plan import (
+    PRESETS,
     check_ipc,
     make_context,
     make_distiller,
@@ -23,6 +25,63 @@ from ddray.plan import (
 )
 
 CPU = torch.device("cpu")
+
+
+AUGMENTED = [name for name in method_names() if "augment" in get_method(name).config_type.model_fields]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("method", AUGMENTED)
+def test_spectrograms_are_not_augmented_while_matching(
+    method: str, preset: str, sounds: Any, toy: Any
+) -> None:
+    """By nobody's preset; pictures of their shape are, and whoever asks for it has it."""
+    assert {"dm", "dsa", "idm", "m3d", "dsdm", "dc", "cafe", "datadam"} <= set(AUGMENTED)
+    held = resolve(method, sounds, ipc=1, preset=preset).config
+    assert held.method.augment == "none"
+    grey = toy(shape=(1, 64, 64), name="grey")
+    pictures, small = (
+        resolve(method, data, ipc=1, preset=preset).config for data in (grey, toy(shape=(1, 32, 32)))
+    )
+    assert pictures.method.augment == small.method.augment
+    assert pictures.evaluate.augment == small.evaluate.augment
+    asked = resolve(method, sounds, ipc=1, preset=preset, layers=[{"method": {"augment": "dsa"}}]).config
+    assert asked.method.augment == "dsa"
+
+
+def test_a_set_that_cannot_be_of_sounds_is_not_read_for_it(toy: Any) -> None:
+    def broken() -> Any:
+        raise InputError("train is read")
+
+    dataset = dataclasses.replace(toy(), load_train=broken)
+    assert resolve("dm", dataset, ipc=1).config.method.augment == "dsa"
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "cutmix"),
+    [
+        ("dsdm", {}, 0.0),
+        ("dsdm", {"factor": 2}, 0.0),
+        ("dsdm", {"factor": 1}, 0.5),
+        ("m3d", {"factor": 3}, 0.5),
+    ],
+)
+@pytest.mark.parametrize("layer", [{}, {"recipe": "idc"}])
+def test_mnist_is_mixed_unless_it_is_cut_in_two(
+    method: str, given: dict[str, Any], cutmix: float, layer: dict[str, Any], toy: Any
+) -> None:
+    mnist = toy(shape=(1, 28, 28), name="mnist", can_flip=False)
+    layers = [{"method": given}, {"evaluate": layer}]
+    assert resolve(method, mnist, ipc=1, layers=layers).config.evaluate.cutmix == cutmix
+    layers = [*layers, {"evaluate": {"cutmix": 0.25}}]
+    assert resolve(method, mnist, ipc=1, layers=layers).config.evaluate.cutmix == 0.25
+
+
+def test_the_idc_recipe_mixes_mnist_where_nothing_is_cut(toy: Any) -> None:
+    mnist = toy(shape=(1, 28, 28), name="mnist", can_flip=False)
+    layers = [{"evaluate": {"recipe": "idc"}}]
+    assert resolve("dm", mnist, ipc=1, layers=layers).config.evaluate.cutmix == 0.5
+    assert resolve("dsdm", toy(), ipc=1, layers=layers).config.evaluate.cutmix == 0.5
 
 
 def test_layers_win_in_order(toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,11 +87,13 @@ class Recipe(Config):
         return self.without_augmentation() if split.is_audio else self
 
 
-def named_recipe(values: Mapping[str, Any]) -> dict[str, Any]:
+def named_recipe(values: Mapping[str, Any], *, dataset: str = "", factor: int = 1) -> dict[str, Any]:
     """Return evaluation settings with the name under `recipe` replaced by its fields; others given win.
 
     Args:
         values: settings by name; `recipe`, if it is there, is one of `RECIPES`.
+        dataset: what is trained on: `idc` has exceptions.
+        factor: parts along each axis that its stored images are cut into.
 
     Raises:
         InputError: no recipe has this name.
@@ -102,7 +104,13 @@ def named_recipe(values: Mapping[str, Any]) -> dict[str, Any]:
     name = str(rest.pop("recipe"))
     if name not in RECIPES:
         raise unknown("recipe", name, RECIPES)
-    return {**RECIPES[name], **rest}
+    own = {"cutmix": 0.0} if name == "idc" and not idc_mixes(dataset, factor) else {}
+    return {**RECIPES[name], **own, **rest}
+
+
+def idc_mixes(dataset: str, factor: int) -> bool:
+    """Return whether IDC and DSDM's code mixes the images by CutMix: not MNIST's at factor 2."""
+    return not (dataset == "mnist" and factor == 2)
 
 
 def train(

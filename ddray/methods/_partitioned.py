@@ -19,7 +19,8 @@ from torch import Tensor
 from ddray.artifact import DistilledSet
 from ddray.config import Config
 from ddray.data import Dsa, DsaPlan, dsa_for
-from ddray.distill import DistillContext
+from ddray.distill import DistillContext, Target
+from ddray.evaluate.training import idc_mixes
 from ddray.methods._coreset import kcenter_order, pool_features
 from ddray.methods._matching import ClassBatches, chunks, largest_map_bytes
 from ddray.nets import Net, build_net, is_per_sample
@@ -238,6 +239,8 @@ class FeaturePairs:
 def siamese(can_flip: bool, variant: Literal["dsa", "dsa_idc", "none"], strategy: str | None) -> Dsa | None:
     """Return the augmentation of a matching; no flip where a mirrored image changes its class.
 
+    None where nothing is left of it.
+
     Raises:
         InputError: the strategy names an unknown operation.
     """
@@ -246,7 +249,7 @@ def siamese(can_flip: bool, variant: Literal["dsa", "dsa_idc", "none"], strategy
     if strategy is None:
         return dsa_for(can_flip, variant)
     names = [name for name in strategy.split("_") if can_flip or name != "flip"]
-    return Dsa("_".join(names), variant=variant)
+    return Dsa("_".join(names), variant=variant) if names else None
 
 
 def embedding(net: Net, images: Tensor) -> Tensor:
@@ -267,17 +270,17 @@ def by_class(values: Tensor, num_classes: int) -> Tensor:
     return values.view(num_classes, -1, values.shape[1])
 
 
-def idc_evaluation(dataset: str, image_shape: tuple[int, int, int], *, factor: int) -> dict[str, Any]:
+def idc_evaluation(target: Target) -> dict[str, Any]:
     """Return the evaluation settings of the IDC family (DSDM's code).
 
+    Digits and house numbers are not mirrored, spectrograms not augmented.
+
     Args:
-        dataset: its name; digits and house numbers are not mirrored, MNIST at factor 2 is not mixed.
-        image_shape: (1, 64, 64) are spectrograms: no augmentation.
-        factor: the partition's.
+        target: what is distilled; a factor that nothing is said of is 2.
     """
     held = {"epochs": 1500, "batch": 64, "schedule": "multistep"}
-    if image_shape == (1, 64, 64):
+    if target.is_audio:
         return {**held, "augment": "none", "cutmix": 0.0}
-    flip = "" if dataset in ("mnist", "svhn", "digits") else "flip_"
-    cutmix = 0.0 if dataset == "mnist" and factor == 2 else 0.5
+    flip = "" if target.dataset in ("mnist", "svhn", "digits") else "flip_"
+    cutmix = 0.5 if idc_mixes(target.dataset, target.factor or 2) else 0.0
     return {**held, "augment": "dsa_idc", "strategy": f"color_crop_{flip}scale_rotate", "cutmix": cutmix}

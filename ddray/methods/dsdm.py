@@ -136,12 +136,12 @@ class DSDM:
             "steps": 10_000,
             "arch": "auto",
             "pixel_space": "normalized",
-            "evaluate": idc_evaluation(target.dataset, target.image_shape, factor=2),
+            "evaluate": idc_evaluation(target),
         }
         if name == "paper":
             return held
-        size, is_sound = target.image_shape[1], target.image_shape == (1, 64, 64)
-        base = 64 if is_sound else _BASE_SIZES.get(target.dataset, 32)
+        size = target.image_shape[1]
+        base = 64 if target.is_audio else _BASE_SIZES.get(target.dataset, 32)
         method = {
             "lr_img": 0.1 * (target.ipc / 10) * (size / base) ** 2,
             "momentum": 0.5,
@@ -153,7 +153,7 @@ class DSDM:
             "history_first": "prototype",
             "history_augmented": True,
         }
-        if not is_sound:  # IDC augments no spectrogram
+        if not target.is_audio:  # IDC augments no spectrogram
             method["augment"], method["strategy"] = "dsa_idc", "color_crop_cutout"
             method["pool"] = {"augment": "dsa_idc", "strategy": "color_crop", "cutmix": 0.5}
         return {**held, "method": method}

@@ -115,9 +115,8 @@ class M3D:
     @staticmethod
     def preset(name: str, target: Target) -> dict[str, Any]:
         """Return the settings, the same for both presets; spectrograms are not augmented."""
-        method = {"augment": "none"} if target.image_shape == (1, 64, 64) else {}
-        evaluate = idc_evaluation(target.dataset, target.image_shape, factor=2)
-        return {"steps": 10_000, "evaluate": evaluate, "method": method}
+        method = {"augment": "none"} if target.is_audio else {}
+        return {"steps": 10_000, "evaluate": idc_evaluation(target), "method": method}
 
     def setup(self, ctx: DistillContext) -> None:
         """Make the initial images."""

@@ -432,8 +432,8 @@ def test_initial_mini_images_are_of_their_class(init: str, toy: Any, planned: An
         assert places[:8] == own[:8].tolist()
 
 
-def target(name: str, shape: tuple[int, int, int], ipc: int) -> Target:
-    return Target(name, shape, 10, ipc)
+def target(name: str, shape: tuple[int, int, int], ipc: int, **more: Any) -> Target:
+    return Target(name, shape, 10, ipc, **more)
 
 
 def test_presets_hold_the_table_of_methods() -> None:
@@ -475,7 +475,7 @@ def test_presets_hold_the_table_of_methods() -> None:
         ("mnist", (1, 28, 28), 10, 0.1),
         ("tiny_imagenet", (3, 64, 64), 10, 0.4),
         ("imagenette", (3, 112, 112), 10, 0.025),
-        ("/data/words", (1, 64, 64), 20, 0.2),
+        ("/data/grey_pictures", (1, 64, 64), 10, 0.4),
     ],
 )
 def test_the_repos_step_size_follows_ipc_and_size(
@@ -484,19 +484,27 @@ def test_the_repos_step_size_follows_ipc_and_size(
     assert DSDM.preset("repo", target(name, shape, ipc))["method"]["lr_img"] == pytest.approx(lr)
 
 
+def test_the_repos_step_size_for_speech_has_a_base_of_its_own() -> None:
+    words = target("/data/words", (1, 64, 64), 20, is_audio=True)
+    assert DSDM.preset("repo", words)["method"]["lr_img"] == pytest.approx(0.2)
+
+
 @pytest.mark.parametrize(
-    ("name", "shape", "strategy", "cutmix"),
+    ("name", "shape", "more", "strategy", "cutmix"),
     [
-        ("mnist", (1, 28, 28), "color_crop_scale_rotate", 0.0),
-        ("svhn", (3, 32, 32), "color_crop_scale_rotate", 0.5),
-        ("cifar100", (3, 32, 32), "color_crop_flip_scale_rotate", 0.5),
-        ("speech_commands_mini", (1, 64, 64), None, 0.0),
+        ("mnist", (1, 28, 28), {}, "color_crop_scale_rotate", 0.0),
+        ("mnist", (1, 28, 28), {"factor": 2}, "color_crop_scale_rotate", 0.0),
+        ("mnist", (1, 28, 28), {"factor": 1}, "color_crop_scale_rotate", 0.5),
+        ("svhn", (3, 32, 32), {}, "color_crop_scale_rotate", 0.5),
+        ("cifar100", (3, 32, 32), {}, "color_crop_flip_scale_rotate", 0.5),
+        ("speech_commands_mini", (1, 64, 64), {"is_audio": True}, None, 0.0),
+        ("grey_pictures", (1, 64, 64), {}, "color_crop_flip_scale_rotate", 0.5),
     ],
 )
 def test_evaluation_follows_the_dataset(
-    name: str, shape: tuple[int, int, int], strategy: str | None, cutmix: float
+    name: str, shape: tuple[int, int, int], more: dict[str, Any], strategy: str | None, cutmix: float
 ) -> None:
-    held = DSDM.preset("repo", target(name, shape, 10))
+    held = DSDM.preset("repo", target(name, shape, 10, **more))
 
     assert held["evaluate"].get("strategy") == strategy
     assert held["evaluate"]["cutmix"] == cutmix

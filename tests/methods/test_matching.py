@@ -15,6 +15,7 @@ from ddray.data import Dsa, Split, dsa_for
 from ddray.errors import InputError
 from ddray.methods import _matching
 from ddray.methods._matching import ClassBatches, chunks, initial_images, random_indices, wants_compile
+from ddray.methods._partitioned import siamese
 from ddray.nets import build_net
 from ddray.seeding import derive, derive_seed
 
@@ -304,3 +305,12 @@ class TestCompile:
             for size in (16, 32, 64)
         ]
         assert steps == [False, True, True]
+
+
+@pytest.mark.parametrize("variant", ["dsa", "dsa_idc"])
+def test_a_strategy_of_flips_is_none_where_images_are_not_mirrored(variant: Any) -> None:
+    assert siamese(False, variant, "flip") is None
+    assert siamese(True, variant, "flip").strategy == "flip"
+    assert siamese(False, variant, "color_flip").strategy == "color"
+    with pytest.raises(InputError, match="flop"):
+        siamese(False, variant, "flop")
