@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -250,8 +250,8 @@ def _scratch(spec: PoolSpec) -> Path:
     return home() / "parts" / spec.key
 
 
-def forget_parts(specs: list[PoolSpec]) -> None:
-    """Remove the parts of entries that the pool holds by now."""
+def forget_parts(specs: Sequence[PoolSpec]) -> None:
+    """Remove the parts, or the checkpoint, of entries that the pool holds by now."""
     for spec in specs:
         shutil.rmtree(_scratch(spec), ignore_errors=True)
 

@@ -23,7 +23,10 @@ _SAVE_EVERY_S: Final = 60.0
 
 
 class Checkpoint:
-    """One file with the state of training, by stage; rewritten at most once a minute."""
+    """One file with the state of training, by stage; rewritten at most once a minute.
+
+    It outlives training: only whoever has published what it led to may remove it.
+    """
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
@@ -43,11 +46,6 @@ class Checkpoint:
         self.stages[stage] = state()
         write_atomically(self._path, lambda file: torch.save(self.stages, file))
         self._saved = time.monotonic()
-
-    def remove(self) -> None:
-        """Remove the file: what it led to is finished."""
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
 
 
 @dataclass
@@ -84,9 +82,11 @@ class Stage:
             state = held.stages[self.name]
             done, mean = state["step"], state["mean"]
             self.net.load_state_dict(state["net"])
-            if done < total:
-                self.optimizer.load_state_dict(state["optimizer"])
-                average = [tensor.to(loss_sum.device) for tensor in state["average"]]
+            if done == total:  # its weights are the average already; ours here is of untrained ones
+                self.net.requires_grad_(False)
+                return float(mean)
+            self.optimizer.load_state_dict(state["optimizer"])
+            average = [tensor.to(loss_sum.device) for tensor in state["average"]]
             loss_sum += state["loss_sum"]
 
         def state_of() -> dict[str, Any]:

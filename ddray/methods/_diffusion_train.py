@@ -111,7 +111,8 @@ def train_generator(
         recipe: sizes and training.
         seed: decides initial weights and every draw.
         device: where to compute.
-        checkpoint: file to continue from and to keep up to date, at most a minute behind.
+        checkpoint: file to continue from and to keep up to date, at most a minute behind; the caller removes
+            it once the model is stored.
 
     Returns:
         The model (in eval mode, on `device`), and the last epoch's mean losses.
@@ -133,7 +134,6 @@ def train_generator(
     if recipe.init is None:
         measured["vae_loss"] = _train_vae(model, split, recipe, held, seed=seed)
     measured["loss"] = _train_dit(model, split, recipe, held, seed=seed)
-    held.remove()
     return model, measured
 
 

@@ -147,7 +147,8 @@ class D3HR:
         self._source, specs = plan_stages(ctx, config)
         self._fingerprint = specs[0].parents[0]
         entry = ctx.pool.get([specs[-1]])[0]
-        stages.forget_parts(specs)
+        trained = [PoolSpec.parse(self._source["spec"])] if "spec" in self._source else []
+        stages.forget_parts([*trained, *specs])
         self._statistics = {name: entry.tensors[name].clone() for name in ("mean", "variance")}
         self._labels = torch.arange(ctx.dataset.num_classes).repeat_interleave(ctx.ipc)
         self._chosen = torch.zeros(len(self._labels), self._statistics["mean"].shape[1])

@@ -17,7 +17,7 @@ from ddray.methods._diffusion import (
     open_pipeline,
     save_pipeline,
 )
-from ddray.methods._diffusion_train import DiffusionRecipe, default_recipe, relabel, train_generator
+from ddray.methods._diffusion_train import DiffusionRecipe, build, default_recipe, relabel, train_generator
 from tests.methods.diffusion_models import TINY, tiny_recipe, trained_on, untrained
 
 CPU = torch.device("cpu")
@@ -265,10 +265,16 @@ def test_training_that_was_killed_goes_on_to_the_same_bytes(
     assert (tmp_path / "c.pt").exists()
     resumed = run(tmp_path / "c.pt")
 
-    assert not (tmp_path / "c.pt").exists()
+    again = run(tmp_path / "c.pt")  # killed once more, before the model was published
+
+    fresh = build(recipe, (3, 16, 16), dataset.class_names, seed=3)
     for part in ("vae", "transformer"):
-        pairs = zip(getattr(whole, part).parameters(), getattr(resumed, part).parameters(), strict=True)
-        assert all(torch.equal(a, b) for a, b in pairs)
+        for got in (resumed, again):
+            pairs = zip(getattr(whole, part).parameters(), getattr(got, part).parameters(), strict=True)
+            assert all(torch.equal(a, b) for a, b in pairs)
+            assert not any(parameter.requires_grad for parameter in getattr(got, part).parameters())
+        pairs = zip(getattr(whole, part).parameters(), getattr(fresh, part).parameters(), strict=True)
+        assert not all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_a_damaged_checkpoint_is_said_and_training_starts_anew(
