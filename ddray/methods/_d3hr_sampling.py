@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from ddray.errors import InputError
 from ddray.methods._d3hr_stages import load_generator
-from ddray.methods._diffusion import DiffusionModel, class_ids, folder_fingerprint
+from ddray.methods._diffusion import DiffusionModel, class_ids
 from ddray.methods._group_sampling import group_sample
 from ddray.pool import LocalPool, PoolSpec, home
 from ddray.seeding import derive
@@ -123,7 +122,6 @@ def _source(config: D3HRConfig, fingerprint: str) -> Mapping[str, Any]:
         InputError: it is in neither.
     """
     if config.diffusion is not None:
-        folder_fingerprint(Path(config.diffusion))
         return {"folder": config.diffusion, "fingerprint": fingerprint}
     path = home() / "pool" / fingerprint / "entry.json"
     try:

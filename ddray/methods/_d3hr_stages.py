@@ -20,13 +20,13 @@ from torch import Tensor
 from ddray.data import Dataset, Split
 from ddray.errors import InputError
 from ddray.files import write_atomically
-from ddray.methods._diffusion import DiffusionModel, Levels, class_ids, open_pipeline
+from ddray.methods._diffusion import DiffusionModel, Levels, open_pipeline
+from ddray.methods._diffusion_folder import PARTS, locate, read_folder, remember, warn_of_leak
 from ddray.methods._diffusion_train import DiffusionRecipe, train_generator
 from ddray.pool import ModelPool, PoolEntry, PoolSpec, home
 from ddray.progress import progress
 from ddray.seeding import derive, forked_global
 
-_PARTS: Final = ("transformer", "vae")
 Stage = tuple[Mapping[str, Tensor], Mapping[str, Any]]
 
 
@@ -47,8 +47,20 @@ def base_spec(dataset: Dataset, split_name: str, device: torch.device) -> PoolSp
 
 
 def generator_spec(base: PoolSpec, recipe: DiffusionRecipe) -> PoolSpec:
-    """Return the spec of a generator trained by `recipe` on the part of a dataset that `base` names."""
-    return _derived(base, "diffusion", recipe.dump(), parents=())
+    """Return the spec of a generator trained by `recipe` on the part of a dataset that `base` names.
+
+    What it starts from is named by content: a folder that was moved is the same start, a changed one is not.
+
+    Raises:
+        InputError: the folder to start from can't be read.
+    """
+    held = recipe.dump()
+    if recipe.init is not None:
+        start = read_folder(Path(recipe.init))
+        remember(start)
+        warn_of_leak(start, base.dataset, base.split)
+        held["init"] = start.fingerprint
+    return _derived(base, "diffusion", held, parents=())
 
 
 def latents_spec(base: PoolSpec, source: Mapping[str, Any], *, encoding: str, precision: str) -> PoolSpec:
@@ -56,30 +68,27 @@ def latents_spec(base: PoolSpec, source: Mapping[str, Any], *, encoding: str, pr
 
     Args:
         base: dataset, split and device.
-        source: the generator, by `{"spec": ...}` or by `{"folder": ..., "fingerprint": ...}`.
+        source: the generator, by `{"spec": ...}` or by `{"fingerprint": ...}` of a folder.
         encoding: `mode` | `sample` of the posterior.
         precision: of the networks.
     """
     recipe = {"source": dict(source), "encoding": encoding, "precision": precision}
-    parent = source["fingerprint"] if "folder" in source else PoolSpec.parse(source["spec"]).key
+    parent = source["fingerprint"] if "fingerprint" in source else PoolSpec.parse(source["spec"]).key
     return _derived(base, "latents", recipe, parents=(parent,))
 
 
-def inverted_spec(
-    latents: PoolSpec, levels: Levels, *, mapping: str, given: tuple[int, ...] | None
-) -> PoolSpec:
+def inverted_spec(latents: PoolSpec, levels: Levels, *, mapping: str, ids: Sequence[int]) -> PoolSpec:
     """Return the spec of the latents taken up to level T.
 
     Args:
         latents: where from.
         levels: how far, and under what guidance.
         mapping: `ddim` (inversion, Eq 3) | `ddpm` (noise, Eq 1).
-        given: the generator's labels of the classes, if they are told.
+        ids: the generator's labels of the classes.
     """
-    ids = None if given is None else list(given)
-    recipe = {"latents": latents.dump(), **levels.dump(), "mapping": mapping, "class_ids": ids}
+    recipe = {"latents": latents.dump(), **levels.dump(), "mapping": mapping, "class_ids": list(ids)}
     if mapping == "ddpm":
-        del recipe["guidance"]
+        del recipe["guidance"], recipe["class_ids"]
     return _derived(latents, "inverted", recipe, parents=(latents.key,))
 
 
@@ -130,7 +139,8 @@ def _latents(spec: PoolSpec, dataset: Dataset, split: Split, device: torch.devic
         generator = derive(spec.seed, "encode", int(index[0]))
         return model.encode(split.images[index].to(device).float() / 255, spec.recipe["encoding"], generator)
 
-    return {"latents": _in_batches(spec, len(split), "encoding", encode)}, {}
+    size = batch_size(device, model.image_size)
+    return {"latents": _in_batches(spec, encode, len(split), size, "encoding")}, {}
 
 
 def _statistics(
@@ -147,19 +157,21 @@ def _generator(
 ) -> Stage:
     """Train the generator."""
     class_names = dataset.class_names
-    recipe = DiffusionRecipe.parse(spec.recipe, prefix="recipe.")
+    init = None if spec.recipe["init"] is None else str(locate(spec.recipe["init"]))
+    recipe = DiffusionRecipe.parse({**spec.recipe, "init": init}, prefix="recipe.")
     model, measured = train_generator(
         split, class_names, recipe, seed=spec.seed, device=device, checkpoint=_scratch(spec) / "checkpoint.pt"
     )
     tensors = {
         f"{part}.{name}": tensor
-        for part in _PARTS
+        for part in PARTS
         for name, tensor in getattr(model, part).state_dict().items()
     }
-    configs = {part: dict(getattr(model, part).config) for part in _PARTS}
+    configs = {part: dict(getattr(model, part).config) for part in PARTS}
     # Through JSON: configurations hold tuples, and names that the libraries keep for themselves.
     held = json.loads(json.dumps({**configs, "scheduler": model.scheduler}, default=str))
-    return tensors, {**measured, "configs": held, "class_names": list(class_names)}
+    seen = [*(dict(part) for part in model.seen), {"dataset": spec.dataset, "split": spec.split}]
+    return tensors, {**measured, "configs": held, "class_names": list(class_names), "seen": seen}
 
 
 def entry_generator(entry: PoolEntry) -> DiffusionModel:
@@ -168,7 +180,7 @@ def entry_generator(entry: PoolEntry) -> DiffusionModel:
 
     configs = entry.meta["configs"]
     nets = {}
-    for part, kind in zip(_PARTS, (DiTTransformer2DModel, AutoencoderKL), strict=True):
+    for part, kind in zip(PARTS, (DiTTransformer2DModel, AutoencoderKL), strict=True):
         with forked_global(0):
             nets[part] = kind.from_config(configs[part])
         prefix = f"{part}."
@@ -180,6 +192,7 @@ def entry_generator(entry: PoolEntry) -> DiffusionModel:
         configs["scheduler"],
         fingerprint=str(entry.meta["key"]),
         class_names=tuple(entry.meta["class_names"]),
+        seen=entry.meta.get("seen", ()),
     )
 
 
@@ -187,14 +200,11 @@ def load_generator(source: Mapping[str, Any], pool: ModelPool) -> DiffusionModel
     """Return the generator that a source names: a folder, or a spec that the pool trains if it must.
 
     Raises:
-        InputError: the folder is none, or no longer the one that was meant.
+        InputError: the folder is not where it was, or no longer the one that was meant.
     """
-    if "folder" not in source:
+    if "spec" in source:
         return entry_generator(pool.get([PoolSpec.parse(source["spec"])])[0])
-    model = open_pipeline(Path(source["folder"]))
-    if model.fingerprint != source["fingerprint"]:
-        raise InputError(f"{source['folder']} holds another diffusion model than before; use the old one")
-    return model
+    return open_pipeline(locate(source["fingerprint"], source.get("folder")))
 
 
 def _inverted(spec: PoolSpec, dataset: Dataset, split: Split, device: torch.device, pool: ModelPool) -> Stage:
@@ -203,8 +213,7 @@ def _inverted(spec: PoolSpec, dataset: Dataset, split: Split, device: torch.devi
     source = PoolSpec.parse(recipe["latents"])
     clean = pool.get([source])[0].tensors["latents"]
     model = load_generator(source.recipe["source"], pool).to(device, _precision(source, device))
-    given = None if recipe["class_ids"] is None else tuple(recipe["class_ids"])
-    labels = class_ids(model, dataset.class_names, given)[split.labels]
+    labels = torch.tensor(recipe.get("class_ids", range(dataset.num_classes)))[split.labels]
     levels = Levels(
         num_inference_steps=recipe["num_inference_steps"],
         num_steps=recipe["num_steps"],
@@ -219,7 +228,8 @@ def _inverted(spec: PoolSpec, dataset: Dataset, split: Split, device: torch.devi
         return model.add_noise(start, noise.to(device), levels)
 
     what = "inverting" if recipe["mapping"] == "ddim" else "adding noise"
-    return {"latents": _in_batches(spec, len(split), what, lift)}, {}
+    size = batch_size(device, model.image_size)
+    return {"latents": _in_batches(spec, lift, len(split), size, what)}, {}
 
 
 def class_statistics(latents: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -235,10 +245,14 @@ def class_statistics(latents: Tensor, labels: Tensor, num_classes: int) -> tuple
     return torch.stack(means).float(), torch.stack(variances).float()
 
 
-def batch_size(device: torch.device, spec: PoolSpec) -> int:
-    """Return images per batch: what a GPU is kept busy by, or what a kill may cost on a CPU."""
-    area = spec.image_shape[1] * spec.image_shape[2]
-    return 64 if device.type == "cpu" else max(64, min(1024, 2**24 // (area * 16)))
+def batch_size(device: torch.device, image_size: int) -> int:
+    """Return images per batch: what a GPU is kept busy by and has room for, or what a kill may cost on a CPU.
+
+    Args:
+        device: where to compute.
+        image_size: side of the generator's images in pixels, whatever the dataset's.
+    """
+    return 64 if device.type == "cpu" else max(16, min(1024, 2**22 // image_size**2))
 
 
 def _precision(spec: PoolSpec, device: torch.device) -> torch.dtype:
@@ -256,9 +270,9 @@ def forget_parts(specs: Sequence[PoolSpec]) -> None:
         shutil.rmtree(_scratch(spec), ignore_errors=True)
 
 
-def _in_batches(spec: PoolSpec, num: int, what: str, work: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return `work` of all images [num, D], batch by batch; batches that are on disk are not repeated."""
-    batches = torch.split(torch.arange(num), batch_size(torch.device(spec.device), spec))
+def _in_batches(spec: PoolSpec, work: Callable[[Tensor], Tensor], num: int, size: int, what: str) -> Tensor:
+    """Return `work` of all images [num, D], `size` at a time; batches that are on disk are not repeated."""
+    batches = torch.split(torch.arange(num), size)
     done: list[Tensor] = []
     with progress(what, len(batches)) as show:
         for number, index in enumerate(batches):

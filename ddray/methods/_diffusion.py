@@ -10,12 +10,11 @@ stands for that on the way down, so both ways are each other's inverse up to the
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +23,10 @@ from torch import Tensor, nn
 from ddray.config import Config
 from ddray.errors import InputError
 from ddray.files import write_folder
+from ddray.methods._diffusion_folder import BROKEN, PARTS, SEEN, damaged, read_folder, resolve_ids
 from ddray.seeding import forked_global
 
 Encoding = Literal["mode", "sample"]
-_INDEX: Final = "model_index.json"
-_PARTS: Final = ("transformer", "vae")
-_KEPT: Final = (".json", ".safetensors", ".bin")
 
 
 class Levels(Config):
@@ -55,6 +52,7 @@ class DiffusionModel:
         scheduler: configuration of a DDIM-compatible scheduler.
         fingerprint: sha256 of weights and configuration.
         class_names: names of the K labels, as far as they are known.
+        seen: `{"dataset": fingerprint, "split": name}` of the images that ddray trained it on.
     """
 
     def __init__(
@@ -65,12 +63,14 @@ class DiffusionModel:
         *,
         fingerprint: str,
         class_names: tuple[str, ...] = (),
+        seen: Sequence[Mapping[str, str]] = (),
     ) -> None:
         self.transformer: Any = transformer.eval().requires_grad_(False)
         self.vae: Any = vae.eval().requires_grad_(False)
         self.scheduler = dict(scheduler)
         self.fingerprint = fingerprint
         self.class_names = class_names
+        self.seen = tuple(seen)
 
     @property
     def num_classes(self) -> int:
@@ -176,12 +176,7 @@ class DiffusionModel:
         """Return a scheduler on the model's schedule, with the spacing that both directions share."""
         changes = {"clip_sample": False, "timestep_spacing": "leading", "steps_offset": 0}
         scheduler = kind.from_config({**self.scheduler, **changes})
-        if not 1 <= levels.num_steps <= levels.num_inference_steps <= scheduler.config.num_train_timesteps:
-            raise InputError(
-                "diffusion steps must satisfy 1 <= inversion_steps <= num_inference_steps <= "
-                f"{scheduler.config.num_train_timesteps}, got {levels.num_steps} and "
-                f"{levels.num_inference_steps}"
-            )
+        check_levels(levels, scheduler.config.num_train_timesteps)
         scheduler.set_timesteps(levels.num_inference_steps)
         return scheduler
 
@@ -203,57 +198,40 @@ def open_pipeline(folder: Path) -> DiffusionModel:
     """Open a folder that diffusers' `DiTPipeline.save_pretrained` wrote, without touching the network.
 
     Raises:
-        InputError: it is no such folder, a file in it is damaged, or its noise schedule does not fit.
+        InputError: it is no such folder, a file is damaged or lacks weights, or its schedule does not fit.
     """
-    fingerprint = folder_fingerprint(folder)
+    found = read_folder(folder)
     from diffusers import AutoencoderKL, DiTTransformer2DModel
 
-    try:
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-        schedule = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
-        options = {"local_files_only": True, "low_cpu_mem_usage": False}
-        with forked_global(0):  # layers draw initial weights before they are given their own
-            transformer = DiTTransformer2DModel.from_pretrained(folder / "transformer", **options)
-            vae = AutoencoderKL.from_pretrained(folder / "vae", **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{folder} must be an undamaged DiTPipeline folder: {reason}") from error
-    if schedule.get("prediction_type", "epsilon") != "epsilon":
-        raise InputError(f"{folder} must predict epsilon, its scheduler says {schedule['prediction_type']!r}")
-    names = index.get("id2label") or {}
+    nets = []
+    for part, kind in zip(PARTS, (DiTTransformer2DModel, AutoencoderKL), strict=True):
+        try:
+            with forked_global(0):  # layers draw initial weights before they are given their own
+                net, loaded = kind.from_pretrained(
+                    folder / part, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
+                )
+        except BROKEN as error:
+            raise damaged(folder, error) from error
+        if missing := sorted(loaded["missing_keys"]):
+            raise InputError(
+                f"{folder / part} must hold all weights of its network, {len(missing)} are missing (first: "
+                f"{missing[0]}); get it again"
+            )
+        nets.append(net)
     return DiffusionModel(
-        transformer,
-        vae,
-        schedule,
-        fingerprint=fingerprint,
-        class_names=tuple(names[key] for key in sorted(names, key=int)),
+        nets[0],
+        nets[1],
+        found.schedule,
+        fingerprint=found.fingerprint,
+        class_names=found.class_names,
+        seen=found.seen,
     )
-
-
-def folder_fingerprint(folder: Path) -> str:
-    """Return the sha256 over configurations and weights of a DiTPipeline folder.
-
-    Raises:
-        InputError: it is no such folder.
-    """
-    if not (folder / _INDEX).is_file():
-        raise InputError(f"a diffusion model must be a DiTPipeline folder, {folder} has no {_INDEX}")
-    digest = hashlib.sha256()
-    for path in sorted(_files(folder)):
-        digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
-        with path.open("rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    for part in ("scheduler", *_PARTS):
-        yield from (path for path in (folder / part).glob("*") if path.suffix in _KEPT)
 
 
 def save_pipeline(model: DiffusionModel, folder: Path) -> None:
     """Write a model as a DiTPipeline folder; a folder that is there is replaced only after success.
+
+    Beside it stands what it has seen (`ddray.json`), which diffusers ignores.
 
     Raises:
         StorageError: the folder can't be written.
@@ -263,34 +241,32 @@ def save_pipeline(model: DiffusionModel, folder: Path) -> None:
     names = dict(enumerate(model.class_names))
     pipeline = DiTPipeline(model.transformer, model.vae, DDIMScheduler.from_config(model.scheduler), names)
     pipeline.register_to_config(id2label=names)
-    write_folder(folder, pipeline.save_pretrained)
+
+    def write(place: Path) -> None:
+        pipeline.save_pretrained(place)
+        if model.seen:
+            (place / SEEN).write_text(json.dumps({"seen": [dict(part) for part in model.seen]}))
+
+    write_folder(folder, write)
 
 
 def class_ids(model: DiffusionModel, class_names: tuple[str, ...], given: tuple[int, ...] | None) -> Tensor:
-    """Return the model's label of each class of a dataset, int64 [K].
-
-    Args:
-        model: the generator.
-        class_names: the dataset's.
-        given: the labels, where they are told; default: by name, or by number where both have as many.
+    """Return the model's label of each class of a dataset, int64 [K] (see `resolve_ids`).
 
     Raises:
         InputError: they can't be told.
     """
-    num = len(class_names)
-    if given is None and model.num_classes == num:
-        given = tuple(range(num))
-    if given is None:
-        synonyms = {part.strip(): i for i, name in enumerate(model.class_names) for part in name.split(",")}
-        found = [synonyms.get(name) for name in class_names]
-        given = tuple(label for label in found if label is not None) if None not in found else None
-    if given is None:
+    return torch.tensor(resolve_ids(model.class_names, model.num_classes, class_names, given))
+
+
+def check_levels(levels: Levels, num_train_timesteps: int) -> None:
+    """Refuse numbers of steps that a schedule of `num_train_timesteps` does not have.
+
+    Raises:
+        InputError: they are out of range.
+    """
+    if not 1 <= levels.num_steps <= levels.num_inference_steps <= num_train_timesteps:
         raise InputError(
-            f"the diffusion model has {model.num_classes} classes and the dataset {num} others: give "
-            "method.class_ids, or fine-tune it: ddray pool train --kind diffusion --set init=FOLDER"
+            "diffusion steps must satisfy 1 <= inversion_steps <= num_inference_steps <= "
+            f"{num_train_timesteps}, got {levels.num_steps} and {levels.num_inference_steps}"
         )
-    if len(given) != num or min(given) < 0 or max(given) >= model.num_classes:
-        raise InputError(
-            f"class_ids must be {num} labels in 0..{model.num_classes - 1}, one per class, got {list(given)}"
-        )
-    return torch.tensor(given)

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from ddray.config import Config
@@ -23,6 +23,7 @@ from ddray.data import Split
 from ddray.errors import InputError
 from ddray.methods._diffusion import DiffusionModel, open_pipeline
 from ddray.methods._diffusion_fit import Checkpoint, Stage
+from ddray.methods._diffusion_folder import absolute, known_names
 from ddray.seeding import derive, derive_seed, forked_global
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,8 @@ class DiffusionRecipe(Config):
     depth: int = Field(default=8, ge=1)
     heads: int = Field(default=4, ge=1)
     head_dim: int = Field(default=64, ge=8, multiple_of=4)
+
+    _absolute = field_validator("init")(absolute)
 
 
 def default_recipe(image_shape: tuple[int, int, int]) -> dict[str, Any]:
@@ -193,7 +196,7 @@ def relabel(model: DiffusionModel, class_names: tuple[str, ...], *, seed: int) -
     A class that the model knows by name keeps its embedding; any other starts at the mean embedding with a
     little noise, so that classes can part. The null label keeps its own.
     """
-    known = {part.strip(): i for i, name in enumerate(model.class_names) for part in name.split(",")}
+    known = known_names(model.class_names)
     places = [known.get(name) for name in class_names]
     old = model.num_classes
     for number, block in enumerate(model.transformer.transformer_blocks):
@@ -211,7 +214,12 @@ def relabel(model: DiffusionModel, class_names: tuple[str, ...], *, seed: int) -
         embedder.num_classes = len(places)
     model.transformer.register_to_config(num_embeds_ada_norm=len(places))
     return DiffusionModel(
-        model.transformer, model.vae, model.scheduler, fingerprint="", class_names=class_names
+        model.transformer,
+        model.vae,
+        model.scheduler,
+        fingerprint="",
+        class_names=class_names,
+        seen=model.seen,
     )
 
 

@@ -9,8 +9,8 @@ statistics are pool entries; a run itself does group sampling, class by class, a
 
 - Eq 3 as printed has alpha_(t+1) where its root is meant | the root | the root (DDIMInverseScheduler).
 - level: 31 steps of 50 up and down | inverted to timestep 600, sampled from 620 | both at 600.
-- guidance: not given | 4, null label 1000 whatever K | 4, null label K. With 4, inversion and sampling are
-  not each other's inverse; with 1 they are.
+- guidance: not given | 4, null label K | the same (DiTPipeline's own call takes 1000 whatever K is). With 4,
+  inversion and sampling are not each other's inverse; with 1 they are.
 - posterior: the latent | one sample | `paper` the mode, `repo` a sample.
 - score: Eq 5-8, squared, summed over dimensions, weights 1:1:.5 | norms of the mean and unbiased deviation
   errors plus .1 of the skewness of each latent across its dimensions | by preset.
@@ -37,13 +37,16 @@ from ddray.config import Config
 from ddray.distill import DistillContext, Target
 from ddray.methods import _d3hr_stages as stages
 from ddray.methods._d3hr_sampling import Sampler
-from ddray.methods._diffusion import Encoding, Levels, folder_fingerprint
-from ddray.methods._diffusion_train import DiffusionRecipe, default_recipe
+from ddray.methods._diffusion import Encoding, Levels, check_levels
+from ddray.methods._diffusion_folder import absolute, read_folder, remember, resolve_ids, warn_of_leak
+from ddray.methods._diffusion_train import SCHEDULE, DiffusionRecipe, default_recipe
 from ddray.methods._group_sampling import Form, group_sample, group_scores
 from ddray.pool import PoolSpec
 from ddray.seeding import derive_seed
 
 __all__ = ["D3HR", "METHOD", "D3HRConfig", "group_sample", "group_scores"]
+
+_WRITTEN_PER_STEP: Final = 32 * 2**20
 
 
 class D3HRConfig(Config):
@@ -88,17 +91,18 @@ class D3HRConfig(Config):
     precision: Literal["float32", "float16", "bfloat16"] = "float32"
     """Of the networks on a GPU; a CPU computes in float32."""
 
-    @field_validator("diffusion")
-    @classmethod
-    def _absolute(cls, value: str | None) -> str | None:
-        """Make the folder absolute at the edge: workers have other working directories."""
-        return None if value is None else str(Path(value).expanduser().absolute())
+    _absolute = field_validator("diffusion")(absolute)
 
     @model_validator(mode="after")
-    def _drawn_from_statistics(self) -> Self:
-        """Refuse to store statistics of what is not drawn from them."""
+    def _go_together(self) -> Self:
+        """Refuse statistics of what is not drawn from them, and more steps up than the way has."""
         if self.store == "statistics" and self.sampling == "kmeans":
             raise ValueError("store=statistics needs sampling=group or random: k-means needs the images")
+        if self.inversion_steps is not None and self.inversion_steps > self.num_inference_steps:
+            raise ValueError(
+                f"inversion_steps must be <= num_inference_steps ({self.num_inference_steps}), got "
+                f"{self.inversion_steps}"
+            )
         return self
 
     def levels(self) -> Levels:
@@ -135,21 +139,29 @@ class D3HR:
                 "precision": "float16",
             }
         evaluate = {"epochs": 1000, "augment": "dsa"}
-        return {"steps": 0, "checkpoint_every": 1, "evaluate": evaluate, "method": method}
+        # A checkpoint holds all that is made so far: a step may write 32 MiB on average.
+        floats = 2 * target.ipc * target.num_classes * math.prod(target.image_shape)
+        every = max(1, math.ceil(4 * floats / _WRITTEN_PER_STEP))
+        return {"steps": 0, "checkpoint_every": every, "evaluate": evaluate, "method": method}
 
     def pool_specs(self, ctx: DistillContext) -> list[PoolSpec]:
-        """Return the statistics, which bring every stage before them."""
+        """Return the last stage that is needed, which brings every stage before it."""
         return plan_stages(ctx, self._config)[1][-1:]
 
     def setup(self, ctx: DistillContext) -> None:
-        """Get the statistics from the pool: whatever stage is missing is done now, and kept."""
+        """Get the last stage from the pool: whatever is missing before it is done now, and kept."""
         self._ctx, config = ctx, self._config
         self._source, specs = plan_stages(ctx, config)
         self._fingerprint = specs[0].parents[0]
-        entry = ctx.pool.get([specs[-1]])[0]
+        held = ctx.pool.get([specs[-1]])[0].tensors
         trained = [PoolSpec.parse(self._source["spec"])] if "spec" in self._source else []
         stages.forget_parts([*trained, *specs])
-        self._statistics = {name: entry.tensors[name].clone() for name in ("mean", "variance")}
+        if config.sampling == "kmeans":
+            self._clean = held["latents"]
+            mean, variance = stages.class_statistics(self._clean, ctx.split.labels, ctx.dataset.num_classes)
+        else:
+            mean, variance = held["mean"].clone(), held["variance"].clone()
+        self._statistics = {"mean": mean, "variance": variance}
         self._labels = torch.arange(ctx.dataset.num_classes).repeat_interleave(ctx.ipc)
         self._chosen = torch.zeros(len(self._labels), self._statistics["mean"].shape[1])
         self._images = torch.zeros(len(self._labels), *ctx.dataset.image_shape)
@@ -166,8 +178,6 @@ class D3HR:
             seed=ctx.seed,
             device=ctx.device,
         )
-        if config.sampling == "kmeans":
-            self._clean = ctx.pool.get([specs[0]])[0].tensors["latents"]
 
     def step(self) -> dict[str, Tensor]:
         """Choose a class's latents, or sample and decode a batch of images."""
@@ -220,33 +230,59 @@ class D3HR:
         return replace(made, images=made.images[:0], labels=made.labels[:0], meta=meta, compact=held)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was chosen and decoded."""
-        held = {"latents": self._chosen, "images": self._images, "score": self._score}
-        return {"step": self._step, **{name: tensor.clone() for name, tensor in held.items()}}
+        """Return what was decoded, and what was chosen but not decoded yet: nothing that is still blank."""
+        chosen, decoded = self._places()
+        return {
+            "step": self._step,
+            "latents": self._chosen[decoded:chosen].clone(),
+            "images": self._images[:decoded].clone(),
+            "score": self._score.clone(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state."""
         self._step = int(state["step"])
-        self._chosen = state["latents"].clone()
-        self._images = state["images"].clone()
+        chosen, decoded = self._places()
+        self._chosen[decoded:chosen] = state["latents"]
+        self._images[:decoded] = state["images"]
         self._score = state["score"].clone()
+
+    def _places(self) -> tuple[int, int]:
+        """Return how many latents are chosen, and how many of them decoded."""
+        num_classes, total = self._ctx.dataset.num_classes, len(self._labels)
+        chosen = min(self._step, num_classes) * self._ctx.ipc
+        return chosen, min(total, max(0, self._step - num_classes) * self._config.batch)
 
 
 def plan_stages(ctx: DistillContext, config: D3HRConfig) -> tuple[Mapping[str, Any], list[PoolSpec]]:
     """Return where the generator comes from, and the specs of latents, inversion and statistics.
 
+    K-means needs the clean latents only: theirs is then the only spec. All that the generator decides is
+    checked here, before anything is computed.
+
     Raises:
-        InputError: the given folder can't be read.
+        InputError: the given folder can't be read, or does not fit classes or steps.
     """
-    base = stages.base_spec(ctx.dataset, ctx.split_name, ctx.device)
+    dataset = ctx.dataset
+    base = stages.base_spec(dataset, ctx.split_name, ctx.device)
     source: dict[str, Any]
     if config.diffusion is None:
         source = {"spec": stages.generator_spec(base, config.generator).dump()}
+        names, num, timesteps = dataset.class_names, dataset.num_classes, SCHEDULE["num_train_timesteps"]
+        if config.generator.init is not None:  # it keeps its own schedule
+            timesteps = read_folder(Path(config.generator.init)).num_train_timesteps
     else:
-        folder = Path(config.diffusion)
-        source = {"folder": str(folder), "fingerprint": folder_fingerprint(folder)}
+        found = read_folder(Path(config.diffusion))
+        remember(found)
+        warn_of_leak(found, dataset.fingerprint, ctx.split_name)
+        source = {"fingerprint": found.fingerprint}
+        names, num, timesteps = found.class_names, found.num_classes, found.num_train_timesteps
+    check_levels(config.levels(), timesteps)
+    ids = resolve_ids(names, num, dataset.class_names, config.class_ids)
     latents = stages.latents_spec(base, source, encoding=config.encoding, precision=config.precision)
-    inverted = stages.inverted_spec(latents, config.levels(), mapping=config.mapping, given=config.class_ids)
+    if config.sampling == "kmeans":
+        return source, [latents]
+    inverted = stages.inverted_spec(latents, config.levels(), mapping=config.mapping, ids=ids)
     return source, [latents, inverted, stages.statistics_spec(inverted)]
 
 

@@ -16,7 +16,8 @@ from ddray.data import Split
 from ddray.errors import InputError
 from ddray.methods import _d3hr_stages as stages
 from ddray.methods._diffusion import DiffusionModel, Levels, open_pipeline, save_pipeline
-from ddray.methods.d3hr import D3HRConfig, group_scores, plan_stages
+from ddray.methods.d3hr import D3HRConfig, group_sample, group_scores, plan_stages
+from ddray.seeding import derive
 from tests.methods.diffusion_models import TINY, trained_on, untrained
 
 BASE = {"num_candidates": 7, "num_inference_steps": 2, "generator": TINY}
@@ -114,7 +115,7 @@ def test_what_comes_after_the_inversion_never_repeats_it(run: Any, counted: dict
 def test_a_killed_inversion_loses_one_batch(
     run: Any, counted: dict[str, int], monkeypatch: pytest.MonkeyPatch, ddray_home: Path
 ) -> None:
-    monkeypatch.setattr(stages, "batch_size", lambda device, spec: 5)
+    monkeypatch.setattr(stages, "batch_size", lambda device, image_size: 5)
     invert = DiffusionModel.invert
 
     def killed(self: Any, *given: Any) -> Any:
@@ -184,17 +185,44 @@ def test_a_scaled_variance_spreads_the_latents(run: Any, folder: str) -> None:
     assert torch.allclose(spread(2.25), 1.5 * spread(1.0), rtol=1e-3, atol=1e-4)
 
 
-def test_kmeans_starts_from_noised_centres_of_clean_latents(run: Any, folder: str) -> None:
-    ctx, method = run(ipc=1, whole=False, diffusion=folder, sampling="kmeans", num_inference_steps=4)
+def test_group_sampling_chooses_by_the_scaled_population(run: Any, folder: str) -> None:
+    """Table A5: draws and score are of the population with the scaled variance."""
+    _, made = run(ipc=4, whole=False, diffusion=folder, variance_scale=2.25, num_candidates=40)
+    held, wanted = made._statistics, 0.0
+    for label in range(3):
+        score = made.step()["loss"]
+        latents, exact = group_sample(
+            held["mean"][label],
+            1.5 * held["variance"][label].sqrt(),
+            ipc=4,
+            num_candidates=40,
+            generator=derive(0, "distill", "group", label),
+        )
+        wanted = (wanted * label + exact / 256) / (label + 1)
+        assert torch.allclose(made._chosen[4 * label : 4 * label + 4], latents, rtol=1e-4, atol=1e-4)
+        assert float(score) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_kmeans_starts_from_noised_centres_of_clean_latents(
+    run: Any, folder: str, counted: dict[str, int]
+) -> None:
+    ctx, method = run(ipc=2, whole=False, diffusion=folder, sampling="kmeans", num_inference_steps=4)
+    assert counted == {"encode": 24, "invert": 0}  # clean latents are all it needs
+    clean = ctx.pool.get([plan_stages(ctx, method._config)[1][0]])[0].tensors["latents"]
+    assert torch.equal(method._clean, clean)
+    own = torch.nonzero(ctx.split.labels == 2).flatten()
+    near, far = own[1::2], own[::2]
+    method._clean = clean.clone()
+    method._clean[far] += 100  # two heaps that nobody can miss
     for _ in range(3):
         method.step()
 
-    clean = ctx.pool.get([plan_stages(ctx, method._config)[1][0]])[0].tensors["latents"]
-    levels = method._config.levels()
-    centre = clean[ctx.split.labels == 2].mean(0)
-    noise = torch.randn(1, 256, generator=ctx.generator("noise", 2))
-    wanted = method._sampler.model.add_noise(centre[None], noise, levels)
-    assert torch.allclose(method._chosen[2], wanted[0], atol=1e-4)
+    model, levels = method._sampler.model, method._config.levels()
+    noise = torch.randn(2, 256, generator=ctx.generator("noise", 2))
+    share = model.add_noise(torch.ones(1, 1), torch.zeros(1, 1), levels)
+    centres = (method._chosen[4:6] - model.add_noise(torch.zeros(2, 256), noise, levels)) / share
+    heaps = torch.stack([method._clean[near].mean(0), method._clean[far].mean(0)])
+    assert torch.allclose(centres[centres.mean(1).argsort()], heaps, atol=1e-3)
 
 
 def test_a_set_of_statistics_generates_any_ipc_without_the_dataset(run: Any, tmp_path: Path) -> None:
@@ -228,12 +256,15 @@ def test_a_set_of_images_generates_nothing(run: Any) -> None:
 def test_a_set_without_its_generator_says_where_it_was(run: Any, ddray_home: Path, folder: str) -> None:
     own, given = run(store="statistics"), run(store="statistics", diffusion=folder)
 
+    wanted = given.generated(1).images
+    moved = shutil.move(folder, folder + " moved")
     save_pipeline(untrained((3, 16, 16), depth=2), Path(folder))
-    with pytest.raises(InputError, match="holds another diffusion model than before"):
-        given.generated(1)
-    shutil.rmtree(folder)
-    with pytest.raises(InputError, match="must be a DiTPipeline folder"):
-        given.generated(1)
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"must hold diffusion model .*another or none; .*diffusion=NEW"):
+            given.generated(1)
+        shutil.rmtree(folder, ignore_errors=True)
+    run(whole=False, diffusion=moved)  # used once from there: it is known where it is
+    assert torch.equal(given.generated(1).images, wanted)
     shutil.rmtree(ddray_home / "pool" / own.meta.generator)
     with pytest.raises(InputError, match=r"the set needs its generator, .* does not hold it"):
         own.generated(1)
@@ -271,6 +302,141 @@ def test_the_folder_is_made_absolute_and_must_be_there(
     assert D3HRConfig.parse({"diffusion": "dit"}).diffusion == str(tmp_path / "dit")
     with pytest.raises(InputError, match=r"must be a DiTPipeline folder, .*dit has no model_index.json"):
         run(diffusion="dit")
+
+
+def test_a_folder_that_was_moved_repeats_nothing(run: Any, counted: dict[str, int], folder: str) -> None:
+    first = run(diffusion=folder)
+    moved = shutil.move(folder, folder + " moved")
+
+    again = run(diffusion=moved)
+
+    assert counted == {"encode": 24, "invert": 24}
+    assert torch.equal(again.images, first.images)
+
+
+def test_other_labels_of_the_classes_are_another_inversion(
+    run: Any, counted: dict[str, int], folder: str
+) -> None:
+    """The fingerprint is of weights: names of labels are not part of it."""
+    run(diffusion=folder)
+    index = Path(folder) / "model_index.json"
+    held = json.loads(index.read_text())
+    index.write_text(json.dumps({**held, "id2label": {"0": "class 1", "1": "class 0", "2": "class 2"}}))
+
+    ctx, method = run(whole=False, diffusion=folder)
+
+    assert counted == {"encode": 24, "invert": 48}
+    assert plan_stages(ctx, method._config)[1][1].recipe["class_ids"] == [1, 0, 2]
+
+
+def test_a_start_is_known_by_its_content_wherever_it_lies(
+    planned: Any, toy: Any, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, below = Path(folder).parent, Path(folder).parent / "below"
+
+    def spec(where: Path) -> Any:
+        monkeypatch.chdir(where)
+        method = {**BASE, "generator": {**TINY, "init": "dit"}}
+        _, ctx, made = planned("d3hr", toy(), method=method)
+        monkeypatch.chdir("/")  # as a worker
+        made.setup(ctx)
+        return plan_stages(ctx, made._config)[0]["spec"]
+
+    first = spec(here)
+    below.mkdir()
+    shutil.move(folder, below / "dit")
+    assert spec(below) == first
+    save_pipeline(untrained((3, 16, 16), depth=2), below / "dit")
+    assert spec(below) != first
+
+
+def test_a_generator_that_has_seen_val_is_said(
+    planned: Any, toy: Any, folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`ddray pool train --kind diffusion` trains on all of train, of which a search holds a tenth out."""
+    dataset = toy()
+    own, strange = Path(folder), tmp_path / "strange"
+    for place, data in ((own, dataset.fingerprint), (strange, "another dataset")):
+        model = untrained((3, 16, 16))
+        model.seen = ({"dataset": data, "split": "train"},)
+        save_pipeline(model, place)
+
+    def said(split_name: str, **method: Any) -> str:
+        caplog.clear()
+        _, ctx, made = planned("d3hr", dataset, method={**BASE, **method})
+        made.pool_specs(replace(ctx, split_name=split_name))
+        return caplog.text
+
+    assert said("train", diffusion=folder) == ""
+    assert said("train-val0", diffusion=str(strange)) == ""
+    assert "it has seen images that train-val0 holds out for val" in said("train-val0", diffusion=folder)
+    assert said("train-val0", diffusion=folder) == ""  # once
+    assert "train-val1 holds out" in said("train-val1", generator={**TINY, "init": folder})
+
+
+def test_a_trained_generator_says_what_it_has_seen(run: Any, tmp_path: Path) -> None:
+    ctx, method = run(whole=False)
+    model = stages.load_generator(method._source, ctx.pool)
+    wanted = {"dataset": ctx.dataset.fingerprint, "split": "train"}
+    assert model.seen == (wanted,)
+
+    save_pipeline(model, tmp_path / "own")
+    assert open_pipeline(tmp_path / "own").seen == (wanted,)
+    ctx, method = run(whole=False, generator={**TINY, "init": str(tmp_path / "own")})
+    assert stages.load_generator(method._source, ctx.pool).seen == (wanted, wanted)
+
+
+@pytest.mark.parametrize(("size", "wanted"), [(32, 1024), (64, 1024), (128, 256), (256, 64), (512, 16)])
+def test_a_gpus_batch_is_of_the_models_size(size: int, wanted: int) -> None:
+    assert stages.batch_size(torch.device("cuda"), size) == wanted
+    assert stages.batch_size(torch.device("cpu"), size) == 64
+
+
+def test_batches_are_asked_for_by_the_models_size(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    monkeypatch.setattr(stages, "batch_size", lambda device, image_size: sizes.append(image_size) or 64)
+    save_pipeline(untrained((3, 64, 64)), tmp_path / "large")
+
+    run(whole=False, diffusion=str(tmp_path / "large"))  # of images of 16 px
+
+    assert sizes == [64, 64]
+
+
+def test_what_the_generator_does_not_have_is_refused_before_anything_is_made(
+    planned: Any, toy: Any, folder: str, counted: dict[str, int], ddray_home: Path
+) -> None:
+    with pytest.raises(InputError, match=r"inversion_steps must be <= num_inference_steps \(2\), got 3"):
+        D3HRConfig.parse({"num_inference_steps": 2, "inversion_steps": 3})
+    for where in ({}, {"diffusion": folder}):
+        for changes, reason in (
+            ({"class_ids": (0, 1)}, "class_ids must be 3 labels"),
+            ({"num_inference_steps": 1001}, "num_inference_steps <= 1000, got 621 and 1001"),
+        ):
+            _, ctx, made = planned("d3hr", toy(), method={**BASE, **where, **changes})
+            with pytest.raises(InputError, match=reason):
+                made.pool_specs(ctx)
+    assert counted == {"encode": 0, "invert": 0}
+    assert not list(ddray_home.glob("pool/*"))
+
+
+def test_a_checkpoint_holds_what_is_made_and_is_rarer_the_larger_the_set(
+    run: Any, planned: Any, toy: Any, folder: str
+) -> None:
+    _, method = run(ipc=4, whole=False, batch=5, diffusion=folder)
+    sizes = []
+    for _ in range(method.num_steps):
+        method.step()
+        state = method.state_dict()
+        sizes.append((len(state["latents"]), len(state["images"])))
+    assert sizes == [(4, 0), (8, 0), (12, 0), (7, 5), (2, 10), (0, 12)]
+    small, large = (
+        planned("d3hr", toy(counts=(50,) * 3, shape=(3, size, size), name=f"c{size}"), ipc=50, arch="auto")[0]
+        for size in (32, 224)
+    )
+    assert small.config.checkpoint_every == 1
+    assert large.config.checkpoint_every == 6  # 2 x 86 MiB of pixels, by 32 MiB
 
 
 def test_a_generator_of_other_classes_needs_to_be_told(run: Any, tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ from ddray.methods._diffusion import (
     DiffusionModel,
     Levels,
     class_ids,
-    folder_fingerprint,
     open_pipeline,
     save_pipeline,
 )
+from ddray.methods._diffusion_folder import folder_fingerprint
 from ddray.methods._diffusion_train import DiffusionRecipe, build, default_recipe, relabel, train_generator
 from tests.methods.diffusion_models import TINY, tiny_recipe, trained_on, untrained
 
@@ -184,9 +184,53 @@ def test_a_folder_that_is_no_pipeline_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "prediction_type": "v_prediction"}))
     with pytest.raises(InputError, match="must predict epsilon, its scheduler says 'v_prediction'"):
         open_pipeline(tmp_path / "dit")
+    _edit(path, prediction_type="epsilon")
     weights = next((tmp_path / "dit" / "vae").glob("*.safetensors"))
     weights.write_bytes(b"half")
     with pytest.raises(InputError, match="must be an undamaged DiTPipeline folder"):
+        open_pipeline(tmp_path / "dit")
+
+
+def _edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda d: (d / "model_index.json").write_text("[]"),
+        lambda d: (d / "model_index.json").write_text("{"),
+        lambda d: _edit(d / "model_index.json", id2label=["a", "b", "c"]),
+        lambda d: _edit(d / "model_index.json", id2label={"a": "b"}),
+        lambda d: (d / "scheduler" / "scheduler_config.json").write_text("[1]"),
+        lambda d: (d / "scheduler" / "scheduler_config.json").unlink(),
+        lambda d: _edit(d / "scheduler" / "scheduler_config.json", beta_schedule="parabolic"),
+        lambda d: _edit(d / "scheduler" / "scheduler_config.json", num_train_timesteps="many"),
+        lambda d: _edit(d / "transformer" / "config.json", num_embeds_ada_norm=None),
+        lambda d: _edit(d / "transformer" / "config.json", num_layers="two"),
+        lambda d: (d / "transformer" / "config.json").write_text("[]"),
+        lambda d: _edit(d / "vae" / "config.json", block_out_channels=3),
+        lambda d: (d / "ddray.json").write_text('{"seen": [1]}'),
+    ],
+)
+def test_a_damaged_folder_is_bad_input(damage: Any, tmp_path: Path) -> None:
+    save_pipeline(untrained(), tmp_path / "dit")
+    damage(tmp_path / "dit")
+    with pytest.raises(InputError, match=r"must be an undamaged DiTPipeline folder: \w+: .*; get it"):
+        open_pipeline(tmp_path / "dit")
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae"])
+def test_missing_weights_are_refused_and_never_left_at_random(part: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save_pipeline(untrained(), tmp_path / "dit")
+    path = next((tmp_path / "dit" / part).glob("*.safetensors"))
+    held = load_file(path)
+    gone = sorted(held)[3]
+    save_file({name: tensor for name, tensor in held.items() if name != gone}, path, {"format": "pt"})
+
+    with pytest.raises(InputError, match=f"{part} must hold all weights .* 1 are missing .first: {gone}"):
         open_pipeline(tmp_path / "dit")
 
 
@@ -196,6 +240,13 @@ def test_classes_are_matched_by_number_by_name_or_as_told() -> None:
     assert class_ids(model, ("a", "b", "c", "d"), None).tolist() == [0, 1, 2, 3]
     assert class_ids(model, ("class 3", "class 1"), None).tolist() == [3, 1]
     assert class_ids(model, ("a", "b"), (2, 0)).tolist() == [2, 0]
+    assert class_ids(model, ("class 2", "class 0", "class 1", "class 3"), None).tolist() == [2, 0, 1, 3]
+    assert class_ids(model, ("class 2", "class 0", "a", "b"), None).tolist() == [0, 1, 2, 3]
+    model.class_names = ("crane, bird", "crane, machine", "a", "b")  # as in ImageNet
+    assert class_ids(model, ("a", "bird"), None).tolist() == [2, 0]
+    with pytest.raises(InputError, match=r"give method\.class_ids"):
+        class_ids(model, ("a", "crane"), None)
+    model.class_names = tuple(f"class {i}" for i in range(4))
     with pytest.raises(InputError, match=r"has 4 classes and the dataset 2 others: give method.class_ids"):
         class_ids(model, ("class 1", "b"), None)
     with pytest.raises(InputError, match=r"class_ids must be 2 labels in 0\.\.3"):
