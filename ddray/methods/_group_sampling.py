@@ -8,9 +8,10 @@ generator of its own, so a candidate depends on the seed and its number alone, a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Final, Literal
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Final, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from ddray.seeding import derive_seed
 
 Form = Literal["paper", "repo"]
 Weights = tuple[float, float, float]
+Result = TypeVar("Result")
 
 # Numbers in a buffer. On a CPU the five buffers of a block stay in the second-level cache, and each operation
 # stays below the size from which torch spreads it over threads: whole blocks are spread instead.
@@ -70,19 +72,21 @@ def group_sample(
     def best_of(first: int) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             scores = score(mean, std, ipc, weights, rows)
-            part = [scores(_draws(seed, b, rows, mean, ipc)) for b in range(first, min(first + step, blocks))]
+            buffer = torch.empty(rows, dim, device=mean.device)  # one: freed and asked for anew, they pile up
+            part = [
+                scores(_draws(seed, b, rows, mean, ipc, buffer))
+                for b in range(first, min(first + step, blocks))
+            ]
             found = torch.cat(part)[: num_candidates - first * rows].min(0)
             return found.values, found.indices + first * rows
 
     starts = range(0, blocks, step)
     workers = min(len(starts), torch.get_num_threads()) if mean.device.type == "cpu" else 1
-    if workers > 1:
-        with ThreadPoolExecutor(workers) as threads:
-            found = list(threads.map(best_of, starts))
-    else:
-        found = [best_of(first) for first in starts]
-    place = torch.stack([value for value, _ in found]).argmin()
-    block, row = divmod(int(torch.stack([index for _, index in found])[place]), rows)
+    least = torch.full((), math.inf, device=mean.device)
+    place = torch.zeros((), dtype=torch.int64, device=mean.device)
+    for value, index in _in_order(best_of, starts, workers):  # of equals the first stays
+        place, least = torch.where(value < least, index, place), torch.minimum(value, least)
+    block, row = divmod(int(place), rows)
     normal = torch.stack([draw[row].clone() for draw in _draws(seed, block, rows, mean, ipc)])
     latents = mean + std * normal
     exact = group_scores(latents[None].double(), mean.double(), std.double(), weights=weights, form=form)
@@ -97,7 +101,8 @@ def group_scores(
     `paper`: the sum over dimensions of w1 (mean error)^2 + w2 (error of the standard deviation about the
     population mean)^2 + w3 skewness^2 over the group (Eq 6-8). `repo`: w1 ||mean error|| + w2 ||error of the
     unbiased standard deviation|| + w3 ||skewness of each latent across its dimensions||. A term that its
-    number of samples leaves undefined (skewness below 3, the unbiased deviation below 2) is dropped.
+    number of samples leaves undefined (skewness below 3, the unbiased deviation below 2) is dropped; so is
+    the skewness (Eq 8) of a dimension whose deviation float32 can't tell from none.
 
     Args:
         latents: [M, n, D].
@@ -124,9 +129,25 @@ def group_scores(
     deviation = (latents - mean).square().mean(1).sqrt()
     total = total + weights[1] * (deviation - std).square().sum(1)  # Eq 7
     if num > 2:
-        normal = (latents - mean) / std.clamp(min=torch.finfo(latents.dtype).tiny)
+        flat = _flat(mean, std)
+        normal = ((latents - mean) / torch.where(flat, 1, std)).masked_fill(flat, 0)
         total = total + weights[2] * (_skewness_factor(num) * normal.pow(3).sum(1)).square().sum(1)  # Eq 8
     return total
+
+
+def _in_order(work: Callable[[int], Result], starts: Sequence[int], workers: int) -> Iterator[Result]:
+    """Yield `work` of each start in order; threads run ahead by a few only, however many starts there are."""
+    if workers <= 1:
+        yield from map(work, starts)
+        return
+    with ThreadPoolExecutor(workers) as threads:
+        ahead: deque[Future[Result]] = deque()
+        for start in starts:
+            ahead.append(threads.submit(work, start))
+            if len(ahead) > 4 * workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
 def block_rows(dim: int, device: torch.device) -> int:
@@ -150,12 +171,35 @@ def _check(mean: Tensor, std: Tensor, ipc: int, num_candidates: int, weights: We
         raise unknown("form", form, ("paper", "repo"))
 
 
-def _draws(seed: int, block: int, rows: int, like: Tensor, ipc: int) -> Iterator[Tensor]:
+def _draws(
+    seed: int, block: int, rows: int, like: Tensor, ipc: int, buffer: Tensor | None = None
+) -> Iterator[Tensor]:
     """Yield a block's standard normal draws, latent after latent of each group, in one buffer [rows, D]."""
     generator = torch.Generator(like.device).manual_seed(derive_seed(seed, "group", block))
-    buffer = torch.empty(rows, len(like), device=like.device)
+    buffer = torch.empty(rows, len(like), device=like.device) if buffer is None else buffer
     for _ in range(ipc):
         yield buffer.normal_(generator=generator)
+
+
+def _flat(mean: Tensor, std: Tensor) -> Tensor:
+    """Return which dimensions [D] have no skewness: latents, in float32, can't leave their mean."""
+    return std <= torch.finfo(torch.float32).eps * mean.abs()
+
+
+def _rounded(mean: Tensor, std: Tensor) -> Callable[[Tensor], None]:
+    """Return a function that makes draws z [rows, D] those of the latents mean + std z as they are rounded.
+
+    Far from 0 a small deviation moves latents by few representable steps, and the cubes of these draws are
+    others than those of z. Such dimensions are rare: the rest is left alone.
+    """
+    coarse = torch.nonzero((std < 2**-10 * mean.abs()) & ~_flat(mean, std)).flatten()
+    own, spread = mean[coarse], std[coarse]
+
+    def apply(z: Tensor) -> None:
+        if len(coarse):
+            z[:, coarse] = ((own + spread * z[:, coarse]) - own) / spread
+
+    return apply
 
 
 Scorer = Callable[[Iterator[Tensor]], Tensor]
@@ -164,11 +208,14 @@ Scorer = Callable[[Iterator[Tensor]], Tensor]
 def _paper_scorer(mean: Tensor, std: Tensor, ipc: int, weights: Weights, rows: int) -> Scorer:
     """Return a function from a block's draws to its scores [rows]; with x = mean + std z only z matters."""
     first, second, third, square = (torch.empty(rows, len(mean), device=mean.device) for _ in range(4))
-    variance = std.square()
+    rounded = _rounded(mean, std)
+    first_weight, second_weight = std.square() * (weights[0] / ipc**2), std.square() * weights[1]
     skewed = ipc > 2 and weights[2] > 0
+    third_weight = (~_flat(mean, std)).float() * (weights[2] * _skewness_factor(ipc) ** 2) if skewed else None
 
     def scores(draws: Iterator[Tensor]) -> Tensor:
         for number, z in enumerate(draws):
+            rounded(z)
             if number == 0:
                 first.copy_(z)
                 torch.mul(z, z, out=second)
@@ -180,11 +227,11 @@ def _paper_scorer(mean: Tensor, std: Tensor, ipc: int, weights: Weights, rows: i
             second.add_(square)
             if skewed:
                 third.addcmul_(square, z)
-        total = first.square_() @ (variance * (weights[0] / ipc**2))  # Eq 6
+        total = first.square_() @ first_weight  # Eq 6
         second.mul_(1 / ipc).sqrt_().sub_(1)
-        total += second.square_() @ (variance * weights[1])  # Eq 7
-        if skewed:
-            total += third.square_().sum(1) * (weights[2] * _skewness_factor(ipc) ** 2)  # Eq 8
+        total += second.square_() @ second_weight  # Eq 7
+        if third_weight is not None:
+            total += third.square_() @ third_weight  # Eq 8
         return total
 
     return scores

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from ddray.errors import InputError
+from ddray.methods import _group_sampling
 from ddray.methods._group_sampling import _draws, block_rows
 from ddray.methods.d3hr import group_sample, group_scores
 
@@ -151,6 +153,79 @@ def test_a_dimension_without_variance_stays_where_it_is(form: Any) -> None:
 
     assert torch.equal(latents, mean.expand(3, 8))
     assert math.isfinite(score)
+
+
+SPREADS = {
+    "one flat": (torch.zeros(40), torch.tensor([1.0] + [0.0] * 39)),
+    "one flat off 0": (torch.full((40,), 3.0), torch.tensor([1.0] + [0.0] * 39)),
+    "below float32": (torch.full((40,), 1000.0), torch.tensor([1.0] * 10 + [1e-5] * 30)),
+    "a few steps of float32": (torch.full((40,), 1000.0), torch.tensor([1.0] * 10 + [3e-4] * 30)),
+}
+
+
+@pytest.mark.parametrize("form", ["paper", "repo"])
+@pytest.mark.parametrize("spread", SPREADS)
+def test_dimensions_of_little_variance_do_not_spoil_the_choice(form: Any, spread: str) -> None:
+    """What is streamed must be the score of the latents as they are, or more candidates can score worse."""
+    mean, std = SPREADS[spread]
+    groups = torch.from_numpy(candidates(mean, std, 4, 200, 3))
+    exact = group_scores(groups, mean.double(), std.double(), form=form)
+    kept = ~(std <= 2**-23 * mean.abs())
+    if form == "paper":
+        narrow = [
+            paper_score(
+                group[:, kept].numpy(), mean[kept].double().numpy(), std[kept].double().numpy(), (1, 1, 0.5)
+            )
+            for group in groups
+        ]
+        assert exact.tolist() == pytest.approx(narrow, rel=1e-5, abs=1e-8)
+
+    scores = []
+    for num in (1, 20, 200):
+        generator = torch.Generator().manual_seed(3)
+        latents, score = group_sample(mean, std, ipc=4, num_candidates=num, generator=generator, form=form)
+        assert torch.equal(latents.double(), groups[exact[:num].argmin()])
+        scores.append(score)
+
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_work_that_waits_does_not_grow_with_the_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code's 5e9 candidates are 1.2 million pieces of work."""
+    ahead, most = 0, 0
+
+    def work(start: int) -> int:
+        return -start
+
+    class Counted(ThreadPoolExecutor):
+        def submit(self, *given: Any, **more: Any) -> Any:
+            nonlocal ahead, most
+            ahead += 1
+            most = max(most, ahead)
+            return super().submit(*given, **more)
+
+    monkeypatch.setattr(_group_sampling, "ThreadPoolExecutor", Counted)
+    found = []
+    for value in _group_sampling._in_order(work, range(3000), 2):
+        ahead -= 1
+        found.append(value)
+
+    assert found == [-start for start in range(3000)]
+    assert most <= 10
+
+
+def test_the_search_takes_its_work_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    mean, std = population(100)
+    real, seen = _group_sampling._in_order, []
+
+    def watched(work: Any, starts: Any, workers: int) -> Any:
+        seen.append(len(starts))
+        return real(work, starts, workers)
+
+    monkeypatch.setattr(_group_sampling, "_in_order", watched)
+    generator = torch.Generator().manual_seed(0)
+    group_sample(mean, std, ipc=2, num_candidates=20_000, generator=generator, chunk=1)
+    assert seen == [math.ceil(20_000 / block_rows(100, CPU))]
 
 
 def test_a_weight_of_zero_leaves_its_term_out() -> None:
