@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,9 +131,19 @@ def test_a_whitened_sets_images_fill_the_range(toy: Any, planned: Any) -> None:
     assert fit_zca(toy().train()).zca_matrix is not None
 
 
+def test_a_set_without_images_has_no_picture(toy: Any, planned: Any, tmp_path: Path) -> None:
+    made = a_set(toy, planned)
+    empty = replace(made, images=made.images[:0], labels=made.labels[:0])
+
+    assert grid(empty) is None
+    assert not save_grid(empty, tmp_path / "b.png")
+    assert not list(tmp_path.glob("*.png"))
+    assert Image.open(io.BytesIO(png(grid(empty)))).size == (1, 1)  # a page that asks anyway is not broken
+
+
 def test_the_png_holds_the_picture(toy: Any, planned: Any, tmp_path: Path) -> None:
     made = a_set(toy, planned)
-    save_grid(made, tmp_path / "a.png")
+    assert save_grid(made, tmp_path / "a.png")
 
     held = Image.open(io.BytesIO((tmp_path / "a.png").read_bytes()))
 

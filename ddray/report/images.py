@@ -17,14 +17,19 @@ _MAX_UNLABELLED = 100
 _MAX_BASES = 64  # as many as the paper's figure shows
 
 
-def grid(distilled: DistilledSet) -> Tensor:
+def grid(distilled: DistilledSet) -> Tensor | None:
     """Return the set as one picture, float32 [3, H, W] in [0, 1]: a class per row, at most 10 by 50 images.
+
+    None for a set that stores no images (D3HR's statistics): drawing some takes the generator, which whoever
+    looks at a picture need not have.
 
     With one image per class, ten classes stand in a row; so do the first 100 images of a set without labels.
 
     Whitened images leave [0, 1] widely when they are de-whitened, and log-spectrograms never were in it. Each
     image is then stretched between its own 1st and 99th percentile, so that its structure can be seen.
     """
+    if not len(distilled.images):
+        return None
     rows = []
     for label in torch.unique(distilled.labels)[:_MAX_CLASSES]:
         rows.append(torch.nonzero(distilled.labels == label).flatten()[:_MAX_PER_CLASS])
@@ -62,19 +67,24 @@ def bases_grid(bases: Tensor) -> Tensor:
     return _tiled((shown - low) / (high - low).clamp_min(1e-6), 8)
 
 
-def save_grid(distilled: DistilledSet, path: Path) -> None:
-    """Write `grid(distilled)` as a PNG, atomically.
+def save_grid(distilled: DistilledSet, path: Path) -> bool:
+    """Write `grid(distilled)` as a PNG, atomically; nothing for a set that stores no images.
+
+    Returns:
+        Whether there is a picture.
 
     Raises:
         StorageError: the file can't be written.
     """
-    write_atomically(path, lambda file: file.write(png(grid(distilled))))
+    picture = grid(distilled)
+    return picture is not None and write_atomically(path, lambda file: file.write(png(picture)))
 
 
-def png(picture: Tensor) -> bytes:
-    """Return a picture, float [3, H, W] in [0, 1], as PNG bytes."""
+def png(picture: Tensor | None) -> bytes:
+    """Return a picture, float [3, H, W] in [0, 1], as PNG bytes; of a set without one, a white dot."""
     from torchvision.transforms.functional import to_pil_image
 
     held = io.BytesIO()
+    picture = torch.ones(3, 1, 1) if picture is None else picture
     to_pil_image(picture).save(held, format="PNG")
     return held.getvalue()
