@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -115,15 +116,23 @@ def get_teachers(
         for name, net in zip(names, nets, strict=True)
     ]
     for found in each:
-        _check(found["arch"], float(found["accuracy"]), ctx.dataset)  # type: ignore[arg-type]
+        _check(found["arch"], float(found["accuracy"]), ctx.dataset, len(ctx.split))  # type: ignore[arg-type]
     made = Teachers(nets, space.to(ctx.device), "+".join(names), 0.0, each)  # type: ignore[arg-type]
     whole = float(each[0]["accuracy"]) if len(each) == 1 else _ensemble_accuracy(made, ctx)  # type: ignore[arg-type]
     return Teachers(made.nets, made.space, made.arch, whole, each)
 
 
-def _check(arch: str, value: float, dataset: Dataset) -> None:
+def least_accuracy(num_classes: int, num_images: int) -> float:
+    """Return what guessing reaches on `num_images` at the very best: chance + 3 standard errors."""
+    if num_classes < 2:
+        return 0.0
+    chance = 1 / num_classes
+    return min(0.9, chance + 3 * math.sqrt(chance * (1 - chance) / num_images))
+
+
+def _check(arch: str, value: float, dataset: Dataset, num_images: int) -> None:
     """Refuse a teacher at chance: a wrong label order is the usual reason, and makes students look broken."""
-    least = 1.5 / dataset.num_classes if dataset.num_classes > 1 else 0.0
+    least = least_accuracy(dataset.num_classes, num_images)
     if value <= least:
         raise DdrayError(
             f"teacher {arch} must be better than chance before it teaches: its accuracy on {dataset.name} is "
