@@ -23,6 +23,7 @@ _TASK = 64  # images per task of the thread pool: fewer would be all bookkeeping
 _GREY_MODES = {"1", "L", "LA", "La"}
 _DEEP_MODES = ("I", "F")  # 16 or 32 bits per channel
 STANDARD_SIZES = (128, 64, 32)
+MAX_KEPT = 256
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ def load(source: Source, geometry: Geometry | None) -> tuple[Split, Geometry]:
         _decode_into(source, chosen, folder)
         return {"shape": chosen.shape, "resize": chosen.resize}
 
-    settings = f"images v1 {geometry} {source.labelling}"
+    version = "v1" if geometry else "v2"  # v2: `survey` keeps squares up to 256 px
+    settings = f"images {version} {geometry} {source.labelling}"
     split, facts = cache.fetch(source.files, settings, build)
     return split, Geometry((facts["shape"][0], facts["shape"][1], facts["shape"][2]), facts["resize"])
 
@@ -105,7 +107,8 @@ def load(source: Source, geometry: Geometry | None) -> tuple[Split, Geometry]:
 def survey(source: Source) -> Geometry:
     """Choose the geometry of a folder that nobody has described, from its images' headers.
 
-    Square images of one size up to 128 px keep it, and other sizes are refused from then on. Everything else
+    Square images of one size up to 256 px keep it, and other sizes are refused from then on: a folder of them
+    was prepared at that size (imagenette at 224). Everything else
     is brought to the largest of 128, 64, 32 px that the median short side reaches (to 32 below that). One
     channel if all images are grey, else three.
     """
@@ -123,7 +126,7 @@ def survey(source: Source) -> Geometry:
         )
     channels = 1 if grey else 3
     width, height = sizes[0]
-    if width == height <= STANDARD_SIZES[0] and len(set(sizes)) == 1:
+    if width == height <= MAX_KEPT and len(set(sizes)) == 1:
         return Geometry((channels, height, width), resize=False)
     median = float(np.median([min(size) for size in sizes]))
     side = next((size for size in STANDARD_SIZES if size <= median), STANDARD_SIZES[-1])

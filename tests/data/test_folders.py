@@ -75,6 +75,27 @@ def test_other_images_are_resized_to_a_standard_size(
     assert data.test().images[1].unique().tolist() == [10]
 
 
+@pytest.mark.parametrize(("size", "expected"), [(224, 224), (256, 256), (257, 128)])
+def test_square_jpegs_of_one_size_keep_it(tmp_path: Path, size: int, expected: int) -> None:
+    """imagenette-224: train/ and val/, a folder per WordNet id."""
+    wnids = ["n01440764", "n02102040"]
+    colored(tmp_path / "train", wnids, 3, (size, size))
+    colored(tmp_path / "val", wnids, 1, (size, size))
+
+    data = open_dataset(str(tmp_path))
+
+    assert data.image_shape == (3, expected, expected)
+    assert data.train().images.shape == (6, 3, expected, expected)
+    assert data.test().images.shape == (2, 3, expected, expected)
+    assert data.train().images[5].unique().tolist() == [10]
+
+
+def test_a_named_dataset_keeps_its_own_size(tmp_path: Path) -> None:
+    for half in ("train", "val"):
+        colored(tmp_path / "imagenette2" / half, list(KNOWN["imagenette"].wnids), 1, (224, 224))
+    assert open_dataset("imagenette", data_dir=tmp_path).image_shape == (3, 128, 128)
+
+
 def test_resizing_is_short_side_then_centre_crop(tmp_path: Path) -> None:
     ramp = np.broadcast_to(np.arange(200, dtype=np.uint8)[None, None], (3, 64, 200))
     write_png(tmp_path / "train" / "a" / "0.png", ramp)

@@ -76,6 +76,8 @@ def test_imagenette(tmp_path: Path) -> None:
     assert data.class_names[0] == "tench"
     assert torch.bincount(data.train().labels).tolist() == [200] * 10
     assert torch.bincount(data.test().labels).tolist() == [50] * 10
+    found = list((tmp_path / "imagenette").rglob("train"))
+    assert open_dataset(str(found[0].parent)).image_shape == (3, 224, 224)
 
 
 @needs("fsdd.tar")
