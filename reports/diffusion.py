@@ -1,5 +1,7 @@
 """Measure what reports/d3hr.md holds: `python reports/diffusion.py [PART]...` (see PARTS).
 
+A part that takes a dataset is given it behind a colon, and kept beside its others: `accuracy:mnist`.
+
 Each part is kept in reports/d3hr.json with its commands, the hardware and the date; d3hr.md is then written
 from all parts that are there. Accuracies: 3 sets x 3 networks (Table 3's and Fig 4's shape), both protocols.
 """
@@ -193,7 +195,7 @@ PARTS = {f.__name__: f for f in (accuracy, sweeps, selection, inversion, speed)}
 def render(held: dict[str, Any]) -> str:
     """Return d3hr.md."""
     lines = ["# D3HR, measured", "", "Written by `python reports/diffusion.py`; do not edit.", ""]
-    if part := held.get("accuracy"):
+    for part in (held[name] for name in sorted(held) if name.partition(":")[0] == "accuracy"):
         lines += [f"## {part['dataset']}, ConvNet-3: mean +- std over {SETS} sets x {NETS} networks", ""]
         cells = {(row["method"], row["ipc"], row["protocol"]): row for row in part["rows"]}
         columns = [(ipc, protocol) for ipc in (1, 10) for protocol in PROTOCOLS]
@@ -249,11 +251,15 @@ def render(held: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run the named parts (default: all), keep them, write d3hr.md."""
+    wrong = [name for name in sys.argv[1:] if name.partition(":")[0] not in (*PARTS, "render")]
+    if wrong:
+        raise SystemExit(f"a part must be one of {', '.join(PARTS)} (accuracy:DATASET too), got {wrong[0]}")
     path = HERE / "d3hr.json"
     held = json.loads(path.read_text()) if path.exists() else {}
     for name in sys.argv[1:] or list(PARTS):
         if name != "render":
-            held[name] = {**PARTS[name](), "environment": stamp()}
+            part, _, dataset = name.partition(":")
+            held[name] = {**PARTS[part](*([dataset] if dataset else [])), "environment": stamp()}
             held[name]["environment"]["date"] = datetime.now(UTC).isoformat(timespec="seconds")
             path.write_text(json.dumps(held, indent=2) + "\n")
     (HERE / "d3hr.md").write_text(render(held))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from dataclasses import replace
@@ -479,6 +480,35 @@ def test_presets_are_the_papers_and_the_codes(planned: Any, toy: Any) -> None:
         assert [plan.lambda_skew for plan in plans] == [0.5, 0.1]
         assert [plan.encoding for plan in plans] == ["mode", "sample"]
         assert [plan.shared_draws for plan in plans] == [False, True]
+
+
+def test_the_report_measures_the_dataset_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(__file__).parents[2] / "reports"
+    monkeypatch.syspath_prepend(str(folder))
+    spec = importlib.util.spec_from_file_location("diffusion_report", folder / "diffusion.py")
+    report = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    spec.loader.exec_module(report)  # type: ignore[union-attr]
+
+    def accuracy(dataset: str = "digits") -> dict[str, Any]:
+        cell = {"mean": 0.5, "std": 0.1, "command": "ddray"}
+        kinds = [(m, ipc, p) for m in report.METHODS for ipc in (1, 10) for p in report.PROTOCOLS]
+        rows = [{"method": m, "ipc": ipc, "protocol": p, **cell} for m, ipc, p in kinds]
+        return {"dataset": dataset, "rows": rows}
+
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    monkeypatch.setitem(report.PARTS, "accuracy", accuracy)
+    for given in ("accuracy", "accuracy:mnist"):
+        monkeypatch.setattr("sys.argv", ["diffusion.py", given])
+        report.main()
+
+    text = (tmp_path / "d3hr.md").read_text()
+    assert "## digits, ConvNet-3" in text
+    assert "## mnist, ConvNet-3" in text
+    monkeypatch.setattr("sys.argv", ["diffusion.py", "acuracy:mnist"])
+    with pytest.raises(SystemExit, match="a part must be one of accuracy"):
+        report.main()
 
 
 def test_inverted_latents_are_nearer_to_a_gaussian(digits: Any) -> None:

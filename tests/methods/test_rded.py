@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as tv
 
 from ddray.errors import InputError
+from ddray.evaluate.teachers import TeacherRecipe, teacher_spec
 from ddray.methods.rded import choose, crop, crop_losses, default_factor, stitch
 from ddray.nets import build_net
 
@@ -60,23 +61,34 @@ def test_small_images_are_not_stitched(size: int, factor: int) -> None:
 QUICK = {"teacher_arch": "convnet2_w8", "teacher_epochs": 1}
 
 
-def test_the_images_are_crops_of_their_class(planned: Any, toy: Any) -> None:
-    """Each class has images of one value, so a crop shows where it was taken."""
+def test_the_images_are_those_crops_of_their_class_that_the_teacher_knows_best(
+    planned: Any, toy: Any
+) -> None:
+    """Each image has one value of its own, so a crop shows where it was taken, and its loss can be told."""
     dataset = toy()
     split = dataset.train()
-    split.images[:] = (split.labels * 80).to(torch.uint8)[:, None, None, None]
-    _, ctx, method = planned("rded", dataset, ipc=3, method={**QUICK, "factor": 2, "num_crops": 2})
+    split.images[:] = torch.arange(5, 245, 10, dtype=torch.uint8)[:, None, None, None]
+    _, ctx, method = planned("rded", dataset, ipc=2, method={**QUICK, "factor": 2, "num_crops": 2})
+    recipe = TeacherRecipe(epochs=1)
+    net = ctx.pool.get([teacher_spec(dataset, "train", "convnet2_w8", recipe, device=ctx.device)])[0].module()
 
     method.setup(ctx)
 
     made = method.snapshot()
-    pixels = made.space().decode(made.images)
-    assert torch.allclose(
-        pixels * 255, (made.labels * 80.0)[:, None, None, None].expand_as(pixels), atol=0.01
-    )
-    split.images[:] = torch.randint(
-        0, 256, split.images.shape, dtype=torch.uint8, generator=torch.Generator()
-    )
+    pixels = (made.space().decode(made.images) * 255).round().view(3, 2, 3, 16, 16)
+    mean, std = (torch.tensor(held)[:, None, None] for held in (dataset.mean, dataset.std))
+    for label in range(3):
+        values = split.images[split.labels == label, 0, 0, 0].float()
+        seen = torch.zeros(len(values), 3, 16, 16)
+        seen[:, :, 4:12, 4:12] = ((values / 255)[:, None, None, None] - mean) / std
+        with torch.no_grad():
+            losses = F.cross_entropy(net(seen), torch.full((len(values),), label), reduction="none")
+        ranked = values[losses.argsort()]
+        wanted = torch.cat([ranked, ranked])[:8]  # the best crop of each image, then their second-best
+        patches = pixels[label, :, 0, ::8, ::8]  # [image, row, column]
+        assert torch.equal(patches.permute(1, 2, 0).flatten(), wanted)
+        blocks = pixels[label].unfold(2, 8, 8).unfold(3, 8, 8).flatten(4)
+        assert torch.equal(blocks.amin(-1), blocks.amax(-1))  # each patch is of one image
 
 
 def test_a_class_with_too_few_crops_is_refused(planned: Any, toy: Any) -> None:
