@@ -2,26 +2,30 @@
 
 With A and B the centred rows of both sets over the square root of their counts, Cov = A'A and B'B, and
 ||A'A - B'B||^2 = ||AA'||^2 + ||BB'||^2 - 2 ||AB'||^2: exact, for unequal counts too. The three terms cancel
-where the sets nearly coincide, so products are summed in float64, a block of columns at a time.
+where the sets nearly coincide, so products are summed in float64, a block of columns at a time; those of the
+synthetic rows, of which a search may take as many as real ones, also a block of rows at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+_LEAST_ROWS = 48
 _MOST_COLUMNS = 128
+_FEWER_COLUMNS = 96  # where the gradient leaves less room
 _SHARE = 16  # of the columns in a block: its float64 copy then weighs an eighth of the features
 
 
 def covariance_distance(real: Tensor, synthetic: Tensor, *, unbiased: bool) -> Tensor:
     """Return the sum over classes of ||Cov real_c - Cov syn_c||_F^2 / d; differentiable in `synthetic`.
 
-    Besides the features it holds n^2 numbers per class for the real images, then m (m + n) for the synthetic
-    ones, a block of columns, and the gradient.
+    Besides the features it holds n^2 float64 per class for the real images; then the gradient, the products
+    of a block of synthetic rows with all others, and a block of columns. At n = 256, d = 2048 that stays
+    below 2 n^2 + n d floats for every m up to n, the gradient (m d of them) included.
 
     Args:
         real: features [K, n, d]; they get no gradient.
@@ -43,57 +47,103 @@ class _CovarianceDistance(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, real: Tensor, synthetic: Tensor, unbiased: bool) -> Tensor:
         less = int(unbiased)
-        dims = real.shape[2]
-        scale = (synthetic.shape[1] - less) ** -0.5
-        total = _real_gram(real, less).square().sum()
-        within, across = _grams(real, synthetic, less)
-        total = (total + within.square().sum() - 2 * across.square().sum()) / dims
-        if ctx.needs_input_grad[1]:
-            gradient = torch.empty_like(synthetic)
-            for columns, a, b in _blocks(real, synthetic, less):
-                gradient[:, :, columns] = (within @ b).baddbmm_(across, a, alpha=-1).mul_(4 * scale / dims)
-            ctx.save_for_backward(gradient)
+        means = _means(real), _means(synthetic)
+        total = _real_gram(real, means[0], less).square().sum()
+        gradient = torch.empty_like(synthetic) if ctx.needs_input_grad[1] else None
+        total = (total + _synthetic_terms(real, synthetic, means, less, gradient)) / real.shape[2]
+        ctx.gradient, ctx.less = gradient, less
+        ctx.save_for_backward(real, synthetic)
         return total.to(synthetic.dtype)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, None]:
-        held = ctx.saved_tensors
-        return None, grad * held[0] if held else None, None
+        # Given away and scaled in place: a second copy would weigh as much as all the rest.
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None and ctx.needs_input_grad[1]:  # asked for once more (retain_graph)
+            real, synthetic = ctx.saved_tensors
+            gradient = torch.empty_like(synthetic)
+            means = _means(real), _means(synthetic)
+            _synthetic_terms(real, synthetic, means, ctx.less, gradient)
+        return None, None if gradient is None else gradient.mul_(grad), None
 
 
-def _real_gram(real: Tensor, less: int) -> Tensor:
+def _synthetic_terms(
+    real: Tensor, synthetic: Tensor, means: tuple[Tensor, Tensor], less: int, gradient: Tensor | None
+) -> Tensor:
+    """Return the sum over classes of ||BB'||^2 - 2 ||BA'||^2; write the gradient into `gradient`."""
+    total = synthetic.new_zeros((), dtype=torch.float64)
+    n, m, dims = real.shape[1], synthetic.shape[1], real.shape[2]
+    scale_real, scale = (n - less) ** -0.5, (m - less) ** -0.5
+    most = _most_rows(n, m, dims)
+    blocks = list(_columns(dims, _MOST_COLUMNS if most == m else _FEWER_COLUMNS))
+    for rows in _blocks(m, most):
+        within, across = _grams(real, synthetic, means, rows, blocks)
+        within.mul_(scale * scale), across.mul_(scale * scale_real)
+        total += within.square().sum() - 2 * across.square().sum()
+        if gradient is None:
+            continue
+        for columns in blocks:
+            found = within @ _centred(synthetic, means[1], columns)
+            found.baddbmm_(across, _centred(real, means[0], columns), beta=scale, alpha=-scale_real)
+            gradient[:, rows, columns] = found.mul_(4 * scale / dims)
+        del within, across, found  # or they would stand beside the next block's
+    return total
+
+
+def _real_gram(real: Tensor, means: Tensor, less: int) -> Tensor:
     """Return AA' [K, n, n] in float64."""
     gram = real.new_zeros((real.shape[0], real.shape[1], real.shape[1]), dtype=torch.float64)
     for columns in _columns(real.shape[2]):
-        a = _centred(real[:, :, columns], less)
+        a = _centred(real, means, columns)
         gram.baddbmm_(a, a.mT)
-    return gram
+    return gram.div_(real.shape[1] - less)
 
 
-def _grams(real: Tensor, synthetic: Tensor, less: int) -> tuple[Tensor, Tensor]:
-    """Return BB' [K, m, m] and BA' [K, m, n] in float64."""
-    num_classes, num = synthetic.shape[:2]
-    within = synthetic.new_zeros((num_classes, num, num), dtype=torch.float64)
+def _grams(
+    real: Tensor, synthetic: Tensor, means: tuple[Tensor, Tensor], rows: slice, blocks: Sequence[slice]
+) -> tuple[Tensor, Tensor]:
+    """Return rows of BB' [K, r, m] and of BA' [K, r, n] in float64, without the counts."""
+    num_classes, num = len(synthetic), rows.stop - rows.start
+    within = synthetic.new_zeros((num_classes, num, synthetic.shape[1]), dtype=torch.float64)
     across = synthetic.new_zeros((num_classes, num, real.shape[1]), dtype=torch.float64)
-    for _, a, b in _blocks(real, synthetic, less):
-        within.baddbmm_(b, b.mT)
-        across.baddbmm_(b, a.mT)
+    for columns in blocks:
+        b = _centred(synthetic, means[1], columns)
+        within.baddbmm_(b[:, rows], b.mT)
+        b = b[:, rows].clone()  # the other rows give way to the real ones
+        across.baddbmm_(b, _centred(real, means[0], columns).mT)
     return within, across
 
 
-def _blocks(real: Tensor, synthetic: Tensor, less: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yield blocks of columns, and A and B of them."""
-    for columns in _columns(real.shape[2]):
-        yield columns, _centred(real[:, :, columns], less), _centred(synthetic[:, :, columns], less)
+def _most_rows(n: int, m: int, dims: int) -> int:
+    """Return how many synthetic rows are taken at a time, from what the gradient leaves of 2 n^2 + n d.
+
+    About a third of that is for their products (a float64 weighs two numbers); fewer rows would be slow.
+    """
+    left = 2 * n * n + (n - m) * dims
+    parts = max(1, m // max(_LEAST_ROWS, 3 * left // (20 * (n + m))))
+    return min(m, -(-m // parts // 8) * 8)  # products of a multiple of 8 rows are the fastest
 
 
-def _columns(dims: int) -> Iterator[slice]:
-    width = max(1, min(_MOST_COLUMNS, dims // _SHARE))
-    for start in range(0, dims, width):
-        yield slice(start, min(dims, start + width))
+def _columns(dims: int, most: int = _MOST_COLUMNS) -> Iterator[slice]:
+    return _blocks(dims, max(1, min(most, dims // _SHARE)))
 
 
-def _centred(values: Tensor, less: int) -> Tensor:
-    """Return rows [K, n, b] in float64, less their mean, over sqrt(n - less)."""
-    held = values.to(torch.float64, copy=True)
-    return held.sub_(held.mean(1, keepdim=True)).mul_((values.shape[1] - less) ** -0.5)
+def _blocks(length: int, most: int) -> Iterator[slice]:
+    """Yield slices of at most `most` that cover `length`."""
+    for start in range(0, length, most):
+        yield slice(start, min(length, start + most))
+
+
+def _means(values: Tensor) -> Tensor:
+    """Return the rows' means [K, 1, d] in float64."""
+    found = values.new_empty((values.shape[0], 1, values.shape[2]), dtype=torch.float64)
+    for columns in _columns(values.shape[2]):
+        found[:, :, columns] = values[:, :, columns].to(torch.float64).mean(1, keepdim=True)
+    return found
+
+
+def _centred(values: Tensor, means: Tensor, columns: slice) -> Tensor:
+    """Return columns of the rows [K, n, b] less their means, in float64."""
+    # Converted first: a difference of two types takes five times as long.
+    return values[:, :, columns].to(torch.float64, copy=True).sub_(means[:, :, columns])

@@ -155,6 +155,50 @@ def test_it_stays_within_two_gram_matrices_and_the_features(num: int, other: int
     assert 0 < memory.peak - 4 * gradient <= 4 * num_classes * (2 * num * num + num * dims)
 
 
+@pytest.mark.parametrize("other", [4, 40, 104, 200, 256])
+def test_the_gradient_included_it_stays_within_the_bar(other: int) -> None:
+    """n = 256, d = 2048: 2 n^2 + n d floats per class, for all that is made from given features."""
+    num_classes, num, dims = 2, 256, 2048
+    generator = torch.Generator().manual_seed(9)
+    real = torch.rand(num_classes, num, dims, generator=generator)
+    synthetic = torch.rand(num_classes, other, dims, generator=generator).requires_grad_(True)
+
+    with Peak() as memory:
+        distance = covariance_distance(real, synthetic, unbiased=False)
+        (gradient,) = torch.autograd.grad(50 * distance, synthetic)
+
+    assert gradient.shape == synthetic.shape
+    assert 0 < memory.peak <= 4 * num_classes * (2 * num * num + num * dims)
+
+
+@pytest.mark.parametrize(("num", "other"), [(256, 200), (64, 130)])
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_blocks_of_rows_give_the_same_value_and_gradient(num: int, other: int, unbiased: bool) -> None:
+    dims = 40
+    assert _covariance._most_rows(num, other, dims) < other
+    real = features(2, num, dims, seed=10)
+    synthetic = features(2, other, dims, seed=11).requires_grad_(True)
+
+    found = covariance_distance(real, synthetic, unbiased=unbiased)
+    wanted = naive(real, synthetic, unbiased=unbiased)
+
+    torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-12)
+    gradients = [torch.autograd.grad(value, synthetic)[0] for value in (3 * found, 3 * wanted)]
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-10, atol=1e-11)
+
+
+def test_its_gradient_may_be_asked_for_more_than_once() -> None:
+    real, synthetic = features(2, 9, 6, seed=12), features(2, 5, 6, seed=13).requires_grad_(True)
+    found = covariance_distance(real, synthetic, unbiased=False)
+
+    first = torch.autograd.grad(found, synthetic, torch.tensor(2.0, dtype=torch.float64), retain_graph=True)
+    kept = first[0].clone()
+    second = torch.autograd.grad(found, synthetic, torch.tensor(-1.0, dtype=torch.float64))
+
+    assert torch.equal(first[0], kept)
+    torch.testing.assert_close(second[0], kept / -2)
+
+
 def test_it_takes_no_loop_over_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many products for 50 classes as for 2."""
     counts = []
