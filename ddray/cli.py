@@ -643,7 +643,8 @@ def pool_train(
         typer.Option("--set", help="key=value of the recipe, such as batch=64; repeatable."),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option("--seed", help="supervised: the first network's, ssl: the teacher's; default 0.")
+        int | None,
+        typer.Option("--seed", help="supervised: the first network's, ssl: the teacher's; default 0."),
     ] = None,
     device: Device = "auto",
     out: Annotated[
@@ -665,7 +666,7 @@ def pool_train(
         recipe = parse_overrides(set_ or []) | ({} if epochs is None else {"epochs": epochs})
         opened = open_dataset(dataset, data_dir=_absolute(data_dir), download=download)
         place, picked = _absolute(out), plan.pick_device(device)
-        own = {"arch": arch or "auto", "recipe": recipe, "seed": seed or 0, "device": picked}
+        own: dict[str, Any] = {"arch": arch or "auto", "recipe": recipe, "seed": seed or 0, "device": picked}
         if kind == "diffusion":
             result = pool_api.train_diffusion(opened, recipe=recipe, device=picked, out=place)
         elif kind == "ssl":

@@ -41,7 +41,7 @@ class Target:
     is_audio: bool = False
     """Whether the images are spectrograms; pictures may have their shape."""
     factor: int | None = None
-    """Parts along each axis that a stored image is to be cut into, where a setting over the preset says so."""
+    """Parts along each axis that a stored image is to be cut into, if settings over the preset say so."""
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ def resolve(
 ) -> Plan:
     """Resolve a run: preset, then the shipped file for dataset and ipc, then `config_file`, then `layers`.
 
-    Spectrograms are not augmented, by whatever preset (IDC, DSDM); settings over the preset may say otherwise.
+    Spectrograms are not augmented, by whatever preset (IDC, DSDM); settings over it may say otherwise.
 
     Args:
         method: the method's name.
@@ -153,9 +153,7 @@ def resolve(
     return Plan(method, dataset, ipc, seed, config, budget)
 
 
-def _target(
-    dataset: Dataset, ipc: int, budget: int | None, given: Sequence[Mapping[str, Any]]
-) -> Target:
+def _target(dataset: Dataset, ipc: int, budget: int | None, given: Sequence[Mapping[str, Any]]) -> Target:
     """Return what a preset may depend on; only a set that may be of sounds is read for it."""
     own = merge(*given).get("method")
     return Target(

@@ -2,8 +2,8 @@
 
 `<key>/entry.json` says what the entry is, `<key>/tensors.safetensors` holds it. `<key>.lock` is locked while
 somebody makes the entry, and counts how often that was done. A damaged entry is set aside as
-`<key>.corrupt-<n>`. `.<key>.<host>-<pid>.<random>.tmp` is a draft of that process, which need not hold the lock
-itself: a cluster's client has it held by the service.
+`<key>.corrupt-<n>`. `.<key>.<host>-<pid>.<random>.tmp` is a draft of that process, which need not hold the
+lock itself: a cluster's client has it held by the service.
 """
 
 from __future__ import annotations

@@ -238,7 +238,6 @@ class TestCommands:
         assert asked[0]["folder"] == Path.cwd() / "own"
         assert (asked[1]["recipe"]["epochs"], asked[1]["arch"]) == (1, "convnet1_w8")
 
-
     def test_train_a_teacher(self, monkeypatch: pytest.MonkeyPatch) -> None:
         asked: list[dict[str, Any]] = []
 

@@ -123,8 +123,8 @@ def _samples(file: Path) -> tuple[int, np.ndarray]:
     """Return (sampling rate in Hz, float32 samples in [-1, 1]) of a wav file, channels averaged.
 
     Raises:
-        InputError: the file is no whole wav file, is empty, holds a sample that is not finite, or is sampled at
-            neither 8 nor 16 kHz.
+        InputError: the file is no whole wav file, is empty, holds a sample that is not finite, or is sampled
+            at neither 8 nor 16 kHz.
     """
     from scipy.io import wavfile
 
@@ -148,5 +148,7 @@ def _samples(file: Path) -> tuple[int, np.ndarray]:
     else:
         samples = held.astype(np.float32)
         if not np.isfinite(samples).all():  # one would make the whole dataset's statistics NaN
-            raise InputError(f"wav file must hold finite samples, got NaN or infinity in {file}; leave it out")
+            raise InputError(
+                f"wav file must hold finite samples, got NaN or infinity in {file}; leave it out"
+            )
     return int(rate), samples if samples.ndim == 1 else samples.mean(axis=1)
