@@ -11,6 +11,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Final, Literal, TypeVar
 
 import torch
@@ -67,7 +68,8 @@ def group_sample(
     rows = block_rows(dim, mean.device)
     blocks = math.ceil(num_candidates / rows)
     step = max(1, math.ceil((chunk or _CHUNK) / rows))
-    score = _paper_scorer if form == "paper" else _repo_scorer
+    # Which dimensions are coarse is found once: on a GPU it is a sync.
+    score = partial(_paper_scorer, rounded=_rounded(mean, std)) if form == "paper" else _repo_scorer
 
     def best_of(first: int) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
@@ -205,10 +207,11 @@ def _rounded(mean: Tensor, std: Tensor) -> Callable[[Tensor], None]:
 Scorer = Callable[[Iterator[Tensor]], Tensor]
 
 
-def _paper_scorer(mean: Tensor, std: Tensor, ipc: int, weights: Weights, rows: int) -> Scorer:
+def _paper_scorer(
+    mean: Tensor, std: Tensor, ipc: int, weights: Weights, rows: int, rounded: Callable[[Tensor], None]
+) -> Scorer:
     """Return a function from a block's draws to its scores [rows]; with x = mean + std z only z matters."""
     first, second, third, square = (torch.empty(rows, len(mean), device=mean.device) for _ in range(4))
-    rounded = _rounded(mean, std)
     first_weight, second_weight = std.square() * (weights[0] / ipc**2), std.square() * weights[1]
     skewed = ipc > 2 and weights[2] > 0
     third_weight = (~_flat(mean, std)).float() * (weights[2] * _skewness_factor(ipc) ** 2) if skewed else None
