@@ -10,8 +10,8 @@ KRR-ST's own tables fine-tune the whole network instead (`finetune`).
 
 - supervised sets: pre-trained by cross entropy, the recipe is not given | by the set's own recipe (for the DC
   family KRR-ST's code does the same: lr .01, x.1 at half time, DSA).
-- another dataset's images: normalised how is not said, KRR-ST's code takes each target's own mean and standard
-  deviation | the distilled set's, in which the network was pre-trained; whitened sets have no other space.
+- another dataset's images: how they are normalised is not said; KRR-ST's code takes the target's own mean and
+  std | the distilled set's, in which the network was pre-trained; whitened sets have no other space.
 - fine-tuning: 10,000 steps on CIFAR and Tiny ImageNet, 5,000 on others | by size, from 50,000 images on.
 """
 
