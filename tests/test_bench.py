@@ -207,9 +207,23 @@ class TestGraph:
             assert getattr(plan.config.method, "batch_real", 3) == 3
         assert {work.options["seeds"] for work in graph.evaluate.values()} == {1}
 
+    def test_a_recipe_is_the_same_for_every_row_and_within_the_limits(self, tmp_path: Path) -> None:
+        scored: dict[str, Any] = {"recipe": "vico", "augment": "dsa", "seeds": 1}
+        for given in (scored, {"options": {"recipe": "vico"}, "augment": "dsa", "seeds": 1}):
+            held = spec(methods=["random", "dsdm"], seeds=1, evaluate=given, limits={"epochs": 7})
+            works = build_graph(held, open_dataset).evaluate.values()
+            assert {work.options["recipe"] for work in works} == {"vico"}
+            assert {work.options["epochs"] for work in works} == {7}
+        paper = build_graph(spec(methods=["random", "dsdm"], seeds=1, evaluate=scored), open_dataset)
+        assert all("epochs" not in work.options for work in paper.evaluate.values()), "the recipe's own"
+        found = run(tmp_path / "run", spec(methods=["random"], seeds=1, evaluate={**scored, "epochs": 1}))
+        assert found["num_failed"] == 0
+
     @pytest.mark.parametrize(
         ("change", "word"),
         [
+            ({"evaluate": {"recipe": "vicco"}}, "did you mean 'vico'"),
+            ({"evaluate": {"recipe": "vico", "protocol": "soft"}}, "evaluate.recipe of soft must be one of"),
             ({"methods": ["datdam"]}, "did you mean 'datadam'"),
             ({"evaluate": {"protocol": "soft_ish"}}, "evaluate.protocol must be one of"),
             ({"methods": [{"name": "random", "steps": 3}]}, "steps must be 0"),
@@ -626,3 +640,14 @@ class TestFiles:
         assert head[0] == f"# ddray bench configs/bench/{path.name}"
         assert any(line.startswith("# Expected: ") for line in head)
         assert any(line.startswith("# Cost: ") for line in head)
+
+    @pytest.mark.parametrize("scale", ["smoke", "cpu", "paper"])
+    def test_the_leaderboard_scores_every_method_by_one_recipe(self, scale: str) -> None:
+        held = read_spec(ROOT / "configs" / "bench" / "leaderboard.yaml", scale)
+        assert [one.protocol for one in held.evaluate] == ["hard", "robust"]
+        for one in held.evaluate:
+            assert (one.recipe, one.augment, one.archs) == ("vico", "dsa", ("auto",))
+        assert held.dataset == (("digits",) if scale == "smoke" else ("digits", "mnist", "cifar10"))
+        rows = {row.name for row in held.rows()}
+        unlabelled = {"krr_st", "boost_ssdd", "random_ssl", "kmeans_ssl"}
+        assert rows == {*method_names()} - unlabelled, "the header says which are left out"

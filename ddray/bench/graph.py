@@ -12,11 +12,13 @@ from ddray.bench.units import Cell, Graph, Ranking, Work
 from ddray.config import merge
 from ddray.data import Dataset
 from ddray.errors import unknown
+from ddray.evaluate.training import RECIPES
 from ddray.ledger import Unit
 from ddray.methods import get_method
 from ddray.plan import Plan, make_distiller, resolve, resolve_arch
 from ddray.pool import PoolSpec
 from ddray.seeding import derive_seed
+from ddray.teaching import HARD_RECIPE
 
 # A set is not distilled again because more networks are trained on it.
 _COUNTS = ("seeds", "val_seeds")
@@ -58,8 +60,7 @@ def build_graph(
     seen: set[tuple[str, str, tuple[str, int]]] = set()
     rankings: dict[tuple[int, str, tuple[str, int]], list[tuple[Cell, tuple[str, ...]]]] = {}
     for held in spec.evaluate:
-        if held.protocol not in (*PROTOCOLS, "nas"):
-            raise unknown("evaluate.protocol", held.protocol, (*PROTOCOLS, "nas"))
+        _check_names(held)
     for row in spec.rows():
         get_method(row.name)
         for name in spec.datasets(row):
@@ -92,6 +93,20 @@ def build_graph(
         for (number, name, _), proxies in rankings.items()
     )
     return Graph(ordered, evaluate, tuple(cells), sweeps, plans, labels)
+
+
+def _check_names(held: EvaluateSpec) -> None:
+    """Refuse a protocol or a recipe that is not there.
+
+    Raises:
+        InputError: with the nearest name.
+    """
+    if held.protocol not in (*PROTOCOLS, "nas"):
+        raise unknown("evaluate.protocol", held.protocol, (*PROTOCOLS, "nas"))
+    known = {"hard": (*RECIPES, HARD_RECIPE), "soft": ("paper", "repo"), "nas": ()}
+    names = known.get(held.protocol, tuple(RECIPES))
+    if held.recipe is not None and held.recipe not in names:
+        raise unknown(f"evaluate.recipe of {held.protocol}", held.recipe, names or ("none",))
 
 
 def distil_work(
@@ -231,12 +246,12 @@ def _evaluate_work(
     teacher: str | None,
 ) -> Work:
     """Return the unit that scores one set with one architecture."""
-    own, limits = plan.config.evaluate, spec.limits
+    own, limits, recipe = plan.config.evaluate, spec.limits, held.recipe or held.options.get("recipe")
     networks = min(held.seeds or own.seeds, limits.networks or 2**31)
-    epochs = held.epochs
-    if limits.epochs is not None and (epochs is not None or held.protocol == "soft"):
+    epochs, named = held.epochs, RECIPES.get(recipe or "", {}).get("epochs")
+    if limits.epochs is not None and (epochs is not None or recipe is not None or held.protocol == "soft"):
         # What the other protocols take from the method is within the limits already.
-        epochs = min(epochs or limits.epochs, limits.epochs)
+        epochs = min(epochs or named or limits.epochs, limits.epochs)
     options: dict[str, Any] = {
         **_checked(held.options),
         "dataset": None if name == work.dataset else name,
@@ -245,6 +260,7 @@ def _evaluate_work(
         "epochs": epochs,
         "seeds": networks,
         "augment": held.augment,
+        "recipe": recipe,
         # The same networks for every method: differences between rows are the sets'.
         "seed": derive_seed(work.seed, "bench", "evaluate") % 2**31,
         "teachers": None if teacher is None else teacher.split("+"),
@@ -269,7 +285,7 @@ def _evaluate_work(
         title=f"{work.title}, {held.protocol} {arch}"
         + (f" on {target.name}" if name != work.dataset else ""),
         options=options,
-        amount=float(networks * (epochs or own.epochs) * images * channels * height * width),
+        amount=float(networks * (epochs or named or own.epochs) * images * channels * height * width),
     )
 
 

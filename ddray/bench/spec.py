@@ -117,6 +117,8 @@ class EvaluateSpec(Config):
     seeds: int | None = Field(default=None, ge=1)
     """Networks per set and architecture."""
     augment: str | None = None
+    recipe: str | None = None
+    """How networks are trained on every row's sets: a recipe by name, as `ddray evaluate --recipe` has it."""
     dataset: Names = ()
     """Distilled datasets that are scored so; default all."""
     target: Names = ()
