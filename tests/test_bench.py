@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -440,7 +441,7 @@ class TestRanking:
         assert found["spearman"] == pytest.approx(0.6)
         assert (found["spearman_top20"], found["published_spearman_top20"]) == (None, 0.69)
         assert found["published"]["accuracy_mean"] == pytest.approx(0.89)
-        assert found["published"]["difference_se"] is not None
+        assert found["published"]["difference_se"] is None, "printed without a deviation"
 
 
 class TestPool:
@@ -610,6 +611,36 @@ class TestPublished:
         assert found["difference"] == pytest.approx(0.03)
         assert found["difference_se"] == pytest.approx(0.03 / math.sqrt(0.004**2 + 0.012**2))
         assert compare(number, 0.35, None)["difference_se"] is None
+        printed = replace(number, std=None)
+        held = compare(printed, 0.35, 0.004)
+        assert (held["difference_se"], held["difference"]) == (None, pytest.approx(0.03)), "it is not exact"
+
+    def test_without_a_table_only_numbers_of_the_same_protocol_are_taken(self) -> None:
+        held = {"name": "d3hr", "size": ("ipc", 10), "arch": "resnet18"}
+        assert self.value(**held, protocol="soft", teacher="resnet18") == 41.3
+        assert self.value(**held, protocol="soft") == 41.3, "the protocol's own teacher"
+        assert self.value(**held, protocol="soft", teacher="vgg11") is None
+        assert self.value(**held) == 69.8, "Table A6 is of hard labels"
+        for name in ("rded", "sre2l"):
+            assert self.value(name=name, size=("ipc", 10), arch="resnet18") is None
+            assert self.value(name=name, size=("ipc", 10), arch="resnet18", protocol="soft") is not None
+        plain = {"name": "dm", "size": ("ipc", 10)}
+        assert [self.value(**plain, protocol=one) for one in ("hard", "robust")] == [48.9, 48.9]
+        assert [self.value(**plain, protocol=one) for one in ("soft", "continual")] == [None, None]
+
+    def test_a_convnet_without_a_width_is_the_papers_plain_one(self) -> None:
+        source = Source(paper="d3hr", table="Table A6")
+        held: dict[str, Any] = {"name": "d3hr", "source": source}
+        assert self.value(size=("ipc", 10), **held) == 57.3
+        assert self.value(size=("ipc", 50), **held) == 69.3
+        big = {"dataset": "cifar100", "target": "cifar100", "num_classes": 100}
+        assert self.value(size=("ipc", 50), **held, **big) == 54.6
+
+    @pytest.mark.parametrize("number", [1, 4, 5, 6, 12, 13])
+    def test_ablations_are_not_compared_with_the_methods_own_number(self, number: int) -> None:
+        held = read_spec(ROOT / "configs" / "bench" / f"datadam_fig{number}.yaml")
+        assert self.value(size=("ipc", 10)) == 54.2
+        assert self.value(size=("ipc", 10), source=held.published) is None
 
     def test_the_standard_error_is_over_sets(self) -> None:
         assert standard_error([[0.5, 0.7], [0.8, 1.0]]) == pytest.approx(

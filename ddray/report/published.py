@@ -13,12 +13,12 @@ from typing import Any, Final, Protocol
 
 from ddray.shipped import shipped
 
-# Names of ours that a paper calls otherwise.
+# Names of ours that a paper calls otherwise, the likeliest first.
 _ARCHS: Final = {
     "mobilenet_v2": ("mobilenet_v2", "mobilenet"),
     "vit_tiny": ("vit_tiny", "vit"),
     "densenet_cifar": ("densenet121",),
-    "convnet3": ("convnet3", "convnet_w128", "convnet"),
+    "convnet3": ("convnet3", "convnet", "convnet_w128"),
     "resnet10_ap": ("resnet_ap10",),
 }
 _METHODS: Final = {
@@ -27,6 +27,11 @@ _METHODS: Final = {
     "kmeans_ssl": ("kmeans_ssl", "kmeans"),
 }
 _METRICS: Final = {"linear": "linear_probe_accuracy", "nas": "nas_top1_accuracy"}
+# Protocols with a metric of their own; `robust` reports the accuracy of `hard` beside its scores.
+_PROTOCOLS: Final = ("hard", "soft", "robust", *_METRICS)
+# All other tables of D3HR are of soft labels, also where they name no teacher.
+_HARD_D3HR: Final = ("Table 5", "Table A6")
+_DEFAULT_TEACHER: Final = "resnet18"
 # Runs behind a published mean, where the paper says so; a mean of an unknown number counts as one run.
 _RUNS: Final = {"boost_ssdd": 3, "dsdm": 5}
 
@@ -136,7 +141,9 @@ def read_numbers() -> tuple[Number, ...]:
 def find(numbers: Sequence[Number], wanted: Wanted, metric: str | None = None) -> Number | None:
     """Return the published number of a cell, or None; of its protocol's own metric, or of another.
 
-    Without a `setting` in the cell's source the number without one wins; else the first in the file's order.
+    Without a `setting` in the cell's source the number without one wins, then the likelier name of the
+    network, then the first in the file's order. Without a `table` only numbers of the cell's own protocol are
+    taken.
     """
     source = wanted.source
     methods = (source.method,) if source.method else _METHODS.get(wanted.name, (wanted.name,))
@@ -157,7 +164,9 @@ def find(numbers: Sequence[Number], wanted: Wanted, metric: str | None = None) -
     # A number that says nothing of dataset or arch is of an ablation: it is taken only when it is asked for.
     if source.table is None:
         found = [number for number in found if number.dataset and number.arch]
-    return min(found, key=lambda number: bool(number.setting), default=None)
+        found = [number for number in found if _same_protocol(number, wanted)]
+    names = ("", *_arch_names(wanted.arch))
+    return min(found, key=lambda number: (bool(number.setting), names.index(number.arch)), default=None)
 
 
 def _arch_names(arch: str) -> tuple[str, ...]:
@@ -178,21 +187,33 @@ def _same_size(number: Number, wanted: Wanted) -> bool:
     return number.budget == size
 
 
+def _same_protocol(number: Number, wanted: Wanted) -> bool:
+    """Return whether a number was scored as the cell was; what no paper scored so has none."""
+    if wanted.protocol not in _PROTOCOLS:
+        return False
+    if wanted.protocol in _METRICS:  # the metric says it
+        return True
+    soft = number.paper == "d3hr" and number.table not in _HARD_D3HR
+    return soft == (wanted.protocol == "soft") and (not soft or bool(number.teacher))
+
+
 def _same_teacher(number: Number, wanted: Wanted) -> bool:
     """Return whether the soft labels are of the same teacher; other protocols have none to compare."""
-    if wanted.teacher is None or not number.teacher:
+    if wanted.protocol != "soft" or not number.teacher:
         return True
-    several = wanted.teacher.count("+") + 1
+    teacher = wanted.teacher or _DEFAULT_TEACHER
+    several = teacher.count("+") + 1
     if several > 1:
         return number.teacher == f"ensemble of {several}"
-    return number.teacher in _ARCHS.get(wanted.teacher, (wanted.teacher,))
+    return number.teacher in _ARCHS.get(teacher, (teacher,))
 
 
 def compare(number: Number, mean: float, standard_error: float | None) -> dict[str, Any]:
     """Return a published accuracy as fractions, and ours minus it, also in standard errors.
 
     The error of the difference is sqrt(ours^2 + theirs^2). Theirs is std / sqrt(runs); a paper that does not
-    state its runs counts as one, which makes the distance look smaller, never larger.
+    state its runs counts as one, which makes the distance look smaller, never larger. A number without a
+    printed deviation is not exact: it has no distance in standard errors.
 
     Args:
         number: what was published.
@@ -203,9 +224,8 @@ def compare(number: Number, mean: float, standard_error: float | None) -> dict[s
     theirs = None if number.std is None else scale * number.std
     difference = mean - scale * number.value
     error = None
-    if standard_error is not None:
-        own = 0.0 if theirs is None else theirs / _RUNS.get(number.paper, 1) ** 0.5
-        error = (standard_error**2 + own**2) ** 0.5
+    if standard_error is not None and theirs is not None:
+        error = (standard_error**2 + theirs**2 / _RUNS.get(number.paper, 1)) ** 0.5
     return {
         "accuracy_mean": scale * number.value,
         "accuracy_std": theirs,
