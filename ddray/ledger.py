@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,7 @@ from ddray.files import storage_errors, write_atomically
 
 log = logging.getLogger(__name__)
 
+_EVENT_START = b'{"event": "'  # inside a JSON string its quotes would be escaped
 Kind = Literal["trial", "distill", "evaluate", "nas", "truth", "pool"]
 
 
@@ -83,13 +84,15 @@ class Ledger:
             write_atomically(self._epoch_file, lambda file: file.write(str(epoch).encode()))
         return epoch
 
-    def publish(self, unit: Unit, row: Row, *, epoch: int) -> bool:
+    def publish(self, unit: Unit, row: Row, *, epoch: int, place: Callable[[], object] | None = None) -> bool:
         """Publish a unit's row once.
 
         Args:
             unit: the finished unit; its key must be the row's.
             row: what came out.
             epoch: the run epoch that the caller was started in.
+            place: moves what the row names (an artifact) to its final name; called if the row will be the
+                published one, just before.
 
         Returns:
             Whether this call's row is the published one; False when another came first or the epoch is stale.
@@ -101,12 +104,17 @@ class Ledger:
         if row.key != unit.key:
             raise ValueError(f"row key must be the unit's {unit.key}, got {row.key}")
         text = canonical_json({**row.dump(), "epoch": epoch})
-        with self._locked(exclusive=False):
+        with self._locked(exclusive=place is not None):
             if epoch < self._read_epoch():
                 log.warning(
                     "unit %s: row of run epoch %d refused, a newer run has begun", unit.key[:12], epoch
                 )
                 return False
+            if place is not None:
+                if self.row(unit.key) is not None:
+                    return False
+                with storage_errors(self._path(unit.key)):
+                    place()
             won = write_atomically(
                 self._path(unit.key), lambda file: file.write(text.encode()), only_if_absent=True
             )
@@ -160,15 +168,19 @@ class Ledger:
                 os.close(handle)
 
     def events(self) -> list[dict[str, Any]]:
-        """Return the events so far; a torn last line (a crash while writing) is left out."""
+        """Return the events so far; a torn one (a crash while writing) is left out, but not the one behind it."""
         if not self._events.exists():
             return []
         found = []
         for line in self._events.read_bytes().splitlines():
+            if not line.strip():
+                continue
             try:
                 found.append(json.loads(line))
             except ValueError:
                 log.warning("events.jsonl has a torn line: left out")
+                with contextlib.suppress(ValueError):  # the next event stands behind it, on the same line
+                    found.append(json.loads(line[line.rindex(_EVENT_START) :]))
         return found
 
     def begin(self, unit: Unit, *, epoch: int, **more: Any) -> int:

@@ -74,6 +74,7 @@ class Cell:
         target: the dataset scored on.
         teacher: of the protocol `soft`.
         augment: if the table asks for one.
+        settings: what else the table asks of the evaluation, such as `epochs=300`; None for nothing.
         keys: keys of the evaluations, by seed.
         source: where its published number stands.
     """
@@ -88,6 +89,7 @@ class Cell:
     target: str
     teacher: str | None
     augment: str | None
+    settings: str | None
     keys: tuple[str, ...]
     source: Source
 
@@ -136,3 +138,7 @@ class Graph:
     def scored_from(self, key: str) -> list[Work]:
         """Return the evaluations of a distilled set."""
         return [work for work in self.evaluate.values() if key in work.unit.inputs]
+
+    def is_ranked(self, key: str) -> bool:
+        """Return whether a distilled set is a proxy of a NAS sweep."""
+        return any(key in keys for ranking in self.rankings for _, keys in ranking.sets)

@@ -6,6 +6,8 @@ import functools
 import hashlib
 import json
 import math
+import os
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -57,6 +59,15 @@ class Needs:
     """
 
     specs: tuple[PoolSpec, ...]
+
+
+@dataclass(frozen=True)
+class Damaged:
+    """An evaluation's answer when its set is not the one that the ledger names: it is to be made again."""
+
+
+class _DamagedError(Exception):
+    """Raised by an evaluation whose set is missing or damaged."""
 
 
 class _MissingError(Exception):
@@ -132,7 +143,7 @@ class _Refusing:
         raise _MissingError(specs)
 
 
-def run_work(job: Job, work: Work) -> Needs | None:
+def run_work(job: Job, work: Work) -> Needs | Damaged | None:
     """Do a unit and publish its row; a diverged one publishes a failed row.
 
     Args:
@@ -140,7 +151,7 @@ def run_work(job: Job, work: Work) -> Needs | None:
         work: the unit.
 
     Returns:
-        What the pool lacks, or None.
+        What it lacks, or None.
 
     Raises:
         Exception: a crash, lack of memory or of space; the caller retries it.
@@ -155,10 +166,15 @@ def run_work(job: Job, work: Work) -> Needs | None:
         result = _TASKS[work.kind](job, work)
     except _MissingError as missing:
         return Needs(missing.specs)
+    except _DamagedError:
+        return Damaged()
     except DivergedError as error:
         publish(ledger, job, work, {}, time.perf_counter() - begin, error=str(error))
         return None
-    publish(ledger, job, work, result, time.perf_counter() - begin)
+    try:
+        publish(ledger, job, work, result, time.perf_counter() - begin)
+    finally:
+        _draft(job, work).unlink(missing_ok=True)
     (Path(job.run_dir) / "checkpoints" / f"{work.key}.pt").unlink(missing_ok=True)
     return None
 
@@ -172,7 +188,7 @@ def publish(
     *,
     error: str | None = None,
 ) -> None:
-    """Publish a unit's row: done, or failed with the reason."""
+    """Publish a unit's row: done, with its set in place; or failed with the reason."""
     row = Row(
         key=work.key,
         kind=work.kind,
@@ -182,12 +198,28 @@ def publish(
         wall_s=wall_s,
         error=None if error is None else " ".join(error.split())[:300],
     )
-    ledger.publish(work.unit, row, epoch=job.epoch)
+    if work.kind != "distill" or error is not None:
+        ledger.publish(work.unit, row, epoch=job.epoch)
+        return
+    draft, path = _draft(job, work), Path(job.run_dir) / artifact_name(work.key)
+    ledger.publish(work.unit, row, epoch=job.epoch, place=lambda: draft.replace(path))
 
 
 def artifact_name(key: str) -> str:
     """Return where a distilled set lies below the run's folder."""
     return f"artifacts/{key}.pt"
+
+
+def _draft(job: Job, work: Work) -> Path:
+    """Return where this process keeps a set until its row is published: a late worker must not replace it."""
+    path = Path(job.run_dir) / artifact_name(work.key)
+    return path.with_name(f".{path.name}.{job.epoch}-{socket.gethostname()}-{os.getpid()}.tmp")
+
+
+def is_sound(run_dir: Path, row: Row) -> bool:
+    """Return whether the set of a distillation's row lies in its run, unchanged."""
+    path = run_dir / artifact_name(row.key)
+    return path.is_file() and file_hash(path) == row.result["sha256"]
 
 
 def file_hash(path: Path) -> str:
@@ -261,14 +293,15 @@ def _distil(job: Job, work: Work) -> dict[str, Any]:
         checkpoint=folder / "checkpoints" / f"{work.key}.pt",  # never written by methods without steps
         checkpoint_every=plan.config.checkpoint_every,
     )
-    path = folder / artifact_name(work.key)
-    made.distilled.save(path)
-    write_text(path.with_suffix(".json"), json.dumps({"losses": curve(made)}))
+    draft = _draft(job, work)
+    made.distilled.save(draft)
+    curve_file = (folder / artifact_name(work.key)).with_suffix(".json")
+    write_text(curve_file, json.dumps({"losses": curve(made)}))
     first, final = made.edge_losses()
     meta = made.distilled.meta
     return {
         "artifact": artifact_name(work.key),
-        "sha256": file_hash(path),
+        "sha256": file_hash(draft),
         "pool": list(dict.fromkeys(asking.used)),
         "steps": plan.config.steps,
         "resumed_from_step": made.resumed_from_step,
@@ -292,7 +325,10 @@ def curve(made: DistillResult) -> list[tuple[int, float]]:
 
 def _evaluate(job: Job, work: Work) -> dict[str, Any]:
     """Score one set with one architecture."""
-    path = Path(job.run_dir) / artifact_name(work.unit.inputs[0])
+    folder, source = Path(job.run_dir), work.unit.inputs[0]
+    path, made = folder / artifact_name(source), Ledger(folder).row(source)
+    if made is None or not is_sound(folder, made):
+        raise _DamagedError
     held: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in work.options.items()}
     if job.data_dir is not None:
         held["data_dir"] = Path(job.data_dir)
