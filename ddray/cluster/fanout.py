@@ -107,6 +107,8 @@ def fan_out(
             awake = actor.awake.remote()  # before the task: the start of a process is no part of its time
             running[actor.run.remote(task.function, *task.arguments)] = _Running(task, attempt, actor, awake)
         done = _next(running, idle, timeout_s)
+        if done is None:  # nodes may have joined
+            continue
         held = running.pop(done)
         value, error = _result(done, held, idle, timeout_s)
         if error is not None and not isinstance(error, _FINAL) and held.attempt < max_attempts:
@@ -139,23 +141,21 @@ class _Running:
         return time.monotonic() - self.since
 
 
-def _next(running: dict[Any, _Running], idle: list[Any], timeout_s: float | None) -> Any:
-    """Return the reference of a task that has ended, or of one that has run too long."""
-    while True:
-        wait_s = _LOOK_S if idle else None
-        if timeout_s is not None:
-            longest = max(held.seconds() for held in running.values())
-            wait_s = min(_LOOK_S, max(0.1, timeout_s - longest))
-        ready, _ = ray.wait(list(running), num_returns=1, timeout=wait_s)
-        if ready:
-            return ready[0]
-        # A node that died took cores with it: a new worker may be waiting for those of an idle one.
-        for actor in idle:
-            ray.kill(actor)
-        idle.clear()
-        late = max(running, key=lambda reference: running[reference].seconds())
-        if timeout_s is not None and running[late].seconds() >= timeout_s:
-            return late
+def _next(running: dict[Any, _Running], idle: list[Any], timeout_s: float | None) -> Any | None:
+    """Return the reference of a task that has ended or run too long; None if none has for some seconds."""
+    wait_s = _LOOK_S
+    if timeout_s is not None:
+        longest = max(held.seconds() for held in running.values())
+        wait_s = min(_LOOK_S, max(0.1, timeout_s - longest))
+    ready, _ = ray.wait(list(running), num_returns=1, timeout=wait_s)
+    if ready:
+        return ready[0]
+    # A node that died took cores with it: a new worker may be waiting for those of an idle one.
+    for actor in idle:
+        ray.kill(actor)
+    idle.clear()
+    late = max(running, key=lambda reference: running[reference].seconds())
+    return late if timeout_s is not None and running[late].seconds() >= timeout_s else None
 
 
 def _result(
