@@ -167,6 +167,8 @@ class BenchSpec(Config):
     skip: Names = ()
     """Rows, by label, that this scale leaves out."""
     limits: Limits = Limits()
+    replaced: bool = False
+    """Whether a scale has replaced the table's datasets: rows that name others then run on all."""
     published: Source = Source()
 
     @model_validator(mode="after")
@@ -176,19 +178,17 @@ class BenchSpec(Config):
             raise ValueError("evaluate must name at least one protocol, got none")
         labels = [(row.row, name) for row in self.rows() for name in self.datasets(row)]
         twice = sorted({label for label in labels if labels.count(label) > 1})
-        if twice and not self._narrowed():
+        if twice and not self.replaced:
             raise ValueError(f"labels must differ, got {twice[0][0]!r} twice; add label: to one of them")
         for row in self.rows():
             if not (row.ipc or row.budget or self.ipc or self.budget):
                 raise ValueError(f"{row.row} must have a size, got none; add ipc: [1] (or budget:)")
-        strange = [name for row in self.methods for name in row.dataset if name not in self.dataset]
-        if strange and not self._narrowed():
-            raise ValueError(f"a method's dataset must be among {list(self.dataset)}, got {strange[0]!r}")
+        for what, named in (("a method's", self.methods), ("evaluate", self.evaluate)):
+            strange = [name for one in named for name in one.dataset if name not in self.dataset]
+            if strange and not self.replaced:
+                rule = f"{what} dataset must be among {list(self.dataset)}"
+                raise ValueError(f"{rule}, got {strange[0]!r}")
         return self
-
-    def _narrowed(self) -> bool:
-        """Return whether a scale has replaced the datasets."""
-        return self.limits != Limits()
 
     @property
     def val_seed(self) -> int | None:
@@ -254,4 +254,6 @@ def read_spec(path: Path, scale: str = "paper") -> BenchSpec:
         if name not in SCALES:
             raise unknown(f"{path}: a scale", str(name), SCALES)
     merged = merge(held, SCALES[scale], own.get(scale, {}))
+    if _listed(merged.get("dataset")) != _listed(held.get("dataset")):
+        merged["replaced"] = True
     return BenchSpec.parse(merged, source=str(path))
