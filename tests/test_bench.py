@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,12 @@ from typing import Any, ClassVar
 import pytest
 
 from ddray import artifact
+from ddray.bench import board, ranking
 from ddray.bench import work as bench_work
 from ddray.bench.cost import History, costs_file, summarise
 from ddray.bench.graph import build_graph
 from ddray.bench.ranking import cell_of
-from ddray.bench.run import BenchOptions, dry_run, prepare, run_bench, run_local
+from ddray.bench.run import BenchOptions, _say_scaled, dry_run, prepare, run_bench, run_local
 from ddray.bench.spec import BenchSpec, Source, read_spec
 from ddray.bench.table import standard_error
 from ddray.bench.units import Cell, Ranking
@@ -27,7 +29,9 @@ from ddray.distill import DistillContext
 from ddray.errors import DdrayError, InputError, StorageError
 from ddray.ledger import Ledger
 from ddray.methods import get_method, method_names
+from ddray.pool import home
 from ddray.report.published import compare, find, read_numbers
+from ddray.run import open_run
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "configs" / "bench").glob("*.yaml"))
@@ -104,6 +108,9 @@ class TestSpec:
             ({"ipc": 0}, "greater than or equal to 1"),
             ({"methods": []}, "at least 1 item"),
             ({"methods": [{"name": "dm", "dataset": "mnist"}]}, "must be among"),
+            ({"evaluate": {"dataset": "mnits"}}, "evaluate dataset must be among"),
+            ({"methods": ["dm", {"name": "dm", "steps": 5}], "limits": {"steps": 3}}, "labels must differ"),
+            ({"methods": [{"name": "dm", "dataset": "mnits"}], "limits": {"steps": 3}}, "must be among"),
             ({"evaluate": []}, "at least one protocol"),
             ({"evaluate": {"epochs": 0}}, "evaluate"),
             ({"methods": [{"name": "dm", "stepps": 3}]}, "stepps"),
@@ -132,6 +139,21 @@ class TestSpec:
         path.write_text(path.read_text().replace("cpu:", "gpu:"))
         with pytest.raises(InputError, match="must be one of cpu, paper, smoke, got 'gpu'"):
             read_spec(path)
+
+    def test_only_a_scale_with_other_datasets_may_change_what_rows_name(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.yaml"
+        path.write_text(
+            "name: a\ndataset: [mnist, cifar10]\nipc: 1\nmethods:\n  - {name: dm, dataset: mnist}\n"
+            "evaluate: {dataset: cifar10}\n"
+        )
+        smoke, cpu = read_spec(path, "smoke"), read_spec(path, "cpu")
+        assert smoke.datasets(smoke.rows()[0]) == smoke.scored(smoke.evaluate[0]) == ["digits"]
+        assert (cpu.datasets(cpu.rows()[0]), cpu.scored(cpu.evaluate[0])) == (["mnist"], ["cifar10"])
+        path.write_text(
+            path.read_text().replace("evaluate: {dataset: cifar10}", "evaluate: {dataset: cifar}")
+        )
+        with pytest.raises(InputError, match="evaluate dataset must be among"):
+            read_spec(path, "cpu")
 
     def test_a_size_beyond_the_limit_is_cut_where_it_is_the_only_one(self) -> None:
         held = spec(ipc=[50], limits={"ipc": 10})
@@ -361,6 +383,64 @@ class TestRun:
         assert "it is distilled again" in caplog.text
         assert starts(tmp_path / "run")[source.key] == 2
 
+    def test_a_set_that_is_damaged_while_the_bench_runs_is_distilled_again(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run(tmp_path / "whole", spec(seeds=1))
+        real = bench_work.publish
+        hurt: list[Path] = []
+
+        def publish(ledger: Ledger, job: Any, work: Any, *args: Any, **more: Any) -> None:
+            real(ledger, job, work, *args, **more)
+            if work.kind == "distill" and not hurt:
+                hurt.append(tmp_path / "run" / bench_work.artifact_name(work.key))
+                hurt[0].write_bytes(hurt[0].read_bytes()[:-7])
+
+        monkeypatch.setattr(bench_work, "publish", publish)
+        found = run(tmp_path / "run", spec(seeds=1))
+        assert (found["num_failed"], found["skipped"]) == (0, [])
+        assert artifact.load(hurt[0])
+        table = (tmp_path / "whole" / "table.csv").read_bytes()
+        assert (tmp_path / "run" / "table.csv").read_bytes() == table
+
+    def test_a_set_that_is_damaged_again_and_again_fails_its_evaluations(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(bench_work, "is_sound", lambda run_dir, row: False)
+        monkeypatch.setattr(board, "is_sound", lambda run_dir, row: False)
+        with pytest.raises(DdrayError, match="damaged again and again"):
+            run(tmp_path / "run", spec(methods=["random"], seeds=1))
+        assert Ledger(tmp_path / "run").rows("evaluate")[0].result["attempts"]
+
+    def test_a_late_worker_does_not_replace_the_published_set(self, tmp_path: Path) -> None:
+        """An orphan of a killed driver ends after the new one has published: its bytes may be others."""
+        held = spec(methods=["random"], seeds=1)
+        run(tmp_path / "run", held)
+        (row,) = Ledger(tmp_path / "run").rows("distill")
+        path = tmp_path / "run" / row.result["artifact"]
+        before = path.read_bytes()
+        (work,) = build_graph(held, open_dataset).distil.values()
+        for epoch in (0, 1):  # of an older driver, and a second worker of this one
+            job = bench_work.Job(str(tmp_path / "run"), epoch, None, "cpu")
+            bench_work._draft(job, work).write_bytes(b"other bytes")
+            bench_work.publish(Ledger(tmp_path / "run"), job, work, {"sha256": "other"}, 1.0)
+            assert path.read_bytes() == before
+        assert bench_work.is_sound(tmp_path / "run", row)
+
+    def test_a_scaled_run_is_no_reproduction(self) -> None:
+        cells = [{"published": {"difference": 0.1, "difference_se": 2.0}}, {}]
+        _say_scaled(cells)
+        assert cells == [{"published": {"difference": 0.1, "difference_se": None}}, {}]
+
+    def test_evaluations_that_differ_in_epochs_or_options_are_told_apart(self, tmp_path: Path) -> None:
+        scored = [{"epochs": 1}, {"epochs": 2}, {"epochs": 1, "options": {"train_limit": 5}}]
+        held = spec(methods=["random"], seeds=1, evaluate=[{**one, "seeds": 1} for one in scored])
+        found = run(tmp_path / "run", held)
+        wanted = ["epochs=1", "epochs=2", "epochs=1, train_limit=5"]
+        assert [cell["settings"] for cell in found["cells"]] == wanted
+        with (tmp_path / "run" / "table.csv").open() as file:
+            assert [line["settings"] for line in csv.DictReader(file)] == wanted
+
     def test_a_full_disk_ends_the_bench_and_leaves_it_resumable(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -414,6 +494,50 @@ class TestRanking:
         assert run(tmp_path / "run", held, resume=True)["cells"] == found["cells"]
         assert {path: path.stat().st_mtime_ns for path in sweep.glob("ledger/*.json")} == before
 
+    def test_a_set_that_is_gone_is_distilled_again_and_its_sweep_goes_on(self, tmp_path: Path) -> None:
+        held = spec(**self.NAS)
+        found = run(tmp_path / "run", held)
+        for row in Ledger(tmp_path / "run").rows("distill"):
+            (tmp_path / "run" / row.result["artifact"]).unlink()
+        again = run(tmp_path / "run", held, resume=True)
+        assert again["cells"] == found["cells"]
+        rows = Ledger(tmp_path / "run").rows("distill")
+        assert rows
+        assert all((tmp_path / "run" / row.result["artifact"]).is_file() for row in rows)
+
+    def test_a_sweep_that_fails_is_listed_and_the_rest_is_written(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def broken(*args: Any, **more: Any) -> Any:
+            raise DdrayError("no architecture finished on dm-0.pt: out of memory")
+
+        monkeypatch.setattr(ranking, "rank_architectures", broken)
+        held = spec(
+            seeds=1, evaluate=[{"epochs": 1, "seeds": 1, "archs": ["convnet1_w8"]}, self.NAS["evaluate"]]
+        )
+        found = run(tmp_path / "run", held)
+        assert [cell["method"] for cell in found["cells"]] == ["random", "dm"]
+        (failure,) = found["failures"]
+        assert (failure["kind"], failure["unit"]) == ("nas", "nas sweep of convnet720: digits ipc 1")
+        assert "no architecture finished" in failure["reason"]
+        for name in ("results.csv", "table.csv", "cells.json"):
+            assert (tmp_path / "run" / name).is_file()
+
+    def test_a_dry_run_prices_sweeps_from_past_ones(self, tmp_path: Path) -> None:
+        held = spec(**self.NAS)
+        unknown = dry_run(held, LOCAL, run_dir=None)
+        (sweep,) = [unit for unit in unknown["units"] if unit["kind"] == "nas"]
+        assert sweep["estimate_s"] is None
+        assert len(sweep["needs"]) == 2
+        run(tmp_path / "run", held)
+        (sweep,) = [unit for unit in dry_run(held, LOCAL, run_dir=None)["units"] if unit["kind"] == "nas"]
+        lines = [json.loads(line) for line in costs_file().read_text().splitlines()]
+        times = [line["wall_s"] for line in lines if line["kind"] == "nas"]
+        assert sweep["past_units"] == len(times) > 0
+        # two architectures on two sets and on the baseline, and their truth
+        assert sweep["estimate_s"] == pytest.approx(statistics.median(times) * 2 * (2 + 1 + 1))
+        assert "nas sweep of convnet720" in str(summarise([sweep]))
+
     def test_a_bad_option_is_refused_before_a_folder_is_made(self, tmp_path: Path) -> None:
         bad = {"evaluate": {"protocol": "nas", "options": {"sampel": 2}}}
         with pytest.raises(InputError, match="did you mean 'sample'"):
@@ -429,14 +553,14 @@ class TestRanking:
             arch="convnet720",
             source=Source(paper="datadam", table="Table 4"),
         )
-        ranking = Ranking(
+        proxies = Ranking(
             0, BenchSpec.parse({**TINY, **self.NAS}).evaluate[0], "cifar10", ((cell, ("a", "b")),)
         )
         figures = [
             {"top1_truth_accuracy": value, "spearman": rho, "spearman_top20": None, "kendall": rho}
             for value, rho in ((0.90, 0.5), (0.88, 0.7))
         ]
-        found = cell_of(ranking, 0, figures)
+        found = cell_of(proxies, 0, figures)
         assert found["accuracy_mean"] == pytest.approx(0.89)
         assert found["spearman"] == pytest.approx(0.6)
         assert (found["spearman_top20"], found["published_spearman_top20"]) == (None, 0.69)
@@ -462,6 +586,55 @@ class TestPool:
         # Another run finds them.
         run(tmp_path / "other", held)
         assert Ledger(tmp_path / "other").rows("pool") == []
+
+    def test_entries_of_another_run_are_no_units_of_this_one(self, tmp_path: Path) -> None:
+        held = spec(methods=["kcenter"], set={**TINY["set"], "method.feature_epochs": 1}, seeds=1)
+        run(tmp_path / "one", held)
+        # Half of it is there: the other seed's network is missing.
+        found = run(tmp_path / "two", BenchSpec.parse({**held.dump(), "seeds": 2}))
+        assert (found["skipped"], found["num_failed"]) == ([], 0)
+        assert len(Ledger(tmp_path / "two").rows("pool")) == 1
+
+    def test_of_two_entries_asked_for_only_the_missing_one_is_a_unit(self, tmp_path: Path) -> None:
+        changes = {"set": {**TINY["set"], "method.feature_epochs": 1}, "seeds": 1}
+        held = spec(methods=["kcenter"], **changes)
+        graph = build_graph(held, open_dataset)
+        made = open_run(tmp_path / "run", {"a": 1}, command="bench", resume=False)
+        job = bench_work.Job(str(tmp_path / "run"), made.epoch, None, "cpu")
+        view = board.Board(graph, made, job)
+        (asker,) = view.first()
+        (plan,) = graph.plans.values()
+        (one,) = asked_first(plan) or ()
+        other = one.model_copy(update={"seed": 7})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(board, "has_entry", lambda asked: asked.seed == 7)
+            needs = bench_work.Needs((one, other))
+            (wanted,) = view.after(board.Ended(asker.key, needs, None, 1))
+        assert wanted.pool == one
+        assert [title for title in view.skipped() if title.startswith("pool")] == [wanted.title]
+
+    def test_an_entry_that_is_removed_is_trained_again_and_one_that_never_stays_fails(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        held = spec(methods=["kcenter"], set={**TINY["set"], "method.feature_epochs": 1}, seeds=1)
+        real = bench_work._TASKS["pool"]
+        lost: list[str] = []
+
+        def train(job: Any, work: Any, most: int = 1) -> Any:
+            result = real(job, work)
+            if len(lost) < most:
+                lost.append(work.key)
+                shutil.rmtree(home() / "pool" / work.pool.key)
+            return result
+
+        monkeypatch.setitem(bench_work._TASKS, "pool", train)
+        found = run(tmp_path / "once", held)
+        assert (found["num_failed"], found["skipped"], len(lost)) == (0, [], 1)
+        shutil.rmtree(home() / "pool")
+        monkeypatch.setitem(bench_work._TASKS, "pool", lambda job, work: train(job, work, 99))
+        with pytest.raises(DdrayError, match="DDRAY_HOME must be one folder"):
+            run(tmp_path / "never", held)
+        assert len(lost) == 1 + 3
 
     def test_a_failed_entry_leaves_its_askers_out_and_the_rest_goes_on(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -502,6 +675,11 @@ class TestDryRun:
         assert (kinds.count("pool"), kinds.count("distill"), kinds.count("evaluate")) == (2, 4, 8)
         assert found["num_missing"] == found["num_units"] == 14
         assert found["estimate_s"] is None
+        pool = {"kind": "pool", "what": "supervised", "which": "convnet1_w8 on digits", "device": "cpu"}
+        costs_file().parent.mkdir(parents=True, exist_ok=True)
+        costs_file().write_text(json.dumps({**pool, "amount": 0.0, "wall_s": 4.0}) + "\n")
+        priced = dry_run(spec(methods=["random", "kcenter"]), LOCAL, run_dir=tmp_path / "none")
+        assert priced["estimate_s"] == 8.0, "two networks, four seconds each"
         titles = {unit["unit"] for unit in found["units"]}
         assert all(set(unit["needs"]) <= titles for unit in found["units"])
         assert not list(tmp_path.iterdir()) or not (tmp_path / "none").exists()
@@ -553,6 +731,7 @@ class TestPublished:
             "target": "cifar10",
             "teacher": None,
             "augment": None,
+            "settings": None,
             "keys": (),
             "source": Source(),
         }

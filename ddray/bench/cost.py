@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddray.bench.units import Graph, Work
+from ddray.bench.graph import pool_work
+from ddray.bench.units import Graph, Ranking, Work
 from ddray.bench.work import asked_first
 from ddray.files import storage_errors
 from ddray.ledger import Ledger, Row
+from ddray.nas.spaces import get_space
+from ddray.nas.sweep import NasOptions
 from ddray.pool import home
 
 log = logging.getLogger(__name__)
@@ -48,13 +51,27 @@ def remember(work: Work, row: Row, device: str) -> None:
     """Keep a finished unit's time; one that was continued after a kill says nothing of the whole."""
     if row.status == "failed" or row.wall_s <= 0 or row.result.get("resumed_from_step"):
         return
-    line = json.dumps({**_alike(work), "device": device, "amount": work.amount, "wall_s": row.wall_s})
+    _keep([{**_alike(work), "device": device, "amount": work.amount, "wall_s": row.wall_s}])
+
+
+def remember_sweep(ranking: Ranking, space: str, rows: Sequence[Row], device: str) -> None:
+    """Keep the times of a NAS sweep's finished units: one architecture on one proxy, by one seed."""
+    likes = _sweep_alike(space, ranking.dataset)
+    kept = [row for row in rows if row.status == "done" and row.wall_s > 0]
+    _keep([{**likes, "device": device, "amount": 1.0, "wall_s": row.wall_s} for row in kept])
+
+
+def _keep(lines: Sequence[dict[str, Any]]) -> None:
+    """Append lines, each by one write."""
+    if not lines:
+        return
     path = costs_file()
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(handle, (line + "\n").encode())
+            for line in lines:
+                os.write(handle, (json.dumps(line) + "\n").encode())
         finally:
             os.close(handle)
 
@@ -65,8 +82,45 @@ def _alike(work: Work) -> dict[str, Any]:
     if work.kind == "evaluate":
         return {"kind": work.kind, "what": work.options["protocol"], "which": spec["arch"]}
     if work.kind == "pool":
-        return {"kind": work.kind, "what": spec["kind"], "which": spec["arch"]}
+        return {"kind": work.kind, "what": spec["kind"], "which": f"{spec['arch']} on {work.dataset}"}
     return {"kind": work.kind, "what": work.method, "which": work.dataset}
+
+
+def _sweep_alike(space: str, dataset: str) -> dict[str, Any]:
+    return {"kind": "nas", "what": space, "which": dataset}
+
+
+@dataclass(frozen=True)
+class SweepCost:
+    """A NAS sweep as a forecast sees it.
+
+    Attributes:
+        title: for people.
+        needs: keys of the sets that are its proxies.
+        alike: what makes its units and past ones alike.
+        num_units: architectures by proxies by seeds.
+    """
+
+    title: str
+    needs: tuple[str, ...]
+    alike: dict[str, Any]
+    num_units: int
+
+
+def sweep_title(ranking: Ranking) -> str:
+    """Return what a person calls a sweep."""
+    cell = ranking.sets[0][0]
+    kind, size = cell.size
+    return f"nas sweep of {cell.arch}: {ranking.dataset} {kind} {size}"
+
+
+def sweep_of(ranking: Ranking, options: NasOptions) -> SweepCost:
+    """Return how many units a sweep has; a space's size limits stay unapplied, so it is an upper bound."""
+    keys = tuple(key for _, held in ranking.sets for key in held)
+    archs = options.sample or len(get_space(options.space))
+    ours = archs * options.seeds * (len(keys) + len(ranking.evaluate.options.get("baselines", ())))
+    truth = archs * options.truth_seeds if options.truth == "whole" else 0
+    return SweepCost(sweep_title(ranking), keys, _sweep_alike(options.space, ranking.dataset), ours + truth)
 
 
 class History:
@@ -87,22 +141,31 @@ class History:
 
     def estimate(self, work: Work) -> Estimate:
         """Return a unit's expected seconds: by its likes, else by its kind."""
-        wanted = _alike(work)
+        return self._estimate(_alike(work), work.amount)
+
+    def sweep(self, held: SweepCost) -> Estimate:
+        """Return a sweep's expected seconds."""
+        return self._estimate(held.alike, float(held.num_units))
+
+    def _estimate(self, wanted: dict[str, Any], amount: float) -> Estimate:
         for names in (("kind", "what", "which"), ("kind", "what"), ("kind",)):
             alike = [held for held in self._past if all(held[name] == wanted[name] for name in names)]
             if alike:
                 rates = [held["wall_s"] / max(held["amount"], 1.0) for held in alike]
-                return Estimate(statistics.median(rates) * max(work.amount, 1.0), len(alike))
+                return Estimate(statistics.median(rates) * max(amount, 1.0), len(alike))
         return Estimate(None, 0)
 
 
-def forecast(graph: Graph, ledger: Ledger | None, device: str) -> dict[str, Any]:
+def forecast(
+    graph: Graph, ledger: Ledger | None, device: str, sweeps: Sequence[SweepCost] = ()
+) -> dict[str, Any]:
     """Return the unit graph with states and estimates (the JSON of --dry-run).
 
     Args:
         graph: the units.
         ledger: of the run, if there is one.
         device: `cpu` or `cuda`.
+        sweeps: the NAS sweeps that follow, a line each.
     """
     history = History(device)
     titles = {work.key: work.title for work in graph.works()}
@@ -117,30 +180,35 @@ def forecast(graph: Graph, ledger: Ledger | None, device: str) -> dict[str, Any]
             known = known and specs is not None
             for spec in specs or ():
                 name = f"pool {spec.kind} {spec.arch} for {work.dataset}, seed {spec.seed}"
-                pool.setdefault(
-                    f"{name} {spec.key}", {"unit": name, "kind": "pool", "status": "missing", "needs": []}
-                )
+                entry = _line(name, "pool", None, [], history.estimate(pool_work(work, spec)))
+                pool.setdefault(f"{name} {spec.key}", entry)
                 needs.append(name)
-        held = history.estimate(work)
-        units.append(
-            {
-                "unit": work.title,
-                "kind": work.kind,
-                "status": row.status if row is not None else "missing",
-                "needs": needs,
-                "estimate_s": held.wall_s,
-                "past_units": held.units,
-            }
-        )
-    missing = [unit for unit in units if unit["status"] == "missing"]
-    guessed = [unit["estimate_s"] for unit in missing if unit["estimate_s"] is not None]
+        units.append(_line(work.title, work.kind, row, needs, history.estimate(work)))
+    after = [
+        _line(one.title, "nas", None, [titles[key] for key in one.needs], history.sweep(one))
+        for one in sweeps
+    ]
+    lines = [*pool.values(), *units, *after]
+    missing = [line for line in lines if line["status"] == "missing"]
+    guessed = [line["estimate_s"] for line in missing if line["estimate_s"] is not None]
     return {
-        "units": [*({**unit, "estimate_s": None, "past_units": 0} for unit in pool.values()), *units],
-        "num_units": len(units) + len(pool),
-        "num_missing": len(missing) + len(pool),
+        "units": lines,
+        "num_units": len(lines),
+        "num_missing": len(missing),
         "pool_known": known,
         "estimate_s": sum(guessed) if guessed else None,
-        "num_without_estimate": len(missing) - len(guessed) + len(pool),
+        "num_without_estimate": len(missing) - len(guessed),
+    }
+
+
+def _line(unit: str, kind: str, row: Row | None, needs: list[str], held: Estimate) -> dict[str, Any]:
+    return {
+        "unit": unit,
+        "kind": kind,
+        "status": row.status if row is not None else "missing",
+        "needs": needs,
+        "estimate_s": held.wall_s,
+        "past_units": held.units,
     }
 
 

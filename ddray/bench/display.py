@@ -20,7 +20,7 @@ def bench_tables(name: str, result: dict[str, Any]) -> list[Any]:
         {**cell, "size": f"ipc {cell['ipc']}" if "ipc" in cell else f"{cell['budget']} images"}
         for cell in result["cells"]
     ]
-    names = ("dataset", "size", "protocol", "target", "teacher", "augment", "arch")
+    names = ("dataset", "size", "protocol", "target", "teacher", "augment", "settings", "arch")
     held = {column: [str(cell.get(column, "-")) for cell in cells] for column in names}
     varied = [column for column in names if len(set(held[column])) > 1]
     fixed = [held[column][0] for column in names if len(set(held[column])) == 1 and held[column][0] != "-"]

@@ -205,11 +205,19 @@ def _cells(
                     target=target.name,
                     teacher=teacher,
                     augment=held.augment,
+                    settings=_settings(held, works[0].options),
                     keys=tuple(work.key for work in works),
                     source=_source(spec.published, held.published, row.published),
                 )
                 found.append((cell, works))
     return found
+
+
+def _settings(held: EvaluateSpec, options: Mapping[str, Any]) -> str | None:
+    """Return what tells apart evaluations of one protocol: what the table sets, as `options` limit it."""
+    given = {"recipe": held.recipe, "epochs": held.epochs, **held.options}
+    shown = {name: options.get(name, value) for name, value in given.items() if value is not None}
+    return ", ".join(f"{name}={value}" for name, value in shown.items()) or None
 
 
 def _proxy_cell(spec: BenchSpec, row: MethodSpec, held: EvaluateSpec, work: Work, plan: Plan) -> Cell:
@@ -225,6 +233,7 @@ def _proxy_cell(spec: BenchSpec, row: MethodSpec, held: EvaluateSpec, work: Work
         target=plan.dataset.name,
         teacher=None,
         augment=None,
+        settings=_settings(held, {}),
         keys=(),
         source=_source(spec.published, held.published, row.published),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 import re
 import shutil
@@ -35,6 +36,12 @@ def nas_options(ranking: Ranking, more: Mapping[str, Any]) -> NasOptions:
     return NasOptions.parse({**own, **more}, prefix="evaluate.options.")
 
 
+def sweep_folder(ranking: Ranking, options: NasOptions, run_dir: Path) -> Path:
+    """Return the folder of a sweep's own run, below the bench's."""
+    kind, size = ranking.sets[0][0].size
+    return run_dir / "nas" / f"{_slug(ranking.dataset)}-{kind}{size}-{options.space}-{ranking.number}"
+
+
 def rank_sets(
     ranking: Ranking,
     options: NasOptions,
@@ -58,8 +65,7 @@ def rank_sets(
         InputError: an option is bad.
         DdrayError: no architecture finished.
     """
-    kind, size = ranking.sets[0][0].size
-    folder = run_dir / "nas" / f"{_slug(ranking.dataset)}-{kind}{size}-{options.space}-{ranking.number}"
+    folder = sweep_folder(ranking, options, run_dir)
     files: list[Path] = []
     owners: list[int] = []
     for place, (cell, keys) in enumerate(ranking.sets):
@@ -101,6 +107,7 @@ def cell_of(ranking: Ranking, place: int, figures: Sequence[Mapping[str, Any]]) 
         kind: size,
         "arch": cell.arch,
         "protocol": "nas",
+        **({} if cell.settings is None else {"settings": cell.settings}),
         "accuracy_mean": statistics.fmean(values) if values else None,
         "accuracy_std": std,
         "n": len(values),
@@ -125,10 +132,11 @@ def _slug(text: str) -> str:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Give a set a name that the sweep's tables can show."""
-    if target.exists():
-        return
+    """Give a set a name that the sweep's tables can show; one that was made again replaces the old one."""
     with storage_errors(target):
+        if target.exists() and filecmp.cmp(source, target, shallow=False):
+            return
+        target.unlink(missing_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.link(source, target)

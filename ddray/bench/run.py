@@ -13,10 +13,10 @@ from typing import Any, Literal, Protocol
 from pydantic import Field
 
 from ddray.bench.board import Board, Ended, withdraw_crashes
-from ddray.bench.cost import forecast, remember
+from ddray.bench.cost import forecast, remember, remember_sweep, sweep_of, sweep_title
 from ddray.bench.graph import build_graph
 from ddray.bench.spec import BenchSpec
-from ddray.bench.table import cells_of, write_table
+from ddray.bench.table import cells_of, write_plan, write_table
 from ddray.bench.units import Graph, Ranking, Work
 from ddray.bench.work import Job, run_work
 from ddray.config import Config, read_yaml
@@ -160,12 +160,12 @@ def dry_run(spec: BenchSpec, options: BenchOptions, *, run_dir: Path | None) -> 
         return opened[name]
 
     graph = build_graph(spec, get, check_plan)
-    sweeps = [_nas_options(ranking, spec, options).space for ranking in graph.rankings]
+    sweeps = [(ranking, _nas_options(ranking, spec, options)) for ranking in graph.rankings]
     return {
         "name": spec.name,
         "scale": options.scale,
-        **forecast(graph, ledger, options.device),
-        "nas_sweeps": sweeps,
+        **forecast(graph, ledger, options.device, [sweep_of(*one) for one in sweeps]),
+        "nas_sweeps": [held.space for _, held in sweeps],
     }
 
 
@@ -234,13 +234,16 @@ def run_bench(
     data_dir = None if options.data_dir is None else str(options.data_dir)
     job = Job(str(run.folder), run.epoch, data_dir, options.device)
     board = Board(bench.graph, run, job)
+    write_plan(run.folder / "planned.json", bench.graph.cells, _sets_of(bench.graph))
     _loop(board, execute, run, job)
     cells = cells_of(bench.graph.cells, run.ledger.row)
-    for ranking in bench.graph.rankings:
-        cells += _rank(bench, ranking, run, execute_nas)
+    ranked, unranked = _rankings(bench, run, execute_nas)
+    cells += ranked
+    if options.scale != "paper":
+        _say_scaled(cells)
     write_results(run.folder / "results.csv", run.ledger.rows())
     write_table(run.folder / "table.csv", cells)
-    failures, skipped = board.failures(), board.skipped()
+    failures, skipped = [*board.failures(), *unranked], board.skipped()
     held = {"cells": _with_sets(bench.graph, cells), "failures": failures, "skipped": skipped}
     write_text(run.folder / "cells.json", json.dumps(held, indent=1))
     if not cells:
@@ -256,12 +259,25 @@ def run_bench(
     }
 
 
-def _with_sets(graph: Graph, cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the cells with the keys of the sets behind them, for reports."""
+def _say_scaled(cells: Sequence[dict[str, Any]]) -> None:
+    """Take the distance in standard errors away: a run at a smaller scale is no reproduction."""
+    for cell in cells:
+        if "published" in cell:
+            cell["published"]["difference_se"] = None
+
+
+def _sets_of(graph: Graph) -> dict[tuple[str, str, str, int], list[str]]:
+    """Return the keys of the sets behind (row, dataset, kind of size, size)."""
     sets: dict[tuple[str, str, str, int], list[str]] = {}
     for work in graph.distil.values():
         for row in graph.labels[work.key]:
             sets.setdefault((row, work.unit.spec["dataset"], *work.size), []).append(work.key)
+    return sets
+
+
+def _with_sets(graph: Graph, cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the cells with the keys of the sets behind them, for reports."""
+    sets = _sets_of(graph)
     found = []
     for cell in cells:
         kind = "ipc" if "ipc" in cell else "budget"
@@ -269,26 +285,55 @@ def _with_sets(graph: Graph, cells: Sequence[dict[str, Any]]) -> list[dict[str, 
     return found
 
 
+def _rankings(
+    bench: Bench, run: Run, execute_nas: Callable[[NasOptions], NasExecute]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Run the NAS sweeps, or continue them; return their cells, and those that failed with the reason.
+
+    Raises:
+        StorageError: the disk is full.
+    """
+    cells: list[dict[str, Any]] = []
+    failures: list[dict[str, Any]] = []
+    for ranking in bench.graph.rankings:
+        title = sweep_title(ranking)
+        try:
+            cells += _rank(bench, ranking, run, execute_nas)
+        except StorageError:
+            raise
+        except DdrayError as error:
+            reason = " ".join(str(error).split())
+            log.warning("%s failed: %s", title, reason)
+            failures.append({"unit": title, "kind": "nas", "key": "", "reason": reason})
+    return cells, failures
+
+
 def _rank(
     bench: Bench, ranking: Ranking, run: Run, execute_nas: Callable[[NasOptions], NasExecute]
 ) -> list[dict[str, Any]]:
     """Run one NAS sweep, or continue it; return its cells."""
-    from ddray.bench.ranking import rank_sets
+    from ddray.bench.ranking import rank_sets, sweep_folder
 
     options = _nas_options(ranking, bench.spec, bench.options)
+    ledger = Ledger(sweep_folder(ranking, options, run.folder))
+    before = {row.key for row in ledger.rows()}
 
     def has_set(key: str) -> bool:
         row = run.ledger.row(key)
         return row is not None and row.status == "done"
 
-    return rank_sets(
-        ranking,
-        options,
-        execute_nas(options),
-        run_dir=run.folder,
-        has_set=has_set,
-        data_dir=bench.options.data_dir,
-    )
+    try:
+        return rank_sets(
+            ranking,
+            options,
+            execute_nas(options),
+            run_dir=run.folder,
+            has_set=has_set,
+            data_dir=bench.options.data_dir,
+        )
+    finally:
+        fresh = [row for row in ledger.rows() if row.key not in before]
+        remember_sweep(ranking, options.space, fresh, bench.options.device)
 
 
 def _nas_options(ranking: Ranking, spec: BenchSpec, options: BenchOptions) -> NasOptions:

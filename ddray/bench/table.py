@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
+from ddray.bench.spec import Source
 from ddray.bench.units import Cell
 from ddray.files import write_text
 from ddray.ledger import Row
@@ -14,7 +17,7 @@ from ddray.report.published import Number, compare, find, read_numbers
 
 _OWN: Final = ("arch", "accuracy_mean", "accuracy_std", "per_seed", "num_images", "wall_s")
 COLUMNS: Final = (
-    *("method", "dataset", "target", "ipc", "budget", "protocol", "teacher", "augment", "arch"),
+    *("method", "dataset", "target", "ipc", "budget", "protocol", "teacher", "augment", "settings", "arch"),
     *("accuracy_mean", "accuracy_std", "n", "num_sets", "standard_error"),
     *("published", "published_std", "published_source", "difference", "difference_se"),
 )
@@ -36,6 +39,41 @@ def cells_of(cells: Sequence[Cell], row_of: Callable[[str], Row | None]) -> list
     return found
 
 
+def write_plan(
+    path: Path, cells: Sequence[Cell], sets: Mapping[tuple[str, str, str, int], list[str]]
+) -> None:
+    """Write what the cells will be of, so that a run that has not ended can be shown.
+
+    Args:
+        path: the file.
+        cells: the table's numbers.
+        sets: keys of the sets behind (row, dataset, kind of size, size).
+
+    Raises:
+        StorageError: the file can't be written.
+    """
+    held = [
+        {**asdict(cell), "source": cell.source.dump(), "sets": sets[cell.method, cell.dataset, *cell.size]}
+        for cell in cells
+    ]
+    write_text(path, json.dumps(held))
+
+
+def planned_cells(path: Path, row_of: Callable[[str], Row | None]) -> list[dict[str, Any]]:
+    """Return the cells of a run so far, by what `write_plan` wrote.
+
+    Args:
+        path: the file.
+        row_of: gives the row of a key.
+    """
+    found = []
+    for held in json.loads(path.read_text(encoding="utf-8")):
+        sets = held.pop("sets")
+        fixed = {"size": tuple(held["size"]), "keys": tuple(held["keys"]), "source": Source(**held["source"])}
+        found += [{**cell, "sets": sets} for cell in cells_of([Cell(**{**held, **fixed})], row_of)]
+    return found
+
+
 def _cell(cell: Cell, rows: Sequence[Row], numbers: Sequence[Number]) -> dict[str, Any]:
     """Return one cell: mean and sample standard deviation over all networks of all sets."""
     per_set = [[float(value) for value in row.result["per_seed"]] for row in rows]
@@ -53,7 +91,7 @@ def _cell(cell: Cell, rows: Sequence[Row], numbers: Sequence[Number]) -> dict[st
         "num_sets": len(rows),
         "standard_error": standard_error(per_set),
     }
-    for name in ("teacher", "augment"):
+    for name in ("teacher", "augment", "settings"):
         if getattr(cell, name) is not None:
             held[name] = getattr(cell, name)
     if cell.target != cell.dataset:
