@@ -168,7 +168,7 @@ class Ledger:
                 os.close(handle)
 
     def events(self) -> list[dict[str, Any]]:
-        """Return the events so far; a torn one (a crash while writing) is left out, but not the one behind it."""
+        """Return the events so far; one that a crash tore is left out, but not the one behind it."""
         if not self._events.exists():
             return []
         found = []

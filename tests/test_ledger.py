@@ -228,6 +228,35 @@ def test_a_torn_last_event_is_left_out(torn: bytes, tmp_path: Path, caplog: pyte
     assert "torn line" in caplog.text
 
 
+def test_a_torn_event_does_not_swallow_the_next(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.begin(unit(), epoch=1, title='a "quoted" {"event": "start"} title')
+    with (tmp_path / "events.jsonl").open("ab") as file:
+        file.write(b'{"event": "start", "key": "ab')
+    epoch = ledger.open_epoch()
+    ledger.publish(unit(), row(unit()), epoch=epoch)
+    ledger.begin(unit(1), epoch=epoch)
+
+    assert [event["event"] for event in ledger.events()] == ["start", "finish", "start"]
+    assert ledger.events()[1]["key"] == unit().key
+    with (tmp_path / "events.jsonl").open("ab") as file:
+        file.write(b"\n")
+    assert len(ledger.events()) == 3, "a blank line is no event"
+
+
+def test_what_a_row_names_is_put_in_place_only_if_the_row_is_published(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    epoch = ledger.open_epoch()
+    placed: list[str] = []
+
+    assert ledger.publish(unit(), row(unit()), epoch=epoch, place=lambda: placed.append("first"))
+    assert not ledger.publish(unit(), row(unit()), epoch=epoch, place=lambda: placed.append("second"))
+    ledger.open_epoch()
+    assert not ledger.publish(unit(1), row(unit(1)), epoch=epoch, place=lambda: placed.append("stale"))
+
+    assert placed == ["first"]
+
+
 def test_an_event_that_does_not_fit_on_the_disk_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
