@@ -106,20 +106,23 @@ def fan_out(
                 on_start(task.key, attempt)
             awake = actor.awake.remote()  # before the task: the start of a process is no part of its time
             running[actor.run.remote(task.function, *task.arguments)] = _Running(task, attempt, actor, awake)
-        done = _next(running, idle, timeout_s)
-        if done is None:  # nodes may have joined
-            continue
+        if (done := _next(running, idle, timeout_s)) is None:
+            continue  # nodes may have joined
         held = running.pop(done)
         value, error = _result(done, held, idle, timeout_s)
         if error is not None and not isinstance(error, _FINAL) and held.attempt < max_attempts:
-            reason = " ".join(str(error).split())[:120]
-            log.warning("task %s failed (%s): trying again", held.task.key[:12], reason)
+            log.warning("task %s failed (%s): trying again", held.task.key[:12], _short(error))
             waiting.append((held.task, held.attempt + 1))
             continue
         outcome = Outcome(held.task.key, value, error, held.attempt)
         if follow is not None:
             waiting.extend((task, 1) for task in follow(outcome))
         yield outcome
+
+
+def _short(error: Exception) -> str:
+    """Return an error's text on one line."""
+    return " ".join(str(error).split())[:120]
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -210,3 +211,28 @@ class TestWorkers:
         }
         assert sorted(found, key=int) == [str(number) for number in range(1, 16)]
         assert found["15"] == 49
+
+    def test_a_node_that_joins_is_used_while_every_worker_is_busy(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from ddray.cluster import fanout
+
+        monkeypatch.setattr(fanout, "_LOOK_S", 0.3)
+
+        def busy(path: str) -> bool:
+            until = time.monotonic() + 60
+            while not os.path.exists(path) and time.monotonic() < until:
+                time.sleep(0.05)
+            return os.path.exists(path)
+
+        def touch(path: str) -> None:
+            Path(path).touch()
+
+        mark = str(tmp_path / "mark")
+        tasks = [fanout.Task("busy", busy, (mark,)), fanout.Task("touch", touch, (mark,))]
+        widths = itertools.chain([1, 1], itertools.repeat(2))
+        found = {
+            outcome.key: outcome.value
+            for outcome in fanout.fan_out(tasks, num_workers=lambda: next(widths), cpus=0.1, gpus=0)
+        }
+        assert found["busy"] is True, "the second task had to wait for the end of the first"
