@@ -428,8 +428,10 @@ class TestRun:
         assert bench_work.is_sound(tmp_path / "run", row)
 
     def test_a_scaled_run_is_no_reproduction(self) -> None:
-        cells = [{"published": {"difference": 0.1, "difference_se": 2.0}}, {}]
-        _say_scaled(cells)
+        cells: list[dict[str, Any]] = [{"published": {"difference": 0.1, "difference_se": 2.0}}, {}]
+        _say_scaled(cells, "paper")
+        assert cells[0]["published"]["difference_se"] == 2.0
+        _say_scaled(cells, "cpu")
         assert cells == [{"published": {"difference": 0.1, "difference_se": None}}, {}]
 
     def test_evaluations_that_differ_in_epochs_or_options_are_told_apart(self, tmp_path: Path) -> None:

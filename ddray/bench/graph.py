@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -57,36 +59,28 @@ def build_graph(
     plans: dict[str, Plan] = {}
     labels: dict[str, list[str]] = {}
     cells = []
-    seen: set[tuple[str, str, tuple[str, int]]] = set()
     rankings: dict[tuple[int, str, tuple[str, int]], list[tuple[Cell, tuple[str, ...]]]] = {}
-    for held in spec.evaluate:
-        _check_names(held)
-    for row in spec.rows():
-        get_method(row.name)
-        for name in spec.datasets(row):
-            for size in spec.sizes(row):
-                if (row.row, name, size) in seen:  # a scale put rows of several datasets on one
-                    continue
-                seen.add((row.row, name, size))
-                sets = [
-                    distil_work(spec, row, open_dataset(name), name, size, spec.seed + number)
-                    for number in range(spec.seeds)
-                ]
-                check(sets[0][1])
-                for work, plan in sets:
-                    distil.setdefault(work.key, work)
-                    plans.setdefault(work.key, plan)
-                    labels.setdefault(work.key, []).append(row.row)
-                for number, held in enumerate(map(spec.within, spec.evaluate)):
-                    if name not in spec.scored(held):
-                        continue
-                    if held.protocol == "nas":
-                        own = rankings.setdefault((number, name, size), [])
-                        own.append((_proxy_cell(spec, row, held, *sets[0]), tuple(w.key for w, _ in sets)))
-                        continue
-                    for cell, works in _cells(spec, row, held, sets, open_dataset):
-                        cells.append(cell)
-                        evaluate.update({work.key: work for work in works})
+    _check_names(spec)
+    for row, name, size in _places(spec):
+        sets = [
+            distil_work(spec, row, open_dataset(name), name, size, spec.seed + number)
+            for number in range(spec.seeds)
+        ]
+        check(sets[0][1])
+        for work, plan in sets:
+            distil.setdefault(work.key, work)
+            plans.setdefault(work.key, plan)
+            labels.setdefault(work.key, []).append(row.row)
+        for number, held in enumerate(map(spec.within, spec.evaluate)):
+            if name not in spec.scored(held):
+                continue
+            if held.protocol == "nas":
+                own = rankings.setdefault((number, name, size), [])
+                own.append((_proxy_cell(spec, row, held, *sets[0]), tuple(w.key for w, _ in sets)))
+                continue
+            for cell, works in _cells(spec, row, held, sets, open_dataset):
+                cells.append(cell)
+                evaluate.update({work.key: work for work in works})
     ordered = dict(sorted(distil.items(), key=lambda item: -item[1].amount))
     sweeps = tuple(
         Ranking(number, spec.evaluate[number], name, tuple(proxies))
@@ -95,18 +89,30 @@ def build_graph(
     return Graph(ordered, evaluate, tuple(cells), sweeps, plans, labels)
 
 
-def _check_names(held: EvaluateSpec) -> None:
+def _places(spec: BenchSpec) -> Iterator[tuple[MethodSpec, str, tuple[str, int]]]:
+    """Yield every row with its datasets and sizes, once: a scale may put rows of several datasets on one."""
+    seen: set[tuple[str, str, tuple[str, int]]] = set()
+    for row in spec.rows():
+        get_method(row.name)
+        for name, size in itertools.product(spec.datasets(row), spec.sizes(row)):
+            if (row.row, name, size) not in seen:
+                seen.add((row.row, name, size))
+                yield row, name, size
+
+
+def _check_names(spec: BenchSpec) -> None:
     """Refuse a protocol or a recipe that is not there.
 
     Raises:
         InputError: with the nearest name.
     """
-    if held.protocol not in (*PROTOCOLS, "nas"):
-        raise unknown("evaluate.protocol", held.protocol, (*PROTOCOLS, "nas"))
-    known = {"hard": (*RECIPES, HARD_RECIPE), "soft": ("paper", "repo"), "nas": ()}
-    names = known.get(held.protocol, tuple(RECIPES))
-    if held.recipe is not None and held.recipe not in names:
-        raise unknown(f"evaluate.recipe of {held.protocol}", held.recipe, names or ("none",))
+    known = {"hard": (*RECIPES, HARD_RECIPE), "soft": ("paper", "repo"), "nas": ("none",)}
+    for held in spec.evaluate:
+        if held.protocol not in (*PROTOCOLS, "nas"):
+            raise unknown("evaluate.protocol", held.protocol, (*PROTOCOLS, "nas"))
+        names = known.get(held.protocol, tuple(RECIPES))
+        if held.recipe is not None and held.recipe not in names:
+            raise unknown(f"evaluate.recipe of {held.protocol}", held.recipe, names)
 
 
 def distil_work(
@@ -255,12 +261,11 @@ def _evaluate_work(
     teacher: str | None,
 ) -> Work:
     """Return the unit that scores one set with one architecture."""
-    own, limits, recipe = plan.config.evaluate, spec.limits, held.recipe or held.options.get("recipe")
-    networks = min(held.seeds or own.seeds, limits.networks or 2**31)
-    epochs, named = held.epochs, RECIPES.get(recipe or "", {}).get("epochs")
-    if limits.epochs is not None and (epochs is not None or recipe is not None or held.protocol == "soft"):
-        # What the other protocols take from the method is within the limits already.
-        epochs = min(epochs or named or limits.epochs, limits.epochs)
+    own, recipe = plan.config.evaluate, held.recipe or held.options.get("recipe")
+    networks = min(held.seeds or own.seeds, spec.limits.networks or 2**31)
+    named = RECIPES.get(recipe or "", {}).get("epochs")
+    fixed = recipe is not None or held.protocol == "soft"
+    epochs = _within(spec.limits.epochs, held.epochs, named, fixed=fixed)
     options: dict[str, Any] = {
         **_checked(held.options),
         "dataset": None if name == work.dataset else name,
@@ -286,16 +291,29 @@ def _evaluate_work(
         "split": "test",
         "options": {k: v for k, v in options.items() if k not in ("archs", "dataset")},
     }
-    channels, height, width = target.image_shape
-    images = plan.dataset.num_classes * plan.ipc
+    values = plan.dataset.num_classes * plan.ipc * math.prod(target.image_shape)
     return replace(
         work,
         unit=Unit(kind="evaluate", spec=described, inputs=(work.key,)),
         title=f"{work.title}, {held.protocol} {arch}"
         + (f" on {target.name}" if name != work.dataset else ""),
         options=options,
-        amount=float(networks * (epochs or named or own.epochs) * images * channels * height * width),
+        amount=float(networks * (epochs or named or own.epochs) * values),
     )
+
+
+def _within(most: int | None, asked: int | None, named: int | None, *, fixed: bool) -> int | None:
+    """Return an evaluation's epochs within a limit; None leaves them to the method, whose own are within it.
+
+    Args:
+        most: the limit.
+        asked: by the table.
+        named: the recipe's, where they are known.
+        fixed: whether the recipe or the protocol decides the epochs, and not the method.
+    """
+    if most is None or (asked is None and not fixed):
+        return asked
+    return min(asked or named or most, most)
 
 
 def _checked(options: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -88,11 +88,10 @@ def rank_sets(
     found = rank_architectures(
         request, options, resolve_config(options), execute, run_dir=folder, resume=True
     )
-    figures = found["proxies"][: len(files)]
-    return [
-        cell_of(ranking, place, [one for one, owner in zip(figures, owners, strict=True) if owner == place])
-        for place in sorted(set(owners))
-    ]
+    own: dict[int, list[Mapping[str, Any]]] = {}
+    for place, figures in zip(owners, found["proxies"], strict=False):  # baselines stand behind the sets
+        own.setdefault(place, []).append(figures)
+    return [cell_of(ranking, place, held) for place, held in own.items()]
 
 
 def cell_of(ranking: Ranking, place: int, figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

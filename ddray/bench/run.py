@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -222,30 +222,18 @@ def run_bench(
     """
     begin = time.perf_counter()
     options = bench.options
-    config = {
-        **bench.spec.dump(),
-        "scale": options.scale,
-        "fingerprints": bench.fingerprints,
-        "device": options.device,
-    }
-    run = open_run(run_dir, config, command="bench", resume=resume)
+    run = open_run(run_dir, _config(bench), command="bench", resume=resume)
     if options.retry_failed:
         log.info("%d crashed units are run again", withdraw_crashes(run.ledger))
-    data_dir = None if options.data_dir is None else str(options.data_dir)
-    job = Job(str(run.folder), run.epoch, data_dir, options.device)
+    job = _job(bench, run)
     board = Board(bench.graph, run, job)
     write_plan(run.folder / "planned.json", bench.graph.cells, _sets_of(bench.graph))
     _loop(board, execute, run, job)
-    cells = cells_of(bench.graph.cells, run.ledger.row)
     ranked, unranked = _rankings(bench, run, execute_nas)
-    cells += ranked
-    if options.scale != "paper":
-        _say_scaled(cells)
-    write_results(run.folder / "results.csv", run.ledger.rows())
-    write_table(run.folder / "table.csv", cells)
+    cells = [*cells_of(bench.graph.cells, run.ledger.row), *ranked]
+    _say_scaled(cells, options.scale)
     failures, skipped = [*board.failures(), *unranked], board.skipped()
-    held = {"cells": _with_sets(bench.graph, cells), "failures": failures, "skipped": skipped}
-    write_text(run.folder / "cells.json", json.dumps(held, indent=1))
+    _write(bench, run, cells, {"failures": failures, "skipped": skipped})
     if not cells:
         reasons = sorted({str(failure["reason"]) for failure in failures}) or ["no unit was run"]
         raise DdrayError(f"no cell of the table was scored: {'; '.join(reasons)[:400]}")
@@ -259,10 +247,30 @@ def run_bench(
     }
 
 
-def _say_scaled(cells: Sequence[dict[str, Any]]) -> None:
+def _job(bench: Bench, run: Run) -> Job:
+    data_dir = bench.options.data_dir
+    return Job(str(run.folder), run.epoch, None if data_dir is None else str(data_dir), bench.options.device)
+
+
+def _config(bench: Bench) -> dict[str, Any]:
+    """Return what a resumed run must share; the scale says whether it replaced the datasets."""
+    held = {name: value for name, value in bench.spec.dump().items() if name != "replaced"}
+    more = {"scale": bench.options.scale, "fingerprints": bench.fingerprints}
+    return {**held, **more, "device": bench.options.device}
+
+
+def _write(bench: Bench, run: Run, cells: Sequence[dict[str, Any]], board: Mapping[str, Any]) -> None:
+    """Write results.csv, table.csv, and cells.json for reports."""
+    write_results(run.folder / "results.csv", run.ledger.rows())
+    write_table(run.folder / "table.csv", cells)
+    held = {"cells": _with_sets(bench.graph, cells), **board}
+    write_text(run.folder / "cells.json", json.dumps(held, indent=1))
+
+
+def _say_scaled(cells: Sequence[dict[str, Any]], scale: str) -> None:
     """Take the distance in standard errors away: a run at a smaller scale is no reproduction."""
     for cell in cells:
-        if "published" in cell:
+        if scale != "paper" and "published" in cell:
             cell["published"]["difference_se"] = None
 
 
