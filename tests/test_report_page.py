@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ from ddray.bench.run import BenchOptions, prepare, run_bench, run_local
 from ddray.bench.spec import BenchSpec
 from ddray.data import open_dataset
 from ddray.errors import InputError
-from ddray.ledger import Ledger
+from ddray.ledger import Ledger, Row, Unit
 from ddray.plan import resolve
+from ddray.report import page as page_module
+from ddray.report import tune_page
 from ddray.report.figures import accuracy_bars
 from ddray.report.images import grid, png
 from ddray.report.page import default_out, write_page
@@ -197,7 +200,122 @@ def test_a_run_that_has_not_ended_is_shown_as_far_as_it_got(folder: Path, tmp_pa
     assert found["num_failed"] == 2
     board = tables((copy / "report.html").read_text())[0]
     assert len(board) - 1 in (7, 8)
-    assert {line[0] for line in board[1:]} == {"random", "dm"}
+    assert {line[0] for line in board[1:]} == {"random", "dm & co"}, "rows keep their labels"
+
+
+def test_a_bench_that_has_not_ended_keeps_its_cells_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows, settings, augmentations and epochs that differ are cells that differ, before the end too."""
+    dm = {"name": "dm", "steps": 1, "set": {"method.batch_real": 4}}
+    more = {**dm, "label": "dm, more", "set": {"method.batch_real": 8}}
+    scored = [{"epochs": 1, "seeds": 1, "augment": "dsa"}, {"epochs": 1, "seeds": 1, "augment": "none"}]
+    spec = {**SPEC, "methods": [dm, more], "ipc": 1, "evaluate": [*scored, {"epochs": 2, "seeds": 1}]}
+    held = prepare(BenchSpec.parse(spec), BenchOptions(executor="local", scale="cpu"))
+    run_bench(held, run_local, run_dir=tmp_path / "run")
+    wanted = json.loads((tmp_path / "run" / "cells.json").read_text())["cells"]
+    (tmp_path / "run" / "cells.json").unlink()
+    run = read_run(tmp_path / "run")
+    assert len(wanted) == 2 * 3
+    assert [dict(cell) for cell in run.cells] == wanted
+    assert run.title == "bench <b>mini</b>, scale cpu"
+    write_page([tmp_path / "run"], tmp_path / "page.html", planes=False)
+    text = (tmp_path / "page.html").read_text()
+    assert "says nothing of a reproduction" in body(text)
+    (board,) = [table for table in tables(text) if table[0][0] == "method"]
+    shown = [dict(zip(board[0], line, strict=True)) for line in board[1:]]
+    assert {(line["augmentation"], line["settings"]) for line in shown} == {
+        ("dsa", "epochs=1"),
+        ("none", "epochs=1"),
+        ("-", "epochs=2"),
+    }
+
+
+def test_published_correlations_stand_beside_ours(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    held = json.loads((copy / "cells.json").read_text())
+    figures = {"protocol": "nas", "spearman": 0.61, "published_spearman": 0.72}
+    held["cells"] = [{**held["cells"][0], **figures}]
+    (copy / "cells.json").write_text(json.dumps(held))
+    write_page([copy], copy / "report.html", planes=False)
+    board = tables((copy / "report.html").read_text())[0]
+    (line,) = [dict(zip(board[0], line, strict=True)) for line in board[1:]]
+    assert (line["Spearman"], line["published Spearman"]) == ("0.61", "0.72")
+    assert "Spearman, top 20 %" not in line
+
+
+def test_a_set_without_images_has_no_picture(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D3HR's store=statistics: the set generates its images when it is used."""
+    view = read_run(folder).sets[0]
+    made = view.load()
+    assert made is not None
+    assert page_module._picture(view) is not None
+    empty = replace(made, images=made.images[:0], labels=made.labels[:0])
+    monkeypatch.setattr(type(view), "load", lambda self: empty)
+    assert page_module._picture(view) is None
+    monkeypatch.setattr(artifact, "load", lambda path: empty)
+    assert tune_page._picture(view.path) is None
+
+
+def test_a_nas_run_has_a_page(folder: Path, tmp_path: Path) -> None:
+    from ddray.nas.rank import NasRequest, rank_architectures
+    from ddray.nas.sweep import NasOptions, execute_locally, resolve_config
+
+    options = NasOptions(sample=3, max_mflops=3, epochs=1, truth_epochs=1, executor="local")
+    request = NasRequest(proxies=(read_run(folder).sets[0].path,), dataset="digits")
+    rank_architectures(
+        request, options, resolve_config(options), execute_locally, run_dir=tmp_path / "run", resume=False
+    )
+    write_page([tmp_path / "run"], tmp_path / "page.html", planes=False)
+    text = body((tmp_path / "page.html").read_text())
+    assert "Architectures ranked by proxies" in text
+    assert "over 3 architectures" in text
+
+
+def test_a_search_has_a_page(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "ledger").mkdir(parents=True)
+    space = {"lr_img": {"loguniform": [0.01, 10.0]}, "init": {"choice": ["random", "noise"]}}
+    config = {"command": "tune", "method_name": "dm", "dataset": "digits", "ipc": 1, "space": space}
+    (run / "config.yaml").write_text(json.dumps(config))
+    environment = {
+        "date": "2026-01-01",
+        "processor": "CPU",
+        "cpu_count": 2,
+        "devices": [],
+        "versions": {"ddray": "0", "torch": "2"},
+        "git_commit": None,
+        "command": ["ddray", "tune"],
+        "platform": "Linux",
+    }
+    (run / "environment.json").write_text(json.dumps(environment))
+    ledger = Ledger(run)
+    epoch = ledger.open_epoch()
+    for number in range(3):
+        params = {"lr_img": 0.1 * (number + 1), "init": "random"}
+        unit = Unit(kind="trial", spec={"number": number, "params": params})
+        result = {
+            "number": number,
+            "val_accuracy": 0.2 + number / 10,
+            "rungs": {"1": 0.1, "2": 0.2},
+            "stopped_early": False,
+        }
+        ledger.publish(
+            unit,
+            Row(key=unit.key, kind="trial", spec=unit.spec, status="done", result=result, wall_s=1),
+            epoch=epoch,
+        )
+    found = write_page([run], tmp_path / "page.html", planes=False)
+    assert found["num_failed"] == 0
+    text = (tmp_path / "page.html").read_text()
+    (trials,) = [table for table in tables(text) if table[0][0] == "trial"]
+    assert [line[:3] for line in trials[1:]] == [
+        ["0", "done", "0.2000"],
+        ["1", "done", "0.3000"],
+        ["2", "done", "0.4000"],
+    ]
+    assert "Looks at val" in body(text)
 
 
 def test_several_runs_stand_on_one_page(folder: Path, tmp_path: Path, digits: Any) -> None:

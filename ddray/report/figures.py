@@ -44,9 +44,12 @@ def accuracy_bars(cells: Sequence[Mapping[str, Any]]) -> str:
     import plotly.graph_objects as go
 
     figure = go.Figure()
-    archs = list(dict.fromkeys(_arch(cell) for cell in cells))
+    names = ["teacher", "augment"]
+    if len({cell.get("settings") for cell in cells}) > 1:  # what all share would only fill the legend
+        names.append("settings")
+    archs = list(dict.fromkeys(_arch(cell, names) for cell in cells))
     for number, arch in enumerate(archs):
-        own = [cell for cell in cells if _arch(cell) == arch and cell["accuracy_mean"] is not None]
+        own = [cell for cell in cells if _arch(cell, names) == arch and cell["accuracy_mean"] is not None]
         figure.add_bar(
             x=[cell["method"] for cell in own],
             y=[100 * cell["accuracy_mean"] for cell in own],
@@ -73,9 +76,9 @@ def accuracy_bars(cells: Sequence[Mapping[str, Any]]) -> str:
     return to_html(figure)
 
 
-def _arch(cell: Mapping[str, Any]) -> str:
-    """Return what tells bars of one method apart."""
-    more = [str(cell[name]) for name in ("teacher", "augment") if cell.get(name)]
+def _arch(cell: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Return what tells bars of one method apart: the network, and what `names` say."""
+    more = [str(cell[name]) for name in names if cell.get(name)]
     return ", ".join([str(cell["arch"]), *more])
 
 

@@ -26,7 +26,11 @@ log = logging.getLogger(__name__)
 
 _MAX_PLANES: Final = 6
 _MAX_CURVES: Final = 12
-_MEASURES: Final = {"lrs": "LRS", "ars": "ARS"}
+# Columns of the leaderboard that stand only where a cell has them.
+_OPTIONAL: Final = (
+    *("target", "teacher", "augment", "settings", "published", "lrs", "ars"),
+    *("spearman", "published_spearman", "spearman_top20", "published_spearman_top20"),
+)
 
 
 def write_page(
@@ -96,11 +100,7 @@ def _leaderboards(cells: Sequence[Mapping[str, Any]], sets: Sequence[SetView]) -
         yield {
             "protocol": protocol,
             "lines": lines,
-            "columns": [
-                name
-                for name in ("target", "teacher", "augment", "published", *_MEASURES, "spearman")
-                if any(line[name] is not None for line in lines)
-            ],
+            "columns": [name for name in _OPTIONAL if any(line[name] is not None for line in lines)],
             "plots": [{"title": name, "html": figures.accuracy_bars(held)} for name, held in groups.items()],
         }
 
@@ -115,9 +115,8 @@ def _line(cell: Mapping[str, Any], sets: Sequence[SetView]) -> dict[str, Any]:
     own = [view for view in sets if _is_of(view, cell)]
     times = [view.wall_s for view in own if view.wall_s is not None]
     made = next((held for view in own if (held := view.load()) is not None), None)
-    optional = ("target", "teacher", "augment", "published", *_MEASURES, "spearman")
     return {
-        **{name: cell.get(name) for name in optional},
+        **{name: cell.get(name) for name in _OPTIONAL},
         "method": cell["method"],
         "dataset": cell["dataset"],
         "size": size_of(cell),
@@ -175,9 +174,9 @@ def _about(method: str) -> str:
 
 
 def _picture(view: SetView) -> str | None:
-    """Return a set's image grid as base64 PNG."""
+    """Return a set's image grid as base64 PNG; None for one that is gone, or generates its images."""
     made = view.load()
-    return None if made is None else base64.b64encode(png(grid(made))).decode()
+    return None if made is None or not len(made.images) else base64.b64encode(png(grid(made))).decode()
 
 
 def _curves(sets: Sequence[SetView], runs: Sequence[RunView]) -> Iterator[dict[str, str]]:

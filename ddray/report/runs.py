@@ -91,7 +91,13 @@ class RunView:
         named = self.config.get("name") or " ".join(
             str(self.config[name]) for name in ("method_name", "dataset") if name in self.config
         )
-        return f"{self.command} {named}".strip()
+        scaled = "" if self.scale == "paper" else f", scale {self.scale}"
+        return f"{self.command} {named}".strip() + scaled
+
+    @property
+    def scale(self) -> str:
+        """A bench's scale; `paper` for other runs: nothing was cut."""
+        return str(self.config.get("scale", "paper"))
 
     @property
     def seeds(self) -> list[int]:
@@ -118,7 +124,7 @@ def read_run(folder: Path) -> RunView:
         for row in rows
         if row.status == "failed"
     ]
-    cells = held.get("cells") or list(_cells(str(config.get("command")), rows))
+    cells = held.get("cells") or _so_far(folder, config, rows)
     return RunView(
         folder=folder,
         command=str(config.get("command", "run")),
@@ -144,6 +150,20 @@ def _read_cells(folder: Path) -> dict[str, Any]:
     return held
 
 
+def _so_far(folder: Path, config: Mapping[str, Any], rows: tuple[Row, ...]) -> list[dict[str, Any]]:
+    """Return the cells of a run without a table: a bench that has not ended, or a search's final scores."""
+    path = folder / "planned.json"
+    if not path.is_file():
+        return list(_cells(str(config.get("command")), rows))
+    from ddray.bench.table import planned_cells  # which needs this package
+
+    cells = planned_cells(path, {row.key: row for row in rows}.get)
+    if config.get("scale", "paper") != "paper":
+        for cell in cells:
+            cell.get("published", {})["difference_se"] = None
+    return cells
+
+
 def _name(row: Row) -> str:
     """Return what a row is of, for people."""
     spec = row.spec
@@ -167,7 +187,7 @@ def size_of(cell: Mapping[str, Any]) -> str:
 
 
 def _cells(command: str, rows: tuple[Row, ...]) -> Iterator[dict[str, Any]]:
-    """Yield cells of evaluations: of a bench that has not ended, or of a search's final scores."""
+    """Yield cells of evaluations: of a search's final scores."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if row.kind == "evaluate" and row.status == "done":

@@ -100,9 +100,10 @@ def search_figures(space: Space, rows: Sequence[Row]) -> list[dict[str, str]]:
     return found
 
 
-def _picture(path: Path) -> str:
-    """Return the winner's image grid as base64 PNG."""
-    return base64.b64encode(png(grid(artifact.load(path)))).decode()
+def _picture(path: Path) -> str | None:
+    """Return the winner's image grid as base64 PNG; None for a set that generates its images."""
+    made = artifact.load(path)
+    return base64.b64encode(png(grid(made))).decode() if len(made.images) else None
 
 
 def _plotly() -> str:
