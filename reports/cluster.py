@@ -147,17 +147,92 @@ def faults() -> dict[str, Any]:
         return {"rows": fault_rows(out.read_text(encoding="utf-8"))}
 
 
+_SINCE_CHECKPOINT = "0 finished units; of unfinished ones the steps since their last checkpoint"
+_UNFINISHED = "0 finished units; unfinished ones from their start"
+_NETWORK = "0 finished networks; the one in training from its start"
+# Tests that inject a fault, by file and name: what happens to what, and the work that is done twice for it.
+FAULTS = {
+    "test_bench.test_a_killed_driver_resumes": ("bench: driver killed", _SINCE_CHECKPOINT),
+    "test_bench.test_a_driver_killed_at_any_moment_resumes": (
+        "bench: driver killed up to three times, at random moments",
+        _SINCE_CHECKPOINT,
+    ),
+    "test_bench.test_a_full_disk_ends_the_bench_and_leaves_it_resumable": ("bench: disk full", _UNFINISHED),
+    "test_bench.test_a_node_dies_and_another_joins": (
+        "bench: a node dies, another joins",
+        _SINCE_CHECKPOINT,
+    ),
+    "test_bench.test_units_wait_while_no_node_fits_them": (
+        "bench: the only node dies, another joins",
+        _SINCE_CHECKPOINT,
+    ),
+    "test_bench.test_a_killed_worker_costs_a_retry_and_nothing_else": (
+        "bench: workers killed",
+        _SINCE_CHECKPOINT,
+    ),
+    "test_drivers.test_killed_driver_resumes": ("search: driver killed", _SINCE_CHECKPOINT),
+    "test_drivers.test_memory_and_foreign_methods": (
+        "search: a trial asks for more memory than there is",
+        "0 finished units; the trial, after three tries",
+    ),
+    "test_drivers.test_full_disk_names_the_path_and_leaves_a_resumable_run": (
+        "distillation: disk full",
+        "the steps since the last checkpoint that fitted",
+    ),
+    "test_trials.test_a_diverging_trial_fails_alone_and_is_not_tried_again": (
+        "search: a trial's loss is NaN",
+        "0 finished units; the trial",
+    ),
+    "test_trials.test_a_killed_worker_costs_a_retry_and_nothing_else": (
+        "search: workers killed",
+        _SINCE_CHECKPOINT,
+    ),
+    "test_nas.test_killed_driver_resumes": ("NAS sweep: driver killed", _UNFINISHED),
+    "test_nas.test_a_hung_or_killed_worker_costs_its_task_alone": (
+        "fan-out: a worker hangs, another is killed",
+        _UNFINISHED,
+    ),
+    "test_pool.test_a_silent_trainer_loses_its_lease_and_its_late_entry_is_refused": (
+        "pool: a trainer falls silent",
+        _NETWORK,
+    ),
+    "test_pool.test_a_damaged_entry_is_set_aside_and_leased": ("pool: an entry is damaged", "this entry"),
+    "test_pool.test_a_killed_trainer_is_taken_over_at_once": ("pool: a process that trains killed", _NETWORK),
+    "test_pool.test_a_killed_trainer_is_taken_over": ("pool: a worker that trains killed", _NETWORK),
+    "test_pool.test_a_stopped_trainer_is_taken_over_and_its_late_entry_refused": (
+        "pool: a trainer stopped (SIGSTOP)",
+        _NETWORK,
+    ),
+    "test_pool.test_without_its_service_the_files_go_on_and_nothing_is_trained_again": (
+        "pool: its actor dies",
+        "nothing",
+    ),
+    "test_pool.test_a_driver_killed_while_the_pool_is_trained_resumes": (
+        "search: driver killed while the pool is trained",
+        _NETWORK,
+    ),
+}
+
+
 def fault_rows(junit: str) -> list[dict[str, Any]]:
-    """Return a JUnit file's tests by name, parameters together: how many were injected, how many survived."""
+    """Return the faults of a JUnit file's tests, parameters together: injected, survived, and the work lost.
+
+    Tests that inject none (capacity, options, sharing) are not counted. What is lost is what the tests state
+    and check: rows of finished units keep their time stamps, and are started once.
+    """
     from xml.etree import ElementTree
 
     groups: dict[str, list[bool]] = {}
     for case in ElementTree.fromstring(junit).iter("testcase"):
-        if case.find("skipped") is None:
-            name = case.attrib["name"].partition("[")[0].removeprefix("test_").replace("_", " ")
+        module = next(part for part in case.attrib["classname"].split(".") if part.startswith("test_"))
+        name = f"{module}.{case.attrib['name'].partition('[')[0]}"
+        if name in FAULTS and case.find("skipped") is None:
             survived = case.find("failure") is None and case.find("error") is None
             groups.setdefault(name, []).append(survived)
-    return [{"fault": name, "injected": len(held), "survived": sum(held)} for name, held in groups.items()]
+    return [
+        {"fault": FAULTS[name][0], "injected": len(held), "survived": sum(held), "lost_work": FAULTS[name][1]}
+        for name, held in groups.items()
+    ]
 
 
 PARTS = {"scaling": scaling, "simulation": simulation, "faults": faults}
