@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import re
 import subprocess
@@ -103,6 +104,32 @@ def test_contributing_method_runs_and_resumes(centroids: Path, tmp_path: Path) -
     distil(2, checkpoint=tmp_path / "checkpoint.pt", until=1)
     resumed = distil(2, checkpoint=tmp_path / "checkpoint.pt")
     assert torch.equal(resumed.images, whole.images)
+
+
+def test_an_installed_package_offers_a_method_to_the_command(tmp_path: Path) -> None:
+    """As pip leaves it: a dist-info with an entry point, and a module."""
+    site = tmp_path / "site"
+    info = site / "contributed-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: contributed\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[ddray.methods]\ncentroids = centroids_of_theirs\n")
+    (source,) = blocks("CONTRIBUTING.md", "method", "python")
+    (site / "centroids_of_theirs.py").write_text(source)
+    folders = os.pathsep.join(filter(None, [str(site), str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "ddray", "distill", "--method", "centroids", "--dataset", "digits"),
+            *("--ipc", "1", "--steps", "2", "--run-dir", str(tmp_path / "run"), "--json"),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": folders},
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-1500:]
+    assert json.loads(done.stdout)["method"] == "centroids"
+    assert (tmp_path / "run" / "distilled.pt").is_file()
 
 
 def test_contributing_method_moves_to_the_mean(centroids: Path) -> None:
