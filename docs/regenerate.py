@@ -139,7 +139,21 @@ def _published(method: str, budget: bool) -> Iterator[str]:
         protocol, arch = "soft", "resnet18"
     lines = []
     for size in sizes:
-        cell = Cell(method, method, dataset, classes, size, protocol, arch, dataset, None, None, (), Source())
+        cell = Cell(
+            method=method,
+            name=method,
+            dataset=dataset,
+            num_classes=classes,
+            size=size,
+            protocol=protocol,
+            arch=arch,
+            target=dataset,
+            teacher="resnet18" if protocol == "soft" else None,
+            augment=None,
+            settings=None,
+            keys=(),
+            source=Source(),
+        )
         number = find(read_numbers(), cell)
         if number is not None:
             std = "" if number.std is None else f" +- {number.std}"
