@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -359,11 +360,14 @@ def evaluation_config(held: DistilledSet, options: EvaluateOptions) -> EvaluateC
     """Return the evaluation settings: the artifact's own, overridden by the options."""
     asked = {"seeds": options.seeds, "epochs": options.epochs, "augment": options.augment}
     own = held.meta.config.get("evaluate", {})
-    sets = named_recipe(parse_overrides(options.sets))
+    method = held.meta.config.get("method", {})
+    factor = method.get("factor", 1) if isinstance(method, dict) else 1
+    recipe = functools.partial(named_recipe, dataset=held.meta.dataset, factor=factor)
+    sets = recipe(parse_overrides(options.sets))
     if not isinstance(own, dict):
         raise InputError(f"meta.config.evaluate must be a mapping, got {own!r}")
     if options.recipe is not None:
-        own = {**own, **named_recipe({"recipe": options.recipe})}
+        own = {**own, **recipe({"recipe": options.recipe})}
     if options.augment not in (None, own.get("augment", "dsa")):
         own = {**own, "strategy": None, "cutmix": 0.0}
     if options.augment == "none" and options.epochs is None:

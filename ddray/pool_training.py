@@ -48,7 +48,7 @@ class PoolTrainer:
         """
         if spec.kind == ssl.KIND:
             split = self.dataset.train() if spec.split == "train" else self.split
-            return ssl.SslTrainer(split.images, self.device)(spec)
+            return ssl.SslTrainer(split.images, self.device, self.dataset.name)(spec)
         if spec.kind not in DIFFUSION_KINDS:
             return SupervisedTrainer(self.dataset, self.split, self.device)(spec)
         from ddray.methods._d3hr_stages import train_stage
