@@ -344,7 +344,7 @@ def _best(rows: Sequence[Row]) -> Row:
     whole = [row for row in rows if row.status == "done" and not row.result["stopped_early"]]
     if not whole:
         reasons = sorted({row.error or "unknown" for row in rows})
-        raise DdrayError(f"no trial finished: {'; '.join(reasons)}; narrow the space or lower lr_img")
+        raise DdrayError(f"no trial finished: {'; '.join(reasons)}; narrow the space or lower its rates")
     return max(whole, key=lambda row: (score_of(row.result), -int(row.spec["number"])))
 
 
