@@ -137,6 +137,8 @@ def sigterm_as_sigint() -> Iterator[None]:
         watchdog = threading.Timer(_GRACE_S, _end_now)
         watchdog.daemon = True
         watchdog.start()
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a background job of a script
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         os.kill(os.getpid(), signal.SIGINT)
 
     before = signal.signal(signal.SIGTERM, forward)
