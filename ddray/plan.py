@@ -13,6 +13,7 @@ from pydantic import Field
 
 from ddray.config import Config, merge, parse_overrides, read_yaml
 from ddray.data import Dataset, PixelSpace, Split, fit_zca
+from ddray.data.catalog import AUDIO
 from ddray.data.speech import SHAPE as SPECTROGRAM
 from ddray.distill import BudgetDistiller, DistillContext, Distiller, Target
 from ddray.errors import InputError, unknown
@@ -162,7 +163,7 @@ def _target(dataset: Dataset, ipc: int, budget: int | None, given: Sequence[Mapp
         dataset.num_classes,
         ipc,
         budget,
-        is_audio=dataset.image_shape == SPECTROGRAM and dataset.train().is_audio,
+        is_audio=dataset.name in AUDIO or (dataset.image_shape == SPECTROGRAM and dataset.train().is_audio),
         factor=own.get("factor") if isinstance(own, Mapping) else None,
     )
 

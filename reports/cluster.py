@@ -77,7 +77,7 @@ def run_units(
     for outcome in fan_out(tasks, num_workers=workers, cpus=0.01 if gpus else 1.0, gpus=gpus):
         ends.append(time.monotonic())
         failed += outcome.error is not None
-        if outcome.value not in seen and len(seen) < workers:
+        if outcome.error is None and outcome.value not in seen and len(seen) < workers:
             seen.add(outcome.value)
             full = len(ends)
     rows = ledger.rows()
@@ -89,7 +89,7 @@ def run_units(
         "units": num_units,
         "workers": workers,
         "wall_s": ends[-1] - begin,
-        "units_per_s": (last - full) / (ends[last - 1] - ends[full - 1]),
+        "units_per_s": (last - full) / (ends[last - 1] - ends[full - 1]) if last > full else None,
         "failed": failed,
         "retries": sum(event["event"] == "retry" for event in ledger.events()),
     }

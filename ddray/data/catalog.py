@@ -107,6 +107,8 @@ squirrel streetcar sunflower sweet_pepper table tank telephone television tiger 
 trout tulip turtle wardrobe whale willow_tree wolf woman worm
 """
 
+AUDIO: Final = ("speech_commands_mini",)
+"""Datasets of sounds: known without their files."""
 KNOWN: Final[dict[str, KnownDataset]] = {
     "digits": KnownDataset((1, 16, 16), can_flip=False, class_names=_DIGIT_NAMES),
     "mnist": KnownDataset(
