@@ -417,8 +417,9 @@ def render() -> None:
         lines += ["", f"`{run['command']}`, 1 run. {where(run)}.", ""]
     if "benchmarks_later" in held:
         lines += [
-            "The sweep's bar is 1.7 times a plain loop on 2 cores: missed. DataDAM's step against the per-class "
-            "loop (10 classes) was 1.61 on 2026-11-26, bar 1.8: missed too, against 2.65 above; why is not known.",
+            "The sweep's bar is 1.7 times a plain loop on 2 cores: missed. DataDAM's step against the "
+            "per-class loop (10 classes) was 1.61 on 2026-11-26, bar 1.8: missed too, against 2.65 above; "
+            "why is not known.",
             "",
         ]
     lines += tables.lines(held, percent, where)
