@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar, Final, Literal
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
@@ -54,30 +55,31 @@ class DataDAMConfig(MatchingConfig):
     """Layers matched by L_SAM, counted from 1 (Fig 12); default: all but the last."""
 
 
-def attention(maps: Tensor, p: float, norm: Norm) -> Tensor:
+def attention(maps: Tensor, p: float, norm: Norm, *, overwrite: bool = False) -> Tensor:
     """Return the spatial attention of feature maps, normalised per sample.
 
     Args:
         maps: post-activation, pre-pool maps [N, C, H, W].
         p: power; A = sum over channels of |F|^p.
         norm: `l2` | `l1` | `none`, over the H*W places of each sample.
+        overwrite: the maps' memory may hold the powers: without grad, and where nothing reads the maps later.
 
     Returns:
         [N, H*W].
     """
-    flat = _power(maps, p).sum(dim=1).flatten(1)
+    flat = _power(maps, p, overwrite).sum(dim=1).flatten(1)
     if norm == "none":
         return flat
     return F.normalize(flat, p=2.0 if norm == "l2" else 1.0, dim=1)
 
 
-def _power(maps: Tensor, p: float) -> Tensor:
+def _power(maps: Tensor, p: float, overwrite: bool) -> Tensor:
     """Return |maps|^p, by multiplication for the usual powers (faster than pow; in place without grad)."""
     if p == 1:
         return maps.abs()
     if p not in (2, 4, 8):
         return maps.abs().pow(p)
-    held = maps * maps
+    held = maps.mul_(maps) if overwrite else maps * maps
     for _ in range(int(p).bit_length() - 2):
         held = held * held if held.requires_grad else held.mul_(held)
     return held
@@ -152,8 +154,14 @@ class DataDAM:
 
         def statistics(net: Net, images: Tensor) -> tuple[Tensor, ...]:
             _, embedding, maps = net.features(images)
-            chosen = maps[:-1] if layers is None else [maps[layer - 1] for layer in layers]
-            return (*(attention(m, config.p, config.sam_norm) for m in chosen), embedding)
+            if layers is not None:  # the last may be the embedding's own memory
+                chosen = [attention(maps[layer - 1], config.p, config.sam_norm) for layer in layers]
+                return (*chosen, embedding)
+            overwrite = not torch.is_grad_enabled()
+            return (
+                *(attention(m, config.p, config.sam_norm, overwrite=overwrite) for m in maps[:-1]),
+                embedding,
+            )
 
         def loss(real: Sequence[Tensor], synthetic: Sequence[Tensor]) -> Tensor:
             return datadam_loss(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ddray.nets.names import GROUPS
@@ -23,6 +24,34 @@ class Features(NamedTuple):
     maps: tuple[Tensor, ...]
 
 
+# PyTorch's group norm of small channels_last maps on a CPU goes place by place: 128 channels of 16x16 took
+# 315 ms for 2,560 images where the matrix products below take 28 ms; from 32x32 on its own is faster.
+_SMALL_MAP: Final = 512
+
+
+class InstanceNorm(nn.GroupNorm):
+    """A GroupNorm with one group per channel, fast for small channels_last maps on a CPU under no_grad."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the normalised maps of `input` [N, C, H, W], in its memory format."""
+        places = input.shape[2] * input.shape[3]
+        if (
+            input.device.type != "cpu"
+            or places > _SMALL_MAP
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or not input.is_contiguous(memory_format=torch.channels_last)
+        ):
+            return super().forward(input)
+        flat = input.permute(0, 2, 3, 1).reshape(len(input), places, -1)
+        mean_of = flat.new_full((len(input), 1, places), 1 / places)
+        centred = flat - torch.bmm(mean_of, flat)
+        variance = torch.bmm(mean_of, centred * centred)
+        centred *= self.weight * torch.rsqrt(variance + self.eps)
+        centred += self.bias
+        return centred.view(input.shape[0], *input.shape[2:], -1).permute(0, 3, 1, 2)
+
+
 def norm_layer(norm: str, shape: tuple[int, int, int]) -> nn.Module:
     """Return an affine normalisation layer for maps of `shape` (C, H, W).
 
@@ -39,7 +68,7 @@ def norm_layer(norm: str, shape: tuple[int, int, int]) -> nn.Module:
     if norm == "layer":
         return nn.LayerNorm(list(shape))
     if norm == "instance":
-        return nn.GroupNorm(channels, channels)
+        return InstanceNorm(channels, channels)
     if norm == "group":
         return nn.GroupNorm(GROUPS, channels)
     return nn.Identity()

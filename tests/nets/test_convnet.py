@@ -6,10 +6,12 @@ from itertools import product
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ddray.errors import InputError
 from ddray.nets import build_net, convnet_name, num_params
+from ddray.nets.features import norm_layer
 from ddray.nets.names import ACTIVATIONS, NORMS, POOLINGS
 
 
@@ -124,3 +126,22 @@ def test_too_small_an_image_is_refused(arch: str, shape: tuple[int, int, int]) -
     with pytest.raises(InputError, match=r"sides must be at least .* smaller depth"):
         build_net(arch, shape, 10, seed=0)
     build_net(f"{arch}_w4_nopool", shape, 10, seed=0)
+
+
+@pytest.mark.parametrize("side", [1, 8, 16, 22, 23, 32])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_instance_norm_is_a_group_norm_per_channel(side: int, memory_format: torch.memory_format) -> None:
+    layer = norm_layer("instance", (6, side, side))
+    with torch.no_grad():
+        layer.weight.uniform_(0.5, 2)
+        layer.bias.normal_()
+    x = (3 + 2 * torch.randn(4, 6, side, side)).contiguous(memory_format=memory_format)
+    before = x.clone()
+
+    with torch.no_grad():
+        found = layer(x)
+
+    wanted = F.group_norm(x.double(), 6, layer.weight.double(), layer.bias.double())
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
+    assert torch.equal(x, before)
+    assert found.is_contiguous(memory_format=memory_format)
