@@ -59,6 +59,16 @@ def run(
     return run_bench(prepare(held or spec(), chosen), run_local, run_dir=folder, resume=resume)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("max_concurrent", 2), ("unit_timeout", 5.0), ("address", "auto")]
+)
+def test_options_of_a_cluster_are_refused_without_one(name: str, value: Any) -> None:
+    option = "--" + name.replace("_", "-")
+    with pytest.raises(InputError, match=f"{option} must be left out with --executor local.*got {value}"):
+        BenchOptions.parse({"executor": "local", name: value}, prefix="--")
+    BenchOptions.parse({"executor": "ray", name: value}, prefix="--")
+
+
 def starts(folder: Path) -> dict[str, int]:
     """Return how often every unit was started."""
     keys = [event["key"] for event in Ledger(folder).events() if event["event"] == "start"]

@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ddray.bench.board import Board, Ended, withdraw_crashes
 from ddray.bench.cost import forecast, remember, remember_sweep, sweep_of, sweep_title
@@ -61,6 +61,18 @@ class BenchOptions(Config):
     """Run crashed units again; a diverged one would diverge again."""
     data_dir: Path | None = None
     download: bool = False
+
+    @model_validator(mode="after")
+    def _local_ignores_nothing(self) -> Self:
+        if self.executor == "local":
+            for name in ("max_concurrent", "unit_timeout", "address"):
+                if (value := getattr(self, name)) is not None:
+                    option = "--" + name.replace("_", "-")
+                    raise ValueError(
+                        f"{option} must be left out with --executor local, which runs unit after unit and "
+                        f"waits for each; got {value}"
+                    )
+        return self
 
     @property
     def device(self) -> str:
