@@ -46,6 +46,8 @@ class MatchingConfig(Config):
     """Initial images: random real ones, k-center's choice, or Gaussian noise."""
     augment: Literal["dsa", "dsa_idc", "none"] = "dsa"
     """Siamese augmentation: the same parameters for real and synthetic images, a fresh draw per class."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16`: autocast of the networks' forward pass; for GPUs (convolutions of some CPUs take twice as long)."""
 
 
 class ClassBatches:
@@ -167,6 +169,19 @@ def wants_compile(
     return compiler is not None and work >= _COMPILE_WORTH
 
 
+def in_precision(statistics: Statistics, precision: str, device: torch.device) -> Statistics:
+    """Return `statistics` with its networks' forward pass in a precision, its results in float32."""
+    if precision == "fp32":
+        return statistics
+
+    def cast(net: Net, images: Tensor) -> tuple[Tensor, ...]:
+        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
+            found = statistics(net, images)
+        return tuple(values.float() for values in found)
+
+    return cast
+
+
 class MeanMatching:
     """Images learned so that class means of their statistics meet the real ones; a fresh network per step.
 
@@ -194,7 +209,7 @@ class MeanMatching:
             parameter.requires_grad_(False)
         self._chunked = is_per_sample(self.net)
         self._sample_bytes = largest_map_bytes(self.net, ctx)
-        self._statistics = statistics
+        self._statistics = statistics = in_precision(statistics, config.precision, ctx.device)
         self._real_statistics = torch.compile(statistics, dynamic=False) if ctx.compile else statistics
         self._step = 0
 

@@ -154,6 +154,8 @@ class DataDAM:
 
         def statistics(net: Net, images: Tensor) -> tuple[Tensor, ...]:
             _, embedding, maps = net.features(images)
+            if config.precision == "bf16":
+                maps = tuple(held.float() for held in maps)  # powers of bf16 would lose digits once more
             if layers is not None:  # the last may be the embedding's own memory
                 chosen = [attention(maps[layer - 1], config.p, config.sam_norm) for layer in layers]
                 return (*chosen, embedding)

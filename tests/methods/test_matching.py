@@ -314,3 +314,20 @@ def test_a_strategy_of_flips_is_none_where_images_are_not_mirrored(variant: Any)
     assert siamese(False, variant, "color_flip").strategy == "color"
     with pytest.raises(InputError, match="flop"):
         siamese(False, variant, "flop")
+
+
+@pytest.mark.parametrize("method", ["dm", "datadam"])
+def test_bf16_is_the_same_step_with_fewer_digits(method: str, toy: Any, planned: Any) -> None:
+    losses, moves = [], []
+    for precision in ("fp32", "bf16"):
+        own = {"batch_real": BATCH, "lr_img": LR, "precision": precision}
+        _, ctx, distiller = planned(method, toy(), ipc=IPC, steps=1, arch="convnet2_w8", method=own)
+        distiller.setup(ctx)
+        before = distiller.snapshot().images
+        losses.append(float(distiller.step()["loss"]))
+        moves.append(distiller.snapshot().images - before)
+
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+    assert moves[1].dtype == torch.float32
+    assert float((moves[1] - moves[0]).norm() / moves[0].norm()) < 0.1

@@ -1,0 +1,60 @@
+"""What one pool for a whole search saves: DSDM on digits, 8 trials."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.benchmark
+
+_SMALL = ("steps=20", "evaluate.epochs=20", "evaluate.seeds=1", "evaluate.val_seeds=1")
+_POOL = ("method.pool.num_models=4", "method.pool.epochs=20")
+
+
+def search(folder: Path, space: str) -> tuple[float, int]:
+    """Return the seconds of a search of 8 trials with an empty $DDRAY_HOME, and the networks it trained."""
+    folder.mkdir()
+    (folder / "space.yaml").write_text(space)
+    command = ["tune", "--method", "dsdm", "--dataset", "digits", "--ipc", "1", "--num-samples", "8"]
+    options = ["--strategy", "grid", "--space", str(folder / "space.yaml"), "--final-sets", "1"]
+    sets = [part for value in (*_SMALL, *_POOL) for part in ("--set", value)]
+    environment = {**os.environ, "DDRAY_HOME": str(folder / "home")}
+
+    def ddray(*arguments: str) -> dict[str, Any]:
+        done = subprocess.run(
+            [sys.executable, "-m", "ddray", *arguments, "--json"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-1500:]
+        return dict(json.loads(done.stdout))
+
+    begin = time.perf_counter()
+    found = ddray(*command, *options, *sets, "--run-dir", str(folder / "run"))
+    seconds = time.perf_counter() - begin
+    assert (found["num_trials"], found["num_failed"]) == (8, 0)
+    models = ddray("pool", "list")["models"]
+    assert all(model["times_trained"] == 1 for model in models)
+    return seconds, len(models)
+
+
+@pytest.mark.ray
+@pytest.mark.slow  # minutes
+@pytest.mark.timeout(1800)
+def test_a_search_with_one_pool_against_a_pool_per_trial(benchmark: Any, tmp_path: Path) -> None:
+    """Bar: <= 0.35 of the time of 8 trials that each train their own 4 networks; Ray's start in both."""
+    one, num_one = search(tmp_path / "one", "lr_img: {choice: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]}\n")
+    own, num_own = search(tmp_path / "own", "pool.seed: {choice: [0, 10, 20, 30, 40, 50, 60, 70]}\n")
+    benchmark.extra_info.update({"one_pool_seconds": one, "own_pools_seconds": own, "ratio": one / own})
+    benchmark.pedantic(lambda: None, rounds=1)
+    assert (num_one, num_own) == (4, 32)
+    assert one / own <= 0.35, (one, own)
