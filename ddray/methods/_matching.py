@@ -47,7 +47,7 @@ class MatchingConfig(Config):
     augment: Literal["dsa", "dsa_idc", "none"] = "dsa"
     """Siamese augmentation: the same parameters for real and synthetic images, a fresh draw per class."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """`bf16`: autocast of the networks' forward pass; for GPUs (convolutions of some CPUs take twice as long)."""
+    """`bf16`: autocast of the networks' forward pass; for GPUs (some CPUs take twice as long)."""
 
 
 class ClassBatches:
