@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ddray import api, artifact
+from ddray import api, artifact, scoring
 from ddray.artifact import DistilledSet
 from ddray.config import merge, nest
 from ddray.data import Dataset, open_dataset
@@ -111,16 +111,16 @@ def evaluate(
     Raises:
         InputError: a name or a value is bad.
     """
-    options = api.EvaluateOptions(
+    options = scoring.EvaluateOptions(
         dataset=dataset, protocol=protocol, archs=tuple(archs), seeds=seeds, epochs=epochs, seed=seed
     )
     chosen = pick_device(device)
     if not isinstance(distilled, DistilledSet):
-        return api.evaluate(Path(distilled).absolute(), options, device=chosen)
+        return scoring.evaluate(Path(distilled).absolute(), options, device=chosen)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "distilled.pt"
         distilled.save(path)
-        return api.evaluate(path, options, device=chosen)
+        return scoring.evaluate(path, options, device=chosen)
 
 
 def export(

@@ -19,7 +19,7 @@ from ddray.pool import LocalPool
 from ddray.pool_training import PoolTrainer
 
 if TYPE_CHECKING:
-    from ddray.api import EvaluateOptions
+    from ddray.scoring import EvaluateOptions
 
 log = logging.getLogger(__name__)
 

@@ -847,7 +847,7 @@ class TestFiles:
     @pytest.mark.parametrize("scale", ["smoke", "cpu", "paper"])
     def test_a_shipped_file_parses_and_its_graph_is_listed(self, path: Path, scale: str) -> None:
         held = read_spec(path, scale)
-        from ddray.api import PROTOCOLS
+        from ddray.scoring import PROTOCOLS
 
         known = all(row.name in method_names() for row in held.rows())
         known = known and all(one.protocol in (*PROTOCOLS, "nas") for one in held.evaluate)

@@ -75,7 +75,14 @@ class TestDistill:
     def test_names_that_are_modules_too_stay_callable_whatever_is_imported_first(
         self, tmp_path: Path
     ) -> None:
-        for first in ("ddray", "ddray.distill", "ddray.evaluate.hard", "ddray.export", "ddray.api"):
+        for first in (
+            "ddray",
+            "ddray.distill",
+            "ddray.evaluate.hard",
+            "ddray.export",
+            "ddray.api",
+            "ddray.scoring",
+        ):
             code = (
                 f"import {first}\nimport ddray\n"
                 "from ddray.distill import run_distillation\nfrom ddray.evaluate import EvalContext\n"

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from ddray.api import PROTOCOLS, EvaluateOptions
 from ddray.bench.spec import BenchSpec, EvaluateSpec, MethodSpec, Source
 from ddray.bench.units import Cell, Graph, Ranking, Work
 from ddray.config import merge
@@ -19,6 +18,7 @@ from ddray.ledger import Unit
 from ddray.methods import get_method
 from ddray.plan import Plan, make_distiller, resolve, resolve_arch
 from ddray.pool import PoolSpec
+from ddray.scoring import PROTOCOLS, EvaluateOptions
 from ddray.seeding import derive_seed
 from ddray.teaching import HARD_RECIPE
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ddray import api
+from ddray import scoring
 from ddray.bench.units import Work
 from ddray.data import Dataset, PixelSpace, Split, carve_val, open_dataset
 from ddray.distill import DistillContext, DistillResult, run_distillation
@@ -332,7 +332,7 @@ def _evaluate(job: Job, work: Work) -> dict[str, Any]:
     held: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in work.options.items()}
     if job.data_dir is not None:
         held["data_dir"] = Path(job.data_dir)
-    found = api.evaluate(path, api.EvaluateOptions(**held), device=torch.device(job.device))
+    found = scoring.evaluate(path, scoring.EvaluateOptions(**held), device=torch.device(job.device))
     more = {k: v for k, v in found.items() if k not in ("protocol", "split", "results")}
     return {**found["results"][0], **more}
 

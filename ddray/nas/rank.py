@@ -14,7 +14,6 @@ import pandas as pd
 import torch
 
 from ddray import artifact
-from ddray.api import PixelKind, check_fits, foreign_space
 from ddray.data import Dataset, open_dataset
 from ddray.errors import DdrayError, InputError, unknown
 from ddray.files import write_atomically, write_text
@@ -40,6 +39,7 @@ from ddray.nas.sweep import (
     split_for,
 )
 from ddray.nas.truth import Truth, api_truth, csv_truth, read_scores, table_truth
+from ddray.scoring import PixelKind, check_fits, foreign_space
 
 _NO_TEST = "truth_test_accuracy"
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from scipy.io import wavfile
 
-from ddray import api, artifact
-from ddray.api import EvaluateOptions, distill, evaluate, evaluation_config
+from ddray import artifact, scoring
+from ddray.api import distill, to_json
 from ddray.artifact import DistilledSet, TrainSet
 from ddray.cli import main
 from ddray.data import carve_val, open_dataset
@@ -22,6 +22,7 @@ from ddray.evaluate import hard
 from ddray.evaluate.training import RECIPES
 from ddray.plan import resolve
 from ddray.report.images import grid
+from ddray.scoring import EvaluateOptions, evaluate, evaluation_config
 
 CPU = torch.device("cpu")
 SMALL = {"arch": "convnet2_w8", "compile": "off", "evaluate": {"epochs": 3, "seeds": 2}}
@@ -121,7 +122,7 @@ class TestTrainingSet:
     ) -> None:
         sets: list[TrainSet] = []
         monkeypatch.setattr(
-            api, "evaluate_archs", lambda evaluator, train_set, ctx, **more: sets.append(train_set) or []
+            scoring, "evaluate_archs", lambda evaluator, train_set, ctx, **more: sets.append(train_set) or []
         )
         for seed in (0, 0, 1):
             evaluate(random_set, quick(train_limit=10, seed=seed), device=CPU)
@@ -156,7 +157,7 @@ class TestRobust:
             assert result["accuracy_mean"] - result["accuracy_random"] == pytest.approx(result["ior"])
             assert result["accuracy_full"] - result["accuracy_mean"] == pytest.approx(result["hlr"])
             assert all(0 <= result[name] <= 1 for name in PARTS)
-        assert json.loads(api.to_json(found)) == found
+        assert json.loads(to_json(found)) == found
         kept = list((ddray_home / "truth" / "ledger").glob("*.json"))
         assert len(kept) == 2  # one per architecture, not per seed
         evaluate(random_set, quick(protocol="robust", archs=archs, full_epochs=1), device=CPU)
@@ -166,8 +167,10 @@ class TestRobust:
         self, random_set: Path, digits: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         made: list[Any] = []
-        robust = api.Robust
-        monkeypatch.setattr(api, "Robust", lambda *given, **more: made.append(more) or robust(*given, **more))
+        robust = scoring.Robust
+        monkeypatch.setattr(
+            scoring, "Robust", lambda *given, **more: made.append(more) or robust(*given, **more)
+        )
         evaluate(random_set, quick(protocol="robust", seeds=1, full_epochs=1, split="val"), device=CPU)
 
         real, _ = carve_val(digits.train(), seed=3)
@@ -178,7 +181,7 @@ class TestRobust:
         held = artifact.load(random_set)
         for floats, wanted in ((20 * 256, 2), (10 * 256, 1), (5, 1), (45 * 256, 4)):
             meta = held.meta.model_copy(update={"storage_floats": floats})
-            assert api._images_at_storage(dataclasses.replace(held, meta=meta)) == wanted
+            assert scoring._images_at_storage(dataclasses.replace(held, meta=meta)) == wanted
 
 
 class TestContinual:
@@ -191,7 +194,7 @@ class TestContinual:
         assert result["per_step"][-1] == pytest.approx(result["accuracy_mean"])
         assert result["incremental_accuracy"] == pytest.approx(sum(result["per_step"]) / 5)
         assert result["num_images"] == 20
-        assert json.loads(api.to_json(found)) == found
+        assert json.loads(to_json(found)) == found
 
     def test_ten_tasks(self, random_set: Path) -> None:
         (result,) = evaluate(random_set, quick(protocol="continual", num_tasks=10, seeds=1), device=CPU)[

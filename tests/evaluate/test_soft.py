@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from ddray import api
+from ddray import scoring
 from ddray.artifact import TrainSet
 from ddray.data import PixelSpace, fit_zca, normalized_space
 from ddray.errors import DdrayError, InputError
@@ -235,19 +235,19 @@ def distilled(planned: Any, digits: Any, tmp_path: Path) -> Path:
     return tmp_path / "d.pt"
 
 
-def options(**more: Any) -> api.EvaluateOptions:
+def options(**more: Any) -> scoring.EvaluateOptions:
     given: dict[str, Any] = {"protocol": "soft", "teachers": ("convnet2_w8",), "sets": ("teacher.epochs=2",)}
-    return api.EvaluateOptions(**{**given, "seeds": 1, "epochs": 2, **more})
+    return scoring.EvaluateOptions(**{**given, "seeds": 1, "epochs": 2, **more})
 
 
 def test_the_command_says_what_its_teacher_is_worth(distilled: Path) -> None:
-    found = api.evaluate(distilled, options(archs=("convnet2_w8", "convnet2_w16")), device=CPU)
+    found = scoring.evaluate(distilled, options(archs=("convnet2_w8", "convnet2_w16")), device=CPU)
 
     assert set(found["teacher"]) == {"arch", "accuracy"}
     assert found["teacher"]["arch"] == "convnet2_w8"
     assert 0.15 < found["teacher"]["accuracy"] <= 1
     assert [one["arch"] for one in found["results"]] == ["convnet2_w8", "convnet2_w16"]
-    several = api.evaluate(distilled, options(teachers=("convnet2_w8",) * 2, split="val"), device=CPU)
+    several = scoring.evaluate(distilled, options(teachers=("convnet2_w8",) * 2, split="val"), device=CPU)
     assert len(several["teacher"]["each"]) == 2
     assert several["split"] == "val"
 
@@ -259,15 +259,15 @@ def test_stitched_sets_are_trained_on_with_shuffled_patches(
     monkeypatch.setattr(
         "ddray.evaluate.soft.shuffle_strips", lambda images, num, generator: seen.append(num) or images
     )
-    api.evaluate(distilled, options(), device=CPU)
-    api.evaluate(distilled, options(sets=("teacher.epochs=2", "patches=1")), device=CPU)
+    scoring.evaluate(distilled, options(), device=CPU)
+    scoring.evaluate(distilled, options(sets=("teacher.epochs=2", "patches=1")), device=CPU)
 
     assert set(seen[: len(seen) // 2]) == {2}
     assert set(seen[len(seen) // 2 :]) == {1}
 
 
 def test_table_5_is_a_recipe_of_hard_labels(distilled: Path) -> None:
-    found = api.evaluate(
+    found = scoring.evaluate(
         distilled, options(protocol="hard", recipe="table5", teachers=(), sets=()), device=CPU
     )
 
@@ -289,4 +289,4 @@ def test_options_that_do_not_go_together_are_refused(
     distilled: Path, more: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(InputError, match=reason):
-        api.evaluate(distilled, options(**more), device=CPU)
+        scoring.evaluate(distilled, options(**more), device=CPU)

@@ -1,0 +1,211 @@
+"""`ddray distill`, `evaluate` and `export`: one distilled set at a time."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ddray import display
+from ddray.commands.options import (
+    Arch,
+    Budget,
+    ConfigFile,
+    DataDir,
+    DatasetOption,
+    Device,
+    Download,
+    Ipc,
+    Json,
+    Method,
+    Preset,
+    Resume,
+    RunDir,
+    Seed,
+    Sets,
+    absolute,
+    output,
+)
+
+
+def distill(
+    method: Method,
+    ipc: Ipc = None,
+    budget: Budget = None,
+    dataset: DatasetOption = "digits",
+    preset: Preset = "paper",
+    config: ConfigFile = None,
+    set_: Sets = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Steps; 0 writes the initial images.")] = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    run_dir: RunDir = None,
+    resume: Resume = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Artifact; default <run dir>/distilled.pt.")
+    ] = None,
+    val_seed: Annotated[
+        int | None,
+        typer.Option("--val-seed", help="Leave out the val tenth that tune and nas with this seed score on."),
+    ] = None,
+    data_dir: DataDir = None,
+    download: Download = False,
+    as_json: Json = False,
+) -> None:
+    """Distil a dataset to a few images per class."""
+    with output(as_json) as emit:
+        from ddray import api, plan
+        from ddray.data import open_dataset
+        from ddray.methods import get_method
+
+        get_method(method)
+        opened = open_dataset(dataset, data_dir=absolute(data_dir), download=download)
+        resolved = plan.resolve(
+            method,
+            opened,
+            ipc=ipc,
+            budget=budget,
+            seed=seed,
+            preset=preset,
+            config_file=absolute(config),
+            layers=plan.override_layers(set_ or [], steps),
+        )
+        result = api.distill(
+            resolved,
+            device=plan.pick_device(device),
+            run_dir=absolute(run_dir),
+            resume=resume,
+            out=absolute(out),
+            val_seed=val_seed,
+        )
+        emit(result, display.table_of("distilled", result))
+
+
+def evaluate(
+    file: Annotated[
+        Path, typer.Argument(help="Distilled set: ours, DC family's res_*.pt, MTT's images_best.pt.")
+    ],
+    dataset: Annotated[
+        str | None, typer.Option("--dataset", help="Target; default the artifact's own.")
+    ] = None,
+    protocol: Annotated[
+        str,
+        typer.Option(
+            "--protocol",
+            help="hard: train on hard labels; soft: on a teacher's; linear: pre-train, freeze, probe; "
+            "robust: LRS and ARS; continual: class by class, as a memory.",
+        ),
+    ] = "hard",
+    arch: Arch = None,
+    seeds: Annotated[
+        int | None, typer.Option("--seeds", help="Networks per architecture; default 5.")
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option("--epochs", help="Epochs of training; default the method's.")
+    ] = None,
+    split: Annotated[
+        str, typer.Option("--split", help="test, or val: the tenth of train a search keeps back.")
+    ] = "test",
+    augment: Annotated[
+        str | None,
+        typer.Option(
+            "--augment", help="dsa, dsa_idc, autoaugment, randaugment or none; default the method's."
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe",
+            help="hard: vico, idc or table5 (D3HR's); soft: paper or repo. How all sets are trained on.",
+        ),
+    ] = None,
+    train_limit: Annotated[
+        int | None,
+        typer.Option("--train-limit", help="Train on at most so many images (linear: of the target)."),
+    ] = None,
+    num_tasks: Annotated[
+        int | None, typer.Option("--num-tasks", help="continual: tasks the classes come in; default 5.")
+    ] = None,
+    full_epochs: Annotated[
+        int | None,
+        typer.Option("--full-epochs", help="robust: epochs on the whole dataset; default as --epochs."),
+    ] = None,
+    teacher: Annotated[
+        list[str] | None,
+        typer.Option("--teacher", help="soft: who labels; several are averaged; default resnet18."),
+    ] = None,
+    ipc: Annotated[
+        int | None, typer.Option("--ipc", help="Images per class, for sets that generate them.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="key=value of the protocol, such as teacher.epochs=30; repeatable."),
+    ] = None,
+    finetune: Annotated[
+        bool, typer.Option("--finetune", help="linear: fine-tune the whole network instead of probing.")
+    ] = False,
+    pixel_space: Annotated[
+        str, typer.Option("--pixel-space", help="Of another project's file: normalized, zca or raw.")
+    ] = "normalized",
+    seed: Seed = 0,
+    device: Device = "auto",
+    data_dir: DataDir = None,
+    download: Download = False,
+    as_json: Json = False,
+) -> None:
+    """Train fresh networks on a distilled set and report their accuracy."""
+    with output(as_json) as emit:
+        from ddray import plan, scoring
+        from ddray.errors import unknown
+
+        if pixel_space not in ("normalized", "zca", "raw"):
+            raise unknown("--pixel-space", pixel_space, ("normalized", "zca", "raw"))
+        options = scoring.EvaluateOptions(
+            dataset=dataset,
+            protocol=protocol,
+            archs=tuple(arch or ()),
+            seeds=seeds,
+            epochs=epochs,
+            split=split,  # type: ignore[arg-type]
+            augment=augment,  # type: ignore[arg-type]
+            recipe=recipe,
+            train_limit=train_limit,
+            num_tasks=num_tasks,
+            full_epochs=full_epochs,
+            finetune=finetune,
+            pixel_space=pixel_space,  # type: ignore[arg-type]
+            seed=seed,
+            teachers=tuple(teacher or ()),
+            sets=tuple(set_ or ()),
+            ipc=ipc,
+            data_dir=absolute(data_dir),
+            download=download,
+        )
+        result = scoring.evaluate(Path(os.path.abspath(file)), options, device=plan.pick_device(device))
+        emit(result, lambda: display.evaluate_tables(f"{file.name}: {protocol}, {split}", result["results"]))
+
+
+def export(
+    file: Annotated[Path, typer.Argument(help="Distilled set.")],
+    out: Annotated[Path, typer.Argument(help="A new folder, or a .parquet file.")],
+    form: Annotated[
+        str | None, typer.Option("--format", help="folder or parquet; default by the name of OUT.")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option("--dataset", help="Of another project's file: what it was distilled from.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a distilled set for other tools: pictures by class, or one parquet file."""
+    with output(as_json) as emit:
+        from ddray import library
+        from ddray.errors import unknown
+
+        if form not in (None, "folder", "parquet"):
+            raise unknown("--format", form, ("folder", "parquet"))
+        held = library.load(file, dataset=dataset)
+        written = library.export(held, out, form=form)  # type: ignore[arg-type]
+        result = {"out": str(written), "num_images": len(held.decode().images)}
+        emit(result, display.table_of("exported", result))

@@ -1,0 +1,300 @@
+"""`ddray evaluate` as a function: a distilled set's file, a protocol and its options, scored on a dataset."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ddray import artifact
+from ddray.artifact import DistilledSet, TrainSet
+from ddray.config import parse_overrides
+from ddray.data import Dataset, PixelSpace, Split, carve_val, fit_zca, open_dataset
+from ddray.data.catalog import KNOWN
+from ddray.errors import InputError, unknown
+from ddray.evaluate import EvalContext, EvalResult, Evaluator, evaluate_archs
+from ddray.evaluate.continual import Continual
+from ddray.evaluate.hard import Hard
+from ddray.evaluate.linear import Linear
+from ddray.evaluate.robust import Robust
+from ddray.evaluate.subsets import limited
+from ddray.evaluate.training import Augment, named_recipe
+from ddray.plan import EvaluateConfig, resolve_arch
+from ddray.progress import progress
+from ddray.seeding import derive
+from ddray.teaching import teach
+
+log = logging.getLogger(__name__)
+
+PROTOCOLS = ("hard", "soft", "linear", "robust", "continual")
+NUM_TASKS = 5
+SplitName = Literal["val", "test"]
+PixelKind = Literal["normalized", "raw", "zca"]
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What `ddray evaluate` was asked for; None means: as the artifact says.
+
+    Attributes:
+        dataset: target; default the artifact's own.
+        protocol: the protocol's name.
+        archs: networks to train; default the artifact's own.
+        seeds: networks per architecture.
+        epochs: of training.
+        split: `test` or `val`.
+        augment: default the method's; another one also drops the method's strategy and CutMix.
+        recipe: a whole recipe by name, instead of the method's; default: the method's.
+        train_limit: train on at most so many images of the set; with `linear`, of the target.
+        num_tasks: of `continual`; default 5.
+        full_epochs: of `robust`, on the whole dataset; default as `epochs`.
+        finetune: with `linear`, fine-tune the whole network instead of probing (KRR-ST).
+        pixel_space: space of a foreign file's pixels.
+        seed: first network's seed.
+        teachers: networks whose soft labels are averaged; default resnet18 (protocol `soft`).
+        sets: further settings of the protocol, as `key=value`.
+        ipc: images per class of a set that generates them; default as it was distilled.
+        data_dir: where datasets are looked for.
+        download: let torchvision download.
+    """
+
+    dataset: str | None = None
+    protocol: str = "hard"
+    archs: tuple[str, ...] = ()
+    seeds: int | None = None
+    epochs: int | None = None
+    split: SplitName = "test"
+    augment: Augment | None = None
+    recipe: str | None = None
+    train_limit: int | None = None
+    num_tasks: int | None = None
+    full_epochs: int | None = None
+    finetune: bool = False
+    pixel_space: PixelKind = "normalized"
+    seed: int = 0
+    teachers: tuple[str, ...] = ()
+    sets: tuple[str, ...] = ()
+    ipc: int | None = None
+    data_dir: Path | None = None
+    download: bool = False
+
+
+def evaluate(path: Path, options: EvaluateOptions, *, device: torch.device) -> dict[str, Any]:
+    """Score a distilled set.
+
+    Args:
+        path: the artifact, ours or another project's.
+        options: what to do.
+        device: where to compute.
+
+    Returns:
+        The command's JSON (DESIGN: commands).
+
+    Raises:
+        InputError: the file, the dataset or an option is bad, or the set does not fit the dataset.
+        DivergedError: a training loss became NaN.
+    """
+    _check_options(options)
+    dataset = _target(options.dataset, options)
+    space = foreign_space(dataset, options.pixel_space)
+    held = artifact.load(path, dataset=dataset, pixel_space=space)
+    target = dataset or _target(held.meta.dataset, options)
+    if target is None:
+        raise InputError(f"{path} does not say which dataset it is of: add --dataset NAME")
+    held = held.generated(options.ipc, device)
+    check_fits(held, target, path, options.protocol)
+    archs = tuple(resolve_arch(arch, held.meta.image_shape) for arch in options.archs) or (held.meta.arch,)
+    real, real_name, held_out = _real_and_held_out(target, options.split, held)
+    if held_out.is_audio and options.augment not in (None, "none"):
+        raise InputError(f"--augment must be none for spectrograms ({target.name}), got {options.augment}")
+    ctx = EvalContext(target, held_out, held.space(), device)
+    more: dict[str, Any] = {}
+    evaluator: Evaluator
+    lesson = teach(options, held, ctx, (real, real_name))
+    if lesson is not None:
+        evaluator, num_seeds, more = lesson.evaluator, lesson.num_seeds, lesson.describe()
+    else:
+        config = evaluation_config(held, options)
+        evaluator, num_seeds = _evaluator(config, options, held, (real, real_name)), config.seeds
+        if options.protocol == "robust":
+            full_epochs = options.full_epochs or config.epochs
+            more = {"full_epochs": full_epochs, "random_per_class": _images_at_storage(held)}
+    found = _score(
+        evaluator,
+        _train_set(held, options),
+        ctx,
+        archs=archs,
+        num_seeds=num_seeds,
+        seed=options.seed,
+        what=f"evaluating {path.name}",
+    )
+    return {"protocol": options.protocol, "split": options.split, **more, "results": found}
+
+
+def _score(
+    evaluator: Evaluator,
+    train_set: TrainSet,
+    ctx: EvalContext,
+    *,
+    archs: Sequence[str],
+    num_seeds: int,
+    seed: int,
+    what: str,
+) -> list[dict[str, Any]]:
+    """Score every architecture, showing progress under the title `what`."""
+    with progress(what, len(archs) * num_seeds) as show:
+        done = 0
+
+        def note(result: EvalResult) -> None:
+            nonlocal done
+            done += 1
+            show(done, f"{result.arch}: {result.accuracy:.1%}")
+
+        return evaluate_archs(
+            evaluator, train_set, ctx, archs=archs, num_seeds=num_seeds, seed=seed, on_result=note
+        )
+
+
+def _train_set(held: DistilledSet, options: EvaluateOptions) -> TrainSet:
+    """Return the set as decoded, or a stratified part of it."""
+    if options.protocol == "linear":
+        return held.decode()
+    return _limited(held.decode(), options)
+
+
+def _limited(train_set: TrainSet, options: EvaluateOptions) -> TrainSet:
+    """Return at most `train_limit` images of a set, stratified."""
+    if options.train_limit is None:
+        return train_set
+    return limited(train_set, options.train_limit, derive(options.seed, "evaluate", "train-limit"))
+
+
+def _images_at_storage(held: DistilledSet) -> int:
+    """Return how many real images per class take the storage of a set."""
+    per_class = len(held.meta.class_names) * math.prod(held.meta.image_shape)
+    return max(1, held.meta.storage_floats // per_class)
+
+
+def _check_options(options: EvaluateOptions) -> None:
+    """Refuse names that are unknown, and options that do not go together."""
+    if options.protocol not in PROTOCOLS:
+        raise unknown("protocol", options.protocol, PROTOCOLS)
+    if options.split not in ("val", "test"):
+        raise unknown("split", options.split, ("val", "test"))
+    for name, value, owner in (
+        ("--num-tasks", options.num_tasks, "continual"),
+        ("--full-epochs", options.full_epochs, "robust"),
+        ("--finetune", options.finetune or None, "linear"),
+    ):
+        if value is not None and options.protocol != owner:
+            raise InputError(f"{name} must be left out, or used with --protocol {owner}")
+    if options.full_epochs is not None and options.full_epochs < 1:
+        raise InputError(f"--full-epochs must be >= 1, got {options.full_epochs}")
+    if options.train_limit is not None and options.protocol == "robust":
+        raise InputError(
+            "--train-limit must be left out with --protocol robust: it compares at equal storage"
+        )
+
+
+def _evaluator(
+    config: EvaluateConfig, options: EvaluateOptions, held: DistilledSet, real: tuple[Split, str]
+) -> Evaluator:
+    """Return the protocol that was asked for; `real` are the real images and their split's name."""
+    recipe = config.as_recipe()
+    if options.protocol == "linear":
+        part = _limited(TrainSet(real[0].images, real[0].labels), options)
+        known = KNOWN.get(held.meta.dataset)
+        return Linear(
+            recipe,
+            config.probe,
+            real=Split(part.images, part.labels),
+            can_flip=known is not None and known.can_flip,
+            finetune=config.finetune if options.finetune else None,
+        )
+    if options.protocol == "continual":
+        return Continual(recipe, NUM_TASKS if options.num_tasks is None else options.num_tasks)
+    if options.protocol == "robust":
+        return Robust(
+            recipe,
+            real=real[0],
+            split_name=real[1],
+            random_per_class=_images_at_storage(held),
+            full_epochs=options.full_epochs,
+        )
+    return Hard(recipe)
+
+
+def _target(name: str | None, options: EvaluateOptions) -> Dataset | None:
+    return None if name is None else open_dataset(name, data_dir=options.data_dir, download=options.download)
+
+
+def foreign_space(dataset: Dataset | None, kind: PixelKind) -> PixelSpace | None:
+    """Return the space that a foreign file's pixels are said to be in; None for the default, normalised."""
+    if dataset is None or kind == "normalized":
+        return None
+    if kind == "zca":
+        return fit_zca(dataset.train())
+    return PixelSpace("raw", dataset.mean, dataset.std)
+
+
+def evaluation_config(held: DistilledSet, options: EvaluateOptions) -> EvaluateConfig:
+    """Return the evaluation settings: the artifact's own, overridden by the options."""
+    asked = {"seeds": options.seeds, "epochs": options.epochs, "augment": options.augment}
+    own = held.meta.config.get("evaluate", {})
+    method = held.meta.config.get("method", {})
+    factor = method.get("factor", 1) if isinstance(method, dict) else 1
+    recipe = functools.partial(named_recipe, dataset=held.meta.dataset, factor=factor)
+    sets = recipe(parse_overrides(options.sets))
+    if not isinstance(own, dict):
+        raise InputError(f"meta.config.evaluate must be a mapping, got {own!r}")
+    if options.recipe is not None:
+        own = {**own, **recipe({"recipe": options.recipe})}
+    if options.augment not in (None, own.get("augment", "dsa")):
+        own = {**own, "strategy": None, "cutmix": 0.0}
+    if options.augment == "none" and options.epochs is None:
+        own = {**own, "epochs": min(300, own.get("epochs", 300))}  # the peers' length without augmentation
+    return EvaluateConfig.parse(
+        {**own, **sets, **{k: v for k, v in asked.items() if v is not None}}, prefix="evaluate."
+    )
+
+
+def check_fits(held: DistilledSet, target: Dataset, path: Path, protocol: str = "hard") -> None:
+    """Refuse to score a set on a dataset with other classes or another image shape, `linear` aside."""
+    if held.meta.dataset == target.name and held.meta.fingerprint != target.fingerprint:
+        log.warning("%s was distilled from another copy of %s (fingerprints differ)", path, target.name)
+    if protocol == "linear":
+        return
+    if held.targets is not None:
+        raise InputError(f"{path} holds targets, not labels: --protocol must be linear, got {protocol}")
+    if held.meta.image_shape != target.image_shape:
+        raise InputError(
+            f"{path} holds images of shape {held.meta.image_shape}, {target.name} has {target.image_shape}: "
+            "evaluate it on the dataset it was distilled from"
+        )
+    if held.meta.class_names != target.class_names:
+        raise InputError(
+            f"{path} has {len(held.meta.class_names)} classes of {held.meta.dataset}, {target.name} has "
+            f"{target.num_classes} other ones: evaluate it on the dataset it was distilled from"
+        )
+    if int(held.labels.max()) >= target.num_classes:
+        raise InputError(f"{path}: labels must be < {target.num_classes} for {target.name}")
+
+
+def _real_and_held_out(target: Dataset, split: str, held: DistilledSet) -> tuple[Split, str, Split]:
+    """Return the real images to train on, their split's name, and the split to score on.
+
+    Val is what a search with the artifact's seed keeps back of train.
+    """
+    if split == "test":
+        return target.train(), "train", target.test()
+    seed = held.meta.seed or 0
+    if held.meta.split != f"train-val{seed}":
+        log.warning("val is a tenth of train: a set that was distilled from all of train has seen it")
+    real, val = carve_val(target.train(), seed=seed)
+    return real, f"train-val{seed}", val
