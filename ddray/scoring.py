@@ -107,12 +107,12 @@ def evaluate(path: Path, options: EvaluateOptions, *, device: torch.device) -> d
     target = dataset or _target(held.meta.dataset, options)
     if target is None:
         raise InputError(f"{path} does not say which dataset it is of: add --dataset NAME")
-    held = held.generated(options.ipc, device)
     check_fits(held, target, path, options.protocol)
     archs = tuple(resolve_arch(arch, held.meta.image_shape) for arch in options.archs) or (held.meta.arch,)
     real, real_name, held_out = _real_and_held_out(target, options.split, held)
     if held_out.is_audio and options.augment not in (None, "none"):
         raise InputError(f"--augment must be none for spectrograms ({target.name}), got {options.augment}")
+    held = held.generated(options.ipc, device)  # what can be refused has been: this takes minutes
     ctx = EvalContext(target, held_out, held.space(), device)
     more: dict[str, Any] = {}
     evaluator: Evaluator
@@ -282,7 +282,7 @@ def check_fits(held: DistilledSet, target: Dataset, path: Path, protocol: str = 
             f"{path} has {len(held.meta.class_names)} classes of {held.meta.dataset}, {target.name} has "
             f"{target.num_classes} other ones: evaluate it on the dataset it was distilled from"
         )
-    if int(held.labels.max()) >= target.num_classes:
+    if len(held.labels) and int(held.labels.max()) >= target.num_classes:
         raise InputError(f"{path}: labels must be < {target.num_classes} for {target.name}")
 
 

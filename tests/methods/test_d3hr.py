@@ -19,6 +19,7 @@ from ddray.errors import InputError
 from ddray.methods import _d3hr_stages as stages
 from ddray.methods._diffusion import DiffusionModel, Levels, open_pipeline, save_pipeline
 from ddray.methods.d3hr import D3HRConfig, group_sample, group_scores, plan_stages
+from ddray.scoring import EvaluateOptions, evaluate
 from ddray.seeding import derive
 from tests.methods.diffusion_models import TINY, trained_on, untrained
 
@@ -246,6 +247,16 @@ def test_a_set_of_statistics_generates_any_ipc_without_the_dataset(run: Any, tmp
     assert more.meta.ipc_decoded == 5
     assert torch.equal(held.decode().images, images.images)
     more.validate()
+
+
+def test_a_set_of_statistics_that_does_not_fit_is_refused_before_it_generates(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(store="statistics").save(tmp_path / "s.pt")
+    monkeypatch.setattr(DistilledSet, "generated", lambda self, *_: pytest.fail("images were made"))
+
+    with pytest.raises(InputError, match="evaluate it on the dataset it was distilled from"):
+        evaluate(tmp_path / "s.pt", EvaluateOptions(dataset="digits"), device=torch.device("cpu"))
 
 
 def test_a_set_of_images_generates_nothing(run: Any) -> None:
