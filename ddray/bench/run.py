@@ -66,7 +66,8 @@ class BenchOptions(Config):
     def _local_ignores_nothing(self) -> Self:
         if self.executor == "local":
             for name in ("max_concurrent", "unit_timeout", "address"):
-                if (value := getattr(self, name)) is not None:
+                value = getattr(self, name)
+                if value is not None and (name, value) != ("max_concurrent", 1):
                     option = "--" + name.replace("_", "-")
                     raise ValueError(
                         f"{option} must be left out with --executor local, which runs unit after unit and "

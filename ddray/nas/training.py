@@ -23,6 +23,7 @@ from torch import Tensor
 from ddray.config import Config
 from ddray.data.dsa import Dsa, DsaPlan
 from ddray.nets import Net, is_per_sample
+from ddray.nets.features import InstanceNorm
 from ddray.seeding import derive
 
 log = logging.getLogger(__name__)
@@ -206,6 +207,9 @@ class _Fused:
         self._lr = torch.zeros((), device=self._params[0].device)
         self._momenta = [torch.zeros_like(held) for held in self._params]
         self._template = copy.deepcopy(nets[0]).to("meta")
+        for module in self._template.modules():
+            if isinstance(module, InstanceNorm):
+                module.plain = True
         self.state: list[Tensor] = [*self._params, *self._buffers.values(), *self._momenta]
 
     def set_lr(self, lr: float) -> None:
