@@ -52,7 +52,8 @@ def search(folder: Path, space: str) -> tuple[float, int]:
 @pytest.mark.timeout(1800)
 def test_a_search_with_one_pool_against_a_pool_per_trial(benchmark: Any, tmp_path: Path) -> None:
     """Bar: <= 0.35 of the time of 8 trials that each train their own 4 networks; Ray's start in both."""
-    one, num_one = search(tmp_path / "one", "lr_img: {choice: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]}\n")
+    # The paper's point is a trial too: it adds to the first space, and is pool seed 0 of the second.
+    one, num_one = search(tmp_path / "one", "lr_img: {choice: [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]}\n")
     own, num_own = search(tmp_path / "own", "pool.seed: {choice: [0, 10, 20, 30, 40, 50, 60, 70]}\n")
     benchmark.extra_info.update({"one_pool_seconds": one, "own_pools_seconds": own, "ratio": one / own})
     benchmark.pedantic(lambda: None, rounds=1)
