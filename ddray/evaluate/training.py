@@ -17,7 +17,7 @@ from ddray.config import Config
 from ddray.data import Dsa, PixelSpace, Split, dsa_for
 from ddray.errors import unknown
 from ddray.evaluate.cutmix import cutmix
-from ddray.nets import Net
+from ddray.nets import Net, training_format
 from ddray.seeding import derive_seed, forked_global
 
 Augment = Literal["dsa", "dsa_idc", "autoaugment", "randaugment", "none"]
@@ -137,8 +137,9 @@ def train(
     Returns:
         The mean loss of the last epoch.
     """
-    images = images.contiguous(memory_format=torch.channels_last)
-    net.to(memory_format=torch.channels_last).train()
+    form = training_format(net, images.device)
+    images = images.contiguous(memory_format=form)
+    net.to(memory_format=form).train()
     optimizer = _sgd(net, recipe, recipe.lr)
     loss = torch.zeros((), device=images.device)
     total = recipe.epochs + 1 if recipe.schedule == "vico" else recipe.epochs
@@ -161,7 +162,7 @@ def train(
         if recipe.schedule == "vico" and epoch == recipe.epochs // 2 + 1:
             # The peers re-create the optimiser here, which also forgets the momentum.
             optimizer = _sgd(net, recipe, recipe.lr * 0.1)
-    net.eval()
+    net.to(memory_format=torch.channels_last).eval()
     return float(loss / len(labels))
 
 

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from ddray.config import Config
 from ddray.data.dsa import Dsa, DsaPlan
-from ddray.nets import Net, is_per_sample
-from ddray.nets.features import InstanceNorm
+from ddray.nets import Net, is_per_sample, training_format
+from ddray.nets.features import CpuLayer
 from ddray.seeding import derive
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ def train_seeds(
     """
     total = num_steps or recipe.num_steps(len(labels))
     for net in nets:
-        net.to(memory_format=torch.channels_last).train()
+        net.to(memory_format=training_format(net, images.device)).train()
     work = _Work(images, labels, recipe, dsa, shuffle, total)
     if mode == "auto":
         fuse = len(nets) > 1 and images.device.type == "cuda" and _fusing_pays(nets, work, seeds)
@@ -103,7 +103,7 @@ def train_seeds(
         pairs = zip(nets, seeds, strict=True)
         graph = min([work.run(_Single(net, recipe), [seed], total) for net, seed in pairs])
     for net in nets:
-        net.eval()
+        net.to(memory_format=torch.channels_last).eval()
     return ("fused" if fuse else "loop") + ("+graph" if graph else "")
 
 
@@ -208,7 +208,7 @@ class _Fused:
         self._momenta = [torch.zeros_like(held) for held in self._params]
         self._template = copy.deepcopy(nets[0]).to("meta")
         for module in self._template.modules():
-            if isinstance(module, InstanceNorm):
+            if isinstance(module, CpuLayer):
                 module.plain = True
         self.state: list[Tensor] = [*self._params, *self._buffers.values(), *self._momenta]
 

@@ -1,6 +1,6 @@
 """Networks by name: the ConvNet family and the architectures it is compared with."""
 
-from ddray.nets.build import Net, build_net, is_per_sample, num_params, reinitialize
+from ddray.nets.build import Net, build_net, is_per_sample, num_params, reinitialize, training_format
 from ddray.nets.features import Features
 from ddray.nets.names import arch_names, check_arch, convnet_name, default_arch, with_norm
 
@@ -15,5 +15,6 @@ __all__ = [
     "is_per_sample",
     "num_params",
     "reinitialize",
+    "training_format",
     "with_norm",
 ]

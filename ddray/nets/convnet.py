@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddray.errors import InputError
-from ddray.nets.features import Features, norm_layer
+from ddray.nets.features import Features, Flatten, norm_layer
 from ddray.nets.names import Arch
 
 LEAKY_SLOPE = 0.01
@@ -33,7 +33,8 @@ class ConvNet(nn.Module):
     def __init__(self, arch: Arch, image_shape: tuple[int, int, int], num_classes: int) -> None:
         super().__init__()
         self._activation = arch.activation
-        self._pooling = arch.pooling
+        self.pooling = arch.pooling
+        self._in_place = arch.norm != "layer"
         self.convs = nn.ModuleList()
         self.norms = nn.ModuleList()
         channels, height, width = image_shape
@@ -50,6 +51,7 @@ class ConvNet(nn.Module):
                         f"{2**arch.depth} px, got {image_shape[1]}x{image_shape[2]}; take a smaller depth"
                     )
                 height, width = height // 2, width // 2
+        self.flatten = Flatten()
         self.classifier = nn.Linear(channels * height * width, num_classes)
 
     def forward(self, x: Tensor) -> Features:
@@ -59,19 +61,20 @@ class ConvNet(nn.Module):
             x = self._activate(norm(conv(x)))
             maps.append(x)
             x = self._pool(x)
-        embedding = x.flatten(1)
+        embedding = self.flatten(x)
         return Features(self.classifier(embedding), embedding, tuple(maps))
 
     def _activate(self, x: Tensor) -> Tensor:
-        """Apply the activation in place: neither conv nor norm needs its output for the backward pass."""
+        """Apply the activation, in place but on a LayerNorm's view: conv and norm don't need their output."""
+        inplace = self._in_place
         if self._activation == "sigmoid":
-            return x.sigmoid_()
+            return x.sigmoid_() if inplace else x.sigmoid()
         if self._activation == "leakyrelu":
-            return F.leaky_relu(x, LEAKY_SLOPE, inplace=True)
-        return F.relu(x, inplace=True)
+            return F.leaky_relu(x, LEAKY_SLOPE, inplace=inplace)
+        return F.relu(x, inplace=inplace)
 
     def _pool(self, x: Tensor) -> Tensor:
         """Halve the map, or leave it."""
-        if self._pooling == "avg":
+        if self.pooling == "avg":
             return F.avg_pool2d(x, 2)
-        return F.max_pool2d(x, 2) if self._pooling == "max" else x
+        return F.max_pool2d(x, 2) if self.pooling == "max" else x

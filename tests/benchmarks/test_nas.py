@@ -110,7 +110,7 @@ def _meet(folder: str, number: int) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.slow  # a ratio near its bar, 1.59 when last measured: reports/README.md says so
+@pytest.mark.slow  # three minutes
 @pytest.mark.ray
 def test_a_sweep_against_a_plain_loop(benchmark: Any, tmp_path: Path) -> None:
     """Bar: >= 1.7x on 2 cores; 24 architectures x 500 images of 32 px, the same epochs."""

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddray.errors import InputError
-from ddray.nets import build_net, convnet_name, num_params
-from ddray.nets.features import norm_layer
+from ddray.nets import build_net, convnet_name, num_params, training_format
+from ddray.nets.features import Flatten, norm_layer
 from ddray.nets.names import ACTIVATIONS, NORMS, POOLINGS
 
 
@@ -149,3 +149,49 @@ def test_instance_norm_is_a_group_norm_per_channel(
     torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-3 if side == 1 else 1e-5)
     assert torch.equal(x, before)
     assert found.is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_layer_norm_is_over_channels_and_places(memory_format: torch.memory_format) -> None:
+    layer = norm_layer("layer", (6, 8, 5))
+    with torch.no_grad():
+        layer.weight.uniform_(0.5, 2)
+        layer.bias.normal_()
+    x = (3 + 2 * torch.randn(4, 6, 8, 5)).contiguous(memory_format=memory_format).requires_grad_()
+    own = [x, *layer.parameters()]
+    doubles = [held.detach().double().requires_grad_() for held in own]
+
+    found = layer(x)
+    wanted = F.layer_norm(doubles[0], [6, 8, 5], doubles[1], doubles[2])
+
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+    assert found.is_contiguous(memory_format=memory_format)
+    weights = torch.randn_like(found)
+    grads = torch.autograd.grad((found * weights).sum(), own)
+    for grad, right in zip(grads, torch.autograd.grad((wanted * weights).sum(), doubles), strict=True):
+        torch.testing.assert_close(grad.double(), right, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_flattened_maps_keep_channels_last() -> None:
+    seen = []
+    maps = torch.randn(4, 6, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
+    pooled = F.avg_pool2d(maps, 2)
+
+    flat = Flatten()(pooled)
+    pooled.register_hook(seen.append)
+    (flat * torch.arange(96.0)).sum().backward()
+
+    (grad,) = seen
+    assert grad.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(grad, torch.arange(96.0).view(6, 4, 4).expand(4, -1, -1, -1))
+    assert torch.equal(maps.grad, F.interpolate(grad, scale_factor=2) / 4)
+
+
+def test_the_format_to_train_in_is_that_of_the_slowest_layer() -> None:
+    def chosen(arch: str, device: str = "cpu") -> torch.memory_format:
+        return training_format(build_net(arch, (3, 32, 32), 10, seed=0), torch.device(device))
+
+    contiguous = {"convnet3", "vgg11", "convnet1_bn_nopool", "convnet2_nonorm_nopool"}
+    fast = {"convnet3_bn", "convnet1_ln", "convnet3_gn_max", "convnet3_nonorm_nopool", "resnet18"}
+    assert {arch for arch in contiguous | fast if chosen(arch) == torch.contiguous_format} == contiguous
+    assert chosen("convnet3", "cuda") == torch.channels_last
