@@ -15,6 +15,11 @@ from typing import BinaryIO
 from ddray.errors import StorageError
 
 
+def home() -> Path:
+    """Return `$DDRAY_HOME` (default `~/.cache/ddray`), made absolute: where what runs share is kept."""
+    return Path(os.environ.get("DDRAY_HOME") or "~/.cache/ddray").expanduser().absolute()
+
+
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
     """Turn an `OSError` of writing `path` into a `StorageError` that names the path and the fix."""

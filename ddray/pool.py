@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pydantic import ValidationInfo, field_validator
 
 from ddray.config import Config
 from ddray.errors import DdrayError
+from ddray.files import home
 from ddray.ledger import canonical_json
 from ddray.pool_files import DamagedEntryError, EntryLock, PoolFiles
 from ddray.progress import progress
@@ -136,11 +136,6 @@ class ModelPool(Protocol):
 
 Trainer = Callable[[PoolSpec], "tuple[Mapping[str, Tensor], Mapping[str, Any]]"]
 """Trains one spec: tensors to keep, and measurements for the entry's meta."""
-
-
-def home() -> Path:
-    """Return `$DDRAY_HOME` (default `~/.cache/ddray`), made absolute."""
-    return Path(os.environ.get("DDRAY_HOME") or Path.home() / ".cache" / "ddray").expanduser().absolute()
 
 
 def draft_entry(files: PoolFiles, spec: PoolSpec, trainer: Trainer, *, times_trained: int) -> Path:

@@ -27,9 +27,9 @@ from ddray.bench.work import AskingPool, asked_first
 from ddray.data import open_dataset
 from ddray.distill import DistillContext
 from ddray.errors import DdrayError, InputError, StorageError
+from ddray.files import home
 from ddray.ledger import Ledger
 from ddray.methods import get_method, method_names
-from ddray.pool import home
 from ddray.report.published import compare, find, read_numbers
 from ddray.run import open_run
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ddray import pool_files
 from ddray.errors import InputError, StorageError
+from ddray.files import home
 from ddray.nets import build_net
-from ddray.pool import SUPERVISED_RECIPE, LocalPool, PoolSpec, home, supervised_specs
+from ddray.pool import SUPERVISED_RECIPE, LocalPool, PoolSpec, supervised_specs
 from ddray.pool_files import ENTRY, TENSORS, PoolFiles
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ddray.data import Dataset, Split, normalized_space
 from ddray.errors import InputError
-from ddray.pool import LocalPool, home
+from ddray.files import home
+from ddray.pool import LocalPool
 from ddray.pool_training import PoolTrainer
 from ddray.ssl import (
     SslTrainer,

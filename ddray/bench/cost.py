@@ -18,11 +18,10 @@ from typing import Any
 from ddray.bench.graph import pool_work
 from ddray.bench.units import Graph, Ranking, Work
 from ddray.bench.work import asked_first
-from ddray.files import storage_errors
+from ddray.files import home, storage_errors
 from ddray.ledger import Ledger, Row
 from ddray.nas.spaces import get_space
 from ddray.nas.sweep import NasOptions
-from ddray.pool import home
 
 log = logging.getLogger(__name__)
 

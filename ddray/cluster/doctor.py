@@ -16,7 +16,7 @@ import torch
 from ddray.cluster.runtime import cpu_count, ray_runtime
 from ddray.data import dataset_names, open_dataset
 from ddray.errors import DdrayError, InputError
-from ddray.pool import home
+from ddray.files import home
 
 _MIN_FREE_GIB = 5.0
 

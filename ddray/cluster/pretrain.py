@@ -15,7 +15,8 @@ from ddray.cluster.pool import PoolAddress, pool_service
 from ddray.cluster.runtime import worker_device
 from ddray.cluster.trial import Job, trial_pool
 from ddray.errors import DdrayError
-from ddray.pool import PoolSpec, home
+from ddray.files import home
+from ddray.pool import PoolSpec
 from ddray.pool_files import DamagedEntryError, PoolFiles
 from ddray.progress import progress
 

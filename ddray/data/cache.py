@@ -21,16 +21,12 @@ import torch
 
 from ddray.data.dataset import Split
 from ddray.errors import InputError, StorageError
+from ddray.files import home
 
 IMAGES: Final = "images.npy"
 LABELS: Final = "labels.npy"
 _FACTS: Final = "facts.json"
 _IN_MEMORY_BYTES: Final = 1 << 30  # bigger arrays stay on disk, mapped copy-on-write
-
-
-def home() -> Path:
-    """Return `$DDRAY_HOME`, or its default `~/.cache/ddray`."""
-    return Path(os.environ.get("DDRAY_HOME") or "~/.cache/ddray").expanduser().absolute()
 
 
 def fetch(

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from ddray.errors import InputError
+from ddray.files import home
 from ddray.methods._d3hr_stages import load_generator
 from ddray.methods._diffusion import DiffusionModel, class_ids
 from ddray.methods._group_sampling import group_sample
-from ddray.pool import LocalPool, PoolSpec, home
+from ddray.pool import LocalPool, PoolSpec
 from ddray.seeding import derive
 
 if TYPE_CHECKING:

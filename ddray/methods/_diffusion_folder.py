@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ddray.errors import InputError
-from ddray.files import write_atomically
-from ddray.pool import home
+from ddray.files import home, write_atomically
 
 log = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ddray.data import Dataset, PixelSpace, Split, dsa_for
+from ddray.files import home
 from ddray.ledger import Ledger, Row, Unit
 from ddray.nas.spaces import get_space
 from ddray.nas.training import NasRecipe, count_right, train_seeds
-from ddray.pool import home
 from ddray.seeding import derive_seed
 
 CODE_VERSION: Final = 1

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ddray.data import Dataset, normalized_space
 from ddray.errors import InputError
+from ddray.files import home
 from ddray.nets import Net, build_net, default_arch
-from ddray.pool import LocalPool, PoolSpec, home
+from ddray.pool import LocalPool, PoolSpec
 from ddray.report.runs import SetView
 from ddray.seeding import derive, derive_seed
 
