@@ -275,9 +275,20 @@ class MeanMatching:
             self._optimizer.state[self.images]["momentum_buffer"] = held
 
 
-@torch.no_grad()
 def largest_map_bytes(net: Net, ctx: DistillContext) -> int:
-    """Return the bytes of one sample's largest map, found on a blank image (in eval mode: no trace)."""
+    """Return the bytes of one sample's largest map."""
+    key = (net.arch, ctx.dataset.image_shape)
+    if key not in _largest:
+        _largest[key] = _measured(net, ctx)
+    return _largest[key]
+
+
+_largest: dict[tuple[str, tuple[int, int, int]], int] = {}
+
+
+@torch.no_grad()
+def _measured(net: Net, ctx: DistillContext) -> int:
+    """Find the largest map on a blank image (in eval mode: no trace)."""
     was_training = net.training
     maps = net.eval().features(torch.zeros(1, *ctx.dataset.image_shape, device=ctx.device)).maps
     net.train(was_training)

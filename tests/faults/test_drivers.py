@@ -14,7 +14,9 @@ from tests.faults.search import command, count, finish, stamps, start, trials, w
 pytestmark = pytest.mark.ray
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_killed_driver_resumes(tmp_path: Path, number: signal.Signals) -> None:
     run = tmp_path / "run"
     victim = start(command(run))
