@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from typing import Any
 
 import numpy as np
@@ -248,15 +247,3 @@ class TestBootstrap:
 
         assert figures(scores, truth, seed=5) == figures(scores, truth, seed=5)
         assert figures(scores, truth, seed=5)["spearman_ci95"] != figures(scores, truth)["spearman_ci95"]
-
-    def test_the_whole_of_nasbench201_takes_seconds(self) -> None:
-        generator = np.random.default_rng(0)
-        truth = np.round(generator.random(15625), 4)
-        scores = np.round(truth + 0.1 * generator.standard_normal(15625), 3)
-        begin = time.process_time()
-
-        found = figures(scores, truth, num_bootstrap=1000)
-
-        assert time.process_time() - begin < 10
-        low, high = found["spearman_ci95"]
-        assert high - low < 0.02
