@@ -81,6 +81,9 @@ def distill(
                 on_step=lambda step, loss: show(step, f"loss {loss:.4g}"),
             )
         except DdrayError as error:
+            if isinstance(error, InputError) and not run.resumed and not checkpoint.exists():
+                run.discard()  # refused by the method's setup: nothing was made
+                raise
             # Not a row: a person who reruns with --resume should get another try.
             run.ledger.event("fail", unit.key, run.epoch, error=str(error))
             raise

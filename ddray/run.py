@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -43,6 +44,11 @@ class Run:
     def checkpoint(self, key: str) -> Path:
         """Return where the checkpoint of a unit lives."""
         return self.folder / "checkpoints" / f"{key}.pt"
+
+    def discard(self) -> None:
+        """Remove the folder with all that it holds."""
+        with storage_errors(self.folder):
+            shutil.rmtree(self.folder)
 
 
 def open_run(run_dir: Path | None, config: Mapping[str, Any], *, command: str, resume: bool) -> Run:

@@ -68,14 +68,14 @@ class Range:
         from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
         if self.kind == "choice":
-            return CategoricalDistribution([json.dumps(choice) for choice in self.choices])
+            return CategoricalDistribution([_json(choice) for choice in self.choices])
         if self.kind == "randint":
             return IntDistribution(int(self.low), int(self.high))
         return FloatDistribution(self.low, self.high, log=self.kind == "loguniform")
 
     def to_optuna(self, value: Any) -> Any:
         """Return a value as the distribution holds it."""
-        return json.dumps(value) if self.kind == "choice" else value
+        return _json(value) if self.kind == "choice" else value
 
     def from_optuna(self, value: Any) -> Any:
         """Return a distribution's value as the method takes it."""
@@ -138,7 +138,7 @@ def _text(name: str, choice: Any, path: Path) -> str:
         InputError: YAML read it as something that JSON has not, such as a date.
     """
     try:
-        return json.dumps(choice)
+        return _json(choice)
     except TypeError as error:
         raise InputError(
             f"{path}: {name}: a choice must be a JSON value, got {choice!r}; quote it"
@@ -165,3 +165,8 @@ def grid(space: Space, paper: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
     first = dict(paper)
     return [first, *(point for point in points if point != first)]
+
+
+def _json(choice: Any) -> str:
+    """Return a choice as text in which a mapping's keys are sorted, as the ledger has them."""
+    return json.dumps(choice, sort_keys=True)

@@ -192,7 +192,8 @@ PARTS = {
     "nas_cells": lambda: nas("digits", (10,), {"datadam": ("datadam",)}, NAS_CELLS),
     "nas_whole": lambda: nas("digits", (10,), {"datadam": ("datadam",)}, NAS_WHOLE),
     "benchmarks": lambda: benchmarks("not slow and not gpu"),
-    "benchmarks_slow": lambda: benchmarks("slow and not gpu"),
+    "benchmarks_slow": lambda: benchmarks("slow and not gpu and not ray"),
+    "benchmarks_ray": lambda: benchmarks("slow and not gpu and ray"),
     "leaderboard": lambda: bench("leaderboard", "cpu"),
     "ablation": lambda: tables.measure(ddray, tables.ABLATION),
     "speech": lambda: tables.speech(ddray),
@@ -418,7 +419,7 @@ def render() -> None:
         *nas_section(held, "nas_whole"),
     ]
     lines += ["## Benchmarks", ""]
-    for part in ("benchmarks", "benchmarks_slow"):
+    for part in ("benchmarks", "benchmarks_slow", "benchmarks_ray"):
         if part not in held:
             lines += [f"{part}: not measured", ""]
             continue

@@ -10,6 +10,7 @@ import torch
 from ddray import api, artifact
 from ddray.api import distill, to_json
 from ddray.errors import DivergedError, InputError
+from ddray.methods import _krr_memory
 from ddray.plan import resolve
 from ddray.run import open_run
 
@@ -97,6 +98,17 @@ class TestDistill:
         for plan in plans:
             with pytest.raises(InputError):
                 distill(plan, device=CPU, run_dir=tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+    def test_what_a_methods_setup_refuses_leaves_no_folder(
+        self, digits: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(_krr_memory, "available_bytes", lambda device: 2**20)
+        plan = resolve("krr_st", digits, budget=20, layers=[{"steps": 1}])
+
+        with pytest.raises(InputError, match="krr_st needs about"):
+            distill(plan, device=CPU, run_dir=tmp_path / "run")
+
         assert not (tmp_path / "run").exists()
 
     def test_the_unit_depends_on_what_decides_the_bytes_alone(self, digits: Any) -> None:

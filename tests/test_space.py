@@ -56,6 +56,15 @@ def test_optuna_holds_a_sample_and_gives_it_back(held: Range, seed: int) -> None
     assert type(back) is type(value)
 
 
+def test_optuna_holds_a_mapping_in_any_order_of_its_keys() -> None:
+    held = Range("choice", choices=({"seed": 0, "epochs": 1}, {"seed": 1, "epochs": 1}))
+
+    inside = held.to_optuna({"epochs": 1, "seed": 1})
+
+    assert inside in held.distribution().choices
+    assert held.from_optuna(inside) == {"seed": 1, "epochs": 1}
+
+
 def test_draws_near_the_ends_stay_inside(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
