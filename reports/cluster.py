@@ -241,7 +241,9 @@ PARTS = {"scaling": scaling, "simulation": simulation, "faults": faults}
 def main() -> None:
     """Run a part and print its JSON."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.stdout.write(json.dumps(PARTS[sys.argv[1]]()) + "\n")
+    with contextlib.redirect_stdout(sys.stderr):  # Ray tells of killed workers there
+        found = PARTS[sys.argv[1]]()
+    sys.stdout.write(json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":
