@@ -214,15 +214,12 @@ def cluster(part: str) -> dict[str, Any]:
 
 
 def bench(name: str, scale: str) -> dict[str, Any]:
-    """Run a bench and keep its cells, and its page as reports/<name>.html; what was cut off is resumed."""
-    from ddray.files import home
-
-    run = home() / "reports" / f"{name}-{scale}"
-    run.parent.mkdir(parents=True, exist_ok=True)
-    arguments = ("bench", str(HERE.parent / "configs" / "bench" / f"{name}.yaml"), "--scale", scale)
-    found = ddray(*arguments, "--run-dir", str(run), *(("--resume",) if run.exists() else ()))
-    ddray("report", str(run), "--out", str(HERE / f"{name}.html"))
-    shutil.rmtree(run)
+    """Run a bench and keep its cells, and its page as reports/<name>.html."""
+    with tempfile.TemporaryDirectory() as held:
+        run = str(Path(held) / "run")
+        arguments = ("bench", str(HERE.parent / "configs" / "bench" / f"{name}.yaml"), "--scale", scale)
+        found = ddray(*arguments, "--run-dir", run)
+        ddray("report", run, "--out", str(HERE / f"{name}.html"))
     return {
         "cells": found["cells"],
         "num_failed": found["num_failed"],

@@ -135,8 +135,9 @@ def is_per_sample(net: nn.Module) -> bool:
 def training_format(net: nn.Module, device: torch.device) -> torch.memory_format:
     """Return the memory format of weights and images in which training `net` as a whole is fastest.
 
-    channels_last, but on a CPU for instance norms (a step of ConvNet-3 on 256 images: 327 ms against 431) and
-    for shallow nets without pooling, whose large maps are flattened (ConvNet-1: 101 against 176).
+    channels_last, but not on a CPU for instance norms (a step of a ConvNet-3 of width 64 on 256 images took
+    327 ms against 431) and shallow nets without pooling, whose large maps are flattened (ConvNet-1 without
+    norm: 101 against 176).
     """
     if device.type != "cpu":
         return torch.channels_last
