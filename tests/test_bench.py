@@ -119,6 +119,10 @@ class TestSpec:
             ({"methods": []}, "at least 1 item"),
             ({"methods": [{"name": "dm", "dataset": "mnist"}]}, "must be among"),
             ({"evaluate": {"dataset": "mnits"}}, "evaluate dataset must be among"),
+            (
+                {"methods": [{"name": "dm", "ipc": [1, 2]}, {"name": "dm", "ipc": 2, "steps": 5}]},
+                "labels must differ",
+            ),
             ({"methods": ["dm", {"name": "dm", "steps": 5}], "limits": {"steps": 3}}, "labels must differ"),
             ({"methods": [{"name": "dm", "dataset": "mnits"}], "limits": {"steps": 3}}, "must be among"),
             ({"evaluate": []}, "at least one protocol"),

@@ -176,7 +176,12 @@ class BenchSpec(Config):
         """Check what one field can't tell."""
         if not self.evaluate:
             raise ValueError("evaluate must name at least one protocol, got none")
-        labels = [(row.row, name) for row in self.rows() for name in self.datasets(row)]
+        labels = [
+            (row.row, name, size)
+            for row in self.rows()
+            for name in self.datasets(row)
+            for size in self.sizes(row)
+        ]
         twice = sorted({label for label in labels if labels.count(label) > 1})
         if twice and not self.replaced:
             raise ValueError(f"labels must differ, got {twice[0][0]!r} twice; add label: to one of them")
