@@ -199,6 +199,7 @@ PARTS = {
     "ablation": lambda: tables.measure(ddray, tables.ABLATION),
     "speech": lambda: tables.speech(ddray),
     "ssdd": lambda: tables.measure(ddray, tables.SSDD),
+    "ssdd_cifar100": lambda: tables.cifar100_part(ddray),
     "diffusion_table": lambda: tables.measure(ddray, tables.DIFFUSION),
     "scaling": lambda: cluster("scaling"),
     "simulation": lambda: cluster("simulation"),

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import yaml
 
@@ -56,43 +57,70 @@ SPEECH: Spec = {
     ],
     "evaluate": {"protocol": "hard", "seeds": 3, "epochs": 100},
 }
+_SSDD_ROWS: list[Any] = [
+    "random_ssl",
+    "kmeans_ssl",
+    {"name": "krr_st", "label": "KRR-ST"},
+    {"name": "boost_ssdd", "label": "+ parameterization", "set": {"method.augmentation": "none"}},
+    {"name": "boost_ssdd", "label": "full method (init pc)"},
+    {"name": "boost_ssdd", "label": "full method, init real", "set": {"method.init": "real"}},
+    {"name": "boost_ssdd", "label": "full method, init random", "set": {"method.init": "random"}},
+]
+# Inner networks start at up to Z steps: 10 of them at Z = 1,000 take an hour before the first outer step.
+_SSDD_LOOP = {"method.pool_size": 3, "method.inner_steps_max": 60, "method.batch_real": 256}
+_LOOP_METHODS = ("krr_st", "boost_ssdd")
+
+
+def _ssdd(steps: int, every: dict[str, Any]) -> list[Any]:
+    """Return Table 3's and Table 4's rows, with settings for every row and those of the bilevel loop."""
+    rows: list[Any] = []
+    for row in _SSDD_ROWS:
+        held = dict(row) if isinstance(row, dict) else {"name": row}
+        looped = held["name"] in _LOOP_METHODS
+        held["set"] = {**every, **(_SSDD_LOOP if looped else {}), **held.get("set", {})}
+        rows.append({**held, "steps": steps} if looped else held)
+    return rows
+
+
 SSDD: Spec = {
     "name": "ssdd",
     "dataset": "digits",
     "budget": 200,
     "seeds": 1,
-    "methods": [
-        "random_ssl",
-        "kmeans_ssl",
-        {"name": "krr_st", "label": "KRR-ST", "steps": 150},
-        {
-            "name": "boost_ssdd",
-            "label": "+ parameterization",
-            "steps": 150,
-            "set": {"method.augmentation": "none"},
-        },
-        {"name": "boost_ssdd", "label": "full method (init pc)", "steps": 150},
-        {
-            "name": "boost_ssdd",
-            "label": "full method, init real",
-            "steps": 150,
-            "set": {"method.init": "real"},
-        },
-        {
-            "name": "boost_ssdd",
-            "label": "full method, init random",
-            "steps": 150,
-            "set": {"method.init": "random"},
-        },
-    ],
+    "methods": _ssdd(200, {"arch": "convnet3_w32_x2_bn", "method.teacher.epochs": 10}),
     "evaluate": [
         {"protocol": "linear", "seeds": 3, "epochs": 100},
         {
             "protocol": "linear",
-            "seeds": 2,
+            "seeds": 3,
             "epochs": 100,
             "target": ["mnist"],
             "options": {"train_limit": 2000},
+        },
+    ],
+}
+SSDD_CIFAR100: Spec = {
+    "name": "ssdd_cifar100",
+    "dataset": "cifar100",
+    "budget": 100,
+    "seeds": 1,
+    "methods": _ssdd(
+        200,
+        {
+            "arch": "convnet3_w32_x2_bn",
+            "method.teacher.arch": "convnet4",
+            "method.teacher.projector": 512,
+            "method.teacher.epochs": 8,
+        },
+    ),
+    "evaluate": [
+        {"protocol": "linear", "seeds": 2, "epochs": 60},
+        {
+            "protocol": "linear",
+            "seeds": 2,
+            "epochs": 60,
+            "target": ["cifar10"],
+            "options": {"train_limit": 5000},
         },
     ],
 }
@@ -127,6 +155,7 @@ TITLES = {
     "ablation": "DSDM's parts (the shape of its Table 4), digits",
     "speech": "Spoken digits (the shape of DSDM's Table 2), ConvNet-4 of width 32",
     "ssdd": "Self-supervised sets (the shape of Boost-SSDD's Tables 3 and 4, and a transfer), digits",
+    "ssdd_cifar100": "Self-supervised sets, the CIFAR-100 part (100 + 20 images per class), and a transfer",
     "diffusion_table": "D3HR and its baselines (the shape of its Table 3), digits",
 }
 
@@ -153,6 +182,16 @@ def speech(ddray: Run) -> dict[str, Any]:
     found["spec"]["dataset"] = "fsdd"
     found["cells"] = [{**cell, "dataset": "fsdd"} for cell in found["cells"]]
     return found
+
+
+def cifar100_part(ddray: Run) -> dict[str, Any]:
+    """Run a spec on $DDRAY_DATA/cifar100-12k, a part of CIFAR-100 that stands where the whole would."""
+    data = Path(os.environ["DDRAY_DATA"]).resolve()
+    with tempfile.TemporaryDirectory() as held:
+        for name, folder in (("cifar100", "cifar100-12k"), ("cifar10", "cifar10")):
+            (Path(held) / name).symlink_to(data / folder)
+        with mock.patch.dict(os.environ, DDRAY_DATA=held):
+            return measure(ddray, SSDD_CIFAR100)
 
 
 def lines(held: dict[str, Any], percent: Callable[..., str], where: Callable[..., str]) -> list[str]:

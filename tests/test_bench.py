@@ -16,9 +16,9 @@ import pytest
 from ddray import artifact
 from ddray.bench import board, ranking
 from ddray.bench import work as bench_work
-from ddray.bench.cost import History, costs_file, summarise
+from ddray.bench.cost import History, costs_file, summarise, sweep_of
 from ddray.bench.graph import build_graph
-from ddray.bench.ranking import cell_of
+from ddray.bench.ranking import cell_of, nas_options
 from ddray.bench.run import BenchOptions, _say_scaled, dry_run, prepare, run_bench, run_local
 from ddray.bench.spec import BenchSpec, Source, read_spec
 from ddray.bench.table import standard_error
@@ -30,6 +30,8 @@ from ddray.errors import DdrayError, InputError, StorageError
 from ddray.files import home
 from ddray.ledger import Ledger
 from ddray.methods import get_method, method_names
+from ddray.nas.spaces import get_space
+from ddray.nets import multiply_adds
 from ddray.report.published import compare, find, read_numbers
 from ddray.run import open_run
 
@@ -554,6 +556,17 @@ class TestRanking:
         assert sweep["estimate_s"] == pytest.approx(statistics.median(times) * 2 * (2 + 1 + 1))
         assert "nas sweep of convnet720" in str(summarise([sweep]))
 
+    def test_a_sweep_is_priced_without_architectures_above_its_limit(self) -> None:
+        held = spec(evaluate={"protocol": "nas", "options": {"max_mflops": 2}}, seeds=1)
+        (sweep,) = dry_run(held, LOCAL, run_dir=None)["units"][-1:]
+        assert sweep["kind"] == "nas"
+        (ranking,) = build_graph(held, open_dataset).rankings
+        digits, space = open_dataset("digits"), get_space("convnet720")
+        within = sum(space.cost(i, digits.image_shape, digits.num_classes) <= 2 for i in range(len(space)))
+        assert 0 < within < len(space)
+        cost = sweep_of(ranking, nas_options(ranking, {}), digits)
+        assert cost.num_units == within * (2 + 1), "on two sets, and the truth"
+
     def test_a_bad_option_is_refused_before_a_folder_is_made(self, tmp_path: Path) -> None:
         bad = {"evaluate": {"protocol": "nas", "options": {"sampel": 2}}}
         with pytest.raises(InputError, match="did you mean 'sample'"):
@@ -719,6 +732,27 @@ class TestDryRun:
         again = dry_run(spec(seeds=1), LOCAL, run_dir=tmp_path / "run")
         assert (again["num_missing"], again["estimate_s"]) == (0, None)
         assert {unit["status"] for unit in again["units"]} == {"done"}
+
+    def test_the_work_counts_images_and_multiply_adds(self) -> None:
+        graph = build_graph(spec(methods=["dm"], seeds=1), open_dataset)
+        (made,), scored = graph.distil.values(), list(graph.evaluate.values())
+        shape = open_dataset("digits").image_shape
+        # Grey images are padded by 3: a convolution on 20 x 20, and a classifier on what pooling leaves.
+        assert multiply_adds("convnet1_w8", shape) == 9 * 8 * 20 * 20 + 8 * 10 * 10
+        plan = graph.plans[made.key]
+        images = 10 * (plan.config.method.dump()["batch_real"] + 1)
+        assert made.amount == (1 + plan.config.steps) * images * multiply_adds("convnet1_w8", shape)
+        for work in scored:
+            arch = work.unit.spec["arch"]
+            assert work.amount == 2 * 1 * 10 * multiply_adds(arch, shape), "networks, epochs, images"
+
+    def test_the_work_of_a_budget_counts_no_classes(self) -> None:
+        held = spec(
+            methods=[{"name": "krr_st", "steps": 3}], ipc=(), budget=40, evaluate={"protocol": "linear"}
+        )
+        for work in build_graph(held, open_dataset).distil.values():
+            one = multiply_adds("convnet1_w8", open_dataset("digits").image_shape)
+            assert work.amount == (1 + 3) * (40 + work.config["method"]["batch_real"]) * one
 
     def test_an_estimate_scales_with_the_work(self) -> None:
         costs_file().parent.mkdir(parents=True)

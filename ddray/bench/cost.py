@@ -1,7 +1,7 @@
 """What a bench will cost: seconds per unit, estimated from units that were finished on this machine before.
 
-Finished units leave one line in `$DDRAY_HOME/costs.jsonl`, whatever run they belong to. An estimate scales
-the median rate (seconds per amount of work) of the past units that are most alike.
+Finished units leave one line in `$DDRAY_HOME/unit_costs.jsonl`, whatever run they belong to. An estimate
+scales the median rate (seconds per amount of work) of the past units that are most alike.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any
 from ddray.bench.graph import pool_work
 from ddray.bench.units import Graph, Ranking, Work
 from ddray.bench.work import asked_first
+from ddray.data import Dataset
 from ddray.files import home, storage_errors
 from ddray.ledger import Ledger, Row
-from ddray.nas.spaces import get_space
-from ddray.nas.sweep import NasOptions
+from ddray.nas.sweep import NasOptions, choose_architectures, resolve_config
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Estimate:
 
 def costs_file() -> Path:
     """Return where past units' times are kept."""
-    return home() / "costs.jsonl"
+    return home() / "unit_costs.jsonl"
 
 
 def remember(work: Work, row: Row, device: str) -> None:
@@ -113,10 +113,14 @@ def sweep_title(ranking: Ranking) -> str:
     return f"nas sweep of {cell.arch}: {ranking.dataset} {kind} {size}"
 
 
-def sweep_of(ranking: Ranking, options: NasOptions) -> SweepCost:
-    """Return how many units a sweep has; a space's size limits stay unapplied, so it is an upper bound."""
+def sweep_of(ranking: Ranking, options: NasOptions, dataset: Dataset) -> SweepCost:
+    """Return how many units a sweep on a dataset has.
+
+    Raises:
+        InputError: an unknown space, or a sample larger than it.
+    """
     keys = tuple(key for _, held in ranking.sets for key in held)
-    archs = options.sample or len(get_space(options.space))
+    archs = len(choose_architectures(options, resolve_config(options), dataset))
     ours = archs * options.seeds * (len(keys) + len(ranking.evaluate.options.get("baselines", ())))
     truth = archs * options.truth_seeds if options.truth == "whole" else 0
     return SweepCost(sweep_title(ranking), keys, _sweep_alike(options.space, ranking.dataset), ours + truth)

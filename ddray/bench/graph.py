@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Any
@@ -16,6 +15,7 @@ from ddray.errors import unknown
 from ddray.evaluate.training import RECIPES
 from ddray.ledger import Unit
 from ddray.methods import get_method
+from ddray.nets import multiply_adds
 from ddray.plan import Plan, make_distiller, resolve, resolve_arch
 from ddray.pool import PoolSpec
 from ddray.scoring import PROTOCOLS, EvaluateOptions
@@ -133,8 +133,9 @@ def distil_work(
         "split": "train" if spec.val_seed is None else f"train-val{spec.val_seed}",
         "config": kept,
     }
-    channels, height, width = dataset.image_shape
-    images = dataset.num_classes * (getattr(plan.config.method, "batch_real", 0) + plan.ipc)
+    real = getattr(plan.config.method, "batch_real", 0)  # of a class, or of all where a budget is spent
+    images = plan.budget + real if plan.budget else dataset.num_classes * (plan.ipc + real)
+    one = multiply_adds(plan.config.arch, dataset.image_shape)
     work = Work(
         unit=Unit(kind="distill", spec=held),
         title=f"{row.row} {dataset.name} {size[0]} {size[1]} seed {seed}",
@@ -145,7 +146,7 @@ def distil_work(
         budget=plan.budget,
         seed=seed,
         config=config,
-        amount=float((1 + plan.config.steps) * images * channels * height * width),
+        amount=float((1 + plan.config.steps) * images * one),
         val_seed=spec.val_seed,
     )
     return work, plan
@@ -291,14 +292,15 @@ def _evaluate_work(
         "split": "test",
         "options": {k: v for k, v in options.items() if k not in ("archs", "dataset")},
     }
-    values = plan.dataset.num_classes * plan.ipc * math.prod(target.image_shape)
+    images = plan.budget or plan.dataset.num_classes * plan.ipc
+    one = multiply_adds(arch, plan.dataset.image_shape)
     return replace(
         work,
         unit=Unit(kind="evaluate", spec=described, inputs=(work.key,)),
         title=f"{work.title}, {held.protocol} {arch}"
         + (f" on {target.name}" if name != work.dataset else ""),
         options=options,
-        amount=float(networks * (epochs or named or own.epochs) * values),
+        amount=float(networks * (epochs or named or own.epochs) * images * one),
     )
 
 

@@ -174,10 +174,11 @@ def dry_run(spec: BenchSpec, options: BenchOptions, *, run_dir: Path | None) -> 
 
     graph = build_graph(spec, get, check_plan)
     sweeps = [(ranking, _nas_options(ranking, spec, options)) for ranking in graph.rankings]
+    priced = [sweep_of(ranking, held, get(ranking.dataset)) for ranking, held in sweeps]
     return {
         "name": spec.name,
         "scale": options.scale,
-        **forecast(graph, ledger, options.device, [sweep_of(*one) for one in sweeps]),
+        **forecast(graph, ledger, options.device, priced),
         "nas_sweeps": [held.space for _, held in sweeps],
     }
 

@@ -1,6 +1,14 @@
 """Networks by name: the ConvNet family and the architectures it is compared with."""
 
-from ddray.nets.build import Net, build_net, is_per_sample, num_params, reinitialize, training_format
+from ddray.nets.build import (
+    Net,
+    build_net,
+    is_per_sample,
+    multiply_adds,
+    num_params,
+    reinitialize,
+    training_format,
+)
 from ddray.nets.features import Features
 from ddray.nets.names import arch_names, check_arch, convnet_name, default_arch, with_norm
 
@@ -13,6 +21,7 @@ __all__ = [
     "convnet_name",
     "default_arch",
     "is_per_sample",
+    "multiply_adds",
     "num_params",
     "reinitialize",
     "training_format",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.flop_counter import FlopCounterMode
 
 from ddray.errors import InputError
 from ddray.nets.convnet import ConvNet
@@ -147,6 +149,18 @@ def training_format(net: nn.Module, device: torch.device) -> torch.memory_format
         if isinstance(module, ConvNet) and module.pooling == "none" and len(module.convs) <= 2:
             return torch.contiguous_format
     return torch.channels_last
+
+
+@lru_cache(maxsize=256)
+def multiply_adds(arch: str, image_shape: tuple[int, int, int]) -> int:
+    """Return the multiply-adds of one image's forward pass, with a classifier of one class.
+
+    Raises:
+        InputError: the architecture is unknown or does not fit the images.
+    """
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        build_net(arch, image_shape, 1, seed=0).eval()(torch.zeros(1, *image_shape))
+    return int(counter.get_total_flops()) // 2
 
 
 def num_params(net: nn.Module) -> int:
