@@ -746,6 +746,10 @@ class TestDryRun:
             arch = work.unit.spec["arch"]
             assert work.amount == 2 * 1 * 10 * multiply_adds(arch, shape), "networks, epochs, images"
 
+    def test_the_work_of_the_default_network_is_counted(self) -> None:
+        (work,) = build_graph(spec(methods=["dm"], set={}, seeds=1), open_dataset).distil.values()
+        assert work.amount % multiply_adds("convnet3", open_dataset("digits").image_shape) == 0
+
     def test_the_work_of_a_budget_counts_no_classes(self) -> None:
         held = spec(
             methods=[{"name": "krr_st", "steps": 3}], ipc=(), budget=40, evaluate={"protocol": "linear"}

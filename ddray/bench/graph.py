@@ -135,7 +135,7 @@ def distil_work(
     }
     real = getattr(plan.config.method, "batch_real", 0)  # of a class, or of all where a budget is spent
     images = plan.budget + real if plan.budget else dataset.num_classes * (plan.ipc + real)
-    one = multiply_adds(plan.config.arch, dataset.image_shape)
+    one = multiply_adds(plan.arch, dataset.image_shape)
     work = Work(
         unit=Unit(kind="distill", spec=held),
         title=f"{row.row} {dataset.name} {size[0]} {size[1]} seed {seed}",
