@@ -908,9 +908,14 @@ class TestFiles:
     @pytest.mark.parametrize("scale", ["smoke", "cpu", "paper"])
     def test_the_leaderboard_scores_every_method_by_one_recipe(self, scale: str) -> None:
         held = read_spec(ROOT / "configs" / "bench" / "leaderboard.yaml", scale)
-        assert [one.protocol for one in held.evaluate] == ["hard", "robust"]
-        for one in held.evaluate:
-            assert (one.recipe, one.augment, one.archs) == ("vico", "dsa", ("auto",))
+        assert {(one.recipe, one.augment) for one in held.evaluate} == {("vico", "dsa")}
+        hard = [one for one in held.evaluate if one.protocol == "hard"]
+        assert [one.protocol for one in held.evaluate] == ["hard"] * len(hard) + ["robust"]
+        scored = [(name, one.archs) for one in hard for name in held.scored(one)]
+        # Narrower networks where images are larger, to finish on two cores; one network per dataset.
+        narrow = ("convnet3_w64",) if scale == "cpu" else ("auto",)
+        archs = {"digits": ("auto",), "mnist": narrow, "cifar10": narrow}
+        assert scored == [(name, archs[name]) for name in held.dataset]
         assert held.dataset == (("digits",) if scale == "smoke" else ("digits", "mnist", "cifar10"))
         rows = {row.name for row in held.rows()}
         unlabelled = {"krr_st", "boost_ssdd", "random_ssl", "kmeans_ssl"}
