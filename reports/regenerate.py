@@ -193,7 +193,8 @@ PARTS = {
     "nas_cells": lambda: nas("digits", (10,), {"datadam": ("datadam",)}, NAS_CELLS),
     "nas_whole": lambda: nas("digits", (10,), {"datadam": ("datadam",)}, NAS_WHOLE),
     "benchmarks": lambda: benchmarks("not slow and not gpu"),
-    "benchmarks_slow": lambda: benchmarks("slow and not gpu", "-k", "not pool"),
+    "benchmarks_slow": lambda: benchmarks("slow and not gpu", "-k", "not pool and not d_by_d"),
+    "benchmarks_dsdm": lambda: benchmarks("slow and not gpu", "-k", "d_by_d"),
     "benchmarks_pool": lambda: benchmarks("slow and not gpu", "-k", "pool"),
     "leaderboard": lambda: bench("leaderboard", "cpu"),
     "ablation": lambda: tables.measure(ddray, tables.ABLATION),
@@ -418,7 +419,7 @@ def render() -> None:
         *nas_section(held, "nas_whole"),
     ]
     lines += ["## Benchmarks", ""]
-    for part in ("benchmarks", "benchmarks_slow", "benchmarks_pool"):
+    for part in ("benchmarks", "benchmarks_slow", "benchmarks_dsdm", "benchmarks_pool"):
         if part not in held:
             lines += [f"{part}: not measured", ""]
             continue
