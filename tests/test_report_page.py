@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.functional import to_tensor
 
 from ddray import artifact
 from ddray.bench.run import BenchOptions, prepare, run_bench, run_local
@@ -27,7 +28,7 @@ from ddray.plan import resolve
 from ddray.report import page as page_module
 from ddray.report import tune_page
 from ddray.report.figures import accuracy_bars
-from ddray.report.images import grid, png
+from ddray.report.images import data_uri, grid, png
 from ddray.report.page import default_out, write_page
 from ddray.report.plane import embedding_net, make_plane, project
 from ddray.report.runs import read_run
@@ -169,6 +170,19 @@ def test_methods_show_their_sets(page: str, folder: Path) -> None:
         assert Image.open(io.BytesIO(base64.b64decode(held))).size[0] > 64
     assert "Random real images" in body(page) or "random" in body(page)
     assert "batch_real: 4" in body(page)
+
+
+def test_a_large_picture_is_compressed() -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.nn.functional.interpolate(torch.rand(1, 3, 64, 64, generator=generator), scale_factor=5)[0]
+    smooth = torch.nn.functional.avg_pool2d(noise, 9, stride=1)
+    head, _, held = data_uri(smooth).partition("base64,")
+    assert head == "data:image/webp;"
+    assert len(held) < len(base64.b64encode(png(smooth))) / 2
+    read = to_tensor(Image.open(io.BytesIO(base64.b64decode(held))).convert("RGB"))
+    assert read.shape == smooth.shape
+    assert (read - smooth).abs().mean() < 0.02
+    assert data_uri(noise[:, :34, :34]).startswith("data:image/png;base64,")
 
 
 def test_curves_failures_and_provenance(page: str, folder: Path) -> None:

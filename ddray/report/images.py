@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from ddray.files import write_atomically
 _MAX_PER_CLASS = 10
 _MAX_CLASSES = 50
 _MAX_UNLABELLED = 100
+_LOSSLESS_BYTES = 32_000
 _MAX_BASES = 64  # as many as the paper's figure shows
 
 
@@ -82,9 +84,23 @@ def save_grid(distilled: DistilledSet, path: Path) -> bool:
 
 def png(picture: Tensor | None) -> bytes:
     """Return a picture, float [3, H, W] in [0, 1], as PNG bytes; of a set without one, a white dot."""
+    return _encoded(torch.ones(3, 1, 1) if picture is None else picture, "PNG")
+
+
+def data_uri(picture: Tensor) -> str:
+    """Return a picture as the `src` of a page that needs no network: PNG, or WebP where that is too large.
+
+    Learned images hardly compress without loss: a page of many grids would take tens of megabytes.
+    """
+    found, kind = png(picture), "png"
+    if len(found) > _LOSSLESS_BYTES:
+        found, kind = _encoded(picture, "WEBP", quality=90), "webp"
+    return f"data:image/{kind};base64,{base64.b64encode(found).decode()}"
+
+
+def _encoded(picture: Tensor, form: str, **options: int) -> bytes:
     from torchvision.transforms.functional import to_pil_image
 
     held = io.BytesIO()
-    picture = torch.ones(3, 1, 1) if picture is None else picture
-    to_pil_image(picture).save(held, format="PNG")
+    to_pil_image(picture).save(held, format=form, **options)
     return held.getvalue()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import importlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from ddray.errors import DdrayError, InputError
 from ddray.files import write_text
 from ddray.methods import get_method
 from ddray.report import figures
-from ddray.report.images import grid, png
+from ddray.report.images import data_uri, grid
 from ddray.report.plane import make_plane
 from ddray.report.runs import RunView, SetView, read_run, size_of
 from ddray.report.tune_page import search_figures
@@ -174,9 +173,10 @@ def _about(method: str) -> str:
 
 
 def _picture(view: SetView) -> str | None:
-    """Return a set's image grid as base64 PNG; None for one that is gone, or generates its images."""
+    """Return a set's image grid as a picture's `src`; None for one that is gone, or generates its images."""
     made = view.load()
-    return None if made is None or not len(made.images) else base64.b64encode(png(grid(made))).decode()
+    shown = None if made is None else grid(made)
+    return None if shown is None else data_uri(shown)
 
 
 def _curves(sets: Sequence[SetView], runs: Sequence[RunView]) -> Iterator[dict[str, str]]:

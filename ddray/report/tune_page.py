@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 from ddray import artifact
 from ddray.files import write_text
 from ddray.ledger import Row
-from ddray.report.images import grid, png
+from ddray.report.images import data_uri, grid
 from ddray.space import Space
 from ddray.study import study_of
 
@@ -101,9 +100,9 @@ def search_figures(space: Space, rows: Sequence[Row]) -> list[dict[str, str]]:
 
 
 def _picture(path: Path) -> str | None:
-    """Return the winner's image grid as base64 PNG; None for a set that generates its images."""
-    made = artifact.load(path)
-    return base64.b64encode(png(grid(made))).decode() if len(made.images) else None
+    """Return the winner's image grid as the `src` of a picture; None for a set that generates its images."""
+    shown = grid(artifact.load(path))
+    return None if shown is None else data_uri(shown)
 
 
 def _plotly() -> str:
