@@ -87,12 +87,12 @@ SSDD: Spec = {
     "dataset": "digits",
     "budget": 200,
     "seeds": 1,
-    "methods": _ssdd(200, {"arch": "convnet3_w32_x2_bn", "method.teacher.epochs": 10}),
+    "methods": _ssdd(150, {"arch": "convnet3_w32_x2_bn", "method.teacher.epochs": 10}),
     "evaluate": [
-        {"protocol": "linear", "seeds": 3, "epochs": 100},
+        {"protocol": "linear", "seeds": 2, "epochs": 100},
         {
             "protocol": "linear",
-            "seeds": 3,
+            "seeds": 2,
             "epochs": 100,
             "target": ["mnist"],
             "options": {"train_limit": 2000},
@@ -105,12 +105,12 @@ SSDD_CIFAR100: Spec = {
     "budget": 100,
     "seeds": 1,
     "methods": _ssdd(
-        200,
+        150,
         {
             "arch": "convnet3_w32_x2_bn",
             "method.teacher.arch": "convnet4",
             "method.teacher.projector": 512,
-            "method.teacher.epochs": 8,
+            "method.teacher.epochs": 5,
         },
     ),
     "evaluate": [
