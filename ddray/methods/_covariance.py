@@ -47,10 +47,15 @@ class _CovarianceDistance(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, real: Tensor, synthetic: Tensor, unbiased: bool) -> Tensor:
         less = int(unbiased)
-        means = _means(real), _means(synthetic)
-        total = _real_gram(real, means[0], less).square().sum()
-        gradient = torch.empty_like(synthetic) if ctx.needs_input_grad[1] else None
-        total = (total + _synthetic_terms(real, synthetic, means, less, gradient)) / real.shape[2]
+        if _fits_at_once(real, synthetic):
+            gradient = torch.empty_like(synthetic) if ctx.needs_input_grad[1] else None
+            total = _at_once(real, synthetic, less, gradient)
+        else:
+            means = _means(real), _means(synthetic)
+            total = _real_gram(real, means[0], less).square().sum()
+            gradient = torch.empty_like(synthetic) if ctx.needs_input_grad[1] else None
+            total = total + _synthetic_terms(real, synthetic, means, less, gradient)
+        total = total / real.shape[2]
         ctx.gradient, ctx.less = gradient, less
         ctx.save_for_backward(real, synthetic)
         return total.to(synthetic.dtype)
@@ -63,9 +68,43 @@ class _CovarianceDistance(torch.autograd.Function):
         if gradient is None and ctx.needs_input_grad[1]:  # asked for once more (retain_graph)
             real, synthetic = ctx.saved_tensors
             gradient = torch.empty_like(synthetic)
-            means = _means(real), _means(synthetic)
-            _synthetic_terms(real, synthetic, means, ctx.less, gradient)
+            _synthetic_terms(real, synthetic, (_means(real), _means(synthetic)), ctx.less, gradient)
         return None, None if gradient is None else gradient.mul_(grad), None
+
+
+def _fits_at_once(real: Tensor, synthetic: Tensor) -> bool:
+    """Tell whether the Gram matrix of both sets' rows, the gradient and a block stay below 2 n^2 + n d."""
+    (n, dims), m = real.shape[1:], synthetic.shape[1]
+    block = 3 * (n + m) * max(1, min(_MOST_COLUMNS, dims // _SHARE))  # its float32 rows, and in float64
+    return 2 * (n + m) ** 2 + m * dims + block <= 2 * n * n + n * dims
+
+
+def _at_once(real: Tensor, synthetic: Tensor, less: int, gradient: Tensor | None) -> Tensor:
+    """Return the sum over classes of ||AA'||^2 + ||BB'||^2 - 2 ||BA'||^2; write the gradient into `gradient`.
+
+    One pass for all products, of rows less the first real one: they are centred afterwards, and then whatever
+    all rows of a set have in common falls out of the gradient too.
+    """
+    n, m, dims = real.shape[1], synthetic.shape[1], real.shape[2]
+    scale_real, scale = (n - less) ** -0.5, (m - less) ** -0.5
+    gram = real.new_zeros((len(real), n + m, n + m), dtype=torch.float64)
+    for columns in _columns(dims):
+        rows = torch.cat((real[:, :, columns], synthetic[:, :, columns]), 1).double()
+        rows.sub_(rows[:, :1].clone())
+        gram.baddbmm_(rows, rows.mT)
+        del rows
+    parts = (gram[:, :n, :n], gram[:, n:, n:], gram[:, n:, :n])
+    for part in parts:
+        part.sub_(part.mean(2, keepdim=True)).sub_(part.mean(1, keepdim=True))
+    counts = (scale_real**2, scale**2, scale * scale_real)
+    among, within, across = (part.mul_(count) for part, count in zip(parts, counts, strict=True))
+    if gradient is not None:
+        for columns in _columns(dims):
+            found = within @ synthetic[:, :, columns].double()
+            found.baddbmm_(across, real[:, :, columns].double(), beta=scale, alpha=-scale_real)
+            gradient[:, :, columns] = found.mul_(4 * scale / dims)
+    gram.square_()  # in place: the products are not needed any more
+    return among.sum() + within.sum() - 2 * across.sum()
 
 
 def _synthetic_terms(
