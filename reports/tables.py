@@ -105,20 +105,20 @@ SSDD_CIFAR100: Spec = {
     "budget": 100,
     "seeds": 1,
     "methods": _ssdd(
-        150,
+        100,
         {
             "arch": "convnet3_w32_x2_bn",
             "method.teacher.arch": "convnet4",
             "method.teacher.projector": 512,
-            "method.teacher.epochs": 5,
+            "method.teacher.epochs": 4,
         },
     ),
     "evaluate": [
-        {"protocol": "linear", "seeds": 2, "epochs": 60},
+        {"protocol": "linear", "seeds": 2, "epochs": 50},
         {
             "protocol": "linear",
             "seeds": 2,
-            "epochs": 60,
+            "epochs": 50,
             "target": ["cifar10"],
             "options": {"train_limit": 5000},
         },
