@@ -82,22 +82,19 @@ def _ssdd(steps: int, every: dict[str, Any]) -> list[Any]:
     return rows
 
 
+def _linear(epochs: int, target: str, train_limit: int) -> list[Spec]:
+    """Return the evaluations of a table: a probe on the distilled dataset, and one on another."""
+    own = {"protocol": "linear", "seeds": 2, "epochs": epochs}
+    return [own, {**own, "target": [target], "options": {"train_limit": train_limit}}]
+
+
 SSDD: Spec = {
     "name": "ssdd",
     "dataset": "digits",
     "budget": 200,
     "seeds": 1,
     "methods": _ssdd(150, {"arch": "convnet3_w32_x2_bn", "method.teacher.epochs": 10}),
-    "evaluate": [
-        {"protocol": "linear", "seeds": 2, "epochs": 100},
-        {
-            "protocol": "linear",
-            "seeds": 2,
-            "epochs": 100,
-            "target": ["mnist"],
-            "options": {"train_limit": 2000},
-        },
-    ],
+    "evaluate": _linear(100, "mnist", 2000),
 }
 SSDD_CIFAR100: Spec = {
     "name": "ssdd_cifar100",
@@ -113,16 +110,7 @@ SSDD_CIFAR100: Spec = {
             "method.teacher.epochs": 4,
         },
     ),
-    "evaluate": [
-        {"protocol": "linear", "seeds": 2, "epochs": 50},
-        {
-            "protocol": "linear",
-            "seeds": 2,
-            "epochs": 50,
-            "target": ["cifar10"],
-            "options": {"train_limit": 5000},
-        },
-    ],
+    "evaluate": _linear(50, "cifar10", 5000),
 }
 DIFFUSION: Spec = {
     "name": "diffusion",
