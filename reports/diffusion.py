@@ -1,15 +1,12 @@
 """Measure what reports/d3hr.md holds: `python reports/diffusion.py [PART]...` (see PARTS).
 
-A part that takes a dataset is given it behind a colon, and kept beside its others: `accuracy:mnist`.
-
 Each part is kept in reports/d3hr.json with its commands, the hardware and the date; d3hr.md is then written
-from all parts that are there. Accuracies: 3 sets x 3 networks (Table 3's and Fig 4's shape), both protocols.
+from all parts that are there. Accuracies are `diffusion_table` and `diffusion_mnist` of regenerate.py.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -18,59 +15,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from regenerate import HERE, ddray, percent, stamp, where
-
-SETS, NETS = 3, 3
-METHODS: dict[str, tuple[str, ...]] = {
-    "random images": ("random",),
-    "RDED": ("rded",),
-    "SRe2L": ("sre2l",),
-    "D4M-style k-means": ("d3hr", "--set", "method.sampling=kmeans"),
-    "Base-DDPM": ("d3hr", "--set", "method.mapping=ddpm", "--set", "method.sampling=random"),
-    "Base-RS": ("d3hr", "--set", "method.sampling=random"),
-    "D3HR": ("d3hr",),
-    "D3HR, the code's score": ("d3hr", "--set", "method.form=repo", "--set", "method.lambda_skew=0.1"),
-}
-PROTOCOLS: dict[str, tuple[str, ...]] = {
-    "hard": (),
-    "soft": ("--protocol", "soft", "--teacher", "resnet18", "--set", "teacher.epochs=20"),
-}
-
-
-def made(folder: Path, method: tuple[str, ...], dataset: str, ipc: int, seed: int) -> tuple[str, str]:
-    """Distil one set; return its file and the command."""
-    out = str(folder / f"{'-'.join(method).replace('.', '').replace('=', '')}-{ipc}-{seed}.pt")
-    command = ("distill", "--method", *method, "--dataset", dataset, "--ipc", str(ipc), "--seed", str(seed))
-    ddray(*command, "--out", out, "--run-dir", out + ".run")
-    return out, f"ddray {' '.join(command)} --out FILE"
-
-
-def accuracy(dataset: str = "digits") -> dict[str, Any]:
-    """Score every method at ipc 1 and 10 under both protocols, with ConvNet-3."""
-    rows = []
-    with tempfile.TemporaryDirectory() as held:
-        for label, method in METHODS.items():
-            for ipc in (1, 10):
-                files = [made(Path(held), method, dataset, ipc, seed) for seed in range(SETS)]
-                for protocol, options in PROTOCOLS.items():
-                    values: list[float] = []
-                    for seed, (file, _) in enumerate(files):
-                        given = ("evaluate", file, *options, "--seeds", str(NETS), "--seed", str(100 * seed))
-                        values += ddray(*given)["results"][0]["per_seed"]
-                    scored = f"ddray evaluate FILE {' '.join(options)} --seeds {NETS}"
-                    rows.append(
-                        {
-                            "method": label,
-                            "ipc": ipc,
-                            "protocol": protocol,
-                            "mean": statistics.fmean(values),
-                            "std": statistics.stdev(values),
-                            "n": len(values),
-                            "command": f"{files[0][1]}; {scored}",
-                        }
-                    )
-                    sys.stderr.write(f"{rows[-1]}\n")
-    return {"dataset": dataset, "rows": rows}
+from regenerate import HERE, ddray, stamp, where
 
 
 def sweeps() -> dict[str, Any]:
@@ -189,22 +134,12 @@ def speed() -> dict[str, Any]:
     return {"rows": rows, "device": str(device), "threads": torch.get_num_threads()}
 
 
-PARTS = {f.__name__: f for f in (accuracy, sweeps, selection, inversion, speed)}
+PARTS = {f.__name__: f for f in (sweeps, selection, inversion, speed)}
 
 
 def render(held: dict[str, Any]) -> str:
     """Return d3hr.md."""
     lines = ["# D3HR, measured", "", "Written by `python reports/diffusion.py`; do not edit.", ""]
-    for part in (held[name] for name in sorted(held) if name.partition(":")[0] == "accuracy"):
-        lines += [f"## {part['dataset']}, ConvNet-3: mean +- std over {SETS} sets x {NETS} networks", ""]
-        cells = {(row["method"], row["ipc"], row["protocol"]): row for row in part["rows"]}
-        columns = [(ipc, protocol) for ipc in (1, 10) for protocol in PROTOCOLS]
-        lines += ["| method | " + " | ".join(f"ipc {ipc}, `{p}`" for ipc, p in columns) + " |"]
-        lines += ["|---" * (len(columns) + 1) + "|"]
-        for label in METHODS:
-            found = [cells[(label, *column)] for column in columns]
-            lines += [f"| {label} | " + " | ".join(percent(c["mean"], c["std"]) for c in found) + " |"]
-        lines += ["", f"{where(part)} Example: `{part['rows'][-1]['command']}`.", ""]
     if part := held.get("sweeps"):
         lines += ["## Candidates and weights on digits, ipc 10 (one inversion for all trials)", ""]
         lines += ["| setting | val % |", "|---|---|"]
@@ -251,15 +186,14 @@ def render(held: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run the named parts (default: all), keep them, write d3hr.md."""
-    wrong = [name for name in sys.argv[1:] if name.partition(":")[0] not in (*PARTS, "render")]
+    wrong = [name for name in sys.argv[1:] if name not in (*PARTS, "render")]
     if wrong:
-        raise SystemExit(f"a part must be one of {', '.join(PARTS)} (accuracy:DATASET too), got {wrong[0]}")
+        raise SystemExit(f"a part must be one of {', '.join(PARTS)}, got {wrong[0]}")
     path = HERE / "d3hr.json"
     held = json.loads(path.read_text()) if path.exists() else {}
     for name in sys.argv[1:] or list(PARTS):
         if name != "render":
-            part, _, dataset = name.partition(":")
-            held[name] = {**PARTS[part](*([dataset] if dataset else [])), "environment": stamp()}
+            held[name] = {**PARTS[name](), "environment": stamp()}
             held[name]["environment"]["date"] = datetime.now(UTC).isoformat(timespec="seconds")
             path.write_text(json.dumps(held, indent=2) + "\n")
     (HERE / "d3hr.md").write_text(render(held))

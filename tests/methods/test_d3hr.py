@@ -494,7 +494,7 @@ def test_presets_are_the_papers_and_the_codes(planned: Any, toy: Any) -> None:
         assert [plan.shared_draws for plan in plans] == [False, True]
 
 
-def test_the_report_measures_the_dataset_that_is_asked_for(
+def test_the_report_holds_the_parts_that_were_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path(__file__).parents[2] / "reports"
@@ -505,23 +505,17 @@ def test_the_report_measures_the_dataset_that_is_asked_for(
     report = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
     spec.loader.exec_module(report)  # type: ignore[union-attr]
 
-    def accuracy(dataset: str = "digits") -> dict[str, Any]:
-        cell = {"mean": 0.5, "std": 0.1, "command": "ddray"}
-        kinds = [(m, ipc, p) for m in report.METHODS for ipc in (1, 10) for p in report.PROTOCOLS]
-        rows = [{"method": m, "ipc": ipc, "protocol": p, **cell} for m, ipc, p in kinds]
-        return {"dataset": dataset, "rows": rows}
-
     monkeypatch.setattr(report, "HERE", tmp_path)
-    monkeypatch.setitem(report.PARTS, "accuracy", accuracy)
-    for given in ("accuracy", "accuracy:mnist"):
-        monkeypatch.setattr("sys.argv", ["diffusion.py", given])
-        report.main()
+    monkeypatch.setitem(report.PARTS, "selection", lambda: report.selection(dim=64, ipc=4, num=200))
+    monkeypatch.setattr("sys.argv", ["diffusion.py", "selection"])
+    report.main()
 
     text = (tmp_path / "d3hr.md").read_text()
-    assert "## digits, ConvNet-3" in text
-    assert "## mnist, ConvNet-3" in text
-    monkeypatch.setattr("sys.argv", ["diffusion.py", "acuracy:mnist"])
-    with pytest.raises(SystemExit, match="a part must be one of accuracy"):
+    assert "(D=64, ipc 4, m=200)" in text
+    assert "| paper mean |" in text
+    assert "round trip" not in text, "that part was not measured"
+    monkeypatch.setattr("sys.argv", ["diffusion.py", "selecton"])
+    with pytest.raises(SystemExit, match="a part must be one of sweeps, selection"):
         report.main()
 
 
