@@ -178,7 +178,7 @@ DIFFUSION_MNIST: Spec = {
             "method.generator.epochs": 30,
             "method.generator.ema": 0.99,
         },
-        "convnet3_w64",
+        "convnet3_w32",
     ),
 }
 TITLES = {
