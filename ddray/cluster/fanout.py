@@ -78,6 +78,7 @@ def fan_out(
     timeout_s: float | None = None,
     on_start: Callable[[str, int], None] | None = None,
     follow: Callable[[Outcome], Sequence[Task]] | None = None,
+    idle: list[Any] | None = None,
 ) -> Iterator[Outcome]:
     """Run tasks on up to `num_workers` actors; yield outcomes as they come.
 
@@ -93,10 +94,11 @@ def fan_out(
         timeout_s: seconds after which a task counts as hung and its worker is killed; None waits for ever.
         on_start: called with (key, attempt) when a task is handed to a worker.
         follow: called with every outcome before it is yielded; gives the tasks that can run because of it.
+        idle: workers left by an earlier call with the same cores and GPUs; this call leaves its own in it.
     """
     waiting = deque((task, 1) for task in tasks)
     running: dict[Any, _Running] = {}
-    idle: list[Any] = []
+    idle = [] if idle is None else idle
     while waiting or running:
         most = num_workers() if callable(num_workers) else num_workers
         while waiting and len(running) < most:

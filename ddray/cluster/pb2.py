@@ -129,10 +129,11 @@ def run_pb2(search: Search, payload: Payload, concurrent: int) -> None:
     begin = time.perf_counter()
     shared = ray.put(payload)
     history: list[list[Any]] = []
-    _run_segments(search, members, 0, shared, concurrent, generation=0)
+    workers: list[Any] = []
+    _run_segments(search, members, 0, shared, concurrent, generation=0, workers=workers)
     _record(history, members, 0, space)
     for generation, end in enumerate(ends, start=1):
-        _run_segments(search, members, end, shared, concurrent, generation=generation)
+        _run_segments(search, members, end, shared, concurrent, generation=generation, workers=workers)
         _record(history, members, end, space)
         if generation < len(ends):
             history = _exploit(members, history, space, search.job.seed, generation)
@@ -142,9 +143,16 @@ def run_pb2(search: Search, payload: Payload, concurrent: int) -> None:
 
 
 def _run_segments(
-    search: Search, members: Sequence[Member], end: int, payload: Any, concurrent: int, *, generation: int
+    search: Search,
+    members: Sequence[Member],
+    end: int,
+    payload: Any,
+    concurrent: int,
+    *,
+    generation: int,
+    workers: list[Any],
 ) -> None:
-    """Bring every member to step `end`, in parallel; what has a file is not run again."""
+    """Bring every member to step `end`, in parallel, on the generations' `workers`; a file's work is done."""
     from ddray.cluster.fanout import Task, fan_out
 
     folder = search.folder / "pb2"
@@ -160,7 +168,7 @@ def _run_segments(
     ]
     job = search.job
     errors = {}
-    for outcome in fan_out(tasks, num_workers=concurrent, cpus=job.cpus, gpus=job.gpus):
+    for outcome in fan_out(tasks, num_workers=concurrent, cpus=job.cpus, gpus=job.gpus, idle=workers):
         if isinstance(outcome.error, StorageError):
             raise outcome.error
         if outcome.error is not None:

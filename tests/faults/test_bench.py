@@ -212,6 +212,21 @@ class TestWorkers:
         assert sorted(found, key=int) == [str(number) for number in range(1, 16)]
         assert found["15"] == 49
 
+    def test_workers_that_a_call_leaves_serve_the_next_one(self) -> None:
+        from ddray.cluster.fanout import Task, fan_out
+
+        workers: list[Any] = []
+
+        def process() -> int:
+            tasks = [Task("pid", os.getpid, ())]
+            (outcome,) = fan_out(tasks, num_workers=1, cpus=0.1, gpus=0, idle=workers)
+            return int(outcome.value)
+
+        first = process()
+        assert process() == first
+        os.kill(first, signal.SIGKILL)
+        assert process() != first, "a dead worker is replaced"
+
     def test_a_node_that_joins_is_used_while_every_worker_is_busy(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
