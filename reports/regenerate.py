@@ -212,6 +212,7 @@ PARTS = {
     "ssdd_cifar100": lambda: tables.cifar100_part(ddray),
     "diffusion_table": lambda: tables.measure(ddray, tables.DIFFUSION),
     "diffusion_mnist": lambda: tables.mnist_part(ddray),
+    "imagenette": lambda: tables.imagenette(ddray),
     "scaling": lambda: cluster("scaling"),
     "simulation": lambda: cluster("simulation"),
     "faults": lambda: cluster("faults"),

@@ -10,6 +10,7 @@ import json
 import os
 import tarfile
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,45 @@ DIFFUSION_MNIST: Spec = {
         "convnet3_w32",
     ),
 }
+IMAGENETTE_PER_CLASS = {"train": 50, "val": 20}
+_GENERATOR_224 = {"vae_width": 16, "vae_epochs": 6, "depth": 4, "heads": 4, "epochs": 20, "ema": 0.99}
+IMAGENETTE: Spec = {
+    "name": "imagenette",
+    "dataset": ["imagenette", "imagenette-224"],
+    "ipc": 1,
+    "seeds": 1,
+    "methods": [
+        "random",
+        {
+            "name": "datadam",
+            "dataset": "imagenette",
+            "steps": 20,
+            "set": {"arch": "convnet5_w32", "method.batch_real": 32},
+        },
+        {
+            "name": "rded",
+            "dataset": "imagenette-224",
+            "set": {"method.teacher_arch": "convnet6_w32", "method.teacher_epochs": 10},
+        },
+        {
+            "name": "d3hr",
+            "dataset": "imagenette-224",
+            "set": {f"method.generator.{name}": value for name, value in _GENERATOR_224.items()},
+        },
+    ],
+    "evaluate": [
+        {"protocol": "hard", "archs": ["convnet5_w32"], "seeds": 2, "epochs": 50, "dataset": "imagenette"},
+        {
+            "protocol": "soft",
+            "archs": ["convnet6_w32"],
+            "seeds": 2,
+            "epochs": 50,
+            "teacher": ["convnet6_w32"],
+            "options": {"sets": ["teacher.epochs=10"]},
+            "dataset": "imagenette-224",
+        },
+    ],
+}
 TITLES = {
     "ablation": "DSDM's parts (the shape of its Table 4), digits",
     "speech": "Spoken digits (the shape of DSDM's Table 2), ConvNet-4 of width 32",
@@ -188,6 +228,7 @@ TITLES = {
     "ssdd_cifar100": "Self-supervised sets, the CIFAR-100 part (100 + 20 images per class), and a transfer",
     "diffusion_table": "D3HR and its baselines (the shape of its Table 3 and Fig 4), digits",
     "diffusion_mnist": "D3HR and its baselines, MNIST (600 training images of each class, all test images)",
+    "imagenette": "ImageNette at 128 px and 224 px (50 + 20 images of each class): the whole path, few steps",
 }
 
 
@@ -242,6 +283,26 @@ def mnist_part(ddray: Run) -> dict[str, Any]:
             return measure(ddray, DIFFUSION_MNIST)
 
 
+def imagenette(ddray: Run) -> dict[str, Any]:
+    """Unpack a part of $DDRAY_DATA/imagenette224-small.tar and run a spec on it, by name and as a folder."""
+    seen: Counter[Path] = Counter()
+    with tempfile.TemporaryDirectory() as held:
+        folder = Path(held) / "imagenette"
+        with tarfile.open(Path(os.environ["DDRAY_DATA"]) / "imagenette224-small.tar") as tar:
+            for member in tar:
+                within = Path(member.name).parent
+                seen[within] += member.isfile()
+                if member.isfile() and seen[within] <= IMAGENETTE_PER_CLASS[within.parts[0]]:
+                    tar.extract(member, folder, filter="data")
+        large = Path(held) / "imagenette-224"
+        large.symlink_to(folder)
+        spec = json.loads(json.dumps(IMAGENETTE).replace('"imagenette-224"', json.dumps(str(large))))
+        with mock.patch.dict(os.environ, DDRAY_DATA=held):
+            found = measure(ddray, spec)
+    cells = [{**cell, "dataset": cell["dataset"].rpartition("/")[2]} for cell in found["cells"]]
+    return {**found, "spec": IMAGENETTE, "cells": cells}
+
+
 def lines(held: dict[str, Any], percent: Callable[..., str], where: Callable[..., str]) -> list[str]:
     """Return the report's lines of the parts that are there."""
     found = []
@@ -251,8 +312,10 @@ def lines(held: dict[str, Any], percent: Callable[..., str], where: Callable[...
             found += ["not measured", ""]
             continue
         cells = held[part]["cells"]
-        columns = list(dict.fromkeys(_column(cell) for cell in cells))
-        values = {(cell["method"], _column(cell)): cell for cell in cells}
+        several = len({cell["dataset"] for cell in cells}) > 1
+        names = [f"{cell['dataset']}, {_column(cell)}" if several else _column(cell) for cell in cells]
+        columns = list(dict.fromkeys(names))
+        values = {(cell["method"], column): cell for cell, column in zip(cells, names, strict=True)}
         found += ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
         for method in dict.fromkeys(cell["method"] for cell in cells):
             scored = [_scored(values.get((method, column)), percent) for column in columns]
