@@ -65,7 +65,7 @@ check: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .
 	$(PY) -m mypy
 
-# Measures what reports/ holds (about an hour on 2 cores; CIFAR-10 is looked for in $$DDRAY_DATA).
+# Measures what reports/ holds (hours on 2 cores; CIFAR-10 is looked for in $$DDRAY_DATA).
 reports: $(VENV)/.installed-test
 	$(VENV)/bin/python reports/regenerate.py
 

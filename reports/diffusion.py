@@ -23,14 +23,14 @@ def sweeps() -> dict[str, Any]:
     found = {}
     for name, space in {
         "m": "num_candidates: {choice: [1, 10, 100, 1000, 10000, 100000]}\n",
-        "lambda": "lambda_skew: {choice: [0.0, 0.05, 0.5, 1.0, 2.0]}\nlambda_std: {choice: [0.5, 1.0]}\n",
+        "lambda": "lambda_skew: {choice: [0.0, 0.05, 0.5, 2.0]}\nlambda_std: {choice: [0.0, 1.0]}\n",
     }.items():
         with tempfile.TemporaryDirectory() as held:
             file = Path(held) / "space.yaml"
             file.write_text(space)
             command = ("tune", "--method", "d3hr", "--dataset", "digits", "--ipc", "10", "--strategy", "grid")
-            options = ("--space", str(file), "--run-dir", f"{held}/run", "--final-sets", "1")
-            result = ddray(*command, *options)
+            command += ("--final-sets", "1", "--set", "evaluate.epochs=100", "--set", "evaluate.val_seeds=3")
+            result = ddray(*command, "--space", str(file), "--run-dir", f"{held}/run")
             rows = [json.loads(path.read_text()) for path in Path(held, "run", "ledger").glob("*.json")]
         trials = [
             {"params": row["result"]["params"], "val_accuracy": row["result"]["val_accuracy"]}
