@@ -153,7 +153,7 @@ DIFFUSION: Spec = {
         [
             "random",
             {"name": "rded", "set": {"method.teacher_epochs": 10}},
-            {"name": "sre2l", "steps": 200, "set": {"method.teacher_epochs": 10}},
+            {"name": "sre2l", "ipc": 1, "steps": 200, "set": {"method.teacher_epochs": 10}},
             {
                 "name": "d3hr",
                 "label": "D3HR, the code's score",
