@@ -68,6 +68,7 @@ check: $(VENV)/.installed-dev
 # Measures what reports/ holds (hours on 2 cores; CIFAR-10 is looked for in $$DDRAY_DATA).
 reports: $(VENV)/.installed-test
 	$(VENV)/bin/python reports/regenerate.py
+	$(VENV)/bin/python reports/diffusion.py
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis *.egg-info

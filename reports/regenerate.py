@@ -443,6 +443,7 @@ def render() -> None:
             lines.append(f"| {row['name']} | {row.get('bar', '-')} | `{json.dumps(values)}` |")
         lines += ["", f"`{run['command']}`, 1 run; the bars are in the tests. {where(run)}.", ""]
     lines += tables.lines(held, percent, where)
+    lines += ["D3HR's sweeps, inversion, and what its score selects by: [d3hr.md](d3hr.md).", ""]
     lines += bench_lines(held)
     lines += [
         "## On a GPU",
