@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
+import traceback
 from typing import Any
 
 import typer
@@ -58,6 +61,8 @@ def main(argv: list[str] | None = None) -> None:
     # both ways).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     reuse_freed_memory()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: one line, exit 1
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
@@ -80,21 +85,24 @@ def _run(arguments: list[str], debug: bool) -> int:
     except InterruptedRunError as error:
         return _fail(str(error), 1)
     except DdrayError as error:
-        if debug:
-            raise
+        _trace(debug)
         return _fail(str(error), error.exit_code)
     except OSError as error:
-        if debug:
-            raise
+        _trace(debug)
         return _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
     except Exception as error:  # the last line of defence: one line, the traceback with --debug
-        if debug:
-            raise
+        _trace(debug)
         text = " ".join(str(error).split())[:300]
         return _fail(f"{type(error).__name__}: {text} (--debug shows the traceback)", 1)
     if code == _INTERRUPTED:
         return _fail(_CONTINUE, 1)
     return code if isinstance(code, int) else 0
+
+
+def _trace(debug: bool) -> None:
+    """With --debug: print the traceback of the error at hand, before its line."""
+    if debug:
+        traceback.print_exc()
 
 
 def _fail(message: str, code: int) -> int:

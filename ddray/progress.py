@@ -18,7 +18,7 @@ def progress(what: str, total: int, *, start: int = 0) -> Iterator[Callable[[int
 
     Args:
         what: the line's title.
-        total: pieces in all.
+        total: pieces in all; 0: not known beforehand.
         start: pieces done before.
 
     Yields:
@@ -48,6 +48,6 @@ def progress(what: str, total: int, *, start: int = 0) -> Iterator[Callable[[int
         nonlocal said
         if time.monotonic() - said >= _LOG_EVERY_S:
             said = time.monotonic()
-            log.info("%s: %d of %d %s", what, done, total, note)
+            log.info("%s: %d%s %s", what, done, f" of {total}" if total else "", note)
 
     yield line

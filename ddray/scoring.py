@@ -24,11 +24,11 @@ from ddray.evaluate.hard import Hard
 from ddray.evaluate.linear import Linear
 from ddray.evaluate.robust import Robust
 from ddray.evaluate.subsets import limited
-from ddray.evaluate.training import Augment, named_recipe
+from ddray.evaluate.training import RECIPES, Augment, named_recipe
 from ddray.plan import EvaluateConfig, resolve_arch
 from ddray.progress import progress
 from ddray.seeding import derive
-from ddray.teaching import teach
+from ddray.teaching import HARD_RECIPE, teach
 
 log = logging.getLogger(__name__)
 
@@ -254,6 +254,9 @@ def evaluation_config(held: DistilledSet, options: EvaluateOptions) -> EvaluateC
     if not isinstance(own, dict):
         raise InputError(f"meta.config.evaluate must be a mapping, got {own!r}")
     if options.recipe is not None:
+        known = (*RECIPES, HARD_RECIPE) if options.protocol == "hard" else tuple(RECIPES)
+        if options.recipe not in known:
+            raise unknown("recipe", options.recipe, known)
         own = {**own, **recipe({"recipe": options.recipe})}
     if options.augment not in (None, own.get("augment", "dsa")):
         own = {**own, "strategy": None, "cutmix": 0.0}

@@ -195,7 +195,15 @@ DIFFUSION_MNIST: Spec = {
     ),
 }
 IMAGENETTE_PER_CLASS = {"train": 50, "val": 20}
-_GENERATOR_224 = {"vae_width": 16, "vae_epochs": 6, "depth": 4, "heads": 4, "epochs": 20, "ema": 0.99}
+_GENERATOR_224 = {
+    "vae_width": 16,
+    "vae_epochs": 6,
+    "depth": 4,
+    "heads": 4,
+    "epochs": 20,
+    "ema": 0.99,
+    "batch": 16,
+}
 IMAGENETTE: Spec = {
     "name": "imagenette",
     "dataset": ["imagenette", "imagenette-224"],

@@ -320,6 +320,12 @@ def test_a_search_has_a_page(tmp_path: Path) -> None:
             Row(key=unit.key, kind="trial", spec=unit.spec, status="done", result=result, wall_s=1),
             epoch=epoch,
         )
+    spec = {"schedule": [{"until": 1, "params": {}}], "method": "dm", "seed": 0, "ipc": 1, "arch": "convnet3"}
+    unit = Unit(kind="evaluate", spec=spec)
+    scored = {"arch": "convnet3", "per_seed": [0.5, 0.7]}
+    row = Row(key=unit.key, kind="evaluate", spec=unit.spec, status="done", result=scored, wall_s=1)
+    ledger.publish(unit, row, epoch=epoch)
+    assert [cell["dataset"] for cell in read_run(run).cells] == ["digits"], "rows of a search leave it out"
     found = write_page([run], tmp_path / "page.html", planes=False)
     assert found["num_failed"] == 0
     text = (tmp_path / "page.html").read_text()

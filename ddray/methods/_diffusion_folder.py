@@ -37,6 +37,7 @@ class Folder:
         fingerprint: sha256 over configurations and weights.
         class_names: one per label; empty where they are unknown.
         num_classes: K.
+        channels: of the images that its autoencoder takes.
         schedule: configuration of its noise schedule.
         seen: `{"dataset": fingerprint, "split": name}` of the images that ddray trained it on.
     """
@@ -45,6 +46,7 @@ class Folder:
     fingerprint: str
     class_names: tuple[str, ...]
     num_classes: int
+    channels: int
     schedule: Mapping[str, Any]
     seen: tuple[Mapping[str, str], ...]
 
@@ -72,6 +74,7 @@ def read_folder(folder: Path) -> Folder:
         names = _json(folder / INDEX).get("id2label") or {}
         labels = {int(key): str(name) for key, name in names.items()}
         num_classes = int(_json(folder / "transformer" / "config.json")["num_embeds_ada_norm"])
+        channels = int(_json(folder / "vae" / "config.json").get("in_channels", 3))
         schedule = dict(_json(folder / "scheduler" / "scheduler_config.json"))
         DDIMScheduler.from_config(schedule)  # refuses what it does not know, now and not after hours
         seen = _json(folder / SEEN)["seen"] if (folder / SEEN).exists() else []
@@ -81,7 +84,7 @@ def read_folder(folder: Path) -> Folder:
     if schedule.get("prediction_type", "epsilon") != "epsilon":
         raise InputError(f"{folder} must predict epsilon, its scheduler says {schedule['prediction_type']!r}")
     known = tuple(labels.get(label, "") for label in range(num_classes)) if labels else ()
-    return Folder(folder.absolute(), fingerprint, known, num_classes, schedule, seen)
+    return Folder(folder.absolute(), fingerprint, known, num_classes, channels, schedule, seen)
 
 
 def damaged(folder: Path, error: Exception) -> InputError:

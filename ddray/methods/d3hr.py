@@ -35,6 +35,7 @@ from torch import Tensor
 from ddray.artifact import DistilledSet
 from ddray.config import Config
 from ddray.distill import DistillContext, Target
+from ddray.errors import InputError
 from ddray.methods import _d3hr_stages as stages
 from ddray.methods._d3hr_sampling import Sampler
 from ddray.methods._diffusion import Encoding, Levels, check_levels
@@ -261,7 +262,7 @@ def plan_stages(ctx: DistillContext, config: D3HRConfig) -> tuple[Mapping[str, A
     checked here, before anything is computed.
 
     Raises:
-        InputError: the given folder can't be read, or does not fit classes or steps.
+        InputError: the given folder can't be read, or does not fit images, classes or steps.
     """
     dataset = ctx.dataset
     base = stages.base_spec(dataset, ctx.split_name, ctx.device)
@@ -273,6 +274,11 @@ def plan_stages(ctx: DistillContext, config: D3HRConfig) -> tuple[Mapping[str, A
             timesteps = read_folder(Path(config.generator.init)).num_train_timesteps
     else:
         found = read_folder(Path(config.diffusion))
+        if found.channels < dataset.image_shape[0]:
+            raise InputError(
+                f"a diffusion model of {dataset.name}'s images must have {dataset.image_shape[0]} channels, "
+                f"{found.path} has {found.channels}; leave method.diffusion out to train one"
+            )
         remember(found)
         warn_of_leak(found, dataset.fingerprint, ctx.split_name)
         source = {"fingerprint": found.fingerprint}

@@ -154,7 +154,7 @@ def _so_far(folder: Path, config: Mapping[str, Any], rows: tuple[Row, ...]) -> l
     """Return the cells of a run without a table: a bench that has not ended, or a search's final scores."""
     path = folder / "planned.json"
     if not path.is_file():
-        return list(_cells(str(config.get("command")), rows))
+        return list(_cells(str(config.get("command")), str(config.get("dataset", "")), rows))
     from ddray.bench.table import planned_cells  # which needs this package
 
     cells = planned_cells(path, {row.key: row for row in rows}.get)
@@ -186,8 +186,8 @@ def size_of(cell: Mapping[str, Any]) -> str:
     return _size(cell)
 
 
-def _cells(command: str, rows: tuple[Row, ...]) -> Iterator[dict[str, Any]]:
-    """Yield cells of evaluations: of a search's final scores."""
+def _cells(command: str, dataset: str, rows: tuple[Row, ...]) -> Iterator[dict[str, Any]]:
+    """Yield cells of evaluations: of a search's final scores, whose rows leave the run's dataset out."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if row.kind == "evaluate" and row.status == "done":
@@ -195,18 +195,18 @@ def _cells(command: str, rows: tuple[Row, ...]) -> Iterator[dict[str, Any]]:
             spec, options = row.spec, row.spec.get("options", {})
             name = (
                 label,
-                spec.get("dataset"),
+                spec.get("dataset", dataset),
                 _size(spec),
                 options.get("protocol", "hard"),
                 row.result["arch"],
             )
             groups.setdefault((*name, spec.get("target"), str(options.get("teachers", ""))), []).append(row)
-    for (label, dataset, _, protocol, arch, *_), held in groups.items():
+    for (label, on, _, protocol, arch, *_), held in groups.items():
         values = [float(value) for row in held for value in row.result["per_seed"]]
         spec = held[0].spec
         yield {
             "method": label,
-            "dataset": dataset or "",
+            "dataset": on,
             **{name: spec[name] for name in ("ipc", "budget") if name in spec},
             "protocol": protocol,
             "arch": arch,

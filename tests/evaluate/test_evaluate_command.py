@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -82,7 +86,7 @@ class TestSettings:
         assert (same.strategy, same.cutmix) == (self.idc["strategy"], 0.5)
 
     def test_an_unknown_recipe_is_refused(self, random_set: Path) -> None:
-        with pytest.raises(InputError, match="recipe must be one of idc, vico, got 'icd'"):
+        with pytest.raises(InputError, match="recipe must be one of idc, table5, vico, got 'icd'"):
             evaluate(random_set, quick(recipe="icd"), device=CPU)
 
     def test_the_idc_recipe_runs(self, random_set: Path) -> None:
@@ -223,7 +227,8 @@ class TestContinual:
         (["--train-limit", "0"], "--train-limit must be >= 1, got 0"),
         (["--protocol", "continual", "--num-tasks", "11"], "--num-tasks must be in 2..10"),
         (["--protocol", "continual", "--num-tasks", "1"], "--num-tasks must be in 2..10"),
-        (["--recipe", "icd"], "recipe must be one of idc, vico"),
+        (["--recipe", "icd"], "recipe must be one of idc, table5, vico"),
+        (["--recipe", "table5", "--protocol", "robust"], "recipe must be one of idc, vico"),
     ],
 )
 def test_bad_options_are_one_line_and_exit_2(
@@ -235,6 +240,36 @@ def test_bad_options_are_one_line_and_exit_2(
     assert stopped.value.code == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert message in line
+
+
+def test_debug_shows_the_traceback_and_changes_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate", str(tmp_path / "none.pt"), "--debug"])
+
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err.splitlines()
+    assert any(line.startswith("Traceback") for line in said)
+    assert said[-1].startswith("error: ")
+
+
+def test_sigterm_ends_with_one_line(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = "distill --method dm --dataset digits --ipc 1 --steps 1000000 --set checkpoint_every=1"
+    child = subprocess.Popen(
+        [sys.executable, "-m", "ddray", *command.split(), "--run-dir", str(run)],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until = time.monotonic() + 120
+    while not list(run.glob("checkpoints/*.pt")) and time.monotonic() < until:
+        time.sleep(0.1)
+    child.send_signal(signal.SIGTERM)
+    _, said = child.communicate(timeout=60)
+
+    assert child.returncode == 1
+    assert said.splitlines()[-1].startswith("error: interrupted; run again with --resume")
 
 
 @pytest.mark.parametrize("protocol", ["robust", "continual"])

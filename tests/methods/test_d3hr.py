@@ -317,6 +317,16 @@ def test_the_folder_is_made_absolute_and_must_be_there(
         run(diffusion="dit")
 
 
+def test_a_model_of_grey_images_makes_no_coloured_ones(planned: Any, toy: Any, tmp_path: Path) -> None:
+    save_pipeline(untrained((1, 16, 16)), tmp_path / "grey")
+    own = {**BASE, "diffusion": str(tmp_path / "grey")}
+    _, ctx, distiller = planned("d3hr", toy(), ipc=2, method=own)
+    with pytest.raises(InputError, match=r"must have 3 channels, .*grey has 1; leave method.diffusion out"):
+        distiller.setup(ctx)
+    _, ctx, distiller = planned("d3hr", toy(shape=(1, 16, 16)), ipc=2, method=own)
+    distiller.setup(ctx)
+
+
 def test_a_folder_that_was_moved_repeats_nothing(run: Any, counted: dict[str, int], folder: str) -> None:
     first = run(diffusion=folder)
     moved = shutil.move(folder, folder + " moved")
