@@ -329,6 +329,8 @@ def test_a_search_has_a_page(tmp_path: Path) -> None:
     found = write_page([run], tmp_path / "page.html", planes=False)
     assert found["num_failed"] == 0
     text = (tmp_path / "page.html").read_text()
+    for colour in ("rgb(138, 148, 163)", "rgb(213, 94, 0)"):
+        assert f'"color":"{colour}"' in text, "the worst and the best trial, seen on light and dark"
     (trials,) = [table for table in tables(text) if table[0][0] == "trial"]
     assert [line[:3] for line in trials[1:]] == [
         ["0", "done", "0.2000"],

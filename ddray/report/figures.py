@@ -10,7 +10,8 @@ from ddray.report.runs import RunView, SetView, size_of
 
 # Okabe and Ito's colours, the blue lighter: told apart by colour-blind readers, on white and on black.
 COLOURS: Final = ("#1f84c9", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#b8a100", "#8a94a3")
-_LAYOUT: Final[Mapping[str, Any]] = {
+# Without a ground of its own a plot takes the page's, light or dark.
+LAYOUT: Final[Mapping[str, Any]] = {
     "template": "plotly_white",
     "height": 380,
     "margin": {"l": 55, "r": 15, "t": 30, "b": 50},
@@ -71,7 +72,7 @@ def accuracy_bars(cells: Sequence[Mapping[str, Any]]) -> str:
                 hovertemplate="%{x}<br>published %{y:.2f} %<extra>" + arch + "</extra>",
             )
     figure.update_layout(
-        **_LAYOUT, yaxis_title="accuracy (%)", barmode="group", scattermode="group", showlegend=True
+        **LAYOUT, yaxis_title="accuracy (%)", barmode="group", scattermode="group", showlegend=True
     )
     return to_html(figure)
 
@@ -109,7 +110,7 @@ def loss_curves(sets: Sequence[SetView]) -> str:
             hovertemplate="step %{x}<br>loss %{customdata:.4g}<extra>" + name + "</extra>",
         )
     figure.update_layout(
-        **_LAYOUT, xaxis_title="step", yaxis_title="loss / its first value", yaxis_type="log", showlegend=True
+        **LAYOUT, xaxis_title="step", yaxis_title="loss / its first value", yaxis_type="log", showlegend=True
     )
     return to_html(figure)
 
@@ -135,7 +136,7 @@ def rung_curves(run: RunView) -> str | None:
     if not figure.data:
         return None
     figure.update_layout(
-        **_LAYOUT, xaxis_title="part of the steps", yaxis_title="val accuracy (%)", showlegend=True
+        **LAYOUT, xaxis_title="part of the steps", yaxis_title="val accuracy (%)", showlegend=True
     )
     return to_html(figure)
 
@@ -175,7 +176,7 @@ def plane_scatter(plane: Plane, row: int) -> str:
         hovertemplate="%{text}<extra>" + label + "</extra>",
         name=label,
     )
-    figure.update_layout(**_LAYOUT, showlegend=True)
+    figure.update_layout(**LAYOUT, showlegend=True)
     figure.update_xaxes(visible=False)
     figure.update_yaxes(visible=False, scaleanchor="x")
     return to_html(figure)

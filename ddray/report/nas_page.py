@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import numpy as np
 
 from ddray.files import write_atomically, write_text
+from ddray.report.figures import LAYOUT, to_html
 from ddray.report.nas_summary import summary
 
 if TYPE_CHECKING:
@@ -107,20 +108,6 @@ def _points(table: pd.DataFrame) -> _Points:
     return _Points(x, y, groups, known)
 
 
-# Without a ground of its own a plot takes the page's, light or dark.
-_LAYOUT: Final[Mapping[str, Any]] = {
-    "template": "plotly_white",
-    "height": 480,
-    "margin": {"l": 60, "r": 15, "t": 30, "b": 50},
-    "paper_bgcolor": "rgba(0,0,0,0)",
-    "plot_bgcolor": "rgba(0,0,0,0)",
-    "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "#8a94a3"},
-    "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-    "xaxis_title": _X_TITLE,
-    "yaxis_title": _Y_TITLE,
-}
-
-
 def scatter_plot(table: pd.DataFrame) -> str:
     """Return one proxy's interactive scatter plot as an HTML part."""
     import plotly.graph_objects as go
@@ -156,9 +143,13 @@ def scatter_plot(table: pd.DataFrame) -> str:
         )
     if border is not None:
         figure.add_hline(border, line_dash="dot", line_color="#8a94a3", annotation_text="top 20 %")
-    figure.update_layout(**_LAYOUT, showlegend=len(points.groups) > 1)
-    config = {"responsive": True, "displaylogo": False}
-    return str(figure.to_html(full_html=False, include_plotlyjs=False, config=config))
+    figure.update_layout(
+        **{**LAYOUT, "height": 480},
+        xaxis_title=_X_TITLE,
+        yaxis_title=_Y_TITLE,
+        showlegend=len(points.groups) > 1,
+    )
+    return to_html(figure)
 
 
 def save_scatters(run_dir: Path, table: pd.DataFrame, proxies: Sequence[Mapping[str, Any]]) -> list[Path]:

@@ -6,14 +6,17 @@ import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from ddray import artifact
 from ddray.files import write_text
 from ddray.ledger import Row
+from ddray.report.figures import LAYOUT, to_html
 from ddray.report.images import data_uri, grid
 from ddray.space import Space
 from ddray.study import study_of
+
+_WORST_TO_BEST: Final = ("#8a94a3", "#d55e00")
 
 
 def write_report(run_dir: Path, result: Mapping[str, Any], rows: Sequence[Row], space: Space) -> None:
@@ -86,17 +89,27 @@ def search_figures(space: Space, rows: Sequence[Row]) -> list[dict[str, str]]:
         except (ValueError, RuntimeError, UserWarning) as error:
             found.append({"title": title, "html": "", "reason": str(error).splitlines()[0]})
             continue
-        figure.update_layout(
-            template="plotly_white",
-            margin={"l": 60, "r": 30, "t": 30, "b": 50},
-            title=None,
-            paper_bgcolor="rgba(0,0,0,0)",  # the page's ground, light or dark
-            plot_bgcolor="rgba(0,0,0,0)",
-        )
-        found.append(
-            {"title": title, "html": figure.to_html(full_html=False, include_plotlyjs=False), "reason": ""}
-        )
+        figure.update_layout(**{**LAYOUT, "height": 450}, title=None)
+        if plot is plots.plot_parallel_coordinate:
+            _recolour(figure)
+        found.append({"title": title, "html": to_html(figure), "reason": ""})
     return found
+
+
+def _recolour(figure: Any) -> None:
+    """Draw parallel coordinates for light and dark pages: Optuna's best trial is the darkest blue.
+
+    A line's first place holds its objective as text; the last trace is the scale.
+    """
+    from plotly.colors import sample_colorscale
+
+    *lines, bar = figure.data
+    low, high = bar.marker.cmin, bar.marker.cmax
+    for line in lines:
+        share = (float(line.customdata[0][1]) - low) / (high - low) if high > low else 1.0
+        line.line.color = sample_colorscale(_WORST_TO_BEST, [min(max(share, 0.0), 1.0)])[0]
+        line.opacity = 0.9
+    bar.marker.colorscale = [[number, colour] for number, colour in enumerate(_WORST_TO_BEST)]
 
 
 def _picture(path: Path) -> str | None:

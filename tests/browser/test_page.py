@@ -158,7 +158,8 @@ def test_text_can_be_read_in_light_and_dark(browser: Open, page: Path, dark: boo
     driver = browser(page, dark=dark)
     pairs = driver.execute_script(
         """
-        const seen = [...document.querySelectorAll('p, td, h2, summary, pre, .xtick text, .legendtext')];
+        const kinds = 'p, td, h2, summary, pre, .xtick text, .legendtext, .colorbar text, .bartext';
+        const seen = [...document.querySelectorAll(kinds)];
         const ground = e => { for (; e; e = e.parentElement) {
           const c = getComputedStyle(e).backgroundColor; if (!/, 0\\)$|transparent/.test(c)) return c; }
           return getComputedStyle(document.body).backgroundColor; };
