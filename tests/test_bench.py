@@ -770,6 +770,8 @@ class TestDryRun:
         assert History("cpu").estimate(work).wall_s == pytest.approx(3.0)
         assert History("cpu").estimate(work).units == 3
         assert History("cuda").estimate(work).wall_s is None
+        other = next(work for work in graph.distil.values() if work.method != "dm")
+        assert History("cpu").estimate(other).wall_s is None, "one method's rate is not another's"
 
 
 class TestPublished:

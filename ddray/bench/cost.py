@@ -26,6 +26,16 @@ from ddray.nas.sweep import NasOptions, choose_architectures, resolve_config
 log = logging.getLogger(__name__)
 
 _KEPT = 20_000
+_SAME = ("kind", "what", "which")
+_SORT = ("kind", "what")
+# What a unit's rate may be taken from, best first: one method's steps say nothing of another's, and how much
+# work a network of the pool is nobody knows beforehand.
+_LIKE = {
+    "pool": (_SAME,),
+    "distill": (_SAME, _SORT),
+    "nas": (_SAME, _SORT),
+    "evaluate": (_SAME, _SORT, ("kind",)),
+}
 
 
 @dataclass(frozen=True)
@@ -143,7 +153,7 @@ class History:
                 self._past.append(held)
 
     def estimate(self, work: Work) -> Estimate:
-        """Return a unit's expected seconds: by its likes, else by its kind."""
+        """Return a unit's expected seconds, from the past units that are most alike (`_LIKE`)."""
         return self._estimate(_alike(work), work.amount)
 
     def sweep(self, held: SweepCost) -> Estimate:
@@ -151,7 +161,7 @@ class History:
         return self._estimate(held.alike, float(held.num_units))
 
     def _estimate(self, wanted: dict[str, Any], amount: float) -> Estimate:
-        for names in (("kind", "what", "which"), ("kind", "what"), ("kind",)):
+        for names in _LIKE[wanted["kind"]]:
             alike = [held for held in self._past if all(held[name] == wanted[name] for name in names)]
             if alike:
                 rates = [held["wall_s"] / max(held["amount"], 1.0) for held in alike]
