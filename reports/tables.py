@@ -194,13 +194,13 @@ DIFFUSION_MNIST: Spec = {
         searched={"method.num_candidates": 1_000_000},
     ),
 }
-IMAGENETTE_PER_CLASS = {"train": 50, "val": 20}
+IMAGENETTE_PER_CLASS = {"train": 20, "val": 10}
 _GENERATOR_224 = {
     "vae_width": 16,
-    "vae_epochs": 6,
+    "vae_epochs": 2,
     "depth": 4,
     "heads": 4,
-    "epochs": 20,
+    "epochs": 5,
     "ema": 0.99,
     "batch": 16,
 }
@@ -214,13 +214,13 @@ IMAGENETTE: Spec = {
         {
             "name": "datadam",
             "dataset": "imagenette",
-            "steps": 20,
-            "set": {"arch": "convnet5_w32", "method.batch_real": 32},
+            "steps": 10,
+            "set": {"arch": "convnet5_w32", "method.batch_real": 20},
         },
         {
             "name": "rded",
             "dataset": "imagenette-224",
-            "set": {"method.teacher_arch": "convnet6_w32", "method.teacher_epochs": 10},
+            "set": {"method.teacher_arch": "convnet6_w32", "method.teacher_epochs": 5},
         },
         {
             "name": "d3hr",
@@ -229,14 +229,14 @@ IMAGENETTE: Spec = {
         },
     ],
     "evaluate": [
-        {"protocol": "hard", "archs": ["convnet5_w32"], "seeds": 2, "epochs": 50, "dataset": "imagenette"},
+        {"protocol": "hard", "archs": ["convnet5_w32"], "seeds": 2, "epochs": 20, "dataset": "imagenette"},
         {
             "protocol": "soft",
             "archs": ["convnet6_w32"],
             "seeds": 2,
-            "epochs": 50,
+            "epochs": 20,
             "teacher": ["convnet6_w32"],
-            "options": {"sets": ["teacher.epochs=10"]},
+            "options": {"sets": ["teacher.epochs=5"]},
             "dataset": "imagenette-224",
         },
     ],
@@ -248,7 +248,7 @@ TITLES = {
     "ssdd_cifar100": "Self-supervised sets, the CIFAR-100 part (100 + 20 images per class), and a transfer",
     "diffusion_table": "D3HR and its baselines (the shape of its Table 3 and Fig 4), digits",
     "diffusion_mnist": "D3HR and its baselines, MNIST (600 training images of each class, all test images)",
-    "imagenette": "ImageNette at 128 px and 224 px (50 + 20 images of each class): the whole path, few steps",
+    "imagenette": "ImageNette at 128 px and 224 px (20 + 10 images of each class): that the whole path runs, not how well",
 }
 
 

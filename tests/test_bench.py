@@ -246,6 +246,15 @@ class TestGraph:
             assert getattr(plan.config.method, "batch_real", 3) == 3
         assert {work.options["seeds"] for work in graph.evaluate.values()} == {1}
 
+    def test_a_methods_own_trainings_are_within_the_limits(self) -> None:
+        held = spec(methods=["kcenter", "rded", "d3hr"], seeds=1, ipc=[1], limits={"epochs": 2})
+        epochs = {
+            work.method: work.config["method"] for work in build_graph(held, open_dataset).distil.values()
+        }
+        assert epochs["kcenter"]["feature_epochs"] == 2 == epochs["rded"]["teacher_epochs"]
+        generator = epochs["d3hr"]["generator"]
+        assert (generator["epochs"], generator["vae_epochs"]) == (2, 2)
+
     def test_a_recipe_is_the_same_for_every_row_and_within_the_limits(self, tmp_path: Path) -> None:
         scored: dict[str, Any] = {"recipe": "vico", "augment": "dsa", "seeds": 1}
         for given in (scored, {"options": {"recipe": "vico"}, "augment": "dsa", "seeds": 1}):

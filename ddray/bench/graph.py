@@ -165,13 +165,27 @@ def _limited(spec: BenchSpec, row: MethodSpec, dataset: Dataset, size: tuple[str
     lower: dict[str, Any] = {}
     if limits.steps is not None and plan.config.steps > limits.steps:
         lower["steps"] = limits.steps
-    if limits.epochs is not None and plan.config.evaluate.epochs > limits.epochs:
-        lower = merge(lower, {"evaluate": {"epochs": limits.epochs}})
+    if limits.epochs is not None:
+        if trainings := _lower_epochs(plan.config.method.dump(), limits.epochs):
+            lower = merge(lower, {"method": trainings})
+        if plan.config.evaluate.epochs > limits.epochs:
+            lower = merge(lower, {"evaluate": {"epochs": limits.epochs}})
     if limits.networks is not None and plan.config.evaluate.seeds > limits.networks:
         lower = merge(lower, {"evaluate": {"seeds": limits.networks}})
     if limits.batch_real is not None and getattr(plan.config.method, "batch_real", 0) > limits.batch_real:
         lower = merge(lower, {"method": {"batch_real": limits.batch_real}})
     return resolved([lower]) if lower else plan
+
+
+def _lower_epochs(settings: Mapping[str, Any], limit: int) -> dict[str, Any]:
+    """Return at the limit what is longer of a method's own trainings: of teachers, generators, features."""
+    lower: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and (within := _lower_epochs(value, limit)):
+            lower[name] = within
+        elif name.rpartition("_")[2] == "epochs" and isinstance(value, int) and value > limit:
+            lower[name] = limit
+    return lower
 
 
 def _cells(
