@@ -191,7 +191,7 @@ DIFFUSION_MNIST: Spec = {
             "method.generator.epochs": 30,
             "method.generator.ema": 0.99,
         },
-        searched={"method.num_candidates": 1_000_000},
+        searched={"method.num_candidates": 100_000},
     ),
 }
 IMAGENETTE_PER_CLASS = {"train": 20, "val": 10}
@@ -248,7 +248,7 @@ TITLES = {
     "ssdd_cifar100": "Self-supervised sets, the CIFAR-100 part (100 + 20 images per class), and a transfer",
     "diffusion_table": "D3HR and its baselines (the shape of its Table 3 and Fig 4), digits",
     "diffusion_mnist": "D3HR and its baselines, MNIST (600 training images of each class, all test images)",
-    "imagenette": "ImageNette at 128 px and 224 px (20 + 10 images of each class): that the whole path runs, not how well",
+    "imagenette": "ImageNette at 128 px and 224 px (20 + 10 images of each class): the whole path, few steps",
 }
 
 
