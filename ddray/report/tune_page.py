@@ -103,6 +103,8 @@ def _recolour(figure: Any) -> None:
     """
     from plotly.colors import sample_colorscale
 
+    if not figure.data:  # no trial, or no setting, to draw
+        return
     *lines, bar = figure.data
     low, high = bar.marker.cmin, bar.marker.cmax
     for line in lines:
