@@ -48,5 +48,9 @@ class _Package(ModuleType):
 
         return getattr(library, name)
 
+    def __dir__(self) -> list[str]:
+        """List the library's functions too."""
+        return sorted({*super().__dir__(), *_FUNCTIONS})
+
 
 sys.modules[__name__].__class__ = _Package

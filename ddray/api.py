@@ -13,6 +13,7 @@ import torch
 from ddray.data import carve_val, open_dataset
 from ddray.distill import DistillResult, run_distillation
 from ddray.errors import DdrayError, InputError
+from ddray.files import write_text
 from ddray.ledger import Row, Unit
 from ddray.plan import Plan, make_context, make_distiller
 from ddray.progress import progress
@@ -91,6 +92,7 @@ def distill(
     made.distilled.save(target)
     if len(made.distilled.images):
         save_pictures(made.distilled, target, representations=getattr(distiller, "representations", None))
+    write_text(run.folder / "distilled.json", json.dumps({"losses": made.curve()}))
     result = _distill_result(plan, made, target)
     row = Row(key=unit.key, kind="distill", spec=unit.spec, status="done", result=result, wall_s=made.wall_s)
     run.ledger.publish(unit, row, epoch=run.epoch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -44,9 +44,13 @@ class Config(BaseModel):
 
 def _one_line(cls: type[BaseModel], error: ValidationError, prefix: str, source: str) -> str:
     """Turn pydantic's first complaint into one line: rule, value, fix."""
-    first = error.errors()[0]
+    found = error.errors()
+    # A misspelt name before the field that is missing because of it.
+    first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
     path = [part for part in first["loc"] if isinstance(part, str | int)]
     name = prefix + ".".join(map(str, path))
+    if prefix == "--":
+        name = name.replace("_", "-")
     where = f" (in {source})" if source else ""
     if first["type"] == "extra_forbidden":
         names = _field_names(cls, path[:-1])
@@ -56,19 +60,28 @@ def _one_line(cls: type[BaseModel], error: ValidationError, prefix: str, source:
     message = message[:1].lower() + message[1:]
     if not path:
         return f"{message}{where}"
-    return f"{name}: {message}, got {first['input']!r}{where}"
+    known = re.findall(r"'([^']*)'", first["ctx"]["expected"]) if first["type"] == "literal_error" else ()
+    return f"{name}: {message}, got {first['input']!r}{where}{did_you_mean(str(first['input']), known)}"
 
 
 def _field_names(cls: type[BaseModel], path: Sequence[str | int]) -> list[str]:
     """Return the field names of the (nested) model at `path` below `cls`."""
     for part in path:
-        field = cls.model_fields.get(str(part))
-        if field is None or not (
-            isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-        ):
+        if isinstance(part, int):  # an item of a list, whose type was taken with the list
+            continue
+        field = cls.model_fields.get(part)
+        inner = None if field is None else _model(field.annotation)
+        if inner is None:
             return []
-        cls = field.annotation
+        cls = inner
     return list(cls.model_fields)
+
+
+def _model(annotation: Any) -> type[BaseModel] | None:
+    """Return the model that a field holds, alone or in a list; None if it holds none."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((held for item in get_args(annotation) if (held := _model(item)) is not None), None)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Final, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from ddray.run import git_commit, versions
 from ddray.seeding import derive
 
 log = logging.getLogger(__name__)
+_CURVE_POINTS: Final = 200
 
 
 @dataclass(frozen=True)
@@ -239,6 +240,15 @@ class DistillResult:
             return None, None
         tenth = max(1, len(self.losses) // 10)
         return float(self.losses[:tenth].mean()), float(self.losses[-tenth:].mean())
+
+    def curve(self) -> list[tuple[int, float]]:
+        """Return (step, loss) at no more than 200 steps: each the mean of the steps since the last."""
+        num = len(self.losses)
+        size = max(1, -(-num // _CURVE_POINTS))
+        return [
+            (min(start + size, num), float(self.losses[start : start + size].mean()))
+            for start in range(0, num, size)
+        ]
 
 
 def run_distillation(

@@ -105,8 +105,11 @@ def export_parquet(distilled: DistilledSet, path: Path) -> None:
     a dataset for `--dataset`.
 
     Raises:
+        InputError: the file exists, or the set holds spectrograms.
         StorageError: the file can't be written.
     """
+    if path.exists():
+        raise InputError(f"the file to export to must be new, {path} exists; name another")
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -185,7 +185,7 @@ class LocalPool:
     def _train(self, missing: dict[str, PoolSpec], entries: dict[str, PoolEntry]) -> None:
         """Move specs from `missing` to `entries`, first those that nobody else is training."""
         total = len(missing)
-        log.info("pool: training %d of %d networks", total, total + len(entries))
+        log.info("pool: training %d of %d models", total, total + len(entries))
         with progress("training the pool", total) as show:
             while missing:
                 key, lock = self._next(list(missing))

@@ -5,15 +5,23 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 log = logging.getLogger(__name__)
 _LOG_EVERY_S = 30.0
 
 
+class Show(Protocol):
+    """What a piece of work calls to say how far it is."""
+
+    def __call__(self, done: int, note: str, *, total: int | None = None) -> None:
+        """Say pieces done in all, a short note, and how many pieces there are if that has changed."""
+
+
 @contextmanager
-def progress(what: str, total: int, *, start: int = 0) -> Iterator[Callable[[int, str], None]]:
+def progress(what: str, total: int, *, start: int = 0) -> Iterator[Show]:
     """Show progress of `total` pieces of work.
 
     Args:
@@ -22,7 +30,7 @@ def progress(what: str, total: int, *, start: int = 0) -> Iterator[Callable[[int
         start: pieces done before.
 
     Yields:
-        A function to call with (pieces done in all, a short note).
+        What to call with (pieces done in all, a short note, and the new `total` where it has changed).
     """
     if sys.stderr.isatty() and total > 0:
         from rich.console import Console
@@ -40,14 +48,19 @@ def progress(what: str, total: int, *, start: int = 0) -> Iterator[Callable[[int
         )
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task(what, total=total, completed=start, note="")
-            yield lambda done, note: bar.update(task, completed=done, note=note)
-        return
-    said = time.monotonic()
 
-    def line(done: int, note: str) -> None:
-        nonlocal said
+            def move(done: int, note: str, *, total: int | None = None) -> None:
+                bar.update(task, completed=done, note=note, total=total)
+
+            yield move
+        return
+    said, pieces = time.monotonic(), total
+
+    def line(done: int, note: str, *, total: int | None = None) -> None:
+        nonlocal said, pieces
+        pieces = total or pieces
         if time.monotonic() - said >= _LOG_EVERY_S:
             said = time.monotonic()
-            log.info("%s: %d%s %s", what, done, f" of {total}" if total else "", note)
+            log.info("%s: %d%s %s", what, done, f" of {pieces}" if pieces else "", note)
 
     yield line

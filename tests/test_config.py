@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given
@@ -51,6 +51,35 @@ def test_a_bad_value_is_one_line_with_rule_value_and_fix(given_values: dict[str,
 def test_prefix_and_source_are_named() -> None:
     with pytest.raises(InputError, match=r"unknown option 'method\.lr' \(in a\.yaml\)"):
         Inner.parse({"lr": 1}, prefix="method.", source="a.yaml")
+
+
+def test_a_misspelt_name_is_said_before_the_field_that_is_missing_for_it() -> None:
+    class Needed(Config):
+        methods: tuple[int, ...]
+
+    with pytest.raises(InputError, match="unknown option 'methds'; did you mean 'methods'"):
+        Needed.parse({"methds": [1]})
+
+
+def test_the_nearest_choice_and_the_nearest_name_within_a_list_are_said() -> None:
+    class Wide(Config):
+        kind: Literal["slow", "fast"] = "slow"
+        more: tuple[Inner, ...] = ()
+
+    with pytest.raises(
+        InputError, match=r"^kind: input should be 'slow' or 'fast', got 'slwo'; .* 'slow'\?$"
+    ):
+        Wide.parse({"kind": "slwo"})
+    with pytest.raises(InputError, match=r"^unknown option 'more\.0\.lr_imgs'; did you mean 'lr_img'\?$"):
+        Wide.parse({"more": [{"lr_imgs": 1}]})
+
+
+def test_options_are_named_as_they_are_typed() -> None:
+    class Options(Config):
+        num_samples: int = Field(default=1, ge=1)
+
+    with pytest.raises(InputError, match=r"^--num-samples: "):
+        Options.parse({"num_samples": 0}, prefix="--")
 
 
 def test_a_config_is_frozen_and_dumps_plain_values() -> None:

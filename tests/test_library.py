@@ -95,6 +95,7 @@ class TestDistill:
         assert python("import ddray; print('torch' in sys.modules, ddray.__version__)", tmp_path).startswith(
             "False"
         )
+        assert {"distill", "evaluate", "export", "load"} <= set(dir(ddray))
         with pytest.raises(AttributeError, match="no attribute 'distil'"):
             ddray.distil  # noqa: B018
 
@@ -141,6 +142,10 @@ class TestExport:
         opened = open_dataset(str(tmp_path / "data"))
         assert opened.class_names == made.meta.class_names
         assert len(opened.train()) + len(opened.test()) == 20
+        before = path.read_bytes()
+        with pytest.raises(InputError, match="must be new"):
+            export_parquet(made, path)
+        assert path.read_bytes() == before
 
     def test_whitened_sets_are_shown_de_whitened_and_clamping_is_said(
         self, toy: Any, planned: Any, caplog: pytest.LogCaptureFixture

@@ -352,6 +352,32 @@ def test_several_runs_stand_on_one_page(folder: Path, tmp_path: Path, digits: An
     assert text.count('alt="distilled images of random') == 3 or text.count("distilled images of random") >= 2
 
 
+def test_a_distillation_shows_its_curve_wherever_its_set_lies(tmp_path: Path, digits: Any) -> None:
+    from ddray.api import distill
+
+    plan = resolve("dm", digits, ipc=1, layers=[{"arch": "convnet1_w8", "steps": 3}])
+    distill(plan, device=torch.device("cpu"), run_dir=tmp_path / "run", out=tmp_path / "elsewhere.pt")
+    (view,) = read_run(tmp_path / "run").sets
+    assert [step for step, _ in view.losses] == [1, 2, 3]
+    write_page([tmp_path / "run"], tmp_path / "page.html", planes=False)
+    assert "Loss: digits, ipc 1" in (tmp_path / "page.html").read_text()
+
+
+def test_a_run_without_a_finished_unit_is_said(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    (copy / "cells.json").unlink()
+    shutil.rmtree(copy / "ledger")
+    found = write_page([copy], copy / "report.html", planes=False)
+    assert found["num_sets"] == 0
+    assert "has finished no unit yet" in caplog.text
+    caplog.clear()
+    write_page([folder], tmp_path / "page.html", planes=False)
+    assert "no unit yet" not in caplog.text
+
+
 def test_folders_that_are_no_runs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="takes run folders"):
         write_page([tmp_path], tmp_path / "page.html")

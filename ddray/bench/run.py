@@ -386,4 +386,4 @@ def _loop(board: Board, execute: Execute, run: Run, job: Job) -> None:
             row = run.ledger.row(ended.key)
             if row is not None:
                 remember(board.work(ended.key), row, job.device)
-            show(board.done, f"of {board.total}: {board.work(ended.key).title}")
+            show(board.done, board.work(ended.key).title, total=board.total)

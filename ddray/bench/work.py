@@ -19,7 +19,7 @@ import torch
 from ddray import scoring
 from ddray.bench.units import Work
 from ddray.data import Dataset, PixelSpace, Split, carve_val, open_dataset
-from ddray.distill import DistillContext, DistillResult, run_distillation
+from ddray.distill import DistillContext, run_distillation
 from ddray.errors import DivergedError, InputError
 from ddray.files import home, write_text
 from ddray.ledger import Ledger, Row
@@ -28,7 +28,6 @@ from ddray.plan import Plan, RunConfig, declared_specs, make_context, make_disti
 from ddray.pool import ModelPool, PoolEntry, PoolSpec
 from ddray.pool_files import DamagedEntryError, PoolFiles
 
-_CURVE_POINTS = 200
 _PER_BUDGET = 20  # distilled images that one image of storage may hold
 _MAX_BLANK = 2**26  # values: a gigabyte of blank images would be made to learn a count
 
@@ -296,7 +295,7 @@ def _distil(job: Job, work: Work) -> dict[str, Any]:
     draft = _draft(job, work)
     made.distilled.save(draft)
     curve_file = (folder / artifact_name(work.key)).with_suffix(".json")
-    write_text(curve_file, json.dumps({"losses": curve(made)}))
+    write_text(curve_file, json.dumps({"losses": made.curve()}))
     first, final = made.edge_losses()
     meta = made.distilled.meta
     return {
@@ -311,16 +310,6 @@ def _distil(job: Job, work: Work) -> dict[str, Any]:
         "storage_floats": meta.storage_floats,
         "ipc_decoded": meta.ipc_decoded,
     }
-
-
-def curve(made: DistillResult) -> list[tuple[int, float]]:
-    """Return (step, loss) at no more than some hundred steps: each the mean of the steps since the last."""
-    losses = made.losses
-    size = max(1, -(-len(losses) // _CURVE_POINTS))
-    return [
-        (min(start + size, len(losses)), float(losses[start : start + size].mean()))
-        for start in range(0, len(losses), size)
-    ]
 
 
 def _evaluate(job: Job, work: Work) -> dict[str, Any]:

@@ -236,7 +236,7 @@ def _num_samples(
         return len(grid(space, paper))
     if not space and options.num_samples > 1:
         raise InputError(
-            f"--num-samples must be 1 where the space file has no range (every trial would be the same), "
+            "a space file without a range makes every trial the same: add --num-samples 1, "
             f"got {options.num_samples}"
         )
     if options.strategy == "pb2":

@@ -94,7 +94,7 @@ def default_recipe(image_shape: tuple[int, int, int]) -> dict[str, Any]:
         return {}
     if size <= 64:
         return {"vae_halvings": 2, "depth": 12, "heads": 6}
-    return {"vae_halvings": 3, "vae_width": 64, "depth": 12, "heads": 6, "vae_epochs": 100}
+    return {"vae_halvings": 3, "vae_width": 64, "depth": 12, "heads": 6, "vae_epochs": 100, "batch": 32}
 
 
 def train_generator(

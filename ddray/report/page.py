@@ -72,6 +72,9 @@ def write_page(
         plotly=get_plotlyjs(),
     )
     write_text(out, page)
+    for run in runs:
+        if not (run.cells or run.sets or run.failures or any(row.status == "done" for row in run.rows)):
+            log.warning("%s has finished no unit yet: the page shows its configuration only", run.folder)
     return {
         "report": str(out),
         "runs": [str(run.folder) for run in runs],

@@ -253,7 +253,8 @@ def _sets(
             path = path if path.is_file() else folder / "distilled.pt"  # of a run that was moved
         if row.status != "done" or not path.is_file():
             continue
-        curve = path.with_suffix(".json")
+        # Of `distill` the set may lie anywhere (--out), its curve in the run's folder.
+        curve = folder / "distilled.json" if config.get("command") == "distill" else path.with_suffix(".json")
         losses = json.loads(curve.read_text(encoding="utf-8"))["losses"] if curve.is_file() else []
         method = row.spec.get("method_name") or row.spec.get("method")
         for label in labels.get(row.key, [str(method)]):

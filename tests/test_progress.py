@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import logging
+import sys
+
+import pytest
+
+from ddray import progress as module
+from ddray.progress import progress
+
+
+def test_without_a_terminal_it_logs_how_many_of_how_many_there_are_by_now(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "_LOG_EVERY_S", 0.0)
+    caplog.set_level(logging.INFO)
+    with progress("bench", 2) as show:
+        show(1, "first")
+        show(2, "second", total=3)
+        show(3, "third")
+    assert caplog.messages == ["bench: 1 of 2 first", "bench: 2 of 3 second", "bench: 3 of 3 third"]
+
+
+def test_of_an_unknown_number_only_what_is_done_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "_LOG_EVERY_S", 0.0)
+    caplog.set_level(logging.INFO)
+    with progress("units", 0) as show:
+        show(1, "first")
+    assert caplog.messages == ["units: 1 first"]
+
+
+def test_on_a_terminal_the_bar_takes_a_new_total(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    with progress("bench", 2) as show:
+        show(1, "first")
+        show(2, "second", total=3)
+    assert "2/3" in capsys.readouterr().err
