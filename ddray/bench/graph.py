@@ -11,7 +11,7 @@ from ddray.bench.spec import BenchSpec, EvaluateSpec, MethodSpec, Source
 from ddray.bench.units import Cell, Graph, Ranking, Work
 from ddray.config import merge
 from ddray.data import Dataset
-from ddray.errors import unknown
+from ddray.errors import InputError, unknown
 from ddray.evaluate.training import RECIPES
 from ddray.ledger import Unit
 from ddray.methods import get_method
@@ -159,7 +159,10 @@ def _limited(spec: BenchSpec, row: MethodSpec, dataset: Dataset, size: tuple[str
     stored: dict[str, Any] = {size[0]: size[1]}
 
     def resolved(more: list[dict[str, Any]]) -> Plan:
-        return resolve(row.name, dataset, **stored, seed=seed, preset=row.preset, layers=[*layers, *more])
+        try:
+            return resolve(row.name, dataset, **stored, seed=seed, preset=row.preset, layers=[*layers, *more])
+        except InputError as error:
+            raise InputError(f"row {row.row}: {error}") from error
 
     plan, limits = resolved([]), spec.limits
     lower: dict[str, Any] = {}
