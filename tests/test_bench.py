@@ -230,7 +230,7 @@ class TestGraph:
         assert (specs["random_ssl"]["budget"], specs["random"]["ipc"]) == (20, 1)
         asked = {plan.method: asked_first(plan) for plan in graph.plans.values() if plan.seed == 0}
         assert [one.kind for one in asked["random_ssl"] or ()] == ["ssl"]
-        with pytest.raises(InputError, match="^row random: random takes --ipc K"):
+        with pytest.raises(InputError, match=r"^row random: random takes --ipc K"):
             build_graph(spec(methods=["random"], budget=20, ipc=[]), open_dataset)
 
     def test_the_networks_of_a_seed_are_the_same_for_every_row(self) -> None:
