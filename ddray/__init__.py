@@ -6,6 +6,7 @@ As a library: `ddray.distill("datadam", ipc=1)`, `ddray.load("x.pt")`, `ddray.ev
 
 from __future__ import annotations
 
+import inspect
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,13 @@ class _Callable(ModuleType):
         from ddray import library
 
         return getattr(library, self.__name__.rpartition(".")[2])(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The function's parameters, for help() and notebooks."""
+        from ddray import library
+
+        return inspect.signature(getattr(library, self.__name__.rpartition(".")[2]))
 
 
 class _Package(ModuleType):

@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -119,7 +120,7 @@ class Ledger:
                 self._path(unit.key), lambda file: file.write(text.encode()), only_if_absent=True
             )
         if won:
-            self.event("finish" if row.status == "done" else "fail", unit.key, epoch)
+            self.event("finish" if row.status == "done" else "fail", unit.key, epoch, host=platform.node())
         return won
 
     def row(self, key: str) -> Row | None:

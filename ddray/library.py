@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,8 +13,9 @@ from ddray.artifact import DistilledSet
 from ddray.config import merge, nest
 from ddray.data import Dataset, open_dataset
 from ddray.distill import run_distillation
+from ddray.errors import unknown
 from ddray.export import export_folder, export_parquet
-from ddray.plan import Plan, make_context, make_distiller, pick_device, resolve
+from ddray.plan import make_context, make_distiller, pick_device, resolve
 
 __all__ = ["distill", "evaluate", "export", "load"]
 
@@ -22,30 +24,45 @@ def distill(
     method: str,
     dataset: str | Path | Dataset = "digits",
     *,
-    ipc: int = 1,
+    ipc: int | None = None,
+    budget: int | None = None,
     preset: str = "paper",
     settings: Mapping[str, Any] | None = None,
     seed: int = 0,
     device: str = "auto",
     run_dir: str | Path | None = None,
+    data_dir: str | Path | None = None,
+    download: bool = False,
 ) -> DistilledSet:
     """Distil a dataset and return the set.
 
     Args:
         method: its name, ours or that of an installed package.
         dataset: a name, a folder, or an open dataset.
-        ipc: images per class; of a self-supervised method, the storage of so many.
+        ipc: images per class; of a self-supervised method, the storage of so many. Default 1.
+        budget: images of storage, of self-supervised methods; in place of `ipc`.
         preset: `paper` or `repo`.
         settings: overrides as for --set, such as `{"steps": 50, "method.lr_img": 0.5}`.
         seed: every draw is derived from it.
         device: `auto`, `cpu`, `cuda` or `cuda:<n>`.
         run_dir: keeps checkpoints, ledger and the set, and continues what is there; None keeps nothing.
+        data_dir: where datasets are; default $DDRAY_DATA.
+        download: let torchvision download what is missing.
 
     Raises:
         InputError: a name or a value is bad.
         DivergedError: the loss became NaN.
     """
-    plan = _plan(method, dataset, ipc=ipc, preset=preset, settings=settings or {}, seed=seed)
+    opened = dataset if isinstance(dataset, Dataset) else _open(dataset, data_dir, download)
+    plan = resolve(
+        method,
+        opened,
+        ipc=1 if ipc is None and budget is None else ipc,
+        budget=budget,
+        seed=seed,
+        preset=preset,
+        layers=[merge(*(nest(name, value) for name, value in (settings or {}).items()))],
+    )
     chosen = pick_device(device)
     if run_dir is not None:
         found = api.distill(plan, device=chosen, run_dir=Path(run_dir).absolute(), resume=True)
@@ -54,18 +71,9 @@ def distill(
     return run_distillation(make_distiller(plan), ctx).distilled
 
 
-def _plan(
-    method: str,
-    dataset: str | Path | Dataset,
-    *,
-    ipc: int,
-    preset: str,
-    settings: Mapping[str, Any],
-    seed: int,
-) -> Plan:
-    opened = dataset if isinstance(dataset, Dataset) else open_dataset(str(dataset))
-    layer = merge(*(nest(name, value) for name, value in settings.items()))
-    return resolve(method, opened, ipc=ipc, seed=seed, preset=preset, layers=[layer])
+def _open(name: str | Path, data_dir: str | Path | None = None, download: bool = False) -> Dataset:
+    where = None if data_dir is None else Path(data_dir).absolute()
+    return open_dataset(str(name), data_dir=where, download=download)
 
 
 def load(path: str | Path, *, dataset: str | Path | None = None) -> DistilledSet:
@@ -78,7 +86,7 @@ def load(path: str | Path, *, dataset: str | Path | None = None) -> DistilledSet
     Raises:
         InputError: the file is not a distilled set.
     """
-    opened = None if dataset is None else open_dataset(str(dataset))
+    opened = None if dataset is None else _open(dataset)
     return artifact.load(Path(path).absolute(), dataset=opened)
 
 
@@ -92,6 +100,8 @@ def evaluate(
     dataset: str | None = None,
     seed: int = 0,
     device: str = "auto",
+    data_dir: str | Path | None = None,
+    **more: Any,
 ) -> dict[str, Any]:
     """Train fresh networks on a set and score them on test.
 
@@ -104,6 +114,9 @@ def evaluate(
         dataset: the target; default the set's own.
         seed: of the first network.
         device: `auto`, `cpu`, `cuda` or `cuda:<n>`.
+        data_dir: where datasets are; default $DDRAY_DATA.
+        more: the other fields of `ddray.scoring.EvaluateOptions`, such as `augment`, `recipe`,
+            `train_limit`, `teachers`, `finetune`, `split` or `sets` (`["probe.epochs=10"]`).
 
     Returns:
         The JSON of `ddray evaluate`; accuracies are fractions.
@@ -111,8 +124,20 @@ def evaluate(
     Raises:
         InputError: a name or a value is bad.
     """
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in more.items()}
+    known = [field.name for field in dataclasses.fields(scoring.EvaluateOptions)]
+    for name in given:
+        if name not in known:
+            raise unknown("an option of ddray.evaluate", name, known)
     options = scoring.EvaluateOptions(
-        dataset=dataset, protocol=protocol, archs=tuple(archs), seeds=seeds, epochs=epochs, seed=seed
+        dataset=dataset,
+        protocol=protocol,
+        archs=tuple(archs),
+        seeds=seeds,
+        epochs=epochs,
+        seed=seed,
+        data_dir=None if data_dir is None else Path(data_dir).absolute(),
+        **given,
     )
     chosen = pick_device(device)
     if not isinstance(distilled, DistilledSet):

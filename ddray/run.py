@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import shutil
@@ -21,6 +22,8 @@ from ddray.config import difference, read_yaml
 from ddray.errors import InputError
 from ddray.files import storage_errors, write_text
 from ddray.ledger import Ledger
+
+log = logging.getLogger(__name__)
 
 _PACKAGES = ("torch", "torchvision", "numpy", "kornia", "scikit-learn", "ray", "optuna")
 
@@ -84,7 +87,9 @@ def open_run(run_dir: Path | None, config: Mapping[str, Any], *, command: str, r
             )
         if occupied and config_file.exists():
             _check_same(read_yaml(config_file), held, folder)
-            return Run(folder, resumed=True)
+            run = Run(folder, resumed=True)
+            _note_environment(run)
+            return run
         if not {name for name in names if not name.endswith(".tmp")} <= {
             "epoch",
             "epoch.lock",
@@ -101,6 +106,28 @@ def open_run(run_dir: Path | None, config: Mapping[str, Any], *, command: str, r
         (folder / "ledger").mkdir(exist_ok=True)
         (folder / "checkpoints").mkdir(exist_ok=True)
     return Run(folder, resumed=False)
+
+
+def _note_environment(run: Run) -> None:
+    """Write what a continued run is continued with, and say what is not as before."""
+    files = environments(run.folder)
+    now = environment()
+    write_text(run.folder / f"environment-{run.epoch}.json", json.dumps(now, indent=2) + "\n")
+    try:
+        before = json.loads((files[-1] if files else run.folder / "environment.json").read_text("utf-8"))
+    except (OSError, ValueError):  # damaged: a report says so
+        return
+    compared = ("versions", "processor", "devices", "git_commit", "git_dirty")
+    old, new = ({name: one.get(name) for name in compared} for one in (before, now))
+    changed = difference(old, new)
+    if changed:
+        log.warning("%s is continued with other things than before: %s", run.folder, ", ".join(changed))
+
+
+def environments(folder: Path) -> list[Path]:
+    """Return the files that say what a run was continued with, in order; not the first start's."""
+    found = {path.stem.removeprefix("environment-"): path for path in folder.glob("environment-*.json")}
+    return [found[epoch] for epoch in sorted(filter(str.isdecimal, found), key=int)]
 
 
 def _numbered(parent: Path, command: str) -> Path:
@@ -139,6 +166,7 @@ def environment() -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "devices": _devices(),
         "git_commit": git_commit(),
+        "git_dirty": bool(git_commit() and _git("status", "--porcelain", "--untracked-files=no")),
         "command": sys.argv,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -160,13 +188,16 @@ def versions() -> dict[str, str]:
 @functools.cache
 def git_commit() -> str | None:
     """Return the commit of ddray's own checkout, or None for an installed wheel."""
+    return _git("rev-parse", "HEAD")
+
+
+def _git(*arguments: str) -> str | None:
+    """Return what git prints in ddray's own checkout; None where there is none, or it prints nothing."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None
     try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
     except OSError:  # a checkout on a machine without git
         return None
     return done.stdout.strip() or None

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -23,6 +23,7 @@ from ddray.evaluate.continual import Continual
 from ddray.evaluate.hard import Hard
 from ddray.evaluate.linear import Linear
 from ddray.evaluate.robust import Robust
+from ddray.evaluate.soft import SoftConfig
 from ddray.evaluate.subsets import limited
 from ddray.evaluate.training import RECIPES, Augment, named_recipe
 from ddray.plan import EvaluateConfig, resolve_arch
@@ -179,6 +180,37 @@ def _images_at_storage(held: DistilledSet) -> int:
     """Return how many real images per class take the storage of a set."""
     per_class = len(held.meta.class_names) * math.prod(held.meta.image_shape)
     return max(1, held.meta.storage_floats // per_class)
+
+
+def check_options(options: EvaluateOptions, image_shape: tuple[int, int, int]) -> None:
+    """Refuse what would be refused with a set at hand, before there is one.
+
+    Args:
+        options: what will be asked for.
+        image_shape: (C, H, W) of the set.
+
+    Raises:
+        InputError: a name is unknown, a number out of range, or an option does not go with the protocol.
+    """
+    _check_options(options)
+    soft = options.protocol == "soft" or (options.protocol, options.recipe) == ("hard", HARD_RECIPE)
+    if options.teachers and options.protocol != "soft":
+        raise InputError("--teacher must be left out, or used with --protocol soft")
+    if options.augment is not None and soft:
+        raise InputError("--augment must be left out here: the recipe trains on random resized crops")
+    if options.augment not in (None, *get_args(Augment)):
+        raise unknown("--augment", str(options.augment), get_args(Augment))
+    for name in ("train_limit", "num_tasks", "ipc"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be >= 1, got {value}")
+    for teacher in options.teachers:
+        resolve_arch(teacher, image_shape)
+    sets = parse_overrides(options.sets)
+    if soft:
+        SoftConfig.parse(sets if options.recipe is None else {**sets, "recipe": options.recipe})
+    else:
+        EvaluateConfig.parse(named_recipe(sets, dataset="", factor=1), prefix="evaluate.")
 
 
 def _check_options(options: EvaluateOptions) -> None:

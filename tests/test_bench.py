@@ -18,11 +18,11 @@ from ddray.bench import board, ranking
 from ddray.bench import work as bench_work
 from ddray.bench.cost import History, costs_file, summarise, sweep_of
 from ddray.bench.graph import build_graph
-from ddray.bench.ranking import cell_of, nas_options
-from ddray.bench.run import BenchOptions, _say_scaled, dry_run, prepare, run_bench, run_local
+from ddray.bench.ranking import _baseline, cell_of, nas_options
+from ddray.bench.run import BenchOptions, _facts, _say_scaled, dry_run, prepare, run_bench, run_local
 from ddray.bench.spec import BenchSpec, Source, read_spec
 from ddray.bench.table import standard_error
-from ddray.bench.units import Cell, Ranking
+from ddray.bench.units import Cell
 from ddray.bench.work import AskingPool, asked_first
 from ddray.data import open_dataset
 from ddray.distill import DistillContext
@@ -30,6 +30,7 @@ from ddray.errors import DdrayError, InputError, StorageError
 from ddray.files import home
 from ddray.ledger import Ledger
 from ddray.methods import get_method, method_names
+from ddray.nas import units as nas_units
 from ddray.nas.spaces import get_space
 from ddray.nets import multiply_adds
 from ddray.report.published import compare, find, read_numbers
@@ -279,6 +280,12 @@ class TestGraph:
             ({"methods": [{"name": "datadam", "set": {"method.layers": [9]}}]}, "within 1..1"),
             ({"evaluate": {"archs": ["convnet9"]}}, "arch must be one of"),
             ({"evaluate": {"options": {"pixel_spac": "raw"}}}, "did you mean 'pixel_space'"),
+            ({"evaluate": {"teacher": "resnet18"}}, "--teacher must be left out"),
+            ({"evaluate": {"protocol": "soft", "teacher": "resnet99"}}, "did you mean 'resnet18'"),
+            ({"evaluate": {"augment": "foo"}}, "--augment must be one of"),
+            ({"evaluate": {"options": {"train_limit": -3}}}, "--train-limit must be >= 1, got -3"),
+            ({"evaluate": {"options": {"sets": ["epchs=3"]}}}, "did you mean 'epochs'"),
+            ({"evaluate": {"protocol": "soft", "options": {"sets": ["teacher.epchs=3"]}}}, "'epochs'"),
         ],
     )
     def test_what_cannot_run_is_refused_before_a_folder_is_made(
@@ -505,7 +512,9 @@ class TestRanking:
         assert [(cell["method"], cell["arch"], cell["protocol"]) for cell in found["cells"]] == [
             ("random", "convnet720", "nas"),
             ("dm", "convnet720", "nas"),
+            ("early-stopping (1 steps)", "convnet720", "nas"),
         ]
+        assert {cell["num_archs"] for cell in found["cells"]} == {2}
         (sweep,) = [path for path in (tmp_path / "run" / "nas").iterdir() if (path / "ledger").is_dir()]
         proxies = {row.spec.get("proxy") for row in Ledger(sweep).rows("nas")}
         assert len(Ledger(sweep).rows("nas")) == 3 * 2, f"two sets and early stopping: {proxies}"
@@ -531,6 +540,62 @@ class TestRanking:
         rows = Ledger(tmp_path / "run").rows("distill")
         assert rows
         assert all((tmp_path / "run" / row.result["artifact"]).is_file() for row in rows)
+
+    def test_a_set_that_failed_joins_the_sweep_when_the_bench_is_continued(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        held = spec(**self.NAS)
+        with monkeypatch.context() as patch:
+            patch.setattr(get_method("dm"), "step", lambda self: 1 / 0)
+            found = run(tmp_path / "run", held)
+        assert [cell["method"] for cell in found["cells"]] == ["random", "early-stopping (1 steps)"]
+        again = run(tmp_path / "run", held, resume=True, retry_failed=True)
+        assert [cell["method"] for cell in again["cells"]] == ["random", "dm", "early-stopping (1 steps)"]
+        assert again["failures"] == []
+        assert [again["cells"][0], again["cells"][2]] == found["cells"]
+
+    def test_architectures_that_crash_are_listed_and_run_again(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        held = spec(**self.NAS)
+        real = nas_units.run_task
+
+        def broken(job: Any, data: Any, task: Any, *more: Any) -> Any:
+            if task.units[0].spec.get("proxy") == "dm-0.pt":
+                raise RuntimeError("a worker died")
+            return real(job, data, task, *more)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(nas_units, "run_task", broken)
+            found = run(tmp_path / "run", held)
+        assert [failure["kind"] for failure in found["failures"]] == ["nas", "nas"]
+        assert all("on dm-0.pt" in failure["unit"] for failure in found["failures"])
+        assert {cell["method"]: cell["num_archs"] for cell in found["cells"]}["dm"] == 0
+        again = run(tmp_path / "run", held, resume=True, retry_failed=True)
+        assert again["num_failed"] == 0
+        assert {cell["num_archs"] for cell in again["cells"]} == {2}
+
+    def test_rows_whose_labels_make_one_file_name_are_told_apart(self, tmp_path: Path) -> None:
+        rows = [{"name": "random", "label": "a+b"}, {"name": "class_mean", "label": "a b"}]
+        found = run(tmp_path / "run", spec(**{**self.NAS, "methods": rows, "set": {}}))
+        assert [cell["method"] for cell in found["cells"]][:2] == ["a+b", "a b"]
+        assert found["failures"] == []
+
+    def test_early_stopping_finds_its_published_number(self) -> None:
+        held = read_spec(ROOT / "configs" / "bench" / "datadam_table4.yaml")
+        facts = _facts("cifar10", None)
+        facts.__dict__["fingerprint"] = "unread"
+        graph = build_graph(held, lambda name: facts)
+        figures = {"top1_truth_accuracy": 0.9, "spearman": 0.6, "spearman_top20": 0.6, "num_archs": 720}
+        cell = cell_of(_baseline(graph.rankings[0], "early-stopping (150 steps)"), [figures])
+        assert cell["published"]["accuracy_mean"] == pytest.approx(0.889)
+        assert cell["published_spearman_top20"] == pytest.approx(0.64)
+
+    @pytest.mark.parametrize("name", ["epochs", "seeds", "archs", "teacher"])
+    def test_what_only_other_protocols_take_is_refused(self, name: str) -> None:
+        held = spec(evaluate={"protocol": "nas", name: ["vgg11"] if name in ("archs", "teacher") else 3})
+        with pytest.raises(InputError, match=f"evaluate.{name} must be left out with protocol nas"):
+            build_graph(held, open_dataset)
 
     def test_a_sweep_that_fails_is_listed_and_the_rest_is_written(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -591,14 +656,17 @@ class TestRanking:
             arch="convnet720",
             source=Source(paper="datadam", table="Table 4"),
         )
-        proxies = Ranking(
-            0, BenchSpec.parse({**TINY, **self.NAS}).evaluate[0], "cifar10", ((cell, ("a", "b")),)
-        )
         figures = [
-            {"top1_truth_accuracy": value, "spearman": rho, "spearman_top20": None, "kendall": rho}
+            {
+                "top1_truth_accuracy": value,
+                "spearman": rho,
+                "spearman_top20": None,
+                "kendall": rho,
+                "num_archs": 720,
+            }
             for value, rho in ((0.90, 0.5), (0.88, 0.7))
         ]
-        found = cell_of(proxies, 0, figures)
+        found = cell_of(cell, figures)
         assert found["accuracy_mean"] == pytest.approx(0.89)
         assert found["spearman"] == pytest.approx(0.6)
         assert (found["spearman_top20"], found["published_spearman_top20"]) == (None, 0.69)
@@ -730,6 +798,24 @@ class TestDryRun:
         with pytest.raises(InputError, match="nowhere"):
             dry_run(spec(dataset=["nowhere"]), LOCAL, run_dir=None)
 
+    def test_units_of_about_the_same_size_are_asked_first(self) -> None:
+        graph = build_graph(spec(seeds=1), open_dataset)
+        work = next(iter(graph.evaluate.values()))
+        held = {"kind": "evaluate", "what": "hard", "which": work.unit.spec["arch"], "device": "cpu"}
+        small = [{**held, "amount": work.amount / 1000, "wall_s": 2.0} for _ in range(40)]
+        costs_file().parent.mkdir(parents=True, exist_ok=True)
+        costs_file().write_text("".join(json.dumps(line) + "\n" for line in small))
+        guess = History("cpu").estimate(work)
+        assert guess.wall_s == pytest.approx(2000.0)
+        assert guess.is_from_smaller, "an upper bound: the start of each was counted as work"
+        assert dry_run(spec(seeds=1), LOCAL, run_dir=None)["num_from_smaller"] > 0
+        alike = [{**held, "amount": work.amount * 1.1, "wall_s": 5.5} for _ in range(15)]
+        with costs_file().open("a") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in alike))
+        guess = History("cpu").estimate(work)
+        assert guess.wall_s == pytest.approx(5.0)
+        assert not guess.is_from_smaller
+
     def test_estimates_come_from_past_units(self, tmp_path: Path) -> None:
         run(tmp_path / "run", spec(seeds=1))
         rows = Ledger(tmp_path / "run").rows()
@@ -739,7 +825,7 @@ class TestDryRun:
         assert found["estimate_s"] == pytest.approx(3 * sum(row.wall_s for row in rows), rel=1e-6)
         assert dry_run(spec(), BenchOptions(gpus_per_unit=1), run_dir=None)["estimate_s"] is None
         again = dry_run(spec(seeds=1), LOCAL, run_dir=tmp_path / "run")
-        assert (again["num_missing"], again["estimate_s"]) == (0, None)
+        assert (again["num_missing"], again["estimate_s"]) == (0, 0.0)
         assert {unit["status"] for unit in again["units"]} == {"done"}
 
     def test_the_work_counts_images_and_multiply_adds(self) -> None:
@@ -899,15 +985,24 @@ class TestFiles:
     @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
     @pytest.mark.parametrize("scale", ["smoke", "cpu", "paper"])
     def test_a_shipped_file_parses_and_its_graph_is_listed(self, path: Path, scale: str) -> None:
-        held = read_spec(path, scale)
-        from ddray.scoring import PROTOCOLS
-
-        known = all(row.name in method_names() for row in held.rows())
-        known = known and all(one.protocol in (*PROTOCOLS, "nas") for one in held.evaluate)
-        if not known:
-            pytest.skip("a method or protocol of this table is not registered")
-        found = dry_run(held, BenchOptions(scale=scale), run_dir=None)
+        found = dry_run(read_spec(path, scale), BenchOptions(scale=scale), run_dir=None)
         assert found["num_units"] > 0
+
+    def test_skips_name_rows_and_leave_one(self) -> None:
+        with pytest.raises(InputError, match="skip must name rows, got 'rando'; did you mean 'random'"):
+            spec(skip=["rando"])
+        with pytest.raises(InputError, match="at least one row must be left"):
+            spec(skip=["random", "dm"])
+        with pytest.raises(InputError, match="at least 1 item"):
+            spec(methods=[{"name": "dm", "sweep": {"method.lr_img": []}}])
+
+    @pytest.mark.slow
+    @pytest.mark.timeout(1800)
+    @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+    def test_a_shipped_file_runs_at_its_smallest_scale(self, path: Path, tmp_path: Path) -> None:
+        found = run(tmp_path / "run", read_spec(path, "smoke"), scale="smoke")
+        assert found["cells"]
+        assert found["failures"] == []
 
     @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
     def test_a_shipped_file_opens_with_command_numbers_and_cost(self, path: Path) -> None:

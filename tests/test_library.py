@@ -66,6 +66,26 @@ class TestDistill:
         with pytest.raises(InputError, match="lr_img"):
             ddray.distill("dm", settings={"method.lr_imag": 1})
 
+    def test_a_budget_and_a_data_folder_are_taken(self, made: DistilledSet, tmp_path: Path) -> None:
+        held = ddray.distill("random_ssl", budget=25, settings={"method.teacher.epochs": 1})
+        assert held.meta.storage_floats <= 25 * 256
+        export_parquet(made, tmp_path / "data" / "mnist" / "train-0.parquet")
+        with pytest.raises(InputError, match="takes --ipc K"):
+            ddray.distill("random", ipc=1, budget=3)
+        with pytest.raises(InputError, match="mnist"):
+            ddray.distill("random", "mnist", data_dir=tmp_path / "nothing")
+
+    def test_evaluate_takes_what_the_command_takes(self, made: DistilledSet) -> None:
+        held: dict[str, Any] = {"archs": ["convnet1_w8"], "seeds": 1, "epochs": 1}
+        found = ddray.evaluate(made, augment="none", train_limit=10, split="val", **held)
+        assert (found["split"], found["results"][0]["num_images"]) == ("val", 10)
+        soft = ddray.evaluate(
+            made, protocol="soft", teachers=["convnet1_w8"], sets=["teacher.epochs=20"], **held
+        )
+        assert soft["teacher"]["arch"] == "convnet1_w8"
+        with pytest.raises(InputError, match="did you mean 'augment'"):
+            ddray.evaluate(made, augmnt="none")
+
     def test_evaluate_takes_a_set_or_its_file(self, made: DistilledSet, tmp_path: Path) -> None:
         made.save(tmp_path / "a.pt")
         held: dict[str, Any] = {"archs": ["convnet1_w8"], "seeds": 1, "epochs": 1}
@@ -87,6 +107,8 @@ class TestDistill:
                 f"import {first}\nimport ddray\n"
                 "from ddray.distill import run_distillation\nfrom ddray.evaluate import EvalContext\n"
                 "assert callable(ddray.distill) and callable(ddray.evaluate) and callable(ddray.export)\n"
+                "import inspect\n"
+                "assert {'ipc', 'budget', 'run_dir'} <= set(inspect.signature(ddray.distill).parameters)\n"
                 "print(len(ddray.distill('random').images))"
             )
             assert python(code, tmp_path) == "10\n"

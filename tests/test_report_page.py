@@ -363,6 +363,80 @@ def test_a_distillation_shows_its_curve_wherever_its_set_lies(tmp_path: Path, di
     assert "Loss: digits, ipc 1" in (tmp_path / "page.html").read_text()
 
 
+def test_runs_that_share_a_row_are_told_apart_by_name(folder: Path, tmp_path: Path) -> None:
+    for name, wall_s in (("one", 1.0), ("two", 9.0)):
+        shutil.copytree(folder, tmp_path / name)
+        for row in Ledger(tmp_path / name).rows("distill"):
+            changed = row.model_copy(update={"wall_s": wall_s})
+            (tmp_path / name / "ledger" / f"{row.key}.json").write_text(changed.model_dump_json())
+    runs = [tmp_path / "one", tmp_path / "two", tmp_path / "one"]
+    found = write_page(runs, tmp_path / "page.html", planes=False)
+    assert found["runs"] == [str(path.resolve()) for path in runs[:2]], "each once"
+    board = tables((tmp_path / "page.html").read_text())[0]
+    seconds = {line[0]: line[-1] for line in board[1:]}
+    assert seconds == {
+        "random (one)": "1",
+        "random (two)": "9",
+        "dm & co (one)": "1",
+        "dm & co (two)": "9",
+    }
+
+
+def test_damaged_files_are_named_and_cost_no_more_than_what_they_held(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    (copy / "cells.json").write_text("{")
+    curves = sorted((copy / "artifacts").glob("*.json"))
+    curves[0].write_text("")
+    found = write_page([copy], tmp_path / "page.html", planes=False)
+    assert found["num_cells"] > 0
+    assert str(curves[0]) in caplog.text
+    assert "cells.json must hold JSON" in caplog.text
+    (copy / "environment.json").write_text("{")
+    with pytest.raises(InputError, match=r"environment\.json must hold JSON"):
+        write_page([copy], tmp_path / "page.html", planes=False)
+
+
+def test_what_a_run_was_continued_with_is_said(tmp_path: Path, digits: Any) -> None:
+    from ddray.api import distill
+
+    plan = resolve("random", digits, ipc=1, layers=[{"arch": "convnet1_w8"}])
+    held: dict[str, Any] = {"device": torch.device("cpu"), "run_dir": tmp_path / "run"}
+    distill(plan, **held)
+    first = tmp_path / "run" / "environment.json"
+    said = json.loads(first.read_text())
+    first.write_text(json.dumps({**said, "git_commit": "0" * 40}))
+    distill(plan, resume=True, **held)
+    (later,) = read_run(tmp_path / "run").continued
+    assert later["git_commit"] == said["git_commit"]
+    write_page([tmp_path / "run"], tmp_path / "page.html", planes=False)
+    text = (tmp_path / "page.html").read_text()
+    assert "0" * 40 in text
+    assert f"{later['date']}: commit {said['git_commit'] or 'unknown'}" in text
+
+
+def test_machines_are_named_where_there_are_several(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    (host,) = read_run(copy).hosts
+    write_page([copy], tmp_path / "page.html", planes=False)
+    assert "<td>machines</td>" not in (tmp_path / "page.html").read_text()
+    lines = (copy / "events.jsonl").read_text()
+    (copy / "events.jsonl").write_text(lines.replace(json.dumps(host), '"elsewhere"', 1))
+    write_page([copy], tmp_path / "page.html", planes=False)
+    assert "elsewhere: 1 units" in (tmp_path / "page.html").read_text()
+
+
+def test_what_is_not_drawn_is_counted(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_module, "_MAX_CURVES", 0)
+    write_page([folder], tmp_path / "page.html", planes=False)
+    assert (
+        "The losses of 2 more pairs of dataset and size are not drawn" in (tmp_path / "page.html").read_text()
+    )
+
+
 def test_a_run_without_a_finished_unit_is_said(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

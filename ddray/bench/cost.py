@@ -1,13 +1,15 @@
 """What a bench will cost: seconds per unit, estimated from units that were finished on this machine before.
 
 Finished units leave one line in `$DDRAY_HOME/unit_costs.jsonl`, whatever run they belong to. An estimate
-scales the median rate (seconds per amount of work) of the past units that are most alike.
+scales the median rate (seconds per amount of work) of the past units that are most alike, those of about its
+size first.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import statistics
 from collections.abc import Sequence
@@ -26,6 +28,8 @@ from ddray.nas.sweep import NasOptions, choose_architectures, resolve_config
 log = logging.getLogger(__name__)
 
 _KEPT = 20_000
+_NEAREST = 15  # past units that an estimate is taken from
+_FAR = 10
 _SAME = ("kind", "what", "which")
 _SORT = ("kind", "what")
 # What a unit's rate may be taken from, best first: one method's steps say nothing of another's, and how much
@@ -45,10 +49,12 @@ class Estimate:
     Attributes:
         wall_s: None if nothing alike was ever finished here.
         units: how many past units it rests on.
+        is_from_smaller: whether they all did far less, so that their start counts as work: an upper bound.
     """
 
     wall_s: float | None
     units: int
+    is_from_smaller: bool = False
 
 
 def costs_file() -> Path:
@@ -141,6 +147,7 @@ class History:
 
     def __init__(self, device: str) -> None:
         self._past: list[dict[str, Any]] = []
+        self._estimates: dict[tuple[Any, ...], Estimate] = {}  # a table has many units of one kind and size
         path = costs_file()
         if not path.is_file():
             return
@@ -154,19 +161,35 @@ class History:
 
     def estimate(self, work: Work) -> Estimate:
         """Return a unit's expected seconds, from the past units that are most alike (`_LIKE`)."""
-        return self._estimate(_alike(work), work.amount)
+        wanted, amount = _alike(work), max(work.amount, 1.0)
+        known = (*wanted.values(), amount)
+        if known not in self._estimates:
+            self._estimates[known] = self._nearest(wanted, amount)
+        return self._estimates[known]
+
+    def _nearest(self, wanted: dict[str, Any], amount: float) -> Estimate:
+        """Return the expected seconds of so much work."""
+        alike = self._alike_to(wanted)
+        # A short unit's time is mostly that of its start: those of about this size are asked first.
+        nearest = sorted(alike, key=lambda held: abs(math.log(held["amount"] / amount)))[:_NEAREST]
+        if not nearest:
+            return Estimate(None, 0)
+        rates = [held["wall_s"] / held["amount"] for held in nearest]
+        smaller = amount > _FAR * max(held["amount"] for held in nearest)
+        return Estimate(statistics.median(rates) * amount, len(nearest), is_from_smaller=smaller)
 
     def sweep(self, held: SweepCost) -> Estimate:
-        """Return a sweep's expected seconds."""
-        return self._estimate(held.alike, float(held.num_units))
+        """Return a sweep's expected seconds: so many times an architecture's."""
+        times = [past["wall_s"] for past in self._alike_to(held.alike)]
+        return Estimate(statistics.median(times) * held.num_units if times else None, len(times))
 
-    def _estimate(self, wanted: dict[str, Any], amount: float) -> Estimate:
+    def _alike_to(self, wanted: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return the past units that are most alike, the latest first; amounts are 1 or more."""
         for names in _LIKE[wanted["kind"]]:
             alike = [held for held in self._past if all(held[name] == wanted[name] for name in names)]
             if alike:
-                rates = [held["wall_s"] / max(held["amount"], 1.0) for held in alike]
-                return Estimate(statistics.median(rates) * max(amount, 1.0), len(alike))
-        return Estimate(None, 0)
+                return [{**held, "amount": max(held["amount"], 1.0)} for held in reversed(alike)]
+        return []
 
 
 def forecast(
@@ -209,8 +232,9 @@ def forecast(
         "num_units": len(lines),
         "num_missing": len(missing),
         "pool_known": known,
-        "estimate_s": sum(guessed) if guessed else None,
+        "estimate_s": sum(guessed) if guessed else (None if missing else 0.0),
         "num_without_estimate": len(missing) - len(guessed),
+        "num_from_smaller": sum(line["from_smaller"] for line in missing),
     }
 
 
@@ -222,6 +246,7 @@ def _line(unit: str, kind: str, row: Row | None, needs: list[str], held: Estimat
         "needs": needs,
         "estimate_s": held.wall_s,
         "past_units": held.units,
+        "from_smaller": held.is_from_smaller,
     }
 
 

@@ -43,8 +43,10 @@ def bench_tables(name: str, result: dict[str, Any]) -> list[Any]:
         "table": str(folder / "table.csv"),
         "page": f"ddray report {folder}",
     }
-    failures = {failure["unit"]: failure["reason"] for failure in result["failures"]}
-    return [table, *([table_of("failures", failures)] if failures else []), table_of("bench", summary)]
+    failures = Table("unit", "reason", title="failures")
+    for failure in result["failures"]:
+        failures.add_row(failure["unit"], failure["reason"][:400])
+    return [table, *([failures] if result["failures"] else []), table_of("bench", summary)]
 
 
 def published_text(held: dict[str, Any] | None) -> tuple[str, str]:
@@ -75,6 +77,10 @@ def forecast_tables(found: dict[str, Any]) -> list[Any]:
         "expected": f"{_duration(found['estimate_s'])} of one worker, from past units on this machine",
         "units without an estimate": found["num_without_estimate"],
     }
+    if found["num_from_smaller"]:
+        summary["too high for"] = (
+            f"{found['num_from_smaller']} units, of which only far smaller ones were run here"
+        )
     if not found["pool_known"]:
         summary["pool"] = "some methods say what networks they need only when they start"
     return [table, table_of("forecast", summary)]

@@ -18,7 +18,7 @@ from ddray.methods import get_method
 from ddray.nets import multiply_adds
 from ddray.plan import Plan, make_distiller, resolve, resolve_arch
 from ddray.pool import PoolSpec
-from ddray.scoring import PROTOCOLS, EvaluateOptions
+from ddray.scoring import PROTOCOLS, EvaluateOptions, check_options
 from ddray.seeding import derive_seed
 from ddray.teaching import HARD_RECIPE
 
@@ -101,15 +101,21 @@ def _places(spec: BenchSpec) -> Iterator[tuple[MethodSpec, str, tuple[str, int]]
 
 
 def _check_names(spec: BenchSpec) -> None:
-    """Refuse a protocol or a recipe that is not there.
+    """Refuse a protocol or a recipe that is not there, and what a protocol does not take.
 
     Raises:
-        InputError: with the nearest name.
+        InputError: with the nearest name, or where it belongs.
     """
     known = {"hard": (*RECIPES, HARD_RECIPE), "soft": ("paper", "repo"), "nas": ("none",)}
     for held in spec.evaluate:
         if held.protocol not in (*PROTOCOLS, "nas"):
             raise unknown("evaluate.protocol", held.protocol, (*PROTOCOLS, "nas"))
+        for name in ("archs", "epochs", "seeds", "augment", "target", "teacher"):
+            if held.protocol == "nas" and getattr(held, name):
+                raise InputError(
+                    f"evaluate.{name} must be left out with protocol nas, which takes its own under options "
+                    f"(as `ddray nas` has them), got {getattr(held, name)!r}"
+                )
         names = known.get(held.protocol, tuple(RECIPES))
         if held.recipe is not None and held.recipe not in names:
             raise unknown(f"evaluate.recipe of {held.protocol}", held.recipe, names)
@@ -166,27 +172,35 @@ def _limited(spec: BenchSpec, row: MethodSpec, dataset: Dataset, size: tuple[str
 
     plan, limits = resolved([]), spec.limits
     lower: dict[str, Any] = {}
-    if limits.steps is not None and plan.config.steps > limits.steps:
-        lower["steps"] = limits.steps
+    own = plan.config.method.dump()
+    if limits.steps is not None:
+        if plan.config.steps > limits.steps:
+            lower["steps"] = limits.steps
+        lower = merge(lower, {"method": _lowered(own, "steps", limits.steps)})
     if limits.epochs is not None:
-        if trainings := _lower_epochs(plan.config.method.dump(), limits.epochs):
-            lower = merge(lower, {"method": trainings})
+        lower = merge(lower, {"method": _lowered(own, "epochs", limits.epochs)})
         if plan.config.evaluate.epochs > limits.epochs:
             lower = merge(lower, {"evaluate": {"epochs": limits.epochs}})
     if limits.networks is not None and plan.config.evaluate.seeds > limits.networks:
         lower = merge(lower, {"evaluate": {"seeds": limits.networks}})
     if limits.batch_real is not None and getattr(plan.config.method, "batch_real", 0) > limits.batch_real:
         lower = merge(lower, {"method": {"batch_real": limits.batch_real}})
-    return resolved([lower]) if lower else plan
+    return resolved([lower]) if lower not in ({}, {"method": {}}) else plan
 
 
-def _lower_epochs(settings: Mapping[str, Any], limit: int) -> dict[str, Any]:
-    """Return at the limit what is longer of a method's own trainings: of teachers, generators, features."""
+def _lowered(settings: Mapping[str, Any], what: str, limit: int) -> dict[str, Any]:
+    """Return at the limit what is longer of a method's own: epochs of teachers, steps of an inversion.
+
+    Args:
+        settings: the method's, nested.
+        what: `epochs` or `steps`, the last word of the settings' names.
+        limit: the most.
+    """
     lower: dict[str, Any] = {}
     for name, value in settings.items():
-        if isinstance(value, Mapping) and (within := _lower_epochs(value, limit)):
+        if isinstance(value, Mapping) and (within := _lowered(value, what, limit)):
             lower[name] = within
-        elif name.rpartition("_")[2] == "epochs" and isinstance(value, int) and value > limit:
+        elif name.rpartition("_")[2] == what and isinstance(value, int) and value > limit:
             lower[name] = limit
     return lower
 
@@ -298,6 +312,7 @@ def _evaluate_work(
         "teachers": None if teacher is None else teacher.split("+"),
     }
     options = {k: v for k, v in options.items() if v is not None}
+    check_options(EvaluateOptions(**options), plan.dataset.image_shape)
     described = {
         "method": work.method,
         "dataset": plan.dataset.name,
@@ -314,8 +329,17 @@ def _evaluate_work(
     return replace(
         work,
         unit=Unit(kind="evaluate", spec=described, inputs=(work.key,)),
-        title=f"{work.title}, {held.protocol} {arch}"
-        + (f" on {target.name}" if name != work.dataset else ""),
+        title=", ".join(
+            part
+            for part in (
+                work.title,
+                f"{held.protocol} {arch}" + (f" on {target.name}" if name != work.dataset else ""),
+                teacher and f"teacher {teacher}",
+                held.augment and f"augment {held.augment}",
+                _settings(held, options),
+            )
+            if part
+        ),
         options=options,
         amount=float(networks * (epochs or named or own.epochs) * images * one),
     )

@@ -8,10 +8,11 @@ import re
 import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from ddray.bench.units import Ranking
+from ddray.bench.units import Cell, Ranking
 from ddray.bench.work import artifact_name
 from ddray.files import storage_errors
 from ddray.nas.rank import NasRequest, rank_architectures
@@ -68,10 +69,13 @@ def rank_sets(
     folder = sweep_folder(ranking, options, run_dir)
     files: list[Path] = []
     owners: list[int] = []
-    for place, (cell, keys) in enumerate(ranking.sets):
+    names = [_slug(cell.method) for cell, _ in ranking.sets]
+    for place, (_, keys) in enumerate(ranking.sets):
+        # Labels that differ in what a file's name can't hold are told apart by their place.
+        own = names[place] if names.count(names[place]) == 1 else f"{names[place]}-row{place}"
         for number, key in enumerate(keys):
             if has_set(key):
-                named = folder.with_name(f"{folder.name}-sets") / f"{_slug(cell.method)}-{number}.pt"
+                named = folder.with_name(f"{folder.name}-sets") / f"{own}-{number}.pt"
                 _link(run_dir / artifact_name(key), named)
                 files.append(named)
                 owners.append(place)
@@ -84,19 +88,29 @@ def rank_sets(
         compat=held.get("compat"),
         dataset=ranking.dataset,
         data_dir=data_dir,
+        can_grow=True,  # a set that failed may be there when the bench is continued
     )
     found = rank_architectures(
         request, options, resolve_config(options), execute, run_dir=folder, resume=True
     )
-    own: dict[int, list[Mapping[str, Any]]] = {}
+    grouped: dict[int, list[Mapping[str, Any]]] = {}
     for place, figures in zip(owners, found["proxies"], strict=False):  # baselines stand behind the sets
-        own.setdefault(place, []).append(figures)
-    return [cell_of(ranking, place, held) for place, held in own.items()]
+        grouped.setdefault(place, []).append(figures)
+    cells = [cell_of(ranking.sets[place][0], figures) for place, figures in grouped.items()]
+    return cells + [
+        cell_of(_baseline(ranking, one["proxy"]), [one]) for one in found["proxies"][len(files) :]
+    ]
 
 
-def cell_of(ranking: Ranking, place: int, figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _baseline(ranking: Ranking, proxy: str) -> Cell:
+    """Return the cell of a proxy that the sweep adds to the sets, such as `early-stopping (150 steps)`."""
+    name = proxy if "[" in proxy else proxy.partition(" (")[0].replace("-", "_")  # [bug]: of no paper
+    first = ranking.sets[0][0]
+    return replace(first, method=proxy, name=name, source=first.source.model_copy(update={"method": name}))
+
+
+def cell_of(cell: Cell, figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return a row's cell: means over its sets; accuracy is the truth of what the proxy ranks first."""
-    cell = ranking.sets[place][0]
     kind, size = cell.size
     values = [float(one["top1_truth_accuracy"]) for one in figures if one["top1_truth_accuracy"] is not None]
     std = statistics.stdev(values) if len(values) > 1 else None
@@ -111,6 +125,7 @@ def cell_of(ranking: Ranking, place: int, figures: Sequence[Mapping[str, Any]]) 
         "accuracy_std": std,
         "n": len(values),
         "num_sets": len(figures),
+        "num_archs": min(int(one["num_archs"]) for one in figures),
         "standard_error": None if std is None else std / len(values) ** 0.5,
     }
     numbers = read_numbers()

@@ -238,7 +238,8 @@ def run_bench(
     options = bench.options
     run = open_run(run_dir, _config(bench), command="bench", resume=resume)
     if options.retry_failed:
-        log.info("%d crashed units are run again", withdraw_crashes(run.ledger))
+        ledgers = [run.ledger, *(_sweep_ledger(bench, ranking, run) for ranking in bench.graph.rankings)]
+        log.info("%d crashed units are run again", sum(map(withdraw_crashes, ledgers)))
     job = _job(bench, run)
     board = Board(bench.graph, run, job)
     write_plan(run.folder / "planned.json", bench.graph.cells, _sets_of(bench.graph))
@@ -274,8 +275,10 @@ def _config(bench: Bench) -> dict[str, Any]:
 
 
 def _write(bench: Bench, run: Run, cells: Sequence[dict[str, Any]], board: Mapping[str, Any]) -> None:
-    """Write results.csv, table.csv, and cells.json for reports."""
+    """Write results.csv, table.csv, and cells.json for reports; an empty table replaces no earlier one."""
     write_results(run.folder / "results.csv", run.ledger.rows())
+    if not cells and (run.folder / "cells.json").is_file():
+        return
     write_table(run.folder / "table.csv", cells)
     held = {"cells": _with_sets(bench.graph, cells), **board}
     write_text(run.folder / "cells.json", json.dumps(held, indent=1))
@@ -327,6 +330,16 @@ def _rankings(
             reason = " ".join(str(error).split())
             log.warning("%s failed: %s", title, reason)
             failures.append({"unit": title, "kind": "nas", "key": "", "reason": reason})
+        failures += [
+            {
+                "unit": f"{title}: {row.spec['arch']} on {row.spec.get('proxy', 'the whole set')}",
+                "kind": row.kind,
+                "key": row.key,
+                "reason": row.error or "",
+            }
+            for row in _sweep_ledger(bench, ranking, run).rows()
+            if row.status == "failed"
+        ]
     return cells, failures
 
 
@@ -334,10 +347,10 @@ def _rank(
     bench: Bench, ranking: Ranking, run: Run, execute_nas: Callable[[NasOptions], NasExecute]
 ) -> list[dict[str, Any]]:
     """Run one NAS sweep, or continue it; return its cells."""
-    from ddray.bench.ranking import rank_sets, sweep_folder
+    from ddray.bench.ranking import rank_sets
 
     options = _nas_options(ranking, bench.spec, bench.options)
-    ledger = Ledger(sweep_folder(ranking, options, run.folder))
+    ledger = _sweep_ledger(bench, ranking, run)
     before = {row.key for row in ledger.rows()}
 
     def has_set(key: str) -> bool:
@@ -356,6 +369,13 @@ def _rank(
     finally:
         fresh = [row for row in ledger.rows() if row.key not in before]
         remember_sweep(ranking, options.space, fresh, bench.options.device)
+
+
+def _sweep_ledger(bench: Bench, ranking: Ranking, run: Run) -> Ledger:
+    """Return the ledger of a NAS sweep, which is a run of its own below the bench's."""
+    from ddray.bench.ranking import sweep_folder
+
+    return Ledger(sweep_folder(ranking, _nas_options(ranking, bench.spec, bench.options), run.folder))
 
 
 def _nas_options(ranking: Ranking, spec: BenchSpec, options: BenchOptions) -> NasOptions:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from ddray.config import Config, merge, nest, parse_overrides, read_yaml
-from ddray.errors import InputError, unknown
+from ddray.errors import InputError, did_you_mean, unknown
 
 ScaleName = Literal["paper", "cpu", "smoke"]
 
@@ -64,7 +64,7 @@ class MethodSpec(Config):
     steps: int | None = Field(default=None, ge=0)
     set: dict[str, Any] = Field(default_factory=dict)
     """Overrides as for --set: dotted names to values, or a list of key=value."""
-    sweep: dict[str, list[Any]] = Field(default_factory=dict)
+    sweep: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
     """Dotted names to lists of values: one row for each combination."""
     dataset: Names = ()
     """Datasets of this row, among the table's; default all."""
@@ -176,6 +176,14 @@ class BenchSpec(Config):
         """Check what one field can't tell."""
         if not self.evaluate:
             raise ValueError("evaluate must name at least one protocol, got none")
+        known = [row.row for method in self.methods for row in method.expanded()]
+        if strange := [label for label in self.skip if label not in known]:
+            raise ValueError(
+                f"skip must name rows, got {strange[0]!r}{did_you_mean(strange[0], known)}; "
+                f"there are {', '.join(known)}"
+            )
+        if not self.rows():
+            raise ValueError(f"at least one row must be left, skip names all: {', '.join(self.skip)}")
         labels = [
             (row.row, name, size)
             for row in self.rows()

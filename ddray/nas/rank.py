@@ -110,6 +110,7 @@ class NasRequest:
         compat: `dcbench` adds its harness's bugs; None does not.
         data_dir: where datasets are looked for.
         download: let torchvision download.
+        can_grow: whether a sweep that is continued may have other proxies than before.
     """
 
     proxies: tuple[Path, ...]
@@ -119,6 +120,7 @@ class NasRequest:
     compat: str | None = None
     data_dir: Path | None = None
     download: bool = False
+    can_grow: bool = False
 
 
 def prepare(request: NasRequest, options: NasOptions, config: NasConfig) -> Sweep:
@@ -160,7 +162,7 @@ def prepare(request: NasRequest, options: NasOptions, config: NasConfig) -> Swee
         proxies = (*proxies, *dcbench_variants(proxies))
     check_names(proxies)
     device = "cuda" if options.gpus_per_worker > 0 else "cpu"
-    return Sweep(options, config, dataset, train, val, proxies, indices, device)
+    return Sweep(options, config, dataset, train, val, proxies, indices, device, can_grow=request.can_grow)
 
 
 def _open(name: str, request: NasRequest) -> Dataset:

@@ -65,6 +65,7 @@ class Sweep:
         indices: the architectures.
         device: kind of device the workers compute on.
         with_test: whether truth is scored on test too, for the table's last column; off in a search.
+        can_grow: whether the sweep may be continued with other proxies.
     """
 
     options: NasOptions
@@ -76,6 +77,7 @@ class Sweep:
     indices: tuple[int, ...]
     device: str
     with_test: bool = True
+    can_grow: bool = False
 
     @cached_property
     def test(self) -> Split | None:
@@ -111,7 +113,7 @@ class Sweep:
             "truth": options.truth,
             "truth_seeds": options.truth_seeds,
             "truth_column": options.truth_column,
-            "proxies": {proxy.name: proxy.key for proxy in self.proxies},
+            **({} if self.can_grow else {"proxies": {proxy.name: proxy.key for proxy in self.proxies}}),
             "device": self.device,
             **self.config.dump(),
         }

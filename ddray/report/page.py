@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -53,7 +54,7 @@ def write_page(
     from jinja2 import Environment, PackageLoader, select_autoescape
     from plotly.offline import get_plotlyjs
 
-    runs = [read_run(folder) for folder in folders]
+    runs = _told_apart([read_run(folder) for folder in dict.fromkeys(path.resolve() for path in folders)])
     cells = [cell for run in runs for cell in run.cells]
     sets = [view for run in runs for view in run.sets]
     loader = Environment(loader=PackageLoader("ddray.report"), autoescape=select_autoescape())
@@ -66,6 +67,8 @@ def write_page(
         searches=[_search(run) for run in runs if run.command == "tune"],
         rankings=[part for run in runs for part in _rankings(run)],
         planes=list(_planes(sets, data_dir)) if planes else [],
+        num_curves_left=max(0, len({v.place()[:2] for v in sets if v.losses}) - _MAX_CURVES),
+        num_planes_left=max(0, len({v.place()[:2] for v in sets}) - _MAX_PLANES) if planes else 0,
         failures=[{**one, "run": run.title} for run in runs for one in run.failures],
         skipped=[f"{run.title}: {name}" for run in runs for name in run.skipped],
         corrupt=[f"{run.title}: {name}" for run in runs for name in run.corrupt],
@@ -82,6 +85,32 @@ def write_page(
         "num_sets": len(sets),
         "num_failed": sum(len(run.failures) for run in runs),
     }
+
+
+def _told_apart(runs: Sequence[RunView]) -> list[RunView]:
+    """Return the runs with their names in labels that several use for one dataset and size."""
+    owners: dict[tuple[str, str, str], set[Path]] = {}
+    for run in runs:
+        for view in run.sets:
+            owners.setdefault((view.label, view.dataset, view.size), set()).add(run.folder)
+        for cell in run.cells:
+            owners.setdefault((str(cell["method"]), cell["dataset"], size_of(cell)), set()).add(run.folder)
+    shared = {label for (label, _, _), held in owners.items() if len(held) > 1}
+    names = [run.folder.name for run in runs]
+
+    def renamed(label: str, run: RunView) -> str:
+        if label not in shared:
+            return label
+        return f"{label} ({run.folder if names.count(run.folder.name) > 1 else run.folder.name})"
+
+    return [
+        replace(
+            run,
+            cells=tuple({**cell, "method": renamed(str(cell["method"]), run)} for cell in run.cells),
+            sets=tuple(replace(view, label=renamed(view.label, run)) for view in run.sets),
+        )
+        for run in runs
+    ]
 
 
 def _leaderboards(cells: Sequence[Mapping[str, Any]], sets: Sequence[SetView]) -> Iterator[dict[str, Any]]:
@@ -122,6 +151,7 @@ def _line(cell: Mapping[str, Any], sets: Sequence[SetView]) -> dict[str, Any]:
         "method": cell["method"],
         "dataset": cell["dataset"],
         "size": size_of(cell),
+        "number": _number(cell),
         "arch": cell["arch"],
         "mean": cell["accuracy_mean"],
         "std": cell["accuracy_std"],

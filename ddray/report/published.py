@@ -31,6 +31,8 @@ _METRICS: Final = {"linear": "linear_probe_accuracy", "nas": "nas_top1_accuracy"
 _PROTOCOLS: Final = ("hard", "soft", "robust", *_METRICS)
 # All other tables of D3HR are of soft labels, also where they name no teacher.
 _HARD_D3HR: Final = ("Table 5", "Table A6")
+# Rows that train on the whole dataset: they have no size, whatever the table's other rows have.
+_WHOLE: Final = ("early_stopping",)
 _DEFAULT_TEACHER: Final = "resnet18"
 # Runs behind a published mean, where the paper says so; a mean of an unknown number counts as one run.
 _RUNS: Final = {"boost_ssdd": 3, "dsdm": 5}
@@ -180,6 +182,8 @@ def _arch_names(arch: str) -> tuple[str, ...]:
 def _same_size(number: Number, wanted: Wanted) -> bool:
     """Return whether the sizes agree; ipc k of K classes is a budget of k * K images."""
     kind, size = wanted.size
+    if number.method in _WHOLE:
+        return wanted.source.table is not None
     if number.ipc is None and number.budget is None:
         return wanted.source.table is not None
     if kind == "ipc":

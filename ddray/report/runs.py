@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ from ddray.artifact import DistilledSet
 from ddray.config import read_yaml
 from ddray.errors import InputError
 from ddray.ledger import Ledger, Row
+from ddray.run import environments
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,9 +66,11 @@ class RunView:
         command: distill, tune, nas or bench.
         config: config.yaml.
         config_text: the same as text.
-        environment: environment.json.
+        environment: environment.json, of the first start.
+        continued: that of every later start.
         rows: the ledger's, by key.
         events: how often each kind was noted.
+        hosts: how many units each machine finished.
         cells: the table's, as in the command's JSON.
         failures: units that failed: `{"unit", "kind", "key", "reason"}`.
         skipped: units that could not run because of them.
@@ -77,8 +83,10 @@ class RunView:
     config: Mapping[str, Any]
     config_text: str
     environment: Mapping[str, Any]
+    continued: tuple[Mapping[str, Any], ...]
     rows: tuple[Row, ...]
     events: Mapping[str, int]
+    hosts: Mapping[str, int]
     cells: tuple[Mapping[str, Any], ...]
     failures: tuple[Mapping[str, Any], ...]
     skipped: tuple[str, ...]
@@ -117,7 +125,9 @@ def read_run(folder: Path) -> RunView:
     config = read_yaml(config_file)
     ledger = Ledger(folder)
     rows = tuple(ledger.rows())
-    kinds = [str(event["event"]) for event in ledger.events()]
+    events = ledger.events()
+    kinds = [str(event["event"]) for event in events]
+    hosts = [str(event["host"]) for event in events if "host" in event]
     held = _read_cells(folder)
     failed = [
         {"unit": _name(row), "kind": row.kind, "key": row.key, "reason": row.error or ""}
@@ -130,9 +140,11 @@ def read_run(folder: Path) -> RunView:
         command=str(config.get("command", "run")),
         config=config,
         config_text=config_file.read_text(encoding="utf-8"),
-        environment=json.loads(environment_file.read_text(encoding="utf-8")),
+        environment=_read_json(environment_file),
+        continued=tuple(_read_json(path) for path in environments(folder)),
         rows=rows,
         events={kind: kinds.count(kind) for kind in sorted(set(kinds))},
+        hosts={host: hosts.count(host) for host in sorted(set(hosts))},
         cells=tuple(cells),
         failures=tuple(held.get("failures") or failed),
         skipped=tuple(held.get("skipped", ())),
@@ -144,10 +156,35 @@ def read_run(folder: Path) -> RunView:
 def _read_cells(folder: Path) -> dict[str, Any]:
     """Return cells.json of a bench; empty for other runs, and for one that has not ended yet."""
     path = folder / "cells.json"
-    if not path.is_file():
+    try:
+        return _read_json(path) if path.is_file() else {}
+    except InputError as error:  # the rows say what it said, but for a sweep's cells
+        log.warning("%s; the table is made of the ledger's rows", error)
         return {}
-    held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Read a file of a run.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    try:
+        held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} must hold JSON: {error}; run its command again with --resume") from error
     return held
+
+
+def _read_curve(path: Path) -> tuple[tuple[int, float], ...]:
+    """Read a set's losses; none where the file is missing or damaged."""
+    if not path.is_file():
+        return ()
+    try:
+        return tuple((int(step), float(loss)) for step, loss in _read_json(path)["losses"])
+    except (InputError, KeyError, TypeError, ValueError) as error:
+        log.warning("no curve: %s: %s", path, error)
+        return ()
 
 
 def _so_far(folder: Path, config: Mapping[str, Any], rows: tuple[Row, ...]) -> list[dict[str, Any]]:
@@ -255,7 +292,7 @@ def _sets(
             continue
         # Of `distill` the set may lie anywhere (--out), its curve in the run's folder.
         curve = folder / "distilled.json" if config.get("command") == "distill" else path.with_suffix(".json")
-        losses = json.loads(curve.read_text(encoding="utf-8"))["losses"] if curve.is_file() else []
+        losses = _read_curve(curve)
         method = row.spec.get("method_name") or row.spec.get("method")
         for label in labels.get(row.key, [str(method)]):
             yield SetView(
@@ -265,6 +302,6 @@ def _sets(
                 size=_size(row.spec) or _size(config),
                 seed=row.spec.get("seed"),
                 path=path,
-                losses=tuple((int(step), float(loss)) for step, loss in losses),
+                losses=losses,
                 wall_s=row.wall_s,
             )
