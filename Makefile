@@ -52,7 +52,7 @@ test: $(VENV)/.installed-test
 	if [ -n "$(PYTEST_ARGS)" ]; then \
 		$(PY) -m pytest -m "$(DEFAULT)" $(PYTEST_ARGS); \
 	else \
-		$(PY) -m pytest -m "$(DEFAULT) and not benchmark" -n 2 --dist loadfile && \
+		$(PY) -m pytest -m "$(DEFAULT) and not benchmark" -n 2 --dist loadfile --no-loadscope-reorder && \
 		$(PY) -m pytest -m "$(DEFAULT) and benchmark" tests/benchmarks; \
 	fi
 

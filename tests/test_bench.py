@@ -234,6 +234,18 @@ class TestGraph:
         with pytest.raises(InputError, match=r"^row random: random takes --ipc K"):
             build_graph(spec(methods=["random"], budget=20, ipc=[]), open_dataset)
 
+    def test_a_scale_bounds_the_teachers_of_soft_labels(self) -> None:
+        def sets(limit: int | None, **options: Any) -> Any:
+            soft = {"protocol": "soft", "teacher": "convnet1_w8", "options": options}
+            held = spec(evaluate=soft, limits={"teacher_epochs": limit})
+            return next(iter(build_graph(held, open_dataset).evaluate.values())).options.get("sets")
+
+        assert sets(None) is None
+        assert sets(5) == ["teacher.epochs=5"]
+        assert sets(5, sets=["teacher.epochs=3"]) == ["teacher.epochs=3"]
+        assert sets(5, sets=["teacher.epochs=9", "teacher.lr=.1"])[-1] == "teacher.epochs=5"
+        assert sets(60) is None, "its own are 50"
+
     def test_the_networks_of_a_seed_are_the_same_for_every_row(self) -> None:
         graph = build_graph(spec(), open_dataset)
         seeds = {(work.unit.spec["seed"], work.options["seed"]) for work in graph.evaluate.values()}

@@ -9,9 +9,10 @@ from typing import Any
 
 from ddray.bench.spec import BenchSpec, EvaluateSpec, MethodSpec, Source
 from ddray.bench.units import Cell, Graph, Ranking, Work
-from ddray.config import merge
+from ddray.config import merge, parse_overrides
 from ddray.data import Dataset
 from ddray.errors import InputError, unknown
+from ddray.evaluate.teachers import TeacherRecipe
 from ddray.evaluate.training import RECIPES
 from ddray.ledger import Unit
 from ddray.methods import get_method
@@ -311,6 +312,8 @@ def _evaluate_work(
         "seed": derive_seed(work.seed, "bench", "evaluate") % 2**31,
         "teachers": None if teacher is None else teacher.split("+"),
     }
+    if held.protocol == "soft":
+        options["sets"] = _limited_teacher(held, spec.limits.teacher_epochs)
     options = {k: v for k, v in options.items() if v is not None}
     check_options(EvaluateOptions(**options), plan.dataset.image_shape)
     described = {
@@ -343,6 +346,14 @@ def _evaluate_work(
         options=options,
         amount=float(networks * (epochs or named or own.epochs) * images * one),
     )
+
+
+def _limited_teacher(held: EvaluateSpec, limit: int | None) -> list[str] | None:
+    """Return the protocol's `sets`, whose teachers are trained for no more epochs than the limit."""
+    sets = held.options.get("sets")
+    teacher = parse_overrides(sets or ()).get("teacher", {})
+    asked = teacher.get("epochs", TeacherRecipe().epochs) if isinstance(teacher, Mapping) else 0
+    return sets if limit is None or asked <= limit else [*(sets or ()), f"teacher.epochs={limit}"]
 
 
 def _within(most: int | None, asked: int | None, named: int | None, *, fixed: bool) -> int | None:

@@ -29,6 +29,7 @@ SCALES: Final[dict[str, dict[str, Any]]] = {
             "archs": 1,
             "targets": 0,
             "teachers": 1,
+            "teacher_epochs": 5,
             "batch_real": 8,
         },
     },
@@ -145,6 +146,8 @@ class Limits(Config):
     targets: int | None = Field(default=None, ge=0)
     """The first so many target datasets are kept; of none, the set's own."""
     teachers: int | None = Field(default=None, ge=1)
+    teacher_epochs: int | None = Field(default=None, ge=1)
+    """Of those who label in the protocol `soft`, who must be better than chance."""
     batch_real: int | None = Field(default=None, ge=1)
 
 

@@ -15,7 +15,12 @@ pytestmark = pytest.mark.ray
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGKILL, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+    "number",
+    [
+        signal.SIGKILL,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),  # test_nas and test_bench have it by default
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+    ],
 )
 def test_killed_driver_resumes(tmp_path: Path, number: signal.Signals) -> None:
     run = tmp_path / "run"

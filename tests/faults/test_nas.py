@@ -55,7 +55,10 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGTERM],  # test_drivers has the other
+)
 def test_killed_driver_resumes(tmp_path: Path, proxy: Path, number: signal.Signals) -> None:
     run = tmp_path / "run"
     victim = subprocess.Popen(
