@@ -246,6 +246,24 @@ class TestGraph:
         assert sets(5, sets=["teacher.epochs=9", "teacher.lr=.1"])[-1] == "teacher.epochs=5"
         assert sets(60) is None, "its own are 50"
 
+    def test_a_scale_bounds_a_methods_own_steps(self) -> None:
+        rows = [{"name": "d3hr", "set": {"method.num_inference_steps": 20}}]
+        held = spec(methods=rows, set={}, seeds=1, limits={"steps": 2})
+        (plan,) = build_graph(held, open_dataset).plans.values()
+        assert plan.config.method.num_inference_steps == 2
+        (plan,) = build_graph(spec(methods=rows, set={}, seeds=1), open_dataset).plans.values()
+        assert plan.config.method.num_inference_steps == 20
+
+    def test_units_that_differ_have_titles_that_differ(self) -> None:
+        evaluations = [
+            {"protocol": "soft", "teacher": ["convnet1_w8", "convnet1_w8_bn"], "archs": ["convnet1_w8"]},
+            *({"augment": augment, "archs": ["convnet1_w8"]} for augment in ("none", "dsa")),
+            {"epochs": 3, "archs": ["convnet1_w8"]},
+        ]
+        graph = build_graph(spec(evaluate=evaluations, seeds=1, methods=["random"]), open_dataset)
+        titles = [work.title for work in graph.works()]
+        assert len(set(titles)) == len(titles) == 1 + 5
+
     def test_the_networks_of_a_seed_are_the_same_for_every_row(self) -> None:
         graph = build_graph(spec(), open_dataset)
         seeds = {(work.unit.spec["seed"], work.options["seed"]) for work in graph.evaluate.values()}

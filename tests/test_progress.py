@@ -18,17 +18,12 @@ def test_without_a_terminal_it_logs_how_many_of_how_many_there_are_by_now(
         show(1, "first")
         show(2, "second", total=3)
         show(3, "third")
-    assert caplog.messages == ["bench: 1 of 2 first", "bench: 2 of 3 second", "bench: 3 of 3 third"]
-
-
-def test_of_an_unknown_number_only_what_is_done_is_said(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(module, "_LOG_EVERY_S", 0.0)
-    caplog.set_level(logging.INFO)
     with progress("units", 0) as show:
-        show(1, "first")
-    assert caplog.messages == ["units: 1 first"]
+        show(1, "of an unknown number")
+    assert caplog.messages == [
+        *("bench: 1 of 2 first", "bench: 2 of 3 second", "bench: 3 of 3 third"),
+        "units: 1 of an unknown number",
+    ]
 
 
 def test_on_a_terminal_the_bar_takes_a_new_total(
