@@ -17,9 +17,10 @@ from ddray import artifact
 from ddray.bench import board, ranking
 from ddray.bench import work as bench_work
 from ddray.bench.cost import History, costs_file, summarise, sweep_of
+from ddray.bench.dry_run import _facts, dry_run
 from ddray.bench.graph import build_graph
 from ddray.bench.ranking import _baseline, cell_of, nas_options
-from ddray.bench.run import BenchOptions, _facts, _say_scaled, dry_run, prepare, run_bench, run_local
+from ddray.bench.run import BenchOptions, _say_scaled, prepare, run_bench, run_local
 from ddray.bench.spec import BenchSpec, Source, read_spec
 from ddray.bench.table import standard_error
 from ddray.bench.units import Cell
@@ -617,9 +618,12 @@ class TestRanking:
         facts.__dict__["fingerprint"] = "unread"
         graph = build_graph(held, lambda name: facts)
         figures = {"top1_truth_accuracy": 0.9, "spearman": 0.6, "spearman_top20": 0.6, "num_archs": 720}
+        figures |= {"wall_s": 90.0, "storage_images": 50_000}
         cell = cell_of(_baseline(graph.rankings[0], "early-stopping (150 steps)"), [figures])
         assert cell["published"]["accuracy_mean"] == pytest.approx(0.889)
         assert cell["published_spearman_top20"] == pytest.approx(0.64)
+        assert (cell["search_time"], cell["published_search_time"]) == (1.5, 37.1), "minutes"
+        assert (cell["storage_images"], cell["published_storage_images"]) == (50_000, 50_000)
 
     @pytest.mark.parametrize("name", ["epochs", "seeds", "archs", "teacher"])
     def test_what_only_other_protocols_take_is_refused(self, name: str) -> None:

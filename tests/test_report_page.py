@@ -250,6 +250,7 @@ def test_published_correlations_stand_beside_ours(folder: Path, tmp_path: Path) 
     shutil.copytree(folder, copy)
     held = json.loads((copy / "cells.json").read_text())
     figures = {"protocol": "nas", "spearman": 0.61, "published_spearman": 0.72}
+    figures |= {"search_time": 12.34, "published_search_time": 5168.9, "storage_images": 500.0}
     held["cells"] = [{**held["cells"][0], **figures}]
     (copy / "cells.json").write_text(json.dumps(held))
     write_page([copy], copy / "report.html", planes=False)
@@ -257,6 +258,7 @@ def test_published_correlations_stand_beside_ours(folder: Path, tmp_path: Path) 
     (line,) = [dict(zip(board[0], line, strict=True)) for line in board[1:]]
     assert (line["Spearman"], line["published Spearman"]) == ("0.61", "0.72")
     assert "Spearman, top 20 %" not in line
+    assert (line["search, minutes"], line["published minutes"], line["images"]) == ("12.3", "5,169", "500")
 
 
 def test_a_set_without_images_has_no_picture(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from ddray.nas.rank import NasRequest, rank_architectures
 from ddray.nas.sweep import Execute, NasOptions, resolve_config
 from ddray.report.published import compare, find, read_numbers
 
-_FIGURES: Final = ("spearman", "spearman_top20", "kendall")
+_FIGURES: Final = ("spearman", "spearman_top20", "kendall", "search_time", "storage_images")
 _REQUEST: Final = ("baselines", "compat")
 
 
@@ -130,7 +130,7 @@ def cell_of(cell: Cell, figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
     numbers = read_numbers()
     for name in _FIGURES:
-        known = [float(one[name]) for one in figures if one.get(name) is not None]
+        known = [value for one in figures if (value := _figure(one, name)) is not None]
         held[name] = statistics.fmean(known) if known else None
         number = find(numbers, cell, name)
         if number is not None:
@@ -139,6 +139,12 @@ def cell_of(cell: Cell, figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if number is not None and values:
         held["published"] = compare(number, held["accuracy_mean"], held["standard_error"])
     return held
+
+
+def _figure(figures: Mapping[str, Any], name: str) -> float | None:
+    """Return one figure of a proxy; `search_time` as the papers give it, in minutes."""
+    value = figures.get("wall_s" if name == "search_time" else name)
+    return None if value is None else float(value) / (60 if name == "search_time" else 1)
 
 
 def _slug(text: str) -> str:

@@ -13,15 +13,14 @@ from typing import Any, Literal, Protocol, Self
 from pydantic import Field, model_validator
 
 from ddray.bench.board import Board, Ended, withdraw_crashes
-from ddray.bench.cost import forecast, remember, remember_sweep, sweep_of, sweep_title
+from ddray.bench.cost import remember, remember_sweep, sweep_title
 from ddray.bench.graph import build_graph
 from ddray.bench.spec import BenchSpec
 from ddray.bench.table import cells_of, write_plan, write_table
 from ddray.bench.units import Graph, Ranking, Work
 from ddray.bench.work import Job, run_work
-from ddray.config import Config, read_yaml
+from ddray.config import Config
 from ddray.data import Dataset, open_dataset
-from ddray.data.catalog import KNOWN
 from ddray.errors import DdrayError, DivergedError, InputError, StorageError
 from ddray.files import write_text
 from ddray.ledger import Ledger
@@ -36,14 +35,6 @@ log = logging.getLogger(__name__)
 
 _MAX_ATTEMPTS = 3
 _FINAL = (DivergedError, InputError, StorageError)
-# Classes of the datasets whose names are only in their files: for a dry run where they are not there.
-_NUM_CLASSES = {
-    "tiny_imagenet": 200,
-    "imagenet": 1000,
-    "cub200": 200,
-    "stanford_dogs": 120,
-    "speech_commands_mini": 8,
-}
 
 
 class BenchOptions(Config):
@@ -144,69 +135,8 @@ def prepare(spec: BenchSpec, options: BenchOptions) -> Bench:
 
     graph = build_graph(spec, get, check)
     for ranking in graph.rankings:
-        _nas_options(ranking, spec, options)
+        sweep_options(ranking, spec, options)
     return Bench(spec, options, graph, {name: dataset.fingerprint for name, dataset in opened.items()})
-
-
-def dry_run(spec: BenchSpec, options: BenchOptions, *, run_dir: Path | None) -> dict[str, Any]:
-    """Return the unit graph with an estimate of its cost; no image is read, and a dataset may be missing.
-
-    Args:
-        spec: the table.
-        options: how it would be run.
-        run_dir: a run to continue: its finished units are marked.
-
-    Raises:
-        InputError: a row is bad.
-    """
-    fingerprints: dict[str, str] = {}
-    ledger = None
-    if run_dir is not None and (run_dir / "config.yaml").is_file():
-        fingerprints = dict(read_yaml(run_dir / "config.yaml").get("fingerprints", {}))
-        ledger = Ledger(run_dir)
-    opened: dict[str, Dataset] = {}
-
-    def get(name: str) -> Dataset:
-        if name not in opened:
-            opened[name] = _facts(name, options.data_dir)
-            opened[name].__dict__["fingerprint"] = fingerprints.get(name, "unread")
-        return opened[name]
-
-    graph = build_graph(spec, get, check_plan)
-    sweeps = [(ranking, _nas_options(ranking, spec, options)) for ranking in graph.rankings]
-    priced = [sweep_of(ranking, held, get(ranking.dataset)) for ranking, held in sweeps]
-    return {
-        "name": spec.name,
-        "scale": options.scale,
-        **forecast(graph, ledger, options.device, priced),
-        "nas_sweeps": [held.space for _, held in sweeps],
-    }
-
-
-def _facts(name: str, data_dir: Path | None) -> Dataset:
-    """Open a dataset, or return what is known of one that is not there."""
-    try:
-        return open_dataset(name, data_dir=data_dir)
-    except InputError:
-        if name not in KNOWN:
-            raise
-    known = KNOWN[name]
-    names = known.class_names or tuple(f"class {number}" for number in range(_NUM_CLASSES[name]))
-    channels = known.shape[0]
-    return Dataset(
-        name=name,
-        class_names=names,
-        image_shape=known.shape,
-        mean=known.mean or (0.5,) * channels,
-        std=known.std or (0.5,) * channels,
-        can_flip=known.can_flip,
-        load_train=_not_there,
-        load_test=_not_there,
-    )
-
-
-def _not_there() -> Any:
-    raise InputError("a dry run reads no images")
 
 
 def run_bench(
@@ -349,7 +279,7 @@ def _rank(
     """Run one NAS sweep, or continue it; return its cells."""
     from ddray.bench.ranking import rank_sets
 
-    options = _nas_options(ranking, bench.spec, bench.options)
+    options = sweep_options(ranking, bench.spec, bench.options)
     ledger = _sweep_ledger(bench, ranking, run)
     before = {row.key for row in ledger.rows()}
 
@@ -375,11 +305,15 @@ def _sweep_ledger(bench: Bench, ranking: Ranking, run: Run) -> Ledger:
     """Return the ledger of a NAS sweep, which is a run of its own below the bench's."""
     from ddray.bench.ranking import sweep_folder
 
-    return Ledger(sweep_folder(ranking, _nas_options(ranking, bench.spec, bench.options), run.folder))
+    return Ledger(sweep_folder(ranking, sweep_options(ranking, bench.spec, bench.options), run.folder))
 
 
-def _nas_options(ranking: Ranking, spec: BenchSpec, options: BenchOptions) -> NasOptions:
-    """Return a sweep's options, with the bench's executor and resources."""
+def sweep_options(ranking: Ranking, spec: BenchSpec, options: BenchOptions) -> NasOptions:
+    """Return a sweep's options, with the bench's executor and resources.
+
+    Raises:
+        InputError: `ddray nas` has no such option, or a value is bad.
+    """
     from ddray.bench.ranking import nas_options
 
     return nas_options(

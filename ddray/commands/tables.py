@@ -46,8 +46,8 @@ def bench(
     """Run a table, methods x datasets x sizes x seeds, and set its numbers beside the published ones."""
     with output(as_json) as emit:
         from ddray.bench.display import bench_tables, forecast_tables
+        from ddray.bench.dry_run import dry_run as forecast
         from ddray.bench.run import BenchOptions
-        from ddray.bench.run import dry_run as forecast
         from ddray.bench.spec import read_spec
         from ddray.cluster import bench as cluster_bench
 

@@ -67,7 +67,10 @@ def group_sample(
     seed, dim = generator.initial_seed(), len(mean)
     rows = block_rows(dim, mean.device)
     blocks = math.ceil(num_candidates / rows)
+    threads = torch.get_num_threads() if mean.device.type == "cpu" else 1
     step = max(1, math.ceil((chunk or _CHUNK) / rows))
+    if threads > 1 and chunk is None:  # few candidates of many dimensions: work for every thread
+        step = min(step, math.ceil(blocks / (4 * threads)))
     # Which dimensions are coarse is found once: on a GPU it is a sync.
     score = partial(_paper_scorer, rounded=_rounded(mean, std)) if form == "paper" else _repo_scorer
 
@@ -83,10 +86,9 @@ def group_sample(
             return found.values, found.indices + first * rows
 
     starts = range(0, blocks, step)
-    workers = min(len(starts), torch.get_num_threads()) if mean.device.type == "cpu" else 1
     least = torch.full((), math.inf, device=mean.device)
     place = torch.zeros((), dtype=torch.int64, device=mean.device)
-    for value, index in _in_order(best_of, starts, workers):  # of equals the first stays
+    for value, index in _in_order(best_of, starts, min(len(starts), threads)):  # of equals the first stays
         place, least = torch.where(value < least, index, place), torch.minimum(value, least)
     block, row = divmod(int(place), rows)
     normal = torch.stack([draw[row].clone() for draw in _draws(seed, block, rows, mean, ipc)])

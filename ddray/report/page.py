@@ -27,10 +27,19 @@ log = logging.getLogger(__name__)
 _MAX_PLANES: Final = 6
 _MAX_CURVES: Final = 12
 # Columns of the leaderboard that stand only where a cell has them.
-_OPTIONAL: Final = (
-    *("target", "teacher", "augment", "settings", "published", "lrs", "ars"),
-    *("spearman", "published_spearman", "spearman_top20", "published_spearman_top20"),
-)
+_OPTIONAL: Final = ("target", "teacher", "augment", "settings", "published")
+_FIGURES: Final = {
+    "lrs": "LRS",
+    "ars": "ARS",
+    "spearman": "Spearman",
+    "published_spearman": "published Spearman",
+    "spearman_top20": "Spearman, top 20 %",
+    "published_spearman_top20": "published, top 20 %",
+    "search_time": "search, minutes",
+    "published_search_time": "published minutes",
+    "storage_images": "images",
+    "published_storage_images": "published images",
+}
 
 
 def write_page(
@@ -132,6 +141,7 @@ def _leaderboards(cells: Sequence[Mapping[str, Any]], sets: Sequence[SetView]) -
             "protocol": protocol,
             "lines": lines,
             "columns": [name for name in _OPTIONAL if any(line[name] is not None for line in lines)],
+            "figures": {k: v for k, v in _FIGURES.items() if any(line[k] is not None for line in lines)},
             "plots": [{"title": name, "html": figures.accuracy_bars(held)} for name, held in groups.items()],
         }
 
@@ -147,7 +157,7 @@ def _line(cell: Mapping[str, Any], sets: Sequence[SetView]) -> dict[str, Any]:
     times = [view.wall_s for view in own if view.wall_s is not None]
     made = next((held for view in own if (held := view.load()) is not None), None)
     return {
-        **{name: cell.get(name) for name in _OPTIONAL},
+        **{name: cell.get(name) for name in (*_OPTIONAL, *_FIGURES)},
         "method": cell["method"],
         "dataset": cell["dataset"],
         "size": size_of(cell),

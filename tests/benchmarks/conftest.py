@@ -20,15 +20,20 @@ def all_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def best_of(function: Callable[[], object], rounds: int) -> float:
-    """Return the shortest of several runs in seconds, after one to warm up: the least disturbed one."""
-    function()
-    times = []
-    for _ in range(rounds):
-        begin = time.perf_counter()
+def best_of(*functions: Callable[[], object], rounds: int, warm: bool = False) -> list[float]:
+    """Return each function's shortest run in seconds, after one to warm up: the least disturbed one.
+
+    The functions take turns: what else the machine does, and how fast it is meanwhile, meets them alike.
+    """
+    for function in () if warm else functions:
         function()
-        times.append(time.perf_counter() - begin)
-    return min(times)
+    times: list[list[float]] = [[] for _ in functions]
+    for _ in range(rounds):
+        for function, own in zip(functions, times, strict=True):
+            begin = time.perf_counter()
+            function()
+            own.append(time.perf_counter() - begin)
+    return [min(own) for own in times]
 
 
 def random_dataset(num_classes: int, per_class: int, *, name: str = "random32") -> Dataset:

@@ -1,0 +1,87 @@
+"""What a bench would cost: its units, without reading an image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ddray.bench.cost import forecast, sweep_of
+from ddray.bench.graph import build_graph
+from ddray.bench.run import BenchOptions, sweep_options
+from ddray.bench.spec import BenchSpec
+from ddray.config import read_yaml
+from ddray.data import Dataset, open_dataset
+from ddray.data.catalog import KNOWN
+from ddray.errors import InputError
+from ddray.ledger import Ledger
+from ddray.plan import check_plan
+
+# Classes of the datasets whose names are only in their files: for a dry run where they are not there.
+_NUM_CLASSES = {
+    "tiny_imagenet": 200,
+    "imagenet": 1000,
+    "cub200": 200,
+    "stanford_dogs": 120,
+    "speech_commands_mini": 8,
+}
+
+
+def dry_run(spec: BenchSpec, options: BenchOptions, *, run_dir: Path | None) -> dict[str, Any]:
+    """Return the unit graph with an estimate of its cost; no image is read, and a dataset may be missing.
+
+    Args:
+        spec: the table.
+        options: how it would be run.
+        run_dir: a run to continue: its finished units are marked.
+
+    Raises:
+        InputError: a row is bad.
+    """
+    fingerprints: dict[str, str] = {}
+    ledger = None
+    if run_dir is not None and (run_dir / "config.yaml").is_file():
+        fingerprints = dict(read_yaml(run_dir / "config.yaml").get("fingerprints", {}))
+        ledger = Ledger(run_dir)
+    opened: dict[str, Dataset] = {}
+
+    def get(name: str) -> Dataset:
+        if name not in opened:
+            opened[name] = _facts(name, options.data_dir)
+            opened[name].__dict__["fingerprint"] = fingerprints.get(name, "unread")
+        return opened[name]
+
+    graph = build_graph(spec, get, check_plan)
+    sweeps = [(ranking, sweep_options(ranking, spec, options)) for ranking in graph.rankings]
+    priced = [sweep_of(ranking, held, get(ranking.dataset)) for ranking, held in sweeps]
+    return {
+        "name": spec.name,
+        "scale": options.scale,
+        **forecast(graph, ledger, options.device, priced),
+        "nas_sweeps": [held.space for _, held in sweeps],
+    }
+
+
+def _facts(name: str, data_dir: Path | None) -> Dataset:
+    """Open a dataset, or return what is known of one that is not there."""
+    try:
+        return open_dataset(name, data_dir=data_dir)
+    except InputError:
+        if name not in KNOWN:
+            raise
+    known = KNOWN[name]
+    names = known.class_names or tuple(f"class {number}" for number in range(_NUM_CLASSES[name]))
+    channels = known.shape[0]
+    return Dataset(
+        name=name,
+        class_names=names,
+        image_shape=known.shape,
+        mean=known.mean or (0.5,) * channels,
+        std=known.std or (0.5,) * channels,
+        can_flip=known.can_flip,
+        load_train=_not_there,
+        load_test=_not_there,
+    )
+
+
+def _not_there() -> Any:
+    raise InputError("a dry run reads no images")
