@@ -48,7 +48,7 @@ def plain(mean: Tensor, std: Tensor, num: int, batch: int = 1000) -> tuple[Tenso
     return kept, best
 
 
-# At D = 256 the normal draws are most of both sides: a ratio near its bar, for a machine that does nothing else.
+# At D = 256 the draws are most of both sides: a ratio near its bar, for a machine that does nothing else.
 @pytest.mark.parametrize(("dim", "num"), [pytest.param(256, 40_000, marks=pytest.mark.slow), (4096, 2_000)])
 def test_against_a_loop_that_materialises_candidates(benchmark: Any, dim: int, num: int) -> None:
     """Bar: >= 2 times as fast on a CPU; the floor is the m * ipc * D normal draws on all threads."""
