@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from torch import Tensor
+
 from ddray.report.plane import Plane
 from ddray.report.runs import RunView, SetView, size_of
 
@@ -104,7 +106,11 @@ def loss_curves(sets: Sequence[SetView]) -> str:
             y=[loss / first for _, loss in view.losses],
             customdata=[loss for _, loss in view.losses],
             mode="lines",
-            line={"color": COLOURS[number % len(COLOURS)], "width": 1.6},
+            line={
+                "color": COLOURS[number % len(COLOURS)],
+                "dash": "solid" if number < len(COLOURS) else "dot",
+                "width": 1.6,
+            },
             name=name,
             legendgroup=view.label,
             hovertemplate="step %{x}<br>loss %{customdata:.4g}<extra>" + name + "</extra>",
@@ -154,8 +160,8 @@ def plane_scatter(plane: Plane, row: int) -> str:
     figure = go.Figure()
     many = len(plane.class_names) > 20  # more colours would tell nothing
     figure.add_scatter(
-        x=plane.real[:, 0].tolist(),
-        y=plane.real[:, 1].tolist(),
+        x=_places(plane.real[:, 0]),
+        y=_places(plane.real[:, 1]),
         mode="markers",
         marker={"size": 4, "opacity": 0.45, "color": _class_colours(plane.real_labels.tolist(), many)},
         text=[plane.class_names[held] for held in plane.real_labels.tolist()],
@@ -163,8 +169,8 @@ def plane_scatter(plane: Plane, row: int) -> str:
         name="real",
     )
     figure.add_scatter(
-        x=points[:, 0].tolist(),
-        y=points[:, 1].tolist(),
+        x=_places(points[:, 0]),
+        y=_places(points[:, 1]),
         mode="markers",
         marker={
             "symbol": "star",
@@ -180,6 +186,11 @@ def plane_scatter(plane: Plane, row: int) -> str:
     figure.update_xaxes(visible=False)
     figure.update_yaxes(visible=False, scaleanchor="x")
     return to_html(figure)
+
+
+def _places(values: Tensor) -> list[float]:
+    """Return coordinates to a hundredth, which is less than a point's size: a third of the digits."""
+    return [round(value, 2) for value in values.tolist()]
 
 
 def _class_colours(classes: Sequence[int], many: bool) -> list[str]:
