@@ -254,6 +254,10 @@ class TestGraph:
         assert plan.config.method.num_inference_steps == 2
         (plan,) = build_graph(spec(methods=rows, set={}, seeds=1), open_dataset).plans.values()
         assert plan.config.method.num_inference_steps == 20
+        rows = [{"name": "boost_ssdd", "budget": 10}, {"name": "m3d", "ipc": 1}]
+        held = spec(methods=rows, ipc=[], set={}, seeds=1, evaluate={"archs": "auto"}, limits={"steps": 2})
+        inner, m3d = (plan.config.method for plan in build_graph(held, open_dataset).plans.values())
+        assert (inner.inner_steps_max, m3d.steps_per_net) == (2, 2)
 
     def test_units_that_differ_have_titles_that_differ(self) -> None:
         evaluations = [

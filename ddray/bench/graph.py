@@ -190,18 +190,18 @@ def _limited(spec: BenchSpec, row: MethodSpec, dataset: Dataset, size: tuple[str
 
 
 def _lowered(settings: Mapping[str, Any], what: str, limit: int) -> dict[str, Any]:
-    """Return at the limit what is longer of a method's own: epochs of teachers, steps of an inversion.
+    """Return at the limit what is longer of a method's own: epochs of teachers, steps of inner networks.
 
     Args:
         settings: the method's, nested.
-        what: `epochs` or `steps`, the last word of the settings' names.
+        what: `epochs` or `steps`, a word of the settings' names.
         limit: the most.
     """
     lower: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping) and (within := _lowered(value, what, limit)):
             lower[name] = within
-        elif name.rpartition("_")[2] == what and isinstance(value, int) and value > limit:
+        elif what in name.split("_") and isinstance(value, int) and value > limit:
             lower[name] = limit
     return lower
 
