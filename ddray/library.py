@@ -6,7 +6,7 @@ import dataclasses
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ddray import api, artifact, scoring
 from ddray.artifact import DistilledSet
@@ -16,6 +16,8 @@ from ddray.distill import run_distillation
 from ddray.errors import unknown
 from ddray.export import export_folder, export_parquet
 from ddray.plan import make_context, make_distiller, pick_device, resolve
+
+Form = Literal["folder", "parquet"]
 
 __all__ = ["distill", "evaluate", "export", "load"]
 
@@ -93,11 +95,11 @@ def load(path: str | Path, *, dataset: str | Path | None = None) -> DistilledSet
 def evaluate(
     distilled: DistilledSet | str | Path,
     *,
-    archs: Sequence[str] = (),
+    archs: str | Sequence[str] = (),
     protocol: str = "hard",
     seeds: int | None = None,
     epochs: int | None = None,
-    dataset: str | None = None,
+    dataset: str | Path | Dataset | None = None,
     seed: int = 0,
     device: str = "auto",
     data_dir: str | Path | None = None,
@@ -107,11 +109,11 @@ def evaluate(
 
     Args:
         distilled: the set, or its file.
-        archs: networks; default the one that the set was distilled in.
+        archs: networks, or one; default that which the set was distilled in.
         protocol: how they are trained.
         seeds: networks per architecture; default the set's own.
         epochs: of training; default the set's own.
-        dataset: the target; default the set's own.
+        dataset: the target, a name, a folder, or an open dataset; default the set's own.
         seed: of the first network.
         device: `auto`, `cpu`, `cuda` or `cuda:<n>`.
         data_dir: where datasets are; default $DDRAY_DATA.
@@ -124,15 +126,16 @@ def evaluate(
     Raises:
         InputError: a name or a value is bad.
     """
-    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in more.items()}
     known = [field.name for field in dataclasses.fields(scoring.EvaluateOptions)]
-    for name in given:
+    for name in more:
         if name not in known:
             raise unknown("an option of ddray.evaluate", name, known)
+    given: dict[str, Any] = {k: _listed(v) if k in ("sets", "teachers") else v for k, v in more.items()}
+    opened = dataset if isinstance(dataset, Dataset) else None
     options = scoring.EvaluateOptions(
-        dataset=dataset,
+        dataset=None if dataset is None or opened is not None else str(dataset),
         protocol=protocol,
-        archs=tuple(archs),
+        archs=_listed(archs),
         seeds=seeds,
         epochs=epochs,
         seed=seed,
@@ -141,16 +144,18 @@ def evaluate(
     )
     chosen = pick_device(device)
     if not isinstance(distilled, DistilledSet):
-        return scoring.evaluate(Path(distilled).absolute(), options, device=chosen)
+        return scoring.evaluate(Path(distilled).absolute(), options, device=chosen, dataset=opened)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "distilled.pt"
         distilled.save(path)
-        return scoring.evaluate(path, options, device=chosen)
+        return scoring.evaluate(path, options, device=chosen, dataset=opened)
 
 
-def export(
-    distilled: DistilledSet | str | Path, out: str | Path, *, form: Literal["folder", "parquet"] | None = None
-) -> Path:
+def _listed(value: str | Sequence[str]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def export(distilled: DistilledSet | str | Path, out: str | Path, *, form: Form | None = None) -> Path:
     """Write a set for other tools: PNG files by class, or one parquet file.
 
     Args:
@@ -162,9 +167,11 @@ def export(
         Where it was written.
 
     Raises:
-        InputError: the place is taken, or the set can't be shown as pictures.
+        InputError: the form is unknown, the place is taken, or the set can't be shown as pictures.
         StorageError: it can't be written.
     """
+    if form not in (None, *get_args(Form)):
+        raise unknown("form", str(form), get_args(Form))
     held = distilled if isinstance(distilled, DistilledSet) else load(distilled)
     target = Path(out).absolute()
     chosen = form or ("parquet" if target.suffix == ".parquet" else "folder")

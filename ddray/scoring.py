@@ -86,13 +86,16 @@ class EvaluateOptions:
     download: bool = False
 
 
-def evaluate(path: Path, options: EvaluateOptions, *, device: torch.device) -> dict[str, Any]:
+def evaluate(
+    path: Path, options: EvaluateOptions, *, device: torch.device, dataset: Dataset | None = None
+) -> dict[str, Any]:
     """Score a distilled set.
 
     Args:
         path: the artifact, ours or another project's.
         options: what to do.
         device: where to compute.
+        dataset: the target, opened; default `options.dataset`.
 
     Returns:
         The command's JSON (DESIGN: commands).
@@ -102,7 +105,7 @@ def evaluate(path: Path, options: EvaluateOptions, *, device: torch.device) -> d
         DivergedError: a training loss became NaN.
     """
     _check_options(options)
-    dataset = _target(options.dataset, options)
+    dataset = dataset or _target(options.dataset, options)
     space = foreign_space(dataset, options.pixel_space)
     held = artifact.load(path, dataset=dataset, pixel_space=space)
     target = dataset or _target(held.meta.dataset, options)
@@ -219,6 +222,8 @@ def _check_options(options: EvaluateOptions) -> None:
         raise unknown("protocol", options.protocol, PROTOCOLS)
     if options.split not in ("val", "test"):
         raise unknown("split", options.split, ("val", "test"))
+    if options.pixel_space not in get_args(PixelKind):
+        raise unknown("--pixel-space", options.pixel_space, get_args(PixelKind))
     for name, value, owner in (
         ("--num-tasks", options.num_tasks, "continual"),
         ("--full-epochs", options.full_epochs, "robust"),

@@ -17,10 +17,11 @@ from ddray import artifact
 from ddray.bench import board, ranking
 from ddray.bench import work as bench_work
 from ddray.bench.cost import History, costs_file, summarise, sweep_of
+from ddray.bench.display import bench_tables
 from ddray.bench.dry_run import _facts, dry_run
 from ddray.bench.graph import build_graph
 from ddray.bench.ranking import _baseline, cell_of, nas_options
-from ddray.bench.run import BenchOptions, _say_scaled, prepare, run_bench, run_local
+from ddray.bench.run import BenchOptions, _say_scaled, prepare, run_bench, run_local, sweep_options
 from ddray.bench.spec import BenchSpec, Source, read_spec
 from ddray.bench.table import standard_error
 from ddray.bench.units import Cell
@@ -33,6 +34,7 @@ from ddray.ledger import Ledger
 from ddray.methods import get_method, method_names
 from ddray.nas import units as nas_units
 from ddray.nas.spaces import get_space
+from ddray.nas.sweep import NasOptions
 from ddray.nets import multiply_adds
 from ddray.report.published import compare, find, read_numbers
 from ddray.run import open_run
@@ -77,6 +79,11 @@ def starts(folder: Path) -> dict[str, int]:
     """Return how often every unit was started."""
     keys = [event["key"] for event in Ledger(folder).events() if event["event"] == "start"]
     return {key: keys.count(key) for key in keys}
+
+
+def nas_of(**options: Any) -> dict[str, Any]:
+    """Return an evaluation by a NAS sweep."""
+    return {"protocol": "nas", "options": options}
 
 
 class TestSpec:
@@ -254,10 +261,48 @@ class TestGraph:
         assert plan.config.method.num_inference_steps == 2
         (plan,) = build_graph(spec(methods=rows, set={}, seeds=1), open_dataset).plans.values()
         assert plan.config.method.num_inference_steps == 20
-        rows = [{"name": "boost_ssdd", "budget": 10}, {"name": "m3d", "ipc": 1}]
-        held = spec(methods=rows, ipc=[], set={}, seeds=1, evaluate={"archs": "auto"}, limits={"steps": 2})
-        inner, m3d = (plan.config.method for plan in build_graph(held, open_dataset).plans.values())
-        assert (inner.inner_steps_max, m3d.steps_per_net) == (2, 2)
+        linear = {"protocol": "linear", "archs": ["convnet1_w8"]}
+        held = spec(methods=["boost_ssdd"], set={}, seeds=1, evaluate=linear, limits={"steps": 2})
+        (plan, *_) = build_graph(held, open_dataset).plans.values()
+        assert plan.config.method.inner_steps_max == 2
+
+    def test_a_scale_bounds_what_an_evaluation_asks_for(self) -> None:
+        robust = {"protocol": "robust", "options": {"sets": "epochs=400", "full_epochs": 400}}
+        held = spec(evaluate=robust, seeds=1, methods=["random"], limits={"epochs": 2})
+        (score, *_) = build_graph(held, open_dataset).evaluate.values()
+        assert (score.options["sets"], score.options["full_epochs"]) == (["epochs=400", "epochs=2"], 2)
+
+    def test_a_scale_bounds_a_ranking(self) -> None:
+        limits = {"epochs": 3, "networks": 2, "sample": 4}
+
+        def bounded(**asked: Any) -> NasOptions:
+            held = spec(evaluate=nas_of(**asked), limits=limits)
+            (ranking,) = build_graph(held, open_dataset).rankings
+            return sweep_options(ranking, held, LOCAL)
+
+        found = bounded(seeds=5)
+        assert (found.epochs, found.truth_epochs, found.seeds, found.sample) == (3, 3, 2, 4)
+        found = bounded(epochs=2, sample=3)
+        assert (found.epochs, found.truth_epochs, found.seeds, found.sample) == (2, None, 1, 3)
+        assert bounded(max_mflops=1).sample is None, "fewer may be left than the limit"
+
+    def test_sets_of_other_classes_are_not_scored(self) -> None:
+        facts = {name: _facts(name, None) for name in ("digits", "mnist")}
+        for one in facts.values():
+            one.__dict__["fingerprint"] = "unread"
+        with pytest.raises(InputError, match="must have the classes and images of digits"):
+            build_graph(spec(evaluate={"target": ["mnist"]}), facts.__getitem__)
+        linear = {"protocol": "linear", "target": ["mnist"], "archs": ["convnet1_w8"]}
+        assert build_graph(spec(methods=["random_ssl"], set={}, evaluate=linear), facts.__getitem__).cells
+
+    def test_folders_are_absolute_wherever_a_bench_is_continued(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "images").mkdir()
+        monkeypatch.chdir(tmp_path)
+        held = spec(dataset=["digits", "images"], evaluate={"target": ["images"]})
+        assert held.dataset == ("digits", str(tmp_path / "images"))
+        assert held.evaluate[0].target == (str(tmp_path / "images"),)
 
     def test_units_that_differ_have_titles_that_differ(self) -> None:
         evaluations = [
@@ -314,7 +359,17 @@ class TestGraph:
             ({"ipc": 10_000}, "ipc must be in"),
             ({"methods": [{"name": "datadam", "set": {"method.layers": [9]}}]}, "within 1..1"),
             ({"evaluate": {"archs": ["convnet9"]}}, "arch must be one of"),
-            ({"evaluate": {"options": {"pixel_spac": "raw"}}}, "did you mean 'pixel_space'"),
+            ({"evaluate": {"options": {"train_limits": 5}}}, "did you mean 'train_limit'"),
+            ({"evaluate": {"options": {"pixel_space": "raw"}}}, "evaluate.options must be one of"),
+            (
+                {"evaluate": {"options": {"ipc": 5}}},
+                "must be left out for random, whose sets hold their images",
+            ),
+            ({"evaluate": nas_of(baselines="erly-stopping")}, "did you mean 'early-stopping'"),
+            ({"evaluate": nas_of(baselines=["random", "random"])}, "must name each once, got random 2 times"),
+            ({"evaluate": nas_of(baselines="dm")}, "a method that selects images, got dm"),
+            ({"evaluate": nas_of(compat="dcbench")}, "is about --space nasbench201"),
+            ({"methods": ["random_ssl"], "set": {}}, "must be linear for random_ssl"),
             ({"evaluate": {"teacher": "resnet18"}}, "--teacher must be left out"),
             ({"evaluate": {"protocol": "soft", "teacher": "resnet99"}}, "did you mean 'resnet18'"),
             ({"evaluate": {"augment": "foo"}}, "--augment must be one of"),
@@ -628,6 +683,8 @@ class TestRanking:
         assert cell["published_spearman_top20"] == pytest.approx(0.64)
         assert (cell["search_time"], cell["published_search_time"]) == (1.5, 37.1), "minutes"
         assert (cell["storage_images"], cell["published_storage_images"]) == (50_000, 50_000)
+        cell = cell_of(_baseline(graph.rankings[0], "whole"), [figures])
+        assert (cell["published"]["accuracy_mean"], cell["published_search_time"]) == (0.892, 5168.9)
 
     @pytest.mark.parametrize("name", ["epochs", "seeds", "archs", "teacher"])
     def test_what_only_other_protocols_take_is_refused(self, name: str) -> None:
@@ -667,6 +724,34 @@ class TestRanking:
         # two architectures on two sets and on the baseline, and their truth
         assert sweep["estimate_s"] == pytest.approx(statistics.median(times) * 2 * (2 + 1 + 1))
         assert "nas sweep of convnet720" in str(summarise([sweep]))
+        assert (sweep["status"], sweep["num_trainings"], sweep["num_trainings_left"]) == ("missing", 8, 8)
+        (sweep,) = [u for u in dry_run(held, LOCAL, run_dir=tmp_path / "run")["units"] if u["kind"] == "nas"]
+        assert (sweep["status"], sweep["num_trainings_left"]) == ("done", 0)
+        ledger = next((tmp_path / "run" / "nas").glob("digits-*/ledger"))
+        min(ledger.glob("*.json")).unlink()
+        (sweep,) = [u for u in dry_run(held, LOCAL, run_dir=tmp_path / "run")["units"] if u["kind"] == "nas"]
+        assert (sweep["status"], sweep["num_trainings_left"]) == ("missing", 1)
+        assert sweep["estimate_s"] == pytest.approx(statistics.median(times))
+
+    def test_people_see_correlations_and_rows_without_an_architecture(self) -> None:
+        shared = {"dataset": "cifar10", "ipc": 50, "protocol": "nas", "n": 1, "accuracy_std": None}
+        cells = [
+            {**shared, "method": "dm", "accuracy_mean": 0.9, "spearman": 0.512, "storage_images": 50_000.0},
+            {**shared, "method": "dc", "accuracy_mean": None, "spearman": None, "published_spearman": -0.19},
+        ]
+        result = {
+            "cells": cells,
+            "failures": [],
+            "skipped": [],
+            "num_failed": 0,
+            "wall_s": 1.0,
+            "run_dir": "r",
+        }
+        table = bench_tables("mini", result)[0]
+        shown = {str(column.header): list(column.cells) for column in table.columns}
+        assert shown["accuracy %"] == ["90.00", "-"]
+        assert (shown["Spearman"], shown["published Spearman"]) == (["0.512", "-"], ["-", "-0.19"])
+        assert shown["images"] == ["50,000", "-"]
 
     def test_a_sweep_is_priced_without_architectures_above_its_limit(self) -> None:
         held = spec(evaluate={"protocol": "nas", "options": {"max_mflops": 2}}, seeds=1)
@@ -988,7 +1073,7 @@ class TestPublished:
         assert self.value(**held, protocol="soft", teacher="resnet18") == 41.3
         assert self.value(**held, protocol="soft") == 41.3, "the protocol's own teacher"
         assert self.value(**held, protocol="soft", teacher="vgg11") is None
-        assert self.value(**held) == 69.8, "Table A6 is of hard labels"
+        assert self.value(**held) is None, "hard labels are in Table 5 alone, of ImageNet"
         for name in ("rded", "sre2l"):
             assert self.value(name=name, size=("ipc", 10), arch="resnet18") is None
             assert self.value(name=name, size=("ipc", 10), arch="resnet18", protocol="soft") is not None

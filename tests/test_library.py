@@ -86,6 +86,16 @@ class TestDistill:
         with pytest.raises(InputError, match="did you mean 'augment'"):
             ddray.evaluate(made, augmnt="none")
 
+    def test_evaluate_takes_an_open_dataset_and_single_names(self, made: DistilledSet) -> None:
+        given = {"seeds": 1, "epochs": 1}
+        found = ddray.evaluate(made, archs=["convnet1_w8"], **given)
+        opened = ddray.evaluate(made, archs="convnet1_w8", dataset=open_dataset("digits"), **given)
+        assert opened["results"][0]["per_seed"] == found["results"][0]["per_seed"]
+        assert ddray.evaluate(made, archs="convnet1_w8", seeds=1, sets="epochs=1")["results"]
+        for name, value in (("pixel_space", "normalised"), ("dataset", Path("digits-not-there"))):
+            with pytest.raises(InputError, match=r"normalized|or a folder"):
+                ddray.evaluate(made, archs="convnet1_w8", **{name: value})
+
     def test_evaluate_takes_a_set_or_its_file(self, made: DistilledSet, tmp_path: Path) -> None:
         made.save(tmp_path / "a.pt")
         held: dict[str, Any] = {"archs": ["convnet1_w8"], "seeds": 1, "epochs": 1}
@@ -204,6 +214,8 @@ class TestExport:
             pictures(DistilledSet(made.images, made.labels, meta))
 
     def test_the_form_follows_the_name(self, made: DistilledSet, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="form must be one of folder, parquet"):
+            ddray.export(made, tmp_path / "x", form="csv")  # type: ignore[arg-type]
         made.save(tmp_path / "a.pt")
         assert ddray.export(tmp_path / "a.pt", tmp_path / "a.parquet").is_file()
         assert ddray.export(made, tmp_path / "b").is_dir()

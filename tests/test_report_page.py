@@ -245,6 +245,11 @@ def test_a_bench_that_has_not_ended_keeps_its_cells_apart(
     }
 
 
+def test_a_page_is_a_file(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--out must be a file"):
+        write_page([folder], tmp_path)
+
+
 def test_published_correlations_stand_beside_ours(folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(folder, copy)

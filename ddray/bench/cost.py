@@ -114,12 +114,19 @@ class SweepCost:
         needs: keys of the sets that are its proxies.
         alike: what makes its units and past ones alike.
         num_units: architectures by proxies by seeds.
+        num_done: how many of them a run that is continued has finished.
     """
 
     title: str
     needs: tuple[str, ...]
     alike: dict[str, Any]
     num_units: int
+    num_done: int = 0
+
+    @property
+    def num_left(self) -> int:
+        """How many are to be trained."""
+        return max(0, self.num_units - self.num_done)
 
 
 def sweep_title(ranking: Ranking) -> str:
@@ -181,7 +188,7 @@ class History:
     def sweep(self, held: SweepCost) -> Estimate:
         """Return a sweep's expected seconds: so many times an architecture's."""
         times = [past["wall_s"] for past in self._alike_to(held.alike)]
-        return Estimate(statistics.median(times) * held.num_units if times else None, len(times))
+        return Estimate(statistics.median(times) * held.num_left if times else None, len(times))
 
     def _alike_to(self, wanted: dict[str, Any]) -> list[dict[str, Any]]:
         """Return the past units that are most alike, the latest first; amounts are 1 or more."""
@@ -221,7 +228,12 @@ def forecast(
                 needs.append(name)
         units.append(_line(work.title, work.kind, row, needs, history.estimate(work)))
     after = [
-        _line(one.title, "nas", None, [titles[key] for key in one.needs], history.sweep(one))
+        {
+            **_line(one.title, "nas", None, [titles[key] for key in one.needs], history.sweep(one)),
+            **({} if one.num_left else {"status": "done"}),
+            "num_trainings": one.num_units,
+            "num_trainings_left": one.num_left,
+        }
         for one in sweeps
     ]
     lines = [*pool.values(), *units, *after]
@@ -266,6 +278,7 @@ def summarise(units: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "unit": name,
                 "units": len(held),
                 "missing": sum(unit["status"] == "missing" for unit in held),
+                "trainings": sum(unit.get("num_trainings", 0) for unit in held),
                 "needs": sorted({need.partition(" seed ")[0] for unit in held for need in unit["needs"]}),
                 "estimate_s": sum(guessed) if len(guessed) == len(held) else None,
             }

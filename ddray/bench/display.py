@@ -7,6 +7,7 @@ from typing import Any
 
 from ddray.bench.cost import summarise
 from ddray.display import table_of
+from ddray.report.published import FIGURES
 
 
 def bench_tables(name: str, result: dict[str, Any]) -> list[Any]:
@@ -28,12 +29,16 @@ def bench_tables(name: str, result: dict[str, Any]) -> list[Any]:
     table = Table("method", *varied, "accuracy %", "n", title=", ".join([name, *fixed]))
     for column in ("published %", "difference (SE)") if published else ():
         table.add_column(column)
+    figures = [name for name in FIGURES if any(cell.get(name) is not None for cell in cells)]
+    for name in figures:
+        table.add_column(FIGURES[name])
     for cell in cells:
         table.add_row(
             cell["method"],
             *(str(cell.get(column, "-")) for column in varied),
             *(percent(cell["accuracy_mean"], cell["accuracy_std"]), str(cell["n"])),
             *(published_text(cell.get("published")) if published else ()),
+            *(_short(cell.get(name)) for name in figures),
         )
     folder = Path(result["run_dir"])
     summary = {
@@ -47,6 +52,11 @@ def bench_tables(name: str, result: dict[str, Any]) -> list[Any]:
     for failure in result["failures"]:
         failures.add_row(failure["unit"], failure["reason"][:400])
     return [table, *([failures] if result["failures"] else []), table_of("bench", summary)]
+
+
+def _short(value: float | None) -> str:
+    """Return a figure with three digits, or whole thousands."""
+    return "-" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def published_text(held: dict[str, Any] | None) -> tuple[str, str]:
@@ -68,7 +78,9 @@ def forecast_tables(found: dict[str, Any]) -> list[Any]:
     for group in summarise(found["units"]):
         needs = group["needs"]
         table.add_row(
-            *(group["kind"], group["unit"], str(group["units"]), str(group["missing"])),
+            group["kind"],
+            group["unit"] + (f" ({group['trainings']:,} trainings)" if group["trainings"] else ""),
+            *(str(group["units"]), str(group["missing"])),
             needs[0] + (f" and {len(needs) - 1} more" if len(needs) > 1 else "") if needs else "-",
             _duration(group["estimate_s"]),
         )
@@ -94,6 +106,8 @@ def _duration(seconds: float | None) -> str:
     return f"{hours:.1f} h" if hours >= 1 else f"{minutes:.0f} min" if minutes >= 2 else f"{seconds:.1f} s"
 
 
-def percent(mean: float, std: float | None) -> str:
-    """Return `12.34 +- 0.56` in percent."""
+def percent(mean: float | None, std: float | None) -> str:
+    """Return `12.34 +- 0.56` in percent, `-` for what is not known."""
+    if mean is None:
+        return "-"
     return f"{100 * mean:.2f}" + ("" if std is None else f" +- {100 * std:.2f}")

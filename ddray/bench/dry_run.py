@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ddray.bench.cost import forecast, sweep_of
 from ddray.bench.graph import build_graph
-from ddray.bench.run import BenchOptions, sweep_options
+from ddray.bench.ranking import sweep_folder
+from ddray.bench.run import BenchOptions, check_rankings
 from ddray.bench.spec import BenchSpec
 from ddray.config import read_yaml
 from ddray.data import Dataset, open_dataset
@@ -51,13 +53,17 @@ def dry_run(spec: BenchSpec, options: BenchOptions, *, run_dir: Path | None) -> 
         return opened[name]
 
     graph = build_graph(spec, get, check_plan)
-    sweeps = [(ranking, sweep_options(ranking, spec, options)) for ranking in graph.rankings]
-    priced = [sweep_of(ranking, held, get(ranking.dataset)) for ranking, held in sweeps]
+    sweeps = check_rankings(graph, spec, options, get)
+    priced = []
+    for ranking, held in zip(graph.rankings, sweeps, strict=True):
+        folder = None if ledger is None or run_dir is None else sweep_folder(ranking, held, run_dir)
+        num_done = 0 if folder is None else len(Ledger(folder).rows())
+        priced.append(replace(sweep_of(ranking, held, get(ranking.dataset)), num_done=num_done))
     return {
         "name": spec.name,
         "scale": options.scale,
         **forecast(graph, ledger, options.device, priced),
-        "nas_sweeps": [held.space for _, held in sweeps],
+        "nas_sweeps": [held.space for held in sweeps],
     }
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
-from ddray.bench.spec import BenchSpec, EvaluateSpec, MethodSpec, Source
+from ddray.bench.checks import check_evaluation, check_names, check_row
+from ddray.bench.spec import BenchSpec, EvaluateSpec, Limits, MethodSpec, Source
 from ddray.bench.units import Cell, Graph, Ranking, Work
 from ddray.config import merge, parse_overrides
 from ddray.data import Dataset
-from ddray.errors import InputError, unknown
+from ddray.errors import InputError
 from ddray.evaluate.teachers import TeacherRecipe
 from ddray.evaluate.training import RECIPES
 from ddray.ledger import Unit
@@ -19,26 +20,11 @@ from ddray.methods import get_method
 from ddray.nets import multiply_adds
 from ddray.plan import Plan, make_distiller, resolve, resolve_arch
 from ddray.pool import PoolSpec
-from ddray.scoring import PROTOCOLS, EvaluateOptions, check_options
+from ddray.scoring import EvaluateOptions, check_options
 from ddray.seeding import derive_seed
-from ddray.teaching import HARD_RECIPE
 
 # A set is not distilled again because more networks are trained on it.
 _COUNTS = ("seeds", "val_seeds")
-# Options of an evaluation that the table itself sets.
-_OURS = {
-    "dataset",
-    "protocol",
-    "archs",
-    "seeds",
-    "epochs",
-    "split",
-    "augment",
-    "teachers",
-    "seed",
-    "data_dir",
-    "download",
-}
 OpenDataset = Callable[[str], Dataset]
 
 
@@ -61,7 +47,7 @@ def build_graph(
     labels: dict[str, list[str]] = {}
     cells = []
     rankings: dict[tuple[int, str, tuple[str, int]], list[tuple[Cell, tuple[str, ...]]]] = {}
-    _check_names(spec)
+    check_names(spec)
     for row, name, size in _places(spec):
         sets = [
             distil_work(spec, row, open_dataset(name), name, size, spec.seed + number)
@@ -75,6 +61,7 @@ def build_graph(
         for number, held in enumerate(map(spec.within, spec.evaluate)):
             if name not in spec.scored(held):
                 continue
+            check_row(row, held)
             if held.protocol == "nas":
                 own = rankings.setdefault((number, name, size), [])
                 own.append((_proxy_cell(spec, row, held, *sets[0]), tuple(w.key for w, _ in sets)))
@@ -99,27 +86,6 @@ def _places(spec: BenchSpec) -> Iterator[tuple[MethodSpec, str, tuple[str, int]]
             if (row.row, name, size) not in seen:
                 seen.add((row.row, name, size))
                 yield row, name, size
-
-
-def _check_names(spec: BenchSpec) -> None:
-    """Refuse a protocol or a recipe that is not there, and what a protocol does not take.
-
-    Raises:
-        InputError: with the nearest name, or where it belongs.
-    """
-    known = {"hard": (*RECIPES, HARD_RECIPE), "soft": ("paper", "repo"), "nas": ("none",)}
-    for held in spec.evaluate:
-        if held.protocol not in (*PROTOCOLS, "nas"):
-            raise unknown("evaluate.protocol", held.protocol, (*PROTOCOLS, "nas"))
-        for name in ("archs", "epochs", "seeds", "augment", "target", "teacher"):
-            if held.protocol == "nas" and getattr(held, name):
-                raise InputError(
-                    f"evaluate.{name} must be left out with protocol nas, which takes its own under options "
-                    f"(as `ddray nas` has them), got {getattr(held, name)!r}"
-                )
-        names = known.get(held.protocol, tuple(RECIPES))
-        if held.recipe is not None and held.recipe not in names:
-            raise unknown(f"evaluate.recipe of {held.protocol}", held.recipe, names)
 
 
 def distil_work(
@@ -294,13 +260,14 @@ def _evaluate_work(
     teacher: str | None,
 ) -> Work:
     """Return the unit that scores one set with one architecture."""
+    check_evaluation(held, plan, target)
     own, recipe = plan.config.evaluate, held.recipe or held.options.get("recipe")
     networks = min(held.seeds or own.seeds, spec.limits.networks or 2**31)
     named = RECIPES.get(recipe or "", {}).get("epochs")
     fixed = recipe is not None or held.protocol == "soft"
     epochs = _within(spec.limits.epochs, held.epochs, named, fixed=fixed)
     options: dict[str, Any] = {
-        **_checked(held.options),
+        **held.options,
         "dataset": None if name == work.dataset else name,
         "protocol": held.protocol,
         "archs": [arch],
@@ -312,8 +279,7 @@ def _evaluate_work(
         "seed": derive_seed(work.seed, "bench", "evaluate") % 2**31,
         "teachers": None if teacher is None else teacher.split("+"),
     }
-    if held.protocol == "soft":
-        options["sets"] = _limited_teacher(held, spec.limits.teacher_epochs)
+    options |= _limited_options(held, spec.limits)
     options = {k: v for k, v in options.items() if v is not None}
     check_options(EvaluateOptions(**options), plan.dataset.image_shape)
     described = {
@@ -348,12 +314,22 @@ def _evaluate_work(
     )
 
 
-def _limited_teacher(held: EvaluateSpec, limit: int | None) -> list[str] | None:
-    """Return the protocol's `sets`, whose teachers are trained for no more epochs than the limit."""
+def _limited_options(held: EvaluateSpec, limits: Limits) -> dict[str, Any]:
+    """Return a protocol's `full_epochs` and `sets`, whose epochs and soft labels' teachers are limited."""
     sets = held.options.get("sets")
-    teacher = parse_overrides(sets or ()).get("teacher", {})
-    asked = teacher.get("epochs", TeacherRecipe().epochs) if isinstance(teacher, Mapping) else 0
-    return sets if limit is None or asked <= limit else [*(sets or ()), f"teacher.epochs={limit}"]
+    parsed = parse_overrides(sets or ())
+    asked, teacher = parsed.get("epochs", 0), parsed.get("teacher", {})
+    taught = teacher.get("epochs", TeacherRecipe().epochs) if isinstance(teacher, Mapping) else 0
+    more = []
+    if limits.epochs is not None and asked > limits.epochs:
+        more.append(f"epochs={limits.epochs}")
+    if held.protocol == "soft" and limits.teacher_epochs is not None and taught > limits.teacher_epochs:
+        more.append(f"teacher.epochs={limits.teacher_epochs}")
+    full = held.options.get("full_epochs")
+    return {
+        "sets": [*(sets or ()), *more] or None,
+        "full_epochs": full if full is None or limits.epochs is None else min(full, limits.epochs),
+    }
 
 
 def _within(most: int | None, asked: int | None, named: int | None, *, fixed: bool) -> int | None:
@@ -368,19 +344,6 @@ def _within(most: int | None, asked: int | None, named: int | None, *, fixed: bo
     if most is None or (asked is None and not fixed):
         return asked
     return min(asked or named or most, most)
-
-
-def _checked(options: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a protocol's further options.
-
-    Raises:
-        InputError: `ddray evaluate` has no such option.
-    """
-    known = {one.name for one in fields(EvaluateOptions)} - _OURS
-    for name in options:
-        if name not in known:
-            raise unknown("evaluate.options", name, known)
-    return options
 
 
 def pool_work(asker: Work, spec: PoolSpec) -> Work:

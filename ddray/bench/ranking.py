@@ -14,8 +14,10 @@ from typing import Any, Final
 
 from ddray.bench.units import Cell, Ranking
 from ddray.bench.work import artifact_name
+from ddray.data import Dataset
 from ddray.files import storage_errors
-from ddray.nas.rank import NasRequest, rank_architectures
+from ddray.nas.proxies import check_baselines
+from ddray.nas.rank import NasRequest, check_compat, rank_architectures
 from ddray.nas.sweep import Execute, NasOptions, resolve_config
 from ddray.report.published import compare, find, read_numbers
 
@@ -35,6 +37,17 @@ def nas_options(ranking: Ranking, more: Mapping[str, Any]) -> NasOptions:
     """
     own = {k: v for k, v in ranking.evaluate.options.items() if k not in _REQUEST}
     return NasOptions.parse({**own, **more}, prefix="evaluate.options.")
+
+
+def check_ranking(ranking: Ranking, options: NasOptions, dataset: Dataset) -> None:
+    """Refuse what the sweep would refuse once its sets are distilled.
+
+    Raises:
+        InputError: a baseline or `compat` is bad.
+    """
+    held = ranking.evaluate.options
+    check_baselines(tuple(held.get("baselines", ())), dataset)
+    check_compat(held.get("compat"), options.space)
 
 
 def sweep_folder(ranking: Ranking, options: NasOptions, run_dir: Path) -> Path:

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from ddray.bench.board import Board, Ended, withdraw_crashes
 from ddray.bench.cost import remember, remember_sweep, sweep_title
 from ddray.bench.graph import build_graph
-from ddray.bench.spec import BenchSpec
+from ddray.bench.spec import BenchSpec, Limits
 from ddray.bench.table import cells_of, write_plan, write_table
 from ddray.bench.units import Graph, Ranking, Work
 from ddray.bench.work import Job, run_work
@@ -25,7 +25,7 @@ from ddray.errors import DdrayError, DivergedError, InputError, StorageError
 from ddray.files import write_text
 from ddray.ledger import Ledger
 from ddray.nas.sweep import Execute as NasExecute
-from ddray.nas.sweep import NasOptions, execute_locally
+from ddray.nas.sweep import NasOptions, execute_locally, resolve_config
 from ddray.plan import Plan, check_plan, check_size
 from ddray.progress import progress
 from ddray.report.table import write_results
@@ -134,9 +134,32 @@ def prepare(spec: BenchSpec, options: BenchOptions) -> Bench:
         check_size(plan, plan.dataset.train())
 
     graph = build_graph(spec, get, check)
-    for ranking in graph.rankings:
-        sweep_options(ranking, spec, options)
+    check_rankings(graph, spec, options, get)
     return Bench(spec, options, graph, {name: dataset.fingerprint for name, dataset in opened.items()})
+
+
+def check_rankings(
+    graph: Graph, spec: BenchSpec, options: BenchOptions, get: Callable[[str], Dataset]
+) -> list[NasOptions]:
+    """Return the options of every NAS sweep of a graph.
+
+    Args:
+        graph: the units.
+        spec: the table.
+        options: how it is run.
+        get: gives a dataset by name.
+
+    Raises:
+        InputError: an option is bad.
+    """
+    from ddray.bench.ranking import check_ranking
+
+    found = []
+    for ranking in graph.rankings:
+        held = sweep_options(ranking, spec, options)
+        check_ranking(ranking, held, get(ranking.dataset))
+        found.append(held)
+    return found
 
 
 def run_bench(
@@ -309,14 +332,14 @@ def _sweep_ledger(bench: Bench, ranking: Ranking, run: Run) -> Ledger:
 
 
 def sweep_options(ranking: Ranking, spec: BenchSpec, options: BenchOptions) -> NasOptions:
-    """Return a sweep's options, with the bench's executor and resources.
+    """Return a sweep's options within the scale's limits, with the bench's executor and resources.
 
     Raises:
         InputError: `ddray nas` has no such option, or a value is bad.
     """
     from ddray.bench.ranking import nas_options
 
-    return nas_options(
+    found = nas_options(
         ranking,
         {
             "seed": spec.val_seed,
@@ -328,6 +351,22 @@ def sweep_options(ranking: Ranking, spec: BenchSpec, options: BenchOptions) -> N
             **({} if options.unit_timeout is None else {"unit_timeout": options.unit_timeout}),
         },
     )
+    return _within(found, spec.limits)
+
+
+def _within(options: NasOptions, limits: Limits) -> NasOptions:
+    """Return a sweep's options within a scale's limits."""
+    config, lower = resolve_config(options), {}
+    for name, epochs in (("epochs", config.recipe.epochs), ("truth_epochs", config.truth_recipe.epochs)):
+        if limits.epochs is not None and epochs > limits.epochs:
+            lower[name] = limits.epochs
+    for name in ("seeds", "truth_seeds"):
+        if limits.networks is not None:
+            lower[name] = min(getattr(options, name), limits.networks)
+    # Where a size limit leaves few architectures, a sample may be larger than what is left.
+    if limits.sample is not None and (options.sample is not None or options.max_mflops is None):
+        lower["sample"] = min(options.sample or limits.sample, limits.sample)
+    return options.model_copy(update=lower)
 
 
 def _loop(board: Board, execute: Execute, run: Run, job: Job) -> None:

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from ddray.config import Config, merge, nest, parse_overrides, read_yaml
+from ddray.data.catalog import KNOWN
 from ddray.errors import InputError, did_you_mean, unknown
 
 ScaleName = Literal["paper", "cpu", "smoke"]
@@ -17,7 +18,10 @@ ScaleName = Literal["paper", "cpu", "smoke"]
 # What a scale changes in every file; the file's own `scales` section wins over it.
 SCALES: Final[dict[str, dict[str, Any]]] = {
     "paper": {},
-    "cpu": {"seeds": 1, "limits": {"steps": 300, "epochs": 300, "networks": 3, "ipc": 10, "batch_real": 64}},
+    "cpu": {
+        "seeds": 1,
+        "limits": {"steps": 300, "epochs": 300, "networks": 3, "ipc": 10, "batch_real": 64, "sample": 36},
+    },
     "smoke": {
         "dataset": ["digits"],
         "seeds": 1,
@@ -31,6 +35,7 @@ SCALES: Final[dict[str, dict[str, Any]]] = {
             "teachers": 1,
             "teacher_epochs": 5,
             "batch_real": 8,
+            "sample": 4,
         },
     },
 }
@@ -41,7 +46,17 @@ def _listed(value: Any) -> Any:
     return value if isinstance(value, list | tuple) or value is None else [value]
 
 
+def _absolute(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return datasets' names, folders as absolute paths: a bench is continued from anywhere."""
+    paths = (Path(name).expanduser() for name in names)
+    return tuple(
+        str(path.absolute()) if name not in KNOWN and path.is_dir() else name
+        for name, path in zip(names, paths, strict=True)
+    )
+
+
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+Datasets = Annotated[Names, AfterValidator(_absolute)]
 Sizes = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_listed)]
 
 
@@ -67,7 +82,7 @@ class MethodSpec(Config):
     """Overrides as for --set: dotted names to values, or a list of key=value."""
     sweep: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
     """Dotted names to lists of values: one row for each combination."""
-    dataset: Names = ()
+    dataset: Datasets = ()
     """Datasets of this row, among the table's; default all."""
     ipc: Sizes = ()
     """Sizes of this row, in place of the table's."""
@@ -120,9 +135,9 @@ class EvaluateSpec(Config):
     augment: str | None = None
     recipe: str | None = None
     """How networks are trained on every row's sets: a recipe by name, as `ddray evaluate --recipe` has it."""
-    dataset: Names = ()
+    dataset: Datasets = ()
     """Distilled datasets that are scored so; default all."""
-    target: Names = ()
+    target: Datasets = ()
     """Datasets to score on; default the set's own."""
     teacher: Names = ()
     """Teachers of the protocol `soft`, one cell each; of names joined by "+", the average."""
@@ -130,6 +145,12 @@ class EvaluateSpec(Config):
     """Further options of the protocol, as `ddray evaluate` has them (`train_limit: 500`); of `nas`, as
     `ddray nas` has them (`space: convnet720`, `baselines: [early-stopping]`)."""
     published: Source = Source()
+
+    @field_validator("options")
+    @classmethod
+    def _lists(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """Take one value for a list of one, as everywhere in a bench file."""
+        return {k: _listed(v) if k in ("baselines", "sets") else v for k, v in options.items()}
 
 
 class Limits(Config):
@@ -149,13 +170,15 @@ class Limits(Config):
     teacher_epochs: int | None = Field(default=None, ge=1)
     """Of those who label in the protocol `soft`, who must be better than chance."""
     batch_real: int | None = Field(default=None, ge=1)
+    sample: int | None = Field(default=None, ge=1)
+    """Architectures that a NAS sweep trains on a set."""
 
 
 class BenchSpec(Config):
     """A bench file at one scale."""
 
     name: str
-    dataset: Names = Field(min_length=1)
+    dataset: Datasets = Field(min_length=1)
     methods: tuple[MethodSpec, ...] = Field(min_length=1)
     ipc: Sizes = ()
     budget: Sizes = ()

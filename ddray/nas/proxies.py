@@ -112,11 +112,7 @@ def baseline_proxies(
     Raises:
         InputError: an unknown baseline, one that has to be distilled, or one that is named twice.
     """
-    repeated = [name for name in names if names.count(name) > 1]
-    if repeated:
-        raise InputError(
-            f"--baseline must name each once, got {repeated[0]} {names.count(repeated[0])} times"
-        )
+    check_baselines(names, dataset)
     found: list[Proxy] = []
     for name in names:
         if name == WHOLE:
@@ -139,18 +135,37 @@ def baseline_proxies(
     return found
 
 
+def check_baselines(names: Sequence[str], dataset: Dataset) -> None:
+    """Refuse baselines that can't be made.
+
+    Args:
+        names: as for `baseline_proxies`.
+        dataset: the real data; none of it is read.
+
+    Raises:
+        InputError: an unknown baseline, one that has to be distilled, or one that is named twice.
+    """
+    from ddray.plan import resolve
+
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"--baseline must name each once, got {name} {names.count(name)} times")
+        if name in (EARLY_STOPPING, WHOLE):
+            continue
+        if name not in method_names():
+            raise unknown("--baseline", name, [EARLY_STOPPING, WHOLE, *method_names()])
+        if resolve(name, dataset, ipc=1).config.steps:
+            raise InputError(
+                f"--baseline must be {EARLY_STOPPING} or a method that selects images, got {name}; "
+                f"run ddray distill --method {name} and pass its file with --proxy"
+            )
+
+
 def _coreset(name: str, ipc: int, dataset: Dataset, train: Split, seed: int, device: torch.device) -> Proxy:
     from ddray.distill import run_distillation
     from ddray.plan import make_context, make_distiller, resolve
 
-    if name not in method_names():
-        raise unknown("--baseline", name, [EARLY_STOPPING, WHOLE, *method_names()])
     plan = resolve(name, dataset, ipc=ipc, seed=seed)
-    if plan.config.steps:
-        raise InputError(
-            f"--baseline must be {EARLY_STOPPING} or a method that selects images, got {name}; "
-            f"run ddray distill --method {name} and pass its file with --proxy"
-        )
     ctx = make_context(plan, train, split_name=f"train-val{seed}", device=device)
     made = run_distillation(make_distiller(plan), ctx).distilled
     data = training_set(made.images, made.labels, made.space())

@@ -129,10 +129,7 @@ def prepare(request: NasRequest, options: NasOptions, config: NasConfig) -> Swee
     Raises:
         InputError: a file, a name or a number is bad.
     """
-    if request.compat is not None and request.compat not in COMPATS:
-        raise unknown("--compat", request.compat, COMPATS)
-    if request.compat is not None and options.space != "nasbench201":
-        raise InputError(f"--compat {request.compat} is about --space nasbench201, got {options.space}")
+    check_compat(request.compat, options.space)
     if options.executor == "local" and options.gpus_per_worker > 0 and not torch.cuda.is_available():
         raise InputError(
             "--gpus-per-worker must be 0 with --executor local where torch sees no GPU, "
@@ -163,6 +160,18 @@ def prepare(request: NasRequest, options: NasOptions, config: NasConfig) -> Swee
     check_names(proxies)
     device = "cuda" if options.gpus_per_worker > 0 else "cpu"
     return Sweep(options, config, dataset, train, val, proxies, indices, device, can_grow=request.can_grow)
+
+
+def check_compat(compat: str | None, space: str) -> None:
+    """Refuse a harness that is not known, or has nothing to do with the space.
+
+    Raises:
+        InputError: with what is known.
+    """
+    if compat is not None and compat not in COMPATS:
+        raise unknown("--compat", compat, COMPATS)
+    if compat is not None and space != "nasbench201":
+        raise InputError(f"--compat {compat} is about --space nasbench201, got {space}")
 
 
 def _open(name: str, request: NasRequest) -> Dataset:

@@ -18,6 +18,7 @@ from ddray.methods import get_method
 from ddray.report import figures
 from ddray.report.images import data_uri, grid
 from ddray.report.plane import make_plane
+from ddray.report.published import FIGURES
 from ddray.report.runs import RunView, SetView, read_run, size_of
 from ddray.report.tune_page import search_figures
 from ddray.space import Range, Space
@@ -28,18 +29,6 @@ _MAX_PLANES: Final = 6
 _MAX_CURVES: Final = 12
 # Columns of the leaderboard that stand only where a cell has them.
 _OPTIONAL: Final = ("target", "teacher", "augment", "settings", "published")
-_FIGURES: Final = {
-    "lrs": "LRS",
-    "ars": "ARS",
-    "spearman": "Spearman",
-    "published_spearman": "published Spearman",
-    "spearman_top20": "Spearman, top 20 %",
-    "published_spearman_top20": "published, top 20 %",
-    "search_time": "search, minutes",
-    "published_search_time": "published minutes",
-    "storage_images": "images",
-    "published_storage_images": "published images",
-}
 
 
 def write_page(
@@ -57,9 +46,11 @@ def write_page(
         `{"report", "runs", "num_cells", "num_sets", "num_failed"}`.
 
     Raises:
-        InputError: a folder is not a run's.
+        InputError: a folder is not a run's, or `out` is a folder.
         StorageError: the page can't be written.
     """
+    if out.is_dir():
+        raise InputError(f"--out must be a file, {out} is a folder; add the page's name")
     from jinja2 import Environment, PackageLoader, select_autoescape
     from plotly.offline import get_plotlyjs
 
@@ -141,7 +132,7 @@ def _leaderboards(cells: Sequence[Mapping[str, Any]], sets: Sequence[SetView]) -
             "protocol": protocol,
             "lines": lines,
             "columns": [name for name in _OPTIONAL if any(line[name] is not None for line in lines)],
-            "figures": {k: v for k, v in _FIGURES.items() if any(line[k] is not None for line in lines)},
+            "figures": {k: v for k, v in FIGURES.items() if any(line[k] is not None for line in lines)},
             "plots": [{"title": name, "html": figures.accuracy_bars(held)} for name, held in groups.items()],
         }
 
@@ -157,7 +148,7 @@ def _line(cell: Mapping[str, Any], sets: Sequence[SetView]) -> dict[str, Any]:
     times = [view.wall_s for view in own if view.wall_s is not None]
     made = next((held for view in own if (held := view.load()) is not None), None)
     return {
-        **{name: cell.get(name) for name in (*_OPTIONAL, *_FIGURES)},
+        **{name: cell.get(name) for name in (*_OPTIONAL, *FIGURES)},
         "method": cell["method"],
         "dataset": cell["dataset"],
         "size": size_of(cell),

@@ -29,10 +29,23 @@ _METHODS: Final = {
 _METRICS: Final = {"linear": "linear_probe_accuracy", "nas": "nas_top1_accuracy"}
 # Protocols with a metric of their own; `robust` reports the accuracy of `hard` beside its scores.
 _PROTOCOLS: Final = ("hard", "soft", "robust", *_METRICS)
-# All other tables of D3HR are of soft labels, also where they name no teacher.
-_HARD_D3HR: Final = ("Table 5", "Table A6")
+# All other tables of D3HR are of soft labels (its Sec 5.1), also where they name no teacher.
+_HARD_D3HR: Final = ("Table 5",)
 # Rows that train on the whole dataset: they have no size, whatever the table's other rows have.
-_WHOLE: Final = ("early_stopping",)
+_WHOLE: Final = ("early_stopping", "whole")
+# Figures of a cell beside its accuracy, as tables for people head them.
+FIGURES: Final = {
+    "lrs": "LRS",
+    "ars": "ARS",
+    "spearman": "Spearman",
+    "published_spearman": "published Spearman",
+    "spearman_top20": "Spearman, top 20 %",
+    "published_spearman_top20": "published, top 20 %",
+    "search_time": "search, minutes",
+    "published_search_time": "published minutes",
+    "storage_images": "images",
+    "published_storage_images": "published images",
+}
 _DEFAULT_TEACHER: Final = "resnet18"
 # Runs behind a published mean, where the paper says so; a mean of an unknown number counts as one run.
 _RUNS: Final = {"boost_ssdd": 3, "dsdm": 5}
