@@ -250,6 +250,21 @@ def test_a_page_is_a_file(folder: Path, tmp_path: Path) -> None:
         write_page([folder], tmp_path)
 
 
+def test_what_every_row_shares_is_said_once(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    held = json.loads((copy / "cells.json").read_text())
+    first = {**held["cells"][0], "settings": "recipe=vico", "augment": "dsa"}
+    held["cells"] = [first, {**first, "method": "other", "augment": "none"}]
+    (copy / "cells.json").write_text(json.dumps(held))
+    write_page([copy], copy / "report.html", planes=False)
+    text = (copy / "report.html").read_text()
+    head, *lines = tables(text)[0]
+    assert "Of every row: settings recipe=vico." in body(text)
+    assert "settings" not in head
+    assert {line[head.index("augmentation")] for line in lines} == {"dsa", "none"}
+
+
 def test_published_correlations_stand_beside_ours(folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(folder, copy)

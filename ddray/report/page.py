@@ -29,6 +29,7 @@ _MAX_PLANES: Final = 6
 _MAX_CURVES: Final = 12
 # Columns of the leaderboard that stand only where a cell has them.
 _OPTIONAL: Final = ("target", "teacher", "augment", "settings", "published")
+_SAID: Final = {"teacher": "teacher", "augment": "augmentation", "settings": "settings"}
 
 
 def write_page(
@@ -128,10 +129,18 @@ def _leaderboards(cells: Sequence[Mapping[str, Any]], sets: Sequence[SetView]) -
         for cell in own:
             groups.setdefault(figures.group_of(cell), []).append(cell)
         lines = [_line(cell, sets) for cell in own]
+        columns = [name for name in _OPTIONAL if any(line[name] is not None for line in lines)]
+        # What is the same in every line is said once: such settings would push the numbers off the page.
+        alike = [
+            name
+            for name in columns
+            if name in _SAID and len({line[name] for line in lines}) == 1 < len(lines)
+        ]
         yield {
             "protocol": protocol,
             "lines": lines,
-            "columns": [name for name in _OPTIONAL if any(line[name] is not None for line in lines)],
+            "shared": "; ".join(f"{_SAID[name]} {lines[0][name]}" for name in alike),
+            "columns": [name for name in columns if name not in alike],
             "figures": {k: v for k, v in FIGURES.items() if any(line[k] is not None for line in lines)},
             "plots": [{"title": name, "html": figures.accuracy_bars(held)} for name, held in groups.items()],
         }
