@@ -368,6 +368,10 @@ class TestGraph:
             ({"evaluate": nas_of(baselines="erly-stopping")}, "did you mean 'early-stopping'"),
             ({"evaluate": nas_of(baselines=["random", "random"])}, "must name each once, got random 2 times"),
             ({"evaluate": nas_of(baselines="dm")}, "a method that selects images, got dm"),
+            (
+                {"evaluate": {"options": {"sets": "epochs=many"}}, "limits": {"epochs": 2}},
+                "evaluate.epochs must be",
+            ),
             ({"evaluate": nas_of(compat="dcbench")}, "is about --space nasbench201"),
             ({"methods": ["random_ssl"], "set": {}}, "must be linear for random_ssl"),
             ({"evaluate": {"teacher": "resnet18"}}, "--teacher must be left out"),

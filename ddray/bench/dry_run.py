@@ -56,8 +56,7 @@ def dry_run(spec: BenchSpec, options: BenchOptions, *, run_dir: Path | None) -> 
     sweeps = check_rankings(graph, spec, options, get)
     priced = []
     for ranking, held in zip(graph.rankings, sweeps, strict=True):
-        folder = None if ledger is None or run_dir is None else sweep_folder(ranking, held, run_dir)
-        num_done = 0 if folder is None else len(Ledger(folder).rows())
+        num_done = 0 if run_dir is None else len(Ledger(sweep_folder(ranking, held, run_dir)).rows())
         priced.append(replace(sweep_of(ranking, held, get(ranking.dataset)), num_done=num_done))
     return {
         "name": spec.name,

@@ -318,18 +318,23 @@ def _limited_options(held: EvaluateSpec, limits: Limits) -> dict[str, Any]:
     """Return a protocol's `full_epochs` and `sets`, whose epochs and soft labels' teachers are limited."""
     sets = held.options.get("sets")
     parsed = parse_overrides(sets or ())
-    asked, teacher = parsed.get("epochs", 0), parsed.get("teacher", {})
-    taught = teacher.get("epochs", TeacherRecipe().epochs) if isinstance(teacher, Mapping) else 0
+    teacher = parsed.get("teacher", {})
+    taught = teacher.get("epochs", TeacherRecipe().epochs) if isinstance(teacher, Mapping) else None
     more = []
-    if limits.epochs is not None and asked > limits.epochs:
+    if _is_above(parsed.get("epochs"), limits.epochs):
         more.append(f"epochs={limits.epochs}")
-    if held.protocol == "soft" and limits.teacher_epochs is not None and taught > limits.teacher_epochs:
+    if held.protocol == "soft" and _is_above(taught, limits.teacher_epochs):
         more.append(f"teacher.epochs={limits.teacher_epochs}")
     full = held.options.get("full_epochs")
     return {
         "sets": [*(sets or ()), *more] or None,
-        "full_epochs": full if full is None or limits.epochs is None else min(full, limits.epochs),
+        "full_epochs": limits.epochs if _is_above(full, limits.epochs) else full,
     }
+
+
+def _is_above(asked: Any, limit: int | None) -> bool:
+    """Return whether a number is above a limit; what is no number is refused later, by its own rule."""
+    return limit is not None and isinstance(asked, int) and asked > limit
 
 
 def _within(most: int | None, asked: int | None, named: int | None, *, fixed: bool) -> int | None:

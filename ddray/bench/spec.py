@@ -150,7 +150,7 @@ class EvaluateSpec(Config):
     @classmethod
     def _lists(cls, options: dict[str, Any]) -> dict[str, Any]:
         """Take one value for a list of one, as everywhere in a bench file."""
-        return {k: _listed(v) if k in ("baselines", "sets") else v for k, v in options.items()}
+        return {k: (_listed(v) or []) if k in ("baselines", "sets") else v for k, v in options.items()}
 
 
 class Limits(Config):
