@@ -370,7 +370,7 @@ class TestGraph:
             ({"evaluate": nas_of(baselines="dm")}, "a method that selects images, got dm"),
             (
                 {"evaluate": {"options": {"sets": "epochs=many"}}, "limits": {"epochs": 2}},
-                "evaluate.epochs must be",
+                "evaluate.epochs: input should be a valid integer",
             ),
             ({"evaluate": nas_of(compat="dcbench")}, "is about --space nasbench201"),
             ({"methods": ["random_ssl"], "set": {}}, "must be linear for random_ssl"),
