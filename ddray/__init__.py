@@ -1,7 +1,7 @@
 """ddray: hyperparameter and NAS benchmarking for dataset distillation, on Ray.
 
-As a library: `ddray.distill("datadam", ipc=1)`, `ddray.load("x.pt")`, `ddray.evaluate(made)`,
-`ddray.export(made, "folder")`.
+As a library: `ddray.distill("datadam", ipc=1)`, `ddray.load("x.pt")`, `ddray.evaluate(distilled)`,
+`ddray.export(distilled, "folder")`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _FUNCTIONS = ("distill", "evaluate", "export", "load")
 
 
 class _Callable(ModuleType):
-    """A submodule that shares its name with a function of the library, and can be called as it."""
+    """A submodule that shares its name with a library function and can be called like it."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function."""
@@ -40,10 +40,10 @@ class _Callable(ModuleType):
 
 
 class _Package(ModuleType):
-    """This package; torch is loaded when a function is first asked for."""
+    """This package; torch is imported when a function is first used."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Take a submodule when it is imported: `ddray.distill` stays callable."""
+        """Make a submodule callable when it is imported, so that `ddray.distill(...)` still works."""
         if name in _FUNCTIONS and isinstance(value, ModuleType):
             value.__class__ = _Callable
         super().__setattr__(name, value)

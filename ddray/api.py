@@ -1,4 +1,4 @@
-"""What the commands do, as functions: distil into a run directory, describe a dataset, write JSON."""
+"""The commands' work as functions: distil into a run directory, describe a dataset, write JSON."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def distill_unit(plan: Plan, split_name: str) -> Unit:
 
 
 def _result_config(plan: Plan) -> dict[str, Any]:
-    """Return the settings that decide the distilled bytes: how often a checkpoint is kept does not."""
+    """Return the settings that affect the distilled bytes; checkpoint_every and evaluate do not."""
     return {k: v for k, v in plan.describe().items() if k not in ("checkpoint_every", "evaluate")}
 
 
@@ -41,25 +41,25 @@ def distill(
     out: Path | None = None,
     val_seed: int | None = None,
 ) -> dict[str, Any]:
-    """Distil on all of train, or on what a search keeps of it, in a run directory that can be resumed.
+    """Distil all of train, or all but a val tenth, in a run directory that can be resumed.
 
     Args:
         plan: the resolved run.
         device: where to compute.
-        run_dir: the run's folder; None makes a numbered one under `runs/`.
-        resume: continue what the folder holds.
-        out: where the artifact goes; default `<run>/distilled.pt`. Replaced only after success.
-        val_seed: leave out the val tenth that `tune` and `nas` with this seed score on; None leaves none out.
+        run_dir: the run's folder; None creates a numbered one under `runs/`.
+        resume: continue the run in the folder.
+        out: where to write the artifact; default `<run>/distilled.pt`. Replaced only after success.
+        val_seed: exclude the val tenth that `tune` and `nas` score on with this seed; None uses all of train.
 
     Returns:
-        The command's JSON (DESIGN: commands).
+        The command's JSON (docs/architecture.md, Commands).
 
     Raises:
         InputError: the plan does not fit the dataset, or the folder can't be used.
         DivergedError: the loss became NaN.
         StorageError: a file can't be written.
     """
-    # Everything that can be refused is refused before a folder is made.
+    # Reject everything that can be rejected before creating a folder.
     if out is not None:
         _check_out(out)
     distiller = make_distiller(plan)
@@ -74,7 +74,7 @@ def distill(
     run.ledger.begin(unit, epoch=run.epoch)
     with progress(f"{plan.method} on {plan.dataset.name}", plan.config.steps) as show:
         try:
-            made = run_distillation(
+            distillation = run_distillation(
                 distiller,
                 ctx,
                 checkpoint=checkpoint,
@@ -83,28 +83,32 @@ def distill(
             )
         except DdrayError as error:
             if isinstance(error, InputError) and not run.resumed and not checkpoint.exists():
-                run.discard()  # refused by the method's setup: nothing was made
+                run.discard()  # rejected by the method's setup: nothing was written
                 raise
-            # Not a row: a person who reruns with --resume should get another try.
+            # No row, so that a rerun with --resume tries again.
             run.ledger.event("fail", unit.key, run.epoch, error=str(error))
             raise
     target = (out or run.folder / "distilled.pt").absolute()
-    made.distilled.save(target)
-    if len(made.distilled.images):
-        save_pictures(made.distilled, target, representations=getattr(distiller, "representations", None))
-    write_text(run.folder / "distilled.json", json.dumps({"losses": made.curve()}))
-    result = _distill_result(plan, made, target)
-    row = Row(key=unit.key, kind="distill", spec=unit.spec, status="done", result=result, wall_s=made.wall_s)
+    distillation.distilled.save(target)
+    if len(distillation.distilled.images):
+        save_pictures(
+            distillation.distilled, target, representations=getattr(distiller, "representations", None)
+        )
+    write_text(run.folder / "distilled.json", json.dumps({"losses": distillation.curve()}))
+    result = _distill_result(plan, distillation, target)
+    row = Row(
+        key=unit.key, kind="distill", spec=unit.spec, status="done", result=result, wall_s=distillation.wall_s
+    )
     run.ledger.publish(unit, row, epoch=run.epoch)
     write_results(run.folder / "results.csv", run.ledger.rows())
     return {**result, "run_dir": str(run.folder)}
 
 
 def _check_out(out: Path) -> None:
-    """Refuse an --out that can't become the artifact, before the work and not after it.
+    """Reject an --out that can't be written, before the work starts.
 
     Raises:
-        InputError: a folder, a picture's name, or a place that can't be written.
+        InputError: it is a folder, has a picture's name, or is in a folder that can't be written.
     """
     if out.is_dir():
         raise InputError(f"--out must be a file, {out} is a folder")
@@ -115,25 +119,25 @@ def _check_out(out: Path) -> None:
         raise InputError(f"--out must be in a folder that can be written, got {out}")
 
 
-def _distill_result(plan: Plan, made: DistillResult, target: Path) -> dict[str, Any]:
-    first, final = made.edge_losses()
+def _distill_result(plan: Plan, distillation: DistillResult, target: Path) -> dict[str, Any]:
+    first, final = distillation.edge_losses()
     return {
         "artifact": str(target),
         "method": plan.method,
         "dataset": plan.dataset.name,
         "ipc": plan.ipc,
         **({} if plan.budget is None else {"budget": plan.budget}),
-        "steps": len(made.losses),
-        "resumed_from_step": made.resumed_from_step,
-        "wall_s": made.wall_s,
-        "seconds_per_step": made.seconds_per_step,
+        "steps": len(distillation.losses),
+        "resumed_from_step": distillation.resumed_from_step,
+        "wall_s": distillation.wall_s,
+        "seconds_per_step": distillation.seconds_per_step,
         "first_loss": first,
         "final_loss": final,
     }
 
 
 def data_info(name: str, *, data_dir: Path | None = None, download: bool = False) -> dict[str, Any]:
-    """Return a dataset's facts (DESIGN: `ddray data info`)."""
+    """Return what `ddray data info` prints (docs/architecture.md, Commands)."""
     dataset = open_dataset(name, data_dir=data_dir, download=download)
     return {
         "name": dataset.name,
@@ -147,7 +151,7 @@ def data_info(name: str, *, data_dir: Path | None = None, download: bool = False
 
 
 def to_json(value: Any) -> str:
-    """Return one JSON object; an undefined number is null."""
+    """Return a value as JSON; NaN and infinities become null."""
     return json.dumps(_defined(value), allow_nan=False)
 
 

@@ -34,7 +34,7 @@ _ZCA: Final = ("zca_mean", "zca_matrix")
 
 
 class Meta(Config):
-    """What a distilled set says of itself."""
+    """Metadata stored with a distilled set."""
 
     dataset: str
     fingerprint: str
@@ -53,15 +53,15 @@ class Meta(Config):
     config: dict[str, Any] = Field(default_factory=dict)
     seed: int | None = None
     split: str | None = None
-    """What it was distilled from: `train`, or `train-val<seed>` without the val tenth."""
+    """What it was distilled from: `train`, or `train-val<seed>`, which excludes the val tenth."""
     arch: str
     norm: str
     generator: str | None = None
     """Hash of the generative model behind the images, if any."""
     budget: int | None = Field(default=None, ge=1)
-    """Images of storage that a self-supervised set was allowed; its ipc is their share of a class."""
+    """Storage budget of a self-supervised set, in images; its ipc is the budget per class."""
     decoder: Literal["partition", "boost_ssdd", "d3hr"] | None = None
-    """What turns stored tensors into training images; None: they are the same."""
+    """What turns stored tensors into training images; None: they are stored as they are."""
     partition: Partition | None = None
     """The parameters of decoder `partition`."""
     bases: Bases | None = None
@@ -72,7 +72,7 @@ class Meta(Config):
 
 @dataclass(frozen=True)
 class TrainSet:
-    """What an evaluator trains on: images already in their pixel space.
+    """What an evaluator trains on: decoded images in the set's pixel space.
 
     Attributes:
         images: float32 [N, C, H, W].
@@ -87,16 +87,16 @@ class TrainSet:
 
 @dataclass(frozen=True)
 class DistilledSet:
-    """A small set that stands for a big one.
+    """A small synthetic set that replaces a large real one for training.
 
     Attributes:
         images: float32 [N, C, H, W] in `meta.pixel_space`.
         labels: int64 [N]; [0] where there are targets instead.
-        meta: what the set says of itself.
+        meta: the metadata.
         zca: `zca_mean` [D] and `zca_matrix` [D, D] of a whitened set (D = C*H*W), else empty.
         targets: float32 [N, D] of a self-supervised set, else None.
-        compact: the tensors that decoder `boost_ssdd` makes images and targets of, which are then not stored,
-            or the statistics that `d3hr` draws images from, of which there are none before `generated`.
+        compact: stored in place of images: what decoder `boost_ssdd` expands to images and targets, or the
+            statistics that `d3hr` samples images from (no images before `generated`).
     """
 
     images: Tensor
@@ -107,32 +107,32 @@ class DistilledSet:
     compact: Mapping[str, Tensor] = field(default_factory=dict)
 
     def space(self) -> PixelSpace:
-        """Return the pixel space that the images live in."""
+        """Return the pixel space of the images."""
         meta = self.meta
         return PixelSpace(
             meta.pixel_space, meta.mean, meta.std, self.zca.get("zca_mean"), self.zca.get("zca_matrix")
         )
 
     def generated(self, ipc: int | None = None, device: torch.device | str = "cpu") -> DistilledSet:
-        """Return this set with images: itself, unless it holds statistics to draw any number of them from.
+        """Return this set with images: sampled if it stores statistics, otherwise the set itself.
 
         Args:
-            ipc: images per class to draw; default as it was distilled.
-            device: where they are made.
+            ipc: images per class to sample; default as distilled.
+            device: where to sample them.
 
         Raises:
-            InputError: `ipc` for a set that holds its images, or the generator is not there any more.
+            InputError: `ipc` for a set that stores its images, or the generator is gone.
         """
         if self.meta.decoder != "d3hr":
             if ipc is not None:
-                raise InputError("--ipc is for sets that hold statistics; this one holds its images")
+                raise InputError("--ipc is for sets that store statistics; this one stores its images")
             return self
         from ddray.methods._d3hr_sampling import generate
 
         return generate(self, self.meta.ipc if ipc is None else ipc, torch.device(device))
 
     def decode(self) -> TrainSet:
-        """Return the set as it is trained on.
+        """Return the set as networks train on it.
 
         Labelled: images [N * P, C, H, W], P per stored image. Bases: images with their views, and targets.
         """
@@ -156,7 +156,7 @@ class DistilledSet:
         """Check that tensors and meta agree.
 
         Raises:
-            InputError: naming the first rule that is broken.
+            InputError: names the first rule that is broken.
         """
         images, labels, meta = self.images, self.labels, self.meta
         if meta.decoder == "d3hr":
@@ -188,10 +188,10 @@ class DistilledSet:
             )
         width = images[0].numel()
         shapes = {name: list(tensor.shape) for name, tensor in self.zca.items()}
-        wanted = {"zca_mean": [width], "zca_matrix": [width, width]} if meta.pixel_space == "zca" else {}
-        if shapes != wanted:
+        expected = {"zca_mean": [width], "zca_matrix": [width, width]} if meta.pixel_space == "zca" else {}
+        if shapes != expected:
             raise InputError(
-                f"a set in pixel space {meta.pixel_space} must hold {wanted or 'no ZCA'}, got {shapes}"
+                f"a set in pixel space {meta.pixel_space} must hold {expected or 'no ZCA'}, got {shapes}"
             )
         for name, tensor in self.zca.items():
             if tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
@@ -217,7 +217,7 @@ class DistilledSet:
         partition.spans(*self.images.shape[2:])
 
     def _validate_targets(self, targets: Tensor) -> None:
-        """Raise InputError unless the targets fit the images, and the stored floats are counted right."""
+        """Raise InputError unless the targets fit the images and storage_floats is correct."""
         meta, num = self.meta, len(self.images)
         if targets.dtype != torch.float32 or targets.ndim != 2 or len(targets) != num or len(self.labels):
             raise InputError(
@@ -248,16 +248,16 @@ class DistilledSet:
         if self.targets is not None:
             stored = {"images": self.images, "targets": self.targets}
         stored = dict(self.compact) or stored
-        held: dict[str, Any] = {
+        contents: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             **{name: _plain(tensor) for name, tensor in (stored | dict(self.zca)).items()},
             "meta": json.dumps(self.meta.dump(), sort_keys=True),
         }
-        write_atomically(Path(path), lambda file: torch.save(held, file))
+        write_atomically(Path(path), lambda file: torch.save(contents, file))
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """Return a contiguous CPU copy: of a view, torch.save would write the whole tensor behind it."""
+    """Return a contiguous CPU copy: torch.save writes the whole storage behind a view."""
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
@@ -268,37 +268,37 @@ def load(
 
     Args:
         path: the file.
-        dataset: what a foreign file, which does not say it, was distilled from.
-        pixel_space: the space of a foreign file's pixels; default: normalised by the dataset's mean and std.
+        dataset: what a foreign file was distilled from (the file does not say).
+        pixel_space: of a foreign file; default: normalised by the dataset's mean and std.
 
     Raises:
-        InputError: missing, torn, not a distilled set, or holding anything but tensors and plain values.
+        InputError: the file is missing, torn, not a distilled set, or has more than tensors and plain values.
     """
-    held = read_tensors(path)
-    if isinstance(held, dict) and "format_version" in held:
-        return _own(path, held)
+    contents = read_tensors(path)
+    if isinstance(contents, dict) and "format_version" in contents:
+        return _own(path, contents)
     if dataset is None:
         raise InputError(f"{path} does not say which dataset it is of: add --dataset NAME")
-    images, labels = read_foreign(path, held)
+    images, labels = read_foreign(path, contents)
     if int(labels.max()) >= dataset.num_classes:
         raise InputError(
             f"{path}: labels must be < {dataset.num_classes} for {dataset.name}, got {int(labels.max())}"
         )
     space = pixel_space or PixelSpace("normalized", dataset.mean, dataset.std)
     zca = {"zca_mean": space.zca_mean, "zca_matrix": space.zca_matrix} if space.kind == "zca" else {}
-    made = DistilledSet(
+    distilled = DistilledSet(
         images=images.float(),
         labels=labels.long(),
         meta=describe_foreign(path, images, labels, dataset, space.kind),
         zca={name: tensor for name, tensor in zca.items() if tensor is not None},
     )
-    return _validated(path, made)
+    return _validated(path, distilled)
 
 
 def describe_foreign(
     path: Path, images: Tensor, labels: Tensor, dataset: Dataset, kind: Literal["raw", "normalized", "zca"]
 ) -> Meta:
-    """Return the meta of another project's file, as far as it can be known."""
+    """Return the metadata that can be inferred from another project's file."""
     from ddray.nets import default_arch
 
     shape = (int(images.shape[1]), int(images.shape[2]), int(images.shape[3]))
@@ -320,48 +320,48 @@ def describe_foreign(
     )
 
 
-def _own(path: Path, held: Mapping[str, Any]) -> DistilledSet:
-    """Build a set from our own format."""
-    version = held["format_version"]
+def _own(path: Path, contents: Mapping[str, Any]) -> DistilledSet:
+    """Build a set from our format."""
+    version = contents["format_version"]
     if not isinstance(version, int) or version != FORMAT_VERSION:
         raise InputError(f"{path}: format_version must be {FORMAT_VERSION}, got {version}; update ddray")
-    if "meta" in held and _decoder(held["meta"]) in ("boost_ssdd", "d3hr"):
-        return _compact(path, held)
-    needed = {"images", "targets" if "targets" in held else "labels", "meta"}
-    known = {"format_version", *needed, *_ZCA}
-    missing, more = needed - held.keys(), held.keys() - known
-    if missing or more:
+    if "meta" in contents and _decoder(contents["meta"]) in ("boost_ssdd", "d3hr"):
+        return _compact(path, contents)
+    needed = {"images", "targets" if "targets" in contents else "labels", "meta"}
+    allowed = {"format_version", *needed, *_ZCA}
+    missing, unexpected = needed - contents.keys(), contents.keys() - allowed
+    if missing or unexpected:
         raise InputError(
-            f"{path} must hold {sorted(known)}; missing {sorted(missing)}, unknown {sorted(more)}"
+            f"{path} must hold {sorted(allowed)}; missing {sorted(missing)}, unknown {sorted(unexpected)}"
         )
-    wrong = [key for key in held if key not in ("format_version", "meta") and not is_plain(held[key])]
+    wrong = [key for key in contents if key not in ("format_version", "meta") and not is_plain(contents[key])]
     if wrong:
         raise InputError(f"{path}: {', '.join(wrong)} must be dense tensors")
-    meta, zca = _meta(path, held), {key: held[key] for key in _ZCA if key in held}
-    labels = held.get("labels", torch.zeros(0, dtype=torch.int64))
-    return _validated(path, DistilledSet(held["images"], labels, meta, zca, held.get("targets")))
+    meta, zca = _meta(path, contents), {key: contents[key] for key in _ZCA if key in contents}
+    labels = contents.get("labels", torch.zeros(0, dtype=torch.int64))
+    return _validated(path, DistilledSet(contents["images"], labels, meta, zca, contents.get("targets")))
 
 
-def _meta(path: Path, held: Mapping[str, Any]) -> Meta:
+def _meta(path: Path, contents: Mapping[str, Any]) -> Meta:
     try:
-        values = dict(json.loads(held["meta"]))
+        values = dict(json.loads(contents["meta"]))
     except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: meta must be a JSON object, got {str(held['meta'])[:60]!r}") from error
+        raise InputError(f"{path}: meta must be a JSON object, got {str(contents['meta'])[:60]!r}") from error
     return Meta.parse(values, prefix="meta.", source=str(path))
 
 
 def _decoder(text: Any) -> Any:
-    """Return what a file's meta says makes images of its tensors, if it can be read."""
+    """Return the decoder named in a file's meta; None if the meta can't be read."""
     try:
         return dict(json.loads(text)).get("decoder")
     except (TypeError, ValueError):
         return None
 
 
-def _compact(path: Path, held: Mapping[str, Any]) -> DistilledSet:
+def _compact(path: Path, contents: Mapping[str, Any]) -> DistilledSet:
     """Build a set that is stored as bases and coefficients, or as statistics."""
-    meta, zca = _meta(path, held), {key: held[key] for key in _ZCA if key in held}
-    tensors = {key: value for key, value in held.items() if key not in ("format_version", "meta", *_ZCA)}
+    meta, zca = _meta(path, contents), {key: contents[key] for key in _ZCA if key in contents}
+    tensors = {key: value for key, value in contents.items() if key not in ("format_version", "meta", *_ZCA)}
     wrong = [key for key, value in tensors.items() if not is_plain(value)]
     if meta.decoder == "d3hr" and not wrong:
         blank, none = torch.zeros(0, *meta.image_shape), torch.zeros(0, dtype=torch.int64)
@@ -372,7 +372,7 @@ def _compact(path: Path, held: Mapping[str, Any]) -> DistilledSet:
         check(tensors, meta.bases, meta.image_shape)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    made = DistilledSet(
+    distilled = DistilledSet(
         images=images_of(tensors, meta.bases),
         labels=torch.zeros(0, dtype=torch.int64),
         meta=meta,
@@ -380,12 +380,12 @@ def _compact(path: Path, held: Mapping[str, Any]) -> DistilledSet:
         targets=targets_of(tensors),
         compact=tensors,
     )
-    return _validated(path, made)
+    return _validated(path, distilled)
 
 
-def _validated(path: Path, made: DistilledSet) -> DistilledSet:
+def _validated(path: Path, distilled: DistilledSet) -> DistilledSet:
     try:
-        made.validate()
+        distilled.validate()
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    return made
+    return distilled

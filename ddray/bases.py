@@ -58,34 +58,32 @@ def upsample(flat: Tensor, shape: tuple[int, int, int], scale: int) -> Tensor:
 
 def views(images: Tensor, augmentation: Augmentation) -> Tensor:
     """Return {X, tau_1(X), ..., tau_A(X)}, float [(A + 1) * m, C, H, W], view by view; differentiable."""
-    return torch.cat([images, *(view(images, augmentation, number) for number in _numbers(augmentation))])
+    return torch.cat(
+        [images, *(view(images, augmentation, index) for index in range(NUM_VIEWS[augmentation]))]
+    )
 
 
-def view(images: Tensor, augmentation: Augmentation, number: int) -> Tensor:
-    """Return tau_number of images [m, C, H, W], numbers from 0."""
+def view(images: Tensor, augmentation: Augmentation, index: int) -> Tensor:
+    """Return tau_index of images [m, C, H, W], indices from 0."""
     height, width = images.shape[2:]
     if augmentation == "rotation":
-        return images.rot90(number + 1, (2, 3))
+        return images.rot90(index + 1, (2, 3))
     if augmentation == "jigsaw":
-        shifts = ((0, width // 2), (height // 2, 0), (height // 2, width // 2))[number]
+        shifts = ((0, width // 2), (height // 2, 0), (height // 2, width // 2))[index]
         return images.roll(shifts, (2, 3))
     size_y, size_x = max(1, int(height * _CROP + 0.5)), max(1, int(width * _CROP + 0.5))
     bottom, right = height - size_y, width - size_x
-    top, left = ((0, 0), (0, right), (bottom, 0), (bottom, right), (bottom // 2, right // 2))[number]
+    top, left = ((0, 0), (0, right), (bottom, 0), (bottom, right), (bottom // 2, right // 2))[index]
     cropped = images[:, :, top : top + size_y, left : left + size_x]
     return F.interpolate(cropped, size=(height, width), mode="bilinear", align_corners=False)
 
 
-def _numbers(augmentation: Augmentation) -> range:
-    return range(NUM_VIEWS[augmentation])
-
-
 def view_coefficients(tensors: Tensors, bases: Bases, coefficients: Tensor) -> Tensor:
-    """Return the coefficients of the views' targets, C^y + Q_a(C^y) or what stands for it, [A, m, V].
+    """Return the coefficients of the views' targets, C^y + Q_a(C^y) or its substitute, [A, m, V].
 
     Args:
         tensors: the stored tensors.
-        bases: which of the four kinds they are.
+        bases: says which of the four approximations they are.
         coefficients: C^y [m, V].
     """
     if bases.approximation == "ideal":
@@ -109,9 +107,11 @@ def images_of(tensors: Tensors, bases: Bases) -> Tensor:
     """Return the images without their views, X_s [m, C, H, W]."""
     if "images" in tensors:
         return tensors["images"]
-    held = tensors["image_bases"]
-    _, channels, height, width = held.shape
-    return upsample(tensors["image_coefficients"] @ held.flatten(1), (channels, height, width), bases.scale)
+    image_bases = tensors["image_bases"]
+    _, channels, height, width = image_bases.shape
+    return upsample(
+        tensors["image_coefficients"] @ image_bases.flatten(1), (channels, height, width), bases.scale
+    )
 
 
 def targets_of(tensors: Tensors) -> Tensor:
@@ -122,33 +122,33 @@ def targets_of(tensors: Tensors) -> Tensor:
 
 
 def of_images(tensors: Tensors, rows: slice | Tensor) -> dict[str, Tensor]:
-    """Return the tensors of a set of some of the images alone; bases and networks are those of all."""
-    held = {name: tensor[rows] if name in _PER_IMAGE else tensor for name, tensor in tensors.items()}
-    if "view_coefficients" in held:
-        held["view_coefficients"] = held["view_coefficients"][:, rows]
-    return held
+    """Return the tensors of a subset of the images; bases and networks stay those of all."""
+    selected = {name: tensor[rows] if name in _PER_IMAGE else tensor for name, tensor in tensors.items()}
+    if "view_coefficients" in selected:
+        selected["view_coefficients"] = selected["view_coefficients"][:, rows]
+    return selected
 
 
 def expand(tensors: Tensors, bases: Bases) -> tuple[Tensor, Tensor]:
     """Return the set as it is trained on: images [(A + 1) m, C, H, W] and targets [(A + 1) m, D]."""
     images = views(images_of(tensors, bases), bases.augmentation)
-    own = targets_of(tensors)
+    targets = targets_of(tensors)
     if bases.num_views == 0:
-        return images, own
+        return images, targets
     # Without bases the coefficients are the targets themselves.
-    moved = view_coefficients(tensors, bases, tensors.get("target_coefficients", own))
+    moved = view_coefficients(tensors, bases, tensors.get("target_coefficients", targets))
     if "target_bases" in tensors:
         moved = moved @ tensors["target_bases"]
-    return images, torch.cat([own, *moved])
+    return images, torch.cat([targets, *moved])
 
 
 def check(tensors: Tensors, bases: Bases, image_shape: tuple[int, int, int]) -> None:
-    """Check that names and shapes are those that the decoder reads.
+    """Check that the tensors have the names and shapes that the decoder needs.
 
     Raises:
-        InputError: naming the first rule that is broken.
+        InputError: naming the first broken rule.
     """
-    wanted = (
+    expected = (
         {"images", "targets"}
         if "images" in tensors
         else {
@@ -159,14 +159,14 @@ def check(tensors: Tensors, bases: Bases, image_shape: tuple[int, int, int]) -> 
         }
     )
     if bases.num_views:
-        wanted |= {
+        expected |= {
             "mlp": {"hidden_weight", "hidden_bias", "shift_weight", "shift_bias"},
             "bias": {"shift_bias"},
             "same": set(),
             "ideal": {"view_coefficients"},
         }[bases.approximation]
-    if set(tensors) != wanted:
-        raise InputError(f"decoder boost_ssdd must hold {sorted(wanted)}, got {sorted(tensors)}")
+    if set(tensors) != expected:
+        raise InputError(f"decoder boost_ssdd must hold {sorted(expected)}, got {sorted(tensors)}")
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
             raise InputError(f"{name} must be finite float32, got {tensor.dtype}, NaN or infinity")

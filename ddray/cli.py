@@ -1,4 +1,4 @@
-"""The `ddray` command: its app and exit codes. Commands import torch, Ray and the rest when they run."""
+"""The `ddray` command: its app and exit codes. Commands import torch, Ray and others when they run."""
 
 from __future__ import annotations
 
@@ -48,21 +48,21 @@ pool_app.command("train")(pool_train)
 pool_app.command("list")(pool_list)
 pool_app.command("show")(pool_show)
 
-# Newer versions of Typer carry a copy of click, older ones use click: its own error's base is right in both.
+# Newer versions of Typer bundle click, older ones import it: the base class of Typer's error works for both.
 _USAGE_ERROR: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 _INTERRUPTED = 130  # what Typer returns after Ctrl-C
 _CONTINUE = "interrupted; run again with --resume and the same --run-dir to continue"
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 2 bad input of any kind, 1 anything else."""
-    # Before torch is loaded: OpenMP threads that wait by spinning fight over the cores of a shared machine.
+    """Run the command line and exit: 0 success, 2 bad input, 1 any other failure."""
+    # Must precede the import of torch: spinning OpenMP threads compete for the cores of a shared machine.
     # Two DataDAM runs at once on 2 cores took 1.1 to 8.8 s a step; with short spins 0.9 to 1.1 s (alone: 0.6,
     # both ways).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     reuse_freed_memory()
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: one line, exit 1
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: one line, exit 1
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _run(arguments: list[str], debug: bool) -> int:
-    """Run one command; return the exit code, after one line on stderr for any failure."""
+    """Run one command; return the exit code. Failures print one line on stderr."""
     try:
         code = typer.main.get_command(app).main(arguments, prog_name="ddray", standalone_mode=False)
     except _USAGE_ERROR as error:
@@ -90,7 +90,7 @@ def _run(arguments: list[str], debug: bool) -> int:
     except OSError as error:
         _trace(debug)
         return _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
-    except Exception as error:  # the last line of defence: one line, the traceback with --debug
+    except Exception as error:  # last resort: one line; the traceback only with --debug
         _trace(debug)
         text = " ".join(str(error).split())[:300]
         return _fail(f"{type(error).__name__}: {text} (--debug shows the traceback)", 1)
@@ -100,13 +100,11 @@ def _run(arguments: list[str], debug: bool) -> int:
 
 
 def _trace(debug: bool) -> None:
-    """With --debug: print the traceback of the error at hand, before its line."""
     if debug:
         traceback.print_exc()
 
 
 def _fail(message: str, code: int) -> int:
-    """Print the one line."""
     sys.stderr.write("error: " + " ".join(message.split()) + "\n")
     return code
 

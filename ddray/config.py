@@ -43,10 +43,10 @@ class Config(BaseModel):
 
 
 def _one_line(cls: type[BaseModel], error: ValidationError, prefix: str, source: str) -> str:
-    """Turn pydantic's first complaint into one line: rule, value, fix."""
-    found = error.errors()
-    # A misspelt name before the field that is missing because of it.
-    first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
+    """Turn pydantic's first error into one line: rule, value, fix."""
+    errors = error.errors()
+    # Report a misspelt name before the field that is missing because of it.
+    first = next((detail for detail in errors if detail["type"] == "extra_forbidden"), errors[0])
     path = [part for part in first["loc"] if isinstance(part, str | int)]
     name = prefix + ".".join(map(str, path))
     if prefix == "--":
@@ -60,14 +60,14 @@ def _one_line(cls: type[BaseModel], error: ValidationError, prefix: str, source:
     message = message[:1].lower() + message[1:]
     if not path:
         return f"{message}{where}"
-    known = re.findall(r"'([^']*)'", first["ctx"]["expected"]) if first["type"] == "literal_error" else ()
-    return f"{name}: {message}, got {first['input']!r}{where}{did_you_mean(str(first['input']), known)}"
+    choices = re.findall(r"'([^']*)'", first["ctx"]["expected"]) if first["type"] == "literal_error" else ()
+    return f"{name}: {message}, got {first['input']!r}{where}{did_you_mean(str(first['input']), choices)}"
 
 
 def _field_names(cls: type[BaseModel], path: Sequence[str | int]) -> list[str]:
     """Return the field names of the (nested) model at `path` below `cls`."""
     for part in path:
-        if isinstance(part, int):  # an item of a list, whose type was taken with the list
+        if isinstance(part, int):  # an index into a list, whose element type was resolved with the list
             continue
         field = cls.model_fields.get(part)
         inner = None if field is None else _model(field.annotation)
@@ -81,31 +81,31 @@ def _model(annotation: Any) -> type[BaseModel] | None:
     """Return the model that a field holds, alone or in a list; None if it holds none."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((held for item in get_args(annotation) if (held := _model(item)) is not None), None)
+    return next((model for argument in get_args(annotation) if (model := _model(argument)) is not None), None)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping.
 
     Raises:
-        InputError: the file is missing, is no YAML, or is not a mapping.
+        InputError: the file is missing, is not YAML, or is not a mapping.
     """
     try:
-        held = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"config file must be readable, got {path}: {error.strerror}") from error
     except (yaml.YAMLError, ValueError) as error:  # YAML raises ValueError for the 45th of a month
         reason = " ".join(str(error).split())
         raise InputError(f"config file must be YAML, got {path}: {reason}") from error
-    if held is None:
+    if values is None:
         return {}
-    if not isinstance(held, dict) or not all(isinstance(key, str) for key in held):
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise InputError(f"config file must hold a mapping of names to values, got {path}")
-    return {key: _number(value) for key, value in held.items()}
+    return {key: _number(value) for key, value in values.items()}
 
 
 def _number(value: Any) -> Any:
-    """Turn YAML 1.1's string "1e-3" into the number that everybody means, also inside lists and mappings."""
+    """Turn YAML 1.1's string "1e-3" into the number it is meant to be, also inside lists and mappings."""
     if isinstance(value, str) and _NUMBER.match(value):
         return float(value)
     if isinstance(value, list):
@@ -119,9 +119,9 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
     """Turn `["steps=3", "method.p=.1"]` into `{"steps": 3, "method": {"p": 0.1}}`; the last one wins.
 
     Raises:
-        InputError: a pair without `=`, without a name, or with a value that is no YAML.
+        InputError: a pair without `=`, without a name, or with a value that is not YAML.
     """
-    found: dict[str, Any] = {}
+    overrides: dict[str, Any] = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals or not all(name.strip().split(".")):
@@ -130,8 +130,8 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
             value = _number(yaml.safe_load(text))
         except (yaml.YAMLError, ValueError) as error:
             raise InputError(f"--set {name}: the value must be YAML, got {text!r}") from error
-        found = merge(found, nest(name.strip(), value))
-    return found
+        overrides = merge(overrides, nest(name.strip(), value))
+    return overrides
 
 
 def nest(name: str, value: Any) -> dict[str, Any]:

@@ -13,8 +13,8 @@ def show(*tables: Any) -> None:
 
     console = Console()
     for table in tables:
-        for part in table if isinstance(table, list | tuple) else (table,):
-            console.print(part)
+        for renderable in table if isinstance(table, list | tuple) else (table,):
+            console.print(renderable)
 
 
 def table_of(title: str, values: dict[str, Any]) -> Any:
@@ -61,13 +61,13 @@ def pool_table(models: list[dict[str, Any]]) -> Any:
 
 
 def entry_tables(result: dict[str, Any]) -> list[Any]:
-    """Return what a pool's entry is, and the shapes of its tensors."""
-    tensors = {name: f"{held['dtype']} {held['shape']}" for name, held in result["tensors"].items()}
+    """Return tables of a pool entry's meta and of its tensors."""
+    tensors = {name: f"{tensor['dtype']} {tensor['shape']}" for name, tensor in result["tensors"].items()}
     return [table_of(result["key"][:12], result["meta"]), table_of("tensors", tensors)]
 
 
 def evaluate_tables(title: str, results: list[dict[str, Any]]) -> list[Any]:
-    """Return the accuracies of an evaluation, and what its protocol measures besides."""
+    """Return tables of an evaluation's accuracies and of its protocol's other measurements."""
     tables = [accuracy_table(title, results)]
     if "lrs" in results[0]:
         tables.append(_robust_table(results))
@@ -77,7 +77,7 @@ def evaluate_tables(title: str, results: list[dict[str, Any]]) -> list[Any]:
 
 
 def _robust_table(results: list[dict[str, Any]]) -> Any:
-    """Return LRS and ARS in percent, with the accuracies they are made of."""
+    """Return LRS and ARS in percent, with the accuracies they are computed from."""
     from rich.table import Table
 
     table = Table("arch", "LRS %", "ARS %", "whole set %", "random %", "plain %", "random, plain %")
@@ -105,7 +105,7 @@ def _step_table(results: list[dict[str, Any]]) -> Any:
 
 
 def tune_tables(result: dict[str, Any]) -> list[Any]:
-    """Return what a search found, and where its files are."""
+    """Return a table of a search's results and files."""
     best, paper = result["best"], result["paper_point"]
     summary = {
         "trials": f"{result['num_trials']} ({result['num_failed']} failed, "
@@ -124,7 +124,7 @@ def tune_tables(result: dict[str, Any]) -> list[Any]:
 
 
 def _val_line(objective: str, best: dict[str, Any], paper: dict[str, Any]) -> dict[str, str]:
-    """Return the line of what the search maximised."""
+    """Return the row of the objective."""
     if objective == "val_accuracy":
         return {"val accuracy %": f"{_hundred(best[objective])} (paper's point {_hundred(paper[objective])})"}
     return {"val Spearman": f"{_number(best[objective])} (paper's point {_number(paper[objective])})"}
@@ -146,7 +146,7 @@ def archs_table(space: str, archs: list[dict[str, Any]]) -> Any:
 
 
 def nas_tables(result: dict[str, Any]) -> list[Any]:
-    """Return how well each proxy ranks architectures, and where the sweep's files are."""
+    """Return tables of how well each proxy ranks architectures, and of the sweep's files."""
     from rich import box
     from rich.table import Table
 
@@ -155,22 +155,22 @@ def nas_tables(result: dict[str, Any]) -> list[Any]:
     table.add_column("proxy", overflow="fold")
     for name in ("Spearman", "95 %", "top 20 %", "top-1 %", "best %", "images", "seconds"):
         table.add_column(name, justify="right", no_wrap=True)
-    for found in result["proxies"]:
-        low, high = found["spearman_ci95"] or (None, None)
+    for proxy in result["proxies"]:
+        low, high = proxy["spearman_ci95"] or (None, None)
         table.add_row(
-            found["proxy"],
-            _number(found["spearman"]),
+            proxy["proxy"],
+            _number(proxy["spearman"]),
             f"{_number(low)}..{_number(high)}",
-            _number(found["spearman_top20"]),
-            _hundred(found["top1_truth_accuracy"]),
-            _hundred(found["best_truth_accuracy"]),
-            f"{found['storage_images']:g}",
-            f"{found['wall_s']:.1f}",
+            _number(proxy["spearman_top20"]),
+            _hundred(proxy["top1_truth_accuracy"]),
+            _hundred(proxy["best_truth_accuracy"]),
+            f"{proxy['storage_images']:g}",
+            f"{proxy['wall_s']:.1f}",
         )
     if "run_dir" not in result:
         return [table]
     names = {"report": "report.html", "table": "results.csv", "plot": "scatter.png"}
-    files = {what: str(Path(result["run_dir"]) / name) for what, name in names.items()}
+    files = {label: str(Path(result["run_dir"]) / name) for label, name in names.items()}
     return [table, table_of("files", files)]
 
 

@@ -1,4 +1,4 @@
-"""The distillation loop: step, checkpoint, report, resume. It knows no method and no Ray."""
+"""The distillation loop: step, checkpoint, report, resume. Independent of methods and of Ray."""
 
 from __future__ import annotations
 
@@ -38,32 +38,32 @@ class Target:
     num_classes: int
     ipc: int
     budget: int | None = None
-    """Images of storage, for methods that count no classes."""
+    """Storage in images, for methods without classes."""
     is_audio: bool = False
-    """Whether the images are spectrograms; pictures may have their shape."""
+    """Whether the images are spectrograms (the shape alone does not tell)."""
     factor: int | None = None
-    """Parts along each axis that a stored image is to be cut into, if settings over the preset say so."""
+    """Parts along each axis of a stored image, if settings that override the preset set it."""
 
 
 @dataclass(frozen=True)
 class DistillContext:
-    """Everything a method is given.
+    """Everything a method gets.
 
     Attributes:
         dataset: name, classes, shape; its test set is never opened here.
         split: the real images to distil from, uint8 [N, C, H, W], on the CPU.
-        split_name: which part of the dataset that is (part of pool hashes).
+        split_name: which part of the dataset `split` is (included in pool hashes).
         space: the pixel space that images are matched and stored in.
         ipc: images per class.
         arch: the network to match in.
-        seed: the run's seed; every draw is derived from it.
+        seed: the run's seed; all randomness derives from it.
         device: where to compute.
-        pool: trains and gives shared networks.
+        pool: provides shared networks, trained on first use.
         compile: whether the hot function may be compiled.
         method: the method's name.
-        config: the resolved configuration, kept in the artifact.
-        budget: images of storage, for methods that count no classes.
-        search_seed: of a run on all of train: whose val tenth its shared networks have not seen.
+        config: the resolved configuration, stored in the artifact.
+        budget: storage in images, for methods without classes.
+        search_seed: for a run on all of train: the seed whose val tenth its shared networks must not see.
     """
 
     dataset: Dataset
@@ -83,14 +83,14 @@ class DistillContext:
 
     @property
     def shared_split(self) -> str:
-        """The part of train for networks that searches, their final runs and other runs share.
+        """The part of train for networks shared by searches, their final runs and other runs.
 
-        No val image is in it: a network that has seen val would favour what it knows when val is looked at.
+        It excludes val: networks trained on val would bias the val scores of a search.
         """
         return f"train-val{self.search_seed}" if self.split_name == "train" else self.split_name
 
     def generator(self, *labels: str | int) -> torch.Generator:
-        """Return a CPU generator for one purpose; step i's draws depend on the seed and i alone."""
+        """Return a CPU generator for one purpose; step i's draws depend only on the seed and i."""
         return derive(self.seed, "distill", *labels)
 
     def make_set(self, images: Tensor, labels: Tensor, partition: Partition | None = None) -> DistilledSet:
@@ -99,7 +99,7 @@ class DistillContext:
         Args:
             images: as stored.
             labels: one per stored image.
-            partition: how each image holds mini-images; None, or one part: it is itself a training image.
+            partition: how each image splits into mini-images; None or one part: not at all.
         """
         from ddray.nets.names import parse_arch
 
@@ -137,37 +137,37 @@ class DistillContext:
 
     def make_ssl_set(self, images: Tensor, targets: Tensor) -> DistilledSet:
         """Return images [N, C, H, W] (in `space`) and targets [N, D] as a set without labels."""
-        made = self.make_set(images, torch.zeros(0, dtype=torch.int64))
+        distilled = self.make_set(images, torch.zeros(0, dtype=torch.int64))
         counted = {"storage_floats": images.numel() + targets.numel(), "budget": self.budget}
         return replace(
-            made,
+            distilled,
             targets=targets.detach().to("cpu", torch.float32, copy=True).contiguous(),
-            meta=made.meta.model_copy(update=counted),
+            meta=distilled.meta.model_copy(update=counted),
         )
 
     def make_based_set(self, tensors: Mapping[str, Tensor], bases: Bases) -> DistilledSet:
         """Return a set that is stored as bases, coefficients and networks (decoder `boost_ssdd`)."""
-        held = {
+        compact = {
             name: t.detach().to("cpu", torch.float32, copy=True).contiguous() for name, t in tensors.items()
         }
-        made = self.make_ssl_set(images_of(held, bases), targets_of(held))
-        decoded = len(made.images) * (bases.num_views + 1)
+        distilled = self.make_ssl_set(images_of(compact, bases), targets_of(compact))
+        decoded = len(distilled.images) * (bases.num_views + 1)
         counted = {
-            "storage_floats": sum(tensor.numel() for tensor in held.values()),
+            "storage_floats": sum(tensor.numel() for tensor in compact.values()),
             "ipc_decoded": max(1, decoded // self.dataset.num_classes),
             "decoder": "boost_ssdd",
             "bases": bases,
         }
-        return replace(made, compact=held, meta=made.meta.model_copy(update=counted))
+        return replace(distilled, compact=compact, meta=distilled.meta.model_copy(update=counted))
 
 
 class Distiller(Protocol):
-    """What a method is (DESIGN: the abstractions).
+    """The interface of a method.
 
     Attributes:
-        config_type: the method's own settings.
-        num_steps: how many steps a whole run has; 0 for methods that select in `setup`. A method whose steps
-            depend on the images (D3HR) says 0 before `setup` and the number after it.
+        config_type: the method's settings.
+        num_steps: steps of a whole run; 0 for methods that select in `setup`. If the number depends on the
+            images (D3HR), it is 0 until `setup` has run.
     """
 
     config_type: ClassVar[type[Config]]
@@ -185,7 +185,7 @@ class Distiller(Protocol):
         ...
 
     def step(self) -> dict[str, Tensor]:
-        """Do the next step; return device scalars, `loss` among them."""
+        """Run the next step; return device scalars, including `loss`."""
         ...
 
     def snapshot(self) -> DistilledSet:
@@ -193,38 +193,38 @@ class Distiller(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the trial's state: tensors and counters, no hyperparameters."""
+        """Return the state to checkpoint: tensors and counters, no hyperparameters."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state."""
+        """Restore a state."""
         ...
 
 
 class BudgetDistiller(Distiller, Protocol):
-    """A method without classes: it is given a budget of storage instead of images per class.
+    """A method without classes, which takes a storage budget instead of images per class.
 
     Attributes:
-        uses_budget: marks it.
+        uses_budget: marks such a method.
     """
 
     uses_budget: ClassVar[Literal[True]]
 
     @staticmethod
     def num_distilled(config: Any, budget: int, image_shape: tuple[int, int, int], num_real: int) -> int:
-        """Return how many images the method stores within `budget` images of storage; 0: none fits."""
+        """Return how many images the method can store within `budget` images of storage; 0: none fits."""
         ...
 
 
 @dataclass(frozen=True)
 class DistillResult:
-    """What a finished distillation measured.
+    """The outcome of a distillation.
 
     Attributes:
-        distilled: the last set (never the best on test).
+        distilled: the set after the last step (never the best on test).
         losses: float32 [num_steps], one per step.
         resumed_from_step: 0 for a run from the start.
-        wall_s: seconds of this process's part.
+        wall_s: seconds in this process.
         seconds_per_step: median after warm-up; None without steps.
     """
 
@@ -242,7 +242,7 @@ class DistillResult:
         return float(self.losses[:tenth].mean()), float(self.losses[-tenth:].mean())
 
     def curve(self) -> list[tuple[int, float]]:
-        """Return (step, loss) at no more than 200 steps: each the mean of the steps since the last."""
+        """Return at most 200 points (step, loss), each the mean over the steps since the previous point."""
         num = len(self.losses)
         size = max(1, -(-num // _CURVE_POINTS))
         return [
@@ -261,17 +261,17 @@ def run_distillation(
     looks: Collection[int] = (),
     on_step: Callable[[int, float], None] | None = None,
 ) -> DistillResult:
-    """Run a method to its end, or to step `until`, from its checkpoint if there is one.
+    """Run a method to its end, or to step `until`, starting from its checkpoint if there is one.
 
     Args:
-        distiller: a fresh method object; set up here.
-        ctx: what it works on.
-        checkpoint: file to continue from and to keep up to date; None keeps none.
-        checkpoint_every: steps between checkpoints; also between the loop's looks at the loss.
+        distiller: a new method object; this function calls its `setup`.
+        ctx: what it runs on.
+        checkpoint: file to resume from and to keep up to date; None writes none.
+        checkpoint_every: steps between checkpoints and loss checks.
         until: stop after this step; None runs all.
-        looks: further steps to checkpoint and look at (a search's rungs).
-        on_step: called with (step, loss) at every look, after its checkpoint; a run that resumes at one of
-            `looks` calls it for that step first, since it may have been cut off before.
+        looks: further steps to checkpoint and check (a search's rungs).
+        on_step: called with (step, loss) at every check, after its checkpoint. A run that resumes at one of
+            `looks` calls it for that step first, as the interrupted run may not have got to it.
 
     Raises:
         DivergedError: a loss or an image became NaN or infinite.
@@ -311,12 +311,12 @@ def run_distillation(
 
 
 def rate_name(settings: Mapping[str, Any]) -> str:
-    """Return which of a method's settings is the learning rate of what it distils, for a message's advice."""
+    """Return the name of a method's learning rate for distilled images, for error messages."""
     return next((name for name in ("lr_img", "lr_outer") if name in settings), "its learning rate")
 
 
 def _finite(loss: Tensor, step: int, settings: Mapping[str, Any]) -> float:
-    """Return the loss as a number (the loop's one sync)."""
+    """Return the loss as a float (the only sync in the loop)."""
     value = float(loss)
     if not math.isfinite(value):
         rate = rate_name(settings)
@@ -325,7 +325,7 @@ def _finite(loss: Tensor, step: int, settings: Mapping[str, Any]) -> float:
 
 
 class StepTimer:
-    """Seconds per step without a sync per step: steps between two syncs share the time between them."""
+    """Times steps without a sync per step: the time between two syncs is divided among their steps."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -334,7 +334,7 @@ class StepTimer:
         self._mark = time.perf_counter()
 
     def stop(self, *, sync: bool) -> None:
-        """Note the end of a step; on a GPU, time is read only where the loop syncs anyway."""
+        """Record the end of a step; on a GPU, the clock is read only where the loop syncs anyway."""
         self._pending += 1
         if self._cuda:
             if not sync:
@@ -345,31 +345,31 @@ class StepTimer:
         self._mark, self._pending = now, 0
 
     def restart(self) -> None:
-        """Leave what was done since the last stop (a checkpoint, a rung's score) out of the steps' time."""
+        """Exclude the time since the last stop (a checkpoint, a rung's evaluation)."""
         self._mark = time.perf_counter()
 
     def median(self) -> float | None:
-        """Return the median seconds per step after the first tenth (warm-up)."""
-        kept = self._seconds[len(self._seconds) // 10 :]
-        return statistics.median(kept) if kept else None
+        """Return the median seconds per step, without the first tenth (warm-up)."""
+        measured = self._seconds[len(self._seconds) // 10 :]
+        return statistics.median(measured) if measured else None
 
 
 def _save(distiller: Distiller, path: Path, step: int, losses: list[Tensor]) -> None:
-    held = {
+    checkpoint = {
         "step": step,
         "state": distiller.state_dict(),
         "losses": torch.cat(losses).cpu(),
     }
-    write_atomically(path, lambda file: torch.save(held, file))
+    write_atomically(path, lambda file: torch.save(checkpoint, file))
 
 
 def _restore(distiller: Distiller, path: Path | None, losses: list[Tensor], device: torch.device) -> int:
-    """Load the checkpoint, if there is one; a damaged one is set aside, said, and the run starts anew."""
+    """Load the checkpoint if there is one; a damaged one is set aside with a warning and the run restarts."""
     if path is None or not path.exists():
         return 0
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
-        step, state, old = int(held["step"]), held["state"], held["losses"]
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        step, state, earlier_losses = int(checkpoint["step"]), checkpoint["state"], checkpoint["losses"]
     except Exception as error:  # torch raises many types for a torn file
         aside = path.with_suffix(".corrupt")
         path.replace(aside)
@@ -377,5 +377,5 @@ def _restore(distiller: Distiller, path: Path | None, losses: list[Tensor], devi
         log.warning("checkpoint %s is damaged (%s): set aside as %s, starting anew", path, reason, aside.name)
         return 0
     distiller.load_state_dict(state)
-    losses.extend(old.to(device).split(1))
+    losses.extend(earlier_losses.to(device).split(1))
     return step

@@ -31,7 +31,7 @@ class StorageError(DdrayError):
 
 
 class InterruptedRunError(DdrayError):
-    """SIGINT or SIGTERM ended a run that --resume continues."""
+    """SIGINT or SIGTERM ended a run that --resume can continue."""
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
@@ -40,7 +40,9 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def unknown(what: str, name: str, choices: Iterable[str]) -> InputError:
-    """Return the error for a name that is not among `choices`: what is allowed, what came, the nearest."""
+def unknown(option: str, name: str, choices: Iterable[str]) -> InputError:
+    """Return the error for a name that is not among `choices`: it lists them and suggests the nearest."""
     listed = sorted(choices)
-    return InputError(f"{what} must be one of {', '.join(listed)}, got {name!r}{did_you_mean(name, listed)}")
+    return InputError(
+        f"{option} must be one of {', '.join(listed)}, got {name!r}{did_you_mean(name, listed)}"
+    )

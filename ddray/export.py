@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 def to_torch_dataset(distilled: DistilledSet) -> TensorDataset:
     """Return (image [C, H, W], label) pairs, as decoded, in the set's pixel space; the tensors are copies.
 
-    Of a self-supervised set the second is the target representation [D].
+    For a self-supervised set, the target representation [D] takes the place of the label.
     """
     from torch.utils.data import TensorDataset
 
@@ -37,26 +37,26 @@ def to_torch_dataset(distilled: DistilledSet) -> TensorDataset:
 
 
 def _second(train: TrainSet) -> Tensor:
-    """Return what an image is trained towards: its label, or its target representation."""
+    """Return the training targets: labels or representations."""
     return train.labels if train.targets is None else train.targets
 
 
 def pictures(distilled: DistilledSet) -> Tensor:
     """Return the set as 8-bit pictures, uint8 [N, C, H, W].
 
-    De-normalised and de-whitened pixels that leave [0, 1] are clamped, which is said.
+    De-normalised and de-whitened pixels outside [0, 1] are clamped, with a warning.
 
     Raises:
         InputError: the set holds spectrograms.
     """
     if min(distilled.meta.mean) < 0:  # no picture's mean is below 0
-        raise InputError(f"pictures are made of images, {distilled.meta.dataset} has log-spectrograms")
+        raise InputError(f"only images give pictures, {distilled.meta.dataset} has log-spectrograms")
     pixels = distilled.space().decode(distilled.decode().images)
     outside = float(((pixels < -1 / 510) | (pixels > 1 + 1 / 510)).float().mean())
     if outside > 0:
         log.warning(
             "%.1f%% of the pixels lie outside [0, 1] and are clamped in pictures; the parquet file's column "
-            "tensor keeps them",
+            "tensor has the exact values",
             100 * outside,
         )
     return (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
@@ -65,11 +65,11 @@ def pictures(distilled: DistilledSet) -> Tensor:
 def export_folder(distilled: DistilledSet, folder: Path) -> None:
     """Write `<folder>/<label>_<class>/<number>.png` and `<folder>/meta.json`; `--dataset <folder>` reads it.
 
-    Images of a self-supervised set, which have no labels, stand in `<folder>/unlabelled`.
+    Images of a self-supervised set have no labels and go to `<folder>/unlabelled`.
 
     Args:
         distilled: the set.
-        folder: a new one; it has its name only when it is whole.
+        folder: a new folder; it gets its name only once it is complete.
 
     Raises:
         InputError: the folder exists, or the set holds spectrograms.
@@ -77,18 +77,18 @@ def export_folder(distilled: DistilledSet, folder: Path) -> None:
     """
     if folder.exists():
         raise InputError(f"the folder to export to must be new, {folder} exists; name another")
-    shown = pictures(distilled)
+    pixels = pictures(distilled)
     names = _folder_names(distilled.meta.class_names)
     labels = distilled.decode().labels.tolist()
-    places = [names[label] for label in labels] if labels else ["unlabelled"] * len(shown)
+    folders = [names[label] for label in labels] if labels else ["unlabelled"] * len(pixels)
     with storage_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
         try:
-            for number, (picture, name) in enumerate(zip(shown, places, strict=True)):
-                place = draft / name
-                place.mkdir(exist_ok=True)
-                (place / f"{number:05d}.png").write_bytes(_png(picture))
+            for index, (picture, name) in enumerate(zip(pixels, folders, strict=True)):
+                class_folder = draft / name
+                class_folder.mkdir(exist_ok=True)
+                (class_folder / f"{index:05d}.png").write_bytes(_png(picture))
             text = json.dumps(distilled.meta.dump(), indent=2, sort_keys=True)
             (draft / "meta.json").write_text(text + "\n", encoding="utf-8")
             draft.chmod(0o755)
@@ -100,9 +100,9 @@ def export_folder(distilled: DistilledSet, folder: Path) -> None:
 def export_parquet(distilled: DistilledSet, path: Path) -> None:
     """Write one row per image: image {bytes, path} as PNG, label (or target), and tensor, its exact values.
 
-    `tensor` is float32 of C*H*W values in the set's pixel space; the schema's metadata holds the set's meta
-    under `ddray`, and what Hugging Face's readers need. A folder of such files, named `train-*.parquet`, is
-    a dataset for `--dataset`.
+    `tensor` is C*H*W float32 values in the set's pixel space. The schema's metadata has the set's meta under
+    `ddray`, and what Hugging Face's readers need. `--dataset` reads a folder of such files named
+    `train-*.parquet`.
 
     Raises:
         InputError: the file exists, or the set holds spectrograms.
@@ -131,12 +131,12 @@ def export_parquet(distilled: DistilledSet, path: Path) -> None:
         "huggingface": json.dumps({"info": {"features": features}}),
         "ddray": json.dumps(distilled.meta.dump(), sort_keys=True),
     }
-    held = table.replace_schema_metadata(meta)
-    write_atomically(path, lambda file: pq.write_table(held, file))
+    described = table.replace_schema_metadata(meta)
+    write_atomically(path, lambda file: pq.write_table(described, file))
 
 
 def _rows(values: Tensor) -> Any:
-    """Return float32 [N, ...] as a column of lists of one length."""
+    """Return float32 [N, ...] as a column of fixed-size lists."""
     import pyarrow as pa
 
     return pa.FixedSizeListArray.from_arrays(
@@ -145,7 +145,7 @@ def _rows(values: Tensor) -> Any:
 
 
 def _feature(values: Tensor) -> dict[str, Any]:
-    """Return what Hugging Face calls such a column."""
+    """Return the Hugging Face feature of such a column."""
     return {
         "feature": {"dtype": "float32", "_type": "Value"},
         "length": values[0].numel(),
@@ -171,6 +171,6 @@ def _png(picture: Tensor) -> bytes:
 
     if picture.shape[0] not in (1, 3):
         raise InputError(f"pictures have 1 or 3 channels, got {picture.shape[0]}")
-    held = io.BytesIO()
-    to_pil_image(picture).save(held, format="PNG")
-    return held.getvalue()
+    buffer = io.BytesIO()
+    to_pil_image(picture).save(buffer, format="PNG")
+    return buffer.getvalue()

@@ -16,7 +16,7 @@ from ddray.errors import StorageError
 
 
 def home() -> Path:
-    """Return `$DDRAY_HOME` (default `~/.cache/ddray`), made absolute: where what runs share is kept."""
+    """Return `$DDRAY_HOME` (default `~/.cache/ddray`), made absolute: the folder that runs share."""
     return Path(os.environ.get("DDRAY_HOME") or "~/.cache/ddray").expanduser().absolute()
 
 

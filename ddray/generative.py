@@ -1,4 +1,4 @@
-"""Decoder `d3hr`: a set that holds statistics of latents; a generator makes any number of images of them."""
+"""Decoder `d3hr`: a set holds statistics of latents; a generator makes any number of images from them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ NAMES: Final = ("mean", "variance")
 
 
 def check(tensors: Mapping[str, Tensor], num_classes: int, storage_floats: int) -> None:
-    """Refuse statistics that are not whole.
+    """Check that statistics are complete and valid.
 
     Args:
         tensors: `mean` and `variance`, float32 [K, D].
         num_classes: K.
-        storage_floats: what the set says that it stores.
+        storage_floats: the number of floats the set claims to store.
 
     Raises:
-        InputError: naming the first rule that is broken.
+        InputError: naming the first broken rule.
     """
     if set(tensors) != set(NAMES) or any(tensor.dtype != torch.float32 for tensor in tensors.values()):
         raise InputError(f"decoder d3hr must come with float32 mean and variance, got {sorted(tensors)}")

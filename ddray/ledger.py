@@ -1,7 +1,7 @@
 """The ledger: one finished unit of work is one atomic row, published exactly once.
 
-A row is `<run>/ledger/<key>.json`; its key is the hash of what the unit is. The first writer wins (os.link),
-and a worker left over from a killed driver is refused by the run's epoch (a fence).
+A row is `<run>/ledger/<key>.json`; its key is the hash of the unit's description. The first writer wins
+(os.link), and a worker left over from a killed driver is refused by the run's epoch (a fence).
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ Kind = Literal["trial", "distill", "evaluate", "nas", "truth", "pool"]
 
 
 class Unit(Config):
-    """What a piece of work is; equal units have equal keys."""
+    """Description of a piece of work; equal units have equal keys."""
 
     kind: Kind
     spec: dict[str, Any]
     inputs: tuple[str, ...] = ()
     """Keys of the units whose results this one uses."""
     code_version: int = 1
-    """Raised when the same spec would give another result."""
+    """Raised when the same spec would give a different result."""
 
     @property
     def key(self) -> str:
@@ -85,18 +85,20 @@ class Ledger:
             write_atomically(self._epoch_file, lambda file: file.write(str(epoch).encode()))
         return epoch
 
-    def publish(self, unit: Unit, row: Row, *, epoch: int, place: Callable[[], object] | None = None) -> bool:
+    def publish(
+        self, unit: Unit, row: Row, *, epoch: int, move_artifact: Callable[[], object] | None = None
+    ) -> bool:
         """Publish a unit's row once.
 
         Args:
             unit: the finished unit; its key must be the row's.
-            row: what came out.
+            row: its result.
             epoch: the run epoch that the caller was started in.
-            place: moves what the row names (an artifact) to its final name; called if the row will be the
-                published one, just before.
+            move_artifact: moves the artifact that the row names to its final path; called just before the
+                row is published, and only if it will be.
 
         Returns:
-            Whether this call's row is the published one; False when another came first or the epoch is stale.
+            Whether this call's row is the published one; False if another came first or the epoch is stale.
 
         Raises:
             ValueError: the row is of another unit.
@@ -105,17 +107,17 @@ class Ledger:
         if row.key != unit.key:
             raise ValueError(f"row key must be the unit's {unit.key}, got {row.key}")
         text = canonical_json({**row.dump(), "epoch": epoch})
-        with self._locked(exclusive=place is not None):
+        with self._locked(exclusive=move_artifact is not None):
             if epoch < self._read_epoch():
                 log.warning(
                     "unit %s: row of run epoch %d refused, a newer run has begun", unit.key[:12], epoch
                 )
                 return False
-            if place is not None:
+            if move_artifact is not None:
                 if self.row(unit.key) is not None:
                     return False
                 with storage_errors(self._path(unit.key)):
-                    place()
+                    move_artifact()
             won = write_atomically(
                 self._path(unit.key), lambda file: file.write(text.encode()), only_if_absent=True
             )
@@ -124,7 +126,7 @@ class Ledger:
         return won
 
     def row(self, key: str) -> Row | None:
-        """Return the published row of a key, or None; a torn row is set aside and counts as none."""
+        """Return the published row of a key, or None; a torn row is set aside and counts as missing."""
         path = self._path(key)
         try:
             row = Row.model_validate_json(path.read_bytes())
@@ -145,8 +147,8 @@ class Ledger:
 
     def rows(self, kind: Kind | None = None) -> list[Row]:
         """Return the published rows (of one kind), sorted by key."""
-        found = [self.row(path.stem) for path in sorted(self.folder.glob("*.json"))]
-        return [row for row in found if row is not None and kind in (None, row.kind)]
+        rows = [self.row(path.stem) for path in sorted(self.folder.glob("*.json"))]
+        return [row for row in rows if row is not None and kind in (None, row.kind)]
 
     def withdraw(self, key: str, why: str) -> None:
         """Set a row aside as `<key>.<why>`, so that its unit is run again."""
@@ -155,37 +157,37 @@ class Ledger:
             path.replace(path.with_suffix(f".{why}"))
 
     def event(
-        self, event: Literal["start", "finish", "fail", "retry"], key: str, epoch: int, **more: Any
+        self, event: Literal["start", "finish", "fail", "retry"], key: str, epoch: int, **fields: Any
     ) -> None:
         """Append one line to events.jsonl (one write call: lines of several processes don't mix)."""
-        held = {"event": event, "key": key, "epoch": epoch, "time": round(time.time(), 3), **more}
+        entry = {"event": event, "key": key, "epoch": epoch, "time": round(time.time(), 3), **fields}
         with storage_errors(self._events):
             handle = os.open(self._events, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
-                line = (json.dumps(held) + "\n").encode()
+                line = (json.dumps(entry) + "\n").encode()
                 if os.write(handle, line) < len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             finally:
                 os.close(handle)
 
     def events(self) -> list[dict[str, Any]]:
-        """Return the events so far; one that a crash tore is left out, but not the one behind it."""
+        """Return the events so far; a torn one is left out, but not the one after it."""
         if not self._events.exists():
             return []
-        found = []
+        events = []
         for line in self._events.read_bytes().splitlines():
             if not line.strip():
                 continue
             try:
-                found.append(json.loads(line))
+                events.append(json.loads(line))
             except ValueError:
                 log.warning("events.jsonl has a torn line: left out")
-                with contextlib.suppress(ValueError):  # the next event stands behind it, on the same line
-                    found.append(json.loads(line[line.rindex(_EVENT_START) :]))
-        return found
+                with contextlib.suppress(ValueError):  # the next event follows it on the same line
+                    events.append(json.loads(line[line.rindex(_EVENT_START) :]))
+        return events
 
-    def begin(self, unit: Unit, *, epoch: int, **more: Any) -> int:
-        """Note that a unit starts: a `start`, or a `retry` if this epoch had started it before.
+    def begin(self, unit: Unit, *, epoch: int, **fields: Any) -> int:
+        """Record that a unit starts: a `start`, or a `retry` if this epoch had started it before.
 
         Returns:
             How many times this epoch had started the unit before.
@@ -194,7 +196,7 @@ class Ledger:
             event["key"] == unit.key and event["epoch"] == epoch and event["event"] in ("start", "retry")
             for event in self.events()
         )
-        self.event("retry" if earlier else "start", unit.key, epoch, **more)
+        self.event("retry" if earlier else "start", unit.key, epoch, **fields)
         return earlier
 
     def _path(self, key: str) -> Path:

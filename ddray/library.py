@@ -1,4 +1,4 @@
-"""ddray as a library: what the commands do, on objects and without a run folder unless one is asked for."""
+"""ddray as a library: the commands as functions on objects, with a run folder only on request."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ def distill(
     """Distil a dataset and return the set.
 
     Args:
-        method: its name, ours or that of an installed package.
+        method: its name; built in, or from an installed package.
         dataset: a name, a folder, or an open dataset.
-        ipc: images per class; of a self-supervised method, the storage of so many. Default 1.
-        budget: images of storage, of self-supervised methods; in place of `ipc`.
+        ipc: images per class (self-supervised methods: storage of as many images per class). Default 1.
+        budget: storage in images, for self-supervised methods; instead of `ipc`.
         preset: `paper` or `repo`.
         settings: overrides as for --set, such as `{"steps": 50, "method.lr_img": 0.5}`.
-        seed: every draw is derived from it.
+        seed: all randomness derives from it.
         device: `auto`, `cpu`, `cuda` or `cuda:<n>`.
-        run_dir: keeps checkpoints, ledger and the set, and continues what is there; None keeps nothing.
+        run_dir: folder for checkpoints, ledger and the set; an existing run is resumed. None writes nothing.
         data_dir: where datasets are; default $DDRAY_DATA.
         download: let torchvision download what is missing.
 
     Raises:
-        InputError: a name or a value is bad.
+        InputError: a name or a value is invalid.
         DivergedError: the loss became NaN.
     """
     opened = dataset if isinstance(dataset, Dataset) else _open(dataset, data_dir, download)
@@ -65,11 +65,11 @@ def distill(
         preset=preset,
         layers=[merge(*(nest(name, value) for name, value in (settings or {}).items()))],
     )
-    chosen = pick_device(device)
+    torch_device = pick_device(device)
     if run_dir is not None:
-        found = api.distill(plan, device=chosen, run_dir=Path(run_dir).absolute(), resume=True)
-        return artifact.load(Path(found["artifact"]))
-    ctx = make_context(plan, plan.dataset.train(), split_name="train", device=chosen)
+        result = api.distill(plan, device=torch_device, run_dir=Path(run_dir).absolute(), resume=True)
+        return artifact.load(Path(result["artifact"]))
+    ctx = make_context(plan, plan.dataset.train(), split_name="train", device=torch_device)
     return run_distillation(make_distiller(plan), ctx).distilled
 
 
@@ -79,11 +79,11 @@ def _open(name: str | Path, data_dir: str | Path | None = None, download: bool =
 
 
 def load(path: str | Path, *, dataset: str | Path | None = None) -> DistilledSet:
-    """Read a distilled set: ours, or another project's, which does not say its dataset.
+    """Read a distilled set: ours, or another project's, whose dataset must be named.
 
     Args:
         path: the file.
-        dataset: name or folder of what another project's file was distilled from.
+        dataset: for another project's file: name or folder of what it was distilled from.
 
     Raises:
         InputError: the file is not a distilled set.
@@ -103,34 +103,36 @@ def evaluate(
     seed: int = 0,
     device: str = "auto",
     data_dir: str | Path | None = None,
-    **more: Any,
+    **other_options: Any,
 ) -> dict[str, Any]:
     """Train fresh networks on a set and score them on test.
 
     Args:
         distilled: the set, or its file.
-        archs: networks, or one; default that which the set was distilled in.
+        archs: one or several networks; default the one used for distillation.
         protocol: how they are trained.
-        seeds: networks per architecture; default the set's own.
-        epochs: of training; default the set's own.
-        dataset: the target, a name, a folder, or an open dataset; default the set's own.
-        seed: of the first network.
+        seeds: networks per architecture; default from the set.
+        epochs: training epochs; default from the set.
+        dataset: what to test on: a name, a folder, or an open dataset; default the set's dataset.
+        seed: seed of the first network.
         device: `auto`, `cpu`, `cuda` or `cuda:<n>`.
         data_dir: where datasets are; default $DDRAY_DATA.
-        more: the other fields of `ddray.scoring.EvaluateOptions`, such as `augment`, `recipe`,
+        other_options: other fields of `ddray.scoring.EvaluateOptions`, such as `augment`, `recipe`,
             `train_limit`, `teachers`, `finetune`, `split` or `sets` (`["probe.epochs=10"]`).
 
     Returns:
         The JSON of `ddray evaluate`; accuracies are fractions.
 
     Raises:
-        InputError: a name or a value is bad.
+        InputError: a name or a value is invalid.
     """
-    known = [field.name for field in dataclasses.fields(scoring.EvaluateOptions)]
-    for name in more:
-        if name not in known:
-            raise unknown("an option of ddray.evaluate", name, known)
-    given: dict[str, Any] = {k: _listed(v) if k in ("sets", "teachers") else v for k, v in more.items()}
+    option_names = [field.name for field in dataclasses.fields(scoring.EvaluateOptions)]
+    for name in other_options:
+        if name not in option_names:
+            raise unknown("an option of ddray.evaluate", name, option_names)
+    other_fields: dict[str, Any] = {
+        k: _listed(v) if k in ("sets", "teachers") else v for k, v in other_options.items()
+    }
     opened = dataset if isinstance(dataset, Dataset) else None
     options = scoring.EvaluateOptions(
         dataset=None if dataset is None or opened is not None else str(dataset),
@@ -140,15 +142,15 @@ def evaluate(
         epochs=epochs,
         seed=seed,
         data_dir=None if data_dir is None else Path(data_dir).absolute(),
-        **given,
+        **other_fields,
     )
-    chosen = pick_device(device)
+    torch_device = pick_device(device)
     if not isinstance(distilled, DistilledSet):
-        return scoring.evaluate(Path(distilled).absolute(), options, device=chosen, dataset=opened)
+        return scoring.evaluate(Path(distilled).absolute(), options, device=torch_device, dataset=opened)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "distilled.pt"
         distilled.save(path)
-        return scoring.evaluate(path, options, device=chosen, dataset=opened)
+        return scoring.evaluate(path, options, device=torch_device, dataset=opened)
 
 
 def _listed(value: str | Sequence[str]) -> tuple[str, ...]:
@@ -161,19 +163,19 @@ def export(distilled: DistilledSet | str | Path, out: str | Path, *, form: Form 
     Args:
         distilled: the set, or its file.
         out: a new folder, or the parquet file.
-        form: default by the name of `out`: `.parquet` or a folder.
+        form: default `parquet` if `out` ends in `.parquet`, else `folder`.
 
     Returns:
-        Where it was written.
+        The path that was written.
 
     Raises:
-        InputError: the form is unknown, the place is taken, or the set can't be shown as pictures.
+        InputError: the form is unknown, `out` exists, or the set can't be shown as pictures.
         StorageError: it can't be written.
     """
     if form not in (None, *get_args(Form)):
         raise unknown("form", str(form), get_args(Form))
-    held = distilled if isinstance(distilled, DistilledSet) else load(distilled)
+    loaded = distilled if isinstance(distilled, DistilledSet) else load(distilled)
     target = Path(out).absolute()
-    chosen = form or ("parquet" if target.suffix == ".parquet" else "folder")
-    (export_parquet if chosen == "parquet" else export_folder)(held, target)
+    output_form = form or ("parquet" if target.suffix == ".parquet" else "folder")
+    (export_parquet if output_form == "parquet" else export_folder)(loaded, target)
     return target

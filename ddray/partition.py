@@ -4,7 +4,7 @@ A stored image is cut into factor x factor parts (spectrograms: factor parts alo
 up-sampled to the full size. One differentiable function serves the matching and the artifact alike.
 
 Deviation: where the factor does not divide the side, IDC pads the image with grey; here the parts differ by
-one pixel, so that no stored pixel is idle.
+one pixel, so that no stored pixel is unused.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def expand(images: Tensor, partition: Partition) -> Tensor:
         partition: P parts per image.
 
     Returns:
-        [N * P, C, H, W]; the parts of one image stand together.
+        [N * P, C, H, W]; the parts of one image are consecutive.
     """
     if partition.num_parts == 1:
         return images
@@ -73,7 +73,7 @@ def expand(images: Tensor, partition: Partition) -> Tensor:
 
 
 def compose(images: Tensor, partition: Partition, resize: Resize = "bilinear") -> Tensor:
-    """Return stored images that hold `images`, down-scaled; the order is that of `expand`.
+    """Return stored images that hold `images`, down-scaled, in the order of `expand`.
 
     Args:
         images: [N * P, C, H, W].
@@ -87,9 +87,9 @@ def compose(images: Tensor, partition: Partition, resize: Resize = "bilinear") -
         return images
     grouped = images.reshape(-1, partition.num_parts, *images.shape[1:])
     stored = torch.empty_like(grouped[:, 0])
-    for number, (rows, columns) in enumerate(partition.spans(*images.shape[2:])):
+    for part, (rows, columns) in enumerate(partition.spans(*images.shape[2:])):
         size = (rows.stop - rows.start, columns.stop - columns.start)
         stored[:, :, rows, columns] = F.interpolate(
-            grouped[:, number], size, mode=resize, antialias=resize == "bilinear"
+            grouped[:, part], size, mode=resize, antialias=resize == "bilinear"
         )
     return stored

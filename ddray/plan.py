@@ -1,4 +1,4 @@
-"""From a command's options to what a run needs: resolved configuration, context, shared networks."""
+"""Turns a command's options into what a run needs: resolved configuration, context, shared networks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ddray.pool_training import PoolTrainer
 from ddray.shipped import shipped
 
 PRESETS: Final = ("paper", "repo")
-MAX_ZCA: Final = 12_288  # 3 x 64 x 64: beyond, the matrix alone takes gigabytes and its eigenvectors hours
+MAX_ZCA: Final = 12_288  # 3 x 64 x 64: above, the matrix alone takes gigabytes, its eigenvectors hours
 M = TypeVar("M", bound=Config)
 
 
@@ -36,24 +36,24 @@ class EvaluateConfig(Recipe):
     seeds: int = Field(default=5, ge=1)
     """Networks per architecture."""
     val_seeds: int = Field(default=2, ge=1)
-    """Networks per look of a search (never more than `seeds`): a look at every rung of every trial."""
+    """Networks per evaluation at a rung of a search (never more than `seeds`)."""
     probe: ProbeConfig = ProbeConfig()
     """Protocol `linear`: the classifier on frozen embeddings."""
     finetune: FinetuneConfig = FinetuneConfig()
     """Protocol `linear` with --finetune: KRR-ST's full fine-tuning."""
 
     def as_recipe(self) -> Recipe:
-        """Return how a network is trained on the set, without what is done to it afterwards."""
+        """Return the training part: the fields of `Recipe`."""
         return Recipe.parse({name: getattr(self, name) for name in Recipe.model_fields})
 
 
 class RunConfig(Config, Generic[M]):
-    """Everything that decides a distillation and its score."""
+    """All settings that affect a distillation and its score."""
 
     steps: int = Field(ge=0)
     checkpoint_every: int = Field(default=100, ge=1)
     compile: Literal["auto", "on", "off"] = "auto"
-    """Compile the real branch; `auto`: where there is a compiler and the run is long enough to pay."""
+    """Compile the real branch; `auto`: if there is a compiler and the run is long enough to pay off."""
     arch: str = "auto"
     """Network to match in; `auto` is the field's ConvNet for the resolution, suffixes as in `auto_bn`."""
     pixel_space: Literal["normalized", "raw", "zca"] = "normalized"
@@ -68,10 +68,10 @@ class Plan:
     Attributes:
         method: the method's name.
         dataset: the opened dataset (its test set unread).
-        ipc: images per class; of a budget its share of a class, at least 1.
+        ipc: images per class; for a budget, the budget per class, at least 1.
         seed: the run's seed.
         config: the resolved configuration.
-        budget: images of storage, for methods that count no classes.
+        budget: storage in images, for methods without classes.
     """
 
     method: str
@@ -82,7 +82,7 @@ class Plan:
     budget: int | None = None
 
     def describe(self) -> dict[str, Any]:
-        """Return plain values that say what the run is (config.yaml, keys of units)."""
+        """Return plain values that identify the run (for config.yaml and unit keys)."""
         return {
             "method_name": self.method,
             "dataset": self.dataset.name,
@@ -119,44 +119,46 @@ def resolve(
 ) -> Plan:
     """Resolve a run: preset, then the shipped file for dataset and ipc, then `config_file`, then `layers`.
 
-    Spectrograms are not augmented, by whatever preset (IDC, DSDM); settings over it may say otherwise.
+    No preset augments spectrograms (IDC, DSDM); later layers may.
 
     Args:
         method: the method's name.
         dataset: the opened dataset.
-        ipc: images per class, >= 1; for a method that takes a budget: that many images per class.
-        budget: images of storage, >= 1, for methods that count no classes.
+        ipc: images per class, >= 1; for a method that takes a budget: a budget of as many images per class.
+        budget: storage in images, >= 1, for methods without classes.
         seed: the run's seed.
         preset: `paper` or `repo`.
-        config_file: the user's own YAML.
+        config_file: the user's YAML.
         layers: nested overrides; the last one wins.
 
     Raises:
         InputError: an unknown method, preset or field, or a value that breaks a field's rule.
     """
-    chosen = get_method(method)
+    method_class = get_method(method)
     if preset not in PRESETS:
         raise unknown("preset", preset, PRESETS)
     ipc, budget = _size(method, dataset, ipc, budget)
-    given = (
+    upper_layers = (
         *(read_yaml(path) for path in shipped_configs(method, dataset.name, ipc)),
         read_yaml(config_file) if config_file is not None else {},
         *layers,
     )
-    target = _target(dataset, ipc, budget, given)
-    fields = chosen.config_type.model_fields
+    target = _target(dataset, ipc, budget, upper_layers)
+    fields = method_class.config_type.model_fields
     sound = {"method": {"augment": "none"}} if target.is_audio and "augment" in fields else {}
     factor = target.factor or (fields["factor"].default if "factor" in fields else 1)
-    found = (chosen.preset(preset, target), sound, *given)
-    held = merge({"method": {}}, *(_with_recipe(layer, dataset.name, factor) for layer in found))
-    config = RunConfig[chosen.config_type].parse(held)  # type: ignore[name-defined]
+    all_layers = (method_class.preset(preset, target), sound, *upper_layers)
+    merged = merge({"method": {}}, *(_with_recipe(layer, dataset.name, factor) for layer in all_layers))
+    config = RunConfig[method_class.config_type].parse(merged)  # type: ignore[name-defined]
     resolve_arch(config.arch, dataset.image_shape)
     return Plan(method, dataset, ipc, seed, config, budget)
 
 
-def _target(dataset: Dataset, ipc: int, budget: int | None, given: Sequence[Mapping[str, Any]]) -> Target:
-    """Return what a preset may depend on; only a set that may be of sounds is read for it."""
-    own = merge(*given).get("method")
+def _target(
+    dataset: Dataset, ipc: int, budget: int | None, upper_layers: Sequence[Mapping[str, Any]]
+) -> Target:
+    """Return what a preset may depend on; train is read only if its shape is that of spectrograms."""
+    method_settings = merge(*upper_layers).get("method")
     return Target(
         dataset.name,
         dataset.image_shape,
@@ -164,27 +166,29 @@ def _target(dataset: Dataset, ipc: int, budget: int | None, given: Sequence[Mapp
         ipc,
         budget,
         is_audio=dataset.name in AUDIO or (dataset.image_shape == SPECTROGRAM and dataset.train().is_audio),
-        factor=own.get("factor") if isinstance(own, Mapping) else None,
+        factor=method_settings.get("factor") if isinstance(method_settings, Mapping) else None,
     )
 
 
 def budget_method(method: str) -> type[BudgetDistiller] | None:
     """Return the method's class if it takes a budget of storage instead of images per class, else None."""
-    chosen = get_method(method)
-    return cast("type[BudgetDistiller]", chosen) if getattr(chosen, "uses_budget", False) else None
+    method_class = get_method(method)
+    return (
+        cast("type[BudgetDistiller]", method_class) if getattr(method_class, "uses_budget", False) else None
+    )
 
 
 def _size(method: str, dataset: Dataset, ipc: int | None, budget: int | None) -> tuple[int, int | None]:
     """Return images per class and budget of a run.
 
     Raises:
-        InputError: the method takes the other one, or the number is below 1.
+        InputError: not exactly one is given, the method takes the other one, or it is below 1.
     """
-    given = [name for name, value in (("ipc", ipc), ("budget", budget)) if value is not None]
+    sizes = [name for name, value in (("ipc", ipc), ("budget", budget)) if value is not None]
     takes_budget = budget_method(method) is not None
-    if len(given) != 1 or (given == ["budget"] and not takes_budget):
+    if len(sizes) != 1 or (sizes == ["budget"] and not takes_budget):
         option = "--budget N (images of storage)" if takes_budget else "--ipc K (images per class)"
-        raise InputError(f"{method} takes {option}, got {' and '.join(given) or 'neither ipc nor budget'}")
+        raise InputError(f"{method} takes {option}, got {' and '.join(sizes) or 'neither ipc nor budget'}")
     for name, value in (("ipc", ipc), ("budget", budget)):
         if value is not None and value < 1:
             raise InputError(f"{name} must be >= 1, got {value}")
@@ -195,15 +199,15 @@ def _size(method: str, dataset: Dataset, ipc: int | None, budget: int | None) ->
 
 
 def _with_recipe(layer: Mapping[str, Any], dataset: str, factor: int) -> Mapping[str, Any]:
-    """Return a layer with a recipe's name replaced by its fields, so that it wins over earlier layers."""
-    own = layer.get("evaluate")
-    if not isinstance(own, Mapping):
+    """Return a layer with a recipe's name replaced by its fields, so that they override earlier layers."""
+    evaluate_layer = layer.get("evaluate")
+    if not isinstance(evaluate_layer, Mapping):
         return layer
-    return {**layer, "evaluate": named_recipe(own, dataset=dataset, factor=factor)}
+    return {**layer, "evaluate": named_recipe(evaluate_layer, dataset=dataset, factor=factor)}
 
 
 def override_layers(sets: Sequence[str], steps: int | None = None) -> list[dict[str, Any]]:
-    """Return the layers of `--set key=value` options and of `--steps`."""
+    """Return the layers from `--set key=value` options and `--steps`."""
     return [parse_overrides(sets), *([{"steps": steps}] if steps is not None else [])]
 
 
@@ -218,10 +222,10 @@ def shipped_configs(method: str, dataset: str, ipc: int) -> list[Path]:
 
 
 def check_ipc(ipc: int, split: Split, dataset: Dataset) -> None:
-    """Refuse an ipc that a class of the split in use cannot fill.
+    """Reject an ipc that is larger than the smallest class of the split.
 
     Raises:
-        InputError: with the largest ipc that fits.
+        InputError: names the largest ipc that fits.
     """
     smallest = int(torch.bincount(split.labels, minlength=dataset.num_classes).min())
     if not 1 <= ipc <= smallest:
@@ -229,49 +233,49 @@ def check_ipc(ipc: int, split: Split, dataset: Dataset) -> None:
 
 
 def check_size(plan: Plan, split: Split) -> None:
-    """Refuse a run whose ipc or budget does not fit the split in use.
+    """Reject a run whose ipc or budget does not fit the split.
 
     Raises:
-        InputError: with the largest ipc, or the smallest or largest budget, that fits.
+        InputError: names the largest ipc, or the smallest or largest budget, that fits.
     """
-    chosen = budget_method(plan.method)
-    if chosen is None or plan.budget is None:
+    method_class = budget_method(plan.method)
+    if method_class is None or plan.budget is None:
         check_ipc(plan.ipc, split, plan.dataset)
         return
 
-    def held(budget: int) -> int:
+    def num_stored(budget: int) -> int:
         shape = plan.dataset.image_shape
-        return chosen.num_distilled(plan.config.method, budget, shape, len(split))
+        return method_class.num_distilled(plan.config.method, budget, shape, len(split))
 
-    num = held(plan.budget)
+    num = num_stored(plan.budget)
     if num < 1:
         enough = plan.budget
-        while held(enough) < 1:
+        while num_stored(enough) < 1:
             enough *= 2
-        least = _first(lambda n: held(n) >= 1, plan.budget, enough)
+        least = _first(lambda n: num_stored(n) >= 1, plan.budget, enough)
         raise InputError(
             f"budget must be >= {least} images for {plan.method} on {plan.dataset.name}, got {plan.budget}"
         )
     if num > len(split):
-        most = _first(lambda n: held(n) > len(split), 0, plan.budget) - 1
+        most = _first(lambda n: num_stored(n) > len(split), 0, plan.budget) - 1
         raise InputError(
             f"budget must be <= {most} for {plan.dataset.name} ({len(split)} images), got {plan.budget}"
         )
 
 
-def _first(is_true: Callable[[int], bool], low: int, high: int) -> int:
-    """Return by bisection where a rule begins to hold that holds for `high` and not for `low`."""
+def _first(rule: Callable[[int], bool], low: int, high: int) -> int:
+    """Return by bisection the smallest value that satisfies `rule`; `high` does, `low` does not."""
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if is_true(middle) else (middle, high)
+        low, high = (low, middle) if rule(middle) else (middle, high)
     return high
 
 
 def pixel_space(kind: str, dataset: Dataset, split: Split) -> PixelSpace:
-    """Return the pixel space of a run; ZCA is fitted on the real train images, once.
+    """Return the pixel space of a run; ZCA is fitted on the split.
 
     Raises:
-        InputError: the images are too large to be whitened.
+        InputError: the images are too large for ZCA.
     """
     size = split.images[0].numel()
     if kind == "zca" and size > MAX_ZCA:
@@ -286,7 +290,7 @@ def pixel_space(kind: str, dataset: Dataset, split: Split) -> PixelSpace:
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device called `name`; `auto` is CUDA where there is one.
+    """Return the device called `name`; `auto` is CUDA if available.
 
     Raises:
         InputError: no such device.
@@ -316,16 +320,16 @@ def make_context(
     pool: ModelPool | None = None,
     search_seed: int = 0,
 ) -> DistillContext:
-    """Return what the method is given.
+    """Return the context that the method gets.
 
     Args:
         plan: the resolved run.
         split: the real images to distil from.
         split_name: which part of the dataset they are, such as `train`.
         device: where to compute.
-        space: the pixel space, when it was fitted before (once for many trials).
-        pool: where shared networks come from; default the files under `$DDRAY_HOME`.
-        search_seed: of the search that a run on all of train ends.
+        space: the pixel space, if it is already fitted (once for many trials).
+        pool: source of shared networks; default the files under `$DDRAY_HOME`.
+        search_seed: seed of the search whose final run this is.
 
     Raises:
         InputError: ipc does not fit the split, or compile=on without a compiler.
@@ -351,11 +355,11 @@ def make_context(
 
 
 def check_plan(plan: Plan) -> bool:
-    """Check what only the network can tell, and return whether its hot function will be compiled.
+    """Check the settings that depend on the network; return whether its hot function will be compiled.
 
     Raises:
-        InputError: the network does not fit the images, `layers` names one that it does not have, or
-            compile=on finds no compiler.
+        InputError: the network does not fit the images or lacks one of `layers`, or compile=on finds no
+            compiler.
     """
     from ddray.methods._matching import wants_compile
 
@@ -388,9 +392,9 @@ def make_distiller(plan: Plan) -> Distiller:
 
 
 def declared_specs(plan: Plan, ctx: DistillContext) -> list[PoolSpec]:
-    """Return what the method will ask the pool for, if it says so: its `pool_specs(ctx)`, which is optional.
+    """Return the pool entries that the method will use: its `pool_specs(ctx)`, if it defines that.
 
-    A method that says so has its networks trained in parallel before a search's first trial.
+    Declared networks are trained in parallel before a search's first trial.
     """
     declare = getattr(make_distiller(plan), "pool_specs", None)
     return [] if declare is None else list(declare(ctx))

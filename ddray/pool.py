@@ -1,7 +1,7 @@
-"""Model pools: networks that many trials share, trained once and kept under the hash of what they are.
+"""Model pools: networks that many trials share, trained once and stored under the hash of their spec.
 
-Whoever asks for an entry first trains it. Others wait for it, and take over if the trainer dies. How entries
-lie on disk is `pool_files`' matter.
+The first process that needs an entry trains it. Others wait, and take over if the trainer dies. `pool_files`
+has the layout on disk.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SUPERVISED_RECIPE: Final = {"epochs": 20, "lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4, "batch": 256}
-"""How the field trains the networks that it matches in (DSDM Sec 4.1; the coresets of DC)."""
+"""The usual training of networks to match in (DSDM Sec 4.1; the coresets of DC)."""
 
 _PLAIN: Final = {"schedule": "constant", "augment": "none", "strategy": None, "cutmix": 0.0}
 
 
 class PoolSpec(Config):
-    """What a pool entry is; equal specs are the same entry."""
+    """Identity of a pool entry; equal specs are the same entry."""
 
     kind: str
     dataset: str
     """Fingerprint of the dataset."""
     split: str
-    """Which part of it, such as `train` or `train-val0`."""
+    """Part of the dataset, such as `train` or `train-val0`."""
     transform: str
     """Pixel space and augmentation the network was trained under."""
     arch: str
@@ -52,14 +52,14 @@ class PoolSpec(Config):
     image_shape: tuple[int, int, int]
     num_classes: int
     device: str = "cpu"
-    """Kind of device it is trained on: weights drawn on another differ."""
+    """Kind of device it is trained on: random weights differ between kinds."""
     parents: tuple[str, ...] = ()
     """Keys of entries this one was trained from."""
 
     @field_validator("recipe")
     @classmethod
     def _without_plain_values(cls, recipe: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        """Leave out what a supervised recipe does anyway: the same training is the same entry."""
+        """Drop default values of a supervised recipe: the same training is the same entry."""
         if info.data.get("kind") != "supervised":
             return recipe
         return {k: v for k, v in recipe.items() if k not in _PLAIN or v != _PLAIN[k]}
@@ -77,11 +77,11 @@ def supervised_specs(
 
     Args:
         dataset: what they are trained on.
-        split: which part of it.
+        split: part of the dataset.
         arch: canonical architecture name.
         device: kind of device.
-        recipe: fields of `evaluate.training.Recipe`; those of `SUPERVISED_RECIPE` by default.
-        seed: of the first network.
+        recipe: fields of `evaluate.training.Recipe` that override `SUPERVISED_RECIPE`.
+        seed: seed of the first network.
         num: how many.
     """
     return [
@@ -92,12 +92,12 @@ def supervised_specs(
             transform="normalized",
             arch=arch,
             recipe={**SUPERVISED_RECIPE, **recipe},
-            seed=seed + number,
+            seed=seed + index,
             image_shape=dataset.image_shape,
             num_classes=dataset.num_classes,
             device=device,
         )
-        for number in range(num)
+        for index in range(num)
     ]
 
 
@@ -106,7 +106,7 @@ class PoolEntry:
     """One trained entry.
 
     Attributes:
-        meta: the spec, and what training measured.
+        meta: the spec and the measurements of its training.
         tensors: weights under `weights.<name>`, features [N, D] under `features`; large ones memory-mapped.
     """
 
@@ -127,7 +127,7 @@ class PoolEntry:
 
 
 class ModelPool(Protocol):
-    """Gives pool entries; whatever is missing is trained once."""
+    """Provides pool entries; missing ones are trained once."""
 
     def get(self, specs: Sequence[PoolSpec]) -> list[PoolEntry]:
         """Return the entries of `specs`, in order."""
@@ -135,15 +135,15 @@ class ModelPool(Protocol):
 
 
 Trainer = Callable[[PoolSpec], "tuple[Mapping[str, Tensor], Mapping[str, Any]]"]
-"""Trains one spec: tensors to keep, and measurements for the entry's meta."""
+"""Trains one spec: returns tensors to store, and measurements for the entry's meta."""
 
 
 def draft_entry(files: PoolFiles, spec: PoolSpec, trainer: Trainer, *, times_trained: int) -> Path:
-    """Train a spec and write its entry beside its place; return the folder.
+    """Train a spec and write its entry to a draft folder; return the folder.
 
     Raises:
         StorageError: the disk is full, or the folder can't be written.
-        Exception: whatever the trainer raises.
+        Exception: raised by the trainer.
     """
     begin = time.perf_counter()
     tensors, measured = trainer(spec)
@@ -155,8 +155,8 @@ class LocalPool:
     """A pool in a folder that this machine's processes share.
 
     Args:
-        trainer: trains a spec that is not there yet.
-        folder: where entries live; default `$DDRAY_HOME/pool`.
+        trainer: trains a missing spec.
+        folder: the pool folder; default `$DDRAY_HOME/pool`.
     """
 
     def __init__(self, trainer: Trainer, folder: Path | None = None) -> None:
@@ -164,7 +164,7 @@ class LocalPool:
         self._files = PoolFiles(folder or home() / "pool")
 
     def get(self, specs: Sequence[PoolSpec]) -> list[PoolEntry]:
-        """Return the entries of `specs`, in order; missing ones are trained, damaged ones again.
+        """Return the entries of `specs`, in order; missing and damaged ones are trained.
 
         Raises:
             InputError: an entry can't be read.
@@ -183,7 +183,7 @@ class LocalPool:
         return [entries[spec.key] for spec in specs]
 
     def _train(self, missing: dict[str, PoolSpec], entries: dict[str, PoolEntry]) -> None:
-        """Move specs from `missing` to `entries`, first those that nobody else is training."""
+        """Move specs from `missing` to `entries`, starting with those that no other process is training."""
         total = len(missing)
         log.info("pool: training %d of %d models", total, total + len(entries))
         with progress("training the pool", total) as show:
@@ -201,21 +201,21 @@ class LocalPool:
                 show(total - len(missing) + 1, missing.pop(key).arch)
 
     def _next(self, keys: Sequence[str]) -> tuple[str, EntryLock]:
-        """Return the lock of the first key that is free; wait for the first one if none is."""
+        """Lock the first key that is free, or wait for the first key if none is."""
         for key in keys:
             lock = self._files.try_lock(key)
             if lock is not None:
                 return key, lock
-        log.info("pool: another process trains %s, waiting for it", keys[0][:12])
+        log.info("pool: another process is training %s, waiting for it", keys[0][:12])
         return keys[0], self._files.lock(keys[0])
 
     def _open(self, key: str) -> PoolEntry | None:
-        """Return a sound entry, else None."""
+        """Return an entry, or None if it is missing or damaged."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         try:
             meta = self._files.read(key)
             return None if meta is None else PoolEntry(meta, load_file(self._files.tensors_path(key)))
-        except (DamagedEntryError, SafetensorError, FileNotFoundError):  # or set aside since it was read
+        except (DamagedEntryError, SafetensorError, FileNotFoundError):  # set aside meanwhile
             return None

@@ -1,4 +1,4 @@
-"""What `ddray pool` does, as functions: train a pool's networks, list and show what is there."""
+"""The functions behind `ddray pool`: train a pool's networks, list and show its entries."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ KINDS: Final[Mapping[str, frozenset[str]]] = {
     "ssl": frozenset({"--arch", "--seed"}),
     "diffusion": frozenset(),
 }
-"""Kinds of entries, and which of the options that not all of them have are theirs."""
+"""Kinds of entries, and the options that only some kinds take."""
 
 
-def check_kind(kind: str, given: Iterable[str] = ()) -> None:
-    """Refuse a kind of entry that there is not, and options that it does not have.
+def check_kind(kind: str, user_options: Iterable[str] = ()) -> None:
+    """Reject an unknown kind of entry, and options that the kind does not take.
 
     Args:
-        kind: of entry.
-        given: the options of `KINDS` that the user gave.
+        kind: kind of entry.
+        user_options: options of `KINDS` that the user set.
 
     Raises:
-        InputError: with the nearest name, or with the option.
+        InputError: names the closest kind, or the option.
     """
     if kind not in KINDS:
         raise unknown("--kind", kind, KINDS)
-    for option in given:
+    for option in user_options:
         if option not in KINDS[kind]:
             others = " or ".join(name for name, options in KINDS.items() if option in options)
             raise InputError(f"{option} must go with --kind {others}, got --kind {kind}; leave it out")
@@ -57,13 +57,13 @@ def train_pool(
     device: torch.device,
     folder: Path | None = None,
 ) -> dict[str, Any]:
-    """Train the supervised networks that are not there yet, on all of train.
+    """Train missing supervised networks on all of train.
 
     Args:
         dataset: the opened dataset.
         arch: architecture name; `auto` is the field's ConvNet.
-        recipe: changes of `SUPERVISED_RECIPE`, fields of `Recipe`.
-        seed: of the first network; the others count up.
+        recipe: fields of `Recipe` that override `SUPERVISED_RECIPE`.
+        seed: seed of the first network; the others count up.
         num_models: how many.
         device: where to compute.
         folder: the pool's folder; default `$DDRAY_HOME/pool`.
@@ -102,13 +102,13 @@ def train_teacher(
     device: torch.device,
     folder: Path | None = None,
 ) -> dict[str, Any]:
-    """Train the self-supervised teacher, if it is not there yet, that KRR-ST and Boost-SSDD ask for.
+    """Train the self-supervised teacher that KRR-ST and Boost-SSDD use, if it is missing.
 
     Args:
         dataset: the opened dataset; all of train is used, without its labels.
         arch: architecture name; `auto` is the methods' default.
-        recipe: changes of the methods' settings for this dataset, fields of `TeacherConfig`.
-        seed: the teacher's own; 0 is the methods' default.
+        recipe: fields of `TeacherConfig` that override the methods' settings for this dataset.
+        seed: the teacher's seed; 0 is the methods' default.
         device: where to compute.
         folder: the pool's folder; default `$DDRAY_HOME/pool`.
 
@@ -116,17 +116,19 @@ def train_teacher(
         `{"key", "folder", "keys"}`: the entry's key and folder.
 
     Raises:
-        InputError: a dataset of sounds, an unknown architecture or field, or a value that breaks its rule.
+        InputError: an audio dataset, an unknown architecture or field, or a value that breaks its rule.
         StorageError: an entry can't be written.
     """
     from ddray.ssl import SslTrainer, teacher_spec
 
     split = dataset.train()
-    given: dict[str, Any] = {"seed": seed, **recipe}
+    teacher_settings: dict[str, Any] = {"seed": seed, **recipe}
     if arch != "auto":
         check_arch(arch)
-        given["arch"] = arch
-    plan = resolve("boost_ssdd", dataset, budget=dataset.num_classes, layers=[{"method": {"teacher": given}}])
+        teacher_settings["arch"] = arch
+    plan = resolve(
+        "boost_ssdd", dataset, budget=dataset.num_classes, layers=[{"method": {"teacher": teacher_settings}}]
+    )
     spec = teacher_spec(plan.config.method.teacher, dataset, split, split_name="train", device=device)
     folder = folder or home() / "pool"
     LocalPool(SslTrainer(split.images, device, dataset.name), folder).get([spec])
@@ -136,11 +138,11 @@ def train_teacher(
 def train_diffusion(
     dataset: Dataset, *, recipe: Mapping[str, Any], device: torch.device, out: Path | None = None
 ) -> dict[str, Any]:
-    """Train the generator that D3HR uses on a dataset, if it is not there yet, and write it as a pipeline.
+    """Train the generator that D3HR uses on a dataset, if it is missing, and write it as a pipeline.
 
     Args:
         dataset: the opened dataset; all of train is used.
-        recipe: changes of the defaults for its images' size, fields of `DiffusionRecipe`.
+        recipe: fields of `DiffusionRecipe` that override the defaults for the image size.
         device: where to compute.
         out: the DiTPipeline folder; default `$DDRAY_HOME/diffusion/<key>`.
 
@@ -148,18 +150,18 @@ def train_diffusion(
         `{"key", "folder", "keys"}`: the pool entry's key, and the folder that diffusers opens.
 
     Raises:
-        InputError: an unknown field, a value that breaks its rule, or a folder of something else.
+        InputError: an unknown field, a value that breaks its rule, or a folder with other content.
         StorageError: a file can't be written.
     """
     from ddray.methods import _d3hr_stages as stages
     from ddray.methods._diffusion import save_pipeline
     from ddray.methods._diffusion_train import DiffusionRecipe, default_recipe
 
-    settled = DiffusionRecipe.parse({**default_recipe(dataset.image_shape), **recipe})
-    spec = stages.generator_spec(stages.base_spec(dataset, "train", device), settled)
+    full_recipe = DiffusionRecipe.parse({**default_recipe(dataset.image_shape), **recipe})
+    spec = stages.generator_spec(stages.base_spec(dataset, "train", device), full_recipe)
     folder = out or home() / "diffusion" / spec.key
     if folder.exists() and not (folder / "model_index.json").is_file() and any(folder.iterdir()):
-        raise InputError(f"--out must be a new folder or an old DiTPipeline, {folder} holds something else")
+        raise InputError(f"--out must be a new folder or an old DiTPipeline, {folder} has other content")
     pool = LocalPool(PoolTrainer(dataset, dataset.train(), device))
     save_pipeline(stages.entry_generator(pool.get([spec])[0]), folder)
     stages.forget_parts([spec])
@@ -169,21 +171,21 @@ def train_diffusion(
 def list_pool() -> dict[str, Any]:
     """Return `{"models": [{"key", "kind", "dataset", "arch", "epochs", "times_trained", "size_bytes"}]}`.
 
-    `epochs` is None for entries without a number of epochs. Damaged entries are logged and left out.
+    `epochs` is None for entries without epochs. Damaged entries are logged and left out.
     """
     files = PoolFiles(home() / "pool")
-    found = []
-    for key in files.known():
+    models = []
+    for key in files.list_keys():
         try:
             meta = files.describe(key)
             size = sum(path.stat().st_size for path in (files.folder / key).iterdir())
         except FileNotFoundError:  # set aside by another process since it was listed
             continue
         except DamagedEntryError as error:
-            log.warning("pool entry %s is damaged (%s): trained again when asked for", key[:12], error)
+            log.warning("pool entry %s is damaged (%s): trained again when needed", key[:12], error)
             continue
         spec = meta["spec"]
-        found.append(
+        models.append(
             {
                 "key": key,
                 "kind": spec.get("kind"),
@@ -194,40 +196,41 @@ def list_pool() -> dict[str, Any]:
                 "size_bytes": size,
             }
         )
-    return {"models": found}
+    return {"models": models}
 
 
 def show_entry(prefix: str) -> dict[str, Any]:
-    """Return what an entry is.
+    """Return an entry's meta and the types and shapes of its tensors.
 
     Args:
-        prefix: its key, or as many first characters as tell it from the others.
+        prefix: its key, or enough of its first characters to be unique.
 
     Returns:
         `{"key", "folder", "meta", "tensors": {name: {"dtype", "shape"}}}`.
 
     Raises:
-        InputError: no entry or several begin with `prefix`, or the entry is damaged.
+        InputError: no entry or several start with `prefix`, or the entry is damaged.
     """
     from safetensors import safe_open
 
     files = PoolFiles(home() / "pool")
-    keys = [key for key in files.known() if key.startswith(prefix)]
+    keys = [key for key in files.list_keys() if key.startswith(prefix)]
     if len(keys) != 1:
-        known = ", ".join(key[:12] for key in (keys or files.known())[:8]) or "none"
+        available = ", ".join(key[:12] for key in (keys or files.list_keys())[:8]) or "none"
         raise InputError(
-            f"key must begin one entry of {files.folder}, {len(keys)} begin with {prefix!r}; there: {known}"
+            f"key must fit one entry of {files.folder}, {len(keys)} start with {prefix!r}; there: {available}"
         )
     (key,) = keys
     try:
         meta = files.read(key)
     except DamagedEntryError as error:
         raise InputError(
-            f"pool entry {files.folder / key} must be undamaged: {error}; it is trained again when asked for"
+            f"pool entry {files.folder / key} must be undamaged: {error}; it is trained again when needed"
         ) from error
     with safe_open(files.tensors_path(key), framework="numpy") as file:
         slices = {name: file.get_slice(name) for name in sorted(file.keys())}
         tensors = {
-            name: {"dtype": held.get_dtype(), "shape": held.get_shape()} for name, held in slices.items()
+            name: {"dtype": tensor_slice.get_dtype(), "shape": tensor_slice.get_shape()}
+            for name, tensor_slice in slices.items()
         }
     return {"key": key, "folder": str(files.folder / key), "meta": meta, "tensors": tensors}

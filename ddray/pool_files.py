@@ -1,9 +1,9 @@
-"""The files of a pool: one folder per entry, moved into place whole, and a lock file beside it.
+"""The files of a pool: one folder per entry, moved into place once complete, and a lock file next to it.
 
-`<key>/entry.json` says what the entry is, `<key>/tensors.safetensors` holds it. `<key>.lock` is locked while
-somebody makes the entry, and counts how often that was done. A damaged entry is set aside as
-`<key>.corrupt-<n>`. `.<key>.<host>-<pid>.<random>.tmp` is a draft of that process, which need not hold the
-lock itself: a cluster's client has it held by the service.
+`<key>/entry.json` describes the entry, `<key>/tensors.safetensors` has its tensors. `<key>.lock` is locked
+while a process trains the entry, and counts how often it was trained. A damaged entry is set aside as
+`<key>.corrupt-<n>`. `.<key>.<host>-<pid>.<random>.tmp` is a draft of that process, which need not own the
+lock itself: for a cluster's client, the pool service does.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ log = logging.getLogger(__name__)
 ENTRY: Final = "entry.json"
 TENSORS: Final = "tensors.safetensors"
 _MAX_SHARED: Final = 64 * 2**20
-"""Bytes of a tensor beyond which it stays in its file, memory-mapped (features of a whole set)."""
+"""Larger tensors, in bytes, stay memory-mapped in their file (features of a whole dataset)."""
 _ABANDONED_S: Final = 3600.0
-"""Seconds without a change after which a draft of another machine is taken to be a dead process's."""
+"""Seconds without a change after which a draft from another machine counts as abandoned."""
 _BYTES: Final = {"F64": 8, "F32": 4, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 _sound: set[tuple[str, int, int]] = set()
-"""Tensor files whose hash this process has checked: path, size, time of change (ns)."""
+"""Tensor files whose hash this process has checked: path, size, modification time (ns)."""
 
 
 class DamagedEntryError(DdrayError):
-    """An entry's files are missing, torn or changed; whoever holds its lock sets it aside."""
+    """An entry's files are missing, torn or changed; the owner of its lock sets it aside."""
 
 
 class EntryLock:
-    """The right to make one entry; the kernel takes it from a process that dies.
+    """Exclusive right to train one entry; the kernel releases it when the process dies.
 
     Args:
         handle: the open, locked file.
@@ -63,17 +63,17 @@ class EntryLock:
 
     @property
     def times_trained(self) -> int:
-        """How often the entry was made, lost and damaged ones included."""
-        held = os.pread(self._handle, 32, 0).strip()
-        return int(held) if held.isdigit() else 0
+        """How often the entry was trained, including lost and damaged ones."""
+        content = os.pread(self._handle, 32, 0).strip()
+        return int(content) if content.isdigit() else 0
 
     def note(self, times_trained: int) -> None:
-        """Keep a count; it never falls."""
+        """Store the count if it is higher than the stored one."""
         if times_trained > self.times_trained:
             os.pwrite(self._handle, f"{times_trained}\n".encode(), 0)
 
     def release(self) -> None:
-        """Let others make the entry."""
+        """Release the lock."""
         os.close(self._handle)
 
     def __enter__(self) -> Self:
@@ -89,24 +89,24 @@ class PoolFiles:
     """Entries in a folder that many processes share.
 
     Args:
-        folder: where they are; made when the first one is.
+        folder: the pool folder; created with the first entry.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def known(self) -> list[str]:
-        """Return the keys of the entries that are there, sorted."""
+    def list_keys(self) -> list[str]:
+        """Return the keys of all entries, sorted."""
         if not self.folder.is_dir():
             return []
         return sorted(path.name for path in self.folder.iterdir() if re.fullmatch("[0-9a-f]{64}", path.name))
 
     def tensors_path(self, key: str) -> Path:
-        """Return where an entry's tensors are."""
+        """Return the path of an entry's tensors."""
         return self.folder / key / TENSORS
 
     def describe(self, key: str) -> dict[str, Any]:
-        """Return what an entry says of itself, its tensors unchecked.
+        """Return an entry's `entry.json` without checking its tensors.
 
         Raises:
             DamagedEntryError: `entry.json` is missing or torn.
@@ -116,9 +116,9 @@ class PoolFiles:
             return _described(self.folder / key)
 
     def read(self, key: str) -> dict[str, Any] | None:
-        """Return what an entry says of itself, its files checked; None if it is not there.
+        """Return an entry's `entry.json` after checking its files; None if there is no such entry.
 
-        The size is checked always, header and hash once per process.
+        The size is always checked, header and hash once per process.
 
         Raises:
             DamagedEntryError: a file is missing, torn or changed.
@@ -133,7 +133,7 @@ class PoolFiles:
         return meta
 
     def find(self, key: str) -> dict[str, Any] | None:
-        """Return what a sound entry says of itself, else None."""
+        """Return an entry's `entry.json`, or None if it is missing or damaged."""
         try:
             return self.read(key)
         except DamagedEntryError:
@@ -143,7 +143,7 @@ class PoolFiles:
         """Wait for an entry's lock and take it.
 
         Raises:
-            StorageError: the lock file can't be made.
+            StorageError: the lock file can't be created.
         """
         return self._locked(key, fcntl.LOCK_EX)
 
@@ -151,31 +151,31 @@ class PoolFiles:
         """Take an entry's lock if it is free, else return None.
 
         Raises:
-            StorageError: the lock file can't be made.
+            StorageError: the lock file can't be created.
         """
         try:
             return self._locked(key, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return None
 
-    def _locked(self, key: str, how: int) -> EntryLock:
-        """Take the lock, then remove what a killed trainer left half-written."""
+    def _locked(self, key: str, operation: int) -> EntryLock:
+        """Take the lock, then remove the drafts of killed processes."""
         path = self.folder / f"{key}.lock"
         with storage_errors(path):
             self.folder.mkdir(parents=True, exist_ok=True)
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(handle, how)
+            fcntl.flock(handle, operation)
         except BaseException:
             os.close(handle)
             raise
-        for left in self.folder.glob(f".{key}.*.tmp"):
-            if _is_abandoned(left):
-                shutil.rmtree(left, ignore_errors=True)
+        for draft in self.folder.glob(f".{key}.*.tmp"):
+            if _is_abandoned(draft):
+                shutil.rmtree(draft, ignore_errors=True)
         return EntryLock(handle)
 
     def mend(self, key: str, lock: EntryLock) -> dict[str, Any] | None:
-        """Return what a sound entry says of itself; set a damaged one aside, say so, and return None.
+        """Return an entry's `entry.json`; set a damaged entry aside with a warning and return None.
 
         Raises:
             StorageError: it can't be renamed.
@@ -186,9 +186,9 @@ class PoolFiles:
             reason = str(error)
         folder = self.folder / key
         lock.note(_times_trained(folder))
-        number = 1
-        while (aside := self.folder / f"{key}.corrupt-{number}").exists():
-            number += 1
+        suffix = 1
+        while (aside := self.folder / f"{key}.corrupt-{suffix}").exists():
+            suffix += 1
         with storage_errors(aside):
             folder.rename(aside)
         log.warning(
@@ -202,13 +202,13 @@ class PoolFiles:
     def draft(
         self, key: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], *, times_trained: int
     ) -> Path:
-        """Write an entry beside its place; return the folder.
+        """Write an entry to a draft folder; return the folder.
 
         Args:
-            key: which entry.
-            tensors: what to keep.
-            facts: what else `entry.json` says.
-            times_trained: this making of the entry included.
+            key: key of the entry.
+            tensors: tensors to store.
+            facts: further contents of `entry.json`.
+            times_trained: how often the entry was trained, this time included.
 
         Raises:
             StorageError: the disk is full, or the folder can't be written.
@@ -222,14 +222,19 @@ class PoolFiles:
             draft = self.folder / f".{key}.{_host()}-{os.getpid()}.{uuid.uuid4().hex}.tmp"
             draft.mkdir()
             try:
-                held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+                contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
                 try:
-                    save_file(held, draft / TENSORS)
+                    save_file(contiguous, draft / TENSORS)
                 except SafetensorError as error:  # its Rust side wraps the OSError
                     raise OSError(errno.EIO, f"{error}") from error
                 size, digest = (draft / TENSORS).stat().st_size, _sha256(draft / TENSORS)
-                own = {"key": key, "times_trained": times_trained, "size_bytes": size, "sha256": digest}
-                text = json.dumps({**facts, **own}, indent=2, sort_keys=True)
+                bookkeeping = {
+                    "key": key,
+                    "times_trained": times_trained,
+                    "size_bytes": size,
+                    "sha256": digest,
+                }
+                text = json.dumps({**facts, **bookkeeping}, indent=2, sort_keys=True)
                 (draft / ENTRY).write_text(text + "\n", encoding="utf-8")
             except BaseException:
                 shutil.rmtree(draft, ignore_errors=True)
@@ -237,7 +242,7 @@ class PoolFiles:
         return draft
 
     def publish(self, key: str, draft: Path, lock: EntryLock) -> None:
-        """Move a draft into its place and count it; where locks do not hold, the first one stays, uncounted.
+        """Move a draft into place and count it; if locks do not work, an earlier entry stays, uncounted.
 
         Raises:
             StorageError: the folder can't be written.
@@ -255,27 +260,27 @@ class PoolFiles:
 
 
 def small_arrays(path: Path) -> tuple[dict[str, np.ndarray[Any, Any]], bool]:
-    """Return an entry's tensors up to 64 MiB as arrays, and whether those are all."""
+    """Return an entry's tensors of up to 64 MiB as arrays, and whether those are all its tensors."""
     from safetensors import safe_open
 
-    found = {}
+    arrays = {}
     with safe_open(path, framework="numpy") as file:
         names = list(file.keys())
         for name in names:
-            held = file.get_slice(name)
-            size = _BYTES.get(held.get_dtype())  # NumPy has no bfloat16
-            if size is not None and size * math.prod(held.get_shape()) <= _MAX_SHARED:
-                found[name] = file.get_tensor(name)
-    return found, len(found) == len(names)
+            tensor_slice = file.get_slice(name)
+            size = _BYTES.get(tensor_slice.get_dtype())  # NumPy has no bfloat16
+            if size is not None and size * math.prod(tensor_slice.get_shape()) <= _MAX_SHARED:
+                arrays[name] = file.get_tensor(name)
+    return arrays, len(arrays) == len(names)
 
 
 def _host() -> str:
-    """Return this machine's name, in characters that a draft's name splits at none of."""
+    """Return this machine's name without the separators of draft names."""
     return re.sub("[^0-9A-Za-z]", "_", socket.gethostname()) or "_"
 
 
 def _is_abandoned(draft: Path) -> bool:
-    """Return whether nobody writes a draft any more: its process is dead, or, elsewhere, silent for long."""
+    """Return whether a draft's process is dead or, on another machine, has long not written to it."""
     owner, _, pid = draft.name.split(".")[2].rpartition("-")
     if owner == _host() and pid.isdigit():
         try:
@@ -287,14 +292,14 @@ def _is_abandoned(draft: Path) -> bool:
         return False
     try:
         changed = max(path.stat().st_mtime for path in (draft, *draft.iterdir()))
-    except OSError:  # moved into its place meanwhile
+    except OSError:  # moved into place meanwhile
         return False
     return time.time() - changed > _ABANDONED_S
 
 
 @contextmanager
 def _damage(folder: Path) -> Iterator[None]:
-    """Turn what goes wrong while an entry is read into the error that says so."""
+    """Turn errors while reading an entry into DamagedEntryError or InputError."""
     from safetensors import SafetensorError
 
     try:
@@ -320,7 +325,7 @@ def _described(folder: Path) -> dict[str, Any]:
 
 
 def _check_tensors(path: Path, meta: Mapping[str, Any]) -> None:
-    """Compare an entry's tensors with what `entry.json` says of them.
+    """Compare an entry's tensors with size and hash in `entry.json`.
 
     Raises:
         ValueError: size or hash differ.
@@ -346,7 +351,7 @@ def _sha256(path: Path) -> str:
 
 
 def _times_trained(folder: Path) -> int:
-    """Return the count of an entry that may be damaged: it was made at least once."""
+    """Return the count of an entry that may be damaged; at least 1."""
     try:
         return int(json.loads((folder / ENTRY).read_text(encoding="utf-8"))["times_trained"])
     except (OSError, ValueError, KeyError, TypeError):

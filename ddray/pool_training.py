@@ -1,4 +1,4 @@
-"""Training what a pool lacks: supervised networks and their features of the real images, D3HR's stages."""
+"""Trains missing pool entries: supervised networks and their features of the real images, D3HR's stages."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from ddray.seeding import derive, derive_seed
 DIFFUSION_KINDS: Final = ("diffusion", "latents", "inverted", "statistics")
 """D3HR's stages (`methods._d3hr_stages`)."""
 _CARVED: Final = re.compile(r"train-val(\d+)")
-_MAX_ENCODED: Final = 200 * 2**20  # bytes of a split that is trained on as floats, encoded once
+_MAX_ENCODED: Final = 200 * 2**20  # bytes as floats up to which a split is encoded once, not by the batch
 
 
 @dataclass(frozen=True)
 class PoolTrainer:
-    """Trains what a pool lacks, each kind of entry by its own trainer.
+    """Trains missing pool entries, dispatching on their kind.
 
     Attributes:
-        dataset: names and statistics; its whole train is what specs of split `train` are trained on.
-        split: the real images of every other split.
+        dataset: names and statistics; specs of split `train` are trained on all of its train.
+        split: the real images for all other splits.
         device: where to compute.
     """
 
@@ -40,10 +40,10 @@ class PoolTrainer:
     device: torch.device
 
     def __call__(self, spec: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
-        """Return an entry's tensors, and what training measured.
+        """Return an entry's tensors and measurements.
 
         Raises:
-            InputError: there is no such kind, or the spec does not fit the images.
+            InputError: the kind is unknown, or the spec does not fit the images.
             DivergedError: a loss became NaN.
         """
         if spec.kind == ssl.KIND:
@@ -59,11 +59,11 @@ class PoolTrainer:
 
 @dataclass(frozen=True)
 class SupervisedTrainer:
-    """Trains the pool's supervised networks on a split, and takes their features of it.
+    """Trains the pool's supervised networks on a split and computes their features of it.
 
     Attributes:
-        dataset: names and statistics; its train is what `train` and `train-val<seed>` are taken from.
-        split: the real images of every other split.
+        dataset: names and statistics; `train` and `train-val<seed>` come from its train.
+        split: the real images for all other splits.
         device: where to compute.
     """
 
@@ -74,10 +74,10 @@ class SupervisedTrainer:
     def __call__(self, spec: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
         """Return weights and features [N, D] of a network trained by `spec.recipe`, and its final loss.
 
-        Of a network trained on `train-val<seed>`, the features of val [M, D] follow in rows of their own.
+        For a network trained on `train-val<seed>`, the rows of val [M, D] follow.
 
         Raises:
-            InputError: a kind of entry that is trained elsewhere, or a bad recipe.
+            InputError: the kind is not `supervised`, or the recipe is invalid.
             DivergedError: the loss became NaN.
         """
         if spec.kind != "supervised":
@@ -104,14 +104,14 @@ class SupervisedTrainer:
         return {**weights, "features": torch.cat(features)}, measured
 
     def _images_of(self, name: str) -> tuple[Split, Split | None]:
-        """Return the part of the dataset called `name`, and the val images that it leaves out."""
+        """Return the split called `name`, and the val images that it excludes."""
         if name == "train":
             return self.dataset.train(), None
         carved = _CARVED.fullmatch(name)
         return carve_val(self.dataset.train(), seed=int(carved[1])) if carved else (self.split, None)
 
     def _images(self, split: Split, recipe: Recipe) -> tuple[Tensor, Augmenter | None]:
-        """Return what is trained on and what is done to each batch: a large split is encoded by the batch."""
+        """Return the training images and the transform of a batch; a large split is encoded by the batch."""
         space = normalized_space(self.dataset)
         augment = augmenter(
             recipe.augment, can_flip=self.dataset.can_flip, space=space, strategy=recipe.strategy
@@ -129,8 +129,8 @@ class SupervisedTrainer:
     def _features(self, net: Net, split: Split) -> Tensor:
         """Return the embedding [N, D] of every image, on the CPU."""
         space = normalized_space(self.dataset)
-        found = []
+        embeddings = []
         for images in torch.split(split.images, 64):
             encoded = space.encode(images.to(self.device)).contiguous(memory_format=torch.channels_last)
-            found.append(net.embed(encoded).cpu())
-        return torch.cat(found)
+            embeddings.append(net.embed(encoded).cpu())
+        return torch.cat(embeddings)

@@ -14,23 +14,23 @@ _LOG_EVERY_S = 30.0
 
 
 class Show(Protocol):
-    """What a piece of work calls to say how far it is."""
+    """Callback by which a piece of work reports its progress."""
 
     def __call__(self, done: int, note: str, *, total: int | None = None) -> None:
-        """Say pieces done in all, a short note, and how many pieces there are if that has changed."""
+        """Report the pieces done so far, a short note, and the new total if it has changed."""
 
 
 @contextmanager
-def progress(what: str, total: int, *, start: int = 0) -> Iterator[Show]:
+def progress(title: str, total: int, *, start: int = 0) -> Iterator[Show]:
     """Show progress of `total` pieces of work.
 
     Args:
-        what: the line's title.
-        total: pieces in all; 0: not known beforehand.
+        title: the line's title.
+        total: pieces in all; 0 if unknown.
         start: pieces done before.
 
     Yields:
-        What to call with (pieces done in all, a short note, and the new `total` where it has changed).
+        A callback that takes the pieces done so far, a short note, and the new `total` if it has changed.
     """
     if sys.stderr.isatty() and total > 0:
         from rich.console import Console
@@ -47,20 +47,20 @@ def progress(what: str, total: int, *, start: int = 0) -> Iterator[Show]:
             TextColumn("{task.fields[note]}"),
         )
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(what, total=total, completed=start, note="")
+            task = bar.add_task(title, total=total, completed=start, note="")
 
             def move(done: int, note: str, *, total: int | None = None) -> None:
                 bar.update(task, completed=done, note=note, total=total)
 
             yield move
         return
-    said, pieces = time.monotonic(), total
+    last_logged, pieces = time.monotonic(), total
 
     def line(done: int, note: str, *, total: int | None = None) -> None:
-        nonlocal said, pieces
+        nonlocal last_logged, pieces
         pieces = total or pieces
-        if time.monotonic() - said >= _LOG_EVERY_S:
-            said = time.monotonic()
-            log.info("%s: %d%s %s", what, done, f" of {pieces}" if pieces else "", note)
+        if time.monotonic() - last_logged >= _LOG_EVERY_S:
+            last_logged = time.monotonic()
+            log.info("%s: %d%s %s", title, done, f" of {pieces}" if pieces else "", note)
 
     yield line

@@ -35,7 +35,7 @@ class Run:
         folder: absolute path of the run directory.
         ledger: its rows and events.
         epoch: the run epoch that this driver opened; workers publish under it.
-        resumed: whether the folder held a run already.
+        resumed: whether the folder already had a run.
     """
 
     def __init__(self, folder: Path, *, resumed: bool) -> None:
@@ -45,11 +45,11 @@ class Run:
         self.epoch = self.ledger.open_epoch()
 
     def checkpoint(self, key: str) -> Path:
-        """Return where the checkpoint of a unit lives."""
+        """Return the path of a unit's checkpoint."""
         return self.folder / "checkpoints" / f"{key}.pt"
 
     def discard(self) -> None:
-        """Remove the folder with all that it holds."""
+        """Remove the folder with everything in it."""
         with storage_errors(self.folder):
             shutil.rmtree(self.folder)
 
@@ -67,7 +67,7 @@ def open_run(run_dir: Path | None, config: Mapping[str, Any], *, command: str, r
         InputError: the folder exists and `resume` is off, or its configuration differs (with the diff).
         StorageError: the folder can't be made.
     """
-    held = {"command": command, **config}
+    settings = {"command": command, **config}
     if run_dir is None:
         if resume:
             raise InputError("--resume needs --run-dir: the folder of the run to continue")
@@ -86,7 +86,7 @@ def open_run(run_dir: Path | None, config: Mapping[str, Any], *, command: str, r
                 "add --resume to continue it, or name another"
             )
         if occupied and config_file.exists():
-            _check_same(read_yaml(config_file), held, folder)
+            _check_same(read_yaml(config_file), settings, folder)
             run = Run(folder, resumed=True)
             _note_environment(run)
             return run
@@ -101,7 +101,7 @@ def open_run(run_dir: Path | None, config: Mapping[str, Any], *, command: str, r
         with storage_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
-    write_text(folder / "config.yaml", yaml.safe_dump(held, sort_keys=False))
+    write_text(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
     with storage_errors(folder):
         (folder / "ledger").mkdir(exist_ok=True)
         (folder / "checkpoints").mkdir(exist_ok=True)
@@ -109,7 +109,7 @@ def open_run(run_dir: Path | None, config: Mapping[str, Any], *, command: str, r
 
 
 def _note_environment(run: Run) -> None:
-    """Write what a continued run is continued with, and say what is not as before."""
+    """Write a resumed run's environment, and warn of what has changed."""
     files = environments(run.folder)
     now = environment()
     write_text(run.folder / f"environment-{run.epoch}.json", json.dumps(now, indent=2) + "\n")
@@ -118,30 +118,32 @@ def _note_environment(run: Run) -> None:
     except (OSError, ValueError):  # damaged: a report says so
         return
     compared = ("versions", "processor", "devices", "git_commit", "git_dirty")
-    old, new = ({name: one.get(name) for name in compared} for one in (before, now))
+    old, new = (
+        {name: environment_facts.get(name) for name in compared} for environment_facts in (before, now)
+    )
     changed = difference(old, new)
     if changed:
-        log.warning("%s is continued with other things than before: %s", run.folder, ", ".join(changed))
+        log.warning("%s is resumed in a different environment: %s", run.folder, ", ".join(changed))
 
 
 def environments(folder: Path) -> list[Path]:
-    """Return the files that say what a run was continued with, in order; not the first start's."""
-    found = {path.stem.removeprefix("environment-"): path for path in folder.glob("environment-*.json")}
-    return [found[epoch] for epoch in sorted(filter(str.isdecimal, found), key=int)]
+    """Return the environment files of a run's resumes, in order; the first start's is not among them."""
+    by_epoch = {path.stem.removeprefix("environment-"): path for path in folder.glob("environment-*.json")}
+    return [by_epoch[epoch] for epoch in sorted(filter(str.isdecimal, by_epoch), key=int)]
 
 
 def _numbered(parent: Path, command: str) -> Path:
     """Make the next free `<parent>/<command>-<number>`; mkdir is atomic, so two processes get two folders."""
     with storage_errors(parent):
         parent.mkdir(parents=True, exist_ok=True)
-        numbers = [path.name.removeprefix(f"{command}-") for path in parent.glob(f"{command}-*")]
-        number = 1 + max((int(text) for text in numbers if text.isdigit()), default=0)
+        suffixes = [path.name.removeprefix(f"{command}-") for path in parent.glob(f"{command}-*")]
+        index = 1 + max((int(text) for text in suffixes if text.isdigit()), default=0)
         while True:
-            folder = parent / f"{command}-{number:04d}"
+            folder = parent / f"{command}-{index:04d}"
             try:
                 folder.mkdir()
             except FileExistsError:
-                number += 1
+                index += 1
             else:
                 return folder
 
@@ -173,16 +175,16 @@ def environment() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of ddray, Python and the libraries that decide the numbers."""
+    """Return the versions of ddray, Python and the libraries that affect the results."""
     from ddray import __version__
 
-    found = {"ddray": __version__, "python": platform.python_version()}
+    installed = {"ddray": __version__, "python": platform.python_version()}
     for name in _PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 @functools.cache
@@ -204,7 +206,6 @@ def _git(*arguments: str) -> str | None:
 
 
 def _processor() -> str:
-    """Return the processor's model name."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():
@@ -214,7 +215,6 @@ def _processor() -> str:
 
 
 def _devices() -> list[str]:
-    """Return the names of the CUDA devices that torch sees."""
     import torch
 
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -41,7 +41,7 @@ PixelKind = Literal["normalized", "raw", "zca"]
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """What `ddray evaluate` was asked for; None means: as the artifact says.
+    """Options of `ddray evaluate`; None means: as the artifact says.
 
     Attributes:
         dataset: target; default the artifact's own.
@@ -98,7 +98,7 @@ def evaluate(
         dataset: the target, opened; default `options.dataset`.
 
     Returns:
-        The command's JSON (DESIGN: commands).
+        The command's JSON (docs/architecture.md, Commands).
 
     Raises:
         InputError: the file, the dataset or an option is bad, or the set does not fit the dataset.
@@ -107,38 +107,39 @@ def evaluate(
     _check_options(options)
     dataset = dataset or _target(options.dataset, options)
     space = foreign_space(dataset, options.pixel_space)
-    held = artifact.load(path, dataset=dataset, pixel_space=space)
-    target = dataset or _target(held.meta.dataset, options)
+    distilled = artifact.load(path, dataset=dataset, pixel_space=space)
+    target = dataset or _target(distilled.meta.dataset, options)
     if target is None:
-        raise InputError(f"{path} does not say which dataset it is of: add --dataset NAME")
-    check_fits(held, target, path, options.protocol)
-    archs = tuple(resolve_arch(arch, held.meta.image_shape) for arch in options.archs) or (held.meta.arch,)
-    real, real_name, held_out = _real_and_held_out(target, options.split, held)
+        raise InputError(f"{path} does not say which dataset it was distilled from: add --dataset NAME")
+    check_fits(distilled, target, path, options.protocol)
+    meta = distilled.meta
+    archs = tuple(resolve_arch(arch, meta.image_shape) for arch in options.archs) or (meta.arch,)
+    real, real_name, held_out = _real_and_held_out(target, options.split, distilled)
     if held_out.is_audio and options.augment not in (None, "none"):
         raise InputError(f"--augment must be none for spectrograms ({target.name}), got {options.augment}")
-    held = held.generated(options.ipc, device)  # what can be refused has been: this takes minutes
-    ctx = EvalContext(target, held_out, held.space(), device)
-    more: dict[str, Any] = {}
+    distilled = distilled.generated(options.ipc, device)  # after every check: this takes minutes
+    ctx = EvalContext(target, held_out, distilled.space(), device)
+    details: dict[str, Any] = {}
     evaluator: Evaluator
-    lesson = teach(options, held, ctx, (real, real_name))
+    lesson = teach(options, distilled, ctx, (real, real_name))
     if lesson is not None:
-        evaluator, num_seeds, more = lesson.evaluator, lesson.num_seeds, lesson.describe()
+        evaluator, num_seeds, details = lesson.evaluator, lesson.num_seeds, lesson.describe()
     else:
-        config = evaluation_config(held, options)
-        evaluator, num_seeds = _evaluator(config, options, held, (real, real_name)), config.seeds
+        config = evaluation_config(distilled, options)
+        evaluator, num_seeds = _evaluator(config, options, distilled, (real, real_name)), config.seeds
         if options.protocol == "robust":
             full_epochs = options.full_epochs or config.epochs
-            more = {"full_epochs": full_epochs, "random_per_class": _images_at_storage(held)}
-    found = _score(
+            details = {"full_epochs": full_epochs, "random_per_class": _images_at_storage(distilled)}
+    results = _score(
         evaluator,
-        _train_set(held, options),
+        _train_set(distilled, options),
         ctx,
         archs=archs,
         num_seeds=num_seeds,
         seed=options.seed,
-        what=f"evaluating {path.name}",
+        title=f"evaluating {path.name}",
     )
-    return {"protocol": options.protocol, "split": options.split, **more, "results": found}
+    return {"protocol": options.protocol, "split": options.split, **details, "results": results}
 
 
 def _score(
@@ -149,10 +150,10 @@ def _score(
     archs: Sequence[str],
     num_seeds: int,
     seed: int,
-    what: str,
+    title: str,
 ) -> list[dict[str, Any]]:
-    """Score every architecture, showing progress under the title `what`."""
-    with progress(what, len(archs) * num_seeds) as show:
+    """Score every architecture, showing progress under a title."""
+    with progress(title, len(archs) * num_seeds) as show:
         done = 0
 
         def note(result: EvalResult) -> None:
@@ -165,11 +166,11 @@ def _score(
         )
 
 
-def _train_set(held: DistilledSet, options: EvaluateOptions) -> TrainSet:
+def _train_set(distilled: DistilledSet, options: EvaluateOptions) -> TrainSet:
     """Return the set as decoded, or a stratified part of it."""
     if options.protocol == "linear":
-        return held.decode()
-    return _limited(held.decode(), options)
+        return distilled.decode()
+    return _limited(distilled.decode(), options)
 
 
 def _limited(train_set: TrainSet, options: EvaluateOptions) -> TrainSet:
@@ -179,17 +180,17 @@ def _limited(train_set: TrainSet, options: EvaluateOptions) -> TrainSet:
     return limited(train_set, options.train_limit, derive(options.seed, "evaluate", "train-limit"))
 
 
-def _images_at_storage(held: DistilledSet) -> int:
-    """Return how many real images per class take the storage of a set."""
-    per_class = len(held.meta.class_names) * math.prod(held.meta.image_shape)
-    return max(1, held.meta.storage_floats // per_class)
+def _images_at_storage(distilled: DistilledSet) -> int:
+    """Return how many real images per class fit the storage of a set."""
+    per_class = len(distilled.meta.class_names) * math.prod(distilled.meta.image_shape)
+    return max(1, distilled.meta.storage_floats // per_class)
 
 
 def check_options(options: EvaluateOptions, image_shape: tuple[int, int, int]) -> None:
-    """Refuse what would be refused with a set at hand, before there is one.
+    """Check options before there is a set to evaluate.
 
     Args:
-        options: what will be asked for.
+        options: the options to check.
         image_shape: (C, H, W) of the set.
 
     Raises:
@@ -240,18 +241,18 @@ def _check_options(options: EvaluateOptions) -> None:
 
 
 def _evaluator(
-    config: EvaluateConfig, options: EvaluateOptions, held: DistilledSet, real: tuple[Split, str]
+    config: EvaluateConfig, options: EvaluateOptions, distilled: DistilledSet, real: tuple[Split, str]
 ) -> Evaluator:
-    """Return the protocol that was asked for; `real` are the real images and their split's name."""
+    """Return the protocol of the options; `real` are the real images and their split's name."""
     recipe = config.as_recipe()
     if options.protocol == "linear":
-        part = _limited(TrainSet(real[0].images, real[0].labels), options)
-        known = KNOWN.get(held.meta.dataset)
+        train_set = _limited(TrainSet(real[0].images, real[0].labels), options)
+        catalog_entry = KNOWN.get(distilled.meta.dataset)
         return Linear(
             recipe,
             config.probe,
-            real=Split(part.images, part.labels),
-            can_flip=known is not None and known.can_flip,
+            real=Split(train_set.images, train_set.labels),
+            can_flip=catalog_entry is not None and catalog_entry.can_flip,
             finetune=config.finetune if options.finetune else None,
         )
     if options.protocol == "continual":
@@ -261,7 +262,7 @@ def _evaluator(
             recipe,
             real=real[0],
             split_name=real[1],
-            random_per_class=_images_at_storage(held),
+            random_per_class=_images_at_storage(distilled),
             full_epochs=options.full_epochs,
         )
     return Hard(recipe)
@@ -280,61 +281,63 @@ def foreign_space(dataset: Dataset | None, kind: PixelKind) -> PixelSpace | None
     return PixelSpace("raw", dataset.mean, dataset.std)
 
 
-def evaluation_config(held: DistilledSet, options: EvaluateOptions) -> EvaluateConfig:
+def evaluation_config(distilled: DistilledSet, options: EvaluateOptions) -> EvaluateConfig:
     """Return the evaluation settings: the artifact's own, overridden by the options."""
-    asked = {"seeds": options.seeds, "epochs": options.epochs, "augment": options.augment}
-    own = held.meta.config.get("evaluate", {})
-    method = held.meta.config.get("method", {})
+    option_values = {"seeds": options.seeds, "epochs": options.epochs, "augment": options.augment}
+    settings = distilled.meta.config.get("evaluate", {})
+    method = distilled.meta.config.get("method", {})
     factor = method.get("factor", 1) if isinstance(method, dict) else 1
-    recipe = functools.partial(named_recipe, dataset=held.meta.dataset, factor=factor)
+    recipe = functools.partial(named_recipe, dataset=distilled.meta.dataset, factor=factor)
     sets = recipe(parse_overrides(options.sets))
-    if not isinstance(own, dict):
-        raise InputError(f"meta.config.evaluate must be a mapping, got {own!r}")
+    if not isinstance(settings, dict):
+        raise InputError(f"meta.config.evaluate must be a mapping, got {settings!r}")
     if options.recipe is not None:
-        known = (*RECIPES, HARD_RECIPE) if options.protocol == "hard" else tuple(RECIPES)
-        if options.recipe not in known:
-            raise unknown("recipe", options.recipe, known)
-        own = {**own, **recipe({"recipe": options.recipe})}
-    if options.augment not in (None, own.get("augment", "dsa")):
-        own = {**own, "strategy": None, "cutmix": 0.0}
+        names = (*RECIPES, HARD_RECIPE) if options.protocol == "hard" else tuple(RECIPES)
+        if options.recipe not in names:
+            raise unknown("recipe", options.recipe, names)
+        settings = {**settings, **recipe({"recipe": options.recipe})}
+    if options.augment not in (None, settings.get("augment", "dsa")):
+        settings = {**settings, "strategy": None, "cutmix": 0.0}
     if options.augment == "none" and options.epochs is None:
-        own = {**own, "epochs": min(300, own.get("epochs", 300))}  # the peers' length without augmentation
+        # The peers' length without augmentation.
+        settings = {**settings, "epochs": min(300, settings.get("epochs", 300))}
     return EvaluateConfig.parse(
-        {**own, **sets, **{k: v for k, v in asked.items() if v is not None}}, prefix="evaluate."
+        {**settings, **sets, **{k: v for k, v in option_values.items() if v is not None}}, prefix="evaluate."
     )
 
 
-def check_fits(held: DistilledSet, target: Dataset, path: Path, protocol: str = "hard") -> None:
-    """Refuse to score a set on a dataset with other classes or another image shape, `linear` aside."""
-    if held.meta.dataset == target.name and held.meta.fingerprint != target.fingerprint:
+def check_fits(distilled: DistilledSet, target: Dataset, path: Path, protocol: str = "hard") -> None:
+    """Refuse to score a set on a dataset with other classes or another image shape, except under `linear`."""
+    meta = distilled.meta
+    if meta.dataset == target.name and meta.fingerprint != target.fingerprint:
         log.warning("%s was distilled from another copy of %s (fingerprints differ)", path, target.name)
     if protocol == "linear":
         return
-    if held.targets is not None:
+    if distilled.targets is not None:
         raise InputError(f"{path} holds targets, not labels: --protocol must be linear, got {protocol}")
-    if held.meta.image_shape != target.image_shape:
+    if meta.image_shape != target.image_shape:
         raise InputError(
-            f"{path} holds images of shape {held.meta.image_shape}, {target.name} has {target.image_shape}: "
+            f"{path} holds images of shape {meta.image_shape}, {target.name} has {target.image_shape}: "
             "evaluate it on the dataset it was distilled from"
         )
-    if held.meta.class_names != target.class_names:
+    if meta.class_names != target.class_names:
         raise InputError(
-            f"{path} has {len(held.meta.class_names)} classes of {held.meta.dataset}, {target.name} has "
-            f"{target.num_classes} other ones: evaluate it on the dataset it was distilled from"
+            f"{path} has {len(meta.class_names)} classes of {meta.dataset}, {target.name} has "
+            f"{target.num_classes} different ones: evaluate it on the dataset it was distilled from"
         )
-    if len(held.labels) and int(held.labels.max()) >= target.num_classes:
+    if len(distilled.labels) and int(distilled.labels.max()) >= target.num_classes:
         raise InputError(f"{path}: labels must be < {target.num_classes} for {target.name}")
 
 
-def _real_and_held_out(target: Dataset, split: str, held: DistilledSet) -> tuple[Split, str, Split]:
+def _real_and_held_out(target: Dataset, split: str, distilled: DistilledSet) -> tuple[Split, str, Split]:
     """Return the real images to train on, their split's name, and the split to score on.
 
-    Val is what a search with the artifact's seed keeps back of train.
+    Val is what a search with the artifact's seed holds out of train.
     """
     if split == "test":
         return target.train(), "train", target.test()
-    seed = held.meta.seed or 0
-    if held.meta.split != f"train-val{seed}":
+    seed = distilled.meta.seed or 0
+    if distilled.meta.split != f"train-val{seed}":
         log.warning("val is a tenth of train: a set that was distilled from all of train has seen it")
     real, val = carve_val(target.train(), seed=seed)
     return real, f"train-val{seed}", val

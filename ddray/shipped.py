@@ -8,5 +8,5 @@ from pathlib import Path
 def shipped(*parts: str) -> Path:
     """Return the path of a shipped file or folder, as `shipped("configs", "datadam")`; it may not exist."""
     package = Path(__file__).resolve().parent
-    inside = package / "_shipped"
-    return (inside if inside.is_dir() else package.parent).joinpath(*parts)
+    bundled = package / "_shipped"
+    return (bundled if bundled.is_dir() else package.parent).joinpath(*parts)

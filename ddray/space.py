@@ -27,7 +27,7 @@ class Range:
     """One setting's range.
 
     Attributes:
-        kind: `loguniform`, `uniform` (floats in [low, high]), `randint` (low..high, both kept) or `choice`.
+        kind: `loguniform`, `uniform` (floats in [low, high]), `randint` (low..high, inclusive) or `choice`.
         low: lower end; unused for `choice`.
         high: upper end; unused for `choice`.
         choices: the values of `choice`.
@@ -74,15 +74,15 @@ class Range:
         return FloatDistribution(self.low, self.high, log=self.kind == "loguniform")
 
     def to_optuna(self, value: Any) -> Any:
-        """Return a value as the distribution holds it."""
+        """Return a value as the distribution stores it."""
         return _json(value) if self.kind == "choice" else value
 
     def from_optuna(self, value: Any) -> Any:
-        """Return a distribution's value as the method takes it."""
+        """Return a distribution's value as the method expects it."""
         return json.loads(value) if self.kind == "choice" else value
 
     def contains(self, value: Any) -> bool:
-        """Return whether the range holds a value (the paper's point may lie outside)."""
+        """Return whether a value lies in the range (the paper's point may lie outside)."""
         if self.kind == "choice":
             return value in self.choices
         if self.kind == "randint" and not isinstance(value, int):
@@ -91,7 +91,7 @@ class Range:
 
 
 Space = Mapping[str, Range]
-"""Names of a method's fields to their ranges."""
+"""Ranges by the names of a method's fields."""
 
 
 def read_space(path: Path) -> dict[str, Range]:
@@ -120,8 +120,10 @@ def _range(name: str, value: Any, path: Path) -> Range:
         if len({_text(name, choice, path) for choice in values}) != len(values):
             raise InputError(f"{path}: {name}: choices must differ, got {values!r}")
         return Range("choice", choices=tuple(values))
-    numbers = len(values) == 2 and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
-    if not numbers or not -math.inf < values[0] < values[1] < math.inf:
+    is_number_pair = len(values) == 2 and all(
+        isinstance(v, int | float) and not isinstance(v, bool) for v in values
+    )
+    if not is_number_pair or not -math.inf < values[0] < values[1] < math.inf:
         raise InputError(f"{path}: {name}: {kind} takes finite [low, high] with low < high, got {values!r}")
     if kind == "loguniform" and values[0] <= 0:
         raise InputError(f"{path}: {name}: loguniform takes low > 0, got {values!r}")
@@ -135,7 +137,7 @@ def _text(name: str, choice: Any, path: Path) -> str:
     """Return a choice as JSON text.
 
     Raises:
-        InputError: YAML read it as something that JSON has not, such as a date.
+        InputError: YAML read it as a type that JSON lacks, such as a date.
     """
     try:
         return _json(choice)
@@ -145,9 +147,12 @@ def _text(name: str, choice: Any, path: Path) -> str:
         ) from error
 
 
-def sample(space: Space, seed: int, number: int) -> dict[str, Any]:
-    """Return the settings of trial `number` in a random search: a pure function of (seed, number)."""
-    return {name: held.sample(derive(seed, "space", number, name)) for name, held in space.items()}
+def sample(space: Space, seed: int, trial_number: int) -> dict[str, Any]:
+    """Return the settings of a trial of a random search: a pure function of (seed, trial_number)."""
+    return {
+        name: value_range.sample(derive(seed, "space", trial_number, name))
+        for name, value_range in space.items()
+    }
 
 
 def grid(space: Space, paper: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -156,17 +161,19 @@ def grid(space: Space, paper: Mapping[str, Any]) -> list[dict[str, Any]]:
     Raises:
         InputError: a range is not a `choice`.
     """
-    for name, held in space.items():
-        if held.kind != "choice":
-            raise InputError(f"strategy grid needs choices, {name} is a {held.kind}: use {{choice: [...]}}")
+    for name, value_range in space.items():
+        if value_range.kind != "choice":
+            raise InputError(
+                f"strategy grid needs choices, {name} is a {value_range.kind}: use {{choice: [...]}}"
+            )
     points = [
         dict(zip(space, values, strict=True))
-        for values in itertools.product(*(held.choices for held in space.values()))
+        for values in itertools.product(*(value_range.choices for value_range in space.values()))
     ]
     first = dict(paper)
     return [first, *(point for point in points if point != first)]
 
 
 def _json(choice: Any) -> str:
-    """Return a choice as text in which a mapping's keys are sorted, as the ledger has them."""
+    """Return a choice as JSON with sorted keys, as in the ledger."""
     return json.dumps(choice, sort_keys=True)

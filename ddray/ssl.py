@@ -73,18 +73,16 @@ def teacher_spec(
 
     Args:
         config: how it is trained.
-        dataset: shape, statistics, whether a mirrored image is one of its kind.
+        dataset: shape, statistics, whether mirrored images keep their class.
         split: its images decide the spec, its labels do not.
         split_name: which part of the dataset it is.
         device: where it will be trained.
 
     Raises:
-        InputError: the split holds spectrograms, which views of photographs do not fit.
+        InputError: the split holds spectrograms, for which the views make no sense.
     """
     if split.images.dtype != torch.uint8:
-        raise InputError(
-            f"a self-supervised teacher needs images of bytes, {dataset.name} holds spectrograms"
-        )
+        raise InputError(f"a self-supervised teacher needs 8-bit images, {dataset.name} holds spectrograms")
     recipe = config.dump()
     arch, seed = recipe.pop("arch"), recipe.pop("seed")
     return PoolSpec(
@@ -102,7 +100,7 @@ def teacher_spec(
 
 
 def image_fingerprint(images: Tensor) -> str:
-    """Return the sha256 of images [N, C, H, W] alone: no label and no class name plays a part."""
+    """Return the sha256 of images [N, C, H, W] alone: labels and class names play no part."""
     head = {"shape": list(images.shape), "dtype": str(images.dtype)}
     digest = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
     for chunk in torch.split(images, _HASH_CHUNK):
@@ -195,12 +193,12 @@ def random_view(
 
 
 def _drawn(u: Tensor, column: int, share: float) -> Tensor:
-    """Return which samples [N, 1, 1, 1] an operation with a probability of its own befalls."""
+    """Return the mask [N, 1, 1, 1] of the samples that an operation applies to."""
     return (u[:, column] < share)[:, None, None, None]
 
 
 def _jitter(views: Tensor, u: Tensor) -> Tensor:
-    """Return brightness and contrast +-.4, of colour images saturation +-.2 and hue +-.1."""
+    """Jitter brightness and contrast by +-.4, in colour images also saturation by +-.2 and hue by +-.1."""
 
     def factor(column: int, strength: float) -> Tensor:
         return (1 + (2 * u[:, column] - 1) * strength)[:, None, None, None]
@@ -231,7 +229,7 @@ class SslTrainer:
     Attributes:
         images: uint8 [N, C, H, W].
         device: where to compute.
-        dataset_name: what people call the images; the entry says it, its key does not depend on it.
+        dataset_name: recorded in the entry; its key does not depend on it.
     """
 
     images: Tensor
@@ -322,12 +320,12 @@ def embed_all(net: Net, images: Tensor, space: PixelSpace, device: torch.device)
     Args:
         net: the network, on `device`.
         images: as stored.
-        space: what the network sees.
+        space: pixel space that the network takes.
         device: where to compute.
     """
     chunk = 64 if device.type == "cpu" else 1024
-    found = []
+    features = []
     for part in torch.split(images, chunk):
         encoded = space.encode(part.to(device, non_blocking=True))
-        found.append(net.embed(encoded.contiguous(memory_format=torch.channels_last)).cpu())
-    return torch.cat(found)
+        features.append(net.embed(encoded.contiguous(memory_format=torch.channels_last)).cpu())
+    return torch.cat(features)

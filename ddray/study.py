@@ -40,7 +40,7 @@ def write_study(path: Path, space: Space, rows: Sequence[Row]) -> Any:
 def add_row(study: Any, space: Space, row: Row) -> None:
     """Add a finished trial to a study; one outside the ranges (the paper's point may be) is left out.
 
-    Optuna can't hold a value outside a distribution. A search that must see it widens the space file.
+    Optuna takes no value outside a distribution. For the sampler to see it, widen the space file.
     """
     params = row.spec.get("params") or row.result.get("params") or {}
     if set(params) != set(space) or not all(space[name].contains(value) for name, value in params.items()):
@@ -55,7 +55,7 @@ def add_row(study: Any, space: Space, row: Row) -> None:
             state=TrialState.FAIL if failed else TrialState.PRUNED if stopped else TrialState.COMPLETE,
             value=None if failed else score_of(row.result),
             params={name: space[name].to_optuna(value) for name, value in params.items()},
-            distributions={name: held.distribution() for name, held in space.items()},
+            distributions={name: value_range.distribution() for name, value_range in space.items()},
             intermediate_values={int(b): v for b, v in row.result.get("rungs", {}).items()},
             user_attrs={"number": row.result["number"]},
         )
@@ -63,7 +63,7 @@ def add_row(study: Any, space: Space, row: Row) -> None:
 
 
 def score_of(result: Mapping[str, Any]) -> float:
-    """Return what a trial row's result holds of the search's objective."""
+    """Return the search's objective from a trial row's result."""
     return float(result[result.get("objective", "val_accuracy")])
 
 

@@ -28,7 +28,7 @@ HARD_RECIPE = "table5"
 
 @dataclass(frozen=True)
 class Lesson:
-    """A protocol that is ready to train, and what its teacher is worth.
+    """A protocol that is ready to train, with its teachers.
 
     Attributes:
         evaluator: the protocol.
@@ -41,21 +41,21 @@ class Lesson:
     teachers: Teachers | None
 
     def describe(self) -> dict[str, Any]:
-        """Return what the command's JSON says of the teacher, if there is one."""
+        """Return the teacher's part of the command's JSON; empty without one."""
         return {} if self.teachers is None else {"teacher": self.teachers.describe()}
 
 
 def teach(
-    options: EvaluateOptions, held: DistilledSet, ctx: EvalContext, real: tuple[Split, str]
+    options: EvaluateOptions, distilled: DistilledSet, ctx: EvalContext, real: tuple[Split, str]
 ) -> Lesson | None:
     """Return training on soft labels, or on hard ones as in D3HR's Table 5; None for any other protocol.
 
-    Teachers are trained, and found to be better than chance, before any student.
+    Teachers are trained, and checked to be better than chance, before any student.
 
     Args:
-        options: what `ddray evaluate` was asked for.
-        held: the artifact.
-        ctx: the target, and the held-out part that teachers are asked on.
+        options: the options of `ddray evaluate`.
+        distilled: the artifact.
+        ctx: the target, and the held-out part that teachers are scored on.
         real: the images that teachers are trained on, and their split's name; nothing held out is among them.
 
     Raises:
@@ -69,18 +69,18 @@ def teach(
         return None
     if options.augment is not None:
         raise InputError("--augment must be left out here: the recipe trains on random resized crops")
-    config = soft_config(options, held)
+    config = soft_config(options, distilled)
     if not soft:
         return Lesson(Soft(config, None), config.seeds, None)
-    names = [resolve_arch(arch, held.meta.image_shape) for arch in options.teachers or ("resnet18",)]
+    names = [resolve_arch(arch, distilled.meta.image_shape) for arch in options.teachers or ("resnet18",)]
     pool = LocalPool(PoolTrainer(ctx.dataset, real[0], ctx.device))
     teachers = get_teachers(pool, names, config.teacher, ctx, split_name=real[1])
-    log.info("teacher %s: accuracy %.1f%% before it teaches", teachers.arch, 100 * teachers.accuracy)
+    log.info("teacher %s: accuracy %.1f%%", teachers.arch, 100 * teachers.accuracy)
     return Lesson(Soft(config, teachers), config.seeds, teachers)
 
 
-def soft_config(options: EvaluateOptions, held: DistilledSet) -> SoftConfig:
-    """Return the settings: options over `--set` over the recipe; stitched sets have their patches.
+def soft_config(options: EvaluateOptions, distilled: DistilledSet) -> SoftConfig:
+    """Return the settings: options over `--set` over the recipe; stitched sets default to their own patches.
 
     Raises:
         InputError: a setting is unknown, or the recipe belongs to the other protocol.
@@ -90,10 +90,10 @@ def soft_config(options: EvaluateOptions, held: DistilledSet) -> SoftConfig:
     recipe = options.recipe or sets.get("recipe") or names[0]
     if recipe not in names:
         raise unknown(f"recipe of --protocol {options.protocol}", recipe, names)
-    own: dict[str, Any] = {}
-    if held.meta.method == "rded":
-        factor = held.meta.config.get("method", {}).get("factor")
-        own["patches"] = factor or default_factor(held.meta.image_shape)
-    asked = {"seeds": options.seeds, "epochs": options.epochs}
-    given = {key: value for key, value in asked.items() if value is not None}
-    return SoftConfig.parse(merge(own, sets, given, {"recipe": recipe}))
+    defaults: dict[str, Any] = {}
+    if distilled.meta.method == "rded":
+        factor = distilled.meta.config.get("method", {}).get("factor")
+        defaults["patches"] = factor or default_factor(distilled.meta.image_shape)
+    option_values = {"seeds": options.seeds, "epochs": options.epochs}
+    overrides = {key: value for key, value in option_values.items() if value is not None}
+    return SoftConfig.parse(merge(defaults, sets, overrides, {"recipe": recipe}))

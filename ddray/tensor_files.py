@@ -39,9 +39,9 @@ def read_tensors(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals(numpy_scalars()):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types here, each of them means: not a file of tensors
+    except Exception as error:  # torch raises many types here, all of which mean: not a file of tensors
         reason = " ".join(str(error).split())[:160] or type(error).__name__
-        if "weights_only" in str(error):  # torch goes on to advise switching the protection off
+        if "weights_only" in str(error):  # torch's message advises turning the protection off
             reason = "it holds objects that could run code, which are never loaded"
         raise InputError(
             f"{path} must be an undamaged distilled set of tensors and plain values: {reason}; copy it again"
@@ -49,31 +49,31 @@ def read_tensors(path: Path) -> Any:
 
 
 def is_plain(value: Any) -> bool:
-    """Return whether a value is a tensor whose numbers are there (not sparse, not on the meta device)."""
+    """Return whether a value is a dense CPU tensor (not sparse, not on the meta device)."""
     return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
 
 
-def read_foreign(path: Path, held: Any) -> tuple[Tensor, Tensor]:
+def read_foreign(path: Path, contents: Any) -> tuple[Tensor, Tensor]:
     """Return images [N, C, H, W] and labels [N] of another project's file.
 
     Args:
-        path: the file; MTT's labels lie beside it.
-        held: what `read_tensors` found in it.
+        path: the file; MTT's labels are in one beside it.
+        contents: what `read_tensors` returned for it.
 
     Raises:
-        InputError: it is of no known layout.
+        InputError: its layout is unknown.
     """
-    if isinstance(held, dict) and isinstance(held.get("data"), list) and held["data"]:
-        if len(held["data"]) > 1:
-            log.info("%s holds %d sets: the first is read", path, len(held["data"]))
-        pair = held["data"][0]
-        if isinstance(pair, list | tuple) and len(pair) == 2 and all(is_plain(part) for part in pair):
+    if isinstance(contents, dict) and isinstance(contents.get("data"), list) and contents["data"]:
+        if len(contents["data"]) > 1:
+            log.info("%s holds %d sets: reading the first", path, len(contents["data"]))
+        pair = contents["data"][0]
+        if isinstance(pair, list | tuple) and len(pair) == 2 and all(is_plain(tensor) for tensor in pair):
             return _shaped(path, *pair)
-    if is_plain(held) and path.name.startswith("images_"):
+    if is_plain(contents) and path.name.startswith("images_"):
         labels_path = path.with_name(path.name.replace("images_", "labels_", 1))
         labels = read_tensors(labels_path)
         if is_plain(labels):
-            return _shaped(path, held, labels)
+            return _shaped(path, contents, labels)
     raise InputError(
         f'{path} must be ddray\'s own file, {{"data": [[images, labels], ...]}} (DC family), or images_*.pt '
         "beside labels_*.pt (MTT)"

@@ -1,4 +1,4 @@
-"""Write docs/methods/<method>.md from the sources: `python docs/regenerate.py`. A test says when to."""
+"""Write docs/methods/<method>.md from the sources: `python docs/regenerate.py`. A test checks them."""
 
 from __future__ import annotations
 
@@ -25,64 +25,64 @@ _HEAD = "<!-- Written by docs/regenerate.py from the sources; do not edit. -->"
 
 
 def own_methods() -> list[str]:
-    """Return the names of ddray's own methods."""
-    found = pkgutil.iter_modules(ddray.methods.__path__)
-    return sorted(module.name for module in found if not module.name.startswith("_"))
+    """Return the names of ddray's built-in methods."""
+    modules = pkgutil.iter_modules(ddray.methods.__path__)
+    return sorted(module.name for module in modules if not module.name.startswith("_"))
 
 
 def page(method: str) -> str:
     """Return a method's page."""
-    chosen = get_method(method)
+    method_type = get_method(method)
     module = importlib.import_module(f"ddray.methods.{method}")
     text, _, deviations = (module.__doc__ or "").strip().partition("**Deviations**")
-    budget = bool(getattr(chosen, "uses_budget", False))
+    budget = bool(getattr(method_type, "uses_budget", False))
     size = "--budget 200" if budget else "--ipc 1"
-    parts = [
+    sections = [
         f"# {method}",
         _HEAD,
         text.strip(),
         f"```console\n$ ddray distill --method {method} --dataset digits {size}\n"
         f"$ ddray tune --method {method} --dataset digits {size} --num-samples 16\n```",
         *_presets(method, budget),
-        *_settings(chosen.config_type),
+        *_settings(method_type.config_type),
         *_space(method),
         *_published(method, budget),
     ]
     if deviations:
-        parts += ["## Deviations", "Paper, authors' code, ours" + _list(deviations)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+        sections += ["## Deviations", "Paper, authors' code, ours" + _list(deviations)]
+    return "\n\n".join(part for part in sections if part) + "\n"
 
 
 def _list(deviations: str) -> str:
-    """Return the docstring's list with its head as the sentence before it."""
+    """Return the docstring's list of deviations, introduced by its first line."""
     head, _, rest = deviations.partition("\n")
-    wanted = head.strip().strip(":").strip("()")
-    named = "" if wanted in ("", "paper | authors' code | ours") else f" ({wanted})"
+    label = head.strip().strip(":").strip("()")
+    named = "" if label in ("", "paper | authors' code | ours") else f" ({label})"
     return f"{named}:\n\n{rest.strip()}" if rest.strip() else f":\n\n- {head.strip(': ')}"
 
 
 def _target(method: str, budget: bool) -> Target:
-    """Return what presets are shown for."""
-    more = {"budget": 100} if budget else {}
+    """Return the target that presets are shown for."""
+    size = {"budget": 100} if budget else {}
     name, classes = ("cifar100", 100) if budget else ("cifar10", 10)
-    return Target(name, (3, 32, 32), classes, 1 if budget else 10, **more)
+    return Target(name, (3, 32, 32), classes, 1 if budget else 10, **size)
 
 
 def _presets(method: str, budget: bool) -> Iterator[str]:
-    """Yield what the presets set."""
+    """Yield a table of the presets' settings."""
     target = _target(method, budget)
-    chosen = get_method(method)
-    shown = {
+    method_type = get_method(method)
+    defaults = {
         "evaluate": EvaluateConfig().dump(),
         "pixel_space": "normalized",
         "arch": "auto",
-        "method": chosen.config_type().dump(),
+        "method": method_type.config_type().dump(),
     }
-    held = {name: chosen.preset(name, target) for name in ("paper", "repo")}
-    names = sorted({key for one in held.values() for key in flatten(one)})
-    both = {name: flatten(merge(shown, one)) for name, one in held.items()}
+    preset_layers = {name: method_type.preset(name, target) for name in ("paper", "repo")}
+    names = sorted({key for one in preset_layers.values() for key in flatten(one)})
+    both = {name: flatten(merge(defaults, one)) for name, one in preset_layers.items()}
     where = "CIFAR-100, 100 images of storage" if budget else "CIFAR-10, 10 images per class"
-    yield f"## Presets\n\nWhat they set for {where}."
+    yield f"## Presets\n\nSettings for {where}."
     lines = ["| setting | `paper` | `repo` |", "|---|---|---|"]
     for name in names:
         cells = [_cell(both[preset].get(name)) for preset in ("paper", "repo")]
@@ -95,7 +95,7 @@ def _settings(config: type[Config], prefix: str = "method.") -> Iterator[str]:
     lines = list(_fields(config, prefix))
     if lines:
         yield "## Settings"
-        yield "\n".join(["| `--set` | default | what |", "|---|---|---|", *lines])
+        yield "\n".join(["| `--set` | default | meaning |", "|---|---|---|", *lines])
 
 
 def _fields(config: type[Config], prefix: str) -> Iterator[str]:
@@ -110,7 +110,7 @@ def _fields(config: type[Config], prefix: str) -> Iterator[str]:
 
 
 def _cell(value: Any) -> str:
-    """Return a value for a table."""
+    """Return a value as a table cell."""
     if value is None:
         return "-"
     text = f"{value:g}" if isinstance(value, float) else str(value)
@@ -122,14 +122,14 @@ def _space(method: str) -> Iterator[str]:
     path = ROOT / "search_spaces" / "hpo" / f"{method}.yaml"
     if path.is_file():
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
-        held = "\n".join(lines).strip()
-        if held and held != "{}":
+        ranges = "\n".join(lines).strip()
+        if ranges and ranges != "{}":
             yield f"## Search space\n\n[{path.name}](../../search_spaces/hpo/{path.name})"
-            yield f"```yaml\n{held}\n```"
+            yield f"```yaml\n{ranges}\n```"
 
 
 def _published(method: str, budget: bool) -> Iterator[str]:
-    """Yield published accuracies on the network that the method is mostly scored with."""
+    """Yield published accuracies on the network that papers mostly use for the method."""
     dataset, classes, sizes = ("cifar10", 10, [("ipc", size) for size in (1, 10, 50)])
     protocol, arch = "hard", "convnet3"
     if budget:
@@ -161,12 +161,12 @@ def _published(method: str, budget: bool) -> Iterator[str]:
     if lines:
         where = f"Accuracy in percent on {dataset}, {arch}, protocol `{protocol}`"
         yield f"## Published\n\n{where} ([notes](../published.md))."
-        yield "\n".join(["| size | published | where |", "|---|---|---|", *lines])
+        yield "\n".join(["| size | published | source |", "|---|---|---|", *lines])
 
 
 def index(pages: Mapping[str, str]) -> str:
     """Return the list of all pages."""
-    lines = ["# Methods", "", _HEAD, "", "| method | what |", "|---|---|"]
+    lines = ["# Methods", "", _HEAD, "", "| method | summary |", "|---|---|"]
     for method in pages:
         text = importlib.import_module(f"ddray.methods.{method}").__doc__ or ""
         what = re.sub(r"^[^:]{1,40}: ", "", text.strip().split("\n")[0])
@@ -175,20 +175,23 @@ def index(pages: Mapping[str, str]) -> str:
 
 
 def pages() -> dict[str, str]:
-    """Return every file's text by its name below docs/methods."""
-    held = {method: page(method) for method in own_methods()}
-    return {"README.md": index(held), **{f"{method}.md": text for method, text in held.items()}}
+    """Return the text of every file below docs/methods, by file name."""
+    method_pages = {method: page(method) for method in own_methods()}
+    return {
+        "README.md": index(method_pages),
+        **{f"{method}.md": text for method, text in method_pages.items()},
+    }
 
 
 def main() -> None:
-    """Write the pages; remove those of methods that are gone."""
+    """Write the pages; delete pages of removed methods."""
     folder = HERE / "methods"
     folder.mkdir(exist_ok=True)
-    made = pages()
+    written = pages()
     for path in folder.glob("*.md"):
-        if path.name not in made:
+        if path.name not in written:
             path.unlink()
-    for name, text in made.items():
+    for name, text in written.items():
         (folder / name).write_text(text, encoding="utf-8")
 
 

@@ -25,15 +25,15 @@ UNIT_S = 0.2
 REPEATS = 3
 
 
-def synthetic_unit(run_dir: str, epoch: int, number: int, seconds: float, fails: int) -> int:
-    """Sleep, publish a row and return the process; the first `fails` tries crash their worker."""
+def synthetic_unit(run_dir: str, epoch: int, unit_index: int, seconds: float, fails: int) -> int:
+    """Sleep, publish a row and return the process id; the first `fails` tries crash the worker."""
     ledger = Ledger(Path(run_dir))
-    unit = Unit(kind="distill", spec={"number": number})
+    unit = Unit(kind="distill", spec={"number": unit_index})
     if ledger.begin(unit, epoch=epoch) < fails:
         os._exit(1)
     time.sleep(seconds)
     row = Row(
-        key=unit.key, kind=unit.kind, spec=unit.spec, status="done", result={"n": number}, wall_s=seconds
+        key=unit.key, kind=unit.kind, spec=unit.spec, status="done", result={"n": unit_index}, wall_s=seconds
     )
     ledger.publish(unit, row, epoch=epoch)
     return os.getpid()
@@ -41,7 +41,7 @@ def synthetic_unit(run_dir: str, epoch: int, number: int, seconds: float, fails:
 
 @contextlib.contextmanager
 def local_ray(*, num_cpus: int, num_gpus: int) -> Iterator[None]:
-    """Start a Ray of pretended size on this machine."""
+    """Start a local Ray that pretends to have these resources."""
     import ray
 
     size = {"num_cpus": num_cpus, "num_gpus": num_gpus}
@@ -57,13 +57,13 @@ def run_units(
     num_units: int,
     workers: int,
     *,
-    fails: Callable[[int], int] = lambda number: 0,
+    fails: Callable[[int], int] = lambda unit_index: 0,
     gpus: float = 0.0,
 ) -> dict[str, Any]:
-    """Run synthetic units on so many workers of a Ray that is there; check that each has one row.
+    """Run synthetic units on a running Ray; check that each unit has exactly one row.
 
-    The rate is that between the moment when every worker has ended a unit and that when the last units begin:
-    the start of processes is no part of it.
+    The rate is measured from when every worker has finished a unit until the last units begin, so it excludes
+    the start of processes.
     """
     from ddray.cluster.fanout import Task, fan_out
 
@@ -96,15 +96,15 @@ def run_units(
 
 
 def scaling() -> dict[str, Any]:
-    """Units per second with 1, 2 and 4 workers; the unit sleeps, so that two cores hold four of them."""
+    """Measure units per second with 1, 2 and 4 workers; units sleep, so two cores can run four of them."""
     rows = []
     with local_ray(num_cpus=4, num_gpus=0):
         for workers in (1, 2, 4):
             rates = []
             for _ in range(REPEATS):
-                with tempfile.TemporaryDirectory() as held:
-                    found = run_units(Path(held) / "run", 50 * workers, workers)
-                rates.append(found["units_per_s"])
+                with tempfile.TemporaryDirectory() as temporary:
+                    result = run_units(Path(temporary) / "run", 50 * workers, workers)
+                rates.append(result["units_per_s"])
             mean = statistics.fmean(rates)
             rows.append(
                 {
@@ -120,26 +120,26 @@ def scaling() -> dict[str, Any]:
 
 
 def simulation(num_units: int = 1000, num_gpus: int = 64) -> dict[str, Any]:
-    """Units on fake GPUs; every tenth crashes its worker once, every hundredth on all three tries."""
+    """Run units on fake GPUs; every tenth crashes its worker once, every hundredth on all three tries."""
 
-    def fails(number: int) -> int:
-        return 3 if number % 100 == 99 else 1 if number % 10 == 9 else 0
+    def fails(unit_index: int) -> int:
+        return 3 if unit_index % 100 == 99 else 1 if unit_index % 10 == 9 else 0
 
     workers = min(num_gpus, int(os.environ.get("DDRAY_SIMULATED_WORKERS", num_gpus)))
-    with local_ray(num_cpus=cpu_count(), num_gpus=num_gpus), tempfile.TemporaryDirectory() as held:
-        found = run_units(Path(held) / "run", num_units, workers, fails=fails, gpus=1.0)
-    assert found["failed"] == num_units // 100
+    with local_ray(num_cpus=cpu_count(), num_gpus=num_gpus), tempfile.TemporaryDirectory() as temporary:
+        result = run_units(Path(temporary) / "run", num_units, workers, fails=fails, gpus=1.0)
+    assert result["failed"] == num_units // 100
     ideal = num_units * UNIT_S / workers
-    return {**found, "fake_gpus": num_gpus, "unit_s": UNIT_S, "ideal_s": ideal, "exactly_once": True}
+    return {**result, "fake_gpus": num_gpus, "unit_s": UNIT_S, "ideal_s": ideal, "exactly_once": True}
 
 
 def faults() -> dict[str, Any]:
     """Run the fault tests of trials, sweeps and benches; return what was injected and what survived."""
-    with tempfile.TemporaryDirectory() as held:
-        out = Path(held) / "faults.xml"
-        chosen = os.environ.get("DDRAY_FAULT_TESTS", "tests/faults")
+    with tempfile.TemporaryDirectory() as temporary:
+        out = Path(temporary) / "faults.xml"
+        test_paths = os.environ.get("DDRAY_FAULT_TESTS", "tests/faults")
         subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", *chosen.split(), f"--junitxml={out}"],
+            [sys.executable, "-m", "pytest", "-q", *test_paths.split(), f"--junitxml={out}"],
             cwd=Path(__file__).resolve().parents[1],
             check=False,
             stdout=sys.stderr,
@@ -150,7 +150,7 @@ def faults() -> dict[str, Any]:
 _SINCE_CHECKPOINT = "0 finished units; of unfinished ones the steps since their last checkpoint"
 _UNFINISHED = "0 finished units; unfinished ones from their start"
 _NETWORK = "0 finished networks; the one in training from its start"
-# Tests that inject a fault, by file and name: what happens to what, and the work that is done twice for it.
+# Tests that inject a fault, by file and name: the fault, and the work that is repeated because of it.
 FAULTS = {
     "test_bench.test_a_killed_driver_resumes": ("bench: driver killed", _SINCE_CHECKPOINT),
     "test_bench.test_a_driver_killed_at_any_moment_resumes": (
@@ -215,10 +215,11 @@ FAULTS = {
 
 
 def fault_rows(junit: str) -> list[dict[str, Any]]:
-    """Return the faults of a JUnit file's tests, parameters together: injected, survived, and the work lost.
+    """Return per fault in a JUnit file how often it was injected and survived, and the work lost.
 
-    Tests that inject none (capacity, options, sharing) are not counted. What is lost is what the tests state
-    and check: rows of finished units keep their time stamps, and are started once.
+    Cases of a parametrised test are counted together; tests that inject no fault (capacity, options, sharing)
+    are ignored. The work lost is what the tests check: rows of finished units keep their time stamps, and
+    finished units are started once.
     """
     from xml.etree import ElementTree
 
@@ -230,8 +231,13 @@ def fault_rows(junit: str) -> list[dict[str, Any]]:
             survived = case.find("failure") is None and case.find("error") is None
             groups.setdefault(name, []).append(survived)
     return [
-        {"fault": FAULTS[name][0], "injected": len(held), "survived": sum(held), "lost_work": FAULTS[name][1]}
-        for name, held in groups.items()
+        {
+            "fault": FAULTS[name][0],
+            "injected": len(outcomes),
+            "survived": sum(outcomes),
+            "lost_work": FAULTS[name][1],
+        }
+        for name, outcomes in groups.items()
     ]
 
 
@@ -241,9 +247,9 @@ PARTS = {"scaling": scaling, "simulation": simulation, "faults": faults}
 def main() -> None:
     """Run a part and print its JSON."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with contextlib.redirect_stdout(sys.stderr):  # Ray tells of killed workers there
-        found = PARTS[sys.argv[1]]()
-    sys.stdout.write(json.dumps(found) + "\n")
+    with contextlib.redirect_stdout(sys.stderr):  # Ray reports killed workers on stdout
+        measured = PARTS[sys.argv[1]]()
+    sys.stdout.write(json.dumps(measured) + "\n")
 
 
 if __name__ == "__main__":

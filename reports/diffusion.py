@@ -1,7 +1,7 @@
-"""Measure what reports/d3hr.md holds: `python reports/diffusion.py [PART]...` (see PARTS).
+"""Measure the results in reports/d3hr.md: `python reports/diffusion.py [PART]...` (see PARTS).
 
-Each part is kept in reports/d3hr.json with its commands, the hardware and the date; d3hr.md is then written
-from all parts that are there. Accuracies are `diffusion_table` and `diffusion_mnist` of regenerate.py.
+Each part is stored in reports/d3hr.json with its commands, hardware and date; d3hr.md is then written from
+all measured parts. Accuracies are `diffusion_table` and `diffusion_mnist` of regenerate.py.
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ from regenerate import HERE, ddray, stamp, where
 
 
 def sweeps() -> dict[str, Any]:
-    """Let `ddray tune` try every m, then weights, at ipc 10: one inversion for all trials (Tables A9-A11)."""
-    found = {}
+    """Run `ddray tune` over m, then over weights, at ipc 10; trials share one inversion (Tables A9-A11)."""
+    searches = {}
     for name, space in {
         "m": "num_candidates: {choice: [1, 10, 100, 1000, 10000, 100000]}\n",
         "lambda": "lambda_skew: {choice: [0.0, 0.05, 0.5, 2.0]}\nlambda_std: {choice: [0.0, 1.0]}\n",
     }.items():
-        with tempfile.TemporaryDirectory() as held:
-            file = Path(held) / "space.yaml"
+        with tempfile.TemporaryDirectory() as temporary:
+            file = Path(temporary) / "space.yaml"
             file.write_text(space)
             command = ("tune", "--method", "d3hr", "--dataset", "digits", "--ipc", "10", "--strategy", "grid")
             command += ("--final-sets", "1", "--set", "evaluate.epochs=100", "--set", "evaluate.val_seeds=3")
-            result = ddray(*command, "--space", str(file), "--run-dir", f"{held}/run")
-            rows = [json.loads(path.read_text()) for path in Path(held, "run", "ledger").glob("*.json")]
+            result = ddray(*command, "--space", str(file), "--run-dir", f"{temporary}/run")
+            rows = [json.loads(path.read_text()) for path in Path(temporary, "run", "ledger").glob("*.json")]
         trials = [
             {"params": row["result"]["params"], "val_accuracy": row["result"]["val_accuracy"]}
             for row in rows
             if row["kind"] == "trial"
         ]
-        found[name] = {
+        searches[name] = {
             "space": space,
             "trials": sorted(trials, key=lambda trial: json.dumps(trial["params"])),
             "best": result["best"]["config"],
             "command": f"ddray {' '.join(command)} --space FILE",
         }
-    return found
+    return searches
 
 
 def selection(dim: int = 4096, ipc: int = 10, num: int = 2000) -> dict[str, Any]:
-    """Say what each form of the score selects by: each term's rank correlation with the total, and share."""
+    """Measure which terms each form of the score selects by: rank correlation with the total, and share."""
     import torch
     from scipy.stats import spearmanr
 
@@ -56,21 +56,21 @@ def selection(dim: int = 4096, ipc: int = 10, num: int = 2000) -> dict[str, Any]
     mean, std = torch.zeros(dim), torch.ones(dim)
     generator = torch.Generator().manual_seed(0)
     groups = [torch.randn(100, ipc, dim, generator=generator) for _ in range(num // 100)]
-    found = {}
+    term_shares = {}
     for form, weights in (("paper", (1.0, 1.0, 0.5)), ("repo", (1.0, 1.0, 0.1))):
 
-        def score(given: tuple[float, ...], form: Any = form) -> Any:
-            return torch.cat([group_scores(g, mean, std, weights=given, form=form) for g in groups])  # type: ignore[arg-type]
+        def score(term_weights: tuple[float, ...], form: Any = form) -> Any:
+            return torch.cat([group_scores(g, mean, std, weights=term_weights, form=form) for g in groups])  # type: ignore[arg-type]
 
         total = score(weights)
-        for place, term in enumerate(("mean", "std", "skewness")):
-            own = score(tuple(weight if i == place else 0.0 for i, weight in enumerate(weights)))
-            found[f"{form} {term}"] = {
-                "rank_correlation": float(spearmanr(own, total).statistic),
-                "share_of_total": float((own / total).mean()),
-                "spread": float(own.std()),
+        for term_index, term in enumerate(("mean", "std", "skewness")):
+            term_score = score(tuple(weight if i == term_index else 0.0 for i, weight in enumerate(weights)))
+            term_shares[f"{form} {term}"] = {
+                "rank_correlation": float(spearmanr(term_score, total).statistic),
+                "share_of_total": float((term_score / total).mean()),
+                "spread": float(term_score.std()),
             }
-    return {"terms": found, "dim": dim, "ipc": ipc, "num_candidates": num}
+    return {"terms": term_shares, "dim": dim, "ipc": ipc, "num_candidates": num}
 
 
 def inversion() -> dict[str, Any]:
@@ -88,8 +88,10 @@ def inversion() -> dict[str, Any]:
     clean = model.encode(split.images.float() / 255, "mode")
 
     def rejected(latents: torch.Tensor) -> float:
-        own = [latents[split.labels == label].double().numpy() for label in range(10)]
-        return float(np.mean([normaltest(held, axis=0).pvalue < 0.05 for held in own]))
+        latents_by_class = [latents[split.labels == label].double().numpy() for label in range(10)]
+        return float(
+            np.mean([normaltest(class_latents, axis=0).pvalue < 0.05 for class_latents in latents_by_class])
+        )
 
     rows = []
     for steps, guidance in ((20, 1.0), (20, 4.0), (50, 1.0), (50, 4.0), (200, 1.0)):
@@ -137,17 +139,17 @@ def speed() -> dict[str, Any]:
 PARTS = {f.__name__: f for f in (sweeps, selection, inversion, speed)}
 
 
-def render(held: dict[str, Any]) -> str:
+def render(parts: dict[str, Any]) -> str:
     """Return d3hr.md."""
     lines = ["# D3HR, measured", "", "Written by `python reports/diffusion.py`; do not edit.", ""]
-    if part := held.get("sweeps"):
+    if part := parts.get("sweeps"):
         lines += ["## Candidates and weights on digits, ipc 10 (one inversion for all trials)", ""]
         lines += ["| setting | val % |", "|---|---|"]
         for name in ("m", "lambda"):
             for trial in part[name]["trials"]:
                 lines += [f"| `{json.dumps(trial['params'])}` | {100 * trial['val_accuracy']:.2f} |"]
         lines += ["", f"{where(part)} `{part['m']['command']}`.", ""]
-    if part := held.get("selection"):
+    if part := parts.get("selection"):
         lines += [
             f"## What the score selects by (D={part['dim']}, ipc {part['ipc']}, m={part['num_candidates']})",
             "",
@@ -158,7 +160,7 @@ def render(held: dict[str, Any]) -> str:
             numbers = f"{term['rank_correlation']:.4f} | {term['share_of_total']:.3f} | {term['spread']:.3g}"
             lines += [f"| {name} | {numbers} |"]
         lines += ["", where(part), ""]
-    if part := held.get("inversion"):
+    if part := parts.get("inversion"):
         lines += [
             "## Inversion and back on the digits' generator",
             "",
@@ -174,7 +176,7 @@ def render(held: dict[str, Any]) -> str:
             how = f"{row['steps']} of {row['of']} | {row['guidance']:g}"
             lines += [f"| {how} | {row['relative_error']:.4f} | {rejected} | {seconds} |"]
         lines += ["", where(part), ""]
-    if part := held.get("speed"):
+    if part := parts.get("speed"):
         lines += [f"## Group sampling, ipc 10, {part['device']}, {part['threads']} threads", ""]
         lines += ["| D | candidates | seconds | ns per normal draw |", "|---|---|---|---|"]
         for row in part["rows"]:
@@ -185,18 +187,18 @@ def render(held: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Run the named parts (default: all), keep them, write d3hr.md."""
+    """Run the named parts (default: all), store them, and write d3hr.md."""
     wrong = [name for name in sys.argv[1:] if name not in (*PARTS, "render")]
     if wrong:
         raise SystemExit(f"a part must be one of {', '.join(PARTS)}, got {wrong[0]}")
     path = HERE / "d3hr.json"
-    held = json.loads(path.read_text()) if path.exists() else {}
+    parts = json.loads(path.read_text()) if path.exists() else {}
     for name in sys.argv[1:] or list(PARTS):
         if name != "render":
-            held[name] = {**PARTS[name](), "environment": stamp()}
-            held[name]["environment"]["date"] = datetime.now(UTC).isoformat(timespec="seconds")
-            path.write_text(json.dumps(held, indent=2) + "\n")
-    (HERE / "d3hr.md").write_text(render(held))
+            parts[name] = {**PARTS[name](), "environment": stamp()}
+            parts[name]["environment"]["date"] = datetime.now(UTC).isoformat(timespec="seconds")
+            path.write_text(json.dumps(parts, indent=2) + "\n")
+    (HERE / "d3hr.md").write_text(render(parts))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Measure again what reports/ holds: `make reports`, or this script with the names of parts.
+"""Measure the results in reports/ again: `make reports`, or this script with the names of parts.
 
-Each part runs `ddray` commands and keeps what they printed in reports/<part>.json, with the commands, the
-hardware and the date; README.md is then written from all parts that are there.
+Each part runs `ddray` commands and stores their output in reports/<part>.json with the commands, hardware and
+date; README.md is then written from all measured parts.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ CIFAR10 = {
     ),
     "datadam repo (BatchNorm, p=1), 300 steps, batch_real 64": ("datadam", "--preset", "repo", *SMALL),
 }
-PICTURED = ("datadam", "datadam paper (ZCA, p=4), 300 steps, batch_real 64")  # beside their tables
+PICTURED = ("datadam", "datadam paper (ZCA, p=4), 300 steps, batch_real 64")  # shown beside their tables
 
 
 DATASETS = ("digits", "mnist", "cifar10")
@@ -55,7 +55,7 @@ LEADERBOARD = (
 
 
 def ddray(*arguments: str, threads: int | None = 1) -> dict[str, Any]:
-    """Run a command on one thread (two run side by side) or on all; return its JSON."""
+    """Run a command on `threads` threads (None: all) and return its JSON; by default two run side by side."""
     done = subprocess.run(
         [sys.executable, "-m", "ddray", *arguments, "--json"],
         capture_output=True,
@@ -76,12 +76,22 @@ def score(
     commands: list[str] = []
     for seed in range(seeds):
         out = str(folder / f"{''.join(c if c.isalnum() else '-' for c in label)}-{seed}.pt")
-        made = ("distill", "--method", *method, "--dataset", dataset, "--ipc", "1", "--seed", str(seed))
-        ddray(*made, "--out", out, "--run-dir", out + ".run")
-        scored = ("evaluate", out, "--seeds", str(nets), "--seed", str(100 * seed))
-        values += ddray(*scored)["results"][0]["per_seed"]
+        distill_arguments = (
+            "distill",
+            "--method",
+            *method,
+            "--dataset",
+            dataset,
+            "--ipc",
+            "1",
+            "--seed",
+            str(seed),
+        )
+        ddray(*distill_arguments, "--out", out, "--run-dir", out + ".run")
+        evaluate_arguments = ("evaluate", out, "--seeds", str(nets), "--seed", str(100 * seed))
+        values += ddray(*evaluate_arguments)["results"][0]["per_seed"]
         commands = [
-            f"ddray {' '.join(made)} --out FILE",
+            f"ddray {' '.join(distill_arguments)} --out FILE",
             f"ddray evaluate FILE --seeds {nets} --seed {100 * seed}",
         ]
         if seed == 0 and label in PICTURED:
@@ -100,15 +110,15 @@ def score(
 
 def accuracies(dataset: str, methods: dict[str, tuple[str, ...]], seeds: int, nets: int) -> dict[str, Any]:
     """Score every method, two at a time."""
-    with tempfile.TemporaryDirectory() as held, concurrent.futures.ThreadPoolExecutor(2) as threads:
-        folder = Path(held)
+    with tempfile.TemporaryDirectory() as temporary, concurrent.futures.ThreadPoolExecutor(2) as threads:
+        folder = Path(temporary)
         jobs = [threads.submit(score, folder, label, m, dataset, seeds, nets) for label, m in methods.items()]
         return {"rows": [job.result() for job in jobs]}
 
 
 def tune() -> dict[str, Any]:
-    """Search DataDAM on digits."""
-    with tempfile.TemporaryDirectory() as held:
+    """Tune DataDAM on digits."""
+    with tempfile.TemporaryDirectory() as temporary:
         arguments = (
             "tune",
             "--method",
@@ -120,22 +130,22 @@ def tune() -> dict[str, Any]:
             "--num-samples",
             "16",
         )
-        found = ddray(*arguments, "--run-dir", str(Path(held) / "run"))
+        result = ddray(*arguments, "--run-dir", str(Path(temporary) / "run"))
     for path in ("run_dir", "artifact"):
-        found.pop(path)
-    return {"result": found, "command": "ddray " + " ".join(arguments)}
+        result.pop(path)
+    return {"result": result, "command": "ddray " + " ".join(arguments)}
 
 
 def nas(dataset: str, ipcs: tuple[int, ...], distilled: Methods, options: str) -> dict[str, Any]:
-    """Distil proxies that have not seen val, and rank architectures on them."""
-    given = options.split()
-    with tempfile.TemporaryDirectory() as held:
+    """Distil proxies without val, and rank architectures on them."""
+    nas_arguments = options.split()
+    with tempfile.TemporaryDirectory() as temporary:
         proxies: list[str] = []
         commands = []
         for ipc in ipcs:
             for label, method in distilled.items():
-                out = str(Path(held) / f"{label} ipc {ipc}.pt")
-                made = (
+                out = str(Path(temporary) / f"{label} ipc {ipc}.pt")
+                distill_arguments = (
                     "distill",
                     "--method",
                     *method,
@@ -146,35 +156,39 @@ def nas(dataset: str, ipcs: tuple[int, ...], distilled: Methods, options: str) -
                     "--val-seed",
                     "0",
                 )
-                ddray(*made, "--out", out, "--run-dir", out + ".run")
-                commands.append(f"ddray {' '.join(made)} --out FILE")
+                ddray(*distill_arguments, "--out", out, "--run-dir", out + ".run")
+                commands.append(f"ddray {' '.join(distill_arguments)} --out FILE")
                 proxies += ["--proxy", out]
-        found = ddray("nas", *proxies, *given, "--run-dir", str(Path(held) / "run"), threads=None)
-        picture = f"nas_{dataset}_{given[1]}{'_whole' if 'whole' in given else ''}.png"
-        shutil.copy(Path(held) / "run" / "scatter.png", HERE / picture)
-    found.pop("run_dir")
+        result = ddray(
+            "nas", *proxies, *nas_arguments, "--run-dir", str(Path(temporary) / "run"), threads=None
+        )
+        picture = f"nas_{dataset}_{nas_arguments[1]}{'_whole' if 'whole' in nas_arguments else ''}.png"
+        shutil.copy(Path(temporary) / "run" / "scatter.png", HERE / picture)
+    result.pop("run_dir")
     command = f"{commands[0]} (and so on); ddray nas --proxy FILE ... {options}"
-    seeds = int(given[given.index("--seeds") + 1]) if "--seeds" in given else 1
-    return {"result": found, "command": command, "seeds": seeds, "picture": picture}
+    seeds = int(nas_arguments[nas_arguments.index("--seeds") + 1]) if "--seeds" in nas_arguments else 1
+    return {"result": result, "command": command, "seeds": seeds, "picture": picture}
 
 
-def benchmarks(marker: str, *more: str) -> dict[str, Any]:
-    """Run the tests/benchmarks of a marker expression; keep the ratios, and which bars were met."""
-    with tempfile.TemporaryDirectory() as held:
-        out, cases = Path(held) / "benchmark.json", Path(held) / "cases.xml"
-        command = ["-m", "pytest", "tests/benchmarks", "-m", marker, *more, "-q"]
-        kept = [f"--benchmark-json={out}", f"--junitxml={cases}"]
-        # A missed bar is a result: it is kept as one.
-        subprocess.run([sys.executable, *command, *kept], check=False, cwd=HERE.parent, stdout=sys.stderr)
-        found = json.loads(out.read_text())["benchmarks"]
+def benchmarks(marker: str, *pytest_arguments: str) -> dict[str, Any]:
+    """Run the tests/benchmarks that match a marker; return the ratios and which bars were met."""
+    with tempfile.TemporaryDirectory() as temporary:
+        out, cases = Path(temporary) / "benchmark.json", Path(temporary) / "cases.xml"
+        command = ["-m", "pytest", "tests/benchmarks", "-m", marker, *pytest_arguments, "-q"]
+        output_options = [f"--benchmark-json={out}", f"--junitxml={cases}"]
+        # A missed bar is a result, not an error.
+        subprocess.run(
+            [sys.executable, *command, *output_options], check=False, cwd=HERE.parent, stdout=sys.stderr
+        )
+        measured = json.loads(out.read_text())["benchmarks"]
         tests = ElementTree.parse(cases).iter("testcase")
         missed = {test.get("name") for test in tests if test.find("failure") is not None}
     return {
         "rows": [
             {"name": row["name"], "bar": "missed" if row["name"] in missed else "met", **row["extra_info"]}
-            for row in found
+            for row in measured
         ],
-        "command": shlex.join(["pytest", "tests/benchmarks", "-m", marker, *more]),
+        "command": shlex.join(["pytest", "tests/benchmarks", "-m", marker, *pytest_arguments]),
     }
 
 
@@ -184,7 +198,7 @@ NAS_DIGITS = (
 )
 NAS_CELLS = "--space nasbench201 --sample 20 --epochs 10 --truth table --compat dcbench --baseline random"
 NAS_WHOLE = "--space nasbench201 --sample 20 --truth table --baseline whole --baseline early-stopping"
-# The whole set for one epoch, the cheaper half of the grid: what two CPU cores do in minutes.
+# The whole set for one epoch on the cheaper half of the grid: minutes on two CPU cores.
 NAS_CIFAR10 = (
     "--space convnet720 --sample 12 --max-mflops 8 --epochs 40 --truth-epochs 1 --set recipe.batch=64 "
     "--baseline random --baseline early-stopping"
@@ -220,23 +234,23 @@ PARTS = {
 
 
 def cluster(part: str) -> dict[str, Any]:
-    """Run a part of cluster.py in a process of its own."""
+    """Run a part of cluster.py in a separate process."""
     command = [str(HERE / "cluster.py"), part]
     done = subprocess.run([sys.executable, *command], check=True, stdout=subprocess.PIPE, text=True)
     return {**json.loads(done.stdout), "command": f"python reports/cluster.py {part}"}
 
 
 def bench(name: str, scale: str) -> dict[str, Any]:
-    """Run a bench and keep its cells, and its page as reports/<name>.html."""
-    with tempfile.TemporaryDirectory() as held:
-        run = str(Path(held) / "run")
+    """Run a bench; return its cells and write its page to reports/<name>.html."""
+    with tempfile.TemporaryDirectory() as temporary:
+        run = str(Path(temporary) / "run")
         arguments = ("bench", str(HERE.parent / "configs" / "bench" / f"{name}.yaml"), "--scale", scale)
-        found = ddray(*arguments, "--run-dir", run)
+        result = ddray(*arguments, "--run-dir", run)
         ddray("report", run, "--out", str(HERE / f"{name}.html"))
     return {
-        "cells": found["cells"],
-        "num_failed": found["num_failed"],
-        "wall_s": found["wall_s"],
+        "cells": result["cells"],
+        "num_failed": result["num_failed"],
+        "wall_s": result["wall_s"],
         "command": f"ddray bench configs/bench/{name}.yaml --scale {scale}",
     }
 
@@ -245,9 +259,9 @@ def stamp() -> dict[str, Any]:
     """Return hardware, versions and date."""
     from ddray.run import environment
 
-    held = environment()
+    full = environment()
     return {
-        name: held[name] for name in ("processor", "cpu_count", "devices", "versions", "git_commit", "date")
+        name: full[name] for name in ("processor", "cpu_count", "devices", "versions", "git_commit", "date")
     }
 
 
@@ -260,7 +274,7 @@ def percent(mean: float | None, std: float | None) -> str:
 
 def published(method: str) -> str:
     """Return a method's published CIFAR-10 ipc 1 accuracy on ConvNet-3, from published.csv."""
-    wanted = {
+    columns = {
         "dataset": "cifar10",
         "ipc": "1",
         "arch": "convnet3",
@@ -269,14 +283,14 @@ def published(method: str) -> str:
     }
     with (HERE / "published.csv").open() as file:
         for row in csv.DictReader(file):
-            if all(row[name] == value for name, value in wanted.items()) and not row["setting"]:
+            if all(row[name] == value for name, value in columns.items()) and not row["setting"]:
                 return f"{row['value']} +- {row['std']} ({row['paper']}, {row['table']})"
     return "-"
 
 
-def where(held: dict[str, Any]) -> str:
-    """Return a line on hardware and date."""
-    env = held["environment"]
+def where(part: dict[str, Any]) -> str:
+    """Return one line with hardware, versions, commit and date."""
+    env = part["environment"]
     devices = ", ".join(env["devices"]) or "no GPU"
     return (
         f"{env['processor']}, {env['cpu_count']} cores, {devices}; torch {env['versions']['torch']}; "
@@ -284,11 +298,11 @@ def where(held: dict[str, Any]) -> str:
     )
 
 
-def accuracy_table(held: dict[str, Any], with_published: bool) -> list[str]:
+def accuracy_table(part: dict[str, Any], with_published: bool) -> list[str]:
     """Return the lines of an accuracy table."""
     head = ["method", "test accuracy %", "n (sets x networks)"] + (["published %"] if with_published else [])
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for row in held["rows"]:
+    for row in part["rows"]:
         cells = [
             row["method"],
             percent(row["mean"], row["std"]),
@@ -297,23 +311,25 @@ def accuracy_table(held: dict[str, Any], with_published: bool) -> list[str]:
         if with_published:
             cells.append(published(row["method"].split()[0].rstrip(",")))
         lines.append("| " + " | ".join(cells) + " |")
-    return [*lines, "", f"{where(held)}. Example: `{held['rows'][-1]['command']}`"]
+    return [*lines, "", f"{where(part)}. Example: `{part['rows'][-1]['command']}`"]
 
 
 def scored(cells: list[dict[str, Any]], method: str, column: tuple[str, int, str]) -> str:
-    """Return a method's test accuracy in a column of the leaderboard, with LRS / ARS where there are any."""
-    own = [c for c in cells if c["method"] == method and (c["dataset"], c["ipc"], c["arch"]) == column]
-    texts = [percent(c["accuracy_mean"], c["accuracy_std"]) for c in own if c["protocol"] == "hard"]
-    texts += [f"({c['lrs']:.3f} / {c['ars']:.3f})" for c in own if c["protocol"] == "robust"]
+    """Return a method's test accuracy in one column of the leaderboard, with LRS / ARS if measured."""
+    column_cells = [
+        c for c in cells if c["method"] == method and (c["dataset"], c["ipc"], c["arch"]) == column
+    ]
+    texts = [percent(c["accuracy_mean"], c["accuracy_std"]) for c in column_cells if c["protocol"] == "hard"]
+    texts += [f"({c['lrs']:.3f} / {c['ars']:.3f})" for c in column_cells if c["protocol"] == "robust"]
     return " ".join(texts) or "-"
 
 
-def bench_lines(held: dict[str, Any]) -> list[str]:
-    """Return the leaderboard, and what the fan-out was measured to do and to survive."""
+def bench_lines(parts: dict[str, Any]) -> list[str]:
+    """Return the lines of the leaderboard and of the fan-out's scaling, simulation and faults."""
     lines = ["## Leaderboard: digits, MNIST and CIFAR-10 under one recipe (`vico` with DSA)", ""]
-    if "leaderboard" in held:
+    if "leaderboard" in parts:
         lines += ["The page with pictures and plots: [leaderboard.html](leaderboard.html).", ""]
-        cells = held["leaderboard"]["cells"]
+        cells = parts["leaderboard"]["cells"]
         columns = list(dict.fromkeys((c["dataset"], c["ipc"], c["arch"]) for c in cells))
         columns.sort(key=lambda column: (DATASETS.index(column[0]), column[1]))
         names = [f"{dataset} ipc {ipc}, {arch}" for dataset, ipc, arch in columns]
@@ -321,53 +337,53 @@ def bench_lines(held: dict[str, Any]) -> list[str]:
         for method in dict.fromkeys(c["method"] for c in cells):
             lines.append(f"| {method} | " + " | ".join(scored(cells, method, c) for c in columns) + " |")
         lines += ["", LEADERBOARD, ""]
-        run = held["leaderboard"]
+        run = parts["leaderboard"]
         lines += [
             f"{run['num_failed']} units failed; {run['wall_s']:.0f} s. `{run['command']}`. {where(run)}.",
         ]
     else:
         lines += ["not measured"]
     lines += ["", "## Scaling of the fan-out", ""]
-    if "scaling" in held:
-        unit = held["scaling"]["unit_s"]
+    if "scaling" in parts:
+        unit = parts["scaling"]["unit_s"]
         lines += ["| workers | units per second | speed-up | efficiency |", "|---|---|---|---|"]
         lines += [
             f"| {row['workers']} | {row['units_per_s']:.2f} +- {row['std']:.2f} | {row['speedup']:.2f} | "
             f"{100 * row['efficiency']:.1f} % |"
-            for row in held["scaling"]["rows"]
+            for row in parts["scaling"]["rows"]
         ]
-        count = held["scaling"]["rows"][0]["n"]
+        count = parts["scaling"]["rows"][0]["n"]
         lines += [
             "",
             f"Units that sleep {unit} s and publish a row, {count} runs each; efficiency: against {unit} s "
-            f"per unit and worker. `{held['scaling']['command']}`. {where(held['scaling'])}.",
+            f"per unit and worker. `{parts['scaling']['command']}`. {where(parts['scaling'])}.",
         ]
     else:
         lines += ["not measured"]
     lines += ["", "## Simulation of a large cluster", ""]
-    if "simulation" in held:
-        one = held["simulation"]
+    if "simulation" in parts:
+        run = parts["simulation"]
         lines += [
-            f"{one['units']} units of {one['unit_s']} s on {one['workers']} workers, {one['fake_gpus']} "
-            f"fake GPUs: {one['wall_s']:.1f} s with the start of all processes on this machine "
-            f"({one['ideal_s']:.1f} s without any overhead), {one['units_per_s']:.1f} units per second once "
+            f"{run['units']} units of {run['unit_s']} s on {run['workers']} workers, {run['fake_gpus']} "
+            f"fake GPUs: {run['wall_s']:.1f} s with the start of all processes on this machine "
+            f"({run['ideal_s']:.1f} s without any overhead), {run['units_per_s']:.1f} units per second once "
             f"all had started; every tenth unit crashed its worker, every hundredth on all three tries: "
-            f"{one['retries']} retries, {one['failed']} "
-            f"failed, every other unit published exactly once. `{one['command']}`. {where(one)}.",
+            f"{run['retries']} retries, {run['failed']} "
+            f"failed, every other unit published exactly once. `{run['command']}`. {where(run)}.",
         ]
     else:
         lines += ["not measured"]
     lines += ["", "## Faults injected and survived", ""]
-    if "faults" in held:
+    if "faults" in parts:
         lines += ["| fault | injected | survived | lost work |", "|---|---|---|---|"]
         lines += [
             f"| {row['fault']} | {row['injected']} | {row['survived']} | {row['lost_work']} |"
-            for row in held["faults"]["rows"]
+            for row in parts["faults"]["rows"]
         ]
         lines += [
             "",
             "Survived: every unit once, nothing finished repeated, tables as without the fault. "
-            f"`{held['faults']['command']}`. {where(held['faults'])}.",
+            f"`{parts['faults']['command']}`. {where(parts['faults'])}.",
         ]
     else:
         lines += ["not measured"]
@@ -375,64 +391,64 @@ def bench_lines(held: dict[str, Any]) -> list[str]:
 
 
 def render() -> None:
-    """Write README.md from the parts that are there."""
-    held = {name: json.loads(path.read_text()) for name in PARTS if (path := HERE / f"{name}.json").exists()}
+    """Write README.md from the measured parts."""
+    parts = {name: json.loads(path.read_text()) for name in PARTS if (path := HERE / f"{name}.json").exists()}
     lines = [
         "# Measured results",
         "",
         "Written by `make reports`; do not edit. Means +- sample standard deviation.",
         "",
     ]
-    lines += ["## Digits, ipc 1, protocol `hard`", "", *_section(held, "digits", False)]
+    lines += ["## Digits, ipc 1, protocol `hard`", "", *_section(parts, "digits", False)]
     lines += ["## CIFAR-10, ipc 1, protocol `hard`", ""]
     lines += [
         "Scaled to 2 CPU cores as named in each row (the paper: 8,000 steps, 256 real images per class).",
         "",
     ]
-    lines += _section(held, "cifar10", True)
+    lines += _section(parts, "cifar10", True)
     lines += ["## Search: DataDAM on digits, ipc 1", ""]
-    if "tune" in held:
-        found, paper = held["tune"]["result"], held["tune"]["result"]["paper_point"]
-        best = found["best"]
+    if "tune" in parts:
+        result, paper = parts["tune"]["result"], parts["tune"]["result"]["paper_point"]
+        best = result["best"]
         lines += [
             "| point | val % | test % (fresh seeds) |",
             "|---|---|---|",
             f"| paper's | {percent(paper['val_accuracy'], None)} | "
             f"{percent(paper['test_accuracy_mean'], paper['test_accuracy_std'])} |",
             f"| best: `{json.dumps(best['config'])}` | {percent(best['val_accuracy'], None)} | "
-            f"{percent(found['test_accuracy_mean'], found['test_accuracy_std'])} |",
+            f"{percent(result['test_accuracy_mean'], result['test_accuracy_std'])} |",
             "",
-            f"{found['num_trials']} trials, {found['num_failed']} failed, "
-            f"{found['num_stopped_early']} stopped early; "
-            f"test: 3 fresh sets x 5 networks. `{held['tune']['command']}`. {where(held['tune'])}.",
+            f"{result['num_trials']} trials, {result['num_failed']} failed, "
+            f"{result['num_stopped_early']} stopped early; "
+            f"test: 3 fresh sets x 5 networks. `{parts['tune']['command']}`. {where(parts['tune'])}.",
             "",
         ]
     else:
         lines += ["not measured", ""]
-    lines += ["## Ranking architectures: the 720 ConvNets, digits", "", *nas_section(held, "nas_digits")]
+    lines += ["## Ranking architectures: the 720 ConvNets, digits", "", *nas_section(parts, "nas_digits")]
     lines += ["## Ranking architectures: the 720 ConvNets, CIFAR-10", ""]
     lines += [
         "Scaled to 2 CPU cores: a sample of the cheaper half of the grid, the whole set for one epoch, "
         "DM and DataDAM of 100 steps with 64 real images per class.",
         "",
-        *nas_section(held, "nas_cifar10"),
+        *nas_section(parts, "nas_cifar10"),
     ]
     lines += ["## Ranking architectures: NAS-Bench-201, digits against the table", ""]
     lines += [
         "Each bug of the public harness on its own, as a further proxy. 20 cells, so the intervals are wide; "
         "after 10 epochs on 100 images many networks are at chance, and the order of the others says little.",
         "",
-        *nas_section(held, "nas_cells"),
+        *nas_section(parts, "nas_cells"),
         "The whole digits set (10 epochs), and stopped early, on the same cells:",
         "",
-        *nas_section(held, "nas_whole"),
+        *nas_section(parts, "nas_whole"),
     ]
     lines += ["## Benchmarks", ""]
     for part in ("benchmarks", "benchmarks_slow", "benchmarks_dsdm", "benchmarks_pool"):
-        if part not in held:
+        if part not in parts:
             lines += [f"{part}: not measured", ""]
             continue
-        run = held[part]
+        run = parts[part]
         lines += ["| benchmark | bar | measured |", "|---|---|---|"]
         for row in run["rows"]:
             values = {
@@ -442,9 +458,9 @@ def render() -> None:
             }
             lines.append(f"| {row['name']} | {row.get('bar', '-')} | `{json.dumps(values)}` |")
         lines += ["", f"`{run['command']}`, 1 run; the bars are in the tests. {where(run)}.", ""]
-    lines += tables.lines(held, percent, where)
+    lines += tables.lines(parts, percent, where)
     lines += ["D3HR's sweeps, inversion, and what its score selects by: [d3hr.md](d3hr.md).", ""]
-    lines += bench_lines(held)
+    lines += bench_lines(parts)
     lines += [
         "## On a GPU",
         "",
@@ -462,11 +478,11 @@ def render() -> None:
     (HERE / "README.md").write_text("\n".join(lines))
 
 
-def nas_section(held: dict[str, Any], part: str) -> list[str]:
+def nas_section(parts: dict[str, Any], part: str) -> list[str]:
     """Return the lines of a table of rank correlations."""
-    if part not in held:
+    if part not in parts:
         return ["not measured", ""]
-    found = held[part]["result"]
+    result = parts[part]["result"]
     head = (
         "proxy",
         "Spearman [95 %]",
@@ -479,7 +495,7 @@ def nas_section(held: dict[str, Any], part: str) -> list[str]:
         "unit s",
     )
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for row in found["proxies"]:
+    for row in result["proxies"]:
         low, high = row["spearman_ci95"] or (None, None)
         cells = [
             row["proxy"].removesuffix(".pt"),
@@ -493,30 +509,30 @@ def nas_section(held: dict[str, Any], part: str) -> list[str]:
             f"{row['wall_s']:.0f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    truth = found["truth"]
+    truth = result["truth"]
     spent = f", {truth['wall_s']:.0f} s of training" if "wall_s" in truth else ""
     lines += [
         "",
-        f"{found['num_archs']} architectures, {found['num_failed']} failed units, "
-        f"{held[part]['seeds']} network(s) per architecture and proxy; truth: {truth['source']}{spent}; "
-        f"{found['wall_s']:.0f} s in all. `{held[part]['command']}`. {where(held[part])}.",
+        f"{result['num_archs']} architectures, {result['num_failed']} failed units, "
+        f"{parts[part]['seeds']} network(s) per architecture and proxy; truth: {truth['source']}{spent}; "
+        f"{result['wall_s']:.0f} s in all. `{parts[part]['command']}`. {where(parts[part])}.",
         "",
-        f"![accuracy on the proxy against the truth]({held[part]['picture']})",
+        f"![accuracy on the proxy against the truth]({parts[part]['picture']})",
         "",
     ]
     return lines
 
 
 def rho(value: float | None) -> str:
-    """Return a rank correlation with two digits."""
+    """Return a rank correlation with two decimals."""
     return "-" if value is None else f"{value:.2f}"
 
 
-def _section(held: dict[str, Any], part: str, with_published: bool) -> list[str]:
-    """Return a table of accuracies, and DataDAM's images where they were kept."""
-    if part not in held:
+def _section(parts: dict[str, Any], part: str, with_published: bool) -> list[str]:
+    """Return a table of accuracies, with DataDAM's images if they were saved."""
+    if part not in parts:
         return ["not measured", ""]
-    lines = [*accuracy_table(held[part], with_published), ""]
+    lines = [*accuracy_table(parts[part], with_published), ""]
     picture = f"{part}_datadam.png"
     return [*lines, f"![DataDAM's images]({picture})", ""] if (HERE / picture).exists() else lines
 
@@ -525,9 +541,9 @@ def main() -> None:
     """Run the named parts (default: all), then write README.md."""
     for name in sys.argv[1:] or list(PARTS):
         if name != "render":
-            found = {**PARTS[name](), "environment": stamp()}
-            found["environment"]["date"] = datetime.now(UTC).isoformat(timespec="seconds")
-            (HERE / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
+            measured = {**PARTS[name](), "environment": stamp()}
+            measured["environment"]["date"] = datetime.now(UTC).isoformat(timespec="seconds")
+            (HERE / f"{name}.json").write_text(json.dumps(measured, indent=2) + "\n")
     render()
 
 

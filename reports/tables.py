@@ -1,7 +1,7 @@
-"""Tables in the papers' shape, scaled down to two CPU cores: specs that `ddray bench` runs, and their lines.
+"""The papers' tables scaled down to two CPU cores: specs for `ddray bench`, and how results are printed.
 
-`python reports/regenerate.py ablation` (or another part of TITLES) runs one. What is scaled down stands
-in the spec, which is kept in reports/<part>.json with the cells.
+`python reports/regenerate.py ablation` (or another part of TITLES) runs one. The spec shows what is scaled
+down; it is stored in reports/<part>.json with the cells.
 """
 
 from __future__ import annotations
@@ -75,20 +75,20 @@ _LOOP_METHODS = ("krr_st", "boost_ssdd")
 
 
 def _ssdd(steps: int, every: dict[str, Any]) -> list[Any]:
-    """Return Table 3's and Table 4's rows, with settings for every row and those of the bilevel loop."""
+    """Return the rows of Tables 3 and 4, with settings for every row and for the bilevel loop."""
     rows: list[Any] = []
     for row in _SSDD_ROWS:
-        held = dict(row) if isinstance(row, dict) else {"name": row}
-        looped = held["name"] in _LOOP_METHODS
-        held["set"] = {**every, **(_SSDD_LOOP if looped else {}), **held.get("set", {})}
-        rows.append({**held, "steps": steps} if looped else held)
+        entry = dict(row) if isinstance(row, dict) else {"name": row}
+        looped = entry["name"] in _LOOP_METHODS
+        entry["set"] = {**every, **(_SSDD_LOOP if looped else {}), **entry.get("set", {})}
+        rows.append({**entry, "steps": steps} if looped else entry)
     return rows
 
 
 def _linear(epochs: int, target: str, train_limit: int) -> list[Spec]:
-    """Return the evaluations of a table: a probe on the distilled dataset, and one on another."""
-    own = {"protocol": "linear", "seeds": 2, "epochs": epochs}
-    return [own, {**own, "target": [target], "options": {"train_limit": train_limit}}]
+    """Return a table's evaluations: a linear probe on the distilled dataset and one on a transfer target."""
+    probe = {"protocol": "linear", "seeds": 2, "epochs": epochs}
+    return [probe, {**probe, "target": [target], "options": {"train_limit": train_limit}}]
 
 
 SSDD: Spec = {
@@ -129,15 +129,19 @@ def _diffusion(
     """Return Table 3's and Fig 4's shape: `rows`, D3HR and its baselines, with hard and soft labels.
 
     Args:
-        rows: the rows that are not D3HR's.
+        rows: rows of other methods.
         arch: of teacher and students.
         every: settings of all latent rows.
-        searched: settings of the row that searches groups.
+        searched: settings of the row that selects among groups.
     """
     every, searched = every or {}, searched or {}
     latent = [
-        {"name": "d3hr", "label": label, "set": {**every, **own, **(searched if label == "D3HR" else {})}}
-        for label, own in _LATENT_ROWS.items()
+        {
+            "name": "d3hr",
+            "label": label,
+            "set": {**every, **row_settings, **(searched if label == "D3HR" else {})},
+        }
+        for label, row_settings in _LATENT_ROWS.items()
     ]
     return {
         "ipc": [1, 10],
@@ -175,7 +179,7 @@ DIFFUSION: Spec = {
     ),
 }
 # Inverting all 60,000 images, and 400 epochs of the default generator on them, take days on two cores; the
-# paper's 5,000,000 candidates take minutes a set.
+# paper's 5,000,000 candidates take minutes per set.
 MNIST_PER_CLASS = 600
 DIFFUSION_MNIST: Spec = {
     "name": "diffusion_mnist",
@@ -254,12 +258,12 @@ TITLES = {
 
 def measure(ddray: Run, spec: Spec) -> dict[str, Any]:
     """Run a spec on all cores, one unit per core; return its cells."""
-    with tempfile.TemporaryDirectory() as held:
-        file = Path(held) / "spec.yaml"
+    with tempfile.TemporaryDirectory() as temporary:
+        file = Path(temporary) / "spec.yaml"
         file.write_text(yaml.safe_dump(spec))
-        found = ddray("bench", str(file), "--run-dir", str(Path(held) / "run"))
+        result = ddray("bench", str(file), "--run-dir", str(Path(temporary) / "run"))
     return {
-        **{name: found[name] for name in ("cells", "num_failed", "wall_s")},
+        **{name: result[name] for name in ("cells", "num_failed", "wall_s")},
         "spec": spec,
         "command": "ddray bench FILE, FILE being the spec in this part's JSON",
     }
@@ -267,81 +271,83 @@ def measure(ddray: Run, spec: Spec) -> dict[str, Any]:
 
 def speech(ddray: Run) -> dict[str, Any]:
     """Unpack the spoken digits of $DDRAY_DATA/fsdd.tar and run their spec."""
-    with tempfile.TemporaryDirectory() as held:
+    with tempfile.TemporaryDirectory() as temporary:
         with tarfile.open(Path(os.environ["DDRAY_DATA"]) / "fsdd.tar") as tar:
-            tar.extractall(held, filter="data")
-        found = measure(ddray, {**SPEECH, "dataset": str(Path(held) / "fsdd")})
-    found["spec"]["dataset"] = "fsdd"
-    found["cells"] = [{**cell, "dataset": "fsdd"} for cell in found["cells"]]
-    return found
+            tar.extractall(temporary, filter="data")
+        measured = measure(ddray, {**SPEECH, "dataset": str(Path(temporary) / "fsdd")})
+    measured["spec"]["dataset"] = "fsdd"
+    measured["cells"] = [{**cell, "dataset": "fsdd"} for cell in measured["cells"]]
+    return measured
 
 
 def cifar100_part(ddray: Run) -> dict[str, Any]:
-    """Run a spec on $DDRAY_DATA/cifar100-12k, a part of CIFAR-100 that stands where the whole would."""
+    """Run a spec on $DDRAY_DATA/cifar100-12k, a part of CIFAR-100 used in place of the whole."""
     data = Path(os.environ["DDRAY_DATA"]).resolve()
-    with tempfile.TemporaryDirectory() as held:
+    with tempfile.TemporaryDirectory() as temporary:
         for name, folder in (("cifar100", "cifar100-12k"), ("cifar10", "cifar10")):
-            (Path(held) / name).symlink_to(data / folder)
-        with mock.patch.dict(os.environ, DDRAY_DATA=held):
+            (Path(temporary) / name).symlink_to(data / folder)
+        with mock.patch.dict(os.environ, DDRAY_DATA=temporary):
             return measure(ddray, SSDD_CIFAR100)
 
 
 def mnist_part(ddray: Run) -> dict[str, Any]:
     """Run a spec on the first MNIST_PER_CLASS training images of each digit and all test images."""
     data = Path(os.environ["DDRAY_DATA"]).resolve() / "mnist"
-    with tempfile.TemporaryDirectory() as held:
-        folder = Path(held) / "mnist"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "mnist"
         folder.mkdir()
         for file in data.glob("*.parquet"):
             if file.name.startswith("train"):
                 table = pq.read_table(file)
-                place = table["label"].to_pandas().groupby(table["label"].to_pandas()).cumcount()
-                pq.write_table(table.filter(pa.array(place < MNIST_PER_CLASS)), folder / file.name)
+                position = table["label"].to_pandas().groupby(table["label"].to_pandas()).cumcount()
+                pq.write_table(table.filter(pa.array(position < MNIST_PER_CLASS)), folder / file.name)
             else:
                 (folder / file.name).symlink_to(file)
-        with mock.patch.dict(os.environ, DDRAY_DATA=held):
+        with mock.patch.dict(os.environ, DDRAY_DATA=temporary):
             return measure(ddray, DIFFUSION_MNIST)
 
 
 def imagenette(ddray: Run) -> dict[str, Any]:
-    """Unpack a part of $DDRAY_DATA/imagenette224-small.tar and run a spec on it, by name and as a folder."""
+    """Unpack part of $DDRAY_DATA/imagenette224-small.tar and run a spec on it, by name and as a folder."""
     seen: Counter[Path] = Counter()
-    with tempfile.TemporaryDirectory() as held:
-        folder = Path(held) / "imagenette"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "imagenette"
         with tarfile.open(Path(os.environ["DDRAY_DATA"]) / "imagenette224-small.tar") as tar:
             for member in tar:
                 within = Path(member.name).parent
                 seen[within] += member.isfile()
                 if member.isfile() and seen[within] <= IMAGENETTE_PER_CLASS[within.parts[0]]:
                     tar.extract(member, folder, filter="data")
-        large = Path(held) / "imagenette-224"
+        large = Path(temporary) / "imagenette-224"
         large.symlink_to(folder)
         spec = json.loads(json.dumps(IMAGENETTE).replace('"imagenette-224"', json.dumps(str(large))))
-        with mock.patch.dict(os.environ, DDRAY_DATA=held):
-            found = measure(ddray, spec)
-    cells = [{**cell, "dataset": cell["dataset"].rpartition("/")[2]} for cell in found["cells"]]
-    return {**found, "spec": IMAGENETTE, "cells": cells}
+        with mock.patch.dict(os.environ, DDRAY_DATA=temporary):
+            measured = measure(ddray, spec)
+    cells = [{**cell, "dataset": cell["dataset"].rpartition("/")[2]} for cell in measured["cells"]]
+    return {**measured, "spec": IMAGENETTE, "cells": cells}
 
 
-def lines(held: dict[str, Any], percent: Callable[..., str], where: Callable[..., str]) -> list[str]:
-    """Return the report's lines of the parts that are there."""
-    found = []
+def lines(parts: dict[str, Any], percent: Callable[..., str], where: Callable[..., str]) -> list[str]:
+    """Return the report's lines for the measured parts."""
+    text_lines = []
     for part, title in TITLES.items():
-        found += [f"## {title}", ""]
-        if part not in held:
-            found += ["not measured", ""]
+        text_lines += [f"## {title}", ""]
+        if part not in parts:
+            text_lines += ["not measured", ""]
             continue
-        cells = held[part]["cells"]
-        several = len({cell["dataset"] for cell in cells}) > 1
-        names = [f"{cell['dataset']}, {_column(cell)}" if several else _column(cell) for cell in cells]
+        cells = parts[part]["cells"]
+        several_datasets = len({cell["dataset"] for cell in cells}) > 1
+        names = [
+            f"{cell['dataset']}, {_column(cell)}" if several_datasets else _column(cell) for cell in cells
+        ]
         columns = list(dict.fromkeys(names))
         values = {(cell["method"], column): cell for cell, column in zip(cells, names, strict=True)}
-        found += ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+        text_lines += ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
         for method in dict.fromkeys(cell["method"] for cell in cells):
             scored = [_scored(values.get((method, column)), percent) for column in columns]
-            found += [f"| {method} | " + " | ".join(scored) + " |"]
-        run = held[part]
-        found += [
+            text_lines += [f"| {method} | " + " | ".join(scored) + " |"]
+        run = parts[part]
+        text_lines += [
             "",
             "Test accuracy in percent, n networks in brackets. "
             f"{run['num_failed']} units failed; {run['wall_s']:.0f} s. `{run['command']}`. {where(run)}.",
@@ -349,7 +355,7 @@ def lines(held: dict[str, Any], percent: Callable[..., str], where: Callable[...
             f"Spec: `{json.dumps(run['spec'])}`",
             "",
         ]
-    return found
+    return text_lines
 
 
 def _column(cell: dict[str, Any]) -> str:

@@ -18,14 +18,14 @@ from ddray.plan import Plan, make_context, make_distiller, resolve
 
 CPU = torch.device("cpu")
 
-# A busy machine is no failure.
+# A busy machine must not fail a test.
 settings.register_profile("ddray", deadline=None)
 settings.load_profile("ddray")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Sums are taken in one order, and tests that run side by side do not fight over cores."""
+    """Fixes the order of sums, and keeps tests that run in parallel from competing for cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -34,7 +34,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def ddray_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Every test has a home of its own, and no data directory but the one it names."""
+    """Gives every test its own home, and no data directory unless it sets one."""
     home = tmp_path / "home"
     monkeypatch.setenv("DDRAY_HOME", str(home))
     monkeypatch.delenv("DDRAY_DATA", raising=False)

@@ -19,22 +19,22 @@ SMALL = {"arch": "convnet2_w8", "compile": "off", "evaluate": {"epochs": 3, "see
 
 
 class TestDistill:
-    def plan(self, digits: Any, **more: Any) -> Any:
-        layers = {**SMALL, "steps": 6, "checkpoint_every": 2, "method": {"batch_real": 4}, **more}
+    def plan(self, digits: Any, **changes: Any) -> Any:
+        layers = {**SMALL, "steps": 6, "checkpoint_every": 2, "method": {"batch_real": 4}, **changes}
         return resolve("dm", digits, ipc=1, layers=[layers])
 
     def test_a_run_directory_holds_set_picture_row_and_table(self, digits: Any, tmp_path: Path) -> None:
-        found = distill(self.plan(digits), device=CPU, run_dir=tmp_path / "run")
+        result = distill(self.plan(digits), device=CPU, run_dir=tmp_path / "run")
 
-        assert set(found) == {
+        assert set(result) == {
             *("artifact", "method", "dataset", "ipc", "steps", "resumed_from_step", "wall_s"),
             *("seconds_per_step", "first_loss", "final_loss", "run_dir"),
         }
-        assert found["artifact"] == str(tmp_path / "run" / "distilled.pt")
-        assert (found["method"], found["dataset"], found["ipc"], found["steps"]) == ("dm", "digits", 1, 6)
-        assert json.loads(to_json(found)) == found
-        made = artifact.load(Path(found["artifact"]))
-        assert made.meta.config["steps"] == 6
+        assert result["artifact"] == str(tmp_path / "run" / "distilled.pt")
+        assert (result["method"], result["dataset"], result["ipc"], result["steps"]) == ("dm", "digits", 1, 6)
+        assert json.loads(to_json(result)) == result
+        distilled = artifact.load(Path(result["artifact"]))
+        assert distilled.meta.config["steps"] == 6
         assert (tmp_path / "run" / "distilled.png").stat().st_size > 0
         run = open_run(
             tmp_path / "run",
@@ -43,7 +43,7 @@ class TestDistill:
             resume=True,
         )
         (row,) = run.ledger.rows()
-        assert (row.kind, row.status, row.result["final_loss"]) == ("distill", "done", found["final_loss"])
+        assert (row.kind, row.status, row.result["final_loss"]) == ("distill", "done", result["final_loss"])
         assert [event["event"] for event in run.ledger.events()] == ["start", "finish"]
         assert len((tmp_path / "run" / "results.csv").read_text().splitlines()) == 2
         assert [path.name for path in run.folder.rglob("*.tmp")] == []
@@ -112,8 +112,8 @@ class TestDistill:
         assert not (tmp_path / "run").exists()
 
     def test_the_unit_depends_on_what_decides_the_bytes_alone(self, digits: Any) -> None:
-        def key(**more: Any) -> str:
-            return api.distill_unit(self.plan(digits, **more), "train").key
+        def key(**changes: Any) -> str:
+            return api.distill_unit(self.plan(digits, **changes), "train").key
 
         assert key() == key(checkpoint_every=5) == key(evaluate={"epochs": 9})
         assert len({key(), key(steps=7), key(method={"lr_img": 2}), key(arch="convnet1_w8")}) == 4
@@ -121,19 +121,24 @@ class TestDistill:
 
 
 def test_data_info(digits: Any) -> None:
-    found = api.data_info("digits")
+    info = api.data_info("digits")
 
-    assert found["num_classes"] == 10
-    assert (found["num_train"], found["num_test"]) == (len(digits.train()), len(digits.test()))
-    assert found["num_train"] + found["num_test"] == 1797
-    assert found["image_shape"] == [1, 16, 16]
-    assert found["fingerprint"] == digits.fingerprint
+    assert info["num_classes"] == 10
+    assert (info["num_train"], info["num_test"]) == (len(digits.train()), len(digits.test()))
+    assert info["num_train"] + info["num_test"] == 1797
+    assert info["image_shape"] == [1, 16, 16]
+    assert info["fingerprint"] == digits.fingerprint
 
 
 def test_an_undefined_number_is_null_in_json() -> None:
-    held = {"a": float("nan"), "b": [1.5, float("inf"), (None, "nan")], "c": {"d": -float("inf")}, "e": True}
+    values = {
+        "a": float("nan"),
+        "b": [1.5, float("inf"), (None, "nan")],
+        "c": {"d": -float("inf")},
+        "e": True,
+    }
 
-    assert json.loads(to_json(held)) == {
+    assert json.loads(to_json(values)) == {
         "a": None,
         "b": [1.5, None, [None, "nan"]],
         "c": {"d": None},

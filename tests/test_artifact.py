@@ -44,9 +44,9 @@ def images(num: int = 4, shape: tuple[int, ...] = (3, 4, 5)) -> Tensor:
     return torch.randn(num, *shape, generator=torch.Generator().manual_seed(0))
 
 
-def made(**changes: Any) -> DistilledSet:
-    held: dict[str, Any] = {"images": images(), "labels": torch.tensor([0, 0, 1, 1]), "meta": meta()}
-    return DistilledSet(**{**held, **changes})
+def distilled_set(**changes: Any) -> DistilledSet:
+    fields: dict[str, Any] = {"images": images(), "labels": torch.tensor([0, 0, 1, 1]), "meta": meta()}
+    return DistilledSet(**{**fields, **changes})
 
 
 def whitening(width: int = 60) -> dict[str, Tensor]:
@@ -55,56 +55,56 @@ def whitening(width: int = 60) -> dict[str, Tensor]:
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     path = tmp_path / "distilled.pt"
-    made().save(path)
+    distilled_set().save(path)
 
-    held = load(path)
+    loaded = load(path)
 
-    assert torch.equal(held.images, images())
-    assert held.labels.tolist() == [0, 0, 1, 1]
-    assert held.labels.dtype == torch.int64
-    assert held.meta == meta()
-    assert held.zca == {}
-    assert held.space().std == (0.2, 0.25, 0.3)
-    assert torch.equal(held.decode().images, images())
+    assert torch.equal(loaded.images, images())
+    assert loaded.labels.tolist() == [0, 0, 1, 1]
+    assert loaded.labels.dtype == torch.int64
+    assert loaded.meta == meta()
+    assert loaded.zca == {}
+    assert loaded.space().std == (0.2, 0.25, 0.3)
+    assert torch.equal(loaded.decode().images, images())
     assert [entry.name for entry in tmp_path.iterdir() if entry.suffix == ".tmp"] == []
 
 
 def test_saving_twice_gives_the_same_bytes_wherever_it_lies(tmp_path: Path) -> None:
-    made().save(tmp_path / "a.pt")
+    distilled_set().save(tmp_path / "a.pt")
     load(tmp_path / "a.pt").save(tmp_path / "longer name.pt")
 
     assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "longer name.pt").read_bytes()
 
 
 def test_the_file_holds_tensors_and_one_json_string(tmp_path: Path) -> None:
-    made().save(tmp_path / "a.pt")
+    distilled_set().save(tmp_path / "a.pt")
 
-    held = torch.load(tmp_path / "a.pt", weights_only=True)
+    contents = torch.load(tmp_path / "a.pt", weights_only=True)
 
-    assert set(held) == {"format_version", "images", "labels", "meta"}
-    assert held["format_version"] == 1
-    assert json.loads(held["meta"])["class_names"] == ["cat", "dög"]
+    assert set(contents) == {"format_version", "images", "labels", "meta"}
+    assert contents["format_version"] == 1
+    assert json.loads(contents["meta"])["class_names"] == ["cat", "dög"]
 
 
 def test_a_view_is_stored_without_the_tensor_behind_it(tmp_path: Path) -> None:
     whole = torch.randn(4000, 3, 4, 5)
-    made(images=whole[:4]).save(tmp_path / "a.pt")
+    distilled_set(images=whole[:4]).save(tmp_path / "a.pt")
 
-    held = load(tmp_path / "a.pt")
-    assert torch.equal(held.images, whole[:4])
+    loaded = load(tmp_path / "a.pt")
+    assert torch.equal(loaded.images, whole[:4])
     assert (tmp_path / "a.pt").stat().st_size < 10_000
 
 
 def test_a_whitened_set_keeps_its_whitening(tmp_path: Path) -> None:
     zca = whitening()
-    made(meta=meta(pixel_space="zca"), zca=zca).save(tmp_path / "a.pt")
+    distilled_set(meta=meta(pixel_space="zca"), zca=zca).save(tmp_path / "a.pt")
 
-    held = load(tmp_path / "a.pt")
+    loaded = load(tmp_path / "a.pt")
 
-    assert held.zca.keys() == zca.keys()
-    assert all(torch.equal(held.zca[name], zca[name]) for name in zca)
+    assert loaded.zca.keys() == zca.keys()
+    assert all(torch.equal(loaded.zca[name], zca[name]) for name in zca)
     pixels = torch.rand(2, 3, 4, 5)
-    torch.testing.assert_close(held.space().decode(held.space().encode(pixels)), pixels)
+    torch.testing.assert_close(loaded.space().decode(loaded.space().encode(pixels)), pixels)
 
 
 HALVES = {"decoder": "partition", "partition": {"factor": 2, "axes": "time"}, "ipc_decoded": 4}
@@ -114,27 +114,31 @@ HALVES = {"decoder": "partition", "partition": {"factor": 2, "axes": "time"}, "i
 def test_a_partitioned_set_is_stored_small_and_decoded_large(
     factor: int, axes: str, parts: int, tmp_path: Path
 ) -> None:
-    own = {"decoder": "partition", "partition": {"factor": factor, "axes": axes}, "ipc_decoded": 2 * parts}
-    made(meta=meta(**own)).save(tmp_path / "a.pt")
+    changes = {
+        "decoder": "partition",
+        "partition": {"factor": factor, "axes": axes},
+        "ipc_decoded": 2 * parts,
+    }
+    distilled_set(meta=meta(**changes)).save(tmp_path / "a.pt")
 
-    held = load(tmp_path / "a.pt")
+    loaded = load(tmp_path / "a.pt")
 
-    assert (held.meta.ipc, held.meta.ipc_decoded, held.meta.storage_floats) == (2, 2 * parts, 240)
-    assert torch.equal(held.images, images())
-    decoded = held.decode()
+    assert (loaded.meta.ipc, loaded.meta.ipc_decoded, loaded.meta.storage_floats) == (2, 2 * parts, 240)
+    assert torch.equal(loaded.images, images())
+    decoded = loaded.decode()
     assert decoded.images.shape == (4 * parts, 3, 4, 5)
-    assert torch.equal(decoded.images, expand(images(), Partition.parse(own["partition"])))
+    assert torch.equal(decoded.images, expand(images(), Partition.parse(changes["partition"])))
     assert decoded.labels.tolist() == [0] * (2 * parts) + [1] * (2 * parts)
-    assert torch.equal(held.decode().images, decoded.images)
+    assert torch.equal(loaded.decode().images, decoded.images)
 
 
 def test_a_file_from_before_decoders_is_read(tmp_path: Path) -> None:
     old = {key: value for key, value in meta().dump().items() if key not in ("decoder", "partition")}
 
-    held = load(own_file(tmp_path / "old.pt", meta=json.dumps(old)))
+    loaded = load(ddray_file(tmp_path / "old.pt", meta=json.dumps(old)))
 
-    assert held.meta == meta()
-    assert torch.equal(held.decode().images, images())
+    assert loaded.meta == meta()
+    assert torch.equal(loaded.decode().images, images())
 
 
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
@@ -203,12 +207,12 @@ def test_a_broken_rule_is_refused_on_save_and_on_load(
     changes, message = BROKEN[rule]
     path = tmp_path / "bad.pt"
     with pytest.raises(InputError, match=message):
-        made(**changes).save(path)
+        distilled_set(**changes).save(path)
     assert not path.exists()
 
     with monkeypatch.context() as patch:
         patch.setattr(DistilledSet, "validate", lambda self: None)
-        made(**changes).save(path)
+        distilled_set(**changes).save(path)
     with pytest.raises(InputError, match=r"bad\.pt: .*" + message):
         load(path)
 
@@ -229,16 +233,16 @@ def test_a_meta_of_other_rules_is_refused(changes: dict[str, Any], message: str)
         meta(**changes)
 
 
-def own_file(path: Path, **changes: Any) -> Path:
-    """Our format, with parts replaced; None removes one."""
-    held = {
+def ddray_file(path: Path, **changes: Any) -> Path:
+    """Write a file in our format with some entries replaced; None removes one."""
+    contents = {
         "format_version": 1,
         "images": images(),
         "labels": torch.tensor([0, 0, 1, 1]),
         "meta": json.dumps(meta().dump()),
         **changes,
     }
-    torch.save({key: value for key, value in held.items() if value is not None}, path)
+    torch.save({key: value for key, value in contents.items() if value is not None}, path)
     return path
 
 
@@ -258,17 +262,17 @@ def own_file(path: Path, **changes: Any) -> Path:
     ],
 )
 def test_a_file_of_another_make_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
-    assert load(own_file(tmp_path / "good.pt")).meta == meta()
+    assert load(ddray_file(tmp_path / "good.pt")).meta == meta()
     with pytest.raises(InputError, match=message) as caught:
-        load(own_file(tmp_path / "a.pt", **changes))
+        load(ddray_file(tmp_path / "a.pt", **changes))
     assert "a.pt" in str(caught.value)
 
 
-@pytest.mark.parametrize("kept", [0, 1, 100, 0.5, -1])
-def test_a_torn_file_is_refused(kept: float, tmp_path: Path) -> None:
-    made().save(tmp_path / "a.pt")
+@pytest.mark.parametrize("length", [0, 1, 100, 0.5, -1])
+def test_a_torn_file_is_refused(length: float, tmp_path: Path) -> None:
+    distilled_set().save(tmp_path / "a.pt")
     whole = (tmp_path / "a.pt").read_bytes()
-    count = int(kept if isinstance(kept, int) else kept * len(whole))
+    count = int(length if isinstance(length, int) else length * len(whole))
     (tmp_path / "torn.pt").write_bytes(whole[:count])
 
     with pytest.raises(InputError, match=r"torn\.pt must be an undamaged distilled set.*copy it again"):
@@ -294,7 +298,7 @@ def test_a_pickle_bomb_does_not_go_off(legacy: bool, tmp_path: Path) -> None:
     import pickle
 
     marker = tmp_path / "marker"
-    pickle.loads(pickle.dumps(Bomb(marker))).close()  # it is a live one
+    pickle.loads(pickle.dumps(Bomb(marker))).close()  # the bomb works
     assert marker.exists()
     marker.unlink()
     torch.save(
@@ -319,35 +323,35 @@ class TestForeign:
         accs = {"ConvNet": [np.float64(0.5), np.float32(0.25), np.mean([0.1, 0.2])]}
         torch.save({"data": [[first, labels], [first + 1, labels]], "accs_all_exps": accs}, path)
 
-        held = load(path, dataset=dataset)
+        loaded = load(path, dataset=dataset)
 
-        assert torch.equal(held.images, first)
-        assert held.labels.tolist() == [0, 0, 1, 1]
-        assert held.meta.method == "file:res_DM_CIFAR10_ConvNet_2ipc.pt"
-        assert (held.meta.dataset, held.meta.ipc, held.meta.arch) == ("toy", 2, "convnet3")
-        assert held.meta.pixel_space == "normalized"
-        assert held.meta.mean == dataset.mean
+        assert torch.equal(loaded.images, first)
+        assert loaded.labels.tolist() == [0, 0, 1, 1]
+        assert loaded.meta.method == "file:res_DM_CIFAR10_ConvNet_2ipc.pt"
+        assert (loaded.meta.dataset, loaded.meta.ipc, loaded.meta.arch) == ("toy", 2, "convnet3")
+        assert loaded.meta.pixel_space == "normalized"
+        assert loaded.meta.mean == dataset.mean
 
     def test_mtts_pair_of_files(self, dataset: Any, tmp_path: Path) -> None:
         first, labels = torch.randn(2, 3, 16, 16), torch.tensor([0, 1])
         torch.save(first, tmp_path / "images_best.pt")
         torch.save(labels, tmp_path / "labels_best.pt")
 
-        held = load(tmp_path / "images_best.pt", dataset=dataset)
+        loaded = load(tmp_path / "images_best.pt", dataset=dataset)
 
-        assert torch.equal(held.images, first)
-        assert held.labels.tolist() == [0, 1]
+        assert torch.equal(loaded.images, first)
+        assert loaded.labels.tolist() == [0, 1]
 
     def test_a_whitened_one_carries_the_given_whitening(self, dataset: Any, tmp_path: Path) -> None:
         torch.save({"data": [[torch.randn(2, 3, 16, 16), torch.tensor([0, 1])]]}, tmp_path / "res_a.pt")
         space = PixelSpace("zca", zca_mean=torch.zeros(768), zca_matrix=torch.eye(768))
 
-        held = load(tmp_path / "res_a.pt", dataset=dataset, pixel_space=space)
+        loaded = load(tmp_path / "res_a.pt", dataset=dataset, pixel_space=space)
 
-        assert held.meta.pixel_space == "zca"
-        assert torch.equal(held.zca["zca_matrix"], torch.eye(768))
-        held.save(tmp_path / "ours.pt")
-        assert load(tmp_path / "ours.pt").meta == held.meta
+        assert loaded.meta.pixel_space == "zca"
+        assert torch.equal(loaded.zca["zca_matrix"], torch.eye(768))
+        loaded.save(tmp_path / "ours.pt")
+        assert load(tmp_path / "ours.pt").meta == loaded.meta
 
     def test_it_needs_a_dataset(self, tmp_path: Path) -> None:
         torch.save({"data": [[torch.randn(2, 3, 16, 16), torch.tensor([0, 1])]]}, tmp_path / "res_a.pt")
@@ -356,7 +360,7 @@ class TestForeign:
             load(tmp_path / "res_a.pt")
 
     @pytest.mark.parametrize(
-        ("held", "message"),
+        ("contents", "message"),
         [
             ({"data": []}, "must be ddray's own file"),
             ({"data": [[torch.zeros(2, 3, 16, 16)]]}, "must be ddray's own file"),
@@ -371,8 +375,10 @@ class TestForeign:
             ({"data": [[torch.full((2, 3, 16, 16), torch.nan), torch.tensor([0, 1])]]}, "must be finite"),
         ],
     )
-    def test_a_malformed_one_is_refused(self, held: Any, message: str, dataset: Any, tmp_path: Path) -> None:
-        torch.save(held, tmp_path / "res_bad.pt")
+    def test_a_malformed_one_is_refused(
+        self, contents: Any, message: str, dataset: Any, tmp_path: Path
+    ) -> None:
+        torch.save(contents, tmp_path / "res_bad.pt")
 
         with pytest.raises(InputError, match=message) as caught:
             load(tmp_path / "res_bad.pt", dataset=dataset)
@@ -385,7 +391,7 @@ class TestForeign:
             load(tmp_path / "images_best.pt", dataset=dataset)
 
     def test_only_number_scalars_are_let_in(self, dataset: Any, tmp_path: Path) -> None:
-        """An object array could hold anything: it is not on the list."""
+        """An object array can contain arbitrary objects, so it is not allowed."""
         torch.save({"data": np.array([Bomb(tmp_path / "x")], dtype=object)}, tmp_path / "res_a.pt")
 
         with pytest.raises(InputError, match="must be an undamaged distilled set"):
@@ -396,4 +402,4 @@ class TestForeign:
 
 def test_a_set_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        made().images = images()  # type: ignore[misc]
+        distilled_set().images = images()  # type: ignore[misc]

@@ -40,29 +40,29 @@ def bases(**changes: Any) -> Bases:
 
 
 def test_images_are_upsampled_combinations_of_bases() -> None:
-    held = tensors()
+    stored = tensors()
     for sample in range(M):
-        small = sum(held["image_coefficients"][sample, u] * held["image_bases"][u] for u in range(U))
-        wanted = torch.nn.functional.interpolate(small[None], size=(8, 8), mode="bilinear")[0]
-        torch.testing.assert_close(images_of(held, bases())[sample], wanted)
+        small = sum(stored["image_coefficients"][sample, u] * stored["image_bases"][u] for u in range(U))
+        expected = torch.nn.functional.interpolate(small[None], size=(8, 8), mode="bilinear")[0]
+        torch.testing.assert_close(images_of(stored, bases())[sample], expected)
     torch.testing.assert_close(
-        targets_of(held)[1], held["target_coefficients"][1] @ held["target_bases"], rtol=1e-5, atol=1e-6
+        targets_of(stored)[1], stored["target_coefficients"][1] @ stored["target_bases"], rtol=1e-5, atol=1e-6
     )
 
 
 @pytest.mark.parametrize("scale", [1, 2, 4])
-@pytest.mark.parametrize("number", [0, 1, 2])
-def test_rotations_commute_with_the_reconstruction(scale: int, number: int) -> None:
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_rotations_commute_with_the_reconstruction(scale: int, index: int) -> None:
     """tau(D(C B)) = D(C tau(B)): a rotated set is the set of rotated bases."""
-    held = tensors()
-    rotated = {**held, "image_bases": view(held["image_bases"], "rotation", number)}
+    stored = tensors()
+    rotated = {**stored, "image_bases": view(stored["image_bases"], "rotation", index)}
     spec = bases(scale=scale)
 
-    found, wanted = images_of(rotated, spec), view(images_of(held, spec), "rotation", number)
+    actual, expected = images_of(rotated, spec), view(images_of(stored, spec), "rotation", index)
 
-    assert found.shape == (M, 2, 4 * scale, 4 * scale)
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
-    assert not torch.allclose(found, images_of(held, spec), atol=0.1)
+    assert actual.shape == (M, 2, 4 * scale, 4 * scale)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(actual, images_of(stored, spec), atol=0.1)
 
 
 def test_upsampling_keeps_a_constant_image() -> None:
@@ -76,14 +76,14 @@ def test_upsampling_keeps_a_constant_image() -> None:
 def test_views_stand_behind_the_images_and_let_gradients_through(augmentation: Any, count: int) -> None:
     images = torch.randn(M, 2, 8, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
 
-    found = views(images, augmentation)
+    result = views(images, augmentation)
 
     assert NUM_VIEWS[augmentation] == count
-    assert found.shape == ((count + 1) * M, 2, 8, 8)
-    assert torch.equal(found[:M], images)
-    parts = found.detach().split(M)
+    assert result.shape == ((count + 1) * M, 2, 8, 8)
+    assert torch.equal(result[:M], images)
+    parts = result.detach().split(M)
     assert len({tuple(part.flatten().tolist()) for part in parts}) == count + 1
-    (gradient,) = torch.autograd.grad(found.sum(), images)
+    (gradient,) = torch.autograd.grad(result.sum(), images)
     assert bool((gradient >= 0.99).all())  # every pixel is seen by the image itself
 
 
@@ -106,44 +106,46 @@ def test_rotations_and_jigsaws_are_what_they_say() -> None:
 def test_crops_are_20_of_32_pixels_in_the_corners_and_the_middle() -> None:
     image = torch.arange(32.0 * 32).view(1, 1, 32, 32)
     origins = [(0, 0), (0, 12), (12, 0), (12, 12), (6, 6)]
-    for number, (top, left) in enumerate(origins):
-        wanted = torch.nn.functional.interpolate(
+    for index, (top, left) in enumerate(origins):
+        expected = torch.nn.functional.interpolate(
             image[..., top : top + 20, left : left + 20], size=(32, 32), mode="bilinear"
         )
-        assert torch.equal(view(image, "crop", number), wanted)
+        assert torch.equal(view(image, "crop", index), expected)
 
 
 @pytest.mark.parametrize("approximation", ["mlp", "bias", "same", "ideal"])
 def test_targets_of_views_follow_the_approximation(approximation: Any) -> None:
-    held = tensors(approximation)
-    images, targets = expand(held, bases(approximation=approximation))
-    own, base = held["target_coefficients"], held["target_bases"]
+    stored = tensors(approximation)
+    images, targets = expand(stored, bases(approximation=approximation))
+    coefficients, base = stored["target_coefficients"], stored["target_bases"]
 
     assert len(images) == len(targets) == 4 * M
-    torch.testing.assert_close(targets[:M], own @ base)
-    for number in range(3):
+    torch.testing.assert_close(targets[:M], coefficients @ base)
+    for index in range(3):
         if approximation == "mlp":
-            hidden = (own @ held["hidden_weight"][number].T + held["hidden_bias"][number]).clamp(min=0)
-            moved = own + hidden @ held["shift_weight"][number].T + held["shift_bias"][number]
+            hidden = (coefficients @ stored["hidden_weight"][index].T + stored["hidden_bias"][index]).clamp(
+                min=0
+            )
+            moved = coefficients + hidden @ stored["shift_weight"][index].T + stored["shift_bias"][index]
         elif approximation == "bias":
-            moved = own + held["shift_bias"][number]
+            moved = coefficients + stored["shift_bias"][index]
         elif approximation == "same":
-            moved = own
+            moved = coefficients
         else:
-            moved = held["view_coefficients"][number]
-        part = targets[(number + 1) * M : (number + 2) * M]
+            moved = stored["view_coefficients"][index]
+        part = targets[(index + 1) * M : (index + 2) * M]
         torch.testing.assert_close(part, moved @ base, rtol=1e-5, atol=1e-5)
 
 
 def test_without_bases_the_networks_work_on_the_targets_themselves() -> None:
-    held = tensors()
+    stored = tensors()
     plain = {
-        name: value for name, value in held.items() if "bases" not in name and "coefficients" not in name
+        name: value for name, value in stored.items() if "bases" not in name and "coefficients" not in name
     }
-    plain |= {"images": torch.randn(M, 2, 8, 8), "targets": held["target_coefficients"]}
+    plain |= {"images": torch.randn(M, 2, 8, 8), "targets": stored["target_coefficients"]}
     images, targets = expand(plain, bases())
     assert torch.equal(images[:M], plain["images"])
-    _, coefficients = expand({**held, "target_bases": torch.eye(V)}, bases())
+    _, coefficients = expand({**stored, "target_bases": torch.eye(V)}, bases())
     torch.testing.assert_close(targets, coefficients)
 
 
@@ -161,7 +163,7 @@ def test_without_bases_the_networks_work_on_the_targets_themselves() -> None:
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
-    held = {name: value for name, value in (tensors() | change).items() if value is not None}
+    stored = {name: value for name, value in (tensors() | change).items() if value is not None}
     with pytest.raises(InputError, match=message):
-        check(held, bases(), (2, 8, 8))
+        check(stored, bases(), (2, 8, 8))
     check(tensors(), bases(), (2, 8, 8))

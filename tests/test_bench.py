@@ -1,4 +1,4 @@
-"""Bench files, the graph of units, the board that hands them out, and the table, all without Ray."""
+"""Bench files, the unit graph, the board that hands units out, and the table, all without Ray."""
 
 from __future__ import annotations
 
@@ -21,7 +21,14 @@ from ddray.bench.display import bench_tables
 from ddray.bench.dry_run import _facts, dry_run
 from ddray.bench.graph import build_graph
 from ddray.bench.ranking import _baseline, cell_of, nas_options
-from ddray.bench.run import BenchOptions, _say_scaled, prepare, run_bench, run_local, sweep_options
+from ddray.bench.run import (
+    BenchOptions,
+    _drop_scaled_differences,
+    prepare,
+    run_bench,
+    run_local,
+    sweep_options,
+)
 from ddray.bench.spec import BenchSpec, Source, read_spec
 from ddray.bench.table import standard_error
 from ddray.bench.units import Cell
@@ -58,11 +65,11 @@ def spec(**changes: Any) -> BenchSpec:
 
 
 def run(
-    folder: Path, held: BenchSpec | None = None, *, resume: bool = False, **options: Any
+    folder: Path, bench_spec: BenchSpec | None = None, *, resume: bool = False, **options: Any
 ) -> dict[str, Any]:
     """Run a bench in this process."""
-    chosen = BenchOptions(executor="local", **options)
-    return run_bench(prepare(held or spec(), chosen), run_local, run_dir=folder, resume=resume)
+    bench_options = BenchOptions(executor="local", **options)
+    return run_bench(prepare(bench_spec or spec(), bench_options), run_local, run_dir=folder, resume=resume)
 
 
 @pytest.mark.parametrize(
@@ -76,13 +83,13 @@ def test_options_of_a_cluster_are_refused_without_one(name: str, value: Any) -> 
 
 
 def starts(folder: Path) -> dict[str, int]:
-    """Return how often every unit was started."""
+    """Return how often each unit was started."""
     keys = [event["key"] for event in Ledger(folder).events() if event["event"] == "start"]
     return {key: keys.count(key) for key in keys}
 
 
 def nas_of(**options: Any) -> dict[str, Any]:
-    """Return an evaluation by a NAS sweep."""
+    """Return the settings of a NAS evaluation."""
     return {"protocol": "nas", "options": options}
 
 
@@ -100,13 +107,13 @@ class TestSpec:
         assert BenchSpec.parse(short.dump()) == short
 
     def test_a_sweep_gives_one_labelled_row_per_combination(self) -> None:
-        held = spec(
+        bench_spec = spec(
             methods=[
                 "random",
                 {"name": "datadam", "sweep": {"method.p": [1, 4], "method.loss": ["mse", "mae"]}},
             ]
         )
-        rows = held.rows()
+        rows = bench_spec.rows()
         assert [row.row for row in rows] == [
             "random",
             "datadam, p=1, loss=mse",
@@ -117,8 +124,8 @@ class TestSpec:
         assert rows[2].layers() == [{"method": {"p": 1, "loss": "mae"}}]
 
     def test_presets_of_one_method_are_rows_of_their_own(self) -> None:
-        held = spec(methods=["datadam", {"name": "datadam", "preset": "repo"}])
-        assert [row.row for row in held.rows()] == ["datadam", "datadam (repo)"]
+        bench_spec = spec(methods=["datadam", {"name": "datadam", "preset": "repo"}])
+        assert [row.row for row in bench_spec.rows()] == ["datadam", "datadam (repo)"]
 
     @pytest.mark.parametrize(
         ("change", "word"),
@@ -181,8 +188,8 @@ class TestSpec:
             read_spec(path, "cpu")
 
     def test_a_size_beyond_the_limit_is_cut_where_it_is_the_only_one(self) -> None:
-        held = spec(ipc=[50], limits={"ipc": 10})
-        assert held.sizes(held.rows()[0]) == [("ipc", 10)]
+        bench_spec = spec(ipc=[50], limits={"ipc": 10})
+        assert bench_spec.sizes(bench_spec.rows()[0]) == [("ipc", 10)]
 
 
 class TestGraph:
@@ -198,9 +205,9 @@ class TestGraph:
         assert amounts == sorted(amounts, reverse=True)
         for work in graph.evaluate.values():
             (key,) = work.unit.inputs
-            made = graph.distil[key].unit.spec
+            distil_spec = graph.distil[key].unit.spec
             assert {k: work.unit.spec[k] for k in ("method", "dataset", "ipc", "seed")} == {
-                k: made[k] for k in ("method", "dataset", "ipc", "seed")
+                k: distil_spec[k] for k in ("method", "dataset", "ipc", "seed")
             }
 
     def test_a_set_is_shared_by_evaluations_and_rows_that_score_more_networks(self) -> None:
@@ -219,34 +226,37 @@ class TestGraph:
         assert len(build_graph(spec(methods=other, seeds=1), open_dataset).distil) == 2
 
     def test_an_evaluation_may_be_of_some_datasets_only(self) -> None:
-        held = spec(
+        bench_spec = spec(
             dataset=["digits", "mnist"],
             evaluate=[{"epochs": 1}, {"protocol": "robust", "dataset": "mnist", "epochs": 1}],
         )
         by_name = {
-            name: [one.protocol for one in held.evaluate if name in held.scored(one)] for name in held.dataset
+            name: [one.protocol for one in bench_spec.evaluate if name in bench_spec.scored(one)]
+            for name in bench_spec.dataset
         }
         assert by_name == {"digits": ["hard"], "mnist": ["hard", "robust"]}
 
     def test_a_budget_is_a_size_of_its_own(self) -> None:
         rows = ["random_ssl", {"name": "random", "ipc": 1}]
-        held = spec(methods=rows, budget=20, ipc=[], set={}, evaluate={"protocol": "linear", "epochs": 1})
-        graph = build_graph(held, open_dataset)
+        bench_spec = spec(
+            methods=rows, budget=20, ipc=[], set={}, evaluate={"protocol": "linear", "epochs": 1}
+        )
+        graph = build_graph(bench_spec, open_dataset)
         sizes = {plan.method: (plan.ipc, plan.budget) for plan in graph.plans.values()}
         assert sizes == {"random_ssl": (2, 20), "random": (1, None)}
         assert [cell.size for cell in graph.cells] == [("budget", 20), ("ipc", 1)]
         specs = {work.method: work.unit.spec for work in graph.distil.values()}
         assert (specs["random_ssl"]["budget"], specs["random"]["ipc"]) == (20, 1)
-        asked = {plan.method: asked_first(plan) for plan in graph.plans.values() if plan.seed == 0}
-        assert [one.kind for one in asked["random_ssl"] or ()] == ["ssl"]
+        pool_specs = {plan.method: asked_first(plan) for plan in graph.plans.values() if plan.seed == 0}
+        assert [one.kind for one in pool_specs["random_ssl"] or ()] == ["ssl"]
         with pytest.raises(InputError, match=r"^row random: random takes --ipc K"):
             build_graph(spec(methods=["random"], budget=20, ipc=[]), open_dataset)
 
     def test_a_scale_bounds_the_teachers_of_soft_labels(self) -> None:
         def sets(limit: int | None, **options: Any) -> Any:
             soft = {"protocol": "soft", "teacher": "convnet1_w8", "options": options}
-            held = spec(evaluate=soft, limits={"teacher_epochs": limit})
-            return next(iter(build_graph(held, open_dataset).evaluate.values())).options.get("sets")
+            bench_spec = spec(evaluate=soft, limits={"teacher_epochs": limit})
+            return next(iter(build_graph(bench_spec, open_dataset).evaluate.values())).options.get("sets")
 
         assert sets(None) is None
         assert sets(5) == ["teacher.epochs=5"]
@@ -256,34 +266,34 @@ class TestGraph:
 
     def test_a_scale_bounds_a_methods_own_steps(self) -> None:
         rows = [{"name": "d3hr", "set": {"method.num_inference_steps": 20}}]
-        held = spec(methods=rows, set={}, seeds=1, limits={"steps": 2})
-        (plan,) = build_graph(held, open_dataset).plans.values()
+        bench_spec = spec(methods=rows, set={}, seeds=1, limits={"steps": 2})
+        (plan,) = build_graph(bench_spec, open_dataset).plans.values()
         assert plan.config.method.num_inference_steps == 2
         (plan,) = build_graph(spec(methods=rows, set={}, seeds=1), open_dataset).plans.values()
         assert plan.config.method.num_inference_steps == 20
         linear = {"protocol": "linear", "archs": ["convnet1_w8"]}
-        held = spec(methods=["boost_ssdd"], set={}, seeds=1, evaluate=linear, limits={"steps": 2})
-        (plan, *_) = build_graph(held, open_dataset).plans.values()
+        bench_spec = spec(methods=["boost_ssdd"], set={}, seeds=1, evaluate=linear, limits={"steps": 2})
+        (plan, *_) = build_graph(bench_spec, open_dataset).plans.values()
         assert plan.config.method.inner_steps_max == 2
 
     def test_a_scale_bounds_what_an_evaluation_asks_for(self) -> None:
         robust = {"protocol": "robust", "options": {"sets": "epochs=400", "full_epochs": 400}}
-        held = spec(evaluate=robust, seeds=1, methods=["random"], limits={"epochs": 2})
-        (score, *_) = build_graph(held, open_dataset).evaluate.values()
+        bench_spec = spec(evaluate=robust, seeds=1, methods=["random"], limits={"epochs": 2})
+        (score, *_) = build_graph(bench_spec, open_dataset).evaluate.values()
         assert (score.options["sets"], score.options["full_epochs"]) == (["epochs=400", "epochs=2"], 2)
 
     def test_a_scale_bounds_a_ranking(self) -> None:
         limits = {"epochs": 3, "networks": 2, "sample": 4}
 
-        def bounded(**asked: Any) -> NasOptions:
-            held = spec(evaluate=nas_of(**asked), limits=limits)
-            (ranking,) = build_graph(held, open_dataset).rankings
-            return sweep_options(ranking, held, LOCAL)
+        def bounded(**nas_settings: Any) -> NasOptions:
+            bench_spec = spec(evaluate=nas_of(**nas_settings), limits=limits)
+            (ranking,) = build_graph(bench_spec, open_dataset).rankings
+            return sweep_options(ranking, bench_spec, LOCAL)
 
-        found = bounded(seeds=5)
-        assert (found.epochs, found.truth_epochs, found.seeds, found.sample) == (3, 3, 2, 4)
-        found = bounded(epochs=2, sample=3)
-        assert (found.epochs, found.truth_epochs, found.seeds, found.sample) == (2, None, 1, 3)
+        options = bounded(seeds=5)
+        assert (options.epochs, options.truth_epochs, options.seeds, options.sample) == (3, 3, 2, 4)
+        options = bounded(epochs=2, sample=3)
+        assert (options.epochs, options.truth_epochs, options.seeds, options.sample) == (2, None, 1, 3)
         assert bounded(max_mflops=1).sample is None, "fewer may be left than the limit"
 
     def test_sets_of_other_classes_are_not_scored(self) -> None:
@@ -300,9 +310,9 @@ class TestGraph:
     ) -> None:
         (tmp_path / "images").mkdir()
         monkeypatch.chdir(tmp_path)
-        held = spec(dataset=["digits", "images"], evaluate={"target": ["images"]})
-        assert held.dataset == ("digits", str(tmp_path / "images"))
-        assert held.evaluate[0].target == (str(tmp_path / "images"),)
+        bench_spec = spec(dataset=["digits", "images"], evaluate={"target": ["images"]})
+        assert bench_spec.dataset == ("digits", str(tmp_path / "images"))
+        assert bench_spec.evaluate[0].target == (str(tmp_path / "images"),)
 
     def test_units_that_differ_have_titles_that_differ(self) -> None:
         evaluations = [
@@ -328,9 +338,10 @@ class TestGraph:
         assert {work.options["seeds"] for work in graph.evaluate.values()} == {1}
 
     def test_a_methods_own_trainings_are_within_the_limits(self) -> None:
-        held = spec(methods=["kcenter", "rded", "d3hr"], seeds=1, ipc=[1], limits={"epochs": 2})
+        bench_spec = spec(methods=["kcenter", "rded", "d3hr"], seeds=1, ipc=[1], limits={"epochs": 2})
         epochs = {
-            work.method: work.config["method"] for work in build_graph(held, open_dataset).distil.values()
+            work.method: work.config["method"]
+            for work in build_graph(bench_spec, open_dataset).distil.values()
         }
         assert epochs["kcenter"]["feature_epochs"] == 2 == epochs["rded"]["teacher_epochs"]
         generator = epochs["d3hr"]["generator"]
@@ -338,15 +349,15 @@ class TestGraph:
 
     def test_a_recipe_is_the_same_for_every_row_and_within_the_limits(self, tmp_path: Path) -> None:
         scored: dict[str, Any] = {"recipe": "vico", "augment": "dsa", "seeds": 1}
-        for given in (scored, {"options": {"recipe": "vico"}, "augment": "dsa", "seeds": 1}):
-            held = spec(methods=["random", "dsdm"], seeds=1, evaluate=given, limits={"epochs": 7})
-            works = build_graph(held, open_dataset).evaluate.values()
+        for evaluation in (scored, {"options": {"recipe": "vico"}, "augment": "dsa", "seeds": 1}):
+            bench_spec = spec(methods=["random", "dsdm"], seeds=1, evaluate=evaluation, limits={"epochs": 7})
+            works = build_graph(bench_spec, open_dataset).evaluate.values()
             assert {work.options["recipe"] for work in works} == {"vico"}
             assert {work.options["epochs"] for work in works} == {7}
         paper = build_graph(spec(methods=["random", "dsdm"], seeds=1, evaluate=scored), open_dataset)
         assert all("epochs" not in work.options for work in paper.evaluate.values()), "the recipe's own"
-        found = run(tmp_path / "run", spec(methods=["random"], seeds=1, evaluate={**scored, "epochs": 1}))
-        assert found["num_failed"] == 0
+        result = run(tmp_path / "run", spec(methods=["random"], seeds=1, evaluate={**scored, "epochs": 1}))
+        assert result["num_failed"] == 0
 
     @pytest.mark.parametrize(
         ("change", "word"),
@@ -372,7 +383,7 @@ class TestGraph:
                 {"evaluate": {"options": {"sets": "epochs=many"}}, "limits": {"epochs": 2}},
                 "evaluate.epochs: input should be a valid integer",
             ),
-            ({"evaluate": nas_of(compat="dcbench")}, "is about --space nasbench201"),
+            ({"evaluate": nas_of(compat="dcbench")}, "needs --space nasbench201"),
             ({"methods": ["random_ssl"], "set": {}}, "must be linear for random_ssl"),
             ({"evaluate": {"teacher": "resnet18"}}, "--teacher must be left out"),
             ({"evaluate": {"protocol": "soft", "teacher": "resnet99"}}, "did you mean 'resnet18'"),
@@ -392,19 +403,19 @@ class TestGraph:
 
 class TestRun:
     def test_rows_artifacts_and_table(self, tmp_path: Path) -> None:
-        found = run(tmp_path / "run")
+        result = run(tmp_path / "run")
         ledger = Ledger(tmp_path / "run")
         assert (len(ledger.rows("distill")), len(ledger.rows("evaluate"))) == (4, 8)
-        assert found["num_failed"] == 0
-        assert found["skipped"] == []
+        assert result["num_failed"] == 0
+        assert result["skipped"] == []
         for row in ledger.rows("distill"):
             assert {"method", "dataset", "ipc", "seed"} <= row.spec.keys()
-            made = artifact.load(tmp_path / "run" / row.result["artifact"])
-            assert (made.meta.method, made.meta.seed) == (row.spec["method"], row.spec["seed"])
+            distilled = artifact.load(tmp_path / "run" / row.result["artifact"])
+            assert (distilled.meta.method, distilled.meta.seed) == (row.spec["method"], row.spec["seed"])
             curve = json.loads((tmp_path / "run" / row.result["artifact"]).with_suffix(".json").read_text())
             assert len(curve["losses"]) == row.result["steps"]
-        assert len(found["cells"]) == 4
-        for cell in found["cells"]:
+        assert len(result["cells"]) == 4
+        for cell in result["cells"]:
             values = [
                 value
                 for row in ledger.rows("evaluate")
@@ -418,7 +429,7 @@ class TestRun:
             lines = list(csv.DictReader(file))
         assert [line["method"] for line in lines] == ["random", "random", "dm", "dm"]
         assert [float(line["accuracy_mean"]) for line in lines] == [
-            c["accuracy_mean"] for c in found["cells"]
+            c["accuracy_mean"] for c in result["cells"]
         ]
         assert not list((tmp_path / "run" / "checkpoints").iterdir())
         assert not list((tmp_path / "run").rglob("*.tmp"))
@@ -444,12 +455,12 @@ class TestRun:
             count = 0
             real = bench_work.publish
 
-            def publish(*args: Any, stop: int = stop, real: Any = real, **more: Any) -> None:
+            def publish(*args: Any, stop: int = stop, real: Any = real, **kwargs: Any) -> None:
                 nonlocal count
                 count += 1
                 if count > stop:
                     raise KeyboardInterrupt
-                real(*args, **more)
+                real(*args, **kwargs)
 
             with monkeypatch.context() as patch:
                 patch.setattr(bench_work, "publish", publish)
@@ -464,45 +475,45 @@ class TestRun:
 
     def test_a_diverged_set_fails_alone(self, tmp_path: Path) -> None:
         rows = ["random", {"name": "dm", "steps": 2, "set": {"method.lr_img": 1e30, "method.batch_real": 4}}]
-        found = run(tmp_path / "run", spec(methods=rows, seeds=1))
-        assert [cell["method"] for cell in found["cells"]] == ["random", "random"]
-        assert found["num_failed"] == 1
-        (failure,) = found["failures"]
+        result = run(tmp_path / "run", spec(methods=rows, seeds=1))
+        assert [cell["method"] for cell in result["cells"]] == ["random", "random"]
+        assert result["num_failed"] == 1
+        (failure,) = result["failures"]
         assert failure["unit"] == "dm digits ipc 1 seed 0"
         assert "lower lr_img" in failure["reason"]
-        assert len(found["skipped"]) == 2
+        assert len(result["skipped"]) == 2
         again = run(tmp_path / "run", spec(methods=rows, seeds=1), resume=True, retry_failed=True)
-        assert again["failures"] == found["failures"], "what diverged would diverge again"
+        assert again["failures"] == result["failures"], "what diverged would diverge again"
 
     def test_a_crash_is_tried_three_times_then_listed_and_can_be_retried(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        held = spec(seeds=1)
+        bench_spec = spec(seeds=1)
         with monkeypatch.context() as patch:
             patch.setattr(get_method("dm"), "step", lambda self: 1 / 0)
-            found = run(tmp_path / "run", held)
-        assert found["failures"][0]["reason"] == "failed 3 times; last: ZeroDivisionError: division by zero"
-        key = found["failures"][0]["key"]
+            result = run(tmp_path / "run", bench_spec)
+        assert result["failures"][0]["reason"] == "failed 3 times; last: ZeroDivisionError: division by zero"
+        key = result["failures"][0]["key"]
         kinds = [event["event"] for event in Ledger(tmp_path / "run").events() if event["key"] == key]
         assert kinds == ["start", "retry", "retry", "fail"]
-        assert run(tmp_path / "run", held, resume=True)["num_failed"] == 1
-        mended = run(tmp_path / "run", held, resume=True, retry_failed=True)
+        assert run(tmp_path / "run", bench_spec, resume=True)["num_failed"] == 1
+        mended = run(tmp_path / "run", bench_spec, resume=True, retry_failed=True)
         assert (mended["num_failed"], mended["skipped"], len(mended["cells"])) == (0, [], 4)
 
     def test_a_torn_row_and_a_damaged_set_are_computed_again(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        held = spec(seeds=1)
-        run(tmp_path / "run", held)
+        bench_spec = spec(seeds=1)
+        run(tmp_path / "run", bench_spec)
         table = (tmp_path / "run" / "table.csv").read_bytes()
         ledger = Ledger(tmp_path / "run")
-        torn = ledger.rows("evaluate")[0]
-        (source,) = [row for row in ledger.rows("distill") if row.spec["method"] == torn.spec["method"]]
-        path = tmp_path / "run" / "ledger" / f"{torn.key}.json"
+        torn_row = ledger.rows("evaluate")[0]
+        (source,) = [row for row in ledger.rows("distill") if row.spec["method"] == torn_row.spec["method"]]
+        path = tmp_path / "run" / "ledger" / f"{torn_row.key}.json"
         path.write_bytes(path.read_bytes()[:30])
         set_file = tmp_path / "run" / source.result["artifact"]
         set_file.write_bytes(set_file.read_bytes()[:-100])
-        run(tmp_path / "run", held, resume=True)
+        run(tmp_path / "run", bench_spec, resume=True)
         assert (tmp_path / "run" / "table.csv").read_bytes() == table
         assert path.with_suffix(".corrupt").exists()
         assert "is torn" in caplog.text
@@ -516,15 +527,15 @@ class TestRun:
         real = bench_work.publish
         hurt: list[Path] = []
 
-        def publish(ledger: Ledger, job: Any, work: Any, *args: Any, **more: Any) -> None:
-            real(ledger, job, work, *args, **more)
+        def publish(ledger: Ledger, job: Any, work: Any, *args: Any, **kwargs: Any) -> None:
+            real(ledger, job, work, *args, **kwargs)
             if work.kind == "distill" and not hurt:
                 hurt.append(tmp_path / "run" / bench_work.artifact_name(work.key))
                 hurt[0].write_bytes(hurt[0].read_bytes()[:-7])
 
         monkeypatch.setattr(bench_work, "publish", publish)
-        found = run(tmp_path / "run", spec(seeds=1))
-        assert (found["num_failed"], found["skipped"]) == (0, [])
+        result = run(tmp_path / "run", spec(seeds=1))
+        assert (result["num_failed"], result["skipped"]) == (0, [])
         assert artifact.load(hurt[0])
         table = (tmp_path / "whole" / "table.csv").read_bytes()
         assert (tmp_path / "run" / "table.csv").read_bytes() == table
@@ -539,14 +550,14 @@ class TestRun:
         assert Ledger(tmp_path / "run").rows("evaluate")[0].result["attempts"]
 
     def test_a_late_worker_does_not_replace_the_published_set(self, tmp_path: Path) -> None:
-        """An orphan of a killed driver ends after the new one has published: its bytes may be others."""
-        held = spec(methods=["random"], seeds=1)
-        run(tmp_path / "run", held)
+        """An orphan of a killed driver may finish after the new one has published, with different bytes."""
+        bench_spec = spec(methods=["random"], seeds=1)
+        run(tmp_path / "run", bench_spec)
         (row,) = Ledger(tmp_path / "run").rows("distill")
         path = tmp_path / "run" / row.result["artifact"]
         before = path.read_bytes()
-        (work,) = build_graph(held, open_dataset).distil.values()
-        for epoch in (0, 1):  # of an older driver, and a second worker of this one
+        (work,) = build_graph(bench_spec, open_dataset).distil.values()
+        for epoch in (0, 1):  # an older driver's worker, and a second worker of this one
             job = bench_work.Job(str(tmp_path / "run"), epoch, None, "cpu")
             bench_work._draft(job, work).write_bytes(b"other bytes")
             bench_work.publish(Ledger(tmp_path / "run"), job, work, {"sha256": "other"}, 1.0)
@@ -555,26 +566,26 @@ class TestRun:
 
     def test_a_scaled_run_is_no_reproduction(self) -> None:
         cells: list[dict[str, Any]] = [{"published": {"difference": 0.1, "difference_se": 2.0}}, {}]
-        _say_scaled(cells, "paper")
+        _drop_scaled_differences(cells, "paper")
         assert cells[0]["published"]["difference_se"] == 2.0
-        _say_scaled(cells, "cpu")
+        _drop_scaled_differences(cells, "cpu")
         assert cells == [{"published": {"difference": 0.1, "difference_se": None}}, {}]
 
     def test_evaluations_that_differ_in_epochs_or_options_are_told_apart(self, tmp_path: Path) -> None:
         scored = [{"epochs": 1}, {"epochs": 2}, {"epochs": 1, "options": {"train_limit": 5}}]
-        held = spec(methods=["random"], seeds=1, evaluate=[{**one, "seeds": 1} for one in scored])
-        found = run(tmp_path / "run", held)
-        wanted = ["epochs=1", "epochs=2", "epochs=1, train_limit=5"]
-        assert [cell["settings"] for cell in found["cells"]] == wanted
+        bench_spec = spec(methods=["random"], seeds=1, evaluate=[{**one, "seeds": 1} for one in scored])
+        result = run(tmp_path / "run", bench_spec)
+        expected = ["epochs=1", "epochs=2", "epochs=1, train_limit=5"]
+        assert [cell["settings"] for cell in result["cells"]] == expected
         with (tmp_path / "run" / "table.csv").open() as file:
-            assert [line["settings"] for line in csv.DictReader(file)] == wanted
+            assert [line["settings"] for line in csv.DictReader(file)] == expected
 
     def test_a_full_disk_ends_the_bench_and_leaves_it_resumable(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         with monkeypatch.context() as patch:
 
-            def full(*args: Any, **more: Any) -> None:
+            def full(*args: Any, **kwargs: Any) -> None:
                 raise StorageError("could not write x: no space left on device")
 
             patch.setattr(artifact.DistilledSet, "save", full)
@@ -601,36 +612,36 @@ class TestRanking:
     }
 
     def test_sets_rank_architectures_in_a_run_of_their_own(self, tmp_path: Path) -> None:
-        held = spec(**self.NAS)
-        found = run(tmp_path / "run", held)
-        assert [(cell["method"], cell["arch"], cell["protocol"]) for cell in found["cells"]] == [
+        bench_spec = spec(**self.NAS)
+        result = run(tmp_path / "run", bench_spec)
+        assert [(cell["method"], cell["arch"], cell["protocol"]) for cell in result["cells"]] == [
             ("random", "convnet720", "nas"),
             ("dm", "convnet720", "nas"),
             ("early-stopping (1 steps)", "convnet720", "nas"),
         ]
-        assert {cell["num_archs"] for cell in found["cells"]} == {2}
+        assert {cell["num_archs"] for cell in result["cells"]} == {2}
         (sweep,) = [path for path in (tmp_path / "run" / "nas").iterdir() if (path / "ledger").is_dir()]
         proxies = {row.spec.get("proxy") for row in Ledger(sweep).rows("nas")}
         assert len(Ledger(sweep).rows("nas")) == 3 * 2, f"two sets and early stopping: {proxies}"
         for row in Ledger(tmp_path / "run").rows("distill"):
-            made = artifact.load(tmp_path / "run" / row.result["artifact"])
-            assert made.meta.split == row.spec["split"] == "train-val0", (
+            distilled = artifact.load(tmp_path / "run" / row.result["artifact"])
+            assert distilled.meta.split == row.spec["split"] == "train-val0", (
                 "val is what the ranking is scored on"
             )
-        for cell in found["cells"]:
+        for cell in result["cells"]:
             assert {"spearman", "spearman_top20", "kendall"} <= cell.keys()
             assert 0 <= cell["accuracy_mean"] <= 1
         before = {path: path.stat().st_mtime_ns for path in sweep.glob("ledger/*.json")}
-        assert run(tmp_path / "run", held, resume=True)["cells"] == found["cells"]
+        assert run(tmp_path / "run", bench_spec, resume=True)["cells"] == result["cells"]
         assert {path: path.stat().st_mtime_ns for path in sweep.glob("ledger/*.json")} == before
 
     def test_a_set_that_is_gone_is_distilled_again_and_its_sweep_goes_on(self, tmp_path: Path) -> None:
-        held = spec(**self.NAS)
-        found = run(tmp_path / "run", held)
+        bench_spec = spec(**self.NAS)
+        result = run(tmp_path / "run", bench_spec)
         for row in Ledger(tmp_path / "run").rows("distill"):
             (tmp_path / "run" / row.result["artifact"]).unlink()
-        again = run(tmp_path / "run", held, resume=True)
-        assert again["cells"] == found["cells"]
+        again = run(tmp_path / "run", bench_spec, resume=True)
+        assert again["cells"] == result["cells"]
         rows = Ledger(tmp_path / "run").rows("distill")
         assert rows
         assert all((tmp_path / "run" / row.result["artifact"]).is_file() for row in rows)
@@ -638,48 +649,48 @@ class TestRanking:
     def test_a_set_that_failed_joins_the_sweep_when_the_bench_is_continued(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        held = spec(**self.NAS)
+        bench_spec = spec(**self.NAS)
         with monkeypatch.context() as patch:
             patch.setattr(get_method("dm"), "step", lambda self: 1 / 0)
-            found = run(tmp_path / "run", held)
-        assert [cell["method"] for cell in found["cells"]] == ["random", "early-stopping (1 steps)"]
-        again = run(tmp_path / "run", held, resume=True, retry_failed=True)
+            result = run(tmp_path / "run", bench_spec)
+        assert [cell["method"] for cell in result["cells"]] == ["random", "early-stopping (1 steps)"]
+        again = run(tmp_path / "run", bench_spec, resume=True, retry_failed=True)
         assert [cell["method"] for cell in again["cells"]] == ["random", "dm", "early-stopping (1 steps)"]
         assert again["failures"] == []
-        assert [again["cells"][0], again["cells"][2]] == found["cells"]
+        assert [again["cells"][0], again["cells"][2]] == result["cells"]
 
     def test_architectures_that_crash_are_listed_and_run_again(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        held = spec(**self.NAS)
+        bench_spec = spec(**self.NAS)
         real = nas_units.run_task
 
-        def broken(job: Any, data: Any, task: Any, *more: Any) -> Any:
+        def broken(job: Any, data: Any, task: Any, *args: Any) -> Any:
             if task.units[0].spec.get("proxy") == "dm-0.pt":
                 raise RuntimeError("a worker died")
-            return real(job, data, task, *more)
+            return real(job, data, task, *args)
 
         with monkeypatch.context() as patch:
             patch.setattr(nas_units, "run_task", broken)
-            found = run(tmp_path / "run", held)
-        assert [failure["kind"] for failure in found["failures"]] == ["nas", "nas"]
-        assert all("on dm-0.pt" in failure["unit"] for failure in found["failures"])
-        assert {cell["method"]: cell["num_archs"] for cell in found["cells"]}["dm"] == 0
-        again = run(tmp_path / "run", held, resume=True, retry_failed=True)
+            result = run(tmp_path / "run", bench_spec)
+        assert [failure["kind"] for failure in result["failures"]] == ["nas", "nas"]
+        assert all("on dm-0.pt" in failure["unit"] for failure in result["failures"])
+        assert {cell["method"]: cell["num_archs"] for cell in result["cells"]}["dm"] == 0
+        again = run(tmp_path / "run", bench_spec, resume=True, retry_failed=True)
         assert again["num_failed"] == 0
         assert {cell["num_archs"] for cell in again["cells"]} == {2}
 
     def test_rows_whose_labels_make_one_file_name_are_told_apart(self, tmp_path: Path) -> None:
         rows = [{"name": "random", "label": "a+b"}, {"name": "class_mean", "label": "a b"}]
-        found = run(tmp_path / "run", spec(**{**self.NAS, "methods": rows, "set": {}}))
-        assert [cell["method"] for cell in found["cells"]][:2] == ["a+b", "a b"]
-        assert found["failures"] == []
+        result = run(tmp_path / "run", spec(**{**self.NAS, "methods": rows, "set": {}}))
+        assert [cell["method"] for cell in result["cells"]][:2] == ["a+b", "a b"]
+        assert result["failures"] == []
 
     def test_early_stopping_finds_its_published_number(self) -> None:
-        held = read_spec(ROOT / "configs" / "bench" / "datadam_table4.yaml")
+        bench_spec = read_spec(ROOT / "configs" / "bench" / "datadam_table4.yaml")
         facts = _facts("cifar10", None)
         facts.__dict__["fingerprint"] = "unread"
-        graph = build_graph(held, lambda name: facts)
+        graph = build_graph(bench_spec, lambda name: facts)
         figures = {"top1_truth_accuracy": 0.9, "spearman": 0.6, "spearman_top20": 0.6, "num_archs": 720}
         figures |= {"wall_s": 90.0, "storage_images": 50_000}
         cell = cell_of(_baseline(graph.rankings[0], "early-stopping (150 steps)"), [figures])
@@ -692,36 +703,40 @@ class TestRanking:
 
     @pytest.mark.parametrize("name", ["epochs", "seeds", "archs", "teacher"])
     def test_what_only_other_protocols_take_is_refused(self, name: str) -> None:
-        held = spec(evaluate={"protocol": "nas", name: ["vgg11"] if name in ("archs", "teacher") else 3})
+        bench_spec = spec(
+            evaluate={"protocol": "nas", name: ["vgg11"] if name in ("archs", "teacher") else 3}
+        )
         with pytest.raises(InputError, match=f"evaluate.{name} must be left out with protocol nas"):
-            build_graph(held, open_dataset)
+            build_graph(bench_spec, open_dataset)
 
     def test_a_sweep_that_fails_is_listed_and_the_rest_is_written(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def broken(*args: Any, **more: Any) -> Any:
+        def broken(*args: Any, **kwargs: Any) -> Any:
             raise DdrayError("no architecture finished on dm-0.pt: out of memory")
 
         monkeypatch.setattr(ranking, "rank_architectures", broken)
-        held = spec(
+        bench_spec = spec(
             seeds=1, evaluate=[{"epochs": 1, "seeds": 1, "archs": ["convnet1_w8"]}, self.NAS["evaluate"]]
         )
-        found = run(tmp_path / "run", held)
-        assert [cell["method"] for cell in found["cells"]] == ["random", "dm"]
-        (failure,) = found["failures"]
+        result = run(tmp_path / "run", bench_spec)
+        assert [cell["method"] for cell in result["cells"]] == ["random", "dm"]
+        (failure,) = result["failures"]
         assert (failure["kind"], failure["unit"]) == ("nas", "nas sweep of convnet720: digits ipc 1")
         assert "no architecture finished" in failure["reason"]
         for name in ("results.csv", "table.csv", "cells.json"):
             assert (tmp_path / "run" / name).is_file()
 
     def test_a_dry_run_prices_sweeps_from_past_ones(self, tmp_path: Path) -> None:
-        held = spec(**self.NAS)
-        unknown = dry_run(held, LOCAL, run_dir=None)
+        bench_spec = spec(**self.NAS)
+        unknown = dry_run(bench_spec, LOCAL, run_dir=None)
         (sweep,) = [unit for unit in unknown["units"] if unit["kind"] == "nas"]
         assert sweep["estimate_s"] is None
         assert len(sweep["needs"]) == 2
-        run(tmp_path / "run", held)
-        (sweep,) = [unit for unit in dry_run(held, LOCAL, run_dir=None)["units"] if unit["kind"] == "nas"]
+        run(tmp_path / "run", bench_spec)
+        (sweep,) = [
+            unit for unit in dry_run(bench_spec, LOCAL, run_dir=None)["units"] if unit["kind"] == "nas"
+        ]
         lines = [json.loads(line) for line in costs_file().read_text().splitlines()]
         times = [line["wall_s"] for line in lines if line["kind"] == "nas"]
         assert sweep["past_units"] == len(times) > 0
@@ -729,11 +744,15 @@ class TestRanking:
         assert sweep["estimate_s"] == pytest.approx(statistics.median(times) * 2 * (2 + 1 + 1))
         assert "nas sweep of convnet720" in str(summarise([sweep]))
         assert (sweep["status"], sweep["num_trainings"], sweep["num_trainings_left"]) == ("missing", 8, 8)
-        (sweep,) = [u for u in dry_run(held, LOCAL, run_dir=tmp_path / "run")["units"] if u["kind"] == "nas"]
+        (sweep,) = [
+            u for u in dry_run(bench_spec, LOCAL, run_dir=tmp_path / "run")["units"] if u["kind"] == "nas"
+        ]
         assert (sweep["status"], sweep["num_trainings_left"]) == ("done", 0)
         ledger = next((tmp_path / "run" / "nas").glob("digits-*/ledger"))
         min(ledger.glob("*.json")).unlink()
-        (sweep,) = [u for u in dry_run(held, LOCAL, run_dir=tmp_path / "run")["units"] if u["kind"] == "nas"]
+        (sweep,) = [
+            u for u in dry_run(bench_spec, LOCAL, run_dir=tmp_path / "run")["units"] if u["kind"] == "nas"
+        ]
         assert (sweep["status"], sweep["num_trainings_left"]) == ("missing", 1)
         assert sweep["estimate_s"] == pytest.approx(statistics.median(times))
 
@@ -752,16 +771,16 @@ class TestRanking:
             "run_dir": "r",
         }
         table = bench_tables("mini", result)[0]
-        shown = {str(column.header): list(column.cells) for column in table.columns}
-        assert shown["accuracy %"] == ["90.00", "-"]
-        assert (shown["Spearman"], shown["published Spearman"]) == (["0.512", "-"], ["-", "-0.19"])
-        assert shown["images"] == ["50,000", "-"]
+        columns = {str(column.header): list(column.cells) for column in table.columns}
+        assert columns["accuracy %"] == ["90.00", "-"]
+        assert (columns["Spearman"], columns["published Spearman"]) == (["0.512", "-"], ["-", "-0.19"])
+        assert columns["images"] == ["50,000", "-"]
 
     def test_a_sweep_is_priced_without_architectures_above_its_limit(self) -> None:
-        held = spec(evaluate={"protocol": "nas", "options": {"max_mflops": 2}}, seeds=1)
-        (sweep,) = dry_run(held, LOCAL, run_dir=None)["units"][-1:]
+        bench_spec = spec(evaluate={"protocol": "nas", "options": {"max_mflops": 2}}, seeds=1)
+        (sweep,) = dry_run(bench_spec, LOCAL, run_dir=None)["units"][-1:]
         assert sweep["kind"] == "nas"
-        (ranking,) = build_graph(held, open_dataset).rankings
+        (ranking,) = build_graph(bench_spec, open_dataset).rankings
         digits, space = open_dataset("digits"), get_space("convnet720")
         within = sum(space.cost(i, digits.image_shape, digits.num_classes) <= 2 for i in range(len(space)))
         assert 0 < within < len(space)
@@ -793,63 +812,63 @@ class TestRanking:
             }
             for value, rho in ((0.90, 0.5), (0.88, 0.7))
         ]
-        found = cell_of(cell, figures)
-        assert found["accuracy_mean"] == pytest.approx(0.89)
-        assert found["spearman"] == pytest.approx(0.6)
-        assert (found["spearman_top20"], found["published_spearman_top20"]) == (None, 0.69)
-        assert found["published"]["accuracy_mean"] == pytest.approx(0.89)
-        assert found["published"]["difference_se"] is None, "printed without a deviation"
+        result = cell_of(cell, figures)
+        assert result["accuracy_mean"] == pytest.approx(0.89)
+        assert result["spearman"] == pytest.approx(0.6)
+        assert (result["spearman_top20"], result["published_spearman_top20"]) == (None, 0.69)
+        assert result["published"]["accuracy_mean"] == pytest.approx(0.89)
+        assert result["published"]["difference_se"] is None, "printed without a deviation"
 
 
 class TestPool:
     def test_networks_that_a_method_asks_for_are_units_trained_once(self, tmp_path: Path) -> None:
         rows = ["kcenter", "herding"]
-        held = spec(methods=rows, set={**TINY["set"], "method.feature_epochs": 1}, ipc=[1, 2])
-        found = run(tmp_path / "run", held)
-        assert found["num_failed"] == 0
+        bench_spec = spec(methods=rows, set={**TINY["set"], "method.feature_epochs": 1}, ipc=[1, 2])
+        result = run(tmp_path / "run", bench_spec)
+        assert result["num_failed"] == 0
         ledger = Ledger(tmp_path / "run")
         pool = ledger.rows("pool")
         assert sorted(row.spec["seed"] for row in pool) == [0, 1], "one network per seed for four rows"
         keys = {row.spec["pool_key"] for row in pool}
         assert all(set(row.result["pool"]) <= keys and row.result["pool"] for row in ledger.rows("distill"))
         finished = [event["key"] for event in ledger.events() if event["event"] == "finish"]
-        order = {key: place for place, key in enumerate(finished)}
+        order = {key: position for position, key in enumerate(finished)}
         assert max(order[row.key] for row in pool) < min(order[row.key] for row in ledger.rows("evaluate"))
         assert all(count == 1 for count in starts(tmp_path / "run").values())
         # Another run finds them.
-        run(tmp_path / "other", held)
+        run(tmp_path / "other", bench_spec)
         assert Ledger(tmp_path / "other").rows("pool") == []
 
     def test_entries_of_another_run_are_no_units_of_this_one(self, tmp_path: Path) -> None:
-        held = spec(methods=["kcenter"], set={**TINY["set"], "method.feature_epochs": 1}, seeds=1)
-        run(tmp_path / "one", held)
-        # Half of it is there: the other seed's network is missing.
-        found = run(tmp_path / "two", BenchSpec.parse({**held.dump(), "seeds": 2}))
-        assert (found["skipped"], found["num_failed"]) == ([], 0)
+        bench_spec = spec(methods=["kcenter"], set={**TINY["set"], "method.feature_epochs": 1}, seeds=1)
+        run(tmp_path / "one", bench_spec)
+        # Half of the pool is there: the other seed's network is missing.
+        result = run(tmp_path / "two", BenchSpec.parse({**bench_spec.dump(), "seeds": 2}))
+        assert (result["skipped"], result["num_failed"]) == ([], 0)
         assert len(Ledger(tmp_path / "two").rows("pool")) == 1
 
     def test_of_two_entries_asked_for_only_the_missing_one_is_a_unit(self, tmp_path: Path) -> None:
         changes = {"set": {**TINY["set"], "method.feature_epochs": 1}, "seeds": 1}
-        held = spec(methods=["kcenter"], **changes)
-        graph = build_graph(held, open_dataset)
-        made = open_run(tmp_path / "run", {"a": 1}, command="bench", resume=False)
-        job = bench_work.Job(str(tmp_path / "run"), made.epoch, None, "cpu")
-        view = board.Board(graph, made, job)
-        (asker,) = view.first()
+        bench_spec = spec(methods=["kcenter"], **changes)
+        graph = build_graph(bench_spec, open_dataset)
+        bench_run = open_run(tmp_path / "run", {"a": 1}, command="bench", resume=False)
+        job = bench_work.Job(str(tmp_path / "run"), bench_run.epoch, None, "cpu")
+        bench_board = board.Board(graph, bench_run, job)
+        (asker,) = bench_board.first()
         (plan,) = graph.plans.values()
-        (one,) = asked_first(plan) or ()
-        other = one.model_copy(update={"seed": 7})
+        (missing_spec,) = asked_first(plan) or ()
+        present_spec = missing_spec.model_copy(update={"seed": 7})
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(board, "has_entry", lambda asked: asked.seed == 7)
-            needs = bench_work.Needs((one, other))
-            (wanted,) = view.after(board.Ended(asker.key, needs, None, 1))
-        assert wanted.pool == one
-        assert [title for title in view.skipped() if title.startswith("pool")] == [wanted.title]
+            patch.setattr(board, "has_entry", lambda pool_spec: pool_spec.seed == 7)
+            needs = bench_work.Needs((missing_spec, present_spec))
+            (pool_unit,) = bench_board.after(board.Ended(asker.key, needs, None, 1))
+        assert pool_unit.pool == missing_spec
+        assert [title for title in bench_board.skipped() if title.startswith("pool")] == [pool_unit.title]
 
     def test_an_entry_that_is_removed_is_trained_again_and_one_that_never_stays_fails(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        held = spec(methods=["kcenter"], set={**TINY["set"], "method.feature_epochs": 1}, seeds=1)
+        bench_spec = spec(methods=["kcenter"], set={**TINY["set"], "method.feature_epochs": 1}, seeds=1)
         real = bench_work._TASKS["pool"]
         lost: list[str] = []
 
@@ -861,25 +880,25 @@ class TestPool:
             return result
 
         monkeypatch.setitem(bench_work._TASKS, "pool", train)
-        found = run(tmp_path / "once", held)
-        assert (found["num_failed"], found["skipped"], len(lost)) == (0, [], 1)
+        outcome = run(tmp_path / "once", bench_spec)
+        assert (outcome["num_failed"], outcome["skipped"], len(lost)) == (0, [], 1)
         shutil.rmtree(home() / "pool")
         monkeypatch.setitem(bench_work._TASKS, "pool", lambda job, work: train(job, work, 99))
         with pytest.raises(DdrayError, match="DDRAY_HOME must be one folder"):
-            run(tmp_path / "never", held)
+            run(tmp_path / "never", bench_spec)
         assert len(lost) == 1 + 3
 
     def test_a_failed_entry_leaves_its_askers_out_and_the_rest_goes_on(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        held = spec(methods=["random", "kcenter"], seeds=1)
+        bench_spec = spec(methods=["random", "kcenter"], seeds=1)
         with monkeypatch.context() as patch:
             patch.setitem(bench_work._TASKS, "pool", lambda job, work: 1 / 0)
-            found = run(tmp_path / "run", held)
-        assert [cell["method"] for cell in found["cells"]] == ["random", "random"]
-        assert [failure["kind"] for failure in found["failures"]] == ["pool"]
-        assert len(found["skipped"]) == 3
-        mended = run(tmp_path / "run", held, resume=True, retry_failed=True)
+            result = run(tmp_path / "run", bench_spec)
+        assert [cell["method"] for cell in result["cells"]] == ["random", "random"]
+        assert [failure["kind"] for failure in result["failures"]] == ["pool"]
+        assert len(result["skipped"]) == 3
+        mended = run(tmp_path / "run", bench_spec, resume=True, retry_failed=True)
         assert (mended["num_failed"], mended["skipped"]) == (0, [])
 
     def test_an_asking_pool_gives_what_is_there_and_names_the_rest(self, toy: Any, planned: Any) -> None:
@@ -889,54 +908,54 @@ class TestPool:
         object.__setattr__(ctx, "pool", asking)
         with pytest.raises(bench_work._MissingError) as missing:
             method.setup(ctx)
-        (spec_asked,) = missing.value.specs
-        asking.pool.get([spec_asked])
+        (missing_spec,) = missing.value.specs
+        asking.pool.get([missing_spec])
         method.setup(ctx)
-        assert asking.used == [spec_asked.key]
+        assert asking.used == [missing_spec.key]
 
     def test_what_a_method_will_ask_for_is_known_without_images(self, digits: Any) -> None:
         graph = build_graph(spec(methods=["kcenter", "random", "datadam"], seeds=1), lambda name: digits)
-        asked = {plan.method: asked_first(plan) for plan in graph.plans.values()}
-        assert asked["random"] == () == asked["datadam"]
-        assert [held.arch for held in asked["kcenter"] or ()] == ["convnet1_w8"]
+        pool_specs = {plan.method: asked_first(plan) for plan in graph.plans.values()}
+        assert pool_specs["random"] == () == pool_specs["datadam"]
+        assert [pool_spec.arch for pool_spec in pool_specs["kcenter"] or ()] == ["convnet1_w8"]
 
 
 class TestDryRun:
     def test_the_graph_is_listed_with_what_it_needs_and_nothing_is_made(self, tmp_path: Path) -> None:
-        found = dry_run(spec(methods=["random", "kcenter"]), LOCAL, run_dir=tmp_path / "none")
-        kinds = [unit["kind"] for unit in found["units"]]
+        result = dry_run(spec(methods=["random", "kcenter"]), LOCAL, run_dir=tmp_path / "none")
+        kinds = [unit["kind"] for unit in result["units"]]
         assert (kinds.count("pool"), kinds.count("distill"), kinds.count("evaluate")) == (2, 4, 8)
-        assert found["num_missing"] == found["num_units"] == 14
-        assert found["estimate_s"] is None
+        assert result["num_missing"] == result["num_units"] == 14
+        assert result["estimate_s"] is None
         pool = {"kind": "pool", "what": "supervised", "which": "convnet1_w8 on digits", "device": "cpu"}
         costs_file().parent.mkdir(parents=True, exist_ok=True)
         costs_file().write_text(json.dumps({**pool, "amount": 0.0, "wall_s": 4.0}) + "\n")
         priced = dry_run(spec(methods=["random", "kcenter"]), LOCAL, run_dir=tmp_path / "none")
         assert priced["estimate_s"] == 8.0, "two networks, four seconds each"
-        titles = {unit["unit"] for unit in found["units"]}
-        assert all(set(unit["needs"]) <= titles for unit in found["units"])
+        titles = {unit["unit"] for unit in result["units"]}
+        assert all(set(unit["needs"]) <= titles for unit in result["units"])
         assert not list(tmp_path.iterdir()) or not (tmp_path / "none").exists()
-        groups = summarise(found["units"])
+        groups = summarise(result["units"])
         assert sum(group["units"] for group in groups) == 14
 
     def test_a_datasets_facts_are_enough(self) -> None:
-        found = dry_run(spec(dataset=["imagenet"], methods=["random"]), LOCAL, run_dir=None)
-        assert found["num_units"] == 2 + 4
+        result = dry_run(spec(dataset=["imagenet"], methods=["random"]), LOCAL, run_dir=None)
+        assert result["num_units"] == 2 + 4
         with pytest.raises(InputError, match="nowhere"):
             dry_run(spec(dataset=["nowhere"]), LOCAL, run_dir=None)
 
     def test_units_of_about_the_same_size_are_asked_first(self) -> None:
         graph = build_graph(spec(seeds=1), open_dataset)
         work = next(iter(graph.evaluate.values()))
-        held = {"kind": "evaluate", "what": "hard", "which": work.unit.spec["arch"], "device": "cpu"}
-        small = [{**held, "amount": work.amount / 1000, "wall_s": 2.0} for _ in range(40)]
+        past_unit = {"kind": "evaluate", "what": "hard", "which": work.unit.spec["arch"], "device": "cpu"}
+        small = [{**past_unit, "amount": work.amount / 1000, "wall_s": 2.0} for _ in range(40)]
         costs_file().parent.mkdir(parents=True, exist_ok=True)
         costs_file().write_text("".join(json.dumps(line) + "\n" for line in small))
         guess = History("cpu").estimate(work)
         assert guess.wall_s == pytest.approx(2000.0)
         assert guess.is_from_smaller, "an upper bound: the start of each was counted as work"
         assert dry_run(spec(seeds=1), LOCAL, run_dir=None)["num_from_smaller"] > 0
-        alike = [{**held, "amount": work.amount * 1.1, "wall_s": 5.5} for _ in range(15)]
+        alike = [{**past_unit, "amount": work.amount * 1.1, "wall_s": 5.5} for _ in range(15)]
         with costs_file().open("a") as file:
             file.write("".join(json.dumps(line) + "\n" for line in alike))
         guess = History("cpu").estimate(work)
@@ -947,9 +966,9 @@ class TestDryRun:
         run(tmp_path / "run", spec(seeds=1))
         rows = Ledger(tmp_path / "run").rows()
         assert len(costs_file().read_text().splitlines()) == len(rows) == 6
-        found = dry_run(spec(seeds=3), LOCAL, run_dir=None)
-        assert found["num_without_estimate"] == 0
-        assert found["estimate_s"] == pytest.approx(3 * sum(row.wall_s for row in rows), rel=1e-6)
+        result = dry_run(spec(seeds=3), LOCAL, run_dir=None)
+        assert result["num_without_estimate"] == 0
+        assert result["estimate_s"] == pytest.approx(3 * sum(row.wall_s for row in rows), rel=1e-6)
         assert dry_run(spec(), BenchOptions(gpus_per_unit=1), run_dir=None)["estimate_s"] is None
         again = dry_run(spec(seeds=1), LOCAL, run_dir=tmp_path / "run")
         assert (again["num_missing"], again["estimate_s"]) == (0, 0.0)
@@ -957,13 +976,13 @@ class TestDryRun:
 
     def test_the_work_counts_images_and_multiply_adds(self) -> None:
         graph = build_graph(spec(methods=["dm"], seeds=1), open_dataset)
-        (made,), scored = graph.distil.values(), list(graph.evaluate.values())
+        (distil_unit,), scored = graph.distil.values(), list(graph.evaluate.values())
         shape = open_dataset("digits").image_shape
         # Grey images are padded by 3: a convolution on 20 x 20, and a classifier on what pooling leaves.
         assert multiply_adds("convnet1_w8", shape) == 9 * 8 * 20 * 20 + 8 * 10 * 10
-        plan = graph.plans[made.key]
+        plan = graph.plans[distil_unit.key]
         images = 10 * (plan.config.method.dump()["batch_real"] + 1)
-        assert made.amount == (1 + plan.config.steps) * images * multiply_adds("convnet1_w8", shape)
+        assert distil_unit.amount == (1 + plan.config.steps) * images * multiply_adds("convnet1_w8", shape)
         for work in scored:
             arch = work.unit.spec["arch"]
             assert work.amount == 2 * 1 * 10 * multiply_adds(arch, shape), "networks, epochs, images"
@@ -973,10 +992,10 @@ class TestDryRun:
         assert work.amount % multiply_adds("convnet3", open_dataset("digits").image_shape) == 0
 
     def test_the_work_of_a_budget_counts_no_classes(self) -> None:
-        held = spec(
+        bench_spec = spec(
             methods=[{"name": "krr_st", "steps": 3}], ipc=(), budget=40, evaluate={"protocol": "linear"}
         )
-        for work in build_graph(held, open_dataset).distil.values():
+        for work in build_graph(bench_spec, open_dataset).distil.values():
             one = multiply_adds("convnet1_w8", open_dataset("digits").image_shape)
             assert work.amount == (1 + 3) * (40 + work.config["method"]["batch_real"]) * one
 
@@ -1035,14 +1054,14 @@ class TestPublished:
         assert self.value(source=source) is None, "DataDAM is not in that table"
 
     def test_boost_counts_images_and_supervised_sets_count_as_their_images(self) -> None:
-        held = {"dataset": "cifar100", "target": "cifar10", "num_classes": 100, "protocol": "linear"}
+        fields = {"dataset": "cifar100", "target": "cifar10", "num_classes": 100, "protocol": "linear"}
         source = Source(paper="boost_ssdd", table="Table 1")
-        assert self.value(name="boost_ssdd", size=("budget", 100), source=source, **held) == 76.83
-        assert self.value(name="dm", size=("ipc", 1), source=source, arch="vgg11", **held) == 28.37
-        assert self.value(name="kmeans_ssl", size=("budget", 100), arch="mobilenet_v2", **held) == 33.53
+        assert self.value(name="boost_ssdd", size=("budget", 100), source=source, **fields) == 76.83
+        assert self.value(name="dm", size=("ipc", 1), source=source, arch="vgg11", **fields) == 28.37
+        assert self.value(name="kmeans_ssl", size=("budget", 100), arch="mobilenet_v2", **fields) == 33.53
 
     def test_settings_and_teachers_tell_ablations_and_students_apart(self) -> None:
-        held = {
+        fields = {
             "name": "d3hr",
             "dataset": "imagenet",
             "target": "imagenet",
@@ -1051,10 +1070,10 @@ class TestPublished:
         }
         table = Source(paper="d3hr", table="Table 2")
         soft = {"protocol": "soft", "source": table}
-        assert self.value(**held, **soft, teacher="vgg11", arch="mobilenet_v2") == 37.8
-        assert self.value(**held, **soft, teacher="mobilenet_v2", arch="vgg11") == 24.8
+        assert self.value(**fields, **soft, teacher="vgg11", arch="mobilenet_v2") == 37.8
+        assert self.value(**fields, **soft, teacher="mobilenet_v2", arch="vgg11") == 24.8
         source = Source(paper="d3hr", table="Table 3", setting="L_mu only")
-        assert self.value(**held, protocol="soft", arch="resnet18", source=source) == 42.6
+        assert self.value(**fields, protocol="soft", arch="resnet18", source=source) == 42.6
         stated = Source(paper="d3hr", table="Table A10", setting="m=1e5; arch not stated")
         assert (
             self.value(name="d3hr", size=("ipc", 10), arch="resnet18", protocol="soft", source=stated) == 40.4
@@ -1063,21 +1082,23 @@ class TestPublished:
     def test_differences_are_in_standard_errors_of_both(self) -> None:
         number = find(read_numbers(), self.cell())
         assert number is not None
-        found = compare(number, 0.35, 0.004)
-        assert found["accuracy_mean"] == pytest.approx(0.32)
-        assert found["difference"] == pytest.approx(0.03)
-        assert found["difference_se"] == pytest.approx(0.03 / math.sqrt(0.004**2 + 0.012**2))
+        comparison = compare(number, 0.35, 0.004)
+        assert comparison["accuracy_mean"] == pytest.approx(0.32)
+        assert comparison["difference"] == pytest.approx(0.03)
+        assert comparison["difference_se"] == pytest.approx(0.03 / math.sqrt(0.004**2 + 0.012**2))
         assert compare(number, 0.35, None)["difference_se"] is None
         printed = replace(number, std=None)
-        held = compare(printed, 0.35, 0.004)
-        assert (held["difference_se"], held["difference"]) == (None, pytest.approx(0.03)), "it is not exact"
+        without_std = compare(printed, 0.35, 0.004)
+        assert (without_std["difference_se"], without_std["difference"]) == (None, pytest.approx(0.03)), (
+            "it is not exact"
+        )
 
     def test_without_a_table_only_numbers_of_the_same_protocol_are_taken(self) -> None:
-        held = {"name": "d3hr", "size": ("ipc", 10), "arch": "resnet18"}
-        assert self.value(**held, protocol="soft", teacher="resnet18") == 41.3
-        assert self.value(**held, protocol="soft") == 41.3, "the protocol's own teacher"
-        assert self.value(**held, protocol="soft", teacher="vgg11") is None
-        assert self.value(**held) is None, "hard labels are in Table 5 alone, of ImageNet"
+        fields = {"name": "d3hr", "size": ("ipc", 10), "arch": "resnet18"}
+        assert self.value(**fields, protocol="soft", teacher="resnet18") == 41.3
+        assert self.value(**fields, protocol="soft") == 41.3, "the protocol's own teacher"
+        assert self.value(**fields, protocol="soft", teacher="vgg11") is None
+        assert self.value(**fields) is None, "hard labels are in Table 5 alone, of ImageNet"
         for name in ("rded", "sre2l"):
             assert self.value(name=name, size=("ipc", 10), arch="resnet18") is None
             assert self.value(name=name, size=("ipc", 10), arch="resnet18", protocol="soft") is not None
@@ -1087,17 +1108,17 @@ class TestPublished:
 
     def test_a_convnet_without_a_width_is_the_papers_plain_one(self) -> None:
         source = Source(paper="d3hr", table="Table A6")
-        held: dict[str, Any] = {"name": "d3hr", "source": source}
-        assert self.value(size=("ipc", 10), **held) == 57.3
-        assert self.value(size=("ipc", 50), **held) == 69.3
+        fields: dict[str, Any] = {"name": "d3hr", "source": source}
+        assert self.value(size=("ipc", 10), **fields) == 57.3
+        assert self.value(size=("ipc", 50), **fields) == 69.3
         big = {"dataset": "cifar100", "target": "cifar100", "num_classes": 100}
-        assert self.value(size=("ipc", 50), **held, **big) == 54.6
+        assert self.value(size=("ipc", 50), **fields, **big) == 54.6
 
-    @pytest.mark.parametrize("number", [1, 4, 5, 6, 12, 13])
-    def test_ablations_are_not_compared_with_the_methods_own_number(self, number: int) -> None:
-        held = read_spec(ROOT / "configs" / "bench" / f"datadam_fig{number}.yaml")
+    @pytest.mark.parametrize("figure", [1, 4, 5, 6, 12, 13])
+    def test_ablations_are_not_compared_with_the_methods_own_number(self, figure: int) -> None:
+        bench_spec = read_spec(ROOT / "configs" / "bench" / f"datadam_fig{figure}.yaml")
         assert self.value(size=("ipc", 10)) == 54.2
-        assert self.value(size=("ipc", 10), source=held.published) is None
+        assert self.value(size=("ipc", 10), source=bench_spec.published) is None
 
     def test_the_standard_error_is_over_sets(self) -> None:
         assert standard_error([[0.5, 0.7], [0.8, 1.0]]) == pytest.approx(
@@ -1112,8 +1133,8 @@ class TestFiles:
     @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
     @pytest.mark.parametrize("scale", ["smoke", "cpu", "paper"])
     def test_a_shipped_file_parses_and_its_graph_is_listed(self, path: Path, scale: str) -> None:
-        found = dry_run(read_spec(path, scale), BenchOptions(scale=scale), run_dir=None)
-        assert found["num_units"] > 0
+        result = dry_run(read_spec(path, scale), BenchOptions(scale=scale), run_dir=None)
+        assert result["num_units"] > 0
 
     def test_skips_name_rows_and_leave_one(self) -> None:
         with pytest.raises(InputError, match="skip must name rows, got 'rando'; did you mean 'random'"):
@@ -1127,9 +1148,9 @@ class TestFiles:
     @pytest.mark.timeout(1800)
     @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
     def test_a_shipped_file_runs_at_its_smallest_scale(self, path: Path, tmp_path: Path) -> None:
-        found = run(tmp_path / "run", read_spec(path, "smoke"), scale="smoke")
-        assert found["cells"]
-        assert found["failures"] == []
+        result = run(tmp_path / "run", read_spec(path, "smoke"), scale="smoke")
+        assert result["cells"]
+        assert result["failures"] == []
 
     @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
     def test_a_shipped_file_opens_with_command_numbers_and_cost(self, path: Path) -> None:
@@ -1140,16 +1161,16 @@ class TestFiles:
 
     @pytest.mark.parametrize("scale", ["smoke", "cpu", "paper"])
     def test_the_leaderboard_scores_every_method_by_one_recipe(self, scale: str) -> None:
-        held = read_spec(ROOT / "configs" / "bench" / "leaderboard.yaml", scale)
-        assert {(one.recipe, one.augment) for one in held.evaluate} == {("vico", "dsa")}
-        hard = [one for one in held.evaluate if one.protocol == "hard"]
-        assert [one.protocol for one in held.evaluate] == ["hard"] * len(hard) + ["robust"]
-        scored = [(name, one.archs) for one in hard for name in held.scored(one)]
+        bench_spec = read_spec(ROOT / "configs" / "bench" / "leaderboard.yaml", scale)
+        assert {(one.recipe, one.augment) for one in bench_spec.evaluate} == {("vico", "dsa")}
+        hard = [one for one in bench_spec.evaluate if one.protocol == "hard"]
+        assert [one.protocol for one in bench_spec.evaluate] == ["hard"] * len(hard) + ["robust"]
+        scored = [(name, one.archs) for one in hard for name in bench_spec.scored(one)]
         # Narrower networks where images are larger, to finish on two cores; one network per dataset.
         narrow = ("convnet3_w64",) if scale == "cpu" else ("auto",)
         archs = {"digits": ("auto",), "mnist": narrow, "cifar10": narrow}
-        assert scored == [(name, archs[name]) for name in held.dataset]
-        assert held.dataset == (("digits",) if scale == "smoke" else ("digits", "mnist", "cifar10"))
-        rows = {row.name for row in held.rows()}
+        assert scored == [(name, archs[name]) for name in bench_spec.dataset]
+        assert bench_spec.dataset == (("digits",) if scale == "smoke" else ("digits", "mnist", "cifar10"))
+        rows = {row.name for row in bench_spec.rows()}
         unlabelled = {"krr_st", "boost_ssdd", "random_ssl", "kmeans_ssl"}
         assert rows == {*method_names()} - unlabelled, "the header says which are left out"

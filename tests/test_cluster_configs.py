@@ -1,4 +1,4 @@
-"""The cluster examples parse; `ddray` commands that pages and examples show have options that exist."""
+"""The cluster examples parse; `ddray` commands in docs and examples use existing options."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ NOT_YET: set[str] = set()
 
 
 def joined(text: str) -> str:
-    """Return text with continued lines as one."""
+    """Join lines continued with a backslash."""
     return re.sub(r"\\\n\s*", " ", text)
 
 
 def commands_of_markdown(text: str) -> Iterator[str]:
-    """Yield the `ddray ...` lines of shell blocks, and those between backquotes."""
+    """Yield the `ddray ...` commands in shell blocks and in inline code."""
     fence = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
     for kind, block in fence.findall(text):
         if kind in ("bash", "console"):
@@ -52,37 +52,39 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def commands_of_example(path: Path) -> Iterator[str]:
-    """Yield the `ddray ...` commands of a script or YAML, those in its header too."""
+    """Yield the `ddray ...` commands of a script or YAML file, including its header."""
     text = path.read_text(encoding="utf-8")
     header = [line.removeprefix("#") for line in text.splitlines() if line.startswith("#")]
     for line in header:
         yield from re.findall(r'"(ddray [^"]+)"', line)
     if path.suffix == ".yaml":
-        bodies = [held for document in yaml.safe_load_all(text) for held in strings(document)]
+        bodies = [string for document in yaml.safe_load_all(text) for string in strings(document)]
     else:
         bodies = [line.strip() for line in joined(text).splitlines() if not line.startswith("#")]
     for body in bodies:
-        found = re.search(r"(?:^|-- )\s*(ddray .*)", body)
-        if found:
-            yield found[1]
+        match = re.search(r"(?:^|-- )\s*(ddray .*)", body)
+        if match:
+            yield match[1]
 
 
 def check(command: str) -> None:
     """Parse a command line as Typer would, without running it."""
     words = [word for word in shlex.split(command, comments=True)[1:] if word != "$@"]
-    held = typer.main.get_command(app)
+    typer_command = typer.main.get_command(app)
     assert words
     if words[0] in NOT_YET:
-        assert words[0] not in held.commands, f"`ddray {words[0]}` is there now: say so in the README"
+        assert words[0] not in typer_command.commands, (
+            f"`ddray {words[0]}` is there now: say so in the README"
+        )
         return
-    while hasattr(held, "commands"):
+    while hasattr(typer_command, "commands"):
         assert words, f"{command}: a group without a command"
-        assert words[0] in held.commands, f"{command}: no command {words[0]!r}"
-        held = held.commands[words.pop(0)]
+        assert words[0] in typer_command.commands, f"{command}: no command {words[0]!r}"
+        typer_command = typer_command.commands[words.pop(0)]
     if not words:
         return
-    # Values of the shell's variables are not known here; options and plain values are.
-    held.make_context("ddray", words)
+    # Shell variables stay unexpanded; options and literal values are checked.
+    typer_command.make_context("ddray", words)
 
 
 SHOWN = [
@@ -94,8 +96,14 @@ SHOWN = [
 
 def test_commands_are_found() -> None:
     names = {path.name for path, _ in SHOWN}
-    wanted = {"README.md", "CONTRIBUTING.md", "cluster.md", *(path.name for path in EXAMPLES), "digits.yaml"}
-    assert wanted <= names, wanted - names
+    expected = {
+        "README.md",
+        "CONTRIBUTING.md",
+        "cluster.md",
+        *(path.name for path in EXAMPLES),
+        "digits.yaml",
+    }
+    assert expected <= names, expected - names
     assert {"distill", "evaluate", "tune", "data", "doctor"} <= {command.split()[1] for _, command in SHOWN}
 
 
@@ -141,15 +149,15 @@ def test_ray_cluster_fits_rays_own_schema() -> None:
     import ray.autoscaler
 
     schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
-    held = yaml.safe_load((CLUSTER / "ray_cluster.yaml").read_text(encoding="utf-8"))
-    jsonschema.validate(held, schema)
-    assert held["max_workers"] == len(held["provider"]["worker_ips"])
+    document = yaml.safe_load((CLUSTER / "ray_cluster.yaml").read_text(encoding="utf-8"))
+    jsonschema.validate(document, schema)
+    assert document["max_workers"] == len(document["provider"]["worker_ips"])
 
 
 def test_rayjob_shares_one_folder_and_names_the_installed_ray() -> None:
-    held = yaml.safe_load((CLUSTER / "kuberay_rayjob.yaml").read_text(encoding="utf-8"))
-    assert (held["apiVersion"], held["kind"]) == ("ray.io/v1", "RayJob")
-    cluster = held["spec"]["rayClusterSpec"]
+    document = yaml.safe_load((CLUSTER / "kuberay_rayjob.yaml").read_text(encoding="utf-8"))
+    assert (document["apiVersion"], document["kind"]) == ("ray.io/v1", "RayJob")
+    cluster = document["spec"]["rayClusterSpec"]
     pinned = re.search(r"^ray==(.+)$", (ROOT / "constraints.txt").read_text(), re.M)
     assert pinned
     assert cluster["rayVersion"] == pinned[1]
@@ -165,13 +173,13 @@ def test_rayjob_shares_one_folder_and_names_the_installed_ray() -> None:
         values = {entry["name"]: entry["value"] for entry in container["env"]}
         assert values["DDRAY_HOME"].startswith("/shared/")
     assert len(images) == 1
-    assert "--run-dir /shared/" in held["spec"]["entrypoint"]
+    assert "--run-dir /shared/" in document["spec"]["entrypoint"]
 
 
 def test_constraints_name_versions_only() -> None:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    held = [line for line in lines if line and not line.startswith("#")]
-    assert {"torch==2.15.0", "torchvision==0.29.2"} <= set(held)
-    for line in held:
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert {"torch==2.15.0", "torchvision==0.29.2"} <= set(pins)
+    for line in pins:
         assert re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line), line
         assert not line.lower().startswith(("nvidia", "cuda", "triton", "ddray")), line

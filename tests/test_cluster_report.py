@@ -15,22 +15,22 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="module")
 def report() -> ModuleType:
     """The script as a module."""
-    found = importlib.util.spec_from_file_location("cluster_report", ROOT / "reports" / "cluster.py")
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
+    module_spec = importlib.util.spec_from_file_location("cluster_report", ROOT / "reports" / "cluster.py")
+    assert module_spec is not None
+    assert module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
     return module
 
 
 def test_every_fault_is_a_test(report: ModuleType) -> None:
-    there = {
+    test_names = {
         f"{path.stem}.{name}"
         for path in (ROOT / "tests" / "faults").glob("test_*.py")
         for name in re.findall(r"def (test_\w+)", path.read_text())
     }
     assert report.FAULTS
-    assert report.FAULTS.keys() <= there
+    assert report.FAULTS.keys() <= test_names
 
 
 def test_faults_are_counted_and_other_tests_are_not(report: ModuleType) -> None:
@@ -56,7 +56,7 @@ def test_scaling_and_simulation_run_small(report: ModuleType, tmp_path: Path) ->
     with report.local_ray(num_cpus=2, num_gpus=2):
         plain = report.run_units(tmp_path / "plain", 12, 2)
         crashed = report.run_units(
-            tmp_path / "crashed", 12, 2, fails=lambda number: {0: 3, 1: 1}.get(number, 0), gpus=1.0
+            tmp_path / "crashed", 12, 2, fails=lambda unit_index: {0: 3, 1: 1}.get(unit_index, 0), gpus=1.0
         )
     assert (plain["units"], plain["failed"], plain["retries"]) == (12, 0, 0)
     assert 0 < plain["units_per_s"] <= 2 / report.UNIT_S * 1.5

@@ -28,7 +28,7 @@ nested = st.dictionaries(names, leaves | st.dictionaries(names, leaves, max_size
 
 
 @pytest.mark.parametrize(
-    ("given_values", "message"),
+    ("values", "message"),
     [
         ({"step": 1}, "unknown option 'step'; did you mean 'steps'?"),
         ({"zzz": 1}, "unknown option 'zzz'; known: method, steps"),
@@ -40,9 +40,9 @@ nested = st.dictionaries(names, leaves | st.dictionaries(names, leaves, max_size
         ({"steps": "many"}, "steps: input should be a valid integer"),
     ],
 )
-def test_a_bad_value_is_one_line_with_rule_value_and_fix(given_values: dict[str, Any], message: str) -> None:
+def test_a_bad_value_is_one_line_with_rule_value_and_fix(values: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError) as caught:
-        Outer.parse(given_values)
+        Outer.parse(values)
 
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
@@ -64,14 +64,14 @@ def test_a_misspelt_name_is_said_before_the_field_that_is_missing_for_it() -> No
 def test_the_nearest_choice_and_the_nearest_name_within_a_list_are_said() -> None:
     class Wide(Config):
         kind: Literal["slow", "fast"] = "slow"
-        more: tuple[Inner, ...] = ()
+        inner: tuple[Inner, ...] = ()
 
     with pytest.raises(
         InputError, match=r"^kind: input should be 'slow' or 'fast', got 'slwo'; .* 'slow'\?$"
     ):
         Wide.parse({"kind": "slwo"})
-    with pytest.raises(InputError, match=r"^unknown option 'more\.0\.lr_imgs'; did you mean 'lr_img'\?$"):
-        Wide.parse({"more": [{"lr_imgs": 1}]})
+    with pytest.raises(InputError, match=r"^unknown option 'inner\.0\.lr_imgs'; did you mean 'lr_img'\?$"):
+        Wide.parse({"inner": [{"lr_imgs": 1}]})
 
 
 def test_options_are_named_as_they_are_typed() -> None:
@@ -108,16 +108,16 @@ def test_a_config_is_frozen_and_dumps_plain_values() -> None:
     ],
 )
 def test_overrides_read_values_as_yaml_and_1e_3_as_a_number(text: str, value: Any) -> None:
-    found = parse_overrides([f"a={text}"])["a"]
+    actual = parse_overrides([f"a={text}"])["a"]
 
-    assert found == value
-    assert type(found) is type(value)
+    assert actual == value
+    assert type(actual) is type(value)
 
 
 def test_overrides_nest_and_the_last_one_wins() -> None:
-    found = parse_overrides(["steps=3", "method.lr_img=.1", "method.momentum=0", "steps=4", "a.b.c=x=y"])
+    overrides = parse_overrides(["steps=3", "method.lr_img=.1", "method.momentum=0", "steps=4", "a.b.c=x=y"])
 
-    assert found == {"steps": 4, "method": {"lr_img": 0.1, "momentum": 0}, "a": {"b": {"c": "x=y"}}}
+    assert overrides == {"steps": 4, "method": {"lr_img": 0.1, "momentum": 0}, "a": {"b": {"c": "x=y"}}}
 
 
 @pytest.mark.parametrize("pair", ["steps", "=3", "a..b=1", ".a=1", "a=[1", "a.=2"])
@@ -134,10 +134,10 @@ def test_read_yaml(tmp_path: Path) -> None:
     assert read_yaml(path) == {}
 
 
-@pytest.mark.parametrize("held", [b"[1, 2]", b"a: [", b"\xff\xfe\x00", b"just text", b"1: a"])
-def test_a_file_that_is_no_mapping_is_refused_by_name(held: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [b"[1, 2]", b"a: [", b"\xff\xfe\x00", b"just text", b"1: a"])
+def test_a_file_that_is_no_mapping_is_refused_by_name(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
-    path.write_bytes(held)
+    path.write_bytes(content)
 
     with pytest.raises(InputError, match=r"config file must .*bad\.yaml"):
         read_yaml(path)
@@ -158,8 +158,8 @@ def test_of_merged_layers_the_later_wins_name_by_name_and_none_is_changed(a: Any
     assert merge(a, a) == merge(a) == merge({}, a) == a
     for key in {*a, *b}:
         both = isinstance(a.get(key), dict) and isinstance(b.get(key), dict)
-        wanted = {**a[key], **b[key]} if both else b.get(key, a.get(key))
-        assert merged[key] == wanted
+        expected = {**a[key], **b[key]} if both else b.get(key, a.get(key))
+        assert merged[key] == expected
     assert repr((a, b, c)) == before
 
 

@@ -61,31 +61,31 @@ def ctx(toy: Any, planned: Any) -> DistillContext:
 def test_every_step_is_done_once_and_its_loss_kept(ctx: DistillContext) -> None:
     method = Counter(25)
 
-    made = run_distillation(method, ctx)
+    result = run_distillation(method, ctx)
 
     assert method.steps_done == list(range(1, 26))
-    assert made.losses.tolist() == [float(step) for step in range(1, 26)]
-    assert made.edge_losses() == (1.5, 24.5)
-    assert made.resumed_from_step == 0
-    assert made.seconds_per_step is not None
-    assert 0 < made.seconds_per_step < made.wall_s
+    assert result.losses.tolist() == [float(step) for step in range(1, 26)]
+    assert result.edge_losses() == (1.5, 24.5)
+    assert result.resumed_from_step == 0
+    assert result.seconds_per_step is not None
+    assert 0 < result.seconds_per_step < result.wall_s
 
 
 def test_no_steps_give_the_initialisation(ctx: DistillContext) -> None:
-    made = run_distillation(Counter(0), ctx)
+    result = run_distillation(Counter(0), ctx)
 
-    assert float(made.distilled.images.abs().max()) == 0
-    assert made.edge_losses() == (None, None)
-    assert made.seconds_per_step is None
-    assert made.losses.shape == (0,)
+    assert float(result.distilled.images.abs().max()) == 0
+    assert result.edge_losses() == (None, None)
+    assert result.seconds_per_step is None
+    assert result.losses.shape == (0,)
 
 
 @pytest.mark.parametrize(("count", "edges"), [(1, (1, 1)), (9, (1, 9)), (10, (1, 10)), (20, (1.5, 19.5))])
 def test_edge_losses_are_means_over_a_tenth(count: int, edges: Any, ctx: DistillContext) -> None:
     losses = torch.arange(1.0, count + 1)
-    made = DistillResult(run_distillation(Counter(0), ctx).distilled, losses, 0, 1.0, None)
+    result = DistillResult(run_distillation(Counter(0), ctx).distilled, losses, 0, 1.0, None)
 
-    assert made.edge_losses() == edges
+    assert result.edge_losses() == edges
 
 
 @pytest.mark.parametrize("fail_at", [1, 5, 6, 7, 12])
@@ -100,9 +100,9 @@ def test_a_run_cut_off_anywhere_resumes_to_the_same_bytes(
     method = Counter(12)
     again = run_distillation(method, ctx, checkpoint=path, checkpoint_every=5)
 
-    kept = 5 * ((fail_at - 1) // 5)
-    assert again.resumed_from_step == kept
-    assert method.steps_done == list(range(kept + 1, 13))
+    checkpoint_step = 5 * ((fail_at - 1) // 5)
+    assert again.resumed_from_step == checkpoint_step
+    assert method.steps_done == list(range(checkpoint_step + 1, 13))
     assert torch.equal(again.distilled.images, whole.distilled.images)
     assert torch.equal(again.losses, whole.losses)
     assert [entry.name for entry in tmp_path.iterdir() if entry.suffix == ".tmp"] == []
@@ -194,7 +194,7 @@ def test_a_damaged_checkpoint_is_set_aside_said_and_the_run_starts_anew(
 def test_a_nan_loss_ends_the_run_at_the_next_look_and_is_not_kept(
     settings: dict[str, float], advice: str, ctx: DistillContext, tmp_path: Path
 ) -> None:
-    """The advice names a field that the method has."""
+    """The message names a setting that the method has."""
     path = tmp_path / "c.pt"
     method = Counter(12, nan_at=6)
     ctx = replace(ctx, config={"method": settings})
@@ -225,7 +225,7 @@ def test_looks_are_the_rungs_the_checkpoints_and_the_end(ctx: DistillContext, tm
 
     run_distillation(Counter(11), ctx, checkpoint=path, checkpoint_every=4, looks={3, 4, 50}, on_step=look)
 
-    assert seen == [(s, float(s), s) for s in (3, 4, 8, 11)]  # the checkpoint is there before the call
+    assert seen == [(s, float(s), s) for s in (3, 4, 8, 11)]  # the checkpoint is written before the call
 
 
 def test_a_run_cut_off_in_a_look_is_asked_again_at_that_step(ctx: DistillContext, tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_a_full_disk_is_a_storage_error(
     run_distillation(Counter(4), ctx, checkpoint=path, until=2)
     before = path.read_bytes()
 
-    def full(held: Any, file: Any) -> None:
+    def full(checkpoint: Any, file: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module.torch, "save", full)
@@ -288,15 +288,15 @@ def test_a_full_disk_is_a_storage_error(
 def test_the_set_tells_what_made_it_and_shares_no_memory(ctx: DistillContext) -> None:
     images, labels = torch.randn(3, 3, 16, 16, requires_grad=True), torch.arange(3)
 
-    made = ctx.make_set(images, labels)
+    distilled = ctx.make_set(images, labels)
 
-    assert made.images.data_ptr() != images.data_ptr()
-    assert not made.images.requires_grad
-    assert made.meta.method == "random"
-    assert made.meta.config == ctx.config
-    assert (made.meta.seed, made.meta.arch, made.meta.norm) == (0, "convnet2_w8", "instance")
-    assert torch.__version__.startswith(made.meta.versions["torch"])
-    made.validate()
+    assert distilled.images.data_ptr() != images.data_ptr()
+    assert not distilled.images.requires_grad
+    assert distilled.meta.method == "random"
+    assert distilled.meta.config == ctx.config
+    assert (distilled.meta.seed, distilled.meta.arch, distilled.meta.norm) == (0, "convnet2_w8", "instance")
+    assert torch.__version__.startswith(distilled.meta.versions["torch"])
+    distilled.validate()
 
 
 class TestStepTimer:

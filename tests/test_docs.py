@@ -1,4 +1,4 @@
-"""What README and CONTRIBUTING tell people to type works: blocks after `<!-- test -->` run as they stand."""
+"""The commands in README and CONTRIBUTING work: blocks after `<!-- test -->` are run verbatim."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ BLOCK = re.compile(r"^<!-- test(?:: (?P<tag>[a-z]+))? -->\n```(?P<kind>\w+)\n(?P
 
 
 def blocks(page: str, tag: str | None, kind: str) -> list[str]:
-    """Return the tagged blocks of a page, which has at least one."""
+    """Return the tagged blocks of a page, at least one."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    found = [m["text"] for m in BLOCK.finditer(text) if m["tag"] == tag and m["kind"] == kind]
-    assert found, f"{page} has no {kind} block after <!-- test{': ' + tag if tag else ''} -->"
-    return found
+    texts = [m["text"] for m in BLOCK.finditer(text) if m["tag"] == tag and m["kind"] == kind]
+    assert texts, f"{page} has no {kind} block after <!-- test{': ' + tag if tag else ''} -->"
+    return texts
 
 
 def run_block(text: str, folder: Path) -> None:
-    """Run shell lines in a folder of their own, with `ddray` of this interpreter."""
+    """Run shell lines in `folder`, with this interpreter's `ddray`."""
     commands = folder / "bin"
     commands.mkdir()
     wrapper = commands / "ddray"
@@ -73,10 +73,10 @@ def test_readme_slow_blocks_run(tmp_path: Path) -> None:
 
 @pytest.fixture
 def centroids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """CONTRIBUTING's method as another package offers it; its space file."""
+    """CONTRIBUTING's method, offered by another package; returns its space file."""
     package = tmp_path / "contributed"
     package.mkdir()
-    (package / "__init__.py").write_text('"""A package of somebody else."""\n')
+    (package / "__init__.py").write_text('"""A third-party package."""\n')
     (source,) = blocks("CONTRIBUTING.md", "method", "python")
     (package / "centroids.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
@@ -92,10 +92,10 @@ def distil(ipc: int, *, checkpoint: Path | None = None, until: int | None = None
     opened = open_dataset("digits")
     resolved = plan.resolve("centroids", opened, ipc=ipc, layers=[{"steps": 2}])
     ctx = plan.make_context(resolved, opened.train(), split_name="train", device=torch.device("cpu"))
-    made = run_distillation(
+    result = run_distillation(
         plan.make_distiller(resolved), ctx, checkpoint=checkpoint, checkpoint_every=1, until=until
     )
-    return made.distilled
+    return result.distilled
 
 
 def test_contributing_method_runs_and_resumes(centroids: Path, tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_contributing_method_runs_and_resumes(centroids: Path, tmp_path: Path) -
 
 
 def test_an_installed_package_offers_a_method_to_the_command(tmp_path: Path) -> None:
-    """As pip leaves it: a dist-info with an entry point, and a module."""
+    """Installed as pip does: a dist-info with an entry point, and a module."""
     site = tmp_path / "site"
     info = site / "contributed-1.0.dist-info"
     info.mkdir(parents=True)

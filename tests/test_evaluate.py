@@ -37,15 +37,15 @@ def toy_data(num: int = 6, seed: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, float, bool]]:
-    """Note (which optimiser, its rate, whether it has momentum yet) at every step."""
+    """Record (which optimiser, its rate, whether it has momentum yet) at every step."""
     steps: list[tuple[int, float, bool]] = []
-    made: list[Any] = []
+    optimizers: list[Any] = []
 
     class Spy(torch.optim.SGD):
         def step(self, closure: Any = None) -> Any:
-            if not any(self is held for held in made):
-                made.append(self)
-            steps.append((len(made), self.param_groups[0]["lr"], bool(self.state)))
+            if not any(self is optimizer for optimizer in optimizers):
+                optimizers.append(self)
+            steps.append((len(optimizers), self.param_groups[0]["lr"], bool(self.state)))
             return super().step(closure)
 
     monkeypatch.setattr(module.torch.optim, "SGD", Spy)
@@ -73,12 +73,12 @@ def test_vico_at_any_length_is_the_peers_loop(epochs: int, monkeypatch: pytest.M
 
     train(toy_net(), images, labels, Recipe(epochs=epochs), generator=derive(0), augment=None)
 
-    wanted, lr = [], 0.01
+    expected, lr = [], 0.01
     for epoch in range(epochs + 1):
-        wanted.append(lr)
+        expected.append(lr)
         if epoch == epochs // 2 + 1:
             lr *= 0.1
-    assert [rate for _, rate, _ in steps] == pytest.approx(wanted)
+    assert [rate for _, rate, _ in steps] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -98,8 +98,8 @@ def test_other_schedules_run_the_epochs_with_one_optimiser(
 
     train(toy_net(), images, labels, recipe, generator=derive(0), augment=None)
 
-    wanted = [0.2 * factor(epoch) for epoch in range(40) for _ in range(2)]  # 6 images: two batches
-    assert [rate for _, rate, _ in steps] == pytest.approx(wanted, rel=1e-5)
+    expected = [0.2 * factor(epoch) for epoch in range(40) for _ in range(2)]  # 6 images: two batches
+    assert [rate for _, rate, _ in steps] == pytest.approx(expected, rel=1e-5)
     assert {number for number, _, _ in steps} == {1}
 
 
@@ -112,10 +112,10 @@ def naive_train(net: Any, images: Tensor, labels: Tensor, recipe: Recipe, genera
         order = torch.randperm(len(labels), generator=generator).tolist()
         mean = 0.0
         for start in range(0, len(order), recipe.batch):
-            own = order[start : start + recipe.batch]
-            loss = sum(-F.log_softmax(net(images[i : i + 1]), 1)[0, labels[i]] for i in own) / len(own)
+            batch = order[start : start + recipe.batch]
+            loss = sum(-F.log_softmax(net(images[i : i + 1]), 1)[0, labels[i]] for i in batch) / len(batch)
             grads = torch.autograd.grad(loss, weights)
-            mean += float(loss.detach()) * len(own) / len(order)
+            mean += float(loss.detach()) * len(batch) / len(order)
             with torch.no_grad():
                 for w, v, g in zip(weights, velocity, grads, strict=True):
                     v.mul_(recipe.momentum).add_(g + recipe.weight_decay * w)
@@ -129,12 +129,12 @@ def naive_train(net: Any, images: Tensor, labels: Tensor, recipe: Recipe, genera
 def test_training_is_sgd_by_hand() -> None:
     images, labels = toy_data(7)
     recipe = Recipe(epochs=6, lr=0.3, momentum=0.8, weight_decay=0.05, batch=3)
-    ours, wanted = toy_net(), toy_net()
+    ours, reference = toy_net(), toy_net()
 
     loss = train(ours, images, labels, recipe, generator=derive(4, "order"), augment=None)
 
-    assert loss == pytest.approx(naive_train(wanted, images, labels, recipe, derive(4, "order")), rel=1e-5)
-    for a, b in zip(ours.parameters(), wanted.parameters(), strict=True):
+    assert loss == pytest.approx(naive_train(reference, images, labels, recipe, derive(4, "order")), rel=1e-5)
+    for a, b in zip(ours.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert not ours.training
 
@@ -168,7 +168,7 @@ def test_accuracy_is_the_share_of_right_answers(num: int, chunk: int | None, toy
     space = normalized_space(dataset)
     net = build_net("convnet1_w8", (3, 16, 16), 3, seed=0).eval()
 
-    found = accuracy(net, split, space, device=CPU, chunk=chunk)
+    actual = accuracy(net, split, space, device=CPU, chunk=chunk)
 
     right = 0
     for image, label in zip(split.images, split.labels.tolist(), strict=True):
@@ -177,12 +177,12 @@ def test_accuracy_is_the_share_of_right_answers(num: int, chunk: int | None, toy
         ).view(3, 1, 1)
         scores = net(pixels[None])[0].tolist()
         right += scores.index(max(scores)) == label
-    assert found == right / num
+    assert actual == right / num
 
 
 def test_accuracy_of_a_perfect_and_a_useless_network() -> None:
     class Reads(nn.Module):
-        """Says the class that is written into the pixel."""
+        """Predicts the class written into the pixel."""
 
         def forward(self, x: Tensor) -> Tensor:
             return F.one_hot((x[:, 0, 0, 0] * 255).round().long(), 3).float()
@@ -210,7 +210,7 @@ class TestAugmenter:
         apply = augmenter(name, can_flip=True, space=self.space)
         assert apply is not None
         batch = self.batch()
-        kept, before = batch.clone(), torch.get_rng_state()
+        original, before = batch.clone(), torch.get_rng_state()
 
         first, second = apply(batch, derive(1)), apply(batch, derive(1))
         others = [apply(batch, derive(seed)) for seed in range(2, 6)]
@@ -220,7 +220,7 @@ class TestAugmenter:
         assert torch.isfinite(first).all()
         assert torch.equal(first, second)
         assert not all(torch.equal(first, other) for other in others)
-        assert torch.equal(batch, kept)
+        assert torch.equal(batch, original)
         assert torch.equal(torch.get_rng_state(), before)
 
     def test_dsa_draws_one_operation_per_batch_and_parameters_per_sample(self) -> None:
@@ -239,7 +239,7 @@ class TestAugmenter:
         from torchvision.transforms import v2
 
         for policy in ("AutoAugment", "RandAugment"):
-            monkeypatch.setattr(v2, policy, lambda *given: lambda image: 255 - image)
+            monkeypatch.setattr(v2, policy, lambda *args: lambda image: 255 - image)
         apply = augmenter(name, can_flip=False, space=self.space)
         assert apply is not None
 
@@ -271,7 +271,7 @@ class TestHard:
     def test_a_seed_decides_everything_and_the_set_is_left_alone(self, toy: Any) -> None:
         dataset = toy(counts=(9, 9, 9))
         train_set = self.train_set(dataset)
-        kept = copy.deepcopy(train_set)
+        original = copy.deepcopy(train_set)
         hard = Hard(Recipe(epochs=3, augment="dsa"))
 
         def scores(seed: int) -> list[float]:
@@ -283,7 +283,7 @@ class TestHard:
 
         assert scores(0) == scores(0)
         assert len({tuple(scores(seed)) for seed in range(5)}) > 1
-        assert torch.equal(train_set.images, kept.images)
+        assert torch.equal(train_set.images, original.images)
 
     def test_a_diverged_training_is_no_score(self, toy: Any) -> None:
         dataset = toy()
@@ -303,12 +303,12 @@ class TestHard:
 def test_a_summary_has_mean_sample_std_and_every_seed() -> None:
     results = [EvalResult("a", seed, value, 10, 0.5) for seed, value in enumerate([0.1, 0.2, 0.6])]
 
-    found = summarise(results)
+    summary = summarise(results)
 
-    assert found["accuracy_mean"] == pytest.approx(0.3)
-    assert found["accuracy_std"] == pytest.approx(math.sqrt((0.04 + 0.01 + 0.09) / 2))
-    assert found["per_seed"] == [0.1, 0.2, 0.6]
-    assert (found["arch"], found["num_images"], found["wall_s"]) == ("a", 10, 1.5)
+    assert summary["accuracy_mean"] == pytest.approx(0.3)
+    assert summary["accuracy_std"] == pytest.approx(math.sqrt((0.04 + 0.01 + 0.09) / 2))
+    assert summary["per_seed"] == [0.1, 0.2, 0.6]
+    assert (summary["arch"], summary["num_images"], summary["wall_s"]) == ("a", 10, 1.5)
     assert summarise(results[:1])["accuracy_std"] is None
 
 
@@ -319,10 +319,10 @@ def test_every_arch_is_scored_with_consecutive_seeds() -> None:
 
     seen: list[EvalResult] = []
     nothing: Any = None
-    found = evaluate_archs(
+    summaries = evaluate_archs(
         Fake(), nothing, nothing, archs=["b", "a"], num_seeds=3, seed=4, on_result=seen.append
     )
 
     assert [(result.arch, result.seed) for result in seen] == [(a, s) for a in "ba" for s in (4, 5, 6)]
-    assert [summary["arch"] for summary in found] == ["b", "a"]
-    assert found[0]["per_seed"] == [0.4, 0.5, 0.6]
+    assert [summary["arch"] for summary in summaries] == ["b", "a"]
+    assert summaries[0]["per_seed"] == [0.4, 0.5, 0.6]

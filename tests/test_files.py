@@ -20,7 +20,7 @@ def names(folder: Path) -> list[str]:
 
 @pytest.fixture
 def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Temporary files end on /dev/full, whose every write fails with the real ENOSPC."""
+    """Temporary files go to /dev/full, whose every write fails with the real ENOSPC."""
 
     def opened(handle: int, mode: str) -> Any:
         os.close(handle)

@@ -123,10 +123,10 @@ def test_publish_and_read_back(tmp_path: Path) -> None:
     assert not ledger.publish(unit(), row(unit(), "other"), epoch=epoch)
     assert ledger.publish(unit(1), row(unit(1), status="failed"), epoch=epoch)
 
-    held = ledger.row(unit().key)
-    assert held is not None
-    assert held.result == {"value": {"nested": [1, None]}}
-    assert held.epoch == epoch == 1
+    published = ledger.row(unit().key)
+    assert published is not None
+    assert published.result == {"value": {"nested": [1, None]}}
+    assert published.epoch == epoch == 1
     assert [event["event"] for event in ledger.events()] == ["finish", "fail"]
     assert [event["key"] for event in ledger.events()] == [unit().key, unit(1).key]
 
@@ -153,23 +153,23 @@ def test_a_row_of_a_stale_epoch_is_refused(tmp_path: Path, caplog: pytest.LogCap
 
 
 @pytest.mark.parametrize(
-    "held",
+    "content",
     [b"", b'{"key": "', b"\xff\xfe\x00garbage", b"[]", b"{}", b"null"],
     ids=["empty", "half", "binary", "list", "no fields", "null"],
 )
 def test_a_torn_row_is_set_aside_said_and_recomputed(
-    held: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    content: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     ledger = Ledger(tmp_path)
     epoch = ledger.open_epoch()
     ledger.publish(unit(), row(unit()), epoch=epoch)
     path = ledger.folder / f"{unit().key}.json"
-    path.write_bytes(held)
+    path.write_bytes(content)
 
     assert ledger.row(unit().key) is None
 
     assert "is torn" in caplog.text
-    assert path.with_suffix(".corrupt").read_bytes() == held
+    assert path.with_suffix(".corrupt").read_bytes() == content
     assert ledger.rows() == []
     assert ledger.publish(unit(), row(unit(), "again"), epoch=epoch)
     assert [row.result["value"] for row in ledger.rows()] == ["again"]
@@ -188,8 +188,8 @@ def test_rows_can_be_asked_for_by_kind(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
     epoch = ledger.open_epoch()
     other = Unit(kind="pool", spec={})
-    for held in (unit(0), unit(1), other):
-        ledger.publish(held, row(held), epoch=epoch)
+    for pending in (unit(0), unit(1), other):
+        ledger.publish(pending, row(pending), epoch=epoch)
 
     assert [row.kind for row in ledger.rows("pool")] == ["pool"]
     assert [row.key for row in ledger.rows()] == sorted([unit(0).key, unit(1).key, other.key])
@@ -204,9 +204,9 @@ def test_begin_notes_a_start_then_retries_and_a_new_epoch_starts_again(tmp_path:
     assert ledger.begin(unit(1), epoch=epoch) == 0
     assert ledger.begin(unit(), epoch=ledger.open_epoch()) == 0
 
-    found = [(event["event"], event["key"], event["epoch"]) for event in ledger.events()]
+    events = [(event["event"], event["key"], event["epoch"]) for event in ledger.events()]
     key, other = unit().key, unit(1).key
-    assert found == [
+    assert events == [
         ("start", key, 1),
         ("retry", key, 1),
         ("retry", key, 1),
@@ -249,10 +249,12 @@ def test_what_a_row_names_is_put_in_place_only_if_the_row_is_published(tmp_path:
     epoch = ledger.open_epoch()
     placed: list[str] = []
 
-    assert ledger.publish(unit(), row(unit()), epoch=epoch, place=lambda: placed.append("first"))
-    assert not ledger.publish(unit(), row(unit()), epoch=epoch, place=lambda: placed.append("second"))
+    assert ledger.publish(unit(), row(unit()), epoch=epoch, move_artifact=lambda: placed.append("first"))
+    assert not ledger.publish(unit(), row(unit()), epoch=epoch, move_artifact=lambda: placed.append("second"))
     ledger.open_epoch()
-    assert not ledger.publish(unit(1), row(unit(1)), epoch=epoch, place=lambda: placed.append("stale"))
+    assert not ledger.publish(
+        unit(1), row(unit(1)), epoch=epoch, move_artifact=lambda: placed.append("stale")
+    )
 
     assert placed == ["first"]
 
@@ -260,7 +262,7 @@ def test_what_a_row_names_is_put_in_place_only_if_the_row_is_published(tmp_path:
 def test_an_event_that_does_not_fit_on_the_disk_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kernel writes what still fits and says how much that was."""
+    """The kernel writes what still fits and returns how much that was."""
     monkeypatch.setattr(module.os, "write", lambda handle, line: len(line) - 1)
 
     with pytest.raises(StorageError, match=r"events\.jsonl: No space left on device"):

@@ -1,4 +1,4 @@
-"""ddray as a library: `import ddray`, sets as torch datasets, pictures and parquet; the README's example."""
+"""ddray as a library: `import ddray`, sets as torch datasets, pictures and parquet; the README examples."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SMALL = {"steps": 2, "arch": "convnet1_w8", "compile": "off", "method.batch_real
 
 
 def python(code: str, folder: Path) -> str:
-    """Run code in a fresh interpreter; return what it printed."""
+    """Run code in a new interpreter; return its stdout."""
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(root)!r})\n{code}"],
@@ -39,18 +39,20 @@ def python(code: str, folder: Path) -> str:
 
 
 @pytest.fixture
-def made() -> DistilledSet:
+def distilled() -> DistilledSet:
     return ddray.distill("dm", ipc=2, settings=SMALL)
 
 
 class TestDistill:
-    def test_it_returns_the_set_of_the_command(self, made: DistilledSet, tmp_path: Path) -> None:
-        kept = ddray.distill("dm", open_dataset("digits"), ipc=2, settings=SMALL, run_dir=tmp_path / "run")
-        assert torch.equal(kept.images, made.images)
-        assert kept.meta.config == made.meta.config
+    def test_it_returns_the_set_of_the_command(self, distilled: DistilledSet, tmp_path: Path) -> None:
+        with_run_dir = ddray.distill(
+            "dm", open_dataset("digits"), ipc=2, settings=SMALL, run_dir=tmp_path / "run"
+        )
+        assert torch.equal(with_run_dir.images, distilled.images)
+        assert with_run_dir.meta.config == distilled.meta.config
         assert (tmp_path / "run" / "distilled.pt").is_file()
         again = ddray.distill("dm", ipc=2, settings=SMALL, run_dir=tmp_path / "run")
-        assert torch.equal(again.images, made.images)
+        assert torch.equal(again.images, distilled.images)
 
     def test_nothing_is_left_behind_without_a_folder(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -66,40 +68,40 @@ class TestDistill:
         with pytest.raises(InputError, match="lr_img"):
             ddray.distill("dm", settings={"method.lr_imag": 1})
 
-    def test_a_budget_and_a_data_folder_are_taken(self, made: DistilledSet, tmp_path: Path) -> None:
-        held = ddray.distill("random_ssl", budget=25, settings={"method.teacher.epochs": 1})
-        assert held.meta.storage_floats <= 25 * 256
-        export_parquet(made, tmp_path / "data" / "mnist" / "train-0.parquet")
+    def test_a_budget_and_a_data_folder_are_taken(self, distilled: DistilledSet, tmp_path: Path) -> None:
+        ssl_set = ddray.distill("random_ssl", budget=25, settings={"method.teacher.epochs": 1})
+        assert ssl_set.meta.storage_floats <= 25 * 256
+        export_parquet(distilled, tmp_path / "data" / "mnist" / "train-0.parquet")
         with pytest.raises(InputError, match="takes --ipc K"):
             ddray.distill("random", ipc=1, budget=3)
         with pytest.raises(InputError, match="mnist"):
             ddray.distill("random", "mnist", data_dir=tmp_path / "nothing")
 
-    def test_evaluate_takes_what_the_command_takes(self, made: DistilledSet) -> None:
-        held: dict[str, Any] = {"archs": ["convnet1_w8"], "seeds": 1, "epochs": 1}
-        found = ddray.evaluate(made, augment="none", train_limit=10, split="val", **held)
-        assert (found["split"], found["results"][0]["num_images"]) == ("val", 10)
+    def test_evaluate_takes_what_the_command_takes(self, distilled: DistilledSet) -> None:
+        options: dict[str, Any] = {"archs": ["convnet1_w8"], "seeds": 1, "epochs": 1}
+        hard = ddray.evaluate(distilled, augment="none", train_limit=10, split="val", **options)
+        assert (hard["split"], hard["results"][0]["num_images"]) == ("val", 10)
         soft = ddray.evaluate(
-            made, protocol="soft", teachers=["convnet1_w8"], sets=["teacher.epochs=20"], **held
+            distilled, protocol="soft", teachers=["convnet1_w8"], sets=["teacher.epochs=20"], **options
         )
         assert soft["teacher"]["arch"] == "convnet1_w8"
         with pytest.raises(InputError, match="did you mean 'augment'"):
-            ddray.evaluate(made, augmnt="none")
+            ddray.evaluate(distilled, augmnt="none")
 
-    def test_evaluate_takes_an_open_dataset_and_single_names(self, made: DistilledSet) -> None:
-        given = {"seeds": 1, "epochs": 1}
-        found = ddray.evaluate(made, archs=["convnet1_w8"], **given)
-        opened = ddray.evaluate(made, archs="convnet1_w8", dataset=open_dataset("digits"), **given)
-        assert opened["results"][0]["per_seed"] == found["results"][0]["per_seed"]
-        assert ddray.evaluate(made, archs="convnet1_w8", seeds=1, sets="epochs=1")["results"]
+    def test_evaluate_takes_an_open_dataset_and_single_names(self, distilled: DistilledSet) -> None:
+        options = {"seeds": 1, "epochs": 1}
+        result = ddray.evaluate(distilled, archs=["convnet1_w8"], **options)
+        opened = ddray.evaluate(distilled, archs="convnet1_w8", dataset=open_dataset("digits"), **options)
+        assert opened["results"][0]["per_seed"] == result["results"][0]["per_seed"]
+        assert ddray.evaluate(distilled, archs="convnet1_w8", seeds=1, sets="epochs=1")["results"]
         for name, value in (("pixel_space", "normalised"), ("dataset", Path("digits-not-there"))):
             with pytest.raises(InputError, match=r"normalized|or a folder"):
-                ddray.evaluate(made, archs="convnet1_w8", **{name: value})
+                ddray.evaluate(distilled, archs="convnet1_w8", **{name: value})
 
-    def test_evaluate_takes_a_set_or_its_file(self, made: DistilledSet, tmp_path: Path) -> None:
-        made.save(tmp_path / "a.pt")
-        held: dict[str, Any] = {"archs": ["convnet1_w8"], "seeds": 1, "epochs": 1}
-        first, second = ddray.evaluate(made, **held), ddray.evaluate(tmp_path / "a.pt", **held)
+    def test_evaluate_takes_a_set_or_its_file(self, distilled: DistilledSet, tmp_path: Path) -> None:
+        distilled.save(tmp_path / "a.pt")
+        options: dict[str, Any] = {"archs": ["convnet1_w8"], "seeds": 1, "epochs": 1}
+        first, second = ddray.evaluate(distilled, **options), ddray.evaluate(tmp_path / "a.pt", **options)
         assert first["results"][0]["per_seed"] == second["results"][0]["per_seed"]
 
     def test_names_that_are_modules_too_stay_callable_whatever_is_imported_first(
@@ -133,50 +135,50 @@ class TestDistill:
 
 
 class TestExport:
-    def test_a_torch_dataset_holds_the_decoded_set(self, made: DistilledSet) -> None:
-        held = made.to_torch_dataset()
-        assert len(held) == 20
-        images, labels = held[:]
-        assert torch.equal(images, made.images)
-        assert torch.equal(labels, made.labels)
+    def test_a_torch_dataset_holds_the_decoded_set(self, distilled: DistilledSet) -> None:
+        torch_dataset = distilled.to_torch_dataset()
+        assert len(torch_dataset) == 20
+        images, labels = torch_dataset[:]
+        assert torch.equal(images, distilled.images)
+        assert torch.equal(labels, distilled.labels)
         images.zero_()
-        assert float(made.images.abs().sum()) > 0, "the set shares no memory with what it handed out"
+        assert float(distilled.images.abs().sum()) > 0, "the set shares no memory with the dataset"
 
-    def test_a_folder_is_a_dataset_again(self, made: DistilledSet, tmp_path: Path) -> None:
-        export_folder(made, tmp_path / "out")
+    def test_a_folder_is_a_dataset_again(self, distilled: DistilledSet, tmp_path: Path) -> None:
+        export_folder(distilled, tmp_path / "out")
         opened = open_dataset(str(tmp_path / "out"))
         assert opened.num_classes == 10
         split = opened.train()
         assert len(split) + len(opened.test()) == 20
-        wanted = pictures(made)
-        for number, label in enumerate(made.labels.tolist()):
-            (path,) = (tmp_path / "out").glob(f"{label}_*/{number:05d}.png")
+        expected = pictures(distilled)
+        for index, label in enumerate(distilled.labels.tolist()):
+            (path,) = (tmp_path / "out").glob(f"{label}_*/{index:05d}.png")
             pixels = torch.frombuffer(bytearray(Image.open(path).tobytes()), dtype=torch.uint8)
-            assert torch.equal(pixels.view(1, 16, 16), wanted[number])
+            assert torch.equal(pixels.view(1, 16, 16), expected[index])
         assert json.loads((tmp_path / "out" / "meta.json").read_text())["method"] == "dm"
         with pytest.raises(InputError, match="must be new"):
-            export_folder(made, tmp_path / "out")
+            export_folder(distilled, tmp_path / "out")
 
     def test_real_images_come_back_as_they_were(self, tmp_path: Path, digits: Any) -> None:
-        made = ddray.distill("random", ipc=1)
+        distilled = ddray.distill("random", ipc=1)
         real = digits.train().images.flatten(1)
-        for picture in pictures(made).flatten(1):
+        for picture in pictures(distilled).flatten(1):
             assert bool((real == picture).all(1).any())
 
-    def test_parquet_keeps_values_labels_and_meta(self, made: DistilledSet, tmp_path: Path) -> None:
+    def test_parquet_keeps_values_labels_and_meta(self, distilled: DistilledSet, tmp_path: Path) -> None:
         path = tmp_path / "data" / "train-00000.parquet"
-        export_parquet(made, path)
+        export_parquet(distilled, path)
         table = pq.read_table(path)
-        values = torch.tensor(table["tensor"].to_pylist()).view(made.images.shape)
-        assert torch.equal(values, made.images)
-        assert table["label"].to_pylist() == made.labels.tolist()
-        assert json.loads(table.schema.metadata[b"ddray"]) == json.loads(json.dumps(made.meta.dump()))
+        values = torch.tensor(table["tensor"].to_pylist()).view(distilled.images.shape)
+        assert torch.equal(values, distilled.images)
+        assert table["label"].to_pylist() == distilled.labels.tolist()
+        assert json.loads(table.schema.metadata[b"ddray"]) == json.loads(json.dumps(distilled.meta.dump()))
         opened = open_dataset(str(tmp_path / "data"))
-        assert opened.class_names == made.meta.class_names
+        assert opened.class_names == distilled.meta.class_names
         assert len(opened.train()) + len(opened.test()) == 20
         before = path.read_bytes()
         with pytest.raises(InputError, match="must be new"):
-            export_parquet(made, path)
+            export_parquet(distilled, path)
         assert path.read_bytes() == before
 
     def test_whitened_sets_are_shown_de_whitened_and_clamping_is_said(
@@ -184,42 +186,44 @@ class TestExport:
     ) -> None:
         _, ctx, method = planned("random", toy(), pixel_space="zca")
         method.setup(ctx)
-        held = method.snapshot()
-        raw = held.space().decode(held.images)
-        assert (pictures(held).float() / 255 - raw.clamp(0, 1)).abs().max() <= 0.5 / 255 + 1e-6
-        wild = DistilledSet(held.images * 9, held.labels, held.meta, held.zca)
+        whitened = method.snapshot()
+        raw = whitened.space().decode(whitened.images)
+        assert (pictures(whitened).float() / 255 - raw.clamp(0, 1)).abs().max() <= 0.5 / 255 + 1e-6
+        wild = DistilledSet(whitened.images * 9, whitened.labels, whitened.meta, whitened.zca)
         caplog.clear()
         pictures(wild)
         assert "are clamped" in caplog.text
 
-    def test_sets_without_labels_have_targets(self, tmp_path: Path, made: DistilledSet) -> None:
+    def test_sets_without_labels_have_targets(self, tmp_path: Path, distilled: DistilledSet) -> None:
         targets = torch.arange(40.0).view(20, 2)
-        counted = {"storage_floats": made.images.numel() + targets.numel()}
+        counted = {"storage_floats": distilled.images.numel() + targets.numel()}
         none = torch.zeros(0, dtype=torch.int64)
-        held = DistilledSet(made.images, none, made.meta.model_copy(update=counted), targets=targets)
-        held.validate()
-        images, second = held.to_torch_dataset()[3]
-        assert torch.equal(images, made.images[3])
+        ssl_set = DistilledSet(
+            distilled.images, none, distilled.meta.model_copy(update=counted), targets=targets
+        )
+        ssl_set.validate()
+        images, second = ssl_set.to_torch_dataset()[3]
+        assert torch.equal(images, distilled.images[3])
         assert second.tolist() == [6.0, 7.0]
-        export_folder(held, tmp_path / "out")
+        export_folder(ssl_set, tmp_path / "out")
         assert len(list((tmp_path / "out" / "unlabelled").glob("*.png"))) == 20
-        export_parquet(held, tmp_path / "a.parquet")
+        export_parquet(ssl_set, tmp_path / "a.parquet")
         table = pq.read_table(tmp_path / "a.parquet")
         assert table["target"].to_pylist() == targets.tolist()
         assert "label" not in table.column_names
 
-    def test_spectrograms_have_no_pictures(self, made: DistilledSet) -> None:
-        meta = made.meta.model_copy(update={"mean": (-6.0,)})
+    def test_spectrograms_have_no_pictures(self, distilled: DistilledSet) -> None:
+        meta = distilled.meta.model_copy(update={"mean": (-6.0,)})
         with pytest.raises(InputError, match="log-spectrograms"):
-            pictures(DistilledSet(made.images, made.labels, meta))
+            pictures(DistilledSet(distilled.images, distilled.labels, meta))
 
-    def test_the_form_follows_the_name(self, made: DistilledSet, tmp_path: Path) -> None:
+    def test_the_form_follows_the_name(self, distilled: DistilledSet, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="form must be one of folder, parquet"):
-            ddray.export(made, tmp_path / "x", form="csv")  # type: ignore[arg-type]
-        made.save(tmp_path / "a.pt")
+            ddray.export(distilled, tmp_path / "x", form="csv")  # type: ignore[arg-type]
+        distilled.save(tmp_path / "a.pt")
         assert ddray.export(tmp_path / "a.pt", tmp_path / "a.parquet").is_file()
-        assert ddray.export(made, tmp_path / "b").is_dir()
-        assert ddray.export(made, tmp_path / "c.parquet", form="folder").is_dir()
+        assert ddray.export(distilled, tmp_path / "b").is_dir()
+        assert ddray.export(distilled, tmp_path / "c.parquet", form="folder").is_dir()
         assert artifact.load(tmp_path / "a.pt").meta == ddray.load(tmp_path / "a.pt").meta
 
 

@@ -1,4 +1,4 @@
-"""Freed memory is handed out again instead of being mapped afresh."""
+"""Freed memory is reused instead of being mapped anew."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/methods has a page per method, as its source has it now."""
+"""docs/methods has an up-to-date page per method."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def generator() -> Any:
 
 
 def test_pages_are_those_of_the_sources(generator: Any) -> None:
-    made = generator.pages()
-    assert {"README.md", "datadam.md", "random.md"} <= made.keys()
-    held = {path.name: path.read_text(encoding="utf-8") for path in FOLDER.glob("*.md")}
-    stale = sorted(name for name in {*made, *held} if made.get(name) != held.get(name))
+    generated = generator.pages()
+    assert {"README.md", "datadam.md", "random.md"} <= generated.keys()
+    committed = {path.name: path.read_text(encoding="utf-8") for path in FOLDER.glob("*.md")}
+    stale = sorted(name for name in {*generated, *committed} if generated.get(name) != committed.get(name))
     assert stale == [], "run: python docs/regenerate.py"
 
 

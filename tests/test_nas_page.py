@@ -41,13 +41,13 @@ def figures(proxy: str, **changes: Any) -> dict[str, Any]:
 
 
 def lines(proxy: str, num: int = 24, *, depth: bool = True) -> pd.DataFrame:
-    """Architectures 0..num-1, best first; the last one failed, the one before has no truth."""
+    """`num` architectures, best first; the last one failed, the one before it has no truth."""
     rank = np.arange(num, dtype=float)
     table = pd.DataFrame(
         {
             "proxy": proxy,
             "index": 100 + np.arange(num),
-            "name": [f"net<{number}>" for number in range(num)],
+            "name": [f"net<{arch}>" for arch in range(num)],
             **({"depth": 1 + np.arange(num) % 4} if depth else {"arch_str": "|none~0|"}),
             "params_m": 0.12345,
             "flops_m": 6.5,
@@ -88,10 +88,10 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def page(folder: Path) -> Callable[..., str]:
-    """Writes a page and returns it without plotly's own code."""
+    """Write a page and return it without plotly's code."""
 
-    def write(held: dict[str, Any], table: pd.DataFrame) -> str:
-        write_nas_report(folder, held, table)
+    def write(command_result: dict[str, Any], table: pd.DataFrame) -> str:
+        write_nas_report(folder, command_result, table)
         text = (folder / "report.html").read_text()
         return (
             text[: text.index("<script>")]
@@ -107,23 +107,23 @@ class TestSummary:
         with path.open() as file:
             rows = [row for row in csv.DictReader(file) if row["paper"] == "datadam"]
         for space, table in (("convnet720", "Table 4"), ("nasbench201", "Table 5")):
-            found: dict[tuple[str, str], float] = {}
+            printed: dict[tuple[str, str], float] = {}
             for row in rows:
                 if row["table"] == table:
                     scale = 100 if row["metric"] == "nas_top1_accuracy" else 1
-                    found[row["method"], row["metric"]] = float(row["value"]) / scale
-            assert {method for method, _ in found} == set(PUBLISHED[space])
+                    printed[row["method"], row["metric"]] = float(row["value"]) / scale
+            assert {method for method, _ in printed} == set(PUBLISHED[space])
             metrics = ("nas_top1_accuracy", "spearman", "spearman_top20", "search_time", "storage_images")
             for method, values in PUBLISHED[space].items():
-                wanted = [found.pop((method, metric), None) for metric in metrics]
+                expected = [printed.pop((method, metric), None) for metric in metrics]
                 if (space, method) == ("convnet720", "datadam"):
-                    assert wanted[1] is None
-                    wanted[1] = 0.72  # in the text, not in the table
-                assert list(values) == pytest.approx(wanted)
-            assert not found
+                    assert expected[1] is None
+                    expected[1] = 0.72  # in the text, not in the table
+                assert list(values) == pytest.approx(expected)
+            assert not printed
 
     def test_a_methods_published_line_stands_below_its_proxy(self) -> None:
-        found = summary(
+        summary_lines = summary(
             result(
                 figures("datadam_ipc10.pt"),
                 figures("dsdm.pt"),
@@ -133,14 +133,14 @@ class TestSummary:
             )
         )
 
-        assert [line["label"] for line in found] == [
+        assert [line["label"] for line in summary_lines] == [
             *("datadam_ipc10.pt", "datadam (published)", "dsdm.pt"),
             *("early-stopping", "early_stopping (published)", "a.pt", "random (published)"),
             *("whole set", "whole (published)", "dsa (published)", "dm (published)", "cafe (published)"),
         ]
-        whole = found[7]
+        whole = summary_lines[7]
         assert (whole["top1_truth_accuracy"], whole["spearman"], whole["wall_s"]) == (0.604, 1, 600.0)
-        assert found[0]["counts"] == "4 tied, 1 left out"
+        assert summary_lines[0]["counts"] == "4 tied, 1 left out"
 
     @pytest.mark.parametrize(
         ("proxy", "method"),
@@ -157,32 +157,34 @@ class TestSummary:
         below = summary(result(figures(proxy)))[1]["label"]
 
         assert below == f"{method or 'random'} (published)"
-        if method is None:  # the published methods follow in the table's order
+        if method is None:  # all published methods follow, in the table's order
             assert len(summary(result(figures(proxy)))) == 1 + len(PUBLISHED["convnet720"])
 
     def test_diverged_truth_is_counted(self) -> None:
-        found = summary(result(figures("x"), truth={"source": "whole", "wall_s": 1.0, "num_diverged": 2}))
+        summary_lines = summary(
+            result(figures("x"), truth={"source": "whole", "wall_s": 1.0, "num_diverged": 2})
+        )
 
-        assert found[1]["label"] == "whole set"
-        assert found[1]["counts"] == "2 diverged"
+        assert summary_lines[1]["label"] == "whole set"
+        assert summary_lines[1]["counts"] == "2 diverged"
 
     def test_a_truth_that_was_read_has_no_line(self) -> None:
-        found = summary(result(figures("x"), space="nasbench201", truth={"source": "table"}))
+        summary_lines = summary(result(figures("x"), space="nasbench201", truth={"source": "table"}))
 
-        assert found[0]["label"] == "x"
-        assert "whole set" not in [line["label"] for line in found]
-        assert len(found) == 1 + 8
+        assert summary_lines[0]["label"] == "x"
+        assert "whole set" not in [line["label"] for line in summary_lines]
+        assert len(summary_lines) == 1 + 8
 
 
 class TestPage:
     def test_it_shows_figures_rankings_failures_and_where_they_come_from(self, page: Any) -> None:
-        held = result(
+        command_result = result(
             figures("datadam <1>.pt"),
             figures("random", spearman=None, spearman_ci95=None, kendall=None, wall_s=None),
             dataset="cifar10",
             truth={"source": "whole", "wall_s": 600.0, "storage_images": 900},
         )
-        text = page(held, pd.concat([lines("datadam <1>.pt"), lines("random")], ignore_index=True))
+        text = page(command_result, pd.concat([lines("datadam <1>.pt"), lines("random")], ignore_index=True))
 
         merit = text[text.index("<h2>Figures of merit</h2>") : text.index("<h2>datadam &lt;1&gt;.pt</h2>")]
         cells = [re.findall(r"<td[^>]*>(.*?)</td>", line) for line in merit.splitlines() if "<td" in line]
@@ -212,7 +214,7 @@ class TestPage:
             *("50.00 &plusmn; 1.00", "2", "60.40", "71.11"),
         ]
         heads = re.findall(r"<th>(.*?)</th>", ranked)
-        assert heads[-1] == "test %"  # test plays no part but in the last column
+        assert heads[-1] == "test %"  # test is used in the last column only
 
         failures = text[text.index("<h2>Failures</h2>") :]
         assert failures.count("net&lt;23&gt;") == 2
@@ -264,14 +266,14 @@ class TestScatters:
         names = ["/data/Some set.pt", "early-stopping", "???"]
         table = pd.concat([lines(name) for name in names], ignore_index=True)
 
-        found = save_scatters(tmp_path, table, [figures(name) for name in names])
+        paths = save_scatters(tmp_path, table, [figures(name) for name in names])
 
-        assert [path.name for path in found] == [
+        assert [path.name for path in paths] == [
             *("scatter-1-some-set.png", "scatter-2-early-stopping.png", "scatter-3-proxy.png", "scatter.png")
         ]
-        with Image.open(found[0]) as picture:
+        with Image.open(paths[0]) as picture:
             assert picture.size == (900, 700)
-        with Image.open(found[-1]) as picture:
+        with Image.open(paths[-1]) as picture:
             assert picture.size == (2 * 640, 2 * 520)
         assert not list(tmp_path.glob("*.tmp"))
 
@@ -283,19 +285,19 @@ class TestScatters:
         with Image.open(save_scatters(tmp_path, table, [figures("x")])[0]) as picture:
             pixels = np.asarray(picture.convert("RGB")).astype(int)
 
-        # The axes' box is x 76..876, y 636..88; ends are 5 % of the range beyond the data.
+        # The axes span x 76..876, y 636..88 and exceed the data by 5 % of its range.
         blue = (np.abs(pixels - [0x1F, 0x84, 0xC9]).sum(2) < 12).nonzero()
         assert len(blue[0]) > 30
-        wanted = [
+        expected = [
             (76 + 800 * (0.05 + f) / 1.1, 636 - 548 * (0.05 + g) / 1.1)
             for f, g in ((0, 0), (0.125, 1), (1, 0.25))
         ]
-        for x, y in wanted:
+        for x, y in expected:
             near = (np.abs(blue[1] - x) < 6) & (np.abs(blue[0] - y) < 6)
             assert near.sum() >= 10
             assert blue[1][near].mean() == pytest.approx(x, abs=1)
             assert blue[0][near].mean() == pytest.approx(y, abs=1)
-        far = [min(np.hypot(bx - x, by - y) for x, y in wanted) for by, bx in zip(*blue, strict=True)]
+        far = [min(np.hypot(bx - x, by - y) for x, y in expected) for by, bx in zip(*blue, strict=True)]
         assert max(far) < 6
 
     def test_depths_have_colours_of_their_own(self, tmp_path: Path) -> None:
@@ -309,9 +311,9 @@ class TestScatters:
     def test_few_points_or_none(self, tmp_path: Path, num: int) -> None:
         table = lines("x").iloc[:num] if num else lines("x").iloc[-1:]
 
-        found = save_scatters(tmp_path, table, [figures("x", spearman=None, spearman_ci95=None)])
+        paths = save_scatters(tmp_path, table, [figures("x", spearman=None, spearman_ci95=None)])
 
-        assert len(found) == 2
+        assert len(paths) == 2
 
     def test_equal_accuracies_have_a_place(self, tmp_path: Path) -> None:
         table = lines("x").assign(proxy_accuracy=0.1, truth_accuracy=0.1)
@@ -322,10 +324,10 @@ class TestScatters:
         ("low", "high"), [(0, 100), (9.9, 10.1), (42.13, 43.7), (-5, 7.5), (93.99, 94.01)]
     )
     def test_ticks_are_round_and_within(self, low: float, high: float) -> None:
-        found = list(_ticks(low, high))
+        ticks = list(_ticks(low, high))
 
-        assert 3 <= len(found) <= 10
-        assert all(low <= tick <= high for tick in found)
-        steps = np.diff(found)
+        assert 3 <= len(ticks) <= 10
+        assert all(low <= tick <= high for tick in ticks)
+        steps = np.diff(ticks)
         assert steps == pytest.approx(np.full(len(steps), steps[0]))
         assert f"{steps[0]:.0e}"[0] in "125"

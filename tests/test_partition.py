@@ -19,14 +19,14 @@ SHAPES = [(1, 16, 16), (3, 7, 11), (2, 3, 9)]
 PARTITIONS = [Partition(factor=f, axes=axes) for f, axes in itertools.product((1, 2, 3), ("both", "time"))]
 
 
-def weights(size: int, wanted: int) -> Tensor:
+def weights(size: int, target_size: int) -> Tensor:
     """Bilinear interpolation along one axis as a matrix [wanted, size], corners not aligned."""
-    matrix = torch.zeros(wanted, size, dtype=torch.float64)
-    for row in range(wanted):
-        place = max(0.0, (row + 0.5) * size / wanted - 0.5)
-        low = min(int(place), size - 1)
-        matrix[row, low] += 1 - (place - low)
-        matrix[row, min(low + 1, size - 1)] += place - low
+    matrix = torch.zeros(target_size, size, dtype=torch.float64)
+    for row in range(target_size):
+        position = max(0.0, (row + 0.5) * size / target_size - 0.5)
+        low = min(int(position), size - 1)
+        matrix[row, low] += 1 - (position - low)
+        matrix[row, min(low + 1, size - 1)] += position - low
     return matrix
 
 
@@ -38,28 +38,30 @@ def bounds(size: int, parts: int) -> list[tuple[int, int]]:
 def by_hand(image: Tensor, partition: Partition) -> list[Tensor]:
     _, height, width = image.shape
     rows = bounds(height, partition.factor if partition.axes == "both" else 1)
-    found = []
+    expanded = []
     for (top, bottom), (left, right) in itertools.product(rows, bounds(width, partition.factor)):
         part = image[:, top:bottom, left:right].double()
-        found.append(weights(bottom - top, height) @ part @ weights(right - left, width).T)
-    return found
+        expanded.append(weights(bottom - top, height) @ part @ weights(right - left, width).T)
+    return expanded
 
 
 def test_four_pixels_become_four_flat_images() -> None:
     image = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])
 
-    found = expand(image, Partition(factor=2))
+    expanded = expand(image, Partition(factor=2))
 
-    assert found.shape == (4, 1, 2, 2)
-    assert [float(part.min()) for part in found] == [float(part.max()) for part in found] == [1, 2, 3, 4]
+    assert expanded.shape == (4, 1, 2, 2)
+    assert (
+        [float(part.min()) for part in expanded] == [float(part.max()) for part in expanded] == [1, 2, 3, 4]
+    )
 
 
 def test_time_is_the_last_axis() -> None:
     image = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])
 
-    found = expand(image, Partition(factor=2, axes="time"))
+    expanded = expand(image, Partition(factor=2, axes="time"))
 
-    assert found[:, 0].tolist() == [[[1, 1], [3, 3]], [[2, 2], [4, 4]]]
+    assert expanded[:, 0].tolist() == [[[1, 1], [3, 3]], [[2, 2], [4, 4]]]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -69,11 +71,11 @@ def test_expanding_is_bilinear_up_sampling_of_every_part(
 ) -> None:
     images = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
 
-    found = expand(images, partition)
+    expanded = expand(images, partition)
 
-    wanted = torch.stack([part for image in images for part in by_hand(image, partition)])
-    assert found.shape == (2 * partition.num_parts, *shape)
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+    expected = torch.stack([part for image in images for part in by_hand(image, partition)])
+    assert expanded.shape == (2 * partition.num_parts, *shape)
+    torch.testing.assert_close(expanded.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("partition", PARTITIONS, ids=str)

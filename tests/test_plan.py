@@ -35,18 +35,18 @@ AUGMENTED = [name for name in method_names() if "augment" in get_method(name).co
 def test_spectrograms_are_not_augmented_while_matching(
     method: str, preset: str, sounds: Any, toy: Any
 ) -> None:
-    """By nobody's preset; pictures of their shape are, and whoever asks for it has it."""
+    """No preset augments them; images of the same shape are augmented, and settings can turn it on."""
     assert {"dm", "dsa", "idm", "m3d", "dsdm", "dc", "cafe", "datadam"} <= set(AUGMENTED)
-    held = resolve(method, sounds, ipc=1, preset=preset).config
-    assert held.method.augment == "none"
+    config = resolve(method, sounds, ipc=1, preset=preset).config
+    assert config.method.augment == "none"
     grey = toy(shape=(1, 64, 64), name="grey")
     pictures, small = (
         resolve(method, data, ipc=1, preset=preset).config for data in (grey, toy(shape=(1, 32, 32)))
     )
     assert pictures.method.augment == small.method.augment
     assert pictures.evaluate.augment == small.evaluate.augment
-    asked = resolve(method, sounds, ipc=1, preset=preset, layers=[{"method": {"augment": "dsa"}}]).config
-    assert asked.method.augment == "dsa"
+    overridden = resolve(method, sounds, ipc=1, preset=preset, layers=[{"method": {"augment": "dsa"}}]).config
+    assert overridden.method.augment == "dsa"
 
 
 def test_a_set_that_cannot_be_of_sounds_is_not_read_for_it(toy: Any) -> None:
@@ -58,7 +58,7 @@ def test_a_set_that_cannot_be_of_sounds_is_not_read_for_it(toy: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "given", "cutmix"),
+    ("method", "settings", "cutmix"),
     [
         ("dsdm", {}, 0.0),
         ("dsdm", {"factor": 2}, 0.0),
@@ -68,10 +68,10 @@ def test_a_set_that_cannot_be_of_sounds_is_not_read_for_it(toy: Any) -> None:
 )
 @pytest.mark.parametrize("layer", [{}, {"recipe": "idc"}])
 def test_mnist_is_mixed_unless_it_is_cut_in_two(
-    method: str, given: dict[str, Any], cutmix: float, layer: dict[str, Any], toy: Any
+    method: str, settings: dict[str, Any], cutmix: float, layer: dict[str, Any], toy: Any
 ) -> None:
     mnist = toy(shape=(1, 28, 28), name="mnist", can_flip=False)
-    layers = [{"method": given}, {"evaluate": layer}]
+    layers = [{"method": settings}, {"evaluate": layer}]
     assert resolve(method, mnist, ipc=1, layers=layers).config.evaluate.cutmix == cutmix
     layers = [*layers, {"evaluate": {"cutmix": 0.25}}]
     assert resolve(method, mnist, ipc=1, layers=layers).config.evaluate.cutmix == 0.25
@@ -91,10 +91,10 @@ def test_layers_win_in_order(toy: Any, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(module, "shipped", lambda *parts: tmp_path.joinpath(*parts))
     dataset = toy()
 
-    def settings(**more: Any) -> tuple[float, float, float, float, int]:
-        config = resolve("dm", dataset, ipc=2, **more).config
-        held = config.method
-        return held.lr_img, held.momentum, held.batch_real, config.evaluate.epochs, config.steps
+    def settings(**changes: Any) -> tuple[float, float, float, float, int]:
+        config = resolve("dm", dataset, ipc=2, **changes).config
+        method = config.method
+        return method.lr_img, method.momentum, method.batch_real, config.evaluate.epochs, config.steps
 
     assert settings() == (1.0, 0.5, 256, 1000, 20_000)
     (folder / "toy.yaml").write_text("steps: 7\nmethod: {lr_img: 2, momentum: .1, batch_real: 3}\n")
@@ -140,7 +140,7 @@ def test_bad_settings_are_refused(changes: dict[str, Any], message: str, toy: An
 
 
 @pytest.mark.parametrize(
-    ("arch", "shape", "wanted"),
+    ("arch", "shape", "expected"),
     [
         ("auto", (3, 32, 32), "convnet3"),
         ("auto", (3, 64, 64), "convnet4"),
@@ -150,8 +150,8 @@ def test_bad_settings_are_refused(changes: dict[str, Any], message: str, toy: An
         ("resnet18", (3, 32, 32), "resnet18"),
     ],
 )
-def test_auto_is_the_fields_convnet(arch: str, shape: tuple[int, int, int], wanted: str) -> None:
-    assert resolve_arch(arch, shape) == wanted
+def test_auto_is_the_fields_convnet(arch: str, shape: tuple[int, int, int], expected: str) -> None:
+    assert resolve_arch(arch, shape) == expected
 
 
 def test_ipc_must_fit_the_smallest_class(toy: Any) -> None:
@@ -186,10 +186,10 @@ def test_pixel_spaces(toy: Any) -> None:
     raw = pixel_space("raw", dataset, split)
     torch.testing.assert_close(raw.encode(split.images), split.images / 255)
     zca = pixel_space("zca", dataset, split).zca_matrix
-    wanted = fit_zca(split).zca_matrix
+    expected = fit_zca(split).zca_matrix
     assert zca is not None
-    assert wanted is not None
-    assert torch.equal(zca, wanted)
+    assert expected is not None
+    assert torch.equal(zca, expected)
 
 
 def test_a_context_holds_what_the_plan_says(toy: Any) -> None:
@@ -216,9 +216,9 @@ def test_what_a_plan_says_of_itself_differs_with_everything_that_decides(toy: An
         resolve("dm", dataset, ipc=1, layers=[{"method": {"lr_img": 2}}]),
     ]
 
-    said = [repr(sorted(held.describe().items())) for held in (plan, *others)]
+    descriptions = [repr(sorted(variant.describe().items())) for variant in (plan, *others)]
 
-    assert len(set(said)) == len(said)
+    assert len(set(descriptions)) == len(descriptions)
     assert plan.describe()["method_name"] == "dm"
     assert plan.describe()["method"]["lr_img"] == 1.0
 

@@ -43,20 +43,20 @@ class Trainer:
     def __init__(self) -> None:
         self.calls: list[PoolSpec] = []
 
-    def __call__(self, wanted: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
-        self.calls.append(wanted)
-        net = build_net(wanted.arch, wanted.image_shape, wanted.num_classes, seed=wanted.seed + 1)
+    def __call__(self, pool_spec: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+        self.calls.append(pool_spec)
+        net = build_net(pool_spec.arch, pool_spec.image_shape, pool_spec.num_classes, seed=pool_spec.seed + 1)
         weights = {f"weights.{name}": tensor for name, tensor in net.state_dict().items()}
         return {**weights, "features": torch.arange(6.0).view(3, 2).T}, {"final_loss": 0.5}
 
 
 def names(ddray_home: Path) -> list[str]:
-    """What the pool's folder holds besides locks."""
+    """Names in the pool's folder except locks."""
     return sorted(path.name for path in (ddray_home / "pool").iterdir() if path.suffix != ".lock")
 
 
-def times_trained(ddray_home: Path, wanted: PoolSpec) -> int:
-    return int(json.loads((ddray_home / "pool" / wanted.key / ENTRY).read_text())["times_trained"])
+def times_trained(ddray_home: Path, pool_spec: PoolSpec) -> int:
+    return int(json.loads((ddray_home / "pool" / pool_spec.key / ENTRY).read_text())["times_trained"])
 
 
 def test_home_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_the_specs_of_a_pool_differ_in_their_seeds(toy: Any) -> None:
         dataset, split="train", arch="convnet1_w8", device="cpu", recipe={"epochs": 3}, seed=5, num=3
     )
 
-    assert [held.seed for held in specs] == [5, 6, 7]
+    assert [pool_spec.seed for pool_spec in specs] == [5, 6, 7]
     assert specs[0].recipe == {**SUPERVISED_RECIPE, "epochs": 3}
     assert (specs[0].dataset, specs[0].num_classes) == (dataset.fingerprint, 3)
     assert specs[0].model_copy(update={"seed": 6}) == specs[1]
@@ -127,18 +127,18 @@ def test_what_is_missing_is_trained_once_and_given_in_order(ddray_home: Path) ->
     assert b.meta["times_trained"] == 1
     assert torch.equal(later.tensors["features"], torch.tensor([[0.0, 2.0, 4.0], [1.0, 3.0, 5.0]]))
     assert names(ddray_home) == sorted([spec().key, spec(seed=1).key])
-    assert PoolFiles(ddray_home / "pool").known() == names(ddray_home)
+    assert PoolFiles(ddray_home / "pool").list_keys() == names(ddray_home)
 
 
 def test_an_entry_gives_its_network_with_its_weights_in_eval_mode() -> None:
     (entry,) = LocalPool(Trainer()).get([spec(arch="convnet1_w8_bn")])
-    wanted = build_net("convnet1_w8_bn", (1, 8, 8), 3, seed=1).eval()
+    expected = build_net("convnet1_w8_bn", (1, 8, 8), 3, seed=1).eval()
     images = torch.rand(2, 1, 8, 8)
 
     net = entry.module()
 
     assert not net.training
-    assert torch.equal(net(images), wanted(images))
+    assert torch.equal(net(images), expected(images))
 
 
 def test_tensors_are_maps_of_the_file_and_writing_to_them_changes_no_other(ddray_home: Path) -> None:
@@ -152,7 +152,7 @@ def test_tensors_are_maps_of_the_file_and_writing_to_them_changes_no_other(ddray
 
 
 def damage(kind: str, folder: Path) -> None:
-    """Damage an entry in one of the ways that happen."""
+    """Damage an entry in one of the ways that occur in practice."""
     entry, tensors = folder / ENTRY, folder / TENSORS
     if kind == "no entry":
         entry.unlink()
@@ -169,9 +169,9 @@ def damage(kind: str, folder: Path) -> None:
     elif kind == "torn tensors":
         tensors.write_bytes(tensors.read_bytes()[:100])
     elif kind == "a bit":
-        held = bytearray(tensors.read_bytes())
-        held[-1] ^= 1
-        tensors.write_bytes(held)
+        flipped = bytearray(tensors.read_bytes())
+        flipped[-1] ^= 1
+        tensors.write_bytes(flipped)
 
 
 DAMAGES = ("no entry", "no tensors", "empty entry", "torn entry", "another's entry", "empty tensors")
@@ -203,15 +203,15 @@ def test_a_damaged_entry_is_set_aside_said_and_trained_again(
 
 
 def test_an_entry_damaged_twice_is_kept_twice(ddray_home: Path) -> None:
-    for number in (1, 2, 3):
+    for count in (1, 2, 3):
         LocalPool(Trainer()).get([spec()])
-        assert times_trained(ddray_home, spec()) == number
-        damage("torn tensors" if number == 1 else "torn entry", ddray_home / "pool" / spec().key)
+        assert times_trained(ddray_home, spec()) == count
+        damage("torn tensors" if count == 1 else "torn entry", ddray_home / "pool" / spec().key)
     LocalPool(Trainer()).get([spec()])
 
     key = spec().key
     assert names(ddray_home) == [key, f"{key}.corrupt-1", f"{key}.corrupt-2", f"{key}.corrupt-3"]
-    assert PoolFiles(ddray_home / "pool").known() == [key]
+    assert PoolFiles(ddray_home / "pool").list_keys() == [key]
 
 
 def test_the_count_outlives_the_entry_and_a_lost_lock_file(ddray_home: Path) -> None:
@@ -229,8 +229,8 @@ def test_the_count_outlives_the_entry_and_a_lost_lock_file(ddray_home: Path) -> 
 def test_an_entry_of_an_earlier_version_without_a_hash_is_read(ddray_home: Path) -> None:
     LocalPool(Trainer()).get([spec()])
     path = ddray_home / "pool" / spec().key / ENTRY
-    held = json.loads(path.read_text())
-    path.write_text(json.dumps({name: held[name] for name in ("key", "spec", "final_loss")}))
+    entry = json.loads(path.read_text())
+    path.write_text(json.dumps({name: entry[name] for name in ("key", "spec", "final_loss")}))
     trainer = Trainer()
 
     assert LocalPool(trainer).get([spec()])[0].tensors["features"].sum() == 15
@@ -277,7 +277,7 @@ def test_nothing_is_said_when_all_are_there(caplog: pytest.LogCaptureFixture) ->
 
 
 def test_a_trainer_that_fails_leaves_nothing_and_the_next_one_may_try(ddray_home: Path) -> None:
-    def fail(wanted: PoolSpec) -> Any:
+    def fail(pool_spec: PoolSpec) -> Any:
         raise KeyError("diverged")
 
     with pytest.raises(KeyError):
@@ -291,7 +291,7 @@ def test_what_a_killed_trainer_left_half_written_is_removed(ddray_home: Path) ->
     gone = subprocess.Popen(["true"])
     gone.wait()
     drafts = {}
-    for name, wanted, owner in (
+    for name, pool_spec, owner in (
         ("dead", spec(), f"{pool_files._host()}-{gone.pid}.aa"),
         ("alive", spec(), f"{pool_files._host()}-{os.getppid()}.aa"),
         ("of another entry", spec(seed=1), f"{pool_files._host()}-{gone.pid}.aa"),
@@ -299,7 +299,7 @@ def test_what_a_killed_trainer_left_half_written_is_removed(ddray_home: Path) ->
         ("elsewhere, silent", spec(), f"some_other_machine-{gone.pid}.bb"),
         ("of an earlier version, silent", spec(), "cc"),
     ):
-        drafts[name] = files.folder / f".{wanted.key}.{owner}.tmp"
+        drafts[name] = files.folder / f".{pool_spec.key}.{owner}.tmp"
         drafts[name].mkdir(parents=True)
         (drafts[name] / TENSORS).write_bytes(b"half")
         if "silent" in name:
@@ -316,7 +316,7 @@ def test_what_a_killed_trainer_left_half_written_is_removed(ddray_home: Path) ->
 
 
 def test_a_draft_outlives_whoever_takes_the_lock_meanwhile(ddray_home: Path) -> None:
-    """As a cluster's client writes it, which does not hold the lock itself."""
+    """Drafts of cluster clients, which do not own the lock themselves."""
     files = PoolFiles(ddray_home / "pool")
     draft = files.draft(spec().key, {"a": torch.ones(2)}, {"spec": spec().dump()}, times_trained=1)
 
@@ -330,13 +330,13 @@ def test_a_draft_outlives_whoever_takes_the_lock_meanwhile(ddray_home: Path) -> 
 
 
 def test_of_many_threads_one_trains_and_all_get_its_entry(ddray_home: Path) -> None:
-    trainer, found, errors = Trainer(), [], []
+    trainer, entries, errors = Trainer(), [], []
     gate = threading.Barrier(6)
 
     def work() -> None:
         try:
             gate.wait()
-            found.extend(LocalPool(trainer).get([spec()]))
+            entries.extend(LocalPool(trainer).get([spec()]))
         except BaseException as error:
             errors.append(error)
 
@@ -348,19 +348,19 @@ def test_of_many_threads_one_trains_and_all_get_its_entry(ddray_home: Path) -> N
 
     assert errors == []
     assert len(trainer.calls) == 1
-    assert len(found) == 6
-    assert len({json.dumps(entry.meta, sort_keys=True) for entry in found}) == 1
+    assert len(entries) == 6
+    assert len({json.dumps(entry.meta, sort_keys=True) for entry in entries}) == 1
 
 
 def test_who_waits_for_one_entry_trains_the_next(ddray_home: Path) -> None:
-    """While another holds the first entry's lock, the second is trained; then the first is taken over."""
+    """While the first entry is locked elsewhere, the second is trained; then the first is taken over."""
     lock = PoolFiles(ddray_home / "pool").lock(spec().key)
 
     class Releasing(Trainer):
-        def __call__(self, wanted: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
-            if wanted == spec(seed=1):
-                lock.release()  # as a trainer that died
-            return super().__call__(wanted)
+        def __call__(self, pool_spec: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+            if pool_spec == spec(seed=1):
+                lock.release()  # like a trainer that died
+            return super().__call__(pool_spec)
 
     trainer = Releasing()
     LocalPool(trainer).get([spec(), spec(seed=1)])
@@ -374,9 +374,9 @@ def test_where_locks_do_not_hold_the_first_entry_stays(
     monkeypatch.setattr(pool_files.fcntl, "flock", lambda handle, how: None)
 
     class Overtaken(Trainer):
-        def __call__(self, wanted: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
-            tensors, measured = super().__call__(wanted)
-            LocalPool(Trainer()).get([wanted])
+        def __call__(self, pool_spec: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+            tensors, measured = super().__call__(pool_spec)
+            LocalPool(Trainer()).get([pool_spec])
             return tensors, {**measured, "final_loss": 99.0}
 
     (entry,) = LocalPool(Overtaken()).get([spec()])

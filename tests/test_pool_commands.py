@@ -21,14 +21,14 @@ from ddray.ssl import SslTrainer
 CPU = torch.device("cpu")
 
 
-def trained(dataset: Any, **more: Any) -> dict[str, Any]:
+def trained(dataset: Any, **changes: Any) -> dict[str, Any]:
     settings = {"arch": "convnet1_w8", "recipe": {"epochs": 1}, "seed": 0, "num_models": 1, "device": CPU}
-    return train_pool(dataset, **{**settings, **more})
+    return train_pool(dataset, **{**settings, **changes})
 
 
 def test_training_gives_the_keys_that_methods_ask_for(toy: Any, ddray_home: Path) -> None:
     dataset = toy()
-    found = trained(dataset, num_models=2, recipe={}, seed=3)
+    result = trained(dataset, num_models=2, recipe={}, seed=3)
 
     plan = resolve("herding", dataset, ipc=1, seed=3, layers=[{"arch": "convnet1_w8"}])
     ctx = make_context(plan, dataset.train(), split_name="train", device=CPU)
@@ -36,32 +36,32 @@ def test_training_gives_the_keys_that_methods_ask_for(toy: Any, ddray_home: Path
     specs = supervised_specs(
         dataset, split="train", arch="convnet1_w8", device="cpu", recipe={}, seed=3, num=2
     )
-    assert found["keys"] == [spec.key for spec in specs]
-    assert found["key"] == found["keys"][0] == declared.key
-    assert found["folder"] == str(ddray_home / "pool" / found["key"])
-    assert Path(found["folder"], TENSORS).is_file()
+    assert result["keys"] == [spec.key for spec in specs]
+    assert result["key"] == result["keys"][0] == declared.key
+    assert result["folder"] == str(ddray_home / "pool" / result["key"])
+    assert Path(result["folder"], TENSORS).is_file()
 
 
 def test_the_recipe_is_checked_and_taken(toy: Any) -> None:
     dataset = toy()
-    found = trained(dataset, recipe={"epochs": 1, "lr": 1, "augment": "dsa", "schedule": "constant"})
-    recipe = show_entry(found["key"])["meta"]["spec"]["recipe"]
+    result = trained(dataset, recipe={"epochs": 1, "lr": 1, "augment": "dsa", "schedule": "constant"})
+    recipe = show_entry(result["key"])["meta"]["spec"]["recipe"]
     plain = {"momentum": 0.9, "weight_decay": 5e-4, "batch": 256}
     assert recipe == {"epochs": 1, "lr": 1.0, "augment": "dsa", **plain}
-    assert trained(dataset, recipe={"epochs": 1, "lr": 1.0, "augment": "dsa"}) == found
-    for more, message in (
+    assert trained(dataset, recipe={"epochs": 1, "lr": 1.0, "augment": "dsa"}) == result
+    for changes, message in (
         ({"recipe": {"epoch": 1}}, "unknown option 'epoch'; did you mean 'epochs'"),
         ({"recipe": {"epochs": 0}}, "epochs: .*got 0"),
         ({"num_models": 0}, "--num-models must be >= 1, got 0"),
         ({"arch": "convnet9"}, "convnet9"),
     ):
         with pytest.raises(InputError, match=message):
-            trained(dataset, **more)
+            trained(dataset, **changes)
 
 
 def test_a_pool_folder_of_ones_own(toy: Any, tmp_path: Path, ddray_home: Path) -> None:
-    found = trained(toy(), folder=tmp_path / "own")
-    assert found["folder"] == str(tmp_path / "own" / found["key"])
+    result = trained(toy(), folder=tmp_path / "own")
+    assert result["folder"] == str(tmp_path / "own" / result["key"])
     assert not ddray_home.exists()
     assert list_pool() == {"models": []}
 
@@ -98,10 +98,10 @@ def test_an_entry_set_aside_while_the_list_is_made_is_left_out(
     describe = PoolFiles.describe
 
     def overtaken(files: PoolFiles, key: str) -> dict[str, Any]:
-        held = describe(files, key)
+        description = describe(files, key)
         if key == keys[0]:
             (files.folder / key).rename(files.folder / f"{key}.corrupt-1")
-        return held
+        return description
 
     monkeypatch.setattr(PoolFiles, "describe", overtaken)
     assert [model["key"] for model in list_pool()["models"]] == keys[1:]
@@ -113,14 +113,14 @@ SMALL = {"epochs": 1, "batch": 8, "projector": 8}
 @pytest.mark.parametrize("method", ["krr_st", "boost_ssdd"])
 def test_a_teacher_is_the_one_that_the_methods_ask_for(method: str, toy: Any, ddray_home: Path) -> None:
     dataset = toy()
-    found = train_teacher(dataset, arch="convnet1_w8", recipe=SMALL, seed=0, device=CPU)
+    result = train_teacher(dataset, arch="convnet1_w8", recipe=SMALL, seed=0, device=CPU)
 
     layers = [{"method": {"teacher": {**SMALL, "arch": "convnet1_w8"}}}]
     plan = resolve(method, dataset, budget=20, layers=layers)
     ctx = make_context(plan, dataset.train(), split_name="train", device=CPU, pool=LocalPool(never))
     entry = teacher_of(ctx, plan.config.method.teacher)
-    assert entry.meta["key"] == found["key"] == found["keys"][0]
-    assert Path(found["folder"], TENSORS).is_file()
+    assert entry.meta["key"] == result["key"] == result["keys"][0]
+    assert Path(result["folder"], TENSORS).is_file()
     (model,) = list_pool()["models"]
     assert (model["kind"], model["dataset"], model["arch"]) == ("ssl", "toy", "convnet1_w8")
     assert (model["epochs"], model["times_trained"]) == (1, 1)
@@ -130,13 +130,13 @@ def test_a_teacher_is_the_one_that_the_methods_ask_for(method: str, toy: Any, dd
 def test_a_teacher_of_no_settings_is_that_of_the_methods_defaults(
     method: str, digits: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The shipped settings for a dataset count too, as they do for the methods."""
+    """The shipped settings for a dataset apply, as they do for the methods."""
     monkeypatch.setattr(SslTrainer, "__call__", lambda self, spec: ({"features": torch.ones(1)}, {}))
-    found = train_teacher(digits, arch="auto", recipe={}, seed=0, device=CPU)
+    result = train_teacher(digits, arch="auto", recipe={}, seed=0, device=CPU)
 
     plan = resolve(method, digits, budget=200)
     ctx = make_context(plan, digits.train(), split_name="train", device=CPU, pool=LocalPool(never))
-    assert teacher_of(ctx, plan.config.method.teacher).meta["key"] == found["key"]
+    assert teacher_of(ctx, plan.config.method.teacher).meta["key"] == result["key"]
 
 
 def never(spec: Any) -> Any:
@@ -144,32 +144,34 @@ def never(spec: Any) -> Any:
 
 
 def test_a_teachers_settings_are_checked(toy: Any, sounds: Any) -> None:
-    def teacher(dataset: Any, **more: Any) -> Any:
-        return train_teacher(dataset, **{"arch": "auto", "recipe": SMALL, "seed": 0, "device": CPU, **more})
+    def teacher(dataset: Any, **changes: Any) -> Any:
+        return train_teacher(
+            dataset, **{"arch": "auto", "recipe": SMALL, "seed": 0, "device": CPU, **changes}
+        )
 
-    for more, message in (
+    for changes, message in (
         ({"recipe": {"epoch": 1}}, "unknown option .*epoch'; did you mean .*epochs"),
         ({"recipe": {"epochs": 0}}, "epochs: .*got 0"),
         ({"arch": "resnet81"}, "did you mean"),
     ):
         with pytest.raises(InputError, match=message):
-            teacher(toy(), **more)
-    with pytest.raises(InputError, match="needs images of bytes"):
+            teacher(toy(), **changes)
+    with pytest.raises(InputError, match="needs 8-bit images"):
         teacher(sounds)
 
 
 def test_an_entry_is_shown_by_a_prefix(toy: Any, ddray_home: Path) -> None:
     keys = sorted(trained(toy(), num_models=2)["keys"])
 
-    shown = show_entry(keys[0][:10])
+    entry = show_entry(keys[0][:10])
 
-    assert (shown["key"], shown["folder"]) == (keys[0], str(ddray_home / "pool" / keys[0]))
-    assert shown["meta"]["spec"]["arch"] == "convnet1_w8"
-    assert shown["tensors"]["features"] == {"dtype": "F32", "shape": [24, 8 * 8 * 8]}
-    assert any(name.startswith("weights.") for name in shown["tensors"])
-    with pytest.raises(InputError, match=r"key must begin one entry of .*, 0 begin with 'zz'; there: "):
+    assert (entry["key"], entry["folder"]) == (keys[0], str(ddray_home / "pool" / keys[0]))
+    assert entry["meta"]["spec"]["arch"] == "convnet1_w8"
+    assert entry["tensors"]["features"] == {"dtype": "F32", "shape": [24, 8 * 8 * 8]}
+    assert any(name.startswith("weights.") for name in entry["tensors"])
+    with pytest.raises(InputError, match=r"key must fit one entry of .*, 0 start with 'zz'; there: "):
         show_entry("zz")
-    with pytest.raises(InputError, match=f"2 begin with ''; there: {keys[0][:12]}, {keys[1][:12]}"):
+    with pytest.raises(InputError, match=f"2 start with ''; there: {keys[0][:12]}, {keys[1][:12]}"):
         show_entry("")
     (ddray_home / "pool" / keys[0] / TENSORS).write_bytes(b"half")
     with pytest.raises(InputError, match=r"must be undamaged: .*4 bytes instead of"):
@@ -181,19 +183,19 @@ class TestCommands:
 
     def test_train_list_show(self, capfd: pytest.CaptureFixture[str], ddray_home: Path) -> None:
         assert _run([*self.TRAIN, "--num-models", "2", "--device", "cpu", "--json"], False) == 0
-        made = json.loads(capfd.readouterr().out)
-        assert len(made["keys"]) == 2
+        result = json.loads(capfd.readouterr().out)
+        assert len(result["keys"]) == 2
 
         assert _run(["pool", "list", "--json"], False) == 0
         models = json.loads(capfd.readouterr().out)["models"]
-        assert sorted(made["keys"]) == [model["key"] for model in models]
+        assert sorted(result["keys"]) == [model["key"] for model in models]
         assert {(model["dataset"], model["epochs"]) for model in models} == {("digits", 1)}
 
-        assert _run(["pool", "show", made["key"][:8], "--json"], False) == 0
-        assert json.loads(capfd.readouterr().out)["key"] == made["key"]
-        for command in (["pool", "list"], ["pool", "show", made["key"]], [*self.TRAIN]):
+        assert _run(["pool", "show", result["key"][:8], "--json"], False) == 0
+        assert json.loads(capfd.readouterr().out)["key"] == result["key"]
+        for command in (["pool", "list"], ["pool", "show", result["key"]], [*self.TRAIN]):
             assert _run(command, False) == 0
-            assert made["key"][:12] in capfd.readouterr().out
+            assert result["key"][:12] in capfd.readouterr().out
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -208,7 +210,7 @@ class TestCommands:
                 ["pool", "train", "--kind", "ssl", "--num-models", "1"],
                 "--num-models must go with --kind supervised, got --kind ssl",
             ),
-            (["pool", "show", "abc"], "0 begin with 'abc'; there: none"),
+            (["pool", "show", "abc"], "0 start with 'abc'; there: none"),
             ([*TRAIN, "--set", "epoch=2"], "unknown option 'epoch'"),
             ([*TRAIN, "--dataset", "digitz"], "did you mean 'digits'"),
         ],
@@ -223,35 +225,35 @@ class TestCommands:
         assert re.match(f"error: .*{message}", line)
 
     def test_epochs_and_sets_reach_the_recipe(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        asked: list[dict[str, Any]] = []
+        calls: list[dict[str, Any]] = []
 
-        def look(dataset: Any, **more: Any) -> dict[str, Any]:
-            asked.append({"dataset": dataset.name, **more})
+        def record(dataset: Any, **settings: Any) -> dict[str, Any]:
+            calls.append({"dataset": dataset.name, **settings})
             return {"key": "k", "folder": "f", "keys": ["k"]}
 
-        monkeypatch.setattr(pool_api, "train_pool", look)
+        monkeypatch.setattr(pool_api, "train_pool", record)
         sets = ["--set", "epochs=7", "--set", "lr=1e-1", "--seed", "4", "--out", "own"]
         assert _run(["pool", "train", "--kind", "supervised", *sets], False) == 0
         assert _run([*self.TRAIN, *sets], False) == 0
-        assert asked[0]["recipe"] == {"epochs": 7, "lr": 0.1}
-        assert (asked[0]["seed"], asked[0]["num_models"], asked[0]["arch"]) == (4, 1, "auto")
-        assert asked[0]["folder"] == Path.cwd() / "own"
-        assert (asked[1]["recipe"]["epochs"], asked[1]["arch"]) == (1, "convnet1_w8")
+        assert calls[0]["recipe"] == {"epochs": 7, "lr": 0.1}
+        assert (calls[0]["seed"], calls[0]["num_models"], calls[0]["arch"]) == (4, 1, "auto")
+        assert calls[0]["folder"] == Path.cwd() / "own"
+        assert (calls[1]["recipe"]["epochs"], calls[1]["arch"]) == (1, "convnet1_w8")
 
     def test_train_a_teacher(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        asked: list[dict[str, Any]] = []
+        calls: list[dict[str, Any]] = []
 
-        def look(dataset: Any, **more: Any) -> dict[str, Any]:
-            asked.append({"dataset": dataset.name, **more})
+        def record(dataset: Any, **settings: Any) -> dict[str, Any]:
+            calls.append({"dataset": dataset.name, **settings})
             return {"key": "k", "folder": "f", "keys": ["k"]}
 
-        monkeypatch.setattr(pool_api, "train_teacher", look)
+        monkeypatch.setattr(pool_api, "train_teacher", record)
         command = ["pool", "train", "--kind", "ssl", "--device", "cpu"]
         assert _run([*command], False) == 0
-        more = ["--epochs", "3", "--set", "batch=9", "--seed", "2", "--arch", "resnet10", "--out", "own"]
-        assert _run([*command, *more], False) == 0
+        options = ["--epochs", "3", "--set", "batch=9", "--seed", "2", "--arch", "resnet10", "--out", "own"]
+        assert _run([*command, *options], False) == 0
         rest = {"dataset": "digits", "device": CPU}
-        assert asked == [
+        assert calls == [
             {**rest, "arch": "auto", "recipe": {}, "seed": 0, "folder": None},
             {
                 **rest,
@@ -266,9 +268,9 @@ class TestCommands:
 def test_a_damaged_entry_is_said_on_stderr_at_the_next_use(
     toy: Any, ddray_home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    found = trained(toy())
-    (ddray_home / "pool" / found["key"] / TENSORS).write_bytes(b"half")
+    result = trained(toy())
+    (ddray_home / "pool" / result["key"] / TENSORS).write_bytes(b"half")
     with caplog.at_level(logging.WARNING):
         trained(toy())
-    assert found["key"][:12] in caplog.text
+    assert result["key"][:12] in caplog.text
     assert [model["times_trained"] for model in list_pool()["models"]] == [2]

@@ -20,7 +20,7 @@ from ddray.seeding import derive, derive_seed
 CPU = torch.device("cpu")
 
 
-def wanted(dataset: Dataset, split: str = "train", seed: int = 3, **recipe: Any) -> PoolSpec:
+def pool_spec(dataset: Dataset, split: str = "train", seed: int = 3, **recipe: Any) -> PoolSpec:
     recipe = {"epochs": 2, "batch": 7, **recipe}
     (spec,) = supervised_specs(
         dataset, split=split, arch="convnet2_w8", device="cpu", recipe=recipe, seed=seed, num=1
@@ -33,12 +33,12 @@ def same(a: Any, b: Any) -> bool:
 
 
 def test_it_is_plain_sgd_on_the_normalized_images(toy: Any) -> None:
-    """Against a loop written out here: SGD .01, momentum .9, weight decay 5e-4, a fresh order each epoch."""
+    """Compared with an explicit loop: SGD .01, momentum .9, weight decay 5e-4, a fresh order each epoch."""
     dataset = toy()
     split = dataset.train()
     seed = derive_seed(3, "pool", "supervised")
     net = build_net("convnet2_w8", dataset.image_shape, 3, seed=seed)
-    mean, std = (torch.tensor(held).view(1, 3, 1, 1) for held in (dataset.mean, dataset.std))
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (dataset.mean, dataset.std))
     images = (split.images.float() / 255 - mean) / std
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     order = derive(seed, "order")
@@ -51,7 +51,7 @@ def test_it_is_plain_sgd_on_the_normalized_images(toy: Any) -> None:
             optimizer.step()
             total += float(loss.detach()) * len(index)
 
-    tensors, measured = SupervisedTrainer(dataset, split, CPU)(wanted(dataset))
+    tensors, measured = SupervisedTrainer(dataset, split, CPU)(pool_spec(dataset))
 
     assert measured == {"final_loss": pytest.approx(total / len(split), rel=1e-4), "dataset_name": "toy"}
     for name, value in net.state_dict().items():
@@ -63,17 +63,17 @@ def test_it_is_plain_sgd_on_the_normalized_images(toy: Any) -> None:
 def test_a_large_split_is_encoded_by_the_batch(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = toy()
     trainer = SupervisedTrainer(dataset, dataset.train(), CPU)
-    whole, _ = trainer(wanted(dataset))
+    whole, _ = trainer(pool_spec(dataset))
     monkeypatch.setattr(pool_training, "_MAX_ENCODED", 0)
     sizes = []
     train = pool_training.train
 
-    def look(net: Any, images: Any, *rest: Any, **more: Any) -> float:
+    def look(net: Any, images: Any, *rest: Any, **options: Any) -> float:
         sizes.append(images.element_size())
-        return float(train(net, images, *rest, **more))
+        return float(train(net, images, *rest, **options))
 
     monkeypatch.setattr(pool_training, "train", look)
-    by_batch, _ = trainer(wanted(dataset))
+    by_batch, _ = trainer(pool_spec(dataset))
 
     assert sizes == [1]  # bytes
     for name, value in whole.items():
@@ -94,30 +94,30 @@ def test_the_recipe_decides(limit: int, toy: Any, monkeypatch: pytest.MonkeyPatc
         {"lr": 0.1},
     ]
 
-    found = [trainer(wanted(dataset, **change))[0]["features"] for change in changes]
+    features = [trainer(pool_spec(dataset, **change))[0]["features"] for change in changes]
 
-    assert len({tuple(held.flatten().tolist()) for held in found}) == len(changes)
-    assert torch.equal(found[1], trainer(wanted(dataset, **changes[1]))[0]["features"])
+    assert len({tuple(embedding.flatten().tolist()) for embedding in features}) == len(changes)
+    assert torch.equal(features[1], trainer(pool_spec(dataset, **changes[1]))[0]["features"])
 
 
 def test_a_split_is_the_same_images_for_whoever_trains(toy: Any) -> None:
-    """A search distils from a part of train, its final run from all of it: they share networks."""
+    """A search distils part of train, its final run all of it; they share networks."""
     dataset = toy(counts=(20, 20, 20))
     part, val = carve_val(dataset.train(), seed=0)
     searching, final = (SupervisedTrainer(dataset, split, CPU) for split in (part, dataset.train()))
 
-    a, b = (trainer(wanted(dataset))[0] for trainer in (searching, final))
-    c, d = (trainer(wanted(dataset, split="train-val0"))[0] for trainer in (searching, final))
+    a, b = (trainer(pool_spec(dataset))[0] for trainer in (searching, final))
+    c, d = (trainer(pool_spec(dataset, split="train-val0"))[0] for trainer in (searching, final))
 
     assert same(a, b)
     assert same(c, d)
     assert len(a["features"]) == len(c["features"]) == 60
     assert not torch.equal(a["features"], c["features"])
-    alone = SupervisedTrainer(dataset, part, CPU)(wanted(dataset, split="part"))[0]
+    alone = SupervisedTrainer(dataset, part, CPU)(pool_spec(dataset, split="part"))[0]
     assert torch.equal(c["features"][: len(part)], alone["features"]), "val is never trained on"
     rows = search_rows(dataset.train(), seed=0)
     joined = torch.cat([part.images, val.images])
-    assert torch.equal(joined[rows], dataset.train().images), "features of val stand after the others"
+    assert torch.equal(joined[rows], dataset.train().images), "features of val come last"
 
 
 def test_spectrograms_are_not_augmented(toy: Any) -> None:
@@ -128,7 +128,7 @@ def test_spectrograms_are_not_augmented(toy: Any) -> None:
     )
     trainer = SupervisedTrainer(dataset, sound, CPU)
 
-    assert same(trainer(wanted(dataset))[0], trainer(wanted(dataset, augment="dsa_idc", cutmix=0.5))[0])
+    assert same(trainer(pool_spec(dataset))[0], trainer(pool_spec(dataset, augment="dsa_idc", cutmix=0.5))[0])
 
 
 def test_what_cannot_be_trained_is_refused(toy: Any) -> None:
@@ -136,11 +136,11 @@ def test_what_cannot_be_trained_is_refused(toy: Any) -> None:
     trainer = SupervisedTrainer(dataset, dataset.train(), CPU)
 
     with pytest.raises(InputError, match=r"kind of pool entry must be one of .*supervised, got 'supervise'"):
-        trainer(wanted(dataset).model_copy(update={"kind": "supervise"}))
+        trainer(pool_spec(dataset).model_copy(update={"kind": "supervise"}))
     with pytest.raises(InputError, match=r"unknown option 'recipe.epoch'; did you mean 'epochs'"):
-        trainer(wanted(dataset, epoch=3))
+        trainer(pool_spec(dataset, epoch=3))
     with pytest.raises(DivergedError, match=r"training convnet2_w8 for the pool diverged: .*lower lr"):
-        trainer(wanted(dataset, lr=1e30))
+        trainer(pool_spec(dataset, lr=1e30))
 
 
 def test_only_selections_made_in_features_declare_their_network(toy: Any, ddray_home: Path) -> None:
@@ -165,8 +165,8 @@ def test_what_a_selection_declares_is_what_it_asks_for(toy: Any, planned: Any, d
     (entry,) = LocalPool(SupervisedTrainer(dataset, dataset.train(), CPU)).get([spec])
     assert math.isfinite(entry.meta["final_loss"])
 
-    def never(asked: PoolSpec) -> Any:
-        raise AssertionError(f"{asked} was not declared")
+    def never(undeclared: PoolSpec) -> Any:
+        raise AssertionError(f"{undeclared} was not declared")
 
     object.__setattr__(ctx, "pool", LocalPool(never))
     distiller.setup(ctx)

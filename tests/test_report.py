@@ -32,18 +32,18 @@ nested = st.recursive(
 
 @given(nested)
 def test_flatten_names_every_leaf_by_its_path(value: dict[str, Any]) -> None:
-    found = flatten(value, "x.")
+    leaves_by_path = flatten(value, "x.")
 
-    for name, leaf in found.items():
-        held: Any = value
+    for name, leaf in leaves_by_path.items():
+        node: Any = value
         for part in name.removeprefix("x.").split("."):
-            held = held[part]
-        assert held is leaf
+            node = node[part]
+        assert node is leaf
 
-    def count(held: Any) -> int:
-        return sum(map(count, held.values())) if isinstance(held, dict) else 1
+    def count(node: Any) -> int:
+        return sum(map(count, node.values())) if isinstance(node, dict) else 1
 
-    assert len(found) == count(value)
+    assert len(leaves_by_path) == count(value)
 
 
 def test_results_are_one_line_per_row(tmp_path: Path) -> None:
@@ -60,12 +60,12 @@ def test_results_are_one_line_per_row(tmp_path: Path) -> None:
     ]
     write_results(tmp_path / "results.csv", rows)
 
-    found = list(csv.DictReader(io.StringIO((tmp_path / "results.csv").read_text())))
+    lines = list(csv.DictReader(io.StringIO((tmp_path / "results.csv").read_text())))
 
-    assert [line["key"] for line in found] == ["a" * 64, "b"]
-    assert found[0] | {"accuracy": "0.25", "spec.method.lr": "0.5", "wall_s": "1.235"} == found[0]
-    assert found[0]["note"] == 'a, "b"\nc'
-    assert (found[1]["status"], found[1]["error"], found[1]["accuracy"]) == ("failed", "NaN loss", "")
+    assert [line["key"] for line in lines] == ["a" * 64, "b"]
+    assert lines[0] | {"accuracy": "0.25", "spec.method.lr": "0.5", "wall_s": "1.235"} == lines[0]
+    assert lines[0]["note"] == 'a, "b"\nc'
+    assert (lines[1]["status"], lines[1]["error"], lines[1]["accuracy"]) == ("failed", "NaN loss", "")
 
 
 def test_no_rows_give_an_empty_table(tmp_path: Path) -> None:
@@ -77,97 +77,99 @@ def test_no_rows_give_an_empty_table(tmp_path: Path) -> None:
 def a_set(toy: Any, planned: Any, *, ipc: int = 2, **layers: Any) -> DistilledSet:
     _, ctx, method = planned("random", toy(), ipc=ipc, **layers)
     method.setup(ctx)
-    made: DistilledSet = method.snapshot()
-    return made
+    distilled: DistilledSet = method.snapshot()
+    return distilled
 
 
 def cells(picture: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """Undo the grid: 2 px padding, 16 px images magnified four times -> [rows, columns, 3, 16, 16]."""
     side = 64 + 2
     assert picture.shape == (3, rows * side + 2, columns * side + 2)
-    found = [
+    tiles = [
         picture[:, 2 + r * side : 66 + r * side : 4, 2 + c * side : 66 + c * side : 4]
         for r in range(rows)
         for c in range(columns)
     ]
-    return torch.stack(found).view(rows, columns, 3, 16, 16)
+    return torch.stack(tiles).view(rows, columns, 3, 16, 16)
 
 
 def test_a_grid_has_a_class_per_row_in_raw_pixels(toy: Any, planned: Any) -> None:
-    made = a_set(toy, planned)
+    distilled = a_set(toy, planned)
 
-    found = cells(grid(made), 3, 2)
+    tiles = cells(grid(distilled), 3, 2)
 
     split = toy().train()
     for label in range(3):
         for column in range(2):
-            pixels = (found[label, column] * 255).round()
-            own = split.images[split.labels == label].float()
-            assert min(float((pixels - image).abs().max()) for image in own) <= 1
+            pixels = (tiles[label, column] * 255).round()
+            class_images = split.images[split.labels == label].float()
+            assert min(float((pixels - image).abs().max()) for image in class_images) <= 1
 
 
 def test_a_class_with_fewer_images_leaves_white_and_never_more_than_ten_are_shown(
     toy: Any, planned: Any
 ) -> None:
-    made = a_set(toy, planned, ipc=2)
-    uneven = DistilledSet(made.images[:5], made.labels[:5], made.meta)
+    distilled = a_set(toy, planned, ipc=2)
+    uneven = DistilledSet(distilled.images[:5], distilled.labels[:5], distilled.meta)
     assert float(cells(grid(uneven), 3, 2)[2, 1].min()) == 1.0
 
-    many = DistilledSet(made.images[:1].repeat(12, 1, 1, 1), made.labels[:1].repeat(12), made.meta)
+    many = DistilledSet(
+        distilled.images[:1].repeat(12, 1, 1, 1), distilled.labels[:1].repeat(12), distilled.meta
+    )
     cells(grid(many), 1, 10)
 
 
 def test_a_whitened_sets_images_fill_the_range(toy: Any, planned: Any) -> None:
-    made = a_set(toy, planned, pixel_space="zca")
-    assert made.meta.pixel_space == "zca"
-    wild = DistilledSet(made.images * 5, made.labels, made.meta, made.zca)
+    distilled = a_set(toy, planned, pixel_space="zca")
+    assert distilled.meta.pixel_space == "zca"
+    wild = DistilledSet(distilled.images * 5, distilled.labels, distilled.meta, distilled.zca)
 
-    found = cells(grid(wild), 3, 2).flatten(0, 1).flatten(1)
+    tiles = cells(grid(wild), 3, 2).flatten(0, 1).flatten(1)
 
-    assert torch.isfinite(found).all()
-    assert (found.min(1).values == 0).all()
-    assert (found.max(1).values == 1).all()
-    assert ((found == 0).float().mean(1) < 0.02).all()
+    assert torch.isfinite(tiles).all()
+    assert (tiles.min(1).values == 0).all()
+    assert (tiles.max(1).values == 1).all()
+    assert ((tiles == 0).float().mean(1) < 0.02).all()
     assert fit_zca(toy().train()).zca_matrix is not None
 
 
 def test_a_set_without_images_has_no_picture(toy: Any, planned: Any, tmp_path: Path) -> None:
-    made = a_set(toy, planned)
-    empty = replace(made, images=made.images[:0], labels=made.labels[:0])
+    distilled = a_set(toy, planned)
+    empty = replace(distilled, images=distilled.images[:0], labels=distilled.labels[:0])
 
     assert grid(empty) is None
     assert not save_grid(empty, tmp_path / "b.png")
     assert not list(tmp_path.glob("*.png"))
-    assert Image.open(io.BytesIO(png(grid(empty)))).size == (1, 1)  # a page that asks anyway is not broken
+    assert Image.open(io.BytesIO(png(grid(empty)))).size == (1, 1)  # so a page stays valid
 
 
 def test_the_png_holds_the_picture(toy: Any, planned: Any, tmp_path: Path) -> None:
-    made = a_set(toy, planned)
-    assert save_grid(made, tmp_path / "a.png")
+    distilled = a_set(toy, planned)
+    assert save_grid(distilled, tmp_path / "a.png")
 
-    held = Image.open(io.BytesIO((tmp_path / "a.png").read_bytes()))
+    picture = Image.open(io.BytesIO((tmp_path / "a.png").read_bytes()))
 
-    assert held.size == (134, 200)
-    values = torch.frombuffer(bytearray(held.convert("RGB").tobytes()), dtype=torch.uint8)
-    wanted = grid(made).permute(1, 2, 0).flatten()
-    assert float((values / 255 - wanted).abs().max()) < 1 / 255
-    assert png(grid(made)) == (tmp_path / "a.png").read_bytes()
+    assert picture.size == (134, 200)
+    values = torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8)
+    expected = grid(distilled).permute(1, 2, 0).flatten()
+    assert float((values / 255 - expected).abs().max()) < 1 / 255
+    assert png(grid(distilled)) == (tmp_path / "a.png").read_bytes()
 
 
 SPACE = {"lr_img": Range("loguniform", 0.01, 10.0), "init": Range("choice", choices=("random", "noise"))}
 
 
 class TestTunePage:
-    def row(self, number: int, **changes: Any) -> Row:
+    def row(self, trial_id: int, **changes: Any) -> Row:
         values: dict[str, Any] = {
-            "key": f"{number}",
+            "key": f"{trial_id}",
             "kind": "trial",
-            "spec": {"number": number, "params": {"lr_img": 0.123456 * (number + 1), "init": "random"}},
+            "spec": {"number": trial_id, "params": {"lr_img": 0.123456 * (trial_id + 1), "init": "random"}},
             "status": "done",
             "result": {
-                "number": number,
-                "val_accuracy": 0.1234 + number / 100,
-                "stopped_early": number == 1,
+                "number": trial_id,
+                "val_accuracy": 0.1234 + trial_id / 100,
+                "stopped_early": trial_id == 1,
                 "rungs": {"5": 0.1, "10": 0.12},
             },
             "wall_s": 1.5,

@@ -1,4 +1,4 @@
-"""The page of `ddray report`: what it shows of runs, that it needs no network, and its t-SNE planes."""
+"""The page of `ddray report`: what it shows, that it needs no network, and its t-SNE planes."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ SPEC: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bench with two rows that worked and one that diverged."""
-    made = tmp_path_factory.mktemp("report")
+    temporary = tmp_path_factory.mktemp("report")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DDRAY_HOME", str(made / "home"))
-        held = prepare(BenchSpec.parse(SPEC), BenchOptions(executor="local"))
-        run_bench(held, run_local, run_dir=made / "run")
-    return made / "run"
+        patch.setenv("DDRAY_HOME", str(temporary / "home"))
+        prepared = prepare(BenchSpec.parse(SPEC), BenchOptions(executor="local"))
+        run_bench(prepared, run_local, run_dir=temporary / "run")
+    return temporary / "run"
 
 
 @pytest.fixture(scope="module")
@@ -115,11 +115,11 @@ def test_the_leaderboard_has_every_cell_best_first(page: str, folder: Path) -> N
     cells = json.loads((folder / "cells.json").read_text())["cells"]
     assert len(lines) == len(cells) == 2 * 2 * 2
     assert all(len(line) == len(head) for line in lines)
-    shown = [dict(zip(head, line, strict=True)) for line in lines]
+    rows = [dict(zip(head, line, strict=True)) for line in lines]
     for cell in cells:
         (line,) = [
             line
-            for line in shown
+            for line in rows
             if (line["method"], line["size"], line["arch"])
             == (cell["method"], f"ipc {cell['ipc']}", cell["arch"])
         ]
@@ -129,7 +129,7 @@ def test_the_leaderboard_has_every_cell_best_first(page: str, folder: Path) -> N
         assert line["storage"] == f"{cell['ipc'] * 10 * 256:,}"
         assert float(line["seconds"]) >= 0
     groups: dict[tuple[str, str], list[float]] = {}
-    for line in shown:
+    for line in rows:
         groups.setdefault((line["size"], line["arch"]), []).append(float(line["accuracy %"].split()[0]))
     assert all(values == sorted(values, reverse=True) for values in groups.values())
 
@@ -137,8 +137,8 @@ def test_the_leaderboard_has_every_cell_best_first(page: str, folder: Path) -> N
 def test_published_numbers_stand_beside_ours(folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(folder, copy)
-    held = json.loads((copy / "cells.json").read_text())
-    held["cells"][0]["published"] = {
+    cells_file = json.loads((copy / "cells.json").read_text())
+    cells_file["cells"][0]["published"] = {
         "accuracy_mean": 0.32,
         "accuracy_std": 0.012,
         "paper": "datadam",
@@ -146,11 +146,11 @@ def test_published_numbers_stand_beside_ours(folder: Path, tmp_path: Path) -> No
         "difference": -0.0312,
         "difference_se": -2.46,
     }
-    (copy / "cells.json").write_text(json.dumps(held))
+    (copy / "cells.json").write_text(json.dumps(cells_file))
     write_page([copy], copy / "report.html", planes=False)
     board = tables((copy / "report.html").read_text())[0]
-    shown = [dict(zip(board[0], line, strict=True)) for line in board[1:]]
-    (line,) = [line for line in shown if line["published %"] != "-"]
+    rows = [dict(zip(board[0], line, strict=True)) for line in board[1:]]
+    (line,) = [line for line in rows if line["published %"] != "-"]
     assert (line["published %"], line["difference"], line["in SE"]) == ("32.00 ± 1.20", "-3.12", "-2.5")
 
 
@@ -163,11 +163,11 @@ def test_text_of_users_is_escaped(page: str) -> None:
 def test_methods_show_their_sets(page: str, folder: Path) -> None:
     run = read_run(folder)
     assert sorted({view.label for view in run.sets}) == ["dm & co", "random"]
-    wanted = {base64.b64encode(png(grid(artifact.load(view.path)))).decode() for view in run.sets}
-    shown = set(re.findall(r'src="data:image/png;base64,([^"]+)"', body(page)))
-    assert shown == wanted
-    for held in shown:
-        assert Image.open(io.BytesIO(base64.b64decode(held))).size[0] > 64
+    expected = {base64.b64encode(png(grid(artifact.load(view.path)))).decode() for view in run.sets}
+    pictures = set(re.findall(r'src="data:image/png;base64,([^"]+)"', body(page)))
+    assert pictures == expected
+    for encoded in pictures:
+        assert Image.open(io.BytesIO(base64.b64decode(encoded))).size[0] > 64
     assert "Random real images" in body(page) or "random" in body(page)
     assert "batch_real: 4" in body(page)
 
@@ -176,10 +176,10 @@ def test_a_large_picture_is_compressed() -> None:
     generator = torch.Generator().manual_seed(0)
     noise = torch.nn.functional.interpolate(torch.rand(1, 3, 64, 64, generator=generator), scale_factor=5)[0]
     smooth = torch.nn.functional.avg_pool2d(noise, 9, stride=1)
-    head, _, held = data_uri(smooth).partition("base64,")
+    head, _, encoded = data_uri(smooth).partition("base64,")
     assert head == "data:image/webp;"
-    assert len(held) < len(base64.b64encode(png(smooth))) / 2
-    read = to_tensor(Image.open(io.BytesIO(base64.b64decode(held))).convert("RGB"))
+    assert len(encoded) < len(base64.b64encode(png(smooth))) / 2
+    read = to_tensor(Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB"))
     assert read.shape == smooth.shape
     assert (read - smooth).abs().mean() < 0.02
     assert data_uri(noise[:, :34, :34]).startswith("data:image/png;base64,")
@@ -210,8 +210,8 @@ def test_a_run_that_has_not_ended_is_shown_as_far_as_it_got(folder: Path, tmp_pa
     (copy / "cells.json").unlink()
     gone = Ledger(copy).rows("evaluate")[0]
     (copy / "ledger" / f"{gone.key}.json").unlink()
-    found = write_page([copy], copy / "report.html", planes=False)
-    assert found["num_failed"] == 2
+    result = write_page([copy], copy / "report.html", planes=False)
+    assert result["num_failed"] == 2
     board = tables((copy / "report.html").read_text())[0]
     assert len(board) - 1 in (7, 8)
     assert {line[0] for line in board[1:]} == {"random", "dm & co"}, "rows keep their labels"
@@ -220,25 +220,25 @@ def test_a_run_that_has_not_ended_is_shown_as_far_as_it_got(folder: Path, tmp_pa
 def test_a_bench_that_has_not_ended_keeps_its_cells_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows, settings, augmentations and epochs that differ are cells that differ, before the end too."""
+    """Cells with different rows, settings, augmentations or epochs stay apart before the bench ends, too."""
     dm = {"name": "dm", "steps": 1, "set": {"method.batch_real": 4}}
-    more = {**dm, "label": "dm, more", "set": {"method.batch_real": 8}}
+    larger_batch = {**dm, "label": "dm, more", "set": {"method.batch_real": 8}}
     scored = [{"epochs": 1, "seeds": 1, "augment": "dsa"}, {"epochs": 1, "seeds": 1, "augment": "none"}]
-    spec = {**SPEC, "methods": [dm, more], "ipc": 1, "evaluate": [*scored, {"epochs": 2, "seeds": 1}]}
-    held = prepare(BenchSpec.parse(spec), BenchOptions(executor="local", scale="cpu"))
-    run_bench(held, run_local, run_dir=tmp_path / "run")
-    wanted = json.loads((tmp_path / "run" / "cells.json").read_text())["cells"]
+    spec = {**SPEC, "methods": [dm, larger_batch], "ipc": 1, "evaluate": [*scored, {"epochs": 2, "seeds": 1}]}
+    prepared = prepare(BenchSpec.parse(spec), BenchOptions(executor="local", scale="cpu"))
+    run_bench(prepared, run_local, run_dir=tmp_path / "run")
+    expected = json.loads((tmp_path / "run" / "cells.json").read_text())["cells"]
     (tmp_path / "run" / "cells.json").unlink()
     run = read_run(tmp_path / "run")
-    assert len(wanted) == 2 * 3
-    assert [dict(cell) for cell in run.cells] == wanted
+    assert len(expected) == 2 * 3
+    assert [dict(cell) for cell in run.cells] == expected
     assert run.title == "bench <b>mini</b>, scale cpu"
     write_page([tmp_path / "run"], tmp_path / "page.html", planes=False)
     text = (tmp_path / "page.html").read_text()
-    assert "says nothing of a reproduction" in body(text)
+    assert "says nothing about a reproduction" in body(text)
     (board,) = [table for table in tables(text) if table[0][0] == "method"]
-    shown = [dict(zip(board[0], line, strict=True)) for line in board[1:]]
-    assert {(line["augmentation"], line["settings"]) for line in shown} == {
+    rows = [dict(zip(board[0], line, strict=True)) for line in board[1:]]
+    assert {(line["augmentation"], line["settings"]) for line in rows} == {
         ("dsa", "epochs=1"),
         ("none", "epochs=1"),
         ("-", "epochs=2"),
@@ -253,14 +253,14 @@ def test_a_page_is_a_file(folder: Path, tmp_path: Path) -> None:
 def test_what_every_row_shares_is_said_once(folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(folder, copy)
-    held = json.loads((copy / "cells.json").read_text())
-    first = {**held["cells"][0], "settings": "recipe=vico", "augment": "dsa"}
-    held["cells"] = [first, {**first, "method": "other", "augment": "none"}]
-    (copy / "cells.json").write_text(json.dumps(held))
+    cells_file = json.loads((copy / "cells.json").read_text())
+    first = {**cells_file["cells"][0], "settings": "recipe=vico", "augment": "dsa"}
+    cells_file["cells"] = [first, {**first, "method": "other", "augment": "none"}]
+    (copy / "cells.json").write_text(json.dumps(cells_file))
     write_page([copy], copy / "report.html", planes=False)
     text = (copy / "report.html").read_text()
     head, *lines = tables(text)[0]
-    assert "Of every row: settings recipe=vico." in body(text)
+    assert "All rows: settings recipe=vico." in body(text)
     assert "settings" not in head
     assert {line[head.index("augmentation")] for line in lines} == {"dsa", "none"}
 
@@ -268,11 +268,11 @@ def test_what_every_row_shares_is_said_once(folder: Path, tmp_path: Path) -> Non
 def test_published_correlations_stand_beside_ours(folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(folder, copy)
-    held = json.loads((copy / "cells.json").read_text())
+    cells_file = json.loads((copy / "cells.json").read_text())
     figures = {"protocol": "nas", "spearman": 0.61, "published_spearman": 0.72}
     figures |= {"search_time": 12.34, "published_search_time": 5168.9, "storage_images": 500.0}
-    held["cells"] = [{**held["cells"][0], **figures}]
-    (copy / "cells.json").write_text(json.dumps(held))
+    cells_file["cells"] = [{**cells_file["cells"][0], **figures}]
+    (copy / "cells.json").write_text(json.dumps(cells_file))
     write_page([copy], copy / "report.html", planes=False)
     board = tables((copy / "report.html").read_text())[0]
     (line,) = [dict(zip(board[0], line, strict=True)) for line in board[1:]]
@@ -282,12 +282,12 @@ def test_published_correlations_stand_beside_ours(folder: Path, tmp_path: Path) 
 
 
 def test_a_set_without_images_has_no_picture(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """D3HR's store=statistics: the set generates its images when it is used."""
+    """D3HR's store=statistics: the set generates its images on use."""
     view = read_run(folder).sets[0]
-    made = view.load()
-    assert made is not None
+    distilled = view.load()
+    assert distilled is not None
     assert page_module._picture(view) is not None
-    empty = replace(made, images=made.images[:0], labels=made.labels[:0])
+    empty = replace(distilled, images=distilled.images[:0], labels=distilled.labels[:0])
     monkeypatch.setattr(type(view), "load", lambda self: empty)
     assert page_module._picture(view) is None
     monkeypatch.setattr(artifact, "load", lambda path: empty)
@@ -328,12 +328,12 @@ def test_a_search_has_a_page(tmp_path: Path) -> None:
     (run / "environment.json").write_text(json.dumps(environment))
     ledger = Ledger(run)
     epoch = ledger.open_epoch()
-    for number in range(3):
-        params = {"lr_img": 0.1 * (number + 1), "init": "random"}
-        unit = Unit(kind="trial", spec={"number": number, "params": params})
+    for trial_id in range(3):
+        params = {"lr_img": 0.1 * (trial_id + 1), "init": "random"}
+        unit = Unit(kind="trial", spec={"number": trial_id, "params": params})
         result = {
-            "number": number,
-            "val_accuracy": 0.2 + number / 10,
+            "number": trial_id,
+            "val_accuracy": 0.2 + trial_id / 10,
             "rungs": {"1": 0.1, "2": 0.2},
             "stopped_early": False,
         }
@@ -348,8 +348,8 @@ def test_a_search_has_a_page(tmp_path: Path) -> None:
     row = Row(key=unit.key, kind="evaluate", spec=unit.spec, status="done", result=scored, wall_s=1)
     ledger.publish(unit, row, epoch=epoch)
     assert [cell["dataset"] for cell in read_run(run).cells] == ["digits"], "rows of a search leave it out"
-    found = write_page([run], tmp_path / "page.html", planes=False)
-    assert found["num_failed"] == 0
+    summary = write_page([run], tmp_path / "page.html", planes=False)
+    assert summary["num_failed"] == 0
     text = (tmp_path / "page.html").read_text()
     for colour in ("rgb(138, 148, 163)", "rgb(213, 94, 0)"):
         assert f'"color":"{colour}"' in text, "the worst and the best trial, seen on light and dark"
@@ -359,7 +359,7 @@ def test_a_search_has_a_page(tmp_path: Path) -> None:
         ["1", "done", "0.3000"],
         ["2", "done", "0.4000"],
     ]
-    assert "Looks at val" in body(text)
+    assert "Val accuracy: " in body(text)
 
 
 def test_several_runs_stand_on_one_page(folder: Path, tmp_path: Path, digits: Any) -> None:
@@ -367,8 +367,8 @@ def test_several_runs_stand_on_one_page(folder: Path, tmp_path: Path, digits: An
 
     plan = resolve("random", digits, ipc=1, layers=[{"arch": "convnet1_w8"}])
     distill(plan, device=torch.device("cpu"), run_dir=tmp_path / "one")
-    found = write_page([folder, tmp_path / "one"], tmp_path / "page.html", planes=False)
-    assert len(found["runs"]) == 2
+    result = write_page([folder, tmp_path / "one"], tmp_path / "page.html", planes=False)
+    assert len(result["runs"]) == 2
     text = (tmp_path / "page.html").read_text()
     assert "distill random digits" in text
     assert text.count('alt="distilled images of random') == 3 or text.count("distilled images of random") >= 2
@@ -392,8 +392,8 @@ def test_runs_that_share_a_row_are_told_apart_by_name(folder: Path, tmp_path: Pa
             changed = row.model_copy(update={"wall_s": wall_s})
             (tmp_path / name / "ledger" / f"{row.key}.json").write_text(changed.model_dump_json())
     runs = [tmp_path / "one", tmp_path / "two", tmp_path / "one"]
-    found = write_page(runs, tmp_path / "page.html", planes=False)
-    assert found["runs"] == [str(path.resolve()) for path in runs[:2]], "each once"
+    result = write_page(runs, tmp_path / "page.html", planes=False)
+    assert result["runs"] == [str(path.resolve()) for path in runs[:2]], "each once"
     board = tables((tmp_path / "page.html").read_text())[0]
     seconds = {line[0]: line[-1] for line in board[1:]}
     assert seconds == {
@@ -412,8 +412,8 @@ def test_damaged_files_are_named_and_cost_no_more_than_what_they_held(
     (copy / "cells.json").write_text("{")
     curves = sorted((copy / "artifacts").glob("*.json"))
     curves[0].write_text("")
-    found = write_page([copy], tmp_path / "page.html", planes=False)
-    assert found["num_cells"] > 0
+    result = write_page([copy], tmp_path / "page.html", planes=False)
+    assert result["num_cells"] > 0
     assert str(curves[0]) in caplog.text
     assert "cells.json must hold JSON" in caplog.text
     (copy / "environment.json").write_text("{")
@@ -425,18 +425,18 @@ def test_what_a_run_was_continued_with_is_said(tmp_path: Path, digits: Any) -> N
     from ddray.api import distill
 
     plan = resolve("random", digits, ipc=1, layers=[{"arch": "convnet1_w8"}])
-    held: dict[str, Any] = {"device": torch.device("cpu"), "run_dir": tmp_path / "run"}
-    distill(plan, **held)
+    options: dict[str, Any] = {"device": torch.device("cpu"), "run_dir": tmp_path / "run"}
+    distill(plan, **options)
     first = tmp_path / "run" / "environment.json"
-    said = json.loads(first.read_text())
-    first.write_text(json.dumps({**said, "git_commit": "0" * 40}))
-    distill(plan, resume=True, **held)
+    recorded = json.loads(first.read_text())
+    first.write_text(json.dumps({**recorded, "git_commit": "0" * 40}))
+    distill(plan, resume=True, **options)
     (later,) = read_run(tmp_path / "run").continued
-    assert later["git_commit"] == said["git_commit"]
+    assert later["git_commit"] == recorded["git_commit"]
     write_page([tmp_path / "run"], tmp_path / "page.html", planes=False)
     text = (tmp_path / "page.html").read_text()
     assert "0" * 40 in text
-    assert f"{later['date']}: commit {said['git_commit'] or 'unknown'}" in text
+    assert f"{later['date']}: commit {recorded['git_commit'] or 'unknown'}" in text
 
 
 def test_machines_are_named_where_there_are_several(folder: Path, tmp_path: Path) -> None:
@@ -466,8 +466,8 @@ def test_a_run_without_a_finished_unit_is_said(
     shutil.copytree(folder, copy)
     (copy / "cells.json").unlink()
     shutil.rmtree(copy / "ledger")
-    found = write_page([copy], copy / "report.html", planes=False)
-    assert found["num_sets"] == 0
+    result = write_page([copy], copy / "report.html", planes=False)
+    assert result["num_sets"] == 0
     assert "has finished no unit yet" in caplog.text
     caplog.clear()
     write_page([folder], tmp_path / "page.html", planes=False)
@@ -537,10 +537,10 @@ class TestPlane:
     def test_a_missing_dataset_is_said(self, folder: Path, tmp_path: Path) -> None:
         copy = tmp_path / "run"
         shutil.copytree(folder, copy)
-        held = json.loads((copy / "cells.json").read_text())
+        cells_file = json.loads((copy / "cells.json").read_text())
         for path in (copy / "ledger").glob("*.json"):
             path.write_text(path.read_text().replace('"dataset":"digits"', '"dataset":"cifar10"'))
-        held["cells"] = [{**cell, "dataset": "cifar10"} for cell in held["cells"]]
-        (copy / "cells.json").write_text(json.dumps(held))
+        cells_file["cells"] = [{**cell, "dataset": "cifar10"} for cell in cells_file["cells"]]
+        (copy / "cells.json").write_text(json.dumps(cells_file))
         write_page([copy], copy / "report.html")
         assert "Not drawn: dataset cifar10 needs a data directory" in (copy / "report.html").read_text()

@@ -35,21 +35,21 @@ def test_without_a_name_folders_are_numbered(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "runs" / "distill-0007").mkdir(parents=True)
     (tmp_path / "runs" / "distill-best").mkdir()
 
-    found = [
+    folders = [
         open_run(None, CONFIG, command=command, resume=False).folder
         for command in ("distill", "distill", "tune")
     ]
 
-    assert found == [tmp_path / "runs" / name for name in ("distill-0008", "distill-0009", "tune-0001")]
+    assert folders == [tmp_path / "runs" / name for name in ("distill-0008", "distill-0009", "tune-0001")]
 
 
 def test_many_at_once_get_a_folder_each(tmp_path: Path) -> None:
-    found: list[Path] = []
+    folders: list[Path] = []
     gate = threading.Barrier(8)
 
     def make() -> None:
         gate.wait()
-        found.extend(_numbered(tmp_path, "tune") for _ in range(10))
+        folders.extend(_numbered(tmp_path, "tune") for _ in range(10))
 
     threads = [threading.Thread(target=make) for _ in range(8)]
     for thread in threads:
@@ -57,7 +57,7 @@ def test_many_at_once_get_a_folder_each(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
 
-    assert len(set(found)) == len(found) == 80
+    assert len(set(folders)) == len(folders) == 80
 
 
 def test_a_relative_name_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,25 +26,25 @@ def random_set(digits: Any, tmp_path: Path) -> Path:
     return tmp_path / "set.pt"
 
 
-def quick(**more: Any) -> EvaluateOptions:
-    return EvaluateOptions(**{"seeds": 2, "epochs": 3, **more})
+def quick(**options: Any) -> EvaluateOptions:
+    return EvaluateOptions(**{"seeds": 2, "epochs": 3, **options})
 
 
 class TestEvaluate:
     def test_the_answer_has_every_arch_with_its_seeds(self, random_set: Path) -> None:
-        found = evaluate(random_set, quick(archs=("convnet1_w8", "auto_bn"), epochs=1), device=CPU)
+        answer = evaluate(random_set, quick(archs=("convnet1_w8", "auto_bn"), epochs=1), device=CPU)
 
-        assert found.keys() == {"protocol", "split", "results"}
-        assert (found["protocol"], found["split"]) == ("hard", "test")
-        assert [result["arch"] for result in found["results"]] == ["convnet1_w8", "convnet3_bn"]
-        for result in found["results"]:
+        assert answer.keys() == {"protocol", "split", "results"}
+        assert (answer["protocol"], answer["split"]) == ("hard", "test")
+        assert [result["arch"] for result in answer["results"]] == ["convnet1_w8", "convnet3_bn"]
+        for result in answer["results"]:
             assert result.keys() == {
                 *("arch", "accuracy_mean", "accuracy_std", "per_seed", "num_images", "wall_s")
             }
             assert len(result["per_seed"]) == 2
             assert all(0 <= value <= 1 for value in result["per_seed"])
             assert result["num_images"] == 10
-        assert json.loads(to_json(found)) == found
+        assert json.loads(to_json(answer)) == answer
 
     def test_the_artifacts_own_settings_are_the_default(self, random_set: Path) -> None:
         (result,) = evaluate(random_set, EvaluateOptions(), device=CPU)["results"]
@@ -58,7 +58,7 @@ class TestEvaluate:
     ) -> None:
         seen: list[Any] = []
 
-        def spy(evaluator: Any, train: Any, ctx: Any, **more: Any) -> list[Any]:
+        def spy(evaluator: Any, train: Any, ctx: Any, **options: Any) -> list[Any]:
             seen.append(ctx.split)
             return []
 
@@ -111,7 +111,7 @@ class TestEvaluate:
     ) -> None:
         spaces: list[Any] = []
         monkeypatch.setattr(
-            scoring, "evaluate_archs", lambda evaluator, train, ctx, **more: spaces.append(ctx.space) or []
+            scoring, "evaluate_archs", lambda evaluator, train, ctx, **kwargs: spaces.append(ctx.space) or []
         )
         path = self.foreign(tmp_path, digits)
         evaluate(path, quick(dataset="digits", pixel_space=kind, archs=("convnet1_w8",)), device=CPU)
@@ -146,9 +146,9 @@ class TestEvaluate:
     ) -> None:
         import dataclasses
 
-        held = artifact.load(random_set)
-        old = held.meta.model_copy(update={"fingerprint": "0" * 64})
-        dataclasses.replace(held, meta=old).save(random_set)
+        distilled = artifact.load(random_set)
+        old = distilled.meta.model_copy(update={"fingerprint": "0" * 64})
+        dataclasses.replace(distilled, meta=old).save(random_set)
 
         with caplog.at_level(logging.WARNING):
             evaluate(random_set, quick(seeds=1, epochs=1), device=CPU)

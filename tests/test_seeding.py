@@ -16,14 +16,14 @@ labels = st.lists(st.text(max_size=4) | st.integers(), max_size=4)
 
 @given(st.integers(0, 2**62), labels, st.integers(0, 2**62), labels)
 def test_seeds_differ_with_seed_and_labels_and_fit_63_bits(
-    seed: int, own: list[str | int], other: int, others: list[str | int]
+    seed: int, first_labels: list[str | int], second_seed: int, second_labels: list[str | int]
 ) -> None:
-    a, b = derive_seed(seed, *own), derive_seed(other, *others)
+    a, b = derive_seed(seed, *first_labels), derive_seed(second_seed, *second_labels)
 
     assert 0 <= a < 2**63
     # A separator inside a label is the one way to write two lists as one text; no label of ours has it.
-    if not any("\x1f" in str(label) for label in (*own, *others)):
-        assert (a == b) == ((seed, own) == (other, others))
+    if not any("\x1f" in str(label) for label in (*first_labels, *second_labels)):
+        assert (a == b) == ((seed, first_labels) == (second_seed, second_labels))
 
 
 def test_a_label_is_its_type_too() -> None:

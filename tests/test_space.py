@@ -25,44 +25,44 @@ def ranges(draw: Any) -> Range:
     kind = draw(st.sampled_from(["loguniform", "uniform", "randint", "choice"]))
     if kind == "choice":
         return Range(kind, choices=tuple(draw(st.lists(json_values, min_size=1, max_size=4, unique_by=repr))))
-    numbers = {"loguniform": positive, "uniform": finite, "randint": st.integers(-1000, 1000)}[kind]
-    low, high = sorted(draw(st.tuples(numbers, numbers).filter(lambda pair: pair[0] != pair[1])))
+    strategy = {"loguniform": positive, "uniform": finite, "randint": st.integers(-1000, 1000)}[kind]
+    low, high = sorted(draw(st.tuples(strategy, strategy).filter(lambda pair: pair[0] != pair[1])))
     return Range(kind, low, high)
 
 
-@given(held=ranges(), other=ranges(), seed=st.integers(0, 2**62), number=st.integers(0, 10**6))
+@given(value_range=ranges(), other=ranges(), seed=st.integers(0, 2**62), trial_number=st.integers(0, 10**6))
 def test_a_sample_is_a_pure_function_of_seed_and_number_and_lies_in_range(
-    held: Range, other: Range, seed: int, number: int
+    value_range: Range, other: Range, seed: int, trial_number: int
 ) -> None:
-    found = sample({"a": held, "b": other}, seed, number)
+    point = sample({"a": value_range, "b": other}, seed, trial_number)
 
-    assert found == sample({"b": other, "a": held}, seed, number)
-    assert found["a"] == sample({"a": held}, seed, number)["a"]
-    assert held.contains(found["a"])
-    assert other.contains(found["b"])
-    if held.kind == "randint":
-        assert isinstance(found["a"], int)
+    assert point == sample({"b": other, "a": value_range}, seed, trial_number)
+    assert point["a"] == sample({"a": value_range}, seed, trial_number)["a"]
+    assert value_range.contains(point["a"])
+    assert other.contains(point["b"])
+    if value_range.kind == "randint":
+        assert isinstance(point["a"], int)
 
 
-@given(held=ranges(), seed=st.integers(0, 2**62))
-def test_optuna_holds_a_sample_and_gives_it_back(held: Range, seed: int) -> None:
-    value = sample({"a": held}, seed, 0)["a"]
-    distribution = held.distribution()
-    inside = held.to_optuna(value)
+@given(value_range=ranges(), seed=st.integers(0, 2**62))
+def test_optuna_holds_a_sample_and_gives_it_back(value_range: Range, seed: int) -> None:
+    value = sample({"a": value_range}, seed, 0)["a"]
+    distribution = value_range.distribution()
+    encoded = value_range.to_optuna(value)
 
-    assert distribution._contains(distribution.to_internal_repr(inside))
-    back = held.from_optuna(distribution.to_external_repr(distribution.to_internal_repr(inside)))
+    assert distribution._contains(distribution.to_internal_repr(encoded))
+    back = value_range.from_optuna(distribution.to_external_repr(distribution.to_internal_repr(encoded)))
     assert back == value
     assert type(back) is type(value)
 
 
 def test_optuna_holds_a_mapping_in_any_order_of_its_keys() -> None:
-    held = Range("choice", choices=({"seed": 0, "epochs": 1}, {"seed": 1, "epochs": 1}))
+    value_range = Range("choice", choices=({"seed": 0, "epochs": 1}, {"seed": 1, "epochs": 1}))
 
-    inside = held.to_optuna({"epochs": 1, "seed": 1})
+    encoded = value_range.to_optuna({"epochs": 1, "seed": 1})
 
-    assert inside in held.distribution().choices
-    assert held.from_optuna(inside) == {"seed": 1, "epochs": 1}
+    assert encoded in value_range.distribution().choices
+    assert value_range.from_optuna(encoded) == {"seed": 1, "epochs": 1}
 
 
 def test_draws_near_the_ends_stay_inside(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,12 +71,12 @@ def test_draws_near_the_ends_stay_inside(monkeypatch: pytest.MonkeyPatch) -> Non
     for low, high in ((0.01, 10.0), (1e-4, 1.0), (0.1, 0.3), (1e-3, 0.7)):
         for u in (0.0, 1 - 2**-53):
             monkeypatch.setattr(
-                torch, "rand", lambda *given, u=u, **more: torch.tensor(u, dtype=torch.float64)
+                torch, "rand", lambda *args, u=u, **kwargs: torch.tensor(u, dtype=torch.float64)
             )
             for kind in ("loguniform", "uniform"):
-                held = Range(kind, low, high)  # type: ignore[arg-type]
-                value = held.sample(torch.Generator())
-                assert held.contains(value)
+                value_range = Range(kind, low, high)  # type: ignore[arg-type]
+                value = value_range.sample(torch.Generator())
+                assert value_range.contains(value)
                 assert value == pytest.approx(low if u == 0 else high)
             assert Range("randint", 2, 5).sample(torch.Generator()) == (2 if u == 0 else 5)
             assert Range("choice", choices=("a", "b")).sample(torch.Generator()) == ("a" if u == 0 else "b")
@@ -89,7 +89,7 @@ def test_draws_follow_their_distribution() -> None:
         "whole": Range("randint", 1, 4),
         "pick": Range("choice", choices=("a", "b")),
     }
-    drawn = [sample(space, 0, number) for number in range(2000)]
+    drawn = [sample(space, 0, trial_number) for trial_number in range(2000)]
 
     below = sum(point["log"] < 1e-2 for point in drawn) / 2000  # half of the decades
     assert below == pytest.approx(0.5, abs=0.04)
@@ -110,12 +110,12 @@ def test_a_grid_is_every_point_once_with_the_papers_first(choices: dict[str, lis
     space = {name: Range("choice", choices=tuple(values)) for name, values in choices.items()}
     paper = {name: data.draw(st.integers(0, 5)) for name in space}
 
-    found = grid(space, paper)
+    points = grid(space, paper)
 
     every = [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
-    assert found[0] == paper
-    assert len(found) == len(every) + (paper not in every)
-    assert found[1:] == [point for point in every if point != paper]
+    assert points[0] == paper
+    assert len(points) == len(every) + (paper not in every)
+    assert points[1:] == [point for point in every if point != paper]
 
 
 def test_a_grid_needs_choices() -> None:
@@ -137,7 +137,7 @@ def test_a_file_is_read(tmp_path: Path) -> None:
         "layers": Range("choice", choices=([1], [1, 2], None)),
         "p": Range("choice", choices=(1.0, 2.0)),
     }
-    assert [held.ends() for held in read_space(path).values()] == [
+    assert [value_range.ends() for value_range in read_space(path).values()] == [
         [0.001, 10.0],
         [0.0, 0.9],
         [1, 8],

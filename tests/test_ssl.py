@@ -52,14 +52,14 @@ def naive_barlow_twins(a: Tensor, b: Tensor, off_diagonal: float) -> Tensor:
 def test_the_loss_and_its_gradient_equal_the_definition(num: int, dim: int) -> None:
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(num, dim, generator=generator, dtype=torch.float64) for _ in range(2))
-    found, wanted = [], []
-    for loss, into in ((barlow_twins_loss, found), (naive_barlow_twins, wanted)):
+    actual, expected = [], []
+    for loss, into in ((barlow_twins_loss, actual), (naive_barlow_twins, expected)):
         x, y = a.clone().requires_grad_(), b.clone().requires_grad_()
         value = loss(x, y, 0.3)
         into += [value.detach(), *torch.autograd.grad(value, (x, y))]
 
-    for got, want in zip(found, wanted, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    for ours, naive in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, naive, rtol=1e-9, atol=1e-9)
 
 
 def test_equal_decorrelated_views_have_no_loss() -> None:
@@ -78,11 +78,11 @@ def test_permuted_labels_leave_key_and_bytes_of_the_teacher_unchanged(toy: Any, 
     assert not torch.equal(permuted.train().labels, split.labels)
 
     files = []
-    for number, data in enumerate((dataset, permuted)):
+    for pool_index, data in enumerate((dataset, permuted)):
         spec = spec_of(data)
-        entry = LocalPool(PoolTrainer(data, data.train(), CPU), tmp_path / str(number)).get([spec])[0]
+        entry = LocalPool(PoolTrainer(data, data.train(), CPU), tmp_path / str(pool_index)).get([spec])[0]
         assert entry.tensors["features"].shape == (18, 128)
-        files.append((tmp_path / str(number) / spec.key / "tensors.safetensors").read_bytes())
+        files.append((tmp_path / str(pool_index) / spec.key / "tensors.safetensors").read_bytes())
 
     assert spec_of(dataset) == spec_of(permuted)
     assert files[0] == files[1]
@@ -120,8 +120,8 @@ def test_an_entry_gives_the_network_behind_its_features(toy: Any) -> None:
     net = teacher_net(entry)
 
     assert not net.training
-    found = embed_all(net, images, normalized_space(dataset), CPU)
-    assert torch.equal(found, entry.tensors["features"])
+    features = embed_all(net, images, normalized_space(dataset), CPU)
+    assert torch.equal(features, entry.tensors["features"])
     plain = teacher_net(LocalPool(PoolTrainer(dataset, dataset.train(), CPU)).get([spec_of(dataset)])[0])
     assert plain.body.convs[0].padding == (1, 1)
     assert net.body.convs[0].padding == (2, 2)
@@ -157,45 +157,45 @@ def test_a_whole_crop_without_jitter_is_the_image_or_its_mirror(monkeypatch: pyt
     monkeypatch.setattr(module, "_jitter", lambda views, u: views)
     monkeypatch.setattr(module, "_grey", lambda views: views)
     pixels = torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    # The largest area in the widest of ratios is cut at the image's sides: only a square ratio is whole.
+    # At any other ratio than 1 a crop of the whole area would be cut at the image's sides.
     monkeypatch.setattr(module.math, "log", lambda x: 0.0)
-    found = random_view(pixels, torch.Generator().manual_seed(1), crop_area=1.0, flip=True)
+    result = random_view(pixels, torch.Generator().manual_seed(1), crop_area=1.0, flip=True)
 
-    same = (found - pixels).abs().amax((1, 2, 3)) < 1e-5
-    mirrored = (found - pixels.flip(3)).abs().amax((1, 2, 3)) < 1e-5
+    same = (result - pixels).abs().amax((1, 2, 3)) < 1e-5
+    mirrored = (result - pixels.flip(3)).abs().amax((1, 2, 3)) < 1e-5
     assert bool((same | mirrored).all())
     assert 5 < int(same.sum()) < 35
 
 
-def test_greyscale_and_solarisation_befall_views_whether_jittered_or_not(
+def test_greyscale_and_solarisation_apply_whether_jittered_or_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """solo-learn: jitter .8, greyscale .2, solarisation .2 of the second view, each drawn on its own."""
+    """solo-learn: jitter .8, greyscale .2, solarisation .2 of the second view, each drawn independently."""
     import ddray.ssl as module
 
-    # A jitter that leaves a mark: the bottom row is 0, which no other operation here makes of these pixels.
+    # A jitter that leaves a mark: the bottom row is 0, which no other operation here produces.
     def marked(views: Tensor, u: Tensor) -> Tensor:
-        held = views.clone()
-        held[:, :, -1] = 0
-        return held
+        marked_views = views.clone()
+        marked_views[:, :, -1] = 0
+        return marked_views
 
     monkeypatch.setattr(module, "_jitter", marked)
     pixels = torch.tensor([0.6, 0.7, 0.8])[:, None, None].expand(4000, 3, 4, 4)
-    made = {
+    views_by_share = {
         share: random_view(
             pixels, torch.Generator().manual_seed(2), crop_area=1.0, flip=False, solarize=share
         )
         for share in (0.0, 0.2)
     }
-    top = made[0.0][:, :, 0, 0]
-    grey, jittered = (top[:, 0] - top[:, 2]).abs() < 1e-4, made[0.0][:, 0, -1, 0] == 0
+    top = views_by_share[0.0][:, :, 0, 0]
+    grey, jittered = (top[:, 0] - top[:, 2]).abs() < 1e-4, views_by_share[0.0][:, 0, -1, 0] == 0
     assert float(jittered.float().mean()) == pytest.approx(0.8, abs=0.03)
-    for those in (grey, grey[jittered], grey[~jittered]):
-        assert float(those.float().mean()) == pytest.approx(0.2, abs=0.05)
-    solarised = (made[0.2][:, :, 0, 0] - (1 - top)).abs().amax(1) < 1e-4
-    for those in (solarised, solarised[grey], solarised[~jittered]):
-        assert float(those.float().mean()) == pytest.approx(0.2, abs=0.05)
-    assert bool((made[0.2] == made[0.0])[~solarised].all())
+    for mask in (grey, grey[jittered], grey[~jittered]):
+        assert float(mask.float().mean()) == pytest.approx(0.2, abs=0.05)
+    solarised = (views_by_share[0.2][:, :, 0, 0] - (1 - top)).abs().amax(1) < 1e-4
+    for mask in (solarised, solarised[grey], solarised[~jittered]):
+        assert float(mask.float().mean()) == pytest.approx(0.2, abs=0.05)
+    assert bool((views_by_share[0.2] == views_by_share[0.0])[~solarised].all())
 
 
 def test_only_the_second_view_is_solarised(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,9 +203,9 @@ def test_only_the_second_view_is_solarised(toy: Any, monkeypatch: pytest.MonkeyP
 
     shares: list[float] = []
 
-    def view(pixels: Tensor, generator: torch.Generator, **more: Any) -> Tensor:
-        shares.append(more["solarize"])
-        return random_view(pixels, generator, **more)
+    def view(pixels: Tensor, generator: torch.Generator, **options: Any) -> Tensor:
+        shares.append(options["solarize"])
+        return random_view(pixels, generator, **options)
 
     monkeypatch.setattr(module, "random_view", view)
     SslTrainer(toy().train().images[:16], CPU)(spec_of(toy(), SMALL.model_copy(update={"epochs": 1})))
@@ -215,5 +215,5 @@ def test_only_the_second_view_is_solarised(toy: Any, monkeypatch: pytest.MonkeyP
 def test_spectrograms_are_refused(toy: Any) -> None:
     dataset = toy()
     split = Split(dataset.train().images.float(), dataset.train().labels)
-    with pytest.raises(InputError, match="images of bytes, toy holds spectrograms"):
+    with pytest.raises(InputError, match="8-bit images, toy holds spectrograms"):
         teacher_spec(SMALL, dataset, split, split_name="train", device=CPU)

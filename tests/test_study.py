@@ -20,9 +20,9 @@ SPACE = {
 
 
 def row(
-    number: int, *, status: Any = "done", val: float | None = 0.5, stopped: bool = False, **more: Any
+    number: int, *, status: Any = "done", val: float | None = 0.5, stopped: bool = False, **overrides: Any
 ) -> Row:
-    params = {"lr": 0.1, "num": 2, "layers": [1, 2], **more}
+    params = {"lr": 0.1, "num": 2, "layers": [1, 2], **overrides}
     result: dict[str, Any] = {"number": number}
     if status == "done":
         result |= {"val_accuracy": val, "stopped_early": stopped, "rungs": {"5": 0.2, "20": val}}

@@ -17,7 +17,7 @@ BUILD = "import sys; from hatchling.build import build_wheel; print(build_wheel(
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, made by the build backend itself: no network, nothing written into the checkout."""
+    """The wheel, built by calling the backend: no network, nothing written into the checkout."""
     folder = tmp_path_factory.mktemp("wheel")
     done = subprocess.run(
         [sys.executable, "-c", BUILD, str(folder)], cwd=ROOT, capture_output=True, text=True, check=False
@@ -28,7 +28,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that the wheel is installed into, without its dependencies."""
+    """A folder with the installed wheel, without its dependencies."""
     target = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-compile"]
     done = subprocess.run(
@@ -39,7 +39,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(installed: Path, folder: Path, *arguments: str) -> str:
-    """Run this Python in a foreign folder with the installed wheel first on its path."""
+    """Run this Python in another folder with the installed wheel first on its path."""
     environment = {**os.environ, "PYTHONPATH": str(installed), "DDRAY_HOME": str(folder / "home")}
     done = subprocess.run(
         [sys.executable, *arguments],
@@ -63,9 +63,9 @@ def test_wheel_holds_every_shipped_yaml(wheel: Path) -> None:
     assert "configs/datadam/digits.yaml" in shipped
     assert "search_spaces/hpo/datadam.yaml" in shipped
     with zipfile.ZipFile(wheel) as archive:
-        held = set(archive.namelist())
-        assert not {f"ddray/_shipped/{name}" for name in shipped} - held
-        assert "ddray/py.typed" in held, "the package says that it is typed"
+        names = set(archive.namelist())
+        assert not {f"ddray/_shipped/{name}" for name in shipped} - names
+        assert "ddray/py.typed" in names, "the package says that it is typed"
         for name in shipped:
             assert archive.read(f"ddray/_shipped/{name}") == (ROOT / name).read_bytes(), name
 
@@ -85,8 +85,8 @@ def test_installed_wheel_distils_from_another_folder(installed: Path, tmp_path: 
     where = run(installed, tmp_path, "-c", "import ddray; print(ddray.__file__)")
     assert Path(where.strip()).is_relative_to(installed)
     options = ["--dataset", "digits", "--ipc", "1", "--steps", "2", "--device", "cpu", "--json"]
-    made = run(installed, tmp_path, "-m", "ddray", "distill", "--method", "datadam", *options)
-    result = json.loads(made)
+    stdout = run(installed, tmp_path, "-m", "ddray", "distill", "--method", "datadam", *options)
+    result = json.loads(stdout)
     assert result["steps"] == 2
     assert Path(result["artifact"]).is_relative_to(tmp_path)
     import yaml

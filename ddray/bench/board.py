@@ -1,4 +1,4 @@
-"""What is done, what can run now, what failed: the driver's view of a bench, kept in the ledger alone."""
+"""What is done, can run now, or failed: the driver's view of a bench, whose only state is the ledger."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from ddray.run import Run
 
 log = logging.getLogger(__name__)
 
-_MAX_AGAIN: Final = 2  # times that a lost pool entry, or a set that is found damaged, is made again
-_MAX_ASKED: Final = 10  # times that a unit may ask the pool: methods ask in stages, each once
-_SHARE: Final = "$DDRAY_HOME must be one folder that all nodes share, and that nothing empties meanwhile"
+_MAX_REPEATS: Final = 2  # times that a lost pool entry or a damaged set is recomputed
+_MAX_POOL_REQUESTS: Final = 10  # times that a unit may ask the pool: methods ask once per stage
+_SHARE: Final = "$DDRAY_HOME must be one folder that all nodes share and that nothing empties during the run"
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a try at a unit ended.
+    """How an attempt at a unit ended.
 
     Attributes:
         key: the unit's key.
-        value: what the worker answered.
-        error: why it failed for good; None if it did not.
+        value: what the worker returned.
+        error: why it finally failed; None if it did not.
         attempts: how often it was tried.
     """
 
@@ -41,20 +41,20 @@ class Ended:
 
 
 class Board:
-    """Hands out units whose inputs are there, each once.
+    """Hands out units whose inputs are ready, each once.
 
     Args:
         graph: the units.
         run: the run they belong to.
-        job: what they share.
+        job: what all units share.
     """
 
     def __init__(self, graph: Graph, run: Run, job: Job) -> None:
         self._graph, self._run, self._job = graph, run, job
         self._works = {work.key: work for work in graph.works()}
         self._waiting: dict[str, set[str]] = {}
-        self._out: set[str] = set()
-        self._again: Counter[str] = Counter()
+        self._running: set[str] = set()
+        self._repeats: Counter[str] = Counter()
         self.done = 0
         self.total = len(self._works)
 
@@ -63,42 +63,42 @@ class Board:
         return self._works[key]
 
     def first(self) -> list[Work]:
-        """Return what can run at the start: missing sets, and missing evaluations of those that are there."""
-        found, scores = [], []
+        """Return what can run at the start: missing sets, and missing evaluations of existing sets."""
+        missing_sets, evaluations = [], []
         for work in self._graph.distil.values():
             row = self._row(work)
             if row is None:
-                found.append(work)
+                missing_sets.append(work)
                 continue
             self.done += 1
-            scores += self._released(row)
+            evaluations += self._missing_evaluations(row)
         self.done += sum(self._row(work) is not None for work in self._graph.evaluate.values())
-        return self._handed_out([*scores, *found])
+        return self._hand_out([*evaluations, *missing_sets])
 
     def after(self, ended: Ended) -> list[Work]:
-        """Take note of a unit's end; return what can run now because of it.
+        """Record that a unit ended; return the units that can run as a result.
 
         Raises:
             StorageError: the disk is full: nothing more can be published.
             DdrayError: another process has resumed this run.
         """
-        self._out.discard(ended.key)
-        return self._handed_out(self._next(ended))
+        self._running.discard(ended.key)
+        return self._hand_out(self._next(ended))
 
-    def _handed_out(self, works: Sequence[Work]) -> list[Work]:
-        """Return those of `works` that no worker has, each once, and note that they are handed out."""
-        fresh = {work.key: work for work in works if work.key not in self._out}
-        self._out |= fresh.keys()
+    def _hand_out(self, works: Sequence[Work]) -> list[Work]:
+        """Return the units that no worker has yet, without duplicates, and mark them as handed out."""
+        fresh = {work.key: work for work in works if work.key not in self._running}
+        self._running |= fresh.keys()
         return list(fresh.values())
 
     def _next(self, ended: Ended) -> list[Work]:
         work = self._works[ended.key]
         if isinstance(ended.error, StorageError):
-            raise ended.error  # no row: --resume runs it when there is space again
+            raise ended.error  # no row: --resume runs it once there is space
         if isinstance(ended.value, Needs):
             return self._wait(work, ended.value)
         if isinstance(ended.value, Damaged):
-            return self._made_again(work)
+            return self._redistil(work)
         if ended.error is not None:
             tries = "" if ended.attempts == 1 else f"failed {ended.attempts} times; last: "
             text = f"{tries}{type(ended.error).__name__}: {' '.join(str(ended.error).split())}"
@@ -110,11 +110,11 @@ class Board:
         if row.status == "failed":
             log.warning("%s failed: %s", work.title, row.error)
         if work.kind == "distill":
-            return self._released(row)
+            return self._missing_evaluations(row)
         return self._unblocked(work.key) if work.kind == "pool" else []
 
-    def _fail(self, work: Work, reason: str, attempts: int = _MAX_AGAIN) -> None:
-        """Publish a failed row that --retry-failed sets aside."""
+    def _fail(self, work: Work, reason: str, attempts: int = _MAX_REPEATS) -> None:
+        """Publish a failed row, which --retry-failed can withdraw."""
         publish(self._run.ledger, self._job, work, {"attempts": attempts}, 0.0, error=reason)
 
     def failures(self) -> list[dict[str, Any]]:
@@ -131,12 +131,14 @@ class Board:
         return [work.title for work in self._works.values() if self._run.ledger.row(work.key) is None]
 
     def _row(self, work: Work) -> Row | None:
-        """Return a unit's row; one whose set is needed but gone or changed is set aside and is none."""
+        """Return a unit's row; if its set is still needed but missing or changed, withdraw it."""
         row = self._run.ledger.row(work.key)
         if row is None or row.kind != "distill" or row.status == "failed":
             return row
-        scores = self._graph.scored_from(work.key)
-        scored = bool(scores) and all(self._run.ledger.row(score.key) is not None for score in scores)
+        evaluations = self._graph.scored_from(work.key)
+        scored = bool(evaluations) and all(
+            self._run.ledger.row(evaluation.key) is not None for evaluation in evaluations
+        )
         if (scored and not self._graph.is_ranked(work.key)) or is_sound(self._run.folder, row):
             return row
         self._withdraw_set(work)
@@ -147,33 +149,33 @@ class Board:
         log.warning("%s: its set %s is missing or damaged; it is distilled again", work.title, path)
         self._run.ledger.withdraw(work.key, "damaged")
 
-    def _made_again(self, score: Work) -> list[Work]:
-        """Return what gives an evaluation its set that a worker found damaged; a few times, then it fails."""
-        source = self._works[score.unit.inputs[0]]
-        self._again[score.key] += 1
-        if self._again[score.key] > _MAX_AGAIN:
+    def _redistil(self, evaluation: Work) -> list[Work]:
+        """Return the units that replace an evaluation's damaged set; after a few times, it fails."""
+        source = self._works[evaluation.unit.inputs[0]]
+        self._repeats[evaluation.key] += 1
+        if self._repeats[evaluation.key] > _MAX_REPEATS:
             path = self._run.folder / artifact_name(source.key)
-            self._fail(score, f"its set {path} is damaged again and again, or not the same on all nodes")
+            self._fail(evaluation, f"its set {path} is damaged again and again, or not the same on all nodes")
             self.done += 1
             return []
         row = self._run.ledger.row(source.key)
         if row is not None and (row.status == "failed" or is_sound(self._run.folder, row)):
-            return self._released(row)
+            return self._missing_evaluations(row)
         if row is not None:
             self._withdraw_set(source)
             self.done -= 1
         return [source]
 
-    def _released(self, row: Row) -> list[Work]:
-        """Return the missing evaluations of a set that is there."""
+    def _missing_evaluations(self, row: Row) -> list[Work]:
+        """Return the evaluations of a set that have no row; none if the set failed."""
         if row.status == "failed":
             return []
-        scores = self._graph.scored_from(row.key)
-        return [work for work in scores if self._run.ledger.row(work.key) is None]
+        evaluations = self._graph.scored_from(row.key)
+        return [work for work in evaluations if self._run.ledger.row(work.key) is None]
 
     def _wait(self, asker: Work, needs: Needs) -> list[Work]:
-        """Let a unit wait for the pool; return the entries that nobody trains yet."""
-        self._again[asker.key] += 1
+        """Let a unit wait for its pool entries; return those that no worker is training yet."""
+        self._repeats[asker.key] += 1
         blocked: dict[str, Work] = {}
         for spec in needs.specs:
             work = pool_work(asker, spec)
@@ -182,18 +184,18 @@ class Board:
                 blocked[work.key] = work
         again = replace(asker, waited=True)
         self._works[asker.key] = again
-        if self._again[asker.key] > _MAX_ASKED:
-            self._fail(asker, f"the pool has trained what it asks for, but does not hold it: {_SHARE}")
+        if self._repeats[asker.key] > _MAX_POOL_REQUESTS:
+            self._fail(asker, f"the pool has trained what it asks for, but no longer has it: {_SHARE}")
             self.done += 1
             return []
         if not blocked:
             return [again]
         self._waiting[asker.key] = set(blocked)
-        return [work for work in blocked.values() if self._is_to_train(work)]
+        return [work for work in blocked.values() if self._must_train(work)]
 
-    def _is_to_train(self, work: Work) -> bool:
-        """Register an entry that is not there; return whether to train it, a few times, then it fails."""
-        if work.key in self._out:  # its end is still to come
+    def _must_train(self, work: Work) -> bool:
+        """Register a missing entry; return whether to train it. After a few times it fails."""
+        if work.key in self._running:  # still running
             return False
         row = self._run.ledger.row(work.key)
         if work.key not in self._works:
@@ -206,29 +208,29 @@ class Board:
             return False
         log.warning("%s was trained, but is not in the pool (%s): it is trained again", work.title, home())
         self._run.ledger.withdraw(work.key, "removed")
-        self._again[work.key] += 1
-        if self._again[work.key] > _MAX_AGAIN:
-            self._fail(work, f"trained {_MAX_AGAIN + 1} times, and still not in the pool: {_SHARE}")
+        self._repeats[work.key] += 1
+        if self._repeats[work.key] > _MAX_REPEATS:
+            self._fail(work, f"trained {_MAX_REPEATS + 1} times, and still not in the pool: {_SHARE}")
             return False
         self.done -= 1
         return True
 
     def _unblocked(self, key: str) -> list[Work]:
-        """Return the units that waited for this entry alone; those whose entry failed go on waiting."""
+        """Return the units for which this was the last missing entry; if it failed, they keep waiting."""
         row = self._run.ledger.row(key)
         if row is None or row.status == "failed":
             return []
-        found = []
+        unblocked = []
         for asker, blocked in list(self._waiting.items()):
             blocked.discard(key)
             if not blocked:
                 del self._waiting[asker]
-                found.append(self._works[asker])
-        return found
+                unblocked.append(self._works[asker])
+        return unblocked
 
 
 def withdraw_crashes(ledger: Ledger) -> int:
-    """Set aside the failed rows of units that crashed (not of those that diverged); return how many."""
+    """Withdraw the failed rows of units that crashed (not of those that diverged); return how many."""
     crashed = [row for row in ledger.rows() if row.status == "failed" and "attempts" in row.result]
     for row in crashed:
         ledger.withdraw(row.key, "failed")

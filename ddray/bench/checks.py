@@ -15,7 +15,7 @@ from ddray.scoring import PROTOCOLS, EvaluateOptions
 from ddray.teaching import HARD_RECIPE
 
 # Options of an evaluation that the table itself sets.
-_OURS: Final = {
+_SET_BY_TABLE: Final = {
     "dataset",
     "protocol",
     "archs",
@@ -32,59 +32,59 @@ _OURS: Final = {
 
 
 def check_names(spec: BenchSpec) -> None:
-    """Refuse a protocol or a recipe that is not there, and what a protocol does not take.
+    """Refuse unknown protocols and recipes, and settings that a protocol does not take.
 
     Raises:
-        InputError: with the nearest name, or where it belongs.
+        InputError: with the nearest name, or where the setting belongs.
     """
-    known = {"hard": (*RECIPES, HARD_RECIPE), "soft": ("paper", "repo"), "nas": ("none",)}
-    for held in spec.evaluate:
-        if held.protocol not in (*PROTOCOLS, "nas"):
-            raise unknown("evaluate.protocol", held.protocol, (*PROTOCOLS, "nas"))
+    recipes_by_protocol = {"hard": (*RECIPES, HARD_RECIPE), "soft": ("paper", "repo"), "nas": ("none",)}
+    for evaluation_spec in spec.evaluate:
+        if evaluation_spec.protocol not in (*PROTOCOLS, "nas"):
+            raise unknown("evaluate.protocol", evaluation_spec.protocol, (*PROTOCOLS, "nas"))
         for name in ("archs", "epochs", "seeds", "augment", "target", "teacher"):
-            if held.protocol == "nas" and getattr(held, name):
+            if evaluation_spec.protocol == "nas" and getattr(evaluation_spec, name):
                 raise InputError(
                     f"evaluate.{name} must be left out with protocol nas, which takes its own under options "
-                    f"(as `ddray nas` has them), got {getattr(held, name)!r}"
+                    f"(as `ddray nas` has them), got {getattr(evaluation_spec, name)!r}"
                 )
-        names = known.get(held.protocol, tuple(RECIPES))
-        if held.recipe is not None and held.recipe not in names:
-            raise unknown(f"evaluate.recipe of {held.protocol}", held.recipe, names)
+        recipes = recipes_by_protocol.get(evaluation_spec.protocol, tuple(RECIPES))
+        if evaluation_spec.recipe is not None and evaluation_spec.recipe not in recipes:
+            raise unknown(f"evaluate.recipe of {evaluation_spec.protocol}", evaluation_spec.recipe, recipes)
 
 
-def check_row(row: MethodSpec, held: EvaluateSpec) -> None:
-    """Refuse to score sets without labels by a protocol that needs them.
+def check_row(row: MethodSpec, evaluation_spec: EvaluateSpec) -> None:
+    """Refuse to score sets without labels with a protocol that needs them.
 
     Raises:
         InputError: the row is of a self-supervised method, and the protocol is not `linear`.
     """
-    if getattr(get_method(row.name), "uses_budget", False) and held.protocol != "linear":
+    if getattr(get_method(row.name), "uses_budget", False) and evaluation_spec.protocol != "linear":
         raise InputError(
             f"evaluate.protocol must be linear for {row.row}, whose sets hold targets and no labels, "
-            f"got {held.protocol}"
+            f"got {evaluation_spec.protocol}"
         )
 
 
-def check_evaluation(held: EvaluateSpec, plan: Plan, target: Dataset) -> None:
-    """Refuse an option that `ddray evaluate` has not, and what would not fit a set of this plan.
+def check_evaluation(evaluation_spec: EvaluateSpec, plan: Plan, target: Dataset) -> None:
+    """Refuse options that `ddray evaluate` lacks, and what would not fit a set of this plan.
 
     Raises:
-        InputError: with what would fit.
+        InputError: with what would be allowed.
     """
-    known = {one.name for one in fields(EvaluateOptions)} - _OURS
-    for name in held.options:
-        if name not in known:
-            raise unknown("evaluate.options", name, known)
-    if "ipc" in held.options and getattr(plan.config.method, "store", "images") != "statistics":
+    option_names = {option.name for option in fields(EvaluateOptions)} - _SET_BY_TABLE
+    for name in evaluation_spec.options:
+        if name not in option_names:
+            raise unknown("evaluate.options", name, option_names)
+    if "ipc" in evaluation_spec.options and getattr(plan.config.method, "store", "images") != "statistics":
         raise InputError(
             f"evaluate.options.ipc must be left out for {plan.method}, whose sets hold their images "
-            f"(d3hr with method.store=statistics generates them), got {held.options['ipc']}"
+            f"(d3hr with method.store=statistics generates them), got {evaluation_spec.options['ipc']}"
         )
-    own = plan.dataset
-    if held.protocol != "linear" and (
-        target.image_shape != own.image_shape or target.class_names != own.class_names
+    distilled = plan.dataset
+    if evaluation_spec.protocol != "linear" and (
+        target.image_shape != distilled.image_shape or target.class_names != distilled.class_names
     ):
         raise InputError(
-            f"evaluate.target must have the classes and images of {own.name} with protocol {held.protocol} "
-            f"(linear takes any), got {target.name}"
+            f"evaluate.target must have the classes and images of {distilled.name} with protocol "
+            f"{evaluation_spec.protocol} (linear takes any), got {target.name}"
         )

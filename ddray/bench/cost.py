@@ -1,8 +1,7 @@
-"""What a bench will cost: seconds per unit, estimated from units that were finished on this machine before.
+"""What a bench will cost: seconds per unit, estimated from units finished earlier on this machine.
 
-Finished units leave one line in `$DDRAY_HOME/unit_costs.jsonl`, whatever run they belong to. An estimate
-scales the median rate (seconds per amount of work) of the past units that are most alike, those of about its
-size first.
+Every finished unit of any run adds one line to `$DDRAY_HOME/unit_costs.jsonl`. An estimate scales the median
+rate (seconds per amount of work) of the most similar past units, preferring those of about the same size.
 """
 
 from __future__ import annotations
@@ -27,18 +26,18 @@ from ddray.nas.sweep import NasOptions, choose_architectures, resolve_config
 
 log = logging.getLogger(__name__)
 
-_KEPT = 20_000
-_NEAREST = 15  # past units that an estimate is taken from
-_FAR = 10
-_SAME = ("kind", "what", "which")
-_SORT = ("kind", "what")
-# What a unit's rate may be taken from, best first: one method's steps say nothing of another's, and how much
-# work a network of the pool is nobody knows beforehand.
-_LIKE = {
-    "pool": (_SAME,),
-    "distill": (_SAME, _SORT),
-    "nas": (_SAME, _SORT),
-    "evaluate": (_SAME, _SORT, ("kind",)),
+_MAX_LINES = 20_000
+_NEAREST = 15  # past units that an estimate is based on
+_FAR_LARGER = 10
+_EXACT = ("kind", "what", "which")
+_WITHOUT_WHICH = ("kind", "what")
+# Keys that a past unit must share for its rate to be used, best match first. One method's steps say nothing
+# about another's, and the work of training a pool network is not known beforehand.
+_MATCH_ON = {
+    "pool": (_EXACT,),
+    "distill": (_EXACT, _WITHOUT_WHICH),
+    "nas": (_EXACT, _WITHOUT_WHICH),
+    "evaluate": (_EXACT, _WITHOUT_WHICH, ("kind",)),
 }
 
 
@@ -47,9 +46,10 @@ class Estimate:
     """Seconds that a unit is expected to take.
 
     Attributes:
-        wall_s: None if nothing alike was ever finished here.
-        units: how many past units it rests on.
-        is_from_smaller: whether they all did far less, so that their start counts as work: an upper bound.
+        wall_s: None if nothing similar was ever finished here.
+        units: how many past units it is based on.
+        is_from_smaller: whether all of them were far smaller; their start-up time then counts as work, so the
+            estimate is an upper bound.
     """
 
     wall_s: float | None
@@ -58,26 +58,26 @@ class Estimate:
 
 
 def costs_file() -> Path:
-    """Return where past units' times are kept."""
+    """Return the file with past units' times."""
     return home() / "unit_costs.jsonl"
 
 
 def remember(work: Work, row: Row, device: str) -> None:
-    """Keep a finished unit's time; one that was continued after a kill says nothing of the whole."""
+    """Store a finished unit's time, unless it was resumed after a kill: that is not the time of the whole."""
     if row.status == "failed" or row.wall_s <= 0 or row.result.get("resumed_from_step"):
         return
-    _keep([{**_alike(work), "device": device, "amount": work.amount, "wall_s": row.wall_s}])
+    _append([{**_signature(work), "device": device, "amount": work.amount, "wall_s": row.wall_s}])
 
 
 def remember_sweep(ranking: Ranking, space: str, rows: Sequence[Row], device: str) -> None:
-    """Keep the times of a NAS sweep's finished units: one architecture on one proxy, by one seed."""
-    likes = _sweep_alike(space, ranking.dataset)
-    kept = [row for row in rows if row.status == "done" and row.wall_s > 0]
-    _keep([{**likes, "device": device, "amount": 1.0, "wall_s": row.wall_s} for row in kept])
+    """Store the times of a NAS sweep's finished units: one architecture on one proxy, with one seed."""
+    likes = _sweep_signature(space, ranking.dataset)
+    finished_rows = [row for row in rows if row.status == "done" and row.wall_s > 0]
+    _append([{**likes, "device": device, "amount": 1.0, "wall_s": row.wall_s} for row in finished_rows])
 
 
-def _keep(lines: Sequence[dict[str, Any]]) -> None:
-    """Append lines, each by one write."""
+def _append(lines: Sequence[dict[str, Any]]) -> None:
+    """Append lines, each with a single write."""
     if not lines:
         return
     path = costs_file()
@@ -91,8 +91,8 @@ def _keep(lines: Sequence[dict[str, Any]]) -> None:
             os.close(handle)
 
 
-def _alike(work: Work) -> dict[str, Any]:
-    """Return what makes two units alike."""
+def _signature(work: Work) -> dict[str, Any]:
+    """Return the keys by which units are compared."""
     spec = work.unit.spec
     if work.kind == "evaluate":
         return {"kind": work.kind, "what": work.options["protocol"], "which": spec["arch"]}
@@ -101,7 +101,7 @@ def _alike(work: Work) -> dict[str, Any]:
     return {"kind": work.kind, "what": work.method, "which": work.dataset}
 
 
-def _sweep_alike(space: str, dataset: str) -> dict[str, Any]:
+def _sweep_signature(space: str, dataset: str) -> dict[str, Any]:
     return {"kind": "nas", "what": space, "which": dataset}
 
 
@@ -110,27 +110,27 @@ class SweepCost:
     """A NAS sweep as a forecast sees it.
 
     Attributes:
-        title: for people.
+        title: shown to people.
         needs: keys of the sets that are its proxies.
-        alike: what makes its units and past ones alike.
+        signature: the keys by which its units are compared with past ones.
         num_units: architectures by proxies by seeds.
-        num_done: how many of them a run that is continued has finished.
+        num_done: how many of them the resumed run has finished.
     """
 
     title: str
     needs: tuple[str, ...]
-    alike: dict[str, Any]
+    signature: dict[str, Any]
     num_units: int
     num_done: int = 0
 
     @property
     def num_left(self) -> int:
-        """How many are to be trained."""
+        """How many remain to be trained."""
         return max(0, self.num_units - self.num_done)
 
 
 def sweep_title(ranking: Ranking) -> str:
-    """Return what a person calls a sweep."""
+    """Return a sweep's title, as shown to people."""
     cell = ranking.sets[0][0]
     kind, size = cell.size
     return f"nas sweep of {cell.arch}: {ranking.dataset} {kind} {size}"
@@ -142,11 +142,13 @@ def sweep_of(ranking: Ranking, options: NasOptions, dataset: Dataset) -> SweepCo
     Raises:
         InputError: an unknown space, or a sample larger than it.
     """
-    keys = tuple(key for _, held in ranking.sets for key in held)
+    keys = tuple(key for _, set_keys in ranking.sets for key in set_keys)
     archs = len(choose_architectures(options, resolve_config(options), dataset))
     ours = archs * options.seeds * (len(keys) + len(ranking.evaluate.options.get("baselines", ())))
     truth = archs * options.truth_seeds if options.truth == "whole" else 0
-    return SweepCost(sweep_title(ranking), keys, _sweep_alike(options.space, ranking.dataset), ours + truth)
+    return SweepCost(
+        sweep_title(ranking), keys, _sweep_signature(options.space, ranking.dataset), ours + truth
+    )
 
 
 class History:
@@ -158,44 +160,44 @@ class History:
         path = costs_file()
         if not path.is_file():
             return
-        for line in path.read_bytes().splitlines()[-_KEPT:]:
+        for line in path.read_bytes().splitlines()[-_MAX_LINES:]:
             try:
-                held = json.loads(line)
-            except ValueError:  # a torn line: one estimate the poorer
+                past = json.loads(line)
+            except ValueError:  # a torn line is skipped
                 continue
-            if held["device"] == device:
-                self._past.append(held)
+            if past["device"] == device:
+                self._past.append(past)
 
     def estimate(self, work: Work) -> Estimate:
-        """Return a unit's expected seconds, from the past units that are most alike (`_LIKE`)."""
-        wanted, amount = _alike(work), max(work.amount, 1.0)
-        known = (*wanted.values(), amount)
-        if known not in self._estimates:
-            self._estimates[known] = self._nearest(wanted, amount)
-        return self._estimates[known]
+        """Return a unit's expected seconds, from the most similar past units (`_MATCH_ON`)."""
+        signature, amount = _signature(work), max(work.amount, 1.0)
+        cache_key = (*signature.values(), amount)
+        if cache_key not in self._estimates:
+            self._estimates[cache_key] = self._nearest(signature, amount)
+        return self._estimates[cache_key]
 
-    def _nearest(self, wanted: dict[str, Any], amount: float) -> Estimate:
-        """Return the expected seconds of so much work."""
-        alike = self._alike_to(wanted)
-        # A short unit's time is mostly that of its start: those of about this size are asked first.
-        nearest = sorted(alike, key=lambda held: abs(math.log(held["amount"] / amount)))[:_NEAREST]
+    def _nearest(self, signature: dict[str, Any], amount: float) -> Estimate:
+        """Return the expected seconds for this amount of work."""
+        alike = self._most_similar(signature)
+        # A short unit's time is mostly start-up: prefer units of about this size.
+        nearest = sorted(alike, key=lambda past: abs(math.log(past["amount"] / amount)))[:_NEAREST]
         if not nearest:
             return Estimate(None, 0)
-        rates = [held["wall_s"] / held["amount"] for held in nearest]
-        smaller = amount > _FAR * max(held["amount"] for held in nearest)
+        rates = [past["wall_s"] / past["amount"] for past in nearest]
+        smaller = amount > _FAR_LARGER * max(past["amount"] for past in nearest)
         return Estimate(statistics.median(rates) * amount, len(nearest), is_from_smaller=smaller)
 
-    def sweep(self, held: SweepCost) -> Estimate:
-        """Return a sweep's expected seconds: so many times an architecture's."""
-        times = [past["wall_s"] for past in self._alike_to(held.alike)]
-        return Estimate(statistics.median(times) * held.num_left if times else None, len(times))
+    def sweep(self, sweep_cost: SweepCost) -> Estimate:
+        """Return a sweep's expected seconds: the median of one training, times the trainings left."""
+        times = [unit["wall_s"] for unit in self._most_similar(sweep_cost.signature)]
+        return Estimate(statistics.median(times) * sweep_cost.num_left if times else None, len(times))
 
-    def _alike_to(self, wanted: dict[str, Any]) -> list[dict[str, Any]]:
-        """Return the past units that are most alike, the latest first; amounts are 1 or more."""
-        for names in _LIKE[wanted["kind"]]:
-            alike = [held for held in self._past if all(held[name] == wanted[name] for name in names)]
+    def _most_similar(self, signature: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return the most similar past units, latest first, with amounts of at least 1."""
+        for names in _MATCH_ON[signature["kind"]]:
+            alike = [past for past in self._past if all(past[name] == signature[name] for name in names)]
             if alike:
-                return [{**held, "amount": max(held["amount"], 1.0)} for held in reversed(alike)]
+                return [{**past, "amount": max(past["amount"], 1.0)} for past in reversed(alike)]
         return []
 
 
@@ -206,21 +208,21 @@ def forecast(
 
     Args:
         graph: the units.
-        ledger: of the run, if there is one.
+        ledger: the run's, if there is one.
         device: `cpu` or `cuda`.
-        sweeps: the NAS sweeps that follow, a line each.
+        sweeps: the NAS sweeps that follow, one line each.
     """
     history = History(device)
     titles = {work.key: work.title for work in graph.works()}
     units: list[dict[str, Any]] = []
-    known = True
+    is_pool_known = True
     pool: dict[str, dict[str, Any]] = {}
     for work in graph.works():
         row = ledger.row(work.key) if ledger is not None else None
         needs = [titles[key] for key in work.unit.inputs]
         if work.kind == "distill" and row is None:
             specs = asked_first(graph.plans[work.key])
-            known = known and specs is not None
+            is_pool_known = is_pool_known and specs is not None
             for spec in specs or ():
                 name = f"pool {spec.kind} {spec.arch} for {work.dataset}, seed {spec.seed}"
                 entry = _line(name, "pool", None, [], history.estimate(pool_work(work, spec)))
@@ -243,22 +245,22 @@ def forecast(
         "units": lines,
         "num_units": len(lines),
         "num_missing": len(missing),
-        "pool_known": known,
+        "pool_known": is_pool_known,
         "estimate_s": sum(guessed) if guessed else (None if missing else 0.0),
         "num_without_estimate": len(missing) - len(guessed),
         "num_from_smaller": sum(line["from_smaller"] for line in missing),
     }
 
 
-def _line(unit: str, kind: str, row: Row | None, needs: list[str], held: Estimate) -> dict[str, Any]:
+def _line(unit: str, kind: str, row: Row | None, needs: list[str], estimate: Estimate) -> dict[str, Any]:
     return {
         "unit": unit,
         "kind": kind,
         "status": row.status if row is not None else "missing",
         "needs": needs,
-        "estimate_s": held.wall_s,
-        "past_units": held.units,
-        "from_smaller": held.is_from_smaller,
+        "estimate_s": estimate.wall_s,
+        "past_units": estimate.units,
+        "from_smaller": estimate.is_from_smaller,
     }
 
 
@@ -269,18 +271,18 @@ def summarise(units: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         head, _, tail = unit["unit"].partition(" seed ")
         rest = tail.partition(", ")[2]
         groups.setdefault((unit["kind"], head + (f", {rest}" if rest else "")), []).append(unit)
-    found = []
-    for (kind, name), held in groups.items():
-        guessed = [unit["estimate_s"] for unit in held if unit["estimate_s"] is not None]
-        found.append(
+    summaries = []
+    for (kind, name), group in groups.items():
+        guessed = [unit["estimate_s"] for unit in group if unit["estimate_s"] is not None]
+        summaries.append(
             {
                 "kind": kind,
                 "unit": name,
-                "units": len(held),
-                "missing": sum(unit["status"] == "missing" for unit in held),
-                "trainings": sum(unit.get("num_trainings", 0) for unit in held),
-                "needs": sorted({need.partition(" seed ")[0] for unit in held for need in unit["needs"]}),
-                "estimate_s": sum(guessed) if len(guessed) == len(held) else None,
+                "units": len(group),
+                "missing": sum(unit["status"] == "missing" for unit in group),
+                "trainings": sum(unit.get("num_trainings", 0) for unit in group),
+                "needs": sorted({need.partition(" seed ")[0] for unit in group for need in unit["needs"]}),
+                "estimate_s": sum(guessed) if len(guessed) == len(group) else None,
             }
         )
-    return found
+    return summaries

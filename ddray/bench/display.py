@@ -13,7 +13,7 @@ from ddray.report.published import FIGURES
 def bench_tables(name: str, result: dict[str, Any]) -> list[Any]:
     """Return a bench's table in percent, its failures, and where its files are.
 
-    What is the same in every cell stands in the title.
+    Columns with the same value in every cell go into the title.
     """
     from rich.table import Table
 
@@ -22,9 +22,9 @@ def bench_tables(name: str, result: dict[str, Any]) -> list[Any]:
         for cell in result["cells"]
     ]
     names = ("dataset", "size", "protocol", "target", "teacher", "augment", "settings", "arch")
-    held = {column: [str(cell.get(column, "-")) for cell in cells] for column in names}
-    varied = [column for column in names if len(set(held[column])) > 1]
-    fixed = [held[column][0] for column in names if len(set(held[column])) == 1 and held[column][0] != "-"]
+    texts = {column: [str(cell.get(column, "-")) for cell in cells] for column in names}
+    varied = [column for column in names if len(set(texts[column])) > 1]
+    fixed = [texts[column][0] for column in names if len(set(texts[column])) == 1 and texts[column][0] != "-"]
     published = any("published" in cell for cell in cells)
     table = Table("method", *varied, "accuracy %", "n", title=", ".join([name, *fixed]))
     for column in ("published %", "difference (SE)") if published else ():
@@ -55,27 +55,36 @@ def bench_tables(name: str, result: dict[str, Any]) -> list[Any]:
 
 
 def _short(value: float | None) -> str:
-    """Return a figure with three digits, or whole thousands."""
+    """Return a figure with three digits; from 1000 on as a whole number."""
     return "-" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
-def published_text(held: dict[str, Any] | None) -> tuple[str, str]:
-    """Return a published accuracy in percent, and ours minus it in points, with standard errors."""
-    if held is None:
+def published_text(comparison: dict[str, Any] | None) -> tuple[str, str]:
+    """Return a published accuracy in percent, and our difference from it in points (and standard errors)."""
+    if comparison is None:
         return "-", "-"
-    apart = held["difference_se"]
-    text = f"{100 * held['difference']:+.2f}" + ("" if apart is None else f" ({apart:+.1f})")
-    return f"{percent(held['accuracy_mean'], held['accuracy_std'])} ({held['paper']}, {held['table']})", text
+    difference_se = comparison["difference_se"]
+    text = f"{100 * comparison['difference']:+.2f}" + (
+        "" if difference_se is None else f" ({difference_se:+.1f})"
+    )
+    accuracy = percent(comparison["accuracy_mean"], comparison["accuracy_std"])
+    return f"{accuracy} ({comparison['paper']}, {comparison['table']})", text
 
 
-def forecast_tables(found: dict[str, Any]) -> list[Any]:
+def forecast_tables(forecast: dict[str, Any]) -> list[Any]:
     """Return a dry run: the unit graph by groups, and its expected cost."""
     from rich.table import Table
 
     table = Table(
-        "kind", "unit", "units", "missing", "needs", "expected", title=f"{found['name']}, {found['scale']}"
+        "kind",
+        "unit",
+        "units",
+        "missing",
+        "needs",
+        "expected",
+        title=f"{forecast['name']}, {forecast['scale']}",
     )
-    for group in summarise(found["units"]):
+    for group in summarise(forecast["units"]):
         needs = group["needs"]
         table.add_row(
             group["kind"],
@@ -85,21 +94,21 @@ def forecast_tables(found: dict[str, Any]) -> list[Any]:
             _duration(group["estimate_s"]),
         )
     summary = {
-        "units": f"{found['num_units']} ({found['num_missing']} missing)",
-        "expected": f"{_duration(found['estimate_s'])} of one worker, from past units on this machine",
-        "units without an estimate": found["num_without_estimate"],
+        "units": f"{forecast['num_units']} ({forecast['num_missing']} missing)",
+        "expected": f"{_duration(forecast['estimate_s'])} of one worker, from past units on this machine",
+        "units without an estimate": forecast["num_without_estimate"],
     }
-    if found["num_from_smaller"]:
+    if forecast["num_from_smaller"]:
         summary["too high for"] = (
-            f"{found['num_from_smaller']} units, of which only far smaller ones were run here"
+            f"{forecast['num_from_smaller']} units: only far smaller ones have been run here"
         )
-    if not found["pool_known"]:
-        summary["pool"] = "some methods say what networks they need only when they start"
+    if not forecast["pool_known"]:
+        summary["pool"] = "some methods report which networks they need only once they start"
     return [table, table_of("forecast", summary)]
 
 
 def _duration(seconds: float | None) -> str:
-    """Return seconds for people."""
+    """Return seconds in readable units."""
     if seconds is None:
         return "unknown"
     hours, minutes = seconds / 3600, seconds / 60
@@ -107,7 +116,7 @@ def _duration(seconds: float | None) -> str:
 
 
 def percent(mean: float | None, std: float | None) -> str:
-    """Return `12.34 +- 0.56` in percent, `-` for what is not known."""
+    """Return `12.34 +- 0.56` in percent, `-` if the mean is None."""
     if mean is None:
         return "-"
     return f"{100 * mean:.2f}" + ("" if std is None else f" +- {100 * std:.2f}")

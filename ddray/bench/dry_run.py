@@ -18,7 +18,7 @@ from ddray.errors import InputError
 from ddray.ledger import Ledger
 from ddray.plan import check_plan
 
-# Classes of the datasets whose names are only in their files: for a dry run where they are not there.
+# Datasets whose class names are only in their files: the number of classes, for dry runs without the files.
 _NUM_CLASSES = {
     "tiny_imagenet": 200,
     "imagenet": 1000,
@@ -29,7 +29,7 @@ _NUM_CLASSES = {
 
 
 def dry_run(spec: BenchSpec, options: BenchOptions, *, run_dir: Path | None) -> dict[str, Any]:
-    """Return the unit graph with an estimate of its cost; no image is read, and a dataset may be missing.
+    """Return the unit graph with an estimated cost; no image is read, and datasets may be missing.
 
     Args:
         spec: the table.
@@ -55,38 +55,40 @@ def dry_run(spec: BenchSpec, options: BenchOptions, *, run_dir: Path | None) -> 
     graph = build_graph(spec, get, check_plan)
     sweeps = check_rankings(graph, spec, options, get)
     priced = []
-    for ranking, held in zip(graph.rankings, sweeps, strict=True):
-        num_done = 0 if run_dir is None else len(Ledger(sweep_folder(ranking, held, run_dir)).rows())
-        priced.append(replace(sweep_of(ranking, held, get(ranking.dataset)), num_done=num_done))
+    for ranking, sweep_options in zip(graph.rankings, sweeps, strict=True):
+        num_done = 0 if run_dir is None else len(Ledger(sweep_folder(ranking, sweep_options, run_dir)).rows())
+        priced.append(replace(sweep_of(ranking, sweep_options, get(ranking.dataset)), num_done=num_done))
     return {
         "name": spec.name,
         "scale": options.scale,
         **forecast(graph, ledger, options.device, priced),
-        "nas_sweeps": [held.space for held in sweeps],
+        "nas_sweeps": [sweep_options.space for sweep_options in sweeps],
     }
 
 
 def _facts(name: str, data_dir: Path | None) -> Dataset:
-    """Open a dataset, or return what is known of one that is not there."""
+    """Open a dataset, or return the catalog's facts about a missing one."""
     try:
         return open_dataset(name, data_dir=data_dir)
     except InputError:
         if name not in KNOWN:
             raise
-    known = KNOWN[name]
-    names = known.class_names or tuple(f"class {number}" for number in range(_NUM_CLASSES[name]))
-    channels = known.shape[0]
+    catalog_entry = KNOWN[name]
+    names = catalog_entry.class_names or tuple(
+        f"class {class_index}" for class_index in range(_NUM_CLASSES[name])
+    )
+    channels = catalog_entry.shape[0]
     return Dataset(
         name=name,
         class_names=names,
-        image_shape=known.shape,
-        mean=known.mean or (0.5,) * channels,
-        std=known.std or (0.5,) * channels,
-        can_flip=known.can_flip,
-        load_train=_not_there,
-        load_test=_not_there,
+        image_shape=catalog_entry.shape,
+        mean=catalog_entry.mean or (0.5,) * channels,
+        std=catalog_entry.std or (0.5,) * channels,
+        can_flip=catalog_entry.can_flip,
+        load_train=_no_images,
+        load_test=_no_images,
     )
 
 
-def _not_there() -> Any:
+def _no_images() -> Any:
     raise InputError("a dry run reads no images")

@@ -23,7 +23,7 @@ from ddray.pool import PoolSpec
 from ddray.scoring import EvaluateOptions, check_options
 from ddray.seeding import derive_seed
 
-# A set is not distilled again because more networks are trained on it.
+# Changing how many networks are trained on a set does not change the set.
 _COUNTS = ("seeds", "val_seeds")
 OpenDataset = Callable[[str], Dataset]
 
@@ -35,8 +35,8 @@ def build_graph(
 
     Args:
         spec: the table.
-        open_dataset: gives a dataset by name; nothing but its facts and fingerprint is used.
-        check: raises for a plan that can't be run; called once per row, dataset and size.
+        open_dataset: returns a dataset by name; only its facts and fingerprint are used.
+        check: raises for plans that can't be run; called once per row, dataset and size.
 
     Raises:
         InputError: a method, preset, setting, protocol or architecture is bad, or a dataset is missing.
@@ -48,37 +48,39 @@ def build_graph(
     cells = []
     rankings: dict[tuple[int, str, tuple[str, int]], list[tuple[Cell, tuple[str, ...]]]] = {}
     check_names(spec)
-    for row, name, size in _places(spec):
+    for row, name, size in _combinations(spec):
         sets = [
-            distil_work(spec, row, open_dataset(name), name, size, spec.seed + number)
-            for number in range(spec.seeds)
+            distil_work(spec, row, open_dataset(name), name, size, spec.seed + seed_index)
+            for seed_index in range(spec.seeds)
         ]
         check(sets[0][1])
         for work, plan in sets:
             distil.setdefault(work.key, work)
             plans.setdefault(work.key, plan)
             labels.setdefault(work.key, []).append(row.row)
-        for number, held in enumerate(map(spec.within, spec.evaluate)):
-            if name not in spec.scored(held):
+        for evaluation_index, evaluation_spec in enumerate(map(spec.within, spec.evaluate)):
+            if name not in spec.scored(evaluation_spec):
                 continue
-            check_row(row, held)
-            if held.protocol == "nas":
-                own = rankings.setdefault((number, name, size), [])
-                own.append((_proxy_cell(spec, row, held, *sets[0]), tuple(w.key for w, _ in sets)))
+            check_row(row, evaluation_spec)
+            if evaluation_spec.protocol == "nas":
+                proxy_sets = rankings.setdefault((evaluation_index, name, size), [])
+                proxy_sets.append(
+                    (_proxy_cell(spec, row, evaluation_spec, *sets[0]), tuple(w.key for w, _ in sets))
+                )
                 continue
-            for cell, works in _cells(spec, row, held, sets, open_dataset):
+            for cell, works in _cells(spec, row, evaluation_spec, sets, open_dataset):
                 cells.append(cell)
                 evaluate.update({work.key: work for work in works})
     ordered = dict(sorted(distil.items(), key=lambda item: -item[1].amount))
     sweeps = tuple(
-        Ranking(number, spec.evaluate[number], name, tuple(proxies))
-        for (number, name, _), proxies in rankings.items()
+        Ranking(evaluation_index, spec.evaluate[evaluation_index], name, tuple(proxies))
+        for (evaluation_index, name, _), proxies in rankings.items()
     )
     return Graph(ordered, evaluate, tuple(cells), sweeps, plans, labels)
 
 
-def _places(spec: BenchSpec) -> Iterator[tuple[MethodSpec, str, tuple[str, int]]]:
-    """Yield every row with its datasets and sizes, once: a scale may put rows of several datasets on one."""
+def _combinations(spec: BenchSpec) -> Iterator[tuple[MethodSpec, str, tuple[str, int]]]:
+    """Yield each row, dataset and size once: a scale may map several rows' datasets to one."""
     seen: set[tuple[str, str, tuple[str, int]]] = set()
     for row in spec.rows():
         get_method(row.name)
@@ -95,22 +97,22 @@ def distil_work(
     plan = _limited(spec, row, dataset, size, seed)
     make_distiller(plan)
     config = plan.config.dump()
-    kept = {k: v for k, v in config.items() if k != "checkpoint_every"}
-    kept["evaluate"] = {k: v for k, v in config["evaluate"].items() if k not in _COUNTS}
-    held = {
+    set_config = {k: v for k, v in config.items() if k != "checkpoint_every"}
+    set_config["evaluate"] = {k: v for k, v in config["evaluate"].items() if k not in _COUNTS}
+    unit_spec = {
         "method": row.name,
         "dataset": dataset.name,
         "fingerprint": dataset.fingerprint,
         size[0]: size[1],
         "seed": seed,
         "split": "train" if spec.val_seed is None else f"train-val{spec.val_seed}",
-        "config": kept,
+        "config": set_config,
     }
-    real = getattr(plan.config.method, "batch_real", 0)  # of a class, or of all where a budget is spent
+    real = getattr(plan.config.method, "batch_real", 0)  # per class, or in total with a budget
     images = plan.budget + real if plan.budget else dataset.num_classes * (plan.ipc + real)
     one = multiply_adds(plan.arch, dataset.image_shape)
     work = Work(
-        unit=Unit(kind="distill", spec=held),
+        unit=Unit(kind="distill", spec=unit_spec),
         title=f"{row.row} {dataset.name} {size[0]} {size[1]} seed {seed}",
         method=row.name,
         dataset=name,
@@ -129,23 +131,30 @@ def _limited(spec: BenchSpec, row: MethodSpec, dataset: Dataset, size: tuple[str
     """Resolve a row, then lower what exceeds the spec's limits."""
     shared = MethodSpec(name=row.name, set=spec.set).layers()
     layers = [*shared, *row.layers()]
-    stored: dict[str, Any] = {size[0]: size[1]}
+    size_argument: dict[str, Any] = {size[0]: size[1]}
 
-    def resolved(more: list[dict[str, Any]]) -> Plan:
+    def resolved(limit_layers: list[dict[str, Any]]) -> Plan:
         try:
-            return resolve(row.name, dataset, **stored, seed=seed, preset=row.preset, layers=[*layers, *more])
+            return resolve(
+                row.name,
+                dataset,
+                **size_argument,
+                seed=seed,
+                preset=row.preset,
+                layers=[*layers, *limit_layers],
+            )
         except InputError as error:
             raise InputError(f"row {row.row}: {error}") from error
 
     plan, limits = resolved([]), spec.limits
     lower: dict[str, Any] = {}
-    own = plan.config.method.dump()
+    method_settings = plan.config.method.dump()
     if limits.steps is not None:
         if plan.config.steps > limits.steps:
             lower["steps"] = limits.steps
-        lower = merge(lower, {"method": _lowered(own, "steps", limits.steps)})
+        lower = merge(lower, {"method": _lowered(method_settings, "steps", limits.steps)})
     if limits.epochs is not None:
-        lower = merge(lower, {"method": _lowered(own, "epochs", limits.epochs)})
+        lower = merge(lower, {"method": _lowered(method_settings, "epochs", limits.epochs)})
         if plan.config.evaluate.epochs > limits.epochs:
             lower = merge(lower, {"evaluate": {"epochs": limits.epochs}})
     if limits.networks is not None and plan.config.evaluate.seeds > limits.networks:
@@ -155,19 +164,19 @@ def _limited(spec: BenchSpec, row: MethodSpec, dataset: Dataset, size: tuple[str
     return resolved([lower]) if lower not in ({}, {"method": {}}) else plan
 
 
-def _lowered(settings: Mapping[str, Any], what: str, limit: int) -> dict[str, Any]:
-    """Return at the limit what is longer of a method's own: epochs of teachers, steps of inner networks.
+def _lowered(settings: Mapping[str, Any], word: str, limit: int) -> dict[str, Any]:
+    """Return the method's own settings that exceed a limit (teachers' epochs, inner steps), set to it.
 
     Args:
-        settings: the method's, nested.
-        what: `epochs` or `steps`, a word of the settings' names.
-        limit: the most.
+        settings: the method's settings, nested.
+        word: `epochs` or `steps`: applies to settings with this word in their name.
+        limit: the maximum.
     """
     lower: dict[str, Any] = {}
     for name, value in settings.items():
-        if isinstance(value, Mapping) and (within := _lowered(value, what, limit)):
+        if isinstance(value, Mapping) and (within := _lowered(value, word, limit)):
             lower[name] = within
-        elif what in name.split("_") and isinstance(value, int) and value > limit:
+        elif word in name.split("_") and isinstance(value, int) and value > limit:
             lower[name] = limit
     return lower
 
@@ -175,29 +184,29 @@ def _lowered(settings: Mapping[str, Any], what: str, limit: int) -> dict[str, An
 def _cells(
     spec: BenchSpec,
     row: MethodSpec,
-    held: EvaluateSpec,
+    evaluation_spec: EvaluateSpec,
     sets: list[tuple[Work, Plan]],
     open_dataset: OpenDataset,
 ) -> list[tuple[Cell, list[Work]]]:
     """Return the cells of a row's sets under one evaluation, each with its units."""
-    found = []
+    cells = []
     first, plan = sets[0]
-    for name in held.target or (first.dataset,):
+    for name in evaluation_spec.target or (first.dataset,):
         target = open_dataset(name)
-        for teacher in held.teacher or (None,):
-            for arch in held.archs or (plan.arch,):
+        for teacher in evaluation_spec.teacher or (None,):
+            for arch in evaluation_spec.archs or (plan.arch,):
                 works = [
                     _evaluate_work(
                         spec,
-                        held,
+                        evaluation_spec,
                         work,
-                        own,
+                        set_plan,
                         target,
                         name,
                         resolve_arch(arch, plan.dataset.image_shape),
                         teacher,
                     )
-                    for work, own in sets
+                    for work, set_plan in sets
                 ]
                 cell = Cell(
                     method=row.row,
@@ -205,27 +214,35 @@ def _cells(
                     dataset=plan.dataset.name,
                     num_classes=plan.dataset.num_classes,
                     size=first.size,
-                    protocol=held.protocol,
+                    protocol=evaluation_spec.protocol,
                     arch=works[0].unit.spec["arch"],
                     target=target.name,
                     teacher=teacher,
-                    augment=held.augment,
-                    settings=_settings(held, works[0].options),
+                    augment=evaluation_spec.augment,
+                    settings=_settings(evaluation_spec, works[0].options),
                     keys=tuple(work.key for work in works),
-                    source=_source(spec.published, held.published, row.published),
+                    source=_source(spec.published, evaluation_spec.published, row.published),
                 )
-                found.append((cell, works))
-    return found
+                cells.append((cell, works))
+    return cells
 
 
-def _settings(held: EvaluateSpec, options: Mapping[str, Any]) -> str | None:
-    """Return what tells apart evaluations of one protocol: what the table sets, as `options` limit it."""
-    given = {"recipe": held.recipe, "epochs": held.epochs, **held.options}
-    shown = {name: options.get(name, value) for name, value in given.items() if value is not None}
-    return ", ".join(f"{name}={value}" for name, value in shown.items()) or None
+def _settings(evaluation_spec: EvaluateSpec, options: Mapping[str, Any]) -> str | None:
+    """Return what distinguishes evaluations of one protocol: the table's settings, within the limits."""
+    table_settings = {
+        "recipe": evaluation_spec.recipe,
+        "epochs": evaluation_spec.epochs,
+        **evaluation_spec.options,
+    }
+    limited_settings = {
+        name: options.get(name, value) for name, value in table_settings.items() if value is not None
+    }
+    return ", ".join(f"{name}={value}" for name, value in limited_settings.items()) or None
 
 
-def _proxy_cell(spec: BenchSpec, row: MethodSpec, held: EvaluateSpec, work: Work, plan: Plan) -> Cell:
+def _proxy_cell(
+    spec: BenchSpec, row: MethodSpec, evaluation_spec: EvaluateSpec, work: Work, plan: Plan
+) -> Cell:
     """Return the cell of a row's sets as proxies."""
     return Cell(
         method=row.row,
@@ -234,24 +251,26 @@ def _proxy_cell(spec: BenchSpec, row: MethodSpec, held: EvaluateSpec, work: Work
         num_classes=plan.dataset.num_classes,
         size=work.size,
         protocol="nas",
-        arch=str(held.options.get("space", "convnet720")),
+        arch=str(evaluation_spec.options.get("space", "convnet720")),
         target=plan.dataset.name,
         teacher=None,
         augment=None,
-        settings=_settings(held, {}),
+        settings=_settings(evaluation_spec, {}),
         keys=(),
-        source=_source(spec.published, held.published, row.published),
+        source=_source(spec.published, evaluation_spec.published, row.published),
     )
 
 
-def _source(*held: Source) -> Source:
-    """Return the last word on each of the source's fields."""
-    return Source.parse(merge(*({k: v for k, v in one.dump().items() if v is not None} for one in held)))
+def _source(*sources: Source) -> Source:
+    """Merge sources field by field; the last one that sets a field wins."""
+    return Source.parse(
+        merge(*({k: v for k, v in source.dump().items() if v is not None} for source in sources))
+    )
 
 
 def _evaluate_work(
     spec: BenchSpec,
-    held: EvaluateSpec,
+    evaluation_spec: EvaluateSpec,
     work: Work,
     plan: Plan,
     target: Dataset,
@@ -260,26 +279,27 @@ def _evaluate_work(
     teacher: str | None,
 ) -> Work:
     """Return the unit that scores one set with one architecture."""
-    check_evaluation(held, plan, target)
-    own, recipe = plan.config.evaluate, held.recipe or held.options.get("recipe")
-    networks = min(held.seeds or own.seeds, spec.limits.networks or 2**31)
-    named = RECIPES.get(recipe or "", {}).get("epochs")
-    fixed = recipe is not None or held.protocol == "soft"
-    epochs = _within(spec.limits.epochs, held.epochs, named, fixed=fixed)
+    check_evaluation(evaluation_spec, plan, target)
+    method_defaults = plan.config.evaluate
+    recipe = evaluation_spec.recipe or evaluation_spec.options.get("recipe")
+    networks = min(evaluation_spec.seeds or method_defaults.seeds, spec.limits.networks or 2**31)
+    recipe_epochs = RECIPES.get(recipe or "", {}).get("epochs")
+    is_fixed = recipe is not None or evaluation_spec.protocol == "soft"
+    epochs = _within(spec.limits.epochs, evaluation_spec.epochs, recipe_epochs, is_fixed=is_fixed)
     options: dict[str, Any] = {
-        **held.options,
+        **evaluation_spec.options,
         "dataset": None if name == work.dataset else name,
-        "protocol": held.protocol,
+        "protocol": evaluation_spec.protocol,
         "archs": [arch],
         "epochs": epochs,
         "seeds": networks,
-        "augment": held.augment,
+        "augment": evaluation_spec.augment,
         "recipe": recipe,
-        # The same networks for every method: differences between rows are the sets'.
+        # The same networks for every method, so that rows differ only in their sets.
         "seed": derive_seed(work.seed, "bench", "evaluate") % 2**31,
         "teachers": None if teacher is None else teacher.split("+"),
     }
-    options |= _limited_options(held, spec.limits)
+    options |= _limited_options(evaluation_spec, spec.limits)
     options = {k: v for k, v in options.items() if v is not None}
     check_options(EvaluateOptions(**options), plan.dataset.image_shape)
     described = {
@@ -302,57 +322,59 @@ def _evaluate_work(
             part
             for part in (
                 work.title,
-                f"{held.protocol} {arch}" + (f" on {target.name}" if name != work.dataset else ""),
+                f"{evaluation_spec.protocol} {arch}" + (f" on {target.name}" if name != work.dataset else ""),
                 teacher and f"teacher {teacher}",
-                held.augment and f"augment {held.augment}",
-                _settings(held, options),
+                evaluation_spec.augment and f"augment {evaluation_spec.augment}",
+                _settings(evaluation_spec, options),
             )
             if part
         ),
         options=options,
-        amount=float(networks * (epochs or named or own.epochs) * images * one),
+        amount=float(networks * (epochs or recipe_epochs or method_defaults.epochs) * images * one),
     )
 
 
-def _limited_options(held: EvaluateSpec, limits: Limits) -> dict[str, Any]:
-    """Return a protocol's `full_epochs` and `sets`, whose epochs and soft labels' teachers are limited."""
-    sets = held.options.get("sets")
+def _limited_options(evaluation_spec: EvaluateSpec, limits: Limits) -> dict[str, Any]:
+    """Return the options `full_epochs` and `sets`, with epochs and teachers' epochs within the limits."""
+    sets = evaluation_spec.options.get("sets")
     parsed = parse_overrides(sets or ())
     teacher = parsed.get("teacher", {})
-    taught = teacher.get("epochs", TeacherRecipe().epochs) if isinstance(teacher, Mapping) else None
-    more = []
+    teacher_epochs = teacher.get("epochs", TeacherRecipe().epochs) if isinstance(teacher, Mapping) else None
+    overrides = []
     if _is_above(parsed.get("epochs"), limits.epochs):
-        more.append(f"epochs={limits.epochs}")
-    if held.protocol == "soft" and _is_above(taught, limits.teacher_epochs):
-        more.append(f"teacher.epochs={limits.teacher_epochs}")
-    full = held.options.get("full_epochs")
+        overrides.append(f"epochs={limits.epochs}")
+    if evaluation_spec.protocol == "soft" and _is_above(teacher_epochs, limits.teacher_epochs):
+        overrides.append(f"teacher.epochs={limits.teacher_epochs}")
+    full = evaluation_spec.options.get("full_epochs")
     return {
-        "sets": [*(sets or ()), *more] or None,
+        "sets": [*(sets or ()), *overrides] or None,
         "full_epochs": limits.epochs if _is_above(full, limits.epochs) else full,
     }
 
 
-def _is_above(asked: Any, limit: int | None) -> bool:
-    """Return whether a number is above a limit; what is no number is refused later, by its own rule."""
-    return limit is not None and isinstance(asked, int) and asked > limit
+def _is_above(value: Any, limit: int | None) -> bool:
+    """Return whether an integer is above a limit; anything else is refused later, by its own rule."""
+    return limit is not None and isinstance(value, int) and value > limit
 
 
-def _within(most: int | None, asked: int | None, named: int | None, *, fixed: bool) -> int | None:
-    """Return an evaluation's epochs within a limit; None leaves them to the method, whose own are within it.
+def _within(
+    limit: int | None, table_epochs: int | None, recipe_epochs: int | None, *, is_fixed: bool
+) -> int | None:
+    """Return an evaluation's epochs within a limit; None leaves them to the method, which is limited already.
 
     Args:
-        most: the limit.
-        asked: by the table.
-        named: the recipe's, where they are known.
-        fixed: whether the recipe or the protocol decides the epochs, and not the method.
+        limit: the maximum.
+        table_epochs: set by the table.
+        recipe_epochs: the recipe's, if known.
+        is_fixed: whether the recipe or protocol decides the epochs, not the method.
     """
-    if most is None or (asked is None and not fixed):
-        return asked
-    return min(asked or named or most, most)
+    if limit is None or (table_epochs is None and not is_fixed):
+        return table_epochs
+    return min(table_epochs or recipe_epochs or limit, limit)
 
 
 def pool_work(asker: Work, spec: PoolSpec) -> Work:
-    """Return the unit that trains a pool entry, with the trainer of the set that asked for it."""
+    """Return the unit that trains a pool entry, with the settings of the unit that asked for it."""
     return replace(
         asker,
         unit=Unit(kind="pool", spec={"pool_key": spec.key, **spec.dump()}),

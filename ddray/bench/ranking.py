@@ -25,35 +25,37 @@ _FIGURES: Final = ("spearman", "spearman_top20", "kendall", "search_time", "stor
 _REQUEST: Final = ("baselines", "compat")
 
 
-def nas_options(ranking: Ranking, more: Mapping[str, Any]) -> NasOptions:
+def nas_options(ranking: Ranking, resources: Mapping[str, Any]) -> NasOptions:
     """Return the sweep's options.
 
     Args:
-        ranking: whose `evaluate.options` they are.
-        more: executor and resources.
+        ranking: the sweep; the options are from its `evaluate.options`.
+        resources: executor and resources.
 
     Raises:
         InputError: `ddray nas` has no such option, or a value is bad.
     """
-    own = {k: v for k, v in ranking.evaluate.options.items() if k not in _REQUEST}
-    return NasOptions.parse({**own, **more}, prefix="evaluate.options.")
+    sweep_options = {k: v for k, v in ranking.evaluate.options.items() if k not in _REQUEST}
+    return NasOptions.parse({**sweep_options, **resources}, prefix="evaluate.options.")
 
 
 def check_ranking(ranking: Ranking, options: NasOptions, dataset: Dataset) -> None:
-    """Refuse what the sweep would refuse once its sets are distilled.
+    """Refuse now what the sweep would refuse after its sets are distilled.
 
     Raises:
         InputError: a baseline or `compat` is bad.
     """
-    held = ranking.evaluate.options
-    check_baselines(tuple(held.get("baselines", ())), dataset)
-    check_compat(held.get("compat"), options.space)
+    evaluation_options = ranking.evaluate.options
+    check_baselines(tuple(evaluation_options.get("baselines", ())), dataset)
+    check_compat(evaluation_options.get("compat"), options.space)
 
 
 def sweep_folder(ranking: Ranking, options: NasOptions, run_dir: Path) -> Path:
     """Return the folder of a sweep's own run, below the bench's."""
     kind, size = ranking.sets[0][0].size
-    return run_dir / "nas" / f"{_slug(ranking.dataset)}-{kind}{size}-{options.space}-{ranking.number}"
+    return (
+        run_dir / "nas" / f"{_slug(ranking.dataset)}-{kind}{size}-{options.space}-{ranking.evaluation_index}"
+    )
 
 
 def rank_sets(
@@ -65,14 +67,14 @@ def rank_sets(
     has_set: Callable[[str], bool],
     data_dir: Path | None,
 ) -> list[dict[str, Any]]:
-    """Rank architectures on every set that is there; return one cell per row.
+    """Rank architectures on every distilled set; return one cell per row.
 
     Args:
         ranking: the sets.
-        options: the sweep's.
+        options: the sweep's options.
         execute: runs its tasks.
         run_dir: the bench's folder; the sweep is a run of its own below `nas/`.
-        has_set: whether a set was distilled.
+        has_set: returns whether a set was distilled.
         data_dir: where datasets are; None is $DDRAY_DATA.
 
     Raises:
@@ -83,51 +85,54 @@ def rank_sets(
     files: list[Path] = []
     owners: list[int] = []
     names = [_slug(cell.method) for cell, _ in ranking.sets]
-    for place, (_, keys) in enumerate(ranking.sets):
-        # Labels that differ in what a file's name can't hold are told apart by their place.
-        own = names[place] if names.count(names[place]) == 1 else f"{names[place]}-row{place}"
-        for number, key in enumerate(keys):
+    for row_index, (_, keys) in enumerate(ranking.sets):
+        # Labels that make the same file name are told apart by their row index.
+        name = names[row_index]
+        file_stem = name if names.count(name) == 1 else f"{name}-row{row_index}"
+        for seed_index, key in enumerate(keys):
             if has_set(key):
-                named = folder.with_name(f"{folder.name}-sets") / f"{own}-{number}.pt"
-                _link(run_dir / artifact_name(key), named)
-                files.append(named)
-                owners.append(place)
+                proxy_file = folder.with_name(f"{folder.name}-sets") / f"{file_stem}-{seed_index}.pt"
+                _link(run_dir / artifact_name(key), proxy_file)
+                files.append(proxy_file)
+                owners.append(row_index)
     if not files:
         return []
-    held = ranking.evaluate.options
+    evaluation_options = ranking.evaluate.options
     request = NasRequest(
         proxies=tuple(files),
-        baselines=tuple(held.get("baselines", ())),
-        compat=held.get("compat"),
+        baselines=tuple(evaluation_options.get("baselines", ())),
+        compat=evaluation_options.get("compat"),
         dataset=ranking.dataset,
         data_dir=data_dir,
-        can_grow=True,  # a set that failed may be there when the bench is continued
+        can_grow=True,  # a failed set may exist when the bench is resumed
     )
-    found = rank_architectures(
+    result = rank_architectures(
         request, options, resolve_config(options), execute, run_dir=folder, resume=True
     )
     grouped: dict[int, list[Mapping[str, Any]]] = {}
-    for place, figures in zip(owners, found["proxies"], strict=False):  # baselines stand behind the sets
-        grouped.setdefault(place, []).append(figures)
-    cells = [cell_of(ranking.sets[place][0], figures) for place, figures in grouped.items()]
+    for row_index, figures in zip(owners, result["proxies"], strict=False):  # baselines follow the sets
+        grouped.setdefault(row_index, []).append(figures)
+    cells = [cell_of(ranking.sets[row_index][0], figures) for row_index, figures in grouped.items()]
     return cells + [
-        cell_of(_baseline(ranking, one["proxy"]), [one]) for one in found["proxies"][len(files) :]
+        cell_of(_baseline(ranking, baseline["proxy"]), [baseline])
+        for baseline in result["proxies"][len(files) :]
     ]
 
 
 def _baseline(ranking: Ranking, proxy: str) -> Cell:
     """Return the cell of a proxy that the sweep adds to the sets, such as `early-stopping (150 steps)`."""
-    name = proxy if "[" in proxy else proxy.partition(" (")[0].replace("-", "_")  # [bug]: of no paper
+    # Names with [...] are not in any paper.
+    name = proxy if "[" in proxy else proxy.partition(" (")[0].replace("-", "_")
     first = ranking.sets[0][0]
     return replace(first, method=proxy, name=name, source=first.source.model_copy(update={"method": name}))
 
 
 def cell_of(cell: Cell, figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return a row's cell: means over its sets; accuracy is the truth of what the proxy ranks first."""
+    """Return a row's cell: means over its sets; the accuracy is the top-ranked architecture's true one."""
     kind, size = cell.size
     values = [float(one["top1_truth_accuracy"]) for one in figures if one["top1_truth_accuracy"] is not None]
     std = statistics.stdev(values) if len(values) > 1 else None
-    held: dict[str, Any] = {
+    scored_cell: dict[str, Any] = {
         "method": cell.method,
         "dataset": cell.dataset,
         kind: size,
@@ -143,19 +148,21 @@ def cell_of(cell: Cell, figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
     numbers = read_numbers()
     for name in _FIGURES:
-        known = [value for one in figures if (value := _figure(one, name)) is not None]
-        held[name] = statistics.fmean(known) if known else None
-        number = find(numbers, cell, name)
-        if number is not None:
-            held[f"published_{name}"] = number.value
-    number = find(numbers, cell)
-    if number is not None and values:
-        held["published"] = compare(number, held["accuracy_mean"], held["standard_error"])
-    return held
+        figure_values = [value for one in figures if (value := _figure(one, name)) is not None]
+        scored_cell[name] = statistics.fmean(figure_values) if figure_values else None
+        published_number = find(numbers, cell, name)
+        if published_number is not None:
+            scored_cell[f"published_{name}"] = published_number.value
+    published_number = find(numbers, cell)
+    if published_number is not None and values:
+        scored_cell["published"] = compare(
+            published_number, scored_cell["accuracy_mean"], scored_cell["standard_error"]
+        )
+    return scored_cell
 
 
 def _figure(figures: Mapping[str, Any], name: str) -> float | None:
-    """Return one figure of a proxy; `search_time` as the papers give it, in minutes."""
+    """Return one figure of a proxy; `search_time` in minutes, as in the papers."""
     value = figures.get("wall_s" if name == "search_time" else name)
     return None if value is None else float(value) / (60 if name == "search_time" else 1)
 
@@ -165,7 +172,7 @@ def _slug(text: str) -> str:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Give a set a name that the sweep's tables can show; one that was made again replaces the old one."""
+    """Link a set under a readable name for the sweep's tables; a set distilled again replaces the old one."""
     with storage_errors(target):
         if target.exists() and filecmp.cmp(source, target, shallow=False):
             return
@@ -173,5 +180,5 @@ def _link(source: Path, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.link(source, target)
-        except OSError:  # a file system without links
+        except OSError:  # a file system without hard links
             shutil.copyfile(source, target)

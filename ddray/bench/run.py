@@ -1,4 +1,4 @@
-"""Running a bench: what is asked for, the run's folder, and the loop that hands units to workers."""
+"""Running a bench: its options, the run's folder, and the loop that hands units to workers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _FINAL = (DivergedError, InputError, StorageError)
 
 
 class BenchOptions(Config):
-    """How a bench is run (nothing here changes what a unit is, but the device)."""
+    """How a bench is run (nothing here but the device changes what a unit computes)."""
 
     scale: str = "paper"
     executor: Literal["ray", "local"] = "ray"
@@ -46,7 +46,7 @@ class BenchOptions(Config):
     gpus_per_unit: float = Field(default=0.0, ge=0)
     max_concurrent: int | None = Field(default=None, ge=1)
     unit_timeout: float | None = Field(default=None, gt=0)
-    """Seconds after which a unit counts as hung (on Ray): it is tried again, then marked failed."""
+    """Seconds after which a unit counts as hung (on Ray) and is retried, finally marked as failed."""
     address: str | None = None
     retry_failed: bool = False
     """Run crashed units again; a diverged one would diverge again."""
@@ -61,8 +61,8 @@ class BenchOptions(Config):
                 if value is not None and (name, value) != ("max_concurrent", 1):
                     option = "--" + name.replace("_", "-")
                     raise ValueError(
-                        f"{option} must be left out with --executor local, which runs unit after unit and "
-                        f"waits for each; got {value}"
+                        f"{option} must be left out with --executor local, which runs one unit at a time "
+                        f"and waits for each; got {value}"
                     )
         return self
 
@@ -73,17 +73,17 @@ class BenchOptions(Config):
 
 
 class Execute(Protocol):
-    """Runs units; yields how they ended as they end, and takes further ones from `after` at each end."""
+    """Runs units; yields their outcomes as they end, and gets further units from `after` each time."""
 
     def __call__(
         self, job: Job, works: Sequence[Work], after: Callable[[Ended], list[Work]]
     ) -> Iterator[Ended]:
-        """Run `works` in order of start, and what `after` adds."""
+        """Start `works` in order, then what `after` adds."""
         ...
 
 
 def run_local(job: Job, works: Sequence[Work], after: Callable[[Ended], list[Work]]) -> Iterator[Ended]:
-    """Run units one after another in this process; a crash is tried again, as on a cluster."""
+    """Run units one after another in this process; a crash is retried, as on a cluster."""
     waiting = [(work, 1) for work in works]
     while waiting:
         work, attempt = waiting.pop(0)
@@ -95,19 +95,19 @@ def run_local(job: Job, works: Sequence[Work], after: Callable[[Ended], list[Wor
                 waiting.append((work, attempt + 1))
                 continue
             ended = Ended(work.key, None, error, attempt)
-        waiting += [(more, 1) for more in after(ended)]
+        waiting += [(next_work, 1) for next_work in after(ended)]
         yield ended
 
 
 @dataclass(frozen=True)
 class Bench:
-    """A bench whose table is resolved.
+    """A bench with a resolved table.
 
     Attributes:
         spec: the table.
         options: how it is run.
         graph: its units.
-        fingerprints: of its datasets, by name.
+        fingerprints: its datasets' fingerprints, by name.
     """
 
     spec: BenchSpec
@@ -117,7 +117,7 @@ class Bench:
 
 
 def prepare(spec: BenchSpec, options: BenchOptions) -> Bench:
-    """Open the datasets, resolve every row, and refuse what can't be run, before a folder is made.
+    """Open the datasets, resolve every row, and refuse what can't run, before a folder is created.
 
     Raises:
         InputError: a dataset is missing, or a row does not fit its dataset.
@@ -147,19 +147,19 @@ def check_rankings(
         graph: the units.
         spec: the table.
         options: how it is run.
-        get: gives a dataset by name.
+        get: returns a dataset by name.
 
     Raises:
         InputError: an option is bad.
     """
     from ddray.bench.ranking import check_ranking
 
-    found = []
+    options_per_sweep = []
     for ranking in graph.rankings:
-        held = sweep_options(ranking, spec, options)
-        check_ranking(ranking, held, get(ranking.dataset))
-        found.append(held)
-    return found
+        nas_options = sweep_options(ranking, spec, options)
+        check_ranking(ranking, nas_options, get(ranking.dataset))
+        options_per_sweep.append(nas_options)
+    return options_per_sweep
 
 
 def run_bench(
@@ -170,17 +170,17 @@ def run_bench(
     resume: bool = False,
     execute_nas: Callable[[NasOptions], NasExecute] = lambda options: execute_locally,
 ) -> dict[str, Any]:
-    """Run a bench, or continue one.
+    """Run a bench, or resume one.
 
     Args:
         bench: what to run.
         execute: runs the units: `run_local`, or the cluster's.
-        run_dir: the run's folder; None makes a numbered one.
-        resume: continue what the folder holds.
-        execute_nas: gives what runs the tasks of a NAS table's sweeps.
+        run_dir: the run's folder; None creates a numbered one.
+        resume: continue the run in that folder.
+        execute_nas: returns what runs the tasks of a NAS sweep.
 
     Returns:
-        The command's JSON (DESIGN: commands), with the failures and what could not run because of them.
+        The command's JSON (docs/architecture.md, Commands), with failures and the units they blocked.
 
     Raises:
         InputError: the folder can't be used.
@@ -192,14 +192,14 @@ def run_bench(
     run = open_run(run_dir, _config(bench), command="bench", resume=resume)
     if options.retry_failed:
         ledgers = [run.ledger, *(_sweep_ledger(bench, ranking, run) for ranking in bench.graph.rankings)]
-        log.info("%d crashed units are run again", sum(map(withdraw_crashes, ledgers)))
+        log.info("running %d crashed units again", sum(map(withdraw_crashes, ledgers)))
     job = _job(bench, run)
     board = Board(bench.graph, run, job)
     write_plan(run.folder / "planned.json", bench.graph.cells, _sets_of(bench.graph))
     _loop(board, execute, run, job)
     ranked, unranked = _rankings(bench, run, execute_nas)
     cells = [*cells_of(bench.graph.cells, run.ledger.row), *ranked]
-    _say_scaled(cells, options.scale)
+    _drop_scaled_differences(cells, options.scale)
     failures, skipped = [*board.failures(), *unranked], board.skipped()
     _write(bench, run, cells, {"failures": failures, "skipped": skipped})
     if not cells:
@@ -221,24 +221,24 @@ def _job(bench: Bench, run: Run) -> Job:
 
 
 def _config(bench: Bench) -> dict[str, Any]:
-    """Return what a resumed run must share; the scale says whether it replaced the datasets."""
-    held = {name: value for name, value in bench.spec.dump().items() if name != "replaced"}
-    more = {"scale": bench.options.scale, "fingerprints": bench.fingerprints}
-    return {**held, **more, "device": bench.options.device}
+    """Return what must not change when the run is resumed; `replaced` follows from the scale."""
+    spec_values = {name: value for name, value in bench.spec.dump().items() if name != "replaced"}
+    run_values = {"scale": bench.options.scale, "fingerprints": bench.fingerprints}
+    return {**spec_values, **run_values, "device": bench.options.device}
 
 
-def _write(bench: Bench, run: Run, cells: Sequence[dict[str, Any]], board: Mapping[str, Any]) -> None:
-    """Write results.csv, table.csv, and cells.json for reports; an empty table replaces no earlier one."""
+def _write(bench: Bench, run: Run, cells: Sequence[dict[str, Any]], problems: Mapping[str, Any]) -> None:
+    """Write results.csv, table.csv, and cells.json for reports; an empty table replaces nothing."""
     write_results(run.folder / "results.csv", run.ledger.rows())
     if not cells and (run.folder / "cells.json").is_file():
         return
     write_table(run.folder / "table.csv", cells)
-    held = {"cells": _with_sets(bench.graph, cells), **board}
-    write_text(run.folder / "cells.json", json.dumps(held, indent=1))
+    report = {"cells": _with_sets(bench.graph, cells), **problems}
+    write_text(run.folder / "cells.json", json.dumps(report, indent=1))
 
 
-def _say_scaled(cells: Sequence[dict[str, Any]], scale: str) -> None:
-    """Take the distance in standard errors away: a run at a smaller scale is no reproduction."""
+def _drop_scaled_differences(cells: Sequence[dict[str, Any]], scale: str) -> None:
+    """Remove differences in standard errors from a scaled-down run: it is not a reproduction."""
     for cell in cells:
         if scale != "paper" and "published" in cell:
             cell["published"]["difference_se"] = None
@@ -256,17 +256,19 @@ def _sets_of(graph: Graph) -> dict[tuple[str, str, str, int], list[str]]:
 def _with_sets(graph: Graph, cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the cells with the keys of the sets behind them, for reports."""
     sets = _sets_of(graph)
-    found = []
+    cells_with_sets = []
     for cell in cells:
         kind = "ipc" if "ipc" in cell else "budget"
-        found.append({**cell, "sets": sets.get((cell["method"], cell["dataset"], kind, cell[kind]), [])})
-    return found
+        cells_with_sets.append(
+            {**cell, "sets": sets.get((cell["method"], cell["dataset"], kind, cell[kind]), [])}
+        )
+    return cells_with_sets
 
 
 def _rankings(
     bench: Bench, run: Run, execute_nas: Callable[[NasOptions], NasExecute]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Run the NAS sweeps, or continue them; return their cells, and those that failed with the reason.
+    """Run or resume the NAS sweeps; return their cells and their failures.
 
     Raises:
         StorageError: the disk is full.
@@ -299,7 +301,7 @@ def _rankings(
 def _rank(
     bench: Bench, ranking: Ranking, run: Run, execute_nas: Callable[[NasOptions], NasExecute]
 ) -> list[dict[str, Any]]:
-    """Run one NAS sweep, or continue it; return its cells."""
+    """Run or resume one NAS sweep; return its cells."""
     from ddray.bench.ranking import rank_sets
 
     options = sweep_options(ranking, bench.spec, bench.options)
@@ -325,7 +327,7 @@ def _rank(
 
 
 def _sweep_ledger(bench: Bench, ranking: Ranking, run: Run) -> Ledger:
-    """Return the ledger of a NAS sweep, which is a run of its own below the bench's."""
+    """Return the ledger of a NAS sweep, which is a separate run below the bench's folder."""
     from ddray.bench.ranking import sweep_folder
 
     return Ledger(sweep_folder(ranking, sweep_options(ranking, bench.spec, bench.options), run.folder))
@@ -339,7 +341,7 @@ def sweep_options(ranking: Ranking, spec: BenchSpec, options: BenchOptions) -> N
     """
     from ddray.bench.ranking import nas_options
 
-    found = nas_options(
+    unlimited = nas_options(
         ranking,
         {
             "seed": spec.val_seed,
@@ -351,7 +353,7 @@ def sweep_options(ranking: Ranking, spec: BenchSpec, options: BenchOptions) -> N
             **({} if options.unit_timeout is None else {"unit_timeout": options.unit_timeout}),
         },
     )
-    return _within(found, spec.limits)
+    return _within(unlimited, spec.limits)
 
 
 def _within(options: NasOptions, limits: Limits) -> NasOptions:
@@ -363,14 +365,13 @@ def _within(options: NasOptions, limits: Limits) -> NasOptions:
     for name in ("seeds", "truth_seeds"):
         if limits.networks is not None:
             lower[name] = min(getattr(options, name), limits.networks)
-    # Where a size limit leaves few architectures, a sample may be larger than what is left.
+    # A size limit may leave fewer architectures than the sample.
     if limits.sample is not None and (options.sample is not None or options.max_mflops is None):
         lower["sample"] = min(options.sample or limits.sample, limits.sample)
     return options.model_copy(update=lower)
 
 
 def _loop(board: Board, execute: Execute, run: Run, job: Job) -> None:
-    """Run what is missing."""
     works = board.first()
     if not works:
         return

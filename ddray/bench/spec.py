@@ -1,4 +1,4 @@
-"""A bench file: methods x datasets x sizes x seeds x evaluation, and what its smaller scales change."""
+"""A bench file: methods x datasets x sizes x seeds x evaluation, and the changes of its smaller scales."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ddray.errors import InputError, did_you_mean, unknown
 
 ScaleName = Literal["paper", "cpu", "smoke"]
 
-# What a scale changes in every file; the file's own `scales` section wins over it.
+# What a scale changes in every file; a file's own `scales` section overrides it.
 SCALES: Final[dict[str, dict[str, Any]]] = {
     "paper": {},
     "cpu": {
@@ -42,12 +42,11 @@ SCALES: Final[dict[str, dict[str, Any]]] = {
 
 
 def _listed(value: Any) -> Any:
-    """Return one value as a list of one."""
     return value if isinstance(value, list | tuple) or value is None else [value]
 
 
 def _absolute(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Return datasets' names, folders as absolute paths: a bench is continued from anywhere."""
+    """Make folders absolute, so that a bench can be resumed from anywhere; other names stay."""
     paths = (Path(name).expanduser() for name in names)
     return tuple(
         str(path.absolute()) if name not in KNOWN and path.is_dir() else name
@@ -61,12 +60,12 @@ Sizes = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_list
 
 
 class Source(Config):
-    """Where a row's or a table's published numbers stand in published.csv; None means any."""
+    """Where to find a row's or table's published numbers in published.csv; None means any."""
 
     paper: str | None = None
     table: str | None = None
     method: str | None = None
-    """The paper's own name of the method, where it is not ours."""
+    """The paper's name for the method, where it differs from ours."""
     setting: str | None = None
 
 
@@ -79,20 +78,20 @@ class MethodSpec(Config):
     preset: str = "paper"
     steps: int | None = Field(default=None, ge=0)
     set: dict[str, Any] = Field(default_factory=dict)
-    """Overrides as for --set: dotted names to values, or a list of key=value."""
+    """Overrides as with --set: dotted names mapped to values, or a list of key=value."""
     sweep: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
-    """Dotted names to lists of values: one row for each combination."""
+    """Dotted names mapped to lists of values: one row per combination."""
     dataset: Datasets = ()
     """Datasets of this row, among the table's; default all."""
     ipc: Sizes = ()
-    """Sizes of this row, in place of the table's."""
+    """Sizes of this row, instead of the table's."""
     budget: Sizes = ()
     published: Source = Source()
 
     @model_validator(mode="before")
     @classmethod
     def _plain_name(cls, value: Any) -> Any:
-        """Take `dm` for `{name: dm}`, and a list of key=value for a mapping."""
+        """Accept `dm` for `{name: dm}`, and a list of key=value for a mapping."""
         if isinstance(value, str):
             return {"name": value}
         if isinstance(value, dict) and isinstance(value.get("set"), list):
@@ -115,10 +114,10 @@ class MethodSpec(Config):
             return [self]
         rows = []
         for values in itertools.product(*self.sweep.values()):
-            chosen = dict(zip(self.sweep, values, strict=True))
-            text = ", ".join(f"{name.rpartition('.')[2]}={value}" for name, value in chosen.items())
-            more = {"label": f"{self.row}, {text}", "set": {**self.set, **chosen}, "sweep": {}}
-            rows.append(self.model_copy(update=more))
+            combination = dict(zip(self.sweep, values, strict=True))
+            text = ", ".join(f"{name.rpartition('.')[2]}={value}" for name, value in combination.items())
+            changes = {"label": f"{self.row}, {text}", "set": {**self.set, **combination}, "sweep": {}}
+            rows.append(self.model_copy(update=changes))
         return rows
 
 
@@ -126,49 +125,49 @@ class EvaluateSpec(Config):
     """How every set is scored; None leaves a setting to the method."""
 
     protocol: str = "hard"
-    """One of `ddray evaluate`'s, or `nas`: the sets as proxies that rank architectures."""
+    """A protocol of `ddray evaluate`, or `nas`: the sets are proxies that rank architectures."""
     archs: Names = ()
-    """Networks to train; default the one that the set was distilled in."""
+    """Networks to train; default the one the set was distilled with."""
     epochs: int | None = Field(default=None, ge=1)
     seeds: int | None = Field(default=None, ge=1)
     """Networks per set and architecture."""
     augment: str | None = None
     recipe: str | None = None
-    """How networks are trained on every row's sets: a recipe by name, as `ddray evaluate --recipe` has it."""
+    """Name of the recipe that trains networks on every row's sets, as for `ddray evaluate --recipe`."""
     dataset: Datasets = ()
-    """Distilled datasets that are scored so; default all."""
+    """Distilled datasets that this applies to; default all."""
     target: Datasets = ()
     """Datasets to score on; default the set's own."""
     teacher: Names = ()
-    """Teachers of the protocol `soft`, one cell each; of names joined by "+", the average."""
+    """Teachers for the protocol `soft`, one cell each; names joined by "+" are averaged."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Further options of the protocol, as `ddray evaluate` has them (`train_limit: 500`); of `nas`, as
-    `ddray nas` has them (`space: convnet720`, `baselines: [early-stopping]`)."""
+    """Further options of the protocol, as in `ddray evaluate` (`train_limit: 500`); for `nas`, as in
+    `ddray nas` (`space: convnet720`, `baselines: [early-stopping]`)."""
     published: Source = Source()
 
     @field_validator("options")
     @classmethod
     def _lists(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """Take one value for a list of one, as everywhere in a bench file."""
+        """Accept a single value for a list, as everywhere in a bench file."""
         return {k: (_listed(v) or []) if k in ("baselines", "sets") else v for k, v in options.items()}
 
 
 class Limits(Config):
-    """Upper bounds that a scale puts on whatever the methods ask for."""
+    """Upper bounds that a scale puts on the methods' settings."""
 
     steps: int | None = Field(default=None, ge=0)
     epochs: int | None = Field(default=None, ge=1)
     networks: int | None = Field(default=None, ge=1)
     ipc: int | None = Field(default=None, ge=1)
-    """Larger sizes are left out; of a row that has only larger ones, the smallest is cut to this."""
+    """Larger sizes are left out; a row with only larger ones gets this size."""
     budget: int | None = Field(default=None, ge=1)
     archs: int | None = Field(default=None, ge=1)
-    """The first so many architectures are kept."""
+    """Only this many architectures are used, the first ones."""
     targets: int | None = Field(default=None, ge=0)
-    """The first so many target datasets are kept; of none, the set's own."""
+    """Only this many target datasets are used, the first ones; with 0, the set's own."""
     teachers: int | None = Field(default=None, ge=1)
     teacher_epochs: int | None = Field(default=None, ge=1)
-    """Of those who label in the protocol `soft`, who must be better than chance."""
+    """Epochs of the teachers in the protocol `soft`, which must beat chance."""
     batch_real: int | None = Field(default=None, ge=1)
     sample: int | None = Field(default=None, ge=1)
     """Architectures that a NAS sweep trains on a set."""
@@ -182,7 +181,7 @@ class BenchSpec(Config):
     methods: tuple[MethodSpec, ...] = Field(min_length=1)
     ipc: Sizes = ()
     budget: Sizes = ()
-    """Images of storage, of self-supervised methods."""
+    """Images of storage, for self-supervised methods."""
     seeds: int = Field(default=1, ge=1)
     """Distilled sets per cell."""
     seed: int = 0
@@ -194,80 +193,80 @@ class BenchSpec(Config):
     """Rows, by label, that this scale leaves out."""
     limits: Limits = Limits()
     replaced: bool = False
-    """Whether a scale has replaced the table's datasets: rows that name others then run on all."""
+    """Whether a scale has replaced the table's datasets; rows that name others then run on all of them."""
     published: Source = Source()
 
     @model_validator(mode="after")
     def _checked(self) -> Self:
-        """Check what one field can't tell."""
+        """Check what involves several fields."""
         if not self.evaluate:
             raise ValueError("evaluate must name at least one protocol, got none")
-        known = [row.row for method in self.methods for row in method.expanded()]
-        if strange := [label for label in self.skip if label not in known]:
+        row_labels = [row.row for method in self.methods for row in method.expanded()]
+        if unknown_names := [label for label in self.skip if label not in row_labels]:
             raise ValueError(
-                f"skip must name rows, got {strange[0]!r}{did_you_mean(strange[0], known)}; "
-                f"there are {', '.join(known)}"
+                f"skip must name rows, got {unknown_names[0]!r}{did_you_mean(unknown_names[0], row_labels)}; "
+                f"there are {', '.join(row_labels)}"
             )
         if not self.rows():
-            raise ValueError(f"at least one row must be left, skip names all: {', '.join(self.skip)}")
+            raise ValueError(f"at least one row must be left, but skip names all: {', '.join(self.skip)}")
         labels = [
             (row.row, name, size)
             for row in self.rows()
             for name in self.datasets(row)
             for size in self.sizes(row)
         ]
-        twice = sorted({label for label in labels if labels.count(label) > 1})
-        if twice and not self.replaced:
-            raise ValueError(f"labels must differ, got {twice[0][0]!r} twice; add label: to one of them")
+        duplicates = sorted({label for label in labels if labels.count(label) > 1})
+        if duplicates and not self.replaced:
+            raise ValueError(f"labels must differ, got {duplicates[0][0]!r} twice; add label: to one of them")
         for row in self.rows():
             if not (row.ipc or row.budget or self.ipc or self.budget):
                 raise ValueError(f"{row.row} must have a size, got none; add ipc: [1] (or budget:)")
-        for what, named in (("a method's", self.methods), ("evaluate", self.evaluate)):
-            strange = [name for one in named for name in one.dataset if name not in self.dataset]
-            if strange and not self.replaced:
-                rule = f"{what} dataset must be among {list(self.dataset)}"
-                raise ValueError(f"{rule}, got {strange[0]!r}")
+        for section, entries in (("a method's", self.methods), ("evaluate", self.evaluate)):
+            unknown_names = [name for entry in entries for name in entry.dataset if name not in self.dataset]
+            if unknown_names and not self.replaced:
+                rule = f"{section} dataset must be among {list(self.dataset)}"
+                raise ValueError(f"{rule}, got {unknown_names[0]!r}")
         return self
 
     @property
     def val_seed(self) -> int | None:
-        """Whose val tenth the sets are distilled without: a ranking of architectures is scored on it."""
+        """Seed of the val tenth that the sets are distilled without; NAS rankings are scored on it."""
         return self.seed if any(one.protocol == "nas" for one in self.evaluate) else None
 
     def rows(self) -> list[MethodSpec]:
-        """Return the table's rows, sweeps expanded, without those that are skipped."""
-        found = [row for method in self.methods for row in method.expanded()]
-        return [row for row in found if row.row not in self.skip]
+        """Return the table's rows, with sweeps expanded and skipped rows left out."""
+        rows = [row for method in self.methods for row in method.expanded()]
+        return [row for row in rows if row.row not in self.skip]
 
     def sizes(self, row: MethodSpec) -> list[tuple[str, int]]:
         """Return a row's sizes as (`ipc` or `budget`, value), within the limits."""
-        own = row.ipc or row.budget
-        found: list[tuple[str, int]] = []
-        for kind, mine, shared in (("ipc", row.ipc, self.ipc), ("budget", row.budget, self.budget)):
-            values = mine if own else shared
-            most = getattr(self.limits, kind)
-            kept = [value for value in values if most is None or value <= most]
-            found += [(kind, value) for value in kept or ([most] if values else [])]
-        return found
+        row_sizes = row.ipc or row.budget
+        sizes: list[tuple[str, int]] = []
+        for kind, row_values, shared in (("ipc", row.ipc, self.ipc), ("budget", row.budget, self.budget)):
+            values = row_values if row_sizes else shared
+            limit = getattr(self.limits, kind)
+            within_limit = [value for value in values if limit is None or value <= limit]
+            sizes += [(kind, value) for value in within_limit or ([limit] if values else [])]
+        return sizes
 
     def datasets(self, row: MethodSpec) -> list[str]:
-        """Return a row's datasets; all where a scale has replaced those that it names."""
-        kept = [name for name in self.dataset if name in row.dataset]
-        return kept or list(self.dataset)
+        """Return a row's datasets; all of them if a scale has replaced those it names."""
+        row_datasets = [name for name in self.dataset if name in row.dataset]
+        return row_datasets or list(self.dataset)
 
-    def scored(self, held: EvaluateSpec) -> list[str]:
-        """Return the distilled datasets of an evaluation; all where a scale has replaced those it names."""
-        kept = [name for name in self.dataset if name in held.dataset]
-        return kept or list(self.dataset)
+    def scored(self, evaluation_spec: EvaluateSpec) -> list[str]:
+        """Return an evaluation's distilled datasets; all of them if a scale has replaced those it names."""
+        datasets = [name for name in self.dataset if name in evaluation_spec.dataset]
+        return datasets or list(self.dataset)
 
-    def within(self, held: EvaluateSpec) -> EvaluateSpec:
+    def within(self, evaluation_spec: EvaluateSpec) -> EvaluateSpec:
         """Return an evaluation with as many architectures, targets and teachers as the limits allow."""
         limits = self.limits
-        return held.model_copy(
+        return evaluation_spec.model_copy(
             update={
-                "archs": held.archs[: limits.archs],
-                "target": held.target[: limits.targets],
-                "teacher": held.teacher[: limits.teachers],
+                "archs": evaluation_spec.archs[: limits.archs],
+                "target": evaluation_spec.target[: limits.targets],
+                "teacher": evaluation_spec.teacher[: limits.teachers],
             }
         )
 
@@ -285,14 +284,16 @@ def read_spec(path: Path, scale: str = "paper") -> BenchSpec:
     """
     if scale not in SCALES:
         raise unknown("--scale", scale, SCALES)
-    held = read_yaml(path)
-    own = held.pop("scales", {})
-    if not isinstance(own, Mapping) or not all(isinstance(value, Mapping) for value in own.values()):
-        raise InputError(f"{path}: scales must map names of scales to what they change, got {own!r}")
-    for name in own:
+    document = read_yaml(path)
+    file_scales = document.pop("scales", {})
+    if not isinstance(file_scales, Mapping) or not all(
+        isinstance(value, Mapping) for value in file_scales.values()
+    ):
+        raise InputError(f"{path}: scales must map names of scales to what they change, got {file_scales!r}")
+    for name in file_scales:
         if name not in SCALES:
             raise unknown(f"{path}: a scale", str(name), SCALES)
-    merged = merge(held, SCALES[scale], own.get(scale, {}))
-    if _listed(merged.get("dataset")) != _listed(held.get("dataset")):
+    merged = merge(document, SCALES[scale], file_scales.get(scale, {}))
+    if _listed(merged.get("dataset")) != _listed(document.get("dataset")):
         merged["replaced"] = True
     return BenchSpec.parse(merged, source=str(path))

@@ -15,7 +15,7 @@ from ddray.files import write_text
 from ddray.ledger import Row
 from ddray.report.published import Number, compare, find, read_numbers
 
-_OWN: Final = ("arch", "accuracy_mean", "accuracy_std", "per_seed", "num_images", "wall_s")
+_REPORTED: Final = ("arch", "accuracy_mean", "accuracy_std", "per_seed", "num_images", "wall_s")
 COLUMNS: Final = (
     *("method", "dataset", "target", "ipc", "budget", "protocol", "teacher", "augment", "settings", "arch"),
     *("accuracy_mean", "accuracy_std", "n", "num_sets", "standard_error"),
@@ -24,54 +24,58 @@ COLUMNS: Final = (
 
 
 def cells_of(cells: Sequence[Cell], row_of: Callable[[str], Row | None]) -> list[dict[str, Any]]:
-    """Return the command's cells (DESIGN: commands); a cell none of whose sets was scored is left out.
+    """Return the command's cells (docs/architecture.md, Commands), without those that have no scored set.
 
     Args:
-        cells: the table's numbers.
-        row_of: gives the row of a key.
+        cells: the table's cells.
+        row_of: returns the row of a key.
     """
     numbers = read_numbers()
-    found = []
+    scored_cells = []
     for cell in cells:
         rows = [row for key in cell.keys if (row := row_of(key)) is not None and row.status == "done"]
         if rows:
-            found.append(_cell(cell, rows, numbers))
-    return found
+            scored_cells.append(_cell(cell, rows, numbers))
+    return scored_cells
 
 
 def write_plan(
     path: Path, cells: Sequence[Cell], sets: Mapping[tuple[str, str, str, int], list[str]]
 ) -> None:
-    """Write what the cells will be of, so that a run that has not ended can be shown.
+    """Write the planned cells, so that a report can show an unfinished run.
 
     Args:
         path: the file.
-        cells: the table's numbers.
-        sets: keys of the sets behind (row, dataset, kind of size, size).
+        cells: the table's cells.
+        sets: keys of the sets for each (row, dataset, kind of size, size).
 
     Raises:
         StorageError: the file can't be written.
     """
-    held = [
+    planned = [
         {**asdict(cell), "source": cell.source.dump(), "sets": sets[cell.method, cell.dataset, *cell.size]}
         for cell in cells
     ]
-    write_text(path, json.dumps(held))
+    write_text(path, json.dumps(planned))
 
 
 def planned_cells(path: Path, row_of: Callable[[str], Row | None]) -> list[dict[str, Any]]:
-    """Return the cells of a run so far, by what `write_plan` wrote.
+    """Return a run's cells so far, from the file that `write_plan` wrote.
 
     Args:
         path: the file.
-        row_of: gives the row of a key.
+        row_of: returns the row of a key.
     """
-    found = []
-    for held in json.loads(path.read_text(encoding="utf-8")):
-        sets = held.pop("sets")
-        fixed = {"size": tuple(held["size"]), "keys": tuple(held["keys"]), "source": Source(**held["source"])}
-        found += [{**cell, "sets": sets} for cell in cells_of([Cell(**{**held, **fixed})], row_of)]
-    return found
+    cells = []
+    for planned in json.loads(path.read_text(encoding="utf-8")):
+        sets = planned.pop("sets")
+        fixed = {
+            "size": tuple(planned["size"]),
+            "keys": tuple(planned["keys"]),
+            "source": Source(**planned["source"]),
+        }
+        cells += [{**cell, "sets": sets} for cell in cells_of([Cell(**{**planned, **fixed})], row_of)]
+    return cells
 
 
 def _cell(cell: Cell, rows: Sequence[Row], numbers: Sequence[Number]) -> dict[str, Any]:
@@ -79,7 +83,7 @@ def _cell(cell: Cell, rows: Sequence[Row], numbers: Sequence[Number]) -> dict[st
     per_set = [[float(value) for value in row.result["per_seed"]] for row in rows]
     values = [value for one in per_set for value in one]
     kind, size = cell.size
-    held: dict[str, Any] = {
+    entry: dict[str, Any] = {
         "method": cell.method,
         "dataset": cell.dataset,
         kind: size,
@@ -93,25 +97,32 @@ def _cell(cell: Cell, rows: Sequence[Row], numbers: Sequence[Number]) -> dict[st
     }
     for name in ("teacher", "augment", "settings"):
         if getattr(cell, name) is not None:
-            held[name] = getattr(cell, name)
+            entry[name] = getattr(cell, name)
     if cell.target != cell.dataset:
-        held["target"] = cell.target
-    held |= _more(rows)
-    number = find(numbers, cell)
-    if number is not None:
-        held["published"] = compare(number, held["accuracy_mean"], held["standard_error"])
-    return held
+        entry["target"] = cell.target
+    entry |= _further_means(rows)
+    published_number = find(numbers, cell)
+    if published_number is not None:
+        entry["published"] = compare(published_number, entry["accuracy_mean"], entry["standard_error"])
+    return entry
 
 
-def _more(rows: Sequence[Row]) -> dict[str, Any]:
-    """Return the means of what else a protocol measures (such as LRS and ARS)."""
-    held = rows[0].result.items()
-    names = [n for n, value in held if isinstance(value, float) and n not in _OWN and not n.endswith("_std")]
+def _further_means(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return the means of a protocol's further measures (such as LRS and ARS)."""
+    measured = rows[0].result.items()
+    names = [
+        n
+        for n, value in measured
+        if isinstance(value, float) and n not in _REPORTED and not n.endswith("_std")
+    ]
     return {name: statistics.fmean(float(row.result[name]) for row in rows) for name in names}
 
 
 def standard_error(per_set: Sequence[Sequence[float]]) -> float | None:
-    """Return the standard error of the mean: over sets where there are two, whose networks are alike."""
+    """Return the standard error of the mean: over sets, or over the networks of a single one.
+
+    Networks trained on the same set are not independent.
+    """
     groups = [statistics.fmean(one) for one in per_set]
     if len(groups) < 2:
         groups = list(per_set[0])
@@ -119,7 +130,7 @@ def standard_error(per_set: Sequence[Sequence[float]]) -> float | None:
 
 
 def write_table(path: Path, cells: Sequence[dict[str, Any]]) -> None:
-    """Write one line per cell; the same rows give the same bytes, whatever happened on the way.
+    """Write one line per cell; the same rows give the same bytes, even after interruptions.
 
     Raises:
         StorageError: the file can't be written.
@@ -128,17 +139,17 @@ def write_table(path: Path, cells: Sequence[dict[str, Any]]) -> None:
 
     lines = []
     for cell in cells:
-        held = {k: v for k, v in cell.items() if k != "published"}
+        table_row = {k: v for k, v in cell.items() if k != "published"}
         if "published" in cell:
-            one = cell["published"]
-            held |= {
-                "published": one["accuracy_mean"],
-                "published_std": one["accuracy_std"],
-                "published_source": f"{one['paper']}, {one['table']}",
-                "difference": one["difference"],
-                "difference_se": one["difference_se"],
+            comparison = cell["published"]
+            table_row |= {
+                "published": comparison["accuracy_mean"],
+                "published_std": comparison["accuracy_std"],
+                "published_source": f"{comparison['paper']}, {comparison['table']}",
+                "difference": comparison["difference"],
+                "difference_se": comparison["difference_se"],
             }
-        lines.append(held)
-    more = sorted({name for line in lines for name in line} - set(COLUMNS))
-    frame = pd.DataFrame(lines, columns=[*COLUMNS, *more])
+        lines.append(table_row)
+    extra_columns = sorted({name for line in lines for name in line} - set(COLUMNS))
+    frame = pd.DataFrame(lines, columns=[*COLUMNS, *extra_columns])
     write_text(path, frame.dropna(axis=1, how="all").convert_dtypes().to_csv(index=False))

@@ -14,23 +14,23 @@ from ddray.pool import PoolSpec
 
 @dataclass(frozen=True)
 class Work:
-    """One unit and what a worker needs to do it.
+    """One unit and what a worker needs to run it.
 
     Attributes:
         unit: the ledger's unit.
-        title: for people, such as `dm digits ipc 1 seed 0`.
+        title: shown to people, such as `dm digits ipc 1 seed 0`.
         method: the method's name.
         dataset: name or path of the dataset that is distilled.
         size: (`ipc` or `budget`, images per class or images of storage).
-        ipc: images per class; of a budget its share of a class.
-        budget: images of storage, of methods that count no classes.
-        seed: of the distillation.
+        ipc: images per class; with a budget, the budget's share per class.
+        budget: images of storage, for methods that ignore classes; None otherwise.
+        seed: the distillation's seed.
         config: the method's resolved configuration as plain values.
         amount: expected work, in arbitrary units that are the same for all units of a kind.
-        val_seed: whose val tenth is left out of train; None distils from all of it.
-        options: of an evaluation, as `EvaluateOptions` takes them.
-        pool: of a pool unit, its spec.
-        waited: whether the unit was started before and waited for networks of the pool.
+        val_seed: seed of the val tenth left out of train; None distils from all of train.
+        options: an evaluation's, as `EvaluateOptions` takes them.
+        pool: a pool unit's spec.
+        waited: whether the unit was started before and then waited for pool networks.
     """
 
     unit: Unit
@@ -67,16 +67,16 @@ class Cell:
         method: the row's label.
         name: the method's name.
         dataset: what was distilled.
-        num_classes: of that dataset.
+        num_classes: that dataset's number of classes.
         size: (`ipc` or `budget`, value).
         protocol: how the sets were scored.
         arch: canonical name of the network.
         target: the dataset scored on.
-        teacher: of the protocol `soft`.
-        augment: if the table asks for one.
-        settings: what else the table asks of the evaluation, such as `epochs=300`; None for nothing.
+        teacher: for the protocol `soft`.
+        augment: the table's setting, if any.
+        settings: the table's other evaluation settings, such as `epochs=300`; None if there are none.
         keys: keys of the evaluations, by seed.
-        source: where its published number stands.
+        source: where to find its published number.
     """
 
     method: str
@@ -99,13 +99,13 @@ class Ranking:
     """The sets of one dataset and size as proxies of one NAS sweep.
 
     Attributes:
-        number: which evaluation of the table.
-        evaluate: what was asked for.
+        evaluation_index: which of the table's evaluations.
+        evaluate: that evaluation.
         dataset: what was distilled.
-        sets: per row its cell (without evaluations) and its sets' keys, by seed.
+        sets: for each row, its cell (without evaluations) and its sets' keys, by seed.
     """
 
-    number: int
+    evaluation_index: int
     evaluate: EvaluateSpec
     dataset: str
     sets: tuple[tuple[Cell, tuple[str, ...]], ...]
@@ -118,10 +118,10 @@ class Graph:
     Attributes:
         distil: by key, the most expensive first.
         evaluate: by key, in the table's order.
-        cells: the table's numbers, in its order.
-        rankings: its NAS sweeps, which keep ledgers of their own.
+        cells: the table's cells, in order.
+        rankings: its NAS sweeps, which have ledgers of their own.
         plans: the plan of every distillation, by key.
-        labels: the rows that every distillation is of, by key.
+        labels: the rows that each distillation belongs to, by key.
     """
 
     distil: dict[str, Work]
@@ -132,7 +132,7 @@ class Graph:
     labels: dict[str, list[str]]
 
     def works(self) -> list[Work]:
-        """Return every unit known before the run: pool units are found while it goes."""
+        """Return every unit known before the run; pool units turn up during it."""
         return [*self.distil.values(), *self.evaluate.values()]
 
     def scored_from(self, key: str) -> list[Work]:

@@ -1,4 +1,4 @@
-"""What a worker does with a unit of a bench: train a pool entry, distil a set, score it; publish one row."""
+"""What a worker does with a bench unit: train a pool entry, distil or score a set; publish its row."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from ddray.plan import Plan, RunConfig, declared_specs, make_context, make_disti
 from ddray.pool import ModelPool, PoolEntry, PoolSpec
 from ddray.pool_files import DamagedEntryError, PoolFiles
 
-_PER_BUDGET = 20  # distilled images that one image of storage may hold
-_MAX_BLANK = 2**26  # values: a gigabyte of blank images would be made to learn a count
+_PER_BUDGET = 20  # distilled images that fit in one image of storage
+_MAX_BLANK = 2**26  # values: above this, blank images would take too much memory just to learn a count
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Needs:
-    """A unit's answer when networks of the pool are missing: it is to be run again when they are there.
+    """Returned by a unit that lacks pool networks: run it again once they are trained.
 
     Attributes:
-        specs: what has to be trained first.
+        specs: the networks to train first.
     """
 
     specs: tuple[PoolSpec, ...]
@@ -62,7 +62,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class Damaged:
-    """An evaluation's answer when its set is not the one that the ledger names: it is to be made again."""
+    """Returned by an evaluation whose set is not the one in the ledger: distil it again."""
 
 
 class _DamagedError(Exception):
@@ -70,7 +70,7 @@ class _DamagedError(Exception):
 
 
 class _MissingError(Exception):
-    """Raised inside a method's setup when it asks for pool entries that are not there."""
+    """Raised inside a method's setup when it asks for pool entries that do not exist yet."""
 
     def __init__(self, specs: Sequence[PoolSpec]) -> None:
         super().__init__(f"{len(specs)} entries of the pool are missing")
@@ -79,11 +79,11 @@ class _MissingError(Exception):
 
 @dataclass
 class AskingPool:
-    """A pool that trains nothing: it gives what is there, and says what is not.
+    """A pool that trains nothing: it returns existing entries, and raises naming the missing ones.
 
     Attributes:
-        pool: gives the entries.
-        used: keys of what was given, in order.
+        pool: where the entries come from.
+        used: keys of the returned entries, in order.
     """
 
     pool: ModelPool
@@ -102,15 +102,15 @@ def has_entry(spec: PoolSpec) -> bool:
     """Return whether this machine's pool holds a sound entry."""
     try:
         return PoolFiles(home() / "pool").read(spec.key) is not None
-    except DamagedEntryError:  # whoever gets it next mends it
+    except DamagedEntryError:  # the next `get` repairs it
         return False
 
 
 def asked_first(plan: Plan) -> tuple[PoolSpec, ...] | None:
-    """Return the pool entries that a method asks for first, without real images; None if that can't be told.
+    """Return the pool entries that a method asks for first, without reading images; None if unknown.
 
     Args:
-        plan: its dataset's images are not read.
+        plan: the plan; its dataset's images are not read.
     """
     num, shape = max(plan.dataset.num_classes, _PER_BUDGET * (plan.budget or 0)), plan.dataset.image_shape
     if num * math.prod(shape) > _MAX_BLANK:
@@ -120,16 +120,16 @@ def asked_first(plan: Plan) -> tuple[PoolSpec, ...] | None:
     stand_in = replace(plan.dataset, load_train=lambda: split, load_test=lambda: split)
     stand_in.__dict__["fingerprint"] = "stand-in"
     config = plan.config.model_copy(update={"compile": "off"})
-    held = replace(plan, dataset=stand_in, config=config, ipc=1)
+    stand_in_plan = replace(plan, dataset=stand_in, config=config, ipc=1)
     space = PixelSpace("normalized", plan.dataset.mean, plan.dataset.std)
     try:
-        ctx = make_context(held, split, split_name="train", device=torch.device("cpu"), space=space)
-        if declared := declared_specs(held, ctx):
+        ctx = make_context(stand_in_plan, split, split_name="train", device=torch.device("cpu"), space=space)
+        if declared := declared_specs(stand_in_plan, ctx):
             return tuple(declared)
-        make_distiller(held).setup(replace(ctx, pool=_Refusing()))
+        make_distiller(stand_in_plan).setup(replace(ctx, pool=_Refusing()))
     except _MissingError as missing:
         return missing.specs
-    except Exception:  # a method may need more than blank images before it asks
+    except Exception:  # a method may need real images before it asks
         return None
     return ()
 
@@ -138,12 +138,12 @@ class _Refusing:
     """A pool that has nothing."""
 
     def get(self, specs: Sequence[PoolSpec]) -> list[PoolEntry]:
-        """Name what was asked for."""
+        """Raise, naming the requested specs."""
         raise _MissingError(specs)
 
 
 def run_work(job: Job, work: Work) -> Needs | Damaged | None:
-    """Do a unit and publish its row; a diverged one publishes a failed row.
+    """Run a unit and publish its row; if it diverges, a failed row.
 
     Args:
         job: what all units share.
@@ -153,13 +153,13 @@ def run_work(job: Job, work: Work) -> Needs | Damaged | None:
         What it lacks, or None.
 
     Raises:
-        Exception: a crash, lack of memory or of space; the caller retries it.
+        Exception: a crash, or no memory or disk space; the caller retries.
     """
     ledger = Ledger(Path(job.run_dir))
     if ledger.row(work.key) is not None:
         return None
-    more = {"reason": "its networks are there"} if work.waited else {}
-    ledger.begin(work.unit, epoch=job.epoch, title=work.title, **more)
+    event_fields = {"reason": "its networks are there"} if work.waited else {}
+    ledger.begin(work.unit, epoch=job.epoch, title=work.title, **event_fields)
     begin = time.perf_counter()
     try:
         result = _TASKS[work.kind](job, work)
@@ -201,22 +201,22 @@ def publish(
         ledger.publish(work.unit, row, epoch=job.epoch)
         return
     draft, path = _draft(job, work), Path(job.run_dir) / artifact_name(work.key)
-    ledger.publish(work.unit, row, epoch=job.epoch, place=lambda: draft.replace(path))
+    ledger.publish(work.unit, row, epoch=job.epoch, move_artifact=lambda: draft.replace(path))
 
 
 def artifact_name(key: str) -> str:
-    """Return where a distilled set lies below the run's folder."""
+    """Return a distilled set's path below the run's folder."""
     return f"artifacts/{key}.pt"
 
 
 def _draft(job: Job, work: Work) -> Path:
-    """Return where this process keeps a set until its row is published: a late worker must not replace it."""
+    """Return where this process writes a set before its row is published: late workers replace nothing."""
     path = Path(job.run_dir) / artifact_name(work.key)
     return path.with_name(f".{path.name}.{job.epoch}-{socket.gethostname()}-{os.getpid()}.tmp")
 
 
 def is_sound(run_dir: Path, row: Row) -> bool:
-    """Return whether the set of a distillation's row lies in its run, unchanged."""
+    """Return whether the set of a distillation's row is in its run, unchanged."""
     path = run_dir / artifact_name(row.key)
     return path.is_file() and file_hash(path) == row.result["sha256"]
 
@@ -235,7 +235,7 @@ def _opened(name: str, data_dir: str | None) -> Dataset:
 
 @functools.lru_cache(maxsize=2)
 def _split(name: str, data_dir: str | None, val_seed: int | None) -> tuple[Split, str]:
-    """Return train, or the nine tenths of it that a ranking leaves, and what it is called."""
+    """Return train, or the nine tenths of it that remain with a val split, and the split's name."""
     train = _opened(name, data_dir).train()
     return (
         (train, "train") if val_seed is None else (carve_val(train, seed=val_seed)[0], f"train-val{val_seed}")
@@ -255,11 +255,11 @@ def _plan(job: Job, work: Work) -> Plan:
         InputError: this copy differs from the driver's.
     """
     dataset = _opened(work.dataset, job.data_dir)
-    wanted = work.unit.spec.get("fingerprint")
-    if wanted is not None and wanted != dataset.fingerprint:
+    driver_fingerprint = work.unit.spec.get("fingerprint")
+    if driver_fingerprint is not None and driver_fingerprint != dataset.fingerprint:
         raise InputError(
             f"{dataset.name} must be the same on every node, this one has {dataset.fingerprint[:12]}, "
-            f"the driver {str(wanted)[:12]}; give all nodes one --data-dir"
+            f"the driver {str(driver_fingerprint)[:12]}; give all nodes the same --data-dir"
         )
     config_type = get_method(work.method).config_type
     config = RunConfig[config_type].parse(work.config)  # type: ignore[valid-type]
@@ -273,7 +273,6 @@ def _context(job: Job, work: Work, plan: Plan) -> DistillContext:
 
 
 def _train_pool(job: Job, work: Work) -> dict[str, Any]:
-    """Train one entry of the pool."""
     if work.pool is None:
         raise ValueError("a pool unit must have the spec of its entry")
     entry = _context(job, work, _plan(job, work)).pool.get([work.pool])[0]
@@ -281,30 +280,29 @@ def _train_pool(job: Job, work: Work) -> dict[str, Any]:
 
 
 def _distil(job: Job, work: Work) -> dict[str, Any]:
-    """Distil one set into the run's artifacts."""
     plan = _plan(job, work)
     ctx = _context(job, work, plan)
     asking = AskingPool(ctx.pool)
     folder = Path(job.run_dir)
-    made = run_distillation(
+    distillation = run_distillation(
         make_distiller(plan),
         replace(ctx, pool=asking),
-        checkpoint=folder / "checkpoints" / f"{work.key}.pt",  # never written by methods without steps
+        checkpoint=folder / "checkpoints" / f"{work.key}.pt",  # methods without steps write none
         checkpoint_every=plan.config.checkpoint_every,
     )
     draft = _draft(job, work)
-    made.distilled.save(draft)
+    distillation.distilled.save(draft)
     curve_file = (folder / artifact_name(work.key)).with_suffix(".json")
-    write_text(curve_file, json.dumps({"losses": made.curve()}))
-    first, final = made.edge_losses()
-    meta = made.distilled.meta
+    write_text(curve_file, json.dumps({"losses": distillation.curve()}))
+    first, final = distillation.edge_losses()
+    meta = distillation.distilled.meta
     return {
         "artifact": artifact_name(work.key),
         "sha256": file_hash(draft),
         "pool": list(dict.fromkeys(asking.used)),
         "steps": plan.config.steps,
-        "resumed_from_step": made.resumed_from_step,
-        "seconds_per_step": made.seconds_per_step,
+        "resumed_from_step": distillation.resumed_from_step,
+        "seconds_per_step": distillation.seconds_per_step,
         "first_loss": first,
         "final_loss": final,
         "storage_floats": meta.storage_floats,
@@ -315,15 +313,19 @@ def _distil(job: Job, work: Work) -> dict[str, Any]:
 def _evaluate(job: Job, work: Work) -> dict[str, Any]:
     """Score one set with one architecture."""
     folder, source = Path(job.run_dir), work.unit.inputs[0]
-    path, made = folder / artifact_name(source), Ledger(folder).row(source)
-    if made is None or not is_sound(folder, made):
+    path, set_row = folder / artifact_name(source), Ledger(folder).row(source)
+    if set_row is None or not is_sound(folder, set_row):
         raise _DamagedError
-    held: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in work.options.items()}
+    option_values: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in work.options.items()
+    }
     if job.data_dir is not None:
-        held["data_dir"] = Path(job.data_dir)
-    found = scoring.evaluate(path, scoring.EvaluateOptions(**held), device=torch.device(job.device))
-    more = {k: v for k, v in found.items() if k not in ("protocol", "split", "results")}
-    return {**found["results"][0], **more}
+        option_values["data_dir"] = Path(job.data_dir)
+    evaluation = scoring.evaluate(
+        path, scoring.EvaluateOptions(**option_values), device=torch.device(job.device)
+    )
+    shared_fields = {k: v for k, v in evaluation.items() if k not in ("protocol", "split", "results")}
+    return {**evaluation["results"][0], **shared_fields}
 
 
 _TASKS = {"pool": _train_pool, "distill": _distil, "evaluate": _evaluate}

@@ -1,4 +1,4 @@
-"""`ddray bench` on Ray: units over long-lived actors, as many as fit whatever nodes come and go."""
+"""`ddray bench` on Ray: units over long-lived actors, as many as the current nodes can hold."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from ddray.errors import InputError
 
 
 def bench(spec: BenchSpec, options: BenchOptions, *, run_dir: Path | None, resume: bool) -> dict[str, Any]:
-    """Run a bench, or continue one.
+    """Run a bench, or resume one.
 
     Args:
         spec: the table.
         options: scale, resources, executor.
-        run_dir: the run's folder; None makes a numbered one.
-        resume: continue what the folder holds.
+        run_dir: the run's folder; None creates a numbered one.
+        resume: continue the run in that folder.
 
     Returns:
-        The command's JSON (DESIGN: commands).
+        The command's JSON (docs/architecture.md, Commands).
 
     Raises:
         InputError: the table, an option or the folder is bad.
         DdrayError: no cell was scored.
     """
-    held = prepare(spec, options)
+    prepared = prepare(spec, options)
     with sigterm_as_sigint():
         if options.executor == "local":
-            return run_bench(held, run_local, run_dir=run_dir, resume=resume)
+            return run_bench(prepared, run_local, run_dir=run_dir, resume=resume)
         return run_bench(
-            held, RayExecutor(options), run_dir=run_dir, resume=resume, execute_nas=nas.RayExecutor
+            prepared, RayExecutor(options), run_dir=run_dir, resume=resume, execute_nas=nas.RayExecutor
         )
 
 
 class RayExecutor:
-    """Runs units on the workers of a Ray cluster; Ray is started when the first unit is there.
+    """Runs units on the workers of a Ray cluster; Ray starts with the first unit.
 
     Args:
-        options: resources of a unit, and the cluster.
+        options: resources per unit, and the cluster's address.
     """
 
     def __init__(self, options: BenchOptions) -> None:
@@ -54,15 +54,15 @@ class RayExecutor:
     def __call__(
         self, job: Job, works: Sequence[Work], after: Callable[[Ended], list[Work]]
     ) -> Iterator[Ended]:
-        """Run `works` in order of start, and what `after` adds."""
+        """Start `works` in order, then what `after` adds."""
         options = self._options
         with ray_runtime(options.address):
             from ddray.cluster.fanout import Outcome, Task, fan_out
 
             check_capacity(options.cpus_per_unit, options.gpus_per_unit, per="unit")
 
-            def tasks(more: Sequence[Work]) -> list[Task]:
-                return [Task(work.key, run_work, (job, work)) for work in more]
+            def tasks(new_works: Sequence[Work]) -> list[Task]:
+                return [Task(work.key, run_work, (job, work)) for work in new_works]
 
             def follow(outcome: Outcome) -> list[Task]:
                 return tasks(after(_ended(outcome)))
@@ -78,11 +78,11 @@ class RayExecutor:
                 yield _ended(outcome)
 
     def _num_workers(self) -> int:
-        """Return how many units fit now: nodes may have died or joined since the last look."""
+        """Return how many units fit now; nodes may have died or joined since the last check."""
         options = self._options
         try:
             fits = check_capacity(options.cpus_per_unit, options.gpus_per_unit, per="unit")
-        except InputError:  # every node that fits a unit is gone: its units wait for another
+        except InputError:  # no node fits a unit any more: units wait for a new one
             fits = 1
         return min(fits, options.max_concurrent or fits)
 

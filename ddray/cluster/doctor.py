@@ -25,9 +25,9 @@ def examine(*, address: str | None, run_dir: Path, data_dir: Path | None) -> dic
     """Run every check.
 
     Args:
-        address: Ray cluster to look at; None starts a local instance.
-        run_dir: folder that every node must be able to write, seen as the same one by all.
-        data_dir: where datasets are looked for; None is $DDRAY_DATA.
+        address: Ray cluster to check; None starts a local instance.
+        run_dir: folder that all nodes must share and be able to write.
+        data_dir: the datasets' folder; None is $DDRAY_DATA.
 
     Returns:
         `{"ok", "checks": [{"check", "status": "ok"|"warning"|"failed", "detail"}]}`; warnings keep `ok` true.
@@ -41,33 +41,33 @@ def examine(*, address: str | None, run_dir: Path, data_dir: Path | None) -> dic
         ("run folder", lambda: _writable(run_dir)),
         ("ray", lambda: _ray(address, run_dir)),
     ]
-    found = []
+    results = []
     for name, check in checks:
         try:
             status, detail = check()
         except (DdrayError, OSError) as error:
             status, detail = "failed", " ".join(str(error).split())
-        found.append({"check": name, "status": status, "detail": detail})
-    return {"ok": all(entry["status"] != "failed" for entry in found), "checks": found}
+        results.append({"check": name, "status": status, "detail": detail})
+    return {"ok": all(entry["status"] != "failed" for entry in results), "checks": results}
 
 
 def _versions() -> tuple[str, str]:
-    """Compare what is installed with what pyproject asks for."""
+    """Compare installed versions with pyproject's requirements."""
     from packaging.requirements import Requirement
 
-    wrong = []
+    mismatches = []
     for line in requires("ddray") or []:
         requirement = Requirement(line)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
-        have = version(requirement.name)
-        if not requirement.specifier.contains(have, prereleases=True):
-            wrong.append(f"{requirement.name} {have} (needs {requirement.specifier})")
-    said = (
+        installed = version(requirement.name)
+        if not requirement.specifier.contains(installed, prereleases=True):
+            mismatches.append(f"{requirement.name} {installed} (needs {requirement.specifier})")
+    summary = (
         f"Python {sys.version.split()[0]}, torch {torch.__version__}, "
         f"ray {version('ray')}, optuna {version('optuna')}"
     )
-    return ("failed", "; ".join(wrong)) if wrong else ("ok", said)
+    return ("failed", "; ".join(mismatches)) if mismatches else ("ok", summary)
 
 
 def _devices() -> tuple[str, str]:
@@ -76,23 +76,23 @@ def _devices() -> tuple[str, str]:
 
 
 def _compiler() -> tuple[str, str]:
-    found = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
-    return ("ok", found) if found else ("warning", "no C++ compiler: compile=auto stays eager")
+    compiler = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+    return ("ok", compiler) if compiler else ("warning", "no C++ compiler: compile=auto stays eager")
 
 
 def _data(data_dir: Path | None) -> tuple[str, str]:
-    """List the datasets that are there."""
-    found = []
+    """List the datasets that can be opened."""
+    available = []
     for name in dataset_names():
         try:
             open_dataset(name, data_dir=data_dir)
         except InputError:
             continue
-        found.append(name)
+        available.append(name)
     folder = data_dir or os.environ.get("DDRAY_DATA")
     if folder is None:
-        return "warning", f"$DDRAY_DATA is not set: only {', '.join(found)} can be found"
-    return "ok", f"{folder}: {', '.join(found)}"
+        return "warning", f"$DDRAY_DATA is not set: only {', '.join(available)} can be found"
+    return "ok", f"{folder}: {', '.join(available)}"
 
 
 def _writable(folder: Path) -> tuple[str, str]:
@@ -115,7 +115,7 @@ def _writable(folder: Path) -> tuple[str, str]:
 
 
 def _ray(address: str | None, run_dir: Path) -> tuple[str, str]:
-    """Start or join Ray, and let every node write into the run folder for this process to read."""
+    """Start or join Ray; check that files which the nodes write to the run folder appear here."""
     with ray_runtime(address):
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -132,14 +132,17 @@ def _ray(address: str | None, run_dir: Path) -> tuple[str, str]:
             ],
             timeout=60,
         )
-        seen = [path for node in nodes if (path := run_dir / f".doctor-{token}-{node}.tmp").exists()]
-        for path in seen:
+        written = [path for node in nodes if (path := run_dir / f".doctor-{token}-{node}.tmp").exists()]
+        for path in written:
             path.unlink()
-        have = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        said = f"{len(nodes)} nodes, {have.get('CPU', 0):g} CPUs, {have.get('GPU', 0):g} GPUs"
-    if len(seen) < len(nodes):
-        return "failed", f"{said}; {run_dir} is not shared: {len(nodes) - len(seen)} nodes wrote elsewhere"
-    return "ok", f"{said}; {run_dir} is shared by all of them"
+        resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        summary = f"{len(nodes)} nodes, {resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"
+    if len(written) < len(nodes):
+        return (
+            "failed",
+            f"{summary}; {run_dir} is not shared: {len(nodes) - len(written)} nodes wrote elsewhere",
+        )
+    return "ok", f"{summary}; {run_dir} is shared by all of them"
 
 
 def write_token(folder: str, name: str) -> None:

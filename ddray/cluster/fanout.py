@@ -16,7 +16,7 @@ from ddray.errors import DivergedError, InputError, StorageError
 
 log = logging.getLogger(__name__)
 
-_LOOK_S = 5.0  # between looks at tasks that may hang, and at workers that may wait for cores
+_LOOK_S = 5.0  # between checks for hung tasks, and for workers that wait for cores
 _FINAL = (DivergedError, InputError, StorageError)
 
 
@@ -61,7 +61,7 @@ class _Worker:
         set_threads(cpus)
 
     def awake(self) -> None:
-        """Say that the process has started."""
+        """Return once the process has started."""
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call the function."""
@@ -87,36 +87,36 @@ def fan_out(
 
     Args:
         tasks: what to run, in order of start.
-        num_workers: actors at a time; a function is asked again at every start, since nodes come and go.
+        num_workers: actors at a time; a function is called before every start, since nodes come and go.
         cpus: cores of each.
         gpus: GPUs of each.
         max_attempts: tries of one task.
-        timeout_s: seconds after which a task counts as hung and its worker is killed; None waits for ever.
+        timeout_s: seconds after which a task counts as hung and its worker is killed; None waits forever.
         on_start: called with (key, attempt) when a task is handed to a worker.
-        follow: called with every outcome before it is yielded; gives the tasks that can run because of it.
-        idle: workers left by an earlier call with the same cores and GPUs; this call leaves its own in it.
+        follow: called with every outcome before it is yielded; returns the tasks that it unblocks.
+        idle: workers of an earlier call with the same cores and GPUs, to reuse; this call adds its own.
     """
     waiting = deque((task, 1) for task in tasks)
     running: dict[Any, _Running] = {}
     idle = [] if idle is None else idle
     while waiting or running:
-        most = num_workers() if callable(num_workers) else num_workers
-        while waiting and len(running) < most:
+        limit = num_workers() if callable(num_workers) else num_workers
+        while waiting and len(running) < limit:
             task, attempt = waiting.popleft()
             actor = idle.pop() if idle else _Worker.options(num_cpus=cpus, num_gpus=gpus).remote(cpus)  # type: ignore[attr-defined]
             if on_start is not None:
                 on_start(task.key, attempt)
-            awake = actor.awake.remote()  # before the task: the start of a process is no part of its time
+            awake = actor.awake.remote()  # before the task: process start-up is not part of its time
             running[actor.run.remote(task.function, *task.arguments)] = _Running(task, attempt, actor, awake)
         if (done := _next(running, idle, timeout_s)) is None:
             continue  # nodes may have joined
-        held = running.pop(done)
-        value, error = _result(done, held, idle, timeout_s)
-        if error is not None and not isinstance(error, _FINAL) and held.attempt < max_attempts:
-            log.warning("task %s failed (%s): trying again", held.task.key[:12], _short(error))
-            waiting.append((held.task, held.attempt + 1))
+        entry = running.pop(done)
+        value, error = _result(done, entry, idle, timeout_s)
+        if error is not None and not isinstance(error, _FINAL) and entry.attempt < max_attempts:
+            log.warning("task %s failed (%s): trying again", entry.task.key[:12], _short(error))
+            waiting.append((entry.task, entry.attempt + 1))
             continue
-        outcome = Outcome(held.task.key, value, error, held.attempt)
+        outcome = Outcome(entry.task.key, value, error, entry.attempt)
         if follow is not None:
             waiting.extend((task, 1) for task in follow(outcome))
         yield outcome
@@ -129,7 +129,7 @@ def _short(error: Exception) -> str:
 
 @dataclass
 class _Running:
-    """A task in a worker; `since` is when the worker was seen to have begun it."""
+    """A task in a worker; `since` is when the worker was first seen to be running."""
 
     task: Task
     attempt: int
@@ -147,15 +147,15 @@ class _Running:
 
 
 def _next(running: dict[Any, _Running], idle: list[Any], timeout_s: float | None) -> Any | None:
-    """Return the reference of a task that has ended or run too long; None if none has for some seconds."""
+    """Return the reference of a task that has ended or run too long; None if none has in some seconds."""
     wait_s = _LOOK_S
     if timeout_s is not None:
-        longest = max(held.seconds() for held in running.values())
+        longest = max(entry.seconds() for entry in running.values())
         wait_s = min(_LOOK_S, max(0.1, timeout_s - longest))
     ready, _ = ray.wait(list(running), num_returns=1, timeout=wait_s)
     if ready:
         return ready[0]
-    # A node that died took cores with it: a new worker may be waiting for those of an idle one.
+    # A node that died took cores with it: a new worker may be waiting for an idle one's.
     for actor in idle:
         ray.kill(actor)
     idle.clear()
@@ -164,21 +164,21 @@ def _next(running: dict[Any, _Running], idle: list[Any], timeout_s: float | None
 
 
 def _result(
-    reference: Any, held: _Running, idle: list[Any], timeout_s: float | None
+    reference: Any, entry: _Running, idle: list[Any], timeout_s: float | None
 ) -> tuple[Any, Exception | None]:
-    """Return (value, None) or (None, why it failed); a worker that lives is idle again."""
+    """Return (value, None) or (None, why it failed); a surviving worker becomes idle."""
     ready, _ = ray.wait([reference], timeout=0)
     if not ready:
-        ray.kill(held.actor)
+        ray.kill(entry.actor)
         return None, TimeoutError(f"no result within {timeout_s:g} s")
     try:
         value = ray.get(reference)
-    except Exception as error:  # whatever the task raised, or Ray's word that its worker died
+    except Exception as error:  # what the task raised, or Ray's error that its worker died
         if isinstance(error, ray.exceptions.RayActorError):
-            idle.clear()  # they may have died with the same node; each would cost a task a try
+            idle.clear()  # they may have died with the same node; each would cost a task an attempt
         else:
-            idle.append(held.actor)
+            idle.append(entry.actor)
         cause = getattr(error, "cause", None)
         return None, cause if isinstance(cause, Exception) else error
-    idle.append(held.actor)
+    idle.append(entry.actor)
     return value, None

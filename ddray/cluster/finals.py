@@ -1,4 +1,4 @@
-"""The end of a search: winner and paper's point on fresh seeds and all of train, scored on test once."""
+"""The end of a search: distil winner and paper's point from all of train on fresh seeds, score on test."""
 
 from __future__ import annotations
 
@@ -55,42 +55,45 @@ def run_finals(
         DdrayError: every fresh seed of the winner failed.
     """
     units = {
-        name: [final_unit(job, schedule_of(row, plan), number, plan) for number in range(options.final_sets)]
+        name: [
+            final_unit(job, schedule_of(row, plan), seed_index, plan)
+            for seed_index in range(options.final_sets)
+        ]
         for name, row in points.items()
         if row is not None
     }
-    wanted = {unit.key: unit for several in units.values() for unit in several}
-    missing = [unit for key, unit in wanted.items() if run.ledger.row(key) is None]
+    units_by_key = {unit.key: unit for point_units in units.values() for unit in point_units}
+    missing = [unit for key, unit in units_by_key.items() if run.ledger.row(key) is None]
     if missing:
         _run_missing(plan, job, run, missing, options)
-    found = {name: _summary(run, several) for name, several in units.items()}
-    if found["best"]["artifact"] is None:
+    results = {name: _summary(run, point_units) for name, point_units in units.items()}
+    if results["best"]["artifact"] is None:
         errors = [row.error for unit in units["best"] if (row := run.ledger.row(unit.key)) is not None]
         reason = errors[0] if errors else "crashed (see above); run again with --resume"
         raise DdrayError(f"the winner failed on every fresh seed: {reason}")
-    first = Path(found["best"]["artifact"])
+    first = Path(results["best"]["artifact"])
     final = run.folder / "distilled.pt"
-    with first.open("rb") as held:
-        write_atomically(final, lambda file: shutil.copyfileobj(held, file))
+    with first.open("rb") as source:
+        write_atomically(final, lambda file: shutil.copyfileobj(source, file))
     save_grid(artifact.load(final), final.with_suffix(".png"))
-    found["best"]["artifact"] = str(final)
-    return found
+    results["best"]["artifact"] = str(final)
+    return results
 
 
 def schedule_of(row: Row, plan: Plan) -> list[dict[str, Any]]:
     """Return what a trial's set was distilled with: its settings throughout, or PB2's schedule."""
-    whole = [{"until": plan.config.steps, "params": row.spec["params"]}]
-    held: list[dict[str, Any]] = row.result.get("schedule", whole)
-    return held
+    constant_schedule = [{"until": plan.config.steps, "params": row.spec["params"]}]
+    schedule: list[dict[str, Any]] = row.result.get("schedule", constant_schedule)
+    return schedule
 
 
-def final_unit(job: Job, schedule: list[dict[str, Any]], number: int, plan: Plan) -> Unit:
+def final_unit(job: Job, schedule: list[dict[str, Any]], seed_index: int, plan: Plan) -> Unit:
     """Return the unit of one fresh seed: distilled from all of train, scored on test."""
     spec = {
         "schedule": schedule,
         "method": job.method,
         **job.size,
-        "seed": derive_seed(job.seed, "final", number) % 2**31,
+        "seed": derive_seed(job.seed, "final", seed_index) % 2**31,
         "fingerprint": plan.dataset.fingerprint,
         "split": "train",
         "scored_on": "test",
@@ -101,7 +104,7 @@ def final_unit(job: Job, schedule: list[dict[str, Any]], number: int, plan: Plan
 
 def _run_missing(plan: Plan, job: Job, run: Run, missing: list[Unit], options: TuneOptions) -> None:
     """Run the units that have no row, in parallel."""
-    # Opened here and not before: a search must not see test, and a broken one must not cost a trial.
+    # Opened here and not before: a search must not see test, and a broken test set must not cost a trial.
     test, train = plan.dataset.test(), plan.dataset.train()
     space = pixel_space(plan.config.pixel_space, plan.dataset, train)
     with ray_runtime(options.address):
@@ -115,16 +118,16 @@ def _run_missing(plan: Plan, job: Job, run: Run, missing: list[Unit], options: T
 def _final_specs(plan: Plan, job: Job, units: list[Unit], train: Split, space: PixelSpace) -> list[PoolSpec]:
     """Return the networks that the units' methods declare."""
     device = torch.device("cuda" if job.gpus > 0 else "cpu")
-    found: dict[str, PoolSpec] = {}
+    specs: dict[str, PoolSpec] = {}
     for unit in units:
         for segment in unit.spec["schedule"]:
             config = trial_config(job, segment["params"])
-            held = Plan(job.method, plan.dataset, job.ipc, unit.spec["seed"], config)
+            final_plan = Plan(job.method, plan.dataset, job.ipc, unit.spec["seed"], config)
             ctx = make_context(
-                held, train, split_name="train", device=device, space=space, search_seed=job.seed
+                final_plan, train, split_name="train", device=device, space=space, search_seed=job.seed
             )
-            found |= {spec.key: spec for spec in declared_specs(held, ctx)}
-    return list(found.values())
+            specs |= {spec.key: spec for spec in declared_specs(final_plan, ctx)}
+    return list(specs.values())
 
 
 def _publish_finals(run: Run, job: Job, payload: Payload, missing: list[Unit], workers: int) -> None:
@@ -151,7 +154,7 @@ def _publish_finals(run: Run, job: Job, payload: Payload, missing: list[Unit], w
             )
             run.ledger.publish(unit, row, epoch=job.epoch)
         elif outcome.error is not None:
-            # Nor here: a crash is worth another try on --resume.
+            # No row either: a crash is worth another try on --resume.
             reason = " ".join(str(outcome.error).split())[:200]
             log.warning("final run %s failed %d times: %s", outcome.key[:12], outcome.attempts, reason)
 
@@ -164,21 +167,21 @@ def final_task(job: Job, payload: Payload, unit: Unit) -> None:
     if ledger.row(unit.key) is not None:
         return
     ledger.begin(unit, epoch=job.epoch)
-    held = unpack(payload)
+    unpacked = unpack(payload)
     device = torch.device(worker_device(job.gpus))
     checkpoint = Path(job.run_dir) / "checkpoints" / f"{unit.key}.pt"
     for segment in unit.spec["schedule"]:
         config = trial_config(job, segment["params"])
-        plan = Plan(job.method, held.dataset, job.ipc, unit.spec["seed"], config, job.budget)
-        made = run_distillation(
+        plan = Plan(job.method, unpacked.dataset, job.ipc, unit.spec["seed"], config, job.budget)
+        distill_result = run_distillation(
             make_distiller(plan),
             make_context(
                 plan,
-                held.split,
+                unpacked.split,
                 split_name="train",
                 device=device,
-                space=held.space,
-                pool=trial_pool(job, held, device),
+                space=unpacked.space,
+                pool=trial_pool(job, unpacked, device),
                 search_seed=job.seed,
             ),
             checkpoint=checkpoint,
@@ -186,15 +189,15 @@ def final_task(job: Job, payload: Payload, unit: Unit) -> None:
             until=segment["until"] or None,
         )
     path = artifact_path(Path(job.run_dir), unit)
-    made.distilled.save(path)
+    distill_result.distilled.save(path)
     nets = plan.config.evaluate.seeds
-    scored = score(plan, made.distilled, held, device, seed=unit.spec["seed"], num_seeds=nets)
+    scores = score(plan, distill_result.distilled, unpacked, device, seed=unit.spec["seed"], num_seeds=nets)
     row = Row(
         key=unit.key,
         kind=unit.kind,
         spec=unit.spec,
         status="done",
-        result=scored,
+        result=scores,
         wall_s=time.perf_counter() - begin,
     )
     ledger.publish(unit, row, epoch=job.epoch)
@@ -202,7 +205,7 @@ def final_task(job: Job, payload: Payload, unit: Unit) -> None:
 
 
 def artifact_path(run_dir: Path, unit: Unit) -> Path:
-    """Return where a fresh seed's set lies."""
+    """Return the path of a fresh seed's set."""
     return run_dir / "artifacts" / f"{unit.key}.pt"
 
 

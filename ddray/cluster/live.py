@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 log = logging.getLogger(__name__)
-_SHOWN = 20
+_MAX_ROWS = 20
 
 
 class LiveTable:
@@ -18,7 +18,7 @@ class LiveTable:
 
     Args:
         total: trials of the whole search.
-        done: those finished in earlier parts of the run.
+        done: trials that had finished before a resume.
     """
 
     def __init__(self, total: int, done: int) -> None:
@@ -43,22 +43,24 @@ class LiveTable:
         if self._live is not None:
             self._live.stop()
 
-    def update(self, number: int, params: Mapping[str, Any], status: str, metrics: Mapping[str, Any]) -> None:
-        """Show a trial's news: its status, and its val accuracy at its last rung if it has one."""
-        if status == "running" and self._trials.get(number, ("",))[0] not in ("", "running"):
+    def update(
+        self, trial_number: int, params: Mapping[str, Any], status: str, metrics: Mapping[str, Any]
+    ) -> None:
+        """Update a trial: its status, and its val score at its last rung if it has one."""
+        if status == "running" and self._trials.get(trial_number, ("",))[0] not in ("", "running"):
             return
         value = metrics.get("score", metrics.get(str(metrics.get("objective"))))
         text = ", ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in params.items())
-        looks = len(metrics.get("rungs", {}))
-        self._trials[number] = (status, text, value, str(looks) if looks else "-")
+        num_rungs = len(metrics.get("rungs", {}))
+        self._trials[trial_number] = (status, text, value, str(num_rungs) if num_rungs else "-")
         if self._live is not None:
             self._live.update(self._table())
         elif status != "running":
-            shown = "-" if value is None else f"{value:.1%}"
-            log.info("trial %d %s: val %s (%s) [%s]", number, status, shown, text, self._progress())
+            formatted = "-" if value is None else f"{value:.1%}"
+            log.info("trial %d %s: val %s (%s) [%s]", trial_number, status, formatted, text, self._progress())
 
     def _progress(self) -> str:
-        """Return finished trials of all, and the time left at this pace."""
+        """Return `finished/total`, and the ETA at the current pace."""
         ended = sum(status != "running" for status, *_ in self._trials.values())
         done = self._before + ended
         pace = (time.monotonic() - self._begin) / max(1, ended)
@@ -68,8 +70,10 @@ class LiveTable:
     def _table(self) -> Any:
         from rich.table import Table
 
-        table = Table("trial", "status", "val %", "looks", "settings", title=f"trials {self._progress()}")
-        for number in sorted(self._trials)[-_SHOWN:]:
-            status, text, value, looks = self._trials[number]
-            table.add_row(str(number), status, "-" if value is None else f"{100 * value:.1f}", looks, text)
+        table = Table("trial", "status", "val %", "rungs", "settings", title=f"trials {self._progress()}")
+        for trial_number in sorted(self._trials)[-_MAX_ROWS:]:
+            status, text, value, num_rungs = self._trials[trial_number]
+            table.add_row(
+                str(trial_number), status, "-" if value is None else f"{100 * value:.1f}", num_rungs, text
+            )
         return table

@@ -1,4 +1,4 @@
-"""NAS sweeps over long-lived Ray Core actors: one per CPU core, GPU or fraction of one."""
+"""NAS sweeps on long-lived Ray Core actors: one per CPU core, GPU or fraction of one."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ddray.nas.units import NasJob, NasTask, SweepData, run_task
 
 @dataclass(frozen=True)
 class RayExecutor:
-    """Runs a sweep's tasks on a cluster; the data goes through the object store once per node.
+    """Runs a sweep's tasks on a cluster; the object store sends the data once to each node.
 
     Attributes:
-        options: address, resources, patience.
+        options: address, resources, timeout.
     """
 
     options: NasOptions
@@ -25,7 +25,7 @@ class RayExecutor:
     def __call__(
         self, job: NasJob, data: SweepData, tasks: Sequence[NasTask], on_start: Callable[[str, int], None]
     ) -> Iterator[tuple[str, Exception | None, int]]:
-        """Yield (task's key, why it failed or None, attempts) as tasks end.
+        """Yield (task's key, exception or None, attempts) as tasks end.
 
         Raises:
             InputError: no worker of this size fits the cluster, or no cluster answers.
@@ -36,11 +36,11 @@ class RayExecutor:
             from ddray.cluster.fanout import Task, fan_out
 
             fits = check_capacity(job.cpus, job.gpus, per="worker")
-            held = ray.put(data)
-            work = [Task(task.key, in_worker, (job, held, task)) for task in tasks]
+            data_ref = ray.put(data)
+            cluster_tasks = [Task(task.key, in_worker, (job, data_ref, task)) for task in tasks]
             for outcome in fan_out(
-                work,
-                num_workers=min(fits, self.options.num_workers or fits, len(work)),
+                cluster_tasks,
+                num_workers=min(fits, self.options.num_workers or fits, len(cluster_tasks)),
                 cpus=job.cpus,
                 gpus=job.gpus,
                 max_attempts=MAX_ATTEMPTS,

@@ -15,7 +15,7 @@ from ddray.errors import InputError
 
 @dataclass(frozen=True)
 class Payload:
-    """A dataset's part as NumPy arrays (RAY.md 11: shared without a copy per worker) and plain values.
+    """Part of a dataset as NumPy arrays (docs/ray.md, 11: shared without a copy per worker) and plain values.
 
     Attributes:
         facts: name, class names, shape, statistics, fingerprint.
@@ -45,7 +45,7 @@ def pack(
     dataset: Dataset,
     split: Split,
     split_name: str,
-    held: Split,
+    held_out: Split,
     space: PixelSpace,
     train_rows: Tensor | None = None,
 ) -> Payload:
@@ -64,8 +64,8 @@ def pack(
         split_name=split_name,
         images=split.images.numpy(),
         labels=split.labels.numpy(),
-        held_images=held.images.numpy(),
-        held_labels=held.labels.numpy(),
+        held_images=held_out.images.numpy(),
+        held_labels=held_out.labels.numpy(),
         zca={name: value.numpy() for name, value in zca.items() if value is not None and space.kind == "zca"},
         kind=space.kind,
         train_rows=None if train_rows is None else train_rows.numpy(),
@@ -77,15 +77,15 @@ class Unpacked:
     """A worker's own copy of a payload.
 
     Attributes:
-        dataset: facts, and all of train; its test set can't be opened from a worker.
+        dataset: its metadata, and all of train; a worker can't open its test set.
         split: to distil from.
-        held: to score on.
+        held_out: to score on.
         space: pixel space.
     """
 
     dataset: Dataset
     split: Split
-    held: Split
+    held_out: Split
     space: PixelSpace
 
 
@@ -101,26 +101,26 @@ def unpack(payload: Payload) -> Unpacked:
         return _latest[1]
     fingerprint = facts.pop("fingerprint")
     split = Split(torch.tensor(payload.images), torch.tensor(payload.labels))
-    held = Split(torch.tensor(payload.held_images), torch.tensor(payload.held_labels))
+    held_out = Split(torch.tensor(payload.held_images), torch.tensor(payload.held_labels))
     rows = payload.train_rows
 
     def train() -> Split:
         if rows is None:
             return split
-        joined = Split(torch.cat([split.images, held.images]), torch.cat([split.labels, held.labels]))
+        joined = Split(torch.cat([split.images, held_out.images]), torch.cat([split.labels, held_out.labels]))
         return joined.select(torch.tensor(rows))
 
     dataset = _WorkerDataset(**facts, load_train=train, load_test=_no_test)
     dataset.__dict__["fingerprint"] = fingerprint  # the whole train set's, not this part's
     zca = {name: torch.tensor(value) for name, value in payload.zca.items()}
     space = PixelSpace(payload.kind, dataset.mean, dataset.std, **zca)  # type: ignore[arg-type]
-    _latest = (identity, Unpacked(dataset, split, held, space))
+    _latest = (identity, Unpacked(dataset, split, held_out, space))
     return _latest[1]
 
 
 class _WorkerDataset(Dataset):
-    """A dataset known by its facts."""
+    """A dataset made from a payload."""
 
 
 def _no_test() -> Split:
-    raise InputError("a worker is given the images it needs; it opens no test set")
+    raise InputError("a worker can't open the test set: the images it needs are sent to it")

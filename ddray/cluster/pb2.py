@@ -7,7 +7,7 @@ A population is distilled in lock step, a generation at a time. After each gener
 the state of the best ones (`state_dict` holds no settings) and get new settings from Ray's own PB2 model, a
 time-varying Gaussian process of the gain in val accuracy. Member 0 keeps the paper's settings throughout, so
 that they are compared at full length. Every segment's outcome is a file, so a resumed search repeats no
-finished segment, and chooses as before.
+finished segment and makes the same choices.
 """
 
 from __future__ import annotations
@@ -75,10 +75,10 @@ def check_space(space: Mapping[str, Range], paper: Mapping[str, Any], num_sample
     """Refuse what PB2 can't search.
 
     Raises:
-        InputError: no numeric range, the paper's value outside a logarithm, or too small a population.
+        InputError: no numeric range, a paper's value that has no logarithm, or too small a population.
     """
-    for name, held in _numeric(space).items():
-        if held.kind == "loguniform" and not paper[name] > 0:
+    for name, value_range in _numeric(space).items():
+        if value_range.kind == "loguniform" and not paper[name] > 0:
             raise InputError(
                 f"strategy pb2 needs {name} > 0 to start from (its range is loguniform), got {paper[name]}"
             )
@@ -89,18 +89,22 @@ def check_space(space: Mapping[str, Range], paper: Mapping[str, Any], num_sample
 
 
 def _numeric(space: Mapping[str, Range]) -> dict[str, Range]:
-    return {name: held for name, held in space.items() if held.kind in ("uniform", "loguniform")}
+    return {
+        name: value_range
+        for name, value_range in space.items()
+        if value_range.kind in ("uniform", "loguniform")
+    }
 
 
 def segment_ends(steps: int) -> list[int]:
     """Return the steps at which the generations end.
 
     Raises:
-        InputError: the method has too few steps to be cut.
+        InputError: the method has fewer steps than generations.
     """
     if steps < GENERATIONS:
         raise InputError(f"strategy pb2 needs a method with steps >= {GENERATIONS}, got {steps}")
-    return [steps * (number + 1) // GENERATIONS for number in range(GENERATIONS)]
+    return [steps * (generation + 1) // GENERATIONS for generation in range(GENERATIONS)]
 
 
 def run_pb2(search: Search, payload: Payload, concurrent: int) -> None:
@@ -152,7 +156,7 @@ def _run_segments(
     generation: int,
     workers: list[Any],
 ) -> None:
-    """Bring every member to step `end`, in parallel, on the generations' `workers`; a file's work is done."""
+    """Bring every member to step `end` in parallel on the shared `workers`; a segment with a file is done."""
     from ddray.cluster.fanout import Task, fan_out
 
     folder = search.folder / "pb2"
@@ -175,16 +179,16 @@ def _run_segments(
             errors[int(outcome.key)] = " ".join(str(outcome.error).split())[:300]
     for member in members:
         path = paths[member.number]
-        held = (
+        segment = (
             json.loads(path.read_text(encoding="utf-8"))
             if path.exists()
             else {"error": errors[member.number]}
         )
-        member.error = held.get("error")
+        member.error = segment.get("error")
         if member.error is not None:
             member.value = -math.inf
             continue
-        member.value = float(held["score"])
+        member.value = float(segment["score"])
         member.values[end] = member.value
         if end:
             member.state = path.with_suffix(".pt")
@@ -194,7 +198,7 @@ def _run_segments(
 def run_segment(
     job: Job,
     payload: Payload,
-    number: int,
+    trial_number: int,
     params: Mapping[str, Any],
     state: Path | None,
     end: int,
@@ -205,57 +209,58 @@ def run_segment(
     Runs in a worker. A diverged segment's outcome is its error; step 0 scores the initial images.
     """
     set_threads(job.cpus)
-    held = unpack(payload)
+    unpacked = unpack(payload)
     device = torch.device(worker_device(job.gpus))
-    plan = Plan(job.method, held.dataset, job.ipc, job.seed, trial_config(job, params), job.budget)
+    plan = Plan(job.method, unpacked.dataset, job.ipc, job.seed, trial_config(job, params), job.budget)
     checkpoint = path.with_suffix(".pt")
     if state is not None and not checkpoint.exists():
         with state.open("rb") as source:
             write_atomically(checkpoint, lambda file: shutil.copyfileobj(source, file))
     try:
-        made = run_distillation(
+        distill_result = run_distillation(
             make_distiller(plan),
             make_context(
                 plan,
-                held.split,
+                unpacked.split,
                 split_name=split_name(job.seed),
                 device=device,
-                space=held.space,
-                pool=trial_pool(job, held, device),
+                space=unpacked.space,
+                pool=trial_pool(job, unpacked, device),
             ),
             checkpoint=checkpoint,
             checkpoint_every=plan.config.checkpoint_every,
             until=end,
         )
-        outcome: dict[str, Any] = {"score": val_score(job, plan, made.distilled, held, device)}
+        outcome: dict[str, Any] = {"score": val_score(job, plan, distill_result.distilled, unpacked, device)}
     except DivergedError as error:
         outcome = {"error": str(error)}
-    write_text(path, json.dumps({"number": number, "until": end, "params": dict(params), **outcome}))
+    write_text(path, json.dumps({"number": trial_number, "until": end, "params": dict(params), **outcome}))
 
 
 def _record(
     history: list[list[Any]], members: Sequence[Member], step: int, space: Mapping[str, Range]
 ) -> None:
-    """Add what the population reached to the Gaussian process's data."""
+    """Add the population's scores to the Gaussian process's data."""
     for member in members:
         if member.error is None:
             history.append([str(member.number), step, *_encode(member.params, space), member.value])
 
 
 def _encode(params: Mapping[str, Any], space: Mapping[str, Range]) -> list[float]:
-    """Return the settings as the process sees them: logarithms of log ranges."""
+    """Return the settings as inputs of the Gaussian process: logarithms for loguniform ranges."""
     return [
-        math.log(params[n]) if held.kind == "loguniform" else float(params[n]) for n, held in space.items()
+        math.log(params[n]) if value_range.kind == "loguniform" else float(params[n])
+        for n, value_range in space.items()
     ]
 
 
 def _decode(values: Sequence[float], space: Mapping[str, Range]) -> dict[str, float]:
-    """Return settings within their ranges from what the process proposes."""
-    found = {}
-    for value, (name, held) in zip(values, space.items(), strict=True):
-        plain = math.exp(value) if held.kind == "loguniform" else float(value)
-        found[name] = min(max(plain, held.low), held.high)
-    return found
+    """Return the process's proposal as settings, clamped to their ranges."""
+    params = {}
+    for value, (name, value_range) in zip(values, space.items(), strict=True):
+        plain = math.exp(value) if value_range.kind == "loguniform" else float(value)
+        params[name] = min(max(plain, value_range.low), value_range.high)
+    return params
 
 
 def _exploit(
@@ -268,32 +273,32 @@ def _exploit(
     from ray.tune.schedulers.pb2 import _explore
 
     ranked = sorted(members, key=lambda member: (member.value, -member.number))
-    num = max(1, math.ceil(len(members) * _QUANTILE))
-    top = [member for member in ranked[-num:] if member.error is None]
+    num_clones = max(1, math.ceil(len(members) * _QUANTILE))
+    top = [member for member in ranked[-num_clones:] if member.error is None]
     if not top:
         return history
     others = [member for member in ranked if member.number != 0 and member not in top]
-    bottom = [member for place, member in enumerate(others) if place < num or member.error is not None]
+    bottom = [member for rank, member in enumerate(others) if rank < num_clones or member.error is not None]
     rng = derive_numpy(seed, "pb2", generation)
     columns = ["Trial", "Time", *space, "Reward"]
     bounds = {
-        name: (math.log(held.low), math.log(held.high))
-        if held.kind == "loguniform"
-        else (held.low, held.high)
-        for name, held in space.items()
+        name: (math.log(value_range.low), math.log(value_range.high))
+        if value_range.kind == "loguniform"
+        else (value_range.low, value_range.high)
+        for name, value_range in space.items()
     }
     data = pd.DataFrame(history, columns=columns)
-    chosen: list[list[float]] = []
+    proposals: list[list[float]] = []
     for member in bottom:
         parent = top[int(rng.integers(len(top)))]
         values = dict(zip(space, _encode(parent.params, space), strict=True))
         with forked_numpy(derive_seed(seed, "pb2", generation, member.number)), warnings.catch_warnings():
             # Ray passes SciPy a deprecated option, and the process rarely converges on so few points.
             warnings.simplefilter("ignore")
-            current = np.array(chosen) if chosen else None
+            current = np.array(proposals) if proposals else None
             values, data = _explore(data, bounds, current, str(parent.number), str(member.number), values)  # type: ignore[arg-type]
         proposal = [float(values[name]) for name in space]
-        chosen.append(proposal)
+        proposals.append(proposal)
         member.params = {**parent.params, **_decode(proposal, space)}
         member.schedule = [dict(segment) for segment in parent.schedule]
         member.values = dict(parent.values)
@@ -303,7 +308,7 @@ def _exploit(
 
 
 def _publish(search: Search, member: Member, initial: dict[str, Any], wall_s: float) -> None:
-    """Publish a member's row: its schedule replays it on other seeds."""
+    """Publish a member's row: its schedule is what other seeds replay."""
     unit = search.unit(member.number, initial)
     if member.error is None:
         result = trial_result(

@@ -1,12 +1,11 @@
-"""A search's pool: one actor says who trains what, so that a network is trained once for a whole cluster.
+"""A search's pool: one actor decides who trains what, so that a network is trained once per cluster.
 
 The actor grants a lease on a missing entry to one client, which trains it and keeps the lease alive. A lease
-that is not kept alive lapses and goes to the next client under a higher token (a fence): what the first one
-finishes late is refused if there is a next one. The actor alone moves entries into their place, and holds
-their file locks as long as a lease stands, so that other clusters and processes that share the folder wait
-too. A client goes on without the actor only when it is dead: one that is slow may yet grant what it was asked
-for. Weights reach each node once, through the object store (RAY.md 11). Nothing here needs torch until an
-entry is opened: the actor stays small.
+that is not kept alive lapses and goes to the next client under a higher token (a fence): a late result of the
+first client is then refused. Only the actor moves entries into place. It holds their file locks while a lease
+stands, so that other clusters and processes that share the folder wait too. A client goes on without the
+actor only when the actor is dead: a slow one may still grant the lease. Weights reach each node once, through
+the object store (docs/ray.md, 11). torch is imported only to open an entry: the actor stays small.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ class Lease:
 
     Attributes:
         token: rises with every lease of the key.
-        times_trained: the making of the entry that this would be.
+        times_trained: how often the entry will have been trained, this time included.
     """
 
     token: int
@@ -66,12 +65,12 @@ class Lease:
 
 @dataclass(frozen=True)
 class Served:
-    """A sound entry.
+    """An intact entry.
 
     Attributes:
-        meta: what its `entry.json` says.
+        meta: contents of its `entry.json`.
         arrays: reference to its small tensors as NumPy arrays.
-        is_whole: whether those are all.
+        is_whole: whether it has no other tensors.
     """
 
     meta: dict[str, Any]
@@ -87,7 +86,7 @@ class _Granted:
 
 
 class PoolService:
-    """What the actor does; calls come one after another, beside the thread that lets leases lapse.
+    """The actor's class; calls run one at a time, beside the thread that lets leases lapse.
 
     Args:
         folder: the pool's folder.
@@ -114,14 +113,14 @@ class PoolService:
         self._turn = threading.RLock()
 
     def watch(self) -> None:
-        """Let leases lapse from now on though nobody asks: whoever waits for their locks may not ask."""
+        """Let leases lapse in a thread too: processes that wait for their locks may never call `ask`."""
 
-        def look() -> None:
+        def lapse_periodically() -> None:
             while True:
                 time.sleep(self._lease_s / _BEATS)
                 self.lapse()
 
-        threading.Thread(target=look, daemon=True).start()
+        threading.Thread(target=lapse_periodically, daemon=True).start()
 
     def lapse(self) -> None:
         """End the leases that were not kept alive, and release their locks."""
@@ -133,7 +132,7 @@ class PoolService:
                     self._lapsed[key] = granted.lease
 
     def ask(self, key: str) -> Served | Lease | None:
-        """Return the entry; or a lease to train it; or None: somebody else is at it, ask again.
+        """Return the entry, or a lease to train it, or None while another client trains it: ask again.
 
         Raises:
             InputError: the entry can't be read.
@@ -144,7 +143,7 @@ class PoolService:
             return self._look(key) or self._grant(key)
 
     def beat(self, key: str, token: int) -> bool:
-        """Keep a lease alive; return whether it still counts."""
+        """Keep a lease alive; return whether it is still valid."""
         with self._turn:
             granted = self._current(key, token)
             if granted is None:
@@ -173,7 +172,7 @@ class PoolService:
                 self._end(key)
 
     def forget(self, key: str) -> None:
-        """Look at an entry's files again when it is asked for next."""
+        """Read an entry's files again at the next `ask`."""
         with self._turn:
             self._served.pop(key, None)
 
@@ -192,7 +191,7 @@ class PoolService:
         if key in self._granted:
             return None
         lock = self._free_lock(key)
-        if lock is None:  # a process outside of this cluster is at it, or has just finished
+        if lock is None:  # a process outside this cluster is training it, or has just finished
             return self._look(key)
         self._lapsed.pop(key, None)
         self._tokens[key] = self._tokens.get(key, 0) + 1
@@ -203,7 +202,7 @@ class PoolService:
         return granted
 
     def _free_lock(self, key: str) -> EntryLock | None:
-        """Return the lock of an entry that is not there; None if it is, or somebody is at it."""
+        """Return the lock of a missing entry; None if it exists, or another process is training it."""
         lock = self._files.try_lock(key)
         if lock is not None and self._files.mend(key, lock) is not None:
             lock.release()
@@ -211,7 +210,7 @@ class PoolService:
         return lock
 
     def _current(self, key: str, token: int) -> _Granted | None:
-        """Return what a token holds; a lapsed lease that nobody has taken over counts again."""
+        """Return a token's grant; a lapsed lease that nobody has taken over is valid again."""
         granted = self._granted.get(key)
         if granted is not None:
             return granted if granted.lease.token == token else None
@@ -264,7 +263,7 @@ class ClusterPool:
     """A pool that the workers of a cluster share.
 
     Args:
-        trainer: trains, in this process, a spec that is not there yet.
+        trainer: trains a missing spec in this process.
         address: where the pool is served.
     """
 
@@ -276,9 +275,9 @@ class ClusterPool:
         self._unpublished: dict[str, tuple[Mapping[str, Tensor], Mapping[str, Any]]] = {}
 
     def get(self, specs: Sequence[PoolSpec]) -> list[PoolEntry]:
-        """Return the entries of `specs`, in order; what is missing is trained here, or by whoever is at it.
+        """Return the entries of `specs`, in order; missing ones are trained here or by another client.
 
-        Clients that ask for the same entries share the work. Without its service the pool goes on with the
+        Clients that need the same entries share the work. If the service dies, the pool goes on with the
         files alone.
 
         Raises:
@@ -314,7 +313,7 @@ class ClusterPool:
         return trained or len(missing) < before
 
     def _train(self, spec: PoolSpec, lease: Lease) -> None:
-        """Train an entry and hand it in."""
+        """Train an entry and have it published."""
         key = spec.key
         with self._beating(key, lease.token):
             try:
@@ -323,14 +322,14 @@ class ClusterPool:
                 with suppress(_ServiceGoneError):
                     self._call("give_up", key, lease.token)
                 raise
-            taken = self._call("publish", key, lease.token, str(draft))
+            accepted = self._call("publish", key, lease.token, str(draft))
         del self._unpublished[key]
-        if not taken:
+        if not accepted:
             shutil.rmtree(draft, ignore_errors=True)
             log.warning("pool entry %s: finished too late, another process has taken over", key[:12])
 
     def _trained(self, spec: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
-        """Train, and keep the result until it is published: the service may die before."""
+        """Train, and keep the result until it is published: the service may die first."""
         self._unpublished[spec.key] = self._trainer(spec)
         return self._unpublished[spec.key]
 
@@ -342,7 +341,7 @@ class ClusterPool:
         import torch
         from safetensors import SafetensorError, safe_open
 
-        # Copied: an alias of shared memory could be written to, for everybody on the node (RAY.md 11).
+        # Copied: a write to an alias of shared memory would reach everybody on the node (docs/ray.md, 11).
         tensors = {name: torch.tensor(array) for name, array in self._fetch(served.arrays).items()}
         if not served.is_whole:
             try:

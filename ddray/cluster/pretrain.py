@@ -1,4 +1,4 @@
-"""A search's pool: what its method declares is trained in parallel before the first trial, then served."""
+"""A search's pool: the networks its method declares are trained before the first trial, then served."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ log = logging.getLogger(__name__)
 def shared_pool(job: Job, payload: Payload, specs: Sequence[PoolSpec], num_workers: int) -> Iterator[Job]:
     """Serve a pool to the workers while the block runs; `specs` are trained first.
 
-    Without `specs` there is no service: workers that need a network all the same share the files.
+    Without `specs` there is no service: workers that still need a network share the files.
 
     Args:
-        job: what the workers are to know.
+        job: what the workers share.
         payload: the real images.
-        specs: networks that are sure to be asked for.
+        specs: networks that are certain to be needed.
         num_workers: how many are trained at a time.
 
     Yields:
-        The job, which knows the service.
+        The job, with the service's address.
 
     Raises:
         DdrayError: a network could not be trained.
@@ -49,14 +49,14 @@ def shared_pool(job: Job, payload: Payload, specs: Sequence[PoolSpec], num_worke
     address = PoolAddress(f"ddray-pool-{name}", str(folder))
     with pool_service(address):
         served = replace(job, pool=address)
-        missing = [spec for spec in specs if not _is_there(PoolFiles(folder), spec.key)]
+        missing = [spec for spec in specs if not _is_intact(PoolFiles(folder), spec.key)]
         if missing:
             _train(served, payload, missing, num_workers)
         yield served
 
 
-def _is_there(files: PoolFiles, key: str) -> bool:
-    """Return whether an entry is sound; a damaged one is set aside here, where people read the log."""
+def _is_intact(files: PoolFiles, key: str) -> bool:
+    """Return whether an entry is intact; a damaged one is set aside here, so that the driver logs it."""
     try:
         return files.read(key) is not None
     except DamagedEntryError:
@@ -68,7 +68,7 @@ def _is_there(files: PoolFiles, key: str) -> bool:
 
 
 def _train(job: Job, payload: Payload, specs: Sequence[PoolSpec], num_workers: int) -> None:
-    """Train networks, as many at a time as there are workers."""
+    """Train networks, `num_workers` at a time."""
     import ray
 
     from ddray.cluster.fanout import Task, fan_out
@@ -92,7 +92,7 @@ def _train(job: Job, payload: Payload, specs: Sequence[PoolSpec], num_workers: i
 
 
 def train_member(job: Job, payload: Payload, spec: PoolSpec) -> None:
-    """Train one network; runs in a worker, whose device is the one that counts."""
-    held = unpack(payload)
+    """Train one network; runs in a worker, on that worker's device."""
+    unpacked = unpack(payload)
     device = torch.device(worker_device(job.gpus))
-    trial_pool(job, held, device).get([spec.model_copy(update={"device": device.type})])
+    trial_pool(job, unpacked, device).get([spec.model_copy(update={"device": device.type})])

@@ -18,7 +18,7 @@ from ddray.memory import reuse_freed_memory
 
 log = logging.getLogger(__name__)
 
-# Set before Ray is imported: RAY.md 8 (working directory), 10 (GPUs of num_gpus=0 workers), 14 (quiet).
+# Set before Ray is imported: docs/ray.md, 8 (working directory), 10 (GPUs of num_gpus=0 workers), 14 (quiet).
 _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -58,7 +58,7 @@ def ray_runtime(address: str | None) -> Iterator[None]:
     }
     try:
         if address is None:
-            # "local" even where a cluster runs on this machine: one is joined only when it is asked for.
+            # "local" even if a cluster runs on this machine: one is joined only on request.
             ray.init(address="local", include_dashboard=False, num_cpus=cpu_count(), **settings)
         else:
             ray.init(address=address, **settings)
@@ -68,7 +68,7 @@ def ray_runtime(address: str | None) -> Iterator[None]:
             raise InputError(f"--address must be a running Ray cluster, got {address!r}: {reason}") from error
         raise DdrayError(f"Ray could not be started here: {reason}") from error
     try:
-        with sigterm_as_sigint():  # again: ray.init puts a handler of its own in place
+        with sigterm_as_sigint():  # again: ray.init installs its own handler
             yield
     finally:
         ray.shutdown()
@@ -80,18 +80,18 @@ def cpu_count() -> int:
 
 
 def _worker_environment() -> dict[str, str]:
-    """Return what workers need of this process's environment: where data and the package are."""
-    held = {name: os.environ[name] for name in ("DDRAY_HOME", "DDRAY_DATA") if name in os.environ}
+    """Return the environment variables that workers need: where data and the package are."""
+    variables = {name: os.environ[name] for name in ("DDRAY_HOME", "DDRAY_DATA") if name in os.environ}
     # A package run from a folder (PYTHONPATH, `python -m` in a checkout) must be found by local workers too.
     root = str(Path(__file__).resolve().parents[2])
     paths = [root, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    return {**held, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    return {**variables, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
 
 
 def check_capacity(cpus: float, gpus: float, *, per: str = "trial") -> int:
     """Return how many workers of this size fit the cluster at once.
 
-    Checked because a task that never fits hangs silently (RAY.md 9).
+    Checked because a task that never fits hangs silently (docs/ray.md, 9).
 
     Args:
         cpus: cores of a worker.
@@ -106,11 +106,11 @@ def check_capacity(cpus: float, gpus: float, *, per: str = "trial") -> int:
     if gpus > 1 and gpus != int(gpus):
         raise InputError(f"--gpus-per-{per} must be whole above 1, got {gpus:g}")
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    most = {kind: max((node.get(kind, 0.0) for node in nodes), default=0.0) for kind in ("CPU", "GPU")}
-    for option, wanted, kind in (("cpus", cpus, "CPU"), ("gpus", gpus, "GPU")):
-        if wanted > most[kind]:
+    largest = {kind: max((node.get(kind, 0.0) for node in nodes), default=0.0) for kind in ("CPU", "GPU")}
+    for option, per_worker, kind in (("cpus", cpus, "CPU"), ("gpus", gpus, "GPU")):
+        if per_worker > largest[kind]:
             raise InputError(
-                f"--{option}-per-{per} must be <= {most[kind]:g} (of the largest node), got {wanted:g}"
+                f"--{option}-per-{per} must be <= {largest[kind]:g} (of the largest node), got {per_worker:g}"
             )
     fits = sum(
         min(int(node.get("CPU", 0.0) // cpus), int(node.get("GPU", 0.0) // gpus) if gpus > 0 else 2**31)
@@ -123,17 +123,17 @@ def check_capacity(cpus: float, gpus: float, *, per: str = "trial") -> int:
 
 @contextmanager
 def sigterm_as_sigint() -> Iterator[None]:
-    """Handle SIGTERM as SIGINT, which Tune ends cleanly on (RAY.md 1). Does nothing outside the main thread.
+    """Handle SIGTERM as SIGINT, which ends Tune cleanly (docs/ray.md, 1). Only in the main thread.
 
     A signal to the whole process group (`timeout`, `scancel`) also kills Ray's own processes, which the
-    driver then waits for: if it has not ended after a while, it ends at once. The ledger holds all that had
+    driver then waits for: after a grace period it exits without them. The ledger holds everything that had
     finished.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def forward(number: int, frame: FrameType | None) -> None:
+    def forward(signal_number: int, frame: FrameType | None) -> None:
         watchdog = threading.Timer(_GRACE_S, _end_now)
         watchdog.daemon = True
         watchdog.start()
@@ -150,26 +150,28 @@ def sigterm_as_sigint() -> Iterator[None]:
 
 def _end_now() -> None:
     """End the process without waiting for Ray."""
-    sys.stderr.write("error: interrupted, and Ray did not end in time; run again with --resume to continue\n")
+    sys.stderr.write(
+        "error: interrupted, and Ray did not stop in time; run again with --resume to continue\n"
+    )
     sys.stderr.flush()
     os._exit(1)
 
 
 def set_threads(cpus: float) -> None:
-    """Give this worker's torch its share of cores (RAY.md 7: it has one thread whatever num_cpus says)."""
+    """Give this worker's torch its share of cores (docs/ray.md, 7: by default one thread)."""
     import torch
 
     torch.set_num_threads(max(1, int(cpus)))
 
 
 def worker_device(gpus: float) -> str:
-    """Return the device of a worker: CUDA only if it was given a GPU, whatever it can see (RAY.md 10)."""
+    """Return the device of a worker: CUDA only if it was assigned a GPU (docs/ray.md, 10)."""
     import torch
 
     return "cuda" if gpus > 0 and torch.cuda.is_available() else "cpu"
 
 
 def prepare_worker() -> None:
-    """Set up a worker's process: log lines to its stderr, warnings and above; memory that is reused."""
+    """Set up a worker's process: log warnings and above to stderr, reuse freed memory."""
     reuse_freed_memory()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)

@@ -33,7 +33,7 @@ class PaperSafeAsha(AsyncHyperBandScheduler):
 
     Args:
         budgets: the rungs.
-        rows: finished trials of earlier parts of the run: their rungs count again.
+        rows: trials that had finished before a resume; their rungs still count.
     """
 
     def __init__(self, budgets: tuple[int, ...], rows: list[Row]) -> None:
@@ -49,8 +49,6 @@ class PaperSafeAsha(AsyncHyperBandScheduler):
             self._recall(row)
 
     def _recall(self, row: Row) -> None:
-        """Enter a finished trial's rungs."""
-
         class Known:
             trial_id = f"number-{row.spec['number']}"
 
@@ -74,32 +72,32 @@ class Publisher(Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """Show a rung."""
+        """Show a rung's score."""
         self._live.update(trial.config["number"], trial.config["params"], "running", result)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Say that a trial is tried again."""
+        """Log that a trial is tried again."""
         log.warning("trial %d: its worker failed, trying again", trial.config["number"])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Publish a stopped trial's row."""
-        number, params = trial.config["number"], trial.config["params"]
-        row = self._search.row_of(number, params)
+        trial_number, params = trial.config["number"], trial.config["params"]
+        row = self._search.row_of(trial_number, params)
         if row is None:
-            unit = self._search.unit(number, params)
-            draft = stopped_row(number, params, trial.last_result)
+            unit = self._search.unit(trial_number, params)
+            draft = stopped_row(trial_number, params, trial.last_result)
             wall_s = float(trial.last_result.get("time_total_s", 0.0))
             row = draft.model_copy(update={"key": unit.key, "spec": unit.spec, "wall_s": wall_s})
             self._search.ledger.publish(unit, row, epoch=self._search.job.epoch)
             forget_checkpoint(self._search.folder, unit.key)
         stopped = row.status == "done" and row.result["stopped_early"]
-        self._live.update(number, params, "stopped early" if stopped else row.status, row.result)
+        self._live.update(trial_number, params, "stopped early" if stopped else row.status, row.result)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Publish a failed row for a trial whose retries are used up."""
-        number, params = trial.config["number"], trial.config["params"]
-        unit = self._search.unit(number, params)
-        # Tune keeps the text beside the trial's local files; its last line is the exception.
+        trial_number, params = trial.config["number"], trial.config["params"]
+        unit = self._search.unit(trial_number, params)
+        # Tune writes the traceback beside the trial's local files; its last line is the exception.
         text = Path(trial.error_file).read_text(encoding="utf-8") if trial.error_file else ""
         lines = [line.strip() for line in text.splitlines() if line.strip()] or ["its worker died"]
         if "StorageError" in lines[-1]:
@@ -112,12 +110,12 @@ class Publisher(Callback):
             kind="trial",
             spec=unit.spec,
             status="failed",
-            result={"number": number},
+            result={"number": trial_number},
             wall_s=0.0,
             error=reason,
         )
         self._search.ledger.publish(unit, row, epoch=self._search.job.epoch)
-        self._live.update(number, params, "failed", {})
+        self._live.update(trial_number, params, "failed", {})
 
 
 def _trainable(config: dict[str, Any], *, job: Any, payload: Any) -> None:
@@ -168,10 +166,10 @@ def run_tune(search: Search, payload: Payload, concurrent: int) -> None:
 def _numbered(search: Search, rows: list[Row]) -> NumberedSearch:
     """Return the searcher: unfinished trials first, then the paper's point, then new numbers."""
     options, space, seed = search.options, search.space, search.job.seed
-    given = unfinished(search.ledger.events(), rows, search.job)
-    if 0 in search.missing() and 0 not in dict(given):
-        given.insert(0, (0, search.paper))
-    fresh = [number for number in search.missing() if number not in dict(given)]
+    queued = unfinished(search.ledger.events(), rows, search.job)
+    if 0 in search.missing() and 0 not in dict(queued):
+        queued.insert(0, (0, search.paper))
+    fresh = [trial_number for trial_number in search.missing() if trial_number not in dict(queued)]
     source: TpeSource | FunctionSource
     if options.strategy in ("asha-tpe", "tpe") and space:
         path = search.folder / "optuna.journal"
@@ -181,6 +179,6 @@ def _numbered(search: Search, rows: list[Row]) -> NumberedSearch:
     elif options.strategy == "grid":
         source = FunctionSource(grid(space, search.paper).__getitem__)
     else:
-        source = FunctionSource(lambda number: sample(space, seed, number))
+        source = FunctionSource(lambda trial_number: sample(space, seed, trial_number))
     deadline = None if options.time_budget is None else time.monotonic() + options.time_budget
-    return NumberedSearch(source, given=given, fresh=fresh, row_of=search.row_of, deadline=deadline)
+    return NumberedSearch(source, queued=queued, fresh=fresh, row_of=search.row_of, deadline=deadline)

@@ -1,7 +1,7 @@
-"""Searchers that number their trials: a trial is the same unit whoever asks for it, and a resume can go on.
+"""Searchers that number their trials: a trial is the same unit in every session, so a search can resume.
 
 `NumberedSearch` hands out unfinished trials first, then new numbers; the settings of a new number come from
-OptunaSearch (TPE) or, for `random` and `grid`, from a pure function of the number (RAY.md 20).
+OptunaSearch (TPE) or, for `random` and `grid`, from a pure function of the number (docs/ray.md, 20).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class TpeSource:
 
     Trials that ASHA stopped enter as PRUNED with the values of their rungs; Tune's own OptunaSearch would
     tell them COMPLETE at their last rung's value, so that low-fidelity scores would pass for final ones
-    (RAY.md 4).
+    (docs/ray.md, 4).
 
     Args:
         space: the ranges.
@@ -42,14 +42,14 @@ class TpeSource:
         self, space: Space, rows: Sequence[Row], *, seed: int, epoch: int, num_samples: int, path: Path
     ) -> None:
         self._space = space
-        # With the same seed a rebuilt sampler would propose its first points again (RAY.md 20), and two parts
-        # of a run can begin with as many rows: the run epoch tells them apart.
+        # With the same seed a rebuilt sampler would propose its first points again (docs/ray.md, 20), and two
+        # sessions of a run can begin with equally many rows: the run epoch tells them apart.
         sampler = optuna.samplers.TPESampler(
             seed=derive_seed(seed, "tpe", epoch) % 2**32,
             n_startup_trials=max(3, min(10, num_samples // 3)),
         )
         self._storage = write_study(path, space, rows)
-        distributions = {name: held.distribution() for name, held in space.items()}
+        distributions = {name: value_range.distribution() for name, value_range in space.items()}
         self._search = OptunaSearch(
             space=distributions,
             metric=METRIC,
@@ -59,19 +59,19 @@ class TpeSource:
             storage=self._storage,
         )
 
-    def suggest(self, trial_id: str, number: int) -> dict[str, Any]:
+    def suggest(self, trial_id: str, trial_number: int) -> dict[str, Any]:
         """Return the settings of a new trial."""
-        held = self._search.suggest(trial_id)
-        return {name: self._space[name].from_optuna(value) for name, value in held.items()}  # type: ignore[union-attr]
+        suggestion = self._search.suggest(trial_id)
+        return {name: self._space[name].from_optuna(value) for name, value in suggestion.items()}  # type: ignore[union-attr]
 
     def complete(self, trial_id: str, row: Row | None) -> None:
         """Tell the study how a suggested trial ended: its value, its rungs if stopped, or a failure."""
         if row is None or row.status == "failed":
             self._search.on_trial_complete(trial_id, None, error=True)
             return
-        held = self._search._ot_trials[trial_id]
+        optuna_trial = self._search._ot_trials[trial_id]
         for budget, value in row.result["rungs"].items():
-            held.report(value, int(budget))
+            optuna_trial.report(value, int(budget))
         result = None if row.result["stopped_early"] else {METRIC: score_of(row.result)}
         self._search.on_trial_complete(trial_id, result)
 
@@ -86,9 +86,9 @@ class FunctionSource:
     def __init__(self, function: Callable[[int], Mapping[str, Any]]) -> None:
         self._function = function
 
-    def suggest(self, trial_id: str, number: int) -> dict[str, Any]:
+    def suggest(self, trial_id: str, trial_number: int) -> dict[str, Any]:
         """Return the settings of a new trial."""
-        return dict(self._function(number))
+        return dict(self._function(trial_number))
 
     def complete(self, trial_id: str, row: Row | None) -> None:
         """Nothing to learn."""
@@ -98,11 +98,11 @@ class FunctionSource:
 
 
 class NumberedSearch(Searcher):
-    """Hands out numbered trials: given ones first (the paper's point, unfinished ones), then new numbers.
+    """Hands out numbered trials: queued ones first (the paper's point, unfinished ones), then new numbers.
 
     Args:
         source: settings of new numbers.
-        given: (number, settings) to run first.
+        queued: (number, settings) to run first.
         fresh: new numbers, in order.
         row_of: the published row of a (number, settings), if any.
         deadline: monotonic time after which no trial starts; None for none.
@@ -112,14 +112,14 @@ class NumberedSearch(Searcher):
         self,
         source: TpeSource | FunctionSource,
         *,
-        given: Sequence[tuple[int, dict[str, Any]]],
+        queued: Sequence[tuple[int, dict[str, Any]]],
         fresh: Sequence[int],
         row_of: Callable[[int, Mapping[str, Any]], Row | None],
         deadline: float | None,
     ) -> None:
         super().__init__(metric=METRIC, mode="max")
         self._source = source
-        self._given = list(given)
+        self._queued = list(queued)
         self._fresh = list(fresh)
         self._row_of = row_of
         self._deadline = deadline
@@ -130,53 +130,53 @@ class NumberedSearch(Searcher):
         """Return the next trial's `{"number", "params"}`, or FINISHED."""
         if self._begun and self._deadline is not None and time.monotonic() > self._deadline:
             return str(Searcher.FINISHED)
-        self._begun = True  # the shortest budget still has room for the paper's point
-        if self._given:
-            number, params = self._given.pop(0)
-            self._running[trial_id] = (number, params, False)
+        self._begun = True  # the paper's point is run within any time budget
+        if self._queued:
+            trial_number, params = self._queued.pop(0)
+            self._running[trial_id] = (trial_number, params, False)
         elif self._fresh:
-            number = self._fresh.pop(0)
-            params = self._source.suggest(trial_id, number)
-            self._running[trial_id] = (number, params, True)
+            trial_number = self._fresh.pop(0)
+            params = self._source.suggest(trial_id, trial_number)
+            self._running[trial_id] = (trial_number, params, True)
         else:
             return str(Searcher.FINISHED)
-        return {"number": number, "params": params}
+        return {"number": trial_number, "params": params}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Take nothing: the study hears of rungs from the row, once."""
+        """Do nothing: the study gets the rungs from the row, once."""
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         """Tell the source how the trial ended: by its row, or by the result it was stopped at."""
-        number, params, suggested = self._running.pop(trial_id, (None, {}, False))
-        if number is None:  # told before: Tune repeats itself after an error in a callback
+        trial_number, params, suggested = self._running.pop(trial_id, (None, {}, False))
+        if trial_number is None:  # already reported: Tune calls again after an error in a callback
             return
-        row = self._row_of(number, params)
+        row = self._row_of(trial_number, params)
         if row is None and result is not None and not error:
             # Stopped: Tune tells searchers before callbacks, which publish this very row.
-            row = stopped_row(number, params, result)
+            row = stopped_row(trial_number, params, result)
         if suggested:
             self._source.complete(trial_id, row)
         elif row is not None:
             self._source.add(row)
 
     def save(self, checkpoint_path: str) -> None:
-        """Keep nothing: a resumed search is rebuilt from the ledger."""
+        """Do nothing: a resumed search is rebuilt from the ledger."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Take nothing."""
+        """Do nothing."""
 
 
-def stopped_row(number: int, params: Mapping[str, Any], result: Mapping[str, Any]) -> Row:
+def stopped_row(trial_number: int, params: Mapping[str, Any], result: Mapping[str, Any]) -> Row:
     """Return the row (without a key yet) of a trial that the scheduler stopped after `result`."""
     rungs = {int(budget): float(value) for budget, value in result.get("rungs", {}).items()}
     # Tune hands searchers flattened results.
     rungs |= {int(name.split("/")[1]): float(v) for name, v in result.items() if name.startswith("rungs/")}
     rungs.setdefault(int(result["budget"]), float(result[METRIC]))
     objective = str(result["objective"])
-    held = trial_result(number, params, rungs, stopped_early=True, objective=objective)
-    return Row(key="", kind="trial", spec={}, status="done", result=held, wall_s=0.0)
+    row_result = trial_result(trial_number, params, rungs, stopped_early=True, objective=objective)
+    return Row(key="", kind="trial", spec={}, status="done", result=row_result, wall_s=0.0)
 
 
 def numbers_of(rows: Sequence[Row]) -> set[int]:
@@ -195,4 +195,6 @@ def unfinished(
         for event in sorted(events, key=lambda event: int(event["epoch"]))
         if event["event"] in ("start", "retry") and "params" in event and "number" in event
     }
-    return sorted((number, params) for number, params in started.items() if number not in done)
+    return sorted(
+        (trial_number, params) for trial_number, params in started.items() if trial_number not in done
+    )

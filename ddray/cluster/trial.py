@@ -1,4 +1,4 @@
-"""One trial in a worker: distil, look at val at every rung, publish one row. Nothing here needs Tune."""
+"""One trial in a worker: distil, score on val at every rung, publish one row. Independent of Tune."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ddray.pool import LocalPool, ModelPool
 from ddray.pool_training import PoolTrainer
 
 METRIC: Final = "score"
-"""What Tune is told under this name, whatever the objective is."""
+"""The name under which Tune gets the score, whatever the objective is."""
 _WORST: Final = -1.0  # of a failed trial: the lowest rank correlation, below every accuracy
 ETA: Final = 3
 """ASHA's reduction factor: a third of the trials go on at each rung."""
@@ -47,12 +47,12 @@ class Job:
         ipc: images per class.
         seed: the search's seed, the same for every trial (common random numbers).
         config: the resolved configuration as plain values; a trial changes `method.*`.
-        budgets: rungs as parts of the last one, such as (1, 3, 9); (1,) has no early look.
+        budgets: rungs as parts of the last one, such as (1, 3, 9); (1,) is scored at the end only.
         cpus: cores of a worker.
         gpus: GPUs of a worker.
         nas: scores sets by how well they rank architectures; None scores them by accuracy.
         pool: where shared networks are served; None: the files under `$DDRAY_HOME`.
-        budget: images of storage, for methods that count no classes.
+        budget: images of storage, for methods whose size is not counted per class.
     """
 
     run_dir: str
@@ -70,7 +70,7 @@ class Job:
 
     @property
     def objective(self) -> str:
-        """What a look of a search measures and maximises: the name that rows hold it under."""
+        """What the search maximises, by its name in the rows."""
         return "val_accuracy" if self.nas is None else "val_spearman"
 
     @property
@@ -79,9 +79,9 @@ class Job:
         return {"ipc": self.ipc} if self.budget is None else {"ipc": self.ipc, "budget": self.budget}
 
 
-def trial_pool(job: Job, held: Unpacked, device: torch.device) -> ModelPool:
-    """Return the pool that a worker asks; what it lacks is trained on the payload's images."""
-    trainer = PoolTrainer(held.dataset, held.split, device)
+def trial_pool(job: Job, unpacked: Unpacked, device: torch.device) -> ModelPool:
+    """Return a worker's pool; missing networks are trained on the payload's images."""
+    trainer = PoolTrainer(unpacked.dataset, unpacked.split, device)
     return LocalPool(trainer) if job.pool is None else ClusterPool(trainer, job.pool)
 
 
@@ -96,10 +96,10 @@ def trial_config(job: Job, params: Mapping[str, Any]) -> RunConfig[Any]:
     return RunConfig[config_type].parse(values)  # type: ignore[valid-type]
 
 
-def trial_unit(job: Job, number: int, params: Mapping[str, Any], fingerprint: str) -> Unit:
+def trial_unit(job: Job, trial_number: int, params: Mapping[str, Any], fingerprint: str) -> Unit:
     """Return the ledger unit of a trial; its number is part of it."""
     spec = {
-        "number": number,
+        "number": trial_number,
         "params": dict(params),
         "method": job.method,
         **job.size,
@@ -125,7 +125,7 @@ def rung_steps(steps: int, budgets: tuple[int, ...]) -> dict[int, int]:
 
 
 class Rungs:
-    """The val scores of a trial's rungs, kept beside its checkpoint: a resumed trial looks only once."""
+    """The val scores of a trial's rungs, saved beside its checkpoint: a resume scores no rung twice."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -134,42 +134,57 @@ class Rungs:
             self.values = {int(k): float(v) for k, v in json.loads(path.read_text(encoding="utf-8")).items()}
 
     def add(self, budget: int, value: float) -> None:
-        """Keep a rung's value."""
+        """Save a rung's value."""
         self.values[budget] = value
         write_text(self._path, json.dumps(self.values))
 
 
 def score(
-    plan: Plan, made: DistilledSet, held: Unpacked, device: torch.device, *, seed: int, num_seeds: int
+    plan: Plan,
+    distilled: DistilledSet,
+    unpacked: Unpacked,
+    device: torch.device,
+    *,
+    seed: int,
+    num_seeds: int,
 ) -> dict[str, Any]:
     """Return the accuracy of a set on the payload's held-out part, over `num_seeds` networks."""
-    config, ctx = plan.config.evaluate, EvalContext(held.dataset, held.held, held.space, device)
+    config, ctx = (
+        plan.config.evaluate,
+        EvalContext(unpacked.dataset, unpacked.held_out, unpacked.space, device),
+    )
     protocol: Evaluator = Hard(config.as_recipe())
-    if made.targets is not None:
-        flip = held.dataset.can_flip
-        protocol = Linear(config.as_recipe(), config.probe, real=held.split, can_flip=flip)
-    return evaluate_archs(protocol, made.decode(), ctx, archs=(plan.arch,), num_seeds=num_seeds, seed=seed)[0]
+    if distilled.targets is not None:
+        flip = unpacked.dataset.can_flip
+        protocol = Linear(config.as_recipe(), config.probe, real=unpacked.split, can_flip=flip)
+    return evaluate_archs(
+        protocol, distilled.decode(), ctx, archs=(plan.arch,), num_seeds=num_seeds, seed=seed
+    )[0]
 
 
-def val_score(job: Job, plan: Plan, made: DistilledSet, held: Unpacked, device: torch.device) -> float:
-    """Return a look of a search: the mean accuracy on val, or the rank correlation of architectures.
+def val_score(
+    job: Job, plan: Plan, distilled: DistilledSet, unpacked: Unpacked, device: torch.device
+) -> float:
+    """Return what the search maximises: mean accuracy on val, or rank correlation of architectures.
 
     Raises:
         DivergedError: an image is NaN or infinite.
     """
-    if not made.is_finite():
+    if not distilled.is_finite():
         rate = rate_name(plan.config.method.dump())
         raise DivergedError(f"{plan.method} diverged: an image is NaN or infinite; lower {rate}")
     if job.nas is not None:
-        return job.nas.score(made, held.dataset, held.held, device)
+        return job.nas.score(distilled, unpacked.dataset, unpacked.held_out, device)
     num_seeds = min(plan.config.evaluate.seeds, plan.config.evaluate.val_seeds)
-    return float(score(plan, made, held, device, seed=plan.seed, num_seeds=num_seeds)["accuracy_mean"])
+    return float(
+        score(plan, distilled, unpacked, device, seed=plan.seed, num_seeds=num_seeds)["accuracy_mean"]
+    )
 
 
 def run_trial(
     job: Job,
     payload: Payload,
-    number: int,
+    trial_number: int,
     params: Mapping[str, Any],
     report: Callable[[dict[str, Any]], None],
 ) -> None:
@@ -178,7 +193,7 @@ def run_trial(
     Args:
         job: what all trials share.
         payload: the real images.
-        number: the trial's number.
+        trial_number: the trial's number.
         params: its settings.
         report: called with each rung's metrics; may not return if the scheduler stops the trial.
 
@@ -189,45 +204,54 @@ def run_trial(
     prepare_worker()
     set_threads(job.cpus)
     device = torch.device(worker_device(job.gpus))
-    held = unpack(payload)
-    unit = trial_unit(job, number, params, held.dataset.fingerprint)
+    unpacked = unpack(payload)
+    unit = trial_unit(job, trial_number, params, unpacked.dataset.fingerprint)
     ledger = Ledger(Path(job.run_dir))
-    known = ledger.row(unit.key)
-    if known is not None:
-        report(_final_metrics(known, job))
+    published = ledger.row(unit.key)
+    if published is not None:
+        report(_final_metrics(published, job))
         return
-    ledger.begin(unit, epoch=job.epoch, number=number, params=dict(params))
+    ledger.begin(unit, epoch=job.epoch, number=trial_number, params=dict(params))
     begin = time.perf_counter()
     rungs = Rungs(Path(job.run_dir) / "checkpoints" / f"{unit.key}.rungs.json")
-    plan = Plan(job.method, held.dataset, job.ipc, job.seed, trial_config(job, params), job.budget)
+    plan = Plan(job.method, unpacked.dataset, job.ipc, job.seed, trial_config(job, params), job.budget)
     try:
-        made = _distil(plan, job, held, unit, rungs, device, report)
+        distill_result = _distil(plan, job, unpacked, unit, rungs, device, report)
     except DivergedError as error:
-        row = _row(unit, "failed", {"number": number, "rungs": rungs.values}, begin, str(error))
+        row = _row(unit, "failed", {"number": trial_number, "rungs": rungs.values}, begin, str(error))
         ledger.publish(unit, row, epoch=job.epoch)
         report(_final_metrics(row, job))
         return
-    result = trial_result(number, params, rungs.values, stopped_early=False, objective=job.objective)
-    first, final = made.edge_losses()
-    more = {"first_loss": first, "final_loss": final, "seconds_per_step": made.seconds_per_step}
-    row = _row(unit, "done", {**result, **more}, begin, None)
+    result = trial_result(trial_number, params, rungs.values, stopped_early=False, objective=job.objective)
+    first, final = distill_result.edge_losses()
+    training_facts = {
+        "first_loss": first,
+        "final_loss": final,
+        "seconds_per_step": distill_result.seconds_per_step,
+    }
+    row = _row(unit, "done", {**result, **training_facts}, begin, None)
     ledger.publish(unit, row, epoch=job.epoch)
     forget_checkpoint(Path(job.run_dir), unit.key)
     report(_final_metrics(row, job))
 
 
 def forget_checkpoint(run_dir: Path, key: str) -> None:
-    """Remove what a unit continued from, now that its row is published."""
+    """Remove a unit's checkpoint and rungs once its row is published."""
     for name in (f"{key}.pt", f"{key}.rungs.json"):
         (run_dir / "checkpoints" / name).unlink(missing_ok=True)
 
 
 def trial_result(
-    number: int, params: Mapping[str, Any], rungs: Mapping[int, float], *, stopped_early: bool, objective: str
+    trial_number: int,
+    params: Mapping[str, Any],
+    rungs: Mapping[int, float],
+    *,
+    stopped_early: bool,
+    objective: str,
 ) -> dict[str, Any]:
     """Return a trial row's result; its score, under the objective's name, is that of its last rung."""
     return {
-        "number": number,
+        "number": trial_number,
         "params": dict(params),
         "objective": objective,
         objective: rungs[max(rungs)],
@@ -239,7 +263,7 @@ def trial_result(
 def _distil(
     plan: Plan,
     job: Job,
-    held: Unpacked,
+    unpacked: Unpacked,
     unit: Unit,
     rungs: Rungs,
     device: torch.device,
@@ -249,33 +273,33 @@ def _distil(
     distiller = make_distiller(plan)
     ctx = make_context(
         plan,
-        held.split,
+        unpacked.split,
         split_name=split_name(job.seed),
         device=device,
-        space=held.space,
-        pool=trial_pool(job, held, device),
+        space=unpacked.space,
+        pool=trial_pool(job, unpacked, device),
     )
     steps = rung_steps(plan.config.steps, job.budgets)
 
-    def look(step: int, loss: float) -> None:
+    def score_rung(step: int, loss: float) -> None:
         budget = steps.get(step)
         if budget is None or budget == job.budgets[-1]:
             return
         if budget not in rungs.values:
-            rungs.add(budget, val_score(job, plan, distiller.snapshot(), held, device))
+            rungs.add(budget, val_score(job, plan, distiller.snapshot(), unpacked, device))
         report(_metrics(job, unit.spec["number"], budget, rungs.values, failed=False))
 
-    made = run_distillation(
+    distill_result = run_distillation(
         distiller,
         ctx,
         checkpoint=Path(job.run_dir) / "checkpoints" / f"{unit.key}.pt",
         checkpoint_every=plan.config.checkpoint_every,
         looks=tuple(steps),
-        on_step=look,
+        on_step=score_rung,
     )
     if job.budgets[-1] not in rungs.values:
-        rungs.add(job.budgets[-1], val_score(job, plan, made.distilled, held, device))
-    return made
+        rungs.add(job.budgets[-1], val_score(job, plan, distill_result.distilled, unpacked, device))
+    return distill_result
 
 
 def _row(unit: Unit, status: Any, result: dict[str, Any], begin: float, error: str | None) -> Row:
@@ -286,21 +310,21 @@ def _row(unit: Unit, status: Any, result: dict[str, Any], begin: float, error: s
 
 
 def _final_metrics(row: Row, job: Job) -> dict[str, Any]:
-    """Return what the scheduler is told at the end."""
+    """Return the metrics that the scheduler gets at the end."""
     failed = row.status == "failed"
     rungs = {job.budgets[-1]: _WORST} if failed else {int(b): v for b, v in row.result["rungs"].items()}
     return _metrics(job, row.result["number"], job.budgets[-1], rungs, failed=failed)
 
 
 def _metrics(
-    job: Job, number: int, budget: int, rungs: Mapping[int, float], *, failed: bool
+    job: Job, trial_number: int, budget: int, rungs: Mapping[int, float], *, failed: bool
 ) -> dict[str, Any]:
-    """Return the metrics of a look; a failed trial ranks below every other."""
+    """Return the metrics of a rung; a failed trial ranks below every other."""
     return {
         METRIC: _WORST if failed else rungs[max(rungs)],
         "objective": job.objective,
         "budget": budget,
-        "number": number,
+        "number": trial_number,
         "failed": failed,
         "rungs": {str(b): v for b, v in rungs.items()},
     }

@@ -1,6 +1,6 @@
-"""`ddray tune`: Ray Tune schedules and searches, the ledger is the record of truth (RAY.md 1, 19, 20).
+"""`ddray tune`: Ray Tune schedules and searches, the ledger is the record of truth (docs/ray.md, 1, 19, 20).
 
-A search distils from nine tenths of train and scores on the tenth it keeps back. Test is opened once, after
+A search distils from nine tenths of train and scores on the held-out tenth. Test is opened once, after
 the search has ended, for the winner and the paper's point on fresh seeds.
 """
 
@@ -86,14 +86,14 @@ def tune(
         options: strategy, size, resources.
         space_file: ranges; None takes the method's shipped ones.
         run_dir: the run's folder; None makes a numbered one.
-        resume: continue what the folder holds.
+        resume: continue the folder's run.
 
     Returns:
-        The command's JSON (DESIGN: commands).
+        The command's JSON (docs/architecture.md, Commands).
 
     Raises:
         InputError: the space, the plan or an option is bad, or the test set can't be read at the end.
-        InterruptedRunError: SIGINT or SIGTERM; what had finished is kept.
+        InterruptedRunError: SIGINT or SIGTERM; finished trials are kept.
         DdrayError: no trial finished.
     """
     begin = time.perf_counter()
@@ -108,7 +108,7 @@ def tune(
         **plan.describe(),
         "strategy": options.strategy,
         "num_samples": _num_samples(options, space, paper, plan.config.steps),
-        "space": {name: {held.kind: held.ends()} for name, held in space.items()},
+        "space": {name: {value_range.kind: value_range.ends()} for name, value_range in space.items()},
         "final_sets": options.final_sets,
         "device": "cuda" if options.gpus_per_trial > 0 else "cpu",
     }
@@ -148,17 +148,17 @@ def tune(
 
 
 def _specs(plan: Plan, job: Job, train: Split, space: PixelSpace) -> list[PoolSpec]:
-    """Return the networks that the plan's method declares; other settings of the pool add theirs."""
+    """Return the networks that the plan's method declares; trials with other pool settings add theirs."""
     device = torch.device("cuda" if job.gpus > 0 else "cpu")
     ctx = make_context(plan, train, split_name=split_name(plan.seed), device=device, space=space)
     return declared_specs(plan, ctx)
 
 
 def _check_objective(plan: Plan, options: TuneOptions) -> None:
-    """Refuse a search for rank correlation that can't be, before its folder is made.
+    """Refuse an impossible search for rank correlation before its folder is made.
 
     Raises:
-        InputError: the method's sets hold no labels, or there are not so many architectures.
+        InputError: the method's sets have no labels, or the sample exceeds the number of architectures.
     """
     if options.objective == "val-accuracy":
         return
@@ -167,9 +167,9 @@ def _check_objective(plan: Plan, options: TuneOptions) -> None:
             f"--objective nas-spearman needs a method whose sets have labels to train architectures on, got "
             f"{plan.method}, whose sets have targets; use --objective val-accuracy"
         )
-    most = len(get_space(NasOptions().space))
-    if options.nas_sample > most:
-        raise InputError(f"--nas-sample must be in 3..{most}, got {options.nas_sample}")
+    num_architectures = len(get_space(NasOptions().space))
+    if options.nas_sample > num_architectures:
+        raise InputError(f"--nas-sample must be in 3..{num_architectures}, got {options.nas_sample}")
 
 
 def _nas_objective(
@@ -206,28 +206,28 @@ def _space(plan: Plan, space_file: Path | None) -> dict[str, Range]:
     for name in space:
         if name not in fields:
             raise unknown(f"{path}: a range's name", name, fields)
-    return {name: _checked(plan, name, held, path) for name, held in space.items()}
+    return {name: _checked(plan, name, value_range, path) for name, value_range in space.items()}
 
 
-def _checked(plan: Plan, name: str, held: Range, path: Path) -> Range:
-    """Return a range whose values the method takes, choices as the method holds them (1 as 1.0).
+def _checked(plan: Plan, name: str, value_range: Range, path: Path) -> Range:
+    """Return a range whose values the method accepts, with choices in the field's type (1 as 1.0).
 
     Raises:
         InputError: a value breaks the field's rule, or does not fit the network.
     """
     config, method = plan.config, plan.config.method
-    taken = []
-    for value in held.probes():
+    parsed = []
+    for value in value_range.probes():
         changed = type(method).parse({**method.dump(), name: value}, source=str(path))
         check_plan(replace(plan, config=config.model_copy(update={"method": changed})))
-        taken.append(changed.dump()[name])
-    return replace(held, choices=tuple(taken)) if held.kind == "choice" else held
+        parsed.append(changed.dump()[name])
+    return replace(value_range, choices=tuple(parsed)) if value_range.kind == "choice" else value_range
 
 
 def _num_samples(
     options: TuneOptions, space: Mapping[str, Range], paper: Mapping[str, Any], steps: int
 ) -> int:
-    """Return the number of trials: as asked, or the whole grid.
+    """Return the number of trials: the option's, or the whole grid.
 
     Raises:
         InputError: there is nothing to vary, or PB2 gets ranges it can't use.
@@ -245,12 +245,12 @@ def _num_samples(
         check_space(space, paper, options.num_samples)
         segment_ends(steps)
         if options.time_budget is not None:
-            raise InputError("--time-budget is not taken with strategy pb2, whose trials end together")
+            raise InputError("--time-budget can't be used with strategy pb2, whose trials end together")
     return options.num_samples
 
 
 def _budgets(strategy: Strategy, steps: int) -> tuple[int, ...]:
-    """Return the rungs of a trial as parts of the last: looks at a ninth, a third and the whole for ASHA."""
+    """Return the rungs of a trial as parts of the last: a ninth, a third and the whole for ASHA."""
     if strategy == "asha-tpe" and steps >= ETA**2:
         return (1, ETA, ETA**2)
     return (1,)
@@ -280,26 +280,26 @@ class Search:
     def missing(self) -> list[int]:
         """Return the numbers without a row; of a closed search (see `close`) only those that it had."""
         done = {int(row.spec["number"]) for row in self.rows()}
-        wanted: Sequence[int] = range(self.num_samples)
+        trial_numbers: Sequence[int] = range(self.num_samples)
         if self._closed.exists():
-            wanted = json.loads(self._closed.read_text(encoding="utf-8"))
-        return [number for number in wanted if number not in done]
+            trial_numbers = json.loads(self._closed.read_text(encoding="utf-8"))
+        return [trial_number for trial_number in trial_numbers if trial_number not in done]
 
     def close(self) -> None:
-        """Note that the search has ended, before test is opened: one that saw its scores must not go on."""
+        """Mark the search as ended before test is opened: a search with test scores must not go on."""
         if not self._closed.exists():
-            numbers = [int(row.spec["number"]) for row in self.rows()]
-            write_text(self._closed, json.dumps(numbers))
-            if len(numbers) < self.num_samples:
-                log.warning("the time budget closed this search: test is opened, --resume adds no trial")
+            trial_numbers = [int(row.spec["number"]) for row in self.rows()]
+            write_text(self._closed, json.dumps(trial_numbers))
+            if len(trial_numbers) < self.num_samples:
+                log.warning("the time budget closed this search: test is opened, so --resume adds no trials")
 
-    def row_of(self, number: int, params: Mapping[str, Any]) -> Row | None:
+    def row_of(self, trial_number: int, params: Mapping[str, Any]) -> Row | None:
         """Return the published row of a trial, or None."""
-        return self.ledger.row(self.unit(number, params).key)
+        return self.ledger.row(self.unit(trial_number, params).key)
 
-    def unit(self, number: int, params: Mapping[str, Any]) -> Any:
+    def unit(self, trial_number: int, params: Mapping[str, Any]) -> Any:
         """Return the unit of a trial."""
-        return trial_unit(self.job, number, params, self.plan.dataset.fingerprint)
+        return trial_unit(self.job, trial_number, params, self.plan.dataset.fingerprint)
 
     def run(self, payload: Payload, specs: Sequence[PoolSpec]) -> None:
         """Train the pool, then run what is missing.
@@ -336,16 +336,16 @@ class Search:
 
 
 def _best(rows: Sequence[Row]) -> Row:
-    """Return the trial with the highest val score at full length (the earliest one of equals).
+    """Return the trial with the highest val score at full length (the earliest of equals).
 
     Raises:
         DdrayError: no trial finished.
     """
-    whole = [row for row in rows if row.status == "done" and not row.result["stopped_early"]]
-    if not whole:
+    full_length = [row for row in rows if row.status == "done" and not row.result["stopped_early"]]
+    if not full_length:
         reasons = sorted({row.error or "unknown" for row in rows})
         raise DdrayError(f"no trial finished: {'; '.join(reasons)}; narrow the space or lower its rates")
-    return max(whole, key=lambda row: (score_of(row.result), -int(row.spec["number"])))
+    return max(full_length, key=lambda row: (score_of(row.result), -int(row.spec["number"])))
 
 
 def _paper(rows: Sequence[Row]) -> Row | None:

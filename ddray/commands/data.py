@@ -30,15 +30,15 @@ def data_list(data_dir: DataDir = None, as_json: Json = False) -> None:
     with output(as_json) as emit:
         from ddray.data import dataset_names, open_dataset
 
-        found: list[dict[str, Any]] = []
+        datasets: list[dict[str, Any]] = []
         for name in dataset_names():
             try:
                 open_dataset(name, data_dir=absolute(data_dir))
             except InputError:
-                found.append({"name": name, "found": False})
+                datasets.append({"name": name, "found": False})
             else:
-                found.append({"name": name, "found": True})
+                datasets.append({"name": name, "found": True})
         emit(
-            {"datasets": found},
-            display.table_of("datasets", {d["name"]: "found" if d["found"] else "-" for d in found}),
+            {"datasets": datasets},
+            display.table_of("datasets", {d["name"]: "found" if d["found"] else "-" for d in datasets}),
         )

@@ -1,4 +1,4 @@
-"""`ddray distill`, `evaluate` and `export`: one distilled set at a time."""
+"""`ddray distill`, `evaluate` and `export`: commands for one distilled set."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def export(
 
         if form not in (None, "folder", "parquet"):
             raise unknown("--format", form, ("folder", "parquet"))
-        held = library.load(file, dataset=dataset)
-        written = library.export(held, out, form=form)  # type: ignore[arg-type]
-        result = {"out": str(written), "num_images": len(held.decode().images)}
+        distilled = library.load(file, dataset=dataset)
+        written = library.export(distilled, out, form=form)  # type: ignore[arg-type]
+        result = {"out": str(written), "num_images": len(distilled.decode().images)}
         emit(result, display.table_of("exported", result))

@@ -1,4 +1,4 @@
-"""`ddray doctor`: is everything there that a run needs."""
+"""`ddray doctor`: checks that everything a run needs is there."""
 
 from __future__ import annotations
 

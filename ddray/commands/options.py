@@ -1,4 +1,4 @@
-"""What commands share: their options, the check of paths and options, and how a result is printed."""
+"""What commands share: options, checks of paths and options, and the printing of results."""
 
 from __future__ import annotations
 
@@ -46,20 +46,20 @@ Arch = Annotated[list[str] | None, typer.Option("--arch", help="Network to train
 
 
 def absolute(path: Path | None) -> Path | None:
-    """Make a path absolute at the edge: Ray's workers have other working directories."""
+    """Make a path absolute, since Ray's workers have other working directories."""
     return None if path is None else Path(os.path.abspath(path.expanduser()))
 
 
-def refuse(given: dict[str, Any], where: str) -> None:
-    """Refuse options that would be ignored.
+def refuse(options: dict[str, Any], context: str) -> None:
+    """Reject options that would be ignored.
 
     Raises:
-        InputError: with the first one that has a value.
+        InputError: names the first option that is set.
     """
-    for option, value in given.items():
+    for option, value in options.items():
         if value not in (None, []):
-            shown = ", ".join(map(str, value)) if isinstance(value, list) else value
-            raise InputError(f"{option} must be left out {where}, got {shown}")
+            text = ", ".join(map(str, value)) if isinstance(value, list) else value
+            raise InputError(f"{option} must be left out {context}, got {text}")
 
 
 Emit = Callable[[dict[str, Any], Any], None]
@@ -67,10 +67,10 @@ Emit = Callable[[dict[str, Any], Any], None]
 
 @contextlib.contextmanager
 def output(as_json: bool) -> Iterator[Emit]:
-    """Give the function that prints a command's result.
+    """Yield the function that prints a command's result.
 
-    With --json everything that libraries print on stdout while the command works is sent to stderr, on the
-    level of the file descriptor, so that the one JSON object is alone there.
+    With --json, everything that libraries print on stdout while the command runs goes to stderr, at the level
+    of file descriptors, so that stdout has nothing but the JSON object.
     """
     if not as_json:
         yield lambda result, table: display.show(table() if callable(table) else table)

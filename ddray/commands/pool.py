@@ -59,15 +59,20 @@ def pool_train(
         pool_api.check_kind(kind, [name for name, value in options.items() if value is not None])
         recipe = parse_overrides(set_ or []) | ({} if epochs is None else {"epochs": epochs})
         opened = open_dataset(dataset, data_dir=absolute(data_dir), download=download)
-        place, picked = absolute(out), plan.pick_device(device)
-        own: dict[str, Any] = {"arch": arch or "auto", "recipe": recipe, "seed": seed or 0, "device": picked}
+        folder, torch_device = absolute(out), plan.pick_device(device)
+        settings: dict[str, Any] = {
+            "arch": arch or "auto",
+            "recipe": recipe,
+            "seed": seed or 0,
+            "device": torch_device,
+        }
         if kind == "diffusion":
-            result = pool_api.train_diffusion(opened, recipe=recipe, device=picked, out=place)
+            result = pool_api.train_diffusion(opened, recipe=recipe, device=torch_device, out=folder)
         elif kind == "ssl":
-            result = pool_api.train_teacher(opened, **own, folder=place)
+            result = pool_api.train_teacher(opened, **settings, folder=folder)
         else:
             num = 1 if num_models is None else num_models
-            result = pool_api.train_pool(opened, **own, num_models=num, folder=place)
+            result = pool_api.train_pool(opened, **settings, num_models=num, folder=folder)
         emit(result, display.table_of("pool", {**result, "keys": "\n".join(result["keys"])}))
 
 

@@ -273,7 +273,6 @@ def nas(
 
 
 def _has_cuda() -> bool:
-    """Return whether torch sees a GPU."""
     import torch
 
     return torch.cuda.is_available()

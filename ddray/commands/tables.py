@@ -1,4 +1,4 @@
-"""`ddray bench` and `report`: many runs, set beside each other."""
+"""`ddray bench` and `report`: comparisons of many runs."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def bench(
             prefix="--",
         )
         if dry_run:
-            found = forecast(spec, options, run_dir=absolute(run_dir))
-            emit(found, lambda: forecast_tables(found))
+            costs = forecast(spec, options, run_dir=absolute(run_dir))
+            emit(costs, lambda: forecast_tables(costs))
             return
         result = cluster_bench.bench(spec, options, run_dir=absolute(run_dir), resume=resume)
         emit(result, lambda: bench_tables(spec.name, result))

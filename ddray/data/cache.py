@@ -1,8 +1,8 @@
 """The cache of decoded datasets: `$DDRAY_HOME/datasets/<key>/{images,labels}.npy`, complete or absent.
 
-An entry is made in a temporary folder and renamed, so a reader never sees half of one and of two writers the
-first wins. Its key covers name, size and modification time of every source file: a changed file makes a new
-entry. Nothing that is handed out shares writable memory with the files.
+An entry is written to a temporary folder and renamed, so a reader never sees a partial one and of two writers
+the first wins. Its key covers name, size and modification time of every source file: a changed file makes a
+new entry. Returned arrays never share writable memory with the files.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ _IN_MEMORY_BYTES: Final = 1 << 30  # bigger arrays stay on disk, mapped copy-on-
 def fetch(
     files: Sequence[Path], settings: str, build: Callable[[Path], dict[str, Any]]
 ) -> tuple[Split, dict[str, Any]]:
-    """Return the arrays that `build` makes of `files`, made now or earlier.
+    """Return the arrays that `build` makes from `files`, now or earlier.
 
     Args:
         files: the source files.
-        settings: whatever else decides the result.
-        build: writes `IMAGES` and `LABELS` into a folder and returns facts to keep with them (JSON types).
+        settings: everything else that determines the result.
+        build: writes `IMAGES` and `LABELS` into a folder and returns facts to store with them (JSON types).
 
     Raises:
         InputError: a source file cannot be read.
         StorageError: the cache cannot be written.
     """
     entry = home() / "datasets" / _key(files, settings)
-    held = _load(entry)
-    if held is not None:
-        return held
+    cached = _load(entry)
+    if cached is not None:
+        return cached
     temporary = _temporary_folder(entry)
     try:
         facts = build(temporary)
@@ -59,10 +59,10 @@ def fetch(
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    held = _load(entry)
-    if held is None:
+    cached = _load(entry)
+    if cached is None:
         raise StorageError(f"a decoded dataset must be readable after it was written, got {entry}")
-    return held
+    return cached
 
 
 def _temporary_folder(entry: Path) -> Path:
@@ -78,13 +78,13 @@ def _temporary_folder(entry: Path) -> Path:
 
 
 def _publish(temporary: Path, entry: Path) -> None:
-    """Rename `temporary` to `entry`; an entry that cannot be read is replaced, a good one wins."""
+    """Rename `temporary` to `entry`; an unreadable entry is replaced, a good one wins."""
     if entry.exists() and _load(entry) is None:
         shutil.rmtree(entry, ignore_errors=True)
     try:
         os.replace(temporary, entry)
     except OSError:
-        if _load(entry) is None:  # else somebody else was first
+        if _load(entry) is None:  # otherwise another process was first
             raise
 
 

@@ -1,6 +1,6 @@
-"""The named datasets: geometry, normalisation constants, class lists and where their files may lie.
+"""The named datasets: geometry, normalisation constants, class lists and possible locations of their files.
 
-Means and standard deviations are those of the DC/DSA/DM code family, which every paper's numbers rest on. The
+Means and standard deviations are those of the DC/DSA/DM code family, which every paper's numbers use. The
 ImageNet subsets are those of Table 1 of the DataDAM supplement, classes in its order.
 """
 
@@ -16,7 +16,7 @@ _DIGIT_NAMES: Final = tuple("0123456789")
 
 @dataclass(frozen=True)
 class KnownDataset:
-    """What is fixed about a named dataset.
+    """Fixed properties of a named dataset.
 
     Attributes:
         shape: (C, H, W) in which it is used.
@@ -26,7 +26,7 @@ class KnownDataset:
         resize: whether images of other sizes are resized (short side, then centre crop) or refused.
         torchvision: the class that reads and downloads it, if any.
         marker: path below the root by which torchvision's layout is recognised.
-        folders: names its folder may have below the data directory, besides its own.
+        folders: other names of its folder below the data directory.
         class_names: one per label; empty: taken from the files.
         wnids: WordNet ids of the class folders, in the order of the labels.
     """
@@ -108,7 +108,7 @@ trout tulip turtle wardrobe whale willow_tree wolf woman worm
 """
 
 AUDIO: Final = ("speech_commands_mini",)
-"""Datasets of sounds: known without their files."""
+"""Audio datasets, recognised without their files."""
 KNOWN: Final[dict[str, KnownDataset]] = {
     "digits": KnownDataset((1, 16, 16), can_flip=False, class_names=_DIGIT_NAMES),
     "mnist": KnownDataset(

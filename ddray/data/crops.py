@@ -26,7 +26,7 @@ def draw_boxes(
     """Return `num` boxes (top, left, height, width) in pixels, int64 [num, 4].
 
     Args:
-        num: how many.
+        num: number of boxes.
         size: (H, W) of the images.
         generator: CPU generator.
         scale: smallest and largest share of the image's area.
@@ -39,16 +39,16 @@ def draw_boxes(
     aspect = (low + (high - low) * draws[..., 1]).exp()
     rows, columns = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
     fits = (rows >= 1) & (rows <= height) & (columns >= 1) & (columns <= width)
-    # Of ten attempts the first that fits; none: the largest centred box of an allowed ratio.
+    # The first of ten attempts that fits; if none does, the largest centred box of an allowed ratio.
     first = fits.int().argmax(1, keepdim=True)
     rows, columns = rows.gather(1, first)[:, 0], columns.gather(1, first)[:, 0]
     none = ~fits.any(1)
     rows = torch.where(none, min(height, round(width / ratio[0])), rows)
     columns = torch.where(none, min(width, round(height * ratio[1])), columns)
-    place = torch.rand(num, 2, generator=generator, dtype=torch.float64)
-    place = torch.where(none[:, None], 0.5, place)
-    top = (place[:, 0] * (height - rows + 1)).floor().clamp(max=height - rows)
-    left = (place[:, 1] * (width - columns + 1)).floor().clamp(max=width - columns)
+    position = torch.rand(num, 2, generator=generator, dtype=torch.float64)
+    position = torch.where(none[:, None], 0.5, position)
+    top = (position[:, 0] * (height - rows + 1)).floor().clamp(max=height - rows)
+    left = (position[:, 1] * (width - columns + 1)).floor().clamp(max=width - columns)
     return torch.stack([top, left, rows, columns], 1).long()
 
 

@@ -41,7 +41,7 @@ class Split:
 
     @property
     def is_audio(self) -> bool:
-        """Whether the images are spectrograms, which no picture augmentation fits."""
+        """Whether the images are spectrograms, for which no image augmentation makes sense."""
         return self.images.is_floating_point()
 
     def select(self, index: Tensor) -> Split:
@@ -61,7 +61,7 @@ class Dataset:
         std: per channel, likewise.
         can_flip: whether a mirrored image keeps its class (not for digits, house numbers, speech).
         load_train: reads the train split.
-        load_test: reads the test split; only `test()` calls it, so that a broken test set disturbs nothing
+        load_test: reads the test split; only `test()` calls it, so that a broken test set affects nothing
             else.
     """
 
@@ -157,10 +157,10 @@ def stratified_holdout(labels: Tensor, fraction: float, generator: torch.Generat
     order = shuffled[torch.argsort(labels[shuffled], stable=True)]  # by class, at random within a class
     counts = torch.bincount(labels)
     rank = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[order]]
-    held = (counts * fraction + 0.5).floor().long().clamp(min=1).minimum((counts - 1).clamp(min=0))
-    chosen = torch.zeros(len(labels), dtype=torch.bool)
-    chosen[order] = rank < held[labels[order]]
-    return chosen
+    num_held_out = (counts * fraction + 0.5).floor().long().clamp(min=1).minimum((counts - 1).clamp(min=0))
+    held_out = torch.zeros(len(labels), dtype=torch.bool)
+    held_out[order] = rank < num_held_out[labels[order]]
+    return held_out
 
 
 def carve_val(split: Split, *, seed: int, fraction: float = 0.1) -> tuple[Split, Split]:
@@ -179,16 +179,16 @@ def carve_val(split: Split, *, seed: int, fraction: float = 0.1) -> tuple[Split,
     """
     if not 0 < fraction < 1:
         raise InputError(f"the validation fraction must lie in (0, 1), got {fraction}")
-    held = stratified_holdout(split.labels, fraction, seeding.derive(seed, "data", "carve_val"))
-    if not bool(held.any()):
+    in_val = stratified_holdout(split.labels, fraction, seeding.derive(seed, "data", "carve_val"))
+    if not bool(in_val.any()):
         raise InputError(
             f"carving val needs a class with 2 images, got {len(split)} images of as many classes"
         )
-    return split.select((~held).nonzero()[:, 0]), split.select(held.nonzero()[:, 0])
+    return split.select((~in_val).nonzero()[:, 0]), split.select(in_val.nonzero()[:, 0])
 
 
 def search_rows(train: Split, *, seed: int) -> Tensor:
-    """Return, for each image of `train`, its row in what `carve_val` leaves followed by val: int64 [N]."""
+    """Return each image's row in `carve_val`'s train followed by its val, int64 [N]."""
     numbered = Split(torch.arange(len(train)).view(-1, 1, 1, 1), train.labels)
-    kept, held = carve_val(numbered, seed=seed)
-    return torch.cat([kept.images, held.images]).flatten().argsort()
+    remaining, val = carve_val(numbered, seed=seed)
+    return torch.cat([remaining.images, val.images]).flatten().argsort()

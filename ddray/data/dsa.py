@@ -30,7 +30,7 @@ class DsaPlan:
     """The outcome of a draw: `num` parameter sets.
 
     Attributes:
-        choices: int64 [num] on the CPU, the drawn operation of each set; dispatch so needs no device sync.
+        choices: int64 [num] on the CPU, the drawn operation of each set, so that dispatch needs no sync.
         params: float32 [num, 11], uniform draws, independent of the image size.
     """
 
@@ -82,10 +82,10 @@ class Dsa:
 
         Args:
             num: the number of samples (evaluation) or of classes (Siamese matching).
-            generator: a CPU generator; one on a GPU works at the price of a sync.
+            generator: a CPU generator; one on a GPU works at the cost of a sync.
             shared_op: one operation for all sets (evaluation: parameters per sample), or one per set
                 (Siamese: a fresh draw per class).
-            device: where the parameters are to lie; None: where the images turn out to be.
+            device: of the parameters; None: `apply` moves them to the images' device.
 
         Raises:
             InputError: `num` is below 1.
@@ -107,7 +107,7 @@ class Dsa:
             images: [N, C, H, W].
             plan: a draw. Applying one plan to real and synthetic images is what makes the pair Siamese.
             index: int64 [N], the parameter set of each sample, such as its class; None: sample n uses set n.
-                On the CPU it spares a device sync.
+                On the CPU it saves a device sync.
 
         Returns:
             [N, C, H, W], in the images' order and memory format.
@@ -140,18 +140,19 @@ class Dsa:
         return sets
 
     def _by_choice(self, images: Tensor, params: Tensor, sets: Tensor, choices: Tensor) -> Tensor:
-        """Augment the samples of each drawn operation together, and return them in their own order."""
-        present, lengths = torch.unique_consecutive(choices, return_counts=True)
-        if len(present) == len(
-            present.unique()
-        ):  # class-sorted samples: slices are views, nothing is gathered
+        """Augment the samples of each drawn operation together, and return them in the original order."""
+        run_choices, lengths = torch.unique_consecutive(choices, return_counts=True)
+        # Samples sorted by class: slices are views, nothing is gathered.
+        if len(run_choices) == len(run_choices.unique()):
             parts = zip(
                 torch.split(images, lengths.tolist()),
                 torch.split(sets, lengths.tolist()),
-                present.tolist(),
+                run_choices.tolist(),
                 strict=True,
             )
-            return torch.cat([self._chain(part, params, own, choice) for part, own, choice in parts])
+            return torch.cat(
+                [self._chain(part, params, part_sets, choice) for part, part_sets, choice in parts]
+            )
         order = torch.argsort(choices, stable=True)
         grouped = images.index_select(0, order.to(images.device, non_blocking=True))
         augmented = self._by_choice(grouped, params, sets[order], choices[order])
@@ -171,7 +172,7 @@ class Dsa:
 
 
 def _is_channels_last(images: Tensor) -> bool:
-    """Whether the images lie channels-last and not also in the default order."""
+    """Whether the images are channels-last and not also in the default order."""
     return images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
 
 

@@ -1,6 +1,6 @@
 """The operations of differentiable Siamese augmentation on a batch, each with one parameter row per sample.
 
-Own code after the formulas of DSA (Zhao & Bilen 2021, arXiv:2102.08259) and DiffAugment (Zhao et al. 2020,
+Our code, from the formulas of DSA (Zhao & Bilen 2021, arXiv:2102.08259) and DiffAugment (Zhao et al. 2020,
 arXiv:2006.10738). Parameters arrive as uniform draws in [0, 1) and are scaled here, so that a plan does not
 depend on the image size. `rows` has shape [N, 11], or [1, 11] where all samples share one row.
 """
@@ -95,11 +95,11 @@ def cutout(images: Tensor, rows: Tensor, params: DsaParams) -> Tensor:
     for dim, column in ((2, CUT_Y), (3, CUT_X)):
         size = images.shape[dim]
         side = int(size * params.cutout + 0.5)
-        # One more place for an even side: its centre lies between two pixels, and both borders count.
+        # One more position for an even side: its centre lies between two pixels, and both borders count.
         centre = _uniform_integer(rows[:, column], size + 1 - side % 2)
         first = (centre - side // 2)[:, None]
-        place = torch.arange(size, device=images.device)
-        covered.append((place >= first) & (place < first + side))
+        pixels = torch.arange(size, device=images.device)
+        covered.append((pixels >= first) & (pixels < first + side))
     return images * ~(covered[0][:, None, :, None] & covered[1][:, None, None, :])
 
 
@@ -140,7 +140,7 @@ OPERATIONS: Final[dict[str, Callable[[Tensor, Tensor, DsaParams], Tensor]]] = {
 
 
 def crop_and_flip(images: Tensor, generator: torch.Generator, *, can_flip: bool) -> Tensor:
-    """Return torchvision's RandomCrop(side, padding=4) and a flip by half, per sample, on the device.
+    """Apply torchvision's RandomCrop(side, padding=4) and a 50% flip, per sample, on the device.
 
     The padding is 4 pixels whatever the images' size, as in KRR-ST's code.
 

@@ -33,11 +33,11 @@ def class_folders(folder: Path) -> list[str]:
 
 def files_below(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
     """Yield the files at any depth with one of the suffixes, in sorted order."""
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for directory, folders, names in os.walk(folder, followlinks=True):
         folders.sort()
         for name in sorted(names):
             if name.lower().endswith(suffixes) and not name.startswith("."):
-                yield Path(place, name)
+                yield Path(directory, name)
 
 
 def by_class(
@@ -48,15 +48,15 @@ def by_class(
     Raises:
         InputError: a class folder is missing, or (unless `empty_ok`) holds no such file.
     """
-    found: Labelled = []
+    labelled: Labelled = []
     for label, name in enumerate(classes):
         files = list(files_below(folder / name, suffixes))
         if not files and not empty_ok:
             raise InputError(
                 f"class folder must hold files ({' '.join(suffixes)}), got none in {folder / name}"
             )
-        found += [(file, label) for file in files]
-    return found
+        labelled += [(file, label) for file in files]
+    return labelled
 
 
 def image_source(labelled: Labelled) -> Source:
@@ -78,7 +78,7 @@ def layout_of_folder(root: Path, wnids: Sequence[str] = (), names: Sequence[str]
 
     Args:
         root: the folder.
-        wnids: class folders to use, in this order; none: all, sorted (in `names`' order if these are they).
+        wnids: class folders to use, in this order; none: all, sorted (in `names`' order if they match).
         names: class names; none: the folders', or what words.txt calls them.
 
     Raises:
@@ -94,31 +94,33 @@ def layout_of_folder(root: Path, wnids: Sequence[str] = (), names: Sequence[str]
         raise InputError(
             f"image folder must have a folder for every class, got none for {missing[0]} in {base}"
         )
-    shown = tuple(names) if len(names) == len(classes) else _human_names(root, classes)
+    class_names = tuple(names) if len(names) == len(classes) else _human_names(root, classes)
     labelled = by_class(base, classes, IMAGE_SUFFIXES)
-    held = _held_out(root, classes, subset=bool(wnids)) if base != root else None
-    if held is not None:
-        return layouts.from_sources(shown, image_source(labelled), lambda: image_source(held()))
+    list_test = _held_out(root, classes, subset=bool(wnids)) if base != root else None
+    if list_test is not None:
+        return layouts.from_sources(class_names, image_source(labelled), lambda: image_source(list_test()))
     train, test = layouts.halves([label for _, label in labelled])
     return layouts.from_sources(
-        shown, image_source([labelled[i] for i in train]), lambda: image_source([labelled[i] for i in test])
+        class_names,
+        image_source([labelled[i] for i in train]),
+        lambda: image_source([labelled[i] for i in test]),
     )
 
 
 def _held_out(root: Path, classes: Sequence[str], *, subset: bool) -> Callable[[], Labelled] | None:
-    """Return what lists the test half next to train/: test/ by class, else val/; None if there is neither."""
+    """Return a lister of the test half beside train/: test/ by class, else val/; None without either."""
     for name in _HELD_OUT_NAMES:
         folder = root / name
         if (folder / "val_annotations.txt").is_file():
             return partial(_tiny_imagenet_val, folder, classes)
-        # An unlabelled test/images, as in Tiny-ImageNet, shares no class with train: val is meant.
+        # An unlabelled test/images, as in Tiny-ImageNet, shares no class with train: use val.
         if set(class_folders(folder)) & set(classes):
             return partial(_held_out_by_class, folder, classes, subset=subset)
     return None
 
 
 def _held_out_by_class(folder: Path, classes: Sequence[str], *, subset: bool) -> Labelled:
-    """Return the files of a test folder; classes beyond train's are an error unless a `subset` is wanted."""
+    """Return the files of a test folder; classes beyond train's are an error unless `subset`."""
     strange = sorted(set(class_folders(folder)) - set(classes))
     if strange and not subset:
         raise InputError(f"class folders of {folder} must be among those of train, got {strange[0]!r}")
@@ -127,15 +129,15 @@ def _held_out_by_class(folder: Path, classes: Sequence[str], *, subset: bool) ->
 
 def _tiny_imagenet_val(folder: Path, classes: Sequence[str]) -> Labelled:
     """Return Tiny-ImageNet's val: images/ and a tab-separated list of file name, WordNet id and a box."""
-    number = {name: label for label, name in enumerate(classes)}
-    found: Labelled = []
+    label_of = {name: label for label, name in enumerate(classes)}
+    labelled: Labelled = []
     for fields in _table(folder / "val_annotations.txt", 2, "\t"):
-        if fields[1] not in number:
+        if fields[1] not in label_of:
             raise InputError(
                 f"classes in {folder / 'val_annotations.txt'} must be among train's, got {fields[1]!r}"
             )
-        found.append((folder / "images" / fields[0], number[fields[1]]))
-    return found
+        labelled.append((folder / "images" / fields[0], label_of[fields[1]]))
+    return labelled
 
 
 def _table(file: Path, columns: int, separator: str | None = None) -> list[list[str]]:
@@ -176,7 +178,8 @@ def layout_of_cub(root: Path) -> Layout | None:
     for image in paths:
         if image not in in_train or not labels.get(image, "").isdecimal():
             raise InputError(
-                f"every image of {root / 'images.txt'} must have a label and a half, got none for {image}"
+                f"every image of {root / 'images.txt'} must have a label and a train/test flag, got none for "
+                f"{image}"
             )
     folder_of = {int(labels[image]) - 1: path.parent.name for image, path in paths.items()}
     names = tuple(
@@ -195,7 +198,7 @@ def layout_of_dogs(root: Path) -> Layout | None:
     Raises:
         InputError: a list cannot be read.
     """
-    lists = next((place for place in (root, root / "lists") if (place / "train_list.mat").is_file()), None)
+    lists = next((folder for folder in (root, root / "lists") if (folder / "train_list.mat").is_file()), None)
     if lists is None:
         return None
     train = _dog_list(lists / "train_list.mat", root / "Images")
@@ -214,9 +217,9 @@ def _dog_list(file: Path, images: Path) -> Labelled:
     from scipy.io import loadmat
 
     try:
-        held: dict[str, Any] = loadmat(file)
-        names = [str(cell[0]) for cell in held["file_list"].ravel()]
-        labels = [int(label) - 1 for label in held["labels"].ravel()]
+        content: dict[str, Any] = loadmat(file)
+        names = [str(cell[0]) for cell in content["file_list"].ravel()]
+        labels = [int(label) - 1 for label in content["labels"].ravel()]
         return [(images / name, label) for name, label in zip(names, labels, strict=True)]
     except Exception as error:  # loadmat raises whatever a broken file leads to
         raise InputError(f"list of images must be a readable .mat file, got {file}: {error}") from error

@@ -1,4 +1,4 @@
-"""Layout: what every reader of a folder hands back to `open_dataset`."""
+"""Layout: what every reader of a folder returns to `open_dataset`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ddray.data import sources
 from ddray.data.dataset import Split, stratified_holdout
 from ddray.data.sources import Geometry, Source
 
-TEST_FRACTION: Final = 0.2  # of datasets that come without a split of their own
+TEST_FRACTION: Final = 0.2  # of datasets without their own split
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Layout:
 
     Attributes:
         class_names: one per label.
-        train: reads train in a geometry, or in one of its choice (None), and returns it with the geometry.
+        train: reads train in a geometry (None: one it chooses), and returns it with the geometry.
         test: reads test in train's geometry; nothing of test is touched before.
     """
 
@@ -34,7 +34,7 @@ class Layout:
 
 
 def fixed_test(labels: Tensor) -> Tensor:
-    """Return bool [N]: the stratified 20% that are test where a dataset has no split, always the same."""
+    """Return bool [N]: the fixed, stratified 20% that are test where a dataset has no split."""
     return stratified_holdout(labels, TEST_FRACTION, seeding.derive(0, "data", "test"))
 
 
@@ -46,15 +46,15 @@ def from_sources(class_names: tuple[str, ...], train: Source, test: Callable[[],
 
 
 def from_one_source(class_names: tuple[str, ...], whole: Source) -> Layout:
-    """Return the layout of a source without a split: 20% of it are test."""
+    """Return the layout of a source without a split: 20% of it is test."""
 
     @cache
     def read(geometry: Geometry | None) -> tuple[Split, Geometry]:
         return sources.load(whole, geometry)
 
     def train(geometry: Geometry | None) -> tuple[Split, Geometry]:
-        split, chosen = read(geometry)
-        return split.select((~fixed_test(split.labels)).nonzero()[:, 0]), chosen
+        split, used_geometry = read(geometry)
+        return split.select((~fixed_test(split.labels)).nonzero()[:, 0]), used_geometry
 
     def test(geometry: Geometry) -> Split:
         split, _ = read(geometry)
@@ -64,6 +64,8 @@ def from_one_source(class_names: tuple[str, ...], whole: Source) -> Layout:
 
 
 def halves(labels: list[int]) -> tuple[list[int], list[int]]:
-    """Return the positions of (train, test) among samples without a split of their own."""
+    """Return the positions of (train, test) among samples without their own split."""
     test = fixed_test(torch.tensor(labels, dtype=torch.long)).tolist()
-    return [i for i, held in enumerate(test) if not held], [i for i, held in enumerate(test) if held]
+    return [i for i, is_test in enumerate(test) if not is_test], [
+        i for i, is_test in enumerate(test) if is_test
+    ]

@@ -30,7 +30,7 @@ def open_dataset(name_or_path: str, *, data_dir: Path | None = None, download: b
     A known name is looked for under the data directory: in its own folder as parquet shards, as an image
     folder or in its official layout, and in torchvision's layout. An ImageNet subset is also carved out of an
     `imagenet` folder. A path is any folder of parquet shards, of images by class, or of wav files by class;
-    the size that its images are given is chosen by `sources.survey`.
+    its image size is chosen by `sources.survey`.
 
     Args:
         name_or_path: one of `dataset_names()`, or a folder.
@@ -44,7 +44,7 @@ def open_dataset(name_or_path: str, *, data_dir: Path | None = None, download: b
     if name_or_path == "digits":
         return _digits()
     if name_or_path in KNOWN:
-        return _open_known(name_or_path, data_dir, download=download)
+        return _open_named(name_or_path, data_dir, download=download)
     path = Path(name_or_path).expanduser()
     if not path.is_dir():
         hint = did_you_mean(name_or_path, KNOWN)
@@ -76,95 +76,95 @@ def _digits() -> Dataset:
     """Open scikit-learn's 8x8 digits (0..16), up-sampled to 16x16; test is a fixed stratified 20%."""
     from sklearn.datasets import load_digits
 
-    held = load_digits()
-    pixels = torch.from_numpy(held.images)[:, None] * (255 / 16)
+    bunch = load_digits()
+    pixels = torch.from_numpy(bunch.images)[:, None] * (255 / 16)
     large = F.interpolate(pixels, size=(16, 16), mode="bilinear", align_corners=False)
-    whole = Split(large.round().to(torch.uint8), torch.from_numpy(held.target).long())
+    whole = Split(large.round().to(torch.uint8), torch.from_numpy(bunch.target).long())
     in_test = layouts.fixed_test(whole.labels)
     train = whole.select((~in_test).nonzero()[:, 0])
     mean, std = channel_statistics(train.images)
-    known = KNOWN["digits"]
+    spec = KNOWN["digits"]
     return Dataset(
         name="digits",
-        class_names=known.class_names,
-        image_shape=known.shape,
+        class_names=spec.class_names,
+        image_shape=spec.shape,
         mean=mean,
         std=std,
-        can_flip=known.can_flip,
+        can_flip=spec.can_flip,
         load_train=lambda: train,
         load_test=lambda: whole.select(in_test.nonzero()[:, 0]),
     )
 
 
-def _open_known(name: str, data_dir: Path | None, *, download: bool) -> Dataset:
+def _open_named(name: str, data_dir: Path | None, *, download: bool) -> Dataset:
     """Open a named dataset from the data directory."""
-    known = KNOWN[name]
+    spec = KNOWN[name]
     root = data_dir or (Path(os.environ["DDRAY_DATA"]) if os.environ.get("DDRAY_DATA") else None)
     if root is None:
-        raise InputError(f"dataset {name} needs a data directory, got none; {_fix(known)}")
+        raise InputError(f"dataset {name} needs a data directory, got none; {_advice(spec)}")
     root = root.expanduser().absolute()
-    layout = _find(name, known, root)
-    if layout is None and download and known.torchvision:
-        vision.download(root, known)
-        layout = _find(name, known, root)
+    layout = _find(name, spec, root)
+    if layout is None and download and spec.torchvision:
+        vision.download(root, spec)
+        layout = _find(name, spec, root)
     if layout is None:
-        looked = [str(folder) for folder in _folders(name, root)]
-        if known.marker:
-            looked.append(str(root / known.marker))
-        if known.wnids:
-            looked += [str(folder) for folder in _folders("imagenet", root)]
+        searched = [str(folder) for folder in _folders(name, root)]
+        if spec.marker:
+            searched.append(str(root / spec.marker))
+        if spec.wnids:
+            searched += [str(folder) for folder in _folders("imagenet", root)]
         raise InputError(
-            f"dataset {name} must lie under the data directory, found none of {', '.join(looked)}; "
-            f"{_fix(known)}"
+            f"dataset {name} must lie under the data directory, found none of {', '.join(searched)}; "
+            f"{_advice(spec)}"
         )
     names = layout.class_names
-    geometry = Geometry(known.shape, known.resize)
-    if known.class_names and len(names) != len(known.class_names):
+    geometry = Geometry(spec.shape, spec.resize)
+    if spec.class_names and len(names) != len(spec.class_names):
         raise InputError(
-            f"dataset {name} must have {len(known.class_names)} classes, got {len(names)} under {root}"
+            f"dataset {name} must have {len(spec.class_names)} classes, got {len(names)} under {root}"
         )
-    mean, std = known.mean, known.std
+    mean, std = spec.mean, spec.std
     if not mean:
         mean, std = channel_statistics(layout.train(geometry)[0].images)
     return Dataset(
         name=name,
         class_names=names,
-        image_shape=known.shape,
+        image_shape=spec.shape,
         mean=mean,
         std=std,
-        can_flip=known.can_flip,
+        can_flip=spec.can_flip,
         load_train=lambda: layout.train(geometry)[0],
         load_test=lambda: layout.test(geometry),
     )
 
 
-def _fix(known: KnownDataset) -> str:
-    """Return how to help a dataset that is not found."""
-    return "give --data-dir or set $DDRAY_DATA" + (", or add --download" if known.torchvision else "")
+def _advice(spec: KnownDataset) -> str:
+    """Return what to do about a dataset that is not found."""
+    return "give --data-dir or set $DDRAY_DATA" + (", or add --download" if spec.torchvision else "")
 
 
 def _folders(name: str, root: Path) -> list[Path]:
-    """Return where a named dataset may lie."""
+    """Return the folders that a named dataset may be in."""
     return [root / name, *(root / folder for folder in KNOWN[name].folders)]
 
 
-def _find(name: str, known: KnownDataset, root: Path) -> Layout | None:
+def _find(name: str, spec: KnownDataset, root: Path) -> Layout | None:
     """Return the layout of a named dataset under the data directory, or None."""
     for folder in _folders(name, root):
-        layout = _layout_of_known(name, known, folder) if folder.is_dir() else None
+        layout = _layout_of_named(name, spec, folder) if folder.is_dir() else None
         if layout is not None:
             return layout
-    for place in (root, *_folders(name, root)):
-        if known.marker and (place / known.marker).exists():
-            return vision.layout_of_torchvision(place, known)
-    for folder in _folders("imagenet", root) if known.wnids else []:
-        layout = layout_of_folder(folder, known.wnids, known.class_names)
+    for base in (root, *_folders(name, root)):
+        if spec.marker and (base / spec.marker).exists():
+            return vision.layout_of_torchvision(base, spec)
+    for folder in _folders("imagenet", root) if spec.wnids else []:
+        layout = layout_of_folder(folder, spec.wnids, spec.class_names)
         if layout is not None:
             return layout
     return None
 
 
-def _layout_of_known(name: str, known: KnownDataset, folder: Path) -> Layout | None:
+def _layout_of_named(name: str, spec: KnownDataset, folder: Path) -> Layout | None:
     """Return the layout of a named dataset in a folder of its own, or None."""
     if name == "speech_commands_mini":
         return layout_of_wavs(folder)
@@ -174,6 +174,6 @@ def _layout_of_known(name: str, known: KnownDataset, folder: Path) -> Layout | N
         official = layout_of_dogs(folder) if name == "stanford_dogs" else None
     return (
         official
-        or parquet.layout_of_parquet(folder, known.class_names)
-        or layout_of_folder(folder, known.wnids, known.class_names)
+        or parquet.layout_of_parquet(folder, spec.class_names)
+        or layout_of_folder(folder, spec.wnids, spec.class_names)
     )

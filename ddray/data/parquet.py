@@ -24,8 +24,8 @@ def shards(folder: Path) -> tuple[list[Path], list[Path]]:
     Test shards are `test*`, or else `validation*`, `valid*`, `val*`. Train shards are `train*`, or else all
     that are not test.
     """
-    for place in (folder, folder / "data"):
-        files = sorted(place.glob("*.parquet"))
+    for directory in (folder, folder / "data"):
+        files = sorted(directory.glob("*.parquet"))
         if not files:
             continue
         train = [file for file in files if file.name.startswith("train")]
@@ -55,10 +55,10 @@ def layout_of_parquet(folder: Path, names: tuple[str, ...] = ()) -> Layout | Non
                 f"a parquet folder must have train-*.parquet shards, got only {test[0].name} in {folder}"
             )
         return None
-    found = _class_names(train, names)
+    class_names = _class_names(train, names)
     if not test:
-        return layouts.from_one_source(found, parquet_source(train))
-    return layouts.from_sources(found, parquet_source(train), lambda: parquet_source(test))
+        return layouts.from_one_source(class_names, parquet_source(train))
+    return layouts.from_sources(class_names, parquet_source(train), lambda: parquet_source(test))
 
 
 def _class_names(files: Sequence[Path], default: tuple[str, ...]) -> tuple[str, ...]:
@@ -72,7 +72,7 @@ def _class_names(files: Sequence[Path], default: tuple[str, ...]) -> tuple[str, 
     for file in files:
         for labels in _read(file, [column]):
             largest = max([largest, *_labels(file, labels[0])])
-    return tuple(str(number) for number in range(largest + 1))
+    return tuple(str(label) for label in range(largest + 1))
 
 
 def parquet_source(files: Sequence[Path]) -> Source:
@@ -99,7 +99,6 @@ def _corrupt(file: Path, error: Exception) -> InputError:
 
 
 def _opened(file: Path) -> Any:
-    """Open a shard."""
     import pyarrow
     import pyarrow.parquet
 
@@ -111,16 +110,16 @@ def _opened(file: Path) -> Any:
 
 def _columns(file: Path, names: Sequence[str]) -> tuple[str, str]:
     """Return the names of the image and the label column."""
-    found = []
-    for what, known in (("an image", _IMAGE_COLUMNS), ("a label", _LABEL_COLUMNS)):
-        column = next((name for name in known if name in names), None)
+    columns = []
+    for kind, accepted in (("an image", _IMAGE_COLUMNS), ("a label", _LABEL_COLUMNS)):
+        column = next((name for name in accepted if name in names), None)
         if column is None:
             raise InputError(
-                f"parquet shard must have {what} column named {' or '.join(known)}, "
+                f"parquet shard must have {kind} column named {' or '.join(accepted)}, "
                 f"got {', '.join(names)} in {file}"
             )
-        found.append(column)
-    return found[0], found[1]
+        columns.append(column)
+    return columns[0], columns[1]
 
 
 def _read(file: Path, columns: list[str]) -> Iterator[list[Any]]:
@@ -136,7 +135,6 @@ def _read(file: Path, columns: list[str]) -> Iterator[list[Any]]:
 
 
 def _labels(file: Path, values: Sequence[Any]) -> list[int]:
-    """Return labels as integers."""
     for value in values:
         if not isinstance(value, int) or value < 0:
             raise InputError(f"labels must be integers from 0 on, got {value!r} in {file}")

@@ -158,8 +158,8 @@ def fit_zca(
 def _moments(images: Tensor, chunk: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """Return float64 mean [D] and unbiased covariance [D, D] of raw pixels in [0, 1] (floats as they are).
 
-    Bytes less 128 are integers up to 2^7, so float32 products summed over 2^10 images stay below 2^24, where
-    float32 is exact: full precision at the speed of single.
+    Bytes minus 128 are integers up to 2^7, so float32 products summed over 2^10 images stay below 2^24, where
+    float32 is exact: full precision at float32 speed.
     """
     is_bytes = images.dtype == torch.uint8
     size, count = images[0].numel(), len(images)

@@ -57,8 +57,8 @@ class Source:
     Attributes:
         files: every file that decides the content, for the cache's key.
         count: returns the number of images.
-        batches: yields them in order, some hundred at a time.
-        labelling: whatever else decides the labels, such as the order of the classes.
+        batches: yields them in order, a batch at a time.
+        labelling: anything else that determines the labels, such as the order of the classes.
     """
 
     files: Sequence[Path]
@@ -73,7 +73,7 @@ class Geometry:
 
     Attributes:
         shape: (C, H, W).
-        resize: whether other sizes are brought to it (short side, antialiased bilinear, centre crop) or
+        resize: whether other sizes are resized to it (short side, antialiased bilinear, centre crop) or
             refused.
     """
 
@@ -94,9 +94,9 @@ def load(source: Source, geometry: Geometry | None) -> tuple[Split, Geometry]:
     """
 
     def build(folder: Path) -> dict[str, object]:
-        chosen = geometry or survey(source)
-        _decode_into(source, chosen, folder)
-        return {"shape": chosen.shape, "resize": chosen.resize}
+        used_geometry = geometry or survey(source)
+        _decode_into(source, used_geometry, folder)
+        return {"shape": used_geometry.shape, "resize": used_geometry.resize}
 
     version = "v1" if geometry else "v2"  # v2: `survey` keeps squares up to 256 px
     settings = f"images {version} {geometry} {source.labelling}"
@@ -105,12 +105,11 @@ def load(source: Source, geometry: Geometry | None) -> tuple[Split, Geometry]:
 
 
 def survey(source: Source) -> Geometry:
-    """Choose the geometry of a folder that nobody has described, from its images' headers.
+    """Choose the geometry of a folder without a catalog entry, from its images' headers.
 
-    Square images of one size up to 256 px keep it, and other sizes are refused from then on: a folder of them
-    was prepared at that size (imagenette at 224). Everything else
-    is brought to the largest of 128, 64, 32 px that the median short side reaches (to 32 below that). One
-    channel if all images are grey, else three.
+    Square images of one size up to 256 px keep it, and other sizes are then refused: such a folder was
+    prepared at that size (imagenette at 224). Everything else is resized to the largest of 128, 64, 32 px
+    that the median short side reaches (to 32 below that). One channel if all images are grey, else three.
     """
     sizes: list[tuple[int, int]] = []
     grey = True
@@ -145,11 +144,11 @@ def _tasks(batch: Sequence[Item]) -> list[Sequence[Item]]:
 
 def _headers(items: Sequence[Item]) -> list[tuple[tuple[int, int], bool]]:
     """Return ((width, height), is grey) of each image without decoding it."""
-    found = []
+    headers = []
     for item in items:
         with _opened(item) as image:
-            found.append((image.size, image.mode in _GREY_MODES))
-    return found
+            headers.append((image.size, image.mode in _GREY_MODES))
+    return headers
 
 
 def _opened(item: Item) -> Image.Image:
@@ -219,20 +218,20 @@ def _decode_into(source: Source, geometry: Geometry, folder: Path) -> None:
         folder / cache.IMAGES, mode="w+", dtype=np.uint8, shape=(num, *geometry.shape)
     )
     with (folder / cache.IMAGES).open("r+b") as file:
-        # Without it a full disk is met inside the memory map, as a fatal SIGBUS.
+        # Without it a full disk shows up inside the memory map, as a fatal SIGBUS.
         os.posix_fallocate(file.fileno(), 0, (folder / cache.IMAGES).stat().st_size)
     labels = np.empty(num, dtype=np.int64)
 
     def fill(start: int, items: Sequence[Item]) -> None:
-        for place, item in enumerate(items, start):
-            images[place] = decode(item, geometry)
-            labels[place] = item.label
+        for row, item in enumerate(items, start):
+            images[row] = decode(item, geometry)
+            labels[row] = item.label
 
     done = 0
     with ThreadPoolExecutor(_num_threads()) as pool:
         for batch in source.batches():
             tasks = _tasks(batch)
-            starts = [done + _TASK * number for number in range(len(tasks))]
+            starts = [done + _TASK * i for i in range(len(tasks))]
             list(pool.map(fill, starts, tasks))
             done += len(batch)
     images.flush()

@@ -3,7 +3,7 @@
 A clip of 1 s (padded or cut) -> STFT (255 points, hop 128, periodic Hann window, centred with reflection, as
 librosa's) -> magnitude -> 1 and 2 zero frames before and after -> bilinear to 64 x 64 -> log(x + 1e-3).
 
-Deviation: IDC resamples everything to 16 kHz; here clips of 8 kHz stay so.
+Deviation: IDC resamples everything to 16 kHz; here 8 kHz clips stay at 8 kHz.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ddray.errors import InputError
 
 SHAPE: Final = (1, 64, 64)
 _RATES: Final = (8000, 16000)
-_TEST_EVERY: Final = 8  # IDC: every 8th file of a class, sorted by name, from the first on
+_TEST_EVERY: Final = 8  # IDC: every 8th file of a class, sorted by name, starting with the first
 _BATCH: Final = 256
 
 
@@ -65,9 +65,9 @@ def _every_eighth(labelled: Labelled) -> tuple[Labelled, Labelled]:
     test: Labelled = []
     seen: dict[int, int] = {}
     for entry in labelled:
-        place = seen.get(entry[1], 0)
-        seen[entry[1]] = place + 1
-        (test if place % _TEST_EVERY == 0 else train).append(entry)
+        position = seen.get(entry[1], 0)
+        seen[entry[1]] = position + 1
+        (test if position % _TEST_EVERY == 0 else train).append(entry)
     if not train:
         raise InputError(
             f"a speech folder without test/ must have 2 clips of a class, got {len(labelled)} clips"
@@ -109,10 +109,10 @@ def _waves(labelled: Labelled, rate: int) -> Iterator[Tensor]:
     for start in range(0, len(labelled), _BATCH):
         batch = torch.zeros(min(_BATCH, len(labelled) - start), rate)
         for row, (file, _) in enumerate(labelled[start : start + _BATCH]):
-            own_rate, samples = _samples(file)
-            if own_rate != rate:
+            clip_rate, samples = _samples(file)
+            if clip_rate != rate:
                 raise InputError(
-                    f"clips of a dataset must share a sampling rate, got {own_rate} besides {rate} in {file}"
+                    f"clips of a dataset must share a sampling rate, got {clip_rate} besides {rate} in {file}"
                 )
             clip = torch.from_numpy(samples[:rate])
             batch[row, : len(clip)] = clip
@@ -123,8 +123,8 @@ def _samples(file: Path) -> tuple[int, np.ndarray]:
     """Return (sampling rate in Hz, float32 samples in [-1, 1]) of a wav file, channels averaged.
 
     Raises:
-        InputError: the file is no whole wav file, is empty, holds a sample that is not finite, or is sampled
-            at neither 8 nor 16 kHz.
+        InputError: the file is not a complete wav file, is empty, holds a sample that is not finite, or is
+            sampled at neither 8 nor 16 kHz.
     """
     from scipy.io import wavfile
 
@@ -134,19 +134,19 @@ def _samples(file: Path) -> tuple[int, np.ndarray]:
             warnings.filterwarnings(
                 "ignore", message="Chunk .* not understood", category=wavfile.WavFileWarning
             )
-            rate, held = wavfile.read(file)
+            rate, raw = wavfile.read(file)
     except Exception as error:  # scipy raises whatever a broken header leads to
         raise InputError(f"wav file must be readable, got {file}: {' '.join(str(error).split())}") from error
     if rate not in _RATES:
         raise InputError(f"wav files must be sampled at 8000 or 16000 Hz, got {rate} in {file}")
-    if held.size == 0:
+    if raw.size == 0:
         raise InputError(f"wav file must hold samples, got none in {file}")
-    if held.dtype == np.uint8:
-        samples = (held.astype(np.float32) - 128) / 128
-    elif np.issubdtype(held.dtype, np.integer):
-        samples = held.astype(np.float32) / float(np.iinfo(held.dtype).max + 1)
+    if raw.dtype == np.uint8:
+        samples = (raw.astype(np.float32) - 128) / 128
+    elif np.issubdtype(raw.dtype, np.integer):
+        samples = raw.astype(np.float32) / float(np.iinfo(raw.dtype).max + 1)
     else:
-        samples = held.astype(np.float32)
+        samples = raw.astype(np.float32)
         if not np.isfinite(samples).all():  # one would make the whole dataset's statistics NaN
             raise InputError(
                 f"wav file must hold finite samples, got NaN or infinity in {file}; leave it out"

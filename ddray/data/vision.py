@@ -18,19 +18,19 @@ from ddray.errors import DdrayError, InputError
 _SPLIT_ARGUMENT: Final = ("SVHN", "Imagenette")  # these take split="train"; the others take train=True
 
 
-def layout_of_torchvision(root: Path, known: KnownDataset) -> Layout:
+def layout_of_torchvision(root: Path, spec: KnownDataset) -> Layout:
     """Return the layout of a dataset whose marker lies under `root`."""
 
     def train(geometry: Geometry | None) -> tuple[Split, Geometry]:
-        return _read(root, known, train=True), Geometry(known.shape, resize=False)
+        return _read(root, spec, train=True), Geometry(spec.shape, resize=False)
 
     def test(geometry: Geometry) -> Split:
-        return _read(root, known, train=False)
+        return _read(root, spec, train=False)
 
-    return Layout(known.class_names, train, test)
+    return Layout(spec.class_names, train, test)
 
 
-def download(root: Path, known: KnownDataset) -> None:
+def download(root: Path, spec: KnownDataset) -> None:
     """Let torchvision download both halves below `root`; what it prints goes to stderr.
 
     Raises:
@@ -38,23 +38,23 @@ def download(root: Path, known: KnownDataset) -> None:
     """
     import torchvision.datasets
 
-    cls = getattr(torchvision.datasets, str(known.torchvision))
-    options: dict[str, Any] = {"size": "320px"} if known.torchvision == "Imagenette" else {}
+    cls = getattr(torchvision.datasets, str(spec.torchvision))
+    options: dict[str, Any] = {"size": "320px"} if spec.torchvision == "Imagenette" else {}
     try:
         root.mkdir(parents=True, exist_ok=True)
         with contextlib.redirect_stdout(sys.stderr):
             for train in (True, False):
-                cls(root, **_half(known, train=train), **options, download=True)
+                cls(root, **_half(spec, train=train), **options, download=True)
     except Exception as error:  # network, disk and archive errors alike
-        raise DdrayError(f"torchvision could not download {known.torchvision} to {root}: {error}") from error
+        raise DdrayError(f"torchvision could not download {spec.torchvision} to {root}: {error}") from error
 
 
-def _half(known: KnownDataset, *, train: bool) -> dict[str, Any]:
+def _half(spec: KnownDataset, *, train: bool) -> dict[str, Any]:
     """Return the argument that chooses the half."""
-    if known.torchvision in _SPLIT_ARGUMENT:
+    if spec.torchvision in _SPLIT_ARGUMENT:
         return {
             "split": ("train" if train else "test")
-            if known.torchvision == "SVHN"
+            if spec.torchvision == "SVHN"
             else "train"
             if train
             else "val"
@@ -66,7 +66,7 @@ def _one_half(cls: type, *, train: bool) -> type:
     """Return torchvision's class, made to check the files of one half only.
 
     CIFAR verifies every file and MNIST looks for every file whichever half is read; a broken test half would
-    then disturb train.
+    then break train.
     """
     other = "test_list" if train else "train_list"
     changes: dict[str, Any] = {"_check_exists": lambda self: True}
@@ -76,23 +76,25 @@ def _one_half(cls: type, *, train: bool) -> type:
     return type(cls.__name__, (cls,), changes)
 
 
-def _read(root: Path, known: KnownDataset, *, train: bool) -> Split:
+def _read(root: Path, spec: KnownDataset, *, train: bool) -> Split:
     """Read one half."""
     import torchvision.datasets
 
-    cls = _one_half(getattr(torchvision.datasets, str(known.torchvision)), train=train)
+    cls = _one_half(getattr(torchvision.datasets, str(spec.torchvision)), train=train)
     try:
-        held = cls(root, **_half(known, train=train))
+        dataset = cls(root, **_half(spec, train=train))
     except Exception as error:  # pickle, struct, assertion and Matlab errors alike
         half = "train" if train else "test"
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
-            f"the {half} half of {known.torchvision} must be readable, got {root}: {reason}"
+            f"the {half} half of {spec.torchvision} must be readable, got {root}: {reason}"
         ) from error
-    images = torch.as_tensor(held.data)
-    labels = torch.as_tensor(held.labels if hasattr(held, "labels") else held.targets, dtype=torch.long)
+    images = torch.as_tensor(dataset.data)
+    labels = torch.as_tensor(
+        dataset.labels if hasattr(dataset, "labels") else dataset.targets, dtype=torch.long
+    )
     if images.ndim == 3:  # MNIST: [N, H, W]
         images = images[:, None]
-    elif images.shape[1:] != known.shape:  # CIFAR: [N, H, W, C]
+    elif images.shape[1:] != spec.shape:  # CIFAR: [N, H, W, C]
         images = images.permute(0, 3, 1, 2).contiguous()
     return Split(images, labels)

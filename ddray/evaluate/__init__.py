@@ -1,4 +1,4 @@
-"""Evaluation protocols: one file each; a protocol's settings are its constructor's."""
+"""Evaluation protocols: one file each; a protocol's settings are its constructor's arguments."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class EvalResult:
         accuracy: fraction right on the split.
         num_images: images trained on, as decoded.
         wall_s: seconds.
-        measures: what a protocol measures besides, by name: numbers, or one per step.
+        measures: the protocol's other measures by name: a number, or one per step.
     """
 
     arch: str
@@ -79,7 +79,7 @@ def summarise(results: Sequence[EvalResult]) -> dict[str, Any]:
 
 
 def _over_seeds(values: Sequence[float | tuple[float, ...]]) -> tuple[Any, Any]:
-    """Return mean and standard deviation of numbers, or of each place of equally long tuples."""
+    """Return mean and standard deviation of numbers, or of each position of equally long tuples."""
     numbers = [value for value in values if not isinstance(value, tuple)]
     if numbers:
         return statistics.fmean(numbers), _std(numbers)
@@ -103,12 +103,12 @@ def evaluate_archs(
     on_result: Callable[[EvalResult], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Score every architecture with `num_seeds` networks; return one summary each, in order."""
-    found = []
+    summaries = []
     for arch in archs:
         results = []
-        for number in range(num_seeds):
-            results.append(evaluator.evaluate(train, ctx, arch=arch, seed=seed + number))
+        for seed_index in range(num_seeds):
+            results.append(evaluator.evaluate(train, ctx, arch=arch, seed=seed + seed_index))
             if on_result is not None:
                 on_result(results[-1])
-        found.append(summarise(results))
-    return found
+        summaries.append(summarise(results))
+    return summaries

@@ -1,6 +1,6 @@
 """Protocol `continual`: class-incremental learning with the distilled set as memory.
 
-Classes come in tasks, in an order that the seed decides. After each task a fresh network is trained on the
+Classes come in tasks, in an order decided by the seed. After each task a fresh network is trained on the
 memory of all classes seen so far, and scored on the held-out images of these classes (GDumb, Prabhu et al.,
 ECCV 2020; as in DM, arXiv:2110.04181, Sec 4.4: CIFAR-100 in 5 or 10 tasks, 20 images per class).
 
@@ -9,7 +9,7 @@ ECCV 2020; as in DM, arXiv:2110.04181, Sec 4.4: CIFAR-100 in 5 or 10 tasks, 20 i
 - memory: a set per class order and task, distilled from the task's classes alone | one distilled set, cut by
   class. That is the same for methods that treat every class by itself, as DM does; a pool of networks trained
   on all classes (DSDM) has seen the later ones.
-- order and networks: 5 orders with 3 networks each | one network per order; `--seeds 15` has as many.
+- order and networks: 5 orders with 3 networks each | one network per order; `--seeds 15` trains as many.
 - classes that the number of tasks does not divide: the rest is dropped | tasks differ by one class.
 """
 
@@ -82,10 +82,10 @@ class Continual:
         steps: list[float] = []
         for step in range(len(tasks)):
             seen = torch.cat(tasks[: step + 1])
-            memory, held = _of_classes(train_set, ctx.split, seen, tasks[step])
+            memory, held_out = _of_classes(train_set, ctx.split, seen, tasks[step])
             network = derive_seed(seed, "continual", step)
             net = fit(memory, ctx, self._recipe, arch=arch, seed=network)
-            steps.append(accuracy(net, held, ctx.space, device=ctx.device))
+            steps.append(accuracy(net, held_out, ctx.space, device=ctx.device))
         return EvalResult(
             check_arch(arch),
             seed,
@@ -107,7 +107,7 @@ def _of_classes(train_set: TrainSet, split: Split, seen: Tensor, new: Tensor) ->
         raise InputError(f"a memory must hold images of every class, got none of class {empty[0]}")
     if not bool(torch.isin(split.labels, new).any()):
         raise InputError(f"every task needs held-out images, got none of classes {sorted(new.tolist())}")
-    own = torch.isin(train_set.labels, seen)
-    return TrainSet(train_set.images[own], train_set.labels[own]), split.select(
+    is_seen = torch.isin(train_set.labels, seen)
+    return TrainSet(train_set.images[is_seen], train_set.labels[is_seen]), split.select(
         torch.isin(split.labels, seen).nonzero()[:, 0]
     )

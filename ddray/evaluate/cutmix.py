@@ -16,7 +16,7 @@ class Mixed:
     Attributes:
         images: [N, C, H, W], each with a box of its partner.
         partner: int64 [N] on the images' device, the image that each took its box from.
-        share: of an image's own pixels that are left, the weight of its own label.
+        share: fraction of an image's own pixels that is left, the weight of its own label.
     """
 
     images: Tensor
@@ -25,7 +25,7 @@ class Mixed:
 
 
 def cutmix(images: Tensor, probability: float, generator: torch.Generator) -> Mixed | None:
-    """Mix a batch with itself by CutMix, or return None as a draw decides.
+    """Mix a batch with itself by CutMix, with a probability; otherwise return None.
 
     Every draw is made on the CPU, so that nothing waits for the device.
 
@@ -52,7 +52,7 @@ def _side(size: int, lam: float, centre: float) -> slice:
 
     Args:
         size: pixels of the axis.
-        lam: the draw of Beta(1, 1), what is to be left of the image.
+        lam: the draw of Beta(1, 1), the share of the image to leave.
         centre: uniform in [0, 1).
     """
     middle = int(centre * size)

@@ -1,6 +1,6 @@
 """Protocol `hard` (DC, DSA, DM, DataDAM): train a fresh network on the set's hard labels and score it.
 
-The last epoch's network is scored once; the peers look at test up to 400 times and report the best look.
+The last epoch's network is scored once; the peers score on test up to 400 times and report the best score.
 """
 
 from __future__ import annotations

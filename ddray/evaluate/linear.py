@@ -1,7 +1,7 @@
 """Protocol `linear` (Boost-SSDD Sec 3.4, A.1): pre-train on the set, freeze, train a linear classifier.
 
 A fresh network is trained on the set's targets (mean squared error) or labels (cross entropy); its
-embeddings of un-augmented target images are taken once, and a linear probe is trained on them. Source and
+embeddings of un-augmented target images are computed once, and a linear probe is trained on them. Source and
 target may be different datasets: target images are resized to the set's shape.
 
 KRR-ST's own tables fine-tune the whole network instead (`finetune`).
@@ -12,7 +12,8 @@ KRR-ST's own tables fine-tune the whole network instead (`finetune`).
   family KRR-ST's code does the same: lr .01, x.1 at half time, DSA).
 - another dataset's images: how they are normalised is not said; KRR-ST's code takes the target's own mean and
   std | the distilled set's, in which the network was pre-trained; whitened sets have no other space.
-- fine-tuning: 10,000 steps on CIFAR and Tiny ImageNet, 5,000 on others | by size, from 50,000 images on.
+- fine-tuning: 10,000 steps on CIFAR and Tiny ImageNet, 5,000 on others | 10,000 from 50,000 images
+  on, else 5,000.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from ddray.nets import Net, build_net, check_arch
 from ddray.seeding import derive, derive_seed, forked_global
 
 _LARGE: Final = 50_000
-_HEADS: Final = ("body.classifier", "body.head")  # names of last layers, whose classes are others
+_HEADS: Final = ("body.classifier", "body.head")  # names of last layers: their classes differ
 _CHUNK: Final = {"cpu": 64, "cuda": 1024}
 
 
@@ -70,7 +71,7 @@ class Linear:
         recipe: of pre-training.
         probe: how the classifier on frozen embeddings is trained.
         real: the target's images that the classifier is trained on.
-        can_flip: whether mirrored images of the set keep their class (its augmentation, where it has one).
+        can_flip: whether mirrored images of the set keep their class (for the recipe's augmentation).
         finetune: fine-tune the whole network this way instead of probing.
     """
 
@@ -159,12 +160,12 @@ class Linear:
         return _accuracy(lambda images: classifier(net.embed(images)), net.image_shape, ctx)
 
     def _finetuned(self, net: Net, ctx: EvalContext, config: FinetuneConfig, seed: int) -> float:
-        """Return the accuracy after the whole network was trained on the target with a new last layer."""
+        """Return the accuracy after fine-tuning the whole network on the target with a new last layer."""
         num_classes, device = ctx.dataset.num_classes, ctx.device
         seed = derive_seed(seed, "evaluate", "finetune")
         tuned = build_net(net.arch, net.image_shape, num_classes, seed=seed, device=device)
-        kept = {name: t for name, t in net.state_dict().items() if not name.startswith(_HEADS)}
-        tuned.load_state_dict(kept, strict=False)
+        body_weights = {name: t for name, t in net.state_dict().items() if not name.startswith(_HEADS)}
+        tuned.load_state_dict(body_weights, strict=False)
         tuned.to(memory_format=torch.channels_last).train()
         optimizer = torch.optim.SGD(
             tuned.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
@@ -173,12 +174,12 @@ class Linear:
         generator = derive(seed, "batches")
         images, labels = self._real.images.to(device), self._real.labels.to(device)
         for step, index in enumerate(batches(len(labels), config.batch, steps, generator)):
-            chosen = index.to(device, non_blocking=True)
-            pixels = adapted(images[chosen], net.image_shape)
+            rows = index.to(device, non_blocking=True)
+            pixels = adapted(images[rows], net.image_shape)
             pixels = crop_and_flip(pixels, generator, can_flip=ctx.dataset.can_flip)
             encoded = ctx.space.encode(pixels).contiguous(memory_format=torch.channels_last)
             optimizer.param_groups[0]["lr"] = config.lr * cosine(step, steps)
-            loss = F.cross_entropy(tuned(encoded), labels[chosen])
+            loss = F.cross_entropy(tuned(encoded), labels[rows])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -186,7 +187,7 @@ class Linear:
 
 
 def adapted(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """Return images as float pixels of another shape: resized, grey repeated to colour, colour made grey.
+    """Return images as float pixels of another shape: resized, grey repeated to colour, colour to grey.
 
     Args:
         images: uint8 [N, C, H, W], or float in their own units.
@@ -222,7 +223,7 @@ def embeddings(net: Net, split: Split, ctx: EvalContext) -> Tensor:
     """Return the embeddings [N, D] of a split's un-augmented images, on the device; `net` is in eval mode."""
     whole, done = torch.empty(0), 0
     for part in outputs(net.embed, net.image_shape, split, ctx):
-        if done == 0:  # not a list and its concatenation: that would take the memory twice
+        if done == 0:  # concatenating a list would take the memory twice
             whole = part.new_empty(len(split), part.shape[1])
         whole[done : done + len(part)] = part
         done += len(part)
@@ -231,8 +232,8 @@ def embeddings(net: Net, split: Split, ctx: EvalContext) -> Tensor:
 
 def _accuracy(apply: Callable[[Tensor], Tensor], shape: tuple[int, int, int], ctx: EvalContext) -> float:
     """Return the fraction of the context's split that `apply`'s logits get right."""
-    found = torch.cat([logits.argmax(1) for logits in outputs(apply, shape, ctx.split, ctx)])
-    return float((found == ctx.split.labels.to(ctx.device)).double().mean())
+    predictions = torch.cat([logits.argmax(1) for logits in outputs(apply, shape, ctx.split, ctx)])
+    return float((predictions == ctx.split.labels.to(ctx.device)).double().mean())
 
 
 def check_memory(net: Net, num_images: int, device: torch.device) -> None:
@@ -258,7 +259,7 @@ def train_probe(
 
     Args:
         features: [N, D], on the device.
-        labels: int64 [N], there too.
+        labels: int64 [N], likewise.
         num_classes: K.
         config: steps, rates, batch.
         generator: CPU generator of the initial weights and the batches.
@@ -268,9 +269,9 @@ def train_probe(
         classifier = nn.Linear(features.shape[1], num_classes)
     optimizer = torch.optim.SGD(classifier.parameters(), lr=config.lr, momentum=config.momentum)
     for step, index in enumerate(batches(len(labels), config.batch, config.steps, generator)):
-        chosen = index.to(features.device, non_blocking=True)
+        rows = index.to(features.device, non_blocking=True)
         optimizer.param_groups[0]["lr"] = config.lr * cosine(step, config.steps)
-        loss = F.cross_entropy(classifier(features.index_select(0, chosen)), labels[chosen])
+        loss = F.cross_entropy(classifier(features.index_select(0, rows)), labels[rows])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

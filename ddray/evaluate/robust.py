@@ -12,12 +12,12 @@ Both lie in [0, 1]; a set no better than random and as good as the whole scores 
 
 **Deviations** (paper | package `ddranking` | ours)
 
-- units: LRS and ARS in [0, 1] | alpha and beta are formed of percents, so that e^alpha leaves every range |
-  fractions, as the paper means them.
+- units: LRS and ARS in [0, 1] | alpha and beta are computed from percentages, so that e^alpha explodes |
+  fractions, as in the paper.
 - learning rate: not given | tuned for the set and for random images, by test accuracy | one recipe for all.
-- accuracy: not given | the best of all looks at test | the last epoch's.
+- accuracy: not given | the best on test over training | the last epoch's.
 - the whole set: not given | un-augmented, with a recipe per dataset, or a stored number | un-augmented, with
-  the set's own recipe, once for all seeds and kept (`--full-epochs` shortens it).
+  the set's own recipe, once for all seeds and stored (`--full-epochs` shortens it).
 - random images: same images per class | likewise | same storage: a set that decodes one stored image to four
   is compared with one random image, not with four. A fresh draw per seed.
 """
@@ -69,8 +69,8 @@ class Robust:
     """LRS and ARS of a set.
 
     Args:
-        recipe: how the set is trained on; the random images likewise.
-        real: the dataset's images that random ones are drawn from, and the whole of which is trained on.
+        recipe: how networks are trained on the set, and on the random images.
+        real: the dataset's images: random ones are drawn from them, and one network is trained on all.
         split_name: which part of the dataset they are.
         random_per_class: random images per class at the set's storage.
         full_epochs: epochs on the whole set; None: the recipe's.
@@ -103,7 +103,7 @@ class Robust:
         Raises:
             InputError: the architecture is unknown or does not fit the images.
             DivergedError: a training loss became NaN.
-            StorageError: the whole set's accuracy can't be kept.
+            StorageError: the whole set's accuracy can't be stored.
         """
         begin = time.perf_counter()
         generator = derive(seed, "evaluate", "robust", "random")

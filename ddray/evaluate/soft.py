@@ -7,7 +7,7 @@ crops and flips; AdamW whose rate falls along half a cosine, .5 (1 + cos(pi e / 
 
 - rate and batch: .01 and 128 (Table A1) | .001 (other for some networks) and 50, from 50 images per class on
   100, twice that for 100 classes | `recipe=paper` or `repo`.
-- result: - | the best of the last looks on test | the last epoch.
+- result: - | the best of the last scores on test | the last epoch.
 - a last batch of one image: an error in batch norm | the same | joined to the batch before it.
 - hard labels (Table 5, Minimax's setting): `recipe=table5`, cross entropy on mixup, 2,000 / 1,500 / 1,000
   epochs at ipc 10 / 50 / 100.
@@ -63,7 +63,7 @@ class SoftConfig(Config):
 
 
 class Settings(Config):
-    """The numbers of one training, all of them settled."""
+    """The settings of one training, all resolved."""
 
     epochs: int
     lr: float
@@ -76,7 +76,7 @@ class Settings(Config):
 
 
 def settle(config: SoftConfig, *, arch: str, num_images: int, num_classes: int, size: int) -> Settings:
-    """Return the numbers that a configuration means for a network and a set.
+    """Resolve a configuration for a network and a set.
 
     Args:
         config: the protocol's settings.
@@ -179,12 +179,12 @@ class Soft:
                 mixed = mix(crops, settings.mix, generator)
                 logits = net(mixed.images.contiguous(memory_format=torch.channels_last))
                 if self._teachers is None:
-                    own = labels[index]
-                    loss = mixed.share * F.cross_entropy(logits, own)
-                    loss = loss + (1 - mixed.share) * F.cross_entropy(logits, own[mixed.partner])
+                    batch_labels = labels[index]
+                    loss = mixed.share * F.cross_entropy(logits, batch_labels)
+                    loss = loss + (1 - mixed.share) * F.cross_entropy(logits, batch_labels[mixed.partner])
                 else:
-                    wanted = self._teachers.probabilities(mixed.images, space, settings.temperature)
-                    loss = soft_loss(logits, wanted, settings.temperature)
+                    soft_labels = self._teachers.probabilities(mixed.images, space, settings.temperature)
+                    loss = soft_loss(logits, soft_labels, settings.temperature)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
@@ -193,9 +193,9 @@ class Soft:
         return float(total / len(labels))
 
 
-def soft_loss(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
-    """Return the KL divergence of softmax(logits / T) [N, K] from `wanted` [N, K], mean over the batch."""
-    return F.kl_div(F.log_softmax(logits / temperature, 1), wanted, reduction="batchmean")
+def soft_loss(logits: Tensor, soft_labels: Tensor, temperature: float) -> Tensor:
+    """Return the KL divergence of softmax(logits / T) [N, K] from `soft_labels` [N, K], batch mean."""
+    return F.kl_div(F.log_softmax(logits / temperature, 1), soft_labels, reduction="batchmean")
 
 
 def half_cosine(epoch: int, epochs: int) -> float:
@@ -224,7 +224,7 @@ def mix(images: Tensor, kind: str, generator: torch.Generator) -> Mixed:
 
 
 def shuffle_strips(images: Tensor, num: int, generator: torch.Generator) -> Tensor:
-    """Return images [N, C, H, W] whose `num` strips along each axis are shuffled, each image's its own way.
+    """Return images [N, C, H, W] with their `num` strips along each axis shuffled, each image on its own.
 
     Raises:
         InputError: the strips do not divide the image.
@@ -236,6 +236,6 @@ def shuffle_strips(images: Tensor, num: int, generator: torch.Generator) -> Tens
             raise InputError(f"patches must divide the image's side of {images.shape[axis]} px, got {num}")
         order = torch.rand(len(images), num, generator=generator).argsort(1).to(images.device)
         strips = torch.unflatten(images, axis, (num, -1))
-        index = order.view(len(images), *(num if place == axis else 1 for place in range(1, 5)))
+        index = order.view(len(images), *(num if dim == axis else 1 for dim in range(1, 5)))
         images = strips.take_along_dim(index, axis).flatten(axis, axis + 1)
     return images

@@ -11,7 +11,7 @@ from ddray.errors import InputError
 
 
 def class_ranks(labels: Tensor, generator: torch.Generator) -> Tensor:
-    """Return each sample's place in a random order of its class, counted from 0.
+    """Return each sample's rank in a random order of its class, counted from 0.
 
     Args:
         labels: int64 [N].
@@ -29,7 +29,7 @@ def class_ranks(labels: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def limited(train_set: TrainSet, limit: int, generator: torch.Generator) -> TrainSet:
-    """Return at most `limit` images of a set, every class by its share; the order is kept.
+    """Return at most `limit` images of a set, every class in proportion; the order is preserved.
 
     Args:
         train_set: images [N, C, H, W] and labels [N].
@@ -44,12 +44,12 @@ def limited(train_set: TrainSet, limit: int, generator: torch.Generator) -> Trai
     if limit >= len(train_set.labels):
         return train_set
     labels = train_set.labels
-    # The r-th of a class's n images stands at (r + 1/2) / n: what lies first is a stratified sample.
-    place = (class_ranks(labels, generator) + 0.5) / torch.bincount(labels)[labels]
+    # The r-th of a class's n images has position (r + 1/2) / n: the first positions are a stratified sample.
+    position = (class_ranks(labels, generator) + 0.5) / torch.bincount(labels)[labels]
     shuffled = torch.randperm(len(labels), generator=generator)
-    first = shuffled[torch.argsort(place[shuffled], stable=True)][:limit]
-    kept = first.sort().values
-    return TrainSet(train_set.images[kept], labels[kept])
+    first = shuffled[torch.argsort(position[shuffled], stable=True)][:limit]
+    index = first.sort().values
+    return TrainSet(train_set.images[index], labels[index])
 
 
 def random_subset(real: Split, per_class: int, space: PixelSpace, generator: torch.Generator) -> TrainSet:
@@ -61,5 +61,5 @@ def random_subset(real: Split, per_class: int, space: PixelSpace, generator: tor
         space: pixel space of the result.
         generator: CPU generator of the draw.
     """
-    chosen = real.select(torch.nonzero(class_ranks(real.labels, generator) < per_class)[:, 0])
-    return TrainSet(space.encode(chosen.images), chosen.labels)
+    subset = real.select(torch.nonzero(class_ranks(real.labels, generator) < per_class)[:, 0])
+    return TrainSet(space.encode(subset.images), subset.labels)

@@ -1,4 +1,4 @@
-"""Teachers of soft labels: networks of the model pool, asked for their accuracy before they teach."""
+"""Teachers of soft labels: networks of the model pool, their accuracy checked before use."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class TeacherRecipe(Recipe):
 
 @dataclass(frozen=True)
 class Teachers:
-    """Networks in eval mode whose probabilities are averaged (D3HR Sec 6.5), and what they are worth.
+    """Networks in eval mode whose probabilities are averaged (D3HR Sec 6.5), and their accuracy.
 
     Attributes:
         nets: on one device.
@@ -55,9 +55,9 @@ class Teachers:
         return _averaged(self.nets, seen, temperature)
 
     def describe(self) -> dict[str, Any]:
-        """Return the JSON of the command: arch and accuracy, and those of each of several."""
-        found = {"arch": self.arch, "accuracy": self.accuracy}
-        return {**found, "each": list(self.each)} if len(self.each) > 1 else found
+        """Return the command's JSON: arch and accuracy, and those of each teacher if there are several."""
+        summary = {"arch": self.arch, "accuracy": self.accuracy}
+        return {**summary, "each": list(self.each)} if len(self.each) > 1 else summary
 
 
 def _averaged(nets: Sequence[Net], images: Tensor, temperature: float) -> Tensor:
@@ -90,15 +90,15 @@ def teacher_spec(
 def get_teachers(
     pool: ModelPool, archs: Sequence[str], recipe: Recipe, ctx: EvalContext, *, split_name: str
 ) -> Teachers:
-    """Return teachers from the pool, their accuracy measured and found to be above chance.
+    """Return teachers from the pool, their accuracy measured and checked to be above chance.
 
-    The same name twice is two networks, of different seeds.
+    The same name twice gives two networks with different seeds.
 
     Args:
         pool: trains what is missing.
         archs: names of the networks.
         recipe: of their training.
-        ctx: dataset and the held-out part that they are asked on.
+        ctx: dataset and the held-out part that they are scored on.
         split_name: the part of the dataset that they are trained on.
 
     Raises:
@@ -106,8 +106,8 @@ def get_teachers(
     """
     names = [check_arch(arch) for arch in archs]
     specs = [
-        teacher_spec(ctx.dataset, split_name, name, recipe, device=ctx.device, seed=names[:place].count(name))
-        for place, name in enumerate(names)
+        teacher_spec(ctx.dataset, split_name, name, recipe, device=ctx.device, seed=names[:index].count(name))
+        for index, name in enumerate(names)
     ]
     nets = [entry.module().to(ctx.device) for entry in pool.get(specs)]
     space = normalized_space(ctx.dataset)
@@ -115,15 +115,15 @@ def get_teachers(
         {"arch": name, "accuracy": accuracy(net, ctx.split, space, device=ctx.device)}  # type: ignore[arg-type]
         for name, net in zip(names, nets, strict=True)
     ]
-    for found in each:
-        _check(found["arch"], float(found["accuracy"]), ctx.dataset, len(ctx.split))  # type: ignore[arg-type]
-    made = Teachers(nets, space.to(ctx.device), "+".join(names), 0.0, each)  # type: ignore[arg-type]
-    whole = float(each[0]["accuracy"]) if len(each) == 1 else _ensemble_accuracy(made, ctx)  # type: ignore[arg-type]
-    return Teachers(made.nets, made.space, made.arch, whole, each)
+    for result in each:
+        _check(result["arch"], float(result["accuracy"]), ctx.dataset, len(ctx.split))  # type: ignore[arg-type]
+    ensemble = Teachers(nets, space.to(ctx.device), "+".join(names), 0.0, each)  # type: ignore[arg-type]
+    whole = float(each[0]["accuracy"]) if len(each) == 1 else _ensemble_accuracy(ensemble, ctx)  # type: ignore[arg-type]
+    return Teachers(ensemble.nets, ensemble.space, ensemble.arch, whole, each)
 
 
 def least_accuracy(num_classes: int, num_images: int) -> float:
-    """Return what guessing reaches on `num_images` at the very best: chance + 3 standard errors."""
+    """Return the accuracy that guessing hardly exceeds on `num_images`: chance + 3 standard errors."""
     if num_classes < 2:
         return 0.0
     chance = 1 / num_classes

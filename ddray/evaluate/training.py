@@ -88,11 +88,11 @@ class Recipe(Config):
 
 
 def named_recipe(values: Mapping[str, Any], *, dataset: str = "", factor: int = 1) -> dict[str, Any]:
-    """Return evaluation settings with the name under `recipe` replaced by its fields; others given win.
+    """Return evaluation settings with the name under `recipe` replaced by its fields; the other settings win.
 
     Args:
         values: settings by name; `recipe`, if it is there, is one of `RECIPES`.
-        dataset: what is trained on: `idc` has exceptions.
+        dataset: the set's dataset: `idc` has exceptions.
         factor: parts along each axis that its stored images are cut into.
 
     Raises:
@@ -104,8 +104,8 @@ def named_recipe(values: Mapping[str, Any], *, dataset: str = "", factor: int = 
     name = str(rest.pop("recipe"))
     if name not in RECIPES:
         raise unknown("recipe", name, RECIPES)
-    own = {"cutmix": 0.0} if name == "idc" and not idc_mixes(dataset, factor) else {}
-    return {**RECIPES[name], **own, **rest}
+    exceptions = {"cutmix": 0.0} if name == "idc" and not idc_mixes(dataset, factor) else {}
+    return {**RECIPES[name], **exceptions, **rest}
 
 
 def idc_mixes(dataset: str, factor: int) -> bool:
@@ -132,7 +132,7 @@ def train(
         recipe: epochs, rates, batch, schedule.
         generator: CPU generator of the batches' order and the augmentation.
         augment: applied to every batch, before CutMix; None leaves it as it is.
-        on_epoch: given each epoch's mean loss, a scalar on the device.
+        on_epoch: called with each epoch's mean loss, a scalar on the device.
 
     Returns:
         The mean loss of the last epoch.
@@ -160,22 +160,22 @@ def train(
         if on_epoch is not None:
             on_epoch(loss / len(labels))
         if recipe.schedule == "vico" and epoch == recipe.epochs // 2 + 1:
-            # The peers re-create the optimiser here, which also forgets the momentum.
+            # The peers re-create the optimiser here, which also resets the momentum.
             optimizer = _sgd(net, recipe, recipe.lr * 0.1)
     net.to(memory_format=torch.channels_last).eval()
     return float(loss / len(labels))
 
 
 def _loss(net: Net, batch: Tensor, labels: Tensor, probability: float, generator: torch.Generator) -> Tensor:
-    """Return the batch's cross entropy, by `probability` after CutMix; of targets the mean squared error."""
+    """Return the cross entropy, after CutMix with `probability`; for float targets the mean squared error."""
     if labels.is_floating_point():
         return F.mse_loss(net(batch), labels)
     mixed = cutmix(batch, probability, generator) if probability > 0 else None
     if mixed is None:
         return F.cross_entropy(net(batch), labels)
     logits = net(mixed.images)
-    own, other = F.cross_entropy(logits, labels), F.cross_entropy(logits, labels[mixed.partner])
-    return mixed.share * own + (1 - mixed.share) * other
+    own_loss, partner_loss = F.cross_entropy(logits, labels), F.cross_entropy(logits, labels[mixed.partner])
+    return mixed.share * own_loss + (1 - mixed.share) * partner_loss
 
 
 def _sgd(net: Net, recipe: Recipe, lr: float) -> torch.optim.SGD:
@@ -199,7 +199,7 @@ def _factor(recipe: Recipe, epoch: int) -> float:
 def accuracy(
     net: Net, split: Split, space: PixelSpace, *, device: torch.device, chunk: int | None = None
 ) -> float:
-    """Return the fraction of a split that `net` (in eval mode) classifies right.
+    """Return the fraction of a split that `net` (in eval mode) classifies correctly.
 
     Args:
         net: the network, on `device`.
@@ -252,7 +252,7 @@ def augmenter(
 
 
 def _dsa(variant: Literal["dsa", "dsa_idc"], strategy: str | None, *, can_flip: bool) -> Dsa | None:
-    """Return DSA with a strategy of its own; None where nothing is left of it."""
+    """Return DSA with the strategy's operations; None where none is left."""
     if strategy is None:
         return dsa_for(can_flip, variant)
     names = [name for name in strategy.split("_") if can_flip or name != "flip"]
@@ -265,14 +265,14 @@ def _policy(name: str, space: PixelSpace) -> Augmenter:
 
     transform = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10) if name == "autoaugment" else v2.RandAugment()
 
-    moved: dict[torch.device, PixelSpace] = {}  # a whitening's inverse is computed once, not per batch
+    spaces: dict[torch.device, PixelSpace] = {}  # a whitening's inverse is computed once, not per batch
 
     def apply(batch: Tensor, generator: torch.Generator) -> Tensor:
-        here = moved.setdefault(batch.device, space.to(batch.device))
-        pixels = (here.decode(batch).clamp(0, 1) * 255).round().to(torch.uint8)
+        device_space = spaces.setdefault(batch.device, space.to(batch.device))
+        pixels = (device_space.decode(batch).clamp(0, 1) * 255).round().to(torch.uint8)
         seed = int(torch.randint(2**62, (), generator=generator))
         with forked_global(derive_seed(seed, "augment")):
             changed = torch.stack([transform(image) for image in pixels])
-        return here.encode(changed).contiguous(memory_format=torch.channels_last)
+        return device_space.encode(changed).contiguous(memory_format=torch.channels_last)
 
     return apply

@@ -1,4 +1,4 @@
-"""Accuracy of a network trained on the whole dataset: trained once, kept under `$DDRAY_HOME/truth`."""
+"""Accuracy of a network trained on the whole dataset: trained once, stored under `$DDRAY_HOME/truth`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def whole_set_accuracy(
 ) -> float:
     """Return the accuracy of a network trained on all real images, un-augmented.
 
-    The answer is a row of the ledger in `$DDRAY_HOME/truth`: whoever asks again trains nothing.
+    The result is stored in the ledger in `$DDRAY_HOME/truth`: the same call again trains nothing.
 
     Args:
         real: the images to train on.
@@ -49,17 +49,17 @@ def whole_set_accuracy(
     row = ledger.row(unit.key)
     if row is None:
         log.info(
-            "training %s on all %d images of %s, once; kept in %s",
+            "training %s on all %d images of %s, once; stored in %s",
             *(arch, len(real), ctx.dataset.name, ledger.folder),
         )
         begin = time.perf_counter()
-        found = _train(real, ctx, recipe, arch=arch, seed=seed)
+        score = _train(real, ctx, recipe, arch=arch, seed=seed)
         row = Row(
             key=unit.key,
             kind="truth",
             spec=unit.spec,
             status="done",
-            result={"accuracy": found},
+            result={"accuracy": score},
             wall_s=time.perf_counter() - begin,
         )
         ledger.publish(unit, row, epoch=0)
@@ -67,7 +67,7 @@ def whole_set_accuracy(
 
 
 def _unit(ctx: EvalContext, recipe: Recipe, *, arch: str, split_name: str, seed: int) -> Unit:
-    """Return what is asked: everything that decides the answer."""
+    """Return the ledger's unit: everything that the accuracy depends on."""
     spec = {
         "dataset": ctx.dataset.fingerprint,
         "split": split_name,
@@ -112,7 +112,7 @@ def _train(real: Split, ctx: EvalContext, recipe: Recipe, *, arch: str, seed: in
 
 
 def _ledger() -> Ledger:
-    """Return the ledger of whole-set trainings; its folder is made if need be."""
+    """Return the ledger of whole-set trainings, creating its folder if needed."""
     folder: Path = home() / "truth"
     with storage_errors(folder):
         (folder / "ledger").mkdir(parents=True, exist_ok=True)
@@ -120,11 +120,11 @@ def _ledger() -> Ledger:
 
 
 def _describe(space: PixelSpace) -> dict[str, object]:
-    """Return what decides a pixel space, as JSON types."""
-    held: dict[str, object] = {"kind": space.kind, "mean": list(space.mean), "std": list(space.std)}
+    """Return everything that defines a pixel space, as JSON types."""
+    description: dict[str, object] = {"kind": space.kind, "mean": list(space.mean), "std": list(space.std)}
     if space.zca_mean is None or space.zca_matrix is None:
-        return held
-    return {**held, "zca": _digest(space.zca_mean, space.zca_matrix)}
+        return description
+    return {**description, "zca": _digest(space.zca_mean, space.zca_matrix)}
 
 
 def _digest(*tensors: Tensor) -> str:

@@ -1,6 +1,6 @@
-"""One file = one method or baseline; found by name, without a list to edit.
+"""One file per method or baseline, discovered by name: there is no list to edit.
 
-A method's module ends in `METHOD: Final = Foo`, where `Foo` keeps the `Distiller` protocol. A user's own
+A method's module ends in `METHOD: Final = Foo`, where `Foo` implements the `Distiller` protocol. A user's own
 package offers one through an entry point `name = "package.module"` in the group `ddray.methods`.
 """
 
@@ -40,8 +40,8 @@ def get_method(name: str) -> type[Distiller]:
 
 @cache
 def _ours() -> frozenset[str]:
-    found = pkgutil.iter_modules(__path__)
-    return frozenset(module.name for module in found if not module.name.startswith("_"))
+    modules = pkgutil.iter_modules(__path__)
+    return frozenset(module.name for module in modules if not module.name.startswith("_"))
 
 
 def _theirs() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What the coresets share: a method made of one selection, and features of a network trained on train."""
+"""Shared by the coresets: a method that is one selection, and features of a network trained on train."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def selection_method(config_class: type[Config], select: Select) -> type[Distill
 
         def pool_specs(self, ctx: DistillContext) -> list[PoolSpec]:
             """Return the feature network, if the selection is made in features."""
-            held = self._config
-            return _feature_specs(ctx, held.feature_epochs) if isinstance(held, FeatureConfig) else []
+            config = self._config
+            return _feature_specs(ctx, config.feature_epochs) if isinstance(config, FeatureConfig) else []
 
         def setup(self, ctx: DistillContext) -> None:
             """Make the selection."""
@@ -55,7 +55,7 @@ def selection_method(config_class: type[Config], select: Select) -> type[Distill
             self._set = ctx.make_set(images, labels)
 
         def step(self) -> dict[str, Tensor]:
-            """Refuse: there is nothing to do."""
+            """Raise: a selection has no steps."""
             raise RuntimeError("a selection has no steps")
 
         def snapshot(self) -> DistilledSet:
@@ -63,11 +63,11 @@ def selection_method(config_class: type[Config], select: Select) -> type[Distill
             return self._set
 
         def state_dict(self) -> dict[str, Any]:
-            """Return nothing: a selection is made anew in no time."""
+            """Return nothing: a selection is quick to repeat."""
             return {}
 
         def load_state_dict(self, state: dict[str, Any]) -> None:
-            """Take nothing."""
+            """Do nothing: there is no state."""
 
     return Selection
 
@@ -85,11 +85,11 @@ def pool_features(ctx: DistillContext, epochs: int = 20) -> Tensor:
         epochs: how long the network is trained.
     """
     features = ctx.pool.get(_feature_specs(ctx, epochs))[0].tensors["features"]
-    return features[: len(ctx.split)]  # those of val follow
+    return features[: len(ctx.split)]  # val's come after them
 
 
 def _feature_specs(ctx: DistillContext, epochs: int) -> list[PoolSpec]:
-    """Return the one network whose features are asked for: trained on what is distilled from."""
+    """Return the spec of the one feature network, trained on the split that is distilled."""
     return supervised_specs(
         ctx.dataset,
         split=ctx.split_name,
@@ -104,7 +104,7 @@ def _feature_specs(ctx: DistillContext, epochs: int) -> list[PoolSpec]:
 def per_class(labels: Tensor, num_classes: int, ipc: int, choose: Callable[[Tensor], Tensor]) -> Tensor:
     """Return indices [K * ipc]: `choose` picks `ipc` positions among each class's members [n_c]."""
     members = [torch.nonzero(labels == label).flatten() for label in range(num_classes)]
-    return torch.cat([own[choose(own)[:ipc]] for own in members])
+    return torch.cat([rows[choose(rows)[:ipc]] for rows in members])
 
 
 def herding_order(features: Tensor, ipc: int) -> Tensor:
@@ -116,17 +116,17 @@ def herding_order(features: Tensor, ipc: int) -> Tensor:
         features: [n, D] of one class.
         ipc: how many to choose.
     """
-    held = features.double()
-    mean, total = held.mean(0), torch.zeros_like(held[0])
-    unused = torch.ones(len(held), dtype=torch.bool)
-    chosen: list[int] = []
+    features = features.double()
+    mean, total = features.mean(0), torch.zeros_like(features[0])
+    unused = torch.ones(len(features), dtype=torch.bool)
+    order: list[int] = []
     for k in range(ipc):
-        distance = ((k + 1) * mean - total - held).norm(dim=1)
+        distance = ((k + 1) * mean - total - features).norm(dim=1)
         best = int(distance.masked_fill(~unused, torch.inf).argmin())
         unused[best] = False
-        total = total + held[best]
-        chosen.append(best)
-    return torch.tensor(chosen)
+        total = total + features[best]
+        order.append(best)
+    return torch.tensor(order)
 
 
 def kcenter_order(features: Tensor, ipc: int) -> Tensor:
@@ -138,18 +138,18 @@ def kcenter_order(features: Tensor, ipc: int) -> Tensor:
         features: [n, D] of one class.
         ipc: how many to choose.
     """
-    held = features.double()
-    first = int((held - held.mean(0)).norm(dim=1).argmin())
-    chosen = [first]
-    nearest = (held - held[first]).norm(dim=1)
+    features = features.double()
+    first = int((features - features.mean(0)).norm(dim=1).argmin())
+    order = [first]
+    nearest = (features - features[first]).norm(dim=1)
     for _ in range(ipc - 1):
-        nearest[chosen[-1]] = -1.0
+        nearest[order[-1]] = -1.0
         best = int(nearest.argmax())
-        chosen.append(best)
-        nearest = torch.minimum(nearest, (held - held[best]).norm(dim=1))
-    return torch.tensor(chosen)
+        order.append(best)
+        nearest = torch.minimum(nearest, (features - features[best]).norm(dim=1))
+    return torch.tensor(order)
 
 
 def kcenter_indices(features: Tensor, labels: Tensor, num_classes: int, ipc: int) -> Tensor:
     """Return k-center's indices [K * ipc], class-sorted, for features [N, D]."""
-    return per_class(labels, num_classes, ipc, lambda own: kcenter_order(features[own], ipc))
+    return per_class(labels, num_classes, ipc, lambda rows: kcenter_order(features[rows], ipc))

@@ -2,8 +2,8 @@
 
 With A and B the centred rows of both sets over the square root of their counts, Cov = A'A and B'B, and
 ||A'A - B'B||^2 = ||AA'||^2 + ||BB'||^2 - 2 ||AB'||^2: exact, for unequal counts too. The three terms cancel
-where the sets nearly coincide, so products are summed in float64, a block of columns at a time; those of the
-synthetic rows, of which a search may take as many as real ones, also a block of rows at a time.
+where the sets nearly coincide, so products are summed in float64, a block of columns at a time; synthetic
+rows, which in a search may be as many as the real ones, are also taken in blocks.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor
 _LEAST_ROWS = 48
 _MOST_COLUMNS = 128
 _FEWER_COLUMNS = 96  # where the gradient leaves less room
-_SHARE = 16  # of the columns in a block: its float64 copy then weighs an eighth of the features
+_SHARE = 16  # a block has 1/16 of the columns: its float64 copy is an eighth of the features' size
 
 
 def covariance_distance(real: Tensor, synthetic: Tensor, *, unbiased: bool) -> Tensor:
     """Return the sum over classes of ||Cov real_c - Cov syn_c||_F^2 / d; differentiable in `synthetic`.
 
-    Besides the features it holds n^2 float64 per class for the real images; then the gradient, the products
+    Besides the features it needs n^2 float64 per class for the real images; then the gradient, the products
     of a block of synthetic rows with all others, and a block of columns. At n = 256, d = 2048 that stays
     below 2 n^2 + n d floats for every m up to n, the gradient (m d of them) included.
 
@@ -46,47 +46,47 @@ class _CovarianceDistance(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, real: Tensor, synthetic: Tensor, unbiased: bool) -> Tensor:
-        less = int(unbiased)
+        ddof = int(unbiased)
         if _fits_at_once(real, synthetic):
             gradient = torch.empty_like(synthetic) if ctx.needs_input_grad[1] else None
-            total = _at_once(real, synthetic, less, gradient)
+            total = _at_once(real, synthetic, ddof, gradient)
         else:
             means = _means(real), _means(synthetic)
-            total = _real_gram(real, means[0], less).square().sum()
+            total = _real_gram(real, means[0], ddof).square().sum()
             gradient = torch.empty_like(synthetic) if ctx.needs_input_grad[1] else None
-            total = total + _synthetic_terms(real, synthetic, means, less, gradient)
+            total = total + _synthetic_terms(real, synthetic, means, ddof, gradient)
         total = total / real.shape[2]
-        ctx.gradient, ctx.less = gradient, less
+        ctx.gradient, ctx.ddof = gradient, ddof
         ctx.save_for_backward(real, synthetic)
         return total.to(synthetic.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, None]:
-        # Given away and scaled in place: a second copy would weigh as much as all the rest.
+        # Handed over and scaled in place: a second copy would be as large as everything else.
         gradient, ctx.gradient = ctx.gradient, None
-        if gradient is None and ctx.needs_input_grad[1]:  # asked for once more (retain_graph)
+        if gradient is None and ctx.needs_input_grad[1]:  # called again (retain_graph)
             real, synthetic = ctx.saved_tensors
             gradient = torch.empty_like(synthetic)
-            _synthetic_terms(real, synthetic, (_means(real), _means(synthetic)), ctx.less, gradient)
+            _synthetic_terms(real, synthetic, (_means(real), _means(synthetic)), ctx.ddof, gradient)
         return None, None if gradient is None else gradient.mul_(grad), None
 
 
 def _fits_at_once(real: Tensor, synthetic: Tensor) -> bool:
-    """Tell whether the Gram matrix of both sets' rows, the gradient and a block stay below 2 n^2 + n d."""
+    """Return whether the Gram matrix of both sets' rows, the gradient and a block stay below 2 n^2 + n d."""
     (n, dims), m = real.shape[1:], synthetic.shape[1]
-    block = 3 * (n + m) * max(1, min(_MOST_COLUMNS, dims // _SHARE))  # its float32 rows, and in float64
+    block = 3 * (n + m) * max(1, min(_MOST_COLUMNS, dims // _SHARE))  # its rows in float32 and in float64
     return 2 * (n + m) ** 2 + m * dims + block <= 2 * n * n + n * dims
 
 
-def _at_once(real: Tensor, synthetic: Tensor, less: int, gradient: Tensor | None) -> Tensor:
+def _at_once(real: Tensor, synthetic: Tensor, ddof: int, gradient: Tensor | None) -> Tensor:
     """Return the sum over classes of ||AA'||^2 + ||BB'||^2 - 2 ||BA'||^2; write the gradient into `gradient`.
 
-    One pass for all products, of rows less the first real one: they are centred afterwards, and then whatever
-    all rows of a set have in common falls out of the gradient too.
+    One pass for all products, with the first real row subtracted from every row. Centring afterwards also
+    removes from the gradient whatever all rows of a set have in common.
     """
     n, m, dims = real.shape[1], synthetic.shape[1], real.shape[2]
-    scale_real, scale = (n - less) ** -0.5, (m - less) ** -0.5
+    scale_real, scale = (n - ddof) ** -0.5, (m - ddof) ** -0.5
     gram = real.new_zeros((len(real), n + m, n + m), dtype=torch.float64)
     for columns in _columns(dims):
         rows = torch.cat((real[:, :, columns], synthetic[:, :, columns]), 1).double()
@@ -100,43 +100,43 @@ def _at_once(real: Tensor, synthetic: Tensor, less: int, gradient: Tensor | None
     among, within, across = (part.mul_(count) for part, count in zip(parts, counts, strict=True))
     if gradient is not None:
         for columns in _columns(dims):
-            found = within @ synthetic[:, :, columns].double()
-            found.baddbmm_(across, real[:, :, columns].double(), beta=scale, alpha=-scale_real)
-            gradient[:, :, columns] = found.mul_(4 * scale / dims)
-    gram.square_()  # in place: the products are not needed any more
+            block_gradient = within @ synthetic[:, :, columns].double()
+            block_gradient.baddbmm_(across, real[:, :, columns].double(), beta=scale, alpha=-scale_real)
+            gradient[:, :, columns] = block_gradient.mul_(4 * scale / dims)
+    gram.square_()  # in place: the products are no longer needed
     return among.sum() + within.sum() - 2 * across.sum()
 
 
 def _synthetic_terms(
-    real: Tensor, synthetic: Tensor, means: tuple[Tensor, Tensor], less: int, gradient: Tensor | None
+    real: Tensor, synthetic: Tensor, means: tuple[Tensor, Tensor], ddof: int, gradient: Tensor | None
 ) -> Tensor:
     """Return the sum over classes of ||BB'||^2 - 2 ||BA'||^2; write the gradient into `gradient`."""
     total = synthetic.new_zeros((), dtype=torch.float64)
     n, m, dims = real.shape[1], synthetic.shape[1], real.shape[2]
-    scale_real, scale = (n - less) ** -0.5, (m - less) ** -0.5
-    most = _most_rows(n, m, dims)
-    blocks = list(_columns(dims, _MOST_COLUMNS if most == m else _FEWER_COLUMNS))
-    for rows in _blocks(m, most):
+    scale_real, scale = (n - ddof) ** -0.5, (m - ddof) ** -0.5
+    max_rows = _most_rows(n, m, dims)
+    blocks = list(_columns(dims, _MOST_COLUMNS if max_rows == m else _FEWER_COLUMNS))
+    for rows in _blocks(m, max_rows):
         within, across = _grams(real, synthetic, means, rows, blocks)
         within.mul_(scale * scale), across.mul_(scale * scale_real)
         total += within.square().sum() - 2 * across.square().sum()
         if gradient is None:
             continue
         for columns in blocks:
-            found = within @ _centred(synthetic, means[1], columns)
-            found.baddbmm_(across, _centred(real, means[0], columns), beta=scale, alpha=-scale_real)
-            gradient[:, rows, columns] = found.mul_(4 * scale / dims)
-        del within, across, found  # or they would stand beside the next block's
+            block_gradient = within @ _centred(synthetic, means[1], columns)
+            block_gradient.baddbmm_(across, _centred(real, means[0], columns), beta=scale, alpha=-scale_real)
+            gradient[:, rows, columns] = block_gradient.mul_(4 * scale / dims)
+        del within, across, block_gradient  # or they would be alive together with the next block's
     return total
 
 
-def _real_gram(real: Tensor, means: Tensor, less: int) -> Tensor:
+def _real_gram(real: Tensor, means: Tensor, ddof: int) -> Tensor:
     """Return AA' [K, n, n] in float64."""
     gram = real.new_zeros((real.shape[0], real.shape[1], real.shape[1]), dtype=torch.float64)
     for columns in _columns(real.shape[2]):
         a = _centred(real, means, columns)
         gram.baddbmm_(a, a.mT)
-    return gram.div_(real.shape[1] - less)
+    return gram.div_(real.shape[1] - ddof)
 
 
 def _grams(
@@ -149,7 +149,7 @@ def _grams(
     for columns in blocks:
         b = _centred(synthetic, means[1], columns)
         within.baddbmm_(b[:, rows], b.mT)
-        b = b[:, rows].clone()  # the other rows give way to the real ones
+        b = b[:, rows].clone()  # frees the other rows before the real ones are taken
         across.baddbmm_(b, _centred(real, means[0], columns).mT)
     return within, across
 
@@ -157,29 +157,29 @@ def _grams(
 def _most_rows(n: int, m: int, dims: int) -> int:
     """Return how many synthetic rows are taken at a time, from what the gradient leaves of 2 n^2 + n d.
 
-    About a third of that is for their products (a float64 weighs two numbers); fewer rows would be slow.
+    About a third of that is for their products (a float64 counts as two numbers); fewer rows would be slow.
     """
     left = 2 * n * n + (n - m) * dims
     parts = max(1, m // max(_LEAST_ROWS, 3 * left // (20 * (n + m))))
     return min(m, -(-m // parts // 8) * 8)  # products of a multiple of 8 rows are the fastest
 
 
-def _columns(dims: int, most: int = _MOST_COLUMNS) -> Iterator[slice]:
-    return _blocks(dims, max(1, min(most, dims // _SHARE)))
+def _columns(dims: int, max_columns: int = _MOST_COLUMNS) -> Iterator[slice]:
+    return _blocks(dims, max(1, min(max_columns, dims // _SHARE)))
 
 
-def _blocks(length: int, most: int) -> Iterator[slice]:
+def _blocks(length: int, max_length: int) -> Iterator[slice]:
     """Yield slices of at most `most` that cover `length`."""
-    for start in range(0, length, most):
-        yield slice(start, min(length, start + most))
+    for start in range(0, length, max_length):
+        yield slice(start, min(length, start + max_length))
 
 
 def _means(values: Tensor) -> Tensor:
     """Return the rows' means [K, 1, d] in float64."""
-    found = values.new_empty((values.shape[0], 1, values.shape[2]), dtype=torch.float64)
+    means = values.new_empty((values.shape[0], 1, values.shape[2]), dtype=torch.float64)
     for columns in _columns(values.shape[2]):
-        found[:, :, columns] = values[:, :, columns].to(torch.float64).mean(1, keepdim=True)
-    return found
+        means[:, :, columns] = values[:, :, columns].to(torch.float64).mean(1, keepdim=True)
+    return means
 
 
 def _centred(values: Tensor, means: Tensor, columns: slice) -> Tensor:

@@ -1,4 +1,4 @@
-"""From D3HR's statistics to images: group sampling, DDIM sampling, decoding; at once, or later from a set."""
+"""Images from D3HR's statistics, in a run or from a stored set: group sampling, DDIM sampling, decoding."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
 
 class Sampler:
-    """Makes images of classes that are known by their statistics.
+    """Generates images of classes from the statistics of their latents.
 
     Args:
         mean: [K, D] of the latents at level T.
         variance: [K, D].
         model: the generator, on the device to compute on.
-        config: how to choose and to sample.
+        config: settings of group sampling and DDIM sampling.
         class_names: of the dataset.
-        seed: of the run; class c's draws depend on it and c alone.
+        seed: of the run; class c's draws depend only on it and c.
         device: where to compute.
     """
 
@@ -74,27 +74,27 @@ class Sampler:
         return self.model.decode(clean, image_shape).cpu()
 
 
-def generate(held: DistilledSet, ipc: int, device: torch.device) -> DistilledSet:
-    """Return the images that a set of statistics stands for, `ipc` of each class (Sec 6.7).
+def generate(distilled: DistilledSet, ipc: int, device: torch.device) -> DistilledSet:
+    """Generate `ipc` images per class from a set of statistics (Sec 6.7).
 
     Args:
-        held: a set with decoder `d3hr`.
+        distilled: a set with decoder `d3hr`.
         ipc: images per class, >= 1.
         device: where to compute.
 
     Raises:
-        InputError: ipc is below 1, or the generator is not there any more.
+        InputError: ipc is below 1, or the generator no longer exists.
     """
     from ddray.methods.d3hr import D3HRConfig
 
     if ipc < 1:
         raise InputError(f"ipc must be >= 1, got {ipc}")
-    meta = held.meta
+    meta = distilled.meta
     config = D3HRConfig.parse(meta.config.get("method", {}), prefix="method.")
     model = load_generator(_source(config, meta.generator or ""), LocalPool(_refuse))
     sampler = Sampler(
-        held.compact["mean"],
-        held.compact["variance"],
+        distilled.compact["mean"],
+        distilled.compact["variance"],
         model,
         config,
         class_names=meta.class_names,
@@ -104,12 +104,14 @@ def generate(held: DistilledSet, ipc: int, device: torch.device) -> DistilledSet
     num_classes = len(meta.class_names)
     latents = torch.cat([sampler.choose(label, ipc)[0] for label in range(num_classes)])
     labels = torch.arange(num_classes).repeat_interleave(ipc)
-    parts = zip(torch.split(latents, config.batch), torch.split(labels, config.batch), strict=True)
-    pixels = torch.cat([sampler.decode(part, own, meta.image_shape) for part, own in parts])
+    batches = zip(torch.split(latents, config.batch), torch.split(labels, config.batch), strict=True)
+    pixels = torch.cat(
+        [sampler.decode(batch, batch_labels, meta.image_shape) for batch, batch_labels in batches]
+    )
     changes = {"ipc_decoded": ipc, "decoder": None}
     return replace(
-        held,
-        images=held.space().encode(pixels),
+        distilled,
+        images=distilled.space().encode(pixels),
         labels=labels,
         compact={},
         meta=meta.model_copy(update=changes),
@@ -117,10 +119,10 @@ def generate(held: DistilledSet, ipc: int, device: torch.device) -> DistilledSet
 
 
 def _source(config: D3HRConfig, fingerprint: str) -> Mapping[str, Any]:
-    """Return where a set's generator is: the folder it was given, or the pool's entry.
+    """Locate a set's generator: the folder it was given, or its pool entry.
 
     Raises:
-        InputError: it is in neither.
+        InputError: there is neither.
     """
     if config.diffusion is not None:
         return {"folder": config.diffusion, "fingerprint": fingerprint}

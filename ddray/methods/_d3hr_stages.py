@@ -1,9 +1,9 @@
 """D3HR's stages up to the statistics, as pool entries: generator -> latents -> inverted -> statistics.
 
-A spec holds the specs of what it is made from, so an entry is known by all that decides it, and by nothing
-that comes later: the number of candidates, the weights of the score and ipc never repeat an inversion. The
-run's seed plays no part. Latents and inversions are kept batch by batch until the entry is whole: a killed
-process loses at most the batch it was working on.
+A spec contains the specs of its inputs, so an entry's key covers everything that determines it and nothing
+that comes later: other candidates, score weights or ipc never repeat an inversion. The run's seed plays no
+part. Latents and inversions are saved batch by batch until the entry is complete: a killed process loses at
+most the batch it was working on.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Stage = tuple[Mapping[str, Tensor], Mapping[str, Any]]
 
 
 def base_spec(dataset: Dataset, split_name: str, device: torch.device) -> PoolSpec:
-    """Return what all specs of a part of a dataset share."""
+    """Return the fields that all specs of a dataset's split share."""
     return PoolSpec(
         kind="diffusion",
         dataset=dataset.fingerprint,
@@ -47,20 +47,20 @@ def base_spec(dataset: Dataset, split_name: str, device: torch.device) -> PoolSp
 
 
 def generator_spec(base: PoolSpec, recipe: DiffusionRecipe) -> PoolSpec:
-    """Return the spec of a generator trained by `recipe` on the part of a dataset that `base` names.
+    """Return the spec of a generator trained by `recipe` on the dataset's split in `base`.
 
-    What it starts from is named by content: a folder that was moved is the same start, a changed one is not.
+    The folder to start from is identified by its content: moving it changes nothing, editing it does.
 
     Raises:
         InputError: the folder to start from can't be read.
     """
-    held = recipe.dump()
+    settings = recipe.dump()
     if recipe.init is not None:
         start = read_folder(Path(recipe.init))
         remember(start)
         warn_of_leak(start, base.dataset, base.split)
-        held["init"] = start.fingerprint
-    return _derived(base, "diffusion", held, parents=())
+        settings["init"] = start.fingerprint
+    return _derived(base, "diffusion", settings, parents=())
 
 
 def latents_spec(base: PoolSpec, source: Mapping[str, Any], *, encoding: str, precision: str) -> PoolSpec:
@@ -81,7 +81,7 @@ def inverted_spec(latents: PoolSpec, levels: Levels, *, mapping: str, ids: Seque
     """Return the spec of the latents taken up to level T.
 
     Args:
-        latents: where from.
+        latents: spec of the clean latents.
         levels: how far, and under what guidance.
         mapping: `ddim` (inversion, Eq 3) | `ddpm` (noise, Eq 1).
         ids: the generator's labels of the classes.
@@ -112,14 +112,14 @@ def _derived(base: PoolSpec, kind: str, recipe: dict[str, Any], parents: tuple[s
 def train_stage(
     spec: PoolSpec, dataset: Dataset, split: Split, device: torch.device, pool: ModelPool
 ) -> Stage:
-    """Make the entry of one of D3HR's specs: tensors to keep, and measurements.
+    """Compute the entry of one of D3HR's specs: tensors to store, and measurements.
 
     Args:
         spec: of a generator, latents, their inversion or their statistics.
         dataset: names of the classes.
         split: the real images that the spec names.
         device: where to compute.
-        pool: gives what the entry is made from.
+        pool: provides the entry's inputs.
 
     Raises:
         InputError: the images or the generator do not fit.
@@ -146,7 +146,7 @@ def _latents(spec: PoolSpec, dataset: Dataset, split: Split, device: torch.devic
 def _statistics(
     spec: PoolSpec, dataset: Dataset, split: Split, device: torch.device, pool: ModelPool
 ) -> Stage:
-    """Sum up each class's inverted latents."""
+    """Compute the mean and variance of each class's inverted latents."""
     inverted = pool.get([PoolSpec.parse(spec.recipe["inverted"])])[0].tensors["latents"]
     mean, variance = class_statistics(inverted, split.labels, dataset.num_classes)
     return {"mean": mean, "variance": variance}, {}
@@ -167,15 +167,15 @@ def _generator(
         for part in PARTS
         for name, tensor in getattr(model, part).state_dict().items()
     }
-    configs = {part: dict(getattr(model, part).config) for part in PARTS}
-    # Through JSON: configurations hold tuples, and names that the libraries keep for themselves.
-    held = json.loads(json.dumps({**configs, "scheduler": model.scheduler}, default=str))
+    network_configs = {part: dict(getattr(model, part).config) for part in PARTS}
+    # Through JSON: configurations contain tuples and objects of the libraries.
+    configs = json.loads(json.dumps({**network_configs, "scheduler": model.scheduler}, default=str))
     seen = [*(dict(part) for part in model.seen), {"dataset": spec.dataset, "split": spec.split}]
-    return tensors, {**measured, "configs": held, "class_names": list(class_names), "seen": seen}
+    return tensors, {**measured, "configs": configs, "class_names": list(class_names), "seen": seen}
 
 
 def entry_generator(entry: PoolEntry) -> DiffusionModel:
-    """Return the generator that a pool entry of kind `diffusion` holds."""
+    """Return the generator stored in a pool entry of kind `diffusion`."""
     from diffusers import AutoencoderKL, DiTTransformer2DModel
 
     configs = entry.meta["configs"]
@@ -184,8 +184,8 @@ def entry_generator(entry: PoolEntry) -> DiffusionModel:
         with forked_global(0):
             nets[part] = kind.from_config(configs[part])
         prefix = f"{part}."
-        held = {k.removeprefix(prefix): v for k, v in entry.tensors.items() if k.startswith(prefix)}
-        nets[part].load_state_dict(held)
+        weights = {k.removeprefix(prefix): v for k, v in entry.tensors.items() if k.startswith(prefix)}
+        nets[part].load_state_dict(weights)
     return DiffusionModel(
         nets["transformer"],
         nets["vae"],
@@ -197,10 +197,10 @@ def entry_generator(entry: PoolEntry) -> DiffusionModel:
 
 
 def load_generator(source: Mapping[str, Any], pool: ModelPool) -> DiffusionModel:
-    """Return the generator that a source names: a folder, or a spec that the pool trains if it must.
+    """Return a source's generator, from its folder or from the pool, which trains it if necessary.
 
     Raises:
-        InputError: the folder is not where it was, or no longer the one that was meant.
+        InputError: the folder has moved, or its content has changed.
     """
     if "spec" in source:
         return entry_generator(pool.get([PoolSpec.parse(source["spec"])])[0])
@@ -227,9 +227,9 @@ def _inverted(spec: PoolSpec, dataset: Dataset, split: Split, device: torch.devi
         noise = torch.randn(start.shape, generator=derive(spec.seed, "noise", int(index[0])))
         return model.add_noise(start, noise.to(device), levels)
 
-    what = "inverting" if recipe["mapping"] == "ddim" else "adding noise"
+    activity = "inverting" if recipe["mapping"] == "ddim" else "adding noise"
     size = batch_size(device, model.image_size)
-    return {"latents": _in_batches(spec, lift, len(split), size, what)}, {}
+    return {"latents": _in_batches(spec, lift, len(split), size, activity)}, {}
 
 
 def class_statistics(latents: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -239,14 +239,16 @@ def class_statistics(latents: Tensor, labels: Tensor, num_classes: int) -> tuple
     """
     means, variances = [], []
     for label in range(num_classes):
-        own = latents[labels == label].double()
-        means.append(own.mean(0))
-        variances.append(own.var(0) if len(own) > 1 else torch.zeros_like(own[0]))
+        class_latents = latents[labels == label].double()
+        means.append(class_latents.mean(0))
+        variances.append(
+            class_latents.var(0) if len(class_latents) > 1 else torch.zeros_like(class_latents[0])
+        )
     return torch.stack(means).float(), torch.stack(variances).float()
 
 
 def batch_size(device: torch.device, image_size: int) -> int:
-    """Return images per batch: what a GPU is kept busy by and has room for, or what a kill may cost on a CPU.
+    """Return images per batch: what fits on a GPU and keeps it busy; on a CPU, what a kill may lose.
 
     Args:
         device: where to compute.
@@ -260,37 +262,39 @@ def _precision(spec: PoolSpec, device: torch.device) -> torch.dtype:
 
 
 def _scratch(spec: PoolSpec) -> Path:
-    """Return where an entry's parts wait until it is whole."""
+    """Return the folder for the finished batches of an incomplete entry."""
     return home() / "parts" / spec.key
 
 
 def forget_parts(specs: Sequence[PoolSpec]) -> None:
-    """Remove the parts, or the checkpoint, of entries that the pool holds by now."""
+    """Remove the batches, or the checkpoint, of entries that are now in the pool."""
     for spec in specs:
         shutil.rmtree(_scratch(spec), ignore_errors=True)
 
 
-def _in_batches(spec: PoolSpec, work: Callable[[Tensor], Tensor], num: int, size: int, what: str) -> Tensor:
-    """Return `work` of all images [num, D], `size` at a time; batches that are on disk are not repeated."""
+def _in_batches(
+    spec: PoolSpec, compute: Callable[[Tensor], Tensor], num: int, size: int, activity: str
+) -> Tensor:
+    """Return `compute` of all images [num, D], `size` at a time; batches already on disk are reused."""
     batches = torch.split(torch.arange(num), size)
-    done: list[Tensor] = []
-    with progress(what, len(batches)) as show:
-        for number, index in enumerate(batches):
-            path = _scratch(spec) / f"{number:06d}.pt"
+    outputs: list[Tensor] = []
+    with progress(activity, len(batches)) as show:
+        for step, index in enumerate(batches):
+            path = _scratch(spec) / f"{step:06d}.pt"
             part = _read_part(path, len(index))
             if part is None:
-                part = work(index).cpu()
+                part = compute(index).cpu()
                 write_atomically(path, lambda file, part=part: torch.save(part, file))  # type: ignore[misc]
-            done.append(part)
-            show(number + 1, f"{len(index)} images a batch")
-    return torch.cat(done)
+            outputs.append(part)
+            show(step + 1, f"{len(index)} images a batch")
+    return torch.cat(outputs)
 
 
 def _read_part(path: Path, rows: int) -> Tensor | None:
-    """Return a batch that an earlier process wrote, or None if it has to be made."""
+    """Return a batch that an earlier process wrote, or None if it must be computed."""
     try:
         part = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # missing, or torn: either way it is made anew
+    except Exception:  # missing or truncated: either way it is computed again
         return None
     return part if isinstance(part, Tensor) and len(part) == rows else None
 

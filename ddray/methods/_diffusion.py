@@ -1,11 +1,11 @@
 """A class-conditional latent diffusion model (DiT) as D3HR uses it: encode, invert, sample, decode.
 
-The transformer and the schedulers of diffusers are driven directly: `DiTPipeline.__call__` starts from noise
-only, and takes 1000 for the null label whatever the number of classes K (it is K).
+The transformer and the schedulers of diffusers are called directly: `DiTPipeline.__call__` can only start
+from noise, and uses 1000 as the null label whatever the number of classes K (it should be K).
 
-Levels: with S inference steps, step k = 0..S-1 stands at timestep t_k = k * (1000 // S). Inverting T steps
+Levels: with S inference steps, step k = 0..S-1 is at timestep t_k = k * (1000 // S). Inverting T steps
 from a clean latent ends at level t_(T-1), and sampling starts there: the noise predicted on the way up at t_k
-stands for that on the way down, so both ways are each other's inverse up to the step size (Eq 2, 3).
+approximates that on the way down, so the two are inverse to each other up to the step size (Eq 2, 3).
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ Encoding = Literal["mode", "sample"]
 
 
 class Levels(Config):
-    """How far latents are taken, and under what guidance.
+    """How many steps latents are moved, and with what guidance.
 
     Attributes:
-        num_inference_steps: S, steps that the whole way to pure noise would take.
-        num_steps: T <= S, steps that are taken.
+        num_inference_steps: S, steps of the full schedule to pure noise.
+        num_steps: T <= S, steps actually taken.
         guidance: scale of classifier-free guidance; 1 is the conditional model alone.
     """
 
@@ -51,7 +51,7 @@ class DiffusionModel:
         vae: an `AutoencoderKL`.
         scheduler: configuration of a DDIM-compatible scheduler.
         fingerprint: sha256 of weights and configuration.
-        class_names: names of the K labels, as far as they are known.
+        class_names: names of the K labels, as far as known.
         seen: `{"dataset": fingerprint, "split": name}` of the images that ddray trained it on.
     """
 
@@ -85,7 +85,7 @@ class DiffusionModel:
 
     @property
     def image_size(self) -> int:
-        """Side of the images that the autoencoder is given, in pixels."""
+        """Side of the autoencoder's input images, in pixels."""
         return self.latent_shape[1] << (len(self.vae.config.block_out_channels) - 1)
 
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> DiffusionModel:
@@ -97,7 +97,7 @@ class DiffusionModel:
         return self
 
     def fit(self, pixels: Tensor) -> Tensor:
-        """Return raw pixels [N, C, H, W] in [0, 1] as the autoencoder takes them: its size, in [-1, 1]."""
+        """Convert raw pixels [N, C, H, W] in [0, 1] to the autoencoder's input: its size, in [-1, 1]."""
         channels = _channels(pixels, int(self.vae.config.in_channels))
         return _resize(channels, (self.image_size, self.image_size)) * 2 - 1
 
@@ -153,14 +153,14 @@ class DiffusionModel:
         return math.sqrt(alpha) * latents + math.sqrt(1 - alpha) * noise
 
     def predict(self, latents: Tensor, timestep: int, labels: Tensor, guidance: float) -> Tensor:
-        """Return the noise [N, D] seen in latents [N, D] under labels [N]; `guidance` 1 is none."""
+        """Predict the noise [N, D] in latents [N, D] given labels [N]; `guidance` 1 is none."""
         shaped = torch.unflatten(latents, 1, self.latent_shape).to(self._dtype)
         if guidance != 1:
             shaped = torch.cat([shaped, shaped])
             labels = torch.cat([labels, torch.full_like(labels, self.num_classes)])
         timesteps = torch.full((len(labels),), timestep, device=latents.device)
-        found = self.transformer(shaped, timestep=timesteps, class_labels=labels).sample
-        noise: Tensor = found[:, : self.latent_shape[0]].float().flatten(1)  # the rest is a learned variance
+        output = self.transformer(shaped, timestep=timesteps, class_labels=labels).sample
+        noise: Tensor = output[:, : self.latent_shape[0]].float().flatten(1)  # the rest is a learned variance
         if guidance == 1:
             return noise
         conditional, free = noise.chunk(2)
@@ -195,18 +195,18 @@ def _resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def open_pipeline(folder: Path) -> DiffusionModel:
-    """Open a folder that diffusers' `DiTPipeline.save_pretrained` wrote, without touching the network.
+    """Open a folder that diffusers' `DiTPipeline.save_pretrained` wrote, without network access.
 
     Raises:
-        InputError: it is no such folder, a file is damaged or lacks weights, or its schedule does not fit.
+        InputError: it is not such a folder, a file is damaged or lacks weights, or its schedule does not fit.
     """
-    found = read_folder(folder)
+    description = read_folder(folder)
     from diffusers import AutoencoderKL, DiTTransformer2DModel
 
     nets = []
     for part, kind in zip(PARTS, (DiTTransformer2DModel, AutoencoderKL), strict=True):
         try:
-            with forked_global(0):  # layers draw initial weights before they are given their own
+            with forked_global(0):  # layers draw initial weights before the stored ones are loaded
                 net, loaded = kind.from_pretrained(
                     folder / part, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
                 )
@@ -221,17 +221,17 @@ def open_pipeline(folder: Path) -> DiffusionModel:
     return DiffusionModel(
         nets[0],
         nets[1],
-        found.schedule,
-        fingerprint=found.fingerprint,
-        class_names=found.class_names,
-        seen=found.seen,
+        description.schedule,
+        fingerprint=description.fingerprint,
+        class_names=description.class_names,
+        seen=description.seen,
     )
 
 
 def save_pipeline(model: DiffusionModel, folder: Path) -> None:
-    """Write a model as a DiTPipeline folder; a folder that is there is replaced only after success.
+    """Write a model as a DiTPipeline folder; an existing folder is replaced only after success.
 
-    Beside it stands what it has seen (`ddray.json`), which diffusers ignores.
+    The splits it was trained on go into `ddray.json`, which diffusers ignores.
 
     Raises:
         StorageError: the folder can't be written.
@@ -242,25 +242,27 @@ def save_pipeline(model: DiffusionModel, folder: Path) -> None:
     pipeline = DiTPipeline(model.transformer, model.vae, DDIMScheduler.from_config(model.scheduler), names)
     pipeline.register_to_config(id2label=names)
 
-    def write(place: Path) -> None:
-        pipeline.save_pretrained(place)
+    def write(target: Path) -> None:
+        pipeline.save_pretrained(target)
         if model.seen:
-            (place / SEEN).write_text(json.dumps({"seen": [dict(part) for part in model.seen]}))
+            (target / SEEN).write_text(json.dumps({"seen": [dict(part) for part in model.seen]}))
 
     write_folder(folder, write)
 
 
-def class_ids(model: DiffusionModel, class_names: tuple[str, ...], given: tuple[int, ...] | None) -> Tensor:
+def class_ids(
+    model: DiffusionModel, class_names: tuple[str, ...], explicit_ids: tuple[int, ...] | None
+) -> Tensor:
     """Return the model's label of each class of a dataset, int64 [K] (see `resolve_ids`).
 
     Raises:
-        InputError: they can't be told.
+        InputError: the labels can't be determined.
     """
-    return torch.tensor(resolve_ids(model.class_names, model.num_classes, class_names, given))
+    return torch.tensor(resolve_ids(model.class_names, model.num_classes, class_names, explicit_ids))
 
 
 def check_levels(levels: Levels, num_train_timesteps: int) -> None:
-    """Refuse numbers of steps that a schedule of `num_train_timesteps` does not have.
+    """Check that a schedule of `num_train_timesteps` has the numbers of steps.
 
     Raises:
         InputError: they are out of range.

@@ -1,4 +1,4 @@
-"""The loop that trains a generator's networks: rates, averages, and a checkpoint of every stage."""
+"""Training loop of a generator's networks: learning rates, averaged weights, a checkpoint of every stage."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SAVE_EVERY_S: Final = 60.0
 class Checkpoint:
     """One file with the state of training, by stage; rewritten at most once a minute.
 
-    It outlives training: only whoever has published what it led to may remove it.
+    It outlives training: remove it only after the resulting model has been stored.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -35,12 +35,12 @@ class Checkpoint:
         if path is not None and path.exists():
             try:
                 self.stages = torch.load(path, map_location="cpu", weights_only=True)
-            except Exception as error:  # torch raises many types for a torn file
+            except Exception as error:  # torch raises many types for a truncated file
                 reason = " ".join(str(error).split())[:120]
-                log.warning("checkpoint %s is damaged (%s): starting anew", path, reason)
+                log.warning("checkpoint %s is damaged (%s): starting over", path, reason)
 
     def save(self, stage: str, state: Callable[[], dict[str, Any]], *, now: bool = False) -> None:
-        """Write a stage's state, if the last one is old enough or `now`."""
+        """Write a stage's state, if the last save is old enough or `now`."""
         if self._path is None or (not now and time.monotonic() - self._saved < _SAVE_EVERY_S):
             return
         self.stages[stage] = state()
@@ -56,11 +56,11 @@ class Stage:
         name: of the stage in checkpoints and messages.
         net: trained in place, left in eval mode without gradients.
         optimizer: of its parameters.
-        loss: of a step, from its number.
-        lr: of a step, from its number.
+        loss: maps a step's number to its loss.
+        lr: maps a step's number to its learning rate.
         per_epoch: steps in an epoch.
-        epochs: how many.
-        ema: moving average of the parameters, and its decay; it replaces them at the end.
+        epochs: number of epochs.
+        ema: decay of the moving average of the parameters, which replaces them at the end; None: no average.
     """
 
     name: str
@@ -72,27 +72,28 @@ class Stage:
     epochs: int
     ema: float | None = None
 
-    def run(self, held: Checkpoint) -> float:
+    def run(self, checkpoint: Checkpoint) -> float:
         """Train from the checkpoint's state, if it has one; return the mean loss of the last epoch."""
         parameters = list(self.net.parameters())
         average = [parameter.detach().clone() for parameter in parameters] if self.ema is not None else []
         total, done, mean = self.per_epoch * self.epochs, 0, math.nan
         loss_sum = torch.zeros((), device=parameters[0].device)
-        if self.name in held.stages:
-            state = held.stages[self.name]
+        if self.name in checkpoint.stages:
+            state = checkpoint.stages[self.name]
             done, mean = state["step"], state["mean"]
             self.net.load_state_dict(state["net"])
-            if done == total:  # its weights are the average already; ours here is of untrained ones
+            if done == total:  # its weights are already the average; `average` is of untrained ones
                 self.net.requires_grad_(False)
                 return float(mean)
             self.optimizer.load_state_dict(state["optimizer"])
             average = [tensor.to(loss_sum.device) for tensor in state["average"]]
             loss_sum += state["loss_sum"]
 
-        def state_of() -> dict[str, Any]:
-            whole = {} if done == total else {"optimizer": self.optimizer.state_dict(), "average": average}
-            kept = {"step": done, "mean": mean, "net": self.net.state_dict(), "loss_sum": float(loss_sum)}
-            return {**kept, **whole}
+        def current_state() -> dict[str, Any]:
+            state = {"step": done, "mean": mean, "net": self.net.state_dict(), "loss_sum": float(loss_sum)}
+            if done < total:
+                state |= {"optimizer": self.optimizer.state_dict(), "average": average}
+            return state
 
         self.net.requires_grad_(True)
         with progress(f"training the {self.name}", total, start=done) as show:
@@ -112,13 +113,13 @@ class Stage:
                     loss_sum.zero_()
                     show(done, f"loss {mean:.4g}")
                 if done < total:
-                    held.save(self.name, state_of)
+                    checkpoint.save(self.name, current_state)
         if average:
             with torch.no_grad():
                 for parameter, smooth in zip(parameters, average, strict=True):
                     parameter.copy_(smooth)
         self.net.requires_grad_(False)
-        held.save(self.name, state_of, now=True)
+        checkpoint.save(self.name, current_state, now=True)
         return mean
 
     def _mean(self, loss_sum: Tensor) -> float:

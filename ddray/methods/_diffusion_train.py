@@ -2,8 +2,8 @@
 
 The autoencoder is trained on reconstruction (mean squared error) and a little KL divergence, the DiT on the
 noise of scaled latents (epsilon prediction, Ho et al. 2020), with labels dropped for classifier-free guidance
-and an exponential moving average of the weights, which is what is kept. Every draw of step i comes from a
-generator of that step: a run that continues from its checkpoint ends with the same bytes.
+and an exponential moving average of the weights, which becomes the model. Every step draws from its own
+generator: a run that continues from its checkpoint ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SCHEDULE: Final[dict[str, Any]] = {
 
 
 class DiffusionRecipe(Config):
-    """How a generator is made; defaults suit 32 px, `default_recipe` gives those of other sizes."""
+    """How a generator is trained; defaults suit 32 px, `default_recipe` covers other sizes."""
 
     init: str | None = None
     """Folder of a DiTPipeline to re-label and fine-tune; default: train from scratch."""
@@ -69,7 +69,7 @@ class DiffusionRecipe(Config):
     vae_halvings: int = Field(default=1, ge=0, le=5)
     """How often the autoencoder halves the image."""
     patch: int = Field(default=2, ge=1)
-    """Side of the DiT's patches in latent places."""
+    """Side of the DiT's patches, in latent pixels."""
     depth: int = Field(default=8, ge=1)
     heads: int = Field(default=4, ge=1)
     head_dim: int = Field(default=64, ge=8, multiple_of=4)
@@ -114,8 +114,8 @@ def train_generator(
         recipe: sizes and training.
         seed: decides initial weights and every draw.
         device: where to compute.
-        checkpoint: file to continue from and to keep up to date, at most a minute behind; the caller removes
-            it once the model is stored.
+        checkpoint: file to continue from and to update about once a minute; the caller removes it once the
+            model is stored.
 
     Returns:
         The model (in eval mode, on `device`), and the last epoch's mean losses.
@@ -132,11 +132,11 @@ def train_generator(
     else:
         model = build(recipe, shape, class_names, seed=seed)
     model.to(device)
-    held = Checkpoint(checkpoint)
+    checkpoint_file = Checkpoint(checkpoint)
     measured: dict[str, float] = {}
     if recipe.init is None:
-        measured["vae_loss"] = _train_vae(model, split, recipe, held, seed=seed)
-    measured["loss"] = _train_dit(model, split, recipe, held, seed=seed)
+        measured["vae_loss"] = _train_vae(model, split, recipe, checkpoint_file, seed=seed)
+    measured["loss"] = _train_dit(model, split, recipe, checkpoint_file, seed=seed)
     return model, measured
 
 
@@ -149,7 +149,7 @@ def build(
 ) -> DiffusionModel:
     """Return an untrained generator for images of `image_shape` (C, H, W).
 
-    The side of its images is the smallest one that the autoencoder's halvings and the patches divide.
+    Its images' side is rounded up to a multiple of what the autoencoder's halvings and the patches need.
     """
     from diffusers import AutoencoderKL, DiTTransformer2DModel
 
@@ -193,26 +193,26 @@ def _start_as_identity(transformer: Any) -> None:
 def relabel(model: DiffusionModel, class_names: tuple[str, ...], *, seed: int) -> DiffusionModel:
     """Return an opened generator with labels for other classes.
 
-    A class that the model knows by name keeps its embedding; any other starts at the mean embedding with a
-    little noise, so that classes can part. The null label keeps its own.
+    A class that the model knows by name keeps its embedding; any other starts at the mean embedding plus a
+    little noise, so that classes can separate. The null label keeps its embedding.
     """
-    known = known_names(model.class_names)
-    places = [known.get(name) for name in class_names]
-    old = model.num_classes
-    for number, block in enumerate(model.transformer.transformer_blocks):
+    label_of = known_names(model.class_names)
+    old_labels = [label_of.get(name) for name in class_names]
+    num_old = model.num_classes
+    for layer, block in enumerate(model.transformer.transformer_blocks):
         embedder = block.norm1.emb.class_embedder
         table = embedder.embedding_table.weight
-        middle, spread = table[:old].mean(0), 0.1 * table[:old].std(0, unbiased=False)
-        noise = torch.randn(len(places), table.shape[1], generator=derive(seed, "relabel", number))
+        middle, spread = table[:num_old].mean(0), 0.1 * table[:num_old].std(0, unbiased=False)
+        noise = torch.randn(len(old_labels), table.shape[1], generator=derive(seed, "relabel", layer))
         fresh = middle + spread * noise
-        for label, place in enumerate(places):
-            if place is not None:
-                fresh[label] = table[place]
+        for label, old_label in enumerate(old_labels):
+            if old_label is not None:
+                fresh[label] = table[old_label]
         with forked_global(0):
-            embedder.embedding_table = nn.Embedding(len(places) + 1, table.shape[1])
-        embedder.embedding_table.weight.copy_(torch.cat([fresh, table[old:]]))
-        embedder.num_classes = len(places)
-    model.transformer.register_to_config(num_embeds_ada_norm=len(places))
+            embedder.embedding_table = nn.Embedding(len(old_labels) + 1, table.shape[1])
+        embedder.embedding_table.weight.copy_(torch.cat([fresh, table[num_old:]]))
+        embedder.num_classes = len(old_labels)
+    model.transformer.register_to_config(num_embeds_ada_norm=len(old_labels))
     return DiffusionModel(
         model.transformer,
         model.vae,
@@ -223,15 +223,15 @@ def relabel(model: DiffusionModel, class_names: tuple[str, ...], *, seed: int) -
     )
 
 
-def _batch(seed: int, what: str, step: int, per_epoch: int, num: int, batch: int) -> Tensor:
-    """Return the images of a step: the epoch's order depends on its number alone."""
-    epoch, place = divmod(step, per_epoch)
-    order = torch.randperm(num, generator=derive(seed, what, "epoch", epoch))
-    return order[place * batch : (place + 1) * batch]
+def _batch(seed: int, network: str, step: int, per_epoch: int, num: int, batch: int) -> Tensor:
+    """Return the image indices of a step; an epoch's order depends only on its number."""
+    epoch, position = divmod(step, per_epoch)
+    order = torch.randperm(num, generator=derive(seed, network, "epoch", epoch))
+    return order[position * batch : (position + 1) * batch]
 
 
 def _train_vae(
-    model: DiffusionModel, split: Split, recipe: DiffusionRecipe, held: Checkpoint, *, seed: int
+    model: DiffusionModel, split: Split, recipe: DiffusionRecipe, checkpoint: Checkpoint, *, seed: int
 ) -> float:
     """Train the autoencoder in place; return the mean loss of its last epoch."""
     vae, device = model.vae, next(model.vae.parameters()).device
@@ -243,9 +243,9 @@ def _train_vae(
         pixels = model.fit(split.images[index].to(device).float() / 255)
         posterior = vae.encode(pixels.contiguous(memory_format=torch.channels_last)).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=derive(seed, "vae", step)).to(device)
-        found = vae.decode(posterior.mean + posterior.std * noise).sample
+        reconstruction = vae.decode(posterior.mean + posterior.std * noise).sample
         divergence = posterior.kl().mean() / posterior.mean[0].numel()
-        total: Tensor = F.mse_loss(found, pixels) + recipe.kl_weight * divergence
+        total: Tensor = F.mse_loss(reconstruction, pixels) + recipe.kl_weight * divergence
         return total
 
     vae.to(memory_format=torch.channels_last)
@@ -257,7 +257,7 @@ def _train_vae(
         lr=lambda step: recipe.vae_lr * 0.5 * (1 + math.cos(math.pi * step / total)),
         per_epoch=per_epoch,
         epochs=recipe.vae_epochs,
-    ).run(held)
+    ).run(checkpoint)
 
 
 @torch.no_grad()
@@ -273,7 +273,7 @@ def _posteriors(model: DiffusionModel, split: Split, batch: int) -> tuple[Tensor
 
 
 def _train_dit(
-    model: DiffusionModel, split: Split, recipe: DiffusionRecipe, held: Checkpoint, *, seed: int
+    model: DiffusionModel, split: Split, recipe: DiffusionRecipe, checkpoint: Checkpoint, *, seed: int
 ) -> float:
     """Train the transformer in place on the split's latents; return the mean loss of its last epoch."""
     from diffusers import DDPMScheduler
@@ -281,7 +281,7 @@ def _train_dit(
     means, deviations = _posteriors(model, split, recipe.batch)
     device, labels = means.device, split.labels.to(means.device)
     if recipe.init is None:
-        # Latents of unit variance, as the noise's (Rombach et al. 2022, D.1).
+        # Latents of unit variance, like the noise (Rombach et al. 2022, D.1).
         spread = float((means.double().var() + deviations.double().square().mean()).sqrt())
         model.vae.register_to_config(scaling_factor=1 / spread)
     factor, steps = float(model.vae.config.scaling_factor), int(model.scheduler["num_train_timesteps"])
@@ -295,12 +295,12 @@ def _train_dit(
         clean = (means[index] + deviations[index] * drawn) * factor
         times = torch.randint(steps, (len(index),), generator=generator, device=device)
         dropped = torch.rand(len(index), generator=generator, device=device) < recipe.label_dropout
-        given = torch.where(dropped, model.num_classes, labels[index])
+        conditioning = torch.where(dropped, model.num_classes, labels[index])
         noisy = scheduler.add_noise(clean, noise, times)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            # In eval mode: diffusers would drop labels from the global generator, in each block anew.
-            found = model.transformer(noisy, timestep=times, class_labels=given).sample
-        return F.mse_loss(found[:, : noise.shape[1]].float(), noise)
+            # In eval mode, or diffusers would drop labels too: by the global generator, anew in each block.
+            predicted = model.transformer(noisy, timestep=times, class_labels=conditioning).sample
+        return F.mse_loss(predicted[:, : noise.shape[1]].float(), noise)
 
     return Stage(
         name="diffusion transformer",
@@ -311,4 +311,4 @@ def _train_dit(
         per_epoch=per_epoch,
         epochs=recipe.epochs,
         ema=recipe.ema,
-    ).run(held)
+    ).run(checkpoint)

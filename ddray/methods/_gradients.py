@@ -44,7 +44,7 @@ class GradientConfig(Config):
     outer_loop: int = Field(default=1, ge=1)
     """Updates of the images per network."""
     inner_loop: int = Field(default=1, ge=1)
-    """Epochs on the images that the network is trained for between two of them."""
+    """Epochs that the network is trained on the images between two updates."""
     lr_net: float = Field(default=0.01, gt=0)
     """Learning rate of the network (SGD without momentum)."""
     batch_train: int = Field(default=256, ge=1)
@@ -63,7 +63,7 @@ def gradient_distance(real: Sequence[Tensor], synthetic: Sequence[Tensor], *, me
         metric: which distance.
     """
     if metric != "layerwise":
-        a, b = (torch.cat([gradient.flatten() for gradient in held]) for held in (real, synthetic))
+        a, b = (torch.cat([gradient.flatten() for gradient in gradients]) for gradients in (real, synthetic))
         if metric == "mse":
             return (a - b).square().sum()
         return 1 - F.cosine_similarity(a, b, dim=0)
@@ -76,12 +76,12 @@ def gradient_distance(real: Sequence[Tensor], synthetic: Sequence[Tensor], *, me
 
 
 def loops(ipc: int) -> tuple[int, int]:
-    """Return the published (outer, inner) loops; an ipc without any takes those of the next lower one."""
-    return _LOOPS[max(known for known in _LOOPS if known <= ipc)]
+    """Return the published (outer, inner) loops; other ipc take those of the next lower one."""
+    return _LOOPS[max(published for published in _LOOPS if published <= ipc)]
 
 
 class GradientMatching:
-    """Images whose gradients follow the real ones' along a network's training on the images.
+    """Images learned so that their gradients match the real ones' while a network is trained on them.
 
     Args:
         ctx: what to work on.
@@ -126,11 +126,11 @@ class GradientMatching:
         total = torch.zeros((), device=self.images.device)
         for label in range(batches.num_classes):
             rows = slice(label * ipc, (label + 1) * ipc)
-            own = self.images[rows].detach().requires_grad_(True)
+            class_images = self.images[rows].detach().requires_grad_(True)
             real = self._real_gradient(index[label], label, plan)
-            synthetic = self._gradient(own, label, plan, create_graph=True)
+            synthetic = self._gradient(class_images, label, plan, create_graph=True)
             distance = gradient_distance(real, synthetic, metric=self._config.metric)
-            self.images.grad[rows] = torch.autograd.grad(distance, own)[0]
+            self.images.grad[rows] = torch.autograd.grad(distance, class_images)[0]
             total += distance.detach()
         self._optimizer.step()
         return total
@@ -138,14 +138,14 @@ class GradientMatching:
     def _real_gradient(self, index: Tensor, label: int, plan: DsaPlan | None) -> list[Tensor]:
         """Return the mean gradient over real images of one class, chunk by chunk."""
         total: list[Tensor] = []
-        for part in chunks(len(index), self._sample_bytes, index.device):
-            images = self._batches.take(index[part])
+        for rows in chunks(len(index), self._sample_bytes, index.device):
+            images = self._batches.take(index[rows])
             share = len(images) / len(index)
-            found = self._gradient(images, label, plan, create_graph=False)
+            gradient = self._gradient(images, label, plan, create_graph=False)
             total = (
-                [share * new for new in found]
+                [share * new for new in gradient]
                 if not total
-                else [old.add_(new, alpha=share) for old, new in zip(total, found, strict=True)]
+                else [old.add_(new, alpha=share) for old, new in zip(total, gradient, strict=True)]
             )
         return total
 
@@ -162,7 +162,7 @@ class GradientMatching:
 
     @torch.no_grad()
     def _fix_statistics(self, generator: torch.Generator) -> None:
-        """Fix batch norm's statistics on real images: one synthetic image per class has none to speak of."""
+        """Fix batch norm's statistics on real images: one synthetic image per class gives no usable ones."""
         batches = self._batches
         index = batches.draw(generator).view(batches.num_classes, -1)[:, :_STATISTICS_IMAGES]
         images = batches.take(index.flatten())
@@ -172,7 +172,6 @@ class GradientMatching:
                 module.eval()
 
     def _train_net(self, generator: torch.Generator) -> None:
-        """Train the network on the synthetic images."""
         config = self._config
         recipe = Recipe(
             epochs=config.inner_loop,
@@ -190,16 +189,16 @@ class GradientMatching:
     def state_dict(self) -> dict[str, Any]:
         """Return images, momentum and step; networks and draws depend on the step alone."""
         velocity = self._optimizer.state.get(self.images, {}).get("momentum_buffer")
-        held: dict[str, Any] = {"step": self._step, "images": self.images.cpu().clone()}
-        return held if velocity is None else {**held, "velocity": velocity.cpu().clone()}
+        state: dict[str, Any] = {"step": self._step, "images": self.images.cpu().clone()}
+        return state if velocity is None else {**state, "velocity": velocity.cpu().clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state."""
         self._step = int(state["step"])
         self.images.copy_(state["images"])
         if "velocity" in state:
-            held = state["velocity"].to(self.images.device, copy=True)
-            self._optimizer.state[self.images]["momentum_buffer"] = held
+            velocity = state["velocity"].to(self.images.device, copy=True)
+            self._optimizer.state[self.images]["momentum_buffer"] = velocity
 
 
 def gradient_method(config_class: type[GradientConfig], evaluate: dict[str, Any]) -> type[Distiller]:

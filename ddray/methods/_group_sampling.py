@@ -1,8 +1,8 @@
 """D3HR's group sampling (Eq 5-9): of `num_candidates` groups of `ipc` Gaussian latents, the best one.
 
-Candidates are never held: a block of them is drawn sample by sample into one buffer, three running sums per
-dimension give its scores, and of all blocks only the best candidate's number is kept. Block b has a
-generator of its own, so a candidate depends on the seed and its number alone, and the winner is drawn again.
+Candidates are never stored: a block of them is drawn sample by sample into one buffer, three running sums
+per dimension give its scores, and across blocks only the best candidate's index is kept. Each block has its
+own generator, so a candidate depends only on the seed and its index, and the winner is drawn again.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ Form = Literal["paper", "repo"]
 Weights = tuple[float, float, float]
 Result = TypeVar("Result")
 
-# Numbers in a buffer. On a CPU the five buffers of a block stay in the second-level cache, and each operation
-# stays below the size from which torch spreads it over threads: whole blocks are spread instead.
+# Elements of a buffer. On a CPU the five buffers of a block stay in the L2 cache, and each operation stays
+# below the size at which torch uses several threads: whole blocks are distributed over threads instead.
 _BLOCK: Final = {"cpu": 2**15 - 1, "cuda": 2**23}
 _CHUNK: Final = 4096
 
@@ -50,14 +50,14 @@ def group_sample(
         std: [D], >= 0.
         ipc: latents in a group.
         num_candidates: m, >= 1; 1 is plain random sampling.
-        generator: only its initial seed is used; a call leaves it as it was.
+        generator: only its initial seed is used; its state does not change.
         weights: of mean, standard deviation and skewness (Eq 5).
         form: `paper` | `repo`, see `group_scores`.
-        chunk: candidates that are scored before the best of them is taken, in whole blocks: a thread's piece
-            of work on a CPU, the work between two syncs on a GPU.
+        chunk: candidates scored before the best of them is taken, in whole blocks: one thread's task on a
+            CPU, the work between two syncs on a GPU.
 
     Returns:
-        Latents [ipc, D] and the score of these very latents.
+        Latents [ipc, D] and their score.
 
     Raises:
         InputError: shapes do not fit, or a number is out of range.
@@ -69,28 +69,31 @@ def group_sample(
     blocks = math.ceil(num_candidates / rows)
     threads = torch.get_num_threads() if mean.device.type == "cpu" else 1
     step = max(1, math.ceil((chunk or _CHUNK) / rows))
-    if threads > 1 and chunk is None:  # few candidates of many dimensions: work for every thread
+    if threads > 1 and chunk is None:  # few candidates of many dimensions: keep every thread busy
         step = min(step, math.ceil(blocks / (4 * threads)))
-    # Which dimensions are coarse is found once: on a GPU it is a sync.
+    # Coarse dimensions are determined once: on a GPU that is a sync.
     score = partial(_paper_scorer, rounded=_rounded(mean, std)) if form == "paper" else _repo_scorer
 
     def best_of(first: int) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             scores = score(mean, std, ipc, weights, rows)
-            buffer = torch.empty(rows, dim, device=mean.device)  # one: freed and asked for anew, they pile up
-            part = [
+            buffer = torch.empty(rows, dim, device=mean.device)  # reused: new ones would pile up
+            block_scores = [
                 scores(_draws(seed, b, rows, mean, ipc, buffer))
                 for b in range(first, min(first + step, blocks))
             ]
-            found = torch.cat(part)[: num_candidates - first * rows].min(0)
-            return found.values, found.indices + first * rows
+            best = torch.cat(block_scores)[: num_candidates - first * rows].min(0)
+            return best.values, best.indices + first * rows
 
     starts = range(0, blocks, step)
-    least = torch.full((), math.inf, device=mean.device)
-    place = torch.zeros((), dtype=torch.int64, device=mean.device)
-    for value, index in _in_order(best_of, starts, min(len(starts), threads)):  # of equals the first stays
-        place, least = torch.where(value < least, index, place), torch.minimum(value, least)
-    block, row = divmod(int(place), rows)
+    best_score = torch.full((), math.inf, device=mean.device)
+    best_index = torch.zeros((), dtype=torch.int64, device=mean.device)
+    for value, index in _in_order(best_of, starts, min(len(starts), threads)):  # ties: the first wins
+        best_index, best_score = (
+            torch.where(value < best_score, index, best_index),
+            torch.minimum(value, best_score),
+        )
+    block, row = divmod(int(best_index), rows)
     normal = torch.stack([draw[row].clone() for draw in _draws(seed, block, rows, mean, ipc)])
     latents = mean + std * normal
     exact = group_scores(latents[None].double(), mean.double(), std.double(), weights=weights, form=form)
@@ -100,13 +103,13 @@ def group_sample(
 def group_scores(
     latents: Tensor, mean: Tensor, std: Tensor, *, weights: Weights = (1.0, 1.0, 0.5), form: Form = "paper"
 ) -> Tensor:
-    """Return the score of each group, as it is defined; lower is more representative.
+    """Return the score of each group, by its definition; lower is more representative.
 
     `paper`: the sum over dimensions of w1 (mean error)^2 + w2 (error of the standard deviation about the
     population mean)^2 + w3 skewness^2 over the group (Eq 6-8). `repo`: w1 ||mean error|| + w2 ||error of the
     unbiased standard deviation|| + w3 ||skewness of each latent across its dimensions||. A term that its
     number of samples leaves undefined (skewness below 3, the unbiased deviation below 2) is dropped; so is
-    the skewness (Eq 8) of a dimension whose deviation float32 can't tell from none.
+    the skewness (Eq 8) of a dimension whose deviation is below the resolution of float32.
 
     Args:
         latents: [M, n, D].
@@ -140,7 +143,7 @@ def group_scores(
 
 
 def _in_order(work: Callable[[int], Result], starts: Sequence[int], workers: int) -> Iterator[Result]:
-    """Yield `work` of each start in order; threads run ahead by a few only, however many starts there are."""
+    """Yield `work(start)` of each start in order; threads run only a few tasks ahead."""
     if workers <= 1:
         yield from map(work, starts)
         return
@@ -155,7 +158,7 @@ def _in_order(work: Callable[[int], Result], starts: Sequence[int], workers: int
 
 
 def block_rows(dim: int, device: torch.device) -> int:
-    """Return how many candidates share a generator; it depends on D and the kind of device alone."""
+    """Return how many candidates share a generator; it depends only on D and the type of device."""
     return max(1, _BLOCK.get(device.type, _BLOCK["cpu"]) // dim)
 
 
@@ -186,22 +189,22 @@ def _draws(
 
 
 def _flat(mean: Tensor, std: Tensor) -> Tensor:
-    """Return which dimensions [D] have no skewness: latents, in float32, can't leave their mean."""
+    """Return the mask [D] of dimensions without skewness: in float32 their latents equal the mean."""
     return std <= torch.finfo(torch.float32).eps * mean.abs()
 
 
 def _rounded(mean: Tensor, std: Tensor) -> Callable[[Tensor], None]:
-    """Return a function that makes draws z [rows, D] those of the latents mean + std z as they are rounded.
+    """Return a function that replaces draws z [rows, D] by those of the rounded latents mean + std z.
 
-    Far from 0 a small deviation moves latents by few representable steps, and the cubes of these draws are
-    others than those of z. Such dimensions are rare: the rest is left alone.
+    Far from 0 a small deviation spans only a few float32 steps, so the cubes of the rounded draws differ from
+    those of z. Such dimensions are rare; all others are left alone.
     """
     coarse = torch.nonzero((std < 2**-10 * mean.abs()) & ~_flat(mean, std)).flatten()
-    own, spread = mean[coarse], std[coarse]
+    centre, spread = mean[coarse], std[coarse]
 
     def apply(z: Tensor) -> None:
         if len(coarse):
-            z[:, coarse] = ((own + spread * z[:, coarse]) - own) / spread
+            z[:, coarse] = ((centre + spread * z[:, coarse]) - centre) / spread
 
     return apply
 
@@ -219,9 +222,9 @@ def _paper_scorer(
     third_weight = (~_flat(mean, std)).float() * (weights[2] * _skewness_factor(ipc) ** 2) if skewed else None
 
     def scores(draws: Iterator[Tensor]) -> Tensor:
-        for number, z in enumerate(draws):
+        for sample, z in enumerate(draws):
             rounded(z)
-            if number == 0:
+            if sample == 0:
                 first.copy_(z)
                 torch.mul(z, z, out=second)
                 if skewed:

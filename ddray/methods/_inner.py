@@ -1,4 +1,4 @@
-"""The pool of inner networks that KRR-ST and Boost-SSDD take turns with (Boost-SSDD Algorithm 1)."""
+"""The pool of inner networks that KRR-ST and Boost-SSDD train on their set (Boost-SSDD Algorithm 1)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ddray.seeding import derive_seed
 
 PoolReset = Literal["paper", "krrst_code"]
 Draw = Callable[[torch.Generator], tuple[Tensor, Tensor]]
-"""Gives an inner step its rows, detached: images [n, C, H, W] and targets [n, D]."""
+"""Returns the rows of an inner step, detached: images [n, C, H, W] and targets [n, D]."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class InnerRecipe:
         size: L, networks in the pool.
         longest: Z, steps after which a network is replaced.
         lr: of SGD.
-        momentum: of it.
-        weight_decay: of it.
-        reset: whether a replaced network starts counting anew (`paper`), or, its counter being left at Z, is
-            replaced each time that it is taken (`krrst_code`).
+        momentum: of SGD.
+        weight_decay: of SGD.
+        reset: `paper`: a replaced network counts from 0 again; `krrst_code`: its counter stays at Z, so that
+            it is replaced each time it is drawn.
     """
 
     size: int
@@ -42,7 +42,7 @@ class InnerRecipe:
 
 
 class _Slot:
-    """One network, its momentum, and how many steps its counter says."""
+    """One network, its momentum and its step counter."""
 
     def __init__(self, net: Net, recipe: InnerRecipe) -> None:
         self.net = net
@@ -53,20 +53,20 @@ class _Slot:
 
     def state(self) -> dict[str, Any]:
         """Return weights, statistics, momentum and counter as copies on the CPU."""
-        held = [self.optimizer.state.get(p, {}).get("momentum_buffer") for p in self.net.parameters()]
+        buffers = [self.optimizer.state.get(p, {}).get("momentum_buffer") for p in self.net.parameters()]
         return {
             "trained": self.trained,
             "net": {name: _copy(tensor) for name, tensor in self.net.state_dict().items()},
-            "velocity": [_copy(tensor) for tensor in held if tensor is not None],
+            "velocity": [_copy(tensor) for tensor in buffers if tensor is not None],
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Continue from `state()`'s state."""
+        """Restore what `state()` returned."""
         self.trained = int(state["trained"])
         self.net.load_state_dict(state["net"])
         self.optimizer.state.clear()
-        for parameter, held in zip(self.net.parameters(), state["velocity"], strict=False):
-            self.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(held)
+        for parameter, velocity in zip(self.net.parameters(), state["velocity"], strict=False):
+            self.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(velocity)
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -85,47 +85,47 @@ class InnerPool:
     def __init__(self, ctx: DistillContext, recipe: InnerRecipe, num_outputs: int) -> None:
         self._ctx = ctx
         self._recipe = recipe
-        self._slots = [_Slot(self._new(number, num_outputs), recipe) for number in range(recipe.size)]
+        self._slots = [_Slot(self._new(slot_index, num_outputs), recipe) for slot_index in range(recipe.size)]
         self.filled = False
 
-    def _new(self, number: int, num_outputs: int) -> Net:
+    def _new(self, slot_index: int, num_outputs: int) -> Net:
         ctx = self._ctx
-        seed = self._seed(number, 0)
+        seed = self._seed(slot_index, 0)
         net = build_net(ctx.arch, ctx.dataset.image_shape, num_outputs, seed=seed, device=ctx.device)
         return net.to(memory_format=torch.channels_last).requires_grad_(False)
 
-    def _seed(self, number: int, step: int) -> int:
-        """Return the seed of the weights that slot `number` gets at outer step `step`."""
-        return derive_seed(self._ctx.seed, "distill", "inner", number, step)
+    def _seed(self, slot_index: int, step: int) -> int:
+        """Return the seed of the weights that slot `slot_index` gets at outer step `step`."""
+        return derive_seed(self._ctx.seed, "distill", "inner", slot_index, step)
 
     def fill(self, draw: Draw) -> None:
-        """Train every network for its own number of steps, uniform in 1..Z (Algorithm 1, lines 4-5)."""
+        """Train every network for a random number of steps, uniform in 1..Z (Algorithm 1, lines 4-5)."""
         recipe = self._recipe
         generator = self._ctx.generator("inner", "lengths")
         lengths = torch.randint(1, recipe.longest + 1, (recipe.size,), generator=generator).tolist()
-        for number, (slot, length) in enumerate(zip(self._slots, lengths, strict=True)):
-            rows = self._ctx.generator("inner", "fill", number)
+        for slot_index, (slot, length) in enumerate(zip(self._slots, lengths, strict=True)):
+            rows = self._ctx.generator("inner", "fill", slot_index)
             for _ in range(length):
                 self._train(slot, *draw(rows))
         self.filled = True
 
-    def net(self, number: int) -> Net:
+    def net(self, slot_index: int) -> Net:
         """Return a network in eval mode, its weights without gradient."""
-        return self._slots[number].net.eval()
+        return self._slots[slot_index].net.eval()
 
-    def advance(self, number: int, draw: Draw, step: int) -> None:
+    def advance(self, slot_index: int, draw: Draw, step: int) -> None:
         """Train a network for one step, or replace it (Algorithm 1, lines 13-19).
 
         Args:
-            number: which one.
-            draw: gives rows of the current set with its views.
-            step: the outer step, which decides the draws.
+            slot_index: which network.
+            draw: returns rows of the current set with their views.
+            step: the outer step; seeds the draws.
         """
-        slot = self._slots[number]
+        slot = self._slots[slot_index]
         if slot.trained < self._recipe.longest:
             self._train(slot, *draw(self._ctx.generator("inner", "rows", step)))
             return
-        reinitialize(slot.net, self._seed(number, step))
+        reinitialize(slot.net, self._seed(slot_index, step))
         slot.optimizer.state.clear()
         if self._recipe.reset == "paper":
             slot.trained = 0
@@ -146,11 +146,11 @@ class InnerPool:
         return [slot.trained for slot in self._slots]
 
     def state(self) -> list[dict[str, Any]]:
-        """Return every network's state; nothing before they were filled."""
+        """Return every network's state; empty before `fill`."""
         return [slot.state() for slot in self._slots] if self.filled else []
 
     def load(self, state: list[dict[str, Any]]) -> None:
-        """Continue from `state()`'s state."""
-        for slot, held in zip(self._slots, state, strict=False):
-            slot.load(held)
+        """Restore what `state()` returned."""
+        for slot, slot_state in zip(self._slots, state, strict=False):
+            slot.load(slot_state)
         self.filled = bool(state)

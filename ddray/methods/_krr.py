@@ -2,8 +2,8 @@
 
 Each step takes an inner network of the pool, fits its last layer to the distilled set by kernel ridge
 regression, and moves the set so that the fit predicts the teacher's representations of real images (Eq 3);
-then the network is trained on for one step (Eq 2). The whole gradient is taken from features and targets,
-never from a graph through the solve.
+then the network is trained for one more step (Eq 2). The gradient in features and targets is in closed form:
+no graph goes through the solve.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ class KrrConfig(SslConfig):
     """Settings of the bilevel loop."""
 
     lr_outer: float = Field(default=1e-3, gt=0)
-    """Learning rate of what is distilled (AdamW without weight decay), falling linearly to 0."""
+    """Learning rate of the distilled parameters (AdamW without weight decay), falling linearly to 0."""
     batch_real: int = Field(default=1024, ge=1)
     """Real images per step; never more than there are."""
     augment_real: Literal["crop_flip", "none"] = "none"
     """`crop_flip`: the teacher sees each real batch under RandomCrop and a flip; `none`: its features are
     those of the pool."""
     ridge: float = Field(default=1e-6, gt=0)
-    """lambda of Eq 3, as a part of the Gram matrix's trace."""
+    """lambda of Eq 3, as a fraction of the Gram matrix's trace."""
     pool_size: int = Field(default=10, ge=1)
     """L, inner networks."""
     inner_steps_max: int = Field(default=1000, ge=1)
     """Z, steps after which an inner network is replaced."""
     pool_reset: PoolReset = "paper"
     """`paper`: a replaced network counts from 0; `krrst_code`: its counter stays at Z, so that it is replaced
-    each time it is taken."""
+    each time it is drawn."""
     lr_inner: float = Field(default=0.1, gt=0)
     """Learning rate of the inner networks (SGD)."""
     momentum_inner: float = Field(default=0.9, ge=0, lt=1)
@@ -67,10 +67,10 @@ class BilevelLoop:
         ctx: what to work on.
         config: the loop's settings.
         parameters: initial values by name; learned in place, on the device.
-        synthesise: from the parameters and k of the images to these with their views [k * (A + 1), C, H, W]
-            and targets [k * (A + 1), D], differentiable.
+        synthesise: maps the parameters and k of the images to these with their views [k * (A + 1), C, H, W]
+            and to targets [k * (A + 1), D]; differentiable.
         extent: m and A.
-        num_steps: of the whole run: the rate falls linearly over them.
+        num_steps: of the whole run; the learning rate falls linearly over them.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class BilevelLoop:
             list(self.parameters.values()), lr=config.lr_outer, weight_decay=0.0
         )
         entry = teacher_of(ctx, config.teacher)
-        self._wanted = entry.tensors["features"].to(ctx.device)
+        self._representations = entry.tensors["features"].to(ctx.device)
         augmented = config.augment_real == "crop_flip"
         self._teacher = teacher_net(entry).to(ctx.device) if augmented else None
         self._teacher_space = normalized_space(ctx.dataset)
@@ -107,7 +107,7 @@ class BilevelLoop:
             weight_decay=config.decay_inner,
             reset=config.pool_reset,
         )
-        self.inner = InnerPool(ctx, recipe, self._wanted.shape[1])
+        self.inner = InnerPool(ctx, recipe, self._representations.shape[1])
         self._step = 0
 
     def step(self) -> dict[str, Tensor]:
@@ -116,9 +116,9 @@ class BilevelLoop:
             self.inner.fill(self._draw())
         self._step += 1
         generator = self._ctx.generator("step", self._step)
-        number = int(torch.randint(self._config.pool_size, (), generator=generator))
-        loss = self._outer(self.inner.net(number), generator)
-        self.inner.advance(number, self._draw(), self._step)
+        slot_index = int(torch.randint(self._config.pool_size, (), generator=generator))
+        loss = self._outer(self.inner.net(slot_index), generator)
+        self.inner.advance(slot_index, self._draw(), self._step)
         return {"loss": loss}
 
     @torch.no_grad()
@@ -126,17 +126,17 @@ class BilevelLoop:
         return self._synthesise(self.parameters, slice(None))
 
     def _draw(self) -> Draw:
-        """Return what gives an inner step its rows: all, or of the images that `inner_batch` holds."""
+        """Return what draws an inner step's rows: all, or random images that fit `inner_batch`."""
         batch, extent = self._config.inner_batch, self._extent
         if batch is None or batch >= extent.num_rows:
-            held = self._current()
-            return lambda generator: held
+            pairs = self._current()
+            return lambda generator: pairs
         num = max(1, batch // (extent.num_views + 1))
 
         @torch.no_grad()
         def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
             index = torch.randperm(extent.num_images, generator=generator)[:num]
-            # Only these are made: all of a set's images may be more than the device holds.
+            # Only these are synthesised: the whole set may not fit the device.
             return self._synthesise(self.parameters, index.to(self._images.device, non_blocking=True))
 
         return draw
@@ -147,25 +147,27 @@ class BilevelLoop:
         parts = [slice(start, min(num, start + size)) for start in range(0, num, size)]
         whole = len(parts) == 1
         with torch.set_grad_enabled(whole):
-            made = [self._embedded(net, part) for part in parts]
-        lengths = [len(targets) for _, targets in made]
-        features, targets = made[0] if whole else (torch.cat(held) for held in zip(*made, strict=True))
+            embedded = [self._embedded(net, part) for part in parts]
+        lengths = [len(targets) for _, targets in embedded]
+        features, targets = (
+            embedded[0] if whole else (torch.cat(tensors) for tensors in zip(*embedded, strict=True))
+        )
         if not whole:
-            made.clear()
-        found = ridge_loss(
+            embedded.clear()
+        result = ridge_loss(
             features.detach(), targets.detach(), self._real(net, generator), ridge=self._config.ridge
         )
         del features, targets
         self._optimizer.zero_grad(set_to_none=True)
         gradients = zip(
-            torch.split(found.features, lengths), torch.split(found.targets, lengths), strict=True
+            torch.split(result.features, lengths), torch.split(result.targets, lengths), strict=True
         )
         for part, gradient in zip(parts, gradients, strict=True):
-            torch.autograd.backward(made.pop() if whole else self._embedded(net, part), gradient)
+            torch.autograd.backward(embedded.pop() if whole else self._embedded(net, part), gradient)
         factor = 1 - (self._step - 1) / self._num_steps
         self._optimizer.param_groups[0]["lr"] = self._config.lr_outer * max(factor, 0.0)
         self._optimizer.step()
-        return found.loss
+        return result.loss
 
     def _embedded(self, net: Net, part: slice) -> tuple[Tensor, Tensor]:
         """Return features [k * (A + 1), F] and targets [k * (A + 1), D] of k images with their views."""
@@ -179,11 +181,11 @@ class BilevelLoop:
         index = torch.randperm(len(self._images), generator=generator)[:num]
         index = index.to(self._images.device, non_blocking=True)
         for part in chunks(num, self._costs.sample, self._images.device):
-            images, wanted = self._images[index[part]], self._wanted[index[part]]
+            images, representations = self._images[index[part]], self._representations[index[part]]
             if self._teacher is not None:
                 images = crop_and_flip(images.float() / 255, generator, can_flip=self._ctx.dataset.can_flip)
-                wanted = self._teacher.embed(_channels_last(self._teacher_space.encode(images)))
-            yield net.embed(_channels_last(self._space.encode(images))), wanted
+                representations = self._teacher.embed(_channels_last(self._teacher_space.encode(images)))
+            yield net.embed(_channels_last(self._space.encode(images))), representations
 
     def state_dict(self) -> dict[str, Any]:
         """Return parameters, AdamW's averages, inner networks and the step count."""
@@ -201,16 +203,16 @@ class BilevelLoop:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()`'s state."""
+        """Restore what `state_dict()` returned."""
         self._step = int(state["step"])
         for name, parameter in self.parameters.items():
             parameter.copy_(state["parameters"][name])
-            held = state["optimizer"].get(name)
-            if held is not None:
+            buffers = state["optimizer"].get(name)
+            if buffers is not None:
                 # AdamW counts its steps on the CPU.
                 self._optimizer.state[parameter] = {
                     key: value.clone() if key == "step" else value.to(parameter.device, copy=True)
-                    for key, value in held.items()
+                    for key, value in buffers.items()
                 }
         self.inner.load(state["inner"])
 

@@ -1,4 +1,4 @@
-"""How much memory the bilevel loop of KRR-ST and Boost-SSDD takes, asked before any teacher is trained."""
+"""Memory that the bilevel loop of KRR-ST and Boost-SSDD takes, checked before any teacher is trained."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ddray.pool import PoolSpec
 if TYPE_CHECKING:
     from ddray.methods._krr import KrrConfig
 
-# Distilled images whose graph is held at once: beyond, the pass is made twice, in parts.
+# Largest graph of distilled images held at once; beyond it the pass runs twice, in parts.
 _GRAPH_BYTES: Final = 8 * 2**30
 
 
@@ -30,7 +30,7 @@ class Extent:
     Attributes:
         num_images: m, without views.
         num_views: A; each image gives A + 1 rows.
-        num_floats: that are learned.
+        num_floats: learned floats.
     """
 
     num_images: int
@@ -57,13 +57,13 @@ def network_costs(ctx: DistillContext) -> NetworkCosts:
     """Measure an inner network on a blank image, on the CPU: a search's driver may lack the device."""
     net = build_net(ctx.arch, ctx.dataset.image_shape, 1, seed=0).eval()
     with torch.no_grad():
-        found = net.features(torch.zeros(1, *ctx.dataset.image_shape))
-    sizes = [m.numel() * m.element_size() for m in found.maps]
+        features = net.features(torch.zeros(1, *ctx.dataset.image_shape))
+    sizes = [m.numel() * m.element_size() for m in features.maps]
     return NetworkCosts(
         sample=max(sizes, default=1),
-        # A map's output of convolution and norm, and what pooling leaves of it.
+        # Per map the outputs of convolution and norm, and the pooled map.
         graph=sum(2 * size for size in sizes) * 5 // 4,
-        num_features=found.embedding.shape[1],
+        num_features=features.embedding.shape[1],
         weights=sum(4 * p.numel() for p in net.parameters()),
     )
 
@@ -74,7 +74,7 @@ def images_at_once(costs: NetworkCosts, extent: Extent) -> int:
 
 
 def needed_bytes(ctx: DistillContext, config: KrrConfig, extent: Extent, num_targets: int) -> int:
-    """Return about how much memory of the device a run takes at its peak.
+    """Return a run's approximate peak memory on the device, in bytes.
 
     Args:
         ctx: network, real images and device.
@@ -83,12 +83,12 @@ def needed_bytes(ctx: DistillContext, config: KrrConfig, extent: Extent, num_tar
         num_targets: D.
     """
     costs, rows = network_costs(ctx), extent.num_rows
-    # A row's graph, and its image: as made, channels last, and its gradient.
+    # A row's graph, and its image: as synthesised, channels last, and its gradient.
     row = costs.graph + 3 * 4 * math.prod(ctx.dataset.image_shape)
     inner = min(rows, config.inner_batch or rows) * row
     at_once = images_at_once(costs, extent) * (extent.num_views + 1)
     solving = solve_bytes(rows, costs.num_features, num_targets)
-    # In parts, no graph is held while the ridge is solved, but the features' gradients while it is.
+    # In parts, no graph is held during the solve, and the features' gradients while a part's graph is.
     gradients = 2 * 4 * rows * (costs.num_features + num_targets)
     outer = at_once * row + solving if at_once == rows else max(at_once * row + gradients, solving)
     real = 4 * len(ctx.split) * num_targets
@@ -101,7 +101,7 @@ def needed_bytes(ctx: DistillContext, config: KrrConfig, extent: Extent, num_tar
 
 
 def check_memory(ctx: DistillContext, config: KrrConfig, extent: Extent) -> None:
-    """Refuse a set that the device can't hold; to be asked before a teacher is trained for it.
+    """Refuse a set that the device can't hold; called before its teacher is trained.
 
     Raises:
         InputError: naming the memory that it would need.
@@ -117,10 +117,9 @@ def check_memory(ctx: DistillContext, config: KrrConfig, extent: Extent) -> None
 
 
 def declared_teacher(ctx: DistillContext, config: KrrConfig, extent: Extent) -> list[PoolSpec]:
-    """Return the spec of the teacher that a run will ask for; none where this machine can't hold the set.
+    """Return the spec of the teacher that a run will request; none where this machine can't hold the set.
 
-    Whether such a set is refused is for the worker to say, whose device is the one that counts; it does so
-    before it asks for a teacher.
+    The worker refuses such a set itself, before it requests a teacher: its device is the one that counts.
     """
     if ctx.device.type != "cuda" or torch.cuda.is_available():
         try:

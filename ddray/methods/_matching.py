@@ -1,6 +1,6 @@
-"""What the distribution-matching methods (DM, MMD-pixel, DataDAM) share: batches, initial images, one step.
+"""Shared by the distribution-matching methods (DM, MMD-pixel, DataDAM): batches, initial images, one step.
 
-A method brings per-sample statistics of images [N, C, H, W] -> tuple of [N, D_l] and a loss on their
+A method supplies per-sample statistics of images [N, C, H, W] -> tuple of [N, D_l] and a loss on their
 per-class means [K, D_l]; everything here is vectorised over classes. The real branch runs under no_grad in
 chunks that fit the cache.
 """
@@ -25,8 +25,8 @@ from ddray.seeding import derive_numpy, derive_seed
 Statistics = Callable[[Net, Tensor], tuple[Tensor, ...]]
 MeansLoss = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 
-# A block's map of one chunk stays below this: larger ones leave the cache, and from 32 MiB on a glibc that
-# ddray has not told to reuse memory maps fresh pages for each. A DataDAM step (2,560 real images of 32 px)
+# A block's map of one chunk stays below this: larger ones leave the cache, and from 32 MiB on glibc maps
+# fresh pages for each (unless ddray has told it to reuse memory). A DataDAM step (2,560 real images of 32 px)
 # took 2.09 s at 8 MiB, 1.86 at 16, 1.96 at 32 on 2 cores.
 _CHUNK_BYTES: Final = 16 * 2**20
 # Real 32x32x3 images after which compiling (about 20 s on 2 cores) has paid for itself fourfold.
@@ -54,7 +54,7 @@ class ClassBatches:
     """Draws real images class by class, without a loop over classes.
 
     Args:
-        ctx: the split is put on the device once, as uint8 (whitened ones as float32: whitened once).
+        ctx: its split is moved to the device once, as uint8 (whitened images: once, as float32).
         batch_real: images per class; capped by the smallest class.
     """
 
@@ -71,20 +71,20 @@ class ClassBatches:
         self._members = torch.zeros(self.num_classes, int(counts.max()), dtype=torch.int64)
         self._members[split.labels[order], column] = order
         self._absent = torch.arange(int(counts.max())) >= counts[:, None]
-        # On the CPU they choose DSA's ops without a sync, on the device they index the sums.
+        # The CPU copy selects DSA's ops without a sync, the device copy indexes the sums.
         self.labels_cpu = torch.arange(self.num_classes).repeat_interleave(self.per_class)
         self.labels = self.labels_cpu.to(ctx.device)
 
     def draw(self, generator: torch.Generator) -> Tensor:
         """Return image indices [K * per_class], class-sorted, without repetition within a class."""
         keys = torch.rand(self._members.shape, generator=generator).masked_fill_(self._absent, 2.0)
-        chosen = keys.topk(self.per_class, dim=1, largest=False, sorted=False).indices
-        return self._members.gather(1, chosen).flatten().to(self._images.device, non_blocking=True)
+        columns = keys.topk(self.per_class, dim=1, largest=False, sorted=False).indices
+        return self._members.gather(1, columns).flatten().to(self._images.device, non_blocking=True)
 
     def take(self, index: Tensor) -> Tensor:
         """Return the images of `index` [n] in their pixel space, float32 [n, C, H, W]."""
-        held = self._images.index_select(0, index)
-        return held if self._encoded else self._space.encode(held)
+        images = self._images.index_select(0, index)
+        return images if self._encoded else self._space.encode(images)
 
 
 def encode_all(split: Split, ctx: DistillContext, chunk: int = 1024) -> Tensor:
@@ -121,7 +121,7 @@ def random_indices(ctx: DistillContext) -> Tensor:
     Raises:
         InputError: a class has fewer than `ipc` images.
     """
-    chosen = []
+    indices = []
     rng = derive_numpy(ctx.seed, "distill", "random images")
     for label in range(ctx.dataset.num_classes):
         members = torch.nonzero(ctx.split.labels == label).flatten()
@@ -130,8 +130,8 @@ def random_indices(ctx: DistillContext) -> Tensor:
                 f"ipc must be <= {len(members)} for {ctx.dataset.name} (images of class {label}), "
                 f"got {ctx.ipc}"
             )
-        chosen.append(members[torch.from_numpy(rng.permutation(len(members))[: ctx.ipc])])
-    return torch.cat(chosen)
+        indices.append(members[torch.from_numpy(rng.permutation(len(members))[: ctx.ipc])])
+    return torch.cat(indices)
 
 
 def chunks(total: int, sample_bytes: int, device: torch.device) -> Iterator[slice]:
@@ -150,7 +150,7 @@ def wants_compile(
     """Decide whether to compile the real branch.
 
     Args:
-        choice: `on`, `off`, or `auto`: where a compiler is found and the run is long enough to earn it back.
+        choice: `on`, `off`, or `auto`: with a compiler on the PATH and a run long enough to repay it.
         num_steps: steps of the run.
         images_per_step: real images in each.
         image_shape: (C, H, W).
@@ -165,25 +165,25 @@ def wants_compile(
         )
     if choice != "auto":
         return choice == "on"
-    work = num_steps * images_per_step * image_shape[1] * image_shape[2] / 1024
-    return compiler is not None and work >= _COMPILE_WORTH
+    equivalent_images = num_steps * images_per_step * image_shape[1] * image_shape[2] / 1024
+    return compiler is not None and equivalent_images >= _COMPILE_WORTH
 
 
 def in_precision(statistics: Statistics, precision: str, device: torch.device) -> Statistics:
-    """Return `statistics` with its networks' forward pass in a precision, its results in float32."""
+    """Return `statistics` with the forward pass in `precision` and the results in float32."""
     if precision == "fp32":
         return statistics
 
     def cast(net: Net, images: Tensor) -> tuple[Tensor, ...]:
         with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
-            found = statistics(net, images)
-        return tuple(values.float() for values in found)
+            results = statistics(net, images)
+        return tuple(values.float() for values in results)
 
     return cast
 
 
 class MeanMatching:
-    """Images learned so that class means of their statistics meet the real ones; a fresh network per step.
+    """Images learned so that class means of their statistics match the real ones; a fresh network per step.
 
     Args:
         ctx: what to work on.
@@ -237,22 +237,22 @@ class MeanMatching:
     def _real_means(self, index: Tensor, plan: Any) -> list[Tensor]:
         """Return the class means [K, D_l] of the real batch, its statistics summed chunk by chunk.
 
-        Batch norm mixes samples: a network that has it sees all classes in one batch (as the peers' DM does).
+        Batch norm mixes samples: networks with it see all classes in one batch (as in other DM code).
         """
         batches = self.batches
         sums: list[Tensor] = []
-        parts = (
+        slices = (
             chunks(len(index), self._sample_bytes, index.device) if self._chunked else [slice(0, len(index))]
         )
-        for part in parts:
-            images = batches.take(index[part])
+        for rows in slices:
+            images = batches.take(index[rows])
             if plan is not None and self._dsa is not None:
-                images = self._dsa.apply(images, plan, batches.labels_cpu[part])
+                images = self._dsa.apply(images, plan, batches.labels_cpu[rows])
             statistics = self._real_statistics(self.net, images.contiguous(memory_format=torch.channels_last))
             if not sums:
                 sums = [values.new_zeros(batches.num_classes, values.shape[1]) for values in statistics]
             for total, values in zip(sums, statistics, strict=True):
-                total.index_add_(0, batches.labels[part], values)
+                total.index_add_(0, batches.labels[rows], values)
         return [total.div_(batches.per_class) for total in sums]
 
     def _means(self, values: Tensor) -> Tensor:
@@ -262,8 +262,8 @@ class MeanMatching:
     def state_dict(self) -> dict[str, Any]:
         """Return images, momentum and the step count; draws need no state, they depend on the step alone."""
         momentum = self._optimizer.state.get(self.images, {}).get("momentum_buffer")
-        held: dict[str, Any] = {"step": self._step, "images": self.images.detach().cpu().clone()}
-        return held if momentum is None else {**held, "momentum_buffer": momentum.detach().cpu().clone()}
+        state: dict[str, Any] = {"step": self._step, "images": self.images.detach().cpu().clone()}
+        return state if momentum is None else {**state, "momentum_buffer": momentum.detach().cpu().clone()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -271,8 +271,8 @@ class MeanMatching:
         self._step = int(state["step"])
         self.images.copy_(state["images"])
         if "momentum_buffer" in state:
-            held = state["momentum_buffer"].to(self.images.device, copy=True)
-            self._optimizer.state[self.images]["momentum_buffer"] = held
+            momentum = state["momentum_buffer"].to(self.images.device, copy=True)
+            self._optimizer.state[self.images]["momentum_buffer"] = momentum
 
 
 def largest_map_bytes(net: Net, ctx: DistillContext) -> int:
@@ -288,7 +288,7 @@ _largest: dict[tuple[str, tuple[int, int, int]], int] = {}
 
 @torch.no_grad()
 def _measured(net: Net, ctx: DistillContext) -> int:
-    """Find the largest map on a blank image (in eval mode: no trace)."""
+    """Find the largest map on a blank image (in eval mode, which leaves no trace)."""
     was_training = net.training
     maps = net.eval().features(torch.zeros(1, *ctx.dataset.image_shape, device=ctx.device)).maps
     net.train(was_training)

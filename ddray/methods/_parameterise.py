@@ -1,4 +1,4 @@
-"""Boost-SSDD's beginning and end: principal components, float accounting, approximation networks."""
+"""Boost-SSDD's setup and final fit: principal components, float accounting, approximation networks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ddray.data import PixelSpace
 _CHUNK: Final = 1024
 _FIT_STEPS: Final = 2000
 _FIT_LR: Final = 0.01
-_CONSTANT: Final = 1e-4  # of a column's mean: a smaller spread is none
+_CONSTANT: Final = 1e-4  # of a column's mean: a smaller spread counts as none
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Layout:
         num_image_bases: U.
         num_target_bases: V.
         num_images: m.
-        storage_floats: of everything that is stored.
+        storage_floats: all stored floats.
     """
 
     num_image_bases: int
@@ -39,7 +39,7 @@ class Layout:
 def shift_floats(
     num_views: int, width: int, approximation: Approximation, hidden: int, num_images: int = 0
 ) -> int:
-    """Return the floats of what gives the views' targets: A networks V -> h -> V, or what stands for them."""
+    """Return the floats stored for the views' targets: A networks V -> h -> V, or their replacement."""
     if approximation == "mlp":
         return num_views * (width * hidden + hidden + hidden * width + width)
     if approximation == "bias":
@@ -59,10 +59,10 @@ def layout(
     approximation: Approximation,
     hidden: int,
 ) -> Layout:
-    """Spend a budget: bases and networks first, what is left on coefficients, m = left / (U + V).
+    """Spend a budget: bases and networks first, the rest on coefficients, m = rest / (U + V).
 
     Views that are all stored (`ideal`) are the paper's upper bound "without considering the storage budget"
-    (A.7): they get the m of the networks, and count in `storage_floats` alone.
+    (A.7): they get the same m as networks, and count in `storage_floats` alone.
 
     Args:
         floats: the budget.
@@ -72,7 +72,7 @@ def layout(
         num_target_bases: V.
         num_real: m is never more than this: coefficients start as projections of as many real images.
         augmentation: the predefined views.
-        approximation: what gives their targets.
+        approximation: how their targets are computed.
         hidden: h.
     """
     num_views = NUM_VIEWS[augmentation]
@@ -103,7 +103,7 @@ def shrink(images: Tensor, scale: int) -> Tensor:
 
 
 def shrunk_rows(images: Tensor, space: PixelSpace, scale: int, device: torch.device) -> Tensor:
-    """Return all real images shrunk, in `space`, float32 [N, d], made chunk by chunk."""
+    """Return all real images shrunk, in `space`, float32 [N, d], computed chunk by chunk."""
     parts = [shrink(space.encode(part.to(device)), scale) for part in torch.split(images, _CHUNK)]
     return torch.cat(parts)
 
@@ -115,14 +115,14 @@ def principal_components(rows: Tensor, num: int) -> Tensor:
     """
     moments = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
     for part in torch.split(rows, _CHUNK):
-        held = part.double()
-        moments.addmm_(held.T, held)
+        chunk = part.double()
+        moments.addmm_(chunk.T, chunk)
     vectors: Tensor = torch.linalg.eigh(moments).eigenvectors
     return vectors[:, -num:].flip(1).T.float().contiguous()
 
 
 def fit_shifts(
-    coefficients: Tensor, moved: Tensor, hidden: int, generator: torch.Generator
+    coefficients: Tensor, view_coefficients: Tensor, hidden: int, generator: torch.Generator
 ) -> tuple[dict[str, Tensor], float]:
     """Train the approximation networks Q_a on the views' shifts (Algorithm 1, lines 21-23).
 
@@ -130,15 +130,15 @@ def fit_shifts(
 
     Args:
         coefficients: C^y [m, V].
-        moved: C^y_a [A, m, V].
+        view_coefficients: C^y_a [A, m, V].
         hidden: width of the hidden layer.
         generator: CPU generator of the initial weights.
 
     Returns:
         The networks' tensors (`ddray.bases`), and their mean squared error.
     """
-    num_views, _, width = moved.shape
-    wanted = moved - coefficients
+    num_views, _, width = view_coefficients.shape
+    shifts = view_coefficients - coefficients
     mean = coefficients.mean(0)
     std = coefficients.std(0, correction=0)
     # Dividing by the spread of a column that hardly varies would fold into weights and biases so large that
@@ -154,7 +154,7 @@ def fit_shifts(
         optimizer = torch.optim.Adam(weights, lr=_FIT_LR)
         for step in range(_FIT_STEPS):
             optimizer.param_groups[0]["lr"] = _FIT_LR * (1 - step / _FIT_STEPS)
-            loss = (perceptron(inputs, *weights) - wanted).square().mean()
+            loss = (perceptron(inputs, *weights) - shifts).square().mean()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -166,4 +166,4 @@ def fit_shifts(
         "shift_weight": w2,
         "shift_bias": b2,
     }
-    return tensors, float((perceptron(coefficients, *tensors.values()) - wanted).square().mean())
+    return tensors, float((perceptron(coefficients, *tensors.values()) - shifts).square().mean())

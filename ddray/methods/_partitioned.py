@@ -1,4 +1,4 @@
-"""What methods that match features of partitioned images share (DSDM, IDM, M3D).
+"""Shared by the methods that match features of partitioned images (DSDM, IDM, M3D).
 
 Images are learned as pixels in [0, 1], clamped at the start of each step (IDC's code base), or in their
 pixel space (the DC family's); networks see them expanded, and augmented by one draw per class for real and
@@ -41,9 +41,9 @@ class PartitionedConfig(Config):
     batch_real: int = Field(default=256, ge=1)
     """Real images per class and step; never more than the smallest class has."""
     batch_syn: int = Field(default=256, ge=1)
-    """Mini-images per class and step; fewer than there are: a fresh draw each step."""
+    """Mini-images per class and step; where there are more, a fresh draw each step."""
     factor: int = Field(default=2, ge=1, le=3)
-    """Parts along each axis that a stored image is cut into; 1: none."""
+    """Parts that a stored image is cut into along each axis; 1: not cut."""
     axes: Literal["auto", "both", "time"] = "auto"
     """Axes that are cut; `auto`: time alone for spectrograms, both for pictures."""
     init: Init = "random"
@@ -78,7 +78,7 @@ class LearnedImages:
         axes = ("time" if is_sound else "both") if config.axes == "auto" else config.axes
         self.partition = Partition(factor=config.factor, axes=axes)
         self.parts = ctx.ipc * self.partition.num_parts
-        images = compose(_start(ctx, config.init, self.parts), self.partition, config.resize)
+        images = compose(_initial_images(ctx, config.init, self.parts), self.partition, config.resize)
         self._space = ctx.space.to(ctx.device)
         self._raw = config.unit_pixels and ctx.space.kind != "zca"
         pixels = ctx.space.decode(images) if self._raw else images
@@ -90,7 +90,7 @@ class LearnedImages:
 
     @torch.no_grad()
     def clamp(self) -> None:
-        """Bring the pixels back into their range; IDC clamps spectrograms from below only."""
+        """Clamp the pixels to their range; IDC clamps spectrograms from below only."""
         if self._raw:
             self.pixels.clamp_(self._low, self._high)
 
@@ -115,22 +115,22 @@ class LearnedImages:
     def state_dict(self) -> dict[str, Any]:
         """Return pixels and momentum."""
         velocity = self._optimizer.state.get(self.pixels, {}).get("momentum_buffer")
-        held: dict[str, Any] = {"pixels": self.pixels.detach().cpu().clone()}
-        return held if velocity is None else {**held, "velocity": velocity.detach().cpu().clone()}
+        state: dict[str, Any] = {"pixels": self.pixels.detach().cpu().clone()}
+        return state if velocity is None else {**state, "velocity": velocity.detach().cpu().clone()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`'s state."""
         self.pixels.copy_(state["pixels"])
         if "velocity" in state:
-            held = state["velocity"].to(self.pixels.device, copy=True)
-            self._optimizer.state[self.pixels]["momentum_buffer"] = held
+            velocity = state["velocity"].to(self.pixels.device, copy=True)
+            self._optimizer.state[self.pixels]["momentum_buffer"] = velocity
 
 
-def _start(ctx: DistillContext, init: Init, count: int) -> Tensor:
+def _initial_images(ctx: DistillContext, init: Init, count: int) -> Tensor:
     """Return `count` initial images per class [K * count, C, H, W] in the context's pixel space, on the CPU.
 
-    A class with fewer images gives some of them more than once.
+    Classes with fewer images use some of them more than once.
     """
     num_classes, labels = ctx.dataset.num_classes, ctx.split.labels
     if init == "noise":
@@ -138,30 +138,30 @@ def _start(ctx: DistillContext, init: Init, count: int) -> Tensor:
         return torch.randn(shape, generator=ctx.generator("init"))
     rng = derive_numpy(ctx.seed, "distill", "random images")
     features = pool_features(ctx) if init == "kcenter" else None
-    chosen = []
+    indices = []
     for label in range(num_classes):
-        own = torch.nonzero(labels == label).flatten()
+        members = torch.nonzero(labels == label).flatten()
         if features is not None:
-            own = own[kcenter_order(features[own], min(count, len(own)))]
+            members = members[kcenter_order(features[members], min(count, len(members)))]
         elif init == "random":
-            own = own[torch.from_numpy(rng.permutation(len(own)))]
-        chosen.append(own[torch.arange(count) % len(own)])
-    return ctx.space.encode(ctx.split.images[torch.cat(chosen)])
+            members = members[torch.from_numpy(rng.permutation(len(members)))]
+        indices.append(members[torch.arange(count) % len(members)])
+    return ctx.space.encode(ctx.split.images[torch.cat(indices)])
 
 
 @dataclass(frozen=True)
 class Draw:
-    """What one step looks at.
+    """The images and the augmentation of one step.
 
     Attributes:
         index: real images [K * n], class-sorted.
         plan: augmentation parameters, a set per class; None: no augmentation.
-        chosen: mini-images [K * m], class-sorted; None: all.
+        syn_index: mini-images [K * m], class-sorted; None: all.
     """
 
     index: Tensor
     plan: DsaPlan | None
-    chosen: Tensor | None
+    syn_index: Tensor | None
 
 
 class FeaturePairs:
@@ -174,7 +174,7 @@ class FeaturePairs:
         embed: features [N, D] of images under a network.
 
     Attributes:
-        net: the one network all features are taken with; its weights are exchanged in place.
+        net: the network that computes all features; its weights are swapped in place.
     """
 
     def __init__(
@@ -197,12 +197,12 @@ class FeaturePairs:
         """Draw real images, augmentation and, where there are more than `batch_syn`, mini-images."""
         index = self.batches.draw(generator)
         plan = self._dsa.draw(self.num_classes, generator, shared_op=False) if self._dsa else None
-        chosen = None
+        syn_index = None
         if self._learned.parts > self._batch_syn:
             keys = torch.rand(self.num_classes, self._learned.parts, generator=generator)
             first = torch.arange(self.num_classes)[:, None] * self._learned.parts
-            chosen = (keys.argsort(1)[:, : self._batch_syn] + first).flatten()
-        return Draw(index, plan, chosen)
+            syn_index = (keys.argsort(1)[:, : self._batch_syn] + first).flatten()
+        return Draw(index, plan, syn_index)
 
     @torch.no_grad()
     def real(self, draw: Draw) -> Tensor:
@@ -210,15 +210,15 @@ class FeaturePairs:
         whole: Tensor | None = None
         total = len(draw.index)
         per_sample = is_per_sample(self.net) or not self.net.training
-        parts = chunks(total, self._sample_bytes, draw.index.device) if per_sample else [slice(0, total)]
-        for part in parts:
+        slices = chunks(total, self._sample_bytes, draw.index.device) if per_sample else [slice(0, total)]
+        for rows in slices:
             images = self._augmented(
-                self.batches.take(draw.index[part]), draw.plan, self.batches.labels_cpu[part]
+                self.batches.take(draw.index[rows]), draw.plan, self.batches.labels_cpu[rows]
             )
             values = self._embed_real(self.net, images)
             if whole is None:
                 whole = values.new_empty(total, values.shape[1])
-            whole[part] = values
+            whole[rows] = values
         if whole is None:
             raise RuntimeError("a batch of real images is never empty")
         return by_class(whole, self.num_classes)
@@ -226,8 +226,8 @@ class FeaturePairs:
     def synthetic(self, draw: Draw) -> Tensor:
         """Return the draw's mini-images [K * m, C, H, W] as the network sees them; differentiable."""
         images, labels = self._learned.expanded(), self._labels_syn
-        if draw.chosen is not None:
-            images, labels = images[draw.chosen.to(images.device)], labels[draw.chosen]
+        if draw.syn_index is not None:
+            images, labels = images[draw.syn_index.to(images.device)], labels[draw.syn_index]
         return self._augmented(images, draw.plan, labels)
 
     def _augmented(self, images: Tensor, plan: DsaPlan | None, labels: Tensor) -> Tensor:
@@ -237,9 +237,9 @@ class FeaturePairs:
 
 
 def siamese(can_flip: bool, variant: Literal["dsa", "dsa_idc", "none"], strategy: str | None) -> Dsa | None:
-    """Return the augmentation of a matching; no flip where a mirrored image changes its class.
+    """Return the augmentation of a matching method; None if no operation is left.
 
-    None where nothing is left of it.
+    Flips are dropped where a mirrored image changes its class.
 
     Raises:
         InputError: the strategy names an unknown operation.
@@ -257,12 +257,13 @@ def embedding(net: Net, images: Tensor) -> Tensor:
     return net.features(images).embedding
 
 
-def nearby(held: list[Tensor], device: torch.device) -> list[Tensor]:
-    """Return tensors on a GPU where they take no more than half of its free memory, else as they are."""
+def nearby(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Move tensors to a GPU if they take at most half of its free memory; else return them as they are."""
     if device.type != "cuda":
-        return held
-    size = sum(tensor.numel() * tensor.element_size() for tensor in held)
-    return [tensor.to(device) for tensor in held] if 2 * size <= torch.cuda.mem_get_info(device)[0] else held
+        return tensors
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    fits = 2 * size <= torch.cuda.mem_get_info(device)[0]
+    return [tensor.to(device) for tensor in tensors] if fits else tensors
 
 
 def by_class(values: Tensor, num_classes: int) -> Tensor:
@@ -276,11 +277,11 @@ def idc_evaluation(target: Target) -> dict[str, Any]:
     Digits and house numbers are not mirrored, spectrograms not augmented.
 
     Args:
-        target: what is distilled; a factor that nothing is said of is 2.
+        target: what is distilled; a factor of None counts as 2.
     """
-    held = {"epochs": 1500, "batch": 64, "schedule": "multistep"}
+    settings = {"epochs": 1500, "batch": 64, "schedule": "multistep"}
     if target.is_audio:
-        return {**held, "augment": "none", "cutmix": 0.0}
+        return {**settings, "augment": "none", "cutmix": 0.0}
     flip = "" if target.dataset in ("mnist", "svhn", "digits") else "flip_"
     cutmix = 0.5 if idc_mixes(target.dataset, target.factor or 2) else 0.0
-    return {**held, "augment": "dsa_idc", "strategy": f"color_crop_{flip}scale_rotate", "cutmix": cutmix}
+    return {**settings, "augment": "dsa_idc", "strategy": f"color_crop_{flip}scale_rotate", "cutmix": cutmix}

@@ -30,7 +30,7 @@ class PoolConfig(Config):
     cutmix: float = Field(default=0.0, ge=0, le=1)
     """Probability of CutMix per batch of their training."""
     seed: int = Field(default=0, ge=0)
-    """Of the first network, the others' follow; not the run's: sets and trials of any seed share one pool."""
+    """Seed of the first network, the others count up; not the run's: runs of all seeds share one pool."""
 
 
 def pretrained_specs(ctx: DistillContext, config: PoolConfig) -> list[PoolSpec]:
@@ -52,7 +52,7 @@ class KeptFeatures:
 
     Attributes:
         features: one [N, D] per network; where rows of val follow those of the rest, [N + M, D].
-        rows: int64 [N], the row of each real image; None: its own number.
+        rows: int64 [N], the row of each real image; None: its own index.
     """
 
     features: list[Tensor]
@@ -60,17 +60,17 @@ class KeptFeatures:
 
     def of(self, member: int, index: Tensor) -> Tensor:
         """Return features [B, D] of real images `index` [B] under one network, on the device of `index`."""
-        held = self.features[member]
-        rows = index.to(held.device)
-        return held.index_select(0, rows if self.rows is None else self.rows[rows]).to(index.device)
+        features = self.features[member]
+        rows = index.to(features.device)
+        return features.index_select(0, rows if self.rows is None else self.rows[rows]).to(index.device)
 
 
 def kept_features(ctx: DistillContext, entries: Sequence[PoolEntry]) -> KeptFeatures | None:
-    """Return what the pool kept of the context's real images; None if it lacks some, or has no networks."""
+    """Return the pool's features of the context's real images; None if any are missing or it is empty."""
     whole = ctx.split_name == "train"
-    found = [entry.tensors["features"] for entry in entries if "features" in entry.tensors]
-    if not found or len(found) < len(entries) or (whole and len(found[0]) != len(ctx.split)):
+    pooled = [entry.tensors["features"] for entry in entries if "features" in entry.tensors]
+    if not pooled or len(pooled) < len(entries) or (whole and len(pooled[0]) != len(ctx.split)):
         return None
-    held = nearby(found, ctx.device)
-    rows = search_rows(ctx.split, seed=ctx.search_seed).to(held[0].device) if whole else None
-    return KeptFeatures(held, rows)
+    features = nearby(pooled, ctx.device)
+    rows = search_rows(ctx.split, seed=ctx.search_seed).to(features[0].device) if whole else None
+    return KeptFeatures(features, rows)

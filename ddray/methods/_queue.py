@@ -1,4 +1,4 @@
-"""IDM's queue of networks that are trained while they are used; a part of the trial's state."""
+"""IDM's queue of networks that are trained while in use; part of the trial's state."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Member:
     Attributes:
         net: the network.
         optimizer: SGD with momentum.
-        right: real images classified right since the last reset, a scalar on the device.
+        right: real images classified correctly since the last reset, a scalar on the device.
         seen: real images seen since then.
     """
 
@@ -36,11 +36,11 @@ class Member:
 
 
 class NetQueue:
-    """Networks in the order they were made; the oldest leaves when it is full.
+    """Networks in order of creation; the oldest leaves when the queue is full.
 
     Args:
         ctx: architecture, classes, seed and device.
-        size: most networks.
+        size: maximum number of networks.
         lr: learning rate of their training (SGD, momentum .9, weight decay 5e-4).
     """
 
@@ -48,26 +48,26 @@ class NetQueue:
         self._ctx = ctx
         self._size = size
         self._lr = lr
-        self._made = 0
+        self._num_pushed = 0
         self.members: list[Member] = []
 
     def push(self) -> None:
         """Add a fresh network."""
-        self.members = [*self.members, self._member(self._made)][-self._size :]
-        self._made += 1
+        self.members = [*self.members, self._member(self._num_pushed)][-self._size :]
+        self._num_pushed += 1
 
-    def _member(self, number: int) -> Member:
+    def _member(self, net_index: int) -> Member:
         ctx = self._ctx
-        seed = derive_seed(ctx.seed, "distill", "queue", number)
+        seed = derive_seed(ctx.seed, "distill", "queue", net_index)
         shape, num_classes = ctx.dataset.image_shape, ctx.dataset.num_classes
         net = build_net(ctx.arch, shape, num_classes, seed=seed, device=ctx.device)
         net.to(memory_format=torch.channels_last).train()
         optimizer = torch.optim.SGD(net.parameters(), lr=self._lr, momentum=0.9, weight_decay=5e-4)
         return Member(net, optimizer, torch.zeros((), device=ctx.device))
 
-    def train(self, place: int, images: Tensor, labels: Tensor) -> None:
+    def train(self, position: int, images: Tensor, labels: Tensor) -> None:
         """Train one network on one batch [B, C, H, W]."""
-        member = self.members[place]
+        member = self.members[position]
         logits = member.net(images.contiguous(memory_format=torch.channels_last))
         loss = F.cross_entropy(logits, labels)
         member.optimizer.zero_grad(set_to_none=True)
@@ -77,28 +77,28 @@ class NetQueue:
         member.seen += len(labels)
 
     def forget_accuracies(self) -> None:
-        """Count right answers anew."""
+        """Restart the accuracy counts."""
         for member in self.members:
             member.right, member.seen = torch.zeros_like(member.right), 0
 
     def state_dict(self) -> dict[str, Any]:
         """Return weights, momentum and counts of every network."""
-        return {"made": self._made, "members": [_member_state(member) for member in self.members]}
+        return {"made": self._num_pushed, "members": [_member_state(member) for member in self.members]}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state."""
-        self._made = int(state["made"])
+        self._num_pushed = int(state["made"])
         self.members = []
-        for held in state["members"]:
+        for member_state in state["members"]:
             member = self._member(0)
-            for mine, theirs in zip(member.net.state_dict().values(), held["values"], strict=True):
+            for mine, theirs in zip(member.net.state_dict().values(), member_state["values"], strict=True):
                 mine.copy_(theirs)
-            for parameter, velocity in zip(member.net.parameters(), held["velocities"], strict=False):
+            for parameter, velocity in zip(member.net.parameters(), member_state["velocities"], strict=False):
                 copied = torch.empty_like(parameter).copy_(velocity)
                 member.optimizer.state[parameter]["momentum_buffer"] = copied
-            member.right = held["right"].to(member.right.device, copy=True)
-            member.seen = int(held["seen"])
+            member.right = member_state["right"].to(member.right.device, copy=True)
+            member.seen = int(member_state["seen"])
             self.members.append(member)
 
 

@@ -1,9 +1,9 @@
 """Kernel ridge regression of teacher representations on features: Eq 3 and its gradient, in closed form.
 
 The prediction for real features T is T S' (S S' + lambda I)^-1 Y, for features S and targets Y of the
-distilled set, both with a bias column. Its gradient needs no graph through the solve, and real features only
-one pass, chunk by chunk. With more samples than features the same is solved as S (S'S + lambda I)^-1, so that
-no matrix is larger than the smaller side.
+distilled set, both with a bias column. Its gradient needs no graph through the solve, and only one pass
+over real features, chunk by chunk. With more samples than features the same is solved as
+S (S'S + lambda I)^-1, so that no matrix is larger than the smaller side.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Up to this size the solve is in float64, which never fails and needs no look at the result.
+# Up to this size the solve is in float64, which never fails, so the result needs no check.
 _DOUBLE: Final = 4096
 
 
@@ -24,8 +24,8 @@ class RidgeLoss(NamedTuple):
 
     Attributes:
         loss: mean over real samples and dimensions of the squared error.
-        features: its gradient in the distilled features [M, F].
-        targets: its gradient in the distilled targets [M, D].
+        features: its gradient with respect to the distilled features [M, F].
+        targets: its gradient with respect to the distilled targets [M, D].
     """
 
     loss: Tensor
@@ -43,7 +43,7 @@ def ridge_loss(
         features: of the distilled images [M, F], without the bias column.
         targets: their targets [M, D].
         real: chunks of (features [n, F], teacher representations [n, D]) of real images.
-        ridge: lambda as a part of the Gram matrix's trace (bias column included; a constant to the gradient).
+        ridge: lambda as a fraction of the Gram matrix's trace (bias column included; held constant).
     """
     s = with_bias(features)
     penalty = ridge * s.square().sum(dtype=torch.float64)
@@ -64,11 +64,11 @@ def ridge_loss(
 
 
 def _residuals(weights: Tensor, real: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Return the mean squared error of real features times `weights` [F + 1, D], and its gradient in them."""
+    """Return the mean squared error of real features times `weights` [F + 1, D], and its gradient."""
     loss, gradient, count = weights.new_zeros(()), torch.zeros_like(weights), 0
-    for features, wanted in real:
+    for features, representations in real:
         t = with_bias(features)
-        residual = t @ weights - wanted
+        residual = t @ weights - representations
         loss += residual.square().sum()
         gradient.addmm_(t.T, residual)
         count += residual.numel()
@@ -83,21 +83,21 @@ def with_bias(features: Tensor) -> Tensor:
 def cholesky(gram: Tensor, penalty: Tensor) -> Tensor:
     """Return the lower Cholesky factor of gram + penalty * I [n, n].
 
-    In float64, from 4,096 rows on in the matrix's own dtype with float64 as the way out.
+    In float64; above 4,096 rows in the matrix's own dtype, with float64 as the fallback.
     """
     if len(gram) > _DOUBLE:
         factor, failed = _factor(gram, penalty, gram.dtype)
         if not bool(failed):
             return factor
-        del factor  # before the larger one is made
+        del factor  # before the larger one is allocated
     return _factor(gram, penalty, torch.float64)[0]
 
 
 def _factor(gram: Tensor, penalty: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return the factor in `dtype`, and a number that is not 0 where it failed."""
-    held = gram.to(dtype, copy=True)
-    held.diagonal().add_(penalty.to(dtype))
-    factor, failed = torch.linalg.cholesky_ex(held)
+    """Return the factor in `dtype`, and a number that is nonzero on failure."""
+    regularised = gram.to(dtype, copy=True)
+    regularised.diagonal().add_(penalty.to(dtype))
+    factor, failed = torch.linalg.cholesky_ex(regularised)
     return factor, failed
 
 
@@ -107,7 +107,7 @@ def solve(factor: Tensor, right: Tensor) -> Tensor:
 
 
 def solve_bytes(num_rows: int, num_features: int, num_targets: int) -> int:
-    """Return the bytes that `ridge_loss` holds at its peak, the features that it is given included.
+    """Return the peak bytes of `ridge_loss`, its input features included.
 
     Args:
         num_rows: M.
@@ -117,7 +117,7 @@ def solve_bytes(num_rows: int, num_features: int, num_targets: int) -> int:
     size = min(num_rows, num_features + 1)
     # The Gram matrix in float32, its copy and its factor in float64, which a large one falls back to.
     square = size * size * (4 + 2 * 8)
-    # The features as given, with their bias column, and their gradient; targets, and theirs.
+    # The input features, with their bias column, and their gradient; targets, and theirs.
     rows = 4 * num_rows * (3 * (num_features + 1) + 3 * num_targets)
     # Weights, their gradient, and right-hand sides and solutions in float64.
     return square + rows + num_targets * (3 * 4 * (num_features + 1) + 4 * 8 * size)

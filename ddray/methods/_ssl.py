@@ -45,10 +45,10 @@ class SslConfig(Config):
 
 
 def evaluate_for(target: Target) -> dict[str, Any]:
-    """Return how a network is pre-trained on any method's set for a target; rows of a table are to share it.
+    """Return a target's pre-training settings: the same for all methods, so that a table's rows compare.
 
-    Weight decay is the last column of Boost-SSDD's Table 5: 1e-3, on CIFAR-100 from N = 1000 on 1e-4, above
-    32 px 5e-3.
+    Weight decay is the last column of Boost-SSDD's Table 5: 1e-3; 1e-4 on CIFAR-100 from N = 1000; 5e-3 above
+    32 px.
     """
     decay = 1e-3
     if min(target.image_shape[1:]) > 32:
@@ -64,7 +64,7 @@ def teacher_of(ctx: DistillContext, config: TeacherConfig) -> PoolEntry:
 
 
 def spec_of_teacher(ctx: DistillContext, config: TeacherConfig) -> PoolSpec:
-    """Return what the pool is asked for: the teacher of the context's images."""
+    """Return the pool spec of the teacher of the context's images."""
     return teacher_spec(config, ctx.dataset, ctx.split, split_name=ctx.split_name, device=ctx.device)
 
 
@@ -137,7 +137,7 @@ def ssl_selection(config_class: type[SslConfig], choose: Choose) -> type[BudgetD
             return [spec_of_teacher(ctx, self._config.teacher)]
 
         def setup(self, ctx: DistillContext) -> None:
-            """Make the selection."""
+            """Select the images."""
             self.representations = teacher_of(ctx, self._config.teacher).tensors["features"]
             m = num_pairs(self._config, given_budget(ctx), ctx.dataset.image_shape)
             index = choose(ctx, self.representations, m)
@@ -153,10 +153,10 @@ def ssl_selection(config_class: type[SslConfig], choose: Choose) -> type[BudgetD
             return self._set
 
         def state_dict(self) -> dict[str, Any]:
-            """Return nothing: a selection is made anew in no time."""
+            """Return nothing: a selection is quick to repeat."""
             return {}
 
         def load_state_dict(self, state: dict[str, Any]) -> None:
-            """Take nothing."""
+            """Do nothing."""
 
     return Selection

@@ -7,13 +7,13 @@ small networks Q_a replace in the end.
 **Deviations** (paper | ours)
 
 - inner loss: Eq 2 sums over dimensions, which diverges at its own lr .1 | mean.
-- principal components: of what is not said | uncentred, so that no mean is stored; images are shrunk by
+- principal components: centring not given | uncentred, so that no mean is stored; images are shrunk by
   averaging.
 - Q_a's optimiser: not given | full-batch Adam, lr .01 falling linearly, 2,000 steps; inputs are standardised
   while training, which is folded into the first layer. Inner weight decay: not given | KRR-ST's 1e-3.
 - U and V outside Table 5: twice N, at most the dimension | also at most a half and a third of the floats (the
   shares that the table's own rows take).
-- real batches: not said | un-augmented, so that the teacher's features are read, not computed.
+- augmentation of real batches: not given | none, so that the teacher's features are read, not computed.
 - the inner step: on the views that the outer loss was taken on | on the updated ones (KRR-ST's code).
 - inner steps: a full batch, 9,672 rows for CIFAR-100 at N=1000 (21 GiB), 48,508 at N=5000, 9,528 for Tiny
   ImageNet at N=200 (43 GiB), 37,876 for ImageNette at 128 px (358 GiB) | above `inner_batch` (4,096 rows at
@@ -81,7 +81,7 @@ class BoostSsddConfig(KrrConfig):
     augmentation: Augmentation = "rotation"
     """The predefined views (Table 12)."""
     approximation: Approximation = "mlp"
-    """What gives the views' targets: networks, one shift each, nothing, or all of them stored (Table 11)."""
+    """How the views' targets are computed: networks, one shift each, nothing, or all stored (Table 11)."""
     hidden: int = Field(default=4, ge=1)
     """h, width of the approximation networks."""
 
@@ -98,7 +98,7 @@ class BoostSsdd:
 
     @staticmethod
     def preset(name: str, target: Target) -> dict[str, Any]:
-        """Return the paper's settings (there is no code of the authors: `repo` is the same)."""
+        """Return the paper's settings (the authors published no code: `repo` is the same)."""
         side = min(target.image_shape[1:])
         small = side <= 32
         method: dict[str, Any] = {"scale": 2 if small else max(2, side // 16), "hidden": 4 if small else 16}
@@ -122,12 +122,12 @@ class BoostSsdd:
         return plan_layout(config, budget, image_shape, num_real).num_images
 
     def _planned(self, ctx: DistillContext) -> tuple[Layout, Extent]:
-        """Return how the budget is spent, and how much is learned: targets of views have no networks yet."""
+        """Return how the budget is spent, and what is learned: the views' targets have no networks yet."""
         shape, config = ctx.dataset.image_shape, self._config
         plan = plan_layout(config, given_budget(ctx), shape, len(ctx.split))
         num_views = bases.NUM_VIEWS[config.augmentation]
-        moved = num_views * plan.num_images * plan.num_target_bases
-        return plan, Extent(plan.num_images, num_views, plan.storage_floats + moved)
+        view_floats = num_views * plan.num_images * plan.num_target_bases
+        return plan, Extent(plan.num_images, num_views, plan.storage_floats + view_floats)
 
     def pool_specs(self, ctx: DistillContext) -> list[PoolSpec]:
         """Return the teacher."""
@@ -152,7 +152,7 @@ class BoostSsdd:
         index = torch.randperm(len(ctx.split), generator=ctx.generator("init"))[: plan.num_images]
         start = _start(ctx, config, plan, self.representations, index)
         if learned.num_views:
-            start["view_coefficients"] = _start_of_views(
+            start["view_coefficients"] = _start_view_coefficients(
                 ctx, config, start, teacher_net(entry).to(ctx.device)
             )
         self.loop = BilevelLoop(ctx, config, start, synthesise, extent, self.num_steps)
@@ -165,32 +165,36 @@ class BoostSsdd:
         """Fit the approximation networks and return the current set (Algorithm 1, lines 21-23)."""
         config = self._config
         tensors = {name: tensor.detach().clone() for name, tensor in self.loop.parameters.items()}
-        moved = tensors.pop("view_coefficients", None)
+        view_coefficients = tensors.pop("view_coefficients", None)
         mse = None
-        if moved is not None:
-            own = tensors["target_coefficients" if config.parameterize else "targets"]
-            more, mse = self._approximate(own, moved)
-            tensors |= more
-        held = Bases(
+        if view_coefficients is not None:
+            target_coefficients = tensors["target_coefficients" if config.parameterize else "targets"]
+            shift_tensors, mse = self._approximate(target_coefficients, view_coefficients)
+            tensors |= shift_tensors
+        bases_meta = Bases(
             scale=config.scale,
             augmentation=config.augmentation,
             approximation=config.approximation,
             approximation_mse=mse,
         )
-        return self._ctx.make_based_set(tensors, held)
+        return self._ctx.make_based_set(tensors, bases_meta)
 
-    def _approximate(self, own: Tensor, moved: Tensor) -> tuple[dict[str, Tensor], float]:
-        """Return what gives the views' coefficients [A, m, V] from the images' own [m, V], and its error."""
+    def _approximate(
+        self, coefficients: Tensor, view_coefficients: Tensor
+    ) -> tuple[dict[str, Tensor], float]:
+        """Return tensors that map images' coefficients [m, V] to their views' [A, m, V], and the error."""
         config = self._config
-        shift = moved - own
+        shift = view_coefficients - coefficients
         if config.approximation == "ideal":
-            return {"view_coefficients": moved}, 0.0
+            return {"view_coefficients": view_coefficients}, 0.0
         if config.approximation == "same":
             return {}, float(shift.square().mean())
         if config.approximation == "bias":
             bias = shift.mean(1)
             return {"shift_bias": bias}, float((shift - bias[:, None]).square().mean())
-        return fit_shifts(own, moved, config.hidden, self._ctx.generator("approximation"))
+        return fit_shifts(
+            coefficients, view_coefficients, config.hidden, self._ctx.generator("approximation")
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return bases, coefficients, optimiser, inner networks and step."""
@@ -252,7 +256,7 @@ def _start(
         images = ctx.space.encode(ctx.split.images[index]).to(ctx.device)
         return {"images": images, "targets": features[index]}
     rows = shrunk_rows(ctx.split.images, ctx.space.to(ctx.device), config.scale, ctx.device)
-    held: dict[str, Tensor] = {}
+    parameters: dict[str, Tensor] = {}
     for name, real, num in (
         ("image", rows, plan.num_image_bases),
         ("target", features, plan.num_target_bases),
@@ -264,36 +268,36 @@ def _start(
         else:
             noise = torch.randn(plan.num_images + num, max(num, real.shape[1]), generator=generator)
             coefficients = noise[: plan.num_images, :num].to(real.device)
-            chosen = torch.randperm(len(real), generator=generator)[:num].to(real.device)
+            basis_index = torch.randperm(len(real), generator=generator)[:num].to(real.device)
             random = noise[plan.num_images :, : real.shape[1]].to(real.device)
-            base = real[chosen] if config.init == "real" else random
-        held[f"{name}_bases"], held[f"{name}_coefficients"] = base, coefficients
+            base = real[basis_index] if config.init == "real" else random
+        parameters[f"{name}_bases"], parameters[f"{name}_coefficients"] = base, coefficients
     channels, height, width = ctx.dataset.image_shape
     shape = (-1, channels, height // config.scale, width // config.scale)
-    held["image_bases"] = held["image_bases"].view(shape)
-    return held
+    parameters["image_bases"] = parameters["image_bases"].view(shape)
+    return parameters
 
 
-def _start_of_views(
+def _start_view_coefficients(
     ctx: DistillContext, config: BoostSsddConfig, start: Mapping[str, Tensor], teacher: Net
 ) -> Tensor:
     """Return initial C^y_a [A, m, V]: the teacher's representations of the views, projected (Sec 3.3)."""
     num_views = bases.NUM_VIEWS[config.augmentation]
-    own = start["target_coefficients" if config.parameterize else "targets"]
+    coefficients = start["target_coefficients" if config.parameterize else "targets"]
     if config.parameterize and config.init != "pc":
-        shape = (num_views, *own.shape)
-        return torch.randn(shape, generator=ctx.generator("init", "views")).to(own.device)
+        shape = (num_views, *coefficients.shape)
+        return torch.randn(shape, generator=ctx.generator("init", "views")).to(coefficients.device)
     learned = Bases(scale=config.scale, augmentation=config.augmentation, approximation="same")
-    space, own_space = ctx.space.to(ctx.device), normalized_space(ctx.dataset)
-    found = own.new_empty(num_views, *own.shape)
-    for rows in torch.split(torch.arange(len(own), device=own.device), _CHUNK):
-        held = bases.images_of(bases.of_images(start, rows), learned)
+    space, teacher_space = ctx.space.to(ctx.device), normalized_space(ctx.dataset)
+    view_coefficients = coefficients.new_empty(num_views, *coefficients.shape)
+    for rows in torch.split(torch.arange(len(coefficients), device=coefficients.device), _CHUNK):
+        images = bases.images_of(bases.of_images(start, rows), learned)
         # A teacher sees normalised pixels, whatever space the set is learned in.
-        pixels = space.decode(bases.views(held, config.augmentation)[len(rows) :])
-        features = embed_all(teacher, pixels, own_space, ctx.device).to(own.device)
+        pixels = space.decode(bases.views(images, config.augmentation)[len(rows) :])
+        features = embed_all(teacher, pixels, teacher_space, ctx.device).to(coefficients.device)
         projected = features @ start["target_bases"].T if config.parameterize else features
-        found[:, rows] = projected.view(num_views, len(rows), -1)
-    return found
+        view_coefficients[:, rows] = projected.view(num_views, len(rows), -1)
+    return view_coefficients
 
 
 METHOD: Final = BoostSsdd

@@ -1,7 +1,7 @@
 """CAFE: learning to condense by aligning features (Wang et al., CVPR 2022; Sec 3.2-3.4).
 
 Along a network's training on the synthetic images, each step moves them so that the class means of all
-layers' features meet the real ones' (layer-wise alignment), and real images are told apart by their product
+layers' features match the real ones' (layer-wise alignment), and real images are told apart by their product
 with the synthetic class means (discrimination loss). How long a network is trained between two steps, and
 when a fresh one is taken, follows its accuracy on real images (dynamic bi-level optimisation).
 
@@ -9,9 +9,10 @@ when a fresh one is taken, follows its accuracy on real images (dynamic bi-level
 
 - a step: all updates under one network, 2,000 of them | one update of the images, 20,000 of them: a network
   serves for ten or more.
-- the loops have no other end than their accuracies' | at most `max_outer` and `max_inner` turns.
+- loops end by their accuracies alone | also after `max_outer` and `max_inner` turns.
 - accuracies: each adds a tenth of the one before (the sum is never reset) | plain.
-- rate of the images: halved after 1,200, 1,600 and 1,800 of 2,000 networks | at the same parts of the steps.
+- rate of the images: halved after 1,200, 1,600 and 1,800 of 2,000 networks | at the same fractions of the
+  steps.
 - layer weights: .1, .1, 1 for ConvNet-3's maps, 1 + 1 for the embedding | the same; `early_weight` for all
   but the last map of a deeper one.
 - augmentation and network seeds: wall clock | derived from the run's seed. `augment=dsa` is CAFE+DSA.
@@ -58,17 +59,17 @@ class CAFEConfig(Config):
     discrimination: float = Field(default=0.01, ge=0)
     """Weight of the discrimination loss, summed over the real images."""
     outer_gap: float = Field(default=0.04, ge=0)
-    """A network is given up when its accuracy varied by less over the window (lambda 1)."""
+    """A network is replaced when its accuracy varied by less than this over the window (lambda 1)."""
     inner_gap: float = Field(default=0.03, ge=0)
-    """Its training pauses when its accuracy varied by more over the window (lambda 2)."""
+    """Its training pauses when its accuracy varied by more than this over the window (lambda 2)."""
     window: int = Field(default=10, ge=1)
-    """Accuracies that are looked at."""
+    """Number of latest accuracies that are compared."""
     max_outer: int = Field(default=50, ge=1)
-    """Most steps under one network."""
+    """Maximum number of steps under one network."""
     max_inner: int = Field(default=50, ge=1)
-    """Most epochs of its training between two of them."""
+    """Maximum number of its training epochs between two steps."""
     batch_query: int = Field(default=128, ge=1)
-    """Real images per class that an accuracy is taken on."""
+    """Real images per class that an accuracy is measured on."""
     lr_net: float = Field(default=0.01, gt=0)
     """Learning rate of the network (SGD without momentum)."""
     batch_train: int = Field(default=256, ge=1)
@@ -90,7 +91,7 @@ def cafe_loss(
         real: class means of every map [K, D_l], then of the embedding [K, d].
         synthetic: the same of the synthetic images.
         embedded: embeddings of the real images [N, d].
-        labels: theirs, int64 [N].
+        labels: their labels, int64 [N].
         early_weight: of every map but the last; the last counts once, the embedding twice.
         discrimination: weight of the cross entropy of <embedding, synthetic class mean>, summed over images.
     """
@@ -129,17 +130,17 @@ class CAFE:
         self._net = net.to(memory_format=torch.channels_last).train()
         self._per_sample = is_per_sample(net)
         self._sample_bytes = largest_map_bytes(net, ctx)
-        self._step = self._made = self._turns = 0
+        self._step = self._num_nets = self._turns = 0
         self._accuracies: list[float] = []
 
     def step(self) -> dict[str, Tensor]:
-        """Update the images under the current network, then train it on them, or give it up."""
+        """Update the images under the current network, then train it on them, or replace it."""
         config = self._config
         self._step += 1
         generator = self._ctx.generator("step", self._step)
         if self._turns == 0:
-            self._made += 1
-            reinitialize(self._net, derive_seed(self._ctx.seed, "distill", "net", self._made))
+            self._num_nets += 1
+            reinitialize(self._net, derive_seed(self._ctx.seed, "distill", "net", self._num_nets))
         loss = self._update_images(generator)
         self._turns += 1
         self._accuracies = [*self._accuracies, self._accuracy(generator)][-config.window :]
@@ -179,14 +180,14 @@ class CAFE:
         batches, embedded = self._batches, []
         sums: list[Tensor] = []
         whole = [slice(0, len(index))]
-        for part in chunks(len(index), self._sample_bytes, index.device) if self._per_sample else whole:
-            images = self._augmented(batches.take(index[part]), plan, batches.labels_cpu[part])
+        for rows in chunks(len(index), self._sample_bytes, index.device) if self._per_sample else whole:
+            images = self._augmented(batches.take(index[rows]), plan, batches.labels_cpu[rows])
             _, embedding, maps = self._net.features(images)
             flat = [values.flatten(1) for values in (*maps, embedding)]
             if not sums:
                 sums = [values.new_zeros(batches.num_classes, values.shape[1]) for values in flat]
             for total, values in zip(sums, flat, strict=True):
-                total.index_add_(0, batches.labels[part], values)
+                total.index_add_(0, batches.labels[rows], values)
             embedded.append(embedding)
         return [total.div_(batches.per_class) for total in sums], torch.cat(embedded)
 
@@ -218,12 +219,12 @@ class CAFE:
 
     @torch.no_grad()
     def _accuracy(self, generator: torch.Generator) -> float:
-        """Return the network's accuracy on real images, as many of every class."""
+        """Return the network's accuracy on real images, equally many of every class."""
         index = self._queries.draw(generator)
         right = torch.zeros((), device=index.device)
-        for part in chunks(len(index), self._sample_bytes, index.device):
-            images = self._queries.take(index[part]).contiguous(memory_format=torch.channels_last)
-            right += (self._net(images).argmax(1) == self._queries.labels[part]).sum()
+        for rows in chunks(len(index), self._sample_bytes, index.device):
+            images = self._queries.take(index[rows]).contiguous(memory_format=torch.channels_last)
+            right += (self._net(images).argmax(1) == self._queries.labels[rows]).sum()
         return float(right) / len(index)
 
     def snapshot(self) -> DistilledSet:
@@ -231,29 +232,29 @@ class CAFE:
         return self._ctx.make_set(self._images, self._labels)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return images, momentum, the network and where its loops stand."""
+        """Return images, momentum, the network and the state of its loops."""
         velocity = self._optimizer.state.get(self._images, {}).get("momentum_buffer")
-        held: dict[str, Any] = {
+        state: dict[str, Any] = {
             "step": self._step,
             "images": self._images.detach().cpu().clone(),
             "net": [value.detach().cpu().clone() for value in self._net.state_dict().values()],
-            "made": self._made,
+            "made": self._num_nets,
             "turns": self._turns,
             "accuracies": list(self._accuracies),
         }
-        return held if velocity is None else {**held, "velocity": velocity.cpu().clone()}
+        return state if velocity is None else {**state, "velocity": velocity.cpu().clone()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state."""
-        self._step, self._made, self._turns = (int(state[name]) for name in ("step", "made", "turns"))
+        self._step, self._num_nets, self._turns = (int(state[name]) for name in ("step", "made", "turns"))
         self._accuracies = [float(value) for value in state["accuracies"]]
         self._images.copy_(state["images"])
         for mine, theirs in zip(self._net.state_dict().values(), state["net"], strict=True):
             mine.copy_(theirs)
         if "velocity" in state:
-            held = state["velocity"].to(self._images.device, copy=True)
-            self._optimizer.state[self._images]["momentum_buffer"] = held
+            velocity = state["velocity"].to(self._images.device, copy=True)
+            self._optimizer.state[self._images]["momentum_buffer"] = velocity
 
 
 def _means(values: Tensor, num_classes: int) -> Tensor:

@@ -1,9 +1,9 @@
-"""Class mean: the mean image of each class, or of `ipc` random disjoint parts of it. The honest lower bar.
+"""Class mean: the mean image of each class, or of `ipc` random disjoint parts of it. The baseline to beat.
 
 No learning at all; on digits at ipc 1 it scores higher than most distilled sets, so a method that does not
 beat it there has learned nothing that a mean would not give.
 
-**Deviations**: none; it is no paper's method.
+**Deviations**: none; it comes from no paper.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def select(ctx: DistillContext, config: ClassMeanConfig) -> tuple[Tensor, Tensor
     rng = derive_numpy(ctx.seed, "distill", "parts")
     means = []
     for label in range(ctx.dataset.num_classes):
-        own = torch.nonzero(ctx.split.labels == label).flatten()
-        parts = own[torch.from_numpy(rng.permutation(len(own)))].tensor_split(ctx.ipc)
-        means += [ctx.space.encode(ctx.split.images[part]).double().mean(0).float() for part in parts]
+        members = torch.nonzero(ctx.split.labels == label).flatten()
+        parts = members[torch.from_numpy(rng.permutation(len(members)))].tensor_split(ctx.ipc)
+        means += [ctx.space.encode(ctx.split.images[rows]).double().mean(0).float() for rows in parts]
     labels = torch.arange(ctx.dataset.num_classes).repeat_interleave(ctx.ipc)
     return torch.stack(means), labels
 

@@ -60,13 +60,13 @@ class D3HRConfig(Config):
     class_ids: tuple[int, ...] | None = None
     """The generator's label of each class; default: by name or number."""
     num_inference_steps: int = Field(default=50, ge=1)
-    """S, steps of the whole way to noise."""
+    """S, steps of the full schedule to noise."""
     inversion_steps: int | None = Field(default=None, ge=1)
     """T, steps of inversion and of sampling (Fig 5); default: 31 of 50, in proportion."""
     guidance: float = Field(default=4.0, ge=0)
     """Scale of classifier-free guidance, in inversion and sampling; 1: none."""
     encoding: Encoding = "mode"
-    """What stands for an image: the posterior's mode, or a sample of it."""
+    """Latent of an image: the posterior's mode, or a sample of it."""
     mapping: Literal["ddim", "ddpm"] = "ddim"
     """Domain mapping: inversion (Eq 3), or added noise (Eq 1; Table 3's Base-DDPM with `sampling=random`)."""
     sampling: Literal["group", "random", "kmeans"] = "group"
@@ -96,7 +96,6 @@ class D3HRConfig(Config):
 
     @model_validator(mode="after")
     def _go_together(self) -> Self:
-        """Refuse statistics of what is not drawn from them, and more steps up than the way has."""
         if self.store == "statistics" and self.sampling == "kmeans":
             raise ValueError("store=statistics needs sampling=group or random: k-means needs the images")
         if self.inversion_steps is not None and self.inversion_steps > self.num_inference_steps:
@@ -107,13 +106,13 @@ class D3HRConfig(Config):
         return self
 
     def levels(self) -> Levels:
-        """Return how far latents are taken."""
+        """Return the steps and the guidance of inversion and sampling."""
         steps = self.inversion_steps or max(1, round(self.num_inference_steps * 31 / 50))
         return Levels(num_inference_steps=self.num_inference_steps, num_steps=steps, guidance=self.guidance)
 
 
 class D3HR:
-    """Group sampling of inverted latents; the number of steps is known once `setup` has seen the images."""
+    """Group sampling of inverted latents; `num_steps` is set in `setup`."""
 
     config_type: ClassVar[type[Config]] = D3HRConfig
 
@@ -140,31 +139,31 @@ class D3HR:
                 "precision": "float16",
             }
         evaluate = {"epochs": 1000, "augment": "dsa"}
-        # A checkpoint holds all that is made so far: a step may write 32 MiB on average.
+        # A checkpoint holds all results so far: limit writes to 32 MiB per step on average.
         floats = 2 * target.ipc * target.num_classes * math.prod(target.image_shape)
         every = max(1, math.ceil(4 * floats / _WRITTEN_PER_STEP))
         return {"steps": 0, "checkpoint_every": every, "evaluate": evaluate, "method": method}
 
     def pool_specs(self, ctx: DistillContext) -> list[PoolSpec]:
-        """Return the last stage that is needed, which brings every stage before it."""
+        """Return the last stage needed; its spec contains every stage before it."""
         return plan_stages(ctx, self._config)[1][-1:]
 
     def setup(self, ctx: DistillContext) -> None:
-        """Get the last stage from the pool: whatever is missing before it is done now, and kept."""
+        """Get the last stage from the pool, which computes and stores missing earlier stages."""
         self._ctx, config = ctx, self._config
         self._source, specs = plan_stages(ctx, config)
         self._fingerprint = specs[0].parents[0]
-        held = ctx.pool.get([specs[-1]])[0].tensors
+        tensors = ctx.pool.get([specs[-1]])[0].tensors
         trained = [PoolSpec.parse(self._source["spec"])] if "spec" in self._source else []
         stages.forget_parts([*trained, *specs])
         if config.sampling == "kmeans":
-            self._clean = held["latents"]
+            self._clean = tensors["latents"]
             mean, variance = stages.class_statistics(self._clean, ctx.split.labels, ctx.dataset.num_classes)
         else:
-            mean, variance = held["mean"].clone(), held["variance"].clone()
+            mean, variance = tensors["mean"].clone(), tensors["variance"].clone()
         self._statistics = {"mean": mean, "variance": variance}
         self._labels = torch.arange(ctx.dataset.num_classes).repeat_interleave(ctx.ipc)
-        self._chosen = torch.zeros(len(self._labels), self._statistics["mean"].shape[1])
+        self._latents = torch.zeros(len(self._labels), self._statistics["mean"].shape[1])
         self._images = torch.zeros(len(self._labels), *ctx.dataset.image_shape)
         self._score = torch.zeros(())
         self._step = 0
@@ -195,9 +194,9 @@ class D3HR:
         ctx, config = self._ctx, self._config
         rows = slice(label * ctx.ipc, (label + 1) * ctx.ipc)
         if config.sampling == "kmeans":
-            self._chosen[rows] = self._noised_centres(label)
+            self._latents[rows] = self._noised_centres(label)
             return
-        self._chosen[rows], score = self._sampler.choose(label, ctx.ipc)
+        self._latents[rows], score = self._sampler.choose(label, ctx.ipc)
         self._score = (self._score * label + score) / (label + 1)
 
     def _noised_centres(self, label: int) -> Tensor:
@@ -205,61 +204,63 @@ class D3HR:
         from sklearn.cluster import KMeans
 
         ctx = self._ctx
-        own = self._clean[ctx.split.labels == label].numpy()
+        class_latents = self._clean[ctx.split.labels == label].numpy()
         seed = derive_seed(ctx.seed, "distill", "centres", label)
-        fit = KMeans(n_clusters=ctx.ipc, n_init=1, random_state=seed % 2**32).fit(own)
+        fit = KMeans(n_clusters=ctx.ipc, n_init=1, random_state=seed % 2**32).fit(class_latents)
         centres = torch.from_numpy(fit.cluster_centers_).float()
         noise = torch.randn(centres.shape, generator=ctx.generator("noise", label))
         return self._sampler.model.add_noise(centres, noise, self._config.levels())
 
-    def _decode(self, number: int) -> None:
+    def _decode(self, batch_index: int) -> None:
         """Sample and decode a batch of the chosen latents."""
         ctx = self._ctx
-        rows = slice(number * self._config.batch, (number + 1) * self._config.batch)
-        pixels = self._sampler.decode(self._chosen[rows], self._labels[rows], ctx.dataset.image_shape)
+        rows = slice(batch_index * self._config.batch, (batch_index + 1) * self._config.batch)
+        pixels = self._sampler.decode(self._latents[rows], self._labels[rows], ctx.dataset.image_shape)
         self._images[rows] = ctx.space.encode(pixels)
 
     def snapshot(self) -> DistilledSet:
-        """Return the set, its images (those not decoded yet are blank) or its statistics."""
-        made = self._ctx.make_set(self._images, self._labels)
-        meta = made.meta.model_copy(update={"generator": self._fingerprint})
+        """Return the set: its images (blank if not decoded yet) or its statistics."""
+        distilled = self._ctx.make_set(self._images, self._labels)
+        meta = distilled.meta.model_copy(update={"generator": self._fingerprint})
         if self._config.store == "images":
-            return replace(made, meta=meta)
+            return replace(distilled, meta=meta)
         floats = sum(tensor.numel() for tensor in self._statistics.values())
         meta = meta.model_copy(update={"decoder": "d3hr", "storage_floats": floats})
-        held = {name: tensor.clone() for name, tensor in self._statistics.items()}
-        return replace(made, images=made.images[:0], labels=made.labels[:0], meta=meta, compact=held)
+        compact = {name: tensor.clone() for name, tensor in self._statistics.items()}
+        return replace(
+            distilled, images=distilled.images[:0], labels=distilled.labels[:0], meta=meta, compact=compact
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was decoded, and what was chosen but not decoded yet: nothing that is still blank."""
-        chosen, decoded = self._places()
+        """Return the decoded images and the chosen latents still to be decoded, without blanks."""
+        num_chosen, num_decoded = self._counts()
         return {
             "step": self._step,
-            "latents": self._chosen[decoded:chosen].clone(),
-            "images": self._images[:decoded].clone(),
+            "latents": self._latents[num_decoded:num_chosen].clone(),
+            "images": self._images[:num_decoded].clone(),
             "score": self._score.clone(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state."""
         self._step = int(state["step"])
-        chosen, decoded = self._places()
-        self._chosen[decoded:chosen] = state["latents"]
-        self._images[:decoded] = state["images"]
+        num_chosen, num_decoded = self._counts()
+        self._latents[num_decoded:num_chosen] = state["latents"]
+        self._images[:num_decoded] = state["images"]
         self._score = state["score"].clone()
 
-    def _places(self) -> tuple[int, int]:
-        """Return how many latents are chosen, and how many of them decoded."""
+    def _counts(self) -> tuple[int, int]:
+        """Return how many latents are chosen, and how many of them are decoded."""
         num_classes, total = self._ctx.dataset.num_classes, len(self._labels)
-        chosen = min(self._step, num_classes) * self._ctx.ipc
-        return chosen, min(total, max(0, self._step - num_classes) * self._config.batch)
+        num_chosen = min(self._step, num_classes) * self._ctx.ipc
+        return num_chosen, min(total, max(0, self._step - num_classes) * self._config.batch)
 
 
 def plan_stages(ctx: DistillContext, config: D3HRConfig) -> tuple[Mapping[str, Any], list[PoolSpec]]:
     """Return where the generator comes from, and the specs of latents, inversion and statistics.
 
-    K-means needs the clean latents only: theirs is then the only spec. All that the generator decides is
-    checked here, before anything is computed.
+    K-means needs only the clean latents, so theirs is then the only spec. Everything that depends on the
+    generator is checked here, before anything is computed.
 
     Raises:
         InputError: the given folder can't be read, or does not fit images, classes or steps.
@@ -273,16 +274,16 @@ def plan_stages(ctx: DistillContext, config: D3HRConfig) -> tuple[Mapping[str, A
         if config.generator.init is not None:  # it keeps its own schedule
             timesteps = read_folder(Path(config.generator.init)).num_train_timesteps
     else:
-        found = read_folder(Path(config.diffusion))
-        if found.channels < dataset.image_shape[0]:
+        folder = read_folder(Path(config.diffusion))
+        if folder.channels < dataset.image_shape[0]:
             raise InputError(
                 f"a diffusion model of {dataset.name}'s images must have {dataset.image_shape[0]} channels, "
-                f"{found.path} has {found.channels}; leave method.diffusion out to train one"
+                f"{folder.path} has {folder.channels}; leave method.diffusion out to train one"
             )
-        remember(found)
-        warn_of_leak(found, dataset.fingerprint, ctx.split_name)
-        source = {"fingerprint": found.fingerprint}
-        names, num, timesteps = found.class_names, found.num_classes, found.num_train_timesteps
+        remember(folder)
+        warn_of_leak(folder, dataset.fingerprint, ctx.split_name)
+        source = {"fingerprint": folder.fingerprint}
+        names, num, timesteps = folder.class_names, folder.num_classes, folder.num_train_timesteps
     check_levels(config.levels(), timesteps)
     ids = resolve_ids(names, num, dataset.class_names, config.class_ids)
     latents = stages.latents_spec(base, source, encoding=config.encoding, precision=config.precision)

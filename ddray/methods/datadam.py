@@ -12,9 +12,10 @@ last; L_MMD matches class means of the embedding.
 - batch_real, iterations: 256, 8,000 | 64, 20,000 | by preset; a class with fewer images gives all of them.
 - pixels: ZCA without mean/std for CIFAR | mean/std, ZCA off; when on, real initial images are whitened
   twice | by preset, and whitened once.
-- evaluation: StepLR x.5 every 15 epochs, epochs not given (on one batch per epoch the rate is spent after
-  some 30 updates' worth) | x.1 once, 1,800 epochs, batch 64 | preset `paper`: the protocol its baselines
-  share, 1,000 epochs (`evaluate.schedule=step15` measures the printed one); preset `repo`: the code's.
+- evaluation: StepLR x.5 every 15 epochs, epochs not given (with one batch per epoch, all updates
+  together are worth some 30 at the full rate) | x.1 once, 1,800 epochs, batch 64 | preset `paper`: the
+  protocol its baselines share, 1,000 epochs (`evaluate.schedule=step15` measures the printed one); preset
+  `repo`: the code's.
 - augmentation and network seeds: wall clock | wall clock | derived from the run's seed.
 """
 
@@ -61,8 +62,8 @@ def attention(maps: Tensor, p: float, norm: Norm, *, overwrite: bool = False) ->
     Args:
         maps: post-activation, pre-pool maps [N, C, H, W].
         p: power; A = sum over channels of |F|^p.
-        norm: `l2` | `l1` | `none`, over the H*W places of each sample.
-        overwrite: the maps' memory may hold the powers: without grad, and where nothing reads the maps later.
+        norm: `l2` | `l1` | `none`, over the H*W positions of each sample.
+        overwrite: write the powers into the maps' memory; only without grad, if nothing reads the maps later.
 
     Returns:
         [N, H*W].
@@ -79,10 +80,10 @@ def _power(maps: Tensor, p: float, overwrite: bool) -> Tensor:
         return maps.abs()
     if p not in (2, 4, 8):
         return maps.abs().pow(p)
-    held = maps.mul_(maps) if overwrite else maps * maps
+    power = maps.mul_(maps) if overwrite else maps * maps
     for _ in range(int(p).bit_length() - 2):
-        held = held * held if held.requires_grad else held.mul_(held)
-    return held
+        power = power * power if power.requires_grad else power.mul_(power)
+    return power
 
 
 def discrepancy(real: Tensor, synthetic: Tensor, loss: Loss) -> Tensor:
@@ -108,7 +109,7 @@ def datadam_loss(
         real: mean attention maps per matched layer [K, D_l], then the mean embedding [K, D].
         synthetic: the same of the synthetic images.
         lambda_mmd: weight of L_MMD.
-        loss_scale: factor on the whole.
+        loss_scale: factor on the whole loss.
         loss: discrepancy of the attention maps.
     """
     total = lambda_mmd * mmd(real[-1], synthetic[-1])
@@ -155,10 +156,10 @@ class DataDAM:
         def statistics(net: Net, images: Tensor) -> tuple[Tensor, ...]:
             _, embedding, maps = net.features(images)
             if config.precision == "bf16":
-                maps = tuple(held.float() for held in maps)  # powers of bf16 would lose digits once more
-            if layers is not None:  # the last may be the embedding's own memory
-                chosen = [attention(maps[layer - 1], config.p, config.sam_norm) for layer in layers]
-                return (*chosen, embedding)
+                maps = tuple(layer_map.float() for layer_map in maps)  # powers in bf16 would lose more digits
+            if layers is not None:  # the last map may share the embedding's memory
+                attentions = [attention(maps[layer - 1], config.p, config.sam_norm) for layer in layers]
+                return (*attentions, embedding)
             overwrite = not torch.is_grad_enabled()
             return (
                 *(attention(m, config.p, config.sam_norm, overwrite=overwrite) for m in maps[:-1]),

@@ -5,7 +5,7 @@ on the synthetic images and the evaluation are augmented too.
 
 **Deviations** (paper and authors' code agree on every setting; both presets are the same)
 
-- DC's, but for the evaluation, which is as published.
+- DC's, except for the evaluation, which is as published.
 - augmentation seeds: wall clock | derived from the run's seed.
 """
 

@@ -18,13 +18,13 @@ covariances (Eq 5), L_h the class means of the synthetic images with their own h
 - initial images: random real ones | the first of each class, nearest down-scaling | by preset; the paper's
   are scaled down bilinearly.
 - matching augmentation: not mentioned | `dsa_idc` color_crop_cutout, one draw for real and synthetic images |
-  by preset. Without it the pool's kept features serve as the real ones: no network sees a real image.
+  by preset. Without it the pool's stored features serve as the real ones: no network sees a real image.
 - pool: 20 epochs, SGD .01/.9/5e-4, batch 256 | also CutMix .5 and color + crop | by preset. Networks match in
   eval mode (no difference for InstanceNorm). Trained on all of train | the same | on the nine tenths that a
   search distils from, also for sets of all of train: one pool serves both, and no network has seen val.
 - pixels: not mentioned | [0, 1], clamped at the start of each step | the code's, in both presets.
 - evaluation: 1,500 epochs | batch 64, multi-step rate, `dsa_idc` without cutout, CutMix .5, best of some 400
-  looks at test | the code's settings in both presets, the last epoch.
+  evaluations on test | the code's settings in both presets, the last epoch.
 - a factor that does not divide the side: padded with grey | parts that differ by a pixel.
 """
 
@@ -132,14 +132,14 @@ class DSDM:
     @staticmethod
     def preset(name: str, target: Target) -> dict[str, Any]:
         """Return the settings of `paper` or `repo` (authors' code)."""
-        held: dict[str, Any] = {
+        settings: dict[str, Any] = {
             "steps": 10_000,
             "arch": "auto",
             "pixel_space": "normalized",
             "evaluate": idc_evaluation(target),
         }
         if name == "paper":
-            return held
+            return settings
         size = target.image_shape[1]
         base = 64 if target.is_audio else _BASE_SIZES.get(target.dataset, 32)
         method = {
@@ -156,10 +156,10 @@ class DSDM:
         if not target.is_audio:  # IDC augments no spectrogram
             method["augment"], method["strategy"] = "dsa_idc", "color_crop_cutout"
             method["pool"] = {"augment": "dsa_idc", "strategy": "color_crop", "cutmix": 0.5}
-        return {**held, "method": method}
+        return {**settings, "method": method}
 
     def pool_specs(self, ctx: DistillContext) -> list[PoolSpec]:
-        """Return what the pool is to train for this run, a spec per network; none without a pool."""
+        """Return a spec per network that the pool must have for this run; none without a pool."""
         return pretrained_specs(ctx, self._config.pool) if self._config.use_pool else []
 
     def setup(self, ctx: DistillContext) -> None:
@@ -186,7 +186,7 @@ class DSDM:
         entries = ctx.pool.get(self.pool_specs(ctx))
         names = self._pairs.net.state_dict().keys()
         weights = ([entry.tensors[f"weights.{name}"] for name in names] for entry in entries)
-        self._weights = [[tensor.to(ctx.device) for tensor in held] for held in weights]
+        self._weights = [[tensor.to(ctx.device) for tensor in net_weights] for net_weights in weights]
         self._features = kept_features(ctx, entries) if self._config.augment == "none" else None
         self._memory: Tensor | None = None
         self._step = 0
@@ -200,14 +200,14 @@ class DSDM:
         self._learned.clamp()
         draw = self._pairs.draw(generator)
         real = self._real(draw, member)
-        found = self._embedded(self._pairs.synthetic(draw))
-        loss = found.new_zeros(())
+        synthetic = self._embedded(self._pairs.synthetic(draw))
+        loss = synthetic.new_zeros(())
         if config.use_proto:
-            loss = loss + prototype_loss(real, found)
+            loss = loss + prototype_loss(real, synthetic)
         if config.use_sd:
-            loss = loss + config.lambda1 * covariance_distance(real, found, unbiased=config.unbiased)
+            loss = loss + config.lambda1 * covariance_distance(real, synthetic, unbiased=config.unbiased)
         if config.use_history and self._memory is not None and self._step >= config.history_from:
-            history = history_loss(found, self._memory, mean=config.history_mean)
+            history = history_loss(synthetic, self._memory, mean=config.history_mean)
             loss = loss + config.lambda2 * history  # Eq 9
         self._learned.update(loss)
         if config.use_history:
@@ -215,7 +215,7 @@ class DSDM:
         return {"loss": loss.detach()}
 
     def _take_net(self, generator: torch.Generator) -> int:
-        """Put one network's weights into the working network; return which."""
+        """Copy one network's weights into the working network; return its index."""
         net = self._pairs.net
         if not self._weights:
             reinitialize(net, derive_seed(self._ctx.seed, "distill", "net", self._step))
@@ -238,7 +238,7 @@ class DSDM:
 
     @torch.no_grad()
     def _remember(self, draw: Draw) -> None:
-        """Take the updated images' prototypes into the memory (Eq 7, 8)."""
+        """Update the memory with the updated images' prototypes (Eq 7, 8)."""
         plan = draw.plan if self._config.history_augmented else None
         images = self._pairs.synthetic(Draw(draw.index, plan, None))
         prototypes = self._embedded(images).mean(1)
@@ -251,8 +251,8 @@ class DSDM:
 
     def state_dict(self) -> dict[str, Any]:
         """Return pixels, momentum, memory and step; draws depend on the step alone."""
-        held = {"step": self._step, **self._learned.state_dict()}
-        return held if self._memory is None else {**held, "memory": self._memory.cpu().clone()}
+        state = {"step": self._step, **self._learned.state_dict()}
+        return state if self._memory is None else {**state, "memory": self._memory.cpu().clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state."""

@@ -31,10 +31,10 @@ def select(ctx: DistillContext, config: HerdingConfig) -> tuple[Tensor, Tensor]:
     """Return herding's images and their labels."""
     features = pool_features(ctx, config.feature_epochs)
     labels = ctx.split.labels
-    chosen = per_class(
-        labels, ctx.dataset.num_classes, ctx.ipc, lambda own: herding_order(features[own], ctx.ipc)
+    indices = per_class(
+        labels, ctx.dataset.num_classes, ctx.ipc, lambda rows: herding_order(features[rows], ctx.ipc)
     )
-    return take(ctx, chosen)
+    return take(ctx, indices)
 
 
 METHOD: Final = selection_method(HerdingConfig, select)

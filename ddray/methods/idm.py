@@ -9,11 +9,11 @@ under the drawn network (class-aware distribution regularisation).
 - optimiser: momentum .5 over all images, stepped once per class, so that a gradient moves its images by 2 lr
   within the step | stepped once for all classes; the 2 lr are spread over the next steps.
 - weight of the cross entropy: `ce_weight` times the network's running accuracy on its own batches in percent,
-  reset at every look at test (100 to 1,000 iterations, by command) | the same, reset every `accuracy_window`
-  steps: as many, by preset.
+  reset at every evaluation on test (100 to 1,000 iterations, by command) | the same, reset every
+  `accuracy_window` steps: as many, by preset.
 - ipc 1 without a partition: of the real batch the 2,560 images of lowest cross entropy are kept, and the
-  synthetic images' cross entropy counts where they are misclassified | neither: as at every other ipc.
-- iterations: 20,001, evaluated every 100 and the best look kept | 20,000, the last.
+  synthetic images' cross entropy counts only where they are misclassified | neither: as at every other ipc.
+- iterations: 20,001, evaluated every 100, the best counts | 20,000, the last.
 - initial images: random real ones, scaled down bilinearly | the same, anti-aliased.
 - augmentation and network seeds: wall clock | derived from the run's seed.
 """
@@ -50,15 +50,15 @@ class IDMConfig(PartitionedConfig):
     ce_weight: float = Field(default=0.5, ge=0)
     """Weight of the cross entropy, per percent of the network's accuracy."""
     accuracy_window: int = Field(default=100, ge=1)
-    """Steps after which the accuracies are counted anew."""
+    """Steps after which the accuracy counts restart."""
     queue_size: int = Field(default=100, ge=1)
-    """Most networks in the queue."""
+    """Maximum number of networks in the queue."""
     push_every: int = Field(default=30, ge=1)
     """Steps between two fresh networks."""
     num_trained: int = Field(default=2, ge=0)
     """Networks of the queue that are trained after each step."""
     net_steps: int = Field(default=10, ge=1)
-    """Batches each of them sees."""
+    """Batches that each of them is trained on."""
     batch_train: int = Field(default=256, ge=1)
     """Real images per batch."""
     lr_net: float = Field(default=0.01, gt=0)
@@ -74,7 +74,7 @@ def idm_loss(
         real: features [K, n, d].
         synthetic: features [K, m, d].
         logits: of the synthetic images [K * m, K].
-        labels: theirs, int64 [K * m], equally many per class.
+        labels: their labels, int64 [K * m], equally many per class.
         weight: of the cross entropy.
     """
     matching = (real.mean(1) - synthetic.mean(1)).square().sum()
@@ -141,23 +141,25 @@ class IDM:
         self._learned.clamp()
         draw = pairs.draw(generator)
         real = pairs.real(draw)
-        logits, found, _ = pairs.net.features(pairs.synthetic(draw))
-        found = by_class(found, pairs.num_classes)
-        labels = torch.arange(pairs.num_classes, device=found.device).repeat_interleave(found.shape[1])
+        logits, synthetic, _ = pairs.net.features(pairs.synthetic(draw))
+        synthetic = by_class(synthetic, pairs.num_classes)
+        labels = torch.arange(pairs.num_classes, device=synthetic.device).repeat_interleave(
+            synthetic.shape[1]
+        )
         weight = config.ce_weight * 100 * member.accuracy()
-        loss = idm_loss(real, found, logits, labels, weight=weight)
+        loss = idm_loss(real, synthetic, logits, labels, weight=weight)
         self._learned.update(loss)
         self._train(generator)
         return {"loss": loss.detach()}
 
     def _train(self, generator: torch.Generator) -> None:
         """Train `num_trained` networks of the queue, drawn without repetition."""
-        places = torch.randperm(len(self._queue.members), generator=generator)[: self._config.num_trained]
-        for place in places.tolist():
+        positions = torch.randperm(len(self._queue.members), generator=generator)[: self._config.num_trained]
+        for position in positions.tolist():
             for _ in range(self._config.net_steps):
                 order = torch.randperm(len(self._labels), generator=generator)
                 index = order[: self._config.batch_train].to(self._labels.device, non_blocking=True)
-                self._queue.train(place, self._pairs.batches.take(index), self._labels[index])
+                self._queue.train(position, self._pairs.batches.take(index), self._labels[index])
 
     def snapshot(self) -> DistilledSet:
         """Return the current images as a set."""

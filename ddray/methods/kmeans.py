@@ -32,27 +32,27 @@ def kmeans_order(features: Tensor, ipc: int, seed: int) -> Tensor:
     """
     from sklearn.cluster import KMeans
 
-    held = features.double()
-    fit = KMeans(n_clusters=ipc, n_init=3, random_state=seed % 2**32).fit(held.numpy())
-    distance = torch.cdist(torch.from_numpy(fit.cluster_centers_).double(), held)
-    chosen: list[int] = []
+    features = features.double()
+    fit = KMeans(n_clusters=ipc, n_init=3, random_state=seed % 2**32).fit(features.numpy())
+    distance = torch.cdist(torch.from_numpy(fit.cluster_centers_).double(), features)
+    order: list[int] = []
     for row in distance:
-        row[chosen] = torch.inf
-        chosen.append(int(row.argmin()))
-    return torch.tensor(chosen)
+        row[order] = torch.inf
+        order.append(int(row.argmin()))
+    return torch.tensor(order)
 
 
 def select(ctx: DistillContext, config: KMeansConfig) -> tuple[Tensor, Tensor]:
     """Return the images nearest to the centroids, and their labels."""
     features = pool_features(ctx, config.feature_epochs)
     seed = derive_seed(ctx.seed, "distill", "kmeans")
-    chosen = per_class(
+    indices = per_class(
         ctx.split.labels,
         ctx.dataset.num_classes,
         ctx.ipc,
-        lambda own: kmeans_order(features[own], ctx.ipc, seed),
+        lambda rows: kmeans_order(features[rows], ctx.ipc, seed),
     )
-    return take(ctx, chosen)
+    return take(ctx, indices)
 
 
 METHOD: Final = selection_method(KMeansConfig, select)

@@ -95,8 +95,8 @@ class KrrSt:
         check_memory(ctx, self._config, extent)
         self.representations = teacher_of(ctx, self._config.teacher).tensors["features"]
         index = torch.randperm(len(ctx.split), generator=ctx.generator("init"))[: extent.num_images]
-        chosen = ctx.split.images[index]
-        images = chosen.float() / 255 if self._config.init_raw else ctx.space.encode(chosen)
+        real_images = ctx.split.images[index]
+        images = real_images.float() / 255 if self._config.init_raw else ctx.space.encode(real_images)
         start = {"images": images, "targets": self.representations[index]}
         self.loop = BilevelLoop(ctx, self._config, start, synthesise, extent, self.num_steps)
 

@@ -99,7 +99,7 @@ def _distances(x: Tensor, y: Tensor) -> Tensor:
 def _mean_distance(within: Tensor, among: Tensor, across: Tensor) -> Tensor:
     """Return the mean squared distance [K, 1, 1] of two different images of a class, real or synthetic."""
     count = within.shape[1] + among.shape[1]
-    total = sum(part.sum((1, 2)) for part in (within, among)) + 2 * across.sum((1, 2))
+    total = sum(distances.sum((1, 2)) for distances in (within, among)) + 2 * across.sum((1, 2))
     return (total / max(1, count * (count - 1))).clamp_min(1e-12)[:, None, None]
 
 
@@ -129,14 +129,14 @@ class M3D:
     def step(self) -> dict[str, Tensor]:
         """Match one batch under a random network, a fresh one every `steps_per_net` steps."""
         config, pairs = self._config, self._pairs
-        number = self._step // config.steps_per_net
+        net_index = self._step // config.steps_per_net
         self._step += 1
-        reinitialize(pairs.net, derive_seed(self._ctx.seed, "distill", "net", number))
+        reinitialize(pairs.net, derive_seed(self._ctx.seed, "distill", "net", net_index))
         self._learned.clamp()
         draw = pairs.draw(self._ctx.generator("step", self._step))
         real = pairs.real(draw)
-        found = by_class(embedding(pairs.net, pairs.synthetic(draw)), pairs.num_classes)
-        loss = mmd(real, found, kernel=config.kernel, num_widths=config.num_widths)
+        synthetic = by_class(embedding(pairs.net, pairs.synthetic(draw)), pairs.num_classes)
+        loss = mmd(real, synthetic, kernel=config.kernel, num_widths=config.num_widths)
         self._learned.update(loss)
         return {"loss": loss.detach()}
 

@@ -4,8 +4,8 @@ Drawn from the whole unlabelled set, without classes (Boost-SSDD Sec 4, Baseline
 
 **Deviations**
 
-- The paper takes N images for a budget of N; ours counts the representations too, so that fewer fit: its
-  number is that of `--budget N * (1 + D / (C * H * W))`.
+- The paper takes N images for a budget of N; ours counts the representations too, so that fewer fit: the
+  paper's number is that of `--budget N * (1 + D / (C * H * W))`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """RDED: realistic, diverse and efficient distillation (Sun et al., CVPR 2024, arXiv:2312.03526; Algorithm 1).
 
-Random crops of real images are scored by a teacher's cross entropy; of each image the best crop is kept, of a
-class the ipc * factor^2 best of these, and factor x factor of them are stitched into one image.
+Random crops of real images are scored by a teacher's cross entropy; the best crop of each image is kept, then
+the ipc * factor^2 best of these in each class, and factor x factor of them are stitched into one image.
 
 **Deviations** (paper | authors' code | ours)
 
@@ -91,14 +91,14 @@ def choose(losses: Tensor, num: int) -> Tensor:
         losses: [M, m], m crops of each of M images.
         num: at most M * m.
     """
-    ranked, place = losses.sort(1)
-    flat = torch.arange(len(losses), device=losses.device)[:, None] * losses.shape[1] + place
+    ranked, crop_index = losses.sort(1)
+    flat = torch.arange(len(losses), device=losses.device)[:, None] * losses.shape[1] + crop_index
     order = ranked.argsort(dim=0, stable=True)  # within each rank, the images by loss
     return flat.gather(0, order).T.flatten()[:num]
 
 
 def stitch(crops: Tensor, factor: int) -> Tensor:
-    """Return images [n, C, f*h, f*w] of crops [f*f*n, C, h, w]: the first n in the first place of each."""
+    """Return images [n, C, f*h, f*w] of crops [f*f*n, C, h, w]: the first n fill the first tile of each."""
     parts: Tensor = torch.unflatten(crops, 0, (factor, factor, -1))  # [f, f, n, C, h, w]
     return parts.permute(2, 3, 0, 4, 1, 5).flatten(4, 5).flatten(2, 3)
 
@@ -120,16 +120,16 @@ def select(ctx: DistillContext, config: RDEDConfig) -> tuple[Tensor, Tensor]:
     stitched = []
     for label in range(ctx.dataset.num_classes):
         generator = ctx.generator("crops", label)
-        own = torch.nonzero(ctx.split.labels == label).flatten()
-        own = own[torch.randperm(len(own), generator=generator)[: config.images_per_class]]
+        rows = torch.nonzero(ctx.split.labels == label).flatten()
+        rows = rows[torch.randperm(len(rows), generator=generator)[: config.images_per_class]]
         num = ctx.ipc * factor**2
-        if len(own) * config.num_crops < num:
+        if len(rows) * config.num_crops < num:
             raise InputError(
-                f"num_crops must be >= {-(-num // len(own))} for ipc {ctx.ipc} and factor {factor}: class "
-                f"{label} has {len(own)} images, got {config.num_crops}"
+                f"num_crops must be >= {-(-num // len(rows))} for ipc {ctx.ipc} and factor {factor}: class "
+                f"{label} has {len(rows)} images, got {config.num_crops}"
             )
-        boxes = draw_boxes(len(own) * config.num_crops, (height, width), generator, ratio=(1.0, 1.0))
-        pixels = ctx.split.images[own.repeat_interleave(config.num_crops)]
+        boxes = draw_boxes(len(rows) * config.num_crops, (height, width), generator, ratio=(1.0, 1.0))
+        pixels = ctx.split.images[rows.repeat_interleave(config.num_crops)]
         raw = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
         crops = crop(raw, boxes, (height // factor, width // factor))
         losses = crop_losses(net, space.encode(crops).to(ctx.device), label, (height, width))

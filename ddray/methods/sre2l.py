@@ -48,7 +48,7 @@ class SRe2LConfig(Config):
     first_bn_factor: float = Field(default=10.0, ge=0)
     """Factor on the first layer's distance."""
     jitter: int = Field(default=4, ge=0)
-    """Pixels by which a batch is rolled at most, along each axis."""
+    """Largest roll of a batch along each axis, in pixels."""
 
 
 class BatchStatistics:
@@ -67,7 +67,7 @@ class BatchStatistics:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Collect the distances of the forward pass made inside, in its order."""
+        """Collect the distances of the forward pass made inside, in layer order."""
         self.distances = []
         hooks = [layer.register_forward_pre_hook(self._note) for layer in self._layers]
         try:
@@ -141,7 +141,7 @@ class SRe2L:
         self._step = 0
 
     def step(self) -> dict[str, Tensor]:
-        """Improve every batch of one image per class once."""
+        """Take one optimiser step over all batches of one image per class."""
         ctx, config = self._ctx, self._config
         rate = 0.5 * (1 + math.cos(math.pi * self._step / max(1, self.num_steps)))
         self._optimizer.param_groups[0]["lr"] = config.lr * rate
@@ -149,8 +149,8 @@ class SRe2L:
         generator = ctx.generator("step", self._step)
         self._optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=ctx.device)
-        for number in range(ctx.ipc):
-            rows = slice(number, None, ctx.ipc)
+        for index in range(ctx.ipc):
+            rows = slice(index, None, ctx.ipc)
             shifts = torch.randint(0, config.jitter + 1, (2,), generator=generator).tolist()
             rolled = torch.roll(self._images[rows], shifts=shifts, dims=(2, 3))
             with self._statistics.watch():
@@ -175,8 +175,8 @@ class SRe2L:
 
     def state_dict(self) -> dict[str, Any]:
         """Return images, Adam's moments and the step."""
-        held = self._optimizer.state.get(self._images, {})
-        moments = {name: value.detach().cpu().clone() for name, value in held.items()}
+        optimizer_state = self._optimizer.state.get(self._images, {})
+        moments = {name: value.detach().cpu().clone() for name, value in optimizer_state.items()}
         return {"step": self._step, "images": self._images.detach().cpu().clone(), "moments": moments}
 
     @torch.no_grad()
@@ -185,8 +185,8 @@ class SRe2L:
         self._step = int(state["step"])
         self._images.copy_(state["images"])
         for name, value in state["moments"].items():
-            place = value.device if name == "step" else self._images.device
-            self._optimizer.state[self._images][name] = value.to(place, copy=True)
+            device = value.device if name == "step" else self._images.device
+            self._optimizer.state[self._images][name] = value.to(device, copy=True)
 
 
 METHOD: Final = SRe2L

@@ -35,14 +35,14 @@ class ConvNet720:
         """Return depth, width, activation, norm and pooling of an architecture.
 
         Raises:
-            InputError: there is no such index.
+            InputError: the index is out of range.
         """
         if not 0 <= index < len(self):
             raise InputError(f"indices of {self.name} must be in 0..{len(self) - 1}, got {index}")
         return dict(self._points[index])
 
     def arch_name(self, index: int) -> str:
-        """Return the canonical name, as `convnet3_w64_bn_max`."""
+        """Return the canonical name, such as `convnet3_w64_bn_max`."""
         return convnet_name(**self.choices(index))
 
     def describe(self, index: int) -> dict[str, Any]:
@@ -60,7 +60,7 @@ class ConvNet720:
         seed: int,
         device: str | torch.device = "cpu",
     ) -> Net:
-        """Build an architecture for images of `image_shape` (C, H, W); `seed` decides every weight."""
+        """Build an architecture for images of `image_shape` (C, H, W); `seed` determines every weight."""
         return build_net(self.arch_name(index), image_shape, num_classes, seed=seed, device=device)
 
     def cost(self, index: int, image_shape: tuple[int, int, int], num_classes: int) -> float:
@@ -75,7 +75,7 @@ class ConvNet720:
 def convnet_size(arch: Arch, image_shape: tuple[int, int, int], num_classes: int) -> tuple[int, int]:
     """Return parameters and FLOPs (per image) of a ConvNet without building it.
 
-    FLOPs are counted as NAS-Bench-201's (`ddray.nets.nasbench201.cell_net_size`), biases included.
+    FLOPs are counted as for NAS-Bench-201 (`ddray.nets.nasbench201.cell_net_size`), biases included.
 
     Args:
         arch: the parsed name.

@@ -1,4 +1,4 @@
-"""NAS-Bench-201 as a space: its 15,625 cells under the benchmark's own indices, from the shipped table."""
+"""NAS-Bench-201 as a space: its 15,625 cells by the benchmark's own indices, from the shipped table."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ def _space_file() -> dict[str, Any]:
 def read_table() -> pd.DataFrame:
     """Return the benchmark's accuracies (percent), seconds and parameters (millions): row i is cell i.
 
-    Columns, and what is wrong with the parameters of 150 cells, are described in
-    `search_spaces/nas/nasbench201.yaml`. The frame is shared: do not change it.
+    `search_spaces/nas/nasbench201.yaml` describes the columns and the wrong parameter counts of 150 cells.
+    The frame is shared: do not modify it.
 
     Raises:
-        InputError: the shipped file is missing, or not the one whose hash the space file names.
+        InputError: the shipped file is missing, or its hash differs from the one in the space file.
     """
     import pandas as pd
 
-    known = _space_file()["table"]
-    path = shipped(*_FOLDER, known["file"])
+    manifest = _space_file()["table"]
+    path = shipped(*_FOLDER, manifest["file"])
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -52,9 +52,9 @@ def read_table() -> pd.DataFrame:
             f"the NAS-Bench-201 table must be readable, got {path}: {error.strerror}; reinstall ddray"
         ) from error
     digest = hashlib.sha256(content).hexdigest()
-    if digest != known["sha256"]:
+    if digest != manifest["sha256"]:
         raise InputError(
-            f"the NAS-Bench-201 table must have sha256 {known['sha256']}, got {digest} ({path}); "
+            f"the NAS-Bench-201 table must have sha256 {manifest['sha256']}, got {digest} ({path}); "
             "reinstall ddray"
         )
     return pd.read_csv(io.BytesIO(gzip.decompress(content)), dtype={"arch_str": str, "unique_str": str})
@@ -64,8 +64,8 @@ class NasBench201:
     """The cells of NAS-Bench-201.
 
     Args:
-        options: fields of `Skeleton` for the networks that are trained; the others are DC-BENCH's proxy
-            setting (C = 16, N = 1, BN in cells not affine).
+        options: fields of `Skeleton` for the trained networks; the defaults are DC-BENCH's proxy
+            setting (C = 16, N = 1, non-affine BN in cells).
 
     Raises:
         InputError: an option out of range, or a damaged table.
@@ -91,7 +91,7 @@ class NasBench201:
         """Return the benchmark's index of a cell.
 
         Raises:
-            InputError: no arch_str.
+            InputError: the text is not a valid arch_str.
         """
         return self._indices[to_arch_str(parse_arch_str(arch_str))]
 
@@ -99,19 +99,19 @@ class NasBench201:
         """Return the cell's arch_str.
 
         Raises:
-            InputError: there is no such index.
+            InputError: the index is out of range.
         """
         return {"arch_str": self._arch_str(index)}
 
     def arch_name(self, index: int) -> str:
-        """Return the name that tables show, as `nasbench201_17`."""
+        """Return the name shown in tables, such as `nasbench201_17`."""
         self._arch_str(index)
         return f"{self.name}_{index}"
 
     def describe(self, index: int) -> dict[str, Any]:
-        """Return index, name, arch_str, unique_str, its canonical cell, and parameters and FLOPs in millions.
+        """Return index, name, arch_str, unique_str, canonical index, and parameters and FLOPs in millions.
 
-        Sizes are of the benchmark's own network (C = 16, N = 5, affine BN) for 3x32x32 and 10 classes.
+        Sizes are those of the benchmark's own network (C = 16, N = 5, affine BN) for 3x32x32 and 10 classes.
         `unique_str` is the same for cells that sum the same branches; `canonical` is the first index with it.
         """
         params, flops = cell_net_size(self._ops(index), _SHAPE, _NUM_CLASSES, self._benchmark)
@@ -135,7 +135,7 @@ class NasBench201:
         seed: int,
         device: str | torch.device = "cpu",
     ) -> Net:
-        """Build a cell's network for images of `image_shape` (C, H, W); `seed` decides every weight."""
+        """Build a cell's network for images of `image_shape` (C, H, W); `seed` determines every weight."""
         return build_cell_net(
             self._arch_str(index),
             image_shape,

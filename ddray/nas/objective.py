@@ -1,4 +1,4 @@
-"""Rank correlation as what a search maximises: `ddray tune --objective nas-spearman`.
+"""Rank correlation as a search objective: `ddray tune --objective nas-spearman`.
 
 A small sample of architectures is trained on the whole train part once; a trial's set is scored by how well
 training on it ranks them. Everything is scored on val.
@@ -26,14 +26,14 @@ from ddray.seeding import derive_seed
 
 @dataclass(frozen=True)
 class SpearmanObjective:
-    """What a trial needs to be scored by rank correlation.
+    """What is needed to score a trial by rank correlation.
 
     Attributes:
         indices: the sampled architectures.
         truth: their val accuracies after training on the whole train part.
         recipe: how they are trained on a proxy (`NasRecipe` as plain values).
         space: name and options for `get_space`.
-        seed: of the networks.
+        seed: seed of the networks.
     """
 
     indices: tuple[int, ...]
@@ -43,7 +43,7 @@ class SpearmanObjective:
     seed: int
 
     def describe(self) -> dict[str, Any]:
-        """Return plain values that tell one objective from another."""
+        """Return plain values that identify the objective."""
         return {
             "indices": list(self.indices),
             "truth": list(self.truth),
@@ -51,18 +51,18 @@ class SpearmanObjective:
             "space": dict(self.space),
         }
 
-    def score(self, made: DistilledSet, dataset: Dataset, val: Split, device: torch.device) -> float:
-        """Return Spearman's rho of a set's ranking against the truth; 0 where either ranks nothing.
+    def score(self, distilled: DistilledSet, dataset: Dataset, val: Split, device: torch.device) -> float:
+        """Return Spearman's rho between a set's ranking and the truth; 0 where it is undefined.
 
         Args:
-            made: the set that architectures are trained on.
-            dataset: classes, and whether images may be flipped.
+            distilled: the set that architectures are trained on.
+            dataset: gives the classes and whether images may be flipped.
             val: real images to score on.
             device: where to compute.
         """
-        decoded = made.decode()
+        decoded = distilled.decode()
         data = SweepData(
-            sets={"proxy": training_set(decoded.images, decoded.labels, made.space())},
+            sets={"proxy": training_set(decoded.images, decoded.labels, distilled.space())},
             val=(val.images.numpy(), val.labels.numpy()),
             test=None,
             num_classes=dataset.num_classes,
@@ -70,8 +70,8 @@ class SpearmanObjective:
         )
         bench = Workbench(data, device)
         scores = [bench.run(self._task(index))[0]["val_accuracy"] for index in self.indices]
-        found = figures_of_merit(scores, self.truth, storage_images=None, wall_s=None, num_bootstrap=1)
-        return float(found["spearman"] or 0.0)
+        figures = figures_of_merit(scores, self.truth, storage_images=None, wall_s=None, num_bootstrap=1)
+        return float(figures["spearman"] or 0.0)
 
     def _task(self, index: int) -> NasTask:
         return NasTask(
@@ -95,26 +95,28 @@ def spearman_objective(
     Args:
         options: sample, epochs, resources.
         dataset: the real data.
-        train: what is left of train without val.
+        train: train without val.
         val: real images to score on.
         execute: runs the trainings.
-        folder: the trainings' own run directory, continued if it exists.
+        folder: run directory of the trainings, continued if it exists.
 
     Raises:
-        DdrayError: fewer than 3 architectures finished, or all are equally good: there is nothing to rank by.
+        DdrayError: fewer than 3 architectures finished, or all reach the same accuracy.
     """
     config = resolve_config(options)
     indices = choose_architectures(options, config, dataset)
     device = "cuda" if options.gpus_per_worker > 0 else "cpu"
-    # A search must not open test (DESIGN: splits), not even for a column that nobody looks at.
+    # A search must not open test (docs/architecture.md, Splits), not even for an unused column.
     sweep = Sweep(options, config, dataset, train, val, (), indices, device, with_test=False)
     _, rows = run_sweep(sweep, execute, run_dir=folder, resume=True)
-    held = {int(row.spec["index"]): float(row.result["val_accuracy"]) for row in rows if row.status == "done"}
-    known = tuple(index for index in indices if index in held)
-    truth = tuple(held[index] for index in known)
+    accuracies = {
+        int(row.spec["index"]): float(row.result["val_accuracy"]) for row in rows if row.status == "done"
+    }
+    finished = tuple(index for index in indices if index in accuracies)
+    truth = tuple(accuracies[index] for index in finished)
     _check_truth(truth, len(indices), sorted({row.error for row in rows if row.error}))
     return SpearmanObjective(
-        known,
+        finished,
         truth,
         config.recipe.dump(),
         sweep.space_options(),
@@ -126,7 +128,7 @@ def _check_truth(truth: Sequence[float], num_archs: int, reasons: Sequence[str])
     """Refuse a truth that ranks nothing: every trial would score 0.
 
     Raises:
-        DdrayError: with what to change.
+        DdrayError: says what to change.
     """
     if len(truth) < MIN_ARCHS:
         raise DdrayError(

@@ -1,4 +1,4 @@
-"""What `ddray nas` is asked for, and how it trains architectures: options, recipes, overrides."""
+"""Options of `ddray nas`, and how it trains architectures: recipes and overrides."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class NasConfig(Config):
         return self.recipe.model_copy(update={"epochs": self.whole_epochs or self.recipe.epochs})
 
 
-# Published nowhere for the 720 ConvNets (one follow-up: 200 epochs): ours, pinned. NAS-Bench-201: DC-BENCH's.
+# No recipe is published for the 720 ConvNets (one follow-up: 200 epochs): ours. NAS-Bench-201: DC-BENCH's.
 _RECIPES: Final[dict[str, dict[str, Any]]] = {
     "convnet720": {"epochs": 200, "lr": 0.01, "weight_decay": 5e-4, "batch": 256},
     "nasbench201": {
@@ -46,18 +46,18 @@ _RECIPES: Final[dict[str, dict[str, Any]]] = {
         "clip": 5.0,
     },
 }
-# DC-BENCH trains its proxies for 50 epochs, and the whole set as a proxy for 10.
+# DC-BENCH trains on proxies for 50 epochs, and on the whole set as a proxy for 10.
 _WHOLE_EPOCHS: Final[dict[str, int | None]] = {"convnet720": None, "nasbench201": 10}
 
 
 class NasOptions(Config):
-    """What `ddray nas` was asked for."""
+    """Options of `ddray nas`."""
 
     space: str = "convnet720"
     sample: int | None = Field(default=None, ge=1)
     """Architectures, stratified by cost; None takes the whole space."""
     max_mflops: float | None = Field(default=None, gt=0)
-    """Leave out architectures that need more million multiply-adds for an image."""
+    """Leave out architectures that need more multiply-adds per image (millions)."""
     seeds: int = Field(default=1, ge=1)
     """Networks per architecture and proxy."""
     epochs: int | None = Field(default=None, ge=1)
@@ -71,7 +71,7 @@ class NasOptions(Config):
     gpus_per_worker: float = Field(default=0.0, ge=0)
     num_workers: int | None = Field(default=None, ge=1)
     unit_timeout: float | None = Field(default=None, gt=0)
-    """Seconds after which a unit counts as hung; it is tried again, then marked failed. None: `patience`."""
+    """Seconds after which a unit counts as hung; it is retried, then marked failed. None: `patience`."""
     address: str | None = None
 
     @model_validator(mode="after")
@@ -87,32 +87,32 @@ class NasOptions(Config):
 def resolve_config(options: NasOptions, layers: Sequence[Mapping[str, Any]] = ()) -> NasConfig:
     """Return the training settings: the space's own, then --epochs and --truth-epochs, then --set.
 
-    Epochs that are asked for are those of the baseline `whole` too, unless it has `whole_epochs` of its own.
+    Epochs set by the user apply to the baseline `whole` too, unless `whole_epochs` is set.
 
     Raises:
-        InputError: an unknown name, a value that breaks its rule, or cells of a space that has none.
+        InputError: an unknown name, an invalid value, or cell options for a space without cells.
     """
     if options.space != "nasbench201" and any("cells" in layer for layer in layers):
         raise InputError(
-            f"--set cells.* is of --space nasbench201, got --space {options.space}, which has no cells"
+            f"--set cells.* needs --space nasbench201, got --space {options.space}, which has no cells"
         )
-    own = _RECIPES[options.space]
-    asked = {} if options.epochs is None else {"epochs": options.epochs}
-    recipe = {**own, **asked}
+    defaults = _RECIPES[options.space]
+    overrides = {} if options.epochs is None else {"epochs": options.epochs}
+    recipe = {**defaults, **overrides}
     truth = {**recipe, **({} if options.truth_epochs is None else {"epochs": options.truth_epochs})}
     shared = merge(
         {"recipe": recipe, "truth_recipe": truth}, *({"truth_recipe": _shared(layer)} for layer in layers)
     )
-    if not asked and not any("epochs" in _recipe_of(layer) for layer in layers):
+    if not overrides and not any("epochs" in _recipe_of(layer) for layer in layers):
         shared["whole_epochs"] = _WHOLE_EPOCHS[options.space]
     return NasConfig.parse(merge(shared, *layers))
 
 
 def _shared(layer: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return what a --set of the recipe means for the truth: the same, but for the epochs."""
+    """Return the recipe settings of a --set layer that apply to the truth too: all but the epochs."""
     return {name: value for name, value in _recipe_of(layer).items() if name != "epochs"}
 
 
 def _recipe_of(layer: Mapping[str, Any]) -> Mapping[str, Any]:
-    held = layer.get("recipe", {})
-    return held if isinstance(held, Mapping) else {}
+    recipe = layer.get("recipe", {})
+    return recipe if isinstance(recipe, Mapping) else {}

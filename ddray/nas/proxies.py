@@ -30,15 +30,15 @@ class Proxy:
     """What architectures are trained on.
 
     Attributes:
-        name: as tables show it.
+        name: name shown in tables.
         key: sha256 of its content.
-        set_name: the name of its data among a sweep's sets; variants of one proxy share it.
+        set_name: name of its data among a sweep's sets; variants of one proxy share it.
         data: images and labels.
-        num_images: images as decoded.
-        storage_images: what it stores, in images' worth of floats.
+        num_images: number of decoded images.
+        storage_images: stored floats, in units of one image.
         num_steps: optimiser steps; None for the recipe's epochs.
-        mixture: which bug of DC-BENCH's harness the network reproduces, if any.
-        shuffle: off for its unshuffled loader.
+        mixture: the bug of DC-BENCH's harness that the network reproduces, if any.
+        shuffle: False reproduces that harness's unshuffled loader.
     """
 
     name: str
@@ -52,37 +52,44 @@ class Proxy:
     shuffle: bool = True
 
     def variant(self) -> dict[str, Any]:
-        """Return what tells this proxy's units from those of others with the same data."""
-        held = {"num_steps": self.num_steps, "mixture": self.mixture, "shuffle": self.shuffle}
-        return {name: value for name, value in held.items() if value is not None and value is not True}
+        """Return the settings that distinguish this proxy from others with the same data."""
+        settings = {"num_steps": self.num_steps, "mixture": self.mixture, "shuffle": self.shuffle}
+        return {name: value for name, value in settings.items() if value is not None and value is not True}
 
 
 def file_proxies(paths: Sequence[Path], sets: Sequence[DistilledSet]) -> list[Proxy]:
-    """Return distilled sets as proxies, named by their files (by longer paths where names repeat)."""
+    """Return distilled sets as proxies, named by their files (by full paths where names repeat)."""
     names = [path.name for path in paths]
-    found: list[Proxy] = []
-    for path, held in zip(paths, sets, strict=True):
+    proxies: list[Proxy] = []
+    for path, distilled in zip(paths, sets, strict=True):
         name = path.name if names.count(path.name) == 1 else str(path)
-        if any(proxy.name == name for proxy in found):
+        if any(proxy.name == name for proxy in proxies):
             raise InputError(f"--proxy must name each file once, got {path} twice")
-        decoded = held.decode()
-        data = training_set(decoded.images, decoded.labels, held.space())
-        floats = math.prod(held.meta.image_shape)
-        found.append(
+        decoded = distilled.decode()
+        data = training_set(decoded.images, decoded.labels, distilled.space())
+        floats = math.prod(distilled.meta.image_shape)
+        proxies.append(
             Proxy(
-                name, data.key, f"file {name}", data, len(decoded.labels), held.meta.storage_floats / floats
+                name,
+                data.key,
+                f"file {name}",
+                data,
+                len(decoded.labels),
+                distilled.meta.storage_floats / floats,
             )
         )
-    return found
+    return proxies
 
 
 def warn_of_seen_val(paths: Sequence[Path], sets: Sequence[DistilledSet], split_name: str) -> None:
-    """Say which sets were distilled from images that the ranking is scored on."""
-    seen = [path.name for path, held in zip(paths, sets, strict=True) if held.meta.split != split_name]
+    """Warn of sets that may have been distilled from images that the ranking is scored on."""
+    seen = [
+        path.name for path, distilled in zip(paths, sets, strict=True) if distilled.meta.split != split_name
+    ]
     if seen:
         log.warning(
-            "%s: not known to be distilled without val (distill --val-seed keeps it back); "
-            "a coreset of all of train repeats some of val",
+            "%s: may have been distilled from val images (distill --val-seed leaves them out); "
+            "a coreset of all of train contains some of val",
             ", ".join(seen),
         )
 
@@ -97,53 +104,63 @@ def baseline_proxies(
     seed: int,
     device: torch.device,
 ) -> list[Proxy]:
-    """Return the baselines to a sweep's proxies: coresets of the same ipc, early stopping at the same steps.
+    """Return the baselines of a sweep's proxies: coresets of the same ipc, early stopping at the same steps.
 
     Args:
         names: `early-stopping`, `whole` (all of `train` for `whole_epochs`), or a method that selects real
             images (random, kcenter, herding, ...).
-        proxies: the distilled sets; every size among them gets its baselines.
+        proxies: the distilled sets; each of their sizes gets its baselines.
         dataset: the real data.
-        train: what to select from.
-        config: gives the proxies' steps.
-        seed: of the selection.
+        train: the images to select from.
+        config: determines the proxies' steps.
+        seed: seed of the selection.
         device: where pool networks are trained.
 
     Raises:
-        InputError: an unknown baseline, one that has to be distilled, or one that is named twice.
+        InputError: an unknown baseline, one that has to be distilled, or a duplicate.
     """
     check_baselines(names, dataset)
-    found: list[Proxy] = []
+    baselines: list[Proxy] = []
     for name in names:
         if name == WHOLE:
-            held = real_set(train, dataset)
+            whole_set = real_set(train, dataset)
             steps = None if config.whole_epochs is None else config.whole_recipe().num_steps(len(train))
-            found.append(
-                Proxy(WHOLE, held.key, "whole", held, len(train), float(len(train)), num_steps=steps)
+            baselines.append(
+                Proxy(
+                    WHOLE, whole_set.key, "whole", whole_set, len(train), float(len(train)), num_steps=steps
+                )
             )
             continue
         if name == EARLY_STOPPING:
-            held = real_set(train, dataset)
+            whole_set = real_set(train, dataset)
             for steps in sorted({config.recipe.num_steps(proxy.num_images) for proxy in proxies}):
                 label = f"{EARLY_STOPPING} ({steps} steps)"
-                found.append(
-                    Proxy(label, held.key, "whole", held, len(train), float(len(train)), num_steps=steps)
+                baselines.append(
+                    Proxy(
+                        label,
+                        whole_set.key,
+                        "whole",
+                        whole_set,
+                        len(train),
+                        float(len(train)),
+                        num_steps=steps,
+                    )
                 )
             continue
         for ipc in sorted({max(1, round(p.storage_images / dataset.num_classes)) for p in proxies}):
-            found.append(_coreset(name, ipc, dataset, train, seed, device))
-    return found
+            baselines.append(_coreset(name, ipc, dataset, train, seed, device))
+    return baselines
 
 
 def check_baselines(names: Sequence[str], dataset: Dataset) -> None:
-    """Refuse baselines that can't be made.
+    """Check that baselines can be built.
 
     Args:
         names: as for `baseline_proxies`.
-        dataset: the real data; none of it is read.
+        dataset: the real data; not read.
 
     Raises:
-        InputError: an unknown baseline, one that has to be distilled, or one that is named twice.
+        InputError: an unknown baseline, one that has to be distilled, or a duplicate.
     """
     from ddray.plan import resolve
 
@@ -167,17 +184,17 @@ def _coreset(name: str, ipc: int, dataset: Dataset, train: Split, seed: int, dev
 
     plan = resolve(name, dataset, ipc=ipc, seed=seed)
     ctx = make_context(plan, train, split_name=f"train-val{seed}", device=device)
-    made = run_distillation(make_distiller(plan), ctx).distilled
-    data = training_set(made.images, made.labels, made.space())
+    coreset = run_distillation(make_distiller(plan), ctx).distilled
+    data = training_set(coreset.images, coreset.labels, coreset.space())
     label = f"{name} (ipc {ipc})"
-    return Proxy(label, data.key, f"baseline {label}", data, len(made.labels), float(len(made.labels)))
+    return Proxy(label, data.key, f"baseline {label}", data, len(coreset.labels), float(len(coreset.labels)))
 
 
 def check_names(proxies: Sequence[Proxy]) -> None:
-    """Refuse proxies of one name: rows, tables and pages tell them apart by it.
+    """Check that proxies have different names: rows, tables and pages identify them by name.
 
     Raises:
-        InputError: a file is called as a baseline is.
+        InputError: a file has the name of a baseline.
     """
     names = [proxy.name for proxy in proxies]
     for name in names:
@@ -188,9 +205,9 @@ def check_names(proxies: Sequence[Proxy]) -> None:
 def dcbench_variants(proxies: Sequence[Proxy]) -> list[Proxy]:
     """Return every proxy under each bug of the public DC-BENCH harness, and under all three.
 
-    Early stopping, which that harness does not have, is left out.
+    Early stopping is left out: that harness does not have it.
 
-    `one_hot` without num_classes harms only under the softmax, whose width it sets: the two stand together.
+    `one_hot` without num_classes matters only under the softmax, whose width it sets: the two go together.
     """
     variants: list[tuple[str, dict[str, Any]]] = [
         ("softmax over one-hot", {"mixture": "softmax"}),
@@ -209,7 +226,7 @@ def dcbench_variants(proxies: Sequence[Proxy]) -> list[Proxy]:
 
 
 def _class_sorted(proxy: Proxy) -> Proxy:
-    """Return a proxy whose images stand class by class, as in the harness's files."""
+    """Return a proxy with its images sorted by class, as in the harness's files."""
     import numpy as np
 
     order = np.argsort(proxy.data.labels, kind="stable")

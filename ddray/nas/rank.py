@@ -1,4 +1,4 @@
-"""The `ddray nas` command as functions: describe a space, rank given scores, or run a sweep and report it."""
+"""The functions behind `ddray nas`: describe a space, rank scores from a file, or run and report a sweep."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def describe(space_name: str, text: str) -> dict[str, Any]:
 
     Args:
         space_name: convnet720 or nasbench201.
-        text: `all`, or indices joined by commas.
+        text: `all`, or comma-separated indices.
 
     Raises:
         InputError: an unknown space or index.
@@ -59,7 +59,7 @@ def describe(space_name: str, text: str) -> dict[str, Any]:
 
 
 def rank_scores(path: Path, options: NasOptions) -> dict[str, Any]:
-    """Rank given scores against a truth; nothing is trained.
+    """Compare scores from a file with a truth; nothing is trained.
 
     Raises:
         InputError: the scores or the truth can't be read.
@@ -70,7 +70,7 @@ def rank_scores(path: Path, options: NasOptions) -> dict[str, Any]:
     if options.truth == "whole":
         raise InputError("--scores needs --truth table, api:FILE or a CSV file: nothing is trained")
     truth = read_truth(options, space, indices)
-    held = figures_of_merit(
+    figures = figures_of_merit(
         scores[None],
         truth.values,
         storage_images=0,
@@ -78,14 +78,14 @@ def rank_scores(path: Path, options: NasOptions) -> dict[str, Any]:
         chance=None,
         seed=options.seed,
     )
-    return {"space": options.space, "num_archs": len(indices), "proxies": [{"proxy": path.name, **held}]}
+    return {"space": options.space, "num_archs": len(indices), "proxies": [{"proxy": path.name, **figures}]}
 
 
 def read_truth(options: NasOptions, space: NasSpace, indices: Sequence[int]) -> Truth:
-    """Return the truth of a file or table at `indices`.
+    """Return the truth of `indices` from a file or table.
 
     Raises:
-        InputError: it can't be read, or lacks an architecture.
+        InputError: the truth can't be read, or lacks an architecture.
     """
     kind, _, file = options.truth.partition(":")
     column = {} if options.truth_column is None else {"column": options.truth_column}
@@ -93,24 +93,24 @@ def read_truth(options: NasOptions, space: NasSpace, indices: Sequence[int]) -> 
         return table_truth(space, indices, **column)
     if kind == "api" and file:
         if space.name != "nasbench201":
-            raise InputError(f"--truth api:FILE is of --space nasbench201, got {space.name}")
+            raise InputError(f"--truth api:FILE needs --space nasbench201, got {space.name}")
         return api_truth(Path(file).absolute(), indices, **column)
     return csv_truth(Path(options.truth).absolute(), indices, **column, space=space)
 
 
 @dataclass(frozen=True)
 class NasRequest:
-    """What a sweep is made of, besides its options.
+    """The inputs of a sweep besides its options.
 
     Attributes:
         proxies: distilled sets.
         baselines: names, such as early-stopping, random, kcenter.
         dataset: the real data; None takes the first artifact's.
-        pixel_space: of other projects' files.
-        compat: `dcbench` adds its harness's bugs; None does not.
-        data_dir: where datasets are looked for.
+        pixel_space: pixel space of other projects' files.
+        compat: `dcbench` adds variants with its harness's bugs.
+        data_dir: where to look for datasets.
         download: let torchvision download.
-        can_grow: whether a sweep that is continued may have other proxies than before.
+        can_grow: whether a resumed sweep may have other proxies than before.
     """
 
     proxies: tuple[Path, ...]
@@ -124,10 +124,10 @@ class NasRequest:
 
 
 def prepare(request: NasRequest, options: NasOptions, config: NasConfig) -> Sweep:
-    """Check a request and return the sweep it asks for; nothing is trained but a coreset's networks.
+    """Check a request and return its sweep; nothing is trained but the networks of coreset methods.
 
     Raises:
-        InputError: a file, a name or a number is bad.
+        InputError: a file, a name or a number is invalid.
     """
     check_compat(request.compat, options.space)
     if options.executor == "local" and options.gpus_per_worker > 0 and not torch.cuda.is_available():
@@ -139,8 +139,8 @@ def prepare(request: NasRequest, options: NasOptions, config: NasConfig) -> Swee
     space = foreign_space(named, request.pixel_space)
     sets = [artifact.load(path, dataset=named, pixel_space=space) for path in request.proxies]
     dataset = named or _open(sets[0].meta.dataset, request)
-    for path, held in zip(request.proxies, sets, strict=True):
-        check_fits(held, dataset, path)
+    for path, distilled in zip(request.proxies, sets, strict=True):
+        check_fits(distilled, dataset, path)
     indices = choose_architectures(options, config, dataset)
     train, val = split_for(dataset, options.seed)
     files = file_proxies(request.proxies, sets)
@@ -163,15 +163,15 @@ def prepare(request: NasRequest, options: NasOptions, config: NasConfig) -> Swee
 
 
 def check_compat(compat: str | None, space: str) -> None:
-    """Refuse a harness that is not known, or has nothing to do with the space.
+    """Check that a harness is known and applies to the space.
 
     Raises:
-        InputError: with what is known.
+        InputError: the harness is unknown or does not apply; names the valid ones.
     """
     if compat is not None and compat not in COMPATS:
         raise unknown("--compat", compat, COMPATS)
     if compat is not None and space != "nasbench201":
-        raise InputError(f"--compat {compat} is about --space nasbench201, got {space}")
+        raise InputError(f"--compat {compat} needs --space nasbench201, got {space}")
 
 
 def _open(name: str, request: NasRequest) -> Dataset:
@@ -190,11 +190,11 @@ def rank_architectures(
     """Train architectures on proxies, rank them, compare with the truth, and write table, plots and page.
 
     Returns:
-        The command's JSON (DESIGN: commands).
+        The command's JSON (docs/architecture.md, Commands).
 
     Raises:
-        InputError: bad input of any kind.
-        DdrayError: no architecture finished on any proxy (table, plots and page are written all the same).
+        InputError: any invalid input.
+        DdrayError: no architecture finished on any proxy (table, plots and page are still written).
     """
     begin = time.perf_counter()
     sweep = prepare(request, options, config)
@@ -202,40 +202,40 @@ def rank_architectures(
     if options.truth != "whole":  # read before anything is trained
         truth = read_truth(options, sweep.space(), sweep.indices)
     run, rows = run_sweep(sweep, execute, run_dir=run_dir, resume=resume)
-    found = collect(sweep, rows, truth)
+    ranking = collect(sweep, rows, truth)
     result = {
         "space": options.space,
         "dataset": sweep.dataset.name,
         "num_archs": len(sweep.indices),
         "num_failed": sum(row.status == "failed" for row in rows),
         "run_dir": str(run.folder),
-        "truth": found.truth_facts,
-        "proxies": found.proxies,
+        "truth": ranking.truth_facts,
+        "proxies": ranking.proxies,
         "wall_s": time.perf_counter() - begin,
     }
-    _write(run.folder, result, found.table)
-    if not any(figures["num_archs"] for figures in found.proxies):
+    _write(run.folder, result, ranking.table)
+    if not any(figures["num_archs"] for figures in ranking.proxies):
         raise DdrayError(_why_nothing(run.folder, rows))
     return result
 
 
 def _why_nothing(folder: Path, rows: Sequence[Row]) -> str:
-    """Return the reason of a sweep in which no architecture has both a score and a truth."""
+    """Return why no architecture of a sweep has both a score and a truth."""
     reasons = sorted({row.error or "unknown" for row in rows if row.status == "failed"})
     return (
         f"at least one architecture must finish on a proxy and have a truth, none does in {folder}: "
-        f"{'; '.join(reasons) or 'the truth lacks them all'}; try smaller ones with --max-mflops"
+        f"{'; '.join(reasons) or 'the truth has none of them'}; try smaller ones with --max-mflops"
     )
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a sweep's rows say.
+    """Results computed from a sweep's rows.
 
     Attributes:
         proxies: figures of merit, one mapping per proxy.
-        table: one line per proxy and architecture; test stands in its last column only.
-        truth_facts: source of the truth; of a trained one seconds, images and how many diverged.
+        table: one line per proxy and architecture; test appears in the last column only.
+        truth_facts: source of the truth; for a trained one also seconds, images and number diverged.
     """
 
     proxies: list[dict[str, Any]]
@@ -244,22 +244,22 @@ class Found:
 
 
 def collect(sweep: Sweep, rows: Sequence[Row], truth: Truth | None) -> Found:
-    """Return figures and table of a sweep's rows.
+    """Return the figures and the table for a sweep's rows.
 
     Args:
         sweep: the sweep.
         rows: its rows.
-        truth: of a file or table; None takes the `truth` rows.
+        truth: truth from a file or table; None takes the `truth` rows.
 
     Returns:
-        Figures and table; those of a proxy on which nothing finished are None and NaN.
+        Figures and table; None and NaN for a proxy on which nothing finished.
     """
-    place = {index: column for column, index in enumerate(sweep.indices)}
+    columns = {index: column for column, index in enumerate(sweep.indices)}
     true_rows = [row for row in rows if row.kind == "truth"]
     facts: dict[str, Any] = {"source": sweep.options.truth}
     if truth is None:
-        values = _matrix(true_rows, place, "val_accuracy")
-        test = _matrix(true_rows, place, "test_accuracy")
+        values = _matrix(true_rows, columns, "val_accuracy")
+        test = _matrix(true_rows, columns, "test_accuracy")
         truth = Truth("whole", values, mean_over_seeds(test) if np.isfinite(test).any() else None)
         facts |= {
             "wall_s": sum(row.wall_s for row in true_rows),
@@ -267,51 +267,51 @@ def collect(sweep: Sweep, rows: Sequence[Row], truth: Truth | None) -> Found:
             "num_diverged": _num_diverged(true_rows),
         }
     space = sweep.space()
-    # A constant answer is right as often as val holds its class: more than 1/K where classes differ in size.
+    # A constant guess scores the share of val's largest class: more than 1/K if class sizes differ.
     chance = float(torch.bincount(sweep.val.labels).max()) / len(sweep.val)
     proxies, tables = [], []
     for proxy in sweep.proxies:
-        own = [row for row in rows if row.kind == "nas" and row.spec["proxy"] == proxy.name]
-        scores = _matrix(own, place, "val_accuracy")
+        proxy_rows = [row for row in rows if row.kind == "nas" and row.spec["proxy"] == proxy.name]
+        scores = _matrix(proxy_rows, columns, "val_accuracy")
         figures = figures_of_merit(
             scores,
             truth.values,
             storage_images=proxy.storage_images,
-            wall_s=sum(row.wall_s for row in own),
+            wall_s=sum(row.wall_s for row in proxy_rows),
             chance=chance,
             num_val=len(sweep.val),
             seed=sweep.options.seed,
         )
-        proxies.append({"proxy": proxy.name, **figures, "num_diverged": _num_diverged(own)})
+        proxies.append({"proxy": proxy.name, **figures, "num_diverged": _num_diverged(proxy_rows)})
         tables.append(_table(proxy, space, sweep.indices, scores, truth))
     return Found(proxies, pd.concat(tables, ignore_index=True), facts)
 
 
 def _num_diverged(rows: Sequence[Row]) -> int:
-    """Return how many architectures diverged with at least one seed."""
+    """Return the number of architectures that diverged for at least one seed."""
     return len({row.spec["index"] for row in rows if row.result.get("diverged")})
 
 
-def _matrix(rows: Sequence[Row], place: Mapping[int, int], name: str) -> np.ndarray[Any, Any]:
-    """Return accuracies [S, A], a failed or missing unit as NaN."""
+def _matrix(rows: Sequence[Row], columns: Mapping[int, int], name: str) -> np.ndarray[Any, Any]:
+    """Return accuracies [S, A], NaN for failed or missing units."""
     seeds = sorted({row.spec["seed"] for row in rows})
-    held = np.full((max(1, len(seeds)), len(place)), np.nan)
+    accuracies = np.full((max(1, len(seeds)), len(columns)), np.nan)
     for row in rows:
         value = row.result.get(name)
         if row.status == "done" and value is not None:
-            held[seeds.index(row.spec["seed"]), place[row.spec["index"]]] = value
-    return held
+            accuracies[seeds.index(row.spec["seed"]), columns[row.spec["index"]]] = value
+    return accuracies
 
 
 def _table(
     proxy: Proxy, space: NasSpace, indices: Sequence[int], scores: np.ndarray[Any, Any], truth: Truth
 ) -> pd.DataFrame:
-    """Return one line per architecture, best by the proxy first."""
+    """Return one line per architecture, the proxy's best first."""
     lines = []
     mean = mean_over_seeds(scores)
     true = mean_over_seeds(np.atleast_2d(truth.values))
     for column, index in enumerate(indices):
-        own = [float(value) for value in scores[:, column] if np.isfinite(value)]
+        seed_accuracies = [float(value) for value in scores[:, column] if np.isfinite(value)]
         described = {k: v for k, v in space.describe(index).items() if k not in ("index", "name")}
         lines.append(
             {
@@ -320,12 +320,14 @@ def _table(
                 "name": space.arch_name(index),
                 **described,
                 "proxy_accuracy": mean[column],
-                "proxy_accuracy_std": statistics.stdev(own) if len(own) > 1 else np.nan,
+                "proxy_accuracy_std": statistics.stdev(seed_accuracies)
+                if len(seed_accuracies) > 1
+                else np.nan,
                 "proxy_rank": np.nan,
                 "truth_accuracy": true[column],
                 "truth_rank": np.nan,
-                "num_seeds": len(own),
-                "failed": not own,
+                "num_seeds": len(seed_accuracies),
+                "failed": not seed_accuracies,
                 _NO_TEST: np.nan if truth.test is None else truth.test[column],
             }
         )

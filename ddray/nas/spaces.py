@@ -1,4 +1,4 @@
-"""Spaces of architectures by name, and the choice of some of their members."""
+"""Spaces of architectures by name, and samples of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class NasSpace(Protocol):
     """A fixed, ordered list of architectures.
 
     Attributes:
-        name: what `--space` calls it.
+        name: its name for `--space`.
     """
 
     name: str
@@ -27,11 +27,11 @@ class NasSpace(Protocol):
     def __len__(self) -> int: ...
 
     def choices(self, index: int) -> dict[str, Any]:
-        """Return what makes up an architecture, as JSON values."""
+        """Return the design choices of an architecture, as JSON values."""
         ...
 
     def arch_name(self, index: int) -> str:
-        """Return the name that tables show."""
+        """Return the name shown in tables."""
         ...
 
     def describe(self, index: int) -> dict[str, Any]:
@@ -47,7 +47,7 @@ class NasSpace(Protocol):
         seed: int,
         device: str | torch.device = "cpu",
     ) -> Net:
-        """Build an architecture for images of `image_shape` (C, H, W); `seed` decides every weight."""
+        """Build an architecture for images of `image_shape` (C, H, W); `seed` determines every weight."""
         ...
 
     def cost(self, index: int, image_shape: tuple[int, int, int], num_classes: int) -> float:
@@ -67,16 +67,16 @@ def get_space(
 
     Args:
         name: convnet720 or nasbench201.
-        channels: of nasbench201's networks; None: the space file's (16).
+        channels: channels of nasbench201's networks; None: the space file's (16).
         num_cells: cells per stage of nasbench201's networks; None: the space file's (1).
         cell_affine: whether the BN in nasbench201's cells is affine; None: the space file's (no).
-        mixture: softmax or softmax_truncated: which faults of DC-BENCH's harness nasbench201's networks have.
+        mixture: softmax or softmax_truncated: the bugs of DC-BENCH's harness in nasbench201's networks.
 
     Raises:
-        InputError: an unknown name, an option out of range, or one that the space does not take.
+        InputError: an unknown name, an option out of range, or one that does not apply to the space.
     """
-    given = {"channels": channels, "num_cells": num_cells, "cell_affine": cell_affine, "mixture": mixture}
-    options = {option: value for option, value in given.items() if value is not None}
+    settings = {"channels": channels, "num_cells": num_cells, "cell_affine": cell_affine, "mixture": mixture}
+    options = {option: value for option, value in settings.items() if value is not None}
     if name == NasBench201.name:
         return NasBench201(**options)
     if name != ConvNet720.name:
@@ -100,18 +100,18 @@ def sample(
     """Draw architectures of all costs: one from each of `num` strata of equal size.
 
     Args:
-        space: where they are drawn from.
+        space: the space to draw from.
         num: how many; None takes all.
-        seed: decides the draw.
-        image_shape: (C, H, W) of the images that cost is counted for.
+        seed: seed of the draw.
+        image_shape: (C, H, W) of the images for which the cost is computed.
         num_classes: K.
-        max_mflops: leave out what needs more million multiply-adds for an image.
+        max_mflops: leave out architectures that need more multiply-adds per image (millions).
 
     Returns:
         Distinct indices, ascending.
 
     Raises:
-        InputError: more or fewer than the space has.
+        InputError: `num` is less than 1 or more than the space has.
     """
     import numpy as np
 
@@ -130,24 +130,24 @@ def sample(
 
 
 def parse_indices(text: str, space: NasSpace) -> list[int]:
-    """Return the indices that a text names, in its order.
+    """Return the indices in a text, in its order.
 
     Args:
         text: `"all"`, or indices such as `"1,5,7"`.
-        space: what they are indices of.
+        space: the space that they index.
 
     Raises:
-        InputError: another form, an index the space has not, or one given twice.
+        InputError: malformed text, an index out of range, or a duplicate.
     """
     if text.strip() == "all":
         return list(range(len(space)))
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdigit() for part in parts):
         raise InputError(f"architectures must be all, or indices such as 1,5,7, got {text!r}")
-    found = [int(part) for part in parts]
-    for index in found:
+    indices = [int(part) for part in parts]
+    for index in indices:
         if index >= len(space):
             raise InputError(f"indices of {space.name} must be in 0..{len(space) - 1}, got {index}")
-    if len(set(found)) < len(found):
+    if len(set(indices)) < len(indices):
         raise InputError(f"indices of {space.name} must differ, got {text!r}")
-    return found
+    return indices

@@ -1,7 +1,7 @@
-"""`ddray nas`: train architectures on proxies, rank them by val, and compare with the ranking by the truth.
+"""`ddray nas`: train architectures on proxies, rank them by val, and compare with the true ranking.
 
-Architectures are trained on nine tenths of train (or on a proxy of it) and ranked on the tenth kept back;
-test plays no part but for the last column of the table.
+Architectures are trained on nine tenths of train (or on a proxy of it) and ranked on the held-out tenth;
+test is used for the last column of the table only.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from ddray.seeding import derive_seed
 log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS: Final = 3
-# A step's fixed cost (kernel launches, augmentation) in the unit of `NasSpace.cost`: a million multiply-adds.
+# Fixed cost of a step (kernel launches, augmentation) in the unit of `NasSpace.cost`: million multiply-adds.
 _STEP_COST: Final = 50.0
 _LEAST_PATIENCE_S: Final = 7200.0
-# Million multiply-adds a second: a tenth of what a core or a GPU does of them in small networks, or less.
+# Million multiply-adds per second: at most a tenth of what a core or a GPU reaches on small networks.
 _SLOWEST: Final = {"cpu": 1000.0, "cuda": 50_000.0}
 
 
 class Execute(Protocol):
-    """Runs tasks; yields (task's key, why it failed or None, attempts) as they end."""
+    """Runs tasks; yields (task's key, exception or None, attempts) as they end."""
 
     def __call__(
         self, job: NasJob, data: SweepData, tasks: Sequence[NasTask], on_start: Callable[[str, int], None]
     ) -> Iterator[tuple[str, Exception | None, int]]:
-        """Run tasks in order of start."""
+        """Start tasks in the order given."""
         ...
 
 
@@ -56,16 +56,16 @@ class Sweep:
     """A resolved sweep.
 
     Attributes:
-        options: what was asked for.
+        options: the options of the command.
         config: how architectures are trained.
         dataset: the real data.
         train: nine tenths of train.
-        val: the tenth to rank by.
-        proxies: what architectures are trained on, besides the truth.
+        val: the held-out tenth to rank by.
+        proxies: the sets that architectures are trained on, besides the whole set for the truth.
         indices: the architectures.
-        device: kind of device the workers compute on.
-        with_test: whether truth is scored on test too, for the table's last column; off in a search.
-        can_grow: whether the sweep may be continued with other proxies.
+        device: device type of the workers.
+        with_test: whether truth is also scored on test, for the table's last column; False in a search.
+        can_grow: whether the sweep may be resumed with other proxies.
     """
 
     options: NasOptions
@@ -81,7 +81,7 @@ class Sweep:
 
     @cached_property
     def test(self) -> Split | None:
-        """Test, where truth is trained and scored on it; None also if it can't be read."""
+        """Test, if a trained truth is to be scored on it; None too if it can't be read."""
         if not self.with_test or self.options.truth != "whole":
             return None
         try:
@@ -101,7 +101,7 @@ class Sweep:
         return {"name": "nasbench201", **self.config.cells.dump(), "mixture": mixture}
 
     def describe(self) -> dict[str, Any]:
-        """Return plain values that decide the results (config.yaml)."""
+        """Return plain values that determine the results (config.yaml)."""
         options = self.options
         return {
             "space": options.space,
@@ -122,22 +122,22 @@ class Sweep:
         """Return all tasks, longest first: the proxies' and, for truth `whole`, the truth's.
 
         Args:
-            fused: put the seeds of one architecture into one task (a GPU may train them as one).
+            fused: put the seeds of one architecture into one task (a GPU may train them as one network).
         """
-        found = []
+        all_tasks = []
         spaces = {proxy.mixture: self.space(proxy.mixture) for proxy in self.proxies} | {None: self.space()}
         for index in self.indices:
             for proxy in self.proxies:
                 seeds = [derive_seed(self.options.seed, "nas", n) % 2**31 for n in range(self.options.seeds)]
-                found += self._tasks_of(index, proxy, seeds, spaces[proxy.mixture], fused)
+                all_tasks += self._tasks_of(index, proxy, seeds, spaces[proxy.mixture], fused)
             if self.options.truth == "whole":
                 seeds = [
                     derive_seed(self.options.seed, "truth", n) % 2**31
                     for n in range(self.options.truth_seeds)
                 ]
-                found += self._tasks_of(index, None, seeds, spaces[None], fused)
+                all_tasks += self._tasks_of(index, None, seeds, spaces[None], fused)
         # Equal costs keep their order: the same sweep starts its tasks in the same order everywhere.
-        return sorted(found, key=lambda task: -task.cost)
+        return sorted(all_tasks, key=lambda task: -task.cost)
 
     def _tasks_of(
         self, index: int, proxy: Proxy | None, seeds: Sequence[int], space: NasSpace, fused: bool
@@ -179,17 +179,17 @@ class Sweep:
             "device": self.device,
         }
         if proxy is None:
-            # Part of the key: other runs take this row, and those that have a test column need its score.
-            held = {**spec, "test": self.test is not None}
-            return Unit(kind="truth", spec=held, code_version=CODE_VERSION)
-        held = {**spec, "proxy": proxy.name, "proxy_key": proxy.key, **proxy.variant()}
-        return Unit(kind="nas", spec=held, code_version=CODE_VERSION)
+            # `test` is part of the key: other runs reuse this row, and some of them need its test score.
+            unit_spec = {**spec, "test": self.test is not None}
+            return Unit(kind="truth", spec=unit_spec, code_version=CODE_VERSION)
+        unit_spec = {**spec, "proxy": proxy.name, "proxy_key": proxy.key, **proxy.variant()}
+        return Unit(kind="nas", spec=unit_spec, code_version=CODE_VERSION)
 
     def data(self, tasks: Sequence[NasTask]) -> SweepData:
         """Return the arrays that these tasks need."""
-        wanted = {task.set_name for task in tasks}
-        sets = {proxy.set_name: proxy.data for proxy in self.proxies if proxy.set_name in wanted}
-        if "whole" in wanted:
+        set_names = {task.set_name for task in tasks}
+        sets = {proxy.set_name: proxy.data for proxy in self.proxies if proxy.set_name in set_names}
+        if "whole" in set_names:
             sets["whole"] = real_set(self.train, self.dataset)
         test = None
         if self.test is not None and any(task.units[0].kind == "truth" for task in tasks):
@@ -201,8 +201,8 @@ class Sweep:
 def patience(options: NasOptions, tasks: Sequence[NasTask]) -> float:
     """Return the seconds after which a task counts as hung.
 
-    A task of several seeds may take as long as its units together. Unasked, it is two hours, or what the
-    longest task takes on a very slow device: on a core, training on the whole set may take days.
+    A task with several seeds may take as long as its units together. The default is two hours, or what the
+    longest task takes on a very slow device: training on the whole set may take days on one core.
     """
     if options.unit_timeout is not None:
         return options.unit_timeout * max(len(task.units) for task in tasks)
@@ -211,7 +211,7 @@ def patience(options: NasOptions, tasks: Sequence[NasTask]) -> float:
 
 
 def split_for(dataset: Dataset, seed: int) -> tuple[Split, Split]:
-    """Return (nine tenths of train, the tenth to rank by)."""
+    """Return (nine tenths of train, the held-out tenth to rank by)."""
     return carve_val(dataset.train(), seed=seed)
 
 
@@ -221,8 +221,8 @@ def choose_architectures(options: NasOptions, config: NasConfig, dataset: Datase
     Raises:
         InputError: an unknown space, or a sample larger than it.
     """
-    held = config.cells.dump() if options.space == "nasbench201" else {}
-    space = get_space(options.space, **held)
+    cell_options = config.cells.dump() if options.space == "nasbench201" else {}
+    space = get_space(options.space, **cell_options)
     drawn = sample(
         space,
         options.sample,
@@ -235,7 +235,7 @@ def choose_architectures(options: NasOptions, config: NasConfig, dataset: Datase
 
 
 def run_sweep(sweep: Sweep, execute: Execute, *, run_dir: Path | None, resume: bool) -> tuple[Run, list[Row]]:
-    """Run what is missing of a sweep; return its run and all rows.
+    """Run the missing units of a sweep; return its run and all its rows.
 
     Raises:
         InputError: the folder can't be used.
@@ -245,7 +245,7 @@ def run_sweep(sweep: Sweep, execute: Execute, *, run_dir: Path | None, resume: b
     tasks = sweep.tasks(fused=sweep.device == "cuda")
     _take_known_truth(run, tasks)
     done = {row.key for row in run.ledger.rows()}
-    missing = [held for task in tasks if (held := _without(task, done)) is not None]
+    missing = [remaining for task in tasks if (remaining := _without(task, done)) is not None]
     if missing:
         _run_missing(sweep, execute, run, missing, num_units=sum(len(task.units) for task in tasks))
     keys = {unit.key for task in tasks for unit in task.units}
@@ -262,7 +262,7 @@ def _without(task: NasTask, done: set[str]) -> NasTask | None:
 
 
 def _take_known_truth(run: Run, tasks: Sequence[NasTask]) -> None:
-    """Copy truth that another run has trained into this run's ledger."""
+    """Copy truth that other runs have trained into this run's ledger."""
     units = [unit for task in tasks for unit in task.units if unit.kind == "truth"]
     if not units:
         return
@@ -273,7 +273,7 @@ def _take_known_truth(run: Run, tasks: Sequence[NasTask]) -> None:
 
 
 def _known_truth(shared: Ledger, unit: Unit) -> Row | None:
-    """Return a unit's row, or that of its twin with a test score, which is left out."""
+    """Return a unit's row, or that of its twin with a test score, without the score."""
     row = shared.row(unit.key)
     if row is not None or unit.spec["test"]:
         return row
@@ -317,12 +317,12 @@ def _run_missing(
             done_cost += task.cost
             done_units += len(task.units)
             left = (time.monotonic() - begin) * (total - done_cost) / done_cost
-            show(done_units, f"about {left / 60:.0f} min left, counted by work")
+            show(done_units, f"about {left / 60:.0f} min left, weighted by cost")
 
 
 @contextmanager
 def _continued_by_resume(run: Run) -> Iterator[None]:
-    """Say after a signal how to go on."""
+    """Turn an interrupt into an error that says how to resume."""
     try:
         yield
     except KeyboardInterrupt as error:
@@ -332,7 +332,7 @@ def _continued_by_resume(run: Run) -> Iterator[None]:
 
 
 def _mark_failed(run: Run, task: NasTask, error: Exception, attempts: int) -> None:
-    """Publish failed rows of a task that was tried often enough; the sweep goes on."""
+    """Publish failed rows for a task that is out of attempts; the sweep goes on."""
     reason = " ".join(str(error).split())[:300] or type(error).__name__
     for unit in task.units:
         log.warning("%s failed %d times: %s", unit.spec["arch"], attempts, reason)
@@ -354,7 +354,7 @@ def execute_locally(
     """Run tasks one after another in this process, without Ray (`--executor local`)."""
     from ddray.nas.units import forget_data, run_task
 
-    forget_data()  # a folder that was removed and made again has the name of another sweep's data
+    forget_data()  # a folder that was deleted and recreated has the same name as the old sweep's data
     device = torch.device("cuda" if job.gpus > 0 else "cpu")
     for task in tasks:
         for attempt in range(1, MAX_ATTEMPTS + 1):
@@ -364,7 +364,7 @@ def execute_locally(
             except (StorageError, InputError) as error:
                 yield task.key, error, attempt
                 break
-            except Exception as error:  # lack of memory above all: one architecture must not end the sweep
+            except Exception as error:  # mostly out of memory: one architecture must not end the sweep
                 if attempt == MAX_ATTEMPTS:
                     yield task.key, error, attempt
             else:

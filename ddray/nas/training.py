@@ -1,9 +1,9 @@
 """Training the architectures of a NAS space: the hot loop behind `ddray nas`.
 
-Images, labels and the batch order lie on the device, augmentation runs there, nothing syncs per step. On CUDA
-the whole step (forward, backward, update) is one CUDA graph per architecture and batch size, with the eager
-step as the fallback, and the seeds of one architecture are trained as one vmapped network where a probe shows
-that this is faster. On a CPU they never are: 8 fused ConvNets took twice the time of a loop (RAY.md 17).
+Images, labels and the batch order are on the device, augmentation runs there, and no step synchronises. On
+CUDA the whole step (forward, backward, update) is one CUDA graph per architecture and batch size, with the
+eager step as the fallback, and the seeds of one architecture are trained as one vmapped network where a probe
+shows that this is faster. Never on a CPU: 8 fused ConvNets took twice the time of a loop (docs/ray.md, 17).
 """
 
 from __future__ import annotations
@@ -30,30 +30,30 @@ log = logging.getLogger(__name__)
 
 Mode = Literal["auto", "loop", "fused"]
 _PROBE_STEPS = 6
-# Images at once where no layer mixes them: a batch of 256 at once took up to 1.5 times as long.
+# Images per chunk where no layer mixes images: a batch of 256 at once took up to 1.5 times as long.
 _CPU_CHUNK = 64
 
 
 class NasRecipe(Config):
-    """How every architecture is trained: SGD on cross entropy, the rate falling by a cosine."""
+    """How every architecture is trained: SGD on cross entropy with a cosine learning rate."""
 
     epochs: int = Field(default=200, ge=1)
     lr: float = Field(default=0.01, gt=0)
     lr_min: float = Field(default=0.0, ge=0)
-    """Where the cosine ends."""
+    """Final rate of the cosine."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     nesterov: bool = False
     weight_decay: float = Field(default=5e-4, ge=0)
     batch: int = Field(default=256, ge=1)
     clip: float | None = Field(default=None, gt=0)
-    """Largest norm of a network's gradient; None does not clip."""
+    """Maximum norm of a network's gradient; None does not clip."""
     augment: Literal["dsa", "none"] = "dsa"
-    """DSA with parameters per sample, one operation per batch."""
+    """DSA with one operation per batch and parameters per sample."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """`bf16`: autocast of the forward pass."""
+    """`bf16`: autocast the forward pass."""
 
     def num_steps(self, num_images: int) -> int:
-        """Return the optimiser steps of a whole training on `num_images`."""
+        """Return the optimiser steps of a full training on `num_images`."""
         return self.epochs * math.ceil(num_images / self.batch)
 
     def lr_at(self, step: int, num_steps: int) -> float:
@@ -73,17 +73,17 @@ def train_seeds(
     shuffle: bool = True,
     mode: Mode = "auto",
 ) -> str:
-    """Train networks of one architecture, one per seed, in place; they are left in eval mode.
+    """Train networks of one architecture, one per seed, in place; they end in eval mode.
 
     Args:
-        nets: equal architectures with their own weights, on the images' device.
+        nets: networks of one architecture with different weights, on the images' device.
         images: float32 [N, C, H, W], in channels_last.
         labels: int64 [N].
         recipe: the settings.
-        seeds: decide each network's batch order and augmentation.
+        seeds: seeds of the networks' batch orders and augmentation.
         dsa: the augmentation; None leaves batches as they are.
         num_steps: optimiser steps; default the recipe's epochs over `images`.
-        shuffle: off reproduces an unshuffled loader (`--compat dcbench`).
+        shuffle: False reproduces an unshuffled loader (`--compat dcbench`).
         mode: `loop` one network after another, `fused` all at once, `auto` by a probe on CUDA, else `loop`.
 
     Returns:
@@ -109,16 +109,16 @@ def train_seeds(
 
 @torch.no_grad()
 def count_right(net: Net, images: Tensor, labels: Tensor, *, chunk: int | None = None) -> int:
-    """Return how many images [N, C, H, W], encoded and on its device, `net` in eval mode gets right."""
+    """Return how many images [N, C, H, W] `net` classifies correctly; it is in eval mode, on their device."""
     chunk = chunk or (32 if images.device.type == "cpu" else 2048)
     right = torch.zeros((), dtype=torch.int64, device=images.device)
-    for part, wanted in zip(torch.split(images, chunk), torch.split(labels, chunk), strict=True):
-        right += (net(part).argmax(1) == wanted).sum()
+    for image_chunk, label_chunk in zip(torch.split(images, chunk), torch.split(labels, chunk), strict=True):
+        right += (net(image_chunk).argmax(1) == label_chunk).sum()
     return int(right)
 
 
 class _Work:
-    """What networks are trained on, and the loop over its batches."""
+    """The training data and the loop over its batches."""
 
     def __init__(
         self, images: Tensor, labels: Tensor, recipe: NasRecipe, dsa: Dsa | None, shuffle: bool, total: int
@@ -127,26 +127,26 @@ class _Work:
         self.shuffle, self.total = shuffle, total
 
     def run(self, stepper: _Single | _Fused, seeds: Sequence[int], num_steps: int) -> bool:
-        """Do the first `num_steps` steps of the training; return whether CUDA graphs did them."""
+        """Do the first `num_steps` steps of the training; return whether CUDA graphs ran them."""
         orders = [self._batches(seed) for seed in seeds]
-        draws = [derive(seed, "nas", "augment") for seed in seeds]
+        generators = [derive(seed, "nas", "augment") for seed in seeds]
         graphs = _Graphs(stepper) if self.images.device.type == "cuda" else None
         step = stepper.step if graphs is None else graphs.step
-        for number in range(num_steps):
+        for step_index in range(num_steps):
             index = torch.cat([next(order) for order in orders])
             batch = self.images.index_select(0, index)
             if self.dsa is not None:
                 size = len(index) // len(seeds)
-                plans = [self.dsa.draw(size, draw, shared_op=True) for draw in draws]
+                plans = [self.dsa.draw(size, generator, shared_op=True) for generator in generators]
                 choices = torch.cat([plan.choices for plan in plans])
                 batch = self.dsa.apply(batch, DsaPlan(choices, torch.cat([plan.params for plan in plans])))
-            stepper.set_lr(self.recipe.lr_at(number, self.total))
+            stepper.set_lr(self.recipe.lr_at(step_index, self.total))
             step(batch, self.labels.index_select(0, index))
         stepper.finish()
         return graphs is not None and graphs.captured
 
     def _batches(self, seed: int) -> Iterator[Tensor]:
-        """Yield the indices of every batch, epoch after epoch, drawn on the CPU and copied once an epoch."""
+        """Yield batch indices, epoch after epoch, drawn on the CPU and copied once per epoch."""
         generator = derive(seed, "nas", "order")
         num, device = len(self.labels), self.images.device
         while True:
@@ -162,7 +162,7 @@ class _Single:
         self._params: list[Tensor] = list(net.parameters())
         self._per_sample = is_per_sample(net)
         self._lr = torch.zeros((), device=self._params[0].device)
-        self._momenta = [torch.zeros_like(held) for held in self._params]
+        self._momenta = [torch.zeros_like(param) for param in self._params]
         self.state: list[Tensor] = [*self._params, *net.buffers(), *self._momenta]
 
     def set_lr(self, lr: float) -> None:
@@ -179,21 +179,23 @@ class _Single:
             _update(self._params, grads, self._momenta, self._lr, self._recipe)
 
     def _gradients(self, images: Tensor, labels: Tensor) -> list[Tensor]:
-        """Return the gradient of the mean loss, summed over parts that fit a CPU's cache."""
+        """Return the gradient of the mean loss, summed over chunks that fit a CPU's cache."""
         grads: list[Tensor] = []
         size = _CPU_CHUNK if self._per_sample and images.device.type == "cpu" else len(labels)
-        for part, wanted in zip(torch.split(images, size), torch.split(labels, size), strict=True):
+        for image_chunk, label_chunk in zip(
+            torch.split(images, size), torch.split(labels, size), strict=True
+        ):
             with _autocast(images.device, self._recipe):
-                loss = F.cross_entropy(self._net(part), wanted, reduction="sum") / len(labels)
-            own = torch.autograd.grad(loss, self._params, materialize_grads=True)
+                loss = F.cross_entropy(self._net(image_chunk), label_chunk, reduction="sum") / len(labels)
+            chunk_grads = torch.autograd.grad(loss, self._params, materialize_grads=True)
             if grads:
-                torch._foreach_add_(grads, own)
+                torch._foreach_add_(grads, chunk_grads)
             else:
-                grads = list(own)
+                grads = list(chunk_grads)
         return grads
 
     def finish(self) -> None:
-        """Nothing to bring back: the network's own weights were trained."""
+        """Do nothing: the network was trained in place."""
 
 
 class _Fused:
@@ -205,7 +207,7 @@ class _Fused:
         self._names = list(stacked)
         self._params = [stacked[name].detach().requires_grad_(True) for name in self._names]
         self._lr = torch.zeros((), device=self._params[0].device)
-        self._momenta = [torch.zeros_like(held) for held in self._params]
+        self._momenta = [torch.zeros_like(param) for param in self._params]
         self._template = copy.deepcopy(nets[0]).to("meta")
         for module in self._template.modules():
             if isinstance(module, CpuLayer):
@@ -217,7 +219,7 @@ class _Fused:
         self._lr.fill_(lr)
 
     def step(self, images: Tensor, labels: Tensor) -> None:
-        """Do one step on images [S * B, C, H, W], seed after seed."""
+        """Do one step on images [S * B, C, H, W], ordered by seed."""
         num = len(self._nets)
         with _autocast(images.device, self._recipe):
             params = dict(zip(self._names, self._params, strict=True))
@@ -225,7 +227,7 @@ class _Fused:
                 params, self._buffers, images.view(num, -1, *images.shape[1:])
             )
             losses = F.cross_entropy(logits.flatten(0, 1), labels, reduction="none")
-        # Sums over seeds keep the networks' gradients apart; each is of its own mean.
+        # A sum over seeds keeps the networks' gradients separate, each that of its own mean loss.
         loss = losses.sum() * (num / len(labels))
         grads = list(torch.autograd.grad(loss, self._params, materialize_grads=True))
         with torch.no_grad():
@@ -242,16 +244,16 @@ class _Fused:
     @torch.no_grad()
     def finish(self) -> None:
         """Copy the trained weights into the networks."""
-        held = dict(zip(self._names, self._params, strict=True)) | self._buffers
-        for number, net in enumerate(self._nets):
+        trained = dict(zip(self._names, self._params, strict=True)) | self._buffers
+        for seed_index, net in enumerate(self._nets):
             for name, tensor in (*net.named_parameters(), *net.named_buffers()):
-                tensor.copy_(held[name][number])
+                tensor.copy_(trained[name][seed_index])
 
 
 def _update(
     params: list[Tensor], grads: list[Tensor], momenta: list[Tensor], lr: Tensor, recipe: NasRecipe
 ) -> None:
-    """Do torch.optim.SGD's update, with the rate in a tensor so that a CUDA graph can replay it."""
+    """Do the update of torch.optim.SGD with the rate in a tensor, so that a CUDA graph can replay it."""
     if recipe.weight_decay:
         torch._foreach_add_(grads, params, alpha=recipe.weight_decay)
     torch._foreach_mul_(momenta, recipe.momentum)
@@ -263,61 +265,61 @@ def _update(
 
 
 def _autocast(device: torch.device, recipe: NasRecipe) -> Any:
-    """Return the forward pass's precision; its weight cache would outlive the step inside a CUDA graph."""
+    """Return the autocast context, without weight cache: it would outlive the step in a CUDA graph."""
     return torch.autocast(
         device.type, torch.bfloat16, enabled=recipe.precision == "bf16", cache_enabled=False
     )
 
 
 class _Graphs:
-    """CUDA graphs of a stepper's step, one per batch size; what can't be captured runs as it is."""
+    """CUDA graphs of a stepper's step, one per batch size; what can't be captured runs eagerly."""
 
     def __init__(self, stepper: _Single | _Fused) -> None:
         self._stepper = stepper
-        self._held: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         self._eager = False
         self.captured = False
 
     def step(self, images: Tensor, labels: Tensor) -> None:
         """Do one step: capture it the first time, replay it afterwards."""
-        if not self._eager and len(labels) not in self._held:
+        if not self._eager and len(labels) not in self._graphs:
             try:
-                self._held[len(labels)] = self._capture(images, labels)
+                self._graphs[len(labels)] = self._capture(images, labels)
                 self.captured = True
             except RuntimeError as error:
                 self._eager = True
                 log.warning("no CUDA graph (%s): steps run eagerly", str(error).splitlines()[0])
-        if len(labels) not in self._held:
+        if len(labels) not in self._graphs:
             self._stepper.step(images, labels)
             return
-        graph, held_images, held_labels = self._held[len(labels)]
-        held_images.copy_(images)
-        held_labels.copy_(labels)
+        graph, static_images, static_labels = self._graphs[len(labels)]
+        static_images.copy_(images)
+        static_labels.copy_(labels)
         graph.replay()
 
     def _capture(self, images: Tensor, labels: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
-        """Warm up on a side stream, capture, and put back what the warm-up changed."""
+        """Warm up on a side stream, capture, and restore what the warm-up changed."""
         before = [tensor.detach().clone() for tensor in self._stepper.state]
-        held_images, held_labels = images.clone(), labels.clone()
+        static_images, static_labels = images.clone(), labels.clone()
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(side):
                 for _ in range(3):
-                    self._stepper.step(held_images, held_labels)
+                    self._stepper.step(static_images, static_labels)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                self._stepper.step(held_images, held_labels)
+                self._stepper.step(static_images, static_labels)
         finally:
             with torch.no_grad():
                 for tensor, old in zip(self._stepper.state, before, strict=True):
                     tensor.copy_(old)
-        return graph, held_images, held_labels
+        return graph, static_images, static_labels
 
 
 def _fusing_pays(nets: Sequence[Net], work: _Work, seeds: Sequence[int]) -> bool:
-    """Time a few steps both ways on copies of the networks."""
+    """Return whether fusing is faster, by timing a few steps both ways on copies of the networks."""
 
     def seconds(run: Callable[[], object]) -> float:
         torch.cuda.synchronize()
@@ -329,7 +331,7 @@ def _fusing_pays(nets: Sequence[Net], work: _Work, seeds: Sequence[int]) -> bool
     steps = min(_PROBE_STEPS, work.total)
     try:
         fused = seconds(lambda: work.run(_Fused(copy.deepcopy(nets), work.recipe), seeds, steps))
-    except RuntimeError as error:  # what can't be vmapped
+    except RuntimeError as error:  # an operation that can't be vmapped
         log.info("seeds are not fused (%s)", str(error).splitlines()[0])
         return False
     alone = seconds(lambda: work.run(_Single(copy.deepcopy(nets[0]), work.recipe), seeds[:1], steps))

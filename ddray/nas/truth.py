@@ -1,8 +1,8 @@
-"""True accuracies that nothing is trained for: from a table, a CSV file, or the benchmark's own file.
+"""True accuracies without training: from a table, a CSV file, or the benchmark's own file.
 
 NAS-Bench-201 (Dong and Yang, ICLR 2020; MIT) is read from the table that ships with ddray, or from the
 original `NAS-Bench-201-v1_*.pth` through the package nas-bench-201. That package calls torch.load in a way
-that has failed since torch 2.6: the file is loaded here, as plain values and nothing else, and handed over.
+that fails since torch 2.6: the file is loaded here, as plain values only, and passed to it.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ _CSV_TEST: Final = "test_accuracy"
 
 @dataclass(frozen=True)
 class Truth:
-    """True accuracies of the asked architectures, in the order asked for.
+    """True accuracies of the requested architectures, in the requested order.
 
     Attributes:
         source: where they come from.
         values: accuracy in [0, 1] that a ranking is compared with, NaN where unknown [A] (or [T, A] by seed).
-        test: accuracy in [0, 1] on test for the table's last column [A]; None if it is not known.
+        test: accuracy in [0, 1] on test for the table's last column [A]; None if unknown.
     """
 
     source: str
@@ -58,16 +58,17 @@ def table_truth(space: NasSpace, indices: Sequence[int], column: str = DEFAULT_C
     Args:
         space: nasbench201.
         indices: the cells.
-        column: an accuracy column; a cell without a run of that seed is NaN.
+        column: an accuracy column; NaN for a cell without a run of that seed.
 
     Raises:
         InputError: another space, an unknown column, or a cell that does not exist.
     """
     if space.name != "nasbench201":
         raise InputError(
-            f"--truth table is of nasbench201, got --space {space.name}; use --truth whole or a CSV file"
+            f"--truth table needs --space nasbench201, got --space {space.name}; "
+            "use --truth whole or a CSV file"
         )
-    dataset, _, epochs, _ = _parts(column)
+    dataset, _, epochs, _ = _parse_column(column)
     test = f"{dataset}_test_{epochs}" + ("_mean" if epochs == "200" else "")
     return Truth(f"table:{column}", _cells(indices, column) / 100, _cells(indices, test) / 100)
 
@@ -82,30 +83,30 @@ def _cells(indices: Sequence[int], column: str) -> np.ndarray[Any, Any]:
     wrong = [index for index in indices if not 0 <= index < len(values)]
     if wrong:
         raise InputError(f"index must be in 0..{len(values) - 1} for nasbench201, got {wrong[0]}")
-    found: np.ndarray[Any, Any] = values[np.asarray(indices, dtype=np.int64)]
-    return found
+    selected: np.ndarray[Any, Any] = values[np.asarray(indices, dtype=np.int64)]
+    return selected
 
 
-def _parts(column: str) -> tuple[str, str, str, str]:
-    """Split an accuracy column's name into dataset, split, epochs and what is behind them.
+def _parse_column(column: str) -> tuple[str, str, str, str]:
+    """Split an accuracy column's name into dataset, split, epochs and suffix (`mean`, `s777`, ...).
 
     Raises:
-        InputError: it is not one of the accuracy columns.
+        InputError: it is not an accuracy column.
     """
-    held = [name for name in read_table().columns if _COLUMN.match(name)]
-    found = _COLUMN.match(column)
-    if found is None or column not in held:
-        raise unknown("--truth-column", column, held)
-    dataset, split, epochs, rest = found.groups(default="")
-    return dataset, split, epochs, rest
+    columns = [name for name in read_table().columns if _COLUMN.match(name)]
+    match = _COLUMN.match(column)
+    if match is None or column not in columns:
+        raise unknown("--truth-column", column, columns)
+    dataset, split, epochs, suffix = match.groups(default="")
+    return dataset, split, epochs, suffix
 
 
 def csv_truth(
     path: Path, indices: Sequence[int], column: str | None = None, *, space: NasSpace | None = None
 ) -> Truth:
-    """Return accuracies of a CSV file with a column `index`.
+    """Return accuracies from a CSV file with a column `index`.
 
-    A file with any accuracy above 1 is in percent. A column `test_accuracy`, if there is one, is shown too.
+    A file with any accuracy above 1 is in percent. A column `test_accuracy`, if present, is read too.
 
     Args:
         path: the file.
@@ -114,54 +115,56 @@ def csv_truth(
         space: what the indices are of; None checks no index.
 
     Raises:
-        InputError: the file is missing, has no such column, lacks an architecture or has it twice, or holds
-            something that is no accuracy, or of no architecture of the space.
+        InputError: the file is missing, has no such column, lacks or repeats an architecture, or has an
+            invalid accuracy or an index outside the space.
     """
     if not path.is_file():
         reason = "is a folder" if path.is_dir() else "does not exist"
         raise InputError(f"--truth must be whole, table, api:FILE or a CSV file, {path} {reason}")
     lines = _read_csv(path)
     names = list(lines[0][1])
-    chosen = column or next((name for name in _CSV_COLUMNS if name in names), None)
-    if chosen is None:
+    accuracy_column = column or next((name for name in _CSV_COLUMNS if name in names), None)
+    if accuracy_column is None:
         raise InputError(
             f"{path} must have a column {' or '.join(_CSV_COLUMNS)}, got {', '.join(names)}; "
             "name it with --truth-column"
         )
-    if chosen not in names or chosen == "index":
-        raise unknown(f"--truth-column of {path}", chosen, [name for name in names if name != "index"])
+    if accuracy_column not in names or accuracy_column == "index":
+        raise unknown(
+            f"--truth-column of {path}", accuracy_column, [name for name in names if name != "index"]
+        )
     test = _CSV_TEST if _CSV_TEST in names else None
 
     def accuracies(row: Mapping[str, str], where: str) -> tuple[float, float]:
-        return _number(row[chosen], chosen, where), _number_or_nan(
+        return _number(row[accuracy_column], accuracy_column, where), _number_or_nan(
             row[test], test, where
         ) if test else math.nan
 
-    held = _by_index(path, lines, accuracies, space)
-    scale = _unit(path, [value for pair in held.values() for value in pair])
-    missing = [index for index in indices if index not in held]
+    by_index = _by_index(path, lines, accuracies, space)
+    scale = _unit(path, [value for pair in by_index.values() for value in pair])
+    missing = [index for index in indices if index not in by_index]
     if missing:
         raise InputError(
             f"{path} must hold every architecture that is ranked, "
             f"{len(missing)} are missing, the first is {missing[0]}"
         )
-    values = np.array([held[index][0] for index in indices], dtype=np.float64) / scale
-    tested = np.array([held[index][1] for index in indices], dtype=np.float64) / scale
-    return Truth(f"csv:{path.name}:{chosen}", values, tested if np.isfinite(tested).any() else None)
+    values = np.array([by_index[index][0] for index in indices], dtype=np.float64) / scale
+    tested = np.array([by_index[index][1] for index in indices], dtype=np.float64) / scale
+    return Truth(f"csv:{path.name}:{accuracy_column}", values, tested if np.isfinite(tested).any() else None)
 
 
 def read_scores(path: Path, space: NasSpace | None = None) -> tuple[list[int], np.ndarray[Any, Any]]:
-    """Return (indices, scores [A]) of a CSV file with columns `index` and `score`, by ascending index.
+    """Return (indices, scores [A]) from a CSV file with columns `index` and `score`, by ascending index.
 
-    An empty score is a failed architecture's: NaN.
+    An empty score means a failed architecture: NaN.
 
     Args:
         path: the file.
         space: what the indices are of; None checks no index.
 
     Raises:
-        InputError: the file is missing, lacks a column, holds an index twice or one that the space has not,
-            or what is no number.
+        InputError: the file is missing or lacks a column, an index is repeated or outside the space, or a
+            value is not a number.
     """
     if not path.is_file():
         reason = "is a folder" if path.is_dir() else "does not exist"
@@ -170,15 +173,15 @@ def read_scores(path: Path, space: NasSpace | None = None) -> tuple[list[int], n
     if "score" not in lines[0][1]:
         raise InputError(f"{path} must have columns index,score, got {', '.join(lines[0][1])}")
 
-    held = _by_index(path, lines, lambda row, where: _number_or_nan(row["score"], "score", where), space)
-    return sorted(held), np.array([held[index] for index in sorted(held)], dtype=np.float64)
+    by_index = _by_index(path, lines, lambda row, where: _number_or_nan(row["score"], "score", where), space)
+    return sorted(by_index), np.array([by_index[index] for index in sorted(by_index)], dtype=np.float64)
 
 
 def _read_csv(path: Path) -> list[tuple[int, dict[str, str]]]:
-    """Return the lines of a CSV file as (line number, values by column); it has a column `index`.
+    """Return the lines of a CSV file with a column `index` as (line number, values by column).
 
     Raises:
-        InputError: it can't be read, is empty, or has a line with another number of values.
+        InputError: it can't be read, is empty, or has a line with the wrong number of values.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -189,15 +192,17 @@ def _read_csv(path: Path) -> list[tuple[int, dict[str, str]]]:
         raise InputError(f"{path} must be a readable CSV file in UTF-8: {error}") from error
     if "index" not in names or len(set(names)) < len(names):
         raise InputError(
-            f"{path} must have one column index and no name twice, got {', '.join(names) or 'nothing'}"
+            f"{path} must have one column index and no duplicate names, got {', '.join(names) or 'nothing'}"
         )
     if not lines:
         raise InputError(f"{path} must hold at least one architecture below its header")
-    for number, row in lines:
+    for line_number, row in lines:
         # csv keeps superfluous values under the key None, and sets missing ones to None.
         if None in row or None in row.values():
-            raise InputError(f"{path}, line {number}: a line must have {len(names)} values, as the header")
-    return [(number, dict(zip(names, row.values(), strict=True))) for number, row in lines]
+            raise InputError(
+                f"{path}, line {line_number}: a line must have {len(names)} values, like the header"
+            )
+    return [(line_number, dict(zip(names, row.values(), strict=True))) for line_number, row in lines]
 
 
 def _by_index(
@@ -206,26 +211,26 @@ def _by_index(
     parse: Callable[[Mapping[str, str], str], _V],
     space: NasSpace | None,
 ) -> dict[int, _V]:
-    """Return what `parse(row, where)` gives for every line, by its index.
+    """Return `parse(row, where)` of every line, by index.
 
     Raises:
-        InputError: an index is no whole number >= 0, is none of the space's, or comes twice.
+        InputError: an index is not a whole number >= 0, is outside the space, or is repeated.
     """
-    held: dict[int, _V] = {}
-    for number, row in lines:
-        where = f"{path}, line {number}"
+    parsed: dict[int, _V] = {}
+    for line_number, row in lines:
+        where = f"{path}, line {line_number}"
         text = row["index"].strip()
         if not (text.isascii() and text.isdigit()):
             raise InputError(f"{where}: index must be a whole number >= 0, got {row['index']!r}")
         if space is not None and int(text) >= len(space):
             raise InputError(
                 f"{where}: indices of {space.name} must be in 0..{len(space) - 1}, got {text}; "
-                "name the space that they are of with --space"
+                "name their space with --space"
             )
-        if int(text) in held:
-            raise InputError(f"{where}: every index must come once, {text} comes again")
-        held[int(text)] = parse(row, where)
-    return held
+        if int(text) in parsed:
+            raise InputError(f"{where}: every index must appear once, {text} appears again")
+        parsed[int(text)] = parse(row, where)
+    return parsed
 
 
 def _number(text: str, name: str, where: str) -> float:
@@ -263,10 +268,10 @@ def _unit(path: Path, values: Sequence[float]) -> float:
 
 
 def api_truth(path: Path, indices: Sequence[int], column: str = DEFAULT_COLUMN) -> Truth:
-    """Return accuracies of the original NAS-Bench-201 file through its package.
+    """Return accuracies from the original NAS-Bench-201 file through its package.
 
-    Cells are found by their structure. `*_mean` averages all seeds, `*_s777` takes one: a cell without that
-    run is NaN. `*_derived` is what the table had to derive and the file holds.
+    Cells are matched by structure. `*_mean` averages all seeds, `*_s777` takes one: NaN for a cell without
+    that run. The table had to derive its `*_derived` columns; the file contains their values.
 
     Args:
         path: `NAS-Bench-201-v1_0-e61699.pth` or `-v1_1-096897.pth`.
@@ -274,28 +279,31 @@ def api_truth(path: Path, indices: Sequence[int], column: str = DEFAULT_COLUMN) 
         column: an accuracy column of the table.
 
     Raises:
-        InputError: the package or the file is missing, the file is damaged or another one, lacks a cell or
+        InputError: the package or the file is missing, the file is damaged, the wrong one, or lacks a cell or
             the dataset, or the column is unknown.
     """
-    dataset, split, epochs, rest = _parts(column)
+    dataset, split, epochs, suffix = _parse_column(column)
     structures = [str(structure) for structure in _cells(indices, "arch_str")]
-    api, places = _open_api(path, structures)
-    seed = int(rest[1:]) if rest.startswith("s") else False
-    values = [_ask(api, place, dataset, split, epochs, seed) for place in places]
+    api, positions = _open_api(path, structures)
+    seed = int(suffix[1:]) if suffix.startswith("s") else False
+    values = [_query_accuracy(api, position, dataset, split, epochs, seed) for position in positions]
     if not np.isfinite(values).any():
         raise InputError(
-            f"{path} holds no {column} of these {len(values)} cells; choose another --truth-column"
+            f"{path} has no {column} for these {len(values)} cells; choose another --truth-column"
         )
-    test = np.array([_ask(api, place, dataset, "test", epochs, False) for place in places]) / 100
+    test = (
+        np.array([_query_accuracy(api, position, dataset, "test", epochs, False) for position in positions])
+        / 100
+    )
     return Truth(
         f"api:{path.name}:{column}", np.array(values) / 100, test if np.isfinite(test).any() else None
     )
 
 
 def _open_api(path: Path, structures: Sequence[str]) -> tuple[Any, list[int]]:
-    """Return the package's API over the wanted cells of a file, and their numbers in it.
+    """Return the package's API for the given cells of a file, and their positions in it.
 
-    The package copies what it is given: only the wanted cells are handed over.
+    The package copies its input: only the given cells are passed to it.
     """
     if not path.is_file():
         raise InputError(f"--truth api:FILE must name NAS-Bench-201's .pth file, {path} does not exist")
@@ -305,31 +313,35 @@ def _open_api(path: Path, structures: Sequence[str]) -> tuple[Any, list[int]]:
         raise InputError(
             "--truth api:FILE needs the package: pip install nas-bench-201; or use --truth table"
         ) from error
-    held = _load(path)
-    known = {structure: place for place, structure in enumerate(held["meta_archs"])}
-    missing = [structure for structure in structures if known.get(structure) not in held["arch2infos"]]
+    benchmark = _load(path)
+    position_of = {structure: position for position, structure in enumerate(benchmark["meta_archs"])}
+    missing = [
+        structure for structure in structures if position_of.get(structure) not in benchmark["arch2infos"]
+    ]
     if missing:
         raise InputError(
             f"{path} must hold every cell that is ranked, "
             f"{len(missing)} are missing, the first is {missing[0]}"
         )
-    places = [known[structure] for structure in structures]
-    infos = {place: held["arch2infos"][place] for place in places}
+    positions = [position_of[structure] for structure in structures]
+    infos = {position: benchmark["arch2infos"][position] for position in positions}
     try:
         api = package.NASBench201API(
-            {**held, "arch2infos": infos, "evaluated_indexes": places}, verbose=False
+            {**benchmark, "arch2infos": infos, "evaluated_indexes": positions}, verbose=False
         )
-    except Exception as error:  # the package asserts, and its keys may be missing at any depth
-        raise InputError(f"{path} is not read by nas-bench-201 ({type(error).__name__}: {error})") from error
-    return api, places
+    except Exception as error:  # failed assertions, or keys missing at any depth
+        raise InputError(f"nas-bench-201 cannot read {path} ({type(error).__name__}: {error})") from error
+    return api, positions
 
 
-def _ask(api: Any, place: int, dataset: str, split: str, epochs: str, seed: int | bool) -> float:
+def _query_accuracy(
+    api: Any, position: int, dataset: str, split: str, epochs: str, seed: int | bool
+) -> float:
     """Return one accuracy in percent, averaged over seeds (`seed` False) or of one; NaN if there is none."""
-    # CIFAR-10 has validation accuracies only of networks trained on half of train.
+    # For CIFAR-10, only networks trained on half of train have validation accuracies.
     name = "cifar10-valid" if (dataset, split) == ("cifar10", "valid") else _API_NAMES[dataset]
     try:
-        info = api.get_more_info(place, name, iepoch=None, hp=epochs, is_random=seed)
+        info = api.get_more_info(position, name, iepoch=None, hp=epochs, is_random=seed)
     except (KeyError, ValueError):  # the file has no such dataset, or no such seed of this cell
         return math.nan
     return float(info.get(f"{split}-accuracy", math.nan))
@@ -343,18 +355,18 @@ def _load(path: Path) -> dict[str, Any]:
     """
     try:
         with torch.serialization.safe_globals(_numpy_scalars()):
-            held = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types here, each of them means: not a file of plain values
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types here, all of them mean: not a file of plain values
         reason = " ".join(str(error).split())[:160] or type(error).__name__
-        if "weights_only" in str(error):  # torch goes on to advise switching the protection off
+        if "weights_only" in str(error):  # torch's message advises switching the protection off
             reason = "it holds objects that could run code, which are never loaded"
         raise InputError(
             f"{path} must be NAS-Bench-201's undamaged file: {reason}; download it again"
         ) from error
-    wanted = ("meta_archs", "arch2infos", "evaluated_indexes")
-    if not isinstance(held, dict) or not set(wanted) <= held.keys():
-        raise InputError(f"{path} must be NAS-Bench-201's file, a dict with {', '.join(wanted)}")
-    return held
+    required = ("meta_archs", "arch2infos", "evaluated_indexes")
+    if not isinstance(content, dict) or not set(required) <= content.keys():
+        raise InputError(f"{path} must be NAS-Bench-201's file, a dict with {', '.join(required)}")
+    return content
 
 
 def _numpy_scalars() -> list[Any]:

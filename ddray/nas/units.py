@@ -20,12 +20,14 @@ from ddray.nas.spaces import get_space
 from ddray.nas.training import NasRecipe, count_right, train_seeds
 from ddray.seeding import derive_seed
 
-CODE_VERSION: Final = 2  # raised when training gives other bytes: kept truth of another build is not mixed in
+CODE_VERSION: Final = (
+    2  # raised when training results change, so that stored truth of older code is not reused
+)
 
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """A set that architectures are trained on, as NumPy arrays (RAY.md 11).
+    """A set that architectures are trained on, as NumPy arrays (docs/ray.md, 11).
 
     Attributes:
         images: float32 [N, C, H, W] in the pixel space, or uint8 [N, C, H, W] of real images.
@@ -51,20 +53,20 @@ class TrainingSet:
 
 def training_set(images: Tensor, labels: Tensor, space: PixelSpace) -> TrainingSet:
     """Return images [N, C, H, W] (encoded float32, or uint8) and labels [N] as a `TrainingSet`."""
-    held: dict[str, Any] = {"kind": space.kind, "mean": space.mean, "std": space.std}
+    space_values: dict[str, Any] = {"kind": space.kind, "mean": space.mean, "std": space.std}
     if space.zca_mean is not None and space.zca_matrix is not None:
-        held |= {"zca_mean": space.zca_mean.numpy(), "zca_matrix": space.zca_matrix.numpy()}
-    return TrainingSet(images.numpy(), labels.numpy(), held)
+        space_values |= {"zca_mean": space.zca_mean.numpy(), "zca_matrix": space.zca_matrix.numpy()}
+    return TrainingSet(images.numpy(), labels.numpy(), space_values)
 
 
 @dataclass(frozen=True)
 class SweepData:
-    """What every worker of a sweep needs.
+    """The arrays that every worker of a sweep needs.
 
     Attributes:
-        sets: what is trained on, by name.
+        sets: training sets by name.
         val: uint8 [M, C, H, W] (spectrograms: float32) and labels [M] to rank by.
-        test: likewise, for the last column; None if there is none to open.
+        test: likewise, for the last column; None if it is not used.
         num_classes: K.
         can_flip: whether a mirrored image keeps its class.
     """
@@ -83,13 +85,13 @@ class NasTask:
     Attributes:
         units: their ledger units.
         index: the architecture.
-        set_name: which of the sweep's sets.
+        set_name: the sweep's set to train on.
         seeds: one per unit.
         recipe: `NasRecipe` as plain values.
         num_steps: optimiser steps; None for the recipe's epochs.
         space: name and options for `get_space`.
-        shuffle: off for an unshuffled loader.
-        cost: expected work, in units that are the same for all tasks.
+        shuffle: False for an unshuffled loader.
+        cost: expected work, in a unit common to all tasks.
     """
 
     units: tuple[Unit, ...]
@@ -104,7 +106,7 @@ class NasTask:
 
     @property
     def key(self) -> str:
-        """Key of the first unit: names the task."""
+        """Key of the first unit; identifies the task."""
         return self.units[0].key
 
 
@@ -112,7 +114,7 @@ class Workbench:
     """One worker's copy of a sweep's data on its device.
 
     Args:
-        data: the sweep's arrays; copied, never handed out.
+        data: the sweep's arrays; copied, never modified.
         device: where to compute.
     """
 
@@ -147,17 +149,17 @@ class Workbench:
             num_steps=task.num_steps,
             shuffle=task.shuffle,
         )
-        found = []
+        results = []
         for net in nets:
-            diverged = not all(bool(torch.isfinite(held).all()) for held in net.parameters())
+            diverged = not all(bool(torch.isfinite(param).all()) for param in net.parameters())
             scores = {"val_accuracy": self._accuracy(net, "val", task.set_name)}
             if task.units[0].kind == "truth" and self._data.test is not None:
                 scores["test_accuracy"] = self._accuracy(net, "test", task.set_name)
             steps = task.num_steps or recipe.num_steps(len(labels))
-            found.append(
+            results.append(
                 {**scores, "num_images": len(labels), "num_steps": steps, "mode": mode, "diverged": diverged}
             )
-        return found
+        return results
 
     def _accuracy(self, net: Any, split: Literal["val", "test"], set_name: str) -> float:
         images, labels = self._held_out(split, set_name)
@@ -165,15 +167,15 @@ class Workbench:
 
     def _training(self, name: str) -> tuple[Tensor, Tensor]:
         """Return a set's encoded images in channels_last, and its labels, on the device."""
-        held = self._data.sets[name]
-        return self._cached(f"train {name}", held.images, held.labels, held.space)
+        train_set = self._data.sets[name]
+        return self._cached(f"train {name}", train_set.images, train_set.labels, train_set.space)
 
     def _held_out(self, split: Literal["val", "test"], set_name: str) -> tuple[Tensor, Tensor]:
-        """Return a held-out part in the pixel space of a set; sets in one space share it."""
-        held = self._data.val if split == "val" or self._data.test is None else self._data.test
+        """Return val or test in the pixel space of a set; sets with the same space share it."""
+        images, labels = self._data.val if split == "val" or self._data.test is None else self._data.test
         space = self._data.sets[set_name].space
         name = f"{split} {_space_key(space)}"
-        return self._cached(name, held[0], held[1], space, encode=True)
+        return self._cached(name, images, labels, space, encode=True)
 
     def _cached(
         self,
@@ -184,17 +186,17 @@ class Workbench:
         encode: bool = False,
     ) -> tuple[Tensor, Tensor]:
         if name not in self._encoded:
-            # torch.tensor copies: the object store's memory must not be written to (RAY.md 11).
+            # torch.tensor copies: the object store's memory must not be modified (docs/ray.md, 11).
             pixels = torch.tensor(images).to(self._device)
             if encode or pixels.dtype == torch.uint8:
                 pixels = _pixel_space(space).to(self._device).encode(pixels)
-            held = pixels.contiguous(memory_format=torch.channels_last)
-            self._encoded[name] = (held, torch.tensor(labels).to(self._device))
+            encoded = pixels.contiguous(memory_format=torch.channels_last)
+            self._encoded[name] = (encoded, torch.tensor(labels).to(self._device))
         return self._encoded[name]
 
 
 def _space_key(space: Mapping[str, Any]) -> str:
-    """Return a short name of a pixel space."""
+    """Return a hash that identifies a pixel space."""
     empty = TrainingSet(np.zeros(0, np.float32), np.zeros(0, np.int64), space)
     return empty.key
 
@@ -206,12 +208,12 @@ def _pixel_space(space: Mapping[str, Any]) -> PixelSpace:
 
 @dataclass(frozen=True)
 class NasJob:
-    """What every task of a sweep shares.
+    """What all tasks of a sweep share.
 
     Attributes:
         run_dir: absolute path of the run.
         epoch: run epoch to publish under.
-        data_key: names the sweep's data among all that a process may see, so that a worker copies it once.
+        data_key: identifies the sweep's data within a process, so that a worker copies it once.
         cpus: cores of a worker.
         gpus: GPUs of a worker.
     """
@@ -227,10 +229,10 @@ _latest: tuple[str, Workbench] | None = None
 
 
 def run_task(job: NasJob, data: SweepData, task: NasTask, device: torch.device) -> None:
-    """Run a task and publish its rows; truth goes to `$DDRAY_HOME` too, for other runs.
+    """Run a task and publish its rows; truth is published under `$DDRAY_HOME` too, for other runs.
 
     Raises:
-        Exception: a crash or lack of memory; the caller tries again.
+        Exception: a crash or out of memory; the caller retries.
     """
     global _latest
     name = f"{job.data_key} {device}"
@@ -261,5 +263,5 @@ def truth_ledger() -> Ledger:
 
 
 def real_set(split: Split, dataset: Dataset) -> TrainingSet:
-    """Return real images as a set in the dataset's normalised space."""
+    """Return real images as a `TrainingSet` in the dataset's normalised space."""
     return training_set(split.images, split.labels, PixelSpace("normalized", dataset.mean, dataset.std))

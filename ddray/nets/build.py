@@ -45,8 +45,8 @@ class Net(nn.Module):
 
     def features(self, x: Tensor) -> Features:
         """Return logits, embedding and feature maps of `x` [N, C, H, W]."""
-        found: Features = self.body(x)
-        return found
+        features: Features = self.body(x)
+        return features
 
     def embed(self, x: Tensor) -> Tensor:
         """Return the embedding [N, D] of `x` [N, C, H, W]."""
@@ -120,9 +120,9 @@ def reinitialize(net: Net, seed: int) -> None:
         net: the network, compiled or not.
         seed: decides every new weight.
     """
-    held = list(chain(net.parameters(), net.buffers()))
-    fresh = build_net(net.arch, net.image_shape, net.num_classes, seed=seed, device=held[0].device)
-    for old, new in zip(held, chain(fresh.parameters(), fresh.buffers()), strict=True):
+    tensors = list(chain(net.parameters(), net.buffers()))
+    fresh = build_net(net.arch, net.image_shape, net.num_classes, seed=seed, device=tensors[0].device)
+    for old, new in zip(tensors, chain(fresh.parameters(), fresh.buffers()), strict=True):
         old.copy_(new)
 
 

@@ -65,7 +65,7 @@ class ConvNet(nn.Module):
         return Features(self.classifier(embedding), embedding, tuple(maps))
 
     def _activate(self, x: Tensor) -> Tensor:
-        """Apply the activation, in place but on a LayerNorm's view: conv and norm don't need their output."""
+        """Apply the activation in place, which conv and norm allow; but not on a LayerNorm's view."""
         inplace = self._in_place
         if self._activation == "sigmoid":
             return x.sigmoid_() if inplace else x.sigmoid()

@@ -124,7 +124,7 @@ def _parse_suffix(arch: str, base: str, suffix: str) -> tuple[str, str | int | b
         allowed = ["_w<width>", DOUBLING, *ACTIVATIONS.values(), *allowed, *POOLINGS.values()]
     if f"_{suffix}" not in allowed:
         rule = f"must be one of {', '.join(allowed)}" if allowed else "is not taken by this arch"
-        whole = {*_NORMS_OF, *(f"{base}{known}" for known in allowed)} - {base}
+        whole = {*_NORMS_OF, *(f"{base}{candidate}" for candidate in allowed)} - {base}
         hint = did_you_mean(f"{base}_{suffix}", whole)
         raise InputError(f"suffix of {base} {rule}, got '_{suffix}' in {arch!r}{hint}")
     return _SUFFIX_FIELDS[suffix]
@@ -168,13 +168,13 @@ def convnet_name(depth: int, width: int, activation: str, norm: str, pooling: st
     Raises:
         InputError: a value outside these.
     """
-    for what, value, table in (
+    for setting, value, table in (
         ("activation", activation, ACTIVATIONS),
         ("norm", norm, NORMS),
         ("pooling", pooling, POOLINGS),
     ):
         if value not in table:
-            raise unknown(what, value, table)
+            raise unknown(setting, value, table)
     return check_arch(f"convnet{depth}_w{width}{ACTIVATIONS[activation]}{NORMS[norm]}{POOLINGS[pooling]}")
 
 

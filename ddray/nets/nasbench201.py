@@ -1,7 +1,7 @@
 """The cell network of NAS-Bench-201 (Dong and Yang, ICLR 2020, arXiv:2001.00326), and its size.
 
-A cell is a graph of four nodes; each of its six edges does one of five operations, and a node sums what
-reaches it. Around it stand a conv3x3-BN stem to C channels, three stages of N cells at C, 2C and 4C channels,
+A cell is a graph of four nodes; each of its six edges does one of five operations, and a node sums its
+inputs. Around it stand a conv3x3-BN stem to C channels, three stages of N cells at C, 2C and 4C channels,
 a residual block that halves the map before the second and the third, then BN-ReLU, global average pooling and
 a linear layer. Convolutions have no bias; those of cells and residual blocks are ReLU-conv-BN. With C = 16,
 N = 5 and affine BN the parameters and FLOPs of every cell are the benchmark's own. Layers keep PyTorch's
@@ -13,7 +13,7 @@ choice. `softmax_truncated` adds its second fault: its one-hot rows are only as 
 the cell uses, so the operations beyond it drop out.
 
 **Deviations**
-- Maps with odd sides, which the benchmark has not: there the shortcut's 2x2 pooling, rounding down, would not
+- Maps with odd sides, which the benchmark does not have: the shortcut's 2x2 pooling, rounding down, would not
   fit the convolutions beside it. Here it rounds up.
 - What can't reach a cell's output is built, as its parameters count, but not run.
 """
@@ -54,7 +54,7 @@ _WeightedOps = tuple[tuple[str, float], ...]
 
 @dataclass(frozen=True)
 class Skeleton:
-    """What stands around a cell.
+    """The network around a cell.
 
     Attributes:
         channels: C, the channels of the first stage.
@@ -72,9 +72,9 @@ class Skeleton:
     mixture: str | None = None
 
     def __post_init__(self) -> None:
-        for what, value in (("channels", self.channels), ("num_cells", self.num_cells)):
+        for field, value in (("channels", self.channels), ("num_cells", self.num_cells)):
             if value < 1:
-                raise InputError(f"{what} of a cell network must be at least 1, got {value}")
+                raise InputError(f"{field} of a cell network must be at least 1, got {value}")
         if self.mixture is not None and self.mixture not in MIXTURES:
             raise unknown("mixture", self.mixture, MIXTURES)
 
@@ -98,10 +98,10 @@ def parse_arch_str(text: str) -> tuple[str, ...]:
     Raises:
         InputError: another form, or an unknown operation.
     """
-    found = _ARCH_STR.fullmatch(text)
-    if found is None:
+    match = _ARCH_STR.fullmatch(text)
+    if match is None:
         raise InputError(f"arch_str must have the form {_EXAMPLE}, got {text!r}")
-    return _checked(found.groups())
+    return _checked(match.groups())
 
 
 def to_arch_str(ops: Sequence[str]) -> str:
@@ -137,7 +137,8 @@ def _weighted(ops: Sequence[str], mixture: str | None) -> tuple[_WeightedOps, ..
     width = len(OPS) if mixture == "softmax" else 1 + max(OPS.index(op) for op in ops)
     total = math.e + width - 1
     return tuple(
-        tuple((held, (math.e if held == op else 1.0) / total) for held in OPS[1:width]) for op in ops
+        tuple((candidate, (math.e if candidate == op else 1.0) / total) for candidate in OPS[1:width])
+        for op in ops
     )
 
 
@@ -157,7 +158,7 @@ def cell_net_size(
         ops: one of `OPS` per edge of `EDGES`.
         image_shape: (C, H, W) of the images.
         num_classes: K.
-        skeleton: what stands around the cell.
+        skeleton: the network around the cell.
     """
     kernels = [_KERNELS[op] for edge in _weighted(ops, skeleton.mixture) for op, _ in edge if op in _KERNELS]
     cell_weights = sum(kernel**2 for kernel in kernels)  # per pair of channels
@@ -201,12 +202,12 @@ def build_cell_net(
         image_shape: (C, H, W) of the images it will see.
         num_classes: K.
         name: what the cell is called; with the skeleton's suffix it is `Net.arch`: `nasbench201_9930_c16_n5`.
-        skeleton: what stands around the cell.
+        skeleton: the network around the cell.
         seed: decides every initial weight.
         device: where it is initialised and stays.
 
     Raises:
-        InputError: no arch_str, or images or classes that no network fits.
+        InputError: not an arch_str, or images or classes that no network fits.
     """
     ops = parse_arch_str(arch_str)
     if len(image_shape) != 3 or image_shape[0] < 1 or min(image_shape[1:]) < MIN_SIZE:
@@ -228,7 +229,7 @@ class CellNet(nn.Module):
         ops: one of `OPS` per edge of `EDGES`.
         image_channels: channels of the images.
         num_classes: K.
-        skeleton: what stands around the cell.
+        skeleton: the network around the cell.
     """
 
     def __init__(self, ops: Sequence[str], image_channels: int, num_classes: int, skeleton: Skeleton) -> None:
@@ -311,15 +312,15 @@ class Cell(nn.Module):
             total: Tensor | None = None
             for source, op, weight, conv in moves:
                 if op == "skip_connect":
-                    found = nodes[source]
+                    output = nodes[source]
                 elif op == "avg_pool_3x3":
-                    found = F.avg_pool2d(nodes[source], 3, 1, 1, count_include_pad=False)
+                    output = F.avg_pool2d(nodes[source], 3, 1, 1, count_include_pad=False)
                 else:
                     if source not in rectified:
                         rectified[source] = F.relu(nodes[source])
-                    found = self.convs[conv](rectified[source])
-                found = found if weight == 1 else found * weight
-                total = found if total is None else total + found
+                    output = self.convs[conv](rectified[source])
+                output = output if weight == 1 else output * weight
+                total = output if total is None else total + output
             nodes[node] = torch.zeros_like(x) if total is None else total
         return nodes[OUTPUT]
 
@@ -329,7 +330,7 @@ def _plan(edges: Sequence[_WeightedOps], affine: bool) -> tuple[tuple[int, tuple
     moves: dict[int, list[_Move]] = {node: [] for node in range(1, OUTPUT + 1)}
     for (source, target), weighted in zip(EDGES, edges, strict=True):
         for op, weight in weighted:
-            # A node that nothing reaches is zero, and stays so but for the shift of an affine BN.
+            # A node that nothing reaches is zero, and stays so except for the shift of an affine BN.
             if source == 0 or moves[source] or (affine and op in _KERNELS):
                 moves[target].append(_Move(source, op, weight, _conv_name(source, target, op)))
     needed = {OUTPUT}

@@ -1,10 +1,10 @@
 """torchvision's convolutional networks (ResNet, MobileNetV2, ...) with stems for small images.
 
 torchvision's networks halve an image twice before their first stage of blocks ends. From 128 px on they are
-left so. Below, both halvings go: the stem becomes a 3x3 convolution of stride 1 and the max-pooling is
-removed, as the field does for CIFAR; MobileNetV2 and EfficientNet-B0, which have no max-pooling, keep the
-size in the block that does its work instead. So every network here divides a small image by 8 and a large
-one by 32. Initialisation is torchvision's.
+unchanged. Below, both halvings go: the stem becomes a 3x3 convolution of stride 1 and the max-pooling is
+removed, as the field does for CIFAR; MobileNetV2 and EfficientNet-B0, which have no max-pooling, lose the
+stride of the block that does its work. So every network here divides a small image by 8 and a large one by
+32. Initialisation is torchvision's.
 
 Default norm is batch norm; `_in` replaces each by an instance norm (one group per channel). MobileNetV2 and
 EfficientNet-B0 keep their own dropout of .2 before the classifier, and EfficientNet-B0 its stochastic depth

@@ -2,8 +2,8 @@
 
 Width 192, 12 layers, 3 heads, MLP 768, no dropout; patches of 4 px up to 32 px, 8 up to 64, 16 above.
 torchvision has no DeiT: `deit_tiny` adds the distillation token and a second head; its embedding is the mean
-of both tokens, and its logits the mean of both heads. As torchvision's, heads start at zero: the first logits
-are 0.
+of both tokens, and its logits the mean of both heads. As in torchvision, heads start at zero: the first
+logits are 0.
 """
 
 from __future__ import annotations

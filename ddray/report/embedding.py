@@ -21,12 +21,12 @@ _DISTILLED_COLOUR: Final = (200, 60, 40)
 
 
 def tsne(real: Tensor, distilled: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
-    """Return real and distilled representations as points in the plane, found together.
+    """Return real and distilled representations as points in one t-SNE plane.
 
     Args:
-        real: [N, D]; at most 500 are drawn.
-        distilled: [M, D]; at most 250 are drawn.
-        seed: decides the draws and the start.
+        real: [N, D]; at most 500 rows are sampled.
+        distilled: [M, D]; at most 250 rows are sampled.
+        seed: of the samples and of t-SNE.
 
     Returns:
         Points [n, 2] and [m, 2].
@@ -48,7 +48,7 @@ def tsne(real: Tensor, distilled: Tensor, *, seed: int) -> tuple[Tensor, Tensor]
 
 
 def scatter(real: Tensor, distilled: Tensor) -> bytes:
-    """Return a PNG of points [n, 2] (grey-blue) and [m, 2] (red) in one frame."""
+    """Return a PNG scatter plot of points [n, 2] (grey-blue) and [m, 2] (red)."""
     from PIL import Image, ImageDraw
 
     together = torch.cat([real, distilled])
@@ -60,9 +60,9 @@ def scatter(real: Tensor, distilled: Tensor) -> bytes:
         for x, y in ((points - low) * scale + _MARGIN).tolist():
             draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
     draw.text((_MARGIN, 4), "t-SNE of representations: real (blue), distilled (red)", fill="black")
-    held = io.BytesIO()
-    picture.save(held, format="PNG")
-    return held.getvalue()
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def save_tsne(real: Tensor, distilled: Tensor, path: Path, *, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""Pictures of distilled sets: one PNG grid, de-normalised and de-whitened."""
+"""Pictures of distilled sets: one PNG grid, with normalisation and whitening undone."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ _MAX_BASES = 64  # as many as the paper's figure shows
 def grid(distilled: DistilledSet) -> Tensor | None:
     """Return the set as one picture, float32 [3, H, W] in [0, 1]: a class per row, at most 10 by 50 images.
 
-    None for a set that stores no images (D3HR's statistics): drawing some takes the generator, which whoever
-    looks at a picture need not have.
+    None for a set that stores no images (D3HR's statistics): sampling them needs the generator, which the
+    viewer may not have.
 
-    With one image per class, ten classes stand in a row; so do the first 100 images of a set without labels.
+    With one image per class, each row shows ten classes; a set without labels shows its first 100 images, ten
+    per row.
 
-    Whitened images leave [0, 1] widely when they are de-whitened, and log-spectrograms never were in it. Each
-    image is then stretched between its own 1st and 99th percentile, so that its structure can be seen.
+    De-whitened images lie far outside [0, 1], and so do log-spectrograms. These are stretched between each
+    image's 1st and 99th percentile to make their structure visible.
     """
     if not len(distilled.images):
         return None
@@ -44,13 +45,15 @@ def grid(distilled: DistilledSet) -> Tensor | None:
         pixels = (pixels - low) / (high - low).clamp_min(1e-6)
     shape = (len(rows) * columns, *pixels.shape[1:])
     cells = torch.ones(shape)
-    place = torch.cat([torch.arange(len(row)) + number * columns for number, row in enumerate(rows)])
-    cells[place] = pixels.clamp(0, 1)
+    positions = torch.cat(
+        [torch.arange(len(row)) + row_index * columns for row_index, row in enumerate(rows)]
+    )
+    cells[positions] = pixels.clamp(0, 1)
     return _tiled(cells, columns if columns > 1 else _MAX_PER_CLASS)
 
 
 def _tiled(cells: Tensor, columns: int) -> Tensor:
-    """Return images [N, C, H, W] in [0, 1] as one picture, small ones enlarged."""
+    """Return images [N, C, H, W] in [0, 1] as one grid; small images are enlarged."""
     from torchvision.utils import make_grid
 
     zoom = max(1, 64 // cells.shape[-1])
@@ -60,20 +63,20 @@ def _tiled(cells: Tensor, columns: int) -> Tensor:
 
 
 def bases_grid(bases: Tensor) -> Tensor:
-    """Return the first 64 image bases [U, C, H, W] as one picture, each stretched to its own range.
+    """Return the first 64 image bases [U, C, H, W] as one grid, each stretched to its own range.
 
     Boost-SSDD Fig 2a.
     """
-    shown = bases[:_MAX_BASES]
-    low, high = (f(shown.flatten(1), 1)[:, None, None, None] for f in (torch.amin, torch.amax))
-    return _tiled((shown - low) / (high - low).clamp_min(1e-6), 8)
+    first_bases = bases[:_MAX_BASES]
+    low, high = (f(first_bases.flatten(1), 1)[:, None, None, None] for f in (torch.amin, torch.amax))
+    return _tiled((first_bases - low) / (high - low).clamp_min(1e-6), 8)
 
 
 def save_grid(distilled: DistilledSet, path: Path) -> bool:
     """Write `grid(distilled)` as a PNG, atomically; nothing for a set that stores no images.
 
     Returns:
-        Whether there is a picture.
+        Whether a picture was written.
 
     Raises:
         StorageError: the file can't be written.
@@ -83,24 +86,24 @@ def save_grid(distilled: DistilledSet, path: Path) -> bool:
 
 
 def png(picture: Tensor | None) -> bytes:
-    """Return a picture, float [3, H, W] in [0, 1], as PNG bytes; of a set without one, a white dot."""
+    """Return a picture, float [3, H, W] in [0, 1], as PNG bytes; one white pixel for None."""
     return _encoded(torch.ones(3, 1, 1) if picture is None else picture, "PNG")
 
 
 def data_uri(picture: Tensor) -> str:
-    """Return a picture as the `src` of a page that needs no network: PNG, or WebP where that is too large.
+    """Return a picture as a data URI: PNG, or lossy WebP where the PNG is too large.
 
-    Learned images hardly compress without loss: a page of many grids would take tens of megabytes.
+    Learned images hardly compress losslessly: a page of many grids would take tens of megabytes.
     """
-    found, kind = png(picture), "png"
-    if len(found) > _LOSSLESS_BYTES:
-        found, kind = _encoded(picture, "WEBP", quality=90), "webp"
-    return f"data:image/{kind};base64,{base64.b64encode(found).decode()}"
+    encoded, kind = png(picture), "png"
+    if len(encoded) > _LOSSLESS_BYTES:
+        encoded, kind = _encoded(picture, "WEBP", quality=90), "webp"
+    return f"data:image/{kind};base64,{base64.b64encode(encoded).decode()}"
 
 
 def _encoded(picture: Tensor, form: str, **options: int) -> bytes:
     from torchvision.transforms.functional import to_pil_image
 
-    held = io.BytesIO()
-    to_pil_image(picture).save(held, format=form, **options)
-    return held.getvalue()
+    buffer = io.BytesIO()
+    to_pil_image(picture).save(buffer, format=form, **options)
+    return buffer.getvalue()

@@ -1,6 +1,6 @@
-"""report.html and scatter plots of `ddray nas`: how architectures rank on proxies and by the truth.
+"""report.html and scatter plots of `ddray nas`: ranks of architectures on proxies against true ranks.
 
-The plots are those of DataDAM's supplement (Figs 7 and 8), the summary has the shape of its Tables 4 and 5.
+The plots follow DataDAM's supplement, Figs 7 and 8, the summary its Tables 4 and 5.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ _FIXED: Final = (
     *("proxy", "index", "name", "params_m", "flops_m", "proxy_accuracy", "proxy_accuracy_std", "proxy_rank"),
     *("truth_accuracy", "truth_rank", "num_seeds", "failed", "truth_test_accuracy"),
 )
-# Okabe and Ito's colours, the blue lighter: told apart by colour-blind readers, on white and on black.
+# Okabe and Ito's colours with a lighter blue: distinct for colour-blind readers, on white and on black.
 _COLOURS: Final = ("#1f84c9", "#e69f00", "#009e73", "#cc79a7")
 _X_TITLE: Final = "validation accuracy, trained on the proxy (%)"
 _Y_TITLE: Final = "true accuracy (%)"
 
 
 def write_nas_report(run_dir: Path, result: Mapping[str, Any], table: pd.DataFrame) -> None:
-    """Write `<run>/report.html`, one page that needs no network.
+    """Write `<run>/report.html`, a self-contained page.
 
     Args:
-        run_dir: the run's folder; config.yaml and environment.json are shown from it.
+        run_dir: the run's folder; its config.yaml and environment.json are shown.
         result: the command's JSON.
         table: one line per proxy and architecture, as in results.csv.
 
@@ -52,9 +52,9 @@ def write_nas_report(run_dir: Path, result: Mapping[str, Any], table: pd.DataFra
     choices = [name for name in table.columns if name not in _FIXED]
     proxies = []
     for figures in result["proxies"]:
-        own = table[table["proxy"] == figures["proxy"]]
-        ranked = own[own["proxy_rank"].notna()].nsmallest(_NUM_RANKED, "proxy_rank")
-        proxies.append({"figures": figures, "plot": scatter_plot(own), "ranked": _records(ranked)})
+        proxy_table = table[table["proxy"] == figures["proxy"]]
+        ranked = proxy_table[proxy_table["proxy_rank"].notna()].nsmallest(_NUM_RANKED, "proxy_rank")
+        proxies.append({"figures": figures, "plot": scatter_plot(proxy_table), "ranked": _records(ranked)})
     page = loader.get_template("nas.html").render(
         result=result,
         lines=summary(result),
@@ -74,16 +74,16 @@ def _records(table: pd.DataFrame) -> list[dict[Any, Any]]:
 
 
 class _Points(NamedTuple):
-    """What a scatter plot shows: architectures with a score and a truth, accuracies in percent [A]."""
+    """The points of a scatter plot: architectures with a score and a truth, accuracies in percent [A]."""
 
     x: np.ndarray[Any, Any]
     y: np.ndarray[Any, Any]
     groups: list[tuple[str, np.ndarray[Any, Any]]]
-    """Label and mask [A] of each colour."""
+    """Label and mask [A] per colour."""
     table: pd.DataFrame
 
     def line(self) -> tuple[float, float] | None:
-        """Return slope and intercept of the least-squares line, or None where there is none."""
+        """Return slope and intercept of the least-squares line, or None if undefined."""
         if len(self.x) < 3 or np.ptp(self.x) == 0:
             return None
         centred = self.x - self.x.mean()
@@ -91,40 +91,40 @@ class _Points(NamedTuple):
         return slope, float(self.y.mean() - slope * self.x.mean())
 
     def border(self) -> float | None:
-        """Return the whole-set accuracy from which an architecture is among the top 20 %."""
+        """Return the lowest whole-set accuracy among the top 20 %."""
         return float(np.sort(self.y)[-math.ceil(len(self.y) / 5)]) if len(self.y) else None
 
 
 def _points(table: pd.DataFrame) -> _Points:
-    """Return the points of one proxy's lines, coloured by depth where the space has one."""
-    known = table[table["proxy_accuracy"].notna() & table["truth_accuracy"].notna()]
-    x, y = (100 * known[f"{name}_accuracy"].to_numpy(dtype=np.float64) for name in ("proxy", "truth"))
-    groups = [("", np.ones(len(known), dtype=bool))]
-    if "depth" in known.columns:
+    """Return the points of one proxy's lines, coloured by depth if the space has depths."""
+    complete = table[table["proxy_accuracy"].notna() & table["truth_accuracy"].notna()]
+    x, y = (100 * complete[f"{name}_accuracy"].to_numpy(dtype=np.float64) for name in ("proxy", "truth"))
+    groups = [("", np.ones(len(complete), dtype=bool))]
+    if "depth" in complete.columns:
         groups = [
-            (f"depth {depth}", (known["depth"] == depth).to_numpy())
-            for depth in sorted(known["depth"].unique())
+            (f"depth {depth}", (complete["depth"] == depth).to_numpy())
+            for depth in sorted(complete["depth"].unique())
         ]
-    return _Points(x, y, groups, known)
+    return _Points(x, y, groups, complete)
 
 
 def scatter_plot(table: pd.DataFrame) -> str:
-    """Return one proxy's interactive scatter plot as an HTML part."""
+    """Return one proxy's interactive scatter plot as an HTML fragment."""
     import plotly.graph_objects as go
 
     points = _points(table)
     figure = go.Figure()
     kind = go.Scattergl if len(points.x) > _MANY_POINTS else go.Scatter
-    for number, (label, mask) in enumerate(points.groups):
-        held = points.table[mask]
+    for group_index, (label, mask) in enumerate(points.groups):
+        group = points.table[mask]
         figure.add_trace(
             kind(
                 x=points.x[mask],
                 y=points.y[mask],
                 mode="markers",
                 name=label,
-                marker={"color": _COLOURS[number % len(_COLOURS)], "size": 7, "opacity": 0.9},
-                customdata=held[["name", "index", "proxy_rank", "truth_rank"]].to_numpy(dtype=object),
+                marker={"color": _COLOURS[group_index % len(_COLOURS)], "size": 7, "opacity": 0.9},
+                customdata=group[["name", "index", "proxy_rank", "truth_rank"]].to_numpy(dtype=object),
                 hovertemplate="%{customdata[0]}<br>index %{customdata[1]}"
                 "<br>proxy %{x:.2f} % (rank %{customdata[2]:.0f})"
                 "<br>truth %{y:.2f} % (rank %{customdata[3]:.0f})<extra></extra>",
@@ -156,7 +156,7 @@ def save_scatters(run_dir: Path, table: pd.DataFrame, proxies: Sequence[Mapping[
     """Write one PNG per proxy, `scatter-<number>-<name>.png`, and `scatter.png` with all of them.
 
     Args:
-        run_dir: where to.
+        run_dir: target folder.
         table: one line per proxy and architecture, as in results.csv.
         proxies: the proxies' figures, as in the command's JSON.
 
@@ -170,17 +170,17 @@ def save_scatters(run_dir: Path, table: pd.DataFrame, proxies: Sequence[Mapping[
 
     written, panels = [], []
     y_range = _range(_points(table).y)
-    for number, figures in enumerate(proxies, start=1):
+    for proxy_number, figures in enumerate(proxies, start=1):
         points = _points(table[table["proxy"] == figures["proxy"]])
         slug = re.sub(r"[^A-Za-z0-9]+", "-", Path(figures["proxy"]).stem).strip("-").lower()
-        path = run_dir / f"scatter-{number}-{slug or 'proxy'}.png"
+        path = run_dir / f"scatter-{proxy_number}-{slug or 'proxy'}.png"
         _save(_panel(figures, points, y_range, (900, 700)), path)
         written.append(path)
         panels.append(_panel(figures, points, y_range, (640, 520)))
     columns = min(3, math.ceil(math.sqrt(len(panels))))
     sheet = Image.new("RGB", (columns * 640, math.ceil(len(panels) / columns) * 520), "white")
-    for number, panel in enumerate(panels):
-        sheet.paste(panel, (number % columns * 640, number // columns * 520))
+    for position, panel in enumerate(panels):
+        sheet.paste(panel, (position % columns * 640, position // columns * 520))
     _save(sheet, run_dir / "scatter.png")
     return [*written, run_dir / "scatter.png"]
 
@@ -190,7 +190,7 @@ def _save(image: Image.Image, path: Path) -> None:
 
 
 def _title(figures: Mapping[str, Any]) -> str:
-    """Return the correlations of a proxy in words."""
+    """Return a plot title with the correlations of a proxy."""
 
     def text(key: str) -> str:
         if figures.get(key) is None:
@@ -202,7 +202,7 @@ def _title(figures: Mapping[str, Any]) -> str:
 
 
 def _range(values: np.ndarray[Any, Any]) -> tuple[float, float]:
-    """Return an axis's ends: the values' and a little more."""
+    """Return an axis range: that of the values plus a margin."""
     if not len(values):
         return 0.0, 100.0
     low, high = float(values.min()), float(values.max())
@@ -215,16 +215,16 @@ def _ticks(low: float, high: float) -> Iterator[float]:
     raw = (high - low) / 6
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw)
-    for number in range(math.ceil(low / step), math.floor(high / step) + 1):
-        yield round(number * step, 10)
+    for multiple in range(math.ceil(low / step), math.floor(high / step) + 1):
+        yield round(multiple * step, 10)
 
 
-_FINE: Final = 3  # drawn so many times larger, then reduced: smooth edges
+_FINE: Final = 3  # supersampling factor, for smooth edges
 _INK, _DIM, _GRID = "#1c2430", "#5a6675", "#e3e6ea"
 
 
 class _Frame:
-    """The drawing of one panel: a canvas, and where its axes are."""
+    """The canvas of one panel and the position of its axes."""
 
     def __init__(self, size: tuple[int, int], x: tuple[float, float], y: tuple[float, float]) -> None:
         from PIL import Image, ImageDraw
@@ -235,33 +235,37 @@ class _Frame:
         self.left, self.top, self.right, self.bottom = 76, 88, size[0] - 24, size[1] - 64
 
     def at(self, x: float, y: float) -> tuple[float, float]:
-        """Return where a pair of accuracies stands, in the panel's pixels."""
+        """Return the position of a pair of accuracies, in the panel's pixels."""
         across = (x - self.x[0]) / (self.x[1] - self.x[0])
         up = (y - self.y[0]) / (self.y[1] - self.y[0])
         return self.left + across * (self.right - self.left), self.bottom - up * (self.bottom - self.top)
 
-    def stroke(self, places: Sequence[tuple[float, float]], colour: str, width: float = 1.0) -> None:
-        """Draw a line through places."""
-        fine = [(x * _FINE, y * _FINE) for x, y in places]
+    def stroke(self, points: Sequence[tuple[float, float]], colour: str, width: float = 1.0) -> None:
+        """Draw a line through points."""
+        fine = [(x * _FINE, y * _FINE) for x, y in points]
         self.draw.line(fine, fill=colour, width=round(width * _FINE))
 
-    def dot(self, place: tuple[float, float], radius: float, colour: str) -> None:
-        """Draw a disc."""
-        self.draw.circle((place[0] * _FINE, place[1] * _FINE), radius * _FINE, fill=colour)
+    def dot(self, position: tuple[float, float], radius: float, colour: str) -> None:
+        """Draw a filled circle."""
+        self.draw.circle((position[0] * _FINE, position[1] * _FINE), radius * _FINE, fill=colour)
 
-    def text(self, place: tuple[float, float], text: str, size: int, colour: str, anchor: str) -> float:
-        """Write a text and return its length."""
+    def text(self, position: tuple[float, float], text: str, size: int, colour: str, anchor: str) -> float:
+        """Draw text and return its width."""
         font = _font(size)
-        self.draw.text((place[0] * _FINE, place[1] * _FINE), text, fill=colour, font=font, anchor=anchor)
+        self.draw.text(
+            (position[0] * _FINE, position[1] * _FINE), text, fill=colour, font=font, anchor=anchor
+        )
         return float(font.getlength(text)) / _FINE
 
-    def upright(self, place: tuple[float, float], text: str, size: int, colour: str) -> None:
-        """Write a text turned by 90 degrees, from the left of `place`, about its height."""
+    def upright(self, position: tuple[float, float], text: str, size: int, colour: str) -> None:
+        """Draw text rotated by 90 degrees: its left edge at `position`, vertically centred on it."""
         from PIL import Image, ImageFont
 
         turned = ImageFont.TransposedFont(_font(size), Image.Transpose.ROTATE_90)
         length = _font(size).getlength(text)
-        self.draw.text((place[0] * _FINE, place[1] * _FINE - length / 2), text, fill=colour, font=turned)
+        self.draw.text(
+            (position[0] * _FINE, position[1] * _FINE - length / 2), text, fill=colour, font=turned
+        )
 
 
 def _font(size: int) -> Any:
@@ -289,10 +293,10 @@ def _panel(
             frame.stroke([(start, height), (start + 4, height)], "#8a94a3", 1.2)
         frame.text((frame.left + 6, height - 3), "top 20 %", 12, _DIM, "ls")
     radius = 3.6 if len(points.x) <= 200 else 2.6 if len(points.x) <= _MANY_POINTS else 1.3
-    for number, (_, mask) in enumerate(points.groups):
+    for group_index, (_, mask) in enumerate(points.groups):
         for x, y in zip(points.x[mask], points.y[mask], strict=True):
             frame.dot(frame.at(x, y), radius + 0.7 * (radius > 2), "white")
-            frame.dot(frame.at(x, y), radius, _COLOURS[number % len(_COLOURS)])
+            frame.dot(frame.at(x, y), radius, _COLOURS[group_index % len(_COLOURS)])
     name = str(figures["proxy"])
     frame.text((frame.left, 30), name if len(name) <= 48 else f"...{name[-45:]}", 20, _INK, "ls")
     frame.text((frame.left, 54), _title(figures), 16, _INK, "ls")
@@ -306,13 +310,13 @@ def _panel(
 def _axes(frame: _Frame) -> None:
     """Draw grid, tick labels and axis titles."""
     for x in _ticks(*frame.x):
-        place = frame.at(x, frame.y[0])
-        frame.stroke([place, (place[0], frame.top)], _GRID)
-        frame.text((place[0], frame.bottom + 8), f"{x:g}", 14, _DIM, "mt")
+        position = frame.at(x, frame.y[0])
+        frame.stroke([position, (position[0], frame.top)], _GRID)
+        frame.text((position[0], frame.bottom + 8), f"{x:g}", 14, _DIM, "mt")
     for y in _ticks(*frame.y):
-        place = frame.at(frame.x[0], y)
-        frame.stroke([place, (frame.right, place[1])], _GRID)
-        frame.text((frame.left - 8, place[1]), f"{y:g}", 14, _DIM, "rm")
+        position = frame.at(frame.x[0], y)
+        frame.stroke([position, (frame.right, position[1])], _GRID)
+        frame.text((frame.left - 8, position[1]), f"{y:g}", 14, _DIM, "rm")
     corners = [(frame.left, frame.top), (frame.left, frame.bottom), (frame.right, frame.bottom)]
     frame.stroke(corners, _DIM, 1.2)
     middle = ((frame.left + frame.right) / 2, (frame.top + frame.bottom) / 2)
@@ -321,8 +325,8 @@ def _axes(frame: _Frame) -> None:
 
 
 def _legend(frame: _Frame, points: _Points) -> None:
-    """Write the colours' labels in a line above the axes."""
+    """Draw the colours' labels in a row above the axes."""
     across = float(frame.left)
-    for number, (label, _) in enumerate(points.groups):
-        frame.dot((across + 5, 75), 5, _COLOURS[number % len(_COLOURS)])
+    for group_index, (label, _) in enumerate(points.groups):
+        frame.dot((across + 5, 75), 5, _COLOURS[group_index % len(_COLOURS)])
         across += 15 + frame.text((across + 15, 75), label, 14, _DIM, "lm") + 18

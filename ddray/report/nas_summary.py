@@ -1,4 +1,4 @@
-"""The summary of a NAS page, in the shape of DataDAM's Tables 4 and 5: published figures beside ours."""
+"""The summary of a NAS page, like DataDAM's Tables 4 and 5: published figures beside ours."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from ddray.methods import method_names
 
-# DataDAM's supplement, Tables 4 and 5: CIFAR-10, 50 images per class; 0.72 stands in its text. Per method:
+# DataDAM's supplement, Tables 4 and 5: CIFAR-10, 50 images per class; 0.72 is from its text. Per method:
 # accuracy of the best-ranked, Spearman's rho over all and over the top 20 %, minutes, stored images.
 PUBLISHED: Final[Mapping[str, Mapping[str, tuple[float | None, ...]]]] = {
     "convnet720": {
@@ -35,51 +35,51 @@ PUBLISHED: Final[Mapping[str, Mapping[str, tuple[float | None, ...]]]] = {
 
 
 def summary(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the summary's lines, figures by the names of the command's JSON.
+    """Return the summary's lines, with figures named as in the command's JSON.
 
-    Below each proxy, and the whole set if it was trained, stands what is published of it, if anything; at the
-    end what is published of other methods.
+    Each proxy, and the whole set if it was trained, is followed by its published figures, if any; published
+    figures of other methods come last.
     """
-    left = dict(PUBLISHED.get(result["space"], {}))
-    found: list[dict[str, Any]] = []
+    unmatched = dict(PUBLISHED.get(result["space"], {}))
+    lines: list[dict[str, Any]] = []
     for figures in result["proxies"]:
-        found.append({**figures, "label": figures["proxy"], "counts": _counts(figures)})
-        twin = _method_of(figures)
-        if twin is not None and twin in left:
-            found.append(_printed_line(twin, left.pop(twin)))
+        lines.append({**figures, "label": figures["proxy"], "counts": _counts(figures)})
+        published_method = _method_of(figures)
+        if published_method is not None and published_method in unmatched:
+            lines.append(_published_line(published_method, unmatched.pop(published_method)))
     truth = result.get("truth", {})
     if "wall_s" in truth:
         best = result["proxies"][0]["best_truth_accuracy"]
         perfect = dict.fromkeys(("spearman", "spearman_top20", "kendall"), 1)
-        found.append(
+        lines.append(
             {"label": "whole set", "top1_truth_accuracy": best, **perfect, **truth, "counts": _counts(truth)}
         )
-        found += [_printed_line("whole", left.pop("whole"))] if "whole" in left else []
-    return [*found, *(_printed_line(method, values) for method, values in left.items())]
+        lines += [_published_line("whole", unmatched.pop("whole"))] if "whole" in unmatched else []
+    return [*lines, *(_published_line(method, values) for method, values in unmatched.items())]
 
 
 def _counts(figures: Mapping[str, Any]) -> str:
-    """Return what was counted of a proxy's architectures, in words."""
+    """Return the counts of a proxy's architectures as text."""
     names = {"ties": "tied", "at_chance": "at chance", "diverged": "diverged", "failed": "left out"}
-    counts = {what: figures.get(f"num_{key}") for key, what in names.items()}
-    return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    counts = {label: figures.get(f"num_{key}") for key, label in names.items()}
+    return ", ".join(f"{count} {label}" for label, count in counts.items() if count)
 
 
-def _printed_line(method: str, values: Sequence[float | None]) -> dict[str, Any]:
+def _published_line(method: str, values: Sequence[float | None]) -> dict[str, Any]:
     keys = ("top1_truth_accuracy", "spearman", "spearman_top20", "minutes", "storage_images")
     return {"label": f"{method} (published)", "published": True, **dict(zip(keys, values, strict=True))}
 
 
 def _method_of(figures: Mapping[str, Any]) -> str | None:
-    """Return the method that a proxy is of: the one it says, or the one that its name holds as a word.
+    """Return a proxy's method: the one it states, or the one that its name contains as a word.
 
-    Where the name is a path, the file's stem decides, then the nearest folder: `random/dm.pt` is DM's.
+    For a path, the file's stem is tried first, then the nearest folder: `random/dm.pt` is DM's.
     """
-    known = {*method_names(), *(method for table in PUBLISHED.values() for method in table)}
+    methods = {*method_names(), *(method for table in PUBLISHED.values() for method in table)}
     path = Path(str(figures.get("method") or figures["proxy"]))
     for part in (path.stem, *reversed(path.parts[:-1])):
         text = part.lower().replace("-", "_")
-        held = [method for method in known if re.search(rf"(?<![a-z]){method}(?![a-z])", text)]
-        if held:
-            return max(held, key=lambda method: (len(method), method))  # random_ssl is not random
+        matches = [method for method in methods if re.search(rf"(?<![a-z]){method}(?![a-z])", text)]
+        if matches:
+            return max(matches, key=lambda method: (len(method), method))  # random_ssl is not random
     return None

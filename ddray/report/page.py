@@ -1,4 +1,4 @@
-"""`ddray report`: one or more runs as one self-contained HTML page; nothing is fetched from a network."""
+"""`ddray report`: one or more runs as one self-contained HTML page that needs no network."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ log = logging.getLogger(__name__)
 
 _MAX_PLANES: Final = 6
 _MAX_CURVES: Final = 12
-# Columns of the leaderboard that stand only where a cell has them.
+# Leaderboard columns that appear only if some cell has a value.
 _OPTIONAL: Final = ("target", "teacher", "augment", "settings", "published")
-_SAID: Final = {"teacher": "teacher", "augment": "augmentation", "settings": "settings"}
+_SHARED_LABELS: Final = {"teacher": "teacher", "augment": "augmentation", "settings": "settings"}
 
 
 def write_page(
@@ -38,16 +38,16 @@ def write_page(
     """Write the page.
 
     Args:
-        folders: run folders of distill, tune, nas or bench, finished or not.
+        folders: run folders of distill, tune, nas or bench; unfinished runs are fine.
         out: the file.
-        planes: whether to draw t-SNE planes, which need the datasets and some seconds each.
-        data_dir: where datasets are; None is $DDRAY_DATA.
+        planes: whether to draw t-SNE planes; each needs its dataset and takes some seconds.
+        data_dir: folder of the datasets; None is $DDRAY_DATA.
 
     Returns:
         `{"report", "runs", "num_cells", "num_sets", "num_failed"}`.
 
     Raises:
-        InputError: a folder is not a run's, or `out` is a folder.
+        InputError: a folder is not a run folder, or `out` is a folder.
         StorageError: the page can't be written.
     """
     if out.is_dir():
@@ -55,7 +55,9 @@ def write_page(
     from jinja2 import Environment, PackageLoader, select_autoescape
     from plotly.offline import get_plotlyjs
 
-    runs = _told_apart([read_run(folder) for folder in dict.fromkeys(path.resolve() for path in folders)])
+    runs = _with_unique_labels(
+        [read_run(folder) for folder in dict.fromkeys(path.resolve() for path in folders)]
+    )
     cells = [cell for run in runs for cell in run.cells]
     sets = [view for run in runs for view in run.sets]
     loader = Environment(loader=PackageLoader("ddray.report"), autoescape=select_autoescape())
@@ -68,8 +70,8 @@ def write_page(
         searches=[_search(run) for run in runs if run.command == "tune"],
         rankings=[part for run in runs for part in _rankings(run)],
         planes=list(_planes(sets, data_dir)) if planes else [],
-        num_curves_left=max(0, len({v.place()[:2] for v in sets if v.losses}) - _MAX_CURVES),
-        num_planes_left=max(0, len({v.place()[:2] for v in sets}) - _MAX_PLANES) if planes else 0,
+        num_curves_left=max(0, len({v.sort_key()[:2] for v in sets if v.losses}) - _MAX_CURVES),
+        num_planes_left=max(0, len({v.sort_key()[:2] for v in sets}) - _MAX_PLANES) if planes else 0,
         failures=[{**one, "run": run.title} for run in runs for one in run.failures],
         skipped=[f"{run.title}: {name}" for run in runs for name in run.skipped],
         corrupt=[f"{run.title}: {name}" for run in runs for name in run.corrupt],
@@ -88,15 +90,15 @@ def write_page(
     }
 
 
-def _told_apart(runs: Sequence[RunView]) -> list[RunView]:
-    """Return the runs with their names in labels that several use for one dataset and size."""
+def _with_unique_labels(runs: Sequence[RunView]) -> list[RunView]:
+    """Return the runs, with the run's name added to labels that several runs use for one dataset and size."""
     owners: dict[tuple[str, str, str], set[Path]] = {}
     for run in runs:
         for view in run.sets:
             owners.setdefault((view.label, view.dataset, view.size), set()).add(run.folder)
         for cell in run.cells:
             owners.setdefault((str(cell["method"]), cell["dataset"], size_of(cell)), set()).add(run.folder)
-    shared = {label for (label, _, _), held in owners.items() if len(held) > 1}
+    shared = {label for (label, _, _), folders in owners.items() if len(folders) > 1}
     names = [run.folder.name for run in runs]
 
     def renamed(label: str, run: RunView) -> str:
@@ -115,47 +117,52 @@ def _told_apart(runs: Sequence[RunView]) -> list[RunView]:
 
 
 def _leaderboards(cells: Sequence[Mapping[str, Any]], sets: Sequence[SetView]) -> Iterator[dict[str, Any]]:
-    """Yield one table per protocol, best first within data, size and network; a plot per group."""
+    """Yield one table per protocol, best first within dataset, size and network, with a plot per group."""
     for protocol in dict.fromkeys(cell["protocol"] for cell in cells):
-        own = [cell for cell in cells if cell["protocol"] == protocol]
-        data, archs = (list(dict.fromkeys(cell[name] for cell in own)) for name in ("dataset", "arch"))
+        protocol_cells = [cell for cell in cells if cell["protocol"] == protocol]
+        data, archs = (
+            list(dict.fromkeys(cell[name] for cell in protocol_cells)) for name in ("dataset", "arch")
+        )
 
-        def place(cell: Mapping[str, Any], data: list[str] = data, archs: list[str] = archs) -> Any:
+        def sort_key(cell: Mapping[str, Any], data: list[str] = data, archs: list[str] = archs) -> Any:
             where = (data.index(cell["dataset"]), str(cell.get("target", "")), _number(cell))
             return (*where, archs.index(cell["arch"]), -(cell["accuracy_mean"] or 0.0))
 
-        own.sort(key=place)
+        protocol_cells.sort(key=sort_key)
         groups: dict[str, list[Mapping[str, Any]]] = {}
-        for cell in own:
+        for cell in protocol_cells:
             groups.setdefault(figures.group_of(cell), []).append(cell)
-        lines = [_line(cell, sets) for cell in own]
+        lines = [_line(cell, sets) for cell in protocol_cells]
         columns = [name for name in _OPTIONAL if any(line[name] is not None for line in lines)]
-        # What is the same in every line is said once: such settings would push the numbers off the page.
-        alike = [
+        # Values shared by all lines are shown once, above the table: as columns they push numbers off it.
+        shared = [
             name
             for name in columns
-            if name in _SAID and len({line[name] for line in lines}) == 1 < len(lines)
+            if name in _SHARED_LABELS and len({line[name] for line in lines}) == 1 < len(lines)
         ]
         yield {
             "protocol": protocol,
             "lines": lines,
-            "shared": "; ".join(f"{_SAID[name]} {lines[0][name]}" for name in alike),
-            "columns": [name for name in columns if name not in alike],
+            "shared": "; ".join(f"{_SHARED_LABELS[name]} {lines[0][name]}" for name in shared),
+            "columns": [name for name in columns if name not in shared],
             "figures": {k: v for k, v in FIGURES.items() if any(line[k] is not None for line in lines)},
-            "plots": [{"title": name, "html": figures.accuracy_bars(held)} for name, held in groups.items()],
+            "plots": [
+                {"title": name, "html": figures.accuracy_bars(group_cells)}
+                for name, group_cells in groups.items()
+            ],
         }
 
 
 def _number(cell: Mapping[str, Any]) -> int:
-    """Return a cell's size as a number to sort by."""
+    """Return a cell's size as an integer, for sorting."""
     return int(cell.get("ipc") or cell.get("budget") or 0)
 
 
 def _line(cell: Mapping[str, Any], sets: Sequence[SetView]) -> dict[str, Any]:
-    """Return what the leaderboard shows of a cell."""
-    own = [view for view in sets if _is_of(view, cell)]
-    times = [view.wall_s for view in own if view.wall_s is not None]
-    made = next((held for view in own if (held := view.load()) is not None), None)
+    """Return a cell's line in the leaderboard."""
+    cell_sets = [view for view in sets if _is_of(view, cell)]
+    times = [view.wall_s for view in cell_sets if view.wall_s is not None]
+    distilled = next((loaded for view in cell_sets if (loaded := view.load()) is not None), None)
     return {
         **{name: cell.get(name) for name in (*_OPTIONAL, *FIGURES)},
         "method": cell["method"],
@@ -167,7 +174,7 @@ def _line(cell: Mapping[str, Any], sets: Sequence[SetView]) -> dict[str, Any]:
         "std": cell["accuracy_std"],
         "n": cell["n"],
         "num_sets": cell["num_sets"],
-        "storage": made.meta.storage_floats if made is not None else None,
+        "storage": distilled.meta.storage_floats if distilled is not None else None,
         "wall_s": sum(times) / len(times) if times else None,
     }
 
@@ -177,37 +184,39 @@ def _is_of(view: SetView, cell: Mapping[str, Any]) -> bool:
 
 
 def _methods(cells: Sequence[Mapping[str, Any]], sets: Sequence[SetView]) -> Iterator[dict[str, Any]]:
-    """Yield a card per row: what it is, its settings, what it reached, and pictures of its sets."""
+    """Yield a card per method: description, settings, best accuracy, and pictures of its sets."""
     labels = dict.fromkeys([*(str(cell["method"]) for cell in cells), *(view.label for view in sets)])
     for label in labels:
-        own = [view for view in sets if view.label == label]
+        method_sets = [view for view in sets if view.label == label]
         reached = [cell for cell in cells if cell["method"] == label and cell["accuracy_mean"] is not None]
         first: dict[tuple[str, str], SetView] = {}
-        for view in own:
+        for view in method_sets:
             first.setdefault((view.dataset, view.size), view)
         pictures = [
             {"title": f"{view.dataset}, {view.size}", "data": picture}
             for view in first.values()
             if (picture := _picture(view)) is not None
         ]
-        made = next((held for view in own if (held := view.load()) is not None), None)
+        distilled = next((loaded for view in method_sets if (loaded := view.load()) is not None), None)
         best = max(reached, key=lambda cell: cell["accuracy_mean"], default=None)
         yield {
             "label": label,
-            "about": _about(own[0].method) if own else "",
-            "num_sets": len(own),
+            "about": _about(method_sets[0].method) if method_sets else "",
+            "num_sets": len(method_sets),
             "best": best,
             "best_where": "" if best is None else f"{figures.group_of(best)}, {best['arch']}",
             "pictures": pictures,
-            "settings": "" if made is None else yaml.safe_dump(dict(made.meta.config), sort_keys=False),
+            "settings": ""
+            if distilled is None
+            else yaml.safe_dump(dict(distilled.meta.config), sort_keys=False),
         }
 
 
 def _about(method: str) -> str:
-    """Return the first line of a method's page in the source."""
+    """Return the first line of a method's module docstring."""
     try:
         module = importlib.import_module(f"ddray.methods.{method}")
-    except ImportError:  # of a package of the user's own, or one that is not installed here
+    except ImportError:  # a plug-in's method, or one that is not installed here
         try:
             module = importlib.import_module(get_method(method).__module__)
         except (DdrayError, ImportError):
@@ -216,23 +225,23 @@ def _about(method: str) -> str:
 
 
 def _picture(view: SetView) -> str | None:
-    """Return a set's image grid as a picture's `src`; None for one that is gone, or generates its images."""
-    made = view.load()
-    shown = None if made is None else grid(made)
-    return None if shown is None else data_uri(shown)
+    """Return a set's image grid as a data URI; None if the file is gone or the set stores no images."""
+    distilled = view.load()
+    picture = None if distilled is None else grid(distilled)
+    return None if picture is None else data_uri(picture)
 
 
 def _curves(sets: Sequence[SetView], runs: Sequence[RunView]) -> Iterator[dict[str, str]]:
-    """Yield learning curves: losses of sets by data and size, and looks of searches."""
+    """Yield learning curves: losses of sets by dataset and size, and val accuracies of search trials."""
     groups: dict[str, list[SetView]] = {}
     for view in sets:
         if view.losses:
             groups.setdefault(f"{view.dataset}, {view.size}", []).append(view)
-    for name, held in list(groups.items())[:_MAX_CURVES]:
-        yield {"title": f"Loss: {name}", "html": figures.loss_curves(held)}
+    for name, group_sets in list(groups.items())[:_MAX_CURVES]:
+        yield {"title": f"Loss: {name}", "html": figures.loss_curves(group_sets)}
     for run in runs:
         if run.command == "tune" and (html := figures.rung_curves(run)) is not None:
-            yield {"title": f"Looks at val: {run.title}", "html": html}
+            yield {"title": f"Val accuracy: {run.title}", "html": html}
 
 
 def _search(run: RunView) -> dict[str, Any]:
@@ -256,19 +265,19 @@ def _search(run: RunView) -> dict[str, Any]:
     }
 
 
-def _space(held: Mapping[str, Any]) -> Space:
-    """Return the ranges that a search's config.yaml names."""
-    found = {}
-    for name, given in held.items():
-        ((kind, ends),) = given.items()
-        found[name] = (
+def _space(space_config: Mapping[str, Any]) -> Space:
+    """Return the search space in a search's config.yaml."""
+    ranges = {}
+    for name, entry in space_config.items():
+        ((kind, ends),) = entry.items()
+        ranges[name] = (
             Range("choice", choices=tuple(ends)) if kind == "choice" else Range(kind, ends[0], ends[-1])
         )
-    return found
+    return ranges
 
 
 def _rankings(run: RunView) -> Iterator[dict[str, Any]]:
-    """Yield the proxies of a NAS run, or of those below a bench, as scatter plots."""
+    """Yield a scatter plot per proxy of a NAS run, or of the NAS sweeps of a bench."""
     import pandas as pd
 
     from ddray.report.nas_page import scatter_plot
@@ -280,26 +289,26 @@ def _rankings(run: RunView) -> Iterator[dict[str, Any]]:
             continue
         table = pd.read_csv(path)
         for proxy in dict.fromkeys(table["proxy"]):
-            own = table[table["proxy"] == proxy]
-            both = own[["proxy_accuracy", "truth_accuracy"]].dropna()
+            proxy_rows = table[table["proxy"] == proxy]
+            both = proxy_rows[["proxy_accuracy", "truth_accuracy"]].dropna()
             rho = both.corr(method="spearman").iloc[0, 1] if len(both) > 2 else None
             yield {
                 "title": f"{folder.name}: {proxy}",
                 "spearman": rho if rho == rho else None,
                 "num_archs": len(both),
-                "html": scatter_plot(own),
+                "html": scatter_plot(proxy_rows),
             }
 
 
 def _planes(sets: Sequence[SetView], data_dir: Path | None) -> Iterator[dict[str, Any]]:
-    """Yield a t-SNE plane per data and size, a plot per row; or the reason why there is none."""
+    """Yield a t-SNE plane per dataset and size, with a plot per method; or why it can't be drawn."""
     groups: dict[tuple[str, str], dict[str, SetView]] = {}
     for view in sets:
         groups.setdefault((view.dataset, view.size), {}).setdefault(view.label, view)
-    for (name, size), held in list(groups.items())[:_MAX_PLANES]:
+    for (name, size), sets_by_label in list(groups.items())[:_MAX_PLANES]:
         title = f"{name}, {size}"
         try:
-            plane = make_plane(open_dataset(name, data_dir=data_dir), list(held.values()))
+            plane = make_plane(open_dataset(name, data_dir=data_dir), list(sets_by_label.values()))
         except DdrayError as error:
             yield {"title": title, "reason": str(error), "plots": [], "network": ""}
             continue
@@ -312,7 +321,7 @@ def _planes(sets: Sequence[SetView], data_dir: Path | None) -> Iterator[dict[str
 
 
 def default_out(folders: Sequence[Path]) -> Path:
-    """Return where the page goes: into the run's folder, or here if there are several.
+    """Return the page's default path: in the run's folder, or in the working directory for several runs.
 
     Raises:
         InputError: no folder was given.

@@ -1,4 +1,4 @@
-"""Everything a finished distillation is shown as, beside its artifact."""
+"""Pictures that a finished distillation writes beside its artifact."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ddray.report.images import bases_grid, png, save_grid
 
 
 def save_pictures(distilled: DistilledSet, artifact: Path, *, representations: Tensor | None = None) -> None:
-    """Write `<artifact>.png`; of self-supervised sets also `.bases.png` and `.tsne.png`.
+    """Write `<artifact>.png`; for self-supervised sets also `.bases.png` and `.tsne.png`.
 
     Args:
         distilled: the set.
         artifact: its file.
-        representations: the teacher's of the real images [N, D], where the set has targets.
+        representations: the teacher's representations of real images [N, D], if the set has targets.
 
     Raises:
         StorageError: a file can't be written.

@@ -26,13 +26,13 @@ _CHUNK: Final = 128
 
 @dataclass(frozen=True)
 class Plane:
-    """Points of real and distilled images, found together.
+    """t-SNE points of real and distilled images, embedded together.
 
     Attributes:
         real: [N, 2].
         real_labels: [N].
-        distilled: (label of the row, points [M, 2], classes [M]; class -1 where a set has none).
-        network: whose embedding it is, for people.
+        distilled: (row label, points [M, 2], classes [M]) per set; class -1 for sets without labels.
+        network: description of the embedding network.
         class_names: one per label.
     """
 
@@ -44,51 +44,54 @@ class Plane:
 
 
 def make_plane(dataset: Dataset, sets: Sequence[SetView], *, seed: int = 0) -> Plane | None:
-    """Return the plane of a dataset and of one set per row; None if no set can be read.
+    """Return the plane of a dataset and its distilled sets; None if no set can be read.
 
     Args:
         dataset: its train images are the real ones.
-        sets: distilled from it, of one size.
-        seed: decides which images are drawn, and where they start.
+        sets: sets of one size distilled from it.
+        seed: of the samples and of t-SNE.
     """
     net, name = embedding_net(dataset)
     split = dataset.train()
     index = _draw(split.labels, dataset.num_classes, seed)
     space = normalized_space(dataset)
-    parts = [_embed(net, space.encode(split.images[index]))]
-    held: list[tuple[str, Tensor]] = []
+    embeddings = [_embed(net, space.encode(split.images[index]))]
+    labelled_classes: list[tuple[str, Tensor]] = []
     for view in sets:
-        made = view.load()
-        if made is None or made.meta.image_shape != dataset.image_shape:
+        distilled = view.load()
+        if distilled is None or distilled.meta.image_shape != dataset.image_shape:
             continue
-        train = made.decode()
-        images = made.space().decode(train.images)
+        train = distilled.decode()
+        images = distilled.space().decode(train.images)
         classes = train.labels if len(train.labels) == len(images) else torch.full((len(images),), -1)
-        chosen = torch.randperm(len(images), generator=derive(seed, "report", "plane", view.label))
-        chosen = chosen[:_MOST_DISTILLED].sort().values
-        parts.append(_embed(net, space.encode(images[chosen])))
-        held.append((view.label, classes[chosen]))
-    if not held:
+        drawn = torch.randperm(len(images), generator=derive(seed, "report", "plane", view.label))
+        drawn = drawn[:_MOST_DISTILLED].sort().values
+        embeddings.append(_embed(net, space.encode(images[drawn])))
+        labelled_classes.append((view.label, classes[drawn]))
+    if not labelled_classes:
         return None
-    points = project(torch.cat(parts), seed=seed)
-    cut = list(torch.split(points, [len(part) for part in parts]))
-    rows = tuple((label, own, classes) for (label, classes), own in zip(held, cut[1:], strict=True))
-    return Plane(cut[0], split.labels[index], rows, name, dataset.class_names)
+    points = project(torch.cat(embeddings), seed=seed)
+    points_per_set = list(torch.split(points, [len(part) for part in embeddings]))
+    rows = tuple(
+        (label, set_points, classes)
+        for (label, classes), set_points in zip(labelled_classes, points_per_set[1:], strict=True)
+    )
+    return Plane(points_per_set[0], split.labels[index], rows, name, dataset.class_names)
 
 
 def project(features: Tensor, *, seed: int) -> Tensor:
-    """Return t-SNE's points [N, 2] of features [N, D]."""
+    """Return t-SNE points [N, 2] of features [N, D]."""
     from sklearn.manifold import TSNE
 
-    held = features.double().numpy()
+    rows = features.double().numpy()
     state = derive_seed(seed, "report", "plane") % 2**32
-    perplexity = min(30.0, max(1.0, (len(held) - 1) / 3))
+    perplexity = min(30.0, max(1.0, (len(rows) - 1) / 3))
     tsne = TSNE(perplexity=perplexity, init="pca", random_state=state, n_jobs=1)
-    return torch.from_numpy(tsne.fit_transform(held)).float()
+    return torch.from_numpy(tsne.fit_transform(rows)).float()
 
 
 def embedding_net(dataset: Dataset) -> tuple[Net, str]:
-    """Return the longest-trained network of the pool for this dataset, else a random one; and its name."""
+    """Return the pool's longest-trained network for this dataset, else a random one, and its description."""
     best: tuple[int, PoolSpec] | None = None
     for path in sorted((home() / "pool").glob("*/entry.json")):
         try:
@@ -108,17 +111,17 @@ def embedding_net(dataset: Dataset) -> tuple[Net, str]:
 
 
 def _never(spec: PoolSpec) -> Any:
-    raise InputError(f"pool entry {spec.key} was removed while it was read; run again")
+    raise InputError(f"pool entry {spec.key} was removed while being read; run again")
 
 
 def _draw(labels: Tensor, num_classes: int, seed: int) -> Tensor:
-    """Return indices of some real images of every class."""
+    """Return indices of sampled real images of every class."""
     most = max(1, min(_REAL_PER_CLASS, _MOST_REAL // num_classes))
     generator = derive(seed, "report", "plane", "real")
     drawn = []
     for label in range(num_classes):
-        own = torch.nonzero(labels == label).flatten()
-        drawn.append(own[torch.randperm(len(own), generator=generator)[:most]])
+        class_indices = torch.nonzero(labels == label).flatten()
+        drawn.append(class_indices[torch.randperm(len(class_indices), generator=generator)[:most]])
     return torch.cat(drawn)[:_MOST_REAL]
 
 

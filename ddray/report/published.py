@@ -1,6 +1,6 @@
-"""The papers' 950 published numbers (reports/published.csv), and ours beside them in standard errors.
+"""The papers' 950 published numbers (reports/published.csv), and the distance of ours in standard errors.
 
-docs/published.md has the conventions, the doubtful cells and the papers' own contradictions.
+docs/published.md has the conventions, doubtful cells and contradictions within the papers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Final, Protocol
 
 from ddray.shipped import shipped
 
-# Names of ours that a paper calls otherwise, the likeliest first.
+# Our names and what papers call them, the likeliest first.
 _ARCHS: Final = {
     "mobilenet_v2": ("mobilenet_v2", "mobilenet"),
     "vit_tiny": ("vit_tiny", "vit"),
@@ -27,13 +27,13 @@ _METHODS: Final = {
     "kmeans_ssl": ("kmeans_ssl", "kmeans"),
 }
 _METRICS: Final = {"linear": "linear_probe_accuracy", "nas": "nas_top1_accuracy"}
-# Protocols with a metric of their own; `robust` reports the accuracy of `hard` beside its scores.
+# Protocols with published numbers; `robust` reports the accuracy of `hard` beside its scores.
 _PROTOCOLS: Final = ("hard", "soft", "robust", *_METRICS)
-# All other tables of D3HR are of soft labels (its Sec 5.1), also where they name no teacher.
+# D3HR's other tables use soft labels (its Sec 5.1), even where they name no teacher.
 _HARD_D3HR: Final = ("Table 5",)
-# Rows that train on the whole dataset: they have no size, whatever the table's other rows have.
+# Rows that train on the whole dataset and so have no size, unlike the other rows of their tables.
 _WHOLE: Final = ("early_stopping", "whole")
-# Figures of a cell beside its accuracy, as tables for people head them.
+# Further figures of a cell and their column titles.
 FIGURES: Final = {
     "lrs": "LRS",
     "ars": "ARS",
@@ -47,12 +47,12 @@ FIGURES: Final = {
     "published_storage_images": "published images",
 }
 _DEFAULT_TEACHER: Final = "resnet18"
-# Runs behind a published mean, where the paper says so; a mean of an unknown number counts as one run.
+# Runs behind a published mean, where the paper states it; otherwise a mean counts as one run.
 _RUNS: Final = {"boost_ssdd": 3, "dsdm": 5}
 
 
 class Wanted(Protocol):
-    """What a number is looked up by: a cell of a bench."""
+    """The fields of a bench cell by which its published number is looked up."""
 
     @property
     def name(self) -> str:
@@ -60,11 +60,11 @@ class Wanted(Protocol):
 
     @property
     def dataset(self) -> str:
-        """What was distilled."""
+        """The distilled dataset."""
 
     @property
     def num_classes(self) -> int:
-        """Of that dataset."""
+        """Number of classes of that dataset."""
 
     @property
     def size(self) -> tuple[str, int]:
@@ -72,7 +72,7 @@ class Wanted(Protocol):
 
     @property
     def protocol(self) -> str:
-        """How it was scored."""
+        """The evaluation protocol."""
 
     @property
     def arch(self) -> str:
@@ -80,15 +80,15 @@ class Wanted(Protocol):
 
     @property
     def target(self) -> str:
-        """The dataset scored on."""
+        """The dataset evaluated on."""
 
     @property
     def teacher(self) -> str | None:
-        """Of the protocol `soft`."""
+        """Teacher of protocol `soft`."""
 
     @property
     def source(self) -> Any:
-        """`ddray.bench.spec.Source`: paper, table, method, setting, each None for any."""
+        """`ddray.bench.spec.Source`: paper, table, method, setting; None matches any."""
 
 
 @dataclass(frozen=True)
@@ -99,14 +99,14 @@ class Number:
         paper: datadam, dsdm, boost_ssdd or d3hr.
         table: such as `Table 3`.
         dataset: the set distilled.
-        target: the set scored on, where the table has several.
+        target: the set evaluated on, where the table has several.
         method: the paper's row.
-        ipc: images per class; None where the paper counts otherwise.
-        budget: images of storage.
-        arch: the evaluated network; "" where it is not stated.
-        teacher: of soft labels or target representations; "" where there is none.
+        ipc: images per class; None where the paper counts differently.
+        budget: storage in images.
+        arch: the evaluated network; "" if not stated.
+        teacher: source of soft labels or target representations; "" if none.
         metric: such as `top1_accuracy`.
-        setting: what else the row or column says.
+        setting: anything else that the row or column states.
         value: the number.
         std: its standard deviation.
         unit: percent, fraction, images, minutes, ...
@@ -153,89 +153,93 @@ def read_numbers() -> tuple[Number, ...]:
         )
 
 
-def find(numbers: Sequence[Number], wanted: Wanted, metric: str | None = None) -> Number | None:
-    """Return the published number of a cell, or None; of its protocol's own metric, or of another.
+def find(numbers: Sequence[Number], cell: Wanted, metric: str | None = None) -> Number | None:
+    """Return the published number of a cell, or None.
 
-    Without a `setting` in the cell's source the number without one wins, then the likelier name of the
-    network, then the first in the file's order. Without a `table` only numbers of the cell's own protocol are
-    taken.
+    If the cell's source names no `setting`, a number without one wins, then the likelier name of the network,
+    then the first in file order. If it names no `table`, only numbers of the cell's own protocol match.
+
+    Args:
+        numbers: all published numbers.
+        cell: what to look up.
+        metric: instead of the protocol's own metric.
     """
-    source = wanted.source
-    methods = (source.method,) if source.method else _METHODS.get(wanted.name, (wanted.name,))
-    found = [
+    source = cell.source
+    methods = (source.method,) if source.method else _METHODS.get(cell.name, (cell.name,))
+    candidates = [
         number
         for number in numbers
         if number.method in methods
-        and number.metric == (metric or _METRICS.get(wanted.protocol, "top1_accuracy"))
-        and number.dataset in ("", wanted.dataset)
-        and (number.target or number.dataset or wanted.target) == wanted.target
-        and number.arch in ("", *_arch_names(wanted.arch))
-        and _same_size(number, wanted)
-        and _same_teacher(number, wanted)
+        and number.metric == (metric or _METRICS.get(cell.protocol, "top1_accuracy"))
+        and number.dataset in ("", cell.dataset)
+        and (number.target or number.dataset or cell.target) == cell.target
+        and number.arch in ("", *_arch_names(cell.arch))
+        and _same_size(number, cell)
+        and _same_teacher(number, cell)
         and source.paper in (None, number.paper)
         and source.table in (None, number.table)
         and source.setting in (None, number.setting)
     ]
-    # A number that says nothing of dataset or arch is of an ablation: it is taken only when it is asked for.
+    # A number without dataset or arch is from an ablation: it matches only if its table is named.
     if source.table is None:
-        found = [number for number in found if number.dataset and number.arch]
-        found = [number for number in found if _same_protocol(number, wanted)]
-    names = ("", *_arch_names(wanted.arch))
-    return min(found, key=lambda number: (bool(number.setting), names.index(number.arch)), default=None)
+        candidates = [number for number in candidates if number.dataset and number.arch]
+        candidates = [number for number in candidates if _same_protocol(number, cell)]
+    names = ("", *_arch_names(cell.arch))
+    return min(candidates, key=lambda number: (bool(number.setting), names.index(number.arch)), default=None)
 
 
 def _arch_names(arch: str) -> tuple[str, ...]:
-    """Return what papers may call a network: ConvNets by their depth, whatever the norm and doubling."""
+    """Return the names that papers may give a network; ConvNets match by depth, whatever the norm."""
     base, *suffixes = arch.split("_")
     if base.startswith("convnet") and ("x2" in suffixes or set(suffixes) <= {"bn"}):
         return _ARCHS.get(base, (base,))
     return _ARCHS.get(arch, (arch,))
 
 
-def _same_size(number: Number, wanted: Wanted) -> bool:
-    """Return whether the sizes agree; ipc k of K classes is a budget of k * K images."""
-    kind, size = wanted.size
+def _same_size(number: Number, cell: Wanted) -> bool:
+    """Return whether the sizes match; ipc k of K classes equals a budget of k * K images."""
+    kind, size = cell.size
     if number.method in _WHOLE:
-        return wanted.source.table is not None
+        return cell.source.table is not None
     if number.ipc is None and number.budget is None:
-        return wanted.source.table is not None
+        return cell.source.table is not None
     if kind == "ipc":
-        return number.ipc == size or (number.ipc is None and number.budget == size * wanted.num_classes)
+        return number.ipc == size or (number.ipc is None and number.budget == size * cell.num_classes)
     return number.budget == size
 
 
-def _same_protocol(number: Number, wanted: Wanted) -> bool:
-    """Return whether a number was scored as the cell was; what no paper scored so has none."""
-    if wanted.protocol not in _PROTOCOLS:
+def _same_protocol(number: Number, cell: Wanted) -> bool:
+    """Return whether number and cell have the same protocol; never for protocols that no paper reports."""
+    if cell.protocol not in _PROTOCOLS:
         return False
-    if wanted.protocol in _METRICS:  # the metric says it
+    if cell.protocol in _METRICS:  # the metric already decides
         return True
     soft = number.paper == "d3hr" and number.table not in _HARD_D3HR
-    return soft == (wanted.protocol == "soft") and (not soft or bool(number.teacher))
+    return soft == (cell.protocol == "soft") and (not soft or bool(number.teacher))
 
 
-def _same_teacher(number: Number, wanted: Wanted) -> bool:
-    """Return whether the soft labels are of the same teacher; other protocols have none to compare."""
-    if wanted.protocol != "soft" or not number.teacher:
+def _same_teacher(number: Number, cell: Wanted) -> bool:
+    """Return whether the soft labels come from the same teacher; true for other protocols."""
+    if cell.protocol != "soft" or not number.teacher:
         return True
-    teacher = wanted.teacher or _DEFAULT_TEACHER
-    several = teacher.count("+") + 1
-    if several > 1:
-        return number.teacher == f"ensemble of {several}"
+    teacher = cell.teacher or _DEFAULT_TEACHER
+    num_teachers = teacher.count("+") + 1
+    if num_teachers > 1:
+        return number.teacher == f"ensemble of {num_teachers}"
     return number.teacher in _ARCHS.get(teacher, (teacher,))
 
 
 def compare(number: Number, mean: float, standard_error: float | None) -> dict[str, Any]:
-    """Return a published accuracy as fractions, and ours minus it, also in standard errors.
+    """Return a published accuracy as fractions, and ours minus theirs, also in standard errors.
 
-    The error of the difference is sqrt(ours^2 + theirs^2). Theirs is std / sqrt(runs); a paper that does not
-    state its runs counts as one, which makes the distance look smaller, never larger. A number without a
-    printed deviation is not exact: it has no distance in standard errors.
+    The standard error of the difference is sqrt(ours^2 + theirs^2). Theirs is std / sqrt(runs); a paper that
+    does not state its runs counts as one run, which makes the distance look smaller, never larger. A number
+    printed without a deviation is not exact, so it gets no distance in standard errors.
 
     Args:
-        number: what was published.
+        number: the published number.
         mean: our accuracy.
-        standard_error: of our mean; None if there is but one network.
+        standard_error: of our mean; None for a single network.
     """
     scale = 0.01 if number.unit == "percent" else 1.0
     theirs = None if number.std is None else scale * number.std

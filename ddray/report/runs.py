@@ -1,4 +1,4 @@
-"""Run folders as a report reads them: configuration, rows, cells of the table, and where the sets lie."""
+"""Read run folders for a report: configuration, rows, cells of the table, and the distilled sets."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class SetView:
     """One distilled set of a run.
 
     Attributes:
-        label: the row it is of.
+        label: its row in the table.
         method: the method's name.
         dataset: what was distilled.
         size: such as `ipc 10`.
-        seed: of the distillation; None if it is not known.
+        seed: of the distillation; None if unknown.
         path: the file.
-        losses: (step, loss), or () where none were kept.
-        wall_s: seconds of the distillation; None if it is not known.
+        losses: (step, loss) pairs; empty if none were recorded.
+        wall_s: seconds of the distillation; None if unknown.
     """
 
     label: str
@@ -44,8 +44,8 @@ class SetView:
     losses: tuple[tuple[int, float], ...]
     wall_s: float | None
 
-    def place(self) -> tuple[str, int, str, int]:
-        """Return what sets are listed by: data, size, row, seed."""
+    def sort_key(self) -> tuple[str, int, str, int]:
+        """Return the key that sets are sorted by: dataset, size, row, seed."""
         digits = "".join(letter for letter in self.size if letter.isdigit())
         return self.dataset, int(digits or 0), self.label, self.seed or 0
 
@@ -66,16 +66,16 @@ class RunView:
         command: distill, tune, nas or bench.
         config: config.yaml.
         config_text: the same as text.
-        environment: environment.json, of the first start.
-        continued: that of every later start.
-        rows: the ledger's, by key.
-        events: how often each kind was noted.
-        hosts: how many units each machine finished.
-        cells: the table's, as in the command's JSON.
+        environment: environment.json of the first start.
+        continued: the environments of later starts.
+        rows: the ledger's rows, by key.
+        events: number of events of each kind.
+        hosts: number of units that each machine finished.
+        cells: the table's cells, as in the command's JSON.
         failures: units that failed: `{"unit", "kind", "key", "reason"}`.
         skipped: units that could not run because of them.
         sets: distilled sets, one per row, dataset, size and seed.
-        corrupt: files that were set aside as damaged.
+        corrupt: damaged files that were set aside.
     """
 
     folder: Path
@@ -95,7 +95,7 @@ class RunView:
 
     @property
     def title(self) -> str:
-        """What a reader calls the run."""
+        """A readable name of the run."""
         named = self.config.get("name") or " ".join(
             str(self.config[name]) for name in ("method_name", "dataset") if name in self.config
         )
@@ -117,7 +117,7 @@ def read_run(folder: Path) -> RunView:
     """Read a run, finished or not.
 
     Raises:
-        InputError: the folder is not a run's.
+        InputError: the folder is not a run folder.
     """
     config_file, environment_file = folder / "config.yaml", folder / "environment.json"
     if not config_file.is_file() or not environment_file.is_file():
@@ -128,13 +128,13 @@ def read_run(folder: Path) -> RunView:
     events = ledger.events()
     kinds = [str(event["event"]) for event in events]
     hosts = [str(event["host"]) for event in events if "host" in event]
-    held = _read_cells(folder)
+    cells_file = _read_cells(folder)
     failed = [
         {"unit": _name(row), "kind": row.kind, "key": row.key, "reason": row.error or ""}
         for row in rows
         if row.status == "failed"
     ]
-    cells = held.get("cells") or _so_far(folder, config, rows)
+    cells = cells_file.get("cells") or _unfinished_cells(folder, config, rows)
     return RunView(
         folder=folder,
         command=str(config.get("command", "run")),
@@ -146,38 +146,38 @@ def read_run(folder: Path) -> RunView:
         events={kind: kinds.count(kind) for kind in sorted(set(kinds))},
         hosts={host: hosts.count(host) for host in sorted(set(hosts))},
         cells=tuple(cells),
-        failures=tuple(held.get("failures") or failed),
-        skipped=tuple(held.get("skipped", ())),
-        sets=tuple(sorted(_sets(folder, config, rows, cells), key=SetView.place)),
+        failures=tuple(cells_file.get("failures") or failed),
+        skipped=tuple(cells_file.get("skipped", ())),
+        sets=tuple(sorted(_sets(folder, config, rows, cells), key=SetView.sort_key)),
         corrupt=tuple(sorted(str(path.relative_to(folder)) for path in folder.rglob("*.corrupt"))),
     )
 
 
 def _read_cells(folder: Path) -> dict[str, Any]:
-    """Return cells.json of a bench; empty for other runs, and for one that has not ended yet."""
+    """Return a bench's cells.json; empty for other runs and for an unfinished bench."""
     path = folder / "cells.json"
     try:
         return _read_json(path) if path.is_file() else {}
-    except InputError as error:  # the rows say what it said, but for a sweep's cells
-        log.warning("%s; the table is made of the ledger's rows", error)
+    except InputError as error:  # the rows hold the same, except a NAS sweep's cells
+        log.warning("%s; the table is rebuilt from the ledger's rows", error)
         return {}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Read a file of a run.
+    """Read a JSON file of a run.
 
     Raises:
         InputError: it is damaged.
     """
     try:
-        held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} must hold JSON: {error}; run its command again with --resume") from error
-    return held
+    return content
 
 
 def _read_curve(path: Path) -> tuple[tuple[int, float], ...]:
-    """Read a set's losses; none where the file is missing or damaged."""
+    """Read a set's losses; empty if the file is missing or damaged."""
     if not path.is_file():
         return ()
     try:
@@ -187,12 +187,12 @@ def _read_curve(path: Path) -> tuple[tuple[int, float], ...]:
         return ()
 
 
-def _so_far(folder: Path, config: Mapping[str, Any], rows: tuple[Row, ...]) -> list[dict[str, Any]]:
-    """Return the cells of a run without a table: a bench that has not ended, or a search's final scores."""
+def _unfinished_cells(folder: Path, config: Mapping[str, Any], rows: tuple[Row, ...]) -> list[dict[str, Any]]:
+    """Return the cells of a run without cells.json: an unfinished bench, or a search's final scores."""
     path = folder / "planned.json"
     if not path.is_file():
         return list(_cells(str(config.get("command")), str(config.get("dataset", "")), rows))
-    from ddray.bench.table import planned_cells  # which needs this package
+    from ddray.bench.table import planned_cells  # imports this package
 
     cells = planned_cells(path, {row.key: row for row in rows}.get)
     if config.get("scale", "paper") != "paper":
@@ -202,7 +202,7 @@ def _so_far(folder: Path, config: Mapping[str, Any], rows: tuple[Row, ...]) -> l
 
 
 def _name(row: Row) -> str:
-    """Return what a row is of, for people."""
+    """Return a readable name of a row's unit."""
     spec = row.spec
     if row.kind == "trial":
         return f"trial {spec['number']}"
@@ -219,12 +219,12 @@ def _size(spec: Mapping[str, Any]) -> str:
 
 
 def size_of(cell: Mapping[str, Any]) -> str:
-    """Return a cell's size for people."""
+    """Return a cell's size as readable text."""
     return _size(cell)
 
 
 def _cells(command: str, dataset: str, rows: tuple[Row, ...]) -> Iterator[dict[str, Any]]:
-    """Yield cells of evaluations: of a search's final scores, whose rows leave the run's dataset out."""
+    """Yield the cells of evaluation rows; `dataset` fills in for a search's rows, which do not name it."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if row.kind == "evaluate" and row.status == "done":
@@ -238,9 +238,9 @@ def _cells(command: str, dataset: str, rows: tuple[Row, ...]) -> Iterator[dict[s
                 row.result["arch"],
             )
             groups.setdefault((*name, spec.get("target"), str(options.get("teachers", ""))), []).append(row)
-    for (label, on, _, protocol, arch, *_), held in groups.items():
-        values = [float(value) for row in held for value in row.result["per_seed"]]
-        spec = held[0].spec
+    for (label, on, _, protocol, arch, *_), group_rows in groups.items():
+        values = [float(value) for row in group_rows for value in row.result["per_seed"]]
+        spec = group_rows[0].spec
         yield {
             "method": label,
             "dataset": on,
@@ -250,34 +250,34 @@ def _cells(command: str, dataset: str, rows: tuple[Row, ...]) -> Iterator[dict[s
             "accuracy_mean": statistics.fmean(values),
             "accuracy_std": statistics.stdev(values) if len(values) > 1 else None,
             "n": len(values),
-            "num_sets": len(held),
-            "sets": [key for row in held for key in _sets_behind(row, rows)],
+            "num_sets": len(group_rows),
+            "sets": [key for row in group_rows for key in _sets_behind(row, rows)],
         }
 
 
 def _sets_behind(row: Row, rows: tuple[Row, ...]) -> list[str]:
-    """Return the keys of the sets that an evaluation scored; of a search, set and score are one row."""
+    """Return the keys of the sets that an evaluation scored; in a search, set and score share a row."""
     if "schedule" in row.spec:
         return [row.key]
-    wanted = {name: row.spec.get(name) for name in ("method", "dataset", "ipc", "budget", "seed")}
+    set_spec = {name: row.spec.get(name) for name in ("method", "dataset", "ipc", "budget", "seed")}
     return [
         one.key
         for one in rows
-        if one.kind == "distill" and all(one.spec.get(name) == value for name, value in wanted.items())
+        if one.kind == "distill" and all(one.spec.get(name) == value for name, value in set_spec.items())
     ]
 
 
 def _searched(row: Row, rows: tuple[Row, ...]) -> str:
-    """Return which point of a search a final score is of."""
+    """Return the label of a search's final score: its winner or the preset."""
     paper = next((one for one in rows if one.kind == "trial" and one.spec["number"] == 0), None)
-    own = paper is not None and row.spec["schedule"][-1]["params"] == paper.spec["params"]
-    return f"{row.spec['method']}, {'preset' if own else 'searched'}"
+    is_preset = paper is not None and row.spec["schedule"][-1]["params"] == paper.spec["params"]
+    return f"{row.spec['method']}, {'preset' if is_preset else 'searched'}"
 
 
 def _sets(
     folder: Path, config: Mapping[str, Any], rows: tuple[Row, ...], cells: list[dict[str, Any]]
 ) -> Iterator[SetView]:
-    """Yield the run's distilled sets, each once per row of the table."""
+    """Yield the run's distilled sets, once per table row that they belong to."""
     labels: dict[str, list[str]] = {}
     for cell in cells:
         for key in cell.get("sets", ()):
@@ -287,10 +287,10 @@ def _sets(
         path = folder / "artifacts" / f"{row.key}.pt"
         if row.kind == "distill" and "artifact" in row.result:
             path = folder / row.result["artifact"]
-            path = path if path.is_file() else folder / "distilled.pt"  # of a run that was moved
+            path = path if path.is_file() else folder / "distilled.pt"  # the run was moved
         if row.status != "done" or not path.is_file():
             continue
-        # Of `distill` the set may lie anywhere (--out), its curve in the run's folder.
+        # `distill --out` may put the set anywhere; its loss curve is in the run folder.
         curve = folder / "distilled.json" if config.get("command") == "distill" else path.with_suffix(".json")
         losses = _read_curve(curve)
         method = row.spec.get("method_name") or row.spec.get("method")

@@ -33,11 +33,11 @@ def write_results(path: Path, rows: Sequence[Row]) -> None:
 
 
 def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested mappings as one level with dotted names."""
-    found: dict[str, Any] = {}
-    for name, held in value.items():
-        if isinstance(held, dict):
-            found |= flatten(held, f"{prefix}{name}.")
+    """Flatten nested mappings to one level with dotted names."""
+    leaves: dict[str, Any] = {}
+    for name, child in value.items():
+        if isinstance(child, dict):
+            leaves |= flatten(child, f"{prefix}{name}.")
         else:
-            found[f"{prefix}{name}"] = held
-    return found
+            leaves[f"{prefix}{name}"] = child
+    return leaves

@@ -1,4 +1,4 @@
-"""report.html of a search: one self-contained page, plots by Optuna's plotly functions, no network access."""
+"""report.html of a search: one self-contained page that needs no network, with Optuna's plotly figures."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def write_report(run_dir: Path, result: Mapping[str, Any], rows: Sequence[Row], 
     """Write `<run>/report.html`.
 
     Args:
-        run_dir: the run's folder; config.yaml and environment.json are shown from it.
+        run_dir: the run's folder; its config.yaml and environment.json are shown.
         result: the command's JSON.
-        rows: the trials' rows, by number.
-        space: the ranges, for the plots.
+        rows: the trials' rows, in order.
+        space: the search space, for the plots.
 
     Raises:
         StorageError: the page can't be written.
@@ -49,7 +49,7 @@ def write_report(run_dir: Path, result: Mapping[str, Any], rows: Sequence[Row], 
 
 
 def _trial(row: Row, names: Sequence[str]) -> dict[str, Any]:
-    """Return what the table shows of a trial."""
+    """Return a trial's line in the table."""
     params = row.spec["params"]
     status = (
         "failed" if row.status == "failed" else "stopped early" if row.result["stopped_early"] else "done"
@@ -58,7 +58,7 @@ def _trial(row: Row, names: Sequence[str]) -> dict[str, Any]:
         "number": row.spec["number"],
         "status": status,
         "val": row.result.get(row.result.get("objective", "val_accuracy")),
-        "looks": len(row.result.get("rungs", {})),
+        "num_evaluations": len(row.result.get("rungs", {})),
         "values": [_text(params.get(name)) for name in names],
         "wall_s": row.wall_s,
         "error": row.error,
@@ -70,40 +70,40 @@ def _text(value: Any) -> str:
 
 
 def search_figures(space: Space, rows: Sequence[Row]) -> list[dict[str, str]]:
-    """Return Optuna's figures as HTML parts; one that these trials can't give is replaced by the reason."""
+    """Return Optuna's figures as HTML fragments; one that can't be drawn is replaced by the reason."""
     import optuna.visualization as plots
 
     study = study_of(space, rows)
-    wanted: list[tuple[str, Callable[..., Any]]] = [
+    plot_functions: list[tuple[str, Callable[..., Any]]] = [
         ("Optimisation history", plots.plot_optimization_history),
         ("Parallel coordinates", plots.plot_parallel_coordinate),
         ("Hyperparameter importances", plots.plot_param_importances),
     ]
-    found = []
-    for title, plot in wanted:
+    figures = []
+    for title, plot in plot_functions:
         try:
             with warnings.catch_warnings():
-                # Optuna warns where a plot would say nothing (importances of too few trials): none is drawn.
+                # Optuna warns if a plot would be meaningless (importances of too few trials): it is left out.
                 warnings.simplefilter("error", UserWarning)
                 figure = plot(study)
         except (ValueError, RuntimeError, UserWarning) as error:
-            found.append({"title": title, "html": "", "reason": str(error).splitlines()[0]})
+            figures.append({"title": title, "html": "", "reason": str(error).splitlines()[0]})
             continue
         figure.update_layout(**{**LAYOUT, "height": 450}, title=None)
         if plot is plots.plot_parallel_coordinate:
             _recolour(figure)
-        found.append({"title": title, "html": to_html(figure), "reason": ""})
-    return found
+        figures.append({"title": title, "html": to_html(figure), "reason": ""})
+    return figures
 
 
 def _recolour(figure: Any) -> None:
-    """Draw parallel coordinates for light and dark pages: Optuna's best trial is the darkest blue.
+    """Recolour parallel coordinates to be readable on dark pages too; Optuna draws the best trial darkest.
 
-    A line's first place holds its objective as text; the last trace is the scale.
+    A line's first custom value is its objective as text; the last trace is the colour scale.
     """
     from plotly.colors import sample_colorscale
 
-    if not figure.data:  # no trial, or no setting, to draw
+    if not figure.data:  # no trials or no settings to draw
         return
     *lines, bar = figure.data
     low, high = bar.marker.cmin, bar.marker.cmax
@@ -111,17 +111,16 @@ def _recolour(figure: Any) -> None:
         share = (float(line.customdata[0][1]) - low) / (high - low) if high > low else 1.0
         line.line.color = sample_colorscale(_WORST_TO_BEST, [min(max(share, 0.0), 1.0)])[0]
         line.opacity = 0.9
-    bar.marker.colorscale = [[number, colour] for number, colour in enumerate(_WORST_TO_BEST)]
+    bar.marker.colorscale = [[end, colour] for end, colour in enumerate(_WORST_TO_BEST)]
 
 
 def _picture(path: Path) -> str | None:
-    """Return the winner's image grid as the `src` of a picture; None for a set that generates its images."""
-    shown = grid(artifact.load(path))
-    return None if shown is None else data_uri(shown)
+    """Return the winner's image grid as a data URI; None for a set that stores no images."""
+    picture = grid(artifact.load(path))
+    return None if picture is None else data_uri(picture)
 
 
 def _plotly() -> str:
-    """Return plotly's JavaScript, to be written into the page."""
     from plotly.offline import get_plotlyjs
 
     return str(get_plotlyjs())

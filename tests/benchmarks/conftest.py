@@ -13,7 +13,7 @@ from ddray.plan import Plan, resolve
 
 @pytest.fixture(autouse=True)
 def all_threads() -> Iterator[None]:
-    """Ratios are of a run that has the machine's cores."""
+    """Use the machine's cores: the bars are for that."""
     before = torch.get_num_threads()
     torch.set_num_threads(min(2, cpu_count()))
     yield
@@ -21,19 +21,19 @@ def all_threads() -> Iterator[None]:
 
 
 def best_of(*functions: Callable[[], object], rounds: int, warm: bool = False) -> list[float]:
-    """Return each function's shortest run in seconds, after one to warm up: the least disturbed one.
+    """Return each function's shortest (least disturbed) run in seconds, after a warm-up run.
 
-    The functions take turns: what else the machine does, and how fast it is meanwhile, meets them alike.
+    The functions take turns, so that other load and clock changes affect them alike.
     """
     for function in () if warm else functions:
         function()
     times: list[list[float]] = [[] for _ in functions]
     for _ in range(rounds):
-        for function, own in zip(functions, times, strict=True):
+        for function, durations in zip(functions, times, strict=True):
             begin = time.perf_counter()
             function()
-            own.append(time.perf_counter() - begin)
-    return [min(own) for own in times]
+            durations.append(time.perf_counter() - begin)
+    return [min(durations) for durations in times]
 
 
 def random_dataset(num_classes: int, per_class: int, *, name: str = "random32") -> Dataset:

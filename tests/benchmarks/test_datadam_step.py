@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 def ready(num_classes: int, batch_real: int, compile_: str = "off") -> tuple[DataDAM, DistillContext]:
-    """Return a DataDAM object that has been set up on random images."""
+    """Return a DataDAM object set up on random images."""
     dataset = random_dataset(num_classes, batch_real)
     plan = datadam_plan(dataset, batch_real, compile_)
     ctx = make_context(plan, dataset.train(), split_name="train", device=CPU)
@@ -54,13 +54,13 @@ def test_step_against_bare_convolutions(benchmark: Any) -> None:
     compiled, _ = ready(10, 256, "on")
     first = [float(method.step()["loss"]) for method in (eager, compiled)]
     assert first[1] == pytest.approx(first[0], rel=1e-3)
-    for _ in range(3):  # new random weights every step: no recompilation, the losses stay together
+    for _ in range(3):  # new random weights every step: no recompilation, equal losses
         with torch.compiler.set_stance("fail_on_recompile"):
             losses = [float(method.step()["loss"]) for method in (eager, compiled)]
         assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     unit()
-    u, own, fused = best_of(unit, eager.step, compiled.step, rounds=3, warm=True)
-    ratio = {"eager": own / u, "compiled": fused / u}
+    u, eager_seconds, compiled_seconds = best_of(unit, eager.step, compiled.step, rounds=3, warm=True)
+    ratio = {"eager": eager_seconds / u, "compiled": compiled_seconds / u}
     benchmark.extra_info.update({"U_seconds": u, **ratio})
     benchmark.pedantic(lambda: None, rounds=1)
     assert ratio["eager"] <= 2.4, ratio
@@ -68,7 +68,7 @@ def test_step_against_bare_convolutions(benchmark: Any) -> None:
 
 
 def per_class_loop(ctx: DistillContext, images: Tensor, batch_real: int) -> Any:
-    """Return a DataDAM step as the peers write it: class by class, whole batches, a new network each time."""
+    """Return a DataDAM step as other implementations do it: class by class, with a new network each time."""
     labels = torch.arange(ctx.dataset.num_classes)
     dsa = dsa_for(True)
     real_by_class = [ctx.split.images[ctx.split.labels == label] for label in labels]
@@ -83,14 +83,14 @@ def per_class_loop(ctx: DistillContext, images: Tensor, batch_real: int) -> Any:
         net = build_net("convnet3", (3, 32, 32), len(labels), seed=1).train()
         loss = torch.zeros(())
         for label in range(len(labels)):
-            chosen = torch.randperm(len(real_by_class[label]))[:batch_real]
-            real = ctx.space.encode(real_by_class[label][chosen])
+            batch_index = torch.randperm(len(real_by_class[label]))[:batch_real]
+            real = ctx.space.encode(real_by_class[label][batch_index])
             plan = dsa.draw(1, torch.Generator().manual_seed(label), shared_op=False)
             zero = torch.zeros(batch_real, dtype=torch.int64)
             with torch.no_grad():
-                wanted = statistics(net, dsa.apply(real, plan, zero))
-            found = statistics(net, dsa.apply(learned[label : label + 1], plan, zero[:1]))
-            parts = [(a - b).square().sum() for a, b in zip(wanted, found, strict=True)]
+                real_means = statistics(net, dsa.apply(real, plan, zero))
+            synthetic_means = statistics(net, dsa.apply(learned[label : label + 1], plan, zero[:1]))
+            parts = [(a - b).square().sum() for a, b in zip(real_means, synthetic_means, strict=True)]
             loss = loss + 100 * (sum(parts[:-1]) + 0.01 * parts[-1])
         optimizer.zero_grad()
         loss.backward()
@@ -100,9 +100,9 @@ def per_class_loop(ctx: DistillContext, images: Tensor, batch_real: int) -> Any:
 
 
 def loop_against_step(num_classes: int, batch_real: int) -> dict[str, float]:
-    """Return seconds of PyTorch's loop, of our step as `ddray` runs it, and of the loop with our memory.
+    """Return seconds of the loop, of our step as `ddray` runs it, and of the loop with our memory settings.
 
-    To be called in a process of its own: the order matters, since memory settings can't be taken back.
+    Call it in a fresh process: the order matters, since memory settings can't be undone.
     """
     method, ctx = ready(num_classes, batch_real)
     loop = per_class_loop(ctx, torch.randn(num_classes, 3, 32, 32), batch_real)
@@ -120,7 +120,7 @@ def loop_against_step(num_classes: int, batch_real: int) -> dict[str, float]:
 def test_step_against_a_per_class_loop(benchmark: Any, num_classes: int, batch_real: int) -> None:
     """Bar: >= 1.8 times as fast as the loop over classes.
 
-    On a CPU the gain is memory that is reused and chunks that stay in the cache: with our memory settings the
+    On a CPU the gain comes from reused memory and chunks that stay in the cache: with our memory settings the
     loop takes about as long as our eager step (`loop_seconds_with_our_memory`).
     """
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -133,10 +133,10 @@ def test_step_against_a_per_class_loop(benchmark: Any, num_classes: int, batch_r
 
 
 def test_cost_grows_linearly(benchmark: Any) -> None:
-    """Seconds per real image stay level (within a factor 1.6) from 10 classes x 32 to 40 x 64 images."""
+    """Seconds per real image stay within a factor of 1.6 from 10 classes x 32 to 40 x 64 images."""
     sizes = ((10, 32), (10, 64), (20, 64), (40, 64))
     seconds = best_of(*(ready(*size)[0].step for size in sizes), rounds=2)
-    table = {f"{c}x{b}": own / (c * b) for (c, b), own in zip(sizes, seconds, strict=True)}
+    table = {f"{c}x{b}": step_seconds / (c * b) for (c, b), step_seconds in zip(sizes, seconds, strict=True)}
     benchmark.extra_info.update({"seconds_per_real_image": table})
     benchmark.pedantic(lambda: None, rounds=1)
     assert max(table.values()) / min(table.values()) < 1.6, table

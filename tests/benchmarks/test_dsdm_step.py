@@ -34,7 +34,7 @@ def direct_distance(real: Tensor, synthetic: Tensor, *, unbiased: bool) -> Tenso
 
 
 def loss_step(distance: Callable[..., Tensor], real: Tensor, synthetic: Tensor) -> Callable[[], float]:
-    """Return the loss and its gradient from given features."""
+    """Return a function that computes the loss and its gradient from features."""
 
     def run() -> float:
         live = synthetic.clone().requires_grad_(True)
@@ -64,26 +64,26 @@ def test_covariance_loss_against_d_by_d_matrices(benchmark: Any, num_syn: int) -
 
 
 class RandomPool:
-    """A pool of one network that was not trained: speed does not depend on what it has learned."""
+    """A pool of untrained networks: speed does not depend on training."""
 
     def __init__(self, images: Tensor) -> None:
         self._images = images
 
     def get(self, specs: Sequence[PoolSpec]) -> list[PoolEntry]:
-        found = []
+        entries = []
         for spec in specs:
             net = build_net(spec.arch, spec.image_shape, spec.num_classes, seed=spec.seed).eval()
             with torch.no_grad():
                 features = torch.cat([net.embed(part) for part in self._images.split(64)])
             weights = {f"weights.{name}": value for name, value in net.state_dict().items()}
-            found.append(PoolEntry({"spec": spec.dump()}, {**weights, "features": features}))
-        return found
+            entries.append(PoolEntry({"spec": spec.dump()}, {**weights, "features": features}))
+        return entries
 
 
 def steps_by(ipc: int, with_our_memory: bool) -> dict[str, float]:
-    """Return seconds of a step with both forms, with PyTorch's memory settings or those of a `ddray` command.
+    """Return seconds of a step in both forms, with PyTorch's memory settings or those of a `ddray` command.
 
-    To be called in a process of its own: memory settings can't be taken back.
+    Call it in a fresh process: memory settings can't be undone.
     """
     if with_our_memory:
         reuse_freed_memory()
@@ -102,12 +102,12 @@ def steps_by(ipc: int, with_our_memory: bool) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("ipc", [1, 10])
-@pytest.mark.slow  # a ratio near its bar, or a minute long: for a machine that does nothing else
+@pytest.mark.slow  # near its bar, or a minute long: needs an otherwise idle machine
 def test_step_against_d_by_d_matrices(benchmark: Any, ipc: int) -> None:
-    """Bar: a whole step of preset `paper` >= 3 times as fast at ipc 1; at ipc 10 the networks weigh more.
+    """Bar: a whole step of preset `paper` >= 3 times as fast at ipc 1; at ipc 10 the networks dominate.
 
-    Both sides with PyTorch's own memory settings, under which the pages of large d x d matrices are made anew
-    in each step. What is left of the gain with those of a `ddray` command is kept beside it, without a bar.
+    Both sides use PyTorch's own memory settings, under which the pages of large d x d matrices are allocated
+    anew in each step. The gain with the settings of a `ddray` command is recorded too, without a bar.
     """
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         seconds = benchmark.pedantic(pool.apply, args=(steps_by, (ipc, False)), rounds=1)

@@ -1,4 +1,4 @@
-"""What ranking architectures costs: our training against a plain loop, the executor's share, enumeration."""
+"""Cost of ranking architectures: training against a plain loop, executor overhead, enumeration."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RECIPE = NasRecipe(epochs=EPOCHS)
 
 
 def plain_loop(images: torch.Tensor, labels: torch.Tensor, val: torch.Tensor, indices: list[int]) -> float:
-    """Train one network after another as the peers do: a DataLoader, a sync per step; return the seconds."""
+    """Train networks one by one with a DataLoader and a sync per step; return the seconds."""
     space = get_space("convnet720")
     dsa = dsa_for(True)
     begin = time.perf_counter()
@@ -42,9 +42,9 @@ def plain_loop(images: torch.Tensor, labels: torch.Tensor, val: torch.Tensor, in
         draw = torch.Generator().manual_seed(0)
         losses = []
         for _ in range(EPOCHS):
-            for batch, wanted in loader:
+            for batch, targets in loader:
                 augmented = dsa.apply(batch, dsa.draw(len(batch), draw, shared_op=True))
-                loss = F.cross_entropy(net(augmented), wanted)
+                loss = F.cross_entropy(net(augmented), targets)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -77,18 +77,21 @@ def our_sweep(data: SweepData, indices: list[int], run: Path) -> float:
     ]
     tasks.sort(key=lambda task: -task.cost)
     with ray_runtime(None):
-        held = ray.put(data)
+        data_ref = ray.put(data)
         job = NasJob(str(run), epoch, run.name, 1.0, 0.0)
-        # Workers are long-lived: their start and their imports are no part of a unit. No unit is handed out
-        # before both workers have met: the clock would start after the first one's work.
-        work = [Task(task.key, in_worker, (job, held, task)) for task in tasks]
+        # Workers are long-lived: their start and imports are not part of a unit. No unit is handed out before
+        # both workers are ready, or some work would be done before the clock starts.
+        work = [Task(task.key, in_worker, (job, data_ref, task)) for task in tasks]
         met: list[str] = []
 
         def after(outcome: Outcome) -> list[Task]:
             met.append(outcome.key)
             return work if len(met) == NUM_WORKERS else []
 
-        meet = [Task(f"worker {number}", _meet, (str(run), number)) for number in range(NUM_WORKERS)]
+        meet = [
+            Task(f"worker {worker_index}", _meet, (str(run), worker_index))
+            for worker_index in range(NUM_WORKERS)
+        ]
         outcomes = fan_out(meet, num_workers=NUM_WORKERS, cpus=1, gpus=0, follow=after)
         assert [next(outcomes).error for _ in meet] == [None] * NUM_WORKERS
         assert not Ledger(run).rows("nas")
@@ -100,13 +103,13 @@ def our_sweep(data: SweepData, indices: list[int], run: Path) -> float:
     return seconds
 
 
-def _meet(folder: str, number: int) -> None:
-    """Import what units need, and return when all workers have."""
+def _meet(folder: str, worker_index: int) -> None:
+    """Import what units need, and return when all workers have done so."""
     import torchvision  # noqa: F401
 
     import ddray.nas.units  # noqa: F401
 
-    (Path(folder) / f"worker-{number}.here").touch()
+    (Path(folder) / f"worker-{worker_index}.here").touch()
     while len(list(Path(folder).glob("worker-*.here"))) < NUM_WORKERS:
         time.sleep(0.01)
 
@@ -119,7 +122,7 @@ def test_a_sweep_against_a_plain_loop(benchmark: Any, tmp_path: Path) -> None:
     split = dataset.train()
     space = PixelSpace("normalized", dataset.mean, dataset.std)
     images = space.encode(split.images)
-    # The cheaper three quarters: the widest maps would take minutes, and both sides the same convolutions.
+    # The cheaper three quarters: the widest would take minutes, with the same convolutions on both sides.
     everything = sample(get_space("convnet720"), 32, seed=0, image_shape=(3, 32, 32), num_classes=10)
     costs = {index: get_space("convnet720").cost(index, (3, 32, 32), 10) for index in everything}
     indices = sorted(sorted(everything, key=costs.__getitem__)[:NUM_ARCHS])
@@ -139,7 +142,7 @@ def test_a_sweep_against_a_plain_loop(benchmark: Any, tmp_path: Path) -> None:
 
 @pytest.mark.ray
 def test_overhead_per_unit(benchmark: Any, tmp_path: Path) -> None:
-    """Bar: < 20 ms per unit beside the training itself."""
+    """Bar: < 20 ms per unit on top of the training itself."""
     images = np.zeros((10, 1, 16, 16), np.uint8)
     labels = np.arange(10)
     space = {"kind": "raw", "mean": (0.0,), "std": (1.0,)}
@@ -153,17 +156,17 @@ def test_overhead_per_unit(benchmark: Any, tmp_path: Path) -> None:
     index = min(range(len(tiny)), key=lambda i: tiny.cost(i, (1, 16, 16), 10))
     tasks = [
         NasTask(
-            units=(Unit(kind="nas", spec={"number": number}),),
+            units=(Unit(kind="nas", spec={"number": seed}),),
             index=index,
             set_name="proxy",
-            seeds=(number,),
+            seeds=(seed,),
             recipe=NasRecipe(epochs=1, augment="none").dump(),
             num_steps=1,
             space={"name": "convnet720"},
             shuffle=True,
             cost=1.0,
         )
-        for number in range(100)
+        for seed in range(100)
     ]
     ledger = Ledger(run)
     with ray_runtime(None):
@@ -174,7 +177,7 @@ def test_overhead_per_unit(benchmark: Any, tmp_path: Path) -> None:
 
         list(RayExecutor(NasOptions(num_workers=1))(job, data, tasks, start))
     finished = sorted(event["time"] for event in ledger.events() if event["event"] == "finish")
-    work = sum(sorted(row.wall_s for row in ledger.rows("nas"))[:-1])  # the first row pays for imports
+    work = sum(sorted(row.wall_s for row in ledger.rows("nas"))[:-1])  # the first row includes the imports
     overhead = (finished[-1] - finished[0] - work) / (len(tasks) - 1)
     benchmark.extra_info.update({"overhead_seconds": overhead})
     benchmark.pedantic(lambda: None, rounds=1)
@@ -185,11 +188,11 @@ def test_describing_every_cell(benchmark: Any) -> None:
     """Bar: < 10 s for all 15,625."""
     begin = time.perf_counter()
     space = get_space("nasbench201")
-    found = [space.describe(index) for index in range(len(space))]
+    archs = [space.describe(index) for index in range(len(space))]
     seconds = time.perf_counter() - begin
     benchmark.extra_info.update({"seconds": seconds})
     benchmark.pedantic(lambda: None, rounds=1)
-    assert len(found) == 15_625
+    assert len(archs) == 15_625
     assert seconds < 10
 
 
@@ -199,10 +202,10 @@ def test_the_bootstrap_of_every_cell(benchmark: Any) -> None:
     truth = np.round(generator.random(15625), 4)
     scores = np.round(truth + 0.1 * generator.standard_normal(15625), 3)
     begin = time.process_time()
-    found = figures_of_merit(scores, truth, storage_images=1.0, wall_s=0.0, chance=0.1, num_bootstrap=1000)
+    figures = figures_of_merit(scores, truth, storage_images=1.0, wall_s=0.0, chance=0.1, num_bootstrap=1000)
     seconds = time.process_time() - begin
     benchmark.extra_info.update({"cpu_seconds": seconds})
     benchmark.pedantic(lambda: None, rounds=1)
-    low, high = found["spearman_ci95"]
+    low, high = figures["spearman_ci95"]
     assert high - low < 0.02
     assert seconds < 10, seconds

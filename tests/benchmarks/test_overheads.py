@@ -1,4 +1,4 @@
-"""What the machinery costs: start of the command line, a trial's overhead, a trial's memory."""
+"""Overheads: start of the command line, and time and memory per trial."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_help_is_light(benchmark: Any) -> None:
 
 @pytest.mark.ray
 def test_overhead_per_trial(benchmark: Any, tmp_path: Path) -> None:
-    """Bar: < 0.3 s between trials' own work, Ray's start aside."""
+    """Bar: < 0.3 s between the work of two trials, without Ray's start."""
     run = tmp_path / "run"
     layers = {"steps": 0, "evaluate": {"epochs": 1, "seeds": 1}, "method": {"batch_real": 4}}
     search(
@@ -50,10 +50,12 @@ def test_overhead_per_trial(benchmark: Any, tmp_path: Path) -> None:
         if event["key"] in rows and event["event"] in times:
             times[event["event"]][event["key"]] = event["time"]
     order = sorted(times["finish"].values())
-    # The first trial pays for the worker's imports; the others follow one another.
-    whole = order[-1] - order[0]
-    own = sum(times["finish"][key] - times["start"][key] for key in rows if times["finish"][key] > order[0])
-    overhead = (whole - own) / (len(rows) - 1)
+    # The first trial includes the worker's imports, so it is not counted.
+    total_seconds = order[-1] - order[0]
+    trial_seconds = sum(
+        times["finish"][key] - times["start"][key] for key in rows if times["finish"][key] > order[0]
+    )
+    overhead = (total_seconds - trial_seconds) / (len(rows) - 1)
     benchmark.extra_info.update({"overhead_seconds": overhead})
     benchmark.pedantic(lambda: None, rounds=1)
     assert overhead < 0.3, overhead
@@ -83,7 +85,7 @@ print("PEAK", int(peak.split()[1]) / 2**20)
 
 
 def test_memory_of_a_cifar10_trial(benchmark: Any, tmp_path: Path) -> None:
-    """Bar: < 2.5 GiB for a trial at CIFAR-10's size, whitened, its payload in the same process."""
+    """Bar: < 2.5 GiB for a whitened trial at CIFAR-10's size, including its payload."""
     run = tmp_path / "run"
     run.mkdir()
     done = subprocess.run(

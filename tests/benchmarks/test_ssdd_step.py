@@ -27,7 +27,7 @@ NUM_REAL = 2500
 
 
 class UntrainedTeacher:
-    """A pool whose teacher was never trained: its speed is that of a trained one."""
+    """A pool with an untrained teacher, which is as fast as a trained one."""
 
     def get(self, specs: Sequence[PoolSpec]) -> list[PoolEntry]:
         (spec,) = specs
@@ -38,7 +38,7 @@ class UntrainedTeacher:
 
 
 def ready() -> tuple[Any, DistillContext]:
-    """Return Boost-SSDD at CIFAR-100's N=100, with a pool of two inner networks, already filled."""
+    """Return Boost-SSDD set up for CIFAR-100 at N=100, with a pool of two inner networks."""
     dataset = random_dataset(100, NUM_REAL // 100, name="cifar100")
     quick = {"steps": 100, "compile": "off", "method": {"pool_size": 2, "inner_steps_max": 1}}
     plan = resolve("boost_ssdd", dataset, budget=100, layers=[quick])
@@ -50,37 +50,41 @@ def ready() -> tuple[Any, DistillContext]:
 
 
 def plain_step(loop: Any, ctx: DistillContext, cached: Tensor | None = None) -> Callable[[], None]:
-    """Return a step as one would write it first: the teacher on every batch, view by view, an inverse.
+    """Return a naive step: the teacher on every batch, view by view, an explicit inverse.
 
     With `cached` representations of the real images the teacher is not run.
     """
     teacher = build_net("resnet18", (3, 32, 32), 1, seed=0).eval()
     net = build_net(ctx.arch, (3, 32, 32), 512, seed=1)
     inner = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
-    held = {name: p.detach().clone().requires_grad_() for name, p in loop.parameters.items()}
-    outer = torch.optim.AdamW(held.values(), lr=1e-3, weight_decay=0.0)
+    parameters = {name: p.detach().clone().requires_grad_() for name, p in loop.parameters.items()}
+    outer = torch.optim.AdamW(parameters.values(), lr=1e-3, weight_decay=0.0)
     generator = torch.Generator().manual_seed(0)
 
     def pairs() -> tuple[list[Tensor], Tensor]:
-        small = (held["image_coefficients"] @ held["image_bases"].flatten(1)).view(-1, 3, 16, 16)
+        small = (parameters["image_coefficients"] @ parameters["image_bases"].flatten(1)).view(-1, 3, 16, 16)
         images = F.interpolate(small, scale_factor=2, mode="bilinear")
-        coefficients = torch.cat([held["target_coefficients"][None], held["view_coefficients"]]).flatten(0, 1)
-        return [images.rot90(turn, (2, 3)) for turn in range(4)], coefficients @ held["target_bases"]
+        coefficients = torch.cat(
+            [parameters["target_coefficients"][None], parameters["view_coefficients"]]
+        ).flatten(0, 1)
+        return [images.rot90(turn, (2, 3)) for turn in range(4)], coefficients @ parameters["target_bases"]
 
     def run() -> None:
         net.eval()
         index = torch.randperm(NUM_REAL, generator=generator)[:1024]
         real = ctx.space.encode(ctx.split.images[index])
         with torch.no_grad():
-            wanted = teacher.embed(real) if cached is None else cached[index]
+            targets = teacher.embed(real) if cached is None else cached[index]
             t = net.embed(real)
         views, y = pairs()
         s = torch.cat([net.embed(view) for view in views])
         s, t = (torch.cat([f, torch.ones(len(f), 1)], 1) for f in (s, t))
         gram = s @ s.T
         penalty = 1e-6 * gram.trace().detach()
-        loss = F.mse_loss(t @ s.T @ torch.linalg.inv(gram + penalty * torch.eye(len(s))) @ y, wanted)
-        for p, gradient in zip(held.values(), torch.autograd.grad(loss, list(held.values())), strict=True):
+        loss = F.mse_loss(t @ s.T @ torch.linalg.inv(gram + penalty * torch.eye(len(s))) @ y, targets)
+        for p, gradient in zip(
+            parameters.values(), torch.autograd.grad(loss, list(parameters.values())), strict=True
+        ):
             p.grad = gradient
         outer.step()
         net.train()
@@ -93,26 +97,26 @@ def plain_step(loop: Any, ctx: DistillContext, cached: Tensor | None = None) -> 
     return run
 
 
-@pytest.mark.slow  # a ratio near its bar, or a minute long: for a machine that does nothing else
+@pytest.mark.slow  # near its bar, or a minute long: needs an otherwise idle machine
 def test_outer_step_against_a_plain_one(benchmark: Any) -> None:
     """Bar: >= 2 times as fast on a CPU (m = 114, 4 views, 1,024 real images)."""
     distiller, ctx = ready()
     loop = distiller.loop
     assert loop.parameters["image_coefficients"].shape == (114, 200)
-    # Every turn trains an inner network for one step, as most turns of a run do.
+    # Every outer step trains an inner network for one step, as most outer steps of a run do.
     loop.inner.fill(loop._draw())
     for slot in loop.inner._slots:
         slot.trained = -(10**6)
-    # The teacher is most of a plain step: what the rest gains is seen where its features are kept.
+    # The teacher dominates a plain step: the comparison with cached features shows the gain of the rest.
     loops = plain_step(loop, ctx), plain_step(loop, ctx, distiller.representations)
-    ours, base, kept = best_of(distiller.step, *loops, rounds=3)
+    ours, base, cached = best_of(distiller.step, *loops, rounds=3)
     benchmark.extra_info.update({"plain_seconds": base, "ours_seconds": ours, "times_faster": base / ours})
-    benchmark.extra_info.update({"cached_seconds": kept, "times_faster_than_cached": kept / ours})
+    benchmark.extra_info.update({"cached_seconds": cached, "times_faster_than_cached": cached / ours})
     benchmark.pedantic(lambda: None, rounds=1)
     assert base / ours >= 2.0, benchmark.extra_info
 
 
-@pytest.mark.slow  # a ratio near its bar, or a minute long: for a machine that does nothing else
+@pytest.mark.slow  # near its bar, or a minute long: needs an otherwise idle machine
 def test_linear_evaluation_of_one_backbone(benchmark: Any) -> None:
     """Bar: embeddings once, then the probe's 5,000 steps in <= 60 s for MNIST-sized targets."""
     generator = torch.Generator().manual_seed(0)

@@ -40,12 +40,12 @@ SPEC = {
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bench's page, with every section that a bench has."""
+    """A bench's page with all its sections."""
     folder = tmp_path_factory.mktemp("browser")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DDRAY_HOME", str(folder / "home"))
-        held = prepare(BenchSpec.parse(SPEC), BenchOptions(executor="local"))
-        run_bench(held, run_local, run_dir=folder / "run")
+        plan = prepare(BenchSpec.parse(SPEC), BenchOptions(executor="local"))
+        run_bench(plan, run_local, run_dir=folder / "run")
         write_page([folder / "run"], folder / "page.html")
     return folder / "page.html"
 
@@ -55,7 +55,7 @@ Open = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Open]:
-    """Opens a page in a window of some width and colour scheme; one browser per window."""
+    """Open a page at some width and colour scheme; one browser per page."""
     opened = []
 
     def start(page: Path, *, width: int = 1200, dark: bool = False) -> Any:
@@ -63,7 +63,7 @@ def browser() -> Iterator[Open]:
         options.binary_location = BROWSER
         for argument in (
             *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
-            "--host-resolver-rules=MAP * ~NOTFOUND",  # whatever it might fetch fails
+            "--host-resolver-rules=MAP * ~NOTFOUND",  # any network request fails
         ):
             options.add_argument(argument)
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
@@ -100,7 +100,7 @@ def test_it_loads_without_errors_and_draws_every_plot(desktop: Any) -> None:
         "return [...document.querySelectorAll('.js-plotly-plot')]"
         ".filter(p => width(p) > p.parentElement.clientWidth + 1).length"
     )
-    assert desktop.execute_script(spilled) == 0, "a plot is wider than its place"
+    assert desktop.execute_script(spilled) == 0, "a plot is wider than its container"
     broken = "return [...document.images].filter(i => !i.complete || i.naturalWidth === 0).length"
     assert desktop.execute_script(broken) == 0
     assert desktop.execute_script("return performance.getEntriesByType('resource').length") == 0
@@ -176,13 +176,13 @@ def test_text_can_be_read_in_light_and_dark(browser: Open, page: Path, dark: boo
 
 
 def luminance(colour: str) -> float:
-    """Return WCAG's relative luminance of `rgb(r, g, b)`."""
+    """Return the WCAG relative luminance of `rgb(r, g, b)`."""
     values = [float(part) / 255 for part in colour[colour.index("(") + 1 : -1].split(",")[:3]]
     linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in values]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def contrast(a: str, b: str) -> float:
-    """Return WCAG's contrast of two colours."""
+    """Return the WCAG contrast of two colours."""
     high, low = sorted((luminance(a), luminance(b)), reverse=True)
     return (high + 0.05) / (low + 0.05)

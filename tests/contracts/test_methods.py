@@ -1,4 +1,4 @@
-"""What every method keeps, ours and a user's own alike."""
+"""The contract of every method, built-in or a user's."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def fields(method: str) -> dict[str, Any]:
 
 
 def small(method: str) -> dict[str, Any]:
-    """Settings that make a method quick, of those that it has."""
+    """Settings that make a method quick, limited to those that it has."""
     generator = {"epochs": 1, "vae_epochs": 1, "vae_width": 8, "depth": 1, "heads": 1, "head_dim": 8}
     quick = {
         "batch_real": 8,
@@ -60,25 +60,32 @@ def has_steps(method: str, dataset: Any) -> bool:
 
 
 def started(
-    planned: Any, method: str, dataset: Any, *, steps: int, seed: int = 0, ipc: int = 1, **more: Any
+    planned: Any,
+    method: str,
+    dataset: Any,
+    *,
+    steps: int,
+    seed: int = 0,
+    ipc: int = 1,
+    **method_settings: Any,
 ) -> tuple[DistillContext, Distiller]:
     layers = {**small(method), **({"steps": steps} if has_steps(method, dataset) else {})}
-    layers["method"] = {**layers["method"], **more}
+    layers["method"] = {**layers["method"], **method_settings}
     _, ctx, distiller = planned(method, dataset, ipc=ipc, seed=seed, **layers)
     distiller.setup(ctx)
     return ctx, distiller
 
 
-def saved(made: artifact.DistilledSet, path: Path) -> bytes:
-    made.save(path)
+def saved(distilled: artifact.DistilledSet, path: Path) -> bytes:
+    distilled.save(path)
     return path.read_bytes()
 
 
 def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
-    held = io.BytesIO()
-    torch.save(state, held)
-    held.seek(0)
-    loaded: dict[str, Any] = torch.load(held, weights_only=True)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    loaded: dict[str, Any] = torch.load(buffer, weights_only=True)
     return loaded
 
 
@@ -129,23 +136,23 @@ def test_it_distils_digits_into_a_valid_artifact(
         assert values["loss"].shape in ((), (1,))
         assert torch.isfinite(values["loss"]).all()
 
-    made = distiller.snapshot()
-    made.save(tmp_path / "distilled.pt")
-    held = artifact.load(tmp_path / "distilled.pt")
+    distilled = distiller.snapshot()
+    distilled.save(tmp_path / "distilled.pt")
+    loaded = artifact.load(tmp_path / "distilled.pt")
 
     if budget_method(method) is None:
-        assert held.images.shape == (10 * ipc, 1, 16, 16)
-        assert held.labels.tolist() == [label for label in range(10) for _ in range(ipc)]
-        assert held.meta.storage_floats == 10 * ipc * 256
+        assert loaded.images.shape == (10 * ipc, 1, 16, 16)
+        assert loaded.labels.tolist() == [label for label in range(10) for _ in range(ipc)]
+        assert loaded.meta.storage_floats == 10 * ipc * 256
     else:
-        assert held.targets is not None
-        assert len(held.images) == len(held.targets) >= 1
-        assert held.meta.budget == 10 * ipc
-        assert held.meta.storage_floats <= 10 * ipc * 256
-    assert (held.meta.method, held.meta.dataset, held.meta.ipc) == (method, "digits", ipc)
-    assert held.meta.fingerprint == digits.fingerprint
-    assert held.meta.arch == ctx.arch
-    assert torch.equal(held.images, made.images)
+        assert loaded.targets is not None
+        assert len(loaded.images) == len(loaded.targets) >= 1
+        assert loaded.meta.budget == 10 * ipc
+        assert loaded.meta.storage_floats <= 10 * ipc * 256
+    assert (loaded.meta.method, loaded.meta.dataset, loaded.meta.ipc) == (method, "digits", ipc)
+    assert loaded.meta.fingerprint == digits.fingerprint
+    assert loaded.meta.arch == ctx.arch
+    assert torch.equal(loaded.images, distilled.images)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -157,9 +164,9 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
         torch.rand(seed + 3)  # the global generator decides nothing
         for _ in range(distiller.num_steps):
             distiller.step()
-        made = distiller.snapshot()
-        saved(made, tmp_path / name)
-        return made
+        distilled = distiller.snapshot()
+        saved(distilled, tmp_path / name)
+        return distilled
 
     run(0, "a.pt"), run(0, "b.pt")
     others = [run(seed, "c.pt") for seed in (1, 2, 3)]
@@ -210,18 +217,18 @@ def test_save_load_continue_equals_uninterrupted(method: str, cut: int, toy: Any
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_state_is_a_copy(method: str, toy: Any, planned: Any) -> None:
-    """Stepping on changes neither a state nor a set that was handed out before."""
+    """Later steps change neither a state nor a set returned earlier."""
     _, distiller = started(planned, method, toy(), steps=3)
     if distiller.num_steps:
         distiller.step()
-    state, made = distiller.state_dict(), distiller.snapshot()
-    kept, images = through_a_file(state), made.images.clone()
+    state, distilled = distiller.state_dict(), distiller.snapshot()
+    before, images = through_a_file(state), distilled.images.clone()
     for _ in range(distiller.num_steps - 1):
         distiller.step()
 
-    assert same(state, kept)
-    assert torch.equal(made.images, images)
-    assert not made.images.requires_grad
+    assert same(state, before)
+    assert torch.equal(distilled.images, images)
+    assert not distilled.images.requires_grad
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -286,14 +293,14 @@ def test_its_search_space_names_its_fields_and_only_legal_values(method: str, di
     space = read_space(shipped("search_spaces", "hpo", f"{method}.yaml"))
 
     assert set(space) <= set(fields(method))
-    for name, held in space.items():
-        for value in held.ends():
+    for name, dimension in space.items():
+        for value in dimension.ends():
             plan = resolve(method, digits, ipc=1, layers=[{"method": {name: value}}])
             assert getattr(plan.config.method, name) == value
-    for number in range(5):
-        resolve(method, digits, ipc=1, layers=[{"method": sample(space, 0, number)}])
-    if all(held.kind == "choice" for held in space.values()):
-        assert grid(space, {name: held.choices[-1] for name, held in space.items()})
+    for trial_id in range(5):
+        resolve(method, digits, ipc=1, layers=[{"method": sample(space, 0, trial_id)}])
+    if all(dimension.kind == "choice" for dimension in space.values()):
+        assert grid(space, {name: dimension.choices[-1] for name, dimension in space.items()})
 
 
 def test_shipped_configs_are_found() -> None:
@@ -306,7 +313,7 @@ def test_a_shipped_config_resolves_and_decides(path: Path, toy: Any) -> None:
     dataset = toy(counts=(60,) * 10, shape=SHAPES.get(name, (3, 32, 32)), name=name)
     plan = resolve(path.parent.name, dataset, ipc=int(ipc or 1))
 
-    wanted = read_yaml(path)
-    held = plan.config.dump()
-    assert wanted
-    assert difference(merge(held, wanted), held) == []
+    expected = read_yaml(path)
+    resolved = plan.config.dump()
+    assert expected
+    assert difference(merge(resolved, expected), resolved) == []

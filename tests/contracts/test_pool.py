@@ -1,4 +1,4 @@
-"""What every pool keeps: the one in files, and the one that a cluster's workers share."""
+"""The contract of every pool: the one in files, and the one that a cluster's workers share."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ class Counting:
     def __init__(self) -> None:
         self.seeds: list[int] = []
 
-    def __call__(self, wanted: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
-        self.seeds.append(wanted.seed)
-        net = build_net(wanted.arch, wanted.image_shape, wanted.num_classes, seed=wanted.seed + 1)
+    def __call__(self, pool_spec: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+        self.seeds.append(pool_spec.seed)
+        net = build_net(pool_spec.arch, pool_spec.image_shape, pool_spec.num_classes, seed=pool_spec.seed + 1)
         weights = {f"weights.{name}": tensor for name, tensor in net.state_dict().items()}
         return {**weights, "features": torch.arange(6.0).view(3, 2).T}, {"final_loss": 0.5}
 
@@ -75,18 +75,18 @@ def test_what_is_missing_is_trained_once_and_given_in_order(make: Make, ddray_ho
     trainer = Counting()
     pool = make(trainer)
 
-    found = pool.get([spec(), spec(1), spec()])
+    entries = pool.get([spec(), spec(1), spec()])
     later = make(trainer).get([spec(1)])
     in_files = LocalPool(trainer).get([spec(), spec(1)])
 
     assert trainer.seeds == [0, 1]
-    assert [entry.meta["spec"]["seed"] for entry in found] == [0, 1, 0]
-    assert [entry.meta for entry in in_files] == [entry.meta for entry in found[:2]]
-    assert later[0].meta == found[1].meta
-    meta = found[0].meta
+    assert [entry.meta["spec"]["seed"] for entry in entries] == [0, 1, 0]
+    assert [entry.meta for entry in in_files] == [entry.meta for entry in entries[:2]]
+    assert later[0].meta == entries[1].meta
+    meta = entries[0].meta
     assert (meta["key"], meta["times_trained"], meta["final_loss"]) == (spec().key, 1, 0.5)
     assert meta["wall_s"] > 0
-    for entry, other in zip(found[:2], in_files, strict=True):
+    for entry, other in zip(entries[:2], in_files, strict=True):
         assert entry.tensors.keys() == other.tensors.keys()
         assert all(torch.equal(value, other.tensors[name]) for name, value in entry.tensors.items())
     folders = sorted(path.name for path in (ddray_home / "pool").iterdir() if path.is_dir())
@@ -94,17 +94,17 @@ def test_what_is_missing_is_trained_once_and_given_in_order(make: Make, ddray_ho
 
 
 def test_an_entry_of_the_files_is_found(make: Make) -> None:
-    (there,) = LocalPool(Counting()).get([spec()])
+    (entry,) = LocalPool(Counting()).get([spec()])
     trainer = Counting()
-    assert make(trainer).get([spec()])[0].meta == there.meta
+    assert make(trainer).get([spec()])[0].meta == entry.meta
     assert trainer.seeds == []
 
 
 def test_an_entry_gives_its_network(make: Make) -> None:
     (entry,) = make(Counting()).get([spec()])
-    wanted = build_net("convnet1_w8_bn", (1, 8, 8), 3, seed=1).eval()
+    expected_net = build_net("convnet1_w8_bn", (1, 8, 8), 3, seed=1).eval()
     images = torch.rand(2, 1, 8, 8)
-    assert torch.equal(entry.module()(images), wanted(images))
+    assert torch.equal(entry.module()(images), expected_net(images))
     assert torch.equal(entry.tensors["features"], torch.tensor([[0.0, 2.0, 4.0], [1.0, 3.0, 5.0]]))
 
 
@@ -118,8 +118,8 @@ def test_writing_to_an_entry_changes_nobody_elses(make: Make) -> None:
 
 
 def test_an_error_of_the_trainer_is_the_callers_and_the_next_one_may_try(make: Make) -> None:
-    def fail(wanted: PoolSpec) -> Any:
-        raise DivergedError(f"seed {wanted.seed} diverged")
+    def fail(pool_spec: PoolSpec) -> Any:
+        raise DivergedError(f"seed {pool_spec.seed} diverged")
 
     with pytest.raises(DivergedError, match="seed 0 diverged"):
         make(fail).get([spec()])
@@ -134,23 +134,23 @@ def test_a_damaged_entry_is_trained_again(make: Make, ddray_home: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
     trainer = Counting()
 
-    found = make(trainer).get([spec(), spec(1)])
+    entries = make(trainer).get([spec(), spec(1)])
 
     assert trainer.seeds == [0]
-    assert [entry.meta["times_trained"] for entry in found] == [2, 1]
+    assert [entry.meta["times_trained"] for entry in entries] == [2, 1]
     assert (ddray_home / "pool" / f"{spec().key}.corrupt-1" / TENSORS).stat().st_size == 100
 
 
 def test_of_many_clients_one_trains_each_entry(make: Make) -> None:
-    trainer, found, errors = Counting(), [], []
-    wanted = [spec(seed) for seed in range(4)]
+    trainer, results, errors = Counting(), [], []
+    specs = [spec(seed) for seed in range(4)]
     gate = threading.Barrier(5)
 
     def work() -> None:
         try:
             pool = make(trainer)
             gate.wait()
-            found.append(pool.get(wanted))
+            results.append(pool.get(specs))
         except BaseException as error:
             errors.append(error)
 
@@ -162,29 +162,29 @@ def test_of_many_clients_one_trains_each_entry(make: Make) -> None:
 
     assert errors == []
     assert sorted(trainer.seeds) == [0, 1, 2, 3]
-    metas = {json.dumps([entry.meta for entry in entries], sort_keys=True) for entries in found}
-    assert (len(found), len(metas)) == (5, 1)
+    metas = {json.dumps([entry.meta for entry in entries], sort_keys=True) for entries in results}
+    assert (len(results), len(metas)) == (5, 1)
 
 
 def test_an_entry_may_be_trained_from_another(make: Make) -> None:
-    """As features from a teacher: the trainer asks the pool itself."""
-    asked: list[int] = []
+    """For example features from a teacher: the trainer itself uses the pool."""
+    feature_sums: list[int] = []
 
-    def train(wanted: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
-        if wanted.parents:
-            asked.append(int(make(train).get([spec()])[0].tensors["features"].sum()))
-        return Counting()(wanted)
+    def train(pool_spec: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+        if pool_spec.parents:
+            feature_sums.append(int(make(train).get([spec()])[0].tensors["features"].sum()))
+        return Counting()(pool_spec)
 
     child = spec(1).model_copy(update={"parents": (spec().key,)})
     make(train).get([child])
-    assert asked == [15]
+    assert feature_sums == [15]
 
 
 def test_large_tensors_arrive_too(make: Make) -> None:
-    """More than 64 MiB: left to the file where others go through the object store."""
+    """More than 64 MiB: read from the file, while others go through the object store."""
     large = torch.arange(17 * 2**20, dtype=torch.int32)
 
-    def train(wanted: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+    def train(pool_spec: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
         return {"large": large, "half": torch.ones(3, dtype=torch.bfloat16), "small": torch.ones(2)}, {}
 
     (entry,) = make(train).get([spec()])

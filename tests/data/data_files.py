@@ -74,9 +74,9 @@ def write_cifar(root: Path, *, fine: bool, per_batch: int = 10) -> dict[str, tup
     key = "fine_labels" if fine else "labels"
     train_names = ["train"] if fine else [f"data_batch_{i}" for i in range(1, 6)]
     written: dict[str, tuple[list[np.ndarray], list[int]]] = {"train": ([], []), "test": ([], [])}
-    for place, name in enumerate([*train_names, "test" if fine else "test_batch"]):
+    for batch_index, name in enumerate([*train_names, "test" if fine else "test_batch"]):
         num = 100 if fine else per_batch
-        images = random_images(num, (3, 32, 32), seed=place)
+        images = random_images(num, (3, 32, 32), seed=batch_index)
         labels = [i % classes for i in range(num)]
         (folder / name).write_bytes(pickle.dumps({"data": images.reshape(num, -1), key: labels}, protocol=2))
         half = written["train" if name in train_names else "test"]

@@ -43,16 +43,16 @@ def test_a_crop_is_the_box_resized() -> None:
     images = torch.rand(3, 2, 12, 12, generator=seeded())
     boxes = torch.tensor([[0, 0, 12, 12], [2, 4, 6, 6], [3, 0, 4, 8]])
 
-    found = resized_crops(images, boxes)
+    crops = resized_crops(images, boxes)
 
-    assert torch.allclose(found[0], images[0], atol=1e-5)
+    assert torch.allclose(crops[0], images[0], atol=1e-5)
     for image, crop, (top, left, rows, columns) in zip(
-        images[1:], found[1:], boxes[1:].tolist(), strict=True
+        images[1:], crops[1:], boxes[1:].tolist(), strict=True
     ):
         part = image[None, :, top : top + rows, left : left + columns]
-        wanted = F.interpolate(part, (12, 12), mode="bilinear", align_corners=False)[0]
-        inner = slice(2, -2)  # at its edges a crop sees its neighbours in the image, a cut-out part does not
-        assert torch.allclose(crop[:, inner, inner], wanted[:, inner, inner], atol=1e-4)
+        expected = F.interpolate(part, (12, 12), mode="bilinear", align_corners=False)[0]
+        inner = slice(2, -2)  # at its edges a crop sees the image around it, a cut-out part does not
+        assert torch.allclose(crop[:, inner, inner], expected[:, inner, inner], atol=1e-4)
 
 
 def test_a_flip_mirrors_the_crop() -> None:

@@ -10,13 +10,13 @@ from ddray.errors import InputError
 
 
 def numbered(labels: list[int]) -> Split:
-    """Images whose pixel is their place (two bytes)."""
-    place = torch.arange(len(labels))
-    images = torch.stack([place // 256, place % 256], 1).to(torch.uint8)[:, :, None, None]
+    """Images whose pixel encodes their position (two bytes)."""
+    position = torch.arange(len(labels))
+    images = torch.stack([position // 256, position % 256], 1).to(torch.uint8)[:, :, None, None]
     return Split(images, torch.tensor(labels, dtype=torch.long))
 
 
-def places(split: Split) -> list[int]:
+def positions(split: Split) -> list[int]:
     images = split.images[:, :, 0, 0].long()
     return (images[:, 0] * 256 + images[:, 1]).tolist()
 
@@ -36,24 +36,24 @@ def test_carve_val_is_disjoint_complete_ordered_and_stratified(
             carve_val(split, seed=seed, fraction=fraction)
         return
     train, val = carve_val(split, seed=seed, fraction=fraction)
-    assert sorted(places(train) + places(val)) == list(range(len(labels)))
-    assert places(train) == sorted(places(train))
-    assert places(val) == sorted(places(val))
+    assert sorted(positions(train) + positions(val)) == list(range(len(labels)))
+    assert positions(train) == sorted(positions(train))
+    assert positions(val) == sorted(positions(val))
     for part in (train, val):
-        assert part.labels.tolist() == [labels[place] for place in places(part)]
+        assert part.labels.tolist() == [labels[position] for position in positions(part)]
     for label in set(labels):
-        num, held = labels.count(label), int((val.labels == label).sum())
+        num, num_val = labels.count(label), int((val.labels == label).sum())
         if num == 1:
-            assert held == 0
+            assert num_val == 0
         else:
-            assert 1 <= held <= num - 1
-            assert abs(held - num * fraction) <= 1
+            assert 1 <= num_val <= num - 1
+            assert abs(num_val - num * fraction) <= 1
 
 
 def test_carve_val_depends_on_the_seed_alone() -> None:
     split = numbered([i % 3 for i in range(90)])
-    assert places(carve_val(split, seed=1)[1]) == places(carve_val(split, seed=1)[1])
-    assert places(carve_val(split, seed=1)[1]) != places(carve_val(split, seed=2)[1])
+    assert positions(carve_val(split, seed=1)[1]) == positions(carve_val(split, seed=1)[1])
+    assert positions(carve_val(split, seed=1)[1]) != positions(carve_val(split, seed=2)[1])
     assert len(carve_val(split, seed=1)[1]) == 9
 
 

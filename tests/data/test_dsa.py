@@ -66,13 +66,13 @@ def naive_batch(
     images: torch.Tensor, plan: DsaPlan, index: list[int], chains: list[list[str]]
 ) -> torch.Tensor:
     """Apply each sample's chain of operations with its own parameter set."""
-    done = []
-    for image, place in zip(images.numpy(), index, strict=True):
-        for op in chains[int(plan.choices[place])]:
-            image = naive(image, plan.params[place].double().numpy(), op)
-        done.append(torch.from_numpy(np.ascontiguousarray(image)))
-    assert done
-    return torch.stack(done)
+    augmented = []
+    for image, row in zip(images.numpy(), index, strict=True):
+        for op in chains[int(plan.choices[row])]:
+            image = naive(image, plan.params[row].double().numpy(), op)
+        augmented.append(torch.from_numpy(np.ascontiguousarray(image)))
+    assert augmented
+    return torch.stack(augmented)
 
 
 def some_images(num: int, size: tuple[int, int] = (12, 12), channels: int = 3) -> torch.Tensor:
@@ -110,8 +110,8 @@ def test_strategies_equal_the_naive_chain(variant: str, strategy: str, shared_op
     plan = dsa.draw(5, derive(3, strategy), shared_op=shared_op)
     for index in ([0, 0, 0, 1, 1, 2, 3, 3, 4], [4, 1, 4, 0, 2, 3, 1, 0, 2], [2] * 9):
         expected = naive_batch(images, plan, index, chains_of(strategy, variant))
-        found = dsa.apply(images, plan, torch.tensor(index))
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+        actual = dsa.apply(images, plan, torch.tensor(index))
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_params_change_the_strengths() -> None:
@@ -130,8 +130,8 @@ def test_siamese_real_and_synthetic_share_a_class_parameters(variant: str) -> No
     image = some_images(1).float()
     real = dsa.apply(image.expand(8, -1, -1, -1), plan, torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]))
     synthetic = dsa.apply(image.expand(4, -1, -1, -1), plan, torch.tensor([3, 2, 1, 0]))
-    for place, label in enumerate([0, 0, 1, 1, 2, 2, 3, 3]):
-        torch.testing.assert_close(real[place], synthetic[3 - label])
+    for sample, label in enumerate([0, 0, 1, 1, 2, 2, 3, 3]):
+        torch.testing.assert_close(real[sample], synthetic[3 - label])
     assert not torch.allclose(synthetic[0], synthetic[1])
 
 
@@ -221,15 +221,15 @@ def test_gpu_equals_cpu() -> None:
     dsa, images = dsa_for(True, "dsa_idc"), some_images(8).float()
     plan = dsa.draw(4, derive(0), shared_op=False)
     index = torch.tensor([0, 3, 1, 2, 0, 1, 2, 3])
-    found = dsa.apply(images.cuda(), plan, index.cuda())
-    torch.testing.assert_close(found.cpu(), dsa.apply(images, plan, index), rtol=1e-4, atol=1e-4)
+    actual = dsa.apply(images.cuda(), plan, index.cuda())
+    torch.testing.assert_close(actual.cpu(), dsa.apply(images, plan, index), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (32, 48), (16, 16)])
 def test_random_crops_pad_four_pixels_at_every_size(height: int, width: int) -> None:
     """KRR-ST's RandomCrop(side, padding=4): every shift in -4..4 each way, and none beyond."""
-    place = torch.arange(1.0, height * width + 1).view(1, 1, height, width).expand(600, -1, -1, -1)
-    found = crop_and_flip(place, torch.Generator().manual_seed(0), can_flip=False)
-    middle = found[:, 0, height // 2, width // 2].long() - 1
+    images = torch.arange(1.0, height * width + 1).view(1, 1, height, width).expand(600, -1, -1, -1)
+    cropped = crop_and_flip(images, torch.Generator().manual_seed(0), can_flip=False)
+    middle = cropped[:, 0, height // 2, width // 2].long() - 1
     down, right = middle // width - height // 2, middle % width - width // 2
     assert set(down.tolist()) == set(right.tolist()) == set(range(-4, 5))

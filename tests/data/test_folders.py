@@ -16,17 +16,17 @@ from ddray.errors import InputError
 def by_class(
     root: Path, classes: list[str], num: int, *, size: int = 8, channels: int = 3, suffix: str = ""
 ) -> None:
-    for place, name in enumerate(classes):
-        for number, image in enumerate(random_images(num, (channels, size, size), seed=place)):
-            write_png(root / name / suffix / f"{number:02}.png", image)
+    for label, name in enumerate(classes):
+        for index, image in enumerate(random_images(num, (channels, size, size), seed=label)):
+            write_png(root / name / suffix / f"{index:02}.png", image)
 
 
 def colored(root: Path, classes: list[str], num: int, size: tuple[int, int] = (150, 200)) -> None:
-    """Images of one colour per class: the grey value is the class's place times 10."""
-    for place, name in enumerate(classes):
-        for number in range(num):
+    """Images of one colour per class: the grey value is 10 times the label."""
+    for label, name in enumerate(classes):
+        for index in range(num):
             (root / name).mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", size, (place * 10,) * 3).save(root / name / f"{number}.JPEG", quality=100)
+            Image.new("RGB", size, (label * 10,) * 3).save(root / name / f"{index}.JPEG", quality=100)
 
 
 @pytest.mark.parametrize("held_out", ["test", "val", "validation"])
@@ -57,8 +57,8 @@ def test_grey_images_among_coloured_ones_become_rgb(tmp_path: Path) -> None:
     by_class(tmp_path / "test", ["a"], 1)
     images = open_dataset(str(tmp_path)).train().images
     assert images.shape == (4, 3, 8, 8)
-    for place in range(2):
-        assert torch.equal(images[2 + place], torch.from_numpy(grey[place]).expand(3, -1, -1))
+    for index in range(2):
+        assert torch.equal(images[2 + index], torch.from_numpy(grey[index]).expand(3, -1, -1))
 
 
 @pytest.mark.parametrize(
@@ -128,8 +128,8 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
 
 def test_sixteen_bit_images_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
-    for number in range(2):
-        Image.fromarray(np.full((8, 8), 40000, dtype=np.uint16)).save(tmp_path / "a" / f"{number}.png")
+    for index in range(2):
+        Image.fromarray(np.full((8, 8), 40000, dtype=np.uint16)).save(tmp_path / "a" / f"{index}.png")
     with pytest.raises(InputError, match="8 bits"):
         open_dataset(str(tmp_path))
 
@@ -153,11 +153,11 @@ def test_tiny_imagenet_val_annotations(tmp_path: Path) -> None:
     by_class(root / "train", wnids, 3, size=64, suffix="images")
     val = random_images(4, (3, 64, 64), seed=9)
     lines = []
-    for number, image in enumerate(val):
-        write_png(root / "val" / "images" / f"val_{number}.png", image)
-        lines.append(f"val_{number}.png\t{wnids[number % 2]}\t0\t0\t62\t62\n")
+    for index, image in enumerate(val):
+        write_png(root / "val" / "images" / f"val_{index}.png", image)
+        lines.append(f"val_{index}.png\t{wnids[index % 2]}\t0\t0\t62\t62\n")
     (root / "val" / "val_annotations.txt").write_text("".join(lines))
-    write_png(root / "test" / "images" / "test_0.png", val[0])  # unlabelled, to be left alone
+    write_png(root / "test" / "images" / "test_0.png", val[0])  # unlabelled, to be ignored
     (root / "words.txt").write_text("n01\tegg, ovum\nn02\tspoon\n")
     data = open_dataset("tiny_imagenet", data_dir=tmp_path)
     assert data.class_names == ("egg", "spoon")
@@ -176,13 +176,13 @@ def test_imagenet_subsets_in_the_papers_order(tmp_path: Path, name: str) -> None
     data = open_dataset(name, data_dir=tmp_path)
     assert data.image_shape == (3, 128, 128)
     assert data.train().labels.tolist() == list(range(10))
-    assert data.train().images[:, 0, 0, 0].tolist() == [10 * place for place in range(10)]
-    assert data.test().images[:, 0, 0, 0].tolist() == [10 * place for place in range(10)]
+    assert data.train().images[:, 0, 0, 0].tolist() == [10 * label for label in range(10)]
+    assert data.test().images[:, 0, 0, 0].tolist() == [10 * label for label in range(10)]
     assert data.class_names == KNOWN[name].class_names
-    own = tmp_path / "own"
-    own.mkdir()
-    (tmp_path / "imagenet").rename(own / name)  # the same folder under the subset's own name
-    assert open_dataset(name, data_dir=own).fingerprint == data.fingerprint
+    renamed = tmp_path / "own"
+    renamed.mkdir()
+    (tmp_path / "imagenet").rename(renamed / name)  # the same folder under the subset's own name
+    assert open_dataset(name, data_dir=renamed).fingerprint == data.fingerprint
 
 
 def test_an_incomplete_subset_is_refused(tmp_path: Path) -> None:
@@ -199,14 +199,14 @@ def test_imagenet_is_resized_to_64(tmp_path: Path) -> None:
     assert data.mean == (0.485, 0.456, 0.406)
 
 
-@pytest.mark.parametrize("place", ["CUB_200_2011", "cub200", "cub200/CUB_200_2011"])
-def test_cub(tmp_path: Path, place: str) -> None:
-    root = tmp_path / place
+@pytest.mark.parametrize("folder", ["CUB_200_2011", "cub200", "cub200/CUB_200_2011"])
+def test_cub(tmp_path: Path, folder: str) -> None:
+    root = tmp_path / folder
     files = ["002.Auk/a.jpg", "001.Wren/b.jpg", "001.Wren/c.jpg", "002.Auk/d.jpg"]
-    for number, file in enumerate(files):
+    for index, file in enumerate(files):
         path = root / "images" / file
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (80, 100), (number * 10,) * 3).save(path, quality=100)
+        Image.new("RGB", (80, 100), (index * 10,) * 3).save(path, quality=100)
     (root / "images.txt").write_text("".join(f"{i} {file}\n" for i, file in enumerate(files, 1)))
     (root / "image_class_labels.txt").write_text("1 2\n2 1\n3 1\n4 2\n")
     (root / "train_test_split.txt").write_text("1 1\n2 1\n3 0\n4 0\n")
@@ -226,9 +226,9 @@ def test_stanford_dogs(tmp_path: Path) -> None:
 
     root = tmp_path / "stanford_dogs"
     colored(root / "Images", ["n01-Pug", "n02-Wolf_hound"], 2)
-    for half, number in (("train", 0), ("test", 1)):
+    for half, index in (("train", 0), ("test", 1)):
         cells = np.empty((2, 1), dtype=object)
-        cells[:, 0] = [f"n01-Pug/{number}.JPEG", f"n02-Wolf_hound/{number}.JPEG"]
+        cells[:, 0] = [f"n01-Pug/{index}.JPEG", f"n02-Wolf_hound/{index}.JPEG"]
         savemat(
             root / f"{half}_list.mat", {"file_list": cells, "labels": np.array([[1], [2]], dtype=np.uint8)}
         )

@@ -40,8 +40,8 @@ def test_a_known_name_is_found_and_uses_the_papers_constants(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = random_images(20, (3, 32, 32))
-    for place, half in (("train", images), ("validation", images[:10])):
-        file = tmp_path / "cifar10" / "data" / f"{place}-00000-of-00001.parquet"
+    for prefix, half in (("train", images), ("validation", images[:10])):
+        file = tmp_path / "cifar10" / "data" / f"{prefix}-00000-of-00001.parquet"
         write_parquet(file, half, [i % 10 for i in range(len(half))], columns=("image", "label"))
     monkeypatch.setenv("DDRAY_DATA", str(tmp_path))
     data = open_dataset("cifar10")
@@ -70,8 +70,8 @@ def test_without_test_shards_a_fixed_fifth_is_test(tmp_path: Path) -> None:
     assert len(data.train()) == 24
     again = open_dataset(str(tmp_path / "p"))
     assert torch.equal(again.test().images, data.test().images)
-    held = {bytes(image.flatten().tolist()) for image in data.test().images}
-    assert held.isdisjoint(bytes(image.flatten().tolist()) for image in data.train().images)
+    test_images = {bytes(image.flatten().tolist()) for image in data.test().images}
+    assert test_images.isdisjoint(bytes(image.flatten().tolist()) for image in data.train().images)
 
 
 @pytest.mark.parametrize("damage", [b"no parquet at all", None])
@@ -91,9 +91,9 @@ def test_a_broken_test_shard_disturbs_only_test(tmp_path: Path, damage: bytes | 
 def test_a_shard_with_a_broken_page_is_named(tmp_path: Path) -> None:
     a_folder(tmp_path / "made")
     shard = tmp_path / "made" / "train-00001-of-00002.parquet"
-    held = bytearray(shard.read_bytes())
-    held[4:3000] = b"\xff" * 2996
-    shard.write_bytes(bytes(held))
+    content = bytearray(shard.read_bytes())
+    content[4:3000] = b"\xff" * 2996
+    shard.write_bytes(bytes(content))
     with pytest.raises(InputError, match=r"train-00001-of-00002.parquet"):
         open_dataset(str(tmp_path / "made"))
 
@@ -142,5 +142,5 @@ def test_mixed_sizes_are_brought_to_one(tmp_path: Path) -> None:
     data = open_dataset(str(tmp_path / "p"))
     assert data.image_shape == (3, 64, 64)
     resized = as_pil(images[0]).resize((82, 64), 2).crop((9, 0, 73, 64))
-    found = as_pil(open_dataset(str(tmp_path / "p")).train().images[0].numpy())
-    assert found.tobytes() == resized.tobytes() or len(data.test()) > 0
+    actual = as_pil(open_dataset(str(tmp_path / "p")).train().images[0].numpy())
+    assert actual.tobytes() == resized.tobytes() or len(data.test()) > 0

@@ -59,17 +59,17 @@ def test_zca_equals_kornia(chunk: int) -> None:
 def test_zca_of_fewer_images_than_pixels_equals_kornia() -> None:
     split = some_split(20)
     matrix, _, _ = kornia.enhance.zca_mean(split.images.double() / 255, eps=0.1)
-    found = fit_zca(split).zca_matrix
-    assert found is not None
-    torch.testing.assert_close(found.double(), matrix, rtol=1e-4, atol=1e-6)
+    actual = fit_zca(split).zca_matrix
+    assert actual is not None
+    torch.testing.assert_close(actual.double(), matrix, rtol=1e-4, atol=1e-6)
 
 
 def test_zca_of_floats_equals_kornia() -> None:
     images = torch.rand(60, 1, 4, 4, generator=torch.Generator().manual_seed(0)) * 9 - 5
     matrix, _, _ = kornia.enhance.zca_mean(images.double(), eps=0.1)
-    found = fit_zca(Split(images, torch.zeros(60, dtype=torch.long)), chunk=7).zca_matrix
-    assert found is not None
-    torch.testing.assert_close(found.double(), matrix, rtol=1e-4, atol=1e-6)
+    actual = fit_zca(Split(images, torch.zeros(60, dtype=torch.long)), chunk=7).zca_matrix
+    assert actual is not None
+    torch.testing.assert_close(actual.double(), matrix, rtol=1e-4, atol=1e-6)
 
 
 def test_zca_whitens() -> None:

@@ -1,4 +1,4 @@
-"""The real sets under $DDRAY_DATA, where there are any."""
+"""The real datasets under $DDRAY_DATA, if there are any."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def test_imagenette(tmp_path: Path) -> None:
     assert data.class_names[0] == "tench"
     assert torch.bincount(data.train().labels).tolist() == [200] * 10
     assert torch.bincount(data.test().labels).tolist() == [50] * 10
-    found = list((tmp_path / "imagenette").rglob("train"))
-    assert open_dataset(str(found[0].parent)).image_shape == (3, 224, 224)
+    train_folders = list((tmp_path / "imagenette").rglob("train"))
+    assert open_dataset(str(train_folders[0].parent)).image_shape == (3, 224, 224)
 
 
 @needs("fsdd.tar")

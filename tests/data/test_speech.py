@@ -20,9 +20,9 @@ def tone(rate: int, hertz: float, length_s: float = 1.0) -> np.ndarray:
 
 
 def a_folder(root: Path, rate: int = 16000, num: int = 16) -> None:
-    for place, name in enumerate(("yes", "no")):
-        for number in range(num):
-            write_wav(root / name / f"{number:02}.wav", tone(rate, 300 * (place + 1) + 10 * number), rate)
+    for label, name in enumerate(("yes", "no")):
+        for index in range(num):
+            write_wav(root / name / f"{index:02}.wav", tone(rate, 300 * (label + 1) + 10 * index), rate)
 
 
 def test_a_spectrogram_equals_a_naive_fourier_transform() -> None:
@@ -39,8 +39,8 @@ def test_a_spectrogram_equals_a_naive_fourier_transform() -> None:
     small = F.interpolate(
         torch.from_numpy(magnitude)[None, None], (64, 64), mode="bilinear", align_corners=False
     )
-    found = spectrograms(torch.from_numpy(wave)[None])
-    torch.testing.assert_close(found.double(), torch.log(small + 1e-3), rtol=1e-5, atol=1e-5)
+    actual = spectrograms(torch.from_numpy(wave)[None])
+    torch.testing.assert_close(actual.double(), torch.log(small + 1e-3), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("rate", [8000, 16000])
@@ -114,11 +114,11 @@ def test_a_sample_that_is_not_finite_is_refused(value: float, tmp_path: Path) ->
     """It would make the mean of the whole dataset NaN."""
     for label in ("down", "up"):
         (tmp_path / label).mkdir()
-        for number in range(3):
+        for index in range(3):
             samples = np.zeros(8000, dtype=np.float32)
-            if (label, number) == ("up", 2):
+            if (label, index) == ("up", 2):
                 samples[77] = value
-            wavfile.write(tmp_path / label / f"{number}.wav", 8000, samples)
+            wavfile.write(tmp_path / label / f"{index}.wav", 8000, samples)
     with pytest.raises(InputError, match=r"must hold finite samples, got NaN or infinity in .*up/2\.wav"):
         open_dataset(str(tmp_path))
 

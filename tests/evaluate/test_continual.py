@@ -43,8 +43,8 @@ def test_more_tasks_than_classes_are_refused(num_tasks: int) -> None:
 
 
 class TestContinual:
-    def context(self, dataset: Any, held: Split | None = None) -> EvalContext:
-        return EvalContext(dataset, held or dataset.test(), normalized_space(dataset), CPU)
+    def context(self, dataset: Any, held_out: Split | None = None) -> EvalContext:
+        return EvalContext(dataset, held_out or dataset.test(), normalized_space(dataset), CPU)
 
     def train_set(self, dataset: Any) -> TrainSet:
         split = dataset.train()
@@ -59,12 +59,12 @@ class TestContinual:
         def fit(memory: Any, ctx: Any, recipe: Any, *, arch: str, seed: int) -> Any:
             return memory, seed
 
-        def accuracy(net: Any, held: Split, space: Any, *, device: Any) -> float:
+        def accuracy(net: Any, held_out: Split, space: Any, *, device: Any) -> float:
             memory, seed = net
             steps.append(
                 (
                     torch.bincount(memory.labels, minlength=5).tolist(),
-                    torch.bincount(held.labels, minlength=5).tolist(),
+                    torch.bincount(held_out.labels, minlength=5).tolist(),
                     seed,
                 )
             )
@@ -77,11 +77,11 @@ class TestContinual:
         )
 
         counts, seen = [4, 5, 6, 7, 8], torch.zeros(5, dtype=torch.bool)
-        for task, (memory, held, _) in zip(class_tasks(5, 3, 2), steps, strict=True):
+        for task, (memory, held_out, _) in zip(class_tasks(5, 3, 2), steps, strict=True):
             seen[task] = True
-            wanted = [count if own else 0 for count, own in zip(counts, seen.tolist(), strict=True)]
-            assert memory == wanted
-            assert held == wanted  # toy's test is its train
+            expected = [count if is_seen else 0 for count, is_seen in zip(counts, seen.tolist(), strict=True)]
+            assert memory == expected
+            assert held_out == expected  # toy's test is its train
         assert len({seed for *_, seed in steps}) == 3
         assert (result.accuracy, result.num_images) == (0.3, 30)
         assert result.measures == {"per_step": (0.1, 0.2, 0.3), "incremental_accuracy": pytest.approx(0.2)}
@@ -103,8 +103,8 @@ class TestContinual:
         dataset = toy(counts=(9, 9, 9))
 
         def steps(seed: int) -> Any:
-            made = Continual(Recipe(epochs=2, augment="dsa"), 3)
-            return made.evaluate(
+            protocol = Continual(Recipe(epochs=2, augment="dsa"), 3)
+            return protocol.evaluate(
                 self.train_set(dataset), self.context(dataset), arch=ARCH, seed=seed
             ).measures["per_step"]
 
@@ -114,17 +114,17 @@ class TestContinual:
     def test_a_memory_without_a_class_is_refused(self, toy: Any) -> None:
         dataset = toy(counts=(9, 9, 9))
         whole = self.train_set(dataset)
-        own = whole.labels != 1
-        part = TrainSet(whole.images[own], whole.labels[own])
+        mask = whole.labels != 1
+        part = TrainSet(whole.images[mask], whole.labels[mask])
         with pytest.raises(InputError, match="a memory must hold images of every class, got none of class 1"):
             Continual(Recipe(epochs=1), 3).evaluate(part, self.context(dataset), arch=ARCH, seed=0)
 
     def test_a_task_without_held_out_images_is_refused(self, toy: Any) -> None:
         dataset = toy(counts=(9, 9, 9))
-        held = dataset.test().select((dataset.test().labels != 2).nonzero()[:, 0])
+        held_out = dataset.test().select((dataset.test().labels != 2).nonzero()[:, 0])
         with pytest.raises(InputError, match=r"held-out images, got none of classes \[2\]"):
             Continual(Recipe(epochs=1), 3).evaluate(
-                self.train_set(dataset), self.context(dataset, held), arch=ARCH, seed=0
+                self.train_set(dataset), self.context(dataset, held_out), arch=ARCH, seed=0
             )
 
 
@@ -133,7 +133,7 @@ def test_a_summary_holds_a_list_of_steps() -> None:
     results = [
         EvalResult("a", seed, steps[-1], 5, 1.0, {"per_step": steps}) for seed, steps in enumerate(values)
     ]
-    found = summarise(results)
-    assert found["per_step"] == pytest.approx([0.8, 0.5])
-    assert found["per_step_std"] == pytest.approx([0.1, 0.1])
+    summary = summarise(results)
+    assert summary["per_step"] == pytest.approx([0.8, 0.5])
+    assert summary["per_step_std"] == pytest.approx([0.1, 0.1])
     assert summarise(results[:1])["per_step_std"] == [None, None]

@@ -50,39 +50,39 @@ def random_set(digits: Any, tmp_path: Path) -> Path:
     return tmp_path / "set.pt"
 
 
-def quick(**more: Any) -> EvaluateOptions:
-    return EvaluateOptions(**{"seeds": 2, "epochs": 2, **more})
+def quick(**options: Any) -> EvaluateOptions:
+    return EvaluateOptions(**{"seeds": 2, "epochs": 2, **options})
 
 
 def with_evaluate(path: Path, **settings: Any) -> DistilledSet:
     """Return the set at `path` with other evaluation settings in its configuration."""
-    held = artifact.load(path)
-    config = {**held.meta.config, "evaluate": settings}
-    return dataclasses.replace(held, meta=held.meta.model_copy(update={"config": config}))
+    distilled = artifact.load(path)
+    config = {**distilled.meta.config, "evaluate": settings}
+    return dataclasses.replace(distilled, meta=distilled.meta.model_copy(update={"config": config}))
 
 
 class TestSettings:
     idc: ClassVar[dict[str, Any]] = {**RECIPES["idc"], "epochs": 40, "seeds": 1, "val_seeds": 1}
 
     def test_a_recipe_replaces_the_artifacts_and_options_win_over_it(self, random_set: Path) -> None:
-        held = artifact.load(random_set)
-        found = evaluation_config(held, EvaluateOptions(recipe="idc", epochs=7))
-        assert {name: getattr(found, name) for name in RECIPES["idc"]} == {**RECIPES["idc"], "epochs": 7}
-        assert found.seeds == 2
-        own = with_evaluate(random_set, **self.idc)
-        back = evaluation_config(own, EvaluateOptions(recipe="vico"))
+        distilled = artifact.load(random_set)
+        config = evaluation_config(distilled, EvaluateOptions(recipe="idc", epochs=7))
+        assert {name: getattr(config, name) for name in RECIPES["idc"]} == {**RECIPES["idc"], "epochs": 7}
+        assert config.seeds == 2
+        idc_set = with_evaluate(random_set, **self.idc)
+        back = evaluation_config(idc_set, EvaluateOptions(recipe="vico"))
         assert {name: getattr(back, name) for name in RECIPES["vico"]} == RECIPES["vico"]
 
     def test_the_artifacts_own_recipe_is_the_default(self, random_set: Path) -> None:
-        found = evaluation_config(with_evaluate(random_set, **self.idc), EvaluateOptions()).dump()
-        assert {name: found[name] for name in self.idc} == self.idc
+        settings = evaluation_config(with_evaluate(random_set, **self.idc), EvaluateOptions()).dump()
+        assert {name: settings[name] for name in self.idc} == self.idc
 
     @pytest.mark.parametrize("augment", ["dsa", "none", "autoaugment"])
     def test_another_augmentation_drops_strategy_and_cutmix(self, augment: Any, random_set: Path) -> None:
-        own = with_evaluate(random_set, **self.idc)
-        found = evaluation_config(own, EvaluateOptions(augment=augment))
-        assert (found.augment, found.strategy, found.cutmix) == (augment, None, 0.0)
-        same = evaluation_config(own, EvaluateOptions(augment="dsa_idc"))
+        idc_set = with_evaluate(random_set, **self.idc)
+        config = evaluation_config(idc_set, EvaluateOptions(augment=augment))
+        assert (config.augment, config.strategy, config.cutmix) == (augment, None, 0.0)
+        same = evaluation_config(idc_set, EvaluateOptions(augment="dsa_idc"))
         assert (same.strategy, same.cutmix) == (self.idc["strategy"], 0.5)
 
     def test_an_unknown_recipe_is_refused(self, random_set: Path) -> None:
@@ -103,7 +103,9 @@ class TestTrainingSet:
         monkeypatch.setattr(
             hard,
             "fit",
-            lambda given, *rest, **more: seen.append(len(given.images)) or fit(given, *rest, **more),
+            lambda train_set, *args, **kwargs: (
+                seen.append(len(train_set.images)) or fit(train_set, *args, **kwargs)
+            ),
         )
         decode = DistilledSet.decode
 
@@ -126,7 +128,9 @@ class TestTrainingSet:
     ) -> None:
         sets: list[TrainSet] = []
         monkeypatch.setattr(
-            scoring, "evaluate_archs", lambda evaluator, train_set, ctx, **more: sets.append(train_set) or []
+            scoring,
+            "evaluate_archs",
+            lambda _, train_set, *args, **kwargs: sets.append(train_set) or [],
         )
         for seed in (0, 0, 1):
             evaluate(random_set, quick(train_limit=10, seed=seed), device=CPU)
@@ -150,55 +154,55 @@ def test_other_architectures_train_on_it_also_with_a_last_batch_of_one(
 class TestRobust:
     def test_the_answer_holds_scores_and_components(self, random_set: Path, ddray_home: Path) -> None:
         archs = ("convnet1_w8", "convnet2_w8")
-        found = evaluate(random_set, quick(protocol="robust", archs=archs, full_epochs=1), device=CPU)
+        answer = evaluate(random_set, quick(protocol="robust", archs=archs, full_epochs=1), device=CPU)
 
-        assert found.keys() == {"protocol", "split", "full_epochs", "random_per_class", "results"}
-        assert (found["full_epochs"], found["random_per_class"]) == (1, 2)
-        assert [result["arch"] for result in found["results"]] == list(archs)
-        for result in found["results"]:
+        assert answer.keys() == {"protocol", "split", "full_epochs", "random_per_class", "results"}
+        assert (answer["full_epochs"], answer["random_per_class"]) == (1, 2)
+        assert [result["arch"] for result in answer["results"]] == list(archs)
+        for result in answer["results"]:
             assert 0 <= result["lrs"] <= 1
             assert 0 <= result["ars"] <= 1
             assert result["accuracy_mean"] - result["accuracy_random"] == pytest.approx(result["ior"])
             assert result["accuracy_full"] - result["accuracy_mean"] == pytest.approx(result["hlr"])
             assert all(0 <= result[name] <= 1 for name in PARTS)
-        assert json.loads(to_json(found)) == found
-        kept = list((ddray_home / "truth" / "ledger").glob("*.json"))
-        assert len(kept) == 2  # one per architecture, not per seed
+        assert json.loads(to_json(answer)) == answer
+        ledger_rows = list((ddray_home / "truth" / "ledger").glob("*.json"))
+        assert len(ledger_rows) == 2  # one per architecture, not per seed
         evaluate(random_set, quick(protocol="robust", archs=archs, full_epochs=1), device=CPU)
-        assert list((ddray_home / "truth" / "ledger").glob("*.json")) == kept
+        assert list((ddray_home / "truth" / "ledger").glob("*.json")) == ledger_rows
 
     def test_val_never_sees_its_own_images_in_training(
         self, random_set: Path, digits: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        made: list[Any] = []
+        arguments: list[Any] = []
         robust = scoring.Robust
         monkeypatch.setattr(
-            scoring, "Robust", lambda *given, **more: made.append(more) or robust(*given, **more)
+            scoring, "Robust", lambda *args, **kwargs: arguments.append(kwargs) or robust(*args, **kwargs)
         )
         evaluate(random_set, quick(protocol="robust", seeds=1, full_epochs=1, split="val"), device=CPU)
 
         real, _ = carve_val(digits.train(), seed=3)
-        assert torch.equal(made[0]["real"].images, real.images)
-        assert made[0]["split_name"] == "train-val3"
+        assert torch.equal(arguments[0]["real"].images, real.images)
+        assert arguments[0]["split_name"] == "train-val3"
 
     def test_random_images_take_the_sets_storage(self, random_set: Path) -> None:
-        held = artifact.load(random_set)
-        for floats, wanted in ((20 * 256, 2), (10 * 256, 1), (5, 1), (45 * 256, 4)):
-            meta = held.meta.model_copy(update={"storage_floats": floats})
-            assert scoring._images_at_storage(dataclasses.replace(held, meta=meta)) == wanted
+        distilled = artifact.load(random_set)
+        for floats, expected in ((20 * 256, 2), (10 * 256, 1), (5, 1), (45 * 256, 4)):
+            meta = distilled.meta.model_copy(update={"storage_floats": floats})
+            assert scoring._images_at_storage(dataclasses.replace(distilled, meta=meta)) == expected
 
 
 class TestContinual:
     def test_the_answer_holds_an_accuracy_per_task(self, random_set: Path) -> None:
-        found = evaluate(random_set, quick(protocol="continual"), device=CPU)
-        (result,) = found["results"]
+        answer = evaluate(random_set, quick(protocol="continual"), device=CPU)
+        (result,) = answer["results"]
 
-        assert found.keys() == {"protocol", "split", "results"}
+        assert answer.keys() == {"protocol", "split", "results"}
         assert len(result["per_step"]) == len(result["per_step_std"]) == 5
         assert result["per_step"][-1] == pytest.approx(result["accuracy_mean"])
         assert result["incremental_accuracy"] == pytest.approx(sum(result["per_step"]) / 5)
         assert result["num_images"] == 20
-        assert json.loads(to_json(found)) == found
+        assert json.loads(to_json(answer)) == answer
 
     def test_ten_tasks(self, random_set: Path) -> None:
         (result,) = evaluate(random_set, quick(protocol="continual", num_tasks=10, seeds=1), device=CPU)[
@@ -291,12 +295,12 @@ class TestSpeech:
         for name, hertz in (("low", 300), ("high", 2000)):
             folder = tmp_path / "words" / name
             folder.mkdir(parents=True)
-            for number in range(16):
+            for clip_index in range(16):
                 wave = np.sin(2 * np.pi * hertz * np.arange(8000) / 8000) + noise.normal(0, 0.1, 8000)
-                wavfile.write(folder / f"{number:02}.wav", 8000, (wave * 9000).astype(np.int16))
+                wavfile.write(folder / f"{clip_index:02}.wav", 8000, (wave * 9000).astype(np.int16))
         return str(tmp_path / "words")
 
-    def made(self, clips: str, tmp_path: Path) -> Path:
+    def distilled(self, clips: str, tmp_path: Path) -> Path:
         dataset = open_dataset(clips)
         plan = resolve("random", dataset, ipc=3, layers=[{"compile": "off", "evaluate": {"recipe": "idc"}}])
         assert plan.arch == "convnet4"
@@ -306,27 +310,27 @@ class TestSpeech:
     def test_spectrograms_are_scored_without_augmentation(
         self, clips: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        path = self.made(clips, tmp_path)
-        asked: list[Any] = []
+        path = self.distilled(clips, tmp_path)
+        calls: list[Any] = []
         train = hard.train
 
-        def spy(net: Any, images: Any, labels: Any, recipe: Any, **more: Any) -> float:
-            asked.append((more["augment"], recipe.cutmix, recipe.schedule, recipe.batch))
-            return train(net, images, labels, recipe, **more)
+        def spy(net: Any, images: Any, labels: Any, recipe: Any, **options: Any) -> float:
+            calls.append((options["augment"], recipe.cutmix, recipe.schedule, recipe.batch))
+            return train(net, images, labels, recipe, **options)
 
         monkeypatch.setattr(hard, "train", spy)
         options = quick(seeds=1, epochs=12, archs=("convnet4_w16",))
         (result,) = evaluate(path, options, device=CPU)["results"]
-        assert asked == [(None, 0.0, "multistep", 64)]
+        assert calls == [(None, 0.0, "multistep", 64)]
         assert result["accuracy_mean"] == 1.0
 
     def test_their_picture_is_no_black_square(self, clips: str, tmp_path: Path) -> None:
-        picture = grid(artifact.load(self.made(clips, tmp_path)))[0]
+        picture = grid(artifact.load(self.distilled(clips, tmp_path)))[0]
         assert 0.2 < float(picture.mean()) < 0.8
         assert float(((picture > 0.05) & (picture < 0.95)).float().mean()) > 0.7
 
     def test_asking_for_one_is_refused(self, clips: str, tmp_path: Path) -> None:
-        path = self.made(clips, tmp_path)
+        path = self.distilled(clips, tmp_path)
         with pytest.raises(InputError, match=r"--augment must be none for spectrograms .*words.*, got dsa"):
             evaluate(path, quick(augment="dsa"), device=CPU)
         options = quick(augment="none", seeds=1, epochs=1, archs=("convnet4_w8",))
@@ -337,9 +341,9 @@ class TestSpeech:
     ) -> None:
         from ddray.evaluate import robust
 
-        path, calls = self.made(clips, tmp_path), []
+        path, calls = self.distilled(clips, tmp_path), []
         fit = robust.fit
-        monkeypatch.setattr(robust, "fit", lambda *given, **more: calls.append(1) or fit(*given, **more))
+        monkeypatch.setattr(robust, "fit", lambda *args, **kwargs: calls.append(1) or fit(*args, **kwargs))
         options = quick(protocol="robust", seeds=1, epochs=2, archs=("convnet4_w8",))
         (result,) = evaluate(path, options, device=CPU)["results"]
         assert len(calls) == 2

@@ -50,8 +50,8 @@ def pairs(ctx: EvalContext, num: int = 16, dim: int = 6) -> TrainSet:
     return TrainSet(images, torch.zeros(0, dtype=torch.int64), torch.randn(num, dim, generator=generator))
 
 
-def protocol(ctx: EvalContext, recipe: Recipe = RECIPE, **more: Any) -> Linear:
-    return Linear(recipe, PROBE, real=ctx.dataset.train(), can_flip=True, **more)
+def protocol(ctx: EvalContext, recipe: Recipe = RECIPE, **settings: Any) -> Linear:
+    return Linear(recipe, PROBE, real=ctx.dataset.train(), can_flip=True, **settings)
 
 
 def test_pretraining_regresses_to_the_targets_and_the_probe_scores(context: EvalContext) -> None:
@@ -70,20 +70,20 @@ def test_the_first_loss_is_the_mean_squared_error_of_the_fresh_network(context: 
     """One batch: the first epoch's mean loss is that before any step."""
     from ddray.seeding import derive_seed
 
-    held = pairs(context)
+    train_set = pairs(context)
     recipe = RECIPE.model_copy(update={"epochs": 1, "batch": 64})
-    result = protocol(context, recipe).evaluate(held, context, arch="convnet2_w8", seed=3)
+    result = protocol(context, recipe).evaluate(train_set, context, arch="convnet2_w8", seed=3)
     net = build_net("convnet2_w8", (3, 16, 16), 6, seed=derive_seed(3, "evaluate", "net"))
-    assert held.targets is not None
+    assert train_set.targets is not None
     with torch.no_grad():
-        wanted = float((net.train()(held.images) - held.targets).square().mean())
-    assert result.measures["pretrain_loss_first"] == pytest.approx(wanted, rel=1e-5)
+        expected = float((net.train()(train_set.images) - train_set.targets).square().mean())
+    assert result.measures["pretrain_loss_first"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_labelled_set_is_pretrained_by_cross_entropy(context: EvalContext) -> None:
     split = context.split
-    held = TrainSet(context.space.encode(split.images[:12]), split.labels[:12])
-    result = protocol(context).evaluate(held, context, arch="convnet2_w8", seed=0)
+    train_set = TrainSet(context.space.encode(split.images[:12]), split.labels[:12])
+    result = protocol(context).evaluate(train_set, context, arch="convnet2_w8", seed=0)
     assert result.measures["pretrain_loss_first"] == pytest.approx(math.log(3), abs=0.5)
     assert result.accuracy > 0.9
 
@@ -120,21 +120,21 @@ def test_the_backbone_is_frozen_and_seen_without_augmentation(
 
 
 def test_features_are_extracted_once_per_backbone(context: EvalContext) -> None:
-    """The probe's 60 steps of 16 run on what one pass over the target gave."""
+    """The probe's 60 steps of 16 run on features from one pass over the target."""
     instance = protocol(context)
     net, _, _ = instance._pretrained(pairs(context), context, "convnet2_w8_bn", 0)
     seen: list[Tensor] = []
-    hook = net.body.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    hook = net.body.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     instance._probed(net, context, 0)
     hook.remove()
 
     real = len(context.dataset.train())
     blank = [images for images in seen if len(images) == 1 and not images.any()]
-    assert len(blank) == 1, "the look at the embedding's size"
+    assert len(blank) == 1, "the pass that measures the embedding's size"
     assert sum(map(len, seen)) - 1 == real + len(context.split)
     passed = torch.cat([images for images in seen if images.any()])
-    wanted = context.space.encode(context.dataset.train().images)
-    torch.testing.assert_close(passed[:real], wanted, rtol=1e-5, atol=1e-5)
+    expected = context.space.encode(context.dataset.train().images)
+    torch.testing.assert_close(passed[:real], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_probe_is_sgd_with_a_cosine_on_cached_features() -> None:
@@ -145,7 +145,7 @@ def test_the_probe_is_sgd_with_a_cosine_on_cached_features() -> None:
     )
     config = ProbeConfig(steps=7, lr=0.3, momentum=0.9, batch=8)
 
-    found = train_probe(features, labels, 3, config, torch.Generator().manual_seed(9))
+    classifier = train_probe(features, labels, 3, config, torch.Generator().manual_seed(9))
 
     replay = torch.Generator().manual_seed(9)
     torch.manual_seed(int(torch.randint(2**62, (), generator=replay)))
@@ -159,15 +159,15 @@ def test_the_probe_is_sgd_with_a_cosine_on_cached_features() -> None:
         F.cross_entropy(plain(features[index]), labels[index]).backward()
         optimizer.step()
         schedule.step()
-    torch.testing.assert_close(found.weight, plain.weight, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(found.bias, plain.bias, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(classifier.weight, plain.weight, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(classifier.bias, plain.bias, rtol=1e-4, atol=1e-6)
 
 
 def test_batches_cover_each_epoch_once() -> None:
-    found = list(batches(10, 4, 7, torch.Generator().manual_seed(0)))
-    assert [len(index) for index in found] == [4, 4, 2, 4, 4, 2, 4]
-    assert torch.cat(found[:3]).sort().values.tolist() == list(range(10))
-    assert torch.cat(found[3:6]).sort().values.tolist() == list(range(10))
+    indices = list(batches(10, 4, 7, torch.Generator().manual_seed(0)))
+    assert [len(index) for index in indices] == [4, 4, 2, 4, 4, 2, 4]
+    assert torch.cat(indices[:3]).sort().values.tolist() == list(range(10))
+    assert torch.cat(indices[3:6]).sort().values.tolist() == list(range(10))
 
 
 def test_target_images_take_the_sets_shape() -> None:
@@ -221,15 +221,15 @@ def test_finetuning_trains_the_whole_network_with_a_new_last_layer(context: Eval
 
 
 def test_finetuning_starts_from_the_pretrained_body(context: EvalContext) -> None:
-    """A step of no length leaves the body as pre-training left it; the last layer is that of the target."""
+    """A step of almost no length leaves the pre-trained body as it was; the last layer is the target's."""
     instance = protocol(context)
     net, _, _ = instance._pretrained(pairs(context), context, "convnet2_w8", 0)
-    made: list[Any] = []
+    networks: list[Any] = []
     real_build = linear.build_net
 
-    def build(*args: Any, **more: Any) -> Any:
-        made.append(real_build(*args, **more))
-        return made[-1]
+    def build(*args: Any, **options: Any) -> Any:
+        networks.append(real_build(*args, **options))
+        return networks[-1]
 
     linear.build_net = build
     try:
@@ -237,10 +237,10 @@ def test_finetuning_starts_from_the_pretrained_body(context: EvalContext) -> Non
     finally:
         linear.build_net = real_build
     body = {name: value for name, value in net.state_dict().items() if not name.startswith("body.classifier")}
-    held = made[0].state_dict()
+    tuned_weights = networks[0].state_dict()
     assert body
-    assert all(torch.allclose(held[name], value, atol=1e-6) for name, value in body.items())
-    assert held["body.classifier.weight"].shape[0] == 3
+    assert all(torch.allclose(tuned_weights[name], value, atol=1e-6) for name, value in body.items())
+    assert tuned_weights["body.classifier.weight"].shape[0] == 3
 
 
 def test_a_loss_that_is_no_number_is_an_error(context: EvalContext) -> None:
@@ -259,7 +259,7 @@ def test_embeddings_that_do_not_fit_the_memory_are_refused(
 
 def test_embeddings_of_chunks_are_those_of_the_whole(context: EvalContext) -> None:
     net = build_net("convnet2_w8_bn", (3, 16, 16), 2, seed=0).eval()
-    found = embeddings(net, context.split, context)
+    actual = embeddings(net, context.split, context)
     with torch.no_grad():
-        wanted = net.embed(context.space.encode(context.split.images))
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        expected = net.embed(context.space.encode(context.split.images))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)

@@ -53,14 +53,14 @@ def test_cutmix_is_the_codes_box_with_the_share_of_pixels_as_weight() -> None:
     images = torch.randn(5, 2, 7, 9, generator=derive(0))
     shares = []
     for seed in range(40):
-        kept = images.clone()
-        found = cutmix(images, 1.0, derive(seed))
-        assert found is not None
+        original = images.clone()
+        result = cutmix(images, 1.0, derive(seed))
+        assert result is not None
         mixed, partner, share = boxed(images, seed)
-        assert torch.equal(found.images, mixed)
-        assert torch.equal(found.partner, partner)
-        assert found.share == pytest.approx(share)
-        assert torch.equal(images, kept)
+        assert torch.equal(result.images, mixed)
+        assert torch.equal(result.partner, partner)
+        assert result.share == pytest.approx(share)
+        assert torch.equal(images, original)
         shares.append(share)
     assert min(shares) < 0.5 < max(shares)
 
@@ -79,13 +79,13 @@ def test_training_with_cutmix_is_sgd_on_the_two_labels_by_hand() -> None:
         epochs=4, lr=0.2, momentum=0.5, weight_decay=0.01, batch=4, schedule="constant", cutmix=0.6
     )
     ours: Any = nn.Sequential(nn.Flatten(), nn.Linear(36, 3))
-    wanted: Any = nn.Sequential(nn.Flatten(), nn.Linear(36, 3))
-    wanted.load_state_dict(ours.state_dict())
+    reference: Any = nn.Sequential(nn.Flatten(), nn.Linear(36, 3))
+    reference.load_state_dict(ours.state_dict())
 
     loss = train(ours, images, labels, recipe, generator=derive(4), augment=None)
 
     generator, last, num_mixed = derive(4), 0.0, 0
-    optimizer = torch.optim.SGD(wanted.parameters(), lr=0.2, momentum=0.5, weight_decay=0.01)
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.2, momentum=0.5, weight_decay=0.01)
     for _ in range(4):
         last = 0.0
         for index in torch.randperm(7, generator=generator).split(4):
@@ -99,14 +99,14 @@ def test_training_with_cutmix_is_sgd_on_the_two_labels_by_hand() -> None:
                 batch = mixed.images
                 targets = mixed.share * targets + (1 - mixed.share) * targets[mixed.partner]
                 num_mixed += 1
-            step = -(targets * F.log_softmax(wanted(batch), 1)).sum(1).mean()
+            step = -(targets * F.log_softmax(reference(batch), 1)).sum(1).mean()
             optimizer.zero_grad()
             step.backward()
             optimizer.step()
             last += float(step.detach()) * len(index) / 7
     assert 0 < num_mixed < 8
     assert loss == pytest.approx(last, rel=1e-5)
-    for a, b in zip(ours.parameters(), wanted.parameters(), strict=True):
+    for a, b in zip(ours.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
@@ -165,10 +165,10 @@ class TestStrategy:
         batch = self.batch()
         assert augmenter("dsa", can_flip=False, space=SPACE, strategy="flip") is None
         color = augmenter("dsa_idc", can_flip=False, space=SPACE, strategy="color_flip")
-        wanted = augmenter("dsa_idc", can_flip=True, space=SPACE, strategy="color")
+        expected = augmenter("dsa_idc", can_flip=True, space=SPACE, strategy="color")
         assert color is not None
-        assert wanted is not None
-        assert torch.equal(color(batch, derive(2)), wanted(batch, derive(2)))
+        assert expected is not None
+        assert torch.equal(color(batch, derive(2)), expected(batch, derive(2)))
 
     @pytest.mark.parametrize("can_flip", [True, False])
     def test_without_one_it_is_the_papers(self, can_flip: bool) -> None:
@@ -210,10 +210,10 @@ class TestNamedRecipe:
 
     def test_it_wins_over_the_preset_and_later_layers_over_it(self, digits: Any) -> None:
         layers = [{"evaluate": {"recipe": "idc"}}, {"evaluate": {"epochs": 9}}]
-        found = resolve("dm", digits, ipc=1, layers=layers).config.evaluate
-        wanted = {**RECIPES["idc"], "epochs": 9}
-        assert {name: getattr(found, name) for name in wanted} == wanted
-        assert isinstance(found, EvaluateConfig)
+        config = resolve("dm", digits, ipc=1, layers=layers).config.evaluate
+        expected = {**RECIPES["idc"], "epochs": 9}
+        assert {name: getattr(config, name) for name in expected} == expected
+        assert isinstance(config, EvaluateConfig)
         before = resolve("dm", digits, ipc=1, layers=[{"evaluate": {"epochs": 9}}, layers[0]]).config.evaluate
         assert before.epochs == 1500
 

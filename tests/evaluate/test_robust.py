@@ -21,8 +21,8 @@ CPU = torch.device("cpu")
 ARCH = "convnet1_w8"
 
 
-def context(dataset: Any, held: Split | None = None) -> EvalContext:
-    return EvalContext(dataset, held or dataset.test(), normalized_space(dataset), CPU)
+def context(dataset: Any, held_out: Split | None = None) -> EvalContext:
+    return EvalContext(dataset, held_out or dataset.test(), normalized_space(dataset), CPU)
 
 
 def whole_of(dataset: Any) -> TrainSet:
@@ -66,33 +66,35 @@ class TestScores:
 
 
 class TestRobust:
-    def made(self, dataset: Any, recipe: Recipe, per_class: int = 2, **more: Any) -> Robust:
-        return Robust(recipe, real=dataset.train(), split_name="train", random_per_class=per_class, **more)
+    def protocol(self, dataset: Any, recipe: Recipe, per_class: int = 2, **options: Any) -> Robust:
+        return Robust(recipe, real=dataset.train(), split_name="train", random_per_class=per_class, **options)
 
     def test_four_trainings_and_the_whole_set_make_the_scores(
         self, toy: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         dataset = toy(counts=(9, 9, 9))
         recipe = Recipe(epochs=7, augment="dsa_idc", strategy="color_crop", cutmix=0.5)
-        asked: list[tuple[int, str, float, int]] = []
+        trainings: list[tuple[int, str, float, int]] = []
 
         def fit(train_set: Any, ctx: Any, recipe: Recipe, *, arch: str, seed: int) -> Any:
-            asked.append((len(train_set.labels), recipe.augment, recipe.cutmix, seed))
+            trainings.append((len(train_set.labels), recipe.augment, recipe.cutmix, seed))
             return len(train_set.labels), recipe.augment
 
         right = {(27, "dsa_idc"): 0.6, (6, "dsa_idc"): 0.4, (27, "none"): 0.5, (6, "none"): 0.45}
         monkeypatch.setattr(robust, "fit", fit)
-        monkeypatch.setattr(robust, "accuracy", lambda net, *rest, **more: right[net])
+        monkeypatch.setattr(robust, "accuracy", lambda net, *args, **kwargs: right[net])
         seen: dict[str, Any] = {}
         monkeypatch.setattr(
-            robust, "whole_set_accuracy", lambda real, ctx, recipe, **more: seen.update(recipe=recipe) or 0.9
+            robust,
+            "whole_set_accuracy",
+            lambda real, ctx, recipe, **_: seen.update(recipe=recipe) or 0.9,
         )
 
-        result = self.made(dataset, recipe, full_epochs=3).evaluate(
+        result = self.protocol(dataset, recipe, full_epochs=3).evaluate(
             whole_of(dataset), context(dataset), arch=ARCH, seed=5
         )
 
-        assert sorted(asked) == [
+        assert sorted(trainings) == [
             (6, "dsa_idc", 0.5, 5),
             (6, "none", 0.0, 5),
             (27, "dsa_idc", 0.5, 5),
@@ -100,10 +102,10 @@ class TestRobust:
         ]
         assert seen["recipe"].epochs == 3
         assert (result.accuracy, result.num_images) == (0.6, 27)
-        found = dict(result.measures)
-        assert found.pop("lrs") == pytest.approx(0.24819, abs=1e-5)
-        assert found.pop("ars") == pytest.approx(0.32559, abs=1e-5)
-        assert found == pytest.approx(
+        measures = dict(result.measures)
+        assert measures.pop("lrs") == pytest.approx(0.24819, abs=1e-5)
+        assert measures.pop("ars") == pytest.approx(0.32559, abs=1e-5)
+        assert measures == pytest.approx(
             {
                 "hlr": 0.3,
                 "ior": 0.2,
@@ -117,7 +119,7 @@ class TestRobust:
     def test_the_whole_set_scores_as_itself_and_as_random_images_of_its_size(self, toy: Any) -> None:
         dataset = toy(counts=(9, 8, 7))
         recipe = Recipe(epochs=2, augment="none", schedule="multistep")
-        result = self.made(dataset, recipe, per_class=9).evaluate(
+        result = self.protocol(dataset, recipe, per_class=9).evaluate(
             whole_of(dataset), context(dataset), arch=ARCH, seed=0
         )
 
@@ -131,41 +133,41 @@ class TestRobust:
         ctx, train_set = context(dataset), whole_of(dataset)
         for seed in range(2):
             hard = Hard(recipe).evaluate(train_set, ctx, arch=ARCH, seed=seed)
-            found = self.made(dataset, recipe).evaluate(train_set, ctx, arch=ARCH, seed=seed)
-            assert found.accuracy == hard.accuracy
+            result = self.protocol(dataset, recipe).evaluate(train_set, ctx, arch=ARCH, seed=seed)
+            assert result.accuracy == hard.accuracy
             bare = Hard(recipe.without_augmentation()).evaluate(train_set, ctx, arch=ARCH, seed=seed)
-            assert found.measures["accuracy_plain"] == bare.accuracy
+            assert result.measures["accuracy_plain"] == bare.accuracy
 
     def test_every_seed_draws_other_random_images(self, toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         dataset = toy(counts=(9, 9, 9))
         drawn: list[Any] = []
         real_draw = robust.random_subset
         monkeypatch.setattr(
-            robust, "random_subset", lambda *given: drawn.append(real_draw(*given)) or drawn[-1]
+            robust, "random_subset", lambda *args: drawn.append(real_draw(*args)) or drawn[-1]
         )
-        made = self.made(dataset, Recipe(epochs=1, augment="none"))
+        protocol = self.protocol(dataset, Recipe(epochs=1, augment="none"))
         for seed in (0, 1, 0):
-            made.evaluate(whole_of(dataset), context(dataset), arch=ARCH, seed=seed)
+            protocol.evaluate(whole_of(dataset), context(dataset), arch=ARCH, seed=seed)
         assert torch.equal(drawn[0].images, drawn[2].images)
         assert not torch.equal(drawn[0].images, drawn[1].images)
 
     def test_a_summary_holds_means_and_deviations(self, toy: Any) -> None:
         dataset = toy(counts=(9, 9, 9))
-        made = self.made(dataset, Recipe(epochs=1, augment="none"))
+        protocol = self.protocol(dataset, Recipe(epochs=1, augment="none"))
         results = [
-            made.evaluate(whole_of(dataset), context(dataset), arch=ARCH, seed=seed) for seed in range(3)
+            protocol.evaluate(whole_of(dataset), context(dataset), arch=ARCH, seed=seed) for seed in range(3)
         ]
-        found = summarise(results)
+        summary = summarise(results)
         values = [result.measures["lrs"] for result in results]
-        assert found["lrs"] == pytest.approx(sum(values) / 3)  # type: ignore[arg-type]
-        assert found["lrs_std"] == pytest.approx(float(torch.tensor(values).std()), abs=1e-6)
-        assert found["accuracy_full_std"] == 0.0
+        assert summary["lrs"] == pytest.approx(sum(values) / 3)  # type: ignore[arg-type]
+        assert summary["lrs_std"] == pytest.approx(float(torch.tensor(values).std()), abs=1e-6)
+        assert summary["accuracy_full_std"] == 0.0
         assert summarise(results[:1])["ars_std"] is None
 
 
 class TestWholeSet:
-    def asked(self, dataset: Any, ctx: EvalContext | None = None, **more: Any) -> float:
-        settings = {"arch": ARCH, "split_name": "train", **more}
+    def accuracy(self, dataset: Any, ctx: EvalContext | None = None, **options: Any) -> float:
+        settings = {"arch": ARCH, "split_name": "train", **options}
         recipe = settings.pop("recipe", Recipe(epochs=2, augment="dsa", cutmix=0.5))
         return whole_set_accuracy(dataset.train(), ctx or context(dataset), recipe, **settings)
 
@@ -175,34 +177,34 @@ class TestWholeSet:
         real_train = whole.train
         monkeypatch.setattr(whole, "train", lambda *a, **k: calls.append(1) or real_train(*a, **k))
 
-        first = self.asked(dataset)
-        assert self.asked(dataset) == first
+        first = self.accuracy(dataset)
+        assert self.accuracy(dataset) == first
         assert len(calls) == 1
         (row,) = (ddray_home / "truth" / "ledger").glob("*.json")
-        held = json.loads(row.read_text())
-        assert held["result"] == {"accuracy": first}
-        assert held["kind"] == "truth"
+        entry = json.loads(row.read_text())
+        assert entry["result"] == {"accuracy": first}
+        assert entry["kind"] == "truth"
 
     def test_it_is_hard_training_on_the_whole_set_as_it_is(self, toy: Any) -> None:
         dataset = toy(counts=(9, 9, 9))
         recipe = Recipe(epochs=3, augment="none")
         hard = Hard(recipe).evaluate(whole_of(dataset), context(dataset), arch=ARCH, seed=0)
-        assert self.asked(dataset, recipe=Recipe(epochs=3, augment="dsa", cutmix=0.5)) == hard.accuracy
+        assert self.accuracy(dataset, recipe=Recipe(epochs=3, augment="dsa", cutmix=0.5)) == hard.accuracy
 
     def test_another_question_is_trained_for(self, toy: Any, ddray_home: Path) -> None:
         dataset = toy(counts=(9, 9, 9))
         ctx = context(dataset)
-        self.asked(dataset)
-        self.asked(dataset, recipe=Recipe(epochs=1))
-        self.asked(dataset, split_name="train-val0")
-        self.asked(dataset, arch="convnet1_w8_bn")
-        self.asked(dataset, seed=1)
-        self.asked(dataset, context(dataset, dataset.test().select(torch.arange(20))))
-        self.asked(toy(counts=(9, 9, 9), seed=1))
-        self.asked(dataset, EvalContext(dataset, ctx.split, fit_zca(dataset.train()), CPU))
+        self.accuracy(dataset)
+        self.accuracy(dataset, recipe=Recipe(epochs=1))
+        self.accuracy(dataset, split_name="train-val0")
+        self.accuracy(dataset, arch="convnet1_w8_bn")
+        self.accuracy(dataset, seed=1)
+        self.accuracy(dataset, context(dataset, dataset.test().select(torch.arange(20))))
+        self.accuracy(toy(counts=(9, 9, 9), seed=1))
+        self.accuracy(dataset, EvalContext(dataset, ctx.split, fit_zca(dataset.train()), CPU))
         assert len(list((ddray_home / "truth" / "ledger").glob("*.json"))) == 8
 
     def test_a_diverged_training_is_not_kept(self, toy: Any, ddray_home: Path) -> None:
         with pytest.raises(DivergedError, match="on the whole set diverged"):
-            self.asked(toy(), recipe=Recipe(epochs=30, lr=1e18), arch="convnet2_w8_nonorm")
+            self.accuracy(toy(), recipe=Recipe(epochs=30, lr=1e18), arch="convnet2_w8_nonorm")
         assert list((ddray_home / "truth" / "ledger").glob("*.json")) == []

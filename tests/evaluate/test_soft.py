@@ -29,7 +29,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 def test_the_loss_is_the_kl_divergence_at_a_temperature_without_its_square() -> None:
     logits, teacher = torch.randn(2, 5, 7, generator=seeded(), dtype=torch.float64)
 
-    found = soft_loss(logits, torch.softmax(teacher / 20, 1), 20.0)
+    loss = soft_loss(logits, torch.softmax(teacher / 20, 1), 20.0)
 
     total = 0.0
     for a, b in zip(logits.tolist(), teacher.tolist(), strict=True):
@@ -37,7 +37,7 @@ def test_the_loss_is_the_kl_divergence_at_a_temperature_without_its_square() -> 
         p = [math.exp(x / 20) for x in b]
         q, p = [x / sum(q) for x in q], [x / sum(p) for x in p]
         total += sum(y * math.log(y / x) for x, y in zip(q, p, strict=True))
-    assert float(found) == pytest.approx(total / 5, rel=1e-9)
+    assert float(loss) == pytest.approx(total / 5, rel=1e-9)
 
 
 def test_the_rate_falls_along_half_a_cosine() -> None:
@@ -48,7 +48,7 @@ def test_the_rate_falls_along_half_a_cosine() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "ipc", "num_classes", "size", "arch", "wanted"),
+    ("options", "ipc", "num_classes", "size", "arch", "expected"),
     [
         ({}, 10, 10, 32, "resnet18", (400, 0.01, 100)),  # never more than the set has
         ({}, 50, 10, 32, "resnet18", (400, 0.01, 128)),
@@ -63,15 +63,15 @@ def test_the_rate_falls_along_half_a_cosine() -> None:
     ],
 )
 def test_recipes_are_the_papers_and_the_codes(
-    given: dict[str, Any], ipc: int, num_classes: int, size: int, arch: str, wanted: tuple[Any, ...]
+    options: dict[str, Any], ipc: int, num_classes: int, size: int, arch: str, expected: tuple[Any, ...]
 ) -> None:
-    config = SoftConfig.parse(given)
+    config = SoftConfig.parse(options)
 
-    found = settle(config, arch=arch, num_images=ipc * num_classes, num_classes=num_classes, size=size)
+    settings = settle(config, arch=arch, num_images=ipc * num_classes, num_classes=num_classes, size=size)
 
-    assert (found.epochs, found.lr, found.batch) == wanted
-    assert (found.temperature, found.weight_decay, found.min_scale) == (20.0, 0.01, 0.08)
-    assert found.mix == ("mixup" if config.recipe == "table5" else "cutmix")
+    assert (settings.epochs, settings.lr, settings.batch) == expected
+    assert (settings.temperature, settings.weight_decay, settings.min_scale) == (20.0, 0.01, 0.08)
+    assert settings.mix == ("mixup" if config.recipe == "table5" else "cutmix")
 
 
 def test_a_single_image_left_over_joins_the_batch_before_it() -> None:
@@ -88,9 +88,9 @@ def test_mixes() -> None:
 
     assert torch.equal(plain.images, images)
     assert plain.share == 1.0
-    own = (pasted.images == images).float().mean()
+    unchanged = (pasted.images == images).float().mean()
     assert 0 < pasted.share < 1
-    assert float(own) >= pasted.share
+    assert float(unchanged) >= pasted.share
     assert torch.allclose(
         blended.images, blended.share * images + (1 - blended.share) * images[blended.partner]
     )
@@ -100,18 +100,18 @@ def test_mixes() -> None:
 def test_strips_are_shuffled_whole_and_image_by_image() -> None:
     images = torch.arange(16.0).view(1, 1, 4, 4).expand(30, 1, 4, 4).contiguous()
 
-    found = shuffle_strips(images, 2, seeded())
+    shuffled = shuffle_strips(images, 2, seeded())
 
-    quarters = {tuple(sorted(image.flatten().tolist())) for image in found}
+    quarters = {tuple(sorted(image.flatten().tolist())) for image in shuffled}
     assert quarters == {tuple(range(16))}
-    parts = {tuple(image[0, :2, :2].flatten().tolist()) for image in found}
+    parts = {tuple(image[0, :2, :2].flatten().tolist()) for image in shuffled}
     assert parts == {(0, 1, 4, 5), (2, 3, 6, 7), (8, 9, 12, 13), (10, 11, 14, 15)}
     assert torch.equal(shuffle_strips(images, 1, seeded()), images)
     with pytest.raises(InputError, match="patches must divide the image's side of 4 px, got 3"):
         shuffle_strips(images, 3, seeded())
 
 
-def taught(nets: list[Any], space: PixelSpace) -> Teachers:
+def teachers_of(nets: list[Any], space: PixelSpace) -> Teachers:
     return Teachers(
         nets, space, "+".join(["x"] * len(nets)), 0.9, [{"arch": "x", "accuracy": 0.9}] * len(nets)
     )
@@ -122,39 +122,40 @@ def test_several_teachers_probabilities_are_averaged() -> None:
     space = PixelSpace("normalized", (0.5,) * 3, (0.2,) * 3)
     images = torch.randn(4, 3, 16, 16, generator=seeded())
 
-    found = taught(nets, space).probabilities(images, space, 2.0)
+    actual = teachers_of(nets, space).probabilities(images, space, 2.0)
 
-    wanted = sum(torch.softmax(net(images) / 2, 1) for net in nets) / 2
-    assert torch.allclose(found, wanted, atol=1e-6)
-    assert "each" in taught(nets, space).describe()
-    assert "each" not in taught(nets[:1], space).describe()
+    expected = sum(torch.softmax(net(images) / 2, 1) for net in nets) / 2
+    assert torch.allclose(actual, expected, atol=1e-6)
+    assert "each" in teachers_of(nets, space).describe()
+    assert "each" not in teachers_of(nets[:1], space).describe()
 
 
 def test_a_teacher_sees_images_in_its_own_pixel_space(toy: Any) -> None:
     dataset = toy()
     net = build_net("convnet2_w8", (3, 16, 16), 3, seed=0).eval()
-    own = normalized_space(dataset)
+    teacher_space = normalized_space(dataset)
     raw = PixelSpace("raw", dataset.mean, dataset.std)
     whitened = fit_zca(dataset.train())
     images = dataset.train().images[:5]
 
-    wanted = taught([net], own).probabilities(own.encode(images), own, 1.0)
+    teachers = teachers_of([net], teacher_space)
+    expected = teachers.probabilities(teacher_space.encode(images), teacher_space, 1.0)
     for space in (raw, whitened):
-        found = taught([net], own).probabilities(space.encode(images), space, 1.0)
-        assert torch.allclose(found, wanted, atol=1e-3)
+        actual = teachers.probabilities(space.encode(images), space, 1.0)
+        assert torch.allclose(actual, expected, atol=1e-3)
 
 
 @pytest.fixture
-def lessons(digits: Any) -> tuple[EvalContext, Any]:
+def ctx_and_pool(digits: Any) -> tuple[EvalContext, Any]:
     train = digits.train()
     few = train.select(torch.arange(300))
     ctx = EvalContext(digits, train.select(torch.arange(300, 500)), normalized_space(digits), CPU)
     return ctx, LocalPool(PoolTrainer(digits, few, CPU))
 
 
-def test_a_student_learns_from_a_teacher_alone(lessons: Any, digits: Any) -> None:
+def test_a_student_learns_from_a_teacher_alone(ctx_and_pool: Any, digits: Any) -> None:
     """Its own labels are wrong, the teacher's are not: it must not see its own."""
-    ctx, pool = lessons
+    ctx, pool = ctx_and_pool
     recipe = TeacherRecipe(epochs=8, augment="none")
     teachers = get_teachers(pool, ["convnet2_w16"], recipe, ctx, split_name="few")
     assert teachers.accuracy > 0.8
@@ -172,21 +173,21 @@ def test_a_student_learns_from_a_teacher_alone(lessons: Any, digits: Any) -> Non
     assert first.accuracy != other.accuracy
 
 
-def test_the_same_network_twice_is_two_networks(lessons: Any) -> None:
-    ctx, pool = lessons
+def test_the_same_network_twice_is_two_networks(ctx_and_pool: Any) -> None:
+    ctx, pool = ctx_and_pool
     recipe = TeacherRecipe(epochs=4, augment="none")
 
-    found = get_teachers(pool, ["convnet2_w8", "convnet2_w8"], recipe, ctx, split_name="few")
+    teachers = get_teachers(pool, ["convnet2_w8", "convnet2_w8"], recipe, ctx, split_name="few")
 
-    weights = [next(net.parameters()) for net in found.nets]
+    weights = [next(net.parameters()) for net in teachers.nets]
     assert not torch.equal(*weights)
-    assert found.arch == "convnet2_w8+convnet2_w8"
-    accuracies = [one["accuracy"] for one in found.each]
-    assert min(accuracies) - 0.1 <= found.accuracy <= 1
+    assert teachers.arch == "convnet2_w8+convnet2_w8"
+    accuracies = [one["accuracy"] for one in teachers.each]
+    assert min(accuracies) - 0.1 <= teachers.accuracy <= 1
 
 
-def test_a_teacher_at_chance_is_refused_before_any_student(lessons: Any) -> None:
-    ctx, pool = lessons
+def test_a_teacher_at_chance_is_refused_before_any_student(ctx_and_pool: Any) -> None:
+    ctx, pool = ctx_and_pool
     shuffled = replace(ctx.split, labels=(ctx.split.labels + 1) % 10)  # a wrong label order
     with pytest.raises(DdrayError, match=r"teacher convnet2_w8 must be better than chance .* needed 0\.1"):
         get_teachers(
@@ -199,7 +200,7 @@ def test_a_teacher_at_chance_is_refused_before_any_student(lessons: Any) -> None
 
 
 @pytest.mark.parametrize(
-    ("num_classes", "num_images", "wanted"),
+    ("num_classes", "num_images", "expected"),
     [
         (1, 10, 0.0),
         (2, 100, 0.65),
@@ -209,20 +210,22 @@ def test_a_teacher_at_chance_is_refused_before_any_student(lessons: Any) -> None
         (2, 4, 0.9),
     ],
 )
-def test_a_teacher_must_do_better_than_luck(num_classes: int, num_images: int, wanted: float) -> None:
-    assert least_accuracy(num_classes, num_images) == pytest.approx(wanted, abs=1e-4)
+def test_a_teacher_must_do_better_than_luck(num_classes: int, num_images: int, expected: float) -> None:
+    assert least_accuracy(num_classes, num_images) == pytest.approx(expected, abs=1e-4)
 
 
-def test_hard_labels_have_no_teacher_and_soft_ones_need_one(lessons: Any, digits: Any) -> None:
-    ctx, _ = lessons
+def test_hard_labels_have_no_teacher_and_soft_ones_need_one(ctx_and_pool: Any, digits: Any) -> None:
+    ctx, _ = ctx_and_pool
     with pytest.raises(InputError, match="recipe paper must have a teacher"):
         Soft(SoftConfig(), None)
     images = ctx.space.encode(digits.train().images[:100])
-    own = TrainSet(images, digits.train().labels[:100])
+    train_set = TrainSet(images, digits.train().labels[:100])
 
-    found = Soft(SoftConfig(recipe="table5", epochs=60), None).evaluate(own, ctx, arch="convnet2_w16", seed=0)
+    result = Soft(SoftConfig(recipe="table5", epochs=60), None).evaluate(
+        train_set, ctx, arch="convnet2_w16", seed=0
+    )
 
-    assert found.accuracy > 0.6
+    assert result.accuracy > 0.6
 
 
 @pytest.fixture
@@ -235,21 +238,21 @@ def distilled(planned: Any, digits: Any, tmp_path: Path) -> Path:
     return tmp_path / "d.pt"
 
 
-def options(**more: Any) -> scoring.EvaluateOptions:
-    given: dict[str, Any] = {"protocol": "soft", "teachers": ("convnet2_w8",), "sets": ("teacher.epochs=2",)}
-    return scoring.EvaluateOptions(**{**given, "seeds": 1, "epochs": 2, **more})
+def options(**changes: Any) -> scoring.EvaluateOptions:
+    quick: dict[str, Any] = {"protocol": "soft", "teachers": ("convnet2_w8",), "sets": ("teacher.epochs=2",)}
+    return scoring.EvaluateOptions(**{**quick, "seeds": 1, "epochs": 2, **changes})
 
 
 def test_the_command_says_what_its_teacher_is_worth(distilled: Path) -> None:
-    found = scoring.evaluate(distilled, options(archs=("convnet2_w8", "convnet2_w16")), device=CPU)
+    answer = scoring.evaluate(distilled, options(archs=("convnet2_w8", "convnet2_w16")), device=CPU)
 
-    assert set(found["teacher"]) == {"arch", "accuracy"}
-    assert found["teacher"]["arch"] == "convnet2_w8"
-    assert 0.15 < found["teacher"]["accuracy"] <= 1
-    assert [one["arch"] for one in found["results"]] == ["convnet2_w8", "convnet2_w16"]
-    several = scoring.evaluate(distilled, options(teachers=("convnet2_w8",) * 2, split="val"), device=CPU)
-    assert len(several["teacher"]["each"]) == 2
-    assert several["split"] == "val"
+    assert set(answer["teacher"]) == {"arch", "accuracy"}
+    assert answer["teacher"]["arch"] == "convnet2_w8"
+    assert 0.15 < answer["teacher"]["accuracy"] <= 1
+    assert [one["arch"] for one in answer["results"]] == ["convnet2_w8", "convnet2_w16"]
+    averaged = scoring.evaluate(distilled, options(teachers=("convnet2_w8",) * 2, split="val"), device=CPU)
+    assert len(averaged["teacher"]["each"]) == 2
+    assert averaged["split"] == "val"
 
 
 def test_stitched_sets_are_trained_on_with_shuffled_patches(
@@ -267,16 +270,16 @@ def test_stitched_sets_are_trained_on_with_shuffled_patches(
 
 
 def test_table_5_is_a_recipe_of_hard_labels(distilled: Path) -> None:
-    found = scoring.evaluate(
+    answer = scoring.evaluate(
         distilled, options(protocol="hard", recipe="table5", teachers=(), sets=()), device=CPU
     )
 
-    assert "teacher" not in found
-    assert len(found["results"][0]["per_seed"]) == 1
+    assert "teacher" not in answer
+    assert len(answer["results"][0]["per_seed"]) == 1
 
 
 @pytest.mark.parametrize(
-    ("more", "reason"),
+    ("changes", "reason"),
     [
         ({"protocol": "hard"}, "--teacher must be left out, or used with --protocol soft"),
         ({"augment": "dsa"}, "--augment must be left out here"),
@@ -286,7 +289,7 @@ def test_table_5_is_a_recipe_of_hard_labels(distilled: Path) -> None:
     ],
 )
 def test_options_that_do_not_go_together_are_refused(
-    distilled: Path, more: dict[str, Any], reason: str
+    distilled: Path, changes: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(InputError, match=reason):
-        scoring.evaluate(distilled, options(**more), device=CPU)
+        scoring.evaluate(distilled, options(**changes), device=CPU)

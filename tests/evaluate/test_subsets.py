@@ -38,15 +38,15 @@ def test_ranks_are_a_random_order() -> None:
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(1, 30), st.integers(0, 3))
 def test_a_limited_set_takes_every_class_by_its_share(counts: list[int], limit: int, seed: int) -> None:
     whole = a_set(counts)
-    found = limited(whole, limit, derive(seed))
+    subset = limited(whole, limit, derive(seed))
 
-    assert len(found.labels) == min(limit, sum(counts))
-    index = found.images.flatten().long()
+    assert len(subset.labels) == min(limit, sum(counts))
+    index = subset.images.flatten().long()
     assert bool((index[1:] > index[:-1]).all())  # the order is kept, nothing twice
-    assert torch.equal(whole.labels[index], found.labels)
+    assert torch.equal(whole.labels[index], subset.labels)
     share = min(1.0, limit / sum(counts))
     for label, count in enumerate(counts):
-        assert abs(int((found.labels == label).sum()) - share * count) <= 1.0 + 1e-9
+        assert abs(int((subset.labels == label).sum()) - share * count) <= 1.0 + 1e-9
 
 
 def test_the_draw_depends_on_the_seed_alone() -> None:
@@ -66,12 +66,12 @@ def test_a_limit_below_1_is_refused() -> None:
 def test_random_subset_has_so_many_real_images_of_every_class(toy: Any) -> None:
     dataset = toy(counts=(9, 2, 8))
     space = normalized_space(dataset)
-    found = random_subset(dataset.train(), 4, space, derive(0))
+    subset = random_subset(dataset.train(), 4, space, derive(0))
 
-    assert torch.bincount(found.labels).tolist() == [4, 2, 4]
+    assert torch.bincount(subset.labels).tolist() == [4, 2, 4]
     real = space.encode(dataset.train().images)
-    for image, label in zip(found.images, found.labels, strict=True):
+    for image, label in zip(subset.images, subset.labels, strict=True):
         same = (real == image).flatten(1).all(1)
         assert dataset.train().labels[same].tolist() == [int(label)]
     other = random_subset(dataset.train(), 4, space, derive(1))
-    assert not torch.equal(found.images, other.images)
+    assert not torch.equal(subset.images, other.images)

@@ -29,20 +29,20 @@ def write_spec(folder: Path, steps: int = 40) -> Path:
 
 
 def bench(spec: Path, run_dir: Path, *, resume: bool = False, **options: Any) -> dict[str, Any]:
-    """Run the bench from this process on Ray."""
-    chosen = BenchOptions(**options)
-    held = prepare(read_spec(spec), chosen)
-    return run_bench(held, RayExecutor(chosen), run_dir=run_dir, resume=resume)
+    """Run the bench on Ray, from this process."""
+    bench_options = BenchOptions(**options)
+    prepared = prepare(read_spec(spec), bench_options)
+    return run_bench(prepared, RayExecutor(bench_options), run_dir=run_dir, resume=resume)
 
 
-def command(spec: Path, run_dir: Path, *more: str) -> list[str]:
+def command(spec: Path, run_dir: Path, *extra_arguments: str) -> list[str]:
     """Return the bench's command line, one unit at a time."""
     base = [sys.executable, "-m", "ddray", "bench", str(spec), "--run-dir", str(run_dir)]
-    return [*base, "--max-concurrent", "1", "--json", *more]
+    return [*base, "--max-concurrent", "1", "--json", *extra_arguments]
 
 
 def check_exactly_once(run_dir: Path, before: dict[str, int]) -> None:
-    """Check that every unit has one row, and that what was there before a fault was not touched."""
+    """Check that every unit has one row, and that rows from before the fault were not touched."""
     rows = Ledger(run_dir).rows()
     assert len(rows) == NUM_UNITS
     assert {row.status for row in rows} == {"done"}

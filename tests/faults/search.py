@@ -42,8 +42,8 @@ def search(
     )
 
 
-def command(run_dir: Path, *more: str, steps: int = 60) -> list[str]:
-    """Return the command line of a search with 4 random trials, slow enough to be killed in the middle."""
+def command(run_dir: Path, *extra_arguments: str, steps: int = 60) -> list[str]:
+    """Return the command line of a search with 4 random trials, slow enough to be killed halfway."""
     return [
         *(sys.executable, "-m", "ddray", "tune", "--method", "datadam", "--ipc", "1", "--strategy", "random"),
         *(
@@ -57,7 +57,7 @@ def command(run_dir: Path, *more: str, steps: int = 60) -> list[str]:
             "evaluate.seeds=1",
         ),
         *("--set", "method.batch_real=8", "--set", "checkpoint_every=5", "--max-concurrent", "1"),
-        *("--final-sets", "1", "--run-dir", str(run_dir), "--json", *more),
+        *("--final-sets", "1", "--run-dir", str(run_dir), "--json", *extra_arguments),
     ]
 
 
@@ -81,19 +81,19 @@ def trials(run_dir: Path) -> list[Row]:
 
 
 def stamps(run_dir: Path) -> dict[str, int]:
-    """Return key -> time of last change of every row."""
+    """Return key -> modification time of every row."""
     return {path.stem: path.stat().st_mtime_ns for path in (run_dir / "ledger").glob("*.json")}
 
 
 def count(run_dir: Path, event: str, key: str) -> int:
-    """Return how often an event of a key was noted."""
+    """Return how often an event was logged for a key."""
     return sum(line["event"] == event and line["key"] == key for line in Ledger(run_dir).events())
 
 
 def wait_for(
     condition: Callable[[], bool], process: subprocess.Popen[str] | None, seconds: float = 240
 ) -> None:
-    """Wait until a condition holds; fail if the process ends before, or time runs out."""
+    """Wait until a condition holds; fail if the process ends first or time runs out."""
     end = time.monotonic() + seconds
     while not condition():
         if process is not None and process.poll() is not None:
@@ -106,24 +106,24 @@ def wait_for(
 
 def ray_workers(name: str) -> list[int]:
     """Return the process ids of this session's Ray workers whose title contains `name`."""
-    mine = os.getpid()
-    found = []
+    own_pid = os.getpid()
+    pids = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             title = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:
             continue
-        if title.startswith("ray::") and name in title and mine in _ancestors(int(folder.name)):
-            found.append(int(folder.name))
-    return found
+        if title.startswith("ray::") and name in title and own_pid in _ancestors(int(folder.name)):
+            pids.append(int(folder.name))
+    return pids
 
 
 def _ancestors(pid: int) -> list[int]:
-    found = []
+    ancestors = []
     while pid > 1:
         try:
             pid = int((Path("/proc") / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[1])
         except OSError:
             break
-        found.append(pid)
-    return found
+        ancestors.append(pid)
+    return ancestors

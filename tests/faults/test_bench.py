@@ -1,4 +1,4 @@
-"""A bench whose driver, worker, node or disk fails: every unit once, and the table of an undisturbed run."""
+"""A bench whose driver, worker, node or disk fails: every unit runs once; the table is the same."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def rows_of(run: Path) -> int:
     return len(list((run / "ledger").glob("*.json")))
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_driver_resumes(tmp_path: Path, number: signal.Signals, table: bytes) -> None:
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_driver_resumes(tmp_path: Path, signal_number: signal.Signals, table: bytes) -> None:
     spec, run = write_spec(tmp_path), tmp_path / "run"
     victim = start(command(spec, run))
     wait_for(lambda: rows_of(run) >= 3, victim)
-    victim.send_signal(number)
-    if number == signal.SIGKILL:
-        # Orphans of the killed driver may still be at work: nothing is waited for.
+    victim.send_signal(signal_number)
+    if signal_number == signal.SIGKILL:
+        # Orphans of the killed driver may still be running: don't wait for them.
         victim.wait(timeout=60)
         for pipe in (victim.stdout, victim.stderr):
             assert pipe is not None
@@ -64,7 +64,7 @@ def test_a_killed_driver_resumes(tmp_path: Path, number: signal.Signals, table: 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
 def test_a_driver_killed_at_any_moment_resumes(tmp_path: Path, seed: int, table: bytes) -> None:
-    """Up to three kills at random moments, by random signals, the next start at once each time."""
+    """Up to three kills at random moments with random signals, each followed by an immediate restart."""
     draw = random.Random(seed)
     spec, run = write_spec(tmp_path), tmp_path / "run"
     before: dict[str, int] = {}
@@ -86,7 +86,7 @@ def test_a_driver_killed_at_any_moment_resumes(tmp_path: Path, seed: int, table:
 
 
 def test_a_full_disk_ends_the_bench_and_leaves_it_resumable(tmp_path: Path, table: bytes) -> None:
-    """A file-size limit makes the write of a pool entry or a set fail for real."""
+    """A file-size limit makes writing a pool entry or set really fail."""
     spec, run = write_spec(tmp_path), tmp_path / "run"
     base = command(spec, run, "--executor", "local")
     limited = ["bash", "-c", f"ulimit -f 8; trap '' XFSZ; exec {' '.join(base)}"]
@@ -103,20 +103,22 @@ def test_a_full_disk_ends_the_bench_and_leaves_it_resumable(tmp_path: Path, tabl
 
 
 class TestTwoNodes:
-    """Nodes of one CPU each on this machine, and a head without any."""
+    """Nodes with one CPU each on this machine, and a head node with none."""
 
     @pytest.fixture
     def cluster(self) -> Iterator[Any]:
         from ray.cluster_utils import Cluster
 
-        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        ray_cluster = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
+        )
         try:
-            yield made
+            yield ray_cluster
         finally:
             import ray
 
             ray.shutdown()
-            made.shutdown()
+            ray_cluster.shutdown()
 
     def test_a_node_dies_and_another_joins(
         self, cluster: Any, tmp_path: Path, table: bytes, ddray_home: Path
@@ -159,14 +161,14 @@ class TestTwoNodes:
             wait_for(lambda: rows_of(run) >= 2, None)
             cluster.remove_node(only, allow_graceful=False)
             time.sleep(8)  # a worker outlives its node by seconds, and may finish its unit
-            held = stamps(run)
+            before = stamps(run)
             time.sleep(3)
-            assert stamps(run) == held, "nothing can run without a node"
+            assert stamps(run) == before, "nothing can run without a node"
             cluster.add_node(num_cpus=1)
         finally:
             thread.join(timeout=300)
         assert not thread.is_alive()
-        check_exactly_once(run, held)
+        check_exactly_once(run, before)
         assert (run / "table.csv").read_bytes() == table
 
 
@@ -199,18 +201,18 @@ class TestWorkers:
         from ddray.cluster.fanout import Outcome, Task, fan_out
 
         def follow(outcome: Outcome) -> list[Task]:
-            number = int(outcome.key)
-            return [Task(f"{2 * number + k}", pow, (number, 2)) for k in (0, 1)] if number < 8 else []
+            task_id = int(outcome.key)
+            return [Task(f"{2 * task_id + k}", pow, (task_id, 2)) for k in (0, 1)] if task_id < 8 else []
 
         widths = iter([1, 2] * 50)
-        found = {
+        results = {
             outcome.key: outcome.value
             for outcome in fan_out(
                 [Task("1", pow, (0, 2))], num_workers=lambda: next(widths), cpus=0.1, gpus=0, follow=follow
             )
         }
-        assert sorted(found, key=int) == [str(number) for number in range(1, 16)]
-        assert found["15"] == 49
+        assert sorted(results, key=int) == [str(i) for i in range(1, 16)]
+        assert results["15"] == 49
 
     def test_workers_that_a_call_leaves_serve_the_next_one(self) -> None:
         from ddray.cluster.fanout import Task, fan_out
@@ -246,8 +248,8 @@ class TestWorkers:
         mark = str(tmp_path / "mark")
         tasks = [fanout.Task("busy", busy, (mark,)), fanout.Task("touch", touch, (mark,))]
         widths = itertools.chain([1, 1], itertools.repeat(2))
-        found = {
+        results = {
             outcome.key: outcome.value
             for outcome in fanout.fan_out(tasks, num_workers=lambda: next(widths), cpus=0.1, gpus=0)
         }
-        assert found["busy"] is True, "the second task had to wait for the end of the first"
+        assert results["busy"] is True, "the second task had to wait for the end of the first"

@@ -1,4 +1,4 @@
-"""The driver killed in the middle of a search: every trial once, nothing finished is run again."""
+"""The driver is killed during a search: every trial runs once, nothing finished is run again."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ pytestmark = pytest.mark.ray
 
 
 @pytest.mark.parametrize(
-    "number",
+    "signal_number",
     [
         signal.SIGKILL,
-        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),  # test_nas and test_bench have it by default
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),  # in test_nas and test_bench it runs by default
         pytest.param(signal.SIGINT, marks=pytest.mark.slow),
     ],
 )
-def test_killed_driver_resumes(tmp_path: Path, number: signal.Signals) -> None:
+def test_killed_driver_resumes(tmp_path: Path, signal_number: signal.Signals) -> None:
     run = tmp_path / "run"
     victim = start(command(run))
     wait_for(lambda: len(list((run / "ledger").glob("*.json"))) >= 1, victim)
-    victim.send_signal(number)
+    victim.send_signal(signal_number)
     _, errors = victim.communicate(timeout=120)
-    if number != signal.SIGKILL:
+    if signal_number != signal.SIGKILL:
         assert victim.returncode == 1
         last = errors.strip().splitlines()[-1]
         assert last.startswith("error:")
@@ -47,9 +47,9 @@ def test_killed_driver_resumes(tmp_path: Path, number: signal.Signals) -> None:
 
 
 def test_memory_and_foreign_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A trial that asks for more memory than there is fails after its retries; its neighbours finish.
+    """A trial that needs more memory than there is fails after its retries; the others finish.
 
-    The method comes from a package of the user's own, found through its entry point.
+    The method comes from a user's package, found through its entry point.
     """
     package = tmp_path / "site"
     info = package / "greedy-1.0.dist-info"
@@ -64,7 +64,7 @@ def test_memory_and_foreign_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "class GreedyConfig(Config):\n"
         "    gigabytes: float = 0.0\n"
         "def select(ctx, config):\n"
-        "    held = torch.ones(int(config.gigabytes * 2**28))\n"
+        "    block = torch.ones(int(config.gigabytes * 2**28))\n"
         "    return take(ctx, random_indices(ctx))\n"
         "METHOD = selection_method(GreedyConfig, select)\n"
     )
@@ -107,7 +107,7 @@ def test_memory_and_foreign_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_full_disk_names_the_path_and_leaves_a_resumable_run(tmp_path: Path) -> None:
-    """A file-size limit makes the checkpoint's write fail for real."""
+    """A file-size limit makes writing the checkpoint really fail."""
     run, out = tmp_path / "run", tmp_path / "out.pt"
     base = [
         *(sys.executable, "-m", "ddray", "distill", "--method", "datadam", "--ipc", "1", "--steps", "4"),

@@ -1,4 +1,4 @@
-"""A NAS sweep over Ray: driver killed, worker killed, unit hung; every unit once."""
+"""A NAS sweep on Ray: driver killed, worker killed, unit hung; every unit runs once."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def ddray(*arguments: str) -> dict[str, Any]:
         [sys.executable, "-m", "ddray", *arguments, "--json"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
 
 
-def sweep(run: Path, proxy: Path, *more: str) -> list[str]:
-    """Return the arguments of a sweep of 8 cells x 2 seeds: nothing is trained for the truth."""
+def sweep(run: Path, proxy: Path, *extra_arguments: str) -> list[str]:
+    """Return the arguments of a sweep of 8 architectures x 2 seeds; the truth comes from a table."""
     return [
         *("nas", "--proxy", str(proxy), "--space", "nasbench201", "--sample", "8", "--seeds", "2"),
-        *("--epochs", "20", "--truth", "table", "--run-dir", str(run), *more),
+        *("--epochs", "20", "--truth", "table", "--run-dir", str(run), *extra_arguments),
     ]
 
 
@@ -56,10 +56,11 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
 
 
 @pytest.mark.parametrize(
-    "number",
-    [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGTERM],  # test_drivers has the other
+    "signal_number",
+    # test_drivers runs SIGKILL by default
+    [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGTERM],
 )
-def test_killed_driver_resumes(tmp_path: Path, proxy: Path, number: signal.Signals) -> None:
+def test_killed_driver_resumes(tmp_path: Path, proxy: Path, signal_number: signal.Signals) -> None:
     run = tmp_path / "run"
     victim = subprocess.Popen(
         [sys.executable, "-m", "ddray", *sweep(run, proxy)],
@@ -69,9 +70,9 @@ def test_killed_driver_resumes(tmp_path: Path, proxy: Path, number: signal.Signa
         start_new_session=True,
     )
     wait_for(lambda: len(list((run / "ledger").glob("*.json"))) >= 3, victim)
-    victim.send_signal(number)
+    victim.send_signal(signal_number)
     _, errors = victim.communicate(timeout=120)
-    if number == signal.SIGTERM:
+    if signal_number == signal.SIGTERM:
         assert victim.returncode == 1
         assert "--resume" in errors.strip().splitlines()[-1]
         assert "Traceback" not in errors
@@ -91,7 +92,7 @@ def test_killed_driver_resumes(tmp_path: Path, proxy: Path, number: signal.Signa
 
 
 def _record(folder: str, name: str) -> int:
-    """Count this call in a file, and return which call of the task it is."""
+    """Count this call in a file, and return the number of calls so far."""
     path = Path(folder) / name
     with path.open("a") as file:
         file.write("x")
@@ -165,7 +166,7 @@ def test_a_hung_or_killed_worker_costs_its_task_alone(tmp_path: Path) -> None:
 
 
 def test_a_search_for_rank_correlation(tmp_path: Path, proxy: Path) -> None:
-    """A search for rank correlation runs through, on val alone."""
+    """A search for rank correlation runs to its end, using val only."""
     out = ddray(
         *("tune", "--method", "random", "--ipc", "1", "--objective", "nas-spearman", "--nas-sample", "3"),
         *("--nas-epochs", "1", "--num-samples", "1", "--strategy", "random", "--final-sets", "1"),

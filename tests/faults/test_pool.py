@@ -1,4 +1,4 @@
-"""Pools when trainers, drivers and the service die: nothing is trained twice, nothing is lost for good."""
+"""Pools when trainers, drivers and the service die: nothing is trained twice or lost for good."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ def spec(seed: int = 0) -> PoolSpec:
     )
 
 
-def quick(wanted: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
-    return {"features": torch.full((2, 2), float(wanted.seed))}, {"by": os.getpid()}
+def quick(pool_spec: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+    return {"features": torch.full((2, 2), float(pool_spec.seed))}, {"by": os.getpid()}
 
 
 def entries(home: Path) -> dict[str, dict[str, Any]]:
-    """Return key -> entry.json of what is there."""
+    """Return key -> entry.json of the existing entries."""
     files = PoolFiles(home / "pool")
-    return {key: json.loads((files.folder / key / ENTRY).read_text()) for key in files.known()}
+    return {key: json.loads((files.folder / key / ENTRY).read_text()) for key in files.list_keys()}
 
 
 class TestService:
-    """The service itself, with a clock of the test's own and without Ray."""
+    """The service itself, with a fake clock and without Ray."""
 
     @pytest.fixture
     def clock(self) -> list[float]:
@@ -94,7 +94,7 @@ class TestService:
         assert not service.beat(KEY, 1)
         assert not service.publish(KEY, 1, self.draft(tmp_path, 66.0))
         service.give_up(KEY, 1)
-        assert service.ask(KEY) is None  # the second one's lease stands
+        assert service.ask(KEY) is None  # the second trainer's lease is still valid
         assert service.publish(KEY, 2, self.draft(tmp_path, 2.0))
         assert not service.publish(KEY, 1, self.draft(tmp_path, 66.0))
         assert not service.publish(KEY, 2, self.draft(tmp_path, 66.0))
@@ -110,7 +110,7 @@ class TestService:
         clock[0] = 10.0
         service.lapse()
         lock = files.try_lock(KEY)
-        assert lock is not None  # whoever works with the files alone is let in
+        assert lock is not None  # processes that use only the files get the lock
         assert not service.beat(KEY, 1)
         assert not service.publish(KEY, 1, self.draft(tmp_path))
         lock.release()
@@ -133,7 +133,7 @@ class TestService:
         assert served.meta["value"] == 2.0
 
     def test_leases_lapse_though_nobody_asks(self, tmp_path: Path) -> None:
-        """A client that went on with the files waits for the lock, and asks the service no more."""
+        """A client that falls back to the files waits for the lock and no longer asks the service."""
         service = PoolService(str(tmp_path), lease_s=0.2, put=lambda value: value)
         service.watch()
         assert service.ask(KEY) == Lease(1, 1)
@@ -204,9 +204,9 @@ import torch
 from ddray.pool import LocalPool
 from tests.faults.test_pool import spec
 
-def train(wanted):
+def train(pool_spec):
     with open(sys.argv[1], "a") as log:
-        log.write(f"{wanted.seed}\\n")
+        log.write(f"{pool_spec.seed}\\n")
     time.sleep(float(sys.argv[2]))
     return {"features": torch.zeros(1)}, {}
 
@@ -225,7 +225,7 @@ def test_two_processes_share_the_work_and_train_each_entry_once(tmp_path: Path, 
         _, errors = one.communicate(timeout=200)
         assert one.returncode == 0, errors
     assert sorted(log.read_text().split()) == ["0", "1", "2"]
-    assert [held["times_trained"] for held in entries(ddray_home).values()] == [1, 1, 1]
+    assert [entry["times_trained"] for entry in entries(ddray_home).values()] == [1, 1, 1]
 
 
 def test_a_killed_trainer_is_taken_over_at_once(tmp_path: Path, ddray_home: Path) -> None:
@@ -245,7 +245,7 @@ def test_a_killed_trainer_is_taken_over_at_once(tmp_path: Path, ddray_home: Path
             one.kill()
             one.communicate()
     assert heir.returncode == 0, errors
-    assert [held["times_trained"] for held in entries(ddray_home).values()] == [1, 1, 1]
+    assert [entry["times_trained"] for entry in entries(ddray_home).values()] == [1, 1, 1]
     assert other.read_text().split() == ["1", "2", "0"]
 
 
@@ -262,7 +262,7 @@ class TestCluster:
         """The process id of a worker that holds a lease."""
         log = tmp_path / "pid"
 
-        def train(wanted: PoolSpec) -> Any:
+        def train(pool_spec: PoolSpec) -> Any:
             log.write_text(str(os.getpid()))
             time.sleep(600)
 
@@ -280,27 +280,27 @@ class TestCluster:
         self, hanging: int, address: PoolAddress, ddray_home: Path
     ) -> None:
         pool = ClusterPool(quick, address)
-        found: list[Any] = []
-        thread = threading.Thread(target=lambda: found.extend(pool.get([spec()])))
+        pool_entries: list[Any] = []
+        thread = threading.Thread(target=lambda: pool_entries.extend(pool.get([spec()])))
         thread.start()
-        time.sleep(2.5)  # longer than a lease: it is kept alive
+        time.sleep(2.5)  # longer than a lease: heartbeats renew it
         assert entries(ddray_home) == {}
         os.kill(hanging, signal.SIGKILL)
         thread.join(timeout=60)
-        assert [entry.meta["by"] for entry in found] == [os.getpid()]
-        assert found[0].meta["times_trained"] == 1
+        assert [entry.meta["by"] for entry in pool_entries] == [os.getpid()]
+        assert pool_entries[0].meta["times_trained"] == 1
 
     def test_a_stopped_trainer_is_taken_over_and_its_late_entry_refused(
         self, address: PoolAddress, ddray_home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """As a machine that hangs: no heartbeat arrives, and then it wakes up."""
+        """Like a machine that hangs: no heartbeat arrives, then it wakes up."""
         gate = threading.Event()
 
         class Silent(ClusterPool):
             def _beating(self, key: str, token: int) -> Any:
                 return threading.Lock()  # does nothing for a while
 
-        def slow(wanted: PoolSpec) -> Any:
+        def slow(pool_spec: PoolSpec) -> Any:
             gate.wait(60)
             return {"features": torch.full((2, 2), 66.0)}, {}
 
@@ -323,23 +323,23 @@ class TestCluster:
     ) -> None:
         seeds: list[int] = []
 
-        def train(wanted: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
-            seeds.append(wanted.seed)
-            if wanted.seed == 1:
+        def train(pool_spec: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+            seeds.append(pool_spec.seed)
+            if pool_spec.seed == 1:
                 ray.kill(ray.get_actor(address.name, namespace="ddray"))
                 time.sleep(0.5)
-            return quick(wanted)
+            return quick(pool_spec)
 
         with pool_service(address):
-            found = ClusterPool(train, address).get([spec(seed) for seed in range(3)])
+            pool_entries = ClusterPool(train, address).get([spec(seed) for seed in range(3)])
 
         assert seeds == [0, 1, 2]
-        assert [int(entry.tensors["features"].sum()) for entry in found] == [0, 4, 8]
+        assert [int(entry.tensors["features"].sum()) for entry in pool_entries] == [0, 4, 8]
         assert "the pool's service is gone" in caplog.text
         assert len(entries(ddray_home)) == 3
         with caplog.at_level(logging.WARNING):
             again = ClusterPool(train, address).get([spec(1)])
-        assert (seeds, again[0].meta) == ([0, 1, 2], found[1].meta)
+        assert (seeds, again[0].meta) == ([0, 1, 2], pool_entries[1].meta)
 
     def test_a_slow_service_is_waited_for(
         self,
@@ -348,7 +348,7 @@ class TestCluster:
         caplog: pytest.LogCaptureFixture,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """A lease granted to a call that was given up would be nobody's."""
+        """A lease granted to an abandoned call would belong to nobody."""
         monkeypatch.setattr(pool_module, "_PATIENCE_S", 0.2)
         with pool_service(address):
             actor: Any = ray.get_actor(address.name, namespace="ddray")
@@ -364,27 +364,29 @@ class TestCluster:
         gate = threading.Event()
         begun = threading.Event()
 
-        def slow(wanted: PoolSpec) -> Any:
+        def slow(pool_spec: PoolSpec) -> Any:
             begun.set()
             gate.wait(60)
-            return quick(wanted)
+            return quick(pool_spec)
 
-        def never(wanted: PoolSpec) -> Any:
+        def never(pool_spec: PoolSpec) -> Any:
             raise AssertionError("trained twice")
 
         with pool_service(address):
             outside = threading.Thread(target=lambda: LocalPool(slow).get([spec()]))
             outside.start()
             begun.wait(60)
-            found: list[Any] = []
-            inside = threading.Thread(target=lambda: found.extend(ClusterPool(never, address).get([spec()])))
+            pool_entries: list[Any] = []
+            inside = threading.Thread(
+                target=lambda: pool_entries.extend(ClusterPool(never, address).get([spec()]))
+            )
             inside.start()
             time.sleep(1.0)
-            assert found == []
+            assert pool_entries == []
             gate.set()
             for thread in (outside, inside):
                 thread.join(timeout=60)
-        assert len(found) == 1
+        assert len(pool_entries) == 1
         assert entries(ddray_home)[spec().key]["times_trained"] == 1
 
     def test_trials_share_what_is_declared_and_what_a_neighbour_trained(
@@ -405,14 +407,14 @@ class TestCluster:
             num_samples=5,
         )
         assert out["num_failed"] == 0
-        asked = {row.spec["params"]["feature_epochs"] for row in trials(run)}
-        held = entries(ddray_home).values()
-        assert all(entry["times_trained"] == 1 for entry in held)
-        searched = [entry for entry in held if entry["spec"]["split"] == "train-val0"]
-        assert {entry["spec"]["recipe"]["epochs"] for entry in searched} == asked
-        assert len(searched) == len(asked) == 2
-        # The winner and the paper's point on one fresh seed.
-        finals = [entry for entry in held if entry["spec"]["split"] == "train"]
+        feature_epochs = {row.spec["params"]["feature_epochs"] for row in trials(run)}
+        pool_entries = entries(ddray_home).values()
+        assert all(entry["times_trained"] == 1 for entry in pool_entries)
+        searched = [entry for entry in pool_entries if entry["spec"]["split"] == "train-val0"]
+        assert {entry["spec"]["recipe"]["epochs"] for entry in searched} == feature_epochs
+        assert len(searched) == len(feature_epochs) == 2
+        # The winner and the paper's point, on one fresh seed.
+        finals = [entry for entry in pool_entries if entry["spec"]["split"] == "train"]
         assert len(finals) == len({out["best"]["config"]["feature_epochs"], 1})
 
 
@@ -440,7 +442,7 @@ METHOD.pool_specs = lambda self, ctx: specs(ctx, self._config)
 def test_a_driver_killed_while_the_pool_is_trained_resumes(
     tmp_path: Path, ddray_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The method comes from a package of the user's own; its networks are trained on all of train."""
+    """The method comes from a user's package; its networks are trained on all of train."""
     package = tmp_path / "site"
     info = package / "pooled-1.0.dist-info"
     info.mkdir(parents=True)
@@ -468,9 +470,9 @@ def test_a_driver_killed_while_the_pool_is_trained_resumes(
     out = finish([*arguments, "--resume"])
 
     assert (out["num_trials"], out["num_failed"]) == (1, 0)
-    held = entries(ddray_home)
-    assert len(held) == 3
-    assert all(entry["times_trained"] == 1 for entry in held.values())
-    after = {key: (ddray_home / "pool" / key / ENTRY).stat().st_mtime_ns for key in held}
+    pool_entries = entries(ddray_home)
+    assert len(pool_entries) == 3
+    assert all(entry["times_trained"] == 1 for entry in pool_entries.values())
+    after = {key: (ddray_home / "pool" / key / ENTRY).stat().st_mtime_ns for key in pool_entries}
     assert before.items() <= after.items()
     assert not list((ddray_home / "pool").glob("*.tmp"))

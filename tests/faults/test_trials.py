@@ -1,4 +1,4 @@
-"""What happens to trials: diverged, out of memory, killed, stopped early; each ends as the ledger says."""
+"""What happens to trials: diverged, out of memory, killed, stopped early; the ledger says how each ended."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_killed_worker_costs_a_retry_and_nothing_else(tmp_path: Path) -> None:
 
 def test_asha_stops_poor_trials_early_but_never_the_papers_point(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    # Trial 0 is the paper's point, made the worst by its own rate: it must reach full length all the same.
+    # Trial 0 is the paper's point, made the worst by its learning rate; it must still reach full length.
     layers = {
         **TINY,
         "steps": 27,
@@ -108,7 +108,7 @@ def test_asha_stops_poor_trials_early_but_never_the_papers_point(tmp_path: Path)
     assert not best.result["stopped_early"]
     assert out["best"]["val_accuracy"] >= out["paper_point"]["val_accuracy"]
     study = optuna.load_study(study_name="ddray", storage=_journal(run))
-    # The paper's point lies outside the range: Optuna can't hold it.
+    # The paper's point lies outside the range: Optuna can't store it.
     states = sorted(trial.state.name for trial in study.trials)
     assert states == ["COMPLETE"] * (6 - len(stopped)) + ["PRUNED"] * len(stopped)
 
@@ -124,14 +124,14 @@ def test_pb2_changes_settings_inside_a_trial_and_resumes_by_generation(tmp_path:
     assert all([s["until"] for s in row.result["schedule"]] == [2, 4, 6, 8] for row in rows)
     changed = [row for row in rows if len({json.dumps(s["params"]) for s in row.result["schedule"]}) > 1]
     assert changed, "no member was given new settings"
-    # A crash before the rows were published: the segments are not run again, and the choices are the same.
+    # A crash before the rows were published: segments are not run again, and the choices stay the same.
     segments = {path: path.stat().st_mtime_ns for path in (run / "pb2").glob("*.json")}
     assert len(segments) == 4 * 5
     for path in [*(run / "ledger").glob("*.json"), run / "search.closed"]:
         path.unlink()
-    late = sorted((run / "pb2").glob("*generation4*"))
-    assert len(late) == 8
-    for path in late:
+    last_segments = sorted((run / "pb2").glob("*generation4*"))
+    assert len(last_segments) == 8
+    for path in last_segments:
         path.unlink()
     again = search(
         run,
@@ -139,15 +139,15 @@ def test_pb2_changes_settings_inside_a_trial_and_resumes_by_generation(tmp_path:
         resume=True,
         **settings,
     )
-    kept = {path: stamp for path, stamp in segments.items() if "generation4" not in path.name}
-    assert kept
-    assert all(path.stat().st_mtime_ns == stamp for path, stamp in kept.items())
+    unchanged_segments = {path: stamp for path, stamp in segments.items() if "generation4" not in path.name}
+    assert unchanged_segments
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in unchanged_segments.items())
     for key in ("best", "paper_point", "test_accuracy_mean"):
         assert again[key] == out[key]
 
 
 def test_a_closed_search_adds_no_trial_but_mends_its_own(tmp_path: Path) -> None:
-    """After test was opened, --resume computes a torn row again; it does not search on."""
+    """After test was opened, --resume recomputes a torn row but adds no trials."""
     run = tmp_path / "run"
     space = "lr_img: {loguniform: [0.1, 1.0]}"
     first = search(run, space, strategy="random", num_samples=3, max_concurrent=1, time_budget=0.01)
@@ -164,7 +164,7 @@ def test_a_closed_search_adds_no_trial_but_mends_its_own(tmp_path: Path) -> None
 
 
 def test_choices_are_taken_as_the_method_holds_them(tmp_path: Path) -> None:
-    """`1` for a float field is the paper's `1.0`: one trial, which the sampler sees."""
+    """`1` for a float field equals the paper's `1.0`: one trial, which the sampler sees."""
     run = tmp_path / "run"
     out = search(run, "lr_img: {choice: [1, 2]}\np: {choice: [1, 4]}", strategy="tpe", num_samples=3)
     assert out["num_trials"] == 3

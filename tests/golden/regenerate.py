@@ -26,8 +26,8 @@ def losses(method: str) -> list[float]:
     """Return the losses of the first steps on digits: ipc 1, batch_real 8, seed 0, one thread."""
     torch.set_num_threads(1)
     dataset = open_dataset("digits")
-    own = {"batch_real": 8, **({"pool": POOL} if method == "dsdm" else {})}
-    layers = [{"steps": STEPS, "compile": "off", "method": own}]
+    settings = {"batch_real": 8, **({"pool": POOL} if method == "dsdm" else {})}
+    layers = [{"steps": STEPS, "compile": "off", "method": settings}]
     plan = resolve(method, dataset, ipc=1, seed=0, layers=layers)
     ctx = make_context(plan, dataset.train(), split_name="train", device=torch.device("cpu"))
     return [float(loss) for loss in run_distillation(make_distiller(plan), ctx).losses]

@@ -14,7 +14,7 @@ def test_every_golden_file_is_checked() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_losses_are_what_they_were(method: str) -> None:
-    wanted = json.loads((FOLDER / f"{method}.json").read_text(encoding="utf-8"))["losses"]
+    expected = json.loads((FOLDER / f"{method}.json").read_text(encoding="utf-8"))["losses"]
 
-    assert len(wanted) == STEPS
-    assert losses(method) == pytest.approx(wanted, rel=1e-4)
+    assert len(expected) == STEPS
+    assert losses(method) == pytest.approx(expected, rel=1e-4)

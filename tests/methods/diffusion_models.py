@@ -23,14 +23,14 @@ def untrained(
     names = tuple(f"class {i}" for i in range(num_classes))
     model = build(tiny_recipe(**changes), shape, names, seed=0)
     generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():  # a DiT starts as the identity: its noise would be 0 whatever it is asked
+    with torch.no_grad():  # a DiT starts as the identity and would predict zero noise
         for layer in (model.transformer.proj_out_2, model.transformer.transformer_blocks[0].norm1.linear):
             layer.weight.copy_(0.3 * torch.randn(layer.weight.shape, generator=generator))
     return model
 
 
 def trained_on(dataset: Dataset, num: int, **changes: Any) -> tuple[DiffusionModel, Split]:
-    """Return a generator that has learned the first `num` images, and these images."""
+    """Return a generator trained on the first `num` images, and those images."""
     split = dataset.train()
     split = Split(split.images[:num], split.labels[:num])
     recipe = DiffusionRecipe.parse({**TINY, "depth": 2, "heads": 2, "head_dim": 32, "batch": 50, **changes})

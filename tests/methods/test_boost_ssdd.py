@@ -33,23 +33,23 @@ QUICK = {"teacher": TEACHER, "pool_size": 2, "inner_steps_max": 2, "batch_real":
 @pytest.fixture
 def started(toy: Any, planned: Any) -> Any:
     def make(
-        method: str = "boost_ssdd", *, steps: int = 4, dataset: Any = None, seed: int = 0, **more: Any
+        method: str = "boost_ssdd", *, steps: int = 4, dataset: Any = None, seed: int = 0, **settings: Any
     ) -> Any:
-        settings = {"steps": steps, "method": {**QUICK, **more}, "arch": "convnet2_w8_bn"}
-        _, ctx, distiller = planned(method, dataset or toy(), ipc=2, seed=seed, **settings)
+        layer = {"steps": steps, "method": {**QUICK, **settings}, "arch": "convnet2_w8_bn"}
+        _, ctx, distiller = planned(method, dataset or toy(), ipc=2, seed=seed, **layer)
         distiller.setup(ctx)
         return ctx, distiller
 
     return make
 
 
-def config_of(dataset: str, budget: int, shape: tuple[int, int, int], **more: Any) -> BoostSsddConfig:
+def config_of(dataset: str, budget: int, shape: tuple[int, int, int], **settings: Any) -> BoostSsddConfig:
     preset = BoostSsdd.preset("paper", Target(dataset, shape, 100, 1, budget))
-    return BoostSsddConfig.parse({**preset["method"], **more})
+    return BoostSsddConfig.parse({**preset["method"], **settings})
 
 
 @pytest.mark.parametrize(
-    ("dataset", "budget", "side", "wanted"),
+    ("dataset", "budget", "side", "expected"),
     [
         ("cifar100", 25, 32, (50, 50)),
         ("cifar100", 50, 32, (100, 100)),
@@ -62,9 +62,9 @@ def config_of(dataset: str, budget: int, shape: tuple[int, int, int], **more: An
         ("imagenet", 250, 64, (500, 500)),
     ],
 )
-def test_table_5_is_the_paper_preset(dataset: str, budget: int, side: int, wanted: tuple[int, int]) -> None:
+def test_table_5_is_the_paper_preset(dataset: str, budget: int, side: int, expected: tuple[int, int]) -> None:
     config = config_of(dataset, budget, (3, side, side))
-    assert (config.num_image_bases, config.num_target_bases) == wanted
+    assert (config.num_image_bases, config.num_target_bases) == expected
     assert (config.scale, config.hidden) == ((2, 4) if side == 32 else (4, 16))
 
 
@@ -110,15 +110,15 @@ def test_a_budget_too_small_names_the_smallest_that_works(toy: Any) -> None:
 
 
 def test_the_smallest_budget_is_found_at_once(toy: Any) -> None:
-    """Networks so wide that a thousand million images are needed to store them."""
+    """Networks so wide that storing them takes many millions of images."""
     dataset = toy((60,) * 10, shape=(1, 16, 16))
     plan = resolve("boost_ssdd", dataset, budget=1, layers=[{"method": {"hidden": 10**9}}])
     with pytest.raises(InputError, match="budget must be >= ") as caught:
         check_size(plan, dataset.train())
     least = int(str(caught.value).split(">= ")[1].split()[0])
     assert least > 10**7
-    held = [plan_layout(plan.config.method, n, (1, 16, 16), 600).num_images for n in (least - 1, least)]
-    assert held[0] < 1 <= held[1]
+    num_images = [plan_layout(plan.config.method, n, (1, 16, 16), 600).num_images for n in (least - 1, least)]
+    assert num_images[0] < 1 <= num_images[1]
 
 
 @pytest.mark.parametrize(
@@ -144,61 +144,64 @@ def test_rotations_need_square_images(toy: Any, planned: Any) -> None:
 
 def test_principal_components_are_those_of_an_uncentred_svd() -> None:
     rows = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)) + torch.tensor([3.0, 0, 0, 0, 0, 0])
-    found = principal_components(rows, 3)
-    wanted = torch.linalg.svd(rows.double(), full_matrices=False).Vh[:3]
-    torch.testing.assert_close((found.double() @ wanted.T).abs(), torch.eye(3).double(), rtol=1e-4, atol=1e-4)
+    actual = principal_components(rows, 3)
+    expected = torch.linalg.svd(rows.double(), full_matrices=False).Vh[:3]
+    cosines = (actual.double() @ expected.T).abs()
+    torch.testing.assert_close(cosines, torch.eye(3).double(), rtol=1e-4, atol=1e-4)
 
 
 def test_the_start_is_a_projection_onto_principal_components(started: Any) -> None:
     ctx, distiller = started(num_image_bases=7, num_target_bases=5)
-    held = {name: value.detach() for name, value in distiller.loop.parameters.items()}
-    assert held["image_bases"].shape == (7, 3, 8, 8)
-    assert held["target_bases"].shape == (5, 128)
+    parameters = {name: value.detach() for name, value in distiller.loop.parameters.items()}
+    assert parameters["image_bases"].shape == (7, 3, 8, 8)
+    assert parameters["target_bases"].shape == (5, 128)
 
     real = shrink(ctx.space.encode(ctx.split.images), 2)
-    base = held["image_bases"].flatten(1)
+    base = parameters["image_bases"].flatten(1)
     torch.testing.assert_close(base @ base.T, torch.eye(7), rtol=1e-4, atol=1e-4)
     # Every row of coefficients is the projection of one real image, and of its representation.
-    projected, features = real @ base.T, distiller.representations @ held["target_bases"].T
-    for own, target in zip(held["image_coefficients"], held["target_coefficients"], strict=True):
-        place = int((projected - own).abs().sum(1).argmin())
-        torch.testing.assert_close(projected[place], own, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(features[place], target, rtol=1e-4, atol=1e-4)
+    projected, features = real @ base.T, distiller.representations @ parameters["target_bases"].T
+    for image_row, target_row in zip(
+        parameters["image_coefficients"], parameters["target_coefficients"], strict=True
+    ):
+        index = int((projected - image_row).abs().sum(1).argmin())
+        torch.testing.assert_close(projected[index], image_row, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(features[index], target_row, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("init", ["real", "random"])
 def test_other_starts_are_real_images_or_noise(init: str, started: Any) -> None:
     ctx, distiller = started(init=init)
-    held = distiller.loop.parameters
+    parameters = distiller.loop.parameters
     real = shrink(ctx.space.encode(ctx.split.images), 2)
-    nearest = torch.cdist(held["image_bases"].detach().flatten(1), real).amin(1)
+    nearest = torch.cdist(parameters["image_bases"].detach().flatten(1), real).amin(1)
     assert bool((nearest < 1e-4).all()) == (init == "real")
-    assert 0.5 < float(held["image_coefficients"].detach().std()) < 1.5
+    assert 0.5 < float(parameters["image_coefficients"].detach().std()) < 1.5
     distiller.step()
 
 
-def naive_loss(ctx: Any, parameters: dict[str, Tensor], real: Tensor, wanted: Tensor, net: Any) -> Tensor:
-    """Algorithm 2 and Eq 3 view by view in float64, with an explicit inverse, on a graph through it all."""
+def naive_loss(parameters: dict[str, Tensor], real: Tensor, representations: Tensor, net: Any) -> Tensor:
+    """Algorithm 2 and Eq 3 view by view in float64, with an explicit inverse and one graph through it all."""
     small = (parameters["image_coefficients"] @ parameters["image_bases"].flatten(1)).view(-1, 3, 8, 8)
     images = F.interpolate(small, size=(16, 16), mode="bilinear")
     features, targets = [], []
-    for number in range(4):
-        features.append(net.embed(images.rot90(number, (2, 3))))
-        own = (
-            parameters["target_coefficients"] if number == 0 else parameters["view_coefficients"][number - 1]
+    for turns in range(4):
+        features.append(net.embed(images.rot90(turns, (2, 3))))
+        coefficients = (
+            parameters["target_coefficients"] if turns == 0 else parameters["view_coefficients"][turns - 1]
         )
-        targets.append(own @ parameters["target_bases"])
+        targets.append(coefficients @ parameters["target_bases"])
     s, y = torch.cat(features), torch.cat(targets)
     s = torch.cat([s, s.new_ones(len(s), 1)], 1)
     t = net.embed(real)
     t = torch.cat([t, t.new_ones(len(t), 1)], 1)
     gram = s @ s.T
     inverse = torch.linalg.inv(gram + 1e-6 * gram.trace().detach() * torch.eye(len(s), dtype=s.dtype))
-    return (t @ s.T @ inverse @ y - wanted).square().mean()
+    return (t @ s.T @ inverse @ y - representations).square().mean()
 
 
 def test_an_outer_step_is_adamw_on_the_gradient_of_equation_3(started: Any) -> None:
-    """One network of known weights; batch_real covers the split, so that the batch is known but for order."""
+    """One network with fixed weights; batch_real covers the split, so only the batch's order is random."""
     ctx, distiller = started(batch_real=24, pool_size=1, inner_steps_max=1, lr_outer=1e-3, steps=10)
     loop = distiller.loop
     loop.inner.fill(loop._draw())
@@ -206,14 +209,14 @@ def test_an_outer_step_is_adamw_on_the_gradient_of_equation_3(started: Any) -> N
     net.load_state_dict(loop.inner.net(0).state_dict())
     net.double().eval()
     before = {name: p.detach().double().clone().requires_grad_() for name, p in loop.parameters.items()}
-    real, wanted = ctx.space.encode(ctx.split.images).double(), distiller.representations.double()
-    loss = naive_loss(ctx, before, real, wanted, net)
-    wanted_loss = float(loss.detach())
+    real, representations = ctx.space.encode(ctx.split.images).double(), distiller.representations.double()
+    loss = naive_loss(before, real, representations, net)
+    expected_loss = float(loss.detach())
     gradients = dict(zip(before, torch.autograd.grad(loss, list(before.values())), strict=True))
 
-    found = distiller.step()["loss"]
+    actual_loss = distiller.step()["loss"]
 
-    assert float(found) == pytest.approx(wanted_loss, rel=1e-3)
+    assert float(actual_loss) == pytest.approx(expected_loss, rel=1e-3)
     for name, parameter in loop.parameters.items():
         gradient = loop._optimizer.state[parameter]["exp_avg"] * 10  # (1 - .9) of the first gradient
         error = (gradient - gradients[name]).norm() / gradients[name].norm()
@@ -223,15 +226,15 @@ def test_an_outer_step_is_adamw_on_the_gradient_of_equation_3(started: Any) -> N
 
 
 def test_a_graph_in_parts_gives_the_same_step(started: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A ridge large enough that float32's rounding of the features, 1e-7, is not what is compared.
+    # A ridge large enough that float32's rounding of the features, 1e-7, does not dominate.
     _, whole = started(pool_size=1, ridge=1e-2)
-    wanted = whole.step()["loss"]
+    expected = whole.step()["loss"]
     _, parts = started(pool_size=1, ridge=1e-2)
     monkeypatch.setattr(_krr_memory, "_GRAPH_BYTES", 8 * parts.loop._costs.graph)
     num = parts.loop._extent.num_images
     assert images_at_once(parts.loop._costs, parts.loop._extent) == 2 < num
-    found = parts.step()["loss"]
-    assert float(found) == pytest.approx(float(wanted), rel=1e-5)
+    actual = parts.step()["loss"]
+    assert float(actual) == pytest.approx(float(expected), rel=1e-5)
     for name, parameter in parts.loop.parameters.items():
         a = parts.loop._optimizer.state[parameter]["exp_avg"]
         b = whole.loop._optimizer.state[whole.loop.parameters[name]]["exp_avg"]
@@ -244,34 +247,36 @@ def test_labels_play_no_part(toy: Any, started: Any) -> None:
     dataset: Dataset = toy()
     split = dataset.train()
     permuted = replace(dataset, load_train=lambda: Split(split.images, split.labels.roll(5)))
-    made = []
+    snapshots = []
     for data in (dataset, permuted):
         _, distiller = started(dataset=data, steps=2)
         distiller.step()
-        made.append(distiller.snapshot())
-    assert made[0].meta.fingerprint != made[1].meta.fingerprint
-    assert all(torch.equal(made[0].compact[name], made[1].compact[name]) for name in made[0].compact)
+        snapshots.append(distiller.snapshot())
+    assert snapshots[0].meta.fingerprint != snapshots[1].meta.fingerprint
+    assert all(
+        torch.equal(snapshots[0].compact[name], snapshots[1].compact[name]) for name in snapshots[0].compact
+    )
 
 
 def test_the_set_that_is_stored_is_the_set_that_is_trained_on(started: Any) -> None:
     _, distiller = started(steps=2)
     distiller.step()
-    held = distiller.snapshot()
-    held.validate()
-    decoded = held.decode()
+    distilled = distiller.snapshot()
+    distilled.validate()
+    decoded = distilled.decode()
 
     images, targets = distiller.loop._current()
     torch.testing.assert_close(decoded.images, images, rtol=1e-5, atol=1e-5)
-    m = len(held.images)
+    m = len(distilled.images)
     torch.testing.assert_close(decoded.targets[:m], targets[:m], rtol=1e-5, atol=1e-5)
-    assert held.meta.bases is not None
-    assert held.meta.bases.approximation_mse is not None
+    assert distilled.meta.bases is not None
+    assert distilled.meta.bases.approximation_mse is not None
     shift = (decoded.targets - targets)[m:].square().mean()
-    base = held.compact["target_bases"]
+    base = distilled.compact["target_bases"]
     # The bases' rows are nearly orthonormal: an error of V coefficients spreads over D dimensions.
-    wanted = held.meta.bases.approximation_mse * float(base.square().sum()) / base.shape[1]
-    assert float(shift) == pytest.approx(wanted, rel=0.05)
-    assert held.meta.storage_floats == sum(t.numel() for t in held.compact.values())
+    expected = distilled.meta.bases.approximation_mse * float(base.square().sum()) / base.shape[1]
+    assert float(shift) == pytest.approx(expected, rel=0.05)
+    assert distilled.meta.storage_floats == sum(t.numel() for t in distilled.compact.values())
 
 
 def test_approximations_are_ranked_as_in_table_11(started: Any) -> None:
@@ -291,20 +296,20 @@ def test_approximations_are_ranked_as_in_table_11(started: Any) -> None:
 def test_other_augmentations_distil(augmentation: str, started: Any) -> None:
     _, distiller = started(steps=1, augmentation=augmentation)
     assert torch.isfinite(distiller.step()["loss"])
-    held = distiller.snapshot()
-    held.validate()
+    distilled = distiller.snapshot()
+    distilled.validate()
     views = {"jigsaw": 4, "crop": 6, "none": 1}[augmentation]
-    assert len(held.decode().images) == views * len(held.images)
-    assert held.meta.storage_floats <= 6 * 768
+    assert len(distilled.decode().images) == views * len(distilled.images)
+    assert distilled.meta.storage_floats <= 6 * 768
 
 
 def test_without_bases_images_and_targets_are_learned_themselves(started: Any) -> None:
     _, distiller = started(steps=1, parameterize=False, augmentation="none")
     distiller.step()
-    held = distiller.snapshot()
-    held.validate()
-    assert set(held.compact) == {"images", "targets"}
-    assert held.meta.storage_floats == len(held.images) * (768 + 128) <= 6 * 768
+    distilled = distiller.snapshot()
+    distilled.validate()
+    assert set(distilled.compact) == {"images", "targets"}
+    assert distilled.meta.storage_floats == len(distilled.images) * (768 + 128) <= 6 * 768
 
 
 def test_networks_learn_a_shift_that_they_can_express() -> None:
@@ -316,8 +321,8 @@ def test_networks_learn_a_shift_that_they_can_express() -> None:
 
     names = ("hidden_weight", "hidden_bias", "shift_weight", "shift_bias")
     assert tuple(tensors) == names
-    found = perceptron(x, *(tensors[name] for name in names))
-    assert mse == pytest.approx(float((found - shift).square().mean()), rel=1e-3)
+    predicted = perceptron(x, *(tensors[name] for name in names))
+    assert mse == pytest.approx(float((predicted - shift).square().mean()), rel=1e-3)
     assert mse < 0.02 * float(shift.var())
     again, _ = fit_shifts(x, x + shift, 8, torch.Generator().manual_seed(1))
     assert not torch.equal(again["hidden_weight"], tensors["hidden_weight"])
@@ -326,7 +331,7 @@ def test_networks_learn_a_shift_that_they_can_express() -> None:
 @pytest.mark.parametrize("spread", [0.0, 1e-5])
 @pytest.mark.parametrize("num", [1, 20])
 def test_networks_learn_a_shift_of_coefficients_that_hardly_vary(num: int, spread: float) -> None:
-    """One image (m = 1), or columns that are nearly constant: a bias reaches 0."""
+    """One image (m = 1), or columns that are nearly constant: a bias alone reaches error 0."""
     generator = torch.Generator().manual_seed(0)
     x = 10 * torch.randn(1, 30, generator=generator) + spread * torch.randn(num, 30, generator=generator)
     shift = torch.randn(3, 1, 30, generator=generator).expand(-1, num, -1)
@@ -359,7 +364,7 @@ def test_a_set_too_large_for_the_memory_is_refused_with_what_it_needs(
 def test_every_row_of_the_tables_fits_a_gpu_of_24_gib(
     dataset: str, budget: int, side: int, num_real: int, full_gib: int
 ) -> None:
-    """Under the preset; what a full batch would take is what made them impossible."""
+    """Under the preset; full batches would not fit."""
     shape = (3, side, side)
     preset = BoostSsdd.preset("paper", Target(dataset, shape, 100, 1, budget))
     blank = torch.zeros(1, dtype=torch.uint8).expand(num_real, *shape)
@@ -372,8 +377,8 @@ def test_every_row_of_the_tables_fits_a_gpu_of_24_gib(
         method="boost_ssdd",
     )
 
-    def gib(**more: Any) -> float:
-        config = BoostSsddConfig.parse({**preset["method"], **more})
+    def gib(**method_settings: Any) -> float:
+        config = BoostSsddConfig.parse({**preset["method"], **method_settings})
         _, extent = BoostSsdd(config, 1)._planned(stand_in)  # type: ignore[arg-type]
         return needed_bytes(stand_in, config, extent, 512) / 2**30  # type: ignore[arg-type]
 
@@ -384,31 +389,31 @@ def test_every_row_of_the_tables_fits_a_gpu_of_24_gib(
 def test_an_inner_batch_is_images_with_all_of_their_views(started: Any) -> None:
     ctx, distiller = started(inner_batch=9)
     images, targets = distiller.loop._draw()(ctx.generator("rows"))
-    whole, wanted = distiller.loop._current()
+    whole_images, whole_targets = distiller.loop._current()
     m = distiller.loop._extent.num_images
-    place = [int((whole - image).abs().amax((1, 2, 3)).argmin()) for image in images]
-    assert len(place) == 8 < len(whole)
-    assert [index // m for index in place] == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert place[:2] == [index - m for index in place[2:4]] == [index - 3 * m for index in place[6:]]
-    torch.testing.assert_close(targets, wanted[place])
-    torch.testing.assert_close(images, whole[place])
+    rows = [int((whole_images - image).abs().amax((1, 2, 3)).argmin()) for image in images]
+    assert len(rows) == 8 < len(whole_images)
+    assert [index // m for index in rows] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert rows[:2] == [index - m for index in rows[2:4]] == [index - 3 * m for index in rows[6:]]
+    torch.testing.assert_close(targets, whole_targets[rows])
+    torch.testing.assert_close(images, whole_images[rows])
 
 
 def test_decoding_equals_the_training_form(started: Any) -> None:
-    """`ideal` stores what was learned: decoding it gives the very pairs of the last step."""
+    """`ideal` stores what was learned: decoding it gives exactly the pairs of the last step."""
     _, distiller = started(steps=1, approximation="ideal")
     distiller.step()
     decoded = distiller.snapshot().decode()
     learned = Bases(scale=2, augmentation="rotation", approximation="ideal")
-    held = {name: value.detach() for name, value in distiller.loop.parameters.items()}
-    for found, wanted in zip((decoded.images, decoded.targets), expand(held, learned), strict=True):
-        assert torch.equal(found, wanted)
+    parameters = {name: value.detach() for name, value in distiller.loop.parameters.items()}
+    for actual, expected in zip((decoded.images, decoded.targets), expand(parameters, learned), strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_the_networks_of_a_pool_differ(started: Any) -> None:
     ctx, distiller = started()
     assert derive_seed(ctx.seed, "distill", "inner", 0, 0) != derive_seed(ctx.seed, "distill", "inner", 1, 0)
-    first, second = (distiller.loop.inner.net(number).state_dict() for number in range(2))
+    first, second = (distiller.loop.inner.net(slot_index).state_dict() for slot_index in range(2))
     assert not torch.equal(first["body.convs.0.weight"], second["body.convs.0.weight"])
 
 
@@ -416,10 +421,10 @@ def test_pictures_stand_beside_the_artifact(started: Any, tmp_path: Path) -> Non
     """Distilled images, image bases and t-SNE (Figs 2a-2c): PNGs of the right size that show something."""
     _, distiller = started(steps=1, num_image_bases=7)
     distiller.step()
-    made = distiller.snapshot()
-    save_pictures(made, tmp_path / "set.pt", representations=distiller.representations)
+    distilled = distiller.snapshot()
+    save_pictures(distilled, tmp_path / "set.pt", representations=distiller.representations)
 
-    m = len(made.images)
+    m = len(distilled.images)
     columns = min(10, m)
     # Cells of 64 pixels with 2 between them.
     sizes = {

@@ -10,7 +10,7 @@ import torch
 
 from ddray.methods.cafe import cafe_loss
 
-OWN = {"batch_real": 4, "batch_query": 3, "window": 3, "max_inner": 5, "max_outer": 6}
+SETTINGS = {"batch_real": 4, "batch_query": 3, "window": 3, "max_inner": 5, "max_outer": 6}
 
 
 @pytest.mark.parametrize("num_maps", [1, 3])
@@ -23,18 +23,18 @@ def test_the_loss_is_alignment_plus_discrimination(num_maps: int) -> None:
     embedded = torch.randn(3, 4, generator=generator, dtype=torch.float64)
     labels = [0, 1, 1]
 
-    found = cafe_loss(real, synthetic, embedded, torch.tensor(labels), early_weight=0.3, discrimination=0.7)
+    loss = cafe_loss(real, synthetic, embedded, torch.tensor(labels), early_weight=0.3, discrimination=0.7)
 
-    wanted = 0.0
-    for number, (a, b) in enumerate(zip(real, synthetic, strict=True)):
-        weight = 2.0 if number == num_maps else 1.0 if number == num_maps - 1 else 0.3
-        wanted += weight * sum(
+    expected = 0.0
+    for layer, (a, b) in enumerate(zip(real, synthetic, strict=True)):
+        weight = 2.0 if layer == num_maps else 1.0 if layer == num_maps - 1 else 0.3
+        expected += weight * sum(
             (x - y) ** 2 for x, y in zip(a.flatten().tolist(), b.flatten().tolist(), strict=True)
         )
     for row, label in zip(embedded.tolist(), labels, strict=True):
         scores = [sum(x * y for x, y in zip(row, mean, strict=True)) for mean in synthetic[-1].tolist()]
-        wanted += 0.7 * (math.log(sum(map(math.exp, scores))) - scores[label])
-    assert float(found) == pytest.approx(wanted, rel=1e-10)
+        expected += 0.7 * (math.log(sum(map(math.exp, scores))) - scores[label])
+    assert float(loss) == pytest.approx(expected, rel=1e-10)
 
 
 def test_a_first_step_is_the_loss_of_all_images_at_once(toy: Any, planned: Any) -> None:
@@ -43,8 +43,8 @@ def test_a_first_step_is_the_loss_of_all_images_at_once(toy: Any, planned: Any) 
     from ddray.nets import build_net
     from ddray.seeding import derive_seed
 
-    own = {**OWN, "lr_img": 0.5, "max_outer": 1}
-    _, ctx, distiller = planned("cafe", toy(), ipc=2, seed=3, steps=1, method=own)
+    settings = {**SETTINGS, "lr_img": 0.5, "max_outer": 1}
+    _, ctx, distiller = planned("cafe", toy(), ipc=2, seed=3, steps=1, method=settings)
     distiller.setup(ctx)
     start = distiller.snapshot().images
 
@@ -60,7 +60,7 @@ def test_a_first_step_is_the_loss_of_all_images_at_once(toy: Any, planned: Any) 
         values = [*(m.flatten(1) for m in maps), embedding]
         statistics.append([torch.stack([part.mean(0) for part in v.split(per)]) for v in values])
     labels = torch.arange(3).repeat_interleave(4)
-    wanted = cafe_loss(
+    expected = cafe_loss(
         [v.detach() for v in statistics[0]],
         statistics[1],
         embedded,
@@ -68,52 +68,52 @@ def test_a_first_step_is_the_loss_of_all_images_at_once(toy: Any, planned: Any) 
         early_weight=0.1,
         discrimination=0.01,
     )
-    (gradient,) = torch.autograd.grad(wanted, live)
-    assert loss == pytest.approx(float(wanted.detach()), rel=1e-4)
+    (gradient,) = torch.autograd.grad(expected, live)
+    assert loss == pytest.approx(float(expected.detach()), rel=1e-4)
     moved = start.double() - distiller.snapshot().images.double()
     assert float((moved - 0.5 * gradient).norm() / (0.5 * gradient).norm()) < 2e-3
 
 
 def loops(distiller: Any, accuracies: list[float], steps: int) -> list[tuple[int, int]]:
-    """After each step: networks made so far, and how often the accuracy was asked for in that step."""
-    asked: list[int] = []
-    held = iter(accuracies)
-    distiller._accuracy = lambda generator: (asked.append(1), next(held, 0.5))[1]
-    found = []
+    """After each step: networks created so far, and how often the accuracy was measured in that step."""
+    calls: list[int] = []
+    remaining = iter(accuracies)
+    distiller._accuracy = lambda generator: (calls.append(1), next(remaining, 0.5))[1]
+    counts = []
     for _ in range(steps):
-        asked.clear()
+        calls.clear()
         distiller.step()
-        found.append((distiller._made, len(asked)))
-    return found
+        counts.append((distiller._num_nets, len(calls)))
+    return counts
 
 
 def test_a_network_that_has_settled_is_given_up(toy: Any, planned: Any) -> None:
-    _, ctx, distiller = planned("cafe", toy(), steps=9, method={**OWN, "inner_gap": 0.0, "max_inner": 1})
+    _, ctx, distiller = planned("cafe", toy(), steps=9, method={**SETTINGS, "inner_gap": 0.0, "max_inner": 1})
     distiller.setup(ctx)
 
-    # one outer look and one inner look a step; the third outer look ends a network that stands still
+    # an outer and an inner measurement per step; the third outer one drops a network that stands still
     assert loops(distiller, [], 7) == [(1, 2), (1, 2), (1, 1), (2, 2), (2, 2), (2, 1), (3, 2)]
 
 
 def test_a_network_that_moves_serves_until_the_limit(toy: Any, planned: Any) -> None:
-    _, ctx, distiller = planned("cafe", toy(), steps=9, method={**OWN, "inner_gap": 0.0, "max_inner": 1})
+    _, ctx, distiller = planned("cafe", toy(), steps=9, method={**SETTINGS, "inner_gap": 0.0, "max_inner": 1})
     distiller.setup(ctx)
     moving = [value for pair in zip([0.0, 0.5] * 8, [0.2] * 16, strict=True) for value in pair]
 
-    assert [made for made, _ in loops(distiller, moving, 7)] == [1] * 6 + [2]
+    assert [num_nets for num_nets, _ in loops(distiller, moving, 7)] == [1] * 6 + [2]
 
 
 def test_its_training_pauses_when_the_accuracy_has_moved(toy: Any, planned: Any) -> None:
-    _, ctx, distiller = planned("cafe", toy(), steps=9, method={**OWN, "inner_gap": 0.1})
+    _, ctx, distiller = planned("cafe", toy(), steps=9, method={**SETTINGS, "inner_gap": 0.1})
     distiller.setup(ctx)
 
-    # outer look; then inner looks: three that stand still, a jump at the fourth
+    # one outer measurement, then inner ones: three that stand still, a jump at the fourth
     assert loops(distiller, [0.3, 0.3, 0.3, 0.3, 0.6], 1) == [(1, 5)]
     assert loops(distiller, [0.3] * 9, 1) == [(1, 6)]  # never a jump: five epochs are the limit
 
 
 def test_the_rate_is_halved_three_times(toy: Any, planned: Any) -> None:
-    _, ctx, distiller = planned("cafe", toy(), steps=10, method={**OWN, "lr_img": 0.8, "max_outer": 1})
+    _, ctx, distiller = planned("cafe", toy(), steps=10, method={**SETTINGS, "lr_img": 0.8, "max_outer": 1})
     distiller.setup(ctx)
     rates = []
     for _ in range(10):

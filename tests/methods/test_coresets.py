@@ -32,130 +32,130 @@ def mean_of(rows: list[list[float]]) -> list[float]:
     return [sum(column) / len(rows) for column in zip(*rows, strict=True)]
 
 
-def greedy(num: int, ipc: int, cost: Callable[[int, list[int]], float], found: list[int]) -> bool:
-    """Whether every choice had the least cost of those left (of two equal ones, rounding may take either)."""
+def greedy(num: int, ipc: int, cost: Callable[[int, list[int]], float], order: list[int]) -> bool:
+    """Whether every choice had the least cost of those left (of two equal ones, rounding decides)."""
     for k in range(ipc):
-        costs = {i: cost(i, found[:k]) for i in range(num) if i not in found[:k]}
-        if found[k] not in costs or costs[found[k]] > min(costs.values()) + 1e-12:
+        costs = {i: cost(i, order[:k]) for i in range(num) if i not in order[:k]}
+        if order[k] not in costs or costs[order[k]] > min(costs.values()) + 1e-12:
             return False
-    return len(found) == ipc
+    return len(order) == ipc
 
 
-def is_herding(rows: list[list[float]], ipc: int, found: list[int]) -> bool:
-    """Each image is the one that keeps the chosen ones' mean nearest to the mean of all."""
+def is_herding(rows: list[list[float]], ipc: int, order: list[int]) -> bool:
+    """Each image keeps the mean of those selected so far nearest to the mean of all."""
     return greedy(
         len(rows),
         ipc,
-        lambda i, chosen: between(mean_of([rows[j] for j in (*chosen, i)]), mean_of(rows)),
-        found,
+        lambda i, selected: between(mean_of([rows[j] for j in (*selected, i)]), mean_of(rows)),
+        order,
     )
 
 
-def is_kcenter(rows: list[list[float]], ipc: int, found: list[int]) -> bool:
-    """The first is the nearest to the mean, each other the farthest from its nearest chosen one."""
+def is_kcenter(rows: list[list[float]], ipc: int, order: list[int]) -> bool:
+    """The first is the nearest to the mean, each other the farthest from its nearest selected one."""
 
-    def cost(i: int, chosen: list[int]) -> float:
-        if not chosen:
+    def cost(i: int, selected: list[int]) -> float:
+        if not selected:
             return between(rows[i], mean_of(rows))
-        return -min(between(rows[i], rows[j]) for j in chosen)
+        return -min(between(rows[i], rows[j]) for j in selected)
 
-    return greedy(len(rows), ipc, cost, found)
+    return greedy(len(rows), ipc, cost, order)
 
 
 @settings(max_examples=60)
 @given(num=st.integers(1, 12), seed=st.integers(0, 2**32), data=st.data())
 def test_herding_keeps_the_running_mean_nearest_to_the_class_mean(num: int, seed: int, data: Any) -> None:
     ipc = data.draw(st.integers(1, num))
-    held = features(num, seed)
+    samples = features(num, seed)
 
-    assert is_herding(held.tolist(), ipc, herding_order(held, ipc).tolist())
+    assert is_herding(samples.tolist(), ipc, herding_order(samples, ipc).tolist())
 
 
 @settings(max_examples=60)
 @given(num=st.integers(1, 12), seed=st.integers(0, 2**32), data=st.data())
 def test_kcenter_starts_at_the_mean_and_goes_farthest_first(num: int, seed: int, data: Any) -> None:
     ipc = data.draw(st.integers(1, num))
-    held = features(num, seed)
+    samples = features(num, seed)
 
-    assert is_kcenter(held.tolist(), ipc, kcenter_order(held, ipc).tolist())
+    assert is_kcenter(samples.tolist(), ipc, kcenter_order(samples, ipc).tolist())
 
 
 def test_equal_features_still_give_distinct_images() -> None:
-    held = torch.ones(5, 3)
+    samples = torch.ones(5, 3)
 
-    assert sorted(herding_order(held, 5).tolist()) == [0, 1, 2, 3, 4]
-    assert sorted(kcenter_order(held, 5).tolist()) == [0, 1, 2, 3, 4]
+    assert sorted(herding_order(samples, 5).tolist()) == [0, 1, 2, 3, 4]
+    assert sorted(kcenter_order(samples, 5).tolist()) == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_kmeans_takes_the_real_image_nearest_to_each_clusters_mean(seed: int) -> None:
     """Three clusters too far apart to be confused; the nearest sample to each mean is found by a loop."""
     centres = torch.tensor([[0.0, 0.0], [100.0, 0.0], [0.0, 100.0]], dtype=torch.float64)
-    held = torch.cat([centre + features(5, 10 * seed + i, dim=2) for i, centre in enumerate(centres)])
+    samples = torch.cat([centre + features(5, 10 * seed + i, dim=2) for i, centre in enumerate(centres)])
 
-    found = kmeans_order(held, 3, seed=seed)
+    order = kmeans_order(samples, 3, seed=seed)
 
-    wanted = []
+    expected = []
     for cluster in range(3):
-        rows = held[5 * cluster : 5 * cluster + 5].tolist()
+        rows = samples[5 * cluster : 5 * cluster + 5].tolist()
         mean = [sum(column) / 5 for column in zip(*rows, strict=True)]
-        far = [length([a - b for a, b in zip(row, mean, strict=True)]) for row in rows]
-        wanted.append(5 * cluster + far.index(min(far)))
-    assert sorted(found.tolist()) == wanted
+        distances = [length([a - b for a, b in zip(row, mean, strict=True)]) for row in rows]
+        expected.append(5 * cluster + distances.index(min(distances)))
+    assert sorted(order.tolist()) == expected
 
 
 def test_kmeans_never_takes_an_image_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two centroids can share their nearest sample: the second takes the next one."""
-    held = torch.tensor([[0.0], [10.0], [11.0], [30.0]])
+    samples = torch.tensor([[0.0], [10.0], [11.0], [30.0]])
     import sklearn.cluster
 
     class Fixed:
-        def __init__(self, **given: Any) -> None:
+        def __init__(self, **kwargs: Any) -> None:
             self.cluster_centers_ = torch.tensor([[9.0], [10.2], [29.0]]).numpy()
 
         def fit(self, rows: Any) -> Fixed:
             return self
 
     monkeypatch.setattr(sklearn.cluster, "KMeans", Fixed)
-    assert kmeans.kmeans_order(held, 3, seed=0).tolist() == [1, 2, 3]
+    assert kmeans.kmeans_order(samples, 3, seed=0).tolist() == [1, 2, 3]
 
 
 def test_per_class_picks_among_each_classs_own_members() -> None:
     labels = torch.tensor([1, 0, 2, 1, 0, 2, 2])
 
-    found = per_class(labels, 3, 2, lambda own: torch.arange(len(own)).flip(0))
+    indices = per_class(labels, 3, 2, lambda rows: torch.arange(len(rows)).flip(0))
 
-    assert found.tolist() == [4, 1, 3, 0, 6, 5]
+    assert indices.tolist() == [4, 1, 3, 0, 6, 5]
 
 
 def test_kcenter_indices_are_each_classs_own_kcenter() -> None:
-    held, labels = features(12, 0), torch.tensor([0, 1, 2] * 4)
+    samples, labels = features(12, 0), torch.tensor([0, 1, 2] * 4)
 
-    found = kcenter_indices(held, labels, 3, 2).view(3, 2)
+    indices = kcenter_indices(samples, labels, 3, 2).view(3, 2)
 
     for label in range(3):
-        assert labels[found[label]].tolist() == [label, label]
-        assert is_kcenter(held[label::3].tolist(), 2, (found[label] // 3).tolist())
+        assert labels[indices[label]].tolist() == [label, label]
+        assert is_kcenter(samples[label::3].tolist(), 2, (indices[label] // 3).tolist())
 
 
 def test_class_mean_is_the_mean_of_the_encoded_images(toy: Any, planned: Any) -> None:
     dataset = toy()
     _, ctx, method = planned("class_mean", dataset)
     method.setup(ctx)
-    made = method.snapshot()
+    distilled = method.snapshot()
 
     split = dataset.train()
-    assert made.labels.tolist() == [0, 1, 2]
+    assert distilled.labels.tolist() == [0, 1, 2]
     for label in range(3):
         total, count = torch.zeros(3, 16, 16, dtype=torch.float64), 0
-        for image, own in zip(split.images, split.labels.tolist(), strict=True):
-            if own != label:
+        for image, image_label in zip(split.images, split.labels.tolist(), strict=True):
+            if image_label != label:
                 continue
             for channel in range(3):
                 pixels = image[channel].double() / 255
                 total[channel] += (pixels - dataset.mean[channel]) / dataset.std[channel]
             count += 1
-        torch.testing.assert_close(made.images[label].double(), total / count, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(distilled.images[label].double(), total / count, rtol=1e-5, atol=1e-6)
 
 
 def test_class_mean_at_more_per_class_splits_the_class_into_disjoint_parts(toy: Any, planned: Any) -> None:
@@ -183,15 +183,15 @@ def test_coresets_are_real_images_of_their_class_without_repetition(
     layers = {} if method == "random" else {"method": {"feature_epochs": 1}}
     _, ctx, distiller = planned(method, dataset, ipc=3, **layers)
     distiller.setup(ctx)
-    made = distiller.snapshot()
+    distilled = distiller.snapshot()
 
-    assert made.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert distilled.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     real = ctx.space.encode(ctx.split.images)
-    places = [[i for i in range(len(real)) if torch.equal(real[i], image)] for image in made.images]
-    assert all(len(place) == 1 for place in places)
-    found = [place[0] for place in places]
-    assert len(set(found)) == 9
-    assert torch.equal(ctx.split.labels[found], made.labels)
+    matches = [[i for i in range(len(real)) if torch.equal(real[i], image)] for image in distilled.images]
+    assert all(len(positions) == 1 for positions in matches)
+    indices = [positions[0] for positions in matches]
+    assert len(set(indices)) == 9
+    assert torch.equal(ctx.split.labels[indices], distilled.labels)
 
 
 def test_features_are_the_pool_networks_embedding_in_eval_mode(
@@ -199,17 +199,19 @@ def test_features_are_the_pool_networks_embedding_in_eval_mode(
 ) -> None:
     dataset = toy()
     _, ctx, _ = planned("herding", dataset, arch="convnet1_w8_bn")
-    found = pool_features(ctx, epochs=2)
+    actual = pool_features(ctx, epochs=2)
 
     folders = [path for path in (ddray_home / "pool").iterdir() if path.is_dir()]
     assert len(folders) == 1
     from safetensors.torch import load_file
 
-    held = load_file(folders[0] / "tensors.safetensors")
+    tensors = load_file(folders[0] / "tensors.safetensors")
     net = build_net("convnet1_w8_bn", (3, 16, 16), 3, seed=5)
-    net.load_state_dict({k.removeprefix("weights."): v for k, v in held.items() if k.startswith("weights.")})
+    net.load_state_dict(
+        {k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")}
+    )
     with torch.no_grad():
-        wanted = torch.cat([net.eval().embed(ctx.space.encode(image[None])) for image in ctx.split.images])
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
-    assert torch.equal(pool_features(ctx, epochs=2), found)
-    assert not torch.equal(pool_features(ctx, epochs=1), found)
+        expected = torch.cat([net.eval().embed(ctx.space.encode(image[None])) for image in ctx.split.images])
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(pool_features(ctx, epochs=2), actual)
+    assert not torch.equal(pool_features(ctx, epochs=1), actual)

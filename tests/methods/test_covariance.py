@@ -22,8 +22,8 @@ SIZES = [(5, 2), (2, 5), (7, 7), (30, 4), (3, 40)]
 def features(num_classes: int, num: int, dims: int, *, seed: int, offset: float = 1.0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     mixed = torch.randn(dims, dims, generator=generator, dtype=torch.float64)
-    held = torch.randn(num_classes, num, dims, generator=generator, dtype=torch.float64) @ mixed
-    return held + offset * torch.randn(num_classes, 1, dims, generator=generator, dtype=torch.float64)
+    samples = torch.randn(num_classes, num, dims, generator=generator, dtype=torch.float64) @ mixed
+    return samples + offset * torch.randn(num_classes, 1, dims, generator=generator, dtype=torch.float64)
 
 
 def naive(real: Tensor, synthetic: Tensor, *, unbiased: bool) -> Tensor:
@@ -46,11 +46,11 @@ def test_it_is_the_distance_of_covariances(sizes: tuple[int, int], dims: int, un
     real = features(3, sizes[0], dims, seed=1)
     synthetic = features(3, sizes[1], dims, seed=2).requires_grad_(True)
 
-    found = covariance_distance(real, synthetic, unbiased=unbiased)
+    actual = covariance_distance(real, synthetic, unbiased=unbiased)
 
-    wanted = naive(real, synthetic, unbiased=unbiased)
-    torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-12)
-    gradients = [torch.autograd.grad(value, synthetic)[0] for value in (3 * found, 3 * wanted)]
+    expected = naive(real, synthetic, unbiased=unbiased)
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12)
+    gradients = [torch.autograd.grad(value, synthetic)[0] for value in (3 * actual, 3 * expected)]
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-10, atol=1e-11)
 
 
@@ -72,14 +72,14 @@ def test_it_is_blind_to_means_and_order_and_grows_with_the_fourth_power(
     num: int, other: int, seed: int, scale: float, offset: float
 ) -> None:
     real, synthetic = features(2, num, 4, seed=seed), features(2, other, 4, seed=seed + 1)
-    found = covariance_distance(real, synthetic, unbiased=False)
+    distance = covariance_distance(real, synthetic, unbiased=False)
 
     moved = covariance_distance(real + offset, synthetic.flip(1) - offset, unbiased=False)
     scaled = covariance_distance(real * scale, synthetic * scale, unbiased=False)
 
-    torch.testing.assert_close(moved, found, rtol=1e-7, atol=1e-9)
-    torch.testing.assert_close(scaled, found * scale**4, rtol=1e-9, atol=1e-12)
-    assert float(found) >= 0
+    torch.testing.assert_close(moved, distance, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(scaled, distance * scale**4, rtol=1e-9, atol=1e-12)
+    assert float(distance) >= 0
     assert float(covariance_distance(real, real.flip(1), unbiased=True)) == pytest.approx(0, abs=1e-9)
 
 
@@ -89,53 +89,56 @@ def test_in_float32_nearly_coinciding_sets_do_not_cancel(distance: float) -> Non
     noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(6))
     synthetic = (real + distance * noise).requires_grad_(True)
 
-    found = covariance_distance(real, synthetic, unbiased=False)
+    actual = covariance_distance(real, synthetic, unbiased=False)
 
     exact = synthetic.detach().double().requires_grad_(True)
-    wanted = naive(real.double(), exact, unbiased=False)
-    assert found.dtype == torch.float32
+    expected = naive(real.double(), exact, unbiased=False)
+    assert actual.dtype == torch.float32
     centred = [x - x.mean(1, keepdim=True) for x in (real, synthetic.detach())]
     plain = sum(
         sign * (a @ b.mT / 24).square().sum() / 40
         for sign, a, b in ((1, centred[0], centred[0]), (1, centred[1], centred[1]), (-2, *centred))
     )
-    gaps = [abs(float(value.detach() - wanted.detach())) for value in (found, plain)]
-    assert gaps[0] < 1e-4 * float(wanted.detach())
-    assert gaps[1] > 10 * gaps[0]  # what is guarded against
-    gradient, right = torch.autograd.grad(found, synthetic)[0], torch.autograd.grad(wanted, exact)[0]
-    assert float((gradient - right).norm() / right.norm()) < 1e-4
+    gaps = [abs(float(value.detach() - expected.detach())) for value in (actual, plain)]
+    assert gaps[0] < 1e-4 * float(expected.detach())
+    assert gaps[1] > 10 * gaps[0]  # the error that the implementation avoids
+    gradient, expected_gradient = (
+        torch.autograd.grad(actual, synthetic)[0],
+        torch.autograd.grad(expected, exact)[0],
+    )
+    assert float((gradient - expected_gradient).norm() / expected_gradient.norm()) < 1e-4
 
 
 @pytest.mark.parametrize(("num", "other"), [(1, 4), (4, 1), (1, 1)])
 @pytest.mark.parametrize("unbiased", [False, True])
 def test_one_image_has_no_covariance(num: int, other: int, unbiased: bool) -> None:
-    found = covariance_distance(torch.ones(2, num, 3), torch.ones(2, other, 3), unbiased=unbiased)
+    distance = covariance_distance(torch.ones(2, num, 3), torch.ones(2, other, 3), unbiased=unbiased)
 
-    assert float(found) == 0.0
+    assert float(distance) == 0.0
 
 
 class Peak(TorchDispatchMode):
-    """Counts the bytes of living tensors that operations made, and the largest one's numbers."""
+    """Tracks the bytes of live tensors that operations created, and the number of elements of the largest."""
 
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = self.largest = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        known = {
-            held.untyped_storage().data_ptr()
-            for held in torch.utils._pytree.tree_leaves(args)
-            if isinstance(held, Tensor)
+        outputs = func(*args, **(kwargs or {}))
+        input_pointers = {
+            leaf.untyped_storage().data_ptr()
+            for leaf in torch.utils._pytree.tree_leaves(args)
+            if isinstance(leaf, Tensor)
         }
-        for tensor in torch.utils._pytree.tree_leaves(made):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in known:
+        for tensor in torch.utils._pytree.tree_leaves(outputs):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in input_pointers:
                 size = tensor.numel() * tensor.element_size()
                 self.live += size
                 self.peak = max(self.peak, self.live)
                 self.largest = max(self.largest, tensor.numel())
                 weakref.finalize(tensor, self._gone, size)
-        return made
+        return outputs
 
     def _gone(self, size: int) -> None:
         self.live -= size
@@ -157,7 +160,7 @@ def test_it_stays_within_two_gram_matrices_and_the_features(num: int, other: int
 
 @pytest.mark.parametrize("other", [4, 40, 104, 200, 256])
 def test_the_gradient_included_it_stays_within_the_bar(other: int) -> None:
-    """n = 256, d = 2048: 2 n^2 + n d floats per class, for all that is made from given features."""
+    """n = 256, d = 2048: at most 2 n^2 + n d floats per class beyond the features."""
     num_classes, num, dims = 2, 256, 2048
     generator = torch.Generator().manual_seed(9)
     real = torch.rand(num_classes, num, dims, generator=generator)
@@ -179,24 +182,26 @@ def test_blocks_of_rows_give_the_same_value_and_gradient(num: int, other: int, u
     real = features(2, num, dims, seed=10)
     synthetic = features(2, other, dims, seed=11).requires_grad_(True)
 
-    found = covariance_distance(real, synthetic, unbiased=unbiased)
-    wanted = naive(real, synthetic, unbiased=unbiased)
+    actual = covariance_distance(real, synthetic, unbiased=unbiased)
+    expected = naive(real, synthetic, unbiased=unbiased)
 
-    torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-12)
-    gradients = [torch.autograd.grad(value, synthetic)[0] for value in (3 * found, 3 * wanted)]
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12)
+    gradients = [torch.autograd.grad(value, synthetic)[0] for value in (3 * actual, 3 * expected)]
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-10, atol=1e-11)
 
 
 def test_its_gradient_may_be_asked_for_more_than_once() -> None:
     real, synthetic = features(2, 9, 6, seed=12), features(2, 5, 6, seed=13).requires_grad_(True)
-    found = covariance_distance(real, synthetic, unbiased=False)
+    distance = covariance_distance(real, synthetic, unbiased=False)
 
-    first = torch.autograd.grad(found, synthetic, torch.tensor(2.0, dtype=torch.float64), retain_graph=True)
-    kept = first[0].clone()
-    second = torch.autograd.grad(found, synthetic, torch.tensor(-1.0, dtype=torch.float64))
+    first = torch.autograd.grad(
+        distance, synthetic, torch.tensor(2.0, dtype=torch.float64), retain_graph=True
+    )
+    before = first[0].clone()
+    second = torch.autograd.grad(distance, synthetic, torch.tensor(-1.0, dtype=torch.float64))
 
-    assert torch.equal(first[0], kept)
-    torch.testing.assert_close(second[0], kept / -2)
+    assert torch.equal(first[0], before)
+    torch.testing.assert_close(second[0], before / -2)
 
 
 def test_it_takes_no_loop_over_classes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +212,7 @@ def test_it_takes_no_loop_over_classes(monkeypatch: pytest.MonkeyPatch) -> None:
 
         class Count(TorchDispatchMode):
             def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-                calls.append(func)  # noqa: B023 - used within this turn
+                calls.append(func)  # noqa: B023 - used within this iteration
                 return func(*args, **(kwargs or {}))
 
         with Count():

@@ -55,9 +55,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     for name in counts:
         real = getattr(DiffusionModel, name)
 
-        def count(self: Any, images: Any, *more: Any, _name: str = name, _real: Any = real) -> Any:
+        def count(self: Any, images: Any, *args: Any, _name: str = name, _real: Any = real) -> Any:
             counts[_name] += len(images)
-            return _real(self, images, *more)
+            return _real(self, images, *args)
 
         monkeypatch.setattr(DiffusionModel, name, count)
     return counts
@@ -70,11 +70,11 @@ def test_statistics_are_numpys(toy: Any) -> None:
 
     mean, variance = stages.class_statistics(latents, labels, 3)
 
-    held = latents.double().numpy()
+    reference = latents.double().numpy()
     for label in (0, 1):
-        own = held[labels.numpy() == label]
-        assert np.allclose(mean[label].numpy(), own.mean(0), atol=1e-6)
-        assert np.allclose(variance[label].numpy(), own.var(0, ddof=1), atol=1e-6)
+        class_latents = reference[labels.numpy() == label]
+        assert np.allclose(mean[label].numpy(), class_latents.mean(0), atol=1e-6)
+        assert np.allclose(variance[label].numpy(), class_latents.var(0, ddof=1), atol=1e-6)
     assert torch.equal(mean[2], latents[3])
     assert torch.equal(variance[2], torch.zeros(4))
 
@@ -86,10 +86,10 @@ def test_the_runs_statistics_are_those_of_the_inverted_images(run: Any, folder: 
 
     top = model.invert(clean, ctx.split.labels, levels)
 
-    own = top[ctx.split.labels == 1].double().numpy()
+    class_latents = top[ctx.split.labels == 1].double().numpy()
     assert levels.num_steps == 1
-    assert np.allclose(method._statistics["mean"][1].numpy(), own.mean(0), atol=1e-4)
-    assert np.allclose(method._statistics["variance"][1].numpy(), own.var(0, ddof=1), atol=1e-4)
+    assert np.allclose(method._statistics["mean"][1].numpy(), class_latents.mean(0), atol=1e-4)
+    assert np.allclose(method._statistics["variance"][1].numpy(), class_latents.var(0, ddof=1), atol=1e-4)
 
 
 def test_what_comes_after_the_inversion_never_repeats_it(run: Any, counted: dict[str, int]) -> None:
@@ -121,10 +121,10 @@ def test_a_killed_inversion_loses_one_batch(
     monkeypatch.setattr(stages, "batch_size", lambda device, image_size: 5)
     invert = DiffusionModel.invert
 
-    def killed(self: Any, *given: Any) -> Any:
+    def killed(self: Any, *args: Any) -> Any:
         if counted["invert"] >= 10:
             raise KeyboardInterrupt
-        return invert(self, *given)
+        return invert(self, *args)
 
     with monkeypatch.context() as patch:
         patch.setattr(DiffusionModel, "invert", killed)
@@ -148,29 +148,33 @@ def test_the_loss_is_the_score_per_dimension(run: Any, folder: str) -> None:
     _, method = run(ipc=4, whole=False, diffusion=folder)
     losses = [float(method.step()["loss"]) for _ in range(method.num_steps)]
 
-    held, chosen = method._statistics, method._chosen.unflatten(0, (3, 4)).double()
-    wanted = [
-        float(group_scores(chosen[c : c + 1], held["mean"][c].double(), held["variance"][c].sqrt().double()))
+    statistics, latents = method._statistics, method._latents.unflatten(0, (3, 4)).double()
+    expected = [
+        float(
+            group_scores(
+                latents[c : c + 1], statistics["mean"][c].double(), statistics["variance"][c].sqrt().double()
+            )
+        )
         / 256
         for c in range(3)
     ]
-    assert losses[:3] == pytest.approx([sum(wanted[: c + 1]) / (c + 1) for c in range(3)], rel=1e-5)
+    assert losses[:3] == pytest.approx([sum(expected[: c + 1]) / (c + 1) for c in range(3)], rel=1e-5)
     assert losses[3:] == [losses[2]] * (method.num_steps - 3)
 
 
 def test_more_candidates_score_better_and_the_draws_may_be_shared(run: Any, folder: str) -> None:
-    def chosen(**method: Any) -> tuple[torch.Tensor, float]:
-        _, made = run(ipc=4, whole=False, diffusion=folder, **method)
+    def draws(**method: Any) -> tuple[torch.Tensor, float]:
+        _, distiller = run(ipc=4, whole=False, diffusion=folder, **method)
         for _ in range(3):
-            loss = float(made.step()["loss"])
-        z = (made._chosen.unflatten(0, (3, 4)) - made._statistics["mean"][:, None]) / made._statistics[
-            "variance"
-        ][:, None].sqrt()
+            loss = float(distiller.step()["loss"])
+        z = (
+            distiller._latents.unflatten(0, (3, 4)) - distiller._statistics["mean"][:, None]
+        ) / distiller._statistics["variance"][:, None].sqrt()
         return z, loss
 
-    _, few = chosen(num_candidates=1)
-    apart, many = chosen(num_candidates=300)
-    together, _ = chosen(num_candidates=1, shared_draws=True)
+    _, few = draws(num_candidates=1)
+    apart, many = draws(num_candidates=300)
+    together, _ = draws(num_candidates=1, shared_draws=True)
 
     assert many < few
     assert torch.allclose(together[0], together[1], atol=1e-3)
@@ -179,31 +183,33 @@ def test_more_candidates_score_better_and_the_draws_may_be_shared(run: Any, fold
 
 def test_a_scaled_variance_spreads_the_latents(run: Any, folder: str) -> None:
     def spread(scale: float) -> torch.Tensor:
-        _, made = run(ipc=4, whole=False, diffusion=folder, sampling="random", variance_scale=scale)
+        _, distiller = run(ipc=4, whole=False, diffusion=folder, sampling="random", variance_scale=scale)
         for _ in range(3):
-            made.step()
-        held: torch.Tensor = made._chosen.unflatten(0, (3, 4)) - made._statistics["mean"][:, None]
-        return held
+            distiller.step()
+        deviations: torch.Tensor = (
+            distiller._latents.unflatten(0, (3, 4)) - distiller._statistics["mean"][:, None]
+        )
+        return deviations
 
     assert torch.allclose(spread(2.25), 1.5 * spread(1.0), rtol=1e-3, atol=1e-4)
 
 
 def test_group_sampling_chooses_by_the_scaled_population(run: Any, folder: str) -> None:
-    """Table A5: draws and score are of the population with the scaled variance."""
-    _, made = run(ipc=4, whole=False, diffusion=folder, variance_scale=2.25, num_candidates=40)
-    held, wanted = made._statistics, 0.0
+    """Table A5: draws and score use the scaled variance."""
+    _, distiller = run(ipc=4, whole=False, diffusion=folder, variance_scale=2.25, num_candidates=40)
+    statistics, expected = distiller._statistics, 0.0
     for label in range(3):
-        score = made.step()["loss"]
+        score = distiller.step()["loss"]
         latents, exact = group_sample(
-            held["mean"][label],
-            1.5 * held["variance"][label].sqrt(),
+            statistics["mean"][label],
+            1.5 * statistics["variance"][label].sqrt(),
             ipc=4,
             num_candidates=40,
             generator=derive(0, "distill", "group", label),
         )
-        wanted = (wanted * label + exact / 256) / (label + 1)
-        assert torch.allclose(made._chosen[4 * label : 4 * label + 4], latents, rtol=1e-4, atol=1e-4)
-        assert float(score) == pytest.approx(wanted, rel=1e-4)
+        expected = (expected * label + exact / 256) / (label + 1)
+        assert torch.allclose(distiller._latents[4 * label : 4 * label + 4], latents, rtol=1e-4, atol=1e-4)
+        assert float(score) == pytest.approx(expected, rel=1e-4)
 
 
 def test_kmeans_starts_from_noised_centres_of_clean_latents(
@@ -213,40 +219,40 @@ def test_kmeans_starts_from_noised_centres_of_clean_latents(
     assert counted == {"encode": 24, "invert": 0}  # clean latents are all it needs
     clean = ctx.pool.get([plan_stages(ctx, method._config)[1][0]])[0].tensors["latents"]
     assert torch.equal(method._clean, clean)
-    own = torch.nonzero(ctx.split.labels == 2).flatten()
-    near, far = own[1::2], own[::2]
+    rows = torch.nonzero(ctx.split.labels == 2).flatten()
+    near, far = rows[1::2], rows[::2]
     method._clean = clean.clone()
-    method._clean[far] += 100  # two heaps that nobody can miss
+    method._clean[far] += 100  # two well-separated clusters
     for _ in range(3):
         method.step()
 
     model, levels = method._sampler.model, method._config.levels()
     noise = torch.randn(2, 256, generator=ctx.generator("noise", 2))
     share = model.add_noise(torch.ones(1, 1), torch.zeros(1, 1), levels)
-    centres = (method._chosen[4:6] - model.add_noise(torch.zeros(2, 256), noise, levels)) / share
-    heaps = torch.stack([method._clean[near].mean(0), method._clean[far].mean(0)])
-    assert torch.allclose(centres[centres.mean(1).argsort()], heaps, atol=1e-3)
+    centres = (method._latents[4:6] - model.add_noise(torch.zeros(2, 256), noise, levels)) / share
+    clusters = torch.stack([method._clean[near].mean(0), method._clean[far].mean(0)])
+    assert torch.allclose(centres[centres.mean(1).argsort()], clusters, atol=1e-3)
 
 
 def test_a_set_of_statistics_generates_any_ipc_without_the_dataset(run: Any, tmp_path: Path) -> None:
     images = run(ipc=2)
-    made = run(ipc=2, store="statistics")
-    made.save(tmp_path / "s.pt")
+    distilled = run(ipc=2, store="statistics")
+    distilled.save(tmp_path / "s.pt")
 
-    held = artifact.load(tmp_path / "s.pt")
+    loaded = artifact.load(tmp_path / "s.pt")
     stored = torch.load(tmp_path / "s.pt", weights_only=True)
 
     assert set(stored) == {"format_version", "mean", "variance", "meta"}
     meta = json.loads(stored["meta"])
     assert (meta["decoder"], meta["storage_floats"]) == ("d3hr", 2 * 3 * 256)
     assert meta["generator"] == images.meta.generator
-    assert torch.equal(held.generated().images, images.images)
-    more = held.generated(5)
-    assert more.images.shape == (15, 3, 16, 16)
-    assert more.labels.tolist() == [label for label in range(3) for _ in range(5)]
-    assert more.meta.ipc_decoded == 5
-    assert torch.equal(held.decode().images, images.images)
-    more.validate()
+    assert torch.equal(loaded.generated().images, images.images)
+    larger = loaded.generated(5)
+    assert larger.images.shape == (15, 3, 16, 16)
+    assert larger.labels.tolist() == [label for label in range(3) for _ in range(5)]
+    assert larger.meta.ipc_decoded == 5
+    assert torch.equal(loaded.decode().images, images.images)
+    larger.validate()
 
 
 def test_a_set_of_statistics_that_does_not_fit_is_refused_before_it_generates(
@@ -260,27 +266,27 @@ def test_a_set_of_statistics_that_does_not_fit_is_refused_before_it_generates(
 
 
 def test_a_set_of_images_generates_nothing(run: Any) -> None:
-    made = run()
-    assert made.generated() is made
-    with pytest.raises(InputError, match="--ipc is for sets that hold statistics"):
-        made.generated(3)
+    distilled = run()
+    assert distilled.generated() is distilled
+    with pytest.raises(InputError, match="--ipc is for sets that store statistics"):
+        distilled.generated(3)
 
 
 def test_a_set_without_its_generator_says_where_it_was(run: Any, ddray_home: Path, folder: str) -> None:
-    own, given = run(store="statistics"), run(store="statistics", diffusion=folder)
+    from_pool, from_folder = run(store="statistics"), run(store="statistics", diffusion=folder)
 
-    wanted = given.generated(1).images
+    expected = from_folder.generated(1).images
     moved = shutil.move(folder, folder + " moved")
     save_pipeline(untrained((3, 16, 16), depth=2), Path(folder))
     for _ in range(2):
         with pytest.raises(InputError, match=r"must hold diffusion model .*another or none; .*diffusion=NEW"):
-            given.generated(1)
+            from_folder.generated(1)
         shutil.rmtree(folder, ignore_errors=True)
-    run(whole=False, diffusion=moved)  # used once from there: it is known where it is
-    assert torch.equal(given.generated(1).images, wanted)
-    shutil.rmtree(ddray_home / "pool" / own.meta.generator)
+    run(whole=False, diffusion=moved)  # using it once records its new location
+    assert torch.equal(from_folder.generated(1).images, expected)
+    shutil.rmtree(ddray_home / "pool" / from_pool.meta.generator)
     with pytest.raises(InputError, match=r"the set needs its generator, .* does not hold it"):
-        own.generated(1)
+        from_pool.generated(1)
 
 
 @pytest.mark.parametrize(
@@ -296,9 +302,9 @@ def test_a_set_without_its_generator_says_where_it_was(run: Any, ddray_home: Pat
     ],
 )
 def test_broken_statistics_are_refused(run: Any, change: Any, reason: str) -> None:
-    made: DistilledSet = run(store="statistics")
+    distilled: DistilledSet = run(store="statistics")
     with pytest.raises(InputError, match=reason):
-        replace(made, compact=change(made.compact)).validate()
+        replace(distilled, compact=change(distilled.compact)).validate()
 
 
 def test_settings_that_do_not_go_together_are_refused(planned: Any, toy: Any) -> None:
@@ -319,11 +325,11 @@ def test_the_folder_is_made_absolute_and_must_be_there(
 
 def test_a_model_of_grey_images_makes_no_coloured_ones(planned: Any, toy: Any, tmp_path: Path) -> None:
     save_pipeline(untrained((1, 16, 16)), tmp_path / "grey")
-    own = {**BASE, "diffusion": str(tmp_path / "grey")}
-    _, ctx, distiller = planned("d3hr", toy(), ipc=2, method=own)
+    settings = {**BASE, "diffusion": str(tmp_path / "grey")}
+    _, ctx, distiller = planned("d3hr", toy(), ipc=2, method=settings)
     with pytest.raises(InputError, match=r"must have 3 channels, .*grey has 1; leave method.diffusion out"):
         distiller.setup(ctx)
-    _, ctx, distiller = planned("d3hr", toy(shape=(1, 16, 16)), ipc=2, method=own)
+    _, ctx, distiller = planned("d3hr", toy(shape=(1, 16, 16)), ipc=2, method=settings)
     distiller.setup(ctx)
 
 
@@ -340,11 +346,11 @@ def test_a_folder_that_was_moved_repeats_nothing(run: Any, counted: dict[str, in
 def test_other_labels_of_the_classes_are_another_inversion(
     run: Any, counted: dict[str, int], folder: str
 ) -> None:
-    """The fingerprint is of weights: names of labels are not part of it."""
+    """The fingerprint covers the weights, not the names of the labels."""
     run(diffusion=folder)
     index = Path(folder) / "model_index.json"
-    held = json.loads(index.read_text())
-    index.write_text(json.dumps({**held, "id2label": {"0": "class 1", "1": "class 0", "2": "class 2"}}))
+    content = json.loads(index.read_text())
+    index.write_text(json.dumps({**content, "id2label": {"0": "class 1", "1": "class 0", "2": "class 2"}}))
 
     ctx, method = run(whole=False, diffusion=folder)
 
@@ -360,10 +366,10 @@ def test_a_start_is_known_by_its_content_wherever_it_lies(
     def spec(where: Path) -> Any:
         monkeypatch.chdir(where)
         method = {**BASE, "generator": {**TINY, "init": "dit"}}
-        _, ctx, made = planned("d3hr", toy(), method=method)
+        _, ctx, distiller = planned("d3hr", toy(), method=method)
         monkeypatch.chdir("/")  # as a worker
-        made.setup(ctx)
-        return plan_stages(ctx, made._config)[0]["spec"]
+        distiller.setup(ctx)
+        return plan_stages(ctx, distiller._config)[0]["spec"]
 
     first = spec(here)
     below.mkdir()
@@ -376,42 +382,42 @@ def test_a_start_is_known_by_its_content_wherever_it_lies(
 def test_a_generator_that_has_seen_val_is_said(
     planned: Any, toy: Any, folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """`ddray pool train --kind diffusion` trains on all of train, of which a search holds a tenth out."""
+    """`ddray pool train --kind diffusion` trains on all of train; a search holds a tenth of it out."""
     dataset = toy()
-    own, strange = Path(folder), tmp_path / "strange"
-    for place, data in ((own, dataset.fingerprint), (strange, "another dataset")):
+    same_dataset, other_dataset = Path(folder), tmp_path / "strange"
+    for path, fingerprint in ((same_dataset, dataset.fingerprint), (other_dataset, "another dataset")):
         model = untrained((3, 16, 16))
-        model.seen = ({"dataset": data, "split": "train"},)
-        save_pipeline(model, place)
+        model.seen = ({"dataset": fingerprint, "split": "train"},)
+        save_pipeline(model, path)
 
-    def said(split_name: str, **method: Any) -> str:
+    def warning(split_name: str, **method: Any) -> str:
         caplog.clear()
-        _, ctx, made = planned("d3hr", dataset, method={**BASE, **method})
-        made.pool_specs(replace(ctx, split_name=split_name))
+        _, ctx, distiller = planned("d3hr", dataset, method={**BASE, **method})
+        distiller.pool_specs(replace(ctx, split_name=split_name))
         return caplog.text
 
-    assert said("train", diffusion=folder) == ""
-    assert said("train-val0", diffusion=str(strange)) == ""
-    assert "it has seen images that train-val0 holds out for val" in said("train-val0", diffusion=folder)
-    assert said("train-val0", diffusion=folder) == ""  # once
-    assert "train-val1 holds out" in said("train-val1", generator={**TINY, "init": folder})
+    assert warning("train", diffusion=folder) == ""
+    assert warning("train-val0", diffusion=str(other_dataset)) == ""
+    assert "it has seen images that train-val0 holds out for val" in warning("train-val0", diffusion=folder)
+    assert warning("train-val0", diffusion=folder) == ""  # once
+    assert "train-val1 holds out" in warning("train-val1", generator={**TINY, "init": folder})
 
 
 def test_a_trained_generator_says_what_it_has_seen(run: Any, tmp_path: Path) -> None:
     ctx, method = run(whole=False)
     model = stages.load_generator(method._source, ctx.pool)
-    wanted = {"dataset": ctx.dataset.fingerprint, "split": "train"}
-    assert model.seen == (wanted,)
+    expected = {"dataset": ctx.dataset.fingerprint, "split": "train"}
+    assert model.seen == (expected,)
 
     save_pipeline(model, tmp_path / "own")
-    assert open_pipeline(tmp_path / "own").seen == (wanted,)
+    assert open_pipeline(tmp_path / "own").seen == (expected,)
     ctx, method = run(whole=False, generator={**TINY, "init": str(tmp_path / "own")})
-    assert stages.load_generator(method._source, ctx.pool).seen == (wanted, wanted)
+    assert stages.load_generator(method._source, ctx.pool).seen == (expected, expected)
 
 
-@pytest.mark.parametrize(("size", "wanted"), [(32, 1024), (64, 1024), (128, 256), (256, 64), (512, 16)])
-def test_a_gpus_batch_is_of_the_models_size(size: int, wanted: int) -> None:
-    assert stages.batch_size(torch.device("cuda"), size) == wanted
+@pytest.mark.parametrize(("size", "expected"), [(32, 1024), (64, 1024), (128, 256), (256, 64), (512, 16)])
+def test_a_gpus_batch_is_of_the_models_size(size: int, expected: int) -> None:
+    assert stages.batch_size(torch.device("cuda"), size) == expected
     assert stages.batch_size(torch.device("cpu"), size) == 64
 
 
@@ -422,7 +428,7 @@ def test_batches_are_asked_for_by_the_models_size(
     monkeypatch.setattr(stages, "batch_size", lambda device, image_size: sizes.append(image_size) or 64)
     save_pipeline(untrained((3, 64, 64)), tmp_path / "large")
 
-    run(whole=False, diffusion=str(tmp_path / "large"))  # of images of 16 px
+    run(whole=False, diffusion=str(tmp_path / "large"))  # the images have 16 px
 
     assert sizes == [64, 64]
 
@@ -437,9 +443,9 @@ def test_what_the_generator_does_not_have_is_refused_before_anything_is_made(
             ({"class_ids": (0, 1)}, "class_ids must be 3 labels"),
             ({"num_inference_steps": 1001}, "num_inference_steps <= 1000, got 621 and 1001"),
         ):
-            _, ctx, made = planned("d3hr", toy(), method={**BASE, **where, **changes})
+            _, ctx, distiller = planned("d3hr", toy(), method={**BASE, **where, **changes})
             with pytest.raises(InputError, match=reason):
-                made.pool_specs(ctx)
+                distiller.pool_specs(ctx)
     assert counted == {"encode": 0, "invert": 0}
     assert not list(ddray_home.glob("pool/*"))
 
@@ -464,7 +470,7 @@ def test_a_checkpoint_holds_what_is_made_and_is_rarer_the_larger_the_set(
 
 def test_a_generator_of_other_classes_needs_to_be_told(run: Any, tmp_path: Path) -> None:
     save_pipeline(untrained((3, 16, 16), num_classes=5), tmp_path / "five")
-    assert run(diffusion=str(tmp_path / "five")).images.shape == (6, 3, 16, 16)  # known by their names
+    assert run(diffusion=str(tmp_path / "five")).images.shape == (6, 3, 16, 16)  # matched by name
     with pytest.raises(InputError, match="class_ids must be 3 labels"):
         run(diffusion=str(tmp_path / "five"), class_ids=(0, 1))
 
@@ -484,9 +490,9 @@ def test_spectrograms_are_refused(planned: Any, toy: Any) -> None:
         )
 
 
-@pytest.mark.parametrize(("steps", "wanted"), [(50, 31), (10, 6), (20, 12), (1, 1)])
-def test_the_level_is_31_of_50_in_proportion(steps: int, wanted: int) -> None:
-    assert D3HRConfig.parse({"num_inference_steps": steps}).levels().num_steps == wanted
+@pytest.mark.parametrize(("steps", "expected"), [(50, 31), (10, 6), (20, 12), (1, 1)])
+def test_the_level_is_31_of_50_in_proportion(steps: int, expected: int) -> None:
+    assert D3HRConfig.parse({"num_inference_steps": steps}).levels().num_steps == expected
     assert D3HRConfig.parse({"num_inference_steps": 50, "inversion_steps": 20}).levels().num_steps == 20
 
 
@@ -537,9 +543,9 @@ def test_inverted_latents_are_nearer_to_a_gaussian(digits: Any) -> None:
     clean = model.encode(split.images.float() / 255, "mode")
 
     def rejected(latents: torch.Tensor) -> float:
-        own = [latents[split.labels == label].double().numpy() for label in range(10)]
-        return float(np.mean([normaltest(held, axis=0).pvalue < 0.05 for held in own]))
+        by_class = [latents[split.labels == label].double().numpy() for label in range(10)]
+        return float(np.mean([normaltest(class_latents, axis=0).pvalue < 0.05 for class_latents in by_class]))
 
     for guidance in (1.0, 4.0):
-        how = Levels(num_inference_steps=20, num_steps=12, guidance=guidance)
-        assert rejected(model.invert(clean, split.labels, how)) < rejected(clean)
+        levels = Levels(num_inference_steps=20, num_steps=12, guidance=guidance)
+        assert rejected(model.invert(clean, split.labels, levels)) < rejected(clean)

@@ -19,18 +19,18 @@ LOSSES = ("mse", "mae", "cosine")
 
 
 def naive_attention(maps: Tensor, p: float, norm: str) -> list[list[float]]:
-    """Place by place in Python floats: A(y, x) = sum_c |F(c, y, x)|^p, divided by its sample's norm."""
+    """Pixel by pixel in Python floats: A(y, x) = sum_c |F(c, y, x)|^p, divided by its sample's norm."""
     num, channels, height, width = maps.shape
-    found = []
+    attentions = []
     for n in range(num):
-        places = [
+        powers = [
             sum(abs(float(maps[n, c, y, x])) ** p for c in range(channels))
             for y in range(height)
             for x in range(width)
         ]
-        size = {"l2": math.sqrt(sum(a * a for a in places)), "l1": sum(places), "none": 1.0}[norm]
-        found.append([a / size for a in places])
-    return found
+        size = {"l2": math.sqrt(sum(a * a for a in powers)), "l1": sum(powers), "none": 1.0}[norm]
+        attentions.append([a / size for a in powers])
+    return attentions
 
 
 def class_means(rows: list[list[float]], num_classes: int) -> list[list[float]]:
@@ -60,40 +60,40 @@ def maps(num: int, seed: int) -> list[Tensor]:
 
 @pytest.mark.parametrize(("p", "norm"), list(itertools.product(POWERS, NORMS)))
 def test_attention_is_the_papers_sum_of_powers_normalised_per_sample(p: float, norm: Any) -> None:
-    held = maps(3, seed=1)[0]
+    layer_map = maps(3, seed=1)[0]
 
-    found = attention(held, p, norm)
+    actual = attention(layer_map, p, norm)
 
-    wanted = torch.tensor(naive_attention(held, p, norm), dtype=torch.float64)
-    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
+    expected = torch.tensor(naive_attention(layer_map, p, norm), dtype=torch.float64)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize(("p", "norm"), list(itertools.product(POWERS, NORMS)))
 def test_attention_with_gradients_is_the_same_and_its_gradient_is_right(p: float, norm: Any) -> None:
-    held = maps(2, seed=2)[1]
-    live = held.clone().requires_grad_(True)
+    layer_map = maps(2, seed=2)[1]
+    live = layer_map.clone().requires_grad_(True)
 
-    assert torch.equal(attention(live, p, norm).detach(), attention(held, p, norm))
+    assert torch.equal(attention(live, p, norm).detach(), attention(layer_map, p, norm))
     assert torch.autograd.gradcheck(lambda x: attention(x, p, norm), (live,))
 
 
 @pytest.mark.parametrize("p", POWERS)
 def test_attention_leaves_the_maps_as_they_are(p: float) -> None:
-    """The power is taken in place without gradients: never in place of the network's own maps."""
-    held = maps(2, seed=3)[0]
-    before = held.clone()
+    """Without gradients powers are computed in place, but not in the network's own maps."""
+    layer_map = maps(2, seed=3)[0]
+    before = layer_map.clone()
 
-    attention(held, p, "l2")
+    attention(layer_map, p, "l2")
 
-    assert torch.equal(held, before)
+    assert torch.equal(layer_map, before)
 
 
 @pytest.mark.parametrize(("p", "norm"), list(itertools.product(POWERS, NORMS)))
 def test_attention_in_the_maps_own_memory_is_the_same(p: float, norm: Any) -> None:
-    held = maps(2, seed=3)[0]
-    wanted = attention(held, p, norm)
+    layer_map = maps(2, seed=3)[0]
+    expected = attention(layer_map, p, norm)
 
-    assert torch.equal(attention(held.clone(), p, norm, overwrite=True), wanted)
+    assert torch.equal(attention(layer_map.clone(), p, norm, overwrite=True), expected)
 
 
 @pytest.mark.parametrize(("p", "norm", "loss"), list(itertools.product(POWERS, NORMS, LOSSES)))
@@ -105,10 +105,10 @@ def test_loss_is_l_sam_plus_lambda_l_mmd(p: float, norm: Any, loss: Any) -> None
     syn_emb = torch.randn(4, 5, generator=generator, dtype=torch.float64)
 
     def means(values: list[Tensor], embedding: Tensor) -> list[Tensor]:
-        held = [*(attention(m, p, norm) for m in values), embedding]
-        return [value.view(num_classes, -1, value.shape[1]).mean(1) for value in held]
+        statistics = [*(attention(m, p, norm) for m in values), embedding]
+        return [value.view(num_classes, -1, value.shape[1]).mean(1) for value in statistics]
 
-    found = datadam_loss(
+    actual = datadam_loss(
         means(real_maps, real_emb),
         means(syn_maps, syn_emb),
         lambda_mmd=lambda_mmd,
@@ -123,7 +123,7 @@ def test_loss_is_l_sam_plus_lambda_l_mmd(p: float, norm: Any, loss: Any) -> None
         l_sam += sum(naive_distance(a[c], b[c], loss) for c in range(num_classes))
     a, b = class_means(real_emb.tolist(), num_classes), class_means(syn_emb.tolist(), num_classes)
     l_mmd = sum(naive_distance(a[c], b[c], "mse") for c in range(num_classes))
-    assert float(found) == pytest.approx(scale * (l_sam + lambda_mmd * l_mmd), rel=1e-11)
+    assert float(actual) == pytest.approx(scale * (l_sam + lambda_mmd * l_mmd), rel=1e-11)
 
 
 @given(
@@ -135,12 +135,14 @@ def test_loss_is_l_sam_plus_lambda_l_mmd(p: float, norm: Any, loss: Any) -> None
 def test_attention_is_blind_to_sign_and_a_normalised_one_to_scale(
     seed: int, p: float, scale: float, norm: Any
 ) -> None:
-    held = maps(2, seed)[0]
+    layer_map = maps(2, seed)[0]
     power = scale**p if norm == "none" else 1.0
 
-    torch.testing.assert_close(attention(-held, p, norm), attention(held, p, norm), rtol=1e-12, atol=0)
     torch.testing.assert_close(
-        attention(scale * held, p, norm), power * attention(held, p, norm), rtol=1e-9, atol=1e-300
+        attention(-layer_map, p, norm), attention(layer_map, p, norm), rtol=1e-12, atol=0
+    )
+    torch.testing.assert_close(
+        attention(scale * layer_map, p, norm), power * attention(layer_map, p, norm), rtol=1e-9, atol=1e-300
     )
 
 

@@ -84,19 +84,21 @@ def test_one_step_is_equation_2_and_its_inverse_equation_3() -> None:
         return (after / before) ** 0.5 * z + after**0.5 * (root(after) - root(before)) * noise
 
     clean = torch.tensor(1.0, dtype=torch.float64)
-    wanted = move(z.double(), high, low, noise)
-    wanted = move(wanted, low, clean, model.predict(wanted.float(), 0, labels, 1.0).double())
-    assert torch.allclose(down.double(), wanted, atol=1e-4)
+    expected = move(z.double(), high, low, noise)
+    expected = move(expected, low, clean, model.predict(expected.float(), 0, labels, 1.0).double())
+    assert torch.allclose(down.double(), expected, atol=1e-4)
     first = move(z.double(), clean, low, model.predict(z, 0, labels, 1.0).double())
-    wanted = move(first, low, high, model.predict(first.float(), 20, labels, 1.0).double())
-    assert torch.allclose(up.double(), wanted, atol=1e-4)
+    expected = move(first, low, high, model.predict(first.float(), 20, labels, 1.0).double())
+    assert torch.allclose(up.double(), expected, atol=1e-4)
 
 
 def test_guidance_leads_away_from_the_null_label_k() -> None:
     model = untrained(num_classes=3)
     z = torch.randn(2, 256, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0, 2])
-    conditional, free = (model.predict(z, 300, given, 1.0) for given in (labels, torch.tensor([3, 3])))
+    conditional, free = (
+        model.predict(z, 300, condition, 1.0) for condition in (labels, torch.tensor([3, 3]))
+    )
 
     guided = model.predict(z, 300, labels, 4.0)
 
@@ -109,9 +111,9 @@ def test_added_noise_is_equation_1_at_the_level_where_inversion_ends() -> None:
     clean, noise = torch.randn(2, 3, 256, generator=torch.Generator().manual_seed(0))
     alpha = float(torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)[600])
 
-    found = model.add_noise(clean, noise, levels(50, 31))
+    noised = model.add_noise(clean, noise, levels(50, 31))
 
-    assert torch.allclose(found, alpha**0.5 * clean + (1 - alpha) ** 0.5 * noise, atol=1e-5)
+    assert torch.allclose(noised, alpha**0.5 * clean + (1 - alpha) ** 0.5 * noise, atol=1e-5)
 
 
 @pytest.mark.parametrize(("steps", "num"), [(10, 11), (10, 0), (1001, 5)])
@@ -226,9 +228,9 @@ def test_missing_weights_are_refused_and_never_left_at_random(part: str, tmp_pat
 
     save_pipeline(untrained(), tmp_path / "dit")
     path = next((tmp_path / "dit" / part).glob("*.safetensors"))
-    held = load_file(path)
-    gone = sorted(held)[3]
-    save_file({name: tensor for name, tensor in held.items() if name != gone}, path, {"format": "pt"})
+    weights = load_file(path)
+    gone = sorted(weights)[3]
+    save_file({name: tensor for name, tensor in weights.items() if name != gone}, path, {"format": "pt"})
 
     with pytest.raises(InputError, match=f"{part} must hold all weights .* 1 are missing .first: {gone}"):
         open_pipeline(tmp_path / "dit")
@@ -257,14 +259,14 @@ def test_relabelled_classes_keep_what_they_are_known_by(tmp_path: Path) -> None:
     model = untrained(num_classes=3)
     table = model.transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight.clone()
 
-    made = relabel(model, ("class 2", "new", "class 0", "newer"), seed=0)
+    relabelled = relabel(model, ("class 2", "new", "class 0", "newer"), seed=0)
 
-    fresh = made.transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight
+    fresh = relabelled.transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight
     assert fresh.shape[0] == 5
-    assert torch.equal(fresh[[0, 2, 4]], table[[2, 0, 3]])  # the null label stays the last
+    assert torch.equal(fresh[[0, 2, 4]], table[[2, 0, 3]])  # the null label stays last
     assert not torch.equal(fresh[1], fresh[3])
-    assert made.num_classes == 4
-    save_pipeline(made, tmp_path / "dit")
+    assert relabelled.num_classes == 4
+    save_pipeline(relabelled, tmp_path / "dit")
     assert open_pipeline(tmp_path / "dit").num_classes == 4
 
 
@@ -278,8 +280,8 @@ def test_an_opened_pipeline_is_fine_tuned_and_keeps_its_autoencoder(toy: Any, tm
 
     assert set(measured) == {"loss"}
     assert model.num_classes == 3
-    kept = zip(model.vae.state_dict().values(), before.vae.state_dict().values(), strict=True)
-    assert all(torch.equal(a, b) for a, b in kept)
+    pairs = zip(model.vae.state_dict().values(), before.vae.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
     assert not torch.equal(
         model.transformer.state_dict()["proj_out_2.weight"],
         before.transformer.state_dict()["proj_out_2.weight"],
@@ -303,8 +305,8 @@ def test_training_that_was_killed_goes_on_to_the_same_bytes(
     whole = run(None)
     save, calls = _diffusion_fit.Checkpoint.save, []
 
-    def killed(self: Any, name: str, state: Any, **more: Any) -> None:
-        save(self, name, state, **more)
+    def killed(self: Any, name: str, state: Any, **kwargs: Any) -> None:
+        save(self, name, state, **kwargs)
         calls.append(name)
         if calls.count(stage) == 5:
             raise KeyboardInterrupt
@@ -320,10 +322,10 @@ def test_training_that_was_killed_goes_on_to_the_same_bytes(
 
     fresh = build(recipe, (3, 16, 16), dataset.class_names, seed=3)
     for part in ("vae", "transformer"):
-        for got in (resumed, again):
-            pairs = zip(getattr(whole, part).parameters(), getattr(got, part).parameters(), strict=True)
+        for result in (resumed, again):
+            pairs = zip(getattr(whole, part).parameters(), getattr(result, part).parameters(), strict=True)
             assert all(torch.equal(a, b) for a, b in pairs)
-            assert not any(parameter.requires_grad for parameter in getattr(got, part).parameters())
+            assert not any(parameter.requires_grad for parameter in getattr(result, part).parameters())
         pairs = zip(getattr(whole, part).parameters(), getattr(fresh, part).parameters(), strict=True)
         assert not all(torch.equal(a, b) for a, b in pairs)
 
@@ -354,12 +356,12 @@ def test_dropped_labels_and_the_average_of_weights_take_part(toy: Any) -> None:
         model, _ = train_generator(
             dataset.train(), dataset.class_names, tiny_recipe(epochs=2, **changes), seed=0, device=CPU
         )
-        held: torch.Tensor = model.transformer.proj_out_2.weight
-        return held
+        weight: torch.Tensor = model.transformer.proj_out_2.weight
+        return weight
 
     plain = bias()
     assert not torch.equal(plain, bias(label_dropout=1.0))
-    assert float(bias(ema=0.0).norm()) > float(plain.norm())  # the average is nearer to where it began: 0
+    assert float(bias(ema=0.0).norm()) > float(plain.norm())  # the average is closer to its start, 0
 
 
 @pytest.mark.parametrize("shape", [(1, 16, 16), (1, 28, 28), (3, 32, 32), (3, 64, 64), (3, 224, 224)])

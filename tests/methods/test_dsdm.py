@@ -52,33 +52,33 @@ def features(shape: tuple[int, ...], seed: int) -> Tensor:
 def test_prototypes_match_class_by_class() -> None:
     real, synthetic = features((3, 5, 4), 1), features((3, 2, 4), 2)
 
-    wanted = 0.0
+    expected = 0.0
     for one, other in zip(real.tolist(), synthetic.tolist(), strict=True):
         for dim in range(4):
-            wanted += (sum(r[dim] for r in one) / 5 - sum(s[dim] for s in other) / 2) ** 2
-    assert float(prototype_loss(real, synthetic)) == pytest.approx(wanted, rel=1e-12)
+            expected += (sum(r[dim] for r in one) / 5 - sum(s[dim] for s in other) / 2) ** 2
+    assert float(prototype_loss(real, synthetic)) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("mean", [False, True])
 def test_history_loss_is_eq_6(mean: bool) -> None:
     synthetic, memory = features((3, 2, 4), 3), features((3, 4), 4)
 
-    wanted = 0.0
-    for rows, held in zip(synthetic.tolist(), memory.tolist(), strict=True):
-        wanted += sum((sum(row[dim] for row in rows) / 2 - held[dim]) ** 2 for dim in range(4))
-    found = float(history_loss(synthetic, memory, mean=mean))
-    assert found == pytest.approx(wanted / 4 if mean else wanted, rel=1e-12)
+    expected = 0.0
+    for rows, class_memory in zip(synthetic.tolist(), memory.tolist(), strict=True):
+        expected += sum((sum(row[dim] for row in rows) / 2 - class_memory[dim]) ** 2 for dim in range(4))
+    actual = float(history_loss(synthetic, memory, mean=mean))
+    assert actual == pytest.approx(expected / 4 if mean else expected, rel=1e-12)
 
 
 def test_memory_is_eq_8_by_hand() -> None:
     steps = [torch.tensor([[8.0, -4.0]]), torch.tensor([[4.0, 2.0]]), torch.tensor([[1.0, 1.0]])]
 
     def memories(first: Any) -> list[list[float]]:
-        memory, found = None, []
+        memory, history = None, []
         for prototypes in steps:
             memory = remember(memory, prototypes, ema=0.75, first=first)
-            found.append(memory[0].tolist())
-        return found
+            history.append(memory[0].tolist())
+        return history
 
     # h1 = 0; h2 = .75 * 0 + .25 * 4 = 1; h3 = .75 * 1 + .25 * 1 = 1
     assert memories("zero") == [[0, 0], [1.0, 0.5], [1.0, 0.625]]
@@ -91,7 +91,7 @@ def parts_of(image: Tensor, settings: dict[str, Any]) -> list[Tensor]:
     factor = settings.get("factor", 2)
     _, height, width = image.shape
     rows = 1 if settings.get("axes") == "time" else factor
-    found = []
+    mini_images = []
     for i in range(rows):
         for j in range(factor):
             part = image[
@@ -100,8 +100,8 @@ def parts_of(image: Tensor, settings: dict[str, Any]) -> list[Tensor]:
                 i * height // rows : (i + 1) * height // rows,
                 j * width // factor : (j + 1) * width // factor,
             ]
-            found.append(F.interpolate(part, (height, width), mode="bilinear", align_corners=False)[0])
-    return found
+            mini_images.append(F.interpolate(part, (height, width), mode="bilinear", align_corners=False)[0])
+    return mini_images
 
 
 def covariance(rows: Tensor, unbiased: bool) -> Tensor:
@@ -112,14 +112,14 @@ def covariance(rows: Tensor, unbiased: bool) -> Tensor:
 class Replay:
     """Algorithm 1 on float64 tensors, class by class, image by image."""
 
-    def __init__(self, ctx: Any, distiller: DSDM, own: dict[str, Any], stored: Tensor) -> None:
-        self.ctx, self.own = ctx, own
+    def __init__(self, ctx: Any, distiller: DSDM, settings: dict[str, Any], stored: Tensor) -> None:
+        self.ctx, self.settings = ctx, settings
         self.space, self.num_classes = ctx.space, ctx.dataset.num_classes
         self.pixels = ctx.space.decode(stored).double()
         self.velocity = torch.zeros_like(self.pixels)
         self.nets = [entry.module().double() for entry in ctx.pool.get(distiller.pool_specs(ctx))]
         self.batches = ClassBatches(ctx, BATCH)
-        strategy = own.get("strategy")
+        strategy = settings.get("strategy")
         self.dsa = Dsa(strategy, variant="dsa_idc") if strategy else None
         self.memory: list[Tensor] | None = None
 
@@ -135,18 +135,18 @@ class Replay:
 
     def synthetic(self, pixels: Tensor, label: int) -> list[Tensor]:
         stored = self.normalized(pixels[label * IPC : (label + 1) * IPC])
-        return [part for image in stored for part in parts_of(image, self.own)]
+        return [part for image in stored for part in parts_of(image, self.settings)]
 
-    def step(self, number: int) -> float:
-        own, pixels = self.own, self.pixels.clamp(0, 1).requires_grad_(True)
-        generator = self.ctx.generator("step", number)
-        if own.get("use_pool", True):
+    def step(self, step: int) -> float:
+        settings, pixels = self.settings, self.pixels.clamp(0, 1).requires_grad_(True)
+        generator = self.ctx.generator("step", step)
+        if settings.get("use_pool", True):
             net = self.nets[int(torch.randint(len(self.nets), (), generator=generator))]
         else:
             from ddray.nets import build_net
             from ddray.seeding import derive_seed
 
-            seed = derive_seed(self.ctx.seed, "distill", "net", number)
+            seed = derive_seed(self.ctx.seed, "distill", "net", step)
             net = build_net(self.ctx.arch, self.ctx.dataset.image_shape, self.num_classes, seed=seed).double()
         index = self.batches.draw(generator).view(self.num_classes, -1)
         plan = self.dsa.draw(self.num_classes, generator, shared_op=False) if self.dsa else None
@@ -155,54 +155,60 @@ class Replay:
             images = self.ctx.split.images[index[label]].double() / 255
             real = self.embed(net, list(self.normalized(images)), label, plan).detach()
             syn = self.embed(net, self.synthetic(pixels, label), label, plan)
-            if own.get("use_proto", True):
+            if settings.get("use_proto", True):
                 loss = loss + ((real.mean(0) - syn.mean(0)) ** 2).sum()
-            if own.get("use_sd", True):
-                unbiased = own.get("unbiased", False)
+            if settings.get("use_sd", True):
+                unbiased = settings.get("unbiased", False)
                 gap = covariance(real, unbiased) - covariance(syn, unbiased)
                 loss = loss + 50 * (gap**2).sum() / real.shape[1]
-            if self.memory is not None and number >= own.get("history_from", 2):
+            if self.memory is not None and step >= settings.get("history_from", 2):
                 gap = (syn.mean(0) - self.memory[label]) ** 2
-                weight = own.get("lambda2", 0.2) / (len(gap) if own.get("history_mean") else 1)
+                weight = settings.get("lambda2", 0.2) / (len(gap) if settings.get("history_mean") else 1)
                 loss = loss + weight * gap.sum()
         (gradient,) = torch.autograd.grad(loss, pixels)
-        self.velocity = own.get("momentum", 0.0) * self.velocity + gradient
+        self.velocity = settings.get("momentum", 0.0) * self.velocity + gradient
         self.pixels = (pixels - LR * self.velocity).detach()
-        if own.get("use_history", True):
-            self.update_memory(net, plan if own.get("history_augmented") else None)
+        if settings.get("use_history", True):
+            self.update_memory(net, plan if settings.get("history_augmented") else None)
         return float(loss.detach())
 
     @torch.no_grad()
     def update_memory(self, net: Any, plan: Any) -> None:
-        own = self.own
-        now = [
+        settings = self.settings
+        prototypes = [
             self.embed(net, self.synthetic(self.pixels, label), label, plan).mean(0)
             for label in range(self.num_classes)
         ]
         if self.memory is None:
-            self.memory = now if own.get("history_first") == "prototype" else [0 * row for row in now]
+            self.memory = (
+                prototypes
+                if settings.get("history_first") == "prototype"
+                else [0 * row for row in prototypes]
+            )
         else:
-            ema = own.get("ema", 0.99)
-            self.memory = [ema * old + (1 - ema) * new for old, new in zip(self.memory, now, strict=True)]
+            ema = settings.get("ema", 0.99)
+            self.memory = [
+                ema * old + (1 - ema) * new for old, new in zip(self.memory, prototypes, strict=True)
+            ]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_steps_are_algorithm_1(name: str, toy: Any, planned: Any) -> None:
-    own = VARIANTS[name]
-    settings = {"batch_real": BATCH, "lr_img": LR, "pool": POOL, **own}
+    variant = VARIANTS[name]
+    settings = {"batch_real": BATCH, "lr_img": LR, "pool": POOL, **variant}
     dataset = toy(counts=(9, 7, 8), shape=(3, 16, 16), can_flip=False)
     _, ctx, distiller = planned("dsdm", dataset, ipc=IPC, seed=3, steps=4, method=settings)
     distiller.setup(ctx)
     start = distiller.snapshot().images
-    replay = Replay(ctx, distiller, own, start)
+    replay = Replay(ctx, distiller, variant, start)
 
-    for number in range(1, 5):
+    for step in range(1, 5):
         loss = float(distiller.step()["loss"])
-        assert loss == pytest.approx(replay.step(number), rel=1e-3), number
+        assert loss == pytest.approx(replay.step(step), rel=1e-3), step
 
     moved = ctx.space.decode(distiller.snapshot().images).double() - ctx.space.decode(start).double()
-    wanted = replay.pixels - ctx.space.decode(start).double()
-    assert float((moved - wanted).norm() / wanted.norm()) < 5e-3
+    expected = replay.pixels - ctx.space.decode(start).double()
+    assert float((moved - expected).norm() / expected.norm()) < 5e-3
     if replay.memory is not None:
         torch.testing.assert_close(
             distiller.state_dict()["memory"].double(), torch.stack(replay.memory), rtol=1e-3, atol=1e-4
@@ -210,14 +216,14 @@ def test_steps_are_algorithm_1(name: str, toy: Any, planned: Any) -> None:
 
 
 class Bare:
-    """A pool whose entries have lost their features."""
+    """A pool whose entries come without features."""
 
     def __init__(self, pool: Any) -> None:
         self.pool = pool
-        self.asked: list[PoolSpec] = []
+        self.requested: list[PoolSpec] = []
 
     def get(self, specs: Sequence[PoolSpec]) -> list[PoolEntry]:
-        self.asked += specs
+        self.requested += specs
         return [
             PoolEntry(entry.meta, {k: v for k, v in entry.tensors.items() if k != "features"})
             for entry in self.pool.get(specs)
@@ -251,10 +257,10 @@ def test_the_pool_is_asked_for_what_the_preset_says(toy: Any, planned: Any) -> N
 
     assert [spec.seed for spec in specs] == list(range(10)), "runs of every seed share the networks"
     assert {spec.split for spec in specs} == {"train-val0"}, "and none of them has seen val"
-    held = dataclasses.replace(ctx, search_seed=3)
-    assert {spec.split for spec in distiller.pool_specs(held)} == {"train-val3"}
-    held = dataclasses.replace(ctx, split_name="train-val7", search_seed=3)
-    assert {spec.split for spec in distiller.pool_specs(held)} == {"train-val7"}
+    searched = dataclasses.replace(ctx, search_seed=3)
+    assert {spec.split for spec in distiller.pool_specs(searched)} == {"train-val3"}
+    searched = dataclasses.replace(ctx, split_name="train-val7", search_seed=3)
+    assert {spec.split for spec in distiller.pool_specs(searched)} == {"train-val7"}
     assert len({spec.key for spec in specs}) == 10
     assert specs[0].recipe == {
         "epochs": 20,
@@ -277,21 +283,21 @@ def test_without_a_pool_none_is_asked_for(toy: Any, planned: Any) -> None:
 
     distiller.setup(dataclasses.replace(ctx, pool=pool))
 
-    assert distiller.pool_specs(ctx) == pool.asked == []
+    assert distiller.pool_specs(ctx) == pool.requested == []
     assert torch.isfinite(distiller.step()["loss"])
 
 
 @pytest.mark.parametrize("unbiased", [False, True])
 def test_one_mini_image_per_class_drops_the_covariance(unbiased: bool, toy: Any, planned: Any) -> None:
     settings = {"factor": 1, "batch_real": BATCH, "pool": POOL, "unbiased": unbiased, "use_history": False}
-    found = []
-    for more in ({}, {"use_sd": False}):
-        _, ctx, distiller = planned("dsdm", toy(), ipc=1, steps=2, method={**settings, **more})
+    losses = []
+    for overrides in ({}, {"use_sd": False}):
+        _, ctx, distiller = planned("dsdm", toy(), ipc=1, steps=2, method={**settings, **overrides})
         distiller.setup(ctx)
-        found.append([float(distiller.step()["loss"]) for _ in range(2)])
+        losses.append([float(distiller.step()["loss"]) for _ in range(2)])
 
-    assert found[0] == found[1]
-    assert found[0][0] > 0
+    assert losses[0] == losses[1]
+    assert losses[0][0] > 0
     assert distiller.snapshot().meta.decoder is None
 
 
@@ -321,8 +327,8 @@ def test_settings_that_do_not_fit_are_refused(
 
 def test_random_networks_match_in_any_pixel_space(toy: Any, planned: Any) -> None:
     for space in ("raw", "zca"):
-        own = {"use_pool": False, "batch_real": BATCH}
-        _, ctx, distiller = planned("dsdm", toy(), steps=1, pixel_space=space, method=own)
+        settings = {"use_pool": False, "batch_real": BATCH}
+        _, ctx, distiller = planned("dsdm", toy(), steps=1, pixel_space=space, method=settings)
         distiller.setup(ctx)
         assert torch.isfinite(distiller.step()["loss"])
         assert distiller.snapshot().decode().images.shape == (12, 3, 16, 16)
@@ -344,9 +350,9 @@ def test_a_large_set_is_matched_in_batches(toy: Any, planned: Any) -> None:
             bool(part.any()) for image in moved for half in image.split(8) for part in half.split(8, dim=1)
         ]
 
-    found = [touched(before, first), touched(first, distiller.snapshot().images)]
-    assert [sum(row[i * 8 : (i + 1) * 8]) for row in found for i in range(3)] == [5] * 6
-    assert found[0] != found[1]
+    moved_parts = [touched(before, first), touched(first, distiller.snapshot().images)]
+    assert [sum(row[i * 8 : (i + 1) * 8]) for row in moved_parts for i in range(3)] == [5] * 6
+    assert moved_parts[0] != moved_parts[1]
 
 
 def test_pixels_are_clamped_at_the_start_of_a_step(toy: Any, planned: Any) -> None:
@@ -362,8 +368,8 @@ def test_pixels_are_clamped_at_the_start_of_a_step(toy: Any, planned: Any) -> No
 
     heir.step()
 
-    found = ctx.space.decode(heir.snapshot().images)
-    torch.testing.assert_close(found, wild.clamp(0, 1), rtol=0, atol=1e-5)
+    pixels = ctx.space.decode(heir.snapshot().images)
+    torch.testing.assert_close(pixels, wild.clamp(0, 1), rtol=0, atol=1e-5)
 
 
 def speech(num: int = 12) -> Dataset:
@@ -388,11 +394,11 @@ def test_speech_is_cut_along_time_and_clamped_from_below(planned: Any) -> None:
     settings = {"batch_real": BATCH, "pool": POOL, "lr_img": 1000.0, "use_history": False}
     _, ctx, distiller = planned("dsdm", dataset, ipc=2, steps=2, arch="convnet4_w8", method=settings)
     distiller.setup(ctx)
-    made = distiller.snapshot()
-    assert made.images.shape == (4, 1, 64, 64)
-    assert (made.meta.ipc, made.meta.ipc_decoded, made.meta.partition.axes) == (2, 4, "time")
-    made.validate()
-    assert made.decode().labels.tolist() == [0] * 4 + [1] * 4
+    distilled = distiller.snapshot()
+    assert distilled.images.shape == (4, 1, 64, 64)
+    assert (distilled.meta.ipc, distilled.meta.ipc_decoded, distilled.meta.partition.axes) == (2, 4, "time")
+    distilled.validate()
+    assert distilled.decode().labels.tolist() == [0] * 4 + [1] * 4
 
     distiller.step()
     wild = ctx.space.decode(distiller.snapshot().images)
@@ -415,25 +421,25 @@ def test_initial_mini_images_are_of_their_class(init: str, toy: Any, planned: An
 
     real = ctx.split.images.float() / 255
     small = real[:, :, ::2, ::2]
-    places = []
+    sources = []
     for image in stored:
         for top in (0, 8):
             for left in (0, 8):
                 gaps = (small - image[:, top : top + 8, left : left + 8]).abs().amax((1, 2, 3))
-                places.append(int(gaps.argmin()) if float(gaps.min()) < 1e-4 else -1)
+                sources.append(int(gaps.argmin()) if float(gaps.min()) < 1e-4 else -1)
     if init == "noise":
-        assert set(places) == {-1}
+        assert set(sources) == {-1}
         return
     labels = torch.tensor([0] * 8 + [1] * 8 + [2] * 8)
-    assert torch.equal(ctx.split.labels[places], labels)
-    assert [len(set(places[i : i + 8])) for i in (0, 8, 16)] == [8, 7, 8]  # class 1 has only 7 images
+    assert torch.equal(ctx.split.labels[sources], labels)
+    assert [len(set(sources[i : i + 8])) for i in (0, 8, 16)] == [8, 7, 8]  # class 1 has only 7 images
     if init == "first":
-        own = torch.nonzero(ctx.split.labels == 0).flatten()
-        assert places[:8] == own[:8].tolist()
+        members = torch.nonzero(ctx.split.labels == 0).flatten()
+        assert sources[:8] == members[:8].tolist()
 
 
-def target(name: str, shape: tuple[int, int, int], ipc: int, **more: Any) -> Target:
-    return Target(name, shape, 10, ipc, **more)
+def target(name: str, shape: tuple[int, int, int], ipc: int, **options: Any) -> Target:
+    return Target(name, shape, 10, ipc, **options)
 
 
 def test_presets_hold_the_table_of_methods() -> None:
@@ -451,15 +457,20 @@ def test_presets_hold_the_table_of_methods() -> None:
         "cutmix": 0.5,
     }
     defaults = get_method("dsdm").config_type()
-    wanted = {"lr_img": 0.1, "momentum": 0.0, "lambda1": 50.0, "lambda2": 0.2, "ema": 0.99, "factor": 2}
-    more = {
+    expected = {
+        "lr_img": 0.1,
+        "momentum": 0.0,
+        "lambda1": 50.0,
+        "lambda2": 0.2,
+        "ema": 0.99,
+        "factor": 2,
         "unbiased": False,
         "augment": "none",
         "init": "random",
         "history_first": "zero",
         "batch_real": 256,
     }
-    assert {key: getattr(defaults, key) for key in {**wanted, **more}} == {**wanted, **more}
+    assert {key: getattr(defaults, key) for key in expected} == expected
     assert (defaults.pool.num_models, defaults.pool.epochs, defaults.pool.cutmix) == (10, 20, 0.0)
     assert repo["method"]["history_from"] == 2001
     assert repo["method"]["strategy"] == "color_crop_cutout"
@@ -490,7 +501,7 @@ def test_the_repos_step_size_for_speech_has_a_base_of_its_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "more", "strategy", "cutmix"),
+    ("name", "shape", "options", "strategy", "cutmix"),
     [
         ("mnist", (1, 28, 28), {}, "color_crop_scale_rotate", 0.0),
         ("mnist", (1, 28, 28), {"factor": 2}, "color_crop_scale_rotate", 0.0),
@@ -502,13 +513,17 @@ def test_the_repos_step_size_for_speech_has_a_base_of_its_own() -> None:
     ],
 )
 def test_evaluation_follows_the_dataset(
-    name: str, shape: tuple[int, int, int], more: dict[str, Any], strategy: str | None, cutmix: float
+    name: str, shape: tuple[int, int, int], options: dict[str, Any], strategy: str | None, cutmix: float
 ) -> None:
-    held = DSDM.preset("repo", target(name, shape, 10, **more))
+    settings = DSDM.preset("repo", target(name, shape, 10, **options))
 
-    assert held["evaluate"].get("strategy") == strategy
-    assert held["evaluate"]["cutmix"] == cutmix
-    assert (held["evaluate"]["augment"] == "none") == (strategy is None) == ("augment" not in held["method"])
+    assert settings["evaluate"].get("strategy") == strategy
+    assert settings["evaluate"]["cutmix"] == cutmix
+    assert (
+        (settings["evaluate"]["augment"] == "none")
+        == (strategy is None)
+        == ("augment" not in settings["method"])
+    )
 
 
 def test_nested_pool_settings_are_set_one_by_one(digits: Any) -> None:

@@ -35,20 +35,20 @@ def cosine(a: list[float], b: list[float]) -> float:
 def test_layerwise_distance_goes_by_output_and_leaves_vectors_out() -> None:
     real, synthetic = gradients(1), gradients(2)
 
-    wanted = 0.0
+    expected = 0.0
     for layer in (0, 4):
         for one, other in zip(
             real[layer].flatten(1).tolist(), synthetic[layer].flatten(1).tolist(), strict=True
         ):
-            wanted += 1 - cosine(one, other)
-    assert float(gradient_distance(real, synthetic, metric="layerwise")) == pytest.approx(wanted, rel=1e-12)
+            expected += 1 - cosine(one, other)
+    assert float(gradient_distance(real, synthetic, metric="layerwise")) == pytest.approx(expected, rel=1e-12)
     changed = [g if g.ndim > 1 else g + 1 for g in synthetic]
-    assert float(gradient_distance(real, changed, metric="layerwise")) == pytest.approx(wanted, rel=1e-12)
+    assert float(gradient_distance(real, changed, metric="layerwise")) == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_other_distances_take_all_in_one() -> None:
     real, synthetic = gradients(1), gradients(2)
-    a, b = ([float(x) for g in held for x in g.flatten()] for held in (real, synthetic))
+    a, b = ([float(x) for g in tensors for x in g.flatten()] for tensors in (real, synthetic))
 
     squared = sum((x - y) ** 2 for x, y in zip(a, b, strict=True))
     assert float(gradient_distance(real, synthetic, metric="mse")) == pytest.approx(squared, rel=1e-12)
@@ -65,11 +65,11 @@ def test_equal_gradients_are_no_distance_apart(metric: Any) -> None:
     assert float(gradient_distance(real, gradients(4), metric=metric)) > 0.1
 
 
-def replay(ctx: Any, own: dict[str, Any], images: Tensor) -> tuple[float, Tensor]:
+def replay(ctx: Any, settings: dict[str, Any], images: Tensor) -> tuple[float, Tensor]:
     """The first step in float64: outer updates of the images, epochs of the network between them."""
     num_classes, shape = ctx.dataset.num_classes, ctx.dataset.image_shape
     net = build_net(ctx.arch, shape, num_classes, seed=derive_seed(ctx.seed, "distill", "net", 1)).double()
-    dsa = dsa_for(ctx.dataset.can_flip) if own["augment"] == "dsa" else None
+    dsa = dsa_for(ctx.dataset.can_flip) if settings["augment"] == "dsa" else None
     batches = ClassBatches(ctx, BATCH)
     velocity, total = torch.zeros_like(images), 0.0
 
@@ -79,7 +79,7 @@ def replay(ctx: Any, own: dict[str, Any], images: Tensor) -> tuple[float, Tensor
         loss = F.cross_entropy(net(seen), labels)
         return torch.autograd.grad(loss, list(net.parameters()), create_graph=graph)
 
-    for outer in range(1, own["outer_loop"] + 1):
+    for outer in range(1, settings["outer_loop"] + 1):
         generator = ctx.generator("step", 1, outer)
         net.train()
         if "bn" in ctx.arch:
@@ -95,16 +95,16 @@ def replay(ctx: Any, own: dict[str, Any], images: Tensor) -> tuple[float, Tensor
         loss = torch.zeros((), dtype=torch.float64)
         for label in range(num_classes):
             real = ctx.space.encode(ctx.split.images[index[label]]).double()
-            wanted = [g.detach() for g in gradient(real, label, plan, graph=False)]
-            found = gradient(live[IPC * label : IPC * (label + 1)], label, plan, graph=True)
-            loss = loss + gradient_distance(wanted, found, metric="layerwise")
+            real_gradient = [g.detach() for g in gradient(real, label, plan, graph=False)]
+            syn_gradient = gradient(live[IPC * label : IPC * (label + 1)], label, plan, graph=True)
+            loss = loss + gradient_distance(real_gradient, syn_gradient, metric="layerwise")
         velocity = 0.5 * velocity + torch.autograd.grad(loss, live)[0]
         images = images - LR * velocity
         total += float(loss.detach())
-        if outer < own["outer_loop"]:
+        if outer < settings["outer_loop"]:
             net.train()
             labels = torch.arange(num_classes).repeat_interleave(IPC)
-            for _ in range(own["inner_loop"]):
+            for _ in range(settings["inner_loop"]):
                 order = torch.randperm(len(labels), generator=generator)
                 batch = images[order]
                 if dsa is not None:
@@ -113,7 +113,7 @@ def replay(ctx: Any, own: dict[str, Any], images: Tensor) -> tuple[float, Tensor
                 with torch.no_grad():
                     for parameter, change in zip(net.parameters(), step, strict=True):
                         parameter -= 0.05 * change
-    return total / (num_classes * own["outer_loop"]), images
+    return total / (num_classes * settings["outer_loop"]), images
 
 
 @pytest.mark.parametrize("method", ["dc", "dsa"])
@@ -128,8 +128,12 @@ def test_a_step_is_the_algorithm(
     planned: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    own = {"augment": "dsa" if method == "dsa" else "none", "outer_loop": outer, "inner_loop": inner}
-    settings = {"batch_real": BATCH, "lr_img": LR, "lr_net": 0.05, **own}
+    loop_settings = {
+        "augment": "dsa" if method == "dsa" else "none",
+        "outer_loop": outer,
+        "inner_loop": inner,
+    }
+    settings = {"batch_real": BATCH, "lr_img": LR, "lr_net": 0.05, **loop_settings}
     _, ctx, distiller = planned(method, toy(), ipc=IPC, seed=4, steps=1, arch=arch, method=settings)
     monkeypatch.setattr(_matching, "_CHUNK_BYTES", 2 * 8 * 16 * 16 * 4)  # two images at a time
     distiller.setup(ctx)
@@ -137,18 +141,18 @@ def test_a_step_is_the_algorithm(
 
     loss = float(distiller.step()["loss"])
 
-    wanted_loss, wanted = replay(ctx, own, start.double())
-    assert loss == pytest.approx(wanted_loss, rel=1e-3)
+    expected_loss, expected = replay(ctx, loop_settings, start.double())
+    assert loss == pytest.approx(expected_loss, rel=1e-3)
     moved = distiller.snapshot().images.double() - start.double()
-    assert float((moved - (wanted - start)).norm() / (wanted - start).norm()) < 1e-2
+    assert float((moved - (expected - start)).norm() / (expected - start).norm()) < 1e-2
 
 
 @pytest.mark.parametrize(
-    ("ipc", "wanted"),
+    ("ipc", "expected"),
     [(1, (1, 1)), (9, (1, 1)), (10, (10, 50)), (20, (20, 25)), (50, (50, 10)), (100, (50, 10))],
 )
-def test_loops_are_the_published_ones(ipc: int, wanted: tuple[int, int]) -> None:
-    assert loops(ipc) == wanted
+def test_loops_are_the_published_ones(ipc: int, expected: tuple[int, int]) -> None:
+    assert loops(ipc) == expected
 
 
 def test_presets_differ_as_the_papers_do(digits: Any) -> None:
@@ -163,8 +167,11 @@ def test_starts_are_noise_for_dc_and_real_images_for_dsa(toy: Any, planned: Any)
     for method in ("dc", "dsa"):
         _, ctx, distiller = planned(method, toy(), ipc=IPC, steps=1, method={"batch_real": BATCH})
         distiller.setup(ctx)
-        held = ctx.space.encode(ctx.split.images)
+        real_images = ctx.space.encode(ctx.split.images)
         real.append(
-            all((held - image).abs().amax((1, 2, 3)).min() < 1e-6 for image in distiller.snapshot().images)
+            all(
+                (real_images - image).abs().amax((1, 2, 3)).min() < 1e-6
+                for image in distiller.snapshot().images
+            )
         )
     assert real == [False, True]

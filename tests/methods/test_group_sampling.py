@@ -85,12 +85,12 @@ def test_the_definition_of_a_score_is_the_naive_one(form: Any) -> None:
     groups = torch.randn(5, 6, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     naive = paper_score if form == "paper" else repo_score
 
-    found = group_scores(groups, mean.double(), std.double(), weights=(1.0, 2.0, 3.0), form=form)
+    scores = group_scores(groups, mean.double(), std.double(), weights=(1.0, 2.0, 3.0), form=form)
 
-    wanted = [
+    expected = [
         naive(group.numpy(), mean.double().numpy(), std.double().numpy(), (1.0, 2.0, 3.0)) for group in groups
     ]
-    assert found.tolist() == pytest.approx(wanted, rel=1e-9)
+    assert scores.tolist() == pytest.approx(expected, rel=1e-9)
 
 
 def test_candidates_do_not_depend_on_their_number_nor_on_the_chunk_nor_on_threads() -> None:
@@ -102,10 +102,10 @@ def test_candidates_do_not_depend_on_their_number_nor_on_the_chunk_nor_on_thread
         generator = torch.Generator().manual_seed(11)
         return group_sample(mean, std, ipc=3, num_candidates=num, generator=generator, chunk=chunk)
 
-    found = [run(num) for num in counts]
-    scores = [score for _, score in found]
+    results = [run(num) for num in counts]
+    scores = [score for _, score in results]
     assert scores == sorted(scores, reverse=True)
-    for num, (latents, score) in zip(counts, found, strict=True):
+    for num, (latents, score) in zip(counts, results, strict=True):
         for chunk in (1, rows, 2 * rows + 1, 10**6):
             again, same = run(num, chunk)
             assert same == score
@@ -116,7 +116,7 @@ def test_candidates_do_not_depend_on_their_number_nor_on_the_chunk_nor_on_thread
     finally:
         torch.set_num_threads(1)
     assert same == scores[-1]
-    assert torch.equal(again, found[-1][0])
+    assert torch.equal(again, results[-1][0])
 
 
 def test_the_generator_gives_its_seed_and_is_left_alone() -> None:
@@ -166,15 +166,18 @@ SPREADS = {
 @pytest.mark.parametrize("form", ["paper", "repo"])
 @pytest.mark.parametrize("spread", SPREADS)
 def test_dimensions_of_little_variance_do_not_spoil_the_choice(form: Any, spread: str) -> None:
-    """What is streamed must be the score of the latents as they are, or more candidates can score worse."""
+    """Streamed scores must be those of the actual latents, or more candidates can score worse."""
     mean, std = SPREADS[spread]
     groups = torch.from_numpy(candidates(mean, std, 4, 200, 3))
     exact = group_scores(groups, mean.double(), std.double(), form=form)
-    kept = ~(std <= 2**-23 * mean.abs())
+    varying = ~(std <= 2**-23 * mean.abs())
     if form == "paper":
         narrow = [
             paper_score(
-                group[:, kept].numpy(), mean[kept].double().numpy(), std[kept].double().numpy(), (1, 1, 0.5)
+                group[:, varying].numpy(),
+                mean[varying].double().numpy(),
+                std[varying].double().numpy(),
+                (1, 1, 0.5),
             )
             for group in groups
         ]
@@ -191,26 +194,26 @@ def test_dimensions_of_little_variance_do_not_spoil_the_choice(form: Any, spread
 
 
 def test_work_that_waits_does_not_grow_with_the_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The code's 5e9 candidates are 1.2 million pieces of work."""
+    """The code's 5e9 candidates are 1.2 million tasks."""
     ahead, most = 0, 0
 
     def work(start: int) -> int:
         return -start
 
     class Counted(ThreadPoolExecutor):
-        def submit(self, *given: Any, **more: Any) -> Any:
+        def submit(self, *args: Any, **kwargs: Any) -> Any:
             nonlocal ahead, most
             ahead += 1
             most = max(most, ahead)
-            return super().submit(*given, **more)
+            return super().submit(*args, **kwargs)
 
     monkeypatch.setattr(_group_sampling, "ThreadPoolExecutor", Counted)
-    found = []
+    values = []
     for value in _group_sampling._in_order(work, range(3000), 2):
         ahead -= 1
-        found.append(value)
+        values.append(value)
 
-    assert found == [-start for start in range(3000)]
+    assert values == [-start for start in range(3000)]
     assert most <= 10
 
 
@@ -230,11 +233,11 @@ def test_the_search_takes_its_work_piece_by_piece(monkeypatch: pytest.MonkeyPatc
 
 def test_a_weight_of_zero_leaves_its_term_out() -> None:
     mean, std = population(50)
-    kept = {"ipc": 5, "num_candidates": 300}
+    settings = {"ipc": 5, "num_candidates": 300}
     groups = torch.from_numpy(candidates(mean, std, 5, 300, 1))
 
     latents, score = group_sample(
-        mean, std, **kept, generator=torch.Generator().manual_seed(1), weights=(1.0, 0.0, 0.0)
+        mean, std, **settings, generator=torch.Generator().manual_seed(1), weights=(1.0, 0.0, 0.0)
     )
 
     errors = (groups.mean(1) - mean).square().sum(1)
@@ -256,7 +259,7 @@ def test_a_weight_of_zero_leaves_its_term_out() -> None:
     ],
 )
 def test_what_makes_no_sense_is_refused(changes: dict[str, Any], reason: str) -> None:
-    given = {
+    settings = {
         "mean": torch.zeros(3),
         "std": torch.ones(3),
         "ipc": 2,
@@ -265,4 +268,4 @@ def test_what_makes_no_sense_is_refused(changes: dict[str, Any], reason: str) ->
         **changes,
     }
     with pytest.raises(InputError, match=reason):
-        group_sample(given.pop("mean"), given.pop("std"), **given)
+        group_sample(settings.pop("mean"), settings.pop("std"), **settings)

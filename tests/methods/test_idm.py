@@ -19,7 +19,7 @@ from ddray.partition import Partition, expand
 from ddray.seeding import derive_seed
 
 IMAGENET = {"batch_real": 128, "batch_train": 128, "push_every": 50, "ce_weight": 3.0}
-OWN = {"batch_real": 4, "augment": "none", "net_steps": 2, "batch_train": 6}
+SETTINGS = {"batch_real": 4, "augment": "none", "net_steps": 2, "batch_train": 6}
 
 
 def test_the_loss_is_means_and_cross_entropy_summed_over_classes() -> None:
@@ -27,16 +27,16 @@ def test_the_loss_is_means_and_cross_entropy_summed_over_classes() -> None:
     real, synthetic = (torch.randn(2, num, 3, generator=generator).double() for num in (5, 2))
     logits = torch.randn(4, 2, generator=generator).double()
 
-    found = idm_loss(real, synthetic, logits, torch.tensor([0, 0, 1, 1]), weight=0.7)
+    loss = idm_loss(real, synthetic, logits, torch.tensor([0, 0, 1, 1]), weight=0.7)
 
-    wanted = 0.0
+    expected = 0.0
     for label in range(2):
         for dim in range(3):
-            wanted += float(real[label, :, dim].mean() - synthetic[label, :, dim].mean()) ** 2
+            expected += float(real[label, :, dim].mean() - synthetic[label, :, dim].mean()) ** 2
         rows = logits[2 * label : 2 * label + 2].tolist()
         entropies = [math.log(sum(math.exp(value) for value in row)) - row[label] for row in rows]
-        wanted += 0.7 * sum(entropies) / 2
-    assert float(found) == pytest.approx(wanted, rel=1e-9)
+        expected += 0.7 * sum(entropies) / 2
+    assert float(loss) == pytest.approx(expected, rel=1e-9)
 
 
 def test_the_queue_keeps_the_youngest(toy: Any, planned: Any) -> None:
@@ -46,11 +46,11 @@ def test_the_queue_keeps_the_youngest(toy: Any, planned: Any) -> None:
         queue.push()
 
     assert len(queue.members) == 3
-    for member, number in zip(queue.members, (2, 3, 4), strict=True):
-        seed = derive_seed(ctx.seed, "distill", "queue", number)
-        wanted = build_net(ctx.arch, ctx.dataset.image_shape, 3, seed=seed)
+    for member, net_index in zip(queue.members, (2, 3, 4), strict=True):
+        seed = derive_seed(ctx.seed, "distill", "queue", net_index)
+        expected = build_net(ctx.arch, ctx.dataset.image_shape, 3, seed=seed)
         assert all(
-            torch.equal(a, b) for a, b in zip(member.net.parameters(), wanted.parameters(), strict=True)
+            torch.equal(a, b) for a, b in zip(member.net.parameters(), expected.parameters(), strict=True)
         )
 
 
@@ -94,35 +94,35 @@ def test_a_queue_goes_on_from_its_state(toy: Any, planned: Any) -> None:
 
 
 def test_steps_are_dms_with_the_queues_networks_and_cross_entropy(toy: Any, planned: Any) -> None:
-    """Three steps; before each, the queue of the object itself says which network it will take."""
-    own = {**OWN, "lr_img": 0.3, "momentum": 0.5, "push_every": 2, "ce_weight": 0.05}
-    _, ctx, distiller = planned("idm", toy(), ipc=2, seed=1, steps=3, method=own)
+    """Three steps; before each, the distiller's own queue tells which network it will use."""
+    settings = {**SETTINGS, "lr_img": 0.3, "momentum": 0.5, "push_every": 2, "ce_weight": 0.05}
+    _, ctx, distiller = planned("idm", toy(), ipc=2, seed=1, steps=3, method=settings)
     distiller.setup(ctx)
     assert len(distiller._queue.members) == 3
     images = distiller.snapshot().images.double()
     velocity = torch.zeros_like(images)
     batches, partition = ClassBatches(ctx, 4), Partition(factor=2)
 
-    for number in range(1, 4):
-        generator = ctx.generator("step", number)
-        if number % 2 == 1:
+    for step in range(1, 4):
+        generator = ctx.generator("step", step)
+        if step % 2 == 1:
             distiller._queue.push()
         index = int(torch.randint(len(distiller._queue.members), (), generator=generator))
         member = distiller._queue.members[index]
         net = build_net(ctx.arch, ctx.dataset.image_shape, 3, seed=0).double()
         net.load_state_dict(member.net.state_dict())
-        if number % 2 == 1:  # the step pushes it itself
+        if step % 2 == 1:  # the step pushes it itself
             distiller._queue.members = distiller._queue.members[:-1]
-            distiller._queue._made -= 1
-        accuracy = 0.0 if number == 1 else float(member.accuracy())
-        chosen = batches.draw(generator).view(3, -1)
+            distiller._queue._num_pushed -= 1
+        accuracy = 0.0 if step == 1 else float(member.accuracy())
+        real_index = batches.draw(generator).view(3, -1)
         live = images.clone().requires_grad_(True)
         loss = torch.zeros((), dtype=torch.float64)
         for label in range(3):
-            real = net.features(ctx.space.encode(ctx.split.images[chosen[label]]).double()).embedding
-            found = net.features(expand(live[2 * label : 2 * label + 2], partition))
-            entropy = F.cross_entropy(found.logits, torch.full((8,), label))
-            loss = loss + (real.detach().mean(0) - found.embedding.mean(0)).square().sum()
+            real = net.features(ctx.space.encode(ctx.split.images[real_index[label]]).double()).embedding
+            synthetic = net.features(expand(live[2 * label : 2 * label + 2], partition))
+            entropy = F.cross_entropy(synthetic.logits, torch.full((8,), label))
+            loss = loss + (real.detach().mean(0) - synthetic.embedding.mean(0)).square().sum()
             loss = loss + 0.05 * 100 * accuracy * entropy
         velocity = 0.5 * velocity + torch.autograd.grad(loss, live)[0]
         images = images - 0.3 * velocity
@@ -136,7 +136,7 @@ def test_steps_are_dms_with_the_queues_networks_and_cross_entropy(toy: Any, plan
 
 def test_only_as_many_networks_as_asked_for_are_trained(toy: Any, planned: Any) -> None:
     for num_trained in (0, 1, 9):
-        _, ctx, distiller = planned("idm", toy(), steps=1, method={**OWN, "num_trained": num_trained})
+        _, ctx, distiller = planned("idm", toy(), steps=1, method={**SETTINGS, "num_trained": num_trained})
         distiller.setup(ctx)
         distiller.step()
         seen = sorted(member.seen for member in distiller._queue.members)
@@ -145,7 +145,7 @@ def test_only_as_many_networks_as_asked_for_are_trained(toy: Any, planned: Any) 
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "classes", "ipc", "wanted"),
+    ("name", "size", "classes", "ipc", "expected"),
     [
         ("cifar10", 32, 10, 1, {"batch_real": 5000, "push_every": 5}),
         ("cifar10", 32, 10, 10, {}),
@@ -162,13 +162,13 @@ def test_only_as_many_networks_as_asked_for_are_trained(toy: Any, planned: Any) 
     ],
 )
 def test_the_preset_is_the_authors_commands(
-    name: str, size: int, classes: int, ipc: int, wanted: dict[str, Any]
+    name: str, size: int, classes: int, ipc: int, expected: dict[str, Any]
 ) -> None:
-    held = get_method("idm").preset("paper", Target(name, (3, size, size), classes, ipc))
+    preset = get_method("idm").preset("paper", Target(name, (3, size, size), classes, ipc))
 
-    assert held["method"] == wanted
-    assert held["steps"] == 20_000
-    assert held["evaluate"] == {"epochs": 1000, "augment": "dsa"}
+    assert preset["method"] == expected
+    assert preset["steps"] == 20_000
+    assert preset["evaluate"] == {"epochs": 1000, "augment": "dsa"}
     defaults = get_method("idm").config_type()
     assert (defaults.lr_img, defaults.momentum, defaults.factor, defaults.queue_size) == (0.2, 0.5, 2, 100)
     assert (defaults.push_every, defaults.num_trained, defaults.net_steps) == (30, 2, 10)

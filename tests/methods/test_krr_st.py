@@ -29,9 +29,9 @@ QUICK = {"teacher": TEACHER, "pool_size": 2, "inner_steps_max": 2, "batch_real":
 
 @pytest.fixture
 def started(toy: Any, planned: Any) -> Any:
-    def make(method: str = "krr_st", *, steps: int = 4, **more: Any) -> Any:
-        own = {"teacher": QUICK["teacher"]} if method == "random_ssl" else QUICK
-        settings = {"steps": steps, "method": {**own, **more}, "arch": "convnet2_w8_bn"}
+    def make(method: str = "krr_st", *, steps: int = 4, **method_settings: Any) -> Any:
+        defaults = {"teacher": QUICK["teacher"]} if method == "random_ssl" else QUICK
+        settings = {"steps": steps, "method": {**defaults, **method_settings}, "arch": "convnet2_w8_bn"}
         _, ctx, distiller = planned(method, toy(), ipc=2, **settings)
         distiller.setup(ctx)
         return ctx, distiller
@@ -51,22 +51,22 @@ def recipe(**changes: Any) -> InnerRecipe:
     return InnerRecipe(**{**values, **changes})
 
 
-def filled(ctx: Any, wanted: InnerRecipe) -> tuple[InnerPool, Draw]:
+def filled(ctx: Any, inner_recipe: InnerRecipe) -> tuple[InnerPool, Draw]:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(6, 3, 16, 16, generator=generator)
     targets = torch.randn(6, 4, generator=generator)
-    pool = InnerPool(ctx, wanted, 4)
+    pool = InnerPool(ctx, inner_recipe, 4)
     pool.fill(lambda rows: (images, targets))
     return pool, lambda rows: (images, targets)
 
 
-def weights(pool: InnerPool, number: int) -> Tensor:
-    return torch.cat([p.detach().flatten().clone() for p in pool.net(number).parameters()])
+def weights(pool: InnerPool, slot_index: int) -> Tensor:
+    return torch.cat([p.detach().flatten().clone() for p in pool.net(slot_index).parameters()])
 
 
-def is_fresh(pool: InnerPool, number: int) -> bool:
+def is_fresh(pool: InnerPool, slot_index: int) -> bool:
     """Whether a network's batch-norm statistics are those of one that was never trained."""
-    return bool((pool.net(number).body.norms[0].running_mean == 0).all())
+    return bool((pool.net(slot_index).body.norms[0].running_mean == 0).all())
 
 
 def test_counters_reset_as_in_boost_algorithm_1(started: Any) -> None:
@@ -126,9 +126,9 @@ def test_a_batch_of_images_is_drawn_anew_each_step(started: Any) -> None:
     for images, targets in (first, second):
         assert len(images) == 3
         for image, target in zip(images, targets, strict=True):
-            place = int((whole[0] - image).abs().amax((1, 2, 3)).argmin())
-            assert torch.equal(whole[0][place], image)
-            assert torch.equal(whole[1][place], target)
+            index = int((whole[0] - image).abs().amax((1, 2, 3)).argmin())
+            assert torch.equal(whole[0][index], image)
+            assert torch.equal(whole[1][index], target)
     assert not torch.equal(first[0], second[0])
     assert torch.equal(first[0], again[0])
 
@@ -149,7 +149,7 @@ def test_the_outer_rate_falls_linearly(started: Any) -> None:
 
 
 def test_the_loss_falls(started: Any) -> None:
-    """Five images of random pixels: there is a tenth to gain (measured: .556 to .502)."""
+    """Five images of random pixels: the loss can fall by a tenth (measured: .556 to .502)."""
     _, distiller = started(steps=120, lr_outer=0.02, batch_real=24, inner_steps_max=10)
     losses = [float(distiller.step()["loss"]) for _ in range(120)]
     assert sum(losses[-10:]) < 0.95 * sum(losses[:10])
@@ -157,22 +157,22 @@ def test_the_loss_falls(started: Any) -> None:
 
 def test_pairs_start_as_real_images_with_their_representations(started: Any) -> None:
     ctx, distiller = started()
-    held = distiller.snapshot()
-    assert held.targets is not None
+    distilled = distiller.snapshot()
+    assert distilled.targets is not None
     real = ctx.space.encode(ctx.split.images)
-    place = [int((real - image).abs().amax((1, 2, 3)).argmin()) for image in held.images]
-    assert torch.equal(real[place], held.images)
-    assert torch.equal(distiller.representations[place], held.targets)
-    assert len(set(place)) == len(place) == 5  # 6 * 768 // (768 + 128)
-    assert held.meta.storage_floats == 5 * (768 + 128)
+    indices = [int((real - image).abs().amax((1, 2, 3)).argmin()) for image in distilled.images]
+    assert torch.equal(real[indices], distilled.images)
+    assert torch.equal(distiller.representations[indices], distilled.targets)
+    assert len(set(indices)) == len(indices) == 5  # 6 * 768 // (768 + 128)
+    assert distilled.meta.storage_floats == 5 * (768 + 128)
 
     _, raw = started(init_raw=True)
-    made = raw.snapshot().images
-    assert torch.equal(made, (ctx.split.images[place].float() / 255))
+    raw_images = raw.snapshot().images
+    assert torch.equal(raw_images, (ctx.split.images[indices].float() / 255))
 
 
 def test_augmented_real_batches_are_seen_by_the_teacher_too(started: Any) -> None:
-    """Cached features would be of other views: what the loop compares with is the live teacher's output."""
+    """Cached features would belong to other views: the loop compares with the live teacher's output."""
     ctx, distiller = started(augment_real="crop_flip", batch_real=8)
     loop = distiller.loop
     net = loop.inner.net(0)
@@ -182,9 +182,9 @@ def test_augmented_real_batches_are_seen_by_the_teacher_too(started: Any) -> Non
 
     chunks = list(loop._real(net, ctx.generator("step", 1)))
 
-    wanted = torch.cat([w for _, w in chunks])
+    targets = torch.cat([w for _, w in chunks])
     real = normalized_space(ctx.dataset).encode(ctx.split.images)
-    for image, target in zip(torch.cat(seen), wanted, strict=True):
+    for image, target in zip(torch.cat(seen), targets, strict=True):
         torch.testing.assert_close(live(image[None])[0], target, rtol=1e-4, atol=1e-5)
     moved = [float((real - image).abs().amax((1, 2, 3)).min()) for image in torch.cat(seen)]
     assert sum(value > 1e-3 for value in moved) >= 6
@@ -192,9 +192,9 @@ def test_augmented_real_batches_are_seen_by_the_teacher_too(started: Any) -> Non
     _, plain = started()
     (features, cached), *_ = plain.loop._real(net, ctx.generator("step", 1))
     assert plain.loop._teacher is None
-    place = [int((plain.representations - row).abs().sum(1).argmin()) for row in cached]
-    assert torch.equal(plain.representations[place], cached)
-    torch.testing.assert_close(net.embed(real[place]), features)
+    indices = [int((plain.representations - row).abs().sum(1).argmin()) for row in cached]
+    assert torch.equal(plain.representations[indices], cached)
+    torch.testing.assert_close(net.embed(real[indices]), features)
 
 
 def test_presets_differ_where_code_and_paper_do() -> None:
@@ -221,10 +221,10 @@ def test_all_methods_are_pretrained_on_with_the_weight_decay_of_table_5(method: 
         ("digits", 16): {200: 1e-3},
     }
     for (dataset, side), budgets in rows.items():
-        for budget, wanted in budgets.items():
+        for budget, weight_decay in budgets.items():
             target = Target(dataset, (3, side, side), 100, 1, budget)
-            found = get_method(method).preset("paper", target)["evaluate"]
-            assert (found["weight_decay"], found["lr"], found["epochs"]) == (wanted, 0.1, 1000)
+            settings = get_method(method).preset("paper", target)["evaluate"]
+            assert (settings["weight_decay"], settings["lr"], settings["epochs"]) == (weight_decay, 0.1, 1000)
 
 
 @pytest.mark.parametrize("method", ["krr_st", "random_ssl"])
@@ -233,32 +233,32 @@ def test_an_enormous_budget_is_refused_at_once(
 ) -> None:
     from ddray.methods import _ssl
 
-    dataset, asked = toy(), []
+    dataset, calls = toy(), []
     real = _ssl.budget_floats
-    monkeypatch.setattr(_ssl, "budget_floats", lambda *given: asked.append(given) or real(*given))
+    monkeypatch.setattr(_ssl, "budget_floats", lambda *args: calls.append(args) or real(*args))
     plan = resolve(method, dataset, budget=10**20, layers=[{"method": {"teacher": TEACHER}}])
     with pytest.raises(InputError, match=f"budget must be <= 29 for toy .*, got {10**20}"):
         check_size(plan, dataset.train())
-    assert 0 < len(asked) < 300
+    assert 0 < len(calls) < 300
 
 
 @pytest.mark.parametrize("method", ["random_ssl", "kmeans_ssl", "krr_st", "boost_ssdd"])
 def test_the_teacher_is_declared_before_it_is_asked_for(method: str, toy: Any, planned: Any) -> None:
-    """A search trains what is declared before its first trial; the trial must then ask for just that."""
+    """A search trains what is declared before its first trial; the trial must then request exactly that."""
     steps = 0 if method.endswith("_ssl") else 1
     plan, ctx, distiller = planned(method, toy(), ipc=2, steps=steps, method={"teacher": TEACHER})
-    asked: list[PoolSpec] = []
+    requested: list[PoolSpec] = []
 
     class Noting:
         def get(self, specs: Sequence[PoolSpec]) -> list[PoolEntry]:
-            asked.extend(specs)
+            requested.extend(specs)
             return ctx.pool.get(specs)
 
     declared = declared_specs(plan, ctx)
     assert not (home() / "pool").exists()
     distiller.setup(replace(ctx, pool=Noting()))
     assert [spec.kind for spec in declared] == ["ssl"]
-    assert {spec.key for spec in asked} == {spec.key for spec in declared}
+    assert {spec.key for spec in requested} == {spec.key for spec in declared}
 
 
 def test_a_clusters_worker_trains_the_declared_teacher(toy: Any, tmp_path: Path) -> None:
@@ -356,12 +356,12 @@ def test_images_per_class_of_a_budget_method_are_that_many_images_of_each_class(
 
 def test_random_pairs_are_real_images_with_their_representations(started: Any) -> None:
     ctx, distiller = started("random_ssl", steps=0)
-    held = distiller.snapshot()
-    assert held.targets is not None
+    distilled = distiller.snapshot()
+    assert distilled.targets is not None
     real = ctx.space.encode(ctx.split.images)
-    place = [int((real - image).abs().amax((1, 2, 3)).argmin()) for image in held.images]
-    assert len(set(place)) == 5
-    assert torch.equal(held.targets, distiller.representations[place])
+    indices = [int((real - image).abs().amax((1, 2, 3)).argmin()) for image in distilled.images]
+    assert len(set(indices)) == 5
+    assert torch.equal(distilled.targets, distiller.representations[indices])
 
 
 def test_kmeans_takes_the_nearest_to_each_centroid() -> None:
@@ -370,10 +370,10 @@ def test_kmeans_takes_the_nearest_to_each_centroid() -> None:
     features = torch.cat([middles + 0.3 * torch.randn(4, 2, generator=generator) for _ in range(20)])
     features[:4] = middles  # the first of each cluster lies in its middle, near its centroid
 
-    chosen = nearest_to_centroids(features, 4, seed=0)
+    indices = nearest_to_centroids(features, 4, seed=0)
 
-    assert sorted(int(index) % 4 for index in chosen) == [0, 1, 2, 3]
-    for index in chosen.tolist():
+    assert sorted(int(index) % 4 for index in indices) == [0, 1, 2, 3]
+    for index in indices.tolist():
         cluster = features[index % 4 :: 4]
         distance = (cluster - cluster.mean(0)).norm(dim=1)
         assert float((features[index] - cluster.mean(0)).norm()) == pytest.approx(float(distance.min()))
@@ -383,5 +383,5 @@ def test_kmeans_never_takes_an_image_twice() -> None:
     features = torch.zeros(6, 3)
     features[3:] = 1.0
     with pytest.warns(match="distinct clusters"):
-        chosen = nearest_to_centroids(features, 5, seed=0)
-    assert len(set(chosen.tolist())) == 5
+        indices = nearest_to_centroids(features, 5, seed=0)
+    assert len(set(indices.tolist())) == 5

@@ -58,9 +58,9 @@ def naive(real: Tensor, synthetic: Tensor, kernel: str, num_widths: int) -> floa
 def test_it_is_the_definition(kernel: Any, sizes: tuple[int, int], num_widths: int) -> None:
     real, synthetic = features(3, sizes[0], 4, 1) + 2, features(3, sizes[1], 4, 2)
 
-    found = mmd(real, synthetic, kernel=kernel, num_widths=num_widths)
+    actual = mmd(real, synthetic, kernel=kernel, num_widths=num_widths)
 
-    assert float(found) == pytest.approx(naive(real, synthetic, kernel, num_widths), rel=1e-10)
+    assert float(actual) == pytest.approx(naive(real, synthetic, kernel, num_widths), rel=1e-10)
 
 
 @pytest.mark.parametrize("kernel", ["polynomial", "linear"])
@@ -71,7 +71,7 @@ def test_its_gradient_is_that_of_finite_differences(kernel: Any) -> None:
 
 
 def test_the_width_gets_no_gradient() -> None:
-    """A Gaussian's width is data, not something to be learned towards."""
+    """The loss must not be lowered by widening the Gaussian."""
     real, synthetic = features(1, 4, 3, 3), features(1, 2, 3, 4).requires_grad_(True)
     both = torch.cat([real[0], synthetic[0].detach()])
     width = float(torch.cdist(both, both).square().sum() / (6 * 5))
@@ -82,9 +82,9 @@ def test_the_width_gets_no_gradient() -> None:
 
         return k(real[0], real[0]) + k(syn[0], syn[0]) - 2 * k(real[0], syn[0])
 
-    found, wanted = mmd(real, synthetic, kernel="gaussian", num_widths=1), fixed(synthetic)
-    gradients = [torch.autograd.grad(value, synthetic)[0] for value in (found, wanted)]
-    torch.testing.assert_close(found, wanted)
+    actual, expected = mmd(real, synthetic, kernel="gaussian", num_widths=1), fixed(synthetic)
+    gradients = [torch.autograd.grad(value, synthetic)[0] for value in (actual, expected)]
+    torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-9, atol=1e-12)
 
 
@@ -118,7 +118,7 @@ def test_a_network_serves_for_several_steps(toy: Any, planned: Any) -> None:
         distiller.step()
         seen.append(next(iter(distiller._pairs.net.parameters())).clone())
 
-    assert [torch.equal(seen[0], held) for held in seen] == [True, True, False, False]
+    assert [torch.equal(seen[0], weight) for weight in seen] == [True, True, False, False]
     assert torch.equal(seen[2], seen[3])
-    wanted = build_net(ctx.arch, (3, 16, 16), 3, seed=derive_seed(2, "distill", "net", 1))
-    assert torch.equal(seen[2], next(iter(wanted.parameters())))
+    expected = build_net(ctx.arch, (3, 16, 16), 3, seed=derive_seed(2, "distill", "net", 1))
+    assert torch.equal(seen[2], next(iter(expected.parameters())))

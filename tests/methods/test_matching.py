@@ -38,7 +38,7 @@ def per_sample(method: str, features: Any, images: Tensor, settings: dict[str, A
     if method == "dm":
         return [list(features.embedding)]
     norm = settings.get("sam_norm", "l2")
-    found: list[list[Tensor]] = []
+    statistics: list[list[Tensor]] = []
     layers = settings.get("layers") or range(1, len(features.maps))  # all but the last
     for layer in layers:
         rows = []
@@ -46,8 +46,8 @@ def per_sample(method: str, features: Any, images: Tensor, settings: dict[str, A
             row = sum(channel.abs() ** settings["p"] for channel in sample).flatten()
             size = {"l2": (row**2).sum().sqrt(), "l1": row.sum(), "none": 1.0}[norm]
             rows.append(row / size)
-        found.append(rows)
-    return [*found, list(features.embedding)]
+        statistics.append(rows)
+    return [*statistics, list(features.embedding)]
 
 
 def distance(method: str, index: int, num: int, a: Tensor, b: Tensor, settings: dict[str, Any]) -> Tensor:
@@ -84,26 +84,26 @@ def naive_step(
         if "bn" not in ctx.arch:
             return [per_sample(method, net.features(part), part, settings) for part in parts]
         features = net.features(torch.cat(parts))
-        found, start = [], 0
+        statistics, start = [], 0
         for part in parts:
             rows = slice(start, start + len(part))
-            own = type(features)(
+            part_features = type(features)(
                 features.logits[rows], features.embedding[rows], tuple(m[rows] for m in features.maps)
             )
-            found.append(per_sample(method, own, part, settings))
+            statistics.append(per_sample(method, part_features, part, settings))
             start += len(part)
-        return found
+        return statistics
 
     real_parts, syn_parts = [], []
     for label in range(num_classes):
-        own = index[label * BATCH : (label + 1) * BATCH]
-        assert bool((ctx.split.labels[own] == label).all())
-        real_parts.append(prepared(ctx.space.encode(ctx.split.images[own]).double(), label))
+        class_index = index[label * BATCH : (label + 1) * BATCH]
+        assert bool((ctx.split.labels[class_index] == label).all())
+        real_parts.append(prepared(ctx.space.encode(ctx.split.images[class_index]).double(), label))
         syn_parts.append(prepared(live[label * IPC : (label + 1) * IPC], label))
     loss = torch.zeros((), dtype=torch.float64)
     for real, syn in zip(all_statistics(real_parts), all_statistics(syn_parts), strict=True):
-        for number, (a, b) in enumerate(zip(real, syn, strict=True)):
-            loss = loss + distance(method, number, len(real), sum(a) / len(a), sum(b) / len(b), settings)
+        for statistic, (a, b) in enumerate(zip(real, syn, strict=True)):
+            loss = loss + distance(method, statistic, len(real), sum(a) / len(a), sum(b) / len(b), settings)
     loss.backward()
     assert live.grad is not None
     return float(loss.detach()), live.grad
@@ -116,7 +116,7 @@ def naive_step(
 def test_a_step_is_the_loop_over_classes(
     name: str, arch: str, augment: str, toy: Any, planned: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    method, own = ("datadam" if name.startswith("datadam") else name), METHODS[name]
+    method, settings = ("datadam" if name.startswith("datadam") else name), METHODS[name]
     dataset = toy()
     _, ctx, distiller = planned(
         method,
@@ -125,7 +125,7 @@ def test_a_step_is_the_loop_over_classes(
         seed=3,
         steps=1,
         arch=arch,
-        method={"batch_real": BATCH, "lr_img": LR, "momentum": 0.0, "augment": augment, **own},
+        method={"batch_real": BATCH, "lr_img": LR, "momentum": 0.0, "augment": augment, **settings},
     )
     # Three images of 8 x 16 x 16 floats at a time: chunks begin and end inside classes.
     monkeypatch.setattr(_matching, "_CHUNK_BYTES", 3 * 8 * 16 * 16 * 4)
@@ -140,11 +140,11 @@ def test_a_step_is_the_loop_over_classes(
     loss = distiller.step()["loss"]
 
     assert sizes == ([15] if arch.endswith("bn") else [3] * 5)
-    wanted_loss, wanted_grad = naive_step(method, own, ctx, before, augment == "dsa")
-    assert float(loss) == pytest.approx(wanted_loss, rel=2e-4)
+    expected_loss, expected_grad = naive_step(method, settings, ctx, before, augment == "dsa")
+    assert float(loss) == pytest.approx(expected_loss, rel=2e-4)
     grad = (before - distiller.snapshot().images).double() / LR
-    assert float(wanted_grad.abs().max()) > 0
-    error = (grad - wanted_grad).norm() / wanted_grad.norm()
+    assert float(expected_grad.abs().max()) > 0
+    error = (grad - expected_grad).norm() / expected_grad.norm()
     assert float(error) < 2e-3
 
 
@@ -201,15 +201,15 @@ def test_initial_images_are_class_sorted_and_of_their_class(init: str, toy: Any,
     assert images.dtype == torch.float32
     assert labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     real = ctx.space.encode(ctx.split.images)
-    places = [[i for i in range(len(real)) if torch.equal(real[i], image)] for image in images]
+    matches = [[i for i in range(len(real)) if torch.equal(real[i], image)] for image in images]
     if init == "noise":
-        assert places == [[]] * 9
+        assert matches == [[]] * 9
         assert abs(float(images.mean())) < 0.1
         assert float(images.std()) == pytest.approx(1, abs=0.1)
         return
-    found = [place for (place,) in places]
-    assert len(set(found)) == 9
-    assert torch.equal(ctx.split.labels[found], labels)
+    indices = [position for (position,) in matches]
+    assert len(set(indices)) == 9
+    assert torch.equal(ctx.split.labels[indices], labels)
 
 
 def test_a_class_with_too_few_images_is_refused(toy: Any, planned: Any) -> None:
@@ -259,10 +259,10 @@ def test_every_image_of_a_class_can_be_drawn_and_about_equally_often(toy: Any, p
 
 @given(total=st.integers(0, 500), size=st.integers(1, 2**24))
 def test_chunks_cover_everything_once_within_the_budget(total: int, size: int) -> None:
-    found = list(chunks(total, size, torch.device("cpu")))
+    slices = list(chunks(total, size, torch.device("cpu")))
 
-    assert [i for part in found for i in range(part.start, part.stop)] == list(range(total))
-    assert all((p.stop - p.start) * size <= _matching._CHUNK_BYTES or p.stop - p.start == 1 for p in found)
+    assert [i for part in slices for i in range(part.start, part.stop)] == list(range(total))
+    assert all((p.stop - p.start) * size <= _matching._CHUNK_BYTES or p.stop - p.start == 1 for p in slices)
 
 
 def test_whitened_images_are_encoded_once_and_the_same(toy: Any, planned: Any) -> None:
@@ -320,8 +320,8 @@ def test_a_strategy_of_flips_is_none_where_images_are_not_mirrored(variant: Any)
 def test_bf16_is_the_same_step_with_fewer_digits(method: str, toy: Any, planned: Any) -> None:
     losses, moves = [], []
     for precision in ("fp32", "bf16"):
-        own = {"batch_real": BATCH, "lr_img": LR, "precision": precision}
-        _, ctx, distiller = planned(method, toy(), ipc=IPC, steps=1, arch="convnet2_w8", method=own)
+        settings = {"batch_real": BATCH, "lr_img": LR, "precision": precision}
+        _, ctx, distiller = planned(method, toy(), ipc=IPC, steps=1, arch="convnet2_w8", method=settings)
         distiller.setup(ctx)
         before = distiller.snapshot().images
         losses.append(float(distiller.step()["loss"]))

@@ -17,22 +17,22 @@ def test_a_crop_is_torchvisions() -> None:
     images = torch.rand(3, 3, 20, 20, generator=torch.Generator().manual_seed(0))
     boxes = torch.tensor([[0, 0, 20, 20], [3, 5, 10, 8], [18, 18, 2, 2]])
 
-    found = crop(images, boxes, (10, 10))
+    crops = crop(images, boxes, (10, 10))
 
-    for image, made, box in zip(images, found, boxes.tolist(), strict=True):
-        wanted = tv.resized_crop(image, *box, [10, 10], antialias=True)
-        assert torch.allclose(made, wanted, atol=1e-6)
+    for image, actual, box in zip(images, crops, boxes.tolist(), strict=True):
+        expected = tv.resized_crop(image, *box, [10, 10], antialias=True)
+        assert torch.allclose(actual, expected, atol=1e-6)
 
 
 def test_crops_are_scored_in_the_middle_of_a_blank_image() -> None:
     net = build_net("convnet2_w8", (3, 16, 16), 4, seed=0).eval()
     crops = torch.randn(5, 3, 8, 7, generator=torch.Generator().manual_seed(0))
 
-    found = crop_losses(net, crops, 2, (16, 16))
+    losses = crop_losses(net, crops, 2, (16, 16))
 
     padded = torch.zeros(5, 3, 16, 16)
     padded[:, :, 4:12, 4:11] = crops
-    assert torch.allclose(found, -F.log_softmax(net(padded), 1)[:, 2], atol=1e-5)
+    assert torch.allclose(losses, -F.log_softmax(net(padded), 1)[:, 2], atol=1e-5)
 
 
 def test_the_best_crop_of_each_image_comes_before_any_second_best() -> None:
@@ -45,11 +45,11 @@ def test_the_best_crop_of_each_image_comes_before_any_second_best() -> None:
 def test_four_crops_make_an_image() -> None:
     crops = torch.arange(8.0).view(8, 1, 1, 1).expand(8, 1, 2, 2)
 
-    found = stitch(crops, 2)
+    stitched = stitch(crops, 2)
 
-    assert found.shape == (2, 1, 4, 4)
-    assert found[0, 0, ::2, ::2].tolist() == [[0, 2], [4, 6]]  # the best two stand in the first place
-    assert found[1, 0, ::2, ::2].tolist() == [[1, 3], [5, 7]]
+    assert stitched.shape == (2, 1, 4, 4)
+    assert stitched[0, 0, ::2, ::2].tolist() == [[0, 2], [4, 6]]  # the best two fill the first tile
+    assert stitched[1, 0, ::2, ::2].tolist() == [[1, 3], [5, 7]]
     assert torch.equal(stitch(crops, 1), crops)
 
 
@@ -64,7 +64,7 @@ QUICK = {"teacher_arch": "convnet2_w8", "teacher_epochs": 1}
 def test_the_images_are_those_crops_of_their_class_that_the_teacher_knows_best(
     planned: Any, toy: Any
 ) -> None:
-    """Each image has one value of its own, so a crop shows where it was taken, and its loss can be told."""
+    """Each image has a unique value, so a crop reveals its image and thereby its loss."""
     dataset = toy()
     split = dataset.train()
     split.images[:] = torch.arange(5, 245, 10, dtype=torch.uint8)[:, None, None, None]
@@ -74,9 +74,9 @@ def test_the_images_are_those_crops_of_their_class_that_the_teacher_knows_best(
 
     method.setup(ctx)
 
-    made = method.snapshot()
-    pixels = (made.space().decode(made.images) * 255).round().view(3, 2, 3, 16, 16)
-    mean, std = (torch.tensor(held)[:, None, None] for held in (dataset.mean, dataset.std))
+    distilled = method.snapshot()
+    pixels = (distilled.space().decode(distilled.images) * 255).round().view(3, 2, 3, 16, 16)
+    mean, std = (torch.tensor(statistic)[:, None, None] for statistic in (dataset.mean, dataset.std))
     for label in range(3):
         values = split.images[split.labels == label, 0, 0, 0].float()
         seen = torch.zeros(len(values), 3, 16, 16)
@@ -84,11 +84,11 @@ def test_the_images_are_those_crops_of_their_class_that_the_teacher_knows_best(
         with torch.no_grad():
             losses = F.cross_entropy(net(seen), torch.full((len(values),), label), reduction="none")
         ranked = values[losses.argsort()]
-        wanted = torch.cat([ranked, ranked])[:8]  # the best crop of each image, then their second-best
+        expected = torch.cat([ranked, ranked])[:8]  # the best crop of each image, then their second-best
         patches = pixels[label, :, 0, ::8, ::8]  # [image, row, column]
-        assert torch.equal(patches.permute(1, 2, 0).flatten(), wanted)
+        assert torch.equal(patches.permute(1, 2, 0).flatten(), expected)
         blocks = pixels[label].unfold(2, 8, 8).unfold(3, 8, 8).flatten(4)
-        assert torch.equal(blocks.amin(-1), blocks.amax(-1))  # each patch is of one image
+        assert torch.equal(blocks.amin(-1), blocks.amax(-1))  # each patch comes from one image
 
 
 def test_a_class_with_too_few_crops_is_refused(planned: Any, toy: Any) -> None:

@@ -28,28 +28,28 @@ def test_the_distances_are_those_of_each_layers_input() -> None:
     with statistics.watch():
         net(images)
 
-    x, wanted = images, []
+    x, expected = images, []
     for conv, norm in zip([m for m in net.modules() if isinstance(m, nn.Conv2d)], norms, strict=True):
         maps = conv(x)
         flat = maps.permute(1, 0, 2, 3).reshape(8, -1)
-        wanted.append(
+        expected.append(
             (flat.mean(1) - norm.running_mean).norm()
             + (flat.var(1, unbiased=False) - norm.running_var).norm()
         )
         x = F.avg_pool2d(F.relu(norm(maps)), 2)
     assert len(statistics) == 2
-    assert torch.allclose(torch.stack(statistics.distances), torch.stack(wanted), rtol=1e-9)
+    assert torch.allclose(torch.stack(statistics.distances), torch.stack(expected), rtol=1e-9)
     net(images)
-    assert len(statistics.distances) == 2  # nothing is watched any more
+    assert len(statistics.distances) == 2  # the hooks are gone
 
 
 def test_the_first_layers_distance_counts_tenfold() -> None:
     logits, labels = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0])
     distances = [torch.tensor(2.0), torch.tensor(3.0), torch.tensor(5.0)]
 
-    found = recover_loss(logits, labels, distances, weight=0.1, first=10.0)
+    loss = recover_loss(logits, labels, distances, weight=0.1, first=10.0)
 
-    assert float(found) == pytest.approx(float(F.cross_entropy(logits, labels)) + 0.1 * 28, rel=1e-6)
+    assert float(loss) == pytest.approx(float(F.cross_entropy(logits, labels)) + 0.1 * 28, rel=1e-6)
 
 
 def test_images_stay_pixels_and_the_loss_falls(planned: Any, toy: Any) -> None:
@@ -70,9 +70,9 @@ def test_a_batch_is_one_image_of_each_class(planned: Any, toy: Any, monkeypatch:
     seen: list[list[int]] = []
     real = recover_loss
 
-    def note(logits: Any, labels: Any, *more: Any, **kept: Any) -> Any:
+    def note(logits: Any, labels: Any, *args: Any, **kwargs: Any) -> Any:
         seen.append(labels.tolist())
-        return real(logits, labels, *more, **kept)
+        return real(logits, labels, *args, **kwargs)
 
     monkeypatch.setattr("ddray.methods.sre2l.recover_loss", note)
     method.step()

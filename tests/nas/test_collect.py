@@ -1,4 +1,4 @@
-"""What a sweep's rows come to: figures and table agree, and counts are of architectures."""
+"""Results of a sweep's rows: figures and table agree, and counts are of architectures."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ NUM_ARCHS = 4
 
 @pytest.fixture
 def sweep(toy: Callable[..., Dataset]) -> Sweep:
-    """A sweep of 4 architectures on data of which three quarters are of one class."""
+    """A sweep of 4 architectures on data with three quarters in one class."""
     dataset = toy((90, 10, 20))
     train, val = split_for(dataset, 0)
-    held = real_set(train, dataset)
-    proxy = Proxy("some", held.key, "some", held, len(train), 12.0)
+    train_set = real_set(train, dataset)
+    proxy = Proxy("some", train_set.key, "some", train_set, len(train), 12.0)
     options = NasOptions(seeds=3)
     return Sweep(
         options, resolve_config(options), dataset, train, val, (proxy,), tuple(range(NUM_ARCHS)), "cpu"
@@ -32,7 +32,7 @@ def sweep(toy: Callable[..., Dataset]) -> Sweep:
 
 
 def rows_of(kind: Any, accuracies: list[list[float]], diverged: set[tuple[int, int]]) -> list[Row]:
-    """Return rows of accuracies [A][S]; `diverged` holds pairs of architecture and seed."""
+    """Return rows of accuracies [A][S]; `diverged` contains pairs of architecture and seed."""
     return [
         Row(
             key=f"{kind} {index} {seed}",
@@ -42,18 +42,18 @@ def rows_of(kind: Any, accuracies: list[list[float]], diverged: set[tuple[int, i
             result={"val_accuracy": accuracy, "diverged": (index, seed) in diverged},
             wall_s=1.0,
         )
-        for index, held in enumerate(accuracies)
-        for seed, accuracy in enumerate(held)
+        for index, seed_accuracies in enumerate(accuracies)
+        for seed, accuracy in enumerate(seed_accuracies)
     ]
 
 
 def test_ranks_of_the_table_and_figures_agree_on_ties(sweep: Sweep) -> None:
-    """(.1 + .2) + .3 and (.3 + .2) + .1 differ in the last bit, and are equal means."""
+    """(.1 + .2) + .3 and (.3 + .2) + .1 differ in the last bit, but the means count as equal."""
     scores = [[0.1, 0.2, 0.3], [0.3, 0.2, 0.1], [0.9, 0.9, 0.9], [0.0, 0.0, 0.0]]
     truth = [[0.2, 0.2, 0.2], [0.4, 0.4, 0.4], [0.3, 0.2, 0.1], [0.1, 0.2, 0.3]]
-    found = collect(sweep, [*rows_of("nas", scores, set()), *rows_of("truth", truth, set())], None)
-    table = found.table.set_index("index")
-    assert found.proxies[0]["num_ties"] == 2
+    ranking = collect(sweep, [*rows_of("nas", scores, set()), *rows_of("truth", truth, set())], None)
+    table = ranking.table.set_index("index")
+    assert ranking.proxies[0]["num_ties"] == 2
     assert table["proxy_rank"].to_dict() == {0: 2, 1: 2, 2: 1, 3: 4}
     assert table["truth_rank"].to_dict() == {0: 2, 1: 1, 2: 2, 3: 2}
 
@@ -61,14 +61,14 @@ def test_ranks_of_the_table_and_figures_agree_on_ties(sweep: Sweep) -> None:
 def test_counts_are_of_architectures(sweep: Sweep) -> None:
     scores = [[0.9] * 3, [0.8] * 3, [0.7] * 3, [0.6] * 3]
     rows = [*rows_of("nas", scores, {(0, 0), (0, 2), (3, 1)}), *rows_of("truth", scores, {(1, 0), (1, 1)})]
-    found = collect(sweep, rows, None)
-    assert found.proxies[0]["num_diverged"] == 2
-    assert found.truth_facts["num_diverged"] == 1
+    ranking = collect(sweep, rows, None)
+    assert ranking.proxies[0]["num_diverged"] == 2
+    assert ranking.truth_facts["num_diverged"] == 1
 
 
 def test_chance_is_the_share_of_vals_largest_class(sweep: Sweep) -> None:
-    """A constant answer gets .75 where three quarters are of one class, give or take an error of .125."""
+    """A constant guess scores .75 where three quarters are in one class; the tolerance is .125."""
     assert (sweep.val.labels == 0).sum() * 4 == len(sweep.val) * 3 == 36
     scores = [[0.75] * 3, [0.87] * 3, [0.88] * 3, [0.5] * 3]
-    found = collect(sweep, [*rows_of("nas", scores, set()), *rows_of("truth", scores, set())], None)
-    assert found.proxies[0]["num_at_chance"] == 3
+    ranking = collect(sweep, [*rows_of("nas", scores, set()), *rows_of("truth", scores, set())], None)
+    assert ranking.proxies[0]["num_at_chance"] == 3

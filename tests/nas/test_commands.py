@@ -1,4 +1,4 @@
-"""`ddray nas` and `ddray tune --objective nas-spearman` as commands: what is refused, what is the default."""
+"""`ddray nas` and `ddray tune --objective nas-spearman` as commands: rejected options and defaults."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ RANK = ("nas", "--proxy", "some.pt")
 
 @pytest.fixture
 def csvs(tmp_path: Path) -> dict[str, str]:
-    """Scores and truth of 4 architectures; `outside` has one that the 720 have not."""
-    found = {}
+    """Scores and truth of 4 architectures; `outside` has one that is not among the 720."""
+    paths = {}
     for name, column, last in (("scores", "score", 3), ("outside", "score", 5000), ("truth", "accuracy", 3)):
         path = tmp_path / f"{name}.csv"
         path.write_text("\n".join([f"index,{column}", *(f"{n},0.{n}5" for n in range(3)), f"{last},0.9", ""]))
-        found[name] = str(path)
-    return found
+        paths[name] = str(path)
+    return paths
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """Run a command that has to exit 2; return its one line."""
+    """Run a command that must exit with 2; return its one line of stderr."""
     assert _run(list(arguments), False) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ")
@@ -35,7 +35,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("more", "words"),
+    ("arguments", "words"),
     [
         (("--truth-column", "accuracy"), ["--truth-column needs --truth table", "got accuracy"]),
         (("--set", "cells.channels=8"), ["cells.*", "nasbench201", "convnet720"]),
@@ -44,21 +44,24 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     ],
 )
 def test_options_that_would_be_ignored(
-    capsys: pytest.CaptureFixture[str], more: tuple[str, ...], words: list[str]
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], words: list[str]
 ) -> None:
-    line = refused(capsys, *RANK, *more)
+    line = refused(capsys, *RANK, *arguments)
     assert all(word in line for word in words), line
 
 
 @pytest.mark.parametrize(
-    "more",
+    "arguments",
     [("--proxy", "some.pt"), ("--baseline", "random"), ("--set", "recipe.lr=1"), ("--compat", "x")],
 )
 def test_given_scores_are_of_no_training(
-    capsys: pytest.CaptureFixture[str], csvs: dict[str, str], more: tuple[str, str]
+    capsys: pytest.CaptureFixture[str], csvs: dict[str, str], arguments: tuple[str, str]
 ) -> None:
-    line = refused(capsys, "nas", "--scores", csvs["scores"], "--truth", csvs["truth"], *more)
-    assert line == f"error: {more[0]} must be left out with --scores, which trains nothing, got {more[1]}"
+    line = refused(capsys, "nas", "--scores", csvs["scores"], "--truth", csvs["truth"], *arguments)
+    assert (
+        line
+        == f"error: {arguments[0]} must be left out with --scores, which trains nothing, got {arguments[1]}"
+    )
 
 
 @pytest.mark.parametrize(("scores", "truth"), [("outside", "truth"), ("scores", "wrong")])
@@ -76,21 +79,21 @@ def test_files_hold_architectures_of_the_space(
 
 @pytest.mark.ray
 @pytest.mark.parametrize(
-    ("cuda", "more", "gpus"), [(True, (), 1), (True, ("--gpus-per-worker", "0"), 0), (False, (), 0)]
+    ("cuda", "arguments", "gpus"), [(True, (), 1), (True, ("--gpus-per-worker", "0"), 0), (False, (), 0)]
 )
 def test_a_gpu_that_is_there_is_used(
-    monkeypatch: pytest.MonkeyPatch, cuda: bool, more: tuple[str, ...], gpus: float
+    monkeypatch: pytest.MonkeyPatch, cuda: bool, arguments: tuple[str, ...], gpus: float
 ) -> None:
     seen: list[NasOptions] = []
 
-    def noted(request: Any, options: NasOptions, *rest: Any, **more: Any) -> dict[str, Any]:
+    def record_options(request: Any, options: NasOptions, *rest: Any, **kwargs: Any) -> dict[str, Any]:
         seen.append(options)
         return {"space": options.space, "num_archs": 0, "proxies": []}
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(rank, "rank_architectures", noted)
+    monkeypatch.setattr(rank, "rank_architectures", record_options)
     for executor in ("ray", "local"):
-        assert _run([*RANK, "--executor", executor, *more, "--json"], False) == 0
+        assert _run([*RANK, "--executor", executor, *arguments, "--json"], False) == 0
     assert [options.gpus_per_worker for options in seen] == [gpus, gpus]
 
 

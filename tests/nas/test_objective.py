@@ -1,4 +1,4 @@
-"""Rank correlation as a search's objective: what it is compared with, and what it must not open."""
+"""Rank correlation as a search objective: its truth, and that test is never opened."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def objective(dataset: Dataset, folder: Path, execute: Execute = execute_locally
 
 
 def fake(accuracies: Sequence[float | None]) -> Execute:
-    """Return an executor that trains nothing: architecture number i has accuracy i, or fails for None."""
+    """Return an executor that trains nothing: architecture i gets accuracies[i], or fails for None."""
 
     def execute(
         job: NasJob, data: SweepData, tasks: Sequence[NasTask], on_start: Any
@@ -53,24 +53,24 @@ def fake(accuracies: Sequence[float | None]) -> Execute:
 
 
 def test_a_search_does_not_open_test(tmp_path: Path, dataset: Dataset) -> None:
-    found = objective(dataset, tmp_path / "run")
-    assert len(found.truth) == 3
+    result = objective(dataset, tmp_path / "run")
+    assert len(result.truth) == 3
     rows = Ledger(tmp_path / "run").rows("truth")
     assert len(rows) == 3
     assert all(row.status == "done" and "test_accuracy" not in row.result for row in rows)
 
 
 def test_a_search_takes_known_truth_without_its_test_score(tmp_path: Path, dataset: Dataset) -> None:
-    found = objective(dataset, tmp_path / "one")
+    first = objective(dataset, tmp_path / "one")
     for row in truth_ledger().rows("truth"):
         (truth_ledger().folder / f"{row.key}.json").unlink()
         spec = {**row.spec, "test": True}
         unit = Unit(kind="truth", spec=spec, code_version=CODE_VERSION)
         result = {**row.result, "test_accuracy": 0.25}
-        held = row.model_copy(update={"key": unit.key, "spec": spec, "result": result})
-        truth_ledger().publish(unit, held, epoch=0)
+        tested_row = row.model_copy(update={"key": unit.key, "spec": spec, "result": result})
+        truth_ledger().publish(unit, tested_row, epoch=0)
     again = objective(dataset, tmp_path / "two", fake([]))
-    assert again.truth == found.truth
+    assert again.truth == first.truth
     assert all("test_accuracy" not in row.result for row in Ledger(tmp_path / "two").rows("truth"))
 
 

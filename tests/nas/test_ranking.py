@@ -13,16 +13,16 @@ from ddray.nas.ranking import figures_of_merit
 
 
 def figures(scores: Any, truth: Any, **options: Any) -> dict[str, Any]:
-    given = {"storage_images": 100, "wall_s": 2.5, "num_bootstrap": 50} | options
-    return figures_of_merit(scores, truth, **given)
+    settings = {"storage_images": 100, "wall_s": 2.5, "num_bootstrap": 50} | options
+    return figures_of_merit(scores, truth, **settings)
 
 
 def naive_ranks(values: list[float]) -> list[float]:
-    return [sum(v < own for v in values) + (sum(v == own for v in values) + 1) / 2 for own in values]
+    return [sum(v < value for v in values) + (sum(v == value for v in values) + 1) / 2 for value in values]
 
 
 def naive_spearman(x: list[float], y: list[float]) -> float:
-    """Pearson's r of average ranks, written out; NaN where it is undefined."""
+    """Pearson's r of average ranks, computed naively; NaN where undefined."""
     a, b = naive_ranks(x), naive_ranks(y)
     middle = (len(x) + 1) / 2
     top = sum((i - middle) * (j - middle) for i, j in zip(a, b, strict=True))
@@ -40,47 +40,47 @@ def naive_kendall(x: list[float], y: list[float]) -> float:
 class TestCorrelations:
     def test_a_case_worked_by_hand(self) -> None:
         # ranks 1 2 3 4 5 against 2 1 4 3 5: d^2 = 1+1+1+1+0, rho = 1 - 6*4/(5*24) = .8; 8 of 10 pairs agree.
-        found = figures([0.1, 0.2, 0.3, 0.4, 0.5], [0.2, 0.1, 0.4, 0.3, 0.5])
+        result = figures([0.1, 0.2, 0.3, 0.4, 0.5], [0.2, 0.1, 0.4, 0.3, 0.5])
 
-        assert found["spearman"] == pytest.approx(0.8)
-        assert found["kendall"] == pytest.approx(0.6)
-        assert found["num_archs"] == 5
-        assert found["num_failed"] == found["num_ties"] == 0
-        assert (found["wall_s"], found["storage_images"]) == (2.5, 100)
+        assert result["spearman"] == pytest.approx(0.8)
+        assert result["kendall"] == pytest.approx(0.6)
+        assert result["num_archs"] == 5
+        assert result["num_failed"] == result["num_ties"] == 0
+        assert (result["wall_s"], result["storage_images"]) == (2.5, 100)
 
     def test_ties_worked_by_hand(self) -> None:
         # ranks 1.5 1.5 3 4 against 1 2 3.5 3.5: sums of products and squares about 2.5 are 4.0, 4.5, 4.5.
-        found = figures([0.1, 0.1, 0.2, 0.3], [0.5, 0.6, 0.7, 0.7])
+        result = figures([0.1, 0.1, 0.2, 0.3], [0.5, 0.6, 0.7, 0.7])
 
-        assert found["spearman"] == pytest.approx(4.0 / 4.5)
-        assert found["kendall"] == pytest.approx(4 / 5)  # 4 agree; 5 pairs untied on either side
-        assert found["num_ties"] == 2
+        assert result["spearman"] == pytest.approx(4.0 / 4.5)
+        assert result["kendall"] == pytest.approx(4 / 5)  # 4 agree; 5 pairs untied on either side
+        assert result["num_ties"] == 2
 
     @pytest.mark.parametrize("seed", range(5))
     def test_they_match_definitions_on_tied_data(self, seed: int) -> None:
         generator = np.random.default_rng(seed)
         x, y = (generator.integers(0, 9, 40) / 10 for _ in range(2))
 
-        found = figures(x, y)
+        result = figures(x, y)
 
-        assert found["spearman"] == pytest.approx(naive_spearman(list(x), list(y)))
-        assert found["kendall"] == pytest.approx(naive_kendall(list(x), list(y)))
+        assert result["spearman"] == pytest.approx(naive_spearman(list(x), list(y)))
+        assert result["kendall"] == pytest.approx(naive_kendall(list(x), list(y)))
         top = sorted(range(40), key=lambda i: (-y[i], i))[:8]
-        assert found["spearman_top20"] == pytest.approx(naive_spearman(list(x[top]), list(y[top])))
-        assert found["num_ties"] == sum(list(x).count(value) > 1 for value in x)
+        assert result["spearman_top20"] == pytest.approx(naive_spearman(list(x[top]), list(y[top])))
+        assert result["num_ties"] == sum(list(x).count(value) > 1 for value in x)
 
     def test_opposite_rankings_are_minus_one(self) -> None:
-        found = figures(np.arange(20) / 20, 1 - np.arange(20) / 20)
+        result = figures(np.arange(20) / 20, 1 - np.arange(20) / 20)
 
-        assert found["spearman"] == pytest.approx(-1)
-        assert found["kendall"] == pytest.approx(-1)
-        assert found["spearman_ci95"] == pytest.approx([-1, -1])
+        assert result["spearman"] == pytest.approx(-1)
+        assert result["kendall"] == pytest.approx(-1)
+        assert result["spearman_ci95"] == pytest.approx([-1, -1])
 
     @pytest.mark.parametrize(("num", "top"), [(11, 3), (15, 3), (16, 4), (35, 7), (720, 144)])
     def test_the_top_fifth_is_rounded_up(self, num: int, top: int, monkeypatch: pytest.MonkeyPatch) -> None:
         sizes: list[int] = []
-        own = stats.spearmanr
-        monkeypatch.setattr(stats, "spearmanr", lambda x, y: (sizes.append(len(x)), own(x, y))[1])
+        spearmanr = stats.spearmanr
+        monkeypatch.setattr(stats, "spearmanr", lambda x, y: (sizes.append(len(x)), spearmanr(x, y))[1])
 
         figures(np.arange(num) / num, np.arange(num) / num)
 
@@ -91,38 +91,38 @@ class TestCorrelations:
         [([0.1, 0.2], [0.1, 0.2]), ([0.1] * 20, list(range(20))), (list(range(20)), [0.5] * 20)],
     )
     def test_an_undefined_correlation_is_none(self, scores: list[float], truth: list[float]) -> None:
-        found = figures(scores, truth)
+        result = figures(scores, truth)
 
         for key in ("spearman", "spearman_ci95", "spearman_top20", "spearman_top20_ci95", "kendall"):
-            assert found[key] is None
-        assert found["best_truth_accuracy"] == max(truth)
+            assert result[key] is None
+        assert result["best_truth_accuracy"] == max(truth)
 
     def test_a_top_fifth_of_two_has_no_correlation(self) -> None:
-        found = figures(np.arange(10) / 10, np.arange(10) / 10)
+        result = figures(np.arange(10) / 10, np.arange(10) / 10)
 
-        assert found["spearman"] == pytest.approx(1)
-        assert found["spearman_top20"] is None
-        assert found["spearman_top20_ci95"] is None
+        assert result["spearman"] == pytest.approx(1)
+        assert result["spearman_top20"] is None
+        assert result["spearman_top20_ci95"] is None
 
 
 class TestBestRanked:
     def test_the_best_of_the_first_k(self) -> None:
         truth = np.array([0.50, 0.55, 0.90, 0.60, 0.57, 0.80, 0.52, 0.51, 0.40, 0.70, 0.95, 0.30])
-        scores = np.linspace(0.9, 0.1, 12)  # ranked as they stand
+        scores = np.linspace(0.9, 0.1, 12)  # already in ranked order
 
-        found = figures(scores, truth)
+        result = figures(scores, truth)
 
-        wanted = {"top1": 0.50, "top5": 0.90, "top10": 0.90, "best": 0.95}
-        assert {key: found[f"{key}_truth_accuracy"] for key in wanted} == wanted
+        expected = {"top1": 0.50, "top5": 0.90, "top10": 0.90, "best": 0.95}
+        assert {key: result[f"{key}_truth_accuracy"] for key in expected} == expected
 
     def test_the_first_of_equal_scores_is_the_best_ranked(self) -> None:
         assert figures([0.1, 0.7, 0.7, 0.7], [0.9, 0.3, 0.8, 0.6])["top1_truth_accuracy"] == 0.3
 
     def test_the_best_there_is_need_not_have_been_ranked(self) -> None:
-        found = figures([0.1, 0.2, 0.3, np.nan], [0.5, 0.6, 0.7, 0.9])
+        result = figures([0.1, 0.2, 0.3, np.nan], [0.5, 0.6, 0.7, 0.9])
 
-        assert found["best_truth_accuracy"] == 0.9
-        assert found["top10_truth_accuracy"] == 0.7
+        assert result["best_truth_accuracy"] == 0.9
+        assert result["top10_truth_accuracy"] == 0.7
 
 
 class TestSeeds:
@@ -130,23 +130,25 @@ class TestSeeds:
         scores = np.array([[0.1, 0.5, np.nan, 0.4, np.nan], [0.3, 0.1, 0.25, np.nan, np.nan]])
         truth = np.array([[0.1, 0.2, 0.3, 0.4, 0.9], [0.3, 0.4, np.nan, 0.8, 0.9]])
 
-        found = figures(scores, truth)
+        result = figures(scores, truth)
 
-        assert found["spearman"] == pytest.approx(naive_spearman([0.2, 0.3, 0.25, 0.4], [0.2, 0.3, 0.3, 0.6]))
-        assert (found["num_archs"], found["num_failed"]) == (4, 1)
+        assert result["spearman"] == pytest.approx(
+            naive_spearman([0.2, 0.3, 0.25, 0.4], [0.2, 0.3, 0.3, 0.6])
+        )
+        assert (result["num_archs"], result["num_failed"]) == (4, 1)
 
     def test_unknown_truth_and_failed_scores_are_left_out_and_counted(self) -> None:
-        found = figures([0.1, np.nan, 0.2, 0.3, 0.4], [0.1, 0.9, np.nan, 0.3, 0.4])
+        result = figures([0.1, np.nan, 0.2, 0.3, 0.4], [0.1, 0.9, np.nan, 0.3, 0.4])
 
-        assert (found["num_archs"], found["num_failed"]) == (3, 2)
-        assert found["spearman"] == pytest.approx(1)
+        assert (result["num_archs"], result["num_failed"]) == (3, 2)
+        assert result["spearman"] == pytest.approx(1)
 
     def test_nothing_known_at_all(self) -> None:
-        found = figures([np.nan, np.nan], [0.1, 0.2])
+        result = figures([np.nan, np.nan], [0.1, 0.2])
 
-        assert (found["num_archs"], found["num_failed"]) == (0, 2)
-        assert found["top1_truth_accuracy"] is None
-        assert found["best_truth_accuracy"] == 0.2
+        assert (result["num_archs"], result["num_failed"]) == (0, 2)
+        assert result["top1_truth_accuracy"] is None
+        assert result["best_truth_accuracy"] == 0.2
 
     def test_the_order_of_seeds_makes_no_tie_into_a_difference(self) -> None:
         a, b, c = 0.1, 0.2, 0.7
@@ -181,14 +183,14 @@ class TestBootstrap:
         if tied:
             x, y = np.round(x, 1), np.round(y, 1)
         drawn = np.bincount(generator.integers(30, size=30), minlength=30)
-        held = np.repeat(np.arange(30), drawn)
+        resample = np.repeat(np.arange(30), drawn)
         groups = [np.unique(values, return_inverse=True)[1] for values in (x, y)]
 
         whole = ranking._spearman(groups[0], groups[1], drawn.astype(float))
         counts = ranking._top_counts(np.argsort(-y, kind="stable"), drawn.astype(float))
 
-        assert whole == pytest.approx(naive_spearman(list(x[held]), list(y[held])))
-        top = sorted(held, key=lambda i: (-y[i], i))[:6]
+        assert whole == pytest.approx(naive_spearman(list(x[resample]), list(y[resample])))
+        top = sorted(resample, key=lambda i: (-y[i], i))[:6]
         assert sorted(np.repeat(np.arange(30), counts.astype(int))) == sorted(top)
 
     def test_intervals_cover_the_true_correlation(self) -> None:
@@ -203,7 +205,7 @@ class TestBootstrap:
             hits += low <= true_spearman <= high
             widths.append(high - low)
 
-        # 95 % of 60 are 57; the percentile interval is a little short. Fisher's z gives a width of about .3.
+        # 95 % of 60 is 57; the percentile interval is a little short. Fisher's z gives a width of about .3.
         assert 51 <= hits <= 60
         assert 0.2 < np.mean(widths) < 0.4
 
@@ -215,7 +217,7 @@ class TestBootstrap:
         with_seeds = figures(scores, truth, num_bootstrap=400)["spearman_ci95"]
         of_means = figures(scores.mean(0), truth, num_bootstrap=400)["spearman_ci95"]
 
-        # Fewer distinct seeds in a draw: noisier scores, so a lower and wider interval.
+        # Fewer distinct seeds per draw: noisier scores, so a lower and wider interval.
         assert with_seeds[0] < of_means[0] - 0.02
         assert with_seeds[1] - with_seeds[0] > of_means[1] - of_means[0]
 
@@ -223,23 +225,23 @@ class TestBootstrap:
         scores = np.array([[0.1, 0.2, 0.3, np.nan, 0.5, 0.6], [0.1, 0.2, 0.3, 0.4, 0.5, np.nan]])
         truth = np.array([[0.1, 0.2, np.nan, 0.4, 0.5, 0.6], [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]])
 
-        found = figures(scores, truth, num_bootstrap=200)
+        result = figures(scores, truth, num_bootstrap=200)
 
-        assert found["spearman"] == pytest.approx(1)
-        assert found["spearman_ci95"] == pytest.approx([1, 1])
+        assert result["spearman"] == pytest.approx(1)
+        assert result["spearman_ci95"] == pytest.approx([1, 1])
 
     def test_intervals_hold_the_estimate_and_none_is_nan(self) -> None:
         generator = np.random.default_rng(1)
         for num in (3, 4, 6, 11, 16):
             for _ in range(10):
                 scores, truth = generator.integers(0, 3, (2, num)) / 10
-                found = figures(scores, truth)
+                result = figures(scores, truth)
                 for key in ("spearman", "spearman_top20"):
-                    if found[key] is None:
-                        assert found[f"{key}_ci95"] is None
+                    if result[key] is None:
+                        assert result[f"{key}_ci95"] is None
                     else:
-                        low, high = found[f"{key}_ci95"]
-                        assert -1 <= low <= found[key] <= high <= 1
+                        low, high = result[f"{key}_ci95"]
+                        assert -1 <= low <= result[key] <= high <= 1
 
     def test_draws_depend_on_the_seed_alone(self) -> None:
         generator = np.random.default_rng(2)

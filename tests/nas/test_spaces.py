@@ -1,4 +1,4 @@
-"""The spaces: every architecture described, counted without building, found by name and sampled by cost."""
+"""The spaces: descriptions, sizes without building, lookup by name and sampling by cost."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_convnet720_is_the_documented_grid(convnets: NasSpace) -> None:
 
 
 def test_convnet720_counts_what_is_built(convnets: NasSpace) -> None:
-    for index in range(720):  # every choice combination, at the size that describe counts
+    for index in range(720):  # every combination of choices, at the size that describe uses
         net = convnets.build(index, RGB, 10, seed=0, device="meta")
         assert convnets.describe(index)["params_m"] == num_params(net) / 1e6
         assert net.arch == convnets.arch_name(index)
@@ -81,16 +81,16 @@ def test_convnet720_counts_what_is_built(convnets: NasSpace) -> None:
 
 
 def counted_flops(net: torch.nn.Module, shape: tuple[int, int, int]) -> int:
-    """Multiply-adds of convolutions and linear layers of one image, and their biases' additions."""
-    found = []
+    """Multiply-adds of convolutions and linear layers for one image, plus bias additions."""
+    flops = []
     for module in net.modules():
         if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
             module.register_forward_hook(
-                lambda module, _, output: found.append((module.weight[0].numel() + 1) * output[0].numel())
+                lambda module, _, output: flops.append((module.weight[0].numel() + 1) * output[0].numel())
             )
     net(torch.zeros(1, *shape, device="meta"))
-    assert found
-    return sum(found)
+    assert flops
+    return sum(flops)
 
 
 def test_convnet3_has_the_published_size(convnets: NasSpace) -> None:
@@ -118,7 +118,7 @@ def test_all_cells_are_described_quickly(cells: NasBench201) -> None:
     json.dumps(archs, allow_nan=False)
 
 
-# Named in https://github.com/D-X-Y/NATS-Bench/issues/36: their 12-epoch records give the first figure, their
+# From https://github.com/D-X-Y/NATS-Bench/issues/36: the 12-epoch records give the first figure, the
 # 200-epoch records the second.
 WRONG_RECORDS = {15474: (0.802426, 0.559386), 7268: (0.344346, 0.372346), 15033: (0.316346, 0.559386)}
 
@@ -134,7 +134,7 @@ WRONG_RECORDS = {15474: (0.802426, 0.559386), 7268: (0.344346, 0.372346), 15033:
 def test_cells_have_the_benchmarks_parameters(
     cells: NasBench201, column: str, shape: tuple[int, int, int], num_classes: int
 ) -> None:
-    """All but those whose record holds a sibling's: of the same unique_str, one convolution apart."""
+    """Except for records with a sibling's parameters: same unique_str, one convolution apart."""
     table = read_table()
     ours = [cell_net_size(parse_arch_str(text), shape, num_classes)[0] / 1e6 for text in table["arch_str"]]
     recorded = table[column].tolist()
@@ -157,7 +157,7 @@ def test_arch_strs_go_both_ways_and_every_cell_is_there_once(cells: NasBench201)
     texts = [cells.choices(index)["arch_str"] for index in range(len(cells))]
     assert texts == read_table()["arch_str"].tolist()
     ops = [parse_arch_str(text) for text in texts]
-    assert [to_arch_str(held) for held in ops] == texts
+    assert [to_arch_str(cell_ops) for cell_ops in ops] == texts
     assert set(ops) == set(product(OPS, repeat=6))
     for index in range(0, len(cells), 97):
         assert cells.index_of(texts[index]) == index
@@ -174,7 +174,7 @@ def test_canonical_cells_are_the_first_of_their_kind(cells: NasBench201) -> None
     for arch in archs:
         assert arch["canonical"] <= arch["index"]
         assert archs[arch["canonical"]]["unique_str"] == arch["unique_str"]
-    # The benchmark trained duplicates apart: their accuracies differ by noise alone.
+    # The benchmark trained duplicates separately: their accuracies differ by noise only.
     accuracy = read_table()["cifar10_test_200_mean"]
     pairs = [(a["index"], a["canonical"]) for a in archs if a["canonical"] != a["index"]]
     gaps = sorted(abs(accuracy[i] - accuracy[j]) for i, j in pairs)
@@ -194,12 +194,12 @@ def test_the_table_is_the_benchmarks() -> None:
 
 @pytest.fixture
 def fresh_caches() -> Iterator[None]:
-    """Nothing read before, and nothing kept of what the test reads."""
-    for held in (nasbench201.read_table, nasbench201._space_file):
-        held.cache_clear()
+    """Clear the caches before and after the test."""
+    for cached in (nasbench201.read_table, nasbench201._space_file):
+        cached.cache_clear()
     yield
-    for held in (nasbench201.read_table, nasbench201._space_file):
-        held.cache_clear()
+    for cached in (nasbench201.read_table, nasbench201._space_file):
+        cached.cache_clear()
 
 
 @pytest.mark.usefixtures("fresh_caches")
@@ -218,11 +218,11 @@ def test_another_table_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_space_file_agrees_with_the_code() -> None:
-    held = read_yaml(shipped("search_spaces", "nas", "nasbench201.yaml"))
-    assert tuple(held["ops"]) == OPS
-    assert tuple(map(tuple, held["edges"])) == EDGES
-    assert Skeleton(**held["benchmark"]) == BENCHMARK
-    assert Skeleton(**held["proxy"]) == Skeleton(16, 1, cell_affine=False)
+    space_file = read_yaml(shipped("search_spaces", "nas", "nasbench201.yaml"))
+    assert tuple(space_file["ops"]) == OPS
+    assert tuple(map(tuple, space_file["edges"])) == EDGES
+    assert Skeleton(**space_file["benchmark"]) == BENCHMARK
+    assert Skeleton(**space_file["proxy"]) == Skeleton(16, 1, cell_affine=False)
 
 
 def test_nasbench201_builds_the_network_it_was_asked_for(cells: NasBench201) -> None:
@@ -234,20 +234,20 @@ def test_nasbench201_builds_the_network_it_was_asked_for(cells: NasBench201) -> 
     assert num_params(net) == params
     assert cells.cost(17, (1, 16, 16), 10) == flops / 1e6
     assert cells.arch_name(17) == cells.describe(17)["name"] == "nasbench201_17"
-    own = get_space("nasbench201", channels=16, num_cells=5, cell_affine=True)
-    assert num_params(own.build(9930, RGB, 10, seed=0)) == 1_288_506
+    benchmark_space = get_space("nasbench201", channels=16, num_cells=5, cell_affine=True)
+    assert num_params(benchmark_space.build(9930, RGB, 10, seed=0)) == 1_288_506
     mixed = get_space("nasbench201", channels=4, mixture="softmax").build(0, RGB, 10, seed=0)
     assert mixed.arch == "nasbench201_0_c4_n1_noaffine_softmax"
-    # What is trained does not change what is described.
-    assert own.describe(5) == cells.describe(5)
+    # The skeleton that is trained does not affect the description.
+    assert benchmark_space.describe(5) == cells.describe(5)
 
 
 def test_building_is_deterministic_in_the_seed(convnets: NasSpace, cells: NasBench201) -> None:
     for space in (convnets, cells):
         first, again, other = (space.build(3, (1, 16, 16), 4, seed=seed).state_dict() for seed in (1, 1, 2))
         assert first
-        assert all(torch.equal(held, again[name]) for name, held in first.items())
-        assert not all(torch.equal(held, other[name]) for name, held in first.items())
+        assert all(torch.equal(weight, again[name]) for name, weight in first.items())
+        assert not all(torch.equal(weight, other[name]) for name, weight in first.items())
 
 
 def test_names_of_cells_are_no_names_of_networks(cells: NasBench201) -> None:
@@ -256,20 +256,20 @@ def test_names_of_cells_are_no_names_of_networks(cells: NasBench201) -> None:
 
 def test_a_sample_has_one_architecture_of_each_cost_stratum(convnets: NasSpace, cells: NasBench201) -> None:
     for space, num in ((convnets, 72), (convnets, 7), (convnets, 1), (cells, 100)):
-        found = sample(space, num, seed=0, image_shape=(1, 16, 16), num_classes=10)
-        assert found == sorted(set(found))
-        assert len(found) == num
+        indices = sample(space, num, seed=0, image_shape=(1, 16, 16), num_classes=10)
+        assert indices == sorted(set(indices))
+        assert len(indices) == num
         ranked = sorted(range(len(space)), key=lambda i: (space.cost(i, (1, 16, 16), 10), i))
-        places = sorted(ranked.index(index) for index in found)
+        positions = sorted(ranked.index(index) for index in indices)
         size, larger = divmod(len(space), num)
         begin = 0
-        for number, place in enumerate(places):
-            end = begin + size + (number < larger)
-            assert begin <= place < end
+        for stratum, position in enumerate(positions):
+            end = begin + size + (stratum < larger)
+            assert begin <= position < end
             begin = end
-        assert found == sample(space, num, seed=0, image_shape=(1, 16, 16), num_classes=10)
+        assert indices == sample(space, num, seed=0, image_shape=(1, 16, 16), num_classes=10)
         if num > 1:
-            assert found != sample(space, num, seed=1, image_shape=(1, 16, 16), num_classes=10)
+            assert indices != sample(space, num, seed=1, image_shape=(1, 16, 16), num_classes=10)
 
 
 def test_a_sample_of_all_is_all(convnets: NasSpace) -> None:

@@ -43,47 +43,47 @@ SMALL = {"recipe": {"batch": 1024, "augment": "none"}}
 
 @pytest.fixture(scope="session")
 def proxies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two distilled sets of digits: one that knows nothing of val, one of all of train."""
+    """Two distilled sets of digits: one without val, one from all of train."""
     folder = tmp_path_factory.mktemp("proxies")
-    found = {}
+    paths = {}
     for method, ipc, val_seed in (("class_mean", 1, 0), ("random", 2, None)):
         plan = resolve(method, open_dataset("digits"), ipc=ipc)
         path = folder / f"{method}.pt"
         api.distill(plan, device=CPU, run_dir=folder / method, out=path, val_seed=val_seed)
-        found[method] = path
-    return found
+        paths[method] = path
+    return paths
 
 
 @pytest.fixture(autouse=True)
 def small_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Samples come from the 48 narrowest ConvNets of one and two blocks: seconds, not minutes."""
+    """Sample from the 48 cheapest ConvNets: seconds, not minutes."""
 
-    def drawn(held: NasOptions, config: NasConfig, dataset: Dataset) -> tuple[int, ...]:
-        chosen = choose_architectures(held, config, dataset)
-        if held.space != "convnet720":
-            return chosen
+    def drawn(nas_options: NasOptions, config: NasConfig, dataset: Dataset) -> tuple[int, ...]:
+        indices = choose_architectures(nas_options, config, dataset)
+        if nas_options.space != "convnet720":
+            return indices
         space = ConvNet720()
         cheap = sorted(range(len(space)), key=lambda index: space.cost(index, (1, 16, 16), 10))
-        return tuple(sorted(cheap[:: max(1, 48 // len(chosen))][: len(chosen)]))
+        return tuple(sorted(cheap[:: max(1, 48 // len(indices))][: len(indices)]))
 
     monkeypatch.setattr(rank, "choose_architectures", drawn)
 
 
-def options(**more: Any) -> NasOptions:
-    return NasOptions(**{"sample": 4, "epochs": 1, "executor": "local", **more})
+def options(**overrides: Any) -> NasOptions:
+    return NasOptions(**{"sample": 4, "epochs": 1, "executor": "local", **overrides})
 
 
-def config_of(held: NasOptions) -> NasConfig:
-    return resolve_config(held, (SMALL,))
+def config_of(nas_options: NasOptions) -> NasConfig:
+    return resolve_config(nas_options, (SMALL,))
 
 
-def run(folder: Path, paths: Sequence[Path], *, resume: bool = False, **more: Any) -> dict[str, Any]:
-    request = {name: more.pop(name) for name in ("baselines", "compat") if name in more}
-    held = options(**more)
+def run(folder: Path, paths: Sequence[Path], *, resume: bool = False, **overrides: Any) -> dict[str, Any]:
+    request = {name: overrides.pop(name) for name in ("baselines", "compat") if name in overrides}
+    nas_options = options(**overrides)
     return rank.rank_architectures(
         rank.NasRequest(tuple(paths), **request),
-        held,
-        config_of(held),
+        nas_options,
+        config_of(nas_options),
         execute_locally,
         run_dir=folder,
         resume=resume,
@@ -96,15 +96,15 @@ def test_a_sweep_ranks_and_reports(
     folder = tmp_path / "run"
     out = run(folder, list(proxies.values()), seeds=2, baselines=("early-stopping", "random"))
     assert out["num_archs"] == 4
-    assert [found["proxy"] for found in out["proxies"]] == [
+    assert [figures["proxy"] for figures in out["proxies"]] == [
         "class_mean.pt",
         "random.pt",
         "early-stopping (1 steps)",
         "random (ipc 1)",
         "random (ipc 2)",
     ]
-    assert [found["storage_images"] for found in out["proxies"]] == [10, 20, 1293, 10, 20]
-    assert "random.pt: not known to be distilled without val" in caplog.text
+    assert [figures["storage_images"] for figures in out["proxies"]] == [10, 20, 1293, 10, 20]
+    assert "random.pt: may have been distilled from val images" in caplog.text
     assert "class_mean.pt" not in caplog.text
     rows = Ledger(folder).rows()
     assert len([row for row in rows if row.kind == "nas"]) == 4 * 2 * 5
@@ -112,9 +112,9 @@ def test_a_sweep_ranks_and_reports(
     table = pd.read_csv(folder / "results.csv")
     assert list(table.columns)[-1] == "truth_test_accuracy"
     assert sum("test" in name for name in table.columns) == 1
-    # The figures are those of the rows: means over seeds, ranked by val.
-    own = table[table["proxy"] == "random.pt"].set_index("index")
-    for index, line in own.iterrows():
+    # The table's accuracies are the means of the rows over seeds, ranked by val.
+    proxy_table = table[table["proxy"] == "random.pt"].set_index("index")
+    for index, line in proxy_table.iterrows():
         values = [
             row.result["val_accuracy"]
             for row in rows
@@ -122,9 +122,13 @@ def test_a_sweep_ranks_and_reports(
         ]
         assert len(values) == line["num_seeds"] == 2
         assert line["proxy_accuracy"] == pytest.approx(np.mean(values))
-    found = out["proxies"][1]
-    first = own.sort_values(["proxy_rank", "truth_rank"]).iloc[0]
-    assert found["top1_truth_accuracy"] <= found["best_truth_accuracy"] == own["truth_accuracy"].max()
+    figures = out["proxies"][1]
+    first = proxy_table.sort_values(["proxy_rank", "truth_rank"]).iloc[0]
+    assert (
+        figures["top1_truth_accuracy"]
+        <= figures["best_truth_accuracy"]
+        == proxy_table["truth_accuracy"].max()
+    )
     assert first["proxy_rank"] == 1
     assert (folder / "results.parquet").is_file()
     assert (folder / "scatter.png").is_file()
@@ -159,7 +163,7 @@ def test_truth_is_trained_once_for_all_runs(
 def test_sweeps_in_one_process_train_on_their_own_images(
     tmp_path: Path, proxies: dict[str, Path], second: str
 ) -> None:
-    """Equal basenames, and a folder that was removed and made again: neither is the other's data."""
+    """Equal basenames, or a folder that was deleted and recreated: no sweep uses the other's data."""
     for folder, method, num_images in (("a/run", "class_mean", 10), (second, "random", 20)):
         shutil.rmtree(tmp_path / folder, ignore_errors=True)
         proxy = tmp_path / method / "set.pt"
@@ -171,7 +175,7 @@ def test_sweeps_in_one_process_train_on_their_own_images(
 
 
 def _csv(folder: Path) -> str:
-    """Write a truth of all 720 architectures, so that none is trained on the whole set."""
+    """Write a truth for all 720 architectures, so that none is trained on the whole set."""
     path = folder / "truth.csv"
     lines = [f"{index},{0.5 + index / 2000}" for index in range(720)]
     path.write_text("\n".join(["index,accuracy", *lines, ""]))
@@ -194,7 +198,7 @@ def test_a_broken_test_set_costs_the_last_column_alone(
     assert "no test column: the test file is torn" in caplog.text
     assert pd.read_csv(tmp_path / "run" / "results.csv")["truth_test_accuracy"].isna().all()
 
-    # Nothing of it is kept for the runs that can read test.
+    # The failure does not affect runs that can read test.
     run(tmp_path / "next", [proxies["random"]])
     assert pd.read_csv(tmp_path / "next" / "results.csv")["truth_test_accuracy"].notna().all()
 
@@ -228,7 +232,7 @@ def test_a_crashing_unit_is_tried_again_then_marked(
     assert events == ["start", "retry", "retry", "fail"]
     table = pd.read_csv(folder / "results.csv")
     assert table["failed"].sum() == 1
-    # A failed row is final: nothing is run again.
+    # A failed row is final: nothing is rerun.
     seen.clear()
     run(folder, [proxies["random"]], resume=True)
     assert not seen
@@ -269,9 +273,9 @@ VARIANTS = ["softmax over one-hot", "softmax, one_hot cut", "unshuffled", "all t
 
 
 def test_dcbench_bugs_are_proxies_of_their_own(tmp_path: Path, proxies: dict[str, Path]) -> None:
-    more = {"space": "nasbench201", "sample": 3, "truth": "table", "compat": "dcbench"}
-    out = run(tmp_path / "run", [proxies["random"]], **more)
-    assert [found["proxy"] for found in out["proxies"]] == [
+    settings = {"space": "nasbench201", "sample": 3, "truth": "table", "compat": "dcbench"}
+    out = run(tmp_path / "run", [proxies["random"]], **settings)
+    assert [figures["proxy"] for figures in out["proxies"]] == [
         "random.pt",
         *(f"random.pt [{label}]" for label in VARIANTS),
     ]
@@ -282,7 +286,7 @@ def test_dcbench_bugs_are_proxies_of_their_own(tmp_path: Path, proxies: dict[str
 def test_every_dcbench_bug_makes_another_network(
     proxies: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of files and baselines of images alike; early stopping is not the harness's."""
+    """For files and image baselines; early stopping is not part of the harness."""
     trained: list[torch.Tensor] = []
 
     def spy(nets: Sequence[Net], images: torch.Tensor, *rest: Any, **options: Any) -> str:
@@ -291,10 +295,10 @@ def test_every_dcbench_bug_makes_another_network(
         return mode
 
     monkeypatch.setattr("ddray.nas.units.train_seeds", spy)
-    held = NasOptions(space="nasbench201", sample=1, epochs=2, truth="table", executor="local")
-    config = resolve_config(held, ({"recipe": {"batch": 4}, "whole_epochs": 1},))
+    nas_options = NasOptions(space="nasbench201", sample=1, epochs=2, truth="table", executor="local")
+    config = resolve_config(nas_options, ({"recipe": {"batch": 4}, "whole_epochs": 1},))
     request = rank.NasRequest((proxies["random"],), ("random", "early-stopping"), compat="dcbench")
-    sweep = rank.prepare(request, held, config)
+    sweep = rank.prepare(request, nas_options, config)
     names = [proxy.name for proxy in sweep.proxies]
     bases = ["random.pt", "random (ipc 2)"]
     assert names == [
@@ -302,7 +306,7 @@ def test_every_dcbench_bug_makes_another_network(
         "early-stopping (10 steps)",
         *(f"{base} [{label}]" for base in bases for label in VARIANTS),
     ]
-    # No operation but none and skip_connect: one_hot's width, the highest one plus 1, is cut to 2 of 5.
+    # Only none and skip_connect occur: one_hot's width, the highest op plus 1, is cut to 2 of 5.
     index = NasBench201().index_of("|skip_connect~0|+|skip_connect~0|none~1|+|none~0|skip_connect~1|none~2|")
     planned = replace(sweep, indices=(index,)).tasks(fused=False)
     tasks = {task.units[0].spec["proxy"]: task for task in planned}
@@ -317,14 +321,14 @@ def test_every_dcbench_bug_makes_another_network(
 
 
 def test_cost_orders_tasks_longest_first(proxies: dict[str, Path], tmp_path: Path) -> None:
-    held = options(sample=8)
-    sweep = rank.prepare(rank.NasRequest((proxies["random"],)), held, config_of(held))
+    nas_options = options(sample=8)
+    sweep = rank.prepare(rank.NasRequest((proxies["random"],)), nas_options, config_of(nas_options))
     tasks = sweep.tasks(fused=False)
     costs = [task.cost for task in tasks]
     assert costs == sorted(costs, reverse=True)
     assert len({task.key for task in tasks}) == len(tasks) == 16
     fused = rank.prepare(
-        rank.NasRequest((proxies["random"],)), options(sample=8, seeds=3), config_of(held)
+        rank.NasRequest((proxies["random"],)), options(sample=8, seeds=3), config_of(nas_options)
     ).tasks(fused=True)
     assert sorted(len(task.units) for task in fused) == [1] * 8 + [3] * 8
 
@@ -363,15 +367,15 @@ def test_the_same_proxy_twice_is_refused(tmp_path: Path, proxies: dict[str, Path
 
 
 def test_a_file_called_as_a_baseline_is(tmp_path: Path, proxies: dict[str, Path]) -> None:
-    """Its images are not the baseline's; of one name they could not be told apart."""
+    """A file named like a baseline keeps its own images; with that baseline present it is an error."""
     path = tmp_path / "whole"
     shutil.copyfile(proxies["random"], path)
-    held = options()
-    sweep = rank.prepare(rank.NasRequest((path,), ("early-stopping",)), held, config_of(held))
+    nas_options = options()
+    sweep = rank.prepare(rank.NasRequest((path,), ("early-stopping",)), nas_options, config_of(nas_options))
     data = sweep.data(sweep.tasks(fused=False))
     assert [len(data.sets[proxy.set_name].labels) for proxy in sweep.proxies] == [20, 1293]
     with pytest.raises(InputError, match="called whole; rename the file"):
-        rank.prepare(rank.NasRequest((path,), ("whole",)), held, config_of(held))
+        rank.prepare(rank.NasRequest((path,), ("whole",)), nas_options, config_of(nas_options))
 
 
 def test_resume_under_another_proxy_is_refused(tmp_path: Path, proxies: dict[str, Path]) -> None:
@@ -381,12 +385,12 @@ def test_resume_under_another_proxy_is_refused(tmp_path: Path, proxies: dict[str
 
 
 def test_config_layers() -> None:
-    held = NasOptions(epochs=7, truth_epochs=9)
-    config = resolve_config(held, ({"recipe": {"lr": 0.1, "epochs": 8}},))
+    nas_options = NasOptions(epochs=7, truth_epochs=9)
+    config = resolve_config(nas_options, ({"recipe": {"lr": 0.1, "epochs": 8}},))
     assert (config.recipe.epochs, config.truth_recipe.epochs) == (8, 9)
     assert config.recipe.lr == config.truth_recipe.lr == 0.1
-    with pytest.raises(InputError, match=r"cells\.\* is of --space nasbench201, got --space convnet720"):
-        resolve_config(held, ({"cells": {"channels": 8}},))
+    with pytest.raises(InputError, match=r"cells\.\* needs --space nasbench201, got --space convnet720"):
+        resolve_config(nas_options, ({"cells": {"channels": 8}},))
     with pytest.raises(InputError, match=r"--truth-column needs .* got accuracy"):
         NasOptions.parse({"truth_column": "accuracy"})
     config = resolve_config(NasOptions(space="nasbench201"), ({"truth_recipe": {"lr": 0.2}},))
@@ -394,39 +398,39 @@ def test_config_layers() -> None:
 
 
 def test_dcbench_trains_the_whole_set_as_a_proxy_for_10_epochs(proxies: dict[str, Path]) -> None:
-    """50 on a distilled set, 10 on the whole one (METHODS: NAS), unless other epochs are asked for."""
+    """50 epochs on a distilled set, 10 on the whole one, unless the user sets the epochs."""
 
-    def epochs(layer: dict[str, Any], **more: Any) -> int:
-        return resolve_config(NasOptions(**more), (layer,)).whole_recipe().epochs
+    def epochs(layer: dict[str, Any], **overrides: Any) -> int:
+        return resolve_config(NasOptions(**overrides), (layer,)).whole_recipe().epochs
 
     cells = {"space": "nasbench201"}
     assert epochs({}, **cells) == 10
     assert epochs({}, epochs=3, **cells) == epochs({"recipe": {"epochs": 3}}, **cells) == 3
     assert epochs({"whole_epochs": 7}, epochs=3, **cells) == 7
     assert epochs({}) == 200
-    held = NasOptions(sample=2, truth="table", executor="local", **cells)
+    nas_options = NasOptions(sample=2, truth="table", executor="local", **cells)
     request = rank.NasRequest((proxies["random"],), ("whole",))
-    sweep = rank.prepare(request, held, resolve_config(held))
+    sweep = rank.prepare(request, nas_options, resolve_config(nas_options))
     assert [proxy.num_steps for proxy in sweep.proxies] == [None, 10 * math.ceil(1293 / 64)]
 
 
 def test_patience_grows_with_what_a_task_holds(proxies: dict[str, Path]) -> None:
-    held = options(sample=8, seeds=3, truth="some.csv")
-    sweep = rank.prepare(rank.NasRequest((proxies["random"],)), held, config_of(held))
+    nas_options = options(sample=8, seeds=3, truth="some.csv")
+    sweep = rank.prepare(rank.NasRequest((proxies["random"],)), nas_options, config_of(nas_options))
     tasks = sweep.tasks(fused=True)
     assert patience(options(unit_timeout=60.0), tasks) == 180.0
-    assert patience(held, tasks) == 7200.0
+    assert patience(nas_options, tasks) == 7200.0
     long = [replace(task, cost=1e9) for task in tasks]
-    assert patience(held, long) == 1e6 > patience(options(gpus_per_worker=1), long) == 20_000.0
+    assert patience(nas_options, long) == 1e6 > patience(options(gpus_per_worker=1), long) == 20_000.0
 
 
 def test_workers_leave_shared_arrays_alone(proxies: dict[str, Path], tmp_path: Path) -> None:
-    """What a worker gets is the object store's own memory (RAY.md 11)."""
-    held = options(sample=1, truth="whole")
-    sweep = rank.prepare(rank.NasRequest((proxies["random"],)), held, config_of(held))
+    """A worker's arrays are the object store's own memory (docs/ray.md, 11)."""
+    nas_options = options(sample=1, truth="whole")
+    sweep = rank.prepare(rank.NasRequest((proxies["random"],)), nas_options, config_of(nas_options))
     tasks = sweep.tasks(fused=False)
     data = sweep.data(tasks)
-    arrays = [data.val[0], *(held.images for held in data.sets.values())]
+    arrays = [data.val[0], *(train_set.images for train_set in data.sets.values())]
     before = [array.copy() for array in arrays]
     folder = tmp_path / "run"
     Ledger(folder).folder.mkdir(parents=True)

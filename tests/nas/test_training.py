@@ -38,7 +38,7 @@ def build(arch: str, seeds: Sequence[int]) -> list[Net]:
 
 def weights(net: Net) -> Tensor:
     return torch.cat(
-        [held.detach().flatten() for held in net.state_dict().values() if held.is_floating_point()]
+        [tensor.detach().flatten() for tensor in net.state_dict().values() if tensor.is_floating_point()]
     )
 
 
@@ -74,26 +74,26 @@ def test_fused_seeds_are_the_loops_networks(arch: str) -> None:
     images, labels = blobs()
     recipe = NasRecipe(epochs=2, batch=16, lr=0.05, clip=1.0)
     seeds = [3, 4, 5]
-    held = {}
+    trained = {}
     for mode in ("loop", "fused"):
         nets = build(arch, seeds)
-        said = train_seeds(nets, images, labels, recipe, seeds=seeds, dsa=dsa_for(True), mode=mode)
-        assert said == mode
-        held[mode] = torch.stack([weights(net) for net in nets])
-    torch.testing.assert_close(held["fused"], held["loop"], rtol=2e-3, atol=2e-4)
-    assert not torch.allclose(held["loop"][0], held["loop"][1], atol=1e-2), "seeds must differ"
+        used_mode = train_seeds(nets, images, labels, recipe, seeds=seeds, dsa=dsa_for(True), mode=mode)
+        assert used_mode == mode
+        trained[mode] = torch.stack([weights(net) for net in nets])
+    torch.testing.assert_close(trained["fused"], trained["loop"], rtol=2e-3, atol=2e-4)
+    assert not torch.allclose(trained["loop"][0], trained["loop"][1], atol=1e-2), "seeds must differ"
 
 
 def test_training_learns_and_repeats_itself() -> None:
     images, labels = blobs(80)
     recipe = NasRecipe(epochs=15, batch=16, lr=0.05)
-    found = []
+    trained = []
     for _ in range(2):
         (net,) = build("convnet2_w8", [0])
         train_seeds([net], images, labels, recipe, seeds=[1], dsa=dsa_for(True))
-        found.append(weights(net))
+        trained.append(weights(net))
         assert count_right(net, images, labels) > 70
-    assert torch.equal(*found)
+    assert torch.equal(*trained)
 
 
 def test_the_batch_order_depends_on_the_seed_alone() -> None:

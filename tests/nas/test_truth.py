@@ -25,18 +25,18 @@ SEEDS = (777, 888, 999)
 
 class TestTable:
     def test_accuracies_are_fractions_in_the_order_asked_for(self) -> None:
-        found = table_truth(get_space("nasbench201"), [9930, 6111])
+        truth = table_truth(get_space("nasbench201"), [9930, 6111])
 
-        assert found.values == pytest.approx([0.943633, 0.943733])
-        assert found.test is not None
-        assert found.test == pytest.approx(found.values)
-        assert found.source == "table:cifar10_test_200_mean"
+        assert truth.values == pytest.approx([0.943633, 0.943733])
+        assert truth.test is not None
+        assert truth.test == pytest.approx(truth.values)
+        assert truth.source == "table:cifar10_test_200_mean"
 
     def test_another_column_keeps_its_own_datasets_test(self) -> None:
-        found = table_truth(get_space("nasbench201"), [1, 0], "cifar100_valid_12")
+        truth = table_truth(get_space("nasbench201"), [1, 0], "cifar100_valid_12")
 
-        assert found.values == pytest.approx([0.5780, 0.3184])
-        assert found.test == pytest.approx([0.5826, 0.3126])
+        assert truth.values == pytest.approx([0.5780, 0.3184])
+        assert truth.test == pytest.approx([0.5826, 0.3126])
 
     @pytest.mark.parametrize(
         ("column", "word"),
@@ -59,14 +59,14 @@ class TestTable:
         space, indices = get_space("nasbench201"), range(15625)
         scores = table_truth(space, indices, "cifar10_valid_200_mean").values
 
-        found = figures_of_merit(
+        result = figures_of_merit(
             scores, table_truth(space, indices).values, storage_images=0, wall_s=0.0, num_bootstrap=100
         )
 
-        assert found["spearman"] == pytest.approx(0.984, abs=0.002)
-        assert found["best_truth_accuracy"] == pytest.approx(0.943733, abs=1e-6)
-        low, high = found["spearman_ci95"]
-        assert low <= found["spearman"] <= high
+        assert result["spearman"] == pytest.approx(0.984, abs=0.002)
+        assert result["best_truth_accuracy"] == pytest.approx(0.943733, abs=1e-6)
+        low, high = result["spearman_ci95"]
+        assert low <= result["spearman"] <= high
 
 
 class TestCsv:
@@ -78,11 +78,11 @@ class TestCsv:
     def test_fractions_in_the_order_asked_for(self, tmp_path: Path) -> None:
         path = self.write(tmp_path, "index,accuracy\n7,0.25\n2,0.5\n1,1\n")
 
-        found = csv_truth(path, [2, 7])
+        truth = csv_truth(path, [2, 7])
 
-        assert list(found.values) == [0.5, 0.25]
-        assert found.test is None
-        assert found.source == "csv:truth.csv:accuracy"
+        assert list(truth.values) == [0.5, 0.25]
+        assert truth.test is None
+        assert truth.source == "csv:truth.csv:accuracy"
 
     def test_percent_is_read_as_such_whichever_rows_are_asked_for(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -90,10 +90,10 @@ class TestCsv:
         path = self.write(tmp_path, "arch,index,val_accuracy,test_accuracy\na,0,0.5,\nb,1,80,79\n")
 
         with caplog.at_level(logging.INFO):
-            found = csv_truth(path, [0])
+            truth = csv_truth(path, [0])
 
-        assert list(found.values) == [0.005]
-        assert found.test is None  # unknown of all that were asked for
+        assert list(truth.values) == [0.005]
+        assert truth.test is None  # unknown for all requested architectures
         assert list(csv_truth(path, [1]).test or []) == [0.79]
         assert "up to 80 are read as percent" in caplog.text
 
@@ -108,7 +108,7 @@ class TestCsv:
         ("text", "word"),
         [
             ("index,accuracy\n0,0.5\n", "2 are missing, the first is 1"),
-            ("index,accuracy\n0,0.5\n0,0.6\n", "line 3: every index must come once, 0 comes again"),
+            ("index,accuracy\n0,0.5\n0,0.6\n", "line 3: every index must appear once, 0 appears again"),
             ("index,accuracy\n0,high\n", "line 2: accuracy must be a finite number, got 'high'"),
             ("index,accuracy\n0,nan\n", "accuracy must be a finite number, got 'nan'"),
             ("index,accuracy\n0,\n", "accuracy must be a finite number, got ''"),
@@ -120,7 +120,7 @@ class TestCsv:
             ("index,accuracy\n0\n", "line 2: a line must have 2 values"),
             ("index,top1\n0,0.5\n", "accuracy or val_accuracy, got index, top1; name it with --truth-column"),
             ("arch,accuracy\n0,0.5\n", "one column index"),
-            ("index,accuracy,accuracy\n0,1,1\n", "no name twice"),
+            ("index,accuracy,accuracy\n0,1,1\n", "no duplicate names"),
             ("index,accuracy\n", "at least one architecture"),
             ("", "got nothing"),
         ],
@@ -161,7 +161,7 @@ class TestScores:
     @pytest.mark.parametrize(
         ("text", "word"),
         [
-            ("index,score\n1,2\n1,3\n", "1 comes again"),
+            ("index,score\n1,2\n1,3\n", "1 appears again"),
             ("index,score\n1,inf\n", "score must be a finite number, got 'inf'"),
             ("index,accuracy\n1,2\n", "must have columns index,score, got index, accuracy"),
         ],
@@ -178,10 +178,10 @@ class TestScores:
 
 
 def trial(structure: str, seed: int, evaluated: dict[str, float]) -> dict[str, Any]:
-    """One training as the benchmark's file holds it: the last epoch has the accuracy, others a lower one."""
+    """One training in the format of the benchmark's file: earlier epochs have lower accuracies."""
     epochs = 4  # 12 or 200 in the original
     curve = OrderedDict((epoch, 40.0 + epoch / epochs) for epoch in range(epochs))
-    held: dict[str, Any] = {
+    record: dict[str, Any] = {
         "name": "infer.tiny",
         "net_state_dict": None,
         "train_acc1es": curve,
@@ -201,31 +201,33 @@ def trial(structure: str, seed: int, evaluated: dict[str, float]) -> dict[str, A
     }
     for name, accuracy in evaluated.items():
         for epoch in range(epochs):
-            held["eval_acc1es"][f"{name}@{epoch}"] = accuracy if epoch == epochs - 1 else 10.0
-            held["eval_losses"][f"{name}@{epoch}"] = 1.0
-            held["eval_times"][f"{name}@{epoch}"] = 0.5
-    return held
+            record["eval_acc1es"][f"{name}@{epoch}"] = accuracy if epoch == epochs - 1 else 10.0
+            record["eval_losses"][f"{name}@{epoch}"] = 1.0
+            record["eval_times"][f"{name}@{epoch}"] = 0.5
+    return record
 
 
 def results(row: Any, epochs: int) -> dict[str, Any]:
-    """All trainings of a cell for so many epochs, with the table's accuracies."""
+    """All trainings of a cell for `epochs` epochs, with the table's accuracies."""
     mean = "_mean" if epochs == 200 else ""
     trials: dict[tuple[str, int], dict[str, Any]] = {}
 
     def add(dataset: str, seed: int, evaluated: dict[str, float]) -> None:
         trials[dataset, seed] = trial(row.arch_str, seed, evaluated)
 
-    for number, seed in enumerate(SEEDS if epochs == 200 else SEEDS[:1]):
-        shift = (-0.3, 0.1, 0.2)[number] if epochs == 200 else 0.0  # sums to zero: means stay the table's
-        own = row[f"cifar10_valid_200_s{seed}"] if epochs == 200 else row["cifar10_valid_12"]
-        if not math.isnan(own):
-            add("cifar10-valid", seed, {"x-valid": own, "ori-test": 1.0})
+    for seed_index, seed in enumerate(SEEDS if epochs == 200 else SEEDS[:1]):
+        shift = (
+            (-0.3, 0.1, 0.2)[seed_index] if epochs == 200 else 0.0
+        )  # sums to zero: the means remain the table's
+        accuracy = row[f"cifar10_valid_200_s{seed}"] if epochs == 200 else row["cifar10_valid_12"]
+        if not math.isnan(accuracy):
+            add("cifar10-valid", seed, {"x-valid": accuracy, "ori-test": 1.0})
         add("cifar10", seed, {"ori-test": row[f"cifar10_test_{epochs}{mean}"] + shift})
         for dataset, name in (("cifar100", "cifar100"), ("imagenet16", "ImageNet16-120")):
             valid = f"{dataset}_valid_{epochs}" + ("_mean_derived" if epochs == 200 else "")
-            own = row[f"{dataset}_valtest_200_s{seed}"] if epochs == 200 else 2.0
+            accuracy = row[f"{dataset}_valtest_200_s{seed}"] if epochs == 200 else 2.0
             tested = row[f"{dataset}_test_{epochs}{mean}"] + shift
-            add(name, seed, {"x-valid": row[valid] + shift, "x-test": tested, "ori-test": own})
+            add(name, seed, {"x-valid": row[valid] + shift, "x-test": tested, "ori-test": accuracy})
     names = sorted({dataset for dataset, _ in trials})
     return {
         "arch_index": 0,
@@ -237,18 +239,18 @@ def results(row: Any, epochs: int) -> dict[str, Any]:
 
 
 def benchmark_file(path: Path, *, legacy: bool = True) -> Path:
-    """A file in the original's structure, of four cells in another order than the table's."""
+    """A file in the original format, with four cells in a different order than the table's."""
     cells = read_table().loc[CELLS]
-    held = {
+    content = {
         "meta_archs": list(cells.arch_str),
         "total_archs": len(cells),
         "arch2infos": {
-            place: {"less": results(row, 12), "full": results(row, 200)}
-            for place, (_, row) in enumerate(cells.iterrows())
+            position: {"less": results(row, 12), "full": results(row, 200)}
+            for position, (_, row) in enumerate(cells.iterrows())
         },
         "evaluated_indexes": set(range(len(cells))),
     }
-    torch.save(held, path, _use_new_zipfile_serialization=not legacy)
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
     if legacy:  # the original was written by torch 1 with NumPy 1
         path.write_bytes(path.read_bytes().replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
         assert b"numpy.core.multiarray" in path.read_bytes()
@@ -266,11 +268,11 @@ class TestApi:
     def test_the_default_is_the_mean_cifar10_test_accuracy(self, tmp_path: Path, legacy: bool) -> None:
         path = benchmark_file(tmp_path / "nb201.pth", legacy=legacy)
 
-        found = api_truth(path, [6111, 9930, 5])
+        truth = api_truth(path, [6111, 9930, 5])
 
-        assert found.values == pytest.approx(table_truth(get_space("nasbench201"), [6111, 9930, 5]).values)
-        assert found.test == pytest.approx(found.values)
-        assert found.source == "api:nb201.pth:cifar10_test_200_mean"
+        assert truth.values == pytest.approx(table_truth(get_space("nasbench201"), [6111, 9930, 5]).values)
+        assert truth.test == pytest.approx(truth.values)
+        assert truth.source == "api:nb201.pth:cifar10_test_200_mean"
 
     @has_package
     def test_every_column_is_the_tables(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -280,12 +282,12 @@ class TestApi:
         assert len(columns) == 23
 
         for column in columns:
-            found = api_truth(path, CELLS, column)
-            wanted = table_truth(get_space("nasbench201"), CELLS, column)
-            # Means of seeds are rounded in the table.
-            np.testing.assert_allclose(found.values, wanted.values, atol=2e-5, err_msg=column)
-            np.testing.assert_allclose(found.test, wanted.test, atol=2e-5, err_msg=column)
-        assert capsys.readouterr().out == ""  # the package prints by default: --json has stdout to itself
+            actual = api_truth(path, CELLS, column)
+            expected = table_truth(get_space("nasbench201"), CELLS, column)
+            # The table rounds means over seeds.
+            np.testing.assert_allclose(actual.values, expected.values, atol=2e-5, err_msg=column)
+            np.testing.assert_allclose(actual.test, expected.test, atol=2e-5, err_msg=column)
+        assert capsys.readouterr().out == ""  # the package prints by default, but stdout is for --json only
 
     @has_package
     def test_what_the_file_lacks_is_told(self, tmp_path: Path) -> None:
@@ -296,10 +298,10 @@ class TestApi:
             api_truth(path, [9930, 17])
 
         assert f"1 are missing, the first is {structure}" in str(caught.value)
-        held = torch.load(path, weights_only=False)
-        del held["arch2infos"][0]["full"]
-        torch.save(held, path)
-        with pytest.raises(InputError, match=r"is not read by nas-bench-201 \(KeyError"):
+        content = torch.load(path, weights_only=False)
+        del content["arch2infos"][0]["full"]
+        torch.save(content, path)
+        with pytest.raises(InputError, match=r"nas-bench-201 cannot read .* \(KeyError"):
             api_truth(path, [9930])
 
     @has_package
@@ -307,18 +309,18 @@ class TestApi:
         self, tmp_path: Path
     ) -> None:
         path = benchmark_file(tmp_path / "nb201.pth")
-        held = torch.load(path, weights_only=False)
-        first = held["arch2infos"][0]["full"]
+        content = torch.load(path, weights_only=False)
+        first = content["arch2infos"][0]["full"]
         first["dataset_seed"]["cifar10-valid"] = [777]
         del first["dataset_seed"]["cifar10"]
-        torch.save(held, path)
+        torch.save(content, path)
 
-        found = api_truth(path, CELLS[:2], "cifar10_valid_200_s888")
+        truth = api_truth(path, CELLS[:2], "cifar10_valid_200_s888")
 
-        assert list(np.isnan(found.values)) == [True, False]
-        assert found.test is not None
-        assert list(np.isnan(found.test)) == [True, False]
-        with pytest.raises(InputError, match="holds no cifar10_test_200_mean of these 1 cells"):
+        assert list(np.isnan(truth.values)) == [True, False]
+        assert truth.test is not None
+        assert list(np.isnan(truth.test)) == [True, False]
+        with pytest.raises(InputError, match="has no cifar10_test_200_mean for these 1 cells"):
             api_truth(path, CELLS[:1])
 
     def test_the_missing_package_is_told_with_the_fix(

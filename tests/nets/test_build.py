@@ -1,4 +1,4 @@
-"""What holds for every architecture: shapes, determinism, re-initialisation, chunks and memory formats."""
+"""Properties of every architecture: shapes, determinism, re-initialisation, chunks and memory formats."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def images(shape: tuple[int, int, int], num: int = 2) -> Tensor:
 
 
 def state(net: Net) -> list[Tensor]:
-    held = list(chain(net.parameters(), net.buffers()))
-    assert held
-    return held
+    tensors = list(chain(net.parameters(), net.buffers()))
+    assert tensors
+    return tensors
 
 
 def same_bytes(left: list[Tensor], right: list[Tensor]) -> bool:
@@ -70,7 +70,7 @@ def test_shapes_and_finite_values(arch: str, shape: tuple[int, int, int]) -> Non
 @pytest.mark.parametrize(
     ("arch", "count"),
     [
-        ("resnet18", 11_173_962),  # the CIFAR ResNet-18 that everyone counts
+        ("resnet18", 11_173_962),  # the usual CIFAR ResNet-18
         ("vgg11", 9_231_114),  # DC's networks.py
         ("alexnet", 1_872_202),  # DC's networks.py
         ("resnet18_ap", 11_173_962 + 512 * 15 * 10),  # DC: a 4x4 map instead of its mean feeds the classifier
@@ -153,13 +153,13 @@ def test_same_seed_same_bytes_and_the_global_generator_is_left_alone(arch: str) 
 def test_reinitialize_equals_a_new_net_in_the_same_memory(arch: str) -> None:
     net = build_net(arch, (3, 32, 32), 10, seed=1).to(memory_format=torch.channels_last)
     net(images((3, 32, 32)))  # moves running statistics
-    held = state(net)
-    places = [(id(t), t.data_ptr(), t.stride()) for t in held]
+    tensors = state(net)
+    locations = [(id(t), t.data_ptr(), t.stride()) for t in tensors]
     before = torch.random.get_rng_state()
     reinitialize(net, 9)
     assert torch.equal(before, torch.random.get_rng_state())
-    assert places == [(id(t), t.data_ptr(), t.stride()) for t in state(net)]
-    assert same_bytes(held, state(build_net(arch, (3, 32, 32), 10, seed=9)))
+    assert locations == [(id(t), t.data_ptr(), t.stride()) for t in state(net)]
+    assert same_bytes(tensors, state(build_net(arch, (3, 32, 32), 10, seed=9)))
 
 
 def test_reinitialize_works_through_torch_compile() -> None:
@@ -174,9 +174,9 @@ def test_reinitialize_works_through_torch_compile() -> None:
 
 def test_features_compile_without_a_graph_break() -> None:
     net = build_net("convnet2_w8", (3, 16, 16), 10, seed=1)
-    found = torch.compile(net.features, backend="eager", fullgraph=True)(images((3, 16, 16)))
-    torch.testing.assert_close(found.embedding, net.embed(images((3, 16, 16))))
-    assert len(found.maps) == 2
+    features = torch.compile(net.features, backend="eager", fullgraph=True)(images((3, 16, 16)))
+    torch.testing.assert_close(features.embedding, net.embed(images((3, 16, 16))))
+    assert len(features.maps) == 2
 
 
 @pytest.mark.parametrize(
@@ -219,13 +219,13 @@ def test_returned_tensors_are_not_overwritten_by_later_layers(arch: str) -> None
     when_computed: list[Tensor] = []
     for stage in getattr(net.body, "stages", ()):
         stage.register_forward_hook(lambda _module, _inputs, output: when_computed.append(output.clone()))
-    found = net.features(images((3, 32, 32), 4))
+    features = net.features(images((3, 32, 32), 4))
     if when_computed:
-        assert same_bytes(when_computed, list(found.maps))
+        assert same_bytes(when_computed, list(features.maps))
         last = when_computed[-1]
         expected = last.flatten(1) if arch == "resnet18_ap" else last.mean((2, 3))
-        torch.testing.assert_close(found.embedding, expected)
-    (found.logits.sum() + found.embedding.sum() + sum(m.sum() for m in found.maps)).backward()
+        torch.testing.assert_close(features.embedding, expected)
+    (features.logits.sum() + features.embedding.sum() + sum(m.sum() for m in features.maps)).backward()
     assert all(parameter.grad is not None for parameter in net.parameters())
 
 
@@ -236,9 +236,9 @@ def test_deit_averages_tokens_and_heads() -> None:
     with torch.no_grad():
         for head in heads:
             nn.init.eye_(head.weight)
-        found = net.features(images((3, 16, 16)))
+        features = net.features(images((3, 16, 16)))
     # With equal heads the mean of the heads is the head of the mean.
-    torch.testing.assert_close(found.logits, found.embedding[:, :4])
+    torch.testing.assert_close(features.logits, features.embedding[:, :4])
 
 
 @pytest.mark.parametrize(

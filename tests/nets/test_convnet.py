@@ -80,12 +80,12 @@ def test_forward_equals_the_naive_one(norm: str, activation: str, pooling: str) 
             expected = naive_pool(expected, pooling)
         embedding = expected.flatten(1)
         logits = embedding @ state["classifier.weight"].T + state["classifier.bias"]
-        found = net.features(x)
-        assert len(found.maps) == depth
-        for got, want in zip(found.maps, maps, strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(found.embedding, embedding, rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(found.logits, logits, rtol=1e-9, atol=1e-9)
+        features = net.features(x)
+        assert len(features.maps) == depth
+        for actual_map, expected_map in zip(features.maps, maps, strict=True):
+            torch.testing.assert_close(actual_map, expected_map, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(features.embedding, embedding, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(features.logits, logits, rtol=1e-9, atol=1e-9)
 
 
 def test_convnet3_has_the_published_size() -> None:
@@ -142,13 +142,13 @@ def test_instance_norm_is_a_group_norm_per_channel(
     before = x.clone()
 
     with torch.set_grad_enabled(grad):
-        found = layer(x)
+        actual = layer(x)
 
-    wanted = F.group_norm(x.double(), 6, layer.weight.double(), layer.bias.double())
-    # Of a single pixel PyTorch scales float32's own rounding by 1 / sqrt(eps) = 316.
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-3 if side == 1 else 1e-5)
+    expected = F.group_norm(x.double(), 6, layer.weight.double(), layer.bias.double())
+    # For a single pixel PyTorch scales float32's own rounding by 1 / sqrt(eps) = 316.
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-3 if side == 1 else 1e-5)
     assert torch.equal(x, before)
-    assert found.is_contiguous(memory_format=memory_format)
+    assert actual.is_contiguous(memory_format=memory_format)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -158,18 +158,20 @@ def test_layer_norm_is_over_channels_and_places(memory_format: torch.memory_form
         layer.weight.uniform_(0.5, 2)
         layer.bias.normal_()
     x = (3 + 2 * torch.randn(4, 6, 8, 5)).contiguous(memory_format=memory_format).requires_grad_()
-    own = [x, *layer.parameters()]
-    doubles = [held.detach().double().requires_grad_() for held in own]
+    tensors = [x, *layer.parameters()]
+    doubles = [tensor.detach().double().requires_grad_() for tensor in tensors]
 
-    found = layer(x)
-    wanted = F.layer_norm(doubles[0], [6, 8, 5], doubles[1], doubles[2])
+    actual = layer(x)
+    expected = F.layer_norm(doubles[0], [6, 8, 5], doubles[1], doubles[2])
 
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
-    assert found.is_contiguous(memory_format=memory_format)
-    weights = torch.randn_like(found)
-    grads = torch.autograd.grad((found * weights).sum(), own)
-    for grad, right in zip(grads, torch.autograd.grad((wanted * weights).sum(), doubles), strict=True):
-        torch.testing.assert_close(grad.double(), right, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
+    assert actual.is_contiguous(memory_format=memory_format)
+    weights = torch.randn_like(actual)
+    grads = torch.autograd.grad((actual * weights).sum(), tensors)
+    for grad, expected_grad in zip(
+        grads, torch.autograd.grad((expected * weights).sum(), doubles), strict=True
+    ):
+        torch.testing.assert_close(grad.double(), expected_grad, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_of_flattened_maps_keep_channels_last() -> None:
@@ -188,10 +190,10 @@ def test_gradients_of_flattened_maps_keep_channels_last() -> None:
 
 
 def test_the_format_to_train_in_is_that_of_the_slowest_layer() -> None:
-    def chosen(arch: str, device: str = "cpu") -> torch.memory_format:
+    def best_format(arch: str, device: str = "cpu") -> torch.memory_format:
         return training_format(build_net(arch, (3, 32, 32), 10, seed=0), torch.device(device))
 
     contiguous = {"convnet3", "vgg11", "convnet1_bn_nopool", "convnet2_nonorm_nopool"}
     fast = {"convnet3_bn", "convnet1_ln", "convnet3_gn_max", "convnet3_nonorm_nopool", "resnet18"}
-    assert {arch for arch in contiguous | fast if chosen(arch) == torch.contiguous_format} == contiguous
-    assert chosen("convnet3", "cuda") == torch.channels_last
+    assert {arch for arch in contiguous | fast if best_format(arch) == torch.contiguous_format} == contiguous
+    assert best_format("convnet3", "cuda") == torch.channels_last

@@ -28,7 +28,7 @@ def test_base_names_are_canonical_and_complete() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "canonical"),
+    ("arch", "canonical"),
     [
         ("convnet3_w128_relu_in_avg", "convnet3"),
         ("convnet3_max_bn_sigmoid_w64", "convnet3_w64_sigmoid_bn_max"),
@@ -42,8 +42,8 @@ def test_base_names_are_canonical_and_complete() -> None:
         ("densenet_cifar_in", "densenet_cifar_in"),
     ],
 )
-def test_canonical_name_omits_defaults_whatever_the_order(given: str, canonical: str) -> None:
-    assert check_arch(given) == canonical
+def test_canonical_name_omits_defaults_whatever_the_order(arch: str, canonical: str) -> None:
+    assert check_arch(arch) == canonical
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def small_net(cell: str, shape: tuple[int, int, int] = (3, 16, 16), skeleton: Sk
 
 
 def naive_average(x: Tensor, kernel: int, stride: int, padding: int, size: tuple[int, int]) -> Tensor:
-    """Average what a window holds of the map itself, whatever its place."""
+    """Average over the part of each window that lies inside the map."""
     height, width = x.shape[2:]
     rows = []
     for i in range(size[0]):
@@ -65,7 +65,7 @@ def naive_average(x: Tensor, kernel: int, stride: int, padding: int, size: tuple
 
 
 class Naive:
-    """The network as METHODS describes it: every edge, zeros included, from the weights of a built one."""
+    """The network by its definition: every edge, zeros included, with the weights of a built one."""
 
     def __init__(self, net: Net, weights: list[dict[str, float]], skeleton: Skeleton) -> None:
         self.state = dict(net.body.state_dict(keep_vars=True))
@@ -127,20 +127,20 @@ class Naive:
 
 def assert_same_values_and_gradients(net: Net, naive: Naive, shape: tuple[int, int, int]) -> None:
     x = images(shape).requires_grad_()
-    found, expected = net.features(x), naive(x)
+    actual, expected = net.features(x), naive(x)
     tolerance = {"rtol": 1e-8, "atol": 1e-8}
-    torch.testing.assert_close(found.logits, expected[0], **tolerance)
-    torch.testing.assert_close(found.embedding, expected[1], **tolerance)
-    assert len(found.maps) == 3
-    for got, want in zip(found.maps, expected[2], strict=True):
-        torch.testing.assert_close(got, want, **tolerance)
-    held = [x, *net.parameters()]
+    torch.testing.assert_close(actual.logits, expected[0], **tolerance)
+    torch.testing.assert_close(actual.embedding, expected[1], **tolerance)
+    assert len(actual.maps) == 3
+    for actual_tensor, expected_tensor in zip(actual.maps, expected[2], strict=True):
+        torch.testing.assert_close(actual_tensor, expected_tensor, **tolerance)
+    inputs = [x, *net.parameters()]
     grads = [
-        torch.autograd.grad(logits.square().sum(), held, materialize_grads=True)
-        for logits in (found.logits, expected[0])
+        torch.autograd.grad(logits.square().sum(), inputs, materialize_grads=True)
+        for logits in (actual.logits, expected[0])
     ]
-    for got, want in zip(*grads, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    for actual_tensor, expected_tensor in zip(*grads, strict=True):
+        torch.testing.assert_close(actual_tensor, expected_tensor, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("affine", [True, False])
@@ -160,7 +160,7 @@ def test_odd_sides_and_one_channel_equal_the_naive_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cell", "width"),  # of the one-hot rows, where one_hot is given no number of classes
+    ("cell", "width"),  # of the one-hot rows when one_hot is called without a number of classes
     [
         (ALL_OPS, 5),
         (CELL_9930, 4),
@@ -173,8 +173,12 @@ def test_mixtures_are_what_a_softmax_over_one_hot_rows_trains(cell: str, width: 
     x = images((3, 16, 16))
     for mixture, columns in (("softmax", 5), ("softmax_truncated", width)):
         skeleton = Skeleton(channels=4, num_cells=1, cell_affine=False, mixture=mixture)
-        chosen = torch.tensor([OPS.index(op) for op in parse_arch_str(cell)])
-        rows = nn.functional.one_hot(chosen, 5) if mixture == "softmax" else nn.functional.one_hot(chosen)
+        op_indices = torch.tensor([OPS.index(op) for op in parse_arch_str(cell)])
+        rows = (
+            nn.functional.one_hot(op_indices, 5)
+            if mixture == "softmax"
+            else nn.functional.one_hot(op_indices)
+        )
         assert rows.shape == (6, columns)
         weights = [dict(zip(OPS, row.tolist(), strict=False)) for row in rows.double().softmax(1)]
         net = small_net(cell, skeleton=skeleton)
@@ -187,14 +191,14 @@ def test_mixtures_are_what_a_softmax_over_one_hot_rows_trains(cell: str, width: 
 
 def test_weights_of_a_mixture_are_e_to_one() -> None:
     """With skips chosen everywhere a cell's first edge gives e/(e+4) of its input, and so on."""
-    chosen, other = math.e / (math.e + 4), 1 / (math.e + 4)
+    chosen_weight, other_weight = math.e / (math.e + 4), 1 / (math.e + 4)
     skeleton = Skeleton(channels=2, num_cells=1, cell_affine=False, mixture="softmax")
     net = build_cell_net(to_arch_str(["skip_connect"] * 6), (3, 16, 16), 5, skeleton=skeleton, seed=0)
     cell = net.body.stages[0][0]
     for conv in cell.convs.values():
         conv[0].weight.data.zero_()
     x = torch.ones(2, 2, 6, 6)  # which average pooling keeps
-    first = chosen + other
+    first = chosen_weight + other_weight
     second = first + first**2
     torch.testing.assert_close(cell(x), (first + first**2 + first * second) * x)
 
@@ -263,8 +267,8 @@ def test_it_compiles_without_a_graph_break_and_takes_channels_last(cell: str) ->
     expected = net(x)
     compiled = torch.compile(net, backend="eager", fullgraph=True)(x)
     torch.testing.assert_close(compiled, expected, rtol=1e-9, atol=1e-9)
-    found = net.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last))
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    output = net.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -277,12 +281,12 @@ def test_networks_of_two_seeds_can_be_stacked(cell: str) -> None:
     def forward(params: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Tensor:
         return torch.func.functional_call(nets[0], (params, buffers), (x,))
 
-    found = torch.func.vmap(forward)(params, buffers, x)
+    stacked = torch.func.vmap(forward)(params, buffers, x)
     expected = torch.stack([net(part) for net, part in zip(nets, x, strict=True)])
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    for number, net in enumerate(nets):
-        for name, held in net.named_buffers():
-            torch.testing.assert_close(buffers[name][number], held, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(stacked, expected, rtol=1e-4, atol=1e-4)
+    for index, net in enumerate(nets):
+        for name, buffer in net.named_buffers():
+            torch.testing.assert_close(buffers[name][index], buffer, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -300,8 +304,8 @@ def test_networks_of_two_seeds_can_be_stacked(cell: str) -> None:
     ],
 )
 def test_sizes_are_the_benchmarks(cell: str, classes: int, size: int, params: float, flops: float) -> None:
-    found = cell_net_size(parse_arch_str(cell), (3, size, size), classes)
-    assert found == (round(params * 1e6), round(flops * 1e6))
+    actual = cell_net_size(parse_arch_str(cell), (3, size, size), classes)
+    assert actual == (round(params * 1e6), round(flops * 1e6))
 
 
 @pytest.mark.parametrize("mixture", [None, "softmax", "softmax_truncated"])
@@ -315,7 +319,7 @@ def test_sizes_are_those_of_the_built_network(mixture: str | None, affine: bool)
         net = build_cell_net(cell, shape, 7, skeleton=skeleton, seed=0)
         params, flops = cell_net_size(parse_arch_str(cell), shape, 7, skeleton)
         assert params == num_params(net)
-        if cell not in (EMPTY_NODE, NO_WAY_OUT):  # where convolutions are counted that are not run
+        if cell not in (EMPTY_NODE, NO_WAY_OUT):  # which count convolutions that are not run
             assert flops == counted_flops(net)
 
 
