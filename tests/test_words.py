@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-VAGUE = set(
-    ["held", "found", "own", "known", "chosen", "wanted", "made", "more", "given", "kept", "shown", "asked"]
-)
+VAGUE = {
+    *("held", "found", "own", "known", "chosen", "wanted"),
+    *("made", "more", "given", "kept", "shown", "asked"),
+}
 FOLDERS = ("ddray", "tests", "reports", "docs")
 
 
