@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -127,9 +128,11 @@ class DistilledSet:
             if ipc is not None:
                 raise InputError("--ipc is for sets that store statistics; this one stores its images")
             return self
-        from ddray.methods._d3hr_sampling import generate
-
-        return generate(self, self.meta.ipc if ipc is None else ipc, torch.device(device))
+        # By name: only sets of D3HR need its generator, and this package knows no method.
+        sampling = importlib.import_module("ddray.methods._d3hr_sampling")
+        num = self.meta.ipc if ipc is None else ipc
+        distilled: DistilledSet = sampling.generate(self, num, torch.device(device))
+        return distilled
 
     def decode(self) -> TrainSet:
         """Return the set as networks train on it.
@@ -147,10 +150,15 @@ class DistilledSet:
         return TrainSet(expand(self.images, partition), self.labels.repeat_interleave(partition.num_parts))
 
     def to_torch_dataset(self) -> TensorDataset:
-        """Return (image [C, H, W], label) pairs, as decoded, in the set's pixel space."""
-        from ddray.export import to_torch_dataset
+        """Return (image [C, H, W], label) pairs, as decoded, in the set's pixel space; the tensors are copies.
 
-        return to_torch_dataset(self)
+        For a self-supervised set, the target representation [D] takes the place of the label.
+        """
+        from torch.utils.data import TensorDataset
+
+        train = self.decode()
+        second = train.labels if train.targets is None else train.targets
+        return TensorDataset(train.images.clone(), second.clone())
 
     def validate(self) -> None:
         """Check that tensors and meta agree.

@@ -25,17 +25,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def to_torch_dataset(distilled: DistilledSet) -> TensorDataset:
-    """Return (image [C, H, W], label) pairs, as decoded, in the set's pixel space; the tensors are copies.
-
-    For a self-supervised set, the target representation [D] takes the place of the label.
-    """
-    from torch.utils.data import TensorDataset
-
-    train = distilled.decode()
-    return TensorDataset(train.images.clone(), _second(train).clone())
-
-
 def _second(train: TrainSet) -> Tensor:
     """Return the training targets: labels or representations."""
     return train.labels if train.targets is None else train.targets

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ddray import api, artifact, scoring
+from ddray import api, scoring
 from ddray.artifact import DistilledSet
+from ddray.artifact import load as load_set
 from ddray.config import merge, nest
 from ddray.data import Dataset, open_dataset
 from ddray.distill import run_distillation
@@ -68,7 +69,7 @@ def distill(
     torch_device = pick_device(device)
     if run_dir is not None:
         result = api.distill(plan, device=torch_device, run_dir=Path(run_dir).absolute(), resume=True)
-        return artifact.load(Path(result["artifact"]))
+        return load_set(Path(result["artifact"]))
     ctx = make_context(plan, plan.dataset.train(), split_name="train", device=torch_device)
     return run_distillation(make_distiller(plan), ctx).distilled
 
@@ -89,7 +90,7 @@ def load(path: str | Path, *, dataset: str | Path | None = None) -> DistilledSet
         InputError: the file is not a distilled set.
     """
     opened = None if dataset is None else _open(dataset)
-    return artifact.load(Path(path).absolute(), dataset=opened)
+    return load_set(Path(path).absolute(), dataset=opened)
 
 
 def evaluate(

@@ -19,9 +19,9 @@ def data_info(
 ) -> None:
     """Say what a dataset holds."""
     with output(as_json) as emit:
-        from ddray import api
+        from ddray.api import data_info as describe_dataset
 
-        result = api.data_info(name, data_dir=absolute(data_dir), download=download)
+        result = describe_dataset(name, data_dir=absolute(data_dir), download=download)
         emit(result, display.table_of(name, result))
 
 
