@@ -13,13 +13,13 @@ import torch
 from ddray.data import carve_val, open_dataset
 from ddray.distill import DistillResult, run_distillation
 from ddray.errors import DdrayError, InputError
-from ddray.files import write_text
 from ddray.ledger import Row, Unit
 from ddray.plan import Plan, make_context, make_distiller
-from ddray.progress import progress
 from ddray.report.pictures import save_pictures
 from ddray.report.table import write_results
 from ddray.run import open_run
+from ddray.system.files import write_text
+from ddray.system.progress import progress
 
 
 def distill_unit(plan: Plan, split_name: str) -> Unit:

@@ -23,9 +23,9 @@ from ddray.bases import expand as expand_bases
 from ddray.config import Config
 from ddray.data import Dataset, PixelSpace
 from ddray.errors import InputError
-from ddray.files import write_atomically
 from ddray.partition import Partition, expand
-from ddray.tensor_files import is_plain, read_foreign, read_tensors
+from ddray.system.files import write_atomically
+from ddray.system.tensors import is_plain, read_foreign, read_tensors
 
 if TYPE_CHECKING:
     from torch.utils.data import TensorDataset

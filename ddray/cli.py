@@ -19,7 +19,7 @@ from ddray.commands.pool import pool_list, pool_show, pool_train
 from ddray.commands.searching import nas, tune
 from ddray.commands.tables import bench, report
 from ddray.errors import DdrayError, InterruptedRunError
-from ddray.memory import reuse_freed_memory
+from ddray.system.memory import reuse_freed_memory
 
 app = typer.Typer(
     name="ddray",

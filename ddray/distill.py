@@ -19,11 +19,11 @@ from ddray.bases import Bases, images_of, targets_of
 from ddray.config import Config
 from ddray.data import Dataset, PixelSpace, Split
 from ddray.errors import DivergedError
-from ddray.files import write_atomically
 from ddray.partition import Partition
 from ddray.pool import ModelPool
 from ddray.run import git_commit, versions
 from ddray.seeding import derive
+from ddray.system.files import write_atomically
 
 log = logging.getLogger(__name__)
 _CURVE_POINTS: Final = 200

@@ -15,11 +15,9 @@ import torch
 from torch import Tensor
 
 from ddray.errors import InputError
-from ddray.files import storage_errors, write_atomically
+from ddray.system.files import storage_errors, write_atomically
 
 if TYPE_CHECKING:
-    from torch.utils.data import TensorDataset
-
     from ddray.artifact import DistilledSet, TrainSet
 
 log = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ddray.config import Config
-from ddray.files import storage_errors, write_atomically
+from ddray.system.files import storage_errors, write_atomically
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from ddray.methods import get_method
 from ddray.nets import build_net, check_arch, default_arch
 from ddray.pool import LocalPool, ModelPool, PoolSpec
 from ddray.pool_training import PoolTrainer
-from ddray.shipped import shipped
+from ddray.system.shipped import shipped
 
 PRESETS: Final = ("paper", "repo")
 MAX_ZCA: Final = 12_288  # 3 x 64 x 64: above, the matrix alone takes gigabytes, its eigenvectors hours

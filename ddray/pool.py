@@ -18,10 +18,10 @@ from pydantic import ValidationInfo, field_validator
 
 from ddray.config import Config
 from ddray.errors import DdrayError
-from ddray.files import home
 from ddray.ledger import canonical_json
 from ddray.pool_files import DamagedEntryError, EntryLock, PoolFiles
-from ddray.progress import progress
+from ddray.system.files import home
+from ddray.system.progress import progress
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -12,12 +12,12 @@ import torch
 from ddray.data import Dataset
 from ddray.errors import InputError, unknown
 from ddray.evaluate.training import Recipe
-from ddray.files import home
 from ddray.nets import check_arch
 from ddray.plan import resolve, resolve_arch
 from ddray.pool import SUPERVISED_RECIPE, LocalPool, supervised_specs
 from ddray.pool_files import DamagedEntryError, PoolFiles
 from ddray.pool_training import PoolTrainer
+from ddray.system.files import home
 
 log = logging.getLogger(__name__)
 

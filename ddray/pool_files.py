@@ -27,7 +27,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from ddray.errors import DdrayError, InputError
-from ddray.files import storage_errors
+from ddray.system.files import storage_errors
 
 if TYPE_CHECKING:
     import numpy as np

@@ -20,8 +20,8 @@ import yaml
 
 from ddray.config import difference, read_yaml
 from ddray.errors import InputError
-from ddray.files import storage_errors, write_text
 from ddray.ledger import Ledger
+from ddray.system.files import storage_errors, write_text
 
 log = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ddray.cluster.runtime import cpu_count
 from ddray.ledger import Ledger, Row, Unit
+from ddray.system.worker import cpu_count
 
 UNIT_S = 0.2
 REPEATS = 3

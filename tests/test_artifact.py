@@ -14,7 +14,7 @@ from ddray.artifact import DistilledSet, Meta, load
 from ddray.data import PixelSpace
 from ddray.errors import InputError
 from ddray.partition import Partition, expand
-from ddray.tensor_files import numpy_scalars
+from ddray.system.tensors import numpy_scalars
 
 
 def meta(**changes: Any) -> Meta:

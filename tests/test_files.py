@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from ddray import files
 from ddray.errors import StorageError
-from ddray.files import storage_errors, write_atomically, write_text
+from ddray.system import files
+from ddray.system.files import storage_errors, write_atomically, write_text
 
 
 def names(folder: Path) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddray.memory import available_bytes
+from ddray.system.memory import available_bytes
 
 _PROBE = """
 import resource, sys, torch

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ddray import pool_files
 from ddray.errors import InputError, StorageError
-from ddray.files import home
 from ddray.nets import build_net
 from ddray.pool import SUPERVISED_RECIPE, LocalPool, PoolSpec, supervised_specs
 from ddray.pool_files import ENTRY, TENSORS, PoolFiles
+from ddray.system.files import home
 
 
 def spec(**changes: Any) -> PoolSpec:

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from ddray import progress as module
-from ddray.progress import progress
+from ddray.system import progress as module
+from ddray.system.progress import progress
 
 
 def test_without_a_terminal_it_logs_how_many_of_how_many_there_are_by_now(

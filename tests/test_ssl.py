@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ddray.data import Dataset, Split, normalized_space
 from ddray.errors import InputError
-from ddray.files import home
 from ddray.pool import LocalPool
 from ddray.pool_training import PoolTrainer
 from ddray.ssl import (
@@ -25,6 +24,7 @@ from ddray.ssl import (
     teacher_net,
     teacher_spec,
 )
+from ddray.system.files import home
 
 CPU = torch.device("cpu")
 SMALL = TeacherConfig(arch="convnet2_w8", epochs=2, batch=8, projector=16)

@@ -12,9 +12,9 @@ from ddray.bench.graph import pool_work
 from ddray.bench.units import Graph, Work
 from ddray.bench.work import Damaged, Job, Needs, artifact_name, has_entry, is_sound, publish
 from ddray.errors import DdrayError, StorageError
-from ddray.files import home
 from ddray.ledger import Ledger, Row
 from ddray.run import Run
+from ddray.system.files import home
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from typing import Any, Final
 
 from ddray.bench.spec import Source
 from ddray.bench.units import Cell
-from ddray.files import write_text
 from ddray.ledger import Row
 from ddray.report.published import Number, compare, find, read_numbers
+from ddray.system.files import write_text
 
 _REPORTED: Final = ("arch", "accuracy_mean", "accuracy_std", "per_seed", "num_images", "wall_s")
 COLUMNS: Final = (

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from ddray.cluster.runtime import cpu_count, ray_runtime
+from ddray.cluster.runtime import ray_runtime
 from ddray.data import dataset_names, open_dataset
 from ddray.errors import DdrayError, InputError
-from ddray.files import home
+from ddray.system.files import home
+from ddray.system.worker import cpu_count
 
 _MIN_FREE_GIB = 5.0
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import ray
 
-from ddray.cluster.runtime import prepare_worker, set_threads
 from ddray.errors import DivergedError, InputError, StorageError
+from ddray.system.worker import prepare_worker, set_threads
 
 log = logging.getLogger(__name__)
 

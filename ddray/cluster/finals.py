@@ -15,18 +15,19 @@ import torch
 from ddray import artifact
 from ddray.cluster.payload import Payload, pack, unpack
 from ddray.cluster.pretrain import shared_pool
-from ddray.cluster.runtime import check_capacity, ray_runtime, set_threads, worker_device
+from ddray.cluster.runtime import check_capacity, ray_runtime
 from ddray.cluster.trial import Job, forget_checkpoint, score, trial_config, trial_pool
 from ddray.data import PixelSpace, Split
 from ddray.distill import run_distillation
 from ddray.errors import DdrayError, DivergedError, StorageError
-from ddray.files import write_atomically
 from ddray.ledger import Ledger, Row, Unit
 from ddray.plan import Plan, declared_specs, make_context, make_distiller, pixel_space
 from ddray.pool import PoolSpec
 from ddray.report.images import save_grid
 from ddray.run import Run
 from ddray.seeding import derive_seed
+from ddray.system.files import write_atomically
+from ddray.system.worker import set_threads, worker_device
 
 if TYPE_CHECKING:
     from ddray.cluster.tune import TuneOptions

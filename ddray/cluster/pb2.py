@@ -28,16 +28,16 @@ import pandas as pd
 import torch
 
 from ddray.cluster.payload import Payload, unpack
-from ddray.cluster.runtime import set_threads, worker_device
 from ddray.cluster.trial import Job, split_name, trial_config, trial_pool, trial_result, val_score
 from ddray.distill import run_distillation
 from ddray.errors import DivergedError, InputError, StorageError
-from ddray.files import write_atomically, write_text
 from ddray.ledger import Row
 from ddray.plan import Plan, make_context, make_distiller
 from ddray.seeding import derive_numpy, derive_seed, forked_numpy
 from ddray.space import Range, sample
 from ddray.study import write_study
+from ddray.system.files import write_atomically, write_text
+from ddray.system.worker import set_threads, worker_device
 
 if TYPE_CHECKING:
     from ddray.cluster.tune import Search

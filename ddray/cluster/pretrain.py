@@ -12,13 +12,13 @@ import torch
 
 from ddray.cluster.payload import Payload, unpack
 from ddray.cluster.pool import PoolAddress, pool_service
-from ddray.cluster.runtime import worker_device
 from ddray.cluster.trial import Job, trial_pool
 from ddray.errors import DdrayError
-from ddray.files import home
 from ddray.pool import PoolSpec
 from ddray.pool_files import DamagedEntryError, PoolFiles
-from ddray.progress import progress
+from ddray.system.files import home
+from ddray.system.progress import progress
+from ddray.system.worker import worker_device
 
 log = logging.getLogger(__name__)
 

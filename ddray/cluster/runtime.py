@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 from ddray.errors import DdrayError, InputError
-from ddray.memory import reuse_freed_memory
+from ddray.system.worker import cpu_count
 
 log = logging.getLogger(__name__)
 
@@ -72,11 +72,6 @@ def ray_runtime(address: str | None) -> Iterator[None]:
             yield
     finally:
         ray.shutdown()
-
-
-def cpu_count() -> int:
-    """Return the CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _worker_environment() -> dict[str, str]:
@@ -155,23 +150,3 @@ def _end_now() -> None:
     )
     sys.stderr.flush()
     os._exit(1)
-
-
-def set_threads(cpus: float) -> None:
-    """Give this worker's torch its share of cores (docs/ray.md, 7: by default one thread)."""
-    import torch
-
-    torch.set_num_threads(max(1, int(cpus)))
-
-
-def worker_device(gpus: float) -> str:
-    """Return the device of a worker: CUDA only if it was assigned a GPU (docs/ray.md, 10)."""
-    import torch
-
-    return "cuda" if gpus > 0 and torch.cuda.is_available() else "cpu"
-
-
-def prepare_worker() -> None:
-    """Set up a worker's process: log warnings and above to stderr, reuse freed memory."""
-    reuse_freed_memory()
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)

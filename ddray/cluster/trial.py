@@ -14,20 +14,20 @@ import torch
 from ddray.artifact import DistilledSet
 from ddray.cluster.payload import Payload, Unpacked, unpack
 from ddray.cluster.pool import ClusterPool, PoolAddress
-from ddray.cluster.runtime import prepare_worker, set_threads, worker_device
 from ddray.config import merge
 from ddray.distill import DistillResult, rate_name, run_distillation
 from ddray.errors import DivergedError
 from ddray.evaluate import EvalContext, Evaluator, evaluate_archs
 from ddray.evaluate.hard import Hard
 from ddray.evaluate.linear import Linear
-from ddray.files import write_text
 from ddray.ledger import Ledger, Row, Unit
 from ddray.methods import get_method
 from ddray.nas.objective import SpearmanObjective
 from ddray.plan import Plan, RunConfig, make_context, make_distiller
 from ddray.pool import LocalPool, ModelPool
 from ddray.pool_training import PoolTrainer
+from ddray.system.files import write_text
+from ddray.system.worker import prepare_worker, set_threads, worker_device
 
 METRIC: Final = "score"
 """The name under which Tune gets the score, whatever the objective is."""

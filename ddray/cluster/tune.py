@@ -27,7 +27,6 @@ from ddray.cluster.trial import ETA, Job, split_name, trial_unit
 from ddray.config import Config
 from ddray.data import PixelSpace, Split, carve_val, search_rows
 from ddray.errors import DdrayError, InputError, InterruptedRunError, unknown
-from ddray.files import write_text
 from ddray.ledger import Row
 from ddray.nas.objective import SpearmanObjective, spearman_objective
 from ddray.nas.options import NasOptions
@@ -46,9 +45,10 @@ from ddray.pool import PoolSpec
 from ddray.report.table import write_results
 from ddray.report.tune_page import write_report
 from ddray.run import Run, open_run
-from ddray.shipped import shipped
 from ddray.space import Range, grid, read_space
 from ddray.study import score_of
+from ddray.system.files import write_text
+from ddray.system.shipped import shipped
 
 log = logging.getLogger(__name__)
 

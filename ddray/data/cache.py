@@ -21,7 +21,7 @@ import torch
 
 from ddray.data.dataset import Split
 from ddray.errors import InputError, StorageError
-from ddray.files import home
+from ddray.system.files import home
 
 IMAGES: Final = "images.npy"
 LABELS: Final = "labels.npy"

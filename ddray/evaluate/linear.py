@@ -35,9 +35,9 @@ from ddray.data.dsa_ops import crop_and_flip
 from ddray.errors import DivergedError, InputError
 from ddray.evaluate import EvalContext, EvalResult
 from ddray.evaluate.training import Recipe, augmenter, train
-from ddray.memory import available_bytes
 from ddray.nets import Net, build_net, check_arch
 from ddray.seeding import derive, derive_seed, forked_global
+from ddray.system.memory import available_bytes
 
 _LARGE: Final = 50_000
 _HEADS: Final = ("body.classifier", "body.head")  # names of last layers: their classes differ

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ddray.errors import InputError
-from ddray.files import home
 from ddray.methods._d3hr_stages import load_generator
 from ddray.methods._diffusion import DiffusionModel, class_ids
 from ddray.methods._group_sampling import group_sample
 from ddray.pool import LocalPool, PoolSpec
 from ddray.seeding import derive
+from ddray.system.files import home
 
 if TYPE_CHECKING:
     from ddray.artifact import DistilledSet

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from ddray.data import Dataset, Split
 from ddray.errors import InputError
-from ddray.files import home, write_atomically
 from ddray.methods._diffusion import DiffusionModel, Levels, open_pipeline
 from ddray.methods._diffusion_folder import PARTS, locate, read_folder, remember, warn_of_leak
 from ddray.methods._diffusion_train import DiffusionRecipe, train_generator
 from ddray.pool import ModelPool, PoolEntry, PoolSpec
-from ddray.progress import progress
 from ddray.seeding import derive, forked_global
+from ddray.system.files import home, write_atomically
+from ddray.system.progress import progress
 
 Stage = tuple[Mapping[str, Tensor], Mapping[str, Any]]
 

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from ddray.config import Config
 from ddray.errors import InputError
-from ddray.files import write_folder
 from ddray.methods._diffusion_folder import BROKEN, PARTS, SEEN, damaged, read_folder, resolve_ids
 from ddray.seeding import forked_global
+from ddray.system.files import write_folder
 
 Encoding = Literal["mode", "sample"]
 

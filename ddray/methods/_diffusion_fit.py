@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ddray.errors import DivergedError
-from ddray.files import write_atomically
-from ddray.progress import progress
+from ddray.system.files import write_atomically
+from ddray.system.progress import progress
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ddray.errors import InputError
-from ddray.files import home, write_atomically
+from ddray.system.files import home, write_atomically
 
 log = logging.getLogger(__name__)
 

@@ -10,11 +10,11 @@ import torch
 
 from ddray.distill import DistillContext
 from ddray.errors import InputError
-from ddray.memory import available_bytes
 from ddray.methods._ridge import solve_bytes
 from ddray.methods._ssl import feature_dim, spec_of_teacher
 from ddray.nets import build_net
 from ddray.pool import PoolSpec
+from ddray.system.memory import available_bytes
 
 if TYPE_CHECKING:
     from ddray.methods._krr import KrrConfig

@@ -11,7 +11,7 @@ from ddray.config import read_yaml
 from ddray.errors import InputError
 from ddray.nets import Net, build_net, convnet_name
 from ddray.nets.names import Arch, parse_arch
-from ddray.shipped import shipped
+from ddray.system.shipped import shipped
 
 DESCRIBED_SHAPE = (3, 32, 32)
 DESCRIBED_CLASSES = 10

@@ -14,7 +14,7 @@ from ddray.config import read_yaml
 from ddray.errors import InputError
 from ddray.nets.build import Net
 from ddray.nets.nasbench201 import Skeleton, build_cell_net, cell_net_size, parse_arch_str, to_arch_str
-from ddray.shipped import shipped
+from ddray.system.shipped import shipped
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -27,9 +27,9 @@ from ddray.nas.proxies import Proxy
 from ddray.nas.spaces import NasSpace, get_space, sample
 from ddray.nas.training import NasRecipe
 from ddray.nas.units import CODE_VERSION, NasJob, NasTask, SweepData, real_set, truth_ledger
-from ddray.progress import progress
 from ddray.run import Run, open_run
 from ddray.seeding import derive_seed
+from ddray.system.progress import progress
 
 log = logging.getLogger(__name__)
 

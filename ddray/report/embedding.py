@@ -9,8 +9,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from ddray.files import write_atomically
 from ddray.seeding import derive, derive_seed
+from ddray.system.files import write_atomically
 
 _MAX_REAL: Final = 500
 _MAX_DISTILLED: Final = 250

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ddray.artifact import DistilledSet
-from ddray.files import write_atomically
+from ddray.system.files import write_atomically
 
 _MAX_PER_CLASS = 10
 _MAX_CLASSES = 50

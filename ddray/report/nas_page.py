@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
-from ddray.files import write_atomically, write_text
 from ddray.report.figures import LAYOUT, to_html
 from ddray.report.nas_summary import summary
+from ddray.system.files import write_atomically, write_text
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -13,7 +13,6 @@ import yaml
 
 from ddray.data import open_dataset
 from ddray.errors import DdrayError, InputError
-from ddray.files import write_text
 from ddray.methods import get_method
 from ddray.report import figures
 from ddray.report.images import data_uri, grid
@@ -22,6 +21,7 @@ from ddray.report.published import FIGURES
 from ddray.report.runs import RunView, SetView, read_run, size_of
 from ddray.report.tune_page import search_figures
 from ddray.space import Range, Space
+from ddray.system.files import write_text
 
 log = logging.getLogger(__name__)
 

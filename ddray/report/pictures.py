@@ -7,9 +7,9 @@ from pathlib import Path
 from torch import Tensor
 
 from ddray.artifact import DistilledSet
-from ddray.files import write_atomically
 from ddray.report.embedding import save_tsne
 from ddray.report.images import bases_grid, png, save_grid
+from ddray.system.files import write_atomically
 
 
 def save_pictures(distilled: DistilledSet, artifact: Path, *, representations: Tensor | None = None) -> None:

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ddray.data import Dataset, normalized_space
 from ddray.errors import InputError
-from ddray.files import home
 from ddray.nets import Net, build_net, default_arch
 from ddray.pool import LocalPool, PoolSpec
 from ddray.report.runs import SetView
 from ddray.seeding import derive, derive_seed
+from ddray.system.files import home
 
 _REAL_PER_CLASS: Final = 60
 _MOST_REAL: Final = 1200

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from ddray.shipped import shipped
+from ddray.system.shipped import shipped
 
 # Our names and what papers call them, the likeliest first.
 _ARCHS: Final = {

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ddray.files import write_text
 from ddray.ledger import Row
+from ddray.system.files import write_text
 
 
 def write_results(path: Path, rows: Sequence[Row]) -> None:

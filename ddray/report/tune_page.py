@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from ddray import artifact
-from ddray.files import write_text
 from ddray.ledger import Row
 from ddray.report.figures import LAYOUT, to_html
 from ddray.report.images import data_uri, grid
 from ddray.space import Space
 from ddray.study import study_of
+from ddray.system.files import write_text
 
 _WORST_TO_BEST: Final = ("#8a94a3", "#d55e00")
 

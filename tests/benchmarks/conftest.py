@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from ddray.cluster.runtime import cpu_count
 from ddray.data import Dataset, Split
 from ddray.plan import Plan, resolve
+from ddray.system.worker import cpu_count
 
 
 @pytest.fixture(autouse=True)

@@ -16,8 +16,8 @@ from ddray.distill import DistillContext, Distiller
 from ddray.errors import InputError
 from ddray.methods import get_method, method_names
 from ddray.plan import PRESETS, budget_method, make_distiller, resolve
-from ddray.shipped import shipped
 from ddray.space import grid, read_space, sample
+from ddray.system.shipped import shipped
 
 METHODS = method_names()
 DETERMINISTIC = {"class_mean"}  # at ipc 1: the mean of all

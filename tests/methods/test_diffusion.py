@@ -9,13 +9,7 @@ import torch
 
 from ddray.errors import DivergedError, InputError
 from ddray.methods import _diffusion_fit
-from ddray.methods._diffusion import (
-    DiffusionModel,
-    Levels,
-    class_ids,
-    open_pipeline,
-    save_pipeline,
-)
+from ddray.methods._diffusion import DiffusionModel, Levels, class_ids, open_pipeline, save_pipeline
 from ddray.methods._diffusion_folder import folder_fingerprint
 from ddray.methods._diffusion_train import DiffusionRecipe, build, default_recipe, relabel, train_generator
 from tests.methods.diffusion_models import TINY, tiny_recipe, trained_on, untrained

@@ -14,7 +14,6 @@ from torch import Tensor
 from ddray.data import carve_val, normalized_space
 from ddray.distill import Target
 from ddray.errors import InputError
-from ddray.files import home
 from ddray.methods import _krr_memory, get_method
 from ddray.methods._inner import Draw, InnerPool, InnerRecipe
 from ddray.methods.kmeans_ssl import nearest_to_centroids
@@ -22,6 +21,7 @@ from ddray.methods.krr_st import KrrSt
 from ddray.nets import build_net
 from ddray.plan import check_size, declared_specs, make_context, resolve
 from ddray.pool import LocalPool, PoolEntry, PoolSpec
+from ddray.system.files import home
 
 TEACHER = {"arch": "convnet2_w8", "epochs": 1, "batch": 8, "projector": 8}
 QUICK = {"teacher": TEACHER, "pool_size": 2, "inner_steps_max": 2, "batch_real": 6, "augment_real": "none"}

@@ -22,7 +22,7 @@ from ddray.nas.spaces import NasSpace, get_space, parse_indices, sample
 from ddray.nets import arch_names, build_net, num_params
 from ddray.nets.names import parse_arch
 from ddray.nets.nasbench201 import BENCHMARK, EDGES, OPS, Skeleton, cell_net_size
-from ddray.shipped import shipped
+from ddray.system.shipped import shipped
 
 RGB = (3, 32, 32)
 

@@ -1,0 +1,1 @@
+"""The machine: files, tensors on disk, memory, progress, worker set-up."""
