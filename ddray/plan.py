@@ -20,7 +20,8 @@ from ddray.errors import InputError, unknown
 from ddray.evaluate.linear import FinetuneConfig, ProbeConfig
 from ddray.evaluate.training import Recipe, named_recipe
 from ddray.methods import get_method
-from ddray.nets import build_net, check_arch, default_arch
+from ddray.nets import build_net
+from ddray.nets.names import resolve_arch
 from ddray.pool import LocalPool, ModelPool, PoolSpec
 from ddray.pool_training import PoolTrainer
 from ddray.system.shipped import shipped
@@ -97,13 +98,6 @@ class Plan:
     def arch(self) -> str:
         """Canonical name of the network to match in."""
         return resolve_arch(self.config.arch, self.dataset.image_shape)
-
-
-def resolve_arch(arch: str, image_shape: tuple[int, int, int]) -> str:
-    """Return the canonical name; `auto` and `auto_<suffix>` take the default ConvNet for the resolution."""
-    if arch == "auto" or arch.startswith("auto_"):
-        arch = default_arch(image_shape) + arch.removeprefix("auto")
-    return check_arch(arch)
 
 
 def resolve(

@@ -13,7 +13,8 @@ from ddray.data import Dataset
 from ddray.errors import InputError, unknown
 from ddray.evaluate.training import Recipe
 from ddray.nets import check_arch
-from ddray.plan import resolve, resolve_arch
+from ddray.nets.names import resolve_arch
+from ddray.plan import resolve
 from ddray.pool import SUPERVISED_RECIPE, LocalPool, supervised_specs
 from ddray.pool_files import DamagedEntryError, PoolFiles
 from ddray.pool_training import PoolTrainer

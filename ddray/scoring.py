@@ -26,7 +26,8 @@ from ddray.evaluate.robust import Robust
 from ddray.evaluate.soft import SoftConfig
 from ddray.evaluate.subsets import limited
 from ddray.evaluate.training import RECIPES, Augment, named_recipe
-from ddray.plan import EvaluateConfig, resolve_arch
+from ddray.nets.names import resolve_arch
+from ddray.plan import EvaluateConfig
 from ddray.seeding import derive
 from ddray.system.progress import progress
 from ddray.teaching import HARD_RECIPE, teach

@@ -14,7 +14,7 @@ from ddray.evaluate import EvalContext
 from ddray.evaluate.soft import Soft, SoftConfig
 from ddray.evaluate.teachers import Teachers, get_teachers
 from ddray.methods.rded import default_factor
-from ddray.plan import resolve_arch
+from ddray.nets.names import resolve_arch
 from ddray.pool import LocalPool
 from ddray.pool_training import PoolTrainer
 

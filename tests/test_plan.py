@@ -11,6 +11,7 @@ from ddray import plan as module
 from ddray.data import fit_zca
 from ddray.errors import InputError
 from ddray.methods import get_method, method_names
+from ddray.nets.names import resolve_arch
 from ddray.plan import (
     PRESETS,
     check_ipc,
@@ -20,7 +21,6 @@ from ddray.plan import (
     pick_device,
     pixel_space,
     resolve,
-    resolve_arch,
     shipped_configs,
 )
 

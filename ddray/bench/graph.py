@@ -18,7 +18,8 @@ from ddray.evaluate.training import RECIPES
 from ddray.ledger import Unit
 from ddray.methods import get_method
 from ddray.nets import multiply_adds
-from ddray.plan import Plan, make_distiller, resolve, resolve_arch
+from ddray.nets.names import resolve_arch
+from ddray.plan import Plan, make_distiller, resolve
 from ddray.pool import PoolSpec
 from ddray.scoring import EvaluateOptions, check_options
 from ddray.seeding import derive_seed

@@ -188,3 +188,10 @@ def default_arch(image_shape: tuple[int, int, int]) -> str:
     return (
         "convnet3" if size <= 32 else "convnet4" if size <= 64 else "convnet5" if size <= 128 else "convnet6"
     )
+
+
+def resolve_arch(arch: str, image_shape: tuple[int, int, int]) -> str:
+    """Return the canonical name; `auto` and `auto_<suffix>` take the default ConvNet for the resolution."""
+    if arch == "auto" or arch.startswith("auto_"):
+        arch = default_arch(image_shape) + arch.removeprefix("auto")
+    return check_arch(arch)
