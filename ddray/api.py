@@ -13,11 +13,11 @@ import torch
 from ddray.data import carve_val, open_dataset
 from ddray.distill import DistillResult, run_distillation
 from ddray.errors import DdrayError, InputError
-from ddray.ledger import Row, Unit
 from ddray.plan import Plan, make_context, make_distiller
 from ddray.report.pictures import save_pictures
-from ddray.report.table import write_results
-from ddray.run import open_run
+from ddray.runs.folder import open_run
+from ddray.runs.ledger import Row, Unit
+from ddray.runs.results import write_results
 from ddray.system.files import write_text
 from ddray.system.progress import progress
 

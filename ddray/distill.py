@@ -21,7 +21,7 @@ from ddray.data import Dataset, PixelSpace, Split
 from ddray.errors import DivergedError
 from ddray.partition import Partition
 from ddray.pool import ModelPool
-from ddray.run import git_commit, versions
+from ddray.runs.environment import git_commit, versions
 from ddray.seeding import derive
 from ddray.system.files import write_atomically
 

@@ -18,8 +18,8 @@ from pydantic import ValidationInfo, field_validator
 
 from ddray.config import Config
 from ddray.errors import DdrayError
-from ddray.ledger import canonical_json
 from ddray.pool_files import DamagedEntryError, EntryLock, PoolFiles
+from ddray.runs.ledger import canonical_json
 from ddray.system.files import home
 from ddray.system.progress import progress
 

@@ -12,7 +12,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState, create_trial
 
-from ddray.ledger import Row
+from ddray.runs.ledger import Row
 from ddray.space import Space
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from ddray.distill import Target
 from ddray.methods import get_method
 from ddray.plan import EvaluateConfig
 from ddray.report.published import find, read_numbers
-from ddray.report.table import flatten
+from ddray.runs.results import flatten
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ddray.ledger import Ledger, Row, Unit
+from ddray.runs.ledger import Ledger, Row, Unit
 from ddray.system.worker import cpu_count
 
 UNIT_S = 0.2

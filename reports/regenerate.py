@@ -257,7 +257,7 @@ def bench(name: str, scale: str) -> dict[str, Any]:
 
 def stamp() -> dict[str, Any]:
     """Return hardware, versions and date."""
-    from ddray.run import environment
+    from ddray.runs.environment import environment
 
     full = environment()
     return {

@@ -12,7 +12,7 @@ from ddray.api import distill, to_json
 from ddray.errors import DivergedError, InputError
 from ddray.methods import _krr_memory
 from ddray.plan import resolve
-from ddray.run import open_run
+from ddray.runs.folder import open_run
 
 CPU = torch.device("cpu")
 SMALL = {"arch": "convnet2_w8", "compile": "off", "evaluate": {"epochs": 3, "seeds": 2}}

@@ -36,14 +36,14 @@ from ddray.bench.work import AskingPool, asked_first
 from ddray.data import open_dataset
 from ddray.distill import DistillContext
 from ddray.errors import DdrayError, InputError, StorageError
-from ddray.ledger import Ledger
 from ddray.methods import get_method, method_names
 from ddray.nas import units as nas_units
 from ddray.nas.spaces import get_space
 from ddray.nas.sweep import NasOptions
 from ddray.nets import multiply_adds
 from ddray.report.published import compare, find, read_numbers
-from ddray.run import open_run
+from ddray.runs.folder import open_run
+from ddray.runs.ledger import Ledger
 from ddray.system.files import home
 
 ROOT = Path(__file__).resolve().parents[1]

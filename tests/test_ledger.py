@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddray import ledger as module
 from ddray.errors import StorageError
-from ddray.ledger import Ledger, Row, Unit, canonical_json
+from ddray.runs import ledger as module
+from ddray.runs.ledger import Ledger, Row, Unit, canonical_json
 
 PROCESSES = 4
 
@@ -85,7 +85,7 @@ def test_a_key_depends_on_everything_and_on_nothing_else() -> None:
 
 def test_a_key_is_the_same_in_another_process() -> None:
     code = (
-        "from ddray.ledger import Unit;"
+        "from ddray.runs.ledger import Unit;"
         "print(Unit(kind='trial', spec={'number': 3, 'lr': 0.1}, inputs=('a',)).key)"
     )
     done = subprocess.run(

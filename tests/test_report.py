@@ -16,10 +16,10 @@ from PIL import Image
 
 from ddray.artifact import DistilledSet
 from ddray.data import fit_zca
-from ddray.ledger import Row
 from ddray.report.images import grid, png, save_grid
-from ddray.report.table import flatten, write_results
 from ddray.report.tune_page import write_report
+from ddray.runs.ledger import Row
+from ddray.runs.results import flatten, write_results
 from ddray.space import Range
 
 leaves = st.integers() | st.none() | st.lists(st.integers(), max_size=2)

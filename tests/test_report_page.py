@@ -23,7 +23,6 @@ from ddray.bench.run import BenchOptions, prepare, run_bench, run_local
 from ddray.bench.spec import BenchSpec
 from ddray.data import open_dataset
 from ddray.errors import InputError
-from ddray.ledger import Ledger, Row, Unit
 from ddray.plan import resolve
 from ddray.report import page as page_module
 from ddray.report import tune_page
@@ -32,6 +31,7 @@ from ddray.report.images import data_uri, grid, png
 from ddray.report.page import default_out, write_page
 from ddray.report.plane import embedding_net, make_plane, project
 from ddray.report.runs import read_run
+from ddray.runs.ledger import Ledger, Row, Unit
 
 SPEC: dict[str, Any] = {
     "name": "<b>mini</b>",

@@ -8,7 +8,7 @@ import pytest
 
 from ddray.config import read_yaml
 from ddray.errors import InputError
-from ddray.run import _numbered, open_run
+from ddray.runs.folder import _numbered, open_run
 
 CONFIG = {"steps": 3, "lr": 1e-05, "method": {"layers": (1, 2), "init": None}, "name": "digits"}
 

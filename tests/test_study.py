@@ -8,7 +8,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from ddray.ledger import Row
+from ddray.runs.ledger import Row
 from ddray.space import Range
 from ddray.study import STUDY, study_of, write_study
 

@@ -12,8 +12,8 @@ from ddray.bench.graph import pool_work
 from ddray.bench.units import Graph, Work
 from ddray.bench.work import Damaged, Job, Needs, artifact_name, has_entry, is_sound, publish
 from ddray.errors import DdrayError, StorageError
-from ddray.ledger import Ledger, Row
-from ddray.run import Run
+from ddray.runs.folder import Run
+from ddray.runs.ledger import Ledger, Row
 from ddray.system.files import home
 
 log = logging.getLogger(__name__)

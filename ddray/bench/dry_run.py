@@ -15,8 +15,8 @@ from ddray.config import read_yaml
 from ddray.data import Dataset, open_dataset
 from ddray.data.catalog import KNOWN
 from ddray.errors import InputError
-from ddray.ledger import Ledger
 from ddray.plan import check_plan
+from ddray.runs.ledger import Ledger
 
 # Datasets whose class names are only in their files: the number of classes, for dry runs without the files.
 _NUM_CLASSES = {

@@ -15,12 +15,12 @@ from ddray.data import Dataset
 from ddray.errors import InputError
 from ddray.evaluate.teachers import TeacherRecipe
 from ddray.evaluate.training import RECIPES
-from ddray.ledger import Unit
 from ddray.methods import get_method
 from ddray.nets import multiply_adds
 from ddray.nets.names import resolve_arch
 from ddray.plan import Plan, make_distiller, resolve
 from ddray.pool import PoolSpec
+from ddray.runs.ledger import Unit
 from ddray.scoring import EvaluateOptions, check_options
 from ddray.seeding import derive_seed
 

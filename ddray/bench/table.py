@@ -11,8 +11,8 @@ from typing import Any, Final
 
 from ddray.bench.spec import Source
 from ddray.bench.units import Cell
-from ddray.ledger import Row
 from ddray.report.published import Number, compare, find, read_numbers
+from ddray.runs.ledger import Row
 from ddray.system.files import write_text
 
 _REPORTED: Final = ("arch", "accuracy_mean", "accuracy_std", "per_seed", "num_images", "wall_s")

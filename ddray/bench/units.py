@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ddray.bench.spec import EvaluateSpec, Source
-from ddray.ledger import Kind, Unit
 from ddray.plan import Plan
 from ddray.pool import PoolSpec
+from ddray.runs.ledger import Kind, Unit
 
 
 @dataclass(frozen=True)

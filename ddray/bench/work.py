@@ -21,11 +21,11 @@ from ddray.bench.units import Work
 from ddray.data import Dataset, PixelSpace, Split, carve_val, open_dataset
 from ddray.distill import DistillContext, run_distillation
 from ddray.errors import DivergedError, InputError
-from ddray.ledger import Ledger, Row
 from ddray.methods import get_method
 from ddray.plan import Plan, RunConfig, declared_specs, make_context, make_distiller, pixel_space
 from ddray.pool import ModelPool, PoolEntry, PoolSpec
 from ddray.pool_files import DamagedEntryError, PoolFiles
+from ddray.runs.ledger import Ledger, Row
 from ddray.system.files import home, write_text
 
 _PER_BUDGET = 20  # distilled images that fit in one image of storage

@@ -57,7 +57,8 @@ class RayExecutor:
         """Start `works` in order, then what `after` adds."""
         options = self._options
         with ray_runtime(options.address):
-            from ddray.cluster.fanout import Outcome, Task, fan_out
+            from ddray.cluster.fanout import Task, fan_out
+            from ddray.runs.outcome import Outcome
 
             check_capacity(options.cpus_per_unit, options.gpus_per_unit, per="unit")
 

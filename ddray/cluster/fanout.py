@@ -12,6 +12,7 @@ from typing import Any
 import ray
 
 from ddray.errors import DivergedError, InputError, StorageError
+from ddray.runs.outcome import Outcome
 from ddray.system.worker import prepare_worker, set_threads
 
 log = logging.getLogger(__name__)
@@ -33,23 +34,6 @@ class Task:
     key: str
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a task ended.
-
-    Attributes:
-        key: the task's key.
-        value: what the function returned; None if it failed.
-        error: why it failed; None if it did not.
-        attempts: how often it was tried.
-    """
-
-    key: str
-    value: Any
-    error: Exception | None
-    attempts: int
 
 
 @ray.remote(max_restarts=0)

@@ -20,11 +20,11 @@ from ddray.cluster.trial import Job, forget_checkpoint, score, trial_config, tri
 from ddray.data import PixelSpace, Split
 from ddray.distill import run_distillation
 from ddray.errors import DdrayError, DivergedError, StorageError
-from ddray.ledger import Ledger, Row, Unit
 from ddray.plan import Plan, declared_specs, make_context, make_distiller, pixel_space
 from ddray.pool import PoolSpec
 from ddray.report.images import save_grid
-from ddray.run import Run
+from ddray.runs.folder import Run
+from ddray.runs.ledger import Ledger, Row, Unit
 from ddray.seeding import derive_seed
 from ddray.system.files import write_atomically
 from ddray.system.worker import set_threads, worker_device

@@ -31,8 +31,8 @@ from ddray.cluster.payload import Payload, unpack
 from ddray.cluster.trial import Job, split_name, trial_config, trial_pool, trial_result, val_score
 from ddray.distill import run_distillation
 from ddray.errors import DivergedError, InputError, StorageError
-from ddray.ledger import Row
 from ddray.plan import Plan, make_context, make_distiller
+from ddray.runs.ledger import Row
 from ddray.seeding import derive_numpy, derive_seed, forked_numpy
 from ddray.space import Range, sample
 from ddray.study import write_study

@@ -16,7 +16,7 @@ from ddray.cluster.live import LiveTable
 from ddray.cluster.search import FunctionSource, NumberedSearch, TpeSource, stopped_row, unfinished
 from ddray.cluster.trial import ETA, METRIC, forget_checkpoint, run_trial
 from ddray.errors import StorageError
-from ddray.ledger import Row
+from ddray.runs.ledger import Row
 from ddray.space import grid, sample
 from ddray.study import write_study
 

@@ -16,7 +16,7 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from ddray.cluster.trial import METRIC, Job, trial_result
-from ddray.ledger import Row
+from ddray.runs.ledger import Row
 from ddray.seeding import derive_seed
 from ddray.space import Space
 from ddray.study import STUDY, add_row, score_of, write_study

@@ -20,12 +20,12 @@ from ddray.errors import DivergedError
 from ddray.evaluate import EvalContext, Evaluator, evaluate_archs
 from ddray.evaluate.hard import Hard
 from ddray.evaluate.linear import Linear
-from ddray.ledger import Ledger, Row, Unit
 from ddray.methods import get_method
 from ddray.nas.objective import SpearmanObjective
 from ddray.plan import Plan, RunConfig, make_context, make_distiller
 from ddray.pool import LocalPool, ModelPool
 from ddray.pool_training import PoolTrainer
+from ddray.runs.ledger import Ledger, Row, Unit
 from ddray.system.files import write_text
 from ddray.system.worker import prepare_worker, set_threads, worker_device
 

@@ -27,7 +27,6 @@ from ddray.cluster.trial import ETA, Job, split_name, trial_unit
 from ddray.config import Config
 from ddray.data import PixelSpace, Split, carve_val, search_rows
 from ddray.errors import DdrayError, InputError, InterruptedRunError, unknown
-from ddray.ledger import Row
 from ddray.nas.objective import SpearmanObjective, spearman_objective
 from ddray.nas.options import NasOptions
 from ddray.nas.spaces import get_space
@@ -42,9 +41,10 @@ from ddray.plan import (
     pixel_space,
 )
 from ddray.pool import PoolSpec
-from ddray.report.table import write_results
 from ddray.report.tune_page import write_report
-from ddray.run import Run, open_run
+from ddray.runs.folder import Run, open_run
+from ddray.runs.ledger import Row
+from ddray.runs.results import write_results
 from ddray.space import Range, grid, read_space
 from ddray.study import score_of
 from ddray.system.files import write_text

@@ -15,8 +15,8 @@ from ddray.data import PixelSpace, Split
 from ddray.errors import DivergedError
 from ddray.evaluate import EvalContext
 from ddray.evaluate.training import Recipe, accuracy, train
-from ddray.ledger import Ledger, Row, Unit
 from ddray.nets import build_net, check_arch
+from ddray.runs.ledger import Ledger, Row, Unit
 from ddray.seeding import derive, derive_seed
 from ddray.system.files import home, storage_errors
 

@@ -16,11 +16,11 @@ import torch
 from ddray.artifact import DistilledSet
 from ddray.data import Dataset, Split
 from ddray.errors import DdrayError
-from ddray.ledger import Unit
 from ddray.nas.options import NasOptions, resolve_config
 from ddray.nas.ranking import MIN_ARCHS, figures_of_merit
 from ddray.nas.sweep import Execute, Sweep, choose_architectures, run_sweep
 from ddray.nas.units import NasTask, SweepData, Workbench, training_set
+from ddray.runs.ledger import Unit
 from ddray.seeding import derive_seed
 
 

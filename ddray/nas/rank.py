@@ -16,7 +16,6 @@ import torch
 from ddray import artifact
 from ddray.data import Dataset, open_dataset
 from ddray.errors import DdrayError, InputError, unknown
-from ddray.ledger import Row
 from ddray.nas.proxies import (
     COMPATS,
     Proxy,
@@ -30,6 +29,7 @@ from ddray.nas.ranking import figures_of_merit, mean_over_seeds
 from ddray.nas.spaces import NasSpace, get_space, parse_indices
 from ddray.nas.sweep import Execute, NasConfig, NasOptions, Sweep, choose_architectures, run_sweep, split_for
 from ddray.nas.truth import Truth, api_truth, csv_truth, read_scores, table_truth
+from ddray.runs.ledger import Row
 from ddray.scoring import PixelKind, check_fits, foreign_space
 from ddray.system.files import write_atomically, write_text
 

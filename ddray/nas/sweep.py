@@ -19,7 +19,6 @@ import torch
 
 from ddray.data import Dataset, Split, carve_val
 from ddray.errors import InputError, InterruptedRunError, StorageError
-from ddray.ledger import Ledger, Row, Unit
 from ddray.nas.options import NasConfig as NasConfig
 from ddray.nas.options import NasOptions as NasOptions
 from ddray.nas.options import resolve_config as resolve_config
@@ -27,7 +26,8 @@ from ddray.nas.proxies import Proxy
 from ddray.nas.spaces import NasSpace, get_space, sample
 from ddray.nas.training import NasRecipe
 from ddray.nas.units import CODE_VERSION, NasJob, NasTask, SweepData, real_set, truth_ledger
-from ddray.run import Run, open_run
+from ddray.runs.folder import Run, open_run
+from ddray.runs.ledger import Ledger, Row, Unit
 from ddray.seeding import derive_seed
 from ddray.system.progress import progress
 

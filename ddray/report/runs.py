@@ -14,8 +14,8 @@ from ddray import artifact
 from ddray.artifact import DistilledSet
 from ddray.config import read_yaml
 from ddray.errors import InputError
-from ddray.ledger import Ledger, Row
-from ddray.run import environments
+from ddray.runs.folder import environments
+from ddray.runs.ledger import Ledger, Row
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from ddray import artifact
-from ddray.ledger import Row
 from ddray.report.figures import LAYOUT, to_html
 from ddray.report.images import data_uri, grid
+from ddray.runs.ledger import Row
 from ddray.space import Space
 from ddray.study import study_of
 from ddray.system.files import write_text

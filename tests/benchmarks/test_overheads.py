@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ddray.ledger import Ledger
+from ddray.runs.ledger import Ledger
 from tests.faults.search import search
 
 pytestmark = pytest.mark.benchmark

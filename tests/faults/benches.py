@@ -9,7 +9,7 @@ from typing import Any
 from ddray.bench.run import BenchOptions, prepare, run_bench
 from ddray.bench.spec import read_spec
 from ddray.cluster.bench import RayExecutor
-from ddray.ledger import Ledger
+from ddray.runs.ledger import Ledger
 
 NUM_UNITS = 2 * 2 + 2 * 2 + 2  # sets, evaluations, networks of the pool
 

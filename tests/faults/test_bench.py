@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from ddray.ledger import Ledger
+from ddray.runs.ledger import Ledger
 from tests.faults.benches import NUM_UNITS, bench, check_exactly_once, command, write_spec
 from tests.faults.search import count, finish, ray_workers, stamps, start, wait_for
 
@@ -198,7 +198,8 @@ class TestWorkers:
         assert all(count(run, "start", row.key) == 1 for row in Ledger(run).rows())
 
     def test_tasks_follow_outcomes_and_idle_workers_make_room(self, tmp_path: Path) -> None:
-        from ddray.cluster.fanout import Outcome, Task, fan_out
+        from ddray.cluster.fanout import Task, fan_out
+        from ddray.runs.outcome import Outcome
 
         def follow(outcome: Outcome) -> list[Task]:
             task_id = int(outcome.key)

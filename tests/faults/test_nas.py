@@ -17,7 +17,7 @@ import ray
 
 from ddray.cluster.fanout import Task, fan_out
 from ddray.cluster.runtime import ray_runtime
-from ddray.ledger import Ledger
+from ddray.runs.ledger import Ledger
 
 pytestmark = pytest.mark.ray
 

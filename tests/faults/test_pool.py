@@ -21,9 +21,9 @@ from torch import Tensor
 
 from ddray.cluster import pool as pool_module
 from ddray.cluster.pool import ClusterPool, Lease, PoolAddress, PoolService, Served, pool_service
-from ddray.ledger import Ledger
 from ddray.pool import LocalPool, PoolSpec
 from ddray.pool_files import ENTRY, PoolFiles
+from ddray.runs.ledger import Ledger
 from tests.faults.search import finish, search, start, trials, wait_for
 
 KEY = "a" * 64

@@ -11,11 +11,11 @@ import pytest
 
 from ddray.data import Dataset, Split, carve_val
 from ddray.errors import DdrayError
-from ddray.ledger import Ledger, Row, Unit
 from ddray.nas.objective import SpearmanObjective, spearman_objective
 from ddray.nas.options import NasOptions
 from ddray.nas.sweep import Execute, execute_locally
 from ddray.nas.units import CODE_VERSION, NasJob, NasTask, SweepData, truth_ledger
+from ddray.runs.ledger import Ledger, Row, Unit
 
 OPTIONS = NasOptions(sample=3, epochs=1, max_mflops=3.0, executor="local")
 

@@ -20,7 +20,6 @@ from ddray import api
 from ddray.data import Dataset, open_dataset
 from ddray.display import nas_tables
 from ddray.errors import DdrayError, InputError
-from ddray.ledger import Ledger
 from ddray.nas import rank
 from ddray.nas.convnet720 import ConvNet720
 from ddray.nas.nasbench201 import NasBench201
@@ -36,6 +35,7 @@ from ddray.nas.training import train_seeds
 from ddray.nas.units import NasJob, NasTask, SweepData, Workbench, run_task, truth_ledger
 from ddray.nets import Net
 from ddray.plan import resolve
+from ddray.runs.ledger import Ledger
 
 CPU = torch.device("cpu")
 SMALL = {"recipe": {"batch": 1024, "augment": "none"}}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ddray.ledger import Row
+from ddray.runs.ledger import Row
 from ddray.system.files import write_text
 
 

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.metadata
 import json
 import logging
-import os
-import platform
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +13,11 @@ import yaml
 
 from ddray.config import difference, read_yaml
 from ddray.errors import InputError
-from ddray.ledger import Ledger
+from ddray.runs.environment import environment
+from ddray.runs.ledger import Ledger
 from ddray.system.files import storage_errors, write_text
 
 log = logging.getLogger(__name__)
-
-_PACKAGES = ("torch", "torchvision", "numpy", "kornia", "scikit-learn", "ray", "optuna")
 
 
 class Run:
@@ -157,64 +149,3 @@ def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path) ->
             f"--resume needs the configuration that {folder} was started with; "
             f"changed: {', '.join(changed)}; use the old values, or a new --run-dir"
         )
-
-
-def environment() -> dict[str, Any]:
-    """Return what a reader needs to judge a run: versions, hardware, commit, command, date (UTC)."""
-    return {
-        "versions": versions(),
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "cpu_count": os.cpu_count(),
-        "devices": _devices(),
-        "git_commit": git_commit(),
-        "git_dirty": bool(git_commit() and _git("status", "--porcelain", "--untracked-files=no")),
-        "command": sys.argv,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of ddray, Python and the libraries that affect the results."""
-    from ddray import __version__
-
-    installed = {"ddray": __version__, "python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            installed[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return installed
-
-
-@functools.cache
-def git_commit() -> str | None:
-    """Return the commit of ddray's own checkout, or None for an installed wheel."""
-    return _git("rev-parse", "HEAD")
-
-
-def _git(*arguments: str) -> str | None:
-    """Return what git prints in ddray's own checkout; None where there is none, or it prints nothing."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
-    except OSError:  # a checkout on a machine without git
-        return None
-    return done.stdout.strip() or None
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
-def _devices() -> list[str]:
-    import torch
-
-    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -1,0 +1,1 @@
+"""Run folders: the ledger, the environment, how units ended."""
