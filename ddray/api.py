@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ddray.data import carve_val, open_dataset
+from ddray.data import carve_val
 from ddray.distill import DistillResult, run_distillation
 from ddray.errors import DdrayError, InputError
 from ddray.plan import Plan, make_context, make_distiller
@@ -133,20 +133,6 @@ def _distill_result(plan: Plan, distillation: DistillResult, target: Path) -> di
         "seconds_per_step": distillation.seconds_per_step,
         "first_loss": first,
         "final_loss": final,
-    }
-
-
-def data_info(name: str, *, data_dir: Path | None = None, download: bool = False) -> dict[str, Any]:
-    """Return what `ddray data info` prints (docs/architecture.md, Commands)."""
-    dataset = open_dataset(name, data_dir=data_dir, download=download)
-    return {
-        "name": dataset.name,
-        "num_classes": dataset.num_classes,
-        "num_train": len(dataset.train()),
-        "num_test": len(dataset.test()),
-        "image_shape": list(dataset.image_shape),
-        "fingerprint": dataset.fingerprint,
-        "class_names": list(dataset.class_names),
     }
 
 

@@ -12,8 +12,9 @@ import torch
 from pydantic import Field
 
 from ddray.config import Config, merge, parse_overrides, read_yaml
-from ddray.data import Dataset, PixelSpace, Split, fit_zca
+from ddray.data import Dataset, PixelSpace, Split
 from ddray.data.catalog import AUDIO
+from ddray.data.pixels import pixel_space
 from ddray.data.speech import SHAPE as SPECTROGRAM
 from ddray.distill import BudgetDistiller, DistillContext, Distiller, Target
 from ddray.errors import InputError, unknown
@@ -27,7 +28,6 @@ from ddray.pool_training import PoolTrainer
 from ddray.system.shipped import shipped
 
 PRESETS: Final = ("paper", "repo")
-MAX_ZCA: Final = 12_288  # 3 x 64 x 64: above, the matrix alone takes gigabytes, its eigenvectors hours
 M = TypeVar("M", bound=Config)
 
 
@@ -263,24 +263,6 @@ def _first(rule: Callable[[int], bool], low: int, high: int) -> int:
         middle = (low + high) // 2
         low, high = (low, middle) if rule(middle) else (middle, high)
     return high
-
-
-def pixel_space(kind: str, dataset: Dataset, split: Split) -> PixelSpace:
-    """Return the pixel space of a run; ZCA is fitted on the split.
-
-    Raises:
-        InputError: the images are too large for ZCA.
-    """
-    size = split.images[0].numel()
-    if kind == "zca" and size > MAX_ZCA:
-        raise InputError(
-            f"pixel_space=zca needs images of at most {MAX_ZCA} values, got {size}; use normalized"
-        )
-    if kind == "zca":
-        return fit_zca(split)
-    if kind == "raw":
-        return PixelSpace("raw", dataset.mean, dataset.std)
-    return PixelSpace("normalized", dataset.mean, dataset.std)
 
 
 def pick_device(name: str) -> torch.device:

@@ -9,6 +9,7 @@ import torch
 
 from ddray import api, artifact
 from ddray.api import distill, to_json
+from ddray.data.loaders import data_info
 from ddray.errors import DivergedError, InputError
 from ddray.methods import _krr_memory
 from ddray.plan import resolve
@@ -121,7 +122,7 @@ class TestDistill:
 
 
 def test_data_info(digits: Any) -> None:
-    info = api.data_info("digits")
+    info = data_info("digits")
 
     assert info["num_classes"] == 10
     assert (info["num_train"], info["num_test"]) == (len(digits.train()), len(digits.test()))

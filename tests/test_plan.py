@@ -9,6 +9,7 @@ import torch
 
 from ddray import plan as module
 from ddray.data import fit_zca
+from ddray.data.pixels import pixel_space
 from ddray.errors import InputError
 from ddray.methods import get_method, method_names
 from ddray.nets.names import resolve_arch
@@ -19,7 +20,6 @@ from ddray.plan import (
     make_distiller,
     override_layers,
     pick_device,
-    pixel_space,
     resolve,
     shipped_configs,
 )

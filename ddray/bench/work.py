@@ -19,10 +19,11 @@ import torch
 from ddray import scoring
 from ddray.bench.units import Work
 from ddray.data import Dataset, PixelSpace, Split, carve_val, open_dataset
+from ddray.data.pixels import pixel_space
 from ddray.distill import DistillContext, run_distillation
 from ddray.errors import DivergedError, InputError
 from ddray.methods import get_method
-from ddray.plan import Plan, RunConfig, declared_specs, make_context, make_distiller, pixel_space
+from ddray.plan import Plan, RunConfig, declared_specs, make_context, make_distiller
 from ddray.pool import ModelPool, PoolEntry, PoolSpec
 from ddray.pool_files import DamagedEntryError, PoolFiles
 from ddray.runs.ledger import Ledger, Row

@@ -18,9 +18,10 @@ from ddray.cluster.pretrain import shared_pool
 from ddray.cluster.runtime import check_capacity, ray_runtime
 from ddray.cluster.trial import Job, forget_checkpoint, score, trial_config, trial_pool
 from ddray.data import PixelSpace, Split
+from ddray.data.pixels import pixel_space
 from ddray.distill import run_distillation
 from ddray.errors import DdrayError, DivergedError, StorageError
-from ddray.plan import Plan, declared_specs, make_context, make_distiller, pixel_space
+from ddray.plan import Plan, declared_specs, make_context, make_distiller
 from ddray.pool import PoolSpec
 from ddray.report.images import save_grid
 from ddray.runs.folder import Run

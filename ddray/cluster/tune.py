@@ -26,6 +26,7 @@ from ddray.cluster.search import unfinished
 from ddray.cluster.trial import ETA, Job, split_name, trial_unit
 from ddray.config import Config
 from ddray.data import PixelSpace, Split, carve_val, search_rows
+from ddray.data.pixels import pixel_space
 from ddray.errors import DdrayError, InputError, InterruptedRunError, unknown
 from ddray.nas.objective import SpearmanObjective, spearman_objective
 from ddray.nas.options import NasOptions
@@ -38,7 +39,6 @@ from ddray.plan import (
     declared_specs,
     make_context,
     make_distiller,
-    pixel_space,
 )
 from ddray.pool import PoolSpec
 from ddray.report.tune_page import write_report

@@ -19,7 +19,7 @@ def data_info(
 ) -> None:
     """Say what a dataset holds."""
     with output(as_json) as emit:
-        from ddray.api import data_info as describe_dataset
+        from ddray.data.loaders import data_info as describe_dataset
 
         result = describe_dataset(name, data_dir=absolute(data_dir), download=download)
         emit(result, display.table_of(name, result))

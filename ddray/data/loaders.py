@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -177,3 +178,17 @@ def _layout_of_named(name: str, spec: KnownDataset, folder: Path) -> Layout | No
         or parquet.layout_of_parquet(folder, spec.class_names)
         or layout_of_folder(folder, spec.wnids, spec.class_names)
     )
+
+
+def data_info(name: str, *, data_dir: Path | None = None, download: bool = False) -> dict[str, Any]:
+    """Return what `ddray data info` prints (docs/architecture.md, Commands)."""
+    dataset = open_dataset(name, data_dir=data_dir, download=download)
+    return {
+        "name": dataset.name,
+        "num_classes": dataset.num_classes,
+        "num_train": len(dataset.train()),
+        "num_test": len(dataset.test()),
+        "image_shape": list(dataset.image_shape),
+        "fingerprint": dataset.fingerprint,
+        "class_names": list(dataset.class_names),
+    }

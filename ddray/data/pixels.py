@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
 
 from ddray.data.dataset import Dataset, Split
 from ddray.errors import InputError
+
+MAX_ZCA: Final = 12_288  # 3 x 64 x 64: above, the matrix alone takes gigabytes, its eigenvectors hours
 
 _ENCODE_CHUNK = 4096  # images converted from uint8 at a time
 _MIDDLE = 128.0
@@ -190,3 +192,21 @@ def channel_statistics(images: Tensor, *, chunk: int = 4096) -> tuple[tuple[floa
     # A channel without any contrast is only centred.
     std = torch.where(std > 1e-6, std, torch.ones_like(std))
     return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def pixel_space(kind: str, dataset: Dataset, split: Split) -> PixelSpace:
+    """Return the pixel space of a run; ZCA is fitted on the split.
+
+    Raises:
+        InputError: the images are too large for ZCA.
+    """
+    size = split.images[0].numel()
+    if kind == "zca" and size > MAX_ZCA:
+        raise InputError(
+            f"pixel_space=zca needs images of at most {MAX_ZCA} values, got {size}; use normalized"
+        )
+    if kind == "zca":
+        return fit_zca(split)
+    if kind == "raw":
+        return PixelSpace("raw", dataset.mean, dataset.std)
+    return PixelSpace("normalized", dataset.mean, dataset.std)
