@@ -18,14 +18,13 @@ from ddray.data.pixels import pixel_space
 from ddray.data.speech import SHAPE as SPECTROGRAM
 from ddray.distill import BudgetDistiller, DistillContext, Distiller, Target
 from ddray.errors import InputError, unknown
-from ddray.evaluate.linear import FinetuneConfig, ProbeConfig
-from ddray.evaluate.training import Recipe, named_recipe
 from ddray.methods import get_method
 from ddray.nets import build_net
 from ddray.nets.names import resolve_arch
 from ddray.pool import LocalPool, ModelPool, PoolSpec
 from ddray.pool_training import PoolTrainer
 from ddray.system.shipped import shipped
+from ddray.training.recipe import FinetuneConfig, ProbeConfig, Recipe, named_recipe
 
 PRESETS: Final = ("paper", "repo")
 M = TypeVar("M", bound=Config)

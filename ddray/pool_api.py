@@ -11,7 +11,6 @@ import torch
 
 from ddray.data import Dataset
 from ddray.errors import InputError, unknown
-from ddray.evaluate.training import Recipe
 from ddray.nets import check_arch
 from ddray.nets.names import resolve_arch
 from ddray.plan import resolve
@@ -19,6 +18,7 @@ from ddray.pool import SUPERVISED_RECIPE, LocalPool, supervised_specs
 from ddray.pool_files import DamagedEntryError, PoolFiles
 from ddray.pool_training import PoolTrainer
 from ddray.system.files import home
+from ddray.training.recipe import Recipe
 
 log = logging.getLogger(__name__)
 

@@ -14,10 +14,12 @@ from torch import Tensor
 from ddray import ssl
 from ddray.data import Dataset, Split, carve_val, normalized_space
 from ddray.errors import DivergedError, unknown
-from ddray.evaluate.training import Augmenter, Recipe, augmenter, train
 from ddray.nets import Net, build_net
 from ddray.pool import LocalPool, PoolSpec
 from ddray.seeding import derive, derive_seed
+from ddray.training.loop import train
+from ddray.training.policies import Augmenter, augmenter
+from ddray.training.recipe import Recipe
 
 DIFFUSION_KINDS: Final = ("diffusion", "latents", "inverted", "statistics")
 """D3HR's stages (`methods._d3hr_stages`)."""

@@ -25,12 +25,13 @@ from ddray.evaluate.linear import Linear
 from ddray.evaluate.robust import Robust
 from ddray.evaluate.soft import SoftConfig
 from ddray.evaluate.subsets import limited
-from ddray.evaluate.training import RECIPES, Augment, named_recipe
 from ddray.nets.names import resolve_arch
 from ddray.plan import EvaluateConfig
 from ddray.seeding import derive
 from ddray.system.progress import progress
 from ddray.teaching import HARD_RECIPE, teach
+from ddray.training.policies import Augment
+from ddray.training.recipe import RECIPES, named_recipe
 
 log = logging.getLogger(__name__)
 

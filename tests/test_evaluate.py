@@ -13,11 +13,13 @@ from ddray.artifact import TrainSet
 from ddray.data import PixelSpace, Split, normalized_space
 from ddray.errors import DivergedError, InputError
 from ddray.evaluate import EvalContext, EvalResult, evaluate_archs, summarise
-from ddray.evaluate import training as module
 from ddray.evaluate.hard import Hard
-from ddray.evaluate.training import Recipe, accuracy, augmenter, train
 from ddray.nets import build_net
 from ddray.seeding import derive
+from ddray.training import loop as module
+from ddray.training.loop import accuracy, train
+from ddray.training.policies import augmenter
+from ddray.training.recipe import Recipe
 
 CPU = torch.device("cpu")
 

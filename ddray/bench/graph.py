@@ -13,8 +13,6 @@ from ddray.bench.units import Cell, Graph, Ranking, Work
 from ddray.config import merge, parse_overrides
 from ddray.data import Dataset
 from ddray.errors import InputError
-from ddray.evaluate.teachers import TeacherRecipe
-from ddray.evaluate.training import RECIPES
 from ddray.methods import get_method
 from ddray.nets import multiply_adds
 from ddray.nets.names import resolve_arch
@@ -23,6 +21,7 @@ from ddray.pool import PoolSpec
 from ddray.runs.ledger import Unit
 from ddray.scoring import EvaluateOptions, check_options
 from ddray.seeding import derive_seed
+from ddray.training.recipe import RECIPES, TeacherRecipe
 
 # Changing how many networks are trained on a set does not change the set.
 _COUNTS = ("seeds", "val_seeds")

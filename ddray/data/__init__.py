@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from ddray.data.dataset import Dataset, Split, carve_val, search_rows
-from ddray.data.dsa import Dsa, DsaPlan, dsa_for
-from ddray.data.dsa_ops import DsaParams
 from ddray.data.loaders import dataset_names, open_dataset
 from ddray.data.pixels import PixelSpace, fit_zca, normalized_space
+from ddray.training.dsa import Dsa, DsaPlan, dsa_for
+from ddray.training.operations import DsaParams
 
 __all__ = [
     "Dataset",

@@ -26,9 +26,10 @@ from ddray.data import Split
 from ddray.errors import InputError
 from ddray.evaluate import EvalContext, EvalResult
 from ddray.evaluate.hard import fit
-from ddray.evaluate.training import Recipe, accuracy
 from ddray.nets import check_arch
 from ddray.seeding import derive, derive_seed
+from ddray.training.loop import accuracy
+from ddray.training.recipe import Recipe
 
 
 def class_tasks(num_classes: int, num_tasks: int, seed: int) -> list[Tensor]:

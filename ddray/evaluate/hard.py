@@ -11,9 +11,11 @@ import time
 from ddray.artifact import TrainSet
 from ddray.errors import DivergedError
 from ddray.evaluate import EvalContext, EvalResult
-from ddray.evaluate.training import Recipe, accuracy, augmenter, train
 from ddray.nets import Net, build_net, check_arch
 from ddray.seeding import derive, derive_seed
+from ddray.training.loop import accuracy, train
+from ddray.training.policies import augmenter
+from ddray.training.recipe import Recipe
 
 
 def fit(train_set: TrainSet, ctx: EvalContext, recipe: Recipe, *, arch: str, seed: int) -> Net:

@@ -25,43 +25,23 @@ from typing import Final
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
 from ddray.artifact import TrainSet
-from ddray.config import Config
 from ddray.data import Split
-from ddray.data.dsa_ops import crop_and_flip
 from ddray.errors import DivergedError, InputError
 from ddray.evaluate import EvalContext, EvalResult
-from ddray.evaluate.training import Recipe, augmenter, train
 from ddray.nets import Net, build_net, check_arch
 from ddray.seeding import derive, derive_seed, forked_global
 from ddray.system.memory import available_bytes
+from ddray.training.loop import train
+from ddray.training.operations import crop_and_flip
+from ddray.training.policies import augmenter
+from ddray.training.recipe import FinetuneConfig, ProbeConfig, Recipe
 
 _LARGE: Final = 50_000
 _HEADS: Final = ("body.classifier", "body.head")  # names of last layers: their classes differ
 _CHUNK: Final = {"cpu": 64, "cuda": 1024}
-
-
-class ProbeConfig(Config):
-    """How the linear classifier is trained (SGD, cosine to 0, no weight decay)."""
-
-    steps: int = Field(default=5000, ge=1)
-    lr: float = Field(default=0.2, gt=0)
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    batch: int = Field(default=512, ge=1)
-
-
-class FinetuneConfig(Config):
-    """How the whole network is fine-tuned (KRR-ST; SGD, cosine to 0, random crops and flips)."""
-
-    steps: int | None = Field(default=None, ge=1)
-    """Default: 10,000 from 50,000 images on, else 5,000."""
-    lr: float = Field(default=0.01, gt=0)
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    weight_decay: float = Field(default=5e-4, ge=0)
-    batch: int = Field(default=128, ge=1)
 
 
 class Linear:

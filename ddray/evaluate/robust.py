@@ -32,10 +32,11 @@ from ddray.data import Split
 from ddray.evaluate import EvalContext, EvalResult
 from ddray.evaluate.hard import fit
 from ddray.evaluate.subsets import random_subset
-from ddray.evaluate.training import Recipe, accuracy
 from ddray.evaluate.whole import whole_set_accuracy
 from ddray.nets import check_arch
 from ddray.seeding import derive
+from ddray.training.loop import accuracy
+from ddray.training.recipe import Recipe
 
 
 def normalised_score(value: float) -> float:

@@ -26,15 +26,16 @@ from torch import Tensor
 
 from ddray.artifact import TrainSet
 from ddray.config import Config
-from ddray.data.crops import random_resized_crop
 from ddray.errors import DivergedError, InputError
 from ddray.evaluate import EvalContext, EvalResult
-from ddray.evaluate.cutmix import Mixed, cutmix
-from ddray.evaluate.teachers import TeacherRecipe, Teachers
-from ddray.evaluate.training import accuracy
+from ddray.evaluate.teachers import Teachers
 from ddray.nets import Net, build_net, check_arch
 from ddray.nets.names import parse_arch
 from ddray.seeding import derive, derive_seed
+from ddray.training.crops import random_resized_crop
+from ddray.training.cutmix import Mixed, cutmix
+from ddray.training.loop import accuracy
+from ddray.training.recipe import TeacherRecipe
 
 _REPO_LR = {"vgg11": 5e-4, "efficientnet_b0": 2e-3, "mobilenet_v2": 2.5e-3, "alexnet": 1e-4}
 

@@ -9,25 +9,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
 from ddray.data import Dataset, PixelSpace, normalized_space
 from ddray.errors import DdrayError
 from ddray.evaluate import EvalContext
-from ddray.evaluate.training import Augment, Recipe, Schedule, accuracy
 from ddray.nets import Net, check_arch
 from ddray.pool import ModelPool, PoolSpec, supervised_specs
-
-
-class TeacherRecipe(Recipe):
-    """How a teacher is trained on the real images (SGD, cross entropy)."""
-
-    epochs: int = Field(default=50, ge=1)
-    lr: float = Field(default=0.05, gt=0)
-    batch: int = Field(default=64, ge=1)
-    schedule: Schedule = "cosine"
-    augment: Augment = "dsa"
+from ddray.training.loop import accuracy
+from ddray.training.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ from torch import Tensor
 from ddray.data import PixelSpace, Split
 from ddray.errors import DivergedError
 from ddray.evaluate import EvalContext
-from ddray.evaluate.training import Recipe, accuracy, train
 from ddray.nets import build_net, check_arch
 from ddray.runs.ledger import Ledger, Row, Unit
 from ddray.seeding import derive, derive_seed
 from ddray.system.files import home, storage_errors
+from ddray.training.loop import accuracy, train
+from ddray.training.recipe import Recipe
 
 log = logging.getLogger(__name__)
 

@@ -13,13 +13,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ddray.artifact import DistilledSet
 from ddray.config import Config
-from ddray.data import DsaPlan
 from ddray.distill import DistillContext, Distiller, Target
-from ddray.evaluate.training import Recipe, augmenter, train
 from ddray.methods._matching import ClassBatches, chunks, initial_images, largest_map_bytes
 from ddray.methods._partitioned import siamese
 from ddray.nets import build_net, is_per_sample, reinitialize
 from ddray.seeding import derive_seed
+from ddray.training.dsa import DsaPlan
+from ddray.training.loop import train
+from ddray.training.policies import augmenter
+from ddray.training.recipe import Recipe
 
 Metric = Literal["layerwise", "mse", "cosine"]
 _LOOPS: Final = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}

@@ -16,7 +16,6 @@ from pydantic import Field
 from torch import Tensor
 
 from ddray.data import normalized_space
-from ddray.data.dsa_ops import crop_and_flip
 from ddray.distill import DistillContext
 from ddray.methods._inner import Draw, InnerPool, InnerRecipe, PoolReset
 from ddray.methods._krr_memory import Extent, images_at_once, network_costs
@@ -25,6 +24,7 @@ from ddray.methods._ridge import ridge_loss
 from ddray.methods._ssl import SslConfig, teacher_of
 from ddray.nets import Net
 from ddray.ssl import teacher_net
+from ddray.training.operations import crop_and_flip
 
 Rows = slice | Tensor
 """Which of the m images."""

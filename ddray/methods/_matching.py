@@ -16,11 +16,12 @@ from pydantic import Field
 from torch import Tensor
 
 from ddray.config import Config
-from ddray.data import Split, dsa_for
+from ddray.data import Split
 from ddray.distill import DistillContext
 from ddray.errors import InputError
 from ddray.nets import Net, build_net, is_per_sample, reinitialize
 from ddray.seeding import derive_numpy, derive_seed
+from ddray.training.dsa import dsa_for
 
 Statistics = Callable[[Net, Tensor], tuple[Tensor, ...]]
 MeansLoss = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]

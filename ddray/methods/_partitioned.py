@@ -18,14 +18,14 @@ from torch import Tensor
 
 from ddray.artifact import DistilledSet
 from ddray.config import Config
-from ddray.data import Dsa, DsaPlan, dsa_for
 from ddray.distill import DistillContext, Target
-from ddray.evaluate.training import idc_mixes
 from ddray.methods._coreset import kcenter_order, pool_features
 from ddray.methods._matching import ClassBatches, chunks, largest_map_bytes
 from ddray.nets import Net, build_net, is_per_sample
 from ddray.partition import Partition, Resize, compose, expand
 from ddray.seeding import derive_numpy
+from ddray.training.dsa import Dsa, DsaPlan, dsa_for
+from ddray.training.recipe import idc_mixes
 
 Init = Literal["random", "first", "kcenter", "noise"]
 Embed = Callable[[Net, Tensor], Tensor]

@@ -30,13 +30,15 @@ from torch import Tensor
 
 from ddray.artifact import DistilledSet
 from ddray.config import Config
-from ddray.data import DsaPlan
 from ddray.distill import DistillContext, Target
-from ddray.evaluate.training import Recipe, augmenter, train
 from ddray.methods._matching import ClassBatches, chunks, initial_images, largest_map_bytes
 from ddray.methods._partitioned import siamese
 from ddray.nets import build_net, is_per_sample, reinitialize
 from ddray.seeding import derive_seed
+from ddray.training.dsa import DsaPlan
+from ddray.training.loop import train
+from ddray.training.policies import augmenter
+from ddray.training.recipe import Recipe
 
 _MILESTONES: Final = (0.6, 0.8, 0.9)
 

@@ -25,11 +25,12 @@ from torch import Tensor, nn
 
 from ddray.config import Config
 from ddray.data import normalized_space
-from ddray.data.crops import draw_boxes
 from ddray.distill import DistillContext
 from ddray.errors import InputError
-from ddray.evaluate.teachers import TeacherRecipe, teacher_spec
+from ddray.evaluate.teachers import teacher_spec
 from ddray.methods._coreset import selection_method
+from ddray.training.crops import draw_boxes
+from ddray.training.recipe import TeacherRecipe
 
 _CHUNK: Final = 256
 

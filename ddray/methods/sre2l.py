@@ -31,7 +31,8 @@ from ddray.config import Config
 from ddray.data import normalized_space
 from ddray.distill import DistillContext, Target
 from ddray.errors import InputError
-from ddray.evaluate.teachers import TeacherRecipe, teacher_spec
+from ddray.evaluate.teachers import teacher_spec
+from ddray.training.recipe import TeacherRecipe
 
 
 class SRe2LConfig(Config):

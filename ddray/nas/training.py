@@ -21,10 +21,10 @@ from pydantic import Field
 from torch import Tensor
 
 from ddray.config import Config
-from ddray.data.dsa import Dsa, DsaPlan
 from ddray.nets import Net, is_per_sample, training_format
 from ddray.nets.features import CpuLayer
 from ddray.seeding import derive
+from ddray.training.dsa import Dsa, DsaPlan
 
 log = logging.getLogger(__name__)
 

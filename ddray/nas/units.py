@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddray.data import Dataset, PixelSpace, Split, dsa_for
+from ddray.data import Dataset, PixelSpace, Split
 from ddray.nas.spaces import get_space
 from ddray.nas.training import NasRecipe, count_right, train_seeds
 from ddray.runs.ledger import Ledger, Row, Unit
 from ddray.seeding import derive_seed
 from ddray.system.files import home
+from ddray.training.dsa import dsa_for
 
 CODE_VERSION: Final = (
     2  # raised when training results change, so that stored truth of older code is not reused

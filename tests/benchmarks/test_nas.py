@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from ddray.cluster.fanout import Task, fan_out
 from ddray.cluster.nas import RayExecutor, in_worker
 from ddray.cluster.runtime import ray_runtime
-from ddray.data import PixelSpace, dsa_for
+from ddray.data import PixelSpace
 from ddray.nas.ranking import figures_of_merit
 from ddray.nas.spaces import get_space, sample
 from ddray.nas.sweep import NasOptions
@@ -24,6 +24,7 @@ from ddray.nas.training import NasRecipe
 from ddray.nas.units import NasJob, NasTask, SweepData, training_set
 from ddray.runs.ledger import Ledger, Unit
 from ddray.runs.outcome import Outcome
+from ddray.training.dsa import dsa_for
 from tests.benchmarks.conftest import random_dataset
 
 pytestmark = pytest.mark.benchmark

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ddray.data.crops import draw_boxes, random_resized_crop, resized_crops
+from ddray.training.crops import draw_boxes, random_resized_crop, resized_crops
 
 
 def seeded(seed: int = 0) -> torch.Generator:

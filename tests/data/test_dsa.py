@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from ddray.data import Dsa, DsaParams, DsaPlan, dsa_for
-from ddray.data.dsa_ops import NUM_COLUMNS, OPERATIONS, crop_and_flip
 from ddray.errors import InputError
 from ddray.seeding import derive
+from ddray.training.dsa import Dsa, DsaPlan, dsa_for
+from ddray.training.operations import NUM_COLUMNS, OPERATIONS, DsaParams, crop_and_flip
 
 ALL = "color_crop_cutout_flip_scale_rotate"
 BRIGHTNESS, SATURATION, CONTRAST, SHIFT_Y, SHIFT_X, CUT_Y, CUT_X, FLIP, SCALE_X, SCALE_Y, ROTATE = range(11)

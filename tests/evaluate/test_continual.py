@@ -12,7 +12,7 @@ from ddray.data import Split, normalized_space
 from ddray.errors import InputError
 from ddray.evaluate import EvalContext, EvalResult, continual, summarise
 from ddray.evaluate.continual import Continual, class_tasks
-from ddray.evaluate.training import Recipe
+from ddray.training.recipe import Recipe
 
 CPU = torch.device("cpu")
 ARCH = "convnet1_w8"

@@ -23,10 +23,10 @@ from ddray.cli import main
 from ddray.data import carve_val, open_dataset
 from ddray.errors import InputError
 from ddray.evaluate import hard
-from ddray.evaluate.training import RECIPES
 from ddray.plan import resolve
 from ddray.report.images import grid
 from ddray.scoring import EvaluateOptions, evaluate, evaluation_config
+from ddray.training.recipe import RECIPES
 
 CPU = torch.device("cpu")
 SMALL = {"arch": "convnet2_w8", "compile": "off", "evaluate": {"epochs": 3, "seeds": 2}}

@@ -15,17 +15,9 @@ from ddray.artifact import TrainSet
 from ddray.data import Split, normalized_space
 from ddray.errors import DivergedError, InputError
 from ddray.evaluate import EvalContext, evaluate_archs, linear
-from ddray.evaluate.linear import (
-    FinetuneConfig,
-    Linear,
-    ProbeConfig,
-    adapted,
-    batches,
-    embeddings,
-    train_probe,
-)
-from ddray.evaluate.training import Recipe
+from ddray.evaluate.linear import Linear, adapted, batches, embeddings, train_probe
 from ddray.nets import build_net
+from ddray.training.recipe import FinetuneConfig, ProbeConfig, Recipe
 
 CPU = torch.device("cpu")
 RECIPE = Recipe(epochs=80, lr=0.05, batch=8, schedule="constant", augment="none", weight_decay=0.0)

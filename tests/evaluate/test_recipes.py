@@ -8,12 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddray.data import PixelSpace, Split, dsa_for
+from ddray.data import PixelSpace, Split
 from ddray.errors import InputError
-from ddray.evaluate.cutmix import cutmix
-from ddray.evaluate.training import RECIPES, Recipe, _factor, augmenter, named_recipe, train
 from ddray.plan import EvaluateConfig, resolve
 from ddray.seeding import derive
+from ddray.training.cutmix import cutmix
+from ddray.training.dsa import dsa_for
+from ddray.training.loop import _factor, train
+from ddray.training.policies import augmenter
+from ddray.training.recipe import RECIPES, Recipe, named_recipe
 
 SPACE = PixelSpace("normalized", (0.5,), (0.25,))
 

@@ -14,8 +14,8 @@ from ddray.errors import DivergedError
 from ddray.evaluate import EvalContext, robust, summarise, whole
 from ddray.evaluate.hard import Hard
 from ddray.evaluate.robust import Robust, augmentation_robust_score, label_robust_score, normalised_score
-from ddray.evaluate.training import Recipe
 from ddray.evaluate.whole import whole_set_accuracy
+from ddray.training.recipe import Recipe
 
 CPU = torch.device("cpu")
 ARCH = "convnet1_w8"

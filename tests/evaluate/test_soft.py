@@ -14,10 +14,11 @@ from ddray.data import PixelSpace, fit_zca, normalized_space
 from ddray.errors import DdrayError, InputError
 from ddray.evaluate import EvalContext
 from ddray.evaluate.soft import Soft, SoftConfig, batches, half_cosine, mix, settle, shuffle_strips, soft_loss
-from ddray.evaluate.teachers import TeacherRecipe, Teachers, get_teachers, least_accuracy
+from ddray.evaluate.teachers import Teachers, get_teachers, least_accuracy
 from ddray.nets import build_net
 from ddray.pool import LocalPool
 from ddray.pool_training import PoolTrainer
+from ddray.training.recipe import TeacherRecipe
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddray.data import Dataset, Dsa, Split
+from ddray.data import Dataset, Split
 from ddray.distill import Target
 from ddray.errors import InputError
 from ddray.methods import get_method
@@ -19,6 +19,7 @@ from ddray.methods._matching import ClassBatches
 from ddray.methods.dsdm import DSDM, history_loss, prototype_loss, remember
 from ddray.plan import resolve
 from ddray.pool import PoolEntry, PoolSpec
+from ddray.training.dsa import Dsa
 
 BATCH, IPC, LR = 4, 2, 0.02
 POOL = {"num_models": 2, "epochs": 1}

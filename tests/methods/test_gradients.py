@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddray.data import dsa_for
 from ddray.methods import _matching, get_method
 from ddray.methods._gradients import gradient_distance, loops
 from ddray.methods._matching import ClassBatches
 from ddray.nets import build_net
 from ddray.seeding import derive_seed
+from ddray.training.dsa import dsa_for
 
 BATCH, IPC, LR = 5, 2, 0.1
 

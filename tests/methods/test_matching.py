@@ -11,13 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ddray.data import Dsa, Split, dsa_for
+from ddray.data import Split
 from ddray.errors import InputError
 from ddray.methods import _matching
 from ddray.methods._matching import ClassBatches, chunks, initial_images, random_indices, wants_compile
 from ddray.methods._partitioned import siamese
 from ddray.nets import build_net
 from ddray.seeding import derive, derive_seed
+from ddray.training.dsa import Dsa, dsa_for
 
 BATCH, IPC, LR = 5, 2, 0.25
 METHODS = {

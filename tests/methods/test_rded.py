@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as tv
 
 from ddray.errors import InputError
-from ddray.evaluate.teachers import TeacherRecipe, teacher_spec
+from ddray.evaluate.teachers import teacher_spec
 from ddray.methods.rded import choose, crop, crop_losses, default_factor, stitch
 from ddray.nets import build_net
+from ddray.training.recipe import TeacherRecipe
 
 
 def test_a_crop_is_torchvisions() -> None:

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddray.data import dsa_for
 from ddray.errors import InputError
 from ddray.nas.training import NasRecipe, count_right, train_seeds
 from ddray.nets import Net, build_net
 from ddray.seeding import derive, derive_seed
+from ddray.training.dsa import dsa_for
 
 SHAPE = (3, 16, 16)
 ARCHS = (

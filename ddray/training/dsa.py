@@ -17,8 +17,8 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
-from ddray.data.dsa_ops import NUM_COLUMNS, OPERATIONS, DsaParams
 from ddray.errors import InputError, unknown
+from ddray.training.operations import NUM_COLUMNS, OPERATIONS, DsaParams
 
 Variant = Literal["dsa", "dsa_idc"]
 FULL_STRATEGY: Final = "color_crop_cutout_flip_scale_rotate"

@@ -1,0 +1,1 @@
+"""Training networks: the engine, recipes, augmentation."""

@@ -1,0 +1,133 @@
+"""."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final, Literal, Self
+
+from pydantic import Field, field_validator
+
+from ddray.config import Config
+from ddray.data import Split
+from ddray.errors import unknown
+from ddray.training.dsa import Dsa
+from ddray.training.policies import Augment
+
+Schedule = Literal["vico", "step15", "multistep", "cosine", "constant"]
+RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
+    "vico": {
+        "epochs": 1000,
+        "lr": 0.01,
+        "momentum": 0.9,
+        "weight_decay": 5e-4,
+        "batch": 256,
+        "schedule": "vico",
+        "augment": "dsa",
+        "strategy": None,
+        "cutmix": 0.0,
+    },
+    "idc": {
+        "epochs": 1500,
+        "lr": 0.01,
+        "momentum": 0.9,
+        "weight_decay": 5e-4,
+        "batch": 64,
+        "schedule": "multistep",
+        "augment": "dsa_idc",
+        "strategy": "color_crop_flip_scale_rotate",
+        "cutmix": 0.5,
+    },
+}
+
+
+class ProbeConfig(Config):
+    """How the linear classifier is trained (SGD, cosine to 0, no weight decay)."""
+
+    steps: int = Field(default=5000, ge=1)
+    lr: float = Field(default=0.2, gt=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    batch: int = Field(default=512, ge=1)
+
+
+class FinetuneConfig(Config):
+    """How the whole network is fine-tuned (KRR-ST; SGD, cosine to 0, random crops and flips)."""
+
+    steps: int | None = Field(default=None, ge=1)
+    """Default: 10,000 from 50,000 images on, else 5,000."""
+    lr: float = Field(default=0.01, gt=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: float = Field(default=5e-4, ge=0)
+    batch: int = Field(default=128, ge=1)
+
+
+class Recipe(Config):
+    """How a network is trained (SGD, cross entropy)."""
+
+    epochs: int = Field(default=1000, ge=1)
+    """E; the `vico` schedule runs E + 1, as the peers' loop does."""
+    lr: float = Field(default=0.01, gt=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: float = Field(default=5e-4, ge=0)
+    batch: int = Field(default=256, ge=1)
+    schedule: Schedule = "vico"
+    """`vico`: E + 1 epochs, after epoch E // 2 + 1 the rate falls tenfold and momentum is reset (DC, DM,
+    DataDAM code); `step15`: x.5 every 15 epochs (DataDAM supplement Table 2); `multistep`: x.2 after 2/3 and
+    5/6 of the epochs (IDC, DSDM); `cosine` to 0; `constant`."""
+    augment: Augment = "dsa"
+    """Augmentation of pictures; spectrograms have none."""
+    strategy: str | None = None
+    """Operations of `dsa` and `dsa_idc`, joined by "_" (flip is left out where it changes the class);
+    default: all of them."""
+    cutmix: float = Field(default=0.0, ge=0, le=1)
+    """Probability that a batch of pictures is mixed with itself by CutMix (IDC: .5, without cutout)."""
+
+    @field_validator("strategy")
+    @classmethod
+    def _known_operations(cls, value: str | None) -> str | None:
+        if value is not None:
+            Dsa(value)
+        return value
+
+    def without_augmentation(self) -> Self:
+        """Return the same training on the images as they are."""
+        return self.model_copy(update={"augment": "none", "strategy": None, "cutmix": 0.0})
+
+    def on(self, split: Split) -> Self:
+        """Return the recipe for a split: picture augmentations do not apply to spectrograms (IDC, DSDM)."""
+        return self.without_augmentation() if split.is_audio else self
+
+
+class TeacherRecipe(Recipe):
+    """How a teacher is trained on the real images (SGD, cross entropy)."""
+
+    epochs: int = Field(default=50, ge=1)
+    lr: float = Field(default=0.05, gt=0)
+    batch: int = Field(default=64, ge=1)
+    schedule: Schedule = "cosine"
+    augment: Augment = "dsa"
+
+
+def named_recipe(values: Mapping[str, Any], *, dataset: str = "", factor: int = 1) -> dict[str, Any]:
+    """Return evaluation settings with the name under `recipe` replaced by its fields; the other settings win.
+
+    Args:
+        values: settings by name; `recipe`, if it is there, is one of `RECIPES`.
+        dataset: the set's dataset: `idc` has exceptions.
+        factor: parts along each axis that its stored images are cut into.
+
+    Raises:
+        InputError: no recipe has this name.
+    """
+    rest = dict(values)
+    if rest.get("recipe") is None:
+        return rest
+    name = str(rest.pop("recipe"))
+    if name not in RECIPES:
+        raise unknown("recipe", name, RECIPES)
+    exceptions = {"cutmix": 0.0} if name == "idc" and not idc_mixes(dataset, factor) else {}
+    return {**RECIPES[name], **exceptions, **rest}
+
+
+def idc_mixes(dataset: str, factor: int) -> bool:
+    """Return whether IDC and DSDM's code mixes the images by CutMix: not MNIST's at factor 2."""
+    return not (dataset == "mnist" and factor == 2)
