@@ -1,7 +1,7 @@
 """ddray: hyperparameter and NAS benchmarking for dataset distillation, on Ray.
 
 As a library: `ddray.distill("datadam", ipc=1)`, `ddray.load("x.pt")`, `ddray.evaluate(distilled)`,
-`ddray.export(distilled, "folder")`.
+`ddray.artifact.export(distilled, "folder")`.
 """
 
 from __future__ import annotations

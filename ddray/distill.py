@@ -14,12 +14,12 @@ from typing import Any, ClassVar, Final, Literal, Protocol
 import torch
 from torch import Tensor
 
-from ddray.artifact import DistilledSet, Meta
-from ddray.bases import Bases, images_of, targets_of
+from ddray.artifact.bases import Bases, images_of, targets_of
+from ddray.artifact.distilled_set import DistilledSet, Meta
+from ddray.artifact.partition import Partition
 from ddray.config import Config
 from ddray.data import Dataset, PixelSpace, Split
 from ddray.errors import DivergedError
-from ddray.partition import Partition
 from ddray.pool import ModelPool
 from ddray.runs.environment import git_commit, versions
 from ddray.seeding import derive

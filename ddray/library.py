@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ddray import api, scoring
-from ddray.artifact import DistilledSet
-from ddray.artifact import load as load_set
+from ddray.artifact.distilled_set import DistilledSet
+from ddray.artifact.export import export_folder, export_parquet
+from ddray.artifact.reading import load as load_set
 from ddray.config import merge, nest
 from ddray.data import Dataset, open_dataset
 from ddray.distill import run_distillation
 from ddray.errors import unknown
-from ddray.export import export_folder, export_parquet
 from ddray.plan import make_context, make_distiller, pick_device, resolve
 
 Form = Literal["folder", "parquet"]

@@ -12,8 +12,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from ddray import artifact
-from ddray.artifact import DistilledSet, TrainSet
+from ddray.artifact.distilled_set import DistilledSet, TrainSet
+from ddray.artifact.reading import load
 from ddray.config import parse_overrides
 from ddray.data import Dataset, PixelSpace, Split, carve_val, fit_zca, open_dataset
 from ddray.data.catalog import KNOWN
@@ -109,7 +109,7 @@ def evaluate(
     _check_options(options)
     dataset = dataset or _target(options.dataset, options)
     space = foreign_space(dataset, options.pixel_space)
-    distilled = artifact.load(path, dataset=dataset, pixel_space=space)
+    distilled = load(path, dataset=dataset, pixel_space=space)
     target = dataset or _target(distilled.meta.dataset, options)
     if target is None:
         raise InputError(f"{path} does not say which dataset it was distilled from: add --dataset NAME")

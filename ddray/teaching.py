@@ -6,14 +6,14 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ddray.artifact import DistilledSet
+from ddray.artifact.distilled_set import DistilledSet
+from ddray.artifact.partition import default_factor
 from ddray.config import merge, parse_overrides
 from ddray.data import Split
 from ddray.errors import InputError, unknown
 from ddray.evaluate import EvalContext
 from ddray.evaluate.soft import Soft, SoftConfig
 from ddray.evaluate.teachers import Teachers, get_teachers
-from ddray.methods.rded import default_factor
 from ddray.nets.names import resolve_arch
 from ddray.pool import LocalPool
 from ddray.pool_training import PoolTrainer

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from ddray import api, artifact
+from ddray import api
 from ddray.api import distill, to_json
+from ddray.artifact.reading import load
 from ddray.data.loaders import data_info
 from ddray.errors import DivergedError, InputError
 from ddray.methods import _krr_memory
@@ -34,7 +35,7 @@ class TestDistill:
         assert result["artifact"] == str(tmp_path / "run" / "distilled.pt")
         assert (result["method"], result["dataset"], result["ipc"], result["steps"]) == ("dm", "digits", 1, 6)
         assert json.loads(to_json(result)) == result
-        distilled = artifact.load(Path(result["artifact"]))
+        distilled = load(Path(result["artifact"]))
         assert distilled.meta.config["steps"] == 6
         assert (tmp_path / "run" / "distilled.png").stat().st_size > 0
         run = open_run(

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddray.artifact import DistilledSet, Meta, load
+from ddray.artifact.distilled_set import DistilledSet, Meta
+from ddray.artifact.partition import Partition, expand
+from ddray.artifact.reading import load
 from ddray.data import PixelSpace
 from ddray.errors import InputError
-from ddray.partition import Partition, expand
 from ddray.system.tensors import numpy_scalars
 
 

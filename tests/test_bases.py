@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddray.bases import NUM_VIEWS, Bases, check, expand, images_of, targets_of, upsample, view, views
+from ddray.artifact.bases import NUM_VIEWS, Bases, check, expand, images_of, targets_of, upsample, view, views
 from ddray.errors import InputError
 
 M, U, V, D, SHAPE = 5, 4, 3, 7, (2, 4, 4)

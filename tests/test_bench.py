@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 
 import pytest
 
-from ddray import artifact
+from ddray.artifact import distilled_set as artifact
+from ddray.artifact.reading import load
 from ddray.bench import board, ranking
 from ddray.bench import work as bench_work
 from ddray.bench.cost import History, costs_file, summarise, sweep_of
@@ -410,7 +411,7 @@ class TestRun:
         assert result["skipped"] == []
         for row in ledger.rows("distill"):
             assert {"method", "dataset", "ipc", "seed"} <= row.spec.keys()
-            distilled = artifact.load(tmp_path / "run" / row.result["artifact"])
+            distilled = load(tmp_path / "run" / row.result["artifact"])
             assert (distilled.meta.method, distilled.meta.seed) == (row.spec["method"], row.spec["seed"])
             curve = json.loads((tmp_path / "run" / row.result["artifact"]).with_suffix(".json").read_text())
             assert len(curve["losses"]) == row.result["steps"]
@@ -536,7 +537,7 @@ class TestRun:
         monkeypatch.setattr(bench_work, "publish", publish)
         result = run(tmp_path / "run", spec(seeds=1))
         assert (result["num_failed"], result["skipped"]) == (0, [])
-        assert artifact.load(hurt[0])
+        assert load(hurt[0])
         table = (tmp_path / "whole" / "table.csv").read_bytes()
         assert (tmp_path / "run" / "table.csv").read_bytes() == table
 
@@ -624,7 +625,7 @@ class TestRanking:
         proxies = {row.spec.get("proxy") for row in Ledger(sweep).rows("nas")}
         assert len(Ledger(sweep).rows("nas")) == 3 * 2, f"two sets and early stopping: {proxies}"
         for row in Ledger(tmp_path / "run").rows("distill"):
-            distilled = artifact.load(tmp_path / "run" / row.result["artifact"])
+            distilled = load(tmp_path / "run" / row.result["artifact"])
             assert distilled.meta.split == row.spec["split"] == "train-val0", (
                 "val is what the ranking is scored on"
             )

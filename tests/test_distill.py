@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ddray import distill as module
-from ddray.artifact import DistilledSet
+from ddray.artifact.distilled_set import DistilledSet
 from ddray.config import Config
 from ddray.distill import DistillContext, DistillResult, StepTimer, run_distillation
 from ddray.errors import DivergedError, StorageError

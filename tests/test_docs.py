@@ -15,7 +15,7 @@ import torch
 
 import ddray.methods
 from ddray import plan
-from ddray.artifact import DistilledSet
+from ddray.artifact.distilled_set import DistilledSet
 from ddray.data import open_dataset
 from ddray.distill import run_distillation
 from ddray.space import read_space

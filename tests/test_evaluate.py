@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddray.artifact import TrainSet
+from ddray.artifact.distilled_set import TrainSet
 from ddray.data import PixelSpace, Split, normalized_space
 from ddray.errors import DivergedError, InputError
 from ddray.evaluate import EvalContext, EvalResult, evaluate_archs, summarise

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 import ddray
-from ddray import artifact
-from ddray.artifact import DistilledSet
+from ddray.artifact.distilled_set import DistilledSet
+from ddray.artifact.export import export_folder, export_parquet, pictures
+from ddray.artifact.reading import load
 from ddray.data import open_dataset
 from ddray.errors import InputError
-from ddray.export import export_folder, export_parquet, pictures
 from tests.test_docs import blocks
 
 SMALL = {"steps": 2, "arch": "convnet1_w8", "compile": "off", "method.batch_real": 4}
@@ -111,14 +111,14 @@ class TestDistill:
             "ddray",
             "ddray.distill",
             "ddray.evaluate.hard",
-            "ddray.export",
+            "ddray.artifact.export",
             "ddray.api",
             "ddray.scoring",
         ):
             code = (
                 f"import {first}\nimport ddray\n"
                 "from ddray.distill import run_distillation\nfrom ddray.evaluate import EvalContext\n"
-                "assert callable(ddray.distill) and callable(ddray.evaluate) and callable(ddray.export)\n"
+                "assert callable(ddray.distill) and callable(ddray.evaluate) and callable(ddray.artifact.export)\n"
                 "import inspect\n"
                 "assert {'ipc', 'budget', 'run_dir'} <= set(inspect.signature(ddray.distill).parameters)\n"
                 "print(len(ddray.distill('random').images))"
@@ -219,12 +219,12 @@ class TestExport:
 
     def test_the_form_follows_the_name(self, distilled: DistilledSet, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="form must be one of folder, parquet"):
-            ddray.export(distilled, tmp_path / "x", form="csv")  # type: ignore[arg-type]
+            ddray.artifact.export(distilled, tmp_path / "x", form="csv")  # type: ignore[arg-type]
         distilled.save(tmp_path / "a.pt")
-        assert ddray.export(tmp_path / "a.pt", tmp_path / "a.parquet").is_file()
-        assert ddray.export(distilled, tmp_path / "b").is_dir()
-        assert ddray.export(distilled, tmp_path / "c.parquet", form="folder").is_dir()
-        assert artifact.load(tmp_path / "a.pt").meta == ddray.load(tmp_path / "a.pt").meta
+        assert ddray.artifact.export(tmp_path / "a.pt", tmp_path / "a.parquet").is_file()
+        assert ddray.artifact.export(distilled, tmp_path / "b").is_dir()
+        assert ddray.artifact.export(distilled, tmp_path / "c.parquet", form="folder").is_dir()
+        assert load(tmp_path / "a.pt").meta == ddray.load(tmp_path / "a.pt").meta
 
 
 def test_the_readmes_example_runs(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ddray.artifact.partition import Partition, compose, expand
 from ddray.data import PixelSpace
 from ddray.errors import InputError
-from ddray.partition import Partition, compose, expand
 
 SHAPES = [(1, 16, 16), (3, 7, 11), (2, 3, 9)]
 PARTITIONS = [Partition(factor=f, axes=axes) for f, axes in itertools.product((1, 2, 3), ("both", "time"))]

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from ddray.artifact import DistilledSet
+from ddray.artifact.distilled_set import DistilledSet
 from ddray.data import fit_zca
 from ddray.report.images import grid, png, save_grid
 from ddray.report.tune_page import write_report

@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
-from ddray import artifact
+from ddray.artifact import distilled_set as artifact
+from ddray.artifact.reading import load
 from ddray.bench.run import BenchOptions, prepare, run_bench, run_local
 from ddray.bench.spec import BenchSpec
 from ddray.data import open_dataset
@@ -163,7 +164,7 @@ def test_text_of_users_is_escaped(page: str) -> None:
 def test_methods_show_their_sets(page: str, folder: Path) -> None:
     run = read_run(folder)
     assert sorted({view.label for view in run.sets}) == ["dm & co", "random"]
-    expected = {base64.b64encode(png(grid(artifact.load(view.path)))).decode() for view in run.sets}
+    expected = {base64.b64encode(png(grid(load(view.path)))).decode() for view in run.sets}
     pictures = set(re.findall(r'src="data:image/png;base64,([^"]+)"', body(page)))
     assert pictures == expected
     for encoded in pictures:

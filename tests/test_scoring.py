@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from ddray import artifact, scoring
+from ddray import scoring
 from ddray.api import distill, to_json
+from ddray.artifact.reading import load
 from ddray.data import carve_val, open_dataset
 from ddray.errors import InputError
 from ddray.plan import resolve
@@ -146,7 +147,7 @@ class TestEvaluate:
     ) -> None:
         import dataclasses
 
-        distilled = artifact.load(random_set)
+        distilled = load(random_set)
         old = distilled.meta.model_copy(update={"fingerprint": "0" * 64})
         dataclasses.replace(distilled, meta=old).save(random_set)
 

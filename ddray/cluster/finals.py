@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ddray import artifact
+from ddray.artifact.reading import load
 from ddray.cluster.payload import Payload, pack, unpack
 from ddray.cluster.pretrain import shared_pool
 from ddray.cluster.runtime import check_capacity, ray_runtime
@@ -77,7 +77,7 @@ def run_finals(
     final = run.folder / "distilled.pt"
     with first.open("rb") as source:
         write_atomically(final, lambda file: shutil.copyfileobj(source, file))
-    save_grid(artifact.load(final), final.with_suffix(".png"))
+    save_grid(load(final), final.with_suffix(".png"))
     results["best"]["artifact"] = str(final)
     return results
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import torch
 
-from ddray.artifact import DistilledSet
+from ddray.artifact.distilled_set import DistilledSet
 from ddray.cluster.payload import Payload, Unpacked, unpack
 from ddray.cluster.pool import ClusterPool, PoolAddress
 from ddray.config import merge

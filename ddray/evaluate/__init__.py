@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ddray.artifact import TrainSet
+from ddray.artifact.distilled_set import TrainSet
 from ddray.data import Dataset, PixelSpace, Split
 
 

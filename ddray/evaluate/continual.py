@@ -21,7 +21,7 @@ import time
 import torch
 from torch import Tensor
 
-from ddray.artifact import TrainSet
+from ddray.artifact.distilled_set import TrainSet
 from ddray.data import Split
 from ddray.errors import InputError
 from ddray.evaluate import EvalContext, EvalResult

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 
-from ddray.artifact import TrainSet
+from ddray.artifact.distilled_set import TrainSet
 from ddray.errors import DivergedError
 from ddray.evaluate import EvalContext, EvalResult
 from ddray.nets import Net, build_net, check_arch

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddray.artifact import TrainSet
+from ddray.artifact.distilled_set import TrainSet
 from ddray.data import Split
 from ddray.errors import DivergedError, InputError
 from ddray.evaluate import EvalContext, EvalResult

@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 import time
 
-from ddray.artifact import TrainSet
+from ddray.artifact.distilled_set import TrainSet
 from ddray.data import Split
 from ddray.evaluate import EvalContext, EvalResult
 from ddray.evaluate.hard import fit

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ddray.artifact import TrainSet
+from ddray.artifact.distilled_set import TrainSet
 from ddray.config import Config
 from ddray.errors import DivergedError, InputError
 from ddray.evaluate import EvalContext, EvalResult

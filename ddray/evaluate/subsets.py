@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ddray.artifact import TrainSet
+from ddray.artifact.distilled_set import TrainSet
 from ddray.data import PixelSpace, Split
 from ddray.errors import InputError
 

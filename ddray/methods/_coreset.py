@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ddray.artifact import DistilledSet
+from ddray.artifact.distilled_set import DistilledSet
 from ddray.config import Config
 from ddray.distill import DistillContext, Distiller, Target
 from ddray.pool import PoolSpec, supervised_specs

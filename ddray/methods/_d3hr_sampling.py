@@ -19,7 +19,7 @@ from ddray.seeding import derive
 from ddray.system.files import home
 
 if TYPE_CHECKING:
-    from ddray.artifact import DistilledSet
+    from ddray.artifact.distilled_set import DistilledSet
     from ddray.methods.d3hr import D3HRConfig
 
 

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ddray.artifact import DistilledSet
+from ddray.artifact.distilled_set import DistilledSet
 from ddray.config import Config
 from ddray.distill import DistillContext, Distiller, Target
 from ddray.methods._matching import ClassBatches, chunks, initial_images, largest_map_bytes

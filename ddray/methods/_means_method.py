@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ddray.artifact import DistilledSet
+from ddray.artifact.distilled_set import DistilledSet
 from ddray.config import Config
 from ddray.distill import DistillContext, Distiller, Target
 from ddray.methods._matching import MatchingConfig, MeanMatching, Statistics

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddray.bases import NUM_VIEWS, Approximation, Augmentation, perceptron
+from ddray.artifact.bases import NUM_VIEWS, Approximation, Augmentation, perceptron
 from ddray.data import PixelSpace
 
 _CHUNK: Final = 1024
@@ -135,7 +135,7 @@ def fit_shifts(
         generator: CPU generator of the initial weights.
 
     Returns:
-        The networks' tensors (`ddray.bases`), and their mean squared error.
+        The networks' tensors (`ddray.artifact.bases`), and their mean squared error.
     """
     num_views, _, width = view_coefficients.shape
     shifts = view_coefficients - coefficients

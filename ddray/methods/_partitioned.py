@@ -16,13 +16,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ddray.artifact import DistilledSet
+from ddray.artifact.distilled_set import DistilledSet
+from ddray.artifact.partition import Partition, Resize, compose, expand
 from ddray.config import Config
 from ddray.distill import DistillContext, Target
 from ddray.methods._coreset import kcenter_order, pool_features
 from ddray.methods._matching import ClassBatches, chunks, largest_map_bytes
 from ddray.nets import Net, build_net, is_per_sample
-from ddray.partition import Partition, Resize, compose, expand
 from ddray.seeding import derive_numpy
 from ddray.training.dsa import Dsa, DsaPlan, dsa_for
 from ddray.training.recipe import idc_mixes

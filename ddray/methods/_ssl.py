@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Final, Literal
 import torch
 from torch import Tensor
 
-from ddray.artifact import DistilledSet
+from ddray.artifact.distilled_set import DistilledSet
 from ddray.config import Config
 from ddray.distill import BudgetDistiller, DistillContext, Target
 from ddray.errors import InputError

@@ -30,9 +30,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ddray import bases
-from ddray.artifact import DistilledSet
-from ddray.bases import Approximation, Augmentation, Bases
+from ddray.artifact import bases
+from ddray.artifact.bases import Approximation, Augmentation, Bases
+from ddray.artifact.distilled_set import DistilledSet
 from ddray.config import Config
 from ddray.data import normalized_space
 from ddray.distill import DistillContext, Target

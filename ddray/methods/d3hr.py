@@ -32,7 +32,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from ddray.artifact import DistilledSet
+from ddray.artifact.distilled_set import DistilledSet
 from ddray.config import Config
 from ddray.distill import DistillContext, Target
 from ddray.errors import InputError

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ddray.artifact import DistilledSet
+from ddray.artifact.distilled_set import DistilledSet
 from ddray.config import Config
 from ddray.distill import DistillContext, Target
 from ddray.methods._partitioned import FeaturePairs, LearnedImages, PartitionedConfig, by_class, embedding

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from ddray.artifact.partition import default_factor
 from ddray.config import Config
 from ddray.data import normalized_space
 from ddray.distill import DistillContext
@@ -48,11 +49,6 @@ class RDEDConfig(Config):
     """Crops of each image that are scored."""
     images_per_class: int = Field(default=300, ge=1)
     """Real images of each class that are cropped; never more than it has."""
-
-
-def default_factor(image_shape: tuple[int, int, int]) -> int:
-    """Return the factor for images of `image_shape` (C, H, W)."""
-    return 1 if max(image_shape[1:]) <= 64 else 2
 
 
 def crop(images: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ddray.artifact import DistilledSet
+from ddray.artifact.distilled_set import DistilledSet
 from ddray.data import Dataset, Split
 from ddray.errors import DdrayError
 from ddray.nas.options import NasOptions, resolve_config

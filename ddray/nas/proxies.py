@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import torch
 
-from ddray.artifact import DistilledSet
+from ddray.artifact.distilled_set import DistilledSet
 from ddray.data import Dataset, Split
 from ddray.errors import InputError, unknown
 from ddray.methods import method_names

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ddray import artifact
+from ddray.artifact.reading import load
 from ddray.data import Dataset, open_dataset
 from ddray.errors import DdrayError, InputError, unknown
 from ddray.nas.proxies import (
@@ -129,7 +129,7 @@ def prepare(request: NasRequest, options: NasOptions, config: NasConfig) -> Swee
         )
     named = None if request.dataset is None else _open(request.dataset, request)
     space = foreign_space(named, request.pixel_space)
-    sets = [artifact.load(path, dataset=named, pixel_space=space) for path in request.proxies]
+    sets = [load(path, dataset=named, pixel_space=space) for path in request.proxies]
     dataset = named or _open(sets[0].meta.dataset, request)
     for path, distilled in zip(request.proxies, sets, strict=True):
         check_fits(distilled, dataset, path)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ddray.artifact import DistilledSet
+from ddray.artifact.distilled_set import DistilledSet
 from ddray.system.files import write_atomically
 
 _MAX_PER_CLASS = 10

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddray import artifact
-from ddray.artifact import DistilledSet
+from ddray.artifact.distilled_set import DistilledSet
+from ddray.artifact.reading import load
 from ddray.config import read_yaml
 from ddray.errors import InputError
 from ddray.runs.folder import environments
@@ -52,7 +52,7 @@ class SetView:
     def load(self) -> DistilledSet | None:
         """Return the set, or None if the file is gone or damaged."""
         try:
-            return artifact.load(self.path)
+            return load(self.path)
         except InputError:
             return None
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from ddray import artifact
+from ddray.artifact.reading import load
 from ddray.report.figures import LAYOUT, to_html
 from ddray.report.images import data_uri, grid
 from ddray.runs.ledger import Row
@@ -116,7 +116,7 @@ def _recolour(figure: Any) -> None:
 
 def _picture(path: Path) -> str | None:
     """Return the winner's image grid as a data URI; None for a set that stores no images."""
-    picture = grid(artifact.load(path))
+    picture = grid(load(path))
     return None if picture is None else data_uri(picture)
 
 

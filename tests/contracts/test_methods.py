@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from ddray import artifact
+from ddray.artifact import distilled_set as artifact
+from ddray.artifact.reading import load
 from ddray.config import Config, difference, merge, read_yaml
 from ddray.distill import DistillContext, Distiller
 from ddray.errors import InputError
@@ -138,7 +139,7 @@ def test_it_distils_digits_into_a_valid_artifact(
 
     distilled = distiller.snapshot()
     distilled.save(tmp_path / "distilled.pt")
-    loaded = artifact.load(tmp_path / "distilled.pt")
+    loaded = load(tmp_path / "distilled.pt")
 
     if budget_method(method) is None:
         assert loaded.images.shape == (10 * ipc, 1, 16, 16)
@@ -172,7 +173,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
     others = [run(seed, "c.pt") for seed in (1, 2, 3)]
 
     assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
-    first = artifact.load(tmp_path / "a.pt").images
+    first = load(tmp_path / "a.pt").images
     differ = [not torch.equal(first, other.images) for other in others]
     if method in DETERMINISTIC:
         assert max(float((first - other.images).abs().max()) for other in others) < 1e-6

@@ -16,9 +16,10 @@ import pytest
 import torch
 from scipy.io import wavfile
 
-from ddray import artifact, scoring
+from ddray import scoring
 from ddray.api import distill, to_json
-from ddray.artifact import DistilledSet, TrainSet
+from ddray.artifact.distilled_set import DistilledSet, TrainSet
+from ddray.artifact.reading import load
 from ddray.cli import main
 from ddray.data import carve_val, open_dataset
 from ddray.errors import InputError
@@ -56,7 +57,7 @@ def quick(**options: Any) -> EvaluateOptions:
 
 def with_evaluate(path: Path, **settings: Any) -> DistilledSet:
     """Return the set at `path` with other evaluation settings in its configuration."""
-    distilled = artifact.load(path)
+    distilled = load(path)
     config = {**distilled.meta.config, "evaluate": settings}
     return dataclasses.replace(distilled, meta=distilled.meta.model_copy(update={"config": config}))
 
@@ -65,7 +66,7 @@ class TestSettings:
     idc: ClassVar[dict[str, Any]] = {**RECIPES["idc"], "epochs": 40, "seeds": 1, "val_seeds": 1}
 
     def test_a_recipe_replaces_the_artifacts_and_options_win_over_it(self, random_set: Path) -> None:
-        distilled = artifact.load(random_set)
+        distilled = load(random_set)
         config = evaluation_config(distilled, EvaluateOptions(recipe="idc", epochs=7))
         assert {name: getattr(config, name) for name in RECIPES["idc"]} == {**RECIPES["idc"], "epochs": 7}
         assert config.seeds == 2
@@ -186,7 +187,7 @@ class TestRobust:
         assert arguments[0]["split_name"] == "train-val3"
 
     def test_random_images_take_the_sets_storage(self, random_set: Path) -> None:
-        distilled = artifact.load(random_set)
+        distilled = load(random_set)
         for floats, expected in ((20 * 256, 2), (10 * 256, 1), (5, 1), (45 * 256, 4)):
             meta = distilled.meta.model_copy(update={"storage_floats": floats})
             assert scoring._images_at_storage(dataclasses.replace(distilled, meta=meta)) == expected
@@ -325,7 +326,7 @@ class TestSpeech:
         assert result["accuracy_mean"] == 1.0
 
     def test_their_picture_is_no_black_square(self, clips: str, tmp_path: Path) -> None:
-        picture = grid(artifact.load(self.distilled(clips, tmp_path)))[0]
+        picture = grid(load(self.distilled(clips, tmp_path)))[0]
         assert 0.2 < float(picture.mean()) < 0.8
         assert float(((picture > 0.05) & (picture < 0.95)).float().mean()) > 0.7
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddray.artifact import TrainSet
+from ddray.artifact.distilled_set import TrainSet
 from ddray.data import Split, normalized_space
 from ddray.errors import DivergedError, InputError
 from ddray.evaluate import EvalContext, evaluate_archs, linear

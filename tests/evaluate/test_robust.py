@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from ddray.artifact import TrainSet
+from ddray.artifact.distilled_set import TrainSet
 from ddray.data import Split, fit_zca, normalized_space
 from ddray.errors import DivergedError
 from ddray.evaluate import EvalContext, robust, summarise, whole

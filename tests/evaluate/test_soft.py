@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ddray import scoring
-from ddray.artifact import TrainSet
+from ddray.artifact.distilled_set import TrainSet
 from ddray.data import PixelSpace, fit_zca, normalized_space
 from ddray.errors import DdrayError, InputError
 from ddray.evaluate import EvalContext

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddray.artifact import TrainSet
+from ddray.artifact.distilled_set import TrainSet
 from ddray.data import normalized_space
 from ddray.errors import InputError
 from ddray.evaluate.subsets import class_ranks, limited, random_subset

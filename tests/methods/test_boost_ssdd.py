@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ddray.bases import Bases, expand, perceptron
+from ddray.artifact.bases import Bases, expand, perceptron
 from ddray.data import Dataset, Split
 from ddray.distill import Target
 from ddray.errors import InputError

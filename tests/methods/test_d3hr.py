@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from ddray import artifact
-from ddray.artifact import DistilledSet
+from ddray.artifact.distilled_set import DistilledSet
+from ddray.artifact.reading import load
 from ddray.data import Split
 from ddray.errors import InputError
 from ddray.methods import _d3hr_stages as stages
@@ -239,7 +239,7 @@ def test_a_set_of_statistics_generates_any_ipc_without_the_dataset(run: Any, tmp
     distilled = run(ipc=2, store="statistics")
     distilled.save(tmp_path / "s.pt")
 
-    loaded = artifact.load(tmp_path / "s.pt")
+    loaded = load(tmp_path / "s.pt")
     stored = torch.load(tmp_path / "s.pt", weights_only=True)
 
     assert set(stored) == {"format_version", "mean", "variance", "meta"}

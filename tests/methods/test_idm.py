@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ddray.artifact.partition import Partition, expand
 from ddray.distill import Target
 from ddray.methods import get_method
 from ddray.methods._matching import ClassBatches
 from ddray.methods._queue import NetQueue
 from ddray.methods.idm import idm_loss
 from ddray.nets import build_net
-from ddray.partition import Partition, expand
 from ddray.seeding import derive_seed
 
 IMAGENET = {"batch_real": 128, "batch_train": 128, "push_every": 50, "ce_weight": 3.0}

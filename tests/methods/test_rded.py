@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as tv
 
+from ddray.artifact.partition import default_factor
 from ddray.errors import InputError
 from ddray.evaluate.teachers import teacher_spec
-from ddray.methods.rded import choose, crop, crop_losses, default_factor, stitch
+from ddray.methods.rded import choose, crop, crop_losses, stitch
 from ddray.nets import build_net
 from ddray.training.recipe import TeacherRecipe
 

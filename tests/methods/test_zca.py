@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from ddray import api, artifact
+from ddray import api
+from ddray.artifact.reading import load
 from ddray.data import Dataset
 from ddray.plan import resolve
 
@@ -19,7 +20,7 @@ def test_a_whitened_set_is_distilled_saved_and_shown(toy: Callable[..., Dataset]
     plan = resolve("datadam", dataset, ipc=2, layers=layers)
     out = tmp_path / "set.pt"
     api.distill(plan, device=torch.device("cpu"), run_dir=tmp_path / "run", out=out)
-    distilled = artifact.load(out)
+    distilled = load(out)
     assert distilled.meta.pixel_space == "zca"
     assert distilled.meta.mean == dataset.mean
     assert distilled.meta.storage_floats == distilled.images.numel()

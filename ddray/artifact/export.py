@@ -18,7 +18,7 @@ from ddray.errors import InputError
 from ddray.system.files import storage_errors, write_atomically
 
 if TYPE_CHECKING:
-    from ddray.artifact import DistilledSet, TrainSet
+    from ddray.artifact.distilled_set import DistilledSet, TrainSet
 
 log = logging.getLogger(__name__)
 

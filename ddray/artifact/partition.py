@@ -93,3 +93,8 @@ def compose(images: Tensor, partition: Partition, resize: Resize = "bilinear") -
             grouped[:, part], size, mode=resize, antialias=resize == "bilinear"
         )
     return stored
+
+
+def default_factor(image_shape: tuple[int, int, int]) -> int:
+    """Return the factor for images of `image_shape` (C, H, W)."""
+    return 1 if max(image_shape[1:]) <= 64 else 2

@@ -17,15 +17,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ddray import generative
-from ddray.bases import Bases, check, images_of, targets_of
-from ddray.bases import expand as expand_bases
+from ddray.artifact import statistics as generative
+from ddray.artifact.bases import Bases, check
+from ddray.artifact.bases import expand as expand_bases
+from ddray.artifact.partition import Partition, expand
 from ddray.config import Config
-from ddray.data import Dataset, PixelSpace
+from ddray.data import PixelSpace
 from ddray.errors import InputError
-from ddray.partition import Partition, expand
 from ddray.system.files import write_atomically
-from ddray.system.tensors import is_plain, read_foreign, read_tensors
 
 if TYPE_CHECKING:
     from torch.utils.data import TensorDataset
@@ -267,133 +266,3 @@ class DistilledSet:
 def _plain(tensor: Tensor) -> Tensor:
     """Return a contiguous CPU copy: torch.save writes the whole storage behind a view."""
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-
-
-def load(
-    path: Path, *, dataset: Dataset | None = None, pixel_space: PixelSpace | None = None
-) -> DistilledSet:
-    """Read a distilled set: ours, the DC family's `res_*.pt`, or MTT's `images_best.pt` + `labels_best.pt`.
-
-    Args:
-        path: the file.
-        dataset: what a foreign file was distilled from (the file does not say).
-        pixel_space: of a foreign file; default: normalised by the dataset's mean and std.
-
-    Raises:
-        InputError: the file is missing, torn, not a distilled set, or has more than tensors and plain values.
-    """
-    contents = read_tensors(path)
-    if isinstance(contents, dict) and "format_version" in contents:
-        return _own(path, contents)
-    if dataset is None:
-        raise InputError(f"{path} does not say which dataset it is of: add --dataset NAME")
-    images, labels = read_foreign(path, contents)
-    if int(labels.max()) >= dataset.num_classes:
-        raise InputError(
-            f"{path}: labels must be < {dataset.num_classes} for {dataset.name}, got {int(labels.max())}"
-        )
-    space = pixel_space or PixelSpace("normalized", dataset.mean, dataset.std)
-    zca = {"zca_mean": space.zca_mean, "zca_matrix": space.zca_matrix} if space.kind == "zca" else {}
-    distilled = DistilledSet(
-        images=images.float(),
-        labels=labels.long(),
-        meta=describe_foreign(path, images, labels, dataset, space.kind),
-        zca={name: tensor for name, tensor in zca.items() if tensor is not None},
-    )
-    return _validated(path, distilled)
-
-
-def describe_foreign(
-    path: Path, images: Tensor, labels: Tensor, dataset: Dataset, kind: Literal["raw", "normalized", "zca"]
-) -> Meta:
-    """Return the metadata that can be inferred from another project's file."""
-    from ddray.nets import default_arch
-
-    shape = (int(images.shape[1]), int(images.shape[2]), int(images.shape[3]))
-    per_class = max(1, int(torch.bincount(labels.long(), minlength=1).max()))
-    return Meta(
-        dataset=dataset.name,
-        fingerprint=dataset.fingerprint,
-        class_names=dataset.class_names,
-        ipc=per_class,
-        ipc_decoded=per_class,
-        storage_floats=images.numel(),
-        pixel_space=kind,
-        mean=dataset.mean,
-        std=dataset.std,
-        image_shape=shape,
-        method=f"file:{path.name}",
-        arch=default_arch(shape),
-        norm="instance",
-    )
-
-
-def _own(path: Path, contents: Mapping[str, Any]) -> DistilledSet:
-    """Build a set from our format."""
-    version = contents["format_version"]
-    if not isinstance(version, int) or version != FORMAT_VERSION:
-        raise InputError(f"{path}: format_version must be {FORMAT_VERSION}, got {version}; update ddray")
-    if "meta" in contents and _decoder(contents["meta"]) in ("boost_ssdd", "d3hr"):
-        return _compact(path, contents)
-    needed = {"images", "targets" if "targets" in contents else "labels", "meta"}
-    allowed = {"format_version", *needed, *_ZCA}
-    missing, unexpected = needed - contents.keys(), contents.keys() - allowed
-    if missing or unexpected:
-        raise InputError(
-            f"{path} must hold {sorted(allowed)}; missing {sorted(missing)}, unknown {sorted(unexpected)}"
-        )
-    wrong = [key for key in contents if key not in ("format_version", "meta") and not is_plain(contents[key])]
-    if wrong:
-        raise InputError(f"{path}: {', '.join(wrong)} must be dense tensors")
-    meta, zca = _meta(path, contents), {key: contents[key] for key in _ZCA if key in contents}
-    labels = contents.get("labels", torch.zeros(0, dtype=torch.int64))
-    return _validated(path, DistilledSet(contents["images"], labels, meta, zca, contents.get("targets")))
-
-
-def _meta(path: Path, contents: Mapping[str, Any]) -> Meta:
-    try:
-        values = dict(json.loads(contents["meta"]))
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: meta must be a JSON object, got {str(contents['meta'])[:60]!r}") from error
-    return Meta.parse(values, prefix="meta.", source=str(path))
-
-
-def _decoder(text: Any) -> Any:
-    """Return the decoder named in a file's meta; None if the meta can't be read."""
-    try:
-        return dict(json.loads(text)).get("decoder")
-    except (TypeError, ValueError):
-        return None
-
-
-def _compact(path: Path, contents: Mapping[str, Any]) -> DistilledSet:
-    """Build a set that is stored as bases and coefficients, or as statistics."""
-    meta, zca = _meta(path, contents), {key: contents[key] for key in _ZCA if key in contents}
-    tensors = {key: value for key, value in contents.items() if key not in ("format_version", "meta", *_ZCA)}
-    wrong = [key for key, value in tensors.items() if not is_plain(value)]
-    if meta.decoder == "d3hr" and not wrong:
-        blank, none = torch.zeros(0, *meta.image_shape), torch.zeros(0, dtype=torch.int64)
-        return _validated(path, DistilledSet(blank, none, meta, zca, compact=tensors))
-    if wrong or meta.bases is None:
-        raise InputError(f"{path}: {', '.join(wrong) or 'meta.bases'} must be there as dense tensors")
-    try:
-        check(tensors, meta.bases, meta.image_shape)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    distilled = DistilledSet(
-        images=images_of(tensors, meta.bases),
-        labels=torch.zeros(0, dtype=torch.int64),
-        meta=meta,
-        zca=zca,
-        targets=targets_of(tensors),
-        compact=tensors,
-    )
-    return _validated(path, distilled)
-
-
-def _validated(path: Path, distilled: DistilledSet) -> DistilledSet:
-    try:
-        distilled.validate()
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    return distilled
