@@ -20,7 +20,7 @@ from ddray.artifact.partition import Partition
 from ddray.config import Config
 from ddray.data import Dataset, PixelSpace, Split
 from ddray.errors import DivergedError
-from ddray.pool import ModelPool
+from ddray.pool.spec import ModelPool
 from ddray.runs.environment import git_commit, versions
 from ddray.seeding import derive
 from ddray.system.files import write_atomically

@@ -21,7 +21,8 @@ from ddray.errors import InputError, unknown
 from ddray.methods import get_method
 from ddray.nets import build_net
 from ddray.nets.names import resolve_arch
-from ddray.pool import LocalPool, ModelPool, PoolSpec
+from ddray.pool.local import LocalPool
+from ddray.pool.spec import ModelPool, PoolSpec
 from ddray.pool_training import PoolTrainer
 from ddray.system.shipped import shipped
 from ddray.training.recipe import FinetuneConfig, ProbeConfig, Recipe, named_recipe

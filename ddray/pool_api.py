@@ -14,8 +14,8 @@ from ddray.errors import InputError, unknown
 from ddray.nets import check_arch
 from ddray.nets.names import resolve_arch
 from ddray.plan import resolve
-from ddray.pool import SUPERVISED_RECIPE, LocalPool, supervised_specs
-from ddray.pool_files import DamagedEntryError, PoolFiles
+from ddray.pool.local import LocalPool
+from ddray.pool.spec import SUPERVISED_RECIPE, supervised_specs
 from ddray.pool_training import PoolTrainer
 from ddray.system.files import home
 from ddray.training.recipe import Recipe
@@ -167,71 +167,3 @@ def train_diffusion(
     save_pipeline(stages.entry_generator(pool.get([spec])[0]), folder)
     stages.forget_parts([spec])
     return {"key": spec.key, "folder": str(folder), "keys": [spec.key]}
-
-
-def list_pool() -> dict[str, Any]:
-    """Return `{"models": [{"key", "kind", "dataset", "arch", "epochs", "times_trained", "size_bytes"}]}`.
-
-    `epochs` is None for entries without epochs. Damaged entries are logged and left out.
-    """
-    files = PoolFiles(home() / "pool")
-    models = []
-    for key in files.list_keys():
-        try:
-            meta = files.describe(key)
-            size = sum(path.stat().st_size for path in (files.folder / key).iterdir())
-        except FileNotFoundError:  # set aside by another process since it was listed
-            continue
-        except DamagedEntryError as error:
-            log.warning("pool entry %s is damaged (%s): trained again when needed", key[:12], error)
-            continue
-        spec = meta["spec"]
-        models.append(
-            {
-                "key": key,
-                "kind": spec.get("kind"),
-                "dataset": meta.get("dataset_name") or spec.get("dataset"),
-                "arch": spec.get("arch"),
-                "epochs": spec.get("recipe", {}).get("epochs"),
-                "times_trained": meta.get("times_trained", 1),
-                "size_bytes": size,
-            }
-        )
-    return {"models": models}
-
-
-def show_entry(prefix: str) -> dict[str, Any]:
-    """Return an entry's meta and the types and shapes of its tensors.
-
-    Args:
-        prefix: its key, or enough of its first characters to be unique.
-
-    Returns:
-        `{"key", "folder", "meta", "tensors": {name: {"dtype", "shape"}}}`.
-
-    Raises:
-        InputError: no entry or several start with `prefix`, or the entry is damaged.
-    """
-    from safetensors import safe_open
-
-    files = PoolFiles(home() / "pool")
-    keys = [key for key in files.list_keys() if key.startswith(prefix)]
-    if len(keys) != 1:
-        available = ", ".join(key[:12] for key in (keys or files.list_keys())[:8]) or "none"
-        raise InputError(
-            f"key must fit one entry of {files.folder}, {len(keys)} start with {prefix!r}; there: {available}"
-        )
-    (key,) = keys
-    try:
-        meta = files.read(key)
-    except DamagedEntryError as error:
-        raise InputError(
-            f"pool entry {files.folder / key} must be undamaged: {error}; it is trained again when needed"
-        ) from error
-    with safe_open(files.tensors_path(key), framework="numpy") as file:
-        slices = {name: file.get_slice(name) for name in sorted(file.keys())}
-        tensors = {
-            name: {"dtype": tensor_slice.get_dtype(), "shape": tensor_slice.get_shape()}
-            for name, tensor_slice in slices.items()
-        }
-    return {"key": key, "folder": str(files.folder / key), "meta": meta, "tensors": tensors}

@@ -15,7 +15,8 @@ from ddray import ssl
 from ddray.data import Dataset, Split, carve_val, normalized_space
 from ddray.errors import DivergedError, unknown
 from ddray.nets import Net, build_net
-from ddray.pool import LocalPool, PoolSpec
+from ddray.pool.local import LocalPool
+from ddray.pool.spec import PoolSpec
 from ddray.seeding import derive, derive_seed
 from ddray.training.loop import train
 from ddray.training.policies import Augmenter, augmenter

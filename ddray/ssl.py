@@ -31,7 +31,7 @@ from ddray.config import Config
 from ddray.data import Dataset, PixelSpace, Split
 from ddray.errors import DivergedError, InputError
 from ddray.nets import Net, build_net
-from ddray.pool import PoolEntry, PoolSpec
+from ddray.pool.spec import PoolEntry, PoolSpec
 from ddray.seeding import derive, derive_seed, forked_global
 
 KIND: Final = "ssl"

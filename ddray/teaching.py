@@ -15,7 +15,7 @@ from ddray.evaluate import EvalContext
 from ddray.evaluate.soft import Soft, SoftConfig
 from ddray.evaluate.teachers import Teachers, get_teachers
 from ddray.nets.names import resolve_arch
-from ddray.pool import LocalPool
+from ddray.pool.local import LocalPool
 from ddray.pool_training import PoolTrainer
 
 if TYPE_CHECKING:

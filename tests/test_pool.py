@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddray import pool_files
 from ddray.errors import InputError, StorageError
 from ddray.nets import build_net
-from ddray.pool import SUPERVISED_RECIPE, LocalPool, PoolSpec, supervised_specs
-from ddray.pool_files import ENTRY, TENSORS, PoolFiles
+from ddray.pool import files as pool_files
+from ddray.pool.files import ENTRY, TENSORS, PoolFiles
+from ddray.pool.local import LocalPool
+from ddray.pool.spec import SUPERVISED_RECIPE, PoolSpec, supervised_specs
 from ddray.system.files import home
 
 

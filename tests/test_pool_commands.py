@@ -13,9 +13,11 @@ from ddray.cli import _run
 from ddray.errors import InputError
 from ddray.methods._ssl import teacher_of
 from ddray.plan import declared_specs, make_context, resolve
-from ddray.pool import LocalPool, supervised_specs
-from ddray.pool_api import list_pool, show_entry, train_pool, train_teacher
-from ddray.pool_files import ENTRY, TENSORS, PoolFiles
+from ddray.pool.files import ENTRY, TENSORS, PoolFiles
+from ddray.pool.listing import list_pool, show_entry
+from ddray.pool.local import LocalPool
+from ddray.pool.spec import supervised_specs
+from ddray.pool_api import train_pool, train_teacher
 from ddray.ssl import SslTrainer
 
 CPU = torch.device("cpu")

@@ -13,7 +13,8 @@ from ddray.data import Dataset, Split, carve_val, search_rows
 from ddray.errors import DivergedError, InputError
 from ddray.nets import build_net
 from ddray.plan import declared_specs, make_context, resolve
-from ddray.pool import LocalPool, PoolSpec, supervised_specs
+from ddray.pool.local import LocalPool
+from ddray.pool.spec import PoolSpec, supervised_specs
 from ddray.pool_training import SupervisedTrainer
 from ddray.seeding import derive, derive_seed
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ddray.data import Dataset, Split, normalized_space
 from ddray.errors import InputError
-from ddray.pool import LocalPool
+from ddray.pool.local import LocalPool
 from ddray.pool_training import PoolTrainer
 from ddray.ssl import (
     SslTrainer,

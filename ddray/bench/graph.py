@@ -17,7 +17,7 @@ from ddray.methods import get_method
 from ddray.nets import multiply_adds
 from ddray.nets.names import resolve_arch
 from ddray.plan import Plan, make_distiller, resolve
-from ddray.pool import PoolSpec
+from ddray.pool.spec import PoolSpec
 from ddray.runs.ledger import Unit
 from ddray.scoring import EvaluateOptions, check_options
 from ddray.seeding import derive_seed

@@ -8,7 +8,7 @@ from typing import Any
 
 from ddray.bench.spec import EvaluateSpec, Source
 from ddray.plan import Plan
-from ddray.pool import PoolSpec
+from ddray.pool.spec import PoolSpec
 from ddray.runs.ledger import Kind, Unit
 
 

@@ -24,8 +24,8 @@ from ddray.distill import DistillContext, run_distillation
 from ddray.errors import DivergedError, InputError
 from ddray.methods import get_method
 from ddray.plan import Plan, RunConfig, declared_specs, make_context, make_distiller
-from ddray.pool import ModelPool, PoolEntry, PoolSpec
-from ddray.pool_files import DamagedEntryError, PoolFiles
+from ddray.pool.files import DamagedEntryError, PoolFiles
+from ddray.pool.spec import ModelPool, PoolEntry, PoolSpec
 from ddray.runs.ledger import Ledger, Row
 from ddray.system.files import home, write_text
 

@@ -22,7 +22,7 @@ from ddray.data.pixels import pixel_space
 from ddray.distill import run_distillation
 from ddray.errors import DdrayError, DivergedError, StorageError
 from ddray.plan import Plan, declared_specs, make_context, make_distiller
-from ddray.pool import PoolSpec
+from ddray.pool.spec import PoolSpec
 from ddray.report.images import save_grid
 from ddray.runs.folder import Run
 from ddray.runs.ledger import Ledger, Row, Unit

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from ddray.pool import LocalPool, PoolEntry, PoolSpec, Trainer, draft_entry
-from ddray.pool_files import EntryLock, PoolFiles, small_arrays
+from ddray.pool.files import EntryLock, PoolFiles, small_arrays
+from ddray.pool.local import LocalPool, draft_entry
+from ddray.pool.spec import PoolEntry, PoolSpec, Trainer
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -23,7 +23,8 @@ from ddray.evaluate.linear import Linear
 from ddray.methods import get_method
 from ddray.nas.objective import SpearmanObjective
 from ddray.plan import Plan, RunConfig, make_context, make_distiller
-from ddray.pool import LocalPool, ModelPool
+from ddray.pool.local import LocalPool
+from ddray.pool.spec import ModelPool
 from ddray.pool_training import PoolTrainer
 from ddray.runs.ledger import Ledger, Row, Unit
 from ddray.system.files import write_text

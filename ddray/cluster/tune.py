@@ -40,7 +40,7 @@ from ddray.plan import (
     make_context,
     make_distiller,
 )
-from ddray.pool import PoolSpec
+from ddray.pool.spec import PoolSpec
 from ddray.report.tune_page import write_report
 from ddray.runs.folder import Run, open_run
 from ddray.runs.ledger import Row

@@ -9,6 +9,7 @@ import typer
 
 from ddray import display
 from ddray.commands.options import DataDir, DatasetOption, Device, Download, Json, absolute, output
+from ddray.pool.listing import list_pool, show_entry
 
 
 def pool_train(
@@ -79,9 +80,7 @@ def pool_train(
 def pool_list(as_json: Json = False) -> None:
     """List what the pool under $DDRAY_HOME holds."""
     with output(as_json) as emit:
-        from ddray import pool_api
-
-        result = pool_api.list_pool()
+        result = list_pool()
         emit(result, lambda: display.pool_table(result["models"]))
 
 
@@ -91,7 +90,5 @@ def pool_show(
 ) -> None:
     """Say what an entry is and which tensors it holds."""
     with output(as_json) as emit:
-        from ddray import pool_api
-
-        result = pool_api.show_entry(key)
+        result = show_entry(key)
         emit(result, lambda: display.entry_tables(result))

@@ -15,7 +15,7 @@ from ddray.data import Dataset, PixelSpace, normalized_space
 from ddray.errors import DdrayError
 from ddray.evaluate import EvalContext
 from ddray.nets import Net, check_arch
-from ddray.pool import ModelPool, PoolSpec, supervised_specs
+from ddray.pool.spec import ModelPool, teacher_spec
 from ddray.training.loop import accuracy
 from ddray.training.recipe import Recipe
 
@@ -60,21 +60,6 @@ def _averaged(nets: Sequence[Net], images: Tensor, temperature: float) -> Tensor
 
 def _same(a: PixelSpace, b: PixelSpace) -> bool:
     return a.kind == b.kind == "normalized" and a.mean == b.mean and a.std == b.std
-
-
-def teacher_spec(
-    dataset: Dataset, split_name: str, arch: str, recipe: Recipe, *, device: torch.device, seed: int = 0
-) -> PoolSpec:
-    """Return the spec of a network trained on the part of a dataset called `split_name`."""
-    return supervised_specs(
-        dataset,
-        split=split_name,
-        arch=check_arch(arch),
-        device=device.type,
-        recipe=recipe.dump(),
-        seed=seed,
-        num=1,
-    )[0]
 
 
 def get_teachers(

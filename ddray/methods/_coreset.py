@@ -12,7 +12,7 @@ from torch import Tensor
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.config import Config
 from ddray.distill import DistillContext, Distiller, Target
-from ddray.pool import PoolSpec, supervised_specs
+from ddray.pool.spec import PoolSpec, supervised_specs
 
 Select = Callable[[DistillContext, Any], tuple[Tensor, Tensor]]
 

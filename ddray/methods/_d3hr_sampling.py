@@ -14,7 +14,8 @@ from ddray.errors import InputError
 from ddray.methods._d3hr_stages import load_generator
 from ddray.methods._diffusion import DiffusionModel, class_ids
 from ddray.methods._group_sampling import group_sample
-from ddray.pool import LocalPool, PoolSpec
+from ddray.pool.local import LocalPool
+from ddray.pool.spec import PoolSpec
 from ddray.seeding import derive
 from ddray.system.files import home
 

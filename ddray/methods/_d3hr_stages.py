@@ -22,7 +22,7 @@ from ddray.errors import InputError
 from ddray.methods._diffusion import DiffusionModel, Levels, open_pipeline
 from ddray.methods._diffusion_folder import PARTS, locate, read_folder, remember, warn_of_leak
 from ddray.methods._diffusion_train import DiffusionRecipe, train_generator
-from ddray.pool import ModelPool, PoolEntry, PoolSpec
+from ddray.pool.spec import ModelPool, PoolEntry, PoolSpec
 from ddray.seeding import derive, forked_global
 from ddray.system.files import home, write_atomically
 from ddray.system.progress import progress

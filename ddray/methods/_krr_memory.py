@@ -13,7 +13,7 @@ from ddray.errors import InputError
 from ddray.methods._ridge import solve_bytes
 from ddray.methods._ssl import feature_dim, spec_of_teacher
 from ddray.nets import build_net
-from ddray.pool import PoolSpec
+from ddray.pool.spec import PoolSpec
 from ddray.system.memory import available_bytes
 
 if TYPE_CHECKING:

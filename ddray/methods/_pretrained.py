@@ -13,7 +13,7 @@ from ddray.config import Config
 from ddray.data import search_rows
 from ddray.distill import DistillContext
 from ddray.methods._partitioned import nearby
-from ddray.pool import PoolEntry, PoolSpec, supervised_specs
+from ddray.pool.spec import PoolEntry, PoolSpec, supervised_specs
 
 
 class PoolConfig(Config):

@@ -18,7 +18,7 @@ from ddray.config import Config
 from ddray.distill import BudgetDistiller, DistillContext, Target
 from ddray.errors import InputError
 from ddray.nets import build_net
-from ddray.pool import PoolEntry, PoolSpec
+from ddray.pool.spec import PoolEntry, PoolSpec
 from ddray.ssl import TeacherConfig, teacher_spec
 
 EVALUATE: Final[dict[str, Any]] = {

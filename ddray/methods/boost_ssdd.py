@@ -50,7 +50,7 @@ from ddray.methods._parameterise import (
 )
 from ddray.methods._ssl import arch_for, budget_floats, evaluate_for, feature_dim, given_budget, teacher_of
 from ddray.nets import Net
-from ddray.pool import PoolSpec
+from ddray.pool.spec import PoolSpec
 from ddray.ssl import embed_all, teacher_net
 
 # Rows of an inner step at 32 px: some 9 GiB of graph at every size, since networks halve as sides double.

@@ -42,7 +42,7 @@ from ddray.methods._diffusion import Encoding, Levels, check_levels
 from ddray.methods._diffusion_folder import absolute, read_folder, remember, resolve_ids, warn_of_leak
 from ddray.methods._diffusion_train import SCHEDULE, DiffusionRecipe, default_recipe
 from ddray.methods._group_sampling import Form, group_sample, group_scores
-from ddray.pool import PoolSpec
+from ddray.pool.spec import PoolSpec
 from ddray.seeding import derive_seed
 
 __all__ = ["D3HR", "METHOD", "D3HRConfig", "group_sample", "group_scores"]

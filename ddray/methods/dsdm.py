@@ -52,7 +52,7 @@ from ddray.methods._partitioned import (
 )
 from ddray.methods._pretrained import PoolConfig, kept_features, pretrained_specs
 from ddray.nets import reinitialize
-from ddray.pool import PoolSpec
+from ddray.pool.spec import PoolSpec
 from ddray.seeding import derive_seed
 
 _BASE_SIZES: Final = {"mnist": 28, "imagenet": 224, "imagenette": 224, "imagewoof": 224, "imagesquawk": 224}

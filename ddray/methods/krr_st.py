@@ -30,7 +30,7 @@ from ddray.distill import DistillContext, Target
 from ddray.methods._krr import BilevelLoop, KrrConfig, Rows
 from ddray.methods._krr_memory import Extent, check_memory, declared_teacher
 from ddray.methods._ssl import arch_for, evaluate_for, feature_dim, given_budget, num_pairs, teacher_of
-from ddray.pool import PoolSpec
+from ddray.pool.spec import PoolSpec
 
 
 class KrrStConfig(KrrConfig):

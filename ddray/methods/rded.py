@@ -28,8 +28,8 @@ from ddray.config import Config
 from ddray.data import normalized_space
 from ddray.distill import DistillContext
 from ddray.errors import InputError
-from ddray.evaluate.teachers import teacher_spec
 from ddray.methods._coreset import selection_method
+from ddray.pool.spec import teacher_spec
 from ddray.training.crops import draw_boxes
 from ddray.training.recipe import TeacherRecipe
 

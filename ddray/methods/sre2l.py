@@ -31,7 +31,7 @@ from ddray.config import Config
 from ddray.data import normalized_space
 from ddray.distill import DistillContext, Target
 from ddray.errors import InputError
-from ddray.evaluate.teachers import teacher_spec
+from ddray.pool.spec import teacher_spec
 from ddray.training.recipe import TeacherRecipe
 
 

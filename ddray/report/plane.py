@@ -13,7 +13,8 @@ from torch import Tensor
 from ddray.data import Dataset, normalized_space
 from ddray.errors import InputError
 from ddray.nets import Net, build_net, default_arch
-from ddray.pool import LocalPool, PoolSpec
+from ddray.pool.local import LocalPool
+from ddray.pool.spec import PoolSpec
 from ddray.report.runs import SetView
 from ddray.seeding import derive, derive_seed
 from ddray.system.files import home

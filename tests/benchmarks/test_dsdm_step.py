@@ -15,7 +15,7 @@ from ddray.methods import dsdm
 from ddray.methods._covariance import covariance_distance
 from ddray.nets import build_net
 from ddray.plan import make_context, make_distiller, resolve
-from ddray.pool import PoolEntry, PoolSpec
+from ddray.pool.spec import PoolEntry, PoolSpec
 from ddray.system.memory import reuse_freed_memory
 from tests.benchmarks.conftest import best_of, random_dataset
 

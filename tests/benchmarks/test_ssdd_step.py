@@ -18,7 +18,7 @@ from ddray.evaluate import EvalContext
 from ddray.evaluate.linear import embeddings, train_probe
 from ddray.nets import build_net
 from ddray.plan import make_context, make_distiller, resolve
-from ddray.pool import PoolEntry, PoolSpec
+from ddray.pool.spec import PoolEntry, PoolSpec
 from ddray.training.recipe import ProbeConfig
 from tests.benchmarks.conftest import best_of, random_dataset
 

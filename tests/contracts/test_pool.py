@@ -16,8 +16,9 @@ from ddray.cluster.pool import ClusterPool, PoolAddress, pool_service
 from ddray.cluster.runtime import ray_runtime
 from ddray.errors import DivergedError
 from ddray.nets import build_net
-from ddray.pool import LocalPool, ModelPool, PoolSpec, Trainer
-from ddray.pool_files import TENSORS
+from ddray.pool.files import TENSORS
+from ddray.pool.local import LocalPool
+from ddray.pool.spec import ModelPool, PoolSpec, Trainer
 
 Make = Callable[[Trainer], ModelPool]
 

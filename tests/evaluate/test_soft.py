@@ -16,7 +16,7 @@ from ddray.evaluate import EvalContext
 from ddray.evaluate.soft import Soft, SoftConfig, batches, half_cosine, mix, settle, shuffle_strips, soft_loss
 from ddray.evaluate.teachers import Teachers, get_teachers, least_accuracy
 from ddray.nets import build_net
-from ddray.pool import LocalPool
+from ddray.pool.local import LocalPool
 from ddray.pool_training import PoolTrainer
 from ddray.training.recipe import TeacherRecipe
 

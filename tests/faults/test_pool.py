@@ -21,8 +21,9 @@ from torch import Tensor
 
 from ddray.cluster import pool as pool_module
 from ddray.cluster.pool import ClusterPool, Lease, PoolAddress, PoolService, Served, pool_service
-from ddray.pool import LocalPool, PoolSpec
-from ddray.pool_files import ENTRY, PoolFiles
+from ddray.pool.files import ENTRY, PoolFiles
+from ddray.pool.local import LocalPool
+from ddray.pool.spec import PoolSpec
 from ddray.runs.ledger import Ledger
 from tests.faults.search import finish, search, start, trials, wait_for
 

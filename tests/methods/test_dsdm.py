@@ -18,7 +18,7 @@ from ddray.methods import get_method
 from ddray.methods._matching import ClassBatches
 from ddray.methods.dsdm import DSDM, history_loss, prototype_loss, remember
 from ddray.plan import resolve
-from ddray.pool import PoolEntry, PoolSpec
+from ddray.pool.spec import PoolEntry, PoolSpec
 from ddray.training.dsa import Dsa
 
 BATCH, IPC, LR = 4, 2, 0.02

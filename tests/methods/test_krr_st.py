@@ -20,7 +20,8 @@ from ddray.methods.kmeans_ssl import nearest_to_centroids
 from ddray.methods.krr_st import KrrSt
 from ddray.nets import build_net
 from ddray.plan import check_size, declared_specs, make_context, resolve
-from ddray.pool import LocalPool, PoolEntry, PoolSpec
+from ddray.pool.local import LocalPool
+from ddray.pool.spec import PoolEntry, PoolSpec
 from ddray.system.files import home
 
 TEACHER = {"arch": "convnet2_w8", "epochs": 1, "batch": 8, "projector": 8}

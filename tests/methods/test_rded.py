@@ -9,9 +9,9 @@ from torchvision.transforms.v2 import functional as tv
 
 from ddray.artifact.partition import default_factor
 from ddray.errors import InputError
-from ddray.evaluate.teachers import teacher_spec
 from ddray.methods.rded import choose, crop, crop_losses, stitch
 from ddray.nets import build_net
+from ddray.pool.spec import teacher_spec
 from ddray.training.recipe import TeacherRecipe
 
 

@@ -1,0 +1,1 @@
+"""The model pool: specs, files, the local pool."""

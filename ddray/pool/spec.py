@@ -1,0 +1,139 @@
+"""."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import torch
+from pydantic import ValidationInfo, field_validator
+
+from ddray.config import Config
+from ddray.data import Dataset
+from ddray.nets import check_arch
+from ddray.runs.ledger import canonical_json
+from ddray.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+SUPERVISED_RECIPE: Final = {"epochs": 20, "lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4, "batch": 256}
+_PLAIN: Final = {"schedule": "constant", "augment": "none", "strategy": None, "cutmix": 0.0}
+
+
+def teacher_spec(
+    dataset: Dataset, split_name: str, arch: str, recipe: Recipe, *, device: torch.device, seed: int = 0
+) -> PoolSpec:
+    """Return the spec of a network trained on the part of a dataset called `split_name`."""
+    return supervised_specs(
+        dataset,
+        split=split_name,
+        arch=check_arch(arch),
+        device=device.type,
+        recipe=recipe.dump(),
+        seed=seed,
+        num=1,
+    )[0]
+
+
+class PoolSpec(Config):
+    """Identity of a pool entry; equal specs are the same entry."""
+
+    kind: str
+    dataset: str
+    """Fingerprint of the dataset."""
+    split: str
+    """Part of the dataset, such as `train` or `train-val0`."""
+    transform: str
+    """Pixel space and augmentation the network was trained under."""
+    arch: str
+    recipe: dict[str, Any]
+    seed: int
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    device: str = "cpu"
+    """Kind of device it is trained on: random weights differ between kinds."""
+    parents: tuple[str, ...] = ()
+    """Keys of entries this one was trained from."""
+
+    @field_validator("recipe")
+    @classmethod
+    def _without_plain_values(cls, recipe: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        """Drop default values of a supervised recipe: the same training is the same entry."""
+        if info.data.get("kind") != "supervised":
+            return recipe
+        return {k: v for k, v in recipe.items() if k not in _PLAIN or v != _PLAIN[k]}
+
+    @property
+    def key(self) -> str:
+        """Sha256 (hex) of the spec's canonical JSON."""
+        return hashlib.sha256(canonical_json(self.dump()).encode()).hexdigest()
+
+
+def supervised_specs(
+    dataset: Dataset, *, split: str, arch: str, device: str, recipe: Mapping[str, Any], seed: int, num: int
+) -> list[PoolSpec]:
+    """Return the specs of `num` networks trained on labels, with seeds `seed`, `seed + 1`, ...
+
+    Args:
+        dataset: what they are trained on.
+        split: part of the dataset.
+        arch: canonical architecture name.
+        device: kind of device.
+        recipe: fields of `evaluate.training.Recipe` that override `SUPERVISED_RECIPE`.
+        seed: seed of the first network.
+        num: how many.
+    """
+    return [
+        PoolSpec(
+            kind="supervised",
+            dataset=dataset.fingerprint,
+            split=split,
+            transform="normalized",
+            arch=arch,
+            recipe={**SUPERVISED_RECIPE, **recipe},
+            seed=seed + index,
+            image_shape=dataset.image_shape,
+            num_classes=dataset.num_classes,
+            device=device,
+        )
+        for index in range(num)
+    ]
+
+
+@dataclass(frozen=True)
+class PoolEntry:
+    """One trained entry.
+
+    Attributes:
+        meta: the spec and the measurements of its training.
+        tensors: weights under `weights.<name>`, features [N, D] under `features`; large ones memory-mapped.
+    """
+
+    meta: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+    def module(self) -> nn.Module:
+        """Return the network with its weights, in eval mode on the CPU."""
+        from ddray.nets import build_net
+
+        spec = PoolSpec.parse(self.meta["spec"])
+        net = build_net(spec.arch, spec.image_shape, spec.num_classes, seed=0)
+        prefix = "weights."
+        net.load_state_dict(
+            {k.removeprefix(prefix): v for k, v in self.tensors.items() if k.startswith(prefix)}
+        )
+        return net.eval()
+
+
+class ModelPool(Protocol):
+    """Provides pool entries; missing ones are trained once."""
+
+    def get(self, specs: Sequence[PoolSpec]) -> list[PoolEntry]:
+        """Return the entries of `specs`, in order."""
+        ...
+
+
+Trainer = Callable[[PoolSpec], "tuple[Mapping[str, Tensor], Mapping[str, Any]]"]
