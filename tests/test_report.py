@@ -16,7 +16,7 @@ from PIL import Image
 
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.data import fit_zca
-from ddray.report.images import grid, png, save_grid
+from ddray.drawing.images import grid, png, save_grid
 from ddray.report.tune_page import write_report
 from ddray.runs.ledger import Row
 from ddray.runs.results import flatten, write_results

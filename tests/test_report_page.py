@@ -23,12 +23,12 @@ from ddray.artifact.reading import load
 from ddray.bench.run import BenchOptions, prepare, run_bench, run_local
 from ddray.bench.spec import BenchSpec
 from ddray.data import open_dataset
+from ddray.drawing.images import data_uri, grid, png
 from ddray.errors import InputError
 from ddray.plan import resolve
 from ddray.report import page as page_module
 from ddray.report import tune_page
 from ddray.report.figures import accuracy_bars
-from ddray.report.images import data_uri, grid, png
 from ddray.report.page import default_out, write_page
 from ddray.report.plane import embedding_net, make_plane, project
 from ddray.report.runs import read_run

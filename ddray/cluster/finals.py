@@ -20,10 +20,10 @@ from ddray.cluster.trial import Job, forget_checkpoint, score, trial_config, tri
 from ddray.data import PixelSpace, Split
 from ddray.data.pixels import pixel_space
 from ddray.distill import run_distillation
+from ddray.drawing.images import save_grid
 from ddray.errors import DdrayError, DivergedError, StorageError
 from ddray.plan import Plan, declared_specs, make_context, make_distiller
 from ddray.pool.spec import PoolSpec
-from ddray.report.images import save_grid
 from ddray.runs.folder import Run
 from ddray.runs.ledger import Ledger, Row, Unit
 from ddray.seeding import derive_seed

@@ -12,10 +12,10 @@ from typing import Any, Final
 import yaml
 
 from ddray.data import open_dataset
+from ddray.drawing.images import data_uri, grid
 from ddray.errors import DdrayError, InputError
 from ddray.methods import get_method
 from ddray.report import figures
-from ddray.report.images import data_uri, grid
 from ddray.report.plane import make_plane
 from ddray.report.published import FIGURES
 from ddray.report.runs import RunView, SetView, read_run, size_of

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from ddray.artifact.reading import load
-from ddray.report.figures import LAYOUT, to_html
-from ddray.report.images import data_uri, grid
+from ddray.drawing.images import data_uri, grid
+from ddray.drawing.plotly_parts import LAYOUT, to_html
 from ddray.runs.ledger import Row
 from ddray.space import Space
 from ddray.study import study_of

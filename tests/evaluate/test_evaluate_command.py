@@ -22,10 +22,10 @@ from ddray.artifact.distilled_set import DistilledSet, TrainSet
 from ddray.artifact.reading import load
 from ddray.cli import main
 from ddray.data import carve_val, open_dataset
+from ddray.drawing.images import grid
 from ddray.errors import InputError
 from ddray.evaluate import hard
 from ddray.plan import resolve
-from ddray.report.images import grid
 from ddray.scoring import EvaluateOptions, evaluate, evaluation_config
 from ddray.training.recipe import RECIPES
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from ddray.artifact.bases import Bases, expand, perceptron
 from ddray.data import Dataset, Split
 from ddray.distill import Target
+from ddray.drawing.images import bases_grid
+from ddray.drawing.set_pictures import save_pictures
 from ddray.errors import InputError
 from ddray.methods import _krr_memory
 from ddray.methods._krr_memory import images_at_once, needed_bytes
@@ -22,8 +24,6 @@ from ddray.methods._parameterise import fit_shifts, principal_components, shrink
 from ddray.methods.boost_ssdd import BoostSsdd, BoostSsddConfig, plan_layout
 from ddray.nets import build_net
 from ddray.plan import check_size, resolve
-from ddray.report.images import bases_grid
-from ddray.report.pictures import save_pictures
 from ddray.seeding import derive_seed
 
 TEACHER = {"arch": "convnet2_w8", "epochs": 1, "batch": 8, "projector": 8}

@@ -7,8 +7,8 @@ from pathlib import Path
 from torch import Tensor
 
 from ddray.artifact.distilled_set import DistilledSet
-from ddray.report.embedding import save_tsne
-from ddray.report.images import bases_grid, png, save_grid
+from ddray.drawing.images import bases_grid, png, save_grid
+from ddray.drawing.tsne import save_tsne
 from ddray.system.files import write_atomically
 
 

@@ -1,0 +1,1 @@
+"""Pictures: grids of images, t-SNE planes, parts of plots."""
