@@ -1,6 +1,6 @@
 """ddray: hyperparameter and NAS benchmarking for dataset distillation, on Ray.
 
-As a library: `ddray.distill("datadam", ipc=1)`, `ddray.load("x.pt")`, `ddray.evaluate(distilled)`,
+As a library: `ddray.distillation.loop("datadam", ipc=1)`, `ddray.load("x.pt")`, `ddray.evaluate(distilled)`,
 `ddray.artifact.export(distilled, "folder")`.
 """
 
@@ -43,7 +43,7 @@ class _Package(ModuleType):
     """This package; torch is imported when a function is first used."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Make a submodule callable when it is imported, so that `ddray.distill(...)` still works."""
+        """Make a submodule callable when it is imported, so that `ddray.distillation.loop(...)` still works."""
         if name in _FUNCTIONS and isinstance(value, ModuleType):
             value.__class__ = _Callable
         super().__setattr__(name, value)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ddray.data import carve_val
-from ddray.distill import DistillResult, run_distillation
+from ddray.distillation.loop import DistillResult, run_distillation
 from ddray.drawing.set_pictures import save_pictures
 from ddray.errors import DdrayError, InputError
 from ddray.plan import Plan, make_context, make_distiller

@@ -14,7 +14,7 @@ from ddray.artifact.export import export_folder, export_parquet
 from ddray.artifact.reading import load as load_set
 from ddray.config import merge, nest
 from ddray.data import Dataset, open_dataset
-from ddray.distill import run_distillation
+from ddray.distillation.loop import run_distillation
 from ddray.errors import unknown
 from ddray.plan import make_context, make_distiller, pick_device, resolve
 

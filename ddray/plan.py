@@ -16,7 +16,7 @@ from ddray.data import Dataset, PixelSpace, Split
 from ddray.data.catalog import AUDIO
 from ddray.data.pixels import pixel_space
 from ddray.data.speech import SHAPE as SPECTROGRAM
-from ddray.distill import BudgetDistiller, DistillContext, Distiller, Target
+from ddray.distillation.method import BudgetDistiller, DistillContext, Distiller, Target
 from ddray.errors import InputError, unknown
 from ddray.methods import get_method
 from ddray.nets import build_net

@@ -13,7 +13,7 @@ import ddray.methods
 from ddray.bench.spec import Source
 from ddray.bench.units import Cell
 from ddray.config import Config, merge
-from ddray.distill import Target
+from ddray.distillation.method import Target
 from ddray.methods import get_method
 from ddray.plan import EvaluateConfig
 from ddray.report.published import find, read_numbers

@@ -13,7 +13,7 @@ import torch
 from hypothesis import settings
 
 from ddray.data import Dataset, Split, open_dataset
-from ddray.distill import DistillContext, Distiller
+from ddray.distillation.method import DistillContext, Distiller
 from ddray.plan import Plan, make_context, make_distiller, resolve
 
 CPU = torch.device("cpu")

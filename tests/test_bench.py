@@ -35,7 +35,7 @@ from ddray.bench.table import standard_error
 from ddray.bench.units import Cell
 from ddray.bench.work import AskingPool, asked_first
 from ddray.data import open_dataset
-from ddray.distill import DistillContext
+from ddray.distillation.method import DistillContext
 from ddray.errors import DdrayError, InputError, StorageError
 from ddray.methods import get_method, method_names
 from ddray.nas import units as nas_units

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddray import distill as module
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.config import Config
-from ddray.distill import DistillContext, DistillResult, StepTimer, run_distillation
+from ddray.distillation import loop as module
+from ddray.distillation.loop import DistillResult, StepTimer, run_distillation
+from ddray.distillation.method import DistillContext
 from ddray.errors import DivergedError, StorageError
 
 

@@ -17,7 +17,7 @@ import ddray.methods
 from ddray import plan
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.data import open_dataset
-from ddray.distill import run_distillation
+from ddray.distillation.loop import run_distillation
 from ddray.space import read_space
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -40,18 +40,18 @@ def python(code: str, folder: Path) -> str:
 
 @pytest.fixture
 def distilled() -> DistilledSet:
-    return ddray.distill("dm", ipc=2, settings=SMALL)
+    return ddray.distillation.loop("dm", ipc=2, settings=SMALL)
 
 
 class TestDistill:
     def test_it_returns_the_set_of_the_command(self, distilled: DistilledSet, tmp_path: Path) -> None:
-        with_run_dir = ddray.distill(
+        with_run_dir = ddray.distillation.loop(
             "dm", open_dataset("digits"), ipc=2, settings=SMALL, run_dir=tmp_path / "run"
         )
         assert torch.equal(with_run_dir.images, distilled.images)
         assert with_run_dir.meta.config == distilled.meta.config
         assert (tmp_path / "run" / "distilled.pt").is_file()
-        again = ddray.distill("dm", ipc=2, settings=SMALL, run_dir=tmp_path / "run")
+        again = ddray.distillation.loop("dm", ipc=2, settings=SMALL, run_dir=tmp_path / "run")
         assert torch.equal(again.images, distilled.images)
 
     def test_nothing_is_left_behind_without_a_folder(
@@ -59,23 +59,23 @@ class TestDistill:
     ) -> None:
         monkeypatch.chdir(tmp_path)
         before = set(tmp_path.iterdir())
-        ddray.distill("random")
+        ddray.distillation.loop("random")
         assert {path for path in tmp_path.iterdir() if path.name != "home"} == before - {tmp_path / "home"}
 
     def test_bad_names_are_refused(self) -> None:
         with pytest.raises(InputError, match="did you mean 'datadam'"):
-            ddray.distill("datdam")
+            ddray.distillation.loop("datdam")
         with pytest.raises(InputError, match="lr_img"):
-            ddray.distill("dm", settings={"method.lr_imag": 1})
+            ddray.distillation.loop("dm", settings={"method.lr_imag": 1})
 
     def test_a_budget_and_a_data_folder_are_taken(self, distilled: DistilledSet, tmp_path: Path) -> None:
-        ssl_set = ddray.distill("random_ssl", budget=25, settings={"method.teacher.epochs": 1})
+        ssl_set = ddray.distillation.loop("random_ssl", budget=25, settings={"method.teacher.epochs": 1})
         assert ssl_set.meta.storage_floats <= 25 * 256
         export_parquet(distilled, tmp_path / "data" / "mnist" / "train-0.parquet")
         with pytest.raises(InputError, match="takes --ipc K"):
-            ddray.distill("random", ipc=1, budget=3)
+            ddray.distillation.loop("random", ipc=1, budget=3)
         with pytest.raises(InputError, match="mnist"):
-            ddray.distill("random", "mnist", data_dir=tmp_path / "nothing")
+            ddray.distillation.loop("random", "mnist", data_dir=tmp_path / "nothing")
 
     def test_evaluate_takes_what_the_command_takes(self, distilled: DistilledSet) -> None:
         options: dict[str, Any] = {"archs": ["convnet1_w8"], "seeds": 1, "epochs": 1}
@@ -109,7 +109,7 @@ class TestDistill:
     ) -> None:
         for first in (
             "ddray",
-            "ddray.distill",
+            "ddray.distillation.loop",
             "ddray.evaluate.hard",
             "ddray.artifact.export",
             "ddray.api",
@@ -117,11 +117,11 @@ class TestDistill:
         ):
             code = (
                 f"import {first}\nimport ddray\n"
-                "from ddray.distill import run_distillation\nfrom ddray.evaluate import EvalContext\n"
-                "assert callable(ddray.distill) and callable(ddray.evaluate) and callable(ddray.artifact.export)\n"
+                "from ddray.distillation.loop import run_distillation\nfrom ddray.evaluate import EvalContext\n"
+                "assert callable(ddray.distillation.loop) and callable(ddray.evaluate) and callable(ddray.artifact.export)\n"
                 "import inspect\n"
-                "assert {'ipc', 'budget', 'run_dir'} <= set(inspect.signature(ddray.distill).parameters)\n"
-                "print(len(ddray.distill('random').images))"
+                "assert {'ipc', 'budget', 'run_dir'} <= set(inspect.signature(ddray.distillation.loop).parameters)\n"
+                "print(len(ddray.distillation.loop('random').images))"
             )
             assert python(code, tmp_path) == "10\n"
 
@@ -160,7 +160,7 @@ class TestExport:
             export_folder(distilled, tmp_path / "out")
 
     def test_real_images_come_back_as_they_were(self, tmp_path: Path, digits: Any) -> None:
-        distilled = ddray.distill("random", ipc=1)
+        distilled = ddray.distillation.loop("random", ipc=1)
         real = digits.train().images.flatten(1)
         for picture in pictures(distilled).flatten(1):
             assert bool((real == picture).all(1).any())

@@ -20,7 +20,8 @@ from ddray import scoring
 from ddray.bench.units import Work
 from ddray.data import Dataset, PixelSpace, Split, carve_val, open_dataset
 from ddray.data.pixels import pixel_space
-from ddray.distill import DistillContext, run_distillation
+from ddray.distillation.loop import run_distillation
+from ddray.distillation.method import DistillContext
 from ddray.errors import DivergedError, InputError
 from ddray.methods import get_method
 from ddray.plan import Plan, RunConfig, declared_specs, make_context, make_distiller

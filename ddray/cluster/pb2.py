@@ -29,7 +29,7 @@ import torch
 
 from ddray.cluster.payload import Payload, unpack
 from ddray.cluster.trial import Job, split_name, trial_config, trial_pool, trial_result, val_score
-from ddray.distill import run_distillation
+from ddray.distillation.loop import run_distillation
 from ddray.errors import DivergedError, InputError, StorageError
 from ddray.plan import Plan, make_context, make_distiller
 from ddray.runs.ledger import Row

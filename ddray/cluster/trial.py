@@ -15,7 +15,7 @@ from ddray.artifact.distilled_set import DistilledSet
 from ddray.cluster.payload import Payload, Unpacked, unpack
 from ddray.cluster.pool import ClusterPool, PoolAddress
 from ddray.config import merge
-from ddray.distill import DistillResult, rate_name, run_distillation
+from ddray.distillation.loop import DistillResult, rate_name, run_distillation
 from ddray.errors import DivergedError
 from ddray.evaluate import EvalContext, Evaluator, evaluate_archs
 from ddray.evaluate.hard import Hard

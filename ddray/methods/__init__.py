@@ -12,7 +12,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import cast
 
-from ddray.distill import Distiller
+from ddray.distillation.method import Distiller
 from ddray.errors import InputError, unknown
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.config import Config
-from ddray.distill import DistillContext, Distiller, Target
+from ddray.distillation.method import DistillContext, Distiller, Target
 from ddray.pool.spec import PoolSpec, supervised_specs
 
 Select = Callable[[DistillContext, Any], tuple[Tensor, Tensor]]

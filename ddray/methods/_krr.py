@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ddray.data import normalized_space
-from ddray.distill import DistillContext
+from ddray.distillation.method import DistillContext
 from ddray.methods._inner import Draw, InnerPool, InnerRecipe, PoolReset
 from ddray.methods._krr_memory import Extent, images_at_once, network_costs
 from ddray.methods._matching import chunks

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from ddray.distill import DistillContext
+from ddray.distillation.method import DistillContext
 from ddray.errors import InputError
 from ddray.methods._ridge import solve_bytes
 from ddray.methods._ssl import feature_dim, spec_of_teacher

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ddray.config import Config
 from ddray.data import Split
-from ddray.distill import DistillContext
+from ddray.distillation.method import DistillContext
 from ddray.errors import InputError
 from ddray.nets import Net, build_net, is_per_sample, reinitialize
 from ddray.seeding import derive_numpy, derive_seed

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.config import Config
-from ddray.distill import DistillContext, Distiller, Target
+from ddray.distillation.method import DistillContext, Distiller, Target
 from ddray.methods._matching import MatchingConfig, MeanMatching, Statistics
 
 

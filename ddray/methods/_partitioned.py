@@ -19,7 +19,7 @@ from torch import Tensor
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.artifact.partition import Partition, Resize, compose, expand
 from ddray.config import Config
-from ddray.distill import DistillContext, Target
+from ddray.distillation.method import DistillContext, Target
 from ddray.methods._coreset import kcenter_order, pool_features
 from ddray.methods._matching import ClassBatches, chunks, largest_map_bytes
 from ddray.nets import Net, build_net, is_per_sample

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddray.distill import DistillContext
+from ddray.distillation.method import DistillContext
 from ddray.nets import Net, build_net
 from ddray.seeding import derive_seed
 

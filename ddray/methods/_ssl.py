@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.config import Config
-from ddray.distill import BudgetDistiller, DistillContext, Target
+from ddray.distillation.method import BudgetDistiller, DistillContext, Target
 from ddray.errors import InputError
 from ddray.nets import build_net
 from ddray.pool.spec import PoolEntry, PoolSpec

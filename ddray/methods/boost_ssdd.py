@@ -35,7 +35,7 @@ from ddray.artifact.bases import Approximation, Augmentation, Bases
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.config import Config
 from ddray.data import normalized_space
-from ddray.distill import DistillContext, Target
+from ddray.distillation.method import DistillContext, Target
 from ddray.errors import InputError
 from ddray.methods._krr import BilevelLoop, KrrConfig, Rows
 from ddray.methods._krr_memory import Extent, check_memory, declared_teacher

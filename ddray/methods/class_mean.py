@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ddray.config import Config
-from ddray.distill import DistillContext
+from ddray.distillation.method import DistillContext
 from ddray.methods._coreset import selection_method
 from ddray.seeding import derive_numpy
 

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.config import Config
-from ddray.distill import DistillContext, Target
+from ddray.distillation.method import DistillContext, Target
 from ddray.errors import InputError
 from ddray.methods import _d3hr_stages as stages
 from ddray.methods._d3hr_sampling import Sampler

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.config import Config
-from ddray.distill import DistillContext, Target
+from ddray.distillation.method import DistillContext, Target
 from ddray.errors import InputError
 from ddray.methods._covariance import covariance_distance
 from ddray.methods._partitioned import (

@@ -12,7 +12,7 @@ from typing import Final
 
 from torch import Tensor
 
-from ddray.distill import DistillContext
+from ddray.distillation.method import DistillContext
 from ddray.methods._coreset import (
     FeatureConfig,
     herding_order,

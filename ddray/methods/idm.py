@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.config import Config
-from ddray.distill import DistillContext, Target
+from ddray.distillation.method import DistillContext, Target
 from ddray.methods._partitioned import FeaturePairs, LearnedImages, PartitionedConfig, by_class, embedding
 from ddray.methods._queue import NetQueue
 

@@ -11,7 +11,7 @@ from typing import Final
 
 from torch import Tensor
 
-from ddray.distill import DistillContext
+from ddray.distillation.method import DistillContext
 from ddray.methods._coreset import FeatureConfig, kcenter_indices, pool_features, selection_method, take
 
 

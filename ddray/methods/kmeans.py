@@ -13,7 +13,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from ddray.distill import DistillContext
+from ddray.distillation.method import DistillContext
 from ddray.methods._coreset import FeatureConfig, per_class, pool_features, selection_method, take
 from ddray.seeding import derive_seed
 

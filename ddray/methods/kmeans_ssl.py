@@ -15,7 +15,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from ddray.distill import DistillContext
+from ddray.distillation.method import DistillContext
 from ddray.methods._ssl import SslConfig, ssl_selection
 from ddray.seeding import derive_seed
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.config import Config
-from ddray.distill import DistillContext, Target
+from ddray.distillation.method import DistillContext, Target
 from ddray.methods._krr import BilevelLoop, KrrConfig, Rows
 from ddray.methods._krr_memory import Extent, check_memory, declared_teacher
 from ddray.methods._ssl import arch_for, evaluate_for, feature_dim, given_budget, num_pairs, teacher_of

@@ -10,7 +10,7 @@ from typing import Final
 from torch import Tensor
 
 from ddray.config import Config
-from ddray.distill import DistillContext
+from ddray.distillation.method import DistillContext
 from ddray.methods._coreset import selection_method, take
 from ddray.methods._matching import random_indices
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ddray.artifact.partition import default_factor
 from ddray.config import Config
 from ddray.data import normalized_space
-from ddray.distill import DistillContext
+from ddray.distillation.method import DistillContext
 from ddray.errors import InputError
 from ddray.methods._coreset import selection_method
 from ddray.pool.spec import teacher_spec

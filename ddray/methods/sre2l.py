@@ -29,7 +29,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.config import Config
 from ddray.data import normalized_space
-from ddray.distill import DistillContext, Target
+from ddray.distillation.method import DistillContext, Target
 from ddray.errors import InputError
 from ddray.pool.spec import teacher_spec
 from ddray.training.recipe import TeacherRecipe

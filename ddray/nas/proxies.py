@@ -179,7 +179,7 @@ def check_baselines(names: Sequence[str], dataset: Dataset) -> None:
 
 
 def _coreset(name: str, ipc: int, dataset: Dataset, train: Split, seed: int, device: torch.device) -> Proxy:
-    from ddray.distill import run_distillation
+    from ddray.distillation.loop import run_distillation
     from ddray.plan import make_context, make_distiller, resolve
 
     plan = resolve(name, dataset, ipc=ipc, seed=seed)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddray.distill import DistillContext
+from ddray.distillation.method import DistillContext
 from ddray.methods.datadam import DataDAM, attention
 from ddray.nets import build_net
 from ddray.plan import make_context, make_distiller

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddray.data import Split, normalized_space
-from ddray.distill import DistillContext
+from ddray.distillation.method import DistillContext
 from ddray.evaluate import EvalContext
 from ddray.evaluate.linear import embeddings, train_probe
 from ddray.nets import build_net

@@ -13,7 +13,7 @@ import torch
 from ddray.artifact import distilled_set as artifact
 from ddray.artifact.reading import load
 from ddray.config import Config, difference, merge, read_yaml
-from ddray.distill import DistillContext, Distiller
+from ddray.distillation.method import DistillContext, Distiller
 from ddray.errors import InputError
 from ddray.methods import get_method, method_names
 from ddray.plan import PRESETS, budget_method, make_distiller, resolve

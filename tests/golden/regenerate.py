@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ddray.data import open_dataset
-from ddray.distill import run_distillation
+from ddray.distillation.loop import run_distillation
 from ddray.plan import make_context, make_distiller, resolve
 
 FOLDER = Path(__file__).resolve().parent

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ddray.artifact.bases import Bases, expand, perceptron
 from ddray.data import Dataset, Split
-from ddray.distill import Target
+from ddray.distillation.method import Target
 from ddray.drawing.images import bases_grid
 from ddray.drawing.set_pictures import save_pictures
 from ddray.errors import InputError

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddray.data import Dataset, Split
-from ddray.distill import Target
+from ddray.distillation.method import Target
 from ddray.errors import InputError
 from ddray.methods import get_method
 from ddray.methods._matching import ClassBatches

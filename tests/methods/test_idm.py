@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ddray.artifact.partition import Partition, expand
-from ddray.distill import Target
+from ddray.distillation.method import Target
 from ddray.methods import get_method
 from ddray.methods._matching import ClassBatches
 from ddray.methods._queue import NetQueue

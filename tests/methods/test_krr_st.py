@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddray.data import carve_val, normalized_space
-from ddray.distill import Target
+from ddray.distillation.method import Target
 from ddray.errors import InputError
 from ddray.methods import _krr_memory, get_method
 from ddray.methods._inner import Draw, InnerPool, InnerRecipe
