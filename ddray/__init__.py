@@ -1,6 +1,6 @@
 """ddray: hyperparameter and NAS benchmarking for dataset distillation, on Ray.
 
-As a library: `ddray.distillation.loop("datadam", ipc=1)`, `ddray.load("x.pt")`, `ddray.evaluate(distilled)`,
+As a library: `ddray.distillation.loop("datadam", ipc=1)`, `ddray.load("x.pt")`, `ddray.evaluation.protocol(distilled)`,
 `ddray.artifact.export(distilled, "folder")`.
 """
 

@@ -16,6 +16,7 @@ from ddray.config import merge, nest
 from ddray.data import Dataset, open_dataset
 from ddray.distillation.loop import run_distillation
 from ddray.errors import unknown
+from ddray.evaluation.options import EvaluateOptions
 from ddray.plan import make_context, make_distiller, pick_device, resolve
 
 Form = Literal["folder", "parquet"]
@@ -118,7 +119,7 @@ def evaluate(
         seed: seed of the first network.
         device: `auto`, `cpu`, `cuda` or `cuda:<n>`.
         data_dir: where datasets are; default $DDRAY_DATA.
-        other_options: other fields of `ddray.scoring.EvaluateOptions`, such as `augment`, `recipe`,
+        other_options: other fields of `ddray.evaluation.options.EvaluateOptions`, such as `augment`, `recipe`,
             `train_limit`, `teachers`, `finetune`, `split` or `sets` (`["probe.epochs=10"]`).
 
     Returns:
@@ -127,15 +128,15 @@ def evaluate(
     Raises:
         InputError: a name or a value is invalid.
     """
-    option_names = [field.name for field in dataclasses.fields(scoring.EvaluateOptions)]
+    option_names = [field.name for field in dataclasses.fields(EvaluateOptions)]
     for name in other_options:
         if name not in option_names:
-            raise unknown("an option of ddray.evaluate", name, option_names)
+            raise unknown("an option of ddray.evaluation.protocol", name, option_names)
     other_fields: dict[str, Any] = {
         k: _listed(v) if k in ("sets", "teachers") else v for k, v in other_options.items()
     }
     opened = dataset if isinstance(dataset, Dataset) else None
-    options = scoring.EvaluateOptions(
+    options = EvaluateOptions(
         dataset=None if dataset is None or opened is not None else str(dataset),
         protocol=protocol,
         archs=_listed(archs),

@@ -18,6 +18,7 @@ from ddray.data.pixels import pixel_space
 from ddray.data.speech import SHAPE as SPECTROGRAM
 from ddray.distillation.method import BudgetDistiller, DistillContext, Distiller, Target
 from ddray.errors import InputError, unknown
+from ddray.evaluation.config import EvaluateConfig
 from ddray.methods import get_method
 from ddray.nets import build_net
 from ddray.nets.names import resolve_arch
@@ -25,27 +26,10 @@ from ddray.pool.local import LocalPool
 from ddray.pool.spec import ModelPool, PoolSpec
 from ddray.pool_training import PoolTrainer
 from ddray.system.shipped import shipped
-from ddray.training.recipe import FinetuneConfig, ProbeConfig, Recipe, named_recipe
+from ddray.training.recipe import named_recipe
 
 PRESETS: Final = ("paper", "repo")
 M = TypeVar("M", bound=Config)
-
-
-class EvaluateConfig(Recipe):
-    """How a distilled set is scored; `evaluate.recipe=vico|idc` sets a whole recipe by name (`RECIPES`)."""
-
-    seeds: int = Field(default=5, ge=1)
-    """Networks per architecture."""
-    val_seeds: int = Field(default=2, ge=1)
-    """Networks per evaluation at a rung of a search (never more than `seeds`)."""
-    probe: ProbeConfig = ProbeConfig()
-    """Protocol `linear`: the classifier on frozen embeddings."""
-    finetune: FinetuneConfig = FinetuneConfig()
-    """Protocol `linear` with --finetune: KRR-ST's full fine-tuning."""
-
-    def as_recipe(self) -> Recipe:
-        """Return the training part: the fields of `Recipe`."""
-        return Recipe.parse({name: getattr(self, name) for name in Recipe.model_fields})
 
 
 class RunConfig(Config, Generic[M]):

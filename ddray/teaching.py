@@ -11,19 +11,18 @@ from ddray.artifact.partition import default_factor
 from ddray.config import merge, parse_overrides
 from ddray.data import Split
 from ddray.errors import InputError, unknown
-from ddray.evaluate import EvalContext
-from ddray.evaluate.soft import Soft, SoftConfig
-from ddray.evaluate.teachers import Teachers, get_teachers
+from ddray.evaluation.options import HARD_RECIPE
+from ddray.evaluation.protocol import EvalContext
+from ddray.evaluation.soft import Soft, SoftConfig
+from ddray.evaluation.teachers import Teachers, get_teachers
 from ddray.nets.names import resolve_arch
 from ddray.pool.local import LocalPool
 from ddray.pool_training import PoolTrainer
 
 if TYPE_CHECKING:
-    from ddray.scoring import EvaluateOptions
+    from ddray.evaluation.options import EvaluateOptions
 
 log = logging.getLogger(__name__)
-
-HARD_RECIPE = "table5"
 
 
 @dataclass(frozen=True)

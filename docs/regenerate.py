@@ -14,8 +14,8 @@ from ddray.bench.spec import Source
 from ddray.bench.units import Cell
 from ddray.config import Config, merge
 from ddray.distillation.method import Target
+from ddray.evaluation.config import EvaluateConfig
 from ddray.methods import get_method
-from ddray.plan import EvaluateConfig
 from ddray.report.published import find, read_numbers
 from ddray.runs.results import flatten
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ddray.artifact.distilled_set import TrainSet
 from ddray.data import PixelSpace, Split, normalized_space
 from ddray.errors import DivergedError, InputError
-from ddray.evaluate import EvalContext, EvalResult, evaluate_archs, summarise
-from ddray.evaluate.hard import Hard
+from ddray.evaluation.hard import Hard
+from ddray.evaluation.protocol import EvalContext, EvalResult, evaluate_archs, summarise
 from ddray.nets import build_net
 from ddray.seeding import derive
 from ddray.training import loop as module

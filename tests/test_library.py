@@ -79,29 +79,34 @@ class TestDistill:
 
     def test_evaluate_takes_what_the_command_takes(self, distilled: DistilledSet) -> None:
         options: dict[str, Any] = {"archs": ["convnet1_w8"], "seeds": 1, "epochs": 1}
-        hard = ddray.evaluate(distilled, augment="none", train_limit=10, split="val", **options)
+        hard = ddray.evaluation.protocol(distilled, augment="none", train_limit=10, split="val", **options)
         assert (hard["split"], hard["results"][0]["num_images"]) == ("val", 10)
-        soft = ddray.evaluate(
+        soft = ddray.evaluation.protocol(
             distilled, protocol="soft", teachers=["convnet1_w8"], sets=["teacher.epochs=20"], **options
         )
         assert soft["teacher"]["arch"] == "convnet1_w8"
         with pytest.raises(InputError, match="did you mean 'augment'"):
-            ddray.evaluate(distilled, augmnt="none")
+            ddray.evaluation.protocol(distilled, augmnt="none")
 
     def test_evaluate_takes_an_open_dataset_and_single_names(self, distilled: DistilledSet) -> None:
         options = {"seeds": 1, "epochs": 1}
-        result = ddray.evaluate(distilled, archs=["convnet1_w8"], **options)
-        opened = ddray.evaluate(distilled, archs="convnet1_w8", dataset=open_dataset("digits"), **options)
+        result = ddray.evaluation.protocol(distilled, archs=["convnet1_w8"], **options)
+        opened = ddray.evaluation.protocol(
+            distilled, archs="convnet1_w8", dataset=open_dataset("digits"), **options
+        )
         assert opened["results"][0]["per_seed"] == result["results"][0]["per_seed"]
-        assert ddray.evaluate(distilled, archs="convnet1_w8", seeds=1, sets="epochs=1")["results"]
+        assert ddray.evaluation.protocol(distilled, archs="convnet1_w8", seeds=1, sets="epochs=1")["results"]
         for name, value in (("pixel_space", "normalised"), ("dataset", Path("digits-not-there"))):
             with pytest.raises(InputError, match=r"normalized|or a folder"):
-                ddray.evaluate(distilled, archs="convnet1_w8", **{name: value})
+                ddray.evaluation.protocol(distilled, archs="convnet1_w8", **{name: value})
 
     def test_evaluate_takes_a_set_or_its_file(self, distilled: DistilledSet, tmp_path: Path) -> None:
         distilled.save(tmp_path / "a.pt")
         options: dict[str, Any] = {"archs": ["convnet1_w8"], "seeds": 1, "epochs": 1}
-        first, second = ddray.evaluate(distilled, **options), ddray.evaluate(tmp_path / "a.pt", **options)
+        first, second = (
+            ddray.evaluation.protocol(distilled, **options),
+            ddray.evaluation.protocol(tmp_path / "a.pt", **options),
+        )
         assert first["results"][0]["per_seed"] == second["results"][0]["per_seed"]
 
     def test_names_that_are_modules_too_stay_callable_whatever_is_imported_first(
@@ -110,15 +115,15 @@ class TestDistill:
         for first in (
             "ddray",
             "ddray.distillation.loop",
-            "ddray.evaluate.hard",
+            "ddray.evaluation.hard",
             "ddray.artifact.export",
             "ddray.api",
             "ddray.scoring",
         ):
             code = (
                 f"import {first}\nimport ddray\n"
-                "from ddray.distillation.loop import run_distillation\nfrom ddray.evaluate import EvalContext\n"
-                "assert callable(ddray.distillation.loop) and callable(ddray.evaluate) and callable(ddray.artifact.export)\n"
+                "from ddray.distillation.loop import run_distillation\nfrom ddray.evaluation.protocol import EvalContext\n"
+                "assert callable(ddray.distillation.loop) and callable(ddray.evaluation.protocol) and callable(ddray.artifact.export)\n"
                 "import inspect\n"
                 "assert {'ipc', 'budget', 'run_dir'} <= set(inspect.signature(ddray.distillation.loop).parameters)\n"
                 "print(len(ddray.distillation.loop('random').images))"

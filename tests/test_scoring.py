@@ -13,8 +13,9 @@ from ddray.api import distill, to_json
 from ddray.artifact.reading import load
 from ddray.data import carve_val, open_dataset
 from ddray.errors import InputError
+from ddray.evaluation.options import EvaluateOptions
 from ddray.plan import resolve
-from ddray.scoring import EvaluateOptions, evaluate
+from ddray.scoring import evaluate
 
 CPU = torch.device("cpu")
 SMALL = {"arch": "convnet2_w8", "compile": "off", "evaluate": {"epochs": 3, "seeds": 2}}

@@ -23,6 +23,7 @@ from ddray.data.pixels import pixel_space
 from ddray.distillation.loop import run_distillation
 from ddray.distillation.method import DistillContext
 from ddray.errors import DivergedError, InputError
+from ddray.evaluation.options import EvaluateOptions
 from ddray.methods import get_method
 from ddray.plan import Plan, RunConfig, declared_specs, make_context, make_distiller
 from ddray.pool.files import DamagedEntryError, PoolFiles
@@ -323,9 +324,7 @@ def _evaluate(job: Job, work: Work) -> dict[str, Any]:
     }
     if job.data_dir is not None:
         option_values["data_dir"] = Path(job.data_dir)
-    evaluation = scoring.evaluate(
-        path, scoring.EvaluateOptions(**option_values), device=torch.device(job.device)
-    )
+    evaluation = scoring.evaluate(path, EvaluateOptions(**option_values), device=torch.device(job.device))
     shared_fields = {k: v for k, v in evaluation.items() if k not in ("protocol", "split", "results")}
     return {**evaluation["results"][0], **shared_fields}
 

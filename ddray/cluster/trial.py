@@ -17,9 +17,9 @@ from ddray.cluster.pool import ClusterPool, PoolAddress
 from ddray.config import merge
 from ddray.distillation.loop import DistillResult, rate_name, run_distillation
 from ddray.errors import DivergedError
-from ddray.evaluate import EvalContext, Evaluator, evaluate_archs
-from ddray.evaluate.hard import Hard
-from ddray.evaluate.linear import Linear
+from ddray.evaluation.hard import Hard
+from ddray.evaluation.linear import Linear
+from ddray.evaluation.protocol import EvalContext, Evaluator, evaluate_archs
 from ddray.methods import get_method
 from ddray.nas.objective import SpearmanObjective
 from ddray.plan import Plan, RunConfig, make_context, make_distiller

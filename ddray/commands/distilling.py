@@ -28,6 +28,7 @@ from ddray.commands.options import (
     absolute,
     output,
 )
+from ddray.evaluation.options import EvaluateOptions
 
 
 def distill(
@@ -162,7 +163,7 @@ def evaluate(
 
         if pixel_space not in ("normalized", "zca", "raw"):
             raise unknown("--pixel-space", pixel_space, ("normalized", "zca", "raw"))
-        options = scoring.EvaluateOptions(
+        options = EvaluateOptions(
             dataset=dataset,
             protocol=protocol,
             archs=tuple(arch or ()),

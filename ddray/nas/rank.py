@@ -16,6 +16,7 @@ import torch
 from ddray.artifact.reading import load
 from ddray.data import Dataset, open_dataset
 from ddray.errors import DdrayError, InputError, unknown
+from ddray.evaluation.options import PixelKind
 from ddray.nas.proxies import (
     COMPATS,
     Proxy,
@@ -30,7 +31,7 @@ from ddray.nas.spaces import NasSpace, get_space, parse_indices
 from ddray.nas.sweep import Execute, NasConfig, NasOptions, Sweep, choose_architectures, run_sweep, split_for
 from ddray.nas.truth import Truth, api_truth, csv_truth, read_scores, table_truth
 from ddray.runs.ledger import Row
-from ddray.scoring import PixelKind, check_fits, foreign_space
+from ddray.scoring import check_fits, foreign_space
 from ddray.system.files import write_atomically, write_text
 
 _NO_TEST = "truth_test_accuracy"

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ddray.data import Split, normalized_space
 from ddray.distillation.method import DistillContext
-from ddray.evaluate import EvalContext
-from ddray.evaluate.linear import embeddings, train_probe
+from ddray.evaluation.linear import embeddings, train_probe
+from ddray.evaluation.protocol import EvalContext
 from ddray.nets import build_net
 from ddray.plan import make_context, make_distiller, resolve
 from ddray.pool.spec import PoolEntry, PoolSpec

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from ddray.artifact.distilled_set import TrainSet
 from ddray.data import Split, normalized_space
 from ddray.errors import InputError
-from ddray.evaluate import EvalContext, EvalResult, continual, summarise
-from ddray.evaluate.continual import Continual, class_tasks
+from ddray.evaluation import continual
+from ddray.evaluation.continual import Continual, class_tasks
+from ddray.evaluation.protocol import EvalContext, EvalResult, summarise
 from ddray.training.recipe import Recipe
 
 CPU = torch.device("cpu")

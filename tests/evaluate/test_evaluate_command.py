@@ -24,9 +24,10 @@ from ddray.cli import main
 from ddray.data import carve_val, open_dataset
 from ddray.drawing.images import grid
 from ddray.errors import InputError
-from ddray.evaluate import hard
+from ddray.evaluation import hard
+from ddray.evaluation.options import EvaluateOptions
 from ddray.plan import resolve
-from ddray.scoring import EvaluateOptions, evaluate, evaluation_config
+from ddray.scoring import evaluate, evaluation_config
 from ddray.training.recipe import RECIPES
 
 CPU = torch.device("cpu")
@@ -340,7 +341,7 @@ class TestSpeech:
     def test_robust_trains_twice_where_nothing_is_augmented(
         self, clips: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from ddray.evaluate import robust
+        from ddray.evaluation import robust
 
         path, calls = self.distilled(clips, tmp_path), []
         fit = robust.fit

@@ -14,8 +14,9 @@ from torch import Tensor
 from ddray.artifact.distilled_set import TrainSet
 from ddray.data import Split, normalized_space
 from ddray.errors import DivergedError, InputError
-from ddray.evaluate import EvalContext, evaluate_archs, linear
-from ddray.evaluate.linear import Linear, adapted, batches, embeddings, train_probe
+from ddray.evaluation import linear
+from ddray.evaluation.linear import Linear, adapted, batches, embeddings, train_probe
+from ddray.evaluation.protocol import EvalContext, evaluate_archs
 from ddray.nets import build_net
 from ddray.training.recipe import FinetuneConfig, ProbeConfig, Recipe
 

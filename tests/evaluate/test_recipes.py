@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ddray.data import PixelSpace, Split
 from ddray.errors import InputError
-from ddray.plan import EvaluateConfig, resolve
+from ddray.evaluation.config import EvaluateConfig
+from ddray.plan import resolve
 from ddray.seeding import derive
 from ddray.training.cutmix import cutmix
 from ddray.training.dsa import dsa_for

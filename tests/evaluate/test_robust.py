@@ -11,10 +11,12 @@ import torch
 from ddray.artifact.distilled_set import TrainSet
 from ddray.data import Split, fit_zca, normalized_space
 from ddray.errors import DivergedError
-from ddray.evaluate import EvalContext, robust, summarise, whole
-from ddray.evaluate.hard import Hard
-from ddray.evaluate.robust import Robust, augmentation_robust_score, label_robust_score, normalised_score
-from ddray.evaluate.whole import whole_set_accuracy
+from ddray.evaluation import robust
+from ddray.evaluation import whole_set as whole
+from ddray.evaluation.hard import Hard
+from ddray.evaluation.protocol import EvalContext, summarise
+from ddray.evaluation.robust import Robust, augmentation_robust_score, label_robust_score, normalised_score
+from ddray.evaluation.whole_set import whole_set_accuracy
 from ddray.training.recipe import Recipe
 
 CPU = torch.device("cpu")

@@ -12,9 +12,19 @@ from ddray import scoring
 from ddray.artifact.distilled_set import TrainSet
 from ddray.data import PixelSpace, fit_zca, normalized_space
 from ddray.errors import DdrayError, InputError
-from ddray.evaluate import EvalContext
-from ddray.evaluate.soft import Soft, SoftConfig, batches, half_cosine, mix, settle, shuffle_strips, soft_loss
-from ddray.evaluate.teachers import Teachers, get_teachers, least_accuracy
+from ddray.evaluation.options import EvaluateOptions
+from ddray.evaluation.protocol import EvalContext
+from ddray.evaluation.soft import (
+    Soft,
+    SoftConfig,
+    batches,
+    half_cosine,
+    mix,
+    settle,
+    shuffle_strips,
+    soft_loss,
+)
+from ddray.evaluation.teachers import Teachers, get_teachers, least_accuracy
 from ddray.nets import build_net
 from ddray.pool.local import LocalPool
 from ddray.pool_training import PoolTrainer
@@ -239,9 +249,9 @@ def distilled(planned: Any, digits: Any, tmp_path: Path) -> Path:
     return tmp_path / "d.pt"
 
 
-def options(**changes: Any) -> scoring.EvaluateOptions:
+def options(**changes: Any) -> EvaluateOptions:
     quick: dict[str, Any] = {"protocol": "soft", "teachers": ("convnet2_w8",), "sets": ("teacher.epochs=2",)}
-    return scoring.EvaluateOptions(**{**quick, "seeds": 1, "epochs": 2, **changes})
+    return EvaluateOptions(**{**quick, "seeds": 1, "epochs": 2, **changes})
 
 
 def test_the_command_says_what_its_teacher_is_worth(distilled: Path) -> None:
@@ -261,7 +271,7 @@ def test_stitched_sets_are_trained_on_with_shuffled_patches(
 ) -> None:
     seen = []
     monkeypatch.setattr(
-        "ddray.evaluate.soft.shuffle_strips", lambda images, num, generator: seen.append(num) or images
+        "ddray.evaluation.soft.shuffle_strips", lambda images, num, generator: seen.append(num) or images
     )
     scoring.evaluate(distilled, options(), device=CPU)
     scoring.evaluate(distilled, options(sets=("teacher.epochs=2", "patches=1")), device=CPU)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ddray.artifact.distilled_set import TrainSet
 from ddray.data import normalized_space
 from ddray.errors import InputError
-from ddray.evaluate.subsets import class_ranks, limited, random_subset
+from ddray.evaluation.subsets import class_ranks, limited, random_subset
 from ddray.seeding import derive
 
 

@@ -16,10 +16,11 @@ from ddray.artifact.distilled_set import DistilledSet
 from ddray.artifact.reading import load
 from ddray.data import Split
 from ddray.errors import InputError
+from ddray.evaluation.options import EvaluateOptions
 from ddray.methods import _d3hr_stages as stages
 from ddray.methods._diffusion import DiffusionModel, Levels, open_pipeline, save_pipeline
 from ddray.methods.d3hr import D3HRConfig, group_sample, group_scores, plan_stages
-from ddray.scoring import EvaluateOptions, evaluate
+from ddray.scoring import evaluate
 from ddray.seeding import derive
 from tests.methods.diffusion_models import TINY, trained_on, untrained
 

@@ -27,8 +27,8 @@ from torch import Tensor
 from ddray.artifact.distilled_set import TrainSet
 from ddray.config import Config
 from ddray.errors import DivergedError, InputError
-from ddray.evaluate import EvalContext, EvalResult
-from ddray.evaluate.teachers import Teachers
+from ddray.evaluation.protocol import EvalContext, EvalResult
+from ddray.evaluation.teachers import Teachers
 from ddray.nets import Net, build_net, check_arch
 from ddray.nets.names import parse_arch
 from ddray.seeding import derive, derive_seed

@@ -10,7 +10,7 @@ import time
 
 from ddray.artifact.distilled_set import TrainSet
 from ddray.errors import DivergedError
-from ddray.evaluate import EvalContext, EvalResult
+from ddray.evaluation.protocol import EvalContext, EvalResult
 from ddray.nets import Net, build_net, check_arch
 from ddray.seeding import derive, derive_seed
 from ddray.training.loop import accuracy, train

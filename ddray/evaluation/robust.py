@@ -29,10 +29,10 @@ import time
 
 from ddray.artifact.distilled_set import TrainSet
 from ddray.data import Split
-from ddray.evaluate import EvalContext, EvalResult
-from ddray.evaluate.hard import fit
-from ddray.evaluate.subsets import random_subset
-from ddray.evaluate.whole import whole_set_accuracy
+from ddray.evaluation.hard import fit
+from ddray.evaluation.protocol import EvalContext, EvalResult
+from ddray.evaluation.subsets import random_subset
+from ddray.evaluation.whole_set import whole_set_accuracy
 from ddray.nets import check_arch
 from ddray.seeding import derive
 from ddray.training.loop import accuracy

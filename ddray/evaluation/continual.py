@@ -24,8 +24,8 @@ from torch import Tensor
 from ddray.artifact.distilled_set import TrainSet
 from ddray.data import Split
 from ddray.errors import InputError
-from ddray.evaluate import EvalContext, EvalResult
-from ddray.evaluate.hard import fit
+from ddray.evaluation.hard import fit
+from ddray.evaluation.protocol import EvalContext, EvalResult
 from ddray.nets import check_arch
 from ddray.seeding import derive, derive_seed
 from ddray.training.loop import accuracy

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ddray.data import Dataset, PixelSpace, normalized_space
 from ddray.errors import DdrayError
-from ddray.evaluate import EvalContext
+from ddray.evaluation.protocol import EvalContext
 from ddray.nets import Net, check_arch
 from ddray.pool.spec import ModelPool, teacher_spec
 from ddray.training.loop import accuracy

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from ddray.artifact.distilled_set import TrainSet
 from ddray.data import Split
 from ddray.errors import DivergedError, InputError
-from ddray.evaluate import EvalContext, EvalResult
+from ddray.evaluation.protocol import EvalContext, EvalResult
 from ddray.nets import Net, build_net, check_arch
 from ddray.seeding import derive, derive_seed, forked_global
 from ddray.system.memory import available_bytes

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ddray.data import PixelSpace, Split
 from ddray.errors import DivergedError
-from ddray.evaluate import EvalContext
+from ddray.evaluation.protocol import EvalContext
 from ddray.nets import build_net, check_arch
 from ddray.runs.ledger import Ledger, Row, Unit
 from ddray.seeding import derive, derive_seed
