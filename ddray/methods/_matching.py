@@ -108,7 +108,7 @@ def initial_images(ctx: DistillContext, init: str) -> tuple[Tensor, Tensor]:
         shape = (len(labels), *ctx.dataset.image_shape)
         return torch.randn(shape, generator=ctx.generator("init")).to(ctx.device), labels.to(ctx.device)
     if init == "kcenter":
-        from ddray.methods._coreset import kcenter_indices, pool_features
+        from ddray.methods.families.selection import kcenter_indices, pool_features
 
         index = kcenter_indices(pool_features(ctx), ctx.split.labels, num_classes, ctx.ipc)
     else:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ddray.config import Config
 from ddray.distillation.method import DistillContext
-from ddray.methods._coreset import selection_method
+from ddray.methods.families.selection import selection_method
 from ddray.seeding import derive_numpy
 
 

@@ -13,7 +13,7 @@ from typing import Final
 from torch import Tensor
 
 from ddray.distillation.method import DistillContext
-from ddray.methods._coreset import (
+from ddray.methods.families.selection import (
     FeatureConfig,
     herding_order,
     per_class,

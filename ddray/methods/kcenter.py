@@ -12,7 +12,13 @@ from typing import Final
 from torch import Tensor
 
 from ddray.distillation.method import DistillContext
-from ddray.methods._coreset import FeatureConfig, kcenter_indices, pool_features, selection_method, take
+from ddray.methods.families.selection import (
+    FeatureConfig,
+    kcenter_indices,
+    pool_features,
+    selection_method,
+    take,
+)
 
 
 class KCenterConfig(FeatureConfig):

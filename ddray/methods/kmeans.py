@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ddray.distillation.method import DistillContext
-from ddray.methods._coreset import FeatureConfig, per_class, pool_features, selection_method, take
+from ddray.methods.families.selection import FeatureConfig, per_class, pool_features, selection_method, take
 from ddray.seeding import derive_seed
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ddray.config import Config
 from ddray.distillation.method import DistillContext
-from ddray.methods._coreset import selection_method, take
 from ddray.methods._matching import random_indices
+from ddray.methods.families.selection import selection_method, take
 
 
 class RandomConfig(Config):

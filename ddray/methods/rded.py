@@ -28,7 +28,7 @@ from ddray.config import Config
 from ddray.data import normalized_space
 from ddray.distillation.method import DistillContext
 from ddray.errors import InputError
-from ddray.methods._coreset import selection_method
+from ddray.methods.families.selection import selection_method
 from ddray.pool.spec import teacher_spec
 from ddray.training.crops import draw_boxes
 from ddray.training.recipe import TeacherRecipe

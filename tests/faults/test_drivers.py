@@ -59,7 +59,7 @@ def test_memory_and_foreign_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (package / "greedy.py").write_text(
         "import torch\n"
         "from ddray.config import Config\n"
-        "from ddray.methods._coreset import selection_method, take\n"
+        "from ddray.methods.families.selection import selection_method, take\n"
         "from ddray.methods._matching import random_indices\n"
         "class GreedyConfig(Config):\n"
         "    gigabytes: float = 0.0\n"

@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ddray.methods import kmeans
-from ddray.methods._coreset import herding_order, kcenter_indices, kcenter_order, per_class, pool_features
+from ddray.methods.families.selection import (
+    herding_order,
+    kcenter_indices,
+    kcenter_order,
+    per_class,
+    pool_features,
+)
 from ddray.methods.kmeans import kmeans_order
 from ddray.nets import build_net
 
