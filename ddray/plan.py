@@ -321,7 +321,7 @@ def check_plan(plan: Plan) -> bool:
         InputError: the network does not fit the images or lacks one of `layers`, or compile=on finds no
             compiler.
     """
-    from ddray.methods._matching import wants_compile
+    from ddray.methods.families.matching.means import wants_compile
 
     config, dataset = plan.config, plan.dataset
     net = build_net(plan.arch, dataset.image_shape, dataset.num_classes, seed=0).eval()

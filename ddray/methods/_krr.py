@@ -19,9 +19,9 @@ from ddray.data import normalized_space
 from ddray.distillation.method import DistillContext
 from ddray.methods._inner import Draw, InnerPool, InnerRecipe, PoolReset
 from ddray.methods._krr_memory import Extent, images_at_once, network_costs
-from ddray.methods._matching import chunks
 from ddray.methods._ridge import ridge_loss
 from ddray.methods._ssl import SslConfig, teacher_of
+from ddray.methods.families.matching.batches import chunks
 from ddray.nets import Net
 from ddray.ssl import teacher_net
 from ddray.training.operations import crop_and_flip

@@ -32,7 +32,7 @@ from torch import Tensor
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.config import Config
 from ddray.distillation.method import DistillContext, Target
-from ddray.methods._matching import MatchingConfig, MeanMatching
+from ddray.methods.families.matching.means import MatchingConfig, MeanMatching
 from ddray.nets import Net
 
 Loss = Literal["mse", "mae", "cosine"]

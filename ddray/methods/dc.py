@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from ddray.methods._gradients import GradientConfig, gradient_method
+from ddray.methods.families.matching.gradients import GradientConfig, gradient_method
 
 
 class DCConfig(GradientConfig):

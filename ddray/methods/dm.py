@@ -16,8 +16,7 @@ from typing import Final
 
 from torch import Tensor
 
-from ddray.methods._matching import MatchingConfig
-from ddray.methods._means_method import means_method
+from ddray.methods.families.matching.means import MatchingConfig, means_method
 from ddray.nets import Net
 
 

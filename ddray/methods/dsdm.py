@@ -40,8 +40,8 @@ from ddray.artifact.distilled_set import DistilledSet
 from ddray.config import Config
 from ddray.distillation.method import DistillContext, Target
 from ddray.errors import InputError
-from ddray.methods._covariance import covariance_distance
-from ddray.methods._partitioned import (
+from ddray.methods.families.matching.covariance import covariance_distance
+from ddray.methods.families.matching.partitioned import (
     Draw,
     FeaturePairs,
     LearnedImages,
@@ -50,7 +50,7 @@ from ddray.methods._partitioned import (
     embedding,
     idc_evaluation,
 )
-from ddray.methods._pretrained import PoolConfig, kept_features, pretrained_specs
+from ddray.methods.families.matching.pretrained import PoolConfig, kept_features, pretrained_specs
 from ddray.nets import reinitialize
 from ddray.pool.spec import PoolSpec
 from ddray.seeding import derive_seed

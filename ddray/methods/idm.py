@@ -30,8 +30,14 @@ from torch import Tensor
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.config import Config
 from ddray.distillation.method import DistillContext, Target
-from ddray.methods._partitioned import FeaturePairs, LearnedImages, PartitionedConfig, by_class, embedding
-from ddray.methods._queue import NetQueue
+from ddray.methods.families.matching.partitioned import (
+    FeaturePairs,
+    LearnedImages,
+    PartitionedConfig,
+    by_class,
+    embedding,
+)
+from ddray.methods.families.matching.queue import NetQueue
 
 _FIRST_NETS: Final = 3
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.config import Config
 from ddray.distillation.method import DistillContext, Target
-from ddray.methods._partitioned import (
+from ddray.methods.families.matching.partitioned import (
     FeaturePairs,
     LearnedImages,
     PartitionedConfig,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ddray.config import Config
 from ddray.distillation.method import DistillContext
-from ddray.methods._matching import random_indices
+from ddray.methods.families.matching.batches import random_indices
 from ddray.methods.families.selection import selection_method, take
 
 

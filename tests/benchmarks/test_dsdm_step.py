@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddray.methods import dsdm
-from ddray.methods._covariance import covariance_distance
+from ddray.methods.families.matching.covariance import covariance_distance
 from ddray.nets import build_net
 from ddray.plan import make_context, make_distiller, resolve
 from ddray.pool.spec import PoolEntry, PoolSpec

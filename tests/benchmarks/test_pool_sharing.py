@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ddray.methods._pretrained import PoolConfig
+from ddray.methods.families.matching.pretrained import PoolConfig
 
 pytestmark = pytest.mark.benchmark
 

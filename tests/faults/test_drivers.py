@@ -60,7 +60,7 @@ def test_memory_and_foreign_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "import torch\n"
         "from ddray.config import Config\n"
         "from ddray.methods.families.selection import selection_method, take\n"
-        "from ddray.methods._matching import random_indices\n"
+        "from ddray.methods.families.matching.means import random_indices\n"
         "class GreedyConfig(Config):\n"
         "    gigabytes: float = 0.0\n"
         "def select(ctx, config):\n"

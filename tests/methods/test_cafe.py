@@ -39,7 +39,7 @@ def test_the_loss_is_alignment_plus_discrimination(num_maps: int) -> None:
 
 def test_a_first_step_is_the_loss_of_all_images_at_once(toy: Any, planned: Any) -> None:
     """Chunks, sums and class means against one pass in float64."""
-    from ddray.methods._matching import ClassBatches
+    from ddray.methods.families.matching.batches import ClassBatches
     from ddray.nets import build_net
     from ddray.seeding import derive_seed
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddray.methods import _covariance
-from ddray.methods._covariance import covariance_distance
+from ddray.methods.families.matching import covariance as _covariance
+from ddray.methods.families.matching.covariance import covariance_distance
 
 SIZES = [(5, 2), (2, 5), (7, 7), (30, 4), (3, 40)]
 

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddray.methods import _matching, get_method
-from ddray.methods._gradients import gradient_distance, loops
-from ddray.methods._matching import ClassBatches
+from ddray.methods import get_method
+from ddray.methods.families.matching import means as _matching
+from ddray.methods.families.matching.batches import ClassBatches
+from ddray.methods.families.matching.gradients import gradient_distance, loops
 from ddray.nets import build_net
 from ddray.seeding import derive_seed
 from ddray.training.dsa import dsa_for

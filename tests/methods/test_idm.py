@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from ddray.artifact.partition import Partition, expand
 from ddray.distillation.method import Target
 from ddray.methods import get_method
-from ddray.methods._matching import ClassBatches
-from ddray.methods._queue import NetQueue
+from ddray.methods.families.matching.batches import ClassBatches
+from ddray.methods.families.matching.queue import NetQueue
 from ddray.methods.idm import idm_loss
 from ddray.nets import build_net
 from ddray.seeding import derive_seed

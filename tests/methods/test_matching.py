@@ -13,9 +13,16 @@ from torch import Tensor
 
 from ddray.data import Split
 from ddray.errors import InputError
-from ddray.methods import _matching
-from ddray.methods._matching import ClassBatches, chunks, initial_images, random_indices, wants_compile
-from ddray.methods._partitioned import siamese
+from ddray.methods.families.matching import means as _matching
+from ddray.methods.families.matching.batches import (
+    _CHUNK_BYTES,
+    ClassBatches,
+    chunks,
+    initial_images,
+    random_indices,
+)
+from ddray.methods.families.matching.means import wants_compile
+from ddray.methods.families.matching.partitioned import siamese
 from ddray.nets import build_net
 from ddray.seeding import derive, derive_seed
 from ddray.training.dsa import Dsa, dsa_for
@@ -263,7 +270,7 @@ def test_chunks_cover_everything_once_within_the_budget(total: int, size: int) -
     slices = list(chunks(total, size, torch.device("cpu")))
 
     assert [i for part in slices for i in range(part.start, part.stop)] == list(range(total))
-    assert all((p.stop - p.start) * size <= _matching._CHUNK_BYTES or p.stop - p.start == 1 for p in slices)
+    assert all((p.stop - p.start) * size <= _CHUNK_BYTES or p.stop - p.start == 1 for p in slices)
 
 
 def test_whitened_images_are_encoded_once_and_the_same(toy: Any, planned: Any) -> None:

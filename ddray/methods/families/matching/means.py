@@ -8,28 +8,25 @@ chunks that fit the cache.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Final, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from ddray.artifact.distilled_set import DistilledSet
 from ddray.config import Config
-from ddray.data import Split
-from ddray.distillation.method import DistillContext
+from ddray.distillation.method import DistillContext, Distiller, Target
 from ddray.errors import InputError
+from ddray.methods.families.matching.batches import ClassBatches, chunks, initial_images, largest_map_bytes
 from ddray.nets import Net, build_net, is_per_sample, reinitialize
-from ddray.seeding import derive_numpy, derive_seed
+from ddray.seeding import derive_seed
 from ddray.training.dsa import dsa_for
 
 Statistics = Callable[[Net, Tensor], tuple[Tensor, ...]]
 MeansLoss = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 
-# A block's map of one chunk stays below this: larger ones leave the cache, and from 32 MiB on glibc maps
-# fresh pages for each (unless ddray has told it to reuse memory). A DataDAM step (2,560 real images of 32 px)
-# took 2.09 s at 8 MiB, 1.86 at 16, 1.96 at 32 on 2 cores.
-_CHUNK_BYTES: Final = 16 * 2**20
 # Real 32x32x3 images after which compiling (about 20 s on 2 cores) has paid for itself fourfold.
 _COMPILE_WORTH: Final = 500_000
 
@@ -49,100 +46,6 @@ class MatchingConfig(Config):
     """Siamese augmentation: the same parameters for real and synthetic images, a fresh draw per class."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16`: autocast of the networks' forward pass; for GPUs (some CPUs take twice as long)."""
-
-
-class ClassBatches:
-    """Draws real images class by class, without a loop over classes.
-
-    Args:
-        ctx: its split is moved to the device once, as uint8 (whitened images: once, as float32).
-        batch_real: images per class; capped by the smallest class.
-    """
-
-    def __init__(self, ctx: DistillContext, batch_real: int) -> None:
-        self._space = ctx.space.to(ctx.device)
-        split = ctx.split
-        self._encoded = ctx.space.kind == "zca"
-        self._images = encode_all(split, ctx).to(ctx.device) if self._encoded else split.images.to(ctx.device)
-        self.num_classes = ctx.dataset.num_classes
-        counts = torch.bincount(split.labels, minlength=self.num_classes)
-        self.per_class = min(batch_real, int(counts.min()))
-        order = torch.argsort(split.labels, stable=True)
-        column = torch.arange(len(order)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-        self._members = torch.zeros(self.num_classes, int(counts.max()), dtype=torch.int64)
-        self._members[split.labels[order], column] = order
-        self._absent = torch.arange(int(counts.max())) >= counts[:, None]
-        # The CPU copy selects DSA's ops without a sync, the device copy indexes the sums.
-        self.labels_cpu = torch.arange(self.num_classes).repeat_interleave(self.per_class)
-        self.labels = self.labels_cpu.to(ctx.device)
-
-    def draw(self, generator: torch.Generator) -> Tensor:
-        """Return image indices [K * per_class], class-sorted, without repetition within a class."""
-        keys = torch.rand(self._members.shape, generator=generator).masked_fill_(self._absent, 2.0)
-        columns = keys.topk(self.per_class, dim=1, largest=False, sorted=False).indices
-        return self._members.gather(1, columns).flatten().to(self._images.device, non_blocking=True)
-
-    def take(self, index: Tensor) -> Tensor:
-        """Return the images of `index` [n] in their pixel space, float32 [n, C, H, W]."""
-        images = self._images.index_select(0, index)
-        return images if self._encoded else self._space.encode(images)
-
-
-def encode_all(split: Split, ctx: DistillContext, chunk: int = 1024) -> Tensor:
-    """Return all images of a split in the context's pixel space, float32 [N, C, H, W], made in chunks."""
-    whole = torch.empty(split.images.shape, dtype=torch.float32)
-    for start in range(0, len(split), chunk):
-        whole[start : start + chunk] = ctx.space.encode(split.images[start : start + chunk])
-    return whole
-
-
-def initial_images(ctx: DistillContext, init: str) -> tuple[Tensor, Tensor]:
-    """Return initial images [K * ipc, C, H, W] and class-sorted labels, on the device.
-
-    Raises:
-        InputError: a class has fewer than `ipc` images.
-    """
-    num_classes = ctx.dataset.num_classes
-    labels = torch.arange(num_classes).repeat_interleave(ctx.ipc)
-    if init == "noise":
-        shape = (len(labels), *ctx.dataset.image_shape)
-        return torch.randn(shape, generator=ctx.generator("init")).to(ctx.device), labels.to(ctx.device)
-    if init == "kcenter":
-        from ddray.methods.families.selection import kcenter_indices, pool_features
-
-        index = kcenter_indices(pool_features(ctx), ctx.split.labels, num_classes, ctx.ipc)
-    else:
-        index = random_indices(ctx)
-    return ctx.space.encode(ctx.split.images[index]).to(ctx.device), labels.to(ctx.device)
-
-
-def random_indices(ctx: DistillContext) -> Tensor:
-    """Return `ipc` random images per class, as indices [K * ipc], class-sorted.
-
-    Raises:
-        InputError: a class has fewer than `ipc` images.
-    """
-    indices = []
-    rng = derive_numpy(ctx.seed, "distill", "random images")
-    for label in range(ctx.dataset.num_classes):
-        members = torch.nonzero(ctx.split.labels == label).flatten()
-        if len(members) < ctx.ipc:
-            raise InputError(
-                f"ipc must be <= {len(members)} for {ctx.dataset.name} (images of class {label}), "
-                f"got {ctx.ipc}"
-            )
-        indices.append(members[torch.from_numpy(rng.permutation(len(members))[: ctx.ipc])])
-    return torch.cat(indices)
-
-
-def chunks(total: int, sample_bytes: int, device: torch.device) -> Iterator[slice]:
-    """Yield slices over `total` samples whose largest maps (`sample_bytes` each) fit the cache or the GPU."""
-    budget = _CHUNK_BYTES if device.type == "cpu" else 2**31
-    size = max(1, min(total, budget // max(1, sample_bytes)))
-    if size >= 8:
-        size -= size % 8
-    for start in range(0, total, size):
-        yield slice(start, min(total, start + size))
 
 
 def wants_compile(
@@ -276,21 +179,50 @@ class MeanMatching:
             self._optimizer.state[self.images]["momentum_buffer"] = momentum
 
 
-def largest_map_bytes(net: Net, ctx: DistillContext) -> int:
-    """Return the bytes of one sample's largest map."""
-    key = (net.arch, ctx.dataset.image_shape)
-    if key not in _largest:
-        _largest[key] = _measured(net, ctx)
-    return _largest[key]
+def squared_distance(real: Sequence[Tensor], synthetic: Sequence[Tensor]) -> Tensor:
+    """Return the sum over classes of ||mean real_c - mean syn_c||^2, for one statistic's means [K, D]."""
+    return (real[0] - synthetic[0]).square().sum()
 
 
-_largest: dict[tuple[str, tuple[int, int, int]], int] = {}
+def means_method(config_class: type[MatchingConfig], statistics: Statistics) -> type[Distiller]:
+    """Return a method that minimises `squared_distance` of class means of `statistics`.
 
+    Args:
+        config_class: its settings.
+        statistics: per-sample statistic of images under a network, as a tuple of one [N, D].
+    """
 
-@torch.no_grad()
-def _measured(net: Net, ctx: DistillContext) -> int:
-    """Find the largest map on a blank image (in eval mode, which leaves no trace)."""
-    was_training = net.training
-    maps = net.eval().features(torch.zeros(1, *ctx.dataset.image_shape, device=ctx.device)).maps
-    net.train(was_training)
-    return max((m.numel() * m.element_size() for m in maps), default=1)
+    class Means:
+        config_type: ClassVar[type[Config]] = config_class
+
+        def __init__(self, config: MatchingConfig, num_steps: int) -> None:
+            self._config = config
+            self.num_steps = num_steps
+
+        @staticmethod
+        def preset(name: str, target: Target) -> dict[str, Any]:
+            """Return DM's settings, the same in paper and code."""
+            return {"steps": 20_000, "evaluate": {"epochs": 1000, "augment": "dsa"}}
+
+        def setup(self, ctx: DistillContext) -> None:
+            """Make the initial images and the matcher."""
+            self._ctx = ctx
+            self._matcher = MeanMatching(ctx, self._config, statistics, squared_distance)
+
+        def step(self) -> dict[str, Tensor]:
+            """Match one batch under one fresh network."""
+            return self._matcher.step()
+
+        def snapshot(self) -> DistilledSet:
+            """Return the current images as a set."""
+            return self._ctx.make_set(self._matcher.images, self._matcher.labels)
+
+        def state_dict(self) -> dict[str, Any]:
+            """Return images, momentum and step."""
+            return self._matcher.state_dict()
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            """Continue from a state."""
+            self._matcher.load_state_dict(state)
+
+    return Means

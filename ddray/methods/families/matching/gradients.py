@@ -14,8 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.config import Config
 from ddray.distillation.method import DistillContext, Distiller, Target
-from ddray.methods._matching import ClassBatches, chunks, initial_images, largest_map_bytes
-from ddray.methods._partitioned import siamese
+from ddray.methods.families.matching.batches import ClassBatches, chunks, initial_images, largest_map_bytes
+from ddray.methods.families.matching.partitioned import siamese
 from ddray.nets import build_net, is_per_sample, reinitialize
 from ddray.seeding import derive_seed
 from ddray.training.dsa import DsaPlan

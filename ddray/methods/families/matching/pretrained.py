@@ -12,7 +12,7 @@ from torch import Tensor
 from ddray.config import Config
 from ddray.data import search_rows
 from ddray.distillation.method import DistillContext
-from ddray.methods._partitioned import nearby
+from ddray.methods.families.matching.partitioned import nearby
 from ddray.pool.spec import PoolEntry, PoolSpec, supervised_specs
 
 

@@ -20,7 +20,7 @@ from ddray.artifact.distilled_set import DistilledSet
 from ddray.artifact.partition import Partition, Resize, compose, expand
 from ddray.config import Config
 from ddray.distillation.method import DistillContext, Target
-from ddray.methods._matching import ClassBatches, chunks, largest_map_bytes
+from ddray.methods.families.matching.batches import ClassBatches, chunks, largest_map_bytes
 from ddray.methods.families.selection import kcenter_order, pool_features
 from ddray.nets import Net, build_net, is_per_sample
 from ddray.seeding import derive_numpy
