@@ -154,9 +154,9 @@ def train_diffusion(
         InputError: an unknown field, a value that breaks its rule, or a folder with other content.
         StorageError: a file can't be written.
     """
-    from ddray.methods import _d3hr_stages as stages
-    from ddray.methods._diffusion import save_pipeline
-    from ddray.methods._diffusion_train import DiffusionRecipe, default_recipe
+    from ddray.methods.families.diffusion import stages
+    from ddray.methods.families.diffusion.model import save_pipeline
+    from ddray.methods.families.diffusion.train import DiffusionRecipe, default_recipe
 
     full_recipe = DiffusionRecipe.parse({**default_recipe(dataset.image_shape), **recipe})
     spec = stages.generator_spec(stages.base_spec(dataset, "train", device), full_recipe)

@@ -54,7 +54,7 @@ class PoolTrainer:
             return ssl.SslTrainer(split.images, self.device, self.dataset.name)(spec)
         if spec.kind not in DIFFUSION_KINDS:
             return SupervisedTrainer(self.dataset, self.split, self.device)(spec)
-        from ddray.methods._d3hr_stages import train_stage
+        from ddray.methods.families.diffusion.stages import train_stage
 
         split = self.dataset.train() if spec.split == "train" else self.split
         return train_stage(spec, self.dataset, split, self.device, LocalPool(self))

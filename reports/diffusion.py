@@ -80,7 +80,7 @@ def inversion() -> dict[str, Any]:
     from scipy.stats import normaltest
 
     from ddray.data import open_dataset
-    from ddray.methods._diffusion import Levels, open_pipeline
+    from ddray.methods.families.diffusion.model import Levels, open_pipeline
 
     folder = ddray("pool", "train", "--kind", "diffusion", "--dataset", "digits")["folder"]
     split = open_dataset("digits").train()

@@ -128,7 +128,7 @@ class DistilledSet:
                 raise InputError("--ipc is for sets that store statistics; this one stores its images")
             return self
         # By name: only sets of D3HR need its generator, and this package knows no method.
-        sampling = importlib.import_module("ddray.methods._d3hr_sampling")
+        sampling = importlib.import_module("ddray.methods.families.diffusion.sampling")
         num = self.meta.ipc if ipc is None else ipc
         distilled: DistilledSet = sampling.generate(self, num, torch.device(device))
         return distilled

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from ddray.data import Dataset, Split
-from ddray.methods._diffusion import DiffusionModel
-from ddray.methods._diffusion_train import DiffusionRecipe, build, train_generator
+from ddray.methods.families.diffusion.model import DiffusionModel
+from ddray.methods.families.diffusion.train import DiffusionRecipe, build, train_generator
 
 TINY = {"epochs": 1, "vae_epochs": 1, "vae_width": 8, "depth": 1, "heads": 1, "head_dim": 8, "batch": 16}
 

@@ -17,9 +17,10 @@ from ddray.artifact.reading import load
 from ddray.data import Split
 from ddray.errors import InputError
 from ddray.evaluation.options import EvaluateOptions
-from ddray.methods import _d3hr_stages as stages
-from ddray.methods._diffusion import DiffusionModel, Levels, open_pipeline, save_pipeline
-from ddray.methods.d3hr import D3HRConfig, group_sample, group_scores, plan_stages
+from ddray.methods.d3hr import group_sample, group_scores, plan_stages
+from ddray.methods.families.diffusion import stages
+from ddray.methods.families.diffusion.config import D3HRConfig
+from ddray.methods.families.diffusion.model import DiffusionModel, Levels, open_pipeline, save_pipeline
 from ddray.scoring import evaluate
 from ddray.seeding import derive
 from tests.methods.diffusion_models import TINY, trained_on, untrained

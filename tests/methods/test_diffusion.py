@@ -8,10 +8,22 @@ import pytest
 import torch
 
 from ddray.errors import DivergedError, InputError
-from ddray.methods import _diffusion_fit
-from ddray.methods._diffusion import DiffusionModel, Levels, class_ids, open_pipeline, save_pipeline
-from ddray.methods._diffusion_folder import folder_fingerprint
-from ddray.methods._diffusion_train import DiffusionRecipe, build, default_recipe, relabel, train_generator
+from ddray.methods.families.diffusion import fit as _diffusion_fit
+from ddray.methods.families.diffusion.folder import folder_fingerprint
+from ddray.methods.families.diffusion.model import (
+    DiffusionModel,
+    Levels,
+    class_ids,
+    open_pipeline,
+    save_pipeline,
+)
+from ddray.methods.families.diffusion.train import (
+    DiffusionRecipe,
+    build,
+    default_recipe,
+    relabel,
+    train_generator,
+)
 from tests.methods.diffusion_models import TINY, tiny_recipe, trained_on, untrained
 
 CPU = torch.device("cpu")

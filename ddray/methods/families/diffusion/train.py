@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from ddray.config import Config
 from ddray.data import Split
 from ddray.errors import InputError
-from ddray.methods._diffusion import DiffusionModel, open_pipeline
-from ddray.methods._diffusion_fit import Checkpoint, Stage
-from ddray.methods._diffusion_folder import absolute, known_names
+from ddray.methods.families.diffusion.fit import Checkpoint, Stage
+from ddray.methods.families.diffusion.folder import absolute, known_names
+from ddray.methods.families.diffusion.model import DiffusionModel, open_pipeline
 from ddray.seeding import derive, derive_seed, forked_global
 
 log = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ddray.config import Config
 from ddray.errors import InputError
-from ddray.methods._diffusion_folder import BROKEN, PARTS, SEEN, damaged, read_folder, resolve_ids
+from ddray.methods.families.diffusion.folder import BROKEN, PARTS, SEEN, damaged, read_folder, resolve_ids
 from ddray.seeding import forked_global
 from ddray.system.files import write_folder
 

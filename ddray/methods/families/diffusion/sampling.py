@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ddray.errors import InputError
-from ddray.methods._d3hr_stages import load_generator
-from ddray.methods._diffusion import DiffusionModel, class_ids
-from ddray.methods._group_sampling import group_sample
+from ddray.methods.families.diffusion.groups import group_sample
+from ddray.methods.families.diffusion.model import DiffusionModel, class_ids
+from ddray.methods.families.diffusion.stages import load_generator
 from ddray.pool.local import LocalPool
 from ddray.pool.spec import PoolSpec
 from ddray.seeding import derive
@@ -21,7 +21,7 @@ from ddray.system.files import home
 
 if TYPE_CHECKING:
     from ddray.artifact.distilled_set import DistilledSet
-    from ddray.methods.d3hr import D3HRConfig
+    from ddray.methods.families.diffusion.config import D3HRConfig
 
 
 class Sampler:
@@ -86,7 +86,7 @@ def generate(distilled: DistilledSet, ipc: int, device: torch.device) -> Distill
     Raises:
         InputError: ipc is below 1, or the generator no longer exists.
     """
-    from ddray.methods.d3hr import D3HRConfig
+    from ddray.methods.families.diffusion.config import D3HRConfig
 
     if ipc < 1:
         raise InputError(f"ipc must be >= 1, got {ipc}")

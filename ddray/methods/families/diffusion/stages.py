@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ddray.data import Dataset, Split
 from ddray.errors import InputError
-from ddray.methods._diffusion import DiffusionModel, Levels, open_pipeline
-from ddray.methods._diffusion_folder import PARTS, locate, read_folder, remember, warn_of_leak
-from ddray.methods._diffusion_train import DiffusionRecipe, train_generator
+from ddray.methods.families.diffusion.folder import PARTS, locate, read_folder, remember, warn_of_leak
+from ddray.methods.families.diffusion.model import DiffusionModel, Levels, open_pipeline
+from ddray.methods.families.diffusion.train import DiffusionRecipe, train_generator
 from ddray.pool.spec import ModelPool, PoolEntry, PoolSpec
 from ddray.seeding import derive, forked_global
 from ddray.system.files import home, write_atomically

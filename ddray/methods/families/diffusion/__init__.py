@@ -1,0 +1,1 @@
+"""A latent diffusion model: training, inversion, sampling."""
