@@ -120,7 +120,7 @@ def train_teacher(
         InputError: an audio dataset, an unknown architecture or field, or a value that breaks its rule.
         StorageError: an entry can't be written.
     """
-    from ddray.ssl import SslTrainer, teacher_spec
+    from ddray.methods.families.ssl.teacher import SslTrainer, teacher_spec
 
     split = dataset.train()
     teacher_settings: dict[str, Any] = {"seed": seed, **recipe}

@@ -11,9 +11,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from ddray import ssl
 from ddray.data import Dataset, Split, carve_val, normalized_space
 from ddray.errors import DivergedError, unknown
+from ddray.methods.families.ssl import teacher as ssl
 from ddray.nets import Net, build_net
 from ddray.pool.local import LocalPool
 from ddray.pool.spec import PoolSpec

@@ -12,7 +12,7 @@ from ddray.api import distill, to_json
 from ddray.artifact.reading import load
 from ddray.data.loaders import data_info
 from ddray.errors import DivergedError, InputError
-from ddray.methods import _krr_memory
+from ddray.methods.families.ssl import memory as _krr_memory
 from ddray.plan import resolve
 from ddray.runs.folder import open_run
 

@@ -11,14 +11,14 @@ import torch
 from ddray import pool_api
 from ddray.cli import _run
 from ddray.errors import InputError
-from ddray.methods._ssl import teacher_of
+from ddray.methods.families.ssl.budget import teacher_of
+from ddray.methods.families.ssl.teacher import SslTrainer
 from ddray.plan import declared_specs, make_context, resolve
 from ddray.pool.files import ENTRY, TENSORS, PoolFiles
 from ddray.pool.listing import list_pool, show_entry
 from ddray.pool.local import LocalPool
 from ddray.pool.spec import supervised_specs
 from ddray.pool_api import train_pool, train_teacher
-from ddray.ssl import SslTrainer
 
 CPU = torch.device("cpu")
 

@@ -12,9 +12,7 @@ from torch import Tensor
 
 from ddray.data import Dataset, Split, normalized_space
 from ddray.errors import InputError
-from ddray.pool.local import LocalPool
-from ddray.pool_training import PoolTrainer
-from ddray.ssl import (
+from ddray.methods.families.ssl.teacher import (
     SslTrainer,
     TeacherConfig,
     barlow_twins_loss,
@@ -24,6 +22,8 @@ from ddray.ssl import (
     teacher_net,
     teacher_spec,
 )
+from ddray.pool.local import LocalPool
+from ddray.pool_training import PoolTrainer
 from ddray.system.files import home
 
 CPU = torch.device("cpu")
@@ -152,7 +152,7 @@ def test_views_are_a_function_of_the_generator_alone(channels: int) -> None:
 
 
 def test_a_whole_crop_without_jitter_is_the_image_or_its_mirror(monkeypatch: pytest.MonkeyPatch) -> None:
-    import ddray.ssl as module
+    import ddray.methods.families.ssl.teacher as module
 
     monkeypatch.setattr(module, "_jitter", lambda views, u: views)
     monkeypatch.setattr(module, "_grey", lambda views: views)
@@ -171,7 +171,7 @@ def test_greyscale_and_solarisation_apply_whether_jittered_or_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """solo-learn: jitter .8, greyscale .2, solarisation .2 of the second view, each drawn independently."""
-    import ddray.ssl as module
+    import ddray.methods.families.ssl.teacher as module
 
     # A jitter that leaves a mark: the bottom row is 0, which no other operation here produces.
     def marked(views: Tensor, u: Tensor) -> Tensor:
@@ -199,7 +199,7 @@ def test_greyscale_and_solarisation_apply_whether_jittered_or_not(
 
 
 def test_only_the_second_view_is_solarised(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import ddray.ssl as module
+    import ddray.methods.families.ssl.teacher as module
 
     shares: list[float] = []
 

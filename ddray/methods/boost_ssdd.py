@@ -37,9 +37,7 @@ from ddray.config import Config
 from ddray.data import normalized_space
 from ddray.distillation.method import DistillContext, Target
 from ddray.errors import InputError
-from ddray.methods._krr import BilevelLoop, KrrConfig, Rows
-from ddray.methods._krr_memory import Extent, check_memory, declared_teacher
-from ddray.methods._parameterise import (
+from ddray.methods.families.ssl.bases_fit import (
     Layout,
     default_image_bases,
     default_target_bases,
@@ -48,10 +46,20 @@ from ddray.methods._parameterise import (
     principal_components,
     shrunk_rows,
 )
-from ddray.methods._ssl import arch_for, budget_floats, evaluate_for, feature_dim, given_budget, teacher_of
+from ddray.methods.families.ssl.budget import (
+    arch_for,
+    budget_floats,
+    evaluate_for,
+    feature_dim,
+    given_budget,
+    teacher_of,
+)
+from ddray.methods.families.ssl.config import KrrConfig
+from ddray.methods.families.ssl.loop import BilevelLoop, Rows
+from ddray.methods.families.ssl.memory import Extent, check_memory, declared_teacher
+from ddray.methods.families.ssl.teacher import embed_all, teacher_net
 from ddray.nets import Net
 from ddray.pool.spec import PoolSpec
-from ddray.ssl import embed_all, teacher_net
 
 # Rows of an inner step at 32 px: some 9 GiB of graph at every size, since networks halve as sides double.
 _INNER_BATCH: Final = 4096

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ddray.distillation.method import DistillContext
-from ddray.methods._ssl import SslConfig, ssl_selection
+from ddray.methods.families.ssl.budget import SslConfig, ssl_selection
 from ddray.seeding import derive_seed
 
 

@@ -27,9 +27,17 @@ from torch import Tensor
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.config import Config
 from ddray.distillation.method import DistillContext, Target
-from ddray.methods._krr import BilevelLoop, KrrConfig, Rows
-from ddray.methods._krr_memory import Extent, check_memory, declared_teacher
-from ddray.methods._ssl import arch_for, evaluate_for, feature_dim, given_budget, num_pairs, teacher_of
+from ddray.methods.families.ssl.budget import (
+    arch_for,
+    evaluate_for,
+    feature_dim,
+    given_budget,
+    num_pairs,
+    teacher_of,
+)
+from ddray.methods.families.ssl.config import KrrConfig
+from ddray.methods.families.ssl.loop import BilevelLoop, Rows
+from ddray.methods.families.ssl.memory import Extent, check_memory, declared_teacher
 from ddray.pool.spec import PoolSpec
 
 

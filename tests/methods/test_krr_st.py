@@ -14,8 +14,9 @@ from torch import Tensor
 from ddray.data import carve_val, normalized_space
 from ddray.distillation.method import Target
 from ddray.errors import InputError
-from ddray.methods import _krr_memory, get_method
-from ddray.methods._inner import Draw, InnerPool, InnerRecipe
+from ddray.methods import get_method
+from ddray.methods.families.ssl import memory as _krr_memory
+from ddray.methods.families.ssl.inner import Draw, InnerPool, InnerRecipe
 from ddray.methods.kmeans_ssl import nearest_to_centroids
 from ddray.methods.krr_st import KrrSt
 from ddray.nets import build_net
@@ -232,7 +233,7 @@ def test_all_methods_are_pretrained_on_with_the_weight_decay_of_table_5(method: 
 def test_an_enormous_budget_is_refused_at_once(
     method: str, toy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ddray.methods import _ssl
+    from ddray.methods.families.ssl import budget as _ssl
 
     dataset, calls = toy(), []
     real = _ssl.budget_floats

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddray.methods import _ridge
-from ddray.methods._ridge import cholesky, ridge_loss, solve
+from ddray.methods.families.ssl import ridge as _ridge
+from ddray.methods.families.ssl.ridge import cholesky, ridge_loss, solve
 
 RIDGE = 1e-3
 

@@ -17,9 +17,9 @@ from ddray.artifact.distilled_set import DistilledSet
 from ddray.config import Config
 from ddray.distillation.method import BudgetDistiller, DistillContext, Target
 from ddray.errors import InputError
+from ddray.methods.families.ssl.teacher import TeacherConfig, teacher_spec
 from ddray.nets import build_net
 from ddray.pool.spec import PoolEntry, PoolSpec
-from ddray.ssl import TeacherConfig, teacher_spec
 
 EVALUATE: Final[dict[str, Any]] = {
     "epochs": 1000,

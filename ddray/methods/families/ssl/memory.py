@@ -10,14 +10,14 @@ import torch
 
 from ddray.distillation.method import DistillContext
 from ddray.errors import InputError
-from ddray.methods._ridge import solve_bytes
-from ddray.methods._ssl import feature_dim, spec_of_teacher
+from ddray.methods.families.ssl.budget import feature_dim, spec_of_teacher
+from ddray.methods.families.ssl.ridge import solve_bytes
 from ddray.nets import build_net
 from ddray.pool.spec import PoolSpec
 from ddray.system.memory import available_bytes
 
 if TYPE_CHECKING:
-    from ddray.methods._krr import KrrConfig
+    from ddray.methods.families.ssl.config import KrrConfig
 
 # Largest graph of distilled images held at once; beyond it the pass runs twice, in parts.
 _GRAPH_BYTES: Final = 8 * 2**30

@@ -1,0 +1,1 @@
+"""Self-supervised distillation: KRR-ST and Boost-SSDD."""
