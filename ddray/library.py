@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ddray import api, scoring
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.artifact.export import export_folder, export_parquet
 from ddray.artifact.reading import load as load_set
@@ -17,7 +16,10 @@ from ddray.data import Dataset, open_dataset
 from ddray.distillation.loop import run_distillation
 from ddray.errors import unknown
 from ddray.evaluation.options import EvaluateOptions
-from ddray.plan import make_context, make_distiller, pick_device, resolve
+from ddray.jobs import distill as api
+from ddray.jobs import score as scoring
+from ddray.jobs.context import make_context, make_distiller, pick_device
+from ddray.jobs.plan import resolve
 
 Form = Literal["folder", "parquet"]
 

@@ -14,7 +14,8 @@ from hypothesis import settings
 
 from ddray.data import Dataset, Split, open_dataset
 from ddray.distillation.method import DistillContext, Distiller
-from ddray.plan import Plan, make_context, make_distiller, resolve
+from ddray.jobs.context import make_context, make_distiller
+from ddray.jobs.plan import Plan, resolve
 
 CPU = torch.device("cpu")
 

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from ddray import api
-from ddray.api import distill, to_json
 from ddray.artifact.reading import load
 from ddray.data.loaders import data_info
 from ddray.errors import DivergedError, InputError
+from ddray.jobs import distill as api
+from ddray.jobs.distill import distill, to_json
+from ddray.jobs.plan import resolve
 from ddray.methods.families.ssl import memory as _krr_memory
-from ddray.plan import resolve
 from ddray.runs.folder import open_run
 
 CPU = torch.device("cpu")

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 import ddray.methods
-from ddray import plan
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.data import open_dataset
 from ddray.distillation.loop import run_distillation
+from ddray.jobs import plan
+from ddray.jobs.context import make_context, make_distiller
 from ddray.space import read_space
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,9 +92,9 @@ def centroids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def distil(ipc: int, *, checkpoint: Path | None = None, until: int | None = None) -> DistilledSet:
     opened = open_dataset("digits")
     resolved = plan.resolve("centroids", opened, ipc=ipc, layers=[{"steps": 2}])
-    ctx = plan.make_context(resolved, opened.train(), split_name="train", device=torch.device("cpu"))
+    ctx = make_context(resolved, opened.train(), split_name="train", device=torch.device("cpu"))
     result = run_distillation(
-        plan.make_distiller(resolved), ctx, checkpoint=checkpoint, checkpoint_every=1, until=until
+        make_distiller(resolved), ctx, checkpoint=checkpoint, checkpoint_every=1, until=until
     )
     return result.distilled
 

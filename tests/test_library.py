@@ -117,8 +117,8 @@ class TestDistill:
             "ddray.distillation.loop",
             "ddray.evaluation.hard",
             "ddray.artifact.export",
-            "ddray.api",
-            "ddray.scoring",
+            "ddray.jobs.distill",
+            "ddray.jobs.score",
         ):
             code = (
                 f"import {first}\nimport ddray\n"

@@ -7,22 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from ddray import plan as module
 from ddray.data import fit_zca
 from ddray.data.pixels import pixel_space
 from ddray.errors import InputError
+from ddray.jobs import plan as module
+from ddray.jobs.context import check_ipc, make_context, make_distiller, pick_device
+from ddray.jobs.plan import PRESETS, override_layers, resolve, shipped_configs
 from ddray.methods import get_method, method_names
 from ddray.nets.names import resolve_arch
-from ddray.plan import (
-    PRESETS,
-    check_ipc,
-    make_context,
-    make_distiller,
-    override_layers,
-    pick_device,
-    resolve,
-    shipped_configs,
-)
 
 CPU = torch.device("cpu")
 

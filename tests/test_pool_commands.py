@@ -8,17 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-from ddray import pool_api
 from ddray.cli import _run
 from ddray.errors import InputError
+from ddray.jobs import pool_training as pool_api
+from ddray.jobs.context import declared_specs, make_context
+from ddray.jobs.plan import resolve
+from ddray.jobs.pool_training import train_pool, train_teacher
 from ddray.methods.families.ssl.budget import teacher_of
 from ddray.methods.families.ssl.teacher import SslTrainer
-from ddray.plan import declared_specs, make_context, resolve
 from ddray.pool.files import ENTRY, TENSORS, PoolFiles
 from ddray.pool.listing import list_pool, show_entry
 from ddray.pool.local import LocalPool
 from ddray.pool.spec import supervised_specs
-from ddray.pool_api import train_pool, train_teacher
 
 CPU = torch.device("cpu")
 

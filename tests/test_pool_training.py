@@ -8,14 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ddray import pool_training
 from ddray.data import Dataset, Split, carve_val, search_rows
 from ddray.errors import DivergedError, InputError
+from ddray.jobs import trainers as pool_training
+from ddray.jobs.context import declared_specs, make_context
+from ddray.jobs.plan import resolve
+from ddray.jobs.trainers import SupervisedTrainer
 from ddray.nets import build_net
-from ddray.plan import declared_specs, make_context, resolve
 from ddray.pool.local import LocalPool
 from ddray.pool.spec import PoolSpec, supervised_specs
-from ddray.pool_training import SupervisedTrainer
 from ddray.seeding import derive, derive_seed
 
 CPU = torch.device("cpu")

@@ -25,7 +25,7 @@ from ddray.bench.spec import BenchSpec
 from ddray.data import open_dataset
 from ddray.drawing.images import data_uri, grid, png
 from ddray.errors import InputError
-from ddray.plan import resolve
+from ddray.jobs.plan import resolve
 from ddray.report import page as page_module
 from ddray.report import tune_page
 from ddray.report.figures import accuracy_bars
@@ -364,7 +364,7 @@ def test_a_search_has_a_page(tmp_path: Path) -> None:
 
 
 def test_several_runs_stand_on_one_page(folder: Path, tmp_path: Path, digits: Any) -> None:
-    from ddray.api import distill
+    from ddray.jobs.distill import distill
 
     plan = resolve("random", digits, ipc=1, layers=[{"arch": "convnet1_w8"}])
     distill(plan, device=torch.device("cpu"), run_dir=tmp_path / "one")
@@ -376,7 +376,7 @@ def test_several_runs_stand_on_one_page(folder: Path, tmp_path: Path, digits: An
 
 
 def test_a_distillation_shows_its_curve_wherever_its_set_lies(tmp_path: Path, digits: Any) -> None:
-    from ddray.api import distill
+    from ddray.jobs.distill import distill
 
     plan = resolve("dm", digits, ipc=1, layers=[{"arch": "convnet1_w8", "steps": 3}])
     distill(plan, device=torch.device("cpu"), run_dir=tmp_path / "run", out=tmp_path / "elsewhere.pt")
@@ -423,7 +423,7 @@ def test_damaged_files_are_named_and_cost_no_more_than_what_they_held(
 
 
 def test_what_a_run_was_continued_with_is_said(tmp_path: Path, digits: Any) -> None:
-    from ddray.api import distill
+    from ddray.jobs.distill import distill
 
     plan = resolve("random", digits, ipc=1, layers=[{"arch": "convnet1_w8"}])
     options: dict[str, Any] = {"device": torch.device("cpu"), "run_dir": tmp_path / "run"}

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from ddray import scoring
-from ddray.api import distill, to_json
 from ddray.artifact.reading import load
 from ddray.data import carve_val, open_dataset
 from ddray.errors import InputError
 from ddray.evaluation.options import EvaluateOptions
-from ddray.plan import resolve
-from ddray.scoring import evaluate
+from ddray.jobs import score as scoring
+from ddray.jobs.distill import distill, to_json
+from ddray.jobs.plan import resolve
+from ddray.jobs.score import evaluate
 
 CPU = torch.device("cpu")
 SMALL = {"arch": "convnet2_w8", "compile": "off", "evaluate": {"epochs": 3, "seeds": 2}}

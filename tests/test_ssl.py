@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ddray.data import Dataset, Split, normalized_space
 from ddray.errors import InputError
+from ddray.jobs.trainers import PoolTrainer
 from ddray.methods.families.ssl.teacher import (
     SslTrainer,
     TeacherConfig,
@@ -23,7 +24,6 @@ from ddray.methods.families.ssl.teacher import (
     teacher_spec,
 )
 from ddray.pool.local import LocalPool
-from ddray.pool_training import PoolTrainer
 from ddray.system.files import home
 
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ from ddray.config import read_yaml
 from ddray.data import Dataset, open_dataset
 from ddray.data.catalog import KNOWN
 from ddray.errors import InputError
-from ddray.plan import check_plan
+from ddray.jobs.context import check_plan
 from ddray.runs.ledger import Ledger
 
 # Datasets whose class names are only in their files: the number of classes, for dry runs without the files.

@@ -14,10 +14,11 @@ from ddray.config import merge, parse_overrides
 from ddray.data import Dataset
 from ddray.errors import InputError
 from ddray.evaluation.options import EvaluateOptions, check_options
+from ddray.jobs.context import make_distiller
+from ddray.jobs.plan import Plan, resolve
 from ddray.methods import get_method
 from ddray.nets import multiply_adds
 from ddray.nets.names import resolve_arch
-from ddray.plan import Plan, make_distiller, resolve
 from ddray.pool.spec import PoolSpec
 from ddray.runs.ledger import Unit
 from ddray.seeding import derive_seed

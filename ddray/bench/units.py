@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ddray.bench.spec import EvaluateSpec, Source
-from ddray.plan import Plan
+from ddray.jobs.plan import Plan
 from ddray.pool.spec import PoolSpec
 from ddray.runs.ledger import Kind, Unit
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from ddray import scoring
 from ddray.bench.units import Work
 from ddray.data import Dataset, PixelSpace, Split, carve_val, open_dataset
 from ddray.data.pixels import pixel_space
@@ -24,8 +23,10 @@ from ddray.distillation.loop import run_distillation
 from ddray.distillation.method import DistillContext
 from ddray.errors import DivergedError, InputError
 from ddray.evaluation.options import EvaluateOptions
+from ddray.jobs import score as scoring
+from ddray.jobs.context import declared_specs, make_context, make_distiller
+from ddray.jobs.plan import Plan, RunConfig
 from ddray.methods import get_method
-from ddray.plan import Plan, RunConfig, declared_specs, make_context, make_distiller
 from ddray.pool.files import DamagedEntryError, PoolFiles
 from ddray.pool.spec import ModelPool, PoolEntry, PoolSpec
 from ddray.runs.ledger import Ledger, Row

@@ -22,7 +22,8 @@ from ddray.data.pixels import pixel_space
 from ddray.distillation.loop import run_distillation
 from ddray.drawing.images import save_grid
 from ddray.errors import DdrayError, DivergedError, StorageError
-from ddray.plan import Plan, declared_specs, make_context, make_distiller
+from ddray.jobs.context import declared_specs, make_context, make_distiller
+from ddray.jobs.plan import Plan
 from ddray.pool.spec import PoolSpec
 from ddray.runs.folder import Run
 from ddray.runs.ledger import Ledger, Row, Unit

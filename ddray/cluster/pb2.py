@@ -31,7 +31,8 @@ from ddray.cluster.payload import Payload, unpack
 from ddray.cluster.trial import Job, split_name, trial_config, trial_pool, trial_result, val_score
 from ddray.distillation.loop import run_distillation
 from ddray.errors import DivergedError, InputError, StorageError
-from ddray.plan import Plan, make_context, make_distiller
+from ddray.jobs.context import make_context, make_distiller
+from ddray.jobs.plan import Plan
 from ddray.runs.ledger import Row
 from ddray.seeding import derive_numpy, derive_seed, forked_numpy
 from ddray.space import Range, sample

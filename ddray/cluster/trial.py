@@ -20,12 +20,13 @@ from ddray.errors import DivergedError
 from ddray.evaluation.hard import Hard
 from ddray.evaluation.linear import Linear
 from ddray.evaluation.protocol import EvalContext, Evaluator, evaluate_archs
+from ddray.jobs.context import make_context, make_distiller
+from ddray.jobs.plan import Plan, RunConfig
+from ddray.jobs.trainers import PoolTrainer
 from ddray.methods import get_method
 from ddray.nas.objective import SpearmanObjective
-from ddray.plan import Plan, RunConfig, make_context, make_distiller
 from ddray.pool.local import LocalPool
 from ddray.pool.spec import ModelPool
-from ddray.pool_training import PoolTrainer
 from ddray.runs.ledger import Ledger, Row, Unit
 from ddray.system.files import write_text
 from ddray.system.worker import prepare_worker, set_threads, worker_device

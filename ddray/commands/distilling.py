@@ -29,6 +29,7 @@ from ddray.commands.options import (
     output,
 )
 from ddray.evaluation.options import EvaluateOptions
+from ddray.jobs.context import pick_device
 
 
 def distill(
@@ -57,8 +58,9 @@ def distill(
 ) -> None:
     """Distil a dataset to a few images per class."""
     with output(as_json) as emit:
-        from ddray import api, plan
         from ddray.data import open_dataset
+        from ddray.jobs import distill as api
+        from ddray.jobs import plan
         from ddray.methods import get_method
 
         get_method(method)
@@ -75,7 +77,7 @@ def distill(
         )
         result = api.distill(
             resolved,
-            device=plan.pick_device(device),
+            device=pick_device(device),
             run_dir=absolute(run_dir),
             resume=resume,
             out=absolute(out),
@@ -158,8 +160,8 @@ def evaluate(
 ) -> None:
     """Train fresh networks on a distilled set and report their accuracy."""
     with output(as_json) as emit:
-        from ddray import plan, scoring
         from ddray.errors import unknown
+        from ddray.jobs import score as scoring
 
         if pixel_space not in ("normalized", "zca", "raw"):
             raise unknown("--pixel-space", pixel_space, ("normalized", "zca", "raw"))
@@ -184,7 +186,7 @@ def evaluate(
             data_dir=absolute(data_dir),
             download=download,
         )
-        result = scoring.evaluate(Path(os.path.abspath(file)), options, device=plan.pick_device(device))
+        result = scoring.evaluate(Path(os.path.abspath(file)), options, device=pick_device(device))
         emit(result, lambda: display.evaluate_tables(f"{file.name}: {protocol}, {split}", result["results"]))
 
 

@@ -81,7 +81,7 @@ def output(as_json: bool) -> Iterator[Emit]:
     try:
 
         def emit(result: dict[str, Any], table: Any) -> None:
-            from ddray.api import to_json
+            from ddray.jobs.distill import to_json
 
             sys.stdout.flush()
             os.write(real, (to_json(result) + "\n").encode())

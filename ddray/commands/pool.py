@@ -9,6 +9,7 @@ import typer
 
 from ddray import display
 from ddray.commands.options import DataDir, DatasetOption, Device, Download, Json, absolute, output
+from ddray.jobs.context import pick_device
 from ddray.pool.listing import list_pool, show_entry
 
 
@@ -52,15 +53,15 @@ def pool_train(
 ) -> None:
     """Train the networks of a pool that are not there yet."""
     with output(as_json) as emit:
-        from ddray import plan, pool_api
         from ddray.config import parse_overrides
         from ddray.data import open_dataset
+        from ddray.jobs import pool_training as pool_api
 
         options = {"--arch": arch, "--num-models": num_models, "--seed": seed}
         pool_api.check_kind(kind, [name for name, value in options.items() if value is not None])
         recipe = parse_overrides(set_ or []) | ({} if epochs is None else {"epochs": epochs})
         opened = open_dataset(dataset, data_dir=absolute(data_dir), download=download)
-        folder, torch_device = absolute(out), plan.pick_device(device)
+        folder, torch_device = absolute(out), pick_device(device)
         settings: dict[str, Any] = {
             "arch": arch or "auto",
             "recipe": recipe,

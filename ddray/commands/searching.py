@@ -79,9 +79,9 @@ def tune(
 ) -> None:
     """Search a method's hyperparameters on val over a Ray cluster; score the winner on test once."""
     with output(as_json) as emit:
-        from ddray import plan
         from ddray.cluster import tune as cluster_tune
         from ddray.data import open_dataset
+        from ddray.jobs import plan
         from ddray.methods import get_method
 
         get_method(method)

@@ -162,7 +162,7 @@ def check_baselines(names: Sequence[str], dataset: Dataset) -> None:
     Raises:
         InputError: an unknown baseline, one that has to be distilled, or a duplicate.
     """
-    from ddray.plan import resolve
+    from ddray.jobs.plan import resolve
 
     for name in names:
         if names.count(name) > 1:
@@ -180,7 +180,8 @@ def check_baselines(names: Sequence[str], dataset: Dataset) -> None:
 
 def _coreset(name: str, ipc: int, dataset: Dataset, train: Split, seed: int, device: torch.device) -> Proxy:
     from ddray.distillation.loop import run_distillation
-    from ddray.plan import make_context, make_distiller, resolve
+    from ddray.jobs.context import make_context, make_distiller
+    from ddray.jobs.plan import resolve
 
     plan = resolve(name, dataset, ipc=ipc, seed=seed)
     ctx = make_context(plan, train, split_name=f"train-val{seed}", device=device)

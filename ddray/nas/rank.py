@@ -17,6 +17,7 @@ from ddray.artifact.reading import load
 from ddray.data import Dataset, open_dataset
 from ddray.errors import DdrayError, InputError, unknown
 from ddray.evaluation.options import PixelKind
+from ddray.jobs.score import check_fits, foreign_space
 from ddray.nas.proxies import (
     COMPATS,
     Proxy,
@@ -31,7 +32,6 @@ from ddray.nas.spaces import NasSpace, get_space, parse_indices
 from ddray.nas.sweep import Execute, NasConfig, NasOptions, Sweep, choose_architectures, run_sweep, split_for
 from ddray.nas.truth import Truth, api_truth, csv_truth, read_scores, table_truth
 from ddray.runs.ledger import Row
-from ddray.scoring import check_fits, foreign_space
 from ddray.system.files import write_atomically, write_text
 
 _NO_TEST = "truth_test_accuracy"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ddray.data import Dataset, Split
-from ddray.plan import Plan, resolve
+from ddray.jobs.plan import Plan, resolve
 from ddray.system.worker import cpu_count
 
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddray.distillation.method import DistillContext
+from ddray.jobs.context import make_context, make_distiller
 from ddray.methods.datadam import DataDAM, attention
 from ddray.nets import build_net
-from ddray.plan import make_context, make_distiller
 from ddray.system.memory import reuse_freed_memory
 from ddray.training.dsa import dsa_for
 from tests.benchmarks.conftest import best_of, datadam_plan, random_dataset

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from ddray.jobs.context import make_context, make_distiller
+from ddray.jobs.plan import resolve
 from ddray.methods import dsdm
 from ddray.methods.families.matching.covariance import covariance_distance
 from ddray.nets import build_net
-from ddray.plan import make_context, make_distiller, resolve
 from ddray.pool.spec import PoolEntry, PoolSpec
 from ddray.system.memory import reuse_freed_memory
 from tests.benchmarks.conftest import best_of, random_dataset

@@ -16,8 +16,9 @@ from ddray.data import Split, normalized_space
 from ddray.distillation.method import DistillContext
 from ddray.evaluation.linear import embeddings, train_probe
 from ddray.evaluation.protocol import EvalContext
+from ddray.jobs.context import make_context, make_distiller
+from ddray.jobs.plan import resolve
 from ddray.nets import build_net
-from ddray.plan import make_context, make_distiller, resolve
 from ddray.pool.spec import PoolEntry, PoolSpec
 from ddray.training.recipe import ProbeConfig
 from tests.benchmarks.conftest import best_of, random_dataset

@@ -15,8 +15,9 @@ from ddray.artifact.reading import load
 from ddray.config import Config, difference, merge, read_yaml
 from ddray.distillation.method import DistillContext, Distiller
 from ddray.errors import InputError
+from ddray.jobs.context import make_distiller
+from ddray.jobs.plan import PRESETS, budget_method, resolve
 from ddray.methods import get_method, method_names
-from ddray.plan import PRESETS, budget_method, make_distiller, resolve
 from ddray.space import grid, read_space, sample
 from ddray.system.shipped import shipped
 

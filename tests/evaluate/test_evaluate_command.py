@@ -16,8 +16,6 @@ import pytest
 import torch
 from scipy.io import wavfile
 
-from ddray import scoring
-from ddray.api import distill, to_json
 from ddray.artifact.distilled_set import DistilledSet, TrainSet
 from ddray.artifact.reading import load
 from ddray.cli import main
@@ -26,8 +24,10 @@ from ddray.drawing.images import grid
 from ddray.errors import InputError
 from ddray.evaluation import hard
 from ddray.evaluation.options import EvaluateOptions
-from ddray.plan import resolve
-from ddray.scoring import evaluate, evaluation_config
+from ddray.jobs import score as scoring
+from ddray.jobs.distill import distill, to_json
+from ddray.jobs.plan import resolve
+from ddray.jobs.score import evaluate, evaluation_config
 from ddray.training.recipe import RECIPES
 
 CPU = torch.device("cpu")

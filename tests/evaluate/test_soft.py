@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from ddray import scoring
 from ddray.artifact.distilled_set import TrainSet
 from ddray.data import PixelSpace, fit_zca, normalized_space
 from ddray.errors import DdrayError, InputError
@@ -25,9 +24,10 @@ from ddray.evaluation.soft import (
     soft_loss,
 )
 from ddray.evaluation.teachers import Teachers, get_teachers, least_accuracy
+from ddray.jobs import score as scoring
+from ddray.jobs.trainers import PoolTrainer
 from ddray.nets import build_net
 from ddray.pool.local import LocalPool
-from ddray.pool_training import PoolTrainer
 from ddray.training.recipe import TeacherRecipe
 
 CPU = torch.device("cpu")

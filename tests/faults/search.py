@@ -13,7 +13,7 @@ from typing import Any
 
 from ddray.cluster.tune import TuneOptions, tune
 from ddray.data import open_dataset
-from ddray.plan import resolve
+from ddray.jobs.plan import resolve
 from ddray.runs.ledger import Ledger, Row
 
 TINY = {"steps": 9, "checkpoint_every": 3, "evaluate": {"epochs": 2, "seeds": 1}}

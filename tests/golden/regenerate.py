@@ -14,7 +14,8 @@ import torch
 
 from ddray.data import open_dataset
 from ddray.distillation.loop import run_distillation
-from ddray.plan import make_context, make_distiller, resolve
+from ddray.jobs.context import make_context, make_distiller
+from ddray.jobs.plan import resolve
 
 FOLDER = Path(__file__).resolve().parent
 METHODS = ("cafe", "datadam", "dc", "dm", "dsa", "dsdm", "idm", "m3d", "mmd_pixel")

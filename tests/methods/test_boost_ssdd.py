@@ -18,12 +18,13 @@ from ddray.distillation.method import Target
 from ddray.drawing.images import bases_grid
 from ddray.drawing.set_pictures import save_pictures
 from ddray.errors import InputError
+from ddray.jobs.context import check_size
+from ddray.jobs.plan import resolve
 from ddray.methods.boost_ssdd import BoostSsdd, BoostSsddConfig, plan_layout
 from ddray.methods.families.ssl import memory as _krr_memory
 from ddray.methods.families.ssl.bases_fit import fit_shifts, principal_components, shrink
 from ddray.methods.families.ssl.memory import images_at_once, needed_bytes
 from ddray.nets import build_net
-from ddray.plan import check_size, resolve
 from ddray.seeding import derive_seed
 
 TEACHER = {"arch": "convnet2_w8", "epochs": 1, "batch": 8, "projector": 8}

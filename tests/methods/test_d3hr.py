@@ -17,11 +17,11 @@ from ddray.artifact.reading import load
 from ddray.data import Split
 from ddray.errors import InputError
 from ddray.evaluation.options import EvaluateOptions
+from ddray.jobs.score import evaluate
 from ddray.methods.d3hr import group_sample, group_scores, plan_stages
 from ddray.methods.families.diffusion import stages
 from ddray.methods.families.diffusion.config import D3HRConfig
 from ddray.methods.families.diffusion.model import DiffusionModel, Levels, open_pipeline, save_pipeline
-from ddray.scoring import evaluate
 from ddray.seeding import derive
 from tests.methods.diffusion_models import TINY, trained_on, untrained
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from ddray.data import Dataset, Split
 from ddray.distillation.method import Target
 from ddray.errors import InputError
+from ddray.jobs.plan import resolve
 from ddray.methods import get_method
 from ddray.methods.dsdm import DSDM, history_loss, prototype_loss, remember
 from ddray.methods.families.matching.batches import ClassBatches
-from ddray.plan import resolve
 from ddray.pool.spec import PoolEntry, PoolSpec
 from ddray.training.dsa import Dsa
 

@@ -14,13 +14,14 @@ from torch import Tensor
 from ddray.data import carve_val, normalized_space
 from ddray.distillation.method import Target
 from ddray.errors import InputError
+from ddray.jobs.context import check_size, declared_specs, make_context
+from ddray.jobs.plan import resolve
 from ddray.methods import get_method
 from ddray.methods.families.ssl import memory as _krr_memory
 from ddray.methods.families.ssl.inner import Draw, InnerPool, InnerRecipe
 from ddray.methods.kmeans_ssl import nearest_to_centroids
 from ddray.methods.krr_st import KrrSt
 from ddray.nets import build_net
-from ddray.plan import check_size, declared_specs, make_context, resolve
 from ddray.pool.local import LocalPool
 from ddray.pool.spec import PoolEntry, PoolSpec
 from ddray.system.files import home

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ddray.data import Split
 from ddray.errors import InputError
+from ddray.jobs.context import wants_compile
 from ddray.methods.families.matching import means as _matching
 from ddray.methods.families.matching.batches import (
     _CHUNK_BYTES,
@@ -21,7 +22,6 @@ from ddray.methods.families.matching.batches import (
     initial_images,
     random_indices,
 )
-from ddray.methods.families.matching.means import wants_compile
 from ddray.methods.families.matching.partitioned import siamese
 from ddray.nets import build_net
 from ddray.seeding import derive, derive_seed

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from ddray import api
 from ddray.artifact.reading import load
 from ddray.data import Dataset
-from ddray.plan import resolve
+from ddray.jobs import distill as api
+from ddray.jobs.plan import resolve
 
 
 def test_a_whitened_set_is_distilled_saved_and_shown(toy: Callable[..., Dataset], tmp_path: Path) -> None:

@@ -16,10 +16,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from ddray import api
 from ddray.data import Dataset, open_dataset
 from ddray.display import nas_tables
 from ddray.errors import DdrayError, InputError
+from ddray.jobs import distill as api
+from ddray.jobs.plan import resolve
 from ddray.nas import rank
 from ddray.nas.convnet720 import ConvNet720
 from ddray.nas.nasbench201 import NasBench201
@@ -34,7 +35,6 @@ from ddray.nas.sweep import (
 from ddray.nas.training import train_seeds
 from ddray.nas.units import NasJob, NasTask, SweepData, Workbench, run_task, truth_ledger
 from ddray.nets import Net
-from ddray.plan import resolve
 from ddray.runs.ledger import Ledger
 
 CPU = torch.device("cpu")

@@ -7,9 +7,8 @@ chunks that fit the cache.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -18,7 +17,6 @@ from torch import Tensor
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.config import Config
 from ddray.distillation.method import DistillContext, Distiller, Target
-from ddray.errors import InputError
 from ddray.methods.families.matching.batches import ClassBatches, chunks, initial_images, largest_map_bytes
 from ddray.nets import Net, build_net, is_per_sample, reinitialize
 from ddray.seeding import derive_seed
@@ -26,9 +24,6 @@ from ddray.training.dsa import dsa_for
 
 Statistics = Callable[[Net, Tensor], tuple[Tensor, ...]]
 MeansLoss = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
-
-# Real 32x32x3 images after which compiling (about 20 s on 2 cores) has paid for itself fourfold.
-_COMPILE_WORTH: Final = 500_000
 
 
 class MatchingConfig(Config):
@@ -46,31 +41,6 @@ class MatchingConfig(Config):
     """Siamese augmentation: the same parameters for real and synthetic images, a fresh draw per class."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16`: autocast of the networks' forward pass; for GPUs (some CPUs take twice as long)."""
-
-
-def wants_compile(
-    choice: str, *, num_steps: int, images_per_step: int, image_shape: tuple[int, int, int]
-) -> bool:
-    """Decide whether to compile the real branch.
-
-    Args:
-        choice: `on`, `off`, or `auto`: with a compiler on the PATH and a run long enough to repay it.
-        num_steps: steps of the run.
-        images_per_step: real images in each.
-        image_shape: (C, H, W).
-
-    Raises:
-        InputError: `on` without a C++ compiler.
-    """
-    compiler = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
-    if choice == "on" and compiler is None:
-        raise InputError(
-            "compile=on needs a C++ compiler (g++ or clang++) on the PATH; install one or use compile=off"
-        )
-    if choice != "auto":
-        return choice == "on"
-    equivalent_images = num_steps * images_per_step * image_shape[1] * image_shape[2] / 1024
-    return compiler is not None and equivalent_images >= _COMPILE_WORTH
 
 
 def in_precision(statistics: Statistics, precision: str, device: torch.device) -> Statistics:

@@ -11,12 +11,12 @@ import torch
 
 from ddray.data import Dataset
 from ddray.errors import InputError, unknown
+from ddray.jobs.plan import resolve
+from ddray.jobs.trainers import PoolTrainer
 from ddray.nets import check_arch
 from ddray.nets.names import resolve_arch
-from ddray.plan import resolve
 from ddray.pool.local import LocalPool
 from ddray.pool.spec import SUPERVISED_RECIPE, supervised_specs
-from ddray.pool_training import PoolTrainer
 from ddray.system.files import home
 from ddray.training.recipe import Recipe
 

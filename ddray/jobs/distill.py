@@ -14,7 +14,8 @@ from ddray.data import carve_val
 from ddray.distillation.loop import DistillResult, run_distillation
 from ddray.drawing.set_pictures import save_pictures
 from ddray.errors import DdrayError, InputError
-from ddray.plan import Plan, make_context, make_distiller
+from ddray.jobs.context import make_context, make_distiller
+from ddray.jobs.plan import Plan
 from ddray.runs.folder import open_run
 from ddray.runs.ledger import Row, Unit
 from ddray.runs.results import write_results

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Generic, Literal, TypeVar, cast
 
-import torch
 from pydantic import Field
 
 from ddray.config import Config, merge, parse_overrides, read_yaml
-from ddray.data import Dataset, PixelSpace, Split
+from ddray.data import Dataset
 from ddray.data.catalog import AUDIO
-from ddray.data.pixels import pixel_space
 from ddray.data.speech import SHAPE as SPECTROGRAM
-from ddray.distillation.method import BudgetDistiller, DistillContext, Distiller, Target
+from ddray.distillation.method import BudgetDistiller, Target
 from ddray.errors import InputError, unknown
 from ddray.evaluation.config import EvaluateConfig
 from ddray.methods import get_method
-from ddray.nets import build_net
 from ddray.nets.names import resolve_arch
-from ddray.pool.local import LocalPool
-from ddray.pool.spec import ModelPool, PoolSpec
-from ddray.pool_training import PoolTrainer
 from ddray.system.shipped import shipped
 from ddray.training.recipe import named_recipe
 
@@ -197,164 +191,3 @@ def shipped_configs(method: str, dataset: str, ipc: int) -> list[Path]:
     return [
         path for path in (folder / f"{dataset}.yaml", folder / f"{dataset}_ipc{ipc}.yaml") if path.is_file()
     ]
-
-
-def check_ipc(ipc: int, split: Split, dataset: Dataset) -> None:
-    """Reject an ipc that is larger than the smallest class of the split.
-
-    Raises:
-        InputError: names the largest ipc that fits.
-    """
-    smallest = int(torch.bincount(split.labels, minlength=dataset.num_classes).min())
-    if not 1 <= ipc <= smallest:
-        raise InputError(f"ipc must be in 1..{smallest} for {dataset.name} (its smallest class), got {ipc}")
-
-
-def check_size(plan: Plan, split: Split) -> None:
-    """Reject a run whose ipc or budget does not fit the split.
-
-    Raises:
-        InputError: names the largest ipc, or the smallest or largest budget, that fits.
-    """
-    method_class = budget_method(plan.method)
-    if method_class is None or plan.budget is None:
-        check_ipc(plan.ipc, split, plan.dataset)
-        return
-
-    def num_stored(budget: int) -> int:
-        shape = plan.dataset.image_shape
-        return method_class.num_distilled(plan.config.method, budget, shape, len(split))
-
-    num = num_stored(plan.budget)
-    if num < 1:
-        enough = plan.budget
-        while num_stored(enough) < 1:
-            enough *= 2
-        least = _first(lambda n: num_stored(n) >= 1, plan.budget, enough)
-        raise InputError(
-            f"budget must be >= {least} images for {plan.method} on {plan.dataset.name}, got {plan.budget}"
-        )
-    if num > len(split):
-        most = _first(lambda n: num_stored(n) > len(split), 0, plan.budget) - 1
-        raise InputError(
-            f"budget must be <= {most} for {plan.dataset.name} ({len(split)} images), got {plan.budget}"
-        )
-
-
-def _first(rule: Callable[[int], bool], low: int, high: int) -> int:
-    """Return by bisection the smallest value that satisfies `rule`; `high` does, `low` does not."""
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if rule(middle) else (middle, high)
-    return high
-
-
-def pick_device(name: str) -> torch.device:
-    """Return the device called `name`; `auto` is CUDA if available.
-
-    Raises:
-        InputError: no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"--device must be auto, cpu, cuda or cuda:<n>, got {name!r}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device must be auto, cpu, cuda or cuda:<n>, got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu"
-        )
-    return device
-
-
-def make_context(
-    plan: Plan,
-    split: Split,
-    *,
-    split_name: str,
-    device: torch.device,
-    space: PixelSpace | None = None,
-    pool: ModelPool | None = None,
-    search_seed: int = 0,
-) -> DistillContext:
-    """Return the context that the method gets.
-
-    Args:
-        plan: the resolved run.
-        split: the real images to distil from.
-        split_name: which part of the dataset they are, such as `train`.
-        device: where to compute.
-        space: the pixel space, if it is already fitted (once for many trials).
-        pool: source of shared networks; default the files under `$DDRAY_HOME`.
-        search_seed: seed of the search whose final run this is.
-
-    Raises:
-        InputError: ipc does not fit the split, or compile=on without a compiler.
-    """
-    check_size(plan, split)
-    config, dataset = plan.config, plan.dataset
-    return DistillContext(
-        dataset=dataset,
-        split=split,
-        split_name=split_name,
-        space=space or pixel_space(config.pixel_space, dataset, split),
-        ipc=plan.ipc,
-        arch=plan.arch,
-        seed=plan.seed,
-        device=device,
-        pool=pool or LocalPool(PoolTrainer(dataset, split, device)),
-        compile=check_plan(plan),
-        method=plan.method,
-        config=config.dump(),
-        budget=plan.budget,
-        search_seed=search_seed,
-    )
-
-
-def check_plan(plan: Plan) -> bool:
-    """Check the settings that depend on the network; return whether its hot function will be compiled.
-
-    Raises:
-        InputError: the network does not fit the images or lacks one of `layers`, or compile=on finds no
-            compiler.
-    """
-    from ddray.methods.families.matching.means import wants_compile
-
-    config, dataset = plan.config, plan.dataset
-    net = build_net(plan.arch, dataset.image_shape, dataset.num_classes, seed=0).eval()
-    layers = getattr(config.method, "layers", None)
-    if layers is not None:
-        with torch.no_grad():
-            num = len(net.features(torch.zeros(1, *dataset.image_shape)).maps)
-        if not all(1 <= layer <= num for layer in layers):
-            raise InputError(f"method.layers must be within 1..{num} for {plan.arch}, got {list(layers)}")
-    return wants_compile(
-        config.compile,
-        num_steps=config.steps,
-        images_per_step=int(getattr(config.method, "batch_real", 0)) * dataset.num_classes,
-        image_shape=dataset.image_shape,
-    )
-
-
-def make_distiller(plan: Plan) -> Distiller:
-    """Return the plan's method object.
-
-    Raises:
-        InputError: steps for a method that has none.
-    """
-    distiller = get_method(plan.method)(plan.config.method, plan.config.steps)
-    if distiller.num_steps != plan.config.steps:
-        raise InputError(f"steps must be {distiller.num_steps} for {plan.method}, got {plan.config.steps}")
-    return distiller
-
-
-def declared_specs(plan: Plan, ctx: DistillContext) -> list[PoolSpec]:
-    """Return the pool entries that the method will use: its `pool_specs(ctx)`, if it defines that.
-
-    Declared networks are trained in parallel before a search's first trial.
-    """
-    declare = getattr(make_distiller(plan), "pool_specs", None)
-    return [] if declare is None else list(declare(ctx))
