@@ -12,10 +12,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ddray.library import distill as distill
-    from ddray.library import evaluate as evaluate
-    from ddray.library import export as export
-    from ddray.library import load as load
+    from ddray.api import distill as distill
+    from ddray.api import evaluate as evaluate
+    from ddray.api import export as export
+    from ddray.api import load as load
 
 __version__ = "0.1.0"
 
@@ -27,14 +27,14 @@ class _Callable(ModuleType):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function."""
-        from ddray import library
+        from ddray import api as library
 
         return getattr(library, self.__name__.rpartition(".")[2])(*args, **kwargs)
 
     @property
     def __signature__(self) -> inspect.Signature:
         """The function's parameters, for help() and notebooks."""
-        from ddray import library
+        from ddray import api as library
 
         return inspect.signature(getattr(library, self.__name__.rpartition(".")[2]))
 
@@ -52,7 +52,7 @@ class _Package(ModuleType):
         """Return a function of the library."""
         if name not in _FUNCTIONS:
             raise AttributeError(f"module 'ddray' has no attribute {name!r}")
-        from ddray import library
+        from ddray import api as library
 
         return getattr(library, name)
 

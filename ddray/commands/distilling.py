@@ -203,7 +203,7 @@ def export(
 ) -> None:
     """Write a distilled set for other tools: pictures by class, or one parquet file."""
     with output(as_json) as emit:
-        from ddray import library
+        from ddray import api as library
         from ddray.errors import unknown
 
         if form not in (None, "folder", "parquet"):
