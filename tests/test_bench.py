@@ -38,10 +38,10 @@ from ddray.data import open_dataset
 from ddray.distillation.method import DistillContext
 from ddray.errors import DdrayError, InputError, StorageError
 from ddray.methods import get_method, method_names
-from ddray.nas import units as nas_units
-from ddray.nas.spaces import get_space
-from ddray.nas.sweep import NasOptions
 from ddray.nets import multiply_adds
+from ddray.ranking import worker as nas_units
+from ddray.ranking.spaces import get_space
+from ddray.ranking.sweep import NasOptions
 from ddray.report.published import compare, find, read_numbers
 from ddray.runs.folder import open_run
 from ddray.runs.ledger import Ledger

@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from ddray.report.nas_page import _ticks, save_scatters, write_nas_report
-from ddray.report.nas_summary import PUBLISHED, summary
+from ddray.ranking.report import _ticks, save_scatters, write_nas_report
+from ddray.ranking.summary import PUBLISHED, summary
 
 NAN = float("nan")
 

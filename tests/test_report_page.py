@@ -296,8 +296,8 @@ def test_a_set_without_images_has_no_picture(folder: Path, monkeypatch: pytest.M
 
 
 def test_a_nas_run_has_a_page(folder: Path, tmp_path: Path) -> None:
-    from ddray.nas.rank import NasRequest, rank_architectures
-    from ddray.nas.sweep import NasOptions, execute_locally, resolve_config
+    from ddray.ranking.command import NasRequest, rank_architectures
+    from ddray.ranking.sweep import NasOptions, execute_locally, resolve_config
 
     options = NasOptions(sample=3, max_mflops=3, epochs=1, truth_epochs=1, executor="local")
     request = NasRequest(proxies=(read_run(folder).sets[0].path,), dataset="digits")

@@ -20,7 +20,7 @@ from ddray.bench.graph import pool_work
 from ddray.bench.units import Graph, Ranking, Work
 from ddray.bench.work import asked_first
 from ddray.data import Dataset
-from ddray.nas.sweep import NasOptions, choose_architectures, resolve_config
+from ddray.ranking.sweep import NasOptions, choose_architectures, resolve_config
 from ddray.runs.ledger import Ledger, Row
 from ddray.system.files import home, storage_errors
 

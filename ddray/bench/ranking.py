@@ -15,9 +15,9 @@ from typing import Any, Final
 from ddray.bench.units import Cell, Ranking
 from ddray.bench.work import artifact_name
 from ddray.data import Dataset
-from ddray.nas.proxies import check_baselines
-from ddray.nas.rank import NasRequest, check_compat, rank_architectures
-from ddray.nas.sweep import Execute, NasOptions, resolve_config
+from ddray.ranking.command import NasRequest, check_compat, rank_architectures
+from ddray.ranking.proxies import check_baselines
+from ddray.ranking.sweep import Execute, NasOptions, resolve_config
 from ddray.report.published import compare, find, read_numbers
 from ddray.system.files import storage_errors
 

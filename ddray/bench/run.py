@@ -24,8 +24,8 @@ from ddray.data import Dataset, open_dataset
 from ddray.errors import DdrayError, DivergedError, InputError, StorageError
 from ddray.jobs.context import check_plan, check_size
 from ddray.jobs.plan import Plan
-from ddray.nas.sweep import Execute as NasExecute
-from ddray.nas.sweep import NasOptions, execute_locally, resolve_config
+from ddray.ranking.sweep import Execute as NasExecute
+from ddray.ranking.sweep import NasOptions, execute_locally, resolve_config
 from ddray.runs.folder import Run, open_run
 from ddray.runs.ledger import Ledger
 from ddray.runs.results import write_results

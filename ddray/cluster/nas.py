@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from ddray.cluster.runtime import check_capacity, ray_runtime, sigterm_as_sigint
-from ddray.nas.sweep import MAX_ATTEMPTS, NasOptions, patience
-from ddray.nas.units import NasJob, NasTask, SweepData, run_task
+from ddray.ranking.sweep import MAX_ATTEMPTS, NasOptions, patience
+from ddray.ranking.worker import NasJob, NasTask, SweepData, run_task
 from ddray.system.worker import worker_device
 
 

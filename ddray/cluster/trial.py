@@ -24,9 +24,9 @@ from ddray.jobs.context import make_context, make_distiller
 from ddray.jobs.plan import Plan, RunConfig
 from ddray.jobs.trainers import PoolTrainer
 from ddray.methods import get_method
-from ddray.nas.objective import SpearmanObjective
 from ddray.pool.local import LocalPool
 from ddray.pool.spec import ModelPool
+from ddray.ranking.objective import SpearmanObjective
 from ddray.runs.ledger import Ledger, Row, Unit
 from ddray.system.files import write_text
 from ddray.system.worker import prepare_worker, set_threads, worker_device

@@ -30,10 +30,10 @@ from ddray.data.pixels import pixel_space
 from ddray.errors import DdrayError, InputError, InterruptedRunError, unknown
 from ddray.jobs.context import check_plan, check_size, declared_specs, make_context, make_distiller
 from ddray.jobs.plan import Plan, budget_method
-from ddray.nas.objective import SpearmanObjective, spearman_objective
-from ddray.nas.options import NasOptions
-from ddray.nas.spaces import get_space
 from ddray.pool.spec import PoolSpec
+from ddray.ranking.objective import SpearmanObjective, spearman_objective
+from ddray.ranking.options import NasOptions
+from ddray.ranking.spaces import get_space
 from ddray.report.tune_page import write_report
 from ddray.runs.folder import Run, open_run
 from ddray.runs.ledger import Row

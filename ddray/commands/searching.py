@@ -199,9 +199,9 @@ def nas(
     with output(as_json) as emit:
         from ddray.config import parse_overrides
         from ddray.errors import unknown
-        from ddray.nas import rank
-        from ddray.nas.spaces import get_space
-        from ddray.nas.sweep import NasOptions, execute_locally, resolve_config
+        from ddray.ranking import command as rank
+        from ddray.ranking.spaces import get_space
+        from ddray.ranking.sweep import NasOptions, execute_locally, resolve_config
 
         get_space(space)
         if describe is not None:

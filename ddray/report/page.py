@@ -280,7 +280,7 @@ def _rankings(run: RunView) -> Iterator[dict[str, Any]]:
     """Yield a scatter plot per proxy of a NAS run, or of the NAS sweeps of a bench."""
     import pandas as pd
 
-    from ddray.report.nas_page import scatter_plot
+    from ddray.ranking.report import scatter_plot
 
     folders = [run.folder] if run.command == "nas" else sorted((run.folder / "nas").glob("*/"))
     for folder in folders:

@@ -17,11 +17,11 @@ from ddray.cluster.fanout import Task, fan_out
 from ddray.cluster.nas import RayExecutor, in_worker
 from ddray.cluster.runtime import ray_runtime
 from ddray.data import PixelSpace
-from ddray.nas.ranking import figures_of_merit
-from ddray.nas.spaces import get_space, sample
-from ddray.nas.sweep import NasOptions
-from ddray.nas.training import NasRecipe
-from ddray.nas.units import NasJob, NasTask, SweepData, training_set
+from ddray.ranking.figures_of_merit import figures_of_merit
+from ddray.ranking.spaces import get_space, sample
+from ddray.ranking.sweep import NasOptions
+from ddray.ranking.training import NasRecipe
+from ddray.ranking.worker import NasJob, NasTask, SweepData, training_set
 from ddray.runs.ledger import Ledger, Unit
 from ddray.runs.outcome import Outcome
 from ddray.training.dsa import dsa_for
@@ -109,8 +109,6 @@ def _meet(folder: str, worker_index: int) -> None:
     """Import what units need, and return when all workers have done so."""
     import torchvision  # noqa: F401
 
-    import ddray.nas.units  # noqa: F401
-
     (Path(folder) / f"worker-{worker_index}.here").touch()
     while len(list(Path(folder).glob("worker-*.here"))) < NUM_WORKERS:
         time.sleep(0.01)
@@ -148,7 +146,7 @@ def test_overhead_per_unit(benchmark: Any, tmp_path: Path) -> None:
     images = np.zeros((10, 1, 16, 16), np.uint8)
     labels = np.arange(10)
     space = {"kind": "raw", "mean": (0.0,), "std": (1.0,)}
-    from ddray.nas.units import TrainingSet
+    from ddray.ranking.worker import TrainingSet
 
     data = SweepData({"proxy": TrainingSet(images, labels, space)}, (images, labels), None, 10, False)
     run = tmp_path / "run"

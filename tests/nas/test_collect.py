@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from ddray.data import Dataset
-from ddray.nas.options import NasOptions, resolve_config
-from ddray.nas.proxies import Proxy
-from ddray.nas.rank import collect
-from ddray.nas.sweep import Sweep, split_for
-from ddray.nas.units import real_set
+from ddray.ranking.command import collect
+from ddray.ranking.options import NasOptions, resolve_config
+from ddray.ranking.proxies import Proxy
+from ddray.ranking.sweep import Sweep, split_for
+from ddray.ranking.worker import real_set
 from ddray.runs.ledger import Row
 
 NUM_ARCHS = 4

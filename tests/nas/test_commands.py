@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from ddray.cli import _run
-from ddray.nas import rank
-from ddray.nas.options import NasOptions
+from ddray.ranking import command as rank
+from ddray.ranking.options import NasOptions
 
 RANK = ("nas", "--proxy", "some.pt")
 

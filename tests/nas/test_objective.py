@@ -11,10 +11,10 @@ import pytest
 
 from ddray.data import Dataset, Split, carve_val
 from ddray.errors import DdrayError
-from ddray.nas.objective import SpearmanObjective, spearman_objective
-from ddray.nas.options import NasOptions
-from ddray.nas.sweep import Execute, execute_locally
-from ddray.nas.units import CODE_VERSION, NasJob, NasTask, SweepData, truth_ledger
+from ddray.ranking.objective import SpearmanObjective, spearman_objective
+from ddray.ranking.options import NasOptions
+from ddray.ranking.sweep import Execute, execute_locally
+from ddray.ranking.worker import CODE_VERSION, NasJob, NasTask, SweepData, truth_ledger
 from ddray.runs.ledger import Ledger, Row, Unit
 
 OPTIONS = NasOptions(sample=3, epochs=1, max_mflops=3.0, executor="local")

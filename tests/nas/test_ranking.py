@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ddray.nas import ranking
-from ddray.nas.ranking import figures_of_merit
+from ddray.ranking import figures_of_merit as ranking
+from ddray.ranking.figures_of_merit import figures_of_merit
 
 
 def figures(scores: Any, truth: Any, **options: Any) -> dict[str, Any]:

@@ -15,13 +15,13 @@ import torch
 
 from ddray.config import read_yaml
 from ddray.errors import InputError
-from ddray.nas import nasbench201
-from ddray.nas.convnet720 import ConvNet720, convnet_size
-from ddray.nas.nasbench201 import NasBench201, parse_arch_str, read_table, to_arch_str
-from ddray.nas.spaces import NasSpace, get_space, parse_indices, sample
 from ddray.nets import arch_names, build_net, num_params
 from ddray.nets.names import parse_arch
 from ddray.nets.nasbench201 import BENCHMARK, EDGES, OPS, Skeleton, cell_net_size
+from ddray.ranking import nasbench201
+from ddray.ranking.convnet720 import ConvNet720, convnet_size
+from ddray.ranking.nasbench201 import NasBench201, parse_arch_str, read_table, to_arch_str
+from ddray.ranking.spaces import NasSpace, get_space, parse_indices, sample
 from ddray.system.shipped import shipped
 
 RGB = (3, 32, 32)

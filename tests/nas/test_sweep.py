@@ -21,10 +21,11 @@ from ddray.display import nas_tables
 from ddray.errors import DdrayError, InputError
 from ddray.jobs import distill as api
 from ddray.jobs.plan import resolve
-from ddray.nas import rank
-from ddray.nas.convnet720 import ConvNet720
-from ddray.nas.nasbench201 import NasBench201
-from ddray.nas.sweep import (
+from ddray.nets import Net
+from ddray.ranking import command as rank
+from ddray.ranking.convnet720 import ConvNet720
+from ddray.ranking.nasbench201 import NasBench201
+from ddray.ranking.sweep import (
     NasConfig,
     NasOptions,
     choose_architectures,
@@ -32,9 +33,8 @@ from ddray.nas.sweep import (
     patience,
     resolve_config,
 )
-from ddray.nas.training import train_seeds
-from ddray.nas.units import NasJob, NasTask, SweepData, Workbench, run_task, truth_ledger
-from ddray.nets import Net
+from ddray.ranking.training import train_seeds
+from ddray.ranking.worker import NasJob, NasTask, SweepData, Workbench, run_task, truth_ledger
 from ddray.runs.ledger import Ledger
 
 CPU = torch.device("cpu")
@@ -151,7 +151,7 @@ def test_truth_is_trained_once_for_all_runs(
         trained.append(task.units[0].kind)
         run_task(job, data, task, device)
 
-    monkeypatch.setattr("ddray.nas.units.run_task", spy)
+    monkeypatch.setattr("ddray.ranking.worker.run_task", spy)
     run(tmp_path / "two", [proxies["class_mean"]])
     assert trained == ["nas"] * 4
     assert len(Ledger(tmp_path / "two").rows("truth")) == 4
@@ -219,7 +219,7 @@ def test_a_crashing_unit_is_tried_again_then_marked(
             raise RuntimeError("a first try fails")
         run_task(job, data, task, device)
 
-    monkeypatch.setattr("ddray.nas.units.run_task", fragile)
+    monkeypatch.setattr("ddray.ranking.worker.run_task", fragile)
     folder = tmp_path / "run"
     out = run(folder, [proxies["random"]])
     assert out["num_failed"] == 1
@@ -248,7 +248,7 @@ def test_a_proxy_on_which_nothing_finishes_costs_its_own_figures_alone(
             raise MemoryError("no memory for this one")
         run_task(job, data, task, device)
 
-    monkeypatch.setattr("ddray.nas.units.run_task", fragile)
+    monkeypatch.setattr("ddray.ranking.worker.run_task", fragile)
     folder = tmp_path / "run"
     out = run(folder, [proxies["random"], proxies["class_mean"]], truth=_csv(tmp_path))
     bad, good = out["proxies"]
@@ -294,7 +294,7 @@ def test_every_dcbench_bug_makes_another_network(
         trained.append(nets[0](torch.linspace(-1, 1, 256).view(1, 1, 16, 16).expand(4, 1, 16, 16)).detach())
         return mode
 
-    monkeypatch.setattr("ddray.nas.units.train_seeds", spy)
+    monkeypatch.setattr("ddray.ranking.worker.train_seeds", spy)
     nas_options = NasOptions(space="nasbench201", sample=1, epochs=2, truth="table", executor="local")
     config = resolve_config(nas_options, ({"recipe": {"batch": 4}, "whole_epochs": 1},))
     request = rank.NasRequest((proxies["random"],), ("random", "early-stopping"), compat="dcbench")

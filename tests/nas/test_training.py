@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddray.errors import InputError
-from ddray.nas.training import NasRecipe, count_right, train_seeds
 from ddray.nets import Net, build_net
+from ddray.ranking.training import NasRecipe, count_right, train_seeds
 from ddray.seeding import derive, derive_seed
 from ddray.training.dsa import dsa_for
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from ddray.errors import InputError
-from ddray.nas.nasbench201 import read_table
-from ddray.nas.ranking import figures_of_merit
-from ddray.nas.spaces import get_space
-from ddray.nas.truth import api_truth, csv_truth, read_scores, table_truth
+from ddray.ranking.figures_of_merit import figures_of_merit
+from ddray.ranking.nasbench201 import read_table
+from ddray.ranking.spaces import get_space
+from ddray.ranking.truth import api_truth, csv_truth, read_scores, table_truth
 
 CELLS = [9930, 6111, 5, 15624]
 SEEDS = (777, 888, 999)

@@ -19,13 +19,13 @@ import torch
 
 from ddray.data import Dataset, Split, carve_val
 from ddray.errors import InputError, InterruptedRunError, StorageError
-from ddray.nas.options import NasConfig as NasConfig
-from ddray.nas.options import NasOptions as NasOptions
-from ddray.nas.options import resolve_config as resolve_config
-from ddray.nas.proxies import Proxy
-from ddray.nas.spaces import NasSpace, get_space, sample
-from ddray.nas.training import NasRecipe
-from ddray.nas.units import CODE_VERSION, NasJob, NasTask, SweepData, real_set, truth_ledger
+from ddray.ranking.options import NasConfig as NasConfig
+from ddray.ranking.options import NasOptions as NasOptions
+from ddray.ranking.options import resolve_config as resolve_config
+from ddray.ranking.proxies import Proxy
+from ddray.ranking.spaces import NasSpace, get_space, sample
+from ddray.ranking.training import NasRecipe
+from ddray.ranking.worker import CODE_VERSION, NasJob, NasTask, SweepData, real_set, truth_ledger
 from ddray.runs.folder import Run, open_run
 from ddray.runs.ledger import Ledger, Row, Unit
 from ddray.seeding import derive_seed
@@ -352,7 +352,7 @@ def execute_locally(
     job: NasJob, data: SweepData, tasks: Sequence[NasTask], on_start: Callable[[str, int], None]
 ) -> Iterator[tuple[str, Exception | None, int]]:
     """Run tasks one after another in this process, without Ray (`--executor local`)."""
-    from ddray.nas.units import forget_data, run_task
+    from ddray.ranking.worker import forget_data, run_task
 
     forget_data()  # a folder that was deleted and recreated has the same name as the old sweep's data
     device = torch.device("cuda" if job.gpus > 0 else "cpu")

@@ -15,8 +15,8 @@ from ddray.artifact.distilled_set import DistilledSet
 from ddray.data import Dataset, Split
 from ddray.errors import InputError, unknown
 from ddray.methods import method_names
-from ddray.nas.options import NasConfig
-from ddray.nas.units import TrainingSet, real_set, training_set
+from ddray.ranking.options import NasConfig
+from ddray.ranking.worker import TrainingSet, real_set, training_set
 
 log = logging.getLogger(__name__)
 

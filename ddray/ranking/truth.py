@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from ddray.errors import InputError, unknown
-from ddray.nas.nasbench201 import read_table
-from ddray.nas.spaces import NasSpace
+from ddray.ranking.nasbench201 import read_table
+from ddray.ranking.spaces import NasSpace
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,8 @@ from ddray.data import Dataset, open_dataset
 from ddray.errors import DdrayError, InputError, unknown
 from ddray.evaluation.options import PixelKind
 from ddray.jobs.score import check_fits, foreign_space
-from ddray.nas.proxies import (
+from ddray.ranking.figures_of_merit import figures_of_merit, mean_over_seeds
+from ddray.ranking.proxies import (
     COMPATS,
     Proxy,
     baseline_proxies,
@@ -27,10 +28,17 @@ from ddray.nas.proxies import (
     file_proxies,
     warn_of_seen_val,
 )
-from ddray.nas.ranking import figures_of_merit, mean_over_seeds
-from ddray.nas.spaces import NasSpace, get_space, parse_indices
-from ddray.nas.sweep import Execute, NasConfig, NasOptions, Sweep, choose_architectures, run_sweep, split_for
-from ddray.nas.truth import Truth, api_truth, csv_truth, read_scores, table_truth
+from ddray.ranking.spaces import NasSpace, get_space, parse_indices
+from ddray.ranking.sweep import (
+    Execute,
+    NasConfig,
+    NasOptions,
+    Sweep,
+    choose_architectures,
+    run_sweep,
+    split_for,
+)
+from ddray.ranking.truth import Truth, api_truth, csv_truth, read_scores, table_truth
 from ddray.runs.ledger import Row
 from ddray.system.files import write_atomically, write_text
 
@@ -332,7 +340,7 @@ def _table(
 
 def _write(folder: Path, result: Mapping[str, Any], table: pd.DataFrame) -> None:
     """Write results.csv, results.parquet, the scatter plots and report.html."""
-    from ddray.report.nas_page import save_scatters, write_nas_report
+    from ddray.ranking.report import save_scatters, write_nas_report
 
     write_text(folder / "results.csv", table.to_csv(index=False))
     write_atomically(folder / "results.parquet", lambda file: table.to_parquet(file, index=False))

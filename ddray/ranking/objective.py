@@ -16,10 +16,10 @@ import torch
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.data import Dataset, Split
 from ddray.errors import DdrayError
-from ddray.nas.options import NasOptions, resolve_config
-from ddray.nas.ranking import MIN_ARCHS, figures_of_merit
-from ddray.nas.sweep import Execute, Sweep, choose_architectures, run_sweep
-from ddray.nas.units import NasTask, SweepData, Workbench, training_set
+from ddray.ranking.figures_of_merit import MIN_ARCHS, figures_of_merit
+from ddray.ranking.options import NasOptions, resolve_config
+from ddray.ranking.sweep import Execute, Sweep, choose_architectures, run_sweep
+from ddray.ranking.worker import NasTask, SweepData, Workbench, training_set
 from ddray.runs.ledger import Unit
 from ddray.seeding import derive_seed
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import numpy as np
 
 from ddray.drawing.plotly_parts import LAYOUT, to_html
-from ddray.report.nas_summary import summary
+from ddray.ranking.summary import summary
 from ddray.system.files import write_atomically, write_text
 
 if TYPE_CHECKING:

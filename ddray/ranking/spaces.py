@@ -7,9 +7,9 @@ from typing import Any, Final, Protocol
 import torch
 
 from ddray.errors import InputError, unknown
-from ddray.nas.convnet720 import ConvNet720
-from ddray.nas.nasbench201 import NasBench201
 from ddray.nets.build import Net
+from ddray.ranking.convnet720 import ConvNet720
+from ddray.ranking.nasbench201 import NasBench201
 from ddray.seeding import derive_numpy
 
 SPACES: Final = (ConvNet720.name, NasBench201.name)
