@@ -19,7 +19,7 @@ from ddray.data import open_dataset
 from ddray.distillation.loop import run_distillation
 from ddray.jobs import plan
 from ddray.jobs.context import make_context, make_distiller
-from ddray.space import read_space
+from ddray.tuning.space import read_space
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"^<!-- test(?:: (?P<tag>[a-z]+))? -->\n```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.M | re.S)

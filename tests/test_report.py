@@ -17,10 +17,10 @@ from PIL import Image
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.data import fit_zca
 from ddray.drawing.images import grid, png, save_grid
-from ddray.report.tune_page import write_report
 from ddray.runs.ledger import Row
 from ddray.runs.results import flatten, write_results
-from ddray.space import Range
+from ddray.tuning.report import write_report
+from ddray.tuning.space import Range
 
 leaves = st.integers() | st.none() | st.lists(st.integers(), max_size=2)
 nested = st.recursive(

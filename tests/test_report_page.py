@@ -27,12 +27,12 @@ from ddray.drawing.images import data_uri, grid, png
 from ddray.errors import InputError
 from ddray.jobs.plan import resolve
 from ddray.report import page as page_module
-from ddray.report import tune_page
 from ddray.report.figures import accuracy_bars
 from ddray.report.page import default_out, write_page
 from ddray.report.plane import embedding_net, make_plane, project
 from ddray.report.runs import read_run
 from ddray.runs.ledger import Ledger, Row, Unit
+from ddray.tuning import report as tune_page
 
 SPEC: dict[str, Any] = {
     "name": "<b>mini</b>",

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ddray.errors import InputError
-from ddray.space import Range, grid, read_space, sample
+from ddray.tuning.space import Range, grid, read_space, sample
 
 json_values = (
     st.none() | st.booleans() | st.integers() | st.text(max_size=4) | st.lists(st.integers(), max_size=3)

@@ -9,8 +9,8 @@ import pytest
 from optuna.trial import TrialState
 
 from ddray.runs.ledger import Row
-from ddray.space import Range
-from ddray.study import STUDY, study_of, write_study
+from ddray.tuning.space import Range
+from ddray.tuning.study import STUDY, study_of, write_study
 
 SPACE = {
     "lr": Range("loguniform", 0.01, 10.0),

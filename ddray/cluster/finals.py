@@ -13,10 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ddray.artifact.reading import load
-from ddray.cluster.payload import Payload, pack, unpack
 from ddray.cluster.pretrain import shared_pool
 from ddray.cluster.runtime import check_capacity, ray_runtime
-from ddray.cluster.trial import Job, forget_checkpoint, score, trial_config, trial_pool
 from ddray.data import PixelSpace, Split
 from ddray.data.pixels import pixel_space
 from ddray.distillation.loop import run_distillation
@@ -30,9 +28,11 @@ from ddray.runs.ledger import Ledger, Row, Unit
 from ddray.seeding import derive_seed
 from ddray.system.files import write_atomically
 from ddray.system.worker import set_threads, worker_device
+from ddray.tuning.payload import Payload, pack, unpack
+from ddray.tuning.trial import Job, forget_checkpoint, score, trial_config, trial_pool
 
 if TYPE_CHECKING:
-    from ddray.cluster.tune import TuneOptions
+    from ddray.tuning.search import TuneOptions
 
 log = logging.getLogger(__name__)
 

@@ -27,21 +27,21 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ddray.cluster.payload import Payload, unpack
-from ddray.cluster.trial import Job, split_name, trial_config, trial_pool, trial_result, val_score
 from ddray.distillation.loop import run_distillation
 from ddray.errors import DivergedError, InputError, StorageError
 from ddray.jobs.context import make_context, make_distiller
 from ddray.jobs.plan import Plan
 from ddray.runs.ledger import Row
 from ddray.seeding import derive_numpy, derive_seed, forked_numpy
-from ddray.space import Range, sample
-from ddray.study import write_study
 from ddray.system.files import write_atomically, write_text
 from ddray.system.worker import set_threads, worker_device
+from ddray.tuning.payload import Payload, unpack
+from ddray.tuning.space import Range, sample
+from ddray.tuning.study import write_study
+from ddray.tuning.trial import Job, split_name, trial_config, trial_pool, trial_result, val_score
 
 if TYPE_CHECKING:
-    from ddray.cluster.tune import Search
+    from ddray.tuning.search import Search
 
 log = logging.getLogger(__name__)
 

@@ -10,15 +10,15 @@ from dataclasses import replace
 
 import torch
 
-from ddray.cluster.payload import Payload, unpack
 from ddray.cluster.pool import PoolAddress, pool_service
-from ddray.cluster.trial import Job, trial_pool
 from ddray.errors import DdrayError
 from ddray.pool.files import DamagedEntryError, PoolFiles
 from ddray.pool.spec import PoolSpec
 from ddray.system.files import home
 from ddray.system.progress import progress
 from ddray.system.worker import worker_device
+from ddray.tuning.payload import Payload, unpack
+from ddray.tuning.trial import Job, trial_pool
 
 log = logging.getLogger(__name__)
 

@@ -12,17 +12,18 @@ from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig, Tuner
 from ray.tune.logger import TBXLoggerCallback
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
-from ddray.cluster.live import LiveTable
-from ddray.cluster.search import FunctionSource, NumberedSearch, TpeSource, stopped_row, unfinished
-from ddray.cluster.trial import ETA, METRIC, forget_checkpoint, run_trial
+from ddray.cluster.search import FunctionSource, NumberedSearch, TpeSource, stopped_row
 from ddray.errors import StorageError
 from ddray.runs.ledger import Row
-from ddray.space import grid, sample
-from ddray.study import write_study
+from ddray.tuning.live import LiveTable
+from ddray.tuning.search import unfinished
+from ddray.tuning.space import grid, sample
+from ddray.tuning.study import write_study
+from ddray.tuning.trial import ETA, METRIC, forget_checkpoint, run_trial
 
 if TYPE_CHECKING:
-    from ddray.cluster.payload import Payload
-    from ddray.cluster.tune import Search
+    from ddray.tuning.payload import Payload
+    from ddray.tuning.search import Search
 
 log = logging.getLogger(__name__)
 MAX_FAILURES = 2

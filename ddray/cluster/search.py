@@ -15,11 +15,11 @@ import optuna
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from ddray.cluster.trial import METRIC, Job, trial_result
 from ddray.runs.ledger import Row
 from ddray.seeding import derive_seed
-from ddray.space import Space
-from ddray.study import STUDY, add_row, score_of, write_study
+from ddray.tuning.space import Space
+from ddray.tuning.study import STUDY, add_row, score_of, write_study
+from ddray.tuning.trial import METRIC, trial_result
 
 
 class TpeSource:
@@ -177,24 +177,3 @@ def stopped_row(trial_number: int, params: Mapping[str, Any], result: Mapping[st
     objective = str(result["objective"])
     row_result = trial_result(trial_number, params, rungs, stopped_early=True, objective=objective)
     return Row(key="", kind="trial", spec={}, status="done", result=row_result, wall_s=0.0)
-
-
-def numbers_of(rows: Sequence[Row]) -> set[int]:
-    """Return the trial numbers that have a row."""
-    return {int(row.spec["number"]) for row in rows}
-
-
-def unfinished(
-    events: Sequence[Mapping[str, Any]], rows: Sequence[Row], job: Job
-) -> list[tuple[int, dict[str, Any]]]:
-    """Return (number, settings) of trials that were started and have no row, by number."""
-    done = numbers_of(rows)
-    started = {
-        int(event["number"]): dict(event["params"])
-        # A late worker of a killed driver may write after the next epoch has begun: the newest epoch counts.
-        for event in sorted(events, key=lambda event: int(event["epoch"]))
-        if event["event"] in ("start", "retry") and "params" in event and "number" in event
-    }
-    return sorted(
-        (trial_number, params) for trial_number, params in started.items() if trial_number not in done
-    )

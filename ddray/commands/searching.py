@@ -28,6 +28,7 @@ from ddray.commands.options import (
     refuse,
 )
 from ddray.errors import InputError
+from ddray.tuning.search import TuneOptions
 
 
 def tune(
@@ -96,7 +97,7 @@ def tune(
             config_file=absolute(config),
             layers=plan.override_layers(set_ or [], steps),
         )
-        options = cluster_tune.TuneOptions.parse(
+        options = TuneOptions.parse(
             {
                 "num_samples": num_samples,
                 "strategy": strategy,

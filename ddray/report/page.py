@@ -19,9 +19,9 @@ from ddray.report import figures
 from ddray.report.plane import make_plane
 from ddray.report.published import FIGURES
 from ddray.report.runs import RunView, SetView, read_run, size_of
-from ddray.report.tune_page import search_figures
-from ddray.space import Range, Space
 from ddray.system.files import write_text
+from ddray.tuning.report import search_figures
+from ddray.tuning.space import Range, Space
 
 log = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from ddray.errors import InputError
 from ddray.jobs.context import make_distiller
 from ddray.jobs.plan import PRESETS, budget_method, resolve
 from ddray.methods import get_method, method_names
-from ddray.space import grid, read_space, sample
 from ddray.system.shipped import shipped
+from ddray.tuning.space import grid, read_space, sample
 
 METHODS = method_names()
 DETERMINISTIC = {"class_mean"}  # at ipc 1: the mean of all

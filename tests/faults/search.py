@@ -11,10 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ddray.cluster.tune import TuneOptions, tune
+from ddray.cluster.tune import tune
 from ddray.data import open_dataset
 from ddray.jobs.plan import resolve
 from ddray.runs.ledger import Ledger, Row
+from ddray.tuning.search import TuneOptions
 
 TINY = {"steps": 9, "checkpoint_every": 3, "evaluate": {"epochs": 2, "seeds": 1}}
 

@@ -266,9 +266,9 @@ def test_the_teacher_is_declared_before_it_is_asked_for(method: str, toy: Any, p
 
 def test_a_clusters_worker_trains_the_declared_teacher(toy: Any, tmp_path: Path) -> None:
     """`tune` hands a declared spec to `train_member`, whose trainer knows kind `ssl`."""
-    from ddray.cluster.payload import pack
     from ddray.cluster.pretrain import train_member
-    from ddray.cluster.trial import Job, split_name
+    from ddray.tuning.payload import pack
+    from ddray.tuning.trial import Job, split_name
 
     dataset = toy((20, 20, 20))
     train, val = carve_val(dataset.train(), seed=0)

@@ -13,7 +13,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState, create_trial
 
 from ddray.runs.ledger import Row
-from ddray.space import Space
+from ddray.tuning.space import Space
 
 log = logging.getLogger(__name__)
 STUDY: Final = "ddray"

@@ -12,9 +12,9 @@ from ddray.artifact.reading import load
 from ddray.drawing.images import data_uri, grid
 from ddray.drawing.plotly_parts import LAYOUT, to_html
 from ddray.runs.ledger import Row
-from ddray.space import Space
-from ddray.study import study_of
 from ddray.system.files import write_text
+from ddray.tuning.space import Space
+from ddray.tuning.study import study_of
 
 _WORST_TO_BEST: Final = ("#8a94a3", "#d55e00")
 

@@ -12,7 +12,6 @@ from typing import Any, Final
 import torch
 
 from ddray.artifact.distilled_set import DistilledSet
-from ddray.cluster.payload import Payload, Unpacked, unpack
 from ddray.cluster.pool import ClusterPool, PoolAddress
 from ddray.config import merge
 from ddray.distillation.loop import DistillResult, rate_name, run_distillation
@@ -30,6 +29,7 @@ from ddray.ranking.objective import SpearmanObjective
 from ddray.runs.ledger import Ledger, Row, Unit
 from ddray.system.files import write_text
 from ddray.system.worker import prepare_worker, set_threads, worker_device
+from ddray.tuning.payload import Payload, Unpacked, unpack
 
 METRIC: Final = "score"
 """The name under which Tune gets the score, whatever the objective is."""

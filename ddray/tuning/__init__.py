@@ -1,0 +1,1 @@
+"""A search for hyperparameters, without Ray: space, trials, study, finals."""

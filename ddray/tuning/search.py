@@ -1,0 +1,167 @@
+"""."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import Field
+
+from ddray.cluster.pretrain import shared_pool
+from ddray.cluster.runtime import check_capacity
+from ddray.config import Config
+from ddray.errors import DdrayError, InterruptedRunError
+from ddray.jobs.plan import Plan
+from ddray.pool.spec import PoolSpec
+from ddray.runs.folder import Run
+from ddray.runs.ledger import Row
+from ddray.system.files import write_text
+from ddray.tuning.payload import Payload
+from ddray.tuning.space import Range
+from ddray.tuning.study import score_of
+from ddray.tuning.trial import Job, trial_unit
+
+Strategy = Literal["asha-tpe", "tpe", "random", "grid", "pb2"]
+Objective = Literal["val-accuracy", "nas-spearman"]
+log = logging.getLogger(__name__)
+
+
+def numbers_of(rows: Sequence[Row]) -> set[int]:
+    """Return the trial numbers that have a row."""
+    return {int(row.spec["number"]) for row in rows}
+
+
+def unfinished(
+    events: Sequence[Mapping[str, Any]], rows: Sequence[Row], job: Job
+) -> list[tuple[int, dict[str, Any]]]:
+    """Return (number, settings) of trials that were started and have no row, by number."""
+    done = numbers_of(rows)
+    started = {
+        int(event["number"]): dict(event["params"])
+        # A late worker of a killed driver may write after the next epoch has begun: the newest epoch counts.
+        for event in sorted(events, key=lambda event: int(event["epoch"]))
+        if event["event"] in ("start", "retry") and "params" in event and "number" in event
+    }
+    return sorted(
+        (trial_number, params) for trial_number, params in started.items() if trial_number not in done
+    )
+
+
+class TuneOptions(Config):
+    """How a search is run (nothing here changes what a trial is)."""
+
+    num_samples: int = Field(default=16, ge=1)
+    strategy: Strategy = "asha-tpe"
+    cpus_per_trial: float = Field(default=1.0, gt=0)
+    gpus_per_trial: float = Field(default=0.0, ge=0)
+    max_concurrent: int | None = Field(default=None, ge=1)
+    time_budget: float | None = Field(default=None, gt=0)
+    address: str | None = None
+    objective: Objective = "val-accuracy"
+    """What is maximised: accuracy on val, or the rank correlation of architectures scored on val."""
+    nas_sample: int = Field(default=16, ge=3)
+    """Architectures of the 720 ConvNets that `nas-spearman` ranks."""
+    nas_epochs: int = Field(default=50, ge=1)
+    """Epochs of each, on a trial's set and on the whole train part."""
+    final_sets: int = Field(default=3, ge=1)
+    """Fresh seeds on which the winner and the paper's point are distilled again for the test score."""
+
+
+class Search:
+    """One search: what is done, what is missing, and how to run the rest."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        options: TuneOptions,
+        space: Mapping[str, Range],
+        paper: dict[str, Any],
+        job: Job,
+        run: Run,
+        num_samples: int,
+    ) -> None:
+        self.plan, self.options, self.space, self.paper = plan, options, space, paper
+        self.job, self.ledger, self.folder, self.num_samples = job, run.ledger, run.folder, num_samples
+        self._closed = run.folder / "search.closed"
+
+    def rows(self) -> list[Row]:
+        """Return the trials' rows, by number."""
+        return sorted(self.ledger.rows("trial"), key=lambda row: int(row.spec["number"]))
+
+    def missing(self) -> list[int]:
+        """Return the numbers without a row; of a closed search (see `close`) only those that it had."""
+        done = {int(row.spec["number"]) for row in self.rows()}
+        trial_numbers: Sequence[int] = range(self.num_samples)
+        if self._closed.exists():
+            trial_numbers = json.loads(self._closed.read_text(encoding="utf-8"))
+        return [trial_number for trial_number in trial_numbers if trial_number not in done]
+
+    def close(self) -> None:
+        """Mark the search as ended before test is opened: a search with test scores must not go on."""
+        if not self._closed.exists():
+            trial_numbers = [int(row.spec["number"]) for row in self.rows()]
+            write_text(self._closed, json.dumps(trial_numbers))
+            if len(trial_numbers) < self.num_samples:
+                log.warning("the time budget closed this search: test is opened, so --resume adds no trials")
+
+    def row_of(self, trial_number: int, params: Mapping[str, Any]) -> Row | None:
+        """Return the published row of a trial, or None."""
+        return self.ledger.row(self.unit(trial_number, params).key)
+
+    def unit(self, trial_number: int, params: Mapping[str, Any]) -> Any:
+        """Return the unit of a trial."""
+        return trial_unit(self.job, trial_number, params, self.plan.dataset.fingerprint)
+
+    def run(self, payload: Payload, specs: Sequence[PoolSpec]) -> None:
+        """Train the pool, then run what is missing.
+
+        Args:
+            payload: the real images.
+            specs: networks that the trials share.
+
+        Raises:
+            InterruptedRunError: a signal came, or the time budget ended before the paper's point.
+        """
+        fits = check_capacity(self.options.cpus_per_trial, self.options.gpus_per_trial)
+        concurrent = min(fits, self.options.max_concurrent or fits)
+        with shared_pool(self.job, payload, specs, concurrent) as self.job:
+            begin = time.monotonic()
+            if self.options.strategy == "pb2":
+                from ddray.cluster.pb2 import run_pb2
+
+                run_pb2(self, payload, concurrent)
+            else:
+                from ddray.cluster.scheduling import run_tune
+
+                run_tune(self, payload, concurrent)
+        missing = self.missing()
+        budget = self.options.time_budget
+        out_of_time = budget is not None and time.monotonic() - begin >= budget
+        # A budget lets running trials end; a signal leaves some without a row.
+        cut_off = bool(unfinished(self.ledger.events(), self.rows(), self.job))
+        if missing and (cut_off or not out_of_time or 0 in missing):
+            raise InterruptedRunError(
+                f"the search ended with {self.num_samples - len(missing)} of {self.num_samples} trials in "
+                f"{self.folder}; run again with --run-dir {self.folder} --resume to finish it"
+            )
+
+
+def _best(rows: Sequence[Row]) -> Row:
+    """Return the trial with the highest val score at full length (the earliest of equals).
+
+    Raises:
+        DdrayError: no trial finished.
+    """
+    full_length = [row for row in rows if row.status == "done" and not row.result["stopped_early"]]
+    if not full_length:
+        reasons = sorted({row.error or "unknown" for row in rows})
+        raise DdrayError(f"no trial finished: {'; '.join(reasons)}; narrow the space or lower its rates")
+    return max(full_length, key=lambda row: (score_of(row.result), -int(row.spec["number"])))
+
+
+def _paper(rows: Sequence[Row]) -> Row | None:
+    """Return the paper's own point (trial 0) if it finished."""
+    return next((row for row in rows if int(row.spec["number"]) == 0 and row.status == "done"), None)
