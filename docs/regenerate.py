@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import ddray.methods
-from ddray.bench.spec import Source
-from ddray.bench.units import Cell
 from ddray.config import Config, merge
 from ddray.distillation.method import Target
 from ddray.evaluation.config import EvaluateConfig
 from ddray.methods import get_method
-from ddray.report.published import find, read_numbers
 from ddray.runs.results import flatten
+from ddray.tables.published import find, read_numbers
+from ddray.tables.spec import Source
+from ddray.tables.units import Cell
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

@@ -15,25 +15,6 @@ import pytest
 
 from ddray.artifact import distilled_set as artifact
 from ddray.artifact.reading import load
-from ddray.bench import board, ranking
-from ddray.bench import work as bench_work
-from ddray.bench.cost import History, costs_file, summarise, sweep_of
-from ddray.bench.display import bench_tables
-from ddray.bench.dry_run import _facts, dry_run
-from ddray.bench.graph import build_graph
-from ddray.bench.ranking import _baseline, cell_of, nas_options
-from ddray.bench.run import (
-    BenchOptions,
-    _drop_scaled_differences,
-    prepare,
-    run_bench,
-    run_local,
-    sweep_options,
-)
-from ddray.bench.spec import BenchSpec, Source, read_spec
-from ddray.bench.table import standard_error
-from ddray.bench.units import Cell
-from ddray.bench.work import AskingPool, asked_first
 from ddray.data import open_dataset
 from ddray.distillation.method import DistillContext
 from ddray.errors import DdrayError, InputError, StorageError
@@ -42,10 +23,30 @@ from ddray.nets import multiply_adds
 from ddray.ranking import worker as nas_units
 from ddray.ranking.spaces import get_space
 from ddray.ranking.sweep import NasOptions
-from ddray.report.published import compare, find, read_numbers
 from ddray.runs.folder import open_run
 from ddray.runs.ledger import Ledger
 from ddray.system.files import home
+from ddray.tables import nas_table as ranking
+from ddray.tables import scheduler as board
+from ddray.tables import worker as bench_work
+from ddray.tables.cost import History, costs_file, summarise, sweep_of
+from ddray.tables.display import bench_tables
+from ddray.tables.dry_run import _facts, dry_run
+from ddray.tables.graph import build_graph
+from ddray.tables.nas_table import _baseline, cell_of, nas_options
+from ddray.tables.published import compare, find, read_numbers
+from ddray.tables.run import (
+    BenchOptions,
+    _drop_scaled_differences,
+    prepare,
+    run_bench,
+    run_local,
+    sweep_options,
+)
+from ddray.tables.spec import BenchSpec, Source, read_spec
+from ddray.tables.table import standard_error
+from ddray.tables.units import Cell
+from ddray.tables.worker import AskingPool, asked_first
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "configs" / "bench").glob("*.yaml"))

@@ -20,8 +20,6 @@ from torchvision.transforms.functional import to_tensor
 
 from ddray.artifact import distilled_set as artifact
 from ddray.artifact.reading import load
-from ddray.bench.run import BenchOptions, prepare, run_bench, run_local
-from ddray.bench.spec import BenchSpec
 from ddray.data import open_dataset
 from ddray.drawing.images import data_uri, grid, png
 from ddray.errors import InputError
@@ -32,6 +30,8 @@ from ddray.report.page import default_out, write_page
 from ddray.report.plane import embedding_net, make_plane, project
 from ddray.report.runs import read_run
 from ddray.runs.ledger import Ledger, Row, Unit
+from ddray.tables.run import BenchOptions, prepare, run_bench, run_local
+from ddray.tables.spec import BenchSpec
 from ddray.tuning import report as tune_page
 
 SPEC: dict[str, Any] = {

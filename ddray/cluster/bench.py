@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ddray.bench.board import Ended
-from ddray.bench.run import BenchOptions, prepare, run_bench, run_local
-from ddray.bench.spec import BenchSpec
-from ddray.bench.units import Work
-from ddray.bench.work import Job, run_work
 from ddray.cluster import nas
 from ddray.cluster.runtime import check_capacity, ray_runtime, sigterm_as_sigint
 from ddray.errors import InputError
+from ddray.tables.run import BenchOptions, prepare, run_bench, run_local
+from ddray.tables.scheduler import Ended
+from ddray.tables.spec import BenchSpec
+from ddray.tables.units import Work
+from ddray.tables.worker import Job, run_work
 
 
 def bench(spec: BenchSpec, options: BenchOptions, *, run_dir: Path | None, resume: bool) -> dict[str, Any]:

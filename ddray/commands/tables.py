@@ -45,11 +45,11 @@ def bench(
 ) -> None:
     """Run a table, methods x datasets x sizes x seeds, and set its numbers beside the published ones."""
     with output(as_json) as emit:
-        from ddray.bench.display import bench_tables, forecast_tables
-        from ddray.bench.dry_run import dry_run as forecast
-        from ddray.bench.run import BenchOptions
-        from ddray.bench.spec import read_spec
         from ddray.cluster import bench as cluster_bench
+        from ddray.tables.display import bench_tables, forecast_tables
+        from ddray.tables.dry_run import dry_run as forecast
+        from ddray.tables.run import BenchOptions
+        from ddray.tables.spec import read_spec
 
         spec = read_spec(Path(os.path.abspath(file)), scale)
         options = BenchOptions.parse(

@@ -17,9 +17,9 @@ from ddray.errors import DdrayError, InputError
 from ddray.methods import get_method
 from ddray.report import figures
 from ddray.report.plane import make_plane
-from ddray.report.published import FIGURES
 from ddray.report.runs import RunView, SetView, read_run, size_of
 from ddray.system.files import write_text
+from ddray.tables.published import FIGURES
 from ddray.tuning.report import search_figures
 from ddray.tuning.space import Range, Space
 

@@ -192,7 +192,7 @@ def _unfinished_cells(folder: Path, config: Mapping[str, Any], rows: tuple[Row, 
     path = folder / "planned.json"
     if not path.is_file():
         return list(_cells(str(config.get("command")), str(config.get("dataset", "")), rows))
-    from ddray.bench.table import planned_cells
+    from ddray.tables.table import planned_cells
 
     cells = planned_cells(path, {row.key: row for row in rows}.get)
     if config.get("scale", "paper") != "paper":

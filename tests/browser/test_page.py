@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from ddray.bench.run import BenchOptions, prepare, run_bench, run_local
-from ddray.bench.spec import BenchSpec
 from ddray.report.page import write_page
+from ddray.tables.run import BenchOptions, prepare, run_bench, run_local
+from ddray.tables.spec import BenchSpec
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is in the browser extra")
 

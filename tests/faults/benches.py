@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ddray.bench.run import BenchOptions, prepare, run_bench
-from ddray.bench.spec import read_spec
 from ddray.cluster.bench import RayExecutor
 from ddray.runs.ledger import Ledger
+from ddray.tables.run import BenchOptions, prepare, run_bench
+from ddray.tables.spec import read_spec
 
 NUM_UNITS = 2 * 2 + 2 * 2 + 2  # sets, evaluations, networks of the pool
 

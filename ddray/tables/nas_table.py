@@ -12,14 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from ddray.bench.units import Cell, Ranking
-from ddray.bench.work import artifact_name
 from ddray.data import Dataset
 from ddray.ranking.command import NasRequest, check_compat, rank_architectures
 from ddray.ranking.proxies import check_baselines
 from ddray.ranking.sweep import Execute, NasOptions, resolve_config
-from ddray.report.published import compare, find, read_numbers
 from ddray.system.files import storage_errors
+from ddray.tables.published import compare, find, read_numbers
+from ddray.tables.units import Cell, Ranking
+from ddray.tables.worker import artifact_name
 
 _FIGURES: Final = ("spearman", "spearman_top20", "kendall", "search_time", "storage_images")
 _REQUEST: Final = ("baselines", "compat")

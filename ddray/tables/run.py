@@ -12,13 +12,6 @@ from typing import Any, Literal, Protocol, Self
 
 from pydantic import Field, model_validator
 
-from ddray.bench.board import Board, Ended, withdraw_crashes
-from ddray.bench.cost import remember, remember_sweep, sweep_title
-from ddray.bench.graph import build_graph
-from ddray.bench.spec import BenchSpec, Limits
-from ddray.bench.table import cells_of, write_plan, write_table
-from ddray.bench.units import Graph, Ranking, Work
-from ddray.bench.work import Job, run_work
 from ddray.config import Config
 from ddray.data import Dataset, open_dataset
 from ddray.errors import DdrayError, DivergedError, InputError, StorageError
@@ -31,6 +24,13 @@ from ddray.runs.ledger import Ledger
 from ddray.runs.results import write_results
 from ddray.system.files import write_text
 from ddray.system.progress import progress
+from ddray.tables.cost import remember, remember_sweep, sweep_title
+from ddray.tables.graph import build_graph
+from ddray.tables.scheduler import Board, Ended, withdraw_crashes
+from ddray.tables.spec import BenchSpec, Limits
+from ddray.tables.table import cells_of, write_plan, write_table
+from ddray.tables.units import Graph, Ranking, Work
+from ddray.tables.worker import Job, run_work
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ def check_rankings(
     Raises:
         InputError: an option is bad.
     """
-    from ddray.bench.ranking import check_ranking
+    from ddray.tables.nas_table import check_ranking
 
     options_per_sweep = []
     for ranking in graph.rankings:
@@ -303,7 +303,7 @@ def _rank(
     bench: Bench, ranking: Ranking, run: Run, execute_nas: Callable[[NasOptions], NasExecute]
 ) -> list[dict[str, Any]]:
     """Run or resume one NAS sweep; return its cells."""
-    from ddray.bench.ranking import rank_sets
+    from ddray.tables.nas_table import rank_sets
 
     options = sweep_options(ranking, bench.spec, bench.options)
     ledger = _sweep_ledger(bench, ranking, run)
@@ -329,7 +329,7 @@ def _rank(
 
 def _sweep_ledger(bench: Bench, ranking: Ranking, run: Run) -> Ledger:
     """Return the ledger of a NAS sweep, which is a separate run below the bench's folder."""
-    from ddray.bench.ranking import sweep_folder
+    from ddray.tables.nas_table import sweep_folder
 
     return Ledger(sweep_folder(ranking, sweep_options(ranking, bench.spec, bench.options), run.folder))
 
@@ -340,7 +340,7 @@ def sweep_options(ranking: Ranking, spec: BenchSpec, options: BenchOptions) -> N
     Raises:
         InputError: `ddray nas` has no such option, or a value is bad.
     """
-    from ddray.bench.ranking import nas_options
+    from ddray.tables.nas_table import nas_options
 
     unlimited = nas_options(
         ranking,

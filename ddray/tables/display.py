@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ddray.bench.cost import summarise
 from ddray.display import table_of
-from ddray.report.published import FIGURES
+from ddray.tables.cost import summarise
+from ddray.tables.published import FIGURES
 
 
 def bench_tables(name: str, result: dict[str, Any]) -> list[Any]:

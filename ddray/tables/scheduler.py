@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from ddray.bench.graph import pool_work
-from ddray.bench.units import Graph, Work
-from ddray.bench.work import Damaged, Job, Needs, artifact_name, has_entry, is_sound, publish
 from ddray.errors import DdrayError, StorageError
 from ddray.runs.folder import Run
 from ddray.runs.ledger import Ledger, Row
 from ddray.system.files import home
+from ddray.tables.graph import pool_work
+from ddray.tables.units import Graph, Work
+from ddray.tables.worker import Damaged, Job, Needs, artifact_name, has_entry, is_sound, publish
 
 log = logging.getLogger(__name__)
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ddray.bench.spec import EvaluateSpec, Source
 from ddray.jobs.plan import Plan
 from ddray.pool.spec import PoolSpec
 from ddray.runs.ledger import Kind, Unit
+from ddray.tables.spec import EvaluateSpec, Source
 
 
 @dataclass(frozen=True)

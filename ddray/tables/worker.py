@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from ddray.bench.units import Work
 from ddray.data import Dataset, PixelSpace, Split, carve_val, open_dataset
 from ddray.data.pixels import pixel_space
 from ddray.distillation.loop import run_distillation
@@ -31,6 +30,7 @@ from ddray.pool.files import DamagedEntryError, PoolFiles
 from ddray.pool.spec import ModelPool, PoolEntry, PoolSpec
 from ddray.runs.ledger import Ledger, Row
 from ddray.system.files import home, write_text
+from ddray.tables.units import Work
 
 _PER_BUDGET = 20  # distilled images that fit in one image of storage
 _MAX_BLANK = 2**26  # values: above this, blank images would take too much memory just to learn a count

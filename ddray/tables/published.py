@@ -88,7 +88,7 @@ class Wanted(Protocol):
 
     @property
     def source(self) -> Any:
-        """`ddray.bench.spec.Source`: paper, table, method, setting; None matches any."""
+        """`ddray.tables.spec.Source`: paper, table, method, setting; None matches any."""
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Final
 
-from ddray.bench.spec import BenchSpec, EvaluateSpec, MethodSpec
 from ddray.data import Dataset
 from ddray.errors import InputError, unknown
 from ddray.evaluation.options import HARD_RECIPE, PROTOCOLS, EvaluateOptions
 from ddray.jobs.plan import Plan
 from ddray.methods import get_method
+from ddray.tables.spec import BenchSpec, EvaluateSpec, MethodSpec
 from ddray.training.recipe import RECIPES
 
 # Options of an evaluation that the table itself sets.

@@ -6,17 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ddray.bench.cost import forecast, sweep_of
-from ddray.bench.graph import build_graph
-from ddray.bench.ranking import sweep_folder
-from ddray.bench.run import BenchOptions, check_rankings
-from ddray.bench.spec import BenchSpec
 from ddray.config import read_yaml
 from ddray.data import Dataset, open_dataset
 from ddray.data.catalog import KNOWN
 from ddray.errors import InputError
 from ddray.jobs.context import check_plan
 from ddray.runs.ledger import Ledger
+from ddray.tables.cost import forecast, sweep_of
+from ddray.tables.graph import build_graph
+from ddray.tables.nas_table import sweep_folder
+from ddray.tables.run import BenchOptions, check_rankings
+from ddray.tables.spec import BenchSpec
 
 # Datasets whose class names are only in their files: the number of classes, for dry runs without the files.
 _NUM_CLASSES = {

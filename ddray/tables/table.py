@@ -9,11 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from ddray.bench.spec import Source
-from ddray.bench.units import Cell
-from ddray.report.published import Number, compare, find, read_numbers
 from ddray.runs.ledger import Row
 from ddray.system.files import write_text
+from ddray.tables.published import Number, compare, find, read_numbers
+from ddray.tables.spec import Source
+from ddray.tables.units import Cell
 
 _REPORTED: Final = ("arch", "accuracy_mean", "accuracy_std", "per_seed", "num_images", "wall_s")
 COLUMNS: Final = (

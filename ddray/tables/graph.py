@@ -7,9 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from ddray.bench.checks import check_evaluation, check_names, check_row
-from ddray.bench.spec import BenchSpec, EvaluateSpec, Limits, MethodSpec, Source
-from ddray.bench.units import Cell, Graph, Ranking, Work
 from ddray.config import merge, parse_overrides
 from ddray.data import Dataset
 from ddray.errors import InputError
@@ -22,6 +19,9 @@ from ddray.nets.names import resolve_arch
 from ddray.pool.spec import PoolSpec
 from ddray.runs.ledger import Unit
 from ddray.seeding import derive_seed
+from ddray.tables.checks import check_evaluation, check_names, check_row
+from ddray.tables.spec import BenchSpec, EvaluateSpec, Limits, MethodSpec, Source
+from ddray.tables.units import Cell, Graph, Ranking, Work
 from ddray.training.recipe import RECIPES, TeacherRecipe
 
 # Changing how many networks are trained on a set does not change the set.

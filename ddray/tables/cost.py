@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddray.bench.graph import pool_work
-from ddray.bench.units import Graph, Ranking, Work
-from ddray.bench.work import asked_first
 from ddray.data import Dataset
 from ddray.ranking.sweep import NasOptions, choose_architectures, resolve_config
 from ddray.runs.ledger import Ledger, Row
 from ddray.system.files import home, storage_errors
+from ddray.tables.graph import pool_work
+from ddray.tables.units import Graph, Ranking, Work
+from ddray.tables.worker import asked_first
 
 log = logging.getLogger(__name__)
 
