@@ -134,7 +134,7 @@ class Search:
 
                 run_pb2(self, payload, concurrent)
             else:
-                from ddray.cluster.scheduling import run_tune
+                from ddray.cluster.ray_tune import run_tune
 
                 run_tune(self, payload, concurrent)
         missing = self.missing()

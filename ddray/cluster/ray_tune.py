@@ -12,7 +12,7 @@ from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig, Tuner
 from ray.tune.logger import TBXLoggerCallback
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
-from ddray.cluster.search import FunctionSource, NumberedSearch, TpeSource, stopped_row
+from ddray.cluster.searcher import FunctionSource, NumberedSearch, TpeSource, stopped_row
 from ddray.errors import StorageError
 from ddray.runs.ledger import Row
 from ddray.tuning.live import LiveTable
