@@ -12,12 +12,16 @@ from typing import Any
 
 import typer
 
+from ddray.commands.bench import bench
 from ddray.commands.data import data_info, data_list
-from ddray.commands.distilling import distill, evaluate, export
+from ddray.commands.distill import distill
 from ddray.commands.doctor import doctor
+from ddray.commands.evaluate import evaluate
+from ddray.commands.export import export
+from ddray.commands.nas import nas
 from ddray.commands.pool import pool_list, pool_show, pool_train
-from ddray.commands.searching import nas, tune
-from ddray.commands.tables import bench, report
+from ddray.commands.report import report
+from ddray.commands.tune import tune
 from ddray.errors import DdrayError, InterruptedRunError
 from ddray.system.memory import reuse_freed_memory
 

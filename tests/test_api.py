@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from ddray.artifact.reading import load
+from ddray.commands.options import to_json
 from ddray.data.loaders import data_info
 from ddray.errors import DivergedError, InputError
 from ddray.jobs import distill as api
-from ddray.jobs.distill import distill, to_json
+from ddray.jobs.distill import distill
 from ddray.jobs.plan import resolve
 from ddray.methods.families.ssl import memory as _krr_memory
 from ddray.runs.folder import open_run

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from ddray.artifact.reading import load
+from ddray.commands.options import to_json
 from ddray.data import carve_val, open_dataset
 from ddray.errors import InputError
 from ddray.evaluation.options import EvaluateOptions
 from ddray.jobs import score as scoring
-from ddray.jobs.distill import distill, to_json
+from ddray.jobs.distill import distill
 from ddray.jobs.plan import resolve
 from ddray.jobs.score import evaluate
 

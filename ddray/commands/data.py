@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ddray import display
+from ddray.commands import display
 from ddray.commands.options import DataDir, Download, Json, absolute, output
 from ddray.errors import InputError
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ddray import display
+from ddray.commands import display
 from ddray.commands.options import DataDir, Json, absolute, output
 from ddray.errors import DdrayError
 

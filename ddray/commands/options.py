@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ddray import display
+from ddray.commands import display
 from ddray.errors import InputError
 
 Json = Annotated[
@@ -81,7 +82,7 @@ def output(as_json: bool) -> Iterator[Emit]:
     try:
 
         def emit(result: dict[str, Any], table: Any) -> None:
-            from ddray.jobs.distill import to_json
+            from ddray.commands.options import to_json
 
             sys.stdout.flush()
             os.write(real, (to_json(result) + "\n").encode())
@@ -91,3 +92,18 @@ def output(as_json: bool) -> Iterator[Emit]:
         sys.stdout.flush()
         os.dup2(real, 1)
         os.close(real)
+
+
+def to_json(value: Any) -> str:
+    """Return a value as JSON; NaN and infinities become null."""
+    return json.dumps(_defined(value), allow_nan=False)
+
+
+def _defined(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if value == value and abs(value) != float("inf") else None
+    if isinstance(value, dict):
+        return {key: _defined(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_defined(item) for item in value]
+    return value

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ddray import display
+from ddray.commands import display
 from ddray.commands.options import DataDir, DatasetOption, Device, Download, Json, absolute, output
 from ddray.jobs.context import pick_device
 from ddray.pool.listing import list_pool, show_entry

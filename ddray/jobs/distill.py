@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,18 +134,3 @@ def _distill_result(plan: Plan, distillation: DistillResult, target: Path) -> di
         "first_loss": first,
         "final_loss": final,
     }
-
-
-def to_json(value: Any) -> str:
-    """Return a value as JSON; NaN and infinities become null."""
-    return json.dumps(_defined(value), allow_nan=False)
-
-
-def _defined(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if value == value and abs(value) != float("inf") else None
-    if isinstance(value, dict):
-        return {key: _defined(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_defined(item) for item in value]
-    return value

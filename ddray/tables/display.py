@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ddray.display import table_of
+from ddray.commands.display import table_of
 from ddray.tables.cost import summarise
 from ddray.tables.published import FIGURES
 

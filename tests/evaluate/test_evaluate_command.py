@@ -19,13 +19,14 @@ from scipy.io import wavfile
 from ddray.artifact.distilled_set import DistilledSet, TrainSet
 from ddray.artifact.reading import load
 from ddray.cli import main
+from ddray.commands.options import to_json
 from ddray.data import carve_val, open_dataset
 from ddray.drawing.images import grid
 from ddray.errors import InputError
 from ddray.evaluation import hard
 from ddray.evaluation.options import EvaluateOptions
 from ddray.jobs import score as scoring
-from ddray.jobs.distill import distill, to_json
+from ddray.jobs.distill import distill
 from ddray.jobs.plan import resolve
 from ddray.jobs.score import evaluate, evaluation_config
 from ddray.training.recipe import RECIPES

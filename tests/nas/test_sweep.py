@@ -16,8 +16,8 @@ import pytest
 import torch
 from rich.console import Console
 
+from ddray.commands.display import nas_tables
 from ddray.data import Dataset, open_dataset
-from ddray.display import nas_tables
 from ddray.errors import DdrayError, InputError
 from ddray.jobs import distill as api
 from ddray.jobs.plan import resolve

@@ -1,4 +1,4 @@
-"""`ddray distill`, `evaluate` and `export`: commands for one distilled set."""
+"""."""
 
 from __future__ import annotations
 
@@ -8,82 +8,10 @@ from typing import Annotated
 
 import typer
 
-from ddray import display
-from ddray.commands.options import (
-    Arch,
-    Budget,
-    ConfigFile,
-    DataDir,
-    DatasetOption,
-    Device,
-    Download,
-    Ipc,
-    Json,
-    Method,
-    Preset,
-    Resume,
-    RunDir,
-    Seed,
-    Sets,
-    absolute,
-    output,
-)
+from ddray.commands import display
+from ddray.commands.options import Arch, DataDir, Device, Download, Json, Seed, absolute, output
 from ddray.evaluation.options import EvaluateOptions
 from ddray.jobs.context import pick_device
-
-
-def distill(
-    method: Method,
-    ipc: Ipc = None,
-    budget: Budget = None,
-    dataset: DatasetOption = "digits",
-    preset: Preset = "paper",
-    config: ConfigFile = None,
-    set_: Sets = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Steps; 0 writes the initial images.")] = None,
-    seed: Seed = 0,
-    device: Device = "auto",
-    run_dir: RunDir = None,
-    resume: Resume = False,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Artifact; default <run dir>/distilled.pt.")
-    ] = None,
-    val_seed: Annotated[
-        int | None,
-        typer.Option("--val-seed", help="Leave out the val tenth that tune and nas with this seed score on."),
-    ] = None,
-    data_dir: DataDir = None,
-    download: Download = False,
-    as_json: Json = False,
-) -> None:
-    """Distil a dataset to a few images per class."""
-    with output(as_json) as emit:
-        from ddray.data import open_dataset
-        from ddray.jobs import distill as api
-        from ddray.jobs import plan
-        from ddray.methods import get_method
-
-        get_method(method)
-        opened = open_dataset(dataset, data_dir=absolute(data_dir), download=download)
-        resolved = plan.resolve(
-            method,
-            opened,
-            ipc=ipc,
-            budget=budget,
-            seed=seed,
-            preset=preset,
-            config_file=absolute(config),
-            layers=plan.override_layers(set_ or [], steps),
-        )
-        result = api.distill(
-            resolved,
-            device=pick_device(device),
-            run_dir=absolute(run_dir),
-            resume=resume,
-            out=absolute(out),
-            val_seed=val_seed,
-        )
-        emit(result, display.table_of("distilled", result))
 
 
 def evaluate(
@@ -188,27 +116,3 @@ def evaluate(
         )
         result = scoring.evaluate(Path(os.path.abspath(file)), options, device=pick_device(device))
         emit(result, lambda: display.evaluate_tables(f"{file.name}: {protocol}, {split}", result["results"]))
-
-
-def export(
-    file: Annotated[Path, typer.Argument(help="Distilled set.")],
-    out: Annotated[Path, typer.Argument(help="A new folder, or a .parquet file.")],
-    form: Annotated[
-        str | None, typer.Option("--format", help="folder or parquet; default by the name of OUT.")
-    ] = None,
-    dataset: Annotated[
-        str | None, typer.Option("--dataset", help="Of another project's file: what it was distilled from.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Write a distilled set for other tools: pictures by class, or one parquet file."""
-    with output(as_json) as emit:
-        from ddray import api as library
-        from ddray.errors import unknown
-
-        if form not in (None, "folder", "parquet"):
-            raise unknown("--format", form, ("folder", "parquet"))
-        distilled = library.load(file, dataset=dataset)
-        written = library.export(distilled, out, form=form)  # type: ignore[arg-type]
-        result = {"out": str(written), "num_images": len(distilled.decode().images)}
-        emit(result, display.table_of("exported", result))
