@@ -14,7 +14,7 @@ help:
 	@echo "make demo    install, tune DataDAM on the embedded digits, show where pictures and table are"
 	@echo "make test    install with the test extra, run the default test suite"
 	@echo "make browser test the report in chromium (needs chromium and chromedriver)"
-	@echo "make check   install with the dev extra, run ruff and mypy"
+	@echo "make check   install with the dev extra, run ruff, mypy and import-linter"
 	@echo "make reports measure what reports/ holds (about an hour on two cores)"
 	@echo "make clean   remove caches and build output (.venv and runs/ stay)"
 
@@ -64,6 +64,7 @@ check: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(PY) -m mypy
+	$(VENV)/bin/lint-imports --no-cache
 
 # Measures what reports/ holds (hours on 2 cores; CIFAR-10 is looked for in $$DDRAY_DATA).
 reports: $(VENV)/.installed-test

@@ -121,8 +121,8 @@ def evaluate(
         seed: seed of the first network.
         device: `auto`, `cpu`, `cuda` or `cuda:<n>`.
         data_dir: where datasets are; default $DDRAY_DATA.
-        other_options: other fields of `ddray.evaluation.options.EvaluateOptions`, such as `augment`, `recipe`,
-            `train_limit`, `teachers`, `finetune`, `split` or `sets` (`["probe.epochs=10"]`).
+        other_options: other fields of `ddray.evaluation.options.EvaluateOptions`, such as `augment`,
+            `recipe`, `train_limit`, `teachers`, `finetune`, `split` or `sets` (`["probe.epochs=10"]`).
 
     Returns:
         The JSON of `ddray evaluate`; accuracies are fractions.
@@ -133,7 +133,7 @@ def evaluate(
     option_names = [field.name for field in dataclasses.fields(EvaluateOptions)]
     for name in other_options:
         if name not in option_names:
-            raise unknown("an option of ddray.evaluation.protocol", name, option_names)
+            raise unknown("an option of ddray.evaluate", name, option_names)
     other_fields: dict[str, Any] = {
         k: _listed(v) if k in ("sets", "teachers") else v for k, v in other_options.items()
     }

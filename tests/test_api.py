@@ -1,149 +1,227 @@
+"""ddray as a library: `import ddray`, sets as torch datasets, pictures and parquet; the README examples."""
+
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
+import ddray
+from ddray.artifact.distilled_set import DistilledSet
+from ddray.artifact.export import export_folder, export_parquet, pictures
 from ddray.artifact.reading import load
-from ddray.commands.options import to_json
-from ddray.data.loaders import data_info
-from ddray.errors import DivergedError, InputError
-from ddray.jobs import distill as api
-from ddray.jobs.distill import distill
-from ddray.jobs.plan import resolve
-from ddray.methods.families.ssl import memory as _krr_memory
-from ddray.runs.folder import open_run
+from ddray.data import open_dataset
+from ddray.errors import InputError
+from tests.test_docs import blocks
 
-CPU = torch.device("cpu")
-SMALL = {"arch": "convnet2_w8", "compile": "off", "evaluate": {"epochs": 3, "seeds": 2}}
+SMALL = {"steps": 2, "arch": "convnet1_w8", "compile": "off", "method.batch_real": 4}
+
+
+def python(code: str, folder: Path) -> str:
+    """Run code in a new interpreter; return its stdout."""
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(root)!r})\n{code}"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture
+def distilled() -> DistilledSet:
+    return ddray.distill("dm", ipc=2, settings=SMALL)
 
 
 class TestDistill:
-    def plan(self, digits: Any, **changes: Any) -> Any:
-        layers = {**SMALL, "steps": 6, "checkpoint_every": 2, "method": {"batch_real": 4}, **changes}
-        return resolve("dm", digits, ipc=1, layers=[layers])
-
-    def test_a_run_directory_holds_set_picture_row_and_table(self, digits: Any, tmp_path: Path) -> None:
-        result = distill(self.plan(digits), device=CPU, run_dir=tmp_path / "run")
-
-        assert set(result) == {
-            *("artifact", "method", "dataset", "ipc", "steps", "resumed_from_step", "wall_s"),
-            *("seconds_per_step", "first_loss", "final_loss", "run_dir"),
-        }
-        assert result["artifact"] == str(tmp_path / "run" / "distilled.pt")
-        assert (result["method"], result["dataset"], result["ipc"], result["steps"]) == ("dm", "digits", 1, 6)
-        assert json.loads(to_json(result)) == result
-        distilled = load(Path(result["artifact"]))
-        assert distilled.meta.config["steps"] == 6
-        assert (tmp_path / "run" / "distilled.png").stat().st_size > 0
-        run = open_run(
-            tmp_path / "run",
-            {**self.plan(digits).describe(), "device": "cpu", "split": "train"},
-            command="distill",
-            resume=True,
+    def test_it_returns_the_set_of_the_command(self, distilled: DistilledSet, tmp_path: Path) -> None:
+        with_run_dir = ddray.distill(
+            "dm", open_dataset("digits"), ipc=2, settings=SMALL, run_dir=tmp_path / "run"
         )
-        (row,) = run.ledger.rows()
-        assert (row.kind, row.status, row.result["final_loss"]) == ("distill", "done", result["final_loss"])
-        assert [event["event"] for event in run.ledger.events()] == ["start", "finish"]
-        assert len((tmp_path / "run" / "results.csv").read_text().splitlines()) == 2
-        assert [path.name for path in run.folder.rglob("*.tmp")] == []
+        assert torch.equal(with_run_dir.images, distilled.images)
+        assert with_run_dir.meta.config == distilled.meta.config
+        assert (tmp_path / "run" / "distilled.pt").is_file()
+        again = ddray.distill("dm", ipc=2, settings=SMALL, run_dir=tmp_path / "run")
+        assert torch.equal(again.images, distilled.images)
 
-    def test_a_run_cut_off_resumes_to_the_same_bytes(
-        self, digits: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    def test_nothing_is_left_behind_without_a_folder(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        whole = distill(self.plan(digits), device=CPU, run_dir=tmp_path / "whole")
-        from ddray.methods import get_method
+        monkeypatch.chdir(tmp_path)
+        before = set(tmp_path.iterdir())
+        ddray.distill("random")
+        assert {path for path in tmp_path.iterdir() if path.name != "home"} == before - {tmp_path / "home"}
 
-        method: Any = get_method("dm")
-        with monkeypatch.context() as patch:
-            step = method.step
-            patch.setattr(method, "step", lambda self: 1 / 0 if self._matcher._step == 5 else step(self))
-            with pytest.raises(ZeroDivisionError):
-                distill(self.plan(digits), device=CPU, run_dir=tmp_path / "cut")
-        assert not (tmp_path / "cut" / "distilled.pt").exists()
+    def test_bad_names_are_refused(self) -> None:
+        with pytest.raises(InputError, match="did you mean 'datadam'"):
+            ddray.distill("datdam")
+        with pytest.raises(InputError, match="lr_img"):
+            ddray.distill("dm", settings={"method.lr_imag": 1})
 
-        again = distill(self.plan(digits), device=CPU, run_dir=tmp_path / "cut", resume=True)
+    def test_a_budget_and_a_data_folder_are_taken(self, distilled: DistilledSet, tmp_path: Path) -> None:
+        ssl_set = ddray.distill("random_ssl", budget=25, settings={"method.teacher.epochs": 1})
+        assert ssl_set.meta.storage_floats <= 25 * 256
+        export_parquet(distilled, tmp_path / "data" / "mnist" / "train-0.parquet")
+        with pytest.raises(InputError, match="takes --ipc K"):
+            ddray.distill("random", ipc=1, budget=3)
+        with pytest.raises(InputError, match="mnist"):
+            ddray.distill("random", "mnist", data_dir=tmp_path / "nothing")
 
-        assert again["resumed_from_step"] == 4
-        assert again["final_loss"] == whole["final_loss"]
-        assert Path(again["artifact"]).read_bytes() == Path(whole["artifact"]).read_bytes()
-
-    def test_a_failed_run_keeps_the_old_artifact_and_may_be_tried_again(
-        self, digits: Any, tmp_path: Path
-    ) -> None:
-        out = tmp_path / "out.pt"
-        out.write_bytes(b"old")
-        plan = self.plan(digits, method={"batch_real": 4, "lr_img": 1e30})
-
-        with pytest.raises(DivergedError):
-            distill(plan, device=CPU, run_dir=tmp_path / "run", out=out)
-
-        assert out.read_bytes() == b"old"
-        run = open_run(
-            tmp_path / "run",
-            {**plan.describe(), "device": "cpu", "split": "train"},
-            command="distill",
-            resume=True,
+    def test_evaluate_takes_what_the_command_takes(self, distilled: DistilledSet) -> None:
+        options: dict[str, Any] = {"archs": ["convnet1_w8"], "seeds": 1, "epochs": 1}
+        hard = ddray.evaluate(distilled, augment="none", train_limit=10, split="val", **options)
+        assert (hard["split"], hard["results"][0]["num_images"]) == ("val", 10)
+        soft = ddray.evaluate(
+            distilled, protocol="soft", teachers=["convnet1_w8"], sets=["teacher.epochs=20"], **options
         )
-        assert run.ledger.rows() == []
-        assert [event["event"] for event in run.ledger.events()] == ["start", "fail"]
+        assert soft["teacher"]["arch"] == "convnet1_w8"
+        with pytest.raises(InputError, match="did you mean 'augment'"):
+            ddray.evaluate(distilled, augmnt="none")
 
-    def test_what_can_be_refused_is_refused_before_a_folder_is_made(
-        self, digits: Any, tmp_path: Path
+    def test_evaluate_takes_an_open_dataset_and_single_names(self, distilled: DistilledSet) -> None:
+        options = {"seeds": 1, "epochs": 1}
+        result = ddray.evaluate(distilled, archs=["convnet1_w8"], **options)
+        opened = ddray.evaluate(distilled, archs="convnet1_w8", dataset=open_dataset("digits"), **options)
+        assert opened["results"][0]["per_seed"] == result["results"][0]["per_seed"]
+        assert ddray.evaluate(distilled, archs="convnet1_w8", seeds=1, sets="epochs=1")["results"]
+        for name, value in (("pixel_space", "normalised"), ("dataset", Path("digits-not-there"))):
+            with pytest.raises(InputError, match=r"normalized|or a folder"):
+                ddray.evaluate(distilled, archs="convnet1_w8", **{name: value})
+
+    def test_evaluate_takes_a_set_or_its_file(self, distilled: DistilledSet, tmp_path: Path) -> None:
+        distilled.save(tmp_path / "a.pt")
+        options: dict[str, Any] = {"archs": ["convnet1_w8"], "seeds": 1, "epochs": 1}
+        first, second = (
+            ddray.evaluate(distilled, **options),
+            ddray.evaluate(tmp_path / "a.pt", **options),
+        )
+        assert first["results"][0]["per_seed"] == second["results"][0]["per_seed"]
+
+    def test_no_module_bears_the_name_of_a_function(self, tmp_path: Path) -> None:
+        code = (
+            "import importlib, pkgutil, types, ddray\n"
+            "for module in pkgutil.walk_packages(ddray.__path__, 'ddray.'):\n"
+            "    if not module.name.endswith('__main__'): importlib.import_module(module.name)\n"
+            "print([name for name in ddray._FUNCTIONS if isinstance(getattr(ddray, name), types.ModuleType)])"
+        )
+        assert python(code, tmp_path) == "[]\n"
+
+    def test_importing_ddray_loads_no_torch(self, tmp_path: Path) -> None:
+        assert python("import ddray; print('torch' in sys.modules, ddray.__version__)", tmp_path).startswith(
+            "False"
+        )
+        assert {"distill", "evaluate", "export", "load"} <= set(dir(ddray))
+        with pytest.raises(AttributeError, match="no attribute 'distil'"):
+            ddray.distil  # noqa: B018
+
+
+class TestExport:
+    def test_a_torch_dataset_holds_the_decoded_set(self, distilled: DistilledSet) -> None:
+        torch_dataset = distilled.to_torch_dataset()
+        assert len(torch_dataset) == 20
+        images, labels = torch_dataset[:]
+        assert torch.equal(images, distilled.images)
+        assert torch.equal(labels, distilled.labels)
+        images.zero_()
+        assert float(distilled.images.abs().sum()) > 0, "the set shares no memory with the dataset"
+
+    def test_a_folder_is_a_dataset_again(self, distilled: DistilledSet, tmp_path: Path) -> None:
+        export_folder(distilled, tmp_path / "out")
+        opened = open_dataset(str(tmp_path / "out"))
+        assert opened.num_classes == 10
+        split = opened.train()
+        assert len(split) + len(opened.test()) == 20
+        expected = pictures(distilled)
+        for index, label in enumerate(distilled.labels.tolist()):
+            (path,) = (tmp_path / "out").glob(f"{label}_*/{index:05d}.png")
+            pixels = torch.frombuffer(bytearray(Image.open(path).tobytes()), dtype=torch.uint8)
+            assert torch.equal(pixels.view(1, 16, 16), expected[index])
+        assert json.loads((tmp_path / "out" / "meta.json").read_text())["method"] == "dm"
+        with pytest.raises(InputError, match="must be new"):
+            export_folder(distilled, tmp_path / "out")
+
+    def test_real_images_come_back_as_they_were(self, tmp_path: Path, digits: Any) -> None:
+        distilled = ddray.distill("random", ipc=1)
+        real = digits.train().images.flatten(1)
+        for picture in pictures(distilled).flatten(1):
+            assert bool((real == picture).all(1).any())
+
+    def test_parquet_keeps_values_labels_and_meta(self, distilled: DistilledSet, tmp_path: Path) -> None:
+        path = tmp_path / "data" / "train-00000.parquet"
+        export_parquet(distilled, path)
+        table = pq.read_table(path)
+        values = torch.tensor(table["tensor"].to_pylist()).view(distilled.images.shape)
+        assert torch.equal(values, distilled.images)
+        assert table["label"].to_pylist() == distilled.labels.tolist()
+        assert json.loads(table.schema.metadata[b"ddray"]) == json.loads(json.dumps(distilled.meta.dump()))
+        opened = open_dataset(str(tmp_path / "data"))
+        assert opened.class_names == distilled.meta.class_names
+        assert len(opened.train()) + len(opened.test()) == 20
+        before = path.read_bytes()
+        with pytest.raises(InputError, match="must be new"):
+            export_parquet(distilled, path)
+        assert path.read_bytes() == before
+
+    def test_whitened_sets_are_shown_de_whitened_and_clamping_is_said(
+        self, toy: Any, planned: Any, caplog: pytest.LogCaptureFixture
     ) -> None:
-        plans = [
-            resolve("herding", digits, ipc=1, layers=[{"steps": 3}]),
-            resolve("dm", digits, ipc=500),
-        ]
-        for plan in plans:
-            with pytest.raises(InputError):
-                distill(plan, device=CPU, run_dir=tmp_path / "run")
-        assert not (tmp_path / "run").exists()
+        _, ctx, method = planned("random", toy(), pixel_space="zca")
+        method.setup(ctx)
+        whitened = method.snapshot()
+        raw = whitened.space().decode(whitened.images)
+        assert (pictures(whitened).float() / 255 - raw.clamp(0, 1)).abs().max() <= 0.5 / 255 + 1e-6
+        wild = DistilledSet(whitened.images * 9, whitened.labels, whitened.meta, whitened.zca)
+        caplog.clear()
+        pictures(wild)
+        assert "are clamped" in caplog.text
 
-    def test_what_a_methods_setup_refuses_leaves_no_folder(
-        self, digits: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(_krr_memory, "available_bytes", lambda device: 2**20)
-        plan = resolve("krr_st", digits, budget=20, layers=[{"steps": 1}])
+    def test_sets_without_labels_have_targets(self, tmp_path: Path, distilled: DistilledSet) -> None:
+        targets = torch.arange(40.0).view(20, 2)
+        counted = {"storage_floats": distilled.images.numel() + targets.numel()}
+        none = torch.zeros(0, dtype=torch.int64)
+        ssl_set = DistilledSet(
+            distilled.images, none, distilled.meta.model_copy(update=counted), targets=targets
+        )
+        ssl_set.validate()
+        images, second = ssl_set.to_torch_dataset()[3]
+        assert torch.equal(images, distilled.images[3])
+        assert second.tolist() == [6.0, 7.0]
+        export_folder(ssl_set, tmp_path / "out")
+        assert len(list((tmp_path / "out" / "unlabelled").glob("*.png"))) == 20
+        export_parquet(ssl_set, tmp_path / "a.parquet")
+        table = pq.read_table(tmp_path / "a.parquet")
+        assert table["target"].to_pylist() == targets.tolist()
+        assert "label" not in table.column_names
 
-        with pytest.raises(InputError, match="krr_st needs about"):
-            distill(plan, device=CPU, run_dir=tmp_path / "run")
+    def test_spectrograms_have_no_pictures(self, distilled: DistilledSet) -> None:
+        meta = distilled.meta.model_copy(update={"mean": (-6.0,)})
+        with pytest.raises(InputError, match="log-spectrograms"):
+            pictures(DistilledSet(distilled.images, distilled.labels, meta))
 
-        assert not (tmp_path / "run").exists()
-
-    def test_the_unit_depends_on_what_decides_the_bytes_alone(self, digits: Any) -> None:
-        def key(**changes: Any) -> str:
-            return api.distill_unit(self.plan(digits, **changes), "train").key
-
-        assert key() == key(checkpoint_every=5) == key(evaluate={"epochs": 9})
-        assert len({key(), key(steps=7), key(method={"lr_img": 2}), key(arch="convnet1_w8")}) == 4
-        assert api.distill_unit(self.plan(digits), "train-val0").key != key()
-
-
-def test_data_info(digits: Any) -> None:
-    info = data_info("digits")
-
-    assert info["num_classes"] == 10
-    assert (info["num_train"], info["num_test"]) == (len(digits.train()), len(digits.test()))
-    assert info["num_train"] + info["num_test"] == 1797
-    assert info["image_shape"] == [1, 16, 16]
-    assert info["fingerprint"] == digits.fingerprint
+    def test_the_form_follows_the_name(self, distilled: DistilledSet, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="form must be one of folder, parquet"):
+            ddray.export(distilled, tmp_path / "x", form="csv")  # type: ignore[arg-type]
+        distilled.save(tmp_path / "a.pt")
+        assert ddray.export(tmp_path / "a.pt", tmp_path / "a.parquet").is_file()
+        assert ddray.export(distilled, tmp_path / "b").is_dir()
+        assert ddray.export(distilled, tmp_path / "c.parquet", form="folder").is_dir()
+        assert load(tmp_path / "a.pt").meta == ddray.load(tmp_path / "a.pt").meta
 
 
-def test_an_undefined_number_is_null_in_json() -> None:
-    values = {
-        "a": float("nan"),
-        "b": [1.5, float("inf"), (None, "nan")],
-        "c": {"d": -float("inf")},
-        "e": True,
-    }
-
-    assert json.loads(to_json(values)) == {
-        "a": None,
-        "b": [1.5, None, [None, "nan"]],
-        "c": {"d": None},
-        "e": True,
-    }
+def test_the_readmes_example_runs(tmp_path: Path) -> None:
+    for block in blocks("README.md", None, "python"):
+        out = python(block, tmp_path)
+        assert out.startswith("datadam: ")
+        assert "torch.Size([5, 1, 16, 16])" in out
+    assert (tmp_path / "digits.parquet").is_file()
+    assert len(list((tmp_path / "digits-pictures").glob("*/*.png"))) == 10

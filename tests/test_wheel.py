@@ -100,5 +100,8 @@ def test_installed_wheel_distils_from_another_folder(installed: Path, tmp_path: 
 
 
 def test_installed_wheel_finds_search_spaces(installed: Path, tmp_path: Path) -> None:
-    code = "from ddray.system.shipped import shipped; print(shipped('search_spaces', 'hpo', 'datadam.yaml').is_file())"
+    code = (
+        "from ddray.system.shipped import shipped\n"
+        "print(shipped('search_spaces', 'hpo', 'datadam.yaml').is_file())"
+    )
     assert run(installed, tmp_path, "-c", code).strip() == "True"

@@ -149,9 +149,10 @@ class DistilledSet:
         return TrainSet(expand(self.images, partition), self.labels.repeat_interleave(partition.num_parts))
 
     def to_torch_dataset(self) -> TensorDataset:
-        """Return (image [C, H, W], label) pairs, as decoded, in the set's pixel space; the tensors are copies.
+        """Return (image [C, H, W], label) pairs, as decoded, in the set's pixel space.
 
-        For a self-supervised set, the target representation [D] takes the place of the label.
+        The tensors are copies. For a self-supervised set, the target representation [D] takes the place of
+        the label.
         """
         from torch.utils.data import TensorDataset
 

@@ -1,4 +1,4 @@
-"""."""
+"""Files of the DC family (`res_*.pt`) and of MTT (`images_best.pt` beside `labels_best.pt`)."""
 
 from __future__ import annotations
 

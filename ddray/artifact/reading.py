@@ -1,4 +1,4 @@
-"""."""
+"""Reading distilled sets: ours, and those of other projects."""
 
 from __future__ import annotations
 

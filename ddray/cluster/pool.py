@@ -50,6 +50,10 @@ class PoolAddress:
     folder: str
     lease_s: float = LEASE_S
 
+    def connect(self, trainer: Trainer) -> ClusterPool:
+        """Return a client that trains with `trainer` what it gets the lease of."""
+        return ClusterPool(trainer, self)
+
 
 @dataclass(frozen=True)
 class Lease:

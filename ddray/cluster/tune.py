@@ -17,7 +17,8 @@ import torch
 
 from ddray.cluster.finals import run_finals
 from ddray.cluster.nas import RayExecutor
-from ddray.cluster.runtime import ray_runtime, sigterm_as_sigint
+from ddray.cluster.pretrain import shared_pool
+from ddray.cluster.runtime import check_capacity, ray_runtime, sigterm_as_sigint
 from ddray.data import PixelSpace, Split, carve_val, search_rows
 from ddray.data.pixels import pixel_space
 from ddray.errors import InputError, unknown
@@ -31,9 +32,9 @@ from ddray.runs.folder import Run, open_run
 from ddray.runs.ledger import Row
 from ddray.runs.results import write_results
 from ddray.system.shipped import shipped
-from ddray.tuning.payload import pack
+from ddray.tuning.payload import Payload, pack
 from ddray.tuning.report import write_report
-from ddray.tuning.search import Search, Strategy, TuneOptions, _best, _paper
+from ddray.tuning.search import Search, Strategy, TuneOptions, best_trial, paper_trial
 from ddray.tuning.space import Range, grid, read_space
 from ddray.tuning.study import score_of
 from ddray.tuning.trial import ETA, Job, split_name
@@ -99,10 +100,10 @@ def tune(
             whitening = pixel_space(plan.config.pixel_space, plan.dataset, train)
             train_rows = search_rows(plan.dataset.train(), seed=plan.seed)
             payload = pack(plan.dataset, train, split_name(plan.seed), val, whitening, train_rows)
-            search.run(payload, _specs(plan, job, train, whitening))
+            _run_missing(search, payload, _specs(plan, job, train, whitening))
     rows = search.rows()
     write_results(run.folder / "results.csv", run.ledger.rows())
-    best, paper_row = _best(rows), _paper(rows)
+    best, paper_row = best_trial(rows), paper_trial(rows)
     search.close()
     with sigterm_as_sigint():
         scores = run_finals(plan, job, run, {"best": best, "paper": paper_row}, options)
@@ -110,6 +111,28 @@ def tune(
     result = _result(run, rows, best, paper_row, scores, begin)
     write_report(run.folder, result, rows, space)
     return result
+
+
+def _run_missing(search: Search, payload: Payload, specs: Sequence[PoolSpec]) -> None:
+    """Train the pool of the networks that trials share, then run the trials that are missing.
+
+    Raises:
+        InterruptedRunError: a signal came, or the time budget ended before the paper's point.
+    """
+    options = search.options
+    fits = check_capacity(options.cpus_per_trial, options.gpus_per_trial)
+    concurrent = min(fits, options.max_concurrent or fits)
+    with shared_pool(search.job, payload, specs, concurrent) as search.job:
+        begin = time.monotonic()
+        if options.strategy == "pb2":
+            from ddray.cluster.pb2 import run_pb2
+
+            run_pb2(search, payload, concurrent)
+        else:
+            from ddray.cluster.ray_tune import run_tune
+
+            run_tune(search, payload, concurrent)
+    search.check_ended(time.monotonic() - begin)
 
 
 def _specs(plan: Plan, job: Job, train: Split, space: PixelSpace) -> list[PoolSpec]:

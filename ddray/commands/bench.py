@@ -1,4 +1,4 @@
-"""`ddray bench` and `report`: comparisons of many runs."""
+"""`ddray bench`: a table of methods, datasets and sizes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def bench(
     """Run a table, methods x datasets x sizes x seeds, and set its numbers beside the published ones."""
     with output(as_json) as emit:
         from ddray.cluster import bench as cluster_bench
-        from ddray.tables.display import bench_tables, forecast_tables
+        from ddray.commands.bench_display import bench_tables, forecast_tables
         from ddray.tables.dry_run import dry_run as forecast
         from ddray.tables.run import BenchOptions
         from ddray.tables.spec import read_spec

@@ -1,4 +1,4 @@
-"""`ddray distill`, `evaluate` and `export`: commands for one distilled set."""
+"""`ddray distill`: a dataset to a few images per class."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""."""
+"""`ddray evaluate`: fresh networks trained on a distilled set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""."""
+"""`ddray export`: a distilled set for other tools."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""."""
+"""`ddray nas`: architectures ranked on distilled sets."""
 
 from __future__ import annotations
 

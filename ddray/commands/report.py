@@ -1,4 +1,4 @@
-"""."""
+"""`ddray report`: one page over runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ddray tune` and `nas`: searches, for settings and for architectures."""
+"""`ddray tune`: a search for hyperparameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""."""
+"""The contract of a method: its context, what its presets may depend on, and what it offers."""
 
 from __future__ import annotations
 

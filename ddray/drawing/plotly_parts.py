@@ -1,4 +1,4 @@
-"""."""
+"""Colours, layout and HTML that all plotly figures share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""."""
+"""How a distilled set is scored: the `evaluate` section of a run's configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""."""
+"""What `ddray evaluate` was asked for, and the checks that need no distilled set."""
 
 from __future__ import annotations
 

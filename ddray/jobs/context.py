@@ -1,4 +1,4 @@
-"""."""
+"""What a run needs before its first step: device, pixel space, pool, and checks against the data."""
 
 from __future__ import annotations
 

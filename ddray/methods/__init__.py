@@ -41,7 +41,7 @@ def get_method(name: str) -> type[Distiller]:
 @cache
 def _ours() -> frozenset[str]:
     modules = pkgutil.iter_modules(__path__)
-    return frozenset(module.name for module in modules if not module.name.startswith("_"))
+    return frozenset(module.name for module in modules if not module.ispkg)
 
 
 def _theirs() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""."""
+"""The pool's entries as rows for `ddray pool list` and `show`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""."""
+"""Pool entries: the spec whose hash is the key, the entry itself, the pool that provides it."""
 
 from __future__ import annotations
 
@@ -133,6 +133,14 @@ class ModelPool(Protocol):
 
     def get(self, specs: Sequence[PoolSpec]) -> list[PoolEntry]:
         """Return the entries of `specs`, in order."""
+        ...
+
+
+class PoolSource(Protocol):
+    """Names a pool that is served elsewhere; can be sent to a worker."""
+
+    def connect(self, trainer: Trainer) -> ModelPool:
+        """Return the pool; `trainer` trains the entries that are missing."""
         ...
 
 

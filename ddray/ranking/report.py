@@ -48,7 +48,7 @@ def write_nas_report(run_dir: Path, result: Mapping[str, Any], table: pd.DataFra
     from jinja2 import Environment, PackageLoader, select_autoescape
     from plotly.offline import get_plotlyjs
 
-    loader = Environment(loader=PackageLoader("ddray.report"), autoescape=select_autoescape())
+    loader = Environment(loader=PackageLoader("ddray.drawing"), autoescape=select_autoescape())
     choices = [name for name in table.columns if name not in _FIXED]
     proxies = []
     for figures in result["proxies"]:

@@ -60,7 +60,7 @@ def write_page(
     )
     cells = [cell for run in runs for cell in run.cells]
     sets = [view for run in runs for view in run.sets]
-    loader = Environment(loader=PackageLoader("ddray.report"), autoescape=select_autoescape())
+    loader = Environment(loader=PackageLoader("ddray.drawing"), autoescape=select_autoescape())
     page = loader.get_template("report.html").render(
         runs=runs,
         title=" + ".join(run.title for run in runs),

@@ -1,4 +1,4 @@
-"""."""
+"""What a run was computed with: versions, hardware, commit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("torch", "torchvision", "numpy", "kornia", "scikit-learn", "ray", "optuna")
+_PACKAGES = ("ddray", "torch", "torchvision", "numpy", "kornia", "scikit-learn", "ray", "optuna")
 
 
 def environment() -> dict[str, Any]:
@@ -32,9 +32,7 @@ def environment() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Return the versions of ddray, Python and the libraries that affect the results."""
-    from ddray import __version__
-
-    installed = {"ddray": __version__, "python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
             installed[name] = importlib.metadata.version(name)
@@ -51,7 +49,7 @@ def git_commit() -> str | None:
 
 def _git(*arguments: str) -> str | None:
     """Return what git prints in ddray's own checkout; None where there is none, or it prints nothing."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     try:

@@ -1,4 +1,4 @@
-"""."""
+"""How a task of a run ended."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""."""
+"""Set-up of a process that computes: cores, threads, device, logging, memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""."""
+"""Augmentation by name: DSA, and torchvision's policies, on batches in a pixel space."""
 
 from __future__ import annotations
 

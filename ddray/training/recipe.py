@@ -1,4 +1,4 @@
-"""."""
+"""Recipes: how a network is trained on a distilled set, as a teacher, as a probe."""
 
 from __future__ import annotations
 

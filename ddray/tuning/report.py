@@ -33,7 +33,7 @@ def write_report(run_dir: Path, result: Mapping[str, Any], rows: Sequence[Row], 
     """
     from jinja2 import Environment, PackageLoader, select_autoescape
 
-    loader = Environment(loader=PackageLoader("ddray.report"), autoescape=select_autoescape())
+    loader = Environment(loader=PackageLoader("ddray.drawing"), autoescape=select_autoescape())
     names = list(space)
     page = loader.get_template("tune.html").render(
         result=result,

@@ -1,25 +1,20 @@
-"""."""
+"""A search for hyperparameters: its options, its trials, and which of them are missing."""
 
 from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field
 
-from ddray.cluster.pretrain import shared_pool
-from ddray.cluster.runtime import check_capacity
 from ddray.config import Config
 from ddray.errors import DdrayError, InterruptedRunError
 from ddray.jobs.plan import Plan
-from ddray.pool.spec import PoolSpec
 from ddray.runs.folder import Run
 from ddray.runs.ledger import Row
 from ddray.system.files import write_text
-from ddray.tuning.payload import Payload
 from ddray.tuning.space import Range
 from ddray.tuning.study import score_of
 from ddray.tuning.trial import Job, trial_unit
@@ -71,7 +66,7 @@ class TuneOptions(Config):
 
 
 class Search:
-    """One search: what is done, what is missing, and how to run the rest."""
+    """One search: what is done, and what is missing."""
 
     def __init__(
         self,
@@ -115,31 +110,15 @@ class Search:
         """Return the unit of a trial."""
         return trial_unit(self.job, trial_number, params, self.plan.dataset.fingerprint)
 
-    def run(self, payload: Payload, specs: Sequence[PoolSpec]) -> None:
-        """Train the pool, then run what is missing.
-
-        Args:
-            payload: the real images.
-            specs: networks that the trials share.
+    def check_ended(self, run_s: float) -> None:
+        """Check after `run_s` seconds of running that the search may end.
 
         Raises:
             InterruptedRunError: a signal came, or the time budget ended before the paper's point.
         """
-        fits = check_capacity(self.options.cpus_per_trial, self.options.gpus_per_trial)
-        concurrent = min(fits, self.options.max_concurrent or fits)
-        with shared_pool(self.job, payload, specs, concurrent) as self.job:
-            begin = time.monotonic()
-            if self.options.strategy == "pb2":
-                from ddray.cluster.pb2 import run_pb2
-
-                run_pb2(self, payload, concurrent)
-            else:
-                from ddray.cluster.ray_tune import run_tune
-
-                run_tune(self, payload, concurrent)
         missing = self.missing()
         budget = self.options.time_budget
-        out_of_time = budget is not None and time.monotonic() - begin >= budget
+        out_of_time = budget is not None and run_s >= budget
         # A budget lets running trials end; a signal leaves some without a row.
         cut_off = bool(unfinished(self.ledger.events(), self.rows(), self.job))
         if missing and (cut_off or not out_of_time or 0 in missing):
@@ -149,7 +128,7 @@ class Search:
             )
 
 
-def _best(rows: Sequence[Row]) -> Row:
+def best_trial(rows: Sequence[Row]) -> Row:
     """Return the trial with the highest val score at full length (the earliest of equals).
 
     Raises:
@@ -162,6 +141,6 @@ def _best(rows: Sequence[Row]) -> Row:
     return max(full_length, key=lambda row: (score_of(row.result), -int(row.spec["number"])))
 
 
-def _paper(rows: Sequence[Row]) -> Row | None:
+def paper_trial(rows: Sequence[Row]) -> Row | None:
     """Return the paper's own point (trial 0) if it finished."""
     return next((row for row in rows if int(row.spec["number"]) == 0 and row.status == "done"), None)

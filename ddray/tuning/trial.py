@@ -12,7 +12,6 @@ from typing import Any, Final
 import torch
 
 from ddray.artifact.distilled_set import DistilledSet
-from ddray.cluster.pool import ClusterPool, PoolAddress
 from ddray.config import merge
 from ddray.distillation.loop import DistillResult, rate_name, run_distillation
 from ddray.errors import DivergedError
@@ -24,7 +23,7 @@ from ddray.jobs.plan import Plan, RunConfig
 from ddray.jobs.trainers import PoolTrainer
 from ddray.methods import get_method
 from ddray.pool.local import LocalPool
-from ddray.pool.spec import ModelPool
+from ddray.pool.spec import ModelPool, PoolSource
 from ddray.ranking.objective import SpearmanObjective
 from ddray.runs.ledger import Ledger, Row, Unit
 from ddray.system.files import write_text
@@ -67,7 +66,7 @@ class Job:
     cpus: float
     gpus: float
     nas: SpearmanObjective | None = None
-    pool: PoolAddress | None = None
+    pool: PoolSource | None = None
     budget: int | None = None
 
     @property
@@ -84,7 +83,7 @@ class Job:
 def trial_pool(job: Job, unpacked: Unpacked, device: torch.device) -> ModelPool:
     """Return a worker's pool; missing networks are trained on the payload's images."""
     trainer = PoolTrainer(unpacked.dataset, unpacked.split, device)
-    return LocalPool(trainer) if job.pool is None else ClusterPool(trainer, job.pool)
+    return LocalPool(trainer) if job.pool is None else job.pool.connect(trainer)
 
 
 def trial_config(job: Job, params: Mapping[str, Any]) -> RunConfig[Any]:

@@ -121,10 +121,10 @@ def test_an_unknown_method_is_refused_with_the_nearest() -> None:
         get_method("datadm")
 
 
-def test_a_private_module_is_no_method() -> None:
+def test_a_package_of_shared_code_is_no_method() -> None:
     assert not [name for name in METHODS if name.startswith("_")]
     with pytest.raises(InputError, match="method must be one of"):
-        get_method("_matching")
+        get_method("families")
 
 
 @pytest.mark.parametrize("method", METHODS)

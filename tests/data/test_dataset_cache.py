@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_files import random_images, write_parquet
 
 from ddray.data import cache, open_dataset, sources
 from ddray.errors import InputError, StorageError
+from tests.data.data_files import random_images, write_parquet
 
 
 def a_folder(root: Path, seed: int = 0) -> torch.Tensor:

@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_files import as_pil, random_images, write_png
 from PIL import Image
 
 from ddray.data import open_dataset
 from ddray.data.catalog import KNOWN
 from ddray.errors import InputError
+from tests.data.data_files import as_pil, random_images, write_png
 
 
 def by_class(

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_files import random_images, write_cifar, write_idx
 
 from ddray.data import dataset_names, normalized_space, open_dataset
 from ddray.errors import DdrayError, InputError
+from tests.data.data_files import random_images, write_cifar, write_idx
 
 
 def test_digits_needs_no_files_and_has_a_fixed_split() -> None:

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_files import as_pil, random_images, write_parquet
 
 from ddray.data import open_dataset
 from ddray.errors import InputError
+from tests.data.data_files import as_pil, random_images, write_parquet
 
 NAMES = ("zebra", "ant", "bee")
 

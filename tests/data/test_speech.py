@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from data_files import write_wav
 from scipy.io import wavfile
 
 from ddray.data import open_dataset
 from ddray.data.speech import spectrograms
 from ddray.errors import InputError
+from tests.data.data_files import write_wav
 
 
 def tone(rate: int, hertz: float, length_s: float = 1.0) -> np.ndarray:

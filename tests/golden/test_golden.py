@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from regenerate import FOLDER, METHODS, STEPS, losses
+
+from tests.golden.regenerate import FOLDER, METHODS, STEPS, losses
 
 
 def test_every_golden_file_is_checked() -> None:

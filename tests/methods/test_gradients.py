@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddray.methods import get_method
-from ddray.methods.families.matching import means as _matching
+from ddray.methods.families.matching import batches
 from ddray.methods.families.matching.batches import ClassBatches
 from ddray.methods.families.matching.gradients import gradient_distance, loops
 from ddray.nets import build_net
@@ -136,7 +136,7 @@ def test_a_step_is_the_algorithm(
     }
     settings = {"batch_real": BATCH, "lr_img": LR, "lr_net": 0.05, **loop_settings}
     _, ctx, distiller = planned(method, toy(), ipc=IPC, seed=4, steps=1, arch=arch, method=settings)
-    monkeypatch.setattr(_matching, "_CHUNK_BYTES", 2 * 8 * 16 * 16 * 4)  # two images at a time
+    monkeypatch.setattr(batches, "_CHUNK_BYTES", 2 * 8 * 16 * 16 * 4)  # two images at a time
     distiller.setup(ctx)
     start = distiller.snapshot().images
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ddray.data import Split
 from ddray.errors import InputError
+from ddray.jobs import context
 from ddray.jobs.context import wants_compile
-from ddray.methods.families.matching import means as _matching
+from ddray.methods.families.matching import batches
 from ddray.methods.families.matching.batches import (
     _CHUNK_BYTES,
     ClassBatches,
@@ -136,7 +137,7 @@ def test_a_step_is_the_loop_over_classes(
         method={"batch_real": BATCH, "lr_img": LR, "momentum": 0.0, "augment": augment, **settings},
     )
     # Three images of 8 x 16 x 16 floats at a time: chunks begin and end inside classes.
-    monkeypatch.setattr(_matching, "_CHUNK_BYTES", 3 * 8 * 16 * 16 * 4)
+    monkeypatch.setattr(batches, "_CHUNK_BYTES", 3 * 8 * 16 * 16 * 4)
     sizes: list[int] = []
     take = ClassBatches.take
     monkeypatch.setattr(
@@ -289,7 +290,7 @@ class TestCompile:
         return wants_compile(choice, num_steps=steps, images_per_step=320, image_shape=(3, 32, 32))
 
     def test_without_a_compiler(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(_matching.shutil, "which", lambda name: None)
+        monkeypatch.setattr(context.shutil, "which", lambda name: None)
 
         assert not self.decide("auto")
         assert not self.decide("off")
@@ -297,7 +298,7 @@ class TestCompile:
             self.decide("on")
 
     def test_with_a_compiler(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(_matching.shutil, "which", lambda name: "/bin/g++" if name == "g++" else None)
+        monkeypatch.setattr(context.shutil, "which", lambda name: "/bin/g++" if name == "g++" else None)
 
         assert self.decide("on", steps=1)
         assert not self.decide("off")
@@ -307,7 +308,7 @@ class TestCompile:
         assert [self.decide("auto", steps=worth + i) for i in (0, 1)] == [False, True]
 
     def test_small_images_must_be_more(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(_matching.shutil, "which", lambda name: "/bin/g++")
+        monkeypatch.setattr(context.shutil, "which", lambda name: "/bin/g++")
         steps = [
             wants_compile("auto", num_steps=2000, images_per_step=320, image_shape=(1, size, size))
             for size in (16, 32, 64)

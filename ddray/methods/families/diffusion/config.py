@@ -1,4 +1,4 @@
-"""."""
+"""D3HR's settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""."""
+"""Batches of real images by class, the initial synthetic images, and chunks that fit a CPU's cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""."""
+"""Settings that KRR-ST and Boost-SSDD share."""
 
 from __future__ import annotations
 

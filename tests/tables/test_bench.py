@@ -15,6 +15,7 @@ import pytest
 
 from ddray.artifact import distilled_set as artifact
 from ddray.artifact.reading import load
+from ddray.commands.bench_display import bench_tables
 from ddray.data import open_dataset
 from ddray.distillation.method import DistillContext
 from ddray.errors import DdrayError, InputError, StorageError
@@ -30,7 +31,6 @@ from ddray.tables import nas_table as ranking
 from ddray.tables import scheduler as board
 from ddray.tables import worker as bench_work
 from ddray.tables.cost import History, costs_file, summarise, sweep_of
-from ddray.tables.display import bench_tables
 from ddray.tables.dry_run import _facts, dry_run
 from ddray.tables.graph import build_graph
 from ddray.tables.nas_table import _baseline, cell_of, nas_options
@@ -48,7 +48,7 @@ from ddray.tables.table import standard_error
 from ddray.tables.units import Cell
 from ddray.tables.worker import AskingPool, asked_first
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "configs" / "bench").glob("*.yaml"))
 LOCAL = BenchOptions(executor="local")
 TINY: dict[str, Any] = {
