@@ -27,7 +27,7 @@ _HEAD = "<!-- Written by docs/regenerate.py from the sources; do not edit. -->"
 def own_methods() -> list[str]:
     """Return the names of ddray's built-in methods."""
     modules = pkgutil.iter_modules(ddray.methods.__path__)
-    return sorted(module.name for module in modules if not module.name.startswith("_"))
+    return sorted(module.name for module in modules if not module.ispkg)
 
 
 def page(method: str) -> str:
