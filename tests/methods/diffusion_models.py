@@ -11,6 +11,8 @@ from ddray.methods.families.diffusion.model import DiffusionModel
 from ddray.methods.families.diffusion.train import DiffusionRecipe, build, train_generator
 
 TINY = {"epochs": 1, "vae_epochs": 1, "vae_width": 8, "depth": 1, "heads": 1, "head_dim": 8, "batch": 16}
+# Settings of D3HR that take no time.
+BASE = {"num_candidates": 7, "num_inference_steps": 2, "generator": TINY}
 
 
 def tiny_recipe(**changes: Any) -> DiffusionRecipe:

@@ -236,7 +236,7 @@ class TestTunePage:
 
 @pytest.mark.parametrize("name", ["result", "names", "trials", "figures", "picture", "config", "environment"])
 def test_the_template_uses_what_it_is_given(name: str) -> None:
-    import ddray.report
+    import ddray.drawing
 
-    template = Path(ddray.report.__file__).parent / "templates" / "tune.html"
+    template = Path(ddray.drawing.__file__).parent / "templates" / "tune.html"
     assert re.search(rf"{{[{{%][^}}]*\b{name}\b", template.read_text())

@@ -1,0 +1,71 @@
+"""A small bench that tests of tables run in their own process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ddray.runs.ledger import Ledger
+from ddray.tables.run import (
+    BenchOptions,
+    prepare,
+    run_bench,
+    run_local,
+)
+from ddray.tables.spec import BenchSpec, Source
+from ddray.tables.units import Cell
+
+LOCAL = BenchOptions(executor="local")
+
+
+TINY: dict[str, Any] = {
+    "name": "tiny",
+    "dataset": "digits",
+    "methods": ["random", {"name": "dm", "steps": 2, "set": {"method.batch_real": 4}}],
+    "ipc": 1,
+    "set": {"arch": "convnet1_w8", "compile": "off"},
+    "evaluate": {"archs": ["convnet1_w8", "convnet1_w8_bn"], "epochs": 1, "seeds": 2},
+    "seeds": 2,
+}
+
+
+def spec(**changes: Any) -> BenchSpec:
+    return BenchSpec.parse({**TINY, **changes})
+
+
+def run(
+    folder: Path, bench_spec: BenchSpec | None = None, *, resume: bool = False, **options: Any
+) -> dict[str, Any]:
+    """Run a bench in this process."""
+    bench_options = BenchOptions(executor="local", **options)
+    return run_bench(prepare(bench_spec or spec(), bench_options), run_local, run_dir=folder, resume=resume)
+
+
+def starts(folder: Path) -> dict[str, int]:
+    """Return how often each unit was started."""
+    keys = [event["key"] for event in Ledger(folder).events() if event["event"] == "start"]
+    return {key: keys.count(key) for key in keys}
+
+
+def nas_of(**options: Any) -> dict[str, Any]:
+    """Return the settings of a NAS evaluation."""
+    return {"protocol": "nas", "options": options}
+
+
+def table_cell(**changes: Any) -> Cell:
+    values: dict[str, Any] = {
+        "method": "datadam",
+        "name": "datadam",
+        "dataset": "cifar10",
+        "num_classes": 10,
+        "size": ("ipc", 1),
+        "protocol": "hard",
+        "arch": "convnet3",
+        "target": "cifar10",
+        "teacher": None,
+        "augment": None,
+        "settings": None,
+        "keys": (),
+        "source": Source(),
+    }
+    return Cell(**{**values, **changes})

@@ -1,0 +1,253 @@
+"""Sets of a bench that rank architectures."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ddray.artifact.reading import load
+from ddray.commands.bench_display import bench_tables
+from ddray.data import open_dataset
+from ddray.errors import DdrayError, InputError
+from ddray.methods import get_method
+from ddray.ranking import worker as nas_units
+from ddray.ranking.spaces import get_space
+from ddray.runs.ledger import Ledger
+from ddray.tables import nas_table as ranking
+from ddray.tables.cost import costs_file, summarise, sweep_of
+from ddray.tables.dry_run import _facts, dry_run
+from ddray.tables.graph import build_graph
+from ddray.tables.nas_table import _baseline, cell_of, nas_options
+from ddray.tables.spec import Source, read_spec
+from tests.tables.benches import LOCAL, run, spec, table_cell
+
+ROOT = Path(__file__).resolve().parents[2]
+
+NAS: dict[str, Any] = {
+    "evaluate": {
+        "protocol": "nas",
+        "options": {"sample": 2, "max_mflops": 3, "epochs": 1, "baselines": ["early-stopping"]},
+    },
+    "seeds": 1,
+}
+
+
+def test_sets_rank_architectures_in_a_run_of_their_own(tmp_path: Path) -> None:
+    bench_spec = spec(**NAS)
+    result = run(tmp_path / "run", bench_spec)
+    assert [(cell["method"], cell["arch"], cell["protocol"]) for cell in result["cells"]] == [
+        ("random", "convnet720", "nas"),
+        ("dm", "convnet720", "nas"),
+        ("early-stopping (1 steps)", "convnet720", "nas"),
+    ]
+    assert {cell["num_archs"] for cell in result["cells"]} == {2}
+    (sweep,) = [path for path in (tmp_path / "run" / "nas").iterdir() if (path / "ledger").is_dir()]
+    proxies = {row.spec.get("proxy") for row in Ledger(sweep).rows("nas")}
+    assert len(Ledger(sweep).rows("nas")) == 3 * 2, f"two sets and early stopping: {proxies}"
+    for row in Ledger(tmp_path / "run").rows("distill"):
+        distilled = load(tmp_path / "run" / row.result["artifact"])
+        assert distilled.meta.split == row.spec["split"] == "train-val0", (
+            "val is what the ranking is scored on"
+        )
+    for cell in result["cells"]:
+        assert {"spearman", "spearman_top20", "kendall"} <= cell.keys()
+        assert 0 <= cell["accuracy_mean"] <= 1
+    before = {path: path.stat().st_mtime_ns for path in sweep.glob("ledger/*.json")}
+    assert run(tmp_path / "run", bench_spec, resume=True)["cells"] == result["cells"]
+    assert {path: path.stat().st_mtime_ns for path in sweep.glob("ledger/*.json")} == before
+
+
+def test_a_set_that_is_gone_is_distilled_again_and_its_sweep_goes_on(tmp_path: Path) -> None:
+    bench_spec = spec(**NAS)
+    result = run(tmp_path / "run", bench_spec)
+    for row in Ledger(tmp_path / "run").rows("distill"):
+        (tmp_path / "run" / row.result["artifact"]).unlink()
+    again = run(tmp_path / "run", bench_spec, resume=True)
+    assert again["cells"] == result["cells"]
+    rows = Ledger(tmp_path / "run").rows("distill")
+    assert rows
+    assert all((tmp_path / "run" / row.result["artifact"]).is_file() for row in rows)
+
+
+def test_a_set_that_failed_joins_the_sweep_when_the_bench_is_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench_spec = spec(**NAS)
+    with monkeypatch.context() as patch:
+        patch.setattr(get_method("dm"), "step", lambda self: 1 / 0)
+        result = run(tmp_path / "run", bench_spec)
+    assert [cell["method"] for cell in result["cells"]] == ["random", "early-stopping (1 steps)"]
+    again = run(tmp_path / "run", bench_spec, resume=True, retry_failed=True)
+    assert [cell["method"] for cell in again["cells"]] == ["random", "dm", "early-stopping (1 steps)"]
+    assert again["failures"] == []
+    assert [again["cells"][0], again["cells"][2]] == result["cells"]
+
+
+def test_architectures_that_crash_are_listed_and_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench_spec = spec(**NAS)
+    real = nas_units.run_task
+
+    def broken(job: Any, data: Any, task: Any, *args: Any) -> Any:
+        if task.units[0].spec.get("proxy") == "dm-0.pt":
+            raise RuntimeError("a worker died")
+        return real(job, data, task, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nas_units, "run_task", broken)
+        result = run(tmp_path / "run", bench_spec)
+    assert [failure["kind"] for failure in result["failures"]] == ["nas", "nas"]
+    assert all("on dm-0.pt" in failure["unit"] for failure in result["failures"])
+    assert {cell["method"]: cell["num_archs"] for cell in result["cells"]}["dm"] == 0
+    again = run(tmp_path / "run", bench_spec, resume=True, retry_failed=True)
+    assert again["num_failed"] == 0
+    assert {cell["num_archs"] for cell in again["cells"]} == {2}
+
+
+def test_rows_whose_labels_make_one_file_name_are_told_apart(tmp_path: Path) -> None:
+    rows = [{"name": "random", "label": "a+b"}, {"name": "class_mean", "label": "a b"}]
+    result = run(tmp_path / "run", spec(**{**NAS, "methods": rows, "set": {}}))
+    assert [cell["method"] for cell in result["cells"]][:2] == ["a+b", "a b"]
+    assert result["failures"] == []
+
+
+def test_early_stopping_finds_its_published_number() -> None:
+    bench_spec = read_spec(ROOT / "configs" / "bench" / "datadam_table4.yaml")
+    facts = _facts("cifar10", None)
+    facts.__dict__["fingerprint"] = "unread"
+    graph = build_graph(bench_spec, lambda name: facts)
+    figures = {"top1_truth_accuracy": 0.9, "spearman": 0.6, "spearman_top20": 0.6, "num_archs": 720}
+    figures |= {"wall_s": 90.0, "storage_images": 50_000}
+    cell = cell_of(_baseline(graph.rankings[0], "early-stopping (150 steps)"), [figures])
+    assert cell["published"]["accuracy_mean"] == pytest.approx(0.889)
+    assert cell["published_spearman_top20"] == pytest.approx(0.64)
+    assert (cell["search_time"], cell["published_search_time"]) == (1.5, 37.1), "minutes"
+    assert (cell["storage_images"], cell["published_storage_images"]) == (50_000, 50_000)
+    cell = cell_of(_baseline(graph.rankings[0], "whole"), [figures])
+    assert (cell["published"]["accuracy_mean"], cell["published_search_time"]) == (0.892, 5168.9)
+
+
+@pytest.mark.parametrize("name", ["epochs", "seeds", "archs", "teacher"])
+def test_what_only_other_protocols_take_is_refused(name: str) -> None:
+    bench_spec = spec(evaluate={"protocol": "nas", name: ["vgg11"] if name in ("archs", "teacher") else 3})
+    with pytest.raises(InputError, match=f"evaluate.{name} must be left out with protocol nas"):
+        build_graph(bench_spec, open_dataset)
+
+
+def test_a_sweep_that_fails_is_listed_and_the_rest_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise DdrayError("no architecture finished on dm-0.pt: out of memory")
+
+    monkeypatch.setattr(ranking, "rank_architectures", broken)
+    bench_spec = spec(
+        seeds=1, evaluate=[{"epochs": 1, "seeds": 1, "archs": ["convnet1_w8"]}, NAS["evaluate"]]
+    )
+    result = run(tmp_path / "run", bench_spec)
+    assert [cell["method"] for cell in result["cells"]] == ["random", "dm"]
+    (failure,) = result["failures"]
+    assert (failure["kind"], failure["unit"]) == ("nas", "nas sweep of convnet720: digits ipc 1")
+    assert "no architecture finished" in failure["reason"]
+    for name in ("results.csv", "table.csv", "cells.json"):
+        assert (tmp_path / "run" / name).is_file()
+
+
+def test_a_dry_run_prices_sweeps_from_past_ones(tmp_path: Path) -> None:
+    bench_spec = spec(**NAS)
+    unknown = dry_run(bench_spec, LOCAL, run_dir=None)
+    (sweep,) = [unit for unit in unknown["units"] if unit["kind"] == "nas"]
+    assert sweep["estimate_s"] is None
+    assert len(sweep["needs"]) == 2
+    run(tmp_path / "run", bench_spec)
+    (sweep,) = [unit for unit in dry_run(bench_spec, LOCAL, run_dir=None)["units"] if unit["kind"] == "nas"]
+    lines = [json.loads(line) for line in costs_file().read_text().splitlines()]
+    times = [line["wall_s"] for line in lines if line["kind"] == "nas"]
+    assert sweep["past_units"] == len(times) > 0
+    # two architectures on two sets and on the baseline, and their truth
+    assert sweep["estimate_s"] == pytest.approx(statistics.median(times) * 2 * (2 + 1 + 1))
+    assert "nas sweep of convnet720" in str(summarise([sweep]))
+    assert (sweep["status"], sweep["num_trainings"], sweep["num_trainings_left"]) == ("missing", 8, 8)
+    (sweep,) = [
+        u for u in dry_run(bench_spec, LOCAL, run_dir=tmp_path / "run")["units"] if u["kind"] == "nas"
+    ]
+    assert (sweep["status"], sweep["num_trainings_left"]) == ("done", 0)
+    ledger = next((tmp_path / "run" / "nas").glob("digits-*/ledger"))
+    min(ledger.glob("*.json")).unlink()
+    (sweep,) = [
+        u for u in dry_run(bench_spec, LOCAL, run_dir=tmp_path / "run")["units"] if u["kind"] == "nas"
+    ]
+    assert (sweep["status"], sweep["num_trainings_left"]) == ("missing", 1)
+    assert sweep["estimate_s"] == pytest.approx(statistics.median(times))
+
+
+def test_people_see_correlations_and_rows_without_an_architecture() -> None:
+    shared = {"dataset": "cifar10", "ipc": 50, "protocol": "nas", "n": 1, "accuracy_std": None}
+    cells = [
+        {**shared, "method": "dm", "accuracy_mean": 0.9, "spearman": 0.512, "storage_images": 50_000.0},
+        {**shared, "method": "dc", "accuracy_mean": None, "spearman": None, "published_spearman": -0.19},
+    ]
+    result = {
+        "cells": cells,
+        "failures": [],
+        "skipped": [],
+        "num_failed": 0,
+        "wall_s": 1.0,
+        "run_dir": "r",
+    }
+    table = bench_tables("mini", result)[0]
+    columns = {str(column.header): list(column.cells) for column in table.columns}
+    assert columns["accuracy %"] == ["90.00", "-"]
+    assert (columns["Spearman"], columns["published Spearman"]) == (["0.512", "-"], ["-", "-0.19"])
+    assert columns["images"] == ["50,000", "-"]
+
+
+def test_a_sweep_is_priced_without_architectures_above_its_limit() -> None:
+    bench_spec = spec(evaluate={"protocol": "nas", "options": {"max_mflops": 2}}, seeds=1)
+    (sweep,) = dry_run(bench_spec, LOCAL, run_dir=None)["units"][-1:]
+    assert sweep["kind"] == "nas"
+    (ranking,) = build_graph(bench_spec, open_dataset).rankings
+    digits, space = open_dataset("digits"), get_space("convnet720")
+    within = sum(space.cost(i, digits.image_shape, digits.num_classes) <= 2 for i in range(len(space)))
+    assert 0 < within < len(space)
+    cost = sweep_of(ranking, nas_options(ranking, {}), digits)
+    assert cost.num_units == within * (2 + 1), "on two sets, and the truth"
+
+
+def test_a_bad_option_is_refused_before_a_folder_is_made(tmp_path: Path) -> None:
+    bad = {"evaluate": {"protocol": "nas", "options": {"sampel": 2}}}
+    with pytest.raises(InputError, match="did you mean 'sample'"):
+        run(tmp_path / "run", spec(**bad))
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(InputError, match="did you mean 'sample'"):
+        dry_run(spec(**bad), LOCAL, run_dir=None)
+
+
+def test_published_correlations_stand_beside_ours() -> None:
+    cell = table_cell(
+        size=("ipc", 50),
+        protocol="nas",
+        arch="convnet720",
+        source=Source(paper="datadam", table="Table 4"),
+    )
+    figures = [
+        {
+            "top1_truth_accuracy": value,
+            "spearman": rho,
+            "spearman_top20": None,
+            "kendall": rho,
+            "num_archs": 720,
+        }
+        for value, rho in ((0.90, 0.5), (0.88, 0.7))
+    ]
+    result = cell_of(cell, figures)
+    assert result["accuracy_mean"] == pytest.approx(0.89)
+    assert result["spearman"] == pytest.approx(0.6)
+    assert (result["spearman_top20"], result["published_spearman_top20"]) == (None, 0.69)
+    assert result["published"]["accuracy_mean"] == pytest.approx(0.89)
+    assert result["published"]["difference_se"] is None, "printed without a deviation"

@@ -1,0 +1,117 @@
+"""The papers' numbers beside the cells of a table."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ddray.tables.published import compare, find, read_numbers
+from ddray.tables.spec import Source, read_spec
+from ddray.tables.table import standard_error
+from tests.tables.benches import table_cell
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def value(**changes: Any) -> float | None:
+    number = find(read_numbers(), table_cell(**changes))
+    return None if number is None else number.value
+
+
+def test_all_numbers_are_read() -> None:
+    numbers = read_numbers()
+    assert len(numbers) == 950
+    assert len({(number.paper, number.table) for number in numbers}) == 34
+
+
+def test_cells_find_their_numbers() -> None:
+    assert value() == 32.0
+    assert value(name="mmd_pixel", size=("ipc", 50)) == 50.9
+    assert value(size=("ipc", 2)) is None
+    assert value(dataset="digits", target="digits") is None
+    assert value(name="dm", arch="densenet_cifar", size=("ipc", 50)) == 57.4
+    source = Source(paper="dsdm", table="Table 1")
+    assert value(name="dm", size=("ipc", 10), source=source) == 48.9
+    assert value(source=source) is None, "DataDAM is not in that table"
+
+
+def test_boost_counts_images_and_supervised_sets_count_as_their_images() -> None:
+    fields = {"dataset": "cifar100", "target": "cifar10", "num_classes": 100, "protocol": "linear"}
+    source = Source(paper="boost_ssdd", table="Table 1")
+    assert value(name="boost_ssdd", size=("budget", 100), source=source, **fields) == 76.83
+    assert value(name="dm", size=("ipc", 1), source=source, arch="vgg11", **fields) == 28.37
+    assert value(name="kmeans_ssl", size=("budget", 100), arch="mobilenet_v2", **fields) == 33.53
+
+
+def test_settings_and_teachers_tell_ablations_and_students_apart() -> None:
+    fields = {
+        "name": "d3hr",
+        "dataset": "imagenet",
+        "target": "imagenet",
+        "num_classes": 1000,
+        "size": ("ipc", 10),
+    }
+    table = Source(paper="d3hr", table="Table 2")
+    soft = {"protocol": "soft", "source": table}
+    assert value(**fields, **soft, teacher="vgg11", arch="mobilenet_v2") == 37.8
+    assert value(**fields, **soft, teacher="mobilenet_v2", arch="vgg11") == 24.8
+    source = Source(paper="d3hr", table="Table 3", setting="L_mu only")
+    assert value(**fields, protocol="soft", arch="resnet18", source=source) == 42.6
+    stated = Source(paper="d3hr", table="Table A10", setting="m=1e5; arch not stated")
+    assert value(name="d3hr", size=("ipc", 10), arch="resnet18", protocol="soft", source=stated) == 40.4
+
+
+def test_differences_are_in_standard_errors_of_both() -> None:
+    number = find(read_numbers(), table_cell())
+    assert number is not None
+    comparison = compare(number, 0.35, 0.004)
+    assert comparison["accuracy_mean"] == pytest.approx(0.32)
+    assert comparison["difference"] == pytest.approx(0.03)
+    assert comparison["difference_se"] == pytest.approx(0.03 / math.sqrt(0.004**2 + 0.012**2))
+    assert compare(number, 0.35, None)["difference_se"] is None
+    printed = replace(number, std=None)
+    without_std = compare(printed, 0.35, 0.004)
+    assert (without_std["difference_se"], without_std["difference"]) == (None, pytest.approx(0.03)), (
+        "it is not exact"
+    )
+
+
+def test_without_a_table_only_numbers_of_the_same_protocol_are_taken() -> None:
+    fields = {"name": "d3hr", "size": ("ipc", 10), "arch": "resnet18"}
+    assert value(**fields, protocol="soft", teacher="resnet18") == 41.3
+    assert value(**fields, protocol="soft") == 41.3, "the protocol's own teacher"
+    assert value(**fields, protocol="soft", teacher="vgg11") is None
+    assert value(**fields) is None, "hard labels are in Table 5 alone, of ImageNet"
+    for name in ("rded", "sre2l"):
+        assert value(name=name, size=("ipc", 10), arch="resnet18") is None
+        assert value(name=name, size=("ipc", 10), arch="resnet18", protocol="soft") is not None
+    plain = {"name": "dm", "size": ("ipc", 10)}
+    assert [value(**plain, protocol=one) for one in ("hard", "robust")] == [48.9, 48.9]
+    assert [value(**plain, protocol=one) for one in ("soft", "continual")] == [None, None]
+
+
+def test_a_convnet_without_a_width_is_the_papers_plain_one() -> None:
+    source = Source(paper="d3hr", table="Table A6")
+    fields: dict[str, Any] = {"name": "d3hr", "source": source}
+    assert value(size=("ipc", 10), **fields) == 57.3
+    assert value(size=("ipc", 50), **fields) == 69.3
+    big = {"dataset": "cifar100", "target": "cifar100", "num_classes": 100}
+    assert value(size=("ipc", 50), **fields, **big) == 54.6
+
+
+@pytest.mark.parametrize("figure", [1, 4, 5, 6, 12, 13])
+def test_ablations_are_not_compared_with_the_methods_own_number(figure: int) -> None:
+    bench_spec = read_spec(ROOT / "configs" / "bench" / f"datadam_fig{figure}.yaml")
+    assert value(size=("ipc", 10)) == 54.2
+    assert value(size=("ipc", 10), source=bench_spec.published) is None
+
+
+def test_the_standard_error_is_over_sets() -> None:
+    assert standard_error([[0.5, 0.7], [0.8, 1.0]]) == pytest.approx(statistics.stdev([0.6, 0.9]) / 2**0.5)
+    assert standard_error([[0.5, 0.7, 0.9]]) == pytest.approx(0.2 / 3**0.5)
+    assert standard_error([[0.5]]) is None
