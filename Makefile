@@ -1,4 +1,4 @@
-# make demo | test | check | reports | clean. Needs Python >= 3.11 and make; everything else goes into .venv.
+# make demo | test | slow | bench | browser | check | reports | clean. Needs Python >= 3.11 and make; everything else goes into .venv.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -8,11 +8,13 @@ DEMO_ARGS ?= --steps 90 --set evaluate.epochs=100 --set evaluate.seeds=3
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test browser check reports clean
+.PHONY: help demo test slow bench browser check reports clean
 
 help:
 	@echo "make demo    install, tune DataDAM on the embedded digits, show where pictures and table are"
 	@echo "make test    install with the test extra, run the default test suite"
+	@echo "make slow    run the tests that take minutes each: random kills, every shipped bench (hours)"
+	@echo "make bench   run the benchmarks, which compare two builds of one thing in one run"
 	@echo "make browser test the report in chromium (needs chromium and chromedriver)"
 	@echo "make check   install with the dev extra, run ruff, mypy and import-linter"
 	@echo "make reports measure what reports/ holds (about an hour on two cores)"
@@ -44,21 +46,23 @@ demo: $(VENV)/.installed-run
 	done && \
 	printf '\npicture  %s\nreport   %s\ntable    %s\n' "$$run/distilled.png" "$$run/report.html" "$$run/results.csv"
 
-# Nothing is written outside the checkout and the temporary folder.
-# Tests wait for processes more than they compute: two at a time; benchmarks afterwards, alone on the machine.
-DEFAULT := not slow and not gpu and not browser
+# Nothing is written outside the checkout and the temporary folder. Tests wait for processes more than they compute:
+# two at a time. Benchmarks run alone on the machine. PYTEST_ARGS replaces the choice of files and workers.
+DEFAULT := not slow and not gpu and not browser and not benchmark
+TWO := -n 2 --dist worksteal
+pytest = home=$$(mktemp -d) && trap 'rm -rf "$$home"' EXIT INT TERM && DDRAY_HOME="$$home" $(PY) -m pytest
+
 test: $(VENV)/.installed-test
-	@home=$$(mktemp -d) && trap 'rm -rf "$$home"' EXIT INT TERM && export DDRAY_HOME="$$home" && \
-	if [ -n "$(PYTEST_ARGS)" ]; then \
-		$(PY) -m pytest -m "$(DEFAULT)" $(PYTEST_ARGS); \
-	else \
-		$(PY) -m pytest -m "$(DEFAULT) and not benchmark" -n 2 --dist loadfile --no-loadscope-reorder && \
-		$(PY) -m pytest -m "$(DEFAULT) and benchmark" tests/benchmarks; \
-	fi
+	@$(pytest) -m "$(DEFAULT)" $(or $(PYTEST_ARGS),$(TWO))
+
+slow: $(VENV)/.installed-test
+	@$(pytest) -m "slow and not gpu and not browser and not benchmark" $(or $(PYTEST_ARGS),$(TWO))
+
+bench: $(VENV)/.installed-test
+	@$(pytest) -m "benchmark and not slow and not gpu" tests/benchmarks $(PYTEST_ARGS)
 
 browser: $(VENV)/.installed-browser
-	@home=$$(mktemp -d) && trap 'rm -rf "$$home"' EXIT INT TERM && \
-	DDRAY_HOME="$$home" $(PY) -m pytest -m browser tests/browser $(PYTEST_ARGS)
+	@$(pytest) -m browser tests/browser $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
@@ -72,5 +76,5 @@ reports: $(VENV)/.installed-test
 	$(VENV)/bin/python reports/diffusion.py
 
 clean:
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis *.egg-info
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find ddray tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -26,7 +26,6 @@ from ddray.commands.options import (
     absolute,
     output,
 )
-from ddray.jobs.context import pick_device
 
 
 def distill(
@@ -58,6 +57,7 @@ def distill(
         from ddray.data import open_dataset
         from ddray.jobs import distill as api
         from ddray.jobs import plan
+        from ddray.jobs.context import pick_device
         from ddray.methods import get_method
 
         get_method(method)

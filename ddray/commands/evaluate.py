@@ -10,8 +10,6 @@ import typer
 
 from ddray.commands import display
 from ddray.commands.options import Arch, DataDir, Device, Download, Json, Seed, absolute, output
-from ddray.evaluation.options import EvaluateOptions
-from ddray.jobs.context import pick_device
 
 
 def evaluate(
@@ -89,7 +87,9 @@ def evaluate(
     """Train fresh networks on a distilled set and report their accuracy."""
     with output(as_json) as emit:
         from ddray.errors import unknown
+        from ddray.evaluation.options import EvaluateOptions
         from ddray.jobs import score as scoring
+        from ddray.jobs.context import pick_device
 
         if pixel_space not in ("normalized", "zca", "raw"):
             raise unknown("--pixel-space", pixel_space, ("normalized", "zca", "raw"))

@@ -9,7 +9,6 @@ import typer
 
 from ddray.commands import display
 from ddray.commands.options import DataDir, DatasetOption, Device, Download, Json, absolute, output
-from ddray.jobs.context import pick_device
 from ddray.pool.listing import list_pool, show_entry
 
 
@@ -56,6 +55,7 @@ def pool_train(
         from ddray.config import parse_overrides
         from ddray.data import open_dataset
         from ddray.jobs import pool_training as pool_api
+        from ddray.jobs.context import pick_device
 
         options = {"--arch": arch, "--num-models": num_models, "--seed": seed}
         pool_api.check_kind(kind, [name for name, value in options.items() if value is not None])

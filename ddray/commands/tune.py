@@ -25,7 +25,6 @@ from ddray.commands.options import (
     absolute,
     output,
 )
-from ddray.tuning.search import TuneOptions
 
 
 def tune(
@@ -81,6 +80,7 @@ def tune(
         from ddray.data import open_dataset
         from ddray.jobs import plan
         from ddray.methods import get_method
+        from ddray.tuning.search import TuneOptions
 
         get_method(method)
         opened = open_dataset(dataset, data_dir=absolute(data_dir), download=download)

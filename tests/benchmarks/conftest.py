@@ -1,7 +1,11 @@
+"""Benchmarks compare what they measure in one run, and end with one table of their figures (`make bench`)."""
+
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +13,30 @@ import torch
 from ddray.data import Dataset, Split
 from ddray.jobs.plan import Plan, resolve
 from ddray.system.worker import cpu_count
+
+TABLE = pytest.StashKey[list[tuple[str, dict[str, Any]]]]()
+
+
+@pytest.fixture
+def figures(request: pytest.FixtureRequest, record_property: Any) -> Iterator[dict[str, Any]]:
+    """Takes what a benchmark measures, for the table and for reports/regenerate.py."""
+    measured: dict[str, Any] = {}
+    yield measured
+    for name, value in measured.items():
+        record_property(name, json.dumps(value))
+    request.config.stash.setdefault(TABLE, []).append((request.node.name, measured))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    rows = config.stash.get(TABLE, [])
+    if rows:
+        terminalreporter.section("figures")
+    for benchmark, measured in rows:
+        terminalreporter.write_line(benchmark)
+        for name, value in measured.items():
+            values = value.items() if isinstance(value, dict) else [("", value)]
+            text = ", ".join(f"{key} {number:.4g}".strip() for key, number in values)
+            terminalreporter.write_line(f"    {name:<32} {text}")
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
 from typing import Any
 
 import pytest
@@ -164,3 +165,20 @@ def test_losses_do_not_depend_on_the_order_of_classes_and_vanish_at_equality(
 def test_layers_that_the_network_has_not_are_refused(layers: Any, toy: Any, planned: Any) -> None:
     with pytest.raises(InputError, match=r"method\.layers must be within 1\.\.2 for convnet2_w8"):
         planned("datadam", toy(), steps=1, method={"layers": list(layers)})
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
+def test_compiled_steps_have_the_losses_of_eager_ones_without_recompilation(toy: Any, planned: Any) -> None:
+    steps = []
+    for choice in ("off", "on"):
+        _, ctx, method = planned(
+            "datadam", toy(), arch="convnet1_w8", compile=choice, method={"batch_real": 4}
+        )
+        method.setup(ctx)
+        steps.append(method.step)
+    eager, compiled = (float(step()["loss"]) for step in steps)
+    assert compiled == pytest.approx(eager, rel=1e-3)
+    with torch.compiler.set_stance("fail_on_recompile"):  # though every step draws new weights
+        for _ in range(3):
+            eager, compiled = (float(step()["loss"]) for step in steps)
+            assert compiled == pytest.approx(eager, rel=1e-3)

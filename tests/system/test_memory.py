@@ -13,7 +13,7 @@ from ddray.system.memory import available_bytes
 
 _PROBE = """
 import resource, sys, torch
-from ddray.memory import reuse_freed_memory
+from ddray.system.memory import reuse_freed_memory
 if sys.argv[1] == "yes":
     reuse_freed_memory()
 torch.set_num_threads(1)
