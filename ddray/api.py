@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -130,23 +129,25 @@ def evaluate(
     Raises:
         InputError: a name or a value is invalid.
     """
-    option_names = [field.name for field in dataclasses.fields(EvaluateOptions)]
     for name in other_options:
-        if name not in option_names:
-            raise unknown("an option of ddray.evaluate", name, option_names)
+        if name not in EvaluateOptions.model_fields:
+            raise unknown("an option of ddray.evaluate", name, EvaluateOptions.model_fields)
     other_fields: dict[str, Any] = {
         k: _listed(v) if k in ("sets", "teachers") else v for k, v in other_options.items()
     }
     opened = dataset if isinstance(dataset, Dataset) else None
-    options = EvaluateOptions(
-        dataset=None if dataset is None or opened is not None else str(dataset),
-        protocol=protocol,
-        archs=_listed(archs),
-        seeds=seeds,
-        epochs=epochs,
-        seed=seed,
-        data_dir=None if data_dir is None else Path(data_dir).absolute(),
-        **other_fields,
+    options = EvaluateOptions.parse(
+        {
+            "dataset": None if dataset is None or opened is not None else str(dataset),
+            "protocol": protocol,
+            "archs": _listed(archs),
+            "seeds": seeds,
+            "epochs": epochs,
+            "seed": seed,
+            "data_dir": None if data_dir is None else Path(data_dir).absolute(),
+            **other_fields,
+        },
+        prefix="--",
     )
     torch_device = pick_device(device)
     if not isinstance(distilled, DistilledSet):

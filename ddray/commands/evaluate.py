@@ -86,33 +86,33 @@ def evaluate(
 ) -> None:
     """Train fresh networks on a distilled set and report their accuracy."""
     with output(as_json) as emit:
-        from ddray.errors import unknown
         from ddray.evaluation.options import EvaluateOptions
         from ddray.jobs import score as scoring
         from ddray.jobs.context import pick_device
 
-        if pixel_space not in ("normalized", "zca", "raw"):
-            raise unknown("--pixel-space", pixel_space, ("normalized", "zca", "raw"))
-        options = EvaluateOptions(
-            dataset=dataset,
-            protocol=protocol,
-            archs=tuple(arch or ()),
-            seeds=seeds,
-            epochs=epochs,
-            split=split,  # type: ignore[arg-type]
-            augment=augment,  # type: ignore[arg-type]
-            recipe=recipe,
-            train_limit=train_limit,
-            num_tasks=num_tasks,
-            full_epochs=full_epochs,
-            finetune=finetune,
-            pixel_space=pixel_space,  # type: ignore[arg-type]
-            seed=seed,
-            teachers=tuple(teacher or ()),
-            sets=tuple(set_ or ()),
-            ipc=ipc,
-            data_dir=absolute(data_dir),
-            download=download,
+        options = EvaluateOptions.parse(
+            {
+                "dataset": dataset,
+                "protocol": protocol,
+                "archs": arch or (),
+                "seeds": seeds,
+                "epochs": epochs,
+                "split": split,
+                "augment": augment,
+                "recipe": recipe,
+                "train_limit": train_limit,
+                "num_tasks": num_tasks,
+                "full_epochs": full_epochs,
+                "finetune": finetune,
+                "pixel_space": pixel_space,
+                "seed": seed,
+                "teachers": teacher or (),
+                "sets": set_ or (),
+                "ipc": ipc,
+                "data_dir": absolute(data_dir),
+                "download": download,
+            },
+            prefix="--",
         )
         result = scoring.evaluate(Path(os.path.abspath(file)), options, device=pick_device(device))
         emit(result, lambda: display.evaluate_tables(f"{file.name}: {protocol}, {split}", result["results"]))

@@ -2,121 +2,124 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Final, Literal, Self, get_args
 
-from ddray.config import parse_overrides
+from pydantic import ValidationInfo, field_validator, model_validator
+
+from ddray.config import Config, parse_overrides
 from ddray.errors import InputError, unknown
 from ddray.evaluation.config import EvaluateConfig
 from ddray.evaluation.soft import SoftConfig
-from ddray.nets.names import resolve_arch
 from ddray.training.policies import Augment
-from ddray.training.recipe import named_recipe
+from ddray.training.recipe import RECIPES, named_recipe
 
 PROTOCOLS = ("hard", "soft", "linear", "robust", "continual")
 NUM_TASKS = 5
 SplitName = Literal["val", "test"]
 PixelKind = Literal["normalized", "raw", "zca"]
 HARD_RECIPE = "table5"
+_NAMES: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
+    "protocol": ("protocol", PROTOCOLS),
+    "split": ("split", get_args(SplitName)),
+    "augment": ("--augment", get_args(Augment)),
+    "pixel_space": ("--pixel-space", get_args(PixelKind)),
+}
+_PROTOCOL_OF_OPTION: Final = {
+    "num_tasks": "continual",
+    "full_epochs": "robust",
+    "finetune": "linear",
+    "teachers": "soft",
+}
 
 
-@dataclass(frozen=True)
-class EvaluateOptions:
-    """Options of `ddray evaluate`; None means: as the artifact says.
+def recipes_of(protocol: str) -> tuple[str, ...]:
+    """Return the names of the whole recipes that a protocol may train by."""
+    return {"hard": (*RECIPES, HARD_RECIPE), "soft": ("paper", "repo")}.get(protocol, tuple(RECIPES))
 
-    Attributes:
-        dataset: target; default the artifact's own.
-        protocol: the protocol's name.
-        archs: networks to train; default the artifact's own.
-        seeds: networks per architecture.
-        epochs: of training.
-        split: `test` or `val`.
-        augment: default the method's; another one also drops the method's strategy and CutMix.
-        recipe: a whole recipe by name, instead of the method's; default: the method's.
-        train_limit: train on at most so many images of the set; with `linear`, of the target.
-        num_tasks: of `continual`; default 5.
-        full_epochs: of `robust`, on the whole dataset; default as `epochs`.
-        finetune: with `linear`, fine-tune the whole network instead of probing (KRR-ST).
-        pixel_space: space of a foreign file's pixels.
-        seed: first network's seed.
-        teachers: networks whose soft labels are averaged; default resnet18 (protocol `soft`).
-        sets: further settings of the protocol, as `key=value`.
-        ipc: images per class of a set that generates them; default as it was distilled.
-        data_dir: where datasets are looked for.
-        download: let torchvision download.
-    """
+
+class EvaluateOptions(Config):
+    """Options of `ddray evaluate`; None means: as the artifact says."""
 
     dataset: str | None = None
+    """Target; default the artifact's own."""
     protocol: str = "hard"
+    """hard: train on hard labels; soft: on a teacher's; linear: pre-train, freeze, probe; robust: LRS and
+    ARS; continual: class by class, as a memory."""
     archs: tuple[str, ...] = ()
+    """Network to train; repeatable."""
     seeds: int | None = None
+    """Networks per architecture; default 5."""
     epochs: int | None = None
+    """Epochs of training; default the method's."""
     split: SplitName = "test"
+    """test, or val: the tenth of train a search keeps back."""
     augment: Augment | None = None
+    """dsa, dsa_idc, autoaugment, randaugment or none; default the method's."""
     recipe: str | None = None
+    """hard: vico, idc or table5 (D3HR's); soft: paper or repo. How all sets are trained on."""
     train_limit: int | None = None
+    """Train on at most so many images (linear: of the target)."""
     num_tasks: int | None = None
+    """continual: tasks the classes come in; default 5."""
     full_epochs: int | None = None
-    finetune: bool = False
-    pixel_space: PixelKind = "normalized"
-    seed: int = 0
+    """robust: epochs on the whole dataset; default as --epochs."""
     teachers: tuple[str, ...] = ()
-    sets: tuple[str, ...] = ()
+    """soft: who labels; several are averaged; default resnet18."""
     ipc: int | None = None
+    """Images per class, for sets that generate them."""
+    sets: tuple[str, ...] = ()
+    """key=value of the protocol, such as teacher.epochs=30; repeatable."""
+    finetune: bool = False
+    """linear: fine-tune the whole network instead of probing."""
+    pixel_space: PixelKind = "normalized"
+    """Of another project's file: normalized, zca or raw."""
+    seed: int = 0
+    """Every draw is derived from it."""
     data_dir: Path | None = None
+    """Where datasets are; default $DDRAY_DATA."""
     download: bool = False
+    """Let torchvision download what is missing."""
 
+    @field_validator(*_NAMES, mode="before")
+    @classmethod
+    def _known_name(cls, value: Any, info: ValidationInfo) -> Any:
+        label, names = _NAMES[str(info.field_name)]
+        if value is not None and value not in names:
+            raise unknown(label, str(value), names)
+        return value
 
-def check_options(options: EvaluateOptions, image_shape: tuple[int, int, int]) -> None:
-    """Check options before there is a set to evaluate.
-
-    Args:
-        options: the options to check.
-        image_shape: (C, H, W) of the set.
-
-    Raises:
-        InputError: a name is unknown, a number out of range, or an option does not go with the protocol.
-    """
-    _check_options(options)
-    soft = options.protocol == "soft" or (options.protocol, options.recipe) == ("hard", HARD_RECIPE)
-    if options.teachers and options.protocol != "soft":
-        raise InputError("--teacher must be left out, or used with --protocol soft")
-    if options.augment is not None and soft:
-        raise InputError("--augment must be left out here: the recipe trains on random resized crops")
-    if options.augment not in (None, *get_args(Augment)):
-        raise unknown("--augment", str(options.augment), get_args(Augment))
-    for name in ("train_limit", "num_tasks", "ipc"):
-        value = getattr(options, name)
+    @field_validator("train_limit", "num_tasks", "full_epochs", "ipc")
+    @classmethod
+    def _positive(cls, value: int | None, info: ValidationInfo) -> int | None:
         if value is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be >= 1, got {value}")
-    for teacher in options.teachers:
-        resolve_arch(teacher, image_shape)
-    sets = parse_overrides(options.sets)
-    if soft:
-        SoftConfig.parse(sets if options.recipe is None else {**sets, "recipe": options.recipe})
-    else:
-        EvaluateConfig.parse(named_recipe(sets, dataset="", factor=1), prefix="evaluate.")
+            raise InputError(f"--{str(info.field_name).replace('_', '-')} must be >= 1, got {value}")
+        return value
 
+    @model_validator(mode="after")
+    def _go_together(self) -> Self:
+        """Refuse options that do not go with the protocol, and settings that it does not have."""
+        for name, protocol in _PROTOCOL_OF_OPTION.items():
+            if getattr(self, name) not in (None, False, ()) and self.protocol != protocol:
+                option = "--teacher" if name == "teachers" else "--" + name.replace("_", "-")
+                raise InputError(f"{option} must be left out, or used with --protocol {protocol}")
+        if self.train_limit is not None and self.protocol == "robust":
+            raise InputError(
+                "--train-limit must be left out with --protocol robust: it compares at equal storage"
+            )
+        if self.augment is not None and self.is_soft:
+            raise InputError("--augment must be left out here: the recipe trains on random resized crops")
+        if self.recipe not in (None, *recipes_of(self.protocol)):
+            label = "recipe of --protocol soft" if self.protocol == "soft" else "recipe"
+            raise unknown(label, str(self.recipe), recipes_of(self.protocol))
+        sets = parse_overrides(self.sets)
+        if self.is_soft:
+            SoftConfig.parse(sets if self.recipe is None else {**sets, "recipe": self.recipe})
+        else:
+            EvaluateConfig.parse(named_recipe(sets, dataset="", factor=1), prefix="evaluate.")
+        return self
 
-def _check_options(options: EvaluateOptions) -> None:
-    """Refuse names that are unknown, and options that do not go together."""
-    if options.protocol not in PROTOCOLS:
-        raise unknown("protocol", options.protocol, PROTOCOLS)
-    if options.split not in ("val", "test"):
-        raise unknown("split", options.split, ("val", "test"))
-    if options.pixel_space not in get_args(PixelKind):
-        raise unknown("--pixel-space", options.pixel_space, get_args(PixelKind))
-    for name, value, owner in (
-        ("--num-tasks", options.num_tasks, "continual"),
-        ("--full-epochs", options.full_epochs, "robust"),
-        ("--finetune", options.finetune or None, "linear"),
-    ):
-        if value is not None and options.protocol != owner:
-            raise InputError(f"{name} must be left out, or used with --protocol {owner}")
-    if options.full_epochs is not None and options.full_epochs < 1:
-        raise InputError(f"--full-epochs must be >= 1, got {options.full_epochs}")
-    if options.train_limit is not None and options.protocol == "robust":
-        raise InputError(
-            "--train-limit must be left out with --protocol robust: it compares at equal storage"
-        )
+    @property
+    def is_soft(self) -> bool:
+        """Whether networks are trained as on soft labels: `soft`, or D3HR's recipe for hard ones."""
+        return self.protocol == "soft" or (self.protocol, self.recipe) == ("hard", HARD_RECIPE)

@@ -23,7 +23,7 @@ from ddray.evaluation.config import EvaluateConfig
 from ddray.evaluation.continual import Continual
 from ddray.evaluation.hard import Hard
 from ddray.evaluation.linear import Linear
-from ddray.evaluation.options import HARD_RECIPE, NUM_TASKS, EvaluateOptions, PixelKind, _check_options
+from ddray.evaluation.options import HARD_RECIPE, NUM_TASKS, EvaluateOptions, PixelKind
 from ddray.evaluation.protocol import EvalContext, EvalResult, Evaluator, evaluate_archs
 from ddray.evaluation.robust import Robust
 from ddray.evaluation.soft import Soft, SoftConfig
@@ -34,7 +34,7 @@ from ddray.nets.names import resolve_arch
 from ddray.pool.local import LocalPool
 from ddray.seeding import derive
 from ddray.system.progress import progress
-from ddray.training.recipe import RECIPES, named_recipe
+from ddray.training.recipe import named_recipe
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,6 @@ def evaluate(
         InputError: the file, the dataset or an option is bad, or the set does not fit the dataset.
         DivergedError: a training loss became NaN.
     """
-    _check_options(options)
     dataset = dataset or _target(options.dataset, options)
     space = foreign_space(dataset, options.pixel_space)
     distilled = load(path, dataset=dataset, pixel_space=space)
@@ -191,9 +190,6 @@ def evaluation_config(distilled: DistilledSet, options: EvaluateOptions) -> Eval
     if not isinstance(settings, dict):
         raise InputError(f"meta.config.evaluate must be a mapping, got {settings!r}")
     if options.recipe is not None:
-        names = (*RECIPES, HARD_RECIPE) if options.protocol == "hard" else tuple(RECIPES)
-        if options.recipe not in names:
-            raise unknown("recipe", options.recipe, names)
         settings = {**settings, **recipe({"recipe": options.recipe})}
     if options.augment not in (None, settings.get("augment", "dsa")):
         settings = {**settings, "strategy": None, "cutmix": 0.0}
@@ -278,15 +274,10 @@ def teach(
         InputError: an option does not go with the protocol, or a setting or network is unknown.
         DdrayError: a teacher is no better than chance.
     """
-    soft = options.protocol == "soft"
-    if options.teachers and not soft:
-        raise InputError("--teacher must be left out, or used with --protocol soft")
-    if not soft and not (options.protocol == "hard" and options.recipe == HARD_RECIPE):
+    if not options.is_soft:
         return None
-    if options.augment is not None:
-        raise InputError("--augment must be left out here: the recipe trains on random resized crops")
     config = soft_config(options, distilled)
-    if not soft:
+    if options.protocol != "soft":
         return Lesson(Soft(config, None), config.seeds, None)
     names = [resolve_arch(arch, distilled.meta.image_shape) for arch in options.teachers or ("resnet18",)]
     pool = LocalPool(PoolTrainer(ctx.dataset, real[0], ctx.device))

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Final
 
 from ddray.data import Dataset
 from ddray.errors import InputError, unknown
-from ddray.evaluation.options import HARD_RECIPE, PROTOCOLS, EvaluateOptions
+from ddray.evaluation.options import PROTOCOLS, EvaluateOptions, recipes_of
 from ddray.jobs.plan import Plan
 from ddray.methods import get_method
 from ddray.tables.spec import BenchSpec, EvaluateSpec, MethodSpec
-from ddray.training.recipe import RECIPES
 
 # Options of an evaluation that the table itself sets.
 _SET_BY_TABLE: Final = {
@@ -36,7 +34,6 @@ def check_names(spec: BenchSpec) -> None:
     Raises:
         InputError: with the nearest name, or where the setting belongs.
     """
-    recipes_by_protocol = {"hard": (*RECIPES, HARD_RECIPE), "soft": ("paper", "repo"), "nas": ("none",)}
     for evaluation_spec in spec.evaluate:
         if evaluation_spec.protocol not in (*PROTOCOLS, "nas"):
             raise unknown("evaluate.protocol", evaluation_spec.protocol, (*PROTOCOLS, "nas"))
@@ -46,7 +43,7 @@ def check_names(spec: BenchSpec) -> None:
                     f"evaluate.{name} must be left out with protocol nas, which takes its own under options "
                     f"(as `ddray nas` has them), got {getattr(evaluation_spec, name)!r}"
                 )
-        recipes = recipes_by_protocol.get(evaluation_spec.protocol, tuple(RECIPES))
+        recipes = ("none",) if evaluation_spec.protocol == "nas" else recipes_of(evaluation_spec.protocol)
         if evaluation_spec.recipe is not None and evaluation_spec.recipe not in recipes:
             raise unknown(f"evaluate.recipe of {evaluation_spec.protocol}", evaluation_spec.recipe, recipes)
 
@@ -70,7 +67,7 @@ def check_evaluation(evaluation_spec: EvaluateSpec, plan: Plan, target: Dataset)
     Raises:
         InputError: with what would be allowed.
     """
-    option_names = {option.name for option in fields(EvaluateOptions)} - _SET_BY_TABLE
+    option_names = EvaluateOptions.model_fields.keys() - _SET_BY_TABLE
     for name in evaluation_spec.options:
         if name not in option_names:
             raise unknown("evaluate.options", name, option_names)

@@ -10,7 +10,7 @@ from typing import Any
 from ddray.config import merge, parse_overrides
 from ddray.data import Dataset
 from ddray.errors import InputError
-from ddray.evaluation.options import EvaluateOptions, check_options
+from ddray.evaluation.options import EvaluateOptions
 from ddray.jobs.context import make_distiller
 from ddray.jobs.plan import Plan, resolve
 from ddray.methods import get_method
@@ -302,7 +302,8 @@ def _evaluate_work(
     }
     options |= _limited_options(evaluation_spec, spec.limits)
     options = {k: v for k, v in options.items() if v is not None}
-    check_options(EvaluateOptions(**options), plan.dataset.image_shape)
+    for teacher_arch in EvaluateOptions.parse(options, prefix="evaluate.options.").teachers:
+        resolve_arch(teacher_arch, plan.dataset.image_shape)
     described = {
         "method": work.method,
         "dataset": plan.dataset.name,

@@ -320,12 +320,8 @@ def _evaluate(job: Job, work: Work) -> dict[str, Any]:
     path, set_row = folder / artifact_name(source), Ledger(folder).row(source)
     if set_row is None or not is_sound(folder, set_row):
         raise _DamagedError
-    option_values: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in work.options.items()
-    }
-    if job.data_dir is not None:
-        option_values["data_dir"] = Path(job.data_dir)
-    evaluation = scoring.evaluate(path, EvaluateOptions(**option_values), device=torch.device(job.device))
+    options = EvaluateOptions.parse({**work.options, "data_dir": job.data_dir})
+    evaluation = scoring.evaluate(path, options, device=torch.device(job.device))
     shared_fields = {k: v for k, v in evaluation.items() if k not in ("protocol", "split", "results")}
     return {**evaluation["results"][0], **shared_fields}
 

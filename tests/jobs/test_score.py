@@ -87,7 +87,7 @@ class TestEvaluate:
             ({"archs": ("convnet33",)}, "convnet33"),
             ({"seeds": 0}, r"evaluate\.seeds: .*got 0"),
             ({"epochs": 0}, r"evaluate\.epochs: .*got 0"),
-            ({"augment": "mixup"}, r"evaluate\.augment: .*got 'mixup'"),
+            ({"augment": "mixup"}, "--augment must be one of .*got 'mixup'"),
             ({"dataset": "cifar11"}, "did you mean 'cifar10'"),
         ],
     )
