@@ -2,74 +2,65 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor
 
+from ddray.drawing.plots import save_plot
 from ddray.seeding import derive, derive_seed
-from ddray.system.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _MAX_REAL: Final = 500
 _MAX_DISTILLED: Final = 250
-_SIDE: Final = 640
-_MARGIN: Final = 20
-_REAL_COLOUR: Final = (158, 176, 199)
-_DISTILLED_COLOUR: Final = (200, 60, 40)
 
 
-def tsne(real: Tensor, distilled: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
-    """Return real and distilled representations as points in one t-SNE plane.
+def project(features: Tensor, *, seed: int) -> Tensor:
+    """Return t-SNE points [N, 2] of features [N, D]."""
+    from sklearn.manifold import TSNE
+
+    rows = features.double().numpy()
+    state = derive_seed(seed, "report", "tsne") % 2**32
+    perplexity = min(30.0, max(1.0, (len(rows) - 1) / 3))
+    tsne = TSNE(perplexity=perplexity, init="pca", random_state=state, n_jobs=1)
+    return torch.from_numpy(tsne.fit_transform(rows)).float()
+
+
+def save_tsne(real: Tensor, distilled: Tensor, path: Path, *, seed: int) -> None:
+    """Write a scatter plot of representations in one t-SNE plane as a PNG, atomically.
 
     Args:
         real: [N, D]; at most 500 rows are sampled.
         distilled: [M, D]; at most 250 rows are sampled.
+        path: the file.
         seed: of the samples and of t-SNE.
-
-    Returns:
-        Points [n, 2] and [m, 2].
-    """
-    from sklearn.manifold import TSNE
-
-    generator = derive(seed, "report", "tsne")
-    drawn = [
-        rows[torch.randperm(len(rows), generator=generator)[:most]]
-        for rows, most in ((real, _MAX_REAL), (distilled, _MAX_DISTILLED))
-    ]
-    together = torch.cat(drawn).double().numpy()
-    perplexity = min(30.0, max(1.0, (len(together) - 1) / 3))
-    state = derive_seed(seed, "report", "tsne") % 2**32
-    points = torch.from_numpy(
-        TSNE(perplexity=perplexity, init="pca", random_state=state, n_jobs=1).fit_transform(together)
-    )
-    return points[: len(drawn[0])], points[len(drawn[0]) :]
-
-
-def scatter(real: Tensor, distilled: Tensor) -> bytes:
-    """Return a PNG scatter plot of points [n, 2] (grey-blue) and [m, 2] (red)."""
-    from PIL import Image, ImageDraw
-
-    together = torch.cat([real, distilled])
-    low, high = together.amin(0), together.amax(0)
-    scale = (_SIDE - 2 * _MARGIN) / (high - low).clamp_min(1e-9)
-    picture = Image.new("RGB", (_SIDE, _SIDE), "white")
-    draw = ImageDraw.Draw(picture)
-    for points, colour, radius in ((real, _REAL_COLOUR, 3), (distilled, _DISTILLED_COLOUR, 4)):
-        for x, y in ((points - low) * scale + _MARGIN).tolist():
-            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
-    draw.text((_MARGIN, 4), "t-SNE of representations: real (blue), distilled (red)", fill="black")
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def save_tsne(real: Tensor, distilled: Tensor, path: Path, *, seed: int) -> None:
-    """Write the scatter of real [N, D] and distilled [M, D] representations as a PNG, atomically.
 
     Raises:
         StorageError: the file can't be written.
     """
-    picture = scatter(*tsne(real, distilled, seed=seed))
-    write_atomically(path, lambda file: file.write(picture))
+    generator = derive(seed, "report", "tsne")
+    samples = [
+        rows[torch.randperm(len(rows), generator=generator)[:most]]
+        for rows, most in ((real, _MAX_REAL), (distilled, _MAX_DISTILLED))
+    ]
+    points = project(torch.cat(samples), seed=seed)
+
+    def draw(figure: Figure) -> None:
+        figure.suptitle("t-SNE of representations", x=0.02, ha="left")
+        axes = figure.subplots()
+        axes.set_axis_off()
+        axes.set_aspect("equal", "datalim")
+        for name, part, area, colour in (
+            ("real", points[: len(samples[0])], 25, "#9eb0c7"),
+            ("distilled", points[len(samples[0]) :], 45, "#d55e00"),
+        ):
+            x, y = part.T.numpy()
+            axes.scatter(
+                x, y, area, colour, label=f"{name} ({len(part)})", edgecolors="white", linewidths=0.5
+            )
+        figure.legend(loc="outside lower center", ncols=2)
+
+    save_plot(path, (640, 640), draw)

@@ -5,31 +5,33 @@ The plots follow DataDAM's supplement, Figs 7 and 8, the summary its Tables 4 an
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
-from ddray.drawing.plotly_parts import LAYOUT, to_html
+from ddray.drawing.plotly_parts import COLOURS, LAYOUT, to_html
+from ddray.drawing.plots import DIM, save_plot
 from ddray.ranking.summary import summary
-from ddray.system.files import write_atomically, write_text
+from ddray.system.files import write_text
 
 if TYPE_CHECKING:
     import pandas as pd
-    from PIL import Image, ImageDraw
+    from matplotlib.figure import Figure, SubFigure
 
 _NUM_RANKED: Final = 20
 _MANY_POINTS: Final = 3000
+_LARGE: Final = 40.0  # a dot's area in square points
 _FIXED: Final = (
     *("proxy", "index", "name", "params_m", "flops_m", "proxy_accuracy", "proxy_accuracy_std", "proxy_rank"),
     *("truth_accuracy", "truth_rank", "num_seeds", "failed", "truth_test_accuracy"),
 )
-# Okabe and Ito's colours with a lighter blue: distinct for colour-blind readers, on white and on black.
-_COLOURS: Final = ("#1f84c9", "#e69f00", "#009e73", "#cc79a7")
 _X_TITLE: Final = "validation accuracy, trained on the proxy (%)"
 _Y_TITLE: Final = "true accuracy (%)"
 
@@ -90,16 +92,16 @@ class _Points(NamedTuple):
         slope = float(centred @ self.y / (centred @ centred))
         return slope, float(self.y.mean() - slope * self.x.mean())
 
-    def border(self) -> float | None:
-        """Return the lowest whole-set accuracy among the top 20 %."""
-        return float(np.sort(self.y)[-math.ceil(len(self.y) / 5)]) if len(self.y) else None
+    def border(self) -> float:
+        """Return the lowest whole-set accuracy among the top 20 %; there must be points."""
+        return float(np.sort(self.y)[-math.ceil(len(self.y) / 5)])
 
 
 def _points(table: pd.DataFrame) -> _Points:
     """Return the points of one proxy's lines, coloured by depth if the space has depths."""
     complete = table[table["proxy_accuracy"].notna() & table["truth_accuracy"].notna()]
     x, y = (100 * complete[f"{name}_accuracy"].to_numpy(dtype=np.float64) for name in ("proxy", "truth"))
-    groups = [("", np.ones(len(complete), dtype=bool))]
+    groups = [("architectures", np.ones(len(complete), dtype=bool))]
     if "depth" in complete.columns:
         groups = [
             (f"depth {depth}", (complete["depth"] == depth).to_numpy())
@@ -123,14 +125,14 @@ def scatter_plot(table: pd.DataFrame) -> str:
                 y=points.y[mask],
                 mode="markers",
                 name=label,
-                marker={"color": _COLOURS[group_index % len(_COLOURS)], "size": 7, "opacity": 0.9},
+                marker={"color": COLOURS[group_index % len(COLOURS)], "size": 7, "opacity": 0.9},
                 customdata=group[["name", "index", "proxy_rank", "truth_rank"]].to_numpy(dtype=object),
                 hovertemplate="%{customdata[0]}<br>index %{customdata[1]}"
                 "<br>proxy %{x:.2f} % (rank %{customdata[2]:.0f})"
                 "<br>truth %{y:.2f} % (rank %{customdata[3]:.0f})<extra></extra>",
             )
         )
-    line, border = points.line(), points.border()
+    line = points.line()
     if line is not None:
         ends = np.array([points.x.min(), points.x.max()])
         figure.add_scatter(
@@ -141,8 +143,8 @@ def scatter_plot(table: pd.DataFrame) -> str:
             hoverinfo="skip",
             name="line",
         )
-    if border is not None:
-        figure.add_hline(border, line_dash="dot", line_color="#8a94a3", annotation_text="top 20 %")
+    if len(points.x):
+        figure.add_hline(points.border(), line_dash="dot", line_color="#8a94a3", annotation_text="top 20 %")
     figure.update_layout(
         **{**LAYOUT, "height": 480},
         xaxis_title=_X_TITLE,
@@ -166,27 +168,54 @@ def save_scatters(run_dir: Path, table: pd.DataFrame, proxies: Sequence[Mapping[
     Raises:
         StorageError: a file can't be written.
     """
-    from PIL import Image
-
-    written, panels = [], []
-    y_range = _range(_points(table).y)
-    for proxy_number, figures in enumerate(proxies, start=1):
-        points = _points(table[table["proxy"] == figures["proxy"]])
+    panels = [
+        partial(
+            draw_panel,
+            figures=figures,
+            points=_points(table[table["proxy"] == figures["proxy"]]),
+            truth=_points(table).y,
+        )
+        for figures in proxies
+    ]
+    paths = []
+    for number, (figures, draw) in enumerate(zip(proxies, panels, strict=True), start=1):
         slug = re.sub(r"[^A-Za-z0-9]+", "-", Path(figures["proxy"]).stem).strip("-").lower()
-        path = run_dir / f"scatter-{proxy_number}-{slug or 'proxy'}.png"
-        _save(_panel(figures, points, y_range, (900, 700)), path)
-        written.append(path)
-        panels.append(_panel(figures, points, y_range, (640, 520)))
+        paths.append(run_dir / f"scatter-{number}-{slug or 'proxy'}.png")
+        save_plot(paths[-1], (900, 700), draw)
     columns = min(3, math.ceil(math.sqrt(len(panels))))
-    sheet = Image.new("RGB", (columns * 640, math.ceil(len(panels) / columns) * 520), "white")
-    for position, panel in enumerate(panels):
-        sheet.paste(panel, (position % columns * 640, position // columns * 520))
-    _save(sheet, run_dir / "scatter.png")
-    return [*written, run_dir / "scatter.png"]
+    rows = math.ceil(len(panels) / columns)
+
+    def draw_all(sheet: Figure) -> None:
+        for draw, part in zip(panels, sheet.subfigures(rows, columns, squeeze=False).flat, strict=False):
+            draw(part)
+
+    save_plot(run_dir / "scatter.png", (columns * 640, rows * 520), draw_all)
+    return [*paths, run_dir / "scatter.png"]
 
 
-def _save(image: Image.Image, path: Path) -> None:
-    write_atomically(path, lambda file: image.save(file, format="PNG", optimize=True))
+def draw_panel(
+    figure: Figure | SubFigure, figures: Mapping[str, Any], points: _Points, truth: np.ndarray[Any, Any]
+) -> None:
+    """Draw one proxy's scatter plot; all panels of a run span the same true accuracies, `truth`."""
+    name = str(figures["proxy"])
+    figure.suptitle(name if len(name) <= 48 else f"...{name[-45:]}", x=0.02, ha="left")
+    axes = figure.subplots()
+    axes.set(title=_title(figures), xlabel=_X_TITLE, ylabel=_Y_TITLE)
+    if not len(points.x):
+        axes.text(0.5, 0.5, "no architecture was ranked", ha="center", color=DIM, transform=axes.transAxes)
+        return
+    pad = 0.05 * float(np.ptp(truth)) or 1.0
+    axes.set_ylim(truth.min() - pad, truth.max() + pad)
+    line = points.line()
+    if line is not None:
+        ends = np.array([points.x.min(), points.x.max()])
+        axes.plot(ends, line[0] * ends + line[1], color=DIM, zorder=4, label="linear fit")
+    axes.axhline(points.border(), color=DIM, linestyle=":", zorder=4, label="top 20 %")
+    area = _LARGE if len(points.x) <= 200 else 20 if len(points.x) <= _MANY_POINTS else 5
+    for colour, (label, mask) in zip(itertools.cycle(COLOURS), points.groups, strict=False):
+        edge = {"edgecolors": "white", "linewidths": 0.5} if area > 5 else {"linewidths": 0}
+        axes.scatter(points.x[mask], points.y[mask], area, colour, label=label, zorder=3, **edge)
+    figure.legend(loc="outside lower center", ncols=6, markerscale=math.sqrt(_LARGE / area))
 
 
 def _title(figures: Mapping[str, Any]) -> str:
@@ -199,134 +228,3 @@ def _title(figures: Mapping[str, Any]) -> str:
         return f"{figures[key]:.2f}" + ("" if interval is None else " [{:.2f}, {:.2f}]".format(*interval))
 
     return f"Spearman {text('spearman')}, top 20 %: {text('spearman_top20')}"
-
-
-def _range(values: np.ndarray[Any, Any]) -> tuple[float, float]:
-    """Return an axis range: that of the values plus a margin."""
-    if not len(values):
-        return 0.0, 100.0
-    low, high = float(values.min()), float(values.max())
-    pad = 0.05 * (high - low) or 1.0
-    return low - pad, high + pad
-
-
-def _ticks(low: float, high: float) -> Iterator[float]:
-    """Yield 4 to 10 round numbers from low to high."""
-    raw = (high - low) / 6
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw)
-    for multiple in range(math.ceil(low / step), math.floor(high / step) + 1):
-        yield round(multiple * step, 10)
-
-
-_FINE: Final = 3  # supersampling factor, for smooth edges
-_INK, _DIM, _GRID = "#1c2430", "#5a6675", "#e3e6ea"
-
-
-class _Frame:
-    """The canvas of one panel and the position of its axes."""
-
-    def __init__(self, size: tuple[int, int], x: tuple[float, float], y: tuple[float, float]) -> None:
-        from PIL import Image, ImageDraw
-
-        self.size, self.x, self.y = size, x, y
-        self.image = Image.new("RGB", (size[0] * _FINE, size[1] * _FINE), "white")
-        self.draw: ImageDraw.ImageDraw = ImageDraw.Draw(self.image)
-        self.left, self.top, self.right, self.bottom = 76, 88, size[0] - 24, size[1] - 64
-
-    def at(self, x: float, y: float) -> tuple[float, float]:
-        """Return the position of a pair of accuracies, in the panel's pixels."""
-        across = (x - self.x[0]) / (self.x[1] - self.x[0])
-        up = (y - self.y[0]) / (self.y[1] - self.y[0])
-        return self.left + across * (self.right - self.left), self.bottom - up * (self.bottom - self.top)
-
-    def stroke(self, points: Sequence[tuple[float, float]], colour: str, width: float = 1.0) -> None:
-        """Draw a line through points."""
-        fine = [(x * _FINE, y * _FINE) for x, y in points]
-        self.draw.line(fine, fill=colour, width=round(width * _FINE))
-
-    def dot(self, position: tuple[float, float], radius: float, colour: str) -> None:
-        """Draw a filled circle."""
-        self.draw.circle((position[0] * _FINE, position[1] * _FINE), radius * _FINE, fill=colour)
-
-    def text(self, position: tuple[float, float], text: str, size: int, colour: str, anchor: str) -> float:
-        """Draw text and return its width."""
-        font = _font(size)
-        self.draw.text(
-            (position[0] * _FINE, position[1] * _FINE), text, fill=colour, font=font, anchor=anchor
-        )
-        return float(font.getlength(text)) / _FINE
-
-    def upright(self, position: tuple[float, float], text: str, size: int, colour: str) -> None:
-        """Draw text rotated by 90 degrees: its left edge at `position`, vertically centred on it."""
-        from PIL import Image, ImageFont
-
-        turned = ImageFont.TransposedFont(_font(size), Image.Transpose.ROTATE_90)
-        length = _font(size).getlength(text)
-        self.draw.text(
-            (position[0] * _FINE, position[1] * _FINE - length / 2), text, fill=colour, font=turned
-        )
-
-
-def _font(size: int) -> Any:
-    from PIL import ImageFont
-
-    return ImageFont.load_default(size * _FINE)
-
-
-def _panel(
-    figures: Mapping[str, Any], points: _Points, y_range: tuple[float, float], size: tuple[int, int]
-) -> Image.Image:
-    """Draw one proxy's scatter plot."""
-    from PIL import Image
-
-    frame = _Frame(size, _range(points.x), y_range)
-    _axes(frame)
-    line, border = points.line(), points.border()
-    if line is not None:
-        along = np.linspace(points.x.min(), points.x.max(), 200)
-        drawn = [frame.at(x, y) for x in along if y_range[0] <= (y := line[0] * x + line[1]) <= y_range[1]]
-        frame.stroke(drawn, "#a3acb8", 1.5)
-    if border is not None:
-        height = frame.at(0, border)[1]
-        for start in range(frame.left, frame.right - 4, 10):
-            frame.stroke([(start, height), (start + 4, height)], "#8a94a3", 1.2)
-        frame.text((frame.left + 6, height - 3), "top 20 %", 12, _DIM, "ls")
-    radius = 3.6 if len(points.x) <= 200 else 2.6 if len(points.x) <= _MANY_POINTS else 1.3
-    for group_index, (_, mask) in enumerate(points.groups):
-        for x, y in zip(points.x[mask], points.y[mask], strict=True):
-            frame.dot(frame.at(x, y), radius + 0.7 * (radius > 2), "white")
-            frame.dot(frame.at(x, y), radius, _COLOURS[group_index % len(_COLOURS)])
-    name = str(figures["proxy"])
-    frame.text((frame.left, 30), name if len(name) <= 48 else f"...{name[-45:]}", 20, _INK, "ls")
-    frame.text((frame.left, 54), _title(figures), 16, _INK, "ls")
-    if len(points.groups) > 1:
-        _legend(frame, points)
-    if not len(points.x):
-        frame.text((size[0] / 2, size[1] / 2), "no architecture was ranked", 16, _DIM, "mm")
-    return frame.image.resize(size, Image.Resampling.LANCZOS)
-
-
-def _axes(frame: _Frame) -> None:
-    """Draw grid, tick labels and axis titles."""
-    for x in _ticks(*frame.x):
-        position = frame.at(x, frame.y[0])
-        frame.stroke([position, (position[0], frame.top)], _GRID)
-        frame.text((position[0], frame.bottom + 8), f"{x:g}", 14, _DIM, "mt")
-    for y in _ticks(*frame.y):
-        position = frame.at(frame.x[0], y)
-        frame.stroke([position, (frame.right, position[1])], _GRID)
-        frame.text((frame.left - 8, position[1]), f"{y:g}", 14, _DIM, "rm")
-    corners = [(frame.left, frame.top), (frame.left, frame.bottom), (frame.right, frame.bottom)]
-    frame.stroke(corners, _DIM, 1.2)
-    middle = ((frame.left + frame.right) / 2, (frame.top + frame.bottom) / 2)
-    frame.text((middle[0], frame.size[1] - 12), _X_TITLE, 16, _INK, "ms")
-    frame.upright((12, middle[1]), _Y_TITLE, 16, _INK)
-
-
-def _legend(frame: _Frame, points: _Points) -> None:
-    """Draw the colours' labels in a row above the axes."""
-    across = float(frame.left)
-    for group_index, (label, _) in enumerate(points.groups):
-        frame.dot((across + 5, 75), 5, _COLOURS[group_index % len(_COLOURS)])
-        across += 15 + frame.text((across + 15, 75), label, 14, _DIM, "lm") + 18

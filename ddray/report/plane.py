@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ddray.data import Dataset, normalized_space
+from ddray.drawing.tsne import project
 from ddray.errors import InputError
 from ddray.nets import Net, build_net, default_arch
 from ddray.pool.local import LocalPool
@@ -78,17 +79,6 @@ def make_plane(dataset: Dataset, sets: Sequence[SetView], *, seed: int = 0) -> P
         for (label, classes), set_points in zip(labelled_classes, points_per_set[1:], strict=True)
     )
     return Plane(points_per_set[0], split.labels[index], rows, name, dataset.class_names)
-
-
-def project(features: Tensor, *, seed: int) -> Tensor:
-    """Return t-SNE points [N, 2] of features [N, D]."""
-    from sklearn.manifold import TSNE
-
-    rows = features.double().numpy()
-    state = derive_seed(seed, "report", "plane") % 2**32
-    perplexity = min(30.0, max(1.0, (len(rows) - 1) / 3))
-    tsne = TSNE(perplexity=perplexity, init="pca", random_state=state, n_jobs=1)
-    return torch.from_numpy(tsne.fit_transform(rows)).float()
 
 
 def embedding_net(dataset: Dataset) -> tuple[Net, str]:

@@ -442,7 +442,7 @@ def test_pictures_stand_beside_the_artifact(started: Any, tmp_path: Path) -> Non
         assert len(colours) > 2, name
     with Image.open(tmp_path / "set.tsne.png") as picture:
         seen = {colour for _, colour in picture.convert("RGB").getcolors(2**20) or []}
-    assert {(158, 176, 199), (200, 60, 40)} <= seen
+    assert {(0x9E, 0xB0, 0xC7), (0xD5, 0x5E, 0x00)} <= seen
 
 
 def test_a_picture_of_bases_stretches_each_to_its_own_range() -> None:
