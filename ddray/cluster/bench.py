@@ -9,7 +9,8 @@ from typing import Any
 from ddray.cluster import nas
 from ddray.cluster.runtime import check_capacity, ray_runtime, sigterm_as_sigint
 from ddray.errors import InputError
-from ddray.tables.run import BenchOptions, prepare, run_bench, run_local
+from ddray.tables.options import BenchOptions
+from ddray.tables.run import prepare, run_bench, run_local
 from ddray.tables.scheduler import Ended
 from ddray.tables.spec import BenchSpec
 from ddray.tables.units import Work

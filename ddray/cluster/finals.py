@@ -32,7 +32,7 @@ from ddray.tuning.payload import Payload, pack, unpack
 from ddray.tuning.trial import Job, forget_checkpoint, score, trial_config, trial_pool
 
 if TYPE_CHECKING:
-    from ddray.tuning.search import TuneOptions
+    from ddray.tuning.options import TuneOptions
 
 log = logging.getLogger(__name__)
 

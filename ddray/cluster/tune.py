@@ -32,9 +32,10 @@ from ddray.runs.folder import Run, open_run
 from ddray.runs.ledger import Row
 from ddray.runs.results import write_results
 from ddray.system.shipped import shipped
+from ddray.tuning.options import Strategy, TuneOptions
 from ddray.tuning.payload import Payload, pack
 from ddray.tuning.report import write_report
-from ddray.tuning.search import Search, Strategy, TuneOptions, best_trial, paper_trial
+from ddray.tuning.search import Search, best_trial, paper_trial
 from ddray.tuning.space import Range, grid, read_space
 from ddray.tuning.study import score_of
 from ddray.tuning.trial import ETA, Job, split_name
@@ -43,14 +44,13 @@ log = logging.getLogger(__name__)
 
 
 def tune(
-    plan: Plan, options: TuneOptions, *, space_file: Path | None, run_dir: Path | None, resume: bool
+    plan: Plan, options: TuneOptions, *, run_dir: Path | None = None, resume: bool = False
 ) -> dict[str, Any]:
     """Run a search, or continue one.
 
     Args:
         plan: the method's resolved settings; the paper's point of the search.
-        options: strategy, size, resources.
-        space_file: ranges; None takes the method's shipped ones.
+        options: space, strategy, size, resources.
         run_dir: the run's folder; None makes a numbered one.
         resume: continue the folder's run.
 
@@ -63,7 +63,7 @@ def tune(
         DdrayError: no trial finished.
     """
     begin = time.perf_counter()
-    space = _space(plan, space_file)
+    space = _space(plan, options.space)
     make_distiller(plan)
     check_plan(plan)
     paper = {name: plan.config.method.dump()[name] for name in space}

@@ -47,7 +47,7 @@ def bench(
         from ddray.cluster import bench as cluster_bench
         from ddray.commands.bench_display import bench_tables, forecast_tables
         from ddray.tables.dry_run import dry_run as forecast
-        from ddray.tables.run import BenchOptions
+        from ddray.tables.options import BenchOptions
         from ddray.tables.spec import read_spec
 
         spec = read_spec(Path(os.path.abspath(file)), scale)

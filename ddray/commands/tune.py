@@ -80,7 +80,7 @@ def tune(
         from ddray.data import open_dataset
         from ddray.jobs import plan
         from ddray.methods import get_method
-        from ddray.tuning.search import TuneOptions
+        from ddray.tuning.options import TuneOptions
 
         get_method(method)
         opened = open_dataset(dataset, data_dir=absolute(data_dir), download=download)
@@ -96,6 +96,7 @@ def tune(
         )
         options = TuneOptions.parse(
             {
+                "space": space,
                 "num_samples": num_samples,
                 "strategy": strategy,
                 "cpus_per_trial": cpus_per_trial,
@@ -110,7 +111,5 @@ def tune(
             },
             prefix="--",
         )
-        result = cluster_tune.tune(
-            resolved, options, space_file=absolute(space), run_dir=absolute(run_dir), resume=resume
-        )
+        result = cluster_tune.tune(resolved, options, run_dir=absolute(run_dir), resume=resume)
         emit(result, lambda: display.tune_tables(result))

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Final, Literal, Self, get_args
 
 from pydantic import ValidationInfo, field_validator, model_validator
 
-from ddray.config import Config, parse_overrides
+from ddray.config import AbsolutePath, Config, parse_overrides
 from ddray.errors import InputError, unknown
 from ddray.evaluation.config import EvaluateConfig
-from ddray.evaluation.soft import SoftConfig
-from ddray.training.policies import Augment
-from ddray.training.recipe import RECIPES, named_recipe
+from ddray.training.recipe import RECIPES, Augment, named_recipe
 
 PROTOCOLS = ("hard", "soft", "linear", "robust", "continual")
 NUM_TASKS = 5
@@ -76,7 +73,7 @@ class EvaluateOptions(Config):
     """Of another project's file: normalized, zca or raw."""
     seed: int = 0
     """Every draw is derived from it."""
-    data_dir: Path | None = None
+    data_dir: AbsolutePath | None = None
     """Where datasets are; default $DDRAY_DATA."""
     download: bool = False
     """Let torchvision download what is missing."""
@@ -114,6 +111,8 @@ class EvaluateOptions(Config):
             raise unknown(label, str(self.recipe), recipes_of(self.protocol))
         sets = parse_overrides(self.sets)
         if self.is_soft:
+            from ddray.evaluation.soft import SoftConfig  # torch: --help goes without
+
             SoftConfig.parse(sets if self.recipe is None else {**sets, "recipe": self.recipe})
         else:
             EvaluateConfig.parse(named_recipe(sets, dataset="", factor=1), prefix="evaluate.")

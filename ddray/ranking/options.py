@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from ddray.config import Config, merge
 from ddray.errors import InputError
-from ddray.ranking.training import NasRecipe
+from ddray.ranking.recipe import NasRecipe
 
 
 class CellOptions(Config):

@@ -23,8 +23,8 @@ from ddray.ranking.options import NasConfig as NasConfig
 from ddray.ranking.options import NasOptions as NasOptions
 from ddray.ranking.options import resolve_config as resolve_config
 from ddray.ranking.proxies import Proxy
+from ddray.ranking.recipe import NasRecipe
 from ddray.ranking.spaces import NasSpace, get_space, sample
-from ddray.ranking.training import NasRecipe
 from ddray.ranking.worker import CODE_VERSION, NasJob, NasTask, SweepData, real_set, truth_ledger
 from ddray.runs.folder import Run, open_run
 from ddray.runs.ledger import Ledger, Row, Unit

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ddray.data import Dataset, PixelSpace, Split
+from ddray.ranking.recipe import NasRecipe
 from ddray.ranking.spaces import get_space
-from ddray.ranking.training import NasRecipe, count_right, train_seeds
+from ddray.ranking.training import count_right, train_seeds
 from ddray.runs.ledger import Ledger, Row, Unit
 from ddray.seeding import derive_seed
 from ddray.system.files import home

@@ -15,7 +15,8 @@ from ddray.runs.ledger import Ledger
 from ddray.tables.cost import forecast, sweep_of
 from ddray.tables.graph import build_graph
 from ddray.tables.nas_table import sweep_folder
-from ddray.tables.run import BenchOptions, check_rankings
+from ddray.tables.options import BenchOptions
+from ddray.tables.run import check_rankings
 from ddray.tables.spec import BenchSpec
 
 # Datasets whose class names are only in their files: the number of classes, for dry runs without the files.

@@ -1,4 +1,4 @@
-"""Running a bench: its options, the run's folder, and the loop that hands units to workers."""
+"""Running a bench: the run's folder, and the loop that hands units to workers."""
 
 from __future__ import annotations
 
@@ -8,11 +8,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Protocol
 
-from pydantic import Field, model_validator
-
-from ddray.config import Config
 from ddray.data import Dataset, open_dataset
 from ddray.errors import DdrayError, DivergedError, InputError, StorageError
 from ddray.jobs.context import check_plan, check_size
@@ -26,6 +23,7 @@ from ddray.system.files import write_text
 from ddray.system.progress import progress
 from ddray.tables.cost import remember, remember_sweep, sweep_title
 from ddray.tables.graph import build_graph
+from ddray.tables.options import BenchOptions
 from ddray.tables.scheduler import Board, Ended, withdraw_crashes
 from ddray.tables.spec import BenchSpec, Limits
 from ddray.tables.table import cells_of, write_plan, write_table
@@ -36,41 +34,6 @@ log = logging.getLogger(__name__)
 
 _MAX_ATTEMPTS = 3
 _FINAL = (DivergedError, InputError, StorageError)
-
-
-class BenchOptions(Config):
-    """How a bench is run (nothing here but the device changes what a unit computes)."""
-
-    scale: str = "paper"
-    executor: Literal["ray", "local"] = "ray"
-    cpus_per_unit: float = Field(default=1.0, gt=0)
-    gpus_per_unit: float = Field(default=0.0, ge=0)
-    max_concurrent: int | None = Field(default=None, ge=1)
-    unit_timeout: float | None = Field(default=None, gt=0)
-    """Seconds after which a unit counts as hung (on Ray) and is retried, finally marked as failed."""
-    address: str | None = None
-    retry_failed: bool = False
-    """Run crashed units again; a diverged one would diverge again."""
-    data_dir: Path | None = None
-    download: bool = False
-
-    @model_validator(mode="after")
-    def _local_ignores_nothing(self) -> Self:
-        if self.executor == "local":
-            for name in ("max_concurrent", "unit_timeout", "address"):
-                value = getattr(self, name)
-                if value is not None and (name, value) != ("max_concurrent", 1):
-                    option = "--" + name.replace("_", "-")
-                    raise ValueError(
-                        f"{option} must be left out with --executor local, which runs one unit at a time "
-                        f"and waits for each; got {value}"
-                    )
-        return self
-
-    @property
-    def device(self) -> str:
-        """Where units compute."""
-        return "cuda" if self.gpus_per_unit > 0 else "cpu"
 
 
 class Execute(Protocol):

@@ -11,8 +11,8 @@ from torch import Tensor
 from ddray.data import PixelSpace
 from ddray.seeding import derive_seed, forked_global
 from ddray.training.dsa import Dsa, dsa_for
+from ddray.training.recipe import Augment
 
-Augment = Literal["dsa", "dsa_idc", "autoaugment", "randaugment", "none"]
 Augmenter = Callable[[Tensor, torch.Generator], Tensor]
 
 

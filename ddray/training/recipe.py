@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final, Literal, Self
+from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 from pydantic import Field, field_validator
 
 from ddray.config import Config
-from ddray.data import Split
 from ddray.errors import unknown
-from ddray.training.dsa import Dsa
-from ddray.training.policies import Augment
 
+if TYPE_CHECKING:
+    from ddray.data import Split
+
+Augment = Literal["dsa", "dsa_idc", "autoaugment", "randaugment", "none"]
 Schedule = Literal["vico", "step15", "multistep", "cosine", "constant"]
 RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
     "vico": {
@@ -84,6 +85,8 @@ class Recipe(Config):
     @field_validator("strategy")
     @classmethod
     def _known_operations(cls, value: str | None) -> str | None:
+        from ddray.training.dsa import Dsa  # torch: options and --help go without
+
         if value is not None:
             Dsa(value)
         return value

@@ -1,26 +1,22 @@
-"""A search for hyperparameters: its options, its trials, and which of them are missing."""
+"""A search for hyperparameters: its trials, and which of them are missing."""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field
-
-from ddray.config import Config
 from ddray.errors import DdrayError, InterruptedRunError
 from ddray.jobs.plan import Plan
 from ddray.runs.folder import Run
 from ddray.runs.ledger import Row
 from ddray.system.files import write_text
+from ddray.tuning.options import TuneOptions
 from ddray.tuning.space import Range
 from ddray.tuning.study import score_of
 from ddray.tuning.trial import Job, trial_unit
 
-Strategy = Literal["asha-tpe", "tpe", "random", "grid", "pb2"]
-Objective = Literal["val-accuracy", "nas-spearman"]
 log = logging.getLogger(__name__)
 
 
@@ -43,26 +39,6 @@ def unfinished(
     return sorted(
         (trial_number, params) for trial_number, params in started.items() if trial_number not in done
     )
-
-
-class TuneOptions(Config):
-    """How a search is run (nothing here changes what a trial is)."""
-
-    num_samples: int = Field(default=16, ge=1)
-    strategy: Strategy = "asha-tpe"
-    cpus_per_trial: float = Field(default=1.0, gt=0)
-    gpus_per_trial: float = Field(default=0.0, ge=0)
-    max_concurrent: int | None = Field(default=None, ge=1)
-    time_budget: float | None = Field(default=None, gt=0)
-    address: str | None = None
-    objective: Objective = "val-accuracy"
-    """What is maximised: accuracy on val, or the rank correlation of architectures scored on val."""
-    nas_sample: int = Field(default=16, ge=3)
-    """Architectures of the 720 ConvNets that `nas-spearman` ranks."""
-    nas_epochs: int = Field(default=50, ge=1)
-    """Epochs of each, on a trial's set and on the whole train part."""
-    final_sets: int = Field(default=3, ge=1)
-    """Fresh seeds on which the winner and the paper's point are distilled again for the test score."""
 
 
 class Search:

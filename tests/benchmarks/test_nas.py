@@ -18,9 +18,9 @@ from ddray.cluster.nas import RayExecutor, in_worker
 from ddray.cluster.runtime import ray_runtime
 from ddray.data import PixelSpace
 from ddray.ranking.figures_of_merit import figures_of_merit
+from ddray.ranking.recipe import NasRecipe
 from ddray.ranking.spaces import get_space, sample
 from ddray.ranking.sweep import NasOptions
-from ddray.ranking.training import NasRecipe
 from ddray.ranking.worker import NasJob, NasTask, SweepData, training_set
 from ddray.runs.ledger import Ledger, Unit
 from ddray.runs.outcome import Outcome

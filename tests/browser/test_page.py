@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from ddray.report.page import write_page
-from ddray.tables.run import BenchOptions, prepare, run_bench, run_local
+from ddray.tables.options import BenchOptions
+from ddray.tables.run import prepare, run_bench, run_local
 from ddray.tables.spec import BenchSpec
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is in the browser extra")

@@ -8,7 +8,8 @@ from typing import Any
 
 from ddray.cluster.bench import RayExecutor
 from ddray.runs.ledger import Ledger
-from ddray.tables.run import BenchOptions, prepare, run_bench
+from ddray.tables.options import BenchOptions
+from ddray.tables.run import prepare, run_bench
 from ddray.tables.spec import read_spec
 
 NUM_UNITS = 2 * 2 + 2 * 2 + 2  # sets, evaluations, networks of the pool

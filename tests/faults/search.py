@@ -15,7 +15,7 @@ from ddray.cluster.tune import tune
 from ddray.data import open_dataset
 from ddray.jobs.plan import resolve
 from ddray.runs.ledger import Ledger, Row
-from ddray.tuning.search import TuneOptions
+from ddray.tuning.options import TuneOptions
 
 TINY = {"steps": 9, "checkpoint_every": 3, "evaluate": {"epochs": 2, "seeds": 1}}
 
@@ -36,8 +36,7 @@ def search(
     plan = resolve(method, open_dataset("digits"), ipc=1, layers=[layers or {**TINY, "method": settings}])
     return tune(
         plan,
-        TuneOptions(final_sets=1, **options),
-        space_file=path,
+        TuneOptions(space=path, final_sets=1, **options),
         run_dir=run_dir,
         resume=resume,
     )

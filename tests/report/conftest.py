@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from ddray.report.page import write_page
-from ddray.tables.run import BenchOptions, prepare, run_bench, run_local
+from ddray.tables.options import BenchOptions
+from ddray.tables.run import prepare, run_bench, run_local
 from ddray.tables.spec import BenchSpec
 from tests.report.pages import SPEC
 

@@ -15,7 +15,8 @@ from ddray.jobs.plan import resolve
 from ddray.report.page import default_out, write_page
 from ddray.report.runs import read_run
 from ddray.runs.ledger import Ledger, Row, Unit
-from ddray.tables.run import BenchOptions, prepare, run_bench, run_local
+from ddray.tables.options import BenchOptions
+from ddray.tables.run import prepare, run_bench, run_local
 from ddray.tables.spec import BenchSpec
 from tests.report.pages import SPEC, body, tables
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ddray.runs.ledger import Ledger
+from ddray.tables.options import BenchOptions
 from ddray.tables.run import (
-    BenchOptions,
     prepare,
     run_bench,
     run_local,

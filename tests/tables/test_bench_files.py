@@ -8,9 +8,7 @@ import pytest
 
 from ddray.methods import method_names
 from ddray.tables.dry_run import dry_run
-from ddray.tables.run import (
-    BenchOptions,
-)
+from ddray.tables.options import BenchOptions
 from ddray.tables.spec import read_spec
 from tests.tables.benches import run
 

@@ -14,9 +14,7 @@ from ddray.runs.ledger import Ledger
 from ddray.tables.cost import History, costs_file, summarise
 from ddray.tables.dry_run import dry_run
 from ddray.tables.graph import build_graph
-from ddray.tables.run import (
-    BenchOptions,
-)
+from ddray.tables.options import BenchOptions
 from tests.tables.benches import LOCAL, run, spec
 
 

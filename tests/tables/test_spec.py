@@ -8,9 +8,7 @@ from typing import Any
 import pytest
 
 from ddray.errors import InputError
-from ddray.tables.run import (
-    BenchOptions,
-)
+from ddray.tables.options import BenchOptions
 from ddray.tables.spec import BenchSpec, read_spec
 from tests.tables.benches import spec
 

@@ -1,0 +1,41 @@
+"""Options of `ddray tune`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from ddray.config import AbsolutePath, Config
+
+Strategy = Literal["asha-tpe", "tpe", "random", "grid", "pb2"]
+Objective = Literal["val-accuracy", "nas-spearman"]
+
+
+class TuneOptions(Config):
+    """How a search is run (nothing here but the space changes what a trial is)."""
+
+    space: AbsolutePath | None = None
+    """YAML of ranges; default the method's shipped one."""
+    num_samples: int = Field(default=16, ge=1)
+    """Trials, the paper's point among them."""
+    strategy: Strategy = "asha-tpe"
+    """asha-tpe, tpe, random, grid or pb2."""
+    objective: Objective = "val-accuracy"
+    """val-accuracy, or nas-spearman: how sets rank architectures scored on val."""
+    nas_sample: int = Field(default=16, ge=3)
+    """Architectures of the 720 ConvNets that nas-spearman ranks."""
+    nas_epochs: int = Field(default=50, ge=1)
+    """Epochs of each of them, on a trial's set and on the whole train part."""
+    final_sets: int = Field(default=3, ge=1)
+    """Fresh seeds on which the winner and the paper's point are scored on test."""
+    cpus_per_trial: float = Field(default=1.0, gt=0)
+    """CPU cores per trial."""
+    gpus_per_trial: float = Field(default=0.0, ge=0)
+    """GPUs per trial; fractions share one."""
+    max_concurrent: int | None = Field(default=None, ge=1)
+    """Trials at a time."""
+    time_budget: float | None = Field(default=None, gt=0)
+    """Seconds after which no trial starts."""
+    address: str | None = None
+    """Ray cluster to connect to; default a local one."""
