@@ -20,15 +20,14 @@ from ddray.evaluation.options import PixelKind
 from ddray.jobs.score import check_fits, foreign_space
 from ddray.ranking.figures_of_merit import figures_of_merit, mean_over_seeds
 from ddray.ranking.proxies import (
-    COMPATS,
     Proxy,
     baseline_proxies,
     check_names,
-    dcbench_variants,
     file_proxies,
+    harness_variants,
     warn_of_seen_val,
 )
-from ddray.ranking.spaces import NasSpace, get_space, parse_indices
+from ddray.ranking.spaces import NasSpace, get_definition, get_space, owners, parse_indices, space_names
 from ddray.ranking.sweep import (
     Execute,
     NasConfig,
@@ -38,7 +37,7 @@ from ddray.ranking.sweep import (
     run_sweep,
     split_for,
 )
-from ddray.ranking.truth import Truth, api_truth, csv_truth, read_scores, table_truth
+from ddray.ranking.truth import Truth, read_scores, read_truth
 from ddray.runs.ledger import Row
 from ddray.system.files import write_atomically, write_text
 
@@ -49,7 +48,7 @@ def describe(space_name: str, text: str) -> dict[str, Any]:
     """Return `{"archs": [...]}`: index, parameters and FLOPs (millions) and choices of each architecture.
 
     Args:
-        space_name: convnet720 or nasbench201.
+        space_name: one of `space_names()`.
         text: `all`, or comma-separated indices.
 
     Raises:
@@ -80,23 +79,6 @@ def rank_scores(path: Path, options: NasOptions) -> dict[str, Any]:
         seed=options.seed,
     )
     return {"space": options.space, "num_archs": len(indices), "proxies": [{"proxy": path.name, **figures}]}
-
-
-def read_truth(options: NasOptions, space: NasSpace, indices: Sequence[int]) -> Truth:
-    """Return the truth of `indices` from a file or table.
-
-    Raises:
-        InputError: the truth can't be read, or lacks an architecture.
-    """
-    kind, _, file = options.truth.partition(":")
-    column = {} if options.truth_column is None else {"column": options.truth_column}
-    if options.truth == "table":
-        return table_truth(space, indices, **column)
-    if kind == "api" and file:
-        if space.name != "nasbench201":
-            raise InputError(f"--truth api:FILE needs --space nasbench201, got {space.name}")
-        return api_truth(Path(file).absolute(), indices, **column)
-    return csv_truth(Path(options.truth).absolute(), indices, **column, space=space)
 
 
 @dataclass(frozen=True)
@@ -157,7 +139,8 @@ def prepare(request: NasRequest, options: NasOptions, config: NasConfig) -> Swee
     )
     proxies = (*files, *baselines)
     if request.compat:
-        proxies = (*proxies, *dcbench_variants(proxies))
+        faults = get_definition(options.space).harnesses[request.compat]
+        proxies = (*proxies, *harness_variants(proxies, faults))
     check_names(proxies)
     device = "cuda" if options.gpus_per_worker > 0 else "cpu"
     return Sweep(options, config, dataset, train, val, proxies, indices, device, can_grow=request.can_grow)
@@ -169,10 +152,12 @@ def check_compat(compat: str | None, space: str) -> None:
     Raises:
         InputError: the harness is unknown or does not apply; names the valid ones.
     """
-    if compat is not None and compat not in COMPATS:
-        raise unknown("--compat", compat, COMPATS)
-    if compat is not None and space != "nasbench201":
-        raise InputError(f"--compat {compat} needs --space nasbench201, got {space}")
+    if compat is None or compat in get_definition(space).harnesses:
+        return
+    if spaces := owners(lambda definition: compat in definition.harnesses):
+        raise InputError(f"--compat {compat} needs --space {spaces}, got {space}")
+    harnesses = {name for other in space_names() for name in get_definition(other).harnesses}
+    raise unknown("--compat", compat, harnesses)
 
 
 def _open(name: str, request: NasRequest) -> Dataset:

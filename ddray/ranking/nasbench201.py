@@ -1,29 +1,62 @@
-"""NAS-Bench-201 as a space: its 15,625 cells by the benchmark's own indices, from the shipped table."""
+"""NAS-Bench-201 as a space: its 15,625 cells by the benchmark's own indices, and their true accuracies.
+
+The benchmark (Dong and Yang, ICLR 2020; MIT) is read from the table that ships with ddray, or from the
+original `NAS-Bench-201-v1_*.pth` through the package nas-bench-201. That package calls torch.load in a way
+that fails since torch 2.6: the file is loaded here, as plain values only, and passed to it.
+"""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
+import importlib
 import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import fields
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 import torch
+from pydantic import Field
 
-from ddray.config import read_yaml
-from ddray.errors import InputError
+from ddray.config import Config, read_yaml
+from ddray.errors import InputError, unknown
 from ddray.nets.build import Net
 from ddray.nets.nasbench201 import Skeleton, build_cell_net, cell_net_size, parse_arch_str, to_arch_str
+from ddray.ranking.options import NasConfig
+from ddray.ranking.spaces import SpaceDefinition
+from ddray.ranking.truth import Truth
 from ddray.system.shipped import shipped
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["NasBench201", "parse_arch_str", "read_table", "to_arch_str"]
-
 _FOLDER: Final = ("search_spaces", "nas")
 _SHAPE: Final = (3, 32, 32)
 _NUM_CLASSES: Final = 10
+DEFAULT_COLUMN: Final = "cifar10_test_200_mean"
+_COLUMN = re.compile(
+    r"(cifar10|cifar100|imagenet16)_(valid|test|valtest)_(12|200)(?:_(mean|mean_derived|s\d+))?$"
+)
+_API_NAMES: Final = {"cifar10": "cifar10", "cifar100": "cifar100", "imagenet16": "ImageNet16-120"}
+
+
+class CellOptions(Config):
+    """The network that is trained: DC-BENCH's proxy setting."""
+
+    channels: int = Field(default=16, ge=1)
+    num_cells: int = Field(default=1, ge=1)
+    cell_affine: bool = False
+
+
+class NasBench201Config(NasConfig):
+    """How cells are trained."""
+
+    cells: CellOptions = CellOptions()
 
 
 @cache
@@ -157,3 +190,193 @@ class NasBench201:
         if not 0 <= index < len(self):
             raise InputError(f"indices of {self.name} must be in 0..{len(self) - 1}, got {index}")
         return self._arch_strs[index]
+
+
+def table_truth(indices: Sequence[int], column: str | None = None, file: Path | None = None) -> Truth:
+    """Return a column of the NAS-Bench-201 table.
+
+    Args:
+        indices: the cells.
+        column: an accuracy column; NaN for a cell without a run of that seed. Default `DEFAULT_COLUMN`.
+        file: unused: the table ships with ddray.
+
+    Raises:
+        InputError: an unknown column, or a cell that does not exist.
+    """
+    column = column or DEFAULT_COLUMN
+    dataset, _, epochs, _ = _parse_column(column)
+    test = f"{dataset}_test_{epochs}" + ("_mean" if epochs == "200" else "")
+    return Truth(f"table:{column}", _cells(indices, column) / 100, _cells(indices, test) / 100)
+
+
+def _cells(indices: Sequence[int], column: str) -> np.ndarray[Any, Any]:
+    """Return a column of the table at `indices`.
+
+    Raises:
+        InputError: a cell that does not exist.
+    """
+    values = read_table()[column].to_numpy()
+    wrong = [index for index in indices if not 0 <= index < len(values)]
+    if wrong:
+        raise InputError(f"index must be in 0..{len(values) - 1} for nasbench201, got {wrong[0]}")
+    selected: np.ndarray[Any, Any] = values[np.asarray(indices, dtype=np.int64)]
+    return selected
+
+
+def _parse_column(column: str) -> tuple[str, str, str, str]:
+    """Split an accuracy column's name into dataset, split, epochs and suffix (`mean`, `s777`, ...).
+
+    Raises:
+        InputError: it is not an accuracy column.
+    """
+    columns = [name for name in read_table().columns if _COLUMN.match(name)]
+    match = _COLUMN.match(column)
+    if match is None or column not in columns:
+        raise unknown("--truth-column", column, columns)
+    dataset, split, epochs, suffix = match.groups(default="")
+    return dataset, split, epochs, suffix
+
+
+def api_truth(indices: Sequence[int], column: str | None, path: Path) -> Truth:
+    """Return accuracies from the original NAS-Bench-201 file through its package.
+
+    Cells are matched by structure. `*_mean` averages all seeds, `*_s777` takes one: NaN for a cell without
+    that run. The table had to derive its `*_derived` columns; the file contains their values.
+
+    Args:
+        indices: the cells.
+        column: an accuracy column of the table; default `DEFAULT_COLUMN`.
+        path: `NAS-Bench-201-v1_0-e61699.pth` or `-v1_1-096897.pth`.
+
+    Raises:
+        InputError: the package or the file is missing, the file is damaged, the wrong one, or lacks a cell or
+            the dataset, or the column is unknown.
+    """
+    column = column or DEFAULT_COLUMN
+    dataset, split, epochs, suffix = _parse_column(column)
+    structures = [str(structure) for structure in _cells(indices, "arch_str")]
+    api, positions = _open_api(path, structures)
+    seed = int(suffix[1:]) if suffix.startswith("s") else False
+    values = [_query_accuracy(api, position, dataset, split, epochs, seed) for position in positions]
+    if not np.isfinite(values).any():
+        raise InputError(
+            f"{path} has no {column} for these {len(values)} cells; choose another --truth-column"
+        )
+    test = (
+        np.array([_query_accuracy(api, position, dataset, "test", epochs, False) for position in positions])
+        / 100
+    )
+    return Truth(
+        f"api:{path.name}:{column}", np.array(values) / 100, test if np.isfinite(test).any() else None
+    )
+
+
+def _open_api(path: Path, structures: Sequence[str]) -> tuple[Any, list[int]]:
+    """Return the package's API for the given cells of a file, and their positions in it.
+
+    The package copies its input: only the given cells are passed to it.
+    """
+    if not path.is_file():
+        raise InputError(f"--truth api:FILE must name NAS-Bench-201's .pth file, {path} does not exist")
+    try:
+        package = importlib.import_module("nas_201_api")
+    except ImportError as error:
+        raise InputError(
+            "--truth api:FILE needs the package: pip install nas-bench-201; or use --truth table"
+        ) from error
+    benchmark = _load(path)
+    position_of = {structure: position for position, structure in enumerate(benchmark["meta_archs"])}
+    missing = [
+        structure for structure in structures if position_of.get(structure) not in benchmark["arch2infos"]
+    ]
+    if missing:
+        raise InputError(
+            f"{path} must hold every cell that is ranked, "
+            f"{len(missing)} are missing, the first is {missing[0]}"
+        )
+    positions = [position_of[structure] for structure in structures]
+    infos = {position: benchmark["arch2infos"][position] for position in positions}
+    try:
+        api = package.NASBench201API(
+            {**benchmark, "arch2infos": infos, "evaluated_indexes": positions}, verbose=False
+        )
+    except Exception as error:  # failed assertions, or keys missing at any depth
+        raise InputError(f"nas-bench-201 cannot read {path} ({type(error).__name__}: {error})") from error
+    return api, positions
+
+
+def _query_accuracy(
+    api: Any, position: int, dataset: str, split: str, epochs: str, seed: int | bool
+) -> float:
+    """Return one accuracy in percent, averaged over seeds (`seed` False) or of one; NaN if there is none."""
+    # For CIFAR-10, only networks trained on half of train have validation accuracies.
+    name = "cifar10-valid" if (dataset, split) == ("cifar10", "valid") else _API_NAMES[dataset]
+    try:
+        info = api.get_more_info(position, name, iepoch=None, hp=epochs, is_random=seed)
+    except (KeyError, ValueError):  # the file has no such dataset, or no such seed of this cell
+        return math.nan
+    return float(info.get(f"{split}-accuracy", math.nan))
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """Load the original file: plain values, NumPy scalars and tensors, never anything that runs code.
+
+    Raises:
+        InputError: the file is damaged, or not NAS-Bench-201's.
+    """
+    try:
+        with torch.serialization.safe_globals(_numpy_scalars()):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types here, all of them mean: not a file of plain values
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        if "weights_only" in str(error):  # torch's message advises switching the protection off
+            reason = "it holds objects that could run code, which are never loaded"
+        raise InputError(
+            f"{path} must be NAS-Bench-201's undamaged file: {reason}; download it again"
+        ) from error
+    required = ("meta_archs", "arch2infos", "evaluated_indexes")
+    if not isinstance(content, dict) or not set(required) <= content.keys():
+        raise InputError(f"{path} must be NAS-Bench-201's file, a dict with {', '.join(required)}")
+    return content
+
+
+def _numpy_scalars() -> list[Any]:
+    """Return the safe globals for the benchmark's file: parameter counts and some times are NumPy scalars."""
+    multiarray = np._core.multiarray  # type: ignore[attr-defined]
+    return [
+        np.dtype,
+        np.dtypes.Float64DType,
+        np.dtypes.Float32DType,
+        np.dtypes.Int64DType,
+        (multiarray.scalar, "numpy._core.multiarray.scalar"),
+        (multiarray.scalar, "numpy.core.multiarray.scalar"),
+    ]
+
+
+SPACE: Final = SpaceDefinition(
+    NasBench201,
+    # DC-BENCH's.
+    recipe={
+        "epochs": 50,
+        "lr": 0.025,
+        "lr_min": 0.001,
+        "weight_decay": 3e-4,
+        "batch": 64,
+        "clip": 5.0,
+    },
+    # DC-BENCH trains on proxies for 50 epochs, and on the whole set as a proxy for 10.
+    whole_epochs=10,
+    config_type=NasBench201Config,
+    options=tuple(field.name for field in fields(Skeleton)),
+    truths={"table": table_truth, "api:FILE": api_truth},
+    # `one_hot` without num_classes matters only under the softmax, whose width it sets: the two go together.
+    harnesses={
+        "dcbench": {
+            "softmax over one-hot": {"mixture": "softmax"},
+            "softmax, one_hot cut": {"mixture": "softmax_truncated"},
+            "unshuffled": {"shuffle": False},
+            "all three": {"mixture": "softmax_truncated", "shuffle": False},
+        }
+    },
+    published=("datadam", "Table 5"),
+)

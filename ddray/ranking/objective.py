@@ -17,7 +17,8 @@ from ddray.artifact.distilled_set import DistilledSet
 from ddray.data import Dataset, Split
 from ddray.errors import DdrayError
 from ddray.ranking.figures_of_merit import MIN_ARCHS, figures_of_merit
-from ddray.ranking.options import NasOptions, resolve_config
+from ddray.ranking.options import NasOptions
+from ddray.ranking.spaces import resolve_config
 from ddray.ranking.sweep import Execute, Sweep, choose_architectures, run_sweep
 from ddray.ranking.worker import NasTask, SweepData, Workbench, training_set
 from ddray.runs.ledger import Unit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -22,7 +22,6 @@ log = logging.getLogger(__name__)
 
 EARLY_STOPPING: Final = "early-stopping"
 WHOLE: Final = "whole"
-COMPATS: Final = ("dcbench",)
 
 
 @dataclass(frozen=True)
@@ -203,26 +202,22 @@ def check_names(proxies: Sequence[Proxy]) -> None:
             raise InputError(f"proxies must have different names, 2 are called {name}; rename the file")
 
 
-def dcbench_variants(proxies: Sequence[Proxy]) -> list[Proxy]:
-    """Return every proxy under each bug of the public DC-BENCH harness, and under all three.
+def harness_variants(proxies: Sequence[Proxy], faults: Mapping[str, Mapping[str, Any]]) -> list[Proxy]:
+    """Return every proxy under each fault of another harness.
 
-    Early stopping is left out: that harness does not have it.
+    Early stopping is left out: DC-BENCH's harness does not have it.
 
-    `one_hot` without num_classes matters only under the softmax, whose width it sets: the two go together.
+    Args:
+        proxies: the proxies.
+        faults: by label, what each changes in a proxy.
     """
-    variants: list[tuple[str, dict[str, Any]]] = [
-        ("softmax over one-hot", {"mixture": "softmax"}),
-        ("softmax, one_hot cut", {"mixture": "softmax_truncated"}),
-        ("unshuffled", {"shuffle": False}),
-        ("all three", {"mixture": "softmax_truncated", "shuffle": False}),
-    ]
     return [
         replace(
             _class_sorted(proxy) if "shuffle" in changes else proxy, name=f"{proxy.name} [{label}]", **changes
         )
         for proxy in proxies
         if not proxy.name.startswith(EARLY_STOPPING)
-        for label, changes in variants
+        for label, changes in faults.items()
     ]
 
 

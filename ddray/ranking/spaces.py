@@ -1,18 +1,30 @@
-"""Spaces of architectures by name, and samples of them."""
+"""Spaces of architectures, found by name, and samples of them.
+
+A space's module ends in `SPACE: Final = SpaceDefinition(...)`. A user's own package offers one through an
+entry point `name = "package.module"` in the group `ddray.spaces`.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Final, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import torch
 
-from ddray.errors import InputError, unknown
+from ddray.config import merge
+from ddray.errors import InputError
 from ddray.nets.build import Net
-from ddray.ranking.convnet720 import ConvNet720
-from ddray.ranking.nasbench201 import NasBench201
+from ddray.ranking.options import NasConfig, NasOptions
 from ddray.seeding import derive_numpy
+from ddray.system.registry import Registry
 
-SPACES: Final = (ConvNet720.name, NasBench201.name)
+if TYPE_CHECKING:
+    from ddray.ranking.truth import Truth
+
+_SPACES: Final = Registry("space", "ddray.ranking", "SPACE", "ddray.spaces")
 
 
 class NasSpace(Protocol):
@@ -55,37 +67,117 @@ class NasSpace(Protocol):
         ...
 
 
-def get_space(
-    name: str,
-    *,
-    channels: int | None = None,
-    num_cells: int | None = None,
-    cell_affine: bool | None = None,
-    mixture: str | None = None,
-) -> NasSpace:
+TruthSource = Callable[[Sequence[int], str | None, Path], "Truth"]
+"""Returns the truth of indices, from a column (None: the default) of a file (for `api:FILE` and the like)."""
+
+
+@dataclass(frozen=True)
+class SpaceDefinition:
+    """What a module in `ddray/ranking/`, or a module that a package offers, brings as `SPACE`.
+
+    Attributes:
+        architectures: makes the space; takes the options below.
+        recipe: how its architectures are trained: fields of `NasRecipe`.
+        whole_epochs: epochs of the baseline `whole`; None: the recipe's.
+        config_type: `NasConfig`, with a section for the space's own options if it has any (`--set`).
+        options: names of the options.
+        truths: sources of true accuracies by the name that `--truth` takes: `table`, or `api:FILE`.
+        harnesses: for `--compat`: faults of another harness, each by label with what it changes in a proxy.
+        published: paper and table of its published figures (reports/published.csv).
+        published_in_text: published figures in no table, by method and name.
+    """
+
+    architectures: Callable[..., NasSpace]
+    recipe: Mapping[str, Any]
+    whole_epochs: int | None = None
+    config_type: type[NasConfig] = NasConfig
+    options: tuple[str, ...] = ()
+    truths: Mapping[str, TruthSource] = field(default_factory=dict)
+    harnesses: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+    published: tuple[str, str] | None = None
+    published_in_text: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+
+def space_names() -> list[str]:
+    """Return the names of all spaces, ours and those of installed packages."""
+    return _SPACES.names()
+
+
+def get_definition(name: str) -> SpaceDefinition:
+    """Return what a space brings.
+
+    Raises:
+        InputError: there is no such space.
+    """
+    definition: SpaceDefinition = _SPACES.get(name, "--space")
+    return definition
+
+
+def owners(fits: Callable[[SpaceDefinition], bool]) -> str:
+    """Return the names of the spaces whose definition fits, for a message."""
+    return " or ".join(name for name in space_names() if fits(get_definition(name)))
+
+
+def get_space(name: str, **options: Any) -> NasSpace:
     """Return a space by name.
 
     Args:
-        name: convnet720 or nasbench201.
-        channels: channels of nasbench201's networks; None: the space file's (16).
-        num_cells: cells per stage of nasbench201's networks; None: the space file's (1).
-        cell_affine: whether the BN in nasbench201's cells is affine; None: the space file's (no).
-        mixture: softmax or softmax_truncated: the bugs of DC-BENCH's harness in nasbench201's networks.
+        name: one of `space_names()`.
+        options: the space's own; None leaves one out.
 
     Raises:
         InputError: an unknown name, an option out of range, or one that does not apply to the space.
     """
-    settings = {"channels": channels, "num_cells": num_cells, "cell_affine": cell_affine, "mixture": mixture}
-    options = {option: value for option, value in settings.items() if value is not None}
-    if name == NasBench201.name:
-        return NasBench201(**options)
-    if name != ConvNet720.name:
-        raise unknown("--space", name, SPACES)
-    if options:
+    definition = get_definition(name)
+    options = {option: value for option, value in options.items() if value is not None}
+    if wrong := [option for option in options if option not in definition.options]:
         raise InputError(
-            f"{', '.join(options)} must be left out for --space {name}: only nasbench201 has cells"
+            f"{', '.join(wrong)} must be left out for --space {name}, "
+            f"which takes {', '.join(definition.options) or 'no options'}"
         )
-    return ConvNet720()
+    return definition.architectures(**options)
+
+
+def resolve_config(options: NasOptions, layers: Sequence[Mapping[str, Any]] = ()) -> NasConfig:
+    """Return the training settings: the space's own, then --epochs and --truth-epochs, then --set.
+
+    Epochs set by the user apply to the baseline `whole` too, unless `whole_epochs` is set.
+
+    Raises:
+        InputError: an unknown name, an invalid value, or options of another space.
+    """
+    definition = get_definition(options.space)
+    for section in {name for layer in layers for name in layer} - set(definition.config_type.model_fields):
+        if spaces := owners(partial(_has_section, section)):
+            raise InputError(
+                f"--set {section}.* needs --space {spaces}, got --space {options.space}, "
+                f"which has no {section}"
+            )
+    defaults = definition.recipe
+    overrides = {} if options.epochs is None else {"epochs": options.epochs}
+    recipe = {**defaults, **overrides}
+    truth = {**recipe, **({} if options.truth_epochs is None else {"epochs": options.truth_epochs})}
+    shared = merge(
+        {"recipe": recipe, "truth_recipe": truth}, *({"truth_recipe": _shared(layer)} for layer in layers)
+    )
+    if not overrides and not any("epochs" in _recipe_of(layer) for layer in layers):
+        shared["whole_epochs"] = definition.whole_epochs
+    return definition.config_type.parse(merge(shared, *layers))
+
+
+def _has_section(section: str, definition: SpaceDefinition) -> bool:
+    """Return whether `--set` takes the section for a space."""
+    return section in definition.config_type.model_fields
+
+
+def _shared(layer: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the recipe settings of a --set layer that apply to the truth too: all but the epochs."""
+    return {name: value for name, value in _recipe_of(layer).items() if name != "epochs"}
+
+
+def _recipe_of(layer: Mapping[str, Any]) -> Mapping[str, Any]:
+    recipe = layer.get("recipe", {})
+    return recipe if isinstance(recipe, Mapping) else {}
 
 
 def sample(

@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from ddray.evaluation.published import read_numbers
 from ddray.methods import method_names
+from ddray.ranking.spaces import get_definition, space_names
 
-# DataDAM's supplement, Tables 4 and 5: CIFAR-10, 50 images per class; 0.72 is from its text. Per method:
-# accuracy of the best-ranked, Spearman's rho over all and over the top 20 %, minutes, stored images.
-PUBLISHED: Final[Mapping[str, Mapping[str, tuple[float | None, ...]]]] = {
-    "convnet720": {
-        "random": (0.889, None, 0.44, 33.0, 500),
-        "dsa": (0.872, None, 0.57, 31.2, 500),
-        "dm": (0.872, None, 0.51, 32.2, 500),
-        "cafe": (0.836, None, 0.36, 30.7, 500),
-        "datadam": (0.890, 0.72, 0.69, 34.8, 500),
-        "early_stopping": (0.889, None, 0.64, 37.1, 50000),
-        "whole": (0.892, None, 1.00, 5168.9, 50000),
-    },
-    "nasbench201": {
-        "random": (0.919, -0.06, None, None, None),
-        "dc": (0.8644, -0.19, None, None, None),
-        "dsa": (0.7354, -0.37, None, None, None),
-        "dm": (0.9216, -0.37, None, None, None),
-        "kip": (0.9291, -0.50, None, None, None),
-        "mtt": (0.7354, -0.09, None, None, None),
-        "datadam": (0.9396, 0.07, None, None, None),
-        "whole": (0.935, 0.7487, None, None, None),
-    },
+_FIGURES: Final = {
+    "nas_top1_accuracy": "top1_truth_accuracy",
+    "spearman": "spearman",
+    "spearman_top20": "spearman_top20",
+    "search_time": "minutes",
+    "storage_images": "storage_images",
 }
+
+
+def published_figures(space: str) -> dict[str, dict[str, float | None]]:
+    """Return a space's published figures by method, named as in the command's JSON; None: not published."""
+    definition = get_definition(space)
+    figures: dict[str, dict[str, float | None]] = {}
+    for number in read_numbers():
+        if (number.paper, number.table) == definition.published and number.metric in _FIGURES:
+            scale = 0.01 if number.unit == "percent" else 1.0
+            method_figures = figures.setdefault(number.method, dict.fromkeys(_FIGURES.values()))
+            method_figures[_FIGURES[number.metric]] = round(scale * number.value, 6)
+    for method, in_text in definition.published_in_text.items():
+        figures[method] |= in_text
+    return figures
 
 
 def summary(result: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -40,7 +40,7 @@ def summary(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     Each proxy, and the whole set if it was trained, is followed by its published figures, if any; published
     figures of other methods come last.
     """
-    unmatched = dict(PUBLISHED.get(result["space"], {}))
+    unmatched = published_figures(result["space"])
     lines: list[dict[str, Any]] = []
     for figures in result["proxies"]:
         lines.append({**figures, "label": figures["proxy"], "counts": _counts(figures)})
@@ -55,7 +55,7 @@ def summary(result: Mapping[str, Any]) -> list[dict[str, Any]]:
             {"label": "whole set", "top1_truth_accuracy": best, **perfect, **truth, "counts": _counts(truth)}
         )
         lines += [_published_line("whole", unmatched.pop("whole"))] if "whole" in unmatched else []
-    return [*lines, *(_published_line(method, values) for method, values in unmatched.items())]
+    return [*lines, *(_published_line(method, figures) for method, figures in unmatched.items())]
 
 
 def _counts(figures: Mapping[str, Any]) -> str:
@@ -65,9 +65,8 @@ def _counts(figures: Mapping[str, Any]) -> str:
     return ", ".join(f"{count} {label}" for label, count in counts.items() if count)
 
 
-def _published_line(method: str, values: Sequence[float | None]) -> dict[str, Any]:
-    keys = ("top1_truth_accuracy", "spearman", "spearman_top20", "minutes", "storage_images")
-    return {"label": f"{method} (published)", "published": True, **dict(zip(keys, values, strict=True))}
+def _published_line(method: str, figures: Mapping[str, float | None]) -> dict[str, Any]:
+    return {"label": f"{method} (published)", "published": True, **figures}
 
 
 def _method_of(figures: Mapping[str, Any]) -> str | None:
@@ -75,7 +74,7 @@ def _method_of(figures: Mapping[str, Any]) -> str | None:
 
     For a path, the file's stem is tried first, then the nearest folder: `random/dm.pt` is DM's.
     """
-    methods = {*method_names(), *(method for table in PUBLISHED.values() for method in table)}
+    methods = {*method_names(), *(method for space in space_names() for method in published_figures(space))}
     path = Path(str(figures.get("method") or figures["proxy"]))
     for part in (path.stem, *reversed(path.parts[:-1])):
         text = part.lower().replace("-", "_")

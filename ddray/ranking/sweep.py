@@ -21,10 +21,10 @@ from ddray.data import Dataset, Split, carve_val
 from ddray.errors import InputError, InterruptedRunError, StorageError
 from ddray.ranking.options import NasConfig as NasConfig
 from ddray.ranking.options import NasOptions as NasOptions
-from ddray.ranking.options import resolve_config as resolve_config
 from ddray.ranking.proxies import Proxy
 from ddray.ranking.recipe import NasRecipe
 from ddray.ranking.spaces import NasSpace, get_space, sample
+from ddray.ranking.spaces import resolve_config as resolve_config
 from ddray.ranking.worker import CODE_VERSION, NasJob, NasTask, SweepData, real_set, truth_ledger
 from ddray.runs.folder import Run, open_run
 from ddray.runs.ledger import Ledger, Row, Unit
@@ -96,9 +96,8 @@ class Sweep:
 
     def space_options(self, mixture: str | None = None) -> dict[str, Any]:
         """Return name and options for `get_space`."""
-        if self.options.space != "nasbench201":
-            return {"name": self.options.space}
-        return {"name": "nasbench201", **self.config.cells.dump(), "mixture": mixture}
+        options = {"name": self.options.space, **self.config.space_options()}
+        return options if mixture is None else {**options, "mixture": mixture}
 
     def describe(self) -> dict[str, Any]:
         """Return plain values that determine the results (config.yaml)."""
@@ -115,6 +114,8 @@ class Sweep:
             "truth_column": options.truth_column,
             **({} if self.can_grow else {"proxies": {proxy.name: proxy.key for proxy in self.proxies}}),
             "device": self.device,
+            # Release 0.1.0 wrote this for every space; without it, its runs could not be resumed.
+            "cells": {"channels": 16, "num_cells": 1, "cell_affine": False},
             **self.config.dump(),
         }
 
@@ -169,7 +170,7 @@ class Sweep:
     def _unit(self, index: int, arch: str, proxy: Proxy | None, seed: int, recipe: NasRecipe) -> Unit:
         spec = {
             "space": self.options.space,
-            "cells": self.config.cells.dump() if self.options.space == "nasbench201" else None,
+            "cells": self.config.space_options() or None,
             "index": index,
             "arch": arch,
             "seed": seed,
@@ -221,8 +222,7 @@ def choose_architectures(options: NasOptions, config: NasConfig, dataset: Datase
     Raises:
         InputError: an unknown space, or a sample larger than it.
     """
-    cell_options = config.cells.dump() if options.space == "nasbench201" else {}
-    space = get_space(options.space, **cell_options)
+    space = get_space(options.space, **config.space_options())
     drawn = sample(
         space,
         options.sample,

@@ -17,6 +17,7 @@ from ddray.methods import get_method
 from ddray.nets import multiply_adds
 from ddray.nets.names import resolve_arch
 from ddray.pool.spec import PoolSpec
+from ddray.ranking.options import NasOptions
 from ddray.runs.ledger import Unit
 from ddray.seeding import derive_seed
 from ddray.tables.checks import check_evaluation, check_names, check_row
@@ -252,7 +253,7 @@ def _proxy_cell(
         num_classes=plan.dataset.num_classes,
         size=work.size,
         protocol="nas",
-        arch=str(evaluation_spec.options.get("space", "convnet720")),
+        arch=str(evaluation_spec.options.get("space", NasOptions().space)),
         target=plan.dataset.name,
         teacher=None,
         augment=None,

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from ddray.data import Dataset
+from ddray.evaluation.published import read_numbers
 from ddray.ranking.command import NasRequest, check_compat, rank_architectures
 from ddray.ranking.proxies import check_baselines
 from ddray.ranking.sweep import Execute, NasOptions, resolve_config
 from ddray.system.files import storage_errors
-from ddray.tables.published import compare, find, read_numbers
+from ddray.tables.published import compare, find
 from ddray.tables.units import Cell, Ranking
 from ddray.tables.worker import artifact_name
 

@@ -1,17 +1,12 @@
-"""The papers' 950 published numbers (reports/published.csv), and the distance of ours in standard errors.
-
-docs/published.md has the conventions, doubtful cells and contradictions within the papers.
-"""
+"""The published number of a bench's cell, and the distance of ours from it in standard errors."""
 
 from __future__ import annotations
 
-import csv
-import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
-from ddray.system.shipped import shipped
+from ddray.evaluation.published import Number
+from ddray.tables.units import Cell
 
 # Our names and what papers call them, the likeliest first.
 _ARCHS: Final = {
@@ -51,109 +46,7 @@ _DEFAULT_TEACHER: Final = "resnet18"
 _RUNS: Final = {"boost_ssdd": 3, "dsdm": 5}
 
 
-class Wanted(Protocol):
-    """The fields of a bench cell by which its published number is looked up."""
-
-    @property
-    def name(self) -> str:
-        """The method's name."""
-
-    @property
-    def dataset(self) -> str:
-        """The distilled dataset."""
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes of that dataset."""
-
-    @property
-    def size(self) -> tuple[str, int]:
-        """(`ipc` or `budget`, value)."""
-
-    @property
-    def protocol(self) -> str:
-        """The evaluation protocol."""
-
-    @property
-    def arch(self) -> str:
-        """Canonical name of the network."""
-
-    @property
-    def target(self) -> str:
-        """The dataset evaluated on."""
-
-    @property
-    def teacher(self) -> str | None:
-        """Teacher of protocol `soft`."""
-
-    @property
-    def source(self) -> Any:
-        """`ddray.tables.spec.Source`: paper, table, method, setting; None matches any."""
-
-
-@dataclass(frozen=True)
-class Number:
-    """One published number, as printed.
-
-    Attributes:
-        paper: datadam, dsdm, boost_ssdd or d3hr.
-        table: such as `Table 3`.
-        dataset: the set distilled.
-        target: the set evaluated on, where the table has several.
-        method: the paper's row.
-        ipc: images per class; None where the paper counts differently.
-        budget: storage in images.
-        arch: the evaluated network; "" if not stated.
-        teacher: source of soft labels or target representations; "" if none.
-        metric: such as `top1_accuracy`.
-        setting: anything else that the row or column states.
-        value: the number.
-        std: its standard deviation.
-        unit: percent, fraction, images, minutes, ...
-    """
-
-    paper: str
-    table: str
-    dataset: str
-    target: str
-    method: str
-    ipc: int | None
-    budget: int | None
-    arch: str
-    teacher: str
-    metric: str
-    setting: str
-    value: float
-    std: float | None
-    unit: str
-
-
-@functools.cache
-def read_numbers() -> tuple[Number, ...]:
-    """Return all published numbers, in the file's order."""
-    with shipped("reports", "published.csv").open(encoding="utf-8", newline="") as file:
-        return tuple(
-            Number(
-                paper=row["paper"],
-                table=row["table"],
-                dataset=row["dataset"],
-                target=row["target_dataset"],
-                method=row["method"],
-                ipc=int(row["ipc"]) if row["ipc"] else None,
-                budget=int(row["budget_images"]) if row["budget_images"] else None,
-                arch=row["arch"],
-                teacher=row["teacher"],
-                metric=row["metric"],
-                setting=row["setting"],
-                value=float(row["value"]),
-                std=float(row["std"]) if row["std"] else None,
-                unit=row["unit"],
-            )
-            for row in csv.DictReader(file)
-        )
-
-
-def find(numbers: Sequence[Number], cell: Wanted, metric: str | None = None) -> Number | None:
+def find(numbers: Sequence[Number], cell: Cell, metric: str | None = None) -> Number | None:
     """Return the published number of a cell, or None.
 
     If the cell's source names no `setting`, a number without one wins, then the likelier name of the network,
@@ -196,7 +89,7 @@ def _arch_names(arch: str) -> tuple[str, ...]:
     return _ARCHS.get(arch, (arch,))
 
 
-def _same_size(number: Number, cell: Wanted) -> bool:
+def _same_size(number: Number, cell: Cell) -> bool:
     """Return whether the sizes match; ipc k of K classes equals a budget of k * K images."""
     kind, size = cell.size
     if number.method in _WHOLE:
@@ -208,7 +101,7 @@ def _same_size(number: Number, cell: Wanted) -> bool:
     return number.budget == size
 
 
-def _same_protocol(number: Number, cell: Wanted) -> bool:
+def _same_protocol(number: Number, cell: Cell) -> bool:
     """Return whether number and cell have the same protocol; never for protocols that no paper reports."""
     if cell.protocol not in _PROTOCOLS:
         return False
@@ -218,7 +111,7 @@ def _same_protocol(number: Number, cell: Wanted) -> bool:
     return soft == (cell.protocol == "soft") and (not soft or bool(number.teacher))
 
 
-def _same_teacher(number: Number, cell: Wanted) -> bool:
+def _same_teacher(number: Number, cell: Cell) -> bool:
     """Return whether the soft labels come from the same teacher; true for other protocols."""
     if cell.protocol != "soft" or not number.teacher:
         return True

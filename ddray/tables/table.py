@@ -9,9 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
+from ddray.evaluation.published import Number, read_numbers
 from ddray.runs.ledger import Row
 from ddray.system.files import write_text
-from ddray.tables.published import Number, compare, find, read_numbers
+from ddray.tables.published import compare, find
 from ddray.tables.spec import Source
 from ddray.tables.units import Cell
 

@@ -9,8 +9,9 @@ import pytest
 
 from ddray.data import Dataset
 from ddray.ranking.command import collect
-from ddray.ranking.options import NasOptions, resolve_config
+from ddray.ranking.options import NasOptions
 from ddray.ranking.proxies import Proxy
+from ddray.ranking.spaces import resolve_config
 from ddray.ranking.sweep import Sweep, split_for
 from ddray.ranking.worker import real_set
 from ddray.runs.ledger import Row

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import importlib.metadata
 import json
 import time
 from collections.abc import Iterator
@@ -17,11 +18,14 @@ from ddray.config import read_yaml
 from ddray.errors import InputError
 from ddray.nets import arch_names, build_net, num_params
 from ddray.nets.names import parse_arch
-from ddray.nets.nasbench201 import BENCHMARK, EDGES, OPS, Skeleton, cell_net_size
+from ddray.nets.nasbench201 import BENCHMARK, EDGES, OPS, Skeleton, cell_net_size, parse_arch_str, to_arch_str
 from ddray.ranking import nasbench201
 from ddray.ranking.convnet720 import ConvNet720, convnet_size
-from ddray.ranking.nasbench201 import NasBench201, parse_arch_str, read_table, to_arch_str
-from ddray.ranking.spaces import NasSpace, get_space, parse_indices, sample
+from ddray.ranking.nasbench201 import NasBench201, read_table
+from ddray.ranking.options import NasOptions
+from ddray.ranking.spaces import NasSpace, get_space, parse_indices, resolve_config, sample, space_names
+from ddray.ranking.truth import read_truth
+from ddray.system import registry
 from ddray.system.shipped import shipped
 
 RGB = (3, 32, 32)
@@ -330,3 +334,37 @@ def test_unknown_spaces_options_and_indices_are_refused(convnets: NasSpace, cell
 def test_a_grid_is_independent_of_its_caller(convnets: NasSpace) -> None:
     convnets.choices(0)["depth"] = 9
     assert convnets.choices(0) == ConvNet720().choices(0)
+
+
+OFFERED = '''
+"""Two ConvNets."""
+
+from typing import Final
+
+from ddray.ranking.convnet720 import ConvNet720
+from ddray.ranking.spaces import SpaceDefinition
+
+
+class Two(ConvNet720):
+    name = "two"
+
+    def __len__(self) -> int:
+        return 2
+
+
+SPACE: Final = SpaceDefinition(Two, recipe={"epochs": 3}, whole_epochs=2)
+'''
+
+
+def test_a_package_offers_a_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "two_of_theirs.py").write_text(OFFERED)
+    monkeypatch.syspath_prepend(tmp_path)
+    offered = importlib.metadata.EntryPoint("two", "two_of_theirs", "ddray.spaces")
+    monkeypatch.setattr(registry, "entry_points", lambda group: [offered] if group == offered.group else [])
+
+    assert space_names() == ["convnet720", "nasbench201", "two"]
+    assert len(get_space("two")) == 2
+    config = resolve_config(NasOptions(space="two"))
+    assert (config.recipe.epochs, config.whole_recipe().epochs) == (3, 2)
+    with pytest.raises(InputError, match="--truth table needs --space nasbench201, got --space two"):
+        read_truth(NasOptions(space="two", truth="table"), get_space("two"), [0])

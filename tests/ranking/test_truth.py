@@ -15,9 +15,10 @@ import torch
 
 from ddray.errors import InputError
 from ddray.ranking.figures_of_merit import figures_of_merit
-from ddray.ranking.nasbench201 import read_table
+from ddray.ranking.nasbench201 import api_truth, read_table, table_truth
+from ddray.ranking.options import NasOptions
 from ddray.ranking.spaces import get_space
-from ddray.ranking.truth import api_truth, csv_truth, read_scores, table_truth
+from ddray.ranking.truth import csv_truth, read_scores, read_truth
 
 CELLS = [9930, 6111, 5, 15624]
 SEEDS = (777, 888, 999)
@@ -25,7 +26,7 @@ SEEDS = (777, 888, 999)
 
 class TestTable:
     def test_accuracies_are_fractions_in_the_order_asked_for(self) -> None:
-        truth = table_truth(get_space("nasbench201"), [9930, 6111])
+        truth = table_truth([9930, 6111])
 
         assert truth.values == pytest.approx([0.943633, 0.943733])
         assert truth.test is not None
@@ -33,7 +34,7 @@ class TestTable:
         assert truth.source == "table:cifar10_test_200_mean"
 
     def test_another_column_keeps_its_own_datasets_test(self) -> None:
-        truth = table_truth(get_space("nasbench201"), [1, 0], "cifar100_valid_12")
+        truth = table_truth([1, 0], "cifar100_valid_12")
 
         assert truth.values == pytest.approx([0.5780, 0.3184])
         assert truth.test == pytest.approx([0.5826, 0.3126])
@@ -47,20 +48,20 @@ class TestTable:
     )
     def test_a_column_must_be_of_accuracies(self, column: str, word: str) -> None:
         with pytest.raises(InputError, match=word):
-            table_truth(get_space("nasbench201"), [0], column)
+            table_truth([0], column)
 
     def test_it_is_of_nasbench201_and_its_cells(self) -> None:
         with pytest.raises(InputError, match="got --space convnet720"):
-            table_truth(get_space("convnet720"), [0])
+            read_truth(NasOptions(truth="table"), get_space("convnet720"), [0])
         with pytest.raises(InputError, match=r"0\.\.15624 for nasbench201, got 15625"):
-            table_truth(get_space("nasbench201"), [0, 15625])
+            table_truth([0, 15625])
 
     def test_validation_accuracy_ranks_as_known(self) -> None:
-        space, indices = get_space("nasbench201"), range(15625)
-        scores = table_truth(space, indices, "cifar10_valid_200_mean").values
+        indices = range(15625)
+        scores = table_truth(indices, "cifar10_valid_200_mean").values
 
         result = figures_of_merit(
-            scores, table_truth(space, indices).values, storage_images=0, wall_s=0.0, num_bootstrap=100
+            scores, table_truth(indices).values, storage_images=0, wall_s=0.0, num_bootstrap=100
         )
 
         assert result["spearman"] == pytest.approx(0.984, abs=0.002)
@@ -268,9 +269,9 @@ class TestApi:
     def test_the_default_is_the_mean_cifar10_test_accuracy(self, tmp_path: Path, legacy: bool) -> None:
         path = benchmark_file(tmp_path / "nb201.pth", legacy=legacy)
 
-        truth = api_truth(path, [6111, 9930, 5])
+        truth = api_truth([6111, 9930, 5], None, path)
 
-        assert truth.values == pytest.approx(table_truth(get_space("nasbench201"), [6111, 9930, 5]).values)
+        assert truth.values == pytest.approx(table_truth([6111, 9930, 5]).values)
         assert truth.test == pytest.approx(truth.values)
         assert truth.source == "api:nb201.pth:cifar10_test_200_mean"
 
@@ -282,8 +283,8 @@ class TestApi:
         assert len(columns) == 23
 
         for column in columns:
-            actual = api_truth(path, CELLS, column)
-            expected = table_truth(get_space("nasbench201"), CELLS, column)
+            actual = api_truth(CELLS, column, path)
+            expected = table_truth(CELLS, column)
             # The table rounds means over seeds.
             np.testing.assert_allclose(actual.values, expected.values, atol=2e-5, err_msg=column)
             np.testing.assert_allclose(actual.test, expected.test, atol=2e-5, err_msg=column)
@@ -295,14 +296,14 @@ class TestApi:
         structure = read_table().arch_str[17]
 
         with pytest.raises(InputError) as caught:
-            api_truth(path, [9930, 17])
+            api_truth([9930, 17], None, path)
 
         assert f"1 are missing, the first is {structure}" in str(caught.value)
         content = torch.load(path, weights_only=False)
         del content["arch2infos"][0]["full"]
         torch.save(content, path)
         with pytest.raises(InputError, match=r"nas-bench-201 cannot read .* \(KeyError"):
-            api_truth(path, [9930])
+            api_truth([9930], None, path)
 
     @has_package
     def test_a_dataset_or_seed_that_was_not_trained_is_nan_and_none_at_all_is_an_error(
@@ -315,13 +316,13 @@ class TestApi:
         del first["dataset_seed"]["cifar10"]
         torch.save(content, path)
 
-        truth = api_truth(path, CELLS[:2], "cifar10_valid_200_s888")
+        truth = api_truth(CELLS[:2], "cifar10_valid_200_s888", path)
 
         assert list(np.isnan(truth.values)) == [True, False]
         assert truth.test is not None
         assert list(np.isnan(truth.test)) == [True, False]
         with pytest.raises(InputError, match="has no cifar10_test_200_mean for these 1 cells"):
-            api_truth(path, CELLS[:1])
+            api_truth(CELLS[:1], None, path)
 
     def test_the_missing_package_is_told_with_the_fix(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -330,9 +331,9 @@ class TestApi:
         path = benchmark_file(tmp_path / "nb201.pth")
 
         with pytest.raises(InputError, match="pip install nas-bench-201"):
-            api_truth(path, [0])
+            api_truth([0], None, path)
         with pytest.raises(InputError, match=r"nothing.pth does not exist"):
-            api_truth(tmp_path / "nothing.pth", [0])
+            api_truth([0], None, tmp_path / "nothing.pth")
 
     def test_nothing_but_plain_values_is_loaded(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -347,17 +348,17 @@ class TestApi:
 
         torch.save({"meta_archs": Trap()}, path)
         with pytest.raises(InputError, match="objects that could run code"):
-            api_truth(path, [0])
+            api_truth([0], None, path)
         path.write_bytes(pickle.dumps(Trap()))
         with pytest.raises(InputError, match="undamaged file"):
-            api_truth(path, [0])
+            api_truth([0], None, path)
         assert not mark.exists()
 
         path.write_bytes(benchmark_file(path).read_bytes()[:1000])
         with pytest.raises(InputError, match="undamaged file"):
-            api_truth(path, [0])
+            api_truth([0], None, path)
         torch.save({"images": torch.zeros(1)}, path)
         with pytest.raises(InputError, match="a dict with meta_archs, arch2infos, evaluated_indexes"):
-            api_truth(path, [0])
+            api_truth([0], None, path)
         with pytest.raises(InputError, match="did you mean 'cifar10_test_200_mean'"):
-            api_truth(path, [0], "cifar10_test_200_meen")
+            api_truth([0], "cifar10_test_200_meen", path)

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from ddray.tables.published import compare, find, read_numbers
+from ddray.evaluation.published import read_numbers
+from ddray.tables.published import compare, find
 from ddray.tables.spec import Source, read_spec
 from ddray.tables.table import standard_error
 from tests.tables.benches import table_cell
