@@ -9,12 +9,12 @@ from typing import Any
 from ddray.cluster import nas
 from ddray.cluster.runtime import check_capacity, ray_runtime, sigterm_as_sigint
 from ddray.errors import InputError
+from ddray.runs.outcome import Outcome
 from ddray.tables.options import BenchOptions
 from ddray.tables.run import prepare, run_bench, run_local
-from ddray.tables.scheduler import Ended
 from ddray.tables.spec import BenchSpec
-from ddray.tables.units import Work
-from ddray.tables.worker import Job, run_work
+from ddray.tables.units import BenchUnit
+from ddray.tables.worker import BenchJob, run_unit
 
 
 def bench(spec: BenchSpec, options: BenchOptions, *, run_dir: Path | None, resume: bool) -> dict[str, Any]:
@@ -53,31 +53,29 @@ class RayExecutor:
         self._options = options
 
     def __call__(
-        self, job: Job, works: Sequence[Work], after: Callable[[Ended], list[Work]]
-    ) -> Iterator[Ended]:
+        self, job: BenchJob, units: Sequence[BenchUnit], after: Callable[[Outcome], list[BenchUnit]]
+    ) -> Iterator[Outcome]:
         """Start `works` in order, then what `after` adds."""
         options = self._options
         with ray_runtime(options.address):
             from ddray.cluster.fanout import Task, fan_out
-            from ddray.runs.outcome import Outcome
 
             check_capacity(options.cpus_per_unit, options.gpus_per_unit, per="unit")
 
-            def tasks(new_works: Sequence[Work]) -> list[Task]:
-                return [Task(work.key, run_work, (job, work)) for work in new_works]
+            def tasks(new_works: Sequence[BenchUnit]) -> list[Task]:
+                return [Task(unit.key, run_unit, (job, unit)) for unit in new_works]
 
             def follow(outcome: Outcome) -> list[Task]:
-                return tasks(after(_ended(outcome)))
+                return tasks(after(outcome))
 
-            for outcome in fan_out(
-                tasks(works),
+            yield from fan_out(
+                tasks(units),
                 num_workers=self._num_workers,
                 cpus=options.cpus_per_unit,
                 gpus=options.gpus_per_unit,
                 timeout_s=options.unit_timeout,
                 follow=follow,
-            ):
-                yield _ended(outcome)
+            )
 
     def _num_workers(self) -> int:
         """Return how many units fit now; nodes may have died or joined since the last check."""
@@ -87,7 +85,3 @@ class RayExecutor:
         except InputError:  # no node fits a unit any more: units wait for a new one
             fits = 1
         return min(fits, options.max_concurrent or fits)
-
-
-def _ended(outcome: Any) -> Ended:
-    return Ended(outcome.key, outcome.value, outcome.error, outcome.attempts)

@@ -29,7 +29,7 @@ from ddray.seeding import derive_seed
 from ddray.system.files import write_atomically
 from ddray.system.worker import set_threads, worker_device
 from ddray.tuning.payload import Payload, pack, unpack
-from ddray.tuning.trial import Job, forget_checkpoint, score, trial_config, trial_pool
+from ddray.tuning.trial import SearchJob, forget_checkpoint, score, trial_config, trial_pool
 
 if TYPE_CHECKING:
     from ddray.tuning.options import TuneOptions
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 def run_finals(
-    plan: Plan, job: Job, run: Run, points: Mapping[str, Row | None], options: TuneOptions
+    plan: Plan, job: SearchJob, run: Run, points: Mapping[str, Row | None], options: TuneOptions
 ) -> dict[str, dict[str, Any]]:
     """Distil each point on fresh seeds from all of train, and score the sets on test.
 
@@ -90,7 +90,7 @@ def schedule_of(row: Row, plan: Plan) -> list[dict[str, Any]]:
     return schedule
 
 
-def final_unit(job: Job, schedule: list[dict[str, Any]], seed_index: int, plan: Plan) -> Unit:
+def final_unit(job: SearchJob, schedule: list[dict[str, Any]], seed_index: int, plan: Plan) -> Unit:
     """Return the unit of one fresh seed: distilled from all of train, scored on test."""
     spec = {
         "schedule": schedule,
@@ -105,7 +105,7 @@ def final_unit(job: Job, schedule: list[dict[str, Any]], seed_index: int, plan: 
     return Unit(kind="evaluate", spec=spec)
 
 
-def _run_missing(plan: Plan, job: Job, run: Run, missing: list[Unit], options: TuneOptions) -> None:
+def _run_missing(plan: Plan, job: SearchJob, run: Run, missing: list[Unit], options: TuneOptions) -> None:
     """Run the units that have no row, in parallel."""
     # Opened here and not before: a search must not see test, and a broken test set must not cost a trial.
     test, train = plan.dataset.test(), plan.dataset.train()
@@ -118,7 +118,9 @@ def _run_missing(plan: Plan, job: Job, run: Run, missing: list[Unit], options: T
             _publish_finals(run, served, payload, missing, workers)
 
 
-def _final_specs(plan: Plan, job: Job, units: list[Unit], train: Split, space: PixelSpace) -> list[PoolSpec]:
+def _final_specs(
+    plan: Plan, job: SearchJob, units: list[Unit], train: Split, space: PixelSpace
+) -> list[PoolSpec]:
     """Return the networks that the units' methods declare."""
     device = torch.device("cuda" if job.gpus > 0 else "cpu")
     specs: dict[str, PoolSpec] = {}
@@ -133,7 +135,7 @@ def _final_specs(plan: Plan, job: Job, units: list[Unit], train: Split, space: P
     return list(specs.values())
 
 
-def _publish_finals(run: Run, job: Job, payload: Payload, missing: list[Unit], workers: int) -> None:
+def _publish_finals(run: Run, job: SearchJob, payload: Payload, missing: list[Unit], workers: int) -> None:
     """Run the units in Ray's workers; publish the rows of those that diverged."""
     import ray
 
@@ -162,7 +164,7 @@ def _publish_finals(run: Run, job: Job, payload: Payload, missing: list[Unit], w
             log.warning("final run %s failed %d times: %s", outcome.key[:12], outcome.attempts, reason)
 
 
-def final_task(job: Job, payload: Payload, unit: Unit) -> None:
+def final_task(job: SearchJob, payload: Payload, unit: Unit) -> None:
     """Distil one fresh seed and score it; runs in a worker and publishes its row."""
     set_threads(job.cpus)
     begin = time.perf_counter()

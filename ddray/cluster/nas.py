@@ -9,7 +9,7 @@ import torch
 
 from ddray.cluster.runtime import check_capacity, ray_runtime, sigterm_as_sigint
 from ddray.ranking.sweep import MAX_ATTEMPTS, NasOptions, patience
-from ddray.ranking.worker import NasJob, NasTask, SweepData, run_task
+from ddray.ranking.worker import NasTask, SweepData, SweepJob, run_task
 from ddray.system.worker import worker_device
 
 
@@ -24,7 +24,7 @@ class RayExecutor:
     options: NasOptions
 
     def __call__(
-        self, job: NasJob, data: SweepData, tasks: Sequence[NasTask], on_start: Callable[[str, int], None]
+        self, job: SweepJob, data: SweepData, tasks: Sequence[NasTask], on_start: Callable[[str, int], None]
     ) -> Iterator[tuple[str, Exception | None, int]]:
         """Yield (task's key, exception or None, attempts) as tasks end.
 
@@ -51,6 +51,6 @@ class RayExecutor:
                 yield outcome.key, outcome.error, outcome.attempts
 
 
-def in_worker(job: NasJob, data: SweepData, task: NasTask) -> None:
+def in_worker(job: SweepJob, data: SweepData, task: NasTask) -> None:
     """Run one task on the worker's device."""
     run_task(job, data, task, torch.device(worker_device(job.gpus)))

@@ -38,7 +38,7 @@ from ddray.system.worker import set_threads, worker_device
 from ddray.tuning.payload import Payload, unpack
 from ddray.tuning.space import Range, sample
 from ddray.tuning.study import write_study
-from ddray.tuning.trial import Job, split_name, trial_config, trial_pool, trial_result, val_score
+from ddray.tuning.trial import SearchJob, split_name, trial_config, trial_pool, trial_result, val_score
 
 if TYPE_CHECKING:
     from ddray.tuning.search import Search
@@ -197,7 +197,7 @@ def _run_segments(
 
 
 def run_segment(
-    job: Job,
+    job: SearchJob,
     payload: Payload,
     trial_number: int,
     params: Mapping[str, Any],

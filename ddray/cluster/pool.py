@@ -299,7 +299,7 @@ class ClusterPool:
             log.warning(
                 "the pool's service is gone (%s): going on with the files in %s", error, self._files.folder
             )
-            rest = LocalPool(self._remembered, self._files.folder).get(list(missing.values()))
+            rest = LocalPool(self._train_unless_done, self._files.folder).get(list(missing.values()))
             entries.update(zip(missing, rest, strict=True))
         return [entries[spec.key] for spec in specs]
 
@@ -338,7 +338,7 @@ class ClusterPool:
         self._unpublished[spec.key] = self._trainer(spec)
         return self._unpublished[spec.key]
 
-    def _remembered(self, spec: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+    def _train_unless_done(self, spec: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
         return self._unpublished.pop(spec.key, None) or self._trainer(spec)
 
     def _open(self, key: str, served: Served) -> PoolEntry | None:

@@ -18,13 +18,15 @@ from ddray.system.files import home
 from ddray.system.progress import progress
 from ddray.system.worker import worker_device
 from ddray.tuning.payload import Payload, unpack
-from ddray.tuning.trial import Job, trial_pool
+from ddray.tuning.trial import SearchJob, trial_pool
 
 log = logging.getLogger(__name__)
 
 
 @contextmanager
-def shared_pool(job: Job, payload: Payload, specs: Sequence[PoolSpec], num_workers: int) -> Iterator[Job]:
+def shared_pool(
+    job: SearchJob, payload: Payload, specs: Sequence[PoolSpec], num_workers: int
+) -> Iterator[SearchJob]:
     """Serve a pool to the workers while the block runs; `specs` are trained first.
 
     Without `specs` there is no service: workers that still need a network share the files.
@@ -67,7 +69,7 @@ def _is_intact(files: PoolFiles, key: str) -> bool:
             return files.mend(key, lock) is not None
 
 
-def _train(job: Job, payload: Payload, specs: Sequence[PoolSpec], num_workers: int) -> None:
+def _train(job: SearchJob, payload: Payload, specs: Sequence[PoolSpec], num_workers: int) -> None:
     """Train networks, `num_workers` at a time."""
     import ray
 
@@ -91,7 +93,7 @@ def _train(job: Job, payload: Payload, specs: Sequence[PoolSpec], num_workers: i
             show(done, "")
 
 
-def train_member(job: Job, payload: Payload, spec: PoolSpec) -> None:
+def train_member(job: SearchJob, payload: Payload, spec: PoolSpec) -> None:
     """Train one network; runs in a worker, on that worker's device."""
     unpacked = unpack(payload)
     device = torch.device(worker_device(job.gpus))

@@ -38,7 +38,7 @@ from ddray.tuning.report import write_report
 from ddray.tuning.search import Search, best_trial, paper_trial
 from ddray.tuning.space import Range, grid, read_space
 from ddray.tuning.study import score_of
-from ddray.tuning.trial import ETA, Job, split_name
+from ddray.tuning.trial import ETA, SearchJob, split_name
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def tune(
     if options.objective != "val-accuracy":
         config |= {name: getattr(options, name) for name in ("objective", "nas_sample", "nas_epochs")}
     run = open_run(run_dir, config, command="tune", resume=resume)
-    job = Job(
+    job = SearchJob(
         run_dir=str(run.folder),
         epoch=run.epoch,
         method=plan.method,
@@ -135,7 +135,7 @@ def _run_missing(search: Search, payload: Payload, specs: Sequence[PoolSpec]) ->
     search.check_ended(time.monotonic() - begin)
 
 
-def _specs(plan: Plan, job: Job, train: Split, space: PixelSpace) -> list[PoolSpec]:
+def _specs(plan: Plan, job: SearchJob, train: Split, space: PixelSpace) -> list[PoolSpec]:
     """Return the networks that the plan's method declares; trials with other pool settings add theirs."""
     device = torch.device("cuda" if job.gpus > 0 else "cpu")
     ctx = make_context(plan, train, split_name=split_name(plan.seed), device=device, space=space)

@@ -148,7 +148,7 @@ def nas(
             prefix="--",
         )
         if scores is not None:
-            result = rank.rank_scores(Path(os.path.abspath(scores)), options)
+            result = rank.compare_scores(Path(os.path.abspath(scores)), options)
         else:
             if not proxy:
                 raise InputError("ddray nas needs --proxy FILE (or --describe, or --scores FILE.csv)")
@@ -167,7 +167,7 @@ def nas(
                 execute: Any = RayExecutor(options)
             else:
                 execute = execute_locally
-            result = rank.rank_architectures(
+            result = rank.run_nas(
                 request,
                 options,
                 resolve_config(options, (parse_overrides(set_ or []),)),

@@ -65,7 +65,7 @@ def run_distillation(
     checkpoint: Path | None = None,
     checkpoint_every: int = 100,
     until: int | None = None,
-    looks: Collection[int] = (),
+    eval_steps: Collection[int] = (),
     on_step: Callable[[int, float], None] | None = None,
 ) -> DistillResult:
     """Run a method to its end, or to step `until`, starting from its checkpoint if there is one.
@@ -76,9 +76,9 @@ def run_distillation(
         checkpoint: file to resume from and to keep up to date; None writes none.
         checkpoint_every: steps between checkpoints and loss checks.
         until: stop after this step; None runs all.
-        looks: further steps to checkpoint and check (a search's rungs).
+        eval_steps: further steps to checkpoint and check (a search's rungs).
         on_step: called with (step, loss) at every check, after its checkpoint. A run that resumes at one of
-            `looks` calls it for that step first, as the interrupted run may not have got to it.
+            `eval_steps` calls it for that step first, as the interrupted run may not have got to it.
 
     Raises:
         DivergedError: a loss or an image became NaN or infinite.
@@ -89,12 +89,12 @@ def run_distillation(
     last = distiller.num_steps if until is None else min(until, distiller.num_steps)
     losses: list[Tensor] = []
     done = _restore(distiller, checkpoint, losses, ctx.device)
-    if losses and done in looks and on_step is not None:
+    if losses and done in eval_steps and on_step is not None:
         on_step(done, _finite(losses[-1], done, settings))
     timer = StepTimer(ctx.device)
     for step in range(done + 1, last + 1):
         losses.append(distiller.step()["loss"].detach().reshape(1))
-        look = step % checkpoint_every == 0 or step == last or step in looks
+        look = step % checkpoint_every == 0 or step == last or step in eval_steps
         timer.stop(sync=look)
         if look:
             value = _finite(losses[-1], step, settings)

@@ -37,7 +37,7 @@ from ddray.distillation.method import DistillContext, Target
 from ddray.errors import InputError
 from ddray.methods.families.diffusion import stages
 from ddray.methods.families.diffusion.config import D3HRConfig
-from ddray.methods.families.diffusion.folder import read_folder, remember, resolve_ids, warn_of_leak
+from ddray.methods.families.diffusion.folder import read_folder, record_folder, resolve_ids, warn_of_leak
 from ddray.methods.families.diffusion.groups import group_sample, group_scores
 from ddray.methods.families.diffusion.model import check_levels
 from ddray.methods.families.diffusion.sampling import Sampler
@@ -219,7 +219,7 @@ def plan_stages(ctx: DistillContext, config: D3HRConfig) -> tuple[Mapping[str, A
                 f"a diffusion model of {dataset.name}'s images must have {dataset.image_shape[0]} channels, "
                 f"{folder.path} has {folder.channels}; leave method.diffusion out to train one"
             )
-        remember(folder)
+        record_folder(folder)
         warn_of_leak(folder, dataset.fingerprint, ctx.split_name)
         source = {"fingerprint": folder.fingerprint}
         names, num, timesteps = folder.class_names, folder.num_classes, folder.num_train_timesteps

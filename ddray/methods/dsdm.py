@@ -111,7 +111,7 @@ def history_loss(synthetic: Tensor, memory: Tensor, *, mean: bool) -> Tensor:
     return squares.mean(1).sum() if mean else squares.sum()
 
 
-def remember(
+def update_memory(
     memory: Tensor | None, prototypes: Tensor, *, ema: float, first: Literal["zero", "prototype"]
 ) -> Tensor:
     """Return h^(t) (Eq 8) from h^(t-1), None at t = 1, and Eq 7's prototypes [K, d] of the updated images."""
@@ -211,7 +211,7 @@ class DSDM:
             loss = loss + config.lambda2 * history  # Eq 9
         self._learned.update(loss)
         if config.use_history:
-            self._remember(draw)
+            self._update_memory(draw)
         return {"loss": loss.detach()}
 
     def _take_net(self, generator: torch.Generator) -> int:
@@ -237,13 +237,13 @@ class DSDM:
         return by_class(embedding(self._pairs.net, images), self._pairs.num_classes)
 
     @torch.no_grad()
-    def _remember(self, draw: Draw) -> None:
+    def _update_memory(self, draw: Draw) -> None:
         """Update the memory with the updated images' prototypes (Eq 7, 8)."""
         plan = draw.plan if self._config.history_augmented else None
         images = self._pairs.synthetic(Draw(draw.index, plan, None))
         prototypes = self._embedded(images).mean(1)
         config = self._config
-        self._memory = remember(self._memory, prototypes, ema=config.ema, first=config.history_first)
+        self._memory = update_memory(self._memory, prototypes, ema=config.ema, first=config.history_first)
 
     def snapshot(self) -> DistilledSet:
         """Return the current images as a set."""

@@ -58,7 +58,7 @@ def describe(space_name: str, text: str) -> dict[str, Any]:
     return {"archs": [space.describe(index) for index in parse_indices(text, space)]}
 
 
-def rank_scores(path: Path, options: NasOptions) -> dict[str, Any]:
+def compare_scores(path: Path, options: NasOptions) -> dict[str, Any]:
     """Compare scores from a file with a truth; nothing is trained.
 
     Raises:
@@ -164,7 +164,7 @@ def _open(name: str, request: NasRequest) -> Dataset:
     return open_dataset(name, data_dir=request.data_dir, download=request.download)
 
 
-def rank_architectures(
+def run_nas(
     request: NasRequest,
     options: NasOptions,
     config: NasConfig,
@@ -215,7 +215,7 @@ def _why_nothing(folder: Path, rows: Sequence[Row]) -> str:
 
 
 @dataclass(frozen=True)
-class Found:
+class SweepResults:
     """Results computed from a sweep's rows.
 
     Attributes:
@@ -229,7 +229,7 @@ class Found:
     truth_facts: dict[str, Any]
 
 
-def collect(sweep: Sweep, rows: Sequence[Row], truth: Truth | None) -> Found:
+def collect(sweep: Sweep, rows: Sequence[Row], truth: Truth | None) -> SweepResults:
     """Return the figures and the table for a sweep's rows.
 
     Args:
@@ -270,7 +270,7 @@ def collect(sweep: Sweep, rows: Sequence[Row], truth: Truth | None) -> Found:
         )
         proxies.append({"proxy": proxy.name, **figures, "num_diverged": _num_diverged(proxy_rows)})
         tables.append(_table(proxy, space, sweep.indices, scores, truth))
-    return Found(proxies, pd.concat(tables, ignore_index=True), facts)
+    return SweepResults(proxies, pd.concat(tables, ignore_index=True), facts)
 
 
 def _num_diverged(rows: Sequence[Row]) -> int:

@@ -25,7 +25,7 @@ from ddray.ranking.proxies import Proxy
 from ddray.ranking.recipe import NasRecipe
 from ddray.ranking.spaces import NasSpace, get_space, sample
 from ddray.ranking.spaces import resolve_config as resolve_config
-from ddray.ranking.worker import CODE_VERSION, NasJob, NasTask, SweepData, real_set, truth_ledger
+from ddray.ranking.worker import CODE_VERSION, NasTask, SweepData, SweepJob, real_set, truth_ledger
 from ddray.runs.folder import Run, open_run
 from ddray.runs.ledger import Ledger, Row, Unit
 from ddray.seeding import derive_seed
@@ -45,7 +45,7 @@ class Execute(Protocol):
     """Runs tasks; yields (task's key, exception or None, attempts) as they end."""
 
     def __call__(
-        self, job: NasJob, data: SweepData, tasks: Sequence[NasTask], on_start: Callable[[str, int], None]
+        self, job: SweepJob, data: SweepData, tasks: Sequence[NasTask], on_start: Callable[[str, int], None]
     ) -> Iterator[tuple[str, Exception | None, int]]:
         """Start tasks in the order given."""
         ...
@@ -288,7 +288,7 @@ def _run_missing(
     sweep: Sweep, execute: Execute, run: Run, tasks: Sequence[NasTask], *, num_units: int
 ) -> None:
     options = sweep.options
-    job = NasJob(
+    job = SweepJob(
         str(run.folder),
         run.epoch,
         f"{run.folder}@{run.epoch}",
@@ -349,7 +349,7 @@ def _mark_failed(run: Run, task: NasTask, error: Exception, attempts: int) -> No
 
 
 def execute_locally(
-    job: NasJob, data: SweepData, tasks: Sequence[NasTask], on_start: Callable[[str, int], None]
+    job: SweepJob, data: SweepData, tasks: Sequence[NasTask], on_start: Callable[[str, int], None]
 ) -> Iterator[tuple[str, Exception | None, int]]:
     """Run tasks one after another in this process, without Ray (`--executor local`)."""
     from ddray.ranking.worker import forget_data, run_task

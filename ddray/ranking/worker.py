@@ -209,7 +209,7 @@ def _pixel_space(space: Mapping[str, Any]) -> PixelSpace:
 
 
 @dataclass(frozen=True)
-class NasJob:
+class SweepJob:
     """What all tasks of a sweep share.
 
     Attributes:
@@ -230,7 +230,7 @@ class NasJob:
 _latest: tuple[str, Workbench] | None = None
 
 
-def run_task(job: NasJob, data: SweepData, task: NasTask, device: torch.device) -> None:
+def run_task(job: SweepJob, data: SweepData, task: NasTask, device: torch.device) -> None:
     """Run a task and publish its rows; truth is published under `$DDRAY_HOME` too, for other runs.
 
     Raises:

@@ -20,9 +20,9 @@ from ddray.data import Dataset
 from ddray.ranking.sweep import NasOptions, choose_architectures, resolve_config
 from ddray.runs.ledger import Ledger, Row
 from ddray.system.files import home, storage_errors
-from ddray.tables.graph import pool_work
-from ddray.tables.units import Graph, Ranking, Work
-from ddray.tables.worker import asked_first
+from ddray.tables.graph import pool_unit
+from ddray.tables.units import BenchUnit, Graph, SweepSpec
+from ddray.tables.worker import predict_pool_specs
 
 log = logging.getLogger(__name__)
 
@@ -62,16 +62,16 @@ def costs_file() -> Path:
     return home() / "unit_costs.jsonl"
 
 
-def remember(work: Work, row: Row, device: str) -> None:
+def record_cost(unit: BenchUnit, row: Row, device: str) -> None:
     """Store a finished unit's time, unless it was resumed after a kill: that is not the time of the whole."""
     if row.status == "failed" or row.wall_s <= 0 or row.result.get("resumed_from_step"):
         return
-    _append([{**_signature(work), "device": device, "amount": work.amount, "wall_s": row.wall_s}])
+    _append([{**_signature(unit), "device": device, "amount": unit.amount, "wall_s": row.wall_s}])
 
 
-def remember_sweep(ranking: Ranking, space: str, rows: Sequence[Row], device: str) -> None:
+def record_sweep_costs(sweep: SweepSpec, space: str, rows: Sequence[Row], device: str) -> None:
     """Store the times of a NAS sweep's finished units: one architecture on one proxy, with one seed."""
-    likes = _sweep_signature(space, ranking.dataset)
+    likes = _sweep_signature(space, sweep.dataset)
     finished_rows = [row for row in rows if row.status == "done" and row.wall_s > 0]
     _append([{**likes, "device": device, "amount": 1.0, "wall_s": row.wall_s} for row in finished_rows])
 
@@ -91,14 +91,14 @@ def _append(lines: Sequence[dict[str, Any]]) -> None:
             os.close(handle)
 
 
-def _signature(work: Work) -> dict[str, Any]:
+def _signature(unit: BenchUnit) -> dict[str, Any]:
     """Return the keys by which units are compared."""
-    spec = work.unit.spec
-    if work.kind == "evaluate":
-        return {"kind": work.kind, "what": work.options["protocol"], "which": spec["arch"]}
-    if work.kind == "pool":
-        return {"kind": work.kind, "what": spec["kind"], "which": f"{spec['arch']} on {work.dataset}"}
-    return {"kind": work.kind, "what": work.method, "which": work.dataset}
+    spec = unit.identity.spec
+    if unit.kind == "evaluate":
+        return {"kind": unit.kind, "what": unit.options["protocol"], "which": spec["arch"]}
+    if unit.kind == "pool":
+        return {"kind": unit.kind, "what": spec["kind"], "which": f"{spec['arch']} on {unit.dataset}"}
+    return {"kind": unit.kind, "what": unit.method, "which": unit.dataset}
 
 
 def _sweep_signature(space: str, dataset: str) -> dict[str, Any]:
@@ -129,26 +129,24 @@ class SweepCost:
         return max(0, self.num_units - self.num_done)
 
 
-def sweep_title(ranking: Ranking) -> str:
+def sweep_title(sweep: SweepSpec) -> str:
     """Return a sweep's title, as shown to people."""
-    cell = ranking.sets[0][0]
+    cell = sweep.sets[0][0]
     kind, size = cell.size
-    return f"nas sweep of {cell.arch}: {ranking.dataset} {kind} {size}"
+    return f"nas sweep of {cell.arch}: {sweep.dataset} {kind} {size}"
 
 
-def sweep_of(ranking: Ranking, options: NasOptions, dataset: Dataset) -> SweepCost:
+def sweep_of(sweep: SweepSpec, options: NasOptions, dataset: Dataset) -> SweepCost:
     """Return how many units a sweep on a dataset has.
 
     Raises:
         InputError: an unknown space, or a sample larger than it.
     """
-    keys = tuple(key for _, set_keys in ranking.sets for key in set_keys)
+    keys = tuple(key for _, set_keys in sweep.sets for key in set_keys)
     archs = len(choose_architectures(options, resolve_config(options), dataset))
-    ours = archs * options.seeds * (len(keys) + len(ranking.evaluate.options.get("baselines", ())))
+    ours = archs * options.seeds * (len(keys) + len(sweep.evaluate.options.get("baselines", ())))
     truth = archs * options.truth_seeds if options.truth == "whole" else 0
-    return SweepCost(
-        sweep_title(ranking), keys, _sweep_signature(options.space, ranking.dataset), ours + truth
-    )
+    return SweepCost(sweep_title(sweep), keys, _sweep_signature(options.space, sweep.dataset), ours + truth)
 
 
 class History:
@@ -168,9 +166,9 @@ class History:
             if past["device"] == device:
                 self._past.append(past)
 
-    def estimate(self, work: Work) -> Estimate:
+    def estimate(self, unit: BenchUnit) -> Estimate:
         """Return a unit's expected seconds, from the most similar past units (`_MATCH_ON`)."""
-        signature, amount = _signature(work), max(work.amount, 1.0)
+        signature, amount = _signature(unit), max(unit.amount, 1.0)
         cache_key = (*signature.values(), amount)
         if cache_key not in self._estimates:
             self._estimates[cache_key] = self._nearest(signature, amount)
@@ -213,22 +211,22 @@ def forecast(
         sweeps: the NAS sweeps that follow, one line each.
     """
     history = History(device)
-    titles = {work.key: work.title for work in graph.works()}
+    titles = {unit.key: unit.title for unit in graph.units()}
     units: list[dict[str, Any]] = []
     is_pool_known = True
     pool: dict[str, dict[str, Any]] = {}
-    for work in graph.works():
-        row = ledger.row(work.key) if ledger is not None else None
-        needs = [titles[key] for key in work.unit.inputs]
-        if work.kind == "distill" and row is None:
-            specs = asked_first(graph.plans[work.key])
+    for unit in graph.units():
+        row = ledger.row(unit.key) if ledger is not None else None
+        needs = [titles[key] for key in unit.identity.inputs]
+        if unit.kind == "distill" and row is None:
+            specs = predict_pool_specs(graph.plans[unit.key])
             is_pool_known = is_pool_known and specs is not None
             for spec in specs or ():
-                name = f"pool {spec.kind} {spec.arch} for {work.dataset}, seed {spec.seed}"
-                entry = _line(name, "pool", None, [], history.estimate(pool_work(work, spec)))
+                name = f"pool {spec.kind} {spec.arch} for {unit.dataset}, seed {spec.seed}"
+                entry = _line(name, "pool", None, [], history.estimate(pool_unit(unit, spec)))
                 pool.setdefault(f"{name} {spec.key}", entry)
                 needs.append(name)
-        units.append(_line(work.title, work.kind, row, needs, history.estimate(work)))
+        units.append(_line(unit.title, unit.kind, row, needs, history.estimate(unit)))
     after = [
         {
             **_line(one.title, "nas", None, [titles[key] for key in one.needs], history.sweep(one)),

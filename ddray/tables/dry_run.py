@@ -16,7 +16,7 @@ from ddray.tables.cost import forecast, sweep_of
 from ddray.tables.graph import build_graph
 from ddray.tables.nas_table import sweep_folder
 from ddray.tables.options import BenchOptions
-from ddray.tables.run import check_rankings
+from ddray.tables.run import check_sweeps
 from ddray.tables.spec import BenchSpec
 
 # Datasets whose class names are only in their files: the number of classes, for dry runs without the files.
@@ -54,11 +54,11 @@ def dry_run(spec: BenchSpec, options: BenchOptions, *, run_dir: Path | None) -> 
         return opened[name]
 
     graph = build_graph(spec, get, check_plan)
-    sweeps = check_rankings(graph, spec, options, get)
+    sweeps = check_sweeps(graph, spec, options, get)
     priced = []
-    for ranking, sweep_options in zip(graph.rankings, sweeps, strict=True):
-        num_done = 0 if run_dir is None else len(Ledger(sweep_folder(ranking, sweep_options, run_dir)).rows())
-        priced.append(replace(sweep_of(ranking, sweep_options, get(ranking.dataset)), num_done=num_done))
+    for sweep, sweep_options in zip(graph.sweeps, sweeps, strict=True):
+        num_done = 0 if run_dir is None else len(Ledger(sweep_folder(sweep, sweep_options, run_dir)).rows())
+        priced.append(replace(sweep_of(sweep, sweep_options, get(sweep.dataset)), num_done=num_done))
     return {
         "name": spec.name,
         "scale": options.scale,

@@ -22,7 +22,7 @@ from ddray.runs.ledger import Unit
 from ddray.seeding import derive_seed
 from ddray.tables.checks import check_evaluation, check_names, check_row
 from ddray.tables.spec import BenchSpec, EvaluateSpec, Limits, MethodSpec, Source
-from ddray.tables.units import Cell, Graph, Ranking, Work
+from ddray.tables.units import BenchUnit, Cell, Graph, SweepSpec
 from ddray.training.recipe import RECIPES, TeacherRecipe
 
 # Changing how many networks are trained on a set does not change the set.
@@ -43,40 +43,40 @@ def build_graph(
     Raises:
         InputError: a method, preset, setting, protocol or architecture is bad, or a dataset is missing.
     """
-    distil: dict[str, Work] = {}
-    evaluate: dict[str, Work] = {}
+    distil: dict[str, BenchUnit] = {}
+    evaluate: dict[str, BenchUnit] = {}
     plans: dict[str, Plan] = {}
     labels: dict[str, list[str]] = {}
     cells = []
-    rankings: dict[tuple[int, str, tuple[str, int]], list[tuple[Cell, tuple[str, ...]]]] = {}
+    proxies: dict[tuple[int, str, tuple[str, int]], list[tuple[Cell, tuple[str, ...]]]] = {}
     check_names(spec)
     for row, name, size in _combinations(spec):
         sets = [
-            distil_work(spec, row, open_dataset(name), name, size, spec.seed + seed_index)
+            distil_unit(spec, row, open_dataset(name), name, size, spec.seed + seed_index)
             for seed_index in range(spec.seeds)
         ]
         check(sets[0][1])
-        for work, plan in sets:
-            distil.setdefault(work.key, work)
-            plans.setdefault(work.key, plan)
-            labels.setdefault(work.key, []).append(row.row)
+        for unit, plan in sets:
+            distil.setdefault(unit.key, unit)
+            plans.setdefault(unit.key, plan)
+            labels.setdefault(unit.key, []).append(row.row)
         for evaluation_index, evaluation_spec in enumerate(map(spec.within, spec.evaluate)):
             if name not in spec.scored(evaluation_spec):
                 continue
             check_row(row, evaluation_spec)
             if evaluation_spec.protocol == "nas":
-                proxy_sets = rankings.setdefault((evaluation_index, name, size), [])
+                proxy_sets = proxies.setdefault((evaluation_index, name, size), [])
                 proxy_sets.append(
                     (_proxy_cell(spec, row, evaluation_spec, *sets[0]), tuple(w.key for w, _ in sets))
                 )
                 continue
-            for cell, works in _cells(spec, row, evaluation_spec, sets, open_dataset):
+            for cell, units in _cells(spec, row, evaluation_spec, sets, open_dataset):
                 cells.append(cell)
-                evaluate.update({work.key: work for work in works})
+                evaluate.update({unit.key: unit for unit in units})
     ordered = dict(sorted(distil.items(), key=lambda item: -item[1].amount))
     sweeps = tuple(
-        Ranking(evaluation_index, spec.evaluate[evaluation_index], name, tuple(proxies))
-        for (evaluation_index, name, _), proxies in rankings.items()
+        SweepSpec(evaluation_index, spec.evaluate[evaluation_index], name, tuple(proxy_sets))
+        for (evaluation_index, name, _), proxy_sets in proxies.items()
     )
     return Graph(ordered, evaluate, tuple(cells), sweeps, plans, labels)
 
@@ -92,9 +92,9 @@ def _combinations(spec: BenchSpec) -> Iterator[tuple[MethodSpec, str, tuple[str,
                 yield row, name, size
 
 
-def distil_work(
+def distil_unit(
     spec: BenchSpec, row: MethodSpec, dataset: Dataset, name: str, size: tuple[str, int], seed: int
-) -> tuple[Work, Plan]:
+) -> tuple[BenchUnit, Plan]:
     """Return the unit that distils one set, and its plan."""
     plan = _limited(spec, row, dataset, size, seed)
     make_distiller(plan)
@@ -113,8 +113,8 @@ def distil_work(
     real = getattr(plan.config.method, "batch_real", 0)  # per class, or in total with a budget
     images = plan.budget + real if plan.budget else dataset.num_classes * (plan.ipc + real)
     one = multiply_adds(plan.arch, dataset.image_shape)
-    work = Work(
-        unit=Unit(kind="distill", spec=unit_spec),
+    unit = BenchUnit(
+        identity=Unit(kind="distill", spec=unit_spec),
         title=f"{row.row} {dataset.name} {size[0]} {size[1]} seed {seed}",
         method=row.name,
         dataset=name,
@@ -126,7 +126,7 @@ def distil_work(
         amount=float((1 + plan.config.steps) * images * one),
         val_seed=spec.val_seed,
     )
-    return work, plan
+    return unit, plan
 
 
 def _limited(spec: BenchSpec, row: MethodSpec, dataset: Dataset, size: tuple[str, int], seed: int) -> Plan:
@@ -187,9 +187,9 @@ def _cells(
     spec: BenchSpec,
     row: MethodSpec,
     evaluation_spec: EvaluateSpec,
-    sets: list[tuple[Work, Plan]],
+    sets: list[tuple[BenchUnit, Plan]],
     open_dataset: OpenDataset,
-) -> list[tuple[Cell, list[Work]]]:
+) -> list[tuple[Cell, list[BenchUnit]]]:
     """Return the cells of a row's sets under one evaluation, each with its units."""
     cells = []
     first, plan = sets[0]
@@ -197,18 +197,18 @@ def _cells(
         target = open_dataset(name)
         for teacher in evaluation_spec.teacher or (None,):
             for arch in evaluation_spec.archs or (plan.arch,):
-                works = [
-                    _evaluate_work(
+                units = [
+                    _evaluate_unit(
                         spec,
                         evaluation_spec,
-                        work,
+                        unit,
                         set_plan,
                         target,
                         name,
                         resolve_arch(arch, plan.dataset.image_shape),
                         teacher,
                     )
-                    for work, set_plan in sets
+                    for unit, set_plan in sets
                 ]
                 cell = Cell(
                     method=row.row,
@@ -217,15 +217,15 @@ def _cells(
                     num_classes=plan.dataset.num_classes,
                     size=first.size,
                     protocol=evaluation_spec.protocol,
-                    arch=works[0].unit.spec["arch"],
+                    arch=units[0].identity.spec["arch"],
                     target=target.name,
                     teacher=teacher,
                     augment=evaluation_spec.augment,
-                    settings=_settings(evaluation_spec, works[0].options),
-                    keys=tuple(work.key for work in works),
+                    settings=_settings(evaluation_spec, units[0].options),
+                    keys=tuple(unit.key for unit in units),
                     source=_source(spec.published, evaluation_spec.published, row.published),
                 )
-                cells.append((cell, works))
+                cells.append((cell, units))
     return cells
 
 
@@ -243,7 +243,7 @@ def _settings(evaluation_spec: EvaluateSpec, options: Mapping[str, Any]) -> str 
 
 
 def _proxy_cell(
-    spec: BenchSpec, row: MethodSpec, evaluation_spec: EvaluateSpec, work: Work, plan: Plan
+    spec: BenchSpec, row: MethodSpec, evaluation_spec: EvaluateSpec, unit: BenchUnit, plan: Plan
 ) -> Cell:
     """Return the cell of a row's sets as proxies."""
     return Cell(
@@ -251,7 +251,7 @@ def _proxy_cell(
         name=row.name,
         dataset=plan.dataset.name,
         num_classes=plan.dataset.num_classes,
-        size=work.size,
+        size=unit.size,
         protocol="nas",
         arch=str(evaluation_spec.options.get("space", NasOptions().space)),
         target=plan.dataset.name,
@@ -270,16 +270,16 @@ def _source(*sources: Source) -> Source:
     )
 
 
-def _evaluate_work(
+def _evaluate_unit(
     spec: BenchSpec,
     evaluation_spec: EvaluateSpec,
-    work: Work,
+    unit: BenchUnit,
     plan: Plan,
     target: Dataset,
     name: str,
     arch: str,
     teacher: str | None,
-) -> Work:
+) -> BenchUnit:
     """Return the unit that scores one set with one architecture."""
     check_evaluation(evaluation_spec, plan, target)
     method_defaults = plan.config.evaluate
@@ -290,7 +290,7 @@ def _evaluate_work(
     epochs = _within(spec.limits.epochs, evaluation_spec.epochs, recipe_epochs, is_fixed=is_fixed)
     options: dict[str, Any] = {
         **evaluation_spec.options,
-        "dataset": None if name == work.dataset else name,
+        "dataset": None if name == unit.dataset else name,
         "protocol": evaluation_spec.protocol,
         "archs": [arch],
         "epochs": epochs,
@@ -298,7 +298,7 @@ def _evaluate_work(
         "augment": evaluation_spec.augment,
         "recipe": recipe,
         # The same networks for every method, so that rows differ only in their sets.
-        "seed": derive_seed(work.seed, "bench", "evaluate") % 2**31,
+        "seed": derive_seed(unit.seed, "bench", "evaluate") % 2**31,
         "teachers": None if teacher is None else teacher.split("+"),
     }
     options |= _limited_options(evaluation_spec, spec.limits)
@@ -306,10 +306,10 @@ def _evaluate_work(
     for teacher_arch in EvaluateOptions.parse(options, prefix="evaluate.options.").teachers:
         resolve_arch(teacher_arch, plan.dataset.image_shape)
     described = {
-        "method": work.method,
+        "method": unit.method,
         "dataset": plan.dataset.name,
-        work.size[0]: work.size[1],
-        "seed": work.seed,
+        unit.size[0]: unit.size[1],
+        "seed": unit.seed,
         "arch": arch,
         "target": target.name,
         "target_fingerprint": target.fingerprint,
@@ -319,13 +319,13 @@ def _evaluate_work(
     images = plan.budget or plan.dataset.num_classes * plan.ipc
     one = multiply_adds(arch, plan.dataset.image_shape)
     return replace(
-        work,
-        unit=Unit(kind="evaluate", spec=described, inputs=(work.key,)),
+        unit,
+        identity=Unit(kind="evaluate", spec=described, inputs=(unit.key,)),
         title=", ".join(
             part
             for part in (
-                work.title,
-                f"{evaluation_spec.protocol} {arch}" + (f" on {target.name}" if name != work.dataset else ""),
+                unit.title,
+                f"{evaluation_spec.protocol} {arch}" + (f" on {target.name}" if name != unit.dataset else ""),
                 teacher and f"teacher {teacher}",
                 evaluation_spec.augment and f"augment {evaluation_spec.augment}",
                 _settings(evaluation_spec, options),
@@ -376,11 +376,11 @@ def _within(
     return min(table_epochs or recipe_epochs or limit, limit)
 
 
-def pool_work(asker: Work, spec: PoolSpec) -> Work:
+def pool_unit(asker: BenchUnit, spec: PoolSpec) -> BenchUnit:
     """Return the unit that trains a pool entry, with the settings of the unit that asked for it."""
     return replace(
         asker,
-        unit=Unit(kind="pool", spec={"pool_key": spec.key, **spec.dump()}),
+        identity=Unit(kind="pool", spec={"pool_key": spec.key, **spec.dump()}),
         title=f"pool {spec.kind} {spec.arch} seed {spec.seed}",
         pool=spec,
         amount=0.0,

@@ -14,53 +14,51 @@ from typing import Any, Final
 
 from ddray.data import Dataset
 from ddray.evaluation.published import read_numbers
-from ddray.ranking.command import NasRequest, check_compat, rank_architectures
+from ddray.ranking.command import NasRequest, check_compat, run_nas
 from ddray.ranking.proxies import check_baselines
 from ddray.ranking.sweep import Execute, NasOptions, resolve_config
 from ddray.system.files import storage_errors
 from ddray.tables.published import compare, find
-from ddray.tables.units import Cell, Ranking
+from ddray.tables.units import Cell, SweepSpec
 from ddray.tables.worker import artifact_name
 
 _FIGURES: Final = ("spearman", "spearman_top20", "kendall", "search_time", "storage_images")
 _REQUEST: Final = ("baselines", "compat")
 
 
-def nas_options(ranking: Ranking, resources: Mapping[str, Any]) -> NasOptions:
+def nas_options(sweep: SweepSpec, resources: Mapping[str, Any]) -> NasOptions:
     """Return the sweep's options.
 
     Args:
-        ranking: the sweep; the options are from its `evaluate.options`.
+        sweep: the sweep; the options are from its `evaluate.options`.
         resources: executor and resources.
 
     Raises:
         InputError: `ddray nas` has no such option, or a value is bad.
     """
-    sweep_options = {k: v for k, v in ranking.evaluate.options.items() if k not in _REQUEST}
+    sweep_options = {k: v for k, v in sweep.evaluate.options.items() if k not in _REQUEST}
     return NasOptions.parse({**sweep_options, **resources}, prefix="evaluate.options.")
 
 
-def check_ranking(ranking: Ranking, options: NasOptions, dataset: Dataset) -> None:
+def check_sweep(sweep: SweepSpec, options: NasOptions, dataset: Dataset) -> None:
     """Refuse now what the sweep would refuse after its sets are distilled.
 
     Raises:
         InputError: a baseline or `compat` is bad.
     """
-    evaluation_options = ranking.evaluate.options
+    evaluation_options = sweep.evaluate.options
     check_baselines(tuple(evaluation_options.get("baselines", ())), dataset)
     check_compat(evaluation_options.get("compat"), options.space)
 
 
-def sweep_folder(ranking: Ranking, options: NasOptions, run_dir: Path) -> Path:
+def sweep_folder(sweep: SweepSpec, options: NasOptions, run_dir: Path) -> Path:
     """Return the folder of a sweep's own run, below the bench's."""
-    kind, size = ranking.sets[0][0].size
-    return (
-        run_dir / "nas" / f"{_slug(ranking.dataset)}-{kind}{size}-{options.space}-{ranking.evaluation_index}"
-    )
+    kind, size = sweep.sets[0][0].size
+    return run_dir / "nas" / f"{_slug(sweep.dataset)}-{kind}{size}-{options.space}-{sweep.evaluation_index}"
 
 
-def rank_sets(
-    ranking: Ranking,
+def score_sweep(
+    sweep: SweepSpec,
     options: NasOptions,
     execute: Execute,
     *,
@@ -71,7 +69,7 @@ def rank_sets(
     """Rank architectures on every distilled set; return one cell per row.
 
     Args:
-        ranking: the sets.
+        sweep: the sets.
         options: the sweep's options.
         execute: runs its tasks.
         run_dir: the bench's folder; the sweep is a run of its own below `nas/`.
@@ -82,11 +80,11 @@ def rank_sets(
         InputError: an option is bad.
         DdrayError: no architecture finished.
     """
-    folder = sweep_folder(ranking, options, run_dir)
+    folder = sweep_folder(sweep, options, run_dir)
     files: list[Path] = []
     owners: list[int] = []
-    names = [_slug(cell.method) for cell, _ in ranking.sets]
-    for row_index, (_, keys) in enumerate(ranking.sets):
+    names = [_slug(cell.method) for cell, _ in sweep.sets]
+    for row_index, (_, keys) in enumerate(sweep.sets):
         # Labels that make the same file name are told apart by their row index.
         name = names[row_index]
         file_stem = name if names.count(name) == 1 else f"{name}-row{row_index}"
@@ -98,33 +96,31 @@ def rank_sets(
                 owners.append(row_index)
     if not files:
         return []
-    evaluation_options = ranking.evaluate.options
+    evaluation_options = sweep.evaluate.options
     request = NasRequest(
         proxies=tuple(files),
         baselines=tuple(evaluation_options.get("baselines", ())),
         compat=evaluation_options.get("compat"),
-        dataset=ranking.dataset,
+        dataset=sweep.dataset,
         data_dir=data_dir,
         can_grow=True,  # a failed set may exist when the bench is resumed
     )
-    result = rank_architectures(
-        request, options, resolve_config(options), execute, run_dir=folder, resume=True
-    )
+    result = run_nas(request, options, resolve_config(options), execute, run_dir=folder, resume=True)
     grouped: dict[int, list[Mapping[str, Any]]] = {}
     for row_index, figures in zip(owners, result["proxies"], strict=False):  # baselines follow the sets
         grouped.setdefault(row_index, []).append(figures)
-    cells = [cell_of(ranking.sets[row_index][0], figures) for row_index, figures in grouped.items()]
+    cells = [cell_of(sweep.sets[row_index][0], figures) for row_index, figures in grouped.items()]
     return cells + [
-        cell_of(_baseline(ranking, baseline["proxy"]), [baseline])
+        cell_of(_baseline(sweep, baseline["proxy"]), [baseline])
         for baseline in result["proxies"][len(files) :]
     ]
 
 
-def _baseline(ranking: Ranking, proxy: str) -> Cell:
+def _baseline(sweep: SweepSpec, proxy: str) -> Cell:
     """Return the cell of a proxy that the sweep adds to the sets, such as `early-stopping (150 steps)`."""
     # Names with [...] are not in any paper.
     name = proxy if "[" in proxy else proxy.partition(" (")[0].replace("-", "_")
-    first = ranking.sets[0][0]
+    first = sweep.sets[0][0]
     return replace(first, method=proxy, name=name, source=first.source.model_copy(update={"method": name}))
 
 

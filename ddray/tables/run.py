@@ -18,17 +18,18 @@ from ddray.ranking.sweep import Execute as NasExecute
 from ddray.ranking.sweep import NasOptions, execute_locally, resolve_config
 from ddray.runs.folder import Run, open_run
 from ddray.runs.ledger import Ledger
+from ddray.runs.outcome import Outcome
 from ddray.runs.results import write_results
 from ddray.system.files import write_text
 from ddray.system.progress import progress
-from ddray.tables.cost import remember, remember_sweep, sweep_title
+from ddray.tables.cost import record_cost, record_sweep_costs, sweep_title
 from ddray.tables.graph import build_graph
 from ddray.tables.options import BenchOptions
-from ddray.tables.scheduler import Board, Ended, withdraw_crashes
+from ddray.tables.scheduler import UnitScheduler, withdraw_crashes
 from ddray.tables.spec import BenchSpec, Limits
 from ddray.tables.table import cells_of, write_plan, write_table
-from ddray.tables.units import Graph, Ranking, Work
-from ddray.tables.worker import Job, run_work
+from ddray.tables.units import BenchUnit, Graph, SweepSpec
+from ddray.tables.worker import BenchJob, run_unit
 
 log = logging.getLogger(__name__)
 
@@ -40,25 +41,27 @@ class Execute(Protocol):
     """Runs units; yields their outcomes as they end, and gets further units from `after` each time."""
 
     def __call__(
-        self, job: Job, works: Sequence[Work], after: Callable[[Ended], list[Work]]
-    ) -> Iterator[Ended]:
+        self, job: BenchJob, units: Sequence[BenchUnit], after: Callable[[Outcome], list[BenchUnit]]
+    ) -> Iterator[Outcome]:
         """Start `works` in order, then what `after` adds."""
         ...
 
 
-def run_local(job: Job, works: Sequence[Work], after: Callable[[Ended], list[Work]]) -> Iterator[Ended]:
+def run_local(
+    job: BenchJob, units: Sequence[BenchUnit], after: Callable[[Outcome], list[BenchUnit]]
+) -> Iterator[Outcome]:
     """Run units one after another in this process; a crash is retried, as on a cluster."""
-    waiting = [(work, 1) for work in works]
+    waiting = [(unit, 1) for unit in units]
     while waiting:
-        work, attempt = waiting.pop(0)
+        unit, attempt = waiting.pop(0)
         try:
-            ended = Ended(work.key, run_work(job, work), None, attempt)
+            ended = Outcome(unit.key, run_unit(job, unit), None, attempt)
         except Exception as error:
             if not isinstance(error, _FINAL) and attempt < _MAX_ATTEMPTS:
-                log.warning("%s failed (%s): trying again", work.title, " ".join(str(error).split())[:120])
-                waiting.append((work, attempt + 1))
+                log.warning("%s failed (%s): trying again", unit.title, " ".join(str(error).split())[:120])
+                waiting.append((unit, attempt + 1))
                 continue
-            ended = Ended(work.key, None, error, attempt)
+            ended = Outcome(unit.key, None, error, attempt)
         waiting += [(next_work, 1) for next_work in after(ended)]
         yield ended
 
@@ -98,11 +101,11 @@ def prepare(spec: BenchSpec, options: BenchOptions) -> Bench:
         check_size(plan, plan.dataset.train())
 
     graph = build_graph(spec, get, check)
-    check_rankings(graph, spec, options, get)
+    check_sweeps(graph, spec, options, get)
     return Bench(spec, options, graph, {name: dataset.fingerprint for name, dataset in opened.items()})
 
 
-def check_rankings(
+def check_sweeps(
     graph: Graph, spec: BenchSpec, options: BenchOptions, get: Callable[[str], Dataset]
 ) -> list[NasOptions]:
     """Return the options of every NAS sweep of a graph.
@@ -116,12 +119,12 @@ def check_rankings(
     Raises:
         InputError: an option is bad.
     """
-    from ddray.tables.nas_table import check_ranking
+    from ddray.tables.nas_table import check_sweep
 
     options_per_sweep = []
-    for ranking in graph.rankings:
-        nas_options = sweep_options(ranking, spec, options)
-        check_ranking(ranking, nas_options, get(ranking.dataset))
+    for sweep in graph.sweeps:
+        nas_options = sweep_options(sweep, spec, options)
+        check_sweep(sweep, nas_options, get(sweep.dataset))
         options_per_sweep.append(nas_options)
     return options_per_sweep
 
@@ -155,16 +158,16 @@ def run_bench(
     options = bench.options
     run = open_run(run_dir, _config(bench), command="bench", resume=resume)
     if options.retry_failed:
-        ledgers = [run.ledger, *(_sweep_ledger(bench, ranking, run) for ranking in bench.graph.rankings)]
+        ledgers = [run.ledger, *(_sweep_ledger(bench, sweep, run) for sweep in bench.graph.sweeps)]
         log.info("running %d crashed units again", sum(map(withdraw_crashes, ledgers)))
     job = _job(bench, run)
-    board = Board(bench.graph, run, job)
+    scheduler = UnitScheduler(bench.graph, run, job)
     write_plan(run.folder / "planned.json", bench.graph.cells, _sets_of(bench.graph))
-    _loop(board, execute, run, job)
-    ranked, unranked = _rankings(bench, run, execute_nas)
+    _loop(scheduler, execute, run, job)
+    ranked, unranked = _sweep_cells(bench, run, execute_nas)
     cells = [*cells_of(bench.graph.cells, run.ledger.row), *ranked]
     _drop_scaled_differences(cells, options.scale)
-    failures, skipped = [*board.failures(), *unranked], board.skipped()
+    failures, skipped = [*scheduler.failures(), *unranked], scheduler.skipped()
     _write(bench, run, cells, {"failures": failures, "skipped": skipped})
     if not cells:
         reasons = sorted({str(failure["reason"]) for failure in failures}) or ["no unit was run"]
@@ -179,9 +182,11 @@ def run_bench(
     }
 
 
-def _job(bench: Bench, run: Run) -> Job:
+def _job(bench: Bench, run: Run) -> BenchJob:
     data_dir = bench.options.data_dir
-    return Job(str(run.folder), run.epoch, None if data_dir is None else str(data_dir), bench.options.device)
+    return BenchJob(
+        str(run.folder), run.epoch, None if data_dir is None else str(data_dir), bench.options.device
+    )
 
 
 def _config(bench: Bench) -> dict[str, Any]:
@@ -211,9 +216,9 @@ def _drop_scaled_differences(cells: Sequence[dict[str, Any]], scale: str) -> Non
 def _sets_of(graph: Graph) -> dict[tuple[str, str, str, int], list[str]]:
     """Return the keys of the sets behind (row, dataset, kind of size, size)."""
     sets: dict[tuple[str, str, str, int], list[str]] = {}
-    for work in graph.distil.values():
-        for row in graph.labels[work.key]:
-            sets.setdefault((row, work.unit.spec["dataset"], *work.size), []).append(work.key)
+    for unit in graph.distil.values():
+        for row in graph.labels[unit.key]:
+            sets.setdefault((row, unit.identity.spec["dataset"], *unit.size), []).append(unit.key)
     return sets
 
 
@@ -229,7 +234,7 @@ def _with_sets(graph: Graph, cells: Sequence[dict[str, Any]]) -> list[dict[str, 
     return cells_with_sets
 
 
-def _rankings(
+def _sweep_cells(
     bench: Bench, run: Run, execute_nas: Callable[[NasOptions], NasExecute]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Run or resume the NAS sweeps; return their cells and their failures.
@@ -239,10 +244,10 @@ def _rankings(
     """
     cells: list[dict[str, Any]] = []
     failures: list[dict[str, Any]] = []
-    for ranking in bench.graph.rankings:
-        title = sweep_title(ranking)
+    for sweep in bench.graph.sweeps:
+        title = sweep_title(sweep)
         try:
-            cells += _rank(bench, ranking, run, execute_nas)
+            cells += _cells_of_sweep(bench, sweep, run, execute_nas)
         except StorageError:
             raise
         except DdrayError as error:
@@ -256,20 +261,20 @@ def _rankings(
                 "key": row.key,
                 "reason": row.error or "",
             }
-            for row in _sweep_ledger(bench, ranking, run).rows()
+            for row in _sweep_ledger(bench, sweep, run).rows()
             if row.status == "failed"
         ]
     return cells, failures
 
 
-def _rank(
-    bench: Bench, ranking: Ranking, run: Run, execute_nas: Callable[[NasOptions], NasExecute]
+def _cells_of_sweep(
+    bench: Bench, sweep: SweepSpec, run: Run, execute_nas: Callable[[NasOptions], NasExecute]
 ) -> list[dict[str, Any]]:
     """Run or resume one NAS sweep; return its cells."""
-    from ddray.tables.nas_table import rank_sets
+    from ddray.tables.nas_table import score_sweep
 
-    options = sweep_options(ranking, bench.spec, bench.options)
-    ledger = _sweep_ledger(bench, ranking, run)
+    options = sweep_options(sweep, bench.spec, bench.options)
+    ledger = _sweep_ledger(bench, sweep, run)
     before = {row.key for row in ledger.rows()}
 
     def has_set(key: str) -> bool:
@@ -277,8 +282,8 @@ def _rank(
         return row is not None and row.status == "done"
 
     try:
-        return rank_sets(
-            ranking,
+        return score_sweep(
+            sweep,
             options,
             execute_nas(options),
             run_dir=run.folder,
@@ -287,17 +292,17 @@ def _rank(
         )
     finally:
         fresh = [row for row in ledger.rows() if row.key not in before]
-        remember_sweep(ranking, options.space, fresh, bench.options.device)
+        record_sweep_costs(sweep, options.space, fresh, bench.options.device)
 
 
-def _sweep_ledger(bench: Bench, ranking: Ranking, run: Run) -> Ledger:
+def _sweep_ledger(bench: Bench, sweep: SweepSpec, run: Run) -> Ledger:
     """Return the ledger of a NAS sweep, which is a separate run below the bench's folder."""
     from ddray.tables.nas_table import sweep_folder
 
-    return Ledger(sweep_folder(ranking, sweep_options(ranking, bench.spec, bench.options), run.folder))
+    return Ledger(sweep_folder(sweep, sweep_options(sweep, bench.spec, bench.options), run.folder))
 
 
-def sweep_options(ranking: Ranking, spec: BenchSpec, options: BenchOptions) -> NasOptions:
+def sweep_options(sweep: SweepSpec, spec: BenchSpec, options: BenchOptions) -> NasOptions:
     """Return a sweep's options within the scale's limits, with the bench's executor and resources.
 
     Raises:
@@ -306,7 +311,7 @@ def sweep_options(ranking: Ranking, spec: BenchSpec, options: BenchOptions) -> N
     from ddray.tables.nas_table import nas_options
 
     unlimited = nas_options(
-        ranking,
+        sweep,
         {
             "seed": spec.val_seed,
             "executor": options.executor,
@@ -335,13 +340,13 @@ def _within(options: NasOptions, limits: Limits) -> NasOptions:
     return options.model_copy(update=lower)
 
 
-def _loop(board: Board, execute: Execute, run: Run, job: Job) -> None:
-    works = board.first()
-    if not works:
+def _loop(scheduler: UnitScheduler, execute: Execute, run: Run, job: BenchJob) -> None:
+    units = scheduler.first()
+    if not units:
         return
-    with progress("bench", board.total, start=board.done) as show:
-        for ended in execute(job, works, board.after):
-            row = run.ledger.row(ended.key)
+    with progress("bench", scheduler.total, start=scheduler.done) as show:
+        for outcome in execute(job, units, scheduler.after):
+            row = run.ledger.row(outcome.key)
             if row is not None:
-                remember(board.work(ended.key), row, job.device)
-            show(board.done, board.work(ended.key).title, total=board.total)
+                record_cost(scheduler.unit(outcome.key), row, job.device)
+            show(scheduler.done, scheduler.unit(outcome.key).title, total=scheduler.total)

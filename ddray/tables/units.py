@@ -13,11 +13,11 @@ from ddray.tables.spec import EvaluateSpec, Source
 
 
 @dataclass(frozen=True)
-class Work:
+class BenchUnit:
     """One unit and what a worker needs to run it.
 
     Attributes:
-        unit: the ledger's unit.
+        identity: the ledger's unit.
         title: shown to people, such as `dm digits ipc 1 seed 0`.
         method: the method's name.
         dataset: name or path of the dataset that is distilled.
@@ -33,7 +33,7 @@ class Work:
         waited: whether the unit was started before and then waited for pool networks.
     """
 
-    unit: Unit
+    identity: Unit
     title: str
     method: str
     dataset: str
@@ -51,12 +51,12 @@ class Work:
     @property
     def key(self) -> str:
         """The unit's key."""
-        return self.unit.key
+        return self.identity.key
 
     @property
     def kind(self) -> Kind:
         """The unit's kind."""
-        return self.unit.kind
+        return self.identity.kind
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Ranking:
-    """The sets of one dataset and size as proxies of one NAS sweep.
+class SweepSpec:
+    """A NAS sweep of the table: the sets of one dataset and size as its proxies.
 
     Attributes:
         evaluation_index: which of the table's evaluations.
@@ -119,26 +119,26 @@ class Graph:
         distil: by key, the most expensive first.
         evaluate: by key, in the table's order.
         cells: the table's cells, in order.
-        rankings: its NAS sweeps, which have ledgers of their own.
+        sweeps: its NAS sweeps, which have ledgers of their own.
         plans: the plan of every distillation, by key.
         labels: the rows that each distillation belongs to, by key.
     """
 
-    distil: dict[str, Work]
-    evaluate: dict[str, Work]
+    distil: dict[str, BenchUnit]
+    evaluate: dict[str, BenchUnit]
     cells: tuple[Cell, ...]
-    rankings: tuple[Ranking, ...]
+    sweeps: tuple[SweepSpec, ...]
     plans: dict[str, Plan]
     labels: dict[str, list[str]]
 
-    def works(self) -> list[Work]:
+    def units(self) -> list[BenchUnit]:
         """Return every unit known before the run; pool units turn up during it."""
         return [*self.distil.values(), *self.evaluate.values()]
 
-    def scored_from(self, key: str) -> list[Work]:
+    def scored_from(self, key: str) -> list[BenchUnit]:
         """Return the evaluations of a distilled set."""
-        return [work for work in self.evaluate.values() if key in work.unit.inputs]
+        return [unit for unit in self.evaluate.values() if key in unit.identity.inputs]
 
-    def is_ranked(self, key: str) -> bool:
+    def is_proxy(self, key: str) -> bool:
         """Return whether a distilled set is a proxy of a NAS sweep."""
-        return any(key in keys for ranking in self.rankings for _, keys in ranking.sets)
+        return any(key in keys for sweep in self.sweeps for _, keys in sweep.sets)

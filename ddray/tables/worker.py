@@ -30,14 +30,14 @@ from ddray.pool.files import DamagedEntryError, PoolFiles
 from ddray.pool.spec import ModelPool, PoolEntry, PoolSpec
 from ddray.runs.ledger import Ledger, Row
 from ddray.system.files import home, write_text
-from ddray.tables.units import Work
+from ddray.tables.units import BenchUnit
 
 _PER_BUDGET = 20  # distilled images that fit in one image of storage
 _MAX_BLANK = 2**26  # values: above this, blank images would take too much memory just to learn a count
 
 
 @dataclass(frozen=True)
-class Job:
+class BenchJob:
     """What every unit of a bench shares.
 
     Attributes:
@@ -82,7 +82,7 @@ class _MissingError(Exception):
 
 
 @dataclass
-class AskingPool:
+class StoredPool:
     """A pool that trains nothing: it returns existing entries, and raises naming the missing ones.
 
     Attributes:
@@ -110,7 +110,7 @@ def has_entry(spec: PoolSpec) -> bool:
         return False
 
 
-def asked_first(plan: Plan) -> tuple[PoolSpec, ...] | None:
+def predict_pool_specs(plan: Plan) -> tuple[PoolSpec, ...] | None:
     """Return the pool entries that a method asks for first, without reading images; None if unknown.
 
     Args:
@@ -146,12 +146,12 @@ class _Refusing:
         raise _MissingError(specs)
 
 
-def run_work(job: Job, work: Work) -> Needs | Damaged | None:
+def run_unit(job: BenchJob, unit: BenchUnit) -> Needs | Damaged | None:
     """Run a unit and publish its row; if it diverges, a failed row.
 
     Args:
         job: what all units share.
-        work: the unit.
+        unit: what to run.
 
     Returns:
         What it lacks, or None.
@@ -160,32 +160,32 @@ def run_work(job: Job, work: Work) -> Needs | Damaged | None:
         Exception: a crash, or no memory or disk space; the caller retries.
     """
     ledger = Ledger(Path(job.run_dir))
-    if ledger.row(work.key) is not None:
+    if ledger.row(unit.key) is not None:
         return None
-    event_fields = {"reason": "its networks are there"} if work.waited else {}
-    ledger.begin(work.unit, epoch=job.epoch, title=work.title, **event_fields)
+    event_fields = {"reason": "its networks are there"} if unit.waited else {}
+    ledger.begin(unit.identity, epoch=job.epoch, title=unit.title, **event_fields)
     begin = time.perf_counter()
     try:
-        result = _TASKS[work.kind](job, work)
+        result = _TASKS[unit.kind](job, unit)
     except _MissingError as missing:
         return Needs(missing.specs)
     except _DamagedError:
         return Damaged()
     except DivergedError as error:
-        publish(ledger, job, work, {}, time.perf_counter() - begin, error=str(error))
+        publish(ledger, job, unit, {}, time.perf_counter() - begin, error=str(error))
         return None
     try:
-        publish(ledger, job, work, result, time.perf_counter() - begin)
+        publish(ledger, job, unit, result, time.perf_counter() - begin)
     finally:
-        _draft(job, work).unlink(missing_ok=True)
-    (Path(job.run_dir) / "checkpoints" / f"{work.key}.pt").unlink(missing_ok=True)
+        _draft(job, unit).unlink(missing_ok=True)
+    (Path(job.run_dir) / "checkpoints" / f"{unit.key}.pt").unlink(missing_ok=True)
     return None
 
 
 def publish(
     ledger: Ledger,
-    job: Job,
-    work: Work,
+    job: BenchJob,
+    unit: BenchUnit,
     result: Mapping[str, Any],
     wall_s: float,
     *,
@@ -193,19 +193,19 @@ def publish(
 ) -> None:
     """Publish a unit's row: done, with its set in place; or failed with the reason."""
     row = Row(
-        key=work.key,
-        kind=work.kind,
-        spec=work.unit.spec,
+        key=unit.key,
+        kind=unit.kind,
+        spec=unit.identity.spec,
         status="done" if error is None else "failed",
         result=dict(result),
         wall_s=wall_s,
         error=None if error is None else " ".join(error.split())[:300],
     )
-    if work.kind != "distill" or error is not None:
-        ledger.publish(work.unit, row, epoch=job.epoch)
+    if unit.kind != "distill" or error is not None:
+        ledger.publish(unit.identity, row, epoch=job.epoch)
         return
-    draft, path = _draft(job, work), Path(job.run_dir) / artifact_name(work.key)
-    ledger.publish(work.unit, row, epoch=job.epoch, move_artifact=lambda: draft.replace(path))
+    draft, path = _draft(job, unit), Path(job.run_dir) / artifact_name(unit.key)
+    ledger.publish(unit.identity, row, epoch=job.epoch, move_artifact=lambda: draft.replace(path))
 
 
 def artifact_name(key: str) -> str:
@@ -213,9 +213,9 @@ def artifact_name(key: str) -> str:
     return f"artifacts/{key}.pt"
 
 
-def _draft(job: Job, work: Work) -> Path:
+def _draft(job: BenchJob, unit: BenchUnit) -> Path:
     """Return where this process writes a set before its row is published: late workers replace nothing."""
-    path = Path(job.run_dir) / artifact_name(work.key)
+    path = Path(job.run_dir) / artifact_name(unit.key)
     return path.with_name(f".{path.name}.{job.epoch}-{socket.gethostname()}-{os.getpid()}.tmp")
 
 
@@ -252,56 +252,56 @@ def _space(kind: str, name: str, data_dir: str | None, val_seed: int | None) -> 
     return pixel_space(kind, _opened(name, data_dir), _split(name, data_dir, val_seed)[0])
 
 
-def _plan(job: Job, work: Work) -> Plan:
+def _plan(job: BenchJob, unit: BenchUnit) -> Plan:
     """Return the unit's plan on this node's copy of the dataset.
 
     Raises:
         InputError: this copy differs from the driver's.
     """
-    dataset = _opened(work.dataset, job.data_dir)
-    driver_fingerprint = work.unit.spec.get("fingerprint")
+    dataset = _opened(unit.dataset, job.data_dir)
+    driver_fingerprint = unit.identity.spec.get("fingerprint")
     if driver_fingerprint is not None and driver_fingerprint != dataset.fingerprint:
         raise InputError(
             f"{dataset.name} must be the same on every node, this one has {dataset.fingerprint[:12]}, "
             f"the driver {str(driver_fingerprint)[:12]}; give all nodes the same --data-dir"
         )
-    config_type = get_method(work.method).config_type
-    config = RunConfig[config_type].parse(work.config)  # type: ignore[valid-type]
-    return Plan(work.method, dataset, work.ipc, work.seed, config, work.budget)
+    config_type = get_method(unit.method).config_type
+    config = RunConfig[config_type].parse(unit.config)  # type: ignore[valid-type]
+    return Plan(unit.method, dataset, unit.ipc, unit.seed, config, unit.budget)
 
 
-def _context(job: Job, work: Work, plan: Plan) -> DistillContext:
-    split, name = _split(work.dataset, job.data_dir, work.val_seed)
-    space = _space(plan.config.pixel_space, work.dataset, job.data_dir, work.val_seed)
+def _context(job: BenchJob, unit: BenchUnit, plan: Plan) -> DistillContext:
+    split, name = _split(unit.dataset, job.data_dir, unit.val_seed)
+    space = _space(plan.config.pixel_space, unit.dataset, job.data_dir, unit.val_seed)
     return make_context(plan, split, split_name=name, device=torch.device(job.device), space=space)
 
 
-def _train_pool(job: Job, work: Work) -> dict[str, Any]:
-    if work.pool is None:
+def _train_pool(job: BenchJob, unit: BenchUnit) -> dict[str, Any]:
+    if unit.pool is None:
         raise ValueError("a pool unit must have the spec of its entry")
-    entry = _context(job, work, _plan(job, work)).pool.get([work.pool])[0]
+    entry = _context(job, unit, _plan(job, unit)).pool.get([unit.pool])[0]
     return {"final_loss": entry.meta.get("final_loss")}
 
 
-def _distil(job: Job, work: Work) -> dict[str, Any]:
-    plan = _plan(job, work)
-    ctx = _context(job, work, plan)
-    asking = AskingPool(ctx.pool)
+def _distil(job: BenchJob, unit: BenchUnit) -> dict[str, Any]:
+    plan = _plan(job, unit)
+    ctx = _context(job, unit, plan)
+    asking = StoredPool(ctx.pool)
     folder = Path(job.run_dir)
     distillation = run_distillation(
         make_distiller(plan),
         replace(ctx, pool=asking),
-        checkpoint=folder / "checkpoints" / f"{work.key}.pt",  # methods without steps write none
+        checkpoint=folder / "checkpoints" / f"{unit.key}.pt",  # methods without steps write none
         checkpoint_every=plan.config.checkpoint_every,
     )
-    draft = _draft(job, work)
+    draft = _draft(job, unit)
     distillation.distilled.save(draft)
-    curve_file = (folder / artifact_name(work.key)).with_suffix(".json")
+    curve_file = (folder / artifact_name(unit.key)).with_suffix(".json")
     write_text(curve_file, json.dumps({"losses": distillation.curve()}))
     first, final = distillation.edge_losses()
     meta = distillation.distilled.meta
     return {
-        "artifact": artifact_name(work.key),
+        "artifact": artifact_name(unit.key),
         "sha256": file_hash(draft),
         "pool": list(dict.fromkeys(asking.used)),
         "steps": plan.config.steps,
@@ -314,13 +314,13 @@ def _distil(job: Job, work: Work) -> dict[str, Any]:
     }
 
 
-def _evaluate(job: Job, work: Work) -> dict[str, Any]:
+def _evaluate(job: BenchJob, unit: BenchUnit) -> dict[str, Any]:
     """Score one set with one architecture."""
-    folder, source = Path(job.run_dir), work.unit.inputs[0]
+    folder, source = Path(job.run_dir), unit.identity.inputs[0]
     path, set_row = folder / artifact_name(source), Ledger(folder).row(source)
     if set_row is None or not is_sound(folder, set_row):
         raise _DamagedError
-    options = EvaluateOptions.parse({**work.options, "data_dir": job.data_dir})
+    options = EvaluateOptions.parse({**unit.options, "data_dir": job.data_dir})
     evaluation = scoring.evaluate(path, options, device=torch.device(job.device))
     shared_fields = {k: v for k, v in evaluation.items() if k not in ("protocol", "split", "results")}
     return {**evaluation["results"][0], **shared_fields}

@@ -15,7 +15,7 @@ from ddray.system.files import write_text
 from ddray.tuning.options import TuneOptions
 from ddray.tuning.space import Range
 from ddray.tuning.study import score_of
-from ddray.tuning.trial import Job, trial_unit
+from ddray.tuning.trial import SearchJob, trial_unit
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ def numbers_of(rows: Sequence[Row]) -> set[int]:
 
 
 def unfinished(
-    events: Sequence[Mapping[str, Any]], rows: Sequence[Row], job: Job
+    events: Sequence[Mapping[str, Any]], rows: Sequence[Row], job: SearchJob
 ) -> list[tuple[int, dict[str, Any]]]:
     """Return (number, settings) of trials that were started and have no row, by number."""
     done = numbers_of(rows)
@@ -50,7 +50,7 @@ class Search:
         options: TuneOptions,
         space: Mapping[str, Range],
         paper: dict[str, Any],
-        job: Job,
+        job: SearchJob,
         run: Run,
         num_samples: int,
     ) -> None:

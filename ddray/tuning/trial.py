@@ -38,7 +38,7 @@ ETA: Final = 3
 
 
 @dataclass(frozen=True)
-class Job:
+class SearchJob:
     """What every trial of a search shares.
 
     Attributes:
@@ -80,13 +80,13 @@ class Job:
         return {"ipc": self.ipc} if self.budget is None else {"ipc": self.ipc, "budget": self.budget}
 
 
-def trial_pool(job: Job, unpacked: Unpacked, device: torch.device) -> ModelPool:
+def trial_pool(job: SearchJob, unpacked: Unpacked, device: torch.device) -> ModelPool:
     """Return a worker's pool; missing networks are trained on the payload's images."""
     trainer = PoolTrainer(unpacked.dataset, unpacked.split, device)
     return LocalPool(trainer) if job.pool is None else job.pool.connect(trainer)
 
 
-def trial_config(job: Job, params: Mapping[str, Any]) -> RunConfig[Any]:
+def trial_config(job: SearchJob, params: Mapping[str, Any]) -> RunConfig[Any]:
     """Return the configuration of a trial.
 
     Raises:
@@ -97,7 +97,7 @@ def trial_config(job: Job, params: Mapping[str, Any]) -> RunConfig[Any]:
     return RunConfig[config_type].parse(values)  # type: ignore[valid-type]
 
 
-def trial_unit(job: Job, trial_number: int, params: Mapping[str, Any], fingerprint: str) -> Unit:
+def trial_unit(job: SearchJob, trial_number: int, params: Mapping[str, Any], fingerprint: str) -> Unit:
     """Return the ledger unit of a trial; its number is part of it."""
     spec = {
         "number": trial_number,
@@ -164,7 +164,7 @@ def score(
 
 
 def val_score(
-    job: Job, plan: Plan, distilled: DistilledSet, unpacked: Unpacked, device: torch.device
+    job: SearchJob, plan: Plan, distilled: DistilledSet, unpacked: Unpacked, device: torch.device
 ) -> float:
     """Return what the search maximises: mean accuracy on val, or rank correlation of architectures.
 
@@ -183,7 +183,7 @@ def val_score(
 
 
 def run_trial(
-    job: Job,
+    job: SearchJob,
     payload: Payload,
     trial_number: int,
     params: Mapping[str, Any],
@@ -263,7 +263,7 @@ def trial_result(
 
 def _distil(
     plan: Plan,
-    job: Job,
+    job: SearchJob,
     unpacked: Unpacked,
     unit: Unit,
     rungs: Rungs,
@@ -295,7 +295,7 @@ def _distil(
         ctx,
         checkpoint=Path(job.run_dir) / "checkpoints" / f"{unit.key}.pt",
         checkpoint_every=plan.config.checkpoint_every,
-        looks=tuple(steps),
+        eval_steps=tuple(steps),
         on_step=score_rung,
     )
     if job.budgets[-1] not in rungs.values:
@@ -310,7 +310,7 @@ def _row(unit: Unit, status: Any, result: dict[str, Any], begin: float, error: s
     )
 
 
-def _final_metrics(row: Row, job: Job) -> dict[str, Any]:
+def _final_metrics(row: Row, job: SearchJob) -> dict[str, Any]:
     """Return the metrics that the scheduler gets at the end."""
     failed = row.status == "failed"
     rungs = {job.budgets[-1]: _WORST} if failed else {int(b): v for b, v in row.result["rungs"].items()}
@@ -318,7 +318,7 @@ def _final_metrics(row: Row, job: Job) -> dict[str, Any]:
 
 
 def _metrics(
-    job: Job, trial_number: int, budget: int, rungs: Mapping[int, float], *, failed: bool
+    job: SearchJob, trial_number: int, budget: int, rungs: Mapping[int, float], *, failed: bool
 ) -> dict[str, Any]:
     """Return the metrics of a rung; a failed trial ranks below every other."""
     return {

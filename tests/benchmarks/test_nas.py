@@ -21,7 +21,7 @@ from ddray.ranking.figures_of_merit import figures_of_merit
 from ddray.ranking.recipe import NasRecipe
 from ddray.ranking.spaces import get_space, sample
 from ddray.ranking.sweep import NasOptions
-from ddray.ranking.worker import NasJob, NasTask, SweepData, training_set
+from ddray.ranking.worker import NasTask, SweepData, SweepJob, training_set
 from ddray.runs.ledger import Ledger, Unit
 from ddray.runs.outcome import Outcome
 from ddray.training.dsa import dsa_for
@@ -80,7 +80,7 @@ def our_sweep(data: SweepData, indices: list[int], run: Path) -> float:
     tasks.sort(key=lambda task: -task.cost)
     with ray_runtime(None):
         data_ref = ray.put(data)
-        job = NasJob(str(run), epoch, run.name, 1.0, 0.0)
+        job = SweepJob(str(run), epoch, run.name, 1.0, 0.0)
         # Workers are long-lived: their start and imports are not part of a unit. No unit is handed out before
         # both workers are ready, or some work would be done before the clock starts.
         work = [Task(task.key, in_worker, (job, data_ref, task)) for task in tasks]
@@ -169,7 +169,7 @@ def test_overhead_per_unit(figures: dict[str, Any], tmp_path: Path) -> None:
     ]
     ledger = Ledger(run)
     with ray_runtime(None):
-        job = NasJob(str(run), epoch, "overhead", 1.0, 0.0)
+        job = SweepJob(str(run), epoch, "overhead", 1.0, 0.0)
 
         def start(key: str, attempt: int) -> None:
             ledger.event("start", key, epoch)

@@ -64,7 +64,7 @@ from ddray.data import PixelSpace, Split
 from ddray.jobs.plan import resolve
 from ddray.runs.ledger import Ledger
 from ddray.tuning.payload import pack
-from ddray.tuning.trial import Job, run_trial
+from ddray.tuning.trial import SearchJob, run_trial
 from tests.benchmarks.conftest import random_dataset
 dataset = random_dataset(10, 4500, name="cifar10")
 plan = resolve("datadam", dataset, ipc=1, layers=[{"steps": 2, "evaluate": {"epochs": 2, "seeds": 1}}])
@@ -73,7 +73,7 @@ space = PixelSpace("zca", (), (), torch.zeros(3072), torch.eye(3072))
 train = dataset.train()
 payload = pack(dataset, train, "train-val0", Split(train.images[:5000], train.labels[:5000]), space)
 run = Path(sys.argv[1]); Ledger(run).open_epoch()
-job = Job(str(run), 1, "datadam", 1, 0, plan.config.dump(), (1,), 1.0, 0.0)
+job = SearchJob(str(run), 1, "datadam", 1, 0, plan.config.dump(), (1,), 1.0, 0.0)
 run_trial(job, payload, 0, {}, print)
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print("PEAK", int(peak.split()[1]) / 2**20)

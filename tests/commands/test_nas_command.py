@@ -91,7 +91,7 @@ def test_a_gpu_that_is_there_is_used(
         return {"space": options.space, "num_archs": 0, "proxies": []}
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(rank, "rank_architectures", record_options)
+    monkeypatch.setattr(rank, "run_nas", record_options)
     for executor in ("ray", "local"):
         assert _run([*RANK, "--executor", executor, *arguments, "--json"], False) == 0
     assert [options.gpus_per_worker for options in seen] == [gpus, gpus]

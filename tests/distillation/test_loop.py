@@ -217,14 +217,16 @@ def test_a_real_method_with_a_mad_rate_diverges(toy: Any, planned: Any) -> None:
         run_distillation(method, ctx, checkpoint_every=5)
 
 
-def test_looks_are_the_rungs_the_checkpoints_and_the_end(ctx: DistillContext, tmp_path: Path) -> None:
+def test_eval_steps_are_the_rungs_the_checkpoints_and_the_end(ctx: DistillContext, tmp_path: Path) -> None:
     seen: list[tuple[int, float, int]] = []
     path = tmp_path / "c.pt"
 
     def look(step: int, loss: float) -> None:
         seen.append((step, loss, torch.load(path, weights_only=True)["step"]))
 
-    run_distillation(Counter(11), ctx, checkpoint=path, checkpoint_every=4, looks={3, 4, 50}, on_step=look)
+    run_distillation(
+        Counter(11), ctx, checkpoint=path, checkpoint_every=4, eval_steps={3, 4, 50}, on_step=look
+    )
 
     assert seen == [(s, float(s), s) for s in (3, 4, 8, 11)]  # the checkpoint is written before the call
 
@@ -242,7 +244,7 @@ def test_a_run_cut_off_in_a_look_is_asked_again_at_that_step(ctx: DistillContext
     settings: dict[str, Any] = {
         "checkpoint": tmp_path / "c.pt",
         "checkpoint_every": 5,
-        "looks": (3, 6),
+        "eval_steps": (3, 6),
         "on_step": look,
     }
     with pytest.raises(KeyboardInterrupt):
@@ -258,7 +260,7 @@ def test_resuming_elsewhere_asks_for_no_look_again(ctx: DistillContext, tmp_path
     seen: list[int] = []
     settings: dict[str, Any] = {
         "checkpoint": tmp_path / "c.pt",
-        "looks": (0, 2, 6),
+        "eval_steps": (0, 2, 6),
         "on_step": lambda step, loss: seen.append(step),
     }
     run_distillation(Counter(6), ctx, until=4, **settings)

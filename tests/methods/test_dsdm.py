@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddray.data import Dataset, Split
-from ddray.methods.dsdm import DSDM, history_loss, prototype_loss, remember
+from ddray.methods.dsdm import DSDM, history_loss, prototype_loss, update_memory
 from ddray.methods.families.matching.batches import ClassBatches
 from ddray.pool.spec import PoolEntry, PoolSpec
 from ddray.training.dsa import Dsa
@@ -77,7 +77,7 @@ def test_memory_is_eq_8_by_hand() -> None:
     def memories(first: Any) -> list[list[float]]:
         memory, history = None, []
         for prototypes in steps:
-            memory = remember(memory, prototypes, ema=0.75, first=first)
+            memory = update_memory(memory, prototypes, ema=0.75, first=first)
             history.append(memory[0].tolist())
         return history
 

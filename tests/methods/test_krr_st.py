@@ -268,7 +268,7 @@ def test_a_clusters_worker_trains_the_declared_teacher(toy: Any, tmp_path: Path)
     """`tune` hands a declared spec to `train_member`, whose trainer knows kind `ssl`."""
     from ddray.cluster.pretrain import train_member
     from ddray.tuning.payload import pack
-    from ddray.tuning.trial import Job, split_name
+    from ddray.tuning.trial import SearchJob, split_name
 
     dataset = toy((20, 20, 20))
     train, val = carve_val(dataset.train(), seed=0)
@@ -276,7 +276,7 @@ def test_a_clusters_worker_trains_the_declared_teacher(toy: Any, tmp_path: Path)
     ctx = make_context(plan, train, split_name=split_name(0), device=torch.device("cpu"))
     (spec,) = declared_specs(plan, ctx)
     payload = pack(dataset, train, split_name(0), val, ctx.space, torch.arange(len(train)))
-    job = Job(
+    job = SearchJob(
         run_dir=str(tmp_path),
         epoch=1,
         method="krr_st",

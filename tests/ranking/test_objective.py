@@ -14,7 +14,7 @@ from ddray.errors import DdrayError
 from ddray.ranking.objective import SpearmanObjective, spearman_objective
 from ddray.ranking.options import NasOptions
 from ddray.ranking.sweep import Execute, execute_locally
-from ddray.ranking.worker import CODE_VERSION, NasJob, NasTask, SweepData, truth_ledger
+from ddray.ranking.worker import CODE_VERSION, NasTask, SweepData, SweepJob, truth_ledger
 from ddray.runs.ledger import Ledger, Row, Unit
 
 OPTIONS = NasOptions(sample=3, epochs=1, max_mflops=3.0, executor="local")
@@ -37,7 +37,7 @@ def fake(accuracies: Sequence[float | None]) -> Execute:
     """Return an executor that trains nothing: architecture i gets accuracies[i], or fails for None."""
 
     def execute(
-        job: NasJob, data: SweepData, tasks: Sequence[NasTask], on_start: Any
+        job: SweepJob, data: SweepData, tasks: Sequence[NasTask], on_start: Any
     ) -> Iterator[tuple[str, Exception | None, int]]:
         for task, accuracy in zip(sorted(tasks, key=lambda task: task.index), accuracies, strict=True):
             (unit,) = task.units

@@ -34,7 +34,7 @@ from ddray.ranking.sweep import (
     resolve_config,
 )
 from ddray.ranking.training import train_seeds
-from ddray.ranking.worker import NasJob, NasTask, SweepData, Workbench, run_task, truth_ledger
+from ddray.ranking.worker import NasTask, SweepData, SweepJob, Workbench, run_task, truth_ledger
 from ddray.runs.ledger import Ledger
 
 CPU = torch.device("cpu")
@@ -80,7 +80,7 @@ def config_of(nas_options: NasOptions) -> NasConfig:
 def run(folder: Path, paths: Sequence[Path], *, resume: bool = False, **overrides: Any) -> dict[str, Any]:
     request = {name: overrides.pop(name) for name in ("baselines", "compat") if name in overrides}
     nas_options = options(**overrides)
-    return rank.rank_architectures(
+    return rank.run_nas(
         rank.NasRequest(tuple(paths), **request),
         nas_options,
         config_of(nas_options),
@@ -147,7 +147,7 @@ def test_truth_is_trained_once_for_all_runs(
     assert len(truth_ledger().rows("truth")) == 4
     trained: list[str] = []
 
-    def spy(job: NasJob, data: SweepData, task: NasTask, device: torch.device) -> None:
+    def spy(job: SweepJob, data: SweepData, task: NasTask, device: torch.device) -> None:
         trained.append(task.units[0].kind)
         run_task(job, data, task, device)
 
@@ -209,7 +209,7 @@ def test_a_crashing_unit_is_tried_again_then_marked(
     seen: dict[str, int] = {}
     broken: list[int] = []
 
-    def fragile(job: NasJob, data: SweepData, task: NasTask, device: torch.device) -> None:
+    def fragile(job: SweepJob, data: SweepData, task: NasTask, device: torch.device) -> None:
         seen[task.key] = seen.get(task.key, 0) + 1
         if not broken and task.units[0].kind == "nas":
             broken.append(task.index)
@@ -243,7 +243,7 @@ def test_a_proxy_on_which_nothing_finishes_costs_its_own_figures_alone(
 ) -> None:
     broken = {"random.pt"}
 
-    def fragile(job: NasJob, data: SweepData, task: NasTask, device: torch.device) -> None:
+    def fragile(job: SweepJob, data: SweepData, task: NasTask, device: torch.device) -> None:
         if task.units[0].spec["proxy"] in broken:
             raise MemoryError("no memory for this one")
         run_task(job, data, task, device)
@@ -436,6 +436,6 @@ def test_workers_leave_shared_arrays_alone(proxies: dict[str, Path], tmp_path: P
     Ledger(folder).folder.mkdir(parents=True)
     epoch = Ledger(folder).open_epoch()
     for task in tasks:
-        run_task(NasJob(str(folder), epoch, "x", 1.0, 0.0), data, task, CPU)
+        run_task(SweepJob(str(folder), epoch, "x", 1.0, 0.0), data, task, CPU)
     assert all(np.array_equal(a, b) for a, b in zip(arrays, before, strict=True))
     assert json.loads((folder / "epoch").read_text()) == 1

@@ -63,12 +63,12 @@ def test_a_bench_that_has_not_ended_keeps_its_cells_apart(
 
 
 def test_a_nas_run_has_a_page(bench_folder: Path, tmp_path: Path) -> None:
-    from ddray.ranking.command import NasRequest, rank_architectures
+    from ddray.ranking.command import NasRequest, run_nas
     from ddray.ranking.sweep import NasOptions, execute_locally, resolve_config
 
     options = NasOptions(sample=3, max_mflops=3, epochs=1, truth_epochs=1, executor="local")
     request = NasRequest(proxies=(read_run(bench_folder).sets[0].path,), dataset="digits")
-    rank_architectures(
+    run_nas(
         request, options, resolve_config(options), execute_locally, run_dir=tmp_path / "run", resume=False
     )
     write_page([tmp_path / "run"], tmp_path / "page.html", planes=False)

@@ -13,12 +13,13 @@ from ddray.distillation.method import DistillContext
 from ddray.errors import DdrayError
 from ddray.runs.folder import open_run
 from ddray.runs.ledger import Ledger
+from ddray.runs.outcome import Outcome
 from ddray.system.files import home
-from ddray.tables import scheduler as board
-from ddray.tables import worker as bench_work
+from ddray.tables import scheduler
+from ddray.tables import worker as bench_worker
 from ddray.tables.graph import build_graph
 from ddray.tables.spec import BenchSpec
-from ddray.tables.worker import AskingPool, asked_first
+from ddray.tables.worker import StoredPool, predict_pool_specs
 from tests.tables.benches import TINY, run, spec, starts
 
 
@@ -55,39 +56,39 @@ def test_of_two_entries_asked_for_only_the_missing_one_is_a_unit(tmp_path: Path)
     bench_spec = spec(methods=["kcenter"], **changes)
     graph = build_graph(bench_spec, open_dataset)
     bench_run = open_run(tmp_path / "run", {"a": 1}, command="bench", resume=False)
-    job = bench_work.Job(str(tmp_path / "run"), bench_run.epoch, None, "cpu")
-    bench_board = board.Board(graph, bench_run, job)
-    (asker,) = bench_board.first()
+    job = bench_worker.BenchJob(str(tmp_path / "run"), bench_run.epoch, None, "cpu")
+    unit_scheduler = scheduler.UnitScheduler(graph, bench_run, job)
+    (asker,) = unit_scheduler.first()
     (plan,) = graph.plans.values()
-    (missing_spec,) = asked_first(plan) or ()
+    (missing_spec,) = predict_pool_specs(plan) or ()
     present_spec = missing_spec.model_copy(update={"seed": 7})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(board, "has_entry", lambda pool_spec: pool_spec.seed == 7)
-        needs = bench_work.Needs((missing_spec, present_spec))
-        (pool_unit,) = bench_board.after(board.Ended(asker.key, needs, None, 1))
+        patch.setattr(scheduler, "has_entry", lambda pool_spec: pool_spec.seed == 7)
+        needs = bench_worker.Needs((missing_spec, present_spec))
+        (pool_unit,) = unit_scheduler.after(Outcome(asker.key, needs, None, 1))
     assert pool_unit.pool == missing_spec
-    assert [title for title in bench_board.skipped() if title.startswith("pool")] == [pool_unit.title]
+    assert [title for title in unit_scheduler.skipped() if title.startswith("pool")] == [pool_unit.title]
 
 
 def test_an_entry_that_is_removed_is_trained_again_and_one_that_never_stays_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench_spec = spec(methods=["kcenter"], set={**TINY["set"], "method.feature_epochs": 1}, seeds=1)
-    real = bench_work._TASKS["pool"]
+    real = bench_worker._TASKS["pool"]
     lost: list[str] = []
 
-    def train(job: Any, work: Any, most: int = 1) -> Any:
-        result = real(job, work)
+    def train(job: Any, unit: Any, most: int = 1) -> Any:
+        result = real(job, unit)
         if len(lost) < most:
-            lost.append(work.key)
-            shutil.rmtree(home() / "pool" / work.pool.key)
+            lost.append(unit.key)
+            shutil.rmtree(home() / "pool" / unit.pool.key)
         return result
 
-    monkeypatch.setitem(bench_work._TASKS, "pool", train)
+    monkeypatch.setitem(bench_worker._TASKS, "pool", train)
     outcome = run(tmp_path / "once", bench_spec)
     assert (outcome["num_failed"], outcome["skipped"], len(lost)) == (0, [], 1)
     shutil.rmtree(home() / "pool")
-    monkeypatch.setitem(bench_work._TASKS, "pool", lambda job, work: train(job, work, 99))
+    monkeypatch.setitem(bench_worker._TASKS, "pool", lambda job, unit: train(job, unit, 99))
     with pytest.raises(DdrayError, match="DDRAY_HOME must be one folder"):
         run(tmp_path / "never", bench_spec)
     assert len(lost) == 1 + 3
@@ -98,7 +99,7 @@ def test_a_failed_entry_leaves_its_askers_out_and_the_rest_goes_on(
 ) -> None:
     bench_spec = spec(methods=["random", "kcenter"], seeds=1)
     with monkeypatch.context() as patch:
-        patch.setitem(bench_work._TASKS, "pool", lambda job, work: 1 / 0)
+        patch.setitem(bench_worker._TASKS, "pool", lambda job, unit: 1 / 0)
         result = run(tmp_path / "run", bench_spec)
     assert [cell["method"] for cell in result["cells"]] == ["random", "random"]
     assert [failure["kind"] for failure in result["failures"]] == ["pool"]
@@ -110,9 +111,9 @@ def test_a_failed_entry_leaves_its_askers_out_and_the_rest_goes_on(
 def test_an_asking_pool_gives_what_is_there_and_names_the_rest(toy: Any, planned: Any) -> None:
     _, ctx, method = planned("kcenter", toy())
     ctx: DistillContext
-    asking = AskingPool(ctx.pool)
+    asking = StoredPool(ctx.pool)
     object.__setattr__(ctx, "pool", asking)
-    with pytest.raises(bench_work._MissingError) as missing:
+    with pytest.raises(bench_worker._MissingError) as missing:
         method.setup(ctx)
     (missing_spec,) = missing.value.specs
     asking.pool.get([missing_spec])
@@ -122,6 +123,6 @@ def test_an_asking_pool_gives_what_is_there_and_names_the_rest(toy: Any, planned
 
 def test_what_a_method_will_ask_for_is_known_without_images(digits: Any) -> None:
     graph = build_graph(spec(methods=["kcenter", "random", "datadam"], seeds=1), lambda name: digits)
-    pool_specs = {plan.method: asked_first(plan) for plan in graph.plans.values()}
+    pool_specs = {plan.method: predict_pool_specs(plan) for plan in graph.plans.values()}
     assert pool_specs["random"] == () == pool_specs["datadam"]
     assert [pool_spec.arch for pool_spec in pool_specs["kcenter"] or ()] == ["convnet1_w8"]

@@ -16,8 +16,8 @@ from ddray.data import open_dataset
 from ddray.errors import DdrayError, InputError, StorageError
 from ddray.methods import get_method
 from ddray.runs.ledger import Ledger
-from ddray.tables import scheduler as board
-from ddray.tables import worker as bench_work
+from ddray.tables import scheduler
+from ddray.tables import worker as bench_worker
 from ddray.tables.graph import build_graph
 from ddray.tables.run import (
     _drop_scaled_differences,
@@ -76,7 +76,7 @@ def test_a_bench_cut_off_anywhere_ends_in_the_same_table(
     for stop in (1, 5, 9):
         folder = tmp_path / f"cut{stop}"
         count = 0
-        real = bench_work.publish
+        real = bench_worker.publish
 
         def publish(*args: Any, stop: int = stop, real: Any = real, **kwargs: Any) -> None:
             nonlocal count
@@ -86,7 +86,7 @@ def test_a_bench_cut_off_anywhere_ends_in_the_same_table(
             real(*args, **kwargs)
 
         with monkeypatch.context() as patch:
-            patch.setattr(bench_work, "publish", publish)
+            patch.setattr(bench_worker, "publish", publish)
             with pytest.raises(KeyboardInterrupt):
                 run(folder)
         before = {path: path.stat().st_mtime_ns for path in (folder / "ledger").glob("*.json")}
@@ -151,16 +151,16 @@ def test_a_set_that_is_damaged_while_the_bench_runs_is_distilled_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(tmp_path / "whole", spec(seeds=1))
-    real = bench_work.publish
+    real = bench_worker.publish
     hurt: list[Path] = []
 
-    def publish(ledger: Ledger, job: Any, work: Any, *args: Any, **kwargs: Any) -> None:
-        real(ledger, job, work, *args, **kwargs)
-        if work.kind == "distill" and not hurt:
-            hurt.append(tmp_path / "run" / bench_work.artifact_name(work.key))
+    def publish(ledger: Ledger, job: Any, unit: Any, *args: Any, **kwargs: Any) -> None:
+        real(ledger, job, unit, *args, **kwargs)
+        if unit.kind == "distill" and not hurt:
+            hurt.append(tmp_path / "run" / bench_worker.artifact_name(unit.key))
             hurt[0].write_bytes(hurt[0].read_bytes()[:-7])
 
-    monkeypatch.setattr(bench_work, "publish", publish)
+    monkeypatch.setattr(bench_worker, "publish", publish)
     result = run(tmp_path / "run", spec(seeds=1))
     assert (result["num_failed"], result["skipped"]) == (0, [])
     assert load(hurt[0])
@@ -171,8 +171,8 @@ def test_a_set_that_is_damaged_while_the_bench_runs_is_distilled_again(
 def test_a_set_that_is_damaged_again_and_again_fails_its_evaluations(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench_work, "is_sound", lambda run_dir, row: False)
-    monkeypatch.setattr(board, "is_sound", lambda run_dir, row: False)
+    monkeypatch.setattr(bench_worker, "is_sound", lambda run_dir, row: False)
+    monkeypatch.setattr(scheduler, "is_sound", lambda run_dir, row: False)
     with pytest.raises(DdrayError, match="damaged again and again"):
         run(tmp_path / "run", spec(methods=["random"], seeds=1))
     assert Ledger(tmp_path / "run").rows("evaluate")[0].result["attempts"]
@@ -185,13 +185,13 @@ def test_a_late_worker_does_not_replace_the_published_set(tmp_path: Path) -> Non
     (row,) = Ledger(tmp_path / "run").rows("distill")
     path = tmp_path / "run" / row.result["artifact"]
     before = path.read_bytes()
-    (work,) = build_graph(bench_spec, open_dataset).distil.values()
+    (unit,) = build_graph(bench_spec, open_dataset).distil.values()
     for epoch in (0, 1):  # an older driver's worker, and a second worker of this one
-        job = bench_work.Job(str(tmp_path / "run"), epoch, None, "cpu")
-        bench_work._draft(job, work).write_bytes(b"other bytes")
-        bench_work.publish(Ledger(tmp_path / "run"), job, work, {"sha256": "other"}, 1.0)
+        job = bench_worker.BenchJob(str(tmp_path / "run"), epoch, None, "cpu")
+        bench_worker._draft(job, unit).write_bytes(b"other bytes")
+        bench_worker.publish(Ledger(tmp_path / "run"), job, unit, {"sha256": "other"}, 1.0)
         assert path.read_bytes() == before
-    assert bench_work.is_sound(tmp_path / "run", row)
+    assert bench_worker.is_sound(tmp_path / "run", row)
 
 
 def test_a_scaled_run_is_no_reproduction() -> None:

@@ -45,19 +45,19 @@ def test_a_datasets_facts_are_enough() -> None:
 
 def test_units_of_about_the_same_size_are_asked_first() -> None:
     graph = build_graph(spec(seeds=1), open_dataset)
-    work = next(iter(graph.evaluate.values()))
-    past_unit = {"kind": "evaluate", "what": "hard", "which": work.unit.spec["arch"], "device": "cpu"}
-    small = [{**past_unit, "amount": work.amount / 1000, "wall_s": 2.0} for _ in range(40)]
+    unit = next(iter(graph.evaluate.values()))
+    past_unit = {"kind": "evaluate", "what": "hard", "which": unit.identity.spec["arch"], "device": "cpu"}
+    small = [{**past_unit, "amount": unit.amount / 1000, "wall_s": 2.0} for _ in range(40)]
     costs_file().parent.mkdir(parents=True, exist_ok=True)
     costs_file().write_text("".join(json.dumps(line) + "\n" for line in small))
-    guess = History("cpu").estimate(work)
+    guess = History("cpu").estimate(unit)
     assert guess.wall_s == pytest.approx(2000.0)
     assert guess.is_from_smaller, "an upper bound: the start of each was counted as work"
     assert dry_run(spec(seeds=1), LOCAL, run_dir=None)["num_from_smaller"] > 0
-    alike = [{**past_unit, "amount": work.amount * 1.1, "wall_s": 5.5} for _ in range(15)]
+    alike = [{**past_unit, "amount": unit.amount * 1.1, "wall_s": 5.5} for _ in range(15)]
     with costs_file().open("a") as file:
         file.write("".join(json.dumps(line) + "\n" for line in alike))
-    guess = History("cpu").estimate(work)
+    guess = History("cpu").estimate(unit)
     assert guess.wall_s == pytest.approx(5.0)
     assert not guess.is_from_smaller
 
@@ -84,36 +84,36 @@ def test_the_work_counts_images_and_multiply_adds() -> None:
     plan = graph.plans[distil_unit.key]
     images = 10 * (plan.config.method.dump()["batch_real"] + 1)
     assert distil_unit.amount == (1 + plan.config.steps) * images * multiply_adds("convnet1_w8", shape)
-    for work in scored:
-        arch = work.unit.spec["arch"]
-        assert work.amount == 2 * 1 * 10 * multiply_adds(arch, shape), "networks, epochs, images"
+    for unit in scored:
+        arch = unit.identity.spec["arch"]
+        assert unit.amount == 2 * 1 * 10 * multiply_adds(arch, shape), "networks, epochs, images"
 
 
 def test_the_work_of_the_default_network_is_counted() -> None:
-    (work,) = build_graph(spec(methods=["dm"], set={}, seeds=1), open_dataset).distil.values()
-    assert work.amount % multiply_adds("convnet3", open_dataset("digits").image_shape) == 0
+    (unit,) = build_graph(spec(methods=["dm"], set={}, seeds=1), open_dataset).distil.values()
+    assert unit.amount % multiply_adds("convnet3", open_dataset("digits").image_shape) == 0
 
 
 def test_the_work_of_a_budget_counts_no_classes() -> None:
     bench_spec = spec(
         methods=[{"name": "krr_st", "steps": 3}], ipc=(), budget=40, evaluate={"protocol": "linear"}
     )
-    for work in build_graph(bench_spec, open_dataset).distil.values():
+    for unit in build_graph(bench_spec, open_dataset).distil.values():
         one = multiply_adds("convnet1_w8", open_dataset("digits").image_shape)
-        assert work.amount == (1 + 3) * (40 + work.config["method"]["batch_real"]) * one
+        assert unit.amount == (1 + 3) * (40 + unit.config["method"]["batch_real"]) * one
 
 
 def test_an_estimate_scales_with_the_work() -> None:
     costs_file().parent.mkdir(parents=True)
     graph = build_graph(spec(seeds=1), open_dataset)
-    work = next(work for work in graph.distil.values() if work.method == "dm")
+    unit = next(unit for unit in graph.distil.values() if unit.method == "dm")
     line = {"kind": "distill", "what": "dm", "which": "digits", "device": "cpu"}
     costs_file().write_text(
-        "\n".join(json.dumps({**line, "amount": work.amount * k, "wall_s": 3.0 * k}) for k in (1, 2, 9))
+        "\n".join(json.dumps({**line, "amount": unit.amount * k, "wall_s": 3.0 * k}) for k in (1, 2, 9))
         + '\n{"torn'
     )
-    assert History("cpu").estimate(work).wall_s == pytest.approx(3.0)
-    assert History("cpu").estimate(work).units == 3
-    assert History("cuda").estimate(work).wall_s is None
-    other = next(work for work in graph.distil.values() if work.method != "dm")
+    assert History("cpu").estimate(unit).wall_s == pytest.approx(3.0)
+    assert History("cpu").estimate(unit).units == 3
+    assert History("cuda").estimate(unit).wall_s is None
+    other = next(unit for unit in graph.distil.values() if unit.method != "dm")
     assert History("cpu").estimate(other).wall_s is None, "one method's rate is not another's"

@@ -15,7 +15,7 @@ from ddray.tables.graph import build_graph
 from ddray.tables.run import (
     sweep_options,
 )
-from ddray.tables.worker import asked_first
+from ddray.tables.worker import predict_pool_specs
 from tests.tables.benches import LOCAL, nas_of, run, spec
 
 
@@ -27,12 +27,12 @@ def test_units_are_the_product_of_the_axes() -> None:
         2 * 2 * 2,
     )
     assert [len(cell.keys) for cell in graph.cells] == [2] * 8
-    amounts = [work.amount for work in graph.distil.values()]
+    amounts = [unit.amount for unit in graph.distil.values()]
     assert amounts == sorted(amounts, reverse=True)
-    for work in graph.evaluate.values():
-        (key,) = work.unit.inputs
-        distil_spec = graph.distil[key].unit.spec
-        assert {k: work.unit.spec[k] for k in ("method", "dataset", "ipc", "seed")} == {
+    for unit in graph.evaluate.values():
+        (key,) = unit.identity.inputs
+        distil_spec = graph.distil[key].identity.spec
+        assert {k: unit.identity.spec[k] for k in ("method", "dataset", "ipc", "seed")} == {
             k: distil_spec[k] for k in ("method", "dataset", "ipc", "seed")
         }
 
@@ -42,13 +42,13 @@ def test_a_set_is_shared_by_evaluations_and_rows_that_score_more_networks() -> N
     scored = [{"seeds": 1, "augment": augment} for augment in ("dsa", "none")] + [{"epochs": 1}]
     graph = build_graph(spec(methods=rows, seeds=1, evaluate=scored), open_dataset)
     assert len(graph.distil) == 1
-    assert [work.options.get("augment") for work in graph.evaluate.values()] == [
+    assert [unit.options.get("augment") for unit in graph.evaluate.values()] == [
         "dsa",
         "none",
         None,
         None,
     ]
-    assert [work.options["seeds"] for work in graph.evaluate.values()] == [1, 1, 5, 7]
+    assert [unit.options["seeds"] for unit in graph.evaluate.values()] == [1, 1, 5, 7]
     other = [rows[0], {"name": "random", "label": "b", "set": {"evaluate.lr": 0.5}}]
     assert len(build_graph(spec(methods=other, seeds=1), open_dataset).distil) == 2
 
@@ -72,9 +72,9 @@ def test_a_budget_is_a_size_of_its_own() -> None:
     sizes = {plan.method: (plan.ipc, plan.budget) for plan in graph.plans.values()}
     assert sizes == {"random_ssl": (2, 20), "random": (1, None)}
     assert [cell.size for cell in graph.cells] == [("budget", 20), ("ipc", 1)]
-    specs = {work.method: work.unit.spec for work in graph.distil.values()}
+    specs = {unit.method: unit.identity.spec for unit in graph.distil.values()}
     assert (specs["random_ssl"]["budget"], specs["random"]["ipc"]) == (20, 1)
-    pool_specs = {plan.method: asked_first(plan) for plan in graph.plans.values() if plan.seed == 0}
+    pool_specs = {plan.method: predict_pool_specs(plan) for plan in graph.plans.values() if plan.seed == 0}
     assert [one.kind for one in pool_specs["random_ssl"] or ()] == ["ssl"]
     with pytest.raises(InputError, match=r"^row random: random takes --ipc K"):
         build_graph(spec(methods=["random"], budget=20, ipc=[]), open_dataset)
@@ -118,8 +118,8 @@ def test_a_scale_bounds_a_ranking() -> None:
 
     def bounded(**nas_settings: Any) -> NasOptions:
         bench_spec = spec(evaluate=nas_of(**nas_settings), limits=limits)
-        (ranking,) = build_graph(bench_spec, open_dataset).rankings
-        return sweep_options(ranking, bench_spec, LOCAL)
+        (sweep_spec,) = build_graph(bench_spec, open_dataset).sweeps
+        return sweep_options(sweep_spec, bench_spec, LOCAL)
 
     options = bounded(seeds=5)
     assert (options.epochs, options.truth_epochs, options.seeds, options.sample) == (3, 3, 2, 4)
@@ -155,13 +155,13 @@ def test_units_that_differ_have_titles_that_differ() -> None:
         {"epochs": 3, "archs": ["convnet1_w8"]},
     ]
     graph = build_graph(spec(evaluate=evaluations, seeds=1, methods=["random"]), open_dataset)
-    titles = [work.title for work in graph.works()]
+    titles = [unit.title for unit in graph.units()]
     assert len(set(titles)) == len(titles) == 1 + 5
 
 
 def test_the_networks_of_a_seed_are_the_same_for_every_row() -> None:
     graph = build_graph(spec(), open_dataset)
-    seeds = {(work.unit.spec["seed"], work.options["seed"]) for work in graph.evaluate.values()}
+    seeds = {(unit.identity.spec["seed"], unit.options["seed"]) for unit in graph.evaluate.values()}
     assert len(seeds) == 2
 
 
@@ -171,13 +171,13 @@ def test_limits_lower_settings_and_leave_smaller_ones() -> None:
     for plan in graph.plans.values():
         assert plan.config.steps == (1 if plan.method == "dm" else 0)
         assert getattr(plan.config.method, "batch_real", 3) == 3
-    assert {work.options["seeds"] for work in graph.evaluate.values()} == {1}
+    assert {unit.options["seeds"] for unit in graph.evaluate.values()} == {1}
 
 
 def test_a_methods_own_trainings_are_within_the_limits() -> None:
     bench_spec = spec(methods=["kcenter", "rded", "d3hr"], seeds=1, ipc=[1], limits={"epochs": 2})
     epochs = {
-        work.method: work.config["method"] for work in build_graph(bench_spec, open_dataset).distil.values()
+        unit.method: unit.config["method"] for unit in build_graph(bench_spec, open_dataset).distil.values()
     }
     assert epochs["kcenter"]["feature_epochs"] == 2 == epochs["rded"]["teacher_epochs"]
     generator = epochs["d3hr"]["generator"]
@@ -188,11 +188,11 @@ def test_a_recipe_is_the_same_for_every_row_and_within_the_limits(tmp_path: Path
     scored: dict[str, Any] = {"recipe": "vico", "augment": "dsa", "seeds": 1}
     for evaluation in (scored, {"options": {"recipe": "vico"}, "augment": "dsa", "seeds": 1}):
         bench_spec = spec(methods=["random", "dsdm"], seeds=1, evaluate=evaluation, limits={"epochs": 7})
-        works = build_graph(bench_spec, open_dataset).evaluate.values()
-        assert {work.options["recipe"] for work in works} == {"vico"}
-        assert {work.options["epochs"] for work in works} == {7}
+        units = build_graph(bench_spec, open_dataset).evaluate.values()
+        assert {unit.options["recipe"] for unit in units} == {"vico"}
+        assert {unit.options["epochs"] for unit in units} == {7}
     paper = build_graph(spec(methods=["random", "dsdm"], seeds=1, evaluate=scored), open_dataset)
-    assert all("epochs" not in work.options for work in paper.evaluate.values()), "the recipe's own"
+    assert all("epochs" not in unit.options for unit in paper.evaluate.values()), "the recipe's own"
     result = run(tmp_path / "run", spec(methods=["random"], seeds=1, evaluate={**scored, "epochs": 1}))
     assert result["num_failed"] == 0
 

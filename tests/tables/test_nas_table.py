@@ -17,7 +17,7 @@ from ddray.methods import get_method
 from ddray.ranking import worker as nas_units
 from ddray.ranking.spaces import get_space
 from ddray.runs.ledger import Ledger
-from ddray.tables import nas_table as ranking
+from ddray.tables import nas_table
 from ddray.tables.cost import costs_file, summarise, sweep_of
 from ddray.tables.dry_run import _facts, dry_run
 from ddray.tables.graph import build_graph
@@ -123,12 +123,12 @@ def test_early_stopping_finds_its_published_number() -> None:
     graph = build_graph(bench_spec, lambda name: facts)
     figures = {"top1_truth_accuracy": 0.9, "spearman": 0.6, "spearman_top20": 0.6, "num_archs": 720}
     figures |= {"wall_s": 90.0, "storage_images": 50_000}
-    cell = cell_of(_baseline(graph.rankings[0], "early-stopping (150 steps)"), [figures])
+    cell = cell_of(_baseline(graph.sweeps[0], "early-stopping (150 steps)"), [figures])
     assert cell["published"]["accuracy_mean"] == pytest.approx(0.889)
     assert cell["published_spearman_top20"] == pytest.approx(0.64)
     assert (cell["search_time"], cell["published_search_time"]) == (1.5, 37.1), "minutes"
     assert (cell["storage_images"], cell["published_storage_images"]) == (50_000, 50_000)
-    cell = cell_of(_baseline(graph.rankings[0], "whole"), [figures])
+    cell = cell_of(_baseline(graph.sweeps[0], "whole"), [figures])
     assert (cell["published"]["accuracy_mean"], cell["published_search_time"]) == (0.892, 5168.9)
 
 
@@ -145,7 +145,7 @@ def test_a_sweep_that_fails_is_listed_and_the_rest_is_written(
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise DdrayError("no architecture finished on dm-0.pt: out of memory")
 
-    monkeypatch.setattr(ranking, "rank_architectures", broken)
+    monkeypatch.setattr(nas_table, "run_nas", broken)
     bench_spec = spec(
         seeds=1, evaluate=[{"epochs": 1, "seeds": 1, "archs": ["convnet1_w8"]}, NAS["evaluate"]]
     )
@@ -211,11 +211,11 @@ def test_a_sweep_is_priced_without_architectures_above_its_limit() -> None:
     bench_spec = spec(evaluate={"protocol": "nas", "options": {"max_mflops": 2}}, seeds=1)
     (sweep,) = dry_run(bench_spec, LOCAL, run_dir=None)["units"][-1:]
     assert sweep["kind"] == "nas"
-    (ranking,) = build_graph(bench_spec, open_dataset).rankings
+    (sweep_spec,) = build_graph(bench_spec, open_dataset).sweeps
     digits, space = open_dataset("digits"), get_space("convnet720")
     within = sum(space.cost(i, digits.image_shape, digits.num_classes) <= 2 for i in range(len(space)))
     assert 0 < within < len(space)
-    cost = sweep_of(ranking, nas_options(ranking, {}), digits)
+    cost = sweep_of(sweep_spec, nas_options(sweep_spec, {}), digits)
     assert cost.num_units == within * (2 + 1), "on two sets, and the truth"
 
 

@@ -140,7 +140,7 @@ def _note(fingerprint: str) -> Path:
     return home() / "generators" / f"{fingerprint}.json"
 
 
-def remember(folder: Folder) -> None:
+def record_folder(folder: Folder) -> None:
     """Record a model's folder, for other processes of this home that make pool entries from it.
 
     Raises:

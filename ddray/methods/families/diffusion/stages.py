@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ddray.data import Dataset, Split
 from ddray.errors import InputError
-from ddray.methods.families.diffusion.folder import PARTS, locate, read_folder, remember, warn_of_leak
+from ddray.methods.families.diffusion.folder import PARTS, locate, read_folder, record_folder, warn_of_leak
 from ddray.methods.families.diffusion.model import DiffusionModel, Levels, open_pipeline
 from ddray.methods.families.diffusion.train import DiffusionRecipe, train_generator
 from ddray.pool.spec import ModelPool, PoolEntry, PoolSpec
@@ -57,7 +57,7 @@ def generator_spec(base: PoolSpec, recipe: DiffusionRecipe) -> PoolSpec:
     settings = recipe.dump()
     if recipe.init is not None:
         start = read_folder(Path(recipe.init))
-        remember(start)
+        record_folder(start)
         warn_of_leak(start, base.dataset, base.split)
         settings["init"] = start.fingerprint
     return _derived(base, "diffusion", settings, parents=())
