@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import importlib
-import pkgutil
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import ddray.methods
 from ddray.config import Config, merge
 from ddray.distillation.method import Target
 from ddray.evaluation.config import EvaluateConfig
-from ddray.methods import get_method
+from ddray.methods import builtin_names, get_method
 from ddray.runs.results import flatten
 from ddray.tables.published import find, read_numbers
 from ddray.tables.spec import Source
@@ -22,12 +20,6 @@ from ddray.tables.units import Cell
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 _HEAD = "<!-- Written by docs/regenerate.py from the sources; do not edit. -->"
-
-
-def own_methods() -> list[str]:
-    """Return the names of ddray's built-in methods."""
-    modules = pkgutil.iter_modules(ddray.methods.__path__)
-    return sorted(module.name for module in modules if not module.ispkg)
 
 
 def page(method: str) -> str:
@@ -176,7 +168,7 @@ def index(pages: Mapping[str, str]) -> str:
 
 def pages() -> dict[str, str]:
     """Return the text of every file below docs/methods, by file name."""
-    method_pages = {method: page(method) for method in own_methods()}
+    method_pages = {method: page(method) for method in sorted(builtin_names())}
     return {
         "README.md": index(method_pages),
         **{f"{method}.md": text for method, text in method_pages.items()},

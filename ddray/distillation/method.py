@@ -151,7 +151,27 @@ class DistillContext:
         return replace(distilled, compact=compact, meta=distilled.meta.model_copy(update=counted))
 
 
-class Distiller(Protocol):
+class Engine(Protocol):
+    """What a method does once it has a context."""
+
+    def step(self) -> dict[str, Tensor]:
+        """Run the next step; return device scalars, including `loss`."""
+        ...
+
+    def snapshot(self) -> DistilledSet:
+        """Return the current set as a detached CPU copy."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state to checkpoint: tensors and counters, no hyperparameters."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore a state."""
+        ...
+
+
+class Distiller(Engine, Protocol):
     """The interface of a method.
 
     Attributes:
@@ -172,22 +192,6 @@ class Distiller(Protocol):
 
     def setup(self, ctx: DistillContext) -> None:
         """Take splits, pool, generators and device; make the initial images."""
-        ...
-
-    def step(self) -> dict[str, Tensor]:
-        """Run the next step; return device scalars, including `loss`."""
-        ...
-
-    def snapshot(self) -> DistilledSet:
-        """Return the current set as a detached CPU copy."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state to checkpoint: tensors and counters, no hyperparameters."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a state."""
         ...
 
 

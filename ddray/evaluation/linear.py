@@ -34,6 +34,7 @@ from ddray.evaluation.protocol import EvalContext, EvalResult
 from ddray.nets import Net, build_net, check_arch
 from ddray.seeding import derive, derive_seed, forked_global
 from ddray.system.memory import available_bytes
+from ddray.training.embedding import embed_images, outputs
 from ddray.training.loop import train
 from ddray.training.operations import crop_and_flip
 from ddray.training.policies import augmenter
@@ -41,7 +42,6 @@ from ddray.training.recipe import FinetuneConfig, ProbeConfig, Recipe
 
 _LARGE: Final = 50_000
 _HEADS: Final = ("body.classifier", "body.head")  # names of last layers: their classes differ
-_CHUNK: Final = {"cpu": 64, "cuda": 1024}
 
 
 class Linear:
@@ -181,38 +181,22 @@ def adapted(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
     return pixels.expand(-1, shape[0], -1, -1)
 
 
-@torch.no_grad()
-def outputs(
-    apply: Callable[[Tensor], Tensor], shape: tuple[int, int, int], split: Split, ctx: EvalContext
-) -> Iterator[Tensor]:
-    """Yield a network's outputs [n, D] for chunks of un-augmented images, on the device.
-
-    Args:
-        apply: the network, or its embedding, in eval mode.
-        shape: (C, H, W) that it takes.
-        split: images of any shape.
-        ctx: the space that the network was trained in, and the device.
-    """
-    space = ctx.space.to(ctx.device)
-    for part in torch.split(split.images, _CHUNK[ctx.device.type]):
-        encoded = space.encode(adapted(part.to(ctx.device, non_blocking=True), shape))
-        yield apply(encoded.contiguous(memory_format=torch.channels_last))
-
-
 def embeddings(net: Net, split: Split, ctx: EvalContext) -> Tensor:
     """Return the embeddings [N, D] of a split's un-augmented images, on the device; `net` is in eval mode."""
-    whole, done = torch.empty(0), 0
-    for part in outputs(net.embed, net.image_shape, split, ctx):
-        if done == 0:  # concatenating a list would take the memory twice
-            whole = part.new_empty(len(split), part.shape[1])
-        whole[done : done + len(part)] = part
-        done += len(part)
-    return whole
+    encode = _encoding(net.image_shape, ctx)
+    return embed_images(net, split.images, encode, ctx.device, result_device=ctx.device)
+
+
+def _encoding(shape: tuple[int, int, int], ctx: EvalContext) -> Callable[[Tensor], Tensor]:
+    """Return what takes images of any shape to `shape`, in the space that the network was trained in."""
+    space = ctx.space.to(ctx.device)
+    return lambda images: space.encode(adapted(images, shape))
 
 
 def _accuracy(apply: Callable[[Tensor], Tensor], shape: tuple[int, int, int], ctx: EvalContext) -> float:
     """Return the fraction of the context's split that `apply`'s logits get right."""
-    predictions = torch.cat([logits.argmax(1) for logits in outputs(apply, shape, ctx.split, ctx)])
+    parts = outputs(apply, ctx.split.images, _encoding(shape, ctx), ctx.device)
+    predictions = torch.cat([logits.argmax(1) for logits in parts])
     return float((predictions == ctx.split.labels.to(ctx.device)).double().mean())
 
 

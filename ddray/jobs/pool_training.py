@@ -120,7 +120,7 @@ def train_teacher(
         InputError: an audio dataset, an unknown architecture or field, or a value that breaks its rule.
         StorageError: an entry can't be written.
     """
-    from ddray.methods.families.ssl.teacher import SslTrainer, teacher_spec
+    from ddray.methods.families.ssl.teacher import SslTrainer, ssl_teacher_spec
 
     split = dataset.train()
     teacher_settings: dict[str, Any] = {"seed": seed, **recipe}
@@ -130,7 +130,7 @@ def train_teacher(
     plan = resolve(
         "boost_ssdd", dataset, budget=dataset.num_classes, layers=[{"method": {"teacher": teacher_settings}}]
     )
-    spec = teacher_spec(plan.config.method.teacher, dataset, split, split_name="train", device=device)
+    spec = ssl_teacher_spec(plan.config.method.teacher, dataset, split, split_name="train", device=device)
     folder = folder or home() / "pool"
     LocalPool(SslTrainer(split.images, device, dataset.name), folder).get([spec])
     return {"key": spec.key, "folder": str(folder / spec.key), "keys": [spec.key]}

@@ -14,16 +14,17 @@ from torch import Tensor
 from ddray.data import Dataset, Split, carve_val, normalized_space
 from ddray.errors import DivergedError, unknown
 from ddray.methods.families.ssl import teacher as ssl
-from ddray.nets import Net, build_net
+from ddray.nets import build_net
 from ddray.pool.local import LocalPool
 from ddray.pool.spec import PoolSpec
 from ddray.seeding import derive, derive_seed
+from ddray.training.embedding import embed_images
 from ddray.training.loop import train
 from ddray.training.policies import Augmenter, augmenter
 from ddray.training.recipe import Recipe
 
 DIFFUSION_KINDS: Final = ("diffusion", "latents", "inverted", "statistics")
-"""D3HR's stages (`methods._d3hr_stages`)."""
+"""D3HR's stages (`ddray.methods.families.diffusion.stages`)."""
 _CARVED: Final = re.compile(r"train-val(\d+)")
 _MAX_ENCODED: Final = 200 * 2**20  # bytes as floats up to which a split is encoded once, not by the batch
 
@@ -103,7 +104,9 @@ class SupervisedTrainer:
             raise DivergedError(f"training {spec.arch} for the pool diverged: its loss is {loss}; lower lr")
         weights = {f"weights.{name}": tensor for name, tensor in net.state_dict().items()}
         measured = {"final_loss": loss, "dataset_name": self.dataset.name}
-        features = [self._features(net, part) for part in (split, unseen) if part is not None]
+        encode = normalized_space(self.dataset).encode
+        parts = [part.images for part in (split, unseen) if part is not None]
+        features = [embed_images(net.eval(), part, encode, self.device) for part in parts]
         return {**weights, "features": torch.cat(features)}, measured
 
     def _images_of(self, name: str) -> tuple[Split, Split | None]:
@@ -127,13 +130,3 @@ class SupervisedTrainer:
             return encoded if augment is None else augment(encoded, generator)
 
         return split.images.to(self.device), encode
-
-    @torch.no_grad()
-    def _features(self, net: Net, split: Split) -> Tensor:
-        """Return the embedding [N, D] of every image, on the CPU."""
-        space = normalized_space(self.dataset)
-        embeddings = []
-        for images in torch.split(split.images, 64):
-            encoded = space.encode(images.to(self.device)).contiguous(memory_format=torch.channels_last)
-            embeddings.append(net.embed(encoded).cpu())
-        return torch.cat(embeddings)

@@ -1,7 +1,8 @@
 """One file per method or baseline, discovered by name: there is no list to edit.
 
 A method's module ends in `METHOD: Final = Foo`, where `Foo` implements the `Distiller` protocol. A user's own
-package offers one through an entry point `name = "package.module"` in the group `ddray.methods`.
+package offers one through an entry point `name = "package.module"` in the group `ddray.methods`. What methods
+are built from is in `toolkit`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ddray.errors import InputError, unknown
 
 def method_names() -> list[str]:
     """Return the names of all methods, ours and those of installed packages; nothing is imported."""
-    return sorted({*_ours(), *_theirs()})
+    return sorted({*builtin_names(), *_theirs()})
 
 
 def get_method(name: str) -> type[Distiller]:
@@ -27,7 +28,7 @@ def get_method(name: str) -> type[Distiller]:
     Raises:
         InputError: there is no such method (with the nearest name), or its module has no METHOD.
     """
-    if name in _ours():
+    if name in builtin_names():
         path = f"{__name__}.{name}"
     elif (path := _theirs().get(name, "")) == "":
         raise unknown("method", name, method_names())
@@ -39,9 +40,10 @@ def get_method(name: str) -> type[Distiller]:
 
 
 @cache
-def _ours() -> frozenset[str]:
+def builtin_names() -> frozenset[str]:
+    """Return the names of ddray's methods: every module of this package but `toolkit`."""
     modules = pkgutil.iter_modules(__path__)
-    return frozenset(module.name for module in modules if not module.ispkg)
+    return frozenset(module.name for module in modules if not module.ispkg) - {"toolkit"}
 
 
 def _theirs() -> dict[str, str]:

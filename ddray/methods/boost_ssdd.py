@@ -38,7 +38,7 @@ from ddray.data import normalized_space
 from ddray.distillation.method import DistillContext, Target
 from ddray.errors import InputError
 from ddray.methods.families.ssl.bases_fit import (
-    Layout,
+    BudgetSplit,
     default_image_bases,
     default_target_bases,
     fit_shifts,
@@ -57,14 +57,15 @@ from ddray.methods.families.ssl.budget import (
 from ddray.methods.families.ssl.config import KrrConfig
 from ddray.methods.families.ssl.loop import BilevelLoop, Rows
 from ddray.methods.families.ssl.memory import Extent, check_memory, declared_teacher
-from ddray.methods.families.ssl.teacher import embed_all, teacher_net
+from ddray.methods.families.ssl.teacher import teacher_net
 from ddray.nets import Net
 from ddray.pool.spec import PoolSpec
+from ddray.training.embedding import embed_images
 
 # Rows of an inner step at 32 px: some 9 GiB of graph at every size, since networks halve as sides double.
 _INNER_BATCH: Final = 4096
 _CHUNK: Final = 1024  # images whose views the teacher sees at a time
-# Table 5: dataset -> budget -> (U, V); its weight decay is `_ssl.evaluate_for`'s.
+# Table 5: dataset -> budget -> (U, V); its weight decay is `budget.evaluate_for`'s.
 _TABLE5: Final[dict[str, dict[int, tuple[int, int]]]] = {
     "cifar100": {25: (50, 50), 50: (100, 100), 100: (200, 200), 1000: (500, 500), 5000: (700, 500)},
     "tiny_imagenet": {50: (100, 100), 100: (200, 200), 200: (400, 400)},
@@ -129,7 +130,7 @@ class BoostSsdd:
         """Return m, how many images the budget holds, without their views."""
         return plan_layout(config, budget, image_shape, num_real).num_images
 
-    def _planned(self, ctx: DistillContext) -> tuple[Layout, Extent]:
+    def _planned(self, ctx: DistillContext) -> tuple[BudgetSplit, Extent]:
         """Return how the budget is spent, and what is learned: the views' targets have no networks yet."""
         shape, config = ctx.dataset.image_shape, self._config
         plan = plan_layout(config, given_budget(ctx), shape, len(ctx.split))
@@ -215,7 +216,7 @@ class BoostSsdd:
 
 def plan_layout(
     config: BoostSsddConfig, budget: int, image_shape: tuple[int, int, int], num_real: int
-) -> Layout:
+) -> BudgetSplit:
     """Return how a budget of images is spent.
 
     Raises:
@@ -256,7 +257,7 @@ def plan_layout(
 
 
 def _start(
-    ctx: DistillContext, config: BoostSsddConfig, plan: Layout, features: Tensor, index: Tensor
+    ctx: DistillContext, config: BoostSsddConfig, plan: BudgetSplit, features: Tensor, index: Tensor
 ) -> dict[str, Tensor]:
     """Return initial bases and coefficients (Sec 3.2; Table 4), or the pairs themselves without bases."""
     features = features.to(ctx.device)
@@ -302,7 +303,7 @@ def _start_view_coefficients(
         images = bases.images_of(bases.of_images(start, rows), learned)
         # A teacher sees normalised pixels, whatever space the set is learned in.
         pixels = space.decode(bases.views(images, config.augmentation)[len(rows) :])
-        features = embed_all(teacher, pixels, teacher_space, ctx.device).to(coefficients.device)
+        features = embed_images(teacher, pixels, teacher_space.encode, ctx.device).to(coefficients.device)
         projected = features @ start["target_bases"].T if config.parameterize else features
         view_coefficients[:, rows] = projected.view(num_views, len(rows), -1)
     return view_coefficients

@@ -31,11 +31,11 @@ from torch import Tensor
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.config import Config
 from ddray.distillation.method import DistillContext, Target
-from ddray.methods.families.matching.batches import ClassBatches, chunks, initial_images, largest_map_bytes
-from ddray.methods.families.matching.partitioned import siamese
-from ddray.nets import build_net, is_per_sample, reinitialize
-from ddray.seeding import derive_seed
-from ddray.training.dsa import DsaPlan
+from ddray.methods.families.matching.batches import ClassBatches, chunks, initial_images
+from ddray.methods.families.matching.branch import RealBranch
+from ddray.methods.families.matching.partitioned import by_class
+from ddray.methods.families.state import cpu_copy, images_state, load_images_state
+from ddray.nets import Net
 from ddray.training.loop import train
 from ddray.training.policies import augmenter
 from ddray.training.recipe import Recipe
@@ -122,16 +122,12 @@ class CAFE:
         """Make the initial images."""
         config = self._config
         self._ctx = ctx
-        self._batches = ClassBatches(ctx, config.batch_real)
+        self._branch = RealBranch(ctx, config.batch_real, config.augment)
+        self._net = self._branch.net
         self._queries = ClassBatches(ctx, config.batch_query)
         images, self._labels = initial_images(ctx, config.init)
         self._images = images.contiguous().requires_grad_(True)
         self._optimizer = torch.optim.SGD([self._images], lr=config.lr_img, momentum=config.momentum)
-        self._dsa = siamese(ctx.dataset.can_flip, config.augment, None)
-        net = build_net(ctx.arch, ctx.dataset.image_shape, ctx.dataset.num_classes, seed=0, device=ctx.device)
-        self._net = net.to(memory_format=torch.channels_last).train()
-        self._per_sample = is_per_sample(net)
-        self._sample_bytes = largest_map_bytes(net, ctx)
         self._step = self._num_nets = self._turns = 0
         self._accuracies: list[float] = []
 
@@ -142,7 +138,7 @@ class CAFE:
         generator = self._ctx.generator("step", self._step)
         if self._turns == 0:
             self._num_nets += 1
-            reinitialize(self._net, derive_seed(self._ctx.seed, "distill", "net", self._num_nets))
+            self._branch.renew(self._num_nets)
         loss = self._update_images(generator)
         self._turns += 1
         self._accuracies = [*self._accuracies, self._accuracy(generator)][-config.window :]
@@ -156,17 +152,23 @@ class CAFE:
 
     def _update_images(self, generator: torch.Generator) -> Tensor:
         """Align features of one batch; return the loss."""
-        batches, config = self._batches, self._config
-        index = batches.draw(generator)
-        plan = self._dsa.draw(batches.num_classes, generator, shared_op=False) if self._dsa else None
-        real, embedded = self._real(index, plan)
-        _, embedding, maps = self._net.features(self._augmented(self._images, plan, self._labels.cpu()))
-        means = [_means(values.flatten(1), batches.num_classes) for values in (*maps, embedding)]
+        branch, config, num_classes = self._branch, self._config, self._ctx.dataset.num_classes
+        embedded: list[Tensor] = []
+
+        def statistics(net: Net, images: Tensor) -> tuple[Tensor, ...]:
+            _, embedding, maps = net.features(images)
+            embedded.append(embedding)
+            return tuple(values.flatten(1) for values in (*maps, embedding))
+
+        index, plan = branch.draw(generator)
+        real = branch.class_means(index, plan, statistics)
+        embedded_real = torch.cat(embedded)
+        synthetic = statistics(self._net, branch.augmented(self._images, plan, self._labels.cpu()))
         loss = cafe_loss(
             real,
-            means,
-            embedded,
-            batches.labels,
+            [by_class(values, num_classes).mean(1) for values in synthetic],
+            embedded_real,
+            branch.batches.labels,
             early_weight=config.early_weight,
             discrimination=config.discrimination,
         )
@@ -175,28 +177,6 @@ class CAFE:
         (self._images.grad,) = torch.autograd.grad(loss, self._images)
         self._optimizer.step()
         return loss.detach()
-
-    @torch.no_grad()
-    def _real(self, index: Tensor, plan: DsaPlan | None) -> tuple[list[Tensor], Tensor]:
-        """Return class means of all maps and the embedding, and the embeddings [N, d], chunk by chunk."""
-        batches, embedded = self._batches, []
-        sums: list[Tensor] = []
-        whole = [slice(0, len(index))]
-        for rows in chunks(len(index), self._sample_bytes, index.device) if self._per_sample else whole:
-            images = self._augmented(batches.take(index[rows]), plan, batches.labels_cpu[rows])
-            _, embedding, maps = self._net.features(images)
-            flat = [values.flatten(1) for values in (*maps, embedding)]
-            if not sums:
-                sums = [values.new_zeros(batches.num_classes, values.shape[1]) for values in flat]
-            for total, values in zip(sums, flat, strict=True):
-                total.index_add_(0, batches.labels[rows], values)
-            embedded.append(embedding)
-        return [total.div_(batches.per_class) for total in sums], torch.cat(embedded)
-
-    def _augmented(self, images: Tensor, plan: DsaPlan | None, labels: Tensor) -> Tensor:
-        if plan is not None and self._dsa is not None:
-            images = self._dsa.apply(images, plan, labels)
-        return images.contiguous(memory_format=torch.channels_last)
 
     def _train_net(self, generator: torch.Generator) -> None:
         """Train the network on the images until its accuracy has moved."""
@@ -224,7 +204,7 @@ class CAFE:
         """Return the network's accuracy on real images, equally many of every class."""
         index = self._queries.draw(generator)
         right = torch.zeros((), device=index.device)
-        for rows in chunks(len(index), self._sample_bytes, index.device):
+        for rows in chunks(len(index), self._branch.sample_bytes, index.device):
             images = self._queries.take(index[rows]).contiguous(memory_format=torch.channels_last)
             right += (self._net(images).argmax(1) == self._queries.labels[rows]).sum()
         return float(right) / len(index)
@@ -235,33 +215,23 @@ class CAFE:
 
     def state_dict(self) -> dict[str, Any]:
         """Return images, momentum, the network and the state of its loops."""
-        velocity = self._optimizer.state.get(self._images, {}).get("momentum_buffer")
-        state: dict[str, Any] = {
+        return {
             "step": self._step,
-            "images": self._images.detach().cpu().clone(),
-            "net": [value.detach().cpu().clone() for value in self._net.state_dict().values()],
+            **images_state(self._images, self._optimizer),
+            "net": cpu_copy(list(self._net.state_dict().values())),
             "made": self._num_nets,
             "turns": self._turns,
             "accuracies": list(self._accuracies),
         }
-        return state if velocity is None else {**state, "velocity": velocity.cpu().clone()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state."""
         self._step, self._num_nets, self._turns = (int(state[name]) for name in ("step", "made", "turns"))
         self._accuracies = [float(value) for value in state["accuracies"]]
-        self._images.copy_(state["images"])
+        load_images_state(self._images, self._optimizer, state)
         for mine, theirs in zip(self._net.state_dict().values(), state["net"], strict=True):
             mine.copy_(theirs)
-        if "velocity" in state:
-            velocity = state["velocity"].to(self._images.device, copy=True)
-            self._optimizer.state[self._images]["momentum_buffer"] = velocity
-
-
-def _means(values: Tensor, num_classes: int) -> Tensor:
-    """Return class means [K, D] of class-sorted rows [K * n, D]."""
-    return values.view(num_classes, -1, values.shape[1]).mean(1)
 
 
 METHOD: Final = CAFE

@@ -23,7 +23,7 @@ class ClassMeanConfig(Config):
     """The class mean has no settings."""
 
 
-def select(ctx: DistillContext, config: ClassMeanConfig) -> tuple[Tensor, Tensor]:
+def choose_images(ctx: DistillContext, config: ClassMeanConfig) -> tuple[Tensor, Tensor]:
     """Return mean images [K * ipc, C, H, W] and their labels."""
     rng = derive_numpy(ctx.seed, "distill", "parts")
     means = []
@@ -35,4 +35,4 @@ def select(ctx: DistillContext, config: ClassMeanConfig) -> tuple[Tensor, Tensor
     return torch.stack(means), labels
 
 
-METHOD: Final = selection_method(ClassMeanConfig, select)
+METHOD: Final = selection_method(ClassMeanConfig, choose_images)

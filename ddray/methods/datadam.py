@@ -22,16 +22,15 @@ last; L_MMD matches class means of the embedding.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, Final, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ddray.artifact.distilled_set import DistilledSet
-from ddray.config import Config
 from ddray.distillation.method import DistillContext, Target
+from ddray.methods.families.factory import make_method
 from ddray.methods.families.matching.means import MatchingConfig, MeanMatching
 from ddray.nets import Net
 
@@ -95,7 +94,7 @@ def discrepancy(real: Tensor, synthetic: Tensor, loss: Loss) -> Tensor:
     return (1 - F.cosine_similarity(real, synthetic, dim=1)).sum()
 
 
-def mmd(real: Tensor, synthetic: Tensor) -> Tensor:
+def mean_embedding_loss(real: Tensor, synthetic: Tensor) -> Tensor:
     """Return L_MMD: the sum over classes of the squared distance between mean embeddings [K, D]."""
     return (real - synthetic).square().sum()
 
@@ -112,87 +111,60 @@ def datadam_loss(
         loss_scale: factor on the whole loss.
         loss: discrepancy of the attention maps.
     """
-    total = lambda_mmd * mmd(real[-1], synthetic[-1])
+    total = lambda_mmd * mean_embedding_loss(real[-1], synthetic[-1])
     for a, b in zip(real[:-1], synthetic[:-1], strict=True):
         total = total + discrepancy(a, b, loss)
     return loss_scale * total
 
 
-class DataDAM:
-    """Attention matching with fresh random networks."""
-
-    config_type: ClassVar[type[Config]] = DataDAMConfig
-
-    def __init__(self, config: DataDAMConfig, num_steps: int) -> None:
-        self._config = config
-        self.num_steps = num_steps
-
-    @staticmethod
-    def preset(name: str, target: Target) -> dict[str, Any]:
-        """Return the settings of `paper` (supplement Table 2) or `repo` (authors' code)."""
-        small = target.image_shape[1] <= 32
-        method: dict[str, Any] = {"lambda_mmd": 0.01 if small else 0.02, "loss_scale": 100.0}
-        if name == "repo":
-            return {
-                "steps": 20_000,
-                "arch": "auto_bn",
-                "pixel_space": "normalized",
-                "evaluate": {"epochs": 1800, "batch": 64, "augment": "dsa"},
-                "method": {**method, "p": 1.0, "batch_real": 64, "lr_img": 1.0},
-            }
+def preset(name: str, target: Target) -> dict[str, Any]:
+    """Return the settings of `paper` (supplement Table 2) or `repo` (authors' code)."""
+    small = target.image_shape[1] <= 32
+    method: dict[str, Any] = {"lambda_mmd": 0.01 if small else 0.02, "loss_scale": 100.0}
+    if name == "repo":
         return {
-            "steps": 8000,
-            "arch": "auto",
-            "pixel_space": "zca" if target.dataset in ("cifar10", "cifar100") else "normalized",
-            "evaluate": {"epochs": 1000, "augment": "dsa"},
-            "method": {**method, "p": 4.0, "batch_real": 256, "lr_img": 1.0 if target.ipc <= 50 else 10.0},
+            "steps": 20_000,
+            "arch": "auto_bn",
+            "pixel_space": "normalized",
+            "evaluate": {"epochs": 1800, "batch": 64, "augment": "dsa"},
+            "method": {**method, "p": 1.0, "batch_real": 64, "lr_img": 1.0},
         }
-
-    def setup(self, ctx: DistillContext) -> None:
-        """Make the initial images and the matcher."""
-        config = self._config
-        layers = config.layers
-
-        def statistics(net: Net, images: Tensor) -> tuple[Tensor, ...]:
-            _, embedding, maps = net.features(images)
-            if config.precision == "bf16":
-                maps = tuple(layer_map.float() for layer_map in maps)  # powers in bf16 would lose more digits
-            if layers is not None:  # the last map may share the embedding's memory
-                attentions = [attention(maps[layer - 1], config.p, config.sam_norm) for layer in layers]
-                return (*attentions, embedding)
-            overwrite = not torch.is_grad_enabled()
-            return (
-                *(attention(m, config.p, config.sam_norm, overwrite=overwrite) for m in maps[:-1]),
-                embedding,
-            )
-
-        def loss(real: Sequence[Tensor], synthetic: Sequence[Tensor]) -> Tensor:
-            return datadam_loss(
-                real,
-                synthetic,
-                lambda_mmd=config.lambda_mmd,
-                loss_scale=config.loss_scale,
-                loss=config.loss,
-            )
-
-        self._matcher = MeanMatching(ctx, config, statistics, loss)
-        self._ctx = ctx
-
-    def step(self) -> dict[str, Tensor]:
-        """Match one batch under one fresh network."""
-        return self._matcher.step()
-
-    def snapshot(self) -> DistilledSet:
-        """Return the current images as a set."""
-        return self._ctx.make_set(self._matcher.images, self._matcher.labels)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return images, momentum and step."""
-        return self._matcher.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state."""
-        self._matcher.load_state_dict(state)
+    return {
+        "steps": 8000,
+        "arch": "auto",
+        "pixel_space": "zca" if target.dataset in ("cifar10", "cifar100") else "normalized",
+        "evaluate": {"epochs": 1000, "augment": "dsa"},
+        "method": {**method, "p": 4.0, "batch_real": 256, "lr_img": 1.0 if target.ipc <= 50 else 10.0},
+    }
 
 
-METHOD: Final = DataDAM
+def start(ctx: DistillContext, config: DataDAMConfig) -> MeanMatching:
+    """Return attention matching with fresh random networks."""
+    layers = config.layers
+
+    def statistics(net: Net, images: Tensor) -> tuple[Tensor, ...]:
+        _, embedding, maps = net.features(images)
+        if config.precision == "bf16":
+            maps = tuple(layer_map.float() for layer_map in maps)  # powers in bf16 would lose more digits
+        if layers is not None:  # the last map may share the embedding's memory
+            attentions = [attention(maps[layer - 1], config.p, config.sam_norm) for layer in layers]
+            return (*attentions, embedding)
+        overwrite = not torch.is_grad_enabled()
+        return (
+            *(attention(m, config.p, config.sam_norm, overwrite=overwrite) for m in maps[:-1]),
+            embedding,
+        )
+
+    def loss(real: Sequence[Tensor], synthetic: Sequence[Tensor]) -> Tensor:
+        return datadam_loss(
+            real,
+            synthetic,
+            lambda_mmd=config.lambda_mmd,
+            loss_scale=config.loss_scale,
+            loss=config.loss,
+        )
+
+    return MeanMatching(ctx, config, statistics, loss)
+
+
+METHOD: Final = make_method(DataDAMConfig, preset, start)

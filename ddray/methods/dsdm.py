@@ -42,15 +42,16 @@ from ddray.distillation.method import DistillContext, Target
 from ddray.errors import InputError
 from ddray.methods.families.matching.covariance import covariance_distance
 from ddray.methods.families.matching.partitioned import (
-    Draw,
     FeaturePairs,
     LearnedImages,
     PartitionedConfig,
+    StepDraw,
     by_class,
     embedding,
     idc_evaluation,
 )
-from ddray.methods.families.matching.pretrained import PoolConfig, kept_features, pretrained_specs
+from ddray.methods.families.matching.pretrained import PoolConfig, pretrained_specs, stored_features
+from ddray.methods.families.state import cpu_copy
 from ddray.nets import reinitialize
 from ddray.pool.spec import PoolSpec
 from ddray.seeding import derive_seed
@@ -187,7 +188,7 @@ class DSDM:
         names = self._pairs.net.state_dict().keys()
         weights = ([entry.tensors[f"weights.{name}"] for name in names] for entry in entries)
         self._weights = [[tensor.to(ctx.device) for tensor in net_weights] for net_weights in weights]
-        self._features = kept_features(ctx, entries) if self._config.augment == "none" else None
+        self._features = stored_features(ctx, entries) if self._config.augment == "none" else None
         self._memory: Tensor | None = None
         self._step = 0
 
@@ -226,7 +227,7 @@ class DSDM:
                 mine.copy_(theirs)
         return member
 
-    def _real(self, draw: Draw, member: int) -> Tensor:
+    def _real(self, draw: StepDraw, member: int) -> Tensor:
         """Return the real features [K, n, d]: the pool's own where nothing is augmented."""
         if self._features is None:
             return self._pairs.real(draw)
@@ -237,10 +238,10 @@ class DSDM:
         return by_class(embedding(self._pairs.net, images), self._pairs.num_classes)
 
     @torch.no_grad()
-    def _update_memory(self, draw: Draw) -> None:
+    def _update_memory(self, draw: StepDraw) -> None:
         """Update the memory with the updated images' prototypes (Eq 7, 8)."""
         plan = draw.plan if self._config.history_augmented else None
-        images = self._pairs.synthetic(Draw(draw.index, plan, None))
+        images = self._pairs.synthetic(StepDraw(draw.index, plan, None))
         prototypes = self._embedded(images).mean(1)
         config = self._config
         self._memory = update_memory(self._memory, prototypes, ema=config.ema, first=config.history_first)
@@ -252,7 +253,7 @@ class DSDM:
     def state_dict(self) -> dict[str, Any]:
         """Return pixels, momentum, memory and step; draws depend on the step alone."""
         state = {"step": self._step, **self._learned.state_dict()}
-        return state if self._memory is None else {**state, "memory": self._memory.cpu().clone()}
+        return state if self._memory is None else {**state, "memory": cpu_copy(self._memory)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state."""

@@ -10,31 +10,11 @@ from __future__ import annotations
 
 from typing import Final
 
-from torch import Tensor
-
-from ddray.distillation.method import DistillContext
-from ddray.methods.families.selection import (
-    FeatureConfig,
-    herding_order,
-    per_class,
-    pool_features,
-    selection_method,
-    take,
-)
+from ddray.methods.families.selection import FeatureConfig, coreset_method, herding_order
 
 
 class HerdingConfig(FeatureConfig):
     """Herding's settings."""
 
 
-def select(ctx: DistillContext, config: HerdingConfig) -> tuple[Tensor, Tensor]:
-    """Return herding's images and their labels."""
-    features = pool_features(ctx, config.feature_epochs)
-    labels = ctx.split.labels
-    indices = per_class(
-        labels, ctx.dataset.num_classes, ctx.ipc, lambda rows: herding_order(features[rows], ctx.ipc)
-    )
-    return take(ctx, indices)
-
-
-METHOD: Final = selection_method(HerdingConfig, select)
+METHOD: Final = coreset_method(HerdingConfig, lambda ctx, features: herding_order(features, ctx.ipc))

@@ -9,26 +9,11 @@ from __future__ import annotations
 
 from typing import Final
 
-from torch import Tensor
-
-from ddray.distillation.method import DistillContext
-from ddray.methods.families.selection import (
-    FeatureConfig,
-    kcenter_indices,
-    pool_features,
-    selection_method,
-    take,
-)
+from ddray.methods.families.selection import FeatureConfig, coreset_method, kcenter_order
 
 
 class KCenterConfig(FeatureConfig):
     """K-center's settings."""
 
 
-def select(ctx: DistillContext, config: KCenterConfig) -> tuple[Tensor, Tensor]:
-    """Return k-center's images and their labels."""
-    features = pool_features(ctx, config.feature_epochs)
-    return take(ctx, kcenter_indices(features, ctx.split.labels, ctx.dataset.num_classes, ctx.ipc))
-
-
-METHOD: Final = selection_method(KCenterConfig, select)
+METHOD: Final = coreset_method(KCenterConfig, lambda ctx, features: kcenter_order(features, ctx.ipc))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ddray.distillation.method import DistillContext
-from ddray.methods.families.selection import FeatureConfig, per_class, pool_features, selection_method, take
+from ddray.methods.families.selection import FeatureConfig, coreset_method
 from ddray.seeding import derive_seed
 
 
@@ -42,17 +42,9 @@ def kmeans_order(features: Tensor, ipc: int, seed: int) -> Tensor:
     return torch.tensor(order)
 
 
-def select(ctx: DistillContext, config: KMeansConfig) -> tuple[Tensor, Tensor]:
-    """Return the images nearest to the centroids, and their labels."""
-    features = pool_features(ctx, config.feature_epochs)
-    seed = derive_seed(ctx.seed, "distill", "kmeans")
-    indices = per_class(
-        ctx.split.labels,
-        ctx.dataset.num_classes,
-        ctx.ipc,
-        lambda rows: kmeans_order(features[rows], ctx.ipc, seed),
-    )
-    return take(ctx, indices)
+def cluster(ctx: DistillContext, features: Tensor) -> Tensor:
+    """Return `ipc` positions among the features [n, D] of one class."""
+    return kmeans_order(features, ctx.ipc, derive_seed(ctx.seed, "distill", "kmeans"))
 
 
-METHOD: Final = selection_method(KMeansConfig, select)
+METHOD: Final = coreset_method(KMeansConfig, cluster)

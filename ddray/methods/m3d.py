@@ -59,7 +59,7 @@ class M3DConfig(PartitionedConfig):
     """Steps under one random network."""
 
 
-def mmd(real: Tensor, synthetic: Tensor, *, kernel: Kernel, num_widths: int = 5) -> Tensor:
+def mmd_loss(real: Tensor, synthetic: Tensor, *, kernel: Kernel, num_widths: int = 5) -> Tensor:
     """Return the sum over classes of the squared maximum mean discrepancy; differentiable in `synthetic`.
 
     Args:
@@ -136,7 +136,7 @@ class M3D:
         draw = pairs.draw(self._ctx.generator("step", self._step))
         real = pairs.real(draw)
         synthetic = by_class(embedding(pairs.net, pairs.synthetic(draw)), pairs.num_classes)
-        loss = mmd(real, synthetic, kernel=config.kernel, num_widths=config.num_widths)
+        loss = mmd_loss(real, synthetic, kernel=config.kernel, num_widths=config.num_widths)
         self._learned.update(loss)
         return {"loss": loss.detach()}
 

@@ -11,17 +11,17 @@ from torch import Tensor
 
 from ddray.config import Config
 from ddray.distillation.method import DistillContext
-from ddray.methods.families.matching.batches import random_indices
-from ddray.methods.families.selection import selection_method, take
+from ddray.methods.families.matching.batches import initial_images
+from ddray.methods.families.selection import selection_method
 
 
 class RandomConfig(Config):
     """Random selection has no settings."""
 
 
-def select(ctx: DistillContext, config: RandomConfig) -> tuple[Tensor, Tensor]:
+def choose_images(ctx: DistillContext, config: RandomConfig) -> tuple[Tensor, Tensor]:
     """Return random real images and their labels."""
-    return take(ctx, random_indices(ctx))
+    return initial_images(ctx, "random")
 
 
-METHOD: Final = selection_method(RandomConfig, select)
+METHOD: Final = selection_method(RandomConfig, choose_images)

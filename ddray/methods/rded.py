@@ -100,7 +100,7 @@ def stitch(crops: Tensor, factor: int) -> Tensor:
     return parts.permute(2, 3, 0, 4, 1, 5).flatten(4, 5).flatten(2, 3)
 
 
-def select(ctx: DistillContext, config: RDEDConfig) -> tuple[Tensor, Tensor]:
+def choose_images(ctx: DistillContext, config: RDEDConfig) -> tuple[Tensor, Tensor]:
     """Return the stitched images and their labels.
 
     Raises:
@@ -136,4 +136,4 @@ def select(ctx: DistillContext, config: RDEDConfig) -> tuple[Tensor, Tensor]:
     return ctx.space.encode(torch.cat(stitched)), labels
 
 
-METHOD: Final = selection_method(RDEDConfig, select)
+METHOD: Final = selection_method(RDEDConfig, choose_images)

@@ -31,6 +31,7 @@ from ddray.config import Config
 from ddray.data import normalized_space
 from ddray.distillation.method import DistillContext, Target
 from ddray.errors import InputError
+from ddray.methods.families.state import cpu_copy, load_optimizer_state, optimizer_state
 from ddray.pool.spec import teacher_spec
 from ddray.training.recipe import TeacherRecipe
 
@@ -176,18 +177,15 @@ class SRe2L:
 
     def state_dict(self) -> dict[str, Any]:
         """Return images, Adam's moments and the step."""
-        optimizer_state = self._optimizer.state.get(self._images, {})
-        moments = {name: value.detach().cpu().clone() for name, value in optimizer_state.items()}
-        return {"step": self._step, "images": self._images.detach().cpu().clone(), "moments": moments}
+        moments = optimizer_state(self._optimizer).get(0, {})
+        return {"step": self._step, "images": cpu_copy(self._images), "moments": moments}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`'s state."""
         self._step = int(state["step"])
         self._images.copy_(state["images"])
-        for name, value in state["moments"].items():
-            device = value.device if name == "step" else self._images.device
-            self._optimizer.state[self._images][name] = value.to(device, copy=True)
+        load_optimizer_state(self._optimizer, {0: state["moments"]} if state["moments"] else {})
 
 
 METHOD: Final = SRe2L

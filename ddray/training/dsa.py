@@ -180,3 +180,24 @@ def dsa_for(can_flip: bool, variant: Variant = "dsa") -> Dsa:
     """Return the papers' augmentation, without flip where a mirrored image changes its class."""
     strategy = FULL_STRATEGY if can_flip else FULL_STRATEGY.replace("flip_", "")
     return Dsa(strategy, variant=variant)
+
+
+def siamese(
+    can_flip: bool, variant: Literal["dsa", "dsa_idc", "none"], strategy: str | None = None
+) -> Dsa | None:
+    """Return the augmentation by its settings' names; None if no operation is left.
+
+    Args:
+        can_flip: whether a mirrored image keeps its class; if not, flips are dropped.
+        variant: which of the two functions; `none` gives None.
+        strategy: operations joined by "_"; None: all of them.
+
+    Raises:
+        InputError: the strategy names an unknown operation.
+    """
+    if variant == "none":
+        return None
+    if strategy is None:
+        return dsa_for(can_flip, variant)
+    names = [name for name in strategy.split("_") if can_flip or name != "flip"]
+    return Dsa("_".join(names), variant=variant) if names else None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ddray.data import PixelSpace
 from ddray.seeding import derive_seed, forked_global
-from ddray.training.dsa import Dsa, dsa_for
+from ddray.training.dsa import siamese
 from ddray.training.recipe import Augment
 
 Augmenter = Callable[[Tensor, torch.Generator], Tensor]
@@ -37,7 +37,7 @@ def augmenter(
     if name == "none":
         return None
     if name in ("dsa", "dsa_idc"):
-        dsa = _dsa("dsa" if name == "dsa" else "dsa_idc", strategy, can_flip=can_flip)
+        dsa = siamese(can_flip, "dsa" if name == "dsa" else "dsa_idc", strategy)
         if dsa is None:
             return None
 
@@ -46,14 +46,6 @@ def augmenter(
 
         return apply
     return _policy(name, space)
-
-
-def _dsa(variant: Literal["dsa", "dsa_idc"], strategy: str | None, *, can_flip: bool) -> Dsa | None:
-    """Return DSA with the strategy's operations; None where none is left."""
-    if strategy is None:
-        return dsa_for(can_flip, variant)
-    names = [name for name in strategy.split("_") if can_flip or name != "flip"]
-    return Dsa("_".join(names), variant=variant) if names else None
 
 
 def _policy(name: str, space: PixelSpace) -> Augmenter:

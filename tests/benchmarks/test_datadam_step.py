@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddray.distillation.method import DistillContext
+from ddray.distillation.method import DistillContext, Distiller
 from ddray.jobs.context import make_context, make_distiller
-from ddray.methods.datadam import DataDAM, attention
+from ddray.methods.datadam import attention
 from ddray.nets import build_net
 from ddray.system.memory import reuse_freed_memory
 from ddray.training.dsa import dsa_for
@@ -22,14 +22,13 @@ pytestmark = pytest.mark.benchmark
 CPU = torch.device("cpu")
 
 
-def ready(num_classes: int, batch_real: int, compile_: str = "off") -> tuple[DataDAM, DistillContext]:
-    """Return a DataDAM object set up on random images."""
+def ready(num_classes: int, batch_real: int, compile_: str = "off") -> tuple[Distiller, DistillContext]:
+    """Return DataDAM set up on random images."""
     dataset = random_dataset(num_classes, batch_real)
     plan = datadam_plan(dataset, batch_real, compile_)
     ctx = make_context(plan, dataset.train(), split_name="train", device=CPU)
     method = make_distiller(plan)
     method.setup(ctx)
-    assert isinstance(method, DataDAM)
     return method, ctx
 
 

@@ -120,7 +120,7 @@ def test_a_real_method_resumes_after_an_exception_to_the_same_bytes(
     _, ctx, method = fresh()
     with monkeypatch.context() as patch:
         step = type(method).step
-        patch.setattr(type(method), "step", lambda self: 1 / 0 if self._matcher._step == 3 else step(self))
+        patch.setattr(type(method), "step", lambda self: 1 / 0 if self._engine._step == 3 else step(self))
         with pytest.raises(ZeroDivisionError):
             run_distillation(method, ctx, checkpoint=tmp_path / "c.pt", checkpoint_every=2)
     _, ctx, method = fresh()

@@ -59,14 +59,13 @@ def test_memory_and_foreign_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (package / "greedy.py").write_text(
         "import torch\n"
         "from ddray.config import Config\n"
-        "from ddray.methods.families.selection import selection_method, take\n"
-        "from ddray.methods.families.matching.means import random_indices\n"
+        "from ddray.methods.toolkit import initial_images, selection_method\n"
         "class GreedyConfig(Config):\n"
         "    gigabytes: float = 0.0\n"
-        "def select(ctx, config):\n"
+        "def choose(ctx, config):\n"
         "    block = torch.ones(int(config.gigabytes * 2**28))\n"
-        "    return take(ctx, random_indices(ctx))\n"
-        "METHOD = selection_method(GreedyConfig, select)\n"
+        "    return initial_images(ctx, 'random')\n"
+        "METHOD = selection_method(GreedyConfig, choose)\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(package))
     space = tmp_path / "space.yaml"

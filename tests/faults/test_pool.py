@@ -421,20 +421,21 @@ class TestCluster:
 
 _POOLED = """
 from ddray.config import Config
-from ddray.methods._coreset import kcenter_indices, selection_method, take
-from ddray.pool import supervised_specs
+from ddray.methods.toolkit import kcenter_order, per_class, selection_method, supervised_specs, take
 class PooledConfig(Config):
     epochs: int = 1
 def specs(ctx, config):
     return supervised_specs(
         ctx.dataset, split="train", arch=ctx.arch, device=ctx.device.type, recipe={"epochs": config.epochs},
         seed=0, num=3)
-def select(ctx, config):
+def choose(ctx, config):
     entries = ctx.pool.get(specs(ctx, config))
     num = len(ctx.dataset.train())
     assert num == 1438 and [len(entry.tensors["features"]) for entry in entries] == [num] * 3, num
-    return take(ctx, kcenter_indices(ctx.split.images.flatten(1).float(), ctx.split.labels, 10, ctx.ipc))
-METHOD = selection_method(PooledConfig, select)
+    pixels = ctx.split.images.flatten(1).float()
+    index = per_class(ctx.split.labels, 10, ctx.ipc, lambda rows: kcenter_order(pixels[rows], ctx.ipc))
+    return take(ctx, index)
+METHOD = selection_method(PooledConfig, choose)
 METHOD.pool_specs = lambda self, ctx: specs(ctx, self._config)
 """
 

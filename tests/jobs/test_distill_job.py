@@ -60,7 +60,7 @@ class TestDistill:
         method: Any = get_method("dm")
         with monkeypatch.context() as patch:
             step = method.step
-            patch.setattr(method, "step", lambda self: 1 / 0 if self._matcher._step == 5 else step(self))
+            patch.setattr(method, "step", lambda self: 1 / 0 if self._engine._step == 5 else step(self))
             with pytest.raises(ZeroDivisionError):
                 distill(self.plan(digits), device=CPU, run_dir=tmp_path / "cut")
         assert not (tmp_path / "cut" / "distilled.pt").exists()

@@ -13,7 +13,6 @@ from torch import Tensor
 from ddray.methods import kmeans
 from ddray.methods.families.selection import (
     herding_order,
-    kcenter_indices,
     kcenter_order,
     per_class,
     pool_features,
@@ -137,7 +136,7 @@ def test_per_class_picks_among_each_classs_own_members() -> None:
 def test_kcenter_indices_are_each_classs_own_kcenter() -> None:
     samples, labels = features(12, 0), torch.tensor([0, 1, 2] * 4)
 
-    indices = kcenter_indices(samples, labels, 3, 2).view(3, 2)
+    indices = per_class(labels, 3, 2, lambda rows: kcenter_order(samples[rows], 2)).view(3, 2)
 
     for label in range(3):
         assert labels[indices[label]].tolist() == [label, label]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ddray.errors import InputError
-from ddray.methods.datadam import attention, datadam_loss, discrepancy, mmd
+from ddray.methods.datadam import attention, datadam_loss, discrepancy, mean_embedding_loss
 
 POWERS = (1, 2, 3, 4, 8, 1.5)
 NORMS = ("l2", "l1", "none")
@@ -155,7 +155,7 @@ def test_losses_do_not_depend_on_the_order_of_classes_and_vanish_at_equality(
     real, syn = (torch.randn(num_classes, 4, generator=generator, dtype=torch.float64) for _ in range(2))
     order = torch.randperm(num_classes, generator=generator)
 
-    for function in (lambda a, b: discrepancy(a, b, loss), mmd):
+    for function in (lambda a, b: discrepancy(a, b, loss), mean_embedding_loss):
         torch.testing.assert_close(function(real[order], syn[order]), function(real, syn))
         assert float(function(real, real)) == pytest.approx(0.0, abs=1e-12)
         assert float(function(real, syn)) > 0

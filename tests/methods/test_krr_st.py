@@ -18,7 +18,7 @@ from ddray.jobs.context import check_size, declared_specs, make_context
 from ddray.jobs.plan import resolve
 from ddray.methods import get_method
 from ddray.methods.families.ssl import memory as _krr_memory
-from ddray.methods.families.ssl.inner import Draw, InnerPool, InnerRecipe
+from ddray.methods.families.ssl.inner import DrawRows, InnerPool, InnerRecipe
 from ddray.methods.kmeans_ssl import nearest_to_centroids
 from ddray.methods.krr_st import KrrSt
 from ddray.nets import build_net
@@ -54,7 +54,7 @@ def recipe(**changes: Any) -> InnerRecipe:
     return InnerRecipe(**{**values, **changes})
 
 
-def filled(ctx: Any, inner_recipe: InnerRecipe) -> tuple[InnerPool, Draw]:
+def filled(ctx: Any, inner_recipe: InnerRecipe) -> tuple[InnerPool, DrawRows]:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(6, 3, 16, 16, generator=generator)
     targets = torch.randn(6, 4, generator=generator)

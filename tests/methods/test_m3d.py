@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ddray.methods.m3d import mmd
+from ddray.methods.m3d import mmd_loss
 from ddray.nets import build_net
 from ddray.seeding import derive_seed
 
@@ -58,7 +58,7 @@ def naive(real: Tensor, synthetic: Tensor, kernel: str, num_widths: int) -> floa
 def test_it_is_the_definition(kernel: Any, sizes: tuple[int, int], num_widths: int) -> None:
     real, synthetic = features(3, sizes[0], 4, 1) + 2, features(3, sizes[1], 4, 2)
 
-    actual = mmd(real, synthetic, kernel=kernel, num_widths=num_widths)
+    actual = mmd_loss(real, synthetic, kernel=kernel, num_widths=num_widths)
 
     assert float(actual) == pytest.approx(naive(real, synthetic, kernel, num_widths), rel=1e-10)
 
@@ -67,7 +67,7 @@ def test_it_is_the_definition(kernel: Any, sizes: tuple[int, int], num_widths: i
 def test_its_gradient_is_that_of_finite_differences(kernel: Any) -> None:
     real, synthetic = features(2, 4, 3, 3), features(2, 3, 3, 4).requires_grad_(True)
 
-    assert torch.autograd.gradcheck(lambda x: mmd(real, x, kernel=kernel), (synthetic,))
+    assert torch.autograd.gradcheck(lambda x: mmd_loss(real, x, kernel=kernel), (synthetic,))
 
 
 def test_the_width_gets_no_gradient() -> None:
@@ -82,7 +82,7 @@ def test_the_width_gets_no_gradient() -> None:
 
         return k(real[0], real[0]) + k(syn[0], syn[0]) - 2 * k(real[0], syn[0])
 
-    actual, expected = mmd(real, synthetic, kernel="gaussian", num_widths=1), fixed(synthetic)
+    actual, expected = mmd_loss(real, synthetic, kernel="gaussian", num_widths=1), fixed(synthetic)
     gradients = [torch.autograd.grad(value, synthetic)[0] for value in (actual, expected)]
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-9, atol=1e-12)
@@ -92,10 +92,10 @@ def test_the_width_gets_no_gradient() -> None:
 def test_it_vanishes_at_equality_only_and_is_blind_to_order(seed: int, num: int, kernel: Any) -> None:
     real, other = features(2, num, 3, seed), features(2, num, 3, seed + 1)
 
-    assert float(mmd(real, real.flip(1), kernel=kernel)) == pytest.approx(0, abs=1e-12)
-    assert float(mmd(real, other, kernel=kernel)) > 0
+    assert float(mmd_loss(real, real.flip(1), kernel=kernel)) == pytest.approx(0, abs=1e-12)
+    assert float(mmd_loss(real, other, kernel=kernel)) > 0
     torch.testing.assert_close(
-        mmd(real.flip(0), other.flip(0), kernel=kernel), mmd(real, other, kernel=kernel)
+        mmd_loss(real.flip(0), other.flip(0), kernel=kernel), mmd_loss(real, other, kernel=kernel)
     )
 
 
@@ -104,9 +104,9 @@ def test_only_a_gaussian_kernel_sees_more_than_two_moments() -> None:
     one = torch.tensor([[[-1.0], [1.0], [-1.0], [1.0], [-1.0], [1.0], [-1.0], [1.0]]]).double()
     other = torch.tensor([[[-2.0], [2.0], [0.0], [0.0], [0.0], [0.0], [0.0], [0.0]]]).double()
 
-    assert float(mmd(one, other, kernel="linear")) == pytest.approx(0, abs=1e-12)
-    assert float(mmd(one, other, kernel="polynomial")) == pytest.approx(0, abs=1e-12)
-    assert float(mmd(one, other, kernel="gaussian")) > 0.1
+    assert float(mmd_loss(one, other, kernel="linear")) == pytest.approx(0, abs=1e-12)
+    assert float(mmd_loss(one, other, kernel="polynomial")) == pytest.approx(0, abs=1e-12)
+    assert float(mmd_loss(one, other, kernel="gaussian")) > 0.1
 
 
 def test_a_network_serves_for_several_steps(toy: Any, planned: Any) -> None:

@@ -21,12 +21,10 @@ from ddray.methods.families.matching.batches import (
     ClassBatches,
     chunks,
     initial_images,
-    random_indices,
 )
-from ddray.methods.families.matching.partitioned import siamese
 from ddray.nets import build_net
 from ddray.seeding import derive, derive_seed
-from ddray.training.dsa import Dsa, dsa_for
+from ddray.training.dsa import Dsa, dsa_for, siamese
 
 BATCH, IPC, LR = 5, 2, 0.25
 METHODS = {
@@ -226,7 +224,7 @@ def test_a_class_with_too_few_images_is_refused(toy: Any, planned: Any) -> None:
 
     _, ctx, _ = planned("random", toy(), ipc=7)
     with pytest.raises(InputError, match=r"ipc must be <= 7 for toy \(images of class 1\), got 8"):
-        random_indices(dataclasses.replace(ctx, ipc=8))
+        initial_images(dataclasses.replace(ctx, ipc=8), "random")
 
 
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])

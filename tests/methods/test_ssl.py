@@ -17,14 +17,14 @@ from ddray.methods.families.ssl.teacher import (
     SslTrainer,
     TeacherConfig,
     barlow_twins_loss,
-    embed_all,
     image_fingerprint,
     random_view,
+    ssl_teacher_spec,
     teacher_net,
-    teacher_spec,
 )
 from ddray.pool.local import LocalPool
 from ddray.system.files import home
+from ddray.training.embedding import embed_images
 
 CPU = torch.device("cpu")
 SMALL = TeacherConfig(arch="convnet2_w8", epochs=2, batch=8, projector=16)
@@ -32,7 +32,7 @@ SMALL = TeacherConfig(arch="convnet2_w8", epochs=2, batch=8, projector=16)
 
 def spec_of(dataset: Dataset, config: TeacherConfig = SMALL, **changes: Any) -> Any:
     split = dataset.train()
-    spec = teacher_spec(config, dataset, split, split_name="train", device=CPU)
+    spec = ssl_teacher_spec(config, dataset, split, split_name="train", device=CPU)
     return spec.model_copy(update=changes)
 
 
@@ -120,7 +120,7 @@ def test_an_entry_gives_the_network_behind_its_features(toy: Any) -> None:
     net = teacher_net(entry)
 
     assert not net.training
-    features = embed_all(net, images, normalized_space(dataset), CPU)
+    features = embed_images(net, images, normalized_space(dataset).encode, CPU)
     assert torch.equal(features, entry.tensors["features"])
     plain = teacher_net(LocalPool(PoolTrainer(dataset, dataset.train(), CPU)).get([spec_of(dataset)])[0])
     assert plain.body.convs[0].padding == (1, 1)
@@ -216,4 +216,4 @@ def test_spectrograms_are_refused(toy: Any) -> None:
     dataset = toy()
     split = Split(dataset.train().images.float(), dataset.train().labels)
     with pytest.raises(InputError, match="8-bit images, toy holds spectrograms"):
-        teacher_spec(SMALL, dataset, split, split_name="train", device=CPU)
+        ssl_teacher_spec(SMALL, dataset, split, split_name="train", device=CPU)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from ddray.artifact.distilled_set import DistilledSet
 from ddray.config import Config
 from ddray.distillation.method import DistillContext, Distiller, Target
+from ddray.methods.families.factory import Selected, make_method
 from ddray.pool.spec import PoolSpec, supervised_specs
 
-Select = Callable[[DistillContext, Any], tuple[Tensor, Tensor]]
+Choose = Callable[[DistillContext, Any], tuple[Tensor, Tensor]]
 
 
 class FeatureConfig(Config):
@@ -24,52 +24,42 @@ class FeatureConfig(Config):
     """Epochs of training on train (SGD .01, momentum .9, weight decay 5e-4, batch 256, no augmentation)."""
 
 
-def selection_method(config_class: type[Config], select: Select) -> type[Distiller]:
-    """Return a method without steps; its set is `select(ctx, config)`: images [K * ipc, C, H, W] and labels.
+def selection_method(config_class: type[Config], choose: Choose) -> type[Distiller]:
+    """Return a method without steps; its set is `choose(ctx, config)`: images [K * ipc, C, H, W] and labels.
 
     Args:
         config_class: its settings.
-        select: chooses or makes the images, in the context's pixel space.
+        choose: chooses or makes the images, in the context's pixel space.
     """
 
-    class Selection:
-        config_type: ClassVar[type[Config]] = config_class
-        num_steps = 0
+    def preset(name: str, target: Target) -> dict[str, Any]:
+        return {"steps": 0, "evaluate": {"epochs": 1000, "augment": "dsa"}}
 
-        def __init__(self, config: Config, num_steps: int) -> None:
-            self._config = config
+    def specs(ctx: DistillContext, config: Config) -> list[PoolSpec]:
+        return _feature_specs(ctx, config.feature_epochs) if isinstance(config, FeatureConfig) else []
 
-        @staticmethod
-        def preset(name: str, target: Target) -> dict[str, Any]:
-            """Return the same settings for both presets: nothing is matched."""
-            return {"steps": 0, "evaluate": {"epochs": 1000, "augment": "dsa"}}
+    def start(ctx: DistillContext, config: Config) -> Selected:
+        return Selected(ctx.make_set(*choose(ctx, config)))
 
-        def pool_specs(self, ctx: DistillContext) -> list[PoolSpec]:
-            """Return the feature network, if the selection is made in features."""
-            config = self._config
-            return _feature_specs(ctx, config.feature_epochs) if isinstance(config, FeatureConfig) else []
+    return make_method(config_class, preset, start, specs_of=specs, has_steps=False)
 
-        def setup(self, ctx: DistillContext) -> None:
-            """Make the selection."""
-            images, labels = select(ctx, self._config)
-            self._set = ctx.make_set(images, labels)
 
-        def step(self) -> dict[str, Tensor]:
-            """Raise: a selection has no steps."""
-            raise RuntimeError("a selection has no steps")
+def coreset_method(
+    config_class: type[FeatureConfig], order: Callable[[DistillContext, Tensor], Tensor]
+) -> type[Distiller]:
+    """Return a selection of real images, class by class, in the features of a network trained on train.
 
-        def snapshot(self) -> DistilledSet:
-            """Return the selected set."""
-            return self._set
+    Args:
+        config_class: its settings.
+        order: picks `ipc` positions among the features [n, D] of one class.
+    """
 
-        def state_dict(self) -> dict[str, Any]:
-            """Return nothing: a selection is quick to repeat."""
-            return {}
+    def choose(ctx: DistillContext, config: FeatureConfig) -> tuple[Tensor, Tensor]:
+        features, labels = pool_features(ctx, config.feature_epochs), ctx.split.labels
+        num_classes = ctx.dataset.num_classes
+        return take(ctx, per_class(labels, num_classes, ctx.ipc, lambda rows: order(ctx, features[rows])))
 
-        def load_state_dict(self, state: dict[str, Any]) -> None:
-            """Do nothing: there is no state."""
-
-    return Selection
+    return selection_method(config_class, choose)
 
 
 def take(ctx: DistillContext, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,8 +138,3 @@ def kcenter_order(features: Tensor, ipc: int) -> Tensor:
         order.append(best)
         nearest = torch.minimum(nearest, (features - features[best]).norm(dim=1))
     return torch.tensor(order)
-
-
-def kcenter_indices(features: Tensor, labels: Tensor, num_classes: int, ipc: int) -> Tensor:
-    """Return k-center's indices [K * ipc], class-sorted, for features [N, D]."""
-    return per_class(labels, num_classes, ipc, lambda rows: kcenter_order(features[rows], ipc))

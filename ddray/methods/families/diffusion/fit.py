@@ -49,7 +49,7 @@ class Checkpoint:
 
 
 @dataclass
-class Stage:
+class TrainingStage:
     """One network being trained.
 
     Attributes:

@@ -27,7 +27,7 @@ from ddray.seeding import derive, forked_global
 from ddray.system.files import home, write_atomically
 from ddray.system.progress import progress
 
-Stage = tuple[Mapping[str, Tensor], Mapping[str, Any]]
+Content = tuple[Mapping[str, Tensor], Mapping[str, Any]]
 
 
 def base_spec(dataset: Dataset, split_name: str, device: torch.device) -> PoolSpec:
@@ -111,7 +111,7 @@ def _derived(base: PoolSpec, kind: str, recipe: dict[str, Any], parents: tuple[s
 
 def train_stage(
     spec: PoolSpec, dataset: Dataset, split: Split, device: torch.device, pool: ModelPool
-) -> Stage:
+) -> Content:
     """Compute the entry of one of D3HR's specs: tensors to store, and measurements.
 
     Args:
@@ -129,7 +129,9 @@ def train_stage(
     return tensors, {**measured, "dataset_name": dataset.name}
 
 
-def _latents(spec: PoolSpec, dataset: Dataset, split: Split, device: torch.device, pool: ModelPool) -> Stage:
+def _latents(
+    spec: PoolSpec, dataset: Dataset, split: Split, device: torch.device, pool: ModelPool
+) -> Content:
     """Encode all images."""
     if split.images.dtype != torch.uint8:
         raise InputError("a diffusion model encodes uint8 images, got spectrograms; use another method")
@@ -145,7 +147,7 @@ def _latents(spec: PoolSpec, dataset: Dataset, split: Split, device: torch.devic
 
 def _statistics(
     spec: PoolSpec, dataset: Dataset, split: Split, device: torch.device, pool: ModelPool
-) -> Stage:
+) -> Content:
     """Compute the mean and variance of each class's inverted latents."""
     inverted = pool.get([PoolSpec.parse(spec.recipe["inverted"])])[0].tensors["latents"]
     mean, variance = class_statistics(inverted, split.labels, dataset.num_classes)
@@ -154,7 +156,7 @@ def _statistics(
 
 def _generator(
     spec: PoolSpec, dataset: Dataset, split: Split, device: torch.device, pool: ModelPool
-) -> Stage:
+) -> Content:
     """Train the generator."""
     class_names = dataset.class_names
     init = None if spec.recipe["init"] is None else str(locate(spec.recipe["init"]))
@@ -207,7 +209,9 @@ def load_generator(source: Mapping[str, Any], pool: ModelPool) -> DiffusionModel
     return open_pipeline(locate(source["fingerprint"], source.get("folder")))
 
 
-def _inverted(spec: PoolSpec, dataset: Dataset, split: Split, device: torch.device, pool: ModelPool) -> Stage:
+def _inverted(
+    spec: PoolSpec, dataset: Dataset, split: Split, device: torch.device, pool: ModelPool
+) -> Content:
     """Take all latents up to level T."""
     recipe = spec.recipe
     source = PoolSpec.parse(recipe["latents"])

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ddray.config import Config
 from ddray.data import Split
 from ddray.errors import InputError
-from ddray.methods.families.diffusion.fit import Checkpoint, Stage
+from ddray.methods.families.diffusion.fit import Checkpoint, TrainingStage
 from ddray.methods.families.diffusion.folder import absolute, known_names
 from ddray.methods.families.diffusion.model import DiffusionModel, open_pipeline
 from ddray.seeding import derive, derive_seed, forked_global
@@ -249,7 +249,7 @@ def _train_vae(
         return total
 
     vae.to(memory_format=torch.channels_last)
-    return Stage(
+    return TrainingStage(
         name="autoencoder",
         net=vae,
         optimizer=torch.optim.Adam(vae.parameters(), lr=recipe.vae_lr),
@@ -302,7 +302,7 @@ def _train_dit(
             predicted = model.transformer(noisy, timestep=times, class_labels=conditioning).sample
         return F.mse_loss(predicted[:, : noise.shape[1]].float(), noise)
 
-    return Stage(
+    return TrainingStage(
         name="diffusion transformer",
         net=model.transformer,
         optimizer=torch.optim.AdamW(model.transformer.parameters(), lr=recipe.lr, weight_decay=0.0),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
@@ -11,8 +11,11 @@ from torch import Tensor
 from ddray.data import Split
 from ddray.distillation.method import DistillContext
 from ddray.errors import InputError
+from ddray.methods.families.selection import kcenter_order, pool_features
 from ddray.nets import Net
 from ddray.seeding import derive_numpy
+
+Init = Literal["random", "first", "kcenter", "noise"]
 
 # A block's map of one chunk stays below this: larger ones leave the cache, and from 32 MiB on glibc maps
 # fresh pages for each (unless ddray has told it to reuse memory). A DataDAM step (2,560 real images of 32 px)
@@ -66,43 +69,37 @@ def encode_all(split: Split, ctx: DistillContext, chunk: int = 1024) -> Tensor:
     return whole
 
 
-def initial_images(ctx: DistillContext, init: str) -> tuple[Tensor, Tensor]:
-    """Return initial images [K * ipc, C, H, W] and class-sorted labels, on the device.
+def initial_images(ctx: DistillContext, init: Init, count: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return initial images [K * count, C, H, W] and class-sorted labels, on the device.
+
+    Args:
+        ctx: what to work on.
+        init: random real images, the first of each class, k-center's choice, or Gaussian noise.
+        count: images per class, some more than once if it has fewer; default: ipc, none more than once.
 
     Raises:
-        InputError: a class has fewer than `ipc` images.
+        InputError: a class has fewer than ipc images, and `count` is not set.
     """
-    num_classes = ctx.dataset.num_classes
-    labels = torch.arange(num_classes).repeat_interleave(ctx.ipc)
+    num_classes, num = ctx.dataset.num_classes, count or ctx.ipc
+    labels = torch.arange(num_classes).repeat_interleave(num).to(ctx.device)
     if init == "noise":
-        shape = (len(labels), *ctx.dataset.image_shape)
-        return torch.randn(shape, generator=ctx.generator("init")).to(ctx.device), labels.to(ctx.device)
-    if init == "kcenter":
-        from ddray.methods.families.selection import kcenter_indices, pool_features
-
-        index = kcenter_indices(pool_features(ctx), ctx.split.labels, num_classes, ctx.ipc)
-    else:
-        index = random_indices(ctx)
-    return ctx.space.encode(ctx.split.images[index]).to(ctx.device), labels.to(ctx.device)
-
-
-def random_indices(ctx: DistillContext) -> Tensor:
-    """Return `ipc` random images per class, as indices [K * ipc], class-sorted.
-
-    Raises:
-        InputError: a class has fewer than `ipc` images.
-    """
-    indices = []
+        noise = torch.randn((len(labels), *ctx.dataset.image_shape), generator=ctx.generator("init"))
+        return noise.to(ctx.device), labels
+    features = pool_features(ctx) if init == "kcenter" else None
     rng = derive_numpy(ctx.seed, "distill", "random images")
-    for label in range(ctx.dataset.num_classes):
+    indices = []
+    for label in range(num_classes):
         members = torch.nonzero(ctx.split.labels == label).flatten()
-        if len(members) < ctx.ipc:
+        if count is None and len(members) < num:
             raise InputError(
-                f"ipc must be <= {len(members)} for {ctx.dataset.name} (images of class {label}), "
-                f"got {ctx.ipc}"
+                f"ipc must be <= {len(members)} for {ctx.dataset.name} (images of class {label}), got {num}"
             )
-        indices.append(members[torch.from_numpy(rng.permutation(len(members))[: ctx.ipc])])
-    return torch.cat(indices)
+        if features is not None:
+            members = members[kcenter_order(features[members], min(num, len(members)))]
+        elif init == "random":
+            members = members[torch.from_numpy(rng.permutation(len(members)))]
+        indices.append(members[torch.arange(num) % len(members)])
+    return ctx.space.encode(ctx.split.images[torch.cat(indices)]).to(ctx.device), labels
 
 
 def chunks(total: int, sample_bytes: int, device: torch.device) -> Iterator[slice]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, Final, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +14,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.config import Config
 from ddray.distillation.method import DistillContext, Distiller, Target
-from ddray.methods.families.matching.batches import ClassBatches, chunks, initial_images, largest_map_bytes
-from ddray.methods.families.matching.partitioned import siamese
-from ddray.nets import build_net, is_per_sample, reinitialize
-from ddray.seeding import derive_seed
+from ddray.methods.families.factory import make_method
+from ddray.methods.families.matching.batches import initial_images
+from ddray.methods.families.matching.branch import RealBranch
+from ddray.methods.families.state import images_state, load_images_state
+from ddray.nets import is_per_sample
 from ddray.training.dsa import DsaPlan
 from ddray.training.loop import train
 from ddray.training.policies import augmenter
@@ -93,22 +94,19 @@ class GradientMatching:
     def __init__(self, ctx: DistillContext, config: GradientConfig) -> None:
         self._ctx = ctx
         self._config = config
-        self._batches = ClassBatches(ctx, config.batch_real)
-        images, self.labels = initial_images(ctx, config.init)
-        self.images = images.contiguous()
-        self._optimizer = torch.optim.SGD([self.images], lr=config.lr_img, momentum=config.momentum)
-        self._dsa = siamese(ctx.dataset.can_flip, config.augment, None)
-        net = build_net(ctx.arch, ctx.dataset.image_shape, ctx.dataset.num_classes, seed=0, device=ctx.device)
-        self._net = net.to(memory_format=torch.channels_last)
-        self._mixes = not is_per_sample(net)
-        self._sample_bytes = largest_map_bytes(net, ctx)
+        self._branch = RealBranch(ctx, config.batch_real, config.augment)
+        self._net, self._batches = self._branch.net, self._branch.batches
+        self._mixes = not is_per_sample(self._net)
+        images, self._labels = initial_images(ctx, config.init)
+        self._images = images.contiguous()
+        self._optimizer = torch.optim.SGD([self._images], lr=config.lr_img, momentum=config.momentum)
         self._step = 0
 
     def step(self) -> dict[str, Tensor]:
         """Draw a network, then take turns: update the images, train the network on them."""
         self._step += 1
-        reinitialize(self._net, derive_seed(self._ctx.seed, "distill", "net", self._step))
-        total = torch.zeros((), device=self.images.device)
+        self._branch.renew(self._step)
+        total = torch.zeros((), device=self._images.device)
         for outer in range(1, self._config.outer_loop + 1):
             generator = self._ctx.generator("step", self._step, outer)
             self._net.train()
@@ -121,18 +119,18 @@ class GradientMatching:
 
     def _update_images(self, generator: torch.Generator) -> Tensor:
         """Match class by class, and take one step of SGD; return the loss."""
-        batches, ipc = self._batches, self._ctx.ipc
-        index = batches.draw(generator).view(batches.num_classes, -1)
-        plan = self._dsa.draw(batches.num_classes, generator, shared_op=False) if self._dsa else None
-        self.images.grad = torch.empty_like(self.images)
-        total = torch.zeros((), device=self.images.device)
-        for label in range(batches.num_classes):
+        num_classes, ipc = self._batches.num_classes, self._ctx.ipc
+        index, plan = self._branch.draw(generator)
+        self._images.grad = torch.empty_like(self._images)
+        total = torch.zeros((), device=self._images.device)
+        for label, class_index in enumerate(index.view(num_classes, -1)):
             rows = slice(label * ipc, (label + 1) * ipc)
-            class_images = self.images[rows].detach().requires_grad_(True)
-            real = self._real_gradient(index[label], label, plan)
-            synthetic = self._gradient(class_images, label, plan, create_graph=True)
+            class_images = self._images[rows].detach().requires_grad_(True)
+            real = self._real_gradient(class_index, label, plan)
+            augmented = self._branch.augmented(class_images, plan, torch.full((ipc,), label))
+            synthetic = self._gradient(augmented, label, create_graph=True)
             distance = gradient_distance(real, synthetic, metric=self._config.metric)
-            self.images.grad[rows] = torch.autograd.grad(distance, class_images)[0]
+            self._images.grad[rows] = torch.autograd.grad(distance, class_images)[0]
             total += distance.detach()
         self._optimizer.step()
         return total
@@ -140,10 +138,9 @@ class GradientMatching:
     def _real_gradient(self, index: Tensor, label: int, plan: DsaPlan | None) -> list[Tensor]:
         """Return the mean gradient over real images of one class, chunk by chunk."""
         total: list[Tensor] = []
-        for rows in chunks(len(index), self._sample_bytes, index.device):
-            images = self._batches.take(index[rows])
+        for _, images in self._branch.chunks(index, plan, torch.full((len(index),), label)):
             share = len(images) / len(index)
-            gradient = self._gradient(images, label, plan, create_graph=False)
+            gradient = self._gradient(images, label, create_graph=False)
             total = (
                 [share * new for new in gradient]
                 if not total
@@ -151,15 +148,10 @@ class GradientMatching:
             )
         return total
 
-    def _gradient(
-        self, images: Tensor, label: int, plan: DsaPlan | None, *, create_graph: bool
-    ) -> tuple[Tensor, ...]:
+    def _gradient(self, images: Tensor, label: int, *, create_graph: bool) -> tuple[Tensor, ...]:
         """Return the gradient of the mean cross entropy of images of one class, a tensor per parameter."""
-        labels = torch.full((len(images),), label)
-        if plan is not None and self._dsa is not None:
-            images = self._dsa.apply(images, plan, labels)
-        logits = self._net(images.contiguous(memory_format=torch.channels_last))
-        loss = F.cross_entropy(logits, labels.to(logits.device, non_blocking=True))
+        labels = torch.full((len(images),), label, device=images.device)
+        loss = F.cross_entropy(self._net(images), labels)
         return torch.autograd.grad(loss, list(self._net.parameters()), create_graph=create_graph)
 
     @torch.no_grad()
@@ -185,22 +177,21 @@ class GradientMatching:
             augment=config.augment,
         )
         augment = augmenter(config.augment, can_flip=self._ctx.dataset.can_flip, space=self._ctx.space)
-        labels = self.labels.to(self.images.device)
-        train(self._net, self.images, labels, recipe, generator=generator, augment=augment)
+        labels = self._labels.to(self._images.device)
+        train(self._net, self._images, labels, recipe, generator=generator, augment=augment)
+
+    def snapshot(self) -> DistilledSet:
+        """Return the current images as a set."""
+        return self._ctx.make_set(self._images, self._labels)
 
     def state_dict(self) -> dict[str, Any]:
         """Return images, momentum and step; networks and draws depend on the step alone."""
-        velocity = self._optimizer.state.get(self.images, {}).get("momentum_buffer")
-        state: dict[str, Any] = {"step": self._step, "images": self.images.cpu().clone()}
-        return state if velocity is None else {**state, "velocity": velocity.cpu().clone()}
+        return {"step": self._step, **images_state(self._images, self._optimizer)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state."""
         self._step = int(state["step"])
-        self.images.copy_(state["images"])
-        if "velocity" in state:
-            velocity = state["velocity"].to(self.images.device, copy=True)
-            self._optimizer.state[self.images]["momentum_buffer"] = velocity
+        load_images_state(self._images, self._optimizer, state)
 
 
 def gradient_method(config_class: type[GradientConfig], evaluate: dict[str, Any]) -> type[Distiller]:
@@ -211,42 +202,9 @@ def gradient_method(config_class: type[GradientConfig], evaluate: dict[str, Any]
         evaluate: how its sets are scored.
     """
 
-    class Gradients:
-        config_type: ClassVar[type[Config]] = config_class
+    def preset(name: str, target: Target) -> dict[str, Any]:
+        outer, inner = loops(target.ipc)
+        method = {"outer_loop": outer, "inner_loop": inner}
+        return {"steps": 1000, "evaluate": evaluate, "method": method}
 
-        def __init__(self, config: GradientConfig, num_steps: int) -> None:
-            self._config = config
-            self.num_steps = num_steps
-
-        @staticmethod
-        def preset(name: str, target: Target) -> dict[str, Any]:
-            """Return the published settings, the same in paper and code; the loops follow from ipc."""
-            outer, inner = loops(target.ipc)
-            return {
-                "steps": 1000,
-                "evaluate": evaluate,
-                "method": {"outer_loop": outer, "inner_loop": inner},
-            }
-
-        def setup(self, ctx: DistillContext) -> None:
-            """Make the initial images and the network."""
-            self._ctx = ctx
-            self._matcher = GradientMatching(ctx, self._config)
-
-        def step(self) -> dict[str, Tensor]:
-            """Run the loops under one fresh network."""
-            return self._matcher.step()
-
-        def snapshot(self) -> DistilledSet:
-            """Return the current images as a set."""
-            return self._ctx.make_set(self._matcher.images, self._matcher.labels)
-
-        def state_dict(self) -> dict[str, Any]:
-            """Return images, momentum and step."""
-            return self._matcher.state_dict()
-
-        def load_state_dict(self, state: dict[str, Any]) -> None:
-            """Continue from a state."""
-            self._matcher.load_state_dict(state)
-
-    return Gradients
+    return make_method(config_class, preset, GradientMatching)

@@ -1,14 +1,13 @@
-"""Shared by the distribution-matching methods (DM, MMD-pixel, DataDAM): batches, initial images, one step.
+"""Shared by the distribution-matching methods (DM, MMD-pixel, DataDAM): images that match class means.
 
 A method supplies per-sample statistics of images [N, C, H, W] -> tuple of [N, D_l] and a loss on their
-per-class means [K, D_l]; everything here is vectorised over classes. The real branch runs under no_grad in
-chunks that fit the cache.
+per-class means [K, D_l]; everything here is vectorised over classes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -17,12 +16,12 @@ from torch import Tensor
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.config import Config
 from ddray.distillation.method import DistillContext, Distiller, Target
-from ddray.methods.families.matching.batches import ClassBatches, chunks, initial_images, largest_map_bytes
-from ddray.nets import Net, build_net, is_per_sample, reinitialize
-from ddray.seeding import derive_seed
-from ddray.training.dsa import dsa_for
+from ddray.methods.families.factory import make_method
+from ddray.methods.families.matching.batches import initial_images
+from ddray.methods.families.matching.branch import RealBranch, Statistics
+from ddray.methods.families.state import images_state, load_images_state
+from ddray.nets import Net
 
-Statistics = Callable[[Net, Tensor], tuple[Tensor, ...]]
 MeansLoss = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 
 
@@ -71,82 +70,48 @@ class MeanMatching:
     ) -> None:
         self._ctx = ctx
         self._loss = loss
-        self.batches = ClassBatches(ctx, config.batch_real)
-        images, self.labels = initial_images(ctx, config.init)
-        self._labels_cpu = self.labels.cpu()
-        self.images = images.contiguous().requires_grad_(True)
-        self._optimizer = torch.optim.SGD([self.images], lr=config.lr_img, momentum=config.momentum)
-        self._dsa = None if config.augment == "none" else dsa_for(ctx.dataset.can_flip, config.augment)
-        net = build_net(ctx.arch, ctx.dataset.image_shape, ctx.dataset.num_classes, seed=0, device=ctx.device)
-        self.net = net.to(memory_format=torch.channels_last).train()
-        for parameter in self.net.parameters():
-            parameter.requires_grad_(False)
-        self._chunked = is_per_sample(self.net)
-        self._sample_bytes = largest_map_bytes(self.net, ctx)
+        self._branch = RealBranch(ctx, config.batch_real, config.augment)
+        self._branch.net.requires_grad_(False)
+        images, self._labels = initial_images(ctx, config.init)
+        self._labels_cpu = self._labels.cpu()
+        self._images = images.contiguous().requires_grad_(True)
+        self._optimizer = torch.optim.SGD([self._images], lr=config.lr_img, momentum=config.momentum)
         self._statistics = statistics = in_precision(statistics, config.precision, ctx.device)
         self._real_statistics = torch.compile(statistics, dynamic=False) if ctx.compile else statistics
         self._step = 0
 
     def step(self) -> dict[str, Tensor]:
         """Draw a network and a batch, match, update the images."""
+        branch = self._branch
         self._step += 1
-        generator = self._ctx.generator("step", self._step)
-        reinitialize(self.net, derive_seed(self._ctx.seed, "distill", "net", self._step))
-        index = self.batches.draw(generator)
-        plan = self._dsa.draw(self.batches.num_classes, generator, shared_op=False) if self._dsa else None
-        real = self._real_means(index, plan)
-        synthetic = (
-            self.images
-            if plan is None or self._dsa is None
-            else self._dsa.apply(self.images, plan, self._labels_cpu)
-        )
-        statistics = self._statistics(self.net, synthetic.contiguous(memory_format=torch.channels_last))
-        loss = self._loss(real, [self._means(values) for values in statistics])
+        branch.renew(self._step)
+        index, plan = branch.draw(self._ctx.generator("step", self._step))
+        real = branch.class_means(index, plan, self._real_statistics)
+        synthetic = branch.augmented(self._images, plan, self._labels_cpu)
+        means = [self._means(values) for values in self._statistics(branch.net, synthetic)]
+        loss = self._loss(real, means)
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
         return {"loss": loss.detach()}
 
-    @torch.no_grad()
-    def _real_means(self, index: Tensor, plan: Any) -> list[Tensor]:
-        """Return the class means [K, D_l] of the real batch, its statistics summed chunk by chunk.
-
-        Batch norm mixes samples: networks with it see all classes in one batch (as in other DM code).
-        """
-        batches = self.batches
-        sums: list[Tensor] = []
-        slices = (
-            chunks(len(index), self._sample_bytes, index.device) if self._chunked else [slice(0, len(index))]
-        )
-        for rows in slices:
-            images = batches.take(index[rows])
-            if plan is not None and self._dsa is not None:
-                images = self._dsa.apply(images, plan, batches.labels_cpu[rows])
-            statistics = self._real_statistics(self.net, images.contiguous(memory_format=torch.channels_last))
-            if not sums:
-                sums = [values.new_zeros(batches.num_classes, values.shape[1]) for values in statistics]
-            for total, values in zip(sums, statistics, strict=True):
-                total.index_add_(0, batches.labels[rows], values)
-        return [total.div_(batches.per_class) for total in sums]
-
     def _means(self, values: Tensor) -> Tensor:
         """Return class means [K, D] of class-sorted statistics [K * ipc, D]."""
-        return values.view(self.batches.num_classes, self._ctx.ipc, -1).mean(1)
+        return values.view(self._branch.batches.num_classes, self._ctx.ipc, -1).mean(1)
+
+    def snapshot(self) -> DistilledSet:
+        """Return the current images as a set."""
+        return self._ctx.make_set(self._images, self._labels)
 
     def state_dict(self) -> dict[str, Any]:
         """Return images, momentum and the step count; draws need no state, they depend on the step alone."""
-        momentum = self._optimizer.state.get(self.images, {}).get("momentum_buffer")
-        state: dict[str, Any] = {"step": self._step, "images": self.images.detach().cpu().clone()}
-        return state if momentum is None else {**state, "momentum_buffer": momentum.detach().cpu().clone()}
+        images = images_state(self._images, self._optimizer, momentum="momentum_buffer")
+        return {"step": self._step, **images}
 
-    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()`'s state."""
+        """Continue from a state."""
         self._step = int(state["step"])
-        self.images.copy_(state["images"])
-        if "momentum_buffer" in state:
-            momentum = state["momentum_buffer"].to(self.images.device, copy=True)
-            self._optimizer.state[self.images]["momentum_buffer"] = momentum
+        load_images_state(self._images, self._optimizer, state, momentum="momentum_buffer")
 
 
 def squared_distance(real: Sequence[Tensor], synthetic: Sequence[Tensor]) -> Tensor:
@@ -162,37 +127,10 @@ def means_method(config_class: type[MatchingConfig], statistics: Statistics) -> 
         statistics: per-sample statistic of images under a network, as a tuple of one [N, D].
     """
 
-    class Means:
-        config_type: ClassVar[type[Config]] = config_class
+    def preset(name: str, target: Target) -> dict[str, Any]:
+        return {"steps": 20_000, "evaluate": {"epochs": 1000, "augment": "dsa"}}
 
-        def __init__(self, config: MatchingConfig, num_steps: int) -> None:
-            self._config = config
-            self.num_steps = num_steps
+    def start(ctx: DistillContext, config: MatchingConfig) -> MeanMatching:
+        return MeanMatching(ctx, config, statistics, squared_distance)
 
-        @staticmethod
-        def preset(name: str, target: Target) -> dict[str, Any]:
-            """Return DM's settings, the same in paper and code."""
-            return {"steps": 20_000, "evaluate": {"epochs": 1000, "augment": "dsa"}}
-
-        def setup(self, ctx: DistillContext) -> None:
-            """Make the initial images and the matcher."""
-            self._ctx = ctx
-            self._matcher = MeanMatching(ctx, self._config, statistics, squared_distance)
-
-        def step(self) -> dict[str, Tensor]:
-            """Match one batch under one fresh network."""
-            return self._matcher.step()
-
-        def snapshot(self) -> DistilledSet:
-            """Return the current images as a set."""
-            return self._ctx.make_set(self._matcher.images, self._matcher.labels)
-
-        def state_dict(self) -> dict[str, Any]:
-            """Return images, momentum and step."""
-            return self._matcher.state_dict()
-
-        def load_state_dict(self, state: dict[str, Any]) -> None:
-            """Continue from a state."""
-            self._matcher.load_state_dict(state)
-
-    return Means
+    return make_method(config_class, preset, start)

@@ -20,14 +20,13 @@ from ddray.artifact.distilled_set import DistilledSet
 from ddray.artifact.partition import Partition, Resize, compose, expand
 from ddray.config import Config
 from ddray.distillation.method import DistillContext, Target
-from ddray.methods.families.matching.batches import ClassBatches, chunks, largest_map_bytes
-from ddray.methods.families.selection import kcenter_order, pool_features
-from ddray.nets import Net, build_net, is_per_sample
-from ddray.seeding import derive_numpy
-from ddray.training.dsa import Dsa, DsaPlan, dsa_for
+from ddray.methods.families.matching.batches import Init, initial_images
+from ddray.methods.families.matching.branch import RealBranch
+from ddray.methods.families.state import images_state, load_images_state
+from ddray.nets import Net
+from ddray.training.dsa import DsaPlan
 from ddray.training.recipe import idc_mixes
 
-Init = Literal["random", "first", "kcenter", "noise"]
 Embed = Callable[[Net, Tensor], Tensor]
 
 
@@ -78,7 +77,8 @@ class LearnedImages:
         axes = ("time" if is_sound else "both") if config.axes == "auto" else config.axes
         self.partition = Partition(factor=config.factor, axes=axes)
         self.parts = ctx.ipc * self.partition.num_parts
-        images = compose(_initial_images(ctx, config.init, self.parts), self.partition, config.resize)
+        first, _ = initial_images(ctx, config.init, self.parts)
+        images = compose(first.cpu(), self.partition, config.resize)
         self._space = ctx.space.to(ctx.device)
         self._raw = config.unit_pixels and ctx.space.kind != "zca"
         pixels = ctx.space.decode(images) if self._raw else images
@@ -114,43 +114,15 @@ class LearnedImages:
 
     def state_dict(self) -> dict[str, Any]:
         """Return pixels and momentum."""
-        velocity = self._optimizer.state.get(self.pixels, {}).get("momentum_buffer")
-        state: dict[str, Any] = {"pixels": self.pixels.detach().cpu().clone()}
-        return state if velocity is None else {**state, "velocity": velocity.detach().cpu().clone()}
+        return images_state(self.pixels, self._optimizer, name="pixels")
 
-    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`'s state."""
-        self.pixels.copy_(state["pixels"])
-        if "velocity" in state:
-            velocity = state["velocity"].to(self.pixels.device, copy=True)
-            self._optimizer.state[self.pixels]["momentum_buffer"] = velocity
-
-
-def _initial_images(ctx: DistillContext, init: Init, count: int) -> Tensor:
-    """Return `count` initial images per class [K * count, C, H, W] in the context's pixel space, on the CPU.
-
-    Classes with fewer images use some of them more than once.
-    """
-    num_classes, labels = ctx.dataset.num_classes, ctx.split.labels
-    if init == "noise":
-        shape = (num_classes * count, *ctx.dataset.image_shape)
-        return torch.randn(shape, generator=ctx.generator("init"))
-    rng = derive_numpy(ctx.seed, "distill", "random images")
-    features = pool_features(ctx) if init == "kcenter" else None
-    indices = []
-    for label in range(num_classes):
-        members = torch.nonzero(labels == label).flatten()
-        if features is not None:
-            members = members[kcenter_order(features[members], min(count, len(members)))]
-        elif init == "random":
-            members = members[torch.from_numpy(rng.permutation(len(members)))]
-        indices.append(members[torch.arange(count) % len(members)])
-    return ctx.space.encode(ctx.split.images[torch.cat(indices)])
+        load_images_state(self.pixels, self._optimizer, state, name="pixels")
 
 
 @dataclass(frozen=True)
-class Draw:
+class StepDraw:
     """The images and the augmentation of one step.
 
     Attributes:
@@ -182,74 +154,41 @@ class FeaturePairs:
     ) -> None:
         self._learned = learned
         self._batch_syn = config.batch_syn
-        self.batches = ClassBatches(ctx, config.batch_real)
+        self._branch = RealBranch(ctx, config.batch_real, config.augment, config.strategy)
+        self.batches, self.net = self._branch.batches, self._branch.net.requires_grad_(False)
         self.num_classes = ctx.dataset.num_classes
-        self._dsa = siamese(ctx.dataset.can_flip, config.augment, config.strategy)
-        net = build_net(ctx.arch, ctx.dataset.image_shape, self.num_classes, seed=0, device=ctx.device)
-        self.net = net.to(memory_format=torch.channels_last)
-        for parameter in self.net.parameters():
-            parameter.requires_grad_(False)
-        self._sample_bytes = largest_map_bytes(self.net, ctx)
         self._embed_real = torch.compile(embed, dynamic=False) if ctx.compile else embed
         self._labels_syn = torch.arange(self.num_classes).repeat_interleave(learned.parts)
 
-    def draw(self, generator: torch.Generator) -> Draw:
+    def draw(self, generator: torch.Generator) -> StepDraw:
         """Draw real images, augmentation and, where there are more than `batch_syn`, mini-images."""
-        index = self.batches.draw(generator)
-        plan = self._dsa.draw(self.num_classes, generator, shared_op=False) if self._dsa else None
+        index, plan = self._branch.draw(generator)
         syn_index = None
         if self._learned.parts > self._batch_syn:
             keys = torch.rand(self.num_classes, self._learned.parts, generator=generator)
             first = torch.arange(self.num_classes)[:, None] * self._learned.parts
             syn_index = (keys.argsort(1)[:, : self._batch_syn] + first).flatten()
-        return Draw(index, plan, syn_index)
+        return StepDraw(index, plan, syn_index)
 
     @torch.no_grad()
-    def real(self, draw: Draw) -> Tensor:
+    def real(self, draw: StepDraw) -> Tensor:
         """Return the features [K, n, D] of the real images, taken chunk by chunk where samples do not mix."""
         whole: Tensor | None = None
-        total = len(draw.index)
-        per_sample = is_per_sample(self.net) or not self.net.training
-        slices = chunks(total, self._sample_bytes, draw.index.device) if per_sample else [slice(0, total)]
-        for rows in slices:
-            images = self._augmented(
-                self.batches.take(draw.index[rows]), draw.plan, self.batches.labels_cpu[rows]
-            )
+        for rows, images in self._branch.chunks(draw.index, draw.plan):
             values = self._embed_real(self.net, images)
-            if whole is None:
-                whole = values.new_empty(total, values.shape[1])
+            if whole is None:  # concatenating a list would take the memory twice
+                whole = values.new_empty(len(draw.index), values.shape[1])
             whole[rows] = values
         if whole is None:
             raise RuntimeError("a batch of real images is never empty")
         return by_class(whole, self.num_classes)
 
-    def synthetic(self, draw: Draw) -> Tensor:
+    def synthetic(self, draw: StepDraw) -> Tensor:
         """Return the draw's mini-images [K * m, C, H, W] as the network sees them; differentiable."""
         images, labels = self._learned.expanded(), self._labels_syn
         if draw.syn_index is not None:
             images, labels = images[draw.syn_index.to(images.device)], labels[draw.syn_index]
-        return self._augmented(images, draw.plan, labels)
-
-    def _augmented(self, images: Tensor, plan: DsaPlan | None, labels: Tensor) -> Tensor:
-        if plan is not None and self._dsa is not None:
-            images = self._dsa.apply(images, plan, labels)
-        return images.contiguous(memory_format=torch.channels_last)
-
-
-def siamese(can_flip: bool, variant: Literal["dsa", "dsa_idc", "none"], strategy: str | None) -> Dsa | None:
-    """Return the augmentation of a matching method; None if no operation is left.
-
-    Flips are dropped where a mirrored image changes its class.
-
-    Raises:
-        InputError: the strategy names an unknown operation.
-    """
-    if variant == "none":
-        return None
-    if strategy is None:
-        return dsa_for(can_flip, variant)
-    names = [name for name in strategy.split("_") if can_flip or name != "flip"]
-    return Dsa("_".join(names), variant=variant) if names else None
+        return self._branch.augmented(images, draw.plan, labels)
 
 
 def embedding(net: Net, images: Tensor) -> Tensor:
@@ -257,7 +196,7 @@ def embedding(net: Net, images: Tensor) -> Tensor:
     return net.features(images).embedding
 
 
-def nearby(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+def to_device_if_it_fits(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
     """Move tensors to a GPU if they take at most half of its free memory; else return them as they are."""
     if device.type != "cuda":
         return tensors

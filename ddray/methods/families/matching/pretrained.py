@@ -12,7 +12,7 @@ from torch import Tensor
 from ddray.config import Config
 from ddray.data import search_rows
 from ddray.distillation.method import DistillContext
-from ddray.methods.families.matching.partitioned import nearby
+from ddray.methods.families.matching.partitioned import to_device_if_it_fits
 from ddray.pool.spec import PoolEntry, PoolSpec, supervised_specs
 
 
@@ -47,7 +47,7 @@ def pretrained_specs(ctx: DistillContext, config: PoolConfig) -> list[PoolSpec]:
 
 
 @dataclass(frozen=True)
-class KeptFeatures:
+class StoredFeatures:
     """The pool's own features of a context's real images.
 
     Attributes:
@@ -65,12 +65,12 @@ class KeptFeatures:
         return features.index_select(0, rows if self.rows is None else self.rows[rows]).to(index.device)
 
 
-def kept_features(ctx: DistillContext, entries: Sequence[PoolEntry]) -> KeptFeatures | None:
+def stored_features(ctx: DistillContext, entries: Sequence[PoolEntry]) -> StoredFeatures | None:
     """Return the pool's features of the context's real images; None if any are missing or it is empty."""
     whole = ctx.split_name == "train"
     pooled = [entry.tensors["features"] for entry in entries if "features" in entry.tensors]
     if not pooled or len(pooled) < len(entries) or (whole and len(pooled[0]) != len(ctx.split)):
         return None
-    features = nearby(pooled, ctx.device)
+    features = to_device_if_it_fits(pooled, ctx.device)
     rows = search_rows(ctx.split, seed=ctx.search_seed).to(features[0].device) if whole else None
-    return KeptFeatures(features, rows)
+    return StoredFeatures(features, rows)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddray.distillation.method import DistillContext
+from ddray.methods.families.state import cpu_copy, load_optimizer_state, optimizer_state
 from ddray.nets import Net, build_net
 from ddray.seeding import derive_seed
 
@@ -94,9 +95,8 @@ class NetQueue:
             member = self._member(0)
             for mine, theirs in zip(member.net.state_dict().values(), member_state["values"], strict=True):
                 mine.copy_(theirs)
-            for parameter, velocity in zip(member.net.parameters(), member_state["velocities"], strict=False):
-                copied = torch.empty_like(parameter).copy_(velocity)
-                member.optimizer.state[parameter]["momentum_buffer"] = copied
+            velocities = enumerate(member_state["velocities"])
+            load_optimizer_state(member.optimizer, {i: {"momentum_buffer": v} for i, v in velocities})
             member.right = member_state["right"].to(member.right.device, copy=True)
             member.seen = int(member_state["seen"])
             self.members.append(member)
@@ -104,11 +104,10 @@ class NetQueue:
 
 def _member_state(member: Member) -> dict[str, Any]:
     """Return copies of a member's tensors; no velocities before its first training step."""
-    state = member.optimizer.state
-    velocities = [state[p]["momentum_buffer"] for p in member.net.parameters() if p in state]
+    buffers = optimizer_state(member.optimizer).values()
     return {
-        "values": [value.detach().cpu().clone() for value in member.net.state_dict().values()],
-        "velocities": [velocity.detach().cpu().clone() for velocity in velocities],
-        "right": member.right.cpu().clone(),
+        "values": cpu_copy(list(member.net.state_dict().values())),
+        "velocities": [buffer["momentum_buffer"] for buffer in buffers],
+        "right": cpu_copy(member.right),
         "seen": member.seen,
     }

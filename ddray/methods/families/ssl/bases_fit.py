@@ -20,7 +20,7 @@ _CONSTANT: Final = 1e-4  # of a column's mean: a smaller spread counts as none
 
 
 @dataclass(frozen=True)
-class Layout:
+class BudgetSplit:
     """How a budget is spent; every count in floats or rows.
 
     Attributes:
@@ -58,7 +58,7 @@ def layout(
     augmentation: Augmentation,
     approximation: Approximation,
     hidden: int,
-) -> Layout:
+) -> BudgetSplit:
     """Spend a budget: bases and networks first, the rest on coefficients, m = rest / (U + V).
 
     Views that are all stored (`ideal`) are the paper's upper bound "without considering the storage budget"
@@ -84,7 +84,7 @@ def layout(
     extra = shift_floats(num_views, num_target_bases, "ideal", hidden, num_images)
     if approximation == "ideal":
         fixed += extra - shift_floats(num_views, num_target_bases, "mlp", hidden)
-    return Layout(num_image_bases, num_target_bases, num_images, fixed + num_images * per_image)
+    return BudgetSplit(num_image_bases, num_target_bases, num_images, fixed + num_images * per_image)
 
 
 def default_image_bases(budget: int, basis_floats: int, floats: int, num_real: int) -> int:

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from ddray.artifact.distilled_set import DistilledSet
 from ddray.config import Config
-from ddray.distillation.method import BudgetDistiller, DistillContext, Target
+from ddray.distillation.method import DistillContext, Distiller, Target
 from ddray.errors import InputError
-from ddray.methods.families.ssl.teacher import TeacherConfig, teacher_spec
+from ddray.methods.families.factory import Selected, make_method
+from ddray.methods.families.ssl.teacher import TeacherConfig, ssl_teacher_spec
 from ddray.nets import build_net
 from ddray.pool.spec import PoolEntry, PoolSpec
 
@@ -65,7 +65,7 @@ def teacher_of(ctx: DistillContext, config: TeacherConfig) -> PoolEntry:
 
 def spec_of_teacher(ctx: DistillContext, config: TeacherConfig) -> PoolSpec:
     """Return the pool spec of the teacher of the context's images."""
-    return teacher_spec(config, ctx.dataset, ctx.split, split_name=ctx.split_name, device=ctx.device)
+    return ssl_teacher_spec(config, ctx.dataset, ctx.split, split_name=ctx.split_name, device=ctx.device)
 
 
 @lru_cache(maxsize=32)
@@ -106,7 +106,7 @@ def given_budget(ctx: DistillContext) -> int:
     return ctx.budget
 
 
-def ssl_selection(config_class: type[SslConfig], choose: Choose) -> type[BudgetDistiller]:
+def ssl_selection(config_class: type[SslConfig], choose: Choose) -> type[Distiller]:
     """Return a method without steps: real images with the teacher's representations of them.
 
     Args:
@@ -114,49 +114,21 @@ def ssl_selection(config_class: type[SslConfig], choose: Choose) -> type[BudgetD
         choose: picks m indices, given the context, the teacher's features [N, D] and m.
     """
 
-    class Selection:
-        config_type: ClassVar[type[Config]] = config_class
-        uses_budget: ClassVar[Literal[True]] = True
-        num_steps = 0
+    def preset(name: str, target: Target) -> dict[str, Any]:
+        return {"steps": 0, "arch": arch_for(target.image_shape), "evaluate": evaluate_for(target)}
 
-        def __init__(self, config: SslConfig, num_steps: int) -> None:
-            self._config = config
+    def specs(ctx: DistillContext, config: SslConfig) -> list[PoolSpec]:
+        return [spec_of_teacher(ctx, config.teacher)]
 
-        @staticmethod
-        def preset(name: str, target: Target) -> dict[str, Any]:
-            """Return the same settings for both presets: nothing is matched."""
-            return {"steps": 0, "arch": arch_for(target.image_shape), "evaluate": evaluate_for(target)}
+    def num_distilled(config: Any, budget: int, image_shape: tuple[int, int, int], num_real: int) -> int:
+        return num_pairs(config, budget, image_shape)
 
-        @staticmethod
-        def num_distilled(config: Any, budget: int, image_shape: tuple[int, int, int], num_real: int) -> int:
-            """Return how many images the budget holds."""
-            return num_pairs(config, budget, image_shape)
+    def start(ctx: DistillContext, config: SslConfig) -> Selected:
+        features = teacher_of(ctx, config.teacher).tensors["features"]
+        index = choose(ctx, features, num_pairs(config, given_budget(ctx), ctx.dataset.image_shape))
+        images = ctx.space.encode(ctx.split.images[index])
+        return Selected(ctx.make_ssl_set(images, features[index]), features)
 
-        def pool_specs(self, ctx: DistillContext) -> list[PoolSpec]:
-            """Return the teacher."""
-            return [spec_of_teacher(ctx, self._config.teacher)]
-
-        def setup(self, ctx: DistillContext) -> None:
-            """Select the images."""
-            self.representations = teacher_of(ctx, self._config.teacher).tensors["features"]
-            m = num_pairs(self._config, given_budget(ctx), ctx.dataset.image_shape)
-            index = choose(ctx, self.representations, m)
-            images = ctx.space.encode(ctx.split.images[index])
-            self._set = ctx.make_ssl_set(images, self.representations[index])
-
-        def step(self) -> dict[str, Tensor]:
-            """Refuse: there is nothing to do."""
-            raise RuntimeError("a selection has no steps")
-
-        def snapshot(self) -> DistilledSet:
-            """Return the selected set."""
-            return self._set
-
-        def state_dict(self) -> dict[str, Any]:
-            """Return nothing: a selection is quick to repeat."""
-            return {}
-
-        def load_state_dict(self, state: dict[str, Any]) -> None:
-            """Do nothing."""
-
-    return Selection
+    return make_method(
+        config_class, preset, start, specs_of=specs, num_distilled_of=num_distilled, has_steps=False
+    )

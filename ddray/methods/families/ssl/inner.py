@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddray.distillation.method import DistillContext
+from ddray.methods.families.state import cpu_copy, load_optimizer_state, optimizer_state
 from ddray.nets import Net, build_net, reinitialize
 from ddray.seeding import derive_seed
 
 PoolReset = Literal["paper", "krrst_code"]
-Draw = Callable[[torch.Generator], tuple[Tensor, Tensor]]
+DrawRows = Callable[[torch.Generator], tuple[Tensor, Tensor]]
 """Returns the rows of an inner step, detached: images [n, C, H, W] and targets [n, D]."""
 
 
@@ -53,24 +54,18 @@ class _Slot:
 
     def state(self) -> dict[str, Any]:
         """Return weights, statistics, momentum and counter as copies on the CPU."""
-        buffers = [self.optimizer.state.get(p, {}).get("momentum_buffer") for p in self.net.parameters()]
         return {
             "trained": self.trained,
-            "net": {name: _copy(tensor) for name, tensor in self.net.state_dict().items()},
-            "velocity": [_copy(tensor) for tensor in buffers if tensor is not None],
+            "net": cpu_copy(self.net.state_dict()),
+            "velocity": [b["momentum_buffer"] for b in optimizer_state(self.optimizer).values()],
         }
 
     def load(self, state: dict[str, Any]) -> None:
         """Restore what `state()` returned."""
         self.trained = int(state["trained"])
         self.net.load_state_dict(state["net"])
-        self.optimizer.state.clear()
-        for parameter, velocity in zip(self.net.parameters(), state["velocity"], strict=False):
-            self.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(velocity)
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().clone()
+        velocities = enumerate(state["velocity"])
+        load_optimizer_state(self.optimizer, {i: {"momentum_buffer": v} for i, v in velocities})
 
 
 class InnerPool:
@@ -98,7 +93,7 @@ class InnerPool:
         """Return the seed of the weights that slot `slot_index` gets at outer step `step`."""
         return derive_seed(self._ctx.seed, "distill", "inner", slot_index, step)
 
-    def fill(self, draw: Draw) -> None:
+    def fill(self, draw: DrawRows) -> None:
         """Train every network for a random number of steps, uniform in 1..Z (Algorithm 1, lines 4-5)."""
         recipe = self._recipe
         generator = self._ctx.generator("inner", "lengths")
@@ -113,7 +108,7 @@ class InnerPool:
         """Return a network in eval mode, its weights without gradient."""
         return self._slots[slot_index].net.eval()
 
-    def advance(self, slot_index: int, draw: Draw, step: int) -> None:
+    def advance(self, slot_index: int, draw: DrawRows, step: int) -> None:
         """Train a network for one step, or replace it (Algorithm 1, lines 13-19).
 
         Args:

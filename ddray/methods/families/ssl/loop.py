@@ -19,10 +19,11 @@ from ddray.distillation.method import DistillContext
 from ddray.methods.families.matching.batches import chunks
 from ddray.methods.families.ssl.budget import teacher_of
 from ddray.methods.families.ssl.config import KrrConfig
-from ddray.methods.families.ssl.inner import Draw, InnerPool, InnerRecipe
+from ddray.methods.families.ssl.inner import DrawRows, InnerPool, InnerRecipe
 from ddray.methods.families.ssl.memory import Extent, images_at_once, network_costs
 from ddray.methods.families.ssl.ridge import ridge_loss
 from ddray.methods.families.ssl.teacher import teacher_net
+from ddray.methods.families.state import cpu_copy, load_optimizer_state, optimizer_state
 from ddray.nets import Net
 from ddray.training.operations import crop_and_flip
 
@@ -96,7 +97,7 @@ class BilevelLoop:
     def _current(self) -> tuple[Tensor, Tensor]:
         return self._synthesise(self.parameters, slice(None))
 
-    def _draw(self) -> Draw:
+    def _draw(self) -> DrawRows:
         """Return what draws an inner step's rows: all, or random images that fit `inner_batch`."""
         batch, extent = self._config.inner_batch, self._extent
         if batch is None or batch >= extent.num_rows:
@@ -160,15 +161,11 @@ class BilevelLoop:
 
     def state_dict(self) -> dict[str, Any]:
         """Return parameters, AdamW's averages, inner networks and the step count."""
-        optimizer = {
-            name: {key: value.detach().cpu().clone() for key, value in self._optimizer.state[p].items()}
-            for name, p in self.parameters.items()
-            if p in self._optimizer.state
-        }
+        buffers = optimizer_state(self._optimizer)
         return {
             "step": self._step,
-            "parameters": {name: p.detach().cpu().clone() for name, p in self.parameters.items()},
-            "optimizer": optimizer,
+            "parameters": cpu_copy(self.parameters),
+            "optimizer": {name: buffers[i] for i, name in enumerate(self.parameters) if i in buffers},
             "inner": self.inner.state(),
         }
 
@@ -178,13 +175,9 @@ class BilevelLoop:
         self._step = int(state["step"])
         for name, parameter in self.parameters.items():
             parameter.copy_(state["parameters"][name])
-            buffers = state["optimizer"].get(name)
-            if buffers is not None:
-                # AdamW counts its steps on the CPU.
-                self._optimizer.state[parameter] = {
-                    key: value.clone() if key == "step" else value.to(parameter.device, copy=True)
-                    for key, value in buffers.items()
-                }
+        buffers = state["optimizer"]
+        numbered = {i: buffers[name] for i, name in enumerate(self.parameters) if name in buffers}
+        load_optimizer_state(self._optimizer, numbered)
         self.inner.load(state["inner"])
 
 

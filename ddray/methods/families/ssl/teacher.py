@@ -33,6 +33,7 @@ from ddray.errors import DivergedError, InputError
 from ddray.nets import Net, build_net
 from ddray.pool.spec import PoolEntry, PoolSpec
 from ddray.seeding import derive, derive_seed, forked_global
+from ddray.training.embedding import embed_images
 
 KIND: Final = "ssl"
 _HASH_CHUNK: Final = 4096
@@ -66,7 +67,7 @@ class TeacherConfig(Config):
     """The teacher's own: runs of all seeds share one teacher, as in the papers."""
 
 
-def teacher_spec(
+def ssl_teacher_spec(
     config: TeacherConfig, dataset: Dataset, split: Split, *, split_name: str, device: torch.device
 ) -> PoolSpec:
     """Return the pool's spec of a teacher for the images of a split.
@@ -253,7 +254,7 @@ class SslTrainer:
         if not math.isfinite(losses[-1]):
             raise DivergedError(f"the teacher's loss must stay finite, got {losses[-1]}; lower teacher.lr")
         weights = {f"weights.{name}": tensor for name, tensor in net.state_dict().items()}
-        features = embed_all(net, self.images, space, self.device)
+        features = embed_images(net, self.images, space.encode, self.device)
         measured: dict[str, Any] = {"first_loss": losses[0], "final_loss": losses[-1]}
         if self.dataset_name is not None:
             measured["dataset_name"] = self.dataset_name
@@ -311,21 +312,3 @@ def _schedule(step: int, steps: int) -> float:
     if step < warm:
         return (step + 1) / warm
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-
-@torch.no_grad()
-def embed_all(net: Net, images: Tensor, space: PixelSpace, device: torch.device) -> Tensor:
-    """Return the representations [N, D] of images [N, C, H, W] on the CPU; `net` is in eval mode.
-
-    Args:
-        net: the network, on `device`.
-        images: as stored.
-        space: pixel space that the network takes.
-        device: where to compute.
-    """
-    chunk = 64 if device.type == "cpu" else 1024
-    features = []
-    for part in torch.split(images, chunk):
-        encoded = space.encode(part.to(device, non_blocking=True))
-        features.append(net.embed(encoded.contiguous(memory_format=torch.channels_last)).cpu())
-    return torch.cat(features)

@@ -1,0 +1,122 @@
+"""A method made of its parts: settings, presets, and an engine that does the work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from ddray.artifact.distilled_set import DistilledSet
+from ddray.config import Config
+from ddray.distillation.method import DistillContext, Distiller, Engine, Target
+from ddray.pool.spec import PoolSpec
+
+Preset = Callable[[str, Target], dict[str, Any]]
+PoolSpecs = Callable[[DistillContext, Any], list[PoolSpec]]
+NumDistilled = Callable[[Any, int, tuple[int, int, int], int], int]
+
+
+@dataclass(frozen=True)
+class Selected:
+    """The engine of a selection: no steps, and no state, since it is quick to repeat.
+
+    Attributes:
+        distilled: the selected set.
+        representations: the teacher's, of the real images [N, D], where there is one.
+    """
+
+    distilled: DistilledSet
+    representations: Tensor | None = None
+
+    def step(self) -> dict[str, Tensor]:
+        """Raise: there is nothing to do."""
+        raise RuntimeError("a selection has no steps")
+
+    def snapshot(self) -> DistilledSet:
+        """Return the selected set."""
+        return self.distilled
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Do nothing."""
+
+
+def make_method(
+    config_class: type[Config],
+    preset_of: Preset,
+    start: Callable[[DistillContext, Any], Engine],
+    *,
+    specs_of: PoolSpecs | None = None,
+    num_distilled_of: NumDistilled | None = None,
+    has_steps: bool = True,
+) -> type[Distiller]:
+    """Return a method's class.
+
+    Args:
+        config_class: its settings.
+        preset_of: `Distiller.preset`.
+        start: makes the engine from context and settings.
+        specs_of: the pool entries that a run will request; default: none.
+        num_distilled_of: `BudgetDistiller.num_distilled`, for a method that takes a budget.
+        has_steps: False for a selection: its number of steps is always 0.
+    """
+
+    class Method:
+        config_type: ClassVar[type[Config]] = config_class
+
+        def __init__(self, config: Any, num_steps: int) -> None:
+            self._config = config
+            self.num_steps = num_steps if has_steps else 0
+
+        @staticmethod
+        def preset(name: str, target: Target) -> dict[str, Any]:
+            """Return the run settings of a preset for a target."""
+            return preset_of(name, target)
+
+        def pool_specs(self, ctx: DistillContext) -> list[PoolSpec]:
+            """Return the pool entries that a run will request."""
+            return [] if specs_of is None else specs_of(ctx, self._config)
+
+        def setup(self, ctx: DistillContext) -> None:
+            """Start the engine."""
+            self._engine = start(ctx, self._config)
+
+        def step(self) -> dict[str, Tensor]:
+            """Take one step."""
+            return self._engine.step()
+
+        def snapshot(self) -> DistilledSet:
+            """Return the current set."""
+            return self._engine.snapshot()
+
+        def state_dict(self) -> dict[str, Any]:
+            """Return the engine's state."""
+            return self._engine.state_dict()
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            """Continue from a state."""
+            self._engine.load_state_dict(state)
+
+    if num_distilled_of is None:
+        return Method
+    num_stored = num_distilled_of
+
+    class BudgetMethod(Method):
+        uses_budget: ClassVar[Literal[True]] = True
+
+        @property
+        def representations(self) -> Tensor | None:
+            """The teacher's representations of the real images [N, D], for the set's picture."""
+            return getattr(self._engine, "representations", None)
+
+        @staticmethod
+        def num_distilled(config: Any, budget: int, image_shape: tuple[int, int, int], num_real: int) -> int:
+            """Return how many images the budget holds."""
+            return num_stored(config, budget, image_shape, num_real)
+
+    return BudgetMethod
