@@ -11,7 +11,7 @@ from typing import Any
 from ddray.config import Config, merge
 from ddray.distillation.method import Target
 from ddray.evaluation.config import EvaluateConfig
-from ddray.methods import builtin_names, get_method
+from ddray.methods import REGISTRY, get_method
 from ddray.runs.results import flatten
 from ddray.tables.published import find, read_numbers
 from ddray.tables.spec import Source
@@ -168,7 +168,7 @@ def index(pages: Mapping[str, str]) -> str:
 
 def pages() -> dict[str, str]:
     """Return the text of every file below docs/methods, by file name."""
-    method_pages = {method: page(method) for method in sorted(builtin_names())}
+    method_pages = {method: page(method) for method in REGISTRY.builtin_names()}
     return {
         "README.md": index(method_pages),
         **{f"{method}.md": text for method, text in method_pages.items()},

@@ -19,6 +19,7 @@ from ddray.data import open_dataset
 from ddray.distillation.loop import run_distillation
 from ddray.jobs import plan
 from ddray.jobs.context import make_context, make_distiller
+from ddray.system import registry
 from ddray.tuning.space import read_space
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,7 +83,7 @@ def centroids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (package / "centroids.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     offered = importlib.metadata.EntryPoint("centroids", "contributed.centroids", "ddray.methods")
-    monkeypatch.setattr(ddray.methods, "entry_points", lambda group: [offered])
+    monkeypatch.setattr(registry, "entry_points", lambda group: [offered] if group == offered.group else [])
     (space,) = blocks("CONTRIBUTING.md", "space", "yaml")
     path = tmp_path / "centroids.yaml"
     path.write_text(space)

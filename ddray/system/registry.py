@@ -29,7 +29,11 @@ class Registry:
 
     def names(self) -> list[str]:
         """Return all names, ours and those of installed packages; nothing is imported."""
-        return sorted({*_modules(self._package, self._attribute), *self._offered()})
+        return sorted({*self.builtin_names(), *self._offered()})
+
+    def builtin_names(self) -> list[str]:
+        """Return the names of our own package's modules."""
+        return sorted(_modules(self._package, self._attribute))
 
     def get(self, name: str, option: str | None = None) -> Any:
         """Return what the module called `name` ends in.
