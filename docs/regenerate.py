@@ -11,9 +11,10 @@ from typing import Any
 from ddray.config import Config, merge
 from ddray.distillation.method import Target
 from ddray.evaluation.config import EvaluateConfig
+from ddray.evaluation.published import read_numbers
 from ddray.methods import REGISTRY, get_method
 from ddray.runs.results import flatten
-from ddray.tables.published import find, read_numbers
+from ddray.tables.published import find
 from ddray.tables.spec import Source
 from ddray.tables.units import Cell
 
