@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,13 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
-from ddray.artifact import statistics as generative
-from ddray.artifact.bases import Bases, check
-from ddray.artifact.bases import expand as expand_bases
-from ddray.artifact.partition import Partition, expand
+from ddray.artifact.bases import Bases
+from ddray.artifact.decoders import GenerativeDecoder, decoder_names, get_decoder, is_decoder
+from ddray.artifact.partition import Partition
 from ddray.config import Config
 from ddray.data import PixelSpace
 from ddray.errors import InputError
@@ -30,7 +28,8 @@ if TYPE_CHECKING:
     from torch.utils.data import TensorDataset
 
 FORMAT_VERSION: Final = 1
-_ZCA: Final = ("zca_mean", "zca_matrix")
+ZCA: Final = ("zca_mean", "zca_matrix")
+"""The tensors that whiten a set; they do not count as storage."""
 
 
 class Meta(Config):
@@ -60,7 +59,7 @@ class Meta(Config):
     """Hash of the generative model behind the images, if any."""
     budget: int | None = Field(default=None, ge=1)
     """Storage budget of a self-supervised set, in images; its ipc is the budget per class."""
-    decoder: Literal["partition", "boost_ssdd", "d3hr"] | None = None
+    decoder: str | None = None
     """What turns stored tensors into training images; None: they are stored as they are."""
     partition: Partition | None = None
     """The parameters of decoder `partition`."""
@@ -68,6 +67,13 @@ class Meta(Config):
     """The parameters of decoder `boost_ssdd`."""
     versions: dict[str, str] = Field(default_factory=dict)
     git_commit: str | None = None
+
+    @field_validator("decoder")
+    @classmethod
+    def _is_known(cls, name: str | None) -> str | None:
+        if name is not None and not is_decoder(name):
+            raise ValueError(f"must be one of {', '.join(decoder_names())}")
+        return name
 
 
 @dataclass(frozen=True)
@@ -123,30 +129,16 @@ class DistilledSet:
         Raises:
             InputError: `ipc` for a set that stores its images, or the generator is gone.
         """
-        if self.meta.decoder != "d3hr":
-            if ipc is not None:
-                raise InputError("--ipc is for sets that store statistics; this one stores its images")
-            return self
-        # By name: only sets of D3HR need its generator, and this package knows no method.
-        sampling = importlib.import_module("ddray.methods.families.diffusion.sampling")
-        num = self.meta.ipc if ipc is None else ipc
-        distilled: DistilledSet = sampling.generate(self, num, torch.device(device))
-        return distilled
+        decoder = get_decoder(self.meta.decoder)
+        if isinstance(decoder, GenerativeDecoder):
+            return decoder.generate(self, ipc, torch.device(device))
+        if ipc is not None:
+            raise InputError("--ipc is for sets that store statistics; this one stores its images")
+        return self
 
     def decode(self) -> TrainSet:
-        """Return the set as networks train on it.
-
-        Labelled: images [N * P, C, H, W], P per stored image. Bases: images with their views, and targets.
-        """
-        if self.meta.decoder == "d3hr":
-            return self.generated().decode()
-        partition = self.meta.partition
-        if self.meta.bases is not None:
-            images, targets = expand_bases(self.compact, self.meta.bases)
-            return TrainSet(images, self.labels, targets)
-        if partition is None:
-            return TrainSet(self.images, self.labels, self.targets)
-        return TrainSet(expand(self.images, partition), self.labels.repeat_interleave(partition.num_parts))
+        """Return the set as networks train on it: partitions cut apart, bases expanded, images generated."""
+        return get_decoder(self.meta.decoder).decode(self)
 
     def to_torch_dataset(self) -> TensorDataset:
         """Return (image [C, H, W], label) pairs, as decoded, in the set's pixel space.
@@ -166,78 +158,14 @@ class DistilledSet:
         Raises:
             InputError: names the first rule that is broken.
         """
-        images, labels, meta = self.images, self.labels, self.meta
-        if meta.decoder == "d3hr":
-            generative.check(self.compact, len(meta.class_names), meta.storage_floats)
-            return
-        if images.dtype != torch.float32 or images.ndim != 4 or images.shape[0] == 0:
-            raise InputError(f"images must be float32 [N, C, H, W], got {images.dtype} {list(images.shape)}")
-        if tuple(images.shape[1:]) != meta.image_shape:
-            raise InputError(
-                f"images must be of image_shape {meta.image_shape}, got {tuple(images.shape[1:])}"
-            )
-        if not self.is_finite():
-            raise InputError("images must be finite, got NaN or infinity")
-        if self.targets is not None:
-            self._validate_targets(self.targets)
-        elif labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-            raise InputError(
-                f"labels must be int64 [{images.shape[0]}], got {labels.dtype} {list(labels.shape)}"
-            )
-        elif labels.min() < 0 or labels.max() >= len(meta.class_names):
-            raise InputError(
-                f"labels must be in 0..{len(meta.class_names) - 1}, "
-                f"got {int(labels.min())}..{int(labels.max())}"
-            )
-        channels = images.shape[1]
-        if len(meta.mean) != channels or len(meta.std) != channels or min(meta.std) <= 0:
-            raise InputError(
-                f"mean and std must hold {channels} values, std > 0, got {meta.mean}, {meta.std}"
-            )
-        width = images[0].numel()
-        shapes = {name: list(tensor.shape) for name, tensor in self.zca.items()}
-        expected = {"zca_mean": [width], "zca_matrix": [width, width]} if meta.pixel_space == "zca" else {}
-        if shapes != expected:
-            raise InputError(
-                f"a set in pixel space {meta.pixel_space} must hold {expected or 'no ZCA'}, got {shapes}"
-            )
-        for name, tensor in self.zca.items():
-            if tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
-                raise InputError(f"{name} must be finite float32, got {tensor.dtype}, NaN or infinity")
-        self._validate_decoder()
-
-    def _validate_decoder(self) -> None:
-        """Raise InputError unless decoder, its parameters and the counts agree."""
-        meta, partition = self.meta, self.meta.partition
-        if (meta.decoder == "partition") != (partition is not None):
-            raise InputError(f"decoder {meta.decoder} and partition {partition} must both be given, or none")
-        parts = (meta.decoder == "boost_ssdd", meta.bases is not None, bool(self.compact))
-        if any(parts) != (all(parts) and self.targets is not None):
-            raise InputError("decoder boost_ssdd, its bases, tensors and targets must all be given, or none")
-        if partition is None:
-            return
-        if meta.ipc_decoded != meta.ipc * partition.num_parts:
-            raise InputError(
-                f"ipc_decoded must be {meta.ipc} x {partition.num_parts} parts, got {meta.ipc_decoded}"
-            )
-        if meta.storage_floats != self.images.numel():
-            raise InputError(f"storage_floats must be {self.images.numel()}, got {meta.storage_floats}")
-        partition.spans(*self.images.shape[2:])
-
-    def _validate_targets(self, targets: Tensor) -> None:
-        """Raise InputError unless the targets fit the images and storage_floats is correct."""
-        meta, num = self.meta, len(self.images)
-        if targets.dtype != torch.float32 or targets.ndim != 2 or len(targets) != num or len(self.labels):
-            raise InputError(
-                f"targets must be float32 [{num}, D] without labels, got {targets.dtype} "
-                f"{list(targets.shape)} and {len(self.labels)} labels"
-            )
-        if meta.bases is not None:
-            check(self.compact, meta.bases, meta.image_shape)
-        stored = self.compact.values() if self.compact else (self.images, targets)
-        floats = sum(tensor.numel() for tensor in stored)
-        if meta.storage_floats != floats:
-            raise InputError(f"storage_floats must be {floats}, got {meta.storage_floats}")
+        meta = self.meta
+        for owner, name in (("partition", "partition"), ("boost_ssdd", "bases")):
+            parameters = getattr(meta, name)
+            if (meta.decoder == owner) != (parameters is not None):
+                raise InputError(
+                    f"decoder {meta.decoder} and {name} {parameters} must both be given, or none"
+                )
+        get_decoder(meta.decoder).validate(self)
 
     def is_finite(self) -> bool:
         """Return whether no image and no target is NaN or infinite."""
@@ -252,16 +180,25 @@ class DistilledSet:
             StorageError: the file can't be written.
         """
         self.validate()
-        stored: dict[str, Tensor] = {"images": self.images, "labels": self.labels}
-        if self.targets is not None:
-            stored = {"images": self.images, "targets": self.targets}
-        stored = dict(self.compact) or stored
+        stored = {**get_decoder(self.meta.decoder).stored(self), **self.zca}
         contents: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
-            **{name: _plain(tensor) for name, tensor in (stored | dict(self.zca)).items()},
+            **{name: _plain(tensor) for name, tensor in stored.items()},
             "meta": json.dumps(self.meta.dump(), sort_keys=True),
         }
         write_atomically(Path(path), lambda file: torch.save(contents, file))
+
+
+def check_storage(distilled: DistilledSet) -> None:
+    """Check that `storage_floats` counts every stored value except labels and ZCA.
+
+    Raises:
+        InputError: it does not.
+    """
+    stored = get_decoder(distilled.meta.decoder).stored(distilled)
+    floats = sum(tensor.numel() for name, tensor in stored.items() if name != "labels")
+    if distilled.meta.storage_floats != floats:
+        raise InputError(f"storage_floats must be {floats}, got {distilled.meta.storage_floats}")
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ddray.artifact.bases import check, images_of, targets_of
-from ddray.artifact.distilled_set import _ZCA, FORMAT_VERSION, DistilledSet, Meta
+from ddray.artifact.decoders import get_decoder
+from ddray.artifact.distilled_set import FORMAT_VERSION, ZCA, DistilledSet, Meta
 from ddray.artifact.foreign import read_foreign
 from ddray.data import Dataset, PixelSpace
 from ddray.errors import InputError
@@ -82,62 +82,27 @@ def _own(path: Path, contents: Mapping[str, Any]) -> DistilledSet:
     version = contents["format_version"]
     if not isinstance(version, int) or version != FORMAT_VERSION:
         raise InputError(f"{path}: format_version must be {FORMAT_VERSION}, got {version}; update ddray")
-    if "meta" in contents and _decoder(contents["meta"]) in ("boost_ssdd", "d3hr"):
-        return _compact(path, contents)
-    needed = {"images", "targets" if "targets" in contents else "labels", "meta"}
-    allowed = {"format_version", *needed, *_ZCA}
-    missing, unexpected = needed - contents.keys(), contents.keys() - allowed
-    if missing or unexpected:
-        raise InputError(
-            f"{path} must hold {sorted(allowed)}; missing {sorted(missing)}, unknown {sorted(unexpected)}"
-        )
-    wrong = [key for key in contents if key not in ("format_version", "meta") and not is_plain(contents[key])]
+    tensors = {key: value for key, value in contents.items() if key not in ("format_version", "meta")}
+    wrong = [key for key, value in tensors.items() if not is_plain(value)]
     if wrong:
         raise InputError(f"{path}: {', '.join(wrong)} must be dense tensors")
-    meta, zca = _meta(path, contents), {key: contents[key] for key in _ZCA if key in contents}
-    labels = contents.get("labels", torch.zeros(0, dtype=torch.int64))
-    return _validated(path, DistilledSet(contents["images"], labels, meta, zca, contents.get("targets")))
+    meta = _meta(path, contents)
+    zca: dict[str, Tensor] = {key: tensors.pop(key) for key in ZCA if key in tensors}
+    try:
+        distilled = get_decoder(meta.decoder).read(meta, tensors, zca)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    return _validated(path, distilled)
 
 
 def _meta(path: Path, contents: Mapping[str, Any]) -> Meta:
     try:
         values = dict(json.loads(contents["meta"]))
+    except KeyError as error:
+        raise InputError(f"{path} must hold meta, got {sorted(contents)}") from error
     except (TypeError, ValueError) as error:
         raise InputError(f"{path}: meta must be a JSON object, got {str(contents['meta'])[:60]!r}") from error
     return Meta.parse(values, prefix="meta.", source=str(path))
-
-
-def _decoder(text: Any) -> Any:
-    """Return the decoder named in a file's meta; None if the meta can't be read."""
-    try:
-        return dict(json.loads(text)).get("decoder")
-    except (TypeError, ValueError):
-        return None
-
-
-def _compact(path: Path, contents: Mapping[str, Any]) -> DistilledSet:
-    """Build a set that is stored as bases and coefficients, or as statistics."""
-    meta, zca = _meta(path, contents), {key: contents[key] for key in _ZCA if key in contents}
-    tensors = {key: value for key, value in contents.items() if key not in ("format_version", "meta", *_ZCA)}
-    wrong = [key for key, value in tensors.items() if not is_plain(value)]
-    if meta.decoder == "d3hr" and not wrong:
-        blank, none = torch.zeros(0, *meta.image_shape), torch.zeros(0, dtype=torch.int64)
-        return _validated(path, DistilledSet(blank, none, meta, zca, compact=tensors))
-    if wrong or meta.bases is None:
-        raise InputError(f"{path}: {', '.join(wrong) or 'meta.bases'} must be there as dense tensors")
-    try:
-        check(tensors, meta.bases, meta.image_shape)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    distilled = DistilledSet(
-        images=images_of(tensors, meta.bases),
-        labels=torch.zeros(0, dtype=torch.int64),
-        meta=meta,
-        zca=zca,
-        targets=targets_of(tensors),
-        compact=tensors,
-    )
-    return _validated(path, distilled)
 
 
 def _validated(path: Path, distilled: DistilledSet) -> DistilledSet:

@@ -1,26 +1,17 @@
-"""Images from D3HR's statistics, in a run or from a stored set: group sampling, DDIM sampling, decoding."""
+"""Images from D3HR's statistics: group sampling, DDIM sampling, decoding."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ddray.errors import InputError
 from ddray.methods.families.diffusion.groups import group_sample
 from ddray.methods.families.diffusion.model import DiffusionModel, class_ids
-from ddray.methods.families.diffusion.stages import load_generator
-from ddray.pool.local import LocalPool
-from ddray.pool.spec import PoolSpec
 from ddray.seeding import derive
-from ddray.system.files import home
 
 if TYPE_CHECKING:
-    from ddray.artifact.distilled_set import DistilledSet
     from ddray.methods.families.diffusion.config import D3HRConfig
 
 
@@ -73,69 +64,3 @@ class Sampler:
         ids = self._ids[labels].to(self._device)
         clean = self.model.sample(latents.to(self._device), ids, self._config.levels())
         return self.model.decode(clean, image_shape).cpu()
-
-
-def generate(distilled: DistilledSet, ipc: int, device: torch.device) -> DistilledSet:
-    """Generate `ipc` images per class from a set of statistics (Sec 6.7).
-
-    Args:
-        distilled: a set with decoder `d3hr`.
-        ipc: images per class, >= 1.
-        device: where to compute.
-
-    Raises:
-        InputError: ipc is below 1, or the generator no longer exists.
-    """
-    from ddray.methods.families.diffusion.config import D3HRConfig
-
-    if ipc < 1:
-        raise InputError(f"ipc must be >= 1, got {ipc}")
-    meta = distilled.meta
-    config = D3HRConfig.parse(meta.config.get("method", {}), prefix="method.")
-    model = load_generator(_source(config, meta.generator or ""), LocalPool(_refuse))
-    sampler = Sampler(
-        distilled.compact["mean"],
-        distilled.compact["variance"],
-        model,
-        config,
-        class_names=meta.class_names,
-        seed=meta.seed or 0,
-        device=device,
-    )
-    num_classes = len(meta.class_names)
-    latents = torch.cat([sampler.choose(label, ipc)[0] for label in range(num_classes)])
-    labels = torch.arange(num_classes).repeat_interleave(ipc)
-    batches = zip(torch.split(latents, config.batch), torch.split(labels, config.batch), strict=True)
-    pixels = torch.cat(
-        [sampler.decode(batch, batch_labels, meta.image_shape) for batch, batch_labels in batches]
-    )
-    changes = {"ipc_decoded": ipc, "decoder": None}
-    return replace(
-        distilled,
-        images=distilled.space().encode(pixels),
-        labels=labels,
-        compact={},
-        meta=meta.model_copy(update=changes),
-    )
-
-
-def _source(config: D3HRConfig, fingerprint: str) -> Mapping[str, Any]:
-    """Locate a set's generator: the folder it was given, or its pool entry.
-
-    Raises:
-        InputError: there is neither.
-    """
-    if config.diffusion is not None:
-        return {"folder": config.diffusion, "fingerprint": fingerprint}
-    path = home() / "pool" / fingerprint / "entry.json"
-    try:
-        return {"spec": json.loads(path.read_text(encoding="utf-8"))["spec"]}
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"the set needs its generator, {path.parent} does not hold it; copy that folder there, or distil "
-            "with method.diffusion=FOLDER"
-        ) from error
-
-
-def _refuse(spec: PoolSpec) -> Any:
-    raise InputError(f"the set needs its generator, pool entry {spec.key} is damaged; copy it again")

@@ -1,0 +1,92 @@
+"""The decoder of sets whose meta names none: images as they are, with labels or self-supervised targets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ddray.artifact.distilled_set import ZCA, DistilledSet, Meta, TrainSet, check_storage
+from ddray.errors import InputError
+
+
+def read(meta: Meta, tensors: Mapping[str, Tensor], zca: Mapping[str, Tensor]) -> DistilledSet:
+    """Return the set of a file's tensors."""
+    needed = {"images", "targets" if "targets" in tensors else "labels"}
+    missing, unexpected = needed - tensors.keys(), tensors.keys() - needed
+    if missing or unexpected:
+        raise InputError(
+            f"the file must hold {sorted({'format_version', 'meta', *needed, *ZCA})}; "
+            f"missing {sorted(missing)}, unknown {sorted(unexpected)}"
+        )
+    labels = tensors.get("labels", torch.zeros(0, dtype=torch.int64))
+    return DistilledSet(tensors["images"], labels, meta, zca, tensors.get("targets"))
+
+
+def stored(distilled: DistilledSet) -> Mapping[str, Tensor]:
+    """Return images, and labels or targets."""
+    if distilled.targets is not None:
+        return {"images": distilled.images, "targets": distilled.targets}
+    return {"images": distilled.images, "labels": distilled.labels}
+
+
+def validate(distilled: DistilledSet) -> None:
+    """Check images, labels or targets, mean, std and ZCA."""
+    check_images(distilled)
+    if distilled.targets is not None:
+        check_storage(distilled)
+
+
+def decode(distilled: DistilledSet) -> TrainSet:
+    """Return the set as it is."""
+    return TrainSet(distilled.images, distilled.labels, distilled.targets)
+
+
+def check_images(distilled: DistilledSet) -> None:
+    """Check a set's images, the labels or targets that belong to them, and their pixel space.
+
+    Raises:
+        InputError: names the first rule that is broken.
+    """
+    images, meta = distilled.images, distilled.meta
+    if images.dtype != torch.float32 or images.ndim != 4 or images.shape[0] == 0:
+        raise InputError(f"images must be float32 [N, C, H, W], got {images.dtype} {list(images.shape)}")
+    if tuple(images.shape[1:]) != meta.image_shape:
+        raise InputError(f"images must be of image_shape {meta.image_shape}, got {tuple(images.shape[1:])}")
+    if not distilled.is_finite():
+        raise InputError("images must be finite, got NaN or infinity")
+    if distilled.targets is None:
+        _check_labels(distilled.labels, len(images), len(meta.class_names))
+    else:
+        _check_targets(distilled.targets, distilled.labels, len(images))
+    channels = images.shape[1]
+    if len(meta.mean) != channels or len(meta.std) != channels or min(meta.std) <= 0:
+        raise InputError(f"mean and std must hold {channels} values, std > 0, got {meta.mean}, {meta.std}")
+    width = images[0].numel()
+    shapes = {name: list(tensor.shape) for name, tensor in distilled.zca.items()}
+    expected = {"zca_mean": [width], "zca_matrix": [width, width]} if meta.pixel_space == "zca" else {}
+    if shapes != expected:
+        raise InputError(
+            f"a set in pixel space {meta.pixel_space} must hold {expected or 'no ZCA'}, got {shapes}"
+        )
+    for name, tensor in distilled.zca.items():
+        if tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
+            raise InputError(f"{name} must be finite float32, got {tensor.dtype}, NaN or infinity")
+
+
+def _check_labels(labels: Tensor, num_images: int, num_classes: int) -> None:
+    if labels.dtype != torch.int64 or labels.shape != (num_images,):
+        raise InputError(f"labels must be int64 [{num_images}], got {labels.dtype} {list(labels.shape)}")
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise InputError(
+            f"labels must be in 0..{num_classes - 1}, got {int(labels.min())}..{int(labels.max())}"
+        )
+
+
+def _check_targets(targets: Tensor, labels: Tensor, num_images: int) -> None:
+    if targets.dtype != torch.float32 or targets.ndim != 2 or len(targets) != num_images or len(labels):
+        raise InputError(
+            f"targets must be float32 [{num_images}, D] without labels, got {targets.dtype} "
+            f"{list(targets.shape)} and {len(labels)} labels"
+        )
