@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Final
 
 import torch
@@ -35,6 +36,7 @@ from ddray.nets import Net, build_net, check_arch
 from ddray.seeding import derive, derive_seed, forked_global
 from ddray.system.memory import available_bytes
 from ddray.training.embedding import embed_images, outputs
+from ddray.training.engine import Batch, Order, Rule, Step, cosine, run
 from ddray.training.loop import train
 from ddray.training.operations import crop_and_flip
 from ddray.training.policies import augmenter
@@ -147,22 +149,17 @@ class Linear:
         body_weights = {name: t for name, t in net.state_dict().items() if not name.startswith(_HEADS)}
         tuned.load_state_dict(body_weights, strict=False)
         tuned.to(memory_format=torch.channels_last).train()
-        optimizer = torch.optim.SGD(
-            tuned.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-        )
         steps = config.steps or (10_000 if len(self._real) >= _LARGE else 5_000)
         generator = derive(seed, "batches")
         images, labels = self._real.images.to(device), self._real.labels.to(device)
-        for step, index in enumerate(batches(len(labels), config.batch, steps, generator)):
-            rows = index.to(device, non_blocking=True)
+
+        def batch(rows: Tensor) -> Batch:
             pixels = adapted(images[rows], net.image_shape)
             pixels = crop_and_flip(pixels, generator, can_flip=ctx.dataset.can_flip)
-            encoded = ctx.space.encode(pixels).contiguous(memory_format=torch.channels_last)
-            optimizer.param_groups[0]["lr"] = config.lr * cosine(step, steps)
-            loss = F.cross_entropy(tuned(encoded), labels[rows])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
+            return ctx.space.encode(pixels).contiguous(memory_format=torch.channels_last), labels[rows]
+
+        order = Order(len(labels), config.batch).indices(generator, device)
+        _descend(tuned, config, steps, map(batch, order), weight_decay=config.weight_decay)
         return _accuracy(tuned.eval(), net.image_shape, ctx)
 
 
@@ -231,26 +228,21 @@ def train_probe(
     seed = int(torch.randint(2**62, (), generator=generator))
     with forked_global(seed, features.device), torch.device(features.device):
         classifier = nn.Linear(features.shape[1], num_classes)
-    optimizer = torch.optim.SGD(classifier.parameters(), lr=config.lr, momentum=config.momentum)
-    for step, index in enumerate(batches(len(labels), config.batch, config.steps, generator)):
-        rows = index.to(features.device, non_blocking=True)
-        optimizer.param_groups[0]["lr"] = config.lr * cosine(step, config.steps)
-        loss = F.cross_entropy(classifier(features.index_select(0, rows)), labels[rows])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+    order = Order(len(labels), config.batch).indices(generator, features.device)
+    batches = ((features.index_select(0, rows), labels[rows]) for rows in order)
+    _descend(classifier, config, config.steps, batches)
     return classifier
 
 
-def batches(num: int, batch: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yield `steps` batches of indices: epoch after epoch in random order, the last of each epoch smaller."""
-    done = 0
-    while done < steps:
-        for index in torch.split(torch.randperm(num, generator=generator), batch)[: steps - done]:
-            yield index
-            done += 1
-
-
-def cosine(step: int, steps: int) -> float:
-    """Return the factor on the learning rate at a step counted from 0."""
-    return 0.5 * (1 + math.cos(math.pi * step / steps))
+def _descend(
+    net: nn.Module,
+    config: ProbeConfig | FinetuneConfig,
+    steps: int,
+    batches: Iterator[Batch],
+    *,
+    weight_decay: float = 0.0,
+) -> None:
+    """Train `net` by SGD on cross entropy, the rate along a cosine to 0."""
+    optimizer = partial(torch.optim.SGD, momentum=config.momentum, weight_decay=weight_decay)
+    step = Step([net], Rule(F.cross_entropy, optimizer), num_steps=steps)
+    run(step, batches, lr=lambda index: config.lr * cosine(index, steps))

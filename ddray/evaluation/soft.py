@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 from typing import Literal
 
 import torch
@@ -33,7 +34,8 @@ from ddray.nets import Net, build_net, check_arch
 from ddray.nets.names import parse_arch
 from ddray.seeding import derive, derive_seed
 from ddray.training.crops import random_resized_crop
-from ddray.training.cutmix import Mixed, cutmix
+from ddray.training.cutmix import Mixed, cutmix, mixed_cross_entropy
+from ddray.training.engine import Batch, Order, Rule, Step, run
 from ddray.training.loop import accuracy
 from ddray.training.recipe import TeacherRecipe
 
@@ -165,33 +167,33 @@ class Soft:
         images = train_set.images.to(ctx.device)
         labels = train_set.labels.to(ctx.device)
         space = ctx.space.to(ctx.device)
+        order = Order(len(labels), settings.batch, last="join")
+
+        def batch(index: Tensor) -> Batch:
+            crops = shuffle_strips(images[index], settings.patches, generator)
+            scale = (settings.min_scale, 1.0)
+            crops = random_resized_crop(crops, generator, scale=scale, flip=ctx.dataset.can_flip)
+            mixed = mix(crops, settings.mix, generator)
+            inputs = mixed.images.contiguous(memory_format=torch.channels_last)
+            if self._teachers is None:
+                return (inputs, *mixed.targets(labels[index]))
+            return inputs, self._teachers.probabilities(mixed.images, space, settings.temperature)
+
+        soft = partial(soft_loss, temperature=settings.temperature)
+        loss = mixed_cross_entropy if self._teachers is None else soft
+        epoch = len(order.sizes)
+        losses: list[Tensor] = []
         net.to(memory_format=torch.channels_last).train()
-        optimizer = torch.optim.AdamW(net.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
-        total = torch.zeros((), device=ctx.device)
-        for epoch in range(settings.epochs):
-            optimizer.param_groups[0]["lr"] = settings.lr * half_cosine(epoch, settings.epochs)
-            total = torch.zeros((), device=ctx.device)
-            for index in batches(len(labels), settings.batch, generator):
-                index = index.to(ctx.device, non_blocking=True)
-                crops = shuffle_strips(images[index], settings.patches, generator)
-                crops = random_resized_crop(
-                    crops, generator, scale=(settings.min_scale, 1.0), flip=ctx.dataset.can_flip
-                )
-                mixed = mix(crops, settings.mix, generator)
-                logits = net(mixed.images.contiguous(memory_format=torch.channels_last))
-                if self._teachers is None:
-                    batch_labels = labels[index]
-                    loss = mixed.share * F.cross_entropy(logits, batch_labels)
-                    loss = loss + (1 - mixed.share) * F.cross_entropy(logits, batch_labels[mixed.partner])
-                else:
-                    soft_labels = self._teachers.probabilities(mixed.images, space, settings.temperature)
-                    loss = soft_loss(logits, soft_labels, settings.temperature)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                total += loss.detach() * len(index)
+        rule = Rule(loss, partial(torch.optim.AdamW, weight_decay=settings.weight_decay))
+        run(
+            Step([net], rule, num_steps=settings.epochs * epoch),
+            map(batch, order.indices(generator, ctx.device)),
+            lr=lambda step: settings.lr * half_cosine(step // epoch, settings.epochs),
+            epoch=epoch,
+            on_epoch=losses.append,
+        )
         net.eval()
-        return float(total / len(labels))
+        return float(losses[-1])
 
 
 def soft_loss(logits: Tensor, soft_labels: Tensor, temperature: float) -> Tensor:
@@ -202,14 +204,6 @@ def soft_loss(logits: Tensor, soft_labels: Tensor, temperature: float) -> Tensor
 def half_cosine(epoch: int, epochs: int) -> float:
     """Return the factor on the rate: .5 (1 + cos(pi e / 2E)), from 1 down to a half."""
     return 0.5 * (1 + math.cos(math.pi * epoch / (2 * epochs)))
-
-
-def batches(num: int, batch: int, generator: torch.Generator) -> list[Tensor]:
-    """Return an epoch's shuffled batches; a single image left over joins the batch before it."""
-    parts = list(torch.split(torch.randperm(num, generator=generator), batch))
-    if len(parts) > 1 and len(parts[-1]) == 1:
-        parts[-2:] = [torch.cat(parts[-2:])]
-    return parts
 
 
 def mix(images: Tensor, kind: str, generator: torch.Generator) -> Mixed:

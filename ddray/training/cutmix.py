@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -22,6 +23,25 @@ class Mixed:
     images: Tensor
     partner: Tensor
     share: float
+
+    def targets(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return what `mixed_cross_entropy` takes beside logits; `labels` int64 [N] are the images' own."""
+        shares = torch.tensor([self.share, 1 - self.share]).to(labels.device, non_blocking=True)
+        return labels, labels[self.partner], shares[0], shares[1]
+
+
+def mixed_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    partner_labels: Tensor | None = None,
+    share: Tensor | None = None,
+    rest: Tensor | None = None,
+) -> Tensor:
+    """Return the mean cross entropy of logits [N, K]; in a mixed batch that of both labels, by share."""
+    loss = F.cross_entropy(logits, labels)
+    if partner_labels is None or share is None or rest is None:
+        return loss
+    return share * loss + rest * F.cross_entropy(logits, partner_labels)
 
 
 def cutmix(images: Tensor, probability: float, generator: torch.Generator) -> Mixed | None:

@@ -1,11 +1,9 @@
-"""Training a network on a small or real set: the one loop behind the `hard` protocol and the pool's networks.
-
-Data stays on the device, augmentation runs there, and nothing syncs per step.
-"""
+"""Training a network by a recipe: what the `hard` protocol, the pool and methods' inner loops do."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +11,10 @@ from torch import Tensor
 
 from ddray.data import PixelSpace, Split
 from ddray.nets import Net, training_format
-from ddray.training.cutmix import cutmix
+from ddray.training.cutmix import cutmix, mixed_cross_entropy
+from ddray.training.engine import Batch, Order, Rule, Step, run
 from ddray.training.policies import Augmenter
 from ddray.training.recipe import Recipe
-
-"""Whole recipes by name: `vico` of DC, DSA, DM and their kin; `idc` of IDC and DSDM (DSDM's 1,500 epochs)."""
 
 
 def train(
@@ -47,48 +44,43 @@ def train(
     form = training_format(net, images.device)
     images = images.contiguous(memory_format=form)
     net.to(memory_format=form).train()
-    optimizer = _sgd(net, recipe, recipe.lr)
-    loss = torch.zeros((), device=images.device)
-    total = recipe.epochs + 1 if recipe.schedule == "vico" else recipe.epochs
-    for epoch in range(total):
-        if recipe.schedule != "vico":
-            optimizer.param_groups[0]["lr"] = recipe.lr * _factor(recipe, epoch)
-        order = torch.randperm(len(labels), generator=generator).to(images.device, non_blocking=True)
-        loss = torch.zeros((), device=images.device)
-        for index in torch.split(order, recipe.batch):
-            batch = images[index]
-            if augment is not None:
-                batch = augment(batch, generator)
-            step_loss = _loss(net, batch, labels[index], recipe.cutmix, generator)
-            optimizer.zero_grad(set_to_none=True)
-            step_loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            loss += step_loss.detach() * len(index)
+    soft = labels.is_floating_point()
+    optimizer = partial(torch.optim.SGD, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+    rule = Rule(F.mse_loss if soft else mixed_cross_entropy, optimizer)
+    order = Order(len(labels), recipe.batch)
+    epoch = len(order.sizes)
+    losses: list[Tensor] = []
+
+    def batch(index: Tensor) -> Batch:
+        inputs = images[index]
+        if augment is not None:
+            inputs = augment(inputs, generator)
+        mixed = cutmix(inputs, recipe.cutmix, generator) if recipe.cutmix > 0 and not soft else None
+        return (inputs, labels[index]) if mixed is None else (mixed.images, *mixed.targets(labels[index]))
+
+    def end(loss: Tensor) -> None:
+        losses[:] = [loss]
         if on_epoch is not None:
-            on_epoch(loss / len(labels))
-        if recipe.schedule == "vico" and epoch == recipe.epochs // 2 + 1:
-            # The peers re-create the optimiser here, which also resets the momentum.
-            optimizer = _sgd(net, recipe, recipe.lr * 0.1)
+            on_epoch(loss)
+
+    for rates in _phases(recipe):
+        run(
+            Step([net], rule, num_steps=len(rates) * epoch),
+            map(batch, order.indices(generator, images.device)),
+            lr=lambda step, rates=rates: rates[step // epoch],  # type: ignore[misc]
+            epoch=epoch,
+            on_epoch=end,
+        )
     net.to(memory_format=torch.channels_last).eval()
-    return float(loss / len(labels))
+    return float(losses[0])
 
 
-def _loss(net: Net, batch: Tensor, labels: Tensor, probability: float, generator: torch.Generator) -> Tensor:
-    """Return the cross entropy, after CutMix with `probability`; for float targets the mean squared error."""
-    if labels.is_floating_point():
-        return F.mse_loss(net(batch), labels)
-    mixed = cutmix(batch, probability, generator) if probability > 0 else None
-    if mixed is None:
-        return F.cross_entropy(net(batch), labels)
-    logits = net(mixed.images)
-    own_loss, partner_loss = F.cross_entropy(logits, labels), F.cross_entropy(logits, labels[mixed.partner])
-    return mixed.share * own_loss + (1 - mixed.share) * partner_loss
-
-
-def _sgd(net: Net, recipe: Recipe, lr: float) -> torch.optim.SGD:
-    return torch.optim.SGD(
-        net.parameters(), lr=lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
-    )
+def _phases(recipe: Recipe) -> list[list[float]]:
+    """Return the rate of every epoch, in phases: a phase has an optimiser of its own, so fresh momentum."""
+    if recipe.schedule == "vico":  # the peers re-create the optimiser after epoch E // 2 + 1 of E + 1
+        first = min(recipe.epochs // 2 + 2, recipe.epochs + 1)
+        return [[recipe.lr] * first, [recipe.lr * 0.1] * (recipe.epochs + 1 - first)]
+    return [[recipe.lr * _factor(recipe, epoch) for epoch in range(recipe.epochs)]]
 
 
 def _factor(recipe: Recipe, epoch: int) -> float:

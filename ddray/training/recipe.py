@@ -39,6 +39,7 @@ RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
         "cutmix": 0.5,
     },
 }
+"""Whole recipes by name: `vico` of DC, DSA, DM and their kin; `idc` of IDC and DSDM (DSDM's 1,500 epochs)."""
 
 
 class ProbeConfig(Config):

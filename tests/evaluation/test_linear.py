@@ -15,7 +15,7 @@ from ddray.artifact.distilled_set import TrainSet
 from ddray.data import Split, normalized_space
 from ddray.errors import DivergedError, InputError
 from ddray.evaluation import linear
-from ddray.evaluation.linear import Linear, adapted, batches, embeddings, train_probe
+from ddray.evaluation.linear import Linear, adapted, embeddings, train_probe
 from ddray.evaluation.protocol import EvalContext, evaluate_archs
 from ddray.nets import build_net
 from ddray.training.recipe import FinetuneConfig, ProbeConfig, Recipe
@@ -154,13 +154,6 @@ def test_the_probe_is_sgd_with_a_cosine_on_cached_features() -> None:
         schedule.step()
     torch.testing.assert_close(classifier.weight, plain.weight, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(classifier.bias, plain.bias, rtol=1e-4, atol=1e-6)
-
-
-def test_batches_cover_each_epoch_once() -> None:
-    indices = list(batches(10, 4, 7, torch.Generator().manual_seed(0)))
-    assert [len(index) for index in indices] == [4, 4, 2, 4, 4, 2, 4]
-    assert torch.cat(indices[:3]).sort().values.tolist() == list(range(10))
-    assert torch.cat(indices[3:6]).sort().values.tolist() == list(range(10))
 
 
 def test_target_images_take_the_sets_shape() -> None:

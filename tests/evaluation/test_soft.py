@@ -16,7 +16,6 @@ from ddray.evaluation.protocol import EvalContext
 from ddray.evaluation.soft import (
     Soft,
     SoftConfig,
-    batches,
     half_cosine,
     mix,
     settle,
@@ -83,13 +82,6 @@ def test_recipes_are_the_papers_and_the_codes(
     assert (settings.epochs, settings.lr, settings.batch) == expected
     assert (settings.temperature, settings.weight_decay, settings.min_scale) == (20.0, 0.01, 0.08)
     assert settings.mix == ("mixup" if config.recipe == "table5" else "cutmix")
-
-
-def test_a_single_image_left_over_joins_the_batch_before_it() -> None:
-    assert [len(part) for part in batches(21, 10, seeded())] == [10, 11]
-    assert [len(part) for part in batches(22, 10, seeded())] == [10, 10, 2]
-    assert [len(part) for part in batches(1, 10, seeded())] == [1]
-    assert sorted(torch.cat(batches(21, 10, seeded())).tolist()) == list(range(21))
 
 
 def test_mixes() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from ddray.distillation.method import DistillContext
 from ddray.methods.families.state import cpu_copy, load_optimizer_state, optimizer_state
 from ddray.nets import Net, build_net
 from ddray.seeding import derive_seed
+from ddray.training.engine import Rule, Step
 
 
 @dataclass
@@ -21,15 +23,25 @@ class Member:
 
     Attributes:
         net: the network.
-        optimizer: SGD with momentum.
         right: real images classified correctly since the last reset, a scalar on the device.
-        seen: real images seen since then.
+        lr: learning rate of its training.
+        seen: real images seen since the last reset.
+        step: its training step: SGD with momentum, counting what was right.
     """
 
     net: Net
-    optimizer: torch.optim.SGD
     right: Tensor
+    lr: InitVar[float]
     seen: int = 0
+    step: Step = field(init=False)
+
+    def __post_init__(self, lr: float) -> None:
+        optimizer = partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4)
+        self.step = Step([self.net], Rule(self._loss, optimizer), lr=lr)
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        self.right = self.right + (logits.argmax(1) == labels).sum()
+        return F.cross_entropy(logits, labels)
 
     def accuracy(self) -> Tensor:
         """Return the fraction right since the last reset; 0 before any training."""
@@ -63,18 +75,12 @@ class NetQueue:
         shape, num_classes = ctx.dataset.image_shape, ctx.dataset.num_classes
         net = build_net(ctx.arch, shape, num_classes, seed=seed, device=ctx.device)
         net.to(memory_format=torch.channels_last).train()
-        optimizer = torch.optim.SGD(net.parameters(), lr=self._lr, momentum=0.9, weight_decay=5e-4)
-        return Member(net, optimizer, torch.zeros((), device=ctx.device))
+        return Member(net, torch.zeros((), device=ctx.device), self._lr)
 
     def train(self, position: int, images: Tensor, labels: Tensor) -> None:
         """Train one network on one batch [B, C, H, W]."""
         member = self.members[position]
-        logits = member.net(images.contiguous(memory_format=torch.channels_last))
-        loss = F.cross_entropy(logits, labels)
-        member.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        member.optimizer.step()
-        member.right = member.right + (logits.argmax(1) == labels).sum()
+        member.step(images.contiguous(memory_format=torch.channels_last), labels)
         member.seen += len(labels)
 
     def forget_accuracies(self) -> None:
@@ -96,7 +102,7 @@ class NetQueue:
             for mine, theirs in zip(member.net.state_dict().values(), member_state["values"], strict=True):
                 mine.copy_(theirs)
             velocities = enumerate(member_state["velocities"])
-            load_optimizer_state(member.optimizer, {i: {"momentum_buffer": v} for i, v in velocities})
+            load_optimizer_state(member.step.optimizer, {i: {"momentum_buffer": v} for i, v in velocities})
             member.right = member_state["right"].to(member.right.device, copy=True)
             member.seen = int(member_state["seen"])
             self.members.append(member)
@@ -104,7 +110,7 @@ class NetQueue:
 
 def _member_state(member: Member) -> dict[str, Any]:
     """Return copies of a member's tensors; no velocities before its first training step."""
-    buffers = optimizer_state(member.optimizer).values()
+    buffers = optimizer_state(member.step.optimizer).values()
     return {
         "values": cpu_copy(list(member.net.state_dict().values())),
         "velocities": [buffer["momentum_buffer"] for buffer in buffers],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from ddray.distillation.method import DistillContext
 from ddray.methods.families.state import cpu_copy, load_optimizer_state, optimizer_state
 from ddray.nets import Net, build_net, reinitialize
 from ddray.seeding import derive_seed
+from ddray.training.engine import Rule, Step
 
 PoolReset = Literal["paper", "krrst_code"]
 DrawRows = Callable[[torch.Generator], tuple[Tensor, Tensor]]
@@ -48,9 +50,9 @@ class _Slot:
     def __init__(self, net: Net, recipe: InnerRecipe) -> None:
         self.net = net
         self.trained = 0
-        self.optimizer = torch.optim.SGD(
-            net.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
-        )
+        optimizer = partial(torch.optim.SGD, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+        self.step = Step([net], Rule(F.mse_loss, optimizer), lr=recipe.lr)
+        self.optimizer = self.step.optimizer
 
     def state(self) -> dict[str, Any]:
         """Return weights, statistics, momentum and counter as copies on the CPU."""
@@ -128,10 +130,7 @@ class InnerPool:
     def _train(self, slot: _Slot, images: Tensor, targets: Tensor) -> None:
         """Take one step on Eq 2, the squared error's mean over rows and dimensions, in train mode."""
         net = slot.net.train().requires_grad_(True)
-        loss = F.mse_loss(net(images.contiguous(memory_format=torch.channels_last)), targets)
-        slot.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        slot.optimizer.step()
+        slot.step(images.contiguous(memory_format=torch.channels_last), targets)
         slot.optimizer.zero_grad(set_to_none=True)
         net.requires_grad_(False)
         slot.trained += 1

@@ -20,6 +20,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -34,6 +35,7 @@ from ddray.nets import Net, build_net
 from ddray.pool.spec import PoolEntry, PoolSpec
 from ddray.seeding import derive, derive_seed, forked_global
 from ddray.training.embedding import embed_images
+from ddray.training.engine import Batch, Order, Rule, Step, run
 
 KIND: Final = "ssl"
 _HASH_CHUNK: Final = 4096
@@ -270,40 +272,47 @@ class SslTrainer:
             dim = net.eval().embed(torch.zeros(1, *net.image_shape, device=device)).shape[1]
         with forked_global(derive_seed(seed, "projector"), device), torch.device(device):
             head = projector(dim, config.projector)
-        for module in (net, head):
-            module.train()
-        optimizer = torch.optim.AdamW(
-            [*net.parameters(), *head.parameters()], lr=config.lr, weight_decay=config.weight_decay
-        )
-        batch = min(config.batch, num)
-        steps, step = config.epochs * (num // batch), 0
+        views = _TwoViews(net, head).train()
+        order = Order(num, min(config.batch, num), last="drop")
         generator = derive(seed, "views")
         epochs: list[Tensor] = []
-        for _ in range(config.epochs):
-            total = torch.zeros((), device=device)
-            order = torch.randperm(num, generator=generator).to(device, non_blocking=True)
-            for index in torch.split(order[: num // batch * batch], batch):
-                raw = pixels[index].float() / 255
-                views = [
-                    random_view(raw, generator, crop_area=config.crop_area, flip=flip, solarize=share)
-                    for share in (0.0, config.solarize)
-                ]
-                optimizer.param_groups[0]["lr"] = config.lr * _schedule(step, steps)
-                loss = self._loss(net, head, [space.encode(view) for view in views], config)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                total += loss.detach()
-                step += 1
-            epochs.append(total / (num // batch))
+        epoch = len(order.sizes)
+        steps = config.epochs * epoch
+
+        def batch(index: Tensor) -> Batch:
+            raw = pixels[index].float() / 255
+            pair = [
+                random_view(raw, generator, crop_area=config.crop_area, flip=flip, solarize=share)
+                for share in (0.0, config.solarize)
+            ]
+            return (torch.stack([space.encode(view) for view in pair], 1),)
+
+        rule = Rule(
+            lambda views: barlow_twins_loss(views[0], views[1], config.off_diagonal),
+            partial(torch.optim.AdamW, weight_decay=config.weight_decay),
+            bf16=device.type == "cuda",
+        )
+        run(
+            Step([views], rule, num_steps=steps),
+            map(batch, order.indices(generator, device)),
+            lr=lambda step: config.lr * _schedule(step, steps),
+            epoch=epoch,
+            on_epoch=epochs.append,
+        )
         net.eval()
         return [float(value) for value in epochs]
 
-    def _loss(self, net: Net, head: nn.Module, views: list[Tensor], config: TeacherConfig) -> Tensor:
-        """Return the loss of two encoded views; the networks in bfloat16 on a GPU, the loss in float32."""
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
-            a, b = (head(net.embed(v.contiguous(memory_format=torch.channels_last))) for v in views)
-        return barlow_twins_loss(a.float(), b.float(), config.off_diagonal)
+
+class _TwoViews(nn.Module):
+    """Projections [2, N, D] of views [N, 2, C, H, W]; each view passes batch norm on its own."""
+
+    def __init__(self, net: Net, head: nn.Module) -> None:
+        super().__init__()
+        self.net, self.head = net, head
+
+    def forward(self, views: Tensor) -> Tensor:
+        inputs = [view.contiguous(memory_format=torch.channels_last) for view in views.unbind(1)]
+        return torch.stack([self.head(self.net.embed(view)) for view in inputs])
 
 
 def _schedule(step: int, steps: int) -> float:

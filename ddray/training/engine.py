@@ -1,0 +1,328 @@
+"""The training engine: the one loop that trains networks, and the one step in it.
+
+A caller says what a batch is (an iterator of tensors that are on the device already), what the loss, the
+optimiser and the rate are; the engine does the rest, and no step waits for the device:
+
+- on a CPU, a batch of images is run in chunks that fit the cache, where no layer mixes samples. The chunks'
+  gradients are summed, so the last digit may differ from the whole batch's;
+- on CUDA the whole step (forward, backward, clipping, update) is a CUDA graph per shape of batch, with the
+  eager step as the fallback. The rate is a tensor there, which a graph reads anew at every replay;
+- several networks of one architecture may be trained as one (torch.func over stacked weights).
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ddray.nets import is_per_sample
+from ddray.nets.features import CpuLayer
+
+log = logging.getLogger(__name__)
+
+Batch = tuple[Tensor, ...]
+"""A step's inputs [n, ...] and its targets: tensors with a row per input, or scalars for all of them."""
+# 64 images of 32 px: a batch of 256 at once took up to 1.5 times as long (ConvNets of width 128, one core).
+_CHUNK_PIXELS: Final = 64 * 32 * 32
+# Steps from which capturing a graph, which costs about five, is worth it.
+_GRAPH_STEPS: Final = 50
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a step changes the weights.
+
+    Attributes:
+        loss: maps outputs [n, ...] and the batch's targets to the mean of the rows' losses.
+        optimizer: a class of torch.optim with its settings but the rate, such as a `functools.partial`.
+        clip: maximum norm of a network's gradient; None does not clip.
+        bf16: autocast the forward pass to bfloat16; the loss is computed in float32.
+    """
+
+    loss: Callable[..., Tensor]
+    optimizer: Callable[..., torch.optim.Optimizer]
+    clip: float | None = None
+    bf16: bool = False
+
+
+@dataclass(frozen=True)
+class Order:
+    """The random order of a set's rows, epoch after epoch.
+
+    Attributes:
+        num: rows of the set.
+        batch: rows of a step.
+        last: an incomplete last batch is kept or dropped, or joined to the one before if it has a single row.
+        shuffle: False: every epoch in the order of the rows.
+    """
+
+    num: int
+    batch: int
+    last: Literal["keep", "drop", "join"] = "keep"
+    shuffle: bool = True
+
+    @property
+    def sizes(self) -> list[int]:
+        """Rows of each step of an epoch."""
+        whole, rest = divmod(self.num, self.batch)
+        if rest == 0 or (self.last == "drop" and whole):
+            return [self.batch] * whole
+        if self.last == "join" and rest == 1 and whole:
+            return [self.batch] * (whole - 1) + [self.batch + 1]
+        return [self.batch] * whole + [rest]
+
+    def indices(self, generator: torch.Generator, device: torch.device) -> Iterator[Tensor]:
+        """Yield every step's rows int64 [n], without end; an epoch is drawn on the CPU and copied once."""
+        sizes = self.sizes
+        while True:
+            order = torch.randperm(self.num, generator=generator) if self.shuffle else torch.arange(self.num)
+            yield from torch.split(order[: sum(sizes)].to(device, non_blocking=True), sizes)
+
+
+def run(
+    step: Step,
+    batches: Iterable[Batch],
+    *,
+    lr: Callable[[int], float],
+    epoch: int | None = None,
+    on_epoch: Callable[[Tensor], None] | None = None,
+) -> None:
+    """Train: do the steps.
+
+    Args:
+        step: the step; how many there are is its own.
+        batches: as many or more; what is more is not drawn. If there are fewer, the training ends early.
+        lr: maps a step, counted from 0, to its learning rate.
+        epoch: steps of an epoch, after which `on_epoch` is called.
+        on_epoch: called with the mean loss of the epoch's rows, a scalar on the device.
+    """
+    for step_index, batch in zip(range(step.num_steps), batches, strict=False):
+        step.set_lr(lr(step_index))
+        step(*batch)
+        if epoch is not None and on_epoch is not None and (step_index + 1) % epoch == 0:
+            on_epoch(step.mean_loss())
+
+
+def cosine(step: int, num_steps: int) -> float:
+    """Return the factor .5 (1 + cos(pi t / T)) on the rate, from 1 to 0; `step` counts from 0."""
+    return 0.5 * (1 + math.cos(math.pi * step / num_steps))
+
+
+class Step:
+    """An optimiser step of a network, or of several of one architecture at once.
+
+    Args:
+        nets: what is trained, in train mode; several only with `fused`.
+        rule: loss, optimiser, clipping.
+        lr: learning rate until `set_lr`.
+        fused: train `nets` as one; batches then hold equally many rows for each, in order. Their weights are
+            updated by `finish`.
+        num_steps: steps of the training; few are not worth a CUDA graph.
+
+    Attributes:
+        num_steps: steps of the training.
+        optimizer: of the weights.
+        captured: whether CUDA graphs have done steps.
+    """
+
+    def __init__(
+        self,
+        nets: Sequence[nn.Module],
+        rule: Rule,
+        *,
+        lr: float = 0.0,
+        fused: bool = False,
+        num_steps: int = 1,
+    ) -> None:
+        self.num_steps = num_steps
+        self._rule = rule
+        self._model: _Alone | _Stacked = _Stacked(nets) if fused else _Alone(*nets)
+        device = self._model.params[0].device
+        self._eager = device.type != "cuda" or num_steps < _GRAPH_STEPS
+        options: dict[str, Any] = {"lr": lr}
+        if device.type == "cuda":
+            options = {"lr": torch.tensor(lr, device=device), "fused": True}
+            if "capturable" in inspect.signature(rule.optimizer).parameters:
+                options["capturable"] = not self._eager
+        self.optimizer = rule.optimizer(self._model.params, **options)
+        self._lr = lr
+        self._chunked = device.type == "cpu" and not fused and is_per_sample(nets[0])
+        self._loss_sum = torch.zeros((), device=device)
+        self._num_rows = 0
+        self._graphs: dict[tuple[torch.Size, ...], tuple[torch.cuda.CUDAGraph, Batch]] = {}
+        self.captured = False
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate of the next step."""
+        if lr == self._lr:
+            return
+        self._lr = lr
+        (group,) = self.optimizer.param_groups
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+    def __call__(self, inputs: Tensor, *targets: Tensor) -> None:
+        """Do one step."""
+        batch = (inputs, *targets)
+        self._num_rows += len(inputs)
+        if self._eager:
+            self._update(batch)
+            return
+        key = tuple(tensor.shape for tensor in batch)
+        if key not in self._graphs:
+            try:
+                self._graphs[key] = self._capture(batch)
+                self.captured = True
+            except RuntimeError as error:
+                self._eager = True
+                log.warning("no CUDA graph (%s): steps run eagerly", str(error).splitlines()[0])
+                self._update(batch)
+                return
+        graph, static = self._graphs[key]
+        for to, tensor in zip(static, batch, strict=True):
+            to.copy_(tensor)
+        graph.replay()
+
+    def mean_loss(self) -> Tensor:
+        """Return the mean loss per row since the last call, a scalar on the device."""
+        mean = self._loss_sum / self._num_rows
+        self._loss_sum.zero_()
+        self._num_rows = 0
+        return mean
+
+    def finish(self) -> None:
+        """Copy the weights of fused networks into `nets`."""
+        self._model.finish()
+
+    def _update(self, batch: Batch) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        num = len(batch[0])
+        for inputs, *targets in self._chunks(batch):
+            loss = self._rule.loss(self._outputs(inputs), *targets)
+            # A sum over networks keeps their gradients separate, each that of its own mean loss.
+            weight = self._model.num * len(inputs) / num
+            (loss if weight == 1 else loss * weight).backward()  # type: ignore[no-untyped-call]
+            self._loss_sum += loss.detach() * len(inputs)
+        if self._rule.clip is not None:
+            self._model.clip(self._rule.clip)
+        self.optimizer.step()
+
+    def _outputs(self, inputs: Tensor) -> Tensor:
+        if not self._rule.bf16:
+            return self._model(inputs)
+        # No weight cache: it would outlive the step in a CUDA graph.
+        with torch.autocast(inputs.device.type, torch.bfloat16, cache_enabled=False):
+            return self._model(inputs).float()
+
+    def _chunks(self, batch: Batch) -> Iterable[Batch]:
+        """Return the batch, on a CPU cut into parts that fit the cache."""
+        inputs = batch[0]
+        num = len(inputs)
+        size = num
+        if self._chunked and inputs.ndim == 4:
+            size = max(1, _CHUNK_PIXELS // (inputs.shape[2] * inputs.shape[3]))
+        if size >= num:
+            return [batch]
+        count = math.ceil(num / size)
+        parts = [torch.split(t, size) if t.ndim else (t,) * count for t in batch]
+        return zip(*parts, strict=True)
+
+    def _state(self) -> list[Tensor]:
+        """Return every tensor that a step changes."""
+        values = [value for state in self.optimizer.state.values() for value in state.values()]
+        changed = [*self._model.params, *self._model.buffers, self._loss_sum, *values]
+        return [value.detach() for value in changed if isinstance(value, Tensor)]
+
+    def _capture(self, batch: Batch) -> tuple[torch.cuda.CUDAGraph, Batch]:
+        """Warm up on a side stream, capture, and restore what the warm-up changed."""
+        before = {value.data_ptr(): value.clone() for value in self._state()}
+        static = tuple(tensor.clone() for tensor in batch)
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(side), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*capturable=True")  # the warm-up is no capture
+                for _ in range(3):
+                    self._update(static)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._update(static)
+        finally:
+            for value in self._state():
+                if (old := before.get(value.data_ptr())) is not None:
+                    value.copy_(old)
+                else:  # the optimiser made it in the warm-up; its moments and counters begin at 0
+                    value.zero_()
+        return graph, static
+
+
+class _Alone:
+    """One network, trained in place."""
+
+    num = 1
+
+    def __init__(self, net: nn.Module) -> None:
+        self._net = net
+        self.params: list[Tensor] = list(net.parameters())
+        self.buffers: list[Tensor] = list(net.buffers())
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = self._net(inputs)
+        return outputs
+
+    def clip(self, norm: float) -> None:
+        torch.nn.utils.clip_grad_norm_(self.params, norm)
+
+    def finish(self) -> None: ...
+
+
+class _Stacked:
+    """Networks of one architecture as one, their weights stacked [S, ...]."""
+
+    def __init__(self, nets: Sequence[nn.Module]) -> None:
+        self._nets, self.num = nets, len(nets)
+        stacked, self._buffers = torch.func.stack_module_state(list(nets))
+        self._params = {name: tensor.detach().requires_grad_(True) for name, tensor in stacked.items()}
+        self.params, self.buffers = list(self._params.values()), list(self._buffers.values())
+        self._template = copy.deepcopy(nets[0]).to("meta")
+        for module in self._template.modules():
+            if isinstance(module, CpuLayer):
+                module.plain = True
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Return outputs [S * B, ...] of inputs [S * B, ...]."""
+        rows = inputs.view(self.num, -1, *inputs.shape[1:])
+        outputs: Tensor = torch.func.vmap(self._forward)(self._params, self._buffers, rows)
+        return outputs.flatten(0, 1)
+
+    def _forward(self, params: dict[str, Tensor], buffers: dict[str, Tensor], inputs: Tensor) -> Tensor:
+        outputs: Tensor = torch.func.functional_call(self._template, (params, buffers), (inputs,))
+        return outputs
+
+    @torch.no_grad()
+    def clip(self, norm: float) -> None:
+        """Clip each network's gradient by its own norm."""
+        grads = [param.grad for param in self.params if param.grad is not None]
+        norms = torch.stack([grad.flatten(1).square().sum(1) for grad in grads]).sum(0).sqrt()
+        scale = (norm / (norms + 1e-6)).clamp(max=1.0)
+        for grad in grads:
+            grad.mul_(scale.view(-1, *[1] * (grad.ndim - 1)))
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        trained = self._params | self._buffers
+        for net_index, net in enumerate(self._nets):
+            for name, tensor in (*net.named_parameters(), *net.named_buffers()):
+                tensor.copy_(trained[name][net_index])
