@@ -17,7 +17,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from ddray.artifact.bases import Bases
-from ddray.artifact.decoders import GenerativeDecoder, decoder_names, get_decoder, is_decoder
+from ddray.artifact.decoders import decoder_names, get_decoder
 from ddray.artifact.partition import Partition
 from ddray.config import Config
 from ddray.data import PixelSpace
@@ -71,8 +71,8 @@ class Meta(Config):
     @field_validator("decoder")
     @classmethod
     def _is_known(cls, name: str | None) -> str | None:
-        if name is not None and not is_decoder(name):
-            raise ValueError(f"must be one of {', '.join(decoder_names())}")
+        if name is not None and name not in (names := decoder_names()):
+            raise ValueError(f"must be one of {', '.join(names)}")
         return name
 
 
@@ -129,9 +129,9 @@ class DistilledSet:
         Raises:
             InputError: `ipc` for a set that stores its images, or the generator is gone.
         """
-        decoder = get_decoder(self.meta.decoder)
-        if isinstance(decoder, GenerativeDecoder):
-            return decoder.generate(self, ipc, torch.device(device))
+        generate = get_decoder(self.meta.decoder).generate
+        if generate is not None:
+            return generate(self, ipc, torch.device(device))
         if ipc is not None:
             raise InputError("--ipc is for sets that store statistics; this one stores its images")
         return self
@@ -167,6 +167,21 @@ class DistilledSet:
                 )
         get_decoder(meta.decoder).validate(self)
 
+    def _stored(self) -> dict[str, Tensor]:
+        """Return the tensors that the file holds, without ZCA."""
+        second = {"labels": self.labels} if self.targets is None else {"targets": self.targets}
+        return dict(self.compact) or {"images": self.images, **second}
+
+    def check_storage(self) -> None:
+        """Check that `storage_floats` counts every stored value except labels and ZCA.
+
+        Raises:
+            InputError: it does not.
+        """
+        floats = sum(tensor.numel() for name, tensor in self._stored().items() if name != "labels")
+        if self.meta.storage_floats != floats:
+            raise InputError(f"storage_floats must be {floats}, got {self.meta.storage_floats}")
+
     def is_finite(self) -> bool:
         """Return whether no image and no target is NaN or infinite."""
         tensors = (self.images, *self.compact.values())
@@ -180,25 +195,13 @@ class DistilledSet:
             StorageError: the file can't be written.
         """
         self.validate()
-        stored = {**get_decoder(self.meta.decoder).stored(self), **self.zca}
+        stored = {**self._stored(), **self.zca}
         contents: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             **{name: _plain(tensor) for name, tensor in stored.items()},
             "meta": json.dumps(self.meta.dump(), sort_keys=True),
         }
         write_atomically(Path(path), lambda file: torch.save(contents, file))
-
-
-def check_storage(distilled: DistilledSet) -> None:
-    """Check that `storage_floats` counts every stored value except labels and ZCA.
-
-    Raises:
-        InputError: it does not.
-    """
-    stored = get_decoder(distilled.meta.decoder).stored(distilled)
-    floats = sum(tensor.numel() for name, tensor in stored.items() if name != "labels")
-    if distilled.meta.storage_floats != floats:
-        raise InputError(f"storage_floats must be {floats}, got {distilled.meta.storage_floats}")
 
 
 def _plain(tensor: Tensor) -> Tensor:

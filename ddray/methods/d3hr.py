@@ -37,6 +37,7 @@ from ddray.distillation.method import DistillContext, Target
 from ddray.errors import InputError
 from ddray.methods.families.diffusion import stages
 from ddray.methods.families.diffusion.config import D3HRConfig
+from ddray.methods.families.diffusion.decoder import STATISTICS
 from ddray.methods.families.diffusion.folder import read_folder, record_folder, resolve_ids, warn_of_leak
 from ddray.methods.families.diffusion.groups import group_sample, group_scores
 from ddray.methods.families.diffusion.model import check_levels
@@ -233,3 +234,4 @@ def plan_stages(ctx: DistillContext, config: D3HRConfig) -> tuple[Mapping[str, A
 
 
 METHOD: Final = D3HR
+DECODER: Final = STATISTICS

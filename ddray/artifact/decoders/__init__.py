@@ -1,17 +1,16 @@
-"""How sets are stored and become training images: a decoder is a module, found by the name in a set's meta.
+"""How sets are stored and become training images: decoders, one file each, found by the name in a set's meta.
 
-A package of your own offers one through an entry point `name = "package.module"` in the group
-`ddray.decoders`.
+A decoder's module ends in `DECODER: Final = Decoder(...)`. One that needs its method's code stands in the
+method's file; a package of your own offers one through an entry point in the group `ddray.decoders`.
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Mapping
-from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Final, Protocol, cast, runtime_checkable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, cast
 
-from ddray.errors import unknown
+from ddray.system.registry import Registry
 
 if TYPE_CHECKING:
     import torch
@@ -19,76 +18,39 @@ if TYPE_CHECKING:
 
     from ddray.artifact.distilled_set import DistilledSet, Meta, TrainSet
 
-_OURS: Final = {
-    "partition": f"{__name__}.partition",
-    "boost_ssdd": f"{__name__}.boost_ssdd",
-    "d3hr": "ddray.methods.families.diffusion.decoder",  # needs the method's generator
-}
+_OURS: Final = Registry("decoder", __name__, "DECODER", "ddray.decoders")
+_OF_METHODS: Final = Registry("decoder", "ddray.methods", "DECODER", "ddray.decoders")
 
 
-class Decoder(Protocol):
-    """What a decoder's module defines."""
+@dataclass(frozen=True)
+class Decoder:
+    """A way of storing a set.
 
-    def read(self, meta: Meta, tensors: Mapping[str, Tensor], zca: Mapping[str, Tensor]) -> DistilledSet:
-        """Return the set of a file's tensors (without ZCA); it is validated afterwards.
+    Attributes:
+        read: returns the set of meta, a file's tensors, and its ZCA; InputError if a tensor is missing.
+        validate: raises InputError unless tensors and meta agree.
+        decode: returns the set as networks train on it.
+        generate: for sets without images: returns the set with images, any number per class (default: as
+            distilled), computed on a device.
+    """
 
-        Raises:
-            InputError: tensors are missing, unexpected or do not fit.
-        """
-        ...
-
-    def stored(self, distilled: DistilledSet) -> Mapping[str, Tensor]:
-        """Return the tensors that the set's file holds, without ZCA."""
-        ...
-
-    def validate(self, distilled: DistilledSet) -> None:
-        """Check that tensors and meta agree.
-
-        Raises:
-            InputError: names the first rule that is broken.
-        """
-        ...
-
-    def decode(self, distilled: DistilledSet) -> TrainSet:
-        """Return the set as networks train on it."""
-        ...
-
-
-@runtime_checkable
-class GenerativeDecoder(Decoder, Protocol):
-    """A decoder of sets that store no images."""
-
-    def generate(self, distilled: DistilledSet, ipc: int | None, device: torch.device) -> DistilledSet:
-        """Return the set with `ipc` images per class (default: as distilled), stored as they are.
-
-        Raises:
-            InputError: ipc is below 1, or the generator is gone.
-        """
-        ...
+    read: Callable[[Meta, Mapping[str, Tensor], Mapping[str, Tensor]], DistilledSet]
+    validate: Callable[[DistilledSet], None]
+    decode: Callable[[DistilledSet], TrainSet]
+    generate: Callable[[DistilledSet, int | None, torch.device], DistilledSet] | None = None
 
 
 def decoder_names() -> list[str]:
-    """Return the names of all decoders, ours and those of installed packages."""
-    return sorted({*_OURS, *_theirs()})
-
-
-def is_decoder(name: str) -> bool:
-    """Return whether a decoder is called `name`."""
-    return name in _OURS or name in _theirs()
+    """Return the names of all decoders."""
+    return sorted({*_OURS.builtin_names(), *_OF_METHODS.names()})
 
 
 def get_decoder(name: str | None) -> Decoder:
-    """Return the decoder called `name`; None is that of plain images.
+    """Return the decoder called `name`; None is `images`.
 
     Raises:
-        InputError: there is no such decoder (with the nearest name).
+        InputError: there is no such decoder.
     """
-    path = f"{__name__}.images" if name is None else _OURS.get(name) or _theirs().get(name)
-    if path is None:
-        raise unknown("decoder", str(name), decoder_names())
-    return cast("Decoder", importlib.import_module(path))
-
-
-def _theirs() -> dict[str, str]:
-    """Read the entry points of every installed package: 10 ms, so only for a name that is not ours."""
-    return {entry.name: entry.value for entry in entry_points(group="ddray.decoders")}
+    name = name or "images"
+    registry = _OURS if name in _OURS.builtin_names() else _OF_METHODS
+    return cast("Decoder", registry.get(name))

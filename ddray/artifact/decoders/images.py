@@ -1,18 +1,24 @@
-"""The decoder of sets whose meta names none: images as they are, with labels or self-supervised targets."""
+"""Decoder `images`, the default: images as they are trained on, with labels or self-supervised targets."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from ddray.artifact.distilled_set import ZCA, DistilledSet, Meta, TrainSet, check_storage
+from ddray.artifact.decoders import Decoder
+from ddray.artifact.distilled_set import ZCA, DistilledSet, Meta, TrainSet
 from ddray.errors import InputError
 
 
-def read(meta: Meta, tensors: Mapping[str, Tensor], zca: Mapping[str, Tensor]) -> DistilledSet:
-    """Return the set of a file's tensors."""
+def read_images(meta: Meta, tensors: Mapping[str, Tensor], zca: Mapping[str, Tensor]) -> DistilledSet:
+    """Return the set of a file's images, and labels or targets.
+
+    Raises:
+        InputError: one is missing, or there are other tensors.
+    """
     needed = {"images", "targets" if "targets" in tensors else "labels"}
     missing, unexpected = needed - tensors.keys(), tensors.keys() - needed
     if missing or unexpected:
@@ -24,23 +30,10 @@ def read(meta: Meta, tensors: Mapping[str, Tensor], zca: Mapping[str, Tensor]) -
     return DistilledSet(tensors["images"], labels, meta, zca, tensors.get("targets"))
 
 
-def stored(distilled: DistilledSet) -> Mapping[str, Tensor]:
-    """Return images, and labels or targets."""
-    if distilled.targets is not None:
-        return {"images": distilled.images, "targets": distilled.targets}
-    return {"images": distilled.images, "labels": distilled.labels}
-
-
-def validate(distilled: DistilledSet) -> None:
-    """Check images, labels or targets, mean, std and ZCA."""
+def _validate(distilled: DistilledSet) -> None:
     check_images(distilled)
     if distilled.targets is not None:
-        check_storage(distilled)
-
-
-def decode(distilled: DistilledSet) -> TrainSet:
-    """Return the set as it is."""
-    return TrainSet(distilled.images, distilled.labels, distilled.targets)
+        distilled.check_storage()
 
 
 def check_images(distilled: DistilledSet) -> None:
@@ -90,3 +83,10 @@ def _check_targets(targets: Tensor, labels: Tensor, num_images: int) -> None:
             f"targets must be float32 [{num_images}, D] without labels, got {targets.dtype} "
             f"{list(targets.shape)} and {len(labels)} labels"
         )
+
+
+DECODER: Final = Decoder(
+    read=read_images,
+    validate=_validate,
+    decode=lambda distilled: TrainSet(distilled.images, distilled.labels, distilled.targets),
+)

@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-from ddray.artifact.decoders.images import check_images, read, stored
-from ddray.artifact.distilled_set import DistilledSet, TrainSet, check_storage
+from typing import Final
+
+from ddray.artifact.decoders import Decoder
+from ddray.artifact.decoders.images import check_images, read_images
+from ddray.artifact.distilled_set import DistilledSet, TrainSet
 from ddray.artifact.partition import Partition, expand
 from ddray.errors import InputError
 
-__all__ = ["decode", "read", "stored", "validate"]
 
-
-def validate(distilled: DistilledSet) -> None:
-    """Check images, counts, and that every side has enough pixels for its parts."""
+def _validate(distilled: DistilledSet) -> None:
     check_images(distilled)
-    meta, partition = distilled.meta, _partition(distilled)
+    meta, partition = distilled.meta, distilled.meta.partition or Partition()
     if meta.ipc_decoded != meta.ipc * partition.num_parts:
         raise InputError(
             f"ipc_decoded must be {meta.ipc} x {partition.num_parts} parts, got {meta.ipc_decoded}"
         )
-    check_storage(distilled)
+    distilled.check_storage()
     partition.spans(*distilled.images.shape[2:])
 
 
-def decode(distilled: DistilledSet) -> TrainSet:
+def _decode(distilled: DistilledSet) -> TrainSet:
     """Return images [N * P, C, H, W], P per stored image."""
-    partition = _partition(distilled)
+    partition = distilled.meta.partition or Partition()
     labels = distilled.labels.repeat_interleave(partition.num_parts)
     return TrainSet(expand(distilled.images, partition), labels)
 
 
-def _partition(distilled: DistilledSet) -> Partition:
-    if distilled.meta.partition is None:
-        raise InputError("decoder partition and partition None must both be given, or none")
-    return distilled.meta.partition
+DECODER: Final = Decoder(read_images, _validate, _decode)

@@ -1,32 +1,36 @@
 """Distilled sets of other projects: one file per format, tried in the order of their names.
 
-A format's module defines `LAYOUT` (what its files hold, for messages), `fits` and `read`.
+A format's module ends in `FORMAT: Final = ForeignFormat(...)`.
 """
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Final
 
 from torch import Tensor
 
 from ddray.errors import InputError
+from ddray.system.registry import Registry
+
+_FORMATS: Final = Registry("format", __name__, "FORMAT", "ddray.formats")
 
 
-class ForeignFormat(Protocol):
-    """What a format's module defines."""
+@dataclass(frozen=True)
+class ForeignFormat:
+    """A format; both functions take a file and its contents (tensors and plain values).
 
-    LAYOUT: str
+    Attributes:
+        layout: what a file holds, for messages.
+        fits: whether a file has this format.
+        read: returns images [N, C, H, W] and labels [N] of a file that fits.
+    """
 
-    def fits(self, path: Path, contents: Any) -> bool:
-        """Return whether a file, which holds `contents` (tensors and plain values), has this format."""
-        ...
-
-    def read(self, path: Path, contents: Any) -> tuple[Tensor, Tensor]:
-        """Return images [N, C, H, W] and labels [N] of a file that fits."""
-        ...
+    layout: str
+    fits: Callable[[Path, Any], bool]
+    read: Callable[[Path, Any], tuple[Tensor, Tensor]]
 
 
 def read_foreign(path: Path, contents: Any) -> tuple[Tensor, Tensor]:
@@ -39,11 +43,10 @@ def read_foreign(path: Path, contents: Any) -> tuple[Tensor, Tensor]:
     Raises:
         InputError: its layout is unknown, or images and labels do not fit each other.
     """
-    names = [module.name for module in pkgutil.iter_modules(__path__)]
-    formats = [cast("ForeignFormat", importlib.import_module(f"{__name__}.{name}")) for name in names]
+    formats: list[ForeignFormat] = [_FORMATS.get(name) for name in _FORMATS.names()]
     fitting = next((one for one in formats if one.fits(path, contents)), None)
     if fitting is None:
-        layouts = ", or ".join(one.LAYOUT for one in formats)
+        layouts = ", or ".join(one.layout for one in formats)
         raise InputError(f"{path} must be ddray's own file, {layouts}")
     images, labels = fitting.read(path, contents)
     if images.ndim != 4 or labels.shape != images.shape[:1] or len(labels) == 0 or labels.min() < 0:

@@ -10,7 +10,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from ddray.artifact.distilled_set import DistilledSet, Meta, TrainSet, check_storage
+from ddray.artifact.decoders import Decoder
+from ddray.artifact.distilled_set import DistilledSet, Meta
 from ddray.errors import InputError
 from ddray.methods.families.diffusion.config import D3HRConfig
 from ddray.methods.families.diffusion.sampling import Sampler
@@ -19,35 +20,20 @@ from ddray.pool.local import LocalPool
 from ddray.pool.spec import PoolSpec
 from ddray.system.files import home
 
-NAMES: Final = ("mean", "variance")
+_NAMES: Final = ("mean", "variance")
 
 
-def read(meta: Meta, tensors: Mapping[str, Tensor], zca: Mapping[str, Tensor]) -> DistilledSet:
+def _read(meta: Meta, tensors: Mapping[str, Tensor], zca: Mapping[str, Tensor]) -> DistilledSet:
     """Return a set without images, which holds a file's statistics."""
     blank, none = torch.zeros(0, *meta.image_shape), torch.zeros(0, dtype=torch.int64)
     return DistilledSet(blank, none, meta, zca, compact=tensors)
 
 
-def stored(distilled: DistilledSet) -> Mapping[str, Tensor]:
-    """Return `mean` and `variance`, float32 [K, D]."""
-    return distilled.compact
-
-
-def decode(distilled: DistilledSet) -> TrainSet:
-    """Return as many generated images as were distilled."""
-    return generate(distilled, None, torch.device("cpu")).decode()
-
-
-def validate(distilled: DistilledSet) -> None:
-    """Check that the statistics are complete and valid.
-
-    Raises:
-        InputError: naming the first broken rule.
-    """
+def _validate(distilled: DistilledSet) -> None:
     tensors, num_classes = distilled.compact, len(distilled.meta.class_names)
-    if set(tensors) != set(NAMES) or any(tensor.dtype != torch.float32 for tensor in tensors.values()):
+    if set(tensors) != set(_NAMES) or any(tensor.dtype != torch.float32 for tensor in tensors.values()):
         raise InputError(f"decoder d3hr must come with float32 mean and variance, got {sorted(tensors)}")
-    mean, variance = (tensors[name] for name in NAMES)
+    mean, variance = (tensors[name] for name in _NAMES)
     finite = all(bool(torch.isfinite(tensor).all()) for tensor in (mean, variance))
     if mean.ndim != 2 or len(mean) != num_classes or variance.shape != mean.shape or not finite:
         raise InputError(
@@ -56,7 +42,7 @@ def validate(distilled: DistilledSet) -> None:
         )
     if bool((variance < 0).any()):
         raise InputError(f"variance must be >= 0, got {float(variance.min())}")
-    check_storage(distilled)
+    distilled.check_storage()
 
 
 def generate(distilled: DistilledSet, ipc: int | None, device: torch.device) -> DistilledSet:
@@ -122,3 +108,11 @@ def _source(config: D3HRConfig, fingerprint: str) -> Mapping[str, Any]:
 
 def _refuse(spec: PoolSpec) -> Any:
     raise InputError(f"the set needs its generator, pool entry {spec.key} is damaged; copy it again")
+
+
+STATISTICS: Final = Decoder(
+    read=_read,
+    validate=_validate,
+    decode=lambda distilled: generate(distilled, None, torch.device("cpu")).decode(),
+    generate=generate,
+)
