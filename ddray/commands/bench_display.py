@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ddray.commands.display import table_of
+from ddray.commands.display import percent, table_of
 from ddray.tables.cost import summarise
 from ddray.tables.published import FIGURES
 
@@ -113,10 +113,3 @@ def _duration(seconds: float | None) -> str:
         return "unknown"
     hours, minutes = seconds / 3600, seconds / 60
     return f"{hours:.1f} h" if hours >= 1 else f"{minutes:.0f} min" if minutes >= 2 else f"{seconds:.1f} s"
-
-
-def percent(mean: float | None, std: float | None) -> str:
-    """Return `12.34 +- 0.56` in percent, `-` if the mean is None."""
-    if mean is None:
-        return "-"
-    return f"{100 * mean:.2f}" + ("" if std is None else f" +- {100 * std:.2f}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,42 +67,32 @@ def entry_tables(result: dict[str, Any]) -> list[Any]:
     return [table_of(result["key"][:12], result["meta"]), table_of("tensors", tensors)]
 
 
-def evaluate_tables(title: str, results: list[dict[str, Any]]) -> list[Any]:
-    """Return tables of an evaluation's accuracies and of its protocol's other measurements."""
+def evaluate_tables(title: str, protocol: str, results: list[dict[str, Any]]) -> list[Any]:
+    """Return tables of an evaluation's accuracies and, in percent, of its protocol's other measures."""
+    from rich.table import Table
+
+    from ddray.evaluation import get_protocol
+
     tables = [accuracy_table(title, results)]
-    if "lrs" in results[0]:
-        tables.append(_robust_table(results))
-    if "per_step" in results[0]:
-        tables.append(_step_table(results))
-    return tables
+    measures = get_protocol(protocol).measures
+    if not measures:
+        return tables
+    lines = [list(_measured(result, measures)) for result in results]
+    table = Table("arch", *(f"{header} %" for header, _ in lines[0]))
+    for result, line in zip(results, lines, strict=True):
+        table.add_row(result["arch"], *(text for _, text in line))
+    return [*tables, table]
 
 
-def _robust_table(results: list[dict[str, Any]]) -> Any:
-    """Return LRS and ARS in percent, with the accuracies they are computed from."""
-    from rich.table import Table
-
-    table = Table("arch", "LRS %", "ARS %", "whole set %", "random %", "plain %", "random, plain %")
-    for result in results:
-        parts = ("accuracy_full", "accuracy_random", "accuracy_plain", "accuracy_random_plain")
-        table.add_row(
-            result["arch"],
-            *(_percent(result[name], result[f"{name}_std"]) for name in ("lrs", "ars")),
-            *(f"{100 * result[name]:.2f}" for name in parts),
-        )
-    return table
-
-
-def _step_table(results: list[dict[str, Any]]) -> Any:
-    """Return accuracies in percent after each task."""
-    from rich.table import Table
-
-    num_steps = len(results[0]["per_step"])
-    table = Table("arch", *(f"task {step}, %" for step in range(1, num_steps + 1)), "mean %")
-    for result in results:
-        steps = zip(result["per_step"], result["per_step_std"], strict=True)
-        mean = _percent(result["incremental_accuracy"], result["incremental_accuracy_std"])
-        table.add_row(result["arch"], *(_percent(value, std) for value, std in steps), mean)
-    return table
+def _measured(result: dict[str, Any], measures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield a header and a text per measure, or per step of a measure."""
+    for name, measure in measures.items():
+        value, std = result[name], result[f"{name}_std"]
+        if isinstance(value, list):
+            for step, pair in enumerate(zip(value, std, strict=True), start=1):
+                yield f"{measure.title} {step},", percent(*pair)
+        else:
+            yield measure.title, percent(value, std)
 
 
 def tune_tables(result: dict[str, Any]) -> list[Any]:
@@ -112,8 +103,8 @@ def tune_tables(result: dict[str, Any]) -> list[Any]:
         f"{result['num_stopped_early']} stopped early)",
         "best config": json.dumps(best["config"]) + f" (trial {best['trial']})",
         **_val_line(result["objective"], best, paper),
-        "test accuracy %": _percent(result["test_accuracy_mean"], result["test_accuracy_std"])
-        + f" (paper's point {_percent(paper['test_accuracy_mean'], paper['test_accuracy_std'])})",
+        "test accuracy %": percent(result["test_accuracy_mean"], result["test_accuracy_std"])
+        + f" (paper's point {percent(paper['test_accuracy_mean'], paper['test_accuracy_std'])})",
         "seconds": f"{result['wall_s']:.0f}",
         "artifact": result["artifact"],
         "picture": str(Path(result["artifact"]).with_suffix(".png")),
@@ -178,5 +169,8 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def _percent(mean: float, std: float | None) -> str:
+def percent(mean: float | None, std: float | None) -> str:
+    """Return `12.34 +- 0.56` in percent, `-` if the mean is None."""
+    if mean is None:
+        return "-"
     return f"{100 * mean:.2f}" + ("" if std is None else f" +- {100 * std:.2f}")

@@ -115,4 +115,5 @@ def evaluate(
             prefix="--",
         )
         result = scoring.evaluate(Path(os.path.abspath(file)), options, device=pick_device(device))
-        emit(result, lambda: display.evaluate_tables(f"{file.name}: {protocol}, {split}", result["results"]))
+        title = f"{file.name}: {protocol}, {split}"
+        emit(result, lambda: display.evaluate_tables(title, protocol, result["results"]))

@@ -17,19 +17,31 @@ from __future__ import annotations
 
 import statistics
 import time
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from ddray.artifact.distilled_set import TrainSet
+from ddray.artifact.distilled_set import DistilledSet, TrainSet
 from ddray.data import Split
 from ddray.errors import InputError
+from ddray.evaluation.config import evaluation_config
 from ddray.evaluation.hard import fit
-from ddray.evaluation.protocol import EvalContext, EvalResult
+from ddray.evaluation.options import EvaluateOptions
+from ddray.evaluation.protocol import (
+    EvalContext,
+    EvalResult,
+    EvaluationProtocol,
+    Measure,
+    RealImages,
+    Scoring,
+)
 from ddray.nets import check_arch
 from ddray.seeding import derive, derive_seed
 from ddray.training.loop import accuracy
 from ddray.training.recipe import Recipe
+
+NUM_TASKS: Final = 5
 
 
 def class_tasks(num_classes: int, num_tasks: int, seed: int) -> list[Tensor]:
@@ -57,7 +69,7 @@ class Continual:
         num_tasks: tasks that the classes come in (the papers: 5 and 10).
     """
 
-    def __init__(self, recipe: Recipe, num_tasks: int = 5) -> None:
+    def __init__(self, recipe: Recipe, num_tasks: int = NUM_TASKS) -> None:
         self._recipe = recipe
         self._num_tasks = num_tasks
 
@@ -112,3 +124,15 @@ def _of_classes(train_set: TrainSet, split: Split, seen: Tensor, new: Tensor) ->
     return TrainSet(train_set.images[is_seen], train_set.labels[is_seen]), split.select(
         torch.isin(split.labels, seen).nonzero()[:, 0]
     )
+
+
+def _make(options: EvaluateOptions, distilled: DistilledSet, ctx: EvalContext, real: RealImages) -> Scoring:
+    config = evaluation_config(distilled, options)
+    return Scoring(Continual(config.as_recipe(), options.num_tasks or NUM_TASKS), config.seeds)
+
+
+PROTOCOL: Final = EvaluationProtocol(
+    _make,
+    options=("num_tasks",),
+    measures={"per_step": Measure("task"), "incremental_accuracy": Measure("mean")},
+)

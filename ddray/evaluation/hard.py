@@ -7,15 +7,26 @@ from __future__ import annotations
 
 import math
 import time
+from typing import Final
 
-from ddray.artifact.distilled_set import TrainSet
+from ddray.artifact.distilled_set import DistilledSet, TrainSet
 from ddray.errors import DivergedError
-from ddray.evaluation.protocol import EvalContext, EvalResult
+from ddray.evaluation.config import evaluation_config
+from ddray.evaluation.options import EvaluateOptions
+from ddray.evaluation.protocol import (
+    EvalContext,
+    EvalResult,
+    EvaluationProtocol,
+    RealImages,
+    Scoring,
+    check_settings,
+)
+from ddray.evaluation.soft import TABLE5, check_soft, on_hard_labels
 from ddray.nets import Net, build_net, check_arch
 from ddray.seeding import derive, derive_seed
 from ddray.training.loop import accuracy, train
 from ddray.training.policies import augmenter
-from ddray.training.recipe import Recipe
+from ddray.training.recipe import RECIPES, Recipe
 
 
 def fit(train_set: TrainSet, ctx: EvalContext, recipe: Recipe, *, arch: str, seed: int) -> Net:
@@ -83,3 +94,19 @@ class Hard:
         net = fit(train_set, ctx, self._recipe, arch=arch, seed=seed)
         right = accuracy(net, ctx.split, ctx.space, device=ctx.device)
         return EvalResult(check_arch(arch), seed, right, len(train_set.labels), time.perf_counter() - begin)
+
+
+def _make(options: EvaluateOptions, distilled: DistilledSet, ctx: EvalContext, real: RealImages) -> Scoring:
+    """Return training by the set's recipe, or as in D3HR's Table 5."""
+    if options.recipe == TABLE5:
+        return on_hard_labels(options, distilled)
+    config = evaluation_config(distilled, options)
+    return Scoring(Hard(config.as_recipe()), config.seeds)
+
+
+PROTOCOL: Final = EvaluationProtocol(
+    _make,
+    check=lambda options: (check_soft if options.recipe == TABLE5 else check_settings)(options),
+    recipes=(*RECIPES, TABLE5),
+    published_metric="top1_accuracy",
+)

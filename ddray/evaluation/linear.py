@@ -28,10 +28,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddray.artifact.distilled_set import TrainSet
+from ddray.artifact.distilled_set import DistilledSet, TrainSet
 from ddray.data import Split
+from ddray.data.catalog import KNOWN
 from ddray.errors import DivergedError, InputError
-from ddray.evaluation.protocol import EvalContext, EvalResult
+from ddray.evaluation.config import evaluation_config
+from ddray.evaluation.options import EvaluateOptions
+from ddray.evaluation.protocol import EvalContext, EvalResult, EvaluationProtocol, RealImages, Scoring
+from ddray.evaluation.subsets import limited_set
 from ddray.nets import Net, build_net, check_arch
 from ddray.seeding import derive, derive_seed, forked_global
 from ddray.system.memory import available_bytes
@@ -246,3 +250,22 @@ def _descend(
     optimizer = partial(torch.optim.SGD, momentum=config.momentum, weight_decay=weight_decay)
     step = Step([net], Rule(F.cross_entropy, optimizer), num_steps=steps)
     run(step, batches, lr=lambda index: config.lr * cosine(index, steps))
+
+
+def _make(options: EvaluateOptions, distilled: DistilledSet, ctx: EvalContext, real: RealImages) -> Scoring:
+    config = evaluation_config(distilled, options)
+    train_set = limited_set(TrainSet(real.images.images, real.images.labels), options)
+    catalog_entry = KNOWN.get(distilled.meta.dataset)
+    evaluator = Linear(
+        config.as_recipe(),
+        config.probe,
+        real=Split(train_set.images, train_set.labels),
+        can_flip=catalog_entry is not None and catalog_entry.can_flip,
+        finetune=config.finetune if options.finetune else None,
+    )
+    return Scoring(evaluator, config.seeds)
+
+
+PROTOCOL: Final = EvaluationProtocol(
+    _make, options=("finetune",), trains_on_target=True, published_metric="linear_probe_accuracy"
+)

@@ -6,33 +6,20 @@ from typing import Any, Final, Literal, Self, get_args
 
 from pydantic import ValidationInfo, field_validator, model_validator
 
-from ddray.config import AbsolutePath, Config, parse_overrides
+from ddray.config import AbsolutePath, Config
 from ddray.errors import InputError, unknown
-from ddray.evaluation.config import EvaluateConfig
-from ddray.training.recipe import RECIPES, Augment, named_recipe
+from ddray.evaluation import get_protocol, protocol_names
+from ddray.training.recipe import RECIPES, Augment
 
-PROTOCOLS = ("hard", "soft", "linear", "robust", "continual")
-NUM_TASKS = 5
 SplitName = Literal["val", "test"]
 PixelKind = Literal["normalized", "raw", "zca"]
-HARD_RECIPE = "table5"
 _NAMES: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
-    "protocol": ("protocol", PROTOCOLS),
     "split": ("split", get_args(SplitName)),
     "augment": ("--augment", get_args(Augment)),
     "pixel_space": ("--pixel-space", get_args(PixelKind)),
 }
-_PROTOCOL_OF_OPTION: Final = {
-    "num_tasks": "continual",
-    "full_epochs": "robust",
-    "finetune": "linear",
-    "teachers": "soft",
-}
-
-
-def recipes_of(protocol: str) -> tuple[str, ...]:
-    """Return the names of the whole recipes that a protocol may train by."""
-    return {"hard": (*RECIPES, HARD_RECIPE), "soft": ("paper", "repo")}.get(protocol, tuple(RECIPES))
+# Options of one protocol each.
+_OF_ONE_PROTOCOL: Final = ("num_tasks", "full_epochs", "finetune", "teachers")
 
 
 class EvaluateOptions(Config):
@@ -96,29 +83,14 @@ class EvaluateOptions(Config):
     @model_validator(mode="after")
     def _go_together(self) -> Self:
         """Refuse options that do not go with the protocol, and settings that it does not have."""
-        for name, protocol in _PROTOCOL_OF_OPTION.items():
-            if getattr(self, name) not in (None, False, ()) and self.protocol != protocol:
+        protocol = get_protocol(self.protocol)
+        for name in _OF_ONE_PROTOCOL:
+            if getattr(self, name) not in (None, False, ()) and name not in protocol.options:
                 option = "--teacher" if name == "teachers" else "--" + name.replace("_", "-")
-                raise InputError(f"{option} must be left out, or used with --protocol {protocol}")
-        if self.train_limit is not None and self.protocol == "robust":
-            raise InputError(
-                "--train-limit must be left out with --protocol robust: it compares at equal storage"
-            )
-        if self.augment is not None and self.is_soft:
-            raise InputError("--augment must be left out here: the recipe trains on random resized crops")
-        if self.recipe not in (None, *recipes_of(self.protocol)):
-            label = "recipe of --protocol soft" if self.protocol == "soft" else "recipe"
-            raise unknown(label, str(self.recipe), recipes_of(self.protocol))
-        sets = parse_overrides(self.sets)
-        if self.is_soft:
-            from ddray.evaluation.soft import SoftConfig  # torch: --help goes without
-
-            SoftConfig.parse(sets if self.recipe is None else {**sets, "recipe": self.recipe})
-        else:
-            EvaluateConfig.parse(named_recipe(sets, dataset="", factor=1), prefix="evaluate.")
+                owners = [other for other in protocol_names() if name in get_protocol(other).options]
+                raise InputError(f"{option} must be left out, or used with --protocol {' or '.join(owners)}")
+        if self.recipe not in (None, *protocol.recipes):
+            label = "recipe" if {*RECIPES} <= {*protocol.recipes} else f"recipe of --protocol {self.protocol}"
+            raise unknown(label, str(self.recipe), protocol.recipes)
+        protocol.check_options(self)
         return self
-
-    @property
-    def is_soft(self) -> bool:
-        """Whether networks are trained as on soft labels: `soft`, or D3HR's recipe for hard ones."""
-        return self.protocol == "soft" or (self.protocol, self.recipe) == ("hard", HARD_RECIPE)

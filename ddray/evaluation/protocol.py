@@ -1,16 +1,23 @@
-"""Evaluation protocols: one file each; a protocol's settings are its constructor's arguments."""
+"""What a protocol is: its definition, the evaluator that it makes, and an evaluator's results."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from ddray.artifact.distilled_set import TrainSet
+from ddray.artifact.distilled_set import DistilledSet, TrainSet
+from ddray.config import Config, parse_overrides
 from ddray.data import Dataset, PixelSpace, Split
+from ddray.evaluation.config import EvaluateConfig
+from ddray.pool.spec import ModelPool
+from ddray.training.recipe import RECIPES, named_recipe
+
+if TYPE_CHECKING:
+    from ddray.evaluation.options import EvaluateOptions
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,99 @@ class Evaluator(Protocol):
     def evaluate(self, train_set: TrainSet, ctx: EvalContext, *, arch: str, seed: int) -> EvalResult:
         """Train one network on `train_set` and score it on the context's split."""
         ...
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """The real images that a protocol may train on; nothing that it is scored on is among them.
+
+    Attributes:
+        images: the images.
+        split_name: which part of the dataset they are.
+        pool: networks trained on them.
+    """
+
+    images: Split
+    split_name: str
+    pool: ModelPool
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """A protocol with its settings, ready to score a set.
+
+    Attributes:
+        evaluator: trains and scores.
+        num_seeds: networks per architecture.
+        details: the protocol's own part of the command's JSON.
+    """
+
+    evaluator: Evaluator
+    num_seeds: int
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A fraction that a protocol measures besides the accuracy.
+
+    Attributes:
+        title: of its column; a measure with a value per step gets a column each.
+        in_tables: whether it has a column in a bench's tables.
+    """
+
+    title: str
+    in_tables: bool = False
+
+
+@dataclass(frozen=True)
+class EvaluationProtocol:
+    """What a module in `ddray/evaluation/`, or a module that a package offers, brings as `PROTOCOL`.
+
+    Attributes:
+        make: returns the protocol with the settings of a command for a set, scored in a context.
+        config_type: what `--set` takes; a run's `evaluate` section with its recipe by default.
+        check: refuses options before there is a set; default: parses `--set` by `config_type`.
+        options: fields of `EvaluateOptions` that only this protocol takes.
+        recipes: names that `--recipe` takes.
+        measures: what it measures besides the accuracy, by name.
+        trains_on_target: whether sets only pre-train networks, whose classifiers the target's images train:
+            sets may have targets instead of labels, and other classes; `--train-limit` cuts the target.
+        published_metric: metric of its published accuracies (reports/published.csv); None: there are none.
+    """
+
+    make: Callable[[EvaluateOptions, DistilledSet, EvalContext, RealImages], Scoring]
+    config_type: type[Config] = EvaluateConfig
+    check: Callable[[EvaluateOptions], None] | None = None
+    options: tuple[str, ...] = ()
+    recipes: tuple[str, ...] = tuple(RECIPES)
+    measures: Mapping[str, Measure] = field(default_factory=dict)
+    trains_on_target: bool = False
+    published_metric: str | None = None
+
+    def check_options(self, options: EvaluateOptions) -> None:
+        """Refuse options and settings that do not go with the protocol.
+
+        Raises:
+            InputError: with what would be allowed.
+        """
+        if self.check is not None:
+            self.check(options)
+        elif self.config_type is EvaluateConfig:
+            check_settings(options)
+        else:
+            self.config_type.parse(parse_overrides(options.sets))
+
+
+def check_settings(options: EvaluateOptions) -> None:
+    """Refuse `--set` of what a run's `evaluate` section lacks.
+
+    Raises:
+        InputError: with the nearest name, or a value's rule.
+    """
+    EvaluateConfig.parse(
+        named_recipe(parse_overrides(options.sets), dataset="", factor=1), prefix="evaluate."
+    )
 
 
 def summarise(results: Sequence[EvalResult]) -> dict[str, Any]:

@@ -26,11 +26,23 @@ from __future__ import annotations
 
 import math
 import time
+from typing import Final
 
-from ddray.artifact.distilled_set import TrainSet
+from ddray.artifact.distilled_set import DistilledSet, TrainSet
 from ddray.data import Split
+from ddray.errors import InputError
+from ddray.evaluation.config import evaluation_config
 from ddray.evaluation.hard import fit
-from ddray.evaluation.protocol import EvalContext, EvalResult
+from ddray.evaluation.options import EvaluateOptions
+from ddray.evaluation.protocol import (
+    EvalContext,
+    EvalResult,
+    EvaluationProtocol,
+    Measure,
+    RealImages,
+    Scoring,
+    check_settings,
+)
 from ddray.evaluation.subsets import random_subset
 from ddray.evaluation.whole_set import whole_set_accuracy
 from ddray.nets import check_arch
@@ -137,3 +149,48 @@ class Robust:
                 "accuracy_random_plain": bare[1],
             },
         )
+
+
+def images_at_storage(distilled: DistilledSet) -> int:
+    """Return how many real images per class fit the storage of a set."""
+    per_class = len(distilled.meta.class_names) * math.prod(distilled.meta.image_shape)
+    return max(1, distilled.meta.storage_floats // per_class)
+
+
+def _check(options: EvaluateOptions) -> None:
+    """Refuse a part of the set: it is compared with random images at its storage."""
+    if options.train_limit is not None:
+        raise InputError(
+            "--train-limit must be left out with --protocol robust: it compares at equal storage"
+        )
+    check_settings(options)
+
+
+def _make(options: EvaluateOptions, distilled: DistilledSet, ctx: EvalContext, real: RealImages) -> Scoring:
+    config = evaluation_config(distilled, options)
+    per_class = images_at_storage(distilled)
+    evaluator = Robust(
+        config.as_recipe(),
+        real=real.images,
+        split_name=real.split_name,
+        random_per_class=per_class,
+        full_epochs=options.full_epochs,
+    )
+    details = {"full_epochs": options.full_epochs or config.epochs, "random_per_class": per_class}
+    return Scoring(evaluator, config.seeds, details)
+
+
+PROTOCOL: Final = EvaluationProtocol(
+    _make,
+    check=_check,
+    options=("full_epochs",),
+    measures={
+        "lrs": Measure("LRS", in_tables=True),
+        "ars": Measure("ARS", in_tables=True),
+        "accuracy_full": Measure("whole set"),
+        "accuracy_random": Measure("random"),
+        "accuracy_plain": Measure("plain"),
+        "accuracy_random_plain": Measure("random, plain"),
+    },
+    published_metric="top1_accuracy",  # it reports the accuracy of `hard` beside its scores
+)

@@ -15,23 +15,26 @@ crops and flips; AdamW whose rate falls along half a cosine, .5 (1 + cos(pi e / 
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from functools import partial
-from typing import Literal
+from typing import Any, Final, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ddray.artifact.distilled_set import TrainSet
-from ddray.config import Config
-from ddray.errors import DivergedError, InputError
-from ddray.evaluation.protocol import EvalContext, EvalResult
-from ddray.evaluation.teachers import Teachers
+from ddray.artifact.distilled_set import DistilledSet, TrainSet
+from ddray.artifact.partition import default_factor
+from ddray.config import Config, merge, parse_overrides
+from ddray.errors import DivergedError, InputError, unknown
+from ddray.evaluation.options import EvaluateOptions
+from ddray.evaluation.protocol import EvalContext, EvalResult, EvaluationProtocol, RealImages, Scoring
+from ddray.evaluation.teachers import Teachers, get_teachers
 from ddray.nets import Net, build_net, check_arch
-from ddray.nets.names import parse_arch
+from ddray.nets.names import parse_arch, resolve_arch
 from ddray.seeding import derive, derive_seed
 from ddray.training.crops import random_resized_crop
 from ddray.training.cutmix import Mixed, cutmix, mixed_cross_entropy
@@ -39,6 +42,10 @@ from ddray.training.engine import Batch, Order, Rule, Step, run
 from ddray.training.loop import accuracy
 from ddray.training.recipe import TeacherRecipe
 
+log = logging.getLogger(__name__)
+
+RECIPES: Final = ("paper", "repo")
+TABLE5: Final = "table5"
 _REPO_LR = {"vgg11": 5e-4, "efficientnet_b0": 2e-3, "mobilenet_v2": 2.5e-3, "alexnet": 1e-4}
 
 
@@ -78,7 +85,9 @@ class Settings(Config):
     patches: int
 
 
-def settle(config: SoftConfig, *, arch: str, num_images: int, num_classes: int, size: int) -> Settings:
+def resolve_settings(
+    config: SoftConfig, *, arch: str, num_images: int, num_classes: int, size: int
+) -> Settings:
     """Resolve a configuration for a network and a set.
 
     Args:
@@ -89,7 +98,7 @@ def settle(config: SoftConfig, *, arch: str, num_images: int, num_classes: int, 
         size: the images' larger side in pixels.
     """
     ipc = max(1, num_images // num_classes)
-    hard = config.recipe == "table5"
+    hard = config.recipe == TABLE5
     if config.recipe == "paper":
         lr, batch = 0.01, 128
     else:
@@ -122,9 +131,9 @@ class Soft:
     """
 
     def __init__(self, config: SoftConfig, teachers: Teachers | None) -> None:
-        if (teachers is None) != (config.recipe == "table5"):
+        if (teachers is None) != (config.recipe == TABLE5):
             raise InputError(
-                f"recipe {config.recipe} must have {'no' if config.recipe == 'table5' else 'a'} teacher"
+                f"recipe {config.recipe} must have {'no' if config.recipe == TABLE5 else 'a'} teacher"
             )
         self._config = config
         self._teachers = teachers
@@ -144,7 +153,7 @@ class Soft:
         """
         begin = time.perf_counter()
         num, *shape = train_set.images.shape
-        settings = settle(
+        settings = resolve_settings(
             self._config, arch=arch, num_images=num, num_classes=ctx.dataset.num_classes, size=max(shape[1:])
         )
         net = build_net(
@@ -234,3 +243,61 @@ def shuffle_strips(images: Tensor, num: int, generator: torch.Generator) -> Tens
         index = order.view(len(images), *(num if dim == axis else 1 for dim in range(1, 5)))
         images = strips.take_along_dim(index, axis).flatten(axis, axis + 1)
     return images
+
+
+def check_soft(options: EvaluateOptions) -> None:
+    """Refuse what this training does not have.
+
+    Raises:
+        InputError: with the nearest name, or a value's rule.
+    """
+    if options.augment is not None:
+        raise InputError("--augment must be left out here: the recipe trains on random resized crops")
+    sets = parse_overrides(options.sets)
+    SoftConfig.parse(sets if options.recipe is None else {**sets, "recipe": options.recipe})
+
+
+def soft_config(
+    options: EvaluateOptions, distilled: DistilledSet, recipes: tuple[str, ...] = RECIPES
+) -> SoftConfig:
+    """Return the settings: options over `--set` over the recipe; stitched sets default to their own patches.
+
+    Raises:
+        InputError: a setting is unknown, or the recipe belongs to the other protocol.
+    """
+    sets = parse_overrides(options.sets)
+    recipe = options.recipe or sets.get("recipe") or recipes[0]
+    if recipe not in recipes:
+        raise unknown(f"recipe of --protocol {options.protocol}", recipe, recipes)
+    defaults: dict[str, Any] = {}
+    if distilled.meta.method == "rded":
+        factor = distilled.meta.config.get("method", {}).get("factor")
+        defaults["patches"] = factor or default_factor(distilled.meta.image_shape)
+    option_values = {"seeds": options.seeds, "epochs": options.epochs}
+    overrides = {key: value for key, value in option_values.items() if value is not None}
+    return SoftConfig.parse(merge(defaults, sets, overrides, {"recipe": recipe}))
+
+
+def on_hard_labels(options: EvaluateOptions, distilled: DistilledSet) -> Scoring:
+    """Return the same training on the set's own labels, as in D3HR's Table 5."""
+    config = soft_config(options, distilled, (TABLE5,))
+    return Scoring(Soft(config, None), config.seeds)
+
+
+def _make(options: EvaluateOptions, distilled: DistilledSet, ctx: EvalContext, real: RealImages) -> Scoring:
+    """Teachers are trained, and checked to be better than chance, before any student."""
+    config = soft_config(options, distilled)
+    archs = [resolve_arch(arch, distilled.meta.image_shape) for arch in options.teachers or ("resnet18",)]
+    teachers = get_teachers(real.pool, archs, config.teacher, ctx, split_name=real.split_name)
+    log.info("teacher %s: accuracy %.1f%%", teachers.arch, 100 * teachers.accuracy)
+    return Scoring(Soft(config, teachers), config.seeds, {"teacher": teachers.describe()})
+
+
+PROTOCOL: Final = EvaluationProtocol(
+    _make,
+    config_type=SoftConfig,
+    check=check_soft,
+    options=("teachers",),
+    recipes=RECIPES,
+    published_metric="top1_accuracy",
+)

@@ -8,6 +8,8 @@ from torch import Tensor
 from ddray.artifact.distilled_set import TrainSet
 from ddray.data import PixelSpace, Split
 from ddray.errors import InputError
+from ddray.evaluation.options import EvaluateOptions
+from ddray.seeding import derive
 
 
 def class_ranks(labels: Tensor, generator: torch.Generator) -> Tensor:
@@ -50,6 +52,13 @@ def limited(train_set: TrainSet, limit: int, generator: torch.Generator) -> Trai
     first = shuffled[torch.argsort(position[shuffled], stable=True)][:limit]
     index = first.sort().values
     return TrainSet(train_set.images[index], labels[index])
+
+
+def limited_set(train_set: TrainSet, options: EvaluateOptions) -> TrainSet:
+    """Return at most `--train-limit` images of a set, every class in proportion."""
+    if options.train_limit is None:
+        return train_set
+    return limited(train_set, options.train_limit, derive(options.seed, "evaluate", "train-limit"))
 
 
 def random_subset(real: Split, per_class: int, space: PixelSpace, generator: torch.Generator) -> TrainSet:

@@ -6,7 +6,8 @@ from typing import Final
 
 from ddray.data import Dataset
 from ddray.errors import InputError, unknown
-from ddray.evaluation.options import PROTOCOLS, EvaluateOptions, recipes_of
+from ddray.evaluation import get_protocol, protocol_names, target_protocols
+from ddray.evaluation.options import EvaluateOptions
 from ddray.jobs.plan import Plan
 from ddray.methods import get_method
 from ddray.tables.spec import BenchSpec, EvaluateSpec, MethodSpec
@@ -35,29 +36,36 @@ def check_names(spec: BenchSpec) -> None:
         InputError: with the nearest name, or where the setting belongs.
     """
     for evaluation_spec in spec.evaluate:
-        if evaluation_spec.protocol not in (*PROTOCOLS, "nas"):
-            raise unknown("evaluate.protocol", evaluation_spec.protocol, (*PROTOCOLS, "nas"))
+        protocols = (*protocol_names(), "nas")
+        if evaluation_spec.protocol not in protocols:
+            raise unknown("evaluate.protocol", evaluation_spec.protocol, protocols)
         for name in ("archs", "epochs", "seeds", "augment", "target", "teacher"):
             if evaluation_spec.protocol == "nas" and getattr(evaluation_spec, name):
                 raise InputError(
                     f"evaluate.{name} must be left out with protocol nas, which takes its own under options "
                     f"(as `ddray nas` has them), got {getattr(evaluation_spec, name)!r}"
                 )
-        recipes = ("none",) if evaluation_spec.protocol == "nas" else recipes_of(evaluation_spec.protocol)
+        is_ranking = evaluation_spec.protocol == "nas"
+        recipes = ("none",) if is_ranking else get_protocol(evaluation_spec.protocol).recipes
         if evaluation_spec.recipe is not None and evaluation_spec.recipe not in recipes:
             raise unknown(f"evaluate.recipe of {evaluation_spec.protocol}", evaluation_spec.recipe, recipes)
+
+
+def _trains_on_target(evaluation_spec: EvaluateSpec) -> bool:
+    """Return whether the protocol takes sets without labels, and any target."""
+    return evaluation_spec.protocol != "nas" and get_protocol(evaluation_spec.protocol).trains_on_target
 
 
 def check_row(row: MethodSpec, evaluation_spec: EvaluateSpec) -> None:
     """Refuse to score sets without labels with a protocol that needs them.
 
     Raises:
-        InputError: the row is of a self-supervised method, and the protocol is not `linear`.
+        InputError: the row is of a self-supervised method, and the protocol needs labels.
     """
-    if getattr(get_method(row.name), "uses_budget", False) and evaluation_spec.protocol != "linear":
+    if getattr(get_method(row.name), "uses_budget", False) and not _trains_on_target(evaluation_spec):
         raise InputError(
-            f"evaluate.protocol must be linear for {row.row}, whose sets hold targets and no labels, "
-            f"got {evaluation_spec.protocol}"
+            f"evaluate.protocol must be {target_protocols()} for {row.row}, whose sets hold targets and no "
+            f"labels, got {evaluation_spec.protocol}"
         )
 
 
@@ -77,10 +85,10 @@ def check_evaluation(evaluation_spec: EvaluateSpec, plan: Plan, target: Dataset)
             f"(d3hr with method.store=statistics generates them), got {evaluation_spec.options['ipc']}"
         )
     distilled = plan.dataset
-    if evaluation_spec.protocol != "linear" and (
+    if not _trains_on_target(evaluation_spec) and (
         target.image_shape != distilled.image_shape or target.class_names != distilled.class_names
     ):
         raise InputError(
             f"evaluate.target must have the classes and images of {distilled.name} with protocol "
-            f"{evaluation_spec.protocol} (linear takes any), got {target.name}"
+            f"{evaluation_spec.protocol} ({target_protocols()} takes any), got {target.name}"
         )

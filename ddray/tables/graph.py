@@ -10,6 +10,8 @@ from typing import Any
 from ddray.config import merge, parse_overrides
 from ddray.data import Dataset
 from ddray.errors import InputError
+from ddray.evaluation import get_protocol
+from ddray.evaluation.config import EvaluateConfig
 from ddray.evaluation.options import EvaluateOptions
 from ddray.jobs.context import make_distiller
 from ddray.jobs.plan import Plan, resolve
@@ -286,7 +288,8 @@ def _evaluate_unit(
     recipe = evaluation_spec.recipe or evaluation_spec.options.get("recipe")
     networks = min(evaluation_spec.seeds or method_defaults.seeds, spec.limits.networks or 2**31)
     recipe_epochs = RECIPES.get(recipe or "", {}).get("epochs")
-    is_fixed = recipe is not None or evaluation_spec.protocol == "soft"
+    config_type = get_protocol(evaluation_spec.protocol).config_type
+    is_fixed = recipe is not None or config_type is not EvaluateConfig
     epochs = _within(spec.limits.epochs, evaluation_spec.epochs, recipe_epochs, is_fixed=is_fixed)
     options: dict[str, Any] = {
         **evaluation_spec.options,
@@ -346,7 +349,8 @@ def _limited_options(evaluation_spec: EvaluateSpec, limits: Limits) -> dict[str,
     overrides = []
     if _is_above(parsed.get("epochs"), limits.epochs):
         overrides.append(f"epochs={limits.epochs}")
-    if evaluation_spec.protocol == "soft" and _is_above(teacher_epochs, limits.teacher_epochs):
+    has_teachers = "teachers" in get_protocol(evaluation_spec.protocol).options
+    if has_teachers and _is_above(teacher_epochs, limits.teacher_epochs):
         overrides.append(f"teacher.epochs={limits.teacher_epochs}")
     full = evaluation_spec.options.get("full_epochs")
     return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
+from ddray.evaluation import get_protocol, protocol_names
 from ddray.evaluation.published import Number
 from ddray.tables.units import Cell
 
@@ -21,17 +22,14 @@ _METHODS: Final = {
     "random_ssl": ("random_ssl", "random"),
     "kmeans_ssl": ("kmeans_ssl", "kmeans"),
 }
-_METRICS: Final = {"linear": "linear_probe_accuracy", "nas": "nas_top1_accuracy"}
-# Protocols with published numbers; `robust` reports the accuracy of `hard` beside its scores.
-_PROTOCOLS: Final = ("hard", "soft", "robust", *_METRICS)
+_TOP1: Final = "top1_accuracy"
+_NAS_METRIC: Final = "nas_top1_accuracy"
 # D3HR's other tables use soft labels (its Sec 5.1), even where they name no teacher.
 _HARD_D3HR: Final = ("Table 5",)
 # Rows that train on the whole dataset and so have no size, unlike the other rows of their tables.
 _WHOLE: Final = ("early_stopping", "whole")
 # Further figures of a cell and their column titles.
 FIGURES: Final = {
-    "lrs": "LRS",
-    "ars": "ARS",
     "spearman": "Spearman",
     "published_spearman": "published Spearman",
     "spearman_top20": "Spearman, top 20 %",
@@ -63,7 +61,7 @@ def find(numbers: Sequence[Number], cell: Cell, metric: str | None = None) -> Nu
         number
         for number in numbers
         if number.method in methods
-        and number.metric == (metric or _METRICS.get(cell.protocol, "top1_accuracy"))
+        and number.metric == (metric or _metric(cell.protocol) or _TOP1)
         and number.dataset in ("", cell.dataset)
         and (number.target or number.dataset or cell.target) == cell.target
         and number.arch in ("", *_arch_names(cell.arch))
@@ -79,6 +77,18 @@ def find(numbers: Sequence[Number], cell: Cell, metric: str | None = None) -> Nu
         candidates = [number for number in candidates if _same_protocol(number, cell)]
     names = ("", *_arch_names(cell.arch))
     return min(candidates, key=lambda number: (bool(number.setting), names.index(number.arch)), default=None)
+
+
+def _metric(protocol: str) -> str | None:
+    """Return the metric of a protocol's published accuracies; None if no paper has any."""
+    if protocol == "nas":
+        return _NAS_METRIC
+    return get_protocol(protocol).published_metric if protocol in protocol_names() else None
+
+
+def _has_teachers(protocol: str) -> bool:
+    """Return whether a protocol trains on soft labels."""
+    return protocol in protocol_names() and "teachers" in get_protocol(protocol).options
 
 
 def _arch_names(arch: str) -> tuple[str, ...]:
@@ -103,17 +113,16 @@ def _same_size(number: Number, cell: Cell) -> bool:
 
 def _same_protocol(number: Number, cell: Cell) -> bool:
     """Return whether number and cell have the same protocol; never for protocols that no paper reports."""
-    if cell.protocol not in _PROTOCOLS:
-        return False
-    if cell.protocol in _METRICS:  # the metric already decides
-        return True
+    metric = _metric(cell.protocol)
+    if metric != _TOP1:  # the metric already decides
+        return metric is not None
     soft = number.paper == "d3hr" and number.table not in _HARD_D3HR
-    return soft == (cell.protocol == "soft") and (not soft or bool(number.teacher))
+    return soft == _has_teachers(cell.protocol) and (not soft or bool(number.teacher))
 
 
 def _same_teacher(number: Number, cell: Cell) -> bool:
     """Return whether the soft labels come from the same teacher; true for other protocols."""
-    if cell.protocol != "soft" or not number.teacher:
+    if not _has_teachers(cell.protocol) or not number.teacher:
         return True
     teacher = cell.teacher or _DEFAULT_TEACHER
     num_teachers = teacher.count("+") + 1

@@ -23,12 +23,13 @@ from ddray.commands.options import to_json
 from ddray.data import carve_val, open_dataset
 from ddray.drawing.images import grid
 from ddray.errors import InputError
-from ddray.evaluation import hard
+from ddray.evaluation import hard, robust
+from ddray.evaluation.config import evaluation_config
 from ddray.evaluation.options import EvaluateOptions
 from ddray.jobs import score as scoring
 from ddray.jobs.distill import distill
 from ddray.jobs.plan import resolve
-from ddray.jobs.score import evaluate, evaluation_config
+from ddray.jobs.score import evaluate
 from ddray.training.recipe import RECIPES
 
 CPU = torch.device("cpu")
@@ -178,9 +179,9 @@ class TestRobust:
         self, random_set: Path, digits: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         arguments: list[Any] = []
-        robust = scoring.Robust
+        original = robust.Robust
         monkeypatch.setattr(
-            scoring, "Robust", lambda *args, **kwargs: arguments.append(kwargs) or robust(*args, **kwargs)
+            robust, "Robust", lambda *args, **kwargs: arguments.append(kwargs) or original(*args, **kwargs)
         )
         evaluate(random_set, quick(protocol="robust", seeds=1, full_epochs=1, split="val"), device=CPU)
 
@@ -192,7 +193,7 @@ class TestRobust:
         distilled = load(random_set)
         for floats, expected in ((20 * 256, 2), (10 * 256, 1), (5, 1), (45 * 256, 4)):
             meta = distilled.meta.model_copy(update={"storage_floats": floats})
-            assert scoring._images_at_storage(dataclasses.replace(distilled, meta=meta)) == expected
+            assert robust.images_at_storage(dataclasses.replace(distilled, meta=meta)) == expected
 
 
 class TestContinual:

@@ -18,7 +18,7 @@ from ddray.evaluation.soft import (
     SoftConfig,
     half_cosine,
     mix,
-    settle,
+    resolve_settings,
     shuffle_strips,
     soft_loss,
 )
@@ -77,7 +77,9 @@ def test_recipes_are_the_papers_and_the_codes(
 ) -> None:
     config = SoftConfig.parse(options)
 
-    settings = settle(config, arch=arch, num_images=ipc * num_classes, num_classes=num_classes, size=size)
+    settings = resolve_settings(
+        config, arch=arch, num_images=ipc * num_classes, num_classes=num_classes, size=size
+    )
 
     assert (settings.epochs, settings.lr, settings.batch) == expected
     assert (settings.temperature, settings.weight_decay, settings.min_scale) == (20.0, 0.01, 0.08)
