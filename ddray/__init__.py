@@ -1,31 +1,30 @@
 """ddray: hyperparameter and NAS benchmarking for dataset distillation, on Ray.
 
 As a library: `ddray.distill("datadam", ipc=1)`, `ddray.load("x.pt")`, `ddray.evaluate(distilled)`,
-`ddray.export(distilled, "folder")`.
+`ddray.export(distilled, "folder")`, `ddray.tune("datadam", ipc=1)`, `ddray.nas(distilled)`,
+`ddray.bench("x.yaml")`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ddray.system.lazy import lazy
 
 if TYPE_CHECKING:
+    from ddray.api import bench as bench
     from ddray.api import distill as distill
     from ddray.api import evaluate as evaluate
     from ddray.api import export as export
     from ddray.api import load as load
+    from ddray.api import nas as nas
+    from ddray.api import tune as tune
 
 __version__ = "0.1.0"
 
-_FUNCTIONS = ("distill", "evaluate", "export", "load")
+_FUNCTIONS = ("bench", "distill", "evaluate", "export", "load", "nas", "tune")
 
-
-def __getattr__(name: str) -> Any:
-    """Return a function of the library; torch is loaded when one is first asked for."""
-    if name not in _FUNCTIONS:
-        raise AttributeError(f"module 'ddray' has no attribute {name!r}")
-    from ddray import api
-
-    return getattr(api, name)
+__getattr__ = lazy(__name__, {"api": _FUNCTIONS})
 
 
 def __dir__() -> list[str]:

@@ -1,84 +1,140 @@
-"""ddray as a library: the commands as functions on objects, with a run folder only on request."""
+"""ddray as a library: the commands as functions, on objects as well as files.
+
+Every function takes the options of its command by name (`--num-samples` is `num_samples`; repeatable ones
+also by their plural, such as `archs`), raises `InputError` instead of exiting, and returns a typed result.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import inspect
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
+
+import torch
 
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.artifact.export import export_folder, export_parquet
 from ddray.artifact.reading import load as load_set
-from ddray.config import merge, nest
-from ddray.data import Dataset, open_dataset
+from ddray.config import Config, parse_overrides
+from ddray.data import Dataset, carve_val, open_dataset
 from ddray.distillation.loop import run_distillation
 from ddray.errors import unknown
 from ddray.evaluation.options import EvaluateOptions
-from ddray.jobs import distill as api
-from ddray.jobs import score as scoring
+from ddray.evaluation.result import EvaluateResult
+from ddray.jobs import distill as distill_job
+from ddray.jobs import score
 from ddray.jobs.context import make_context, make_distiller, pick_device
-from ddray.jobs.plan import resolve
+from ddray.jobs.options import DistillOptions, PlanOptions
+from ddray.jobs.plan import Plan, plan_of
+from ddray.ranking.options import NasModes, NasOptions, NasRequest
+from ddray.system.options import DeviceOptions, RunOptions
+from ddray.tables.options import BenchOptions
+from ddray.tuning.options import TuneOptions
+
+if TYPE_CHECKING:
+    from ddray.ranking.result import ArchList, NasResult
+    from ddray.tables.result import BenchResult, Forecast
+    from ddray.tuning.result import TuneResult
 
 Form = Literal["folder", "parquet"]
+F = TypeVar("F", bound=Callable[..., Any])
 
-__all__ = ["distill", "evaluate", "export", "load"]
+__all__ = ["bench", "distill", "evaluate", "export", "load", "nas", "tune"]
 
 
+def _takes(*configs: type[Config]) -> Callable[[F], F]:
+    """Let a function's keyword arguments be the fields of configs: checked, and listed by `help`."""
+    fields = {name: field for config in configs for name, field in config.model_fields.items()}
+    names = sorted({name for config in configs for name in config.option_names()})
+
+    def decorate(function: F) -> F:
+        signature = inspect.signature(function)
+        parameters = {k: p for k, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD}
+
+        @functools.wraps(function)
+        def call(*arguments: Any, **options: Any) -> Any:
+            for name in options:
+                if name not in (*names, *parameters):
+                    raise unknown(f"an option of ddray.{function.__name__}", name, names)
+            return function(*arguments, **options)
+
+        options = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.get_default())
+            for name, field in fields.items()
+            if name not in parameters
+        ]
+        lines = (f"    {name}: {' '.join(str(field.description).split())}" for name, field in fields.items())
+        call.__doc__ = "\n".join([inspect.getdoc(function) or "", "", "Options:", *lines])
+        call.__dict__["__signature__"] = signature.replace(parameters=[*parameters.values(), *options])
+        return cast(F, call)
+
+    return decorate
+
+
+def _plan(options: dict[str, Any], settings: Mapping[str, Any] | None, default_ipc: int | None = 1) -> Plan:
+    """Return the run that keyword arguments ask for; `dataset` may be an open dataset."""
+    opened = options.get("dataset")
+    if isinstance(opened, Dataset):
+        options = {**options, "dataset": opened.name}
+    elif isinstance(opened, Path):
+        options = {**options, "dataset": str(opened)}
+    if options.get("ipc") is None and options.get("budget") is None:
+        options = {**options, "ipc": default_ipc}
+    return plan_of(PlanOptions.pick(options), opened if isinstance(opened, Dataset) else None, settings or {})
+
+
+@_takes(PlanOptions, DistillOptions)
 def distill(
     method: str,
     dataset: str | Path | Dataset = "digits",
     *,
-    ipc: int | None = None,
-    budget: int | None = None,
-    preset: str = "paper",
     settings: Mapping[str, Any] | None = None,
-    seed: int = 0,
-    device: str = "auto",
-    run_dir: str | Path | None = None,
-    data_dir: str | Path | None = None,
-    download: bool = False,
+    **options: Any,
 ) -> DistilledSet:
-    """Distil a dataset and return the set.
+    """Distil a dataset and return the set; without `run_dir` nothing is written but `out`.
 
     Args:
         method: its name; built in, or from an installed package.
         dataset: a name, a folder, or an open dataset.
-        ipc: images per class (self-supervised methods: storage of as many images per class). Default 1.
-        budget: storage in images, for self-supervised methods; instead of `ipc`.
-        preset: `paper` or `repo`.
         settings: overrides as for --set, such as `{"steps": 50, "method.lr_img": 0.5}`.
-        seed: all randomness derives from it.
-        device: `auto`, `cpu`, `cuda` or `cuda:<n>`.
-        run_dir: folder for checkpoints, ledger and the set; an existing run is resumed. None writes nothing.
-        data_dir: where datasets are; default $DDRAY_DATA.
-        download: let torchvision download what is missing.
+        options: see below. `ipc` is 1 by default; an existing run in `run_dir` is resumed.
 
     Raises:
         InputError: a name or a value is invalid.
         DivergedError: the loss became NaN.
     """
-    opened = dataset if isinstance(dataset, Dataset) else _open(dataset, data_dir, download)
-    plan = resolve(
-        method,
-        opened,
-        ipc=1 if ipc is None and budget is None else ipc,
-        budget=budget,
-        seed=seed,
-        preset=preset,
-        layers=[merge(*(nest(name, value) for name, value in (settings or {}).items()))],
-    )
-    torch_device = pick_device(device)
-    if run_dir is not None:
-        result = api.distill(plan, device=torch_device, run_dir=Path(run_dir).absolute(), resume=True)
-        return load_set(Path(result["artifact"]))
-    ctx = make_context(plan, plan.dataset.train(), split_name="train", device=torch_device)
+    plan = _plan({**options, "method": method, "dataset": dataset}, settings)
+    how = DistillOptions.pick({"resume": True, **options})
+    if how.run_dir is not None or how.out is not None:
+        with tempfile.TemporaryDirectory() as folder:  # for a run that only its set is wanted of
+            run_dir = how.run_dir or Path(folder) / "run"
+            return load_set(Path(_distil(plan, how.model_copy(update={"run_dir": run_dir})).artifact))
+    split, split_name = plan.dataset.train(), "train"
+    if how.val_seed is not None:
+        split, split_name = carve_val(split, seed=how.val_seed)[0], f"train-val{how.val_seed}"
+    ctx = make_context(plan, split, split_name=split_name, device=pick_device(how.device))
     return run_distillation(make_distiller(plan), ctx).distilled
 
 
-def _open(name: str | Path, data_dir: str | Path | None = None, download: bool = False) -> Dataset:
-    where = None if data_dir is None else Path(data_dir).absolute()
-    return open_dataset(str(name), data_dir=where, download=download)
+@_takes(PlanOptions, DistillOptions)
+def distill_to_run(method: str, **options: Any) -> distill_job.DistillResult:
+    """Distil a dataset in a run folder and return what was measured: `ddray distill`."""
+    return _distil(_plan({**options, "method": method}, None, default_ipc=None), DistillOptions.pick(options))
+
+
+def _distil(plan: Plan, how: DistillOptions) -> distill_job.DistillResult:
+    return distill_job.distill(
+        plan,
+        device=pick_device(how.device),
+        run_dir=how.run_dir,
+        resume=how.resume,
+        out=how.out,
+        val_seed=how.val_seed,
+    )
 
 
 def load(path: str | Path, *, dataset: str | Path | None = None) -> DistilledSet:
@@ -91,75 +147,159 @@ def load(path: str | Path, *, dataset: str | Path | None = None) -> DistilledSet
     Raises:
         InputError: the file is not a distilled set.
     """
-    opened = None if dataset is None else _open(dataset)
+    opened = None if dataset is None else open_dataset(str(dataset))
     return load_set(Path(path).absolute(), dataset=opened)
 
 
+@_takes(EvaluateOptions, DeviceOptions)
 def evaluate(
-    distilled: DistilledSet | str | Path,
-    *,
-    archs: str | Sequence[str] = (),
-    protocol: str = "hard",
-    seeds: int | None = None,
-    epochs: int | None = None,
-    dataset: str | Path | Dataset | None = None,
-    seed: int = 0,
-    device: str = "auto",
-    data_dir: str | Path | None = None,
-    **other_options: Any,
-) -> dict[str, Any]:
+    distilled: DistilledSet | str | Path, *, dataset: str | Path | Dataset | None = None, **options: Any
+) -> EvaluateResult:
     """Train fresh networks on a set and score them on test.
 
     Args:
         distilled: the set, or its file.
-        archs: one or several networks; default the one used for distillation.
-        protocol: how they are trained.
-        seeds: networks per architecture; default from the set.
-        epochs: training epochs; default from the set.
         dataset: what to test on: a name, a folder, or an open dataset; default the set's dataset.
-        seed: seed of the first network.
-        device: `auto`, `cpu`, `cuda` or `cuda:<n>`.
-        data_dir: where datasets are; default $DDRAY_DATA.
-        other_options: other fields of `ddray.evaluation.options.EvaluateOptions`, such as `augment`,
-            `recipe`, `train_limit`, `teachers`, `finetune`, `split` or `sets` (`["probe.epochs=10"]`).
-
-    Returns:
-        The JSON of `ddray evaluate`; accuracies are fractions.
+        options: see below.
 
     Raises:
         InputError: a name or a value is invalid.
     """
-    for name in other_options:
-        if name not in EvaluateOptions.model_fields:
-            raise unknown("an option of ddray.evaluate", name, EvaluateOptions.model_fields)
-    other_fields: dict[str, Any] = {
-        k: _listed(v) if k in ("sets", "teachers") else v for k, v in other_options.items()
-    }
     opened = dataset if isinstance(dataset, Dataset) else None
-    options = EvaluateOptions.parse(
-        {
-            "dataset": None if dataset is None or opened is not None else str(dataset),
-            "protocol": protocol,
-            "archs": _listed(archs),
-            "seeds": seeds,
-            "epochs": epochs,
-            "seed": seed,
-            "data_dir": None if data_dir is None else Path(data_dir).absolute(),
-            **other_fields,
-        },
-        prefix="--",
-    )
-    torch_device = pick_device(device)
-    if not isinstance(distilled, DistilledSet):
-        return scoring.evaluate(Path(distilled).absolute(), options, device=torch_device, dataset=opened)
+    name = None if dataset is None or opened is not None else str(dataset)
+    parsed = EvaluateOptions.pick({**options, "dataset": name})
+    device = pick_device(DeviceOptions.pick(options).device)
+    with _files([distilled]) as (path,):
+        return score.evaluate(path, parsed, device=device, dataset=opened)
+
+
+@contextlib.contextmanager
+def _files(sets: Sequence[DistilledSet | str | Path]) -> Iterator[list[Path]]:
+    """Yield the files of sets; one in memory is written for the time being, named by its method."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "distilled.pt"
-        distilled.save(path)
-        return scoring.evaluate(path, options, device=torch_device, dataset=opened)
+        paths: list[Path] = []
+        for one in sets:
+            if isinstance(one, DistilledSet):
+                path = Path(folder) / f"{one.meta.method}{len(paths) or ''}.pt"
+                one.save(path)
+            else:
+                path = Path(one).expanduser().absolute()
+            paths.append(path)
+        yield paths
 
 
-def _listed(value: str | Sequence[str]) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value)
+@_takes(PlanOptions, TuneOptions, RunOptions)
+def tune(
+    method: str,
+    *,
+    dataset: str | Path | Dataset = "digits",
+    settings: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> TuneResult:
+    """Search a method's hyperparameters on val over a Ray cluster, and score the winner on test once.
+
+    Args:
+        method: its name; built in, or from an installed package.
+        dataset: a name, a folder, or an open dataset.
+        settings: overrides as for --set, such as `{"steps": 50, "evaluate.seeds": 1}`.
+        options: see below; `space` may be a mapping of names to ranges. `ipc` is 1 by default.
+
+    Raises:
+        InputError: a name or a value is invalid.
+        InterruptedRunError: a signal ended the search; `resume` continues it.
+        DdrayError: no trial finished.
+    """
+    from ddray.cluster.tune import tune as search
+
+    plan = _plan({**options, "method": method, "dataset": dataset}, settings)
+    run = RunOptions.pick(options)
+    return search(plan, TuneOptions.pick(options), run_dir=run.run_dir, resume=run.resume)
+
+
+@_takes(NasRequest, NasOptions, NasModes, RunOptions)
+def nas(
+    proxies: DistilledSet | str | Path | Sequence[DistilledSet | str | Path] = (), **options: Any
+) -> NasResult:
+    """Rank architectures on distilled sets, and compare with their ranking on the whole dataset.
+
+    Args:
+        proxies: one or several distilled sets, or their files.
+        options: see below.
+
+    Raises:
+        InputError: a name or a value is invalid.
+        DdrayError: no architecture finished on any proxy.
+    """
+    from ddray.ranking import command
+    from ddray.ranking.sweep import execute_locally, resolve_config
+
+    modes = NasModes.pick(options)
+    sets = [proxies] if isinstance(proxies, DistilledSet | str | Path) else list(proxies)
+    command.check_modes({**options, "proxies": sets})
+    if options.get("gpus_per_worker") is None:
+        options["gpus_per_worker"] = float(modes.scores is None and torch.cuda.is_available())
+    parsed = NasOptions.pick(options)
+    if modes.scores is not None:
+        return command.compare_scores(modes.scores, parsed)
+    execute: Any = execute_locally
+    if parsed.executor == "ray":
+        from ddray.cluster.nas import RayExecutor
+
+        execute = RayExecutor(parsed)
+    run = RunOptions.pick(options)
+    with _files(sets) as paths:
+        return command.run_nas(
+            NasRequest.pick({**options, "proxies": paths}),
+            parsed,
+            resolve_config(parsed, (parse_overrides(modes.sets),)),
+            execute,
+            run_dir=run.run_dir,
+            resume=run.resume,
+        )
+
+
+def describe_archs(archs: str = "all", space: str = "convnet720") -> ArchList:
+    """Return architectures of a NAS space with their sizes and choices: `ddray nas --describe`.
+
+    Raises:
+        InputError: an unknown space or index.
+    """
+    from ddray.ranking.command import describe
+
+    return describe(space, archs)
+
+
+@_takes(BenchOptions, RunOptions)
+def bench(file: str | Path | Mapping[str, Any], **options: Any) -> BenchResult:
+    """Run a table, methods x datasets x sizes x seeds, and set its numbers beside the published ones.
+
+    Args:
+        file: the bench file, or what it would hold.
+        options: see below.
+
+    Raises:
+        InputError: the table or an option is bad.
+        DdrayError: no cell was scored.
+    """
+    from ddray.cluster.bench import bench as run_table
+    from ddray.tables.spec import read_spec
+
+    run, parsed = RunOptions.pick(options), BenchOptions.pick(options)
+    return run_table(read_spec(_source(file), parsed.scale), parsed, run_dir=run.run_dir, resume=run.resume)
+
+
+@_takes(BenchOptions, RunOptions)
+def forecast(file: str | Path | Mapping[str, Any], **options: Any) -> Forecast:
+    """Return a table's units and their expected cost; nothing is run: `ddray bench --dry-run`."""
+    from ddray.tables.dry_run import dry_run
+    from ddray.tables.spec import read_spec
+
+    parsed = BenchOptions.pick(options)
+    return dry_run(read_spec(_source(file), parsed.scale), parsed, run_dir=RunOptions.pick(options).run_dir)
+
+
+def _source(file: str | Path | Mapping[str, Any]) -> Path | Mapping[str, Any]:
+    return file if isinstance(file, Mapping) else Path(file).expanduser().absolute()
 
 
 def export(distilled: DistilledSet | str | Path, out: str | Path, *, form: Form | None = None) -> Path:

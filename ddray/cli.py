@@ -8,10 +8,11 @@ import signal
 import sys
 import threading
 import traceback
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+import ddray
 from ddray.commands.bench import bench
 from ddray.commands.data import data_info, data_list
 from ddray.commands.distill import distill
@@ -27,20 +28,14 @@ from ddray.system.memory import reuse_freed_memory
 
 app = typer.Typer(
     name="ddray",
-    help="Distil datasets, tune the distillation over a cluster, and score what comes out.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
 )
-data_app = typer.Typer(
-    help="Datasets: what is known, what is there.", no_args_is_help=True, rich_markup_mode=None
-)
+data_app = typer.Typer(help="Datasets: what is known, what is there.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 pool_app = typer.Typer(
     help="Model pools: networks that many runs share, trained once.",
     no_args_is_help=True,
-    rich_markup_mode=None,
 )
 app.add_typer(pool_app, name="pool")
 
@@ -51,6 +46,22 @@ data_app.command("list")(data_list)
 pool_app.command("train")(pool_train)
 pool_app.command("list")(pool_list)
 pool_app.command("show")(pool_show)
+
+
+def _print_version(is_asked_for: bool) -> None:
+    if is_asked_for:
+        typer.echo(f"ddray {ddray.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def version(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Distil datasets, tune the distillation over a cluster, and score what comes out."""
+
 
 # Newer versions of Typer bundle click, older ones import it: the base class of Typer's error works for both.
 _USAGE_ERROR: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+)
+from pydantic.fields import FieldInfo
 
 from ddray.errors import InputError, did_you_mean
 
@@ -18,6 +27,23 @@ _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 
 AbsolutePath = Annotated[Path, AfterValidator(lambda path: Path(os.path.abspath(path.expanduser())))]
 """A path made absolute when it is read: Ray's workers have other working directories."""
+
+
+Names = Annotated[
+    tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
+]
+"""Names, or a single one."""
+
+
+def named(option: str, field: str, default: Any = ()) -> Any:
+    """Return a field that is also read by the name of its option: `archs` of `--arch`."""
+    return Field(default=default, validation_alias=AliasChoices(field, option))
+
+
+def option_name(name: str, field: FieldInfo) -> str:
+    """Return the name of a field's option, such as `num-samples`, or `arch` of `archs`."""
+    alias = field.validation_alias
+    return str(alias.choices[-1] if isinstance(alias, AliasChoices) else name).replace("_", "-")
 
 
 class Config(BaseModel):
@@ -42,9 +68,42 @@ class Config(BaseModel):
         except ValidationError as error:
             raise InputError(_one_line(cls, error, prefix, source)) from error
 
+    @classmethod
+    def pick(cls, options: Mapping[str, Any]) -> Self:
+        """Validate the options, by field or option name, that are fields of this config.
+
+        Raises:
+            InputError: a value breaks a field's rule.
+        """
+        return cls.parse({k: v for k, v in options.items() if k in cls.option_names()}, prefix="--")
+
+    @classmethod
+    def option_names(cls) -> Collection[str]:
+        """Return the names that `pick` takes: of fields, and of options where they differ."""
+        names = {option_name(name, field).replace("-", "_") for name, field in cls.model_fields.items()}
+        return cls.model_fields.keys() | names
+
     def dump(self) -> dict[str, Any]:
         """Return the values as plain JSON types, nested configs as dicts."""
         return self.model_dump(mode="json")
+
+
+class Result(Config):
+    """What a command returns; --json prints its dump. What was not measured is absent, not None."""
+
+    model_config = ConfigDict(allow_inf_nan=True)
+
+    def dump(self) -> dict[str, Any]:
+        """Return the values that are set, as plain JSON types; NaN stays NaN."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.model_fields_set:
+            raise KeyError(name)
+        return getattr(self, name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.model_fields_set
 
 
 def _one_line(cls: type[BaseModel], error: ValidationError, prefix: str, source: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +19,20 @@ import ddray
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.artifact.export import export_folder, export_parquet, pictures
 from ddray.artifact.reading import load
+from ddray.cluster.doctor import DoctorResult
+from ddray.commands.export import ExportResult
+from ddray.config import Result
 from ddray.data import open_dataset
+from ddray.data.loaders import DatasetInfo, DatasetList
 from ddray.errors import InputError
+from ddray.evaluation.result import EvaluateResult
+from ddray.jobs.distill import DistillResult
+from ddray.jobs.pool_training import PoolResult
+from ddray.pool.listing import PoolEntryInfo, PoolList
+from ddray.ranking.result import ArchList, NasResult
+from ddray.report.page import ReportResult
+from ddray.tables.result import BenchResult
+from ddray.tuning.result import TuneResult
 from tests.test_docs import blocks
 
 SMALL = {"steps": 2, "arch": "convnet1_w8", "compile": "off", "method.batch_real": 4}
@@ -120,9 +134,112 @@ class TestDistill:
         assert python("import ddray; print('torch' in sys.modules, ddray.__version__)", tmp_path).startswith(
             "False"
         )
-        assert {"distill", "evaluate", "export", "load"} <= set(dir(ddray))
+        assert {"bench", "distill", "evaluate", "export", "load", "nas", "tune"} <= set(dir(ddray))
         with pytest.raises(AttributeError, match="no attribute 'distil'"):
             ddray.distil  # noqa: B018
+
+
+class TestRuns:
+    def test_a_set_is_written_without_a_run_folder(
+        self, distilled: DistilledSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        same = ddray.distill("dm", ipc=2, settings=SMALL, out="sets/dm.pt")
+        assert torch.equal(same.images, distilled.images)
+        assert not (tmp_path / "runs").exists()
+        assert load(tmp_path / "sets" / "dm.pt").meta == same.meta
+        val = ddray.distill("random", ipc=1, val_seed=3)
+        assert val.meta.split == "train-val3"
+
+    def test_nas_takes_sets_in_memory(self, distilled: DistilledSet, tmp_path: Path) -> None:
+        options: dict[str, Any] = {"sample": 3, "epochs": 1, "executor": "local", "gpus_per_worker": 0}
+        truth = tmp_path / "truth.csv"
+        truth.write_text("index,accuracy\n" + "".join(f"{index},0.5\n" for index in range(720)))
+        result = ddray.nas([distilled], truth=str(truth), run_dir=tmp_path / "run", **options)
+        assert [proxy.proxy for proxy in result.proxies] == ["dm.pt"]
+        frame = result.to_pandas()
+        assert (len(frame), set(frame["proxy"])) == (3, {"dm.pt"})
+        scores = tmp_path / "scores.csv"
+        scores.write_text("index,score\n0,0.1\n1,0.2\n2,0.3\n")
+        ranked = ddray.nas(scores=scores, truth=str(truth))
+        assert ranked.dump().keys() == {"space", "num_archs", "proxies"}
+        assert len(ranked.to_pandas()) == 1
+        with pytest.raises(InputError, match="must be one of local, ray, got 'lokal'; did you mean 'local'"):
+            ddray.nas(distilled, executor="lokal")
+        with pytest.raises(InputError, match="needs --proxy FILE"):
+            ddray.nas()
+
+    def test_bench_takes_a_mapping(self, tmp_path: Path) -> None:
+        table = {
+            "name": "small",
+            "dataset": "digits",
+            "ipc": 1,
+            "methods": ["random", "kcenter"],
+            "set": {"arch": "convnet1_w8", "compile": "off"},
+            "evaluate": {"epochs": 1, "seeds": 1},
+        }
+        result = ddray.bench(table, executor="local", run_dir=tmp_path / "run")
+        frame = result.to_pandas()
+        assert list(frame["method"]) == ["random", "kcenter"]
+        assert [cell.accuracy_mean for cell in result.cells] == list(frame["accuracy_mean"])
+        assert "name" not in result.dump()
+        with pytest.raises(InputError, match="did you mean 'kcenter'"):
+            ddray.bench({**table, "methods": ["kcentr"]}, executor="local")
+
+    @pytest.mark.ray
+    def test_tune_takes_a_space_and_gives_a_row_per_trial(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        result = ddray.tune(
+            "dm",
+            dataset=open_dataset("digits"),
+            ipc=1,
+            num_samples=2,
+            strategy="random",
+            final_sets=1,
+            space={"lr_img": {"loguniform": [0.1, 10.0]}},
+            settings={**SMALL, "evaluate.epochs": 2, "evaluate.seeds": 1, "evaluate.val_seeds": 1},
+        )
+        frame = result.to_pandas()
+        assert list(frame.columns) == ["trial", "lr_img", "val_accuracy", "status", "wall_s"]
+        assert list(frame["trial"]) == [0, 1]
+        assert frame["val_accuracy"].max() == result.best.val_accuracy
+        assert Path(result.run_dir).parent == tmp_path / "runs"
+        with pytest.raises(InputError, match="did you mean 'num_samples'"):
+            ddray.tune("dm", num_sample=2)
+
+    def test_help_lists_the_options(self) -> None:
+        parameters = inspect.signature(ddray.tune).parameters
+        assert parameters["num_samples"].default == 16
+        assert "gpus_per_trial: GPUs per trial" in str(ddray.tune.__doc__)
+
+
+RESULTS: dict[str, type[Result]] = {
+    "distill": DistillResult,
+    "evaluate": EvaluateResult,
+    "tune": TuneResult,
+    "nas": NasResult,
+    "nas --describe": ArchList,
+    "bench": BenchResult,
+    "report": ReportResult,
+    "export": ExportResult,
+    "pool train": PoolResult,
+    "pool list": PoolList,
+    "pool show": PoolEntryInfo,
+    "data info": DatasetInfo,
+    "data list": DatasetList,
+    "doctor": DoctorResult,
+}
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_the_keys_of_a_result_are_documented(name: str) -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    (text,) = re.findall(rf"^\| `{name}` \| (.*) \|$", page, re.M)
+    keys = [key for key, field in RESULTS[name].model_fields.items() if not field.exclude]
+    assert keys
+    assert [key for key in keys if not re.search(rf"\b{key}\b", text)] == []
 
 
 class TestExport:
@@ -216,6 +333,13 @@ class TestExport:
         assert ddray.export(distilled, tmp_path / "b").is_dir()
         assert ddray.export(distilled, tmp_path / "c.parquet", form="folder").is_dir()
         assert load(tmp_path / "a.pt").meta == ddray.load(tmp_path / "a.pt").meta
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_the_readmes_runs(tmp_path: Path) -> None:
+    (block,) = blocks("README.md", "library", "python")
+    assert "kcenter" in python(block, tmp_path)
 
 
 def test_the_readmes_example_runs(tmp_path: Path) -> None:

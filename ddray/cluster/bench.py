@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from ddray.cluster import nas
 from ddray.cluster.runtime import check_capacity, ray_runtime, sigterm_as_sigint
 from ddray.errors import InputError
 from ddray.runs.outcome import Outcome
 from ddray.tables.options import BenchOptions
+from ddray.tables.result import BenchResult
 from ddray.tables.run import prepare, run_bench, run_local
 from ddray.tables.spec import BenchSpec
 from ddray.tables.units import BenchUnit
 from ddray.tables.worker import BenchJob, run_unit
 
 
-def bench(spec: BenchSpec, options: BenchOptions, *, run_dir: Path | None, resume: bool) -> dict[str, Any]:
+def bench(spec: BenchSpec, options: BenchOptions, *, run_dir: Path | None, resume: bool) -> BenchResult:
     """Run a bench, or resume one.
 
     Args:
@@ -25,9 +25,6 @@ def bench(spec: BenchSpec, options: BenchOptions, *, run_dir: Path | None, resum
         options: scale, resources, executor.
         run_dir: the run's folder; None creates a numbered one.
         resume: continue the run in that folder.
-
-    Returns:
-        The command's JSON (docs/architecture.md, Commands).
 
     Raises:
         InputError: the table, an option or the folder is bad.

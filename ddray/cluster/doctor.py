@@ -9,11 +9,11 @@ import uuid
 from collections.abc import Callable
 from importlib.metadata import requires, version
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ddray.cluster.runtime import ray_runtime
+from ddray.config import Result
 from ddray.data import dataset_names, open_dataset
 from ddray.errors import DdrayError, InputError
 from ddray.system.files import home
@@ -22,16 +22,28 @@ from ddray.system.worker import cpu_count
 _MIN_FREE_GIB = 5.0
 
 
-def examine(*, address: str | None, run_dir: Path, data_dir: Path | None) -> dict[str, Any]:
+class Check(Result):
+    """One check: `ok`, `warning` or `failed`, and what was seen."""
+
+    check: str
+    status: str
+    detail: str
+
+
+class DoctorResult(Result):
+    """What `ddray doctor` returns; warnings keep `ok` true."""
+
+    ok: bool
+    checks: list[Check]
+
+
+def examine(*, address: str | None, run_dir: Path, data_dir: Path | None) -> DoctorResult:
     """Run every check.
 
     Args:
         address: Ray cluster to check; None starts a local instance.
         run_dir: folder that all nodes must share and be able to write.
         data_dir: the datasets' folder; None is $DDRAY_DATA.
-
-    Returns:
-        `{"ok", "checks": [{"check", "status": "ok"|"warning"|"failed", "detail"}]}`; warnings keep `ok` true.
     """
     checks: list[tuple[str, Callable[[], tuple[str, str]]]] = [
         ("versions", _versions),
@@ -48,8 +60,8 @@ def examine(*, address: str | None, run_dir: Path, data_dir: Path | None) -> dic
             status, detail = check()
         except (DdrayError, OSError) as error:
             status, detail = "failed", " ".join(str(error).split())
-        results.append({"check": name, "status": status, "detail": detail})
-    return {"ok": all(entry["status"] != "failed" for entry in results), "checks": results}
+        results.append(Check(check=name, status=status, detail=detail))
+    return DoctorResult(ok=all(entry.status != "failed" for entry in results), checks=results)
 
 
 def _versions() -> tuple[str, str]:

@@ -35,6 +35,7 @@ from ddray.system.shipped import shipped
 from ddray.tuning.options import Strategy, TuneOptions
 from ddray.tuning.payload import Payload, pack
 from ddray.tuning.report import write_report
+from ddray.tuning.result import TuneResult
 from ddray.tuning.search import Search, best_trial, paper_trial
 from ddray.tuning.space import Range, grid, read_space
 from ddray.tuning.study import score_of
@@ -45,7 +46,7 @@ log = logging.getLogger(__name__)
 
 def tune(
     plan: Plan, options: TuneOptions, *, run_dir: Path | None = None, resume: bool = False
-) -> dict[str, Any]:
+) -> TuneResult:
     """Run a search, or continue one.
 
     Args:
@@ -53,9 +54,6 @@ def tune(
         options: space, strategy, size, resources.
         run_dir: the run's folder; None makes a numbered one.
         resume: continue the folder's run.
-
-    Returns:
-        The command's JSON (docs/architecture.md, Commands).
 
     Raises:
         InputError: the space, the plan or an option is bad, or the test set can't be read at the end.
@@ -109,7 +107,7 @@ def tune(
         scores = run_finals(plan, job, run, {"best": best, "paper": paper_row}, options)
     write_results(run.folder / "results.csv", run.ledger.rows())
     result = _result(run, rows, best, paper_row, scores, begin)
-    write_report(run.folder, result, rows, space)
+    write_report(run.folder, result.dump(), rows, space)
     return result
 
 
@@ -180,16 +178,19 @@ def _nas_objective(
     return spearman_objective(nas, plan.dataset, train, val, RayExecutor(nas), run.folder / "architectures")
 
 
-def _space(plan: Plan, space_file: Path | None) -> dict[str, Range]:
+def _space(plan: Plan, source: Path | dict[str, Any] | None) -> dict[str, Range]:
     """Return the ranges, each a field of the method.
 
     Raises:
         InputError: the file is missing or names a field that the method does not have.
     """
-    path = space_file or shipped("search_spaces", "hpo", f"{plan.method}.yaml")
-    if not path.is_file():
-        raise InputError(f"a search needs a space file, got {path}; write one and pass it with --space")
-    space = read_space(path)
+    if isinstance(source, dict):
+        path, space = Path("space"), read_space(source)
+    else:
+        path = source or shipped("search_spaces", "hpo", f"{plan.method}.yaml")
+        if not path.is_file():
+            raise InputError(f"a search needs a space file, got {path}; write one and pass it with --space")
+        space = read_space(path)
     fields = type(plan.config.method).model_fields
     for name in space:
         if name not in fields:
@@ -251,27 +252,28 @@ def _result(
     paper: Row | None,
     scores: Mapping[str, Mapping[str, Any]],
     begin: float,
-) -> dict[str, Any]:
-    """Return the command's JSON."""
+) -> TuneResult:
     done = [row for row in rows if row.status == "done"]
     objective = best.result["objective"]
     none = {"test_accuracy_mean": None, "test_accuracy_std": None}
-    return {
-        "run_dir": str(run.folder),
-        "objective": objective,
-        "num_trials": len(rows),
-        "num_failed": len(rows) - len(done),
-        "num_stopped_early": sum(bool(row.result["stopped_early"]) for row in done),
-        "best": {
-            "config": best.spec["params"],
-            objective: score_of(best.result),
-            "trial": best.spec["number"],
-        },
-        "paper_point": {
-            objective: score_of(paper.result) if paper else None,
-            **(scores["paper"]["scores"] if paper else none),
-        },
-        "artifact": scores["best"]["artifact"],
-        **scores["best"]["scores"],
-        "wall_s": time.perf_counter() - begin,
-    }
+    return TuneResult.parse(
+        {
+            "run_dir": str(run.folder),
+            "objective": objective,
+            "num_trials": len(rows),
+            "num_failed": len(rows) - len(done),
+            "num_stopped_early": sum(bool(row.result["stopped_early"]) for row in done),
+            "best": {
+                "config": best.spec["params"],
+                objective: score_of(best.result),
+                "trial": best.spec["number"],
+            },
+            "paper_point": {
+                objective: score_of(paper.result) if paper else None,
+                **(scores["paper"]["scores"] if paper else none),
+            },
+            "artifact": scores["best"]["artifact"],
+            **scores["best"]["scores"],
+            "wall_s": time.perf_counter() - begin,
+        }
+    )

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ddray.commands.display import percent, table_of
 from ddray.tables.cost import summarise
 from ddray.tables.published import FIGURES
 
+if TYPE_CHECKING:
+    from ddray.tables.result import BenchResult
 
-def bench_tables(name: str, result: dict[str, Any]) -> list[Any]:
+
+def bench_tables(result: BenchResult) -> list[Any]:
     """Return a bench's table in percent, its failures, and where its files are.
 
     Columns with the same value in every cell go into the title.
@@ -19,14 +22,14 @@ def bench_tables(name: str, result: dict[str, Any]) -> list[Any]:
 
     cells = [
         {**cell, "size": f"ipc {cell['ipc']}" if "ipc" in cell else f"{cell['budget']} images"}
-        for cell in result["cells"]
+        for cell in result.dump()["cells"]
     ]
     names = ("dataset", "size", "protocol", "target", "teacher", "augment", "settings", "arch")
     texts = {column: [str(cell.get(column, "-")) for cell in cells] for column in names}
     varied = [column for column in names if len(set(texts[column])) > 1]
     fixed = [texts[column][0] for column in names if len(set(texts[column])) == 1 and texts[column][0] != "-"]
     published = any("published" in cell for cell in cells)
-    table = Table("method", *varied, "accuracy %", "n", title=", ".join([name, *fixed]))
+    table = Table("method", *varied, "accuracy %", "n", title=", ".join([result.name, *fixed]))
     for column in ("published %", "difference (SE)") if published else ():
         table.add_column(column)
     figures = [name for name in FIGURES if any(cell.get(name) is not None for cell in cells)]
@@ -40,18 +43,18 @@ def bench_tables(name: str, result: dict[str, Any]) -> list[Any]:
             *(published_text(cell.get("published")) if published else ()),
             *(_short(cell.get(name)) for name in figures),
         )
-    folder = Path(result["run_dir"])
+    folder = Path(result.run_dir)
     summary = {
-        "failed units": result["num_failed"],
-        "not run because of them": len(result["skipped"]),
-        "seconds": f"{result['wall_s']:.0f}",
+        "failed units": result.num_failed,
+        "not run because of them": len(result.skipped),
+        "seconds": f"{result.wall_s:.0f}",
         "table": str(folder / "table.csv"),
         "page": f"ddray report {folder}",
     }
     failures = Table("unit", "reason", title="failures")
-    for failure in result["failures"]:
+    for failure in result.failures:
         failures.add_row(failure["unit"], failure["reason"][:400])
-    return [table, *([failures] if result["failures"] else []), table_of("bench", summary)]
+    return [table, *([failures] if result.failures else []), table_of("bench", summary)]
 
 
 def _short(value: float | None) -> str:

@@ -2,43 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from ddray.commands import display
-from ddray.commands.options import DataDir, Download, Json, absolute, output
-from ddray.errors import InputError
+from ddray.commands.options import Emit, command
+from ddray.config import AbsolutePath, Config
+from ddray.system.options import DataOptions
 
 
-def data_info(
-    name: Annotated[str, typer.Argument(help="Dataset name, or a folder.")],
-    data_dir: DataDir = None,
-    download: Download = False,
-    as_json: Json = False,
-) -> None:
+class DatasetArgument(Config):
+    """The dataset to describe."""
+
+    name: str
+    """Dataset name, or a folder."""
+
+
+class ListOptions(Config):
+    """Where to look."""
+
+    data_dir: AbsolutePath | None = None
+    """Where datasets are; default $DDRAY_DATA."""
+
+
+@command(DatasetArgument, DataOptions, example="ddray data info cifar10", arguments=("name",))
+def data_info(emit: Emit, name: str, **options: Any) -> None:
     """Say what a dataset holds."""
-    with output(as_json) as emit:
-        from ddray.data.loaders import data_info as describe_dataset
+    from ddray.data.loaders import data_info as describe_dataset
 
-        result = describe_dataset(name, data_dir=absolute(data_dir), download=download)
-        emit(result, display.table_of(name, result))
+    parsed = DataOptions.pick(options)
+    result = describe_dataset(name, data_dir=parsed.data_dir, download=parsed.download)
+    emit(result, display.table_of(name, result.dump()))
 
 
-def data_list(data_dir: DataDir = None, as_json: Json = False) -> None:
+@command(ListOptions, example="ddray data list --data-dir ~/datasets")
+def data_list(emit: Emit, **options: Any) -> None:
     """List the known datasets, and which of them are there."""
-    with output(as_json) as emit:
-        from ddray.data import dataset_names, open_dataset
+    from ddray.data.loaders import list_datasets
 
-        datasets: list[dict[str, Any]] = []
-        for name in dataset_names():
-            try:
-                open_dataset(name, data_dir=absolute(data_dir))
-            except InputError:
-                datasets.append({"name": name, "found": False})
-            else:
-                datasets.append({"name": name, "found": True})
-        emit(
-            {"datasets": datasets},
-            display.table_of("datasets", {d["name"]: "found" if d["found"] else "-" for d in datasets}),
-        )
+    result = list_datasets(data_dir=ListOptions.pick(options).data_dir)
+    lines = {entry["name"]: "found" if entry["found"] else "-" for entry in result.datasets}
+    emit(result, display.table_of("datasets", lines))

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ddray.pool.listing import PoolEntryInfo, PoolModel
+    from ddray.ranking.result import NasResult
+    from ddray.tuning.result import BestTrial, PaperPoint, TuneResult
 
 
 def show(*tables: Any) -> None:
@@ -47,24 +52,24 @@ def accuracy_table(title: str, results: list[dict[str, Any]]) -> Any:
     return table
 
 
-def pool_table(models: list[dict[str, Any]]) -> Any:
+def pool_table(models: Sequence[PoolModel]) -> Any:
     """Return a table of a pool's entries."""
     from rich.table import Column, Table
 
     key = Column("key", no_wrap=True)
     table = Table(key, "kind", "dataset", "arch", "epochs", "times trained", "MB", title="pool")
     for model in models:
-        epochs = "-" if model["epochs"] is None else str(model["epochs"])
-        size = f"{model['size_bytes'] / 1e6:.1f}"
-        names = (model["key"][:12], model["kind"], model["dataset"], model["arch"])
-        table.add_row(*names, epochs, str(model["times_trained"]), size)
+        epochs = "-" if model.epochs is None else str(model.epochs)
+        size = f"{model.size_bytes / 1e6:.1f}"
+        names = (model.key[:12], model.kind, model.dataset, model.arch)
+        table.add_row(*names, epochs, str(model.times_trained), size)
     return table
 
 
-def entry_tables(result: dict[str, Any]) -> list[Any]:
+def entry_tables(result: PoolEntryInfo) -> list[Any]:
     """Return tables of a pool entry's meta and of its tensors."""
-    tensors = {name: f"{tensor['dtype']} {tensor['shape']}" for name, tensor in result["tensors"].items()}
-    return [table_of(result["key"][:12], result["meta"]), table_of("tensors", tensors)]
+    tensors = {name: f"{tensor['dtype']} {tensor['shape']}" for name, tensor in result.tensors.items()}
+    return [table_of(result.key[:12], result.meta or {}), table_of("tensors", tensors)]
 
 
 def evaluate_tables(title: str, protocol: str, results: list[dict[str, Any]]) -> list[Any]:
@@ -95,26 +100,26 @@ def _measured(result: dict[str, Any], measures: Mapping[str, Any]) -> Iterator[t
             yield measure.title, percent(value, std)
 
 
-def tune_tables(result: dict[str, Any]) -> list[Any]:
+def tune_tables(result: TuneResult) -> list[Any]:
     """Return a table of a search's results and files."""
-    best, paper = result["best"], result["paper_point"]
+    best, paper = result.best, result.paper_point
     summary = {
-        "trials": f"{result['num_trials']} ({result['num_failed']} failed, "
-        f"{result['num_stopped_early']} stopped early)",
-        "best config": json.dumps(best["config"]) + f" (trial {best['trial']})",
-        **_val_line(result["objective"], best, paper),
-        "test accuracy %": percent(result["test_accuracy_mean"], result["test_accuracy_std"])
-        + f" (paper's point {percent(paper['test_accuracy_mean'], paper['test_accuracy_std'])})",
-        "seconds": f"{result['wall_s']:.0f}",
-        "artifact": result["artifact"],
-        "picture": str(Path(result["artifact"]).with_suffix(".png")),
-        "report": str(Path(result["run_dir"]) / "report.html"),
-        "table": str(Path(result["run_dir"]) / "results.csv"),
+        "trials": f"{result.num_trials} ({result.num_failed} failed, "
+        f"{result.num_stopped_early} stopped early)",
+        "best config": json.dumps(best.config) + f" (trial {best.trial})",
+        **_val_line(result.objective, best, paper),
+        "test accuracy %": percent(result.test_accuracy_mean, result.test_accuracy_std)
+        + f" (paper's point {percent(paper.test_accuracy_mean, paper.test_accuracy_std)})",
+        "seconds": f"{result.wall_s:.0f}",
+        "artifact": result.artifact,
+        "picture": str(Path(result.artifact).with_suffix(".png")),
+        "report": str(Path(result.run_dir) / "report.html"),
+        "table": str(Path(result.run_dir) / "results.csv"),
     }
     return [table_of("search", summary)]
 
 
-def _val_line(objective: str, best: dict[str, Any], paper: dict[str, Any]) -> dict[str, str]:
+def _val_line(objective: str, best: BestTrial, paper: PaperPoint) -> dict[str, str]:
     """Return the row of the objective."""
     if objective == "val_accuracy":
         return {"val accuracy %": f"{_hundred(best[objective])} (paper's point {_hundred(paper[objective])})"}
@@ -125,7 +130,7 @@ def _hundred(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f}"
 
 
-def archs_table(space: str, archs: list[dict[str, Any]]) -> Any:
+def archs_table(space: str, archs: Sequence[dict[str, Any]]) -> Any:
     """Return a table of a NAS space's architectures."""
     from rich.table import Table
 
@@ -136,32 +141,32 @@ def archs_table(space: str, archs: list[dict[str, Any]]) -> Any:
     return table
 
 
-def nas_tables(result: dict[str, Any]) -> list[Any]:
+def nas_tables(result: NasResult) -> list[Any]:
     """Return tables of how well each proxy ranks architectures, and of the sweep's files."""
     from rich import box
     from rich.table import Table
 
-    title = f"{result['num_archs']} architectures of {result['space']}"
+    title = f"{result.num_archs} architectures of {result.space}"
     table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("proxy", overflow="fold")
     for name in ("Spearman", "95 %", "top 20 %", "top-1 %", "best %", "images", "seconds"):
         table.add_column(name, justify="right", no_wrap=True)
-    for proxy in result["proxies"]:
-        low, high = proxy["spearman_ci95"] or (None, None)
+    for proxy in result.proxies:
+        low, high = proxy.spearman_ci95 or (None, None)
         table.add_row(
-            proxy["proxy"],
-            _number(proxy["spearman"]),
+            proxy.proxy,
+            _number(proxy.spearman),
             f"{_number(low)}..{_number(high)}",
-            _number(proxy["spearman_top20"]),
-            _hundred(proxy["top1_truth_accuracy"]),
-            _hundred(proxy["best_truth_accuracy"]),
+            _number(proxy.spearman_top20),
+            _hundred(proxy.top1_truth_accuracy),
+            _hundred(proxy.best_truth_accuracy),
             f"{proxy['storage_images']:g}",
             f"{proxy['wall_s']:.1f}",
         )
-    if "run_dir" not in result:
+    if result.run_dir is None:
         return [table]
     names = {"report": "report.html", "table": "results.csv", "plot": "scatter.png"}
-    files = {label: str(Path(result["run_dir"]) / name) for label, name in names.items()}
+    files = {label: str(Path(result.run_dir) / name) for label, name in names.items()}
     return [table, table_of("files", files)]
 
 
@@ -171,6 +176,4 @@ def _number(value: float | None) -> str:
 
 def percent(mean: float | None, std: float | None) -> str:
     """Return `12.34 +- 0.56` in percent, `-` if the mean is None."""
-    if mean is None:
-        return "-"
-    return f"{100 * mean:.2f}" + ("" if std is None else f" +- {100 * std:.2f}")
+    return _hundred(mean) + ("" if mean is None or std is None else f" +- {100 * std:.2f}")

@@ -4,36 +4,35 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
-
-import typer
+from typing import Any
 
 from ddray.commands import display
-from ddray.commands.options import DataDir, Json, absolute, output
+from ddray.commands.options import Emit, command
+from ddray.config import AbsolutePath, Config
 from ddray.errors import DdrayError
 
 
-def doctor(
-    address: Annotated[
-        str | None, typer.Option("--address", help="Ray cluster to look at; default a local one.")
-    ] = None,
-    run_dir: Annotated[Path, typer.Option("--run-dir", help="Folder that all nodes must share.")] = Path(
-        "runs"
-    ),
-    data_dir: DataDir = None,
-    as_json: Json = False,
-) -> None:
-    """Check versions, devices, Ray, the data folder and a shared-storage write."""
-    with output(as_json) as emit:
-        from ddray.cluster.doctor import examine
+class DoctorOptions(Config):
+    """What is checked."""
 
-        result = examine(address=address, run_dir=Path(os.path.abspath(run_dir)), data_dir=absolute(data_dir))
-        emit(
-            result,
-            display.table_of(
-                "doctor", {c["check"]: f"{c['status']}: {c['detail']}" for c in result["checks"]}
-            ),
-        )
-        if not result["ok"]:
-            failed = [c["check"] for c in result["checks"] if c["status"] == "failed"]
-            raise DdrayError(f"failed checks: {', '.join(failed)}; see above")
+    address: str | None = None
+    """Ray cluster to look at; default a local one."""
+    run_dir: AbsolutePath = Path("runs")
+    """Folder that all nodes must share."""
+    data_dir: AbsolutePath | None = None
+    """Where datasets are; default $DDRAY_DATA."""
+
+
+@command(DoctorOptions, example="ddray doctor --run-dir /shared/runs")
+def doctor(emit: Emit, **options: Any) -> None:
+    """Check versions, devices, Ray, the data folder and a shared-storage write."""
+    from ddray.cluster.doctor import examine
+
+    parsed = DoctorOptions.pick(options)
+    run_dir = Path(os.path.abspath(parsed.run_dir))
+    result = examine(address=parsed.address, run_dir=run_dir, data_dir=parsed.data_dir)
+    lines = {check.check: f"{check.status}: {check.detail}" for check in result.checks}
+    emit(result, display.table_of("doctor", lines))
+    if not result.ok:
+        failed = [check.check for check in result.checks if check.status == "failed"]
+        raise DdrayError(f"failed checks: {', '.join(failed)}; see above")

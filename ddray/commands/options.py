@@ -1,69 +1,172 @@
-"""What commands share: options, checks of paths and options, and the printing of results."""
+"""What commands share: options made from configs, shell completion, and the printing of results."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Annotated, Any
+import types
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 
 import typer
+from pydantic.fields import FieldInfo
 
 from ddray.commands import display
-from ddray.errors import InputError
+from ddray.config import Config, Result, option_name
 
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")
-]
-Method = Annotated[str, typer.Option("--method", help="Method or baseline, such as datadam, dm, random.")]
-DatasetOption = Annotated[
-    str, typer.Option("--dataset", help="Dataset name, or a folder (see `ddray data list`).")
-]
-Ipc = Annotated[
-    int | None, typer.Option("--ipc", help="Images per class (self-supervised methods: --budget).")
-]
-Budget = Annotated[
-    int | None, typer.Option("--budget", help="Images of storage, for self-supervised methods.")
-]
-Preset = Annotated[str, typer.Option("--preset", help="paper: as printed; repo: as in the authors' code.")]
-ConfigFile = Annotated[
-    Path | None, typer.Option("--config", help="YAML that overrides preset and shipped config.")
-]
-Sets = Annotated[
-    list[str] | None, typer.Option("--set", help="key=value, such as method.lr_img=0.5; repeatable.")
-]
-Seed = Annotated[int, typer.Option("--seed", help="Every draw is derived from it.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:<n>.")]
-RunDir = Annotated[
-    Path | None, typer.Option("--run-dir", help="Folder of the run; default runs/<command>-<number>.")
-]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --run-dir.")]
-DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Where datasets are; default $DDRAY_DATA.")]
-Download = Annotated[bool, typer.Option("--download", help="Let torchvision download what is missing.")]
-Arch = Annotated[list[str] | None, typer.Option("--arch", help="Network to train; repeatable.")]
+Emit = Callable[[Result, Any], None]
+_JSON: Final = typer.Option(
+    "--json", help="Print one JSON object on stdout, and nothing else there.", rich_help_panel="Output"
+)
+_PANELS: Final = {
+    "What": "method dataset ipc budget kind arch archs protocol proxies baselines space split pixel_space "
+    "preset config sets steps scale describe scores",
+    "How": "",
+    "Resources": "device executor num_workers cpus_per_worker gpus_per_worker cpus_per_trial gpus_per_trial "
+    "cpus_per_unit gpus_per_unit max_concurrent time_budget unit_timeout address",
+    "Run": "seed run_dir resume retry_failed dry_run data_dir download",
+    "Output": "out form",
+}
 
 
-def absolute(path: Path | None) -> Path | None:
-    """Make a path absolute, since Ray's workers have other working directories."""
-    return None if path is None else Path(os.path.abspath(path.expanduser()))
+def command(
+    *configs: type[Config], example: str, arguments: Sequence[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return a decorator that makes a Typer command of a function.
 
+    The command's options are the fields of the configs: name, type, default, and docstring as help. The
+    function gets `emit`, which prints a result, and by field name the options that the user has set.
 
-def refuse(options: dict[str, Any], context: str) -> None:
-    """Reject options that would be ignored.
-
-    Raises:
-        InputError: names the first option that is set.
+    Args:
+        configs: sources of the options.
+        example: a command line for --help.
+        arguments: fields that are positional arguments instead.
     """
-    for option, value in options.items():
-        if value not in (None, []):
-            text = ", ".join(map(str, value)) if isinstance(value, list) else value
-            raise InputError(f"{option} must be left out {context}, got {text}")
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        every = {name: field for config in configs for name, field in config.model_fields.items()}
+        fields = dict(sorted(every.items(), key=lambda item: list(_PANELS).index(_panel(item[0]))))
+
+        @functools.wraps(function)
+        def run(*, ctx: typer.Context, as_json: bool, **values: Any) -> None:
+            options = {k: v for k, v in values.items() if ctx.get_parameter_source(k).name != "DEFAULT"}  # type: ignore[union-attr]
+            with output(as_json) as emit:
+                function(emit, **options)
+
+        annotations: dict[str, Any] = {"ctx": typer.Context}
+        defaults: dict[str, Any] = {}
+        for name, field in fields.items():
+            plain, default = _plain(field)
+            annotations[name] = Annotated[plain, _parameter(name, field, name in arguments)]
+            if not field.is_required():
+                defaults[name] = default
+        annotations["as_json"], defaults["as_json"] = Annotated[bool, _JSON], False
+        run.__dict__["__signature__"] = inspect.Signature(
+            [
+                inspect.Parameter(
+                    name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    annotation=annotation,
+                    default=defaults.get(name, inspect.Parameter.empty),
+                )
+                for name, annotation in annotations.items()
+            ]
+        )
+        run.__annotations__ = annotations
+        run.__doc__ = f"{inspect.getdoc(function)}\n\nExample: {example}"
+        return run
+
+    return decorate
 
 
-Emit = Callable[[dict[str, Any], Any], None]
+def _panel(name: str) -> str:
+    return next((panel for panel, names in _PANELS.items() if name in names.split()), "How")
+
+
+def _plain(field: FieldInfo) -> tuple[Any, Any]:
+    """Return a field's type and default as Typer takes them; choices are checked by the config."""
+    kind: Any = field.annotation
+    optional = False
+    default = None if field.is_required() else field.get_default()
+    while (origin := get_origin(kind)) is not None:
+        if origin in (Union, types.UnionType):
+            optional = type(None) in get_args(kind)
+            kind = get_args(kind)[0]
+        elif origin is tuple:
+            inner = get_args(get_args(kind)[0])[0] if get_origin(get_args(kind)[0]) else get_args(kind)[0]
+            return (list[inner] if field.is_required() else list[inner] | None), None  # type: ignore[valid-type]
+        else:
+            kind = str if origin is Literal else get_args(kind)[0]
+    return (kind | None if optional else kind), default
+
+
+def _parameter(name: str, field: FieldInfo, is_argument: bool) -> Any:
+    """Return Typer's declaration of a field."""
+    text = " ".join(str(field.description).split())
+    if is_argument:
+        return typer.Argument(help=text)
+    option = "--" + option_name(name, field)
+    return typer.Option(
+        f"{option}/--no-{option[2:]}" if field.get_default() is True else option,
+        help=text,
+        rich_help_panel=_panel(name),
+        show_default="default" not in text,
+        autocompletion=_completion(name, field),
+    )
+
+
+def _completion(name: str, field: FieldInfo) -> Callable[[str], list[str]] | None:
+    """Return the shell completion of an option whose values have names."""
+    choices = _literals(field.annotation)
+    names = _COMPLETIONS.get(name, (lambda: choices) if choices else None)
+    return None if names is None else lambda incomplete: [n for n in names() if n.startswith(incomplete)]
+
+
+def _literals(kind: Any) -> list[str]:
+    if get_origin(kind) is Literal:
+        return [str(value) for value in get_args(kind)]
+    return [value for inner in get_args(kind) for value in _literals(inner)]
+
+
+def _methods() -> Iterable[str]:
+    from ddray.methods import method_names
+
+    return method_names()
+
+
+def _datasets() -> Iterable[str]:
+    from ddray.data.catalog import KNOWN
+
+    return KNOWN
+
+
+def _archs() -> Iterable[str]:
+    from ddray.nets.names import arch_names
+
+    return arch_names()
+
+
+def _protocols() -> Iterable[str]:
+    from ddray.evaluation import protocol_names
+
+    return protocol_names()
+
+
+_COMPLETIONS: Final[dict[str, Callable[[], Iterable[str]]]] = {
+    "method": _methods,
+    "dataset": _datasets,
+    "arch": _archs,
+    "archs": _archs,
+    "teachers": _archs,
+    "protocol": _protocols,
+    "preset": lambda: ("paper", "repo"),
+    "scale": lambda: ("paper", "cpu", "smoke"),
+    "kind": lambda: ("supervised", "ssl", "diffusion"),
+}
 
 
 @contextlib.contextmanager
@@ -81,9 +184,7 @@ def output(as_json: bool) -> Iterator[Emit]:
     os.dup2(2, 1)
     try:
 
-        def emit(result: dict[str, Any], table: Any) -> None:
-            from ddray.commands.options import to_json
-
+        def emit(result: Result, table: Any) -> None:
             sys.stdout.flush()
             os.write(real, (to_json(result) + "\n").encode())
 
@@ -94,9 +195,9 @@ def output(as_json: bool) -> Iterator[Emit]:
         os.close(real)
 
 
-def to_json(value: Any) -> str:
-    """Return a value as JSON; NaN and infinities become null."""
-    return json.dumps(_defined(value), allow_nan=False)
+def to_json(result: Result) -> str:
+    """Return a result as JSON; NaN and infinities become null."""
+    return json.dumps(_defined(result.dump()), allow_nan=False)
 
 
 def _defined(value: Any) -> Any:
@@ -104,6 +205,4 @@ def _defined(value: Any) -> Any:
         return value if value == value and abs(value) != float("inf") else None
     if isinstance(value, dict):
         return {key: _defined(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_defined(item) for item in value]
-    return value
+    return [_defined(item) for item in value] if isinstance(value, list) else value

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-from typing import Annotated
-
-import typer
+from typing import Any
 
 from ddray.commands import display
-from ddray.commands.options import DataDir, Json, absolute, output
+from ddray.commands.options import Emit, command
+from ddray.config import AbsolutePath, Config
 
 
-def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders of distill, tune, nas or bench.")],
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", help="The page; default <run>/report.html, report.html of several."),
-    ] = None,
-    tsne: Annotated[
-        bool, typer.Option("--tsne/--no-tsne", help="Draw t-SNE planes; they need the datasets.")
-    ] = True,
-    data_dir: DataDir = None,
-    as_json: Json = False,
-) -> None:
+class ReportOptions(Config):
+    """Runs, and their page."""
+
+    runs: tuple[AbsolutePath, ...]
+    """Run folders of distill, tune, nas or bench."""
+    out: AbsolutePath | None = None
+    """The page; default <run>/report.html, report.html of several."""
+    tsne: bool = True
+    """Draw t-SNE planes; they need the datasets."""
+    data_dir: AbsolutePath | None = None
+    """Where datasets are; default $DDRAY_DATA."""
+
+
+@command(ReportOptions, example="ddray report runs/first runs/search --out page.html", arguments=("runs",))
+def report(emit: Emit, **options: Any) -> None:
     """Write runs as one self-contained HTML page: leaderboard, methods, sets, curves, failures."""
-    with output(as_json) as emit:
-        from ddray.report.page import default_out, write_page
+    from ddray.report.page import default_out, write_page
 
-        folders = [Path(os.path.abspath(run)) for run in runs]
-        target = absolute(out) or default_out(folders)
-        result = write_page(folders, target, planes=tsne, data_dir=absolute(data_dir))
-        emit(result, display.table_of("report", result))
+    parsed = ReportOptions.pick(options)
+    out = parsed.out or default_out(parsed.runs)
+    result = write_page(parsed.runs, out, planes=parsed.tsne, data_dir=parsed.data_dir)
+    emit(result, display.table_of("report", result.dump()))

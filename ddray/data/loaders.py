@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ddray.config import Result
 from ddray.data import layouts, parquet, vision
 from ddray.data.catalog import KNOWN, KnownDataset
 from ddray.data.dataset import Dataset, Split
@@ -180,15 +181,46 @@ def _layout_of_named(name: str, spec: KnownDataset, folder: Path) -> Layout | No
     )
 
 
-def data_info(name: str, *, data_dir: Path | None = None, download: bool = False) -> dict[str, Any]:
-    """Return what `ddray data info` prints (docs/architecture.md, Commands)."""
+class DatasetInfo(Result):
+    """What `ddray data info` returns."""
+
+    name: str
+    num_classes: int
+    num_train: int
+    num_test: int
+    image_shape: list[int]
+    fingerprint: str
+    class_names: list[str]
+
+
+class DatasetList(Result):
+    """What `ddray data list` returns: name and whether it was found."""
+
+    datasets: list[dict[str, Any]]
+
+
+def list_datasets(*, data_dir: Path | None = None) -> DatasetList:
+    """Return the catalog's datasets, and which of them are there."""
+
+    def is_there(name: str) -> bool:
+        try:
+            open_dataset(name, data_dir=data_dir)
+        except InputError:
+            return False
+        return True
+
+    return DatasetList(datasets=[{"name": name, "found": is_there(name)} for name in dataset_names()])
+
+
+def data_info(name: str, *, data_dir: Path | None = None, download: bool = False) -> DatasetInfo:
+    """Return what a dataset holds."""
     dataset = open_dataset(name, data_dir=data_dir, download=download)
-    return {
-        "name": dataset.name,
-        "num_classes": dataset.num_classes,
-        "num_train": len(dataset.train()),
-        "num_test": len(dataset.test()),
-        "image_shape": list(dataset.image_shape),
-        "fingerprint": dataset.fingerprint,
-        "class_names": list(dataset.class_names),
-    }
+    return DatasetInfo(
+        name=dataset.name,
+        num_classes=dataset.num_classes,
+        num_train=len(dataset.train()),
+        num_test=len(dataset.test()),
+        image_shape=list(dataset.image_shape),
+        fingerprint=dataset.fingerprint,
+        class_names=list(dataset.class_names),
+    )

@@ -24,7 +24,7 @@ _CURVE_POINTS: Final = 200
 
 
 @dataclass(frozen=True)
-class DistillResult:
+class Distillation:
     """The outcome of a distillation.
 
     Attributes:
@@ -67,7 +67,7 @@ def run_distillation(
     until: int | None = None,
     eval_steps: Collection[int] = (),
     on_step: Callable[[int, float], None] | None = None,
-) -> DistillResult:
+) -> Distillation:
     """Run a method to its end, or to step `until`, starting from its checkpoint if there is one.
 
     Args:
@@ -108,7 +108,7 @@ def run_distillation(
         raise DivergedError(
             f"{ctx.method} diverged by step {last}: an image is NaN or infinite; lower {rate_name(settings)}"
         )
-    return DistillResult(
+    return Distillation(
         distilled=distilled,
         losses=torch.cat(losses).cpu().float() if losses else torch.zeros(0),
         resumed_from_step=done,

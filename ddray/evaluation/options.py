@@ -6,9 +6,10 @@ from typing import Any, Final, Literal, Self, get_args
 
 from pydantic import ValidationInfo, field_validator, model_validator
 
-from ddray.config import AbsolutePath, Config
+from ddray.config import Names, named
 from ddray.errors import InputError, unknown
 from ddray.evaluation import get_protocol, protocol_names
+from ddray.system.options import DataOptions
 from ddray.training.recipe import RECIPES, Augment
 
 SplitName = Literal["val", "test"]
@@ -22,7 +23,7 @@ _NAMES: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
 _OF_ONE_PROTOCOL: Final = ("num_tasks", "full_epochs", "finetune", "teachers")
 
 
-class EvaluateOptions(Config):
+class EvaluateOptions(DataOptions):
     """Options of `ddray evaluate`; None means: as the artifact says."""
 
     dataset: str | None = None
@@ -30,7 +31,7 @@ class EvaluateOptions(Config):
     protocol: str = "hard"
     """hard: train on hard labels; soft: on a teacher's; linear: pre-train, freeze, probe; robust: LRS and
     ARS; continual: class by class, as a memory."""
-    archs: tuple[str, ...] = ()
+    archs: Names = named("arch", "archs")
     """Network to train; repeatable."""
     seeds: int | None = None
     """Networks per architecture; default 5."""
@@ -48,11 +49,11 @@ class EvaluateOptions(Config):
     """continual: tasks the classes come in; default 5."""
     full_epochs: int | None = None
     """robust: epochs on the whole dataset; default as --epochs."""
-    teachers: tuple[str, ...] = ()
+    teachers: Names = named("teacher", "teachers")
     """soft: who labels; several are averaged; default resnet18."""
     ipc: int | None = None
     """Images per class, for sets that generate them."""
-    sets: tuple[str, ...] = ()
+    sets: Names = named("set", "sets")
     """key=value of the protocol, such as teacher.epochs=30; repeatable."""
     finetune: bool = False
     """linear: fine-tune the whole network instead of probing."""
@@ -60,10 +61,6 @@ class EvaluateOptions(Config):
     """Of another project's file: normalized, zca or raw."""
     seed: int = 0
     """Every draw is derived from it."""
-    data_dir: AbsolutePath | None = None
-    """Where datasets are; default $DDRAY_DATA."""
-    download: bool = False
-    """Let torchvision download what is missing."""
 
     @field_validator(*_NAMES, mode="before")
     @classmethod

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from ddray.config import Result
 from ddray.data import carve_val
-from ddray.distillation.loop import DistillResult, run_distillation
+from ddray.distillation.loop import Distillation, run_distillation
 from ddray.drawing.set_pictures import save_pictures
 from ddray.errors import DdrayError, InputError
 from ddray.jobs.context import make_context, make_distiller
@@ -20,6 +21,27 @@ from ddray.runs.ledger import Row, Unit
 from ddray.runs.results import write_results
 from ddray.system.files import write_text
 from ddray.system.progress import progress
+
+
+class DistillResult(Result):
+    """What `ddray distill` returns."""
+
+    artifact: str
+    """The set's file."""
+    run_dir: str
+    method: str
+    dataset: str
+    ipc: int
+    budget: int | None = None
+    """Storage in images, of methods that count it."""
+    steps: int
+    resumed_from_step: int
+    wall_s: float
+    seconds_per_step: float | None
+    """Median after warm-up."""
+    first_loss: float | None
+    """Mean over the first tenth of the steps; `final_loss`: over the last."""
+    final_loss: float | None
 
 
 def distill_unit(plan: Plan, split_name: str) -> Unit:
@@ -40,7 +62,7 @@ def distill(
     resume: bool = False,
     out: Path | None = None,
     val_seed: int | None = None,
-) -> dict[str, Any]:
+) -> DistillResult:
     """Distil all of train, or all but a val tenth, in a run directory that can be resumed.
 
     Args:
@@ -50,9 +72,6 @@ def distill(
         resume: continue the run in the folder.
         out: where to write the artifact; default `<run>/distilled.pt`. Replaced only after success.
         val_seed: exclude the val tenth that `tune` and `nas` score on with this seed; None uses all of train.
-
-    Returns:
-        The command's JSON (docs/architecture.md, Commands).
 
     Raises:
         InputError: the plan does not fit the dataset, or the folder can't be used.
@@ -101,7 +120,7 @@ def distill(
     )
     run.ledger.publish(unit, row, epoch=run.epoch)
     write_results(run.folder / "results.csv", run.ledger.rows())
-    return {**result, "run_dir": str(run.folder)}
+    return DistillResult.parse({**result, "run_dir": str(run.folder)})
 
 
 def _check_out(out: Path) -> None:
@@ -119,7 +138,7 @@ def _check_out(out: Path) -> None:
         raise InputError(f"--out must be in a folder that can be written, got {out}")
 
 
-def _distill_result(plan: Plan, distillation: DistillResult, target: Path) -> dict[str, Any]:
+def _distill_result(plan: Plan, distillation: Distillation, target: Path) -> dict[str, Any]:
     first, final = distillation.edge_losses()
     return {
         "artifact": str(target),

@@ -6,17 +6,19 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, Generic, Literal, TypeVar, cast
 
 from pydantic import Field
 
-from ddray.config import Config, merge, parse_overrides, read_yaml
-from ddray.data import Dataset
+from ddray.config import Config, merge, nest, parse_overrides, read_yaml
+from ddray.data import Dataset, open_dataset
 from ddray.data.catalog import AUDIO
 from ddray.data.speech import SHAPE as SPECTROGRAM
 from ddray.distillation.method import BudgetDistiller, Target
 from ddray.errors import InputError, unknown
 from ddray.evaluation.config import EvaluateConfig
+from ddray.jobs.options import PlanOptions
 from ddray.methods import get_method
 from ddray.nets.names import resolve_arch
 from ddray.system.shipped import shipped
@@ -126,6 +128,39 @@ def resolve(
     return Plan(method, dataset, ipc, seed, config, budget)
 
 
+def plan_of(
+    options: PlanOptions, dataset: Dataset | None = None, settings: Mapping[str, Any] = MappingProxyType({})
+) -> Plan:
+    """Return the run that options ask for.
+
+    Args:
+        options: the options.
+        dataset: the dataset, if it is open.
+        settings: overrides by dotted name; they win over the options' `sets`.
+
+    Raises:
+        InputError: as for `resolve`, or the dataset is missing.
+    """
+    get_method(options.method)
+    if dataset is None:
+        dataset = open_dataset(options.dataset, data_dir=options.data_dir, download=options.download)
+    steps = [] if options.steps is None else [{"steps": options.steps}]
+    return resolve(
+        options.method,
+        dataset,
+        ipc=options.ipc,
+        budget=options.budget,
+        seed=options.seed,
+        preset=options.preset,
+        config_file=options.config,
+        layers=[
+            parse_overrides(options.sets),
+            *steps,
+            *(nest(name, value) for name, value in settings.items()),
+        ],
+    )
+
+
 def _target(
     dataset: Dataset, ipc: int, budget: int | None, upper_layers: Sequence[Mapping[str, Any]]
 ) -> Target:
@@ -176,11 +211,6 @@ def _with_recipe(layer: Mapping[str, Any], dataset: str, factor: int) -> Mapping
     if not isinstance(evaluate_layer, Mapping):
         return layer
     return {**layer, "evaluate": named_recipe(evaluate_layer, dataset=dataset, factor=factor)}
-
-
-def override_layers(sets: Sequence[str], steps: int | None = None) -> list[dict[str, Any]]:
-    """Return the layers from `--set key=value` options and `--steps`."""
-    return [parse_overrides(sets), *([{"steps": steps}] if steps is not None else [])]
 
 
 def shipped_configs(method: str, dataset: str, ipc: int) -> list[Path]:

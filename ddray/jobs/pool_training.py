@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import torch
 
+from ddray.config import Result
 from ddray.data import Dataset
 from ddray.errors import InputError, unknown
 from ddray.jobs.plan import resolve
@@ -28,6 +29,16 @@ KINDS: Final[Mapping[str, frozenset[str]]] = {
     "diffusion": frozenset(),
 }
 """Kinds of entries, and the options that only some kinds take."""
+
+
+class PoolResult(Result):
+    """What `ddray pool train` returns."""
+
+    key: str
+    """The first entry's."""
+    folder: str
+    """The first entry's; of `diffusion`, the pipeline that diffusers opens."""
+    keys: list[str]
 
 
 def check_kind(kind: str, user_options: Iterable[str] = ()) -> None:
@@ -57,7 +68,7 @@ def train_pool(
     num_models: int,
     device: torch.device,
     folder: Path | None = None,
-) -> dict[str, Any]:
+) -> PoolResult:
     """Train missing supervised networks on all of train.
 
     Args:
@@ -68,9 +79,6 @@ def train_pool(
         num_models: how many.
         device: where to compute.
         folder: the pool's folder; default `$DDRAY_HOME/pool`.
-
-    Returns:
-        `{"key", "folder", "keys"}`: the first entry's key and folder, and all keys.
 
     Raises:
         InputError: an unknown architecture or field, or a value that breaks its rule.
@@ -91,7 +99,7 @@ def train_pool(
     folder = folder or home() / "pool"
     LocalPool(PoolTrainer(dataset, dataset.train(), device), folder).get(specs)
     keys = [spec.key for spec in specs]
-    return {"key": keys[0], "folder": str(folder / keys[0]), "keys": keys}
+    return PoolResult(key=keys[0], folder=str(folder / keys[0]), keys=keys)
 
 
 def train_teacher(
@@ -102,7 +110,7 @@ def train_teacher(
     seed: int,
     device: torch.device,
     folder: Path | None = None,
-) -> dict[str, Any]:
+) -> PoolResult:
     """Train the self-supervised teacher that KRR-ST and Boost-SSDD use, if it is missing.
 
     Args:
@@ -112,9 +120,6 @@ def train_teacher(
         seed: the teacher's seed; 0 is the methods' default.
         device: where to compute.
         folder: the pool's folder; default `$DDRAY_HOME/pool`.
-
-    Returns:
-        `{"key", "folder", "keys"}`: the entry's key and folder.
 
     Raises:
         InputError: an audio dataset, an unknown architecture or field, or a value that breaks its rule.
@@ -133,12 +138,12 @@ def train_teacher(
     spec = ssl_teacher_spec(plan.config.method.teacher, dataset, split, split_name="train", device=device)
     folder = folder or home() / "pool"
     LocalPool(SslTrainer(split.images, device, dataset.name), folder).get([spec])
-    return {"key": spec.key, "folder": str(folder / spec.key), "keys": [spec.key]}
+    return PoolResult(key=spec.key, folder=str(folder / spec.key), keys=[spec.key])
 
 
 def train_diffusion(
     dataset: Dataset, *, recipe: Mapping[str, Any], device: torch.device, out: Path | None = None
-) -> dict[str, Any]:
+) -> PoolResult:
     """Train the generator that D3HR uses on a dataset, if it is missing, and write it as a pipeline.
 
     Args:
@@ -146,9 +151,6 @@ def train_diffusion(
         recipe: fields of `DiffusionRecipe` that override the defaults for the image size.
         device: where to compute.
         out: the DiTPipeline folder; default `$DDRAY_HOME/diffusion/<key>`.
-
-    Returns:
-        `{"key", "folder", "keys"}`: the pool entry's key, and the folder that diffusers opens.
 
     Raises:
         InputError: an unknown field, a value that breaks its rule, or a folder with other content.
@@ -166,4 +168,4 @@ def train_diffusion(
     pool = LocalPool(PoolTrainer(dataset, dataset.train(), device))
     save_pipeline(stages.entry_generator(pool.get([spec])[0]), folder)
     stages.forget_parts([spec])
-    return {"key": spec.key, "folder": str(folder), "keys": [spec.key]}
+    return PoolResult(key=spec.key, folder=str(folder), keys=[spec.key])

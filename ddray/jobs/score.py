@@ -16,6 +16,7 @@ from ddray.errors import InputError
 from ddray.evaluation import get_protocol, target_protocols
 from ddray.evaluation.options import EvaluateOptions, PixelKind
 from ddray.evaluation.protocol import EvalContext, EvalResult, RealImages, Scoring, evaluate_archs
+from ddray.evaluation.result import EvaluateResult
 from ddray.evaluation.subsets import limited_set
 from ddray.jobs.trainers import PoolTrainer
 from ddray.nets.names import resolve_arch
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 
 def evaluate(
     path: Path, options: EvaluateOptions, *, device: torch.device, dataset: Dataset | None = None
-) -> dict[str, Any]:
+) -> EvaluateResult:
     """Score a distilled set.
 
     Args:
@@ -35,9 +36,6 @@ def evaluate(
         options: what to do.
         device: where to compute.
         dataset: the target, opened; default `options.dataset`.
-
-    Returns:
-        The command's JSON (docs/architecture.md, Commands).
 
     Raises:
         InputError: the file, the dataset or an option is bad, or the set does not fit the dataset.
@@ -71,7 +69,9 @@ def evaluate(
         seed=options.seed,
         title=f"evaluating {path.name}",
     )
-    return {"protocol": options.protocol, "split": options.split, **scoring.details, "results": results}
+    return EvaluateResult.parse(
+        {"protocol": options.protocol, "split": options.split, **scoring.details, "results": results}
+    )
 
 
 def _score(

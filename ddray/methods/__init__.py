@@ -7,10 +7,12 @@ are built from is in `toolkit`.
 
 from __future__ import annotations
 
-from typing import Final, cast
+from typing import TYPE_CHECKING, Final, cast
 
-from ddray.distillation.method import Distiller
 from ddray.system.registry import Registry
+
+if TYPE_CHECKING:
+    from ddray.distillation.method import Distiller
 
 REGISTRY: Final = Registry("method", __name__, "METHOD", "ddray.methods")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from ddray.config import Result
 from ddray.errors import InputError
 from ddray.pool.files import DamagedEntryError, PoolFiles
 from ddray.system.files import home
@@ -12,11 +13,35 @@ from ddray.system.files import home
 log = logging.getLogger(__name__)
 
 
-def list_pool() -> dict[str, Any]:
-    """Return `{"models": [{"key", "kind", "dataset", "arch", "epochs", "times_trained", "size_bytes"}]}`.
+class PoolModel(Result):
+    """One entry of the pool; `epochs` is None where there are none."""
 
-    `epochs` is None for entries without epochs. Damaged entries are logged and left out.
-    """
+    key: str
+    kind: str | None
+    dataset: str | None
+    arch: str | None
+    epochs: int | None
+    times_trained: int
+    size_bytes: int
+
+
+class PoolList(Result):
+    """What `ddray pool list` returns."""
+
+    models: list[PoolModel]
+
+
+class PoolEntryInfo(Result):
+    """What `ddray pool show` returns; the tensors' types and shapes by name."""
+
+    key: str
+    folder: str
+    meta: dict[str, Any] | None
+    tensors: dict[str, dict[str, Any]]
+
+
+def list_pool() -> PoolList:
+    """Return the entries; damaged ones are logged and left out."""
     files = PoolFiles(home() / "pool")
     models = []
     for key in files.list_keys():
@@ -40,17 +65,14 @@ def list_pool() -> dict[str, Any]:
                 "size_bytes": size,
             }
         )
-    return {"models": models}
+    return PoolList.parse({"models": models})
 
 
-def show_entry(prefix: str) -> dict[str, Any]:
+def show_entry(prefix: str) -> PoolEntryInfo:
     """Return an entry's meta and the types and shapes of its tensors.
 
     Args:
         prefix: its key, or enough of its first characters to be unique.
-
-    Returns:
-        `{"key", "folder", "meta", "tensors": {name: {"dtype", "shape"}}}`.
 
     Raises:
         InputError: no entry or several start with `prefix`, or the entry is damaged.
@@ -77,4 +99,4 @@ def show_entry(prefix: str) -> dict[str, Any]:
             name: {"dtype": tensor_slice.get_dtype(), "shape": tensor_slice.get_shape()}
             for name, tensor_slice in slices.items()
         }
-    return {"key": key, "folder": str(files.folder / key), "meta": meta, "tensors": tensors}
+    return PoolEntryInfo(key=key, folder=str(files.folder / key), meta=meta, tensors=tensors)

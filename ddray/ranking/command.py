@@ -7,18 +7,20 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
 import torch
 
 from ddray.artifact.reading import load
+from ddray.config import option_name
 from ddray.data import Dataset, open_dataset
 from ddray.errors import DdrayError, InputError, unknown
 from ddray.evaluation.options import PixelKind
 from ddray.jobs.score import check_fits, foreign_space
 from ddray.ranking.figures_of_merit import figures_of_merit, mean_over_seeds
+from ddray.ranking.options import NasModes, NasRequest
 from ddray.ranking.proxies import (
     Proxy,
     baseline_proxies,
@@ -27,6 +29,7 @@ from ddray.ranking.proxies import (
     harness_variants,
     warn_of_seen_val,
 )
+from ddray.ranking.result import ArchList, NasResult, ProxyResult
 from ddray.ranking.spaces import NasSpace, get_definition, get_space, owners, parse_indices, space_names
 from ddray.ranking.sweep import (
     Execute,
@@ -44,8 +47,8 @@ from ddray.system.files import write_atomically, write_text
 _NO_TEST = "truth_test_accuracy"
 
 
-def describe(space_name: str, text: str) -> dict[str, Any]:
-    """Return `{"archs": [...]}`: index, parameters and FLOPs (millions) and choices of each architecture.
+def describe(space_name: str, text: str) -> ArchList:
+    """Return index, parameters and FLOPs (millions) and choices of each architecture.
 
     Args:
         space_name: one of `space_names()`.
@@ -55,10 +58,43 @@ def describe(space_name: str, text: str) -> dict[str, Any]:
         InputError: an unknown space or index.
     """
     space = get_space(space_name)
-    return {"archs": [space.describe(index) for index in parse_indices(text, space)]}
+    return ArchList(archs=[space.describe(index) for index in parse_indices(text, space)])
 
 
-def compare_scores(path: Path, options: NasOptions) -> dict[str, Any]:
+def check_modes(options: Mapping[str, Any]) -> None:
+    """Refuse an unknown space or executor, and options that would be ignored.
+
+    Raises:
+        InputError: names the first of them.
+    """
+    get_space(options.get("space", NasOptions().space))
+    for name, names in (("executor", ("ray", "local")), ("pixel_space", get_args(PixelKind))):
+        if options.get(name, names[0]) not in names:
+            raise unknown("--" + name.replace("_", "-"), str(options[name]), names)
+    if options.get("executor") == "local":
+        _refuse(
+            options,
+            ("unit_timeout", "num_workers", "address"),
+            "with --executor local, which runs unit after unit and waits for each",
+        )
+    if options.get("scores") is not None:
+        _refuse(options, ("proxies", "baselines", "compat", "sets"), "with --scores, which trains nothing")
+    elif not options.get("proxies"):
+        raise InputError("ddray nas needs --proxy FILE (or --describe, or --scores FILE.csv)")
+
+
+def _refuse(options: Mapping[str, Any], names: Sequence[str], context: str) -> None:
+    """Refuse options that are set."""
+    fields = NasOptions.model_fields | NasRequest.model_fields | NasModes.model_fields
+    for name in names:
+        option = option_name(name, fields[name])
+        value = options.get(name, options.get(option))
+        if value not in (None, [], ()):
+            text = value if isinstance(value, str | int | float) else ", ".join(map(str, value))
+            raise InputError(f"--{option} must be left out {context}, got {text}")
+
+
+def compare_scores(path: Path, options: NasOptions) -> NasResult:
     """Compare scores from a file with a truth; nothing is trained.
 
     Raises:
@@ -78,35 +114,11 @@ def compare_scores(path: Path, options: NasOptions) -> dict[str, Any]:
         chance=None,
         seed=options.seed,
     )
-    return {"space": options.space, "num_archs": len(indices), "proxies": [{"proxy": path.name, **figures}]}
+    proxy = ProxyResult.parse({"proxy": path.name, **figures})
+    return NasResult(space=options.space, num_archs=len(indices), proxies=[proxy])
 
 
-@dataclass(frozen=True)
-class NasRequest:
-    """The inputs of a sweep besides its options.
-
-    Attributes:
-        proxies: distilled sets.
-        baselines: names, such as early-stopping, random, kcenter.
-        dataset: the real data; None takes the first artifact's.
-        pixel_space: pixel space of other projects' files.
-        compat: `dcbench` adds variants with its harness's bugs.
-        data_dir: where to look for datasets.
-        download: let torchvision download.
-        can_grow: whether a resumed sweep may have other proxies than before.
-    """
-
-    proxies: tuple[Path, ...]
-    baselines: tuple[str, ...] = ()
-    dataset: str | None = None
-    pixel_space: PixelKind = "normalized"
-    compat: str | None = None
-    data_dir: Path | None = None
-    download: bool = False
-    can_grow: bool = False
-
-
-def prepare(request: NasRequest, options: NasOptions, config: NasConfig) -> Sweep:
+def prepare(request: NasRequest, options: NasOptions, config: NasConfig, *, can_grow: bool = False) -> Sweep:
     """Check a request and return its sweep; nothing is trained but the networks of coreset methods.
 
     Raises:
@@ -143,7 +155,7 @@ def prepare(request: NasRequest, options: NasOptions, config: NasConfig) -> Swee
         proxies = (*proxies, *harness_variants(proxies, faults))
     check_names(proxies)
     device = "cuda" if options.gpus_per_worker > 0 else "cpu"
-    return Sweep(options, config, dataset, train, val, proxies, indices, device, can_grow=request.can_grow)
+    return Sweep(options, config, dataset, train, val, proxies, indices, device, can_grow=can_grow)
 
 
 def check_compat(compat: str | None, space: str) -> None:
@@ -172,33 +184,42 @@ def run_nas(
     *,
     run_dir: Path | None,
     resume: bool,
-) -> dict[str, Any]:
+    can_grow: bool = False,
+) -> NasResult:
     """Train architectures on proxies, rank them, compare with the truth, and write table, plots and page.
 
-    Returns:
-        The command's JSON (docs/architecture.md, Commands).
+    Args:
+        request: the proxies.
+        options: the options.
+        config: how architectures are trained.
+        execute: runs the units.
+        run_dir: the run's folder; None creates a numbered one.
+        resume: continue the run in the folder.
+        can_grow: whether a resumed sweep may have other proxies than before.
 
     Raises:
         InputError: any invalid input.
         DdrayError: no architecture finished on any proxy (table, plots and page are still written).
     """
     begin = time.perf_counter()
-    sweep = prepare(request, options, config)
+    sweep = prepare(request, options, config, can_grow=can_grow)
     truth = None
     if options.truth != "whole":  # read before anything is trained
         truth = read_truth(options, sweep.space(), sweep.indices)
     run, rows = run_sweep(sweep, execute, run_dir=run_dir, resume=resume)
     ranking = collect(sweep, rows, truth)
-    result = {
-        "space": options.space,
-        "dataset": sweep.dataset.name,
-        "num_archs": len(sweep.indices),
-        "num_failed": sum(row.status == "failed" for row in rows),
-        "run_dir": str(run.folder),
-        "truth": ranking.truth_facts,
-        "proxies": ranking.proxies,
-        "wall_s": time.perf_counter() - begin,
-    }
+    result = NasResult.parse(
+        {
+            "space": options.space,
+            "dataset": sweep.dataset.name,
+            "num_archs": len(sweep.indices),
+            "num_failed": sum(row.status == "failed" for row in rows),
+            "run_dir": str(run.folder),
+            "truth": ranking.truth_facts,
+            "proxies": ranking.proxies,
+            "wall_s": time.perf_counter() - begin,
+        }
+    )
     _write(run.folder, result, ranking.table)
     if not any(figures["num_archs"] for figures in ranking.proxies):
         raise DdrayError(_why_nothing(run.folder, rows))
@@ -323,11 +344,12 @@ def _table(
     return table.sort_values(["proxy_rank", "index"], ignore_index=True)
 
 
-def _write(folder: Path, result: Mapping[str, Any], table: pd.DataFrame) -> None:
+def _write(folder: Path, result: NasResult, table: pd.DataFrame) -> None:
     """Write results.csv, results.parquet, the scatter plots and report.html."""
     from ddray.ranking.report import save_scatters, write_nas_report
 
+    dumped = result.dump()
     write_text(folder / "results.csv", table.to_csv(index=False))
     write_atomically(folder / "results.parquet", lambda file: table.to_parquet(file, index=False))
-    save_scatters(folder, table, result["proxies"])
-    write_nas_report(folder, result, table)
+    save_scatters(folder, table, dumped["proxies"])
+    write_nas_report(folder, dumped, table)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from ddray.config import Config
+from ddray.config import AbsolutePath, Config, Names, named
+from ddray.evaluation.options import PixelKind
 from ddray.ranking.recipe import NasRecipe
+from ddray.system.options import DataOptions
+
+
+def _several(value: Any) -> Any:
+    """Accept a single file for several."""
+    return (value,) if isinstance(value, str | Path) else value
 
 
 class NasConfig(Config):
@@ -29,28 +37,40 @@ class NasConfig(Config):
 
 
 class NasOptions(Config):
-    """Options of `ddray nas`."""
+    """How architectures are sampled, trained and compared."""
 
     space: str = "convnet720"
+    """convnet720 or nasbench201."""
     sample: int | None = Field(default=None, ge=1)
-    """Architectures, stratified by cost; None takes the whole space."""
+    """Architectures, stratified by cost; default all."""
     max_mflops: float | None = Field(default=None, gt=0)
-    """Leave out architectures that need more multiply-adds per image (millions)."""
+    """Leave out architectures of more million FLOPs an image."""
     seeds: int = Field(default=1, ge=1)
     """Networks per architecture and proxy."""
     epochs: int | None = Field(default=None, ge=1)
+    """Epochs on a proxy; default 200 (nasbench201: 50)."""
     truth: str = "whole"
+    """whole (train on the full set), table, api:FILE or a CSV file."""
     truth_epochs: int | None = Field(default=None, ge=1)
+    """Epochs on the full set; default as --epochs."""
     truth_seeds: int = Field(default=1, ge=1)
+    """Networks per architecture on the full set."""
     truth_column: str | None = None
+    """Of the table or CSV; the table's default is cifar10_test_200_mean."""
     seed: int = 0
+    """Every draw is derived from it."""
     executor: Literal["ray", "local"] = "ray"
-    cpus_per_worker: float = Field(default=1.0, gt=0)
-    gpus_per_worker: float = Field(default=0.0, ge=0)
+    """ray, or local: one after another in this process."""
     num_workers: int | None = Field(default=None, ge=1)
+    """Ray workers; default all."""
+    cpus_per_worker: float = Field(default=1.0, gt=0)
+    """CPU cores per worker."""
+    gpus_per_worker: float = Field(default=0.0, ge=0)
+    """GPUs per worker; default 1 where this machine has one."""
     unit_timeout: float | None = Field(default=None, gt=0)
-    """Seconds after which a unit counts as hung; it is retried, then marked failed. None: `patience`."""
+    """Seconds after which a unit counts as hung, is retried, then marked failed; default by cost."""
     address: str | None = None
+    """Ray cluster to connect to; default a local one."""
 
     @model_validator(mode="after")
     def _truth_has_columns(self) -> Self:
@@ -60,3 +80,29 @@ class NasOptions(Config):
                 f"got {self.truth_column}"
             )
         return self
+
+
+class NasRequest(DataOptions):
+    """What a sweep ranks architectures on, besides its options."""
+
+    proxies: Annotated[tuple[AbsolutePath, ...], BeforeValidator(_several)] = named("proxy", "proxies")
+    """Distilled set to train on; repeatable."""
+    baselines: Names = named("baseline", "baselines")
+    """early-stopping, whole, random, kcenter, ...; repeatable."""
+    dataset: str | None = None
+    """Real data; default the first artifact's."""
+    pixel_space: PixelKind = "normalized"
+    """Of another project's file: normalized, zca or raw."""
+    compat: str | None = None
+    """dcbench: each bug of its harness as a further proxy."""
+
+
+class NasModes(Config):
+    """What changes how `ddray nas` works."""
+
+    describe: str | None = None
+    """all, or indices: list architectures, train nothing."""
+    scores: AbsolutePath | None = None
+    """CSV (index,score) to rank against --truth, training nothing."""
+    sets: Names = named("set", "sets")
+    """key=value, such as recipe.lr=0.02; repeatable."""

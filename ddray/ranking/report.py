@@ -41,7 +41,7 @@ def write_nas_report(run_dir: Path, result: Mapping[str, Any], table: pd.DataFra
 
     Args:
         run_dir: the run's folder; its config.yaml and environment.json are shown.
-        result: the command's JSON.
+        result: the dump of the sweep's result.
         table: one line per proxy and architecture, as in results.csv.
 
     Raises:

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import yaml
 
+from ddray.config import Result
 from ddray.data import open_dataset
 from ddray.drawing.images import data_uri, grid
 from ddray.errors import DdrayError, InputError
@@ -32,9 +33,19 @@ _OPTIONAL: Final = ("target", "teacher", "augment", "settings", "published")
 _SHARED_LABELS: Final = {"teacher": "teacher", "augment": "augmentation", "settings": "settings"}
 
 
+class ReportResult(Result):
+    """What `ddray report` returns."""
+
+    report: str
+    runs: list[str]
+    num_cells: int
+    num_sets: int
+    num_failed: int
+
+
 def write_page(
     folders: Sequence[Path], out: Path, *, planes: bool = True, data_dir: Path | None = None
-) -> dict[str, Any]:
+) -> ReportResult:
     """Write the page.
 
     Args:
@@ -42,9 +53,6 @@ def write_page(
         out: the file.
         planes: whether to draw t-SNE planes; each needs its dataset and takes some seconds.
         data_dir: folder of the datasets; None is $DDRAY_DATA.
-
-    Returns:
-        `{"report", "runs", "num_cells", "num_sets", "num_failed"}`.
 
     Raises:
         InputError: a folder is not a run folder, or `out` is a folder.
@@ -81,13 +89,13 @@ def write_page(
     for run in runs:
         if not (run.cells or run.sets or run.failures or any(row.status == "done" for row in run.rows)):
             log.warning("%s has finished no unit yet: the page shows its configuration only", run.folder)
-    return {
-        "report": str(out),
-        "runs": [str(run.folder) for run in runs],
-        "num_cells": len(cells),
-        "num_sets": len(sets),
-        "num_failed": sum(len(run.failures) for run in runs),
-    }
+    return ReportResult(
+        report=str(out),
+        runs=[str(run.folder) for run in runs],
+        num_cells=len(cells),
+        num_sets=len(sets),
+        num_failed=sum(len(run.failures) for run in runs),
+    )
 
 
 def _with_unique_labels(runs: Sequence[RunView]) -> list[RunView]:

@@ -1,7 +1,8 @@
-"""Progress for people: a bar with ETA on a terminal's stderr, plain log lines elsewhere."""
+"""Progress for people: a bar with ETA in a notebook or on a terminal's stderr, plain log lines elsewhere."""
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import sys
 import time
@@ -32,7 +33,9 @@ def progress(title: str, total: int, *, start: int = 0) -> Iterator[Show]:
     Yields:
         A callback that takes the pieces done so far, a short note, and the new `total` if it has changed.
     """
-    if sys.stderr.isatty() and total > 0:
+    in_notebook = _in_notebook()
+    if (in_notebook or sys.stderr.isatty()) and total > 0:
+        from rich import get_console
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
         from rich.progress import TimeRemainingColumn as Remaining
@@ -46,7 +49,8 @@ def progress(title: str, total: int, *, start: int = 0) -> Iterator[Show]:
             Remaining(),
             TextColumn("{task.fields[note]}"),
         )
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        console = get_console() if in_notebook else Console(stderr=True)
+        with Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task(title, total=total, completed=start, note="")
 
             def move(done: int, note: str, *, total: int | None = None) -> None:
@@ -64,3 +68,12 @@ def progress(title: str, total: int, *, start: int = 0) -> Iterator[Show]:
             log.info("%s: %d%s %s", title, done, f" of {pieces}" if pieces else "", note)
 
     yield line
+
+
+def _in_notebook() -> bool:
+    """Return whether rich can draw a bar in a notebook; without ipywidgets it could only warn."""
+    if "IPython" not in sys.modules or importlib.util.find_spec("ipywidgets") is None:
+        return False
+    from rich import get_console
+
+    return get_console().is_jupyter

@@ -16,6 +16,7 @@ from ddray.tables.cost import forecast, sweep_of
 from ddray.tables.graph import build_graph
 from ddray.tables.nas_table import sweep_folder
 from ddray.tables.options import BenchOptions
+from ddray.tables.result import Forecast
 from ddray.tables.run import check_sweeps
 from ddray.tables.spec import BenchSpec
 
@@ -29,7 +30,7 @@ _NUM_CLASSES = {
 }
 
 
-def dry_run(spec: BenchSpec, options: BenchOptions, *, run_dir: Path | None) -> dict[str, Any]:
+def dry_run(spec: BenchSpec, options: BenchOptions, *, run_dir: Path | None) -> Forecast:
     """Return the unit graph with an estimated cost; no image is read, and datasets may be missing.
 
     Args:
@@ -59,12 +60,14 @@ def dry_run(spec: BenchSpec, options: BenchOptions, *, run_dir: Path | None) -> 
     for sweep, sweep_options in zip(graph.sweeps, sweeps, strict=True):
         num_done = 0 if run_dir is None else len(Ledger(sweep_folder(sweep, sweep_options, run_dir)).rows())
         priced.append(replace(sweep_of(sweep, sweep_options, get(sweep.dataset)), num_done=num_done))
-    return {
-        "name": spec.name,
-        "scale": options.scale,
-        **forecast(graph, ledger, options.device, priced),
-        "nas_sweeps": [sweep_options.space for sweep_options in sweeps],
-    }
+    return Forecast.parse(
+        {
+            "name": spec.name,
+            "scale": options.scale,
+            **forecast(graph, ledger, options.device, priced),
+            "nas_sweeps": [sweep_options.space for sweep_options in sweeps],
+        }
+    )
 
 
 def _facts(name: str, data_dir: Path | None) -> Dataset:

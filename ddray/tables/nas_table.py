@@ -14,7 +14,8 @@ from typing import Any, Final
 
 from ddray.data import Dataset
 from ddray.evaluation.published import read_numbers
-from ddray.ranking.command import NasRequest, check_compat, run_nas
+from ddray.ranking.command import check_compat, run_nas
+from ddray.ranking.options import NasRequest
 from ddray.ranking.proxies import check_baselines
 from ddray.ranking.sweep import Execute, NasOptions, resolve_config
 from ddray.system.files import storage_errors
@@ -103,16 +104,23 @@ def score_sweep(
         compat=evaluation_options.get("compat"),
         dataset=sweep.dataset,
         data_dir=data_dir,
+    )
+    result = run_nas(
+        request,
+        options,
+        resolve_config(options),
+        execute,
+        run_dir=folder,
+        resume=True,
         can_grow=True,  # a failed set may exist when the bench is resumed
     )
-    result = run_nas(request, options, resolve_config(options), execute, run_dir=folder, resume=True)
+    proxies = [proxy.dump() for proxy in result.proxies]
     grouped: dict[int, list[Mapping[str, Any]]] = {}
-    for row_index, figures in zip(owners, result["proxies"], strict=False):  # baselines follow the sets
+    for row_index, figures in zip(owners, proxies, strict=False):  # baselines follow the sets
         grouped.setdefault(row_index, []).append(figures)
     cells = [cell_of(sweep.sets[row_index][0], figures) for row_index, figures in grouped.items()]
     return cells + [
-        cell_of(_baseline(sweep, baseline["proxy"]), [baseline])
-        for baseline in result["proxies"][len(files) :]
+        cell_of(_baseline(sweep, baseline["proxy"]), [baseline]) for baseline in proxies[len(files) :]
     ]
 
 

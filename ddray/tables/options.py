@@ -6,10 +6,10 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from ddray.config import AbsolutePath, Config
+from ddray.system.options import DataOptions
 
 
-class BenchOptions(Config):
+class BenchOptions(DataOptions):
     """How a bench is run (nothing here but the scale and the device changes what a unit computes)."""
 
     scale: str = "paper"
@@ -28,10 +28,6 @@ class BenchOptions(Config):
     """Seconds after which a unit counts as hung (on Ray); it is retried, then marked failed."""
     address: str | None = None
     """Ray cluster to connect to; default a local one."""
-    data_dir: AbsolutePath | None = None
-    """Where datasets are; default $DDRAY_DATA."""
-    download: bool = False
-    """Let torchvision download what is missing."""
 
     @model_validator(mode="after")
     def _local_ignores_nothing(self) -> Self:

@@ -25,6 +25,7 @@ from ddray.system.progress import progress
 from ddray.tables.cost import record_cost, record_sweep_costs, sweep_title
 from ddray.tables.graph import build_graph
 from ddray.tables.options import BenchOptions
+from ddray.tables.result import BenchResult
 from ddray.tables.scheduler import UnitScheduler, withdraw_crashes
 from ddray.tables.spec import BenchSpec, Limits
 from ddray.tables.table import cells_of, write_plan, write_table
@@ -136,7 +137,7 @@ def run_bench(
     run_dir: Path | None = None,
     resume: bool = False,
     execute_nas: Callable[[NasOptions], NasExecute] = lambda options: execute_locally,
-) -> dict[str, Any]:
+) -> BenchResult:
     """Run a bench, or resume one.
 
     Args:
@@ -145,9 +146,6 @@ def run_bench(
         run_dir: the run's folder; None creates a numbered one.
         resume: continue the run in that folder.
         execute_nas: returns what runs the tasks of a NAS sweep.
-
-    Returns:
-        The command's JSON (docs/architecture.md, Commands), with failures and the units they blocked.
 
     Raises:
         InputError: the folder can't be used.
@@ -172,14 +170,17 @@ def run_bench(
     if not cells:
         reasons = sorted({str(failure["reason"]) for failure in failures}) or ["no unit was run"]
         raise DdrayError(f"no cell of the table was scored: {'; '.join(reasons)[:400]}")
-    return {
-        "run_dir": str(run.folder),
-        "cells": cells,
-        "num_failed": len(failures),
-        "failures": failures,
-        "skipped": skipped,
-        "wall_s": time.perf_counter() - begin,
-    }
+    return BenchResult.parse(
+        {
+            "name": bench.spec.name,
+            "run_dir": str(run.folder),
+            "cells": cells,
+            "num_failed": len(failures),
+            "failures": failures,
+            "skipped": skipped,
+            "wall_s": time.perf_counter() - begin,
+        }
+    )
 
 
 def _job(bench: Bench, run: Run) -> BenchJob:

@@ -271,11 +271,11 @@ class BenchSpec(Config):
         )
 
 
-def read_spec(path: Path, scale: str = "paper") -> BenchSpec:
+def read_spec(source: Path | Mapping[str, Any], scale: str = "paper") -> BenchSpec:
     """Read a bench file at a scale.
 
     Args:
-        path: the YAML.
+        source: the YAML file, or what it would hold.
         scale: `paper` takes the file as written; `cpu` and `smoke` put limits on it, then the file's own
             `scales: {<scale>: ...}` is merged over it.
 
@@ -284,7 +284,8 @@ def read_spec(path: Path, scale: str = "paper") -> BenchSpec:
     """
     if scale not in SCALES:
         raise unknown("--scale", scale, SCALES)
-    document = read_yaml(path)
+    document = read_yaml(source) if isinstance(source, Path) else dict(source)
+    path = source if isinstance(source, Path) else "bench"
     file_scales = document.pop("scales", {})
     if not isinstance(file_scales, Mapping) or not all(
         isinstance(value, Mapping) for value in file_scales.values()

@@ -322,8 +322,9 @@ def _evaluate(job: BenchJob, unit: BenchUnit) -> dict[str, Any]:
         raise _DamagedError
     options = EvaluateOptions.parse({**unit.options, "data_dir": job.data_dir})
     evaluation = scoring.evaluate(path, options, device=torch.device(job.device))
-    shared_fields = {k: v for k, v in evaluation.items() if k not in ("protocol", "split", "results")}
-    return {**evaluation["results"][0], **shared_fields}
+    values = evaluation.dump()
+    shared_fields = {k: v for k, v in values.items() if k not in ("protocol", "split", "results")}
+    return {**values["results"][0], **shared_fields}
 
 
 _TASKS = {"pool": _train_pool, "distill": _distil, "evaluate": _evaluate}

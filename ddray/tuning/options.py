@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -15,7 +15,7 @@ Objective = Literal["val-accuracy", "nas-spearman"]
 class TuneOptions(Config):
     """How a search is run (nothing here but the space changes what a trial is)."""
 
-    space: AbsolutePath | None = None
+    space: AbsolutePath | dict[str, Any] | None = None
     """YAML of ranges; default the method's shipped one."""
     num_samples: int = Field(default=16, ge=1)
     """Trials, the paper's point among them."""

@@ -24,7 +24,7 @@ def write_report(run_dir: Path, result: Mapping[str, Any], rows: Sequence[Row], 
 
     Args:
         run_dir: the run's folder; its config.yaml and environment.json are shown.
-        result: the command's JSON.
+        result: the dump of the search's result.
         rows: the trials' rows, in order.
         space: the search space, for the plots.
 

@@ -94,16 +94,20 @@ Space = Mapping[str, Range]
 """Ranges by the names of a method's fields."""
 
 
-def read_space(path: Path) -> dict[str, Range]:
-    """Read a space file: `name: {kind: [a, b]}`, kind loguniform, uniform or randint, or `{choice: [...]}`.
+def read_space(source: Path | Mapping[str, Any]) -> dict[str, Range]:
+    """Read a space file, or what one would hold.
+
+    An entry is `name: {kind: [a, b]}`, kind loguniform, uniform or randint, or `name: {choice: [...]}`.
 
     Raises:
         InputError: the file can't be read, or a range is none of these or empty.
     """
-    return {name: _range(name, value, path) for name, value in read_yaml(path).items()}
+    ranges = source if isinstance(source, Mapping) else read_yaml(source)
+    path = "the space" if isinstance(source, Mapping) else source
+    return {name: _range(name, value, path) for name, value in ranges.items()}
 
 
-def _range(name: str, value: Any, path: Path) -> Range:
+def _range(name: str, value: Any, path: Path | str) -> Range:
     if not isinstance(value, dict) or len(value) != 1:
         raise InputError(
             f"{path}: {name} must be {{kind: [...]}} with kind one of {', '.join(_KINDS)}, got {value!r}"
@@ -133,7 +137,7 @@ def _range(name: str, value: Any, path: Path) -> Range:
     return Range(kind, low, high) if kind == "randint" else Range(kind, float(low), float(high))
 
 
-def _text(name: str, choice: Any, path: Path) -> str:
+def _text(name: str, choice: Any, path: Path | str) -> str:
     """Return a choice as JSON text.
 
     Raises:

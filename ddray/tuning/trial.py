@@ -13,7 +13,7 @@ import torch
 
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.config import merge
-from ddray.distillation.loop import DistillResult, rate_name, run_distillation
+from ddray.distillation.loop import Distillation, rate_name, run_distillation
 from ddray.errors import DivergedError
 from ddray.evaluation.hard import Hard
 from ddray.evaluation.linear import Linear
@@ -269,7 +269,7 @@ def _distil(
     rungs: Rungs,
     device: torch.device,
     report: Callable[[dict[str, Any]], None],
-) -> DistillResult:
+) -> Distillation:
     """Distil, scoring on val at every rung; the last rung is the end."""
     distiller = make_distiller(plan)
     ctx = make_context(

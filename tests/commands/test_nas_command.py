@@ -11,6 +11,7 @@ import torch
 from ddray.cli import _run
 from ddray.ranking import command as rank
 from ddray.ranking.options import NasOptions
+from ddray.ranking.result import NasResult
 
 RANK = ("nas", "--proxy", "some.pt")
 
@@ -86,9 +87,9 @@ def test_a_gpu_that_is_there_is_used(
 ) -> None:
     seen: list[NasOptions] = []
 
-    def record_options(request: Any, options: NasOptions, *rest: Any, **kwargs: Any) -> dict[str, Any]:
+    def record_options(request: Any, options: NasOptions, *rest: Any, **kwargs: Any) -> NasResult:
         seen.append(options)
-        return {"space": options.space, "num_archs": 0, "proxies": []}
+        return NasResult(space=options.space, num_archs=0, proxies=[])
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(rank, "run_nas", record_options)

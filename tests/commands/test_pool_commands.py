@@ -13,7 +13,7 @@ from ddray.errors import InputError
 from ddray.jobs import pool_training as pool_api
 from ddray.jobs.context import declared_specs, make_context
 from ddray.jobs.plan import resolve
-from ddray.jobs.pool_training import train_pool, train_teacher
+from ddray.jobs.pool_training import PoolResult, train_pool, train_teacher
 from ddray.methods.families.ssl.budget import teacher_of
 from ddray.methods.families.ssl.teacher import SslTrainer
 from ddray.pool.files import ENTRY, TENSORS, PoolFiles
@@ -66,15 +66,15 @@ def test_a_pool_folder_of_ones_own(toy: Any, tmp_path: Path, ddray_home: Path) -
     result = trained(toy(), folder=tmp_path / "own")
     assert result["folder"] == str(tmp_path / "own" / result["key"])
     assert not ddray_home.exists()
-    assert list_pool() == {"models": []}
+    assert list_pool().models == []
 
 
 def test_the_list_says_what_is_there(toy: Any, ddray_home: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert list_pool() == {"models": []}
+    assert list_pool().models == []
     keys = sorted(trained(toy(), num_models=2)["keys"])
     folder = ddray_home / "pool" / keys[1]
 
-    models = list_pool()["models"]
+    models = list_pool().dump()["models"]
 
     assert [model["key"] for model in models] == keys
     assert models[1] == {
@@ -230,9 +230,9 @@ class TestCommands:
     def test_epochs_and_sets_reach_the_recipe(self, monkeypatch: pytest.MonkeyPatch) -> None:
         calls: list[dict[str, Any]] = []
 
-        def record(dataset: Any, **settings: Any) -> dict[str, Any]:
+        def record(dataset: Any, **settings: Any) -> PoolResult:
             calls.append({"dataset": dataset.name, **settings})
-            return {"key": "k", "folder": "f", "keys": ["k"]}
+            return PoolResult(key="k", folder="f", keys=["k"])
 
         monkeypatch.setattr(pool_api, "train_pool", record)
         sets = ["--set", "epochs=7", "--set", "lr=1e-1", "--seed", "4", "--out", "own"]
@@ -246,9 +246,9 @@ class TestCommands:
     def test_train_a_teacher(self, monkeypatch: pytest.MonkeyPatch) -> None:
         calls: list[dict[str, Any]] = []
 
-        def record(dataset: Any, **settings: Any) -> dict[str, Any]:
+        def record(dataset: Any, **settings: Any) -> PoolResult:
             calls.append({"dataset": dataset.name, **settings})
-            return {"key": "k", "folder": "f", "keys": ["k"]}
+            return PoolResult(key="k", folder="f", keys=["k"])
 
         monkeypatch.setattr(pool_api, "train_teacher", record)
         command = ["pool", "train", "--kind", "ssl", "--device", "cpu"]

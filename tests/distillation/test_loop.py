@@ -13,7 +13,7 @@ from torch import Tensor
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.config import Config
 from ddray.distillation import loop as module
-from ddray.distillation.loop import DistillResult, StepTimer, run_distillation
+from ddray.distillation.loop import Distillation, StepTimer, run_distillation
 from ddray.distillation.method import DistillContext
 from ddray.errors import DivergedError, StorageError
 
@@ -84,7 +84,7 @@ def test_no_steps_give_the_initialisation(ctx: DistillContext) -> None:
 @pytest.mark.parametrize(("count", "edges"), [(1, (1, 1)), (9, (1, 9)), (10, (1, 10)), (20, (1.5, 19.5))])
 def test_edge_losses_are_means_over_a_tenth(count: int, edges: Any, ctx: DistillContext) -> None:
     losses = torch.arange(1.0, count + 1)
-    result = DistillResult(run_distillation(Counter(0), ctx).distilled, losses, 0, 1.0, None)
+    result = Distillation(run_distillation(Counter(0), ctx).distilled, losses, 0, 1.0, None)
 
     assert result.edge_losses() == edges
 

@@ -33,7 +33,7 @@ def bench(spec: Path, run_dir: Path, *, resume: bool = False, **options: Any) ->
     """Run the bench on Ray, from this process."""
     bench_options = BenchOptions(**options)
     prepared = prepare(read_spec(spec), bench_options)
-    return run_bench(prepared, RayExecutor(bench_options), run_dir=run_dir, resume=resume)
+    return run_bench(prepared, RayExecutor(bench_options), run_dir=run_dir, resume=resume).dump()
 
 
 def command(spec: Path, run_dir: Path, *extra_arguments: str) -> list[str]:

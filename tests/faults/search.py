@@ -39,7 +39,7 @@ def search(
         TuneOptions(space=path, final_sets=1, **options),
         run_dir=run_dir,
         resume=resume,
-    )
+    ).dump()
 
 
 def command(run_dir: Path, *extra_arguments: str, steps: int = 60) -> list[str]:

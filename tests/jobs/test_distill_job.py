@@ -9,6 +9,7 @@ import torch
 
 from ddray.artifact.reading import load
 from ddray.commands.options import to_json
+from ddray.config import Result
 from ddray.data.loaders import data_info
 from ddray.errors import DivergedError, InputError
 from ddray.jobs import distill as api
@@ -29,13 +30,13 @@ class TestDistill:
     def test_a_run_directory_holds_set_picture_row_and_table(self, digits: Any, tmp_path: Path) -> None:
         result = distill(self.plan(digits), device=CPU, run_dir=tmp_path / "run")
 
-        assert set(result) == {
+        assert set(result.dump()) == {
             *("artifact", "method", "dataset", "ipc", "steps", "resumed_from_step", "wall_s"),
             *("seconds_per_step", "first_loss", "final_loss", "run_dir"),
         }
         assert result["artifact"] == str(tmp_path / "run" / "distilled.pt")
         assert (result["method"], result["dataset"], result["ipc"], result["steps"]) == ("dm", "digits", 1, 6)
-        assert json.loads(to_json(result)) == result
+        assert json.loads(to_json(result)) == result.dump()
         distilled = load(Path(result["artifact"]))
         assert distilled.meta.config["steps"] == 6
         assert (tmp_path / "run" / "distilled.png").stat().st_size > 0
@@ -134,16 +135,18 @@ def test_data_info(digits: Any) -> None:
 
 
 def test_an_undefined_number_is_null_in_json() -> None:
-    values = {
-        "a": float("nan"),
-        "b": [1.5, float("inf"), (None, "nan")],
-        "c": {"d": -float("inf")},
-        "e": True,
-    }
+    class Values(Result):
+        number: float
+        values: tuple[Any, ...]
+        nested: dict[str, float]
+        left_out: int | None = None
 
-    assert json.loads(to_json(values)) == {
-        "a": None,
-        "b": [1.5, None, [None, "nan"]],
-        "c": {"d": None},
-        "e": True,
+    result = Values(
+        number=float("nan"), values=(1.5, float("inf"), (None, "nan")), nested={"d": -float("inf")}
+    )
+
+    assert json.loads(to_json(result)) == {
+        "number": None,
+        "values": [1.5, None, [None, "nan"]],
+        "nested": {"d": None},
     }

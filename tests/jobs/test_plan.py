@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import torch
 
+from ddray.config import parse_overrides
 from ddray.data import fit_zca
 from ddray.data.pixels import pixel_space
 from ddray.errors import InputError
 from ddray.jobs import plan as module
 from ddray.jobs.context import check_ipc, make_context, make_distiller, pick_device
-from ddray.jobs.plan import PRESETS, override_layers, resolve, shipped_configs
+from ddray.jobs.options import PlanOptions
+from ddray.jobs.plan import PRESETS, plan_of, resolve, shipped_configs
 from ddray.methods import get_method, method_names
 from ddray.nets.names import resolve_arch
 
@@ -96,13 +98,18 @@ def test_layers_win_in_order(toy: Any, tmp_path: Path, monkeypatch: pytest.Monke
     assert settings() == (3.0, 0.2, 3, 9, 7)
     (tmp_path / "own.yaml").write_text("method: {momentum: .3}\nsteps: 1e1\n")
     assert settings(config_file=tmp_path / "own.yaml") == (3.0, 0.3, 3, 9, 10)
-    layers = override_layers(["method.momentum=.4", "steps=11", "method.momentum=.5"], steps=12)
+    layers = [parse_overrides(["method.momentum=.4", "steps=11", "method.momentum=.5"]), {"steps": 12}]
     assert settings(config_file=tmp_path / "own.yaml", layers=layers) == (3.0, 0.5, 3, 9, 12)
 
 
-def test_override_layers_without_steps() -> None:
-    assert override_layers(["steps=3"]) == [{"steps": 3}]
-    assert override_layers([], steps=0) == [{}, {"steps": 0}]
+def test_steps_win_over_sets_and_settings_over_both(digits: Any) -> None:
+    def steps(steps: int | None = None, settings: Any = None) -> int:
+        options = {"method": "dm", "ipc": 1, "sets": ["steps=3"], "steps": steps}
+        return plan_of(PlanOptions.parse(options), digits, settings or {}).config.steps
+
+    assert (steps(), steps(0), steps(0, {"steps": 5})) == (3, 0, 5)
+    options = PlanOptions.parse({"method": "dm", "ipc": 1, "steps": 4})
+    assert plan_of(options, digits, {"method.lr_img": 0.5}).config.method.lr_img == 0.5
 
 
 @pytest.mark.parametrize("name", ["../dm", "/etc/passwd", "a b", "", "Digits", "a.b"])

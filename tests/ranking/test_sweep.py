@@ -25,6 +25,8 @@ from ddray.nets import Net
 from ddray.ranking import command as rank
 from ddray.ranking.convnet720 import ConvNet720
 from ddray.ranking.nasbench201 import NasBench201
+from ddray.ranking.options import NasRequest
+from ddray.ranking.result import NasResult
 from ddray.ranking.sweep import (
     NasConfig,
     NasOptions,
@@ -81,13 +83,13 @@ def run(folder: Path, paths: Sequence[Path], *, resume: bool = False, **override
     request = {name: overrides.pop(name) for name in ("baselines", "compat") if name in overrides}
     nas_options = options(**overrides)
     return rank.run_nas(
-        rank.NasRequest(tuple(paths), **request),
+        NasRequest(proxies=tuple(paths), **request),
         nas_options,
         config_of(nas_options),
         execute_locally,
         run_dir=folder,
         resume=resume,
-    )
+    ).dump()
 
 
 def test_a_sweep_ranks_and_reports(
@@ -260,7 +262,7 @@ def test_a_proxy_on_which_nothing_finishes_costs_its_own_figures_alone(
     assert table.loc["class_mean.pt", "proxy_accuracy"].notna().all()
     assert (folder / "scatter.png").is_file()
     assert "random.pt" in (folder / "report.html").read_text()
-    Console(file=io.StringIO()).print(*nas_tables(out))
+    Console(file=io.StringIO()).print(*nas_tables(NasResult.parse(out)))
 
     broken.add("class_mean.pt")
     with pytest.raises(DdrayError, match="no memory for this one"):
@@ -297,7 +299,9 @@ def test_every_dcbench_bug_makes_another_network(
     monkeypatch.setattr("ddray.ranking.worker.train_seeds", spy)
     nas_options = NasOptions(space="nasbench201", sample=1, epochs=2, truth="table", executor="local")
     config = resolve_config(nas_options, ({"recipe": {"batch": 4}, "whole_epochs": 1},))
-    request = rank.NasRequest((proxies["random"],), ("random", "early-stopping"), compat="dcbench")
+    request = NasRequest(
+        proxies=(proxies["random"],), baselines=("random", "early-stopping"), compat="dcbench"
+    )
     sweep = rank.prepare(request, nas_options, config)
     names = [proxy.name for proxy in sweep.proxies]
     bases = ["random.pt", "random (ipc 2)"]
@@ -322,13 +326,13 @@ def test_every_dcbench_bug_makes_another_network(
 
 def test_cost_orders_tasks_longest_first(proxies: dict[str, Path], tmp_path: Path) -> None:
     nas_options = options(sample=8)
-    sweep = rank.prepare(rank.NasRequest((proxies["random"],)), nas_options, config_of(nas_options))
+    sweep = rank.prepare(NasRequest(proxies=(proxies["random"],)), nas_options, config_of(nas_options))
     tasks = sweep.tasks(fused=False)
     costs = [task.cost for task in tasks]
     assert costs == sorted(costs, reverse=True)
     assert len({task.key for task in tasks}) == len(tasks) == 16
     fused = rank.prepare(
-        rank.NasRequest((proxies["random"],)), options(sample=8, seeds=3), config_of(nas_options)
+        NasRequest(proxies=(proxies["random"],)), options(sample=8, seeds=3), config_of(nas_options)
     ).tasks(fused=True)
     assert sorted(len(task.units) for task in fused) == [1] * 8 + [3] * 8
 
@@ -371,11 +375,13 @@ def test_a_file_called_as_a_baseline_is(tmp_path: Path, proxies: dict[str, Path]
     path = tmp_path / "whole"
     shutil.copyfile(proxies["random"], path)
     nas_options = options()
-    sweep = rank.prepare(rank.NasRequest((path,), ("early-stopping",)), nas_options, config_of(nas_options))
+    sweep = rank.prepare(
+        NasRequest(proxies=(path,), baselines=("early-stopping",)), nas_options, config_of(nas_options)
+    )
     data = sweep.data(sweep.tasks(fused=False))
     assert [len(data.sets[proxy.set_name].labels) for proxy in sweep.proxies] == [20, 1293]
     with pytest.raises(InputError, match="called whole; rename the file"):
-        rank.prepare(rank.NasRequest((path,), ("whole",)), nas_options, config_of(nas_options))
+        rank.prepare(NasRequest(proxies=(path,), baselines=("whole",)), nas_options, config_of(nas_options))
 
 
 def test_resume_under_another_proxy_is_refused(tmp_path: Path, proxies: dict[str, Path]) -> None:
@@ -409,14 +415,14 @@ def test_dcbench_trains_the_whole_set_as_a_proxy_for_10_epochs(proxies: dict[str
     assert epochs({"whole_epochs": 7}, epochs=3, **cells) == 7
     assert epochs({}) == 200
     nas_options = NasOptions(sample=2, truth="table", executor="local", **cells)
-    request = rank.NasRequest((proxies["random"],), ("whole",))
+    request = NasRequest(proxies=(proxies["random"],), baselines=("whole",))
     sweep = rank.prepare(request, nas_options, resolve_config(nas_options))
     assert [proxy.num_steps for proxy in sweep.proxies] == [None, 10 * math.ceil(1293 / 64)]
 
 
 def test_patience_grows_with_what_a_task_holds(proxies: dict[str, Path]) -> None:
     nas_options = options(sample=8, seeds=3, truth="some.csv")
-    sweep = rank.prepare(rank.NasRequest((proxies["random"],)), nas_options, config_of(nas_options))
+    sweep = rank.prepare(NasRequest(proxies=(proxies["random"],)), nas_options, config_of(nas_options))
     tasks = sweep.tasks(fused=True)
     assert patience(options(unit_timeout=60.0), tasks) == 180.0
     assert patience(nas_options, tasks) == 7200.0
@@ -427,7 +433,7 @@ def test_patience_grows_with_what_a_task_holds(proxies: dict[str, Path]) -> None
 def test_workers_leave_shared_arrays_alone(proxies: dict[str, Path], tmp_path: Path) -> None:
     """A worker's arrays are the object store's own memory (docs/ray.md, 11)."""
     nas_options = options(sample=1, truth="whole")
-    sweep = rank.prepare(rank.NasRequest((proxies["random"],)), nas_options, config_of(nas_options))
+    sweep = rank.prepare(NasRequest(proxies=(proxies["random"],)), nas_options, config_of(nas_options))
     tasks = sweep.tasks(fused=False)
     data = sweep.data(tasks)
     arrays = [data.val[0], *(train_set.images for train_set in data.sets.values())]

@@ -63,7 +63,8 @@ def test_a_bench_that_has_not_ended_keeps_its_cells_apart(
 
 
 def test_a_nas_run_has_a_page(bench_folder: Path, tmp_path: Path) -> None:
-    from ddray.ranking.command import NasRequest, run_nas
+    from ddray.ranking.command import run_nas
+    from ddray.ranking.options import NasRequest
     from ddray.ranking.sweep import NasOptions, execute_locally, resolve_config
 
     options = NasOptions(sample=3, max_mflops=3, epochs=1, truth_epochs=1, executor="local")

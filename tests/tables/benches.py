@@ -38,7 +38,9 @@ def run(
 ) -> dict[str, Any]:
     """Run a bench in this process."""
     bench_options = BenchOptions(executor="local", **options)
-    return run_bench(prepare(bench_spec or spec(), bench_options), run_local, run_dir=folder, resume=resume)
+    return run_bench(
+        prepare(bench_spec or spec(), bench_options), run_local, run_dir=folder, resume=resume
+    ).dump()
 
 
 def starts(folder: Path) -> dict[str, int]:

@@ -1,0 +1,64 @@
+"""What a NAS sweep returns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ConfigDict
+
+from ddray.config import Result
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class ProxyResult(Result):
+    """How a proxy's ranking compares with the true one; None where it is undefined."""
+
+    model_config = ConfigDict(extra="allow")
+
+    proxy: str
+    spearman: float | None
+    spearman_ci95: list[float] | None
+    spearman_top20: float | None
+    kendall: float | None
+    top1_truth_accuracy: float | None
+    best_truth_accuracy: float | None
+    num_ties: int
+    storage_images: int | float
+    wall_s: float
+
+
+class NasResult(Result):
+    """What `ddray nas` returns; of scores from a file, `space`, `num_archs` and `proxies` only."""
+
+    space: str
+    dataset: str | None = None
+    num_archs: int
+    num_failed: int = 0
+    run_dir: str | None = None
+    truth: dict[str, Any] | None = None
+    """Where the true accuracies come from, and what they cost."""
+    proxies: list[ProxyResult]
+    wall_s: float | None = None
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return one row per proxy and architecture, as in results.csv; without a run, one per proxy."""
+        import pandas as pd
+
+        if self.run_dir is None:
+            return pd.DataFrame([proxy.dump() for proxy in self.proxies])
+        return pd.read_csv(Path(self.run_dir) / "results.csv")
+
+
+class ArchList(Result):
+    """What `ddray nas --describe` returns: index, size and choices of each architecture."""
+
+    archs: list[dict[str, Any]]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return one row per architecture."""
+        import pandas as pd
+
+        return pd.DataFrame(self.archs)

@@ -1,0 +1,24 @@
+"""Packages whose names are imported when they are first used: --help and completion do not wait for torch."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+
+def lazy(package: str, modules: Mapping[str, Iterable[str]]) -> Callable[[str], Any]:
+    """Return a package's `__getattr__`.
+
+    Args:
+        package: the package's name.
+        modules: its modules, with the names that the package takes from each.
+    """
+    module_of = {name: module for module, names in modules.items() for name in names}
+
+    def get(name: str) -> Any:
+        if name not in module_of:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"{package}.{module_of[name]}"), name)
+
+    return get

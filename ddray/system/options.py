@@ -1,0 +1,30 @@
+"""Options that several commands share; a field's docstring is its help."""
+
+from __future__ import annotations
+
+from ddray.config import AbsolutePath, Config
+
+
+class DataOptions(Config):
+    """Where datasets come from."""
+
+    data_dir: AbsolutePath | None = None
+    """Where datasets are; default $DDRAY_DATA."""
+    download: bool = False
+    """Let torchvision download what is missing."""
+
+
+class RunOptions(Config):
+    """The folder of a run."""
+
+    run_dir: AbsolutePath | None = None
+    """Folder of the run; default runs/<command>-<number>."""
+    resume: bool = False
+    """Continue the run in --run-dir."""
+
+
+class DeviceOptions(Config):
+    """Where to compute."""
+
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:<n>."""

@@ -1,0 +1,63 @@
+"""What a bench returns."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ConfigDict, Field
+
+from ddray.config import Result
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class BenchCell(Result):
+    """One cell: mean over all networks of all its sets, beside the published number if there is one."""
+
+    model_config = ConfigDict(extra="allow")
+
+    method: str
+    dataset: str
+    protocol: str
+    arch: str
+    accuracy_mean: float | None
+    accuracy_std: float | None
+    n: int
+    """Networks."""
+
+
+class BenchResult(Result):
+    """What `ddray bench` returns; accuracies are fractions."""
+
+    name: str = Field(exclude=True)
+    """The table's."""
+    run_dir: str
+    cells: list[BenchCell]
+    num_failed: int
+    failures: list[dict[str, Any]]
+    skipped: list[Any]
+    wall_s: float
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return one row per cell, the parts of `published` as columns of their own."""
+        import pandas as pd
+
+        return pd.json_normalize([cell.dump() for cell in self.cells])
+
+
+class Forecast(Result):
+    """What `ddray bench --dry-run` returns: the units, and what the missing ones are expected to cost."""
+
+    name: str
+    scale: str
+    units: list[dict[str, Any]]
+    num_units: int
+    num_missing: int
+    pool_known: bool
+    """False if some methods say only once they start which networks they need."""
+    estimate_s: float | None
+    num_without_estimate: int
+    num_from_smaller: int
+    """Estimates that are too high, from far smaller units."""
+    nas_sweeps: list[str]

@@ -1,0 +1,66 @@
+"""What a search returns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ddray.config import Result
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class BestTrial(Result):
+    """The winner: its settings (fields of the method), its score on val, its number."""
+
+    config: dict[str, Any]
+    val_accuracy: float | None = None
+    val_spearman: float | None = None
+    trial: int
+
+
+class PaperPoint(Result):
+    """The preset's settings (trial 0): score on val, and on test as the winner's; None if it failed."""
+
+    val_accuracy: float | None = None
+    val_spearman: float | None = None
+    test_accuracy_mean: float | None
+    test_accuracy_std: float | None
+    test_num_networks: int | None = None
+
+
+class TuneResult(Result):
+    """What `ddray tune` returns; accuracies are fractions."""
+
+    run_dir: str
+    objective: str
+    num_trials: int
+    num_failed: int
+    num_stopped_early: int
+    best: BestTrial
+    paper_point: PaperPoint
+    artifact: str
+    test_accuracy_mean: float | None
+    test_accuracy_std: float | None
+    test_num_networks: int
+    """Networks behind the score on test."""
+    wall_s: float
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return one row per trial, read from the run's ledger: its settings, score, status and seconds."""
+        import pandas as pd
+
+        from ddray.runs.ledger import Ledger
+
+        rows = sorted(Ledger(Path(self.run_dir)).rows("trial"), key=lambda row: int(row.spec["number"]))
+        return pd.DataFrame(
+            {
+                "trial": row.spec["number"],
+                **(row.spec.get("params") or row.result.get("params") or {}),
+                self.objective: row.result.get(self.objective),
+                "status": "stopped early" if row.result.get("stopped_early") else row.status,
+                "wall_s": row.wall_s,
+            }
+            for row in rows
+        )
