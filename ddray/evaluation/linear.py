@@ -39,7 +39,7 @@ from ddray.evaluation.subsets import limited_set
 from ddray.nets import Net, build_net, check_arch
 from ddray.seeding import derive, derive_seed, forked_global
 from ddray.system.memory import available_bytes
-from ddray.training.embedding import embed_images, outputs
+from ddray.training.embedding import embed_images, share_right
 from ddray.training.engine import Batch, Order, Rule, Step, cosine, run
 from ddray.training.loop import train
 from ddray.training.operations import crop_and_flip
@@ -196,9 +196,7 @@ def _encoding(shape: tuple[int, int, int], ctx: EvalContext) -> Callable[[Tensor
 
 def _accuracy(apply: Callable[[Tensor], Tensor], shape: tuple[int, int, int], ctx: EvalContext) -> float:
     """Return the fraction of the context's split that `apply`'s logits get right."""
-    parts = outputs(apply, ctx.split.images, _encoding(shape, ctx), ctx.device)
-    predictions = torch.cat([logits.argmax(1) for logits in parts])
-    return float((predictions == ctx.split.labels.to(ctx.device)).double().mean())
+    return share_right(apply, ctx.split.images, ctx.split.labels, _encoding(shape, ctx), ctx.device)
 
 
 def check_memory(net: Net, num_images: int, device: torch.device) -> None:

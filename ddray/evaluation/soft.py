@@ -191,18 +191,16 @@ class Soft:
         soft = partial(soft_loss, temperature=settings.temperature)
         loss = mixed_cross_entropy if self._teachers is None else soft
         epoch = len(order.sizes)
-        losses: list[Tensor] = []
         net.to(memory_format=torch.channels_last).train()
         rule = Rule(loss, partial(torch.optim.AdamW, weight_decay=settings.weight_decay))
-        run(
+        last_loss = run(
             Step([net], rule, num_steps=settings.epochs * epoch),
             map(batch, order.indices(generator, ctx.device)),
             lr=lambda step: settings.lr * half_cosine(step // epoch, settings.epochs),
             epoch=epoch,
-            on_epoch=losses.append,
         )
         net.eval()
-        return float(losses[-1])
+        return float(last_loss)
 
 
 def soft_loss(logits: Tensor, soft_labels: Tensor, temperature: float) -> Tensor:

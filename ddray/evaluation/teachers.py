@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ddray.errors import DdrayError
 from ddray.evaluation.protocol import EvalContext
 from ddray.nets import Net, check_arch
 from ddray.pool.spec import ModelPool, teacher_spec
+from ddray.training.embedding import share_right
 from ddray.training.loop import accuracy
 from ddray.training.recipe import Recipe
 
@@ -93,8 +95,11 @@ def get_teachers(
     for result in each:
         _check(result["arch"], float(result["accuracy"]), ctx.dataset, len(ctx.split))  # type: ignore[arg-type]
     ensemble = Teachers(nets, space.to(ctx.device), "+".join(names), 0.0, each)  # type: ignore[arg-type]
-    whole = float(each[0]["accuracy"]) if len(each) == 1 else _ensemble_accuracy(ensemble, ctx)  # type: ignore[arg-type]
-    return Teachers(ensemble.nets, ensemble.space, ensemble.arch, whole, each)
+    whole = float(each[0]["accuracy"])  # type: ignore[arg-type]
+    if len(each) > 1:
+        averaged = partial(ensemble.probabilities, space=ensemble.space, temperature=1.0)
+        whole = share_right(averaged, ctx.split.images, ctx.split.labels, ensemble.space.encode, ctx.device)
+    return replace(ensemble, accuracy=whole)
 
 
 def least_accuracy(num_classes: int, num_images: int) -> float:
@@ -113,13 +118,3 @@ def _check(arch: str, value: float, dataset: Dataset, num_images: int) -> None:
             f"teacher {arch} must be better than chance before it teaches: its accuracy on {dataset.name} is "
             f"{value:.3f}, needed {least:.3f}; train it longer: --set teacher.epochs=N"
         )
-
-
-def _ensemble_accuracy(teachers: Teachers, ctx: EvalContext, chunk: int = 256) -> float:
-    """Return the accuracy of the averaged probabilities."""
-    right = 0
-    for start in range(0, len(ctx.split), chunk):
-        images = teachers.space.encode(ctx.split.images[start : start + chunk].to(ctx.device))
-        guessed = teachers.probabilities(images, teachers.space, 1.0).argmax(1).cpu()
-        right += int((guessed == ctx.split.labels[start : start + chunk]).sum())
-    return right / len(ctx.split)

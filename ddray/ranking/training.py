@@ -106,16 +106,6 @@ def _batches(
         yield batch, labels.index_select(0, index)
 
 
-@torch.no_grad()
-def count_right(net: Net, images: Tensor, labels: Tensor, *, chunk: int | None = None) -> int:
-    """Return how many images [N, C, H, W] `net` classifies correctly; it is in eval mode, on their device."""
-    chunk = chunk or (32 if images.device.type == "cpu" else 2048)
-    right = torch.zeros((), dtype=torch.int64, device=images.device)
-    for image_chunk, label_chunk in zip(torch.split(images, chunk), torch.split(labels, chunk), strict=True):
-        right += (net(image_chunk).argmax(1) == label_chunk).sum()
-    return int(right)
-
-
 def _fusing_pays(
     nets: Sequence[Net], seeds: Sequence[int], fit: Callable[[Sequence[Net], Sequence[int], bool], object]
 ) -> bool:

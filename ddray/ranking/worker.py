@@ -16,11 +16,12 @@ from torch import Tensor
 from ddray.data import Dataset, PixelSpace, Split
 from ddray.ranking.recipe import NasRecipe
 from ddray.ranking.spaces import get_space
-from ddray.ranking.training import count_right, train_seeds
+from ddray.ranking.training import train_seeds
 from ddray.runs.ledger import Ledger, Row, Unit
 from ddray.seeding import derive_seed
 from ddray.system.files import home
 from ddray.training.dsa import dsa_for
+from ddray.training.embedding import share_right
 
 CODE_VERSION: Final = (
     2  # raised when training results change, so that stored truth of older code is not reused
@@ -165,7 +166,7 @@ class Workbench:
 
     def _accuracy(self, net: Any, split: Literal["val", "test"], set_name: str) -> float:
         images, labels = self._held_out(split, set_name)
-        return count_right(net, images, labels) / len(labels)
+        return share_right(net, images, labels, lambda part: part, images.device)
 
     def _training(self, name: str) -> tuple[Tensor, Tensor]:
         """Return a set's encoded images in channels_last, and its labels, on the device."""

@@ -95,21 +95,28 @@ def run(
     lr: Callable[[int], float],
     epoch: int | None = None,
     on_epoch: Callable[[Tensor], None] | None = None,
-) -> None:
+) -> Tensor:
     """Train: do the steps.
 
     Args:
         step: the step; how many there are is its own.
         batches: as many or more; what is more is not drawn. If there are fewer, the training ends early.
         lr: maps a step, counted from 0, to its learning rate.
-        epoch: steps of an epoch, after which `on_epoch` is called.
-        on_epoch: called with the mean loss of the epoch's rows, a scalar on the device.
+        epoch: steps of an epoch; default all.
+        on_epoch: called after each epoch with the mean loss of its rows, a scalar on the device.
+
+    Returns:
+        The mean loss of the last epoch.
     """
+    loss, epoch = torch.zeros(()), epoch or step.num_steps
     for step_index, batch in zip(range(step.num_steps), batches, strict=False):
         step.set_lr(lr(step_index))
         step(*batch)
-        if epoch is not None and on_epoch is not None and (step_index + 1) % epoch == 0:
-            on_epoch(step.mean_loss())
+        if (step_index + 1) % epoch == 0:
+            loss = step.mean_loss()
+            if on_epoch is not None:
+                on_epoch(loss)
+    return loss
 
 
 def cosine(step: int, num_steps: int) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ddray.data import PixelSpace, Split
 from ddray.nets import Net, training_format
 from ddray.training.cutmix import cutmix, mixed_cross_entropy
+from ddray.training.embedding import share_right
 from ddray.training.engine import Batch, Order, Rule, Step, run
 from ddray.training.policies import Augmenter
 from ddray.training.recipe import Recipe
@@ -49,7 +50,6 @@ def train(
     rule = Rule(F.mse_loss if soft else mixed_cross_entropy, optimizer)
     order = Order(len(labels), recipe.batch)
     epoch = len(order.sizes)
-    losses: list[Tensor] = []
 
     def batch(index: Tensor) -> Batch:
         inputs = images[index]
@@ -58,28 +58,25 @@ def train(
         mixed = cutmix(inputs, recipe.cutmix, generator) if recipe.cutmix > 0 and not soft else None
         return (inputs, labels[index]) if mixed is None else (mixed.images, *mixed.targets(labels[index]))
 
-    def end(loss: Tensor) -> None:
-        losses[:] = [loss]
-        if on_epoch is not None:
-            on_epoch(loss)
-
+    loss = torch.zeros(())
     for rates in _phases(recipe):
-        run(
+        loss = run(
             Step([net], rule, num_steps=len(rates) * epoch),
             map(batch, order.indices(generator, images.device)),
             lr=lambda step, rates=rates: rates[step // epoch],  # type: ignore[misc]
             epoch=epoch,
-            on_epoch=end,
+            on_epoch=on_epoch,
         )
     net.to(memory_format=torch.channels_last).eval()
-    return float(losses[0])
+    return float(loss)
 
 
 def _phases(recipe: Recipe) -> list[list[float]]:
     """Return the rate of every epoch, in phases: a phase has an optimiser of its own, so fresh momentum."""
     if recipe.schedule == "vico":  # the peers re-create the optimiser after epoch E // 2 + 1 of E + 1
         first = min(recipe.epochs // 2 + 2, recipe.epochs + 1)
-        return [[recipe.lr] * first, [recipe.lr * 0.1] * (recipe.epochs + 1 - first)]
+        phases = [recipe.lr] * first, [recipe.lr * 0.1] * (recipe.epochs + 1 - first)
+        return [rates for rates in phases if rates]
     return [[recipe.lr * _factor(recipe, epoch) for epoch in range(recipe.epochs)]]
 
 
@@ -94,7 +91,6 @@ def _factor(recipe: Recipe, epoch: int) -> float:
     return 1.0
 
 
-@torch.no_grad()
 def accuracy(
     net: Net, split: Split, space: PixelSpace, *, device: torch.device, chunk: int | None = None
 ) -> float:
@@ -105,14 +101,7 @@ def accuracy(
         split: real images, uint8 [N, C, H, W].
         space: the pixel space the network was trained in.
         device: where to compute.
-        chunk: images at once; default 32 on a CPU (they fit the cache there), 1,024 on a GPU.
+        chunk: images at once.
     """
-    chunk = chunk or (32 if device.type == "cpu" else 1024)
-    space = space.to(device)
-    right = torch.zeros((), dtype=torch.int64, device=device)
-    for start in range(0, len(split), chunk):
-        images = space.encode(split.images[start : start + chunk].to(device, non_blocking=True))
-        labels = split.labels[start : start + chunk].to(device, non_blocking=True)
-        logits = net(images.contiguous(memory_format=torch.channels_last))
-        right += (logits.argmax(1) == labels).sum()
-    return float(right) / len(split)
+    encode = space.to(device).encode
+    return share_right(net, split.images, split.labels, encode, device, chunk=chunk)
