@@ -49,7 +49,7 @@ demo: $(VENV)/.installed-run
 # Nothing is written outside the checkout and the temporary folder. Tests wait for processes more than they compute:
 # two at a time. Benchmarks run alone on the machine. PYTEST_ARGS replaces the choice of files and workers.
 DEFAULT := not slow and not gpu and not browser and not benchmark
-TWO := -n 2 --dist worksteal
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 pytest = home=$$(mktemp -d) && trap 'rm -rf "$$home"' EXIT INT TERM && DDRAY_HOME="$$home" $(PY) -m pytest
 
 test: $(VENV)/.installed-test

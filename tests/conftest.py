@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import json
 import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as ddray.cli sets it, before torch is loaded
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from ddray.cli import _run
+from ddray.cluster.runtime import ray_runtime
 from ddray.data import Dataset, Split, open_dataset
 from ddray.distillation.method import DistillContext, Distiller
 from ddray.jobs.context import make_context, make_distiller
@@ -22,6 +26,11 @@ CPU = torch.device("cpu")
 # A busy machine must not fail a test.
 settings.register_profile("ddray", deadline=None)
 settings.load_profile("ddray")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests that wait for processes: they take longest."""
+    items.sort(key=lambda item: not item.get_closest_marker("ray"))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -40,6 +49,44 @@ def ddray_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("DDRAY_HOME", str(home))
     monkeypatch.delenv("DDRAY_DATA", raising=False)
     return home
+
+
+@pytest.fixture(scope="session")
+def ray_until_the_end() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def ray_here(ray_until_the_end: ExitStack, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """One Ray for all tests of this process that use one; its workers have a $DDRAY_HOME of their own."""
+    import ray
+
+    if not ray.is_initialized():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("DDRAY_HOME", str(tmp_path_factory.mktemp("home-of-workers")))
+            ray_until_the_end.enter_context(ray_runtime(None))
+
+
+@pytest.fixture
+def no_ray(ray_until_the_end: ExitStack) -> None:
+    """For a test that starts a Ray, or joins one, that others must not share."""
+    ray_until_the_end.close()
+
+
+@pytest.fixture
+def run_command(capfd: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
+    """Runs a `ddray` command in this process, not in one of its own; returns its JSON."""
+
+    def run(*arguments: str) -> dict[str, Any]:
+        capfd.readouterr()
+        code = _run([*arguments, "--json"], debug=True)
+        printed = capfd.readouterr()
+        assert code == 0, printed.err
+        result: dict[str, Any] = json.loads(printed.out)
+        return result
+
+    return run
 
 
 @pytest.fixture(scope="session")

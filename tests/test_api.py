@@ -83,7 +83,11 @@ class TestDistill:
             ddray.distill("dm", settings={"method.lr_imag": 1})
 
     def test_a_budget_and_a_data_folder_are_taken(self, distilled: DistilledSet, tmp_path: Path) -> None:
-        ssl_set = ddray.distill("random_ssl", budget=25, settings={"method.teacher.epochs": 1})
+        ssl_set = ddray.distill(
+            "random_ssl",
+            budget=25,
+            settings={"method.teacher.epochs": 1, "method.teacher.arch": "convnet2_w8"},
+        )
         assert ssl_set.meta.storage_floats <= 25 * 256
         export_parquet(distilled, tmp_path / "data" / "mnist" / "train-0.parquet")
         with pytest.raises(InputError, match="takes --ipc K"):

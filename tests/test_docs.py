@@ -1,4 +1,4 @@
-"""The commands in README and CONTRIBUTING work: blocks after `<!-- test -->` are run verbatim."""
+"""The commands in README and CONTRIBUTING work: blocks after `<!-- test -->` are run as they are printed."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import importlib.metadata
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import torch
 
 import ddray.methods
 from ddray.artifact.distilled_set import DistilledSet
+from ddray.cli import _run
 from ddray.data import open_dataset
 from ddray.distillation.loop import run_distillation
 from ddray.jobs import plan
@@ -34,41 +37,33 @@ def blocks(page: str, tag: str | None, kind: str) -> list[str]:
     return texts
 
 
-def run_block(text: str, folder: Path) -> None:
-    """Run shell lines in `folder`, with this interpreter's `ddray`."""
-    commands = folder / "bin"
-    commands.mkdir()
-    wrapper = commands / "ddray"
-    wrapper.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m ddray "$@"\n')
-    wrapper.chmod(0o755)
-    environment = {
-        **os.environ,
-        "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "DDRAY_HOME": str(folder / "home"),
-    }
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", text],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        check=False,
-    )
-    assert done.returncode == 0, f"{text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+@pytest.fixture
+def run_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_here: None) -> Callable[[str], None]:
+    """Runs the commands of a block in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(text: str) -> None:
+        for line in text.splitlines():
+            program, *arguments = shlex.split(line)
+            assert program == "ddray"
+            assert _run(arguments, False) == 0, line
+
+    return run
 
 
-def test_readme_blocks_run(tmp_path: Path) -> None:
-    run_block("\n".join(blocks("README.md", None, "bash")), tmp_path)
+@pytest.mark.ray
+def test_readme_blocks_run(tmp_path: Path, run_block: Callable[[str], None]) -> None:
+    for block in blocks("README.md", None, "bash"):
+        run_block(block)
     assert (tmp_path / "runs/first/distilled.pt").is_file()
     assert (tmp_path / "runs/first/distilled.png").is_file()
 
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_readme_slow_blocks_run(tmp_path: Path) -> None:
-    run_block("\n".join(blocks("README.md", "slow", "bash")), tmp_path)
+def test_readme_slow_blocks_run(tmp_path: Path, run_block: Callable[[str], None]) -> None:
+    for block in blocks("README.md", "slow", "bash"):
+        run_block(block)
     for name in ("results.csv", "report.html", "distilled.pt", "distilled.png"):
         assert (tmp_path / "runs/search" / name).is_file(), name
 

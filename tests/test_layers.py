@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging.config
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ def test_every_import_contract_holds(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
+    # It would switch off every logger that is there, for all tests that follow.
+    monkeypatch.setattr(logging.config, "dictConfig", lambda config: None)
 
     status = lint_imports(config_filename="pyproject.toml", no_cache=True, no_logo=True)
 

@@ -214,12 +214,17 @@ def forecast(
     titles = {unit.key: unit.title for unit in graph.units()}
     units: list[dict[str, Any]] = []
     is_pool_known = True
+    needs_no_pool: set[str] = set()  # settings whose method needs nothing at any size and seed
     pool: dict[str, dict[str, Any]] = {}
     for unit in graph.units():
         row = ledger.row(unit.key) if ledger is not None else None
         needs = [titles[key] for key in unit.identity.inputs]
         if unit.kind == "distill" and row is None:
-            specs = predict_pool_specs(graph.plans[unit.key])
+            plan = graph.plans[unit.key]
+            settings = json.dumps([plan.method, plan.dataset.name, plan.config.dump()])
+            specs = () if settings in needs_no_pool else predict_pool_specs(plan)
+            if specs == ():
+                needs_no_pool.add(settings)
             is_pool_known = is_pool_known and specs is not None
             for spec in specs or ():
                 name = f"pool {spec.kind} {spec.arch} for {unit.dataset}, seed {spec.seed}"

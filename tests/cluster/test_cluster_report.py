@@ -52,6 +52,7 @@ def test_faults_are_counted_and_other_tests_are_not(report: ModuleType) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("no_ray")
 def test_scaling_and_simulation_run_small(report: ModuleType, tmp_path: Path) -> None:
     with report.local_ray(num_cpus=2, num_gpus=2):
         plain = report.run_units(tmp_path / "plain", 12, 2)

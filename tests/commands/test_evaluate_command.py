@@ -264,7 +264,7 @@ def test_debug_shows_the_traceback_and_changes_nothing_else(
 
 def test_sigterm_ends_with_one_line(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    command = "distill --method dm --dataset digits --ipc 1 --steps 1000000 --set checkpoint_every=1"
+    command = "distill --method dm --ipc 1 --steps 1000000 --set checkpoint_every=1 --set arch=convnet1_w8"
     child = subprocess.Popen(
         [sys.executable, "-m", "ddray", *command.split(), "--run-dir", str(run)],
         stderr=subprocess.PIPE,

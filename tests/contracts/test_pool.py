@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ddray.cluster.pool import ClusterPool, PoolAddress, pool_service
-from ddray.cluster.runtime import ray_runtime
 from ddray.errors import DivergedError
 from ddray.nets import build_net
 from ddray.pool.files import TENSORS
@@ -50,19 +49,13 @@ class Counting:
         return {**weights, "features": torch.arange(6.0).view(3, 2).T}, {"final_loss": 0.5}
 
 
-@pytest.fixture(scope="module")
-def ray_started() -> Iterator[None]:
-    with ray_runtime(None):
-        yield
-
-
 @pytest.fixture(params=["files", pytest.param("cluster", marks=pytest.mark.ray)])
 def make(request: pytest.FixtureRequest, ddray_home: Path) -> Iterator[Make]:
     """Makes pools that share their entries."""
     if request.param == "files":
         yield LocalPool
         return
-    request.getfixturevalue("ray_started")
+    request.getfixturevalue("ray_here")
     address = PoolAddress(f"test-{ddray_home.parent.name}", str(ddray_home / "pool"), lease_s=5.0)
     with pool_service(address):
         yield lambda trainer: ClusterPool(trainer, address)

@@ -1,15 +1,14 @@
-"""A small bench on digits for the fault tests: as a function call, and as a command that can be killed."""
+"""A small bench on digits for the fault tests: as a function call, and as a command's arguments."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 from ddray.cluster.bench import RayExecutor
 from ddray.runs.ledger import Ledger
 from ddray.tables.options import BenchOptions
-from ddray.tables.run import prepare, run_bench
+from ddray.tables.run import prepare, run_bench, run_local
 from ddray.tables.spec import read_spec
 
 NUM_UNITS = 2 * 2 + 2 * 2 + 2  # sets, evaluations, networks of the pool
@@ -36,10 +35,15 @@ def bench(spec: Path, run_dir: Path, *, resume: bool = False, **options: Any) ->
     return run_bench(prepared, RayExecutor(bench_options), run_dir=run_dir, resume=resume).dump()
 
 
-def command(spec: Path, run_dir: Path, *extra_arguments: str) -> list[str]:
-    """Return the bench's command line, one unit at a time."""
-    base = [sys.executable, "-m", "ddray", "bench", str(spec), "--run-dir", str(run_dir)]
-    return [*base, "--max-concurrent", "1", "--json", *extra_arguments]
+def local_bench(spec: Path, run_dir: Path, *, resume: bool = False) -> dict[str, Any]:
+    """Run the bench in this process, without Ray."""
+    prepared = prepare(read_spec(spec), BenchOptions(executor="local"))
+    return run_bench(prepared, run_local, run_dir=run_dir, resume=resume)
+
+
+def arguments(spec: Path, run_dir: Path, *extra_arguments: str) -> list[str]:
+    """Return the arguments of the bench as a command, one unit at a time."""
+    return ["bench", str(spec), "--run-dir", str(run_dir), "--max-concurrent", "1", *extra_arguments]
 
 
 def check_exactly_once(run_dir: Path, before: dict[str, int]) -> None:

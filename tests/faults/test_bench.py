@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from ddray.runs.ledger import Ledger
-from tests.faults.benches import NUM_UNITS, bench, check_exactly_once, command, write_spec
-from tests.faults.search import count, finish, ray_workers, stamps, start, wait_for
+from tests.faults.benches import NUM_UNITS, arguments, bench, check_exactly_once, local_bench, write_spec
+from tests.faults.processes import DDRAY, count, finish, ray_workers, stamps, start, wait_for
 
 pytestmark = pytest.mark.ray
 
@@ -28,7 +28,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DDRAY_HOME", str(folder / "home"))
-        finish(command(write_spec(folder), folder / "run", "--executor", "local"))
+        local_bench(write_spec(folder), folder / "run")
     return (folder / "run" / "table.csv").read_bytes()
 
 
@@ -36,10 +36,14 @@ def rows_of(run: Path) -> int:
     return len(list((run / "ledger").glob("*.json")))
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "signal_number",
+    # test_nas sends SIGTERM by default
+    [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)],
+)
 def test_a_killed_driver_resumes(tmp_path: Path, signal_number: signal.Signals, table: bytes) -> None:
     spec, run = write_spec(tmp_path), tmp_path / "run"
-    victim = start(command(spec, run))
+    victim = start([*DDRAY, *arguments(spec, run)])
     wait_for(lambda: rows_of(run) >= 3, victim)
     victim.send_signal(signal_number)
     if signal_number == signal.SIGKILL:
@@ -55,7 +59,7 @@ def test_a_killed_driver_resumes(tmp_path: Path, signal_number: signal.Signals, 
         assert "Traceback" not in errors
     before = stamps(run)
     assert 3 <= len(before) < NUM_UNITS, "too late: the bench was over"
-    out = finish(command(spec, run, "--resume"))
+    out = finish([*DDRAY, *arguments(spec, run, "--resume", "--json")])
     assert out["num_failed"] == 0
     check_exactly_once(run, before)
     assert (run / "table.csv").read_bytes() == table
@@ -69,7 +73,7 @@ def test_a_driver_killed_at_any_moment_resumes(tmp_path: Path, seed: int, table:
     spec, run = write_spec(tmp_path), tmp_path / "run"
     before: dict[str, int] = {}
     for _ in range(draw.randint(1, 3)):
-        victim = start(command(spec, run, "--resume"))
+        victim = start([*DDRAY, *arguments(spec, run, "--resume")])
         moment = draw.randint(0, NUM_UNITS - 1)
         wait_for(
             lambda moment=moment, victim=victim: rows_of(run) >= moment or victim.poll() is not None, None
@@ -80,7 +84,7 @@ def test_a_driver_killed_at_any_moment_resumes(tmp_path: Path, seed: int, table:
         now = stamps(run)
         assert before.items() <= now.items()
         before = now
-    finish(command(spec, run, "--resume"))
+    finish([*DDRAY, *arguments(spec, run, "--resume", "--json")])
     check_exactly_once(run, before)
     assert (run / "table.csv").read_bytes() == table
 
@@ -88,8 +92,8 @@ def test_a_driver_killed_at_any_moment_resumes(tmp_path: Path, seed: int, table:
 def test_a_full_disk_ends_the_bench_and_leaves_it_resumable(tmp_path: Path, table: bytes) -> None:
     """A file-size limit makes writing a pool entry or set really fail."""
     spec, run = write_spec(tmp_path), tmp_path / "run"
-    base = command(spec, run, "--executor", "local")
-    limited = ["bash", "-c", f"ulimit -f 8; trap '' XFSZ; exec {' '.join(base)}"]
+    command = " ".join([*DDRAY, *arguments(spec, run, "--executor", "local")])
+    limited = ["bash", "-c", f"ulimit -f 8; trap '' XFSZ; exec {command}"]
     done = subprocess.run(limited, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 1, done.stderr[-1500:]
     last = done.stderr.strip().splitlines()[-1]
@@ -97,7 +101,7 @@ def test_a_full_disk_ends_the_bench_and_leaves_it_resumable(tmp_path: Path, tabl
     assert "Traceback" not in done.stderr
     assert not list(run.rglob("*.tmp"))
     before = stamps(run)
-    finish([*base, "--resume"])
+    local_bench(spec, run, resume=True)
     check_exactly_once(run, before)
     assert (run / "table.csv").read_bytes() == table
 
@@ -106,7 +110,7 @@ class TestTwoNodes:
     """Nodes with one CPU each on this machine, and a head node with none."""
 
     @pytest.fixture
-    def cluster(self) -> Iterator[Any]:
+    def cluster(self, no_ray: None) -> Iterator[Any]:
         from ray.cluster_utils import Cluster
 
         ray_cluster = Cluster(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.faults.search import command, count, finish, stamps, start, trials, wait_for
+from tests.faults.processes import DDRAY, count, finish, stamps, start, wait_for
+from tests.faults.search import arguments, trials
 
 pytestmark = pytest.mark.ray
 
@@ -18,13 +19,14 @@ pytestmark = pytest.mark.ray
     "signal_number",
     [
         signal.SIGKILL,
-        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),  # in test_nas and test_bench it runs by default
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),  # in test_nas it runs by default
         pytest.param(signal.SIGINT, marks=pytest.mark.slow),
     ],
 )
-def test_killed_driver_resumes(tmp_path: Path, signal_number: signal.Signals) -> None:
+@pytest.mark.usefixtures("ray_here")
+def test_killed_driver_resumes(tmp_path: Path, signal_number: signal.Signals, run_command: Any) -> None:
     run = tmp_path / "run"
-    victim = start(command(run))
+    victim = start([*DDRAY, *arguments(run)])
     wait_for(lambda: len(list((run / "ledger").glob("*.json"))) >= 1, victim)
     victim.send_signal(signal_number)
     _, errors = victim.communicate(timeout=120)
@@ -36,7 +38,7 @@ def test_killed_driver_resumes(tmp_path: Path, signal_number: signal.Signals) ->
         assert "Traceback" not in errors
     before = stamps(run)
     assert 1 <= len(before) < 4, "too late: the search was over"
-    out = finish(command(run, "--resume"))
+    out = run_command(*arguments(run), "--resume")
     rows = trials(run)
     assert [int(row.spec["number"]) for row in rows] == [0, 1, 2, 3]
     assert out["num_trials"] == 4
@@ -71,33 +73,9 @@ def test_memory_and_foreign_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     space = tmp_path / "space.yaml"
     space.write_text("gigabytes: {choice: [0.0, 1.0e+8]}\n")
     run = tmp_path / "run"
-    out = finish(
-        [
-            *(
-                sys.executable,
-                "-m",
-                "ddray",
-                "tune",
-                "--method",
-                "greedy",
-                "--ipc",
-                "1",
-                "--strategy",
-                "grid",
-            ),
-            *(
-                "--space",
-                str(space),
-                "--set",
-                "evaluate.epochs=2",
-                "--set",
-                "evaluate.seeds=1",
-                "--final-sets",
-                "1",
-            ),
-            *("--run-dir", str(run), "--json"),
-        ]
-    )
+    options = ("--method", "greedy", "--ipc", "1", "--strategy", "grid", "--space", str(space))
+    quick = ("--set", "evaluate.epochs=2", "--set", "evaluate.seeds=1", "--set", "arch=convnet2_w8")
+    out = finish([*DDRAY, "tune", *options, *quick, "--final-sets", "1", "--run-dir", str(run), "--json"])
     rows = trials(run)
     assert [row.status for row in rows] == ["done", "failed"]
     assert "memory" in str(rows[1].error)
@@ -105,15 +83,14 @@ def test_memory_and_foreign_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert out["best"]["config"] == {"gigabytes": 0.0}
 
 
-def test_full_disk_names_the_path_and_leaves_a_resumable_run(tmp_path: Path) -> None:
+def test_full_disk_names_the_path_and_leaves_a_resumable_run(tmp_path: Path, run_command: Any) -> None:
     """A file-size limit makes writing the checkpoint really fail."""
     run, out = tmp_path / "run", tmp_path / "out.pt"
     base = [
-        *(sys.executable, "-m", "ddray", "distill", "--method", "datadam", "--ipc", "1", "--steps", "4"),
-        *("--set", "checkpoint_every=2", "--set", "method.batch_real=4"),
-        *("--run-dir", str(run), "--out", str(out), "--json"),
+        *("distill", "--method", "datadam", "--ipc", "1", "--steps", "4", "--set", "checkpoint_every=2"),
+        *("--set", "method.batch_real=4", "--run-dir", str(run), "--out", str(out)),
     ]
-    limited = ["bash", "-c", f"ulimit -f 8; trap '' XFSZ; exec {' '.join(base)}"]
+    limited = ["bash", "-c", f"ulimit -f 8; trap '' XFSZ; exec {' '.join([*DDRAY, *base])}"]
     done = subprocess.run(limited, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 1, done.stderr[-1500:]
     last = done.stderr.strip().splitlines()[-1]
@@ -122,5 +99,5 @@ def test_full_disk_names_the_path_and_leaves_a_resumable_run(tmp_path: Path) -> 
     assert "Traceback" not in done.stderr
     assert not out.exists()
     assert not list(run.rglob("*.tmp"))
-    finish([*base, "--resume"])
+    run_command(*base, "--resume")
     assert out.exists()

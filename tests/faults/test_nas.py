@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +12,18 @@ import pytest
 import ray
 
 from ddray.cluster.fanout import Task, fan_out
-from ddray.cluster.runtime import ray_runtime
 from ddray.runs.ledger import Ledger
+from tests.faults.processes import DDRAY, start, wait_for
 
 pytestmark = pytest.mark.ray
 
 
-@pytest.fixture(scope="module")
-def proxy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("proxy")
-    path = folder / "random.pt"
-    ddray("distill", "--method", "random", "--ipc", "1", "--out", str(path), "--run-dir", str(folder / "run"))
+@pytest.fixture
+def proxy(tmp_path: Path, run_command: Any) -> Path:
+    path = tmp_path / "random.pt"
+    target = ("--out", str(path), "--run-dir", str(tmp_path / "set"))
+    run_command("distill", "--method", "random", "--ipc", "1", *target)
     return path
-
-
-def ddray(*arguments: str) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-m", "ddray", *arguments, "--json"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
 
 
 def sweep(run: Path, proxy: Path, *extra_arguments: str) -> list[str]:
@@ -47,28 +34,17 @@ def sweep(run: Path, proxy: Path, *extra_arguments: str) -> list[str]:
     ]
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    end = time.monotonic() + 300
-    while not condition():
-        assert process.poll() is None, process.communicate()[1][-2000:]
-        assert time.monotonic() < end
-        time.sleep(0.1)
-
-
 @pytest.mark.parametrize(
     "signal_number",
     # test_drivers runs SIGKILL by default
     [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGTERM],
 )
-def test_killed_driver_resumes(tmp_path: Path, proxy: Path, signal_number: signal.Signals) -> None:
+@pytest.mark.usefixtures("ray_here")
+def test_killed_driver_resumes(
+    tmp_path: Path, proxy: Path, signal_number: signal.Signals, run_command: Any
+) -> None:
     run = tmp_path / "run"
-    victim = subprocess.Popen(
-        [sys.executable, "-m", "ddray", *sweep(run, proxy)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    victim = start([*DDRAY, *sweep(run, proxy)])
     wait_for(lambda: len(list((run / "ledger").glob("*.json"))) >= 3, victim)
     victim.send_signal(signal_number)
     _, errors = victim.communicate(timeout=120)
@@ -79,7 +55,7 @@ def test_killed_driver_resumes(tmp_path: Path, proxy: Path, signal_number: signa
     before = {path: path.stat().st_mtime_ns for path in (run / "ledger").glob("*.json")}
     assert len(before) < 16, "too late: the sweep was over"
     starts = [event["key"] for event in Ledger(run).events() if event["event"] == "start"]
-    out = ddray(*sweep(run, proxy, "--resume"))
+    out = run_command(*sweep(run, proxy, "--resume"))
     rows = Ledger(run).rows("nas")
     assert len(rows) == 16
     assert len({(row.spec["index"], row.spec["seed"]) for row in rows}) == 16
@@ -122,6 +98,7 @@ def _hangs_once(folder: str, name: str) -> str:
     return name
 
 
+@pytest.mark.usefixtures("ray_here")
 def test_a_hung_or_killed_worker_costs_its_task_alone(tmp_path: Path) -> None:
     started: list[tuple[str, int]] = []
     functions = {"hangs": _hangs, "once": _hangs_once, "dies": _dies_once}
@@ -129,22 +106,21 @@ def test_a_hung_or_killed_worker_costs_its_task_alone(tmp_path: Path) -> None:
         Task(name, functions.get(name, _fine), (str(tmp_path), name))
         for name in ("hangs", "a", "dies", "b", "once", "c")
     ]
-    with ray_runtime(None):
-        begin = time.monotonic()
-        outcomes = {
-            outcome.key: outcome
-            for outcome in fan_out(
-                tasks,
-                num_workers=2,
-                cpus=1,
-                gpus=0,
-                max_attempts=2,
-                timeout_s=8.0,
-                on_start=lambda key, attempt: started.append((key, attempt)),
-            )
-        }
-        assert time.monotonic() - begin < 120
-        assert ray.is_initialized()
+    begin = time.monotonic()
+    outcomes = {
+        outcome.key: outcome
+        for outcome in fan_out(
+            tasks,
+            num_workers=2,
+            cpus=1,
+            gpus=0,
+            max_attempts=2,
+            timeout_s=8.0,
+            on_start=lambda key, attempt: started.append((key, attempt)),
+        )
+    }
+    assert time.monotonic() - begin < 120
+    assert ray.is_initialized()
     assert {key for key, outcome in outcomes.items() if outcome.error is None} == {
         "a",
         "b",
@@ -165,9 +141,10 @@ def test_a_hung_or_killed_worker_costs_its_task_alone(tmp_path: Path) -> None:
     assert {name: len((tmp_path / name).read_text()) for name in "abc"} == dict.fromkeys("abc", 1)
 
 
-def test_a_search_for_rank_correlation(tmp_path: Path, proxy: Path) -> None:
+@pytest.mark.usefixtures("ray_here")
+def test_a_search_for_rank_correlation(tmp_path: Path, run_command: Any) -> None:
     """A search for rank correlation runs to its end, using val only."""
-    out = ddray(
+    out = run_command(
         *("tune", "--method", "random", "--ipc", "1", "--objective", "nas-spearman", "--nas-sample", "3"),
         *("--nas-epochs", "1", "--num-samples", "1", "--strategy", "random", "--final-sets", "1"),
         *("--set", "evaluate.epochs=2", "--set", "evaluate.seeds=1", "--run-dir", str(tmp_path / "run")),

@@ -25,7 +25,8 @@ from ddray.pool.files import ENTRY, PoolFiles
 from ddray.pool.local import LocalPool
 from ddray.pool.spec import PoolSpec
 from ddray.runs.ledger import Ledger
-from tests.faults.search import finish, search, start, trials, wait_for
+from tests.faults.processes import DDRAY, finish, start, wait_for
+from tests.faults.search import search, trials
 
 KEY = "a" * 64
 
@@ -202,7 +203,7 @@ _WAITING = """
 import sys, time
 from pathlib import Path
 import torch
-from ddray.pool import LocalPool
+from ddray.pool.local import LocalPool
 from tests.faults.test_pool import spec
 
 def train(pool_spec):
@@ -455,7 +456,7 @@ def test_a_driver_killed_while_the_pool_is_trained_resumes(
     space, run = tmp_path / "space.yaml", tmp_path / "run"
     space.write_text("{}\n")
     arguments = [
-        *(sys.executable, "-m", "ddray", "tune", "--method", "pooled", "--space", str(space)),
+        *(*DDRAY, "tune", "--method", "pooled", "--space", str(space)),
         *("--strategy", "random", "--num-samples", "1", "--max-concurrent", "1", "--final-sets", "1"),
         *("--set", "arch=convnet2_w16", "--set", "evaluate.epochs=2", "--set", "evaluate.seeds=1"),
         *("--set", "method.epochs=8", "--run-dir", str(run), "--json"),

@@ -8,15 +8,20 @@ import re
 import signal
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
+from ddray.data import Dataset
 from ddray.errors import InputError
-from tests.faults.search import TINY, count, ray_workers, search, stamps, trials, wait_for
+from ddray.runs.ledger import Row
+from tests.faults.processes import count, ray_workers, stamps, wait_for
+from tests.faults.search import TINY, search, trials
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_here")]
 
@@ -26,28 +31,71 @@ def _journal(run: Path) -> JournalStorage:
     return JournalStorage(JournalFileBackend(str(run / "optuna.journal")))
 
 
-def test_a_diverging_trial_fails_alone_and_is_not_tried_again(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    out = search(run, "lr_img: {choice: [1.0, 1.0e+30]}", strategy="grid")
+GRID = "lr_img: {choice: [1.0, 1.0e+30]}"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A search over `GRID`, first with a broken test set, then to its end.
+
+    Attributes:
+        run: its folder; tests do not change it.
+        before_test: its rows when the test set was to be opened.
+        result: what it returned.
+    """
+
+    run: Path
+    before_test: list[Row]
+    result: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def searches() -> list[Finished]:
+    return []
+
+
+@pytest.fixture
+def finished(searches: list[Finished], ray_here: None, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """The same search for all tests that read it."""
+    if not searches:
+        run = tmp_path_factory.mktemp("finished") / "run"
+
+        def broken(self: Dataset) -> None:
+            raise InputError("the test set is broken")
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Dataset, "test", broken)
+            with pytest.raises(InputError, match="the test set is broken"):
+                search(run, GRID, strategy="grid")
+        before = trials(run)
+        searches.append(Finished(run, before, search(run, GRID, strategy="grid", resume=True)))
+    return searches[0]
+
+
+def test_test_set_is_not_opened_by_the_search(finished: Finished) -> None:
+    assert [row.status for row in finished.before_test] == ["done", "failed"]
+    assert trials(finished.run) == finished.before_test
+
+
+def test_a_diverging_trial_fails_alone_and_is_not_tried_again(finished: Finished) -> None:
+    run, out = finished.run, finished.result
     rows = trials(run)
     assert [row.status for row in rows] == ["done", "failed"]
     assert "lower lr_img" in str(rows[1].error)
     assert count(run, "start", rows[1].key) == 1
     assert count(run, "retry", rows[1].key) == 0
     assert (out["num_trials"], out["num_failed"], out["best"]["config"]) == (2, 1, {"lr_img": 1.0})
-    assert (
-        run / "report.html"
-    ).stat().st_size > 1_000_000  # plotly's script is inside: no network access needed
+    # plotly's script is inside: no network access needed
+    assert (run / "report.html").stat().st_size > 1_000_000
     assert list((run / "tune").rglob("events.out.tfevents*"))
 
 
-def test_a_finished_search_resumes_without_work(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    first = search(run, "lr_img: {choice: [0.5, 1.0]}", strategy="grid")
+def test_a_finished_search_resumes_without_work(finished: Finished) -> None:
+    run = finished.run
     before, events = stamps(run), (run / "events.jsonl").read_text()
-    again = search(run, "lr_img: {choice: [0.5, 1.0]}", strategy="grid", resume=True)
+    again = search(run, GRID, strategy="grid", resume=True)
     assert {k: v for k, v in again.items() if k != "wall_s"} == {
-        k: v for k, v in first.items() if k != "wall_s"
+        k: v for k, v in finished.result.items() if k != "wall_s"
     }
     assert stamps(run) == before
     assert (run / "events.jsonl").read_text() == events
@@ -166,11 +214,11 @@ def test_a_closed_search_adds_no_trial_but_mends_its_own(tmp_path: Path) -> None
 def test_choices_are_taken_as_the_method_holds_them(tmp_path: Path) -> None:
     """`1` for a float field equals the paper's `1.0`: one trial, which the sampler sees."""
     run = tmp_path / "run"
-    out = search(run, "lr_img: {choice: [1, 2]}\np: {choice: [1, 4]}", strategy="tpe", num_samples=3)
-    assert out["num_trials"] == 3
+    out = search(run, "lr_img: {choice: [1, 2]}\np: {choice: [1, 4]}", strategy="tpe", num_samples=2)
+    assert out["num_trials"] == 2
     assert trials(run)[0].spec["params"] == {"lr_img": 1.0, "p": 4.0}
     study = optuna.load_study(study_name="ddray", storage=_journal(run))
-    assert len(study.trials) == 3
+    assert len(study.trials) == 2
 
 
 @pytest.mark.parametrize(
@@ -178,7 +226,7 @@ def test_choices_are_taken_as_the_method_holds_them(tmp_path: Path) -> None:
     [
         ("lr_img: {uniform: [-1.0, 1.0]}", "greater than 0"),
         ("batch_real: {uniform: [16, 64]}", "integer"),
-        ("layers: {choice: [[1], [9]]}", "within 1..3"),
+        ("layers: {choice: [[1], [9]]}", "within 1..2"),
         ("lr: {uniform: [0.1, 1.0]}", "lr_img"),
     ],
 )
@@ -195,15 +243,3 @@ def test_what_never_fits_is_refused_instead_of_hanging(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--gpus-per-trial must be <= 0"):
         search(tmp_path / "b", "lr_img: {choice: [1.0]}", strategy="grid", gpus_per_trial=0.5)
     assert time.monotonic() - begin < 60
-
-
-def test_test_set_is_not_opened_by_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ddray.data import Dataset
-
-    def broken(self: Dataset) -> None:
-        raise InputError("the test set is broken")
-
-    monkeypatch.setattr(Dataset, "test", broken)
-    with pytest.raises(InputError, match="the test set is broken"):
-        search(tmp_path / "run", "lr_img: {choice: [0.5, 1.0]}", strategy="grid")
-    assert [row.status for row in trials(tmp_path / "run")] == ["done", "done"]
