@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import io
 import logging
 import sys
 
 import pytest
+from rich.console import Console
 
 from ddray.system import progress as module
 from ddray.system.progress import progress
@@ -36,3 +38,13 @@ def test_on_a_terminal_the_bar_takes_a_new_total(
         show(1, "first")
         show(2, "second", total=3)
     assert "2/3" in capsys.readouterr().err
+
+
+def test_in_a_notebook_rich_draws_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not module._in_notebook()
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    monkeypatch.setattr(module, "_in_notebook", lambda: True)
+    monkeypatch.setattr("rich.get_console", lambda: console)
+    with progress("search", 2) as show:
+        show(2, "second")
+    assert "2/2" in console.file.getvalue()  # type: ignore[attr-defined]
