@@ -282,9 +282,6 @@ class ClusterPool:
     def get(self, specs: Sequence[PoolSpec]) -> list[PoolEntry]:
         """Return the entries of `specs`, in order; missing ones are trained here or by another client.
 
-        Clients that need the same entries share the work. If the service dies, the pool goes on with the
-        files alone.
-
         Raises:
             InputError: an entry can't be read.
             StorageError: an entry can't be written.

@@ -5,6 +5,11 @@ over all architectures and over the top 20 %, and the whole-set accuracy of the 
 
 **Deviations**: the text does not say whose validation accuracy defines the top 20 %: we use the truth's.
 Kendall's tau-b, the intervals, and the counts of ties and of networks at chance are additions.
+
+Intervals are 95 % percentile bootstraps: architectures, and the seeds of a side with more than one, are
+drawn with replacement, and the top 20 % is redetermined in every draw. With many ties the point estimate
+can fall outside the percentiles: the interval is then widened to include it. A resample of few seeds has
+fewer distinct ones, hence noisier means: such intervals are biased low.
 """
 
 from __future__ import annotations
@@ -42,11 +47,6 @@ def figures_of_merit(
     Both sides are means over the seeds that finished. Equal values share their average rank in correlations;
     elsewhere (top 1, 5, 10, the border of the top 20 %) ties go to the earlier architecture.
 
-    Intervals are 95 % percentile bootstraps: architectures, and the seeds of a side with more than one, are
-    drawn with replacement, and the top 20 % is redetermined in every draw. With many ties the point estimate
-    can fall outside the percentiles: the interval is then widened to include it. A resample of few seeds has
-    fewer distinct ones, hence noisier means: such intervals are biased low.
-
     Args:
         scores: proxy val accuracies [S, A] (or [A]), NaN for a failed unit.
         truth: accuracies [T, A] (or [A]) that the ranking is compared with, NaN where unknown.
@@ -80,18 +80,9 @@ def figures_of_merit(
     best = float(np.nanmax(all_true)) if np.isfinite(all_true).any() else None
     seed_scores, seed_truth = seed_scores[:, complete], seed_truth[:, complete]
     x, y = mean_over_seeds(seed_scores), mean_over_seeds(seed_truth)
-    top = _first(y, -(-len(y) // _TOP))
-    whole, fifth = (
-        _bootstrap(seed_scores, seed_truth, num_bootstrap, seed) if len(x) >= MIN_ARCHS else ([], [])
-    )
-    rho, rho_top = _correlation(stats.spearmanr, x, y), _correlation(stats.spearmanr, x[top], y[top])
     ranked = y[_first(x, len(x))]
     return {
-        "spearman": rho,
-        "spearman_ci95": _interval(rho, whole),
-        "spearman_top20": rho_top,
-        "spearman_top20_ci95": _interval(rho_top, fifth),
-        "kendall": _correlation(stats.kendalltau, x, y),
+        **_correlations(seed_scores, seed_truth, num_bootstrap, seed),
         **{f"top{k}_truth_accuracy": float(ranked[:k].max()) if len(x) else None for k in (1, 5, 10)},
         "best_truth_accuracy": best,
         "num_ties": _num_ties(x),
@@ -100,6 +91,21 @@ def figures_of_merit(
         "num_failed": int((~complete).sum()),
         "wall_s": wall_s,
         "storage_images": storage_images,
+    }
+
+
+def _correlations(scores: Array, truth: Array, num_bootstrap: int, seed: int) -> dict[str, Any]:
+    """Return the rank correlations of scores [S, A] and truth [T, A], with intervals."""
+    x, y = mean_over_seeds(scores), mean_over_seeds(truth)
+    top = _first(y, -(-len(y) // _TOP))
+    whole, fifth = _bootstrap(scores, truth, num_bootstrap, seed) if len(x) >= MIN_ARCHS else ([], [])
+    rho, rho_top = _correlation(stats.spearmanr, x, y), _correlation(stats.spearmanr, x[top], y[top])
+    return {
+        "spearman": rho,
+        "spearman_ci95": _interval(rho, whole),
+        "spearman_top20": rho_top,
+        "spearman_top20_ci95": _interval(rho_top, fifth),
+        "kendall": _correlation(stats.kendalltau, x, y),
     }
 
 

@@ -64,19 +64,37 @@ def group_sample(
     """
     _check(mean, std, ipc, num_candidates, weights, form)
     mean, std = mean.detach().float().contiguous(), std.detach().float().contiguous()
-    seed, dim = generator.initial_seed(), len(mean)
-    rows = block_rows(dim, mean.device)
+    seed, rows = generator.initial_seed(), block_rows(len(mean), mean.device)
+    # Coarse dimensions are determined once: on a GPU that is a sync.
+    score = partial(_paper_scorer, rounded=_rounded(mean, std)) if form == "paper" else _repo_scorer
+    scorer = partial(score, mean, std, ipc, weights, rows)
+    best_index = _best_candidate(scorer, seed, mean, ipc, num_candidates, chunk)
+    block, row = divmod(best_index, rows)
+    normal = torch.stack([draw[row].clone() for draw in _draws(seed, block, rows, mean, ipc)])
+    latents = mean + std * normal
+    exact = group_scores(latents[None].double(), mean.double(), std.double(), weights=weights, form=form)
+    return latents, float(exact)
+
+
+def _best_candidate(
+    scorer: Callable[[], Scorer],
+    seed: int,
+    mean: Tensor,
+    ipc: int,
+    num_candidates: int,
+    chunk: int | None,
+) -> int:
+    """Return the index of the best candidate; `scorer` makes one for a thread."""
+    dim, rows = len(mean), block_rows(len(mean), mean.device)
     blocks = math.ceil(num_candidates / rows)
     threads = torch.get_num_threads() if mean.device.type == "cpu" else 1
     step = max(1, math.ceil((chunk or _CHUNK) / rows))
     if threads > 1 and chunk is None:  # few candidates of many dimensions: keep every thread busy
         step = min(step, math.ceil(blocks / (4 * threads)))
-    # Coarse dimensions are determined once: on a GPU that is a sync.
-    score = partial(_paper_scorer, rounded=_rounded(mean, std)) if form == "paper" else _repo_scorer
 
     def best_of(first: int) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            scores = score(mean, std, ipc, weights, rows)
+            scores = scorer()
             buffer = torch.empty(rows, dim, device=mean.device)  # reused: new ones would pile up
             block_scores = [
                 scores(_draws(seed, b, rows, mean, ipc, buffer))
@@ -93,11 +111,7 @@ def group_sample(
             torch.where(value < best_score, index, best_index),
             torch.minimum(value, best_score),
         )
-    block, row = divmod(int(best_index), rows)
-    normal = torch.stack([draw[row].clone() for draw in _draws(seed, block, rows, mean, ipc)])
-    latents = mean + std * normal
-    exact = group_scores(latents[None].double(), mean.double(), std.double(), weights=weights, form=form)
-    return latents, float(exact)
+    return int(best_index)
 
 
 def group_scores(
