@@ -8,7 +8,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as ddray.cli sets it, before 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,10 +17,8 @@ from ddray.cli import _run
 from ddray.cluster.runtime import ray_runtime
 from ddray.data import Dataset, Split, open_dataset
 from ddray.distillation.method import DistillContext, Distiller
-from ddray.jobs.context import make_context, make_distiller
-from ddray.jobs.plan import Plan, resolve
-
-CPU = torch.device("cpu")
+from ddray.jobs.plan import Plan
+from ddray.testing import plan_method, random_dataset
 
 # A busy machine must not fail a test.
 settings.register_profile("ddray", deadline=None)
@@ -97,33 +94,7 @@ def digits() -> Dataset:
 @pytest.fixture(scope="session")
 def toy() -> Callable[..., Dataset]:
     """Makes a dataset of random uint8 images, classes unsorted; `counts` says how many each class has."""
-
-    def make(
-        counts: tuple[int, ...] = (9, 7, 8),
-        shape: tuple[int, int, int] = (3, 16, 16),
-        *,
-        name: str = "toy",
-        can_flip: bool = True,
-        seed: int = 0,
-    ) -> Dataset:
-        generator = torch.Generator().manual_seed(seed)
-        labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-        labels = labels[torch.randperm(len(labels), generator=generator)]
-        images = torch.randint(0, 256, (len(labels), *shape), generator=generator, dtype=torch.uint8)
-        split = Split(images, labels)
-        channels = shape[0]
-        return Dataset(
-            name=name,
-            class_names=tuple(f"class {i}" for i in range(len(counts))),
-            image_shape=shape,
-            mean=tuple(0.4 + 0.05 * i for i in range(channels)),
-            std=tuple(0.2 + 0.05 * i for i in range(channels)),
-            can_flip=can_flip,
-            load_train=lambda: split,
-            load_test=lambda: split,
-        )
-
-    return make
+    return random_dataset
 
 
 @pytest.fixture(scope="session")
@@ -146,13 +117,4 @@ def sounds() -> Dataset:
 @pytest.fixture(scope="session")
 def planned() -> Callable[..., tuple[Plan, DistillContext, Distiller]]:
     """Makes plan, context and a fresh method object from nested settings."""
-
-    def make(
-        method: str, dataset: Dataset, /, *, ipc: int = 1, seed: int = 0, preset: str = "paper", **layers: Any
-    ) -> tuple[Plan, DistillContext, Distiller]:
-        settings = {"arch": "convnet2_w8", "compile": "off", **layers}
-        plan = resolve(method, dataset, ipc=ipc, seed=seed, preset=preset, layers=[settings])
-        ctx = make_context(plan, dataset.train(), split_name="train", device=CPU)
-        return plan, ctx, make_distiller(plan)
-
-    return make
+    return plan_method

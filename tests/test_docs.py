@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-import ddray.methods
-from ddray.artifact.distilled_set import DistilledSet
 from ddray.cli import _run
-from ddray.data import open_dataset
-from ddray.distillation.loop import run_distillation
-from ddray.jobs import plan
-from ddray.jobs.context import make_context, make_distiller
-from ddray.system import registry
-from ddray.tuning.space import read_space
+from ddray.tuning.space import method_space
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"^<!-- test(?:: (?P<tag>[a-z]+))? -->\n```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.M | re.S)
@@ -69,89 +64,73 @@ def test_readme_slow_blocks_run(tmp_path: Path, run_block: Callable[[str], None]
 
 
 @pytest.fixture
-def centroids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """CONTRIBUTING's method, offered by another package; returns its space file."""
-    package = tmp_path / "contributed"
-    package.mkdir()
+def installed(tmp_path: Path) -> Path:
+    """A folder with CONTRIBUTING's package, installed as pip does: dist-info with its entry point, and modules."""
+    (source,) = blocks("CONTRIBUTING.md", "method", "python")
+    (contract,) = blocks("CONTRIBUTING.md", "contract", "python")
+    (entry,) = blocks("CONTRIBUTING.md", "entry", "toml")
+    (group,) = tomllib.loads(entry)["project"]["entry-points"].items()
+    info, package = (tmp_path / "site" / name for name in ("my_package-1.0.dist-info", "my_package"))
+    for folder in (info, package):
+        folder.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my_package\nVersion: 1.0\n")
+    lines = [f"{name} = {module}" for name, module in group[1].items()]
+    (info / "entry_points.txt").write_text("\n".join([f"[{group[0]}]", *lines]))
     (package / "__init__.py").write_text('"""A third-party package."""\n')
-    (source,) = blocks("CONTRIBUTING.md", "method", "python")
     (package / "centroids.py").write_text(source)
-    monkeypatch.syspath_prepend(tmp_path)
-    offered = importlib.metadata.EntryPoint("centroids", "contributed.centroids", "ddray.methods")
-    monkeypatch.setattr(registry, "entry_points", lambda group: [offered] if group == offered.group else [])
-    (space,) = blocks("CONTRIBUTING.md", "space", "yaml")
-    path = tmp_path / "centroids.yaml"
-    path.write_text(space)
-    return path
+    (package / "test_centroids.py").write_text(contract)
+    return tmp_path / "site"
 
 
-def distil(ipc: int, *, checkpoint: Path | None = None, until: int | None = None) -> DistilledSet:
-    opened = open_dataset("digits")
-    resolved = plan.resolve("centroids", opened, ipc=ipc, layers=[{"steps": 2}])
-    ctx = make_context(resolved, opened.train(), split_name="train", device=torch.device("cpu"))
-    result = run_distillation(
-        make_distiller(resolved), ctx, checkpoint=checkpoint, checkpoint_every=1, until=until
-    )
-    return result.distilled
-
-
-def test_contributing_method_runs_and_resumes(centroids: Path, tmp_path: Path) -> None:
-    whole = distil(2)
-    assert whole.labels.bincount().tolist() == [2] * 10
-    distil(2, checkpoint=tmp_path / "checkpoint.pt", until=1)
-    resumed = distil(2, checkpoint=tmp_path / "checkpoint.pt")
-    assert torch.equal(resumed.images, whole.images)
-
-
-def test_an_installed_package_offers_a_method_to_the_command(tmp_path: Path) -> None:
-    """Installed as pip does: a dist-info with an entry point, and a module."""
-    site = tmp_path / "site"
-    info = site / "contributed-1.0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: contributed\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[ddray.methods]\ncentroids = centroids_of_theirs\n")
-    (source,) = blocks("CONTRIBUTING.md", "method", "python")
-    (site / "centroids_of_theirs.py").write_text(source)
+def run_python(*arguments: str, site: Path) -> subprocess.CompletedProcess[str]:
+    """Run this interpreter with the folder on its path."""
     folders = os.pathsep.join(filter(None, [str(site), str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "ddray", "distill", "--method", "centroids", "--dataset", "digits"),
-            *("--ipc", "1", "--steps", "2", "--run-dir", str(tmp_path / "run"), "--json"),
-        ],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": folders},
-        cwd=tmp_path,
-        check=False,
-    )
+    command, environment = [sys.executable, *arguments], {**os.environ, "PYTHONPATH": folders}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=site, check=False)
+
+
+def test_contributing_method_runs_by_its_entry_point(installed: Path, tmp_path: Path) -> None:
+    options = ("--method", "centroids", "--dataset", "digits", "--ipc", "1")
+    done = run_python("-m", "ddray", "distill", *options, "--json", site=installed)
     assert done.returncode == 0, done.stderr[-1500:]
-    assert json.loads(done.stdout)["method"] == "centroids"
-    assert (tmp_path / "run" / "distilled.pt").is_file()
+    assert (json.loads(done.stdout)["method"], json.loads(done.stdout)["steps"]) == ("centroids", 100)
 
 
-def test_contributing_method_moves_to_the_mean(centroids: Path) -> None:
-    from contributed.centroids import move
+def test_contributing_method_keeps_the_contract(installed: Path) -> None:
+    done = run_python(
+        "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", "my_package", site=installed
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed, 1 skipped" in done.stdout, "it has no lr_img"
 
+
+@pytest.fixture
+def centroids(installed: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """CONTRIBUTING's module."""
+    monkeypatch.syspath_prepend(installed)
+    return importlib.import_module("my_package.centroids")
+
+
+def test_contributing_method_moves_to_the_mean(centroids: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     first, second = torch.rand(2, 3, 5, 4, generator=generator, dtype=torch.float64)
     centers, counts = torch.zeros(3, 1, 4, dtype=torch.float64), torch.zeros(3, 1, dtype=torch.float64)
     for batch in (first, second):
-        centers, counts, _ = move(centers, counts, batch)
+        centers, counts, _ = centroids.move(centers, counts, batch)
     torch.testing.assert_close(centers[:, 0], torch.cat([first, second], dim=1).mean(1))
     assert counts.tolist() == [[10.0]] * 3
 
 
-def test_contributing_space_names_fields(centroids: Path) -> None:
-    space = read_space(centroids)
-    assert space
-    fields = ddray.methods.get_method("centroids").config_type.model_fields
-    assert space.keys() <= fields.keys()
+def test_contributing_space_is_searched(centroids: Any) -> None:
+    space, source = method_space("centroids", centroids.CentroidsConfig)
+    assert source == "CentroidsConfig.search_space"
+    assert space["decay"].ends() == [0.5, 1.0]
 
 
-def test_contributing_file_passes_ruff(centroids: Path, tmp_path: Path) -> None:
+def test_contributing_file_passes_ruff(installed: Path) -> None:
     ruff = pytest.importorskip("ruff", reason="ruff is in the dev extra")
     command = [sys.executable, "-m", ruff.__name__]
-    target = str(tmp_path / "contributed/centroids.py")
+    target = str(installed / "my_package" / "centroids.py")
     for arguments in (
         ["check", "--config", str(ROOT / "pyproject.toml")],
         ["format", "--check", "--config", str(ROOT / "pyproject.toml")],

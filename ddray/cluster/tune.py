@@ -31,13 +31,12 @@ from ddray.ranking.spaces import get_space
 from ddray.runs.folder import Run, open_run
 from ddray.runs.ledger import Row
 from ddray.runs.results import write_results
-from ddray.system.shipped import shipped
 from ddray.tuning.options import Strategy, TuneOptions
 from ddray.tuning.payload import Payload, pack
 from ddray.tuning.report import write_report
 from ddray.tuning.result import TuneResult
 from ddray.tuning.search import Search, best_trial, paper_trial
-from ddray.tuning.space import Range, grid, read_space
+from ddray.tuning.space import Range, grid, method_space
 from ddray.tuning.study import score_of
 from ddray.tuning.trial import ETA, SearchJob, split_name
 
@@ -184,21 +183,15 @@ def _space(plan: Plan, source: Path | dict[str, Any] | None) -> dict[str, Range]
     Raises:
         InputError: the file is missing or names a field that the method does not have.
     """
-    if isinstance(source, dict):
-        path, space = Path("space"), read_space(source)
-    else:
-        path = source or shipped("search_spaces", "hpo", f"{plan.method}.yaml")
-        if not path.is_file():
-            raise InputError(f"a search needs a space file, got {path}; write one and pass it with --space")
-        space = read_space(path)
-    fields = type(plan.config.method).model_fields
+    config_type = type(plan.config.method)
+    space, where = method_space(plan.method, config_type, source)
     for name in space:
-        if name not in fields:
-            raise unknown(f"{path}: a range's name", name, fields)
-    return {name: _checked(plan, name, value_range, path) for name, value_range in space.items()}
+        if name not in config_type.model_fields:
+            raise unknown(f"{where}: a range's name", name, config_type.model_fields)
+    return {name: _checked(plan, name, value_range, where) for name, value_range in space.items()}
 
 
-def _checked(plan: Plan, name: str, value_range: Range, path: Path) -> Range:
+def _checked(plan: Plan, name: str, value_range: Range, source: str) -> Range:
     """Return a range whose values the method accepts, with choices in the field's type (1 as 1.0).
 
     Raises:
@@ -207,7 +200,7 @@ def _checked(plan: Plan, name: str, value_range: Range, path: Path) -> Range:
     config, method = plan.config, plan.config.method
     parsed = []
     for value in value_range.probes():
-        changed = type(method).parse({**method.dump(), name: value}, source=str(path))
+        changed = type(method).parse({**method.dump(), name: value}, source=source)
         check_plan(replace(plan, config=config.model_copy(update={"method": changed})))
         parsed.append(changed.dump()[name])
     return replace(value_range, choices=tuple(parsed)) if value_range.kind == "choice" else value_range

@@ -151,6 +151,17 @@ class DistillContext:
         return replace(distilled, compact=compact, meta=distilled.meta.model_copy(update=counted))
 
 
+class MethodConfig(Config):
+    """Settings of a method, with what a method says about them; every class attribute may be left out."""
+
+    search_space: ClassVar[Mapping[str, Mapping[str, Any]] | None] = None
+    """What `ddray tune` varies without `--space`, as in a space file: `{"lr": {"loguniform": [0.01, 1]}}`."""
+    dataset_settings: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Run settings by dataset, over the preset's: `{"digits": {"steps": 300}, "digits_ipc10": {...}}`."""
+    quick: ClassVar[Mapping[str, Any]] = {}
+    """Settings with which the contract tests take seconds."""
+
+
 class Engine(Protocol):
     """What a method does once it has a context."""
 
@@ -175,7 +186,7 @@ class Distiller(Engine, Protocol):
     """The interface of a method.
 
     Attributes:
-        config_type: the method's settings.
+        config_type: the method's settings, a `MethodConfig`.
         num_steps: steps of a whole run; 0 for methods that select in `setup`. If the number depends on the
             images (D3HR), it is 0 until `setup` has run.
     """

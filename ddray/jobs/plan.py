@@ -91,7 +91,7 @@ def resolve(
     config_file: Path | None = None,
     layers: Sequence[Mapping[str, Any]] = (),
 ) -> Plan:
-    """Resolve a run: preset, then the shipped file for dataset and ipc, then `config_file`, then `layers`.
+    """Resolve a run: preset, settings for dataset and ipc (the method's, shipped files), the rest.
 
     No preset augments spectrograms (IDC, DSDM); later layers may.
 
@@ -112,7 +112,9 @@ def resolve(
     if preset not in PRESETS:
         raise unknown("preset", preset, PRESETS)
     ipc, budget = _size(method, dataset, ipc, budget)
+    declared: Mapping[str, Mapping[str, Any]] = getattr(method_class.config_type, "dataset_settings", {})
     upper_layers = (
+        *(declared[name] for name in (dataset.name, f"{dataset.name}_ipc{ipc}") if name in declared),
         *(read_yaml(path) for path in shipped_configs(method, dataset.name, ipc)),
         read_yaml(config_file) if config_file is not None else {},
         *layers,

@@ -20,7 +20,7 @@ when a fresh one is taken, follows its accuracy on real images (dynamic bi-level
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Final, Literal
 
 import torch
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.config import Config
-from ddray.distillation.method import DistillContext, Target
+from ddray.distillation.method import DistillContext, MethodConfig, Target
 from ddray.methods.families.matching.batches import ClassBatches, chunks, initial_images
 from ddray.methods.families.matching.branch import RealBranch
 from ddray.methods.families.matching.partitioned import by_class
@@ -43,8 +43,16 @@ from ddray.training.recipe import Recipe
 _MILESTONES: Final = (0.6, 0.8, 0.9)
 
 
-class CAFEConfig(Config):
+class CAFEConfig(MethodConfig):
     """CAFE's settings."""
+
+    quick: ClassVar[Mapping[str, Any]] = {
+        "batch_real": 8,
+        "batch_train": 16,
+        "batch_query": 4,
+        "max_inner": 3,
+        "window": 2,
+    }
 
     lr_img: float = Field(default=0.1, gt=0)
     """Learning rate of the images (SGD)."""

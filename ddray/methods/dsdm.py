@@ -30,6 +30,7 @@ covariances (Eq 5), L_h the class means of the synthetic images with their own h
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Final, Literal
 
 import torch
@@ -61,6 +62,11 @@ _BASE_SIZES: Final = {"mnist": 28, "imagenet": 224, "imagenette": 224, "imagewoo
 
 class DSDMConfig(PartitionedConfig):
     """DSDM's settings; defaults are the paper's."""
+
+    quick: ClassVar[Mapping[str, Any]] = {
+        **PartitionedConfig.quick,
+        "pool": {"num_models": 2, "epochs": 1},
+    }
 
     lambda1: float = Field(default=50.0, ge=0)
     """Weight of L_SD (Fig 6)."""

@@ -20,6 +20,7 @@ under the drawn network (class-aware distribution regularisation).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Final, Literal
 
 import torch
@@ -44,6 +45,8 @@ _FIRST_NETS: Final = 3
 
 class IDMConfig(PartitionedConfig):
     """IDM's settings."""
+
+    quick: ClassVar[Mapping[str, Any]] = {**PartitionedConfig.quick, "net_steps": 2, "batch_train": 16}
 
     lr_img: float = Field(default=0.2, gt=0)
     """Learning rate of the images (SGD)."""

@@ -16,7 +16,8 @@ the ipc * factor^2 best of these in each class, and factor x factor of them are 
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, ClassVar, Final
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +25,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ddray.artifact.partition import default_factor
-from ddray.config import Config
 from ddray.data import normalized_space
-from ddray.distillation.method import DistillContext
+from ddray.distillation.method import DistillContext, MethodConfig
 from ddray.errors import InputError
 from ddray.methods.families.selection import selection_method
 from ddray.pool.spec import teacher_spec
@@ -36,8 +36,10 @@ from ddray.training.recipe import TeacherRecipe
 _CHUNK: Final = 256
 
 
-class RDEDConfig(Config):
+class RDEDConfig(MethodConfig):
     """RDED's settings."""
+
+    quick: ClassVar[Mapping[str, Any]] = {"teacher_arch": "convnet2_w8_bn", "teacher_epochs": 1}
 
     teacher_arch: str = "resnet18"
     """The network that scores crops."""

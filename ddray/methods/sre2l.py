@@ -16,7 +16,7 @@ norm layer, from the running ones. Relabel: soft labels are the protocol's (`eva
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, Final
 
@@ -29,15 +29,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.config import Config
 from ddray.data import normalized_space
-from ddray.distillation.method import DistillContext, Target
+from ddray.distillation.method import DistillContext, MethodConfig, Target
 from ddray.errors import InputError
 from ddray.methods.families.state import cpu_copy, load_optimizer_state, optimizer_state
 from ddray.pool.spec import teacher_spec
 from ddray.training.recipe import TeacherRecipe
 
 
-class SRe2LConfig(Config):
+class SRe2LConfig(MethodConfig):
     """SRe2L's settings; defaults are those for small images."""
+
+    quick: ClassVar[Mapping[str, Any]] = {"teacher_arch": "convnet2_w8_bn", "teacher_epochs": 1}
 
     teacher_arch: str = "resnet18"
     """The squeezed network; it needs batch norm."""

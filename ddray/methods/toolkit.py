@@ -2,7 +2,7 @@
 
 | for | names |
 |---|---|
-| the interface | `Distiller`, `BudgetDistiller`, `DistillContext`, `Target`, `Config`, `Field` |
+| the interface | `Distiller`, `BudgetDistiller`, `DistillContext`, `Target`, `MethodConfig`, `Field` |
 | errors | `InputError` |
 | its result | `DistilledSet`, `Partition` |
 | methods by their parts | `make_method`, `selection_method`, `coreset_method`, `means_method` |
@@ -21,8 +21,7 @@ from pydantic import Field
 
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.artifact.partition import Partition
-from ddray.config import Config
-from ddray.distillation.method import BudgetDistiller, DistillContext, Distiller, Target
+from ddray.distillation.method import BudgetDistiller, DistillContext, Distiller, MethodConfig, Target
 from ddray.errors import InputError
 from ddray.methods.families.factory import make_method
 from ddray.methods.families.matching.batches import ClassBatches, chunks, initial_images
@@ -56,7 +55,6 @@ from ddray.training.recipe import TeacherRecipe
 __all__ = [
     "BudgetDistiller",
     "ClassBatches",
-    "Config",
     "DistillContext",
     "DistilledSet",
     "Distiller",
@@ -65,6 +63,7 @@ __all__ = [
     "InputError",
     "MatchingConfig",
     "MeanMatching",
+    "MethodConfig",
     "Net",
     "Partition",
     "PoolSpec",

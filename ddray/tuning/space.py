@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from ddray.config import read_yaml
+from ddray.config import Config, read_yaml
 from ddray.errors import InputError, did_you_mean
 from ddray.seeding import derive
+from ddray.system.shipped import shipped
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -94,20 +95,51 @@ Space = Mapping[str, Range]
 """Ranges by the names of a method's fields."""
 
 
-def read_space(source: Path | Mapping[str, Any]) -> dict[str, Range]:
+def method_space(
+    method: str, config_type: type[Config], source: Path | Mapping[str, Any] | None = None
+) -> tuple[dict[str, Range], str]:
+    """Return a method's ranges, and what to call the place where they are written.
+
+    Args:
+        method: its name.
+        config_type: its settings.
+        source: a space file or what one would hold; default: the shipped file, or else the settings' own
+            `search_space`.
+
+    Raises:
+        InputError: there is no space, or a range is malformed.
+    """
+    title = "the space"
+    if source is None:
+        source = shipped("search_spaces", "hpo", f"{method}.yaml")
+        declared = getattr(config_type, "search_space", None)
+        if declared is not None and not source.is_file():
+            source, title = declared, f"{config_type.__name__}.search_space"
+    if isinstance(source, Path):
+        title = str(source)
+        if not source.is_file():
+            raise InputError(f"a search needs a space file, got {source}; write one and pass it with --space")
+    return read_space(source, title), title
+
+
+def read_space(source: Path | Mapping[str, Any], title: str = "the space") -> dict[str, Range]:
     """Read a space file, or what one would hold.
 
     An entry is `name: {kind: [a, b]}`, kind loguniform, uniform or randint, or `name: {choice: [...]}`.
+
+    Args:
+        source: the file, or its content.
+        title: what messages call the content.
 
     Raises:
         InputError: the file can't be read, or a range is none of these or empty.
     """
     ranges = source if isinstance(source, Mapping) else read_yaml(source)
-    path = "the space" if isinstance(source, Mapping) else source
-    return {name: _range(name, value, path) for name, value in ranges.items()}
+    where = title if isinstance(source, Mapping) else str(source)
+    return {name: _range(name, value, where) for name, value in ranges.items()}
 
 
-def _range(name: str, value: Any, path: Path | str) -> Range:
+def _range(name: str, value: Any, path: str) -> Range:
     if not isinstance(value, dict) or len(value) != 1:
         raise InputError(
             f"{path}: {name} must be {{kind: [...]}} with kind one of {', '.join(_KINDS)}, got {value!r}"
@@ -137,7 +169,7 @@ def _range(name: str, value: Any, path: Path | str) -> Range:
     return Range(kind, low, high) if kind == "randint" else Range(kind, float(low), float(high))
 
 
-def _text(name: str, choice: Any, path: Path | str) -> str:
+def _text(name: str, choice: Any, path: str) -> str:
     """Return a choice as JSON text.
 
     Raises:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from ddray.config import Config
-from ddray.distillation.method import DistillContext, Distiller, Target
+from ddray.distillation.method import DistillContext, Distiller, MethodConfig, Target
 from ddray.methods.families.factory import Selected, make_method
 from ddray.pool.spec import PoolSpec, supervised_specs
 
 Choose = Callable[[DistillContext, Any], tuple[Tensor, Tensor]]
 
 
-class FeatureConfig(Config):
+class FeatureConfig(MethodConfig):
     """The network whose embedding the selection is made in."""
+
+    quick: ClassVar[Mapping[str, Any]] = {"feature_epochs": 1}
 
     feature_epochs: int = Field(default=20, ge=1)
     """Epochs of training on train (SGD .01, momentum .9, weight decay 5e-4, batch 256, no augmentation)."""

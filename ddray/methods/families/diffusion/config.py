@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from ddray.config import Config
+from ddray.distillation.method import MethodConfig
 from ddray.methods.families.diffusion.folder import absolute
 from ddray.methods.families.diffusion.groups import Form
 from ddray.methods.families.diffusion.model import Encoding, Levels
 from ddray.methods.families.diffusion.train import DiffusionRecipe
 
 
-class D3HRConfig(Config):
+class D3HRConfig(MethodConfig):
     """D3HR's settings; defaults are the paper's."""
+
+    quick: ClassVar[Mapping[str, Any]] = {
+        "generator": {"epochs": 1, "vae_epochs": 1, "vae_width": 8, "depth": 1, "heads": 1, "head_dim": 8},
+        "num_candidates": 5,
+        "num_inference_steps": 2,
+    }
 
     diffusion: str | None = None
     """Folder of a DiTPipeline; default: a generator trained on the images, by `generator`."""

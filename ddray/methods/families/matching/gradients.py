@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Final, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Final, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ddray.artifact.distilled_set import DistilledSet
-from ddray.config import Config
-from ddray.distillation.method import DistillContext, Distiller, Target
+from ddray.distillation.method import DistillContext, Distiller, MethodConfig, Target
 from ddray.methods.families.factory import make_method
 from ddray.methods.families.matching.batches import initial_images
 from ddray.methods.families.matching.branch import RealBranch
@@ -29,8 +28,10 @@ _LOOPS: Final = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 1
 _STATISTICS_IMAGES: Final = 16  # real images per class that batch norm's statistics are fixed on
 
 
-class GradientConfig(Config):
+class GradientConfig(MethodConfig):
     """Settings of the methods that match gradients."""
+
+    quick: ClassVar[Mapping[str, Any]] = {"batch_real": 8, "batch_train": 16}
 
     lr_img: float = Field(default=0.1, gt=0)
     """Learning rate of the images (SGD)."""

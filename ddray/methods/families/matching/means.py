@@ -6,16 +6,15 @@ per-class means [K, D_l]; everything here is vectorised over classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from ddray.artifact.distilled_set import DistilledSet
-from ddray.config import Config
-from ddray.distillation.method import DistillContext, Distiller, Target
+from ddray.distillation.method import DistillContext, Distiller, MethodConfig, Target
 from ddray.methods.families.factory import make_method
 from ddray.methods.families.matching.batches import initial_images
 from ddray.methods.families.matching.branch import RealBranch, Statistics
@@ -25,8 +24,10 @@ from ddray.nets import Net
 MeansLoss = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 
 
-class MatchingConfig(Config):
+class MatchingConfig(MethodConfig):
     """Settings of every method that learns images by matching means."""
+
+    quick: ClassVar[Mapping[str, Any]] = {"batch_real": 8}
 
     lr_img: float = Field(default=1.0, gt=0)
     """Learning rate of the images (SGD)."""

@@ -8,9 +8,9 @@ synthetic images alike.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -18,8 +18,7 @@ from torch import Tensor
 
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.artifact.partition import Partition, Resize, compose, expand
-from ddray.config import Config
-from ddray.distillation.method import DistillContext, Target
+from ddray.distillation.method import DistillContext, MethodConfig, Target
 from ddray.methods.families.matching.batches import Init, initial_images
 from ddray.methods.families.matching.branch import RealBranch
 from ddray.methods.families.state import images_state, load_images_state
@@ -30,8 +29,10 @@ from ddray.training.recipe import idc_mixes
 Embed = Callable[[Net, Tensor], Tensor]
 
 
-class PartitionedConfig(Config):
+class PartitionedConfig(MethodConfig):
     """Settings of every method that learns partitioned images."""
+
+    quick: ClassVar[Mapping[str, Any]] = {"batch_real": 8}
 
     lr_img: float = Field(default=0.1, gt=0)
     """Learning rate of the pixels (SGD)."""

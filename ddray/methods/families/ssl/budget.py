@@ -6,15 +6,14 @@ set needs: images and their representations alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor
 
-from ddray.config import Config
-from ddray.distillation.method import DistillContext, Distiller, Target
+from ddray.distillation.method import DistillContext, Distiller, MethodConfig, Target
 from ddray.errors import InputError
 from ddray.methods.families.factory import Selected, make_method
 from ddray.methods.families.ssl.teacher import TeacherConfig, ssl_teacher_spec
@@ -37,8 +36,12 @@ _LARGE_BUDGET: Final = 1000
 Choose = Callable[[DistillContext, Tensor, int], Tensor]
 
 
-class SslConfig(Config):
+class SslConfig(MethodConfig):
     """Settings of every self-supervised method."""
+
+    quick: ClassVar[Mapping[str, Any]] = {
+        "teacher": {"arch": "convnet2_w8", "epochs": 1, "batch": 64, "projector": 8}
+    }
 
     teacher: TeacherConfig = TeacherConfig()
     """The network whose representations are distilled; one pool entry for all runs."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -12,6 +13,13 @@ from ddray.methods.families.ssl.inner import PoolReset
 
 class KrrConfig(SslConfig):
     """Settings of the bilevel loop."""
+
+    quick: ClassVar[Mapping[str, Any]] = {
+        **SslConfig.quick,
+        "batch_real": 8,
+        "pool_size": 2,
+        "inner_steps_max": 2,
+    }
 
     lr_outer: float = Field(default=1e-3, gt=0)
     """Learning rate of the distilled parameters (AdamW without weight decay), falling linearly to 0."""
