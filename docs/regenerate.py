@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ddray.config import Config, merge
 from ddray.distillation.method import Target
 from ddray.evaluation.config import EvaluateConfig
@@ -111,25 +113,31 @@ def _cell(value: Any) -> str:
 
 
 def _space(method: str) -> Iterator[str]:
-    """Yield the shipped search space."""
+    """Yield the search space: the shipped file's, or the settings' own."""
     path = ROOT / "search_spaces" / "hpo" / f"{method}.yaml"
+    declared = getattr(get_method(method).config_type, "search_space", None)
     if path.is_file():
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
-        ranges = "\n".join(lines).strip()
-        if ranges and ranges != "{}":
-            yield f"## Search space\n\n[{path.name}](../../search_spaces/hpo/{path.name})"
-            yield f"```yaml\n{ranges}\n```"
+        ranges, title = "\n".join(lines).strip(), f"[{path.name}](../../search_spaces/hpo/{path.name})"
+    else:
+        ranges, title = yaml.safe_dump(dict(declared or {}), sort_keys=False).strip(), "The method's own."
+    if ranges and ranges != "{}":
+        yield f"## Search space\n\n{title}"
+        yield f"```yaml\n{ranges}\n```"
 
 
 def _published(method: str, budget: bool) -> Iterator[str]:
-    """Yield published accuracies on the network that papers mostly use for the method."""
+    """Yield published accuracies under the protocol and on the network that papers mostly use."""
+    scores = [("linear", "convnet3")] if budget else [("hard", "convnet3"), ("soft", "resnet18")]
+    tables = ("\n\n".join(_numbers(method, protocol, arch)) for protocol, arch in scores)
+    yield next((table for table in tables if table), "")
+
+
+def _numbers(method: str, protocol: str, arch: str) -> Iterator[str]:
+    """Yield the published accuracies under one protocol."""
     dataset, classes, sizes = ("cifar10", 10, [("ipc", size) for size in (1, 10, 50)])
-    protocol, arch = "hard", "convnet3"
-    if budget:
+    if protocol == "linear":
         dataset, classes, sizes = "cifar100", 100, [("budget", size) for size in (25, 100, 1000)]
-        protocol = "linear"
-    if method in ("d3hr", "rded", "sre2l"):
-        protocol, arch = "soft", "resnet18"
     lines = []
     for size in sizes:
         cell = Cell(

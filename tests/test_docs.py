@@ -65,7 +65,7 @@ def test_readme_slow_blocks_run(tmp_path: Path, run_block: Callable[[str], None]
 
 @pytest.fixture
 def installed(tmp_path: Path) -> Path:
-    """A folder with CONTRIBUTING's package, installed as pip does: dist-info with its entry point, and modules."""
+    """A folder where CONTRIBUTING's package is installed as pip does it: modules, and dist-info."""
     (source,) = blocks("CONTRIBUTING.md", "method", "python")
     (contract,) = blocks("CONTRIBUTING.md", "contract", "python")
     (entry,) = blocks("CONTRIBUTING.md", "entry", "toml")
@@ -97,9 +97,8 @@ def test_contributing_method_runs_by_its_entry_point(installed: Path, tmp_path: 
 
 
 def test_contributing_method_keeps_the_contract(installed: Path) -> None:
-    done = run_python(
-        "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", "my_package", site=installed
-    )
+    options = ("-q", "-W", "error", "-p", "no:cacheprovider")
+    done = run_python("-m", "pytest", *options, "my_package", site=installed)
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed, 1 skipped" in done.stdout, "it has no lr_img"
 
