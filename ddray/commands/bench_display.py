@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddray.commands.display import percent, table_of
+from ddray.commands.display import table_of
+from ddray.tables.columns import Column, columns_of
 from ddray.tables.cost import summarise
-from ddray.tables.published import FIGURES
 
 if TYPE_CHECKING:
     from ddray.tables.result import BenchResult
@@ -20,29 +20,19 @@ def bench_tables(result: BenchResult) -> list[Any]:
     """
     from rich.table import Table
 
-    cells = [
-        {**cell, "size": f"ipc {cell['ipc']}" if "ipc" in cell else f"{cell['budget']} images"}
-        for cell in result.dump()["cells"]
+    cells = result.dump()["cells"]
+    columns = columns_of(cells)
+    # What is the same in every row goes into the title.
+    fixed = [
+        column
+        for column in columns[1:]
+        if column.kind != "number" and len({column.text_of(cell) for cell in cells}) == 1
     ]
-    names = ("dataset", "size", "protocol", "target", "teacher", "augment", "settings", "arch")
-    texts = {column: [str(cell.get(column, "-")) for cell in cells] for column in names}
-    varied = [column for column in names if len(set(texts[column])) > 1]
-    fixed = [texts[column][0] for column in names if len(set(texts[column])) == 1 and texts[column][0] != "-"]
-    published = any("published" in cell for cell in cells)
-    table = Table("method", *varied, "accuracy %", "n", title=", ".join([result.name, *fixed]))
-    for column in ("published %", "difference (SE)") if published else ():
-        table.add_column(column)
-    figures = [name for name in FIGURES if any(cell.get(name) is not None for cell in cells)]
-    for name in figures:
-        table.add_column(FIGURES[name])
+    varied = [column for column in columns if column not in fixed]
+    title = ", ".join([result.name, *(column.text_of(cells[0]) for column in fixed)])
+    table = Table(*(column.header for column in varied), title=title)
     for cell in cells:
-        table.add_row(
-            cell["method"],
-            *(str(cell.get(column, "-")) for column in varied),
-            *(percent(cell["accuracy_mean"], cell["accuracy_std"]), str(cell["n"])),
-            *(published_text(cell.get("published")) if published else ()),
-            *(_short(cell.get(name)) for name in figures),
-        )
+        table.add_row(*(_text(column, cell) for column in varied))
     folder = Path(result.run_dir)
     summary = {
         "failed units": result.num_failed,
@@ -57,21 +47,10 @@ def bench_tables(result: BenchResult) -> list[Any]:
     return [table, *([failures] if result.failures else []), table_of("bench", summary)]
 
 
-def _short(value: float | None) -> str:
-    """Return a figure with three digits; from 1000 on as a whole number."""
-    return "-" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-
-
-def published_text(comparison: dict[str, Any] | None) -> tuple[str, str]:
-    """Return a published accuracy in percent, and our difference from it in points (and standard errors)."""
-    if comparison is None:
-        return "-", "-"
-    difference_se = comparison["difference_se"]
-    text = f"{100 * comparison['difference']:+.2f}" + (
-        "" if difference_se is None else f" ({difference_se:+.1f})"
-    )
-    accuracy = percent(comparison["accuracy_mean"], comparison["accuracy_std"])
-    return f"{accuracy} ({comparison['paper']}, {comparison['table']})", text
+def _text(column: Column, cell: dict[str, Any]) -> str:
+    """Return a cell's text, with its source."""
+    text = column.text_of(cell)
+    return text if column.note is None or text == "-" else f"{text} ({column.note(cell)})"
 
 
 def forecast_tables(forecast: dict[str, Any]) -> list[Any]:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ddray.tables.columns import percent
+
 if TYPE_CHECKING:
     from ddray.pool.listing import PoolEntryInfo, PoolModel
     from ddray.ranking.result import NasResult
@@ -122,12 +124,8 @@ def tune_tables(result: TuneResult) -> list[Any]:
 def _val_line(objective: str, best: BestTrial, paper: PaperPoint) -> dict[str, str]:
     """Return the row of the objective."""
     if objective == "val_accuracy":
-        return {"val accuracy %": f"{_hundred(best[objective])} (paper's point {_hundred(paper[objective])})"}
+        return {"val accuracy %": f"{percent(best[objective])} (paper's point {percent(paper[objective])})"}
     return {"val Spearman": f"{_number(best[objective])} (paper's point {_number(paper[objective])})"}
-
-
-def _hundred(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.2f}"
 
 
 def archs_table(space: str, archs: Sequence[dict[str, Any]]) -> Any:
@@ -158,8 +156,8 @@ def nas_tables(result: NasResult) -> list[Any]:
             _number(proxy.spearman),
             f"{_number(low)}..{_number(high)}",
             _number(proxy.spearman_top20),
-            _hundred(proxy.top1_truth_accuracy),
-            _hundred(proxy.best_truth_accuracy),
+            percent(proxy.top1_truth_accuracy),
+            percent(proxy.best_truth_accuracy),
             f"{proxy['storage_images']:g}",
             f"{proxy['wall_s']:.1f}",
         )
@@ -172,8 +170,3 @@ def nas_tables(result: NasResult) -> list[Any]:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
-
-
-def percent(mean: float | None, std: float | None) -> str:
-    """Return `12.34 +- 0.56` in percent, `-` if the mean is None."""
-    return _hundred(mean) + ("" if mean is None or std is None else f" +- {100 * std:.2f}")

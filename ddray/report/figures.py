@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ddray.drawing.plotly_parts import COLOURS, LAYOUT, to_html
 from ddray.report.plane import Plane
-from ddray.report.runs import RunView, SetView, size_of
+from ddray.report.runs import RunView, SetView
+from ddray.tables.columns import size_of
 
 
 def group_of(cell: Mapping[str, Any]) -> str:

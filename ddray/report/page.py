@@ -18,9 +18,9 @@ from ddray.errors import DdrayError, InputError
 from ddray.methods import get_method
 from ddray.report import figures
 from ddray.report.plane import make_plane
-from ddray.report.runs import RunView, SetView, read_run, size_of
+from ddray.report.runs import RunView, SetView, read_run
 from ddray.system.files import write_text
-from ddray.tables.published import FIGURES
+from ddray.tables.columns import columns_of, size_of
 from ddray.tuning.report import search_figures
 from ddray.tuning.space import Range, Space
 
@@ -28,9 +28,6 @@ log = logging.getLogger(__name__)
 
 _MAX_PLANES: Final = 6
 _MAX_CURVES: Final = 12
-# Leaderboard columns that appear only if some cell has a value.
-_OPTIONAL: Final = ("target", "teacher", "augment", "settings", "published")
-_SHARED_LABELS: Final = {"teacher": "teacher", "augment": "augmentation", "settings": "settings"}
 
 
 class ReportResult(Result):
@@ -140,20 +137,20 @@ def _leaderboards(cells: Sequence[Mapping[str, Any]], sets: Sequence[SetView]) -
         groups: dict[str, list[Mapping[str, Any]]] = {}
         for cell in protocol_cells:
             groups.setdefault(figures.group_of(cell), []).append(cell)
-        lines = [_line(cell, sets) for cell in protocol_cells]
-        columns = [name for name in _OPTIONAL if any(line[name] is not None for line in lines)]
-        # Values shared by all lines are shown once, above the table: as columns they push numbers off it.
+        entries = [_with_sets(cell, sets) for cell in protocol_cells]
+        columns = [column for column in columns_of(entries) if column.header != "protocol"]
+        # Settings shared by all lines are shown once, above the table: as columns they push numbers off it.
         shared = [
-            name
-            for name in columns
-            if name in _SHARED_LABELS and len({line[name] for line in lines}) == 1 < len(lines)
+            column
+            for column in columns
+            if column.kind == "setting"
+            and len({column.value(entry) for entry in entries}) == 1 < len(entries)
         ]
         yield {
             "protocol": protocol,
-            "lines": lines,
-            "shared": "; ".join(f"{_SHARED_LABELS[name]} {lines[0][name]}" for name in shared),
-            "columns": [name for name in columns if name not in shared],
-            "figures": {k: v for k, v in FIGURES.items() if any(line[k] is not None for line in lines)},
+            "entries": entries,
+            "shared": "; ".join(f"{column.header} {column.text_of(entries[0])}" for column in shared),
+            "columns": [column for column in columns if column not in shared],
             "plots": [
                 {"title": name, "html": figures.accuracy_bars(group_cells)}
                 for name, group_cells in groups.items()
@@ -166,22 +163,13 @@ def _number(cell: Mapping[str, Any]) -> int:
     return int(cell.get("ipc") or cell.get("budget") or 0)
 
 
-def _line(cell: Mapping[str, Any], sets: Sequence[SetView]) -> dict[str, Any]:
-    """Return a cell's line in the leaderboard."""
+def _with_sets(cell: Mapping[str, Any], sets: Sequence[SetView]) -> dict[str, Any]:
+    """Return a cell with the storage and the seconds of its sets."""
     cell_sets = [view for view in sets if _is_of(view, cell)]
     times = [view.wall_s for view in cell_sets if view.wall_s is not None]
     distilled = next((loaded for view in cell_sets if (loaded := view.load()) is not None), None)
     return {
-        **{name: cell.get(name) for name in (*_OPTIONAL, *FIGURES)},
-        "method": cell["method"],
-        "dataset": cell["dataset"],
-        "size": size_of(cell),
-        "number": _number(cell),
-        "arch": cell["arch"],
-        "mean": cell["accuracy_mean"],
-        "std": cell["accuracy_std"],
-        "n": cell["n"],
-        "num_sets": cell["num_sets"],
+        **cell,
         "storage": distilled.meta.storage_floats if distilled is not None else None,
         "wall_s": sum(times) / len(times) if times else None,
     }

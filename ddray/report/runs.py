@@ -16,6 +16,7 @@ from ddray.config import read_yaml
 from ddray.errors import InputError
 from ddray.runs.folder import environments
 from ddray.runs.ledger import Ledger, Row
+from ddray.tables.columns import size_of
 
 log = logging.getLogger(__name__)
 
@@ -206,21 +207,9 @@ def _name(row: Row) -> str:
     spec = row.spec
     if row.kind == "trial":
         return f"trial {spec['number']}"
-    parts = [spec.get("method"), spec.get("dataset"), _size(spec), spec.get("arch")]
+    parts = [spec.get("method"), spec.get("dataset"), size_of(spec), spec.get("arch")]
     text = " ".join(str(part) for part in parts if part)
     return f"{text} seed {spec['seed']}" if "seed" in spec else text or row.key[:12]
-
-
-def _size(spec: Mapping[str, Any]) -> str:
-    """Return `ipc 10` or `100 images`."""
-    if "budget" in spec:
-        return f"{spec['budget']} images"
-    return f"ipc {spec['ipc']}" if "ipc" in spec else ""
-
-
-def size_of(cell: Mapping[str, Any]) -> str:
-    """Return a cell's size as readable text."""
-    return _size(cell)
 
 
 def _cells(command: str, dataset: str, rows: tuple[Row, ...]) -> Iterator[dict[str, Any]]:
@@ -233,7 +222,7 @@ def _cells(command: str, dataset: str, rows: tuple[Row, ...]) -> Iterator[dict[s
             name = (
                 label,
                 spec.get("dataset", dataset),
-                _size(spec),
+                size_of(spec),
                 options.get("protocol", "hard"),
                 row.result["arch"],
             )
@@ -299,7 +288,7 @@ def _sets(
                 label=label,
                 method=str(method),
                 dataset=str(row.spec.get("dataset") or config.get("dataset")),
-                size=_size(row.spec) or _size(config),
+                size=size_of(row.spec) or size_of(config),
                 seed=row.spec.get("seed"),
                 path=path,
                 losses=losses,

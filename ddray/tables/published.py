@@ -28,17 +28,6 @@ _NAS_METRIC: Final = "nas_top1_accuracy"
 _HARD_D3HR: Final = ("Table 5",)
 # Rows that train on the whole dataset and so have no size, unlike the other rows of their tables.
 _WHOLE: Final = ("early_stopping", "whole")
-# Further figures of a cell and their column titles.
-FIGURES: Final = {
-    "spearman": "Spearman",
-    "published_spearman": "published Spearman",
-    "spearman_top20": "Spearman, top 20 %",
-    "published_spearman_top20": "published, top 20 %",
-    "search_time": "search, minutes",
-    "published_search_time": "published minutes",
-    "storage_images": "images",
-    "published_storage_images": "published images",
-}
 _DEFAULT_TEACHER: Final = "resnet18"
 # Runs behind a published mean, where the paper states it; otherwise a mean counts as one run.
 _RUNS: Final = {"boost_ssdd": 3, "dsdm": 5}

@@ -12,16 +12,12 @@ from typing import Any, Final
 from ddray.evaluation.published import Number, read_numbers
 from ddray.runs.ledger import Row
 from ddray.system.files import write_text
+from ddray.tables.columns import csv_row
 from ddray.tables.published import compare, find
 from ddray.tables.spec import Source
 from ddray.tables.units import Cell
 
 _REPORTED: Final = ("arch", "accuracy_mean", "accuracy_std", "per_seed", "num_images", "wall_s")
-COLUMNS: Final = (
-    *("method", "dataset", "target", "ipc", "budget", "protocol", "teacher", "augment", "settings", "arch"),
-    *("accuracy_mean", "accuracy_std", "n", "num_sets", "standard_error"),
-    *("published", "published_std", "published_source", "difference", "difference_se"),
-)
 
 
 def cells_of(cells: Sequence[Cell], row_of: Callable[[str], Row | None]) -> list[dict[str, Any]]:
@@ -138,19 +134,8 @@ def write_table(path: Path, cells: Sequence[dict[str, Any]]) -> None:
     """
     import pandas as pd
 
-    lines = []
-    for cell in cells:
-        table_row = {k: v for k, v in cell.items() if k != "published"}
-        if "published" in cell:
-            comparison = cell["published"]
-            table_row |= {
-                "published": comparison["accuracy_mean"],
-                "published_std": comparison["accuracy_std"],
-                "published_source": f"{comparison['paper']}, {comparison['table']}",
-                "difference": comparison["difference"],
-                "difference_se": comparison["difference_se"],
-            }
-        lines.append(table_row)
-    extra_columns = sorted({name for line in lines for name in line} - set(COLUMNS))
-    frame = pd.DataFrame(lines, columns=[*COLUMNS, *extra_columns])
+    lines = [csv_row(cell) for cell in cells]
+    fixed = list(csv_row({}))
+    extra_columns = sorted({name for line in lines for name in line} - set(fixed))
+    frame = pd.DataFrame(lines, columns=[*fixed, *extra_columns])
     write_text(path, frame.dropna(axis=1, how="all").convert_dtypes().to_csv(index=False))

@@ -22,6 +22,7 @@ from ddray.tables.cost import costs_file, summarise, sweep_of
 from ddray.tables.dry_run import _facts, dry_run
 from ddray.tables.graph import build_graph
 from ddray.tables.nas_table import _baseline, cell_of, nas_options
+from ddray.tables.result import BenchResult
 from ddray.tables.spec import Source, read_spec
 from tests.tables.benches import LOCAL, run, spec, table_cell
 
@@ -187,20 +188,14 @@ def test_a_dry_run_prices_sweeps_from_past_ones(tmp_path: Path) -> None:
 
 
 def test_people_see_correlations_and_rows_without_an_architecture() -> None:
-    shared = {"dataset": "cifar10", "ipc": 50, "protocol": "nas", "n": 1, "accuracy_std": None}
+    shared = {"dataset": "cifar10", "ipc": 50, "protocol": "nas", "arch": "convnet720", "num_sets": 1}
+    shared |= {"n": 1, "accuracy_std": None}
     cells = [
         {**shared, "method": "dm", "accuracy_mean": 0.9, "spearman": 0.512, "storage_images": 50_000.0},
         {**shared, "method": "dc", "accuracy_mean": None, "spearman": None, "published_spearman": -0.19},
     ]
-    result = {
-        "cells": cells,
-        "failures": [],
-        "skipped": [],
-        "num_failed": 0,
-        "wall_s": 1.0,
-        "run_dir": "r",
-    }
-    table = bench_tables("mini", result)[0]
+    facts = {"failures": [], "skipped": [], "num_failed": 0, "wall_s": 1.0, "run_dir": "r"}
+    table = bench_tables(BenchResult.parse({"name": "mini", "cells": cells, **facts}))[0]
     columns = {str(column.header): list(column.cells) for column in table.columns}
     assert columns["accuracy %"] == ["90.00", "-"]
     assert (columns["Spearman"], columns["published Spearman"]) == (["0.512", "-"], ["-", "-0.19"])
