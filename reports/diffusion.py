@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from regenerate import HERE, ddray, stamp, where
+from readme import HERE, where
+from regenerate import ddray, stamp
 
 
 def sweeps() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The papers' tables scaled down to two CPU cores: specs for `ddray bench`, and how results are printed.
+"""The papers' tables scaled down to two CPU cores: specs for `ddray bench`.
 
 `python reports/regenerate.py ablation` (or another part of TITLES) runs one. The spec shows what is scaled
 down; it is stored in reports/<part>.json with the cells.
@@ -325,44 +325,3 @@ def imagenette(ddray: Run) -> dict[str, Any]:
             measured = measure(ddray, spec)
     cells = [{**cell, "dataset": cell["dataset"].rpartition("/")[2]} for cell in measured["cells"]]
     return {**measured, "spec": IMAGENETTE, "cells": cells}
-
-
-def lines(parts: dict[str, Any], percent: Callable[..., str], where: Callable[..., str]) -> list[str]:
-    """Return the report's lines for the measured parts."""
-    text_lines = []
-    for part, title in TITLES.items():
-        text_lines += [f"## {title}", ""]
-        if part not in parts:
-            text_lines += ["not measured", ""]
-            continue
-        cells = parts[part]["cells"]
-        several_datasets = len({cell["dataset"] for cell in cells}) > 1
-        names = [
-            f"{cell['dataset']}, {_column(cell)}" if several_datasets else _column(cell) for cell in cells
-        ]
-        columns = list(dict.fromkeys(names))
-        values = {(cell["method"], column): cell for cell, column in zip(cells, names, strict=True)}
-        text_lines += ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-        for method in dict.fromkeys(cell["method"] for cell in cells):
-            scored = [_scored(values.get((method, column)), percent) for column in columns]
-            text_lines += [f"| {method} | " + " | ".join(scored) + " |"]
-        run = parts[part]
-        text_lines += [
-            "",
-            "Test accuracy in percent, n networks in brackets. "
-            f"{run['num_failed']} units failed; {run['wall_s']:.0f} s. `{run['command']}`. {where(run)}.",
-            "",
-            f"Spec: `{json.dumps(run['spec'])}`",
-            "",
-        ]
-    return text_lines
-
-
-def _column(cell: dict[str, Any]) -> str:
-    size = f"ipc {cell['ipc']}" if cell.get("ipc") else f"budget {cell.get('budget')}"
-    target = f" on {cell['target']}" if cell.get("target") else ""
-    return f"{size}, `{cell.get('protocol', 'hard')}`{target}"
-
-
-def _scored(cell: dict[str, Any] | None, percent: Callable[..., str]) -> str:
-    return "-" if cell is None else f"{percent(cell['accuracy_mean'], cell['accuracy_std'])} ({cell['n']})"

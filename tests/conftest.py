@@ -8,6 +8,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as ddray.cli sets it, before 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddray.tables.columns import percent
+from ddray.drawing.text import percent
 
 if TYPE_CHECKING:
     from ddray.pool.listing import PoolEntryInfo, PoolModel

@@ -101,6 +101,12 @@ def data_uri(picture: Tensor) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(encoded).decode()}"
 
 
+def set_uri(distilled: DistilledSet) -> str | None:
+    """Return a set's image grid as a data URI; None for a set that stores no images."""
+    picture = grid(distilled)
+    return None if picture is None else data_uri(picture)
+
+
 def _encoded(picture: Tensor, form: str, **options: int) -> bytes:
     from torchvision.transforms.functional import to_pil_image
 

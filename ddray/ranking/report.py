@@ -6,7 +6,6 @@ The plots follow DataDAM's supplement, Figs 7 and 8, the summary its Tables 4 an
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -16,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
-from ddray.drawing.plotly_parts import COLOURS, LAYOUT, to_html
+from ddray.drawing.html import write_run_page
+from ddray.drawing.plotly_parts import COLOURS, to_html
 from ddray.drawing.plots import DIM, save_plot
 from ddray.ranking.summary import summary
-from ddray.system.files import write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,27 +46,21 @@ def write_nas_report(run_dir: Path, result: Mapping[str, Any], table: pd.DataFra
     Raises:
         StorageError: the page can't be written.
     """
-    from jinja2 import Environment, PackageLoader, select_autoescape
-    from plotly.offline import get_plotlyjs
-
-    loader = Environment(loader=PackageLoader("ddray.drawing"), autoescape=select_autoescape())
     choices = [name for name in table.columns if name not in _FIXED]
     proxies = []
     for figures in result["proxies"]:
         proxy_table = table[table["proxy"] == figures["proxy"]]
         ranked = proxy_table[proxy_table["proxy_rank"].notna()].nsmallest(_NUM_RANKED, "proxy_rank")
         proxies.append({"figures": figures, "plot": scatter_plot(proxy_table), "ranked": _records(ranked)})
-    page = loader.get_template("nas.html").render(
+    write_run_page(
+        run_dir,
+        "nas.html",
         result=result,
         lines=summary(result),
         proxies=proxies,
         choices=choices,
         failures=_records(table[table["failed"].astype(bool)]),
-        config=(run_dir / "config.yaml").read_text(encoding="utf-8"),
-        environment=json.loads((run_dir / "environment.json").read_text(encoding="utf-8")),
-        plotly=get_plotlyjs(),
     )
-    write_text(run_dir / "report.html", page)
 
 
 def _records(table: pd.DataFrame) -> list[dict[Any, Any]]:
@@ -145,13 +138,13 @@ def scatter_plot(table: pd.DataFrame) -> str:
         )
     if len(points.x):
         figure.add_hline(points.border(), line_dash="dot", line_color="#8a94a3", annotation_text="top 20 %")
-    figure.update_layout(
-        **{**LAYOUT, "height": 480},
+    return to_html(
+        figure,
+        height=480,
         xaxis_title=_X_TITLE,
         yaxis_title=_Y_TITLE,
         showlegend=len(points.groups) > 1,
     )
-    return to_html(figure)
 
 
 def save_scatters(run_dir: Path, table: pd.DataFrame, proxies: Sequence[Mapping[str, Any]]) -> list[Path]:

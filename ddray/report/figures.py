@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ddray.drawing.plotly_parts import COLOURS, LAYOUT, to_html
+from ddray.drawing.plotly_parts import COLOURS, to_html
 from ddray.report.plane import Plane
 from ddray.report.runs import RunView, SetView
 from ddray.tables.columns import size_of
@@ -58,10 +58,7 @@ def accuracy_bars(cells: Sequence[Mapping[str, Any]]) -> str:
                 offsetgroup=arch,
                 hovertemplate="%{x}<br>published %{y:.2f} %<extra>" + arch + "</extra>",
             )
-    figure.update_layout(
-        **LAYOUT, yaxis_title="accuracy (%)", barmode="group", scattermode="group", showlegend=True
-    )
-    return to_html(figure)
+    return to_html(figure, yaxis_title="accuracy (%)", barmode="group", scattermode="group", showlegend=True)
 
 
 def _arch(cell: Mapping[str, Any], names: Sequence[str]) -> str:
@@ -100,10 +97,9 @@ def loss_curves(sets: Sequence[SetView]) -> str:
             legendgroup=view.label,
             hovertemplate="step %{x}<br>loss %{customdata:.4g}<extra>" + name + "</extra>",
         )
-    figure.update_layout(
-        **LAYOUT, xaxis_title="step", yaxis_title="loss / its first value", yaxis_type="log", showlegend=True
+    return to_html(
+        figure, xaxis_title="step", yaxis_title="loss / its first value", yaxis_type="log", showlegend=True
     )
-    return to_html(figure)
 
 
 def rung_curves(run: RunView) -> str | None:
@@ -126,10 +122,9 @@ def rung_curves(run: RunView) -> str | None:
         )
     if not figure.data:
         return None
-    figure.update_layout(
-        **LAYOUT, xaxis_title="rung (relative steps)", yaxis_title="val accuracy (%)", showlegend=True
+    return to_html(
+        figure, xaxis_title="rung (relative steps)", yaxis_title="val accuracy (%)", showlegend=True
     )
-    return to_html(figure)
 
 
 def plane_scatter(plane: Plane, row: int) -> str:
@@ -167,10 +162,9 @@ def plane_scatter(plane: Plane, row: int) -> str:
         hovertemplate="%{text}<extra>" + label + "</extra>",
         name=label,
     )
-    figure.update_layout(**LAYOUT, showlegend=True)
     figure.update_xaxes(visible=False)
     figure.update_yaxes(visible=False, scaleanchor="x")
-    return to_html(figure)
+    return to_html(figure, showlegend=True)
 
 
 def _rounded(values: Tensor) -> list[float]:

@@ -13,16 +13,16 @@ import yaml
 
 from ddray.config import Result
 from ddray.data import open_dataset
-from ddray.drawing.images import data_uri, grid
+from ddray.drawing.html import write_html
+from ddray.drawing.images import set_uri
 from ddray.errors import DdrayError, InputError
 from ddray.methods import get_method
 from ddray.report import figures
 from ddray.report.plane import make_plane
 from ddray.report.runs import RunView, SetView, read_run
-from ddray.system.files import write_text
 from ddray.tables.columns import columns_of, size_of
-from ddray.tuning.report import search_figures
-from ddray.tuning.space import Range, Space
+from ddray.tuning.report import search_view
+from ddray.tuning.space import read_space
 
 log = logging.getLogger(__name__)
 
@@ -57,16 +57,14 @@ def write_page(
     """
     if out.is_dir():
         raise InputError(f"--out must be a file, {out} is a folder; add the page's name")
-    from jinja2 import Environment, PackageLoader, select_autoescape
-    from plotly.offline import get_plotlyjs
-
     runs = _with_unique_labels(
         [read_run(folder) for folder in dict.fromkeys(path.resolve() for path in folders)]
     )
     cells = [cell for run in runs for cell in run.cells]
     sets = [view for run in runs for view in run.sets]
-    loader = Environment(loader=PackageLoader("ddray.drawing"), autoescape=select_autoescape())
-    page = loader.get_template("report.html").render(
+    write_html(
+        out,
+        "report.html",
         runs=runs,
         title=" + ".join(run.title for run in runs),
         boards=list(_leaderboards(cells, sets)),
@@ -80,9 +78,7 @@ def write_page(
         failures=[{**one, "run": run.title} for run in runs for one in run.failures],
         skipped=[f"{run.title}: {name}" for run in runs for name in run.skipped],
         corrupt=[f"{run.title}: {name}" for run in runs for name in run.corrupt],
-        plotly=get_plotlyjs(),
     )
-    write_text(out, page)
     for run in runs:
         if not (run.cells or run.sets or run.failures or any(row.status == "done" for row in run.rows)):
             log.warning("%s has finished no unit yet: the page shows its configuration only", run.folder)
@@ -191,7 +187,7 @@ def _methods(cells: Sequence[Mapping[str, Any]], sets: Sequence[SetView]) -> Ite
         pictures = [
             {"title": f"{view.dataset}, {view.size}", "data": picture}
             for view in first.values()
-            if (picture := _picture(view)) is not None
+            if (distilled := view.load()) is not None and (picture := set_uri(distilled)) is not None
         ]
         distilled = next((loaded for view in method_sets if (loaded := view.load()) is not None), None)
         best = max(reached, key=lambda cell: cell["accuracy_mean"], default=None)
@@ -220,13 +216,6 @@ def _about(method: str) -> str:
     return (module.__doc__ or "").strip().split("\n")[0]
 
 
-def _picture(view: SetView) -> str | None:
-    """Return a set's image grid as a data URI; None if the file is gone or the set stores no images."""
-    distilled = view.load()
-    picture = None if distilled is None else grid(distilled)
-    return None if picture is None else data_uri(picture)
-
-
 def _curves(sets: Sequence[SetView], runs: Sequence[RunView]) -> Iterator[dict[str, str]]:
     """Yield learning curves: losses of sets by dataset and size, and val accuracies of search trials."""
     groups: dict[str, list[SetView]] = {}
@@ -243,33 +232,8 @@ def _curves(sets: Sequence[SetView], runs: Sequence[RunView]) -> Iterator[dict[s
 def _search(run: RunView) -> dict[str, Any]:
     """Return a search's figures (history, parallel coordinates, importances) and its trials."""
     trials = sorted((row for row in run.rows if row.kind == "trial"), key=lambda row: row.spec["number"])
-    space = _space(run.config.get("space", {}))
-    return {
-        "title": run.title,
-        "figures": search_figures(space, trials) if space and trials else [],
-        "names": list(space),
-        "trials": [
-            {
-                "number": row.spec["number"],
-                "status": "stopped early" if row.result.get("stopped_early") else row.status,
-                "val": row.result.get(row.result.get("objective", "val_accuracy")),
-                "values": [row.spec["params"].get(name) for name in space],
-                "wall_s": row.wall_s,
-            }
-            for row in trials
-        ],
-    }
-
-
-def _space(space_config: Mapping[str, Any]) -> Space:
-    """Return the search space in a search's config.yaml."""
-    ranges = {}
-    for name, entry in space_config.items():
-        ((kind, ends),) = entry.items()
-        ranges[name] = (
-            Range("choice", choices=tuple(ends)) if kind == "choice" else Range(kind, ends[0], ends[-1])
-        )
-    return ranges
+    space = read_space(run.config.get("space", {}))
+    return {"title": run.title, **search_view(space, trials)}
 
 
 def _rankings(run: RunView) -> Iterator[dict[str, Any]]:

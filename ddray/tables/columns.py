@@ -8,6 +8,7 @@ from functools import partial
 from operator import methodcaller
 from typing import Any, Final, Literal
 
+from ddray.drawing.text import percent
 from ddray.evaluation import get_protocol, protocol_names
 
 Entry = Mapping[str, Any]
@@ -37,13 +38,6 @@ class Column:
     def text_of(self, entry: Entry) -> str:
         """Return a cell's text; `-` if it has no value."""
         return "-" if self.value(entry) is None else self.text(entry)
-
-
-def percent(mean: float | None, std: float | None = None) -> str:
-    """Return `12.34 +- 0.56` in percent, `-` if the mean is None."""
-    if mean is None:
-        return "-"
-    return f"{100 * mean:.2f}" + ("" if std is None else f" +- {100 * std:.2f}")
 
 
 def short(value: float) -> str:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from ddray.artifact.reading import load
-from ddray.drawing.images import data_uri, grid
-from ddray.drawing.plotly_parts import LAYOUT, to_html
+from ddray.drawing.html import write_run_page
+from ddray.drawing.images import set_uri
+from ddray.drawing.plotly_parts import to_html
 from ddray.runs.ledger import Row
-from ddray.system.files import write_text
 from ddray.tuning.space import Space
 from ddray.tuning.study import study_of
 
+_ACCURACY: Final = "val_accuracy"
 _WORST_TO_BEST: Final = ("#8a94a3", "#d55e00")
 
 
@@ -31,42 +31,36 @@ def write_report(run_dir: Path, result: Mapping[str, Any], rows: Sequence[Row], 
     Raises:
         StorageError: the page can't be written.
     """
-    from jinja2 import Environment, PackageLoader, select_autoescape
-
-    loader = Environment(loader=PackageLoader("ddray.drawing"), autoescape=select_autoescape())
-    names = list(space)
-    page = loader.get_template("tune.html").render(
+    write_run_page(
+        run_dir,
+        "tune.html",
         result=result,
-        names=names,
-        trials=[_trial(row, names) for row in rows],
-        figures=search_figures(space, rows),
-        picture=_picture(Path(result["artifact"])),
-        config=(run_dir / "config.yaml").read_text(encoding="utf-8"),
-        environment=json.loads((run_dir / "environment.json").read_text(encoding="utf-8")),
-        plotly=_plotly(),
+        search=search_view(space, rows),
+        picture=set_uri(load(Path(result["artifact"]))),
     )
-    write_text(run_dir / "report.html", page)
+
+
+def search_view(space: Space, rows: Sequence[Row]) -> dict[str, Any]:
+    """Return what the templates show of a search: its settings' names, trials, and figures."""
+    return {
+        "names": list(space),
+        "objective": next((row.result["objective"] for row in rows if "objective" in row.result), _ACCURACY),
+        "trials": [_trial(row, list(space)) for row in rows],
+        "figures": search_figures(space, rows) if space and rows else [],
+    }
 
 
 def _trial(row: Row, names: Sequence[str]) -> dict[str, Any]:
     """Return a trial's line in the table."""
-    params = row.spec["params"]
-    status = (
-        "failed" if row.status == "failed" else "stopped early" if row.result["stopped_early"] else "done"
-    )
     return {
         "number": row.spec["number"],
-        "status": status,
-        "val": row.result.get(row.result.get("objective", "val_accuracy")),
+        "status": "stopped early" if row.result.get("stopped_early") else row.status,
+        "val": row.result.get(row.result.get("objective", _ACCURACY)),
         "num_evaluations": len(row.result.get("rungs", {})),
-        "values": [_text(params.get(name)) for name in names],
+        "values": [row.spec["params"].get(name) for name in names],
         "wall_s": row.wall_s,
         "error": row.error,
     }
-
-
-def _text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def search_figures(space: Space, rows: Sequence[Row]) -> list[dict[str, str]]:
@@ -89,10 +83,9 @@ def search_figures(space: Space, rows: Sequence[Row]) -> list[dict[str, str]]:
         except (ValueError, RuntimeError, UserWarning) as error:
             figures.append({"title": title, "html": "", "reason": str(error).splitlines()[0]})
             continue
-        figure.update_layout(**{**LAYOUT, "height": 450}, title=None)
         if plot is plots.plot_parallel_coordinate:
             _recolour(figure)
-        figures.append({"title": title, "html": to_html(figure), "reason": ""})
+        figures.append({"title": title, "html": to_html(figure, height=450, title=None), "reason": ""})
     return figures
 
 
@@ -112,15 +105,3 @@ def _recolour(figure: Any) -> None:
         line.line.color = sample_colorscale(_WORST_TO_BEST, [min(max(share, 0.0), 1.0)])[0]
         line.opacity = 0.9
     bar.marker.colorscale = [[end, colour] for end, colour in enumerate(_WORST_TO_BEST)]
-
-
-def _picture(path: Path) -> str | None:
-    """Return the winner's image grid as a data URI; None for a set that stores no images."""
-    picture = grid(load(path))
-    return None if picture is None else data_uri(picture)
-
-
-def _plotly() -> str:
-    from plotly.offline import get_plotlyjs
-
-    return str(get_plotlyjs())

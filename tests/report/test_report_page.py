@@ -16,14 +16,13 @@ from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
 from ddray.artifact.reading import load
-from ddray.drawing.images import data_uri, grid, png
+from ddray.drawing.images import data_uri, grid, png, set_uri
 from ddray.errors import InputError
 from ddray.report import page as page_module
 from ddray.report.figures import accuracy_bars
 from ddray.report.page import write_page
 from ddray.report.runs import read_run
 from ddray.runs.ledger import Ledger
-from ddray.tuning import report as tune_page
 from tests.report.pages import body, tables
 
 
@@ -166,17 +165,14 @@ def test_published_correlations_stand_beside_ours(bench_folder: Path, tmp_path: 
     assert (line["search, minutes"], line["published minutes"], line["images"]) == ("12.3", "5,169", "500")
 
 
-def test_a_set_without_images_has_no_picture(bench_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_set_without_images_has_no_picture(bench_folder: Path) -> None:
     """D3HR's store=statistics: the set generates its images on use."""
     view = read_run(bench_folder).sets[0]
     distilled = view.load()
     assert distilled is not None
-    assert page_module._picture(view) is not None
+    assert set_uri(distilled) is not None
     empty = replace(distilled, images=distilled.images[:0], labels=distilled.labels[:0])
-    monkeypatch.setattr(type(view), "load", lambda self: empty)
-    assert page_module._picture(view) is None
-    monkeypatch.setattr(tune_page, "load", lambda path: empty)
-    assert tune_page._picture(view.path) is None
+    assert set_uri(empty) is None
 
 
 def test_what_is_not_drawn_is_counted(
