@@ -18,14 +18,9 @@ from ddray.errors import InputError
 from ddray.system.files import storage_errors, write_atomically
 
 if TYPE_CHECKING:
-    from ddray.artifact.distilled_set import DistilledSet, TrainSet
+    from ddray.artifact.distilled_set import DistilledSet
 
 log = logging.getLogger(__name__)
-
-
-def _second(train: TrainSet) -> Tensor:
-    """Return the training targets: labels or representations."""
-    return train.labels if train.targets is None else train.targets
 
 
 def pictures(distilled: DistilledSet) -> Tensor:
