@@ -230,8 +230,9 @@ def nas(
         InputError: a name or a value is invalid.
         DdrayError: no architecture finished on any proxy.
     """
+    from ddray.cluster.executor import nas_executor
     from ddray.ranking import command
-    from ddray.ranking.sweep import execute_locally, resolve_config
+    from ddray.ranking.sweep import resolve_config
 
     modes = NasModes.pick(options)
     sets = [proxies] if isinstance(proxies, DistilledSet | str | Path) else list(proxies)
@@ -241,18 +242,13 @@ def nas(
     parsed = NasOptions.pick(options)
     if modes.scores is not None:
         return command.compare_scores(modes.scores, parsed)
-    execute: Any = execute_locally
-    if parsed.executor == "ray":
-        from ddray.cluster.nas import RayExecutor
-
-        execute = RayExecutor(parsed)
     run = RunOptions.pick(options)
     with _files(sets) as paths:
         return command.run_nas(
             NasRequest.pick({**options, "proxies": paths}),
             parsed,
             resolve_config(parsed, (parse_overrides(modes.sets),)),
-            execute,
+            nas_executor(parsed),
             run_dir=run.run_dir,
             resume=run.resume,
         )

@@ -34,6 +34,11 @@ class InterruptedRunError(DdrayError):
     """SIGINT or SIGTERM ended a run that --resume can continue."""
 
 
+def one_line(error: object, length: int | None = None) -> str:
+    """Return an error's text on one line, cut to a length; the error's class where it has no text."""
+    return " ".join(str(error).split())[:length] or type(error).__name__
+
+
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for the choice nearest to `name`, or "" when none is near."""
     near = difflib.get_close_matches(name.lower(), list(choices), n=1, cutoff=0.6)

@@ -65,7 +65,8 @@ def run_units(
     The rate is measured from when every worker has finished a unit until the last units begin, so it excludes
     the start of processes.
     """
-    from ddray.cluster.fanout import Task, fan_out
+    from ddray.cluster.executor import RayExecutor
+    from ddray.runs.executor import Task
 
     (folder / "ledger").mkdir(parents=True)
     ledger = Ledger(folder)
@@ -74,12 +75,14 @@ def run_units(
         Task(str(n), synthetic_unit, (str(folder), epoch, n, UNIT_S, fails(n))) for n in range(num_units)
     ]
     begin, ends, seen, full, failed = time.monotonic(), [], set(), 0, 0
-    for outcome in fan_out(tasks, num_workers=workers, cpus=0.01 if gpus else 1.0, gpus=gpus):
-        ends.append(time.monotonic())
-        failed += outcome.error is not None
-        if outcome.error is None and outcome.value not in seen and len(seen) < workers:
-            seen.add(outcome.value)
-            full = len(ends)
+    executor = RayExecutor(cpus=0.01 if gpus else 1.0, gpus=gpus, max_workers=workers)
+    with executor.workers() as pool:
+        for outcome in pool.run(tasks):
+            ends.append(time.monotonic())
+            failed += outcome.error is not None
+            if outcome.error is None and outcome.value not in seen and len(seen) < workers:
+                seen.add(outcome.value)
+                full = len(ends)
     rows = ledger.rows()
     assert len(rows) == num_units - failed, "a unit has no row"
     finished = [event["key"] for event in ledger.events() if event["event"] == "finish"]

@@ -25,20 +25,18 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import pandas as pd
-import torch
 
-from ddray.distillation.loop import run_distillation
-from ddray.errors import DivergedError, InputError, StorageError
-from ddray.jobs.context import make_context, make_distiller
-from ddray.jobs.plan import Plan
+from ddray.errors import DivergedError, InputError, StorageError, one_line
+from ddray.jobs.distill import distil_plan
+from ddray.runs.executor import Task, WorkerPool
 from ddray.runs.ledger import Row
 from ddray.seeding import derive_numpy, derive_seed, forked_numpy
 from ddray.system.files import write_atomically, write_text
-from ddray.system.worker import set_threads, worker_device
-from ddray.tuning.payload import Payload, unpack
+from ddray.tuning.payload import Payload
 from ddray.tuning.space import Range, sample
 from ddray.tuning.study import write_study
-from ddray.tuning.trial import SearchJob, split_name, trial_config, trial_pool, trial_result, val_score
+from ddray.tuning.trial import trial_result
+from ddray.tuning.worker import SearchJob, SearchWorker
 
 if TYPE_CHECKING:
     from ddray.tuning.search import Search
@@ -108,16 +106,14 @@ def segment_ends(steps: int) -> list[int]:
     return [steps * (generation + 1) // GENERATIONS for generation in range(GENERATIONS)]
 
 
-def run_pb2(search: Search, payload: Payload, concurrent: int) -> None:
+def run_pb2(search: Search, payload: Payload, workers: WorkerPool) -> None:
     """Run or continue a PB2 search; publish every member's row at the end.
 
     Args:
         search: what to run.
         payload: the real images.
-        concurrent: segments at a time.
+        workers: run the segments.
     """
-    import ray
-
     space = _numeric(search.space)
     left_out = sorted(set(search.space) - set(space))
     if left_out:
@@ -132,13 +128,12 @@ def run_pb2(search: Search, payload: Payload, concurrent: int) -> None:
         unit = search.unit(member.number, member.params)
         search.ledger.begin(unit, epoch=search.job.epoch, number=member.number, params=initial[member.number])
     begin = time.perf_counter()
-    shared = ray.put(payload)
+    shared = workers.share(payload)
     history: list[list[Any]] = []
-    workers: list[Any] = []
-    _run_segments(search, members, 0, shared, concurrent, generation=0, workers=workers)
+    _run_segments(search, members, 0, shared, workers, generation=0)
     _record(history, members, 0, space)
     for generation, end in enumerate(ends, start=1):
-        _run_segments(search, members, end, shared, concurrent, generation=generation, workers=workers)
+        _run_segments(search, members, end, shared, workers, generation=generation)
         _record(history, members, end, space)
         if generation < len(ends):
             history = _exploit(members, history, space, search.job.seed, generation)
@@ -152,14 +147,11 @@ def _run_segments(
     members: Sequence[Member],
     end: int,
     payload: Any,
-    concurrent: int,
+    workers: WorkerPool,
     *,
     generation: int,
-    workers: list[Any],
 ) -> None:
-    """Bring every member to step `end` in parallel on the shared `workers`; a segment with a file is done."""
-    from ddray.cluster.fanout import Task, fan_out
-
+    """Bring every member to step `end` in parallel; a segment with a file is done."""
     folder = search.folder / "pb2"
     paths = {member.number: folder / f"{member.number:04d}-generation{generation}.json" for member in members}
     tasks = [
@@ -171,13 +163,12 @@ def _run_segments(
         for member in members
         if not paths[member.number].exists()
     ]
-    job = search.job
     errors = {}
-    for outcome in fan_out(tasks, num_workers=concurrent, cpus=job.cpus, gpus=job.gpus, idle=workers):
+    for outcome in workers.run(tasks):
         if isinstance(outcome.error, StorageError):
             raise outcome.error
         if outcome.error is not None:
-            errors[int(outcome.key)] = " ".join(str(outcome.error).split())[:300]
+            errors[int(outcome.key)] = one_line(outcome.error, 300)
     for member in members:
         path = paths[member.number]
         segment = (
@@ -209,30 +200,14 @@ def run_segment(
 
     Runs in a worker. A diverged segment's outcome is its error; step 0 scores the initial images.
     """
-    set_threads(job.cpus)
-    unpacked = unpack(payload)
-    device = torch.device(worker_device(job.gpus))
-    plan = Plan(job.method, unpacked.dataset, job.ipc, job.seed, trial_config(job, params), job.budget)
-    checkpoint = path.with_suffix(".pt")
+    worker = SearchWorker(job, payload)
+    plan, checkpoint = worker.plan(params), path.with_suffix(".pt")
     if state is not None and not checkpoint.exists():
         with state.open("rb") as source:
             write_atomically(checkpoint, lambda file: shutil.copyfileobj(source, file))
     try:
-        distill_result = run_distillation(
-            make_distiller(plan),
-            make_context(
-                plan,
-                unpacked.split,
-                split_name=split_name(job.seed),
-                device=device,
-                space=unpacked.space,
-                pool=trial_pool(job, unpacked, device),
-            ),
-            checkpoint=checkpoint,
-            checkpoint_every=plan.config.checkpoint_every,
-            until=end,
-        )
-        outcome: dict[str, Any] = {"score": val_score(job, plan, distill_result.distilled, unpacked, device)}
+        distillation = distil_plan(plan, worker.context(plan), checkpoint, until=end)
+        outcome: dict[str, Any] = {"score": worker.val_score(plan, distillation.distilled)}
     except DivergedError as error:
         outcome = {"error": str(error)}
     write_text(path, json.dumps({"number": trial_number, "until": end, "params": dict(params), **outcome}))
@@ -315,16 +290,7 @@ def _publish(search: Search, member: Member, initial: dict[str, Any], wall_s: fl
         result = trial_result(
             member.number, initial, member.values, stopped_early=False, objective=search.job.objective
         )
-        result["schedule"] = member.schedule
+        row = Row.done(unit, {**result, "schedule": member.schedule}, wall_s)
     else:
-        result = {"number": member.number}
-    row = Row(
-        key=unit.key,
-        kind="trial",
-        spec=unit.spec,
-        status="done" if member.error is None else "failed",
-        result=result,
-        wall_s=wall_s,
-        error=member.error,
-    )
+        row = Row.failed(unit, member.error, result={"number": member.number}, wall_s=wall_s)
     search.ledger.publish(unit, row, epoch=search.job.epoch)

@@ -8,24 +8,22 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
-import torch
-
 from ddray.cluster.pool import PoolAddress, pool_service
-from ddray.errors import DdrayError
+from ddray.errors import DdrayError, one_line
 from ddray.pool.files import DamagedEntryError, PoolFiles
 from ddray.pool.spec import PoolSpec
+from ddray.runs.executor import Executor, Task
 from ddray.system.files import home
 from ddray.system.progress import progress
-from ddray.system.worker import worker_device
-from ddray.tuning.payload import Payload, unpack
-from ddray.tuning.trial import SearchJob, trial_pool
+from ddray.tuning.payload import Payload
+from ddray.tuning.worker import SearchJob, train_member
 
 log = logging.getLogger(__name__)
 
 
 @contextmanager
 def shared_pool(
-    job: SearchJob, payload: Payload, specs: Sequence[PoolSpec], num_workers: int
+    job: SearchJob, payload: Payload, specs: Sequence[PoolSpec], executor: Executor
 ) -> Iterator[SearchJob]:
     """Serve a pool to the workers while the block runs; `specs` are trained first.
 
@@ -35,7 +33,7 @@ def shared_pool(
         job: what the workers share.
         payload: the real images.
         specs: networks that are certain to be needed.
-        num_workers: how many are trained at a time.
+        executor: trains them.
 
     Yields:
         The job, with the service's address.
@@ -53,7 +51,7 @@ def shared_pool(
         served = replace(job, pool=address)
         missing = [spec for spec in specs if not _is_intact(PoolFiles(folder), spec.key)]
         if missing:
-            _train(served, payload, missing, num_workers)
+            _train(served, payload, missing, executor)
         yield served
 
 
@@ -69,32 +67,18 @@ def _is_intact(files: PoolFiles, key: str) -> bool:
             return files.mend(key, lock) is not None
 
 
-def _train(job: SearchJob, payload: Payload, specs: Sequence[PoolSpec], num_workers: int) -> None:
-    """Train networks, `num_workers` at a time."""
-    import ray
-
-    from ddray.cluster.fanout import Task, fan_out
-
-    shared = ray.put(payload)
-    tasks = [Task(spec.key, train_member, (job, shared, spec)) for spec in specs]
-    workers = min(num_workers, len(tasks))
-    log.info("pool: training %d networks (%s), %d at a time", len(tasks), specs[0].arch, workers)
-    with progress("training the pool", len(tasks)) as show:
-        outcomes = fan_out(tasks, num_workers=workers, cpus=job.cpus, gpus=job.gpus)
-        for done, outcome in enumerate(outcomes, start=1):
+def _train(job: SearchJob, payload: Payload, specs: Sequence[PoolSpec], executor: Executor) -> None:
+    """Train networks in parallel."""
+    log.info("pool: training %d networks (%s)", len(specs), specs[0].arch)
+    with progress("training the pool", len(specs)) as show, executor.workers() as workers:
+        shared = workers.share(payload)
+        tasks = [Task(spec.key, train_member, (job, shared, spec)) for spec in specs]
+        for done, outcome in enumerate(workers.run(tasks), start=1):
             if isinstance(outcome.error, DdrayError):
                 raise outcome.error
             if outcome.error is not None:
-                reason = " ".join(str(outcome.error).split())[:200]
                 raise DdrayError(
-                    f"pool network {outcome.key[:12]} failed {outcome.attempts} times: {reason}; "
-                    "run again with --resume"
+                    f"pool network {outcome.key[:12]} failed {outcome.attempts} times: "
+                    f"{one_line(outcome.error, 200)}; run again with --resume"
                 )
             show(done, "")
-
-
-def train_member(job: SearchJob, payload: Payload, spec: PoolSpec) -> None:
-    """Train one network; runs in a worker, on that worker's device."""
-    unpacked = unpack(payload)
-    device = torch.device(worker_device(job.gpus))
-    trial_pool(job, unpacked, device).get([spec.model_copy(update={"device": device.type})])

@@ -14,6 +14,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialSch
 
 from ddray.cluster.searcher import FunctionSource, NumberedSearch, TpeSource, stopped_row
 from ddray.errors import StorageError
+from ddray.runs.executor import MAX_ATTEMPTS
 from ddray.runs.ledger import Row
 from ddray.tuning.live import LiveTable
 from ddray.tuning.search import unfinished
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from ddray.tuning.search import Search
 
 log = logging.getLogger(__name__)
-MAX_FAILURES = 2
 
 
 class PaperSafeAsha(AsyncHyperBandScheduler):
@@ -105,16 +105,8 @@ class Publisher(Callback):
             # Not the trial's fault: no row, so that --resume runs it when there is space again.
             self.storage_error = lines[-1].partition("StorageError")[2].lstrip(": ")
             return
-        reason = f"failed {MAX_FAILURES + 1} times; last: {lines[-1][:300]}"
-        row = Row(
-            key=unit.key,
-            kind="trial",
-            spec=unit.spec,
-            status="failed",
-            result={"number": trial_number},
-            wall_s=0.0,
-            error=reason,
-        )
+        reason = f"failed {MAX_ATTEMPTS} times; last: {lines[-1][:300]}"
+        row = Row.failed(unit, reason, result={"number": trial_number})
         self._search.ledger.publish(unit, row, epoch=self._search.job.epoch)
         self._live.update(trial_number, params, "failed", {})
 
@@ -153,7 +145,7 @@ def run_tune(search: Search, payload: Payload, concurrent: int) -> None:
             name=f"epoch-{job.epoch}",
             storage_path=str(search.folder / "tune"),
             callbacks=[publisher, TBXLoggerCallback()],  # type: ignore[no-untyped-call]
-            failure_config=FailureConfig(max_failures=MAX_FAILURES),
+            failure_config=FailureConfig(max_failures=MAX_ATTEMPTS - 1),
             verbose=0,
         ),
     )

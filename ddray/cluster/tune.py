@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 
-from ddray.cluster.finals import run_finals
-from ddray.cluster.nas import RayExecutor
+from ddray.cluster.executor import RayExecutor, nas_executor
 from ddray.cluster.pretrain import shared_pool
-from ddray.cluster.runtime import check_capacity, ray_runtime, sigterm_as_sigint
-from ddray.data import PixelSpace, Split, carve_val, search_rows
+from ddray.cluster.runtime import ray_runtime, sigterm_as_sigint
+from ddray.data import PixelSpace, Split, SplitName, carve_val, search_rows
 from ddray.data.pixels import pixel_space
 from ddray.errors import InputError, unknown
 from ddray.jobs.context import check_plan, check_size, declared_specs, make_context, make_distiller
@@ -31,6 +30,7 @@ from ddray.ranking.spaces import get_space
 from ddray.runs.folder import Run, open_run
 from ddray.runs.ledger import Row
 from ddray.runs.results import write_results
+from ddray.tuning.finals import run_finals
 from ddray.tuning.options import Strategy, TuneOptions
 from ddray.tuning.payload import Payload, pack
 from ddray.tuning.report import write_report
@@ -38,7 +38,8 @@ from ddray.tuning.result import TuneResult
 from ddray.tuning.search import Search, best_trial, paper_trial
 from ddray.tuning.space import Range, grid, method_space
 from ddray.tuning.study import score_of
-from ddray.tuning.trial import ETA, SearchJob, split_name
+from ddray.tuning.trial import ETA
+from ddray.tuning.worker import SearchJob
 
 log = logging.getLogger(__name__)
 
@@ -91,40 +92,43 @@ def tune(
         nas=_nas_objective(plan, options, train, val, run),
         budget=plan.budget,
     )
+    executor = RayExecutor(
+        options.cpus_per_trial, options.gpus_per_trial, options.max_concurrent, options.address
+    )
     search = Search(plan, options, space, paper, job, run, config["num_samples"])
     if search.missing():
         with sigterm_as_sigint(), ray_runtime(options.address):
             whitening = pixel_space(plan.config.pixel_space, plan.dataset, train)
             train_rows = search_rows(plan.dataset.train(), seed=plan.seed)
-            payload = pack(plan.dataset, train, split_name(plan.seed), val, whitening, train_rows)
-            _run_missing(search, payload, _specs(plan, job, train, whitening))
+            payload = pack(plan.dataset, train, str(SplitName(plan.seed)), val, whitening, train_rows)
+            _run_missing(search, payload, _specs(plan, job, train, whitening), executor)
     rows = search.rows()
     write_results(run.folder / "results.csv", run.ledger.rows())
     best, paper_row = best_trial(rows), paper_trial(rows)
     search.close()
     with sigterm_as_sigint():
-        scores = run_finals(plan, job, run, {"best": best, "paper": paper_row}, options)
+        points = {"best": best, "paper": paper_row}
+        scores = run_finals(plan, job, run, points, options.final_sets, executor, shared_pool)
     write_results(run.folder / "results.csv", run.ledger.rows())
     result = _result(run, rows, best, paper_row, scores, begin)
     write_report(run.folder, result.dump(), rows, space)
     return result
 
 
-def _run_missing(search: Search, payload: Payload, specs: Sequence[PoolSpec]) -> None:
+def _run_missing(search: Search, payload: Payload, specs: Sequence[PoolSpec], executor: RayExecutor) -> None:
     """Train the pool of the networks that trials share, then run the trials that are missing.
 
     Raises:
         InterruptedRunError: a signal came, or the time budget ended before the paper's point.
     """
-    options = search.options
-    fits = check_capacity(options.cpus_per_trial, options.gpus_per_trial)
-    concurrent = min(fits, options.max_concurrent or fits)
-    with shared_pool(search.job, payload, specs, concurrent) as search.job:
+    concurrent = executor.capacity()  # refused before the pool is trained
+    with shared_pool(search.job, payload, specs, executor) as search.job:
         begin = time.monotonic()
-        if options.strategy == "pb2":
+        if search.options.strategy == "pb2":
             from ddray.cluster.pb2 import run_pb2
 
-            run_pb2(search, payload, concurrent)
+            with executor.workers() as workers:
+                run_pb2(search, payload, workers)
         else:
             from ddray.cluster.ray_tune import run_tune
 
@@ -135,7 +139,7 @@ def _run_missing(search: Search, payload: Payload, specs: Sequence[PoolSpec]) ->
 def _specs(plan: Plan, job: SearchJob, train: Split, space: PixelSpace) -> list[PoolSpec]:
     """Return the networks that the plan's method declares; trials with other pool settings add theirs."""
     device = torch.device("cuda" if job.gpus > 0 else "cpu")
-    ctx = make_context(plan, train, split_name=split_name(plan.seed), device=device, space=space)
+    ctx = make_context(plan, train, split_name=str(SplitName(plan.seed)), device=device, space=space)
     return declared_specs(plan, ctx)
 
 
@@ -174,7 +178,7 @@ def _nas_objective(
             "address": options.address,
         }
     )
-    return spearman_objective(nas, plan.dataset, train, val, RayExecutor(nas), run.folder / "architectures")
+    return spearman_objective(nas, plan.dataset, train, val, nas_executor(nas), run.folder / "architectures")
 
 
 def _space(plan: Plan, source: Path | dict[str, Any] | None) -> dict[str, Range]:

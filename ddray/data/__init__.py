@@ -10,11 +10,13 @@ if TYPE_CHECKING:
     from ddray.data.dataset import Dataset, Split, carve_val, search_rows
     from ddray.data.loaders import dataset_names, open_dataset
     from ddray.data.pixels import PixelSpace, fit_zca, normalized_space
+    from ddray.data.splits import SplitName
 
 __all__ = [
     "Dataset",
     "PixelSpace",
     "Split",
+    "SplitName",
     "carve_val",
     "dataset_names",
     "fit_zca",
@@ -28,5 +30,6 @@ __getattr__ = lazy(
         "dataset": ("Dataset", "Split", "carve_val", "search_rows"),
         "loaders": ("dataset_names", "open_dataset"),
         "pixels": ("PixelSpace", "fit_zca", "normalized_space"),
+        "splits": ("SplitName",),
     },
 )

@@ -13,7 +13,7 @@ from ddray.artifact.bases import Bases, images_of, targets_of
 from ddray.artifact.distilled_set import DistilledSet, Meta
 from ddray.artifact.partition import Partition
 from ddray.config import Config
-from ddray.data import Dataset, PixelSpace, Split
+from ddray.data import Dataset, PixelSpace, Split, SplitName
 from ddray.pool.spec import ModelPool
 from ddray.runs.environment import git_commit, versions
 from ddray.seeding import derive
@@ -77,7 +77,7 @@ class DistillContext:
 
         It excludes val: networks trained on val would bias the val scores of a search.
         """
-        return f"train-val{self.search_seed}" if self.split_name == "train" else self.split_name
+        return str(SplitName(self.search_seed)) if self.split_name == "train" else self.split_name
 
     def generator(self, *labels: str | int) -> torch.Generator:
         """Return a CPU generator for one purpose; step i's draws depend only on the seed and i."""

@@ -55,14 +55,7 @@ def whole_set_accuracy(
         )
         begin = time.perf_counter()
         score = _train(real, ctx, recipe, arch=arch, seed=seed)
-        row = Row(
-            key=unit.key,
-            kind="truth",
-            spec=unit.spec,
-            status="done",
-            result={"accuracy": score},
-            wall_s=time.perf_counter() - begin,
-        )
+        row = Row.done(unit, {"accuracy": score}, time.perf_counter() - begin)
         ledger.publish(unit, row, epoch=0)
     return float(row.result["accuracy"])
 

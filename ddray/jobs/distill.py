@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ddray.config import Result
-from ddray.data import carve_val
+from ddray.data import SplitName
 from ddray.distillation.loop import Distillation, run_distillation
+from ddray.distillation.method import DistillContext, Distiller
 from ddray.drawing.set_pictures import save_pictures
 from ddray.errors import DdrayError, InputError
 from ddray.jobs.context import make_context, make_distiller
@@ -82,9 +84,7 @@ def distill(
     if out is not None:
         _check_out(out)
     distiller = make_distiller(plan)
-    split, split_name = plan.dataset.train(), "train"
-    if val_seed is not None:
-        split, split_name = carve_val(split, seed=val_seed)[0], f"train-val{val_seed}"
+    split, split_name = SplitName(val_seed).carve(plan.dataset.train())[0], str(SplitName(val_seed))
     ctx = make_context(plan, split, split_name=split_name, device=device)
     config = {**plan.describe(), "device": device.type, "split": split_name}
     run = open_run(run_dir, config, command="distill", resume=resume)
@@ -93,11 +93,11 @@ def distill(
     run.ledger.begin(unit, epoch=run.epoch)
     with progress(f"{plan.method} on {plan.dataset.name}", plan.config.steps) as show:
         try:
-            distillation = run_distillation(
-                distiller,
+            distillation = distil_plan(
+                plan,
                 ctx,
-                checkpoint=checkpoint,
-                checkpoint_every=plan.config.checkpoint_every,
+                checkpoint,
+                distiller=distiller,
                 on_step=lambda step, loss: show(step, f"loss {loss:.4g}"),
             )
         except DdrayError as error:
@@ -115,12 +115,46 @@ def distill(
         )
     write_text(run.folder / "distilled.json", json.dumps({"losses": distillation.curve()}))
     result = _distill_result(plan, distillation, target)
-    row = Row(
-        key=unit.key, kind="distill", spec=unit.spec, status="done", result=result, wall_s=distillation.wall_s
-    )
+    row = Row.done(unit, result, distillation.wall_s)
     run.ledger.publish(unit, row, epoch=run.epoch)
     write_results(run.folder / "results.csv", run.ledger.rows())
     return DistillResult.parse({**result, "run_dir": str(run.folder)})
+
+
+def distil_plan(
+    plan: Plan,
+    ctx: DistillContext,
+    checkpoint: Path,
+    *,
+    distiller: Distiller | None = None,
+    until: int | None = None,
+    eval_steps: Collection[int] = (),
+    on_step: Callable[[int, float], None] | None = None,
+) -> Distillation:
+    """Run a plan from its checkpoint, if there is one, to its end or to step `until`.
+
+    Args:
+        plan: the resolved run.
+        ctx: what it runs on.
+        checkpoint: kept up to date as often as the plan says.
+        distiller: the plan's new method object; None makes it.
+        until: stop after this step; None runs all.
+        eval_steps: further steps to checkpoint and check.
+        on_step: called with (step, loss) at every check.
+
+    Raises:
+        DivergedError: a loss or an image became NaN or infinite.
+        StorageError: the checkpoint can't be written.
+    """
+    return run_distillation(
+        distiller or make_distiller(plan),
+        ctx,
+        checkpoint=checkpoint,
+        checkpoint_every=plan.config.checkpoint_every,
+        until=until,
+        eval_steps=eval_steps,
+        on_step=on_step,
+    )
 
 
 def _check_out(out: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from ddray.artifact.distilled_set import DistilledSet, TrainSet
 from ddray.artifact.reading import load
-from ddray.data import Dataset, PixelSpace, Split, carve_val, fit_zca, open_dataset
+from ddray.data import Dataset, PixelSpace, Split, SplitName, carve_val, fit_zca, open_dataset
 from ddray.errors import InputError
 from ddray.evaluation import get_protocol, target_protocols
 from ddray.evaluation.options import EvaluateOptions, PixelKind
@@ -149,7 +149,8 @@ def _real_and_held_out(target: Dataset, split: str, distilled: DistilledSet) -> 
     if split == "test":
         return target.train(), "train", target.test()
     seed = distilled.meta.seed or 0
-    if distilled.meta.split != f"train-val{seed}":
+    name = str(SplitName(seed))
+    if distilled.meta.split != name:
         log.warning("val is a tenth of train: a set that was distilled from all of train has seen it")
     real, val = carve_val(target.train(), seed=seed)
-    return real, f"train-val{seed}", val
+    return real, name, val

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -11,7 +10,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from ddray.data import Dataset, Split, carve_val, normalized_space
+from ddray.data import Dataset, Split, SplitName, normalized_space
 from ddray.errors import DivergedError, unknown
 from ddray.methods.families.ssl import teacher as ssl
 from ddray.nets import build_net
@@ -25,7 +24,6 @@ from ddray.training.recipe import Recipe
 
 DIFFUSION_KINDS: Final = ("diffusion", "latents", "inverted", "statistics")
 """D3HR's stages (`ddray.methods.families.diffusion.stages`)."""
-_CARVED: Final = re.compile(r"train-val(\d+)")
 _MAX_ENCODED: Final = 200 * 2**20  # bytes as floats up to which a split is encoded once, not by the batch
 
 
@@ -111,10 +109,8 @@ class SupervisedTrainer:
 
     def _images_of(self, name: str) -> tuple[Split, Split | None]:
         """Return the split called `name`, and the val images that it excludes."""
-        if name == "train":
-            return self.dataset.train(), None
-        carved = _CARVED.fullmatch(name)
-        return carve_val(self.dataset.train(), seed=int(carved[1])) if carved else (self.split, None)
+        parsed = SplitName.parse(name)
+        return (self.split, None) if parsed is None else parsed.carve(self.dataset.train())
 
     def _images(self, split: Split, recipe: Recipe) -> tuple[Tensor, Augmenter | None]:
         """Return the training images and the transform of a batch; a large split is encoded by the batch."""

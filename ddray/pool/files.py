@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import logging
 import math
@@ -27,7 +26,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from ddray.errors import DdrayError, InputError
-from ddray.system.files import storage_errors
+from ddray.system.files import file_sha256, storage_errors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -227,7 +226,7 @@ class PoolFiles:
                     save_file(contiguous, draft / TENSORS)
                 except SafetensorError as error:  # its Rust side wraps the OSError
                     raise OSError(errno.EIO, f"{error}") from error
-                size, digest = (draft / TENSORS).stat().st_size, _sha256(draft / TENSORS)
+                size, digest = (draft / TENSORS).stat().st_size, file_sha256(draft / TENSORS)
                 bookkeeping = {
                     "key": key,
                     "times_trained": times_trained,
@@ -340,14 +339,9 @@ def _check_tensors(path: Path, meta: Mapping[str, Any]) -> None:
     if identity not in _sound:
         with safe_open(path, framework="numpy"):  # compares the header with the file's length
             pass
-        if meta.get("sha256", digest := _sha256(path)) != digest:
+        if meta.get("sha256", digest := file_sha256(path)) != digest:
             raise ValueError(f"{TENSORS} has changed: its hash is not the one in {ENTRY}")
         _sound.add(identity)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _times_trained(folder: Path) -> int:

@@ -15,7 +15,7 @@ import torch
 
 from ddray.artifact.reading import load
 from ddray.config import option_name
-from ddray.data import Dataset, open_dataset
+from ddray.data import Dataset, SplitName, open_dataset
 from ddray.errors import DdrayError, InputError, unknown
 from ddray.evaluation.options import PixelKind
 from ddray.jobs.score import check_fits, foreign_space
@@ -32,7 +32,6 @@ from ddray.ranking.proxies import (
 from ddray.ranking.result import ArchList, NasResult, ProxyResult
 from ddray.ranking.spaces import NasSpace, get_definition, get_space, owners, parse_indices, space_names
 from ddray.ranking.sweep import (
-    Execute,
     NasConfig,
     NasOptions,
     Sweep,
@@ -41,6 +40,7 @@ from ddray.ranking.sweep import (
     split_for,
 )
 from ddray.ranking.truth import Truth, read_scores, read_truth
+from ddray.runs.executor import Executor
 from ddray.runs.ledger import Row
 from ddray.system.files import write_atomically, write_text
 
@@ -139,7 +139,7 @@ def prepare(request: NasRequest, options: NasOptions, config: NasConfig, *, can_
     indices = choose_architectures(options, config, dataset)
     train, val = split_for(dataset, options.seed)
     files = file_proxies(request.proxies, sets)
-    warn_of_seen_val(request.proxies, sets, f"train-val{options.seed}")
+    warn_of_seen_val(request.proxies, sets, str(SplitName(options.seed)))
     baselines = baseline_proxies(
         request.baselines,
         files,
@@ -180,7 +180,7 @@ def run_nas(
     request: NasRequest,
     options: NasOptions,
     config: NasConfig,
-    execute: Execute,
+    executor: Executor,
     *,
     run_dir: Path | None,
     resume: bool,
@@ -192,7 +192,7 @@ def run_nas(
         request: the proxies.
         options: the options.
         config: how architectures are trained.
-        execute: runs the units.
+        executor: runs the units.
         run_dir: the run's folder; None creates a numbered one.
         resume: continue the run in the folder.
         can_grow: whether a resumed sweep may have other proxies than before.
@@ -206,7 +206,7 @@ def run_nas(
     truth = None
     if options.truth != "whole":  # read before anything is trained
         truth = read_truth(options, sweep.space(), sweep.indices)
-    run, rows = run_sweep(sweep, execute, run_dir=run_dir, resume=resume)
+    run, rows = run_sweep(sweep, executor, run_dir=run_dir, resume=resume)
     ranking = collect(sweep, rows, truth)
     result = NasResult.parse(
         {

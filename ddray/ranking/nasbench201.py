@@ -31,6 +31,7 @@ from ddray.ranking.options import NasConfig
 from ddray.ranking.spaces import SpaceDefinition
 from ddray.ranking.truth import Truth
 from ddray.system.shipped import shipped
+from ddray.system.tensors import load_plain
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -325,32 +326,15 @@ def _load(path: Path) -> dict[str, Any]:
         InputError: the file is damaged, or not NAS-Bench-201's.
     """
     try:
-        with torch.serialization.safe_globals(_numpy_scalars()):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types here, all of them mean: not a file of plain values
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        if "weights_only" in str(error):  # torch's message advises switching the protection off
-            reason = "it holds objects that could run code, which are never loaded"
+        content = load_plain(path)
+    except ValueError as error:
         raise InputError(
-            f"{path} must be NAS-Bench-201's undamaged file: {reason}; download it again"
+            f"{path} must be NAS-Bench-201's undamaged file: {error}; download it again"
         ) from error
     required = ("meta_archs", "arch2infos", "evaluated_indexes")
     if not isinstance(content, dict) or not set(required) <= content.keys():
         raise InputError(f"{path} must be NAS-Bench-201's file, a dict with {', '.join(required)}")
     return content
-
-
-def _numpy_scalars() -> list[Any]:
-    """Return the safe globals for the benchmark's file: parameter counts and some times are NumPy scalars."""
-    multiarray = np._core.multiarray  # type: ignore[attr-defined]
-    return [
-        np.dtype,
-        np.dtypes.Float64DType,
-        np.dtypes.Float32DType,
-        np.dtypes.Int64DType,
-        (multiarray.scalar, "numpy._core.multiarray.scalar"),
-        (multiarray.scalar, "numpy.core.multiarray.scalar"),
-    ]
 
 
 SPACE: Final = SpaceDefinition(

@@ -19,8 +19,9 @@ from ddray.errors import DdrayError
 from ddray.ranking.figures_of_merit import MIN_ARCHS, figures_of_merit
 from ddray.ranking.options import NasOptions
 from ddray.ranking.spaces import resolve_config
-from ddray.ranking.sweep import Execute, Sweep, choose_architectures, run_sweep
+from ddray.ranking.sweep import Sweep, choose_architectures, run_sweep
 from ddray.ranking.worker import NasTask, SweepData, Workbench, training_set
+from ddray.runs.executor import Executor
 from ddray.runs.ledger import Unit
 from ddray.seeding import derive_seed
 
@@ -89,7 +90,7 @@ class SpearmanObjective:
 
 
 def spearman_objective(
-    options: NasOptions, dataset: Dataset, train: Split, val: Split, execute: Execute, folder: Path
+    options: NasOptions, dataset: Dataset, train: Split, val: Split, executor: Executor, folder: Path
 ) -> SpearmanObjective:
     """Train the sampled architectures on the whole train part (or take them from `$DDRAY_HOME`).
 
@@ -98,7 +99,7 @@ def spearman_objective(
         dataset: the real data.
         train: train without val.
         val: real images to score on.
-        execute: runs the trainings.
+        executor: runs the trainings.
         folder: run directory of the trainings, continued if it exists.
 
     Raises:
@@ -109,7 +110,7 @@ def spearman_objective(
     device = "cuda" if options.gpus_per_worker > 0 else "cpu"
     # A search must not open test (docs/architecture.md, Splits), not even for an unused column.
     sweep = Sweep(options, config, dataset, train, val, (), indices, device, with_test=False)
-    _, rows = run_sweep(sweep, execute, run_dir=folder, resume=True)
+    _, rows = run_sweep(sweep, executor, run_dir=folder, resume=True)
     accuracies = {
         int(row.spec["index"]): float(row.result["val_accuracy"]) for row in rows if row.status == "done"
     }

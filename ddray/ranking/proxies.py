@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 
 from ddray.artifact.distilled_set import DistilledSet
-from ddray.data import Dataset, Split
+from ddray.data import Dataset, Split, SplitName
 from ddray.errors import InputError, unknown
 from ddray.methods import method_names
 from ddray.ranking.options import NasConfig
@@ -183,7 +183,7 @@ def _coreset(name: str, ipc: int, dataset: Dataset, train: Split, seed: int, dev
     from ddray.jobs.plan import resolve
 
     plan = resolve(name, dataset, ipc=ipc, seed=seed)
-    ctx = make_context(plan, train, split_name=f"train-val{seed}", device=device)
+    ctx = make_context(plan, train, split_name=str(SplitName(seed)), device=device)
     coreset = run_distillation(make_distiller(plan), ctx).distilled
     data = training_set(coreset.images, coreset.labels, coreset.space())
     label = f"{name} (ipc {ipc})"

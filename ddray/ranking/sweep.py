@@ -7,25 +7,25 @@ test is used for the last column of the table only.
 from __future__ import annotations
 
 import logging
+import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
-import torch
-
-from ddray.data import Dataset, Split, carve_val
-from ddray.errors import InputError, InterruptedRunError, StorageError
+from ddray.data import Dataset, Split, SplitName, carve_val
+from ddray.errors import InputError, InterruptedRunError, StorageError, one_line
 from ddray.ranking.options import NasConfig as NasConfig
 from ddray.ranking.options import NasOptions as NasOptions
 from ddray.ranking.proxies import Proxy
 from ddray.ranking.recipe import NasRecipe
 from ddray.ranking.spaces import NasSpace, get_space, sample
 from ddray.ranking.spaces import resolve_config as resolve_config
-from ddray.ranking.worker import CODE_VERSION, NasTask, SweepData, SweepJob, real_set, truth_ledger
+from ddray.ranking.worker import CODE_VERSION, NasTask, SweepData, SweepJob, real_set, run_task, truth_ledger
+from ddray.runs.executor import Executor, Task
 from ddray.runs.folder import Run, open_run
 from ddray.runs.ledger import Ledger, Row, Unit
 from ddray.seeding import derive_seed
@@ -33,22 +33,11 @@ from ddray.system.progress import progress
 
 log = logging.getLogger(__name__)
 
-MAX_ATTEMPTS: Final = 3
 # Fixed cost of a step (kernel launches, augmentation) in the unit of `NasSpace.cost`: million multiply-adds.
 _STEP_COST: Final = 50.0
 _LEAST_PATIENCE_S: Final = 7200.0
 # Million multiply-adds per second: at most a tenth of what a core or a GPU reaches on small networks.
 _SLOWEST: Final = {"cpu": 1000.0, "cuda": 50_000.0}
-
-
-class Execute(Protocol):
-    """Runs tasks; yields (task's key, exception or None, attempts) as they end."""
-
-    def __call__(
-        self, job: SweepJob, data: SweepData, tasks: Sequence[NasTask], on_start: Callable[[str, int], None]
-    ) -> Iterator[tuple[str, Exception | None, int]]:
-        """Start tasks in the order given."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -176,7 +165,7 @@ class Sweep:
             "seed": seed,
             "recipe": recipe.dump(),
             "fingerprint": self.dataset.fingerprint,
-            "split": f"train-val{self.options.seed}",
+            "split": str(SplitName(self.options.seed)),
             "device": self.device,
         }
         if proxy is None:
@@ -234,7 +223,9 @@ def choose_architectures(options: NasOptions, config: NasConfig, dataset: Datase
     return tuple(drawn)
 
 
-def run_sweep(sweep: Sweep, execute: Execute, *, run_dir: Path | None, resume: bool) -> tuple[Run, list[Row]]:
+def run_sweep(
+    sweep: Sweep, executor: Executor, *, run_dir: Path | None, resume: bool
+) -> tuple[Run, list[Row]]:
     """Run the missing units of a sweep; return its run and all its rows.
 
     Raises:
@@ -247,7 +238,7 @@ def run_sweep(sweep: Sweep, execute: Execute, *, run_dir: Path | None, resume: b
     done = {row.key for row in run.ledger.rows()}
     missing = [remaining for task in tasks if (remaining := _without(task, done)) is not None]
     if missing:
-        _run_missing(sweep, execute, run, missing, num_units=sum(len(task.units) for task in tasks))
+        _run_missing(sweep, executor, run, missing, num_units=sum(len(task.units) for task in tasks))
     keys = {unit.key for task in tasks for unit in task.units}
     return run, [row for row in run.ledger.rows() if row.key in keys]
 
@@ -285,16 +276,11 @@ def _known_truth(shared: Ledger, unit: Unit) -> Row | None:
 
 
 def _run_missing(
-    sweep: Sweep, execute: Execute, run: Run, tasks: Sequence[NasTask], *, num_units: int
+    sweep: Sweep, executor: Executor, run: Run, tasks: Sequence[NasTask], *, num_units: int
 ) -> None:
     options = sweep.options
-    job = SweepJob(
-        str(run.folder),
-        run.epoch,
-        f"{run.folder}@{run.epoch}",
-        options.cpus_per_worker,
-        options.gpus_per_worker,
-    )
+    # Not the run's name: a folder that was deleted and made again has the same one.
+    job = SweepJob(str(run.folder), run.epoch, secrets.token_hex(8), options.gpus_per_worker)
     by_key = {task.key: task for task in tasks}
     total = sum(task.cost for task in tasks)
     num_missing = sum(len(task.units) for task in tasks)
@@ -307,13 +293,16 @@ def _run_missing(
     with (
         _continued_by_resume(run),
         progress(f"{options.space} on {sweep.dataset.name}", num_units, start=done_units) as show,
+        executor.workers() as workers,
     ):
-        for key, error, attempts in execute(job, sweep.data(tasks), tasks, on_start):
-            task = by_key[key]
-            if isinstance(error, StorageError | InputError):
-                raise error
-            if error is not None:
-                _mark_failed(run, task, error, attempts)
+        data = workers.share(sweep.data(tasks))
+        calls = [Task(task.key, run_task, (job, data, task), task.units[0].spec["arch"]) for task in tasks]
+        for outcome in workers.run(calls, timeout_s=patience(options, tasks), on_start=on_start):
+            task = by_key[outcome.key]
+            if isinstance(outcome.error, StorageError | InputError):
+                raise outcome.error
+            if outcome.error is not None:
+                _mark_failed(run, task, outcome.error, outcome.attempts)
             done_cost += task.cost
             done_units += len(task.units)
             left = (time.monotonic() - begin) * (total - done_cost) / done_cost
@@ -333,40 +322,8 @@ def _continued_by_resume(run: Run) -> Iterator[None]:
 
 def _mark_failed(run: Run, task: NasTask, error: Exception, attempts: int) -> None:
     """Publish failed rows for a task that is out of attempts; the sweep goes on."""
-    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    reason = one_line(error, 300)
     for unit in task.units:
         log.warning("%s failed %d times: %s", unit.spec["arch"], attempts, reason)
-        row = Row(
-            key=unit.key,
-            kind=unit.kind,
-            spec=unit.spec,
-            status="failed",
-            result={"attempts": attempts},
-            wall_s=0.0,
-            error=reason,
-        )
+        row = Row.failed(unit, reason, result={"attempts": attempts})
         run.ledger.publish(unit, row, epoch=run.epoch)
-
-
-def execute_locally(
-    job: SweepJob, data: SweepData, tasks: Sequence[NasTask], on_start: Callable[[str, int], None]
-) -> Iterator[tuple[str, Exception | None, int]]:
-    """Run tasks one after another in this process, without Ray (`--executor local`)."""
-    from ddray.ranking.worker import forget_data, run_task
-
-    forget_data()  # a folder that was deleted and recreated has the same name as the old sweep's data
-    device = torch.device("cuda" if job.gpus > 0 else "cpu")
-    for task in tasks:
-        for attempt in range(1, MAX_ATTEMPTS + 1):
-            on_start(task.key, attempt)
-            try:
-                run_task(job, data, task, device)
-            except (StorageError, InputError) as error:
-                yield task.key, error, attempt
-                break
-            except Exception as error:  # mostly out of memory: one architecture must not end the sweep
-                if attempt == MAX_ATTEMPTS:
-                    yield task.key, error, attempt
-            else:
-                yield task.key, None, attempt
-                break

@@ -20,6 +20,7 @@ from ddray.ranking.training import train_seeds
 from ddray.runs.ledger import Ledger, Row, Unit
 from ddray.seeding import derive_seed
 from ddray.system.files import home
+from ddray.system.worker import worker_device
 from ddray.training.dsa import dsa_for
 from ddray.training.embedding import share_right
 
@@ -216,46 +217,37 @@ class SweepJob:
     Attributes:
         run_dir: absolute path of the run.
         epoch: run epoch to publish under.
-        data_key: identifies the sweep's data within a process, so that a worker copies it once.
-        cpus: cores of a worker.
+        data_key: identifies the sweep's data, so that a worker copies it once.
         gpus: GPUs of a worker.
     """
 
     run_dir: str
     epoch: int
     data_key: str
-    cpus: float
     gpus: float
 
 
 _latest: tuple[str, Workbench] | None = None
 
 
-def run_task(job: SweepJob, data: SweepData, task: NasTask, device: torch.device) -> None:
+def run_task(job: SweepJob, data: SweepData, task: NasTask) -> None:
     """Run a task and publish its rows; truth is published under `$DDRAY_HOME` too, for other runs.
 
     Raises:
         Exception: a crash or out of memory; the caller retries.
     """
     global _latest
-    name = f"{job.data_key} {device}"
-    if _latest is None or _latest[0] != name:
-        _latest = (name, Workbench(data, device))
+    if _latest is None or _latest[0] != job.data_key:
+        _latest = (job.data_key, Workbench(data, torch.device(worker_device(job.gpus))))
     begin = time.perf_counter()
     results = _latest[1].run(task)
     wall_s = (time.perf_counter() - begin) / len(results)
     ledger = Ledger(Path(job.run_dir))
     for unit, result in zip(task.units, results, strict=True):
-        row = Row(key=unit.key, kind=unit.kind, spec=unit.spec, status="done", result=result, wall_s=wall_s)
+        row = Row.done(unit, result, wall_s)
         if unit.kind == "truth":
             truth_ledger().publish(unit, row, epoch=0)
         ledger.publish(unit, row, epoch=job.epoch)
-
-
-def forget_data() -> None:
-    """Drop this process's copy of a sweep's data."""
-    global _latest
-    _latest = None
 
 
 def truth_ledger() -> Ledger:

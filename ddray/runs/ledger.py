@@ -15,7 +15,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ddray.config import Config
+from ddray.errors import one_line
 from ddray.system.files import storage_errors, write_atomically
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,21 @@ class Row(Config):
     wall_s: float = Field(ge=0)
     error: str | None = None
     epoch: int = 0
+
+    @classmethod
+    def done(cls, unit: Unit, result: Mapping[str, Any], wall_s: float) -> Row:
+        """Return the row of a unit that has a result."""
+        return cls(
+            key=unit.key, kind=unit.kind, spec=unit.spec, status="done", result=dict(result), wall_s=wall_s
+        )
+
+    @classmethod
+    def failed(
+        cls, unit: Unit, error: object, *, result: Mapping[str, Any] | None = None, wall_s: float = 0.0
+    ) -> Row:
+        """Return the row of a unit that failed for good; the error is cut to one line of 300 characters."""
+        values = cls.done(unit, result or {}, wall_s)
+        return values.model_copy(update={"status": "failed", "error": one_line(error, 300)})
 
 
 def canonical_json(value: Any) -> str:

@@ -6,30 +6,46 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ddray.errors import InputError
+from ddray.errors import InputError, one_line
 
 log = logging.getLogger(__name__)
 
 
 def numpy_scalars() -> list[Any]:
-    """Return the safe globals for the DC family's files: their accuracies are NumPy float scalars."""
-    import numpy as np
-
+    """Return the safe globals for other projects' files, whose numbers may be NumPy scalars."""
     multiarray = np._core.multiarray  # type: ignore[attr-defined]
     return [
         np.dtype,
         np.dtypes.Float64DType,
         np.dtypes.Float32DType,
+        np.dtypes.Int64DType,
         (multiarray.scalar, "numpy._core.multiarray.scalar"),
         (multiarray.scalar, "numpy.core.multiarray.scalar"),
     ]
 
 
+def load_plain(path: Path) -> Any:
+    """Load what torch wrote of tensors, plain values and NumPy scalars, on the CPU, and run no code in it.
+
+    Raises:
+        ValueError: the file is torn, or holds something else; says which.
+    """
+    try:
+        with torch.serialization.safe_globals(numpy_scalars()):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types here, all of which mean: not such a file
+        reason = one_line(error, 160)
+        if "weights_only" in str(error):  # torch's message advises turning the protection off
+            reason = "it holds objects that could run code, which are never loaded"
+        raise ValueError(reason) from error
+
+
 def read_tensors(path: Path) -> Any:
-    """Load a file of tensors and plain values, and nothing else.
+    """Load a distilled set's file: tensors and plain values, and nothing else.
 
     Raises:
         InputError: the file is missing, torn, or asks for code to be run.
@@ -37,14 +53,10 @@ def read_tensors(path: Path) -> Any:
     if not path.is_file():
         raise InputError(f"a distilled set must be an existing file, got {path}")
     try:
-        with torch.serialization.safe_globals(numpy_scalars()):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types here, all of which mean: not a file of tensors
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        if "weights_only" in str(error):  # torch's message advises turning the protection off
-            reason = "it holds objects that could run code, which are never loaded"
+        return load_plain(path)
+    except ValueError as error:
         raise InputError(
-            f"{path} must be an undamaged distilled set of tensors and plain values: {reason}; copy it again"
+            f"{path} must be an undamaged distilled set of tensors and plain values: {error}; copy it again"
         ) from error
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from ddray.config import merge, parse_overrides
-from ddray.data import Dataset
+from ddray.data import Dataset, SplitName
 from ddray.errors import InputError
 from ddray.evaluation import get_protocol
 from ddray.evaluation.config import EvaluateConfig
@@ -109,7 +109,7 @@ def distil_unit(
         "fingerprint": dataset.fingerprint,
         size[0]: size[1],
         "seed": seed,
-        "split": "train" if spec.val_seed is None else f"train-val{spec.val_seed}",
+        "split": str(SplitName(spec.val_seed)),
         "config": set_config,
     }
     real = getattr(plan.config.method, "batch_real", 0)  # per class, or in total with a budget

@@ -17,7 +17,8 @@ from ddray.evaluation.published import read_numbers
 from ddray.ranking.command import check_compat, run_nas
 from ddray.ranking.options import NasRequest
 from ddray.ranking.proxies import check_baselines
-from ddray.ranking.sweep import Execute, NasOptions, resolve_config
+from ddray.ranking.sweep import NasOptions, resolve_config
+from ddray.runs.executor import Executor
 from ddray.system.files import storage_errors
 from ddray.tables.published import compare, find
 from ddray.tables.units import Cell, SweepSpec
@@ -61,7 +62,7 @@ def sweep_folder(sweep: SweepSpec, options: NasOptions, run_dir: Path) -> Path:
 def score_sweep(
     sweep: SweepSpec,
     options: NasOptions,
-    execute: Execute,
+    executor: Executor,
     *,
     run_dir: Path,
     has_set: Callable[[str], bool],
@@ -72,7 +73,7 @@ def score_sweep(
     Args:
         sweep: the sets.
         options: the sweep's options.
-        execute: runs its tasks.
+        executor: runs its tasks.
         run_dir: the bench's folder; the sweep is a run of its own below `nas/`.
         has_set: returns whether a set was distilled.
         data_dir: where datasets are; None is $DDRAY_DATA.
@@ -109,7 +110,7 @@ def score_sweep(
         request,
         options,
         resolve_config(options),
-        execute,
+        executor,
         run_dir=folder,
         resume=True,
         can_grow=True,  # a failed set may exist when the bench is resumed

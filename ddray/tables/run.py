@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ddray.data import Dataset, open_dataset
-from ddray.errors import DdrayError, DivergedError, InputError, StorageError
+from ddray.errors import DdrayError, StorageError, one_line
 from ddray.jobs.context import check_plan, check_size
 from ddray.jobs.plan import Plan
-from ddray.ranking.sweep import Execute as NasExecute
-from ddray.ranking.sweep import NasOptions, execute_locally, resolve_config
+from ddray.ranking.sweep import NasOptions, resolve_config
+from ddray.runs.executor import Executor, Task
 from ddray.runs.folder import Run, open_run
 from ddray.runs.ledger import Ledger
-from ddray.runs.outcome import Outcome
 from ddray.runs.results import write_results
 from ddray.system.files import write_text
 from ddray.system.progress import progress
@@ -33,38 +32,6 @@ from ddray.tables.units import BenchUnit, Graph, SweepSpec
 from ddray.tables.worker import BenchJob, run_unit
 
 log = logging.getLogger(__name__)
-
-_MAX_ATTEMPTS = 3
-_FINAL = (DivergedError, InputError, StorageError)
-
-
-class Execute(Protocol):
-    """Runs units; yields their outcomes as they end, and gets further units from `after` each time."""
-
-    def __call__(
-        self, job: BenchJob, units: Sequence[BenchUnit], after: Callable[[Outcome], list[BenchUnit]]
-    ) -> Iterator[Outcome]:
-        """Start `works` in order, then what `after` adds."""
-        ...
-
-
-def run_local(
-    job: BenchJob, units: Sequence[BenchUnit], after: Callable[[Outcome], list[BenchUnit]]
-) -> Iterator[Outcome]:
-    """Run units one after another in this process; a crash is retried, as on a cluster."""
-    waiting = [(unit, 1) for unit in units]
-    while waiting:
-        unit, attempt = waiting.pop(0)
-        try:
-            ended = Outcome(unit.key, run_unit(job, unit), None, attempt)
-        except Exception as error:
-            if not isinstance(error, _FINAL) and attempt < _MAX_ATTEMPTS:
-                log.warning("%s failed (%s): trying again", unit.title, " ".join(str(error).split())[:120])
-                waiting.append((unit, attempt + 1))
-                continue
-            ended = Outcome(unit.key, None, error, attempt)
-        waiting += [(next_work, 1) for next_work in after(ended)]
-        yield ended
 
 
 @dataclass(frozen=True)
@@ -132,20 +99,18 @@ def check_sweeps(
 
 def run_bench(
     bench: Bench,
-    execute: Execute,
+    executor: Executor,
     *,
     run_dir: Path | None = None,
     resume: bool = False,
-    execute_nas: Callable[[NasOptions], NasExecute] = lambda options: execute_locally,
 ) -> BenchResult:
     """Run a bench, or resume one.
 
     Args:
         bench: what to run.
-        execute: runs the units: `run_local`, or the cluster's.
+        executor: runs the units and the NAS sweeps.
         run_dir: the run's folder; None creates a numbered one.
         resume: continue the run in that folder.
-        execute_nas: returns what runs the tasks of a NAS sweep.
 
     Raises:
         InputError: the folder can't be used.
@@ -161,8 +126,8 @@ def run_bench(
     job = _job(bench, run)
     scheduler = UnitScheduler(bench.graph, run, job)
     write_plan(run.folder / "planned.json", bench.graph.cells, _sets_of(bench.graph))
-    _loop(scheduler, execute, run, job)
-    ranked, unranked = _sweep_cells(bench, run, execute_nas)
+    _loop(scheduler, executor, run, job, options.unit_timeout)
+    ranked, unranked = _sweep_cells(bench, run, executor)
     cells = [*cells_of(bench.graph.cells, run.ledger.row), *ranked]
     _drop_scaled_differences(cells, options.scale)
     failures, skipped = [*scheduler.failures(), *unranked], scheduler.skipped()
@@ -236,7 +201,7 @@ def _with_sets(graph: Graph, cells: Sequence[dict[str, Any]]) -> list[dict[str, 
 
 
 def _sweep_cells(
-    bench: Bench, run: Run, execute_nas: Callable[[NasOptions], NasExecute]
+    bench: Bench, run: Run, executor: Executor
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Run or resume the NAS sweeps; return their cells and their failures.
 
@@ -248,11 +213,11 @@ def _sweep_cells(
     for sweep in bench.graph.sweeps:
         title = sweep_title(sweep)
         try:
-            cells += _cells_of_sweep(bench, sweep, run, execute_nas)
+            cells += _cells_of_sweep(bench, sweep, run, executor)
         except StorageError:
             raise
         except DdrayError as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             log.warning("%s failed: %s", title, reason)
             failures.append({"unit": title, "kind": "nas", "key": "", "reason": reason})
         failures += [
@@ -268,9 +233,7 @@ def _sweep_cells(
     return cells, failures
 
 
-def _cells_of_sweep(
-    bench: Bench, sweep: SweepSpec, run: Run, execute_nas: Callable[[NasOptions], NasExecute]
-) -> list[dict[str, Any]]:
+def _cells_of_sweep(bench: Bench, sweep: SweepSpec, run: Run, executor: Executor) -> list[dict[str, Any]]:
     """Run or resume one NAS sweep; return its cells."""
     from ddray.tables.nas_table import score_sweep
 
@@ -286,7 +249,7 @@ def _cells_of_sweep(
         return score_sweep(
             sweep,
             options,
-            execute_nas(options),
+            executor,
             run_dir=run.folder,
             has_set=has_set,
             data_dir=bench.options.data_dir,
@@ -341,12 +304,24 @@ def _within(options: NasOptions, limits: Limits) -> NasOptions:
     return options.model_copy(update=lower)
 
 
-def _loop(scheduler: UnitScheduler, execute: Execute, run: Run, job: BenchJob) -> None:
+def _loop(
+    scheduler: UnitScheduler, executor: Executor, run: Run, job: BenchJob, timeout_s: float | None
+) -> None:
+    """Run what can run; record what it cost."""
+
+    def tasks(units: Sequence[BenchUnit]) -> list[Task]:
+        return [Task(unit.key, run_unit, (job, unit), unit.title) for unit in units]
+
     units = scheduler.first()
     if not units:
         return
-    with progress("bench", scheduler.total, start=scheduler.done) as show:
-        for outcome in execute(job, units, scheduler.after):
+    with (
+        progress("bench", scheduler.total, start=scheduler.done) as show,
+        executor.workers() as workers,
+    ):
+        for outcome in workers.run(
+            tasks(units), timeout_s=timeout_s, follow=lambda outcome: tasks(scheduler.after(outcome))
+        ):
             row = run.ledger.row(outcome.key)
             if row is not None:
                 record_cost(scheduler.unit(outcome.key), row, job.device)

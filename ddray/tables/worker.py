@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import math
 import os
@@ -16,20 +15,20 @@ from typing import Any
 
 import torch
 
-from ddray.data import Dataset, PixelSpace, Split, carve_val, open_dataset
+from ddray.data import Dataset, PixelSpace, Split, SplitName, open_dataset
 from ddray.data.pixels import pixel_space
-from ddray.distillation.loop import run_distillation
 from ddray.distillation.method import DistillContext
 from ddray.errors import DivergedError, InputError
 from ddray.evaluation.options import EvaluateOptions
 from ddray.jobs import score as scoring
 from ddray.jobs.context import declared_specs, make_context, make_distiller
+from ddray.jobs.distill import distil_plan
 from ddray.jobs.plan import Plan, RunConfig
 from ddray.methods import get_method
 from ddray.pool.files import DamagedEntryError, PoolFiles
 from ddray.pool.spec import ModelPool, PoolEntry, PoolSpec
 from ddray.runs.ledger import Ledger, Row
-from ddray.system.files import home, write_text
+from ddray.system.files import file_sha256, home, write_text
 from ddray.tables.units import BenchUnit
 
 _PER_BUDGET = 20  # distilled images that fit in one image of storage
@@ -192,15 +191,10 @@ def publish(
     error: str | None = None,
 ) -> None:
     """Publish a unit's row: done, with its set in place; or failed with the reason."""
-    row = Row(
-        key=unit.key,
-        kind=unit.kind,
-        spec=unit.identity.spec,
-        status="done" if error is None else "failed",
-        result=dict(result),
-        wall_s=wall_s,
-        error=None if error is None else " ".join(error.split())[:300],
-    )
+    if error is None:
+        row = Row.done(unit.identity, result, wall_s)
+    else:
+        row = Row.failed(unit.identity, error, result=result, wall_s=wall_s)
     if unit.kind != "distill" or error is not None:
         ledger.publish(unit.identity, row, epoch=job.epoch)
         return
@@ -222,13 +216,7 @@ def _draft(job: BenchJob, unit: BenchUnit) -> Path:
 def is_sound(run_dir: Path, row: Row) -> bool:
     """Return whether the set of a distillation's row is in its run, unchanged."""
     path = run_dir / artifact_name(row.key)
-    return path.is_file() and file_hash(path) == row.result["sha256"]
-
-
-def file_hash(path: Path) -> str:
-    """Return the sha256 (hex) of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return path.is_file() and file_sha256(path) == row.result["sha256"]
 
 
 @functools.lru_cache(maxsize=2)
@@ -238,18 +226,15 @@ def _opened(name: str, data_dir: str | None) -> Dataset:
 
 
 @functools.lru_cache(maxsize=2)
-def _split(name: str, data_dir: str | None, val_seed: int | None) -> tuple[Split, str]:
-    """Return train, or the nine tenths of it that remain with a val split, and the split's name."""
-    train = _opened(name, data_dir).train()
-    return (
-        (train, "train") if val_seed is None else (carve_val(train, seed=val_seed)[0], f"train-val{val_seed}")
-    )
+def _split(name: str, data_dir: str | None, split_name: SplitName) -> Split:
+    """Carve a part of train once per worker."""
+    return split_name.carve(_opened(name, data_dir).train())[0]
 
 
 @functools.lru_cache(maxsize=2)
-def _space(kind: str, name: str, data_dir: str | None, val_seed: int | None) -> PixelSpace:
+def _space(kind: str, name: str, data_dir: str | None, split_name: SplitName) -> PixelSpace:
     """Fit a pixel space once per worker (ZCA's eigenvectors take seconds)."""
-    return pixel_space(kind, _opened(name, data_dir), _split(name, data_dir, val_seed)[0])
+    return pixel_space(kind, _opened(name, data_dir), _split(name, data_dir, split_name))
 
 
 def _plan(job: BenchJob, unit: BenchUnit) -> Plan:
@@ -271,9 +256,10 @@ def _plan(job: BenchJob, unit: BenchUnit) -> Plan:
 
 
 def _context(job: BenchJob, unit: BenchUnit, plan: Plan) -> DistillContext:
-    split, name = _split(unit.dataset, job.data_dir, unit.val_seed)
-    space = _space(plan.config.pixel_space, unit.dataset, job.data_dir, unit.val_seed)
-    return make_context(plan, split, split_name=name, device=torch.device(job.device), space=space)
+    name = SplitName(unit.val_seed)
+    split = _split(unit.dataset, job.data_dir, name)
+    space = _space(plan.config.pixel_space, unit.dataset, job.data_dir, name)
+    return make_context(plan, split, split_name=str(name), device=torch.device(job.device), space=space)
 
 
 def _train_pool(job: BenchJob, unit: BenchUnit) -> dict[str, Any]:
@@ -286,14 +272,10 @@ def _train_pool(job: BenchJob, unit: BenchUnit) -> dict[str, Any]:
 def _distil(job: BenchJob, unit: BenchUnit) -> dict[str, Any]:
     plan = _plan(job, unit)
     ctx = _context(job, unit, plan)
-    asking = StoredPool(ctx.pool)
+    pool = StoredPool(ctx.pool)
     folder = Path(job.run_dir)
-    distillation = run_distillation(
-        make_distiller(plan),
-        replace(ctx, pool=asking),
-        checkpoint=folder / "checkpoints" / f"{unit.key}.pt",  # methods without steps write none
-        checkpoint_every=plan.config.checkpoint_every,
-    )
+    checkpoint = folder / "checkpoints" / f"{unit.key}.pt"  # methods without steps write none
+    distillation = distil_plan(plan, replace(ctx, pool=pool), checkpoint)
     draft = _draft(job, unit)
     distillation.distilled.save(draft)
     curve_file = (folder / artifact_name(unit.key)).with_suffix(".json")
@@ -302,8 +284,8 @@ def _distil(job: BenchJob, unit: BenchUnit) -> dict[str, Any]:
     meta = distillation.distilled.meta
     return {
         "artifact": artifact_name(unit.key),
-        "sha256": file_hash(draft),
-        "pool": list(dict.fromkeys(asking.used)),
+        "sha256": file_sha256(draft),
+        "pool": list(dict.fromkeys(pool.used)),
         "steps": plan.config.steps,
         "resumed_from_step": distillation.resumed_from_step,
         "seconds_per_step": distillation.seconds_per_step,

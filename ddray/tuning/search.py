@@ -15,7 +15,8 @@ from ddray.system.files import write_text
 from ddray.tuning.options import TuneOptions
 from ddray.tuning.space import Range
 from ddray.tuning.study import score_of
-from ddray.tuning.trial import SearchJob, trial_unit
+from ddray.tuning.trial import trial_unit
+from ddray.tuning.worker import SearchJob
 
 log = logging.getLogger(__name__)
 

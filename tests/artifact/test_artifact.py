@@ -398,7 +398,7 @@ class TestForeign:
         with pytest.raises(InputError, match="must be an undamaged distilled set"):
             load(tmp_path / "res_a.pt", dataset=dataset)
         assert not (tmp_path / "x").exists()
-        assert len(numpy_scalars()) == 5
+        assert len(numpy_scalars()) == 6
 
 
 def test_a_set_is_frozen() -> None:

@@ -8,20 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from ddray.cluster.fanout import Task, fan_out
-from ddray.cluster.nas import RayExecutor, in_worker
-from ddray.cluster.runtime import ray_runtime
+from ddray.cluster.executor import RayExecutor
 from ddray.data import PixelSpace
 from ddray.ranking.figures_of_merit import figures_of_merit
 from ddray.ranking.recipe import NasRecipe
 from ddray.ranking.spaces import get_space, sample
-from ddray.ranking.sweep import NasOptions
-from ddray.ranking.worker import NasTask, SweepData, SweepJob, training_set
+from ddray.ranking.worker import NasTask, SweepData, SweepJob, run_task, training_set
+from ddray.runs.executor import Task
 from ddray.runs.ledger import Ledger, Unit
 from ddray.runs.outcome import Outcome
 from ddray.training.dsa import dsa_for
@@ -78,12 +75,12 @@ def our_sweep(data: SweepData, indices: list[int], run: Path) -> float:
         for index in indices
     ]
     tasks.sort(key=lambda task: -task.cost)
-    with ray_runtime(None):
-        data_ref = ray.put(data)
-        job = SweepJob(str(run), epoch, run.name, 1.0, 0.0)
+    with RayExecutor(cpus=1, gpus=0, max_workers=NUM_WORKERS).workers() as workers:
+        data_ref = workers.share(data)
+        job = SweepJob(str(run), epoch, run.name, 0.0)
         # Workers are long-lived: their start and imports are not part of a unit. No unit is handed out before
         # both workers are ready, or some work would be done before the clock starts.
-        work = [Task(task.key, in_worker, (job, data_ref, task)) for task in tasks]
+        work = [Task(task.key, run_task, (job, data_ref, task)) for task in tasks]
         met: list[str] = []
 
         def after(outcome: Outcome) -> list[Task]:
@@ -94,7 +91,7 @@ def our_sweep(data: SweepData, indices: list[int], run: Path) -> float:
             Task(f"worker {worker_index}", _meet, (str(run), worker_index))
             for worker_index in range(NUM_WORKERS)
         ]
-        outcomes = fan_out(meet, num_workers=NUM_WORKERS, cpus=1, gpus=0, follow=after)
+        outcomes = workers.run(meet, follow=after)
         assert [next(outcomes).error for _ in meet] == [None] * NUM_WORKERS
         assert not Ledger(run).rows("nas")
         begin = time.perf_counter()
@@ -168,13 +165,15 @@ def test_overhead_per_unit(figures: dict[str, Any], tmp_path: Path) -> None:
         for seed in range(100)
     ]
     ledger = Ledger(run)
-    with ray_runtime(None):
-        job = SweepJob(str(run), epoch, "overhead", 1.0, 0.0)
+    with RayExecutor(cpus=1, gpus=0, max_workers=1).workers() as workers:
+        data_ref = workers.share(data)
+        job = SweepJob(str(run), epoch, "overhead", 0.0)
 
         def start(key: str, attempt: int) -> None:
             ledger.event("start", key, epoch)
 
-        list(RayExecutor(NasOptions(num_workers=1))(job, data, tasks, start))
+        calls = [Task(task.key, run_task, (job, data_ref, task)) for task in tasks]
+        list(workers.run(calls, on_start=start))
     finished = sorted(event["time"] for event in ledger.events() if event["event"] == "finish")
     work = sum(sorted(row.wall_s for row in ledger.rows("nas"))[:-1])  # the first row includes the imports
     overhead = (finished[-1] - finished[0] - work) / (len(tasks) - 1)

@@ -64,7 +64,8 @@ from ddray.data import PixelSpace, Split
 from ddray.jobs.plan import resolve
 from ddray.runs.ledger import Ledger
 from ddray.tuning.payload import pack
-from ddray.tuning.trial import SearchJob, run_trial
+from ddray.tuning.trial import run_trial
+from ddray.tuning.worker import SearchJob
 from tests.benchmarks.conftest import random_dataset
 dataset = random_dataset(10, 4500, name="cifar10")
 plan = resolve("datadam", dataset, ipc=1, layers=[{"steps": 2, "evaluate": {"epochs": 2, "seeds": 1}}])

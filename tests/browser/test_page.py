@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from ddray.report.page import write_page
+from ddray.runs.executor import LocalExecutor
 from ddray.tables.options import BenchOptions
-from ddray.tables.run import prepare, run_bench, run_local
+from ddray.tables.run import prepare, run_bench
 from ddray.tables.spec import BenchSpec
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is in the browser extra")
@@ -46,7 +47,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DDRAY_HOME", str(folder / "home"))
         plan = prepare(BenchSpec.parse(SPEC), BenchOptions(executor="local"))
-        run_bench(plan, run_local, run_dir=folder / "run")
+        run_bench(plan, LocalExecutor(), run_dir=folder / "run")
         write_page([folder / "run"], folder / "page.html")
     return folder / "page.html"
 

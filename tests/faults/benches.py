@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ddray.cluster.bench import RayExecutor
+from ddray.cluster.executor import bench_executor
 from ddray.runs.ledger import Ledger
 from ddray.tables.options import BenchOptions
-from ddray.tables.run import prepare, run_bench, run_local
+from ddray.tables.run import prepare, run_bench
 from ddray.tables.spec import read_spec
 
 NUM_UNITS = 2 * 2 + 2 * 2 + 2  # sets, evaluations, networks of the pool
@@ -29,16 +29,15 @@ def write_spec(folder: Path, steps: int = 40) -> Path:
 
 
 def bench(spec: Path, run_dir: Path, *, resume: bool = False, **options: Any) -> dict[str, Any]:
-    """Run the bench on Ray, from this process."""
+    """Run the bench from this process, on Ray unless the options say otherwise."""
     bench_options = BenchOptions(**options)
     prepared = prepare(read_spec(spec), bench_options)
-    return run_bench(prepared, RayExecutor(bench_options), run_dir=run_dir, resume=resume).dump()
+    return run_bench(prepared, bench_executor(bench_options), run_dir=run_dir, resume=resume).dump()
 
 
 def local_bench(spec: Path, run_dir: Path, *, resume: bool = False) -> dict[str, Any]:
     """Run the bench in this process, without Ray."""
-    prepared = prepare(read_spec(spec), BenchOptions(executor="local"))
-    return run_bench(prepared, run_local, run_dir=run_dir, resume=resume)
+    return bench(spec, run_dir, resume=resume, executor="local")
 
 
 def arguments(spec: Path, run_dir: Path, *extra_arguments: str) -> list[str]:

@@ -15,6 +15,9 @@ from typing import Any
 
 import pytest
 
+from ddray.cluster import executor as executor_module
+from ddray.cluster.executor import RayExecutor
+from ddray.runs.executor import Task
 from ddray.runs.ledger import Ledger
 from tests.faults.benches import NUM_UNITS, arguments, bench, check_exactly_once, local_bench, write_spec
 from tests.faults.processes import DDRAY, count, finish, ray_workers, stamps, start, wait_for
@@ -201,45 +204,25 @@ class TestWorkers:
         assert retried
         assert all(count(run, "start", row.key) == 1 for row in Ledger(run).rows())
 
-    def test_tasks_follow_outcomes_and_idle_workers_make_room(self, tmp_path: Path) -> None:
-        from ddray.cluster.fanout import Task, fan_out
-        from ddray.runs.outcome import Outcome
+    def test_workers_serve_later_calls(self) -> None:
+        with RayExecutor(cpus=0.1, gpus=0, max_workers=1).workers() as workers:
 
-        def follow(outcome: Outcome) -> list[Task]:
-            task_id = int(outcome.key)
-            return [Task(f"{2 * task_id + k}", pow, (task_id, 2)) for k in (0, 1)] if task_id < 8 else []
+            def process() -> int:
+                (outcome,) = workers.run([Task("pid", os.getpid, ())])
+                return int(outcome.value)
 
-        widths = iter([1, 2] * 50)
-        results = {
-            outcome.key: outcome.value
-            for outcome in fan_out(
-                [Task("1", pow, (0, 2))], num_workers=lambda: next(widths), cpus=0.1, gpus=0, follow=follow
-            )
-        }
-        assert sorted(results, key=int) == [str(i) for i in range(1, 16)]
-        assert results["15"] == 49
-
-    def test_workers_that_a_call_leaves_serve_the_next_one(self) -> None:
-        from ddray.cluster.fanout import Task, fan_out
-
-        workers: list[Any] = []
-
-        def process() -> int:
-            tasks = [Task("pid", os.getpid, ())]
-            (outcome,) = fan_out(tasks, num_workers=1, cpus=0.1, gpus=0, idle=workers)
-            return int(outcome.value)
-
-        first = process()
-        assert process() == first
-        os.kill(first, signal.SIGKILL)
-        assert process() != first, "a dead worker is replaced"
+            first = process()
+            assert process() == first
+            os.kill(first, signal.SIGKILL)
+            assert process() != first, "a dead worker is replaced"
 
     def test_a_node_that_joins_is_used_while_every_worker_is_busy(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from ddray.cluster import fanout
-
-        monkeypatch.setattr(fanout, "_LOOK_S", 0.3)
+        monkeypatch.setattr(executor_module, "_LOOK_S", 0.3)
+        monkeypatch.setattr(executor_module, "_CAPACITY_S", 0.0)
+        widths = itertools.chain([1, 1, 1], itertools.repeat(2))  # the first check is the executor's own
+        monkeypatch.setattr(RayExecutor, "capacity", lambda self: next(widths))
 
         def busy(path: str) -> bool:
             until = time.monotonic() + 60
@@ -251,10 +234,7 @@ class TestWorkers:
             Path(path).touch()
 
         mark = str(tmp_path / "mark")
-        tasks = [fanout.Task("busy", busy, (mark,)), fanout.Task("touch", touch, (mark,))]
-        widths = itertools.chain([1, 1], itertools.repeat(2))
-        results = {
-            outcome.key: outcome.value
-            for outcome in fanout.fan_out(tasks, num_workers=lambda: next(widths), cpus=0.1, gpus=0)
-        }
+        tasks = [Task("busy", busy, (mark,)), Task("touch", touch, (mark,))]
+        with RayExecutor(cpus=0.1, gpus=0).workers() as workers:
+            results = {outcome.key: outcome.value for outcome in workers.run(tasks)}
         assert results["busy"] is True, "the second task had to wait for the end of the first"

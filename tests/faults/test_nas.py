@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import ray
 
-from ddray.cluster.fanout import Task, fan_out
+from ddray.cluster.executor import RayExecutor
+from ddray.runs import executor as executor_module
+from ddray.runs.executor import Task
 from ddray.runs.ledger import Ledger
 from tests.faults.processes import DDRAY, start, wait_for
 
@@ -99,7 +101,10 @@ def _hangs_once(folder: str, name: str) -> str:
 
 
 @pytest.mark.usefixtures("ray_here")
-def test_a_hung_or_killed_worker_costs_its_task_alone(tmp_path: Path) -> None:
+def test_a_hung_or_killed_worker_costs_its_task_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executor_module, "MAX_ATTEMPTS", 2)
     started: list[tuple[str, int]] = []
     functions = {"hangs": _hangs, "once": _hangs_once, "dies": _dies_once}
     tasks = [
@@ -107,18 +112,13 @@ def test_a_hung_or_killed_worker_costs_its_task_alone(tmp_path: Path) -> None:
         for name in ("hangs", "a", "dies", "b", "once", "c")
     ]
     begin = time.monotonic()
-    outcomes = {
-        outcome.key: outcome
-        for outcome in fan_out(
-            tasks,
-            num_workers=2,
-            cpus=1,
-            gpus=0,
-            max_attempts=2,
-            timeout_s=8.0,
-            on_start=lambda key, attempt: started.append((key, attempt)),
-        )
-    }
+    with RayExecutor(cpus=1, gpus=0, max_workers=2).workers() as workers:
+        outcomes = {
+            outcome.key: outcome
+            for outcome in workers.run(
+                tasks, timeout_s=8.0, on_start=lambda key, attempt: started.append((key, attempt))
+            )
+        }
     assert time.monotonic() - begin < 120
     assert ray.is_initialized()
     assert {key for key, outcome in outcomes.items() if outcome.error is None} == {

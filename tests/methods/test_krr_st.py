@@ -266,16 +266,15 @@ def test_the_teacher_is_declared_before_it_is_asked_for(method: str, toy: Any, p
 
 def test_a_clusters_worker_trains_the_declared_teacher(toy: Any, tmp_path: Path) -> None:
     """`tune` hands a declared spec to `train_member`, whose trainer knows kind `ssl`."""
-    from ddray.cluster.pretrain import train_member
     from ddray.tuning.payload import pack
-    from ddray.tuning.trial import SearchJob, split_name
+    from ddray.tuning.worker import SearchJob, train_member
 
     dataset = toy((20, 20, 20))
     train, val = carve_val(dataset.train(), seed=0)
     plan = resolve("krr_st", dataset, ipc=2, layers=[{"method": {"teacher": TEACHER}}])
-    ctx = make_context(plan, train, split_name=split_name(0), device=torch.device("cpu"))
+    ctx = make_context(plan, train, split_name="train-val0", device=torch.device("cpu"))
     (spec,) = declared_specs(plan, ctx)
-    payload = pack(dataset, train, split_name(0), val, ctx.space, torch.arange(len(train)))
+    payload = pack(dataset, train, "train-val0", val, ctx.space, torch.arange(len(train)))
     job = SearchJob(
         run_dir=str(tmp_path),
         epoch=1,

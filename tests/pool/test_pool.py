@@ -243,8 +243,8 @@ def test_an_entry_of_an_earlier_version_without_a_hash_is_read(ddray_home: Path)
 def test_the_hash_is_computed_once_per_process(ddray_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     LocalPool(Trainer()).get([spec()])
     hashed: list[Path] = []
-    sha256 = pool_files._sha256
-    monkeypatch.setattr(pool_files, "_sha256", lambda path: hashed.append(path) or sha256(path))
+    sha256 = pool_files.file_sha256
+    monkeypatch.setattr(pool_files, "file_sha256", lambda path: hashed.append(path) or sha256(path))
     LocalPool(Trainer()).get([spec()])
     assert hashed == []
 

@@ -13,9 +13,10 @@ from ddray.data import Dataset, Split, carve_val
 from ddray.errors import DdrayError
 from ddray.ranking.objective import SpearmanObjective, spearman_objective
 from ddray.ranking.options import NasOptions
-from ddray.ranking.sweep import Execute, execute_locally
-from ddray.ranking.worker import CODE_VERSION, NasTask, SweepData, SweepJob, truth_ledger
+from ddray.ranking.worker import CODE_VERSION, truth_ledger
+from ddray.runs.executor import Executor, LocalExecutor, Task
 from ddray.runs.ledger import Ledger, Row, Unit
+from ddray.runs.outcome import Outcome
 
 OPTIONS = NasOptions(sample=3, epochs=1, max_mflops=3.0, executor="local")
 
@@ -28,28 +29,29 @@ def dataset(toy: Callable[..., Dataset]) -> Dataset:
     return replace(toy((40, 40, 40)), load_test=opened)
 
 
-def objective(dataset: Dataset, folder: Path, execute: Execute = execute_locally) -> SpearmanObjective:
+def objective(dataset: Dataset, folder: Path, executor: Executor | None = None) -> SpearmanObjective:
     train, val = carve_val(dataset.train(), seed=0)
-    return spearman_objective(OPTIONS, dataset, train, val, execute, folder)
+    return spearman_objective(OPTIONS, dataset, train, val, executor or LocalExecutor(), folder)
 
 
-def fake(accuracies: Sequence[float | None]) -> Execute:
-    """Return an executor that trains nothing: architecture i gets accuracies[i], or fails for None."""
+class FakeExecutor(LocalExecutor):
+    """Trains nothing: architecture i gets accuracies[i], or fails for None."""
 
-    def execute(
-        job: SweepJob, data: SweepData, tasks: Sequence[NasTask], on_start: Any
-    ) -> Iterator[tuple[str, Exception | None, int]]:
-        for task, accuracy in zip(sorted(tasks, key=lambda task: task.index), accuracies, strict=True):
-            (unit,) = task.units
+    def __init__(self, accuracies: Sequence[float | None]) -> None:
+        self.accuracies = accuracies
+
+    def run(self, tasks: Sequence[Task], **options: Any) -> Iterator[Outcome]:
+        """Publish the rows."""
+        in_order = sorted(tasks, key=lambda task: task.arguments[2].index)
+        for task, accuracy in zip(in_order, self.accuracies, strict=True):
+            job, _, nas_task = task.arguments
+            (unit,) = nas_task.units
             if accuracy is None:
-                yield task.key, MemoryError("out of memory"), 3
+                yield Outcome(task.key, None, MemoryError("out of memory"), 3)
                 continue
-            result = {"val_accuracy": accuracy}
-            row = Row(key=unit.key, kind="truth", spec=unit.spec, status="done", result=result, wall_s=0.0)
+            row = Row.done(unit, {"val_accuracy": accuracy}, 0.0)
             Ledger(Path(job.run_dir)).publish(unit, row, epoch=job.epoch)
-            yield task.key, None, 1
-
-    return execute
+            yield Outcome(task.key, None, None, 1)
 
 
 def test_a_search_does_not_open_test(tmp_path: Path, dataset: Dataset) -> None:
@@ -69,7 +71,7 @@ def test_a_search_takes_known_truth_without_its_test_score(tmp_path: Path, datas
         result = {**row.result, "test_accuracy": 0.25}
         tested_row = row.model_copy(update={"key": unit.key, "spec": spec, "result": result})
         truth_ledger().publish(unit, tested_row, epoch=0)
-    again = objective(dataset, tmp_path / "two", fake([]))
+    again = objective(dataset, tmp_path / "two", FakeExecutor([]))
     assert again.truth == first.truth
     assert all("test_accuracy" not in row.result for row in Ledger(tmp_path / "two").rows("truth"))
 
@@ -85,5 +87,5 @@ def test_a_truth_that_ranks_nothing_is_refused(
     tmp_path: Path, dataset: Dataset, accuracies: list[float | None], words: list[str]
 ) -> None:
     with pytest.raises(DdrayError) as caught:
-        objective(dataset, tmp_path / "run", fake(accuracies))
+        objective(dataset, tmp_path / "run", FakeExecutor(accuracies))
     assert all(word in str(caught.value) for word in words), caught.value

@@ -31,12 +31,12 @@ from ddray.ranking.sweep import (
     NasConfig,
     NasOptions,
     choose_architectures,
-    execute_locally,
     patience,
     resolve_config,
 )
 from ddray.ranking.training import train_seeds
 from ddray.ranking.worker import NasTask, SweepData, SweepJob, Workbench, run_task, truth_ledger
+from ddray.runs.executor import LocalExecutor
 from ddray.runs.ledger import Ledger
 
 CPU = torch.device("cpu")
@@ -86,7 +86,7 @@ def run(folder: Path, paths: Sequence[Path], *, resume: bool = False, **override
         NasRequest(proxies=tuple(paths), **request),
         nas_options,
         config_of(nas_options),
-        execute_locally,
+        LocalExecutor(),
         run_dir=folder,
         resume=resume,
     ).dump()
@@ -149,11 +149,11 @@ def test_truth_is_trained_once_for_all_runs(
     assert len(truth_ledger().rows("truth")) == 4
     trained: list[str] = []
 
-    def spy(job: SweepJob, data: SweepData, task: NasTask, device: torch.device) -> None:
+    def spy(job: SweepJob, data: SweepData, task: NasTask) -> None:
         trained.append(task.units[0].kind)
-        run_task(job, data, task, device)
+        run_task(job, data, task)
 
-    monkeypatch.setattr("ddray.ranking.worker.run_task", spy)
+    monkeypatch.setattr("ddray.ranking.sweep.run_task", spy)
     run(tmp_path / "two", [proxies["class_mean"]])
     assert trained == ["nas"] * 4
     assert len(Ledger(tmp_path / "two").rows("truth")) == 4
@@ -211,7 +211,7 @@ def test_a_crashing_unit_is_tried_again_then_marked(
     seen: dict[str, int] = {}
     broken: list[int] = []
 
-    def fragile(job: SweepJob, data: SweepData, task: NasTask, device: torch.device) -> None:
+    def fragile(job: SweepJob, data: SweepData, task: NasTask) -> None:
         seen[task.key] = seen.get(task.key, 0) + 1
         if not broken and task.units[0].kind == "nas":
             broken.append(task.index)
@@ -219,9 +219,9 @@ def test_a_crashing_unit_is_tried_again_then_marked(
             raise MemoryError("no memory for this one")
         if seen[task.key] == 1:
             raise RuntimeError("a first try fails")
-        run_task(job, data, task, device)
+        run_task(job, data, task)
 
-    monkeypatch.setattr("ddray.ranking.worker.run_task", fragile)
+    monkeypatch.setattr("ddray.ranking.sweep.run_task", fragile)
     folder = tmp_path / "run"
     out = run(folder, [proxies["random"]])
     assert out["num_failed"] == 1
@@ -245,12 +245,12 @@ def test_a_proxy_on_which_nothing_finishes_costs_its_own_figures_alone(
 ) -> None:
     broken = {"random.pt"}
 
-    def fragile(job: SweepJob, data: SweepData, task: NasTask, device: torch.device) -> None:
+    def fragile(job: SweepJob, data: SweepData, task: NasTask) -> None:
         if task.units[0].spec["proxy"] in broken:
             raise MemoryError("no memory for this one")
-        run_task(job, data, task, device)
+        run_task(job, data, task)
 
-    monkeypatch.setattr("ddray.ranking.worker.run_task", fragile)
+    monkeypatch.setattr("ddray.ranking.sweep.run_task", fragile)
     folder = tmp_path / "run"
     out = run(folder, [proxies["random"], proxies["class_mean"]], truth=_csv(tmp_path))
     bad, good = out["proxies"]
@@ -442,6 +442,6 @@ def test_workers_leave_shared_arrays_alone(proxies: dict[str, Path], tmp_path: P
     Ledger(folder).folder.mkdir(parents=True)
     epoch = Ledger(folder).open_epoch()
     for task in tasks:
-        run_task(SweepJob(str(folder), epoch, "x", 1.0, 0.0), data, task, CPU)
+        run_task(SweepJob(str(folder), epoch, "x", 0.0), data, task)
     assert all(np.array_equal(a, b) for a, b in zip(arrays, before, strict=True))
     assert json.loads((folder / "epoch").read_text()) == 1

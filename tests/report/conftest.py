@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from ddray.report.page import write_page
+from ddray.runs.executor import LocalExecutor
 from ddray.tables.options import BenchOptions
-from ddray.tables.run import prepare, run_bench, run_local
+from ddray.tables.run import prepare, run_bench
 from ddray.tables.spec import BenchSpec
 from tests.report.pages import SPEC
 
@@ -18,7 +19,7 @@ def bench_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DDRAY_HOME", str(temporary / "home"))
         prepared = prepare(BenchSpec.parse(SPEC), BenchOptions(executor="local"))
-        run_bench(prepared, run_local, run_dir=temporary / "run")
+        run_bench(prepared, LocalExecutor(), run_dir=temporary / "run")
     return temporary / "run"
 
 

@@ -14,9 +14,10 @@ from ddray.errors import InputError
 from ddray.jobs.plan import resolve
 from ddray.report.page import default_out, write_page
 from ddray.report.runs import read_run
+from ddray.runs.executor import LocalExecutor
 from ddray.runs.ledger import Ledger, Row, Unit
 from ddray.tables.options import BenchOptions
-from ddray.tables.run import prepare, run_bench, run_local
+from ddray.tables.run import prepare, run_bench
 from ddray.tables.spec import BenchSpec
 from tests.report.pages import SPEC, body, tables
 
@@ -43,7 +44,7 @@ def test_a_bench_that_has_not_ended_keeps_its_cells_apart(
     scored = [{"epochs": 1, "seeds": 1, "augment": "dsa"}, {"epochs": 1, "seeds": 1, "augment": "none"}]
     spec = {**SPEC, "methods": [dm, larger_batch], "ipc": 1, "evaluate": [*scored, {"epochs": 2, "seeds": 1}]}
     prepared = prepare(BenchSpec.parse(spec), BenchOptions(executor="local", scale="cpu"))
-    run_bench(prepared, run_local, run_dir=tmp_path / "run")
+    run_bench(prepared, LocalExecutor(), run_dir=tmp_path / "run")
     expected = json.loads((tmp_path / "run" / "cells.json").read_text())["cells"]
     (tmp_path / "run" / "cells.json").unlink()
     run = read_run(tmp_path / "run")
@@ -65,12 +66,12 @@ def test_a_bench_that_has_not_ended_keeps_its_cells_apart(
 def test_a_nas_run_has_a_page(bench_folder: Path, tmp_path: Path) -> None:
     from ddray.ranking.command import run_nas
     from ddray.ranking.options import NasRequest
-    from ddray.ranking.sweep import NasOptions, execute_locally, resolve_config
+    from ddray.ranking.sweep import NasOptions, resolve_config
 
     options = NasOptions(sample=3, max_mflops=3, epochs=1, truth_epochs=1, executor="local")
     request = NasRequest(proxies=(read_run(bench_folder).sets[0].path,), dataset="digits")
     run_nas(
-        request, options, resolve_config(options), execute_locally, run_dir=tmp_path / "run", resume=False
+        request, options, resolve_config(options), LocalExecutor(), run_dir=tmp_path / "run", resume=False
     )
     write_page([tmp_path / "run"], tmp_path / "page.html", planes=False)
     text = body((tmp_path / "page.html").read_text())

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ddray.runs.executor import LocalExecutor
 from ddray.runs.ledger import Ledger
 from ddray.tables.options import BenchOptions
 from ddray.tables.run import (
     prepare,
     run_bench,
-    run_local,
 )
 from ddray.tables.spec import BenchSpec, Source
 from ddray.tables.units import Cell
@@ -39,7 +39,7 @@ def run(
     """Run a bench in this process."""
     bench_options = BenchOptions(executor="local", **options)
     return run_bench(
-        prepare(bench_spec or spec(), bench_options), run_local, run_dir=folder, resume=resume
+        prepare(bench_spec or spec(), bench_options), LocalExecutor(), run_dir=folder, resume=resume
     ).dump()
 
 

@@ -14,7 +14,7 @@ from ddray.commands.bench_display import bench_tables
 from ddray.data import open_dataset
 from ddray.errors import DdrayError, InputError
 from ddray.methods import get_method
-from ddray.ranking import worker as nas_units
+from ddray.ranking import sweep as nas_sweep
 from ddray.ranking.spaces import get_space
 from ddray.runs.ledger import Ledger
 from ddray.tables import nas_table
@@ -92,7 +92,7 @@ def test_architectures_that_crash_are_listed_and_run_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench_spec = spec(**NAS)
-    real = nas_units.run_task
+    real = nas_sweep.run_task
 
     def broken(job: Any, data: Any, task: Any, *args: Any) -> Any:
         if task.units[0].spec.get("proxy") == "dm-0.pt":
@@ -100,7 +100,7 @@ def test_architectures_that_crash_are_listed_and_run_again(
         return real(job, data, task, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(nas_units, "run_task", broken)
+        patch.setattr(nas_sweep, "run_task", broken)
         result = run(tmp_path / "run", bench_spec)
     assert [failure["kind"] for failure in result["failures"]] == ["nas", "nas"]
     assert all("on dm-0.pt" in failure["unit"] for failure in result["failures"])

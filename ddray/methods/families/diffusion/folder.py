@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from ddray.data import SplitName
 from ddray.errors import InputError
 from ddray.system.files import home, write_atomically
 
@@ -234,6 +235,9 @@ def _warn(folder: Path, seen: str, split_name: str) -> None:
 
 def warn_of_leak(folder: Folder, dataset: str, split_name: str) -> None:
     """Warn if a model has seen images that this split of the dataset (a fingerprint) holds out for val."""
+    name = SplitName.parse(split_name)
+    if name is None or name.val_seed is None:
+        return
     for seen in folder.seen:
-        if split_name.startswith("train-val") and seen["dataset"] == dataset and seen["split"] != split_name:
+        if seen["dataset"] == dataset and seen["split"] != split_name:
             _warn(folder.path, seen["split"], split_name)

@@ -6,39 +6,44 @@ import logging
 import shutil
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ddray.artifact.reading import load
-from ddray.cluster.pretrain import shared_pool
-from ddray.cluster.runtime import check_capacity, ray_runtime
 from ddray.data import PixelSpace, Split
 from ddray.data.pixels import pixel_space
-from ddray.distillation.loop import run_distillation
 from ddray.drawing.images import save_grid
-from ddray.errors import DdrayError, DivergedError, StorageError
-from ddray.jobs.context import declared_specs, make_context, make_distiller
+from ddray.errors import DdrayError, DivergedError, StorageError, one_line
+from ddray.jobs.context import declared_specs, make_context
+from ddray.jobs.distill import distil_plan
 from ddray.jobs.plan import Plan
 from ddray.pool.spec import PoolSpec
+from ddray.runs.executor import Executor, Task
 from ddray.runs.folder import Run
 from ddray.runs.ledger import Ledger, Row, Unit
 from ddray.seeding import derive_seed
 from ddray.system.files import write_atomically
-from ddray.system.worker import set_threads, worker_device
-from ddray.tuning.payload import Payload, pack, unpack
-from ddray.tuning.trial import SearchJob, forget_checkpoint, score, trial_config, trial_pool
-
-if TYPE_CHECKING:
-    from ddray.tuning.options import TuneOptions
+from ddray.tuning.payload import Payload, pack
+from ddray.tuning.trial import forget_checkpoint
+from ddray.tuning.worker import SearchJob, SearchWorker, trial_config
 
 log = logging.getLogger(__name__)
+ServePool = Callable[[SearchJob, Payload, Sequence[PoolSpec], Executor], AbstractContextManager[SearchJob]]
+"""Trains a search's shared networks, and serves them while the context is open."""
 
 
 def run_finals(
-    plan: Plan, job: SearchJob, run: Run, points: Mapping[str, Row | None], options: TuneOptions
+    plan: Plan,
+    job: SearchJob,
+    run: Run,
+    points: Mapping[str, Row | None],
+    num_sets: int,
+    executor: Executor,
+    serve_pool: ServePool,
 ) -> dict[str, dict[str, Any]]:
     """Distil each point on fresh seeds from all of train, and score the sets on test.
 
@@ -47,7 +52,9 @@ def run_finals(
         job: the search's job.
         run: where rows and artifacts go.
         points: `best` and `paper` (None if it failed), as trial rows.
-        options: resources and the number of fresh seeds.
+        num_sets: fresh seeds per point.
+        executor: runs them.
+        serve_pool: trains the networks that they share, and serves them.
 
     Returns:
         Per point `{"artifact", "scores": {"test_accuracy_mean", "test_accuracy_std"}}`; mean and sample
@@ -58,17 +65,14 @@ def run_finals(
         DdrayError: every fresh seed of the winner failed.
     """
     units = {
-        name: [
-            final_unit(job, schedule_of(row, plan), seed_index, plan)
-            for seed_index in range(options.final_sets)
-        ]
+        name: [final_unit(job, schedule_of(row, plan), seed_index, plan) for seed_index in range(num_sets)]
         for name, row in points.items()
         if row is not None
     }
     units_by_key = {unit.key: unit for point_units in units.values() for unit in point_units}
     missing = [unit for key, unit in units_by_key.items() if run.ledger.row(key) is None]
     if missing:
-        _run_missing(plan, job, run, missing, options)
+        _run_missing(plan, job, run, missing, executor, serve_pool)
     results = {name: _summary(run, point_units) for name, point_units in units.items()}
     if results["best"]["artifact"] is None:
         errors = [row.error for unit in units["best"] if (row := run.ledger.row(unit.key)) is not None]
@@ -105,17 +109,29 @@ def final_unit(job: SearchJob, schedule: list[dict[str, Any]], seed_index: int, 
     return Unit(kind="evaluate", spec=spec)
 
 
-def _run_missing(plan: Plan, job: SearchJob, run: Run, missing: list[Unit], options: TuneOptions) -> None:
-    """Run the units that have no row, in parallel."""
+def _run_missing(
+    plan: Plan, job: SearchJob, run: Run, missing: list[Unit], executor: Executor, serve_pool: ServePool
+) -> None:
+    """Run the units that have no row, in parallel; publish the rows of those that diverged."""
     # Opened here and not before: a search must not see test, and a broken test set must not cost a trial.
     test, train = plan.dataset.test(), plan.dataset.train()
     space = pixel_space(plan.config.pixel_space, plan.dataset, train)
-    with ray_runtime(options.address):
-        fits = check_capacity(job.cpus, job.gpus)
-        workers = min(fits, options.max_concurrent or fits)
-        payload = pack(plan.dataset, train, "train", test, space)
-        with shared_pool(job, payload, _final_specs(plan, job, missing, train, space), workers) as served:
-            _publish_finals(run, served, payload, missing, workers)
+    payload = pack(plan.dataset, train, "train", test, space)
+    specs = _final_specs(plan, job, missing, train, space)
+    units = {unit.key: unit for unit in missing}
+    with executor.workers() as workers, serve_pool(job, payload, specs, executor) as served:
+        shared = workers.share(payload)
+        for outcome in workers.run([Task(key, final_task, (served, shared, units[key])) for key in units]):
+            if isinstance(outcome.error, StorageError):
+                raise outcome.error  # no row: --resume runs it when there is space again
+            if isinstance(outcome.error, DivergedError):
+                unit = units[outcome.key]
+                row = Row.failed(unit, outcome.error, result={"attempts": outcome.attempts})
+                run.ledger.publish(unit, row, epoch=job.epoch)
+            elif outcome.error is not None:
+                # No row either: a crash is worth another try on --resume.
+                reason = one_line(outcome.error, 200)
+                log.warning("final run %s failed %d times: %s", outcome.key[:12], outcome.attempts, reason)
 
 
 def _final_specs(
@@ -135,77 +151,22 @@ def _final_specs(
     return list(specs.values())
 
 
-def _publish_finals(run: Run, job: SearchJob, payload: Payload, missing: list[Unit], workers: int) -> None:
-    """Run the units in Ray's workers; publish the rows of those that diverged."""
-    import ray
-
-    from ddray.cluster.fanout import Task, fan_out
-
-    shared = ray.put(payload)
-    tasks = [Task(unit.key, final_task, (job, shared, unit)) for unit in missing]
-    for outcome in fan_out(tasks, num_workers=min(workers, len(tasks)), cpus=job.cpus, gpus=job.gpus):
-        if isinstance(outcome.error, StorageError):
-            raise outcome.error  # no row: --resume runs it when there is space again
-        if isinstance(outcome.error, DivergedError):
-            unit = next(unit for unit in missing if unit.key == outcome.key)
-            row = Row(
-                key=unit.key,
-                kind=unit.kind,
-                spec=unit.spec,
-                status="failed",
-                result={"attempts": outcome.attempts},
-                wall_s=0.0,
-                error=" ".join(str(outcome.error).split())[:300],
-            )
-            run.ledger.publish(unit, row, epoch=job.epoch)
-        elif outcome.error is not None:
-            # No row either: a crash is worth another try on --resume.
-            reason = " ".join(str(outcome.error).split())[:200]
-            log.warning("final run %s failed %d times: %s", outcome.key[:12], outcome.attempts, reason)
-
-
 def final_task(job: SearchJob, payload: Payload, unit: Unit) -> None:
     """Distil one fresh seed and score it; runs in a worker and publishes its row."""
-    set_threads(job.cpus)
     begin = time.perf_counter()
+    worker = SearchWorker(job, payload)
     ledger = Ledger(Path(job.run_dir))
     if ledger.row(unit.key) is not None:
         return
     ledger.begin(unit, epoch=job.epoch)
-    unpacked = unpack(payload)
-    device = torch.device(worker_device(job.gpus))
-    checkpoint = Path(job.run_dir) / "checkpoints" / f"{unit.key}.pt"
     for segment in unit.spec["schedule"]:
-        config = trial_config(job, segment["params"])
-        plan = Plan(job.method, unpacked.dataset, job.ipc, unit.spec["seed"], config, job.budget)
-        distill_result = run_distillation(
-            make_distiller(plan),
-            make_context(
-                plan,
-                unpacked.split,
-                split_name="train",
-                device=device,
-                space=unpacked.space,
-                pool=trial_pool(job, unpacked, device),
-                search_seed=job.seed,
-            ),
-            checkpoint=checkpoint,
-            checkpoint_every=config.checkpoint_every,
-            until=segment["until"] or None,
+        plan = worker.plan(segment["params"], unit.spec["seed"])
+        distillation = distil_plan(
+            plan, worker.context(plan), job.checkpoint(unit.key), until=segment["until"] or None
         )
-    path = artifact_path(Path(job.run_dir), unit)
-    distill_result.distilled.save(path)
-    nets = plan.config.evaluate.seeds
-    scores = score(plan, distill_result.distilled, unpacked, device, seed=unit.spec["seed"], num_seeds=nets)
-    row = Row(
-        key=unit.key,
-        kind=unit.kind,
-        spec=unit.spec,
-        status="done",
-        result=scores,
-        wall_s=time.perf_counter() - begin,
-    )
-    ledger.publish(unit, row, epoch=job.epoch)
+    distillation.distilled.save(artifact_path(Path(job.run_dir), unit))
+    scores = worker.score(plan, distillation.distilled, num_seeds=plan.config.evaluate.seeds)
+    ledger.publish(unit, Row.done(unit, scores, time.perf_counter() - begin), epoch=job.epoch)
     forget_checkpoint(Path(job.run_dir), unit.key)
 
 

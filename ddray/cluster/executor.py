@@ -1,0 +1,239 @@
+"""Tasks on long-lived Ray actors; a crashed worker is replaced and its task tried again."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ddray.cluster.runtime import check_capacity, ray_runtime, sigterm_as_sigint
+from ddray.errors import InputError
+from ddray.runs.executor import Executor, LocalExecutor, Task, WorkerPool
+from ddray.runs.outcome import Outcome
+from ddray.system.worker import prepare_worker, set_threads
+
+if TYPE_CHECKING:
+    from ddray.ranking.options import NasOptions
+    from ddray.tables.options import BenchOptions
+
+_LOOK_S = 5.0  # between checks for hung tasks, and for workers that wait for cores
+_CAPACITY_S = 1.0  # for which the number of workers that fit is not asked again
+
+
+@dataclass(frozen=True)
+class RayExecutor:
+    """Runs tasks on as many workers as the current nodes can hold; Ray starts with the workers.
+
+    Attributes:
+        cpus: cores of a worker.
+        gpus: GPUs of a worker.
+        max_workers: at a time; None for as many as fit.
+        address: the cluster's; None starts a local one.
+        per: what the command's options call a worker: `--cpus-per-<per>`.
+    """
+
+    cpus: float
+    gpus: float
+    max_workers: int | None = None
+    address: str | None = None
+    per: str = "trial"
+
+    @contextmanager
+    def workers(self) -> Iterator[WorkerPool]:
+        """Start Ray if need be, and end the workers with the context.
+
+        Raises:
+            InputError: no worker of this size fits the cluster, or no cluster answers.
+        """
+        with sigterm_as_sigint(), ray_runtime(self.address):
+            self.capacity()
+            pool = RayWorkers(self)
+            try:
+                yield pool
+            finally:
+                pool.end()
+
+    def capacity(self) -> int:
+        """Return how many workers fit now.
+
+        Raises:
+            InputError: not even one does.
+        """
+        fits = check_capacity(self.cpus, self.gpus, per=self.per)
+        return min(fits, self.max_workers or fits)
+
+
+def bench_executor(options: BenchOptions) -> Executor:
+    """Return the executor of a bench."""
+    if options.executor == "local":
+        return LocalExecutor()
+    cpus, gpus = options.cpus_per_unit, options.gpus_per_unit
+    return RayExecutor(cpus, gpus, options.max_concurrent, options.address, "unit")
+
+
+def nas_executor(options: NasOptions) -> Executor:
+    """Return the executor of a NAS sweep."""
+    if options.executor == "local":
+        return LocalExecutor()
+    cpus, gpus = options.cpus_per_worker, options.gpus_per_worker
+    return RayExecutor(cpus, gpus, options.num_workers, options.address, "worker")
+
+
+class _Worker:
+    """Runs tasks one after another; torch is imported once."""
+
+    def __init__(self, cpus: float) -> None:
+        prepare_worker()
+        set_threads(cpus)
+
+    def awake(self) -> None:
+        """Return once the process has started."""
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call the function."""
+        return function(*arguments)
+
+
+@dataclass
+class _Running:
+    """A task in a worker; `since` is when the worker was first seen to be running."""
+
+    task: Task
+    attempt: int
+    actor: Any
+    awake: Any
+    since: float | None = None
+
+    def seconds(self) -> float:
+        """Return how long the task has run, 0 while its worker starts."""
+        import ray
+
+        if self.since is None:
+            if not ray.wait([self.awake], timeout=0)[0]:
+                return 0.0
+            self.since = time.monotonic()
+        return time.monotonic() - self.since
+
+
+@dataclass
+class RayWorkers:
+    """The workers of a `RayExecutor`; idle ones serve later calls.
+
+    Attributes:
+        executor: their size, and how many.
+    """
+
+    executor: RayExecutor
+    _idle: list[Any] = field(default_factory=list)
+    _running: dict[Any, _Running] = field(default_factory=dict)
+    _limit: int = 1
+    _checked: float = -_CAPACITY_S
+
+    def share(self, value: Any) -> Any:
+        """Return a reference to the value in the object store."""
+        import ray
+
+        return ray.put(value)
+
+    def end(self) -> None:
+        """Kill the workers."""
+        import ray
+
+        for actor in [*self._idle, *(entry.actor for entry in self._running.values())]:
+            ray.kill(actor)
+        self._idle.clear()
+        self._running.clear()
+
+    def limit(self) -> int:
+        """Return how many workers may run now; nodes may have died or joined since the last check."""
+        if time.monotonic() - self._checked >= _CAPACITY_S:
+            try:
+                self._limit = self.executor.capacity()
+            except InputError:  # no node fits a worker any more: tasks wait for a new one
+                self._limit = 1
+            self._checked = time.monotonic()
+        return self._limit
+
+    def run(
+        self,
+        tasks: Sequence[Task],
+        *,
+        timeout_s: float | None = None,
+        on_start: Callable[[str, int], None] | None = None,
+        follow: Callable[[Outcome], Sequence[Task]] | None = None,
+    ) -> Iterator[Outcome]:
+        """Run tasks; yield their outcomes (see `WorkerPool`)."""
+        waiting = deque((task, 1) for task in tasks)
+        while waiting or self._running:
+            while waiting and len(self._running) < self.limit():
+                task, attempt = waiting.popleft()
+                if on_start is not None:
+                    on_start(task.key, attempt)
+                self._start(task, attempt)
+            if (reference := self._next(timeout_s)) is None:
+                continue  # nodes may have joined
+            entry = self._running.pop(reference)
+            value, error = self._result(reference, entry, timeout_s)
+            if error is not None and entry.task.is_tried_again(entry.attempt, error):
+                waiting.append((entry.task, entry.attempt + 1))
+                continue
+            outcome = Outcome(entry.task.key, value, error, entry.attempt)
+            if follow is not None:
+                waiting.extend((task, 1) for task in follow(outcome))
+            yield outcome
+
+    def _start(self, task: Task, attempt: int) -> None:
+        """Hand a task to an idle worker, or to a new one."""
+        import ray
+
+        if self._idle:
+            actor = self._idle.pop()
+        else:
+            cpus, gpus = self.executor.cpus, self.executor.gpus
+            actor_class: Any = ray.remote(num_cpus=cpus, num_gpus=gpus)(_Worker)
+            actor = actor_class.remote(cpus)
+        awake = actor.awake.remote()  # before the task: process start-up is not part of its time
+        reference = actor.run.remote(task.function, *task.arguments)
+        self._running[reference] = _Running(task, attempt, actor, awake)
+
+    def _next(self, timeout_s: float | None) -> Any | None:
+        """Return the reference of a task that has ended or run too long; None if none has in some seconds."""
+        import ray
+
+        wait_s = _LOOK_S
+        if timeout_s is not None:
+            longest = max(entry.seconds() for entry in self._running.values())
+            wait_s = min(_LOOK_S, max(0.1, timeout_s - longest))
+        ready, _ = ray.wait(list(self._running), num_returns=1, timeout=wait_s)
+        if ready:
+            return ready[0]
+        # A node that died took cores with it: a new worker may be waiting for an idle one's.
+        for actor in self._idle:
+            ray.kill(actor)
+        self._idle.clear()
+        late = max(self._running, key=lambda reference: self._running[reference].seconds())
+        return late if timeout_s is not None and self._running[late].seconds() >= timeout_s else None
+
+    def _result(
+        self, reference: Any, entry: _Running, timeout_s: float | None
+    ) -> tuple[Any, Exception | None]:
+        """Return (value, None) or (None, why it failed); a surviving worker becomes idle."""
+        import ray
+
+        if not ray.wait([reference], timeout=0)[0]:
+            ray.kill(entry.actor)
+            return None, TimeoutError(f"no result within {timeout_s:g} s")
+        try:
+            value = ray.get(reference)
+        except Exception as error:  # what the task raised, or Ray's error that its worker died
+            if isinstance(error, ray.exceptions.RayActorError):
+                self._idle.clear()  # they may have died with the same node; each would cost a task an attempt
+            else:
+                self._idle.append(entry.actor)
+            cause = getattr(error, "cause", None)
+            return None, cause if isinstance(cause, Exception) else error
+        self._idle.append(entry.actor)
+        return value, None

@@ -1,0 +1,118 @@
+"""Running tasks: in this process, or on a cluster (`ddray/cluster/executor.py`); both retry alike."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from ddray.errors import DivergedError, InputError, StorageError, one_line
+from ddray.runs.outcome import Outcome
+
+log = logging.getLogger(__name__)
+
+MAX_ATTEMPTS: Final = 3
+_FINAL = (DivergedError, InputError, StorageError)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One function call.
+
+    Attributes:
+        key: names the task in outcomes.
+        function: a module-level function.
+        arguments: its arguments; what `WorkerPool.share` returned is resolved in the worker.
+        title: names the task in messages; default the start of the key.
+    """
+
+    key: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    title: str = ""
+
+    def is_tried_again(self, attempt: int, error: Exception) -> bool:
+        """Return whether to try again, and log it: a diverged run, bad input or a full disk is final.
+
+        A crash, a killed worker, lack of memory or a task that hangs is tried three times in all.
+        """
+        if attempt >= MAX_ATTEMPTS or isinstance(error, _FINAL):
+            return False
+        log.warning("%s failed (%s): trying again", self.title or self.key[:12], one_line(error, 120))
+        return True
+
+
+class WorkerPool(Protocol):
+    """Workers that are ready for tasks."""
+
+    def share(self, value: Any) -> Any:
+        """Return what stands for `value` among the arguments of tasks: it reaches each node once."""
+        ...
+
+    def run(
+        self,
+        tasks: Sequence[Task],
+        *,
+        timeout_s: float | None = None,
+        on_start: Callable[[str, int], None] | None = None,
+        follow: Callable[[Outcome], Sequence[Task]] | None = None,
+    ) -> Iterator[Outcome]:
+        """Run tasks; yield their outcomes as they come.
+
+        Args:
+            tasks: what to run, in order of start.
+            timeout_s: seconds after which a task counts as hung and its worker is killed; None waits forever,
+                as this process does for its own tasks.
+            on_start: called with (key, attempt) when a task starts.
+            follow: called with every outcome before it is yielded; returns the tasks that it unblocks.
+        """
+        ...
+
+
+class Executor(Protocol):
+    """Where tasks are run."""
+
+    def workers(self) -> AbstractContextManager[WorkerPool]:
+        """Return a context in which workers run tasks; they end with it."""
+        ...
+
+
+class LocalExecutor:
+    """Runs tasks one after another in this process, which is its only worker."""
+
+    @contextmanager
+    def workers(self) -> Iterator[WorkerPool]:
+        """Return a context with this process as worker."""
+        yield self
+
+    def share(self, value: Any) -> Any:
+        """Return the value."""
+        return value
+
+    def run(
+        self,
+        tasks: Sequence[Task],
+        *,
+        timeout_s: float | None = None,
+        on_start: Callable[[str, int], None] | None = None,
+        follow: Callable[[Outcome], Sequence[Task]] | None = None,
+    ) -> Iterator[Outcome]:
+        """Run tasks; yield their outcomes (see `WorkerPool`)."""
+        waiting = deque((task, 1) for task in tasks)
+        while waiting:
+            task, attempt = waiting.popleft()
+            if on_start is not None:
+                on_start(task.key, attempt)
+            try:
+                outcome = Outcome(task.key, task.function(*task.arguments), None, attempt)
+            except Exception as error:
+                if task.is_tried_again(attempt, error):
+                    waiting.append((task, attempt + 1))
+                    continue
+                outcome = Outcome(task.key, None, error, attempt)
+            if follow is not None:
+                waiting.extend((task, 1) for task in follow(outcome))
+            yield outcome
