@@ -125,9 +125,9 @@ def test_a_search_has_a_page(tmp_path: Path) -> None:
         assert f'"color":"{colour}"' in text, "the worst and the best trial, seen on light and dark"
     (trials,) = [table for table in tables(text) if table[0][0] == "trial"]
     assert [line[:3] for line in trials[1:]] == [
-        ["0", "done", "0.2000"],
-        ["1", "done", "0.3000"],
-        ["2", "done", "0.4000"],
+        ["0", "done", "20.00 %"],
+        ["1", "done", "30.00 %"],
+        ["2", "done", "40.00 %"],
     ]
     assert "Val accuracy: " in body(text)
 
