@@ -68,16 +68,7 @@ def tune(
     train, val = carve_val(plan.dataset.train(), seed=plan.seed)
     check_size(plan, train)
     _check_objective(plan, options)
-    config = {
-        **plan.describe(),
-        "strategy": options.strategy,
-        "num_samples": _num_samples(options, space, paper, plan.config.steps),
-        "space": {name: {value_range.kind: value_range.ends()} for name, value_range in space.items()},
-        "final_sets": options.final_sets,
-        "device": "cuda" if options.gpus_per_trial > 0 else "cpu",
-    }
-    if options.objective != "val-accuracy":
-        config |= {name: getattr(options, name) for name in ("objective", "nas_sample", "nas_epochs")}
+    config = _run_config(plan, options, space, _num_samples(options, space, paper, plan.config.steps))
     run = open_run(run_dir, config, command="tune", resume=resume)
     job = SearchJob(
         run_dir=str(run.folder),
@@ -113,6 +104,22 @@ def tune(
     result = _result(run, rows, best, paper_row, scores, begin)
     write_report(run.folder, result.dump(), rows, space)
     return result
+
+
+def _run_config(
+    plan: Plan, options: TuneOptions, space: Mapping[str, Range], num_samples: int
+) -> dict[str, Any]:
+    """Return what must not change when the run is resumed."""
+    names = () if options.objective == "val-accuracy" else ("objective", "nas_sample", "nas_epochs")
+    return {
+        **plan.describe(),
+        "strategy": options.strategy,
+        "num_samples": num_samples,
+        "space": {name: {value_range.kind: value_range.ends()} for name, value_range in space.items()},
+        "final_sets": options.final_sets,
+        "device": "cuda" if options.gpus_per_trial > 0 else "cpu",
+        **{name: getattr(options, name) for name in names},
+    }
 
 
 def _run_missing(search: Search, payload: Payload, specs: Sequence[PoolSpec], executor: RayExecutor) -> None:

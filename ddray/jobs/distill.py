@@ -18,7 +18,7 @@ from ddray.drawing.set_pictures import save_pictures
 from ddray.errors import DdrayError, InputError
 from ddray.jobs.context import make_context, make_distiller
 from ddray.jobs.plan import Plan
-from ddray.runs.folder import open_run
+from ddray.runs.folder import Run, open_run
 from ddray.runs.ledger import Row, Unit
 from ddray.runs.results import write_results
 from ddray.system.files import write_text
@@ -89,24 +89,8 @@ def distill(
     config = {**plan.describe(), "device": device.type, "split": split_name}
     run = open_run(run_dir, config, command="distill", resume=resume)
     unit = distill_unit(plan, split_name)
-    checkpoint = run.checkpoint(unit.key)
     run.ledger.begin(unit, epoch=run.epoch)
-    with progress(f"{plan.method} on {plan.dataset.name}", plan.config.steps) as show:
-        try:
-            distillation = distil_plan(
-                plan,
-                ctx,
-                checkpoint,
-                distiller=distiller,
-                on_step=lambda step, loss: show(step, f"loss {loss:.4g}"),
-            )
-        except DdrayError as error:
-            if isinstance(error, InputError) and not run.resumed and not checkpoint.exists():
-                run.discard()  # rejected by the method's setup: nothing was written
-                raise
-            # No row, so that a rerun with --resume tries again.
-            run.ledger.event("fail", unit.key, run.epoch, error=str(error))
-            raise
+    distillation = _run(plan, distiller, ctx, run, unit)
     target = (out or run.folder / "distilled.pt").absolute()
     distillation.distilled.save(target)
     if len(distillation.distilled.images):
@@ -155,6 +139,27 @@ def distil_plan(
         eval_steps=eval_steps,
         on_step=on_step,
     )
+
+
+def _run(plan: Plan, distiller: Distiller, ctx: DistillContext, run: Run, unit: Unit) -> Distillation:
+    """Run the steps that are missing; a run that the method's setup rejects leaves no folder."""
+    checkpoint = run.checkpoint(unit.key)
+    with progress(f"{plan.method} on {plan.dataset.name}", plan.config.steps) as show:
+        try:
+            return distil_plan(
+                plan,
+                ctx,
+                checkpoint,
+                distiller=distiller,
+                on_step=lambda step, loss: show(step, f"loss {loss:.4g}"),
+            )
+        except DdrayError as error:
+            if isinstance(error, InputError) and not run.resumed and not checkpoint.exists():
+                run.discard()  # nothing was written
+                raise
+            # No row, so that a rerun with --resume tries again.
+            run.ledger.event("fail", unit.key, run.epoch, error=str(error))
+            raise
 
 
 def _check_out(out: Path) -> None:

@@ -83,24 +83,12 @@ def score_sweep(
         DdrayError: no architecture finished.
     """
     folder = sweep_folder(sweep, options, run_dir)
-    files: list[Path] = []
-    owners: list[int] = []
-    names = [_slug(cell.method) for cell, _ in sweep.sets]
-    for row_index, (_, keys) in enumerate(sweep.sets):
-        # Labels that make the same file name are told apart by their row index.
-        name = names[row_index]
-        file_stem = name if names.count(name) == 1 else f"{name}-row{row_index}"
-        for seed_index, key in enumerate(keys):
-            if has_set(key):
-                proxy_file = folder.with_name(f"{folder.name}-sets") / f"{file_stem}-{seed_index}.pt"
-                _link(run_dir / artifact_name(key), proxy_file)
-                files.append(proxy_file)
-                owners.append(row_index)
-    if not files:
+    owners = _linked_sets(sweep, folder, run_dir, has_set)
+    if not owners:
         return []
     evaluation_options = sweep.evaluate.options
     request = NasRequest(
-        proxies=tuple(files),
+        proxies=tuple(owners),
         baselines=tuple(evaluation_options.get("baselines", ())),
         compat=evaluation_options.get("compat"),
         dataset=sweep.dataset,
@@ -117,12 +105,30 @@ def score_sweep(
     )
     proxies = [proxy.dump() for proxy in result.proxies]
     grouped: dict[int, list[Mapping[str, Any]]] = {}
-    for row_index, figures in zip(owners, proxies, strict=False):  # baselines follow the sets
+    for row_index, figures in zip(owners.values(), proxies, strict=False):  # baselines follow the sets
         grouped.setdefault(row_index, []).append(figures)
     cells = [cell_of(sweep.sets[row_index][0], figures) for row_index, figures in grouped.items()]
     return cells + [
-        cell_of(_baseline(sweep, baseline["proxy"]), [baseline]) for baseline in proxies[len(files) :]
+        cell_of(_baseline(sweep, baseline["proxy"]), [baseline]) for baseline in proxies[len(owners) :]
     ]
+
+
+def _linked_sets(
+    sweep: SweepSpec, folder: Path, run_dir: Path, has_set: Callable[[str], bool]
+) -> dict[Path, int]:
+    """Link the sets that were distilled under readable names; return each file with its row's index."""
+    rows: dict[Path, int] = {}
+    names = [_slug(cell.method) for cell, _ in sweep.sets]
+    for row_index, (_, keys) in enumerate(sweep.sets):
+        # Labels that make the same file name are told apart by their row index.
+        name = names[row_index]
+        file_stem = name if names.count(name) == 1 else f"{name}-row{row_index}"
+        for seed_index, key in enumerate(keys):
+            if has_set(key):
+                proxy_file = folder.with_name(f"{folder.name}-sets") / f"{file_stem}-{seed_index}.pt"
+                _link(run_dir / artifact_name(key), proxy_file)
+                rows[proxy_file] = row_index
+    return rows
 
 
 def _baseline(sweep: SweepSpec, proxy: str) -> Cell:
