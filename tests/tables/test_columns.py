@@ -56,9 +56,9 @@ def test_people_read_the_columns_that_have_a_value() -> None:
 
 
 def test_a_protocol_brings_its_columns() -> None:
-    shown = texts(cell(protocol="robust", lrs=0.2689, ars=0.3, hlr=0.1), cell())
-    assert (shown["LRS"], shown["ARS"]) == (["0.269", "-"], ["0.3", "-"])
-    assert "hlr" not in shown
+    columns = texts(cell(protocol="robust", lrs=0.2689, ars=0.3, hlr=0.1), cell())
+    assert (columns["LRS"], columns["ARS"]) == (["0.269", "-"], ["0.3", "-"])
+    assert "hlr" not in columns
     assert "LRS" not in texts(cell(lrs=0.3))  # of another protocol
 
 
