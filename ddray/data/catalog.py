@@ -7,7 +7,7 @@ ImageNet subsets are those of Table 1 of the DataDAM supplement, classes in its 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final, Literal
 
 _IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
 _IMAGENET_STD: Final = (0.229, 0.224, 0.225)
@@ -27,6 +27,8 @@ class KnownDataset:
         torchvision: the class that reads and downloads it, if any.
         marker: path below the root by which torchvision's layout is recognised.
         folders: other names of its folder below the data directory.
+        layout: how its files lie there, if neither as parquet shards nor as an image folder: `wavs` by class,
+            the official files of `cub` or `dogs`; `sklearn` brings its own.
         class_names: one per label; empty: taken from the files.
         wnids: WordNet ids of the class folders, in the order of the labels.
     """
@@ -39,12 +41,13 @@ class KnownDataset:
     torchvision: str | None = None
     marker: str = ""
     folders: tuple[str, ...] = ()
+    layout: Literal["", "wavs", "cub", "dogs", "sklearn"] = ""
     class_names: tuple[str, ...] = ()
     wnids: tuple[str, ...] = ()
 
 
 def _imagenet(
-    size: int, folders: tuple[str, ...], classes: dict[str, str] | None = None, torchvision: str | None = None
+    size: int, folders: tuple[str, ...], classes: dict[str, str] | None = None, **fields: Any
 ) -> KnownDataset:
     """Return a member of the ImageNet family; `classes` maps WordNet ids to names, in the labels' order."""
     return KnownDataset(
@@ -52,10 +55,10 @@ def _imagenet(
         _IMAGENET_MEAN,
         _IMAGENET_STD,
         resize=True,
-        torchvision=torchvision,
         folders=folders,
         class_names=tuple((classes or {}).values()),
         wnids=tuple(classes or {}),
+        **fields,
     )
 
 
@@ -107,10 +110,8 @@ squirrel streetcar sunflower sweet_pepper table tank telephone television tiger 
 trout tulip turtle wardrobe whale willow_tree wolf woman worm
 """
 
-AUDIO: Final = ("speech_commands_mini",)
-"""Audio datasets, recognised without their files."""
 KNOWN: Final[dict[str, KnownDataset]] = {
-    "digits": KnownDataset((1, 16, 16), can_flip=False, class_names=_DIGIT_NAMES),
+    "digits": KnownDataset((1, 16, 16), can_flip=False, layout="sklearn", class_names=_DIGIT_NAMES),
     "mnist": KnownDataset(
         (1, 28, 28),
         (0.1307,),
@@ -166,7 +167,9 @@ KNOWN: Final[dict[str, KnownDataset]] = {
     ),
     "imagewoof": _imagenet(128, ("imagewoof2", "imagewoof2-320", "imagewoof2-160"), _IMAGEWOOF),
     "imagesquawk": _imagenet(128, (), _IMAGESQUAWK),
-    "cub200": _imagenet(64, ("CUB_200_2011",)),
-    "stanford_dogs": _imagenet(64, ("StanfordDogs", "stanford-dogs")),
-    "speech_commands_mini": KnownDataset((1, 64, 64), can_flip=False, folders=("mini_speech_commands",)),
+    "cub200": _imagenet(64, ("CUB_200_2011",), layout="cub"),
+    "stanford_dogs": _imagenet(64, ("StanfordDogs", "stanford-dogs"), layout="dogs"),
+    "speech_commands_mini": KnownDataset(
+        (1, 64, 64), can_flip=False, folders=("mini_speech_commands",), layout="wavs"
+    ),
 }

@@ -43,9 +43,9 @@ def open_dataset(name_or_path: str, *, data_dir: Path | None = None, download: b
         InputError: the name is unknown and no folder; nothing is found; a train file is corrupt.
         DdrayError: the download failed.
     """
-    if name_or_path == "digits":
-        return _digits()
     if name_or_path in KNOWN:
+        if KNOWN[name_or_path].layout == "sklearn":
+            return _digits(name_or_path)
         return _open_named(name_or_path, data_dir, download=download)
     path = Path(name_or_path).expanduser()
     if not path.is_dir():
@@ -74,7 +74,7 @@ def open_dataset(name_or_path: str, *, data_dir: Path | None = None, download: b
     )
 
 
-def _digits() -> Dataset:
+def _digits(name: str) -> Dataset:
     """Open scikit-learn's 8x8 digits (0..16), up-sampled to 16x16; test is a fixed stratified 20%."""
     from sklearn.datasets import load_digits
 
@@ -85,9 +85,9 @@ def _digits() -> Dataset:
     in_test = layouts.fixed_test(whole.labels)
     train = whole.select((~in_test).nonzero()[:, 0])
     mean, std = channel_statistics(train.images)
-    spec = KNOWN["digits"]
+    spec = KNOWN[name]
     return Dataset(
-        name="digits",
+        name=name,
         class_names=spec.class_names,
         image_shape=spec.shape,
         mean=mean,
@@ -153,7 +153,7 @@ def _folders(name: str, root: Path) -> list[Path]:
 def _find(name: str, spec: KnownDataset, root: Path) -> Layout | None:
     """Return the layout of a named dataset under the data directory, or None."""
     for folder in _folders(name, root):
-        layout = _layout_of_named(name, spec, folder) if folder.is_dir() else None
+        layout = _layout_of_named(spec, folder) if folder.is_dir() else None
         if layout is not None:
             return layout
     for base in (root, *_folders(name, root)):
@@ -166,14 +166,15 @@ def _find(name: str, spec: KnownDataset, root: Path) -> Layout | None:
     return None
 
 
-def _layout_of_named(name: str, spec: KnownDataset, folder: Path) -> Layout | None:
+def _layout_of_named(spec: KnownDataset, folder: Path) -> Layout | None:
     """Return the layout of a named dataset in a folder of its own, or None."""
-    if name == "speech_commands_mini":
+    if spec.layout == "wavs":
         return layout_of_wavs(folder)
-    if name == "cub200":
+    official = None
+    if spec.layout == "cub":
         official = layout_of_cub(folder) or layout_of_cub(folder / "CUB_200_2011")
-    else:
-        official = layout_of_dogs(folder) if name == "stanford_dogs" else None
+    elif spec.layout == "dogs":
+        official = layout_of_dogs(folder)
     return (
         official
         or parquet.layout_of_parquet(folder, spec.class_names)

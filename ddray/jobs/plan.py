@@ -13,7 +13,7 @@ from pydantic import Field
 
 from ddray.config import Config, merge, nest, parse_overrides, read_yaml
 from ddray.data import Dataset, open_dataset
-from ddray.data.catalog import AUDIO
+from ddray.data.catalog import KNOWN
 from ddray.data.speech import SHAPE as SPECTROGRAM
 from ddray.distillation.method import BudgetDistiller, Target
 from ddray.errors import InputError, unknown
@@ -174,7 +174,7 @@ def _target(
         dataset.num_classes,
         ipc,
         budget,
-        is_audio=dataset.name in AUDIO or (dataset.image_shape == SPECTROGRAM and dataset.train().is_audio),
+        is_audio=_is_audio(dataset),
         factor=method_settings.get("factor") if isinstance(method_settings, Mapping) else None,
     )
 
@@ -223,3 +223,10 @@ def shipped_configs(method: str, dataset: str, ipc: int) -> list[Path]:
     return [
         path for path in (folder / f"{dataset}.yaml", folder / f"{dataset}_ipc{ipc}.yaml") if path.is_file()
     ]
+
+
+def _is_audio(dataset: Dataset) -> bool:
+    """Return whether a dataset's images are spectrograms; the catalog's need no files for that."""
+    if dataset.name in KNOWN:
+        return KNOWN[dataset.name].layout == "wavs"
+    return dataset.image_shape == SPECTROGRAM and dataset.train().is_audio

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from functools import lru_cache
 from itertools import chain
 
@@ -88,25 +89,16 @@ def build_net(
 
 
 def _body(arch: Arch, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-    """Return the module behind a parsed name; torchvision is imported only for the families that need it."""
-    if arch.is_convnet:
-        return ConvNet(arch, image_shape, num_classes)
-    if min(image_shape[1:]) < MIN_SIZE:
+    """Return the body of a parsed name; a family's module is imported when it is needed (torchvision)."""
+    if not arch.is_convnet and min(image_shape[1:]) < MIN_SIZE:
         raise InputError(
             f"images for {arch.name} must be at least {MIN_SIZE} px, got {image_shape[1]}x{image_shape[2]}; "
             "a ConvNet takes smaller ones"
         )
-    if arch.base in ("alexnet", "vgg11"):
-        from ddray.nets import classic
-
-        return classic.build(arch, image_shape, num_classes)
-    if arch.base in ("vit_tiny", "deit_tiny"):
-        from ddray.nets.vit import VisionTransformer
-
-        return VisionTransformer(arch, image_shape, num_classes)
-    from ddray.nets import torchvision_nets
-
-    return torchvision_nets.build(arch, image_shape, num_classes)
+    body: nn.Module = importlib.import_module(f"ddray.nets.{arch.module}").build(
+        arch, image_shape, num_classes
+    )
+    return body
 
 
 @torch.no_grad()

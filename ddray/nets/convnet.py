@@ -78,3 +78,6 @@ class ConvNet(nn.Module):
         if self.pooling == "avg":
             return F.avg_pool2d(x, 2)
         return F.max_pool2d(x, 2) if self.pooling == "max" else x
+
+
+build = ConvNet

@@ -13,24 +13,39 @@ NORMS = {"none": "_nonorm", "batch": "_bn", "layer": "_ln", "instance": "_in", "
 POOLINGS = {"none": "_nopool", "max": "_max", "avg": "_avg"}
 GROUPS = 4
 
-# Base name -> the norms it can be built with; the first is the default.
-_CONVNET_NORMS = ("instance", "none", "batch", "layer", "group")
-_TORCHVISION_NORMS = ("batch", "instance")
-_NORMS_OF: dict[str, tuple[str, ...]] = {
-    **{f"convnet{depth}": _CONVNET_NORMS for depth in range(1, 7)},
-    "resnet10": _TORCHVISION_NORMS,
-    "resnet18": _TORCHVISION_NORMS,
-    "resnet18_ap": _TORCHVISION_NORMS,
-    "resnet101": _TORCHVISION_NORMS,
-    "vgg11": ("instance", "none", "batch"),
-    "alexnet": ("none", "batch", "instance"),
-    "mobilenet_v2": _TORCHVISION_NORMS,
-    "densenet121": _TORCHVISION_NORMS,
-    "densenet_cifar": _TORCHVISION_NORMS,
-    "efficientnet_b0": _TORCHVISION_NORMS,
-    "shufflenet_v2": _TORCHVISION_NORMS,
-    "vit_tiny": ("none",),
-    "deit_tiny": ("none",),
+
+@dataclass(frozen=True)
+class Family:
+    """What an architecture's name stands for.
+
+    Attributes:
+        module: below `ddray.nets`; its `build(arch, image_shape, num_classes)` returns the network's body.
+        norms: that it can be built with; the first is the default.
+    """
+
+    module: str
+    norms: tuple[str, ...] = ("batch", "instance")
+
+
+# Adding an architecture: its module, and one line here.
+_FAMILIES: dict[str, Family] = {
+    **{
+        f"convnet{depth}": Family("convnet", ("instance", "none", "batch", "layer", "group"))
+        for depth in range(1, 7)
+    },
+    "resnet10": Family("torchvision_nets"),
+    "resnet18": Family("torchvision_nets"),
+    "resnet18_ap": Family("torchvision_nets"),
+    "resnet101": Family("torchvision_nets"),
+    "vgg11": Family("classic", ("instance", "none", "batch")),
+    "alexnet": Family("classic", ("none", "batch", "instance")),
+    "mobilenet_v2": Family("torchvision_nets"),
+    "densenet121": Family("torchvision_nets"),
+    "densenet_cifar": Family("torchvision_nets"),
+    "efficientnet_b0": Family("torchvision_nets"),
+    "shufflenet_v2": Family("torchvision_nets"),
+    "vit_tiny": Family("vit", ("none",)),
+    "deit_tiny": Family("vit", ("none",)),
 }
 DOUBLING = "_x2"
 _SUFFIX_FIELDS: dict[str, tuple[str, str | bool]] = {
@@ -64,6 +79,11 @@ class Arch:
     pooling: str = "avg"
 
     @property
+    def module(self) -> str:
+        """The module below `ddray.nets` that builds it."""
+        return _FAMILIES[self.base].module
+
+    @property
     def is_convnet(self) -> bool:
         """Whether this is a member of the ConvNet family."""
         return self.base.startswith("convnet")
@@ -79,14 +99,14 @@ class Arch:
         width = "" if self.width == WIDTH else f"_w{self.width}"
         width += DOUBLING if self.doubling else ""
         activation = "" if self.activation == "relu" else ACTIVATIONS[self.activation]
-        norm = "" if self.norm == _NORMS_OF[self.base][0] else NORMS[self.norm]
+        norm = "" if self.norm == _FAMILIES[self.base].norms[0] else NORMS[self.norm]
         pooling = "" if self.pooling == "avg" else POOLINGS[self.pooling]
         return f"{self.base}{width}{activation}{norm}{pooling}"
 
 
 def arch_names() -> list[str]:
     """Return the base names, in the order in which tables list them."""
-    return list(_NORMS_OF)
+    return list(_FAMILIES)
 
 
 def parse_arch(arch: str) -> Arch:
@@ -99,9 +119,9 @@ def parse_arch(arch: str) -> Arch:
         InputError: an unknown base or suffix, a suffix the base does not take, or two of one kind.
     """
     # The longest base wins: "resnet18_ap" is a base of its own, not a suffix of "resnet18".
-    bases = [base for base in _NORMS_OF if arch == base or arch.startswith(f"{base}_")]
+    bases = [base for base in _FAMILIES if arch == base or arch.startswith(f"{base}_")]
     if not bases:
-        raise unknown("arch", arch, _NORMS_OF)
+        raise unknown("arch", arch, _FAMILIES)
     base = max(bases, key=len)
     values: dict[str, str | int | bool] = {}
     for suffix in arch[len(base) :].split("_")[1:]:
@@ -109,7 +129,7 @@ def parse_arch(arch: str) -> Arch:
         if field in values:
             raise InputError(f"arch must name one {field}, got {arch!r} with two of them")
         values[field] = value
-    parsed = replace(Arch(base, _NORMS_OF[base][0]), **values)  # type: ignore[arg-type]
+    parsed = replace(Arch(base, _FAMILIES[base].norms[0]), **values)  # type: ignore[arg-type]
     if parsed.norm == "group" and parsed.width % GROUPS:
         raise InputError(f"the width of a _gn arch must be a multiple of {GROUPS}, got {arch!r}")
     return parsed
@@ -117,14 +137,14 @@ def parse_arch(arch: str) -> Arch:
 
 def _parse_suffix(arch: str, base: str, suffix: str) -> tuple[str, str | int | bool]:
     """Return the field a suffix (without its underscore) sets, and the value."""
-    allowed = [NORMS[norm] for norm in _NORMS_OF[base]] if len(_NORMS_OF[base]) > 1 else []
+    allowed = [NORMS[norm] for norm in _FAMILIES[base].norms] if len(_FAMILIES[base].norms) > 1 else []
     if base.startswith("convnet"):
         if re.fullmatch(r"w[1-9][0-9]{0,4}", suffix):
             return "width", int(suffix[1:])
         allowed = ["_w<width>", DOUBLING, *ACTIVATIONS.values(), *allowed, *POOLINGS.values()]
     if f"_{suffix}" not in allowed:
         rule = f"must be one of {', '.join(allowed)}" if allowed else "is not taken by this arch"
-        whole = {*_NORMS_OF, *(f"{base}{candidate}" for candidate in allowed)} - {base}
+        whole = {*_FAMILIES, *(f"{base}{candidate}" for candidate in allowed)} - {base}
         hint = did_you_mean(f"{base}_{suffix}", whole)
         raise InputError(f"suffix of {base} {rule}, got '_{suffix}' in {arch!r}{hint}")
     return _SUFFIX_FIELDS[suffix]
@@ -150,8 +170,8 @@ def with_norm(arch: str, norm: str) -> str:
         InputError: an unknown name, or a norm this architecture cannot be built with.
     """
     parsed = parse_arch(arch)
-    if norm not in _NORMS_OF[parsed.base]:
-        raise unknown(f"norm of {parsed.base}", norm, _NORMS_OF[parsed.base])
+    if norm not in _FAMILIES[parsed.base].norms:
+        raise unknown(f"norm of {parsed.base}", norm, _FAMILIES[parsed.base].norms)
     return parse_arch(replace(parsed, norm=norm).name).name
 
 

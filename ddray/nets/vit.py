@@ -76,3 +76,6 @@ class VisionTransformer(nn.Module):
         final = self.norm(sequence[:, :num_tokens])
         each = [head(final[:, index]) for index, head in enumerate(self.heads)]
         return Features(torch.stack(each).mean(0), final.mean(1), tuple(maps))
+
+
+build = VisionTransformer

@@ -23,7 +23,7 @@ from ddray.ranking.options import NasOptions
 from ddray.runs.ledger import Unit
 from ddray.seeding import derive_seed
 from ddray.tables.checks import check_evaluation, check_names, check_row
-from ddray.tables.spec import BenchSpec, EvaluateSpec, Limits, MethodSpec, Source
+from ddray.tables.spec import BenchSpec, EvaluateSpec, Limits, MethodSpec, PublishedSource
 from ddray.tables.units import BenchUnit, Cell, Graph, SweepSpec
 from ddray.training.recipe import RECIPES, TeacherRecipe
 
@@ -265,9 +265,9 @@ def _proxy_cell(
     )
 
 
-def _source(*sources: Source) -> Source:
+def _source(*sources: PublishedSource) -> PublishedSource:
     """Merge sources field by field; the last one that sets a field wins."""
-    return Source.parse(
+    return PublishedSource.parse(
         merge(*({k: v for k, v in source.dump().items() if v is not None} for source in sources))
     )
 

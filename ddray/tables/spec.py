@@ -59,7 +59,7 @@ Datasets = Annotated[Names, AfterValidator(_absolute)]
 Sizes = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_listed)]
 
 
-class Source(Config):
+class PublishedSource(Config):
     """Where to find a row's or table's published numbers in published.csv; None means any."""
 
     paper: str | None = None
@@ -86,7 +86,7 @@ class MethodSpec(Config):
     ipc: Sizes = ()
     """Sizes of this row, instead of the table's."""
     budget: Sizes = ()
-    published: Source = Source()
+    published: PublishedSource = PublishedSource()
 
     @model_validator(mode="before")
     @classmethod
@@ -143,7 +143,7 @@ class EvaluateSpec(Config):
     options: dict[str, Any] = Field(default_factory=dict)
     """Further options of the protocol, as in `ddray evaluate` (`train_limit: 500`); for `nas`, as in
     `ddray nas` (`space: convnet720`, `baselines: [early-stopping]`)."""
-    published: Source = Source()
+    published: PublishedSource = PublishedSource()
 
     @field_validator("options")
     @classmethod
@@ -194,7 +194,7 @@ class BenchSpec(Config):
     limits: Limits = Limits()
     replaced: bool = False
     """Whether a scale has replaced the table's datasets; rows that name others then run on all of them."""
-    published: Source = Source()
+    published: PublishedSource = PublishedSource()
 
     @model_validator(mode="after")
     def _checked(self) -> Self:

@@ -14,7 +14,7 @@ from ddray.runs.ledger import Row
 from ddray.system.files import write_text
 from ddray.tables.columns import csv_row
 from ddray.tables.published import compare, find
-from ddray.tables.spec import Source
+from ddray.tables.spec import PublishedSource
 from ddray.tables.units import Cell
 
 _REPORTED: Final = ("arch", "accuracy_mean", "accuracy_std", "per_seed", "num_images", "wall_s")
@@ -69,7 +69,7 @@ def planned_cells(path: Path, row_of: Callable[[str], Row | None]) -> list[dict[
         fixed = {
             "size": tuple(planned["size"]),
             "keys": tuple(planned["keys"]),
-            "source": Source(**planned["source"]),
+            "source": PublishedSource(**planned["source"]),
         }
         cells += [{**cell, "sets": sets} for cell in cells_of([Cell(**{**planned, **fixed})], row_of)]
     return cells

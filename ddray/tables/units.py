@@ -9,7 +9,7 @@ from typing import Any
 from ddray.jobs.plan import Plan
 from ddray.pool.spec import PoolSpec
 from ddray.runs.ledger import Kind, Unit
-from ddray.tables.spec import EvaluateSpec, Source
+from ddray.tables.spec import EvaluateSpec, PublishedSource
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Cell:
     augment: str | None
     settings: str | None
     keys: tuple[str, ...]
-    source: Source
+    source: PublishedSource
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from ddray.tables.run import (
     prepare,
     run_bench,
 )
-from ddray.tables.spec import BenchSpec, Source
+from ddray.tables.spec import BenchSpec, PublishedSource
 from ddray.tables.units import Cell
 
 LOCAL = BenchOptions(executor="local")
@@ -68,6 +68,6 @@ def table_cell(**changes: Any) -> Cell:
         "augment": None,
         "settings": None,
         "keys": (),
-        "source": Source(),
+        "source": PublishedSource(),
     }
     return Cell(**{**values, **changes})

@@ -23,7 +23,7 @@ from ddray.tables.dry_run import _facts, dry_run
 from ddray.tables.graph import build_graph
 from ddray.tables.nas_table import _baseline, cell_of, nas_options
 from ddray.tables.result import BenchResult
-from ddray.tables.spec import Source, read_spec
+from ddray.tables.spec import PublishedSource, read_spec
 from tests.tables.benches import LOCAL, run, spec, table_cell
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -228,7 +228,7 @@ def test_published_correlations_stand_beside_ours() -> None:
         size=("ipc", 50),
         protocol="nas",
         arch="convnet720",
-        source=Source(paper="datadam", table="Table 4"),
+        source=PublishedSource(paper="datadam", table="Table 4"),
     )
     figures = [
         {

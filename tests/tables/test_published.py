@@ -12,7 +12,7 @@ import pytest
 
 from ddray.evaluation.published import read_numbers
 from ddray.tables.published import compare, find
-from ddray.tables.spec import Source, read_spec
+from ddray.tables.spec import PublishedSource, read_spec
 from ddray.tables.table import standard_error
 from tests.tables.benches import table_cell
 
@@ -36,14 +36,14 @@ def test_cells_find_their_numbers() -> None:
     assert value(size=("ipc", 2)) is None
     assert value(dataset="digits", target="digits") is None
     assert value(name="dm", arch="densenet_cifar", size=("ipc", 50)) == 57.4
-    source = Source(paper="dsdm", table="Table 1")
+    source = PublishedSource(paper="dsdm", table="Table 1")
     assert value(name="dm", size=("ipc", 10), source=source) == 48.9
     assert value(source=source) is None, "DataDAM is not in that table"
 
 
 def test_boost_counts_images_and_supervised_sets_count_as_their_images() -> None:
     fields = {"dataset": "cifar100", "target": "cifar10", "num_classes": 100, "protocol": "linear"}
-    source = Source(paper="boost_ssdd", table="Table 1")
+    source = PublishedSource(paper="boost_ssdd", table="Table 1")
     assert value(name="boost_ssdd", size=("budget", 100), source=source, **fields) == 76.83
     assert value(name="dm", size=("ipc", 1), source=source, arch="vgg11", **fields) == 28.37
     assert value(name="kmeans_ssl", size=("budget", 100), arch="mobilenet_v2", **fields) == 33.53
@@ -57,13 +57,13 @@ def test_settings_and_teachers_tell_ablations_and_students_apart() -> None:
         "num_classes": 1000,
         "size": ("ipc", 10),
     }
-    table = Source(paper="d3hr", table="Table 2")
+    table = PublishedSource(paper="d3hr", table="Table 2")
     soft = {"protocol": "soft", "source": table}
     assert value(**fields, **soft, teacher="vgg11", arch="mobilenet_v2") == 37.8
     assert value(**fields, **soft, teacher="mobilenet_v2", arch="vgg11") == 24.8
-    source = Source(paper="d3hr", table="Table 3", setting="L_mu only")
+    source = PublishedSource(paper="d3hr", table="Table 3", setting="L_mu only")
     assert value(**fields, protocol="soft", arch="resnet18", source=source) == 42.6
-    stated = Source(paper="d3hr", table="Table A10", setting="m=1e5; arch not stated")
+    stated = PublishedSource(paper="d3hr", table="Table A10", setting="m=1e5; arch not stated")
     assert value(name="d3hr", size=("ipc", 10), arch="resnet18", protocol="soft", source=stated) == 40.4
 
 
@@ -97,7 +97,7 @@ def test_without_a_table_only_numbers_of_the_same_protocol_are_taken() -> None:
 
 
 def test_a_convnet_without_a_width_is_the_papers_plain_one() -> None:
-    source = Source(paper="d3hr", table="Table A6")
+    source = PublishedSource(paper="d3hr", table="Table A6")
     fields: dict[str, Any] = {"name": "d3hr", "source": source}
     assert value(size=("ipc", 10), **fields) == 57.3
     assert value(size=("ipc", 50), **fields) == 69.3
