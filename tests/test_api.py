@@ -191,6 +191,7 @@ class TestRuns:
             ddray.bench({**table, "methods": ["kcentr"]}, executor="local")
 
     @pytest.mark.ray
+    @pytest.mark.usefixtures("ray_here")
     def test_tune_takes_a_space_and_gives_a_row_per_trial(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -288,8 +288,7 @@ def _evaluate_unit(
     recipe = evaluation_spec.recipe or evaluation_spec.options.get("recipe")
     networks = min(evaluation_spec.seeds or method_defaults.seeds, spec.limits.networks or 2**31)
     recipe_epochs = RECIPES.get(recipe or "", {}).get("epochs")
-    config_type = get_protocol(evaluation_spec.protocol).config_type
-    is_fixed = recipe is not None or config_type is not EvaluateConfig
+    is_fixed = recipe is not None or get_protocol(evaluation_spec.protocol).config_type is not EvaluateConfig
     epochs = _within(spec.limits.epochs, evaluation_spec.epochs, recipe_epochs, is_fixed=is_fixed)
     options: dict[str, Any] = {
         **evaluation_spec.options,
@@ -319,22 +318,18 @@ def _evaluate_unit(
         "split": "test",
         "options": {k: v for k, v in options.items() if k not in ("archs", "dataset")},
     }
+    where = f" on {target.name}" if name != unit.dataset else ""
+    told = (
+        teacher and f"teacher {teacher}",
+        evaluation_spec.augment and f"augment {evaluation_spec.augment}",
+        _settings(evaluation_spec, options),
+    )
     images = plan.budget or plan.dataset.num_classes * plan.ipc
     one = multiply_adds(arch, plan.dataset.image_shape)
     return replace(
         unit,
         identity=Unit(kind="evaluate", spec=described, inputs=(unit.key,)),
-        title=", ".join(
-            part
-            for part in (
-                unit.title,
-                f"{evaluation_spec.protocol} {arch}" + (f" on {target.name}" if name != unit.dataset else ""),
-                teacher and f"teacher {teacher}",
-                evaluation_spec.augment and f"augment {evaluation_spec.augment}",
-                _settings(evaluation_spec, options),
-            )
-            if part
-        ),
+        title=", ".join(filter(None, (unit.title, f"{evaluation_spec.protocol} {arch}{where}", *told))),
         options=options,
         amount=float(networks * (epochs or recipe_epochs or method_defaults.epochs) * images * one),
     )

@@ -77,6 +77,9 @@ def check(command: str) -> None:
             f"`ddray {words[0]}` is there now: say so in the README"
         )
         return
+    if words[0].startswith("--"):  # an option of ddray itself
+        assert words[0] in {name for option in typer_command.params for name in option.opts}
+        return
     while hasattr(typer_command, "commands"):
         assert words, f"{command}: a group without a command"
         assert words[0] in typer_command.commands, f"{command}: no command {words[0]!r}"

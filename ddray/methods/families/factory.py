@@ -46,6 +46,28 @@ class Selected:
         """Do nothing."""
 
 
+class _Run:
+    """What every method does with the engine that its `setup` starts."""
+
+    _engine: Engine
+
+    def step(self) -> dict[str, Tensor]:
+        """Take one step."""
+        return self._engine.step()
+
+    def snapshot(self) -> DistilledSet:
+        """Return the current set."""
+        return self._engine.snapshot()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the engine's state."""
+        return self._engine.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state."""
+        self._engine.load_state_dict(state)
+
+
 def make_method(
     config_class: type[Config],
     preset_of: Preset,
@@ -66,7 +88,7 @@ def make_method(
         has_steps: False for a selection: its number of steps is always 0.
     """
 
-    class Method:
+    class Method(_Run):
         config_type: ClassVar[type[Config]] = config_class
 
         def __init__(self, config: Any, num_steps: int) -> None:
@@ -85,22 +107,6 @@ def make_method(
         def setup(self, ctx: DistillContext) -> None:
             """Start the engine."""
             self._engine = start(ctx, self._config)
-
-        def step(self) -> dict[str, Tensor]:
-            """Take one step."""
-            return self._engine.step()
-
-        def snapshot(self) -> DistilledSet:
-            """Return the current set."""
-            return self._engine.snapshot()
-
-        def state_dict(self) -> dict[str, Any]:
-            """Return the engine's state."""
-            return self._engine.state_dict()
-
-        def load_state_dict(self, state: dict[str, Any]) -> None:
-            """Continue from a state."""
-            self._engine.load_state_dict(state)
 
     if num_distilled_of is None:
         return Method
