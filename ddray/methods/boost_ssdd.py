@@ -24,7 +24,8 @@ small networks Q_a replace in the end.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Final, Literal
+from functools import partial
+from typing import Any, Final, Literal
 
 import torch
 from pydantic import Field
@@ -33,10 +34,10 @@ from torch import Tensor
 from ddray.artifact import bases
 from ddray.artifact.bases import Approximation, Augmentation, Bases
 from ddray.artifact.distilled_set import DistilledSet
-from ddray.config import Config
 from ddray.data import normalized_space
 from ddray.distillation.method import DistillContext, Target
 from ddray.errors import InputError
+from ddray.methods.families.factory import make_method
 from ddray.methods.families.ssl.bases_fit import (
     BudgetSplit,
     default_image_bases,
@@ -95,123 +96,99 @@ class BoostSsddConfig(KrrConfig):
     """h, width of the approximation networks."""
 
 
-class BoostSsdd:
-    """Bilevel distillation of bases and coefficients."""
+def preset(name: str, target: Target) -> dict[str, Any]:
+    """Return the paper's settings (the authors published no code: `repo` is the same)."""
+    side = min(target.image_shape[1:])
+    small = side <= 32
+    method: dict[str, Any] = {"scale": 2 if small else max(2, side // 16), "hidden": 4 if small else 16}
+    row = _TABLE5.get(target.dataset, {}).get(target.budget or 0)
+    if row is not None:
+        method["num_image_bases"], method["num_target_bases"] = row
+    method["inner_batch"] = _INNER_BATCH * 32 // max(side, 32)
+    return {
+        "steps": 30_000 if small else 20_000,
+        "checkpoint_every": 1000,
+        "arch": arch_for(target.image_shape),
+        "evaluate": evaluate_for(target),
+        "method": method,
+    }
 
-    config_type: ClassVar[type[Config]] = BoostSsddConfig
-    uses_budget: ClassVar[Literal[True]] = True
 
-    def __init__(self, config: BoostSsddConfig, num_steps: int) -> None:
-        self._config = config
-        self.num_steps = num_steps
+def num_distilled(
+    config: BoostSsddConfig, budget: int, image_shape: tuple[int, int, int], num_real: int
+) -> int:
+    """Return m, how many images the budget holds, without their views."""
+    return plan_layout(config, budget, image_shape, num_real).num_images
 
-    @staticmethod
-    def preset(name: str, target: Target) -> dict[str, Any]:
-        """Return the paper's settings (the authors published no code: `repo` is the same)."""
-        side = min(target.image_shape[1:])
-        small = side <= 32
-        method: dict[str, Any] = {"scale": 2 if small else max(2, side // 16), "hidden": 4 if small else 16}
-        row = _TABLE5.get(target.dataset, {}).get(target.budget or 0)
-        if row is not None:
-            method["num_image_bases"], method["num_target_bases"] = row
-        method["inner_batch"] = _INNER_BATCH * 32 // max(side, 32)
-        return {
-            "steps": 30_000 if small else 20_000,
-            "checkpoint_every": 1000,
-            "arch": arch_for(target.image_shape),
-            "evaluate": evaluate_for(target),
-            "method": method,
-        }
 
-    @staticmethod
-    def num_distilled(
-        config: BoostSsddConfig, budget: int, image_shape: tuple[int, int, int], num_real: int
-    ) -> int:
-        """Return m, how many images the budget holds, without their views."""
-        return plan_layout(config, budget, image_shape, num_real).num_images
+def planned(ctx: DistillContext, config: BoostSsddConfig) -> tuple[BudgetSplit, Extent]:
+    """Return how the budget is spent, and what is learned: the views' targets have no networks yet."""
+    plan = plan_layout(config, given_budget(ctx), ctx.dataset.image_shape, len(ctx.split))
+    num_views = bases.NUM_VIEWS[config.augmentation]
+    view_floats = num_views * plan.num_images * plan.num_target_bases
+    return plan, Extent(plan.num_images, num_views, plan.storage_floats + view_floats)
 
-    def _planned(self, ctx: DistillContext) -> tuple[BudgetSplit, Extent]:
-        """Return how the budget is spent, and what is learned: the views' targets have no networks yet."""
-        shape, config = ctx.dataset.image_shape, self._config
-        plan = plan_layout(config, given_budget(ctx), shape, len(ctx.split))
-        num_views = bases.NUM_VIEWS[config.augmentation]
-        view_floats = num_views * plan.num_images * plan.num_target_bases
-        return plan, Extent(plan.num_images, num_views, plan.storage_floats + view_floats)
 
-    def pool_specs(self, ctx: DistillContext) -> list[PoolSpec]:
-        """Return the teacher."""
-        return declared_teacher(ctx, self._config, self._planned(ctx)[1])
+def pool_specs(ctx: DistillContext, config: BoostSsddConfig) -> list[PoolSpec]:
+    """Return the teacher."""
+    return declared_teacher(ctx, config, planned(ctx, config)[1])
 
-    def setup(self, ctx: DistillContext) -> None:
-        """Make the initial bases and coefficients, and the loop (Algorithm 1, lines 1-6).
 
-        Raises:
-            InputError: the set is too large for the device's memory.
-        """
-        self._ctx, config = ctx, self._config
-        plan, extent = self._planned(ctx)
-        check_memory(ctx, config, extent)
-        entry = teacher_of(ctx, config.teacher)
-        self.representations = entry.tensors["features"]
-        learned = Bases(scale=config.scale, augmentation=config.augmentation, approximation="ideal")
+def start(ctx: DistillContext, config: BoostSsddConfig) -> BilevelLoop:
+    """Make the initial bases and coefficients, and the loop (Algorithm 1, lines 1-6).
 
-        def synthesise(parameters: Mapping[str, Tensor], rows: Rows) -> tuple[Tensor, Tensor]:
-            return bases.expand(bases.of_images(parameters, rows), learned)
+    Raises:
+        InputError: the set is too large for the device's memory.
+    """
+    plan, extent = planned(ctx, config)
+    check_memory(ctx, config, extent)
+    entry = teacher_of(ctx, config.teacher)
+    learned = Bases(scale=config.scale, augmentation=config.augmentation, approximation="ideal")
 
-        index = torch.randperm(len(ctx.split), generator=ctx.generator("init"))[: plan.num_images]
-        start = _start(ctx, config, plan, self.representations, index)
-        if learned.num_views:
-            start["view_coefficients"] = _start_view_coefficients(
-                ctx, config, start, teacher_net(entry).to(ctx.device)
-            )
-        self.loop = BilevelLoop(ctx, config, start, synthesise, extent, self.num_steps)
+    def synthesise(parameters: Mapping[str, Tensor], rows: Rows) -> tuple[Tensor, Tensor]:
+        return bases.expand(bases.of_images(parameters, rows), learned)
 
-    def step(self) -> dict[str, Tensor]:
-        """Take one outer step."""
-        return self.loop.step()
+    index = torch.randperm(len(ctx.split), generator=ctx.generator("init"))[: plan.num_images]
+    parameters = _start(ctx, config, plan, entry.tensors["features"], index)
+    if learned.num_views:
+        teacher = teacher_net(entry).to(ctx.device)
+        parameters["view_coefficients"] = _start_view_coefficients(ctx, config, parameters, teacher)
+    return BilevelLoop(ctx, config, parameters, synthesise, extent, partial(_based_set, ctx, config))
 
-    def snapshot(self) -> DistilledSet:
-        """Fit the approximation networks and return the current set (Algorithm 1, lines 21-23)."""
-        config = self._config
-        tensors = {name: tensor.detach().clone() for name, tensor in self.loop.parameters.items()}
-        view_coefficients = tensors.pop("view_coefficients", None)
-        mse = None
-        if view_coefficients is not None:
-            target_coefficients = tensors["target_coefficients" if config.parameterize else "targets"]
-            shift_tensors, mse = self._approximate(target_coefficients, view_coefficients)
-            tensors |= shift_tensors
-        bases_meta = Bases(
-            scale=config.scale,
-            augmentation=config.augmentation,
-            approximation=config.approximation,
-            approximation_mse=mse,
+
+def _based_set(ctx: DistillContext, config: BoostSsddConfig, learned: Mapping[str, Tensor]) -> DistilledSet:
+    """Fit the approximation networks and return the current set (Algorithm 1, lines 21-23)."""
+    tensors = {name: tensor.detach().clone() for name, tensor in learned.items()}
+    view_coefficients = tensors.pop("view_coefficients", None)
+    mse = None
+    if view_coefficients is not None:
+        target_coefficients = tensors["target_coefficients" if config.parameterize else "targets"]
+        shift_tensors, mse = _approximate(
+            config, target_coefficients, view_coefficients, ctx.generator("approximation")
         )
-        return self._ctx.make_based_set(tensors, bases_meta)
+        tensors |= shift_tensors
+    bases_meta = Bases(
+        scale=config.scale,
+        augmentation=config.augmentation,
+        approximation=config.approximation,
+        approximation_mse=mse,
+    )
+    return ctx.make_based_set(tensors, bases_meta)
 
-    def _approximate(
-        self, coefficients: Tensor, view_coefficients: Tensor
-    ) -> tuple[dict[str, Tensor], float]:
-        """Return tensors that map images' coefficients [m, V] to their views' [A, m, V], and the error."""
-        config = self._config
-        shift = view_coefficients - coefficients
-        if config.approximation == "ideal":
-            return {"view_coefficients": view_coefficients}, 0.0
-        if config.approximation == "same":
-            return {}, float(shift.square().mean())
-        if config.approximation == "bias":
-            bias = shift.mean(1)
-            return {"shift_bias": bias}, float((shift - bias[:, None]).square().mean())
-        return fit_shifts(
-            coefficients, view_coefficients, config.hidden, self._ctx.generator("approximation")
-        )
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return bases, coefficients, optimiser, inner networks and step."""
-        return self.loop.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state."""
-        self.loop.load_state_dict(state)
+def _approximate(
+    config: BoostSsddConfig, coefficients: Tensor, view_coefficients: Tensor, generator: torch.Generator
+) -> tuple[dict[str, Tensor], float]:
+    """Return tensors that map images' coefficients [m, V] to their views' [A, m, V], and the error."""
+    shift = view_coefficients - coefficients
+    if config.approximation == "ideal":
+        return {"view_coefficients": view_coefficients}, 0.0
+    if config.approximation == "same":
+        return {}, float(shift.square().mean())
+    if config.approximation == "bias":
+        bias = shift.mean(1)
+        return {"shift_bias": bias}, float((shift - bias[:, None]).square().mean())
+    return fit_shifts(coefficients, view_coefficients, config.hidden, generator)
 
 
 def plan_layout(
@@ -309,4 +286,6 @@ def _start_view_coefficients(
     return view_coefficients
 
 
-METHOD: Final = BoostSsdd
+METHOD: Final = make_method(
+    BoostSsddConfig, preset, start, specs_of=pool_specs, num_distilled_of=num_distilled
+)

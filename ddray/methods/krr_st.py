@@ -19,14 +19,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from ddray.artifact.distilled_set import DistilledSet
-from ddray.config import Config
 from ddray.distillation.method import DistillContext, Target
+from ddray.methods.families.factory import make_method
 from ddray.methods.families.ssl.budget import (
     arch_for,
     evaluate_for,
@@ -53,76 +53,56 @@ def synthesise(parameters: Mapping[str, Tensor], rows: Rows) -> tuple[Tensor, Te
     return parameters["images"][rows], parameters["targets"][rows]
 
 
-class KrrSt:
-    """Learned images with learned targets."""
-
-    config_type: ClassVar[type[Config]] = KrrStConfig
-    uses_budget: ClassVar[Literal[True]] = True
-
-    def __init__(self, config: KrrStConfig, num_steps: int) -> None:
-        self._config = config
-        self.num_steps = num_steps
-
-    @staticmethod
-    def preset(name: str, target: Target) -> dict[str, Any]:
-        """Return the settings of `paper` or `repo` (authors' code) for a target."""
-        small = min(target.image_shape[1:]) <= 32
-        method: dict[str, Any] = {"lr_outer": 1e-4 if small else 1e-5, "augment_real": "crop_flip"}
-        if name == "repo":
-            method |= {"pool_reset": "krrst_code", "init_raw": True, "teacher": {"stem_padding": 2}}
-        return {
-            "steps": 160_000,
-            "checkpoint_every": 1000,
-            "arch": arch_for(target.image_shape),
-            "evaluate": evaluate_for(target),
-            "method": method,
-        }
-
-    @staticmethod
-    def num_distilled(config: Any, budget: int, image_shape: tuple[int, int, int], num_real: int) -> int:
-        """Return how many images the budget holds with their targets."""
-        return num_pairs(config, budget, image_shape)
-
-    def _extent(self, ctx: DistillContext) -> Extent:
-        """Return m, and the floats of images and targets."""
-        shape = ctx.dataset.image_shape
-        m = num_pairs(self._config, given_budget(ctx), shape)
-        return Extent(m, 0, m * (math.prod(shape) + feature_dim(self._config.teacher.arch, shape)))
-
-    def pool_specs(self, ctx: DistillContext) -> list[PoolSpec]:
-        """Return the teacher."""
-        return declared_teacher(ctx, self._config, self._extent(ctx))
-
-    def setup(self, ctx: DistillContext) -> None:
-        """Start from random real images and the teacher's representations of them.
-
-        Raises:
-            InputError: the set is too large for the device's memory.
-        """
-        self._ctx, extent = ctx, self._extent(ctx)
-        check_memory(ctx, self._config, extent)
-        self.representations = teacher_of(ctx, self._config.teacher).tensors["features"]
-        index = torch.randperm(len(ctx.split), generator=ctx.generator("init"))[: extent.num_images]
-        real_images = ctx.split.images[index]
-        images = real_images.float() / 255 if self._config.init_raw else ctx.space.encode(real_images)
-        start = {"images": images, "targets": self.representations[index]}
-        self.loop = BilevelLoop(ctx, self._config, start, synthesise, extent, self.num_steps)
-
-    def step(self) -> dict[str, Tensor]:
-        """Take one outer step."""
-        return self.loop.step()
-
-    def snapshot(self) -> DistilledSet:
-        """Return the current pairs as a set."""
-        return self._ctx.make_ssl_set(self.loop.parameters["images"], self.loop.parameters["targets"])
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return pairs, optimiser, inner networks and step."""
-        return self.loop.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state."""
-        self.loop.load_state_dict(state)
+def preset(name: str, target: Target) -> dict[str, Any]:
+    """Return the settings of `paper` or `repo` (authors' code) for a target."""
+    small = min(target.image_shape[1:]) <= 32
+    method: dict[str, Any] = {"lr_outer": 1e-4 if small else 1e-5, "augment_real": "crop_flip"}
+    if name == "repo":
+        method |= {"pool_reset": "krrst_code", "init_raw": True, "teacher": {"stem_padding": 2}}
+    return {
+        "steps": 160_000,
+        "checkpoint_every": 1000,
+        "arch": arch_for(target.image_shape),
+        "evaluate": evaluate_for(target),
+        "method": method,
+    }
 
 
-METHOD: Final = KrrSt
+def num_distilled(config: Any, budget: int, image_shape: tuple[int, int, int], num_real: int) -> int:
+    """Return how many images the budget holds with their targets."""
+    return num_pairs(config, budget, image_shape)
+
+
+def extent_of(ctx: DistillContext, config: KrrStConfig) -> Extent:
+    """Return m, and the floats of images and targets."""
+    shape = ctx.dataset.image_shape
+    m = num_pairs(config, given_budget(ctx), shape)
+    return Extent(m, 0, m * (math.prod(shape) + feature_dim(config.teacher.arch, shape)))
+
+
+def pool_specs(ctx: DistillContext, config: KrrStConfig) -> list[PoolSpec]:
+    """Return the teacher."""
+    return declared_teacher(ctx, config, extent_of(ctx, config))
+
+
+def start(ctx: DistillContext, config: KrrStConfig) -> BilevelLoop:
+    """Start from random real images and the teacher's representations of them.
+
+    Raises:
+        InputError: the set is too large for the device's memory.
+    """
+    extent = extent_of(ctx, config)
+    check_memory(ctx, config, extent)
+    representations = teacher_of(ctx, config.teacher).tensors["features"]
+    index = torch.randperm(len(ctx.split), generator=ctx.generator("init"))[: extent.num_images]
+    real_images = ctx.split.images[index]
+    images = real_images.float() / 255 if config.init_raw else ctx.space.encode(real_images)
+    parameters = {"images": images, "targets": representations[index]}
+
+    def make_set(learned: Mapping[str, Tensor]) -> DistilledSet:
+        return ctx.make_ssl_set(learned["images"], learned["targets"])
+
+    return BilevelLoop(ctx, config, parameters, synthesise, extent, make_set)
+
+
+METHOD: Final = make_method(KrrStConfig, preset, start, specs_of=pool_specs, num_distilled_of=num_distilled)

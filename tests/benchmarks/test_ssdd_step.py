@@ -103,7 +103,7 @@ def plain_step(loop: Any, ctx: DistillContext, cached: Tensor | None = None) -> 
 def test_outer_step_against_a_plain_one(figures: dict[str, Any]) -> None:
     """Bar: >= 2 times as fast on a CPU (m = 114, 4 views, 1,024 real images)."""
     distiller, ctx = ready()
-    loop = distiller.loop
+    loop = distiller._engine
     assert loop.parameters["image_coefficients"].shape == (114, 200)
     # Every outer step trains an inner network for one step, as most outer steps of a run do.
     loop.inner.fill(loop._draw())

@@ -20,7 +20,7 @@ from ddray.drawing.set_pictures import save_pictures
 from ddray.errors import InputError
 from ddray.jobs.context import check_size
 from ddray.jobs.plan import resolve
-from ddray.methods.boost_ssdd import BoostSsdd, BoostSsddConfig, plan_layout
+from ddray.methods.boost_ssdd import BoostSsddConfig, plan_layout, planned, preset
 from ddray.methods.families.ssl import memory as _krr_memory
 from ddray.methods.families.ssl.bases_fit import fit_shifts, principal_components, shrink
 from ddray.methods.families.ssl.memory import images_at_once, needed_bytes
@@ -45,8 +45,8 @@ def started(toy: Any, planned: Any) -> Any:
 
 
 def config_of(dataset: str, budget: int, shape: tuple[int, int, int], **settings: Any) -> BoostSsddConfig:
-    preset = BoostSsdd.preset("paper", Target(dataset, shape, 100, 1, budget))
-    return BoostSsddConfig.parse({**preset["method"], **settings})
+    method_settings = preset("paper", Target(dataset, shape, 100, 1, budget))["method"]
+    return BoostSsddConfig.parse({**method_settings, **settings})
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_principal_components_are_those_of_an_uncentred_svd() -> None:
 
 def test_the_start_is_a_projection_onto_principal_components(started: Any) -> None:
     ctx, distiller = started(num_image_bases=7, num_target_bases=5)
-    parameters = {name: value.detach() for name, value in distiller.loop.parameters.items()}
+    parameters = {name: value.detach() for name, value in distiller._engine.parameters.items()}
     assert parameters["image_bases"].shape == (7, 3, 8, 8)
     assert parameters["target_bases"].shape == (5, 128)
 
@@ -173,7 +173,7 @@ def test_the_start_is_a_projection_onto_principal_components(started: Any) -> No
 @pytest.mark.parametrize("init", ["real", "random"])
 def test_other_starts_are_real_images_or_noise(init: str, started: Any) -> None:
     ctx, distiller = started(init=init)
-    parameters = distiller.loop.parameters
+    parameters = distiller._engine.parameters
     real = shrink(ctx.space.encode(ctx.split.images), 2)
     nearest = torch.cdist(parameters["image_bases"].detach().flatten(1), real).amin(1)
     assert bool((nearest < 1e-4).all()) == (init == "real")
@@ -204,7 +204,7 @@ def naive_loss(parameters: dict[str, Tensor], real: Tensor, representations: Ten
 def test_an_outer_step_is_adamw_on_the_gradient_of_equation_3(started: Any) -> None:
     """One network with fixed weights; batch_real covers the split, so only the batch's order is random."""
     ctx, distiller = started(batch_real=24, pool_size=1, inner_steps_max=1, lr_outer=1e-3, steps=10)
-    loop = distiller.loop
+    loop = distiller._engine
     loop.inner.fill(loop._draw())
     net = build_net(ctx.arch, (3, 16, 16), 128, seed=0)
     net.load_state_dict(loop.inner.net(0).state_dict())
@@ -231,14 +231,14 @@ def test_a_graph_in_parts_gives_the_same_step(started: Any, monkeypatch: pytest.
     _, whole = started(pool_size=1, ridge=1e-2)
     expected = whole.step()["loss"]
     _, parts = started(pool_size=1, ridge=1e-2)
-    monkeypatch.setattr(_krr_memory, "_GRAPH_BYTES", 8 * parts.loop._costs.graph)
-    num = parts.loop._extent.num_images
-    assert images_at_once(parts.loop._costs, parts.loop._extent) == 2 < num
+    monkeypatch.setattr(_krr_memory, "_GRAPH_BYTES", 8 * parts._engine._costs.graph)
+    num = parts._engine._extent.num_images
+    assert images_at_once(parts._engine._costs, parts._engine._extent) == 2 < num
     actual = parts.step()["loss"]
     assert float(actual) == pytest.approx(float(expected), rel=1e-5)
-    for name, parameter in parts.loop.parameters.items():
-        a = parts.loop._optimizer.state[parameter]["exp_avg"]
-        b = whole.loop._optimizer.state[whole.loop.parameters[name]]["exp_avg"]
+    for name, parameter in parts._engine.parameters.items():
+        a = parts._engine._optimizer.state[parameter]["exp_avg"]
+        b = whole._engine._optimizer.state[whole._engine.parameters[name]]["exp_avg"]
         assert float((a - b).norm() / b.norm()) < 1e-3, name
 
 
@@ -266,7 +266,7 @@ def test_the_set_that_is_stored_is_the_set_that_is_trained_on(started: Any) -> N
     distilled.validate()
     decoded = distilled.decode()
 
-    images, targets = distiller.loop._current()
+    images, targets = distiller._engine._current()
     torch.testing.assert_close(decoded.images, images, rtol=1e-5, atol=1e-5)
     m = len(distilled.images)
     torch.testing.assert_close(decoded.targets[:m], targets[:m], rtol=1e-5, atol=1e-5)
@@ -367,20 +367,20 @@ def test_every_row_of_the_tables_fits_a_gpu_of_24_gib(
 ) -> None:
     """Under the preset; full batches would not fit."""
     shape = (3, side, side)
-    preset = BoostSsdd.preset("paper", Target(dataset, shape, 100, 1, budget))
+    run = preset("paper", Target(dataset, shape, 100, 1, budget))
     blank = torch.zeros(1, dtype=torch.uint8).expand(num_real, *shape)
     stand_in = SimpleNamespace(
         dataset=SimpleNamespace(image_shape=shape),
         split=Split(blank, torch.zeros(num_real, dtype=torch.int64)),
-        arch=preset["arch"],
+        arch=run["arch"],
         device=torch.device("cpu"),
         budget=budget,
         method="boost_ssdd",
     )
 
     def gib(**method_settings: Any) -> float:
-        config = BoostSsddConfig.parse({**preset["method"], **method_settings})
-        _, extent = BoostSsdd(config, 1)._planned(stand_in)  # type: ignore[arg-type]
+        config = BoostSsddConfig.parse({**run["method"], **method_settings})
+        _, extent = planned(stand_in, config)  # type: ignore[arg-type]
         return needed_bytes(stand_in, config, extent, 512) / 2**30  # type: ignore[arg-type]
 
     assert gib() < 24
@@ -389,9 +389,9 @@ def test_every_row_of_the_tables_fits_a_gpu_of_24_gib(
 
 def test_an_inner_batch_is_images_with_all_of_their_views(started: Any) -> None:
     ctx, distiller = started(inner_batch=9)
-    images, targets = distiller.loop._draw()(ctx.generator("rows"))
-    whole_images, whole_targets = distiller.loop._current()
-    m = distiller.loop._extent.num_images
+    images, targets = distiller._engine._draw()(ctx.generator("rows"))
+    whole_images, whole_targets = distiller._engine._current()
+    m = distiller._engine._extent.num_images
     rows = [int((whole_images - image).abs().amax((1, 2, 3)).argmin()) for image in images]
     assert len(rows) == 8 < len(whole_images)
     assert [index // m for index in rows] == [0, 0, 1, 1, 2, 2, 3, 3]
@@ -406,7 +406,7 @@ def test_decoding_equals_the_training_form(started: Any) -> None:
     distiller.step()
     decoded = distiller.snapshot().decode()
     learned = Bases(scale=2, augmentation="rotation", approximation="ideal")
-    parameters = {name: value.detach() for name, value in distiller.loop.parameters.items()}
+    parameters = {name: value.detach() for name, value in distiller._engine.parameters.items()}
     for actual, expected in zip((decoded.images, decoded.targets), expand(parameters, learned), strict=True):
         assert torch.equal(actual, expected)
 
@@ -414,7 +414,7 @@ def test_decoding_equals_the_training_form(started: Any) -> None:
 def test_the_networks_of_a_pool_differ(started: Any) -> None:
     ctx, distiller = started()
     assert derive_seed(ctx.seed, "distill", "inner", 0, 0) != derive_seed(ctx.seed, "distill", "inner", 1, 0)
-    first, second = (distiller.loop.inner.net(slot_index).state_dict() for slot_index in range(2))
+    first, second = (distiller._engine.inner.net(slot_index).state_dict() for slot_index in range(2))
     assert not torch.equal(first["body.convs.0.weight"], second["body.convs.0.weight"])
 
 

@@ -9,11 +9,10 @@ import torch
 
 from ddray.errors import DivergedError, InputError
 from ddray.methods.families.diffusion import fit as _diffusion_fit
-from ddray.methods.families.diffusion.folder import folder_fingerprint
+from ddray.methods.families.diffusion.folder import folder_fingerprint, resolve_ids
 from ddray.methods.families.diffusion.model import (
     DiffusionModel,
     Levels,
-    class_ids,
     open_pipeline,
     save_pipeline,
 )
@@ -27,6 +26,12 @@ from ddray.methods.families.diffusion.train import (
 from tests.methods.diffusion_models import TINY, tiny_recipe, trained_on, untrained
 
 CPU = torch.device("cpu")
+
+
+def ids_of(
+    model: DiffusionModel, class_names: tuple[str, ...], explicit_ids: tuple[int, ...] | None
+) -> tuple[int, ...]:
+    return resolve_ids(model.class_names, model.num_classes, class_names, explicit_ids)
 
 
 def levels(steps: int = 50, num: int = 31, guidance: float = 1.0) -> Levels:
@@ -245,20 +250,20 @@ def test_missing_weights_are_refused_and_never_left_at_random(part: str, tmp_pat
 def test_classes_are_matched_by_number_by_name_or_as_told() -> None:
     model = untrained(num_classes=4)
 
-    assert class_ids(model, ("a", "b", "c", "d"), None).tolist() == [0, 1, 2, 3]
-    assert class_ids(model, ("class 3", "class 1"), None).tolist() == [3, 1]
-    assert class_ids(model, ("a", "b"), (2, 0)).tolist() == [2, 0]
-    assert class_ids(model, ("class 2", "class 0", "class 1", "class 3"), None).tolist() == [2, 0, 1, 3]
-    assert class_ids(model, ("class 2", "class 0", "a", "b"), None).tolist() == [0, 1, 2, 3]
+    assert ids_of(model, ("a", "b", "c", "d"), None) == (0, 1, 2, 3)
+    assert ids_of(model, ("class 3", "class 1"), None) == (3, 1)
+    assert ids_of(model, ("a", "b"), (2, 0)) == (2, 0)
+    assert ids_of(model, ("class 2", "class 0", "class 1", "class 3"), None) == (2, 0, 1, 3)
+    assert ids_of(model, ("class 2", "class 0", "a", "b"), None) == (0, 1, 2, 3)
     model.class_names = ("crane, bird", "crane, machine", "a", "b")  # as in ImageNet
-    assert class_ids(model, ("a", "bird"), None).tolist() == [2, 0]
+    assert ids_of(model, ("a", "bird"), None) == (2, 0)
     with pytest.raises(InputError, match=r"give method\.class_ids"):
-        class_ids(model, ("a", "crane"), None)
+        ids_of(model, ("a", "crane"), None)
     model.class_names = tuple(f"class {i}" for i in range(4))
     with pytest.raises(InputError, match=r"has 4 classes and the dataset 2 others: give method.class_ids"):
-        class_ids(model, ("class 1", "b"), None)
+        ids_of(model, ("class 1", "b"), None)
     with pytest.raises(InputError, match=r"class_ids must be 2 labels in 0\.\.3"):
-        class_ids(model, ("a", "b"), (2, 4))
+        ids_of(model, ("a", "b"), (2, 4))
 
 
 def test_relabelled_classes_keep_what_they_are_known_by(tmp_path: Path) -> None:

@@ -18,9 +18,10 @@ from ddray.jobs.context import check_size, declared_specs, make_context
 from ddray.jobs.plan import resolve
 from ddray.methods import get_method
 from ddray.methods.families.ssl import memory as _krr_memory
-from ddray.methods.families.ssl.inner import DrawRows, InnerPool, InnerRecipe
+from ddray.methods.families.ssl.config import KrrConfig
+from ddray.methods.families.ssl.inner import DrawRows, InnerPool
 from ddray.methods.kmeans_ssl import nearest_to_centroids
-from ddray.methods.krr_st import KrrSt
+from ddray.methods.krr_st import preset
 from ddray.nets import build_net
 from ddray.pool.local import LocalPool
 from ddray.pool.spec import PoolEntry, PoolSpec
@@ -42,19 +43,11 @@ def started(toy: Any, planned: Any) -> Any:
     return make
 
 
-def recipe(**changes: Any) -> InnerRecipe:
-    values: dict[str, Any] = {
-        "size": 2,
-        "longest": 3,
-        "lr": 0.1,
-        "momentum": 0.9,
-        "weight_decay": 1e-3,
-        "reset": "paper",
-    }
-    return InnerRecipe(**{**values, **changes})
+def recipe(**changes: Any) -> KrrConfig:
+    return KrrConfig(**{"pool_size": 2, "inner_steps_max": 3, **changes})
 
 
-def filled(ctx: Any, inner_recipe: InnerRecipe) -> tuple[InnerPool, DrawRows]:
+def filled(ctx: Any, inner_recipe: KrrConfig) -> tuple[InnerPool, DrawRows]:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(6, 3, 16, 16, generator=generator)
     targets = torch.randn(6, 4, generator=generator)
@@ -75,7 +68,7 @@ def is_fresh(pool: InnerPool, slot_index: int) -> bool:
 def test_counters_reset_as_in_boost_algorithm_1(started: Any) -> None:
     """z < Z: one step more; z = Z: a fresh network with z = 0, which is not trained in that turn."""
     ctx, _ = started()
-    pool, draw = filled(ctx, recipe(size=1, longest=3))
+    pool, draw = filled(ctx, recipe(pool_size=1, inner_steps_max=3))
     (z,) = pool.counters()
     assert 1 <= z <= 3
     seen = []
@@ -91,7 +84,7 @@ def test_counters_reset_as_in_boost_algorithm_1(started: Any) -> None:
 
 def test_counters_stay_at_their_end_as_in_krr_sts_code(started: Any) -> None:
     ctx, _ = started()
-    pool, draw = filled(ctx, recipe(size=1, longest=2, reset="krrst_code"))
+    pool, draw = filled(ctx, recipe(pool_size=1, inner_steps_max=2, pool_reset="krrst_code"))
     for step in range(1, 3):
         pool.advance(0, draw, step)
     for step in range(3, 7):
@@ -104,10 +97,10 @@ def test_counters_stay_at_their_end_as_in_krr_sts_code(started: Any) -> None:
 
 def test_an_inner_step_is_sgd_on_the_mean_squared_error_in_train_mode(started: Any) -> None:
     ctx, _ = started()
-    pool, draw = filled(ctx, recipe(size=1, longest=1))
+    pool, draw = filled(ctx, recipe(pool_size=1, inner_steps_max=1))
     net = build_net(ctx.arch, (3, 16, 16), 4, seed=0)
     net.load_state_dict(pool.net(0).state_dict())
-    pool = InnerPool(ctx, recipe(size=1, longest=9), 4)
+    pool = InnerPool(ctx, recipe(pool_size=1, inner_steps_max=9), 4)
     pool._slots[0].net.load_state_dict(net.state_dict())
     before = [p.detach().clone() for p in net.parameters()]
     images, targets = draw(torch.Generator())
@@ -122,10 +115,10 @@ def test_an_inner_step_is_sgd_on_the_mean_squared_error_in_train_mode(started: A
 
 def test_a_batch_of_images_is_drawn_anew_each_step(started: Any) -> None:
     ctx, distiller = started(inner_batch=3)
-    draw, rows = distiller.loop._draw(), ctx.generator("inner", "fill", 0)
+    draw, rows = distiller._engine._draw(), ctx.generator("inner", "fill", 0)
     first, second = draw(rows), draw(rows)
     again = draw(ctx.generator("inner", "fill", 0))
-    whole = distiller.loop._current()
+    whole = distiller._engine._current()
     for images, targets in (first, second):
         assert len(images) == 3
         for image, target in zip(images, targets, strict=True):
@@ -138,7 +131,7 @@ def test_a_batch_of_images_is_drawn_anew_each_step(started: Any) -> None:
 
 def test_a_batch_as_large_as_the_set_is_all_of_it_in_order(started: Any) -> None:
     _, distiller = started(inner_batch=5)
-    assert torch.equal(distiller.loop._draw()(torch.Generator())[0], distiller.loop._current()[0])
+    assert torch.equal(distiller._engine._draw()(torch.Generator())[0], distiller._engine._current()[0])
 
 
 def test_the_outer_rate_falls_linearly(started: Any) -> None:
@@ -146,9 +139,9 @@ def test_the_outer_rate_falls_linearly(started: Any) -> None:
     rates = []
     for _ in range(4):
         distiller.step()
-        rates.append(distiller.loop._optimizer.param_groups[0]["lr"])
+        rates.append(distiller._engine._optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
-    assert distiller.loop._optimizer.param_groups[0]["weight_decay"] == 0
+    assert distiller._engine._optimizer.param_groups[0]["weight_decay"] == 0
 
 
 def test_the_loss_falls(started: Any) -> None:
@@ -177,7 +170,7 @@ def test_pairs_start_as_real_images_with_their_representations(started: Any) -> 
 def test_augmented_real_batches_are_seen_by_the_teacher_too(started: Any) -> None:
     """Cached features would belong to other views: the loop compares with the live teacher's output."""
     ctx, distiller = started(augment_real="crop_flip", batch_real=8)
-    loop = distiller.loop
+    loop = distiller._engine
     net = loop.inner.net(0)
     seen: list[Tensor] = []
     live = loop._teacher.embed
@@ -193,23 +186,21 @@ def test_augmented_real_batches_are_seen_by_the_teacher_too(started: Any) -> Non
     assert sum(value > 1e-3 for value in moved) >= 6
 
     _, plain = started()
-    (features, cached), *_ = plain.loop._real(net, ctx.generator("step", 1))
-    assert plain.loop._teacher is None
+    (features, cached), *_ = plain._engine._real(net, ctx.generator("step", 1))
+    assert plain._engine._teacher is None
     indices = [int((plain.representations - row).abs().sum(1).argmin()) for row in cached]
     assert torch.equal(plain.representations[indices], cached)
     torch.testing.assert_close(net.embed(real[indices]), features)
 
 
 def test_presets_differ_where_code_and_paper_do() -> None:
-    paper, code = (
-        KrrSt.preset(name, Target("cifar100", (3, 32, 32), 100, 1, 100)) for name in ("paper", "repo")
-    )
+    paper, code = (preset(name, Target("cifar100", (3, 32, 32), 100, 1, 100)) for name in ("paper", "repo"))
     assert "pool_reset" not in paper["method"]
     assert code["method"]["pool_reset"] == "krrst_code"
     assert code["method"]["init_raw"]
     assert code["method"]["teacher"] == {"stem_padding": 2}
     assert paper["arch"] == "convnet3_w128_x2_bn"
-    large = KrrSt.preset("paper", Target("tiny_imagenet", (3, 64, 64), 200, 1, 200))
+    large = preset("paper", Target("tiny_imagenet", (3, 64, 64), 200, 1, 200))
     assert (large["arch"], large["method"]["lr_outer"]) == ("convnet4_w64_x2_bn", 1e-5)
 
 

@@ -97,15 +97,12 @@ def make_method(
 
         @staticmethod
         def preset(name: str, target: Target) -> dict[str, Any]:
-            """Return the run settings of a preset for a target."""
             return preset_of(name, target)
 
         def pool_specs(self, ctx: DistillContext) -> list[PoolSpec]:
-            """Return the pool entries that a run will request."""
             return [] if specs_of is None else specs_of(ctx, self._config)
 
         def setup(self, ctx: DistillContext) -> None:
-            """Start the engine."""
             self._engine = start(ctx, self._config)
 
     if num_distilled_of is None:
@@ -117,12 +114,10 @@ def make_method(
 
         @property
         def representations(self) -> Tensor | None:
-            """The teacher's representations of the real images [N, D], for the set's picture."""
             return getattr(self._engine, "representations", None)
 
         @staticmethod
         def num_distilled(config: Any, budget: int, image_shape: tuple[int, int, int], num_real: int) -> int:
-            """Return how many images the budget holds."""
             return num_stored(config, budget, image_shape, num_real)
 
     return BudgetMethod

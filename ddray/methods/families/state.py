@@ -26,8 +26,9 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, buffers: Mapping[int, Mapping[str, Any]]) -> None:
     """Restore what `optimizer_state` returned; the optimiser keeps its settings."""
-    settings = optimizer.state_dict()["param_groups"]
+    groups, settings = optimizer.param_groups, optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": cpu_copy(buffers), "param_groups": settings})
+    optimizer.param_groups = groups  # not copies: a rate may be a tensor that others write to
 
 
 def images_state(

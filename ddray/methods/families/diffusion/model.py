@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ddray.config import Config
 from ddray.errors import InputError
-from ddray.methods.families.diffusion.folder import BROKEN, PARTS, SEEN, damaged, read_folder, resolve_ids
+from ddray.methods.families.diffusion.folder import BROKEN, PARTS, SEEN, damaged, read_folder
 from ddray.seeding import forked_global
 from ddray.system.files import write_folder
 
@@ -122,26 +122,30 @@ class DiffusionModel:
         pixels = (self.vae.decode(shaped.to(self._dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
         return _resize(_channels(pixels, image_shape[0]), (image_shape[1], image_shape[2])).clamp(0, 1)
 
-    @torch.no_grad()
     def invert(self, latents: Tensor, labels: Tensor, levels: Levels) -> Tensor:
         """Return clean latents [N, D] taken up to level T by DDIM inversion (Eq 3) under their labels [N]."""
         from diffusers import DDIMInverseScheduler
 
         scheduler = self._prepared(DDIMInverseScheduler, levels)
-        for t in scheduler.timesteps[: levels.num_steps].tolist():
-            noise = self.predict(latents, t, labels, levels.guidance)
-            latents = scheduler.step(noise, t, latents).prev_sample
-        return latents
+        return self._moved(
+            latents, labels, scheduler, scheduler.timesteps[: levels.num_steps], levels.guidance
+        )
 
-    @torch.no_grad()
     def sample(self, latents: Tensor, labels: Tensor, levels: Levels) -> Tensor:
         """Return latents [N, D] of level T taken down to clean ones by DDIM (Eq 2) under their labels [N]."""
         from diffusers import DDIMScheduler
 
         scheduler = self._prepared(DDIMScheduler, levels)
-        for t in scheduler.timesteps[levels.num_inference_steps - levels.num_steps :].tolist():
-            noise = self.predict(latents, t, labels, levels.guidance)
-            latents = scheduler.step(noise, t, latents).prev_sample
+        return self._moved(
+            latents, labels, scheduler, scheduler.timesteps[-levels.num_steps :], levels.guidance
+        )
+
+    @torch.no_grad()
+    def _moved(
+        self, latents: Tensor, labels: Tensor, scheduler: Any, times: Tensor, guidance: float
+    ) -> Tensor:
+        for t in times.tolist():
+            latents = scheduler.step(self.predict(latents, t, labels, guidance), t, latents).prev_sample
         return latents
 
     def add_noise(self, latents: Tensor, noise: Tensor, levels: Levels) -> Tensor:
@@ -248,17 +252,6 @@ def save_pipeline(model: DiffusionModel, folder: Path) -> None:
             (target / SEEN).write_text(json.dumps({"seen": [dict(part) for part in model.seen]}))
 
     write_folder(folder, write)
-
-
-def class_ids(
-    model: DiffusionModel, class_names: tuple[str, ...], explicit_ids: tuple[int, ...] | None
-) -> Tensor:
-    """Return the model's label of each class of a dataset, int64 [K] (see `resolve_ids`).
-
-    Raises:
-        InputError: the labels can't be determined.
-    """
-    return torch.tensor(resolve_ids(model.class_names, model.num_classes, class_names, explicit_ids))
 
 
 def check_levels(levels: Levels, num_train_timesteps: int) -> None:

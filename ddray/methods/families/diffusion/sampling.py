@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ddray.methods.families.diffusion.folder import resolve_ids
 from ddray.methods.families.diffusion.groups import group_sample
-from ddray.methods.families.diffusion.model import DiffusionModel, class_ids
+from ddray.methods.families.diffusion.model import DiffusionModel
 from ddray.seeding import derive
 
 if TYPE_CHECKING:
@@ -43,7 +44,9 @@ class Sampler:
         self._mean, self._std = mean, (variance * config.variance_scale).sqrt()
         self._config, self._seed, self._device = config, seed, device
         self.model = model.to(device, dtype)
-        self._ids = class_ids(model, class_names, config.class_ids)
+        self._ids = torch.tensor(
+            resolve_ids(model.class_names, model.num_classes, class_names, config.class_ids)
+        )
 
     def choose(self, label: int, ipc: int) -> tuple[Tensor, float]:
         """Return the chosen latents [ipc, D] of a class, and their score per dimension."""

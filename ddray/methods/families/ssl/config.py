@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from ddray.methods.families.ssl.budget import SslConfig
-from ddray.methods.families.ssl.inner import PoolReset
 
 
 class KrrConfig(SslConfig):
@@ -34,7 +33,7 @@ class KrrConfig(SslConfig):
     """L, inner networks."""
     inner_steps_max: int = Field(default=1000, ge=1)
     """Z, steps after which an inner network is replaced."""
-    pool_reset: PoolReset = "paper"
+    pool_reset: Literal["paper", "krrst_code"] = "paper"
     """`paper`: a replaced network counts from 0; `krrst_code`: its counter stays at Z, so that it is replaced
     each time it is drawn."""
     lr_inner: float = Field(default=0.1, gt=0)

@@ -3,55 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ddray.distillation.method import DistillContext
+from ddray.methods.families.ssl.config import KrrConfig
 from ddray.methods.families.state import cpu_copy, load_optimizer_state, optimizer_state
 from ddray.nets import Net, build_net, reinitialize
 from ddray.seeding import derive_seed
 from ddray.training.engine import Rule, Step
 
-PoolReset = Literal["paper", "krrst_code"]
 DrawRows = Callable[[torch.Generator], tuple[Tensor, Tensor]]
 """Returns the rows of an inner step, detached: images [n, C, H, W] and targets [n, D]."""
-
-
-@dataclass(frozen=True)
-class InnerRecipe:
-    """How inner networks are trained.
-
-    Attributes:
-        size: L, networks in the pool.
-        longest: Z, steps after which a network is replaced.
-        lr: of SGD.
-        momentum: of SGD.
-        weight_decay: of SGD.
-        reset: `paper`: a replaced network counts from 0 again; `krrst_code`: its counter stays at Z, so that
-            it is replaced each time it is drawn.
-    """
-
-    size: int
-    longest: int
-    lr: float
-    momentum: float
-    weight_decay: float
-    reset: PoolReset
 
 
 class _Slot:
     """One network, its momentum and its step counter."""
 
-    def __init__(self, net: Net, recipe: InnerRecipe) -> None:
+    def __init__(self, net: Net, config: KrrConfig) -> None:
         self.net = net
         self.trained = 0
-        optimizer = partial(torch.optim.SGD, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
-        self.step = Step([net], Rule(F.mse_loss, optimizer), lr=recipe.lr)
+        optimizer = partial(torch.optim.SGD, momentum=config.momentum_inner, weight_decay=config.decay_inner)
+        self.step = Step([net], Rule(F.mse_loss, optimizer), lr=config.lr_inner)
         self.optimizer = self.step.optimizer
 
     def state(self) -> dict[str, Any]:
@@ -75,14 +52,16 @@ class InnerPool:
 
     Args:
         ctx: architecture, shape, seed, device.
-        recipe: how they are trained.
+        config: how they are trained.
         num_outputs: D of the targets.
     """
 
-    def __init__(self, ctx: DistillContext, recipe: InnerRecipe, num_outputs: int) -> None:
+    def __init__(self, ctx: DistillContext, config: KrrConfig, num_outputs: int) -> None:
         self._ctx = ctx
-        self._recipe = recipe
-        self._slots = [_Slot(self._new(slot_index, num_outputs), recipe) for slot_index in range(recipe.size)]
+        self._config = config
+        self._slots = [
+            _Slot(self._new(slot_index, num_outputs), config) for slot_index in range(config.pool_size)
+        ]
         self.filled = False
 
     def _new(self, slot_index: int, num_outputs: int) -> Net:
@@ -97,9 +76,11 @@ class InnerPool:
 
     def fill(self, draw: DrawRows) -> None:
         """Train every network for a random number of steps, uniform in 1..Z (Algorithm 1, lines 4-5)."""
-        recipe = self._recipe
+        config = self._config
         generator = self._ctx.generator("inner", "lengths")
-        lengths = torch.randint(1, recipe.longest + 1, (recipe.size,), generator=generator).tolist()
+        lengths = torch.randint(
+            1, config.inner_steps_max + 1, (config.pool_size,), generator=generator
+        ).tolist()
         for slot_index, (slot, length) in enumerate(zip(self._slots, lengths, strict=True)):
             rows = self._ctx.generator("inner", "fill", slot_index)
             for _ in range(length):
@@ -119,12 +100,12 @@ class InnerPool:
             step: the outer step; seeds the draws.
         """
         slot = self._slots[slot_index]
-        if slot.trained < self._recipe.longest:
+        if slot.trained < self._config.inner_steps_max:
             self._train(slot, *draw(self._ctx.generator("inner", "rows", step)))
             return
         reinitialize(slot.net, self._seed(slot_index, step))
         slot.optimizer.state.clear()
-        if self._recipe.reset == "paper":
+        if self._config.pool_reset == "paper":
             slot.trained = 0
 
     def _train(self, slot: _Slot, images: Tensor, targets: Tensor) -> None:

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddray.artifact.distilled_set import DistilledSet
 from ddray.data import normalized_space
 from ddray.distillation.method import DistillContext
 from ddray.methods.families.matching.batches import chunks
 from ddray.methods.families.ssl.budget import teacher_of
 from ddray.methods.families.ssl.config import KrrConfig
-from ddray.methods.families.ssl.inner import DrawRows, InnerPool, InnerRecipe
+from ddray.methods.families.ssl.inner import DrawRows, InnerPool
 from ddray.methods.families.ssl.memory import Extent, images_at_once, network_costs
 from ddray.methods.families.ssl.ridge import ridge_loss
 from ddray.methods.families.ssl.teacher import teacher_net
@@ -42,7 +43,12 @@ class BilevelLoop:
         synthesise: maps the parameters and k of the images to these with their views [k * (A + 1), C, H, W]
             and to targets [k * (A + 1), D]; differentiable.
         extent: m and A.
-        num_steps: of the whole run; the learning rate falls linearly over them.
+        make_set: returns the set that the parameters stand for.
+
+    Attributes:
+        parameters: what is learned, by name.
+        inner: the pool of inner networks.
+        representations: the teacher's, of all real images [N, D], on the CPU.
     """
 
     def __init__(
@@ -52,10 +58,11 @@ class BilevelLoop:
         parameters: Mapping[str, Tensor],
         synthesise: Synthesise,
         extent: Extent,
-        num_steps: int,
+        make_set: Callable[[Mapping[str, Tensor]], DistilledSet],
     ) -> None:
         self._ctx, self._config, self._extent = ctx, config, extent
-        self._synthesise, self._num_steps = synthesise, max(1, num_steps)
+        self._synthesise, self._make_set = synthesise, make_set
+        self._num_steps = max(1, int(ctx.config["steps"]))  # the learning rate falls linearly over them
         self.parameters = {
             name: value.detach().to(ctx.device, copy=True).contiguous().requires_grad_(True)
             for name, value in parameters.items()
@@ -64,22 +71,15 @@ class BilevelLoop:
             list(self.parameters.values()), lr=config.lr_outer, weight_decay=0.0
         )
         entry = teacher_of(ctx, config.teacher)
-        self._representations = entry.tensors["features"].to(ctx.device)
+        self.representations = entry.tensors["features"]
+        self._representations = self.representations.to(ctx.device)
         augmented = config.augment_real == "crop_flip"
         self._teacher = teacher_net(entry).to(ctx.device) if augmented else None
         self._teacher_space = normalized_space(ctx.dataset)
         self._images = ctx.split.images.to(ctx.device)
         self._space = ctx.space.to(ctx.device)
         self._costs = network_costs(ctx)
-        recipe = InnerRecipe(
-            size=config.pool_size,
-            longest=config.inner_steps_max,
-            lr=config.lr_inner,
-            momentum=config.momentum_inner,
-            weight_decay=config.decay_inner,
-            reset=config.pool_reset,
-        )
-        self.inner = InnerPool(ctx, recipe, self._representations.shape[1])
+        self.inner = InnerPool(ctx, config, self._representations.shape[1])
         self._step = 0
 
     def step(self) -> dict[str, Tensor]:
@@ -158,6 +158,10 @@ class BilevelLoop:
                 images = crop_and_flip(images.float() / 255, generator, can_flip=self._ctx.dataset.can_flip)
                 representations = self._teacher.embed(_channels_last(self._teacher_space.encode(images)))
             yield net.embed(_channels_last(self._space.encode(images))), representations
+
+    def snapshot(self) -> DistilledSet:
+        """Return the current set."""
+        return self._make_set(self.parameters)
 
     def state_dict(self) -> dict[str, Any]:
         """Return parameters, AdamW's averages, inner networks and the step count."""
