@@ -43,6 +43,7 @@ from ddray.methods.families.diffusion.groups import group_sample, group_scores
 from ddray.methods.families.diffusion.model import check_levels
 from ddray.methods.families.diffusion.sampling import Sampler
 from ddray.methods.families.diffusion.train import SCHEDULE, default_recipe
+from ddray.methods.families.selection import centroids
 from ddray.pool.spec import PoolSpec
 from ddray.seeding import derive_seed
 
@@ -141,13 +142,9 @@ class D3HR:
 
     def _noised_centres(self, label: int) -> Tensor:
         """Return the centres of a class's clean latents with noise of level T [ipc, D] (D4M)."""
-        from sklearn.cluster import KMeans
-
         ctx = self._ctx
-        class_latents = self._clean[ctx.split.labels == label].numpy()
-        seed = derive_seed(ctx.seed, "distill", "centres", label)
-        fit = KMeans(n_clusters=ctx.ipc, n_init=1, random_state=seed % 2**32).fit(class_latents)
-        centres = torch.from_numpy(fit.cluster_centers_).float()
+        class_latents = self._clean[ctx.split.labels == label]
+        centres = centroids(class_latents, ctx.ipc, derive_seed(ctx.seed, "distill", "centres", label))
         noise = torch.randn(centres.shape, generator=ctx.generator("noise", label))
         return self._sampler.model.add_noise(centres, noise, self._config.levels())
 

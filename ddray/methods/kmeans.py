@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from typing import Final
 
-import torch
 from torch import Tensor
 
 from ddray.distillation.method import DistillContext
-from ddray.methods.families.selection import FeatureConfig, coreset_method
+from ddray.methods.families.selection import FeatureConfig, coreset_method, kmeans_order
 from ddray.seeding import derive_seed
 
 
@@ -22,29 +21,10 @@ class KMeansConfig(FeatureConfig):
     """K-means' settings."""
 
 
-def kmeans_order(features: Tensor, ipc: int, seed: int) -> Tensor:
-    """Return `ipc` distinct positions: to each centroid the nearest sample not yet taken.
-
-    Args:
-        features: [n, D] of one class.
-        ipc: number of clusters.
-        seed: decides the initial centroids.
-    """
-    from sklearn.cluster import KMeans
-
-    features = features.double()
-    fit = KMeans(n_clusters=ipc, n_init=3, random_state=seed % 2**32).fit(features.numpy())
-    distance = torch.cdist(torch.from_numpy(fit.cluster_centers_).double(), features)
-    order: list[int] = []
-    for row in distance:
-        row[order] = torch.inf
-        order.append(int(row.argmin()))
-    return torch.tensor(order)
-
-
 def cluster(ctx: DistillContext, features: Tensor) -> Tensor:
     """Return `ipc` positions among the features [n, D] of one class."""
-    return kmeans_order(features, ctx.ipc, derive_seed(ctx.seed, "distill", "kmeans"))
+    seed = derive_seed(ctx.seed, "distill", "kmeans")
+    return kmeans_order(features.double(), ctx.ipc, seed, num_starts=3)
 
 
 METHOD: Final = coreset_method(KMeansConfig, cluster)

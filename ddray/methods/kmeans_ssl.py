@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from typing import Final
 
-import torch
 from torch import Tensor
 
 from ddray.distillation.method import DistillContext
+from ddray.methods.families.selection import kmeans_order
 from ddray.methods.families.ssl.budget import SslConfig, ssl_selection
 from ddray.seeding import derive_seed
 
@@ -24,30 +24,9 @@ class KMeansSslConfig(SslConfig):
     """K-means has no settings but the teacher's."""
 
 
-def nearest_to_centroids(features: Tensor, m: int, seed: int) -> Tensor:
-    """Return m distinct indices: for each centroid the nearest sample not yet taken.
-
-    Args:
-        features: [N, D].
-        m: number of clusters.
-        seed: decides the initial centroids.
-    """
-    from sklearn.cluster import KMeans
-
-    fit = KMeans(n_clusters=m, n_init=1, random_state=seed % 2**32).fit(features.numpy())
-    centroids = torch.from_numpy(fit.cluster_centers_).to(features.dtype)
-    free = torch.ones(len(features), dtype=torch.bool)
-    indices = []
-    for centroid in centroids:
-        distance = (features - centroid).square().sum(1).masked_fill(~free, torch.inf)
-        indices.append(int(distance.argmin()))
-        free[indices[-1]] = False
-    return torch.tensor(indices)
-
-
 def choose(ctx: DistillContext, features: Tensor, m: int) -> Tensor:
     """Return the indices nearest to m centroids."""
-    return nearest_to_centroids(features, m, derive_seed(ctx.seed, "distill", "kmeans"))
+    return kmeans_order(features, m, derive_seed(ctx.seed, "distill", "kmeans"))
 
 
 METHOD: Final = ssl_selection(KMeansSslConfig, choose)

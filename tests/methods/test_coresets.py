@@ -10,14 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ddray.methods import kmeans
 from ddray.methods.families.selection import (
     herding_order,
     kcenter_order,
+    kmeans_order,
     per_class,
     pool_features,
 )
-from ddray.methods.kmeans import kmeans_order
 from ddray.nets import build_net
 
 
@@ -122,7 +121,7 @@ def test_kmeans_never_takes_an_image_twice(monkeypatch: pytest.MonkeyPatch) -> N
             return self
 
     monkeypatch.setattr(sklearn.cluster, "KMeans", Fixed)
-    assert kmeans.kmeans_order(samples, 3, seed=0).tolist() == [1, 2, 3]
+    assert kmeans_order(samples, 3, seed=0).tolist() == [1, 2, 3]
 
 
 def test_per_class_picks_among_each_classs_own_members() -> None:

@@ -17,10 +17,10 @@ from ddray.errors import InputError
 from ddray.jobs.context import check_size, declared_specs, make_context
 from ddray.jobs.plan import resolve
 from ddray.methods import get_method
+from ddray.methods.families.selection import kmeans_order
 from ddray.methods.families.ssl import memory as _krr_memory
 from ddray.methods.families.ssl.config import KrrConfig
 from ddray.methods.families.ssl.inner import DrawRows, InnerPool
-from ddray.methods.kmeans_ssl import nearest_to_centroids
 from ddray.methods.krr_st import preset
 from ddray.nets import build_net
 from ddray.pool.local import LocalPool
@@ -363,7 +363,7 @@ def test_kmeans_takes_the_nearest_to_each_centroid() -> None:
     features = torch.cat([middles + 0.3 * torch.randn(4, 2, generator=generator) for _ in range(20)])
     features[:4] = middles  # the first of each cluster lies in its middle, near its centroid
 
-    indices = nearest_to_centroids(features, 4, seed=0)
+    indices = kmeans_order(features, 4, seed=0)
 
     assert sorted(int(index) % 4 for index in indices) == [0, 1, 2, 3]
     for index in indices.tolist():
@@ -376,5 +376,5 @@ def test_kmeans_never_takes_an_image_twice() -> None:
     features = torch.zeros(6, 3)
     features[3:] = 1.0
     with pytest.warns(match="distinct clusters"):
-        indices = nearest_to_centroids(features, 5, seed=0)
+        indices = kmeans_order(features, 5, seed=0)
     assert len(set(indices.tolist())) == 5

@@ -140,3 +140,22 @@ def kcenter_order(features: Tensor, ipc: int) -> Tensor:
         order.append(best)
         nearest = torch.minimum(nearest, (features - features[best]).norm(dim=1))
     return torch.tensor(order)
+
+
+def centroids(features: Tensor, num: int, seed: int, *, num_starts: int = 1) -> Tensor:
+    """Return the centres [num, D] of k-means on features [n, D] (scikit-learn, k-means++)."""
+    from sklearn.cluster import KMeans
+
+    fit = KMeans(n_clusters=num, n_init=num_starts, random_state=seed % 2**32).fit(features.numpy())
+    return torch.from_numpy(fit.cluster_centers_).to(features.dtype)
+
+
+def kmeans_order(features: Tensor, num: int, seed: int, *, num_starts: int = 1) -> Tensor:
+    """Return `num` distinct positions: to each centroid the nearest of the features [n, D] not yet taken."""
+    free = torch.ones(len(features), dtype=torch.bool)
+    order: list[int] = []
+    for centre in centroids(features, num, seed, num_starts=num_starts):
+        distance = (features - centre).square().sum(1).masked_fill(~free, torch.inf)
+        order.append(int(distance.argmin()))
+        free[order[-1]] = False
+    return torch.tensor(order)
