@@ -17,7 +17,7 @@ from ddray.evaluation.published import read_numbers
 from ddray.methods import REGISTRY, get_method
 from ddray.runs.results import flatten
 from ddray.tables.published import find
-from ddray.tables.spec import Source
+from ddray.tables.spec import PublishedSource
 from ddray.tables.units import Cell
 
 HERE = Path(__file__).resolve().parent
@@ -153,7 +153,7 @@ def _numbers(method: str, protocol: str, arch: str) -> Iterator[str]:
             augment=None,
             settings=None,
             keys=(),
-            source=Source(),
+            source=PublishedSource(),
         )
         number = find(read_numbers(), cell)
         if number is not None:

@@ -55,7 +55,7 @@ def test_a_vague_name_is_seen_wherever_it_is_bound() -> None:
 
 
 def test_documents_refer_to_files_that_a_clone_has() -> None:
-    absent = [word + ".md" for word in ("RAY", "METHODS", "HOUSE", "DESIGN")]
+    absent = [f"{word.upper()}.md" for word in ("ray", "methods", "house", "design")]
     texts = [
         path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".md")
     ]
