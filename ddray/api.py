@@ -30,6 +30,7 @@ from ddray.jobs import score
 from ddray.jobs.context import make_context, make_distiller, pick_device
 from ddray.jobs.options import DistillOptions, PlanOptions
 from ddray.jobs.plan import Plan, plan_of
+from ddray.ranking import DEFAULT_SPACE
 from ddray.ranking.options import NasModes, NasOptions, NasRequest
 from ddray.system.options import DeviceOptions, RunOptions
 from ddray.tables.options import BenchOptions
@@ -254,7 +255,7 @@ def nas(
         )
 
 
-def describe_archs(archs: str = "all", space: str = "convnet720") -> ArchList:
+def describe_archs(archs: str = "all", space: str = DEFAULT_SPACE) -> ArchList:
     """Return architectures of a NAS space with their sizes and choices: `ddray nas --describe`.
 
     Raises:

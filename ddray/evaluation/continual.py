@@ -78,17 +78,6 @@ class Continual:
 
         The result's accuracy is that after the last task; `per_step` holds one per task, over the classes
         seen so far, and `incremental_accuracy` their mean.
-
-        Args:
-            train_set: images [N, C, H, W] in the context's space, labels [N].
-            ctx: target and split.
-            arch: architecture name.
-            seed: decides the order of the classes and the networks.
-
-        Raises:
-            InputError: the tasks do not fit the classes, the set or the split lacks a task's classes, or the
-                architecture does not fit.
-            DivergedError: a training loss became NaN.
         """
         begin = time.perf_counter()
         tasks = class_tasks(ctx.dataset.num_classes, self._num_tasks, seed)

@@ -78,18 +78,7 @@ class Hard:
         self._recipe = recipe
 
     def evaluate(self, train_set: TrainSet, ctx: EvalContext, *, arch: str, seed: int) -> EvalResult:
-        """Train one network and score it.
-
-        Args:
-            train_set: images [N, C, H, W] in the context's space, labels [N].
-            ctx: target and split.
-            arch: architecture name.
-            seed: which network: decides weights, batch order and augmentation.
-
-        Raises:
-            InputError: the architecture is unknown or does not fit the images.
-            DivergedError: the training loss became NaN.
-        """
+        """Train one network and score it."""
         begin = time.perf_counter()
         net = fit(train_set, ctx, self._recipe, arch=arch, seed=seed)
         right = accuracy(net, ctx.split, ctx.space, device=ctx.device)

@@ -74,19 +74,7 @@ class Linear:
         self._real, self._can_flip = real, can_flip
 
     def evaluate(self, train_set: TrainSet, ctx: EvalContext, *, arch: str, seed: int) -> EvalResult:
-        """Pre-train one network and score it.
-
-        Args:
-            train_set: images [N, C, H, W] in the context's space, with targets [N, D] or labels [N].
-            ctx: target and split.
-            arch: architecture name.
-            seed: which network: decides weights and batch orders.
-
-        Raises:
-            InputError: the architecture is unknown or does not fit the images, or there is no memory for the
-                target's embeddings.
-            DivergedError: the pre-training loss became NaN.
-        """
+        """Pre-train one network and score it."""
         begin = time.perf_counter()
         net, first, last = self._pretrained(train_set, ctx, arch, seed)
         if self._finetune is None:

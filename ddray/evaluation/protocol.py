@@ -62,7 +62,18 @@ class Evaluator(Protocol):
     """A protocol: trains something on a set and scores it."""
 
     def evaluate(self, train_set: TrainSet, ctx: EvalContext, *, arch: str, seed: int) -> EvalResult:
-        """Train one network on `train_set` and score it on the context's split."""
+        """Train one network on `train_set` and score it on the context's split.
+
+        Args:
+            train_set: images [N, C, H, W] in the context's space, with labels [N] or targets [N, D].
+            ctx: target and split.
+            arch: architecture name.
+            seed: which network: decides weights, batch order, augmentation and the protocol's own draws.
+
+        Raises:
+            InputError: the architecture is unknown or does not fit the images, or the set the protocol.
+            DivergedError: a training loss became NaN.
+        """
         ...
 
 

@@ -105,19 +105,7 @@ class Robust:
         self._per_class = random_per_class
 
     def evaluate(self, train_set: TrainSet, ctx: EvalContext, *, arch: str, seed: int) -> EvalResult:
-        """Train on the set and on random images, with and without augmentation, and score all four.
-
-        Args:
-            train_set: images [N, C, H, W] in the context's space, labels [N].
-            ctx: target and split.
-            arch: architecture name.
-            seed: which networks, and which random images.
-
-        Raises:
-            InputError: the architecture is unknown or does not fit the images.
-            DivergedError: a training loss became NaN.
-            StorageError: the whole set's accuracy can't be stored.
-        """
+        """Train on the set and on random images, with and without augmentation, and score all four."""
         begin = time.perf_counter()
         generator = derive(seed, "evaluate", "robust", "random")
         random = random_subset(self._real, self._per_class, ctx.space, generator)

@@ -139,18 +139,7 @@ class Soft:
         self._teachers = teachers
 
     def evaluate(self, train_set: TrainSet, ctx: EvalContext, *, arch: str, seed: int) -> EvalResult:
-        """Train one network and score it.
-
-        Args:
-            train_set: images [N, C, H, W] in the context's space, labels [N].
-            ctx: target and split.
-            arch: architecture name.
-            seed: which network: decides weights, batch order and augmentation.
-
-        Raises:
-            InputError: the architecture is unknown or does not fit the images.
-            DivergedError: the training loss became NaN.
-        """
+        """Train one network and score it."""
         begin = time.perf_counter()
         num, *shape = train_set.images.shape
         settings = resolve_settings(

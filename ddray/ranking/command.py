@@ -19,6 +19,7 @@ from ddray.data import Dataset, SplitName, open_dataset
 from ddray.errors import DdrayError, InputError, unknown
 from ddray.evaluation.options import PixelKind
 from ddray.jobs.score import check_fits, foreign_space
+from ddray.ranking import get_definition, space_names
 from ddray.ranking.figures_of_merit import figures_of_merit, mean_over_seeds
 from ddray.ranking.options import NasModes, NasRequest
 from ddray.ranking.proxies import (
@@ -30,7 +31,7 @@ from ddray.ranking.proxies import (
     warn_of_seen_val,
 )
 from ddray.ranking.result import ArchList, NasResult, ProxyResult
-from ddray.ranking.spaces import NasSpace, get_definition, get_space, owners, parse_indices, space_names
+from ddray.ranking.spaces import NasSpace, get_space, owners, parse_indices
 from ddray.ranking.sweep import (
     NasConfig,
     NasOptions,

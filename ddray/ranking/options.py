@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from ddray.config import AbsolutePath, Config, Names, named
 from ddray.evaluation.options import PixelKind
+from ddray.ranking import DEFAULT_SPACE, space_names
 from ddray.ranking.recipe import NasRecipe
 from ddray.system.options import DataOptions
 
@@ -39,8 +40,7 @@ class NasConfig(Config):
 class NasOptions(Config):
     """How architectures are sampled, trained and compared."""
 
-    space: str = "convnet720"
-    """convnet720 or nasbench201."""
+    space: str = Field(default=DEFAULT_SPACE, description=f"{' or '.join(space_names())}.")
     sample: int | None = Field(default=None, ge=1)
     """Architectures, stratified by cost; default all."""
     max_mflops: float | None = Field(default=None, gt=0)
@@ -48,7 +48,7 @@ class NasOptions(Config):
     seeds: int = Field(default=1, ge=1)
     """Networks per architecture and proxy."""
     epochs: int | None = Field(default=None, ge=1)
-    """Epochs on a proxy; default 200 (nasbench201: 50)."""
+    """Epochs on a proxy; default the space's."""
     truth: str = "whole"
     """whole (train on the full set), table, api:FILE or a CSV file."""
     truth_epochs: int | None = Field(default=None, ge=1)

@@ -1,8 +1,4 @@
-"""Spaces of architectures, found by name, and samples of them.
-
-A space's module ends in `SPACE: Final = SpaceDefinition(...)`. A user's own package offers one through an
-entry point `name = "package.module"` in the group `ddray.spaces`.
-"""
+"""What a space of architectures is and brings, and samples of one."""
 
 from __future__ import annotations
 
@@ -10,21 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from ddray.config import merge
 from ddray.errors import InputError
 from ddray.nets.build import Net
+from ddray.ranking import get_definition, space_names
 from ddray.ranking.options import NasConfig, NasOptions
 from ddray.seeding import derive_numpy
-from ddray.system.registry import Registry
 
 if TYPE_CHECKING:
     from ddray.ranking.truth import Truth
-
-_SPACES: Final = Registry("space", "ddray.ranking", "SPACE", "ddray.spaces")
 
 
 class NasSpace(Protocol):
@@ -96,21 +90,6 @@ class SpaceDefinition:
     harnesses: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     published: tuple[str, str] | None = None
     published_in_text: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-
-
-def space_names() -> list[str]:
-    """Return the names of all spaces, ours and those of installed packages."""
-    return _SPACES.names()
-
-
-def get_definition(name: str) -> SpaceDefinition:
-    """Return what a space brings.
-
-    Raises:
-        InputError: there is no such space.
-    """
-    definition: SpaceDefinition = _SPACES.get(name, "--space")
-    return definition
 
 
 def owners(fits: Callable[[SpaceDefinition], bool]) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from ddray.evaluation.published import read_numbers
 from ddray.methods import method_names
-from ddray.ranking.spaces import get_definition, space_names
+from ddray.ranking import get_definition, space_names
 
 _FIGURES: Final = {
     "nas_top1_accuracy": "top1_truth_accuracy",

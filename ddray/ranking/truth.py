@@ -13,8 +13,9 @@ from typing import Any, Final, TypeVar
 import numpy as np
 
 from ddray.errors import InputError, unknown
+from ddray.ranking import get_definition
 from ddray.ranking.options import NasOptions
-from ddray.ranking.spaces import NasSpace, get_definition, owners
+from ddray.ranking.spaces import NasSpace, owners
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from ddray.methods import get_method
 from ddray.nets import multiply_adds
 from ddray.nets.names import resolve_arch
 from ddray.pool.spec import PoolSpec
-from ddray.ranking.options import NasOptions
+from ddray.ranking import DEFAULT_SPACE
 from ddray.runs.ledger import Unit
 from ddray.seeding import derive_seed
 from ddray.tables.checks import check_evaluation, check_names, check_row
@@ -255,7 +255,7 @@ def _proxy_cell(
         num_classes=plan.dataset.num_classes,
         size=unit.size,
         protocol="nas",
-        arch=str(evaluation_spec.options.get("space", NasOptions().space)),
+        arch=str(evaluation_spec.options.get("space", DEFAULT_SPACE)),
         target=plan.dataset.name,
         teacher=None,
         augment=None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -68,6 +69,7 @@ def find(numbers: Sequence[Number], cell: Cell, metric: str | None = None) -> Nu
     return min(candidates, key=lambda number: (bool(number.setting), names.index(number.arch)), default=None)
 
 
+@functools.cache
 def _metric(protocol: str) -> str | None:
     """Return the metric of a protocol's published accuracies; None if no paper has any."""
     if protocol == "nas":
@@ -75,6 +77,7 @@ def _metric(protocol: str) -> str | None:
     return get_protocol(protocol).published_metric if protocol in protocol_names() else None
 
 
+@functools.cache
 def _has_teachers(protocol: str) -> bool:
     """Return whether a protocol trains on soft labels."""
     return protocol in protocol_names() and "teachers" in get_protocol(protocol).options

@@ -19,11 +19,11 @@ from ddray.errors import InputError
 from ddray.nets import arch_names, build_net, num_params
 from ddray.nets.names import parse_arch
 from ddray.nets.nasbench201 import BENCHMARK, EDGES, OPS, Skeleton, cell_net_size, parse_arch_str, to_arch_str
-from ddray.ranking import nasbench201
+from ddray.ranking import nasbench201, space_names
 from ddray.ranking.convnet720 import ConvNet720, convnet_size
 from ddray.ranking.nasbench201 import NasBench201, read_table
 from ddray.ranking.options import NasOptions
-from ddray.ranking.spaces import NasSpace, get_space, parse_indices, resolve_config, sample, space_names
+from ddray.ranking.spaces import NasSpace, get_space, parse_indices, resolve_config, sample
 from ddray.ranking.truth import read_truth
 from ddray.system import registry
 from ddray.system.shipped import shipped
