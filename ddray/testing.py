@@ -166,7 +166,6 @@ class MethodContract:
     ) -> None:
         """Every draw comes from `ctx.generator`, `derive` or `derive_numpy`."""
         monkeypatch.setenv("DDRAY_HOME", str(tmp_path / "home"))  # so that networks are trained here too
-        torch.manual_seed(5)
         before, before_numpy = torch.get_rng_state(), _numpy_state()
         _, distiller = _started(method, random_dataset(), steps=1)
         for _ in range(distiller.num_steps):
