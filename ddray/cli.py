@@ -1,7 +1,5 @@
 """The `ddray` command: its app and exit codes. Commands import torch, Ray and others when they run."""
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

@@ -1,7 +1,5 @@
 """Config: frozen pydantic models fed from YAML layers and `key=value` overrides; a typo gets a hint."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence

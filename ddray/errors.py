@@ -1,7 +1,5 @@
 """The errors that ddray raises on purpose, and the did-you-mean hint they share."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 

@@ -9,8 +9,6 @@ pytest runs them, in seconds if the method's settings say how (`MethodConfig.qui
 trained once for all tests of a session.
 """
 
-from __future__ import annotations
-
 import io
 import pickle
 from collections.abc import Collection, Iterator

@@ -4,8 +4,6 @@ Boost-SSDD (Yu et al., ICLR 2025), Algorithm 2 and Sec 3.4: X_s = D(C^x B^x, s),
 trained on as {X_s, tau_1(X_s), ..., tau_A(X_s)} with targets {Y_s, Y_s + Q_1(C^y) B^y, ...}.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Final, Literal
 

@@ -7,8 +7,6 @@ Deviation: where the factor does not divide the side, IDC pads the image with gr
 one pixel, so that no stored pixel is unused.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -1,7 +1,5 @@
 """Reading distilled sets: ours, and those of other projects."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`ddray bench`, on Ray or in this process."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from ddray.cluster.executor import bench_executor

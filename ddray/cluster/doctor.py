@@ -1,7 +1,5 @@
 """`ddray doctor`: checks what a run needs: versions, devices, data, Ray, a folder all nodes can write."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import sys

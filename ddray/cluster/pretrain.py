@@ -1,7 +1,5 @@
 """A search's pool: the networks its method declares are trained before the first trial, then served."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Starting and leaving Ray: a local instance or an existing cluster, quiet, with capacity checked first."""
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

@@ -4,8 +4,6 @@
 OptunaSearch (TPE) or, for `random` and `grid`, from a pure function of the number (docs/ray.md, 20).
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ A search distils from nine tenths of train and scores on the held-out tenth. Tes
 the search has ended, for the winner and the paper's point on fresh seeds.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Mapping, Sequence

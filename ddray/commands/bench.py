@@ -1,7 +1,5 @@
 """`ddray bench`: a table of methods, datasets and sizes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

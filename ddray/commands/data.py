@@ -1,7 +1,5 @@
 """`ddray data`: the datasets."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from ddray.commands import display

@@ -1,7 +1,5 @@
 """`ddray distill`: a dataset to a few images per class."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from ddray.commands import display

@@ -1,7 +1,5 @@
 """`ddray doctor`: checks that everything a run needs is there."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """`ddray evaluate`: fresh networks trained on a distilled set."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`ddray export`: a distilled set for other tools."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

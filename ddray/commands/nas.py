@@ -1,7 +1,5 @@
 """`ddray nas`: architectures ranked on distilled sets."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from ddray.commands import display

@@ -1,7 +1,5 @@
 """What commands share: options made from configs, shell completion, and the printing of results."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import inspect

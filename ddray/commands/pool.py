@@ -1,7 +1,5 @@
 """`ddray pool`: networks that many runs share."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from ddray.commands import display

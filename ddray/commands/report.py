@@ -1,7 +1,5 @@
 """`ddray report`: one page over runs."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from ddray.commands import display

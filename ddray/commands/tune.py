@@ -1,7 +1,5 @@
 """`ddray tune`: a search for hyperparameters."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from ddray.commands import display

@@ -5,8 +5,6 @@ the first wins. Its key covers name, size and modification time of every source 
 new entry. Returned arrays never share writable memory with the files.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

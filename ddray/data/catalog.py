@@ -4,8 +4,6 @@ Means and standard deviations are those of the DC/DSA/DM code family, which ever
 ImageNet subsets are those of Table 1 of the DataDAM supplement, classes in its order.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 

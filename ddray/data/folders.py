@@ -1,7 +1,5 @@
 """Folders of image files: by class, Tiny-ImageNet's val, ImageNet subsets, CUB-200-2011, Stanford Dogs."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence

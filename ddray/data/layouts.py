@@ -1,7 +1,5 @@
 """Layout: what every reader of a folder returns to `open_dataset`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial

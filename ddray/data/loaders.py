@@ -1,7 +1,5 @@
 """open_dataset: find a dataset by name or path, and open it without reading its test half."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

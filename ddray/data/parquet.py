@@ -1,7 +1,5 @@
 """Hugging Face style parquet shards: columns img|image {bytes, path} and label|fine_label."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path

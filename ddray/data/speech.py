@@ -6,8 +6,6 @@ librosa's) -> magnitude -> 1 and 2 zero frames before and after -> bilinear to 6
 Deviation: IDC resamples everything to 16 kHz; here 8 kHz clips stay at 8 kHz.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Names of the parts of train, as keys and files have them."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from typing import Final, Self

@@ -1,7 +1,5 @@
 """Datasets in torchvision's own layout, and their download."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The distillation loop: step, checkpoint, report, resume. Independent of methods and of Ray."""
 
-from __future__ import annotations
-
 import logging
 import math
 import statistics

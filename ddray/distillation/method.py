@@ -1,7 +1,5 @@
 """The contract of a method: its context, what its presets may depend on, and what it offers."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol

@@ -1,7 +1,5 @@
 """HTML pages: one self-contained file each, from a template, that needs no network."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Pictures of distilled sets: one PNG grid, with normalisation and whitening undone."""
 
-from __future__ import annotations
-
 import base64
 import io
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Colours, layout and HTML that all plotly figures share."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Final
 

@@ -1,7 +1,5 @@
 """Pictures that a finished distillation writes beside its artifact."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Numbers as people read them."""
 
-from __future__ import annotations
-
 
 def percent(mean: object, std: float | None = None) -> str:
     """Return a fraction as `12.34` or `12.34 +- 0.56` (percent); `-` if it is no number."""

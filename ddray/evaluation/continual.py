@@ -13,8 +13,6 @@ ECCV 2020; as in DM, arXiv:2110.04181, Sec 4.4: CIFAR-100 in 5 or 10 tasks, 20 i
 - classes that the number of tasks does not divide: the rest is dropped | tasks differ by one class.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from typing import Final

@@ -3,8 +3,6 @@
 The last epoch's network is scored once; the peers score on test up to 400 times and report the best score.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from typing import Final

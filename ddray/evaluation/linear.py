@@ -16,8 +16,6 @@ KRR-ST's own tables fine-tune the whole network instead (`finetune`).
   on, else 5,000.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """What `ddray evaluate` was asked for, and the checks that need no distilled set."""
 
-from __future__ import annotations
-
 from typing import Any, Final, Literal, Self, get_args
 
 from pydantic import ValidationInfo, field_validator, model_validator

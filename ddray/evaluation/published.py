@@ -3,8 +3,6 @@
 docs/published.md has the conventions, doubtful cells and contradictions within the papers.
 """
 
-from __future__ import annotations
-
 import csv
 import functools
 from dataclasses import dataclass

@@ -22,8 +22,6 @@ Both lie in [0, 1]; a set no better than random and as good as the whole scores 
   is compared with one random image, not with four. A fresh draw per seed.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from typing import Final

@@ -13,8 +13,6 @@ crops and flips; AdamW whose rate falls along half a cosine, .5 (1 + cos(pi e / 
   epochs at ipc 10 / 50 / 100.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import time

@@ -1,7 +1,5 @@
 """Stratified subsets: of a set to train on (--train-limit), and random real images at a set's storage."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Teachers of soft labels: networks of the model pool, their accuracy checked before use."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Accuracy of a network trained on the whole dataset: trained once, stored under `$DDRAY_HOME/truth`."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import math

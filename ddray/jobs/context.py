@@ -1,7 +1,5 @@
 """What a run needs before its first step: device, pixel space, pool, and checks against the data."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from typing import Final

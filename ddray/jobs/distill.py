@@ -1,7 +1,5 @@
 """The commands' work as functions: distil into a run directory, describe a dataset, write JSON."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Collection

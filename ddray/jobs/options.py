@@ -1,7 +1,5 @@
 """Options of `ddray distill`, which `ddray tune` shares, and of `ddray pool train`."""
 
-from __future__ import annotations
-
 from ddray.config import AbsolutePath, Names, named
 from ddray.system.options import DataOptions, DeviceOptions, RunOptions
 

@@ -1,7 +1,5 @@
 """Turns a command's options into what a run needs: resolved configuration, context, shared networks."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The functions behind `ddray pool`: train a pool's networks, list and show its entries."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`ddray evaluate` as a function: a distilled set's file, a protocol and its options, scored on a dataset."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Trains missing pool entries: supervised networks and their features of the real images, D3HR's stages."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

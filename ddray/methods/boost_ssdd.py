@@ -21,8 +21,6 @@ small networks Q_a replace in the end.
   batch. The outer solve is exact, in the features' space, its gradient taken in parts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, Final, Literal

@@ -18,8 +18,6 @@ when a fresh one is taken, follows its accuracy on real images (dynamic bi-level
 - augmentation and network seeds: wall clock | derived from the run's seed. `augment=dsa` is CAFE+DSA.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Final, Literal
 

@@ -6,8 +6,6 @@ beat it there has learned nothing that a mean would not give.
 **Deviations**: none; it comes from no paper.
 """
 
-from __future__ import annotations
-
 from typing import Final
 
 import torch

@@ -20,8 +20,6 @@ statistics are pool entries; a run itself does group sampling, class by class, a
 - generator: DiT-XL/2, fine-tuned 400 epochs per dataset | - | any DiTPipeline folder, or one trained here.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import replace

@@ -19,8 +19,6 @@ last; L_MMD matches class means of the embedding.
 - augmentation and network seeds: wall clock | wall clock | derived from the run's seed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Final, Literal
 

@@ -13,8 +13,6 @@ network is trained on them for `inner_loop` epochs in between.
 - network seeds: wall clock | derived from the run's seed.
 """
 
-from __future__ import annotations
-
 from typing import Final
 
 from ddray.methods.families.matching.gradients import GradientConfig, gradient_method

@@ -10,8 +10,6 @@ synthetic images, both under the same augmentation.
 - augmentation and network seeds: wall clock | derived from the run's seed.
 """
 
-from __future__ import annotations
-
 from typing import Final
 
 from torch import Tensor

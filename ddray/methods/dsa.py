@@ -9,8 +9,6 @@ on the synthetic images and the evaluation are augmented too.
 - augmentation seeds: wall clock | derived from the run's seed.
 """
 
-from __future__ import annotations
-
 from typing import Final, Literal
 
 from ddray.methods.families.matching.gradients import GradientConfig, gradient_method

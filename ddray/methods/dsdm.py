@@ -28,8 +28,6 @@ covariances (Eq 5), L_h the class means of the synthetic images with their own h
 - a factor that does not divide the side: padded with grey | parts that differ by a pixel.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final, Literal
 

@@ -18,8 +18,6 @@ under the drawn network (class-aware distribution regularisation).
 - augmentation and network seeds: wall clock | derived from the run's seed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final, Literal
 

@@ -5,8 +5,6 @@ Chosen per class in the embedding of a ConvNet trained on train.
 **Deviations**: peers re-train the feature network for each run; ours is one pool entry.
 """
 
-from __future__ import annotations
-
 from typing import Final
 
 from ddray.methods.families.selection import FeatureConfig, coreset_method, kcenter_order

@@ -6,8 +6,6 @@ Clustered in the embedding of a ConvNet trained on train.
 one is its supervised counterpart, class by class.
 """
 
-from __future__ import annotations
-
 from typing import Final
 
 from torch import Tensor

@@ -8,8 +8,6 @@ For each of m centroids the nearest real image not yet taken, with its own repre
 - One start of k-means++ (scikit-learn); the paper does not say how many.
 """
 
-from __future__ import annotations
-
 from typing import Final
 
 from torch import Tensor

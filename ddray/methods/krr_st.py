@@ -15,8 +15,6 @@ representations of real images: Boost-SSDD's Eq 2 (inner) and Eq 3 (outer), its 
 - real batches: drawn without repetition within an epoch | within a batch.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any, Final

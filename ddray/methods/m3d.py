@@ -15,8 +15,6 @@ characteristic: all moments are matched, where DM (a linear kernel) matches the 
   size are ours.
 """
 
-from __future__ import annotations
-
 from typing import Any, ClassVar, Final, Literal
 
 import torch

@@ -8,8 +8,6 @@ overshoots at ipc 1). With `augment=none` its optimum is the class mean (see `cl
 network.
 """
 
-from __future__ import annotations
-
 from typing import Final
 
 from torch import Tensor

@@ -3,8 +3,6 @@
 **Deviations**: none; the papers give no more than this.
 """
 
-from __future__ import annotations
-
 from typing import Final
 
 from torch import Tensor

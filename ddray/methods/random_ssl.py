@@ -8,8 +8,6 @@ Drawn from the whole unlabelled set, without classes (Boost-SSDD Sec 4, Baseline
   paper's number is that of `--budget N * (1 + D / (C * H * W))`.
 """
 
-from __future__ import annotations
-
 from typing import Final
 
 import torch

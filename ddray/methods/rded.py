@@ -14,8 +14,6 @@ the ipc * factor^2 best of these in each class, and factor x factor of them are 
 - soft labels are the protocol's (`evaluate --protocol soft`), which shuffles the stitched parts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 

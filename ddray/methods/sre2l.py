@@ -13,8 +13,6 @@ norm layer, from the running ones. Relabel: soft labels are the protocol's (`eva
 - the last image or the best one: - | the best only where the last is not asked for | the last.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

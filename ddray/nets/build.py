@@ -1,7 +1,5 @@
 """Building networks from names: deterministic in the seed, and re-drawn in place for a new one."""
 
-from __future__ import annotations
-
 import importlib
 from functools import lru_cache
 from itertools import chain

@@ -11,8 +11,6 @@ convolution.
   average-pooled to the size it has at 32 px (VGG-11 1x1, AlexNet 4x4), so that the classifier does not grow.
 """
 
-from __future__ import annotations
-
 from typing import Final
 
 from torch import Tensor, nn

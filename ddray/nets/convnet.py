@@ -6,8 +6,6 @@ networks) each twice the channels of the one before. A one-channel image is padd
 the first convolution, whatever its size: the authors' code tests the channels, which turns 28 px into 32.
 """
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -1,7 +1,5 @@
 """What every network returns from one pass, and the normalisation layers the families share."""
 
-from __future__ import annotations
-
 from typing import Final, NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """Architecture names: a base name and optional suffixes in any order; the canonical name omits defaults."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, replace
 

@@ -18,8 +18,6 @@ the cell uses, so the operations beyond it drop out.
 - What can't reach a cell's output is built, as its parameters count, but not run.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence

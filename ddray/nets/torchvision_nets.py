@@ -17,8 +17,6 @@ of .2.
 - `densenet_cifar`: blocks of [6, 12, 24, 16] layers with growth 12, what DSDM's code runs as "DenseNet-121".
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import partial

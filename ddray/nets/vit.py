@@ -6,8 +6,6 @@ of both tokens, and its logits the mean of both heads. As in torchvision, heads 
 logits are 0.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

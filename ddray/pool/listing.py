@@ -1,7 +1,5 @@
 """The pool's entries as rows for `ddray pool list` and `show`."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The functions behind `ddray nas`: describe a space, rank scores from a file, or run and report a sweep."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The 720 ConvNets of the DataDAM supplement (section 2.3): depth x width x activation x norm x pooling."""
 
-from __future__ import annotations
-
 import itertools
 from typing import Any, Final
 

@@ -12,8 +12,6 @@ can fall outside the percentiles: the interval is then widened to include it. A 
 fewer distinct ones, hence noisier means: such intervals are biased low.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

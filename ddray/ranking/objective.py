@@ -4,8 +4,6 @@ A small sample of architectures is trained on the whole train part once; a trial
 training on it ranks them. Everything is scored on val.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

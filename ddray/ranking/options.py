@@ -1,7 +1,5 @@
 """Options of `ddray nas`, and how it trains architectures: recipes and overrides."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 

@@ -1,7 +1,5 @@
 """Proxies: distilled sets and baselines that architectures are trained on in place of the whole dataset."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Mapping, Sequence

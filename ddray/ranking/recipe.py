@@ -1,7 +1,5 @@
 """How the architectures of a NAS space are trained."""
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 

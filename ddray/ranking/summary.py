@@ -1,7 +1,5 @@
 """The summary of a NAS page, like DataDAM's Tables 4 and 5: published figures beside ours."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

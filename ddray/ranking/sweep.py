@@ -4,8 +4,6 @@ Architectures are trained on nine tenths of train (or on a proxy of it) and rank
 test is used for the last column of the table only.
 """
 
-from __future__ import annotations
-
 import logging
 import secrets
 import time

@@ -4,8 +4,6 @@ On CUDA, the seeds of one architecture are trained as one network where a probe 
 Never on a CPU: 8 fused ConvNets took twice the time of a loop (docs/ray.md, 17).
 """
 
-from __future__ import annotations
-
 import copy
 import logging
 import time

@@ -1,7 +1,5 @@
 """True accuracies without training: from a CSV file, or from a source that the space brings."""
 
-from __future__ import annotations
-
 import csv
 import logging
 import math

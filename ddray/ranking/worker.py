@@ -1,7 +1,5 @@
 """Units of a NAS sweep: one architecture trained on one set with one seed; nothing here needs Ray."""
 
-from __future__ import annotations
-
 import hashlib
 import time
 from collections.abc import Mapping

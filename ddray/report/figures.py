@@ -1,7 +1,5 @@
 """The plots of a report: plotly figures as HTML fragments, coloured by the page's style sheet."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`ddray report`: one or more runs as one self-contained HTML page that needs no network."""
 
-from __future__ import annotations
-
 import importlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Real and distilled images in the plane: t-SNE of a network's embedding (DataDAM's supplement, Fig 9)."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Read run folders for a report: configuration, rows, cells of the table, and the distilled sets."""
 
-from __future__ import annotations
-
 import json
 import logging
 import statistics

@@ -1,7 +1,5 @@
 """What a run was computed with: versions, hardware, commit."""
 
-from __future__ import annotations
-
 import functools
 import importlib.metadata
 import os

@@ -1,7 +1,5 @@
 """Running tasks: in this process, or on a cluster (`ddray/cluster/executor.py`); both retry alike."""
 
-from __future__ import annotations
-
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Run directories: made atomically, never reused by accident, resumed only with the same configuration."""
 
-from __future__ import annotations
-
 import json
 import logging
 import shutil

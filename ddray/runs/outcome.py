@@ -1,7 +1,5 @@
 """How a task of a run ended."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """results.csv: a run's ledger as one flat table."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Writing files so that nothing half-written is ever left under its final name."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib

@@ -1,7 +1,5 @@
 """Packages whose names are imported when they are first used: --help and completion do not wait for torch."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any

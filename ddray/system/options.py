@@ -1,7 +1,5 @@
 """Options that several commands share; a field's docstring is its help."""
 
-from __future__ import annotations
-
 from ddray.config import AbsolutePath, Config
 
 

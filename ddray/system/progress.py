@@ -1,7 +1,5 @@
 """Progress for people: a bar with ETA in a notebook or on a terminal's stderr, plain log lines elsewhere."""
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 import sys

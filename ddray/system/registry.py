@@ -1,7 +1,5 @@
 """Things found by name: modules of ours, and those that installed packages offer; no list to edit."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import pkgutil

@@ -1,7 +1,5 @@
 """The YAML files that ship with ddray: beside the package in a checkout, inside it in a wheel."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 

@@ -1,7 +1,5 @@
 """Files of tensors and plain values, as torch writes them, read without running any code in them."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Set-up of a process that computes: cores, threads, device, logging, memory."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

@@ -1,7 +1,5 @@
 """What a bench refuses before anything is distilled."""
 
-from __future__ import annotations
-
 from typing import Final
 
 from ddray.data import Dataset

@@ -1,7 +1,5 @@
 """The columns of a bench's table: one list for table.csv, the terminal and the report page."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial

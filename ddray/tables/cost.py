@@ -4,8 +4,6 @@ Every finished unit of any run adds one line to `$DDRAY_HOME/unit_costs.jsonl`. 
 rate (seconds per amount of work) of the most similar past units, preferring those of about the same size.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math

@@ -1,7 +1,5 @@
 """What a bench would cost: its units, without reading an image."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

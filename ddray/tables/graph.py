@@ -1,7 +1,5 @@
 """The units of a bench: one distillation per (row, dataset, size, seed), one evaluation per set and cell."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace

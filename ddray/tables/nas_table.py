@@ -1,7 +1,5 @@
 """The NAS tables of a bench: its sets as the proxies of `ddray nas`, one sweep per dataset and size."""
 
-from __future__ import annotations
-
 import filecmp
 import os
 import re

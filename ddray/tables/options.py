@@ -1,7 +1,5 @@
 """Options of `ddray bench`."""
 
-from __future__ import annotations
-
 from typing import Literal, Self
 
 from pydantic import Field, model_validator

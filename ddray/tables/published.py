@@ -1,7 +1,5 @@
 """The published number of a bench's cell, and the distance of ours from it in standard errors."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from typing import Any, Final

@@ -1,7 +1,5 @@
 """Running a bench: the run's folder, and the loop that hands units to workers."""
 
-from __future__ import annotations
-
 import json
 import logging
 import time

@@ -1,7 +1,5 @@
 """What is done, can run now, or failed: the driver's view of a bench, whose only state is the ledger."""
 
-from __future__ import annotations
-
 import logging
 from collections import Counter
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The table of a bench: means, sample standard deviations, and the distance to the published numbers."""
 
-from __future__ import annotations
-
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """What a bench is made of: its units, the cells of its table, and the graph of both."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """What a worker does with a bench unit: train a pool entry, distil or score a set; publish its row."""
 
-from __future__ import annotations
-
 import functools
 import json
 import math

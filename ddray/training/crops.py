@@ -4,8 +4,6 @@ The boxes are drawn as torchvision's `RandomResizedCrop` draws them; all crops o
 one bilinear grid, flips included.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """CutMix (Yun et al., ICCV 2019, arXiv:1905.04899) with Beta(1, 1), as IDC's and DSDM's code draws it."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

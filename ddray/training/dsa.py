@@ -9,8 +9,6 @@ Deviation: the authors' code reseeds the global generator to repeat a draw, so t
 (the same offset along both axes); here they are independent, drawn once and applied as often as needed.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Final, Literal
 

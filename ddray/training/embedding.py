@@ -1,7 +1,5 @@
 """A network's outputs for whole sets of images, computed part by part."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Final
 

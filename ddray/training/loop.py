@@ -1,7 +1,5 @@
 """Training a network by a recipe: what the `hard` protocol, the pool and methods' inner loops do."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 

@@ -5,8 +5,6 @@ arXiv:2006.10738). Parameters arrive as uniform draws in [0, 1) and are scaled h
 depend on the image size. `rows` has shape [N, 11], or [1, 11] where all samples share one row.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Final

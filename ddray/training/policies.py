@@ -1,7 +1,5 @@
 """Augmentation by name: DSA, and torchvision's policies, on batches in a pixel space."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """The end of a search: distil winner and paper's point from all of train on fresh seeds, score on test."""
 
-from __future__ import annotations
-
 import logging
 import shutil
 import statistics

@@ -1,7 +1,5 @@
 """The live table of a search's trials: redrawn on a terminal, one plain line per finished trial elsewhere."""
 
-from __future__ import annotations
-
 import logging
 import sys
 import time

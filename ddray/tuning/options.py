@@ -1,7 +1,5 @@
 """Options of `ddray tune`."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 from pydantic import Field

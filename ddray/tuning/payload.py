@@ -1,7 +1,5 @@
 """What workers get through the object store: real images once per node, and copies at the boundary."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """report.html of a search: one self-contained page that needs no network, with Optuna's plotly figures."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

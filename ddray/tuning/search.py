@@ -1,7 +1,5 @@
 """A search for hyperparameters: its trials, and which of them are missing."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """A search's trials as an Optuna study: for its sampler, its plots, and optuna-dashboard."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path

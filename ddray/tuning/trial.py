@@ -1,7 +1,5 @@
 """One trial in a worker: distil, score on val at every rung, publish one row. Independent of Tune."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """A worker of a search: its copy of the data, its device, and what trials do with both."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Decoder `boost_ssdd`: images and targets from bases, coefficients and approximation networks."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Final
 

@@ -1,7 +1,5 @@
 """Decoder `images`, the default: images as they are trained on, with labels or self-supervised targets."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Final
 

@@ -1,7 +1,5 @@
 """Decoder `partition`: several images stored as one, cut apart and up-sampled (IDC, IDM, DSDM)."""
 
-from __future__ import annotations
-
 from typing import Final
 
 from ddray.artifact.decoders import Decoder

@@ -3,8 +3,6 @@
 A format's module ends in `FORMAT: Final = ForeignFormat(...)`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

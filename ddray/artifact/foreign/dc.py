@@ -1,7 +1,5 @@
 """`res_*.pt` of the DC family: DC, DSA, DM, DataDAM."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any, Final

@@ -1,7 +1,5 @@
 """`images_best.pt` of MTT, with `labels_best.pt` beside it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, Final
 

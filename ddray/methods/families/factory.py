@@ -1,7 +1,5 @@
 """A method made of its parts: settings, presets, and an engine that does the work."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal

@@ -1,7 +1,5 @@
 """Shared by the coresets: a method that is one selection, and features of a network trained on train."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 

@@ -1,7 +1,5 @@
 """States to checkpoint: copies on the CPU, and an optimiser's buffers without its settings."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """D3HR's settings."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 

@@ -1,7 +1,5 @@
 """Decoder `d3hr`: a set holds statistics of latents; a generator makes any number of images from them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import replace

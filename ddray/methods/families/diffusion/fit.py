@@ -1,7 +1,5 @@
 """Training loop of a generator's networks: learning rates, averaged weights, a checkpoint of every stage."""
 
-from __future__ import annotations
-
 import logging
 import math
 import time

@@ -4,8 +4,6 @@ A model is identified by its fingerprint, never by its path: `$DDRAY_HOME/genera
 was last used from, so that moving a folder repeats no work.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

@@ -6,8 +6,6 @@ part. Latents and inversions are saved batch by batch until the entry is complet
 most the batch it was working on.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence

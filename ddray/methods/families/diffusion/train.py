@@ -6,8 +6,6 @@ and an exponential moving average of the weights, which becomes the model. Every
 generator: a run that continues from its checkpoint ends with the same bytes.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Batches of real images by class, the initial synthetic images, and chunks that fit a CPU's cache."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Final, Literal
 

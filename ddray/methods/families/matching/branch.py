@@ -1,7 +1,5 @@
 """The real side of a matching method: batches by class, augmented as the synthetic images are, in chunks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Literal
 

@@ -6,8 +6,6 @@ where the sets nearly coincide, so products are summed in float64, a block of co
 rows, which in a search may be as many as the real ones, are also taken in blocks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Gradient matching (DC and DSA): the distance of two gradients, and the loops around it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Final, Literal
 

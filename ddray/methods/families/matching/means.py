@@ -4,8 +4,6 @@ A method supplies per-sample statistics of images [N, C, H, W] -> tuple of [N, D
 per-class means [K, D_l]; everything here is vectorised over classes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 

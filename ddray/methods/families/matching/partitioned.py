@@ -5,8 +5,6 @@ pixel space (the DC family's); networks see them expanded, and augmented by one 
 synthetic images alike.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Networks trained on the real images, shared by sets, trials and runs; their features of these images."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal

@@ -1,7 +1,5 @@
 """IDM's queue of networks that are trained while in use; part of the trial's state."""
 
-from __future__ import annotations
-
 from dataclasses import InitVar, dataclass, field
 from functools import partial
 from typing import Any

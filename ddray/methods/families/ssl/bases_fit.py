@@ -1,7 +1,5 @@
 """Boost-SSDD's setup and final fit: principal components, float accounting, approximation networks."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Final

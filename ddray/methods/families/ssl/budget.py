@@ -4,8 +4,6 @@ A budget of N images is N * C * H * W floats (Boost-SSDD Sec 4, Storage Budget).
 set needs: images and their representations alike.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, ClassVar, Final

@@ -1,7 +1,5 @@
 """Settings that KRR-ST and Boost-SSDD share."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 

@@ -1,7 +1,5 @@
 """The pool of inner networks that KRR-ST and Boost-SSDD train on their set (Boost-SSDD Algorithm 1)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

@@ -6,8 +6,6 @@ then the network is trained for one more step (Eq 2). The gradient in features a
 no graph goes through the solve.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 

@@ -6,8 +6,6 @@ over real features, chunk by chunk. With more samples than features the same is 
 S (S'S + lambda I)^-1, so that no matrix is larger than the smaller side.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Final, NamedTuple
 

@@ -13,8 +13,6 @@ a label: the entry is keyed by a hash of the images, and one-class networks have
 - the last, incomplete batch of an epoch is dropped in both.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
