@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 from ddray.system.lazy import lazy
 
 if TYPE_CHECKING:
-    from ddray.data.dataset import Dataset, Split, carve_val, search_rows
+    from ddray.data.dataset import Dataset, Split, SplitName, carve_val, search_rows
     from ddray.data.loaders import dataset_names, open_dataset
     from ddray.data.pixels import PixelSpace, fit_zca, normalized_space
-    from ddray.data.splits import SplitName
 
 __all__ = [
     "Dataset",
@@ -27,9 +26,8 @@ __all__ = [
 __getattr__ = lazy(
     __name__,
     {
-        "dataset": ("Dataset", "Split", "carve_val", "search_rows"),
+        "dataset": ("Dataset", "Split", "SplitName", "carve_val", "search_rows"),
         "loaders": ("dataset_names", "open_dataset"),
         "pixels": ("PixelSpace", "fit_zca", "normalized_space"),
-        "splits": ("SplitName",),
     },
 )

@@ -10,7 +10,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -42,36 +43,32 @@ def fetch(
         StorageError: the cache cannot be written.
     """
     entry = home() / "datasets" / _key(files, settings)
-    cached = _load(entry)
-    if cached is not None:
+    if (cached := _load(entry)) is not None:
         return cached
-    temporary = _temporary_folder(entry)
+    with _writing(entry.parent, "you can write"):
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=entry.name[:16] + "-", suffix=".tmp", dir=entry.parent))
     try:
-        facts = build(temporary)
-        (temporary / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
-        _publish(temporary, entry)
-    except OSError as error:
-        raise StorageError(
-            f"the cache of decoded datasets must be writable, got {temporary}: {error.strerror or error}; "
-            "set $DDRAY_HOME to a folder with free space"
-        ) from error
+        with _writing(temporary, "with free space"):
+            facts = build(temporary)
+            (temporary / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
+            _publish(temporary, entry)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    cached = _load(entry)
-    if cached is None:
+    if (cached := _load(entry)) is None:
         raise StorageError(f"a decoded dataset must be readable after it was written, got {entry}")
     return cached
 
 
-def _temporary_folder(entry: Path) -> Path:
-    """Make a folder next to `entry`."""
+@contextmanager
+def _writing(path: Path, fix: str) -> Iterator[None]:
+    """Turn an OSError into a StorageError that asks for a folder as in `fix`."""
     try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=entry.name[:16] + "-", suffix=".tmp", dir=entry.parent))
+        yield
     except OSError as error:
         raise StorageError(
-            f"the cache of decoded datasets must be writable, got {entry.parent}: {error.strerror}; "
-            "set $DDRAY_HOME to a folder you can write"
+            f"the cache of decoded datasets must be writable, got {path}: {error.strerror or error}; "
+            f"set $DDRAY_HOME to a folder {fix}"
         ) from error
 
 

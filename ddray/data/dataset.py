@@ -1,12 +1,14 @@
-"""Split and Dataset: images with labels, loaded on first use; stratified splits."""
+"""Split and Dataset: images with labels, loaded on first use; stratified splits and their names."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Final, Self
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch import Tensor
 from ddray import seeding
 from ddray.errors import InputError
 
+_SPLIT_NAME: Final = re.compile(r"train(?:-val(\d+))?")
 _HASH_CHUNK = 4096  # images hashed at a time: bounds the memory of memory-mapped sets
 
 
@@ -45,7 +48,7 @@ class Split:
         return self.images.is_floating_point()
 
     def select(self, index: Tensor) -> Split:
-        """Return a copy of the images at `index` [M], in that order."""
+        """Return a copy of the images at `index` [M], in that order, or where a bool `index` [N] is true."""
         return Split(self.images[index], self.labels[index])
 
 
@@ -73,8 +76,6 @@ class Dataset:
     can_flip: bool
     load_train: Callable[[], Split] = field(repr=False)
     load_test: Callable[[], Split] = field(repr=False)
-    _train: Split | None = field(default=None, init=False, repr=False)
-    _test: Split | None = field(default=None, init=False, repr=False)
 
     @property
     def num_classes(self) -> int:
@@ -87,13 +88,6 @@ class Dataset:
         Raises:
             InputError: a file is missing or corrupt, a label is out of range, a class has no image.
         """
-        if self._train is None:
-            split = self._checked(self.load_train(), "train")
-            counts = torch.bincount(split.labels, minlength=self.num_classes)
-            if bool((counts == 0).any()):
-                empty = self.class_names[int((counts == 0).nonzero()[0])]
-                raise InputError(f"every class of {self.name} must have a train image, got none of {empty!r}")
-            self._train = split
         return self._train
 
     def test(self) -> Split:
@@ -102,19 +96,29 @@ class Dataset:
         Raises:
             InputError: a file is missing or corrupt, a label is out of range, there is no image.
         """
-        if self._test is None:
-            self._test = self._checked(self.load_test(), "test")
         return self._test
+
+    @cached_property
+    def _train(self) -> Split:
+        split = self._checked(self.load_train(), "train")
+        empty = (torch.bincount(split.labels, minlength=self.num_classes) == 0).nonzero()
+        if len(empty):
+            raise InputError(
+                f"every class of {self.name} must have a train image, "
+                f"got none of {self.class_names[int(empty[0])]!r}"
+            )
+        return split
+
+    @cached_property
+    def _test(self) -> Split:
+        return self._checked(self.load_test(), "test")
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over train's images, labels and the class names; test plays no part."""
         split = self.train()
-        head = {
-            "class_names": self.class_names,
-            "shape": list(split.images.shape),
-            "dtype": str(split.images.dtype),
-        }
+        shape, dtype = list(split.images.shape), str(split.images.dtype)
+        head = {"class_names": self.class_names, "shape": shape, "dtype": dtype}
         digest = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
         for chunk in torch.split(split.images, _HASH_CHUNK):
             digest.update(chunk.contiguous().numpy().data)
@@ -125,33 +129,25 @@ class Dataset:
         """Return `split` if its shape and labels fit this dataset."""
         if len(split) == 0:
             raise InputError(f"the {which} split of {self.name} must have images, got none")
-        if tuple(split.images.shape[1:]) != self.image_shape:
+        shape = list(split.images.shape[1:])
+        if shape != list(self.image_shape):
             raise InputError(
-                f"{which} images of {self.name} must have shape {list(self.image_shape)}, "
-                f"got {list(split.images.shape[1:])}"
+                f"{which} images of {self.name} must have shape {list(self.image_shape)}, got {shape}"
             )
         low, high = int(split.labels.min()), int(split.labels.max())
         if low < 0 or high >= self.num_classes:
-            wrong = low if low < 0 else high
             raise InputError(
                 f"{which} labels of {self.name} must lie in 0..{self.num_classes - 1} "
-                f"(it names {self.num_classes} classes), got {wrong}"
+                f"(it names {self.num_classes} classes), got {low if low < 0 else high}"
             )
         return split
 
 
 def stratified_holdout(labels: Tensor, fraction: float, generator: torch.Generator) -> Tensor:
-    """Draw which samples to hold out, the same fraction of every class.
+    """Return bool [N]: the samples to hold out of `labels`, int64 [N], drawn by a CPU generator.
 
-    A class with at least two samples gives at least one and keeps at least one; a single sample stays.
-
-    Args:
-        labels: int64 [N].
-        fraction: of each class, rounded to the nearest count.
-        generator: CPU generator of the draw.
-
-    Returns:
-        bool [N], true where held out.
+    It is the same fraction of every class, rounded to the nearest count. A class with at least two samples
+    gives at least one and keeps at least one; a single sample stays.
     """
     shuffled = torch.randperm(len(labels), generator=generator)
     order = shuffled[torch.argsort(labels[shuffled], stable=True)]  # by class, at random within a class
@@ -164,15 +160,9 @@ def stratified_holdout(labels: Tensor, fraction: float, generator: torch.Generat
 
 
 def carve_val(split: Split, *, seed: int, fraction: float = 0.1) -> tuple[Split, Split]:
-    """Split `split` into train and val, stratified by class; both keep the order of `split`.
+    """Return `split`, usually all of train, as (train, val): disjoint, together complete, in its order.
 
-    Args:
-        split: what to carve from, usually all of train.
-        seed: decides which images go to val.
-        fraction: share of val, in (0, 1).
-
-    Returns:
-        (train, val): disjoint, together complete. A class with at least 2 images has at least 1 in each.
+    Val is a fraction of every class; a class with at least 2 images has at least 1 in each half.
 
     Raises:
         InputError: `fraction` is not in (0, 1), or no class has 2 images.
@@ -184,7 +174,7 @@ def carve_val(split: Split, *, seed: int, fraction: float = 0.1) -> tuple[Split,
         raise InputError(
             f"carving val needs a class with 2 images, got {len(split)} images of as many classes"
         )
-    return split.select((~in_val).nonzero()[:, 0]), split.select(in_val.nonzero()[:, 0])
+    return split.select(~in_val), split.select(in_val)
 
 
 def search_rows(train: Split, *, seed: int) -> Tensor:
@@ -192,3 +182,27 @@ def search_rows(train: Split, *, seed: int) -> Tensor:
     numbered = Split(torch.arange(len(train)).view(-1, 1, 1, 1), train.labels)
     remaining, val = carve_val(numbered, seed=seed)
     return torch.cat([remaining.images, val.images]).flatten().argsort()
+
+
+@dataclass(frozen=True)
+class SplitName:
+    """All of train, written `train`, or what is left of it without a val tenth, written `train-val<seed>`.
+
+    Attributes:
+        val_seed: seed of the val tenth that is left out; None for all of train.
+    """
+
+    val_seed: int | None = None
+
+    def __str__(self) -> str:
+        return "train" if self.val_seed is None else f"train-val{self.val_seed}"
+
+    @classmethod
+    def parse(cls, name: str) -> Self | None:
+        """Return the split that a name stands for; None for any other name."""
+        match = _SPLIT_NAME.fullmatch(name)
+        return None if match is None else cls(None if match[1] is None else int(match[1]))
+
+    def carve(self, train: Split) -> tuple[Split, Split | None]:
+        """Return this part of train, and the val tenth that it leaves out."""
+        return (train, None) if self.val_seed is None else carve_val(train, seed=self.val_seed)

@@ -2,14 +2,15 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import Any, Final
 
-from ddray.data import layouts
-from ddray.data.layouts import Layout
-from ddray.data.sources import Item, Source
+import torch
+
+from ddray.data.sources import Item, Layout, Source, chunks, fixed_test, from_sources
 from ddray.errors import InputError
 
 IMAGE_SUFFIXES: Final = (
@@ -41,11 +42,7 @@ def files_below(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
 def by_class(
     folder: Path, classes: Sequence[str], suffixes: tuple[str, ...], *, empty_ok: bool = False
 ) -> Labelled:
-    """Return (file, label) for every file of every class folder.
-
-    Raises:
-        InputError: a class folder is missing, or (unless `empty_ok`) holds no such file.
-    """
+    """Return (file, label) of every class folder's files; InputError if one has none, unless `empty_ok`."""
     labelled: Labelled = []
     for label, name in enumerate(classes):
         files = list(files_below(folder / name, suffixes))
@@ -59,13 +56,14 @@ def by_class(
 
 def image_source(labelled: Labelled) -> Source:
     """Return the images of listed files, in order."""
-
-    def batches() -> Iterator[list[Item]]:
-        for start in range(0, len(labelled), _BATCH):
-            yield [Item(str(file), label, file) for file, label in labelled[start : start + _BATCH]]
-
     labels = hashlib.sha256(",".join(str(label) for _, label in labelled).encode()).hexdigest()
-    return Source([file for file, _ in labelled], lambda: len(labelled), batches, labels)
+    batches = chunks(labelled, _BATCH)
+    return Source(
+        [file for file, _ in labelled],
+        lambda: len(labelled),
+        lambda: ([Item(str(file), label, file) for file, label in batch] for batch in batches),
+        labels,
+    )
 
 
 def layout_of_folder(root: Path, wnids: Sequence[str] = (), names: Sequence[str] = ()) -> Layout | None:
@@ -87,8 +85,7 @@ def layout_of_folder(root: Path, wnids: Sequence[str] = (), names: Sequence[str]
     if not present or (base == root and next(files_below(root / present[0], IMAGE_SUFFIXES), None) is None):
         return None
     classes = list(wnids) or (list(names) if set(names) == set(present) else present)
-    missing = sorted(set(classes) - set(present))
-    if missing:
+    if missing := sorted(set(classes) - set(present)):
         raise InputError(
             f"image folder must have a folder for every class, got none for {missing[0]} in {base}"
         )
@@ -96,13 +93,10 @@ def layout_of_folder(root: Path, wnids: Sequence[str] = (), names: Sequence[str]
     labelled = by_class(base, classes, IMAGE_SUFFIXES)
     list_test = _held_out(root, classes, subset=bool(wnids)) if base != root else None
     if list_test is not None:
-        return layouts.from_sources(class_names, image_source(labelled), lambda: image_source(list_test()))
-    train, test = layouts.halves([label for _, label in labelled])
-    return layouts.from_sources(
-        class_names,
-        image_source([labelled[i] for i in train]),
-        lambda: image_source([labelled[i] for i in test]),
-    )
+        return from_sources(class_names, image_source(labelled), lambda: image_source(list_test()))
+    in_test = fixed_test(torch.tensor([label for _, label in labelled]))
+    train, test = (list(compress(labelled, half.tolist())) for half in (~in_test, in_test))
+    return from_sources(class_names, image_source(train), lambda: image_source(test))
 
 
 def _held_out(root: Path, classes: Sequence[str], *, subset: bool) -> Callable[[], Labelled] | None:
@@ -128,37 +122,32 @@ def _held_out_by_class(folder: Path, classes: Sequence[str], *, subset: bool) ->
 def _tiny_imagenet_val(folder: Path, classes: Sequence[str]) -> Labelled:
     """Return Tiny-ImageNet's val: images/ and a tab-separated list of file name, WordNet id and a box."""
     label_of = {name: label for label, name in enumerate(classes)}
-    labelled: Labelled = []
-    for fields in _table(folder / "val_annotations.txt", 2, "\t"):
-        if fields[1] not in label_of:
-            raise InputError(
-                f"classes in {folder / 'val_annotations.txt'} must be among train's, got {fields[1]!r}"
-            )
-        labelled.append((folder / "images" / fields[0], label_of[fields[1]]))
+    file, labelled = folder / "val_annotations.txt", []
+    for name, wnid, *_ in _table(file, "\t"):
+        if wnid not in label_of:
+            raise InputError(f"classes in {file} must be among train's, got {wnid!r}")
+        labelled.append((folder / "images" / name, label_of[wnid]))
     return labelled
 
 
-def _table(file: Path, columns: int, separator: str | None = None) -> list[list[str]]:
-    """Return a text file's lines, split into at least `columns` fields."""
+def _table(file: Path, separator: str | None = None) -> list[list[str]]:
+    """Return a text file's lines, split into at least two fields."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"dataset list must be readable, got {file}: {error}") from error
     rows = [line.split(separator) for line in lines if line.strip()]
-    short = next((row for row in rows if len(row) < columns), None)
+    short = next((row for row in rows if len(row) < 2), None)
     if short is not None:
-        raise InputError(f"lines of {file} must have {columns} fields, got {' '.join(short)!r}")
+        raise InputError(f"lines of {file} must have 2 fields, got {' '.join(short)!r}")
     return rows
 
 
 def _human_names(root: Path, classes: Sequence[str]) -> tuple[str, ...]:
     """Return what words.txt (or ImageNet's synset mapping) calls each class, else its folder's name."""
     file = next((root / name for name in _NAME_FILES if (root / name).is_file()), None)
-    if file is None:
-        return tuple(classes)
-    words = {
-        row[0]: row[1].split(",")[0].strip() for row in (" ".join(r).split(None, 1) for r in _table(file, 2))
-    }
+    rows = _table(file) if file else []
+    words = {row[0]: " ".join(row[1:]).split(",")[0].strip() for row in rows}
     return tuple(words.get(name, name) for name in classes)
 
 
@@ -170,24 +159,22 @@ def layout_of_cub(root: Path) -> Layout | None:
     """
     if not (root / "images.txt").is_file():
         return None
-    paths = {row[0]: root / "images" / row[1] for row in _table(root / "images.txt", 2)}
-    labels = {row[0]: row[1] for row in _table(root / "image_class_labels.txt", 2)}
-    in_train = {row[0]: row[1] == "1" for row in _table(root / "train_test_split.txt", 2)}
+    paths, labels, flags = (
+        {row[0]: row[1] for row in _table(root / file)}
+        for file in ("images.txt", "image_class_labels.txt", "train_test_split.txt")
+    )
     for image in paths:
-        if image not in in_train or not labels.get(image, "").isdecimal():
+        if image not in flags or not labels.get(image, "").isdecimal():
             raise InputError(
                 f"every image of {root / 'images.txt'} must have a label and a train/test flag, got none for "
                 f"{image}"
             )
-    folder_of = {int(labels[image]) - 1: path.parent.name for image, path in paths.items()}
-    names = tuple(
-        folder_of.get(label, "").partition(".")[2] for label in range(max(folder_of, default=-1) + 1)
-    )
+    labelled = {image: (root / "images" / path, int(labels[image]) - 1) for image, path in paths.items()}
 
-    def half(train: bool) -> Labelled:
-        return [(path, int(labels[image]) - 1) for image, path in paths.items() if in_train[image] == train]
+    def half(train: bool) -> Source:
+        return image_source([labelled[image] for image in paths if (flags[image] == "1") == train])
 
-    return layouts.from_sources(names, image_source(half(True)), lambda: image_source(half(False)))
+    return from_sources(_names_of(labelled.values(), "."), half(True), lambda: half(False))
 
 
 def layout_of_dogs(root: Path) -> Layout | None:
@@ -199,15 +186,18 @@ def layout_of_dogs(root: Path) -> Layout | None:
     lists = next((folder for folder in (root, root / "lists") if (folder / "train_list.mat").is_file()), None)
     if lists is None:
         return None
-    train = _dog_list(lists / "train_list.mat", root / "Images")
-    folder_of = {label: file.parent.name for file, label in train}
-    names = tuple(
-        folder_of.get(label, "").partition("-")[2] for label in range(max(folder_of, default=-1) + 1)
+    train, test = (
+        partial(_dog_list, lists / f"{half}_list.mat", root / "Images") for half in ("train", "test")
     )
-    test = lists / "test_list.mat"
-    return layouts.from_sources(
-        names, image_source(train), lambda: image_source(_dog_list(test, root / "Images"))
-    )
+    labelled = train()
+    return from_sources(_names_of(labelled, "-"), image_source(labelled), lambda: image_source(test()))
+
+
+def _names_of(labelled: Iterable[tuple[Path, int]], separator: str) -> tuple[str, ...]:
+    """Return a name per label: what follows the separator in its folder's name, empty without a file."""
+    folder_of = {label: file.parent.name for file, label in labelled}
+    labels = range(max(folder_of, default=-1) + 1)
+    return tuple(folder_of.get(label, "").partition(separator)[2] for label in labels)
 
 
 def _dog_list(file: Path, images: Path) -> Labelled:

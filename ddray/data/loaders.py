@@ -1,6 +1,7 @@
 """open_dataset: find a dataset by name or path, and open it without reading its test half."""
 
 import os
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from ddray.config import Result
-from ddray.data import layouts, parquet, vision
+from ddray.data import parquet, vision
 from ddray.data.catalog import KNOWN, KnownDataset
 from ddray.data.dataset import Dataset, Split
 from ddray.data.folders import layout_of_cub, layout_of_dogs, layout_of_folder
-from ddray.data.layouts import Layout
 from ddray.data.pixels import channel_statistics
-from ddray.data.sources import Geometry
+from ddray.data.sources import Geometry, Layout, fixed_test
 from ddray.data.speech import layout_of_wavs
 from ddray.errors import InputError, did_you_mean
 
@@ -42,8 +42,6 @@ def open_dataset(name_or_path: str, *, data_dir: Path | None = None, download: b
         DdrayError: the download failed.
     """
     if name_or_path in KNOWN:
-        if KNOWN[name_or_path].layout == "sklearn":
-            return _digits(name_or_path)
         return _open_named(name_or_path, data_dir, download=download)
     path = Path(name_or_path).expanduser()
     if not path.is_dir():
@@ -72,63 +70,16 @@ def open_dataset(name_or_path: str, *, data_dir: Path | None = None, download: b
     )
 
 
-def _digits(name: str) -> Dataset:
-    """Open scikit-learn's 8x8 digits (0..16), up-sampled to 16x16; test is a fixed stratified 20%."""
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    pixels = torch.from_numpy(bunch.images)[:, None] * (255 / 16)
-    large = F.interpolate(pixels, size=(16, 16), mode="bilinear", align_corners=False)
-    whole = Split(large.round().to(torch.uint8), torch.from_numpy(bunch.target).long())
-    in_test = layouts.fixed_test(whole.labels)
-    train = whole.select((~in_test).nonzero()[:, 0])
-    mean, std = channel_statistics(train.images)
-    spec = KNOWN[name]
-    return Dataset(
-        name=name,
-        class_names=spec.class_names,
-        image_shape=spec.shape,
-        mean=mean,
-        std=std,
-        can_flip=spec.can_flip,
-        load_train=lambda: train,
-        load_test=lambda: whole.select(in_test.nonzero()[:, 0]),
-    )
-
-
 def _open_named(name: str, data_dir: Path | None, *, download: bool) -> Dataset:
-    """Open a named dataset from the data directory."""
     spec = KNOWN[name]
-    root = data_dir or (Path(os.environ["DDRAY_DATA"]) if os.environ.get("DDRAY_DATA") else None)
-    if root is None:
-        raise InputError(f"dataset {name} needs a data directory, got none; {_advice(spec)}")
-    root = root.expanduser().absolute()
-    layout = _find(name, spec, root)
-    if layout is None and download and spec.torchvision:
-        vision.download(root, spec)
-        layout = _find(name, spec, root)
-    if layout is None:
-        searched = [str(folder) for folder in _folders(name, root)]
-        if spec.marker:
-            searched.append(str(root / spec.marker))
-        if spec.wnids:
-            searched += [str(folder) for folder in _folders("imagenet", root)]
-        raise InputError(
-            f"dataset {name} must lie under the data directory, found none of {', '.join(searched)}; "
-            f"{_advice(spec)}"
-        )
-    names = layout.class_names
+    layout = _digits(spec) if spec.layout == "sklearn" else _find_named(name, data_dir, download=download)
     geometry = Geometry(spec.shape, spec.resize)
-    if spec.class_names and len(names) != len(spec.class_names):
-        raise InputError(
-            f"dataset {name} must have {len(spec.class_names)} classes, got {len(names)} under {root}"
-        )
     mean, std = spec.mean, spec.std
     if not mean:
         mean, std = channel_statistics(layout.train(geometry)[0].images)
     return Dataset(
         name=name,
-        class_names=names,
+        class_names=layout.class_names,
         image_shape=spec.shape,
         mean=mean,
         std=std,
@@ -138,9 +89,52 @@ def _open_named(name: str, data_dir: Path | None, *, download: bool) -> Dataset:
     )
 
 
-def _advice(spec: KnownDataset) -> str:
-    """Return what to do about a dataset that is not found."""
-    return "give --data-dir or set $DDRAY_DATA" + (", or add --download" if spec.torchvision else "")
+def _digits(spec: KnownDataset) -> Layout:
+    """Return scikit-learn's 8x8 digits (0..16), up-sampled to 16x16; test is a fixed stratified 20%."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    pixels = torch.from_numpy(bunch.images)[:, None] * (255 / 16)
+    large = F.interpolate(pixels, size=(16, 16), mode="bilinear", align_corners=False)
+    whole = Split(large.round().to(torch.uint8), torch.from_numpy(bunch.target).long())
+    in_test = fixed_test(whole.labels)
+    train = whole.select(~in_test), Geometry(spec.shape, spec.resize)
+    return Layout(spec.class_names, lambda _: train, lambda _: whole.select(in_test))
+
+
+def _find_named(name: str, data_dir: Path | None, *, download: bool) -> Layout:
+    """Return the layout of a dataset below the data directory.
+
+    Raises:
+        InputError: there is none, or it has another number of classes.
+        DdrayError: the download failed.
+    """
+    spec = KNOWN[name]
+    advice = "give --data-dir or set $DDRAY_DATA" + (", or add --download" if spec.torchvision else "")
+    directory = data_dir or os.environ.get("DDRAY_DATA")
+    if not directory:
+        raise InputError(f"dataset {name} needs a data directory, got none; {advice}")
+    root = Path(directory).expanduser().absolute()
+    layout = _find(name, root)
+    if layout is None and download and spec.torchvision:
+        vision.download(root, spec)
+        layout = _find(name, root)
+    if layout is None:
+        searched = _folders(name, root)
+        if spec.marker:
+            searched.append(root / spec.marker)
+        if spec.wnids:
+            searched += _folders("imagenet", root)
+        raise InputError(
+            f"dataset {name} must lie under the data directory, "
+            f"found none of {', '.join(map(str, searched))}; {advice}"
+        )
+    if spec.class_names and len(layout.class_names) != len(spec.class_names):
+        raise InputError(
+            f"dataset {name} must have {len(spec.class_names)} classes, "
+            f"got {len(layout.class_names)} under {root}"
+        )
+    return layout
 
 
 def _folders(name: str, root: Path) -> list[Path]:
@@ -148,20 +142,19 @@ def _folders(name: str, root: Path) -> list[Path]:
     return [root / name, *(root / folder for folder in KNOWN[name].folders)]
 
 
-def _find(name: str, spec: KnownDataset, root: Path) -> Layout | None:
-    """Return the layout of a named dataset under the data directory, or None."""
-    for folder in _folders(name, root):
-        layout = _layout_of_named(spec, folder) if folder.is_dir() else None
-        if layout is not None:
-            return layout
-    for base in (root, *_folders(name, root)):
-        if spec.marker and (base / spec.marker).exists():
-            return vision.layout_of_torchvision(base, spec)
-    for folder in _folders("imagenet", root) if spec.wnids else []:
-        layout = layout_of_folder(folder, spec.wnids, spec.class_names)
-        if layout is not None:
-            return layout
-    return None
+def _find(name: str, root: Path) -> Layout | None:
+    """Return the layout of a named dataset: in a folder of its own, torchvision's, a subset of ImageNet's."""
+    spec, folders = KNOWN[name], _folders(name, root)
+    bases = [base for base in (root, *folders) if spec.marker and (base / spec.marker).exists()]
+    layouts = chain(
+        (_layout_of_named(spec, folder) for folder in folders),
+        (vision.layout_of_torchvision(base, spec) for base in bases),
+        (
+            layout_of_folder(folder, spec.wnids, spec.class_names)
+            for folder in (_folders("imagenet", root) if spec.wnids else [])
+        ),
+    )
+    return next(filter(None, layouts), None)
 
 
 def _layout_of_named(spec: KnownDataset, folder: Path) -> Layout | None:

@@ -2,12 +2,11 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from ddray.data import layouts
-from ddray.data.layouts import Layout
-from ddray.data.sources import Item, Source
+from ddray.data.sources import Item, Layout, Source, from_one_source, from_sources
 from ddray.errors import InputError
 
 _BATCH: Final = 1024
@@ -22,18 +21,11 @@ def shards(folder: Path) -> tuple[list[Path], list[Path]]:
     Test shards are `test*`, or else `validation*`, `valid*`, `val*`. Train shards are `train*`, or else all
     that are not test.
     """
-    for directory in (folder, folder / "data"):
-        files = sorted(directory.glob("*.parquet"))
-        if not files:
-            continue
-        train = [file for file in files if file.name.startswith("train")]
-        train = train or [file for file in files if not file.name.startswith(_TEST_PREFIXES)]
-        for prefix in _TEST_PREFIXES:
-            test = [file for file in files if file.name.startswith(prefix)]
-            if test:
-                return train, test
-        return train, []
-    return [], []
+    files = sorted(folder.glob("*.parquet")) or sorted((folder / "data").glob("*.parquet"))
+    train = [file for file in files if file.name.startswith("train")]
+    train = train or [file for file in files if not file.name.startswith(_TEST_PREFIXES)]
+    tests = ([file for file in files if file.name.startswith(prefix)] for prefix in _TEST_PREFIXES)
+    return train, next(filter(None, tests), [])
 
 
 def layout_of_parquet(folder: Path, names: tuple[str, ...] = ()) -> Layout | None:
@@ -55,8 +47,8 @@ def layout_of_parquet(folder: Path, names: tuple[str, ...] = ()) -> Layout | Non
         return None
     class_names = _class_names(train, names)
     if not test:
-        return layouts.from_one_source(class_names, parquet_source(train))
-    return layouts.from_sources(class_names, parquet_source(train), lambda: parquet_source(test))
+        return from_one_source(class_names, _source(train))
+    return from_sources(class_names, _source(train), lambda: _source(test))
 
 
 def _class_names(files: Sequence[Path], default: tuple[str, ...]) -> tuple[str, ...]:
@@ -73,12 +65,10 @@ def _class_names(files: Sequence[Path], default: tuple[str, ...]) -> tuple[str, 
     return tuple(str(label) for label in range(largest + 1))
 
 
-def parquet_source(files: Sequence[Path]) -> Source:
+def _source(files: Sequence[Path]) -> Source:
     """Return the images of shards, in order."""
     return Source(
-        files=tuple(files),
-        count=lambda: sum(_opened(file).metadata.num_rows for file in files),
-        batches=lambda: _batches(files),
+        files, lambda: sum(_opened(file).metadata.num_rows for file in files), lambda: _batches(files)
     )
 
 
@@ -91,22 +81,26 @@ def _names_in(metadata: bytes, column: str) -> tuple[str, ...]:
     return tuple(map(str, names)) if isinstance(names, list) else ()
 
 
-def _corrupt(file: Path, error: Exception) -> InputError:
-    """Return the error for a shard that pyarrow refuses."""
-    return InputError(f"parquet shard must be readable, got {file}: {' '.join(str(error).split())}")
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """Turn what pyarrow raises for a broken shard into an InputError."""
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"parquet shard must be readable, got {file}: {reason}") from error
 
 
 def _opened(file: Path) -> Any:
-    import pyarrow
     import pyarrow.parquet
 
-    try:
+    with _readable(file):
         return pyarrow.parquet.ParquetFile(file)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise _corrupt(file, error) from error
 
 
-def _columns(file: Path, names: Sequence[str]) -> tuple[str, str]:
+def _columns(file: Path, names: Sequence[str]) -> list[str]:
     """Return the names of the image and the label column."""
     columns = []
     for kind, accepted in (("an image", _IMAGE_COLUMNS), ("a label", _LABEL_COLUMNS)):
@@ -117,19 +111,15 @@ def _columns(file: Path, names: Sequence[str]) -> tuple[str, str]:
                 f"got {', '.join(names)} in {file}"
             )
         columns.append(column)
-    return columns[0], columns[1]
+    return columns
 
 
 def _read(file: Path, columns: list[str]) -> Iterator[list[Any]]:
     """Yield the columns' values, a batch of rows at a time."""
-    import pyarrow
-
     shard = _opened(file)
-    try:
+    with _readable(file):
         for batch in shard.iter_batches(batch_size=_BATCH, columns=columns):
             yield [batch.column(name).to_pylist() for name in columns]
-    except (pyarrow.ArrowException, OSError) as error:
-        raise _corrupt(file, error) from error
 
 
 def _labels(file: Path, values: Sequence[Any]) -> list[int]:
@@ -142,9 +132,8 @@ def _labels(file: Path, values: Sequence[Any]) -> list[int]:
 def _batches(files: Sequence[Path]) -> Iterator[list[Item]]:
     """Yield the images of shards with their labels."""
     for file in files:
-        columns = list(_columns(file, _opened(file).schema_arrow.names))
         row = 0
-        for images, labels in _read(file, columns):
+        for images, labels in _read(file, _columns(file, _opened(file).schema_arrow.names)):
             batch = []
             for image, label in zip(images, _labels(file, labels), strict=True):
                 where = f"{file}, row {row}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Final, Literal
+from typing import Final, Literal, cast
 
 import torch
 from torch import Tensor
@@ -48,11 +48,8 @@ class PixelSpace:
                 "pixel space normalized needs a mean and a positive std per channel, "
                 f"got mean {self.mean} and std {self.std}"
             )
-        if self.kind == "zca":
-            self._check_zca()
-
-    def _check_zca(self) -> None:
-        """Raise InputError unless mean [D] and matrix [D, D] are there and fit."""
+        if self.kind != "zca":
+            return
         if self.zca_mean is None or self.zca_matrix is None:
             raise InputError("pixel space zca needs zca_mean and zca_matrix, got None")
         size = self.zca_mean.numel()
@@ -83,8 +80,7 @@ class PixelSpace:
         if self.kind == "normalized":
             return encoded * _per_channel(self.std, encoded.device) + _per_channel(self.mean, encoded.device)
         mean, _ = self._whitening(encoded.device)
-        inverse = self._zca_inverse.to(encoded.device)
-        return (encoded.flatten(1) @ inverse + mean).reshape(encoded.shape)
+        return (encoded.flatten(1) @ self._zca_inverse.to(encoded.device) + mean).reshape(encoded.shape)
 
     def to(self, device: torch.device | str) -> PixelSpace:
         """Return this space with its tensors on `device`; itself if they are there already."""
@@ -106,16 +102,12 @@ class PixelSpace:
 
     def _whitening(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return (mean [D], matrix [D, D]) on `device`; call `to` beforehand to copy them there only once."""
-        if self.zca_mean is None or self.zca_matrix is None:
-            raise InputError(f"only the zca pixel space whitens, got {self.kind}")
-        return self.zca_mean.to(device), self.zca_matrix.to(device)
+        return cast(Tensor, self.zca_mean).to(device), cast(Tensor, self.zca_matrix).to(device)
 
     @cached_property
     def _zca_inverse(self) -> Tensor:
         """The de-whitening matrix [D, D], inverted in float64."""
-        if self.zca_matrix is None:
-            raise InputError(f"only the zca pixel space whitens, got {self.kind}")
-        inverse: Tensor = torch.linalg.inv(self.zca_matrix.double())
+        inverse: Tensor = torch.linalg.inv(cast(Tensor, self.zca_matrix).double())
         return inverse.float()
 
 
@@ -133,16 +125,11 @@ def normalized_space(dataset: Dataset) -> PixelSpace:
 def fit_zca(
     split: Split, *, eps: float = 0.1, chunk: int = 1024, device: torch.device | str = "cpu"
 ) -> PixelSpace:
-    """Fit ZCA whitening on raw pixels: the result of `kornia.enhance.zca_mean(x / 255, eps=eps)`.
+    """Fit ZCA whitening on raw pixels as `kornia.enhance.zca_mean(x / 255, eps=eps)` does, on `device`.
 
-    The matrix is U (S + eps)^-1/2 U' of the unbiased covariance. kornia centres a float copy of the whole
-    set; here it is summed over chunks, so memory stays at a few [D, D] matrices.
-
-    Args:
-        split: what to fit on: train, or what is left of it after carving val.
-        eps: added to the eigenvalues (DataDAM, MTT: 0.1).
-        chunk: images per matrix product.
-        device: where to compute and where the result lies.
+    The split is train, or what is left of it after carving val. The matrix is U (S + eps)^-1/2 U' of the
+    unbiased covariance (eps of DataDAM and MTT: 0.1). kornia centres a float copy of the whole set; here it
+    is summed over chunks of images, so memory stays at a few [D, D] matrices.
 
     Raises:
         InputError: fewer than 2 images.
@@ -200,13 +187,11 @@ def pixel_space(kind: str, dataset: Dataset, split: Split) -> PixelSpace:
     Raises:
         InputError: the images are too large for ZCA.
     """
+    if kind != "zca":
+        return PixelSpace("raw" if kind == "raw" else "normalized", dataset.mean, dataset.std)
     size = split.images[0].numel()
-    if kind == "zca" and size > MAX_ZCA:
+    if size > MAX_ZCA:
         raise InputError(
             f"pixel_space=zca needs images of at most {MAX_ZCA} values, got {size}; use normalized"
         )
-    if kind == "zca":
-        return fit_zca(split)
-    if kind == "raw":
-        return PixelSpace("raw", dataset.mean, dataset.std)
-    return PixelSpace("normalized", dataset.mean, dataset.std)
+    return fit_zca(split)

@@ -1,23 +1,29 @@
-"""Sources: encoded images that are listed but not yet read, and their decoding into one cached array."""
+"""What a reader of a folder returns: a Layout of two Sources, which are decoded into cached arrays."""
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
+from torch import Tensor
 
+from ddray import seeding
 from ddray.data import cache
-from ddray.data.dataset import Split
+from ddray.data.dataset import Split, stratified_holdout
 from ddray.errors import InputError
 
 if TYPE_CHECKING:
     from PIL import Image
+
+T = TypeVar("T")
 
 _TASK = 64  # images per task of the thread pool: fewer would be all bookkeeping
 _GREY_MODES = {"1", "L", "LA", "La"}
@@ -52,7 +58,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Source:
-    """The images of one half of a dataset.
+    """The images of one half of a dataset, listed but not yet read.
 
     Attributes:
         files: every file that decides the content, for the cache's key.
@@ -81,19 +87,62 @@ class Geometry:
     resize: bool
 
 
-def load(source: Source, geometry: Geometry | None) -> tuple[Split, Geometry]:
-    """Decode a source, or take it from the cache.
+@dataclass(frozen=True)
+class Layout:
+    """A dataset found on disk, not yet read.
 
-    Args:
-        source: what to decode.
-        geometry: of the result; None: chosen by `survey` from the images.
+    Attributes:
+        class_names: one per label.
+        train: reads train in a geometry (None: one it chooses), and returns it with the geometry.
+        test: reads test in train's geometry; nothing of test is touched before.
+    """
+
+    class_names: tuple[str, ...]
+    train: Callable[[Geometry | None], tuple[Split, Geometry]]
+    test: Callable[[Geometry], Split]
+
+
+def fixed_test(labels: Tensor) -> Tensor:
+    """Return bool [N]: the fixed, stratified 20% that are test where a dataset has no split."""
+    return stratified_holdout(labels, 0.2, seeding.derive(0, "data", "test"))
+
+
+def from_sources(class_names: tuple[str, ...], train: Source, test: Callable[[], Source]) -> Layout:
+    """Return the layout of two halves; `test` lists its files when it is read."""
+    return Layout(class_names, functools.partial(load, train), lambda geometry: load(test(), geometry)[0])
+
+
+def from_one_source(class_names: tuple[str, ...], whole: Source) -> Layout:
+    """Return the layout of a source without a split: 20% of it is test."""
+
+    @functools.cache
+    def read(geometry: Geometry | None) -> tuple[Split, Geometry]:
+        return load(whole, geometry)
+
+    def train(geometry: Geometry | None) -> tuple[Split, Geometry]:
+        split, used_geometry = read(geometry)
+        return split.select(~fixed_test(split.labels)), used_geometry
+
+    def test(geometry: Geometry) -> Split:
+        split, _ = read(geometry)
+        return split.select(fixed_test(split.labels))
+
+    return Layout(class_names, train, test)
+
+
+def load(source: Source, geometry: Geometry | None) -> tuple[Split, Geometry]:
+    """Decode a source in a geometry (None: chosen by `survey`), or take it from the cache.
 
     Raises:
-        InputError: an image cannot be read, or has a size that `geometry` refuses.
+        InputError: there is no image, one cannot be read, or has a size that `geometry` refuses.
         StorageError: the cache cannot be written.
     """
 
     def build(folder: Path) -> dict[str, object]:
+        if source.count() == 0:
+            raise InputError(
+                "a dataset must have images, got none" + (f" in {source.files[0]}" if source.files else "")
+            )
         used_geometry = geometry or survey(source)
         _decode_into(source, used_geometry, folder)
         return {"shape": used_geometry.shape, "resize": used_geometry.resize}
@@ -111,19 +160,9 @@ def survey(source: Source) -> Geometry:
     prepared at that size (imagenette at 224). Everything else is resized to the largest of 128, 64, 32 px
     that the median short side reaches (to 32 below that). One channel if all images are grey, else three.
     """
-    sizes: list[tuple[int, int]] = []
-    grey = True
-    with ThreadPoolExecutor(_num_threads()) as pool:
-        for batch in source.batches():
-            for chunk in pool.map(_headers, _tasks(batch)):
-                for size, is_grey in chunk:
-                    sizes.append(size)
-                    grey = grey and is_grey
-    if not sizes:
-        raise InputError(
-            "a dataset must have images, got none" + (f" in {source.files[0]}" if source.files else "")
-        )
-    channels = 1 if grey else 3
+    headers = [header for task in _in_threads(_headers, source) for header in task]
+    sizes = [size for size, _ in headers]
+    channels = 1 if all(is_grey for _, is_grey in headers) else 3
     width, height = sizes[0]
     if width == height <= MAX_KEPT and len(set(sizes)) == 1:
         return Geometry((channels, height, width), resize=False)
@@ -132,17 +171,22 @@ def survey(source: Source) -> Geometry:
     return Geometry((channels, side, side), resize=True)
 
 
-def _num_threads() -> int:
-    """Threads for decoding; Pillow releases the interpreter lock."""
-    return min(8, os.cpu_count() or 1)
+def _in_threads(function: Callable[[int, Sequence[Item]], T], source: Source) -> Iterator[T]:
+    """Yield `function(first row, images)` for every 64 images; Pillow releases the interpreter lock."""
+    first = 0
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for batch in source.batches():
+            tasks = chunks(batch, _TASK)
+            yield from pool.map(function, range(first, first + len(batch), _TASK), tasks)
+            first += len(batch)
 
 
-def _tasks(batch: Sequence[Item]) -> list[Sequence[Item]]:
-    """Cut a batch into tasks for the pool."""
-    return [batch[start : start + _TASK] for start in range(0, len(batch), _TASK)]
+def chunks(entries: Sequence[T], size: int) -> list[Sequence[T]]:
+    """Cut a sequence into pieces of `size`, the last one shorter."""
+    return [entries[start : start + size] for start in range(0, len(entries), size)]
 
 
-def _headers(items: Sequence[Item]) -> list[tuple[tuple[int, int], bool]]:
+def _headers(_: int, items: Sequence[Item]) -> list[tuple[tuple[int, int], bool]]:
     """Return ((width, height), is grey) of each image without decoding it."""
     headers = []
     for item in items:
@@ -155,16 +199,21 @@ def _opened(item: Item) -> Image.Image:
     """Open an image; its pixels are decoded later."""
     from PIL import Image
 
-    try:
+    with _readable(item):
         return Image.open(io.BytesIO(item.read()))
+
+
+@contextmanager
+def _readable(item: Item) -> Iterator[None]:
+    """Turn what Pillow raises for a broken image into an InputError."""
+    from PIL import Image
+
+    try:
+        yield
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise _unreadable(item, error) from error
-
-
-def _unreadable(item: Item, error: Exception) -> InputError:
-    """Return the error for an image that Pillow refuses."""
-    reason = "no image format that Pillow knows" if "identify" in str(error) else " ".join(str(error).split())
-    return InputError(f"image must be readable, got {item.where}: {reason}")
+        reason = " ".join(str(error).split())
+        reason = "no image format that Pillow knows" if "identify" in reason else reason
+        raise InputError(f"image must be readable, got {item.where}: {reason}") from error
 
 
 def decode(item: Item, geometry: Geometry) -> np.ndarray:
@@ -173,8 +222,6 @@ def decode(item: Item, geometry: Geometry) -> np.ndarray:
     Raises:
         InputError: it cannot be decoded, has more than 8 bits per channel, or a size that `geometry` refuses.
     """
-    from PIL import Image
-
     channels, height, width = geometry.shape
     with _opened(item) as image:
         if image.mode.startswith(_DEEP_MODES):
@@ -184,12 +231,10 @@ def decode(item: Item, geometry: Geometry) -> np.ndarray:
                 f"images must be {width}x{height} like the rest of their dataset, "
                 f"got {image.width}x{image.height} in {item.where}"
             )
-        try:
+        with _readable(item):
             if image.mode == "P":
                 image = image.convert("RGBA")  # a palette may hold transparent colours; keep their RGB part
             image = image.convert("L" if channels == 1 else "RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise _unreadable(item, error) from error
         if image.size != (width, height):
             image = _fit(image, width, height)
         pixels = np.asarray(image, dtype=np.uint8)
@@ -209,17 +254,11 @@ def _fit(image: Image.Image, width: int, height: int) -> Image.Image:
 
 def _decode_into(source: Source, geometry: Geometry, folder: Path) -> None:
     """Write images.npy (through a memory map, so it may exceed the memory) and labels.npy."""
-    num = source.count()
-    if num == 0:
-        raise InputError(
-            "a dataset must have images, got none" + (f" in {source.files[0]}" if source.files else "")
-        )
-    images = np.lib.format.open_memmap(
-        folder / cache.IMAGES, mode="w+", dtype=np.uint8, shape=(num, *geometry.shape)
-    )
-    with (folder / cache.IMAGES).open("r+b") as file:
+    file, num = folder / cache.IMAGES, source.count()
+    images = np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=(num, *geometry.shape))
+    with file.open("r+b") as opened:
         # Without it a full disk shows up inside the memory map, as a fatal SIGBUS.
-        os.posix_fallocate(file.fileno(), 0, (folder / cache.IMAGES).stat().st_size)
+        os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
     labels = np.empty(num, dtype=np.int64)
 
     def fill(start: int, items: Sequence[Item]) -> None:
@@ -227,12 +266,7 @@ def _decode_into(source: Source, geometry: Geometry, folder: Path) -> None:
             images[row] = decode(item, geometry)
             labels[row] = item.label
 
-    done = 0
-    with ThreadPoolExecutor(_num_threads()) as pool:
-        for batch in source.batches():
-            tasks = _tasks(batch)
-            starts = [done + _TASK * i for i in range(len(tasks))]
-            list(pool.map(fill, starts, tasks))
-            done += len(batch)
+    for _ in _in_threads(fill, source):
+        pass
     images.flush()
     np.save(folder / cache.LABELS, labels)

@@ -7,7 +7,8 @@ Deviation: IDC resamples everything to 16 kHz; here 8 kHz clips stay at 8 kHz.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,8 +20,7 @@ from torch import Tensor
 from ddray.data import cache
 from ddray.data.dataset import Split
 from ddray.data.folders import Labelled, by_class, class_folders, files_below
-from ddray.data.layouts import Layout
-from ddray.data.sources import Geometry
+from ddray.data.sources import Geometry, Layout, chunks
 from ddray.errors import InputError
 
 SHAPE: Final = (1, 64, 64)
@@ -41,31 +41,27 @@ def layout_of_wavs(root: Path) -> Layout | None:
     classes = class_folders(base)
     if not classes or next(files_below(base / classes[0], (".wav",)), None) is None:
         return None
-    labelled = by_class(base, classes, (".wav",))
-    train, test = labelled, labelled
-    separate = base != root and (root / "test").is_dir()
-    if not separate:
-        train, test = _every_eighth(labelled)
+    train = by_class(base, classes, (".wav",))
+    test = None
+    if base == root or not (root / "test").is_dir():
+        train, test = _every_eighth(train)
     rate = _samples(train[0][0])[0]
 
-    def read_train(geometry: Geometry | None) -> tuple[Split, Geometry]:
-        return _load(train, rate), Geometry(SHAPE, resize=False)
+    def read_test(_: Geometry) -> Split:
+        listed = by_class(root / "test", classes, (".wav",), empty_ok=True) if test is None else test
+        return _load(listed, rate)
 
-    def read_test(geometry: Geometry) -> Split:
-        return _load(by_class(root / "test", classes, (".wav",), empty_ok=True) if separate else test, rate)
-
-    return Layout(tuple(classes), read_train, read_test)
+    return Layout(tuple(classes), lambda _: (_load(train, rate), Geometry(SHAPE, resize=False)), read_test)
 
 
 def _every_eighth(labelled: Labelled) -> tuple[Labelled, Labelled]:
     """Split into (train, test): within a class, test takes files 0, 8, 16, ..."""
     train: Labelled = []
     test: Labelled = []
-    seen: dict[int, int] = {}
-    for entry in labelled:
-        position = seen.get(entry[1], 0)
-        seen[entry[1]] = position + 1
-        (test if position % _TEST_EVERY == 0 else train).append(entry)
+    position: Counter[int] = Counter()
+    for file, label in labelled:
+        (train if position[label] % _TEST_EVERY else test).append((file, label))
+        position[label] += 1
     if not train:
         raise InputError(
             f"a speech folder without test/ must have 2 clips of a class, got {len(labelled)} clips"
@@ -84,37 +80,33 @@ def spectrograms(waves: Tensor, *, size: int = SHAPE[1]) -> Tensor:
 
 def _load(labelled: Labelled, rate: int) -> Split:
     """Read clips, or take their spectrograms from the cache."""
+    labels = [label for _, label in labelled]
 
     def build(folder: Path) -> dict[str, Any]:
-        images = np.empty((len(labelled), *SHAPE), dtype=np.float32)
-        done = 0
-        for waves in _waves(labelled, rate):
-            images[done : done + len(waves)] = spectrograms(waves).numpy()
-            done += len(waves)
-        np.save(folder / cache.IMAGES, images)
-        np.save(folder / cache.LABELS, np.array([label for _, label in labelled], dtype=np.int64))
+        images = torch.empty(len(labelled), *SHAPE)
+        for part, batch in zip(torch.split(images, _BATCH), chunks(labelled, _BATCH), strict=True):
+            part.copy_(spectrograms(_waves(batch, rate)))
+        np.save(folder / cache.IMAGES, images.numpy())
+        np.save(folder / cache.LABELS, np.array(labels, dtype=np.int64))
         return {}
 
     if not labelled:
         raise InputError("a speech folder must have clips in both halves, got none")
-    return cache.fetch(
-        [file for file, _ in labelled], f"speech v1 {rate} {[label for _, label in labelled]}", build
-    )[0]
+    return cache.fetch([file for file, _ in labelled], f"speech v1 {rate} {labels}", build)[0]
 
 
-def _waves(labelled: Labelled, rate: int) -> Iterator[Tensor]:
-    """Yield batches of clips, [M, rate]."""
-    for start in range(0, len(labelled), _BATCH):
-        batch = torch.zeros(min(_BATCH, len(labelled) - start), rate)
-        for row, (file, _) in enumerate(labelled[start : start + _BATCH]):
-            clip_rate, samples = _samples(file)
-            if clip_rate != rate:
-                raise InputError(
-                    f"clips of a dataset must share a sampling rate, got {clip_rate} besides {rate} in {file}"
-                )
-            clip = torch.from_numpy(samples[:rate])
-            batch[row, : len(clip)] = clip
-        yield batch
+def _waves(labelled: Sequence[tuple[Path, int]], rate: int) -> Tensor:
+    """Return clips of one second, [M, rate]."""
+    waves = torch.zeros(len(labelled), rate)
+    for wave, (file, _) in zip(waves, labelled, strict=True):
+        clip_rate, samples = _samples(file)
+        if clip_rate != rate:
+            raise InputError(
+                f"clips of a dataset must share a sampling rate, got {clip_rate} besides {rate} in {file}"
+            )
+        clip = torch.from_numpy(samples[:rate])
+        wave[: len(clip)] = clip
+    return waves
 
 
 def _samples(file: Path) -> tuple[int, np.ndarray]:

@@ -9,23 +9,20 @@ import torch
 
 from ddray.data.catalog import KnownDataset
 from ddray.data.dataset import Split
-from ddray.data.layouts import Layout
-from ddray.data.sources import Geometry
-from ddray.errors import DdrayError, InputError
+from ddray.data.sources import Geometry, Layout
+from ddray.errors import DdrayError, InputError, one_line
 
-_SPLIT_ARGUMENT: Final = ("SVHN", "Imagenette")  # these take split="train"; the others take train=True
+_SPLITS: Final = {"SVHN": ("train", "test"), "Imagenette": ("train", "val")}  # the others take train=True
 
 
 def layout_of_torchvision(root: Path, spec: KnownDataset) -> Layout:
     """Return the layout of a dataset whose marker lies under `root`."""
-
-    def train(geometry: Geometry | None) -> tuple[Split, Geometry]:
-        return _read(root, spec, train=True), Geometry(spec.shape, resize=False)
-
-    def test(geometry: Geometry) -> Split:
-        return _read(root, spec, train=False)
-
-    return Layout(spec.class_names, train, test)
+    geometry = Geometry(spec.shape, resize=False)
+    return Layout(
+        spec.class_names,
+        lambda _: (_read(root, spec, train=True), geometry),
+        lambda _: _read(root, spec, train=False),
+    )
 
 
 def download(root: Path, spec: KnownDataset) -> None:
@@ -49,15 +46,8 @@ def download(root: Path, spec: KnownDataset) -> None:
 
 def _half(spec: KnownDataset, *, train: bool) -> dict[str, Any]:
     """Return the argument that chooses the half."""
-    if spec.torchvision in _SPLIT_ARGUMENT:
-        return {
-            "split": ("train" if train else "test")
-            if spec.torchvision == "SVHN"
-            else "train"
-            if train
-            else "val"
-        }
-    return {"train": train}
+    names = _SPLITS.get(str(spec.torchvision))
+    return {"split": names[0 if train else 1]} if names else {"train": train}
 
 
 def _one_half(cls: type, *, train: bool) -> type:
@@ -75,7 +65,6 @@ def _one_half(cls: type, *, train: bool) -> type:
 
 
 def _read(root: Path, spec: KnownDataset, *, train: bool) -> Split:
-    """Read one half."""
     import torchvision.datasets
 
     cls = _one_half(getattr(torchvision.datasets, str(spec.torchvision)), train=train)
@@ -83,16 +72,13 @@ def _read(root: Path, spec: KnownDataset, *, train: bool) -> Split:
         dataset = cls(root, **_half(spec, train=train))
     except Exception as error:  # pickle, struct, assertion and Matlab errors alike
         half = "train" if train else "test"
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
-            f"the {half} half of {spec.torchvision} must be readable, got {root}: {reason}"
+            f"the {half} half of {spec.torchvision} must be readable, got {root}: {one_line(error)}"
         ) from error
     images = torch.as_tensor(dataset.data)
-    labels = torch.as_tensor(
-        dataset.labels if hasattr(dataset, "labels") else dataset.targets, dtype=torch.long
-    )
+    labels = dataset.labels if hasattr(dataset, "labels") else dataset.targets
     if images.ndim == 3:  # MNIST: [N, H, W]
         images = images[:, None]
     elif images.shape[1:] != spec.shape:  # CIFAR: [N, H, W, C]
         images = images.permute(0, 3, 1, 2).contiguous()
-    return Split(images, labels)
+    return Split(images, torch.as_tensor(labels, dtype=torch.long))

@@ -22,7 +22,6 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from ddray.errors import DdrayError, InputError
@@ -51,11 +50,7 @@ class DamagedEntryError(DdrayError):
 
 
 class EntryLock:
-    """Exclusive right to train one entry; the kernel releases it when the process dies.
-
-    Args:
-        handle: the open, locked file.
-    """
+    """Exclusive right to train one entry: a locked file, which the kernel releases when the process dies."""
 
     def __init__(self, handle: int) -> None:
         self._handle = handle
@@ -78,18 +73,12 @@ class EntryLock:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
 
 class PoolFiles:
-    """Entries in a folder that many processes share.
-
-    Args:
-        folder: the pool folder; created with the first entry.
-    """
+    """Entries in a folder that many processes share; it is created with the first entry."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -203,11 +192,7 @@ class PoolFiles:
     ) -> Path:
         """Write an entry to a draft folder; return the folder.
 
-        Args:
-            key: key of the entry.
-            tensors: tensors to store.
-            facts: further contents of `entry.json`.
-            times_trained: how often the entry was trained, this time included.
+        `facts` are further contents of `entry.json`; `times_trained` includes this time.
 
         Raises:
             StorageError: the disk is full, or the folder can't be written.
@@ -221,22 +206,16 @@ class PoolFiles:
             draft = self.folder / f".{key}.{_host()}-{os.getpid()}.{uuid.uuid4().hex}.tmp"
             draft.mkdir()
             try:
-                contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-                try:
-                    save_file(contiguous, draft / TENSORS)
-                except SafetensorError as error:  # its Rust side wraps the OSError
-                    raise OSError(errno.EIO, f"{error}") from error
-                size, digest = (draft / TENSORS).stat().st_size, file_sha256(draft / TENSORS)
-                bookkeeping = {
-                    "key": key,
-                    "times_trained": times_trained,
-                    "size_bytes": size,
-                    "sha256": digest,
-                }
-                text = json.dumps({**facts, **bookkeeping}, indent=2, sort_keys=True)
+                path = draft / TENSORS
+                save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
+                size, digest = path.stat().st_size, file_sha256(path)
+                meta = {"key": key, "times_trained": times_trained, "size_bytes": size, "sha256": digest}
+                text = json.dumps({**facts, **meta}, indent=2, sort_keys=True)
                 (draft / ENTRY).write_text(text + "\n", encoding="utf-8")
-            except BaseException:
+            except BaseException as error:
                 shutil.rmtree(draft, ignore_errors=True)
+                if isinstance(error, SafetensorError):  # its Rust side wraps the OSError
+                    raise OSError(errno.EIO, f"{error}") from error
                 raise
         return draft
 
@@ -312,11 +291,7 @@ def _damage(folder: Path) -> Iterator[None]:
 
 
 def _described(folder: Path) -> dict[str, Any]:
-    """Return an entry's `entry.json`.
-
-    Raises:
-        ValueError: it is torn, or of another entry.
-    """
+    """Return an entry's `entry.json`; ValueError if it is torn, or of another entry."""
     meta = json.loads((folder / ENTRY).read_text(encoding="utf-8"))
     if not isinstance(meta, dict) or meta.get("key") != folder.name or not isinstance(meta.get("spec"), dict):
         raise ValueError(f"{ENTRY} is of another entry")
@@ -324,11 +299,7 @@ def _described(folder: Path) -> dict[str, Any]:
 
 
 def _check_tensors(path: Path, meta: Mapping[str, Any]) -> None:
-    """Compare an entry's tensors with size and hash in `entry.json`.
-
-    Raises:
-        ValueError: size or hash differ.
-    """
+    """Raise ValueError unless an entry's tensors have the size and hash in `entry.json`."""
     from safetensors import safe_open
 
     status = path.stat()

@@ -5,7 +5,7 @@ from typing import Any
 
 from ddray.config import Result
 from ddray.errors import InputError
-from ddray.pool.files import DamagedEntryError, PoolFiles
+from ddray.pool.files import TENSORS, DamagedEntryError, PoolFiles
 from ddray.system.files import home
 
 log = logging.getLogger(__name__)
@@ -84,17 +84,16 @@ def show_entry(prefix: str) -> PoolEntryInfo:
         raise InputError(
             f"key must fit one entry of {files.folder}, {len(keys)} start with {prefix!r}; there: {available}"
         )
-    (key,) = keys
+    folder = files.folder / keys[0]
     try:
-        meta = files.read(key)
+        meta = files.read(folder.name)
     except DamagedEntryError as error:
         raise InputError(
-            f"pool entry {files.folder / key} must be undamaged: {error}; it is trained again when needed"
+            f"pool entry {folder} must be undamaged: {error}; it is trained again when needed"
         ) from error
-    with safe_open(files.tensors_path(key), framework="numpy") as file:
-        slices = {name: file.get_slice(name) for name in sorted(file.keys())}
-        tensors = {
-            name: {"dtype": tensor_slice.get_dtype(), "shape": tensor_slice.get_shape()}
-            for name, tensor_slice in slices.items()
-        }
-    return PoolEntryInfo(key=key, folder=str(files.folder / key), meta=meta, tensors=tensors)
+    tensors = {}
+    with safe_open(folder / TENSORS, framework="numpy") as file:
+        for name in sorted(file.keys()):
+            tensor_slice = file.get_slice(name)
+            tensors[name] = {"dtype": tensor_slice.get_dtype(), "shape": tensor_slice.get_shape()}
+    return PoolEntryInfo(key=folder.name, folder=str(folder), meta=meta, tensors=tensors)

@@ -1,6 +1,6 @@
 """Model pools: networks that many trials share, trained once and stored under the hash of their spec.
 
-The first process that needs an entry trains it. Others wait, and take over if the trainer dies. `pool_files`
+The first process that needs an entry trains it. Others wait, and take over if the trainer dies. `pool.files`
 has the layout on disk.
 """
 
@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ddray.errors import DdrayError
 from ddray.pool.files import DamagedEntryError, EntryLock, PoolFiles
@@ -18,14 +17,7 @@ from ddray.pool.spec import PoolEntry, PoolSpec, Trainer
 from ddray.system.files import home
 from ddray.system.progress import progress
 
-if TYPE_CHECKING:
-    pass
-
 log = logging.getLogger(__name__)
-
-"""The usual training of networks to match in (DSDM Sec 4.1; the coresets of DC)."""
-
-"""Trains one spec: returns tensors to store, and measurements for the entry's meta."""
 
 
 def draft_entry(files: PoolFiles, spec: PoolSpec, trainer: Trainer, *, times_trained: int) -> Path:
@@ -60,14 +52,12 @@ class LocalPool:
             InputError: an entry can't be read.
             StorageError: an entry can't be written.
         """
+        missing = {spec.key: spec for spec in specs}
         entries: dict[str, PoolEntry] = {}
-        missing: dict[str, PoolSpec] = {}
-        for key, spec in {spec.key: spec for spec in specs}.items():
-            entry = self._open(key)
-            if entry is None:
-                missing[key] = spec
-            else:
+        for key in list(missing):
+            if (entry := self._open(key)) is not None:
                 entries[key] = entry
+                del missing[key]
         if missing:
             self._train(missing, entries)
         return [entries[spec.key] for spec in specs]
@@ -84,8 +74,7 @@ class LocalPool:
                         times = lock.times_trained + 1
                         draft = draft_entry(self._files, missing[key], self._trainer, times_trained=times)
                         self._files.publish(key, draft, lock)
-                entry = self._open(key)
-                if entry is None:
+                if (entry := self._open(key)) is None:
                     raise DdrayError(f"pool entry {key} was removed while it was being trained; run again")
                 entries[key] = entry
                 show(total - len(missing) + 1, missing.pop(key).arch)
@@ -93,8 +82,7 @@ class LocalPool:
     def _next(self, keys: Sequence[str]) -> tuple[str, EntryLock]:
         """Lock the first key that is free, or wait for the first key if none is."""
         for key in keys:
-            lock = self._files.try_lock(key)
-            if lock is not None:
+            if (lock := self._files.try_lock(key)) is not None:
                 return key, lock
         log.info("pool: another process is training %s, waiting for it", keys[0][:12])
         return keys[0], self._files.lock(keys[0])

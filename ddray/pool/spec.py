@@ -27,14 +27,9 @@ def teacher_spec(
     dataset: Dataset, split_name: str, arch: str, recipe: Recipe, *, device: torch.device, seed: int = 0
 ) -> PoolSpec:
     """Return the spec of a network trained on the part of a dataset called `split_name`."""
+    fields = recipe.dump()
     return supervised_specs(
-        dataset,
-        split=split_name,
-        arch=check_arch(arch),
-        device=device.type,
-        recipe=recipe.dump(),
-        seed=seed,
-        num=1,
+        dataset, split=split_name, arch=check_arch(arch), device=device.type, recipe=fields, seed=seed, num=1
     )[0]
 
 
@@ -82,7 +77,7 @@ def supervised_specs(
         split: part of the dataset.
         arch: canonical architecture name.
         device: kind of device.
-        recipe: fields of `evaluate.training.Recipe` that override `SUPERVISED_RECIPE`.
+        recipe: fields of `training.recipe.Recipe` that override `SUPERVISED_RECIPE`.
         seed: seed of the first network.
         num: how many.
     """
@@ -121,10 +116,8 @@ class PoolEntry:
 
         spec = PoolSpec.parse(self.meta["spec"])
         net = build_net(spec.arch, spec.image_shape, spec.num_classes, seed=0)
-        prefix = "weights."
-        net.load_state_dict(
-            {k.removeprefix(prefix): v for k, v in self.tensors.items() if k.startswith(prefix)}
-        )
+        weights = {k: v for k, v in self.tensors.items() if k.startswith("weights.")}
+        net.load_state_dict({k.removeprefix("weights."): v for k, v in weights.items()})
         return net.eval()
 
 
