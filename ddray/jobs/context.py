@@ -1,7 +1,8 @@
 """What a run needs before its first step: device, pixel space, pool, and checks against the data."""
 
 import shutil
-from collections.abc import Callable
+from bisect import bisect_left, bisect_right
+from contextlib import suppress
 from typing import Final
 
 import torch
@@ -24,13 +25,9 @@ _COMPILE_WORTH: Final = 500_000
 def wants_compile(
     choice: str, *, num_steps: int, images_per_step: int, image_shape: tuple[int, int, int]
 ) -> bool:
-    """Decide whether to compile the real branch.
+    """Decide whether to compile the branch of the real images, of `image_shape` (C, H, W).
 
-    Args:
-        choice: `on`, `off`, or `auto`: with a compiler on the PATH and a run long enough to repay it.
-        num_steps: steps of the run.
-        images_per_step: real images in each.
-        image_shape: (C, H, W).
+    `choice` is `on`, `off`, or `auto`: with a compiler on the PATH and a run long enough to repay it.
 
     Raises:
         InputError: `on` without a C++ compiler.
@@ -72,28 +69,17 @@ def check_size(plan: Plan, split: Split) -> None:
         shape = plan.dataset.image_shape
         return method_class.num_distilled(plan.config.method, budget, shape, len(split))
 
-    num = num_stored(plan.budget)
+    budget, name = plan.budget, plan.dataset.name
+    num = num_stored(budget)
     if num < 1:
-        enough = plan.budget
+        enough = budget
         while num_stored(enough) < 1:
             enough *= 2
-        least = _first(lambda n: num_stored(n) >= 1, plan.budget, enough)
-        raise InputError(
-            f"budget must be >= {least} images for {plan.method} on {plan.dataset.name}, got {plan.budget}"
-        )
+        least = budget + bisect_left(range(budget, enough), 1, key=num_stored)
+        raise InputError(f"budget must be >= {least} images for {plan.method} on {name}, got {budget}")
     if num > len(split):
-        most = _first(lambda n: num_stored(n) > len(split), 0, plan.budget) - 1
-        raise InputError(
-            f"budget must be <= {most} for {plan.dataset.name} ({len(split)} images), got {plan.budget}"
-        )
-
-
-def _first(rule: Callable[[int], bool], low: int, high: int) -> int:
-    """Return by bisection the smallest value that satisfies `rule`; `high` does, `low` does not."""
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if rule(middle) else (middle, high)
-    return high
+        most = bisect_right(range(1, budget), len(split), key=num_stored)
+        raise InputError(f"budget must be <= {most} for {name} ({len(split)} images), got {budget}")
 
 
 def pick_device(name: str) -> torch.device:
@@ -104,11 +90,10 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    device = None
+    with suppress(RuntimeError):
         device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"--device must be auto, cpu, cuda or cuda:<n>, got {name!r}") from error
-    if device.type not in ("cpu", "cuda"):
+    if device is None or device.type not in ("cpu", "cuda"):
         raise InputError(f"--device must be auto, cpu, cuda or cuda:<n>, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(
@@ -127,16 +112,10 @@ def make_context(
     pool: ModelPool | None = None,
     search_seed: int = 0,
 ) -> DistillContext:
-    """Return the context that the method gets.
+    """Return the context in which a method distils `split`, the part of the dataset called `split_name`.
 
-    Args:
-        plan: the resolved run.
-        split: the real images to distil from.
-        split_name: which part of the dataset they are, such as `train`.
-        device: where to compute.
-        space: the pixel space, if it is already fitted (once for many trials).
-        pool: source of shared networks; default the files under `$DDRAY_HOME`.
-        search_seed: seed of the search whose final run this is.
+    A search fits `space` once for many trials. The default `pool` is the files under `$DDRAY_HOME`.
+    `search_seed` is the seed of the search whose final run this is.
 
     Raises:
         InputError: ipc does not fit the split, or compile=on without a compiler.
@@ -165,11 +144,8 @@ def check_plan(plan: Plan) -> bool:
     """Check the settings that depend on the network; return whether its hot function will be compiled.
 
     Raises:
-        InputError: the network does not fit the images or lacks one of `layers`, or compile=on finds no
-            compiler.
+        InputError: the network does not fit the images or lacks one of `layers`, or there is no compiler.
     """
-    from ddray.jobs.context import wants_compile
-
     config, dataset = plan.config, plan.dataset
     net = build_net(plan.arch, dataset.image_shape, dataset.num_classes, seed=0).eval()
     layers = getattr(config.method, "layers", None)

@@ -1,4 +1,4 @@
-"""The commands' work as functions: distil into a run directory, describe a dataset, write JSON."""
+"""`ddray distill` as a function, and the distillation of a plan that every command shares."""
 
 import json
 import os
@@ -46,12 +46,9 @@ class DistillResult(Result):
 
 def distill_unit(plan: Plan, split_name: str) -> Unit:
     """Return the ledger unit of one distillation."""
-    return Unit(kind="distill", spec={**_result_config(plan), "split": split_name})
-
-
-def _result_config(plan: Plan) -> dict[str, Any]:
-    """Return the settings that affect the distilled bytes; checkpoint_every and evaluate do not."""
-    return {k: v for k, v in plan.describe().items() if k not in ("checkpoint_every", "evaluate")}
+    # Only the settings that affect the distilled bytes.
+    settings = {k: v for k, v in plan.describe().items() if k not in ("checkpoint_every", "evaluate")}
+    return Unit(kind="distill", spec={**settings, "split": split_name})
 
 
 def distill(
@@ -65,13 +62,9 @@ def distill(
 ) -> DistillResult:
     """Distil all of train, or all but a val tenth, in a run directory that can be resumed.
 
-    Args:
-        plan: the resolved run.
-        device: where to compute.
-        run_dir: the run's folder; None creates a numbered one under `runs/`.
-        resume: continue the run in the folder.
-        out: where to write the artifact; default `<run>/distilled.pt`. Replaced only after success.
-        val_seed: exclude the val tenth that `tune` and `nas` score on with this seed; None uses all of train.
+    Without `run_dir`, the run gets a numbered folder under `runs/`. The artifact `out`, by default
+    `<run>/distilled.pt`, is replaced only after success. `val_seed` excludes the val tenth that `tune` and `nas`
+    score on with this seed.
 
     Raises:
         InputError: the plan does not fit the dataset, or the folder can't be used.
@@ -90,15 +83,13 @@ def distill(
     run.ledger.begin(unit, epoch=run.epoch)
     distillation = _run(plan, distiller, ctx, run, unit)
     target = (out or run.folder / "distilled.pt").absolute()
-    distillation.distilled.save(target)
-    if len(distillation.distilled.images):
-        save_pictures(
-            distillation.distilled, target, representations=getattr(distiller, "representations", None)
-        )
+    distilled = distillation.distilled
+    distilled.save(target)
+    if len(distilled.images):
+        save_pictures(distilled, target, representations=getattr(distiller, "representations", None))
     write_text(run.folder / "distilled.json", json.dumps({"losses": distillation.curve()}))
     result = _distill_result(plan, distillation, target)
-    row = Row.done(unit, result, distillation.wall_s)
-    run.ledger.publish(unit, row, epoch=run.epoch)
+    run.ledger.publish(unit, Row.done(unit, result, distillation.wall_s), epoch=run.epoch)
     write_results(run.folder / "results.csv", run.ledger.rows())
     return DistillResult.parse({**result, "run_dir": str(run.folder)})
 
@@ -113,20 +104,9 @@ def distil_plan(
     eval_steps: Collection[int] = (),
     on_step: Callable[[int, float], None] | None = None,
 ) -> Distillation:
-    """Run a plan from its checkpoint, if there is one, to its end or to step `until`.
+    """Run a plan as `run_distillation` does, with a checkpoint as often as the plan says.
 
-    Args:
-        plan: the resolved run.
-        ctx: what it runs on.
-        checkpoint: kept up to date as often as the plan says.
-        distiller: the plan's new method object; None makes it.
-        until: stop after this step; None runs all.
-        eval_steps: further steps to checkpoint and check.
-        on_step: called with (step, loss) at every check.
-
-    Raises:
-        DivergedError: a loss or an image became NaN or infinite.
-        StorageError: the checkpoint can't be written.
+    `distiller` is the plan's new method object; None makes it.
     """
     return run_distillation(
         distiller or make_distiller(plan),
@@ -154,18 +134,13 @@ def _run(plan: Plan, distiller: Distiller, ctx: DistillContext, run: Run, unit: 
         except DdrayError as error:
             if isinstance(error, InputError) and not run.resumed and not checkpoint.exists():
                 run.discard()  # nothing was written
-                raise
-            # No row, so that a rerun with --resume tries again.
-            run.ledger.event("fail", unit.key, run.epoch, error=str(error))
+            else:  # no row, so that a rerun with --resume tries again
+                run.ledger.event("fail", unit.key, run.epoch, error=str(error))
             raise
 
 
 def _check_out(out: Path) -> None:
-    """Reject an --out that can't be written, before the work starts.
-
-    Raises:
-        InputError: it is a folder, has a picture's name, or is in a folder that can't be written.
-    """
+    """Reject an --out that is a folder, has a picture's name, or is in a folder that can't be written."""
     if out.is_dir():
         raise InputError(f"--out must be a file, {out} is a folder")
     if out.suffix == ".png":

@@ -4,7 +4,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Final, Generic, Literal, TypeVar, cast
 
 from pydantic import Field
@@ -89,19 +88,10 @@ def resolve(
     config_file: Path | None = None,
     layers: Sequence[Mapping[str, Any]] = (),
 ) -> Plan:
-    """Resolve a run: preset, settings for dataset and ipc (the method's, shipped files), the rest.
+    """Resolve a run: preset, settings for dataset and ipc (the method's, shipped files), user's YAML, layers.
 
-    No preset augments spectrograms (IDC, DSDM); later layers may.
-
-    Args:
-        method: the method's name.
-        dataset: the opened dataset.
-        ipc: images per class, >= 1; for a method that takes a budget: a budget of as many images per class.
-        budget: storage in images, >= 1, for methods without classes.
-        seed: the run's seed.
-        preset: `paper` or `repo`.
-        config_file: the user's YAML.
-        layers: nested overrides; the last one wins.
+    The last one wins. No preset augments spectrograms (IDC, DSDM); later layers may. For a method that takes a
+    budget (storage in images, >= 1), `ipc` is a budget of as many images per class.
 
     Raises:
         InputError: an unknown method, preset or field, or a value that breaks a field's rule.
@@ -117,7 +107,16 @@ def resolve(
         read_yaml(config_file) if config_file is not None else {},
         *layers,
     )
-    target = _target(dataset, ipc, budget, upper_layers)
+    method_settings = merge(*upper_layers).get("method")
+    target = Target(
+        dataset.name,
+        dataset.image_shape,
+        dataset.num_classes,
+        ipc,
+        budget,
+        is_audio=_is_audio(dataset),
+        factor=method_settings.get("factor") if isinstance(method_settings, Mapping) else None,
+    )
     fields = method_class.config_type.model_fields
     sound = {"method": {"augment": "none"}} if target.is_audio and "augment" in fields else {}
     factor = target.factor or (fields["factor"].default if "factor" in fields else 1)
@@ -129,14 +128,11 @@ def resolve(
 
 
 def plan_of(
-    options: PlanOptions, dataset: Dataset | None = None, settings: Mapping[str, Any] = MappingProxyType({})
+    options: PlanOptions, dataset: Dataset | None = None, settings: Mapping[str, Any] | None = None
 ) -> Plan:
-    """Return the run that options ask for.
+    """Return the run that options ask for, on `dataset` if it is already open.
 
-    Args:
-        options: the options.
-        dataset: the dataset, if it is open.
-        settings: overrides by dotted name; they win over the options' `sets`.
+    `settings` are overrides by dotted name; they win over the options' `sets`.
 
     Raises:
         InputError: as for `resolve`, or the dataset is missing.
@@ -144,7 +140,6 @@ def plan_of(
     get_method(options.method)
     if dataset is None:
         dataset = open_dataset(options.dataset, data_dir=options.data_dir, download=options.download)
-    steps = [] if options.steps is None else [{"steps": options.steps}]
     return resolve(
         options.method,
         dataset,
@@ -155,42 +150,21 @@ def plan_of(
         config_file=options.config,
         layers=[
             parse_overrides(options.sets),
-            *steps,
-            *(nest(name, value) for name, value in settings.items()),
+            {} if options.steps is None else {"steps": options.steps},
+            *(nest(name, value) for name, value in (settings or {}).items()),
         ],
-    )
-
-
-def _target(
-    dataset: Dataset, ipc: int, budget: int | None, upper_layers: Sequence[Mapping[str, Any]]
-) -> Target:
-    """Return what a preset may depend on; train is read only if its shape is that of spectrograms."""
-    method_settings = merge(*upper_layers).get("method")
-    return Target(
-        dataset.name,
-        dataset.image_shape,
-        dataset.num_classes,
-        ipc,
-        budget,
-        is_audio=_is_audio(dataset),
-        factor=method_settings.get("factor") if isinstance(method_settings, Mapping) else None,
     )
 
 
 def budget_method(method: str) -> type[BudgetDistiller] | None:
     """Return the method's class if it takes a budget of storage instead of images per class, else None."""
     method_class = get_method(method)
-    return (
-        cast("type[BudgetDistiller]", method_class) if getattr(method_class, "uses_budget", False) else None
-    )
+    takes_budget = getattr(method_class, "uses_budget", False)
+    return cast("type[BudgetDistiller]", method_class) if takes_budget else None
 
 
 def _size(method: str, dataset: Dataset, ipc: int | None, budget: int | None) -> tuple[int, int | None]:
-    """Return images per class and budget of a run.
-
-    Raises:
-        InputError: not exactly one is given, the method takes the other one, or it is below 1.
-    """
+    """Return images per class and budget of a run; InputError unless the method's, and only it, is >= 1."""
     sizes = [name for name, value in (("ipc", ipc), ("budget", budget)) if value is not None]
     takes_budget = budget_method(method) is not None
     if len(sizes) != 1 or (sizes == ["budget"] and not takes_budget):
@@ -207,8 +181,7 @@ def _size(method: str, dataset: Dataset, ipc: int | None, budget: int | None) ->
 
 def _with_recipe(layer: Mapping[str, Any], dataset: str, factor: int) -> Mapping[str, Any]:
     """Return a layer with a recipe's name replaced by its fields, so that they override earlier layers."""
-    evaluate_layer = layer.get("evaluate")
-    if not isinstance(evaluate_layer, Mapping):
+    if not isinstance(evaluate_layer := layer.get("evaluate"), Mapping):
         return layer
     return {**layer, "evaluate": named_recipe(evaluate_layer, dataset=dataset, factor=factor)}
 
@@ -217,14 +190,12 @@ def shipped_configs(method: str, dataset: str, ipc: int) -> list[Path]:
     """Return the shipped files that apply: `<dataset>.yaml` for every ipc, then `<dataset>_ipc<k>.yaml`."""
     if not re.fullmatch(r"[a-z0-9_]+", dataset):
         return []
-    folder = shipped("configs", method)
-    return [
-        path for path in (folder / f"{dataset}.yaml", folder / f"{dataset}_ipc{ipc}.yaml") if path.is_file()
-    ]
+    paths = [shipped("configs", method, f"{name}.yaml") for name in (dataset, f"{dataset}_ipc{ipc}")]
+    return [path for path in paths if path.is_file()]
 
 
 def _is_audio(dataset: Dataset) -> bool:
-    """Return whether a dataset's images are spectrograms; the catalog's need no files for that."""
+    """Return whether images are spectrograms; files are read only if an unknown dataset has their shape."""
     if dataset.name in KNOWN:
         return KNOWN[dataset.name].layout == "wavs"
     return dataset.image_shape == SPECTROGRAM and dataset.train().is_audio

@@ -12,10 +12,11 @@ from ddray.data import Dataset
 from ddray.errors import InputError, unknown
 from ddray.jobs.plan import resolve
 from ddray.jobs.trainers import PoolTrainer
+from ddray.methods.families.ssl.teacher import ssl_teacher_spec
 from ddray.nets import check_arch
 from ddray.nets.names import resolve_arch
 from ddray.pool.local import LocalPool
-from ddray.pool.spec import SUPERVISED_RECIPE, supervised_specs
+from ddray.pool.spec import SUPERVISED_RECIPE, PoolSpec, supervised_specs
 from ddray.system.files import home
 from ddray.training.recipe import Recipe
 
@@ -40,15 +41,7 @@ class PoolResult(Result):
 
 
 def check_kind(kind: str, user_options: Iterable[str] = ()) -> None:
-    """Reject an unknown kind of entry, and options that the kind does not take.
-
-    Args:
-        kind: kind of entry.
-        user_options: options of `KINDS` that the user set.
-
-    Raises:
-        InputError: names the closest kind, or the option.
-    """
+    """Reject an unknown kind of entry, and options (of `KINDS`) that the kind does not take."""
     if kind not in KINDS:
         raise unknown("--kind", kind, KINDS)
     for option in user_options:
@@ -67,16 +60,10 @@ def train_pool(
     device: torch.device,
     folder: Path | None = None,
 ) -> PoolResult:
-    """Train missing supervised networks on all of train.
+    """Train missing supervised networks on all of train, their seeds counting up from `seed`.
 
-    Args:
-        dataset: the opened dataset.
-        arch: architecture name; `auto` is the field's ConvNet.
-        recipe: fields of `Recipe` that override `SUPERVISED_RECIPE`.
-        seed: seed of the first network; the others count up.
-        num_models: how many.
-        device: where to compute.
-        folder: the pool's folder; default `$DDRAY_HOME/pool`.
+    Arch `auto` is the field's ConvNet; `recipe` overrides fields of `SUPERVISED_RECIPE`; the default folder is
+    `$DDRAY_HOME/pool`.
 
     Raises:
         InputError: an unknown architecture or field, or a value that breaks its rule.
@@ -94,6 +81,10 @@ def train_pool(
         seed=seed,
         num=num_models,
     )
+    return _train(dataset, specs, device, folder)
+
+
+def _train(dataset: Dataset, specs: list[PoolSpec], device: torch.device, folder: Path | None) -> PoolResult:
     folder = folder or home() / "pool"
     LocalPool(PoolTrainer(dataset, dataset.train(), device), folder).get(specs)
     keys = [spec.key for spec in specs]
@@ -111,21 +102,13 @@ def train_teacher(
 ) -> PoolResult:
     """Train the self-supervised teacher that KRR-ST and Boost-SSDD use, if it is missing.
 
-    Args:
-        dataset: the opened dataset; all of train is used, without its labels.
-        arch: architecture name; `auto` is the methods' default.
-        recipe: fields of `TeacherConfig` that override the methods' settings for this dataset.
-        seed: the teacher's seed; 0 is the methods' default.
-        device: where to compute.
-        folder: the pool's folder; default `$DDRAY_HOME/pool`.
+    It is trained on all of train, without labels. Arch `auto` and seed 0 are the methods' defaults; `recipe`
+    overrides their `TeacherConfig` for this dataset; the default folder is `$DDRAY_HOME/pool`.
 
     Raises:
         InputError: an audio dataset, an unknown architecture or field, or a value that breaks its rule.
         StorageError: an entry can't be written.
     """
-    from ddray.methods.families.ssl.teacher import SslTrainer, ssl_teacher_spec
-
-    split = dataset.train()
     teacher_settings: dict[str, Any] = {"seed": seed, **recipe}
     if arch != "auto":
         check_arch(arch)
@@ -133,22 +116,18 @@ def train_teacher(
     plan = resolve(
         "boost_ssdd", dataset, budget=dataset.num_classes, layers=[{"method": {"teacher": teacher_settings}}]
     )
-    spec = ssl_teacher_spec(plan.config.method.teacher, dataset, split, split_name="train", device=device)
-    folder = folder or home() / "pool"
-    LocalPool(SslTrainer(split.images, device, dataset.name), folder).get([spec])
-    return PoolResult(key=spec.key, folder=str(folder / spec.key), keys=[spec.key])
+    teacher, split = plan.config.method.teacher, dataset.train()
+    spec = ssl_teacher_spec(teacher, dataset, split, split_name="train", device=device)
+    return _train(dataset, [spec], device, folder)
 
 
 def train_diffusion(
     dataset: Dataset, *, recipe: Mapping[str, Any], device: torch.device, out: Path | None = None
 ) -> PoolResult:
-    """Train the generator that D3HR uses on a dataset, if it is missing, and write it as a pipeline.
+    """Train the generator that D3HR uses on all of train, if it is missing, and write it as a DiTPipeline.
 
-    Args:
-        dataset: the opened dataset; all of train is used.
-        recipe: fields of `DiffusionRecipe` that override the defaults for the image size.
-        device: where to compute.
-        out: the DiTPipeline folder; default `$DDRAY_HOME/diffusion/<key>`.
+    `recipe` overrides fields of the image size's `DiffusionRecipe`; the pipeline's folder is by default
+    `$DDRAY_HOME/diffusion/<key>`.
 
     Raises:
         InputError: an unknown field, a value that breaks its rule, or a folder with other content.

@@ -1,19 +1,18 @@
 """`ddray evaluate` as a function: a distilled set's file, a protocol and its options, scored on a dataset."""
 
+import itertools
 import logging
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ddray.artifact.distilled_set import DistilledSet, TrainSet
+from ddray.artifact.distilled_set import DistilledSet
 from ddray.artifact.reading import load
 from ddray.data import Dataset, PixelSpace, Split, SplitName, carve_val, fit_zca, open_dataset
 from ddray.errors import InputError
 from ddray.evaluation import get_protocol, target_protocols
 from ddray.evaluation.options import EvaluateOptions, PixelKind
-from ddray.evaluation.protocol import EvalContext, EvalResult, RealImages, Scoring, evaluate_archs
+from ddray.evaluation.protocol import EvalContext, RealImages, evaluate_archs
 from ddray.evaluation.result import EvaluateResult
 from ddray.evaluation.subsets import limited_set
 from ddray.jobs.trainers import PoolTrainer
@@ -27,13 +26,7 @@ log = logging.getLogger(__name__)
 def evaluate(
     path: Path, options: EvaluateOptions, *, device: torch.device, dataset: Dataset | None = None
 ) -> EvaluateResult:
-    """Score a distilled set.
-
-    Args:
-        path: the artifact, ours or another project's.
-        options: what to do.
-        device: where to compute.
-        dataset: the target, opened; default `options.dataset`.
+    """Score a distilled set's file, ours or another project's, on an open dataset or `options.dataset`.
 
     Raises:
         InputError: the file, the dataset or an option is bad, or the set does not fit the dataset.
@@ -59,46 +52,20 @@ def evaluate(
     train_set = distilled.decode()
     if not protocol.trains_on_target:
         train_set = limited_set(train_set, options)
-    results = _score(
-        scoring,
-        train_set,
-        ctx,
-        archs=archs,
-        seed=options.seed,
-        title=f"evaluating {path.name}",
-    )
-    return EvaluateResult.parse(
-        {"protocol": options.protocol, "split": options.split, **scoring.details, "results": results}
-    )
-
-
-def _score(
-    scoring: Scoring,
-    train_set: TrainSet,
-    ctx: EvalContext,
-    *,
-    archs: Sequence[str],
-    seed: int,
-    title: str,
-) -> list[dict[str, Any]]:
-    """Score every architecture, showing progress under a title."""
-    with progress(title, len(archs) * scoring.num_seeds) as show:
-        done = 0
-
-        def note(result: EvalResult) -> None:
-            nonlocal done
-            done += 1
-            show(done, f"{result.arch}: {result.accuracy:.1%}")
-
-        return evaluate_archs(
+    done = itertools.count(1)
+    with progress(f"evaluating {path.name}", len(archs) * scoring.num_seeds) as show:
+        results = evaluate_archs(
             scoring.evaluator,
             train_set,
             ctx,
             archs=archs,
             num_seeds=scoring.num_seeds,
-            seed=seed,
-            on_result=note,
+            seed=options.seed,
+            on_result=lambda result: show(next(done), f"{result.arch}: {result.accuracy:.1%}"),
         )
+    return EvaluateResult.parse(
+        {"protocol": options.protocol, "split": options.split, **scoring.details, "results": results}
+    )
 
 
 def _target(name: str | None, options: EvaluateOptions) -> Dataset | None:
@@ -109,9 +76,7 @@ def foreign_space(dataset: Dataset | None, kind: PixelKind) -> PixelSpace | None
     """Return the space that a foreign file's pixels are said to be in; None for the default, normalised."""
     if dataset is None or kind == "normalized":
         return None
-    if kind == "zca":
-        return fit_zca(dataset.train())
-    return PixelSpace("raw", dataset.mean, dataset.std)
+    return fit_zca(dataset.train()) if kind == "zca" else PixelSpace("raw", dataset.mean, dataset.std)
 
 
 def check_fits(distilled: DistilledSet, target: Dataset, path: Path, protocol: str = "hard") -> None:
@@ -125,15 +90,16 @@ def check_fits(distilled: DistilledSet, target: Dataset, path: Path, protocol: s
         raise InputError(
             f"{path} holds targets, not labels: --protocol must be {target_protocols()}, got {protocol}"
         )
+    advice = "evaluate it on the dataset it was distilled from"
     if meta.image_shape != target.image_shape:
         raise InputError(
             f"{path} holds images of shape {meta.image_shape}, {target.name} has {target.image_shape}: "
-            "evaluate it on the dataset it was distilled from"
+            f"{advice}"
         )
     if meta.class_names != target.class_names:
         raise InputError(
             f"{path} has {len(meta.class_names)} classes of {meta.dataset}, {target.name} has "
-            f"{target.num_classes} different ones: evaluate it on the dataset it was distilled from"
+            f"{target.num_classes} different ones: {advice}"
         )
     if len(distilled.labels) and int(distilled.labels.max()) >= target.num_classes:
         raise InputError(f"{path}: labels must be < {target.num_classes} for {target.name}")

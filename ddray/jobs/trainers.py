@@ -30,7 +30,8 @@ class PoolTrainer:
     """Trains missing pool entries, dispatching on their kind.
 
     Attributes:
-        dataset: names and statistics; specs of split `train` are trained on all of its train.
+        dataset: names and statistics; specs of split `train` are trained on all of its train, supervised ones
+            of `train-val<seed>` on that part of it.
         split: the real images for all other splits.
         device: where to compute.
     """
@@ -46,69 +47,39 @@ class PoolTrainer:
             InputError: the kind is unknown, or the spec does not fit the images.
             DivergedError: a loss became NaN.
         """
+        if spec.kind not in (kinds := ("supervised", ssl.KIND, *DIFFUSION_KINDS)):
+            raise unknown("kind of pool entry", spec.kind, kinds)
+        if spec.kind == "supervised":
+            return self._supervised(spec)
+        split = self.dataset.train() if spec.split == "train" else self.split
         if spec.kind == ssl.KIND:
-            split = self.dataset.train() if spec.split == "train" else self.split
             return ssl.SslTrainer(split.images, self.device, self.dataset.name)(spec)
-        if spec.kind not in DIFFUSION_KINDS:
-            return SupervisedTrainer(self.dataset, self.split, self.device)(spec)
         from ddray.methods.families.diffusion.stages import train_stage
 
-        split = self.dataset.train() if spec.split == "train" else self.split
         return train_stage(spec, self.dataset, split, self.device, LocalPool(self))
 
-
-@dataclass(frozen=True)
-class SupervisedTrainer:
-    """Trains the pool's supervised networks on a split and computes their features of it.
-
-    Attributes:
-        dataset: names and statistics; `train` and `train-val<seed>` come from its train.
-        split: the real images for all other splits.
-        device: where to compute.
-    """
-
-    dataset: Dataset
-    split: Split
-    device: torch.device
-
-    def __call__(self, spec: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+    def _supervised(self, spec: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
         """Return weights and features [N, D] of a network trained by `spec.recipe`, and its final loss.
 
         For a network trained on `train-val<seed>`, the rows of val [M, D] follow.
-
-        Raises:
-            InputError: the kind is not `supervised`, or the recipe is invalid.
-            DivergedError: the loss became NaN.
         """
-        if spec.kind != "supervised":
-            raise unknown("kind of pool entry", spec.kind, ("supervised", ssl.KIND, *DIFFUSION_KINDS))
-        split, unseen = self._images_of(spec.split)
+        part = SplitName.parse(spec.split)
+        split, unseen = (self.split, None) if part is None else part.carve(self.dataset.train())
         seed = derive_seed(spec.seed, "pool", spec.kind)
         net = build_net(spec.arch, spec.image_shape, spec.num_classes, seed=seed, device=self.device)
         recipe = Recipe.parse({"schedule": "constant", "augment": "none", **spec.recipe}, prefix="recipe.")
         recipe = recipe.on(split)
         images, augment = self._images(split, recipe)
-        loss = train(
-            net,
-            images,
-            split.labels.to(self.device),
-            recipe,
-            generator=derive(seed, "order"),
-            augment=augment,
-        )
+        labels = split.labels.to(self.device)
+        loss = train(net, images, labels, recipe, generator=derive(seed, "order"), augment=augment)
         if not math.isfinite(loss):
             raise DivergedError(f"training {spec.arch} for the pool diverged: its loss is {loss}; lower lr")
         weights = {f"weights.{name}": tensor for name, tensor in net.state_dict().items()}
         measured = {"final_loss": loss, "dataset_name": self.dataset.name}
         encode = normalized_space(self.dataset).encode
-        parts = [part.images for part in (split, unseen) if part is not None]
-        features = [embed_images(net.eval(), part, encode, self.device) for part in parts]
+        real = [split.images] if unseen is None else [split.images, unseen.images]
+        features = [embed_images(net.eval(), images, encode, self.device) for images in real]
         return {**weights, "features": torch.cat(features)}, measured
-
-    def _images_of(self, name: str) -> tuple[Split, Split | None]:
-        """Return the split called `name`, and the val images that it excludes."""
-        parsed = SplitName.parse(name)
-        return (self.split, None) if parsed is None else parsed.carve(self.dataset.train())
 
     def _images(self, split: Split, recipe: Recipe) -> tuple[Tensor, Augmenter | None]:
         """Return the training images and the transform of a batch; a large split is encoded by the batch."""

@@ -13,7 +13,7 @@ from ddray.errors import DivergedError, InputError
 from ddray.jobs import trainers as pool_training
 from ddray.jobs.context import declared_specs, make_context
 from ddray.jobs.plan import resolve
-from ddray.jobs.trainers import SupervisedTrainer
+from ddray.jobs.trainers import PoolTrainer
 from ddray.nets import build_net
 from ddray.pool.local import LocalPool
 from ddray.pool.spec import PoolSpec, supervised_specs
@@ -53,7 +53,7 @@ def test_it_is_plain_sgd_on_the_normalized_images(toy: Any) -> None:
             optimizer.step()
             total += float(loss.detach()) * len(index)
 
-    tensors, measured = SupervisedTrainer(dataset, split, CPU)(pool_spec(dataset))
+    tensors, measured = PoolTrainer(dataset, split, CPU)(pool_spec(dataset))
 
     assert measured == {"final_loss": pytest.approx(total / len(split), rel=1e-4), "dataset_name": "toy"}
     for name, value in net.state_dict().items():
@@ -64,7 +64,7 @@ def test_it_is_plain_sgd_on_the_normalized_images(toy: Any) -> None:
 
 def test_a_large_split_is_encoded_by_the_batch(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = toy()
-    trainer = SupervisedTrainer(dataset, dataset.train(), CPU)
+    trainer = PoolTrainer(dataset, dataset.train(), CPU)
     whole, _ = trainer(pool_spec(dataset))
     monkeypatch.setattr(pool_training, "_MAX_ENCODED", 0)
     sizes = []
@@ -86,7 +86,7 @@ def test_a_large_split_is_encoded_by_the_batch(toy: Any, monkeypatch: pytest.Mon
 def test_the_recipe_decides(limit: int, toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool_training, "_MAX_ENCODED", limit)
     dataset = toy()
-    trainer = SupervisedTrainer(dataset, dataset.train(), CPU)
+    trainer = PoolTrainer(dataset, dataset.train(), CPU)
     changes: list[dict[str, Any]] = [
         {},
         {"augment": "dsa_idc"},
@@ -106,7 +106,7 @@ def test_a_split_is_the_same_images_for_whoever_trains(toy: Any) -> None:
     """A search distils part of train, its final run all of it; they share networks."""
     dataset = toy(counts=(20, 20, 20))
     part, val = carve_val(dataset.train(), seed=0)
-    searching, final = (SupervisedTrainer(dataset, split, CPU) for split in (part, dataset.train()))
+    searching, final = (PoolTrainer(dataset, split, CPU) for split in (part, dataset.train()))
 
     a, b = (trainer(pool_spec(dataset))[0] for trainer in (searching, final))
     c, d = (trainer(pool_spec(dataset, split="train-val0"))[0] for trainer in (searching, final))
@@ -115,7 +115,7 @@ def test_a_split_is_the_same_images_for_whoever_trains(toy: Any) -> None:
     assert same(c, d)
     assert len(a["features"]) == len(c["features"]) == 60
     assert not torch.equal(a["features"], c["features"])
-    alone = SupervisedTrainer(dataset, part, CPU)(pool_spec(dataset, split="part"))[0]
+    alone = PoolTrainer(dataset, part, CPU)(pool_spec(dataset, split="part"))[0]
     assert torch.equal(c["features"][: len(part)], alone["features"]), "val is never trained on"
     rows = search_rows(dataset.train(), seed=0)
     joined = torch.cat([part.images, val.images])
@@ -128,14 +128,14 @@ def test_spectrograms_are_not_augmented(toy: Any) -> None:
     dataset = Dataset(
         "sound", ("a", "b", "c"), (1, 16, 16), (0.5,), (0.3,), False, lambda: sound, lambda: sound
     )
-    trainer = SupervisedTrainer(dataset, sound, CPU)
+    trainer = PoolTrainer(dataset, sound, CPU)
 
     assert same(trainer(pool_spec(dataset))[0], trainer(pool_spec(dataset, augment="dsa_idc", cutmix=0.5))[0])
 
 
 def test_what_cannot_be_trained_is_refused(toy: Any) -> None:
     dataset = toy()
-    trainer = SupervisedTrainer(dataset, dataset.train(), CPU)
+    trainer = PoolTrainer(dataset, dataset.train(), CPU)
 
     with pytest.raises(InputError, match=r"kind of pool entry must be one of .*supervised, got 'supervise'"):
         trainer(pool_spec(dataset).model_copy(update={"kind": "supervise"}))
@@ -164,7 +164,7 @@ def test_what_a_selection_declares_is_what_it_asks_for(toy: Any, planned: Any, d
     dataset = toy()
     plan, ctx, distiller = planned("kcenter", dataset, method={"feature_epochs": 1})
     (spec,) = declared_specs(plan, ctx)
-    (entry,) = LocalPool(SupervisedTrainer(dataset, dataset.train(), CPU)).get([spec])
+    (entry,) = LocalPool(PoolTrainer(dataset, dataset.train(), CPU)).get([spec])
     assert math.isfinite(entry.meta["final_loss"])
 
     def never(undeclared: PoolSpec) -> Any:
