@@ -4,15 +4,13 @@ Every function takes the options of its command by name (`--num-samples` is `num
 also by their plural, such as `archs`), raises `InputError` instead of exiting, and returns a typed result.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import inspect
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
 
@@ -20,7 +18,7 @@ from ddray.artifact.distilled_set import DistilledSet
 from ddray.artifact.export import export_folder, export_parquet
 from ddray.artifact.reading import load as load_set
 from ddray.config import Config, parse_overrides
-from ddray.data import Dataset, carve_val, open_dataset
+from ddray.data import Dataset, SplitName, open_dataset
 from ddray.distillation.loop import run_distillation
 from ddray.errors import unknown
 from ddray.evaluation.options import EvaluateOptions
@@ -32,14 +30,13 @@ from ddray.jobs.options import DistillOptions, PlanOptions
 from ddray.jobs.plan import Plan, plan_of
 from ddray.ranking import DEFAULT_SPACE
 from ddray.ranking.options import NasModes, NasOptions, NasRequest
+from ddray.ranking.result import ArchList, NasResult
 from ddray.system.options import DeviceOptions, RunOptions
 from ddray.tables.options import BenchOptions
+from ddray.tables.result import BenchResult, Forecast
+from ddray.tables.spec import BenchSpec, read_spec
 from ddray.tuning.options import TuneOptions
-
-if TYPE_CHECKING:
-    from ddray.ranking.result import ArchList, NasResult
-    from ddray.tables.result import BenchResult, Forecast
-    from ddray.tuning.result import TuneResult
+from ddray.tuning.result import TuneResult
 
 Form = Literal["folder", "parquet"]
 F = TypeVar("F", bound=Callable[..., Any])
@@ -78,14 +75,13 @@ def _takes(*configs: type[Config]) -> Callable[[F], F]:
 
 def _plan(options: dict[str, Any], settings: Mapping[str, Any] | None, default_ipc: int | None = 1) -> Plan:
     """Return the run that keyword arguments ask for; `dataset` may be an open dataset."""
-    opened = options.get("dataset")
-    if isinstance(opened, Dataset):
-        options = {**options, "dataset": opened.name}
-    elif isinstance(opened, Path):
-        options = {**options, "dataset": str(opened)}
+    dataset = options.get("dataset")
+    opened = dataset if isinstance(dataset, Dataset) else None
+    if isinstance(dataset, Dataset | Path):
+        options = {**options, "dataset": str(dataset) if opened is None else opened.name}
     if options.get("ipc") is None and options.get("budget") is None:
         options = {**options, "ipc": default_ipc}
-    return plan_of(PlanOptions.pick(options), opened if isinstance(opened, Dataset) else None, settings or {})
+    return plan_of(PlanOptions.pick(options), opened, settings)
 
 
 @_takes(PlanOptions, DistillOptions)
@@ -114,10 +110,9 @@ def distill(
         with tempfile.TemporaryDirectory() as folder:  # for a run that only its set is wanted of
             run_dir = how.run_dir or Path(folder) / "run"
             return load_set(Path(_distil(plan, how.model_copy(update={"run_dir": run_dir})).artifact))
-    split, split_name = plan.dataset.train(), "train"
-    if how.val_seed is not None:
-        split, split_name = carve_val(split, seed=how.val_seed)[0], f"train-val{how.val_seed}"
-    ctx = make_context(plan, split, split_name=split_name, device=pick_device(how.device))
+    name = SplitName(how.val_seed)
+    split, _ = name.carve(plan.dataset.train())
+    ctx = make_context(plan, split, split_name=str(name), device=pick_device(how.device))
     return run_distillation(make_distiller(plan), ctx).distilled
 
 
@@ -128,14 +123,7 @@ def distill_to_run(method: str, **options: Any) -> distill_job.DistillResult:
 
 
 def _distil(plan: Plan, how: DistillOptions) -> distill_job.DistillResult:
-    return distill_job.distill(
-        plan,
-        device=pick_device(how.device),
-        run_dir=how.run_dir,
-        resume=how.resume,
-        out=how.out,
-        val_seed=how.val_seed,
-    )
+    return distill_job.distill(plan, **{**dict(how), "device": pick_device(how.device)})
 
 
 def load(path: str | Path, *, dataset: str | Path | None = None) -> DistilledSet:
@@ -233,7 +221,7 @@ def nas(
     """
     from ddray.cluster.executor import nas_executor
     from ddray.ranking import command
-    from ddray.ranking.sweep import resolve_config
+    from ddray.ranking.spaces import resolve_config
 
     modes = NasModes.pick(options)
     sets = [proxies] if isinstance(proxies, DistilledSet | str | Path) else list(proxies)
@@ -279,24 +267,22 @@ def bench(file: str | Path | Mapping[str, Any], **options: Any) -> BenchResult:
         DdrayError: no cell was scored.
     """
     from ddray.cluster.bench import bench as run_table
-    from ddray.tables.spec import read_spec
 
     run, parsed = RunOptions.pick(options), BenchOptions.pick(options)
-    return run_table(read_spec(_source(file), parsed.scale), parsed, run_dir=run.run_dir, resume=run.resume)
+    return run_table(_spec(file, parsed.scale), parsed, run_dir=run.run_dir, resume=run.resume)
 
 
 @_takes(BenchOptions, RunOptions)
 def forecast(file: str | Path | Mapping[str, Any], **options: Any) -> Forecast:
     """Return a table's units and their expected cost; nothing is run: `ddray bench --dry-run`."""
     from ddray.tables.dry_run import dry_run
-    from ddray.tables.spec import read_spec
 
     parsed = BenchOptions.pick(options)
-    return dry_run(read_spec(_source(file), parsed.scale), parsed, run_dir=RunOptions.pick(options).run_dir)
+    return dry_run(_spec(file, parsed.scale), parsed, run_dir=RunOptions.pick(options).run_dir)
 
 
-def _source(file: str | Path | Mapping[str, Any]) -> Path | Mapping[str, Any]:
-    return file if isinstance(file, Mapping) else Path(file).expanduser().absolute()
+def _spec(file: str | Path | Mapping[str, Any], scale: str) -> BenchSpec:
+    return read_spec(file if isinstance(file, Mapping) else Path(file).expanduser().absolute(), scale)
 
 
 def export(distilled: DistilledSet | str | Path, out: str | Path, *, form: Form | None = None) -> Path:

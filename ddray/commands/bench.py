@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from ddray.commands import display
 from ddray.commands.options import Emit, command
 from ddray.config import AbsolutePath, Config
 from ddray.system.options import RunOptions
@@ -28,11 +29,10 @@ class Table(Config):
 def bench(emit: Emit, file: Path, dry_run: bool = False, **options: Any) -> None:
     """Run a table, methods x datasets x sizes x seeds, and set its numbers beside the published ones."""
     from ddray import api
-    from ddray.commands.bench_display import bench_tables, forecast_tables
 
     if dry_run:
         costs = api.forecast(file, **options)
-        emit(costs, lambda: forecast_tables(costs.dump()))
+        emit(costs, lambda: display.forecast_tables(costs.dump()))
         return
     result = api.bench(file, **options)
-    emit(result, lambda: bench_tables(result))
+    emit(result, lambda: display.bench_tables(result))

@@ -4,8 +4,8 @@ from typing import Any
 
 from ddray.commands import display
 from ddray.commands.options import Emit, command
-from ddray.config import AbsolutePath, Config
-from ddray.system.options import DataOptions
+from ddray.config import Config
+from ddray.system.options import DataFolder, DataOptions
 
 
 class DatasetArgument(Config):
@@ -13,13 +13,6 @@ class DatasetArgument(Config):
 
     name: str
     """Dataset name, or a folder."""
-
-
-class ListOptions(Config):
-    """Where to look."""
-
-    data_dir: AbsolutePath | None = None
-    """Where datasets are; default $DDRAY_DATA."""
 
 
 @command(DatasetArgument, DataOptions, example="ddray data info cifar10", arguments=("name",))
@@ -32,11 +25,11 @@ def data_info(emit: Emit, name: str, **options: Any) -> None:
     emit(result, display.table_of(name, result.dump()))
 
 
-@command(ListOptions, example="ddray data list --data-dir ~/datasets")
+@command(DataFolder, example="ddray data list --data-dir ~/datasets")
 def data_list(emit: Emit, **options: Any) -> None:
     """List the known datasets, and which of them are there."""
     from ddray.data.loaders import list_datasets
 
-    result = list_datasets(data_dir=ListOptions.pick(options).data_dir)
+    result = list_datasets(data_dir=DataFolder.pick(options).data_dir)
     lines = {entry["name"]: "found" if entry["found"] else "-" for entry in result.datasets}
     emit(result, display.table_of("datasets", lines))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,20 +12,21 @@ from ddray.drawing.text import percent
 if TYPE_CHECKING:
     from ddray.pool.listing import PoolEntryInfo, PoolModel
     from ddray.ranking.result import NasResult
+    from ddray.tables.columns import Column
+    from ddray.tables.result import BenchResult
     from ddray.tuning.result import BestTrial, PaperPoint, TuneResult
 
 
-def show(*tables: Any) -> None:
-    """Print tables on stdout."""
+def show(tables: Any) -> None:
+    """Print a table, or a list of tables, on stdout."""
     from rich.console import Console
 
     console = Console()
-    for table in tables:
-        for renderable in table if isinstance(table, list | tuple) else (table,):
-            console.print(renderable)
+    for table in tables if isinstance(tables, list) else (tables,):
+        console.print(table)
 
 
-def table_of(title: str, values: dict[str, Any]) -> Any:
+def table_of(title: str, values: Mapping[str, Any]) -> Any:
     """Return a two-column table of a mapping."""
     from rich.table import Table
 
@@ -36,36 +37,29 @@ def table_of(title: str, values: dict[str, Any]) -> Any:
     return table
 
 
-def accuracy_table(title: str, results: list[dict[str, Any]]) -> Any:
-    """Return a table of accuracies in percent: mean and sample standard deviation over networks."""
+def _table(title: str | None, headers: Sequence[Any], rows: Iterable[Iterable[object]]) -> Any:
     from rich.table import Table
 
-    table = Table("arch", "accuracy %", "std", "networks", "images", "seconds", title=title)
-    for result in results:
-        std = result["accuracy_std"]
-        table.add_row(
-            result["arch"],
-            f"{100 * result['accuracy_mean']:.2f}",
-            "-" if std is None else f"{100 * std:.2f}",
-            str(len(result["per_seed"])),
-            str(result["num_images"]),
-            f"{result['wall_s']:.1f}",
-        )
+    table = Table(*headers, title=title)
+    for row in rows:
+        table.add_row(*(None if cell is None else str(cell) for cell in row))
     return table
 
 
 def pool_table(models: Sequence[PoolModel]) -> Any:
     """Return a table of a pool's entries."""
-    from rich.table import Column, Table
+    from rich.table import Column
 
-    key = Column("key", no_wrap=True)
-    table = Table(key, "kind", "dataset", "arch", "epochs", "times trained", "MB", title="pool")
-    for model in models:
-        epochs = "-" if model.epochs is None else str(model.epochs)
-        size = f"{model.size_bytes / 1e6:.1f}"
-        names = (model.key[:12], model.kind, model.dataset, model.arch)
-        table.add_row(*names, epochs, str(model.times_trained), size)
-    return table
+    headers = (Column("key", no_wrap=True), "kind", "dataset", "arch", "epochs", "times trained", "MB")
+    rows = (
+        (
+            *(model.key[:12], model.kind, model.dataset, model.arch),
+            *("-" if model.epochs is None else model.epochs, model.times_trained),
+            f"{model.size_bytes / 1e6:.1f}",
+        )
+        for model in models
+    )
+    return _table("pool", headers, rows)
 
 
 def entry_tables(result: PoolEntryInfo) -> list[Any]:
@@ -75,20 +69,26 @@ def entry_tables(result: PoolEntryInfo) -> list[Any]:
 
 
 def evaluate_tables(title: str, protocol: str, results: list[dict[str, Any]]) -> list[Any]:
-    """Return tables of an evaluation's accuracies and, in percent, of its protocol's other measures."""
-    from rich.table import Table
+    """Return tables, in percent, of an evaluation's accuracies and of its protocol's other measures.
 
+    Accuracies are mean and sample standard deviation over networks.
+    """
     from ddray.evaluation import get_protocol
 
-    tables = [accuracy_table(title, results)]
-    measures = get_protocol(protocol).measures
-    if not measures:
-        return tables
-    lines = [list(_measured(result, measures)) for result in results]
-    table = Table("arch", *(f"{header} %" for header, _ in lines[0]))
-    for result, line in zip(results, lines, strict=True):
-        table.add_row(result["arch"], *(text for _, text in line))
-    return [*tables, table]
+    rows = (
+        (
+            *(result["arch"], percent(result["accuracy_mean"]), percent(result["accuracy_std"])),
+            *(len(result["per_seed"]), result["num_images"], f"{result['wall_s']:.1f}"),
+        )
+        for result in results
+    )
+    tables = [_table(title, ("arch", "accuracy %", "std", "networks", "images", "seconds"), rows)]
+    if measures := get_protocol(protocol).measures:
+        lines = [dict(_measured(result, measures)) for result in results]
+        headers = ("arch", *(f"{header} %" for header in lines[0]))
+        pairs = zip(results, lines, strict=True)
+        tables.append(_table(None, headers, ((result["arch"], *line.values()) for result, line in pairs)))
+    return tables
 
 
 def _measured(result: dict[str, Any], measures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -104,7 +104,7 @@ def _measured(result: dict[str, Any], measures: Mapping[str, Any]) -> Iterator[t
 
 def tune_tables(result: TuneResult) -> list[Any]:
     """Return a table of a search's results and files."""
-    best, paper = result.best, result.paper_point
+    best, paper, folder = result.best, result.paper_point, Path(result.run_dir)
     summary = {
         "trials": f"{result.num_trials} ({result.num_failed} failed, "
         f"{result.num_stopped_early} stopped early)",
@@ -114,9 +114,9 @@ def tune_tables(result: TuneResult) -> list[Any]:
         + f" (paper's point {percent(paper.test_accuracy_mean, paper.test_accuracy_std)})",
         "seconds": f"{result.wall_s:.0f}",
         "artifact": result.artifact,
-        "picture": str(Path(result.artifact).with_suffix(".png")),
-        "report": str(Path(result.run_dir) / "report.html"),
-        "table": str(Path(result.run_dir) / "results.csv"),
+        "picture": Path(result.artifact).with_suffix(".png"),
+        "report": folder / "report.html",
+        "table": folder / "results.csv",
     }
     return [table_of("search", summary)]
 
@@ -130,13 +130,14 @@ def _val_line(objective: str, best: BestTrial, paper: PaperPoint) -> dict[str, s
 
 def archs_table(space: str, archs: Sequence[dict[str, Any]]) -> Any:
     """Return a table of a NAS space's architectures."""
-    from rich.table import Table
-
-    table = Table("index", "architecture", "million parameters", "million FLOPs", title=space)
-    for arch in archs:
-        name = arch.get("arch_str", arch["name"])
-        table.add_row(str(arch["index"]), name, f"{arch['params_m']:.4f}", f"{arch['flops_m']:.2f}")
-    return table
+    rows = (
+        (
+            *(arch["index"], arch.get("arch_str", arch["name"])),
+            *(f"{arch['params_m']:.4f}", f"{arch['flops_m']:.2f}"),
+        )
+        for arch in archs
+    )
+    return _table(space, ("index", "architecture", "million parameters", "million FLOPs"), rows)
 
 
 def nas_tables(result: NasResult) -> list[Any]:
@@ -152,11 +153,8 @@ def nas_tables(result: NasResult) -> list[Any]:
     for proxy in result.proxies:
         low, high = proxy.spearman_ci95 or (None, None)
         table.add_row(
-            proxy.proxy,
-            _number(proxy.spearman),
-            f"{_number(low)}..{_number(high)}",
-            _number(proxy.spearman_top20),
-            percent(proxy.top1_truth_accuracy),
+            *(proxy.proxy, _number(proxy.spearman), f"{_number(low)}..{_number(high)}"),
+            *(_number(proxy.spearman_top20), percent(proxy.top1_truth_accuracy)),
             percent(proxy.best_truth_accuracy),
             f"{proxy['storage_images']:g}",
             f"{proxy['wall_s']:.1f}",
@@ -164,9 +162,84 @@ def nas_tables(result: NasResult) -> list[Any]:
     if result.run_dir is None:
         return [table]
     names = {"report": "report.html", "table": "results.csv", "plot": "scatter.png"}
-    files = {label: str(Path(result.run_dir) / name) for label, name in names.items()}
+    files = {label: Path(result.run_dir) / name for label, name in names.items()}
     return [table, table_of("files", files)]
 
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
+
+
+def bench_tables(result: BenchResult) -> list[Any]:
+    """Return a bench's table in percent, its failures, and where its files are.
+
+    Columns with the same value in every cell go into the title.
+    """
+    from ddray.tables.columns import columns_of
+
+    cells = result.dump()["cells"]
+    columns = columns_of(cells)
+    fixed = [
+        column
+        for column in columns[1:]
+        if column.kind != "number" and len({column.text_of(cell) for cell in cells}) == 1
+    ]
+    varied = [column for column in columns if column not in fixed]
+    title = ", ".join([result.name, *(column.text_of(cells[0]) for column in fixed)])
+    rows = ([_text(column, cell) for column in varied] for cell in cells)
+    tables = [_table(title, [column.header for column in varied], rows)]
+    if result.failures:
+        failures = ((failure["unit"], failure["reason"][:400]) for failure in result.failures)
+        tables.append(_table("failures", ("unit", "reason"), failures))
+    summary = {
+        "failed units": result.num_failed,
+        "not run because of them": len(result.skipped),
+        "seconds": f"{result.wall_s:.0f}",
+        "table": Path(result.run_dir) / "table.csv",
+        "page": f"ddray report {Path(result.run_dir)}",
+    }
+    return [*tables, table_of("bench", summary)]
+
+
+def _text(column: Column, cell: dict[str, Any]) -> str:
+    """Return a cell's text, with its source."""
+    text = column.text_of(cell)
+    return text if column.note is None or text == "-" else f"{text} ({column.note(cell)})"
+
+
+def forecast_tables(forecast: dict[str, Any]) -> list[Any]:
+    """Return a dry run: the unit graph by groups, and its expected cost."""
+    from ddray.tables.cost import summarise
+
+    rows = []
+    for group in summarise(forecast["units"]):
+        trainings, needs = group["trainings"], group["needs"]
+        others = f" and {len(needs) - 1} more" if len(needs) > 1 else ""
+        rows.append(
+            (
+                group["kind"],
+                group["unit"] + (f" ({trainings:,} trainings)" if trainings else ""),
+                *(group["units"], group["missing"], needs[0] + others if needs else "-"),
+                _duration(group["estimate_s"]),
+            )
+        )
+    summary = {
+        "units": f"{forecast['num_units']} ({forecast['num_missing']} missing)",
+        "expected": f"{_duration(forecast['estimate_s'])} of one worker, from past units on this machine",
+        "units without an estimate": forecast["num_without_estimate"],
+    }
+    if num_smaller := forecast["num_from_smaller"]:
+        summary["too high for"] = f"{num_smaller} units: only far smaller ones have been run here"
+    if not forecast["pool_known"]:
+        summary["pool"] = "some methods report which networks they need only once they start"
+    headers = ("kind", "unit", "units", "missing", "needs", "expected")
+    title = f"{forecast['name']}, {forecast['scale']}"
+    return [_table(title, headers, rows), table_of("forecast", summary)]
+
+
+def _duration(seconds: float | None) -> str:
+    """Return seconds in readable units."""
+    if seconds is None:
+        return "unknown"
+    hours, minutes = seconds / 3600, seconds / 60
+    return f"{hours:.1f} h" if hours >= 1 else f"{minutes:.0f} min" if minutes >= 2 else f"{seconds:.1f} s"

@@ -5,9 +5,10 @@ import functools
 import inspect
 import json
 import os
+import pkgutil
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 
 import typer
@@ -29,20 +30,26 @@ _PANELS: Final = {
     "Run": "seed run_dir resume retry_failed dry_run data_dir download",
     "Output": "out form",
 }
+_COMPLETIONS: Final[dict[str, str | Sequence[str]]] = {
+    "method": "ddray.methods:method_names",
+    "dataset": "ddray.data.catalog:KNOWN",
+    **dict.fromkeys(("arch", "archs", "teachers"), "ddray.nets.names:arch_names"),
+    "protocol": "ddray.evaluation:protocol_names",
+    "preset": ("paper", "repo"),
+    "scale": ("paper", "cpu", "smoke"),
+    "kind": ("supervised", "ssl", "diffusion"),
+}
+"""Values of options: names, or where they are; that is imported only to complete one."""
 
 
 def command(
     *configs: type[Config], example: str, arguments: Sequence[str] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Return a decorator that makes a Typer command of a function.
+    """Return a decorator that makes a Typer command of a function, with an example in its --help.
 
-    The command's options are the fields of the configs: name, type, default, and docstring as help. The
-    function gets `emit`, which prints a result, and by field name the options that the user has set.
-
-    Args:
-        configs: sources of the options.
-        example: a command line for --help.
-        arguments: fields that are positional arguments instead.
+    The command's options are the fields of the configs: name, type, default, and docstring as help; those in
+    `arguments` are positional. The function gets `emit`, which prints a result, and by field name the options
+    that the user has set.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
@@ -55,30 +62,22 @@ def command(
             with output(as_json) as emit:
                 function(emit, **options)
 
-        annotations: dict[str, Any] = {"ctx": typer.Context}
-        defaults: dict[str, Any] = {}
+        declared = [_keyword("ctx", typer.Context)]
         for name, field in fields.items():
             plain, default = _plain(field)
-            annotations[name] = Annotated[plain, _parameter(name, field, name in arguments)]
-            if not field.is_required():
-                defaults[name] = default
-        annotations["as_json"], defaults["as_json"] = Annotated[bool, _JSON], False
-        run.__dict__["__signature__"] = inspect.Signature(
-            [
-                inspect.Parameter(
-                    name,
-                    inspect.Parameter.KEYWORD_ONLY,
-                    annotation=annotation,
-                    default=defaults.get(name, inspect.Parameter.empty),
-                )
-                for name, annotation in annotations.items()
-            ]
-        )
-        run.__annotations__ = annotations
+            kind: Any = Annotated[plain, _parameter(name, field, name in arguments)]
+            declared.append(_keyword(name, kind, default))
+        declared.append(_keyword("as_json", Annotated[bool, _JSON], False))
+        run.__dict__["__signature__"] = inspect.Signature(declared)
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in declared}
         run.__doc__ = f"{inspect.getdoc(function)}\n\nExample: {example}"
         return run
 
     return decorate
+
+
+def _keyword(name: str, kind: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=default)
 
 
 def _panel(name: str) -> str:
@@ -89,14 +88,15 @@ def _plain(field: FieldInfo) -> tuple[Any, Any]:
     """Return a field's type and default as Typer takes them; choices are checked by the config."""
     kind: Any = field.annotation
     optional = False
-    default = None if field.is_required() else field.get_default()
+    default = inspect.Parameter.empty if field.is_required() else field.get_default()
     while (origin := get_origin(kind)) is not None:
         if origin in (Union, types.UnionType):
             optional = type(None) in get_args(kind)
             kind = get_args(kind)[0]
         elif origin is tuple:
-            inner = get_args(get_args(kind)[0])[0] if get_origin(get_args(kind)[0]) else get_args(kind)[0]
-            return (list[inner] if field.is_required() else list[inner] | None), None  # type: ignore[valid-type]
+            item = get_args(kind)[0]
+            several: Any = list[get_args(item)[0] if get_origin(item) else item]  # type: ignore[misc]
+            return (several, default) if field.is_required() else (several | None, None)
         else:
             kind = str if origin is Literal else get_args(kind)[0]
     return (kind | None if optional else kind), default
@@ -119,52 +119,19 @@ def _parameter(name: str, field: FieldInfo, is_argument: bool) -> Any:
 
 def _completion(name: str, field: FieldInfo) -> Callable[[str], list[str]] | None:
     """Return the shell completion of an option whose values have names."""
-    choices = _literals(field.annotation)
-    names = _COMPLETIONS.get(name, (lambda: choices) if choices else None)
-    return None if names is None else lambda incomplete: [n for n in names() if n.startswith(incomplete)]
+    choices = _COMPLETIONS.get(name, _literals(field.annotation))
+
+    def complete(incomplete: str) -> list[str]:
+        names = pkgutil.resolve_name(choices) if isinstance(choices, str) else choices
+        return [n for n in (names() if callable(names) else names) if n.startswith(incomplete)]
+
+    return complete if choices else None
 
 
 def _literals(kind: Any) -> list[str]:
     if get_origin(kind) is Literal:
         return [str(value) for value in get_args(kind)]
     return [value for inner in get_args(kind) for value in _literals(inner)]
-
-
-def _methods() -> Iterable[str]:
-    from ddray.methods import method_names
-
-    return method_names()
-
-
-def _datasets() -> Iterable[str]:
-    from ddray.data.catalog import KNOWN
-
-    return KNOWN
-
-
-def _archs() -> Iterable[str]:
-    from ddray.nets.names import arch_names
-
-    return arch_names()
-
-
-def _protocols() -> Iterable[str]:
-    from ddray.evaluation import protocol_names
-
-    return protocol_names()
-
-
-_COMPLETIONS: Final[dict[str, Callable[[], Iterable[str]]]] = {
-    "method": _methods,
-    "dataset": _datasets,
-    "arch": _archs,
-    "archs": _archs,
-    "teachers": _archs,
-    "protocol": _protocols,
-    "preset": lambda: ("paper", "repo"),
-    "scale": lambda: ("paper", "cpu", "smoke"),
-    "kind": lambda: ("supervised", "ssl", "diffusion"),
-}
 
 
 @contextlib.contextmanager
@@ -180,12 +147,12 @@ def output(as_json: bool) -> Iterator[Emit]:
     sys.stdout.flush()
     real = os.dup(1)
     os.dup2(2, 1)
+
+    def emit(result: Result, table: Any) -> None:
+        sys.stdout.flush()
+        os.write(real, (to_json(result) + "\n").encode())
+
     try:
-
-        def emit(result: Result, table: Any) -> None:
-            sys.stdout.flush()
-            os.write(real, (to_json(result) + "\n").encode())
-
         yield emit
     finally:
         sys.stdout.flush()
@@ -195,12 +162,5 @@ def output(as_json: bool) -> Iterator[Emit]:
 
 def to_json(result: Result) -> str:
     """Return a result as JSON; NaN and infinities become null."""
-    return json.dumps(_defined(result.dump()), allow_nan=False)
-
-
-def _defined(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if value == value and abs(value) != float("inf") else None
-    if isinstance(value, dict):
-        return {key: _defined(item) for key, item in value.items()}
-    return [_defined(item) for item in value] if isinstance(value, list) else value
+    defined = json.loads(json.dumps(result.dump()), parse_constant=lambda _: None)
+    return json.dumps(defined, allow_nan=False)

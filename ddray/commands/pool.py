@@ -27,16 +27,10 @@ def pool_train(emit: Emit, **options: Any) -> None:
     pool_training.check_kind(parsed.kind, [name for name, value in limited.items() if value is not None])
     recipe = parse_overrides(parsed.sets) | ({} if parsed.epochs is None else {"epochs": parsed.epochs})
     opened = open_dataset(parsed.dataset, data_dir=parsed.data_dir, download=parsed.download)
-    device = pick_device(parsed.device)
-    settings: dict[str, Any] = {
-        "arch": parsed.arch or "auto",
-        "recipe": recipe,
-        "seed": parsed.seed or 0,
-        "device": device,
-        "folder": parsed.out,
-    }
+    where: dict[str, Any] = {"recipe": recipe, "device": pick_device(parsed.device)}
+    settings = {**where, "arch": parsed.arch or "auto", "seed": parsed.seed or 0, "folder": parsed.out}
     if parsed.kind == "diffusion":
-        result = pool_training.train_diffusion(opened, recipe=recipe, device=device, out=parsed.out)
+        result = pool_training.train_diffusion(opened, **where, out=parsed.out)
     elif parsed.kind == "ssl":
         result = pool_training.train_teacher(opened, **settings)
     else:

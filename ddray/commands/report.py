@@ -4,10 +4,11 @@ from typing import Any
 
 from ddray.commands import display
 from ddray.commands.options import Emit, command
-from ddray.config import AbsolutePath, Config
+from ddray.config import AbsolutePath
+from ddray.system.options import DataFolder
 
 
-class ReportOptions(Config):
+class ReportOptions(DataFolder):
     """Runs, and their page."""
 
     runs: tuple[AbsolutePath, ...]
@@ -16,8 +17,6 @@ class ReportOptions(Config):
     """The page; default <run>/report.html, report.html of several."""
     tsne: bool = True
     """Draw t-SNE planes; they need the datasets."""
-    data_dir: AbsolutePath | None = None
-    """Where datasets are; default $DDRAY_DATA."""
 
 
 @command(ReportOptions, example="ddray report runs/first runs/search --out page.html", arguments=("runs",))

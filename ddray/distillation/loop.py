@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.distillation.method import DistillContext, Distiller
-from ddray.errors import DivergedError
+from ddray.errors import DivergedError, one_line
 from ddray.system.files import write_atomically
 
 log = logging.getLogger(__name__)
@@ -50,10 +50,8 @@ class Distillation:
         """Return at most 200 points (step, loss), each the mean over the steps since the previous point."""
         num = len(self.losses)
         size = max(1, -(-num // _CURVE_POINTS))
-        return [
-            (min(start + size, num), float(self.losses[start : start + size].mean()))
-            for start in range(0, num, size)
-        ]
+        chunks = torch.split(self.losses, size) if num else ()
+        return [(min(i * size, num), float(chunk.mean())) for i, chunk in enumerate(chunks, start=1)]
 
 
 def run_distillation(
@@ -66,17 +64,11 @@ def run_distillation(
     eval_steps: Collection[int] = (),
     on_step: Callable[[int, float], None] | None = None,
 ) -> Distillation:
-    """Run a method to its end, or to step `until`, starting from its checkpoint if there is one.
+    """Run a new method object to its end, or to step `until`, from its checkpoint if there is one.
 
-    Args:
-        distiller: a new method object; this function calls its `setup`.
-        ctx: what it runs on.
-        checkpoint: file to resume from and to keep up to date; None writes none.
-        checkpoint_every: steps between checkpoints and loss checks.
-        until: stop after this step; None runs all.
-        eval_steps: further steps to checkpoint and check (a search's rungs).
-        on_step: called with (step, loss) at every check, after its checkpoint. A run that resumes at one of
-            `eval_steps` calls it for that step first, as the interrupted run may not have got to it.
+    Every `checkpoint_every` steps, and at `eval_steps` (a search's rungs), the checkpoint is written, the
+    loss checked, and then `on_step` called with (step, loss). A run that resumes at one of `eval_steps` calls
+    it for that step first, as the interrupted run may not have got to it.
 
     Raises:
         DivergedError: a loss or an image became NaN or infinite.
@@ -123,10 +115,9 @@ def rate_name(settings: Mapping[str, Any]) -> str:
 def _finite(loss: Tensor, step: int, settings: Mapping[str, Any]) -> float:
     """Return the loss as a float (the only sync in the loop)."""
     value = float(loss)
-    if not math.isfinite(value):
-        rate = rate_name(settings)
-        raise DivergedError(f"the loss must stay finite, got {value} at step {step}; lower {rate}")
-    return value
+    if math.isfinite(value):
+        return value
+    raise DivergedError(f"the loss must stay finite, got {value} at step {step}; lower {rate_name(settings)}")
 
 
 class StepTimer:
@@ -160,11 +151,7 @@ class StepTimer:
 
 
 def _save(distiller: Distiller, path: Path, step: int, losses: list[Tensor]) -> None:
-    checkpoint = {
-        "step": step,
-        "state": distiller.state_dict(),
-        "losses": torch.cat(losses).cpu(),
-    }
+    checkpoint = {"step": step, "state": distiller.state_dict(), "losses": torch.cat(losses).cpu()}
     write_atomically(path, lambda file: torch.save(checkpoint, file))
 
 
@@ -176,9 +163,8 @@ def _restore(distiller: Distiller, path: Path | None, losses: list[Tensor], devi
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         step, state, earlier_losses = int(checkpoint["step"]), checkpoint["state"], checkpoint["losses"]
     except Exception as error:  # torch raises many types for a torn file
-        aside = path.with_suffix(".corrupt")
-        path.replace(aside)
-        reason = " ".join(str(error).split())[:120]
+        aside = path.replace(path.with_suffix(".corrupt"))
+        reason = one_line(error, 120)
         log.warning("checkpoint %s is damaged (%s): set aside as %s, starting anew", path, reason, aside.name)
         return 0
     distiller.load_state_dict(state)

@@ -63,8 +63,8 @@ def distill(
     """Distil all of train, or all but a val tenth, in a run directory that can be resumed.
 
     Without `run_dir`, the run gets a numbered folder under `runs/`. The artifact `out`, by default
-    `<run>/distilled.pt`, is replaced only after success. `val_seed` excludes the val tenth that `tune` and `nas`
-    score on with this seed.
+    `<run>/distilled.pt`, is replaced only after success. `val_seed` excludes the val tenth that `tune` and
+    `nas` score on with this seed.
 
     Raises:
         InputError: the plan does not fit the dataset, or the folder can't be used.

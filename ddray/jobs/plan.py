@@ -90,8 +90,8 @@ def resolve(
 ) -> Plan:
     """Resolve a run: preset, settings for dataset and ipc (the method's, shipped files), user's YAML, layers.
 
-    The last one wins. No preset augments spectrograms (IDC, DSDM); later layers may. For a method that takes a
-    budget (storage in images, >= 1), `ipc` is a budget of as many images per class.
+    The last one wins. No preset augments spectrograms (IDC, DSDM); later layers may. For a method that takes
+    a budget (storage in images, >= 1), `ipc` is a budget of as many images per class.
 
     Raises:
         InputError: an unknown method, preset or field, or a value that breaks a field's rule.

@@ -62,8 +62,8 @@ def train_pool(
 ) -> PoolResult:
     """Train missing supervised networks on all of train, their seeds counting up from `seed`.
 
-    Arch `auto` is the field's ConvNet; `recipe` overrides fields of `SUPERVISED_RECIPE`; the default folder is
-    `$DDRAY_HOME/pool`.
+    Arch `auto` is the field's ConvNet; `recipe` overrides fields of `SUPERVISED_RECIPE`; the default folder
+    is `$DDRAY_HOME/pool`.
 
     Raises:
         InputError: an unknown architecture or field, or a value that breaks its rule.

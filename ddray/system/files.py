@@ -1,6 +1,5 @@
 """Writing files so that nothing half-written is ever left under its final name."""
 
-import contextlib
 import errno
 import hashlib
 import os
@@ -27,23 +26,17 @@ def storage_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         fix = "free some space" if error.errno == errno.ENOSPC else "check the folder's permissions and space"
-        raise StorageError(
-            f"could not write {path}: {reason}; {fix}, then run again with --resume"
-        ) from error
+        message = f"could not write {path}: {reason}; {fix}, then run again with --resume"
+        raise StorageError(message) from error
 
 
 def write_atomically(
     path: Path, write: Callable[[BinaryIO], object], *, only_if_absent: bool = False
 ) -> bool:
-    """Write `path` through a temporary file beside it: written, synced, then renamed.
+    """Write `path` through a temporary file beside it: written, synced, then renamed; its folder is created.
 
-    Args:
-        path: the final name; its folder is created.
-        write: called with the open temporary file.
-        only_if_absent: link instead of rename, so that the first writer wins.
-
-    Returns:
-        Whether this call's bytes are now at `path` (False only with `only_if_absent`).
+    With `only_if_absent`, it is linked instead, so that the first writer wins. Return whether this call's
+    bytes are now at `path`.
 
     Raises:
         StorageError: the disk is full, or the folder can't be written.
@@ -58,27 +51,21 @@ def write_atomically(
                 file.flush()
                 os.fsync(file.fileno())
             temporary.chmod(0o666 & ~_umask())
-            if not only_if_absent:
+            if only_if_absent:
+                try:
+                    os.link(temporary, path)
+                except FileExistsError:
+                    return False
+            else:
                 temporary.replace(path)
-                _sync_folder(path.parent)
-                return True
-            try:
-                os.link(temporary, path)
-            except FileExistsError:
-                return False
             _sync_folder(path.parent)
             return True
         finally:
-            with contextlib.suppress(FileNotFoundError):
-                temporary.unlink()
+            temporary.unlink(missing_ok=True)
 
 
 def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
     """Write a folder beside its final name and move it there whole; an old one is replaced after success.
-
-    Args:
-        folder: the final name; its parent is created.
-        write: called with the temporary folder.
 
     Raises:
         StorageError: the disk is full, or the folder can't be written.
@@ -118,8 +105,7 @@ def _as_os_error() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        text = str(error)
-        if "PytorchStreamWriter" in text or "file write" in text or "unexpected pos" in text:
+        if any(words in str(error) for words in ("PytorchStreamWriter", "file write", "unexpected pos")):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
         raise
 

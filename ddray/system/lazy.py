@@ -6,12 +6,7 @@ from typing import Any
 
 
 def lazy(package: str, modules: Mapping[str, Iterable[str]]) -> Callable[[str], Any]:
-    """Return a package's `__getattr__`.
-
-    Args:
-        package: the package's name.
-        modules: its modules, with the names that the package takes from each.
-    """
+    """Return a package's `__getattr__`, by its modules with the names that it takes from each."""
     module_of = {name: module for module, names in modules.items() for name in names}
 
     def get(name: str) -> Any:

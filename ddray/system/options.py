@@ -3,11 +3,16 @@
 from ddray.config import AbsolutePath, Config
 
 
-class DataOptions(Config):
-    """Where datasets come from."""
+class DataFolder(Config):
+    """Where datasets are."""
 
     data_dir: AbsolutePath | None = None
     """Where datasets are; default $DDRAY_DATA."""
+
+
+class DataOptions(DataFolder):
+    """Where datasets come from."""
+
     download: bool = False
     """Let torchvision download what is missing."""
 

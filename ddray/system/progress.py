@@ -21,16 +21,7 @@ class Show(Protocol):
 
 @contextmanager
 def progress(title: str, total: int, *, start: int = 0) -> Iterator[Show]:
-    """Show progress of `total` pieces of work.
-
-    Args:
-        title: the line's title.
-        total: pieces in all; 0 if unknown.
-        start: pieces done before.
-
-    Yields:
-        A callback that takes the pieces done so far, a short note, and the new `total` if it has changed.
-    """
+    """Show progress of `total` pieces of work (0: unknown), of which `start` were done before."""
     in_notebook = _in_notebook()
     if (in_notebook or sys.stderr.isatty()) and total > 0:
         from rich import get_console
@@ -39,13 +30,8 @@ def progress(title: str, total: int, *, start: int = 0) -> Iterator[Show]:
         from rich.progress import TimeRemainingColumn as Remaining
 
         columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            Remaining(),
-            TextColumn("{task.fields[note]}"),
+            *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()),
+            *(TextColumn("ETA"), Remaining(), TextColumn("{task.fields[note]}")),
         )
         console = get_console() if in_notebook else Console(stderr=True)
         with Progress(*columns, console=console, transient=True) as bar:

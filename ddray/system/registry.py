@@ -13,13 +13,8 @@ from ddray.errors import InputError, unknown
 class Registry:
     """The modules of one of our packages that end in `<ATTRIBUTE>: Final = ...`, by their names.
 
-    A user's own package offers one through an entry point `name = "package.module"`.
-
-    Args:
-        kind: what a message calls one of them, such as `method`.
-        package: the package's name.
-        attribute: what such a module ends in, such as `METHOD`.
-        group: the entry points' group.
+    A user's own package offers one through an entry point `name = "package.module"` of a group. `kind` is
+    what a message calls one of them, such as `method`; `attribute` is, for example, `METHOD`.
     """
 
     def __init__(self, kind: str, package: str, attribute: str, group: str) -> None:
@@ -34,11 +29,7 @@ class Registry:
         return sorted(_modules(self._package, self._attribute))
 
     def get(self, name: str, option: str | None = None) -> Any:
-        """Return what the module called `name` ends in.
-
-        Args:
-            name: the module's name, or the entry point's.
-            option: what a message calls the name; default the kind.
+        """Return what the module or entry point called `name` ends in; a message calls the name `option`.
 
         Raises:
             InputError: there is no such name (with the nearest one), or its module ends in no such thing.

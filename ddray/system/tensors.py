@@ -15,14 +15,10 @@ log = logging.getLogger(__name__)
 
 def numpy_scalars() -> list[Any]:
     """Return the safe globals for other projects' files, whose numbers may be NumPy scalars."""
-    multiarray = np._core.multiarray  # type: ignore[attr-defined]
+    scalar = np._core.multiarray.scalar  # type: ignore[attr-defined]
     return [
-        np.dtype,
-        np.dtypes.Float64DType,
-        np.dtypes.Float32DType,
-        np.dtypes.Int64DType,
-        (multiarray.scalar, "numpy._core.multiarray.scalar"),
-        (multiarray.scalar, "numpy.core.multiarray.scalar"),
+        *(np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType, np.dtypes.Int64DType),
+        *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("_core", "core")),
     ]
 
 
@@ -53,9 +49,8 @@ def read_tensors(path: Path) -> Any:
     try:
         return load_plain(path)
     except ValueError as error:
-        raise InputError(
-            f"{path} must be an undamaged distilled set of tensors and plain values: {error}; copy it again"
-        ) from error
+        rule = "must be an undamaged distilled set of tensors and plain values"
+        raise InputError(f"{path} {rule}: {error}; copy it again") from error
 
 
 def is_plain(value: Any) -> bool:

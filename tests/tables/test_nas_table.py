@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ddray.artifact.reading import load
-from ddray.commands.bench_display import bench_tables
+from ddray.commands.display import bench_tables
 from ddray.data import open_dataset
 from ddray.errors import DdrayError, InputError
 from ddray.methods import get_method
