@@ -52,7 +52,7 @@ def selection(dim: int = 4096, ipc: int = 10, num: int = 2000) -> dict[str, Any]
     import torch
     from scipy.stats import spearmanr
 
-    from ddray.methods.d3hr import group_scores
+    from ddray.methods.families.diffusion.groups import group_scores
 
     mean, std = torch.zeros(dim), torch.ones(dim)
     generator = torch.Generator().manual_seed(0)
@@ -120,7 +120,7 @@ def speed() -> dict[str, Any]:
     """Time group sampling at ipc 10 against the floor of its normal draws."""
     import torch
 
-    from ddray.methods.d3hr import group_sample
+    from ddray.methods.families.diffusion.groups import group_sample
 
     rows = []
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

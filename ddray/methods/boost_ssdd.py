@@ -38,14 +38,13 @@ from ddray.errors import InputError
 from ddray.methods.families.factory import make_method
 from ddray.methods.families.ssl.bases_fit import (
     BudgetSplit,
-    default_image_bases,
-    default_target_bases,
     fit_shifts,
-    layout,
     principal_components,
+    shift_floats,
     shrunk_rows,
 )
 from ddray.methods.families.ssl.budget import (
+    KrrConfig,
     arch_for,
     budget_floats,
     evaluate_for,
@@ -53,7 +52,6 @@ from ddray.methods.families.ssl.budget import (
     given_budget,
     teacher_of,
 )
-from ddray.methods.families.ssl.config import KrrConfig
 from ddray.methods.families.ssl.loop import BilevelLoop, Rows
 from ddray.methods.families.ssl.memory import Extent, check_memory, declared_teacher
 from ddray.methods.families.ssl.teacher import teacher_net
@@ -112,6 +110,51 @@ def preset(name: str, target: Target) -> dict[str, Any]:
     }
 
 
+def plan_layout(
+    config: BoostSsddConfig, budget: int, image_shape: tuple[int, int, int], num_real: int
+) -> BudgetSplit:
+    """Return how a budget of images is spent: bases and networks first, then m = rest / (U + V) images.
+
+    m is never more than `num_real`: coefficients start as projections of as many real images. Views that are
+    all stored (`ideal`) are the paper's upper bound "without considering the storage budget" (A.7): they get
+    the same m as networks, and count in `storage_floats` alone.
+
+    Raises:
+        InputError: the images don't divide by the scale, or are not square where they are rotated.
+    """
+    channels, height, width = image_shape
+    if height % config.scale or width % config.scale:
+        raise InputError(f"method.scale must divide the images' sides, {height}x{width}, got {config.scale}")
+    if config.augmentation == "rotation" and height != width:
+        raise InputError(
+            f"method.augmentation=rotation needs square images, got {height}x{width}; use jigsaw"
+        )
+    floats, dim = budget_floats(budget, image_shape), feature_dim(config.teacher.arch, image_shape)
+    basis = channels * height * width // config.scale**2
+    if not config.parameterize:
+        # Images and targets are their own coefficients, and no bases are stored.
+        num_image_bases, num_target_bases, spent = channels * height * width, dim, 0
+    else:
+        most_image, most_target = min(basis, num_real), min(dim, num_real)
+        # At most twice the budget's images, and half and a third of the floats.
+        default_image = max(1, min(2 * budget, most_image, floats // (2 * basis)))
+        default_target = max(1, min(2 * budget, most_target, floats // (3 * dim)))
+        num_image_bases = config.num_image_bases or default_image
+        num_target_bases = config.num_target_bases or default_target
+        if num_image_bases > most_image or num_target_bases > most_target:
+            raise InputError(
+                f"method.num_image_bases must be <= {most_image} and method.num_target_bases "
+                f"<= {most_target} (dimensions and images), got {num_image_bases}, {num_target_bases}"
+            )
+        spent = num_image_bases * basis + num_target_bases * dim
+    shifts = partial(shift_floats, bases.NUM_VIEWS[config.augmentation], num_target_bases, config.hidden)
+    counted: Approximation = "mlp" if config.approximation == "ideal" else config.approximation
+    per_image = num_image_bases + num_target_bases
+    num_images = max(0, min(num_real, (floats - spent - shifts(counted)) // per_image))
+    stored = spent + shifts(config.approximation, num_images) + num_images * per_image
+    return BudgetSplit(num_image_bases, num_target_bases, num_images, stored)
+
+
 def num_distilled(
     config: BoostSsddConfig, budget: int, image_shape: tuple[int, int, int], num_real: int
 ) -> int:
@@ -161,17 +204,12 @@ def _based_set(ctx: DistillContext, config: BoostSsddConfig, learned: Mapping[st
     mse = None
     if view_coefficients is not None:
         target_coefficients = tensors["target_coefficients" if config.parameterize else "targets"]
-        shift_tensors, mse = _approximate(
-            config, target_coefficients, view_coefficients, ctx.generator("approximation")
-        )
+        generator = ctx.generator("approximation")
+        shift_tensors, mse = _approximate(config, target_coefficients, view_coefficients, generator)
         tensors |= shift_tensors
-    bases_meta = Bases(
-        scale=config.scale,
-        augmentation=config.augmentation,
-        approximation=config.approximation,
-        approximation_mse=mse,
-    )
-    return ctx.make_based_set(tensors, bases_meta)
+    names = ("scale", "augmentation", "approximation")
+    meta = Bases(**{name: getattr(config, name) for name in names}, approximation_mse=mse)
+    return ctx.make_based_set(tensors, meta)
 
 
 def _approximate(
@@ -189,48 +227,6 @@ def _approximate(
     return fit_shifts(coefficients, view_coefficients, config.hidden, generator)
 
 
-def plan_layout(
-    config: BoostSsddConfig, budget: int, image_shape: tuple[int, int, int], num_real: int
-) -> BudgetSplit:
-    """Return how a budget of images is spent.
-
-    Raises:
-        InputError: the images don't divide by the scale, or are not square where they are rotated.
-    """
-    channels, height, width = image_shape
-    if height % config.scale or width % config.scale:
-        raise InputError(f"method.scale must divide the images' sides, {height}x{width}, got {config.scale}")
-    if config.augmentation == "rotation" and height != width:
-        raise InputError(
-            f"method.augmentation=rotation needs square images, got {height}x{width}; use jigsaw"
-        )
-    floats, dim = budget_floats(budget, image_shape), feature_dim(config.teacher.arch, image_shape)
-    basis = channels * height * width // config.scale**2
-    if not config.parameterize:
-        # Images and targets are their own coefficients, and no bases are stored.
-        spent = {"basis_floats": 0, "feature_dim": 0}
-        num_image_bases, num_target_bases = channels * height * width, dim
-    else:
-        spent = {"basis_floats": basis, "feature_dim": dim}
-        num_image_bases = config.num_image_bases or default_image_bases(budget, basis, floats, num_real)
-        num_target_bases = config.num_target_bases or default_target_bases(budget, dim, floats, num_real)
-        if num_image_bases > min(basis, num_real) or num_target_bases > min(dim, num_real):
-            raise InputError(
-                f"method.num_image_bases must be <= {min(basis, num_real)} and method.num_target_bases "
-                f"<= {min(dim, num_real)} (dimensions and images), got {num_image_bases}, {num_target_bases}"
-            )
-    return layout(
-        floats,
-        **spent,
-        num_image_bases=num_image_bases,
-        num_target_bases=num_target_bases,
-        num_real=num_real,
-        augmentation=config.augmentation,
-        approximation=config.approximation,
-        hidden=config.hidden,
-    )
-
-
 def _start(
     ctx: DistillContext, config: BoostSsddConfig, plan: BudgetSplit, features: Tensor, index: Tensor
 ) -> dict[str, Tensor]:
@@ -241,10 +237,8 @@ def _start(
         return {"images": images, "targets": features[index]}
     rows = shrunk_rows(ctx.split.images, ctx.space.to(ctx.device), config.scale, ctx.device)
     parameters: dict[str, Tensor] = {}
-    for name, real, num in (
-        ("image", rows, plan.num_image_bases),
-        ("target", features, plan.num_target_bases),
-    ):
+    spaces = (("image", rows, plan.num_image_bases), ("target", features, plan.num_target_bases))
+    for name, real, num in spaces:
         generator = ctx.generator("init", name)
         if config.init == "pc":
             base = principal_components(real, num)
@@ -258,8 +252,7 @@ def _start(
         parameters[f"{name}_bases"], parameters[f"{name}_coefficients"] = base, coefficients
     channels, height, width = ctx.dataset.image_shape
     shape = (-1, channels, height // config.scale, width // config.scale)
-    parameters["image_bases"] = parameters["image_bases"].view(shape)
-    return parameters
+    return {**parameters, "image_bases": parameters["image_bases"].view(shape)}
 
 
 def _start_view_coefficients(

@@ -18,7 +18,7 @@ when a fresh one is taken, follows its accuracy on real images (dynamic bi-level
 - augmentation and network seeds: wall clock | derived from the run's seed. `augment=dsa` is CAFE+DSA.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Final, Literal
 
 import torch
@@ -27,16 +27,13 @@ from pydantic import Field
 from torch import Tensor
 
 from ddray.artifact.distilled_set import DistilledSet
-from ddray.config import Config
 from ddray.distillation.method import DistillContext, MethodConfig, Target
+from ddray.methods.families.factory import make_method
 from ddray.methods.families.matching.batches import ClassBatches, chunks, initial_images
 from ddray.methods.families.matching.branch import RealBranch
 from ddray.methods.families.matching.partitioned import by_class
-from ddray.methods.families.state import cpu_copy, images_state, load_images_state
+from ddray.methods.families.state import copy_values, cpu_copy, images_state, load_images_state
 from ddray.nets import Net
-from ddray.training.loop import train
-from ddray.training.policies import augmenter
-from ddray.training.recipe import Recipe
 
 _MILESTONES: Final = (0.6, 0.8, 0.9)
 
@@ -44,13 +41,7 @@ _MILESTONES: Final = (0.6, 0.8, 0.9)
 class CAFEConfig(MethodConfig):
     """CAFE's settings."""
 
-    quick: ClassVar[Mapping[str, Any]] = {
-        "batch_real": 8,
-        "batch_train": 16,
-        "batch_query": 4,
-        "max_inner": 3,
-        "window": 2,
-    }
+    quick: ClassVar = {"batch_real": 8, "batch_train": 16, "batch_query": 4, "max_inner": 3, "window": 2}
 
     lr_img: float = Field(default=0.1, gt=0)
     """Learning rate of the images (SGD)."""
@@ -110,24 +101,17 @@ def cafe_loss(
     return total
 
 
+def preset(name: str, target: Target) -> dict[str, Any]:
+    """Return the settings of the authors' code, for both presets."""
+    return {"steps": 20_000, "evaluate": {"epochs": 600, "augment": "none"}}
+
+
 class CAFE:
     """Condensing by aligning features."""
 
-    config_type: ClassVar[type[Config]] = CAFEConfig
-
-    def __init__(self, config: CAFEConfig, num_steps: int) -> None:
-        self._config = config
-        self.num_steps = num_steps
-
-    @staticmethod
-    def preset(name: str, target: Target) -> dict[str, Any]:
-        """Return the settings of the authors' code, for both presets."""
-        return {"steps": 20_000, "evaluate": {"epochs": 600, "augment": "none"}}
-
-    def setup(self, ctx: DistillContext) -> None:
-        """Make the initial images."""
-        config = self._config
-        self._ctx = ctx
+    def __init__(self, ctx: DistillContext, config: CAFEConfig) -> None:
+        self._ctx, self._config = ctx, config
+        self._num_steps = int(ctx.config["steps"])
         self._branch = RealBranch(ctx, config.batch_real, config.augment)
         self._net = self._branch.net
         self._queries = ClassBatches(ctx, config.batch_query)
@@ -178,7 +162,7 @@ class CAFE:
             early_weight=config.early_weight,
             discrimination=config.discrimination,
         )
-        halved = sum(self._step - 1 >= part * self.num_steps for part in _MILESTONES)
+        halved = sum(self._step - 1 >= part * self._num_steps for part in _MILESTONES)
         self._optimizer.param_groups[0]["lr"] = config.lr_img * 0.5**halved
         (self._images.grad,) = torch.autograd.grad(loss, self._images)
         self._optimizer.step()
@@ -187,19 +171,11 @@ class CAFE:
     def _train_net(self, generator: torch.Generator) -> None:
         """Train the network on the images until its accuracy has moved."""
         config, images = self._config, self._images.detach()
-        recipe = Recipe(
-            epochs=1,
-            lr=config.lr_net,
-            momentum=0.0,
-            weight_decay=0.0,
-            batch=config.batch_train,
-            schedule="constant",
-            augment=config.augment,
-        )
-        augment = augmenter(config.augment, can_flip=self._ctx.dataset.can_flip, space=self._ctx.space)
         accuracies: list[float] = []
         for _ in range(config.max_inner):
-            train(self._net, images, self._labels, recipe, generator=generator, augment=augment)
+            self._branch.train(
+                images, self._labels, generator, epochs=1, lr=config.lr_net, batch=config.batch_train
+            )
             self._net.train()
             accuracies = [*accuracies, self._accuracy(generator)][-config.window :]
             if len(accuracies) == config.window and max(accuracies) - min(accuracies) > config.inner_gap:
@@ -216,7 +192,6 @@ class CAFE:
         return float(right) / len(index)
 
     def snapshot(self) -> DistilledSet:
-        """Return the current images as a set."""
         return self._ctx.make_set(self._images, self._labels)
 
     def state_dict(self) -> dict[str, Any]:
@@ -230,14 +205,11 @@ class CAFE:
             "accuracies": list(self._accuracies),
         }
 
-    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state."""
         self._step, self._num_nets, self._turns = (int(state[name]) for name in ("step", "made", "turns"))
         self._accuracies = [float(value) for value in state["accuracies"]]
         load_images_state(self._images, self._optimizer, state)
-        for mine, theirs in zip(self._net.state_dict().values(), state["net"], strict=True):
-            mine.copy_(theirs)
+        copy_values(self._net, state["net"])
 
 
-METHOD: Final = CAFE
+METHOD: Final = make_method(CAFEConfig, preset, CAFE)

@@ -24,91 +24,118 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from ddray.artifact.distilled_set import DistilledSet
-from ddray.config import Config
 from ddray.distillation.method import DistillContext, Target
 from ddray.errors import InputError
 from ddray.methods.families.diffusion import stages
 from ddray.methods.families.diffusion.config import D3HRConfig
 from ddray.methods.families.diffusion.decoder import STATISTICS
 from ddray.methods.families.diffusion.folder import read_folder, record_folder, resolve_ids, warn_of_leak
-from ddray.methods.families.diffusion.groups import group_sample, group_scores
 from ddray.methods.families.diffusion.model import check_levels
 from ddray.methods.families.diffusion.sampling import Sampler
 from ddray.methods.families.diffusion.train import SCHEDULE, default_recipe
+from ddray.methods.families.factory import make_method
 from ddray.methods.families.selection import centroids
+from ddray.methods.families.state import cpu_copy
 from ddray.pool.spec import PoolSpec
 from ddray.seeding import derive_seed
-
-__all__ = ["D3HR", "METHOD", "D3HRConfig", "group_sample", "group_scores"]
 
 _WRITTEN_PER_STEP: Final = 32 * 2**20
 
 
-class D3HR:
-    """Group sampling of inverted latents; `num_steps` is set in `setup`."""
-
-    config_type: ClassVar[type[Config]] = D3HRConfig
-
-    def __init__(self, config: D3HRConfig, num_steps: int) -> None:
-        self._config = config
-        self.num_steps = 0
-
-    @staticmethod
-    def preset(name: str, target: Target) -> dict[str, Any]:
-        """Return the settings of `paper` (Appendix B) or `repo` (authors' code)."""
-        size = max(target.image_shape[1:])
-        candidates = 5_000_000 if size <= 32 else 1_000_000 if size <= 64 else 100_000
-        method: dict[str, Any] = {
-            "num_candidates": candidates,
-            "generator": default_recipe(target.image_shape),
+def preset(name: str, target: Target) -> dict[str, Any]:
+    """Return the settings of `paper` (Appendix B) or `repo` (authors' code)."""
+    size = max(target.image_shape[1:])
+    candidates = 5_000_000 if size <= 32 else 1_000_000 if size <= 64 else 100_000
+    method: dict[str, Any] = {"num_candidates": candidates, "generator": default_recipe(target.image_shape)}
+    if name == "repo":
+        method |= {
+            "num_candidates": 1000 * candidates,
+            "shared_draws": True,
+            "form": "repo",
+            "lambda_skew": 0.1,
+            "encoding": "sample",
+            "precision": "float16",
         }
-        if name == "repo":
-            method |= {
-                "num_candidates": 1000 * candidates,
-                "shared_draws": True,
-                "form": "repo",
-                "lambda_skew": 0.1,
-                "encoding": "sample",
-                "precision": "float16",
-            }
-        evaluate = {"epochs": 1000, "augment": "dsa"}
-        # A checkpoint holds all results so far: limit writes to 32 MiB per step on average.
-        floats = 2 * target.ipc * target.num_classes * math.prod(target.image_shape)
-        every = max(1, math.ceil(4 * floats / _WRITTEN_PER_STEP))
-        return {"steps": 0, "checkpoint_every": every, "evaluate": evaluate, "method": method}
+    evaluate = {"epochs": 1000, "augment": "dsa"}
+    # A checkpoint holds all results so far: limit writes to 32 MiB per step on average.
+    floats = 2 * target.ipc * target.num_classes * math.prod(target.image_shape)
+    every = max(1, math.ceil(4 * floats / _WRITTEN_PER_STEP))
+    return {"steps": 0, "checkpoint_every": every, "evaluate": evaluate, "method": method}
 
-    def pool_specs(self, ctx: DistillContext) -> list[PoolSpec]:
-        """Return the last stage needed; its spec contains every stage before it."""
-        return plan_stages(ctx, self._config)[1][-1:]
 
-    def setup(self, ctx: DistillContext) -> None:
-        """Get the last stage from the pool, which computes and stores missing earlier stages."""
-        self._ctx, config = ctx, self._config
+def plan_stages(ctx: DistillContext, config: D3HRConfig) -> tuple[Mapping[str, Any], list[PoolSpec]]:
+    """Return where the generator comes from, and the specs of latents, inversion and statistics.
+
+    K-means needs only the clean latents, so theirs is then the only spec. Everything that depends on the
+    generator is checked here, before anything is computed.
+
+    Raises:
+        InputError: the given folder can't be read, or does not fit images, classes or steps.
+    """
+    dataset = ctx.dataset
+    base = stages.base_spec(dataset, ctx.split_name, ctx.device)
+    source: dict[str, Any]
+    if config.diffusion is None:
+        source = {"spec": stages.generator_spec(base, config.generator).dump()}
+        names, num, timesteps = dataset.class_names, dataset.num_classes, SCHEDULE["num_train_timesteps"]
+        if config.generator.init is not None:  # it keeps its own schedule
+            timesteps = read_folder(Path(config.generator.init)).num_train_timesteps
+    else:
+        folder = read_folder(Path(config.diffusion))
+        if folder.channels < dataset.image_shape[0]:
+            raise InputError(
+                f"a diffusion model of {dataset.name}'s images must have {dataset.image_shape[0]} channels, "
+                f"{folder.path} has {folder.channels}; leave method.diffusion out to train one"
+            )
+        record_folder(folder)
+        warn_of_leak(folder, dataset.fingerprint, ctx.split_name)
+        source = {"fingerprint": folder.fingerprint}
+        names, num, timesteps = folder.class_names, folder.num_classes, folder.num_train_timesteps
+    check_levels(config.levels(), timesteps)
+    ids = resolve_ids(names, num, dataset.class_names, config.class_ids)
+    latents = stages.latents_spec(base, source, encoding=config.encoding, precision=config.precision)
+    if config.sampling == "kmeans":
+        return source, [latents]
+    inverted = stages.inverted_spec(latents, config.levels(), mapping=config.mapping, ids=ids)
+    return source, [latents, inverted, stages.statistics_spec(inverted)]
+
+
+def pool_specs(ctx: DistillContext, config: D3HRConfig) -> list[PoolSpec]:
+    """Return the last stage needed; its spec contains every stage before it."""
+    return plan_stages(ctx, config)[1][-1:]
+
+
+class D3HR:
+    """Group sampling of inverted latents; the pool computes and stores missing earlier stages."""
+
+    def __init__(self, ctx: DistillContext, config: D3HRConfig) -> None:
+        self._ctx, self._config = ctx, config
         self._source, specs = plan_stages(ctx, config)
         self._fingerprint = specs[0].parents[0]
         tensors = ctx.pool.get([specs[-1]])[0].tensors
         trained = [PoolSpec.parse(self._source["spec"])] if "spec" in self._source else []
         stages.forget_parts([*trained, *specs])
+        num_classes = ctx.dataset.num_classes
         if config.sampling == "kmeans":
             self._clean = tensors["latents"]
-            mean, variance = stages.class_statistics(self._clean, ctx.split.labels, ctx.dataset.num_classes)
+            mean, variance = stages.class_statistics(self._clean, ctx.split.labels, num_classes)
         else:
             mean, variance = tensors["mean"].clone(), tensors["variance"].clone()
         self._statistics = {"mean": mean, "variance": variance}
-        self._labels = torch.arange(ctx.dataset.num_classes).repeat_interleave(ctx.ipc)
-        self._latents = torch.zeros(len(self._labels), self._statistics["mean"].shape[1])
+        self._labels = torch.arange(num_classes).repeat_interleave(ctx.ipc)
+        self._latents = torch.zeros(len(self._labels), mean.shape[1])
         self._images = torch.zeros(len(self._labels), *ctx.dataset.image_shape)
         self._score = torch.zeros(())
-        self._step = 0
+        self._step = self.num_steps = 0
         if config.store == "statistics":
             return
-        self.num_steps = ctx.dataset.num_classes + math.ceil(len(self._labels) / config.batch)
+        self.num_steps = num_classes + math.ceil(len(self._labels) / config.batch)
         self._sampler = Sampler(
             **self._statistics,
             model=stages.load_generator(self._source, ctx.pool),
@@ -161,10 +188,8 @@ class D3HR:
             return replace(distilled, meta=meta)
         floats = sum(tensor.numel() for tensor in self._statistics.values())
         meta = meta.model_copy(update={"decoder": "d3hr", "storage_floats": floats})
-        compact = {name: tensor.clone() for name, tensor in self._statistics.items()}
-        return replace(
-            distilled, images=distilled.images[:0], labels=distilled.labels[:0], meta=meta, compact=compact
-        )
+        images, labels = distilled.images[:0], distilled.labels[:0]
+        return replace(distilled, images=images, labels=labels, meta=meta, compact=cpu_copy(self._statistics))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the decoded images and the chosen latents still to be decoded, without blanks."""
@@ -177,7 +202,6 @@ class D3HR:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state."""
         self._step = int(state["step"])
         num_chosen, num_decoded = self._counts()
         self._latents[num_decoded:num_chosen] = state["latents"]
@@ -191,42 +215,5 @@ class D3HR:
         return num_chosen, min(total, max(0, self._step - num_classes) * self._config.batch)
 
 
-def plan_stages(ctx: DistillContext, config: D3HRConfig) -> tuple[Mapping[str, Any], list[PoolSpec]]:
-    """Return where the generator comes from, and the specs of latents, inversion and statistics.
-
-    K-means needs only the clean latents, so theirs is then the only spec. Everything that depends on the
-    generator is checked here, before anything is computed.
-
-    Raises:
-        InputError: the given folder can't be read, or does not fit images, classes or steps.
-    """
-    dataset = ctx.dataset
-    base = stages.base_spec(dataset, ctx.split_name, ctx.device)
-    source: dict[str, Any]
-    if config.diffusion is None:
-        source = {"spec": stages.generator_spec(base, config.generator).dump()}
-        names, num, timesteps = dataset.class_names, dataset.num_classes, SCHEDULE["num_train_timesteps"]
-        if config.generator.init is not None:  # it keeps its own schedule
-            timesteps = read_folder(Path(config.generator.init)).num_train_timesteps
-    else:
-        folder = read_folder(Path(config.diffusion))
-        if folder.channels < dataset.image_shape[0]:
-            raise InputError(
-                f"a diffusion model of {dataset.name}'s images must have {dataset.image_shape[0]} channels, "
-                f"{folder.path} has {folder.channels}; leave method.diffusion out to train one"
-            )
-        record_folder(folder)
-        warn_of_leak(folder, dataset.fingerprint, ctx.split_name)
-        source = {"fingerprint": folder.fingerprint}
-        names, num, timesteps = folder.class_names, folder.num_classes, folder.num_train_timesteps
-    check_levels(config.levels(), timesteps)
-    ids = resolve_ids(names, num, dataset.class_names, config.class_ids)
-    latents = stages.latents_spec(base, source, encoding=config.encoding, precision=config.precision)
-    if config.sampling == "kmeans":
-        return source, [latents]
-    inverted = stages.inverted_spec(latents, config.levels(), mapping=config.mapping, ids=ids)
-    return source, [latents, inverted, stages.statistics_spec(inverted)]
-
-
-METHOD: Final = D3HR
+METHOD: Final = make_method(D3HRConfig, preset, D3HR, specs_of=pool_specs, has_steps=False)
 DECODER: Final = STATISTICS

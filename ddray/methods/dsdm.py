@@ -28,29 +28,26 @@ covariances (Eq 5), L_h the class means of the synthetic images with their own h
 - a factor that does not divide the side: padded with grey | parts that differ by a pixel.
 """
 
-from collections.abc import Mapping
 from typing import Any, ClassVar, Final, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from ddray.artifact.distilled_set import DistilledSet
-from ddray.config import Config
 from ddray.distillation.method import DistillContext, Target
 from ddray.errors import InputError
+from ddray.methods.families.factory import make_method
 from ddray.methods.families.matching.covariance import covariance_distance
 from ddray.methods.families.matching.partitioned import (
-    FeaturePairs,
-    LearnedImages,
     PartitionedConfig,
+    PartitionedEngine,
     StepDraw,
     by_class,
     embedding,
     idc_evaluation,
 )
 from ddray.methods.families.matching.pretrained import PoolConfig, pretrained_specs, stored_features
-from ddray.methods.families.state import cpu_copy
+from ddray.methods.families.state import copy_values, cpu_copy
 from ddray.nets import reinitialize
 from ddray.pool.spec import PoolSpec
 from ddray.seeding import derive_seed
@@ -61,10 +58,7 @@ _BASE_SIZES: Final = {"mnist": 28, "imagenet": 224, "imagenette": 224, "imagewoo
 class DSDMConfig(PartitionedConfig):
     """DSDM's settings; defaults are the paper's."""
 
-    quick: ClassVar[Mapping[str, Any]] = {
-        **PartitionedConfig.quick,
-        "pool": {"num_models": 2, "epochs": 1},
-    }
+    quick: ClassVar = {**PartitionedConfig.quick, "pool": {"num_models": 2, "epochs": 1}}
 
     lambda1: float = Field(default=50.0, ge=0)
     """Weight of L_SD (Fig 6)."""
@@ -95,22 +89,14 @@ class DSDMConfig(PartitionedConfig):
 
 
 def prototype_loss(real: Tensor, synthetic: Tensor) -> Tensor:
-    """Return L_proto (Eq 4): the sum over classes of ||mean real_c - mean syn_c||^2.
-
-    Args:
-        real: features [K, n, d].
-        synthetic: features [K, m, d].
-    """
+    """Return L_proto (Eq 4), the sum over classes of ||mean real_c - mean syn_c||^2 of features [K, ., d]."""
     return (real.mean(1) - synthetic.mean(1)).square().sum()
 
 
 def history_loss(synthetic: Tensor, memory: Tensor, *, mean: bool) -> Tensor:
-    """Return L_h (Eq 6): the sum over classes of ||mean syn_c - h_c||^2, over d if `mean`.
+    """Return L_h (Eq 6) of features [K, m, d] and the memory h^(t-1) [K, d].
 
-    Args:
-        synthetic: features [K, m, d].
-        memory: h^(t-1), [K, d].
-        mean: average over the dimensions (authors' code).
+    That is the sum over classes of ||mean syn_c - h_c||^2, over d if `mean` (authors' code).
     """
     squares = (synthetic.mean(1) - memory).square()
     return squares.mean(1).sum() if mean else squares.sum()
@@ -125,76 +111,68 @@ def update_memory(
     return ema * memory + (1 - ema) * prototypes
 
 
-class DSDM:
-    """Diversified semantic distribution matching."""
+def preset(name: str, target: Target) -> dict[str, Any]:
+    """Return the settings of `paper` or `repo` (authors' code)."""
+    settings: dict[str, Any] = {
+        "steps": 10_000,
+        "arch": "auto",
+        "pixel_space": "normalized",
+        "evaluate": idc_evaluation(target),
+    }
+    if name == "paper":
+        return settings
+    size = target.image_shape[1]
+    base = 64 if target.is_audio else _BASE_SIZES.get(target.dataset, 32)
+    method = {
+        "lr_img": 0.1 * (target.ipc / 10) * (size / base) ** 2,
+        "momentum": 0.5,
+        "init": "first",
+        "resize": "nearest",
+        "unbiased": True,
+        "history_from": 2001,
+        "history_mean": True,
+        "history_first": "prototype",
+        "history_augmented": True,
+    }
+    if not target.is_audio:  # IDC augments no spectrogram
+        method["augment"], method["strategy"] = "dsa_idc", "color_crop_cutout"
+        method["pool"] = {"augment": "dsa_idc", "strategy": "color_crop", "cutmix": 0.5}
+    return {**settings, "method": method}
 
-    config_type: ClassVar[type[Config]] = DSDMConfig
 
-    def __init__(self, config: DSDMConfig, num_steps: int) -> None:
-        self._config = config
-        self.num_steps = num_steps
+def pool_specs(ctx: DistillContext, config: DSDMConfig) -> list[PoolSpec]:
+    """Return a spec per network that the pool must have for this run; none without a pool."""
+    return pretrained_specs(ctx, config.pool) if config.use_pool else []
 
-    @staticmethod
-    def preset(name: str, target: Target) -> dict[str, Any]:
-        """Return the settings of `paper` or `repo` (authors' code)."""
-        settings: dict[str, Any] = {
-            "steps": 10_000,
-            "arch": "auto",
-            "pixel_space": "normalized",
-            "evaluate": idc_evaluation(target),
-        }
-        if name == "paper":
-            return settings
-        size = target.image_shape[1]
-        base = 64 if target.is_audio else _BASE_SIZES.get(target.dataset, 32)
-        method = {
-            "lr_img": 0.1 * (target.ipc / 10) * (size / base) ** 2,
-            "momentum": 0.5,
-            "init": "first",
-            "resize": "nearest",
-            "unbiased": True,
-            "history_from": 2001,
-            "history_mean": True,
-            "history_first": "prototype",
-            "history_augmented": True,
-        }
-        if not target.is_audio:  # IDC augments no spectrogram
-            method["augment"], method["strategy"] = "dsa_idc", "color_crop_cutout"
-            method["pool"] = {"augment": "dsa_idc", "strategy": "color_crop", "cutmix": 0.5}
-        return {**settings, "method": method}
 
-    def pool_specs(self, ctx: DistillContext) -> list[PoolSpec]:
-        """Return a spec per network that the pool must have for this run; none without a pool."""
-        return pretrained_specs(ctx, self._config.pool) if self._config.use_pool else []
+class DSDM(PartitionedEngine):
+    """Diversified semantic distribution matching.
 
-    def setup(self, ctx: DistillContext) -> None:
-        """Make the initial images and get the networks.
+    Raises:
+        InputError: another pixel space than the pool's, or no term to minimise.
+    """
 
-        Raises:
-            InputError: another pixel space than the pool's, or no term to minimise.
-        """
-        if self._config.use_pool and ctx.space.kind != "normalized":
+    def __init__(self, ctx: DistillContext, config: DSDMConfig) -> None:
+        if config.use_pool and ctx.space.kind != "normalized":
             raise InputError(
                 "dsdm needs pixel_space=normalized, which its networks are trained in, "
                 f"got {ctx.space.kind}; or set method.use_pool=false"
             )
-        self._ctx = ctx
-        self._learned = LearnedImages(ctx, self._config)
-        self._pairs = FeaturePairs(ctx, self._config, self._learned, embedding)
-        sizes = min(self._learned.parts, self._config.batch_syn), self._pairs.batches.per_class
-        if not self._config.use_proto and not (self._config.use_sd and min(sizes) > 1):
+        super().__init__(ctx, config)
+        self._config = config
+        sizes = min(self._learned.parts, config.batch_syn), self._pairs.batches.per_class
+        if not config.use_proto and not (config.use_sd and min(sizes) > 1):
             raise InputError(
                 "dsdm needs use_proto, or use_sd with 2 images per class and step, got use_proto=False, "
-                f"use_sd={self._config.use_sd}, {sizes[0]} mini-images and {sizes[1]} real ones"
+                f"use_sd={config.use_sd}, {sizes[0]} mini-images and {sizes[1]} real ones"
             )
-        self._pairs.net.train(not self._config.use_pool)
-        entries = ctx.pool.get(self.pool_specs(ctx))
+        self._pairs.net.train(not config.use_pool)
+        entries = ctx.pool.get(pool_specs(ctx, config))
         names = self._pairs.net.state_dict().keys()
         weights = ([entry.tensors[f"weights.{name}"] for name in names] for entry in entries)
         self._weights = [[tensor.to(ctx.device) for tensor in net_weights] for net_weights in weights]
-        self._features = stored_features(ctx, entries) if self._config.augment == "none" else None
+        self._features = stored_features(ctx, entries) if config.augment == "none" else None
         self._memory: Tensor | None = None
-        self._step = 0
 
     def step(self) -> dict[str, Tensor]:
         """Match one batch under one network, update the images, then their memory."""
@@ -226,9 +204,7 @@ class DSDM:
             reinitialize(net, derive_seed(self._ctx.seed, "distill", "net", self._step))
             return 0
         member = int(torch.randint(len(self._weights), (), generator=generator))
-        with torch.no_grad():
-            for mine, theirs in zip(net.state_dict().values(), self._weights[member], strict=True):
-                mine.copy_(theirs)
+        copy_values(net, self._weights[member])
         return member
 
     def _real(self, draw: StepDraw, member: int) -> Tensor:
@@ -250,21 +226,14 @@ class DSDM:
         config = self._config
         self._memory = update_memory(self._memory, prototypes, ema=config.ema, first=config.history_first)
 
-    def snapshot(self) -> DistilledSet:
-        """Return the current images as a set."""
-        return self._learned.snapshot()
-
     def state_dict(self) -> dict[str, Any]:
-        """Return pixels, momentum, memory and step; draws depend on the step alone."""
-        state = {"step": self._step, **self._learned.state_dict()}
-        return state if self._memory is None else {**state, "memory": cpu_copy(self._memory)}
+        memory = {} if self._memory is None else {"memory": cpu_copy(self._memory)}
+        return {**super().state_dict(), **memory}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state."""
-        self._step = int(state["step"])
-        self._learned.load_state_dict(state)
+        super().load_state_dict(state)
         memory = state.get("memory")
         self._memory = None if memory is None else memory.to(self._ctx.device, copy=True)
 
 
-METHOD: Final = DSDM
+METHOD: Final = make_method(DSDMConfig, preset, DSDM, specs_of=pool_specs)

@@ -18,7 +18,6 @@ under the drawn network (class-aware distribution regularisation).
 - augmentation and network seeds: wall clock | derived from the run's seed.
 """
 
-from collections.abc import Mapping
 from typing import Any, ClassVar, Final, Literal
 
 import torch
@@ -26,17 +25,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ddray.artifact.distilled_set import DistilledSet
-from ddray.config import Config
 from ddray.distillation.method import DistillContext, Target
-from ddray.methods.families.matching.partitioned import (
-    FeaturePairs,
-    LearnedImages,
-    PartitionedConfig,
-    by_class,
-    embedding,
-)
+from ddray.methods.families.factory import make_method
+from ddray.methods.families.matching.partitioned import PartitionedConfig, PartitionedEngine, by_class
 from ddray.methods.families.matching.queue import NetQueue
+from ddray.methods.families.state import copy_values
 
 _FIRST_NETS: Final = 3
 
@@ -44,7 +37,7 @@ _FIRST_NETS: Final = 3
 class IDMConfig(PartitionedConfig):
     """IDM's settings."""
 
-    quick: ClassVar[Mapping[str, Any]] = {**PartitionedConfig.quick, "net_steps": 2, "batch_train": 16}
+    quick: ClassVar = {**PartitionedConfig.quick, "net_steps": 2, "batch_train": 16}
 
     lr_img: float = Field(default=0.2, gt=0)
     """Learning rate of the images (SGD)."""
@@ -88,48 +81,39 @@ def idm_loss(
     return matching + weight * len(real) * F.cross_entropy(logits, labels)
 
 
-class IDM:
+def preset(name: str, target: Target) -> dict[str, Any]:
+    """Return the settings of the authors' commands, for both presets."""
+    method: dict[str, Any] = {}
+    ipc, imagenet = target.ipc, target.image_shape[1] > 64
+    if ipc == 1 and target.image_shape[1] <= 32:
+        method = {"batch_real": 5000, "push_every": 5}
+    if imagenet:
+        method = {"batch_real": 128, "batch_train": 128, "push_every": 50, "ce_weight": 3.0}
+        method["queue_size"] = 100 if ipc >= 50 else 50
+        method["accuracy_window"] = 200 if ipc < 10 else 1000 if ipc < 50 else 500
+    elif target.dataset == "tiny_imagenet":
+        if ipc >= 10:
+            method["accuracy_window"] = 500 if ipc < 50 else 1000
+        method |= {"ce_weight": 0.8, "net_steps": 50} if ipc >= 50 else {}
+    elif ipc >= (10 if target.num_classes >= 100 else 50):
+        method["ce_weight"] = 0.1
+        method["net_steps"] = 50 if target.num_classes >= 100 and ipc < 50 else 10
+        if ipc >= 50:
+            method["accuracy_window"] = 500
+    return {"steps": 20_000, "evaluate": {"epochs": 1000, "augment": "dsa"}, "method": method}
+
+
+class IDM(PartitionedEngine):
     """Improved distribution matching."""
 
-    config_type: ClassVar[type[Config]] = IDMConfig
-
-    def __init__(self, config: IDMConfig, num_steps: int) -> None:
+    def __init__(self, ctx: DistillContext, config: IDMConfig) -> None:
+        super().__init__(ctx, config)
         self._config = config
-        self.num_steps = num_steps
-
-    @staticmethod
-    def preset(name: str, target: Target) -> dict[str, Any]:
-        """Return the settings of the authors' commands, for both presets."""
-        method: dict[str, Any] = {}
-        ipc, imagenet = target.ipc, target.image_shape[1] > 64
-        if ipc == 1 and target.image_shape[1] <= 32:
-            method = {"batch_real": 5000, "push_every": 5}
-        if imagenet:
-            method = {"batch_real": 128, "batch_train": 128, "push_every": 50, "ce_weight": 3.0}
-            method["queue_size"] = 100 if ipc >= 50 else 50
-            method["accuracy_window"] = 200 if ipc < 10 else 1000 if ipc < 50 else 500
-        elif target.dataset == "tiny_imagenet":
-            if ipc >= 10:
-                method["accuracy_window"] = 500 if ipc < 50 else 1000
-            method |= {"ce_weight": 0.8, "net_steps": 50} if ipc >= 50 else {}
-        elif ipc >= (10 if target.num_classes >= 100 else 50):
-            method["ce_weight"] = 0.1
-            method["net_steps"] = 50 if target.num_classes >= 100 and ipc < 50 else 10
-            if ipc >= 50:
-                method["accuracy_window"] = 500
-        return {"steps": 20_000, "evaluate": {"epochs": 1000, "augment": "dsa"}, "method": method}
-
-    def setup(self, ctx: DistillContext) -> None:
-        """Make the initial images and the first networks."""
-        self._ctx = ctx
-        self._learned = LearnedImages(ctx, self._config)
-        self._pairs = FeaturePairs(ctx, self._config, self._learned, embedding)
         self._pairs.net.eval()
         self._labels = ctx.split.labels.to(ctx.device)
-        self._queue = NetQueue(ctx, size=self._config.queue_size, lr=self._config.lr_net)
+        self._queue = NetQueue(ctx, size=config.queue_size, lr=config.lr_net)
         for _ in range(_FIRST_NETS):
             self._queue.push()
-        self._step = 0
 
     def step(self) -> dict[str, Tensor]:
         """Match one batch under a network of the queue, update the images, then train some of the queue."""
@@ -141,20 +125,15 @@ class IDM:
         self._step += 1
         generator = self._ctx.generator("step", self._step)
         member = queue.members[int(torch.randint(len(queue.members), (), generator=generator))]
-        with torch.no_grad():
-            values = member.net.state_dict().values()
-            for mine, theirs in zip(pairs.net.state_dict().values(), values, strict=True):
-                mine.copy_(theirs)
+        copy_values(pairs.net, member.net.state_dict().values())
         self._learned.clamp()
         draw = pairs.draw(generator)
         real = pairs.real(draw)
         logits, synthetic, _ = pairs.net.features(pairs.synthetic(draw))
         synthetic = by_class(synthetic, pairs.num_classes)
-        labels = torch.arange(pairs.num_classes, device=synthetic.device).repeat_interleave(
-            synthetic.shape[1]
-        )
-        weight = config.ce_weight * 100 * member.accuracy()
-        loss = idm_loss(real, synthetic, logits, labels, weight=weight)
+        classes = torch.arange(pairs.num_classes, device=synthetic.device)
+        labels = classes.repeat_interleave(synthetic.shape[1])
+        loss = idm_loss(real, synthetic, logits, labels, weight=config.ce_weight * 100 * member.accuracy())
         self._learned.update(loss)
         self._train(generator)
         return {"loss": loss.detach()}
@@ -168,19 +147,12 @@ class IDM:
                 index = order[: self._config.batch_train].to(self._labels.device, non_blocking=True)
                 self._queue.train(position, self._pairs.batches.take(index), self._labels[index])
 
-    def snapshot(self) -> DistilledSet:
-        """Return the current images as a set."""
-        return self._learned.snapshot()
-
     def state_dict(self) -> dict[str, Any]:
-        """Return pixels, momentum, the queue and the step."""
-        return {"step": self._step, **self._learned.state_dict(), "queue": self._queue.state_dict()}
+        return {**super().state_dict(), "queue": self._queue.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state."""
-        self._step = int(state["step"])
-        self._learned.load_state_dict(state)
+        super().load_state_dict(state)
         self._queue.load_state_dict(state["queue"])
 
 
-METHOD: Final = IDM
+METHOD: Final = make_method(IDMConfig, preset, IDM)

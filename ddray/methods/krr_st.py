@@ -26,6 +26,7 @@ from ddray.artifact.distilled_set import DistilledSet
 from ddray.distillation.method import DistillContext, Target
 from ddray.methods.families.factory import make_method
 from ddray.methods.families.ssl.budget import (
+    KrrConfig,
     arch_for,
     evaluate_for,
     feature_dim,
@@ -33,7 +34,6 @@ from ddray.methods.families.ssl.budget import (
     num_pairs,
     teacher_of,
 )
-from ddray.methods.families.ssl.config import KrrConfig
 from ddray.methods.families.ssl.loop import BilevelLoop, Rows
 from ddray.methods.families.ssl.memory import Extent, check_memory, declared_teacher
 from ddray.pool.spec import PoolSpec
@@ -66,15 +66,10 @@ def preset(name: str, target: Target) -> dict[str, Any]:
     }
 
 
-def num_distilled(config: Any, budget: int, image_shape: tuple[int, int, int], num_real: int) -> int:
-    """Return how many images the budget holds with their targets."""
-    return num_pairs(config, budget, image_shape)
-
-
 def extent_of(ctx: DistillContext, config: KrrStConfig) -> Extent:
     """Return m, and the floats of images and targets."""
     shape = ctx.dataset.image_shape
-    m = num_pairs(config, given_budget(ctx), shape)
+    m = num_pairs(config, given_budget(ctx), shape, len(ctx.split))
     return Extent(m, 0, m * (math.prod(shape) + feature_dim(config.teacher.arch, shape)))
 
 
@@ -103,4 +98,4 @@ def start(ctx: DistillContext, config: KrrStConfig) -> BilevelLoop:
     return BilevelLoop(ctx, config, parameters, synthesise, extent, make_set)
 
 
-METHOD: Final = make_method(KrrStConfig, preset, start, specs_of=pool_specs, num_distilled_of=num_distilled)
+METHOD: Final = make_method(KrrStConfig, preset, start, specs_of=pool_specs, num_distilled_of=num_pairs)

@@ -15,19 +15,17 @@ characteristic: all moments are matched, where DM (a linear kernel) matches the 
   size are ours.
 """
 
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, Final, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from ddray.artifact.distilled_set import DistilledSet
-from ddray.config import Config
 from ddray.distillation.method import DistillContext, Target
+from ddray.methods.families.factory import make_method
 from ddray.methods.families.matching.partitioned import (
-    FeaturePairs,
-    LearnedImages,
     PartitionedConfig,
+    PartitionedEngine,
     by_class,
     embedding,
     idc_evaluation,
@@ -58,23 +56,17 @@ class M3DConfig(PartitionedConfig):
 
 
 def mmd_loss(real: Tensor, synthetic: Tensor, *, kernel: Kernel, num_widths: int = 5) -> Tensor:
-    """Return the sum over classes of the squared maximum mean discrepancy; differentiable in `synthetic`.
+    """Return the sum over classes of the squared MMD of features real [K, n, d] and synthetic [K, m, d].
 
-    Args:
-        real: features [K, n, d].
-        synthetic: features [K, m, d].
-        kernel: which kernel.
-        num_widths: Gaussians in a Gaussian kernel's sum.
+    It is differentiable in `synthetic`; `num_widths` counts the Gaussians in a Gaussian kernel's sum.
     """
     if kernel == "linear":
         return (real.mean(1) - synthetic.mean(1)).square().sum()
     if kernel == "polynomial":
         size = real.shape[2]
-        means = [
-            (x @ y.mT / size + 1).square().mean((1, 2))
-            for x, y in ((real, real), (synthetic, synthetic), (real, synthetic))
-        ]
-        return (means[0] + means[1] - 2 * means[2]).sum()
+        pairs = ((real, real), (synthetic, synthetic), (real, synthetic))
+        within, among, across = ((x @ y.mT / size + 1).square().mean((1, 2)) for x, y in pairs)
+        return (within + among - 2 * across).sum()
     centre = real.mean(1, keepdim=True)  # distances do not change, and their products cancel less
     x, y = real - centre, synthetic - centre
     within, among, across = _distances(x, x), _distances(y, y), _distances(x, y)
@@ -101,28 +93,19 @@ def _mean_distance(within: Tensor, among: Tensor, across: Tensor) -> Tensor:
     return (total / max(1, count * (count - 1))).clamp_min(1e-12)[:, None, None]
 
 
-class M3D:
+def preset(name: str, target: Target) -> dict[str, Any]:
+    """Return the settings, the same for both presets; spectrograms are not augmented."""
+    method = {"augment": "none"} if target.is_audio else {}
+    return {"steps": 10_000, "evaluate": idc_evaluation(target), "method": method}
+
+
+class M3D(PartitionedEngine):
     """Minimising the maximum mean discrepancy."""
 
-    config_type: ClassVar[type[Config]] = M3DConfig
-
-    def __init__(self, config: M3DConfig, num_steps: int) -> None:
+    def __init__(self, ctx: DistillContext, config: M3DConfig) -> None:
+        super().__init__(ctx, config)
         self._config = config
-        self.num_steps = num_steps
-
-    @staticmethod
-    def preset(name: str, target: Target) -> dict[str, Any]:
-        """Return the settings, the same for both presets; spectrograms are not augmented."""
-        method = {"augment": "none"} if target.is_audio else {}
-        return {"steps": 10_000, "evaluate": idc_evaluation(target), "method": method}
-
-    def setup(self, ctx: DistillContext) -> None:
-        """Make the initial images."""
-        self._ctx = ctx
-        self._learned = LearnedImages(ctx, self._config)
-        self._pairs = FeaturePairs(ctx, self._config, self._learned, embedding)
         self._pairs.net.train()
-        self._step = 0
 
     def step(self) -> dict[str, Tensor]:
         """Match one batch under a random network, a fresh one every `steps_per_net` steps."""
@@ -138,18 +121,5 @@ class M3D:
         self._learned.update(loss)
         return {"loss": loss.detach()}
 
-    def snapshot(self) -> DistilledSet:
-        """Return the current images as a set."""
-        return self._learned.snapshot()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return pixels, momentum and step; networks and draws depend on the step alone."""
-        return {"step": self._step, **self._learned.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state."""
-        self._step = int(state["step"])
-        self._learned.load_state_dict(state)
-
-
-METHOD: Final = M3D
+METHOD: Final = make_method(M3DConfig, preset, M3D)

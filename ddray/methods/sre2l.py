@@ -14,7 +14,7 @@ norm layer, from the running ones. Relabel: soft labels are the protocol's (`eva
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, Final
 
@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ddray.artifact.distilled_set import DistilledSet
-from ddray.config import Config
 from ddray.data import normalized_space
 from ddray.distillation.method import DistillContext, MethodConfig, Target
 from ddray.errors import InputError
+from ddray.methods.families.factory import make_method
+from ddray.methods.families.matching.batches import initial_images
 from ddray.methods.families.state import cpu_copy, load_optimizer_state, optimizer_state
 from ddray.pool.spec import teacher_spec
 from ddray.training.recipe import TeacherRecipe
@@ -37,7 +38,7 @@ from ddray.training.recipe import TeacherRecipe
 class SRe2LConfig(MethodConfig):
     """SRe2L's settings; defaults are those for small images."""
 
-    quick: ClassVar[Mapping[str, Any]] = {"teacher_arch": "convnet2_w8_bn", "teacher_epochs": 1}
+    quick: ClassVar = {"teacher_arch": "convnet2_w8_bn", "teacher_epochs": 1}
 
     teacher_arch: str = "resnet18"
     """The squeezed network; it needs batch norm."""
@@ -54,11 +55,7 @@ class SRe2LConfig(MethodConfig):
 
 
 class BatchStatistics:
-    """Distances between a batch's statistics and the running ones, per batch norm layer of a forward pass.
-
-    Args:
-        net: hooks are set on its layers while `watch()` is open.
-    """
+    """Distances between a batch's statistics and the running ones, per batch norm layer of a forward pass."""
 
     def __init__(self, net: nn.Module) -> None:
         self._layers = [module for module in net.modules() if isinstance(module, _BatchNorm)]
@@ -81,7 +78,7 @@ class BatchStatistics:
     def _note(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         """Eq 7: ||mean - running mean|| + ||variance - running variance||, over the layer's channels."""
         maps = inputs[0]
-        axes = [axis for axis in range(maps.ndim) if axis != 1]
+        axes = [0, *range(2, maps.ndim)]
         mean, variance = maps.mean(axes), maps.var(axes, unbiased=False)
         running_mean, running_var = layer.running_mean, layer.running_var
         distance = (mean - running_mean).norm() + (variance - running_var).norm()  # type: ignore[operator]
@@ -96,34 +93,27 @@ def recover_loss(
     return F.cross_entropy(logits, labels) + weight * total
 
 
+def preset(name: str, target: Target) -> dict[str, Any]:
+    """Return the settings for the images' size, the same in both presets."""
+    evaluate = {"epochs": 1000, "augment": "dsa"}
+    if max(target.image_shape[1:]) <= 64:
+        return {"steps": 1000, "evaluate": evaluate}
+    method = {"lr": 0.25, "bn_weight": 0.01, "jitter": 32}
+    return {"steps": 4000, "evaluate": evaluate, "method": method}
+
+
 class SRe2L:
-    """Images recovered from a network's batch norm statistics."""
+    """Images recovered from a network's batch norm statistics, from noise on.
 
-    config_type: ClassVar[type[Config]] = SRe2LConfig
+    Raises:
+        InputError: the network has no batch norm, or the pixels are whitened.
+    """
 
-    def __init__(self, config: SRe2LConfig, num_steps: int) -> None:
-        self._config = config
-        self.num_steps = num_steps
-
-    @staticmethod
-    def preset(name: str, target: Target) -> dict[str, Any]:
-        """Return the settings for the images' size, the same in both presets."""
-        evaluate = {"epochs": 1000, "augment": "dsa"}
-        if max(target.image_shape[1:]) <= 64:
-            return {"steps": 1000, "evaluate": evaluate}
-        method = {"lr": 0.25, "bn_weight": 0.01, "jitter": 32}
-        return {"steps": 4000, "evaluate": evaluate, "method": method}
-
-    def setup(self, ctx: DistillContext) -> None:
-        """Get the squeezed network; start from noise.
-
-        Raises:
-            InputError: the network has no batch norm, or the pixels are whitened.
-        """
-        config = self._config
+    def __init__(self, ctx: DistillContext, config: SRe2LConfig) -> None:
         if ctx.space.kind != "normalized":
             raise InputError(f"sre2l needs pixel_space=normalized, got {ctx.space.kind}")
-        self._ctx = ctx
+        self._ctx, self._config = ctx, config
+        self._num_steps = max(1, int(ctx.config["steps"]))
         recipe = TeacherRecipe(epochs=config.teacher_epochs)
         spec = teacher_spec(ctx.dataset, ctx.split_name, config.teacher_arch, recipe, device=ctx.device)
         self._net = ctx.pool.get([spec])[0].module().to(ctx.device).requires_grad_(False)
@@ -132,10 +122,8 @@ class SRe2L:
             raise InputError(
                 f"teacher_arch must have batch norm for sre2l, {config.teacher_arch} has none; add _bn"
             )
-        self._labels = torch.arange(ctx.dataset.num_classes, device=ctx.device).repeat_interleave(ctx.ipc)
-        shape = (len(self._labels), *ctx.dataset.image_shape)
-        noise = torch.randn(shape, generator=ctx.generator("init"))
-        self._images = noise.to(ctx.device).requires_grad_(True)
+        images, self._labels = initial_images(ctx, "noise")
+        self._images = images.requires_grad_(True)
         self._optimizer = torch.optim.Adam([self._images], lr=config.lr, betas=(0.5, 0.9))
         blank = torch.zeros(1, *ctx.dataset.image_shape)
         space = normalized_space(ctx.dataset)
@@ -145,11 +133,11 @@ class SRe2L:
     def step(self) -> dict[str, Tensor]:
         """Take one optimiser step over all batches of one image per class."""
         ctx, config = self._ctx, self._config
-        rate = 0.5 * (1 + math.cos(math.pi * self._step / max(1, self.num_steps)))
+        rate = 0.5 * (1 + math.cos(math.pi * self._step / self._num_steps))
         self._optimizer.param_groups[0]["lr"] = config.lr * rate
         self._step += 1
         generator = ctx.generator("step", self._step)
-        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.zero_grad()
         total = torch.zeros((), device=ctx.device)
         for index in range(ctx.ipc):
             rows = slice(index, None, ctx.ipc)
@@ -157,22 +145,18 @@ class SRe2L:
             rolled = torch.roll(self._images[rows], shifts=shifts, dims=(2, 3))
             with self._statistics.watch():
                 logits = self._net(rolled.contiguous(memory_format=torch.channels_last))
+            distances, weight = self._statistics.distances, config.bn_weight
             loss = recover_loss(
-                logits,
-                self._labels[rows],
-                self._statistics.distances,
-                weight=config.bn_weight,
-                first=config.first_bn_factor,
+                logits, self._labels[rows], distances, weight=weight, first=config.first_bn_factor
             )
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach() / ctx.ipc
         self._optimizer.step()
         with torch.no_grad():
-            self._images.copy_(torch.minimum(torch.maximum(self._images, self._low), self._high))
+            self._images.clamp_(self._low, self._high)
         return {"loss": total}
 
     def snapshot(self) -> DistilledSet:
-        """Return the current images as a set."""
         return self._ctx.make_set(self._images, self._labels)
 
     def state_dict(self) -> dict[str, Any]:
@@ -182,10 +166,9 @@ class SRe2L:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()`'s state."""
         self._step = int(state["step"])
         self._images.copy_(state["images"])
         load_optimizer_state(self._optimizer, {0: state["moments"]} if state["moments"] else {})
 
 
-METHOD: Final = SRe2L
+METHOD: Final = make_method(SRe2LConfig, preset, SRe2L)

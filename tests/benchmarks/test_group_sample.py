@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddray.methods.d3hr import group_sample
+from ddray.methods.families.diffusion.groups import group_sample
 from tests.benchmarks.conftest import best_of
 
 pytestmark = pytest.mark.benchmark
@@ -18,7 +18,7 @@ IPC = 10
 PEAK = """
 import torch
 from pathlib import Path
-from ddray.methods.d3hr import group_sample
+from ddray.methods.families.diffusion.groups import group_sample
 
 def peak():  # in KiB; ru_maxrss would be the parent's if that is larger
     lines = Path("/proc/self/status").read_text().splitlines()

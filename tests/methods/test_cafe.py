@@ -78,12 +78,12 @@ def loops(distiller: Any, accuracies: list[float], steps: int) -> list[tuple[int
     """After each step: networks created so far, and how often the accuracy was measured in that step."""
     calls: list[int] = []
     remaining = iter(accuracies)
-    distiller._accuracy = lambda generator: (calls.append(1), next(remaining, 0.5))[1]
+    distiller._engine._accuracy = lambda generator: (calls.append(1), next(remaining, 0.5))[1]
     counts = []
     for _ in range(steps):
         calls.clear()
         distiller.step()
-        counts.append((distiller._num_nets, len(calls)))
+        counts.append((distiller._engine._num_nets, len(calls)))
     return counts
 
 
@@ -118,6 +118,6 @@ def test_the_rate_is_halved_three_times(toy: Any, planned: Any) -> None:
     rates = []
     for _ in range(10):
         distiller.step()
-        rates.append(distiller._optimizer.param_groups[0]["lr"])
+        rates.append(distiller._engine._optimizer.param_groups[0]["lr"])
 
     assert rates == pytest.approx([0.8] * 6 + [0.4] * 2 + [0.2, 0.1])

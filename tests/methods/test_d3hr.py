@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from ddray.methods.d3hr import group_sample, group_scores, plan_stages
+from ddray.methods.d3hr import plan_stages
 from ddray.methods.families.diffusion import stages
+from ddray.methods.families.diffusion.groups import group_sample, group_scores
 from ddray.methods.families.diffusion.model import DiffusionModel, Levels, open_pipeline, save_pipeline
 from ddray.seeding import derive
 from tests.methods.diffusion_models import BASE, TINY, trained_on, untrained
@@ -45,8 +46,10 @@ def test_the_runs_statistics_are_those_of_the_inverted_images(d3hr: Any, dit: st
 
     class_latents = top[ctx.split.labels == 1].double().numpy()
     assert levels.num_steps == 1
-    assert np.allclose(method._statistics["mean"][1].numpy(), class_latents.mean(0), atol=1e-4)
-    assert np.allclose(method._statistics["variance"][1].numpy(), class_latents.var(0, ddof=1), atol=1e-4)
+    assert np.allclose(method._engine._statistics["mean"][1].numpy(), class_latents.mean(0), atol=1e-4)
+    assert np.allclose(
+        method._engine._statistics["variance"][1].numpy(), class_latents.var(0, ddof=1), atol=1e-4
+    )
 
 
 def test_what_comes_after_the_inversion_never_repeats_it(d3hr: Any, counted: dict[str, int]) -> None:
@@ -105,7 +108,7 @@ def test_the_loss_is_the_score_per_dimension(d3hr: Any, dit: str) -> None:
     _, method = d3hr(ipc=4, whole=False, diffusion=dit)
     losses = [float(method.step()["loss"]) for _ in range(method.num_steps)]
 
-    statistics, latents = method._statistics, method._latents.unflatten(0, (3, 4)).double()
+    statistics, latents = method._engine._statistics, method._engine._latents.unflatten(0, (3, 4)).double()
     expected = [
         float(
             group_scores(
@@ -125,8 +128,8 @@ def test_more_candidates_score_better_and_the_draws_may_be_shared(d3hr: Any, dit
         for _ in range(3):
             loss = float(distiller.step()["loss"])
         z = (
-            distiller._latents.unflatten(0, (3, 4)) - distiller._statistics["mean"][:, None]
-        ) / distiller._statistics["variance"][:, None].sqrt()
+            distiller._engine._latents.unflatten(0, (3, 4)) - distiller._engine._statistics["mean"][:, None]
+        ) / distiller._engine._statistics["variance"][:, None].sqrt()
         return z, loss
 
     _, few = draws(num_candidates=1)
@@ -144,7 +147,7 @@ def test_a_scaled_variance_spreads_the_latents(d3hr: Any, dit: str) -> None:
         for _ in range(3):
             distiller.step()
         deviations: torch.Tensor = (
-            distiller._latents.unflatten(0, (3, 4)) - distiller._statistics["mean"][:, None]
+            distiller._engine._latents.unflatten(0, (3, 4)) - distiller._engine._statistics["mean"][:, None]
         )
         return deviations
 
@@ -154,7 +157,7 @@ def test_a_scaled_variance_spreads_the_latents(d3hr: Any, dit: str) -> None:
 def test_group_sampling_chooses_by_the_scaled_population(d3hr: Any, dit: str) -> None:
     """Table A5: draws and score use the scaled variance."""
     _, distiller = d3hr(ipc=4, whole=False, diffusion=dit, variance_scale=2.25, num_candidates=40)
-    statistics, expected = distiller._statistics, 0.0
+    statistics, expected = distiller._engine._statistics, 0.0
     for label in range(3):
         score = distiller.step()["loss"]
         latents, exact = group_sample(
@@ -165,7 +168,9 @@ def test_group_sampling_chooses_by_the_scaled_population(d3hr: Any, dit: str) ->
             generator=derive(0, "distill", "group", label),
         )
         expected = (expected * label + exact / 256) / (label + 1)
-        assert torch.allclose(distiller._latents[4 * label : 4 * label + 4], latents, rtol=1e-4, atol=1e-4)
+        assert torch.allclose(
+            distiller._engine._latents[4 * label : 4 * label + 4], latents, rtol=1e-4, atol=1e-4
+        )
         assert float(score) == pytest.approx(expected, rel=1e-4)
 
 
@@ -175,19 +180,19 @@ def test_kmeans_starts_from_noised_centres_of_clean_latents(
     ctx, method = d3hr(ipc=2, whole=False, diffusion=dit, sampling="kmeans", num_inference_steps=4)
     assert counted == {"encode": 24, "invert": 0}  # clean latents are all it needs
     clean = ctx.pool.get([plan_stages(ctx, method._config)[1][0]])[0].tensors["latents"]
-    assert torch.equal(method._clean, clean)
+    assert torch.equal(method._engine._clean, clean)
     rows = torch.nonzero(ctx.split.labels == 2).flatten()
     near, far = rows[1::2], rows[::2]
-    method._clean = clean.clone()
-    method._clean[far] += 100  # two well-separated clusters
+    method._engine._clean = clean.clone()
+    method._engine._clean[far] += 100  # two well-separated clusters
     for _ in range(3):
         method.step()
 
-    model, levels = method._sampler.model, method._config.levels()
+    model, levels = method._engine._sampler.model, method._config.levels()
     noise = torch.randn(2, 256, generator=ctx.generator("noise", 2))
     share = model.add_noise(torch.ones(1, 1), torch.zeros(1, 1), levels)
-    centres = (method._latents[4:6] - model.add_noise(torch.zeros(2, 256), noise, levels)) / share
-    clusters = torch.stack([method._clean[near].mean(0), method._clean[far].mean(0)])
+    centres = (method._engine._latents[4:6] - model.add_noise(torch.zeros(2, 256), noise, levels)) / share
+    clusters = torch.stack([method._engine._clean[near].mean(0), method._engine._clean[far].mean(0)])
     assert torch.allclose(centres[centres.mean(1).argsort()], clusters, atol=1e-3)
 
 

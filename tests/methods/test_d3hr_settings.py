@@ -69,14 +69,14 @@ def test_a_generator_that_has_seen_val_is_said(
 
 def test_a_trained_generator_says_what_it_has_seen(d3hr: Any, tmp_path: Path) -> None:
     ctx, method = d3hr(whole=False)
-    model = stages.load_generator(method._source, ctx.pool)
+    model = stages.load_generator(method._engine._source, ctx.pool)
     expected = {"dataset": ctx.dataset.fingerprint, "split": "train"}
     assert model.seen == (expected,)
 
     save_pipeline(model, tmp_path / "own")
     assert open_pipeline(tmp_path / "own").seen == (expected,)
     ctx, method = d3hr(whole=False, generator={**TINY, "init": str(tmp_path / "own")})
-    assert stages.load_generator(method._source, ctx.pool).seen == (expected, expected)
+    assert stages.load_generator(method._engine._source, ctx.pool).seen == (expected, expected)
 
 
 def test_what_the_generator_does_not_have_is_refused_before_anything_is_made(

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddray.data import Dataset, Split
-from ddray.methods.dsdm import DSDM, history_loss, prototype_loss, update_memory
+from ddray.methods.dsdm import history_loss, prototype_loss, update_memory
 from ddray.methods.families.matching.batches import ClassBatches
 from ddray.pool.spec import PoolEntry, PoolSpec
 from ddray.training.dsa import Dsa
@@ -113,7 +113,7 @@ def covariance(rows: Tensor, unbiased: bool) -> Tensor:
 class Replay:
     """Algorithm 1 on float64 tensors, class by class, image by image."""
 
-    def __init__(self, ctx: Any, distiller: DSDM, settings: dict[str, Any], stored: Tensor) -> None:
+    def __init__(self, ctx: Any, distiller: Any, settings: dict[str, Any], stored: Tensor) -> None:
         self.ctx, self.settings = ctx, settings
         self.space, self.num_classes = ctx.space, ctx.dataset.num_classes
         self.pixels = ctx.space.decode(stored).double()
@@ -379,7 +379,7 @@ def test_speech_is_cut_along_time_and_clamped_from_below(planned: Any) -> None:
 
     distiller.step()
     wild = ctx.space.decode(distiller.snapshot().images)
-    distiller._learned.clamp()
+    distiller._engine._learned.clamp()
     tamed = ctx.space.decode(distiller.snapshot().images)
 
     assert float(wild.min()) < -2

@@ -10,7 +10,7 @@ from ddray.distillation.method import Target
 from ddray.errors import InputError
 from ddray.jobs.plan import resolve
 from ddray.methods import get_method
-from ddray.methods.dsdm import DSDM
+from ddray.methods.dsdm import preset
 
 
 @pytest.mark.parametrize(
@@ -91,12 +91,12 @@ def test_presets_hold_the_table_of_methods() -> None:
 def test_the_repos_step_size_follows_ipc_and_size(
     name: str, shape: tuple[int, int, int], ipc: int, lr: float
 ) -> None:
-    assert DSDM.preset("repo", target(name, shape, ipc))["method"]["lr_img"] == pytest.approx(lr)
+    assert preset("repo", target(name, shape, ipc))["method"]["lr_img"] == pytest.approx(lr)
 
 
 def test_the_repos_step_size_for_speech_has_a_base_of_its_own() -> None:
     words = target("/data/words", (1, 64, 64), 20, is_audio=True)
-    assert DSDM.preset("repo", words)["method"]["lr_img"] == pytest.approx(0.2)
+    assert preset("repo", words)["method"]["lr_img"] == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_the_repos_step_size_for_speech_has_a_base_of_its_own() -> None:
 def test_evaluation_follows_the_dataset(
     name: str, shape: tuple[int, int, int], options: dict[str, Any], strategy: str | None, cutmix: float
 ) -> None:
-    settings = DSDM.preset("repo", target(name, shape, 10, **options))
+    settings = preset("repo", target(name, shape, 10, **options))
 
     assert settings["evaluate"].get("strategy") == strategy
     assert settings["evaluate"]["cutmix"] == cutmix

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from ddray.errors import InputError
-from ddray.methods.d3hr import group_sample, group_scores
 from ddray.methods.families.diffusion import groups as _group_sampling
-from ddray.methods.families.diffusion.groups import _draws, block_rows
+from ddray.methods.families.diffusion.groups import _draws, block_rows, group_sample, group_scores
 
 CPU = torch.device("cpu")
 

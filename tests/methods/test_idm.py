@@ -98,7 +98,7 @@ def test_steps_are_dms_with_the_queues_networks_and_cross_entropy(toy: Any, plan
     settings = {**SETTINGS, "lr_img": 0.3, "momentum": 0.5, "push_every": 2, "ce_weight": 0.05}
     _, ctx, distiller = planned("idm", toy(), ipc=2, seed=1, steps=3, method=settings)
     distiller.setup(ctx)
-    assert len(distiller._queue.members) == 3
+    assert len(distiller._engine._queue.members) == 3
     images = distiller.snapshot().images.double()
     velocity = torch.zeros_like(images)
     batches, partition = ClassBatches(ctx, 4), Partition(factor=2)
@@ -106,14 +106,14 @@ def test_steps_are_dms_with_the_queues_networks_and_cross_entropy(toy: Any, plan
     for step in range(1, 4):
         generator = ctx.generator("step", step)
         if step % 2 == 1:
-            distiller._queue.push()
-        index = int(torch.randint(len(distiller._queue.members), (), generator=generator))
-        member = distiller._queue.members[index]
+            distiller._engine._queue.push()
+        index = int(torch.randint(len(distiller._engine._queue.members), (), generator=generator))
+        member = distiller._engine._queue.members[index]
         net = build_net(ctx.arch, ctx.dataset.image_shape, 3, seed=0).double()
         net.load_state_dict(member.net.state_dict())
         if step % 2 == 1:  # the step pushes it itself
-            distiller._queue.members = distiller._queue.members[:-1]
-            distiller._queue._num_pushed -= 1
+            distiller._engine._queue.members = distiller._engine._queue.members[:-1]
+            distiller._engine._queue._num_pushed -= 1
         accuracy = 0.0 if step == 1 else float(member.accuracy())
         real_index = batches.draw(generator).view(3, -1)
         live = images.clone().requires_grad_(True)
@@ -130,7 +130,7 @@ def test_steps_are_dms_with_the_queues_networks_and_cross_entropy(toy: Any, plan
         assert float(distiller.step()["loss"]) == pytest.approx(float(loss.detach()), rel=1e-3)
 
     torch.testing.assert_close(distiller.snapshot().images.double(), images, rtol=1e-3, atol=1e-3)
-    assert len(distiller._queue.members) == 5
+    assert len(distiller._engine._queue.members) == 5
     assert distiller.snapshot().meta.ipc_decoded == 8
 
 
@@ -139,7 +139,7 @@ def test_only_as_many_networks_as_asked_for_are_trained(toy: Any, planned: Any) 
         _, ctx, distiller = planned("idm", toy(), steps=1, method={**SETTINGS, "num_trained": num_trained})
         distiller.setup(ctx)
         distiller.step()
-        seen = sorted(member.seen for member in distiller._queue.members)
+        seen = sorted(member.seen for member in distiller._engine._queue.members)
         trained = min(num_trained, 4)
         assert seen == [0] * (4 - trained) + [2 * 6] * trained
 

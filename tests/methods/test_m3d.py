@@ -116,7 +116,7 @@ def test_a_network_serves_for_several_steps(toy: Any, planned: Any) -> None:
     seen = []
     for _ in range(4):
         distiller.step()
-        seen.append(next(iter(distiller._pairs.net.parameters())).clone())
+        seen.append(next(iter(distiller._engine._pairs.net.parameters())).clone())
 
     assert [torch.equal(seen[0], weight) for weight in seen] == [True, True, False, False]
     assert torch.equal(seen[2], seen[3])

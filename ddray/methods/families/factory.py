@@ -20,28 +20,23 @@ NumDistilled = Callable[[Any, int, tuple[int, int, int], int], int]
 class Selected:
     """The engine of a selection: no steps, and no state, since it is quick to repeat.
 
-    Attributes:
-        distilled: the selected set.
-        representations: the teacher's, of the real images [N, D], where there is one.
+    `representations` are the teacher's, of the real images [N, D], where there is one.
     """
 
     distilled: DistilledSet
     representations: Tensor | None = None
 
     def step(self) -> dict[str, Tensor]:
-        """Raise: there is nothing to do."""
         raise RuntimeError("a selection has no steps")
 
     def snapshot(self) -> DistilledSet:
-        """Return the selected set."""
         return self.distilled
 
     def state_dict(self) -> dict[str, Any]:
-        """Return nothing."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Do nothing."""
+        pass
 
 
 class _Run:
@@ -50,20 +45,21 @@ class _Run:
     _engine: Engine
 
     def step(self) -> dict[str, Tensor]:
-        """Take one step."""
         return self._engine.step()
 
     def snapshot(self) -> DistilledSet:
-        """Return the current set."""
         return self._engine.snapshot()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the engine's state."""
         return self._engine.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state."""
         self._engine.load_state_dict(state)
+
+    @property
+    def representations(self) -> Tensor | None:
+        """The teacher's, of the real images [N, D], from an engine that has them."""
+        return getattr(self._engine, "representations", None)
 
 
 def make_method(
@@ -83,7 +79,7 @@ def make_method(
         start: makes the engine from context and settings.
         specs_of: the pool entries that a run will request; default: none.
         num_distilled_of: `BudgetDistiller.num_distilled`, for a method that takes a budget.
-        has_steps: False for a selection: its number of steps is always 0.
+        has_steps: False for a method that takes no number of steps: 0, or the engine's `num_steps`.
     """
 
     class Method(_Run):
@@ -102,20 +98,14 @@ def make_method(
 
         def setup(self, ctx: DistillContext) -> None:
             self._engine = start(ctx, self._config)
+            self.num_steps = getattr(self._engine, "num_steps", self.num_steps)
 
     if num_distilled_of is None:
         return Method
-    num_stored = num_distilled_of
+    num_stored: NumDistilled = staticmethod(num_distilled_of)
 
     class BudgetMethod(Method):
         uses_budget: ClassVar[Literal[True]] = True
-
-        @property
-        def representations(self) -> Tensor | None:
-            return getattr(self._engine, "representations", None)
-
-        @staticmethod
-        def num_distilled(config: Any, budget: int, image_shape: tuple[int, int, int], num_real: int) -> int:
-            return num_stored(config, budget, image_shape, num_real)
+        num_distilled = num_stored
 
     return BudgetMethod

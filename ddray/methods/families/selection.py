@@ -25,11 +25,11 @@ class FeatureConfig(MethodConfig):
 
 
 def selection_method(config_class: type[Config], choose: Choose) -> type[Distiller]:
-    """Return a method without steps; its set is `choose(ctx, config)`: images [K * ipc, C, H, W] and labels.
+    """Return a method without steps whose set is `choose(ctx, config)`.
 
     Args:
         config_class: its settings.
-        choose: chooses or makes the images, in the context's pixel space.
+        choose: chooses or makes images [K * ipc, C, H, W], in the context's pixel space, and their labels.
     """
 
     def preset(name: str, target: Target) -> dict[str, Any]:
@@ -68,11 +68,9 @@ def take(ctx: DistillContext, index: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pool_features(ctx: DistillContext, epochs: int = 20) -> Tensor:
-    """Return features [N, D] of the split's images by a network of the pool (eval mode, no augmentation).
+    """Return features [N, D] of the split's images by a network of the pool, trained for `epochs`.
 
-    Args:
-        ctx: the split, the architecture and the pool.
-        epochs: how long the network is trained.
+    It is in eval mode, and nothing is augmented.
     """
     features = ctx.pool.get(_feature_specs(ctx, epochs))[0].tensors["features"]
     return features[: len(ctx.split)]  # val's come after them
@@ -80,14 +78,9 @@ def pool_features(ctx: DistillContext, epochs: int = 20) -> Tensor:
 
 def _feature_specs(ctx: DistillContext, epochs: int) -> list[PoolSpec]:
     """Return the spec of the one feature network, trained on the split that is distilled."""
+    recipe, device = {"epochs": epochs}, ctx.device.type
     return supervised_specs(
-        ctx.dataset,
-        split=ctx.split_name,
-        arch=ctx.arch,
-        device=ctx.device.type,
-        recipe={"epochs": epochs},
-        seed=ctx.seed,
-        num=1,
+        ctx.dataset, split=ctx.split_name, arch=ctx.arch, device=device, recipe=recipe, seed=ctx.seed, num=1
     )
 
 
@@ -98,13 +91,9 @@ def per_class(labels: Tensor, num_classes: int, ipc: int, choose: Callable[[Tens
 
 
 def herding_order(features: Tensor, ipc: int) -> Tensor:
-    """Return `ipc` positions in herding's order (Welling 2009).
+    """Return `ipc` positions among one class's features [n, D] in herding's order (Welling 2009).
 
     Each is the argmin over unused f of ||(k+1) mean - sum - f||.
-
-    Args:
-        features: [n, D] of one class.
-        ipc: how many to choose.
     """
     features = features.double()
     mean, total = features.mean(0), torch.zeros_like(features[0])
@@ -112,31 +101,24 @@ def herding_order(features: Tensor, ipc: int) -> Tensor:
     order: list[int] = []
     for k in range(ipc):
         distance = ((k + 1) * mean - total - features).norm(dim=1)
-        best = int(distance.masked_fill(~unused, torch.inf).argmin())
-        unused[best] = False
-        total = total + features[best]
-        order.append(best)
+        order.append(int(distance.masked_fill(~unused, torch.inf).argmin()))
+        unused[order[-1]] = False
+        total = total + features[order[-1]]
     return torch.tensor(order)
 
 
 def kcenter_order(features: Tensor, ipc: int) -> Tensor:
-    """Return `ipc` positions by greedy k-center (Sener & Savarese 2018).
+    """Return `ipc` positions among one class's features [n, D] by greedy k-center (Sener & Savarese 2018).
 
     The first is the nearest to the mean, then farthest-first.
-
-    Args:
-        features: [n, D] of one class.
-        ipc: how many to choose.
     """
     features = features.double()
-    first = int((features - features.mean(0)).norm(dim=1).argmin())
-    order = [first]
-    nearest = (features - features[first]).norm(dim=1)
+    order = [int((features - features.mean(0)).norm(dim=1).argmin())]
+    nearest = (features - features[order[0]]).norm(dim=1)
     for _ in range(ipc - 1):
         nearest[order[-1]] = -1.0
-        best = int(nearest.argmax())
-        order.append(best)
-        nearest = torch.minimum(nearest, (features - features[best]).norm(dim=1))
+        order.append(int(nearest.argmax()))
+        nearest = torch.minimum(nearest, (features - features[order[-1]]).norm(dim=1))
     return torch.tensor(order)
 
 

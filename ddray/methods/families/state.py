@@ -1,10 +1,10 @@
 """States to checkpoint: copies on the CPU, and an optimiser's buffers without its settings."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def cpu_copy(state: Any) -> Any:
@@ -14,6 +14,13 @@ def cpu_copy(state: Any) -> Any:
     if isinstance(state, Mapping):
         return {name: cpu_copy(value) for name, value in state.items()}
     return [cpu_copy(value) for value in state] if isinstance(state, list | tuple) else state
+
+
+@torch.no_grad()
+def copy_values(net: nn.Module, values: Iterable[Tensor]) -> None:
+    """Copy tensors into a network's, which they match in number and order (`net.state_dict().values()`)."""
+    for mine, theirs in zip(net.state_dict().values(), values, strict=True):
+        mine.copy_(theirs)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
@@ -29,20 +36,29 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, buffers: Mapping[int,
     optimizer.param_groups = groups  # not copies: a rate may be a tensor that others write to
 
 
+def velocities(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Return copies of SGD's momentum, one per parameter; none before its first step."""
+    return [buffers["momentum_buffer"] for buffers in optimizer_state(optimizer).values()]
+
+
+def load_velocities(optimizer: torch.optim.Optimizer, values: Iterable[Tensor]) -> None:
+    """Restore what `velocities` returned."""
+    load_optimizer_state(optimizer, {i: {"momentum_buffer": value} for i, value in enumerate(values)})
+
+
 def images_state(
     images: Tensor, optimizer: torch.optim.SGD, *, name: str = "images", momentum: str = "velocity"
 ) -> dict[str, Tensor]:
-    """Return images as `name`, and from the first step on their momentum as `momentum`.
+    """Return images, the optimiser's one parameter, and from the first step on their momentum.
 
     Args:
-        images: the optimiser's one parameter.
+        images: what is learned.
         optimizer: of the images.
         name: key of the images.
         momentum: key of their momentum.
     """
-    buffers = optimizer_state(optimizer).get(0, {})
-    state = {name: cpu_copy(images)}
-    return {**state, momentum: buffers["momentum_buffer"]} if buffers else state
+    buffers = velocities(optimizer)
+    return {name: cpu_copy(images), **({momentum: buffers[0]} if buffers else {})}
 
 
 def load_images_state(
@@ -55,4 +71,4 @@ def load_images_state(
 ) -> None:
     """Restore what `images_state` returned, among other entries of a method's state."""
     images.detach().copy_(state[name])
-    load_optimizer_state(optimizer, {0: {"momentum_buffer": state[momentum]}} if momentum in state else {})
+    load_velocities(optimizer, [state[momentum]] if momentum in state else [])

@@ -12,6 +12,9 @@ from ddray.methods.families.matching.batches import ClassBatches, chunks, larges
 from ddray.nets import Net, build_net, reinitialize
 from ddray.seeding import derive_seed
 from ddray.training.dsa import DsaPlan, siamese
+from ddray.training.loop import train
+from ddray.training.policies import augmenter
+from ddray.training.recipe import Recipe
 
 Statistics = Callable[[Net, Tensor], tuple[Tensor, ...]]
 """Per-sample statistics, each [N, D_l], of images [N, C, H, W] under a network."""
@@ -39,7 +42,7 @@ class RealBranch:
         augment: Literal["dsa", "dsa_idc", "none"],
         strategy: str | None = None,
     ) -> None:
-        self._seed = ctx.seed
+        self._ctx, self._augment = ctx, augment
         self.batches = ClassBatches(ctx, batch_real)
         self._dsa = siamese(ctx.dataset.can_flip, augment, strategy)
         shape, num_classes = ctx.dataset.image_shape, ctx.dataset.num_classes
@@ -49,7 +52,23 @@ class RealBranch:
 
     def renew(self, net_index: int) -> None:
         """Give the network the fresh random weights of number `net_index`."""
-        reinitialize(self.net, derive_seed(self._seed, "distill", "net", net_index))
+        reinitialize(self.net, derive_seed(self._ctx.seed, "distill", "net", net_index))
+
+    def train(
+        self, images: Tensor, labels: Tensor, generator: torch.Generator, epochs: int, lr: float, batch: int
+    ) -> None:
+        """Train the network on synthetic images, augmented as for matching: SGD at one rate, no momentum."""
+        recipe = Recipe(
+            epochs=epochs,
+            lr=lr,
+            momentum=0.0,
+            weight_decay=0.0,
+            batch=batch,
+            schedule="constant",
+            augment=self._augment,
+        )
+        augment = augmenter(self._augment, can_flip=self._ctx.dataset.can_flip, space=self._ctx.space)
+        train(self.net, images, labels.to(images.device), recipe, generator=generator, augment=augment)
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, DsaPlan | None]:
         """Return indices of real images [K * n], class-sorted, and augmentation parameters for each class."""

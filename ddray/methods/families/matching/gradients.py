@@ -17,9 +17,6 @@ from ddray.methods.families.matching.branch import RealBranch
 from ddray.methods.families.state import images_state, load_images_state
 from ddray.nets import is_per_sample
 from ddray.training.dsa import DsaPlan
-from ddray.training.loop import train
-from ddray.training.policies import augmenter
-from ddray.training.recipe import Recipe
 
 Metric = Literal["layerwise", "mse", "cosine"]
 _LOOPS: Final = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
@@ -113,7 +110,15 @@ class GradientMatching:
                 self._fix_statistics(generator)
             total += self._update_images(generator)
             if outer < self._config.outer_loop:
-                self._train_net(generator)
+                config = self._config
+                self._branch.train(
+                    self._images,
+                    self._labels,
+                    generator,
+                    epochs=config.inner_loop,
+                    lr=config.lr_net,
+                    batch=config.batch_train,
+                )
         return {"loss": total / (self._config.outer_loop * self._batches.num_classes)}
 
     def _update_images(self, generator: torch.Generator) -> Tensor:
@@ -163,21 +168,6 @@ class GradientMatching:
         for module in self._net.modules():
             if isinstance(module, _BatchNorm):
                 module.eval()
-
-    def _train_net(self, generator: torch.Generator) -> None:
-        config = self._config
-        recipe = Recipe(
-            epochs=config.inner_loop,
-            lr=config.lr_net,
-            momentum=0.0,
-            weight_decay=0.0,
-            batch=config.batch_train,
-            schedule="constant",
-            augment=config.augment,
-        )
-        augment = augmenter(config.augment, can_flip=self._ctx.dataset.can_flip, space=self._ctx.space)
-        labels = self._labels.to(self._images.device)
-        train(self._net, self._images, labels, recipe, generator=generator, augment=augment)
 
     def snapshot(self) -> DistilledSet:
         """Return the current images as a set."""

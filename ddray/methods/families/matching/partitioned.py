@@ -195,6 +195,26 @@ def embedding(net: Net, images: Tensor) -> Tensor:
     return net.features(images).embedding
 
 
+class PartitionedEngine:
+    """A method that learns partitioned images: a subclass adds its `step`, which counts in `_step`."""
+
+    def __init__(self, ctx: DistillContext, config: PartitionedConfig) -> None:
+        self._ctx, self._step = ctx, 0
+        self._learned = LearnedImages(ctx, config)
+        self._pairs = FeaturePairs(ctx, config, self._learned, embedding)
+
+    def snapshot(self) -> DistilledSet:
+        return self._learned.snapshot()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return pixels, momentum and step; draws depend on the step alone."""
+        return {"step": self._step, **self._learned.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._step = int(state["step"])
+        self._learned.load_state_dict(state)
+
+
 def to_device_if_it_fits(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
     """Move tensors to a GPU if they take at most half of its free memory; else return them as they are."""
     if device.type != "cuda":

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddray.distillation.method import DistillContext
-from ddray.methods.families.state import cpu_copy, load_optimizer_state, optimizer_state
+from ddray.methods.families.state import copy_values, cpu_copy, load_velocities, velocities
 from ddray.nets import Net, build_net
 from ddray.seeding import derive_seed
 from ddray.training.engine import Rule, Step
@@ -97,10 +97,8 @@ class NetQueue:
         self.members = []
         for member_state in state["members"]:
             member = self._member(0)
-            for mine, theirs in zip(member.net.state_dict().values(), member_state["values"], strict=True):
-                mine.copy_(theirs)
-            velocities = enumerate(member_state["velocities"])
-            load_optimizer_state(member.step.optimizer, {i: {"momentum_buffer": v} for i, v in velocities})
+            copy_values(member.net, member_state["values"])
+            load_velocities(member.step.optimizer, member_state["velocities"])
             member.right = member_state["right"].to(member.right.device, copy=True)
             member.seen = int(member_state["seen"])
             self.members.append(member)
@@ -108,10 +106,9 @@ class NetQueue:
 
 def _member_state(member: Member) -> dict[str, Any]:
     """Return copies of a member's tensors; no velocities before its first training step."""
-    buffers = optimizer_state(member.step.optimizer).values()
     return {
         "values": cpu_copy(list(member.net.state_dict().values())),
-        "velocities": [buffer["momentum_buffer"] for buffer in buffers],
+        "velocities": velocities(member.step.optimizer),
         "right": cpu_copy(member.right),
         "seen": member.seen,
     }

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddray.artifact.bases import NUM_VIEWS, Approximation, Augmentation, perceptron
+from ddray.artifact.bases import Approximation, perceptron
 from ddray.data import PixelSpace
 
 _CHUNK: Final = 1024
@@ -19,14 +19,7 @@ _CONSTANT: Final = 1e-4  # of a column's mean: a smaller spread counts as none
 
 @dataclass(frozen=True)
 class BudgetSplit:
-    """How a budget is spent; every count in floats or rows.
-
-    Attributes:
-        num_image_bases: U.
-        num_target_bases: V.
-        num_images: m.
-        storage_floats: all stored floats.
-    """
+    """How a budget is spent: U image bases, V target bases, m images, and all floats that are stored."""
 
     num_image_bases: int
     num_target_bases: int
@@ -35,7 +28,7 @@ class BudgetSplit:
 
 
 def shift_floats(
-    num_views: int, width: int, approximation: Approximation, hidden: int, num_images: int = 0
+    num_views: int, width: int, hidden: int, approximation: Approximation, num_images: int = 0
 ) -> int:
     """Return the floats stored for the views' targets: A networks V -> h -> V, or their replacement."""
     if approximation == "mlp":
@@ -45,56 +38,6 @@ def shift_floats(
     return num_views * width * num_images if approximation == "ideal" else 0
 
 
-def layout(
-    floats: int,
-    *,
-    basis_floats: int,
-    feature_dim: int,
-    num_image_bases: int,
-    num_target_bases: int,
-    num_real: int,
-    augmentation: Augmentation,
-    approximation: Approximation,
-    hidden: int,
-) -> BudgetSplit:
-    """Spend a budget: bases and networks first, the rest on coefficients, m = rest / (U + V).
-
-    Views that are all stored (`ideal`) are the paper's upper bound "without considering the storage budget"
-    (A.7): they get the same m as networks, and count in `storage_floats` alone.
-
-    Args:
-        floats: the budget.
-        basis_floats: of one image basis.
-        feature_dim: D.
-        num_image_bases: U.
-        num_target_bases: V.
-        num_real: m is never more than this: coefficients start as projections of as many real images.
-        augmentation: the predefined views.
-        approximation: how their targets are computed.
-        hidden: h.
-    """
-    num_views = NUM_VIEWS[augmentation]
-    counted: Approximation = "mlp" if approximation == "ideal" else approximation
-    fixed = num_image_bases * basis_floats + num_target_bases * feature_dim
-    fixed += shift_floats(num_views, num_target_bases, counted, hidden)
-    per_image = num_image_bases + num_target_bases
-    num_images = max(0, min(num_real, (floats - fixed) // per_image))
-    extra = shift_floats(num_views, num_target_bases, "ideal", hidden, num_images)
-    if approximation == "ideal":
-        fixed += extra - shift_floats(num_views, num_target_bases, "mlp", hidden)
-    return BudgetSplit(num_image_bases, num_target_bases, num_images, fixed + num_images * per_image)
-
-
-def default_image_bases(budget: int, basis_floats: int, floats: int, num_real: int) -> int:
-    """Return U: twice the budget's images, at most their dimension, half the floats, one per real image."""
-    return max(1, min(2 * budget, basis_floats, floats // (2 * basis_floats), num_real))
-
-
-def default_target_bases(budget: int, feature_dim: int, floats: int, num_real: int) -> int:
-    """Return V: twice the budget's images, at most D, a third of the floats, one per real image."""
-    return max(1, min(2 * budget, feature_dim, floats // (3 * feature_dim), num_real))
-
-
 def shrink(images: Tensor, scale: int) -> Tensor:
     """Return images [m, C, H, W] averaged over scale x scale pixels, as rows [m, C*H*W / scale^2]."""
     return F.avg_pool2d(images, scale).flatten(1)
@@ -102,14 +45,13 @@ def shrink(images: Tensor, scale: int) -> Tensor:
 
 def shrunk_rows(images: Tensor, space: PixelSpace, scale: int, device: torch.device) -> Tensor:
     """Return all real images shrunk, in `space`, float32 [N, d], computed chunk by chunk."""
-    parts = [shrink(space.encode(part.to(device)), scale) for part in torch.split(images, _CHUNK)]
-    return torch.cat(parts)
+    return torch.cat([shrink(space.encode(part.to(device)), scale) for part in torch.split(images, _CHUNK)])
 
 
 def principal_components(rows: Tensor, num: int) -> Tensor:
     """Return the first `num` principal directions [num, d] of rows [N, d], uncentred: no mean to store.
 
-    Eigenvectors of the second moments, summed in float64.
+    They are eigenvectors of the second moments, summed in float64.
     """
     moments = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
     for part in torch.split(rows, _CHUNK):
@@ -122,23 +64,14 @@ def principal_components(rows: Tensor, num: int) -> Tensor:
 def fit_shifts(
     coefficients: Tensor, view_coefficients: Tensor, hidden: int, generator: torch.Generator
 ) -> tuple[dict[str, Tensor], float]:
-    """Train the approximation networks Q_a on the views' shifts (Algorithm 1, lines 21-23).
+    """Train the approximation networks Q_a on the shifts from C^y [m, V] to C^y_a [A, m, V].
 
-    Inputs are standardised while training, and the standardisation is folded into the first layer.
-
-    Args:
-        coefficients: C^y [m, V].
-        view_coefficients: C^y_a [A, m, V].
-        hidden: width of the hidden layer.
-        generator: CPU generator of the initial weights.
-
-    Returns:
-        The networks' tensors (`ddray.artifact.bases`), and their mean squared error.
+    That is Algorithm 1, lines 21-23. Inputs are standardised while training, which is folded into the first
+    layer. Returned are the networks' tensors (`ddray.artifact.bases`), and their mean squared error.
     """
     num_views, _, width = view_coefficients.shape
     shifts = view_coefficients - coefficients
-    mean = coefficients.mean(0)
-    std = coefficients.std(0, correction=0)
+    mean, std = coefficients.mean(0), coefficients.std(0, correction=0)
     # Dividing by the spread of a column that hardly varies would fold into weights and biases so large that
     # their difference is lost in float32's rounding.
     std = std.where(std > (_CONSTANT * mean.abs()).clamp_min(1e-6), 1.0)
@@ -153,15 +86,10 @@ def fit_shifts(
         for step in range(_FIT_STEPS):
             optimizer.param_groups[0]["lr"] = _FIT_LR * (1 - step / _FIT_STEPS)
             loss = (perceptron(inputs, *weights) - shifts).square().mean()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     w1, b1, w2, b2 = (weight.detach() for weight in weights)
-    folded = w1 / std
-    tensors = {
-        "hidden_weight": folded,
-        "hidden_bias": b1 - folded @ mean,
-        "shift_weight": w2,
-        "shift_bias": b2,
-    }
+    w1 = w1 / std
+    tensors = {"hidden_weight": w1, "hidden_bias": b1 - w1 @ mean, "shift_weight": w2, "shift_bias": b2}
     return tensors, float((perceptron(coefficients, *tensors.values()) - shifts).square().mean())

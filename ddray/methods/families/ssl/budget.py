@@ -4,11 +4,12 @@ A budget of N images is N * C * H * W floats (Boost-SSDD Sec 4, Storage Budget).
 set needs: images and their representations alike.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from ddray.distillation.method import DistillContext, Distiller, MethodConfig, Target
@@ -18,17 +19,6 @@ from ddray.methods.families.ssl.teacher import TeacherConfig, ssl_teacher_spec
 from ddray.nets import build_net
 from ddray.pool.spec import PoolEntry, PoolSpec
 
-EVALUATE: Final[dict[str, Any]] = {
-    "epochs": 1000,
-    "lr": 0.1,
-    "momentum": 0.9,
-    "weight_decay": 1e-3,
-    "batch": 256,
-    "schedule": "constant",
-    "augment": "none",
-}
-"""Pre-training on a distilled set (Boost-SSDD A.1): SGD on the mean squared error, no augmentation."""
-
 _LARGE_BUDGET: Final = 1000
 
 Choose = Callable[[DistillContext, Tensor, int], Tensor]
@@ -37,26 +27,56 @@ Choose = Callable[[DistillContext, Tensor, int], Tensor]
 class SslConfig(MethodConfig):
     """Settings of every self-supervised method."""
 
-    quick: ClassVar[Mapping[str, Any]] = {
-        "teacher": {"arch": "convnet2_w8", "epochs": 1, "batch": 64, "projector": 8}
-    }
+    quick: ClassVar = {"teacher": {"arch": "convnet2_w8", "epochs": 1, "batch": 64, "projector": 8}}
 
     teacher: TeacherConfig = TeacherConfig()
     """The network whose representations are distilled; one pool entry for all runs."""
 
 
+class KrrConfig(SslConfig):
+    """Settings of the bilevel loop of KRR-ST and Boost-SSDD."""
+
+    quick: ClassVar = {**SslConfig.quick, "batch_real": 8, "pool_size": 2, "inner_steps_max": 2}
+
+    lr_outer: float = Field(default=1e-3, gt=0)
+    """Learning rate of the distilled parameters (AdamW without weight decay), falling linearly to 0."""
+    batch_real: int = Field(default=1024, ge=1)
+    """Real images per step; never more than there are."""
+    augment_real: Literal["crop_flip", "none"] = "none"
+    """`crop_flip`: the teacher sees each real batch under RandomCrop and a flip; `none`: its features are
+    those of the pool."""
+    ridge: float = Field(default=1e-6, gt=0)
+    """lambda of Eq 3, as a fraction of the Gram matrix's trace."""
+    pool_size: int = Field(default=10, ge=1)
+    """L, inner networks."""
+    inner_steps_max: int = Field(default=1000, ge=1)
+    """Z, steps after which an inner network is replaced."""
+    pool_reset: Literal["paper", "krrst_code"] = "paper"
+    """`paper`: a replaced network counts from 0; `krrst_code`: its counter stays at Z, so that it is replaced
+    each time it is drawn."""
+    lr_inner: float = Field(default=0.1, gt=0)
+    """Learning rate of the inner networks (SGD)."""
+    momentum_inner: float = Field(default=0.9, ge=0, lt=1)
+    """Momentum of the inner networks."""
+    decay_inner: float = Field(default=1e-3, ge=0)
+    """Weight decay of the inner networks."""
+    inner_batch: int | None = Field(default=None, ge=2)
+    """Rows of the set per inner step: images drawn at random, with all of their views; default: all."""
+
+
 def evaluate_for(target: Target) -> dict[str, Any]:
     """Return a target's pre-training settings: the same for all methods, so that a table's rows compare.
 
-    Weight decay is the last column of Boost-SSDD's Table 5: 1e-3; 1e-4 on CIFAR-100 from N = 1000; 5e-3 above
-    32 px.
+    SGD on the mean squared error, without augmentation (Boost-SSDD A.1). Weight decay is the last column of
+    its Table 5: 1e-3; 1e-4 on CIFAR-100 from N = 1000; 5e-3 above 32 px.
     """
     decay = 1e-3
     if min(target.image_shape[1:]) > 32:
         decay = 5e-3
     elif target.dataset == "cifar100" and (target.budget or 0) >= _LARGE_BUDGET:
         decay = 1e-4
-    return {**EVALUATE, "weight_decay": decay}
+    settings = {"epochs": 1000, "lr": 0.1, "momentum": 0.9, "weight_decay": decay, "batch": 256}
+    return {**settings, "schedule": "constant", "augment": "none"}
 
 
 def teacher_of(ctx: DistillContext, config: TeacherConfig) -> PoolEntry:
@@ -83,8 +103,8 @@ def budget_floats(budget: int, image_shape: tuple[int, int, int]) -> int:
     return budget * channels * height * width
 
 
-def num_pairs(config: SslConfig, budget: int, image_shape: tuple[int, int, int]) -> int:
-    """Return how many images fit a budget together with their representations."""
+def num_pairs(config: SslConfig, budget: int, image_shape: tuple[int, int, int], num_real: int) -> int:
+    """Return how many images fit a budget together with their representations, if there are as many."""
     pair = budget_floats(1, image_shape) + feature_dim(config.teacher.arch, image_shape)
     return budget_floats(budget, image_shape) // pair
 
@@ -110,9 +130,7 @@ def given_budget(ctx: DistillContext) -> int:
 def ssl_selection(config_class: type[SslConfig], choose: Choose) -> type[Distiller]:
     """Return a method without steps: real images with the teacher's representations of them.
 
-    Args:
-        config_class: its settings.
-        choose: picks m indices, given the context, the teacher's features [N, D] and m.
+    `choose` picks m indices, given the context, the teacher's features [N, D] and m.
     """
 
     def preset(name: str, target: Target) -> dict[str, Any]:
@@ -121,15 +139,13 @@ def ssl_selection(config_class: type[SslConfig], choose: Choose) -> type[Distill
     def specs(ctx: DistillContext, config: SslConfig) -> list[PoolSpec]:
         return [spec_of_teacher(ctx, config.teacher)]
 
-    def num_distilled(config: Any, budget: int, image_shape: tuple[int, int, int], num_real: int) -> int:
-        return num_pairs(config, budget, image_shape)
-
     def start(ctx: DistillContext, config: SslConfig) -> Selected:
         features = teacher_of(ctx, config.teacher).tensors["features"]
-        index = choose(ctx, features, num_pairs(config, given_budget(ctx), ctx.dataset.image_shape))
+        m = num_pairs(config, given_budget(ctx), ctx.dataset.image_shape, len(ctx.split))
+        index = choose(ctx, features, m)
         images = ctx.space.encode(ctx.split.images[index])
         return Selected(ctx.make_ssl_set(images, features[index]), features)
 
     return make_method(
-        config_class, preset, start, specs_of=specs, num_distilled_of=num_distilled, has_steps=False
+        config_class, preset, start, specs_of=specs, num_distilled_of=num_pairs, has_steps=False
     )

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddray.distillation.method import DistillContext
-from ddray.methods.families.ssl.config import KrrConfig
-from ddray.methods.families.state import cpu_copy, load_optimizer_state, optimizer_state
+from ddray.methods.families.ssl.budget import KrrConfig
+from ddray.methods.families.state import cpu_copy, load_velocities, velocities
 from ddray.nets import Net, build_net, reinitialize
 from ddray.seeding import derive_seed
 from ddray.training.engine import Rule, Step
@@ -30,36 +30,22 @@ class _Slot:
         self.optimizer = self.step.optimizer
 
     def state(self) -> dict[str, Any]:
-        """Return weights, statistics, momentum and counter as copies on the CPU."""
-        return {
-            "trained": self.trained,
-            "net": cpu_copy(self.net.state_dict()),
-            "velocity": [b["momentum_buffer"] for b in optimizer_state(self.optimizer).values()],
-        }
+        """Return counter, weights, statistics and momentum as copies on the CPU."""
+        net = cpu_copy(self.net.state_dict())
+        return {"trained": self.trained, "net": net, "velocity": velocities(self.optimizer)}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Restore what `state()` returned."""
         self.trained = int(state["trained"])
         self.net.load_state_dict(state["net"])
-        velocities = enumerate(state["velocity"])
-        load_optimizer_state(self.optimizer, {i: {"momentum_buffer": v} for i, v in velocities})
+        load_velocities(self.optimizer, state["velocity"])
 
 
 class InnerPool:
-    """Inner networks, each trained for a different number of steps on the current set.
-
-    Args:
-        ctx: architecture, shape, seed, device.
-        config: how they are trained.
-        num_outputs: D of the targets.
-    """
+    """Inner networks, each trained for a different number of steps on the current set; `num_outputs` is D."""
 
     def __init__(self, ctx: DistillContext, config: KrrConfig, num_outputs: int) -> None:
-        self._ctx = ctx
-        self._config = config
-        self._slots = [
-            _Slot(self._new(slot_index, num_outputs), config) for slot_index in range(config.pool_size)
-        ]
+        self._ctx, self._config = ctx, config
+        self._slots = [_Slot(self._new(index, num_outputs), config) for index in range(config.pool_size)]
         self.filled = False
 
     def _new(self, slot_index: int, num_outputs: int) -> Net:
@@ -76,10 +62,8 @@ class InnerPool:
         """Train every network for a random number of steps, uniform in 1..Z (Algorithm 1, lines 4-5)."""
         config = self._config
         generator = self._ctx.generator("inner", "lengths")
-        lengths = torch.randint(
-            1, config.inner_steps_max + 1, (config.pool_size,), generator=generator
-        ).tolist()
-        for slot_index, (slot, length) in enumerate(zip(self._slots, lengths, strict=True)):
+        lengths = torch.randint(1, config.inner_steps_max + 1, (config.pool_size,), generator=generator)
+        for slot_index, (slot, length) in enumerate(zip(self._slots, lengths.tolist(), strict=True)):
             rows = self._ctx.generator("inner", "fill", slot_index)
             for _ in range(length):
                 self._train(slot, *draw(rows))
@@ -90,13 +74,7 @@ class InnerPool:
         return self._slots[slot_index].net.eval()
 
     def advance(self, slot_index: int, draw: DrawRows, step: int) -> None:
-        """Train a network for one step, or replace it (Algorithm 1, lines 13-19).
-
-        Args:
-            slot_index: which network.
-            draw: returns rows of the current set with their views.
-            step: the outer step; seeds the draws.
-        """
+        """Train a network for one step, or replace it (Algorithm 1, lines 13-19); outer `step` seeds it."""
         slot = self._slots[slot_index]
         if slot.trained < self._config.inner_steps_max:
             self._train(slot, *draw(self._ctx.generator("inner", "rows", step)))
@@ -110,7 +88,7 @@ class InnerPool:
         """Take one step on Eq 2, the squared error's mean over rows and dimensions, in train mode."""
         net = slot.net.train().requires_grad_(True)
         slot.step(images.contiguous(memory_format=torch.channels_last), targets)
-        slot.optimizer.zero_grad(set_to_none=True)
+        slot.optimizer.zero_grad()
         net.requires_grad_(False)
         slot.trained += 1
 
@@ -123,7 +101,6 @@ class InnerPool:
         return [slot.state() for slot in self._slots] if self.filled else []
 
     def load(self, state: list[dict[str, Any]]) -> None:
-        """Restore what `state()` returned."""
         for slot, slot_state in zip(self._slots, state, strict=False):
             slot.load(slot_state)
         self.filled = bool(state)

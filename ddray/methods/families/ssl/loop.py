@@ -16,8 +16,7 @@ from ddray.artifact.distilled_set import DistilledSet
 from ddray.data import normalized_space
 from ddray.distillation.method import DistillContext
 from ddray.methods.families.matching.batches import chunks
-from ddray.methods.families.ssl.budget import teacher_of
-from ddray.methods.families.ssl.config import KrrConfig
+from ddray.methods.families.ssl.budget import KrrConfig, teacher_of
 from ddray.methods.families.ssl.inner import DrawRows, InnerPool
 from ddray.methods.families.ssl.memory import Extent, images_at_once, network_costs
 from ddray.methods.families.ssl.ridge import ridge_loss
@@ -34,19 +33,10 @@ Synthesise = Callable[[Mapping[str, Tensor], Rows], tuple[Tensor, Tensor]]
 class BilevelLoop:
     """The outer loop over a set's parameters, with its inner networks and its optimiser.
 
-    Args:
-        ctx: what to work on.
-        config: the loop's settings.
-        parameters: initial values by name; learned in place, on the device.
-        synthesise: maps the parameters and k of the images to these with their views [k * (A + 1), C, H, W]
-            and to targets [k * (A + 1), D]; differentiable.
-        extent: m and A.
-        make_set: returns the set that the parameters stand for.
-
-    Attributes:
-        parameters: what is learned, by name.
-        inner: the pool of inner networks.
-        representations: the teacher's, of all real images [N, D], on the CPU.
+    `parameters` are learned in place, on the device. `synthesise` maps them and k of the images to these with
+    their views [k * (A + 1), C, H, W] and to targets [k * (A + 1), D], and is differentiable; `make_set`
+    returns the set that they stand for. `representations` are the teacher's, of all real images [N, D], on
+    the CPU.
     """
 
     def __init__(
@@ -65,14 +55,12 @@ class BilevelLoop:
             name: value.detach().to(ctx.device, copy=True).contiguous().requires_grad_(True)
             for name, value in parameters.items()
         }
-        self._optimizer = torch.optim.AdamW(
-            list(self.parameters.values()), lr=config.lr_outer, weight_decay=0.0
-        )
+        learned = self.parameters.values()
+        self._optimizer = torch.optim.AdamW(learned, lr=config.lr_outer, weight_decay=0.0)
         entry = teacher_of(ctx, config.teacher)
         self.representations = entry.tensors["features"]
         self._representations = self.representations.to(ctx.device)
-        augmented = config.augment_real == "crop_flip"
-        self._teacher = teacher_net(entry).to(ctx.device) if augmented else None
+        self._teacher = teacher_net(entry).to(ctx.device) if config.augment_real == "crop_flip" else None
         self._teacher_space = normalized_space(ctx.dataset)
         self._images = ctx.split.images.to(ctx.device)
         self._space = ctx.space.to(ctx.device)
@@ -119,20 +107,17 @@ class BilevelLoop:
         with torch.set_grad_enabled(whole):
             embedded = [self._embedded(net, part) for part in parts]
         lengths = [len(targets) for _, targets in embedded]
-        features, targets = (
-            embedded[0] if whole else (torch.cat(tensors) for tensors in zip(*embedded, strict=True))
-        )
-        if not whole:
+        if whole:
+            features, targets = embedded[0]
+        else:
+            features, targets = (torch.cat(tensors) for tensors in zip(*embedded, strict=True))
             embedded.clear()
-        result = ridge_loss(
-            features.detach(), targets.detach(), self._real(net, generator), ridge=self._config.ridge
-        )
+        real = self._real(net, generator)
+        result = ridge_loss(features.detach(), targets.detach(), real, ridge=self._config.ridge)
         del features, targets
-        self._optimizer.zero_grad(set_to_none=True)
-        gradients = zip(
-            torch.split(result.features, lengths), torch.split(result.targets, lengths), strict=True
-        )
-        for part, gradient in zip(parts, gradients, strict=True):
+        self._optimizer.zero_grad()
+        gradients = (torch.split(gradient, lengths) for gradient in (result.features, result.targets))
+        for part, *gradient in zip(parts, *gradients, strict=True):
             torch.autograd.backward(embedded.pop() if whole else self._embedded(net, part), gradient)
         factor = 1 - (self._step - 1) / self._num_steps
         self._optimizer.param_groups[0]["lr"] = self._config.lr_outer * max(factor, 0.0)
@@ -158,7 +143,6 @@ class BilevelLoop:
             yield net.embed(_channels_last(self._space.encode(images))), representations
 
     def snapshot(self) -> DistilledSet:
-        """Return the current set."""
         return self._make_set(self.parameters)
 
     def state_dict(self) -> dict[str, Any]:
@@ -173,13 +157,11 @@ class BilevelLoop:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict()` returned."""
         self._step = int(state["step"])
         for name, parameter in self.parameters.items():
             parameter.copy_(state["parameters"][name])
-        buffers = state["optimizer"]
-        numbered = {i: buffers[name] for i, name in enumerate(self.parameters) if name in buffers}
-        load_optimizer_state(self._optimizer, numbered)
+        buffers, names = state["optimizer"], enumerate(self.parameters)
+        load_optimizer_state(self._optimizer, {i: buffers[name] for i, name in names if name in buffers})
         self.inner.load(state["inner"])
 
 

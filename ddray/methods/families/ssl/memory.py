@@ -1,23 +1,18 @@
 """Memory that the bilevel loop of KRR-ST and Boost-SSDD takes, checked before any teacher is trained."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import torch
 
 from ddray.distillation.method import DistillContext
 from ddray.errors import InputError
-from ddray.methods.families.ssl.budget import feature_dim, spec_of_teacher
+from ddray.methods.families.ssl.budget import KrrConfig, feature_dim, spec_of_teacher
 from ddray.methods.families.ssl.ridge import solve_bytes
 from ddray.nets import build_net
 from ddray.pool.spec import PoolSpec
 from ddray.system.memory import available_bytes
-
-if TYPE_CHECKING:
-    from ddray.methods.families.ssl.config import KrrConfig
 
 # Largest graph of distilled images held at once; beyond it the pass runs twice, in parts.
 _GRAPH_BYTES: Final = 8 * 2**30
@@ -25,13 +20,7 @@ _GRAPH_BYTES: Final = 8 * 2**30
 
 @dataclass(frozen=True)
 class Extent:
-    """How large a set is.
-
-    Attributes:
-        num_images: m, without views.
-        num_views: A; each image gives A + 1 rows.
-        num_floats: learned floats.
-    """
+    """How large a set is: m images with A views each, and all learned floats."""
 
     num_images: int
     num_views: int
@@ -39,7 +28,7 @@ class Extent:
 
     @property
     def num_rows(self) -> int:
-        """M, images with their views."""
+        """M, images with their views: m * (A + 1)."""
         return self.num_images * (self.num_views + 1)
 
 
@@ -74,14 +63,7 @@ def images_at_once(costs: NetworkCosts, extent: Extent) -> int:
 
 
 def needed_bytes(ctx: DistillContext, config: KrrConfig, extent: Extent, num_targets: int) -> int:
-    """Return a run's approximate peak memory on the device, in bytes.
-
-    Args:
-        ctx: network, real images and device.
-        config: the loop's settings.
-        extent: how large the set is.
-        num_targets: D.
-    """
+    """Return a run's approximate peak memory on the device, in bytes; `num_targets` is D."""
     costs, rows = network_costs(ctx), extent.num_rows
     # A row's graph, and its image: as synthesised, channels last, and its gradient.
     row = costs.graph + 3 * 4 * math.prod(ctx.dataset.image_shape)
@@ -91,9 +73,7 @@ def needed_bytes(ctx: DistillContext, config: KrrConfig, extent: Extent, num_tar
     # In parts, no graph is held during the solve, and the features' gradients while a part's graph is.
     gradients = 2 * 4 * rows * (costs.num_features + num_targets)
     outer = at_once * row + solving if at_once == rows else max(at_once * row + gradients, solving)
-    real = 4 * len(ctx.split) * num_targets
-    if ctx.device.type == "cuda":
-        real += ctx.split.images.numel()
+    real = 4 * len(ctx.split) * num_targets + (ctx.split.images.numel() if ctx.device.type == "cuda" else 0)
     weights = costs.weights + 4 * num_targets * (costs.num_features + 1)
     networks = (2 * config.pool_size + 1) * weights  # with momentum, and one gradient
     learned = 4 * 4 * extent.num_floats  # with gradient and AdamW's averages
@@ -101,7 +81,7 @@ def needed_bytes(ctx: DistillContext, config: KrrConfig, extent: Extent, num_tar
 
 
 def check_memory(ctx: DistillContext, config: KrrConfig, extent: Extent) -> None:
-    """Refuse a set that the device can't hold; called before its teacher is trained.
+    """Refuse a set that the device can't hold, before its teacher is trained.
 
     Raises:
         InputError: naming the memory that it would need.

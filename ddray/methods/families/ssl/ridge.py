@@ -18,12 +18,9 @@ _DOUBLE: Final = 4096
 
 
 class RidgeLoss(NamedTuple):
-    """A loss and its gradient.
+    """The mean squared error over real samples and dimensions, and its gradients.
 
-    Attributes:
-        loss: mean over real samples and dimensions of the squared error.
-        features: its gradient with respect to the distilled features [M, F].
-        targets: its gradient with respect to the distilled targets [M, D].
+    They are those in the distilled features [M, F] and targets [M, D].
     """
 
     loss: Tensor
@@ -35,13 +32,10 @@ class RidgeLoss(NamedTuple):
 def ridge_loss(
     features: Tensor, targets: Tensor, real: Iterable[tuple[Tensor, Tensor]], *, ridge: float
 ) -> RidgeLoss:
-    """Return the outer loss (Eq 3, as a mean) with its gradient.
+    """Return the outer loss (Eq 3, as a mean) with its gradient in the distilled features and targets.
 
-    Args:
-        features: of the distilled images [M, F], without the bias column.
-        targets: their targets [M, D].
-        real: chunks of (features [n, F], teacher representations [n, D]) of real images.
-        ridge: lambda as a fraction of the Gram matrix's trace (bias column included; held constant).
+    Features come without the bias column. `real` yields chunks of features [n, F] and teacher representations
+    [n, D]. `ridge` is lambda as a fraction of the Gram matrix's trace (bias column included; held constant).
     """
     s = with_bias(features)
     penalty = ridge * s.square().sum(dtype=torch.float64)
@@ -51,13 +45,13 @@ def ridge_loss(
     weights = s.T @ alpha if dual else alpha  # [F + 1, D]
     loss, gradient = _residuals(weights, real)
     if dual:
-        beta = solve(factor, s @ gradient)
-        in_features = (alpha @ (gradient - s.T @ beta).T).addmm_(beta, weights.T, alpha=-1)
-        in_targets = beta
+        in_targets = solve(factor, s @ gradient)
+        in_features = alpha @ (gradient - s.T @ in_targets).T
     else:
         z = solve(factor, gradient)
         in_targets = s @ z
-        in_features = ((targets - s @ weights) @ z.T).addmm_(in_targets, weights.T, alpha=-1)
+        in_features = (targets - s @ weights) @ z.T
+    in_features.addmm_(in_targets, weights.T, alpha=-1)
     return RidgeLoss(loss, in_features[:, :-1], in_targets)
 
 
@@ -105,12 +99,9 @@ def solve(factor: Tensor, right: Tensor) -> Tensor:
 
 
 def solve_bytes(num_rows: int, num_features: int, num_targets: int) -> int:
-    """Return the peak bytes of `ridge_loss`, its input features included.
+    """Return the peak bytes of `ridge_loss` for M rows, F features (without the bias column) and D targets.
 
-    Args:
-        num_rows: M.
-        num_features: F, without the bias column.
-        num_targets: D.
+    The input features are included.
     """
     size = min(num_rows, num_features + 1)
     # The Gram matrix in float32, its copy and its factor in float64, which a large one falls back to.

@@ -38,9 +38,8 @@ from ddray.training.engine import Batch, Order, Rule, Step, run
 KIND: Final = "ssl"
 _HASH_CHUNK: Final = 4096
 # Columns of a view's uniform draws.
-_AREA, _RATIO, _TOP, _LEFT, _FLIP, _JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _GREY, _SOLAR = range(
-    12
-)
+_AREA, _RATIO, _TOP, _LEFT, _FLIP, _JITTER = range(6)
+_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _GREY, _SOLAR = range(6, 12)
 
 
 class TeacherConfig(Config):
@@ -70,14 +69,7 @@ class TeacherConfig(Config):
 def ssl_teacher_spec(
     config: TeacherConfig, dataset: Dataset, split: Split, *, split_name: str, device: torch.device
 ) -> PoolSpec:
-    """Return the pool's spec of a teacher for the images of a split.
-
-    Args:
-        config: how it is trained.
-        dataset: shape, statistics, whether mirrored images keep their class.
-        split: its images decide the spec, its labels do not.
-        split_name: which part of the dataset it is.
-        device: where it will be trained.
+    """Return the pool's spec of a teacher for the images of a split, whose labels play no part.
 
     Raises:
         InputError: the split holds spectrograms, for which the views make no sense.
@@ -111,15 +103,14 @@ def image_fingerprint(images: Tensor) -> str:
 
 def teacher_net(entry: PoolEntry) -> Net:
     """Return an entry's network in eval mode on the CPU; `embed` gives the representations."""
-    net = entry.module()
-    spec = PoolSpec.parse(entry.meta["spec"])
-    return _with_stem(net, int(spec.recipe["stem_padding"])).eval()  # type: ignore[arg-type]
+    padding = PoolSpec.parse(entry.meta["spec"]).recipe["stem_padding"]
+    return _with_stem(entry.module(), int(padding)).eval()  # type: ignore[arg-type]
 
 
 def _with_stem(net: Net, padding: int) -> Net:
     """Set the padding of a torchvision network's first convolution; the weights are the same."""
-    stem = next(module for module in net.modules() if isinstance(module, nn.Conv2d))
     if padding != 1:
+        stem = next(module for module in net.modules() if isinstance(module, nn.Conv2d))
         stem.padding = (padding, padding)
     return net
 
@@ -127,15 +118,12 @@ def _with_stem(net: Net, padding: int) -> Net:
 def barlow_twins_loss(a: Tensor, b: Tensor, off_diagonal: float) -> Tensor:
     """Return sum_i (1 - C_ii)^2 + lambda * sum_{i != j} C_ij^2 (Barlow Twins Eq 1-2).
 
-    C is the cross-correlation of both views' projections along the batch. The sum of its squares is taken
-    from the B x B Gram matrices, ||A'B||^2 = <AA', BB'>, which costs 2B/D of the D x D form.
-
-    Args:
-        a: projections of the first views [B, D].
-        b: of the second ones.
-        off_diagonal: lambda.
+    `off_diagonal` is lambda, C the cross-correlation of both views' projections [B, D] along the batch. The
+    sum of its squares is taken from the B x B Gram matrices, ||A'B||^2 = <AA', BB'>, which costs 2B/D of the
+    D x D form.
     """
-    a, b = (_standardised(z) for z in (a, b))
+    # Batch norm without parameters: columns of mean 0 and variance 1.
+    a, b = (F.batch_norm(z, None, None, training=True) for z in (a, b))
     num = len(a)
     diagonal = (a * b).sum(0) / num
     squares = ((a @ a.T) * (b @ b.T)).sum() / num**2
@@ -143,38 +131,21 @@ def barlow_twins_loss(a: Tensor, b: Tensor, off_diagonal: float) -> Tensor:
     return (1 - diagonal).square().sum() + off_diagonal * off
 
 
-def _standardised(z: Tensor) -> Tensor:
-    """Return columns of mean 0 and variance 1 along the batch (batch norm without parameters)."""
-    return F.batch_norm(z, None, None, training=True)
-
-
 def projector(dim: int, width: int) -> nn.Sequential:
     """Return the three-layer projector [N, dim] -> [N, width]."""
-    return nn.Sequential(
-        nn.Linear(dim, width, bias=False),
-        nn.BatchNorm1d(width),
-        nn.ReLU(inplace=True),
-        nn.Linear(width, width, bias=False),
-        nn.BatchNorm1d(width),
-        nn.ReLU(inplace=True),
-        nn.Linear(width, width, bias=False),
-    )
+    layers: list[nn.Module] = []
+    for size in (dim, width):
+        layers += [nn.Linear(size, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers, nn.Linear(width, width, bias=False))
 
 
 def random_view(
     pixels: Tensor, generator: torch.Generator, *, crop_area: float, flip: bool, solarize: float = 0.0
 ) -> Tensor:
-    """Return one random view of each image, computed on the images' device.
+    """Return one random view of each image, float32 [N, C, H, W] in [0, 1], computed on their device.
 
-    Args:
-        pixels: float32 [N, C, H, W] in [0, 1].
-        generator: CPU generator of every draw.
-        crop_area: smallest share of the area that is cropped, sides in a ratio of 3/4 to 4/3.
-        flip: whether half of the views are mirrored.
-        solarize: share of the views whose bright half is inverted.
-
-    Returns:
-        float32 [N, C, H, W] in [0, 1].
+    The CPU generator makes every draw. A crop takes at least `crop_area` of the area, sides in a ratio of 3/4
+    to 4/3; `flip` mirrors half of the views; `solarize` is the share of them whose bright half is inverted.
     """
     u = torch.rand(len(pixels), _SOLAR + 1, generator=generator).to(pixels.device, non_blocking=True)
     area = crop_area + (1 - crop_area) * u[:, _AREA]
@@ -225,12 +196,9 @@ def _grey(pixels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SslTrainer:
-    """Trains the pool's self-supervised teachers on the images of a split.
+    """Trains the pool's self-supervised teachers on a split's images, uint8 [N, C, H, W].
 
-    Attributes:
-        images: uint8 [N, C, H, W].
-        device: where to compute.
-        dataset_name: recorded in the entry; its key does not depend on it.
+    The name of the dataset is recorded in the entry; its key does not depend on it.
     """
 
     images: Tensor
@@ -255,10 +223,8 @@ class SslTrainer:
             raise DivergedError(f"the teacher's loss must stay finite, got {losses[-1]}; lower teacher.lr")
         weights = {f"weights.{name}": tensor for name, tensor in net.state_dict().items()}
         features = embed_images(net, self.images, space.encode, self.device)
-        measured: dict[str, Any] = {"first_loss": losses[0], "final_loss": losses[-1]}
-        if self.dataset_name is not None:
-            measured["dataset_name"] = self.dataset_name
-        return {**weights, "features": features}, measured
+        name = {} if self.dataset_name is None else {"dataset_name": self.dataset_name}
+        return {**weights, "features": features}, {"first_loss": losses[0], "final_loss": losses[-1], **name}
 
     def _train(
         self, net: Net, config: TeacherConfig, space: PixelSpace, seed: int, flip: bool
@@ -273,17 +239,14 @@ class SslTrainer:
         views = _TwoViews(net, head).train()
         order = Order(num, min(config.batch, num), last="drop")
         generator = derive(seed, "views")
-        epochs: list[Tensor] = []
+        losses: list[Tensor] = []
         epoch = len(order.sizes)
         steps = config.epochs * epoch
 
         def batch(index: Tensor) -> Batch:
             raw = pixels[index].float() / 255
-            pair = [
-                random_view(raw, generator, crop_area=config.crop_area, flip=flip, solarize=share)
-                for share in (0.0, config.solarize)
-            ]
-            return (torch.stack([space.encode(view) for view in pair], 1),)
+            view = partial(random_view, raw, generator, crop_area=config.crop_area, flip=flip)
+            return (torch.stack([space.encode(view(solarize=s)) for s in (0.0, config.solarize)], 1),)
 
         rule = Rule(
             lambda views: barlow_twins_loss(views[0], views[1], config.off_diagonal),
@@ -295,10 +258,10 @@ class SslTrainer:
             map(batch, order.indices(generator, device)),
             lr=lambda step: config.lr * _schedule(step, steps),
             epoch=epoch,
-            on_epoch=epochs.append,
+            on_epoch=losses.append,
         )
         net.eval()
-        return [float(value) for value in epochs]
+        return [float(value) for value in losses]
 
 
 class _TwoViews(nn.Module):
