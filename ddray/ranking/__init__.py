@@ -23,10 +23,6 @@ def space_names() -> list[str]:
 
 
 def get_definition(name: str) -> SpaceDefinition:
-    """Return what a space brings.
-
-    Raises:
-        InputError: there is no such space.
-    """
+    """Return what a space brings; InputError if there is no such space."""
     definition: SpaceDefinition = _SPACES.get(name, "--space")
     return definition

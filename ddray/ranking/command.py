@@ -3,9 +3,10 @@
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
@@ -13,12 +14,12 @@ import torch
 
 from ddray.artifact.reading import load
 from ddray.config import option_name
-from ddray.data import Dataset, SplitName, open_dataset
+from ddray.data import SplitName, carve_val, open_dataset
 from ddray.errors import DdrayError, InputError, unknown
 from ddray.evaluation.options import PixelKind
 from ddray.jobs.score import check_fits, foreign_space
 from ddray.ranking import get_definition, space_names
-from ddray.ranking.figures_of_merit import figures_of_merit, mean_over_seeds
+from ddray.ranking.figures_of_merit import Array, figures_of_merit, mean_over_seeds
 from ddray.ranking.options import NasModes, NasRequest
 from ddray.ranking.proxies import (
     Proxy,
@@ -29,29 +30,16 @@ from ddray.ranking.proxies import (
     warn_of_seen_val,
 )
 from ddray.ranking.result import ArchList, NasResult, ProxyResult
-from ddray.ranking.spaces import NasSpace, get_space, owners, parse_indices
-from ddray.ranking.sweep import (
-    NasConfig,
-    NasOptions,
-    Sweep,
-    choose_architectures,
-    run_sweep,
-    split_for,
-)
+from ddray.ranking.spaces import get_space, owners, parse_indices
+from ddray.ranking.sweep import NasConfig, NasOptions, Sweep, choose_architectures, run_sweep
 from ddray.ranking.truth import Truth, read_scores, read_truth
 from ddray.runs.executor import Executor
 from ddray.runs.ledger import Row
 from ddray.system.files import write_atomically, write_text
 
-_NO_TEST = "truth_test_accuracy"
-
 
 def describe(space_name: str, text: str) -> ArchList:
-    """Return index, parameters and FLOPs (millions) and choices of each architecture.
-
-    Args:
-        space_name: one of `space_names()`.
-        text: `all`, or comma-separated indices.
+    """Return index, parameters and FLOPs (millions) and choices of architectures: `all`, or such as `1,5`.
 
     Raises:
         InputError: an unknown space or index.
@@ -105,14 +93,8 @@ def compare_scores(path: Path, options: NasOptions) -> NasResult:
     if options.truth == "whole":
         raise InputError("--scores needs --truth table, api:FILE or a CSV file: nothing is trained")
     truth = read_truth(options, space, indices)
-    figures = figures_of_merit(
-        scores[None],
-        truth.values,
-        storage_images=0,
-        wall_s=time.perf_counter() - begin,
-        chance=None,
-        seed=options.seed,
-    )
+    wall_s = time.perf_counter() - begin
+    figures = figures_of_merit(scores[None], truth.values, storage_images=0, wall_s=wall_s, seed=options.seed)
     proxy = ProxyResult.parse({"proxy": path.name, **figures})
     return NasResult(space=options.space, num_archs=len(indices), proxies=[proxy])
 
@@ -129,32 +111,23 @@ def prepare(request: NasRequest, options: NasOptions, config: NasConfig, *, can_
             "--gpus-per-worker must be 0 with --executor local where torch sees no GPU, "
             f"got {options.gpus_per_worker:g}"
         )
-    named = None if request.dataset is None else _open(request.dataset, request)
+    opened = partial(open_dataset, data_dir=request.data_dir, download=request.download)
+    named = None if request.dataset is None else opened(request.dataset)
     space = foreign_space(named, request.pixel_space)
     sets = [load(path, dataset=named, pixel_space=space) for path in request.proxies]
-    dataset = named or _open(sets[0].meta.dataset, request)
+    dataset = named or opened(sets[0].meta.dataset)
     for path, distilled in zip(request.proxies, sets, strict=True):
         check_fits(distilled, dataset, path)
     indices = choose_architectures(options, config, dataset)
-    train, val = split_for(dataset, options.seed)
-    files = file_proxies(request.proxies, sets)
+    train, val = carve_val(dataset.train(), seed=options.seed)
+    proxies = file_proxies(request.proxies, sets)
     warn_of_seen_val(request.proxies, sets, str(SplitName(options.seed)))
-    baselines = baseline_proxies(
-        request.baselines,
-        files,
-        dataset,
-        train,
-        config,
-        seed=options.seed,
-        device=torch.device("cpu"),
-    )
-    proxies = (*files, *baselines)
+    proxies += baseline_proxies(request.baselines, proxies, dataset, train, config, seed=options.seed)
     if request.compat:
-        faults = get_definition(options.space).harnesses[request.compat]
-        proxies = (*proxies, *harness_variants(proxies, faults))
+        proxies += harness_variants(proxies, get_definition(options.space).harnesses[request.compat])
     check_names(proxies)
     device = "cuda" if options.gpus_per_worker > 0 else "cpu"
-    return Sweep(options, config, dataset, train, val, proxies, indices, device, can_grow=can_grow)
+    return Sweep(options, config, dataset, train, val, tuple(proxies), indices, device, can_grow=can_grow)
 
 
 def check_compat(compat: str | None, space: str) -> None:
@@ -165,14 +138,10 @@ def check_compat(compat: str | None, space: str) -> None:
     """
     if compat is None or compat in get_definition(space).harnesses:
         return
-    if spaces := owners(lambda definition: compat in definition.harnesses):
+    if spaces := owners(compat, attrgetter("harnesses")):
         raise InputError(f"--compat {compat} needs --space {spaces}, got {space}")
     harnesses = {name for other in space_names() for name in get_definition(other).harnesses}
     raise unknown("--compat", compat, harnesses)
-
-
-def _open(name: str, request: NasRequest) -> Dataset:
-    return open_dataset(name, data_dir=request.data_dir, download=request.download)
 
 
 def run_nas(
@@ -187,14 +156,8 @@ def run_nas(
 ) -> NasResult:
     """Train architectures on proxies, rank them, compare with the truth, and write table, plots and page.
 
-    Args:
-        request: the proxies.
-        options: the options.
-        config: how architectures are trained.
-        executor: runs the units.
-        run_dir: the run's folder; None creates a numbered one.
-        resume: continue the run in the folder.
-        can_grow: whether a resumed sweep may have other proxies than before.
+    The run's folder is `run_dir` (None creates a numbered one). `can_grow`: a resumed sweep may have other
+    proxies than before.
 
     Raises:
         InputError: any invalid input.
@@ -207,12 +170,13 @@ def run_nas(
         truth = read_truth(options, sweep.space(), sweep.indices)
     run, rows = run_sweep(sweep, executor, run_dir=run_dir, resume=resume)
     ranking = collect(sweep, rows, truth)
+    failed = [row for row in rows if row.status == "failed"]
     result = NasResult.parse(
         {
             "space": options.space,
             "dataset": sweep.dataset.name,
             "num_archs": len(sweep.indices),
-            "num_failed": sum(row.status == "failed" for row in rows),
+            "num_failed": len(failed),
             "run_dir": str(run.folder),
             "truth": ranking.truth_facts,
             "proxies": ranking.proxies,
@@ -221,60 +185,42 @@ def run_nas(
     )
     _write(run.folder, result, ranking.table)
     if not any(figures["num_archs"] for figures in ranking.proxies):
-        raise DdrayError(_why_nothing(run.folder, rows))
+        reasons = "; ".join(sorted({row.error or "unknown" for row in failed}))
+        raise DdrayError(
+            "at least one architecture must finish on a proxy and have a truth, none does in "
+            f"{run.folder}: {reasons or 'the truth has none of them'}; try smaller ones with --max-mflops"
+        )
     return result
 
 
-def _why_nothing(folder: Path, rows: Sequence[Row]) -> str:
-    """Return why no architecture of a sweep has both a score and a truth."""
-    reasons = sorted({row.error or "unknown" for row in rows if row.status == "failed"})
-    return (
-        f"at least one architecture must finish on a proxy and have a truth, none does in {folder}: "
-        f"{'; '.join(reasons) or 'the truth has none of them'}; try smaller ones with --max-mflops"
-    )
-
-
-@dataclass(frozen=True)
-class SweepResults:
-    """Results computed from a sweep's rows.
-
-    Attributes:
-        proxies: figures of merit, one mapping per proxy.
-        table: one line per proxy and architecture; test appears in the last column only.
-        truth_facts: source of the truth; for a trained one also seconds, images and number diverged.
-    """
+class SweepResults(NamedTuple):
+    """Results computed from a sweep's rows."""
 
     proxies: list[dict[str, Any]]
+    """Figures of merit, one mapping per proxy; None where nothing finished."""
     table: pd.DataFrame
+    """One line per proxy and architecture; test appears in the last column only."""
     truth_facts: dict[str, Any]
+    """Source of the truth; for a trained one also seconds, images and number diverged."""
 
 
 def collect(sweep: Sweep, rows: Sequence[Row], truth: Truth | None) -> SweepResults:
-    """Return the figures and the table for a sweep's rows.
-
-    Args:
-        sweep: the sweep.
-        rows: its rows.
-        truth: truth from a file or table; None takes the `truth` rows.
-
-    Returns:
-        Figures and table; None and NaN for a proxy on which nothing finished.
-    """
+    """Return the figures and the table for a sweep's rows; without a `truth`, the `truth` rows are it."""
     columns = {index: column for column, index in enumerate(sweep.indices)}
     true_rows = [row for row in rows if row.kind == "truth"]
     facts: dict[str, Any] = {"source": sweep.options.truth}
     if truth is None:
-        values = _matrix(true_rows, columns, "val_accuracy")
-        test = _matrix(true_rows, columns, "test_accuracy")
-        truth = Truth("whole", values, mean_over_seeds(test) if np.isfinite(test).any() else None)
+        test = mean_over_seeds(_matrix(true_rows, columns, "test_accuracy"))
+        truth = Truth("whole", _matrix(true_rows, columns, "val_accuracy"), test)
         facts |= {
             "wall_s": sum(row.wall_s for row in true_rows),
             "storage_images": len(sweep.train),
             "num_diverged": _num_diverged(true_rows),
         }
-    space = sweep.space()
     # A constant guess scores the share of val's largest class: more than 1/K if class sizes differ.
     chance = float(torch.bincount(sweep.val.labels).max()) / len(sweep.val)
+    space = sweep.space()
+    described = pd.DataFrame([space.describe(index) for index in sweep.indices])
     proxies, tables = [], []
     for proxy in sweep.proxies:
         proxy_rows = [row for row in rows if row.kind == "nas" and row.spec["proxy"] == proxy.name]
@@ -289,7 +235,7 @@ def collect(sweep: Sweep, rows: Sequence[Row], truth: Truth | None) -> SweepResu
             seed=sweep.options.seed,
         )
         proxies.append({"proxy": proxy.name, **figures, "num_diverged": _num_diverged(proxy_rows)})
-        tables.append(_table(proxy, space, sweep.indices, scores, truth))
+        tables.append(_table(proxy, described, scores, truth))
     return SweepResults(proxies, pd.concat(tables, ignore_index=True), facts)
 
 
@@ -298,7 +244,7 @@ def _num_diverged(rows: Sequence[Row]) -> int:
     return len({row.spec["index"] for row in rows if row.result.get("diverged")})
 
 
-def _matrix(rows: Sequence[Row], columns: Mapping[int, int], name: str) -> np.ndarray[Any, Any]:
+def _matrix(rows: Sequence[Row], columns: Mapping[int, int], name: str) -> Array:
     """Return accuracies [S, A], NaN for failed or missing units."""
     seeds = sorted({row.spec["seed"] for row in rows})
     accuracies = np.full((max(1, len(seeds)), len(columns)), np.nan)
@@ -309,35 +255,20 @@ def _matrix(rows: Sequence[Row], columns: Mapping[int, int], name: str) -> np.nd
     return accuracies
 
 
-def _table(
-    proxy: Proxy, space: NasSpace, indices: Sequence[int], scores: np.ndarray[Any, Any], truth: Truth
-) -> pd.DataFrame:
+def _table(proxy: Proxy, described: pd.DataFrame, scores: Array, truth: Truth) -> pd.DataFrame:
     """Return one line per architecture, the proxy's best first."""
-    lines = []
-    mean = mean_over_seeds(scores)
-    true = mean_over_seeds(np.atleast_2d(truth.values))
-    for column, index in enumerate(indices):
-        seed_accuracies = [float(value) for value in scores[:, column] if np.isfinite(value)]
-        described = {k: v for k, v in space.describe(index).items() if k not in ("index", "name")}
-        lines.append(
-            {
-                "proxy": proxy.name,
-                "index": index,
-                "name": space.arch_name(index),
-                **described,
-                "proxy_accuracy": mean[column],
-                "proxy_accuracy_std": statistics.stdev(seed_accuracies)
-                if len(seed_accuracies) > 1
-                else np.nan,
-                "proxy_rank": np.nan,
-                "truth_accuracy": true[column],
-                "truth_rank": np.nan,
-                "num_seeds": len(seed_accuracies),
-                "failed": not seed_accuracies,
-                _NO_TEST: np.nan if truth.test is None else truth.test[column],
-            }
-        )
-    table = pd.DataFrame(lines)
+    by_arch = [accuracies[np.isfinite(accuracies)].tolist() for accuracies in scores.T]
+    table = described.assign(
+        proxy_accuracy=mean_over_seeds(scores),
+        proxy_accuracy_std=[statistics.stdev(each) if len(each) > 1 else np.nan for each in by_arch],
+        proxy_rank=np.nan,
+        truth_accuracy=mean_over_seeds(np.atleast_2d(truth.values)),
+        truth_rank=np.nan,
+        num_seeds=[len(each) for each in by_arch],
+        failed=[not each for each in by_arch],
+        truth_test_accuracy=np.nan if truth.test is None else truth.test,
+    )
+    table.insert(0, "proxy", proxy.name)
     for name in ("proxy", "truth"):
         table[f"{name}_rank"] = table[f"{name}_accuracy"].rank(ascending=False, method="min")
     return table.sort_values(["proxy_rank", "index"], ignore_index=True)

@@ -3,17 +3,12 @@
 import itertools
 from typing import Any, Final
 
-import torch
-
 from ddray.config import read_yaml
 from ddray.errors import InputError
 from ddray.nets import Net, build_net, convnet_name
 from ddray.nets.names import Arch, parse_arch
-from ddray.ranking.spaces import SpaceDefinition
+from ddray.ranking.spaces import Device, Shape, SpaceDefinition
 from ddray.system.shipped import shipped
-
-DESCRIBED_SHAPE = (3, 32, 32)
-DESCRIBED_CLASSES = 10
 
 
 class ConvNet720:
@@ -31,11 +26,7 @@ class ConvNet720:
         return len(self._points)
 
     def choices(self, index: int) -> dict[str, Any]:
-        """Return depth, width, activation, norm and pooling of an architecture.
-
-        Raises:
-            InputError: the index is out of range.
-        """
+        """Return depth, width, activation, norm and pooling of an architecture."""
         if not 0 <= index < len(self):
             raise InputError(f"indices of {self.name} must be in 0..{len(self) - 1}, got {index}")
         return dict(self._points[index])
@@ -46,40 +37,26 @@ class ConvNet720:
 
     def describe(self, index: int) -> dict[str, Any]:
         """Return index, name, choices, and parameters and FLOPs in millions for 3x32x32 and 10 classes."""
-        params, flops = convnet_size(parse_arch(self.arch_name(index)), DESCRIBED_SHAPE, DESCRIBED_CLASSES)
+        name = self.arch_name(index)
+        params, flops = convnet_size(parse_arch(name), (3, 32, 32), 10)
         sizes = {"params_m": params / 1e6, "flops_m": flops / 1e6}
-        return {"index": index, "name": self.arch_name(index), **self.choices(index), **sizes}
+        return {"index": index, "name": name, **self.choices(index), **sizes}
 
     def build(
-        self,
-        index: int,
-        image_shape: tuple[int, int, int],
-        num_classes: int,
-        *,
-        seed: int,
-        device: str | torch.device = "cpu",
+        self, index: int, image_shape: Shape, num_classes: int, *, seed: int, device: Device = "cpu"
     ) -> Net:
-        """Build an architecture for images of `image_shape` (C, H, W); `seed` determines every weight."""
+        """Build an architecture by its name."""
         return build_net(self.arch_name(index), image_shape, num_classes, seed=seed, device=device)
 
-    def cost(self, index: int, image_shape: tuple[int, int, int], num_classes: int) -> float:
-        """Return the multiply-adds of one image's forward pass, in millions.
-
-        Raises:
-            InputError: the image is too small for the depth.
-        """
+    def cost(self, index: int, image_shape: Shape, num_classes: int) -> float:
+        """Return the multiply-adds of one image's forward pass, in millions."""
         return convnet_size(parse_arch(self.arch_name(index)), image_shape, num_classes)[1] / 1e6
 
 
-def convnet_size(arch: Arch, image_shape: tuple[int, int, int], num_classes: int) -> tuple[int, int]:
+def convnet_size(arch: Arch, image_shape: Shape, num_classes: int) -> tuple[int, int]:
     """Return parameters and FLOPs (per image) of a ConvNet without building it.
 
     FLOPs are counted as for NAS-Bench-201 (`ddray.nets.nasbench201.cell_net_size`), biases included.
-
-    Args:
-        arch: the parsed name.
-        image_shape: (C, H, W) of the images.
-        num_classes: K.
 
     Raises:
         InputError: the image is too small for the depth.
@@ -87,11 +64,11 @@ def convnet_size(arch: Arch, image_shape: tuple[int, int, int], num_classes: int
     channels, height, width = image_shape
     params = flops = 0
     for block in range(arch.depth):
-        if block == 0 and image_shape[0] == 1:  # padded by 3 instead of 1
+        if block == 0 and channels == 1:  # padded by 3 instead of 1
             height, width = height + 4, width + 4
         weights = (9 * channels + 1) * arch.width
         channels = arch.width
-        params += weights + _norm_params(arch.norm, (channels, height, width))
+        params += weights + 2 * channels * {"none": 0, "layer": height * width}.get(arch.norm, 1)
         flops += weights * height * width
         if arch.pooling != "none":
             height, width = height // 2, width // 2
@@ -102,14 +79,6 @@ def convnet_size(arch: Arch, image_shape: tuple[int, int, int], num_classes: int
         )
     linear = (channels * height * width + 1) * num_classes
     return params + linear, flops + linear
-
-
-def _norm_params(norm: str, shape: tuple[int, int, int]) -> int:
-    """Return the weights and biases of a norm for maps of `shape` (C, H, W)."""
-    if norm == "none":
-        return 0
-    channels, height, width = shape
-    return 2 * channels * (height * width if norm == "layer" else 1)
 
 
 SPACE: Final = SpaceDefinition(

@@ -14,8 +14,7 @@ fewer distinct ones, hence noisier means: such intervals are biased low.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -40,50 +39,42 @@ def figures_of_merit(
     num_bootstrap: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Compare a proxy's ranking with the truth's.
+    """Compare a proxy's ranking by val accuracies `scores` [S, A] (or [A]) with the `truth` [T, A] (or [A]).
 
-    Both sides are means over the seeds that finished. Equal values share their average rank in correlations;
-    elsewhere (top 1, 5, 10, the border of the top 20 %) ties go to the earlier architecture.
+    NaN marks a failed unit, or an unknown truth. Both sides are means over the seeds that finished. Equal
+    values share their average rank in correlations; elsewhere (top 1, 5, 10, the border of the top 20 %) ties
+    go to the earlier architecture.
 
-    Args:
-        scores: proxy val accuracies [S, A] (or [A]), NaN for a failed unit.
-        truth: accuracies [T, A] (or [A]) that the ranking is compared with, NaN where unknown.
-        storage_images: images that the proxy stores; reported unchanged.
-        wall_s: seconds that the proxy's training took; reported unchanged.
-        chance: accuracy of the best constant guess, the share of val's largest class; None (scores are not
-            accuracies) leaves `num_at_chance` undefined.
-        num_val: images behind one val accuracy: a mean score at most one standard error
-            sqrt(chance (1 - chance) / num_val) above chance counts as at chance; None allows no margin.
-        num_bootstrap: draws per interval.
-        seed: seed of the draws.
+    `chance` is the accuracy of the best constant guess, the share of val's largest class. A mean score counts
+    as at chance up to one standard error sqrt(chance (1 - chance) / num_val) above it, without `num_val` (the
+    images behind one val accuracy) up to `chance` itself. None: the scores are not accuracies.
 
     Returns:
-        `spearman`, `spearman_ci95`, `spearman_top20`, `spearman_top20_ci95`, `kendall`,
-        `top1_truth_accuracy`, `top5_truth_accuracy`, `top10_truth_accuracy` (best truth among the first k),
-        `best_truth_accuracy` (best of all, ranked or not), `num_ties` (architectures that share their mean
-        score), `num_at_chance`, `num_archs` (ranked), `num_failed` (left out because score or truth is
-        missing), `wall_s` and `storage_images`. Undefined figures (fewer than 3 architectures, a constant
-        side) are None.
+        `spearman`, `spearman_ci95`, `spearman_top20`, `spearman_top20_ci95` (intervals of `num_bootstrap`
+        draws), `kendall`, `top1_truth_accuracy`, `top5_truth_accuracy`, `top10_truth_accuracy` (best truth
+        among the first k), `best_truth_accuracy` (best of all, ranked or not), `num_ties` (architectures that
+        share their mean score), `num_at_chance`, `num_archs` (ranked), `num_failed` (left out because score
+        or truth is missing), and unchanged `wall_s` and `storage_images`. Undefined figures (fewer than 3
+        architectures, a constant side, no `chance`) are None.
 
     Raises:
         ValueError: scores and truth differ in their number of architectures.
     """
     seed_scores, seed_truth = _by_seed(scores), _by_seed(truth)
-    if seed_scores.shape[1] != seed_truth.shape[1]:
-        raise ValueError(
-            f"scores are of {seed_scores.shape[1]} architectures, truth of {seed_truth.shape[1]}"
-        )
+    num_scored, num_true = seed_scores.shape[1], seed_truth.shape[1]
+    if num_scored != num_true:
+        raise ValueError(f"scores are of {num_scored} architectures, truth of {num_true}")
     complete = np.isfinite(seed_scores).any(0) & np.isfinite(seed_truth).any(0)
     all_true = mean_over_seeds(seed_truth)
-    best = float(np.nanmax(all_true)) if np.isfinite(all_true).any() else None
     seed_scores, seed_truth = seed_scores[:, complete], seed_truth[:, complete]
     x, y = mean_over_seeds(seed_scores), mean_over_seeds(seed_truth)
     ranked = y[_first(x, len(x))]
+    counts = np.unique(x, return_counts=True)[1]
     return {
         **_correlations(seed_scores, seed_truth, num_bootstrap, seed),
         **{f"top{k}_truth_accuracy": float(ranked[:k].max()) if len(x) else None for k in (1, 5, 10)},
-        "best_truth_accuracy": best,
-        "num_ties": _num_ties(x),
+        "best_truth_accuracy": float(np.nanmax(all_true)) if np.isfinite(all_true).any() else None,
+        "num_ties": int(counts[counts > 1].sum()),
         "num_at_chance": None if chance is None else int((x <= _highest_guess(chance, num_val)).sum()),
         "num_archs": len(x),
         "num_failed": int((~complete).sum()),
@@ -141,12 +132,6 @@ def _correlation(measure: Callable[[Array, Array], Any], x: Array, y: Array) -> 
     return float(measure(x, y).statistic)
 
 
-def _num_ties(x: Array) -> int:
-    """Return how many values occur more than once."""
-    counts = np.unique(x, return_counts=True)[1]
-    return int(counts[counts > 1].sum())
-
-
 def _highest_guess(chance: float, num_val: int | None) -> float:
     """Return the highest mean accuracy that counts as guessing."""
     error = math.sqrt(chance * (1 - chance) / num_val) if num_val else 0.0
@@ -181,19 +166,12 @@ def _bootstrap(scores: Array, truth: Array, num_draws: int, seed: int) -> tuple[
     return whole, fifth
 
 
-@dataclass(frozen=True)
-class _Sorted:
-    """Mean values [A], sorted and grouped for ranking.
+class _Sorted(NamedTuple):
+    """Mean values [A], sorted and grouped for ranking."""
 
-    Attributes:
-        groups: index of each value among the distinct values, ascending [A].
-        descending: indices, highest value first, ties in their order [A].
-        finite: mask of the defined values [A].
-    """
-
-    groups: NDArray[np.intp]
-    descending: NDArray[np.intp]
-    finite: NDArray[np.bool_]
+    groups: NDArray[np.intp]  # index of each value among the distinct values, ascending [A]
+    descending: NDArray[np.intp]  # indices, highest value first, ties in their order [A]
+    finite: NDArray[np.bool_]  # mask of the defined values [A]
 
 
 class _Seeds:

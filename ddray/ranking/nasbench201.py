@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-import torch
 from pydantic import Field
 
 from ddray.config import Config, read_yaml
@@ -28,7 +27,7 @@ from ddray.errors import InputError, unknown
 from ddray.nets.build import Net
 from ddray.nets.nasbench201 import Skeleton, build_cell_net, cell_net_size, parse_arch_str, to_arch_str
 from ddray.ranking.options import NasConfig
-from ddray.ranking.spaces import SpaceDefinition
+from ddray.ranking.spaces import Device, Shape, SpaceDefinition
 from ddray.ranking.truth import Truth
 from ddray.system.shipped import shipped
 from ddray.system.tensors import load_plain
@@ -37,8 +36,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _FOLDER: Final = ("search_spaces", "nas")
-_SHAPE: Final = (3, 32, 32)
-_NUM_CLASSES: Final = 10
 DEFAULT_COLUMN: Final = "cifar10_test_200_mean"
 _COLUMN = re.compile(
     r"(cifar10|cifar100|imagenet16)_(valid|test|valtest)_(12|200)(?:_(mean|mean_derived|s\d+))?$"
@@ -112,29 +109,18 @@ class NasBench201:
         table = read_table()
         self._arch_strs: list[str] = table["arch_str"].tolist()
         self._unique: list[str] = table["unique_str"].tolist()
-        self._benchmark = Skeleton(**_space_file()["benchmark"])
+        self._canonical: list[int] = table.groupby("unique_str")["index"].transform("min").tolist()
         self._indices = {text: index for index, text in enumerate(self._arch_strs)}
-        self._first: dict[str, int] = {}
-        for index, unique in enumerate(self._unique):
-            self._first.setdefault(unique, index)
 
     def __len__(self) -> int:
         return len(self._arch_strs)
 
     def index_of(self, arch_str: str) -> int:
-        """Return the benchmark's index of a cell.
-
-        Raises:
-            InputError: the text is not a valid arch_str.
-        """
+        """Return the benchmark's index of a cell; InputError if the text is not a valid arch_str."""
         return self._indices[to_arch_str(parse_arch_str(arch_str))]
 
     def choices(self, index: int) -> dict[str, Any]:
-        """Return the cell's arch_str.
-
-        Raises:
-            InputError: the index is out of range.
-        """
+        """Return the cell's arch_str."""
         return {"arch_str": self._arch_str(index)}
 
     def arch_name(self, index: int) -> str:
@@ -148,28 +134,21 @@ class NasBench201:
         Sizes are those of the benchmark's own network (C = 16, N = 5, affine BN) for 3x32x32 and 10 classes.
         `unique_str` is the same for cells that sum the same branches; `canonical` is the first index with it.
         """
-        params, flops = cell_net_size(self._ops(index), _SHAPE, _NUM_CLASSES, self._benchmark)
-        unique = self._unique[index]
+        params, flops = cell_net_size(self._ops(index), (3, 32, 32), 10)
         return {
             "index": index,
             "name": self.arch_name(index),
             **self.choices(index),
             "params_m": params / 1e6,
             "flops_m": flops / 1e6,
-            "unique_str": unique,
-            "canonical": self._first[unique],
+            "unique_str": self._unique[index],
+            "canonical": self._canonical[index],
         }
 
     def build(
-        self,
-        index: int,
-        image_shape: tuple[int, int, int],
-        num_classes: int,
-        *,
-        seed: int,
-        device: str | torch.device = "cpu",
+        self, index: int, image_shape: Shape, num_classes: int, *, seed: int, device: Device = "cpu"
     ) -> Net:
-        """Build a cell's network for images of `image_shape` (C, H, W); `seed` determines every weight."""
+        """Build a cell's network."""
         return build_cell_net(
             self._arch_str(index),
             image_shape,
@@ -180,7 +159,7 @@ class NasBench201:
             device=device,
         )
 
-    def cost(self, index: int, image_shape: tuple[int, int, int], num_classes: int) -> float:
+    def cost(self, index: int, image_shape: Shape, num_classes: int) -> float:
         """Return the multiply-adds of one image's forward pass, in millions."""
         return cell_net_size(self._ops(index), image_shape, num_classes, self.skeleton)[1] / 1e6
 
@@ -194,12 +173,9 @@ class NasBench201:
 
 
 def table_truth(indices: Sequence[int], column: str | None = None, file: Path | None = None) -> Truth:
-    """Return a column of the NAS-Bench-201 table.
+    """Return an accuracy column of the NAS-Bench-201 table; NaN for a cell without a run of that seed.
 
-    Args:
-        indices: the cells.
-        column: an accuracy column; NaN for a cell without a run of that seed. Default `DEFAULT_COLUMN`.
-        file: unused: the table ships with ddray.
+    `file` is unused: the table ships with ddray.
 
     Raises:
         InputError: an unknown column, or a cell that does not exist.
@@ -211,43 +187,29 @@ def table_truth(indices: Sequence[int], column: str | None = None, file: Path | 
 
 
 def _cells(indices: Sequence[int], column: str) -> np.ndarray[Any, Any]:
-    """Return a column of the table at `indices`.
-
-    Raises:
-        InputError: a cell that does not exist.
-    """
+    """Return a column of the table at `indices`; InputError if a cell does not exist."""
     values = read_table()[column].to_numpy()
-    wrong = [index for index in indices if not 0 <= index < len(values)]
-    if wrong:
+    if wrong := [index for index in indices if not 0 <= index < len(values)]:
         raise InputError(f"index must be in 0..{len(values) - 1} for nasbench201, got {wrong[0]}")
     selected: np.ndarray[Any, Any] = values[np.asarray(indices, dtype=np.int64)]
     return selected
 
 
 def _parse_column(column: str) -> tuple[str, str, str, str]:
-    """Split an accuracy column's name into dataset, split, epochs and suffix (`mean`, `s777`, ...).
-
-    Raises:
-        InputError: it is not an accuracy column.
-    """
-    columns = [name for name in read_table().columns if _COLUMN.match(name)]
-    match = _COLUMN.match(column)
-    if match is None or column not in columns:
+    """Split an accuracy column's name into dataset, split, epochs and suffix (`mean`, `s777`, ...)."""
+    columns = {name: match for name in read_table().columns if (match := _COLUMN.match(name))}
+    if column not in columns:
         raise unknown("--truth-column", column, columns)
-    dataset, split, epochs, suffix = match.groups(default="")
+    dataset, split, epochs, suffix = columns[column].groups(default="")
     return dataset, split, epochs, suffix
 
 
 def api_truth(indices: Sequence[int], column: str | None, path: Path) -> Truth:
-    """Return accuracies from the original NAS-Bench-201 file through its package.
+    """Return accuracies from the original file (`NAS-Bench-201-v1_0-e61699.pth` or `-v1_1-096897.pth`).
 
-    Cells are matched by structure. `*_mean` averages all seeds, `*_s777` takes one: NaN for a cell without
-    that run. The table had to derive its `*_derived` columns; the file contains their values.
-
-    Args:
-        indices: the cells.
-        column: an accuracy column of the table; default `DEFAULT_COLUMN`.
-        path: `NAS-Bench-201-v1_0-e61699.pth` or `-v1_1-096897.pth`.
+    It is read through its package. Cells are matched by structure. Columns are the table's: `*_mean` averages
+    all seeds, `*_s777` takes one: NaN for a cell without that run. The table had to derive its `*_derived`
+    columns; the file contains their values.
 
     Raises:
         InputError: the package or the file is missing, the file is damaged, the wrong one, or lacks a cell or
@@ -255,27 +217,25 @@ def api_truth(indices: Sequence[int], column: str | None, path: Path) -> Truth:
     """
     column = column or DEFAULT_COLUMN
     dataset, split, epochs, suffix = _parse_column(column)
-    structures = [str(structure) for structure in _cells(indices, "arch_str")]
-    api, positions = _open_api(path, structures)
-    seed = int(suffix[1:]) if suffix.startswith("s") else False
-    values = [_query_accuracy(api, position, dataset, split, epochs, seed) for position in positions]
+    api, positions = _open_api(path, [str(structure) for structure in _cells(indices, "arch_str")])
+
+    def accuracies(split: str, seed: int | bool) -> np.ndarray[Any, Any]:
+        percent = [_query(api, position, dataset, split, epochs, seed) for position in positions]
+        return np.array(percent) / 100
+
+    values = accuracies(split, int(suffix[1:]) if suffix.startswith("s") else False)
     if not np.isfinite(values).any():
         raise InputError(
             f"{path} has no {column} for these {len(values)} cells; choose another --truth-column"
         )
-    test = (
-        np.array([_query_accuracy(api, position, dataset, "test", epochs, False) for position in positions])
-        / 100
-    )
-    return Truth(
-        f"api:{path.name}:{column}", np.array(values) / 100, test if np.isfinite(test).any() else None
-    )
+    test = accuracies("test", False)
+    return Truth(f"api:{path.name}:{column}", values, test if np.isfinite(test).any() else None)
 
 
 def _open_api(path: Path, structures: Sequence[str]) -> tuple[Any, list[int]]:
     """Return the package's API for the given cells of a file, and their positions in it.
 
-    The package copies its input: only the given cells are passed to it.
+    The package copies its input: no other cell is passed to it.
     """
     if not path.is_file():
         raise InputError(f"--truth api:FILE must name NAS-Bench-201's .pth file, {path} does not exist")
@@ -286,29 +246,24 @@ def _open_api(path: Path, structures: Sequence[str]) -> tuple[Any, list[int]]:
             "--truth api:FILE needs the package: pip install nas-bench-201; or use --truth table"
         ) from error
     benchmark = _load(path)
+    infos = benchmark["arch2infos"]
     position_of = {structure: position for position, structure in enumerate(benchmark["meta_archs"])}
-    missing = [
-        structure for structure in structures if position_of.get(structure) not in benchmark["arch2infos"]
-    ]
-    if missing:
+    if missing := [structure for structure in structures if position_of.get(structure) not in infos]:
         raise InputError(
             f"{path} must hold every cell that is ranked, "
             f"{len(missing)} are missing, the first is {missing[0]}"
         )
     positions = [position_of[structure] for structure in structures]
-    infos = {position: benchmark["arch2infos"][position] for position in positions}
+    benchmark["arch2infos"] = {position: infos[position] for position in positions}
+    benchmark["evaluated_indexes"] = positions
     try:
-        api = package.NASBench201API(
-            {**benchmark, "arch2infos": infos, "evaluated_indexes": positions}, verbose=False
-        )
+        api = package.NASBench201API(benchmark, verbose=False)
     except Exception as error:  # failed assertions, or keys missing at any depth
         raise InputError(f"nas-bench-201 cannot read {path} ({type(error).__name__}: {error})") from error
     return api, positions
 
 
-def _query_accuracy(
-    api: Any, position: int, dataset: str, split: str, epochs: str, seed: int | bool
-) -> float:
+def _query(api: Any, position: int, dataset: str, split: str, epochs: str, seed: int | bool) -> float:
     """Return one accuracy in percent, averaged over seeds (`seed` False) or of one; NaN if there is none."""
     # For CIFAR-10, only networks trained on half of train have validation accuracies.
     name = "cifar10-valid" if (dataset, split) == ("cifar10", "valid") else _API_NAMES[dataset]
@@ -320,11 +275,7 @@ def _query_accuracy(
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """Load the original file: plain values, NumPy scalars and tensors, never anything that runs code.
-
-    Raises:
-        InputError: the file is damaged, or not NAS-Bench-201's.
-    """
+    """Load the original file: plain values, NumPy scalars and tensors, never anything that runs code."""
     try:
         content = load_plain(path)
     except ValueError as error:
@@ -340,14 +291,7 @@ def _load(path: Path) -> dict[str, Any]:
 SPACE: Final = SpaceDefinition(
     NasBench201,
     # DC-BENCH's.
-    recipe={
-        "epochs": 50,
-        "lr": 0.025,
-        "lr_min": 0.001,
-        "weight_decay": 3e-4,
-        "batch": 64,
-        "clip": 5.0,
-    },
+    recipe={"epochs": 50, "lr": 0.025, "lr_min": 0.001, "weight_decay": 3e-4, "batch": 64, "clip": 5.0},
     # DC-BENCH trains on proxies for 50 epochs, and on the whole set as a proxy for 10.
     whole_epochs=10,
     config_type=NasBench201Config,

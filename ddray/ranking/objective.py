@@ -4,7 +4,7 @@ A small sample of architectures is trained on the whole train part once; a trial
 training on it ranks them. Everything is scored on val.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,14 +52,7 @@ class SpearmanObjective:
         }
 
     def score(self, distilled: DistilledSet, dataset: Dataset, val: Split, device: torch.device) -> float:
-        """Return Spearman's rho between a set's ranking and the truth; 0 where it is undefined.
-
-        Args:
-            distilled: the set that architectures are trained on.
-            dataset: gives the classes and whether images may be flipped.
-            val: real images to score on.
-            device: where to compute.
-        """
+        """Return Spearman's rho between a set's ranking on val and the truth; 0 where it is undefined."""
         decoded = distilled.decode()
         data = SweepData(
             sets={"proxy": training_set(decoded.images, decoded.labels, distilled.space())},
@@ -80,25 +73,16 @@ class SpearmanObjective:
             set_name="proxy",
             seeds=(derive_seed(self.seed, "nas", 0) % 2**31,),
             recipe=self.recipe,
-            num_steps=None,
             space=self.space,
-            shuffle=True,
-            cost=1.0,
         )
 
 
 def spearman_objective(
     options: NasOptions, dataset: Dataset, train: Split, val: Split, executor: Executor, folder: Path
 ) -> SpearmanObjective:
-    """Train the sampled architectures on the whole train part (or take them from `$DDRAY_HOME`).
+    """Train the sampled architectures on `train` (the whole but val), or take them from `$DDRAY_HOME`.
 
-    Args:
-        options: sample, epochs, resources.
-        dataset: the real data.
-        train: train without val.
-        val: real images to score on.
-        executor: runs the trainings.
-        folder: run directory of the trainings, continued if it exists.
+    The run in `folder` is continued if it exists.
 
     Raises:
         DdrayError: fewer than 3 architectures finished, or all reach the same accuracy.
@@ -109,34 +93,19 @@ def spearman_objective(
     # A search must not open test (docs/architecture.md, Splits), not even for an unused column.
     sweep = Sweep(options, config, dataset, train, val, (), indices, device, with_test=False)
     _, rows = run_sweep(sweep, executor, run_dir=folder, resume=True)
-    accuracies = {
-        int(row.spec["index"]): float(row.result["val_accuracy"]) for row in rows if row.status == "done"
-    }
+    accuracies = {row.spec["index"]: row.result["val_accuracy"] for row in rows if row.status == "done"}
     finished = tuple(index for index in indices if index in accuracies)
     truth = tuple(accuracies[index] for index in finished)
-    _check_truth(truth, len(indices), sorted({row.error for row in rows if row.error}))
-    return SpearmanObjective(
-        finished,
-        truth,
-        config.recipe.dump(),
-        sweep.space_options(),
-        options.seed,
-    )
-
-
-def _check_truth(truth: Sequence[float], num_archs: int, reasons: Sequence[str]) -> None:
-    """Refuse a truth that ranks nothing: every trial would score 0.
-
-    Raises:
-        DdrayError: says what to change.
-    """
+    # A truth that ranks nothing would score every trial 0.
     if len(truth) < MIN_ARCHS:
+        reasons = "; ".join(sorted({row.error for row in rows if row.error})) or "none failed"
         raise DdrayError(
             f"nas-spearman needs at least {MIN_ARCHS} architectures trained on the whole train part, got "
-            f"{len(truth)} of {num_archs} ({'; '.join(reasons) or 'none failed'}); raise --nas-sample"
+            f"{len(truth)} of {len(indices)} ({reasons}); raise --nas-sample"
         )
     if len(set(truth)) == 1:
         raise DdrayError(
-            f"nas-spearman needs architectures of different accuracy, all {num_archs} reach {truth[0]:.3f} "
-            "on val; raise --nas-epochs or --nas-sample"
+            f"nas-spearman needs architectures of different accuracy, all {len(indices)} reach "
+            f"{truth[0]:.3f} on val; raise --nas-epochs or --nas-sample"
         )
+    return SpearmanObjective(finished, truth, config.recipe.dump(), sweep.space_options(), options.seed)

@@ -1,5 +1,6 @@
 """Options of `ddray nas`, and how it trains architectures: recipes and overrides."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -8,13 +9,34 @@ from pydantic import BeforeValidator, Field, model_validator
 from ddray.config import AbsolutePath, Config, Names, named
 from ddray.evaluation.options import PixelKind
 from ddray.ranking import DEFAULT_SPACE, space_names
-from ddray.ranking.recipe import NasRecipe
 from ddray.system.options import DataOptions
 
 
-def _several(value: Any) -> Any:
-    """Accept a single file for several."""
-    return (value,) if isinstance(value, str | Path) else value
+class NasRecipe(Config):
+    """How every architecture is trained: SGD on cross entropy with a cosine learning rate."""
+
+    epochs: int = Field(default=200, ge=1)
+    lr: float = Field(default=0.01, gt=0)
+    lr_min: float = Field(default=0.0, ge=0)
+    """Final rate of the cosine."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    nesterov: bool = False
+    weight_decay: float = Field(default=5e-4, ge=0)
+    batch: int = Field(default=256, ge=1)
+    clip: float | None = Field(default=None, gt=0)
+    """Maximum norm of a network's gradient; None does not clip."""
+    augment: Literal["dsa", "none"] = "dsa"
+    """DSA with one operation per batch and parameters per sample."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16`: autocast the forward pass."""
+
+    def num_steps(self, num_images: int) -> int:
+        """Return the optimiser steps of a full training on `num_images`."""
+        return self.epochs * math.ceil(num_images / self.batch)
+
+    def lr_at(self, step: int, num_steps: int) -> float:
+        """Return the learning rate of a step counted from 0."""
+        return self.lr_min + 0.5 * (self.lr - self.lr_min) * (1 + math.cos(math.pi * step / num_steps))
 
 
 class NasConfig(Config):
@@ -83,7 +105,10 @@ class NasOptions(Config):
 class NasRequest(DataOptions):
     """What a sweep ranks architectures on, besides its options."""
 
-    proxies: Annotated[tuple[AbsolutePath, ...], BeforeValidator(_several)] = named("proxy", "proxies")
+    proxies: Annotated[
+        tuple[AbsolutePath, ...],
+        BeforeValidator(lambda value: (value,) if isinstance(value, str | Path) else value),
+    ] = named("proxy", "proxies")
     """Distilled set to train on; repeatable."""
     baselines: Names = named("baseline", "baselines")
     """early-stopping, whole, random, kcenter, ...; repeatable."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 
 from ddray.artifact.distilled_set import DistilledSet
@@ -28,10 +29,8 @@ class Proxy:
 
     Attributes:
         name: name shown in tables.
-        key: sha256 of its content.
         set_name: name of its data among a sweep's sets; variants of one proxy share it.
         data: images and labels.
-        num_images: number of decoded images.
         storage_images: stored floats, in units of one image.
         num_steps: optimiser steps; None for the recipe's epochs.
         mixture: the bug of DC-BENCH's harness that the network reproduces, if any.
@@ -39,19 +38,27 @@ class Proxy:
     """
 
     name: str
-    key: str
     set_name: str
     data: TrainingSet
-    num_images: int
     storage_images: float
     num_steps: int | None = None
     mixture: str | None = None
     shuffle: bool = True
 
+    @property
+    def num_images(self) -> int:
+        """Number of decoded images."""
+        return len(self.data.labels)
+
     def variant(self) -> dict[str, Any]:
         """Return the settings that distinguish this proxy from others with the same data."""
         settings = {"num_steps": self.num_steps, "mixture": self.mixture, "shuffle": self.shuffle}
         return {name: value for name, value in settings.items() if value is not None and value is not True}
+
+
+def whole_proxy(train: Split, dataset: Dataset) -> Proxy:
+    """Return all of `train` as a proxy."""
+    return Proxy(WHOLE, "whole", real_set(train, dataset), float(len(train)))
 
 
 def file_proxies(paths: Sequence[Path], sets: Sequence[DistilledSet]) -> list[Proxy]:
@@ -64,26 +71,14 @@ def file_proxies(paths: Sequence[Path], sets: Sequence[DistilledSet]) -> list[Pr
             raise InputError(f"--proxy must name each file once, got {path} twice")
         decoded = distilled.decode()
         data = training_set(decoded.images, decoded.labels, distilled.space())
-        floats = math.prod(distilled.meta.image_shape)
-        proxies.append(
-            Proxy(
-                name,
-                data.key,
-                f"file {name}",
-                data,
-                len(decoded.labels),
-                distilled.meta.storage_floats / floats,
-            )
-        )
+        storage_images = distilled.meta.storage_floats / math.prod(distilled.meta.image_shape)
+        proxies.append(Proxy(name, f"file {name}", data, storage_images))
     return proxies
 
 
 def warn_of_seen_val(paths: Sequence[Path], sets: Sequence[DistilledSet], split_name: str) -> None:
     """Warn of sets that may have been distilled from images that the ranking is scored on."""
-    seen = [
-        path.name for path, distilled in zip(paths, sets, strict=True) if distilled.meta.split != split_name
-    ]
-    if seen:
+    if seen := [path.name for path, each in zip(paths, sets, strict=True) if each.meta.split != split_name]:
         log.warning(
             "%s: may have been distilled from val images (distill --val-seed leaves them out); "
             "a coreset of all of train contains some of val",
@@ -99,7 +94,6 @@ def baseline_proxies(
     config: NasConfig,
     *,
     seed: int,
-    device: torch.device,
 ) -> list[Proxy]:
     """Return the baselines of a sweep's proxies: coresets of the same ipc, early stopping at the same steps.
 
@@ -111,50 +105,29 @@ def baseline_proxies(
         train: the images to select from.
         config: determines the proxies' steps.
         seed: seed of the selection.
-        device: where pool networks are trained.
 
     Raises:
         InputError: an unknown baseline, one that has to be distilled, or a duplicate.
     """
     check_baselines(names, dataset)
+    whole = whole_proxy(train, dataset)
     baselines: list[Proxy] = []
     for name in names:
         if name == WHOLE:
-            whole_set = real_set(train, dataset)
             steps = None if config.whole_epochs is None else config.whole_recipe().num_steps(len(train))
-            baselines.append(
-                Proxy(
-                    WHOLE, whole_set.key, "whole", whole_set, len(train), float(len(train)), num_steps=steps
-                )
-            )
-            continue
-        if name == EARLY_STOPPING:
-            whole_set = real_set(train, dataset)
+            baselines.append(replace(whole, num_steps=steps))
+        elif name == EARLY_STOPPING:
             for steps in sorted({config.recipe.num_steps(proxy.num_images) for proxy in proxies}):
                 label = f"{EARLY_STOPPING} ({steps} steps)"
-                baselines.append(
-                    Proxy(
-                        label,
-                        whole_set.key,
-                        "whole",
-                        whole_set,
-                        len(train),
-                        float(len(train)),
-                        num_steps=steps,
-                    )
-                )
-            continue
-        for ipc in sorted({max(1, round(p.storage_images / dataset.num_classes)) for p in proxies}):
-            baselines.append(_coreset(name, ipc, dataset, train, seed, device))
+                baselines.append(replace(whole, name=label, num_steps=steps))
+        else:
+            sizes = sorted({max(1, round(p.storage_images / dataset.num_classes)) for p in proxies})
+            baselines += [_coreset(name, ipc, dataset, train, seed) for ipc in sizes]
     return baselines
 
 
 def check_baselines(names: Sequence[str], dataset: Dataset) -> None:
-    """Check that baselines can be built.
-
-    Args:
-        names: as for `baseline_proxies`.
-        dataset: the real data; not read.
+    """Check that baselines can be built; the data are not read.
 
     Raises:
         InputError: an unknown baseline, one that has to be distilled, or a duplicate.
@@ -175,17 +148,17 @@ def check_baselines(names: Sequence[str], dataset: Dataset) -> None:
             )
 
 
-def _coreset(name: str, ipc: int, dataset: Dataset, train: Split, seed: int, device: torch.device) -> Proxy:
+def _coreset(name: str, ipc: int, dataset: Dataset, train: Split, seed: int) -> Proxy:
     from ddray.distillation.loop import run_distillation
     from ddray.jobs.context import make_context, make_distiller
     from ddray.jobs.plan import resolve
 
     plan = resolve(name, dataset, ipc=ipc, seed=seed)
-    ctx = make_context(plan, train, split_name=str(SplitName(seed)), device=device)
+    ctx = make_context(plan, train, split_name=str(SplitName(seed)), device=torch.device("cpu"))
     coreset = run_distillation(make_distiller(plan), ctx).distilled
     data = training_set(coreset.images, coreset.labels, coreset.space())
     label = f"{name} (ipc {ipc})"
-    return Proxy(label, data.key, f"baseline {label}", data, len(coreset.labels), float(len(coreset.labels)))
+    return Proxy(label, f"baseline {label}", data, float(len(coreset.labels)))
 
 
 def check_names(proxies: Sequence[Proxy]) -> None:
@@ -201,13 +174,9 @@ def check_names(proxies: Sequence[Proxy]) -> None:
 
 
 def harness_variants(proxies: Sequence[Proxy], faults: Mapping[str, Mapping[str, Any]]) -> list[Proxy]:
-    """Return every proxy under each fault of another harness.
+    """Return every proxy under each fault of another harness (by label, what it changes in a proxy).
 
     Early stopping is left out: DC-BENCH's harness does not have it.
-
-    Args:
-        proxies: the proxies.
-        faults: by label, what each changes in a proxy.
     """
     return [
         replace(
@@ -221,10 +190,8 @@ def harness_variants(proxies: Sequence[Proxy], faults: Mapping[str, Mapping[str,
 
 def _class_sorted(proxy: Proxy) -> Proxy:
     """Return a proxy with its images sorted by class, as in the harness's files."""
-    import numpy as np
-
     order = np.argsort(proxy.data.labels, kind="stable")
-    if bool((order == np.arange(len(order))).all()):
+    if (order == np.arange(len(order))).all():
         return proxy
     data = TrainingSet(proxy.data.images[order], proxy.data.labels[order], proxy.data.space)
-    return replace(proxy, key=data.key, set_name=f"{proxy.set_name} by class", data=data)
+    return replace(proxy, set_name=f"{proxy.set_name} by class", data=data)

@@ -1,6 +1,7 @@
 """report.html and scatter plots of `ddray nas`: ranks of architectures on proxies against true ranks.
 
-The plots follow DataDAM's supplement, Figs 7 and 8, the summary its Tables 4 and 5.
+The plots follow DataDAM's supplement, Figs 7 and 8, the summary its Tables 4 and 5, published figures beside
+ours.
 """
 
 from __future__ import annotations
@@ -14,16 +15,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ddray.drawing.html import write_run_page
 from ddray.drawing.plotly_parts import COLOURS, to_html
 from ddray.drawing.plots import DIM, save_plot
-from ddray.ranking.summary import summary
+from ddray.evaluation.published import read_numbers
+from ddray.methods import method_names
+from ddray.ranking import get_definition, space_names
+from ddray.ranking.figures_of_merit import Array
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure, SubFigure
 
+_PUBLISHED: Final = {
+    "nas_top1_accuracy": "top1_truth_accuracy",
+    "spearman": "spearman",
+    "spearman_top20": "spearman_top20",
+    "search_time": "minutes",
+    "storage_images": "storage_images",
+}
 _NUM_RANKED: Final = 20
 _MANY_POINTS: Final = 3000
 _LARGE: Final = 40.0  # a dot's area in square points
@@ -36,10 +48,10 @@ _Y_TITLE: Final = "true accuracy (%)"
 
 
 def write_nas_report(run_dir: Path, result: Mapping[str, Any], table: pd.DataFrame) -> None:
-    """Write `<run>/report.html`, a self-contained page.
+    """Write `<run>/report.html`, a self-contained page that shows the run's config.yaml and environment.json.
 
     Args:
-        run_dir: the run's folder; its config.yaml and environment.json are shown.
+        run_dir: the run's folder.
         result: the dump of the sweep's result.
         table: one line per proxy and architecture, as in results.csv.
 
@@ -71,19 +83,20 @@ def _records(table: pd.DataFrame) -> list[dict[Any, Any]]:
 class _Points(NamedTuple):
     """The points of a scatter plot: architectures with a score and a truth, accuracies in percent [A]."""
 
-    x: np.ndarray[Any, Any]
-    y: np.ndarray[Any, Any]
-    groups: list[tuple[str, np.ndarray[Any, Any]]]
-    """Label and mask [A] per colour."""
+    x: Array
+    y: Array
+    groups: dict[str, NDArray[np.bool_]]
+    """Masks [A] by label, one per colour."""
     table: pd.DataFrame
 
-    def line(self) -> tuple[float, float] | None:
-        """Return slope and intercept of the least-squares line, or None if undefined."""
+    def line(self) -> tuple[Array, Array] | None:
+        """Return x [2] and y [2] of the ends of the least-squares line, or None if undefined."""
         if len(self.x) < 3 or np.ptp(self.x) == 0:
             return None
         centred = self.x - self.x.mean()
         slope = float(centred @ self.y / (centred @ centred))
-        return slope, float(self.y.mean() - slope * self.x.mean())
+        ends = np.array([self.x.min(), self.x.max()])
+        return ends, slope * ends + float(self.y.mean() - slope * self.x.mean())
 
     def border(self) -> float:
         """Return the lowest whole-set accuracy among the top 20 %; there must be points."""
@@ -94,12 +107,10 @@ def _points(table: pd.DataFrame) -> _Points:
     """Return the points of one proxy's lines, coloured by depth if the space has depths."""
     complete = table[table["proxy_accuracy"].notna() & table["truth_accuracy"].notna()]
     x, y = (100 * complete[f"{name}_accuracy"].to_numpy(dtype=np.float64) for name in ("proxy", "truth"))
-    groups = [("architectures", np.ones(len(complete), dtype=bool))]
+    groups = {"architectures": np.ones(len(complete), dtype=bool)}
     if "depth" in complete.columns:
-        groups = [
-            (f"depth {depth}", (complete["depth"] == depth).to_numpy())
-            for depth in sorted(complete["depth"].unique())
-        ]
+        depths = complete["depth"].to_numpy()
+        groups = {f"depth {depth}": depths == depth for depth in np.unique(depths)}
     return _Points(x, y, groups, complete)
 
 
@@ -110,41 +121,29 @@ def scatter_plot(table: pd.DataFrame) -> str:
     points = _points(table)
     figure = go.Figure()
     kind = go.Scattergl if len(points.x) > _MANY_POINTS else go.Scatter
-    for group_index, (label, mask) in enumerate(points.groups):
-        group = points.table[mask]
+    for colour, (label, mask) in zip(itertools.cycle(COLOURS), points.groups.items(), strict=False):
         figure.add_trace(
             kind(
                 x=points.x[mask],
                 y=points.y[mask],
                 mode="markers",
                 name=label,
-                marker={"color": COLOURS[group_index % len(COLOURS)], "size": 7, "opacity": 0.9},
-                customdata=group[["name", "index", "proxy_rank", "truth_rank"]].to_numpy(dtype=object),
+                marker={"color": colour, "size": 7, "opacity": 0.9},
+                customdata=points.table.loc[mask, ["name", "index", "proxy_rank", "truth_rank"]].to_numpy(
+                    object
+                ),
                 hovertemplate="%{customdata[0]}<br>index %{customdata[1]}"
                 "<br>proxy %{x:.2f} % (rank %{customdata[2]:.0f})"
                 "<br>truth %{y:.2f} % (rank %{customdata[3]:.0f})<extra></extra>",
             )
         )
-    line = points.line()
-    if line is not None:
-        ends = np.array([points.x.min(), points.x.max()])
-        figure.add_scatter(
-            x=ends,
-            y=line[0] * ends + line[1],
-            mode="lines",
-            line_color="#8a94a3",
-            hoverinfo="skip",
-            name="line",
-        )
+    if (line := points.line()) is not None:
+        style = {"mode": "lines", "line_color": "#8a94a3", "hoverinfo": "skip", "name": "line"}
+        figure.add_scatter(x=line[0], y=line[1], **style)
     if len(points.x):
         figure.add_hline(points.border(), line_dash="dot", line_color="#8a94a3", annotation_text="top 20 %")
-    return to_html(
-        figure,
-        height=480,
-        xaxis_title=_X_TITLE,
-        yaxis_title=_Y_TITLE,
-        showlegend=len(points.groups) > 1,
-    )
+    showlegend = len(points.groups) > 1
+    return to_html(figure, height=480, xaxis_title=_X_TITLE, yaxis_title=_Y_TITLE, showlegend=showlegend)
 
 
 def save_scatters(run_dir: Path, table: pd.DataFrame, proxies: Sequence[Mapping[str, Any]]) -> list[Path]:
@@ -161,20 +160,14 @@ def save_scatters(run_dir: Path, table: pd.DataFrame, proxies: Sequence[Mapping[
     Raises:
         StorageError: a file can't be written.
     """
-    panels = [
-        partial(
-            draw_panel,
-            figures=figures,
-            points=_points(table[table["proxy"] == figures["proxy"]]),
-            truth=_points(table).y,
-        )
-        for figures in proxies
-    ]
-    paths = []
-    for number, (figures, draw) in enumerate(zip(proxies, panels, strict=True), start=1):
+    truth = _points(table).y
+    paths, panels = [], []
+    for number, figures in enumerate(proxies, start=1):
+        points = _points(table[table["proxy"] == figures["proxy"]])
+        panels.append(partial(draw_panel, figures=figures, points=points, truth=truth))
         slug = re.sub(r"[^A-Za-z0-9]+", "-", Path(figures["proxy"]).stem).strip("-").lower()
         paths.append(run_dir / f"scatter-{number}-{slug or 'proxy'}.png")
-        save_plot(paths[-1], (900, 700), draw)
+        save_plot(paths[-1], (900, 700), panels[-1])
     columns = min(3, math.ceil(math.sqrt(len(panels))))
     rows = math.ceil(len(panels) / columns)
 
@@ -186,9 +179,7 @@ def save_scatters(run_dir: Path, table: pd.DataFrame, proxies: Sequence[Mapping[
     return [*paths, run_dir / "scatter.png"]
 
 
-def draw_panel(
-    figure: Figure | SubFigure, figures: Mapping[str, Any], points: _Points, truth: np.ndarray[Any, Any]
-) -> None:
+def draw_panel(figure: Figure | SubFigure, figures: Mapping[str, Any], points: _Points, truth: Array) -> None:
     """Draw one proxy's scatter plot; all panels of a run span the same true accuracies, `truth`."""
     name = str(figures["proxy"])
     figure.suptitle(name if len(name) <= 48 else f"...{name[-45:]}", x=0.02, ha="left")
@@ -199,13 +190,11 @@ def draw_panel(
         return
     pad = 0.05 * float(np.ptp(truth)) or 1.0
     axes.set_ylim(truth.min() - pad, truth.max() + pad)
-    line = points.line()
-    if line is not None:
-        ends = np.array([points.x.min(), points.x.max()])
-        axes.plot(ends, line[0] * ends + line[1], color=DIM, zorder=4, label="linear fit")
+    if (line := points.line()) is not None:
+        axes.plot(*line, color=DIM, zorder=4, label="linear fit")
     axes.axhline(points.border(), color=DIM, linestyle=":", zorder=4, label="top 20 %")
     area = _LARGE if len(points.x) <= 200 else 20 if len(points.x) <= _MANY_POINTS else 5
-    for colour, (label, mask) in zip(itertools.cycle(COLOURS), points.groups, strict=False):
+    for colour, (label, mask) in zip(itertools.cycle(COLOURS), points.groups.items(), strict=False):
         edge = {"edgecolors": "white", "linewidths": 0.5} if area > 5 else {"linewidths": 0}
         axes.scatter(points.x[mask], points.y[mask], area, colour, label=label, zorder=3, **edge)
     figure.legend(loc="outside lower center", ncols=6, markerscale=math.sqrt(_LARGE / area))
@@ -221,3 +210,65 @@ def _title(figures: Mapping[str, Any]) -> str:
         return f"{figures[key]:.2f}" + ("" if interval is None else " [{:.2f}, {:.2f}]".format(*interval))
 
     return f"Spearman {text('spearman')}, top 20 %: {text('spearman_top20')}"
+
+
+def published_figures(space: str) -> dict[str, dict[str, float | None]]:
+    """Return a space's published figures by method, named as in the command's JSON; None: not published."""
+    definition = get_definition(space)
+    figures: dict[str, dict[str, float | None]] = {}
+    for number in read_numbers():
+        if (number.paper, number.table) == definition.published and number.metric in _PUBLISHED:
+            scale = 0.01 if number.unit == "percent" else 1.0
+            method_figures = figures.setdefault(number.method, dict.fromkeys(_PUBLISHED.values()))
+            method_figures[_PUBLISHED[number.metric]] = round(scale * number.value, 6)
+    for method, in_text in definition.published_in_text.items():
+        figures[method] |= in_text
+    return figures
+
+
+def summary(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the summary's lines, with figures named as in the command's JSON.
+
+    Each proxy, and the whole set if it was trained, is followed by its published figures, if any; published
+    figures of other methods come last.
+    """
+    published = {
+        method: {"label": f"{method} (published)", "published": True, **figures}
+        for method, figures in published_figures(result["space"]).items()
+    }
+    lines: list[dict[str, Any]] = []
+    for figures in result["proxies"]:
+        lines.append({**figures, "label": figures["proxy"], "counts": _counts(figures)})
+        if (method := _method_of(figures)) in published:
+            lines.append(published.pop(method))
+    truth = result.get("truth", {})
+    if "wall_s" in truth:
+        best = result["proxies"][0]["best_truth_accuracy"]
+        perfect = dict.fromkeys(("spearman", "spearman_top20", "kendall"), 1)
+        whole = {"label": "whole set", "top1_truth_accuracy": best, **perfect, **truth}
+        lines.append({**whole, "counts": _counts(truth)})
+        if "whole" in published:
+            lines.append(published.pop("whole"))
+    return [*lines, *published.values()]
+
+
+def _counts(figures: Mapping[str, Any]) -> str:
+    """Return the counts of a proxy's architectures as text."""
+    names = {"ties": "tied", "at_chance": "at chance", "diverged": "diverged", "failed": "left out"}
+    counts = {label: figures.get(f"num_{key}") for key, label in names.items()}
+    return ", ".join(f"{count} {label}" for label, count in counts.items() if count)
+
+
+def _method_of(figures: Mapping[str, Any]) -> str | None:
+    """Return a proxy's method: the one it states, or the one that its name contains as a word.
+
+    For a path, the file's stem is tried first, then the nearest folder: `random/dm.pt` is DM's.
+    """
+    methods = {*method_names(), *(method for space in space_names() for method in published_figures(space))}
+    path = Path(str(figures.get("method") or figures["proxy"]))
+    for part in (path.stem, *reversed(path.parts[:-1])):
+        text = part.lower().replace("-", "_")
+        matches = [method for method in methods if re.search(rf"(?<![a-z]){method}(?![a-z])", text)]
+        if matches:
+            return max(matches, key=lambda method: (len(method), method))  # random_ssl is not random
+    return None

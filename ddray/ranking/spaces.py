@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 
 from ddray.config import merge
@@ -20,9 +21,13 @@ from ddray.seeding import derive_numpy
 if TYPE_CHECKING:
     from ddray.ranking.truth import Truth
 
+Shape = tuple[int, int, int]
+"""(C, H, W) of images."""
+Device = str | torch.device
+
 
 class NasSpace(Protocol):
-    """A fixed, ordered list of architectures.
+    """A fixed, ordered list of architectures; an index out of range is an `InputError`.
 
     Attributes:
         name: its name for `--space`.
@@ -45,19 +50,17 @@ class NasSpace(Protocol):
         ...
 
     def build(
-        self,
-        index: int,
-        image_shape: tuple[int, int, int],
-        num_classes: int,
-        *,
-        seed: int,
-        device: str | torch.device = "cpu",
+        self, index: int, image_shape: Shape, num_classes: int, *, seed: int, device: Device = "cpu"
     ) -> Net:
-        """Build an architecture for images of `image_shape` (C, H, W); `seed` determines every weight."""
+        """Build an architecture for images of `image_shape`; `seed` determines every weight."""
         ...
 
-    def cost(self, index: int, image_shape: tuple[int, int, int], num_classes: int) -> float:
-        """Return the multiply-adds of one image's forward pass, in millions."""
+    def cost(self, index: int, image_shape: Shape, num_classes: int) -> float:
+        """Return the multiply-adds of one image's forward pass, in millions.
+
+        Raises:
+            InputError: the image is too small for the architecture.
+        """
         ...
 
 
@@ -92,17 +95,13 @@ class SpaceDefinition:
     published_in_text: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
-def owners(fits: Callable[[SpaceDefinition], bool]) -> str:
-    """Return the names of the spaces whose definition fits, for a message."""
-    return " or ".join(name for name in space_names() if fits(get_definition(name)))
+def owners(name: str, offered: Callable[[SpaceDefinition], Container[str]]) -> str:
+    """Return the spaces with `name` among what they offer, for a message."""
+    return " or ".join(space for space in space_names() if name in offered(get_definition(space)))
 
 
 def get_space(name: str, **options: Any) -> NasSpace:
-    """Return a space by name.
-
-    Args:
-        name: one of `space_names()`.
-        options: the space's own; None leaves one out.
+    """Return a space by name; an option of its own that is None is left out.
 
     Raises:
         InputError: an unknown name, an option out of range, or one that does not apply to the space.
@@ -120,43 +119,31 @@ def get_space(name: str, **options: Any) -> NasSpace:
 def resolve_config(options: NasOptions, layers: Sequence[Mapping[str, Any]] = ()) -> NasConfig:
     """Return the training settings: the space's own, then --epochs and --truth-epochs, then --set.
 
-    Epochs set by the user apply to the baseline `whole` too, unless `whole_epochs` is set.
+    Recipe settings of `--set` apply to the truth too, except for the epochs. Epochs set by the user apply to
+    the baseline `whole` too, unless `whole_epochs` is set.
 
     Raises:
         InputError: an unknown name, an invalid value, or options of another space.
     """
     definition = get_definition(options.space)
-    for section in {name for layer in layers for name in layer} - set(definition.config_type.model_fields):
-        if spaces := owners(partial(_has_section, section)):
+    changes = merge(*layers)
+    for section in changes.keys() - definition.config_type.model_fields.keys():
+        if spaces := owners(section, attrgetter("config_type.model_fields")):
             raise InputError(
                 f"--set {section}.* needs --space {spaces}, got --space {options.space}, "
                 f"which has no {section}"
             )
-    defaults = definition.recipe
-    overrides = {} if options.epochs is None else {"epochs": options.epochs}
-    recipe = {**defaults, **overrides}
-    truth = {**recipe, **({} if options.truth_epochs is None else {"epochs": options.truth_epochs})}
-    shared = merge(
-        {"recipe": recipe, "truth_recipe": truth}, *({"truth_recipe": _shared(layer)} for layer in layers)
-    )
-    if not overrides and not any("epochs" in _recipe_of(layer) for layer in layers):
-        shared["whole_epochs"] = definition.whole_epochs
-    return definition.config_type.parse(merge(shared, *layers))
-
-
-def _has_section(section: str, definition: SpaceDefinition) -> bool:
-    """Return whether `--set` takes the section for a space."""
-    return section in definition.config_type.model_fields
-
-
-def _shared(layer: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the recipe settings of a --set layer that apply to the truth too: all but the epochs."""
-    return {name: value for name, value in _recipe_of(layer).items() if name != "epochs"}
-
-
-def _recipe_of(layer: Mapping[str, Any]) -> Mapping[str, Any]:
-    recipe = layer.get("recipe", {})
-    return recipe if isinstance(recipe, Mapping) else {}
+    recipe_changes = changes["recipe"] if isinstance(changes.get("recipe"), Mapping) else {}
+    epochs = {"epochs": options.epochs} if options.epochs else {}
+    truth_epochs = {"epochs": options.truth_epochs} if options.truth_epochs else {}
+    shared = {name: value for name, value in recipe_changes.items() if name != "epochs"}
+    settings: dict[str, Any] = {
+        "recipe": {**definition.recipe, **epochs},
+        "truth_recipe": {**definition.recipe, **epochs, **truth_epochs, **shared},
+    }
+    if not epochs and "epochs" not in recipe_changes:
+        settings["whole_epochs"] = definition.whole_epochs
+    return definition.config_type.parse(merge(settings, changes))
 
 
 def sample(
@@ -164,19 +151,13 @@ def sample(
     num: int | None,
     *,
     seed: int,
-    image_shape: tuple[int, int, int],
+    image_shape: Shape,
     num_classes: int,
     max_mflops: float | None = None,
 ) -> list[int]:
-    """Draw architectures of all costs: one from each of `num` strata of equal size.
+    """Draw architectures of all costs: one from each of `num` strata of equal size; None takes all.
 
-    Args:
-        space: the space to draw from.
-        num: how many; None takes all.
-        seed: seed of the draw.
-        image_shape: (C, H, W) of the images for which the cost is computed.
-        num_classes: K.
-        max_mflops: leave out architectures that need more multiply-adds per image (millions).
+    Those of more than `max_mflops` (million multiply-adds per image of `image_shape`) are left out.
 
     Returns:
         Distinct indices, ascending.
@@ -184,8 +165,6 @@ def sample(
     Raises:
         InputError: `num` is less than 1 or more than the space has.
     """
-    import numpy as np
-
     costs = np.array([space.cost(index, image_shape, num_classes) for index in range(len(space))])
     order = np.argsort(costs, kind="stable")
     limit = ""
@@ -195,17 +174,12 @@ def sample(
         return sorted(order.tolist())
     if num is None or not 1 <= num <= len(order):
         raise InputError(f"--sample must be in 1..{len(order)} for {space.name}{limit}, got {num}")
-    strata = np.array_split(order, num)
     generator = derive_numpy(seed, "nas", "sample", space.name, num)
-    return sorted(int(generator.choice(stratum)) for stratum in strata)
+    return sorted(int(generator.choice(stratum)) for stratum in np.array_split(order, num))
 
 
 def parse_indices(text: str, space: NasSpace) -> list[int]:
-    """Return the indices in a text, in its order.
-
-    Args:
-        text: `"all"`, or indices such as `"1,5,7"`.
-        space: the space that they index.
+    """Return the indices in a text, in its order: `"all"`, or such as `"1,5,7"`.
 
     Raises:
         InputError: malformed text, an index out of range, or a duplicate.

@@ -7,25 +7,23 @@ test is used for the last column of the table only.
 import logging
 import secrets
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from ddray.data import Dataset, Split, SplitName, carve_val
+from ddray.data import Dataset, Split, SplitName
 from ddray.errors import InputError, InterruptedRunError, StorageError, one_line
 from ddray.ranking.options import NasConfig as NasConfig
 from ddray.ranking.options import NasOptions as NasOptions
-from ddray.ranking.proxies import Proxy
-from ddray.ranking.recipe import NasRecipe
+from ddray.ranking.proxies import Proxy, whole_proxy
 from ddray.ranking.spaces import NasSpace, get_space, sample
 from ddray.ranking.spaces import resolve_config as resolve_config
-from ddray.ranking.worker import CODE_VERSION, NasTask, SweepData, SweepJob, real_set, run_task, truth_ledger
+from ddray.ranking.worker import CODE_VERSION, NasTask, SweepData, SweepJob, run_task, truth_ledger
 from ddray.runs.executor import Executor, Task
 from ddray.runs.folder import Run, open_run
-from ddray.runs.ledger import Ledger, Row, Unit
+from ddray.runs.ledger import Kind, Row, Unit
 from ddray.seeding import derive_seed
 from ddray.system.progress import progress
 
@@ -99,7 +97,7 @@ class Sweep:
             "truth": options.truth,
             "truth_seeds": options.truth_seeds,
             "truth_column": options.truth_column,
-            **({} if self.can_grow else {"proxies": {proxy.name: proxy.key for proxy in self.proxies}}),
+            **({} if self.can_grow else {"proxies": {proxy.name: proxy.data.key for proxy in self.proxies}}),
             "device": self.device,
             # Release 0.1.0 wrote this for every space; without it, its runs could not be resumed.
             "cells": {"channels": 16, "num_cells": 1, "cell_affine": False},
@@ -112,73 +110,65 @@ class Sweep:
         Args:
             fused: put the seeds of one architecture into one task (a GPU may train them as one network).
         """
+        trained: list[tuple[Kind, Proxy]] = [("nas", proxy) for proxy in self.proxies]
+        if self.options.truth == "whole":
+            trained.append(("truth", self._whole))
+        spaces = {mixture: self.space(mixture) for mixture in {proxy.mixture for _, proxy in trained}}
         all_tasks = []
-        spaces = {proxy.mixture: self.space(proxy.mixture) for proxy in self.proxies} | {None: self.space()}
         for index in self.indices:
-            for proxy in self.proxies:
-                seeds = [derive_seed(self.options.seed, "nas", n) % 2**31 for n in range(self.options.seeds)]
-                all_tasks += self._tasks_of(index, proxy, seeds, spaces[proxy.mixture], fused)
-            if self.options.truth == "whole":
-                seeds = [
-                    derive_seed(self.options.seed, "truth", n) % 2**31
-                    for n in range(self.options.truth_seeds)
-                ]
-                all_tasks += self._tasks_of(index, None, seeds, spaces[None], fused)
+            for kind, proxy in trained:
+                all_tasks += self._tasks_of(kind, index, proxy, spaces[proxy.mixture], fused)
         # Equal costs keep their order: the same sweep starts its tasks in the same order everywhere.
         return sorted(all_tasks, key=lambda task: -task.cost)
 
-    def _tasks_of(
-        self, index: int, proxy: Proxy | None, seeds: Sequence[int], space: NasSpace, fused: bool
-    ) -> list[NasTask]:
-        recipe = self.config.truth_recipe if proxy is None else self.config.recipe
-        num_images = len(self.train) if proxy is None else proxy.num_images
-        num_steps = None if proxy is None else proxy.num_steps
-        steps = num_steps or recipe.num_steps(num_images)
-        cost = space.cost(index, self.dataset.image_shape, self.dataset.num_classes)
-        work = steps * (_STEP_COST + 3 * cost * min(recipe.batch, num_images))
-        name = space.arch_name(index)
-        units = [self._unit(index, name, proxy, seed, recipe) for seed in seeds]
-        groups = [tuple(units)] if fused else [(unit,) for unit in units]
-        return [
-            NasTask(
-                units=group,
-                index=index,
-                set_name="whole" if proxy is None else proxy.set_name,
-                seeds=tuple(int(unit.spec["seed"]) for unit in group),
-                recipe=recipe.dump(),
-                num_steps=num_steps,
-                space=self.space_options(None if proxy is None else proxy.mixture),
-                shuffle=proxy is None or proxy.shuffle,
-                cost=work * len(group),
-            )
-            for group in groups
-        ]
+    @cached_property
+    def _whole(self) -> Proxy:
+        return whole_proxy(self.train, self.dataset)
 
-    def _unit(self, index: int, arch: str, proxy: Proxy | None, seed: int, recipe: NasRecipe) -> Unit:
+    def _tasks_of(self, kind: Kind, index: int, proxy: Proxy, space: NasSpace, fused: bool) -> list[NasTask]:
+        options, config = self.options, self.config
+        recipe, num_seeds = config.recipe, options.seeds
+        if kind == "truth":
+            recipe, num_seeds = config.truth_recipe, options.truth_seeds
         spec = {
-            "space": self.options.space,
-            "cells": self.config.space_options() or None,
+            "space": options.space,
+            "cells": config.space_options() or None,
             "index": index,
-            "arch": arch,
-            "seed": seed,
+            "arch": space.arch_name(index),
             "recipe": recipe.dump(),
             "fingerprint": self.dataset.fingerprint,
-            "split": str(SplitName(self.options.seed)),
+            "split": str(SplitName(options.seed)),
             "device": self.device,
         }
-        if proxy is None:
+        if kind == "truth":
             # `test` is part of the key: other runs reuse this row, and some of them need its test score.
-            unit_spec = {**spec, "test": self.test is not None}
-            return Unit(kind="truth", spec=unit_spec, code_version=CODE_VERSION)
-        unit_spec = {**spec, "proxy": proxy.name, "proxy_key": proxy.key, **proxy.variant()}
-        return Unit(kind="nas", spec=unit_spec, code_version=CODE_VERSION)
+            spec["test"] = self.test is not None
+        else:
+            spec |= {"proxy": proxy.name, "proxy_key": proxy.data.key, **proxy.variant()}
+        seeds = [derive_seed(options.seed, kind, n) % 2**31 for n in range(num_seeds)]
+        units = [Unit(kind=kind, spec={**spec, "seed": seed}, code_version=CODE_VERSION) for seed in seeds]
+        steps = proxy.num_steps or recipe.num_steps(proxy.num_images)
+        mflops = space.cost(index, self.dataset.image_shape, self.dataset.num_classes)
+        work = steps * (_STEP_COST + 3 * mflops * min(recipe.batch, proxy.num_images))
+        return [
+            NasTask(
+                units=tuple(group),
+                index=index,
+                set_name=proxy.set_name,
+                seeds=tuple(unit.spec["seed"] for unit in group),
+                recipe=recipe.dump(),
+                space=self.space_options(proxy.mixture),
+                num_steps=proxy.num_steps,
+                shuffle=proxy.shuffle,
+                cost=work * len(group),
+            )
+            for group in ([units] if fused else [[unit] for unit in units])
+        ]
 
     def data(self, tasks: Sequence[NasTask]) -> SweepData:
         """Return the arrays that these tasks need."""
-        set_names = {task.set_name for task in tasks}
-        sets = {proxy.set_name: proxy.data for proxy in self.proxies if proxy.set_name in set_names}
-        if "whole" in set_names:
-            sets["whole"] = real_set(self.train, self.dataset)
+        names = {task.set_name for task in tasks}
+        sets = {each.set_name: each.data for each in (*self.proxies, self._whole) if each.set_name in names}
         test = None
         if self.test is not None and any(task.units[0].kind == "truth" for task in tasks):
             test = (self.test.images.numpy(), self.test.labels.numpy())
@@ -198,27 +188,21 @@ def patience(options: NasOptions, tasks: Sequence[NasTask]) -> float:
     return max(_LEAST_PATIENCE_S, max(task.cost for task in tasks) / slowest)
 
 
-def split_for(dataset: Dataset, seed: int) -> tuple[Split, Split]:
-    """Return (nine tenths of train, the held-out tenth to rank by)."""
-    return carve_val(dataset.train(), seed=seed)
-
-
 def choose_architectures(options: NasOptions, config: NasConfig, dataset: Dataset) -> tuple[int, ...]:
     """Return the indices of the architectures to train.
 
     Raises:
         InputError: an unknown space, or a sample larger than it.
     """
-    space = get_space(options.space, **config.space_options())
-    drawn = sample(
-        space,
+    indices = sample(
+        get_space(options.space, **config.space_options()),
         options.sample,
         seed=options.seed,
         image_shape=dataset.image_shape,
         num_classes=dataset.num_classes,
         max_mflops=options.max_mflops,
     )
-    return tuple(drawn)
+    return tuple(indices)
 
 
 def run_sweep(
@@ -229,16 +213,22 @@ def run_sweep(
     Raises:
         InputError: the folder can't be used.
         StorageError: a row can't be written.
+        InterruptedRunError: SIGINT or SIGTERM; says how to resume.
     """
     run = open_run(run_dir, sweep.describe(), command="nas", resume=resume)
     tasks = sweep.tasks(fused=sweep.device == "cuda")
-    _take_known_truth(run, tasks)
+    units = {unit.key: unit for task in tasks for unit in task.units}
+    _take_known_truth(run, [unit for unit in units.values() if unit.kind == "truth"])
     done = {row.key for row in run.ledger.rows()}
     missing = [remaining for task in tasks if (remaining := _without(task, done)) is not None]
     if missing:
-        _run_missing(sweep, executor, run, missing, num_units=sum(len(task.units) for task in tasks))
-    keys = {unit.key for task in tasks for unit in task.units}
-    return run, [row for row in run.ledger.rows() if row.key in keys]
+        try:
+            _run_missing(sweep, executor, run, missing, num_units=len(units))
+        except KeyboardInterrupt as error:
+            raise InterruptedRunError(
+                f"the sweep was interrupted; run again with --run-dir {run.folder} --resume to finish it"
+            ) from error
+    return run, [row for row in run.ledger.rows() if row.key in units]
 
 
 def _without(task: NasTask, done: set[str]) -> NasTask | None:
@@ -250,19 +240,16 @@ def _without(task: NasTask, done: set[str]) -> NasTask | None:
     return replace(task, units=units, seeds=seeds, cost=task.cost * len(units) / len(task.units))
 
 
-def _take_known_truth(run: Run, tasks: Sequence[NasTask]) -> None:
+def _take_known_truth(run: Run, units: Sequence[Unit]) -> None:
     """Copy truth that other runs have trained into this run's ledger."""
-    units = [unit for task in tasks for unit in task.units if unit.kind == "truth"]
-    if not units:
-        return
-    shared = truth_ledger()
     for unit in units:
-        if run.ledger.row(unit.key) is None and (row := _known_truth(shared, unit)) is not None:
+        if run.ledger.row(unit.key) is None and (row := _known_truth(unit)) is not None:
             run.ledger.publish(unit, row.model_copy(update={"epoch": 0}), epoch=run.epoch)
 
 
-def _known_truth(shared: Ledger, unit: Unit) -> Row | None:
+def _known_truth(unit: Unit) -> Row | None:
     """Return a unit's row, or that of its twin with a test score, without the score."""
+    shared = truth_ledger()
     row = shared.row(unit.key)
     if row is not None or unit.spec["test"]:
         return row
@@ -280,16 +267,14 @@ def _run_missing(
     # Not the run's name: a folder that was deleted and made again has the same one.
     job = SweepJob(str(run.folder), run.epoch, secrets.token_hex(8), options.gpus_per_worker)
     by_key = {task.key: task for task in tasks}
-    total = sum(task.cost for task in tasks)
-    num_missing = sum(len(task.units) for task in tasks)
-    done_cost, done_units, begin = 0.0, num_units - num_missing, time.monotonic()
+    total, done_cost, begin = sum(task.cost for task in tasks), 0.0, time.monotonic()
+    done_units = num_units - sum(len(task.units) for task in tasks)
 
     def on_start(key: str, attempt: int) -> None:
         for unit in by_key[key].units:
             run.ledger.event("start" if attempt == 1 else "retry", unit.key, run.epoch)
 
     with (
-        _continued_by_resume(run),
         progress(f"{options.space} on {sweep.dataset.name}", num_units, start=done_units) as show,
         executor.workers() as workers,
     ):
@@ -307,21 +292,8 @@ def _run_missing(
             show(done_units, f"about {left / 60:.0f} min left, weighted by cost")
 
 
-@contextmanager
-def _continued_by_resume(run: Run) -> Iterator[None]:
-    """Turn an interrupt into an error that says how to resume."""
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        raise InterruptedRunError(
-            f"the sweep was interrupted; run again with --run-dir {run.folder} --resume to finish it"
-        ) from error
-
-
 def _mark_failed(run: Run, task: NasTask, error: Exception, attempts: int) -> None:
     """Publish failed rows for a task that is out of attempts; the sweep goes on."""
-    reason = one_line(error, 300)
     for unit in task.units:
-        log.warning("%s failed %d times: %s", unit.spec["arch"], attempts, reason)
-        row = Row.failed(unit, reason, result={"attempts": attempts})
-        run.ledger.publish(unit, row, epoch=run.epoch)
+        log.warning("%s failed %d times: %s", unit.spec["arch"], attempts, one_line(error, 300))
+        run.ledger.publish(unit, Row.failed(unit, error, result={"attempts": attempts}), epoch=run.epoch)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddray.nets import Net, training_format
-from ddray.ranking.recipe import NasRecipe
+from ddray.ranking.options import NasRecipe
 from ddray.seeding import derive
 from ddray.training.dsa import Dsa, DsaPlan
 from ddray.training.engine import Batch, Order, Rule, Step, run

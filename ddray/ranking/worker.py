@@ -4,6 +4,7 @@ import hashlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ddray.data import Dataset, PixelSpace, Split
-from ddray.ranking.recipe import NasRecipe
+from ddray.nets import Net
+from ddray.ranking.options import NasRecipe
 from ddray.ranking.spaces import get_space
 from ddray.ranking.training import train_seeds
 from ddray.runs.ledger import Ledger, Row, Unit
@@ -22,9 +24,8 @@ from ddray.system.worker import worker_device
 from ddray.training.dsa import dsa_for
 from ddray.training.embedding import share_right
 
-CODE_VERSION: Final = (
-    2  # raised when training results change, so that stored truth of older code is not reused
-)
+Array = np.ndarray[Any, Any]
+CODE_VERSION: Final = 2  # raised when results change, so that stored truth of older code is not reused
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,11 @@ class TrainingSet:
         space: pixel space as plain values: kind, mean, std, and zca_mean [D], zca_matrix [D, D] if whitened.
     """
 
-    images: np.ndarray[Any, Any]
-    labels: np.ndarray[Any, Any]
+    images: Array
+    labels: Array
     space: Mapping[str, Any]
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Sha256 (hex) of the content."""
         digest = hashlib.sha256(f"{self.images.dtype}{self.images.shape}{self.space['kind']}".encode())
@@ -61,6 +62,11 @@ def training_set(images: Tensor, labels: Tensor, space: PixelSpace) -> TrainingS
     return TrainingSet(images.numpy(), labels.numpy(), space_values)
 
 
+def real_set(split: Split, dataset: Dataset) -> TrainingSet:
+    """Return real images as a `TrainingSet` in the dataset's normalised space."""
+    return training_set(split.images, split.labels, PixelSpace("normalized", dataset.mean, dataset.std))
+
+
 @dataclass(frozen=True)
 class SweepData:
     """The arrays that every worker of a sweep needs.
@@ -74,8 +80,8 @@ class SweepData:
     """
 
     sets: Mapping[str, TrainingSet]
-    val: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
-    test: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None
+    val: tuple[Array, Array]
+    test: tuple[Array, Array] | None
     num_classes: int
     can_flip: bool
 
@@ -90,8 +96,8 @@ class NasTask:
         set_name: the sweep's set to train on.
         seeds: one per unit.
         recipe: `NasRecipe` as plain values.
-        num_steps: optimiser steps; None for the recipe's epochs.
         space: name and options for `get_space`.
+        num_steps: optimiser steps; None for the recipe's epochs.
         shuffle: False for an unshuffled loader.
         cost: expected work, in a unit common to all tasks.
     """
@@ -101,10 +107,10 @@ class NasTask:
     set_name: str
     seeds: tuple[int, ...]
     recipe: Mapping[str, Any]
-    num_steps: int | None
     space: Mapping[str, Any]
-    shuffle: bool
-    cost: float
+    num_steps: int | None = None
+    shuffle: bool = True
+    cost: float = 1.0
 
     @property
     def key(self) -> str:
@@ -113,94 +119,62 @@ class NasTask:
 
 
 class Workbench:
-    """One worker's copy of a sweep's data on its device.
-
-    Args:
-        data: the sweep's arrays; copied, never modified.
-        device: where to compute.
-    """
+    """One worker's copy of a sweep's data on its device; the sweep's arrays are never modified."""
 
     def __init__(self, data: SweepData, device: torch.device) -> None:
         self._data, self._device = data, device
-        self._encoded: dict[str, tuple[Tensor, Tensor]] = {}
+        self._copies: dict[str, tuple[Tensor, Tensor]] = {}
 
     def run(self, task: NasTask) -> list[dict[str, Any]]:
         """Train a task's networks and score them on val (and truth on test); one result per unit."""
-        images, labels = self._training(task.set_name)
-        space = get_space(**task.space)
+        data = self._data
+        train_set = data.sets[task.set_name]
+        encoded = train_set.images.dtype != np.uint8
+        images, labels = self._on_device(f"train {task.set_name}", train_set, encoded=encoded)
         shape = (images.shape[1], images.shape[2], images.shape[3])
-        recipe = NasRecipe.parse(task.recipe)
+        space = get_space(**task.space)
         nets = [
             space.build(
-                task.index,
-                shape,
-                self._data.num_classes,
-                seed=derive_seed(seed, "nas", "net"),
-                device=self._device,
+                task.index, shape, data.num_classes, seed=derive_seed(seed, "nas", "net"), device=self._device
             )
             for seed in task.seeds
         ]
-        dsa = dsa_for(self._data.can_flip) if recipe.augment == "dsa" else None
+        recipe = NasRecipe.parse(task.recipe)
+        dsa = dsa_for(data.can_flip) if recipe.augment == "dsa" else None
+        num_steps = task.num_steps or recipe.num_steps(len(labels))
         mode = train_seeds(
-            nets,
-            images,
-            labels,
-            recipe,
-            seeds=task.seeds,
-            dsa=dsa,
-            num_steps=task.num_steps,
-            shuffle=task.shuffle,
+            nets, images, labels, recipe, seeds=task.seeds, dsa=dsa, num_steps=num_steps, shuffle=task.shuffle
         )
         results = []
         for net in nets:
             diverged = not all(bool(torch.isfinite(param).all()) for param in net.parameters())
-            scores = {"val_accuracy": self._accuracy(net, "val", task.set_name)}
-            if task.units[0].kind == "truth" and self._data.test is not None:
-                scores["test_accuracy"] = self._accuracy(net, "test", task.set_name)
-            steps = task.num_steps or recipe.num_steps(len(labels))
-            results.append(
-                {**scores, "num_images": len(labels), "num_steps": steps, "mode": mode, "diverged": diverged}
-            )
+            scores = {"val_accuracy": self._accuracy(net, "val", train_set)}
+            if task.units[0].kind == "truth" and data.test is not None:
+                scores["test_accuracy"] = self._accuracy(net, "test", train_set)
+            counts = {"num_images": len(labels), "num_steps": num_steps}
+            results.append({**scores, **counts, "mode": mode, "diverged": diverged})
         return results
 
-    def _accuracy(self, net: Any, split: Literal["val", "test"], set_name: str) -> float:
-        images, labels = self._held_out(split, set_name)
+    def _accuracy(self, net: Net, split: Literal["val", "test"], train_set: TrainingSet) -> float:
+        """Return a network's accuracy on val or test, in the pixel space of the set it was trained on."""
+        arrays = self._data.val if split == "val" or self._data.test is None else self._data.test
+        # Sets with the same space share the copy.
+        space_key = TrainingSet(np.zeros(0, np.float32), np.zeros(0, np.int64), train_set.space).key
+        held_out = TrainingSet(*arrays, train_set.space)
+        images, labels = self._on_device(f"{split} {space_key}", held_out, encoded=False)
         return share_right(net, images, labels, lambda part: part, images.device)
 
-    def _training(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return a set's encoded images in channels_last, and its labels, on the device."""
-        train_set = self._data.sets[name]
-        return self._cached(f"train {name}", train_set.images, train_set.labels, train_set.space)
-
-    def _held_out(self, split: Literal["val", "test"], set_name: str) -> tuple[Tensor, Tensor]:
-        """Return val or test in the pixel space of a set; sets with the same space share it."""
-        images, labels = self._data.val if split == "val" or self._data.test is None else self._data.test
-        space = self._data.sets[set_name].space
-        name = f"{split} {_space_key(space)}"
-        return self._cached(name, images, labels, space, encode=True)
-
-    def _cached(
-        self,
-        name: str,
-        images: np.ndarray[Any, Any],
-        labels: np.ndarray[Any, Any],
-        space: Mapping[str, Any],
-        encode: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        if name not in self._encoded:
+    def _on_device(self, name: str, arrays: TrainingSet, *, encoded: bool) -> tuple[Tensor, Tensor]:
+        """Return encoded images in channels_last, and labels, on the device; computed once per name."""
+        if name not in self._copies:
             # torch.tensor copies: the object store's memory must not be modified (docs/ray.md, 11).
-            pixels = torch.tensor(images).to(self._device)
-            if encode or pixels.dtype == torch.uint8:
-                pixels = _pixel_space(space).to(self._device).encode(pixels)
-            encoded = pixels.contiguous(memory_format=torch.channels_last)
-            self._encoded[name] = (encoded, torch.tensor(labels).to(self._device))
-        return self._encoded[name]
-
-
-def _space_key(space: Mapping[str, Any]) -> str:
-    """Return a hash that identifies a pixel space."""
-    empty = TrainingSet(np.zeros(0, np.float32), np.zeros(0, np.int64), space)
-    return empty.key
+            images, labels = torch.tensor(arrays.images), torch.tensor(arrays.labels)
+            images = images.to(self._device)
+            if not encoded:
+                images = _pixel_space(arrays.space).to(self._device).encode(images)
+            images = images.contiguous(memory_format=torch.channels_last)
+            self._copies[name] = (images, labels.to(self._device))
+        return self._copies[name]
 
 
 def _pixel_space(space: Mapping[str, Any]) -> PixelSpace:
@@ -253,8 +227,3 @@ def truth_ledger() -> Ledger:
     folder = home() / "nas"
     (folder / "ledger").mkdir(parents=True, exist_ok=True)
     return Ledger(folder)
-
-
-def real_set(split: Split, dataset: Dataset) -> TrainingSet:
-    """Return real images as a `TrainingSet` in the dataset's normalised space."""
-    return training_set(split.images, split.labels, PixelSpace("normalized", dataset.mean, dataset.std))

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from ddray.cluster.executor import RayExecutor
 from ddray.data import PixelSpace
 from ddray.ranking.figures_of_merit import figures_of_merit
-from ddray.ranking.recipe import NasRecipe
+from ddray.ranking.options import NasRecipe
 from ddray.ranking.spaces import get_space, sample
 from ddray.ranking.worker import NasTask, SweepData, SweepJob, run_task, training_set
 from ddray.runs.executor import Task

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from ddray.data import Dataset
+from ddray.data import Dataset, carve_val
 from ddray.ranking.command import collect
 from ddray.ranking.options import NasOptions
 from ddray.ranking.proxies import Proxy
 from ddray.ranking.spaces import resolve_config
-from ddray.ranking.sweep import Sweep, split_for
+from ddray.ranking.sweep import Sweep
 from ddray.ranking.worker import real_set
 from ddray.runs.ledger import Row
 
@@ -23,9 +23,8 @@ NUM_ARCHS = 4
 def sweep(toy: Callable[..., Dataset]) -> Sweep:
     """A sweep of 4 architectures on data with three quarters in one class."""
     dataset = toy((90, 10, 20))
-    train, val = split_for(dataset, 0)
-    train_set = real_set(train, dataset)
-    proxy = Proxy("some", train_set.key, "some", train_set, len(train), 12.0)
+    train, val = carve_val(dataset.train(), seed=0)
+    proxy = Proxy("some", "some", real_set(train, dataset), 12.0)
     options = NasOptions(seeds=3)
     return Sweep(
         options, resolve_config(options), dataset, train, val, (proxy,), tuple(range(NUM_ARCHS)), "cpu"

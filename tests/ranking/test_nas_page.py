@@ -14,8 +14,14 @@ from PIL import Image
 
 from ddray.drawing.plotly_parts import COLOURS
 from ddray.drawing.plots import save_plot
-from ddray.ranking.report import _points, draw_panel, save_scatters, write_nas_report
-from ddray.ranking.summary import published_figures, summary
+from ddray.ranking.report import (
+    _points,
+    draw_panel,
+    published_figures,
+    save_scatters,
+    summary,
+    write_nas_report,
+)
 
 NAN = float("nan")
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ddray.errors import InputError
 from ddray.nets import Net, build_net
-from ddray.ranking.recipe import NasRecipe
+from ddray.ranking.options import NasRecipe
 from ddray.ranking.training import train_seeds
 from ddray.seeding import derive, derive_seed
 from ddray.training.dsa import dsa_for
