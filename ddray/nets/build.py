@@ -3,6 +3,7 @@
 import importlib
 from functools import lru_cache
 from itertools import chain
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddray.errors import InputError
-from ddray.nets.convnet import ConvNet
+from ddray.nets.convnet import ChainNet
 from ddray.nets.features import Features, InstanceNorm
 from ddray.nets.names import Arch, parse_arch
 from ddray.seeding import derive_seed, forked_global
@@ -33,10 +34,7 @@ class Net(nn.Module):
         self, arch: str, image_shape: tuple[int, int, int], num_classes: int, body: nn.Module
     ) -> None:
         super().__init__()
-        self.arch = arch
-        self.image_shape = image_shape
-        self.num_classes = num_classes
-        self.body = body
+        self.arch, self.image_shape, self.num_classes, self.body = arch, image_shape, num_classes, body
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits [N, K] of `x` [N, C, H, W]."""
@@ -93,10 +91,8 @@ def _body(arch: Arch, image_shape: tuple[int, int, int], num_classes: int) -> nn
             f"images for {arch.name} must be at least {MIN_SIZE} px, got {image_shape[1]}x{image_shape[2]}; "
             "a ConvNet takes smaller ones"
         )
-    body: nn.Module = importlib.import_module(f"ddray.nets.{arch.module}").build(
-        arch, image_shape, num_classes
-    )
-    return body
+    family = importlib.import_module(f"ddray.nets.{arch.module}")
+    return cast(nn.Module, family.build(arch, image_shape, num_classes))
 
 
 @torch.no_grad()
@@ -105,10 +101,6 @@ def reinitialize(net: Net, seed: int) -> None:
 
     Parameters keep their identity and memory format, so a compiled network needs no recompilation.
     Gradients are left alone.
-
-    Args:
-        net: the network, compiled or not.
-        seed: decides every new weight.
     """
     tensors = list(chain(net.parameters(), net.buffers()))
     fresh = build_net(net.arch, net.image_shape, net.num_classes, seed=seed, device=tensors[0].device)
@@ -136,7 +128,7 @@ def training_format(net: nn.Module, device: torch.device) -> torch.memory_format
     for module in net.modules():
         if isinstance(module, InstanceNorm):
             return torch.contiguous_format
-        if isinstance(module, ConvNet) and module.pooling == "none" and len(module.convs) <= 2:
+        if isinstance(module, ChainNet) and set(module.poolings) == {"none"} and len(module.convs) <= 2:
             return torch.contiguous_format
     return torch.channels_last
 

@@ -1,10 +1,23 @@
-"""The ConvNet family of the dataset-condensation code base (DC, arXiv:2006.05929; "VICO").
+"""The ConvNets, VGG-11 and AlexNet of the dataset-condensation code base (DC, arXiv:2006.05929; "VICO").
 
-A ConvNet-D is D blocks of conv3x3 (padding 1, bias) -> norm -> activation -> 2x2 pooling, flattened into one
-linear layer; layers keep PyTorch's default initialisation. Blocks have one width, or (`_x2`, KRR-ST's inner
-networks) each twice the channels of the one before. A one-channel image is padded by 3 instead of 1 in
-the first convolution, whatever its size: the authors' code tests the channels, which turns 28 px into 32.
+Each is a chain of conv (bias) -> norm -> activation -> 2x2 pooling, flattened into one linear layer; layers
+keep PyTorch's default initialisation, and there is no dropout. A one-channel image gets two more pixels of
+padding in the first convolution, whatever its size: the authors' code tests the channels, which turns 28 px
+into 32.
+
+A ConvNet-D is D blocks with conv3x3 (padding 1) and pooling. Blocks have one width, or (`_x2`, KRR-ST's
+inner networks) each twice the channels of the one before. VGG-11 and AlexNet are the authors' for 32 px, with
+ReLU, max-pooling and the authors' default norms: instance norm for VGG-11, none for AlexNet.
+
+**Deviations**
+- Other sizes of VGG-11 and AlexNet, whose originals fit 32 px only. Below, a pooling that would leave less
+  than 2x2 before the next convolution is skipped (instance norm of one pixel is constant). Above, the last
+  map is average-pooled to the size it has at 32 px (VGG-11 1x1, AlexNet 4x4), so that the classifier does not
+  grow.
 """
+
+from collections.abc import Sequence
+from typing import Final
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,68 +27,89 @@ from ddray.nets.features import Features, Flatten, norm_layer
 from ddray.nets.names import Arch
 
 LEAKY_SLOPE = 0.01
+# Per convolution: output channels, kernel size, the 2x2 pooling that follows ("none": none).
+Plan = Sequence[tuple[int, int, str]]
+_VGG11: Final = (
+    *((64, 3, "max"), (128, 3, "max"), (256, 3, "none"), (256, 3, "max")),
+    *((512, 3, "none"), (512, 3, "max"), (512, 3, "none"), (512, 3, "max")),
+)
+_ALEXNET: Final = (*((128, 5, "max"), (192, 5, "max"), (256, 3, "none"), (192, 3, "none"), (192, 3, "max")),)
 
 
-class ConvNet(nn.Module):
-    """A ConvNet that returns `Features`; the embedding is the flattened output of the last pooling.
+class ChainNet(nn.Module):
+    """A chain of convolutions that returns `Features`: one map per convolution, the last pooling flattened.
 
     Args:
-        arch: the parsed name: depth, width, doubling, activation, norm and pooling.
+        plan: the convolutions.
+        arch: the parsed name: activation and norm.
         image_shape: (C, H, W) of the images.
         num_classes: K.
+        last_size: side of the map that is flattened into the embedding, where the map is larger; poolings
+            that smaller images do not allow are then skipped. None: neither.
 
     Raises:
-        InputError: the image is too small for the depth.
+        InputError: the image is too small for the plan.
     """
 
-    def __init__(self, arch: Arch, image_shape: tuple[int, int, int], num_classes: int) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        arch: Arch,
+        image_shape: tuple[int, int, int],
+        num_classes: int,
+        last_size: int | None = None,
+    ) -> None:
         super().__init__()
-        self._activation = arch.activation
-        self.pooling = arch.pooling
-        self._in_place = arch.norm != "layer"
-        self.convs = nn.ModuleList()
-        self.norms = nn.ModuleList()
+        self._activation, self._in_place = arch.activation, arch.norm != "layer"
+        self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
+        self.poolings: list[str] = []
         channels, height, width = image_shape
-        for block in range(arch.depth):
-            padding = 3 if block == 0 and image_shape[0] == 1 else 1
-            out_channels = arch.width * 2**block if arch.doubling else arch.width
-            self.convs.append(nn.Conv2d(channels, out_channels, 3, padding=padding))
-            channels, height, width = out_channels, height + 2 * padding - 2, width + 2 * padding - 2
+        for index, (out_channels, kernel, pooling) in enumerate(plan):
+            extra = 2 if index == 0 and channels == 1 else 0
+            self.convs.append(nn.Conv2d(channels, out_channels, kernel, padding=kernel // 2 + extra))
+            channels, height, width = out_channels, height + 2 * extra, width + 2 * extra
             self.norms.append(norm_layer(arch.norm, (channels, height, width)))
-            if arch.pooling != "none":
+            if last_size and index < len(plan) - 1 and min(height, width) < 4:
+                pooling = "none"
+            if pooling != "none":
                 if min(height, width) < 2:
                     raise InputError(
-                        f"{arch.name} halves the image {arch.depth} times, so its sides must be at least "
-                        f"{2**arch.depth} px, got {image_shape[1]}x{image_shape[2]}; take a smaller depth"
+                        f"{arch.name} halves the image {len(plan)} times, so its sides must be at least "
+                        f"{2 ** len(plan)} px, got {image_shape[1]}x{image_shape[2]}; take a smaller depth"
                     )
                 height, width = height // 2, width // 2
-        self.flatten = Flatten()
-        self.classifier = nn.Linear(channels * height * width, num_classes)
+            self.poolings.append(pooling)
+        self._last = (min(height, last_size or height), min(width, last_size or width))
+        self._shrink = self._last != (height, width)
+        self.flatten = nn.Flatten() if last_size else Flatten()
+        self.classifier = nn.Linear(channels * self._last[0] * self._last[1], num_classes)
 
     def forward(self, x: Tensor) -> Features:
         """Return the features of `x` [N, C, H, W]."""
         maps: list[Tensor] = []
-        for conv, norm in zip(self.convs, self.norms, strict=True):
+        for conv, norm, pooling in zip(self.convs, self.norms, self.poolings, strict=True):
             x = self._activate(norm(conv(x)))
             maps.append(x)
-            x = self._pool(x)
+            if pooling != "none":
+                x = F.avg_pool2d(x, 2) if pooling == "avg" else F.max_pool2d(x, 2)
+        if self._shrink:
+            x = F.adaptive_avg_pool2d(x, self._last)
         embedding = self.flatten(x)
         return Features(self.classifier(embedding), embedding, tuple(maps))
 
     def _activate(self, x: Tensor) -> Tensor:
         """Apply the activation in place, which conv and norm allow; but not on a LayerNorm's view."""
-        inplace = self._in_place
         if self._activation == "sigmoid":
-            return x.sigmoid_() if inplace else x.sigmoid()
+            return x.sigmoid_() if self._in_place else x.sigmoid()
         if self._activation == "leakyrelu":
-            return F.leaky_relu(x, LEAKY_SLOPE, inplace=inplace)
-        return F.relu(x, inplace=inplace)
-
-    def _pool(self, x: Tensor) -> Tensor:
-        """Halve the map, or leave it."""
-        if self.pooling == "avg":
-            return F.avg_pool2d(x, 2)
-        return F.max_pool2d(x, 2) if self.pooling == "max" else x
+            return F.leaky_relu(x, LEAKY_SLOPE, inplace=self._in_place)
+        return F.relu(x, inplace=self._in_place)
 
 
-build = ConvNet
+def build(arch: Arch, image_shape: tuple[int, int, int], num_classes: int) -> ChainNet:
+    """Return a ConvNet, `vgg11` or `alexnet` for images of `image_shape` (C, H, W)."""
+    if not arch.is_convnet:
+        plan, last_size = (_VGG11, 1) if arch.base == "vgg11" else (_ALEXNET, 4)
+        return ChainNet(plan, arch, image_shape, num_classes, last_size)
+    widths = [arch.width * 2**block if arch.doubling else arch.width for block in range(arch.depth)]
+    return ChainNet([(width, 3, arch.pooling) for width in widths], arch, image_shape, num_classes)

@@ -108,14 +108,10 @@ def _as_channels_last(grad: Tensor) -> Tensor:
 
 
 def norm_layer(norm: str, shape: tuple[int, int, int]) -> nn.Module:
-    """Return an affine normalisation layer for maps of `shape` (C, H, W).
+    """Return an affine norm (none, batch, layer, instance or group of 4) for maps of `shape` (C, H, W).
 
     The field's "instance norm" is a GroupNorm with one group per channel (DC's networks.py), whose statistics
-    are the sample's own in train() and eval() alike.
-
-    Args:
-        norm: none, batch, layer, instance or group (4 groups).
-        shape: (C, H, W) of the maps; only layer norm depends on H and W.
+    are the sample's own in train() and eval() alike. Only layer norm depends on H and W.
     """
     channels = shape[0]
     if norm == "batch":

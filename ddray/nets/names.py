@@ -1,6 +1,7 @@
 """Architecture names: a base name and optional suffixes in any order; the canonical name omits defaults."""
 
 import re
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 
 from ddray.errors import InputError, did_you_mean, unknown
@@ -9,6 +10,7 @@ WIDTH = 128
 ACTIVATIONS = {"sigmoid": "_sigmoid", "relu": "_relu", "leakyrelu": "_leakyrelu"}
 NORMS = {"none": "_nonorm", "batch": "_bn", "layer": "_ln", "instance": "_in", "group": "_gn"}
 POOLINGS = {"none": "_nopool", "max": "_max", "avg": "_avg"}
+_TABLES = {"activation": ACTIVATIONS, "norm": NORMS, "pooling": POOLINGS}
 GROUPS = 4
 
 
@@ -35,8 +37,8 @@ _FAMILIES: dict[str, Family] = {
     "resnet18": Family("torchvision_nets"),
     "resnet18_ap": Family("torchvision_nets"),
     "resnet101": Family("torchvision_nets"),
-    "vgg11": Family("classic", ("instance", "none", "batch")),
-    "alexnet": Family("classic", ("none", "batch", "instance")),
+    "vgg11": Family("convnet", ("instance", "none", "batch")),
+    "alexnet": Family("convnet", ("none", "batch", "instance")),
     "mobilenet_v2": Family("torchvision_nets"),
     "densenet121": Family("torchvision_nets"),
     "densenet_cifar": Family("torchvision_nets"),
@@ -49,7 +51,7 @@ DOUBLING = "_x2"
 _SUFFIX_FIELDS: dict[str, tuple[str, str | bool]] = {
     **{
         suffix.removeprefix("_"): (field, value)
-        for field, table in (("activation", ACTIVATIONS), ("norm", NORMS), ("pooling", POOLINGS))
+        for field, table in _TABLES.items()
         for value, suffix in table.items()
     },
     DOUBLING.removeprefix("_"): ("doubling", True),
@@ -108,10 +110,7 @@ def arch_names() -> list[str]:
 
 
 def parse_arch(arch: str) -> Arch:
-    """Parse an architecture name.
-
-    Args:
-        arch: base name and suffixes, such as `"convnet3_w64_bn"`.
+    """Parse an architecture name: base name and suffixes, such as `"convnet3_w64_bn"`.
 
     Raises:
         InputError: an unknown base or suffix, a suffix the base does not take, or two of one kind.
@@ -160,10 +159,6 @@ def check_arch(arch: str) -> str:
 def with_norm(arch: str, norm: str) -> str:
     """Return the canonical name of `arch` with its norm replaced: `("convnet3", "batch")` -> `"convnet3_bn"`.
 
-    Args:
-        arch: an architecture name.
-        norm: none, batch, layer, instance or group.
-
     Raises:
         InputError: an unknown name, or a norm this architecture cannot be built with.
     """
@@ -174,38 +169,21 @@ def with_norm(arch: str, norm: str) -> str:
 
 
 def convnet_name(depth: int, width: int, activation: str, norm: str, pooling: str) -> str:
-    """Return the canonical name of one ConvNet.
-
-    Args:
-        depth: number of blocks, 1 to 6.
-        width: channels of every block.
-        activation: sigmoid, relu or leakyrelu.
-        norm: none, batch, layer, instance or group (4 groups).
-        pooling: none, max or avg.
+    """Return the canonical name of one ConvNet of 1 to 6 blocks, `width` channels each.
 
     Raises:
-        InputError: a value outside these.
+        InputError: a value outside these, or of `ACTIVATIONS`, `NORMS`, `POOLINGS`.
     """
-    for setting, value, table in (
-        ("activation", activation, ACTIVATIONS),
-        ("norm", norm, NORMS),
-        ("pooling", pooling, POOLINGS),
-    ):
-        if value not in table:
-            raise unknown(setting, value, table)
+    settings = {"activation": activation, "norm": norm, "pooling": pooling}
+    for setting, value in settings.items():
+        if value not in _TABLES[setting]:
+            raise unknown(setting, value, _TABLES[setting])
     return check_arch(f"convnet{depth}_w{width}{ACTIVATIONS[activation]}{NORMS[norm]}{POOLINGS[pooling]}")
 
 
 def default_arch(image_shape: tuple[int, int, int]) -> str:
-    """Return the ConvNet the field uses at this size: 3 blocks up to 32 px, 4 at 64, 5 at 128, 6 beyond.
-
-    Args:
-        image_shape: (C, H, W).
-    """
-    size = min(image_shape[1:])
-    return (
-        "convnet3" if size <= 32 else "convnet4" if size <= 64 else "convnet5" if size <= 128 else "convnet6"
-    )
+    """Return the field's ConvNet for images (C, H, W): 3 blocks up to 32 px, 4 at 64, 5 at 128, 6 beyond."""
+    return f"convnet{3 + bisect_left((32, 64, 128), min(image_shape[1:]))}"
 
 
 def resolve_arch(arch: str, image_shape: tuple[int, int, int]) -> str:

@@ -22,7 +22,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,8 @@ _ARCH_STR: Final = re.compile(r"\|(\w+)~0\|\+\|(\w+)~0\|(\w+)~1\|\+\|(\w+)~0\|(\
 
 _WeightedOps = tuple[tuple[str, float], ...]
 """What one edge sums: operations (`none` left out) and their weights."""
+_Move = tuple[int, str, float]
+"""What a node sums: the node from which, the operation, its weight."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +90,7 @@ BENCHMARK: Final = Skeleton()
 
 
 def parse_arch_str(text: str) -> tuple[str, ...]:
-    """Return the operations of a cell, one per edge of `EDGES`.
-
-    Args:
-        text: `"|op~0|+|op~0|op~1|+|op~0|op~1|op~2|"`, op one of `OPS`.
+    """Return the operations of a cell `"|op~0|+|op~0|op~1|+|op~0|op~1|op~2|"`, one per edge of `EDGES`.
 
     Raises:
         InputError: another form, or an unknown operation.
@@ -104,9 +103,6 @@ def parse_arch_str(text: str) -> tuple[str, ...]:
 
 def to_arch_str(ops: Sequence[str]) -> str:
     """Return the benchmark's text for a cell: the inverse of `parse_arch_str`.
-
-    Args:
-        ops: one of `OPS` per edge of `EDGES`.
 
     Raises:
         InputError: another number of operations, or an unknown one.
@@ -141,22 +137,13 @@ def _weighted(ops: Sequence[str], mixture: str | None) -> tuple[_WeightedOps, ..
 
 
 def cell_net_size(
-    ops: Sequence[str],
-    image_shape: tuple[int, int, int],
-    num_classes: int,
-    skeleton: Skeleton = BENCHMARK,
+    ops: Sequence[str], image_shape: tuple[int, int, int], num_classes: int, skeleton: Skeleton = BENCHMARK
 ) -> tuple[int, int]:
     """Return parameters and FLOPs (per image) of a cell network without building it.
 
     FLOPs are counted as the benchmark does (get_model_infos in https://github.com/D-X-Y/AutoDL-Projects):
     multiply-adds of convolutions and linear layers, plus one for each bias that is added; norms, activations
-    and poolings are free.
-
-    Args:
-        ops: one of `OPS` per edge of `EDGES`.
-        image_shape: (C, H, W) of the images.
-        num_classes: K.
-        skeleton: the network around the cell.
+    and poolings are free. `ops` has one of `OPS` per edge of `EDGES`.
     """
     kernels = [_KERNELS[op] for edge in _weighted(ops, skeleton.mixture) for op, _ in edge if op in _KERNELS]
     cell_weights = sum(kernel**2 for kernel in kernels)  # per pair of channels
@@ -221,22 +208,14 @@ def build_cell_net(
 
 
 class CellNet(nn.Module):
-    """A cell network that returns `Features`.
-
-    Args:
-        ops: one of `OPS` per edge of `EDGES`.
-        image_channels: channels of the images.
-        num_classes: K.
-        skeleton: the network around the cell.
-    """
+    """A cell network that returns `Features`; `ops` has one of `OPS` per edge of `EDGES`."""
 
     def __init__(self, ops: Sequence[str], image_channels: int, num_classes: int, skeleton: Skeleton) -> None:
         super().__init__()
         edges = _weighted(ops, skeleton.mixture)
         channels = skeleton.channels
         self.stem = _conv_norm(image_channels, channels, 3)
-        self.reductions = nn.ModuleList()
-        self.stages = nn.ModuleList()
+        self.reductions, self.stages = nn.ModuleList(), nn.ModuleList()
         for stage in range(NUM_STAGES):
             if stage:
                 self.reductions.append(Reduction(channels))
@@ -274,23 +253,8 @@ class Reduction(nn.Module):
         return residual + shortcut
 
 
-class _Move(NamedTuple):
-    """One operation from a node; `conv` names its layers, if it has any."""
-
-    source: int
-    op: str
-    weight: float
-    conv: str
-
-
 class Cell(nn.Module):
-    """A cell: [N, C, H, W] -> [N, C, H, W].
-
-    Args:
-        edges: what each edge of `EDGES` sums.
-        channels: C.
-        affine: whether its BN has weight and bias.
-    """
+    """A cell: [N, C, H, W] -> [N, C, H, W]; `edges` is what each of `EDGES` sums, `affine` is of its BN."""
 
     def __init__(self, edges: Sequence[_WeightedOps], channels: int, *, affine: bool) -> None:
         super().__init__()
@@ -299,7 +263,7 @@ class Cell(nn.Module):
             for op, _ in weighted:
                 if op in _KERNELS:
                     conv = _conv_norm(channels, channels, _KERNELS[op], affine=affine)
-                    self.convs[_conv_name(source, target, op)] = conv
+                    self.convs[f"{source}_{target}_{op}"] = conv
         self._plan = _plan(edges, affine)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -308,7 +272,7 @@ class Cell(nn.Module):
         rectified: dict[int, Tensor] = {}  # shared by the convolutions out of a node
         for node, moves in self._plan:
             total: Tensor | None = None
-            for source, op, weight, conv in moves:
+            for source, op, weight in moves:
                 if op == "skip_connect":
                     output = nodes[source]
                 elif op == "avg_pool_3x3":
@@ -316,7 +280,7 @@ class Cell(nn.Module):
                 else:
                     if source not in rectified:
                         rectified[source] = F.relu(nodes[source])
-                    output = self.convs[conv](rectified[source])
+                    output = self.convs[f"{source}_{node}_{op}"](rectified[source])
                 output = output if weight == 1 else output * weight
                 total = output if total is None else total + output
             nodes[node] = torch.zeros_like(x) if total is None else total
@@ -330,16 +294,12 @@ def _plan(edges: Sequence[_WeightedOps], affine: bool) -> tuple[tuple[int, tuple
         for op, weight in weighted:
             # A node that nothing reaches is zero, and stays so except for the shift of an affine BN.
             if source == 0 or moves[source] or (affine and op in _KERNELS):
-                moves[target].append(_Move(source, op, weight, _conv_name(source, target, op)))
+                moves[target].append((source, op, weight))
     needed = {OUTPUT}
     for node in reversed(moves):
         if node in needed:
-            needed |= {move.source for move in moves[node]}
+            needed |= {source for source, _, _ in moves[node]}
     return tuple((node, tuple(moves[node])) for node in moves if node in needed)
-
-
-def _conv_name(source: int, target: int, op: str) -> str:
-    return f"{source}_{target}_{op}"
 
 
 def _conv_norm(

@@ -16,20 +16,12 @@ from ddray.errors import InputError
 from ddray.nets.features import Features
 from ddray.nets.names import Arch
 
-DIM = 192
-NUM_LAYERS = 12
-NUM_HEADS = 3
-MLP_DIM = 768
+DIM, NUM_LAYERS, NUM_HEADS, MLP_DIM = 192, 12, 3, 768
 MAP_EVERY = 3
 
 
 class VisionTransformer(nn.Module):
     """A vision transformer that returns `Features`; the maps are the patch tokens after every third layer.
-
-    Args:
-        arch: `vit_tiny` or `deit_tiny`.
-        image_shape: (C, H, W) of the images, H = W and divisible by the patch size.
-        num_classes: K.
 
     Raises:
         InputError: the images are not square, or do not divide into patches.
