@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ddray.config import Config
-from ddray.errors import InputError
+from ddray.errors import InputError, one_line
 
 Augmentation = Literal["rotation", "jigsaw", "crop", "none"]
 Approximation = Literal["mlp", "bias", "same", "ideal"]
@@ -43,7 +43,7 @@ class Bases(Config):
         return NUM_VIEWS[self.augmentation]
 
 
-def upsample(flat: Tensor, shape: tuple[int, int, int], scale: int) -> Tensor:
+def upsample(flat: Tensor, shape: tuple[int, ...], scale: int) -> Tensor:
     """Return D(.): images [m, C, H*scale, W*scale] of rows [m, C*H*W], bilinear.
 
     Pixel centres are kept (no aligned corners), so that it commutes with rotations by 90 degrees.
@@ -56,9 +56,8 @@ def upsample(flat: Tensor, shape: tuple[int, int, int], scale: int) -> Tensor:
 
 def views(images: Tensor, augmentation: Augmentation) -> Tensor:
     """Return {X, tau_1(X), ..., tau_A(X)}, float [(A + 1) * m, C, H, W], view by view; differentiable."""
-    return torch.cat(
-        [images, *(view(images, augmentation, index) for index in range(NUM_VIEWS[augmentation]))]
-    )
+    turned = (view(images, augmentation, index) for index in range(NUM_VIEWS[augmentation]))
+    return torch.cat([images, *turned])
 
 
 def view(images: Tensor, augmentation: Augmentation, index: int) -> Tensor:
@@ -77,13 +76,7 @@ def view(images: Tensor, augmentation: Augmentation, index: int) -> Tensor:
 
 
 def view_coefficients(tensors: Tensors, bases: Bases, coefficients: Tensor) -> Tensor:
-    """Return the coefficients of the views' targets, C^y + Q_a(C^y) or its substitute, [A, m, V].
-
-    Args:
-        tensors: the stored tensors.
-        bases: says which of the four approximations they are.
-        coefficients: C^y [m, V].
-    """
+    """Return coefficients of the views' targets [A, m, V]: C^y [m, V] + Q_a(C^y), or its substitute."""
     if bases.approximation == "ideal":
         return tensors["view_coefficients"]
     if bases.approximation == "same":
@@ -91,8 +84,8 @@ def view_coefficients(tensors: Tensors, bases: Bases, coefficients: Tensor) -> T
     bias = tensors["shift_bias"]
     if bases.approximation == "bias":
         return coefficients + bias[:, None]
-    first, hidden = tensors["hidden_weight"], tensors["hidden_bias"]
-    return coefficients + perceptron(coefficients, first, hidden, tensors["shift_weight"], bias)
+    weights = tensors["hidden_weight"], tensors["hidden_bias"], tensors["shift_weight"]
+    return coefficients + perceptron(coefficients, *weights, bias)
 
 
 def perceptron(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
@@ -106,10 +99,8 @@ def images_of(tensors: Tensors, bases: Bases) -> Tensor:
     if "images" in tensors:
         return tensors["images"]
     image_bases = tensors["image_bases"]
-    _, channels, height, width = image_bases.shape
-    return upsample(
-        tensors["image_coefficients"] @ image_bases.flatten(1), (channels, height, width), bases.scale
-    )
+    flat = tensors["image_coefficients"] @ image_bases.flatten(1)
+    return upsample(flat, image_bases.shape[1:], bases.scale)
 
 
 def targets_of(tensors: Tensors) -> Tensor:
@@ -141,21 +132,9 @@ def expand(tensors: Tensors, bases: Bases) -> tuple[Tensor, Tensor]:
 
 
 def check(tensors: Tensors, bases: Bases, image_shape: tuple[int, int, int]) -> None:
-    """Check that the tensors have the names and shapes that the decoder needs.
-
-    Raises:
-        InputError: naming the first broken rule.
-    """
-    expected = (
-        {"images", "targets"}
-        if "images" in tensors
-        else {
-            "image_bases",
-            "image_coefficients",
-            "target_bases",
-            "target_coefficients",
-        }
-    )
+    """Check the names and shapes of the decoder's tensors; InputError names the first broken rule."""
+    parts = ("image_bases", "image_coefficients", "target_bases", "target_coefficients")
+    expected = {"images", "targets"} if "images" in tensors else set(parts)
     if bases.num_views:
         expected |= {
             "mlp": {"hidden_weight", "hidden_bias", "shift_weight", "shift_bias"},
@@ -171,8 +150,9 @@ def check(tensors: Tensors, bases: Bases, image_shape: tuple[int, int, int]) -> 
     try:
         images, targets = expand(tensors, bases)
     except (RuntimeError, ValueError, IndexError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise InputError(f"the tensors of decoder boost_ssdd must fit one another: {reason}") from error
+        raise InputError(
+            f"the tensors of decoder boost_ssdd must fit one another: {one_line(error, 120)}"
+        ) from error
     if tuple(images.shape[1:]) != image_shape or len(images) != len(targets):
         raise InputError(
             f"decoder boost_ssdd must give images {image_shape} and a target each, "

@@ -10,11 +10,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import Any, Final, Literal
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 from ddray.artifact.bases import Bases
 from ddray.artifact.decoders import decoder_names, get_decoder
@@ -23,9 +24,6 @@ from ddray.config import Config
 from ddray.data import PixelSpace
 from ddray.errors import InputError
 from ddray.system.files import write_atomically
-
-if TYPE_CHECKING:
-    from torch.utils.data import TensorDataset
 
 FORMAT_VERSION: Final = 1
 ZCA: Final = ("zca_mean", "zca_matrix")
@@ -115,9 +113,7 @@ class DistilledSet:
     def space(self) -> PixelSpace:
         """Return the pixel space of the images."""
         meta = self.meta
-        return PixelSpace(
-            meta.pixel_space, meta.mean, meta.std, self.zca.get("zca_mean"), self.zca.get("zca_matrix")
-        )
+        return PixelSpace(meta.pixel_space, meta.mean, meta.std, *(self.zca.get(name) for name in ZCA))
 
     def generated(self, ipc: int | None = None, device: torch.device | str = "cpu") -> DistilledSet:
         """Return this set with images: sampled if it stores statistics, otherwise the set itself.
@@ -146,8 +142,6 @@ class DistilledSet:
         The tensors are copies. For a self-supervised set, the target representation [D] takes the place of
         the label.
         """
-        from torch.utils.data import TensorDataset
-
         train = self.decode()
         second = train.labels if train.targets is None else train.targets
         return TensorDataset(train.images.clone(), second.clone())
@@ -160,11 +154,9 @@ class DistilledSet:
         """
         meta = self.meta
         for owner, name in (("partition", "partition"), ("boost_ssdd", "bases")):
-            parameters = getattr(meta, name)
-            if (meta.decoder == owner) != (parameters is not None):
-                raise InputError(
-                    f"decoder {meta.decoder} and {name} {parameters} must both be given, or none"
-                )
+            value = getattr(meta, name)
+            if (meta.decoder == owner) != (value is not None):
+                raise InputError(f"decoder {meta.decoder} and {name} {value} must both be given, or none")
         get_decoder(meta.decoder).validate(self)
 
     def _stored(self) -> dict[str, Tensor]:
@@ -173,19 +165,15 @@ class DistilledSet:
         return dict(self.compact) or {"images": self.images, **second}
 
     def check_storage(self) -> None:
-        """Check that `storage_floats` counts every stored value except labels and ZCA.
-
-        Raises:
-            InputError: it does not.
-        """
+        """Check that `storage_floats` counts every stored value except labels and ZCA; else InputError."""
         floats = sum(tensor.numel() for name, tensor in self._stored().items() if name != "labels")
         if self.meta.storage_floats != floats:
             raise InputError(f"storage_floats must be {floats}, got {self.meta.storage_floats}")
 
     def is_finite(self) -> bool:
         """Return whether no image and no target is NaN or infinite."""
-        tensors = (self.images, *self.compact.values())
-        return all(bool(torch.isfinite(t).all()) for t in (*tensors, self.targets) if t is not None)
+        tensors = (self.images, self.targets, *self.compact.values())
+        return all(bool(torch.isfinite(tensor).all()) for tensor in tensors if tensor is not None)
 
     def save(self, path: Path | str) -> None:
         """Validate, then write the file atomically.
@@ -195,15 +183,9 @@ class DistilledSet:
             StorageError: the file can't be written.
         """
         self.validate()
-        stored = {**self._stored(), **self.zca}
-        contents: dict[str, Any] = {
-            "format_version": FORMAT_VERSION,
-            **{name: _plain(tensor) for name, tensor in stored.items()},
-            "meta": json.dumps(self.meta.dump(), sort_keys=True),
-        }
+        contents: dict[str, Any] = {"format_version": FORMAT_VERSION}
+        for name, tensor in {**self._stored(), **self.zca}.items():
+            # A copy: torch.save writes the whole storage behind a view.
+            contents[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        contents["meta"] = json.dumps(self.meta.dump(), sort_keys=True)
         write_atomically(Path(path), lambda file: torch.save(contents, file))
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """Return a contiguous CPU copy: torch.save writes the whole storage behind a view."""
-    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)

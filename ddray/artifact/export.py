@@ -1,24 +1,18 @@
 """Distilled sets for other tools: a torch dataset, a folder of pictures by class, a parquet file."""
 
-from __future__ import annotations
-
 import io
 import json
 import logging
 import re
-import shutil
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ddray.artifact.distilled_set import DistilledSet
 from ddray.errors import InputError
-from ddray.system.files import storage_errors, write_atomically
-
-if TYPE_CHECKING:
-    from ddray.artifact.distilled_set import DistilledSet
+from ddray.system.files import write_atomically, write_folder
 
 log = logging.getLogger(__name__)
 
@@ -47,11 +41,8 @@ def pictures(distilled: DistilledSet) -> Tensor:
 def export_folder(distilled: DistilledSet, folder: Path) -> None:
     """Write `<folder>/<label>_<class>/<number>.png` and `<folder>/meta.json`; `--dataset <folder>` reads it.
 
-    Images of a self-supervised set have no labels and go to `<folder>/unlabelled`.
-
-    Args:
-        distilled: the set.
-        folder: a new folder; it gets its name only once it is complete.
+    Images of a self-supervised set have no labels and go to `<folder>/unlabelled`. The folder gets its name
+    only once it is complete.
 
     Raises:
         InputError: the folder exists, or the set holds spectrograms.
@@ -63,20 +54,15 @@ def export_folder(distilled: DistilledSet, folder: Path) -> None:
     names = _folder_names(distilled.meta.class_names)
     labels = distilled.decode().labels.tolist()
     folders = [names[label] for label in labels] if labels else ["unlabelled"] * len(pixels)
-    with storage_errors(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
-        try:
-            for index, (picture, name) in enumerate(zip(pixels, folders, strict=True)):
-                class_folder = draft / name
-                class_folder.mkdir(exist_ok=True)
-                (class_folder / f"{index:05d}.png").write_bytes(_png(picture))
-            text = json.dumps(distilled.meta.dump(), indent=2, sort_keys=True)
-            (draft / "meta.json").write_text(text + "\n", encoding="utf-8")
-            draft.chmod(0o755)
-            draft.rename(folder)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+
+    def write(draft: Path) -> None:
+        for index, (picture, name) in enumerate(zip(pixels, folders, strict=True)):
+            (draft / name).mkdir(exist_ok=True)
+            (draft / name / f"{index:05d}.png").write_bytes(encode_picture(picture))
+        text = json.dumps(distilled.meta.dump(), indent=2, sort_keys=True)
+        (draft / "meta.json").write_text(text + "\n", encoding="utf-8")
+
+    write_folder(folder, write)
 
 
 def export_parquet(distilled: DistilledSet, path: Path) -> None:
@@ -96,63 +82,45 @@ def export_parquet(distilled: DistilledSet, path: Path) -> None:
     import pyarrow.parquet as pq
 
     train = distilled.decode()
-    encoded = [{"bytes": _png(picture), "path": None} for picture in pictures(distilled)]
-    columns: dict[str, Any] = {
-        "image": pa.array(encoded, pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
-        "tensor": _rows(train.images),
-    }
-    features: dict[str, Any] = {"image": {"_type": "Image"}, "tensor": _feature(train.images)}
+    encoded = [{"bytes": encode_picture(picture), "path": None} for picture in pictures(distilled)]
+    image = pa.array(encoded, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    columns: dict[str, Any] = {"image": (image, {"_type": "Image"}), "tensor": _column(train.images)}
     if train.targets is None:
-        columns["label"] = pa.array(train.labels.tolist(), pa.int64())
-        features["label"] = {"names": list(distilled.meta.class_names), "_type": "ClassLabel"}
+        feature = {"names": list(distilled.meta.class_names), "_type": "ClassLabel"}
+        columns["label"] = pa.array(train.labels.tolist(), pa.int64()), feature
     else:
-        columns["target"] = _rows(train.targets)
-        features["target"] = _feature(train.targets)
-    table = pa.table(columns)
+        columns["target"] = _column(train.targets)
+    features = {name: feature for name, (_, feature) in columns.items()}
     meta = {
         "huggingface": json.dumps({"info": {"features": features}}),
         "ddray": json.dumps(distilled.meta.dump(), sort_keys=True),
     }
-    described = table.replace_schema_metadata(meta)
-    write_atomically(path, lambda file: pq.write_table(described, file))
+    table = pa.table({name: values for name, (values, _) in columns.items()}, metadata=meta)
+    write_atomically(path, lambda file: pq.write_table(table, file))
 
 
-def _rows(values: Tensor) -> Any:
-    """Return float32 [N, ...] as a column of fixed-size lists."""
+def _column(values: Tensor) -> tuple[Any, dict[str, Any]]:
+    """Return float32 [N, ...] as a column of fixed-size lists, and its Hugging Face feature."""
     import pyarrow as pa
 
-    return pa.FixedSizeListArray.from_arrays(
-        pa.array(values.contiguous().flatten().numpy()), values[0].numel()
-    )
-
-
-def _feature(values: Tensor) -> dict[str, Any]:
-    """Return the Hugging Face feature of such a column."""
-    return {
-        "feature": {"dtype": "float32", "_type": "Value"},
-        "length": values[0].numel(),
-        "_type": "Sequence",
-    }
+    flat, length = pa.array(values.contiguous().flatten().numpy()), values[0].numel()
+    feature = {"feature": {"dtype": "float32", "_type": "Value"}, "length": length, "_type": "Sequence"}
+    return pa.FixedSizeListArray.from_arrays(flat, length), feature
 
 
 def _folder_names(classes: tuple[str, ...]) -> list[str]:
     """Return folder names that sort as the labels do."""
     width = len(str(len(classes) - 1))
-    return [
-        f"{n:0{width}d}_{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')}" for n, name in enumerate(classes)
-    ]
+    names = (re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-") for name in classes)
+    return [f"{label:0{width}d}_{name}" for label, name in enumerate(names)]
 
 
-def _png(picture: Tensor) -> bytes:
-    """Return uint8 [C, H, W] as PNG bytes.
-
-    Raises:
-        InputError: neither grey nor RGB.
-    """
+def encode_picture(picture: Tensor, form: str = "PNG", **options: int) -> bytes:
+    """Return uint8 or float [C, H, W] as the bytes of a file; InputError if it is neither grey nor RGB."""
     from torchvision.transforms.functional import to_pil_image
 
     if picture.shape[0] not in (1, 3):
         raise InputError(f"pictures have 1 or 3 channels, got {picture.shape[0]}")
     buffer = io.BytesIO()
-    to_pil_image(picture).save(buffer, format="PNG")
+    to_pil_image(picture).save(buffer, format=form, **options)
     return buffer.getvalue()

@@ -34,11 +34,7 @@ class Partition(Config):
         return self.factor**2 if self.axes == "both" else self.factor
 
     def spans(self, height: int, width: int) -> list[tuple[slice, slice]]:
-        """Return (rows, columns) of every part, row by row.
-
-        Raises:
-            InputError: a side has fewer pixels than parts.
-        """
+        """Return (rows, columns) of every part, row by row; InputError if a side has too few pixels."""
         rows = _cuts(height, self.factor if self.axes == "both" else 1)
         return [(row, column) for row in rows for column in _cuts(width, self.factor)]
 
@@ -51,14 +47,9 @@ def _cuts(size: int, parts: int) -> list[slice]:
 
 
 def expand(images: Tensor, partition: Partition) -> Tensor:
-    """Return the mini-images of stored images, up-sampled (bilinear); differentiable.
+    """Return the mini-images [N * P, C, H, W] of stored images [N, C, H, W], up-sampled (bilinear).
 
-    Args:
-        images: stored images [N, C, H, W].
-        partition: P parts per image.
-
-    Returns:
-        [N * P, C, H, W]; the parts of one image are consecutive.
+    Differentiable; the P parts of one image are consecutive.
     """
     if partition.num_parts == 1:
         return images
@@ -71,15 +62,9 @@ def expand(images: Tensor, partition: Partition) -> Tensor:
 
 
 def compose(images: Tensor, partition: Partition, resize: Resize = "bilinear") -> Tensor:
-    """Return stored images that hold `images`, down-scaled, in the order of `expand`.
+    """Return stored images [N, C, H, W] that hold `images` [N * P, C, H, W], in the order of `expand`.
 
-    Args:
-        images: [N * P, C, H, W].
-        partition: P parts per stored image.
-        resize: bilinear (anti-aliased) or nearest.
-
-    Returns:
-        [N, C, H, W].
+    They are scaled down by `resize`: bilinear (anti-aliased) or nearest.
     """
     if partition.num_parts == 1:
         return images

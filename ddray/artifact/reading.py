@@ -1,7 +1,7 @@
 """Reading distilled sets: ours, and those of other projects."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,16 +41,12 @@ def load(
         )
     space = pixel_space or PixelSpace("normalized", dataset.mean, dataset.std)
     zca = {"zca_mean": space.zca_mean, "zca_matrix": space.zca_matrix} if space.kind == "zca" else {}
-    distilled = DistilledSet(
-        images=images.float(),
-        labels=labels.long(),
-        meta=describe_foreign(path, images, labels, dataset, space.kind),
-        zca={name: tensor for name, tensor in zca.items() if tensor is not None},
-    )
-    return _validated(path, distilled)
+    tensors = {name: tensor for name, tensor in zca.items() if tensor is not None}
+    meta = _describe_foreign(path, images, labels, dataset, space.kind)
+    return _validated(path, lambda: DistilledSet(images.float(), labels.long(), meta, tensors))
 
 
-def describe_foreign(
+def _describe_foreign(
     path: Path, images: Tensor, labels: Tensor, dataset: Dataset, kind: Literal["raw", "normalized", "zca"]
 ) -> Meta:
     """Return the metadata that can be inferred from another project's file."""
@@ -76,7 +72,6 @@ def describe_foreign(
 
 
 def _own(path: Path, contents: Mapping[str, Any]) -> DistilledSet:
-    """Build a set from our format."""
     version = contents["format_version"]
     if not isinstance(version, int) or version != FORMAT_VERSION:
         raise InputError(f"{path}: format_version must be {FORMAT_VERSION}, got {version}; update ddray")
@@ -86,11 +81,7 @@ def _own(path: Path, contents: Mapping[str, Any]) -> DistilledSet:
         raise InputError(f"{path}: {', '.join(wrong)} must be dense tensors")
     meta = _meta(path, contents)
     zca: dict[str, Tensor] = {key: tensors.pop(key) for key in ZCA if key in tensors}
-    try:
-        distilled = get_decoder(meta.decoder).read(meta, tensors, zca)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    return _validated(path, distilled)
+    return _validated(path, lambda: get_decoder(meta.decoder).read(meta, tensors, zca))
 
 
 def _meta(path: Path, contents: Mapping[str, Any]) -> Meta:
@@ -103,8 +94,9 @@ def _meta(path: Path, contents: Mapping[str, Any]) -> Meta:
     return Meta.parse(values, prefix="meta.", source=str(path))
 
 
-def _validated(path: Path, distilled: DistilledSet) -> DistilledSet:
+def _validated(path: Path, build: Callable[[], DistilledSet]) -> DistilledSet:
     try:
+        distilled = build()
         distilled.validate()
     except InputError as error:
         raise InputError(f"{path}: {error}") from error

@@ -1,24 +1,36 @@
-"""HTML pages: one self-contained file each, from a template, that needs no network."""
+"""HTML pages, one self-contained file each that needs no network, and the plotly figures on them."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from ddray.drawing.text import percent
 from ddray.system.files import write_text
 
+# Okabe and Ito's colour-blind safe palette with a lighter blue, readable on white and on black.
+COLOURS: Final = ("#1f84c9", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#b8a100", "#8a94a3")
+# Transparent, so that plots take the page's background, light or dark.
+_LAYOUT: Final[Mapping[str, Any]] = {
+    "template": "plotly_white",
+    "height": 380,
+    "margin": {"l": 55, "r": 15, "t": 30, "b": 50},
+    "paper_bgcolor": "rgba(0,0,0,0)",
+    "plot_bgcolor": "rgba(0,0,0,0)",
+    "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "#8a94a3"},
+    "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+}
+_CONFIG: Final = {"responsive": True, "displaylogo": False}
+
+
+def to_html(figure: Any, **layout: Any) -> str:
+    """Return a plotly figure as an HTML fragment without the script; `layout` changes the common layout."""
+    figure.update_layout(**{**_LAYOUT, **layout})
+    return str(figure.to_html(full_html=False, include_plotlyjs=False, config=_CONFIG))
+
 
 def write_html(path: Path, template: str, **values: Any) -> None:
-    """Write a page.
-
-    Args:
-        path: the file.
-        template: the name of a file in `templates/`.
-        values: what the template shows.
-
-    Raises:
-        StorageError: the page can't be written.
-    """
+    """Write a page of `values` by a template, a file's name in `templates/`; StorageError if it can't be."""
     from jinja2 import Environment, PackageLoader, select_autoescape
     from plotly.offline import get_plotlyjs
 
@@ -28,11 +40,7 @@ def write_html(path: Path, template: str, **values: Any) -> None:
 
 
 def write_run_page(run_dir: Path, template: str, **values: Any) -> None:
-    """Write `<run>/report.html`; it also shows the run's config.yaml and environment.json.
-
-    Raises:
-        StorageError: the page can't be written.
-    """
+    """Write `<run>/report.html`, which also shows the run's config.yaml and environment.json."""
     config = (run_dir / "config.yaml").read_text(encoding="utf-8")
     environment = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))
     write_html(run_dir / "report.html", template, config=config, environment=environment, **values)

@@ -1,13 +1,14 @@
-"""Pictures of distilled sets: one PNG grid, with normalisation and whitening undone."""
+"""Pictures of distilled sets: PNG grids with normalisation and whitening undone, t-SNE planes."""
 
 import base64
-import io
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ddray.artifact.distilled_set import DistilledSet
+from ddray.artifact.export import encode_picture
+from ddray.drawing.tsne import save_tsne
 from ddray.system.files import write_atomically
 
 _MAX_PER_CLASS = 10
@@ -15,6 +16,27 @@ _MAX_CLASSES = 50
 _MAX_UNLABELLED = 100
 _LOSSLESS_BYTES = 32_000
 _MAX_BASES = 64  # as many as the paper's figure shows
+
+
+def save_pictures(distilled: DistilledSet, artifact: Path, *, representations: Tensor | None = None) -> None:
+    """Write `<artifact>.png`; for self-supervised sets also `.bases.png`, and `.tsne.png` of representations.
+
+    These are the teacher's of real images [N, D]. StorageError if a file can't be written.
+    """
+    save_grid(distilled, artifact.with_suffix(".png"))
+    bases = distilled.compact.get("image_bases")
+    if bases is not None:
+        picture = png(bases_grid(bases))
+        write_atomically(artifact.with_suffix(".bases.png"), lambda file: file.write(picture))
+    if distilled.targets is not None and representations is not None:
+        path, seed = artifact.with_suffix(".tsne.png"), distilled.meta.seed or 0
+        save_tsne(representations, distilled.targets, path, seed=seed)
+
+
+def save_grid(distilled: DistilledSet, path: Path) -> bool:
+    """Write `grid(distilled)` as a PNG, if there is one, and say so; StorageError if it can't be written."""
+    picture = grid(distilled)
+    return picture is not None and write_atomically(path, lambda file: file.write(png(picture)))
 
 
 def grid(distilled: DistilledSet) -> Tensor | None:
@@ -31,23 +53,27 @@ def grid(distilled: DistilledSet) -> Tensor | None:
     """
     if not len(distilled.images):
         return None
-    rows = []
-    for label in torch.unique(distilled.labels)[:_MAX_CLASSES]:
-        rows.append(torch.nonzero(distilled.labels == label).flatten()[:_MAX_PER_CLASS])
     if distilled.targets is not None:
         rows = list(torch.split(torch.arange(min(_MAX_UNLABELLED, len(distilled.images))), _MAX_PER_CLASS))
+    else:
+        classes = torch.unique(distilled.labels)[:_MAX_CLASSES]
+        rows = [torch.nonzero(distilled.labels == label).flatten()[:_MAX_PER_CLASS] for label in classes]
     columns = max(len(row) for row in rows)
     pixels = distilled.space().decode(distilled.images[torch.cat(rows)])
     if distilled.meta.pixel_space == "zca" or min(distilled.meta.mean) < 0:  # no picture's mean is below 0
         low, high = (torch.quantile(pixels.flatten(1), q, dim=1)[:, None, None, None] for q in (0.01, 0.99))
         pixels = (pixels - low) / (high - low).clamp_min(1e-6)
-    shape = (len(rows) * columns, *pixels.shape[1:])
-    cells = torch.ones(shape)
-    positions = torch.cat(
-        [torch.arange(len(row)) + row_index * columns for row_index, row in enumerate(rows)]
-    )
+    cells = torch.ones(len(rows) * columns, *pixels.shape[1:])
+    positions = torch.cat([torch.arange(len(row)) + index * columns for index, row in enumerate(rows)])
     cells[positions] = pixels.clamp(0, 1)
     return _tiled(cells, columns if columns > 1 else _MAX_PER_CLASS)
+
+
+def bases_grid(bases: Tensor) -> Tensor:
+    """Return the first 64 bases [U, C, H, W] in a grid, each stretched to its range (Boost-SSDD Fig 2a)."""
+    first_bases = bases[:_MAX_BASES]
+    low, high = (f(first_bases.flatten(1), 1)[:, None, None, None] for f in (torch.amin, torch.amax))
+    return _tiled((first_bases - low) / (high - low).clamp_min(1e-6), 8)
 
 
 def _tiled(cells: Tensor, columns: int) -> Tensor:
@@ -60,32 +86,10 @@ def _tiled(cells: Tensor, columns: int) -> Tensor:
     return picture
 
 
-def bases_grid(bases: Tensor) -> Tensor:
-    """Return the first 64 image bases [U, C, H, W] as one grid, each stretched to its own range.
-
-    Boost-SSDD Fig 2a.
-    """
-    first_bases = bases[:_MAX_BASES]
-    low, high = (f(first_bases.flatten(1), 1)[:, None, None, None] for f in (torch.amin, torch.amax))
-    return _tiled((first_bases - low) / (high - low).clamp_min(1e-6), 8)
-
-
-def save_grid(distilled: DistilledSet, path: Path) -> bool:
-    """Write `grid(distilled)` as a PNG, atomically; nothing for a set that stores no images.
-
-    Returns:
-        Whether a picture was written.
-
-    Raises:
-        StorageError: the file can't be written.
-    """
+def set_uri(distilled: DistilledSet) -> str | None:
+    """Return a set's image grid as a data URI; None for a set that stores no images."""
     picture = grid(distilled)
-    return picture is not None and write_atomically(path, lambda file: file.write(png(picture)))
-
-
-def png(picture: Tensor | None) -> bytes:
-    """Return a picture, float [3, H, W] in [0, 1], as PNG bytes; one white pixel for None."""
-    return _encoded(torch.ones(3, 1, 1) if picture is None else picture, "PNG")
+    return None if picture is None else data_uri(picture)
 
 
 def data_uri(picture: Tensor) -> str:
@@ -95,19 +99,10 @@ def data_uri(picture: Tensor) -> str:
     """
     encoded, kind = png(picture), "png"
     if len(encoded) > _LOSSLESS_BYTES:
-        encoded, kind = _encoded(picture, "WEBP", quality=90), "webp"
+        encoded, kind = encode_picture(picture, "WEBP", quality=90), "webp"
     return f"data:image/{kind};base64,{base64.b64encode(encoded).decode()}"
 
 
-def set_uri(distilled: DistilledSet) -> str | None:
-    """Return a set's image grid as a data URI; None for a set that stores no images."""
-    picture = grid(distilled)
-    return None if picture is None else data_uri(picture)
-
-
-def _encoded(picture: Tensor, form: str, **options: int) -> bytes:
-    from torchvision.transforms.functional import to_pil_image
-
-    buffer = io.BytesIO()
-    to_pil_image(picture).save(buffer, format=form, **options)
-    return buffer.getvalue()
+def png(picture: Tensor | None) -> bytes:
+    """Return a picture, float [3, H, W] in [0, 1], as PNG bytes; one white pixel for None."""
+    return encode_picture(torch.ones(3, 1, 1) if picture is None else picture)

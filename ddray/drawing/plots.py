@@ -42,15 +42,9 @@ _STYLE: Final[Mapping[str, Any]] = {
 
 
 def save_plot(path: Path, size: tuple[int, int], draw: Callable[[Figure], object]) -> None:
-    """Write a plot as a PNG, atomically.
+    """Write a plot of `size` (width, height) pixels as a PNG, atomically; else StorageError.
 
-    Args:
-        path: the file.
-        size: width and height in pixels.
-        draw: draws on an empty figure; the style is ddray's, whatever the user's matplotlibrc says.
-
-    Raises:
-        StorageError: the file can't be written.
+    `draw` gets an empty figure in ddray's style, whatever the user's matplotlibrc says.
     """
     from matplotlib import style
     from matplotlib.figure import Figure

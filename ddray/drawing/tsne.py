@@ -30,16 +30,10 @@ def project(features: Tensor, *, seed: int) -> Tensor:
 
 
 def save_tsne(real: Tensor, distilled: Tensor, path: Path, *, seed: int) -> None:
-    """Write a scatter plot of representations in one t-SNE plane as a PNG, atomically.
+    """Write representations `real` [N, D] and `distilled` [M, D] in one t-SNE plane as a PNG, atomically.
 
-    Args:
-        real: [N, D]; at most 500 rows are sampled.
-        distilled: [M, D]; at most 250 rows are sampled.
-        path: the file.
-        seed: of the samples and of t-SNE.
-
-    Raises:
-        StorageError: the file can't be written.
+    At most 500 real and 250 distilled rows are sampled; `seed` is of the samples and of t-SNE. StorageError
+    if the file can't be written.
     """
     generator = derive(seed, "report", "tsne")
     samples = [
@@ -53,14 +47,11 @@ def save_tsne(real: Tensor, distilled: Tensor, path: Path, *, seed: int) -> None
         axes = figure.subplots()
         axes.set_axis_off()
         axes.set_aspect("equal", "datalim")
-        for name, part, area, colour in (
-            ("real", points[: len(samples[0])], 25, "#9eb0c7"),
-            ("distilled", points[len(samples[0]) :], 45, "#d55e00"),
-        ):
-            x, y = part.T.numpy()
-            axes.scatter(
-                x, y, area, colour, label=f"{name} ({len(part)})", edgecolors="white", linewidths=0.5
-            )
+        parts = torch.split(points, [len(rows) for rows in samples])
+        styles = (("real", 25, "#9eb0c7"), ("distilled", 45, "#d55e00"))
+        for part, (name, area, colour) in zip(parts, styles, strict=True):
+            (x, y), label = part.T.numpy(), f"{name} ({len(part)})"
+            axes.scatter(x, y, area, colour, label=label, edgecolors="white", linewidths=0.5)
         figure.legend(loc="outside lower center", ncols=2)
 
     save_plot(path, (640, 640), draw)

@@ -12,7 +12,7 @@ from ddray.config import Result
 from ddray.data import SplitName
 from ddray.distillation.loop import Distillation, run_distillation
 from ddray.distillation.method import DistillContext, Distiller
-from ddray.drawing.set_pictures import save_pictures
+from ddray.drawing.images import save_pictures
 from ddray.errors import DdrayError, InputError
 from ddray.jobs.context import make_context, make_distiller
 from ddray.jobs.plan import Plan

@@ -54,9 +54,9 @@ class PoolTrainer:
         split = self.dataset.train() if spec.split == "train" else self.split
         if spec.kind == ssl.KIND:
             return ssl.SslTrainer(split.images, self.device, self.dataset.name)(spec)
-        from ddray.methods.families.diffusion.stages import train_stage
+        from ddray.methods.families.diffusion.stages import StageTrainer
 
-        return train_stage(spec, self.dataset, split, self.device, LocalPool(self))
+        return StageTrainer(self.dataset, split, self.device, LocalPool(self))(spec)
 
     def _supervised(self, spec: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
         """Return weights and features [N, D] of a network trained by `spec.recipe`, and its final loss.

@@ -29,8 +29,7 @@ from torch import Tensor
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.distillation.method import DistillContext, MethodConfig, Target
 from ddray.methods.families.factory import make_method
-from ddray.methods.families.matching.batches import ClassBatches, chunks, initial_images
-from ddray.methods.families.matching.branch import RealBranch
+from ddray.methods.families.matching.batches import ClassBatches, RealBranch, chunks, initial_images
 from ddray.methods.families.matching.partitioned import by_class
 from ddray.methods.families.state import copy_values, cpu_copy, images_state, load_images_state
 from ddray.nets import Net

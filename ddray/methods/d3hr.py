@@ -34,10 +34,9 @@ from ddray.distillation.method import DistillContext, Target
 from ddray.errors import InputError
 from ddray.methods.families.diffusion import stages
 from ddray.methods.families.diffusion.config import D3HRConfig
-from ddray.methods.families.diffusion.decoder import STATISTICS
+from ddray.methods.families.diffusion.decoder import STATISTICS, Sampler
 from ddray.methods.families.diffusion.folder import read_folder, record_folder, resolve_ids, warn_of_leak
 from ddray.methods.families.diffusion.model import check_levels
-from ddray.methods.families.diffusion.sampling import Sampler
 from ddray.methods.families.diffusion.train import SCHEDULE, default_recipe
 from ddray.methods.families.factory import make_method
 from ddray.methods.families.selection import centroids

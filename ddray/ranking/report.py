@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ddray.drawing.html import write_run_page
-from ddray.drawing.plotly_parts import COLOURS, to_html
+from ddray.drawing.html import COLOURS, to_html, write_run_page
 from ddray.drawing.plots import DIM, save_plot
 from ddray.evaluation.published import read_numbers
 from ddray.methods import method_names

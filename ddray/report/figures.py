@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ddray.drawing.plotly_parts import COLOURS, to_html
+from ddray.drawing.html import COLOURS, to_html
 from ddray.report.plane import Plane
 from ddray.report.runs import RunView, SetView
 from ddray.tables.columns import size_of

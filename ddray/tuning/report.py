@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from ddray.artifact.reading import load
-from ddray.drawing.html import write_run_page
+from ddray.drawing.html import to_html, write_run_page
 from ddray.drawing.images import set_uri
-from ddray.drawing.plotly_parts import to_html
 from ddray.runs.ledger import Row
 from ddray.tuning.space import Space
 from ddray.tuning.study import study_of

@@ -15,8 +15,7 @@ from torch import Tensor
 from ddray.artifact.bases import Bases, expand, perceptron
 from ddray.data import Dataset, Split
 from ddray.distillation.method import Target
-from ddray.drawing.images import bases_grid
-from ddray.drawing.set_pictures import save_pictures
+from ddray.drawing.images import bases_grid, save_pictures
 from ddray.errors import InputError
 from ddray.jobs.context import check_size
 from ddray.jobs.plan import resolve

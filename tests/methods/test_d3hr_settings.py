@@ -109,12 +109,8 @@ def test_spectrograms_are_refused(planned: Any, toy: Any) -> None:
     _, ctx, method = planned("d3hr", dataset, method=BASE)
     ctx = replace(ctx, split=Split(split.images.float(), split.labels))
     with pytest.raises(InputError, match="uint8 images, got spectrograms"):
-        stages.train_stage(
-            stages.generator_spec(plan_stages(ctx, method._config)[1][0], D3HRConfig.parse(BASE).generator),
-            dataset,
-            ctx.split,
-            ctx.device,
-            ctx.pool,
+        stages.StageTrainer(dataset, ctx.split, ctx.device, ctx.pool)(
+            stages.generator_spec(plan_stages(ctx, method._config)[1][0], D3HRConfig.parse(BASE).generator)
         )
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from ddray.drawing.plotly_parts import COLOURS
+from ddray.drawing.html import COLOURS
 from ddray.drawing.plots import save_plot
 from ddray.ranking.report import (
     _points,

@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, cast
 
+import torch
+from torch import Tensor
+
 from ddray.system.registry import Registry
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
     from ddray.artifact.distilled_set import DistilledSet, Meta, TrainSet
 
 _OURS: Final = Registry("decoder", __name__, "DECODER", "ddray.decoders")
@@ -46,11 +46,7 @@ def decoder_names() -> list[str]:
 
 
 def get_decoder(name: str | None) -> Decoder:
-    """Return the decoder called `name`; None is `images`.
-
-    Raises:
-        InputError: there is no such decoder.
-    """
+    """Return the decoder called `name`, None being `images`; InputError if there is none."""
     name = name or "images"
     registry = _OURS if name in _OURS.builtin_names() else _OF_METHODS
     return cast("Decoder", registry.get(name))

@@ -12,11 +12,7 @@ from ddray.errors import InputError
 
 
 def read_images(meta: Meta, tensors: Mapping[str, Tensor], zca: Mapping[str, Tensor]) -> DistilledSet:
-    """Return the set of a file's images, and labels or targets.
-
-    Raises:
-        InputError: one is missing, or there are other tensors.
-    """
+    """Return the set of a file's images, and labels or targets; InputError if the tensors are others."""
     needed = {"images", "targets" if "targets" in tensors else "labels"}
     missing, unexpected = needed - tensors.keys(), tensors.keys() - needed
     if missing or unexpected:
@@ -35,11 +31,7 @@ def _validate(distilled: DistilledSet) -> None:
 
 
 def check_images(distilled: DistilledSet) -> None:
-    """Check a set's images, the labels or targets that belong to them, and their pixel space.
-
-    Raises:
-        InputError: names the first rule that is broken.
-    """
+    """Check images, their labels or targets, and pixel space; InputError names the first broken rule."""
     images, meta = distilled.images, distilled.meta
     if images.dtype != torch.float32 or images.ndim != 4 or images.shape[0] == 0:
         raise InputError(f"images must be float32 [N, C, H, W], got {images.dtype} {list(images.shape)}")
@@ -47,10 +39,7 @@ def check_images(distilled: DistilledSet) -> None:
         raise InputError(f"images must be of image_shape {meta.image_shape}, got {tuple(images.shape[1:])}")
     if not distilled.is_finite():
         raise InputError("images must be finite, got NaN or infinity")
-    if distilled.targets is None:
-        _check_labels(distilled.labels, len(images), len(meta.class_names))
-    else:
-        _check_targets(distilled.targets, distilled.labels, len(images))
+    _check_labels(distilled.labels, distilled.targets, len(images), len(meta.class_names))
     channels = images.shape[1]
     if len(meta.mean) != channels or len(meta.std) != channels or min(meta.std) <= 0:
         raise InputError(f"mean and std must hold {channels} values, std > 0, got {meta.mean}, {meta.std}")
@@ -66,20 +55,18 @@ def check_images(distilled: DistilledSet) -> None:
             raise InputError(f"{name} must be finite float32, got {tensor.dtype}, NaN or infinity")
 
 
-def _check_labels(labels: Tensor, num_images: int, num_classes: int) -> None:
-    if labels.dtype != torch.int64 or labels.shape != (num_images,):
+def _check_labels(labels: Tensor, targets: Tensor | None, num_images: int, num_classes: int) -> None:
+    if targets is not None:
+        if targets.dtype != torch.float32 or targets.ndim != 2 or len(targets) != num_images or len(labels):
+            raise InputError(
+                f"targets must be float32 [{num_images}, D] without labels, got {targets.dtype} "
+                f"{list(targets.shape)} and {len(labels)} labels"
+            )
+    elif labels.dtype != torch.int64 or labels.shape != (num_images,):
         raise InputError(f"labels must be int64 [{num_images}], got {labels.dtype} {list(labels.shape)}")
-    if labels.min() < 0 or labels.max() >= num_classes:
+    elif labels.min() < 0 or labels.max() >= num_classes:
         raise InputError(
             f"labels must be in 0..{num_classes - 1}, got {int(labels.min())}..{int(labels.max())}"
-        )
-
-
-def _check_targets(targets: Tensor, labels: Tensor, num_images: int) -> None:
-    if targets.dtype != torch.float32 or targets.ndim != 2 or len(targets) != num_images or len(labels):
-        raise InputError(
-            f"targets must be float32 [{num_images}, D] without labels, got {targets.dtype} "
-            f"{list(targets.shape)} and {len(labels)} labels"
         )
 
 

@@ -32,11 +32,7 @@ class ForeignFormat:
 
 
 def read_foreign(path: Path, contents: Any) -> tuple[Tensor, Tensor]:
-    """Return images [N, C, H, W] and labels [N] of another project's file.
-
-    Args:
-        path: the file.
-        contents: what `read_tensors` returned for it.
+    """Return images [N, C, H, W] and labels [N] of another project's file, from what `read_tensors` returned.
 
     Raises:
         InputError: its layout is unknown, or images and labels do not fit each other.

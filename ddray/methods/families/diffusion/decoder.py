@@ -1,4 +1,7 @@
-"""Decoder `d3hr`: a set holds statistics of latents; a generator makes any number of images from them."""
+"""Images from D3HR's statistics: group sampling, DDIM sampling, decoding; and decoder `d3hr`.
+
+A set that holds statistics of latents gives any number of images, which a generator makes from them.
+"""
 
 import json
 from collections.abc import Mapping
@@ -12,13 +15,58 @@ from ddray.artifact.decoders import Decoder
 from ddray.artifact.distilled_set import DistilledSet, Meta
 from ddray.errors import InputError
 from ddray.methods.families.diffusion.config import D3HRConfig
-from ddray.methods.families.diffusion.sampling import Sampler
+from ddray.methods.families.diffusion.folder import resolve_ids
+from ddray.methods.families.diffusion.groups import group_sample
+from ddray.methods.families.diffusion.model import DiffusionModel
 from ddray.methods.families.diffusion.stages import load_generator
 from ddray.pool.local import LocalPool
 from ddray.pool.spec import PoolSpec
+from ddray.seeding import derive
 from ddray.system.files import home
 
-_NAMES: Final = ("mean", "variance")
+
+class Sampler:
+    """Generates images of classes from mean and variance [K, D] of their latents at level T.
+
+    Class c's draws depend only on the run's `seed` and c.
+    """
+
+    def __init__(
+        self,
+        mean: Tensor,
+        variance: Tensor,
+        model: DiffusionModel,
+        config: D3HRConfig,
+        *,
+        class_names: tuple[str, ...],
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self._mean, self._std = mean, (variance * config.variance_scale).sqrt()
+        self._config, self._seed, self._device = config, seed, device
+        self.model = model.to(device, config.precision)
+        ids = resolve_ids(model.class_names, model.num_classes, class_names, config.class_ids)
+        self._ids = torch.tensor(ids)
+
+    def choose(self, label: int, ipc: int) -> tuple[Tensor, float]:
+        """Return the chosen latents [ipc, D] of a class, and their score per dimension."""
+        config = self._config
+        latents, score = group_sample(
+            self._mean[label].to(self._device),
+            self._std[label].to(self._device),
+            ipc=ipc,
+            num_candidates=1 if config.sampling == "random" else config.num_candidates,
+            generator=derive(self._seed, "distill", "group", 0 if config.shared_draws else label),
+            weights=(config.lambda_mean, config.lambda_std, config.lambda_skew),
+            form=config.form,
+        )
+        return latents.cpu(), score / latents.shape[1]
+
+    def decode(self, latents: Tensor, labels: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
+        """Return raw pixels [N, *image_shape] in [0, 1] of latents [N, D] of level T under labels [N]."""
+        ids = self._ids[labels].to(self._device)
+        clean = self.model.sample(latents.to(self._device), ids, self._config.levels())
+        return self.model.decode(clean, image_shape).cpu()
 
 
 def _read(meta: Meta, tensors: Mapping[str, Tensor], zca: Mapping[str, Tensor]) -> DistilledSet:
@@ -29,9 +77,9 @@ def _read(meta: Meta, tensors: Mapping[str, Tensor], zca: Mapping[str, Tensor]) 
 
 def _validate(distilled: DistilledSet) -> None:
     tensors, num_classes = distilled.compact, len(distilled.meta.class_names)
-    if set(tensors) != set(_NAMES) or any(tensor.dtype != torch.float32 for tensor in tensors.values()):
+    if set(tensors) != {"mean", "variance"} or any(t.dtype != torch.float32 for t in tensors.values()):
         raise InputError(f"decoder d3hr must come with float32 mean and variance, got {sorted(tensors)}")
-    mean, variance = (tensors[name] for name in _NAMES)
+    mean, variance = tensors["mean"], tensors["variance"]
     finite = all(bool(torch.isfinite(tensor).all()) for tensor in (mean, variance))
     if mean.ndim != 2 or len(mean) != num_classes or variance.shape != mean.shape or not finite:
         raise InputError(
@@ -44,27 +92,19 @@ def _validate(distilled: DistilledSet) -> None:
 
 
 def generate(distilled: DistilledSet, ipc: int | None, device: torch.device) -> DistilledSet:
-    """Generate `ipc` images per class from a set of statistics (Sec 6.7).
+    """Generate `ipc` images per class (None: as distilled) from a set of statistics (Sec 6.7).
 
-    Args:
-        distilled: a set with decoder `d3hr`.
-        ipc: images per class, >= 1; None: as distilled.
-        device: where to compute.
-
-    Raises:
-        InputError: ipc is below 1, or the generator no longer exists.
+    InputError if ipc is below 1, or the generator no longer exists.
     """
     meta = distilled.meta
     ipc = meta.ipc if ipc is None else ipc
     if ipc < 1:
         raise InputError(f"ipc must be >= 1, got {ipc}")
     config = D3HRConfig.parse(meta.config.get("method", {}), prefix="method.")
-    model = load_generator(_source(config, meta.generator or ""), LocalPool(_refuse))
     sampler = Sampler(
-        distilled.compact["mean"],
-        distilled.compact["variance"],
-        model,
-        config,
+        **distilled.compact,
+        model=load_generator(_source(config, meta.generator or ""), LocalPool(_refuse)),
+        config=config,
         class_names=meta.class_names,
         seed=meta.seed or 0,
         device=device,
@@ -73,25 +113,18 @@ def generate(distilled: DistilledSet, ipc: int | None, device: torch.device) -> 
     latents = torch.cat([sampler.choose(label, ipc)[0] for label in range(num_classes)])
     labels = torch.arange(num_classes).repeat_interleave(ipc)
     batches = zip(torch.split(latents, config.batch), torch.split(labels, config.batch), strict=True)
-    pixels = torch.cat(
-        [sampler.decode(batch, batch_labels, meta.image_shape) for batch, batch_labels in batches]
-    )
-    changes = {"ipc_decoded": ipc, "decoder": None}
+    pixels = torch.cat([sampler.decode(*batch, meta.image_shape) for batch in batches])
     return replace(
         distilled,
         images=distilled.space().encode(pixels),
         labels=labels,
         compact={},
-        meta=meta.model_copy(update=changes),
+        meta=meta.model_copy(update={"ipc_decoded": ipc, "decoder": None}),
     )
 
 
 def _source(config: D3HRConfig, fingerprint: str) -> Mapping[str, Any]:
-    """Locate a set's generator: the folder it was given, or its pool entry.
-
-    Raises:
-        InputError: there is neither.
-    """
+    """Return a set's generator, the folder it was given or its pool entry; InputError if there is neither."""
     if config.diffusion is not None:
         return {"folder": config.diffusion, "fingerprint": fingerprint}
     path = home() / "pool" / fingerprint / "entry.json"

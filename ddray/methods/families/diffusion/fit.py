@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from ddray.errors import DivergedError
+from ddray.errors import DivergedError, one_line
 from ddray.system.files import write_atomically
 from ddray.system.progress import progress
 
@@ -34,8 +34,7 @@ class Checkpoint:
             try:
                 self.stages = torch.load(path, map_location="cpu", weights_only=True)
             except Exception as error:  # torch raises many types for a truncated file
-                reason = " ".join(str(error).split())[:120]
-                log.warning("checkpoint %s is damaged (%s): starting over", path, reason)
+                log.warning("checkpoint %s is damaged (%s): starting over", path, one_line(error, 120))
 
     def save(self, stage: str, state: Callable[[], dict[str, Any]], *, now: bool = False) -> None:
         """Write a stage's state, if the last save is old enough or `now`."""
@@ -48,27 +47,20 @@ class Checkpoint:
 
 @dataclass
 class TrainingStage:
-    """One network being trained.
-
-    Attributes:
-        name: of the stage in checkpoints and messages.
-        net: trained in place, left in eval mode without gradients.
-        optimizer: of its parameters.
-        loss: maps a step's number to its loss.
-        lr: maps a step's number to its learning rate.
-        per_epoch: steps in an epoch.
-        epochs: number of epochs.
-        ema: decay of the moving average of the parameters, which replaces them at the end; None: no average.
-    """
+    """One network being trained; `loss` and `lr` map a step's number to its loss and learning rate."""
 
     name: str
+    """In checkpoints and messages."""
     net: Any
+    """Trained in place, left in eval mode without gradients."""
     optimizer: torch.optim.Optimizer
     loss: Callable[[int], Tensor]
     lr: Callable[[int], float]
     per_epoch: int
+    """Steps in an epoch."""
     epochs: int
     ema: float | None = None
+    """Decay of the moving average of the parameters, which replaces them at the end; None: no average."""
 
     def run(self, checkpoint: Checkpoint) -> float:
         """Train from the checkpoint's state, if it has one; return the mean loss of the last epoch."""
@@ -96,29 +88,32 @@ class TrainingStage:
         self.net.requires_grad_(True)
         with progress(f"training the {self.name}", total, start=done) as show:
             while done < total:
-                self.optimizer.param_groups[0]["lr"] = self.lr(done)
-                loss = self.loss(done)
-                self.optimizer.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
-                self.optimizer.step()
+                loss_sum += self._step(done, parameters, average)
                 done += 1
-                if average and self.ema is not None:
-                    decay = min(self.ema, done / (done + 10))  # a young average forgets its start sooner
-                    torch._foreach_lerp_(average, [parameter.detach() for parameter in parameters], 1 - decay)
-                loss_sum += loss.detach()
                 if done % self.per_epoch == 0:
                     mean = self._mean(loss_sum)
                     loss_sum.zero_()
                     show(done, f"loss {mean:.4g}")
                 if done < total:
                     checkpoint.save(self.name, current_state)
-        if average:
-            with torch.no_grad():
-                for parameter, smooth in zip(parameters, average, strict=True):
-                    parameter.copy_(smooth)
+        with torch.no_grad():
+            for parameter, smooth in zip(parameters, average, strict=False):  # no average: nothing to copy
+                parameter.copy_(smooth)
         self.net.requires_grad_(False)
         checkpoint.save(self.name, current_state, now=True)
         return mean
+
+    def _step(self, step: int, parameters: list[Tensor], average: list[Tensor]) -> Tensor:
+        """Update the parameters and their average; return the loss."""
+        self.optimizer.param_groups[0]["lr"] = self.lr(step)
+        loss = self.loss(step)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        if average and self.ema is not None:
+            decay = min(self.ema, (step + 1) / (step + 11))  # a young average forgets its start sooner
+            torch._foreach_lerp_(average, [parameter.detach() for parameter in parameters], 1 - decay)
+        return loss.detach()
 
     def _mean(self, loss_sum: Tensor) -> float:
         mean = float(loss_sum) / self.per_epoch

@@ -8,13 +8,13 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from ddray.data import SplitName
-from ddray.errors import InputError
+from ddray.errors import InputError, one_line
 from ddray.system.files import home, write_atomically
 
 log = logging.getLogger(__name__)
@@ -29,25 +29,20 @@ BROKEN: Final = (OSError, ValueError, KeyError, TypeError, AttributeError, Runti
 
 @dataclass(frozen=True)
 class Folder:
-    """Metadata of a DiTPipeline folder.
-
-    Attributes:
-        path: absolute.
-        fingerprint: sha256 over configurations and weights.
-        class_names: one per label; empty where unknown.
-        num_classes: K.
-        channels: of its autoencoder's input images.
-        schedule: configuration of its noise schedule.
-        seen: `{"dataset": fingerprint, "split": name}` of the images that ddray trained it on.
-    """
+    """Metadata of a DiTPipeline folder."""
 
     path: Path
+    """Absolute."""
     fingerprint: str
+    """Sha256 over configurations and weights."""
     class_names: tuple[str, ...]
+    """One per label; empty where unknown."""
     num_classes: int
     channels: int
+    """Of its autoencoder's input images."""
     schedule: Mapping[str, Any]
     seen: tuple[Mapping[str, str], ...]
+    """`{"dataset": fingerprint, "split": name}` of the images that ddray trained it on."""
 
     @property
     def num_train_timesteps(self) -> int:
@@ -63,8 +58,7 @@ def absolute(value: str | None) -> str | None:
 def read_folder(folder: Path) -> Folder:
     """Read a folder's metadata, without loading weights.
 
-    Raises:
-        InputError: it is not a DiTPipeline, a file in it is damaged, or its noise schedule does not fit.
+    InputError if it is not a DiTPipeline, a file in it is damaged, or its noise schedule does not fit.
     """
     from diffusers import DDIMScheduler
 
@@ -88,10 +82,8 @@ def read_folder(folder: Path) -> Folder:
 
 def damaged(folder: Path, error: Exception) -> InputError:
     """Return the error for a folder that could not be read."""
-    reason = " ".join(str(error).split())[:200]
-    return InputError(
-        f"{folder} must be an undamaged DiTPipeline folder: {type(error).__name__}: {reason}; get it again"
-    )
+    reason = f"{type(error).__name__}: {one_line(error, 200)}"
+    return InputError(f"{folder} must be an undamaged DiTPipeline folder: {reason}; get it again")
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -102,15 +94,12 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """Return the sha256 over configurations and weights of a DiTPipeline folder.
-
-    Raises:
-        InputError: it is not such a folder, or a file can't be read.
-    """
+    """Return the sha256 over configurations and weights of a DiTPipeline folder; InputError if it is none."""
     if not (folder / INDEX).is_file():
         raise InputError(f"a diffusion model must be a DiTPipeline folder, {folder} has no {INDEX}")
     try:
-        files = [(path, path.stat()) for path in sorted(_files(folder))]
+        paths = (path for part in ("scheduler", *PARTS) for path in (folder / part).glob("*"))
+        files = [(path, path.stat()) for path in sorted(paths) if path.suffix in _SUFFIXES]
         stamp = tuple(
             (str(path.relative_to(folder)), s.st_size, s.st_mtime_ns, s.st_ino) for path, s in files
         )
@@ -130,21 +119,12 @@ def _hashed(folder: Path, stamp: tuple[tuple[str, int, int, int], ...]) -> str:
     return digest.hexdigest()
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    for part in ("scheduler", *PARTS):
-        yield from (path for path in (folder / part).glob("*") if path.suffix in _SUFFIXES)
-
-
 def _note(fingerprint: str) -> Path:
     return home() / "generators" / f"{fingerprint}.json"
 
 
 def record_folder(folder: Folder) -> None:
-    """Record a model's folder, for other processes of this home that make pool entries from it.
-
-    Raises:
-        StorageError: the record can't be written.
-    """
+    """Record a model's folder, for other processes of this home that make pool entries from it."""
     text = json.dumps({"folder": str(folder.path)})
     path = _note(folder.fingerprint)
     if not path.exists() or path.read_text(encoding="utf-8") != text:
@@ -152,11 +132,7 @@ def record_folder(folder: Folder) -> None:
 
 
 def locate(fingerprint: str, preferred: str | None = None) -> Path:
-    """Return the folder that holds a model: `preferred`, or where it was last used from.
-
-    Raises:
-        InputError: neither holds it.
-    """
+    """Return the folder that holds a model: `preferred`, or where it was last used from; else InputError."""
     try:
         noted = str(_json(_note(fingerprint))["folder"])
     except BROKEN:
@@ -183,36 +159,26 @@ def known_names(names: Sequence[str]) -> dict[str, int]:
 
 
 def resolve_ids(
-    model_names: Sequence[str],
-    num_labels: int,
-    class_names: Sequence[str],
-    explicit_ids: Sequence[int] | None,
+    model_names: Sequence[str], num_labels: int, class_names: Sequence[str], ids: Sequence[int] | None
 ) -> tuple[int, ...]:
-    """Return the model's label of each class of a dataset.
+    """Return the model's label of each class of a dataset: `ids`, or where they are None by name or number.
 
-    Args:
-        model_names: names of the model's labels, as far as known.
-        num_labels: how many labels it has.
-        class_names: the dataset's.
-        explicit_ids: the labels; default: by name if every name is known and no two share a label, else by
-            number if both have the same number of classes.
-
-    Raises:
-        InputError: the labels can't be determined.
+    By name if all classes are among `model_names` (the model's, as far as known) and no two share a label,
+    else by number if the model has as many labels as the dataset classes. InputError if neither, or if `ids`
+    does not fit.
     """
     num = len(class_names)
-    ids = explicit_ids
     if ids is None:
         labels = known_names(model_names)
         matched = [labels[name] for name in class_names if name in labels]
         if len(set(matched)) == num:
             return tuple(matched)
-        ids = range(num) if num_labels == num else None
-    if ids is None:
-        raise InputError(
-            f"the diffusion model has {num_labels} classes and the dataset {num} others: give "
-            "method.class_ids, or fine-tune it: ddray pool train --kind diffusion --set init=FOLDER"
-        )
+        if num_labels != num:
+            raise InputError(
+                f"the diffusion model has {num_labels} classes and the dataset {num} others: give "
+                "method.class_ids, or fine-tune it: ddray pool train --kind diffusion --set init=FOLDER"
+            )
+        ids = range(num)
     if len(ids) != num or min(ids) < 0 or max(ids) >= num_labels:
         raise InputError(
             f"class_ids must be {num} labels in 0..{num_labels - 1}, one per class, got {list(ids)}"

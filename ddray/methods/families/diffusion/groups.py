@@ -48,16 +48,13 @@ def group_sample(
     Args:
         mean: [D] of the class's latents, on the device to compute on.
         std: [D], >= 0.
-        ipc: latents in a group.
+        ipc: latents in a group; those returned are [ipc, D].
         num_candidates: m, >= 1; 1 is plain random sampling.
         generator: only its initial seed is used; its state does not change.
         weights: of mean, standard deviation and skewness (Eq 5).
         form: `paper` | `repo`, see `group_scores`.
         chunk: candidates scored before the best of them is taken, in whole blocks: one thread's task on a
             CPU, the work between two syncs on a GPU.
-
-    Returns:
-        Latents [ipc, D] and their score.
 
     Raises:
         InputError: shapes do not fit, or a number is out of range.
@@ -77,12 +74,7 @@ def group_sample(
 
 
 def _best_candidate(
-    scorer: Callable[[], Scorer],
-    seed: int,
-    mean: Tensor,
-    ipc: int,
-    num_candidates: int,
-    chunk: int | None,
+    scorer: Callable[[], Scorer], seed: int, mean: Tensor, ipc: int, num_candidates: int, chunk: int | None
 ) -> int:
     """Return the index of the best candidate; `scorer` makes one for a thread."""
     dim, rows = len(mean), block_rows(len(mean), mean.device)
@@ -96,10 +88,8 @@ def _best_candidate(
         with torch.no_grad():
             scores = scorer()
             buffer = torch.empty(rows, dim, device=mean.device)  # reused: new ones would pile up
-            block_scores = [
-                scores(_draws(seed, b, rows, mean, ipc, buffer))
-                for b in range(first, min(first + step, blocks))
-            ]
+            indices = range(first, min(first + step, blocks))
+            block_scores = [scores(_draws(seed, block, rows, mean, ipc, buffer)) for block in indices]
             best = torch.cat(block_scores)[: num_candidates - first * rows].min(0)
             return best.values, best.indices + first * rows
 
@@ -107,35 +97,24 @@ def _best_candidate(
     best_score = torch.full((), math.inf, device=mean.device)
     best_index = torch.zeros((), dtype=torch.int64, device=mean.device)
     for value, index in _in_order(best_of, starts, min(len(starts), threads)):  # ties: the first wins
-        best_index, best_score = (
-            torch.where(value < best_score, index, best_index),
-            torch.minimum(value, best_score),
-        )
+        best_index = torch.where(value < best_score, index, best_index)
+        best_score = torch.minimum(value, best_score)
     return int(best_index)
 
 
 def group_scores(
     latents: Tensor, mean: Tensor, std: Tensor, *, weights: Weights = (1.0, 1.0, 0.5), form: Form = "paper"
 ) -> Tensor:
-    """Return the score of each group, by its definition; lower is more representative.
+    """Return the scores [M] of groups `latents` [M, n, D], by definition; lower is more representative.
 
     `paper`: the sum over dimensions of w1 (mean error)^2 + w2 (error of the standard deviation about the
     population mean)^2 + w3 skewness^2 over the group (Eq 6-8). `repo`: w1 ||mean error|| + w2 ||error of the
     unbiased standard deviation|| + w3 ||skewness of each latent across its dimensions||. A term that its
     number of samples leaves undefined (skewness below 3, the unbiased deviation below 2) is dropped; so is
-    the skewness (Eq 8) of a dimension whose deviation is below the resolution of float32.
-
-    Args:
-        latents: [M, n, D].
-        mean: [D] of the population.
-        std: [D].
-        weights: (w1, w2, w3).
-        form: `paper` | `repo`.
-
-    Returns:
-        [M].
+    the skewness (Eq 8) of a dimension whose deviation is below the resolution of float32. `mean` and `std`
+    [D] are the population's, `weights` are (w1, w2, w3).
     """
-    num, dim = latents.shape[1], latents.shape[2]
+    num, dim = latents.shape[1:]
     mean_error = latents.mean(1) - mean
     if form == "repo":
         total: Tensor = weights[0] * mean_error.norm(dim=1)

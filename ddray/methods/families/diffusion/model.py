@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddray.config import Config
 from ddray.errors import InputError
@@ -30,47 +31,36 @@ Encoding = Literal["mode", "sample"]
 
 
 class Levels(Config):
-    """How many steps latents are moved, and with what guidance.
-
-    Attributes:
-        num_inference_steps: S, steps of the full schedule to pure noise.
-        num_steps: T <= S, steps actually taken.
-        guidance: scale of classifier-free guidance; 1 is the conditional model alone.
-    """
+    """How many steps latents are moved, and with what guidance."""
 
     num_inference_steps: int
+    """S, steps of the full schedule to pure noise."""
     num_steps: int
+    """T <= S, steps actually taken."""
     guidance: float
+    """Scale of classifier-free guidance; 1 is the conditional model alone."""
 
 
+@dataclass(eq=False)
 class DiffusionModel:
-    """A DiT, its autoencoder and its noise schedule.
+    """A DiT, its autoencoder and its noise schedule."""
 
-    Args:
-        transformer: a `DiTTransformer2DModel`; K+1 labels, of which K means "no label".
-        vae: an `AutoencoderKL`.
-        scheduler: configuration of a DDIM-compatible scheduler.
-        fingerprint: sha256 of weights and configuration.
-        class_names: names of the K labels, as far as known.
-        seen: `{"dataset": fingerprint, "split": name}` of the images that ddray trained it on.
-    """
+    transformer: Any
+    """A `DiTTransformer2DModel`; K+1 labels, of which K means "no label"."""
+    vae: Any
+    """An `AutoencoderKL`."""
+    scheduler: Mapping[str, Any]
+    """Configuration of a DDIM-compatible scheduler."""
+    fingerprint: str
+    """Sha256 of weights and configuration."""
+    class_names: tuple[str, ...] = ()
+    """Names of the K labels, as far as known."""
+    seen: tuple[Mapping[str, str], ...] = ()
+    """`{"dataset": fingerprint, "split": name}` of the images that ddray trained it on."""
 
-    def __init__(
-        self,
-        transformer: nn.Module,
-        vae: nn.Module,
-        scheduler: Mapping[str, Any],
-        *,
-        fingerprint: str,
-        class_names: tuple[str, ...] = (),
-        seen: Sequence[Mapping[str, str]] = (),
-    ) -> None:
-        self.transformer: Any = transformer.eval().requires_grad_(False)
-        self.vae: Any = vae.eval().requires_grad_(False)
-        self.scheduler = dict(scheduler)
-        self.fingerprint = fingerprint
-        self.class_names = class_names
-        self.seen = tuple(seen)
+    def __post_init__(self) -> None:
+        for net in (self.transformer, self.vae):
+            net.eval().requires_grad_(False)
 
     @property
     def num_classes(self) -> int:
@@ -88,8 +78,9 @@ class DiffusionModel:
         """Side of the autoencoder's input images, in pixels."""
         return self.latent_shape[1] << (len(self.vae.config.block_out_channels) - 1)
 
-    def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> DiffusionModel:
-        """Move the networks to a device and a precision; return this object."""
+    def to(self, device: torch.device, precision: str = "float32") -> DiffusionModel:
+        """Move the networks to a device, on a GPU in a precision; return this object."""
+        dtype = getattr(torch, precision) if device.type == "cuda" else torch.float32
         for net in (self.transformer, self.vae):
             net.to(device)
             if net.dtype != dtype:
@@ -105,12 +96,10 @@ class DiffusionModel:
     def encode(self, pixels: Tensor, encoding: Encoding, generator: torch.Generator | None = None) -> Tensor:
         """Return scaled latents [N, D] of raw pixels [N, C, H, W] in [0, 1], resized to the model's size.
 
-        Args:
-            pixels: on the model's device; grey images are repeated for a model of colour images.
-            encoding: the posterior's `mode`, or one `sample` of it (as in the authors' code).
-            generator: of the sample.
+        They are the posterior's `mode`, or one `sample` of it (as in the authors' code) by `generator`. Grey
+        images are repeated for a model of colour images.
         """
-        posterior = self.vae.encode(self.fit(pixels).to(self._dtype)).latent_dist
+        posterior = self.vae.encode(self.fit(pixels).to(self.vae.dtype)).latent_dist
         latents = posterior.mode() if encoding == "mode" else posterior.sample(generator)
         scaled: Tensor = latents.float().flatten(1) * self.vae.config.scaling_factor
         return scaled
@@ -119,46 +108,34 @@ class DiffusionModel:
     def decode(self, latents: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
         """Return raw pixels [N, *image_shape] in [0, 1] of scaled latents [N, D]."""
         shaped = torch.unflatten(latents / self.vae.config.scaling_factor, 1, self.latent_shape)
-        pixels = (self.vae.decode(shaped.to(self._dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
+        pixels = (self.vae.decode(shaped.to(self.vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
         return _resize(_channels(pixels, image_shape[0]), (image_shape[1], image_shape[2])).clamp(0, 1)
 
     def invert(self, latents: Tensor, labels: Tensor, levels: Levels) -> Tensor:
         """Return clean latents [N, D] taken up to level T by DDIM inversion (Eq 3) under their labels [N]."""
-        from diffusers import DDIMInverseScheduler
-
-        scheduler = self._prepared(DDIMInverseScheduler, levels)
-        return self._moved(
-            latents, labels, scheduler, scheduler.timesteps[: levels.num_steps], levels.guidance
-        )
+        return self._moved(latents, labels, "DDIMInverseScheduler", levels, slice(levels.num_steps))
 
     def sample(self, latents: Tensor, labels: Tensor, levels: Levels) -> Tensor:
         """Return latents [N, D] of level T taken down to clean ones by DDIM (Eq 2) under their labels [N]."""
-        from diffusers import DDIMScheduler
-
-        scheduler = self._prepared(DDIMScheduler, levels)
-        return self._moved(
-            latents, labels, scheduler, scheduler.timesteps[-levels.num_steps :], levels.guidance
-        )
+        return self._moved(latents, labels, "DDIMScheduler", levels, slice(-levels.num_steps, None))
 
     @torch.no_grad()
-    def _moved(
-        self, latents: Tensor, labels: Tensor, scheduler: Any, times: Tensor, guidance: float
-    ) -> Tensor:
-        for t in times.tolist():
-            latents = scheduler.step(self.predict(latents, t, labels, guidance), t, latents).prev_sample
+    def _moved(self, latents: Tensor, labels: Tensor, kind: str, levels: Levels, steps: slice) -> Tensor:
+        scheduler = self._prepared(kind, levels)
+        for t in scheduler.timesteps[steps].tolist():
+            noise = self.predict(latents, t, labels, levels.guidance)
+            latents = scheduler.step(noise, t, latents).prev_sample
         return latents
 
     def add_noise(self, latents: Tensor, noise: Tensor, levels: Levels) -> Tensor:
         """Return clean latents [N, D] with noise [N, D] at level T, by the forward process (Eq 1)."""
-        from diffusers import DDIMInverseScheduler
-
-        scheduler = self._prepared(DDIMInverseScheduler, levels)
+        scheduler = self._prepared("DDIMInverseScheduler", levels)
         alpha = float(scheduler.alphas_cumprod[int(scheduler.timesteps[levels.num_steps - 1])])
         return math.sqrt(alpha) * latents + math.sqrt(1 - alpha) * noise
 
     def predict(self, latents: Tensor, timestep: int, labels: Tensor, guidance: float) -> Tensor:
         """Predict the noise [N, D] in latents [N, D] given labels [N]; `guidance` 1 is none."""
-        shaped = torch.unflatten(latents, 1, self.latent_shape).to(self._dtype)
+        shaped = torch.unflatten(latents, 1, self.latent_shape).to(self.transformer.dtype)
         if guidance != 1:
             shaped = torch.cat([shaped, shaped])
             labels = torch.cat([labels, torch.full_like(labels, self.num_classes)])
@@ -171,15 +148,12 @@ class DiffusionModel:
         guided: Tensor = free + guidance * (conditional - free)
         return guided
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.transformer.dtype
-        return dtype
-
-    def _prepared(self, kind: Any, levels: Levels) -> Any:
+    def _prepared(self, kind: str, levels: Levels) -> Any:
         """Return a scheduler on the model's schedule, with the spacing that both directions share."""
+        import diffusers
+
         changes = {"clip_sample": False, "timestep_spacing": "leading", "steps_offset": 0}
-        scheduler = kind.from_config({**self.scheduler, **changes})
+        scheduler = getattr(diffusers, kind).from_config({**self.scheduler, **changes})
         check_levels(levels, scheduler.config.num_train_timesteps)
         scheduler.set_timesteps(levels.num_inference_steps)
         return scheduler
@@ -187,9 +161,7 @@ class DiffusionModel:
 
 def _channels(pixels: Tensor, num: int) -> Tensor:
     """Return images [N, num, H, W]: grey ones repeated, coloured ones averaged."""
-    if pixels.shape[1] == num:
-        return pixels
-    return pixels.mean(1, keepdim=True).expand(-1, num, -1, -1)
+    return pixels if pixels.shape[1] == num else pixels.mean(1, keepdim=True).expand(-1, num, -1, -1)
 
 
 def _resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
@@ -198,17 +170,21 @@ def _resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)
 
 
+def network_kinds() -> dict[str, Any]:
+    """Return diffusers' class of each of the `PARTS`."""
+    from diffusers import AutoencoderKL, DiTTransformer2DModel
+
+    return dict(zip(PARTS, (DiTTransformer2DModel, AutoencoderKL), strict=True))
+
+
 def open_pipeline(folder: Path) -> DiffusionModel:
     """Open a folder that diffusers' `DiTPipeline.save_pretrained` wrote, without network access.
 
-    Raises:
-        InputError: it is not such a folder, a file is damaged or lacks weights, or its schedule does not fit.
+    InputError if it is not such a folder, a file is damaged or lacks weights, or its schedule does not fit.
     """
-    description = read_folder(folder)
-    from diffusers import AutoencoderKL, DiTTransformer2DModel
-
+    about = read_folder(folder)
     nets = []
-    for part, kind in zip(PARTS, (DiTTransformer2DModel, AutoencoderKL), strict=True):
+    for part, kind in network_kinds().items():
         try:
             with forked_global(0):  # layers draw initial weights before the stored ones are loaded
                 net, loaded = kind.from_pretrained(
@@ -222,23 +198,14 @@ def open_pipeline(folder: Path) -> DiffusionModel:
                 f"{missing[0]}); get it again"
             )
         nets.append(net)
-    return DiffusionModel(
-        nets[0],
-        nets[1],
-        description.schedule,
-        fingerprint=description.fingerprint,
-        class_names=description.class_names,
-        seen=description.seen,
-    )
+    return DiffusionModel(nets[0], nets[1], about.schedule, about.fingerprint, about.class_names, about.seen)
 
 
 def save_pipeline(model: DiffusionModel, folder: Path) -> None:
     """Write a model as a DiTPipeline folder; an existing folder is replaced only after success.
 
-    The splits it was trained on go into `ddray.json`, which diffusers ignores.
-
-    Raises:
-        StorageError: the folder can't be written.
+    The splits it was trained on go into `ddray.json`, which diffusers ignores. StorageError if it can't be
+    written.
     """
     from diffusers import DDIMScheduler, DiTPipeline
 
@@ -255,11 +222,7 @@ def save_pipeline(model: DiffusionModel, folder: Path) -> None:
 
 
 def check_levels(levels: Levels, num_train_timesteps: int) -> None:
-    """Check that a schedule of `num_train_timesteps` has the numbers of steps.
-
-    Raises:
-        InputError: they are out of range.
-    """
+    """Raise InputError unless a schedule of `num_train_timesteps` has the numbers of steps."""
     if not 1 <= levels.num_steps <= levels.num_inference_steps <= num_train_timesteps:
         raise InputError(
             "diffusion steps must satisfy 1 <= inversion_steps <= num_inference_steps <= "

@@ -6,8 +6,8 @@ and an exponential moving average of the weights, which becomes the model. Every
 generator: a run that continues from its checkpoint ends with the same bytes.
 """
 
-import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,8 +23,6 @@ from ddray.methods.families.diffusion.fit import Checkpoint, TrainingStage
 from ddray.methods.families.diffusion.folder import absolute, known_names
 from ddray.methods.families.diffusion.model import DiffusionModel, open_pipeline
 from ddray.seeding import derive, derive_seed, forked_global
-
-log = logging.getLogger(__name__)
 
 SCHEDULE: Final[dict[str, Any]] = {
     "_class_name": "DDIMScheduler",
@@ -79,15 +77,8 @@ def default_recipe(image_shape: tuple[int, int, int]) -> dict[str, Any]:
     """Return the settings for images of `image_shape` (C, H, W) that differ from the defaults."""
     size = max(image_shape[1:])
     if size <= 16:
-        return {
-            "epochs": 100,
-            "vae_epochs": 20,
-            "batch": 64,
-            "depth": 4,
-            "head_dim": 32,
-            "ema": 0.995,
-            "vae_width": 16,
-        }
+        training = {"epochs": 100, "vae_epochs": 20, "batch": 64, "ema": 0.995}
+        return {**training, "depth": 4, "head_dim": 32, "vae_width": 16}
     if size <= 32:
         return {}
     if size <= 64:
@@ -106,17 +97,9 @@ def train_generator(
 ) -> tuple[DiffusionModel, dict[str, float]]:
     """Train a generator on real images, from its checkpoint if there is one.
 
-    Args:
-        split: uint8 [N, C, H, W] and labels.
-        class_names: one per label.
-        recipe: sizes and training.
-        seed: decides initial weights and every draw.
-        device: where to compute.
-        checkpoint: file to continue from and to update about once a minute; the caller removes it once the
-            model is stored.
-
-    Returns:
-        The model (in eval mode, on `device`), and the last epoch's mean losses.
+    The images are uint8 [N, C, H, W]; `seed` decides initial weights and every draw. The file `checkpoint` is
+    updated about once a minute; the caller removes it once the model is stored. Returns the model (in eval
+    mode, on `device`) and the last epoch's mean losses.
 
     Raises:
         InputError: images of the wrong kind, or the folder to start from can't be opened.
@@ -125,25 +108,19 @@ def train_generator(
     if split.images.dtype != torch.uint8:
         raise InputError("a diffusion model is trained on uint8 images, got spectrograms; use another method")
     shape = (split.images.shape[1], split.images.shape[2], split.images.shape[3])
-    if recipe.init is not None:
-        model = relabel(open_pipeline(Path(recipe.init)), class_names, seed=seed)
-    else:
-        model = build(recipe, shape, class_names, seed=seed)
-    model.to(device)
-    checkpoint_file = Checkpoint(checkpoint)
+    stored = Checkpoint(checkpoint)
     measured: dict[str, float] = {}
-    if recipe.init is None:
-        measured["vae_loss"] = _train_vae(model, split, recipe, checkpoint_file, seed=seed)
-    measured["loss"] = _train_dit(model, split, recipe, checkpoint_file, seed=seed)
+    if recipe.init is not None:
+        model = relabel(open_pipeline(Path(recipe.init)), class_names, seed=seed).to(device)
+    else:
+        model = build(recipe, shape, class_names, seed=seed).to(device)
+        measured["vae_loss"] = _train_vae(model, split, recipe, stored, seed=seed)
+    measured["loss"] = _train_dit(model, split, recipe, stored, seed=seed)
     return model, measured
 
 
 def build(
-    recipe: DiffusionRecipe,
-    image_shape: tuple[int, int, int],
-    class_names: tuple[str, ...],
-    *,
-    seed: int,
+    recipe: DiffusionRecipe, image_shape: tuple[int, int, int], class_names: tuple[str, ...], *, seed: int
 ) -> DiffusionModel:
     """Return an untrained generator for images of `image_shape` (C, H, W).
 
@@ -211,14 +188,7 @@ def relabel(model: DiffusionModel, class_names: tuple[str, ...], *, seed: int) -
         embedder.embedding_table.weight.copy_(torch.cat([fresh, table[num_old:]]))
         embedder.num_classes = len(old_labels)
     model.transformer.register_to_config(num_embeds_ada_norm=len(old_labels))
-    return DiffusionModel(
-        model.transformer,
-        model.vae,
-        model.scheduler,
-        fingerprint="",
-        class_names=class_names,
-        seen=model.seen,
-    )
+    return replace(model, fingerprint="", class_names=class_names)
 
 
 def _batch(seed: int, network: str, step: int, per_epoch: int, num: int, batch: int) -> Tensor:

@@ -1,25 +1,33 @@
-"""Batches of real images by class, the initial synthetic images, and chunks that fit a CPU's cache."""
+"""The real side of a matching method: batches by class, augmented as the synthetic images are, in chunks.
 
-from collections.abc import Iterator
+Also the initial synthetic images.
+"""
+
+from collections.abc import Callable, Iterator
 from typing import Final, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from ddray.data import Split
 from ddray.distillation.method import DistillContext
 from ddray.errors import InputError
 from ddray.methods.families.selection import kcenter_order, pool_features
-from ddray.nets import Net
-from ddray.seeding import derive_numpy
+from ddray.nets import Net, build_net, reinitialize
+from ddray.seeding import derive_numpy, derive_seed
+from ddray.training.dsa import DsaPlan, siamese
+from ddray.training.loop import train
+from ddray.training.policies import augmenter
+from ddray.training.recipe import Recipe
 
 Init = Literal["random", "first", "kcenter", "noise"]
+Statistics = Callable[[Net, Tensor], tuple[Tensor, ...]]
+"""Per-sample statistics, each [N, D_l], of images [N, C, H, W] under a network."""
 
 # A block's map of one chunk stays below this: larger ones leave the cache, and from 32 MiB on glibc maps
 # fresh pages for each (unless ddray has told it to reuse memory). A DataDAM step (2,560 real images of 32 px)
 # took 2.09 s at 8 MiB, 1.86 at 16, 1.96 at 32 on 2 cores.
 _CHUNK_BYTES: Final = 16 * 2**20
-_largest: dict[tuple[str, tuple[int, int, int]], int] = {}
 
 
 class ClassBatches:
@@ -34,7 +42,7 @@ class ClassBatches:
         self._space = ctx.space.to(ctx.device)
         split = ctx.split
         self._encoded = ctx.space.kind == "zca"
-        self._images = encode_all(split, ctx).to(ctx.device) if self._encoded else split.images.to(ctx.device)
+        self._images = (_encode_all(ctx) if self._encoded else split.images).to(ctx.device)
         self.num_classes = ctx.dataset.num_classes
         counts = torch.bincount(split.labels, minlength=self.num_classes)
         self.per_class = min(batch_real, int(counts.min()))
@@ -59,12 +67,103 @@ class ClassBatches:
         return images if self._encoded else self._space.encode(images)
 
 
-def encode_all(split: Split, ctx: DistillContext, chunk: int = 1024) -> Tensor:
-    """Return all images of a split in the context's pixel space, float32 [N, C, H, W], made in chunks."""
-    whole = torch.empty(split.images.shape, dtype=torch.float32)
-    for start in range(0, len(split), chunk):
-        whole[start : start + chunk] = ctx.space.encode(split.images[start : start + chunk])
+def _encode_all(ctx: DistillContext) -> Tensor:
+    """Return all images of the split in the context's pixel space, float32 [N, C, H, W], made in chunks."""
+    images = ctx.split.images
+    whole = torch.empty(images.shape, dtype=torch.float32)
+    for start in range(0, len(images), 1024):
+        whole[start : start + 1024] = ctx.space.encode(images[start : start + 1024])
     return whole
+
+
+class RealBranch:
+    """Batches of real images under a working network, and the augmentation they share with synthetic ones.
+
+    Args:
+        ctx: what to work on.
+        batch_real: real images per class and step; capped by the smallest class.
+        augment: `dsa` | `dsa_idc` | `none`.
+        strategy: operations of the augmentation, joined by "_"; None: all of them.
+
+    Attributes:
+        batches: draws real images.
+        net: the working network, in train mode; its weights are swapped in place.
+        sample_bytes: of one image's largest map in it.
+    """
+
+    def __init__(
+        self,
+        ctx: DistillContext,
+        batch_real: int,
+        augment: Literal["dsa", "dsa_idc", "none"],
+        strategy: str | None = None,
+    ) -> None:
+        self._ctx, self._augment = ctx, augment
+        self.batches = ClassBatches(ctx, batch_real)
+        self._dsa = siamese(ctx.dataset.can_flip, augment, strategy)
+        shape, num_classes = ctx.dataset.image_shape, ctx.dataset.num_classes
+        net = build_net(ctx.arch, shape, num_classes, seed=0, device=ctx.device)
+        self.net = net.to(memory_format=torch.channels_last)
+        with torch.no_grad():  # a blank image, in eval mode: it leaves no trace
+            maps = self.net.eval().features(torch.zeros(1, *shape, device=ctx.device)).maps
+        self.sample_bytes = max((m.numel() * m.element_size() for m in maps), default=1)
+        self.net.train()
+
+    def renew(self, net_index: int) -> None:
+        """Give the network the fresh random weights of number `net_index`."""
+        reinitialize(self.net, derive_seed(self._ctx.seed, "distill", "net", net_index))
+
+    def train(
+        self, images: Tensor, labels: Tensor, generator: torch.Generator, epochs: int, lr: float, batch: int
+    ) -> None:
+        """Train the network on synthetic images, augmented as for matching: SGD at one rate, no momentum."""
+        sgd = {"lr": lr, "momentum": 0.0, "weight_decay": 0.0, "schedule": "constant"}
+        recipe = Recipe.parse({**sgd, "epochs": epochs, "batch": batch, "augment": self._augment})
+        augment = augmenter(self._augment, can_flip=self._ctx.dataset.can_flip, space=self._ctx.space)
+        train(self.net, images, labels.to(images.device), recipe, generator=generator, augment=augment)
+
+    def draw(self, generator: torch.Generator) -> tuple[Tensor, DsaPlan | None]:
+        """Return indices of real images [K * n], class-sorted, and augmentation parameters for each class."""
+        index = self.batches.draw(generator)
+        num_classes = self.batches.num_classes
+        return index, self._dsa.draw(num_classes, generator, shared_op=False) if self._dsa else None
+
+    def augmented(self, images: Tensor, plan: DsaPlan | None, labels: Tensor) -> Tensor:
+        """Return images [N, C, H, W] under their classes' parameters, channels last; `labels` on the CPU."""
+        if plan is not None and self._dsa is not None:
+            images = self._dsa.apply(images, plan, labels)
+        return images.contiguous(memory_format=torch.channels_last)
+
+    def chunks(
+        self, index: Tensor, plan: DsaPlan | None, labels: Tensor | None = None
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Yield rows of `index` with their images, augmented: in chunks that fit a CPU's cache.
+
+        Batch norm in train mode mixes samples: networks with it get one batch (as in other DM code).
+
+        Args:
+            index: real images [N].
+            plan: the augmentation's parameters.
+            labels: of the images, on the CPU; default: those of a whole draw.
+        """
+        labels = self.batches.labels_cpu if labels is None else labels
+        mixes = any(isinstance(module, _BatchNorm) and module.training for module in self.net.modules())
+        whole = [slice(0, len(index))]
+        for rows in whole if mixes else chunks(len(index), self.sample_bytes, index.device):
+            yield rows, self.augmented(self.batches.take(index[rows]), plan, labels[rows])
+
+    @torch.no_grad()
+    def class_means(self, index: Tensor, plan: DsaPlan | None, statistics: Statistics) -> list[Tensor]:
+        """Return the class means [K, D_l] of the statistics of a draw's real images."""
+        batches = self.batches
+        sums: list[Tensor] = []
+        for rows, images in self.chunks(index, plan):
+            chunk = statistics(self.net, images)
+            if not sums:
+                sums = [values.new_zeros(batches.num_classes, values.shape[1]) for values in chunk]
+            for total, values in zip(sums, chunk, strict=True):
+                total.index_add_(0, batches.labels[rows], values)
+        return [total.div_(batches.per_class) for total in sums]
 
 
 def initial_images(ctx: DistillContext, init: Init, count: int | None = None) -> tuple[Tensor, Tensor]:
@@ -108,20 +207,3 @@ def chunks(total: int, sample_bytes: int, device: torch.device) -> Iterator[slic
         size -= size % 8
     for start in range(0, total, size):
         yield slice(start, min(total, start + size))
-
-
-def largest_map_bytes(net: Net, ctx: DistillContext) -> int:
-    """Return the bytes of one sample's largest map."""
-    key = (net.arch, ctx.dataset.image_shape)
-    if key not in _largest:
-        _largest[key] = _measured(net, ctx)
-    return _largest[key]
-
-
-@torch.no_grad()
-def _measured(net: Net, ctx: DistillContext) -> int:
-    """Find the largest map on a blank image (in eval mode, which leaves no trace)."""
-    was_training = net.training
-    maps = net.eval().features(torch.zeros(1, *ctx.dataset.image_shape, device=ctx.device)).maps
-    net.train(was_training)
-    return max((m.numel() * m.element_size() for m in maps), default=1)

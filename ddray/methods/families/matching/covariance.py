@@ -21,17 +21,12 @@ _SHARE = 16  # a block has 1/16 of the columns: its float64 copy is an eighth of
 def covariance_distance(real: Tensor, synthetic: Tensor, *, unbiased: bool) -> Tensor:
     """Return the sum over classes of ||Cov real_c - Cov syn_c||_F^2 / d; differentiable in `synthetic`.
 
+    The features are `real` [K, n, d], which get no gradient, and `synthetic` [K, m, d]; covariances are over
+    n (paper) or, `unbiased`, n - 1 (authors' code). 0 where a set has one image and so no covariance.
+
     Besides the features it needs n^2 float64 per class for the real images; then the gradient, the products
     of a block of synthetic rows with all others, and a block of columns. At n = 256, d = 2048 that stays
     below 2 n^2 + n d floats for every m up to n, the gradient (m d of them) included.
-
-    Args:
-        real: features [K, n, d]; they get no gradient.
-        synthetic: features [K, m, d].
-        unbiased: covariances over n - 1 (authors' code) instead of n (paper).
-
-    Returns:
-        A scalar; 0 where a set has one image and so no covariance.
     """
     if min(real.shape[1], synthetic.shape[1]) < 2:
         return synthetic.new_zeros(())
@@ -167,7 +162,7 @@ def _columns(dims: int, max_columns: int = _MOST_COLUMNS) -> Iterator[slice]:
 
 
 def _blocks(length: int, max_length: int) -> Iterator[slice]:
-    """Yield slices of at most `most` that cover `length`."""
+    """Yield slices of at most `max_length` that cover `length`."""
     for start in range(0, length, max_length):
         yield slice(start, min(length, start + max_length))
 

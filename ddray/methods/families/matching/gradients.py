@@ -12,8 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.distillation.method import DistillContext, Distiller, MethodConfig, Target
 from ddray.methods.families.factory import make_method
-from ddray.methods.families.matching.batches import initial_images
-from ddray.methods.families.matching.branch import RealBranch
+from ddray.methods.families.matching.batches import RealBranch, initial_images
 from ddray.methods.families.state import images_state, load_images_state
 from ddray.nets import is_per_sample
 from ddray.training.dsa import DsaPlan
@@ -55,17 +54,11 @@ def gradient_distance(real: Sequence[Tensor], synthetic: Sequence[Tensor], *, me
 
     `layerwise` (DC, Eq 10 and its appendix): the sum over layers and output channels of 1 - cosine, where a
     convolution's gradient [O, I, h, w] has O rows of I*h*w; biases and normalisation layers do not count.
-
-    Args:
-        real: gradients on real images.
-        synthetic: gradients on synthetic images; the result is differentiable in them.
-        metric: which distance.
+    Differentiable in `synthetic`.
     """
     if metric != "layerwise":
         a, b = (torch.cat([gradient.flatten() for gradient in gradients]) for gradients in (real, synthetic))
-        if metric == "mse":
-            return (a - b).square().sum()
-        return 1 - F.cosine_similarity(a, b, dim=0)
+        return (a - b).square().sum() if metric == "mse" else 1 - F.cosine_similarity(a, b, dim=0)
     total = synthetic[0].new_zeros(())
     for one, other in zip(real, synthetic, strict=True):
         if one.ndim > 1:
@@ -80,12 +73,7 @@ def loops(ipc: int) -> tuple[int, int]:
 
 
 class GradientMatching:
-    """Images learned so that their gradients match the real ones' while a network is trained on them.
-
-    Args:
-        ctx: what to work on.
-        config: the settings.
-    """
+    """Images learned so that their gradients match the real ones' while a network is trained on them."""
 
     def __init__(self, ctx: DistillContext, config: GradientConfig) -> None:
         self._ctx = ctx
@@ -145,11 +133,10 @@ class GradientMatching:
         for _, images in self._branch.chunks(index, plan, torch.full((len(index),), label)):
             share = len(images) / len(index)
             gradient = self._gradient(images, label, create_graph=False)
-            total = (
-                [share * new for new in gradient]
-                if not total
-                else [old.add_(new, alpha=share) for old, new in zip(total, gradient, strict=True)]
-            )
+            if total:
+                total = [old.add_(new, alpha=share) for old, new in zip(total, gradient, strict=True)]
+            else:
+                total = [share * new for new in gradient]
         return total
 
     def _gradient(self, images: Tensor, label: int, *, create_graph: bool) -> tuple[Tensor, ...]:
@@ -170,7 +157,6 @@ class GradientMatching:
                 module.eval()
 
     def snapshot(self) -> DistilledSet:
-        """Return the current images as a set."""
         return self._ctx.make_set(self._images, self._labels)
 
     def state_dict(self) -> dict[str, Any]:
@@ -178,18 +164,12 @@ class GradientMatching:
         return {"step": self._step, **images_state(self._images, self._optimizer)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state."""
         self._step = int(state["step"])
         load_images_state(self._images, self._optimizer, state)
 
 
 def gradient_method(config_class: type[GradientConfig], evaluate: dict[str, Any]) -> type[Distiller]:
-    """Return a method that matches gradients.
-
-    Args:
-        config_class: its settings.
-        evaluate: how its sets are scored.
-    """
+    """Return a method that matches gradients, whose sets are scored by the settings `evaluate`."""
 
     def preset(name: str, target: Target) -> dict[str, Any]:
         outer, inner = loops(target.ipc)

@@ -14,8 +14,7 @@ from torch import Tensor
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.distillation.method import DistillContext, Distiller, MethodConfig, Target
 from ddray.methods.families.factory import make_method
-from ddray.methods.families.matching.batches import initial_images
-from ddray.methods.families.matching.branch import RealBranch, Statistics
+from ddray.methods.families.matching.batches import RealBranch, Statistics, initial_images
 from ddray.methods.families.state import images_state, load_images_state
 from ddray.nets import Net
 
@@ -81,34 +80,26 @@ class MeanMatching:
 
     def step(self) -> dict[str, Tensor]:
         """Draw a network and a batch, match, update the images."""
-        branch = self._branch
+        branch, sizes = self._branch, (self._ctx.dataset.num_classes, self._ctx.ipc, -1)
         self._step += 1
         branch.renew(self._step)
         index, plan = branch.draw(self._ctx.generator("step", self._step))
         real = branch.class_means(index, plan, self._real_statistics)
-        synthetic = branch.augmented(self._images, plan, self._labels_cpu)
-        means = [self._means(values) for values in self._statistics(branch.net, synthetic)]
-        loss = self._loss(real, means)
+        synthetic = self._statistics(branch.net, branch.augmented(self._images, plan, self._labels_cpu))
+        loss = self._loss(real, [values.view(sizes).mean(1) for values in synthetic])
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
         return {"loss": loss.detach()}
 
-    def _means(self, values: Tensor) -> Tensor:
-        """Return class means [K, D] of class-sorted statistics [K * ipc, D]."""
-        return values.view(self._branch.batches.num_classes, self._ctx.ipc, -1).mean(1)
-
     def snapshot(self) -> DistilledSet:
-        """Return the current images as a set."""
         return self._ctx.make_set(self._images, self._labels)
 
     def state_dict(self) -> dict[str, Any]:
         """Return images, momentum and the step count; draws need no state, they depend on the step alone."""
-        images = images_state(self._images, self._optimizer, momentum="momentum_buffer")
-        return {"step": self._step, **images}
+        return {"step": self._step, **images_state(self._images, self._optimizer, momentum="momentum_buffer")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state."""
         self._step = int(state["step"])
         load_images_state(self._images, self._optimizer, state, momentum="momentum_buffer")
 

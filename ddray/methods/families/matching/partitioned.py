@@ -6,7 +6,7 @@ synthetic images alike.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -17,14 +17,11 @@ from torch import Tensor
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.artifact.partition import Partition, Resize, compose, expand
 from ddray.distillation.method import DistillContext, MethodConfig, Target
-from ddray.methods.families.matching.batches import Init, initial_images
-from ddray.methods.families.matching.branch import RealBranch
+from ddray.methods.families.matching.batches import Init, RealBranch, initial_images
 from ddray.methods.families.state import images_state, load_images_state
 from ddray.nets import Net
 from ddray.training.dsa import DsaPlan
 from ddray.training.recipe import idc_mixes
-
-Embed = Callable[[Net, Tensor], Tensor]
 
 
 class PartitionedConfig(MethodConfig):
@@ -59,10 +56,6 @@ class PartitionedConfig(MethodConfig):
 class LearnedImages:
     """Stored images [K * ipc, C, H, W] that are learned as pixels, with their optimiser.
 
-    Args:
-        ctx: what to work on.
-        config: the shared settings.
-
     Attributes:
         partition: how each holds its mini-images.
         labels: int64 [K * ipc], class-sorted.
@@ -71,7 +64,6 @@ class LearnedImages:
     """
 
     def __init__(self, ctx: DistillContext, config: PartitionedConfig) -> None:
-        self._ctx = ctx
         is_sound = ctx.split.images.is_floating_point()
         axes = ("time" if is_sound else "both") if config.axes == "auto" else config.axes
         self.partition = Partition(factor=config.factor, axes=axes)
@@ -85,7 +77,7 @@ class LearnedImages:
         self._low = float(ctx.split.images.min()) if is_sound else 0.0
         self._high = math.inf if is_sound else 1.0
         self.labels = torch.arange(ctx.dataset.num_classes).repeat_interleave(ctx.ipc)
-        self._optimizer = torch.optim.SGD([self.pixels], lr=config.lr_img, momentum=config.momentum)
+        self.optimizer = torch.optim.SGD([self.pixels], lr=config.lr_img, momentum=config.momentum)
 
     @torch.no_grad()
     def clamp(self) -> None:
@@ -102,61 +94,36 @@ class LearnedImages:
         return expand(self.stored(), self.partition)
 
     def update(self, loss: Tensor) -> None:
-        """Take one step of SGD."""
-        self._optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        self._optimizer.step()
-
-    def snapshot(self) -> DistilledSet:
-        """Return the current images as a set."""
-        return self._ctx.make_set(self.stored(), self.labels, self.partition)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return pixels and momentum."""
-        return images_state(self.pixels, self._optimizer, name="pixels")
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()`'s state."""
-        load_images_state(self.pixels, self._optimizer, state, name="pixels")
+        self.optimizer.step()
 
 
 @dataclass(frozen=True)
 class StepDraw:
-    """The images and the augmentation of one step.
-
-    Attributes:
-        index: real images [K * n], class-sorted.
-        plan: augmentation parameters, a set per class; None: no augmentation.
-        syn_index: mini-images [K * m], class-sorted; None: all.
-    """
+    """The images and the augmentation of one step."""
 
     index: Tensor
+    """Real images [K * n], class-sorted."""
     plan: DsaPlan | None
+    """Augmentation parameters, a set per class; None: no augmentation."""
     syn_index: Tensor | None
+    """Mini-images [K * m], class-sorted; None: all."""
 
 
 class FeaturePairs:
-    """Batches of real and synthetic images under one augmentation, and the features of the real ones.
+    """Batches of real images and of the `learned` ones under one augmentation, and features of the real ones.
 
-    Args:
-        ctx: what to work on.
-        config: the shared settings.
-        learned: the synthetic images.
-        embed: features [N, D] of images under a network.
-
-    Attributes:
-        net: the network that computes all features; its weights are swapped in place.
+    `net` computes all features; its weights are swapped in place.
     """
 
-    def __init__(
-        self, ctx: DistillContext, config: PartitionedConfig, learned: LearnedImages, embed: Embed
-    ) -> None:
+    def __init__(self, ctx: DistillContext, config: PartitionedConfig, learned: LearnedImages) -> None:
         self._learned = learned
         self._batch_syn = config.batch_syn
         self._branch = RealBranch(ctx, config.batch_real, config.augment, config.strategy)
         self.batches, self.net = self._branch.batches, self._branch.net.requires_grad_(False)
         self.num_classes = ctx.dataset.num_classes
-        self._embed_real = torch.compile(embed, dynamic=False) if ctx.compile else embed
+        self._embed_real = torch.compile(embedding, dynamic=False) if ctx.compile else embedding
         self._labels_syn = torch.arange(self.num_classes).repeat_interleave(learned.parts)
 
     def draw(self, generator: torch.Generator) -> StepDraw:
@@ -172,14 +139,12 @@ class FeaturePairs:
     @torch.no_grad()
     def real(self, draw: StepDraw) -> Tensor:
         """Return the features [K, n, D] of the real images, taken chunk by chunk where samples do not mix."""
-        whole: Tensor | None = None
+        whole = torch.empty(0)
         for rows, images in self._branch.chunks(draw.index, draw.plan):
             values = self._embed_real(self.net, images)
-            if whole is None:  # concatenating a list would take the memory twice
+            if not len(whole):  # concatenating a list would take the memory twice
                 whole = values.new_empty(len(draw.index), values.shape[1])
             whole[rows] = values
-        if whole is None:
-            raise RuntimeError("a batch of real images is never empty")
         return by_class(whole, self.num_classes)
 
     def synthetic(self, draw: StepDraw) -> Tensor:
@@ -201,27 +166,20 @@ class PartitionedEngine:
     def __init__(self, ctx: DistillContext, config: PartitionedConfig) -> None:
         self._ctx, self._step = ctx, 0
         self._learned = LearnedImages(ctx, config)
-        self._pairs = FeaturePairs(ctx, config, self._learned, embedding)
+        self._pairs = FeaturePairs(ctx, config, self._learned)
 
     def snapshot(self) -> DistilledSet:
-        return self._learned.snapshot()
+        learned = self._learned
+        return self._ctx.make_set(learned.stored(), learned.labels, learned.partition)
 
     def state_dict(self) -> dict[str, Any]:
         """Return pixels, momentum and step; draws depend on the step alone."""
-        return {"step": self._step, **self._learned.state_dict()}
+        learned = self._learned
+        return {"step": self._step, **images_state(learned.pixels, learned.optimizer, name="pixels")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._step = int(state["step"])
-        self._learned.load_state_dict(state)
-
-
-def to_device_if_it_fits(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
-    """Move tensors to a GPU if they take at most half of its free memory; else return them as they are."""
-    if device.type != "cuda":
-        return tensors
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    fits = 2 * size <= torch.cuda.mem_get_info(device)[0]
-    return [tensor.to(device) for tensor in tensors] if fits else tensors
+        load_images_state(self._learned.pixels, self._learned.optimizer, state, name="pixels")
 
 
 def by_class(values: Tensor, num_classes: int) -> Tensor:
@@ -230,12 +188,9 @@ def by_class(values: Tensor, num_classes: int) -> Tensor:
 
 
 def idc_evaluation(target: Target) -> dict[str, Any]:
-    """Return the evaluation settings of the IDC family (DSDM's code).
+    """Return the evaluation settings of the IDC family (DSDM's code); a factor of None counts as 2.
 
     Digits and house numbers are not mirrored, spectrograms not augmented.
-
-    Args:
-        target: what is distilled; a factor of None counts as 2.
     """
     settings = {"epochs": 1500, "batch": 64, "schedule": "multistep"}
     if target.is_audio:

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from ddray.config import Config
 from ddray.data import search_rows
 from ddray.distillation.method import DistillContext
-from ddray.methods.families.matching.partitioned import to_device_if_it_fits
 from ddray.pool.spec import PoolEntry, PoolSpec, supervised_specs
 
 
@@ -64,11 +64,17 @@ class StoredFeatures:
 
 
 def stored_features(ctx: DistillContext, entries: Sequence[PoolEntry]) -> StoredFeatures | None:
-    """Return the pool's features of the context's real images; None if any are missing or it is empty."""
+    """Return the pool's features of the context's real images; None if any are missing or it is empty.
+
+    On a GPU, if they take at most half of its free memory.
+    """
     whole = ctx.split_name == "train"
-    pooled = [entry.tensors["features"] for entry in entries if "features" in entry.tensors]
-    if not pooled or len(pooled) < len(entries) or (whole and len(pooled[0]) != len(ctx.split)):
+    features = [entry.tensors["features"] for entry in entries if "features" in entry.tensors]
+    if not features or len(features) < len(entries) or (whole and len(features[0]) != len(ctx.split)):
         return None
-    features = to_device_if_it_fits(pooled, ctx.device)
+    if ctx.device.type == "cuda":
+        size = sum(tensor.numel() * tensor.element_size() for tensor in features)
+        if 2 * size <= torch.cuda.mem_get_info(ctx.device)[0]:
+            features = [tensor.to(ctx.device) for tensor in features]
     rows = search_rows(ctx.split, seed=ctx.search_seed).to(features[0].device) if whole else None
     return StoredFeatures(features, rows)
