@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.artifact.export import encode_picture
-from ddray.drawing.tsne import save_tsne
+from ddray.drawing.plots import save_tsne
 from ddray.system.files import write_atomically
 
 _MAX_PER_CLASS = 10

@@ -33,8 +33,7 @@ from ddray.artifact.distilled_set import DistilledSet
 from ddray.distillation.method import DistillContext, Target
 from ddray.errors import InputError
 from ddray.methods.families.diffusion import stages
-from ddray.methods.families.diffusion.config import D3HRConfig
-from ddray.methods.families.diffusion.decoder import STATISTICS, Sampler
+from ddray.methods.families.diffusion.decoder import STATISTICS, D3HRConfig, Sampler
 from ddray.methods.families.diffusion.folder import read_folder, record_folder, resolve_ids, warn_of_leak
 from ddray.methods.families.diffusion.model import check_levels
 from ddray.methods.families.diffusion.train import SCHEDULE, default_recipe

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddray.data import Dataset, normalized_space
-from ddray.drawing.tsne import project
+from ddray.drawing.plots import project
 from ddray.errors import InputError
 from ddray.nets import Net, build_net, default_arch
 from ddray.pool.local import LocalPool

@@ -12,7 +12,7 @@ from ddray.data import Split
 from ddray.errors import InputError
 from ddray.methods.d3hr import plan_stages
 from ddray.methods.families.diffusion import stages
-from ddray.methods.families.diffusion.config import D3HRConfig
+from ddray.methods.families.diffusion.decoder import D3HRConfig
 from ddray.methods.families.diffusion.model import open_pipeline, save_pipeline
 from tests.methods.diffusion_models import BASE, TINY, untrained
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ddray.data import open_dataset
-from ddray.drawing.tsne import project
+from ddray.drawing.plots import project
 from ddray.report.page import write_page
 from ddray.report.plane import embedding_net, make_plane
 from ddray.report.runs import read_run

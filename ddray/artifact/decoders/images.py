@@ -70,8 +70,4 @@ def _check_labels(labels: Tensor, targets: Tensor | None, num_images: int, num_c
         )
 
 
-DECODER: Final = Decoder(
-    read=read_images,
-    validate=_validate,
-    decode=lambda distilled: TrainSet(distilled.images, distilled.labels, distilled.targets),
-)
+DECODER: Final = Decoder(read_images, _validate, lambda one: TrainSet(one.images, one.labels, one.targets))

@@ -119,7 +119,6 @@ class StageTrainer:
         return tensors, {**measured, "dataset_name": self.dataset.name}
 
     def _generator(self, spec: PoolSpec) -> Content:
-        """Train the generator."""
         names = self.dataset.class_names
         init = None if spec.recipe["init"] is None else str(locate(spec.recipe["init"]))
         recipe = DiffusionRecipe.parse({**spec.recipe, "init": init}, prefix="recipe.")
@@ -136,7 +135,6 @@ class StageTrainer:
         return tensors, {**measured, "configs": configs, "class_names": list(names), "seen": seen}
 
     def _latents(self, spec: PoolSpec) -> Content:
-        """Encode all images."""
         images, encoding = self.split.images, spec.recipe["encoding"]
         if images.dtype != torch.uint8:
             raise InputError("a diffusion model encodes uint8 images, got spectrograms; use another method")
@@ -149,7 +147,6 @@ class StageTrainer:
         return self._in_batches(spec, model, encode, "encoding")
 
     def _inverted(self, spec: PoolSpec) -> Content:
-        """Take all latents up to level T."""
         recipe, device = spec.recipe, self.device
         source = PoolSpec.parse(recipe["latents"])
         clean = self.pool.get([source])[0].tensors["latents"]
@@ -170,7 +167,6 @@ class StageTrainer:
         )
 
     def _statistics(self, spec: PoolSpec) -> Content:
-        """Compute the mean and variance of each class's inverted latents."""
         inverted = self.pool.get([PoolSpec.parse(spec.recipe["inverted"])])[0].tensors["latents"]
         mean, variance = class_statistics(inverted, self.split.labels, self.dataset.num_classes)
         return {"mean": mean, "variance": variance}, {}

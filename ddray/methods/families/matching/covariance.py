@@ -169,10 +169,8 @@ def _blocks(length: int, max_length: int) -> Iterator[slice]:
 
 def _means(values: Tensor) -> Tensor:
     """Return the rows' means [K, 1, d] in float64."""
-    means = values.new_empty((values.shape[0], 1, values.shape[2]), dtype=torch.float64)
-    for columns in _columns(values.shape[2]):
-        means[:, :, columns] = values[:, :, columns].to(torch.float64).mean(1, keepdim=True)
-    return means
+    blocks = (values[:, :, columns].double() for columns in _columns(values.shape[2]))
+    return torch.cat([block.mean(1, keepdim=True) for block in blocks], 2)
 
 
 def _centred(values: Tensor, means: Tensor, columns: slice) -> Tensor:

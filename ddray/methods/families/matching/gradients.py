@@ -88,26 +88,20 @@ class GradientMatching:
 
     def step(self) -> dict[str, Tensor]:
         """Draw a network, then take turns: update the images, train the network on them."""
+        config = self._config
+        epochs, lr, batch = config.inner_loop, config.lr_net, config.batch_train
         self._step += 1
         self._branch.renew(self._step)
         total = torch.zeros((), device=self._images.device)
-        for outer in range(1, self._config.outer_loop + 1):
+        for outer in range(1, config.outer_loop + 1):
             generator = self._ctx.generator("step", self._step, outer)
             self._net.train()
             if self._mixes:
                 self._fix_statistics(generator)
             total += self._update_images(generator)
-            if outer < self._config.outer_loop:
-                config = self._config
-                self._branch.train(
-                    self._images,
-                    self._labels,
-                    generator,
-                    epochs=config.inner_loop,
-                    lr=config.lr_net,
-                    batch=config.batch_train,
-                )
-        return {"loss": total / (self._config.outer_loop * self._batches.num_classes)}
+            if outer < config.outer_loop:
+                self._branch.train(self._images, self._labels, generator, epochs, lr, batch)
+        return {"loss": total / (config.outer_loop * self._batches.num_classes)}
 
     def _update_images(self, generator: torch.Generator) -> Tensor:
         """Match class by class, and take one step of SGD; return the loss."""

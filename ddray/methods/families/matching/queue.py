@@ -47,7 +47,6 @@ class Member:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state."""
         copy_values(self.net, state["values"])
         load_velocities(self.step.optimizer, state["velocities"])
         self.right = state["right"].to(self.right.device, copy=True)
@@ -65,7 +64,6 @@ class NetQueue:
         self.members: list[Member] = []
 
     def push(self) -> None:
-        """Add a fresh network."""
         self.members = [*self.members, self._member(self._num_pushed)][-self._size :]
         self._num_pushed += 1
 
@@ -83,16 +81,13 @@ class NetQueue:
         member.seen += len(labels)
 
     def forget_accuracies(self) -> None:
-        """Restart the accuracy counts."""
         for member in self.members:
             member.right, member.seen = torch.zeros_like(member.right), 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return weights, momentum and counts of every network."""
         return {"made": self._num_pushed, "members": [member.state_dict() for member in self.members]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state."""
         self._num_pushed = int(state["made"])
         self.members = [self._member(0) for _ in state["members"]]
         for member, member_state in zip(self.members, state["members"], strict=True):
