@@ -34,8 +34,7 @@ class ForeignFormat:
 def read_foreign(path: Path, contents: Any) -> tuple[Tensor, Tensor]:
     """Return images [N, C, H, W] and labels [N] of another project's file, from what `read_tensors` returned.
 
-    Raises:
-        InputError: its layout is unknown, or images and labels do not fit each other.
+    InputError if its layout is unknown, or images and labels do not fit each other.
     """
     formats: list[ForeignFormat] = [_FORMATS.get(name) for name in _FORMATS.names()]
     fitting = next((one for one in formats if one.fits(path, contents)), None)

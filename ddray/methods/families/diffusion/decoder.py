@@ -5,7 +5,7 @@ A set that holds statistics of latents gives any number of images, which a gener
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Final, Literal, Self
 
 import torch
@@ -94,38 +94,33 @@ class D3HRConfig(MethodConfig):
         return Levels(num_inference_steps=self.num_inference_steps, num_steps=steps, guidance=self.guidance)
 
 
+@dataclass
 class Sampler:
-    """Generates images of classes from mean and variance [K, D] of their latents at level T.
+    """Generates images of classes from mean and variance [K, D] of their latents at level T."""
 
-    Class c's draws depend only on the run's `seed` and c.
-    """
+    mean: Tensor
+    variance: Tensor
+    model: DiffusionModel
+    config: D3HRConfig
+    class_names: tuple[str, ...]
+    seed: int
+    """Of the run; class c's draws depend only on it and c."""
+    device: torch.device
 
-    def __init__(
-        self,
-        mean: Tensor,
-        variance: Tensor,
-        model: DiffusionModel,
-        config: D3HRConfig,
-        *,
-        class_names: tuple[str, ...],
-        seed: int,
-        device: torch.device,
-    ) -> None:
-        self._mean, self._std = mean, (variance * config.variance_scale).sqrt()
-        self._config, self._seed, self._device = config, seed, device
-        self.model = model.to(device, config.precision)
-        ids = resolve_ids(model.class_names, model.num_classes, class_names, config.class_ids)
+    def __post_init__(self) -> None:
+        model, class_ids = self.model.to(self.device, self.config.precision), self.config.class_ids
+        ids = resolve_ids(model.class_names, model.num_classes, self.class_names, class_ids)
         self._ids = torch.tensor(ids)
 
     def choose(self, label: int, ipc: int) -> tuple[Tensor, float]:
         """Return the chosen latents [ipc, D] of a class, and their score per dimension."""
-        config = self._config
+        config = self.config
         latents, score = group_sample(
-            self._mean[label].to(self._device),
-            self._std[label].to(self._device),
+            self.mean[label].to(self.device),
+            (self.variance[label] * config.variance_scale).sqrt().to(self.device),
             ipc=ipc,
             num_candidates=1 if config.sampling == "random" else config.num_candidates,
-            generator=derive(self._seed, "distill", "group", 0 if config.shared_draws else label),
+            generator=derive(self.seed, "distill", "group", 0 if config.shared_draws else label),
             weights=(config.lambda_mean, config.lambda_std, config.lambda_skew),
             form=config.form,
         )
@@ -133,8 +128,8 @@ class Sampler:
 
     def decode(self, latents: Tensor, labels: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
         """Return raw pixels [N, *image_shape] in [0, 1] of latents [N, D] of level T under labels [N]."""
-        ids = self._ids[labels].to(self._device)
-        clean = self.model.sample(latents.to(self._device), ids, self._config.levels())
+        ids = self._ids[labels].to(self.device)
+        clean = self.model.sample(latents.to(self.device), ids, self.config.levels())
         return self.model.decode(clean, image_shape).cpu()
 
 

@@ -27,8 +27,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: Path | None) -> None:
-        self._path = path
-        self._saved = time.monotonic()
+        self._path, self._saved = path, time.monotonic()
         self.stages: dict[str, Any] = {}
         if path is not None and path.exists():
             try:

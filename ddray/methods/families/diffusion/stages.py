@@ -105,9 +105,7 @@ class StageTrainer:
     def __call__(self, spec: PoolSpec) -> Content:
         """Return the tensors to store and the measurements of a generator, latents, inversion or statistics.
 
-        Raises:
-            InputError: the images or the generator do not fit.
-            DivergedError: training the generator diverged.
+        InputError if images or generator do not fit, DivergedError if training the generator diverges.
         """
         compute: dict[str, Callable[[PoolSpec], Content]] = {
             "diffusion": self._generator,

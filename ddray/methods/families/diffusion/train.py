@@ -99,11 +99,8 @@ def train_generator(
 
     The images are uint8 [N, C, H, W]; `seed` decides initial weights and every draw. The file `checkpoint` is
     updated about once a minute; the caller removes it once the model is stored. Returns the model (in eval
-    mode, on `device`) and the last epoch's mean losses.
-
-    Raises:
-        InputError: images of the wrong kind, or the folder to start from can't be opened.
-        DivergedError: a loss became NaN.
+    mode, on `device`) and the last epoch's mean losses. InputError if the images are of the wrong kind or the
+    folder to start from can't be opened, DivergedError if a loss becomes NaN.
     """
     if split.images.dtype != torch.uint8:
         raise InputError("a diffusion model is trained on uint8 images, got spectrograms; use another method")

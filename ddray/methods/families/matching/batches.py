@@ -203,7 +203,6 @@ def chunks(total: int, sample_bytes: int, device: torch.device) -> Iterator[slic
     """Yield slices over `total` samples whose largest maps (`sample_bytes` each) fit the cache or the GPU."""
     budget = _CHUNK_BYTES if device.type == "cpu" else 2**31
     size = max(1, min(total, budget // max(1, sample_bytes)))
-    if size >= 8:
-        size -= size % 8
+    size -= size % 8 if size >= 8 else 0
     for start in range(0, total, size):
         yield slice(start, min(total, start + size))

@@ -76,8 +76,7 @@ class GradientMatching:
     """Images learned so that their gradients match the real ones' while a network is trained on them."""
 
     def __init__(self, ctx: DistillContext, config: GradientConfig) -> None:
-        self._ctx = ctx
-        self._config = config
+        self._ctx, self._config = ctx, config
         self._branch = RealBranch(ctx, config.batch_real, config.augment)
         self._net, self._batches = self._branch.net, self._branch.batches
         self._mixes = not is_per_sample(self._net)

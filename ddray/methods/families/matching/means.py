@@ -66,8 +66,7 @@ class MeanMatching:
     def __init__(
         self, ctx: DistillContext, config: MatchingConfig, statistics: Statistics, loss: MeansLoss
     ) -> None:
-        self._ctx = ctx
-        self._loss = loss
+        self._ctx, self._loss = ctx, loss
         self._branch = RealBranch(ctx, config.batch_real, config.augment)
         self._branch.net.requires_grad_(False)
         images, self._labels = initial_images(ctx, config.init)

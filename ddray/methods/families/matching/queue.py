@@ -57,9 +57,7 @@ class NetQueue:
     """At most `size` networks in order of creation, trained at rate `lr`; the oldest leaves a full queue."""
 
     def __init__(self, ctx: DistillContext, *, size: int, lr: float) -> None:
-        self._ctx = ctx
-        self._size = size
-        self._lr = lr
+        self._ctx, self._size, self._lr = ctx, size, lr
         self._num_pushed = 0
         self.members: list[Member] = []
 
