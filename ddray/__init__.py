@@ -12,21 +12,14 @@ from typing import TYPE_CHECKING
 from ddray.system.lazy import lazy
 
 if TYPE_CHECKING:
-    from ddray.api import bench as bench
-    from ddray.api import distill as distill
-    from ddray.api import evaluate as evaluate
-    from ddray.api import export as export
-    from ddray.api import load as load
-    from ddray.api import nas as nas
-    from ddray.api import tune as tune
+    from ddray.api import bench, distill, evaluate, export, load, nas, tune
 
+__all__ = ["bench", "distill", "evaluate", "export", "load", "nas", "tune"]
 __version__ = "0.1.0"
 
-_FUNCTIONS = ("bench", "distill", "evaluate", "export", "load", "nas", "tune")
-
-__getattr__ = lazy(__name__, {"api": _FUNCTIONS})
+__getattr__ = lazy(__name__, {"api": __all__})
 
 
 def __dir__() -> list[str]:
     """List the library's functions too."""
-    return sorted({*globals(), *_FUNCTIONS})
+    return sorted({*globals(), *__all__})

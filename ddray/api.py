@@ -244,11 +244,7 @@ def nas(
 
 
 def describe_archs(archs: str = "all", space: str = DEFAULT_SPACE) -> ArchList:
-    """Return architectures of a NAS space with their sizes and choices: `ddray nas --describe`.
-
-    Raises:
-        InputError: an unknown space or index.
-    """
+    """Return architectures of a NAS space with their sizes and choices: `ddray nas --describe`."""
     from ddray.ranking.command import describe
 
     return describe(space, archs)
@@ -286,15 +282,12 @@ def _spec(file: str | Path | Mapping[str, Any], scale: str) -> BenchSpec:
 
 
 def export(distilled: DistilledSet | str | Path, out: str | Path, *, form: Form | None = None) -> Path:
-    """Write a set for other tools: PNG files by class, or one parquet file.
+    """Write a set for other tools, PNG files by class or one parquet file, and return the path.
 
     Args:
         distilled: the set, or its file.
         out: a new folder, or the parquet file.
         form: default `parquet` if `out` ends in `.parquet`, else `folder`.
-
-    Returns:
-        The path that was written.
 
     Raises:
         InputError: the form is unknown, `out` exists, or the set can't be shown as pictures.

@@ -24,17 +24,10 @@ from ddray.commands.tune import tune
 from ddray.errors import DdrayError, InterruptedRunError
 from ddray.system.memory import reuse_freed_memory
 
-app = typer.Typer(
-    name="ddray",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(name="ddray", no_args_is_help=True, pretty_exceptions_enable=False)
 data_app = typer.Typer(help="Datasets: what is known, what is there.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-pool_app = typer.Typer(
-    help="Model pools: networks that many runs share, trained once.",
-    no_args_is_help=True,
-)
+pool_app = typer.Typer(help="Model pools: networks that many runs share, trained once.", no_args_is_help=True)
 app.add_typer(pool_app, name="pool")
 
 for command in (distill, evaluate, tune, nas, bench, report, export, doctor):  # in the order of --help
@@ -91,30 +84,27 @@ def _run(arguments: list[str], debug: bool) -> int:
     """Run one command; return the exit code. Failures print one line on stderr."""
     try:
         code = typer.main.get_command(app).main(arguments, prog_name="ddray", standalone_mode=False)
-    except _USAGE_ERROR as error:
-        return _fail(error.format_message(), 2)
     except (typer.Abort, KeyboardInterrupt):
-        return _fail(_CONTINUE, 1)
-    except InterruptedRunError as error:
-        return _fail(str(error), 1)
-    except DdrayError as error:
-        _trace(debug)
-        return _fail(str(error), error.exit_code)
-    except OSError as error:
-        _trace(debug)
-        return _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
-    except Exception as error:  # last resort: one line; the traceback only with --debug
-        _trace(debug)
-        text = " ".join(str(error).split())[:300]
-        return _fail(f"{type(error).__name__}: {text} (--debug shows the traceback)", 1)
+        code = _INTERRUPTED
+    except Exception as error:
+        if debug and not isinstance(error, (_USAGE_ERROR, InterruptedRunError)):
+            traceback.print_exc()
+        return _fail(*_explain(error))
     if code == _INTERRUPTED:
         return _fail(_CONTINUE, 1)
     return code if isinstance(code, int) else 0
 
 
-def _trace(debug: bool) -> None:
-    if debug:
-        traceback.print_exc()
+def _explain(error: Exception) -> tuple[str, int]:
+    """Return what is printed of an error, and the exit code."""
+    if isinstance(error, _USAGE_ERROR):
+        return error.format_message(), 2
+    if isinstance(error, DdrayError):
+        return str(error), error.exit_code
+    if isinstance(error, OSError):
+        return f"{error.filename or 'a file'}: {error.strerror or error}", 1
+    text = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {text} (--debug shows the traceback)", 1
 
 
 def _fail(message: str, code: int) -> int:

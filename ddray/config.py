@@ -51,12 +51,7 @@ class Config(BaseModel):
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], *, prefix: str = "", source: str = "") -> Self:
-        """Validate `values` into a config.
-
-        Args:
-            values: nested mapping of field names to values.
-            prefix: put before field names in messages, such as `"method."`.
-            source: where the values came from, named in messages.
+        """Validate `values`; messages put `prefix`, such as `"method."`, before names, and name the `source`.
 
         Raises:
             InputError: an unknown field (with the nearest name) or a value that breaks a field's rule.
@@ -68,11 +63,7 @@ class Config(BaseModel):
 
     @classmethod
     def pick(cls, options: Mapping[str, Any]) -> Self:
-        """Validate the options, by field or option name, that are fields of this config.
-
-        Raises:
-            InputError: a value breaks a field's rule.
-        """
+        """Validate the options, by field or option name, that are fields of this config, as `parse` does."""
         return cls.parse({k: v for k, v in options.items() if k in cls.option_names()}, prefix="--")
 
     @classmethod
@@ -128,11 +119,9 @@ def _one_line(cls: type[BaseModel], error: ValidationError, prefix: str, source:
 
 def _field_names(cls: type[BaseModel], path: Sequence[str | int]) -> list[str]:
     """Return the field names of the (nested) model at `path` below `cls`."""
-    for part in path:
-        if isinstance(part, int):  # an index into a list, whose element type was resolved with the list
-            continue
-        field = cls.model_fields.get(part)
-        inner = None if field is None else _model(field.annotation)
+    # An index into a list is skipped: its element type was resolved with the list.
+    for part in (part for part in path if isinstance(part, str)):
+        inner = _model(cls.model_fields[part].annotation) if part in cls.model_fields else None
         if inner is None:
             return []
         cls = inner
@@ -147,11 +136,7 @@ def _model(annotation: Any) -> type[BaseModel] | None:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping.
-
-    Raises:
-        InputError: the file is missing, is not YAML, or is not a mapping.
-    """
+    """Read a YAML mapping; InputError if the file is missing, is not YAML, or is not a mapping."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -180,8 +165,7 @@ def _number(value: Any) -> Any:
 def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
     """Turn `["steps=3", "method.p=.1"]` into `{"steps": 3, "method": {"p": 0.1}}`; the last one wins.
 
-    Raises:
-        InputError: a pair without `=`, without a name, or with a value that is not YAML.
+    A pair without `=`, without a name, or with a value that is not YAML is an InputError.
     """
     overrides: dict[str, Any] = {}
     for pair in pairs:

@@ -130,7 +130,7 @@ class TestDistill:
             "import importlib, pkgutil, types, ddray\n"
             "for module in pkgutil.walk_packages(ddray.__path__, 'ddray.'):\n"
             "    if not module.name.endswith('__main__'): importlib.import_module(module.name)\n"
-            "print([name for name in ddray._FUNCTIONS if isinstance(getattr(ddray, name), types.ModuleType)])"
+            "print([name for name in ddray.__all__ if isinstance(getattr(ddray, name), types.ModuleType)])"
         )
         assert python(code, tmp_path) == "[]\n"
 

@@ -20,8 +20,7 @@ def data_info(emit: Emit, name: str, **options: Any) -> None:
     """Say what a dataset holds."""
     from ddray.data.loaders import data_info as describe_dataset
 
-    parsed = DataOptions.pick(options)
-    result = describe_dataset(name, data_dir=parsed.data_dir, download=parsed.download)
+    result = describe_dataset(name, **dict(DataOptions.pick(options)))
     emit(result, display.table_of(name, result.dump()))
 
 

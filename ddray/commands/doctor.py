@@ -1,6 +1,5 @@
 """`ddray doctor`: checks that everything a run needs is there."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ def doctor(emit: Emit, **options: Any) -> None:
     from ddray.cluster.doctor import examine
 
     parsed = DoctorOptions.pick(options)
-    run_dir = Path(os.path.abspath(parsed.run_dir))
+    run_dir = parsed.run_dir.absolute()
     result = examine(address=parsed.address, run_dir=run_dir, data_dir=parsed.data_dir)
     lines = {check.check: f"{check.status}: {check.detail}" for check in result.checks}
     emit(result, display.table_of("doctor", lines))

@@ -12,6 +12,7 @@ from ddray.artifact.distilled_set import DistilledSet, Meta
 from ddray.artifact.partition import Partition
 from ddray.config import Config
 from ddray.data import Dataset, PixelSpace, Split, SplitName
+from ddray.nets.names import parse_arch
 from ddray.pool.spec import ModelPool
 from ddray.runs.environment import git_commit, versions
 from ddray.seeding import derive
@@ -82,15 +83,10 @@ class DistillContext:
         return derive(self.seed, "distill", *labels)
 
     def make_set(self, images: Tensor, labels: Tensor, partition: Partition | None = None) -> DistilledSet:
-        """Return images [N, C, H, W] (in `space`) and labels [N] as a self-describing set on the CPU.
+        """Return stored images [N, C, H, W] (in `space`) and labels [N] as a self-describing set on the CPU.
 
-        Args:
-            images: as stored.
-            labels: one per stored image.
-            partition: how each image splits into mini-images; None or one part: not at all.
+        Each image splits into the mini-images of a partition; None or one part: not at all.
         """
-        from ddray.nets.names import parse_arch
-
         if partition is not None and partition.num_parts == 1:
             partition = None
         zca = {"zca_mean": self.space.zca_mean, "zca_matrix": self.space.zca_matrix}
@@ -165,19 +161,15 @@ class Engine(Protocol):
 
     def step(self) -> dict[str, Tensor]:
         """Run the next step; return device scalars, including `loss`."""
-        ...
 
     def snapshot(self) -> DistilledSet:
         """Return the current set as a detached CPU copy."""
-        ...
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state to checkpoint: tensors and counters, no hyperparameters."""
-        ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state."""
-        ...
 
 
 class Distiller(Engine, Protocol):
@@ -197,11 +189,9 @@ class Distiller(Engine, Protocol):
     @staticmethod
     def preset(name: str, target: Target) -> dict[str, Any]:
         """Return the run settings (nested, as in a YAML) of preset `paper` or `repo` for a target."""
-        ...
 
     def setup(self, ctx: DistillContext) -> None:
         """Take splits, pool, generators and device; make the initial images."""
-        ...
 
 
 class BudgetDistiller(Distiller, Protocol):
@@ -216,4 +206,3 @@ class BudgetDistiller(Distiller, Protocol):
     @staticmethod
     def num_distilled(config: Any, budget: int, image_shape: tuple[int, int, int], num_real: int) -> int:
         """Return how many images the method can store within `budget` images of storage; 0: none fits."""
-        ...

@@ -27,10 +27,8 @@ def wants_compile(
 ) -> bool:
     """Decide whether to compile the branch of the real images, of `image_shape` (C, H, W).
 
-    `choice` is `on`, `off`, or `auto`: with a compiler on the PATH and a run long enough to repay it.
-
-    Raises:
-        InputError: `on` without a C++ compiler.
+    `choice` is `on` (InputError without a C++ compiler), `off`, or `auto`: with a compiler on the PATH and a
+    run long enough to repay it.
     """
     compiler = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
     if choice == "on" and compiler is None:
@@ -44,22 +42,14 @@ def wants_compile(
 
 
 def check_ipc(ipc: int, split: Split, dataset: Dataset) -> None:
-    """Reject an ipc that is larger than the smallest class of the split.
-
-    Raises:
-        InputError: names the largest ipc that fits.
-    """
+    """Reject an ipc that is larger than the smallest class of the split: the InputError says which fits."""
     smallest = int(torch.bincount(split.labels, minlength=dataset.num_classes).min())
     if not 1 <= ipc <= smallest:
         raise InputError(f"ipc must be in 1..{smallest} for {dataset.name} (its smallest class), got {ipc}")
 
 
 def check_size(plan: Plan, split: Split) -> None:
-    """Reject a run whose ipc or budget does not fit the split.
-
-    Raises:
-        InputError: names the largest ipc, or the smallest or largest budget, that fits.
-    """
+    """Reject a run whose ipc or budget does not fit the split: the InputError says which would."""
     method_class = budget_method(plan.method)
     if method_class is None or plan.budget is None:
         check_ipc(plan.ipc, split, plan.dataset)
@@ -83,11 +73,7 @@ def check_size(plan: Plan, split: Split) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device called `name`; `auto` is CUDA if available.
-
-    Raises:
-        InputError: no such device.
-    """
+    """Return the device called `name`, `auto` for CUDA if available; InputError if there is none."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = None
@@ -163,11 +149,7 @@ def check_plan(plan: Plan) -> bool:
 
 
 def make_distiller(plan: Plan) -> Distiller:
-    """Return the plan's method object.
-
-    Raises:
-        InputError: steps for a method that has none.
-    """
+    """Return the plan's method object; InputError if a method without steps is to run some."""
     distiller = get_method(plan.method)(plan.config.method, plan.config.steps)
     if distiller.num_steps != plan.config.steps:
         raise InputError(f"steps must be {distiller.num_steps} for {plan.method}, got {plan.config.steps}")

@@ -41,23 +41,17 @@ class RunConfig(Config, Generic[M]):
 
 @dataclass(frozen=True)
 class Plan:
-    """A resolved distillation: what to run on what.
-
-    Attributes:
-        method: the method's name.
-        dataset: the opened dataset (its test set unread).
-        ipc: images per class; for a budget, the budget per class, at least 1.
-        seed: the run's seed.
-        config: the resolved configuration.
-        budget: storage in images, for methods without classes.
-    """
+    """A resolved distillation: what to run on what."""
 
     method: str
     dataset: Dataset
+    """Opened, its test set unread."""
     ipc: int
+    """Images per class; for a budget, the budget per class, at least 1."""
     seed: int
     config: RunConfig[Any]
     budget: int | None = None
+    """Storage in images, for methods without classes."""
 
     def describe(self) -> dict[str, Any]:
         """Return plain values that identify the run (for config.yaml and unit keys)."""
@@ -132,10 +126,8 @@ def plan_of(
 ) -> Plan:
     """Return the run that options ask for, on `dataset` if it is already open.
 
-    `settings` are overrides by dotted name; they win over the options' `sets`.
-
-    Raises:
-        InputError: as for `resolve`, or the dataset is missing.
+    `settings` are overrides by dotted name; they win over the options' `sets`. InputError as for `resolve`,
+    or if the dataset is missing.
     """
     get_method(options.method)
     if dataset is None:

@@ -63,11 +63,8 @@ def train_pool(
     """Train missing supervised networks on all of train, their seeds counting up from `seed`.
 
     Arch `auto` is the field's ConvNet; `recipe` overrides fields of `SUPERVISED_RECIPE`; the default folder
-    is `$DDRAY_HOME/pool`.
-
-    Raises:
-        InputError: an unknown architecture or field, or a value that breaks its rule.
-        StorageError: an entry can't be written.
+    is `$DDRAY_HOME/pool`. InputError for an unknown architecture or field, or a bad value; StorageError if an
+    entry can't be written.
     """
     if num_models < 1:
         raise InputError(f"--num-models must be >= 1, got {num_models}")
@@ -104,10 +101,7 @@ def train_teacher(
 
     It is trained on all of train, without labels. Arch `auto` and seed 0 are the methods' defaults; `recipe`
     overrides their `TeacherConfig` for this dataset; the default folder is `$DDRAY_HOME/pool`.
-
-    Raises:
-        InputError: an audio dataset, an unknown architecture or field, or a value that breaks its rule.
-        StorageError: an entry can't be written.
+    InputError as for `train_pool`, and for an audio dataset.
     """
     teacher_settings: dict[str, Any] = {"seed": seed, **recipe}
     if arch != "auto":
@@ -127,11 +121,8 @@ def train_diffusion(
     """Train the generator that D3HR uses on all of train, if it is missing, and write it as a DiTPipeline.
 
     `recipe` overrides fields of the image size's `DiffusionRecipe`; the pipeline's folder is by default
-    `$DDRAY_HOME/diffusion/<key>`.
-
-    Raises:
-        InputError: an unknown field, a value that breaks its rule, or a folder with other content.
-        StorageError: a file can't be written.
+    `$DDRAY_HOME/diffusion/<key>`. InputError for an unknown field, a bad value, or a folder with other
+    content; StorageError if a file can't be written.
     """
     from ddray.methods.families.diffusion import stages
     from ddray.methods.families.diffusion.model import save_pipeline

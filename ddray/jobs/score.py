@@ -28,9 +28,8 @@ def evaluate(
 ) -> EvaluateResult:
     """Score a distilled set's file, ours or another project's, on an open dataset or `options.dataset`.
 
-    Raises:
-        InputError: the file, the dataset or an option is bad, or the set does not fit the dataset.
-        DivergedError: a training loss became NaN.
+    InputError if the file, the dataset or an option is bad, or the set does not fit the dataset;
+    DivergedError if a training loss became NaN.
     """
     dataset = dataset or _target(options.dataset, options)
     space = foreign_space(dataset, options.pixel_space)

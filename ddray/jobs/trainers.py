@@ -20,8 +20,7 @@ from ddray.training.loop import train
 from ddray.training.policies import Augmenter, augmenter
 from ddray.training.recipe import Recipe
 
-DIFFUSION_KINDS: Final = ("diffusion", "latents", "inverted", "statistics")
-"""D3HR's stages (`ddray.methods.families.diffusion.stages`)."""
+_DIFFUSION_KINDS: Final = ("diffusion", "latents", "inverted", "statistics")  # D3HR's stages
 _MAX_ENCODED: Final = 200 * 2**20  # bytes as floats up to which a split is encoded once, not by the batch
 
 
@@ -43,11 +42,9 @@ class PoolTrainer:
     def __call__(self, spec: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
         """Return an entry's tensors and measurements.
 
-        Raises:
-            InputError: the kind is unknown, or the spec does not fit the images.
-            DivergedError: a loss became NaN.
+        InputError if the kind is unknown or the spec does not fit the images; DivergedError if a loss is NaN.
         """
-        if spec.kind not in (kinds := ("supervised", ssl.KIND, *DIFFUSION_KINDS)):
+        if spec.kind not in (kinds := ("supervised", ssl.KIND, *_DIFFUSION_KINDS)):
             raise unknown("kind of pool entry", spec.kind, kinds)
         if spec.kind == "supervised":
             return self._supervised(spec)

@@ -36,10 +36,7 @@ def write_atomically(
     """Write `path` through a temporary file beside it: written, synced, then renamed; its folder is created.
 
     With `only_if_absent`, it is linked instead, so that the first writer wins. Return whether this call's
-    bytes are now at `path`.
-
-    Raises:
-        StorageError: the disk is full, or the folder can't be written.
+    bytes are now at `path`. StorageError if the disk is full, or the folder can't be written.
     """
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,8 +64,7 @@ def write_atomically(
 def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
     """Write a folder beside its final name and move it there whole; an old one is replaced after success.
 
-    Raises:
-        StorageError: the disk is full, or the folder can't be written.
+    StorageError if the disk is full, or the folder can't be written.
     """
     with storage_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -25,8 +25,7 @@ def numpy_scalars() -> list[Any]:
 def load_plain(path: Path) -> Any:
     """Load what torch wrote of tensors, plain values and NumPy scalars, on the CPU, and run no code in it.
 
-    Raises:
-        ValueError: the file is torn, or holds something else; says which.
+    A ValueError says whether the file is torn, or holds something else.
     """
     try:
         with torch.serialization.safe_globals(numpy_scalars()):
@@ -39,11 +38,7 @@ def load_plain(path: Path) -> Any:
 
 
 def read_tensors(path: Path) -> Any:
-    """Load a distilled set's file: tensors and plain values, and nothing else.
-
-    Raises:
-        InputError: the file is missing, torn, or asks for code to be run.
-    """
+    """Load a distilled set's file; InputError if it is missing, torn, or asks for code to be run."""
     if not path.is_file():
         raise InputError(f"a distilled set must be an existing file, got {path}")
     try:
