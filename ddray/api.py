@@ -21,8 +21,7 @@ from ddray.config import Config, parse_overrides
 from ddray.data import Dataset, SplitName, open_dataset
 from ddray.distillation.loop import run_distillation
 from ddray.errors import unknown
-from ddray.evaluation.options import EvaluateOptions
-from ddray.evaluation.result import EvaluateResult
+from ddray.evaluation.options import EvaluateOptions, EvaluateResult
 from ddray.jobs import distill as distill_job
 from ddray.jobs import score
 from ddray.jobs.context import make_context, make_distiller, pick_device

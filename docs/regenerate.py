@@ -12,7 +12,7 @@ import yaml
 
 from ddray.config import Config, merge
 from ddray.distillation.method import Target
-from ddray.evaluation.config import EvaluateConfig
+from ddray.evaluation.options import EvaluateConfig
 from ddray.evaluation.published import read_numbers
 from ddray.methods import REGISTRY, get_method
 from ddray.runs.results import flatten

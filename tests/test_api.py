@@ -25,7 +25,7 @@ from ddray.config import Result
 from ddray.data import open_dataset
 from ddray.data.loaders import DatasetInfo, DatasetList
 from ddray.errors import InputError
-from ddray.evaluation.result import EvaluateResult
+from ddray.evaluation.options import EvaluateResult
 from ddray.jobs.distill import DistillResult
 from ddray.jobs.pool_training import PoolResult
 from ddray.pool.listing import PoolEntryInfo, PoolList

@@ -15,6 +15,7 @@ ECCV 2020; as in DM, arXiv:2110.04181, Sec 4.4: CIFAR-100 in 5 or 10 tasks, 20 i
 
 import statistics
 import time
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -23,9 +24,8 @@ from torch import Tensor
 from ddray.artifact.distilled_set import DistilledSet, TrainSet
 from ddray.data import Split
 from ddray.errors import InputError
-from ddray.evaluation.config import evaluation_config
 from ddray.evaluation.hard import fit
-from ddray.evaluation.options import EvaluateOptions
+from ddray.evaluation.options import EvaluateOptions, evaluation_config
 from ddray.evaluation.protocol import (
     EvalContext,
     EvalResult,
@@ -45,13 +45,8 @@ NUM_TASKS: Final = 5
 def class_tasks(num_classes: int, num_tasks: int, seed: int) -> list[Tensor]:
     """Return the classes of each task, int64 [k]: a random order cut into parts that differ by one at most.
 
-    Args:
-        num_classes: K.
-        num_tasks: 2..K.
-        seed: decides the order.
-
     Raises:
-        InputError: `num_tasks` is out of range.
+        InputError: `num_tasks` is not in 2..`num_classes`.
     """
     if not 2 <= num_tasks <= num_classes:
         raise InputError(f"--num-tasks must be in 2..{num_classes} (the classes), got {num_tasks}")
@@ -59,17 +54,17 @@ def class_tasks(num_classes: int, num_tasks: int, seed: int) -> list[Tensor]:
     return list(torch.tensor_split(order, num_tasks))
 
 
+@dataclass(frozen=True)
 class Continual:
     """Class-incremental learning.
 
-    Args:
+    Attributes:
         recipe: how each network is trained.
         num_tasks: tasks that the classes come in (the papers: 5 and 10).
     """
 
-    def __init__(self, recipe: Recipe, num_tasks: int = NUM_TASKS) -> None:
-        self._recipe = recipe
-        self._num_tasks = num_tasks
+    recipe: Recipe
+    num_tasks: int = NUM_TASKS
 
     def evaluate(self, train_set: TrainSet, ctx: EvalContext, *, arch: str, seed: int) -> EvalResult:
         """Train and score one network per task.
@@ -78,13 +73,11 @@ class Continual:
         seen so far, and `incremental_accuracy` their mean.
         """
         begin = time.perf_counter()
-        tasks = class_tasks(ctx.dataset.num_classes, self._num_tasks, seed)
+        tasks = class_tasks(ctx.dataset.num_classes, self.num_tasks, seed)
         steps: list[float] = []
-        for step in range(len(tasks)):
-            seen = torch.cat(tasks[: step + 1])
-            memory, held_out = _of_classes(train_set, ctx.split, seen, tasks[step])
-            network = derive_seed(seed, "continual", step)
-            net = fit(memory, ctx, self._recipe, arch=arch, seed=network)
+        for step, task in enumerate(tasks):
+            memory, held_out = _of_classes(train_set, ctx.split, torch.cat(tasks[: step + 1]), task)
+            net = fit(memory, ctx, self.recipe, arch=arch, seed=derive_seed(seed, "continual", step))
             steps.append(accuracy(net, held_out, ctx.space, device=ctx.device))
         return EvalResult(
             check_arch(arch),
@@ -108,9 +101,8 @@ def _of_classes(train_set: TrainSet, split: Split, seen: Tensor, new: Tensor) ->
     if not bool(torch.isin(split.labels, new).any()):
         raise InputError(f"every task needs held-out images, got none of classes {sorted(new.tolist())}")
     is_seen = torch.isin(train_set.labels, seen)
-    return TrainSet(train_set.images[is_seen], train_set.labels[is_seen]), split.select(
-        torch.isin(split.labels, seen).nonzero()[:, 0]
-    )
+    memory = TrainSet(train_set.images[is_seen], train_set.labels[is_seen])
+    return memory, split.select(torch.isin(split.labels, seen).nonzero()[:, 0])
 
 
 def _make(options: EvaluateOptions, distilled: DistilledSet, ctx: EvalContext, real: RealImages) -> Scoring:

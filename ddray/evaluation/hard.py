@@ -5,80 +5,72 @@ The last epoch's network is scored once; the peers score on test up to 400 times
 
 import math
 import time
+from dataclasses import dataclass
 from typing import Final
 
 from ddray.artifact.distilled_set import DistilledSet, TrainSet
 from ddray.errors import DivergedError
-from ddray.evaluation.config import evaluation_config
-from ddray.evaluation.options import EvaluateOptions
-from ddray.evaluation.protocol import (
-    EvalContext,
-    EvalResult,
-    EvaluationProtocol,
-    RealImages,
-    Scoring,
-    check_settings,
-)
-from ddray.evaluation.soft import TABLE5, check_soft, on_hard_labels
-from ddray.nets import Net, build_net, check_arch
-from ddray.seeding import derive, derive_seed
+from ddray.evaluation.options import EvaluateOptions, check_settings, evaluation_config
+from ddray.evaluation.protocol import EvalContext, EvalResult, EvaluationProtocol, RealImages, Scoring
+from ddray.evaluation.soft import TABLE5, Soft, check_soft, soft_config
+from ddray.nets import Net, check_arch
+from ddray.seeding import derive
 from ddray.training.loop import accuracy, train
-from ddray.training.policies import augmenter
+from ddray.training.policies import Augmenter, augmenter
 from ddray.training.recipe import RECIPES, Recipe
 
 
-def fit(train_set: TrainSet, ctx: EvalContext, recipe: Recipe, *, arch: str, seed: int) -> Net:
+def fit(
+    train_set: TrainSet,
+    ctx: EvalContext,
+    recipe: Recipe,
+    *,
+    arch: str,
+    seed: int,
+    augment: Augmenter | None = None,
+    name: str = "set",
+) -> Net:
     """Return a fresh network trained on a set, in eval mode.
 
     Args:
-        train_set: images [N, C, H, W] in the context's space, labels [N].
+        train_set: images [N, C, H, W] in the context's space, or as `augment` takes them; labels [N].
         ctx: target and split.
         recipe: epochs, rates, augmentation; spectrograms are not augmented.
         arch: architecture name.
         seed: decides weights, batch order and augmentation.
+        augment: in place of the recipe's.
+        name: of the set, in an error.
 
     Raises:
         InputError: the architecture is unknown or does not fit the images.
         DivergedError: the training loss became NaN.
     """
-    recipe = recipe.on(ctx.split)
-    shape = train_set.images.shape
-    net = build_net(
-        arch,
-        (shape[1], shape[2], shape[3]),
-        ctx.dataset.num_classes,
-        seed=derive_seed(seed, "evaluate", "net"),
-        device=ctx.device,
-    )
+    recipe, can_flip = recipe.on(ctx.split), ctx.dataset.can_flip
+    net = ctx.fresh_net(arch, train_set.images, seed=seed)
     loss = train(
         net,
         train_set.images.to(ctx.device),
         train_set.labels.to(ctx.device),
         recipe,
         generator=derive(seed, "evaluate", "train"),
-        augment=augmenter(
-            recipe.augment, can_flip=ctx.dataset.can_flip, space=ctx.space, strategy=recipe.strategy
-        ),
+        augment=augment
+        or augmenter(recipe.augment, can_flip=can_flip, space=ctx.space, strategy=recipe.strategy),
     )
     if not math.isfinite(loss):
-        raise DivergedError(f"training {arch} on the set diverged: its loss is {loss}; lower evaluate.lr")
+        raise DivergedError(f"training {arch} on the {name} diverged: its loss is {loss}; lower evaluate.lr")
     return net
 
 
+@dataclass(frozen=True)
 class Hard:
-    """Hard-label training.
+    """Hard-label training by a recipe."""
 
-    Args:
-        recipe: epochs, rates, schedule, augmentation.
-    """
-
-    def __init__(self, recipe: Recipe) -> None:
-        self._recipe = recipe
+    recipe: Recipe
 
     def evaluate(self, train_set: TrainSet, ctx: EvalContext, *, arch: str, seed: int) -> EvalResult:
         """Train one network and score it."""
         begin = time.perf_counter()
-        net = fit(train_set, ctx, self._recipe, arch=arch, seed=seed)
+        net = fit(train_set, ctx, self.recipe, arch=arch, seed=seed)
         right = accuracy(net, ctx.split, ctx.space, device=ctx.device)
         return EvalResult(check_arch(arch), seed, right, len(train_set.labels), time.perf_counter() - begin)
 
@@ -86,7 +78,8 @@ class Hard:
 def _make(options: EvaluateOptions, distilled: DistilledSet, ctx: EvalContext, real: RealImages) -> Scoring:
     """Return training by the set's recipe, or as in D3HR's Table 5."""
     if options.recipe == TABLE5:
-        return on_hard_labels(options, distilled)
+        table5 = soft_config(options, distilled, (TABLE5,))
+        return Scoring(Soft(table5, None), table5.seeds)
     config = evaluation_config(distilled, options)
     return Scoring(Hard(config.as_recipe()), config.seeds)
 

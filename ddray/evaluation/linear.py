@@ -19,6 +19,7 @@ KRR-ST's own tables fine-tune the whole network instead (`finetune`).
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Final
 
@@ -30,8 +31,7 @@ from ddray.artifact.distilled_set import DistilledSet, TrainSet
 from ddray.data import Split
 from ddray.data.catalog import KNOWN
 from ddray.errors import DivergedError, InputError
-from ddray.evaluation.config import evaluation_config
-from ddray.evaluation.options import EvaluateOptions
+from ddray.evaluation.options import EvaluateOptions, evaluation_config
 from ddray.evaluation.protocol import EvalContext, EvalResult, EvaluationProtocol, RealImages, Scoring
 from ddray.evaluation.subsets import limited_set
 from ddray.nets import Net, build_net, check_arch
@@ -48,10 +48,11 @@ _LARGE: Final = 50_000
 _HEADS: Final = ("body.classifier", "body.head")  # names of last layers: their classes differ
 
 
+@dataclass(frozen=True)
 class Linear:
     """Pre-training on a set, scored by a linear probe, or by fine-tuning.
 
-    Args:
+    Attributes:
         recipe: of pre-training.
         probe: how the classifier on frozen embeddings is trained.
         real: the target's images that the classifier is trained on.
@@ -59,26 +60,19 @@ class Linear:
         finetune: fine-tune the whole network this way instead of probing.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        probe: ProbeConfig,
-        *,
-        real: Split,
-        can_flip: bool,
-        finetune: FinetuneConfig | None = None,
-    ) -> None:
-        self._recipe, self._probe, self._finetune = recipe.on(real), probe, finetune
-        self._real, self._can_flip = real, can_flip
+    recipe: Recipe
+    probe: ProbeConfig
+    _: KW_ONLY
+    real: Split
+    can_flip: bool
+    finetune: FinetuneConfig | None = None
 
     def evaluate(self, train_set: TrainSet, ctx: EvalContext, *, arch: str, seed: int) -> EvalResult:
         """Pre-train one network and score it."""
         begin = time.perf_counter()
         net, first, last = self._pretrained(train_set, ctx, arch, seed)
-        if self._finetune is None:
-            right = self._probed(net, ctx, seed)
-        else:
-            right = self._finetuned(net, ctx, self._finetune, seed)
+        finetune = self.finetune
+        right = self._finetuned(net, ctx, finetune, seed) if finetune else self._probed(net, ctx, seed)
         return EvalResult(
             check_arch(arch),
             seed,
@@ -92,28 +86,18 @@ class Linear:
         self, train_set: TrainSet, ctx: EvalContext, arch: str, seed: int
     ) -> tuple[Net, float, float]:
         """Return a network trained on the set, and the mean losses of its first and last epoch."""
-        _, channels, height, width = train_set.images.shape
-        targets = train_set.targets
+        recipe, targets = self.recipe.on(self.real), train_set.targets
         outputs = int(train_set.labels.max()) + 1 if targets is None else targets.shape[1]
-        net = build_net(
-            arch,
-            (channels, height, width),
-            outputs,
-            seed=derive_seed(seed, "evaluate", "net"),
-            device=ctx.device,
-        )
+        net = ctx.fresh_net(arch, train_set.images, seed=seed, outputs=outputs)
         losses: list[Tensor] = []
         train(
             net,
             train_set.images.to(ctx.device),
             (train_set.labels if targets is None else targets).to(ctx.device),
-            self._recipe,
+            recipe,
             generator=derive(seed, "evaluate", "train"),
             augment=augmenter(
-                self._recipe.augment,
-                can_flip=self._can_flip,
-                space=ctx.space,
-                strategy=self._recipe.strategy,
+                recipe.augment, can_flip=self.can_flip, space=ctx.space, strategy=recipe.strategy
             ),
             on_epoch=losses.append,
         )
@@ -124,11 +108,10 @@ class Linear:
 
     def _probed(self, net: Net, ctx: EvalContext, seed: int) -> float:
         """Return the accuracy of a linear classifier on the frozen network's embeddings."""
-        check_memory(net, len(self._real), ctx.device)
-        real = embeddings(net, self._real, ctx)
-        labels = self._real.labels.to(ctx.device)
+        check_memory(net, len(self.real), ctx.device)
+        real, labels = embeddings(net, self.real, ctx), self.real.labels.to(ctx.device)
         generator = derive(seed, "evaluate", "probe")
-        classifier = train_probe(real, labels, ctx.dataset.num_classes, self._probe, generator)
+        classifier = train_probe(real, labels, ctx.dataset.num_classes, self.probe, generator)
         return _accuracy(lambda images: classifier(net.embed(images)), net.image_shape, ctx)
 
     def _finetuned(self, net: Net, ctx: EvalContext, config: FinetuneConfig, seed: int) -> float:
@@ -139,9 +122,9 @@ class Linear:
         body_weights = {name: t for name, t in net.state_dict().items() if not name.startswith(_HEADS)}
         tuned.load_state_dict(body_weights, strict=False)
         tuned.to(memory_format=torch.channels_last).train()
-        steps = config.steps or (10_000 if len(self._real) >= _LARGE else 5_000)
+        steps = config.steps or (10_000 if len(self.real) >= _LARGE else 5_000)
         generator = derive(seed, "batches")
-        images, labels = self._real.images.to(device), self._real.labels.to(device)
+        images, labels = self.real.images.to(device), self.real.labels.to(device)
 
         def batch(rows: Tensor) -> Batch:
             pixels = adapted(images[rows], net.image_shape)
@@ -149,16 +132,14 @@ class Linear:
             return ctx.space.encode(pixels).contiguous(memory_format=torch.channels_last), labels[rows]
 
         order = Order(len(labels), config.batch).indices(generator, device)
-        _descend(tuned, config, steps, map(batch, order), weight_decay=config.weight_decay)
+        _descend(tuned, config, steps, map(batch, order))
         return _accuracy(tuned.eval(), net.image_shape, ctx)
 
 
 def adapted(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """Return images as float pixels of another shape: resized, grey repeated to colour, colour to grey.
+    """Return images as float pixels of `shape` (C, H, W): resized, grey repeated to colour, colour to grey.
 
-    Args:
-        images: uint8 [N, C, H, W], or float in their own units.
-        shape: (C, H, W) of the result, C 1 or 3.
+    They are uint8 [N, C, H, W], or float in their own units; C is 1 or 3.
     """
     pixels = images.float() / 255 if images.dtype == torch.uint8 else images
     if pixels.shape[1] == 3 and shape[0] == 1:
@@ -204,14 +185,9 @@ def check_memory(net: Net, num_images: int, device: torch.device) -> None:
 def train_probe(
     features: Tensor, labels: Tensor, num_classes: int, config: ProbeConfig, generator: torch.Generator
 ) -> nn.Linear:
-    """Return a linear classifier trained on cached features; nothing syncs per step.
+    """Return a linear classifier trained on cached features [N, D]; nothing syncs per step.
 
-    Args:
-        features: [N, D], on the device.
-        labels: int64 [N], likewise.
-        num_classes: K.
-        config: steps, rates, batch.
-        generator: CPU generator of the initial weights and the batches.
+    Features and labels int64 [N] are on the device; the generator (of weights and batches) is on the CPU.
     """
     seed = int(torch.randint(2**62, (), generator=generator))
     with forked_global(seed, features.device), torch.device(features.device):
@@ -223,14 +199,10 @@ def train_probe(
 
 
 def _descend(
-    net: nn.Module,
-    config: ProbeConfig | FinetuneConfig,
-    steps: int,
-    batches: Iterator[Batch],
-    *,
-    weight_decay: float = 0.0,
+    net: nn.Module, config: ProbeConfig | FinetuneConfig, steps: int, batches: Iterator[Batch]
 ) -> None:
     """Train `net` by SGD on cross entropy, the rate along a cosine to 0."""
+    weight_decay = config.weight_decay if isinstance(config, FinetuneConfig) else 0.0
     optimizer = partial(torch.optim.SGD, momentum=config.momentum, weight_decay=weight_decay)
     step = Step([net], Rule(F.cross_entropy, optimizer), num_steps=steps)
     run(step, batches, lr=lambda index: config.lr * cosine(index, steps))

@@ -1,14 +1,22 @@
-"""What `ddray evaluate` was asked for, and the checks that need no distilled set."""
+"""What `ddray evaluate` was asked for, the settings of a scoring, and what comes back."""
 
-from typing import Any, Final, Literal, Self, get_args
+from __future__ import annotations
 
-from pydantic import ValidationInfo, field_validator, model_validator
+import functools
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, get_args
 
-from ddray.config import Names, named
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from ddray.config import Names, Result, named, parse_overrides
 from ddray.errors import InputError, unknown
 from ddray.evaluation import get_protocol, protocol_names
 from ddray.system.options import DataOptions
-from ddray.training.recipe import RECIPES, Augment
+from ddray.training.recipe import RECIPES, Augment, FinetuneConfig, ProbeConfig, Recipe, named_recipe
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from ddray.artifact.distilled_set import DistilledSet
 
 SplitName = Literal["val", "test"]
 PixelKind = Literal["normalized", "raw", "zca"]
@@ -22,7 +30,7 @@ _OF_ONE_PROTOCOL: Final = ("num_tasks", "full_epochs", "finetune", "teachers")
 
 
 class EvaluateOptions(DataOptions):
-    """Options of `ddray evaluate`; None means: as the artifact says."""
+    """Options of `ddray evaluate`, with the checks that need no distilled set; None: as the artifact says."""
 
     dataset: str | None = None
     """Target; default the artifact's own."""
@@ -89,3 +97,78 @@ class EvaluateOptions(DataOptions):
             raise unknown(label, str(self.recipe), protocol.recipes)
         protocol.check_options(self)
         return self
+
+
+class EvaluateConfig(Recipe):
+    """How a distilled set is scored; `evaluate.recipe=vico|idc` sets a whole recipe by name (`RECIPES`)."""
+
+    seeds: int = Field(default=5, ge=1)
+    """Networks per architecture."""
+    val_seeds: int = Field(default=2, ge=1)
+    """Networks per evaluation at a rung of a search (never more than `seeds`)."""
+    probe: ProbeConfig = ProbeConfig()
+    """Protocol `linear`: the classifier on frozen embeddings."""
+    finetune: FinetuneConfig = FinetuneConfig()
+    """Protocol `linear` with --finetune: KRR-ST's full fine-tuning."""
+
+    def as_recipe(self) -> Recipe:
+        """Return the training part: the fields of `Recipe`."""
+        return Recipe.parse(self.model_dump(include=set(Recipe.model_fields)))
+
+
+def check_settings(options: EvaluateOptions) -> None:
+    """Refuse `--set` of what a run's `evaluate` section lacks, with the nearest name or a value's rule."""
+    EvaluateConfig.parse(named_recipe(parse_overrides(options.sets)), prefix="evaluate.")
+
+
+def evaluation_config(distilled: DistilledSet, options: EvaluateOptions) -> EvaluateConfig:
+    """Return the evaluation settings: the artifact's own, overridden by the options."""
+    settings = distilled.meta.config.get("evaluate", {})
+    method = distilled.meta.config.get("method", {})
+    factor = method.get("factor", 1) if isinstance(method, dict) else 1
+    recipe = functools.partial(named_recipe, dataset=distilled.meta.dataset, factor=factor)
+    sets = recipe(parse_overrides(options.sets))
+    if not isinstance(settings, dict):
+        raise InputError(f"meta.config.evaluate must be a mapping, got {settings!r}")
+    if options.recipe is not None:
+        settings = {**settings, **recipe({"recipe": options.recipe})}
+    if options.augment not in (None, settings.get("augment", "dsa")):
+        settings = {**settings, "strategy": None, "cutmix": 0.0}
+    if options.augment == "none" and options.epochs is None:
+        # The peers' length without augmentation.
+        settings = {**settings, "epochs": min(300, settings.get("epochs", 300))}
+    values = options.model_dump(include={"seeds", "epochs", "augment"}, exclude_none=True)
+    return EvaluateConfig.parse({**settings, **sets, **values}, prefix="evaluate.")
+
+
+class ArchResult(Result):
+    """One architecture's networks: accuracies as fractions, and the protocol's own measures by name."""
+
+    model_config = ConfigDict(extra="allow")
+
+    arch: str
+    accuracy_mean: float
+    accuracy_std: float | None
+    """Sample standard deviation; None for one network."""
+    per_seed: list[float]
+    num_images: int
+    """Images trained on, as decoded."""
+    wall_s: float
+
+
+class EvaluateResult(Result):
+    """What `ddray evaluate` returns, with the protocol's own details; accuracies are fractions."""
+
+    model_config = ConfigDict(extra="allow")
+
+    protocol: str
+    split: str
+    teacher: dict[str, Any] | None = None
+    """Under protocol `soft`: who labels (`arch`), how well (`accuracy`); `each` if several are averaged."""
+    results: list[ArchResult]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return one row per architecture."""
+        import pandas as pd
+
+        return pd.DataFrame([result.dump() for result in self.results])

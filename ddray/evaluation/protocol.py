@@ -1,23 +1,21 @@
 """What a protocol is: its definition, the evaluator that it makes, and an evaluator's results."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from ddray.artifact.distilled_set import DistilledSet, TrainSet
 from ddray.config import Config, parse_overrides
 from ddray.data import Dataset, PixelSpace, Split
-from ddray.evaluation.config import EvaluateConfig
+from ddray.evaluation.options import EvaluateConfig, EvaluateOptions, check_settings
+from ddray.nets import Net, build_net
 from ddray.pool.spec import ModelPool
-from ddray.training.recipe import RECIPES, named_recipe
-
-if TYPE_CHECKING:
-    from ddray.evaluation.options import EvaluateOptions
+from ddray.seeding import derive_seed
+from ddray.training.recipe import RECIPES
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,13 @@ class EvalContext:
     split: Split
     space: PixelSpace
     device: torch.device
+
+    def fresh_net(self, arch: str, images: Tensor, *, seed: int, outputs: int | None = None) -> Net:
+        """Return a fresh network for images [N, C, H, W] on the device; by default, an output per class."""
+        _, channels, height, width = images.shape
+        num = self.dataset.num_classes if outputs is None else outputs
+        seed = derive_seed(seed, "evaluate", "net")
+        return build_net(arch, (channels, height, width), num, seed=seed, device=self.device)
 
 
 @dataclass(frozen=True)
@@ -159,17 +164,6 @@ class EvaluationProtocol:
             self.config_type.parse(parse_overrides(options.sets))
 
 
-def check_settings(options: EvaluateOptions) -> None:
-    """Refuse `--set` of what a run's `evaluate` section lacks.
-
-    Raises:
-        InputError: with the nearest name, or a value's rule.
-    """
-    EvaluateConfig.parse(
-        named_recipe(parse_overrides(options.sets), dataset="", factor=1), prefix="evaluate."
-    )
-
-
 def summarise(results: Sequence[EvalResult]) -> dict[str, Any]:
     """Return an arch's results as mean, sample standard deviation (None for one network) and all values.
 
@@ -177,30 +171,20 @@ def summarise(results: Sequence[EvalResult]) -> dict[str, Any]:
     each.
     """
     values = [result.accuracy for result in results]
-    summary: dict[str, Any] = {
-        "arch": results[0].arch,
-        "accuracy_mean": statistics.fmean(values),
-        "accuracy_std": _std(values),
-        "per_seed": values,
-        "num_images": results[0].num_images,
-    }
+    mean, std = _over_seeds(values)
+    summary = {"arch": results[0].arch, "accuracy_mean": mean, "accuracy_std": std, "per_seed": values}
+    summary["num_images"] = results[0].num_images
     for name in results[0].measures:
         summary[name], summary[f"{name}_std"] = _over_seeds([result.measures[name] for result in results])
     return {**summary, "wall_s": sum(result.wall_s for result in results)}
 
 
-def _over_seeds(values: Sequence[float | tuple[float, ...]]) -> tuple[Any, Any]:
+def _over_seeds(values: Sequence[Any]) -> tuple[Any, Any]:
     """Return mean and standard deviation of numbers, or of each position of equally long tuples."""
-    numbers = [value for value in values if not isinstance(value, tuple)]
-    if numbers:
-        return statistics.fmean(numbers), _std(numbers)
-    steps = list(zip(*(value for value in values if isinstance(value, tuple)), strict=True))
-    return [statistics.fmean(step) for step in steps], [_std(step) for step in steps]
-
-
-def _std(values: Sequence[float]) -> float | None:
-    """Return the sample standard deviation; None for one value."""
-    return statistics.stdev(values) if len(values) > 1 else None
+    if isinstance(values[0], tuple):
+        steps = [_over_seeds(step) for step in zip(*values, strict=True)]
+        return [mean for mean, _ in steps], [std for _, std in steps]
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 def evaluate_archs(

@@ -5,68 +5,50 @@ docs/published.md has the conventions, doubtful cells and contradictions within 
 
 import csv
 import functools
-from dataclasses import dataclass
+from typing import Annotated
 
+from pydantic import BeforeValidator, Field
+
+from ddray.config import Config
 from ddray.system.shipped import shipped
 
+_BLANK_IS_NONE = BeforeValidator(lambda text: text or None)
 
-@dataclass(frozen=True)
-class Number:
-    """One published number, as printed.
 
-    Attributes:
-        paper: datadam, dsdm, boost_ssdd or d3hr.
-        table: such as `Table 3`.
-        dataset: the set distilled.
-        target: the set evaluated on, where the table has several.
-        method: the paper's row.
-        ipc: images per class; None where the paper counts differently.
-        budget: storage in images.
-        arch: the evaluated network; "" if not stated.
-        teacher: source of soft labels or target representations; "" if none.
-        metric: such as `top1_accuracy`.
-        setting: anything else that the row or column states.
-        value: the number.
-        std: its standard deviation.
-        unit: percent, fraction, images, minutes, ...
-    """
+class Number(Config):
+    """One published number, as printed."""
 
     paper: str
+    """datadam, dsdm, boost_ssdd or d3hr."""
     table: str
+    """Such as `Table 3`."""
     dataset: str
-    target: str
+    """The set distilled."""
+    target: str = Field(validation_alias="target_dataset")
+    """The set evaluated on, where the table has several."""
     method: str
-    ipc: int | None
-    budget: int | None
+    """The paper's row."""
+    ipc: Annotated[int | None, _BLANK_IS_NONE]
+    """Images per class; None where the paper counts differently."""
+    budget: Annotated[int | None, _BLANK_IS_NONE] = Field(validation_alias="budget_images")
+    """Storage in images."""
     arch: str
+    """The evaluated network; "" if not stated."""
     teacher: str
+    """Source of soft labels or target representations; "" if none."""
     metric: str
+    """Such as `top1_accuracy`."""
     setting: str
+    """Anything else that the row or column states."""
     value: float
-    std: float | None
+    std: Annotated[float | None, _BLANK_IS_NONE]
+    """Its standard deviation."""
     unit: str
+    """percent, fraction, images, minutes, ..."""
 
 
 @functools.cache
 def read_numbers() -> tuple[Number, ...]:
     """Return all published numbers, in the file's order."""
     with shipped("reports", "published.csv").open(encoding="utf-8", newline="") as file:
-        return tuple(
-            Number(
-                paper=row["paper"],
-                table=row["table"],
-                dataset=row["dataset"],
-                target=row["target_dataset"],
-                method=row["method"],
-                ipc=int(row["ipc"]) if row["ipc"] else None,
-                budget=int(row["budget_images"]) if row["budget_images"] else None,
-                arch=row["arch"],
-                teacher=row["teacher"],
-                metric=row["metric"],
-                setting=row["setting"],
-                value=float(row["value"]),
-                std=float(row["std"]) if row["std"] else None,
-                unit=row["unit"],
-            )
-            for row in csv.DictReader(file)
-        )
+        return tuple(map(Number.parse, csv.DictReader(file)))

@@ -24,14 +24,14 @@ Both lie in [0, 1]; a set no better than random and as good as the whole scores 
 
 import math
 import time
+from dataclasses import KW_ONLY, dataclass
 from typing import Final
 
 from ddray.artifact.distilled_set import DistilledSet, TrainSet
 from ddray.data import Split
 from ddray.errors import InputError
-from ddray.evaluation.config import evaluation_config
 from ddray.evaluation.hard import fit
-from ddray.evaluation.options import EvaluateOptions
+from ddray.evaluation.options import EvaluateOptions, check_settings, evaluation_config
 from ddray.evaluation.protocol import (
     EvalContext,
     EvalResult,
@@ -39,7 +39,6 @@ from ddray.evaluation.protocol import (
     Measure,
     RealImages,
     Scoring,
-    check_settings,
 )
 from ddray.evaluation.subsets import random_subset
 from ddray.evaluation.whole_set import whole_set_accuracy
@@ -55,31 +54,20 @@ def normalised_score(value: float) -> float:
 
 
 def label_robust_score(hlr: float, ior: float, weight: float = 0.5) -> float:
-    """Return LRS.
-
-    Args:
-        hlr: hard-label recovery, a difference of fractions.
-        ior: improvement over random, likewise.
-        weight: w, of the improvement.
-    """
+    """Return LRS from hard-label recovery and improvement over random, differences of fractions."""
     return normalised_score(weight * ior - (1 - weight) * hlr)
 
 
 def augmentation_robust_score(augmented: float, plain: float, weight: float = 0.5) -> float:
-    """Return ARS.
-
-    Args:
-        augmented: set - random, both trained with augmentation, a difference of fractions.
-        plain: the same without augmentation.
-        weight: gamma, of the augmented one.
-    """
+    """Return ARS from the accuracies' differences, set - random, with augmentation and without."""
     return normalised_score(weight * augmented + (1 - weight) * plain)
 
 
+@dataclass(frozen=True)
 class Robust:
     """LRS and ARS of a set.
 
-    Args:
+    Attributes:
         recipe: how networks are trained on the set, and on the random images.
         real: the dataset's images: random ones are drawn from them, and one network is trained on all.
         split_name: which part of the dataset they are.
@@ -87,36 +75,29 @@ class Robust:
         full_epochs: epochs on the whole set; None: the recipe's.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        *,
-        real: Split,
-        split_name: str,
-        random_per_class: int,
-        full_epochs: int | None = None,
-    ) -> None:
-        self._recipe = recipe.on(real)
-        self._whole = recipe.model_copy(update={"epochs": full_epochs or recipe.epochs})
-        self._real = real
-        self._split_name = split_name
-        self._per_class = random_per_class
+    recipe: Recipe
+    _: KW_ONLY
+    real: Split
+    split_name: str
+    random_per_class: int
+    full_epochs: int | None = None
 
     def evaluate(self, train_set: TrainSet, ctx: EvalContext, *, arch: str, seed: int) -> EvalResult:
         """Train on the set and on random images, with and without augmentation, and score all four."""
         begin = time.perf_counter()
         generator = derive(seed, "evaluate", "robust", "random")
-        random = random_subset(self._real, self._per_class, ctx.space, generator)
-        plain = self._recipe.without_augmentation()
+        random = random_subset(self.real, self.random_per_class, ctx.space, generator)
 
-        def score(images: TrainSet, recipe: Recipe) -> float:
-            return accuracy(
-                fit(images, ctx, recipe, arch=arch, seed=seed), ctx.split, ctx.space, device=ctx.device
-            )
+        def scores(recipe: Recipe) -> tuple[float, ...]:
+            nets = (fit(images, ctx, recipe, arch=arch, seed=seed) for images in (train_set, random))
+            return tuple(accuracy(net, ctx.split, ctx.space, device=ctx.device) for net in nets)
 
-        augmented = score(train_set, self._recipe), score(random, self._recipe)
-        bare = augmented if plain == self._recipe else (score(train_set, plain), score(random, plain))
-        full = whole_set_accuracy(self._real, ctx, self._whole, arch=arch, split_name=self._split_name)
+        recipe = self.recipe.on(self.real)
+        plain = recipe.without_augmentation()
+        augmented = scores(recipe)
+        bare = augmented if plain == recipe else scores(plain)
+        whole = self.recipe.model_copy(update={"epochs": self.full_epochs or self.recipe.epochs})
+        full = whole_set_accuracy(self.real, ctx, whole, arch=arch, split_name=self.split_name)
         hlr, ior = full - augmented[0], augmented[0] - augmented[1]
         return EvalResult(
             check_arch(arch),

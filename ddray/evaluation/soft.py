@@ -16,6 +16,7 @@ crops and flips; AdamW whose rate falls along half a cosine, .5 (1 + cos(pi e / 
 import logging
 import math
 import time
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Literal
 
@@ -31,9 +32,9 @@ from ddray.errors import DivergedError, InputError, unknown
 from ddray.evaluation.options import EvaluateOptions
 from ddray.evaluation.protocol import EvalContext, EvalResult, EvaluationProtocol, RealImages, Scoring
 from ddray.evaluation.teachers import Teachers, get_teachers
-from ddray.nets import Net, build_net, check_arch
+from ddray.nets import Net, check_arch
 from ddray.nets.names import parse_arch, resolve_arch
-from ddray.seeding import derive, derive_seed
+from ddray.seeding import derive
 from ddray.training.crops import random_resized_crop
 from ddray.training.cutmix import Mixed, cutmix, mixed_cross_entropy
 from ddray.training.engine import Batch, Order, Rule, Step, run
@@ -70,33 +71,21 @@ class SoftConfig(Config):
     teacher: TeacherRecipe = TeacherRecipe()
 
 
-class Settings(Config):
+class Settings(SoftConfig):
     """The settings of one training, all resolved."""
 
     epochs: int
     lr: float
     batch: int
-    weight_decay: float
-    temperature: float
     mix: Literal["cutmix", "mixup", "none"]
-    min_scale: float
     patches: int
 
 
 def resolve_settings(
     config: SoftConfig, *, arch: str, num_images: int, num_classes: int, size: int
 ) -> Settings:
-    """Resolve a configuration for a network and a set.
-
-    Args:
-        config: the protocol's settings.
-        arch: the network.
-        num_images: N of the set.
-        num_classes: K.
-        size: the images' larger side in pixels.
-    """
-    ipc = max(1, num_images // num_classes)
-    hard = config.recipe == TABLE5
+    """Return the settings for a network and a set whose images' larger side has `size` pixels."""
+    ipc, hard = max(1, num_images // num_classes), config.recipe == TABLE5
     if config.recipe == "paper":
         lr, batch = 0.01, 128
     else:
@@ -105,22 +94,21 @@ def resolve_settings(
     epochs = 400 if size <= 32 else 300
     if hard:
         epochs = 2000 if ipc <= 10 else 1500 if ipc <= 50 else 1000
-    return Settings(
-        epochs=config.epochs or epochs,
-        lr=config.lr or lr,
-        batch=min(config.batch or batch, num_images),
-        weight_decay=config.weight_decay,
-        temperature=config.temperature,
-        mix=("mixup" if hard else "cutmix") if config.mix == "auto" else config.mix,
-        min_scale=config.min_scale,
-        patches=config.patches or 1,
-    )
+    resolved = {
+        "epochs": config.epochs or epochs,
+        "lr": config.lr or lr,
+        "batch": min(config.batch or batch, num_images),
+        "mix": ("mixup" if hard else "cutmix") if config.mix == "auto" else config.mix,
+        "patches": config.patches or 1,
+    }
+    return Settings.parse(config.dump() | resolved)
 
 
+@dataclass(frozen=True)
 class Soft:
     """Training on a teacher's soft labels; without a teacher, on the set's hard ones.
 
-    Args:
+    Attributes:
         config: the protocol's settings.
         teachers: whose probabilities are learned; None for `recipe=table5`.
 
@@ -128,28 +116,22 @@ class Soft:
         InputError: soft labels without a teacher, or hard ones with one.
     """
 
-    def __init__(self, config: SoftConfig, teachers: Teachers | None) -> None:
-        if (teachers is None) != (config.recipe == TABLE5):
-            raise InputError(
-                f"recipe {config.recipe} must have {'no' if config.recipe == TABLE5 else 'a'} teacher"
-            )
-        self._config = config
-        self._teachers = teachers
+    config: SoftConfig
+    teachers: Teachers | None
+
+    def __post_init__(self) -> None:
+        hard = self.config.recipe == TABLE5
+        if (self.teachers is None) != hard:
+            raise InputError(f"recipe {self.config.recipe} must have {'no' if hard else 'a'} teacher")
 
     def evaluate(self, train_set: TrainSet, ctx: EvalContext, *, arch: str, seed: int) -> EvalResult:
         """Train one network and score it."""
         begin = time.perf_counter()
-        num, *shape = train_set.images.shape
+        num, _, *size = train_set.images.shape
         settings = resolve_settings(
-            self._config, arch=arch, num_images=num, num_classes=ctx.dataset.num_classes, size=max(shape[1:])
+            self.config, arch=arch, num_images=num, num_classes=ctx.dataset.num_classes, size=max(size)
         )
-        net = build_net(
-            arch,
-            (shape[0], shape[1], shape[2]),
-            ctx.dataset.num_classes,
-            seed=derive_seed(seed, "evaluate", "net"),
-            device=ctx.device,
-        )
+        net = ctx.fresh_net(arch, train_set.images, seed=seed)
         loss = self._train(net, train_set, ctx, settings, derive(seed, "evaluate", "soft"))
         if not math.isfinite(loss):
             raise DivergedError(f"training {arch} on soft labels diverged: its loss is {loss}; lower lr")
@@ -160,10 +142,10 @@ class Soft:
         self, net: Net, train_set: TrainSet, ctx: EvalContext, settings: Settings, generator: torch.Generator
     ) -> float:
         """Train `net` in place and leave it in eval mode; return the last epoch's mean loss."""
-        images = train_set.images.to(ctx.device)
-        labels = train_set.labels.to(ctx.device)
-        space = ctx.space.to(ctx.device)
+        images, labels = train_set.images.to(ctx.device), train_set.labels.to(ctx.device)
+        space, teachers = ctx.space.to(ctx.device), self.teachers
         order = Order(len(labels), settings.batch, last="join")
+        epoch = len(order.sizes)
 
         def batch(index: Tensor) -> Batch:
             crops = shuffle_strips(images[index], settings.patches, generator)
@@ -171,15 +153,14 @@ class Soft:
             crops = random_resized_crop(crops, generator, scale=scale, flip=ctx.dataset.can_flip)
             mixed = mix(crops, settings.mix, generator)
             inputs = mixed.images.contiguous(memory_format=torch.channels_last)
-            if self._teachers is None:
+            if teachers is None:
                 return (inputs, *mixed.targets(labels[index]))
-            return inputs, self._teachers.probabilities(mixed.images, space, settings.temperature)
+            return inputs, teachers.probabilities(mixed.images, space, settings.temperature)
 
         soft = partial(soft_loss, temperature=settings.temperature)
-        loss = mixed_cross_entropy if self._teachers is None else soft
-        epoch = len(order.sizes)
+        optimizer = partial(torch.optim.AdamW, weight_decay=settings.weight_decay)
+        rule = Rule(mixed_cross_entropy if teachers is None else soft, optimizer)
         net.to(memory_format=torch.channels_last).train()
-        rule = Rule(loss, partial(torch.optim.AdamW, weight_decay=settings.weight_decay))
         last_loss = run(
             Step([net], rule, num_steps=settings.epochs * epoch),
             map(batch, order.indices(generator, ctx.device)),
@@ -202,14 +183,12 @@ def half_cosine(epoch: int, epochs: int) -> float:
 
 def mix(images: Tensor, kind: str, generator: torch.Generator) -> Mixed:
     """Return images [N, C, H, W] mixed with partners by `cutmix` or `mixup`, or as they are (`none`)."""
-    partner = torch.arange(len(images), device=images.device)
-    if kind == "none":
-        return Mixed(images, partner, 1.0)
-    if kind == "cutmix":
-        return cutmix(images, 1.0, generator) or Mixed(images, partner, 1.0)
-    share = float(torch.rand((), generator=generator))  # Beta(1, 1)
-    partner = torch.randperm(len(images), generator=generator).to(images.device, non_blocking=True)
-    return Mixed(share * images + (1 - share) * images[partner], partner, share)
+    if kind == "mixup":
+        share = float(torch.rand((), generator=generator))  # Beta(1, 1)
+        partner = torch.randperm(len(images), generator=generator).to(images.device, non_blocking=True)
+        return Mixed(share * images + (1 - share) * images[partner], partner, share)
+    mixed = cutmix(images, 1.0, generator) if kind == "cutmix" else None
+    return mixed or Mixed(images, torch.arange(len(images), device=images.device), 1.0)
 
 
 def shuffle_strips(images: Tensor, num: int, generator: torch.Generator) -> Tensor:
@@ -231,11 +210,7 @@ def shuffle_strips(images: Tensor, num: int, generator: torch.Generator) -> Tens
 
 
 def check_soft(options: EvaluateOptions) -> None:
-    """Refuse what this training does not have.
-
-    Raises:
-        InputError: with the nearest name, or a value's rule.
-    """
+    """Refuse what this training does not have, with the nearest name or a value's rule."""
     if options.augment is not None:
         raise InputError("--augment must be left out here: the recipe trains on random resized crops")
     sets = parse_overrides(options.sets)
@@ -258,15 +233,8 @@ def soft_config(
     if distilled.meta.method == "rded":
         factor = distilled.meta.config.get("method", {}).get("factor")
         defaults["patches"] = factor or default_factor(distilled.meta.image_shape)
-    option_values = {"seeds": options.seeds, "epochs": options.epochs}
-    overrides = {key: value for key, value in option_values.items() if value is not None}
+    overrides = options.model_dump(include={"seeds", "epochs"}, exclude_none=True)
     return SoftConfig.parse(merge(defaults, sets, overrides, {"recipe": recipe}))
-
-
-def on_hard_labels(options: EvaluateOptions, distilled: DistilledSet) -> Scoring:
-    """Return the same training on the set's own labels, as in D3HR's Table 5."""
-    config = soft_config(options, distilled, (TABLE5,))
-    return Scoring(Soft(config, None), config.seeds)
 
 
 def _make(options: EvaluateOptions, distilled: DistilledSet, ctx: EvalContext, real: RealImages) -> Scoring:

@@ -11,15 +11,7 @@ from ddray.seeding import derive
 
 
 def class_ranks(labels: Tensor, generator: torch.Generator) -> Tensor:
-    """Return each sample's rank in a random order of its class, counted from 0.
-
-    Args:
-        labels: int64 [N].
-        generator: CPU generator of the order.
-
-    Returns:
-        int64 [N].
-    """
+    """Return the rank of each of `labels` [N] in a random order of its class, counted from 0, int64 [N]."""
     shuffled = torch.randperm(len(labels), generator=generator)
     order = shuffled[torch.argsort(labels[shuffled], stable=True)]
     counts = torch.bincount(labels)
@@ -31,19 +23,16 @@ def class_ranks(labels: Tensor, generator: torch.Generator) -> Tensor:
 def limited(train_set: TrainSet, limit: int, generator: torch.Generator) -> TrainSet:
     """Return at most `limit` images of a set, every class in proportion; the order is preserved.
 
-    Args:
-        train_set: images [N, C, H, W] and labels [N].
-        limit: how many images.
-        generator: CPU generator of the draw; it also decides which classes give one image more.
+    The CPU generator of the draw also decides which classes give one image more.
 
     Raises:
         InputError: `limit` is below 1.
     """
     if limit < 1:
         raise InputError(f"--train-limit must be >= 1, got {limit}")
-    if limit >= len(train_set.labels):
-        return train_set
     labels = train_set.labels
+    if limit >= len(labels):
+        return train_set
     # The r-th of a class's n images has position (r + 1/2) / n: the first positions are a stratified sample.
     position = (class_ranks(labels, generator) + 0.5) / torch.bincount(labels)[labels]
     shuffled = torch.randperm(len(labels), generator=generator)
@@ -60,13 +49,6 @@ def limited_set(train_set: TrainSet, options: EvaluateOptions) -> TrainSet:
 
 
 def random_subset(real: Split, per_class: int, space: PixelSpace, generator: torch.Generator) -> TrainSet:
-    """Return random real images in a pixel space; a class with fewer than `per_class` gives all it has.
-
-    Args:
-        real: images to draw from.
-        per_class: images per class.
-        space: pixel space of the result.
-        generator: CPU generator of the draw.
-    """
+    """Return random real images in a pixel space; a class with fewer than `per_class` gives all it has."""
     subset = real.select(torch.nonzero(class_ranks(real.labels, generator) < per_class)[:, 0])
     return TrainSet(space.encode(subset.images), subset.labels)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -41,21 +41,16 @@ class Teachers:
     @torch.no_grad()
     def probabilities(self, images: Tensor, space: PixelSpace, temperature: float) -> Tensor:
         """Return soft labels [N, K] of images [N, C, H, W] that are in `space`."""
-        seen = images if _same(space, self.space) else self.space.encode(space.decode(images))
-        return _averaged(self.nets, seen, temperature)
+        if not _same(space, self.space):
+            images = self.space.encode(space.decode(images))
+        images = images.contiguous(memory_format=torch.channels_last)
+        each = (F.softmax(net(images) / temperature, 1) for net in self.nets)
+        return reduce(torch.add, each) / len(self.nets)
 
     def describe(self) -> dict[str, Any]:
         """Return the command's JSON: arch and accuracy, and those of each teacher if there are several."""
         summary = {"arch": self.arch, "accuracy": self.accuracy}
         return {**summary, "each": list(self.each)} if len(self.each) > 1 else summary
-
-
-def _averaged(nets: Sequence[Net], images: Tensor, temperature: float) -> Tensor:
-    images = images.contiguous(memory_format=torch.channels_last)
-    total = F.softmax(nets[0](images) / temperature, 1)
-    for net in nets[1:]:
-        total = total + F.softmax(net(images) / temperature, 1)
-    return total / len(nets)
 
 
 def _same(a: PixelSpace, b: PixelSpace) -> bool:
@@ -65,16 +60,10 @@ def _same(a: PixelSpace, b: PixelSpace) -> bool:
 def get_teachers(
     pool: ModelPool, archs: Sequence[str], recipe: Recipe, ctx: EvalContext, *, split_name: str
 ) -> Teachers:
-    """Return teachers from the pool, their accuracy measured and checked to be above chance.
+    """Return teachers from the pool, their accuracy on the context's split measured and checked.
 
-    The same name twice gives two networks with different seeds.
-
-    Args:
-        pool: trains what is missing.
-        archs: names of the networks.
-        recipe: of their training.
-        ctx: dataset and the held-out part that they are scored on.
-        split_name: the part of the dataset that they are trained on.
+    `recipe` trains them on the part of the dataset called `split_name`. The same name twice in `archs`
+    gives two networks with different seeds.
 
     Raises:
         DdrayError: a teacher is no better than chance: its labels would teach nothing.
@@ -84,20 +73,18 @@ def get_teachers(
         teacher_spec(ctx.dataset, split_name, name, recipe, device=ctx.device, seed=names[:index].count(name))
         for index, name in enumerate(names)
     ]
-    nets = [entry.module().to(ctx.device) for entry in pool.get(specs)]
+    nets: list[Any] = [entry.module().to(ctx.device) for entry in pool.get(specs)]
     space = normalized_space(ctx.dataset)
-    each = [
-        {"arch": name, "accuracy": accuracy(net, ctx.split, space, device=ctx.device)}  # type: ignore[arg-type]
-        for name, net in zip(names, nets, strict=True)
-    ]
-    for result in each:
-        _check(result["arch"], float(result["accuracy"]), ctx.dataset, len(ctx.split))  # type: ignore[arg-type]
-    ensemble = Teachers(nets, space.to(ctx.device), "+".join(names), 0.0, each)  # type: ignore[arg-type]
-    whole = float(each[0]["accuracy"])  # type: ignore[arg-type]
-    if len(each) > 1:
-        averaged = partial(ensemble.probabilities, space=ensemble.space, temperature=1.0)
-        whole = share_right(averaged, ctx.split.images, ctx.split.labels, ensemble.space.encode, ctx.device)
-    return replace(ensemble, accuracy=whole)
+    accuracies = [accuracy(net, ctx.split, space, device=ctx.device) for net in nets]
+    each = [{"arch": name, "accuracy": value} for name, value in zip(names, accuracies, strict=True)]
+    for name, value in zip(names, accuracies, strict=True):
+        _check(name, value, ctx.dataset, len(ctx.split))
+    teachers = Teachers(nets, space.to(ctx.device), "+".join(names), accuracies[0], each)
+    if len(nets) == 1:
+        return teachers
+    averaged = partial(teachers.probabilities, space=teachers.space, temperature=1.0)
+    whole = share_right(averaged, ctx.split.images, ctx.split.labels, teachers.space.encode, ctx.device)
+    return replace(teachers, accuracy=whole)
 
 
 def least_accuracy(num_classes: int, num_images: int) -> float:

@@ -2,21 +2,19 @@
 
 import hashlib
 import logging
-import math
 import time
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ddray.artifact.distilled_set import TrainSet
 from ddray.data import PixelSpace, Split
-from ddray.errors import DivergedError
+from ddray.evaluation.hard import fit
 from ddray.evaluation.protocol import EvalContext
-from ddray.nets import build_net, check_arch
+from ddray.nets import check_arch
 from ddray.runs.ledger import Ledger, Row, Unit
-from ddray.seeding import derive, derive_seed
 from ddray.system.files import home, storage_errors
-from ddray.training.loop import accuracy, train
+from ddray.training.loop import accuracy
 from ddray.training.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -29,13 +27,7 @@ def whole_set_accuracy(
 
     The result is stored in the ledger in `$DDRAY_HOME/truth`: the same call again trains nothing.
 
-    Args:
-        real: the images to train on.
-        ctx: target, and the split to score on.
-        recipe: epochs, rates, batch, schedule; its augmentation is left out.
-        arch: architecture name.
-        split_name: which part of the dataset `real` is.
-        seed: which network.
+    `split_name` says which part of the dataset `real` is.
 
     Raises:
         InputError: the architecture is unknown or does not fit the images.
@@ -80,32 +72,15 @@ def _train(real: Split, ctx: EvalContext, recipe: Recipe, *, arch: str, seed: in
     def encode(batch: Tensor, generator: torch.Generator) -> Tensor:
         return space.encode(batch).contiguous(memory_format=torch.channels_last)
 
-    net = build_net(
-        arch,
-        ctx.dataset.image_shape,
-        ctx.dataset.num_classes,
-        seed=derive_seed(seed, "evaluate", "net"),
-        device=ctx.device,
-    )
     # Batches are encoded one by one: as bytes the whole set takes a quarter of the memory.
-    loss = train(
-        net,
-        real.images.to(ctx.device),
-        real.labels.to(ctx.device),
-        recipe,
-        generator=derive(seed, "evaluate", "train"),
-        augment=encode,
-    )
-    if not math.isfinite(loss):
-        raise DivergedError(
-            f"training {arch} on the whole set diverged: its loss is {loss}; lower evaluate.lr"
-        )
+    train_set = TrainSet(real.images, real.labels)
+    net = fit(train_set, ctx, recipe, arch=arch, seed=seed, augment=encode, name="whole set")
     return accuracy(net, ctx.split, ctx.space, device=ctx.device)
 
 
 def _ledger() -> Ledger:
     """Return the ledger of whole-set trainings, creating its folder if needed."""
-    folder: Path = home() / "truth"
+    folder = home() / "truth"
     with storage_errors(folder):
         (folder / "ledger").mkdir(parents=True, exist_ok=True)
     return Ledger(folder)
@@ -114,9 +89,9 @@ def _ledger() -> Ledger:
 def _describe(space: PixelSpace) -> dict[str, object]:
     """Return everything that defines a pixel space, as JSON types."""
     description: dict[str, object] = {"kind": space.kind, "mean": list(space.mean), "std": list(space.std)}
-    if space.zca_mean is None or space.zca_matrix is None:
-        return description
-    return {**description, "zca": _digest(space.zca_mean, space.zca_matrix)}
+    if space.zca_mean is not None and space.zca_matrix is not None:
+        description["zca"] = _digest(space.zca_mean, space.zca_matrix)
+    return description
 
 
 def _digest(*tensors: Tensor) -> str:

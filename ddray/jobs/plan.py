@@ -14,7 +14,7 @@ from ddray.data.catalog import KNOWN
 from ddray.data.speech import SHAPE as SPECTROGRAM
 from ddray.distillation.method import BudgetDistiller, Target
 from ddray.errors import InputError, unknown
-from ddray.evaluation.config import EvaluateConfig
+from ddray.evaluation.options import EvaluateConfig
 from ddray.jobs.options import PlanOptions
 from ddray.methods import get_method
 from ddray.nets.names import resolve_arch

@@ -11,9 +11,8 @@ from ddray.artifact.reading import load
 from ddray.data import Dataset, PixelSpace, Split, SplitName, carve_val, fit_zca, open_dataset
 from ddray.errors import InputError
 from ddray.evaluation import get_protocol, target_protocols
-from ddray.evaluation.options import EvaluateOptions, PixelKind
+from ddray.evaluation.options import EvaluateOptions, EvaluateResult, PixelKind
 from ddray.evaluation.protocol import EvalContext, RealImages, evaluate_archs
-from ddray.evaluation.result import EvaluateResult
 from ddray.evaluation.subsets import limited_set
 from ddray.jobs.trainers import PoolTrainer
 from ddray.nets.names import resolve_arch

@@ -9,8 +9,7 @@ from ddray.config import merge, parse_overrides
 from ddray.data import Dataset, SplitName
 from ddray.errors import InputError
 from ddray.evaluation import get_protocol
-from ddray.evaluation.config import EvaluateConfig
-from ddray.evaluation.options import EvaluateOptions
+from ddray.evaluation.options import EvaluateConfig, EvaluateOptions
 from ddray.jobs.context import make_distiller
 from ddray.jobs.plan import Plan, resolve
 from ddray.methods import get_method

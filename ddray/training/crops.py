@@ -21,14 +21,10 @@ def draw_boxes(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Tensor:
-    """Return `num` boxes (top, left, height, width) in pixels, int64 [num, 4].
+    """Return `num` boxes (top, left, height, width) in pixels, int64 [num, 4], of images of `size` (H, W).
 
-    Args:
-        num: number of boxes.
-        size: (H, W) of the images.
-        generator: CPU generator.
-        scale: smallest and largest share of the image's area.
-        ratio: smallest and largest width / height.
+    `scale` is the smallest and largest share of the image's area, `ratio` likewise of width / height; the
+    generator is on the CPU.
     """
     height, width = size
     draws = torch.rand(num, _ATTEMPTS, 2, generator=generator, dtype=torch.float64)
@@ -51,15 +47,9 @@ def draw_boxes(
 
 
 def resized_crops(images: Tensor, boxes: Tensor, flips: Tensor | None = None) -> Tensor:
-    """Return each image's box at the size of the whole image (bilinear).
+    """Return each image's box at the size of the whole image (bilinear), mirrored where `flips` says so.
 
-    Args:
-        images: [N, C, H, W].
-        boxes: [N, 4] of `draw_boxes`.
-        flips: bool [N], which crops are mirrored.
-
-    Returns:
-        [N, C, H, W].
+    Shapes: images [N, C, H, W], boxes [N, 4] of `draw_boxes`, flips bool [N], the result [N, C, H, W].
     """
     height, width = images.shape[2:]
     top, left, rows, columns = boxes.to(images.dtype).unbind(1)
@@ -72,15 +62,12 @@ def resized_crops(images: Tensor, boxes: Tensor, flips: Tensor | None = None) ->
 
 
 def random_resized_crop(
-    images: Tensor,
-    generator: torch.Generator,
-    *,
-    scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-    flip: bool = False,
+    images: Tensor, generator: torch.Generator, *, flip: bool = False, **limits: tuple[float, float]
 ) -> Tensor:
-    """Return a random resized crop of each image [N, C, H, W], half of them mirrored if `flip`."""
-    size = (images.shape[2], images.shape[3])
-    boxes = draw_boxes(len(images), size, generator, scale=scale, ratio=ratio)
+    """Return a random resized crop of each image [N, C, H, W], half of them mirrored if `flip`.
+
+    `limits` are the `scale` and `ratio` of `draw_boxes`.
+    """
+    boxes = draw_boxes(len(images), (images.shape[2], images.shape[3]), generator, **limits)
     flips = torch.rand(len(images), generator=generator) < 0.5 if flip else None
     return resized_crops(images, boxes, flips)

@@ -28,50 +28,39 @@ class Mixed:
         return labels, labels[self.partner], shares[0], shares[1]
 
 
-def mixed_cross_entropy(
-    logits: Tensor,
-    labels: Tensor,
-    partner_labels: Tensor | None = None,
-    share: Tensor | None = None,
-    rest: Tensor | None = None,
-) -> Tensor:
-    """Return the mean cross entropy of logits [N, K]; in a mixed batch that of both labels, by share."""
+def mixed_cross_entropy(logits: Tensor, labels: Tensor, *mixed: Tensor) -> Tensor:
+    """Return the mean cross entropy of logits [N, K]; in a mixed batch that of both labels, by share.
+
+    `mixed`: of such a batch, the partners' labels and the weights of own and partners' labels.
+    """
     loss = F.cross_entropy(logits, labels)
-    if partner_labels is None or share is None or rest is None:
+    if not mixed:
         return loss
+    partner_labels, share, rest = mixed
     return share * loss + rest * F.cross_entropy(logits, partner_labels)
 
 
 def cutmix(images: Tensor, probability: float, generator: torch.Generator) -> Mixed | None:
-    """Mix a batch with itself by CutMix, with a probability; otherwise return None.
+    """Return a batch [N, C, H, W] mixed with itself, with a probability; otherwise None.
 
-    Every draw is made on the CPU, so that nothing waits for the device.
-
-    Args:
-        images: [N, C, H, W], left as they are.
-        probability: of mixing the batch.
-        generator: CPU generator.
+    Every draw is made on the CPU, so that nothing waits for the device; `images` are left as they are.
     """
     drawn, lam, row, column = torch.rand(4, generator=generator).tolist()
     if drawn >= probability:
         return None
     partner = torch.randperm(len(images), generator=generator).to(images.device, non_blocking=True)
-    rows, columns = (
-        _side(size, lam, centre) for size, centre in zip(images.shape[2:], (row, column), strict=True)
-    )
+    height, width = images.shape[2:]
+    rows, columns = _side(height, lam, row), _side(width, lam, column)
     mixed = images.clone()
     mixed[:, :, rows, columns] = images[:, :, rows, columns].index_select(0, partner)
     covered = (rows.stop - rows.start) * (columns.stop - columns.start)
-    return Mixed(mixed, partner, 1 - covered / (images.shape[2] * images.shape[3]))
+    return Mixed(mixed, partner, 1 - covered / (height * width))
 
 
 def _side(size: int, lam: float, centre: float) -> slice:
-    """Return the box's pixels along one axis: sqrt(1 - lam) of it around a uniform centre, cut at the border.
+    """Return the box's pixels along an axis: sqrt(1 - lam) of it around a uniform centre, cut at the border.
 
-    Args:
-        size: pixels of the axis.
-        lam: the draw of Beta(1, 1), the share of the image to leave.
-        centre: uniform in [0, 1).
+    `lam` is the draw of Beta(1, 1), the share of the image to leave; `centre` is in [0, 1).
     """
     middle = int(centre * size)
     half = int(size * math.sqrt(1 - lam)) // 2

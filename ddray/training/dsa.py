@@ -20,7 +20,6 @@ from ddray.training.operations import NUM_COLUMNS, OPERATIONS, DsaParams
 
 Variant = Literal["dsa", "dsa_idc"]
 FULL_STRATEGY: Final = "color_crop_cutout_flip_scale_rotate"
-_ALWAYS_FIRST: Final = ("flip", "color")  # dsa_idc applies these, then the drawn operation, then cutout
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,22 +59,14 @@ class Dsa:
             raise InputError(f"DSA strategy must name each operation once, got {strategy!r}")
         if variant not in ("dsa", "dsa_idc"):
             raise unknown("DSA variant", variant, ("dsa", "dsa_idc"))
-        self.strategy = strategy
-        self.variant = variant
-        self.params = params or DsaParams()
-        always = ("flip", "color", "cutout") if variant == "dsa_idc" else ()
-        self._before = tuple(name for name in _ALWAYS_FIRST if name in names and name in always)
-        self._after = ("cutout",) if "cutout" in names and "cutout" in always else ()
-        self._drawn = tuple(name for name in names if name not in always)
+        self.strategy, self.variant, self.params = strategy, variant, params or DsaParams()
+        # dsa_idc applies flip and color, then the drawn operation, then cutout.
+        first, last = (("flip", "color"), ("cutout",)) if variant == "dsa_idc" else ((), ())
+        self._before = [name for name in first if name in names]
+        self._after = [name for name in last if name in names]
+        self._drawn = [name for name in names if name not in (*first, *last)]
 
-    def draw(
-        self,
-        num: int,
-        generator: torch.Generator,
-        *,
-        shared_op: bool,
-        device: torch.device | str | None = None,
-    ) -> DsaPlan:
+    def draw(self, num: int, generator: torch.Generator, *, shared_op: bool) -> DsaPlan:
         """Draw `num` parameter sets.
 
         Args:
@@ -83,32 +74,25 @@ class Dsa:
             generator: a CPU generator; one on a GPU works at the cost of a sync.
             shared_op: one operation for all sets (evaluation: parameters per sample), or one per set
                 (Siamese: a fresh draw per class).
-            device: of the parameters; None: `apply` moves them to the images' device.
 
         Raises:
             InputError: `num` is below 1.
         """
         if num < 1:
             raise InputError(f"the number of DSA parameter sets must be at least 1, got {num}")
-        home = generator.device
-        count = max(len(self._drawn), 1)
+        home, count = generator.device, max(len(self._drawn), 1)
         choices = torch.randint(count, (1 if shared_op else num,), generator=generator, device=home).cpu()
         params = torch.rand(num, NUM_COLUMNS, generator=generator, device=home)
-        if device is not None:
-            params = params.to(device, non_blocking=True)
         return DsaPlan(choices.expand(num).contiguous(), params)
 
     def apply(self, images: Tensor, plan: DsaPlan, index: Tensor | None = None) -> Tensor:
-        """Augment images; differentiable with respect to them.
+        """Return augmented images, in their order and memory format; differentiable with respect to them.
 
         Args:
             images: [N, C, H, W].
             plan: a draw. Applying one plan to real and synthetic images is what makes the pair Siamese.
             index: int64 [N], the parameter set of each sample, such as its class; None: sample n uses set n.
                 On the CPU it saves a device sync.
-
-        Returns:
-            [N, C, H, W], in the images' order and memory format.
 
         Raises:
             InputError: the plan has no set for a sample.
@@ -142,15 +126,9 @@ class Dsa:
         run_choices, lengths = torch.unique_consecutive(choices, return_counts=True)
         # Samples sorted by class: slices are views, nothing is gathered.
         if len(run_choices) == len(run_choices.unique()):
-            parts = zip(
-                torch.split(images, lengths.tolist()),
-                torch.split(sets, lengths.tolist()),
-                run_choices.tolist(),
-                strict=True,
-            )
-            return torch.cat(
-                [self._chain(part, params, part_sets, choice) for part, part_sets, choice in parts]
-            )
+            image_parts, set_parts = (torch.split(tensor, lengths.tolist()) for tensor in (images, sets))
+            parts = zip(image_parts, set_parts, run_choices.tolist(), strict=True)
+            return torch.cat([self._chain(part, params, rows, choice) for part, rows, choice in parts])
         order = torch.argsort(choices, stable=True)
         grouped = images.index_select(0, order.to(images.device, non_blocking=True))
         augmented = self._by_choice(grouped, params, sets[order], choices[order])
@@ -176,8 +154,7 @@ def _is_channels_last(images: Tensor) -> bool:
 
 def dsa_for(can_flip: bool, variant: Variant = "dsa") -> Dsa:
     """Return the papers' augmentation, without flip where a mirrored image changes its class."""
-    strategy = FULL_STRATEGY if can_flip else FULL_STRATEGY.replace("flip_", "")
-    return Dsa(strategy, variant=variant)
+    return Dsa(FULL_STRATEGY if can_flip else FULL_STRATEGY.replace("flip_", ""), variant=variant)
 
 
 def siamese(

@@ -21,14 +21,10 @@ def outputs(
     *,
     chunk: int | None = None,
 ) -> Iterator[Tensor]:
-    """Yield a network's outputs [n, D] for parts of the images, on the device.
+    """Yield the outputs [n, D] of a network in eval mode, or of its embedding, for parts of `images`.
 
-    Args:
-        apply: the network, or its embedding, in eval mode.
-        images: [N, C, H, W] as stored.
-        encode: from images as stored to what the network takes.
-        device: where to compute.
-        chunk: images of a part; default 64 on a CPU, 1,024 on a GPU.
+    Images are [N, C, H, W] as stored, `encode` turns them into what the network takes, and a part has `chunk`
+    of them: by default 64 on a CPU, 1,024 on a GPU.
     """
     for part in torch.split(images, chunk or _CHUNK[device.type]):
         encoded = encode(part.to(device, non_blocking=True))
@@ -73,13 +69,8 @@ def share_right(
 ) -> float:
     """Return the fraction of images that are classified correctly; only the end waits for the device.
 
-    Args:
-        apply: the network, in eval mode, or whatever returns logits.
-        images: [N, C, H, W] as stored.
-        labels: int64 [N].
-        encode: from images as stored to what the network takes.
-        device: where to compute.
-        chunk: images at once; default 32 on a CPU (they fit the cache there), 1,024 on a GPU.
+    As `outputs`, whose `apply` returns logits here; `chunk` is 32 by default on a CPU (they fit the cache
+    there), 1,024 on a GPU. `labels` are int64 [N].
     """
     right, done = torch.zeros((), dtype=torch.int64, device=device), 0
     for logits in outputs(apply, images, encode, device, chunk=chunk or _SCORED[device.type]):

@@ -96,17 +96,14 @@ def run(
     epoch: int | None = None,
     on_epoch: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
-    """Train: do the steps.
+    """Do a step's `num_steps` steps, and return the mean loss of the last epoch.
 
     Args:
-        step: the step; how many there are is its own.
+        step: the step.
         batches: as many or more; what is more is not drawn. If there are fewer, the training ends early.
         lr: maps a step, counted from 0, to its learning rate.
         epoch: steps of an epoch; default all.
         on_epoch: called after each epoch with the mean loss of its rows, a scalar on the device.
-
-    Returns:
-        The mean loss of the last epoch.
     """
     loss, epoch = torch.zeros(()), epoch or step.num_steps
     for step_index, batch in zip(range(step.num_steps), batches, strict=False):
@@ -136,8 +133,6 @@ class Step:
         num_steps: steps of the training; few are not worth a CUDA graph.
 
     Attributes:
-        num_steps: steps of the training.
-        optimizer: of the weights.
         captured: whether CUDA graphs have done steps.
     """
 
@@ -174,10 +169,7 @@ class Step:
             return
         self._lr = lr
         (group,) = self.optimizer.param_groups
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
+        group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr
 
     def __call__(self, inputs: Tensor, *targets: Tensor) -> None:
         """Do one step."""
@@ -235,13 +227,12 @@ class Step:
     def _chunks(self, batch: Batch) -> Iterable[Batch]:
         """Return the batch, on a CPU cut into parts that fit the cache."""
         inputs = batch[0]
-        num = len(inputs)
-        size = num
-        if self._chunked and inputs.ndim == 4:
-            size = max(1, _CHUNK_PIXELS // (inputs.shape[2] * inputs.shape[3]))
-        if size >= num:
+        if not self._chunked or inputs.ndim != 4:
             return [batch]
-        count = math.ceil(num / size)
+        size = max(1, _CHUNK_PIXELS // (inputs.shape[2] * inputs.shape[3]))
+        if size >= len(inputs):
+            return [batch]
+        count = math.ceil(len(inputs) / size)
         parts = [torch.split(t, size) if t.ndim else (t,) * count for t in batch]
         return zip(*parts, strict=True)
 

@@ -26,19 +26,16 @@ def train(
     augment: Augmenter | None,
     on_epoch: Callable[[Tensor], None] | None = None,
 ) -> float:
-    """Train `net` in place and leave it in eval mode.
+    """Train `net` in place, leave it in eval mode, and return the mean loss of the last epoch.
 
     Args:
         net: the network, on the images' device.
-        images: float32 [N, C, H, W] in their pixel space.
+        images: float32 [N, C, H, W] in their pixel space, or what `augment` takes.
         labels: int64 [N], or float32 [N, D]: targets of the outputs, under the mean squared error.
         recipe: epochs, rates, batch, schedule.
         generator: CPU generator of the batches' order and the augmentation.
         augment: applied to every batch, before CutMix; None leaves it as it is.
         on_epoch: called with each epoch's mean loss, a scalar on the device.
-
-    Returns:
-        The mean loss of the last epoch.
     """
     form = training_format(net, images.device)
     images = images.contiguous(memory_format=form)
@@ -92,14 +89,5 @@ def _factor(recipe: Recipe, epoch: int) -> float:
 def accuracy(
     net: Net, split: Split, space: PixelSpace, *, device: torch.device, chunk: int | None = None
 ) -> float:
-    """Return the fraction of a split that `net` (in eval mode) classifies correctly.
-
-    Args:
-        net: the network, on `device`.
-        split: real images, uint8 [N, C, H, W].
-        space: the pixel space the network was trained in.
-        device: where to compute.
-        chunk: images at once.
-    """
-    encode = space.to(device).encode
-    return share_right(net, split.images, split.labels, encode, device, chunk=chunk)
+    """Return the fraction of a split that `net` (in eval mode, trained in `space`) classifies correctly."""
+    return share_right(net, split.images, split.labels, space.to(device).encode, device, chunk=chunk)

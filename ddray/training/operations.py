@@ -57,8 +57,7 @@ def color(images: Tensor, rows: Tensor, params: DsaParams) -> Tensor:
 
 
 def _uniform_integer(u: Tensor, count: int) -> Tensor:
-    """Turn draws in [0, 1) into integers in 0..count-1."""
-    # The float product can round up to count itself.
+    """Turn draws in [0, 1) into integers in 0..count-1; the float product can round up to count itself."""
     return (u * count).long().clamp(max=count - 1)
 
 
@@ -78,11 +77,11 @@ def _shifted(images: Tensor, rows: Tensor, reaches: tuple[int, int]) -> Tensor:
         inside = (source >= 0) & (source < size)
         shape = [len(rows), 1, 1, 1]
         shape[dim] = size
+        source = source.clamp(0, size - 1)
         if len(rows) == 1:
-            shifted = shifted.index_select(dim, source[0].clamp(0, size - 1))
+            shifted = shifted.index_select(dim, source[0])
         else:
-            index = source.clamp(0, size - 1).view(shape).expand(shifted.shape)
-            shifted = shifted.gather(dim, index)
+            shifted = shifted.gather(dim, source.view(shape).expand(shifted.shape))
         shifted = shifted * inside.view(shape)
     return shifted
 
@@ -128,24 +127,15 @@ def rotate(images: Tensor, rows: Tensor, params: DsaParams) -> Tensor:
 
 
 OPERATIONS: Final[dict[str, Callable[[Tensor, Tensor, DsaParams], Tensor]]] = {
-    "color": color,
-    "crop": crop,
-    "cutout": cutout,
-    "flip": flip,
-    "scale": scale,
-    "rotate": rotate,
+    operation.__name__: operation for operation in (color, crop, cutout, flip, scale, rotate)
 }
 
 
 def crop_and_flip(images: Tensor, generator: torch.Generator, *, can_flip: bool) -> Tensor:
-    """Apply torchvision's RandomCrop(side, padding=4) and a 50% flip, per sample, on the device.
+    """Apply torchvision's RandomCrop(side, padding=4) and, if `can_flip`, a 50% flip, per sample.
 
-    The padding is 4 pixels whatever the images' size, as in KRR-ST's code.
-
-    Args:
-        images: float [N, C, H, W] in a space where 0 is what the padding should be.
-        generator: CPU generator of the draws.
-        can_flip: whether a mirrored image keeps its class.
+    The padding is 4 pixels whatever the images' size, as in KRR-ST's code. Images are float [N, C, H, W] in a
+    space where 0 is what the padding should be; the generator is on the CPU.
     """
     rows = torch.rand(len(images), NUM_COLUMNS, generator=generator).to(images.device, non_blocking=True)
     shifted = _shifted(images, rows, (_PADDING, _PADDING))

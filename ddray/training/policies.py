@@ -31,18 +31,16 @@ def augmenter(
     Raises:
         InputError: the strategy names an unknown operation.
     """
-    if name == "none":
+    if name == "autoaugment" or name == "randaugment":
+        return _policy(name, space)
+    dsa = siamese(can_flip, name, strategy)
+    if dsa is None:
         return None
-    if name in ("dsa", "dsa_idc"):
-        dsa = siamese(can_flip, "dsa" if name == "dsa" else "dsa_idc", strategy)
-        if dsa is None:
-            return None
 
-        def apply(batch: Tensor, generator: torch.Generator) -> Tensor:
-            return dsa.apply(batch, dsa.draw(len(batch), generator, shared_op=True))
+    def apply(batch: Tensor, generator: torch.Generator) -> Tensor:
+        return dsa.apply(batch, dsa.draw(len(batch), generator, shared_op=True))
 
-        return apply
-    return _policy(name, space)
+    return apply
 
 
 def _policy(name: str, space: PixelSpace) -> Augmenter:
@@ -50,7 +48,6 @@ def _policy(name: str, space: PixelSpace) -> Augmenter:
     from torchvision.transforms import v2
 
     transform = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10) if name == "autoaugment" else v2.RandAugment()
-
     spaces: dict[torch.device, PixelSpace] = {}  # a whitening's inverse is computed once, not per batch
 
     def apply(batch: Tensor, generator: torch.Generator) -> Tensor:

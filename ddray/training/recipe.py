@@ -15,31 +15,6 @@ if TYPE_CHECKING:
 
 Augment = Literal["dsa", "dsa_idc", "autoaugment", "randaugment", "none"]
 Schedule = Literal["vico", "step15", "multistep", "cosine", "constant"]
-RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
-    "vico": {
-        "epochs": 1000,
-        "lr": 0.01,
-        "momentum": 0.9,
-        "weight_decay": 5e-4,
-        "batch": 256,
-        "schedule": "vico",
-        "augment": "dsa",
-        "strategy": None,
-        "cutmix": 0.0,
-    },
-    "idc": {
-        "epochs": 1500,
-        "lr": 0.01,
-        "momentum": 0.9,
-        "weight_decay": 5e-4,
-        "batch": 64,
-        "schedule": "multistep",
-        "augment": "dsa_idc",
-        "strategy": "color_crop_flip_scale_rotate",
-        "cutmix": 0.5,
-    },
-}
-"""Whole recipes by name: `vico` of DC, DSA, DM and their kin; `idc` of IDC and DSDM (DSDM's 1,500 epochs)."""
 
 
 class ProbeConfig(Config):
@@ -101,6 +76,22 @@ class Recipe(Config):
         return self.without_augmentation() if split.is_audio else self
 
 
+_VICO: Final = Recipe().dump()
+RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
+    "vico": _VICO,
+    "idc": {
+        **_VICO,
+        "epochs": 1500,
+        "batch": 64,
+        "schedule": "multistep",
+        "augment": "dsa_idc",
+        "strategy": "color_crop_flip_scale_rotate",
+        "cutmix": 0.5,
+    },
+}
+"""Whole recipes by name: `vico` of DC, DSA, DM and their kin; `idc` of IDC and DSDM (DSDM's 1,500 epochs)."""
+
+
 class TeacherRecipe(Recipe):
     """How a teacher is trained on the real images (SGD, cross entropy)."""
 
@@ -114,10 +105,7 @@ class TeacherRecipe(Recipe):
 def named_recipe(values: Mapping[str, Any], *, dataset: str = "", factor: int = 1) -> dict[str, Any]:
     """Return evaluation settings with the name under `recipe` replaced by its fields; the other settings win.
 
-    Args:
-        values: settings by name; `recipe`, if it is there, is one of `RECIPES`.
-        dataset: the set's dataset: `idc` has exceptions.
-        factor: parts along each axis that its stored images are cut into.
+    `idc` has exceptions by the set's dataset and `factor`, the parts along each axis of a stored image.
 
     Raises:
         InputError: no recipe has this name.

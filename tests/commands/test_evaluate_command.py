@@ -24,8 +24,7 @@ from ddray.data import carve_val, open_dataset
 from ddray.drawing.images import grid
 from ddray.errors import InputError
 from ddray.evaluation import hard, robust
-from ddray.evaluation.config import evaluation_config
-from ddray.evaluation.options import EvaluateOptions
+from ddray.evaluation.options import EvaluateOptions, evaluation_config
 from ddray.jobs import score as scoring
 from ddray.jobs.distill import distill
 from ddray.jobs.plan import resolve

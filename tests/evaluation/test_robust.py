@@ -176,8 +176,8 @@ class TestWholeSet:
     def test_it_is_trained_once(self, toy: Any, monkeypatch: pytest.MonkeyPatch, ddray_home: Path) -> None:
         dataset = toy(counts=(9, 9, 9))
         calls: list[int] = []
-        real_train = whole.train
-        monkeypatch.setattr(whole, "train", lambda *a, **k: calls.append(1) or real_train(*a, **k))
+        real_fit = whole.fit
+        monkeypatch.setattr(whole, "fit", lambda *a, **k: calls.append(1) or real_fit(*a, **k))
 
         first = self.accuracy(dataset)
         assert self.accuracy(dataset) == first

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ddray.data import PixelSpace, Split
 from ddray.errors import InputError
-from ddray.evaluation.config import EvaluateConfig
+from ddray.evaluation.options import EvaluateConfig
 from ddray.jobs.plan import resolve
 from ddray.seeding import derive
 from ddray.training.cutmix import cutmix
