@@ -16,7 +16,7 @@ ECCV 2020; as in DM, arXiv:2110.04181, Sec 4.4: CIFAR-100 in 5 or 10 tasks, 20 i
 import statistics
 import time
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -79,14 +79,9 @@ class Continual:
             memory, held_out = _of_classes(train_set, ctx.split, torch.cat(tasks[: step + 1]), task)
             net = fit(memory, ctx, self.recipe, arch=arch, seed=derive_seed(seed, "continual", step))
             steps.append(accuracy(net, held_out, ctx.space, device=ctx.device))
-        return EvalResult(
-            check_arch(arch),
-            seed,
-            steps[-1],
-            len(train_set.labels),
-            time.perf_counter() - begin,
-            measures={"per_step": tuple(steps), "incremental_accuracy": statistics.fmean(steps)},
-        )
+        measures: dict[str, Any] = {"per_step": tuple(steps), "incremental_accuracy": statistics.fmean(steps)}
+        wall_s = time.perf_counter() - begin
+        return EvalResult(check_arch(arch), seed, steps[-1], len(train_set.labels), wall_s, measures)
 
 
 def _of_classes(train_set: TrainSet, split: Split, seen: Tensor, new: Tensor) -> tuple[TrainSet, Split]:

@@ -15,8 +15,7 @@ from ddray.evaluation.protocol import EvalContext, EvalResult, EvaluationProtoco
 from ddray.evaluation.soft import TABLE5, Soft, check_soft, soft_config
 from ddray.nets import Net, check_arch
 from ddray.seeding import derive
-from ddray.training.loop import accuracy, train
-from ddray.training.policies import Augmenter, augmenter
+from ddray.training.loop import Augmenter, accuracy, augmenter, train
 from ddray.training.recipe import RECIPES, Recipe
 
 

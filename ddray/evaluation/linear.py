@@ -39,9 +39,8 @@ from ddray.seeding import derive, derive_seed, forked_global
 from ddray.system.memory import available_bytes
 from ddray.training.embedding import embed_images, share_right
 from ddray.training.engine import Batch, Order, Rule, Step, cosine, run
-from ddray.training.loop import train
+from ddray.training.loop import augmenter, train
 from ddray.training.operations import crop_and_flip
-from ddray.training.policies import augmenter
 from ddray.training.recipe import FinetuneConfig, ProbeConfig, Recipe
 
 _LARGE: Final = 50_000
@@ -73,20 +72,15 @@ class Linear:
         net, first, last = self._pretrained(train_set, ctx, arch, seed)
         finetune = self.finetune
         right = self._finetuned(net, ctx, finetune, seed) if finetune else self._probed(net, ctx, seed)
-        return EvalResult(
-            check_arch(arch),
-            seed,
-            right,
-            len(train_set.images),
-            time.perf_counter() - begin,
-            measures={"pretrain_loss_first": first, "pretrain_loss_last": last},
-        )
+        measures = {"pretrain_loss_first": first, "pretrain_loss_last": last}
+        wall_s = time.perf_counter() - begin
+        return EvalResult(check_arch(arch), seed, right, len(train_set.images), wall_s, measures)
 
     def _pretrained(
         self, train_set: TrainSet, ctx: EvalContext, arch: str, seed: int
     ) -> tuple[Net, float, float]:
         """Return a network trained on the set, and the mean losses of its first and last epoch."""
-        recipe, targets = self.recipe.on(self.real), train_set.targets
+        recipe, can_flip, targets = self.recipe.on(self.real), self.can_flip, train_set.targets
         outputs = int(train_set.labels.max()) + 1 if targets is None else targets.shape[1]
         net = ctx.fresh_net(arch, train_set.images, seed=seed, outputs=outputs)
         losses: list[Tensor] = []
@@ -96,9 +90,7 @@ class Linear:
             (train_set.labels if targets is None else targets).to(ctx.device),
             recipe,
             generator=derive(seed, "evaluate", "train"),
-            augment=augmenter(
-                recipe.augment, can_flip=self.can_flip, space=ctx.space, strategy=recipe.strategy
-            ),
+            augment=augmenter(recipe.augment, can_flip=can_flip, space=ctx.space, strategy=recipe.strategy),
             on_epoch=losses.append,
         )
         first, last = float(losses[0]), float(losses[-1])

@@ -22,10 +22,15 @@ Both lie in [0, 1]; a set no better than random and as good as the whole scores 
   is compared with one random image, not with four. A fresh draw per seed.
 """
 
+import hashlib
+import logging
 import math
 import time
 from dataclasses import KW_ONLY, dataclass
 from typing import Final
+
+import torch
+from torch import Tensor
 
 from ddray.artifact.distilled_set import DistilledSet, TrainSet
 from ddray.data import Split
@@ -41,11 +46,14 @@ from ddray.evaluation.protocol import (
     Scoring,
 )
 from ddray.evaluation.subsets import random_subset
-from ddray.evaluation.whole_set import whole_set_accuracy
 from ddray.nets import check_arch
+from ddray.runs.ledger import Ledger, Row, Unit
 from ddray.seeding import derive
+from ddray.system.files import home, storage_errors
 from ddray.training.loop import accuracy
 from ddray.training.recipe import Recipe
+
+log = logging.getLogger(__name__)
 
 
 def normalised_score(value: float) -> float:
@@ -99,23 +107,83 @@ class Robust:
         whole = self.recipe.model_copy(update={"epochs": self.full_epochs or self.recipe.epochs})
         full = whole_set_accuracy(self.real, ctx, whole, arch=arch, split_name=self.split_name)
         hlr, ior = full - augmented[0], augmented[0] - augmented[1]
-        return EvalResult(
-            check_arch(arch),
-            seed,
-            augmented[0],
-            len(train_set.labels),
-            time.perf_counter() - begin,
-            measures={
-                "lrs": label_robust_score(hlr, ior),
-                "ars": augmentation_robust_score(ior, bare[0] - bare[1]),
-                "hlr": hlr,
-                "ior": ior,
-                "accuracy_full": full,
-                "accuracy_random": augmented[1],
-                "accuracy_plain": bare[0],
-                "accuracy_random_plain": bare[1],
-            },
+        measures = {
+            "lrs": label_robust_score(hlr, ior),
+            "ars": augmentation_robust_score(ior, bare[0] - bare[1]),
+            "hlr": hlr,
+            "ior": ior,
+            "accuracy_full": full,
+            "accuracy_random": augmented[1],
+            "accuracy_plain": bare[0],
+            "accuracy_random_plain": bare[1],
+        }
+        wall_s = time.perf_counter() - begin
+        return EvalResult(check_arch(arch), seed, augmented[0], len(train_set.labels), wall_s, measures)
+
+
+def whole_set_accuracy(
+    real: Split, ctx: EvalContext, recipe: Recipe, *, arch: str, split_name: str, seed: int = 0
+) -> float:
+    """Return the accuracy of a network trained on all real images, un-augmented.
+
+    The result is stored in the ledger in `$DDRAY_HOME/truth`: the same call again trains nothing.
+    `split_name` says which part of the dataset `real` is.
+
+    Raises:
+        InputError: the architecture is unknown or does not fit the images.
+        DivergedError: the training loss became NaN.
+        StorageError: the row can't be written.
+    """
+    recipe = recipe.without_augmentation()
+    unit = _unit(ctx, recipe, arch=arch, split_name=split_name, seed=seed)
+    folder = home() / "truth"
+    with storage_errors(folder):
+        (folder / "ledger").mkdir(parents=True, exist_ok=True)
+    ledger = Ledger(folder)
+    row = ledger.row(unit.key)
+    if row is None:
+        log.info(
+            "training %s on all %d images of %s, once; stored in %s",
+            *(arch, len(real), ctx.dataset.name, ledger.folder),
         )
+        begin, space = time.perf_counter(), ctx.space.to(ctx.device)
+
+        # Batches are encoded one by one: as bytes the whole set takes a quarter of the memory.
+        def encode(batch: Tensor, generator: torch.Generator) -> Tensor:
+            return space.encode(batch).contiguous(memory_format=torch.channels_last)
+
+        train_set = TrainSet(real.images, real.labels)
+        net = fit(train_set, ctx, recipe, arch=arch, seed=seed, augment=encode, name="whole set")
+        score = accuracy(net, ctx.split, ctx.space, device=ctx.device)
+        row = Row.done(unit, {"accuracy": score}, time.perf_counter() - begin)
+        ledger.publish(unit, row, epoch=0)
+    return float(row.result["accuracy"])
+
+
+def _unit(ctx: EvalContext, recipe: Recipe, *, arch: str, split_name: str, seed: int) -> Unit:
+    """Return the ledger's unit: everything that the accuracy depends on."""
+    space = ctx.space
+    whitening = [tensor for tensor in (space.zca_mean, space.zca_matrix) if tensor is not None]
+    zca = {"zca": _digest(*whitening)} if whitening else {}
+    spec = {
+        "dataset": ctx.dataset.fingerprint,
+        "split": split_name,
+        "held_out": _digest(ctx.split.images, ctx.split.labels),
+        "space": {"kind": space.kind, "mean": list(space.mean), "std": list(space.std), **zca},
+        "arch": check_arch(arch),
+        "recipe": recipe.dump(),
+        "device": ctx.device.type,
+        "seed": seed,
+    }
+    return Unit(kind="truth", spec=spec)
+
+
+def _digest(*tensors: Tensor) -> str:
+    """Return the sha256 (hex) of tensors' bytes."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def images_at_storage(distilled: DistilledSet) -> int:

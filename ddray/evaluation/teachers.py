@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddray.data import Dataset, PixelSpace, normalized_space
+from ddray.data import PixelSpace, normalized_space
 from ddray.errors import DdrayError
 from ddray.evaluation.protocol import EvalContext
 from ddray.nets import Net, check_arch
@@ -41,7 +41,8 @@ class Teachers:
     @torch.no_grad()
     def probabilities(self, images: Tensor, space: PixelSpace, temperature: float) -> Tensor:
         """Return soft labels [N, K] of images [N, C, H, W] that are in `space`."""
-        if not _same(space, self.space):
+        encoded = space.kind == self.space.kind == "normalized" and space.mean == self.space.mean
+        if not (encoded and space.std == self.space.std):
             images = self.space.encode(space.decode(images))
         images = images.contiguous(memory_format=torch.channels_last)
         each = (F.softmax(net(images) / temperature, 1) for net in self.nets)
@@ -51,10 +52,6 @@ class Teachers:
         """Return the command's JSON: arch and accuracy, and those of each teacher if there are several."""
         summary = {"arch": self.arch, "accuracy": self.accuracy}
         return {**summary, "each": list(self.each)} if len(self.each) > 1 else summary
-
-
-def _same(a: PixelSpace, b: PixelSpace) -> bool:
-    return a.kind == b.kind == "normalized" and a.mean == b.mean and a.std == b.std
 
 
 def get_teachers(
@@ -77,8 +74,14 @@ def get_teachers(
     space = normalized_space(ctx.dataset)
     accuracies = [accuracy(net, ctx.split, space, device=ctx.device) for net in nets]
     each = [{"arch": name, "accuracy": value} for name, value in zip(names, accuracies, strict=True)]
+    least = least_accuracy(ctx.dataset.num_classes, len(ctx.split))
     for name, value in zip(names, accuracies, strict=True):
-        _check(name, value, ctx.dataset, len(ctx.split))
+        if value <= least:  # a wrong label order is the usual reason, and makes students look broken
+            raise DdrayError(
+                f"teacher {name} must be better than chance before it teaches: its accuracy on "
+                f"{ctx.dataset.name} is {value:.3f}, needed {least:.3f}; train it longer: "
+                "--set teacher.epochs=N"
+            )
     teachers = Teachers(nets, space.to(ctx.device), "+".join(names), accuracies[0], each)
     if len(nets) == 1:
         return teachers
@@ -93,13 +96,3 @@ def least_accuracy(num_classes: int, num_images: int) -> float:
         return 0.0
     chance = 1 / num_classes
     return min(0.9, chance + 3 * math.sqrt(chance * (1 - chance) / num_images))
-
-
-def _check(arch: str, value: float, dataset: Dataset, num_images: int) -> None:
-    """Refuse a teacher at chance: a wrong label order is the usual reason, and makes students look broken."""
-    least = least_accuracy(dataset.num_classes, num_images)
-    if value <= least:
-        raise DdrayError(
-            f"teacher {arch} must be better than chance before it teaches: its accuracy on {dataset.name} is "
-            f"{value:.3f}, needed {least:.3f}; train it longer: --set teacher.epochs=N"
-        )

@@ -16,8 +16,7 @@ from ddray.pool.local import LocalPool
 from ddray.pool.spec import PoolSpec
 from ddray.seeding import derive, derive_seed
 from ddray.training.embedding import embed_images
-from ddray.training.loop import train
-from ddray.training.policies import Augmenter, augmenter
+from ddray.training.loop import Augmenter, augmenter, train
 from ddray.training.recipe import Recipe
 
 _DIFFUSION_KINDS: Final = ("diffusion", "latents", "inverted", "statistics")  # D3HR's stages

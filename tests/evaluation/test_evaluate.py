@@ -17,8 +17,7 @@ from ddray.evaluation.protocol import EvalContext, EvalResult, evaluate_archs, s
 from ddray.nets import build_net
 from ddray.seeding import derive
 from ddray.training import loop as module
-from ddray.training.loop import accuracy, train
-from ddray.training.policies import augmenter
+from ddray.training.loop import accuracy, augmenter, train
 from ddray.training.recipe import Recipe
 
 CPU = torch.device("cpu")

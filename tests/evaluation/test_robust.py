@@ -12,11 +12,15 @@ from ddray.artifact.distilled_set import TrainSet
 from ddray.data import Split, fit_zca, normalized_space
 from ddray.errors import DivergedError
 from ddray.evaluation import robust
-from ddray.evaluation import whole_set as whole
 from ddray.evaluation.hard import Hard
 from ddray.evaluation.protocol import EvalContext, summarise
-from ddray.evaluation.robust import Robust, augmentation_robust_score, label_robust_score, normalised_score
-from ddray.evaluation.whole_set import whole_set_accuracy
+from ddray.evaluation.robust import (
+    Robust,
+    augmentation_robust_score,
+    label_robust_score,
+    normalised_score,
+    whole_set_accuracy,
+)
 from ddray.training.recipe import Recipe
 
 CPU = torch.device("cpu")
@@ -176,8 +180,8 @@ class TestWholeSet:
     def test_it_is_trained_once(self, toy: Any, monkeypatch: pytest.MonkeyPatch, ddray_home: Path) -> None:
         dataset = toy(counts=(9, 9, 9))
         calls: list[int] = []
-        real_fit = whole.fit
-        monkeypatch.setattr(whole, "fit", lambda *a, **k: calls.append(1) or real_fit(*a, **k))
+        real_fit = robust.fit
+        monkeypatch.setattr(robust, "fit", lambda *a, **k: calls.append(1) or real_fit(*a, **k))
 
         first = self.accuracy(dataset)
         assert self.accuracy(dataset) == first

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +74,7 @@ def test_differences_are_in_standard_errors_of_both() -> None:
     assert comparison["difference"] == pytest.approx(0.03)
     assert comparison["difference_se"] == pytest.approx(0.03 / math.sqrt(0.004**2 + 0.012**2))
     assert compare(number, 0.35, None)["difference_se"] is None
-    printed = replace(number, std=None)
+    printed = number.model_copy(update={"std": None})
     without_std = compare(printed, 0.35, 0.004)
     assert (without_std["difference_se"], without_std["difference"]) == (None, pytest.approx(0.03)), (
         "it is not exact"

@@ -15,8 +15,7 @@ from ddray.jobs.plan import resolve
 from ddray.seeding import derive
 from ddray.training.cutmix import cutmix
 from ddray.training.dsa import dsa_for
-from ddray.training.loop import _factor, train
-from ddray.training.policies import augmenter
+from ddray.training.loop import _factor, augmenter, train
 from ddray.training.recipe import RECIPES, Recipe, named_recipe
 
 SPACE = PixelSpace("normalized", (0.5,), (0.25,))

@@ -16,8 +16,7 @@ from ddray.methods.families.selection import kcenter_order, pool_features
 from ddray.nets import Net, build_net, reinitialize
 from ddray.seeding import derive_numpy, derive_seed
 from ddray.training.dsa import DsaPlan, siamese
-from ddray.training.loop import train
-from ddray.training.policies import augmenter
+from ddray.training.loop import augmenter, train
 from ddray.training.recipe import Recipe
 
 Init = Literal["random", "first", "kcenter", "noise"]
