@@ -68,7 +68,10 @@ def check_size(plan: Plan, split: Split) -> None:
         least = budget + bisect_left(range(budget, enough), 1, key=num_stored)
         raise InputError(f"budget must be >= {least} images for {plan.method} on {name}, got {budget}")
     if num > len(split):
-        most = bisect_right(range(1, budget), len(split), key=num_stored)
+        too_many = 1  # a range can't be as long as any budget
+        while num_stored(too_many) <= len(split):
+            too_many *= 2
+        most = bisect_right(range(1, too_many), len(split), key=num_stored)
         raise InputError(f"budget must be <= {most} for {name} ({len(split)} images), got {budget}")
 
 
