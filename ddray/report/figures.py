@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import plotly.graph_objects as go
+from plotly.colors import qualitative
 from torch import Tensor
 
 from ddray.drawing.html import COLOURS, to_html
@@ -18,24 +20,19 @@ def group_of(cell: Mapping[str, Any]) -> str:
 
 
 def accuracy_bars(cells: Sequence[Mapping[str, Any]]) -> str:
-    """Return a bar chart of accuracy in percent with standard deviations, a colour per architecture.
+    """Return a bar chart of a group's accuracies in percent with standard deviations.
 
-    Published numbers are diamonds.
-
-    Args:
-        cells: the cells of one group.
+    An architecture has a colour, a published number is a diamond.
     """
-    import plotly.graph_objects as go
-
     figure = go.Figure()
     names = ["teacher", "augment"]
     if len({cell.get("settings") for cell in cells}) > 1:  # a shared setting would only clutter the legend
         names.append("settings")
-    archs = list(dict.fromkeys(_arch(cell, names) for cell in cells))
-    for arch_index, arch in enumerate(archs):
-        arch_cells = [
-            cell for cell in cells if _arch(cell, names) == arch and cell["accuracy_mean"] is not None
-        ]
+    by_arch: dict[str, list[Mapping[str, Any]]] = {}
+    for cell in cells:
+        by_arch.setdefault(_arch(cell, names), []).append(cell)
+    for arch_index, (arch, all_cells) in enumerate(by_arch.items()):
+        arch_cells = [cell for cell in all_cells if cell["accuracy_mean"] is not None]
         figure.add_bar(
             x=[cell["method"] for cell in arch_cells],
             y=[100 * cell["accuracy_mean"] for cell in arch_cells],
@@ -66,18 +63,10 @@ def _arch(cell: Mapping[str, Any], names: Sequence[str]) -> str:
 
 
 def loss_curves(sets: Sequence[SetView]) -> str:
-    """Return loss curves, one line per set, relative to its first value (methods' losses differ in scale).
-
-    Args:
-        sets: sets of one dataset and size; those without losses are left out.
-    """
-    import plotly.graph_objects as go
-
+    """Return the loss curves of sets, relative to the first value (methods' losses differ in scale)."""
     figure = go.Figure()
     labels = list(dict.fromkeys(view.label for view in sets))
     for view in sets:
-        if not view.losses:
-            continue
         label_index = labels.index(view.label)
         first = abs(view.losses[0][1]) or 1.0
         name = view.label if view.seed is None else f"{view.label}, seed {view.seed}"
@@ -102,8 +91,6 @@ def loss_curves(sets: Sequence[SetView]) -> str:
 
 def rung_curves(run: RunView) -> str | None:
     """Return val accuracy curves of a search's trials; None if no trial was evaluated twice."""
-    import plotly.graph_objects as go
-
     figure = go.Figure()
     for row in sorted((row for row in run.rows if row.kind == "trial"), key=lambda row: row.spec["number"]):
         scores = sorted((int(budget), value) for budget, value in row.result.get("rungs", {}).items())
@@ -126,14 +113,7 @@ def rung_curves(run: RunView) -> str | None:
 
 
 def plane_scatter(plane: Plane, row: int) -> str:
-    """Return a scatter plot: real images as small points, distilled images as stars, a colour per class.
-
-    Args:
-        plane: all points.
-        row: index into `plane.distilled`.
-    """
-    import plotly.graph_objects as go
-
+    """Return a scatter plot: real images as small points, a row's as stars, a colour per class."""
     label, points, classes = plane.distilled[row]
     figure = go.Figure()
     many = len(plane.class_names) > 20  # too many to tell apart by colour
@@ -173,7 +153,5 @@ def _rounded(values: Tensor) -> list[float]:
 def _class_colours(classes: Sequence[int], many: bool) -> list[str]:
     if many:
         return ["#8a94a3" if label_id >= 0 else "#d55e00" for label_id in classes]
-    from plotly.colors import qualitative
-
     palette = [*COLOURS[:7], *qualitative.Dark24]
     return ["#d55e00" if label_id < 0 else palette[label_id % len(palette)] for label_id in classes]

@@ -2,19 +2,22 @@
 
 import importlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+import pandas as pd
 import yaml
 
+from ddray.artifact.distilled_set import DistilledSet
 from ddray.config import Result
 from ddray.data import open_dataset
 from ddray.drawing.html import write_html
 from ddray.drawing.images import set_uri
 from ddray.errors import DdrayError, InputError
 from ddray.methods import get_method
+from ddray.ranking.report import scatter_plot
 from ddray.report import figures
 from ddray.report.plane import make_plane
 from ddray.report.runs import RunView, SetView, read_run
@@ -55,9 +58,8 @@ def write_page(
     """
     if out.is_dir():
         raise InputError(f"--out must be a file, {out} is a folder; add the page's name")
-    runs = _with_unique_labels(
-        [read_run(folder) for folder in dict.fromkeys(path.resolve() for path in folders)]
-    )
+    unique = dict.fromkeys(path.resolve() for path in folders)
+    runs = _with_unique_labels([read_run(folder) for folder in unique])
     cells = [cell for run in runs for cell in run.cells]
     sets = [view for run in runs for view in run.sets]
     write_html(
@@ -124,7 +126,8 @@ def _leaderboards(cells: Sequence[Mapping[str, Any]], sets: Sequence[SetView]) -
         )
 
         def sort_key(cell: Mapping[str, Any], data: list[str] = data, archs: list[str] = archs) -> Any:
-            where = (data.index(cell["dataset"]), str(cell.get("target", "")), _number(cell))
+            size = int(cell.get("ipc") or cell.get("budget") or 0)
+            where = (data.index(cell["dataset"]), str(cell.get("target", "")), size)
             return (*where, archs.index(cell["arch"]), -(cell["accuracy_mean"] or 0.0))
 
         protocol_cells.sort(key=sort_key)
@@ -152,16 +155,12 @@ def _leaderboards(cells: Sequence[Mapping[str, Any]], sets: Sequence[SetView]) -
         }
 
 
-def _number(cell: Mapping[str, Any]) -> int:
-    """Return a cell's size as an integer, for sorting."""
-    return int(cell.get("ipc") or cell.get("budget") or 0)
-
-
 def _with_sets(cell: Mapping[str, Any], sets: Sequence[SetView]) -> dict[str, Any]:
     """Return a cell with the storage and the seconds of its sets."""
-    cell_sets = [view for view in sets if _is_of(view, cell)]
+    where = (cell["method"], cell["dataset"], size_of(cell))
+    cell_sets = [view for view in sets if (view.label, view.dataset, view.size) == where]
     times = [view.wall_s for view in cell_sets if view.wall_s is not None]
-    distilled = next((loaded for view in cell_sets if (loaded := view.load()) is not None), None)
+    distilled = _first_readable(cell_sets)
     return {
         **cell,
         "storage": distilled.meta.storage_floats if distilled is not None else None,
@@ -169,8 +168,8 @@ def _with_sets(cell: Mapping[str, Any], sets: Sequence[SetView]) -> dict[str, An
     }
 
 
-def _is_of(view: SetView, cell: Mapping[str, Any]) -> bool:
-    return (view.label, view.dataset, view.size) == (cell["method"], cell["dataset"], size_of(cell))
+def _first_readable(sets: Iterable[SetView]) -> DistilledSet | None:
+    return next((distilled for view in sets if (distilled := view.load()) is not None), None)
 
 
 def _methods(cells: Sequence[Mapping[str, Any]], sets: Sequence[SetView]) -> Iterator[dict[str, Any]]:
@@ -179,15 +178,15 @@ def _methods(cells: Sequence[Mapping[str, Any]], sets: Sequence[SetView]) -> Ite
     for label in labels:
         method_sets = [view for view in sets if view.label == label]
         reached = [cell for cell in cells if cell["method"] == label and cell["accuracy_mean"] is not None]
-        first: dict[tuple[str, str], SetView] = {}
+        first: dict[str, SetView] = {}
         for view in method_sets:
-            first.setdefault((view.dataset, view.size), view)
+            first.setdefault(view.group, view)
         pictures = [
-            {"title": f"{view.dataset}, {view.size}", "data": picture}
-            for view in first.values()
+            {"title": title, "data": picture}
+            for title, view in first.items()
             if (distilled := view.load()) is not None and (picture := set_uri(distilled)) is not None
         ]
-        distilled = next((loaded for view in method_sets if (loaded := view.load()) is not None), None)
+        readable = _first_readable(method_sets)
         best = max(reached, key=lambda cell: cell["accuracy_mean"], default=None)
         yield {
             "label": label,
@@ -196,9 +195,7 @@ def _methods(cells: Sequence[Mapping[str, Any]], sets: Sequence[SetView]) -> Ite
             "best": best,
             "best_where": "" if best is None else f"{figures.group_of(best)}, {best['arch']}",
             "pictures": pictures,
-            "settings": ""
-            if distilled is None
-            else yaml.safe_dump(dict(distilled.meta.config), sort_keys=False),
+            "settings": yaml.safe_dump(dict(readable.meta.config), sort_keys=False) if readable else "",
         }
 
 
@@ -219,7 +216,7 @@ def _curves(sets: Sequence[SetView], runs: Sequence[RunView]) -> Iterator[dict[s
     groups: dict[str, list[SetView]] = {}
     for view in sets:
         if view.losses:
-            groups.setdefault(f"{view.dataset}, {view.size}", []).append(view)
+            groups.setdefault(view.group, []).append(view)
     for name, group_sets in list(groups.items())[:_MAX_CURVES]:
         yield {"title": f"Loss: {name}", "html": figures.loss_curves(group_sets)}
     for run in runs:
@@ -236,23 +233,18 @@ def _search(run: RunView) -> dict[str, Any]:
 
 def _rankings(run: RunView) -> Iterator[dict[str, Any]]:
     """Yield a scatter plot per proxy of a NAS run, or of the NAS sweeps of a bench."""
-    import pandas as pd
-
-    from ddray.ranking.report import scatter_plot
-
     folders = [run.folder] if run.command == "nas" else sorted((run.folder / "nas").glob("*/"))
     for folder in folders:
         path = folder / "results.csv"
         if not path.is_file():
             continue
         table = pd.read_csv(path)
-        for proxy in dict.fromkeys(table["proxy"]):
-            proxy_rows = table[table["proxy"] == proxy]
+        for proxy, proxy_rows in table.groupby("proxy", sort=False):
             both = proxy_rows[["proxy_accuracy", "truth_accuracy"]].dropna()
-            rho = both.corr(method="spearman").iloc[0, 1] if len(both) > 2 else None
+            rho: Any = both.corr(method="spearman").iloc[0, 1] if len(both) > 2 else None
             yield {
                 "title": f"{folder.name}: {proxy}",
-                "spearman": rho if rho == rho else None,
+                "spearman": None if pd.isna(rho) else rho,
                 "num_archs": len(both),
                 "html": scatter_plot(proxy_rows),
             }
@@ -260,13 +252,13 @@ def _rankings(run: RunView) -> Iterator[dict[str, Any]]:
 
 def _planes(sets: Sequence[SetView], data_dir: Path | None) -> Iterator[dict[str, Any]]:
     """Yield a t-SNE plane per dataset and size, with a plot per method; or why it can't be drawn."""
-    groups: dict[tuple[str, str], dict[str, SetView]] = {}
+    groups: dict[str, dict[str, SetView]] = {}
     for view in sets:
-        groups.setdefault((view.dataset, view.size), {}).setdefault(view.label, view)
-    for (name, size), sets_by_label in list(groups.items())[:_MAX_PLANES]:
-        title = f"{name}, {size}"
+        groups.setdefault(view.group, {}).setdefault(view.label, view)
+    for title, sets_by_label in list(groups.items())[:_MAX_PLANES]:
+        first, *others = sets_by_label.values()
         try:
-            plane = make_plane(open_dataset(name, data_dir=data_dir), list(sets_by_label.values()))
+            plane = make_plane(open_dataset(first.dataset, data_dir=data_dir), [first, *others])
         except DdrayError as error:
             yield {"title": title, "reason": str(error), "plots": [], "network": ""}
             continue

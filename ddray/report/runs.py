@@ -2,7 +2,7 @@
 
 import json
 import logging
-import statistics
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,8 @@ from ddray.errors import InputError
 from ddray.runs.folder import environments
 from ddray.runs.ledger import Ledger, Row
 from ddray.tables.columns import size_of
+from ddray.tables.table import accuracy_of, cells_of, drop_scaled_differences, failure_of
+from ddray.tables.units import Cell
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +45,14 @@ class SetView:
     losses: tuple[tuple[int, float], ...]
     wall_s: float | None
 
+    @property
+    def group(self) -> str:
+        """What sets that are drawn together share."""
+        return f"{self.dataset}, {self.size}"
+
     def sort_key(self) -> tuple[str, int, str, int]:
         """Return the key that sets are sorted by: dataset, size, row, seed."""
-        digits = "".join(letter for letter in self.size if letter.isdigit())
+        digits = "".join(filter(str.isdigit, self.size))
         return self.dataset, int(digits or 0), self.label, self.seed or 0
 
     def load(self) -> DistilledSet | None:
@@ -125,14 +132,10 @@ def read_run(folder: Path) -> RunView:
     ledger = Ledger(folder)
     rows = tuple(ledger.rows())
     events = ledger.events()
-    kinds = [str(event["event"]) for event in events]
-    hosts = [str(event["host"]) for event in events if "host" in event]
+    kinds = Counter(str(event["event"]) for event in events)
+    hosts = Counter(str(event["host"]) for event in events if "host" in event)
     cells_file = _read_cells(folder)
-    failed = [
-        {"unit": _name(row), "kind": row.kind, "key": row.key, "reason": row.error or ""}
-        for row in rows
-        if row.status == "failed"
-    ]
+    failed = [failure_of(_name(row), row) for row in rows if row.status == "failed"]
     cells = cells_file.get("cells") or _unfinished_cells(folder, config, rows)
     return RunView(
         folder=folder,
@@ -142,8 +145,8 @@ def read_run(folder: Path) -> RunView:
         environment=_read_json(environment_file),
         continued=tuple(_read_json(path) for path in environments(folder)),
         rows=rows,
-        events={kind: kinds.count(kind) for kind in sorted(set(kinds))},
-        hosts={host: hosts.count(host) for host in sorted(set(hosts))},
+        events=dict(sorted(kinds.items())),
+        hosts=dict(sorted(hosts.items())),
         cells=tuple(cells),
         failures=tuple(cells_file.get("failures") or failed),
         skipped=tuple(cells_file.get("skipped", ())),
@@ -191,12 +194,9 @@ def _unfinished_cells(folder: Path, config: Mapping[str, Any], rows: tuple[Row, 
     path = folder / "planned.json"
     if not path.is_file():
         return list(_cells(str(config.get("command")), str(config.get("dataset", "")), rows))
-    from ddray.tables.table import planned_cells
-
-    cells = planned_cells(path, {row.key: row for row in rows}.get)
-    if config.get("scale", "paper") != "paper":
-        for cell in cells:
-            cell.get("published", {})["difference_se"] = None
+    planned = [Cell.parse(values) for values in json.loads(path.read_text(encoding="utf-8"))]
+    cells = cells_of(planned, {row.key: row for row in rows}.get)
+    drop_scaled_differences(cells, str(config.get("scale", "paper")))
     return cells
 
 
@@ -217,16 +217,10 @@ def _cells(command: str, dataset: str, rows: tuple[Row, ...]) -> Iterator[dict[s
         if row.kind == "evaluate" and row.status == "done":
             label = _searched(row, rows) if command == "tune" else row.spec.get("method")
             spec, options = row.spec, row.spec.get("options", {})
-            name = (
-                label,
-                spec.get("dataset", dataset),
-                size_of(spec),
-                options.get("protocol", "hard"),
-                row.result["arch"],
-            )
-            groups.setdefault((*name, spec.get("target"), str(options.get("teachers", ""))), []).append(row)
-    for (label, on, _, protocol, arch, *_), group_rows in groups.items():
-        values = [float(value) for row in group_rows for value in row.result["per_seed"]]
+            name = (label, spec.get("dataset", dataset), options.get("protocol", "hard"), row.result["arch"])
+            further = (size_of(spec), spec.get("target"), str(options.get("teachers", "")))
+            groups.setdefault((*name, *further), []).append(row)
+    for (label, on, protocol, arch, *_), group_rows in groups.items():
         spec = group_rows[0].spec
         yield {
             "method": label,
@@ -234,9 +228,7 @@ def _cells(command: str, dataset: str, rows: tuple[Row, ...]) -> Iterator[dict[s
             **{name: spec[name] for name in ("ipc", "budget") if name in spec},
             "protocol": protocol,
             "arch": arch,
-            "accuracy_mean": statistics.fmean(values),
-            "accuracy_std": statistics.stdev(values) if len(values) > 1 else None,
-            "n": len(values),
+            **accuracy_of([value for row in group_rows for value in row.result["per_seed"]]),
             "num_sets": len(group_rows),
             "sets": [key for row in group_rows for key in _sets_behind(row, rows)],
         }
@@ -265,11 +257,10 @@ def _sets(
     folder: Path, config: Mapping[str, Any], rows: tuple[Row, ...], cells: list[dict[str, Any]]
 ) -> Iterator[SetView]:
     """Yield the run's distilled sets, once per table row that they belong to."""
-    labels: dict[str, list[str]] = {}
+    labels: dict[str, dict[str, None]] = {}  # ordered and unique
     for cell in cells:
         for key in cell.get("sets", ()):
-            if str(cell["method"]) not in labels.setdefault(key, []):
-                labels[key].append(str(cell["method"]))
+            labels.setdefault(key, {})[str(cell["method"])] = None
     for row in rows:
         path = folder / "artifacts" / f"{row.key}.pt"
         if row.kind == "distill" and "artifact" in row.result:
@@ -281,7 +272,7 @@ def _sets(
         curve = folder / "distilled.json" if config.get("command") == "distill" else path.with_suffix(".json")
         losses = _read_curve(curve)
         method = row.spec.get("method_name") or row.spec.get("method")
-        for label in labels.get(row.key, [str(method)]):
+        for label in labels.get(row.key, {str(method): None}):
             yield SetView(
                 label=label,
                 method=str(method),

@@ -6,25 +6,14 @@ from ddray.data import Dataset
 from ddray.errors import InputError, unknown
 from ddray.evaluation import get_protocol, protocol_names, target_protocols
 from ddray.evaluation.options import EvaluateOptions
-from ddray.jobs.plan import Plan
-from ddray.methods import get_method
+from ddray.jobs.plan import Plan, budget_method
 from ddray.tables.spec import BenchSpec, EvaluateSpec, MethodSpec
 
 # Options of an evaluation that the table itself sets.
-_SET_BY_TABLE: Final = {
-    "dataset",
-    "protocol",
-    "archs",
-    "seeds",
-    "epochs",
-    "split",
-    "augment",
-    "teachers",
-    "pixel_space",
-    "seed",
-    "data_dir",
-    "download",
-}
+_SET_BY_TABLE: Final = (
+    *("dataset", "protocol", "archs", "seeds", "epochs", "split", "augment", "teachers"),
+    *("pixel_space", "seed", "data_dir", "download"),
+)
 
 
 def check_names(spec: BenchSpec) -> None:
@@ -33,20 +22,20 @@ def check_names(spec: BenchSpec) -> None:
     Raises:
         InputError: with the nearest name, or where the setting belongs.
     """
+    protocols = (*protocol_names(), "nas")
     for evaluation_spec in spec.evaluate:
-        protocols = (*protocol_names(), "nas")
-        if evaluation_spec.protocol not in protocols:
-            raise unknown("evaluate.protocol", evaluation_spec.protocol, protocols)
+        protocol = evaluation_spec.protocol
+        if protocol not in protocols:
+            raise unknown("evaluate.protocol", protocol, protocols)
         for name in ("archs", "epochs", "seeds", "augment", "target", "teacher"):
-            if evaluation_spec.protocol == "nas" and getattr(evaluation_spec, name):
+            if protocol == "nas" and getattr(evaluation_spec, name):
                 raise InputError(
                     f"evaluate.{name} must be left out with protocol nas, which takes its own under options "
                     f"(as `ddray nas` has them), got {getattr(evaluation_spec, name)!r}"
                 )
-        is_ranking = evaluation_spec.protocol == "nas"
-        recipes = ("none",) if is_ranking else get_protocol(evaluation_spec.protocol).recipes
+        recipes = ("none",) if protocol == "nas" else get_protocol(protocol).recipes
         if evaluation_spec.recipe is not None and evaluation_spec.recipe not in recipes:
-            raise unknown(f"evaluate.recipe of {evaluation_spec.protocol}", evaluation_spec.recipe, recipes)
+            raise unknown(f"evaluate.recipe of {protocol}", evaluation_spec.recipe, recipes)
 
 
 def _trains_on_target(evaluation_spec: EvaluateSpec) -> bool:
@@ -55,12 +44,8 @@ def _trains_on_target(evaluation_spec: EvaluateSpec) -> bool:
 
 
 def check_row(row: MethodSpec, evaluation_spec: EvaluateSpec) -> None:
-    """Refuse to score sets without labels with a protocol that needs them.
-
-    Raises:
-        InputError: the row is of a self-supervised method, and the protocol needs labels.
-    """
-    if getattr(get_method(row.name), "uses_budget", False) and not _trains_on_target(evaluation_spec):
+    """Refuse to score the sets of a self-supervised method with a protocol that needs labels (InputError)."""
+    if budget_method(row.name) is not None and not _trains_on_target(evaluation_spec):
         raise InputError(
             f"evaluate.protocol must be {target_protocols()} for {row.row}, whose sets hold targets and no "
             f"labels, got {evaluation_spec.protocol}"

@@ -2,8 +2,6 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from operator import methodcaller
 from typing import Any, Final, Literal
 
 from ddray.drawing.text import percent
@@ -19,23 +17,44 @@ class Column:
 
     Attributes:
         header: its title for people.
-        value: a cell's value, by which people sort; None if the cell has none.
-        text: the value as people read it; called for cells that have one.
+        name: of its value, by which people sort, in a cell or in what `_flat` adds to it.
+        format: the value as people read it, from such a cell that has one; default: as it is.
         kind: `name` tells what a row is, `setting` how it was evaluated, `number` what came out.
-        csv: values by their names in table.csv; default: those of the JSON that no column has, by name.
+        csv: names of its values in table.csv; what no column has follows by name.
         note: where the value is from.
     """
 
     header: str
-    value: Callable[[Entry], Any]
-    text: Callable[[Entry], str]
+    name: str
+    format: Callable[[Entry], str] | None = None
     kind: Literal["name", "setting", "number"] = "number"
-    csv: Mapping[str, Callable[[Entry], Any]] | None = None
+    csv: tuple[str, ...] = ()
     note: Callable[[Entry], str] | None = None
+
+    def value(self, entry: Entry) -> Any:
+        """Return a cell's value; None if the cell has none."""
+        return _flat(entry).get(self.name)
 
     def text_of(self, entry: Entry) -> str:
         """Return a cell's text; `-` if it has no value."""
-        return "-" if self.value(entry) is None else self.text(entry)
+        flat = _flat(entry)
+        if flat.get(self.name) is None:
+            return "-"
+        return str(flat[self.name]) if self.format is None else self.format(flat)
+
+
+def _flat(entry: Entry) -> Entry:
+    """Return a cell with its size, and its published number, as values of their own."""
+    flat = {**entry, "size": entry.get("ipc") or entry.get("budget")}
+    if published := flat.pop("published", None):
+        flat |= {
+            "published": published["accuracy_mean"],
+            "published_std": published["accuracy_std"],
+            "published_source": f"{published['paper']}, {published['table']}",
+            "difference": published["difference"],
+            "difference_se": published["difference_se"],
+        }
+    return flat
 
 
 def short(value: float) -> str:
@@ -51,33 +70,18 @@ def size_of(entry: Entry) -> str:
 
 
 def _field(name: str, header: str | None = None, kind: Literal["name", "setting"] = "name") -> Column:
-    get = methodcaller("get", name)
-    return Column(header or name, get, lambda entry: str(entry[name]), kind, {name: get})
+    return Column(header or name, name, kind=kind, csv=(name,))
 
 
-def _figure(name: str, header: str, text: Callable[[float], str] = short) -> Column:
-    return Column(header, methodcaller("get", name), lambda entry: text(entry[name]))
-
-
-def _published(name: str, entry: Entry) -> Any:
-    return entry.get("published", {}).get(name)
-
-
-def _source(entry: Entry) -> str | None:
-    return f"{entry['published']['paper']}, {entry['published']['table']}" if "published" in entry else None
+def _figure(name: str, header: str, text: Callable[[float], str] = short, *, csv: bool = False) -> Column:
+    return Column(header, name, lambda entry: text(entry[name]), csv=(name,) if csv else ())
 
 
 _COLUMNS: Final = (
     _field("method"),
     _field("dataset"),
     _field("target", "scored on"),
-    Column(
-        "size",
-        lambda entry: entry.get("ipc") or entry.get("budget"),
-        size_of,
-        "name",
-        {name: methodcaller("get", name) for name in ("ipc", "budget")},
-    ),
+    Column("size", "size", size_of, "name", csv=("ipc", "budget")),
     _field("protocol"),
     _field("teacher", kind="setting"),
     _field("augment", "augmentation", kind="setting"),
@@ -85,41 +89,28 @@ _COLUMNS: Final = (
     _field("arch"),
     Column(
         "accuracy %",
-        methodcaller("get", "accuracy_mean"),
+        "accuracy_mean",
         lambda entry: percent(entry["accuracy_mean"], entry["accuracy_std"]),
-        csv={name: methodcaller("get", name) for name in ("accuracy_mean", "accuracy_std")},
+        csv=("accuracy_mean", "accuracy_std"),
     ),
     Column(
         "n (sets)",
-        methodcaller("get", "n"),
+        "n",
         lambda entry: f"{entry['n']} ({entry['num_sets']})",
-        csv={name: methodcaller("get", name) for name in ("n", "num_sets", "standard_error")},
+        csv=("n", "num_sets", "standard_error"),
     ),
     Column(
         "published %",
-        partial(_published, "accuracy_mean"),
-        lambda entry: percent(entry["published"]["accuracy_mean"], entry["published"]["accuracy_std"]),
-        csv={
-            "published": partial(_published, "accuracy_mean"),
-            "published_std": partial(_published, "accuracy_std"),
-            "published_source": _source,
-        },
-        note=lambda entry: str(_source(entry)),
+        "published",
+        lambda entry: percent(entry["published"], entry["published_std"]),
+        csv=("published", "published_std", "published_source"),
+        note=lambda entry: str(_flat(entry).get("published_source")),
     ),
-    Column(
-        "difference",
-        partial(_published, "difference"),
-        lambda entry: f"{100 * entry['published']['difference']:+.2f}",
-        csv={"difference": partial(_published, "difference")},
-    ),
-    Column(
-        "in SE",
-        partial(_published, "difference_se"),
-        lambda entry: f"{entry['published']['difference_se']:+.1f}",
-        csv={"difference_se": partial(_published, "difference_se")},
-    ),
+    _figure("difference", "difference", lambda value: f"{100 * value:+.2f}", csv=True),
+    _figure("difference_se", "in SE", "{:+.1f}".format, csv=True),
 )
-_RANKING: Final = (
+# The ranking's figures, then what the report page adds to a cell.
+_FIGURES: Final = (
     _figure("spearman", "Spearman"),
     _figure("published_spearman", "published Spearman"),
     _figure("spearman_top20", "Spearman, top 20 %"),
@@ -128,9 +119,9 @@ _RANKING: Final = (
     _figure("published_search_time", "published minutes"),
     _figure("storage_images", "images"),
     _figure("published_storage_images", "published images"),
+    _figure("storage", "storage", "{:,}".format),
+    _figure("wall_s", "seconds"),
 )
-# The report page adds these to a cell.
-_OF_SETS: Final = (_figure("storage", "storage", "{:,}".format), _figure("wall_s", "seconds"))
 
 
 def columns_of(entries: Iterable[Entry]) -> list[Column]:
@@ -143,11 +134,12 @@ def columns_of(entries: Iterable[Entry]) -> list[Column]:
         for name, measure in get_protocol(protocol).measures.items()
         if measure.in_tables
     ]
-    columns = (*_COLUMNS, *measures, *_RANKING, *_OF_SETS)
+    columns = (*_COLUMNS, *measures, *_FIGURES)
     return [column for column in columns if any(column.value(entry) is not None for entry in entries)]
 
 
 def csv_row(entry: Entry) -> dict[str, Any]:
     """Return a cell's line in table.csv: the columns' values, then the figures by name."""
-    values = {name: get(entry) for column in _COLUMNS for name, get in (column.csv or {}).items()}
+    flat = _flat(entry)
+    values = {name: flat.get(name) for column in _COLUMNS for name in column.csv}
     return {**values, **{name: entry[name] for name in sorted(entry) if name not in values}}

@@ -1,25 +1,27 @@
 """What a bench would cost: its units, without reading an image."""
 
-from dataclasses import replace
+import json
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from ddray.config import read_yaml
 from ddray.data import Dataset, open_dataset
 from ddray.data.catalog import KNOWN
 from ddray.errors import InputError
 from ddray.jobs.context import check_plan
-from ddray.runs.ledger import Ledger
-from ddray.tables.cost import forecast, sweep_of
-from ddray.tables.graph import build_graph
-from ddray.tables.nas_table import sweep_folder
+from ddray.runs.ledger import Ledger, Row
+from ddray.tables.cost import Estimate, History
+from ddray.tables.graph import build_graph, pool_unit
+from ddray.tables.nas_table import NasSweep, resolve_sweeps
 from ddray.tables.options import BenchOptions
 from ddray.tables.result import Forecast
-from ddray.tables.run import check_sweeps
 from ddray.tables.spec import BenchSpec
+from ddray.tables.units import Graph
+from ddray.tables.worker import predict_pool_specs
 
 # Datasets whose class names are only in their files: the number of classes, for dry runs without the files.
-_NUM_CLASSES = {
+_NUM_CLASSES: Final = {
     "tiny_imagenet": 200,
     "imagenet": 1000,
     "cub200": 200,
@@ -44,28 +46,86 @@ def dry_run(spec: BenchSpec, options: BenchOptions, *, run_dir: Path | None) -> 
     if run_dir is not None and (run_dir / "config.yaml").is_file():
         fingerprints = dict(read_yaml(run_dir / "config.yaml").get("fingerprints", {}))
         ledger = Ledger(run_dir)
-    opened: dict[str, Dataset] = {}
 
+    @cache
     def get(name: str) -> Dataset:
-        if name not in opened:
-            opened[name] = _facts(name, options.data_dir)
-            opened[name].__dict__["fingerprint"] = fingerprints.get(name, "unread")
-        return opened[name]
+        dataset = _facts(name, options.data_dir)
+        dataset.__dict__["fingerprint"] = fingerprints.get(name, "unread")
+        return dataset
 
     graph = build_graph(spec, get, check_plan)
-    sweeps = check_sweeps(graph, spec, options, get)
-    priced = []
-    for sweep, sweep_options in zip(graph.sweeps, sweeps, strict=True):
-        num_done = 0 if run_dir is None else len(Ledger(sweep_folder(sweep, sweep_options, run_dir)).rows())
-        priced.append(replace(sweep_of(sweep, sweep_options, get(sweep.dataset)), num_done=num_done))
-    return Forecast.parse(
-        {
-            "name": spec.name,
-            "scale": options.scale,
-            **forecast(graph, ledger, options.device, priced),
-            "nas_sweeps": [sweep_options.space for sweep_options in sweeps],
-        }
+    sweeps = resolve_sweeps(graph, spec, options, get)
+    history = History(options.device)
+    lines, is_pool_known = _unit_lines(graph, ledger, history)
+    lines += [_sweep_line(graph, sweep, get(sweep.spec.dataset), run_dir, history) for sweep in sweeps]
+    missing = [line for line in lines if line["status"] == "missing"]
+    guessed = [line["estimate_s"] for line in missing if line["estimate_s"] is not None]
+    return Forecast(
+        name=spec.name,
+        scale=options.scale,
+        units=lines,
+        num_units=len(lines),
+        num_missing=len(missing),
+        pool_known=is_pool_known,
+        estimate_s=sum(guessed) if guessed else (None if missing else 0.0),
+        num_without_estimate=len(missing) - len(guessed),
+        num_from_smaller=sum(line["from_smaller"] for line in missing),
+        nas_sweeps=[sweep.options.space for sweep in sweeps],
     )
+
+
+def _unit_lines(graph: Graph, ledger: Ledger | None, history: History) -> tuple[list[dict[str, Any]], bool]:
+    """Return one line per pool entry and unit, and whether every method says which entries it needs."""
+    titles = {unit.key: unit.title for unit in graph.units()}
+    units = []
+    is_pool_known = True
+    needs_no_pool: set[str] = set()  # settings whose method needs nothing at any size and seed
+    pool: dict[str, dict[str, Any]] = {}
+    for unit in graph.units():
+        row = ledger.row(unit.key) if ledger is not None else None
+        needs = [titles[key] for key in unit.identity.inputs]
+        if unit.kind == "distill" and row is None:
+            plan = graph.plans[unit.key]
+            settings = json.dumps([plan.method, plan.dataset.name, plan.config.dump()])
+            specs = () if settings in needs_no_pool else predict_pool_specs(plan)
+            if specs == ():
+                needs_no_pool.add(settings)
+            is_pool_known = is_pool_known and specs is not None
+            for spec in specs or ():
+                name = f"pool {spec.kind} {spec.arch} for {unit.dataset}, seed {spec.seed}"
+                entry = _line(name, "pool", None, [], history.estimate(pool_unit(unit, spec)))
+                pool.setdefault(f"{name} {spec.key}", entry)
+                needs.append(name)
+        units.append(_line(unit.title, unit.kind, row, needs, history.estimate(unit)))
+    return [*pool.values(), *units], is_pool_known
+
+
+def _sweep_line(
+    graph: Graph, sweep: NasSweep, dataset: Dataset, run_dir: Path | None, history: History
+) -> dict[str, Any]:
+    num_trainings = sweep.num_trainings(dataset)
+    num_done = 0 if run_dir is None else len(Ledger(sweep.folder(run_dir)).rows())
+    num_left = max(0, num_trainings - num_done)
+    needs = [graph.distil[key].title for key in sweep.spec.sets]
+    estimate = history.sweep(sweep.options.space, sweep.spec.dataset, num_left)
+    return {
+        **_line(sweep.title, "nas", None, needs, estimate),
+        **({} if num_left else {"status": "done"}),
+        "num_trainings": num_trainings,
+        "num_trainings_left": num_left,
+    }
+
+
+def _line(unit: str, kind: str, row: Row | None, needs: list[str], estimate: Estimate) -> dict[str, Any]:
+    return {
+        "unit": unit,
+        "kind": kind,
+        "status": row.status if row is not None else "missing",
+        "needs": needs,
+        "estimate_s": estimate.wall_s,
+        "past_units": estimate.units,
+        "from_smaller": estimate.is_from_smaller,
+    }
 
 
 def _facts(name: str, data_dir: Path | None) -> Dataset:
@@ -75,18 +135,14 @@ def _facts(name: str, data_dir: Path | None) -> Dataset:
     except InputError:
         if name not in KNOWN:
             raise
-    catalog_entry = KNOWN[name]
-    names = catalog_entry.class_names or tuple(
-        f"class {class_index}" for class_index in range(_NUM_CLASSES[name])
-    )
-    channels = catalog_entry.shape[0]
+    entry = KNOWN[name]
     return Dataset(
         name=name,
-        class_names=names,
-        image_shape=catalog_entry.shape,
-        mean=catalog_entry.mean or (0.5,) * channels,
-        std=catalog_entry.std or (0.5,) * channels,
-        can_flip=catalog_entry.can_flip,
+        class_names=entry.class_names or tuple(f"class {index}" for index in range(_NUM_CLASSES[name])),
+        image_shape=entry.shape,
+        mean=entry.mean or (0.5,) * entry.shape[0],
+        std=entry.std or (0.5,) * entry.shape[0],
+        can_flip=entry.can_flip,
         load_train=_no_images,
         load_test=_no_images,
     )

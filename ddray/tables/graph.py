@@ -27,6 +27,8 @@ from ddray.training.recipe import RECIPES, TeacherRecipe
 # Changing how many networks are trained on a set does not change the set.
 _COUNTS = ("seeds", "val_seeds")
 OpenDataset = Callable[[str], Dataset]
+Sets = list[tuple[BenchUnit, Plan]]
+"""The distillations of one row, dataset and size, by seed."""
 
 
 def build_graph(
@@ -45,39 +47,35 @@ def build_graph(
     distil: dict[str, BenchUnit] = {}
     evaluate: dict[str, BenchUnit] = {}
     plans: dict[str, Plan] = {}
-    labels: dict[str, list[str]] = {}
-    cells = []
-    proxies: dict[tuple[int, str, tuple[str, int]], list[tuple[Cell, tuple[str, ...]]]] = {}
+    cells: list[Cell] = []
+    proxies: dict[tuple[int, str, tuple[str, int]], list[Cell]] = {}
     check_names(spec)
     for row, name, size in _combinations(spec):
-        sets = [
-            distil_unit(spec, row, open_dataset(name), name, size, spec.seed + seed_index)
-            for seed_index in range(spec.seeds)
-        ]
+        seeds = range(spec.seed, spec.seed + spec.seeds)
+        sets = [distil_unit(spec, row, open_dataset(name), name, size, seed) for seed in seeds]
         check(sets[0][1])
         for unit, plan in sets:
             distil.setdefault(unit.key, unit)
             plans.setdefault(unit.key, plan)
-            labels.setdefault(unit.key, []).append(row.row)
         for evaluation_index, evaluation_spec in enumerate(map(spec.within, spec.evaluate)):
-            if name not in spec.scored(evaluation_spec):
+            if name not in spec.datasets(evaluation_spec):
                 continue
             check_row(row, evaluation_spec)
             if evaluation_spec.protocol == "nas":
-                proxy_sets = proxies.setdefault((evaluation_index, name, size), [])
-                proxy_sets.append(
-                    (_proxy_cell(spec, row, evaluation_spec, *sets[0]), tuple(w.key for w, _ in sets))
-                )
+                space = str(evaluation_spec.options.get("space", DEFAULT_SPACE))
+                target = sets[0][1].dataset.name
+                proxy_cell = _cell(spec, row, evaluation_spec, sets, {}, arch=space, target=target)
+                proxies.setdefault((evaluation_index, name, size), []).append(proxy_cell)
                 continue
             for cell, units in _cells(spec, row, evaluation_spec, sets, open_dataset):
                 cells.append(cell)
                 evaluate.update({unit.key: unit for unit in units})
     ordered = dict(sorted(distil.items(), key=lambda item: -item[1].amount))
     sweeps = tuple(
-        SweepSpec(evaluation_index, spec.evaluate[evaluation_index], name, tuple(proxy_sets))
-        for (evaluation_index, name, _), proxy_sets in proxies.items()
+        SweepSpec(evaluation_index, spec.evaluate[evaluation_index], name, tuple(proxy_cells))
+        for (evaluation_index, name, _), proxy_cells in proxies.items()
     )
-    return Graph(ordered, evaluate, tuple(cells), sweeps, plans, labels)
+    return Graph(ordered, evaluate, tuple(cells), sweeps, plans)
 
 
 def _combinations(spec: BenchSpec) -> Iterator[tuple[MethodSpec, str, tuple[str, int]]]:
@@ -111,7 +109,6 @@ def distil_unit(
     }
     real = getattr(plan.config.method, "batch_real", 0)  # per class, or in total with a budget
     images = plan.budget + real if plan.budget else dataset.num_classes * (plan.ipc + real)
-    one = multiply_adds(plan.arch, dataset.image_shape)
     unit = BenchUnit(
         identity=Unit(kind="distill", spec=unit_spec),
         title=f"{row.row} {dataset.name} {size[0]} {size[1]} seed {seed}",
@@ -122,7 +119,7 @@ def distil_unit(
         budget=plan.budget,
         seed=seed,
         config=config,
-        amount=float((1 + plan.config.steps) * images * one),
+        amount=float((1 + plan.config.steps) * images * multiply_adds(plan.arch, dataset.image_shape)),
         val_seed=spec.val_seed,
     )
     return unit, plan
@@ -130,180 +127,155 @@ def distil_unit(
 
 def _limited(spec: BenchSpec, row: MethodSpec, dataset: Dataset, size: tuple[str, int], seed: int) -> Plan:
     """Resolve a row, then lower what exceeds the spec's limits."""
-    shared = MethodSpec(name=row.name, set=spec.set).layers()
-    layers = [*shared, *row.layers()]
+    layers = [*MethodSpec(name=row.name, set=spec.set).layers(), *row.layers()]
     size_argument: dict[str, Any] = {size[0]: size[1]}
 
-    def resolved(limit_layers: list[dict[str, Any]]) -> Plan:
+    def resolved(*limits: dict[str, Any]) -> Plan:
+        all_layers = [*layers, *limits]
         try:
             return resolve(
-                row.name,
-                dataset,
-                **size_argument,
-                seed=seed,
-                preset=row.preset,
-                layers=[*layers, *limit_layers],
+                row.name, dataset, **size_argument, seed=seed, preset=row.preset, layers=all_layers
             )
         except InputError as error:
             raise InputError(f"row {row.row}: {error}") from error
 
-    plan, limits = resolved([]), spec.limits
-    lower: dict[str, Any] = {}
-    method_settings = plan.config.method.dump()
-    if limits.steps is not None:
-        if plan.config.steps > limits.steps:
-            lower["steps"] = limits.steps
-        lower = merge(lower, {"method": _lowered(method_settings, "steps", limits.steps)})
-    if limits.epochs is not None:
-        lower = merge(lower, {"method": _lowered(method_settings, "epochs", limits.epochs)})
-        if plan.config.evaluate.epochs > limits.epochs:
-            lower = merge(lower, {"evaluate": {"epochs": limits.epochs}})
-    if limits.networks is not None and plan.config.evaluate.seeds > limits.networks:
-        lower = merge(lower, {"evaluate": {"seeds": limits.networks}})
-    if limits.batch_real is not None and getattr(plan.config.method, "batch_real", 0) > limits.batch_real:
-        lower = merge(lower, {"method": {"batch_real": limits.batch_real}})
-    return resolved([lower]) if lower not in ({}, {"method": {}}) else plan
+    plan, limits = resolved(), spec.limits
+    settings = plan.config.method.dump()
+    batch = {"batch_real": limits.batch_real}
+    lower: dict[str, Any] = {
+        "method": merge(
+            _lowered(settings, "steps", limits.steps),
+            _lowered(settings, "epochs", limits.epochs),
+            batch if _is_above(settings.get("batch_real"), limits.batch_real) else {},
+        ),
+        "evaluate": {
+            name: limit
+            for name, limit in (("epochs", limits.epochs), ("seeds", limits.networks))
+            if _is_above(getattr(plan.config.evaluate, name), limit)
+        },
+        **({"steps": limits.steps} if _is_above(plan.config.steps, limits.steps) else {}),
+    }
+    return plan if lower == {"method": {}, "evaluate": {}} else resolved(lower)
 
 
-def _lowered(settings: Mapping[str, Any], word: str, limit: int) -> dict[str, Any]:
-    """Return the method's own settings that exceed a limit (teachers' epochs, inner steps), set to it.
-
-    Args:
-        settings: the method's settings, nested.
-        word: `epochs` or `steps`: applies to settings with this word in their name.
-        limit: the maximum.
-    """
+def _lowered(settings: Mapping[str, Any], word: str, limit: int | None) -> dict[str, Any]:
+    """Return the (nested) settings with a word in their name, such as `inner_steps`, that exceed a limit."""
     lower: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping) and (within := _lowered(value, word, limit)):
             lower[name] = within
-        elif word in name.split("_") and isinstance(value, int) and value > limit:
+        elif word in name.split("_") and _is_above(value, limit):
             lower[name] = limit
     return lower
 
 
+def _is_above(value: Any, limit: int | None) -> bool:
+    """Return whether an integer is above a limit; anything else is refused later, by its own rule."""
+    return limit is not None and isinstance(value, int) and value > limit
+
+
 def _cells(
+    spec: BenchSpec, row: MethodSpec, evaluation_spec: EvaluateSpec, sets: Sets, open_dataset: OpenDataset
+) -> Iterator[tuple[Cell, list[BenchUnit]]]:
+    """Yield the cells of a row's sets under one evaluation, each with its units."""
+    first, plan = sets[0]
+    for name, teacher, arch in itertools.product(
+        evaluation_spec.target or (first.dataset,),
+        evaluation_spec.teacher or (None,),
+        evaluation_spec.archs or (plan.arch,),
+    ):
+        target = open_dataset(name)
+        choices = {
+            "dataset": None if name == first.dataset else name,
+            "archs": [resolve_arch(arch, plan.dataset.image_shape)],
+            "teachers": None if teacher is None else teacher.split("+"),
+        }
+        units = []
+        for unit, set_plan in sets:
+            check_evaluation(evaluation_spec, set_plan, target)
+            options = _evaluate_options(evaluation_spec, spec.limits, set_plan, choices)
+            units.append(_evaluate_unit(evaluation_spec, unit, set_plan, target, options))
+        cell = _cell(
+            spec,
+            row,
+            evaluation_spec,
+            sets,
+            units[0].options,
+            arch=units[0].identity.spec["arch"],
+            target=target.name,
+            teacher=teacher,
+            keys=tuple(unit.key for unit in units),
+        )
+        yield cell, units
+
+
+def _cell(
     spec: BenchSpec,
     row: MethodSpec,
     evaluation_spec: EvaluateSpec,
-    sets: list[tuple[BenchUnit, Plan]],
-    open_dataset: OpenDataset,
-) -> list[tuple[Cell, list[BenchUnit]]]:
-    """Return the cells of a row's sets under one evaluation, each with its units."""
-    cells = []
-    first, plan = sets[0]
-    for name in evaluation_spec.target or (first.dataset,):
-        target = open_dataset(name)
-        for teacher in evaluation_spec.teacher or (None,):
-            for arch in evaluation_spec.archs or (plan.arch,):
-                units = [
-                    _evaluate_unit(
-                        spec,
-                        evaluation_spec,
-                        unit,
-                        set_plan,
-                        target,
-                        name,
-                        resolve_arch(arch, plan.dataset.image_shape),
-                        teacher,
-                    )
-                    for unit, set_plan in sets
-                ]
-                cell = Cell(
-                    method=row.row,
-                    name=row.name,
-                    dataset=plan.dataset.name,
-                    num_classes=plan.dataset.num_classes,
-                    size=first.size,
-                    protocol=evaluation_spec.protocol,
-                    arch=units[0].identity.spec["arch"],
-                    target=target.name,
-                    teacher=teacher,
-                    augment=evaluation_spec.augment,
-                    settings=_settings(evaluation_spec, units[0].options),
-                    keys=tuple(unit.key for unit in units),
-                    source=_source(spec.published, evaluation_spec.published, row.published),
-                )
-                cells.append((cell, units))
-    return cells
-
-
-def _settings(evaluation_spec: EvaluateSpec, options: Mapping[str, Any]) -> str | None:
-    """Return what distinguishes evaluations of one protocol: the table's settings, within the limits."""
-    table_settings = {
-        "recipe": evaluation_spec.recipe,
-        "epochs": evaluation_spec.epochs,
-        **evaluation_spec.options,
-    }
-    limited_settings = {
-        name: options.get(name, value) for name, value in table_settings.items() if value is not None
-    }
-    return ", ".join(f"{name}={value}" for name, value in limited_settings.items()) or None
-
-
-def _proxy_cell(
-    spec: BenchSpec, row: MethodSpec, evaluation_spec: EvaluateSpec, unit: BenchUnit, plan: Plan
+    sets: Sets,
+    options: Mapping[str, Any],
+    **scored_as: Any,
 ) -> Cell:
-    """Return the cell of a row's sets as proxies."""
+    """Return the cell of a row's sets; of its sources, the last one that sets a field wins."""
+    unit, plan = sets[0]
+    sources = (spec.published, evaluation_spec.published, row.published)
     return Cell(
         method=row.row,
         name=row.name,
         dataset=plan.dataset.name,
         num_classes=plan.dataset.num_classes,
         size=unit.size,
-        protocol="nas",
-        arch=str(evaluation_spec.options.get("space", DEFAULT_SPACE)),
-        target=plan.dataset.name,
-        teacher=None,
-        augment=None,
-        settings=_settings(evaluation_spec, {}),
-        keys=(),
-        source=_source(spec.published, evaluation_spec.published, row.published),
+        protocol=evaluation_spec.protocol,
+        augment=evaluation_spec.augment,
+        settings=_settings(evaluation_spec, options),
+        source=PublishedSource.parse(merge(*(source.model_dump(exclude_none=True) for source in sources))),
+        sets=tuple(unit.key for unit, _ in sets),
+        **scored_as,
     )
 
 
-def _source(*sources: PublishedSource) -> PublishedSource:
-    """Merge sources field by field; the last one that sets a field wins."""
-    return PublishedSource.parse(
-        merge(*({k: v for k, v in source.dump().items() if v is not None} for source in sources))
-    )
+def _settings(evaluation_spec: EvaluateSpec, options: Mapping[str, Any]) -> str | None:
+    """Return what distinguishes evaluations of one protocol: the table's settings, within the limits."""
+    settings = {"recipe": evaluation_spec.recipe, "epochs": evaluation_spec.epochs, **evaluation_spec.options}
+    limited = {name: options.get(name, value) for name, value in settings.items() if value is not None}
+    return ", ".join(f"{name}={value}" for name, value in limited.items()) or None
 
 
-def _evaluate_unit(
-    spec: BenchSpec,
-    evaluation_spec: EvaluateSpec,
-    unit: BenchUnit,
-    plan: Plan,
-    target: Dataset,
-    name: str,
-    arch: str,
-    teacher: str | None,
-) -> BenchUnit:
-    """Return the unit that scores one set with one architecture."""
-    check_evaluation(evaluation_spec, plan, target)
-    method_defaults = plan.config.evaluate
+def _evaluate_options(
+    evaluation_spec: EvaluateSpec, limits: Limits, plan: Plan, choices: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return an evaluation's options (see `EvaluateOptions`) within the limits, without those that are None.
+
+    Epochs that the method decides are left out: they are limited already.
+    """
     recipe = evaluation_spec.recipe or evaluation_spec.options.get("recipe")
-    networks = min(evaluation_spec.seeds or method_defaults.seeds, spec.limits.networks or 2**31)
-    recipe_epochs = RECIPES.get(recipe or "", {}).get("epochs")
+    epochs, networks = evaluation_spec.epochs, evaluation_spec.seeds or plan.config.evaluate.seeds
     is_fixed = recipe is not None or get_protocol(evaluation_spec.protocol).config_type is not EvaluateConfig
-    epochs = _within(spec.limits.epochs, evaluation_spec.epochs, recipe_epochs, is_fixed=is_fixed)
-    options: dict[str, Any] = {
+    if limits.epochs is not None and (epochs is not None or is_fixed):
+        epochs = min(epochs or RECIPES.get(recipe or "", {}).get("epochs") or limits.epochs, limits.epochs)
+    options = {
         **evaluation_spec.options,
-        "dataset": None if name == unit.dataset else name,
+        **choices,
         "protocol": evaluation_spec.protocol,
-        "archs": [arch],
         "epochs": epochs,
-        "seeds": networks,
+        "seeds": min(networks, limits.networks or networks),
         "augment": evaluation_spec.augment,
         "recipe": recipe,
         # The same networks for every method, so that rows differ only in their sets.
-        "seed": derive_seed(unit.seed, "bench", "evaluate") % 2**31,
-        "teachers": None if teacher is None else teacher.split("+"),
+        "seed": derive_seed(plan.seed, "bench", "evaluate") % 2**31,
+        **_limited_options(evaluation_spec, limits),
     }
-    options |= _limited_options(evaluation_spec, spec.limits)
-    options = {k: v for k, v in options.items() if v is not None}
-    for teacher_arch in EvaluateOptions.parse(options, prefix="evaluate.options.").teachers:
-        resolve_arch(teacher_arch, plan.dataset.image_shape)
+    return {k: v for k, v in options.items() if v is not None}
+
+
+def _evaluate_unit(
+    evaluation_spec: EvaluateSpec, unit: BenchUnit, plan: Plan, target: Dataset, options: Mapping[str, Any]
+) -> BenchUnit:
+    """Return the unit that scores one set with one architecture."""
+    for teacher in EvaluateOptions.parse(options, prefix="evaluate.options.").teachers:
+        resolve_arch(teacher, plan.dataset.image_shape)
+    (arch,) = options["archs"]
     described = {
         "method": unit.method,
         "dataset": plan.dataset.name,
@@ -315,26 +287,28 @@ def _evaluate_unit(
         "split": "test",
         "options": {k: v for k, v in options.items() if k not in ("archs", "dataset")},
     }
-    where = f" on {target.name}" if name != unit.dataset else ""
-    told = (
-        teacher and f"teacher {teacher}",
+    title = (
+        unit.title,
+        f"{evaluation_spec.protocol} {arch}" + (f" on {target.name}" if "dataset" in options else ""),
+        f"teacher {'+'.join(options['teachers'])}" if "teachers" in options else None,
         evaluation_spec.augment and f"augment {evaluation_spec.augment}",
         _settings(evaluation_spec, options),
     )
     images = plan.budget or plan.dataset.num_classes * plan.ipc
-    one = multiply_adds(arch, plan.dataset.image_shape)
+    recipe_epochs = RECIPES.get(options.get("recipe", ""), {}).get("epochs")
+    epochs = options.get("epochs") or recipe_epochs or plan.config.evaluate.epochs
     return replace(
         unit,
         identity=Unit(kind="evaluate", spec=described, inputs=(unit.key,)),
-        title=", ".join(filter(None, (unit.title, f"{evaluation_spec.protocol} {arch}{where}", *told))),
+        title=", ".join(filter(None, title)),
         options=options,
-        amount=float(networks * (epochs or recipe_epochs or method_defaults.epochs) * images * one),
+        amount=float(options["seeds"] * epochs * images * multiply_adds(arch, plan.dataset.image_shape)),
     )
 
 
 def _limited_options(evaluation_spec: EvaluateSpec, limits: Limits) -> dict[str, Any]:
     """Return the options `full_epochs` and `sets`, with epochs and teachers' epochs within the limits."""
-    sets = evaluation_spec.options.get("sets")
+    sets, full = (evaluation_spec.options.get(name) for name in ("sets", "full_epochs"))
     parsed = parse_overrides(sets or ())
     teacher = parsed.get("teacher", {})
     teacher_epochs = teacher.get("epochs", TeacherRecipe().epochs) if isinstance(teacher, Mapping) else None
@@ -344,32 +318,10 @@ def _limited_options(evaluation_spec: EvaluateSpec, limits: Limits) -> dict[str,
     has_teachers = "teachers" in get_protocol(evaluation_spec.protocol).options
     if has_teachers and _is_above(teacher_epochs, limits.teacher_epochs):
         overrides.append(f"teacher.epochs={limits.teacher_epochs}")
-    full = evaluation_spec.options.get("full_epochs")
     return {
         "sets": [*(sets or ()), *overrides] or None,
         "full_epochs": limits.epochs if _is_above(full, limits.epochs) else full,
     }
-
-
-def _is_above(value: Any, limit: int | None) -> bool:
-    """Return whether an integer is above a limit; anything else is refused later, by its own rule."""
-    return limit is not None and isinstance(value, int) and value > limit
-
-
-def _within(
-    limit: int | None, table_epochs: int | None, recipe_epochs: int | None, *, is_fixed: bool
-) -> int | None:
-    """Return an evaluation's epochs within a limit; None leaves them to the method, which is limited already.
-
-    Args:
-        limit: the maximum.
-        table_epochs: set by the table.
-        recipe_epochs: the recipe's, if known.
-        is_fixed: whether the recipe or protocol decides the epochs, not the method.
-    """
-    if limit is None or (table_epochs is None and not is_fixed):
-        return table_epochs
-    return min(table_epochs or recipe_epochs or limit, limit)
 
 
 def pool_unit(asker: BenchUnit, spec: PoolSpec) -> BenchUnit:

@@ -6,7 +6,7 @@ import re
 import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,87 +15,123 @@ from ddray.evaluation.published import read_numbers
 from ddray.ranking.command import check_compat, run_nas
 from ddray.ranking.options import NasRequest
 from ddray.ranking.proxies import check_baselines
-from ddray.ranking.sweep import NasOptions, resolve_config
+from ddray.ranking.sweep import NasOptions, choose_architectures, resolve_config
 from ddray.runs.executor import Executor
+from ddray.runs.folder import Run
 from ddray.system.files import storage_errors
-from ddray.tables.published import compare, find
-from ddray.tables.units import Cell, SweepSpec
+from ddray.tables.options import BenchOptions
+from ddray.tables.published import find
+from ddray.tables.spec import BenchSpec, Limits
+from ddray.tables.table import scored_cell
+from ddray.tables.units import Cell, Graph, SweepSpec
 from ddray.tables.worker import artifact_name
 
 _FIGURES: Final = ("spearman", "spearman_top20", "kendall", "search_time", "storage_images")
 _REQUEST: Final = ("baselines", "compat")
 
 
-def nas_options(sweep: SweepSpec, resources: Mapping[str, Any]) -> NasOptions:
-    """Return the sweep's options.
+@dataclass(frozen=True)
+class NasSweep:
+    """A sweep of the table with the options of its run, which is one of its own below the bench's."""
 
-    Args:
-        sweep: the sweep; the options are from its `evaluate.options`.
-        resources: executor and resources.
+    spec: SweepSpec
+    options: NasOptions
+
+    @property
+    def title(self) -> str:
+        """What people read."""
+        kind, size = self.spec.cells[0].size
+        return f"nas sweep of {self.options.space}: {self.spec.dataset} {kind} {size}"
+
+    def folder(self, run_dir: Path) -> Path:
+        """Return the folder of the sweep's run."""
+        kind, size = self.spec.cells[0].size
+        name = f"{_slug(self.spec.dataset)}-{kind}{size}-{self.options.space}-{self.spec.evaluation_index}"
+        return run_dir / "nas" / name
+
+    def num_trainings(self, dataset: Dataset) -> int:
+        """Return how many networks the sweep trains on a dataset: on its proxies, and for the truth."""
+        options = self.options
+        archs = len(choose_architectures(options, resolve_config(options), dataset))
+        proxies = len(self.spec.sets) + len(self.spec.baselines)
+        truth = options.truth_seeds if options.truth == "whole" else 0
+        return archs * (options.seeds * proxies + truth)
+
+
+def resolve_sweeps(
+    graph: Graph, spec: BenchSpec, options: BenchOptions, open_dataset: Callable[[str], Dataset]
+) -> list[NasSweep]:
+    """Return the NAS sweeps of a graph; what would be refused after their sets are distilled is refused now.
+
+    Raises:
+        InputError: an option, a baseline or `compat` is bad.
+    """
+    sweeps = []
+    for sweep in graph.sweeps:
+        nas_options = sweep_options(sweep, spec, options)
+        check_baselines(sweep.baselines, open_dataset(sweep.dataset))
+        check_compat(sweep.evaluate.options.get("compat"), nas_options.space)
+        sweeps.append(NasSweep(sweep, nas_options))
+    return sweeps
+
+
+def sweep_options(sweep: SweepSpec, spec: BenchSpec, options: BenchOptions) -> NasOptions:
+    """Return a sweep's options within the scale's limits, with the bench's executor and resources.
 
     Raises:
         InputError: `ddray nas` has no such option, or a value is bad.
     """
-    sweep_options = {k: v for k, v in sweep.evaluate.options.items() if k not in _REQUEST}
-    return NasOptions.parse({**sweep_options, **resources}, prefix="evaluate.options.")
+    values = {
+        **{k: v for k, v in sweep.evaluate.options.items() if k not in _REQUEST},
+        "seed": spec.val_seed,
+        "executor": options.executor,
+        "cpus_per_worker": options.cpus_per_unit,
+        "gpus_per_worker": options.gpus_per_unit,
+        "num_workers": options.max_concurrent,
+        "address": options.address,
+        **({} if options.unit_timeout is None else {"unit_timeout": options.unit_timeout}),
+    }
+    return _within(NasOptions.parse(values, prefix="evaluate.options."), spec.limits)
 
 
-def check_sweep(sweep: SweepSpec, options: NasOptions, dataset: Dataset) -> None:
-    """Refuse now what the sweep would refuse after its sets are distilled.
-
-    Raises:
-        InputError: a baseline or `compat` is bad.
-    """
-    evaluation_options = sweep.evaluate.options
-    check_baselines(tuple(evaluation_options.get("baselines", ())), dataset)
-    check_compat(evaluation_options.get("compat"), options.space)
-
-
-def sweep_folder(sweep: SweepSpec, options: NasOptions, run_dir: Path) -> Path:
-    """Return the folder of a sweep's own run, below the bench's."""
-    kind, size = sweep.sets[0][0].size
-    return run_dir / "nas" / f"{_slug(sweep.dataset)}-{kind}{size}-{options.space}-{sweep.evaluation_index}"
+def _within(options: NasOptions, limits: Limits) -> NasOptions:
+    """Return a sweep's options within a scale's limits."""
+    config, lower = resolve_config(options), {}
+    for name, epochs in (("epochs", config.recipe.epochs), ("truth_epochs", config.truth_recipe.epochs)):
+        if limits.epochs is not None and epochs > limits.epochs:
+            lower[name] = limits.epochs
+    for name in ("seeds", "truth_seeds"):
+        if limits.networks is not None:
+            lower[name] = min(getattr(options, name), limits.networks)
+    # A size limit may leave fewer architectures than the sample.
+    if limits.sample is not None and (options.sample is not None or options.max_mflops is None):
+        lower["sample"] = min(options.sample or limits.sample, limits.sample)
+    return options.model_copy(update=lower)
 
 
 def score_sweep(
-    sweep: SweepSpec,
-    options: NasOptions,
-    executor: Executor,
-    *,
-    run_dir: Path,
-    has_set: Callable[[str], bool],
-    data_dir: Path | None,
+    sweep: NasSweep, executor: Executor, run: Run, *, data_dir: Path | None
 ) -> list[dict[str, Any]]:
-    """Rank architectures on every distilled set; return one cell per row.
-
-    Args:
-        sweep: the sets.
-        options: the sweep's options.
-        executor: runs its tasks.
-        run_dir: the bench's folder; the sweep is a run of its own below `nas/`.
-        has_set: returns whether a set was distilled.
-        data_dir: where datasets are; None is $DDRAY_DATA.
+    """Rank architectures on every distilled set of a bench's run; return one cell per row and baseline.
 
     Raises:
         InputError: an option is bad.
         DdrayError: no architecture finished.
     """
-    folder = sweep_folder(sweep, options, run_dir)
-    owners = _linked_sets(sweep, folder, run_dir, has_set)
+    folder = sweep.folder(run.folder)
+    owners = _linked_sets(sweep.spec, folder, run)
     if not owners:
         return []
-    evaluation_options = sweep.evaluate.options
-    request = NasRequest(
-        proxies=tuple(owners),
-        baselines=tuple(evaluation_options.get("baselines", ())),
-        compat=evaluation_options.get("compat"),
-        dataset=sweep.dataset,
-        data_dir=data_dir,
-    )
     result = run_nas(
-        request,
-        options,
-        resolve_config(options),
+        NasRequest(
+            proxies=tuple(owners),
+            baselines=sweep.spec.baselines,
+            compat=sweep.spec.evaluate.options.get("compat"),
+            dataset=sweep.spec.dataset,
+            data_dir=data_dir,
+        ),
+        sweep.options,
+        resolve_config(sweep.options),
         executor,
         run_dir=folder,
         resume=True,
@@ -105,26 +141,24 @@ def score_sweep(
     grouped: dict[int, list[Mapping[str, Any]]] = {}
     for row_index, figures in zip(owners.values(), proxies, strict=False):  # baselines follow the sets
         grouped.setdefault(row_index, []).append(figures)
-    cells = [cell_of(sweep.sets[row_index][0], figures) for row_index, figures in grouped.items()]
-    return cells + [
-        cell_of(_baseline(sweep, baseline["proxy"]), [baseline]) for baseline in proxies[len(owners) :]
+    return [
+        *(cell_of(sweep.spec.cells[row_index], figures) for row_index, figures in grouped.items()),
+        *(cell_of(_baseline(sweep.spec, one["proxy"]), [one]) for one in proxies[len(owners) :]),
     ]
 
 
-def _linked_sets(
-    sweep: SweepSpec, folder: Path, run_dir: Path, has_set: Callable[[str], bool]
-) -> dict[Path, int]:
+def _linked_sets(sweep: SweepSpec, folder: Path, run: Run) -> dict[Path, int]:
     """Link the sets that were distilled under readable names; return each file with its row's index."""
     rows: dict[Path, int] = {}
-    names = [_slug(cell.method) for cell, _ in sweep.sets]
-    for row_index, (_, keys) in enumerate(sweep.sets):
+    names = [_slug(cell.method) for cell in sweep.cells]
+    for row_index, (name, cell) in enumerate(zip(names, sweep.cells, strict=True)):
         # Labels that make the same file name are told apart by their row index.
-        name = names[row_index]
         file_stem = name if names.count(name) == 1 else f"{name}-row{row_index}"
-        for seed_index, key in enumerate(keys):
-            if has_set(key):
+        for seed_index, key in enumerate(cell.sets):
+            row = run.ledger.row(key)
+            if row is not None and row.status == "done":
                 proxy_file = folder.with_name(f"{folder.name}-sets") / f"{file_stem}-{seed_index}.pt"
-                _link(run_dir / artifact_name(key), proxy_file)
+                _link(run.folder / artifact_name(key), proxy_file)
                 rows[proxy_file] = row_index
     return rows
 
@@ -133,48 +167,29 @@ def _baseline(sweep: SweepSpec, proxy: str) -> Cell:
     """Return the cell of a proxy that the sweep adds to the sets, such as `early-stopping (150 steps)`."""
     # Names with [...] are not in any paper.
     name = proxy if "[" in proxy else proxy.partition(" (")[0].replace("-", "_")
-    first = sweep.sets[0][0]
-    return replace(first, method=proxy, name=name, source=first.source.model_copy(update={"method": name}))
+    first = sweep.cells[0]
+    source = first.source.model_copy(update={"method": name})
+    return first.model_copy(update={"method": proxy, "name": name, "source": source, "sets": ()})
 
 
 def cell_of(cell: Cell, figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return a row's cell: means over its sets; the accuracy is the top-ranked architecture's true one."""
-    kind, size = cell.size
-    values = [float(one["top1_truth_accuracy"]) for one in figures if one["top1_truth_accuracy"] is not None]
-    std = statistics.stdev(values) if len(values) > 1 else None
-    scored_cell: dict[str, Any] = {
-        "method": cell.method,
-        "dataset": cell.dataset,
-        kind: size,
-        "arch": cell.arch,
-        "protocol": "nas",
-        **({} if cell.settings is None else {"settings": cell.settings}),
-        "accuracy_mean": statistics.fmean(values) if values else None,
-        "accuracy_std": std,
-        "n": len(values),
-        "num_sets": len(figures),
-        "num_archs": min(int(one["num_archs"]) for one in figures),
-        "standard_error": None if std is None else std / len(values) ** 0.5,
-    }
-    numbers = read_numbers()
+    means: dict[str, Any] = {"num_archs": min(int(one["num_archs"]) for one in figures)}
     for name in _FIGURES:
-        figure_values = [value for one in figures if (value := _figure(one, name)) is not None]
-        scored_cell[name] = statistics.fmean(figure_values) if figure_values else None
-        published_number = find(numbers, cell, name)
+        values = [value for one in figures if (value := _figure(one, name)) is not None]
+        means[name] = statistics.fmean(values) if values else None
+        published_number = find(read_numbers(), cell, name)
         if published_number is not None:
-            scored_cell[f"published_{name}"] = published_number.value
-    published_number = find(numbers, cell)
-    if published_number is not None and values:
-        scored_cell["published"] = compare(
-            published_number, scored_cell["accuracy_mean"], scored_cell["standard_error"]
-        )
-    return scored_cell
+            means[f"published_{name}"] = published_number.value
+    accuracies = [one["top1_truth_accuracy"] for one in figures if one["top1_truth_accuracy"] is not None]
+    return scored_cell(cell, [[value] for value in accuracies], num_sets=len(figures), **means)
 
 
 def _figure(figures: Mapping[str, Any], name: str) -> float | None:
     """Return one figure of a proxy; `search_time` in minutes, as in the papers."""
-    value = figures.get("wall_s" if name == "search_time" else name)
-    return None if value is None else float(value) / (60 if name == "search_time" else 1)
+    if name == "search_time":
+        return None if figures.get("wall_s") is None else float(figures["wall_s"]) / 60
+    return None if figures.get(name) is None else float(figures[name])
 
 
 def _slug(text: str) -> str:

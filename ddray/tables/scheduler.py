@@ -12,6 +12,7 @@ from ddray.runs.ledger import Ledger, Row
 from ddray.runs.outcome import Outcome
 from ddray.system.files import home
 from ddray.tables.graph import pool_unit
+from ddray.tables.table import failure_of
 from ddray.tables.units import BenchUnit, Graph
 from ddray.tables.worker import BenchJob, Damaged, Needs, artifact_name, has_entry, is_sound, publish
 
@@ -83,7 +84,7 @@ class UnitScheduler:
             return self._redistil(unit)
         if outcome.error is not None:
             tries = "" if outcome.attempts == 1 else f"failed {outcome.attempts} times; last: "
-            text = f"{tries}{type(outcome.error).__name__}: {' '.join(str(outcome.error).split())}"
+            text = f"{tries}{type(outcome.error).__name__}: {outcome.error}"
             self._fail(unit, text, outcome.attempts)
         row = self._run.ledger.row(unit.key)
         if row is None:
@@ -103,9 +104,7 @@ class UnitScheduler:
         """Return the failed units with their reasons."""
         rows = ((unit, self._run.ledger.row(key)) for key, unit in self._units.items())
         return [
-            {"unit": unit.title, "kind": unit.kind, "key": row.key, "reason": row.error}
-            for unit, row in rows
-            if row is not None and row.status == "failed"
+            failure_of(unit.title, row) for unit, row in rows if row is not None and row.status == "failed"
         ]
 
     def skipped(self) -> list[str]:
@@ -117,11 +116,9 @@ class UnitScheduler:
         row = self._run.ledger.row(unit.key)
         if row is None or row.kind != "distill" or row.status == "failed":
             return row
-        evaluations = self._graph.scored_from(unit.key)
-        scored = bool(evaluations) and all(
-            self._run.ledger.row(evaluation.key) is not None for evaluation in evaluations
-        )
-        if (scored and not self._graph.is_proxy(unit.key)) or is_sound(self._run.folder, row):
+        is_proxy = any(unit.key in sweep.sets for sweep in self._graph.sweeps)
+        is_scored = bool(self._graph.scored_from(unit.key)) and not self._missing_evaluations(row)
+        if (is_scored and not is_proxy) or is_sound(self._run.folder, row):
             return row
         self._withdraw_set(unit)
         return None
@@ -150,9 +147,7 @@ class UnitScheduler:
 
     def _missing_evaluations(self, row: Row) -> list[BenchUnit]:
         """Return the evaluations of a set that have no row; none if the set failed."""
-        if row.status == "failed":
-            return []
-        evaluations = self._graph.scored_from(row.key)
+        evaluations = [] if row.status == "failed" else self._graph.scored_from(row.key)
         return [unit for unit in evaluations if self._run.ledger.row(unit.key) is None]
 
     def _wait(self, asker: BenchUnit, needs: Needs) -> list[BenchUnit]:

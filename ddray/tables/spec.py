@@ -26,16 +26,8 @@ SCALES: Final[dict[str, dict[str, Any]]] = {
         "dataset": ["digits"],
         "seeds": 1,
         "limits": {
-            "steps": 2,
-            "epochs": 2,
-            "networks": 1,
-            "ipc": 1,
-            "archs": 1,
-            "targets": 0,
-            "teachers": 1,
-            "teacher_epochs": 5,
-            "batch_real": 8,
-            "sample": 4,
+            **{"steps": 2, "epochs": 2, "teacher_epochs": 5, "batch_real": 8, "sample": 4},
+            **{"networks": 1, "ipc": 1, "archs": 1, "targets": 0, "teachers": 1},
         },
     },
 }
@@ -47,10 +39,9 @@ def _listed(value: Any) -> Any:
 
 def _absolute(names: tuple[str, ...]) -> tuple[str, ...]:
     """Make folders absolute, so that a bench can be resumed from anywhere; other names stay."""
-    paths = (Path(name).expanduser() for name in names)
     return tuple(
-        str(path.absolute()) if name not in KNOWN and path.is_dir() else name
-        for name, path in zip(names, paths, strict=True)
+        str(path.absolute()) if name not in KNOWN and (path := Path(name).expanduser()).is_dir() else name
+        for name in names
     )
 
 
@@ -202,30 +193,31 @@ class BenchSpec(Config):
         if not self.evaluate:
             raise ValueError("evaluate must name at least one protocol, got none")
         row_labels = [row.row for method in self.methods for row in method.expanded()]
-        if unknown_names := [label for label in self.skip if label not in row_labels]:
-            raise ValueError(
-                f"skip must name rows, got {unknown_names[0]!r}{did_you_mean(unknown_names[0], row_labels)}; "
-                f"there are {', '.join(row_labels)}"
-            )
-        if not self.rows():
+        for label in self.skip:
+            if label not in row_labels:
+                raise ValueError(
+                    f"skip must name rows, got {label!r}{did_you_mean(label, row_labels)}; "
+                    f"there are {', '.join(row_labels)}"
+                )
+        rows = self.rows()
+        if not rows:
             raise ValueError(f"at least one row must be left, but skip names all: {', '.join(self.skip)}")
         labels = [
-            (row.row, name, size)
-            for row in self.rows()
-            for name in self.datasets(row)
-            for size in self.sizes(row)
+            (row.row, *place)
+            for row in rows
+            for place in itertools.product(self.datasets(row), self.sizes(row))
         ]
         duplicates = sorted({label for label in labels if labels.count(label) > 1})
         if duplicates and not self.replaced:
             raise ValueError(f"labels must differ, got {duplicates[0][0]!r} twice; add label: to one of them")
-        for row in self.rows():
+        for row in rows:
             if not (row.ipc or row.budget or self.ipc or self.budget):
                 raise ValueError(f"{row.row} must have a size, got none; add ipc: [1] (or budget:)")
         for section, entries in (("a method's", self.methods), ("evaluate", self.evaluate)):
-            unknown_names = [name for entry in entries for name in entry.dataset if name not in self.dataset]
-            if unknown_names and not self.replaced:
-                rule = f"{section} dataset must be among {list(self.dataset)}"
-                raise ValueError(f"{rule}, got {unknown_names[0]!r}")
+            for name in itertools.chain(*(entry.dataset for entry in entries)):
+                if name not in self.dataset and not self.replaced:
+                    rule = f"{section} dataset must be among {list(self.dataset)}"
+                    raise ValueError(f"{rule}, got {name!r}")
         return self
 
     @property
@@ -240,35 +232,28 @@ class BenchSpec(Config):
 
     def sizes(self, row: MethodSpec) -> list[tuple[str, int]]:
         """Return a row's sizes as (`ipc` or `budget`, value), within the limits."""
-        row_sizes = row.ipc or row.budget
+        source = row if row.ipc or row.budget else self
         sizes: list[tuple[str, int]] = []
-        for kind, row_values, shared in (("ipc", row.ipc, self.ipc), ("budget", row.budget, self.budget)):
-            values = row_values if row_sizes else shared
-            limit = getattr(self.limits, kind)
+        for kind, values, limit in (
+            ("ipc", source.ipc, self.limits.ipc),
+            ("budget", source.budget, self.limits.budget),
+        ):
             within_limit = [value for value in values if limit is None or value <= limit]
-            sizes += [(kind, value) for value in within_limit or ([limit] if values else [])]
+            sizes += [(kind, value) for value in within_limit or ([limit] if values and limit else [])]
         return sizes
 
-    def datasets(self, row: MethodSpec) -> list[str]:
-        """Return a row's datasets; all of them if a scale has replaced those it names."""
-        row_datasets = [name for name in self.dataset if name in row.dataset]
-        return row_datasets or list(self.dataset)
+    def datasets(self, entry: MethodSpec | EvaluateSpec) -> list[str]:
+        """Return the datasets that a row distils or that an evaluation applies to.
 
-    def scored(self, evaluation_spec: EvaluateSpec) -> list[str]:
-        """Return an evaluation's distilled datasets; all of them if a scale has replaced those it names."""
-        datasets = [name for name in self.dataset if name in evaluation_spec.dataset]
-        return datasets or list(self.dataset)
+        They are all of them if a scale has replaced those it names.
+        """
+        return [name for name in self.dataset if name in entry.dataset] or list(self.dataset)
 
     def within(self, evaluation_spec: EvaluateSpec) -> EvaluateSpec:
         """Return an evaluation with as many architectures, targets and teachers as the limits allow."""
-        limits = self.limits
-        return evaluation_spec.model_copy(
-            update={
-                "archs": evaluation_spec.archs[: limits.archs],
-                "target": evaluation_spec.target[: limits.targets],
-                "teacher": evaluation_spec.teacher[: limits.teachers],
-            }
-        )
+        limits = {"archs": self.limits.archs, "target": self.limits.targets, "teacher": self.limits.teachers}
+        first = {name: getattr(evaluation_spec, name)[:limit] for name, limit in limits.items()}
+        return evaluation_spec.model_copy(update=first)
 
 
 def read_spec(source: Path | Mapping[str, Any], scale: str = "paper") -> BenchSpec:
@@ -284,12 +269,10 @@ def read_spec(source: Path | Mapping[str, Any], scale: str = "paper") -> BenchSp
     """
     if scale not in SCALES:
         raise unknown("--scale", scale, SCALES)
-    document = read_yaml(source) if isinstance(source, Path) else dict(source)
-    path = source if isinstance(source, Path) else "bench"
+    document, path = (read_yaml(source), source) if isinstance(source, Path) else (dict(source), "bench")
     file_scales = document.pop("scales", {})
-    if not isinstance(file_scales, Mapping) or not all(
-        isinstance(value, Mapping) for value in file_scales.values()
-    ):
+    is_nested = isinstance(file_scales, Mapping)
+    if not is_nested or not all(isinstance(value, Mapping) for value in file_scales.values()):
         raise InputError(f"{path}: scales must map names of scales to what they change, got {file_scales!r}")
     for name in file_scales:
         if name not in SCALES:

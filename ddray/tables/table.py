@@ -1,116 +1,81 @@
 """The table of a bench: means, sample standard deviations, and the distance to the published numbers."""
 
-import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from ddray.evaluation.published import Number, read_numbers
+from ddray.evaluation.published import read_numbers
 from ddray.runs.ledger import Row
 from ddray.system.files import write_text
 from ddray.tables.columns import csv_row
 from ddray.tables.published import compare, find
-from ddray.tables.spec import PublishedSource
 from ddray.tables.units import Cell
 
 _REPORTED: Final = ("arch", "accuracy_mean", "accuracy_std", "per_seed", "num_images", "wall_s")
 
 
-def cells_of(cells: Sequence[Cell], row_of: Callable[[str], Row | None]) -> list[dict[str, Any]]:
-    """Return the command's cells (docs/architecture.md, Commands), without those that have no scored set.
+def cells_of(cells: Iterable[Cell], row_of: Callable[[str], Row | None]) -> list[dict[str, Any]]:
+    """Return the command's cells (docs/architecture.md, Commands) with the keys of their sets.
+
+    Cells that have no scored set are left out.
 
     Args:
         cells: the table's cells.
         row_of: returns the row of a key.
     """
-    numbers = read_numbers()
     scored_cells = []
     for cell in cells:
         rows = [row for key in cell.keys if (row := row_of(key)) is not None and row.status == "done"]
         if rows:
-            scored_cells.append(_cell(cell, rows, numbers))
+            per_set = [row.result["per_seed"] for row in rows]
+            scored_cells.append(scored_cell(cell, per_set, num_sets=len(rows), **_further_means(rows)))
     return scored_cells
 
 
-def write_plan(
-    path: Path, cells: Sequence[Cell], sets: Mapping[tuple[str, str, str, int], list[str]]
-) -> None:
-    """Write the planned cells, so that a report can show an unfinished run.
-
-    Args:
-        path: the file.
-        cells: the table's cells.
-        sets: keys of the sets for each (row, dataset, kind of size, size).
-
-    Raises:
-        StorageError: the file can't be written.
-    """
-    planned = [
-        {**asdict(cell), "source": cell.source.dump(), "sets": sets[cell.method, cell.dataset, *cell.size]}
-        for cell in cells
-    ]
-    write_text(path, json.dumps(planned))
-
-
-def planned_cells(path: Path, row_of: Callable[[str], Row | None]) -> list[dict[str, Any]]:
-    """Return a run's cells so far, from the file that `write_plan` wrote.
-
-    Args:
-        path: the file.
-        row_of: returns the row of a key.
-    """
-    cells = []
-    for planned in json.loads(path.read_text(encoding="utf-8")):
-        sets = planned.pop("sets")
-        fixed = {
-            "size": tuple(planned["size"]),
-            "keys": tuple(planned["keys"]),
-            "source": PublishedSource(**planned["source"]),
-        }
-        cells += [{**cell, "sets": sets} for cell in cells_of([Cell(**{**planned, **fixed})], row_of)]
-    return cells
-
-
-def _cell(cell: Cell, rows: Sequence[Row], numbers: Sequence[Number]) -> dict[str, Any]:
-    """Return one cell: mean and sample standard deviation over all networks of all sets."""
-    per_set = [[float(value) for value in row.result["per_seed"]] for row in rows]
-    values = [value for one in per_set for value in one]
+def scored_cell(
+    cell: Cell, per_set: Sequence[Sequence[float]], *, num_sets: int, **figures: Any
+) -> dict[str, Any]:
+    """Return one cell: mean and sample standard deviation over all networks of all sets, further figures."""
     kind, size = cell.size
-    entry: dict[str, Any] = {
+    optional = {name: getattr(cell, name) for name in ("teacher", "augment", "settings")}
+    optional["target"] = None if cell.target == cell.dataset else cell.target
+    accuracy = accuracy_of([value for values in per_set for value in values])
+    error = standard_error(per_set)
+    number = find(read_numbers(), cell)
+    if number is not None and accuracy["n"]:
+        figures["published"] = compare(number, accuracy["accuracy_mean"], error)
+    return {
         "method": cell.method,
         "dataset": cell.dataset,
         kind: size,
         "arch": cell.arch,
         "protocol": cell.protocol,
-        "accuracy_mean": statistics.fmean(values),
+        **accuracy,
+        "num_sets": num_sets,
+        "standard_error": error,
+        **{name: value for name, value in optional.items() if value is not None},
+        **figures,
+        "sets": list(cell.sets),
+    }
+
+
+def accuracy_of(values: Sequence[float]) -> dict[str, Any]:
+    """Return the mean of accuracies, their sample standard deviation (None for one), and their number."""
+    return {
+        "accuracy_mean": statistics.fmean(values) if values else None,
         "accuracy_std": statistics.stdev(values) if len(values) > 1 else None,
         "n": len(values),
-        "num_sets": len(rows),
-        "standard_error": standard_error(per_set),
     }
-    for name in ("teacher", "augment", "settings"):
-        if getattr(cell, name) is not None:
-            entry[name] = getattr(cell, name)
-    if cell.target != cell.dataset:
-        entry["target"] = cell.target
-    entry |= _further_means(rows)
-    published_number = find(numbers, cell)
-    if published_number is not None:
-        entry["published"] = compare(published_number, entry["accuracy_mean"], entry["standard_error"])
-    return entry
 
 
 def _further_means(rows: Sequence[Row]) -> dict[str, Any]:
     """Return the means of a protocol's further measures (such as LRS and ARS)."""
-    measured = rows[0].result.items()
-    names = [
-        n
-        for n, value in measured
-        if isinstance(value, float) and n not in _REPORTED and not n.endswith("_std")
-    ]
-    return {name: statistics.fmean(float(row.result[name]) for row in rows) for name in names}
+    return {
+        name: statistics.fmean(float(row.result[name]) for row in rows)
+        for name, first in rows[0].result.items()
+        if isinstance(first, float) and name not in _REPORTED and not name.endswith("_std")
+    }
 
 
 def standard_error(per_set: Sequence[Sequence[float]]) -> float | None:
@@ -118,10 +83,20 @@ def standard_error(per_set: Sequence[Sequence[float]]) -> float | None:
 
     Networks trained on the same set are not independent.
     """
-    groups = [statistics.fmean(one) for one in per_set]
-    if len(groups) < 2:
-        groups = list(per_set[0])
+    groups = per_set[0] if len(per_set) == 1 else [statistics.fmean(values) for values in per_set]
     return statistics.stdev(groups) / len(groups) ** 0.5 if len(groups) > 1 else None
+
+
+def failure_of(title: str, row: Row) -> dict[str, Any]:
+    """Return a failed unit as the command's JSON lists it."""
+    return {"unit": title, "kind": row.kind, "key": row.key, "reason": row.error or ""}
+
+
+def drop_scaled_differences(cells: Iterable[dict[str, Any]], scale: str) -> None:
+    """Remove differences in standard errors from a scaled-down run: it is not a reproduction."""
+    for cell in cells:
+        if scale != "paper" and "published" in cell:
+            cell["published"]["difference_se"] = None
 
 
 def write_table(path: Path, cells: Sequence[dict[str, Any]]) -> None:

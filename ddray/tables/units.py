@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ddray.config import Config
 from ddray.jobs.plan import Plan
 from ddray.pool.spec import PoolSpec
 from ddray.runs.ledger import Kind, Unit
@@ -57,39 +58,33 @@ class BenchUnit:
         return self.identity.kind
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One number of the table: a row's sets, scored in one way.
-
-    Attributes:
-        method: the row's label.
-        name: the method's name.
-        dataset: what was distilled.
-        num_classes: that dataset's number of classes.
-        size: (`ipc` or `budget`, value).
-        protocol: how the sets were scored.
-        arch: canonical name of the network.
-        target: the dataset scored on.
-        teacher: for the protocol `soft`.
-        augment: the table's setting, if any.
-        settings: the table's other evaluation settings, such as `epochs=300`; None if there are none.
-        keys: keys of the evaluations, by seed.
-        source: where to find its published number.
-    """
+class Cell(Config):
+    """One number of the table: a row's sets, scored in one way."""
 
     method: str
+    """The row's label."""
     name: str
+    """The method's name."""
     dataset: str
+    """What was distilled."""
     num_classes: int
     size: tuple[str, int]
+    """(`ipc` or `budget`, value)."""
     protocol: str
     arch: str
+    """Canonical name of the network; the space in a NAS sweep."""
     target: str
-    teacher: str | None
-    augment: str | None
-    settings: str | None
-    keys: tuple[str, ...]
-    source: PublishedSource
+    """The dataset scored on."""
+    teacher: str | None = None
+    augment: str | None = None
+    """The table's setting, if any."""
+    settings: str | None = None
+    """The table's other evaluation settings, such as `epochs=300`; None if there are none."""
+    keys: tuple[str, ...] = ()
+    """Keys of the evaluations, by seed."""
+    source: PublishedSource = PublishedSource()
+    sets: tuple[str, ...] = ()
+    """Keys of the sets, by seed."""
 
 
 @dataclass(frozen=True)
@@ -99,14 +94,24 @@ class SweepSpec:
     Attributes:
         evaluation_index: which of the table's evaluations.
         evaluate: that evaluation.
-        dataset: what was distilled.
-        sets: for each row, its cell (without evaluations) and its sets' keys, by seed.
+        dataset: name or path of what was distilled.
+        cells: one for each row.
     """
 
     evaluation_index: int
     evaluate: EvaluateSpec
     dataset: str
-    sets: tuple[tuple[Cell, tuple[str, ...]], ...]
+    cells: tuple[Cell, ...]
+
+    @property
+    def sets(self) -> list[str]:
+        """Keys of the sets."""
+        return [key for cell in self.cells for key in cell.sets]
+
+    @property
+    def baselines(self) -> tuple[str, ...]:
+        """Proxies besides the sets."""
+        return tuple(self.evaluate.options.get("baselines", ()))
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,6 @@ class Graph:
         cells: the table's cells, in order.
         sweeps: its NAS sweeps, which have ledgers of their own.
         plans: the plan of every distillation, by key.
-        labels: the rows that each distillation belongs to, by key.
     """
 
     distil: dict[str, BenchUnit]
@@ -127,7 +131,6 @@ class Graph:
     cells: tuple[Cell, ...]
     sweeps: tuple[SweepSpec, ...]
     plans: dict[str, Plan]
-    labels: dict[str, list[str]]
 
     def units(self) -> list[BenchUnit]:
         """Return every unit known before the run; pool units turn up during it."""
@@ -136,7 +139,3 @@ class Graph:
     def scored_from(self, key: str) -> list[BenchUnit]:
         """Return the evaluations of a distilled set."""
         return [unit for unit in self.evaluate.values() if key in unit.identity.inputs]
-
-    def is_proxy(self, key: str) -> bool:
-        """Return whether a distilled set is a proxy of a NAS sweep."""
-        return any(key in keys for sweep in self.sweeps for _, keys in sweep.sets)

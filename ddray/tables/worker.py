@@ -1,13 +1,13 @@
 """What a worker does with a bench unit: train a pool entry, distil or score a set; publish its row."""
 
-import functools
 import json
 import math
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -44,19 +44,15 @@ class BenchJob:
         device: `cpu` or `cuda`.
     """
 
-    run_dir: str
+    run_dir: Path
     epoch: int
-    data_dir: str | None
+    data_dir: Path | None
     device: str
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Returned by a unit that lacks pool networks: run it again once they are trained.
-
-    Attributes:
-        specs: the networks to train first.
-    """
+    """Returned by a unit that lacks pool networks: run it again once these are trained."""
 
     specs: tuple[PoolSpec, ...]
 
@@ -83,17 +79,17 @@ class StoredPool:
     """A pool that trains nothing: it returns existing entries, and raises naming the missing ones.
 
     Attributes:
-        pool: where the entries come from.
+        pool: where the entries come from; None has none.
         used: keys of the returned entries, in order.
     """
 
-    pool: ModelPool
+    pool: ModelPool | None
     used: list[str] = field(default_factory=list)
 
     def get(self, specs: Sequence[PoolSpec]) -> list[PoolEntry]:
         """Return the entries of `specs`, in order."""
-        missing = [spec for spec in specs if not has_entry(spec)]
-        if missing:
+        missing = [spec for spec in specs if self.pool is None or not has_entry(spec)]
+        if self.pool is None or missing:
             raise _MissingError(missing)
         self.used += [spec.key for spec in specs]
         return self.pool.get(specs)
@@ -108,11 +104,7 @@ def has_entry(spec: PoolSpec) -> bool:
 
 
 def predict_pool_specs(plan: Plan) -> tuple[PoolSpec, ...] | None:
-    """Return the pool entries that a method asks for first, without reading images; None if unknown.
-
-    Args:
-        plan: the plan; its dataset's images are not read.
-    """
+    """Return the pool entries that a method asks for first, without reading images; None if unknown."""
     num, shape = max(plan.dataset.num_classes, _PER_BUDGET * (plan.budget or 0)), plan.dataset.image_shape
     if num * math.prod(shape) > _MAX_BLANK:
         return None
@@ -127,7 +119,7 @@ def predict_pool_specs(plan: Plan) -> tuple[PoolSpec, ...] | None:
         ctx = make_context(stand_in_plan, split, split_name="train", device=torch.device("cpu"), space=space)
         if declared := declared_specs(stand_in_plan, ctx):
             return tuple(declared)
-        make_distiller(stand_in_plan).setup(replace(ctx, pool=_Refusing()))
+        make_distiller(stand_in_plan).setup(replace(ctx, pool=StoredPool(None)))
     except _MissingError as missing:
         return missing.specs
     except Exception:  # a method may need real images before it asks
@@ -135,28 +127,13 @@ def predict_pool_specs(plan: Plan) -> tuple[PoolSpec, ...] | None:
     return ()
 
 
-class _Refusing:
-    """A pool that has nothing."""
-
-    def get(self, specs: Sequence[PoolSpec]) -> list[PoolEntry]:
-        """Raise, naming the requested specs."""
-        raise _MissingError(specs)
-
-
 def run_unit(job: BenchJob, unit: BenchUnit) -> Needs | Damaged | None:
-    """Run a unit and publish its row; if it diverges, a failed row.
-
-    Args:
-        job: what all units share.
-        unit: what to run.
-
-    Returns:
-        What it lacks, or None.
+    """Run a unit and publish its row (if it diverges, a failed one); return what it lacks, or None.
 
     Raises:
         Exception: a crash, or no memory or disk space; the caller retries.
     """
-    ledger = Ledger(Path(job.run_dir))
+    ledger = Ledger(job.run_dir)
     if ledger.row(unit.key) is not None:
         return None
     event_fields = {"reason": "its networks are there"} if unit.waited else {}
@@ -175,7 +152,7 @@ def run_unit(job: BenchJob, unit: BenchUnit) -> Needs | Damaged | None:
         publish(ledger, job, unit, result, time.perf_counter() - begin)
     finally:
         _draft(job, unit).unlink(missing_ok=True)
-    (Path(job.run_dir) / "checkpoints" / f"{unit.key}.pt").unlink(missing_ok=True)
+    _checkpoint(job, unit).unlink(missing_ok=True)
     return None
 
 
@@ -189,15 +166,14 @@ def publish(
     error: str | None = None,
 ) -> None:
     """Publish a unit's row: done, with its set in place; or failed with the reason."""
-    if error is None:
-        row = Row.done(unit.identity, result, wall_s)
-    else:
+    move: Callable[[], object] | None = None
+    if error is not None:
         row = Row.failed(unit.identity, error, result=result, wall_s=wall_s)
-    if unit.kind != "distill" or error is not None:
-        ledger.publish(unit.identity, row, epoch=job.epoch)
-        return
-    draft, path = _draft(job, unit), Path(job.run_dir) / artifact_name(unit.key)
-    ledger.publish(unit.identity, row, epoch=job.epoch, move_artifact=lambda: draft.replace(path))
+    else:
+        row = Row.done(unit.identity, result, wall_s)
+        if unit.kind == "distill":
+            move = partial(_draft(job, unit).replace, job.run_dir / artifact_name(unit.key))
+    ledger.publish(unit.identity, row, epoch=job.epoch, move_artifact=move)
 
 
 def artifact_name(key: str) -> str:
@@ -205,9 +181,14 @@ def artifact_name(key: str) -> str:
     return f"artifacts/{key}.pt"
 
 
+def _checkpoint(job: BenchJob, unit: BenchUnit) -> Path:
+    """Return where a distillation writes its checkpoints; methods without steps write none."""
+    return job.run_dir / "checkpoints" / f"{unit.key}.pt"
+
+
 def _draft(job: BenchJob, unit: BenchUnit) -> Path:
     """Return where this process writes a set before its row is published: late workers replace nothing."""
-    path = Path(job.run_dir) / artifact_name(unit.key)
+    path = job.run_dir / artifact_name(unit.key)
     return path.with_name(f".{path.name}.{job.epoch}-{socket.gethostname()}-{os.getpid()}.tmp")
 
 
@@ -217,21 +198,19 @@ def is_sound(run_dir: Path, row: Row) -> bool:
     return path.is_file() and file_sha256(path) == row.result["sha256"]
 
 
-@functools.lru_cache(maxsize=2)
-def _opened(name: str, data_dir: str | None) -> Dataset:
-    """Open a dataset once per worker."""
-    return open_dataset(name, data_dir=None if data_dir is None else Path(data_dir))
+# Opened, carved and fitted once per worker: ZCA's eigenvectors take seconds.
+@lru_cache(maxsize=2)
+def _opened(name: str, data_dir: Path | None) -> Dataset:
+    return open_dataset(name, data_dir=data_dir)
 
 
-@functools.lru_cache(maxsize=2)
-def _split(name: str, data_dir: str | None, split_name: SplitName) -> Split:
-    """Carve a part of train once per worker."""
+@lru_cache(maxsize=2)
+def _split(name: str, data_dir: Path | None, split_name: SplitName) -> Split:
     return split_name.carve(_opened(name, data_dir).train())[0]
 
 
-@functools.lru_cache(maxsize=2)
-def _space(kind: str, name: str, data_dir: str | None, split_name: SplitName) -> PixelSpace:
-    """Fit a pixel space once per worker (ZCA's eigenvectors take seconds)."""
+@lru_cache(maxsize=2)
+def _space(kind: str, name: str, data_dir: Path | None, split_name: SplitName) -> PixelSpace:
     return pixel_space(kind, _opened(name, data_dir), _split(name, data_dir, split_name))
 
 
@@ -271,12 +250,10 @@ def _distil(job: BenchJob, unit: BenchUnit) -> dict[str, Any]:
     plan = _plan(job, unit)
     ctx = _context(job, unit, plan)
     pool = StoredPool(ctx.pool)
-    folder = Path(job.run_dir)
-    checkpoint = folder / "checkpoints" / f"{unit.key}.pt"  # methods without steps write none
-    distillation = distil_plan(plan, replace(ctx, pool=pool), checkpoint)
+    distillation = distil_plan(plan, replace(ctx, pool=pool), _checkpoint(job, unit))
     draft = _draft(job, unit)
     distillation.distilled.save(draft)
-    curve_file = (folder / artifact_name(unit.key)).with_suffix(".json")
+    curve_file = (job.run_dir / artifact_name(unit.key)).with_suffix(".json")
     write_text(curve_file, json.dumps({"losses": distillation.curve()}))
     first, final = distillation.edge_losses()
     meta = distillation.distilled.meta
@@ -296,13 +273,13 @@ def _distil(job: BenchJob, unit: BenchUnit) -> dict[str, Any]:
 
 def _evaluate(job: BenchJob, unit: BenchUnit) -> dict[str, Any]:
     """Score one set with one architecture."""
-    folder, source = Path(job.run_dir), unit.identity.inputs[0]
-    path, set_row = folder / artifact_name(source), Ledger(folder).row(source)
-    if set_row is None or not is_sound(folder, set_row):
+    source = unit.identity.inputs[0]
+    set_row = Ledger(job.run_dir).row(source)
+    if set_row is None or not is_sound(job.run_dir, set_row):
         raise _DamagedError
     options = EvaluateOptions.parse({**unit.options, "data_dir": job.data_dir})
-    evaluation = scoring.evaluate(path, options, device=torch.device(job.device))
-    values = evaluation.dump()
+    path = job.run_dir / artifact_name(source)
+    values = scoring.evaluate(path, options, device=torch.device(job.device)).dump()
     shared_fields = {k: v for k, v in values.items() if k not in ("protocol", "split", "results")}
     return {**values["results"][0], **shared_fields}
 

@@ -19,9 +19,7 @@ from ddray.runs.ledger import Ledger
 from ddray.tables import scheduler
 from ddray.tables import worker as bench_worker
 from ddray.tables.graph import build_graph
-from ddray.tables.run import (
-    _drop_scaled_differences,
-)
+from ddray.tables.table import drop_scaled_differences
 from tests.tables.benches import TINY, run, spec, starts
 
 
@@ -187,7 +185,7 @@ def test_a_late_worker_does_not_replace_the_published_set(tmp_path: Path) -> Non
     before = path.read_bytes()
     (unit,) = build_graph(bench_spec, open_dataset).distil.values()
     for epoch in (0, 1):  # an older driver's worker, and a second worker of this one
-        job = bench_worker.BenchJob(str(tmp_path / "run"), epoch, None, "cpu")
+        job = bench_worker.BenchJob(tmp_path / "run", epoch, None, "cpu")
         bench_worker._draft(job, unit).write_bytes(b"other bytes")
         bench_worker.publish(Ledger(tmp_path / "run"), job, unit, {"sha256": "other"}, 1.0)
         assert path.read_bytes() == before
@@ -196,9 +194,9 @@ def test_a_late_worker_does_not_replace_the_published_set(tmp_path: Path) -> Non
 
 def test_a_scaled_run_is_no_reproduction() -> None:
     cells: list[dict[str, Any]] = [{"published": {"difference": 0.1, "difference_se": 2.0}}, {}]
-    _drop_scaled_differences(cells, "paper")
+    drop_scaled_differences(cells, "paper")
     assert cells[0]["published"]["difference_se"] == 2.0
-    _drop_scaled_differences(cells, "cpu")
+    drop_scaled_differences(cells, "cpu")
     assert cells == [{"published": {"difference": 0.1, "difference_se": None}}, {}]
 
 

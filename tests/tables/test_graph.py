@@ -12,9 +12,7 @@ from ddray.errors import InputError
 from ddray.ranking.sweep import NasOptions
 from ddray.tables.dry_run import _facts
 from ddray.tables.graph import build_graph
-from ddray.tables.run import (
-    sweep_options,
-)
+from ddray.tables.nas_table import sweep_options
 from ddray.tables.worker import predict_pool_specs
 from tests.tables.benches import LOCAL, nas_of, run, spec
 
@@ -59,7 +57,7 @@ def test_an_evaluation_may_be_of_some_datasets_only() -> None:
         evaluate=[{"epochs": 1}, {"protocol": "robust", "dataset": "mnist", "epochs": 1}],
     )
     by_name = {
-        name: [one.protocol for one in bench_spec.evaluate if name in bench_spec.scored(one)]
+        name: [one.protocol for one in bench_spec.evaluate if name in bench_spec.datasets(one)]
         for name in bench_spec.dataset
     }
     assert by_name == {"digits": ["hard"], "mnist": ["hard", "robust"]}

@@ -18,10 +18,10 @@ from ddray.ranking import sweep as nas_sweep
 from ddray.ranking.spaces import get_space
 from ddray.runs.ledger import Ledger
 from ddray.tables import nas_table
-from ddray.tables.cost import costs_file, summarise, sweep_of
+from ddray.tables.cost import costs_file, summarise
 from ddray.tables.dry_run import _facts, dry_run
 from ddray.tables.graph import build_graph
-from ddray.tables.nas_table import _baseline, cell_of, nas_options
+from ddray.tables.nas_table import _baseline, cell_of, resolve_sweeps
 from ddray.tables.result import BenchResult
 from ddray.tables.spec import PublishedSource, read_spec
 from tests.tables.benches import LOCAL, run, spec, table_cell
@@ -206,12 +206,11 @@ def test_a_sweep_is_priced_without_architectures_above_its_limit() -> None:
     bench_spec = spec(evaluate={"protocol": "nas", "options": {"max_mflops": 2}}, seeds=1)
     (sweep,) = dry_run(bench_spec, LOCAL, run_dir=None)["units"][-1:]
     assert sweep["kind"] == "nas"
-    (sweep_spec,) = build_graph(bench_spec, open_dataset).sweeps
+    (ranked,) = resolve_sweeps(build_graph(bench_spec, open_dataset), bench_spec, LOCAL, open_dataset)
     digits, space = open_dataset("digits"), get_space("convnet720")
     within = sum(space.cost(i, digits.image_shape, digits.num_classes) <= 2 for i in range(len(space)))
     assert 0 < within < len(space)
-    cost = sweep_of(sweep_spec, nas_options(sweep_spec, {}), digits)
-    assert cost.num_units == within * (2 + 1), "on two sets, and the truth"
+    assert ranked.num_trainings(digits) == within * (2 + 1), "on two sets, and the truth"
 
 
 def test_a_bad_option_is_refused_before_a_folder_is_made(tmp_path: Path) -> None:

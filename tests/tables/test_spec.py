@@ -113,8 +113,8 @@ def test_only_a_scale_with_other_datasets_may_change_what_rows_name(tmp_path: Pa
         "evaluate: {dataset: cifar10}\n"
     )
     smoke, cpu = read_spec(path, "smoke"), read_spec(path, "cpu")
-    assert smoke.datasets(smoke.rows()[0]) == smoke.scored(smoke.evaluate[0]) == ["digits"]
-    assert (cpu.datasets(cpu.rows()[0]), cpu.scored(cpu.evaluate[0])) == (["mnist"], ["cifar10"])
+    assert smoke.datasets(smoke.rows()[0]) == smoke.datasets(smoke.evaluate[0]) == ["digits"]
+    assert (cpu.datasets(cpu.rows()[0]), cpu.datasets(cpu.evaluate[0])) == (["mnist"], ["cifar10"])
     path.write_text(path.read_text().replace("evaluate: {dataset: cifar10}", "evaluate: {dataset: cifar}"))
     with pytest.raises(InputError, match="evaluate dataset must be among"):
         read_spec(path, "cpu")
