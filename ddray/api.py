@@ -244,9 +244,11 @@ def nas(
 
 def describe_archs(archs: str = "all", space: str = DEFAULT_SPACE) -> ArchList:
     """Return architectures of a NAS space with their sizes and choices: `ddray nas --describe`."""
-    from ddray.ranking.command import describe
+    from ddray.ranking.result import ArchList
+    from ddray.ranking.spaces import get_space, parse_indices
 
-    return describe(space, archs)
+    nas_space = get_space(space)
+    return ArchList(archs=[nas_space.describe(index) for index in parse_indices(archs, nas_space)])
 
 
 @_takes(BenchOptions, RunOptions)

@@ -1,4 +1,4 @@
-"""The functions behind `ddray nas`: describe a space, rank scores from a file, or run and report a sweep."""
+"""The functions behind `ddray nas`: rank scores from a file, or run and report a sweep."""
 
 import statistics
 import time
@@ -21,31 +21,14 @@ from ddray.jobs.score import check_fits, foreign_space
 from ddray.ranking import get_definition, space_names
 from ddray.ranking.figures_of_merit import Array, figures_of_merit, mean_over_seeds
 from ddray.ranking.options import NasModes, NasRequest
-from ddray.ranking.proxies import (
-    Proxy,
-    baseline_proxies,
-    check_names,
-    file_proxies,
-    harness_variants,
-    warn_of_seen_val,
-)
-from ddray.ranking.result import ArchList, NasResult, ProxyResult
-from ddray.ranking.spaces import get_space, owners, parse_indices
+from ddray.ranking.proxies import Proxy, baseline_proxies, file_proxies, harness_variants
+from ddray.ranking.result import NasResult, ProxyResult
+from ddray.ranking.spaces import get_space, owners
 from ddray.ranking.sweep import NasConfig, NasOptions, Sweep, choose_architectures, run_sweep
 from ddray.ranking.truth import Truth, read_scores, read_truth
 from ddray.runs.executor import Executor
 from ddray.runs.ledger import Row
 from ddray.system.files import write_atomically, write_text
-
-
-def describe(space_name: str, text: str) -> ArchList:
-    """Return index, parameters and FLOPs (millions) and choices of architectures: `all`, or such as `1,5`.
-
-    Raises:
-        InputError: an unknown space or index.
-    """
-    space = get_space(space_name)
-    return ArchList(archs=[space.describe(index) for index in parse_indices(text, space)])
 
 
 def check_modes(options: Mapping[str, Any]) -> None:
@@ -59,11 +42,8 @@ def check_modes(options: Mapping[str, Any]) -> None:
         if options.get(name, names[0]) not in names:
             raise unknown("--" + name.replace("_", "-"), str(options[name]), names)
     if options.get("executor") == "local":
-        _refuse(
-            options,
-            ("unit_timeout", "num_workers", "address"),
-            "with --executor local, which runs unit after unit and waits for each",
-        )
+        context = "with --executor local, which runs unit after unit and waits for each"
+        _refuse(options, ("unit_timeout", "num_workers", "address"), context)
     if options.get("scores") is not None:
         _refuse(options, ("proxies", "baselines", "compat", "sets"), "with --scores, which trains nothing")
     elif not options.get("proxies"):
@@ -120,12 +100,13 @@ def prepare(request: NasRequest, options: NasOptions, config: NasConfig, *, can_
         check_fits(distilled, dataset, path)
     indices = choose_architectures(options, config, dataset)
     train, val = carve_val(dataset.train(), seed=options.seed)
-    proxies = file_proxies(request.proxies, sets)
-    warn_of_seen_val(request.proxies, sets, str(SplitName(options.seed)))
+    proxies = file_proxies(request.proxies, sets, str(SplitName(options.seed)))
     proxies += baseline_proxies(request.baselines, proxies, dataset, train, config, seed=options.seed)
     if request.compat:
         proxies += harness_variants(proxies, get_definition(options.space).harnesses[request.compat])
-    check_names(proxies)
+    names = [proxy.name for proxy in proxies]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"proxies must have different names, 2 are called {repeated[0]}; rename the file")
     device = "cuda" if options.gpus_per_worker > 0 else "cpu"
     return Sweep(options, config, dataset, train, val, tuple(proxies), indices, device, can_grow=can_grow)
 
@@ -258,19 +239,18 @@ def _matrix(rows: Sequence[Row], columns: Mapping[int, int], name: str) -> Array
 def _table(proxy: Proxy, described: pd.DataFrame, scores: Array, truth: Truth) -> pd.DataFrame:
     """Return one line per architecture, the proxy's best first."""
     by_arch = [accuracies[np.isfinite(accuracies)].tolist() for accuracies in scores.T]
+    score, true = (pd.Series(mean_over_seeds(np.atleast_2d(side))) for side in (scores, truth.values))
     table = described.assign(
-        proxy_accuracy=mean_over_seeds(scores),
+        proxy_accuracy=score,
         proxy_accuracy_std=[statistics.stdev(each) if len(each) > 1 else np.nan for each in by_arch],
-        proxy_rank=np.nan,
-        truth_accuracy=mean_over_seeds(np.atleast_2d(truth.values)),
-        truth_rank=np.nan,
+        proxy_rank=score.rank(ascending=False, method="min"),
+        truth_accuracy=true,
+        truth_rank=true.rank(ascending=False, method="min"),
         num_seeds=[len(each) for each in by_arch],
         failed=[not each for each in by_arch],
         truth_test_accuracy=np.nan if truth.test is None else truth.test,
     )
     table.insert(0, "proxy", proxy.name)
-    for name in ("proxy", "truth"):
-        table[f"{name}_rank"] = table[f"{name}_accuracy"].rank(ascending=False, method="min")
     return table.sort_values(["proxy_rank", "index"], ignore_index=True)
 
 

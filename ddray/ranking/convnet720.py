@@ -1,6 +1,6 @@
 """The 720 ConvNets of the DataDAM supplement (section 2.3): depth x width x activation x norm x pooling."""
 
-import itertools
+from itertools import product
 from typing import Any, Final
 
 from ddray.config import read_yaml
@@ -18,9 +18,7 @@ class ConvNet720:
 
     def __init__(self) -> None:
         factors = read_yaml(shipped("search_spaces", "nas", "convnet720.yaml"))
-        self._points = [
-            dict(zip(factors, values, strict=True)) for values in itertools.product(*factors.values())
-        ]
+        self._points = [dict(zip(factors, values, strict=True)) for values in product(*factors.values())]
 
     def __len__(self) -> int:
         return len(self._points)

@@ -41,9 +41,9 @@ def figures_of_merit(
 ) -> dict[str, Any]:
     """Compare a proxy's ranking by val accuracies `scores` [S, A] (or [A]) with the `truth` [T, A] (or [A]).
 
-    NaN marks a failed unit, or an unknown truth. Both sides are means over the seeds that finished. Equal
-    values share their average rank in correlations; elsewhere (top 1, 5, 10, the border of the top 20 %) ties
-    go to the earlier architecture.
+    NaN marks a failed unit, or an unknown truth; another number of architectures is a ValueError. Both sides
+    are means over the seeds that finished. Equal values share their average rank in correlations; elsewhere
+    (top 1, 5, 10, the border of the top 20 %) ties go to the earlier architecture.
 
     `chance` is the accuracy of the best constant guess, the share of val's largest class. A mean score counts
     as at chance up to one standard error sqrt(chance (1 - chance) / num_val) above it, without `num_val` (the
@@ -54,13 +54,10 @@ def figures_of_merit(
         draws), `kendall`, `top1_truth_accuracy`, `top5_truth_accuracy`, `top10_truth_accuracy` (best truth
         among the first k), `best_truth_accuracy` (best of all, ranked or not), `num_ties` (architectures that
         share their mean score), `num_at_chance`, `num_archs` (ranked), `num_failed` (left out because score
-        or truth is missing), and unchanged `wall_s` and `storage_images`. Undefined figures (fewer than 3
-        architectures, a constant side, no `chance`) are None.
-
-    Raises:
-        ValueError: scores and truth differ in their number of architectures.
+        or truth is missing), and as given the training's `wall_s` and the proxy's `storage_images`. Undefined
+        figures (fewer than 3 architectures, a constant side, no `chance`) are None.
     """
-    seed_scores, seed_truth = _by_seed(scores), _by_seed(truth)
+    seed_scores, seed_truth = (np.atleast_2d(np.asarray(side, np.float64)) for side in (scores, truth))
     num_scored, num_true = seed_scores.shape[1], seed_truth.shape[1]
     if num_scored != num_true:
         raise ValueError(f"scores are of {num_scored} architectures, truth of {num_true}")
@@ -96,14 +93,6 @@ def _correlations(scores: Array, truth: Array, num_bootstrap: int, seed: int) ->
         "spearman_top20_ci95": _interval(rho_top, fifth),
         "kendall": _correlation(stats.kendalltau, x, y),
     }
-
-
-def _by_seed(values: ArrayLike) -> Array:
-    """Return values as float64 [S, A]."""
-    matrix = np.atleast_2d(np.asarray(values, dtype=np.float64))
-    if matrix.ndim != 2:
-        raise ValueError(f"values must be [A] or [seeds, A], got {list(matrix.shape)}")
-    return matrix
 
 
 def mean_over_seeds(values: Array, times: Array | None = None) -> Array:

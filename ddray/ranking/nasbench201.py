@@ -7,7 +7,6 @@ that fails since torch 2.6: the file is loaded here, as plain values only, and p
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import importlib
 import io
@@ -88,7 +87,7 @@ def read_table() -> pd.DataFrame:
             f"the NAS-Bench-201 table must have sha256 {manifest['sha256']}, got {digest} ({path}); "
             "reinstall ddray"
         )
-    return pd.read_csv(io.BytesIO(gzip.decompress(content)), dtype={"arch_str": str, "unique_str": str})
+    return pd.read_csv(io.BytesIO(content), compression="gzip")
 
 
 class NasBench201:
@@ -188,11 +187,10 @@ def table_truth(indices: Sequence[int], column: str | None = None, file: Path | 
 
 def _cells(indices: Sequence[int], column: str) -> np.ndarray[Any, Any]:
     """Return a column of the table at `indices`; InputError if a cell does not exist."""
-    values = read_table()[column].to_numpy()
+    values = read_table()[column]
     if wrong := [index for index in indices if not 0 <= index < len(values)]:
         raise InputError(f"index must be in 0..{len(values) - 1} for nasbench201, got {wrong[0]}")
-    selected: np.ndarray[Any, Any] = values[np.asarray(indices, dtype=np.int64)]
-    return selected
+    return values.iloc[list(indices)].to_numpy()
 
 
 def _parse_column(column: str) -> tuple[str, str, str, str]:

@@ -33,7 +33,7 @@ class SpearmanObjective:
         truth: their val accuracies after training on the whole train part.
         recipe: how they are trained on a proxy (`NasRecipe` as plain values).
         space: name and options for `get_space`.
-        seed: seed of the networks.
+        seed: of the networks.
     """
 
     indices: tuple[int, ...]
@@ -44,12 +44,8 @@ class SpearmanObjective:
 
     def describe(self) -> dict[str, Any]:
         """Return plain values that identify the objective."""
-        return {
-            "indices": list(self.indices),
-            "truth": list(self.truth),
-            "recipe": dict(self.recipe),
-            "space": dict(self.space),
-        }
+        lists = {"indices": list(self.indices), "truth": list(self.truth)}
+        return {**lists, "recipe": dict(self.recipe), "space": dict(self.space)}
 
     def score(self, distilled: DistilledSet, dataset: Dataset, val: Split, device: torch.device) -> float:
         """Return Spearman's rho between a set's ranking on val and the truth; 0 where it is undefined."""

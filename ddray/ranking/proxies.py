@@ -28,9 +28,8 @@ class Proxy:
     """What architectures are trained on.
 
     Attributes:
-        name: name shown in tables.
+        name: identifies it in rows, tables and pages.
         set_name: name of its data among a sweep's sets; variants of one proxy share it.
-        data: images and labels.
         storage_images: stored floats, in units of one image.
         num_steps: optimiser steps; None for the recipe's epochs.
         mixture: the bug of DC-BENCH's harness that the network reproduces, if any.
@@ -61,8 +60,11 @@ def whole_proxy(train: Split, dataset: Dataset) -> Proxy:
     return Proxy(WHOLE, "whole", real_set(train, dataset), float(len(train)))
 
 
-def file_proxies(paths: Sequence[Path], sets: Sequence[DistilledSet]) -> list[Proxy]:
-    """Return distilled sets as proxies, named by their files (by full paths where names repeat)."""
+def file_proxies(paths: Sequence[Path], sets: Sequence[DistilledSet], split_name: str) -> list[Proxy]:
+    """Return distilled sets as proxies, named by their files (by full paths where names repeat).
+
+    Warn of sets from another split: val images, which the ranking is scored on, may have been among theirs.
+    """
     names = [path.name for path in paths]
     proxies: list[Proxy] = []
     for path, distilled in zip(paths, sets, strict=True):
@@ -73,17 +75,13 @@ def file_proxies(paths: Sequence[Path], sets: Sequence[DistilledSet]) -> list[Pr
         data = training_set(decoded.images, decoded.labels, distilled.space())
         storage_images = distilled.meta.storage_floats / math.prod(distilled.meta.image_shape)
         proxies.append(Proxy(name, f"file {name}", data, storage_images))
-    return proxies
-
-
-def warn_of_seen_val(paths: Sequence[Path], sets: Sequence[DistilledSet], split_name: str) -> None:
-    """Warn of sets that may have been distilled from images that the ranking is scored on."""
     if seen := [path.name for path, each in zip(paths, sets, strict=True) if each.meta.split != split_name]:
         log.warning(
             "%s: may have been distilled from val images (distill --val-seed leaves them out); "
             "a coreset of all of train contains some of val",
             ", ".join(seen),
         )
+    return proxies
 
 
 def baseline_proxies(
@@ -95,16 +93,10 @@ def baseline_proxies(
     *,
     seed: int,
 ) -> list[Proxy]:
-    """Return the baselines of a sweep's proxies: coresets of the same ipc, early stopping at the same steps.
+    """Return the baselines of distilled sets: coresets of the same ipc, early stopping at the same steps.
 
-    Args:
-        names: `early-stopping`, `whole` (all of `train` for `whole_epochs`), or a method that selects real
-            images (random, kcenter, herding, ...).
-        proxies: the distilled sets; each of their sizes gets its baselines.
-        dataset: the real data.
-        train: the images to select from.
-        config: determines the proxies' steps.
-        seed: seed of the selection.
+    A name is `early-stopping`, `whole` (all of `train` for `whole_epochs`), or a method that selects images
+    of `train` by `seed` (random, kcenter, herding, ...). Each size of the sets gets its baselines.
 
     Raises:
         InputError: an unknown baseline, one that has to be distilled, or a duplicate.
@@ -161,31 +153,16 @@ def _coreset(name: str, ipc: int, dataset: Dataset, train: Split, seed: int) -> 
     return Proxy(label, f"baseline {label}", data, float(len(coreset.labels)))
 
 
-def check_names(proxies: Sequence[Proxy]) -> None:
-    """Check that proxies have different names: rows, tables and pages identify them by name.
-
-    Raises:
-        InputError: a file has the name of a baseline.
-    """
-    names = [proxy.name for proxy in proxies]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"proxies must have different names, 2 are called {name}; rename the file")
-
-
 def harness_variants(proxies: Sequence[Proxy], faults: Mapping[str, Mapping[str, Any]]) -> list[Proxy]:
-    """Return every proxy under each fault of another harness (by label, what it changes in a proxy).
-
-    Early stopping is left out: DC-BENCH's harness does not have it.
-    """
-    return [
-        replace(
-            _class_sorted(proxy) if "shuffle" in changes else proxy, name=f"{proxy.name} [{label}]", **changes
-        )
-        for proxy in proxies
-        if not proxy.name.startswith(EARLY_STOPPING)
-        for label, changes in faults.items()
-    ]
+    """Return every proxy under each fault of another harness (by label, what it changes in a proxy)."""
+    variants = []
+    for proxy in proxies:
+        if proxy.name.startswith(EARLY_STOPPING):  # DC-BENCH's harness does not have it
+            continue
+        for label, changes in faults.items():
+            base = _class_sorted(proxy) if "shuffle" in changes else proxy
+            variants.append(replace(base, name=f"{proxy.name} [{label}]", **changes))
+    return variants
 
 
 def _class_sorted(proxy: Proxy) -> Proxy:

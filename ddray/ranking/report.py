@@ -1,7 +1,6 @@
 """report.html and scatter plots of `ddray nas`: ranks of architectures on proxies against true ranks.
 
-The plots follow DataDAM's supplement, Figs 7 and 8, the summary its Tables 4 and 5, published figures beside
-ours.
+The plots follow DataDAM's supplement, Figs 7 and 8, the summary its Tables 4 and 5, with published figures.
 """
 
 from __future__ import annotations
@@ -47,12 +46,9 @@ _Y_TITLE: Final = "true accuracy (%)"
 
 
 def write_nas_report(run_dir: Path, result: Mapping[str, Any], table: pd.DataFrame) -> None:
-    """Write `<run>/report.html`, a self-contained page that shows the run's config.yaml and environment.json.
+    """Write `<run>/report.html`, a self-contained page that shows config.yaml and environment.json too.
 
-    Args:
-        run_dir: the run's folder.
-        result: the dump of the sweep's result.
-        table: one line per proxy and architecture, as in results.csv.
+    `result` is the dump of the sweep's result, `table` has the lines of results.csv.
 
     Raises:
         StorageError: the page can't be written.
@@ -146,15 +142,9 @@ def scatter_plot(table: pd.DataFrame) -> str:
 
 
 def save_scatters(run_dir: Path, table: pd.DataFrame, proxies: Sequence[Mapping[str, Any]]) -> list[Path]:
-    """Write one PNG per proxy, `scatter-<number>-<name>.png`, and `scatter.png` with all of them.
+    """Write one PNG per proxy, `scatter-<number>-<name>.png`, and `scatter.png` with all; return the files.
 
-    Args:
-        run_dir: target folder.
-        table: one line per proxy and architecture, as in results.csv.
-        proxies: the proxies' figures, as in the command's JSON.
-
-    Returns:
-        The files, scatter.png last.
+    `table` has the lines of results.csv, `proxies` the figures of the command's JSON.
 
     Raises:
         StorageError: a file can't be written.

@@ -1,16 +1,12 @@
 """What a NAS sweep returns."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 from pydantic import ConfigDict
 
 from ddray.config import Result
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 class ProxyResult(Result):
@@ -45,8 +41,6 @@ class NasResult(Result):
 
     def to_pandas(self) -> pd.DataFrame:
         """Return one row per proxy and architecture, as in results.csv; without a run, one per proxy."""
-        import pandas as pd
-
         if self.run_dir is None:
             return pd.DataFrame([proxy.dump() for proxy in self.proxies])
         return pd.read_csv(Path(self.run_dir) / "results.csv")
@@ -59,6 +53,4 @@ class ArchList(Result):
 
     def to_pandas(self) -> pd.DataFrame:
         """Return one row per architecture."""
-        import pandas as pd
-
         return pd.DataFrame(self.archs)

@@ -41,9 +41,6 @@ class Sweep:
     """A resolved sweep.
 
     Attributes:
-        options: the options of the command.
-        config: how architectures are trained.
-        dataset: the real data.
         train: nine tenths of train.
         val: the held-out tenth to rank by.
         proxies: the sets that architectures are trained on, besides the whole set for the truth.
@@ -285,15 +282,12 @@ def _run_missing(
             if isinstance(outcome.error, StorageError | InputError):
                 raise outcome.error
             if outcome.error is not None:
-                _mark_failed(run, task, outcome.error, outcome.attempts)
+                for unit in task.units:
+                    arch, reason = unit.spec["arch"], one_line(outcome.error, 300)
+                    log.warning("%s failed %d times: %s", arch, outcome.attempts, reason)
+                    row = Row.failed(unit, reason, result={"attempts": outcome.attempts})
+                    run.ledger.publish(unit, row, epoch=run.epoch)
             done_cost += task.cost
             done_units += len(task.units)
             left = (time.monotonic() - begin) * (total - done_cost) / done_cost
             show(done_units, f"about {left / 60:.0f} min left, weighted by cost")
-
-
-def _mark_failed(run: Run, task: NasTask, error: Exception, attempts: int) -> None:
-    """Publish failed rows for a task that is out of attempts; the sweep goes on."""
-    for unit in task.units:
-        log.warning("%s failed %d times: %s", unit.spec["arch"], attempts, one_line(error, 300))
-        run.ledger.publish(unit, Row.failed(unit, error, result={"attempts": attempts}), epoch=run.epoch)

@@ -40,21 +40,13 @@ def train_seeds(
     shuffle: bool = True,
     mode: Mode = "auto",
 ) -> str:
-    """Train networks of one architecture, one per seed, in place; they end in eval mode.
+    """Train networks of one architecture with different weights in place; they end in eval mode.
 
-    Args:
-        nets: networks of one architecture with different weights, on the images' device.
-        images: float32 [N, C, H, W], in channels_last.
-        labels: int64 [N].
-        recipe: the settings.
-        seeds: seeds of the networks' batch orders and augmentation.
-        dsa: the augmentation; None leaves batches as they are.
-        num_steps: optimiser steps; default the recipe's epochs over `images`.
-        shuffle: False reproduces an unshuffled loader (`--compat dcbench`).
-        mode: `loop` one network after another, `fused` all at once, `auto` by a probe on CUDA, else `loop`.
-
-    Returns:
-        How they were trained: `loop` or `fused`, with `+graph` where a CUDA graph ran.
+    `images` are float32 [N, C, H, W] in channels_last on the networks' device, `labels` int64 [N]. `seeds`,
+    one per network, determine batch order and augmentation (`dsa` None: there is none). `num_steps` defaults
+    to the recipe's epochs. `shuffle` False reproduces an unshuffled loader (`--compat dcbench`). `mode`:
+    `loop` one network after another, `fused` all at once, `auto` by a probe on CUDA, else `loop`. The mode
+    taken is returned, with `+graph` where a CUDA graph ran.
     """
     total = num_steps or recipe.num_steps(len(labels))
     optimizer = partial(

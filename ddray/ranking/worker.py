@@ -75,7 +75,6 @@ class SweepData:
         sets: training sets by name.
         val: uint8 [M, C, H, W] (spectrograms: float32) and labels [M] to rank by.
         test: likewise, for the last column; None if it is not used.
-        num_classes: K.
         can_flip: whether a mirrored image keeps its class.
     """
 
@@ -91,10 +90,8 @@ class NasTask:
     """Units of one architecture on one set that are trained together, one per seed.
 
     Attributes:
-        units: their ledger units.
         index: the architecture.
         set_name: the sweep's set to train on.
-        seeds: one per unit.
         recipe: `NasRecipe` as plain values.
         space: name and options for `get_space`.
         num_steps: optimiser steps; None for the recipe's epochs.
@@ -190,7 +187,7 @@ class SweepJob:
         run_dir: absolute path of the run.
         epoch: run epoch to publish under.
         data_key: identifies the sweep's data, so that a worker copies it once.
-        gpus: GPUs of a worker.
+        gpus: of a worker.
     """
 
     run_dir: str
