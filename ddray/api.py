@@ -263,10 +263,14 @@ def bench(file: str | Path | Mapping[str, Any], **options: Any) -> BenchResult:
         InputError: the table or an option is bad.
         DdrayError: no cell was scored.
     """
-    from ddray.cluster.bench import bench as run_table
+    from ddray.cluster.executor import bench_executor
+    from ddray.cluster.runtime import sigterm_as_sigint
+    from ddray.tables.run import prepare, run_bench
 
     run, parsed = RunOptions.pick(options), BenchOptions.pick(options)
-    return run_table(_spec(file, parsed.scale), parsed, run_dir=run.run_dir, resume=run.resume)
+    prepared = prepare(_spec(file, parsed.scale), parsed)
+    with sigterm_as_sigint():
+        return run_bench(prepared, bench_executor(parsed), run_dir=run.run_dir, resume=run.resume)
 
 
 @_takes(BenchOptions, RunOptions)

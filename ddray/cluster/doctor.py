@@ -5,6 +5,7 @@ import shutil
 import sys
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import requires, version
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from ddray.cluster.runtime import ray_runtime
 from ddray.config import Result
 from ddray.data import dataset_names, open_dataset
 from ddray.errors import DdrayError, InputError
+from ddray.runs.environment import devices
 from ddray.system.files import home
 from ddray.system.worker import cpu_count
 
@@ -36,24 +38,21 @@ class DoctorResult(Result):
 
 
 def examine(*, address: str | None, run_dir: Path, data_dir: Path | None) -> DoctorResult:
-    """Run every check.
+    """Run every check; all nodes must share `run_dir` and be able to write it.
 
-    Args:
-        address: Ray cluster to check; None starts a local instance.
-        run_dir: folder that all nodes must share and be able to write.
-        data_dir: the datasets' folder; None is $DDRAY_DATA.
+    Without `address` a local Ray is started; without `data_dir` the datasets' folder is $DDRAY_DATA.
     """
-    checks: list[tuple[str, Callable[[], tuple[str, str]]]] = [
-        ("versions", _versions),
-        ("devices", _devices),
-        ("compiler", _compiler),
-        ("data", lambda: _data(data_dir)),
-        ("home", lambda: _writable(home())),
-        ("run folder", lambda: _writable(run_dir)),
-        ("ray", lambda: _ray(address, run_dir)),
-    ]
+    checks: dict[str, Callable[[], tuple[str, str]]] = {
+        "versions": _versions,
+        "devices": _devices,
+        "compiler": _compiler,
+        "data": lambda: _data(data_dir),
+        "home": lambda: _writable(home()),
+        "run folder": lambda: _writable(run_dir),
+        "ray": lambda: _ray(address, run_dir),
+    }
     results = []
-    for name, check in checks:
+    for name, check in checks.items():
         try:
             status, detail = check()
         except (DdrayError, OSError) as error:
@@ -74,16 +73,14 @@ def _versions() -> tuple[str, str]:
         installed = version(requirement.name)
         if not requirement.specifier.contains(installed, prereleases=True):
             mismatches.append(f"{requirement.name} {installed} (needs {requirement.specifier})")
-    summary = (
-        f"Python {sys.version.split()[0]}, torch {torch.__version__}, "
-        f"ray {version('ray')}, optuna {version('optuna')}"
-    )
-    return ("failed", "; ".join(mismatches)) if mismatches else ("ok", summary)
+    if mismatches:
+        return "failed", "; ".join(mismatches)
+    libraries = f"torch {torch.__version__}, ray {version('ray')}, optuna {version('optuna')}"
+    return "ok", f"Python {sys.version.split()[0]}, {libraries}"
 
 
 def _devices() -> tuple[str, str]:
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return "ok", f"{cpu_count()} CPU cores; " + (", ".join(names) or "no GPU that torch can use")
+    return "ok", f"{cpu_count()} CPU cores; " + (", ".join(devices()) or "no GPU that torch can use")
 
 
 def _compiler() -> tuple[str, str]:
@@ -95,11 +92,9 @@ def _data(data_dir: Path | None) -> tuple[str, str]:
     """List the datasets that can be opened."""
     available = []
     for name in dataset_names():
-        try:
+        with suppress(InputError):
             open_dataset(name, data_dir=data_dir)
-        except InputError:
-            continue
-        available.append(name)
+            available.append(name)
     folder = data_dir or os.environ.get("DDRAY_DATA")
     if folder is None:
         return "warning", f"$DDRAY_DATA is not set: only {', '.join(available)} can be found"
@@ -134,30 +129,22 @@ def _ray(address: str | None, run_dir: Path) -> tuple[str, str]:
         nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
         token = uuid.uuid4().hex
         write = ray.remote(num_cpus=0)(write_token)
-        ray.get(
-            [
-                write.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
-                    str(run_dir), f".doctor-{token}-{node}.tmp"
-                )
-                for node in nodes
-            ],
-            timeout=60,
-        )
-        written = [path for node in nodes if (path := run_dir / f".doctor-{token}-{node}.tmp").exists()]
+        tokens, writes = [run_dir / f".doctor-{token}-{node}.tmp" for node in nodes], []
+        for node, path in zip(nodes, tokens, strict=True):
+            here = NodeAffinitySchedulingStrategy(node, soft=False)
+            writes.append(write.options(scheduling_strategy=here).remote(path))
+        ray.get(writes, timeout=60)
+        written = [path for path in tokens if path.exists()]
         for path in written:
             path.unlink()
         resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
         summary = f"{len(nodes)} nodes, {resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"
-    if len(written) < len(nodes):
-        return (
-            "failed",
-            f"{summary}; {run_dir} is not shared: {len(nodes) - len(written)} nodes wrote elsewhere",
-        )
+    if elsewhere := len(nodes) - len(written):
+        return "failed", f"{summary}; {run_dir} is not shared: {elsewhere} nodes wrote elsewhere"
     return "ok", f"{summary}; {run_dir} is shared by all of them"
 
 
-def write_token(folder: str, name: str) -> None:
+def write_token(path: Path) -> None:
     """Write an empty file; runs on a node."""
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    (path / name).touch()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()

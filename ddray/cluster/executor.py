@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ddray.cluster.runtime import check_capacity, ray_runtime, sigterm_as_sigint
 from ddray.errors import InputError
-from ddray.runs.executor import Executor, LocalExecutor, Task, WorkerPool
-from ddray.runs.outcome import Outcome
+from ddray.runs.executor import Executor, LocalExecutor, Outcome, Task, WorkerPool
 from ddray.system.worker import prepare_worker, set_threads
 
 if TYPE_CHECKING:
@@ -25,21 +23,13 @@ _CAPACITY_S = 1.0  # for which the number of workers that fit is not asked again
 
 @dataclass(frozen=True)
 class RayExecutor:
-    """Runs tasks on as many workers as the current nodes can hold; Ray starts with the workers.
+    """Runs tasks on as many workers as the current nodes can hold; Ray starts with the workers."""
 
-    Attributes:
-        cpus: cores of a worker.
-        gpus: GPUs of a worker.
-        max_workers: at a time; None for as many as fit.
-        address: the cluster's; None starts a local one.
-        per: what the command's options call a worker: `--cpus-per-<per>`.
-    """
-
-    cpus: float
-    gpus: float
-    max_workers: int | None = None
-    address: str | None = None
-    per: str = "trial"
+    cpus: float  # cores of a worker
+    gpus: float  # GPUs of a worker
+    max_workers: int | None = None  # at a time; None for as many as fit
+    address: str | None = None  # the cluster's; None starts a local one
+    per: str = "trial"  # what the command's options call a worker: `--cpus-per-<per>`
 
     @contextmanager
     def workers(self) -> Iterator[WorkerPool]:
@@ -111,20 +101,14 @@ class _Running:
         """Return how long the task has run, 0 while its worker starts."""
         import ray
 
-        if self.since is None:
-            if not ray.wait([self.awake], timeout=0)[0]:
-                return 0.0
+        if self.since is None and ray.wait([self.awake], timeout=0)[0]:
             self.since = time.monotonic()
-        return time.monotonic() - self.since
+        return 0.0 if self.since is None else time.monotonic() - self.since
 
 
 @dataclass
-class RayWorkers:
-    """The workers of a `RayExecutor`; idle ones serve later calls.
-
-    Attributes:
-        executor: their size, and how many.
-    """
+class RayWorkers(WorkerPool):
+    """The workers of a `RayExecutor`; idle ones serve later calls."""
 
     executor: RayExecutor
     _idle: list[Any] = field(default_factory=list)
@@ -140,12 +124,16 @@ class RayWorkers:
 
     def end(self) -> None:
         """Kill the workers."""
+        self._idle += (entry.actor for entry in self._running.values())
+        self._kill_idle()
+        self._running.clear()
+
+    def _kill_idle(self) -> None:
         import ray
 
-        for actor in [*self._idle, *(entry.actor for entry in self._running.values())]:
+        for actor in self._idle:
             ray.kill(actor)
         self._idle.clear()
-        self._running.clear()
 
     def limit(self) -> int:
         """Return how many workers may run now; nodes may have died or joined since the last check."""
@@ -156,34 +144,6 @@ class RayWorkers:
                 self._limit = 1
             self._checked = time.monotonic()
         return self._limit
-
-    def run(
-        self,
-        tasks: Sequence[Task],
-        *,
-        timeout_s: float | None = None,
-        on_start: Callable[[str, int], None] | None = None,
-        follow: Callable[[Outcome], Sequence[Task]] | None = None,
-    ) -> Iterator[Outcome]:
-        """Run tasks; yield their outcomes (see `WorkerPool`)."""
-        waiting = deque((task, 1) for task in tasks)
-        while waiting or self._running:
-            while waiting and len(self._running) < self.limit():
-                task, attempt = waiting.popleft()
-                if on_start is not None:
-                    on_start(task.key, attempt)
-                self._start(task, attempt)
-            if (reference := self._next(timeout_s)) is None:
-                continue  # nodes may have joined
-            entry = self._running.pop(reference)
-            value, error = self._result(reference, entry, timeout_s)
-            if error is not None and entry.task.is_tried_again(entry.attempt, error):
-                waiting.append((entry.task, entry.attempt + 1))
-                continue
-            outcome = Outcome(entry.task.key, value, error, entry.attempt)
-            if follow is not None:
-                waiting.extend((task, 1) for task in follow(outcome))
-            yield outcome
 
     def _start(self, task: Task, attempt: int) -> None:
         """Hand a task to an idle worker, or to a new one."""
@@ -199,8 +159,8 @@ class RayWorkers:
         reference = actor.run.remote(task.function, *task.arguments)
         self._running[reference] = _Running(task, attempt, actor, awake)
 
-    def _next(self, timeout_s: float | None) -> Any | None:
-        """Return the reference of a task that has ended or run too long; None if none has in some seconds."""
+    def _next(self, timeout_s: float | None) -> tuple[Task, Outcome] | None:
+        """Wait some seconds for a task to end; one that has run too long is ended."""
         import ray
 
         wait_s = _LOOK_S
@@ -208,23 +168,21 @@ class RayWorkers:
             longest = max(entry.seconds() for entry in self._running.values())
             wait_s = min(_LOOK_S, max(0.1, timeout_s - longest))
         ready, _ = ray.wait(list(self._running), num_returns=1, timeout=wait_s)
-        if ready:
-            return ready[0]
-        # A node that died took cores with it: a new worker may be waiting for an idle one's.
-        for actor in self._idle:
-            ray.kill(actor)
-        self._idle.clear()
-        late = max(self._running, key=lambda reference: self._running[reference].seconds())
-        return late if timeout_s is not None and self._running[late].seconds() >= timeout_s else None
+        if not ready:
+            self._kill_idle()  # a node that died took cores with it: a new worker may be waiting for theirs
+            ready = [max(self._running, key=lambda reference: self._running[reference].seconds())]
+            if timeout_s is None or self._running[ready[0]].seconds() < timeout_s:
+                return None
+        entry = self._running.pop(ready[0])
+        value, error = self._result(ready[0], entry.actor, timeout_s)
+        return entry.task, Outcome(entry.task.key, value, error, entry.attempt)
 
-    def _result(
-        self, reference: Any, entry: _Running, timeout_s: float | None
-    ) -> tuple[Any, Exception | None]:
+    def _result(self, reference: Any, actor: Any, timeout_s: float | None) -> tuple[Any, Exception | None]:
         """Return (value, None) or (None, why it failed); a surviving worker becomes idle."""
         import ray
 
         if not ray.wait([reference], timeout=0)[0]:
-            ray.kill(entry.actor)
+            ray.kill(actor)
             return None, TimeoutError(f"no result within {timeout_s:g} s")
         try:
             value = ray.get(reference)
@@ -232,8 +190,8 @@ class RayWorkers:
             if isinstance(error, ray.exceptions.RayActorError):
                 self._idle.clear()  # they may have died with the same node; each would cost a task an attempt
             else:
-                self._idle.append(entry.actor)
+                self._idle.append(actor)
             cause = getattr(error, "cause", None)
             return None, cause if isinstance(cause, Exception) else error
-        self._idle.append(entry.actor)
+        self._idle.append(actor)
         return value, None

@@ -33,7 +33,7 @@ from ddray.runs.ledger import Row
 from ddray.seeding import derive_numpy, derive_seed, forked_numpy
 from ddray.system.files import write_atomically, write_text
 from ddray.tuning.payload import Payload
-from ddray.tuning.space import Range, sample
+from ddray.tuning.space import Range, Space, sample
 from ddray.tuning.study import write_study
 from ddray.tuning.trial import trial_result
 from ddray.tuning.worker import SearchJob, SearchWorker
@@ -49,34 +49,27 @@ _QUANTILE: Final = 0.25
 
 @dataclass
 class Member:
-    """One member of the population.
+    """One member of the population, a trial by its number.
 
-    Attributes:
-        number: its trial number.
-        params: its settings in the next segment.
-        schedule: what its present state was distilled with: `{"until": step, "params": settings}` in order.
-        state: checkpoint that its next segment starts from; None at the start.
-        value: val accuracy after the last segment; -inf if that diverged.
-        values: step -> val accuracy along its present lineage.
-        error: why the last segment failed; None if it did not.
+    Its `schedule` is what its state was distilled with: `{"until": step, "params": settings}` in order.
     """
 
     number: int
-    params: dict[str, Any]
+    params: dict[str, Any]  # in the next segment
     schedule: list[dict[str, Any]] = field(default_factory=list)
-    state: Path | None = None
-    value: float = -math.inf
-    values: dict[int, float] = field(default_factory=dict)
-    error: str | None = None
+    state: Path | None = None  # checkpoint that its next segment starts from; None at the start
+    value: float = -math.inf  # val accuracy after the last segment; -inf if that diverged
+    values: dict[int, float] = field(default_factory=dict)  # step -> val accuracy along its present lineage
+    error: str | None = None  # why the last segment failed
 
 
-def check_space(space: Mapping[str, Range], paper: Mapping[str, Any], num_samples: int) -> None:
+def check_space(space: Space, paper: Mapping[str, Any], num_samples: int) -> None:
     """Refuse what PB2 can't search.
 
     Raises:
         InputError: no numeric range, a paper's value that has no logarithm, or too small a population.
     """
-    for name, value_range in _numeric(space).items():
+    for name, value_range in space.items():
         if value_range.kind == "loguniform" and not paper[name] > 0:
             raise InputError(
                 f"strategy pb2 needs {name} > 0 to start from (its range is loguniform), got {paper[name]}"
@@ -87,12 +80,8 @@ def check_space(space: Mapping[str, Range], paper: Mapping[str, Any], num_sample
         raise InputError(f"--num-samples is pb2's population and must be >= 3, got {num_samples}")
 
 
-def _numeric(space: Mapping[str, Range]) -> dict[str, Range]:
-    return {
-        name: value_range
-        for name, value_range in space.items()
-        if value_range.kind in ("uniform", "loguniform")
-    }
+def _numeric(space: Space) -> dict[str, Range]:
+    return {name: entry for name, entry in space.items() if entry.kind in ("uniform", "loguniform")}
 
 
 def segment_ends(steps: int) -> list[int]:
@@ -107,81 +96,59 @@ def segment_ends(steps: int) -> list[int]:
 
 
 def run_pb2(search: Search, payload: Payload, workers: WorkerPool) -> None:
-    """Run or continue a PB2 search; publish every member's row at the end.
-
-    Args:
-        search: what to run.
-        payload: the real images.
-        workers: run the segments.
-    """
-    space = _numeric(search.space)
-    left_out = sorted(set(search.space) - set(space))
-    if left_out:
+    """Run or continue a PB2 search; publish every member's row at the end."""
+    space, job = _numeric(search.space), search.job
+    if left_out := sorted(search.space.keys() - space.keys()):
         log.info("pb2 varies numbers only: %s keep the paper's values", ", ".join(left_out))
     ends = segment_ends(search.plan.config.steps)
     members = [
-        Member(n, {**search.paper, **(sample(space, search.job.seed, n) if n else {})})
+        Member(n, {**search.paper, **(sample(space, job.seed, n) if n else {})})
         for n in range(search.num_samples)
     ]
-    initial = {member.number: dict(member.params) for member in members}
-    for member in members:
-        unit = search.unit(member.number, member.params)
-        search.ledger.begin(unit, epoch=search.job.epoch, number=member.number, params=initial[member.number])
+    initial = [dict(member.params) for member in members]
+    for number, params in enumerate(initial):
+        search.run.ledger.begin(search.unit(number, params), epoch=job.epoch, number=number, params=params)
     begin = time.perf_counter()
     shared = workers.share(payload)
-    history: list[list[Any]] = []
-    _run_segments(search, members, 0, shared, workers, generation=0)
-    _record(history, members, 0, space)
-    for generation, end in enumerate(ends, start=1):
-        _run_segments(search, members, end, shared, workers, generation=generation)
-        _record(history, members, end, space)
-        if generation < len(ends):
-            history = _exploit(members, history, space, search.job.seed, generation)
-    for member in members:
-        _publish(search, member, initial[member.number], time.perf_counter() - begin)
-    write_study(search.folder / "optuna.journal", search.space, search.rows())
+    history: list[list[Any]] = []  # the Gaussian process's data
+    for generation, end in enumerate([0, *ends]):  # the scores at step 0 are those of the initial images
+        _run_segments(search, members, end, shared, workers, generation)
+        history += (
+            [str(member.number), end, *_encode(member.params, space), member.value]
+            for member in members
+            if member.error is None
+        )
+        if 0 < generation < len(ends):
+            history = _exploit(members, history, space, job.seed, generation)
+    for member, params in zip(members, initial, strict=True):
+        _publish(search, member, params, time.perf_counter() - begin)
+    write_study(search.run.folder / "optuna.journal", search.space, search.rows())
 
 
 def _run_segments(
-    search: Search,
-    members: Sequence[Member],
-    end: int,
-    payload: Any,
-    workers: WorkerPool,
-    *,
-    generation: int,
+    search: Search, members: Sequence[Member], end: int, payload: Any, workers: WorkerPool, generation: int
 ) -> None:
     """Bring every member to step `end` in parallel; a segment with a file is done."""
-    folder = search.folder / "pb2"
-    paths = {member.number: folder / f"{member.number:04d}-generation{generation}.json" for member in members}
-    tasks = [
-        Task(
-            str(member.number),
-            run_segment,
-            (search.job, payload, member.number, member.params, member.state, end, paths[member.number]),
-        )
-        for member in members
-        if not paths[member.number].exists()
-    ]
+    folder = search.run.folder / "pb2"
+    paths = [folder / f"{member.number:04d}-generation{generation}.json" for member in members]
+    tasks = []
+    for member, path in zip(members, paths, strict=True):
+        if not path.exists():
+            arguments = (search.job, payload, member.number, member.params, member.state, end, path)
+            tasks.append(Task(str(member.number), run_segment, arguments))
     errors = {}
     for outcome in workers.run(tasks):
         if isinstance(outcome.error, StorageError):
             raise outcome.error
         if outcome.error is not None:
             errors[int(outcome.key)] = one_line(outcome.error, 300)
-    for member in members:
-        path = paths[member.number]
-        segment = (
-            json.loads(path.read_text(encoding="utf-8"))
-            if path.exists()
-            else {"error": errors[member.number]}
-        )
+    for member, path in zip(members, paths, strict=True):
+        segment = json.loads(path.read_text("utf-8")) if path.exists() else {"error": errors[member.number]}
         member.error = segment.get("error")
         if member.error is not None:
             member.value = -math.inf
             continue
-        member.value = float(segment["score"])
-        member.values[end] = member.value
+        member.value = member.values[end] = float(segment["score"])
         if end:
             member.state = path.with_suffix(".pt")
             member.schedule.append({"until": end, "params": dict(member.params)})
@@ -213,24 +180,17 @@ def run_segment(
     write_text(path, json.dumps({"number": trial_number, "until": end, "params": dict(params), **outcome}))
 
 
-def _record(
-    history: list[list[Any]], members: Sequence[Member], step: int, space: Mapping[str, Range]
-) -> None:
-    """Add the population's scores to the Gaussian process's data."""
-    for member in members:
-        if member.error is None:
-            history.append([str(member.number), step, *_encode(member.params, space), member.value])
+def _to_scale(value: float, value_range: Range) -> float:
+    """Return a setting as an input of the Gaussian process: its logarithm if its range is loguniform."""
+    return math.log(value) if value_range.kind == "loguniform" else float(value)
 
 
-def _encode(params: Mapping[str, Any], space: Mapping[str, Range]) -> list[float]:
-    """Return the settings as inputs of the Gaussian process: logarithms for loguniform ranges."""
-    return [
-        math.log(params[n]) if value_range.kind == "loguniform" else float(params[n])
-        for n, value_range in space.items()
-    ]
+def _encode(params: Mapping[str, Any], space: Space) -> list[float]:
+    """Return the settings as inputs of the Gaussian process."""
+    return [_to_scale(params[name], value_range) for name, value_range in space.items()]
 
 
-def _decode(values: Sequence[float], space: Mapping[str, Range]) -> dict[str, float]:
+def _decode(values: Sequence[float], space: Space) -> dict[str, float]:
     """Return the process's proposal as settings, clamped to their ranges."""
     params = {}
     for value, (name, value_range) in zip(values, space.items(), strict=True):
@@ -240,7 +200,7 @@ def _decode(values: Sequence[float], space: Mapping[str, Range]) -> dict[str, fl
 
 
 def _exploit(
-    members: list[Member], history: list[list[Any]], space: Mapping[str, Range], seed: int, generation: int
+    members: list[Member], history: list[list[Any]], space: Space, seed: int, generation: int
 ) -> list[list[Any]]:
     """Let the worst members clone the best ones and give them new settings; return the extended data.
 
@@ -257,12 +217,7 @@ def _exploit(
     bottom = [member for rank, member in enumerate(others) if rank < num_clones or member.error is not None]
     rng = derive_numpy(seed, "pb2", generation)
     columns = ["Trial", "Time", *space, "Reward"]
-    bounds = {
-        name: (math.log(value_range.low), math.log(value_range.high))
-        if value_range.kind == "loguniform"
-        else (value_range.low, value_range.high)
-        for name, value_range in space.items()
-    }
+    bounds = {name: (_to_scale(r.low, r), _to_scale(r.high, r)) for name, r in space.items()}
     data = pd.DataFrame(history, columns=columns)
     proposals: list[list[float]] = []
     for member in bottom:
@@ -287,10 +242,9 @@ def _publish(search: Search, member: Member, initial: dict[str, Any], wall_s: fl
     """Publish a member's row: its schedule is what other seeds replay."""
     unit = search.unit(member.number, initial)
     if member.error is None:
-        result = trial_result(
-            member.number, initial, member.values, stopped_early=False, objective=search.job.objective
-        )
+        objective = search.job.objective
+        result = trial_result(member.number, initial, member.values, stopped_early=False, objective=objective)
         row = Row.done(unit, {**result, "schedule": member.schedule}, wall_s)
     else:
         row = Row.failed(unit, member.error, result={"number": member.number}, wall_s=wall_s)
-    search.ledger.publish(unit, row, epoch=search.job.epoch)
+    search.run.ledger.publish(unit, row, epoch=search.job.epoch)

@@ -38,17 +38,11 @@ _NAMESPACE: Final = "ddray"
 
 @dataclass(frozen=True)
 class PoolAddress:
-    """Where a search's pool is served.
+    """Where a search's pool is served."""
 
-    Attributes:
-        name: the actor's name.
-        folder: the pool's folder, which all nodes share.
-        lease_s: seconds that a lease lives without a heartbeat.
-    """
-
-    name: str
-    folder: str
-    lease_s: float = LEASE_S
+    name: str  # the actor's
+    folder: str  # the pool's, which all nodes share
+    lease_s: float = LEASE_S  # that a lease lives without a heartbeat
 
     def connect(self, trainer: Trainer) -> ClusterPool:
         """Return a client that trains with `trainer` what it gets the lease of."""
@@ -57,30 +51,19 @@ class PoolAddress:
 
 @dataclass(frozen=True)
 class Lease:
-    """The right to train an entry, as long as its token is the newest one.
+    """The right to train an entry, as long as its token is the newest one."""
 
-    Attributes:
-        token: rises with every lease of the key.
-        times_trained: how often the entry will have been trained, this time included.
-    """
-
-    token: int
-    times_trained: int
+    token: int  # rises with every lease of the key
+    times_trained: int  # how often the entry will have been trained, this time included
 
 
 @dataclass(frozen=True)
 class Served:
-    """An intact entry.
+    """An intact entry."""
 
-    Attributes:
-        meta: contents of its `entry.json`.
-        arrays: reference to its small tensors as NumPy arrays.
-        is_whole: whether it has no other tensors.
-    """
-
-    meta: dict[str, Any]
-    arrays: Any
-    is_whole: bool
+    meta: dict[str, Any]  # contents of its `entry.json`
+    arrays: Any  # reference to its small tensors as NumPy arrays
+    is_whole: bool  # whether it has no other tensors
 
 
 @dataclass
@@ -93,11 +76,7 @@ class _Granted:
 class PoolService:
     """The actor's class; calls run one at a time, beside the thread that lets leases lapse.
 
-    Args:
-        folder: the pool's folder.
-        lease_s: seconds that a lease lives without a heartbeat.
-        put: puts arrays into the object store.
-        clock: monotonic seconds.
+    `put` puts arrays into the object store, `clock` returns monotonic seconds.
     """
 
     def __init__(
@@ -151,10 +130,9 @@ class PoolService:
         """Keep a lease alive; return whether it is still valid."""
         with self._turn:
             granted = self._current(key, token)
-            if granted is None:
-                return False
-            granted.deadline = self._clock() + self._lease_s
-            return True
+            if granted is not None:
+                granted.deadline = self._clock() + self._lease_s
+            return granted is not None
 
     def publish(self, key: str, token: int, draft: str) -> bool:
         """Move a draft into the entry's place; return False, moving nothing, if the token is stale.
@@ -195,8 +173,8 @@ class PoolService:
     def _grant(self, key: str) -> Served | Lease | None:
         if key in self._granted:
             return None
-        lock = self._free_lock(key)
-        if lock is None:  # a process outside this cluster is training it, or has just finished
+        # None: a process outside this cluster is training it, or has just finished.
+        if (lock := self._free_lock(key)) is None:
             return self._look(key)
         self._lapsed.pop(key, None)
         self._tokens[key] = self._tokens.get(key, 0) + 1
@@ -220,10 +198,7 @@ class PoolService:
         if granted is not None:
             return granted if granted.lease.token == token else None
         lapsed = self._lapsed.get(key)
-        if lapsed is None or lapsed.token != token:
-            return None
-        lock = self._free_lock(key)
-        if lock is None:
+        if lapsed is None or lapsed.token != token or (lock := self._free_lock(key)) is None:
             return None
         del self._lapsed[key]
         return self._hold(key, lock, lapsed)
@@ -244,15 +219,9 @@ def pool_service(address: PoolAddress) -> Iterator[None]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    options = {
-        "name": address.name,
-        "namespace": _NAMESPACE,
-        "num_cpus": 0,
-        "max_restarts": 0,
-        "scheduling_strategy": here,
-    }
-    actor: Any = ray.remote(PoolService).options(**options).remote(address.folder, address.lease_s)
+    here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    service: Any = ray.remote(num_cpus=0, max_restarts=0, scheduling_strategy=here)(PoolService)
+    actor = service.options(name=address.name, namespace=_NAMESPACE).remote(address.folder, address.lease_s)
     actor.watch.remote()
     try:
         yield
@@ -265,16 +234,10 @@ class _ServiceGoneError(Exception):
 
 
 class ClusterPool:
-    """A pool that the workers of a cluster share.
-
-    Args:
-        trainer: trains a missing spec in this process.
-        address: where the pool is served.
-    """
+    """A pool that the workers of a cluster share; `trainer` trains a missing spec in this process."""
 
     def __init__(self, trainer: Trainer, address: PoolAddress) -> None:
-        self._trainer = trainer
-        self._address = address
+        self._trainer, self._address = trainer, address
         self._files = PoolFiles(Path(address.folder))
         self._service: Any = None
         self._unpublished: dict[str, tuple[Mapping[str, Tensor], Mapping[str, Any]]] = {}
@@ -293,26 +256,25 @@ class ClusterPool:
                 if not self._round(missing, entries):
                     time.sleep(_POLL_S)
         except _ServiceGoneError as error:
-            log.warning(
-                "the pool's service is gone (%s): going on with the files in %s", error, self._files.folder
-            )
+            text = "the pool's service is gone (%s): going on with the files in %s"
+            log.warning(text, error, self._files.folder)
             rest = LocalPool(self._train_unless_done, self._files.folder).get(list(missing.values()))
             entries.update(zip(missing, rest, strict=True))
         return [entries[spec.key] for spec in specs]
 
     def _round(self, missing: dict[str, PoolSpec], entries: dict[str, PoolEntry]) -> bool:
         """Ask once for every missing entry, train those that are leased; return whether anything was done."""
-        before = len(missing)
-        trained = False
+        progressed = False
         for key, spec in list(missing.items()):
             answer = self._call("ask", key)
             if isinstance(answer, Lease):
                 self._train(spec, answer)
-                trained = True
+                progressed = True
             elif answer is not None and (entry := self._open(key, answer)) is not None:
                 entries[key] = entry
                 del missing[key]
-        return trained or len(missing) < before
+                progressed = True
+        return progressed
 
     def _train(self, spec: PoolSpec, lease: Lease) -> None:
         """Train an entry and have it published."""
@@ -348,8 +310,7 @@ class ClusterPool:
         if not served.is_whole:
             try:
                 with safe_open(self._files.tensors_path(key), framework="pt") as file:
-                    rest = set(file.keys()) - set(tensors)
-                    tensors |= {name: file.get_tensor(name) for name in rest}
+                    tensors |= {name: file.get_tensor(name) for name in set(file.keys()) - set(tensors)}
             except (OSError, SafetensorError):
                 self._call("forget", key)
                 return None

@@ -23,18 +23,10 @@ log = logging.getLogger(__name__)
 def shared_pool(
     job: SearchJob, payload: Payload, specs: Sequence[PoolSpec], executor: Executor
 ) -> Iterator[SearchJob]:
-    """Serve a pool to the workers while the block runs; `specs` are trained first.
+    """Serve a pool to the workers while the block runs; yield the job with the service's address.
 
-    Without `specs` there is no service: workers that still need a network share the files.
-
-    Args:
-        job: what the workers share.
-        payload: the real images.
-        specs: networks that are certain to be needed.
-        executor: trains them.
-
-    Yields:
-        The job, with the service's address.
+    `specs`, networks that are certain to be needed, are trained first. Without any there is no service:
+    workers that still need a network share the files.
 
     Raises:
         DdrayError: a network could not be trained.
@@ -47,8 +39,7 @@ def shared_pool(
     address = PoolAddress(f"ddray-pool-{name}", str(folder))
     with pool_service(address):
         served = replace(job, pool=address)
-        missing = [spec for spec in specs if not _is_intact(PoolFiles(folder), spec.key)]
-        if missing:
+        if missing := [spec for spec in specs if not _is_intact(PoolFiles(folder), spec.key)]:
             _train(served, payload, missing, executor)
         yield served
 
@@ -58,8 +49,7 @@ def _is_intact(files: PoolFiles, key: str) -> bool:
     try:
         return files.read(key) is not None
     except DamagedEntryError:
-        lock = files.try_lock(key)
-        if lock is None:
+        if (lock := files.try_lock(key)) is None:
             return False
         with lock:
             return files.mend(key, lock) is not None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ray import tune
@@ -12,15 +12,13 @@ from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig, Tuner
 from ray.tune.logger import TBXLoggerCallback
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
-from ddray.cluster.searcher import FunctionSource, NumberedSearch, TpeSource, stopped_row
+from ddray.cluster.searcher import NumberedSearch, stopped_row
 from ddray.errors import StorageError
 from ddray.runs.executor import MAX_ATTEMPTS
 from ddray.runs.ledger import Row
 from ddray.tuning.live import LiveTable
-from ddray.tuning.search import unfinished
-from ddray.tuning.space import grid, sample
-from ddray.tuning.study import write_study
-from ddray.tuning.trial import ETA, METRIC, forget_checkpoint, run_trial
+from ddray.tuning.study import status_of, write_study
+from ddray.tuning.trial import ETA, METRIC, run_trial
 
 if TYPE_CHECKING:
     from ddray.tuning.payload import Payload
@@ -32,9 +30,7 @@ log = logging.getLogger(__name__)
 class PaperSafeAsha(AsyncHyperBandScheduler):
     """ASHA that never stops trial 0, so that the paper's point is compared at full length.
 
-    Args:
-        budgets: the rungs.
-        rows: trials that had finished before a resume; their rungs still count.
+    The rungs of `rows`, trials that had finished before a resume, still count.
     """
 
     def __init__(self, budgets: tuple[int, ...], rows: list[Row]) -> None:
@@ -47,14 +43,9 @@ class PaperSafeAsha(AsyncHyperBandScheduler):
             reduction_factor=ETA,
         )
         for row in rows:
-            self._recall(row)
-
-    def _recall(self, row: Row) -> None:
-        class Known:
-            trial_id = f"number-{row.spec['number']}"
-
-        for budget, value in row.result.get("rungs", {}).items():
-            self._brackets[0].on_result(Known, int(budget), float(value))  # type: ignore[arg-type]
+            trial: Any = SimpleNamespace(trial_id=f"number-{row.spec['number']}")
+            for budget, value in row.result.get("rungs", {}).items():
+                self._brackets[0].on_result(trial, int(budget), float(value))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Return the scheduler's decision."""
@@ -66,8 +57,7 @@ class Publisher(Callback):
     """Publishes the rows that a worker can't: of trials that were stopped and of those that kept crashing."""
 
     def __init__(self, search: Search, live: LiveTable) -> None:
-        self._search = search
-        self._live = live
+        self._search, self._live = search, live
         self.storage_error: str | None = None
 
     def on_trial_result(
@@ -86,13 +76,10 @@ class Publisher(Callback):
         row = self._search.row_of(trial_number, params)
         if row is None:
             unit = self._search.unit(trial_number, params)
-            draft = stopped_row(trial_number, params, trial.last_result)
-            wall_s = float(trial.last_result.get("time_total_s", 0.0))
-            row = draft.model_copy(update={"key": unit.key, "spec": unit.spec, "wall_s": wall_s})
-            self._search.ledger.publish(unit, row, epoch=self._search.job.epoch)
-            forget_checkpoint(self._search.folder, unit.key)
-        stopped = row.status == "done" and row.result["stopped_early"]
-        self._live.update(trial_number, params, "stopped early" if stopped else row.status, row.result)
+            row = stopped_row(unit, self._search.job.objective, trial.last_result)
+            self._search.run.ledger.publish(unit, row, epoch=self._search.job.epoch)
+            self._search.job.forget_checkpoint(unit.key)
+        self._live.update(trial_number, params, status_of(row), row.result)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Publish a failed row for a trial whose retries are used up."""
@@ -107,7 +94,7 @@ class Publisher(Callback):
             return
         reason = f"failed {MAX_ATTEMPTS} times; last: {lines[-1][:300]}"
         row = Row.failed(unit, reason, result={"number": trial_number})
-        self._search.ledger.publish(unit, row, epoch=self._search.job.epoch)
+        self._search.run.ledger.publish(unit, row, epoch=self._search.job.epoch)
         self._live.update(trial_number, params, "failed", {})
 
 
@@ -117,25 +104,17 @@ def _trainable(config: dict[str, Any], *, job: Any, payload: Any) -> None:
 
 
 def run_tune(search: Search, payload: Payload, concurrent: int) -> None:
-    """Run the missing trials of a search under Tune.
-
-    Args:
-        search: what to run.
-        payload: the real images, put into the object store once.
-        concurrent: trials at a time.
-    """
-    options, job = search.options, search.job
+    """Run the missing trials of a search under Tune, `concurrent` at a time."""
+    options, job, folder = search.options, search.job, search.run.folder
     rows = search.rows()
     live = LiveTable(search.num_samples, len(rows))
     publisher = Publisher(search, live)
     asha = len(job.budgets) > 1
+    trainable = tune.with_parameters(_trainable, job=job, payload=payload)  # in the object store once
     tuner = Tuner(
-        tune.with_resources(
-            tune.with_parameters(_trainable, job=job, payload=payload),
-            {"cpu": options.cpus_per_trial, "gpu": options.gpus_per_trial},
-        ),
+        tune.with_resources(trainable, {"cpu": options.cpus_per_trial, "gpu": options.gpus_per_trial}),
         tune_config=TuneConfig(
-            search_alg=_numbered(search, rows),
+            search_alg=NumberedSearch(search, rows),
             scheduler=PaperSafeAsha(job.budgets, rows) if asha else FIFOScheduler(),  # type: ignore[no-untyped-call]
             num_samples=-1,
             max_concurrent_trials=concurrent,
@@ -143,35 +122,14 @@ def run_tune(search: Search, payload: Payload, concurrent: int) -> None:
         ),
         run_config=RunConfig(
             name=f"epoch-{job.epoch}",
-            storage_path=str(search.folder / "tune"),
+            storage_path=str(folder / "tune"),
             callbacks=[publisher, TBXLoggerCallback()],  # type: ignore[no-untyped-call]
             failure_config=FailureConfig(max_failures=MAX_ATTEMPTS - 1),
             verbose=0,
         ),
     )
-    with live:
+    with live.display():
         tuner.fit()
     if publisher.storage_error is not None:
         raise StorageError(publisher.storage_error)
-    write_study(search.folder / "optuna.journal", search.space, search.rows())
-
-
-def _numbered(search: Search, rows: list[Row]) -> NumberedSearch:
-    """Return the searcher: unfinished trials first, then the paper's point, then new numbers."""
-    options, space, seed = search.options, search.space, search.job.seed
-    queued = unfinished(search.ledger.events(), rows, search.job)
-    if 0 in search.missing() and 0 not in dict(queued):
-        queued.insert(0, (0, search.paper))
-    fresh = [trial_number for trial_number in search.missing() if trial_number not in dict(queued)]
-    source: TpeSource | FunctionSource
-    if options.strategy in ("asha-tpe", "tpe") and space:
-        path = search.folder / "optuna.journal"
-        source = TpeSource(
-            space, rows, seed=seed, epoch=search.job.epoch, num_samples=search.num_samples, path=path
-        )
-    elif options.strategy == "grid":
-        source = FunctionSource(grid(space, search.paper).__getitem__)
-    else:
-        source = FunctionSource(lambda trial_number: sample(space, seed, trial_number))
-    deadline = None if options.time_budget is None else time.monotonic() + options.time_budget
-    return NumberedSearch(source, queued=queued, fresh=fresh, row_of=search.row_of, deadline=deadline)
+    write_study(folder / "optuna.journal", search.space, search.rows())

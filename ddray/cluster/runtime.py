@@ -34,8 +34,7 @@ _GRACE_S = 30.0
 def ray_runtime(address: str | None) -> Iterator[None]:
     """Run a block with Ray started (or connected to), and leave it afterwards.
 
-    Args:
-        address: an existing cluster's (`auto`, `host:port`, `ray://...`); None starts a local instance.
+    `address` is an existing cluster's (`auto`, `host:port`, `ray://...`); None starts a local instance.
 
     Raises:
         InputError: no cluster answers at `address`.
@@ -54,12 +53,11 @@ def ray_runtime(address: str | None) -> Iterator[None]:
         "namespace": "ddray",
         "runtime_env": {"env_vars": {**_ENVIRONMENT, **_worker_environment()}},
     }
+    if address is None:
+        # "local" even if a cluster runs on this machine: one is joined only on request.
+        settings |= {"include_dashboard": False, "num_cpus": cpu_count()}
     try:
-        if address is None:
-            # "local" even if a cluster runs on this machine: one is joined only on request.
-            ray.init(address="local", include_dashboard=False, num_cpus=cpu_count(), **settings)
-        else:
-            ray.init(address=address, **settings)
+        ray.init(address="local" if address is None else address, **settings)
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         if address is not None:
@@ -82,14 +80,10 @@ def _worker_environment() -> dict[str, str]:
 
 
 def check_capacity(cpus: float, gpus: float, *, per: str = "trial") -> int:
-    """Return how many workers of this size fit the cluster at once.
+    """Return how many workers with `cpus` cores and `gpus` GPUs fit the cluster at once.
 
-    Checked because a task that never fits hangs silently (docs/ray.md, 9).
-
-    Args:
-        cpus: cores of a worker.
-        gpus: GPUs of a worker.
-        per: what the command's options call a worker: `--cpus-per-<per>`.
+    Checked because a task that never fits hangs silently (docs/ray.md, 9). `per` is what the command's
+    options call a worker: `--cpus-per-<per>`.
 
     Raises:
         InputError: not even one fits.
@@ -143,8 +137,7 @@ def sigterm_as_sigint() -> Iterator[None]:
 
 def _end_now() -> None:
     """End the process without waiting for Ray."""
-    sys.stderr.write(
-        "error: interrupted, and Ray did not stop in time; run again with --resume to continue\n"
-    )
+    text = "error: interrupted, and Ray did not stop in time; run again with --resume to continue\n"
+    sys.stderr.write(text)
     sys.stderr.flush()
     os._exit(1)

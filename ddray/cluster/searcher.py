@@ -5,17 +5,17 @@ OptunaSearch (TPE) or, for `random` and `grid`, from a pure function of the numb
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import optuna
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from ddray.runs.ledger import Row
+from ddray.runs.ledger import Row, Unit
 from ddray.seeding import derive_seed
-from ddray.tuning.space import Space
+from ddray.tuning.search import Search
+from ddray.tuning.space import grid, sample
 from ddray.tuning.study import STUDY, add_row, score_of, write_study
 from ddray.tuning.trial import METRIC, trial_result
 
@@ -26,30 +26,19 @@ class TpeSource:
     Trials that ASHA stopped enter as PRUNED with the values of their rungs; Tune's own OptunaSearch would
     tell them COMPLETE at their last rung's value, so that low-fidelity scores would pass for final ones
     (docs/ray.md, 4).
-
-    Args:
-        space: the ranges.
-        rows: finished trials so far.
-        seed: the search's seed.
-        epoch: the run epoch.
-        num_samples: trials in all, for the number of random ones at the start.
-        path: the journal file; an old one is replaced.
     """
 
-    def __init__(
-        self, space: Space, rows: Sequence[Row], *, seed: int, epoch: int, num_samples: int, path: Path
-    ) -> None:
-        self._space = space
+    def __init__(self, search: Search, rows: Sequence[Row]) -> None:
+        self._space = search.space
         # With the same seed a rebuilt sampler would propose its first points again (docs/ray.md, 20), and two
         # sessions of a run can begin with equally many rows: the run epoch tells them apart.
         sampler = optuna.samplers.TPESampler(
-            seed=derive_seed(seed, "tpe", epoch) % 2**32,
-            n_startup_trials=max(3, min(10, num_samples // 3)),
+            seed=derive_seed(search.job.seed, "tpe", search.job.epoch) % 2**32,
+            n_startup_trials=max(3, min(10, search.num_samples // 3)),
         )
-        self._storage = write_study(path, space, rows)
-        distributions = {name: value_range.distribution() for name, value_range in space.items()}
+        self._storage = write_study(search.run.folder / "optuna.journal", self._space, rows)
         self._search = OptunaSearch(
-            space=distributions,
+            space={name: value_range.distribution() for name, value_range in self._space.items()},
             metric=METRIC,
             mode="max",
             sampler=sampler,
@@ -57,7 +46,7 @@ class TpeSource:
             storage=self._storage,
         )
 
-    def suggest(self, trial_id: str, trial_number: int) -> dict[str, Any]:
+    def suggest(self, trial_id: str) -> dict[str, Any]:
         """Return the settings of a new trial."""
         suggestion = self._search.suggest(trial_id)
         return {name: self._space[name].from_optuna(value) for name, value in suggestion.items()}  # type: ignore[union-attr]
@@ -78,67 +67,51 @@ class TpeSource:
         add_row(optuna.load_study(study_name=STUDY, storage=self._storage), self._space, row)
 
 
-class FunctionSource:
-    """Settings as a pure function of the trial's number (`random`, `grid`)."""
-
-    def __init__(self, function: Callable[[int], Mapping[str, Any]]) -> None:
-        self._function = function
-
-    def suggest(self, trial_id: str, trial_number: int) -> dict[str, Any]:
-        """Return the settings of a new trial."""
-        return dict(self._function(trial_number))
-
-    def complete(self, trial_id: str, row: Row | None) -> None:
-        """Nothing to learn."""
-
-    def add(self, row: Row) -> None:
-        """Nothing to learn."""
-
-
 class NumberedSearch(Searcher):
     """Hands out numbered trials: queued ones first (the paper's point, unfinished ones), then new numbers.
 
     Args:
-        source: settings of new numbers.
-        queued: (number, settings) to run first.
-        fresh: new numbers, in order.
-        row_of: the published row of a (number, settings), if any.
-        deadline: monotonic time after which no trial starts; None for none.
+        search: what to run, within its time budget from now on.
+        rows: its finished trials.
     """
 
-    def __init__(
-        self,
-        source: TpeSource | FunctionSource,
-        *,
-        queued: Sequence[tuple[int, dict[str, Any]]],
-        fresh: Sequence[int],
-        row_of: Callable[[int, Mapping[str, Any]], Row | None],
-        deadline: float | None,
-    ) -> None:
+    def __init__(self, search: Search, rows: Sequence[Row]) -> None:
         super().__init__(metric=METRIC, mode="max")
-        self._source = source
-        self._queued = list(queued)
-        self._fresh = list(fresh)
-        self._row_of = row_of
-        self._deadline = deadline
+        options, missing = search.options, search.missing()
+        self._search = search
+        self._queued = search.unfinished()
+        if 0 in missing and 0 not in dict(self._queued):
+            self._queued.insert(0, (0, search.paper))
+        self._fresh = [trial_number for trial_number in missing if trial_number not in dict(self._queued)]
+        self._points = grid(search.space, search.paper) if options.strategy == "grid" else None
+        uses_tpe = options.strategy in ("asha-tpe", "tpe") and bool(search.space)
+        self._tpe = TpeSource(search, rows) if uses_tpe else None
+        self._deadline = None if options.time_budget is None else time.monotonic() + options.time_budget
         self._begun = False
         self._running: dict[str, tuple[int, dict[str, Any], bool]] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
         """Return the next trial's `{"number", "params"}`, or FINISHED."""
-        if self._begun and self._deadline is not None and time.monotonic() > self._deadline:
+        late = self._begun and self._deadline is not None and time.monotonic() > self._deadline
+        if late or not (self._queued or self._fresh):
             return str(Searcher.FINISHED)
         self._begun = True  # the paper's point is run within any time budget
-        if self._queued:
-            trial_number, params = self._queued.pop(0)
-            self._running[trial_id] = (trial_number, params, False)
-        elif self._fresh:
+        is_new = not self._queued
+        if is_new:
             trial_number = self._fresh.pop(0)
-            params = self._source.suggest(trial_id, trial_number)
-            self._running[trial_id] = (trial_number, params, True)
+            params = self._settings(trial_id, trial_number)
         else:
-            return str(Searcher.FINISHED)
+            trial_number, params = self._queued.pop(0)
+        self._running[trial_id] = (trial_number, params, is_new)
         return {"number": trial_number, "params": params}
+
+    def _settings(self, trial_id: str, trial_number: int) -> dict[str, Any]:
+        """Return the settings of a new trial."""
+        if self._tpe is not None:
+            return self._tpe.suggest(trial_id)
+        if self._points is not None:
+            return dict(self._points[trial_number])
+        return sample(self._search.space, self._search.job.seed, trial_number)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Do nothing: the study gets the rungs from the row, once."""
@@ -146,18 +119,18 @@ class NumberedSearch(Searcher):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Tell the source how the trial ended: by its row, or by the result it was stopped at."""
-        trial_number, params, suggested = self._running.pop(trial_id, (None, {}, False))
-        if trial_number is None:  # already reported: Tune calls again after an error in a callback
+        """Tell TPE how the trial ended: by its row, or by the result it was stopped at."""
+        trial_number, params, is_new = self._running.pop(trial_id, (None, {}, False))
+        if self._tpe is None or trial_number is None:  # Tune calls again after an error in a callback
             return
-        row = self._row_of(trial_number, params)
+        row = self._search.row_of(trial_number, params)
         if row is None and result is not None and not error:
             # Stopped: Tune tells searchers before callbacks, which publish this very row.
-            row = stopped_row(trial_number, params, result)
-        if suggested:
-            self._source.complete(trial_id, row)
+            row = stopped_row(self._search.unit(trial_number, params), self._search.job.objective, result)
+        if is_new:
+            self._tpe.complete(trial_id, row)
         elif row is not None:
-            self._source.add(row)
+            self._tpe.add(row)
 
     def save(self, checkpoint_path: str) -> None:
         """Do nothing: a resumed search is rebuilt from the ledger."""
@@ -166,12 +139,12 @@ class NumberedSearch(Searcher):
         """Do nothing."""
 
 
-def stopped_row(trial_number: int, params: Mapping[str, Any], result: Mapping[str, Any]) -> Row:
-    """Return the row (without a key yet) of a trial that the scheduler stopped after `result`."""
+def stopped_row(unit: Unit, objective: str, result: Mapping[str, Any]) -> Row:
+    """Return the row of a trial that the scheduler stopped after `result`."""
     rungs = {int(budget): float(value) for budget, value in result.get("rungs", {}).items()}
     # Tune hands searchers flattened results.
     rungs |= {int(name.split("/")[1]): float(v) for name, v in result.items() if name.startswith("rungs/")}
     rungs.setdefault(int(result["budget"]), float(result[METRIC]))
-    objective = str(result["objective"])
-    row_result = trial_result(trial_number, params, rungs, stopped_early=True, objective=objective)
-    return Row(key="", kind="trial", spec={}, status="done", result=row_result, wall_s=0.0)
+    trial_number, params = unit.spec["number"], unit.spec["params"]
+    values = trial_result(trial_number, params, rungs, stopped_early=True, objective=objective)
+    return Row.done(unit, values, float(result.get("time_total_s", 0.0)))

@@ -16,12 +16,11 @@ import torch
 from ddray.cluster.executor import RayExecutor, nas_executor
 from ddray.cluster.pretrain import shared_pool
 from ddray.cluster.runtime import ray_runtime, sigterm_as_sigint
-from ddray.data import PixelSpace, Split, SplitName, carve_val, search_rows
+from ddray.data import Split, SplitName, carve_val, search_rows
 from ddray.data.pixels import pixel_space
 from ddray.errors import InputError, unknown
 from ddray.jobs.context import check_plan, check_size, declared_specs, make_context, make_distiller
 from ddray.jobs.plan import Plan, budget_method
-from ddray.pool.spec import PoolSpec
 from ddray.ranking.objective import SpearmanObjective, spearman_objective
 from ddray.ranking.options import NasOptions
 from ddray.ranking.spaces import get_space
@@ -29,13 +28,13 @@ from ddray.runs.folder import Run, open_run
 from ddray.runs.ledger import Row
 from ddray.runs.results import write_results
 from ddray.tuning.finals import run_finals
-from ddray.tuning.options import Strategy, TuneOptions
-from ddray.tuning.payload import Payload, pack
+from ddray.tuning.options import TuneOptions
+from ddray.tuning.payload import pack
 from ddray.tuning.report import write_report
 from ddray.tuning.result import TuneResult
 from ddray.tuning.search import Search, best_trial, paper_trial
-from ddray.tuning.space import Range, grid, method_space
-from ddray.tuning.study import score_of
+from ddray.tuning.space import Range, Space, grid, method_space
+from ddray.tuning.study import score_of, status_of
 from ddray.tuning.trial import ETA
 from ddray.tuning.worker import SearchJob
 
@@ -45,13 +44,9 @@ log = logging.getLogger(__name__)
 def tune(
     plan: Plan, options: TuneOptions, *, run_dir: Path | None = None, resume: bool = False
 ) -> TuneResult:
-    """Run a search, or continue one.
+    """Run a search, or continue the one in `run_dir` (None makes a numbered folder).
 
-    Args:
-        plan: the method's resolved settings; the paper's point of the search.
-        options: space, strategy, size, resources.
-        run_dir: the run's folder; None makes a numbered one.
-        resume: continue the folder's run.
+    The plan's settings are the paper's point of the search.
 
     Raises:
         InputError: the space, the plan or an option is bad, or the test set can't be read at the end.
@@ -66,31 +61,14 @@ def tune(
     train, val = carve_val(plan.dataset.train(), seed=plan.seed)
     check_size(plan, train)
     _check_objective(plan, options)
-    config = _run_config(plan, options, space, _num_samples(options, space, paper, plan.config.steps))
-    run = open_run(run_dir, config, command="tune", resume=resume)
-    job = SearchJob(
-        run_dir=str(run.folder),
-        epoch=run.epoch,
-        method=plan.method,
-        ipc=plan.ipc,
-        seed=plan.seed,
-        config=plan.config.dump(),
-        budgets=_budgets(options.strategy, plan.config.steps),
-        cpus=options.cpus_per_trial,
-        gpus=options.gpus_per_trial,
-        nas=_nas_objective(plan, options, train, val, run),
-        budget=plan.budget,
-    )
-    executor = RayExecutor(
-        options.cpus_per_trial, options.gpus_per_trial, options.max_concurrent, options.address
-    )
-    search = Search(plan, options, space, paper, job, run, config["num_samples"])
+    num_samples = _num_samples(options, space, paper, plan.config.steps)
+    run = open_run(run_dir, _run_config(plan, options, space, num_samples), command="tune", resume=resume)
+    job = _job(plan, options, run, _nas_objective(plan, options, train, val, run))
+    executor = RayExecutor(job.cpus, job.gpus, options.max_concurrent, options.address)
+    search = Search(plan, options, space, paper, job, run, num_samples)
     if search.missing():
         with sigterm_as_sigint(), ray_runtime(options.address):
-            whitening = pixel_space(plan.config.pixel_space, plan.dataset, train)
-            train_rows = search_rows(plan.dataset.train(), seed=plan.seed)
-            payload = pack(plan.dataset, train, str(SplitName(plan.seed)), val, whitening, train_rows)
-            _run_missing(search, payload, _specs(plan, job, train, whitening), executor)
+            _run_missing(search, train, val, executor)
     rows = search.rows()
     write_results(run.folder / "results.csv", run.ledger.rows())
     best, paper_row = best_trial(rows), paper_trial(rows)
@@ -104,9 +82,7 @@ def tune(
     return result
 
 
-def _run_config(
-    plan: Plan, options: TuneOptions, space: Mapping[str, Range], num_samples: int
-) -> dict[str, Any]:
+def _run_config(plan: Plan, options: TuneOptions, space: Space, num_samples: int) -> dict[str, Any]:
     """Return what must not change when the run is resumed."""
     names = () if options.objective == "val-accuracy" else ("objective", "nas_sample", "nas_epochs")
     return {
@@ -120,12 +96,39 @@ def _run_config(
     }
 
 
-def _run_missing(search: Search, payload: Payload, specs: Sequence[PoolSpec], executor: RayExecutor) -> None:
-    """Train the pool of the networks that trials share, then run the trials that are missing.
+def _job(plan: Plan, options: TuneOptions, run: Run, nas: SpearmanObjective | None) -> SearchJob:
+    # Rungs are parts of the last: a ninth, a third and the whole for ASHA.
+    has_rungs = options.strategy == "asha-tpe" and plan.config.steps >= ETA**2
+    return SearchJob(
+        run_dir=str(run.folder),
+        epoch=run.epoch,
+        method=plan.method,
+        ipc=plan.ipc,
+        seed=plan.seed,
+        config=plan.config.dump(),
+        budgets=(1, ETA, ETA**2) if has_rungs else (1,),
+        cpus=options.cpus_per_trial,
+        gpus=options.gpus_per_trial,
+        nas=nas,
+        budget=plan.budget,
+    )
+
+
+def _run_missing(search: Search, train: Split, val: Split, executor: RayExecutor) -> None:
+    """Train the pool of the networks that the method declares, then run the trials that are missing.
+
+    Trials with other pool settings train theirs.
 
     Raises:
         InterruptedRunError: a signal came, or the time budget ended before the paper's point.
     """
+    plan, split_name = search.plan, str(SplitName(search.plan.seed))
+    space = pixel_space(plan.config.pixel_space, plan.dataset, train)
+    train_rows = search_rows(plan.dataset.train(), seed=plan.seed)
+    payload = pack(plan.dataset, train, split_name, val, space, train_rows)
+    device = torch.device("cuda" if search.job.gpus > 0 else "cpu")
+    ctx = make_context(plan, train, split_name=split_name, device=device, space=space)
+    specs = declared_specs(plan, ctx)
     concurrent = executor.capacity()  # refused before the pool is trained
     with shared_pool(search.job, payload, specs, executor) as search.job:
         begin = time.monotonic()
@@ -139,13 +142,6 @@ def _run_missing(search: Search, payload: Payload, specs: Sequence[PoolSpec], ex
 
             run_tune(search, payload, concurrent)
     search.check_ended(time.monotonic() - begin)
-
-
-def _specs(plan: Plan, job: SearchJob, train: Split, space: PixelSpace) -> list[PoolSpec]:
-    """Return the networks that the plan's method declares; trials with other pool settings add theirs."""
-    device = torch.device("cuda" if job.gpus > 0 else "cpu")
-    ctx = make_context(plan, train, split_name=str(SplitName(plan.seed)), device=device, space=space)
-    return declared_specs(plan, ctx)
 
 
 def _check_objective(plan: Plan, options: TuneOptions) -> None:
@@ -215,9 +211,7 @@ def _checked(plan: Plan, name: str, value_range: Range, source: str) -> Range:
     return replace(value_range, choices=tuple(parsed)) if value_range.kind == "choice" else value_range
 
 
-def _num_samples(
-    options: TuneOptions, space: Mapping[str, Range], paper: Mapping[str, Any], steps: int
-) -> int:
+def _num_samples(options: TuneOptions, space: Space, paper: Mapping[str, Any], steps: int) -> int:
     """Return the number of trials: the option's, or the whole grid.
 
     Raises:
@@ -226,10 +220,8 @@ def _num_samples(
     if options.strategy == "grid":
         return len(grid(space, paper))
     if not space and options.num_samples > 1:
-        raise InputError(
-            "a space file without a range makes every trial the same: add --num-samples 1, "
-            f"got {options.num_samples}"
-        )
+        text = "a space file without a range makes every trial the same: add --num-samples 1"
+        raise InputError(f"{text}, got {options.num_samples}")
     if options.strategy == "pb2":
         from ddray.cluster.pb2 import check_space, segment_ends
 
@@ -240,40 +232,21 @@ def _num_samples(
     return options.num_samples
 
 
-def _budgets(strategy: Strategy, steps: int) -> tuple[int, ...]:
-    """Return the rungs of a trial as parts of the last: a ninth, a third and the whole for ASHA."""
-    if strategy == "asha-tpe" and steps >= ETA**2:
-        return (1, ETA, ETA**2)
-    return (1,)
-
-
 def _result(
-    run: Run,
-    rows: Sequence[Row],
-    best: Row,
-    paper: Row | None,
-    scores: Mapping[str, Mapping[str, Any]],
-    begin: float,
+    run: Run, rows: Sequence[Row], best: Row, paper: Row | None, scores: Mapping[str, Any], begin: float
 ) -> TuneResult:
-    done = [row for row in rows if row.status == "done"]
-    objective = best.result["objective"]
+    objective, statuses = best.result["objective"], [status_of(row) for row in rows]
+    best_score, paper_score = (score_of(row.result) if row else None for row in (best, paper))
     none = {"test_accuracy_mean": None, "test_accuracy_std": None}
     return TuneResult.parse(
         {
             "run_dir": str(run.folder),
             "objective": objective,
             "num_trials": len(rows),
-            "num_failed": len(rows) - len(done),
-            "num_stopped_early": sum(bool(row.result["stopped_early"]) for row in done),
-            "best": {
-                "config": best.spec["params"],
-                objective: score_of(best.result),
-                "trial": best.spec["number"],
-            },
-            "paper_point": {
-                objective: score_of(paper.result) if paper else None,
-                **(scores["paper"]["scores"] if paper else none),
-            },
+            "num_failed": statuses.count("failed"),
+            "num_stopped_early": statuses.count("stopped early"),
+            "best": {"config": best.spec["params"], objective: best_score, "trial": best.spec["number"]},
+            "paper_point": {objective: paper_score, **(scores["paper"]["scores"] if paper else none)},
             "artifact": scores["best"]["artifact"],
             **scores["best"]["scores"],
             "wall_s": time.perf_counter() - begin,

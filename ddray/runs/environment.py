@@ -20,7 +20,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": _processor(),
         "cpu_count": os.cpu_count(),
-        "devices": _devices(),
+        "devices": devices(),
         "git_commit": git_commit(),
         "git_dirty": bool(git_commit() and _git("status", "--porcelain", "--untracked-files=no")),
         "command": sys.argv,
@@ -59,14 +59,13 @@ def _git(*arguments: str) -> str | None:
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
 
 
-def _devices() -> list[str]:
+def devices() -> list[str]:
+    """Return the names of the GPUs that torch can use."""
     import torch
 
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -1,19 +1,29 @@
 """Running tasks: in this process, or on a cluster (`ddray/cluster/executor.py`); both retry alike."""
 
 import logging
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from ddray.errors import DivergedError, InputError, StorageError, one_line
-from ddray.runs.outcome import Outcome
 
 log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS: Final = 3
 _FINAL = (DivergedError, InputError, StorageError)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a task ended: what its function returned, or why it failed, and how often it was tried."""
+
+    key: str
+    value: Any
+    error: Exception | None
+    attempts: int
 
 
 @dataclass(frozen=True)
@@ -43,12 +53,26 @@ class Task:
         return True
 
 
-class WorkerPool(Protocol):
+class WorkerPool(ABC):
     """Workers that are ready for tasks."""
 
+    _running: Collection[Any]
+
+    @abstractmethod
     def share(self, value: Any) -> Any:
         """Return what stands for `value` among the arguments of tasks: it reaches each node once."""
-        ...
+
+    @abstractmethod
+    def limit(self) -> int:
+        """Return how many tasks may run now."""
+
+    @abstractmethod
+    def _start(self, task: Task, attempt: int) -> None:
+        """Add a task to the running ones."""
+
+    @abstractmethod
+    def _next(self, timeout_s: float | None) -> tuple[Task, Outcome] | None:
+        """Remove a task that has ended, or run too long, from the running ones; None if none has yet."""
 
     def run(
         self,
@@ -67,7 +91,22 @@ class WorkerPool(Protocol):
             on_start: called with (key, attempt) when a task starts.
             follow: called with every outcome before it is yielded; returns the tasks that it unblocks.
         """
-        ...
+        waiting = deque((task, 1) for task in tasks)
+        while waiting or self._running:
+            while waiting and len(self._running) < self.limit():
+                task, attempt = waiting.popleft()
+                if on_start is not None:
+                    on_start(task.key, attempt)
+                self._start(task, attempt)
+            if (ended := self._next(timeout_s)) is None:
+                continue  # nodes may have joined
+            task, outcome = ended
+            if outcome.error is not None and task.is_tried_again(outcome.attempts, outcome.error):
+                waiting.append((task, outcome.attempts + 1))
+                continue
+            if follow is not None:
+                waiting.extend((task, 1) for task in follow(outcome))
+            yield outcome
 
 
 class Executor(Protocol):
@@ -78,8 +117,11 @@ class Executor(Protocol):
         ...
 
 
-class LocalExecutor:
+class LocalExecutor(WorkerPool):
     """Runs tasks one after another in this process, which is its only worker."""
+
+    def __init__(self) -> None:
+        self._running: list[tuple[Task, int]] = []
 
     @contextmanager
     def workers(self) -> Iterator[WorkerPool]:
@@ -90,27 +132,16 @@ class LocalExecutor:
         """Return the value."""
         return value
 
-    def run(
-        self,
-        tasks: Sequence[Task],
-        *,
-        timeout_s: float | None = None,
-        on_start: Callable[[str, int], None] | None = None,
-        follow: Callable[[Outcome], Sequence[Task]] | None = None,
-    ) -> Iterator[Outcome]:
-        """Run tasks; yield their outcomes (see `WorkerPool`)."""
-        waiting = deque((task, 1) for task in tasks)
-        while waiting:
-            task, attempt = waiting.popleft()
-            if on_start is not None:
-                on_start(task.key, attempt)
-            try:
-                outcome = Outcome(task.key, task.function(*task.arguments), None, attempt)
-            except Exception as error:
-                if task.is_tried_again(attempt, error):
-                    waiting.append((task, attempt + 1))
-                    continue
-                outcome = Outcome(task.key, None, error, attempt)
-            if follow is not None:
-                waiting.extend((task, 1) for task in follow(outcome))
-            yield outcome
+    def limit(self) -> int:
+        """Return 1."""
+        return 1
+
+    def _start(self, task: Task, attempt: int) -> None:
+        self._running.append((task, attempt))
+
+    def _next(self, timeout_s: float | None) -> tuple[Task, Outcome]:
+        task, attempt = self._running.pop()
+        try:
+            return task, Outcome(task.key, task.function(*task.arguments), None, attempt)
+        except Exception as error:
+            return task, Outcome(task.key, None, error, attempt)

@@ -1,5 +1,6 @@
 """Run directories: made atomically, never reused by accident, resumed only with the same configuration."""
 
+import contextlib
 import json
 import logging
 import shutil
@@ -29,8 +30,7 @@ class Run:
     """
 
     def __init__(self, folder: Path, *, resumed: bool) -> None:
-        self.folder = folder
-        self.resumed = resumed
+        self.folder, self.resumed = folder, resumed
         self.ledger = Ledger(folder)
         self.epoch = self.ledger.open_epoch()
 
@@ -64,33 +64,11 @@ def open_run(run_dir: Path | None, config: Mapping[str, Any], *, command: str, r
         folder = _numbered(Path("runs").absolute(), command)
     else:
         folder = run_dir.absolute()
-        config_file = folder / "config.yaml"
-        file = next((path for path in (folder, *folder.parents) if path.is_file()), None)
-        if file is not None:
-            raise InputError(f"--run-dir must be a folder, {file} is a file; name another")
-        names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-        occupied = any(not name.endswith(".tmp") for name in names)
-        if folder.exists() and not resume:
-            raise InputError(
-                f"--run-dir must be a new folder, {folder} exists; "
-                "add --resume to continue it, or name another"
-            )
-        if occupied and config_file.exists():
-            _check_same(read_yaml(config_file), settings, folder)
-            run = Run(folder, resumed=True)
-            _note_environment(run)
-            return run
-        if not {name for name in names if not name.endswith(".tmp")} <= {
-            "epoch",
-            "epoch.lock",
-            "environment.json",
-        }:
-            raise InputError(
-                f"--resume needs a run directory, {folder} has no config.yaml; name another folder"
-            )
+        if _has_run(folder, resume):
+            return _resumed(folder, settings)
         with storage_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
+    _write_json(folder / "environment.json", environment())
     write_text(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
     with storage_errors(folder):
         (folder / "ledger").mkdir(exist_ok=True)
@@ -98,22 +76,45 @@ def open_run(run_dir: Path | None, config: Mapping[str, Any], *, command: str, r
     return Run(folder, resumed=False)
 
 
-def _note_environment(run: Run) -> None:
-    """Write a resumed run's environment, and warn of what has changed."""
-    files = environments(run.folder)
-    now = environment()
-    write_text(run.folder / f"environment-{run.epoch}.json", json.dumps(now, indent=2) + "\n")
-    try:
-        before = json.loads((files[-1] if files else run.folder / "environment.json").read_text("utf-8"))
-    except (OSError, ValueError):  # damaged: a report says so
-        return
-    compared = ("versions", "processor", "devices", "git_commit", "git_dirty")
-    old, new = (
-        {name: environment_facts.get(name) for name in compared} for environment_facts in (before, now)
-    )
-    changed = difference(old, new)
+def _has_run(folder: Path, resume: bool) -> bool:
+    """Return whether a named folder has a run to resume; InputError if it is neither new nor a run's."""
+    file = next((path for path in (folder, *folder.parents) if path.is_file()), None)
+    if file is not None:
+        raise InputError(f"--run-dir must be a folder, {file} is a file; name another")
+    if folder.exists() and not resume:
+        raise InputError(
+            f"--run-dir must be a new folder, {folder} exists; add --resume to continue it, or name another"
+        )
+    if (folder / "config.yaml").exists():
+        return True
+    names = {path.name for path in folder.glob("*") if not path.name.endswith(".tmp")}
+    if not names <= {"epoch", "epoch.lock", "environment.json"}:  # what a crash while it was made leaves
+        raise InputError(f"--resume needs a run directory, {folder} has no config.yaml; name another folder")
+    return False
+
+
+def _resumed(folder: Path, settings: Mapping[str, Any]) -> Run:
+    """Open a run under its own configuration; write its environment, and warn of what has changed."""
+    changed = difference(read_yaml(folder / "config.yaml"), json.loads(json.dumps(settings)))
     if changed:
-        log.warning("%s is resumed in a different environment: %s", run.folder, ", ".join(changed))
+        raise InputError(
+            f"--resume needs the configuration that {folder} was started with; "
+            f"changed: {', '.join(changed)}; use the old values, or a new --run-dir"
+        )
+    run = Run(folder, resumed=True)
+    latest, now = [folder / "environment.json", *environments(folder)][-1], environment()
+    _write_json(folder / f"environment-{run.epoch}.json", now)
+    with contextlib.suppress(OSError, ValueError):  # damaged: a report says so
+        before = json.loads(latest.read_text("utf-8"))
+        compared = ("versions", "processor", "devices", "git_commit", "git_dirty")
+        old, new = ({name: facts.get(name) for name in compared} for facts in (before, now))
+        if changed := difference(old, new):
+            log.warning("%s is resumed in a different environment: %s", folder, ", ".join(changed))
+    return run
+
+
+def _write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def environments(folder: Path) -> list[Path]:
@@ -136,14 +137,3 @@ def _numbered(parent: Path, command: str) -> Path:
                 index += 1
             else:
                 return folder
-
-
-def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path) -> None:
-    """Refuse to resume under another configuration."""
-    plain = json.loads(json.dumps(new))
-    changed = difference(old, plain)
-    if changed:
-        raise InputError(
-            f"--resume needs the configuration that {folder} was started with; "
-            f"changed: {', '.join(changed)}; use the old values, or a new --run-dir"
-        )

@@ -63,9 +63,8 @@ class Row(Config):
     @classmethod
     def done(cls, unit: Unit, result: Mapping[str, Any], wall_s: float) -> Row:
         """Return the row of a unit that has a result."""
-        return cls(
-            key=unit.key, kind=unit.kind, spec=unit.spec, status="done", result=dict(result), wall_s=wall_s
-        )
+        identity: dict[str, Any] = {"key": unit.key, "kind": unit.kind, "spec": unit.spec}
+        return cls(**identity, status="done", result=dict(result), wall_s=wall_s)
 
     @classmethod
     def failed(
@@ -82,11 +81,7 @@ def canonical_json(value: Any) -> str:
 
 
 class Ledger:
-    """The rows and events of one run directory; safe for many processes at once.
-
-    Args:
-        run_dir: the run's folder (absolute).
-    """
+    """The rows and events of one run directory (absolute); safe for many processes at once."""
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
@@ -104,14 +99,10 @@ class Ledger:
     def publish(
         self, unit: Unit, row: Row, *, epoch: int, move_artifact: Callable[[], object] | None = None
     ) -> bool:
-        """Publish a unit's row once.
+        """Publish a unit's row once, under the run epoch that the caller was started in.
 
-        Args:
-            unit: the finished unit; its key must be the row's.
-            row: its result.
-            epoch: the run epoch that the caller was started in.
-            move_artifact: moves the artifact that the row names to its final path; called just before the
-                row is published, and only if it will be.
+        `move_artifact` moves the artifact that the row names to its final path; it is called just before the
+        row is published, and only if it will be.
 
         Returns:
             Whether this call's row is the published one; False if another came first or the epoch is stale.
@@ -125,18 +116,16 @@ class Ledger:
         text = canonical_json({**row.dump(), "epoch": epoch})
         with self._locked(exclusive=move_artifact is not None):
             if epoch < self._read_epoch():
-                log.warning(
-                    "unit %s: row of run epoch %d refused, a newer run has begun", unit.key[:12], epoch
-                )
+                key = unit.key[:12]
+                log.warning("unit %s: row of run epoch %d refused, a newer run has begun", key, epoch)
                 return False
+            path = self._path(unit.key)
             if move_artifact is not None:
                 if self.row(unit.key) is not None:
                     return False
-                with storage_errors(self._path(unit.key)):
+                with storage_errors(path):
                     move_artifact()
-            won = write_atomically(
-                self._path(unit.key), lambda file: file.write(text.encode()), only_if_absent=True
-            )
+            won = write_atomically(path, lambda file: file.write(text.encode()), only_if_absent=True)
         if won:
             self.event("finish" if row.status == "done" else "fail", unit.key, epoch, host=platform.node())
         return won
@@ -154,10 +143,8 @@ class Ledger:
             aside = path.with_suffix(".corrupt")
             with contextlib.suppress(FileNotFoundError):  # another process has set it aside
                 path.replace(aside)
-            reason = str(error).splitlines()[0]
-            log.warning(
-                "ledger row %s is torn (%s): set aside as %s, will be recomputed", path, reason, aside.name
-            )
+            text = "ledger row %s is torn (%s): set aside as %s, will be recomputed"
+            log.warning(text, path, str(error).splitlines()[0], aside.name)
             return None
         return row
 
@@ -188,12 +175,9 @@ class Ledger:
 
     def events(self) -> list[dict[str, Any]]:
         """Return the events so far; a torn one is left out, but not the one after it."""
-        if not self._events.exists():
-            return []
         events = []
-        for line in self._events.read_bytes().splitlines():
-            if not line.strip():
-                continue
+        lines = self._events.read_bytes().splitlines() if self._events.exists() else []
+        for line in filter(bytes.strip, lines):
             try:
                 events.append(json.loads(line))
             except ValueError:
@@ -203,11 +187,7 @@ class Ledger:
         return events
 
     def begin(self, unit: Unit, *, epoch: int, **fields: Any) -> int:
-        """Record that a unit starts: a `start`, or a `retry` if this epoch had started it before.
-
-        Returns:
-            How many times this epoch had started the unit before.
-        """
+        """Record a unit's `start`, or a `retry`; return how often this epoch had started it before."""
         earlier: int = sum(
             event["key"] == unit.key and event["epoch"] == epoch and event["event"] in ("start", "retry")
             for event in self.events()

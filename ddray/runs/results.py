@@ -17,14 +17,8 @@ def write_results(path: Path, rows: Sequence[Row]) -> None:
     import pandas as pd
 
     flat = [
-        {
-            "key": row.key,
-            "kind": row.kind,
-            "status": row.status,
-            **flatten(row.result),
-            **flatten(row.spec, "spec."),
-        }
-        | {"wall_s": round(row.wall_s, 3), "error": row.error}
+        {"key": row.key, "kind": row.kind, "status": row.status, **flatten(row.result)}
+        | {**flatten(row.spec, "spec."), "wall_s": round(row.wall_s, 3), "error": row.error}
         for row in rows
     ]
     write_text(path, pd.DataFrame(flat).convert_dtypes().to_csv(index=False))
@@ -34,8 +28,6 @@ def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten nested mappings to one level with dotted names."""
     leaves: dict[str, Any] = {}
     for name, child in value.items():
-        if isinstance(child, dict):
-            leaves |= flatten(child, f"{prefix}{name}.")
-        else:
-            leaves[f"{prefix}{name}"] = child
+        path = f"{prefix}{name}"
+        leaves |= flatten(child, f"{path}.") if isinstance(child, dict) else {path: child}
     return leaves

@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any, Final
 
 from ddray.errors import DdrayError, StorageError
+from ddray.runs.executor import Outcome
 from ddray.runs.folder import Run
 from ddray.runs.ledger import Ledger, Row
-from ddray.runs.outcome import Outcome
 from ddray.system.files import home
 from ddray.tables.graph import pool_unit
 from ddray.tables.table import failure_of

@@ -4,7 +4,7 @@ import logging
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ from ddray.runs.ledger import Ledger, Row, Unit
 from ddray.seeding import derive_seed
 from ddray.system.files import write_atomically
 from ddray.tuning.payload import Payload, pack
-from ddray.tuning.trial import forget_checkpoint
 from ddray.tuning.worker import SearchJob, SearchWorker, trial_config
 
 log = logging.getLogger(__name__)
@@ -43,16 +42,9 @@ def run_finals(
     executor: Executor,
     serve_pool: ServePool,
 ) -> dict[str, dict[str, Any]]:
-    """Distil each point on fresh seeds from all of train, and score the sets on test.
+    """Distil each point on `num_sets` fresh seeds from all of train, and score the sets on test.
 
-    Args:
-        plan: the search's plan.
-        job: the search's job.
-        run: where rows and artifacts go.
-        points: `best` and `paper` (None if it failed), as trial rows.
-        num_sets: fresh seeds per point.
-        executor: runs them.
-        serve_pool: trains the networks that they share, and serves them.
+    `points` are the trial rows of `best` and `paper` (None if it failed).
 
     Returns:
         Per point `{"artifact", "scores": {"test_accuracy_mean", "test_accuracy_std"}}`; mean and sample
@@ -68,17 +60,15 @@ def run_finals(
         if row is not None
     }
     units_by_key = {unit.key: unit for point_units in units.values() for unit in point_units}
-    missing = [unit for key, unit in units_by_key.items() if run.ledger.row(key) is None]
-    if missing:
+    if missing := {key: unit for key, unit in units_by_key.items() if run.ledger.row(key) is None}:
         _run_missing(plan, job, run, missing, executor, serve_pool)
     results = {name: _summary(run, point_units) for name, point_units in units.items()}
     if results["best"]["artifact"] is None:
-        errors = [row.error for unit in units["best"] if (row := run.ledger.row(unit.key)) is not None]
-        reason = errors[0] if errors else "crashed (see above); run again with --resume"
+        row = next(filter(None, (run.ledger.row(unit.key) for unit in units["best"])), None)
+        reason = row.error if row is not None else "crashed (see above); run again with --resume"
         raise DdrayError(f"the winner failed on every fresh seed: {reason}")
-    first = Path(results["best"]["artifact"])
     final = run.folder / "distilled.pt"
-    with first.open("rb") as source:
+    with Path(results["best"]["artifact"]).open("rb") as source:
         write_atomically(final, lambda file: shutil.copyfileobj(source, file))
     save_grid(load(final), final.with_suffix(".png"))
     results["best"]["artifact"] = str(final)
@@ -88,18 +78,15 @@ def run_finals(
 def schedule_of(row: Row, plan: Plan) -> list[dict[str, Any]]:
     """Return what a trial's set was distilled with: its settings throughout, or PB2's schedule."""
     constant_schedule = [{"until": plan.config.steps, "params": row.spec["params"]}]
-    schedule: list[dict[str, Any]] = row.result.get("schedule", constant_schedule)
-    return schedule
+    return list(row.result.get("schedule", constant_schedule))
 
 
 def final_unit(job: SearchJob, schedule: list[dict[str, Any]], seed_index: int, plan: Plan) -> Unit:
     """Return the unit of one fresh seed: distilled from all of train, scored on test."""
+    seed = derive_seed(job.seed, "final", seed_index) % 2**31
     spec = {
         "schedule": schedule,
-        "method": job.method,
-        **job.size,
-        "seed": derive_seed(job.seed, "final", seed_index) % 2**31,
-        "fingerprint": plan.dataset.fingerprint,
+        **job.describe(seed, plan.dataset.fingerprint),
         "split": "train",
         "scored_on": "test",
         "config": trial_config(job, schedule[-1]["params"]).dump(),
@@ -108,18 +95,18 @@ def final_unit(job: SearchJob, schedule: list[dict[str, Any]], seed_index: int, 
 
 
 def _run_missing(
-    plan: Plan, job: SearchJob, run: Run, missing: list[Unit], executor: Executor, serve_pool: ServePool
+    plan: Plan, job: SearchJob, run: Run, units: dict[str, Unit], executor: Executor, serve_pool: ServePool
 ) -> None:
     """Run the units that have no row, in parallel; publish the rows of those that diverged."""
     # Opened here and not before: a search must not see test, and a broken test set must not cost a trial.
     test, train = plan.dataset.test(), plan.dataset.train()
     space = pixel_space(plan.config.pixel_space, plan.dataset, train)
     payload = pack(plan.dataset, train, "train", test, space)
-    specs = _final_specs(plan, job, missing, train, space)
-    units = {unit.key: unit for unit in missing}
+    specs = _final_specs(plan, job, units.values(), train, space)
     with executor.workers() as workers, serve_pool(job, payload, specs, executor) as served:
         shared = workers.share(payload)
-        for outcome in workers.run([Task(key, final_task, (served, shared, units[key])) for key in units]):
+        tasks = [Task(key, final_task, (served, shared, unit)) for key, unit in units.items()]
+        for outcome in workers.run(tasks):
             if isinstance(outcome.error, StorageError):
                 raise outcome.error  # no row: --resume runs it when there is space again
             if isinstance(outcome.error, DivergedError):
@@ -133,7 +120,7 @@ def _run_missing(
 
 
 def _final_specs(
-    plan: Plan, job: SearchJob, units: list[Unit], train: Split, space: PixelSpace
+    plan: Plan, job: SearchJob, units: Iterable[Unit], train: Split, space: PixelSpace
 ) -> list[PoolSpec]:
     """Return the networks that the units' methods declare."""
     device = torch.device("cuda" if job.gpus > 0 else "cpu")
@@ -152,8 +139,7 @@ def _final_specs(
 def final_task(job: SearchJob, payload: Payload, unit: Unit) -> None:
     """Distil one fresh seed and score it; runs in a worker and publishes its row."""
     begin = time.perf_counter()
-    worker = SearchWorker(job, payload)
-    ledger = Ledger(Path(job.run_dir))
+    worker, ledger = SearchWorker(job, payload), Ledger(Path(job.run_dir))
     if ledger.row(unit.key) is not None:
         return
     ledger.begin(unit, epoch=job.epoch)
@@ -162,15 +148,15 @@ def final_task(job: SearchJob, payload: Payload, unit: Unit) -> None:
         distillation = distil_plan(
             plan, worker.context(plan), job.checkpoint(unit.key), until=segment["until"] or None
         )
-    distillation.distilled.save(artifact_path(Path(job.run_dir), unit))
+    distillation.distilled.save(artifact_path(Path(job.run_dir), unit.key))
     scores = worker.score(plan, distillation.distilled, num_seeds=plan.config.evaluate.seeds)
     ledger.publish(unit, Row.done(unit, scores, time.perf_counter() - begin), epoch=job.epoch)
-    forget_checkpoint(Path(job.run_dir), unit.key)
+    job.forget_checkpoint(unit.key)
 
 
-def artifact_path(run_dir: Path, unit: Unit) -> Path:
+def artifact_path(run_dir: Path, key: str) -> Path:
     """Return the path of a fresh seed's set."""
-    return run_dir / "artifacts" / f"{unit.key}.pt"
+    return run_dir / "artifacts" / f"{key}.pt"
 
 
 def _summary(run: Run, units: list[Unit]) -> dict[str, Any]:
@@ -178,7 +164,7 @@ def _summary(run: Run, units: list[Unit]) -> dict[str, Any]:
     rows = [row for unit in units if (row := run.ledger.row(unit.key)) is not None and row.status == "done"]
     values = [value for row in rows for value in row.result["per_seed"]]
     return {
-        "artifact": str(run.folder / "artifacts" / f"{rows[0].key}.pt") if rows else None,
+        "artifact": str(artifact_path(run.folder, rows[0].key)) if rows else None,
         "scores": {
             "test_accuracy_mean": statistics.fmean(values) if values else None,
             "test_accuracy_std": statistics.stdev(values) if len(values) > 1 else None,

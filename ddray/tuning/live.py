@@ -3,43 +3,34 @@
 import logging
 import sys
 import time
-from collections.abc import Mapping
-from types import TracebackType
-from typing import Any, Self
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 log = logging.getLogger(__name__)
 _MAX_ROWS = 20
 
 
 class LiveTable:
-    """Shows trials on stderr.
-
-    Args:
-        total: trials of the whole search.
-        done: trials that had finished before a resume.
-    """
+    """Shows trials on stderr: `total` in the whole search, `done` of them finished before a resume."""
 
     def __init__(self, total: int, done: int) -> None:
-        self._total = total
-        self._before = done
+        self._total, self._before = total, done
         self._begin = time.monotonic()
         self._trials: dict[int, tuple[str, str, float | None, str]] = {}
         self._live: Any = None
 
-    def __enter__(self) -> Self:
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.live import Live
+    @contextmanager
+    def display(self) -> Iterator[None]:
+        """Draw the table while the block runs, if stderr is a terminal."""
+        if not sys.stderr.isatty():
+            yield
+            return
+        from rich.console import Console
+        from rich.live import Live
 
-            self._live = Live(self._table(), console=Console(stderr=True), refresh_per_second=2)
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
+        with Live(self._table(), console=Console(stderr=True), refresh_per_second=2) as self._live:
+            yield
 
     def update(
         self, trial_number: int, params: Mapping[str, Any], status: str, metrics: Mapping[str, Any]
@@ -71,7 +62,6 @@ class LiveTable:
         table = Table("trial", "status", "val %", "rungs", "settings", title=f"trials {self._progress()}")
         for trial_number in sorted(self._trials)[-_MAX_ROWS:]:
             status, text, value, num_rungs = self._trials[trial_number]
-            table.add_row(
-                str(trial_number), status, "-" if value is None else f"{100 * value:.1f}", num_rungs, text
-            )
+            val = "-" if value is None else f"{100 * value:.1f}"
+            table.add_row(str(trial_number), status, val, num_rungs, text)
         return table

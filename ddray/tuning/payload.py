@@ -15,27 +15,18 @@ from ddray.errors import InputError
 class Payload:
     """Part of a dataset as NumPy arrays (docs/ray.md, 11: shared without a copy per worker) and plain values.
 
-    Attributes:
-        facts: name, class names, shape, statistics, fingerprint.
-        split_name: which part of the dataset `images` is.
-        images: uint8 [N, C, H, W] to distil from.
-        labels: int64 [N].
-        held_images: uint8 [M, C, H, W] to score on.
-        held_labels: int64 [M].
-        zca: zca_mean [D] and zca_matrix [D, D] fitted on `images`, or empty.
-        kind: pixel space.
-        train_rows: int64 [N + M], for each of train's images its row in `images` followed by `held_images`;
-            None where `images` are all of train.
+    `train_rows`, int64 [N + M], has for each of train's images its row in `images` followed by `held_images`;
+    it is None where `images` are all of train.
     """
 
-    facts: dict[str, Any]
-    split_name: str
-    images: np.ndarray[Any, Any]
-    labels: np.ndarray[Any, Any]
-    held_images: np.ndarray[Any, Any]
-    held_labels: np.ndarray[Any, Any]
-    zca: dict[str, np.ndarray[Any, Any]]
-    kind: str
+    facts: dict[str, Any]  # name, class names, shape, statistics, fingerprint
+    split_name: str  # which part of the dataset `images` is
+    images: np.ndarray[Any, Any]  # uint8 [N, C, H, W] to distil from
+    labels: np.ndarray[Any, Any]  # int64 [N]
+    held_images: np.ndarray[Any, Any]  # uint8 [M, C, H, W] to score on
+    held_labels: np.ndarray[Any, Any]  # int64 [M]
+    zca: dict[str, np.ndarray[Any, Any]]  # zca_mean [D] and zca_matrix [D, D] fitted on `images`, or empty
+    kind: str  # pixel space
     train_rows: np.ndarray[Any, Any] | None = None
 
 
@@ -48,17 +39,10 @@ def pack(
     train_rows: Tensor | None = None,
 ) -> Payload:
     """Return the payload of a split to distil from, and of the part to score on."""
+    facts = ("name", "class_names", "image_shape", "mean", "std", "can_flip", "fingerprint")
     zca = {"zca_mean": space.zca_mean, "zca_matrix": space.zca_matrix}
     return Payload(
-        facts={
-            "name": dataset.name,
-            "class_names": dataset.class_names,
-            "image_shape": dataset.image_shape,
-            "mean": dataset.mean,
-            "std": dataset.std,
-            "can_flip": dataset.can_flip,
-            "fingerprint": dataset.fingerprint,
-        },
+        facts={name: getattr(dataset, name) for name in facts},
         split_name=split_name,
         images=split.images.numpy(),
         labels=split.labels.numpy(),
@@ -72,18 +56,11 @@ def pack(
 
 @dataclass(frozen=True)
 class Unpacked:
-    """A worker's own copy of a payload.
+    """A worker's own copy of a payload."""
 
-    Attributes:
-        dataset: its metadata, and all of train; a worker can't open its test set.
-        split: to distil from.
-        held_out: to score on.
-        space: pixel space.
-    """
-
-    dataset: Dataset
-    split: Split
-    held_out: Split
+    dataset: Dataset  # its metadata, and all of train; a worker can't open its test set
+    split: Split  # to distil from
+    held_out: Split  # to score on
     space: PixelSpace
 
 
@@ -94,10 +71,10 @@ def unpack(payload: Payload) -> Unpacked:
     """Copy a payload out of the object store; a worker that runs many trials copies it once."""
     global _latest
     facts = dict(payload.facts)
-    identity = (facts["fingerprint"], f"{payload.split_name}:{payload.kind}", len(payload.held_labels))
+    fingerprint = facts.pop("fingerprint")
+    identity = (fingerprint, f"{payload.split_name}:{payload.kind}", len(payload.held_labels))
     if _latest is not None and _latest[0] == identity:
         return _latest[1]
-    fingerprint = facts.pop("fingerprint")
     split = Split(torch.tensor(payload.images), torch.tensor(payload.labels))
     held_out = Split(torch.tensor(payload.held_images), torch.tensor(payload.held_labels))
     rows = payload.train_rows
@@ -108,16 +85,12 @@ def unpack(payload: Payload) -> Unpacked:
         joined = Split(torch.cat([split.images, held_out.images]), torch.cat([split.labels, held_out.labels]))
         return joined.select(torch.tensor(rows))
 
-    dataset = _WorkerDataset(**facts, load_train=train, load_test=_no_test)
+    dataset = Dataset(**facts, load_train=train, load_test=_no_test)
     dataset.__dict__["fingerprint"] = fingerprint  # the whole train set's, not this part's
     zca = {name: torch.tensor(value) for name, value in payload.zca.items()}
     space = PixelSpace(payload.kind, dataset.mean, dataset.std, **zca)  # type: ignore[arg-type]
     _latest = (identity, Unpacked(dataset, split, held_out, space))
     return _latest[1]
-
-
-class _WorkerDataset(Dataset):
-    """A dataset made from a payload."""
 
 
 def _no_test() -> Split:

@@ -10,31 +10,20 @@ from ddray.drawing.html import to_html, write_run_page
 from ddray.drawing.images import set_uri
 from ddray.runs.ledger import Row
 from ddray.tuning.space import Space
-from ddray.tuning.study import study_of
+from ddray.tuning.study import status_of, study_of
 
 _ACCURACY: Final = "val_accuracy"
 _WORST_TO_BEST: Final = ("#8a94a3", "#d55e00")
 
 
 def write_report(run_dir: Path, result: Mapping[str, Any], rows: Sequence[Row], space: Space) -> None:
-    """Write `<run>/report.html`.
-
-    Args:
-        run_dir: the run's folder; its config.yaml and environment.json are shown.
-        result: the dump of the search's result.
-        rows: the trials' rows, in order.
-        space: the search space, for the plots.
+    """Write `<run>/report.html` from the dump of the search's result and its trials' rows, in order.
 
     Raises:
         StorageError: the page can't be written.
     """
-    write_run_page(
-        run_dir,
-        "tune.html",
-        result=result,
-        search=search_view(space, rows),
-        picture=set_uri(load(Path(result["artifact"]))),
-    )
+    picture = set_uri(load(Path(result["artifact"])))
+    write_run_page(run_dir, "tune.html", result=result, search=search_view(space, rows), picture=picture)
 
 
 def search_view(space: Space, rows: Sequence[Row]) -> dict[str, Any]:
@@ -42,21 +31,19 @@ def search_view(space: Space, rows: Sequence[Row]) -> dict[str, Any]:
     return {
         "names": list(space),
         "objective": next((row.result["objective"] for row in rows if "objective" in row.result), _ACCURACY),
-        "trials": [_trial(row, list(space)) for row in rows],
+        "trials": [
+            {
+                "number": row.spec["number"],
+                "status": status_of(row),
+                "val": row.result.get(row.result.get("objective", _ACCURACY)),
+                "num_evaluations": len(row.result.get("rungs", {})),
+                "values": [row.spec["params"].get(name) for name in space],
+                "wall_s": row.wall_s,
+                "error": row.error,
+            }
+            for row in rows
+        ],
         "figures": search_figures(space, rows) if space and rows else [],
-    }
-
-
-def _trial(row: Row, names: Sequence[str]) -> dict[str, Any]:
-    """Return a trial's line in the table."""
-    return {
-        "number": row.spec["number"],
-        "status": "stopped early" if row.result.get("stopped_early") else row.status,
-        "val": row.result.get(row.result.get("objective", _ACCURACY)),
-        "num_evaluations": len(row.result.get("rungs", {})),
-        "values": [row.spec["params"].get(name) for name in names],
-        "wall_s": row.wall_s,
-        "error": row.error,
     }
 
 
@@ -65,13 +52,13 @@ def search_figures(space: Space, rows: Sequence[Row]) -> list[dict[str, str]]:
     import optuna.visualization as plots
 
     study = study_of(space, rows)
-    plot_functions: list[tuple[str, Callable[..., Any]]] = [
-        ("Optimisation history", plots.plot_optimization_history),
-        ("Parallel coordinates", plots.plot_parallel_coordinate),
-        ("Hyperparameter importances", plots.plot_param_importances),
-    ]
+    plot_functions: dict[str, Callable[..., Any]] = {
+        "Optimisation history": plots.plot_optimization_history,
+        "Parallel coordinates": plots.plot_parallel_coordinate,
+        "Hyperparameter importances": plots.plot_param_importances,
+    }
     figures = []
-    for title, plot in plot_functions:
+    for title, plot in plot_functions.items():
         try:
             with warnings.catch_warnings():
                 # Optuna warns if a plot would be meaningless (importances of too few trials): it is left out.

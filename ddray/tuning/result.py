@@ -52,15 +52,15 @@ class TuneResult(Result):
         import pandas as pd
 
         from ddray.runs.ledger import Ledger
+        from ddray.tuning.study import status_of, trial_rows
 
-        rows = sorted(Ledger(Path(self.run_dir)).rows("trial"), key=lambda row: int(row.spec["number"]))
         return pd.DataFrame(
             {
                 "trial": row.spec["number"],
                 **(row.spec.get("params") or row.result.get("params") or {}),
                 self.objective: row.result.get(self.objective),
-                "status": "stopped early" if row.result.get("stopped_early") else row.status,
+                "status": status_of(row),
                 "wall_s": row.wall_s,
             }
-            for row in rows
+            for row in trial_rows(Ledger(Path(self.run_dir)))
         )

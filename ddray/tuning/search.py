@@ -3,85 +3,72 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ddray.errors import DdrayError, InterruptedRunError
 from ddray.jobs.plan import Plan
 from ddray.runs.folder import Run
-from ddray.runs.ledger import Row
+from ddray.runs.ledger import Row, Unit
 from ddray.system.files import write_text
 from ddray.tuning.options import TuneOptions
-from ddray.tuning.space import Range
-from ddray.tuning.study import score_of
+from ddray.tuning.space import Space
+from ddray.tuning.study import score_of, trial_rows
 from ddray.tuning.trial import trial_unit
 from ddray.tuning.worker import SearchJob
 
 log = logging.getLogger(__name__)
 
 
-def numbers_of(rows: Sequence[Row]) -> set[int]:
-    """Return the trial numbers that have a row."""
-    return {int(row.spec["number"]) for row in rows}
-
-
-def unfinished(
-    events: Sequence[Mapping[str, Any]], rows: Sequence[Row], job: SearchJob
-) -> list[tuple[int, dict[str, Any]]]:
-    """Return (number, settings) of trials that were started and have no row, by number."""
-    done = numbers_of(rows)
-    started = {
-        int(event["number"]): dict(event["params"])
-        # A late worker of a killed driver may write after the next epoch has begun: the newest epoch counts.
-        for event in sorted(events, key=lambda event: int(event["epoch"]))
-        if event["event"] in ("start", "retry") and "params" in event and "number" in event
-    }
-    return sorted(
-        (trial_number, params) for trial_number, params in started.items() if trial_number not in done
-    )
-
-
+@dataclass
 class Search:
     """One search: what is done, and what is missing."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        options: TuneOptions,
-        space: Mapping[str, Range],
-        paper: dict[str, Any],
-        job: SearchJob,
-        run: Run,
-        num_samples: int,
-    ) -> None:
-        self.plan, self.options, self.space, self.paper = plan, options, space, paper
-        self.job, self.ledger, self.folder, self.num_samples = job, run.ledger, run.folder, num_samples
-        self._closed = run.folder / "search.closed"
+    plan: Plan
+    options: TuneOptions
+    space: Space
+    paper: dict[str, Any]  # the preset's settings: trial 0
+    job: SearchJob
+    run: Run
+    num_samples: int
 
     def rows(self) -> list[Row]:
         """Return the trials' rows, by number."""
-        return sorted(self.ledger.rows("trial"), key=lambda row: int(row.spec["number"]))
+        return trial_rows(self.run.ledger)
+
+    def _numbers(self) -> list[int]:
+        return [int(row.spec["number"]) for row in self.rows()]
 
     def missing(self) -> list[int]:
         """Return the numbers without a row; of a closed search (see `close`) only those that it had."""
-        done = {int(row.spec["number"]) for row in self.rows()}
-        trial_numbers: Sequence[int] = range(self.num_samples)
-        if self._closed.exists():
-            trial_numbers = json.loads(self._closed.read_text(encoding="utf-8"))
-        return [trial_number for trial_number in trial_numbers if trial_number not in done]
+        closed, done = self.run.folder / "search.closed", self._numbers()
+        numbers = json.loads(closed.read_text("utf-8")) if closed.exists() else range(self.num_samples)
+        return [trial_number for trial_number in numbers if trial_number not in done]
+
+    def unfinished(self) -> list[tuple[int, dict[str, Any]]]:
+        """Return (number, settings) of trials that were started and have no row, by number."""
+        done = self._numbers()
+        started = {
+            int(event["number"]): dict(event["params"])
+            # A late worker of a killed driver may write after the next epoch has begun: the newest counts.
+            for event in sorted(self.run.ledger.events(), key=lambda event: int(event["epoch"]))
+            if event["event"] in ("start", "retry") and "params" in event and "number" in event
+        }
+        return sorted((number, params) for number, params in started.items() if number not in done)
 
     def close(self) -> None:
         """Mark the search as ended before test is opened: a search with test scores must not go on."""
-        if not self._closed.exists():
-            trial_numbers = [int(row.spec["number"]) for row in self.rows()]
-            write_text(self._closed, json.dumps(trial_numbers))
-            if len(trial_numbers) < self.num_samples:
+        closed, numbers = self.run.folder / "search.closed", self._numbers()
+        if not closed.exists():
+            write_text(closed, json.dumps(numbers))
+            if len(numbers) < self.num_samples:
                 log.warning("the time budget closed this search: test is opened, so --resume adds no trials")
 
     def row_of(self, trial_number: int, params: Mapping[str, Any]) -> Row | None:
         """Return the published row of a trial, or None."""
-        return self.ledger.row(self.unit(trial_number, params).key)
+        return self.run.ledger.row(self.unit(trial_number, params).key)
 
-    def unit(self, trial_number: int, params: Mapping[str, Any]) -> Any:
+    def unit(self, trial_number: int, params: Mapping[str, Any]) -> Unit:
         """Return the unit of a trial."""
         return trial_unit(self.job, trial_number, params, self.plan.dataset.fingerprint)
 
@@ -91,15 +78,13 @@ class Search:
         Raises:
             InterruptedRunError: a signal came, or the time budget ended before the paper's point.
         """
-        missing = self.missing()
-        budget = self.options.time_budget
-        out_of_time = budget is not None and run_s >= budget
+        missing, folder = self.missing(), self.run.folder
+        out_of_time = self.options.time_budget is not None and run_s >= self.options.time_budget
         # A budget lets running trials end; a signal leaves some without a row.
-        cut_off = bool(unfinished(self.ledger.events(), self.rows(), self.job))
-        if missing and (cut_off or not out_of_time or 0 in missing):
+        if missing and (self.unfinished() or not out_of_time or 0 in missing):
             raise InterruptedRunError(
                 f"the search ended with {self.num_samples - len(missing)} of {self.num_samples} trials in "
-                f"{self.folder}; run again with --run-dir {self.folder} --resume to finish it"
+                f"{folder}; run again with --run-dir {folder} --resume to finish it"
             )
 
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
@@ -20,21 +20,15 @@ from ddray.system.shipped import shipped
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
-_KINDS = ("loguniform", "uniform", "randint", "choice")
+Kind = Literal["loguniform", "uniform", "randint", "choice"]
+_KINDS = get_args(Kind)
 
 
 @dataclass(frozen=True)
 class Range:
-    """One setting's range.
+    """One setting's range: floats in [low, high], whole numbers low..high (inclusive), or `choices`."""
 
-    Attributes:
-        kind: `loguniform`, `uniform` (floats in [low, high]), `randint` (low..high, inclusive) or `choice`.
-        low: lower end; unused for `choice`.
-        high: upper end; unused for `choice`.
-        choices: the values of `choice`.
-    """
-
-    kind: Literal["loguniform", "uniform", "randint", "choice"]
+    kind: Kind
     low: float = 0.0
     high: float = 0.0
     choices: tuple[Any, ...] = ()
@@ -46,9 +40,8 @@ class Range:
             return self.choices[min(int(u * len(self.choices)), len(self.choices) - 1)]
         if self.kind == "randint":
             return min(int(self.low + u * (self.high - self.low + 1)), int(self.high))
-        if self.kind == "uniform":
-            value = self.low + u * (self.high - self.low)
-        else:
+        value = self.low + u * (self.high - self.low)
+        if self.kind == "loguniform":
             value = math.exp(math.log(self.low) + u * (math.log(self.high) - math.log(self.low)))
         # Rounding can put a draw near an end just outside, where Optuna would refuse it.
         return min(max(value, self.low), self.high)
@@ -100,11 +93,8 @@ def method_space(
 ) -> tuple[dict[str, Range], str]:
     """Return a method's ranges, and what to call the place where they are written.
 
-    Args:
-        method: its name.
-        config_type: its settings.
-        source: a space file or what one would hold; default: the shipped file, or else the settings' own
-            `search_space`.
+    `source` is a space file or what one would hold; default: the shipped file, or else the settings' own
+    `search_space`.
 
     Raises:
         InputError: there is no space, or a range is malformed.
@@ -126,10 +116,7 @@ def read_space(source: Path | Mapping[str, Any], title: str = "the space") -> di
     """Read a space file, or what one would hold.
 
     An entry is `name: {kind: [a, b]}`, kind loguniform, uniform or randint, or `name: {choice: [...]}`.
-
-    Args:
-        source: the file, or its content.
-        title: what messages call the content.
+    `title` is what messages call content that is not from a file.
 
     Raises:
         InputError: the file can't be read, or a range is none of these or empty.
@@ -156,31 +143,23 @@ def _range(name: str, value: Any, path: str) -> Range:
         if len({_text(name, choice, path) for choice in values}) != len(values):
             raise InputError(f"{path}: {name}: choices must differ, got {values!r}")
         return Range("choice", choices=tuple(values))
-    is_number_pair = len(values) == 2 and all(
-        isinstance(v, int | float) and not isinstance(v, bool) for v in values
-    )
-    if not is_number_pair or not -math.inf < values[0] < values[1] < math.inf:
+    numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+    if not len(values) == len(numbers) == 2 or not -math.inf < values[0] < values[1] < math.inf:
         raise InputError(f"{path}: {name}: {kind} takes finite [low, high] with low < high, got {values!r}")
     if kind == "loguniform" and values[0] <= 0:
         raise InputError(f"{path}: {name}: loguniform takes low > 0, got {values!r}")
     if kind == "randint" and not all(isinstance(v, int) for v in values):
         raise InputError(f"{path}: {name}: randint takes whole numbers, got {values!r}")
-    low, high = values
-    return Range(kind, low, high) if kind == "randint" else Range(kind, float(low), float(high))
+    return Range(kind, *(values if kind == "randint" else map(float, values)))
 
 
 def _text(name: str, choice: Any, path: str) -> str:
-    """Return a choice as JSON text.
-
-    Raises:
-        InputError: YAML read it as a type that JSON lacks, such as a date.
-    """
+    """Return a choice as JSON; InputError if YAML read it as a type that JSON lacks, such as a date."""
     try:
         return _json(choice)
     except TypeError as error:
-        raise InputError(
-            f"{path}: {name}: a choice must be a JSON value, got {choice!r}; quote it"
-        ) from error
+        where = f"{path}: {name}"
+        raise InputError(f"{where}: a choice must be a JSON value, got {choice!r}; quote it") from error
 
 
 def sample(space: Space, seed: int, trial_number: int) -> dict[str, Any]:
@@ -199,15 +178,11 @@ def grid(space: Space, paper: Mapping[str, Any]) -> list[dict[str, Any]]:
     """
     for name, value_range in space.items():
         if value_range.kind != "choice":
-            raise InputError(
-                f"strategy grid needs choices, {name} is a {value_range.kind}: use {{choice: [...]}}"
-            )
-    points = [
-        dict(zip(space, values, strict=True))
-        for values in itertools.product(*(value_range.choices for value_range in space.values()))
-    ]
-    first = dict(paper)
-    return [first, *(point for point in points if point != first)]
+            kind = value_range.kind
+            raise InputError(f"strategy grid needs choices, {name} is a {kind}: use {{choice: [...]}}")
+    product = itertools.product(*(value_range.choices for value_range in space.values()))
+    points = [dict(zip(space, values, strict=True)) for values in product]
+    return [dict(paper), *(point for point in points if point != dict(paper))]
 
 
 def _json(choice: Any) -> str:

@@ -10,7 +10,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState, create_trial
 
-from ddray.runs.ledger import Row
+from ddray.runs.ledger import Ledger, Row
 from ddray.tuning.space import Space
 
 log = logging.getLogger(__name__)
@@ -18,20 +18,11 @@ STUDY: Final = "ddray"
 
 
 def write_study(path: Path, space: Space, rows: Sequence[Row]) -> Any:
-    """Write a fresh Optuna journal (optuna-dashboard opens it) that holds the rows; return its storage.
-
-    Args:
-        path: the journal; an old one is removed.
-        space: the ranges.
-        rows: finished trials.
-    """
+    """Replace an Optuna journal (optuna-dashboard opens it) by one of the rows; return its storage."""
     for old in path.parent.glob(path.name + "*"):
         old.unlink()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = JournalStorage(JournalFileBackend(str(path)))
-    study = optuna.create_study(study_name=STUDY, storage=storage, direction="maximize")
-    for row in sorted(rows, key=lambda row: row.result["number"]):
-        add_row(study, space, row)
+    study_of(space, rows, storage)
     return storage
 
 
@@ -42,9 +33,8 @@ def add_row(study: Any, space: Space, row: Row) -> None:
     """
     params = row.spec.get("params") or row.result.get("params") or {}
     if set(params) != set(space) or not all(space[name].contains(value) for name, value in params.items()):
-        log.info(
-            "trial %s lies outside the space file's ranges: the sampler does not see it", row.result["number"]
-        )
+        text = "trial %s lies outside the space file's ranges: the sampler does not see it"
+        log.info(text, row.result["number"])
         return
     failed = row.status == "failed"
     stopped = not failed and row.result["stopped_early"]
@@ -65,10 +55,20 @@ def score_of(result: Mapping[str, Any]) -> float:
     return float(result[result.get("objective", "val_accuracy")])
 
 
-def study_of(space: Space, rows: Sequence[Row]) -> Any:
-    """Return the rows as a study in memory."""
+def status_of(row: Row) -> str:
+    """Return how a trial ended: `done`, `failed` or `stopped early`."""
+    return "stopped early" if row.result.get("stopped_early") else row.status
+
+
+def trial_rows(ledger: Ledger) -> list[Row]:
+    """Return the rows of a search's trials, by number."""
+    return sorted(ledger.rows("trial"), key=lambda row: int(row.spec["number"]))
+
+
+def study_of(space: Space, rows: Sequence[Row], storage: Any = None) -> Any:
+    """Return the rows as a study, in memory unless a storage is named."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(study_name=STUDY, direction="maximize")
+    study = optuna.create_study(study_name=STUDY, storage=storage, direction="maximize")
     for row in sorted(rows, key=lambda row: row.result["number"]):
         add_row(study, space, row)
     return study

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from ddray.artifact.distilled_set import DistilledSet
 from ddray.data import SplitName
-from ddray.distillation.loop import Distillation
 from ddray.errors import DivergedError
 from ddray.jobs.context import make_distiller
 from ddray.jobs.distill import distil_plan
@@ -29,10 +29,7 @@ def trial_unit(job: SearchJob, trial_number: int, params: Mapping[str, Any], fin
     spec = {
         "number": trial_number,
         "params": dict(params),
-        "method": job.method,
-        **job.size,
-        "seed": job.seed,
-        "fingerprint": fingerprint,
+        **job.describe(job.seed, fingerprint),
         "split": str(SplitName(job.seed)),
         "budgets": list(job.budgets),
         "config": trial_config(job, params).dump(),
@@ -40,26 +37,6 @@ def trial_unit(job: SearchJob, trial_number: int, params: Mapping[str, Any], fin
     if job.nas is not None:
         spec["objective"] = job.nas.describe()
     return Unit(kind="trial", spec=spec)
-
-
-def rung_steps(steps: int, budgets: tuple[int, ...]) -> dict[int, int]:
-    """Return step -> budget for the rungs of a run of `steps`."""
-    return {max(1, steps * budget // budgets[-1]): budget for budget in budgets} if steps else {}
-
-
-class Rungs:
-    """The val scores of a trial's rungs, saved beside its checkpoint: a resume scores no rung twice."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.values: dict[int, float] = {}
-        if path.exists():
-            self.values = {int(k): float(v) for k, v in json.loads(path.read_text(encoding="utf-8")).items()}
-
-    def add(self, budget: int, value: float) -> None:
-        """Save a rung's value."""
-        self.values[budget] = value
-        write_text(self._path, json.dumps(self.values))
 
 
 def run_trial(
@@ -71,12 +48,7 @@ def run_trial(
 ) -> None:
     """Run one trial to its end and publish its row.
 
-    Args:
-        job: what all trials share.
-        payload: the real images.
-        trial_number: the trial's number.
-        params: its settings.
-        report: called with each rung's metrics; may not return if the scheduler stops the trial.
+    `report` is called with each rung's metrics; it may not return if the scheduler stops the trial.
 
     Raises:
         Exception: a crash or lack of memory; the caller retries it. A diverged trial does not raise: its
@@ -92,30 +64,54 @@ def run_trial(
         row = _run(worker, unit, report)
         ledger.publish(unit, row, epoch=job.epoch)
         if row.status == "done":
-            forget_checkpoint(Path(job.run_dir), unit.key)
-    report(_final_metrics(row, job))
+            job.forget_checkpoint(unit.key)
+    failed, last = row.status == "failed", job.budgets[-1]
+    rungs = {last: _WORST} if failed else {int(b): v for b, v in row.result["rungs"].items()}
+    report(_metrics(job, row.result["number"], last, rungs, failed=failed))
 
 
 def _run(worker: SearchWorker, unit: Unit, report: Callable[[dict[str, Any]], None]) -> Row:
-    """Distil, scoring on val at every rung; return the trial's row."""
+    """Distil, scoring on val at every rung, the last of which is the end; return the trial's row."""
     job, begin = worker.job, time.perf_counter()
     trial_number, params = unit.spec["number"], unit.spec["params"]
-    rungs = Rungs(job.checkpoint(unit.key).with_suffix(".rungs.json"))
+    plan = worker.plan(params)
+    distiller = make_distiller(plan)
+    checkpoint = job.checkpoint(unit.key)
+    rungs: dict[int, float] = {}
+    path = checkpoint.with_suffix(".rungs.json")  # beside the checkpoint: a resume scores no rung twice
+    if path.exists():
+        rungs = {int(k): float(v) for k, v in json.loads(path.read_text(encoding="utf-8")).items()}
+    # Step -> budget; a method without steps has no rung on its way.
+    steps = {max(1, plan.config.steps * b // job.budgets[-1]): b for b in job.budgets if plan.config.steps}
+
+    def score(budget: int, distil: Callable[[], DistilledSet]) -> None:
+        if budget not in rungs:
+            rungs[budget] = worker.val_score(plan, distil())
+            write_text(path, json.dumps(rungs))
+
+    def score_rung(step: int, loss: float) -> None:
+        budget = steps.get(step, job.budgets[-1])
+        if budget != job.budgets[-1]:
+            score(budget, distiller.snapshot)
+            report(_metrics(job, trial_number, budget, rungs, failed=False))
+
     try:
-        distillation = _distil(worker, unit, rungs, report)
+        distillation = distil_plan(
+            plan,
+            worker.context(plan),
+            checkpoint,
+            distiller=distiller,
+            eval_steps=tuple(steps),
+            on_step=score_rung,
+        )
+        score(job.budgets[-1], lambda: distillation.distilled)
     except DivergedError as error:
-        result = {"number": trial_number, "rungs": rungs.values}
+        result = {"number": trial_number, "rungs": rungs}
         return Row.failed(unit, error, result=result, wall_s=time.perf_counter() - begin)
-    result = trial_result(trial_number, params, rungs.values, stopped_early=False, objective=job.objective)
+    result = trial_result(trial_number, params, rungs, stopped_early=False, objective=job.objective)
     first, final = distillation.edge_losses()
     losses = {"first_loss": first, "final_loss": final, "seconds_per_step": distillation.seconds_per_step}
     return Row.done(unit, {**result, **losses}, time.perf_counter() - begin)
-
-
-def forget_checkpoint(run_dir: Path, key: str) -> None:
-    """Remove a unit's checkpoint and rungs once its row is published."""
-    for name in (f"{key}.pt", f"{key}.rungs.json"):
-        (run_dir / "checkpoints" / name).unlink(missing_ok=True)
 
 
 def trial_result(
@@ -137,48 +133,12 @@ def trial_result(
     }
 
 
-def _distil(
-    worker: SearchWorker, unit: Unit, rungs: Rungs, report: Callable[[dict[str, Any]], None]
-) -> Distillation:
-    """Distil, scoring on val at every rung; the last rung is the end."""
-    job, plan = worker.job, worker.plan(unit.spec["params"])
-    distiller = make_distiller(plan)
-    steps = rung_steps(plan.config.steps, job.budgets)
-
-    def score_rung(step: int, loss: float) -> None:
-        budget = steps.get(step)
-        if budget is None or budget == job.budgets[-1]:
-            return
-        if budget not in rungs.values:
-            rungs.add(budget, worker.val_score(plan, distiller.snapshot()))
-        report(_metrics(job, unit.spec["number"], budget, rungs.values, failed=False))
-
-    distillation = distil_plan(
-        plan,
-        worker.context(plan),
-        job.checkpoint(unit.key),
-        distiller=distiller,
-        eval_steps=tuple(steps),
-        on_step=score_rung,
-    )
-    if job.budgets[-1] not in rungs.values:
-        rungs.add(job.budgets[-1], worker.val_score(plan, distillation.distilled))
-    return distillation
-
-
-def _final_metrics(row: Row, job: SearchJob) -> dict[str, Any]:
-    """Return the metrics that the scheduler gets at the end."""
-    failed = row.status == "failed"
-    rungs = {job.budgets[-1]: _WORST} if failed else {int(b): v for b, v in row.result["rungs"].items()}
-    return _metrics(job, row.result["number"], job.budgets[-1], rungs, failed=failed)
-
-
 def _metrics(
     job: SearchJob, trial_number: int, budget: int, rungs: Mapping[int, float], *, failed: bool
 ) -> dict[str, Any]:
-    """Return the metrics of a rung; a failed trial ranks below every other."""
+    """Return the metrics of a rung for Tune's scheduler."""
     return {
-        METRIC: _WORST if failed else rungs[max(rungs)],
+        METRIC: rungs[max(rungs)],
         "objective": job.objective,
         "budget": budget,
         "number": trial_number,

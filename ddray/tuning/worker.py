@@ -28,35 +28,20 @@ from ddray.tuning.payload import Payload, unpack
 
 @dataclass(frozen=True)
 class SearchJob:
-    """What every trial of a search shares.
+    """What every trial of a search shares; cpus and gpus are those of one worker."""
 
-    Attributes:
-        run_dir: absolute path of the run.
-        epoch: run epoch to publish under.
-        method: the method's name.
-        ipc: images per class.
-        seed: the search's seed, the same for every trial (common random numbers).
-        config: the resolved configuration as plain values; a trial changes `method.*`.
-        budgets: rungs as parts of the last one, such as (1, 3, 9); (1,) is scored at the end only.
-        cpus: cores of a worker.
-        gpus: GPUs of a worker.
-        nas: scores sets by how well they rank architectures; None scores them by accuracy.
-        pool: where shared networks are served; None: the files under `$DDRAY_HOME`.
-        budget: images of storage, for methods whose size is not counted per class.
-    """
-
-    run_dir: str
-    epoch: int
+    run_dir: str  # absolute
+    epoch: int  # run epoch to publish under
     method: str
-    ipc: int
-    seed: int
-    config: Mapping[str, Any]
-    budgets: tuple[int, ...]
+    ipc: int  # images per class
+    seed: int  # the same for every trial (common random numbers)
+    config: Mapping[str, Any]  # the resolved configuration as plain values; a trial changes `method.*`
+    budgets: tuple[int, ...]  # rungs as parts of the last one, such as (1, 3, 9); (1,): the end only
     cpus: float
     gpus: float
-    nas: SpearmanObjective | None = None
-    pool: PoolSource | None = None
-    budget: int | None = None
+    nas: SpearmanObjective | None = None  # scores sets by how well they rank architectures; None: by accuracy
+    pool: PoolSource | None = None  # where shared networks are served; None: the files under `$DDRAY_HOME`
+    budget: int | None = None  # images of storage, for methods whose size is not counted per class
 
     @property
     def objective(self) -> str:
@@ -67,10 +52,15 @@ class SearchJob:
         """Return the path of a unit's checkpoint."""
         return Path(self.run_dir) / "checkpoints" / f"{key}.pt"
 
-    @property
-    def size(self) -> dict[str, int]:
-        """The part of a unit's spec that says how much is stored: ipc, and the budget where there is one."""
-        return {"ipc": self.ipc} if self.budget is None else {"ipc": self.ipc, "budget": self.budget}
+    def forget_checkpoint(self, key: str) -> None:
+        """Remove a unit's checkpoint and rungs once its row is published."""
+        for suffix in (".pt", ".rungs.json"):
+            self.checkpoint(key).with_suffix(suffix).unlink(missing_ok=True)
+
+    def describe(self, seed: int, fingerprint: str) -> dict[str, Any]:
+        """Return what the specs of all units name: method, size (a budget where there is one), seed, data."""
+        size = {"ipc": self.ipc} if self.budget is None else {"ipc": self.ipc, "budget": self.budget}
+        return {"method": self.method, **size, "seed": seed, "fingerprint": fingerprint}
 
 
 def trial_config(job: SearchJob, params: Mapping[str, Any]) -> RunConfig[Any]:
@@ -80,17 +70,11 @@ def trial_config(job: SearchJob, params: Mapping[str, Any]) -> RunConfig[Any]:
         InputError: a setting breaks the method's rules.
     """
     config_type = get_method(job.method).config_type
-    values = merge(job.config, {"method": dict(params)})
-    return RunConfig[config_type].parse(values)  # type: ignore[valid-type]
+    return RunConfig[config_type].parse(merge(job.config, {"method": dict(params)}))  # type: ignore[valid-type]
 
 
 class SearchWorker:
-    """One process's part in a search.
-
-    Args:
-        job: what all trials share.
-        payload: the real images.
-    """
+    """One process's part in a search, with its own copy of the real images."""
 
     def __init__(self, job: SearchJob, payload: Payload) -> None:
         set_threads(job.cpus)
@@ -101,8 +85,7 @@ class SearchWorker:
 
     def plan(self, params: Mapping[str, Any], seed: int | None = None) -> Plan:
         """Return the plan of a trial; `seed` is the search's unless another is named."""
-        job = self.job
-        seed = job.seed if seed is None else seed
+        job, seed = self.job, self.job.seed if seed is None else seed
         return Plan(job.method, self.data.dataset, job.ipc, seed, trial_config(job, params), job.budget)
 
     def pool(self) -> ModelPool:

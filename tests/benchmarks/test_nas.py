@@ -18,9 +18,8 @@ from ddray.ranking.figures_of_merit import figures_of_merit
 from ddray.ranking.options import NasRecipe
 from ddray.ranking.spaces import get_space, sample
 from ddray.ranking.worker import NasTask, SweepData, SweepJob, run_task, training_set
-from ddray.runs.executor import Task
+from ddray.runs.executor import Outcome, Task
 from ddray.runs.ledger import Ledger, Unit
-from ddray.runs.outcome import Outcome
 from ddray.training.dsa import dsa_for
 from tests.benchmarks.conftest import random_dataset
 

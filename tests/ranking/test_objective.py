@@ -14,9 +14,8 @@ from ddray.errors import DdrayError
 from ddray.ranking.objective import SpearmanObjective, spearman_objective
 from ddray.ranking.options import NasOptions
 from ddray.ranking.worker import CODE_VERSION, truth_ledger
-from ddray.runs.executor import Executor, LocalExecutor, Task
+from ddray.runs.executor import Executor, LocalExecutor, Outcome, Task
 from ddray.runs.ledger import Ledger, Row, Unit
-from ddray.runs.outcome import Outcome
 
 OPTIONS = NasOptions(sample=3, epochs=1, max_mflops=3.0, executor="local")
 

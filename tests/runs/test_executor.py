@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from ddray.errors import DivergedError, InputError, StorageError
-from ddray.runs.executor import LocalExecutor, Task, WorkerPool
-from ddray.runs.outcome import Outcome
+from ddray.runs.executor import LocalExecutor, Outcome, Task, WorkerPool
 
 
 @pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.ray)])

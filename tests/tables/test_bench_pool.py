@@ -11,9 +11,9 @@ import pytest
 from ddray.data import open_dataset
 from ddray.distillation.method import DistillContext
 from ddray.errors import DdrayError
+from ddray.runs.executor import Outcome
 from ddray.runs.folder import open_run
 from ddray.runs.ledger import Ledger
-from ddray.runs.outcome import Outcome
 from ddray.system.files import home
 from ddray.tables import scheduler
 from ddray.tables import worker as bench_worker
