@@ -35,8 +35,7 @@ class RayExecutor:
     def workers(self) -> Iterator[WorkerPool]:
         """Start Ray if need be, and end the workers with the context.
 
-        Raises:
-            InputError: no worker of this size fits the cluster, or no cluster answers.
+        InputError if no worker of this size fits the cluster, or no cluster answers.
         """
         with sigterm_as_sigint(), ray_runtime(self.address):
             self.capacity()
@@ -47,11 +46,7 @@ class RayExecutor:
                 pool.end()
 
     def capacity(self) -> int:
-        """Return how many workers fit now.
-
-        Raises:
-            InputError: not even one does.
-        """
+        """Return how many workers fit now; InputError if not even one does."""
         fits = check_capacity(self.cpus, self.gpus, per=self.per)
         return min(fits, self.max_workers or fits)
 

@@ -64,16 +64,14 @@ class Member:
 
 
 def check_space(space: Space, paper: Mapping[str, Any], num_samples: int) -> None:
-    """Refuse what PB2 can't search.
+    """Refuse what PB2 can't search with an InputError.
 
-    Raises:
-        InputError: no numeric range, a paper's value that has no logarithm, or too small a population.
+    That is no numeric range, a paper's value that has no logarithm, or too small a population.
     """
     for name, value_range in space.items():
         if value_range.kind == "loguniform" and not paper[name] > 0:
-            raise InputError(
-                f"strategy pb2 needs {name} > 0 to start from (its range is loguniform), got {paper[name]}"
-            )
+            rule = f"strategy pb2 needs {name} > 0 to start from (its range is loguniform)"
+            raise InputError(f"{rule}, got {paper[name]}")
     if not _numeric(space):
         raise InputError("strategy pb2 needs a uniform or loguniform range, the space file has none")
     if num_samples < 3:
@@ -85,11 +83,7 @@ def _numeric(space: Space) -> dict[str, Range]:
 
 
 def segment_ends(steps: int) -> list[int]:
-    """Return the steps at which the generations end.
-
-    Raises:
-        InputError: the method has fewer steps than generations.
-    """
+    """Return the steps at which the generations end; InputError if there are fewer steps than generations."""
     if steps < GENERATIONS:
         raise InputError(f"strategy pb2 needs a method with steps >= {GENERATIONS}, got {steps}")
     return [steps * (generation + 1) // GENERATIONS for generation in range(GENERATIONS)]
@@ -101,11 +95,9 @@ def run_pb2(search: Search, payload: Payload, workers: WorkerPool) -> None:
     if left_out := sorted(search.space.keys() - space.keys()):
         log.info("pb2 varies numbers only: %s keep the paper's values", ", ".join(left_out))
     ends = segment_ends(search.plan.config.steps)
-    members = [
-        Member(n, {**search.paper, **(sample(space, job.seed, n) if n else {})})
-        for n in range(search.num_samples)
-    ]
-    initial = [dict(member.params) for member in members]
+    drawn = (sample(space, job.seed, number) if number else {} for number in range(search.num_samples))
+    initial = [{**search.paper, **params} for params in drawn]
+    members = [Member(number, dict(params)) for number, params in enumerate(initial)]
     for number, params in enumerate(initial):
         search.run.ledger.begin(search.unit(number, params), epoch=job.epoch, number=number, params=params)
     begin = time.perf_counter()
@@ -131,11 +123,11 @@ def _run_segments(
     """Bring every member to step `end` in parallel; a segment with a file is done."""
     folder = search.run.folder / "pb2"
     paths = [folder / f"{member.number:04d}-generation{generation}.json" for member in members]
-    tasks = []
-    for member, path in zip(members, paths, strict=True):
-        if not path.exists():
-            arguments = (search.job, payload, member.number, member.params, member.state, end, path)
-            tasks.append(Task(str(member.number), run_segment, arguments))
+    tasks = [
+        Task(str(member.number), run_segment, (search.job, payload, member, end, path))
+        for member, path in zip(members, paths, strict=True)
+        if not path.exists()
+    ]
     errors = {}
     for outcome in workers.run(tasks):
         if isinstance(outcome.error, StorageError):
@@ -154,30 +146,22 @@ def _run_segments(
             member.schedule.append({"until": end, "params": dict(member.params)})
 
 
-def run_segment(
-    job: SearchJob,
-    payload: Payload,
-    trial_number: int,
-    params: Mapping[str, Any],
-    state: Path | None,
-    end: int,
-    path: Path,
-) -> None:
-    """Continue from `state` to step `end` under `params`, score on val, write the outcome to `path`.
+def run_segment(job: SearchJob, payload: Payload, member: Member, end: int, path: Path) -> None:
+    """Continue from a member's state to step `end`, score on val, write the outcome to `path`.
 
     Runs in a worker. A diverged segment's outcome is its error; step 0 scores the initial images.
     """
     worker = SearchWorker(job, payload)
-    plan, checkpoint = worker.plan(params), path.with_suffix(".pt")
-    if state is not None and not checkpoint.exists():
-        with state.open("rb") as source:
+    plan, checkpoint = worker.plan(member.params), path.with_suffix(".pt")
+    if member.state is not None and not checkpoint.exists():
+        with member.state.open("rb") as source:
             write_atomically(checkpoint, lambda file: shutil.copyfileobj(source, file))
     try:
         distillation = distil_plan(plan, worker.context(plan), checkpoint, until=end)
         outcome: dict[str, Any] = {"score": worker.val_score(plan, distillation.distilled)}
     except DivergedError as error:
         outcome = {"error": str(error)}
-    write_text(path, json.dumps({"number": trial_number, "until": end, "params": dict(params), **outcome}))
+    write_text(path, json.dumps({"number": member.number, "until": end, "params": member.params, **outcome}))
 
 
 def _to_scale(value: float, value_range: Range) -> float:
@@ -242,8 +226,7 @@ def _publish(search: Search, member: Member, initial: dict[str, Any], wall_s: fl
     """Publish a member's row: its schedule is what other seeds replay."""
     unit = search.unit(member.number, initial)
     if member.error is None:
-        objective = search.job.objective
-        result = trial_result(member.number, initial, member.values, stopped_early=False, objective=objective)
+        result = trial_result(unit, member.values, search.job.objective)
         row = Row.done(unit, {**result, "schedule": member.schedule}, wall_s)
     else:
         row = Row.failed(unit, member.error, result={"number": member.number}, wall_s=wall_s)

@@ -118,9 +118,7 @@ class PoolService:
     def ask(self, key: str) -> Served | Lease | None:
         """Return the entry, or a lease to train it, or None while another client trains it: ask again.
 
-        Raises:
-            InputError: the entry can't be read.
-            StorageError: the folder can't be written.
+        InputError if the entry can't be read, StorageError if the folder can't be written.
         """
         with self._turn:
             self.lapse()
@@ -137,8 +135,7 @@ class PoolService:
     def publish(self, key: str, token: int, draft: str) -> bool:
         """Move a draft into the entry's place; return False, moving nothing, if the token is stale.
 
-        Raises:
-            StorageError: the folder can't be written.
+        StorageError if the folder can't be written.
         """
         with self._turn:
             granted = self._current(key, token)
@@ -334,11 +331,7 @@ class ClusterPool:
             thread.join()
 
     def _call(self, method: str, *arguments: Any) -> Any:
-        """Return what the service answers, however long it takes.
-
-        Raises:
-            _ServiceGoneError: it is dead.
-        """
+        """Return what the service answers, however long it takes; _ServiceGoneError if it is dead."""
         import ray
 
         if self._service is None:

@@ -25,11 +25,8 @@ def shared_pool(
 ) -> Iterator[SearchJob]:
     """Serve a pool to the workers while the block runs; yield the job with the service's address.
 
-    `specs`, networks that are certain to be needed, are trained first. Without any there is no service:
-    workers that still need a network share the files.
-
-    Raises:
-        DdrayError: a network could not be trained.
+    `specs`, networks that are certain to be needed, are trained first, with a DdrayError if one can't be.
+    Without any there is no service: workers that still need a network share the files.
     """
     if not specs:
         yield job

@@ -70,9 +70,7 @@ class TpeSource:
 class NumberedSearch(Searcher):
     """Hands out numbered trials: queued ones first (the paper's point, unfinished ones), then new numbers.
 
-    Args:
-        search: what to run, within its time budget from now on.
-        rows: its finished trials.
+    The search's time budget begins now; `rows` are its finished trials.
     """
 
     def __init__(self, search: Search, rows: Sequence[Row]) -> None:
@@ -145,6 +143,5 @@ def stopped_row(unit: Unit, objective: str, result: Mapping[str, Any]) -> Row:
     # Tune hands searchers flattened results.
     rungs |= {int(name.split("/")[1]): float(v) for name, v in result.items() if name.startswith("rungs/")}
     rungs.setdefault(int(result["budget"]), float(result[METRIC]))
-    trial_number, params = unit.spec["number"], unit.spec["params"]
-    values = trial_result(trial_number, params, rungs, stopped_early=True, objective=objective)
-    return Row.done(unit, values, float(result.get("time_total_s", 0.0)))
+    wall_s = float(result.get("time_total_s", 0.0))
+    return Row.done(unit, trial_result(unit, rungs, objective, stopped_early=True), wall_s)

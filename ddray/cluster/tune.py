@@ -41,9 +41,7 @@ from ddray.tuning.worker import SearchJob
 log = logging.getLogger(__name__)
 
 
-def tune(
-    plan: Plan, options: TuneOptions, *, run_dir: Path | None = None, resume: bool = False
-) -> TuneResult:
+def tune(plan: Plan, options: TuneOptions, *, run_dir: Path | None, resume: bool) -> TuneResult:
     """Run a search, or continue the one in `run_dir` (None makes a numbered folder).
 
     The plan's settings are the paper's point of the search.
@@ -72,10 +70,10 @@ def tune(
     rows = search.rows()
     write_results(run.folder / "results.csv", run.ledger.rows())
     best, paper_row = best_trial(rows), paper_trial(rows)
+    points = {"best": best, "paper": paper_row}
     search.close()
     with sigterm_as_sigint():
-        points = {"best": best, "paper": paper_row}
-        scores = run_finals(plan, job, run, points, options.final_sets, executor, shared_pool)
+        scores = run_finals(search, points, executor, shared_pool)
     write_results(run.folder / "results.csv", run.ledger.rows())
     result = _result(run, rows, best, paper_row, scores, begin)
     write_report(run.folder, result.dump(), rows, space)
@@ -115,12 +113,9 @@ def _job(plan: Plan, options: TuneOptions, run: Run, nas: SpearmanObjective | No
 
 
 def _run_missing(search: Search, train: Split, val: Split, executor: RayExecutor) -> None:
-    """Train the pool of the networks that the method declares, then run the trials that are missing.
+    """Train the networks that the method declares, then run the trials that are missing.
 
-    Trials with other pool settings train theirs.
-
-    Raises:
-        InterruptedRunError: a signal came, or the time budget ended before the paper's point.
+    Trials with other pool settings train theirs. InterruptedRunError as for `Search.check_ended`.
     """
     plan, split_name = search.plan, str(SplitName(search.plan.seed))
     space = pixel_space(plan.config.pixel_space, plan.dataset, train)
@@ -130,8 +125,8 @@ def _run_missing(search: Search, train: Split, val: Split, executor: RayExecutor
     ctx = make_context(plan, train, split_name=split_name, device=device, space=space)
     specs = declared_specs(plan, ctx)
     concurrent = executor.capacity()  # refused before the pool is trained
-    with shared_pool(search.job, payload, specs, executor) as search.job:
-        begin = time.monotonic()
+    with shared_pool(search.job, payload, specs, executor) as job:
+        search, begin = replace(search, job=job), time.monotonic()
         if search.options.strategy == "pb2":
             from ddray.cluster.pb2 import run_pb2
 
@@ -145,11 +140,7 @@ def _run_missing(search: Search, train: Split, val: Split, executor: RayExecutor
 
 
 def _check_objective(plan: Plan, options: TuneOptions) -> None:
-    """Refuse an impossible search for rank correlation before its folder is made.
-
-    Raises:
-        InputError: the method's sets have no labels, or the sample exceeds the number of architectures.
-    """
+    """Refuse to rank architectures by sets without labels, or more of them than there are: InputError."""
     if options.objective == "val-accuracy":
         return
     if budget_method(plan.method) is not None:
@@ -168,26 +159,15 @@ def _nas_objective(
     """Train the sample of architectures that trials are scored by; None where accuracy is maximised."""
     if options.objective == "val-accuracy":
         return None
-    nas = NasOptions.parse(
-        {
-            "sample": options.nas_sample,
-            "epochs": options.nas_epochs,
-            "seed": plan.seed,
-            "cpus_per_worker": options.cpus_per_trial,
-            "gpus_per_worker": options.gpus_per_trial,
-            "num_workers": options.max_concurrent,
-            "address": options.address,
-        }
-    )
+    values: dict[str, Any] = {"sample": options.nas_sample, "epochs": options.nas_epochs, "seed": plan.seed}
+    values |= {"num_workers": options.max_concurrent, "address": options.address}
+    values |= {"cpus_per_worker": options.cpus_per_trial, "gpus_per_worker": options.gpus_per_trial}
+    nas = NasOptions.parse(values)
     return spearman_objective(nas, plan.dataset, train, val, nas_executor(nas), run.folder / "architectures")
 
 
 def _space(plan: Plan, source: Path | dict[str, Any] | None) -> dict[str, Range]:
-    """Return the ranges, each a field of the method.
-
-    Raises:
-        InputError: the file is missing or names a field that the method does not have.
-    """
+    """Return the ranges; InputError if the file is missing or names a field that the method lacks."""
     config_type = type(plan.config.method)
     space, where = method_space(plan.method, config_type, source)
     for name in space:
@@ -199,8 +179,7 @@ def _space(plan: Plan, source: Path | dict[str, Any] | None) -> dict[str, Range]
 def _checked(plan: Plan, name: str, value_range: Range, source: str) -> Range:
     """Return a range whose values the method accepts, with choices in the field's type (1 as 1.0).
 
-    Raises:
-        InputError: a value breaks the field's rule, or does not fit the network.
+    InputError if a value breaks the field's rule, or does not fit the network.
     """
     config, method = plan.config, plan.config.method
     parsed = []
@@ -212,11 +191,7 @@ def _checked(plan: Plan, name: str, value_range: Range, source: str) -> Range:
 
 
 def _num_samples(options: TuneOptions, space: Space, paper: Mapping[str, Any], steps: int) -> int:
-    """Return the number of trials: the option's, or the whole grid.
-
-    Raises:
-        InputError: there is nothing to vary, or PB2 gets ranges it can't use.
-    """
+    """Return the number of trials; InputError if there is nothing to vary, or not as PB2 needs it."""
     if options.strategy == "grid":
         return len(grid(space, paper))
     if not space and options.num_samples > 1:

@@ -1,5 +1,6 @@
 """What a run was computed with: versions, hardware, commit."""
 
+import contextlib
 import functools
 import importlib.metadata
 import os
@@ -32,10 +33,8 @@ def versions() -> dict[str, str]:
     """Return the versions of ddray, Python and the libraries that affect the results."""
     installed = {"python": platform.python_version()}
     for name in _PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             installed[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return installed
 
 

@@ -26,6 +26,7 @@ from ddray.runs.ledger import Ledger, Row, Unit
 from ddray.seeding import derive_seed
 from ddray.system.files import write_atomically
 from ddray.tuning.payload import Payload, pack
+from ddray.tuning.search import Search
 from ddray.tuning.worker import SearchJob, SearchWorker, trial_config
 
 log = logging.getLogger(__name__)
@@ -34,15 +35,9 @@ ServePool = Callable[[SearchJob, Payload, Sequence[PoolSpec], Executor], Abstrac
 
 
 def run_finals(
-    plan: Plan,
-    job: SearchJob,
-    run: Run,
-    points: Mapping[str, Row | None],
-    num_sets: int,
-    executor: Executor,
-    serve_pool: ServePool,
+    search: Search, points: Mapping[str, Row | None], executor: Executor, serve_pool: ServePool
 ) -> dict[str, dict[str, Any]]:
-    """Distil each point on `num_sets` fresh seeds from all of train, and score the sets on test.
+    """Distil each point on fresh seeds from all of train, and score the sets on test.
 
     `points` are the trial rows of `best` and `paper` (None if it failed).
 
@@ -54,14 +49,15 @@ def run_finals(
         InputError: the test set can't be read.
         DdrayError: every fresh seed of the winner failed.
     """
+    run, seed_indices = search.run, range(search.options.final_sets)
     units = {
-        name: [final_unit(job, schedule_of(row, plan), seed_index, plan) for seed_index in range(num_sets)]
+        name: [final_unit(search, row, seed_index) for seed_index in seed_indices]
         for name, row in points.items()
         if row is not None
     }
     units_by_key = {unit.key: unit for point_units in units.values() for unit in point_units}
     if missing := {key: unit for key, unit in units_by_key.items() if run.ledger.row(key) is None}:
-        _run_missing(plan, job, run, missing, executor, serve_pool)
+        _run_missing(search, missing, executor, serve_pool)
     results = {name: _summary(run, point_units) for name, point_units in units.items()}
     if results["best"]["artifact"] is None:
         row = next(filter(None, (run.ledger.row(unit.key) for unit in units["best"])), None)
@@ -75,14 +71,14 @@ def run_finals(
     return results
 
 
-def schedule_of(row: Row, plan: Plan) -> list[dict[str, Any]]:
-    """Return what a trial's set was distilled with: its settings throughout, or PB2's schedule."""
+def final_unit(search: Search, row: Row, seed_index: int) -> Unit:
+    """Return the unit of one fresh seed of a trial's settings: distilled from all of train, scored on test.
+
+    Its schedule is what the trial's set was distilled with: its settings throughout, or PB2's schedule.
+    """
+    plan, job = search.plan, search.job
     constant_schedule = [{"until": plan.config.steps, "params": row.spec["params"]}]
-    return list(row.result.get("schedule", constant_schedule))
-
-
-def final_unit(job: SearchJob, schedule: list[dict[str, Any]], seed_index: int, plan: Plan) -> Unit:
-    """Return the unit of one fresh seed: distilled from all of train, scored on test."""
+    schedule = row.result.get("schedule", constant_schedule)
     seed = derive_seed(job.seed, "final", seed_index) % 2**31
     spec = {
         "schedule": schedule,
@@ -94,10 +90,9 @@ def final_unit(job: SearchJob, schedule: list[dict[str, Any]], seed_index: int, 
     return Unit(kind="evaluate", spec=spec)
 
 
-def _run_missing(
-    plan: Plan, job: SearchJob, run: Run, units: dict[str, Unit], executor: Executor, serve_pool: ServePool
-) -> None:
+def _run_missing(search: Search, units: dict[str, Unit], executor: Executor, serve_pool: ServePool) -> None:
     """Run the units that have no row, in parallel; publish the rows of those that diverged."""
+    plan, job = search.plan, search.job
     # Opened here and not before: a search must not see test, and a broken test set must not cost a trial.
     test, train = plan.dataset.test(), plan.dataset.train()
     space = pixel_space(plan.config.pixel_space, plan.dataset, train)
@@ -112,7 +107,7 @@ def _run_missing(
             if isinstance(outcome.error, DivergedError):
                 unit = units[outcome.key]
                 row = Row.failed(unit, outcome.error, result={"attempts": outcome.attempts})
-                run.ledger.publish(unit, row, epoch=job.epoch)
+                search.run.ledger.publish(unit, row, epoch=job.epoch)
             elif outcome.error is not None:
                 # No row either: a crash is worth another try on --resume.
                 reason = one_line(outcome.error, 200)

@@ -75,8 +75,7 @@ class Search:
     def check_ended(self, run_s: float) -> None:
         """Check after `run_s` seconds of running that the search may end.
 
-        Raises:
-            InterruptedRunError: a signal came, or the time budget ended before the paper's point.
+        InterruptedRunError if a signal came, or the time budget ended before the paper's point.
         """
         missing, folder = self.missing(), self.run.folder
         out_of_time = self.options.time_budget is not None and run_s >= self.options.time_budget
@@ -91,8 +90,7 @@ class Search:
 def best_trial(rows: Sequence[Row]) -> Row:
     """Return the trial with the highest val score at full length (the earliest of equals).
 
-    Raises:
-        DdrayError: no trial finished.
+    DdrayError if no trial finished.
     """
     full_length = [row for row in rows if row.status == "done" and not row.result["stopped_early"]]
     if not full_length:

@@ -123,42 +123,38 @@ def read_space(source: Path | Mapping[str, Any], title: str = "the space") -> di
     """
     ranges = source if isinstance(source, Mapping) else read_yaml(source)
     where = title if isinstance(source, Mapping) else str(source)
-    return {name: _range(name, value, where) for name, value in ranges.items()}
+    return {name: _range(value, f"{where}: {name}") for name, value in ranges.items()}
 
 
-def _range(name: str, value: Any, path: str) -> Range:
+def _range(value: Any, where: str) -> Range:
+    kinds = ", ".join(_KINDS)
     if not isinstance(value, dict) or len(value) != 1:
-        raise InputError(
-            f"{path}: {name} must be {{kind: [...]}} with kind one of {', '.join(_KINDS)}, got {value!r}"
-        )
+        raise InputError(f"{where} must be {{kind: [...]}} with kind one of {kinds}, got {value!r}")
     kind, values = next(iter(value.items()))
     if kind not in _KINDS:
-        raise InputError(
-            f"{path}: {name}: range must be one of {', '.join(_KINDS)}, "
-            f"got {kind!r}{did_you_mean(str(kind), _KINDS)}"
-        )
+        hint = did_you_mean(str(kind), _KINDS)
+        raise InputError(f"{where}: range must be one of {kinds}, got {kind!r}{hint}")
     if not isinstance(values, list) or not values:
-        raise InputError(f"{path}: {name}: {kind} takes a list of values, got {values!r}")
+        raise InputError(f"{where}: {kind} takes a list of values, got {values!r}")
     if kind == "choice":
-        if len({_text(name, choice, path) for choice in values}) != len(values):
-            raise InputError(f"{path}: {name}: choices must differ, got {values!r}")
+        if len({_text(choice, where) for choice in values}) != len(values):
+            raise InputError(f"{where}: choices must differ, got {values!r}")
         return Range("choice", choices=tuple(values))
     numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
     if not len(values) == len(numbers) == 2 or not -math.inf < values[0] < values[1] < math.inf:
-        raise InputError(f"{path}: {name}: {kind} takes finite [low, high] with low < high, got {values!r}")
+        raise InputError(f"{where}: {kind} takes finite [low, high] with low < high, got {values!r}")
     if kind == "loguniform" and values[0] <= 0:
-        raise InputError(f"{path}: {name}: loguniform takes low > 0, got {values!r}")
+        raise InputError(f"{where}: loguniform takes low > 0, got {values!r}")
     if kind == "randint" and not all(isinstance(v, int) for v in values):
-        raise InputError(f"{path}: {name}: randint takes whole numbers, got {values!r}")
+        raise InputError(f"{where}: randint takes whole numbers, got {values!r}")
     return Range(kind, *(values if kind == "randint" else map(float, values)))
 
 
-def _text(name: str, choice: Any, path: str) -> str:
+def _text(choice: Any, where: str) -> str:
     """Return a choice as JSON; InputError if YAML read it as a type that JSON lacks, such as a date."""
     try:
         return _json(choice)
     except TypeError as error:
-        where = f"{path}: {name}"
         raise InputError(f"{where}: a choice must be a JSON value, got {choice!r}; quote it") from error
 
 
@@ -173,8 +169,7 @@ def sample(space: Space, seed: int, trial_number: int) -> dict[str, Any]:
 def grid(space: Space, paper: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return every combination of choices, the paper's point first (added if the grid lacks it).
 
-    Raises:
-        InputError: a range is not a `choice`.
+    InputError if a range is not a `choice`.
     """
     for name, value_range in space.items():
         if value_range.kind != "choice":

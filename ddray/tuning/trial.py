@@ -73,8 +73,7 @@ def run_trial(
 def _run(worker: SearchWorker, unit: Unit, report: Callable[[dict[str, Any]], None]) -> Row:
     """Distil, scoring on val at every rung, the last of which is the end; return the trial's row."""
     job, begin = worker.job, time.perf_counter()
-    trial_number, params = unit.spec["number"], unit.spec["params"]
-    plan = worker.plan(params)
+    trial_number, plan = unit.spec["number"], worker.plan(unit.spec["params"])
     distiller = make_distiller(plan)
     checkpoint = job.checkpoint(unit.key)
     rungs: dict[int, float] = {}
@@ -108,24 +107,19 @@ def _run(worker: SearchWorker, unit: Unit, report: Callable[[dict[str, Any]], No
     except DivergedError as error:
         result = {"number": trial_number, "rungs": rungs}
         return Row.failed(unit, error, result=result, wall_s=time.perf_counter() - begin)
-    result = trial_result(trial_number, params, rungs, stopped_early=False, objective=job.objective)
     first, final = distillation.edge_losses()
     losses = {"first_loss": first, "final_loss": final, "seconds_per_step": distillation.seconds_per_step}
-    return Row.done(unit, {**result, **losses}, time.perf_counter() - begin)
+    result = {**trial_result(unit, rungs, job.objective), **losses}
+    return Row.done(unit, result, time.perf_counter() - begin)
 
 
 def trial_result(
-    trial_number: int,
-    params: Mapping[str, Any],
-    rungs: Mapping[int, float],
-    *,
-    stopped_early: bool,
-    objective: str,
+    unit: Unit, rungs: Mapping[int, float], objective: str, *, stopped_early: bool = False
 ) -> dict[str, Any]:
     """Return a trial row's result; its score, under the objective's name, is that of its last rung."""
     return {
-        "number": trial_number,
-        "params": dict(params),
+        "number": unit.spec["number"],
+        "params": unit.spec["params"],
         "objective": objective,
         objective: rungs[max(rungs)],
         "rungs": {str(budget): value for budget, value in sorted(rungs.items())},

@@ -64,11 +64,7 @@ class SearchJob:
 
 
 def trial_config(job: SearchJob, params: Mapping[str, Any]) -> RunConfig[Any]:
-    """Return the configuration of a trial.
-
-    Raises:
-        InputError: a setting breaks the method's rules.
-    """
+    """Return the configuration of a trial; InputError if a setting breaks the method's rules."""
     config_type = get_method(job.method).config_type
     return RunConfig[config_type].parse(merge(job.config, {"method": dict(params)}))  # type: ignore[valid-type]
 
@@ -120,8 +116,7 @@ class SearchWorker:
     def val_score(self, plan: Plan, distilled: DistilledSet) -> float:
         """Return what the search maximises: mean accuracy on val, or rank correlation of architectures.
 
-        Raises:
-            DivergedError: an image is NaN or infinite.
+        DivergedError if an image is NaN or infinite.
         """
         if not distilled.is_finite():
             rate = rate_name(plan.config.method.dump())
