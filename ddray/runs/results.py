@@ -9,11 +9,7 @@ from ddray.system.files import write_text
 
 
 def write_results(path: Path, rows: Sequence[Row]) -> None:
-    """Write one line per row, nested values under dotted names.
-
-    Raises:
-        StorageError: the file can't be written.
-    """
+    """Write one line per row, nested values under dotted names; StorageError if the file can't be written."""
     import pandas as pd
 
     flat = [

@@ -49,9 +49,9 @@ def run_finals(
         InputError: the test set can't be read.
         DdrayError: every fresh seed of the winner failed.
     """
-    run, seed_indices = search.run, range(search.options.final_sets)
+    run = search.run
     units = {
-        name: [final_unit(search, row, seed_index) for seed_index in seed_indices]
+        name: [final_unit(search, row, seed_index) for seed_index in range(search.options.final_sets)]
         for name, row in points.items()
         if row is not None
     }
@@ -140,9 +140,8 @@ def final_task(job: SearchJob, payload: Payload, unit: Unit) -> None:
     ledger.begin(unit, epoch=job.epoch)
     for segment in unit.spec["schedule"]:
         plan = worker.plan(segment["params"], unit.spec["seed"])
-        distillation = distil_plan(
-            plan, worker.context(plan), job.checkpoint(unit.key), until=segment["until"] or None
-        )
+        until = segment["until"] or None
+        distillation = distil_plan(plan, worker.context(plan), job.checkpoint(unit.key), until=until)
     distillation.distilled.save(artifact_path(Path(job.run_dir), unit.key))
     scores = worker.score(plan, distillation.distilled, num_seeds=plan.config.evaluate.seeds)
     ledger.publish(unit, Row.done(unit, scores, time.perf_counter() - begin), epoch=job.epoch)

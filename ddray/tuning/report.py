@@ -19,8 +19,7 @@ _WORST_TO_BEST: Final = ("#8a94a3", "#d55e00")
 def write_report(run_dir: Path, result: Mapping[str, Any], rows: Sequence[Row], space: Space) -> None:
     """Write `<run>/report.html` from the dump of the search's result and its trials' rows, in order.
 
-    Raises:
-        StorageError: the page can't be written.
+    StorageError if the page can't be written.
     """
     picture = set_uri(load(Path(result["artifact"])))
     write_run_page(run_dir, "tune.html", result=result, search=search_view(space, rows), picture=picture)
