@@ -19,39 +19,28 @@ when a fresh one is taken, follows its accuracy on real images (dynamic bi-level
 """
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, ClassVar, Final
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ddray.artifact.distilled_set import DistilledSet
-from ddray.distillation.method import DistillContext, MethodConfig, Target
+from ddray.distillation.method import DistillContext, Target
 from ddray.methods.families.factory import make_method
-from ddray.methods.families.matching.batches import ClassBatches, RealBranch, chunks, initial_images
+from ddray.methods.families.matching.batches import ClassBatches, ImagesConfig, ImagesEngine, chunks
 from ddray.methods.families.matching.partitioned import by_class
-from ddray.methods.families.state import copy_values, cpu_copy, images_state, load_images_state
+from ddray.methods.families.state import copy_values, cpu_copy
 from ddray.nets import Net
 
 _MILESTONES: Final = (0.6, 0.8, 0.9)
 
 
-class CAFEConfig(MethodConfig):
+class CAFEConfig(ImagesConfig):
     """CAFE's settings."""
 
     quick: ClassVar = {"batch_real": 8, "batch_train": 16, "batch_query": 4, "max_inner": 3, "window": 2}
 
-    lr_img: float = Field(default=0.1, gt=0)
-    """Learning rate of the images (SGD)."""
-    momentum: float = Field(default=0.5, ge=0, lt=1)
-    """Momentum of the images' SGD."""
-    batch_real: int = Field(default=256, ge=1)
-    """Real images per class and step; never more than the smallest class has."""
-    init: Literal["random", "kcenter", "noise"] = "noise"
-    """Initial images: random real ones, k-center's choice, or Gaussian noise."""
-    augment: Literal["dsa", "dsa_idc", "none"] = "none"
-    """Siamese augmentation: the same parameters for real and synthetic images, a fresh draw per class."""
     early_weight: float = Field(default=0.1, ge=0)
     """Weight of the alignment of every map but the last."""
     discrimination: float = Field(default=0.01, ge=0)
@@ -105,19 +94,15 @@ def preset(name: str, target: Target) -> dict[str, Any]:
     return {"steps": 20_000, "evaluate": {"epochs": 600, "augment": "none"}}
 
 
-class CAFE:
+class CAFE(ImagesEngine):
     """Condensing by aligning features."""
 
     def __init__(self, ctx: DistillContext, config: CAFEConfig) -> None:
-        self._ctx, self._config = ctx, config
-        self._num_steps = int(ctx.config["steps"])
-        self._branch = RealBranch(ctx, config.batch_real, config.augment)
+        super().__init__(ctx, config)
+        self._config, self._num_steps = config, int(ctx.config["steps"])
         self._net = self._branch.net
         self._queries = ClassBatches(ctx, config.batch_query)
-        images, self._labels = initial_images(ctx, config.init)
-        self._images = images.contiguous().requires_grad_(True)
-        self._optimizer = torch.optim.SGD([self._images], lr=config.lr_img, momentum=config.momentum)
-        self._step = self._num_nets = self._turns = 0
+        self._num_nets = self._turns = 0
         self._accuracies: list[float] = []
 
     def step(self) -> dict[str, Tensor]:
@@ -190,14 +175,9 @@ class CAFE:
             right += (self._net(images).argmax(1) == self._queries.labels[rows]).sum()
         return float(right) / len(index)
 
-    def snapshot(self) -> DistilledSet:
-        return self._ctx.make_set(self._images, self._labels)
-
     def state_dict(self) -> dict[str, Any]:
-        """Return images, momentum, the network and the state of its loops."""
         return {
-            "step": self._step,
-            **images_state(self._images, self._optimizer),
+            **super().state_dict(),
             "net": cpu_copy(list(self._net.state_dict().values())),
             "made": self._num_nets,
             "turns": self._turns,
@@ -205,9 +185,9 @@ class CAFE:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._step, self._num_nets, self._turns = (int(state[name]) for name in ("step", "made", "turns"))
+        super().load_state_dict(state)
+        self._num_nets, self._turns = int(state["made"]), int(state["turns"])
         self._accuracies = [float(value) for value in state["accuracies"]]
-        load_images_state(self._images, self._optimizer, state)
         copy_values(self._net, state["net"])
 
 

@@ -17,11 +17,7 @@ from ddray.methods.families.selection import selection_method
 from ddray.seeding import derive_numpy
 
 
-class ClassMeanConfig(Config):
-    """The class mean has no settings."""
-
-
-def choose_images(ctx: DistillContext, config: ClassMeanConfig) -> tuple[Tensor, Tensor]:
+def choose_images(ctx: DistillContext, config: Config) -> tuple[Tensor, Tensor]:
     """Return mean images [K * ipc, C, H, W] and their labels."""
     rng = derive_numpy(ctx.seed, "distill", "parts")
     means = []
@@ -33,4 +29,4 @@ def choose_images(ctx: DistillContext, config: ClassMeanConfig) -> tuple[Tensor,
     return torch.stack(means), labels
 
 
-METHOD: Final = selection_method(ClassMeanConfig, choose_images)
+METHOD: Final = selection_method(Config, choose_images)

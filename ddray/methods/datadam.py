@@ -20,6 +20,7 @@ last; L_MMD matches class means of the embedding.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Final, Literal
 
 import torch
@@ -54,21 +55,13 @@ class DataDAMConfig(MatchingConfig):
 
 
 def attention(maps: Tensor, p: float, norm: Norm, *, overwrite: bool = False) -> Tensor:
-    """Return the spatial attention of feature maps, normalised per sample.
+    """Return the spatial attention [N, H*W] of maps F [N, C, H, W], post-activation and pre-pool.
 
-    Args:
-        maps: post-activation, pre-pool maps [N, C, H, W].
-        p: power; A = sum over channels of |F|^p.
-        norm: `l2` | `l1` | `none`, over the H*W positions of each sample.
-        overwrite: write the powers into the maps' memory; only without grad, if nothing reads the maps later.
-
-    Returns:
-        [N, H*W].
+    A = sum over channels of |F|^p, normalised over the positions of each sample. With `overwrite` the powers
+    are written into the maps' memory: only without grad, if nothing reads the maps later.
     """
     flat = _power(maps, p, overwrite).sum(dim=1).flatten(1)
-    if norm == "none":
-        return flat
-    return F.normalize(flat, p=2.0 if norm == "l2" else 1.0, dim=1)
+    return flat if norm == "none" else F.normalize(flat, p=2.0 if norm == "l2" else 1.0, dim=1)
 
 
 def _power(maps: Tensor, p: float, overwrite: bool) -> Tensor:
@@ -100,14 +93,9 @@ def mean_embedding_loss(real: Tensor, synthetic: Tensor) -> Tensor:
 def datadam_loss(
     real: Sequence[Tensor], synthetic: Sequence[Tensor], *, lambda_mmd: float, loss_scale: float, loss: Loss
 ) -> Tensor:
-    """Return loss_scale * (L_SAM + lambda * L_MMD).
+    """Return loss_scale * (L_SAM + lambda * L_MMD); `loss` is the discrepancy of the attention maps.
 
-    Args:
-        real: mean attention maps per matched layer [K, D_l], then the mean embedding [K, D].
-        synthetic: the same of the synthetic images.
-        lambda_mmd: weight of L_MMD.
-        loss_scale: factor on the whole loss.
-        loss: discrepancy of the attention maps.
+    `real` and `synthetic` are mean attention maps per matched layer [K, D_l], then the mean embedding [K, D].
     """
     total = lambda_mmd * mean_embedding_loss(real[-1], synthetic[-1])
     for a, b in zip(real[:-1], synthetic[:-1], strict=True):
@@ -117,8 +105,7 @@ def datadam_loss(
 
 def preset(name: str, target: Target) -> dict[str, Any]:
     """Return the settings of `paper` (supplement Table 2) or `repo` (authors' code)."""
-    small = target.image_shape[1] <= 32
-    method: dict[str, Any] = {"lambda_mmd": 0.01 if small else 0.02, "loss_scale": 100.0}
+    method = {"lambda_mmd": 0.01 if target.image_shape[1] <= 32 else 0.02, "loss_scale": 100.0}
     if name == "repo":
         return {
             "steps": 20_000,
@@ -138,30 +125,19 @@ def preset(name: str, target: Target) -> dict[str, Any]:
 
 def start(ctx: DistillContext, config: DataDAMConfig) -> MeanMatching:
     """Return attention matching with fresh random networks."""
-    layers = config.layers
 
     def statistics(net: Net, images: Tensor) -> tuple[Tensor, ...]:
         _, embedding, maps = net.features(images)
         if config.precision == "bf16":
             maps = tuple(layer_map.float() for layer_map in maps)  # powers in bf16 would lose more digits
-        if layers is not None:  # the last map may share the embedding's memory
-            attentions = [attention(maps[layer - 1], config.p, config.sam_norm) for layer in layers]
-            return (*attentions, embedding)
-        overwrite = not torch.is_grad_enabled()
-        return (
-            *(attention(m, config.p, config.sam_norm, overwrite=overwrite) for m in maps[:-1]),
-            embedding,
-        )
+        overwrite = False  # of chosen layers, the last map may share the embedding's memory
+        if config.layers is None:
+            maps, overwrite = maps[:-1], not torch.is_grad_enabled()
+        else:
+            maps = tuple(maps[layer - 1] for layer in config.layers)
+        return (*(attention(m, config.p, config.sam_norm, overwrite=overwrite) for m in maps), embedding)
 
-    def loss(real: Sequence[Tensor], synthetic: Sequence[Tensor]) -> Tensor:
-        return datadam_loss(
-            real,
-            synthetic,
-            lambda_mmd=config.lambda_mmd,
-            loss_scale=config.loss_scale,
-            loss=config.loss,
-        )
-
+    loss = partial(datadam_loss, lambda_mmd=config.lambda_mmd, loss_scale=config.loss_scale, loss=config.loss)
     return MeanMatching(ctx, config, statistics, loss)
 
 

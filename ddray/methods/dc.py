@@ -17,9 +17,4 @@ from typing import Final
 
 from ddray.methods.families.matching.gradients import GradientConfig, gradient_method
 
-
-class DCConfig(GradientConfig):
-    """DC's settings: lr_img .1, momentum .5, 256 real images per class, 1,000 steps, noise init."""
-
-
-METHOD: Final = gradient_method(DCConfig, {"epochs": 300, "augment": "none"})
+METHOD: Final = gradient_method(GradientConfig, {"epochs": 300, "augment": "none"})

@@ -18,13 +18,9 @@ from ddray.methods.families.matching.means import MatchingConfig, means_method
 from ddray.nets import Net
 
 
-class DMConfig(MatchingConfig):
-    """DM's settings: lr_img 1, momentum .5, 256 real images per class, 20,000 steps, real init, DSA."""
-
-
 def embedding(net: Net, images: Tensor) -> tuple[Tensor, ...]:
     """Return the embedding [N, D] of images [N, C, H, W]."""
     return (net.features(images).embedding,)
 
 
-METHOD: Final = means_method(DMConfig, embedding)
+METHOD: Final = means_method(MatchingConfig, embedding)

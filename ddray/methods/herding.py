@@ -10,9 +10,4 @@ from typing import Final
 
 from ddray.methods.families.selection import FeatureConfig, coreset_method, herding_order
 
-
-class HerdingConfig(FeatureConfig):
-    """Herding's settings."""
-
-
-METHOD: Final = coreset_method(HerdingConfig, lambda ctx, features: herding_order(features, ctx.ipc))
+METHOD: Final = coreset_method(FeatureConfig, lambda ctx, features: herding_order(features, ctx.ipc))

@@ -9,9 +9,4 @@ from typing import Final
 
 from ddray.methods.families.selection import FeatureConfig, coreset_method, kcenter_order
 
-
-class KCenterConfig(FeatureConfig):
-    """K-center's settings."""
-
-
-METHOD: Final = coreset_method(KCenterConfig, lambda ctx, features: kcenter_order(features, ctx.ipc))
+METHOD: Final = coreset_method(FeatureConfig, lambda ctx, features: kcenter_order(features, ctx.ipc))

@@ -15,14 +15,10 @@ from ddray.methods.families.selection import FeatureConfig, coreset_method, kmea
 from ddray.seeding import derive_seed
 
 
-class KMeansConfig(FeatureConfig):
-    """K-means' settings."""
-
-
 def cluster(ctx: DistillContext, features: Tensor) -> Tensor:
     """Return `ipc` positions among the features [n, D] of one class."""
     seed = derive_seed(ctx.seed, "distill", "kmeans")
     return kmeans_order(features.double(), ctx.ipc, seed, num_starts=3)
 
 
-METHOD: Final = coreset_method(KMeansConfig, cluster)
+METHOD: Final = coreset_method(FeatureConfig, cluster)

@@ -18,13 +18,9 @@ from ddray.methods.families.ssl.budget import SslConfig, ssl_selection
 from ddray.seeding import derive_seed
 
 
-class KMeansSslConfig(SslConfig):
-    """K-means has no settings but the teacher's."""
-
-
 def choose(ctx: DistillContext, features: Tensor, m: int) -> Tensor:
     """Return the indices nearest to m centroids."""
     return kmeans_order(features, m, derive_seed(ctx.seed, "distill", "kmeans"))
 
 
-METHOD: Final = ssl_selection(KMeansSslConfig, choose)
+METHOD: Final = ssl_selection(SslConfig, choose)

@@ -13,13 +13,9 @@ from ddray.methods.families.matching.batches import initial_images
 from ddray.methods.families.selection import selection_method
 
 
-class RandomConfig(Config):
-    """Random selection has no settings."""
-
-
-def choose_images(ctx: DistillContext, config: RandomConfig) -> tuple[Tensor, Tensor]:
+def choose_images(ctx: DistillContext, config: Config) -> tuple[Tensor, Tensor]:
     """Return random real images and their labels."""
     return initial_images(ctx, "random")
 
 
-METHOD: Final = selection_method(RandomConfig, choose_images)
+METHOD: Final = selection_method(Config, choose_images)

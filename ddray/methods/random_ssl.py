@@ -17,13 +17,9 @@ from ddray.distillation.method import DistillContext
 from ddray.methods.families.ssl.budget import SslConfig, ssl_selection
 
 
-class RandomSslConfig(SslConfig):
-    """Random selection has no settings but the teacher's."""
-
-
 def choose(ctx: DistillContext, features: Tensor, m: int) -> Tensor:
     """Return m random indices, without repetition."""
     return torch.randperm(len(features), generator=ctx.generator("random images"))[:m]
 
 
-METHOD: Final = ssl_selection(RandomSslConfig, choose)
+METHOD: Final = ssl_selection(SslConfig, choose)

@@ -14,8 +14,7 @@ the ipc * factor^2 best of these in each class, and factor x factor of them are 
 - soft labels are the protocol's (`evaluate --protocol soft`), which shuffles the stitched parts.
 """
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Final
+from typing import ClassVar, Final
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +36,7 @@ _CHUNK: Final = 256
 class RDEDConfig(MethodConfig):
     """RDED's settings."""
 
-    quick: ClassVar[Mapping[str, Any]] = {"teacher_arch": "convnet2_w8_bn", "teacher_epochs": 1}
+    quick: ClassVar = {"teacher_arch": "convnet2_w8_bn", "teacher_epochs": 1}
 
     teacher_arch: str = "resnet18"
     """The network that scores crops."""
@@ -52,19 +51,15 @@ class RDEDConfig(MethodConfig):
 
 
 def crop(images: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return each image's box resized to `size` (bilinear, anti-aliased).
+    """Return the box of each of N images, top, left, height, width, resized to `size` (h, w).
 
-    Args:
-        images: raw pixels [N, C, H, W], float.
-        boxes: [N, 4] of top, left, height, width.
-        size: (h, w) of the crops.
+    Pixels are raw, float [N, C, H, W]; resizing is bilinear, anti-aliased.
     """
     parts = [
         image[None, :, top : top + rows, left : left + columns]
         for image, (top, left, rows, columns) in zip(images, boxes.tolist(), strict=True)
     ]
-    resized = [F.interpolate(part, size, mode="bilinear", antialias=True) for part in parts]
-    return torch.cat(resized)
+    return torch.cat([F.interpolate(part, size, mode="bilinear", antialias=True) for part in parts])
 
 
 @torch.no_grad()
@@ -75,18 +70,15 @@ def crop_losses(net: nn.Module, crops: Tensor, label: int, size: tuple[int, int]
     losses = []
     for part in torch.split(crops, _CHUNK):
         logits = net(F.pad(part, padding).contiguous(memory_format=torch.channels_last))
-        losses.append(
-            F.cross_entropy(logits, torch.full((len(part),), label, device=part.device), reduction="none")
-        )
+        labels = torch.full((len(part),), label, device=part.device)
+        losses.append(F.cross_entropy(logits, labels, reduction="none"))
     return torch.cat(losses)
 
 
 def choose(losses: Tensor, num: int) -> Tensor:
-    """Return `num` crops as flat indices: each image's best by loss, then the second-best ones, ...
+    """Return `num` of m crops of each of M images, losses [M, m], as flat indices.
 
-    Args:
-        losses: [M, m], m crops of each of M images.
-        num: at most M * m.
+    Each image's best comes first, by loss, then the second-best ones, ...
     """
     ranked, crop_index = losses.sort(1)
     flat = torch.arange(len(losses), device=losses.device)[:, None] * losses.shape[1] + crop_index

@@ -1,18 +1,5 @@
 """What methods are built from: the names that a method in a package of its own may rely on.
 
-| for | names |
-|---|---|
-| the interface | `Distiller`, `BudgetDistiller`, `DistillContext`, `Target`, `MethodConfig`, `Field` |
-| errors | `InputError` |
-| its result | `DistilledSet`, `Partition` |
-| methods by their parts | `make_method`, `selection_method`, `coreset_method`, `means_method` |
-| real images | `ClassBatches`, `RealBranch`, `chunks`, `initial_images`, `take`, `per_class`, `by_class` |
-| matching | `MatchingConfig`, `MeanMatching`, `siamese` (one augmentation for real and synthetic images) |
-| networks | `Net`, `build_net`, `reinitialize`, `embed_images`, `pool_features`, `FeatureConfig` |
-| networks of the pool | `PoolSpec`, `supervised_specs`, `teacher_spec`, `TeacherRecipe` |
-| random draws | `DistillContext.generator`, `derive`, `derive_numpy`, `derive_seed` |
-| checkpoints | `cpu_copy`, `images_state`, `load_images_state`, `optimizer_state`, `load_optimizer_state` |
-
 CONTRIBUTING.md builds a method from them, and `ddray.testing` holds it to the contract of all methods. Other
 modules of `ddray.methods` may change with any release.
 """
@@ -51,48 +38,23 @@ from ddray.training.dsa import siamese
 from ddray.training.embedding import embed_images
 from ddray.training.recipe import TeacherRecipe
 
-__all__ = [
-    "BudgetDistiller",
-    "ClassBatches",
-    "DistillContext",
-    "DistilledSet",
-    "Distiller",
-    "FeatureConfig",
-    "Field",
-    "InputError",
-    "MatchingConfig",
-    "MeanMatching",
-    "MethodConfig",
-    "Net",
-    "Partition",
-    "PoolSpec",
-    "RealBranch",
-    "Target",
-    "TeacherRecipe",
-    "build_net",
-    "by_class",
-    "chunks",
-    "coreset_method",
-    "cpu_copy",
-    "derive",
-    "derive_numpy",
-    "derive_seed",
-    "embed_images",
-    "herding_order",
-    "images_state",
-    "initial_images",
-    "kcenter_order",
-    "load_images_state",
-    "load_optimizer_state",
-    "make_method",
-    "means_method",
-    "optimizer_state",
-    "per_class",
-    "pool_features",
-    "reinitialize",
-    "selection_method",
-    "siamese",
-    "supervised_specs",
-    "take",
-    "teacher_spec",
-]
+# The interface; its `DistillContext.generator` makes the draws of a run.
+__all__ = ["BudgetDistiller", "DistillContext", "Distiller", "Field", "MethodConfig", "Target"]
+__all__ += ["InputError"]
+# Its result.
+__all__ += ["DistilledSet", "Partition"]
+# Methods by their parts.
+__all__ += ["coreset_method", "herding_order", "kcenter_order", "make_method", "means_method"]
+__all__ += ["selection_method"]
+# Real images.
+__all__ += ["ClassBatches", "RealBranch", "by_class", "chunks", "initial_images", "per_class", "take"]
+# Matching; `siamese` is one augmentation for real and synthetic images.
+__all__ += ["MatchingConfig", "MeanMatching", "siamese"]
+# Networks.
+__all__ += ["FeatureConfig", "Net", "build_net", "embed_images", "pool_features", "reinitialize"]
+# Networks of the pool.
+__all__ += ["PoolSpec", "TeacherRecipe", "supervised_specs", "teacher_spec"]
+# Random draws.
+__all__ += ["derive", "derive_numpy", "derive_seed"]
+# Checkpoints.
+__all__ += ["cpu_copy", "images_state", "load_images_state", "load_optimizer_state", "optimizer_state"]

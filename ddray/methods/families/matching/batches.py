@@ -1,18 +1,21 @@
 """The real side of a matching method: batches by class, augmented as the synthetic images are, in chunks.
 
-Also the initial synthetic images.
+Also the initial synthetic images, and what learns them.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ddray.distillation.method import DistillContext
+from ddray.artifact.distilled_set import DistilledSet
+from ddray.distillation.method import DistillContext, MethodConfig
 from ddray.errors import InputError
 from ddray.methods.families.selection import kcenter_order, pool_features
+from ddray.methods.families.state import images_state, load_images_state
 from ddray.nets import Net, build_net, reinitialize
 from ddray.seeding import derive_numpy, derive_seed
 from ddray.training.dsa import DsaPlan, siamese
@@ -205,3 +208,42 @@ def chunks(total: int, sample_bytes: int, device: torch.device) -> Iterator[slic
     size -= size % 8 if size >= 8 else 0
     for start in range(0, total, size):
         yield slice(start, min(total, start + size))
+
+
+class ImagesConfig(MethodConfig):
+    """Settings of every method that learns whole images."""
+
+    lr_img: float = Field(default=0.1, gt=0)
+    """Learning rate of the images (SGD)."""
+    momentum: float = Field(default=0.5, ge=0, lt=1)
+    """Momentum of the images' SGD."""
+    batch_real: int = Field(default=256, ge=1)
+    """Real images per class and step; never more than the smallest class has."""
+    init: Literal["random", "kcenter", "noise"] = "noise"
+    """Initial images: random real ones, k-center's choice, or Gaussian noise."""
+    augment: Literal["dsa", "dsa_idc", "none"] = "none"
+    """Siamese augmentation: the same parameters for real and synthetic images, a fresh draw per class."""
+
+
+class ImagesEngine:
+    """Images [K * ipc, C, H, W] and what learns them; a subclass adds its `step`, which counts in `_step`."""
+
+    _momentum = "velocity"  # its key in states
+
+    def __init__(self, ctx: DistillContext, config: ImagesConfig) -> None:
+        self._ctx, self._step = ctx, 0
+        self._branch = RealBranch(ctx, config.batch_real, config.augment)
+        images, self._labels = initial_images(ctx, config.init)
+        self._images = images.contiguous().requires_grad_(True)
+        self._optimizer = torch.optim.SGD([self._images], lr=config.lr_img, momentum=config.momentum)
+
+    def snapshot(self) -> DistilledSet:
+        return self._ctx.make_set(self._images, self._labels)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return images, momentum and step; draws need no state, they depend on the step alone."""
+        return {"step": self._step, **images_state(self._images, self._optimizer, momentum=self._momentum)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._step = int(state["step"])
+        load_images_state(self._images, self._optimizer, state, momentum=self._momentum)

@@ -9,11 +9,9 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ddray.artifact.distilled_set import DistilledSet
-from ddray.distillation.method import DistillContext, Distiller, MethodConfig, Target
+from ddray.distillation.method import DistillContext, Distiller, Target
 from ddray.methods.families.factory import make_method
-from ddray.methods.families.matching.batches import RealBranch, initial_images
-from ddray.methods.families.state import images_state, load_images_state
+from ddray.methods.families.matching.batches import ImagesConfig, ImagesEngine
 from ddray.nets import is_per_sample
 from ddray.training.dsa import DsaPlan
 
@@ -22,21 +20,13 @@ _LOOPS: Final = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 1
 _STATISTICS_IMAGES: Final = 16  # real images per class that batch norm's statistics are fixed on
 
 
-class GradientConfig(MethodConfig):
+class GradientConfig(ImagesConfig):
     """Settings of the methods that match gradients."""
 
     quick: ClassVar[Mapping[str, Any]] = {"batch_real": 8, "batch_train": 16}
 
-    lr_img: float = Field(default=0.1, gt=0)
-    """Learning rate of the images (SGD)."""
-    momentum: float = Field(default=0.5, ge=0, lt=1)
-    """Momentum of the images' SGD."""
     batch_real: int = Field(default=256, ge=1)
     """Real images per class and update; never more than the smallest class has."""
-    init: Literal["random", "kcenter", "noise"] = "noise"
-    """Initial images: random real ones, k-center's choice, or Gaussian noise."""
-    augment: Literal["dsa", "dsa_idc", "none"] = "none"
-    """Siamese augmentation: the same parameters for real and synthetic images, a fresh draw per class."""
     metric: Metric = "layerwise"
     """Distance of gradients: cosine by layer and output (the papers'), squared, or cosine of all in one."""
     outer_loop: int = Field(default=1, ge=1)
@@ -72,18 +62,14 @@ def loops(ipc: int) -> tuple[int, int]:
     return _LOOPS[max(published for published in _LOOPS if published <= ipc)]
 
 
-class GradientMatching:
+class GradientMatching(ImagesEngine):
     """Images learned so that their gradients match the real ones' while a network is trained on them."""
 
     def __init__(self, ctx: DistillContext, config: GradientConfig) -> None:
-        self._ctx, self._config = ctx, config
-        self._branch = RealBranch(ctx, config.batch_real, config.augment)
+        super().__init__(ctx, config)
+        self._config = config
         self._net, self._batches = self._branch.net, self._branch.batches
         self._mixes = not is_per_sample(self._net)
-        images, self._labels = initial_images(ctx, config.init)
-        self._images = images.contiguous()
-        self._optimizer = torch.optim.SGD([self._images], lr=config.lr_img, momentum=config.momentum)
-        self._step = 0
 
     def step(self) -> dict[str, Tensor]:
         """Draw a network, then take turns: update the images, train the network on them."""
@@ -99,7 +85,7 @@ class GradientMatching:
                 self._fix_statistics(generator)
             total += self._update_images(generator)
             if outer < config.outer_loop:
-                self._branch.train(self._images, self._labels, generator, epochs, lr, batch)
+                self._branch.train(self._images.detach(), self._labels, generator, epochs, lr, batch)
         return {"loss": total / (config.outer_loop * self._batches.num_classes)}
 
     def _update_images(self, generator: torch.Generator) -> Tensor:
@@ -148,17 +134,6 @@ class GradientMatching:
         for module in self._net.modules():
             if isinstance(module, _BatchNorm):
                 module.eval()
-
-    def snapshot(self) -> DistilledSet:
-        return self._ctx.make_set(self._images, self._labels)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return images, momentum and step; networks and draws depend on the step alone."""
-        return {"step": self._step, **images_state(self._images, self._optimizer)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._step = int(state["step"])
-        load_images_state(self._images, self._optimizer, state)
 
 
 def gradient_method(config_class: type[GradientConfig], evaluate: dict[str, Any]) -> type[Distiller]:

@@ -11,27 +11,21 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ddray.artifact.distilled_set import DistilledSet
-from ddray.distillation.method import DistillContext, Distiller, MethodConfig, Target
+from ddray.distillation.method import DistillContext, Distiller, Target
 from ddray.methods.families.factory import make_method
-from ddray.methods.families.matching.batches import RealBranch, Statistics, initial_images
-from ddray.methods.families.state import images_state, load_images_state
+from ddray.methods.families.matching.batches import ImagesConfig, ImagesEngine, Statistics
 from ddray.nets import Net
 
 MeansLoss = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 
 
-class MatchingConfig(MethodConfig):
+class MatchingConfig(ImagesConfig):
     """Settings of every method that learns images by matching means."""
 
     quick: ClassVar[Mapping[str, Any]] = {"batch_real": 8}
 
     lr_img: float = Field(default=1.0, gt=0)
     """Learning rate of the images (SGD)."""
-    momentum: float = Field(default=0.5, ge=0, lt=1)
-    """Momentum of the images' SGD."""
-    batch_real: int = Field(default=256, ge=1)
-    """Real images per class and step; never more than the smallest class has."""
     init: Literal["random", "kcenter", "noise"] = "random"
     """Initial images: random real ones, k-center's choice, or Gaussian noise."""
     augment: Literal["dsa", "dsa_idc", "none"] = "dsa"
@@ -53,7 +47,7 @@ def in_precision(statistics: Statistics, precision: str, device: torch.device) -
     return cast
 
 
-class MeanMatching:
+class MeanMatching(ImagesEngine):
     """Images learned so that class means of their statistics match the real ones; a fresh network per step.
 
     Args:
@@ -63,19 +57,17 @@ class MeanMatching:
         loss: from real and synthetic class means [K, D_l] to a scalar.
     """
 
+    _momentum = "momentum_buffer"
+
     def __init__(
         self, ctx: DistillContext, config: MatchingConfig, statistics: Statistics, loss: MeansLoss
     ) -> None:
-        self._ctx, self._loss = ctx, loss
-        self._branch = RealBranch(ctx, config.batch_real, config.augment)
+        super().__init__(ctx, config)
+        self._loss = loss
         self._branch.net.requires_grad_(False)
-        images, self._labels = initial_images(ctx, config.init)
         self._labels_cpu = self._labels.cpu()
-        self._images = images.contiguous().requires_grad_(True)
-        self._optimizer = torch.optim.SGD([self._images], lr=config.lr_img, momentum=config.momentum)
         self._statistics = statistics = in_precision(statistics, config.precision, ctx.device)
         self._real_statistics = torch.compile(statistics, dynamic=False) if ctx.compile else statistics
-        self._step = 0
 
     def step(self) -> dict[str, Tensor]:
         """Draw a network and a batch, match, update the images."""
@@ -90,17 +82,6 @@ class MeanMatching:
         loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
         return {"loss": loss.detach()}
-
-    def snapshot(self) -> DistilledSet:
-        return self._ctx.make_set(self._images, self._labels)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return images, momentum and the step count; draws need no state, they depend on the step alone."""
-        return {"step": self._step, **images_state(self._images, self._optimizer, momentum="momentum_buffer")}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._step = int(state["step"])
-        load_images_state(self._images, self._optimizer, state, momentum="momentum_buffer")
 
 
 def squared_distance(real: Sequence[Tensor], synthetic: Sequence[Tensor]) -> Tensor:
