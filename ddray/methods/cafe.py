@@ -74,13 +74,10 @@ def cafe_loss(
 ) -> Tensor:
     """Return the layer-wise alignment plus the weighted discrimination loss.
 
-    Args:
-        real: class means of every map [K, D_l], then of the embedding [K, d].
-        synthetic: the same of the synthetic images.
-        embedded: embeddings of the real images [N, d].
-        labels: their labels, int64 [N].
-        early_weight: of every map but the last; the last counts once, the embedding twice.
-        discrimination: weight of the cross entropy of <embedding, synthetic class mean>, summed over images.
+    `real` and `synthetic` are class means of every map [K, D_l], then of the embedding [K, d]. Every map but
+    the last weighs `early_weight`; the last counts once, the embedding twice. `discrimination` weighs the
+    cross entropy of <embedding, synthetic class mean>, summed over the real images, whose embeddings are
+    `embedded` [N, d] and whose labels are int64 [N].
     """
     weights = [*[early_weight] * (len(real) - 2), 1.0, 2.0]
     total = F.cross_entropy(embedded @ synthetic[-1].T, labels, reduction="sum") * discrimination

@@ -157,19 +157,14 @@ class D3HR:
         """Choose the latents of a class; the loss is its score per dimension, averaged over classes."""
         ctx, config = self._ctx, self._config
         rows = slice(label * ctx.ipc, (label + 1) * ctx.ipc)
-        if config.sampling == "kmeans":
-            self._latents[rows] = self._noised_centres(label)
-            return
-        self._latents[rows], score = self._sampler.choose(label, ctx.ipc)
-        self._score = (self._score * label + score) / (label + 1)
-
-    def _noised_centres(self, label: int) -> Tensor:
-        """Return the centres of a class's clean latents with noise of level T [ipc, D] (D4M)."""
-        ctx = self._ctx
-        class_latents = self._clean[ctx.split.labels == label]
-        centres = centroids(class_latents, ctx.ipc, derive_seed(ctx.seed, "distill", "centres", label))
-        noise = torch.randn(centres.shape, generator=ctx.generator("noise", label))
-        return self._sampler.model.add_noise(centres, noise, self._config.levels())
+        if config.sampling == "kmeans":  # centres of the class's clean latents, with noise of level T (D4M)
+            class_latents = self._clean[ctx.split.labels == label]
+            centres = centroids(class_latents, ctx.ipc, derive_seed(ctx.seed, "distill", "centres", label))
+            noise = torch.randn(centres.shape, generator=ctx.generator("noise", label))
+            self._latents[rows] = self._sampler.model.add_noise(centres, noise, config.levels())
+        else:
+            self._latents[rows], score = self._sampler.choose(label, ctx.ipc)
+            self._score = (self._score * label + score) / (label + 1)
 
     def _decode(self, batch_index: int) -> None:
         """Sample and decode a batch of the chosen latents."""

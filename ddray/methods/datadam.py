@@ -130,12 +130,10 @@ def start(ctx: DistillContext, config: DataDAMConfig) -> MeanMatching:
         _, embedding, maps = net.features(images)
         if config.precision == "bf16":
             maps = tuple(layer_map.float() for layer_map in maps)  # powers in bf16 would lose more digits
-        overwrite = False  # of chosen layers, the last map may share the embedding's memory
-        if config.layers is None:
-            maps, overwrite = maps[:-1], not torch.is_grad_enabled()
-        else:
-            maps = tuple(maps[layer - 1] for layer in config.layers)
-        return (*(attention(m, config.p, config.sam_norm, overwrite=overwrite) for m in maps), embedding)
+        matched = maps[:-1] if config.layers is None else [maps[layer - 1] for layer in config.layers]
+        # Among `layers`, the last map may share the embedding's memory.
+        overwrite = config.layers is None and not torch.is_grad_enabled()
+        return (*(attention(m, config.p, config.sam_norm, overwrite=overwrite) for m in matched), embedding)
 
     loss = partial(datadam_loss, lambda_mmd=config.lambda_mmd, loss_scale=config.loss_scale, loss=config.loss)
     return MeanMatching(ctx, config, statistics, loss)

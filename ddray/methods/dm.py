@@ -12,15 +12,6 @@ synthetic images, both under the same augmentation.
 
 from typing import Final
 
-from torch import Tensor
-
 from ddray.methods.families.matching.means import MatchingConfig, means_method
-from ddray.nets import Net
 
-
-def embedding(net: Net, images: Tensor) -> tuple[Tensor, ...]:
-    """Return the embedding [N, D] of images [N, C, H, W]."""
-    return (net.features(images).embedding,)
-
-
-METHOD: Final = means_method(MatchingConfig, embedding)
+METHOD: Final = means_method(MatchingConfig, lambda net, images: (net.features(images).embedding,))

@@ -113,12 +113,8 @@ def update_memory(
 
 def preset(name: str, target: Target) -> dict[str, Any]:
     """Return the settings of `paper` or `repo` (authors' code)."""
-    settings: dict[str, Any] = {
-        "steps": 10_000,
-        "arch": "auto",
-        "pixel_space": "normalized",
-        "evaluate": idc_evaluation(target),
-    }
+    settings: dict[str, Any] = {"steps": 10_000, "arch": "auto", "pixel_space": "normalized"}
+    settings["evaluate"] = idc_evaluation(target)
     if name == "paper":
         return settings
     size = target.image_shape[1]

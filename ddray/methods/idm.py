@@ -70,12 +70,8 @@ def idm_loss(
 ) -> Tensor:
     """Return the sum over classes of ||mean real_c - mean syn_c||^2 + weight * CE_c.
 
-    Args:
-        real: features [K, n, d].
-        synthetic: features [K, m, d].
-        logits: of the synthetic images [K * m, K].
-        labels: their labels, int64 [K * m], equally many per class.
-        weight: of the cross entropy.
+    Features are real [K, n, d] and synthetic [K, m, d]; logits [K * m, K] and labels, int64 [K * m], are the
+    synthetic images', equally many per class.
     """
     matching = (real.mean(1) - synthetic.mean(1)).square().sum()
     return matching + weight * len(real) * F.cross_entropy(logits, labels)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ddray.distillation.method import DistillContext
 from ddray.methods.families.selection import kmeans_order
-from ddray.methods.families.ssl.budget import SslConfig, ssl_selection
+from ddray.methods.families.ssl.budget import ssl_selection
 from ddray.seeding import derive_seed
 
 
@@ -23,4 +23,4 @@ def choose(ctx: DistillContext, features: Tensor, m: int) -> Tensor:
     return kmeans_order(features, m, derive_seed(ctx.seed, "distill", "kmeans"))
 
 
-METHOD: Final = ssl_selection(SslConfig, choose)
+METHOD: Final = ssl_selection(choose)

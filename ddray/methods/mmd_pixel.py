@@ -10,10 +10,7 @@ network.
 
 from typing import Final
 
-from torch import Tensor
-
 from ddray.methods.families.matching.means import MatchingConfig, means_method
-from ddray.nets import Net
 
 
 class MMDPixelConfig(MatchingConfig):
@@ -23,9 +20,4 @@ class MMDPixelConfig(MatchingConfig):
     """Learning rate of the images (SGD)."""
 
 
-def pixels(net: Net, images: Tensor) -> tuple[Tensor, ...]:
-    """Return the pixels [N, C*H*W] of images [N, C, H, W]."""
-    return (images.flatten(1),)
-
-
-METHOD: Final = means_method(MMDPixelConfig, pixels)
+METHOD: Final = means_method(MMDPixelConfig, lambda net, images: (images.flatten(1),))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ddray.distillation.method import DistillContext
-from ddray.methods.families.ssl.budget import SslConfig, ssl_selection
+from ddray.methods.families.ssl.budget import ssl_selection
 
 
 def choose(ctx: DistillContext, features: Tensor, m: int) -> Tensor:
@@ -22,4 +22,4 @@ def choose(ctx: DistillContext, features: Tensor, m: int) -> Tensor:
     return torch.randperm(len(features), generator=ctx.generator("random images"))[:m]
 
 
-METHOD: Final = ssl_selection(SslConfig, choose)
+METHOD: Final = ssl_selection(choose)

@@ -69,13 +69,13 @@ def test_counters_reset_as_in_boost_algorithm_1(started: Any) -> None:
     """z < Z: one step more; z = Z: a fresh network with z = 0, which is not trained in that turn."""
     ctx, _ = started()
     pool, draw = filled(ctx, recipe(pool_size=1, inner_steps_max=3))
-    (z,) = pool.counters()
+    (z,) = (slot.trained for slot in pool._slots)
     assert 1 <= z <= 3
     seen = []
     for step in range(1, 9):
         before = weights(pool, 0)
         pool.advance(0, draw, step)
-        seen.append(pool.counters()[0])
+        seen.append(pool._slots[0].trained)
         assert not torch.equal(weights(pool, 0), before)
         assert is_fresh(pool, 0) == (seen[-1] == 0)
     turns = [*range(z + 1, 4), 0, 1, 2, 3, 0, 1, 2, 3, 0]
@@ -90,7 +90,7 @@ def test_counters_stay_at_their_end_as_in_krr_sts_code(started: Any) -> None:
     for step in range(3, 7):
         before = weights(pool, 0)
         pool.advance(0, draw, step)
-        assert pool.counters() == [2]
+        assert [slot.trained for slot in pool._slots] == [2]
         assert is_fresh(pool, 0)
         assert not torch.equal(weights(pool, 0), before)
 

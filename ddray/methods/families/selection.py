@@ -1,6 +1,6 @@
 """Shared by the coresets: a method that is one selection, and features of a network trained on train."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +18,7 @@ Choose = Callable[[DistillContext, Any], tuple[Tensor, Tensor]]
 class FeatureConfig(MethodConfig):
     """The network whose embedding the selection is made in."""
 
-    quick: ClassVar[Mapping[str, Any]] = {"feature_epochs": 1}
+    quick: ClassVar = {"feature_epochs": 1}
 
     feature_epochs: int = Field(default=20, ge=1)
     """Epochs of training on train (SGD .01, momentum .9, weight decay 5e-4, batch 256, no augmentation)."""

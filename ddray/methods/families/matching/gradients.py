@@ -1,6 +1,6 @@
 """Gradient matching (DC and DSA): the distance of two gradients, and the loops around it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Final, Literal
 
 import torch
@@ -23,7 +23,7 @@ _STATISTICS_IMAGES: Final = 16  # real images per class that batch norm's statis
 class GradientConfig(ImagesConfig):
     """Settings of the methods that match gradients."""
 
-    quick: ClassVar[Mapping[str, Any]] = {"batch_real": 8, "batch_train": 16}
+    quick: ClassVar = {"batch_real": 8, "batch_train": 16}
 
     batch_real: int = Field(default=256, ge=1)
     """Real images per class and update; never more than the smallest class has."""

@@ -4,7 +4,7 @@ A method supplies per-sample statistics of images [N, C, H, W] -> tuple of [N, D
 per-class means [K, D_l]; everything here is vectorised over classes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -22,7 +22,7 @@ MeansLoss = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 class MatchingConfig(ImagesConfig):
     """Settings of every method that learns images by matching means."""
 
-    quick: ClassVar[Mapping[str, Any]] = {"batch_real": 8}
+    quick: ClassVar = {"batch_real": 8}
 
     lr_img: float = Field(default=1.0, gt=0)
     """Learning rate of the images (SGD)."""

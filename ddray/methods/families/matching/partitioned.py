@@ -6,7 +6,6 @@ synthetic images alike.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -27,7 +26,7 @@ from ddray.training.recipe import idc_mixes
 class PartitionedConfig(MethodConfig):
     """Settings of every method that learns partitioned images."""
 
-    quick: ClassVar[Mapping[str, Any]] = {"batch_real": 8}
+    quick: ClassVar = {"batch_real": 8}
 
     lr_img: float = Field(default=0.1, gt=0)
     """Learning rate of the pixels (SGD)."""

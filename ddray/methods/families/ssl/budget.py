@@ -4,6 +4,7 @@ A budget of N images is N * C * H * W floats (Boost-SSDD Sec 4, Storage Budget).
 set needs: images and their representations alike.
 """
 
+import math
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, ClassVar, Final, Literal
@@ -99,8 +100,7 @@ def feature_dim(arch: str, image_shape: tuple[int, int, int]) -> int:
 
 def budget_floats(budget: int, image_shape: tuple[int, int, int]) -> int:
     """Return the floats that `budget` images of `image_shape` (C, H, W) take."""
-    channels, height, width = image_shape
-    return budget * channels * height * width
+    return budget * math.prod(image_shape)
 
 
 def num_pairs(config: SslConfig, budget: int, image_shape: tuple[int, int, int], num_real: int) -> int:
@@ -127,7 +127,7 @@ def given_budget(ctx: DistillContext) -> int:
     return ctx.budget
 
 
-def ssl_selection(config_class: type[SslConfig], choose: Choose) -> type[Distiller]:
+def ssl_selection(choose: Choose) -> type[Distiller]:
     """Return a method without steps: real images with the teacher's representations of them.
 
     `choose` picks m indices, given the context, the teacher's features [N, D] and m.
@@ -146,6 +146,4 @@ def ssl_selection(config_class: type[SslConfig], choose: Choose) -> type[Distill
         images = ctx.space.encode(ctx.split.images[index])
         return Selected(ctx.make_ssl_set(images, features[index]), features)
 
-    return make_method(
-        config_class, preset, start, specs_of=specs, num_distilled_of=num_pairs, has_steps=False
-    )
+    return make_method(SslConfig, preset, start, specs_of=specs, num_distilled_of=num_pairs, has_steps=False)

@@ -92,10 +92,6 @@ class InnerPool:
         net.requires_grad_(False)
         slot.trained += 1
 
-    def counters(self) -> list[int]:
-        """Return z_1..z_L."""
-        return [slot.trained for slot in self._slots]
-
     def state(self) -> list[dict[str, Any]]:
         """Return every network's state; empty before `fill`."""
         return [slot.state() for slot in self._slots] if self.filled else []

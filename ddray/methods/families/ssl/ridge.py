@@ -89,8 +89,7 @@ def _factor(gram: Tensor, penalty: Tensor, dtype: torch.dtype) -> tuple[Tensor, 
     """Return the factor in `dtype`, and a number that is nonzero on failure."""
     regularised = gram.to(dtype, copy=True)
     regularised.diagonal().add_(penalty.to(dtype))
-    factor, failed = torch.linalg.cholesky_ex(regularised)
-    return factor, failed
+    return torch.linalg.cholesky_ex(regularised)  # type: ignore[no-any-return]
 
 
 def solve(factor: Tensor, right: Tensor) -> Tensor:
