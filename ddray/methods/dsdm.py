@@ -43,14 +43,11 @@ from ddray.methods.families.matching.partitioned import (
     PartitionedEngine,
     StepDraw,
     by_class,
-    embedding,
     idc_evaluation,
 )
 from ddray.methods.families.matching.pretrained import PoolConfig, pretrained_specs, stored_features
 from ddray.methods.families.state import copy_values, cpu_copy
-from ddray.nets import reinitialize
 from ddray.pool.spec import PoolSpec
-from ddray.seeding import derive_seed
 
 _BASE_SIZES: Final = {"mnist": 28, "imagenet": 224, "imagenette": 224, "imagewoof": 224, "imagesquawk": 224}
 
@@ -178,8 +175,11 @@ class DSDM(PartitionedEngine):
         member = self._take_net(generator)
         self._learned.clamp()
         draw = self._pairs.draw(generator)
-        real = self._real(draw, member)
-        synthetic = self._embedded(self._pairs.synthetic(draw))
+        if self._features is None:
+            real = self._pairs.real(draw)
+        else:  # nothing is augmented: the pool's own
+            real = by_class(self._features.of(member, draw.index), self._pairs.num_classes)
+        synthetic = self._pairs.embedded(draw)
         loss = synthetic.new_zeros(())
         if config.use_proto:
             loss = loss + prototype_loss(real, synthetic)
@@ -195,31 +195,19 @@ class DSDM(PartitionedEngine):
 
     def _take_net(self, generator: torch.Generator) -> int:
         """Copy one network's weights into the working network; return its index."""
-        net = self._pairs.net
         if not self._weights:
-            reinitialize(net, derive_seed(self._ctx.seed, "distill", "net", self._step))
+            self._pairs.renew(self._step)
             return 0
         member = int(torch.randint(len(self._weights), (), generator=generator))
-        copy_values(net, self._weights[member])
+        copy_values(self._pairs.net, self._weights[member])
         return member
-
-    def _real(self, draw: StepDraw, member: int) -> Tensor:
-        """Return the real features [K, n, d]: the pool's own where nothing is augmented."""
-        if self._features is None:
-            return self._pairs.real(draw)
-        return by_class(self._features.of(member, draw.index), self._pairs.num_classes)
-
-    def _embedded(self, images: Tensor) -> Tensor:
-        """Return features [K, m, d] of class-sorted images [K * m, C, H, W]."""
-        return by_class(embedding(self._pairs.net, images), self._pairs.num_classes)
 
     @torch.no_grad()
     def _update_memory(self, draw: StepDraw) -> None:
         """Update the memory with the updated images' prototypes (Eq 7, 8)."""
-        plan = draw.plan if self._config.history_augmented else None
-        images = self._pairs.synthetic(StepDraw(draw.index, plan, None))
-        prototypes = self._embedded(images).mean(1)
         config = self._config
+        plan = draw.plan if config.history_augmented else None
+        prototypes = self._pairs.embedded(StepDraw(draw.index, plan, None)).mean(1)
         self._memory = update_memory(self._memory, prototypes, ema=config.ema, first=config.history_first)
 
     def state_dict(self) -> dict[str, Any]:

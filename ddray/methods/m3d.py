@@ -23,15 +23,7 @@ from torch import Tensor
 
 from ddray.distillation.method import DistillContext, Target
 from ddray.methods.families.factory import make_method
-from ddray.methods.families.matching.partitioned import (
-    PartitionedConfig,
-    PartitionedEngine,
-    by_class,
-    embedding,
-    idc_evaluation,
-)
-from ddray.nets import reinitialize
-from ddray.seeding import derive_seed
+from ddray.methods.families.matching.partitioned import PartitionedConfig, PartitionedEngine, idc_evaluation
 
 Kernel = Literal["gaussian", "polynomial", "linear"]
 
@@ -110,14 +102,12 @@ class M3D(PartitionedEngine):
     def step(self) -> dict[str, Tensor]:
         """Match one batch under a random network, a fresh one every `steps_per_net` steps."""
         config, pairs = self._config, self._pairs
-        net_index = self._step // config.steps_per_net
+        pairs.renew(self._step // config.steps_per_net)
         self._step += 1
-        reinitialize(pairs.net, derive_seed(self._ctx.seed, "distill", "net", net_index))
         self._learned.clamp()
         draw = pairs.draw(self._ctx.generator("step", self._step))
         real = pairs.real(draw)
-        synthetic = by_class(embedding(pairs.net, pairs.synthetic(draw)), pairs.num_classes)
-        loss = mmd_loss(real, synthetic, kernel=config.kernel, num_widths=config.num_widths)
+        loss = mmd_loss(real, pairs.embedded(draw), kernel=config.kernel, num_widths=config.num_widths)
         self._learned.update(loss)
         return {"loss": loss.detach()}
 

@@ -121,6 +121,7 @@ class FeaturePairs:
         self._batch_syn = config.batch_syn
         self._branch = RealBranch(ctx, config.batch_real, config.augment, config.strategy)
         self.batches, self.net = self._branch.batches, self._branch.net.requires_grad_(False)
+        self.renew = self._branch.renew
         self.num_classes = ctx.dataset.num_classes
         self._embed_real = torch.compile(embedding, dynamic=False) if ctx.compile else embedding
         self._labels_syn = torch.arange(self.num_classes).repeat_interleave(learned.parts)
@@ -152,6 +153,10 @@ class FeaturePairs:
         if draw.syn_index is not None:
             images, labels = images[draw.syn_index.to(images.device)], labels[draw.syn_index]
         return self._branch.augmented(images, draw.plan, labels)
+
+    def embedded(self, draw: StepDraw) -> Tensor:
+        """Return the features [K, m, D] of the draw's mini-images; differentiable."""
+        return by_class(embedding(self.net, self.synthetic(draw)), self.num_classes)
 
 
 def embedding(net: Net, images: Tensor) -> Tensor:
