@@ -15,7 +15,7 @@ norm layer, from the running ones. Relabel: soft labels are the protocol's (`eva
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar, Final
 
 import torch
@@ -68,12 +68,10 @@ class BatchStatistics:
     def watch(self) -> Iterator[None]:
         """Collect the distances of the forward pass made inside, in layer order."""
         self.distances = []
-        hooks = [layer.register_forward_pre_hook(self._note) for layer in self._layers]
-        try:
+        with ExitStack() as hooks:
+            for layer in self._layers:
+                hooks.enter_context(layer.register_forward_pre_hook(self._note))
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def _note(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         """Eq 7: ||mean - running mean|| + ||variance - running variance||, over the layer's channels."""

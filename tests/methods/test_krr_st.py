@@ -20,7 +20,7 @@ from ddray.methods import get_method
 from ddray.methods.families.selection import kmeans_order
 from ddray.methods.families.ssl import memory as _krr_memory
 from ddray.methods.families.ssl.budget import KrrConfig
-from ddray.methods.families.ssl.inner import DrawRows, InnerPool
+from ddray.methods.families.ssl.loop import DrawRows, InnerPool
 from ddray.methods.krr_st import preset
 from ddray.nets import build_net
 from ddray.pool.local import LocalPool

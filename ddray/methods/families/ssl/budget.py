@@ -7,7 +7,7 @@ set needs: images and their representations alike.
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -19,8 +19,6 @@ from ddray.methods.families.factory import Selected, make_method
 from ddray.methods.families.ssl.teacher import TeacherConfig, ssl_teacher_spec
 from ddray.nets import build_net
 from ddray.pool.spec import PoolEntry, PoolSpec
-
-_LARGE_BUDGET: Final = 1000
 
 Choose = Callable[[DistillContext, Tensor, int], Tensor]
 
@@ -74,7 +72,7 @@ def evaluate_for(target: Target) -> dict[str, Any]:
     decay = 1e-3
     if min(target.image_shape[1:]) > 32:
         decay = 5e-3
-    elif target.dataset == "cifar100" and (target.budget or 0) >= _LARGE_BUDGET:
+    elif target.dataset == "cifar100" and (target.budget or 0) >= 1000:
         decay = 1e-4
     settings = {"epochs": 1000, "lr": 0.1, "momentum": 0.9, "weight_decay": decay, "batch": 256}
     return {**settings, "schedule": "constant", "augment": "none"}
