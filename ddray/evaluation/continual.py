@@ -56,12 +56,7 @@ def class_tasks(num_classes: int, num_tasks: int, seed: int) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Continual:
-    """Class-incremental learning.
-
-    Attributes:
-        recipe: how each network is trained.
-        num_tasks: tasks that the classes come in (the papers: 5 and 10).
-    """
+    """Class-incremental learning in `num_tasks` tasks (the papers: 5 and 10), each by the recipe."""
 
     recipe: Recipe
     num_tasks: int = NUM_TASKS

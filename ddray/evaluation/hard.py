@@ -29,16 +29,10 @@ def fit(
     augment: Augmenter | None = None,
     name: str = "set",
 ) -> Net:
-    """Return a fresh network trained on a set, in eval mode.
+    """Return a fresh network trained on a labelled set, in eval mode; spectrograms are not augmented.
 
-    Args:
-        train_set: images [N, C, H, W] in the context's space, or as `augment` takes them; labels [N].
-        ctx: target and split.
-        recipe: epochs, rates, augmentation; spectrograms are not augmented.
-        arch: architecture name.
-        seed: decides weights, batch order and augmentation.
-        augment: in place of the recipe's.
-        name: of the set, in an error.
+    The seed decides weights, batch order and augmentation. Images are in the context's space, or as `augment`
+    takes them, which replaces the recipe's augmentation. An error calls the set by its `name`.
 
     Raises:
         InputError: the architecture is unknown or does not fit the images.

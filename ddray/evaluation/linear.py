@@ -159,11 +159,7 @@ def _accuracy(apply: Callable[[Tensor], Tensor], shape: tuple[int, int, int], ct
 
 
 def check_memory(net: Net, num_images: int, device: torch.device) -> None:
-    """Refuse to hold more embeddings than the device has memory for.
-
-    Raises:
-        InputError: naming the memory that it would take.
-    """
+    """Refuse to hold more embeddings than the device has memory for, and say what it would take."""
     with torch.no_grad():
         dim = net.embed(torch.zeros(1, *net.image_shape, device=device)).shape[1]
     needed, available = 4 * num_images * dim, available_bytes(device)

@@ -106,11 +106,7 @@ def resolve_settings(
 
 @dataclass(frozen=True)
 class Soft:
-    """Training on a teacher's soft labels; without a teacher, on the set's hard ones.
-
-    Attributes:
-        config: the protocol's settings.
-        teachers: whose probabilities are learned; None for `recipe=table5`.
+    """Training on teachers' soft labels; for `recipe=table5`, without teachers, on the set's hard ones.
 
     Raises:
         InputError: soft labels without a teacher, or hard ones with one.

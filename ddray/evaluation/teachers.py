@@ -15,7 +15,6 @@ from ddray.errors import DdrayError
 from ddray.evaluation.protocol import EvalContext
 from ddray.nets import Net, check_arch
 from ddray.pool.spec import ModelPool, teacher_spec
-from ddray.training.embedding import share_right
 from ddray.training.loop import accuracy
 from ddray.training.recipe import Recipe
 
@@ -85,9 +84,8 @@ def get_teachers(
     teachers = Teachers(nets, space.to(ctx.device), "+".join(names), accuracies[0], each)
     if len(nets) == 1:
         return teachers
-    averaged = partial(teachers.probabilities, space=teachers.space, temperature=1.0)
-    whole = share_right(averaged, ctx.split.images, ctx.split.labels, teachers.space.encode, ctx.device)
-    return replace(teachers, accuracy=whole)
+    averaged: Any = partial(teachers.probabilities, space=teachers.space, temperature=1.0)
+    return replace(teachers, accuracy=accuracy(averaged, ctx.split, space, device=ctx.device))
 
 
 def least_accuracy(num_classes: int, num_images: int) -> float:

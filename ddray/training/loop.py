@@ -35,7 +35,7 @@ def train(
         net: the network, on the images' device.
         images: float32 [N, C, H, W] in their pixel space, or what `augment` takes.
         labels: int64 [N], or float32 [N, D]: targets of the outputs, under the mean squared error.
-        recipe: epochs, rates, batch, schedule.
+        recipe: epochs, rates, batch, schedule, CutMix; not its augmentation.
         generator: CPU generator of the batches' order and the augmentation.
         augment: applied to every batch, before CutMix; None leaves it as it is.
         on_epoch: called with each epoch's mean loss, a scalar on the device.
@@ -99,17 +99,12 @@ def accuracy(
 def augmenter(
     name: Augment, *, can_flip: bool, space: PixelSpace, strategy: str | None = None
 ) -> Augmenter | None:
-    """Return the augmentation called `name` for batches [N, C, H, W] in `space`.
+    """Return the augmentation called `name` for batches [N, C, H, W] in `space`; None if it does nothing.
 
-    `dsa` and `dsa_idc`: per-sample parameters, one op for a batch (`dsa`) as at the peers' evaluation.
+    `dsa` and `dsa_idc`: per-sample parameters, one op for a batch (`dsa`) as at the peers' evaluation; of all
+    operations or those of `strategy`, without flip unless mirrored images keep their class (`can_flip`).
     `autoaugment` and `randaugment`: torchvision's policies on the pixels as 8-bit images, image by image
     (DataDAM supplement, Fig 4).
-
-    Args:
-        name: which one; `none` gives None.
-        can_flip: whether mirrored images keep their class.
-        space: pixel space of the batches.
-        strategy: operations of `dsa` and `dsa_idc`; None: all of them.
 
     Raises:
         InputError: the strategy names an unknown operation.
