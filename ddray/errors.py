@@ -5,13 +5,9 @@ from collections.abc import Iterable
 
 
 class DdrayError(Exception):
-    """Base of ddray's own errors; the message is one line that states rule, value and fix.
+    """Base of ddray's own errors; the message is one line that states rule, value and fix."""
 
-    Attributes:
-        exit_code: process exit status of the command line when this error ends a command.
-    """
-
-    exit_code = 1
+    exit_code = 1  # process exit status of the command line when this error ends a command
 
 
 class InputError(DdrayError):

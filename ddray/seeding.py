@@ -5,20 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 def derive_seed(seed: int, *labels: str | int) -> int:
-    """Return a 63-bit seed that depends on `seed` and every label, and on nothing else.
+    """Return a 63-bit seed that depends on the run's `seed`, what the draw is for, and on nothing else.
 
-    Args:
-        seed: the run's seed.
-        *labels: what the draw is for, such as `("step", 12, "batch")`.
+    The labels say what it is for: `derive_seed(seed, "step", 12, "batch")`.
     """
     text = "\x1f".join([str(int(seed)), *(f"{type(label).__name__}:{label}" for label in labels)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
@@ -31,38 +26,26 @@ def derive(seed: int, *labels: str | int, device: str | torch.device = "cpu") ->
 
 def derive_numpy(seed: int, *labels: str | int) -> np.random.Generator:
     """Return a fresh NumPy generator, seeded by `derive_seed(seed, *labels)`."""
-    import numpy
-
-    return numpy.random.default_rng(derive_seed(seed, *labels))
+    return np.random.default_rng(derive_seed(seed, *labels))
 
 
 @contextmanager
 def forked_numpy(seed: int) -> Iterator[None]:
-    """Run a block that insists on NumPy's global generator (Ray's PB2) with it seeded, then restore it.
-
-    Args:
-        seed: what the generator is seeded with (its low 32 bits).
-    """
-    import numpy
-
-    before = numpy.random.get_state()  # noqa: NPY002 - the legacy generator is what has to be wrapped
-    numpy.random.set_state(numpy.random.RandomState(seed % 2**32).get_state())  # noqa: NPY002
+    """Run a block that insists on NumPy's global generator (Ray's PB2) with it seeded, then restore it."""
+    before = np.random.get_state()  # noqa: NPY002 - the legacy generator is what has to be wrapped
+    np.random.set_state(np.random.RandomState(seed % 2**32).get_state())  # noqa: NPY002 - takes 32 bits
     try:
         yield
     finally:
-        numpy.random.set_state(before)  # noqa: NPY002
+        np.random.set_state(before)  # noqa: NPY002
 
 
 @contextmanager
 def forked_global(seed: int, device: str | torch.device = "cpu") -> Iterator[None]:
-    """Run a block that insists on torch's global generator with that generator seeded, then restore it.
+    """Run a block that insists on torch's global generators with those seeded, then restore them.
 
-    The one place where ddray touches global random state: library layers initialise themselves from it,
-    and torchvision's augmentation draws from it.
-
-    Args:
-        seed: what the global generators (CPU, and the CUDA device if `device` is one) are seeded with.
-        device: the device whose generator the block uses besides the CPU's.
+    They are the CPU's, and the CUDA device's if `device` is one. The one place where ddray touches global
+    random state: library layers initialise themselves from it, and torchvision's augmentation draws from it.
     """
     device = torch.device(device)
     cuda = [device.index or 0] if device.type == "cuda" else []

@@ -14,34 +14,21 @@ _DIGITS: Final = "0,1,2,3,4,5,6,7,8,9"
 
 @dataclass(frozen=True)
 class KnownDataset:
-    """Fixed properties of a named dataset.
+    """Fixed properties of a named dataset."""
 
-    Attributes:
-        shape: (C, H, W) in which it is used.
-        mean: per channel; empty: computed from train.
-        std: per channel; empty: computed from train.
-        can_flip: whether a mirrored image keeps its class.
-        resize: whether images of other sizes are resized (short side, then centre crop) or refused.
-        torchvision: the class that reads and downloads it, if any.
-        marker: path below the root by which torchvision's layout is recognised.
-        folders: other names of its folder below the data directory.
-        layout: how its files lie there, if neither as parquet shards nor as an image folder: `wavs` by class,
-            the official files of `cub` or `dogs`; `sklearn` brings its own.
-        class_names: one per label; empty: taken from the files.
-        wnids: WordNet ids of the class folders, in the order of the labels.
-    """
-
-    shape: tuple[int, int, int]
-    mean: _PerChannel = ()
-    std: _PerChannel = ()
-    can_flip: bool = True
-    resize: bool = False
-    torchvision: str | None = None
-    marker: str = ""
-    folders: tuple[str, ...] = ()
+    shape: tuple[int, int, int]  # (C, H, W) in which it is used
+    mean: _PerChannel = ()  # empty: computed from train
+    std: _PerChannel = ()  # likewise
+    can_flip: bool = True  # whether a mirrored image keeps its class
+    resize: bool = False  # whether other sizes are resized (short side, then centre crop) or refused
+    torchvision: str | None = None  # the class that reads and downloads it, if any
+    marker: str = ""  # path below the root by which torchvision's layout is recognised
+    folders: tuple[str, ...] = ()  # other names of its folder below the data directory
+    # How its files lie there, if neither as parquet shards nor as an image folder: `wavs` by class, the
+    # official files of `cub` or `dogs`; `sklearn` brings its own.
     layout: Literal["", "wavs", "cub", "dogs", "sklearn"] = ""
-    class_names: tuple[str, ...] = ()
-    wnids: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()  # one per label; empty: taken from the files
+    wnids: tuple[str, ...] = ()  # WordNet ids of the class folders, in the order of the labels
 
 
 def _listed(text: str) -> tuple[str, ...]:

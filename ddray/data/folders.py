@@ -18,8 +18,6 @@ IMAGE_SUFFIXES: Final = (
     *(".ppm", ".pgm", ".pbm", ".tif", ".tiff"),
 )
 _BATCH: Final = 1024
-_HELD_OUT_NAMES: Final = ("test", "val", "validation", "valid")
-_NAME_FILES: Final = ("words.txt", "LOC_synset_mapping.txt")
 Labelled = list[tuple[Path, int]]
 
 
@@ -101,7 +99,7 @@ def layout_of_folder(root: Path, wnids: Sequence[str] = (), names: Sequence[str]
 
 def _held_out(root: Path, classes: Sequence[str], *, subset: bool) -> Callable[[], Labelled] | None:
     """Return a lister of the test half beside train/: test/ by class, else val/; None without either."""
-    for name in _HELD_OUT_NAMES:
+    for name in ("test", "val", "validation", "valid"):
         folder = root / name
         if (folder / "val_annotations.txt").is_file():
             return partial(_tiny_imagenet_val, folder, classes)
@@ -145,7 +143,8 @@ def _table(file: Path, separator: str | None = None) -> list[list[str]]:
 
 def _human_names(root: Path, classes: Sequence[str]) -> tuple[str, ...]:
     """Return what words.txt (or ImageNet's synset mapping) calls each class, else its folder's name."""
-    file = next((root / name for name in _NAME_FILES if (root / name).is_file()), None)
+    files = (root / name for name in ("words.txt", "LOC_synset_mapping.txt"))
+    file = next(filter(Path.is_file, files), None)
     rows = _table(file) if file else []
     words = {row[0]: " ".join(row[1:]).split(",")[0].strip() for row in rows}
     return tuple(words.get(name, name) for name in classes)
@@ -186,11 +185,11 @@ def layout_of_dogs(root: Path) -> Layout | None:
     lists = next((folder for folder in (root, root / "lists") if (folder / "train_list.mat").is_file()), None)
     if lists is None:
         return None
-    train, test = (
-        partial(_dog_list, lists / f"{half}_list.mat", root / "Images") for half in ("train", "test")
+    images, test_list = root / "Images", lists / "test_list.mat"
+    train = _dog_list(lists / "train_list.mat", images)
+    return from_sources(
+        _names_of(train, "-"), image_source(train), lambda: image_source(_dog_list(test_list, images))
     )
-    labelled = train()
-    return from_sources(_names_of(labelled, "-"), image_source(labelled), lambda: image_source(test()))
 
 
 def _names_of(labelled: Iterable[tuple[Path, int]], separator: str) -> tuple[str, ...]:

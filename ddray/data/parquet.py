@@ -31,9 +31,7 @@ def shards(folder: Path) -> tuple[list[Path], list[Path]]:
 def layout_of_parquet(folder: Path, names: tuple[str, ...] = ()) -> Layout | None:
     """Return the layout of a folder of shards, or None; without test shards, test is a fixed 20%.
 
-    Args:
-        folder: holds the shards, or a `data/` that does.
-        names: class names to use where the shards name none.
+    `names` are the class names to use where the shards name none.
 
     Raises:
         InputError: there are test shards only, or a train shard cannot be read.

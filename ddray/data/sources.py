@@ -34,17 +34,11 @@ MAX_KEPT = 256
 
 @dataclass(frozen=True)
 class Item:
-    """One encoded image.
+    """One encoded image."""
 
-    Attributes:
-        where: its file (and row), for messages.
-        label: its class.
-        data: the encoded bytes, or the file that holds them.
-    """
-
-    where: str
+    where: str  # its file (and row), for messages
     label: int
-    data: bytes | Path
+    data: bytes | Path  # the encoded bytes, or the file that holds them
 
     def read(self) -> bytes:
         """Return the encoded bytes."""
@@ -58,32 +52,20 @@ class Item:
 
 @dataclass(frozen=True)
 class Source:
-    """The images of one half of a dataset, listed but not yet read.
+    """The images of one half of a dataset, listed but not yet read."""
 
-    Attributes:
-        files: every file that decides the content, for the cache's key.
-        count: returns the number of images.
-        batches: yields them in order, a batch at a time.
-        labelling: anything else that determines the labels, such as the order of the classes.
-    """
-
-    files: Sequence[Path]
-    count: Callable[[], int]
-    batches: Callable[[], Iterator[Sequence[Item]]]
-    labelling: str = ""
+    files: Sequence[Path]  # every file that decides the content, for the cache's key
+    count: Callable[[], int]  # returns the number of images
+    batches: Callable[[], Iterator[Sequence[Item]]]  # yields them in order, a batch at a time
+    labelling: str = ""  # anything else that determines the labels, such as the order of the classes
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """What decoded images look like.
+    """What decoded images look like."""
 
-    Attributes:
-        shape: (C, H, W).
-        resize: whether other sizes are resized to it (short side, antialiased bilinear, centre crop) or
-            refused.
-    """
-
-    shape: tuple[int, int, int]
+    shape: tuple[int, int, int]  # (C, H, W)
+    # Whether other sizes are resized to it (short side, antialiased bilinear, centre crop) or refused.
     resize: bool
 
 
@@ -91,10 +73,8 @@ class Geometry:
 class Layout:
     """A dataset found on disk, not yet read.
 
-    Attributes:
-        class_names: one per label.
-        train: reads train in a geometry (None: one it chooses), and returns it with the geometry.
-        test: reads test in train's geometry; nothing of test is touched before.
+    `train` reads train in a geometry (None: one it chooses), and returns it with the geometry. `test` reads
+    test in train's geometry; nothing of test is touched before.
     """
 
     class_names: tuple[str, ...]

@@ -131,14 +131,10 @@ def _samples(file: Path) -> tuple[int, np.ndarray]:
         raise InputError(f"wav files must be sampled at 8000 or 16000 Hz, got {rate} in {file}")
     if raw.size == 0:
         raise InputError(f"wav file must hold samples, got none in {file}")
-    if raw.dtype == np.uint8:
-        samples = (raw.astype(np.float32) - 128) / 128
-    elif np.issubdtype(raw.dtype, np.integer):
-        samples = raw.astype(np.float32) / float(np.iinfo(raw.dtype).max + 1)
-    else:
-        samples = raw.astype(np.float32)
-        if not np.isfinite(samples).all():  # one would make the whole dataset's statistics NaN
-            raise InputError(
-                f"wav file must hold finite samples, got NaN or infinity in {file}; leave it out"
-            )
+    samples = raw.astype(np.float32)
+    if np.issubdtype(raw.dtype, np.integer):
+        middle = 128 if raw.dtype == np.uint8 else 0
+        samples = (samples - middle) / float(np.iinfo(raw.dtype).max + 1 - middle)
+    elif not np.isfinite(samples).all():  # one would make the whole dataset's statistics NaN
+        raise InputError(f"wav file must hold finite samples, got NaN or infinity in {file}; leave it out")
     return int(rate), samples if samples.ndim == 1 else samples.mean(axis=1)

@@ -39,13 +39,8 @@ _ALEXNET: Final = (*((128, 5, "max"), (192, 5, "max"), (256, 3, "none"), (192, 3
 class ChainNet(nn.Module):
     """A chain of convolutions that returns `Features`: one map per convolution, the last pooling flattened.
 
-    Args:
-        plan: the convolutions.
-        arch: the parsed name: activation and norm.
-        image_shape: (C, H, W) of the images.
-        num_classes: K.
-        last_size: side of the map that is flattened into the embedding, where the map is larger; poolings
-            that smaller images do not allow are then skipped. None: neither.
+    `arch` has the activation and the norm. With a `last_size`, a larger last map is pooled to that side, and
+    poolings that smaller images do not allow are skipped.
 
     Raises:
         InputError: the image is too small for the plan.

@@ -1,5 +1,6 @@
 """What every network returns from one pass, and the normalisation layers the families share."""
 
+from operator import methodcaller
 from typing import Final, NamedTuple
 
 import torch
@@ -10,27 +11,21 @@ from ddray.nets.names import GROUPS
 
 
 class Features(NamedTuple):
-    """One forward pass.
+    """One forward pass."""
 
-    Attributes:
-        logits: [N, K].
-        embedding: [N, D], what feeds the classifier.
-        maps: per block its post-activation, pre-pool map [N, C_l, H_l, W_l].
-    """
-
-    logits: Tensor
-    embedding: Tensor
-    maps: tuple[Tensor, ...]
+    logits: Tensor  # [N, K]
+    embedding: Tensor  # [N, D], what feeds the classifier
+    maps: tuple[Tensor, ...]  # per block its post-activation, pre-pool map [N, C_l, H_l, W_l]
 
 
 _SMALL_MAP: Final = 512  # pixels
+_CHANNELS_LAST: Final = methodcaller("contiguous", memory_format=torch.channels_last)
 
 
 class CpuLayer(nn.Module):
     """A layer with a fast path for channels_last maps on a CPU.
 
-    Attributes:
-        plain: always use PyTorch's implementation, as under vmap, where a memory format cannot be queried.
+    Unless it is `plain`, as under vmap, where a memory format cannot be queried: PyTorch's own.
     """
 
     plain = False
@@ -99,12 +94,8 @@ class Flatten(CpuLayer):
     def forward(self, maps: Tensor) -> Tensor:
         """Return `maps` as [N, C * H * W]."""
         if maps.requires_grad and self.takes_fast_path(maps):
-            maps.register_hook(_as_channels_last)  # type: ignore[no-untyped-call]
+            maps.register_hook(_CHANNELS_LAST)  # type: ignore[no-untyped-call]
         return maps.flatten(1)
-
-
-def _as_channels_last(grad: Tensor) -> Tensor:
-    return grad.contiguous(memory_format=torch.channels_last)
 
 
 def norm_layer(norm: str, shape: tuple[int, int, int]) -> nn.Module:

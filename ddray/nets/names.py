@@ -2,7 +2,9 @@
 
 import re
 from bisect import bisect_left
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ddray.errors import InputError, did_you_mean, unknown
 
@@ -10,73 +12,52 @@ WIDTH = 128
 ACTIVATIONS = {"sigmoid": "_sigmoid", "relu": "_relu", "leakyrelu": "_leakyrelu"}
 NORMS = {"none": "_nonorm", "batch": "_bn", "layer": "_ln", "instance": "_in", "group": "_gn"}
 POOLINGS = {"none": "_nopool", "max": "_max", "avg": "_avg"}
-_TABLES = {"activation": ACTIVATIONS, "norm": NORMS, "pooling": POOLINGS}
+DOUBLING = "_x2"
+_TABLES: dict[str, Mapping[Any, str]] = {
+    "doubling": {True: DOUBLING},
+    "activation": ACTIVATIONS,
+    "norm": NORMS,
+    "pooling": POOLINGS,
+}
 GROUPS = 4
 
 
 @dataclass(frozen=True)
 class Family:
-    """What an architecture's name stands for.
+    """What an architecture's name stands for."""
 
-    Attributes:
-        module: below `ddray.nets`; its `build(arch, image_shape, num_classes)` returns the network's body.
-        norms: that it can be built with; the first is the default.
-    """
-
-    module: str
-    norms: tuple[str, ...] = ("batch", "instance")
+    module: str  # below `ddray.nets`; its `build(arch, image_shape, num_classes)` returns the network's body
+    norms: tuple[str, ...] = ("batch", "instance")  # that it can be built with; the first is the default
 
 
-# Adding an architecture: its module, and one line here.
+# Adding an architecture: its module, and its name here.
 _FAMILIES: dict[str, Family] = {
     **{
         f"convnet{depth}": Family("convnet", ("instance", "none", "batch", "layer", "group"))
         for depth in range(1, 7)
     },
-    "resnet10": Family("torchvision_nets"),
-    "resnet18": Family("torchvision_nets"),
-    "resnet18_ap": Family("torchvision_nets"),
-    "resnet101": Family("torchvision_nets"),
+    **dict.fromkeys(("resnet10", "resnet18", "resnet18_ap", "resnet101"), Family("torchvision_nets")),
     "vgg11": Family("convnet", ("instance", "none", "batch")),
     "alexnet": Family("convnet", ("none", "batch", "instance")),
-    "mobilenet_v2": Family("torchvision_nets"),
-    "densenet121": Family("torchvision_nets"),
-    "densenet_cifar": Family("torchvision_nets"),
-    "efficientnet_b0": Family("torchvision_nets"),
-    "shufflenet_v2": Family("torchvision_nets"),
-    "vit_tiny": Family("vit", ("none",)),
-    "deit_tiny": Family("vit", ("none",)),
+    **dict.fromkeys(("mobilenet_v2", "densenet121", "densenet_cifar"), Family("torchvision_nets")),
+    **dict.fromkeys(("efficientnet_b0", "shufflenet_v2"), Family("torchvision_nets")),
+    **dict.fromkeys(("vit_tiny", "deit_tiny"), Family("vit", ("none",))),
 }
-DOUBLING = "_x2"
 _SUFFIX_FIELDS: dict[str, tuple[str, str | bool]] = {
-    **{
-        suffix.removeprefix("_"): (field, value)
-        for field, table in _TABLES.items()
-        for value, suffix in table.items()
-    },
-    DOUBLING.removeprefix("_"): ("doubling", True),
+    suffix: (field, value) for field, table in _TABLES.items() for value, suffix in table.items()
 }
 
 
 @dataclass(frozen=True)
 class Arch:
-    """A parsed architecture name.
+    """A parsed architecture name; only the ConvNet family has more than base and norm."""
 
-    Attributes:
-        base: one of `arch_names()`.
-        norm: one of `NORMS`.
-        width: channels of every block, or of the first (ConvNet family only).
-        doubling: whether each block has twice the channels of the one before (KRR-ST; ConvNet family only).
-        activation: one of `ACTIVATIONS` (ConvNet family only).
-        pooling: one of `POOLINGS` (ConvNet family only).
-    """
-
-    base: str
-    norm: str
-    width: int = WIDTH
-    doubling: bool = False
-    activation: str = "relu"
-    pooling: str = "avg"
+    base: str  # one of `arch_names()`
+    norm: str  # one of `NORMS`
+    width: int = WIDTH  # channels of every block, or of the first
+    doubling: bool = False  # whether each block has twice the channels of the one before (KRR-ST)
+    activation: str = "relu"  # one of `ACTIVATIONS`
+    pooling: str = "avg"  # one of `POOLINGS`
 
     @property
     def module(self) -> str:
@@ -144,7 +125,7 @@ def _parse_suffix(arch: str, base: str, suffix: str) -> tuple[str, str | int | b
         whole = {*_FAMILIES, *(f"{base}{candidate}" for candidate in allowed)} - {base}
         hint = did_you_mean(f"{base}_{suffix}", whole)
         raise InputError(f"suffix of {base} {rule}, got '_{suffix}' in {arch!r}{hint}")
-    return _SUFFIX_FIELDS[suffix]
+    return _SUFFIX_FIELDS[f"_{suffix}"]
 
 
 def check_arch(arch: str) -> str:

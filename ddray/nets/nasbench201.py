@@ -54,22 +54,12 @@ _Move = tuple[int, str, float]
 
 @dataclass(frozen=True)
 class Skeleton:
-    """The network around a cell.
+    """The network around a cell; a value out of range is an InputError."""
 
-    Attributes:
-        channels: C, the channels of the first stage.
-        num_cells: N, cells per stage.
-        cell_affine: whether the BN inside cells has weight and bias (the benchmark's; not DC-BENCH's).
-        mixture: None, or one of `MIXTURES`: a fault of DC-BENCH's harness to reproduce.
-
-    Raises:
-        InputError: a value outside these.
-    """
-
-    channels: int = 16
-    num_cells: int = 5
-    cell_affine: bool = True
-    mixture: str | None = None
+    channels: int = 16  # C, of the first stage
+    num_cells: int = 5  # N, per stage
+    cell_affine: bool = True  # whether BN inside cells has weight and bias (the benchmark's; not DC-BENCH's)
+    mixture: str | None = None  # or one of `MIXTURES`: a fault of DC-BENCH's harness to reproduce
 
     def __post_init__(self) -> None:
         for field, value in (("channels", self.channels), ("num_cells", self.num_cells)):
@@ -176,20 +166,10 @@ def build_cell_net(
     seed: int,
     device: str | torch.device = "cpu",
 ) -> Net:
-    """Build a freshly initialised cell network.
+    """Build a freshly initialised cell network, as `build_net` builds others.
 
-    The global random generators are left as they were. On CUDA the weights are drawn on the device, so they
-    differ from the CPU's for the same seed. Maps are the stages' outputs, the last one after BN-ReLU; the
-    embedding is the pooled last map [N, 4C].
-
-    Args:
-        arch_str: the cell.
-        image_shape: (C, H, W) of the images it will see.
-        num_classes: K.
-        name: what the cell is called; with the skeleton's suffix it is `Net.arch`: `nasbench201_9930_c16_n5`.
-        skeleton: the network around the cell.
-        seed: decides every initial weight.
-        device: where it is initialised and stays.
+    Maps are the stages' outputs, the last one after BN-ReLU; the embedding is the pooled last map [N, 4C].
+    `Net.arch` is `name`, what the cell is called, with the skeleton's suffix: `nasbench201_9930_c16_n5`.
 
     Raises:
         InputError: not an arch_str, or images or classes that no network fits.

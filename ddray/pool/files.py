@@ -21,6 +21,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -136,11 +137,7 @@ class PoolFiles:
         return self._locked(key, fcntl.LOCK_EX)
 
     def try_lock(self, key: str) -> EntryLock | None:
-        """Take an entry's lock if it is free, else return None.
-
-        Raises:
-            StorageError: the lock file can't be created.
-        """
+        """Take an entry's lock as `lock` does if it is free, else return None."""
         try:
             return self._locked(key, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -174,9 +171,8 @@ class PoolFiles:
             reason = str(error)
         folder = self.folder / key
         lock.note(_times_trained(folder))
-        suffix = 1
-        while (aside := self.folder / f"{key}.corrupt-{suffix}").exists():
-            suffix += 1
+        asides = (self.folder / f"{key}.corrupt-{suffix}" for suffix in count(1))
+        aside = next(path for path in asides if not path.exists())
         with storage_errors(aside):
             folder.rename(aside)
         log.warning(
@@ -263,10 +259,8 @@ def _is_abandoned(draft: Path) -> bool:
     if owner == _host() and pid.isdigit():
         try:
             os.kill(int(pid), 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:  # another user's, alive
-            pass
+        except OSError as error:  # PermissionError: another user's, alive
+            return isinstance(error, ProcessLookupError)
         return False
     try:
         changed = max(path.stat().st_mtime for path in (draft, *draft.iterdir()))

@@ -69,8 +69,7 @@ def list_pool() -> PoolList:
 def show_entry(prefix: str) -> PoolEntryInfo:
     """Return an entry's meta and the types and shapes of its tensors.
 
-    Args:
-        prefix: its key, or enough of its first characters to be unique.
+    `prefix` is its key, or enough of its first characters to be unique.
 
     Raises:
         InputError: no entry or several start with `prefix`, or the entry is damaged.

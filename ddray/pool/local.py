@@ -21,12 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def draft_entry(files: PoolFiles, spec: PoolSpec, trainer: Trainer, *, times_trained: int) -> Path:
-    """Train a spec and write its entry to a draft folder; return the folder.
-
-    Raises:
-        StorageError: the disk is full, or the folder can't be written.
-        Exception: raised by the trainer.
-    """
+    """Train a spec and write its entry to a draft folder, as `PoolFiles.draft` does; return the folder."""
     begin = time.perf_counter()
     tensors, measured = trainer(spec)
     facts = {**measured, "spec": spec.dump(), "wall_s": time.perf_counter() - begin}
@@ -34,12 +29,7 @@ def draft_entry(files: PoolFiles, spec: PoolSpec, trainer: Trainer, *, times_tra
 
 
 class LocalPool:
-    """A pool in a folder that this machine's processes share.
-
-    Args:
-        trainer: trains a missing spec.
-        folder: the pool folder; default `$DDRAY_HOME/pool`.
-    """
+    """A pool in a folder that this machine's processes share, by default `$DDRAY_HOME/pool`."""
 
     def __init__(self, trainer: Trainer, folder: Path | None = None) -> None:
         self._trainer = trainer

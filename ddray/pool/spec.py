@@ -102,9 +102,8 @@ def supervised_specs(
 class PoolEntry:
     """One trained entry.
 
-    Attributes:
-        meta: the spec and the measurements of its training.
-        tensors: weights under `weights.<name>`, features [N, D] under `features`; large ones memory-mapped.
+    The meta has the spec and the measurements of its training. Weights are under `weights.<name>`, features
+    [N, D] under `features`; large ones are memory-mapped.
     """
 
     meta: Mapping[str, Any]
