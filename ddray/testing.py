@@ -284,8 +284,7 @@ def _through_a_file(state: dict[str, Any]) -> dict[str, Any]:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     buffer.seek(0)
-    loaded: dict[str, Any] = torch.load(buffer, weights_only=True)
-    return loaded
+    return dict(torch.load(buffer, weights_only=True))
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -66,13 +66,10 @@ def run_distillation(
 ) -> Distillation:
     """Run a new method object to its end, or to step `until`, from its checkpoint if there is one.
 
-    Every `checkpoint_every` steps, and at `eval_steps` (a search's rungs), the checkpoint is written, the
-    loss checked, and then `on_step` called with (step, loss). A run that resumes at one of `eval_steps` calls
-    it for that step first, as the interrupted run may not have got to it.
-
-    Raises:
-        DivergedError: a loss or an image became NaN or infinite.
-        StorageError: the checkpoint can't be written.
+    Every `checkpoint_every` steps, and at `eval_steps` (a search's rungs), the loss is checked, the
+    checkpoint written, and `on_step` called with (step, loss). A run that resumes at one of `eval_steps`
+    calls it for that step first, as the interrupted run may not have got to it. DivergedError if a loss or an
+    image became NaN or infinite; StorageError if the checkpoint can't be written.
     """
     begin, settings = time.perf_counter(), ctx.config.get("method", {})
     distiller.setup(ctx)

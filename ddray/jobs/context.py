@@ -104,10 +104,8 @@ def make_context(
     """Return the context in which a method distils `split`, the part of the dataset called `split_name`.
 
     A search fits `space` once for many trials. The default `pool` is the files under `$DDRAY_HOME`.
-    `search_seed` is the seed of the search whose final run this is.
-
-    Raises:
-        InputError: ipc does not fit the split, or compile=on without a compiler.
+    `search_seed` is the seed of the search whose final run this is. InputError as for `check_size` and
+    `check_plan`.
     """
     check_size(plan, split)
     config, dataset = plan.config, plan.dataset
@@ -132,8 +130,7 @@ def make_context(
 def check_plan(plan: Plan) -> bool:
     """Check the settings that depend on the network; return whether its hot function will be compiled.
 
-    Raises:
-        InputError: the network does not fit the images or lacks one of `layers`, or there is no compiler.
+    InputError if it does not fit the images or lacks one of `layers`, or compile=on finds no compiler.
     """
     config, dataset = plan.config, plan.dataset
     net = build_net(plan.arch, dataset.image_shape, dataset.num_classes, seed=0).eval()

@@ -85,10 +85,8 @@ def resolve(
     """Resolve a run: preset, settings for dataset and ipc (the method's, shipped files), user's YAML, layers.
 
     The last one wins. No preset augments spectrograms (IDC, DSDM); later layers may. For a method that takes
-    a budget (storage in images, >= 1), `ipc` is a budget of as many images per class.
-
-    Raises:
-        InputError: an unknown method, preset or field, or a value that breaks a field's rule.
+    a budget (storage in images, >= 1), `ipc` is a budget of as many images per class. InputError for an
+    unknown method, preset or field, or a value that breaks a field's rule.
     """
     method_class = get_method(method)
     if preset not in PRESETS:
@@ -156,18 +154,18 @@ def budget_method(method: str) -> type[BudgetDistiller] | None:
 
 
 def _size(method: str, dataset: Dataset, ipc: int | None, budget: int | None) -> tuple[int, int | None]:
-    """Return images per class and budget of a run; InputError unless the method's, and only it, is >= 1."""
-    sizes = [name for name, value in (("ipc", ipc), ("budget", budget)) if value is not None]
+    """Return a run's images per class and budget; InputError unless exactly one is given, >= 1, and its kind."""
+    sizes = {name: value for name, value in (("ipc", ipc), ("budget", budget)) if value is not None}
     takes_budget = budget_method(method) is not None
-    if len(sizes) != 1 or (sizes == ["budget"] and not takes_budget):
+    if len(sizes) != 1 or (budget is not None and not takes_budget):
         option = "--budget N (images of storage)" if takes_budget else "--ipc K (images per class)"
         raise InputError(f"{method} takes {option}, got {' and '.join(sizes) or 'neither ipc nor budget'}")
-    for name, value in (("ipc", ipc), ("budget", budget)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} must be >= 1, got {value}")
+    ((name, size),) = sizes.items()
+    if size < 1:
+        raise InputError(f"{name} must be >= 1, got {size}")
     if not takes_budget:
-        return ipc or 0, None
-    images = budget or (ipc or 0) * dataset.num_classes
+        return size, None
+    images = size * (1 if name == "budget" else dataset.num_classes)
     return max(1, images // dataset.num_classes), images
 
 

@@ -1,6 +1,5 @@
-"""The functions behind `ddray pool`: train a pool's networks, list and show its entries."""
+"""The functions behind `ddray pool train`."""
 
-import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -19,8 +18,6 @@ from ddray.pool.local import LocalPool
 from ddray.pool.spec import SUPERVISED_RECIPE, PoolSpec, supervised_specs
 from ddray.system.files import home
 from ddray.training.recipe import Recipe
-
-log = logging.getLogger(__name__)
 
 KINDS: Final[Mapping[str, frozenset[str]]] = {
     "supervised": frozenset({"--arch", "--num-models", "--seed"}),
