@@ -26,8 +26,9 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import pandas as pd
 
+from ddray.distillation.loop import run_distillation
 from ddray.errors import DivergedError, InputError, StorageError, one_line
-from ddray.jobs.distill import distil_plan
+from ddray.jobs.context import make_distiller
 from ddray.runs.executor import Task, WorkerPool
 from ddray.runs.ledger import Row
 from ddray.seeding import derive_numpy, derive_seed, forked_numpy
@@ -157,7 +158,9 @@ def run_segment(job: SearchJob, payload: Payload, member: Member, end: int, path
         with member.state.open("rb") as source:
             write_atomically(checkpoint, lambda file: shutil.copyfileobj(source, file))
     try:
-        distillation = distil_plan(plan, worker.context(plan), checkpoint, until=end)
+        distillation = run_distillation(
+            make_distiller(plan), worker.context(plan), checkpoint=checkpoint, until=end
+        )
         outcome: dict[str, Any] = {"score": worker.val_score(plan, distillation.distilled)}
     except DivergedError as error:
         outcome = {"error": str(error)}

@@ -59,19 +59,20 @@ def run_distillation(
     ctx: DistillContext,
     *,
     checkpoint: Path | None = None,
-    checkpoint_every: int = 100,
+    checkpoint_every: int | None = None,
     until: int | None = None,
     eval_steps: Collection[int] = (),
     on_step: Callable[[int, float], None] | None = None,
 ) -> Distillation:
     """Run a new method object to its end, or to step `until`, from its checkpoint if there is one.
 
-    Every `checkpoint_every` steps, and at `eval_steps` (a search's rungs), the loss is checked, the
-    checkpoint written, and `on_step` called with (step, loss). A run that resumes at one of `eval_steps`
-    calls it for that step first, as the interrupted run may not have got to it. DivergedError if a loss or an
-    image became NaN or infinite; StorageError if the checkpoint can't be written.
+    Every `checkpoint_every` steps (default: the run's setting), and at `eval_steps` (a search's rungs), the
+    loss is checked, the checkpoint written, and `on_step` called with (step, loss). A run that resumes at one
+    of `eval_steps` calls it for that step first, as the interrupted run may not have got to it. DivergedError
+    if a loss or an image became NaN or infinite; StorageError if the checkpoint can't be written.
     """
     begin, settings = time.perf_counter(), ctx.config.get("method", {})
+    every = checkpoint_every or ctx.config["checkpoint_every"]
     distiller.setup(ctx)
     last = distiller.num_steps if until is None else min(until, distiller.num_steps)
     losses: list[Tensor] = []
@@ -81,7 +82,7 @@ def run_distillation(
     timer = StepTimer(ctx.device)
     for step in range(done + 1, last + 1):
         losses.append(distiller.step()["loss"].detach().reshape(1))
-        look = step % checkpoint_every == 0 or step == last or step in eval_steps
+        look = step % every == 0 or step == last or step in eval_steps
         timer.stop(sync=look)
         if look:
             value = _finite(losses[-1], step, settings)

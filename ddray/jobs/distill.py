@@ -1,8 +1,7 @@
-"""`ddray distill` as a function, and the distillation of a plan that every command shares."""
+"""`ddray distill` as a function: a run folder with its checkpoints, its set and its results."""
 
 import json
 import os
-from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -94,41 +93,15 @@ def distill(
     return DistillResult.parse({**result, "run_dir": str(run.folder)})
 
 
-def distil_plan(
-    plan: Plan,
-    ctx: DistillContext,
-    checkpoint: Path,
-    *,
-    distiller: Distiller | None = None,
-    until: int | None = None,
-    eval_steps: Collection[int] = (),
-    on_step: Callable[[int, float], None] | None = None,
-) -> Distillation:
-    """Run a plan as `run_distillation` does, with a checkpoint as often as the plan says.
-
-    `distiller` is the plan's new method object; None makes it.
-    """
-    return run_distillation(
-        distiller or make_distiller(plan),
-        ctx,
-        checkpoint=checkpoint,
-        checkpoint_every=plan.config.checkpoint_every,
-        until=until,
-        eval_steps=eval_steps,
-        on_step=on_step,
-    )
-
-
 def _run(plan: Plan, distiller: Distiller, ctx: DistillContext, run: Run, unit: Unit) -> Distillation:
     """Run the steps that are missing; a run that the method's setup rejects leaves no folder."""
     checkpoint = run.checkpoint(unit.key)
     with progress(f"{plan.method} on {plan.dataset.name}", plan.config.steps) as show:
         try:
-            return distil_plan(
-                plan,
+            return run_distillation(
+                distiller,
                 ctx,
-                checkpoint,
-                distiller=distiller,
+                checkpoint=checkpoint,
                 on_step=lambda step, loss: show(step, f"loss {loss:.4g}"),
             )
         except DdrayError as error:

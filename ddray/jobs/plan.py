@@ -154,7 +154,7 @@ def budget_method(method: str) -> type[BudgetDistiller] | None:
 
 
 def _size(method: str, dataset: Dataset, ipc: int | None, budget: int | None) -> tuple[int, int | None]:
-    """Return a run's images per class and budget; InputError unless exactly one is given, >= 1, and its kind."""
+    """Return a run's images per class and budget; InputError unless one is given that fits and is >= 1."""
     sizes = {name: value for name, value in (("ipc", ipc), ("budget", budget)) if value is not None}
     takes_budget = budget_method(method) is not None
     if len(sizes) != 1 or (budget is not None and not takes_budget):

@@ -15,12 +15,12 @@ import torch
 
 from ddray.data import Dataset, PixelSpace, Split, SplitName, open_dataset
 from ddray.data.pixels import pixel_space
+from ddray.distillation.loop import run_distillation
 from ddray.distillation.method import DistillContext
 from ddray.errors import DivergedError, InputError
 from ddray.evaluation.options import EvaluateOptions
 from ddray.jobs import score as scoring
 from ddray.jobs.context import declared_specs, make_context, make_distiller
-from ddray.jobs.distill import distil_plan
 from ddray.jobs.plan import Plan, RunConfig
 from ddray.methods import get_method
 from ddray.pool.files import DamagedEntryError, PoolFiles
@@ -250,7 +250,9 @@ def _distil(job: BenchJob, unit: BenchUnit) -> dict[str, Any]:
     plan = _plan(job, unit)
     ctx = _context(job, unit, plan)
     pool = StoredPool(ctx.pool)
-    distillation = distil_plan(plan, replace(ctx, pool=pool), _checkpoint(job, unit))
+    distillation = run_distillation(
+        make_distiller(plan), replace(ctx, pool=pool), checkpoint=_checkpoint(job, unit)
+    )
     draft = _draft(job, unit)
     distillation.distilled.save(draft)
     curve_file = (job.run_dir / artifact_name(unit.key)).with_suffix(".json")

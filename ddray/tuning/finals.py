@@ -14,10 +14,10 @@ import torch
 from ddray.artifact.reading import load
 from ddray.data import PixelSpace, Split
 from ddray.data.pixels import pixel_space
+from ddray.distillation.loop import run_distillation
 from ddray.drawing.images import save_grid
 from ddray.errors import DdrayError, DivergedError, StorageError, one_line
-from ddray.jobs.context import declared_specs, make_context
-from ddray.jobs.distill import distil_plan
+from ddray.jobs.context import declared_specs, make_context, make_distiller
 from ddray.jobs.plan import Plan
 from ddray.pool.spec import PoolSpec
 from ddray.runs.executor import Executor, Task
@@ -141,7 +141,9 @@ def final_task(job: SearchJob, payload: Payload, unit: Unit) -> None:
     for segment in unit.spec["schedule"]:
         plan = worker.plan(segment["params"], unit.spec["seed"])
         until = segment["until"] or None
-        distillation = distil_plan(plan, worker.context(plan), job.checkpoint(unit.key), until=until)
+        distillation = run_distillation(
+            make_distiller(plan), worker.context(plan), checkpoint=job.checkpoint(unit.key), until=until
+        )
     distillation.distilled.save(artifact_path(Path(job.run_dir), unit.key))
     scores = worker.score(plan, distillation.distilled, num_seeds=plan.config.evaluate.seeds)
     ledger.publish(unit, Row.done(unit, scores, time.perf_counter() - begin), epoch=job.epoch)

@@ -8,9 +8,9 @@ from typing import Any, Final
 
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.data import SplitName
+from ddray.distillation.loop import run_distillation
 from ddray.errors import DivergedError
 from ddray.jobs.context import make_distiller
-from ddray.jobs.distill import distil_plan
 from ddray.runs.ledger import Ledger, Row, Unit
 from ddray.system.files import write_text
 from ddray.system.worker import prepare_worker
@@ -95,11 +95,10 @@ def _run(worker: SearchWorker, unit: Unit, report: Callable[[dict[str, Any]], No
             report(_metrics(job, trial_number, budget, rungs, failed=False))
 
     try:
-        distillation = distil_plan(
-            plan,
+        distillation = run_distillation(
+            distiller,
             worker.context(plan),
-            checkpoint,
-            distiller=distiller,
+            checkpoint=checkpoint,
             eval_steps=tuple(steps),
             on_step=score_rung,
         )
