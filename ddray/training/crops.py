@@ -62,12 +62,14 @@ def resized_crops(images: Tensor, boxes: Tensor, flips: Tensor | None = None) ->
 
 
 def random_resized_crop(
-    images: Tensor, generator: torch.Generator, *, flip: bool = False, **limits: tuple[float, float]
+    images: Tensor,
+    generator: torch.Generator,
+    *,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    flip: bool = False,
 ) -> Tensor:
-    """Return a random resized crop of each image [N, C, H, W], half of them mirrored if `flip`.
-
-    `limits` are the `scale` and `ratio` of `draw_boxes`.
-    """
-    boxes = draw_boxes(len(images), (images.shape[2], images.shape[3]), generator, **limits)
+    """Return a crop of each image [N, C, H, W], resized back to H x W; half are mirrored if `flip`."""
+    boxes = draw_boxes(len(images), (images.shape[2], images.shape[3]), generator, scale=scale, ratio=ratio)
     flips = torch.rand(len(images), generator=generator) < 0.5 if flip else None
     return resized_crops(images, boxes, flips)
