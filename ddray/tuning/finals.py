@@ -123,7 +123,7 @@ def _final_specs(
     for unit in units:
         for segment in unit.spec["schedule"]:
             config = trial_config(job, segment["params"])
-            final_plan = Plan(job.method, plan.dataset, job.ipc, unit.spec["seed"], config)
+            final_plan = Plan(job.method, plan.dataset, job.ipc, unit.spec["seed"], config, job.budget)
             ctx = make_context(
                 final_plan, train, split_name="train", device=device, space=space, search_seed=job.seed
             )
