@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ddray.drawing.html import COLOURS, to_html
 from ddray.report.plane import Plane
-from ddray.report.runs import RunView, SetView
+from ddray.report.runs import RunView, SetView, grouped
 from ddray.tables.columns import size_of
 
 
@@ -28,10 +28,7 @@ def accuracy_bars(cells: Sequence[Mapping[str, Any]]) -> str:
     names = ["teacher", "augment"]
     if len({cell.get("settings") for cell in cells}) > 1:  # a shared setting would only clutter the legend
         names.append("settings")
-    by_arch: dict[str, list[Mapping[str, Any]]] = {}
-    for cell in cells:
-        by_arch.setdefault(_arch(cell, names), []).append(cell)
-    for arch_index, (arch, all_cells) in enumerate(by_arch.items()):
+    for arch_index, (arch, all_cells) in enumerate(grouped(cells, lambda cell: _arch(cell, names)).items()):
         arch_cells = [cell for cell in all_cells if cell["accuracy_mean"] is not None]
         figure.add_bar(
             x=[cell["method"] for cell in arch_cells],
@@ -92,7 +89,7 @@ def loss_curves(sets: Sequence[SetView]) -> str:
 def rung_curves(run: RunView) -> str | None:
     """Return val accuracy curves of a search's trials; None if no trial was evaluated twice."""
     figure = go.Figure()
-    for row in sorted((row for row in run.rows if row.kind == "trial"), key=lambda row: row.spec["number"]):
+    for row in run.trials:
         scores = sorted((int(budget), value) for budget, value in row.result.get("rungs", {}).items())
         if len(scores) < 2:
             continue
@@ -115,31 +112,23 @@ def rung_curves(run: RunView) -> str | None:
 def plane_scatter(plane: Plane, row: int) -> str:
     """Return a scatter plot: real images as small points, a row's as stars, a colour per class."""
     label, points, classes = plane.distilled[row]
+    small = {"size": 4, "opacity": 0.45}
+    star = {"symbol": "star", "size": 12, "line": {"width": 1, "color": "#12161c"}}
     figure = go.Figure()
     many = len(plane.class_names) > 20  # too many to tell apart by colour
-    figure.add_scatter(
-        x=_rounded(plane.real[:, 0]),
-        y=_rounded(plane.real[:, 1]),
-        mode="markers",
-        marker={"size": 4, "opacity": 0.45, "color": _class_colours(plane.real_labels.tolist(), many)},
-        text=[plane.class_names[label_id] for label_id in plane.real_labels.tolist()],
-        hovertemplate="%{text}<extra>real</extra>",
-        name="real",
-    )
-    figure.add_scatter(
-        x=_rounded(points[:, 0]),
-        y=_rounded(points[:, 1]),
-        mode="markers",
-        marker={
-            "symbol": "star",
-            "size": 12,
-            "color": _class_colours(classes.tolist(), many),
-            "line": {"width": 1, "color": "#12161c"},
-        },
-        text=["no class" if label_id < 0 else plane.class_names[label_id] for label_id in classes.tolist()],
-        hovertemplate="%{text}<extra>" + label + "</extra>",
-        name=label,
-    )
+    for name, xy, labels, marker in (
+        ("real", plane.real, plane.real_labels.tolist(), small),
+        (label, points, classes.tolist(), star),
+    ):
+        figure.add_scatter(
+            x=_rounded(xy[:, 0]),
+            y=_rounded(xy[:, 1]),
+            mode="markers",
+            marker={**marker, "color": _class_colours(labels, many)},
+            text=["no class" if label_id < 0 else plane.class_names[label_id] for label_id in labels],
+            hovertemplate="%{text}<extra>" + name + "</extra>",
+            name=name,
+        )
     figure.update_xaxes(visible=False)
     figure.update_yaxes(visible=False, scaleanchor="x")
     return to_html(figure, showlegend=True)

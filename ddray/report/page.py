@@ -2,8 +2,10 @@
 
 import importlib
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,7 +22,7 @@ from ddray.methods import get_method
 from ddray.ranking.report import scatter_plot
 from ddray.report import figures
 from ddray.report.plane import make_plane
-from ddray.report.runs import RunView, SetView, read_run
+from ddray.report.runs import RunView, SetView, grouped, read_run
 from ddray.tables.columns import columns_of, size_of
 from ddray.tuning.report import search_view
 from ddray.tuning.space import read_space
@@ -44,13 +46,9 @@ class ReportResult(Result):
 def write_page(
     folders: Sequence[Path], out: Path, *, planes: bool = True, data_dir: Path | None = None
 ) -> ReportResult:
-    """Write the page.
+    """Write the page over run folders of distill, tune, nas or bench; unfinished runs are fine.
 
-    Args:
-        folders: run folders of distill, tune, nas or bench; unfinished runs are fine.
-        out: the file.
-        planes: whether to draw t-SNE planes; each needs its dataset and takes some seconds.
-        data_dir: folder of the datasets; None is $DDRAY_DATA.
+    Each of the t-SNE `planes` needs its dataset (`data_dir`; None is $DDRAY_DATA) and takes some seconds.
 
     Raises:
         InputError: a folder is not a run folder, or `out` is a folder.
@@ -70,7 +68,11 @@ def write_page(
         boards=list(_leaderboards(cells, sets)),
         methods=list(_methods(cells, sets)),
         curves=list(_curves(sets, runs)),
-        searches=[_search(run) for run in runs if run.command == "tune"],
+        searches=[
+            {"title": run.title, **search_view(read_space(run.config.get("space", {})), run.trials)}
+            for run in runs
+            if run.command == "tune"
+        ],
         rankings=[part for run in runs for part in _rankings(run)],
         planes=list(_planes(sets, data_dir)) if planes else [],
         num_curves_left=max(0, len({v.sort_key()[:2] for v in sets if v.losses}) - _MAX_CURVES),
@@ -93,13 +95,13 @@ def write_page(
 
 def _with_unique_labels(runs: Sequence[RunView]) -> list[RunView]:
     """Return the runs, with the run's name added to labels that several runs use for one dataset and size."""
-    owners: dict[tuple[str, str, str], set[Path]] = {}
+    num_runs: Counter[tuple[str, str, str]] = Counter()
     for run in runs:
-        for view in run.sets:
-            owners.setdefault((view.label, view.dataset, view.size), set()).add(run.folder)
-        for cell in run.cells:
-            owners.setdefault((str(cell["method"]), cell["dataset"], size_of(cell)), set()).add(run.folder)
-    shared = {label for (label, _, _), folders in owners.items() if len(folders) > 1}
+        num_runs.update(
+            {(view.label, view.dataset, view.size) for view in run.sets}
+            | {(str(cell["method"]), cell["dataset"], size_of(cell)) for cell in run.cells}
+        )
+    shared = {label for (label, _, _), count in num_runs.items() if count > 1}
     names = [run.folder.name for run in runs]
 
     def renamed(label: str, run: RunView) -> str:
@@ -119,8 +121,7 @@ def _with_unique_labels(runs: Sequence[RunView]) -> list[RunView]:
 
 def _leaderboards(cells: Sequence[Mapping[str, Any]], sets: Sequence[SetView]) -> Iterator[dict[str, Any]]:
     """Yield one table per protocol, best first within dataset, size and network, with a plot per group."""
-    for protocol in dict.fromkeys(cell["protocol"] for cell in cells):
-        protocol_cells = [cell for cell in cells if cell["protocol"] == protocol]
+    for protocol, protocol_cells in grouped(cells, itemgetter("protocol")).items():
         data, archs = (
             list(dict.fromkeys(cell[name] for cell in protocol_cells)) for name in ("dataset", "arch")
         )
@@ -131,9 +132,7 @@ def _leaderboards(cells: Sequence[Mapping[str, Any]], sets: Sequence[SetView]) -
             return (*where, archs.index(cell["arch"]), -(cell["accuracy_mean"] or 0.0))
 
         protocol_cells.sort(key=sort_key)
-        groups: dict[str, list[Mapping[str, Any]]] = {}
-        for cell in protocol_cells:
-            groups.setdefault(figures.group_of(cell), []).append(cell)
+        groups = grouped(protocol_cells, figures.group_of)
         entries = [_with_sets(cell, sets) for cell in protocol_cells]
         columns = [column for column in columns_of(entries) if column.header != "protocol"]
         # Settings shared by all lines are shown once, above the table: as columns they push numbers off it.
@@ -149,8 +148,7 @@ def _leaderboards(cells: Sequence[Mapping[str, Any]], sets: Sequence[SetView]) -
             "shared": "; ".join(f"{column.header} {column.text_of(entries[0])}" for column in shared),
             "columns": [column for column in columns if column not in shared],
             "plots": [
-                {"title": name, "html": figures.accuracy_bars(group_cells)}
-                for name, group_cells in groups.items()
+                {"title": name, "html": figures.accuracy_bars(group)} for name, group in groups.items()
             ],
         }
 
@@ -178,13 +176,10 @@ def _methods(cells: Sequence[Mapping[str, Any]], sets: Sequence[SetView]) -> Ite
     for label in labels:
         method_sets = [view for view in sets if view.label == label]
         reached = [cell for cell in cells if cell["method"] == label and cell["accuracy_mean"] is not None]
-        first: dict[str, SetView] = {}
-        for view in method_sets:
-            first.setdefault(view.group, view)
         pictures = [
             {"title": title, "data": picture}
-            for title, view in first.items()
-            if (distilled := view.load()) is not None and (picture := set_uri(distilled)) is not None
+            for title, views in grouped(method_sets, attrgetter("group")).items()
+            if (distilled := views[0].load()) is not None and (picture := set_uri(distilled)) is not None
         ]
         readable = _first_readable(method_sets)
         best = max(reached, key=lambda cell: cell["accuracy_mean"], default=None)
@@ -213,22 +208,12 @@ def _about(method: str) -> str:
 
 def _curves(sets: Sequence[SetView], runs: Sequence[RunView]) -> Iterator[dict[str, str]]:
     """Yield learning curves: losses of sets by dataset and size, and val accuracies of search trials."""
-    groups: dict[str, list[SetView]] = {}
-    for view in sets:
-        if view.losses:
-            groups.setdefault(view.group, []).append(view)
+    groups = grouped((view for view in sets if view.losses), attrgetter("group"))
     for name, group_sets in list(groups.items())[:_MAX_CURVES]:
         yield {"title": f"Loss: {name}", "html": figures.loss_curves(group_sets)}
     for run in runs:
         if run.command == "tune" and (html := figures.rung_curves(run)) is not None:
             yield {"title": f"Val accuracy: {run.title}", "html": html}
-
-
-def _search(run: RunView) -> dict[str, Any]:
-    """Return a search's figures (history, parallel coordinates, importances) and its trials."""
-    trials = sorted((row for row in run.rows if row.kind == "trial"), key=lambda row: row.spec["number"])
-    space = read_space(run.config.get("space", {}))
-    return {"title": run.title, **search_view(space, trials)}
 
 
 def _rankings(run: RunView) -> Iterator[dict[str, Any]]:
@@ -252,20 +237,18 @@ def _rankings(run: RunView) -> Iterator[dict[str, Any]]:
 
 def _planes(sets: Sequence[SetView], data_dir: Path | None) -> Iterator[dict[str, Any]]:
     """Yield a t-SNE plane per dataset and size, with a plot per method; or why it can't be drawn."""
-    groups: dict[str, dict[str, SetView]] = {}
-    for view in sets:
-        groups.setdefault(view.group, {}).setdefault(view.label, view)
-    for title, sets_by_label in list(groups.items())[:_MAX_PLANES]:
-        first, *others = sets_by_label.values()
+    groups = grouped(sets, attrgetter("group"))
+    for title, group_sets in list(groups.items())[:_MAX_PLANES]:
+        first_sets = [views[0] for views in grouped(group_sets, attrgetter("label")).values()]
         try:
-            plane = make_plane(open_dataset(first.dataset, data_dir=data_dir), [first, *others])
+            plane = make_plane(open_dataset(group_sets[0].dataset, data_dir=data_dir), first_sets)
         except DdrayError as error:
             yield {"title": title, "reason": str(error), "plots": [], "network": ""}
             continue
         if plane is not None:
             plots = [
                 {"title": label, "html": figures.plane_scatter(plane, row)}
-                for row, (label, _, _) in enumerate(plane.distilled)
+                for row, (label, *_) in enumerate(plane.distilled)
             ]
             yield {"title": title, "reason": "", "plots": plots, "network": plane.network}
 

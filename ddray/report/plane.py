@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, Final
 
 import torch
@@ -44,12 +45,9 @@ class Plane:
 
 
 def make_plane(dataset: Dataset, sets: Sequence[SetView], *, seed: int = 0) -> Plane | None:
-    """Return the plane of a dataset and its distilled sets; None if no set can be read.
+    """Return the plane of a dataset's train images and sets of one size; None if no set can be read.
 
-    Args:
-        dataset: its train images are the real ones.
-        sets: sets of one size distilled from it.
-        seed: of the samples and of t-SNE.
+    The samples and t-SNE are drawn from the seed.
     """
     net, name = embedding_net(dataset)
     split = dataset.train()
@@ -71,29 +69,28 @@ def make_plane(dataset: Dataset, sets: Sequence[SetView], *, seed: int = 0) -> P
     if not labelled_classes:
         return None
     points = project(torch.cat(embeddings), seed=seed)
-    points_per_set = list(torch.split(points, [len(part) for part in embeddings]))
+    real, *distilled_points = torch.split(points, [len(part) for part in embeddings])
     rows = tuple(
         (label, set_points, classes)
-        for (label, classes), set_points in zip(labelled_classes, points_per_set[1:], strict=True)
+        for (label, classes), set_points in zip(labelled_classes, distilled_points, strict=True)
     )
-    return Plane(points_per_set[0], split.labels[index], rows, name, dataset.class_names)
+    return Plane(real, split.labels[index], rows, name, dataset.class_names)
 
 
 def embedding_net(dataset: Dataset) -> tuple[Net, str]:
     """Return the pool's longest-trained network for this dataset, else a random one, and its description."""
-    best: tuple[int, PoolSpec] | None = None
+    candidates = []
     for path in sorted((home() / "pool").glob("*/entry.json")):
         try:
             spec = PoolSpec.parse(json.loads(path.read_text(encoding="utf-8"))["spec"])
         except (OSError, ValueError, KeyError, InputError):
             continue
-        fits = spec.kind == "supervised" and spec.dataset == dataset.fingerprint
-        epochs = int(spec.recipe.get("epochs", 0))
-        if fits and spec.transform == "normalized" and (best is None or epochs > best[0]):
-            best = (epochs, spec)
-    if best is not None:
-        net: Any = LocalPool(_never).get([best[1]])[0].module()
-        return net, f"{best[1].arch}, trained on the real images for {best[0]} epochs"
+        if (spec.kind, spec.dataset, spec.transform) == ("supervised", dataset.fingerprint, "normalized"):
+            candidates.append((int(spec.recipe.get("epochs", 0)), spec))
+    if candidates:
+        epochs, spec = max(candidates, key=itemgetter(0))
+        net: Any = LocalPool(_never).get([spec])[0].module()
+        return net, f"{spec.arch}, trained on the real images for {epochs} epochs"
     arch = default_arch(dataset.image_shape)
     seed = derive_seed(0, "report", "net")
     return build_net(arch, dataset.image_shape, dataset.num_classes, seed=seed).eval(), f"{arch}, untrained"

@@ -3,10 +3,10 @@
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.artifact.reading import load
@@ -19,6 +19,17 @@ from ddray.tables.table import accuracy_of, cells_of, drop_scaled_differences, f
 from ddray.tables.units import Cell
 
 log = logging.getLogger(__name__)
+
+
+Item = TypeVar("Item")
+
+
+def grouped(items: Iterable[Item], key: Callable[[Item], Any]) -> dict[Any, list[Item]]:
+    """Return the items by key, in order of appearance."""
+    groups: dict[Any, list[Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
 
 
 @dataclass(frozen=True)
@@ -112,6 +123,11 @@ class RunView:
     def scale(self) -> str:
         """A bench's scale; `paper` for other runs: nothing was cut."""
         return str(self.config.get("scale", "paper"))
+
+    @property
+    def trials(self) -> list[Row]:
+        """A search's trials, by number."""
+        return sorted((row for row in self.rows if row.kind == "trial"), key=lambda row: row.spec["number"])
 
     @property
     def seeds(self) -> list[int]:
@@ -212,15 +228,20 @@ def _name(row: Row) -> str:
 
 def _cells(command: str, dataset: str, rows: tuple[Row, ...]) -> Iterator[dict[str, Any]]:
     """Yield the cells of evaluation rows; `dataset` fills in for a search's rows, which do not name it."""
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        if row.kind == "evaluate" and row.status == "done":
-            label = _searched(row, rows) if command == "tune" else row.spec.get("method")
-            spec, options = row.spec, row.spec.get("options", {})
-            name = (label, spec.get("dataset", dataset), options.get("protocol", "hard"), row.result["arch"])
-            further = (size_of(spec), spec.get("target"), str(options.get("teachers", "")))
-            groups.setdefault((*name, *further), []).append(row)
-    for (label, on, protocol, arch, *_), group_rows in groups.items():
+
+    def name(row: Row) -> tuple[Any, ...]:
+        label = _searched(row, rows) if command == "tune" else row.spec.get("method")
+        spec, options = row.spec, row.spec.get("options", {})
+        name_parts = (
+            label,
+            spec.get("dataset", dataset),
+            options.get("protocol", "hard"),
+            row.result["arch"],
+        )
+        return (*name_parts, size_of(spec), spec.get("target"), str(options.get("teachers", "")))
+
+    scored_rows = [row for row in rows if row.kind == "evaluate" and row.status == "done"]
+    for (label, on, protocol, arch, *_), group_rows in grouped(scored_rows, name).items():
         spec = group_rows[0].spec
         yield {
             "method": label,

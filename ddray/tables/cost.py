@@ -7,10 +7,9 @@ rate (seconds per amount of work) of the most similar past units, preferring tho
 import contextlib
 import json
 import math
-import os
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,16 +21,10 @@ from ddray.tables.units import BenchUnit
 _MAX_LINES = 20_000
 _NEAREST = 15  # past units that an estimate is based on
 _FAR_LARGER = 10
-_EXACT = ("kind", "what", "which")
-_WITHOUT_WHICH = ("kind", "what")
-# Keys that a past unit must share for its rate to be used, best match first. One method's steps say nothing
-# about another's, and the work of training a pool network is not known beforehand.
-_MATCH_ON = {
-    "pool": (_EXACT,),
-    "distill": (_EXACT, _WITHOUT_WHICH),
-    "nas": (_EXACT, _WITHOUT_WHICH),
-    "evaluate": (_EXACT, _WITHOUT_WHICH, ("kind",)),
-}
+_KEYS = ("kind", "what", "which")
+# How many of them a past unit must share for its rate to be used, best match first. One method's steps say
+# nothing about another's, and the work of training a pool network is not known beforehand.
+_MATCHES = {"pool": (3,), "distill": (3, 2), "nas": (3, 2), "evaluate": (3, 2, 1)}
 
 
 @dataclass(frozen=True)
@@ -62,9 +55,9 @@ def record_cost(unit: BenchUnit, row: Row, device: str) -> None:
     _append([{**_signature(unit), "device": device, "amount": unit.amount, "wall_s": row.wall_s}])
 
 
-def record_sweep_costs(space: str, dataset: str, rows: Sequence[Row], device: str) -> None:
+def record_sweep_costs(signature: Mapping[str, str], rows: Sequence[Row], device: str) -> None:
     """Store the times of a NAS sweep's finished units: one architecture on one proxy, with one seed."""
-    common = {**_sweep_signature(space, dataset), "device": device, "amount": 1.0}
+    common = {**signature, "device": device, "amount": 1.0}
     _append([{**common, "wall_s": row.wall_s} for row in rows if row.status == "done" and row.wall_s > 0])
 
 
@@ -75,26 +68,19 @@ def _append(lines: Sequence[dict[str, Any]]) -> None:
     path = costs_file()
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
+        with path.open("ab", buffering=0) as file:
             for line in lines:
-                os.write(handle, (json.dumps(line) + "\n").encode())
-        finally:
-            os.close(handle)
+                file.write((json.dumps(line) + "\n").encode())
 
 
-def _signature(unit: BenchUnit) -> dict[str, Any]:
+def _signature(unit: BenchUnit) -> dict[str, str]:
     """Return the keys by which units are compared."""
-    spec = unit.identity.spec
+    what, which = unit.method, unit.dataset
     if unit.kind == "evaluate":
-        return {"kind": unit.kind, "what": unit.options["protocol"], "which": spec["arch"]}
-    if unit.kind == "pool":
-        return {"kind": unit.kind, "what": spec["kind"], "which": f"{spec['arch']} on {unit.dataset}"}
-    return {"kind": unit.kind, "what": unit.method, "which": unit.dataset}
-
-
-def _sweep_signature(space: str, dataset: str) -> dict[str, Any]:
-    return {"kind": "nas", "what": space, "which": dataset}
+        what, which = unit.options["protocol"], unit.identity.spec["arch"]
+    elif unit.pool is not None:
+        what, which = unit.pool.kind, f"{unit.pool.arch} on {unit.dataset}"
+    return {"kind": unit.kind, "what": what, "which": which}
 
 
 class History:
@@ -110,14 +96,14 @@ class History:
         self._past = [past for past in self._past if past["device"] == device]
 
     def estimate(self, unit: BenchUnit) -> Estimate:
-        """Return a unit's expected seconds, from the most similar past units (`_MATCH_ON`)."""
+        """Return a unit's expected seconds, from the most similar past units (`_MATCHES`)."""
         signature, amount = _signature(unit), max(unit.amount, 1.0)
         cache_key = (*signature.values(), amount)
         if cache_key not in self._estimates:
             self._estimates[cache_key] = self._nearest(signature, amount)
         return self._estimates[cache_key]
 
-    def _nearest(self, signature: dict[str, Any], amount: float) -> Estimate:
+    def _nearest(self, signature: Mapping[str, str], amount: float) -> Estimate:
         """Return the expected seconds for this amount of work."""
         alike = self._most_similar(signature)
         # A short unit's time is mostly start-up: prefer units of about this size.
@@ -128,14 +114,15 @@ class History:
         smaller = amount > _FAR_LARGER * max(past["amount"] for past in nearest)
         return Estimate(statistics.median(rates) * amount, len(nearest), is_from_smaller=smaller)
 
-    def sweep(self, space: str, dataset: str, num_trainings: int) -> Estimate:
+    def sweep(self, signature: Mapping[str, str], num_trainings: int) -> Estimate:
         """Return a sweep's expected seconds: the median of one training, times the trainings left."""
-        times = [past["wall_s"] for past in self._most_similar(_sweep_signature(space, dataset))]
+        times = [past["wall_s"] for past in self._most_similar(signature)]
         return Estimate(statistics.median(times) * num_trainings if times else None, len(times))
 
-    def _most_similar(self, signature: dict[str, Any]) -> list[dict[str, Any]]:
+    def _most_similar(self, signature: Mapping[str, str]) -> list[dict[str, Any]]:
         """Return the most similar past units, latest first, with amounts of at least 1."""
-        for names in _MATCH_ON[signature["kind"]]:
+        for num_keys in _MATCHES[signature["kind"]]:
+            names = _KEYS[:num_keys]
             alike = [past for past in self._past if all(past[name] == signature[name] for name in names)]
             if alike:
                 return [{**past, "amount": max(past["amount"], 1.0)} for past in reversed(alike)]

@@ -33,10 +33,7 @@ _NUM_CLASSES: Final = {
 def dry_run(spec: BenchSpec, options: BenchOptions, *, run_dir: Path | None) -> Forecast:
     """Return the unit graph with an estimated cost; no image is read, and datasets may be missing.
 
-    Args:
-        spec: the table.
-        options: how it would be run.
-        run_dir: a run to continue: its finished units are marked.
+    The finished units of the run in `run_dir` are marked.
 
     Raises:
         InputError: a row is bad.
@@ -107,9 +104,8 @@ def _sweep_line(
     num_done = 0 if run_dir is None else len(Ledger(sweep.folder(run_dir)).rows())
     num_left = max(0, num_trainings - num_done)
     needs = [graph.distil[key].title for key in sweep.spec.sets]
-    estimate = history.sweep(sweep.options.space, sweep.spec.dataset, num_left)
     return {
-        **_line(sweep.title, "nas", None, needs, estimate),
+        **_line(sweep.title, "nas", None, needs, history.sweep(sweep.signature, num_left)),
         **({} if num_left else {"status": "done"}),
         "num_trainings": num_trainings,
         "num_trainings_left": num_left,

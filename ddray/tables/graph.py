@@ -36,10 +36,8 @@ def build_graph(
 ) -> Graph:
     """Resolve every row and list the units.
 
-    Args:
-        spec: the table.
-        open_dataset: returns a dataset by name; only its facts and fingerprint are used.
-        check: raises for plans that can't be run; called once per row, dataset and size.
+    `open_dataset` returns a dataset by name, of which only facts and fingerprint are used. `check` raises for
+    plans that can't be run; it is called once per row, dataset and size.
 
     Raises:
         InputError: a method, preset, setting, protocol or architecture is bad, or a dataset is missing.

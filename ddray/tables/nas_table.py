@@ -43,6 +43,11 @@ class NasSweep:
         kind, size = self.spec.cells[0].size
         return f"nas sweep of {self.options.space}: {self.spec.dataset} {kind} {size}"
 
+    @property
+    def signature(self) -> dict[str, str]:
+        """The keys by which the times of its units are compared with past ones."""
+        return {"kind": "nas", "what": self.options.space, "which": self.spec.dataset}
+
     def folder(self, run_dir: Path) -> Path:
         """Return the folder of the sweep's run."""
         kind, size = self.spec.cells[0].size

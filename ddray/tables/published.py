@@ -22,7 +22,6 @@ _METHODS: Final = {
     "kmeans_ssl": ("kmeans_ssl", "kmeans"),
 }
 _TOP1: Final = "top1_accuracy"
-_NAS_METRIC: Final = "nas_top1_accuracy"
 # D3HR's other tables use soft labels (its Sec 5.1), even where they name no teacher.
 _HARD_D3HR: Final = ("Table 5",)
 # Rows that train on the whole dataset and so have no size, unlike the other rows of their tables.
@@ -36,14 +35,10 @@ def find(numbers: Sequence[Number], cell: Cell, metric: str | None = None) -> Nu
     """Return the published number of a cell, or None.
 
     If the cell's source names no `setting`, a number without one wins, then the likelier name of the network,
-    then the first in file order. If it names no `table`, only numbers of the cell's own protocol match.
-
-    Args:
-        numbers: all published numbers.
-        cell: what to look up.
-        metric: instead of the protocol's own metric.
+    then the first in file order. If it names no `table`, only numbers of the cell's own protocol match. A
+    `metric` is looked up instead of the protocol's own.
     """
-    source = cell.source
+    source, archs = cell.source, ("", *_arch_names(cell.arch))
     methods = (source.method,) if source.method else _METHODS.get(cell.name, (cell.name,))
     candidates = [
         number
@@ -52,7 +47,7 @@ def find(numbers: Sequence[Number], cell: Cell, metric: str | None = None) -> Nu
         and number.metric == (metric or _metric(cell.protocol) or _TOP1)
         and number.dataset in ("", cell.dataset)
         and (number.target or number.dataset or cell.target) == cell.target
-        and number.arch in ("", *_arch_names(cell.arch))
+        and number.arch in archs
         and _same_size(number, cell)
         and _same_teacher(number, cell)
         and source.paper in (None, number.paper)
@@ -61,17 +56,15 @@ def find(numbers: Sequence[Number], cell: Cell, metric: str | None = None) -> Nu
     ]
     # A number without dataset or arch is from an ablation: it matches only if its table is named.
     if source.table is None:
-        candidates = [number for number in candidates if number.dataset and number.arch]
-        candidates = [number for number in candidates if _same_protocol(number, cell)]
-    names = ("", *_arch_names(cell.arch))
-    return min(candidates, key=lambda number: (bool(number.setting), names.index(number.arch)), default=None)
+        candidates = [n for n in candidates if n.dataset and n.arch and _same_protocol(n, cell)]
+    return min(candidates, key=lambda number: (bool(number.setting), archs.index(number.arch)), default=None)
 
 
 @functools.cache
 def _metric(protocol: str) -> str | None:
     """Return the metric of a protocol's published accuracies; None if no paper has any."""
     if protocol == "nas":
-        return _NAS_METRIC
+        return "nas_top1_accuracy"
     return get_protocol(protocol).published_metric if protocol in protocol_names() else None
 
 
@@ -92,9 +85,7 @@ def _arch_names(arch: str) -> tuple[str, ...]:
 def _same_size(number: Number, cell: Cell) -> bool:
     """Return whether the sizes match; ipc k of K classes equals a budget of k * K images."""
     kind, size = cell.size
-    if number.method in _WHOLE:
-        return cell.source.table is not None
-    if number.ipc is None and number.budget is None:
+    if number.method in _WHOLE or (number.ipc is None and number.budget is None):
         return cell.source.table is not None
     if kind == "ipc":
         return number.ipc == size or (number.ipc is None and number.budget == size * cell.num_classes)
@@ -115,9 +106,8 @@ def _same_teacher(number: Number, cell: Cell) -> bool:
     if not _has_teachers(cell.protocol) or not number.teacher:
         return True
     teacher = cell.teacher or _DEFAULT_TEACHER
-    num_teachers = teacher.count("+") + 1
-    if num_teachers > 1:
-        return number.teacher == f"ensemble of {num_teachers}"
+    if "+" in teacher:
+        return number.teacher == f"ensemble of {teacher.count('+') + 1}"
     return number.teacher in _ARCHS.get(teacher, (teacher,))
 
 
@@ -126,17 +116,12 @@ def compare(number: Number, mean: float, standard_error: float | None) -> dict[s
 
     The standard error of the difference is sqrt(ours^2 + theirs^2). Theirs is std / sqrt(runs); a paper that
     does not state its runs counts as one run, which makes the distance look smaller, never larger. A number
-    printed without a deviation is not exact, so it gets no distance in standard errors.
-
-    Args:
-        number: the published number.
-        mean: our accuracy.
-        standard_error: of our mean; None for a single network.
+    printed without a deviation is not exact, so it gets no distance in standard errors; nor does the mean of
+    a single network, whose `standard_error` is None.
     """
     scale = 0.01 if number.unit == "percent" else 1.0
     theirs = None if number.std is None else scale * number.std
-    difference = mean - scale * number.value
-    error = None
+    difference, error = mean - scale * number.value, None
     if standard_error is not None and theirs is not None:
         error = (standard_error**2 + theirs**2 / _RUNS.get(number.paper, 1)) ** 0.5
     return {

@@ -76,13 +76,7 @@ def prepare(spec: BenchSpec, options: BenchOptions) -> Bench:
 def run_bench(
     bench: Bench, executor: Executor, *, run_dir: Path | None = None, resume: bool = False
 ) -> BenchResult:
-    """Run a bench, or resume one.
-
-    Args:
-        bench: what to run.
-        executor: runs the units and the NAS sweeps.
-        run_dir: the run's folder; None creates a numbered one.
-        resume: continue the run in that folder.
+    """Run a bench, or resume the one in `run_dir`; None creates a numbered folder.
 
     Raises:
         InputError: the folder can't be used.
@@ -91,7 +85,11 @@ def run_bench(
     """
     begin = time.perf_counter()
     options = bench.options
-    run = open_run(run_dir, _config(bench), command="bench", resume=resume)
+    config = {
+        **bench.spec.model_dump(mode="json", exclude={"replaced"}),  # it follows from the scale
+        **{"scale": options.scale, "fingerprints": bench.fingerprints, "device": options.device},
+    }
+    run = open_run(run_dir, config, command="bench", resume=resume)
     if options.retry_failed:
         ledgers = [run.ledger, *(Ledger(sweep.folder(run.folder)) for sweep in bench.sweeps)]
         log.info("running %d crashed units again", sum(map(withdraw_crashes, ledgers)))
@@ -126,13 +124,6 @@ def run_bench(
     )
 
 
-def _config(bench: Bench) -> dict[str, Any]:
-    """Return what must not change when the run is resumed; `replaced` follows from the scale."""
-    spec_values = {name: value for name, value in bench.spec.dump().items() if name != "replaced"}
-    run_values = {"scale": bench.options.scale, "fingerprints": bench.fingerprints}
-    return {**spec_values, **run_values, "device": bench.options.device}
-
-
 def _sweep_cells(
     bench: Bench, run: Run, executor: Executor
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -156,7 +147,7 @@ def _sweep_cells(
             failures.append({"unit": sweep.title, "kind": "nas", "key": "", "reason": reason})
         finally:
             fresh = [row for row in ledger.rows() if row.key not in before]
-            record_sweep_costs(sweep.options.space, sweep.spec.dataset, fresh, bench.options.device)
+            record_sweep_costs(sweep.signature, fresh, bench.options.device)
         for row in ledger.rows():
             if row.status == "failed":
                 where = f"{row.spec['arch']} on {row.spec.get('proxy', 'the whole set')}"

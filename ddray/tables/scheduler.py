@@ -24,16 +24,11 @@ _SHARE: Final = "$DDRAY_HOME must be one folder that all nodes share and that no
 
 
 class UnitScheduler:
-    """Hands out units whose inputs are ready, each once.
-
-    Args:
-        graph: the units.
-        run: the run they belong to.
-        job: what all units share.
-    """
+    """Hands out the units of a run whose inputs are ready, each once."""
 
     def __init__(self, graph: Graph, run: Run, job: BenchJob) -> None:
         self._graph, self._run, self._job = graph, run, job
+        self._row = run.ledger.row
         self._units = {unit.key: unit for unit in graph.units()}
         self._waiting: dict[str, set[str]] = {}
         self._running: set[str] = set()
@@ -47,15 +42,11 @@ class UnitScheduler:
 
     def first(self) -> list[BenchUnit]:
         """Return what can run at the start: missing sets, and missing evaluations of existing sets."""
-        missing_sets, evaluations = [], []
-        for unit in self._graph.distil.values():
-            row = self._row(unit)
-            if row is None:
-                missing_sets.append(unit)
-                continue
-            self.done += 1
-            evaluations += self._missing_evaluations(row)
-        self.done += sum(self._row(unit) is not None for unit in self._graph.evaluate.values())
+        rows = {key: self._sound_row(unit) for key, unit in self._graph.distil.items()}
+        missing_sets = [unit for key, unit in self._graph.distil.items() if rows[key] is None]
+        finished = [row for row in rows.values() if row is not None]
+        evaluations = [unit for row in finished for unit in self._missing_evaluations(row)]
+        self.done += len(finished) + sum(self._row(key) is not None for key in self._graph.evaluate)
         return self._hand_out([*evaluations, *missing_sets])
 
     def after(self, outcome: Outcome) -> list[BenchUnit]:
@@ -86,7 +77,7 @@ class UnitScheduler:
             tries = "" if outcome.attempts == 1 else f"failed {outcome.attempts} times; last: "
             text = f"{tries}{type(outcome.error).__name__}: {outcome.error}"
             self._fail(unit, text, outcome.attempts)
-        row = self._run.ledger.row(unit.key)
+        row = self._row(unit.key)
         if row is None:
             raise DdrayError(f"another process has resumed {self._run.folder}: this one ends")
         self.done += 1
@@ -102,19 +93,17 @@ class UnitScheduler:
 
     def failures(self) -> list[dict[str, Any]]:
         """Return the failed units with their reasons."""
-        rows = ((unit, self._run.ledger.row(key)) for key, unit in self._units.items())
-        return [
-            failure_of(unit.title, row) for unit, row in rows if row is not None and row.status == "failed"
-        ]
+        rows = ((unit.title, self._row(key)) for key, unit in self._units.items())
+        return [failure_of(title, row) for title, row in rows if row is not None and row.status == "failed"]
 
     def skipped(self) -> list[str]:
         """Return the titles of units that could not run because what they need failed."""
-        return [unit.title for unit in self._units.values() if self._run.ledger.row(unit.key) is None]
+        return [unit.title for unit in self._units.values() if self._row(unit.key) is None]
 
-    def _row(self, unit: BenchUnit) -> Row | None:
+    def _sound_row(self, unit: BenchUnit) -> Row | None:
         """Return a unit's row; if its set is still needed but missing or changed, withdraw it."""
-        row = self._run.ledger.row(unit.key)
-        if row is None or row.kind != "distill" or row.status == "failed":
+        row = self._row(unit.key)
+        if row is None or row.status == "failed":
             return row
         is_proxy = any(unit.key in sweep.sets for sweep in self._graph.sweeps)
         is_scored = bool(self._graph.scored_from(unit.key)) and not self._missing_evaluations(row)
@@ -137,7 +126,7 @@ class UnitScheduler:
             self._fail(evaluation, f"its set {path} is damaged again and again, or not the same on all nodes")
             self.done += 1
             return []
-        row = self._run.ledger.row(source.key)
+        row = self._row(source.key)
         if row is not None and (row.status == "failed" or is_sound(self._run.folder, row)):
             return self._missing_evaluations(row)
         if row is not None:
@@ -148,19 +137,14 @@ class UnitScheduler:
     def _missing_evaluations(self, row: Row) -> list[BenchUnit]:
         """Return the evaluations of a set that have no row; none if the set failed."""
         evaluations = [] if row.status == "failed" else self._graph.scored_from(row.key)
-        return [unit for unit in evaluations if self._run.ledger.row(unit.key) is None]
+        return [unit for unit in evaluations if self._row(unit.key) is None]
 
     def _wait(self, asker: BenchUnit, needs: Needs) -> list[BenchUnit]:
         """Let a unit wait for its pool entries; return those that no worker is training yet."""
         self._repeats[asker.key] += 1
-        blocked: dict[str, BenchUnit] = {}
-        for spec in needs.specs:
-            unit = pool_unit(asker, spec)
-            unit = self._units.get(unit.key, unit)
-            if not has_entry(spec):
-                blocked[unit.key] = unit
-        again = replace(asker, waited=True)
-        self._units[asker.key] = again
+        missing = [pool_unit(asker, spec) for spec in needs.specs if not has_entry(spec)]
+        blocked = {unit.key: self._units.get(unit.key, unit) for unit in missing}
+        again = self._units[asker.key] = replace(asker, waited=True)
         if self._repeats[asker.key] > _MAX_POOL_REQUESTS:
             self._fail(asker, f"the pool has trained what it asks for, but no longer has it: {_SHARE}")
             self.done += 1
@@ -174,7 +158,7 @@ class UnitScheduler:
         """Register a missing entry; return whether to train it. After a few times it fails."""
         if unit.key in self._running:  # still running
             return False
-        row = self._run.ledger.row(unit.key)
+        row = self._row(unit.key)
         if unit.key not in self._units:
             self._units[unit.key] = unit
             self.total += 1
@@ -194,16 +178,15 @@ class UnitScheduler:
 
     def _unblocked(self, key: str) -> list[BenchUnit]:
         """Return the units for which this was the last missing entry; if it failed, they keep waiting."""
-        row = self._run.ledger.row(key)
+        row = self._row(key)
         if row is None or row.status == "failed":
             return []
-        unblocked = []
-        for asker, blocked in list(self._waiting.items()):
+        for blocked in self._waiting.values():
             blocked.discard(key)
-            if not blocked:
-                del self._waiting[asker]
-                unblocked.append(self._units[asker])
-        return unblocked
+        ready = [asker for asker, blocked in self._waiting.items() if not blocked]
+        for asker in ready:
+            del self._waiting[asker]
+        return [self._units[asker] for asker in ready]
 
 
 def withdraw_crashes(ledger: Ledger) -> int:

@@ -257,12 +257,10 @@ class BenchSpec(Config):
 
 
 def read_spec(source: Path | Mapping[str, Any], scale: str = "paper") -> BenchSpec:
-    """Read a bench file at a scale.
+    """Read a bench file (or take what it would hold) at a scale.
 
-    Args:
-        source: the YAML file, or what it would hold.
-        scale: `paper` takes the file as written; `cpu` and `smoke` put limits on it, then the file's own
-            `scales: {<scale>: ...}` is merged over it.
+    `paper` takes the file as written; `cpu` and `smoke` put limits on it, then the file's own
+    `scales: {<scale>: ...}` is merged over it.
 
     Raises:
         InputError: the file or a value is bad, or there is no such scale.

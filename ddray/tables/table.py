@@ -18,11 +18,7 @@ _REPORTED: Final = ("arch", "accuracy_mean", "accuracy_std", "per_seed", "num_im
 def cells_of(cells: Iterable[Cell], row_of: Callable[[str], Row | None]) -> list[dict[str, Any]]:
     """Return the command's cells (docs/architecture.md, Commands) with the keys of their sets.
 
-    Cells that have no scored set are left out.
-
-    Args:
-        cells: the table's cells.
-        row_of: returns the row of a key.
+    `row_of` returns the row of a key. Cells that have no scored set are left out.
     """
     scored_cells = []
     for cell in cells:

@@ -59,19 +59,15 @@ class Needs:
 
 @dataclass(frozen=True)
 class Damaged:
-    """Returned by an evaluation whose set is not the one in the ledger: distil it again."""
-
-
-class _DamagedError(Exception):
-    """Raised by an evaluation whose set is missing or damaged."""
+    """Returned by an evaluation whose set is missing, or not the one in the ledger: distil it again."""
 
 
 class _MissingError(Exception):
-    """Raised inside a method's setup when it asks for pool entries that do not exist yet."""
+    """Raised inside a unit that can't run yet; `missing` is what `run_unit` returns for it."""
 
-    def __init__(self, specs: Sequence[PoolSpec]) -> None:
-        super().__init__(f"{len(specs)} entries of the pool are missing")
-        self.specs = tuple(specs)
+    def __init__(self, missing: Needs | Damaged) -> None:
+        super().__init__(missing)
+        self.missing = missing
 
 
 @dataclass
@@ -90,7 +86,7 @@ class StoredPool:
         """Return the entries of `specs`, in order."""
         missing = [spec for spec in specs if self.pool is None or not has_entry(spec)]
         if self.pool is None or missing:
-            raise _MissingError(missing)
+            raise _MissingError(Needs(tuple(missing)))
         self.used += [spec.key for spec in specs]
         return self.pool.get(specs)
 
@@ -120,8 +116,8 @@ def predict_pool_specs(plan: Plan) -> tuple[PoolSpec, ...] | None:
         if declared := declared_specs(stand_in_plan, ctx):
             return tuple(declared)
         make_distiller(stand_in_plan).setup(replace(ctx, pool=StoredPool(None)))
-    except _MissingError as missing:
-        return missing.specs
+    except _MissingError as error:
+        return error.missing.specs if isinstance(error.missing, Needs) else None
     except Exception:  # a method may need real images before it asks
         return None
     return ()
@@ -136,15 +132,13 @@ def run_unit(job: BenchJob, unit: BenchUnit) -> Needs | Damaged | None:
     ledger = Ledger(job.run_dir)
     if ledger.row(unit.key) is not None:
         return None
-    event_fields = {"reason": "its networks are there"} if unit.waited else {}
-    ledger.begin(unit.identity, epoch=job.epoch, title=unit.title, **event_fields)
+    reason = {"reason": "its networks are there"} if unit.waited else {}
+    ledger.begin(unit.identity, epoch=job.epoch, title=unit.title, **reason)
     begin = time.perf_counter()
     try:
         result = _TASKS[unit.kind](job, unit)
-    except _MissingError as missing:
-        return Needs(missing.specs)
-    except _DamagedError:
-        return Damaged()
+    except _MissingError as error:
+        return error.missing
     except DivergedError as error:
         publish(ledger, job, unit, {}, time.perf_counter() - begin, error=str(error))
         return None
@@ -278,7 +272,7 @@ def _evaluate(job: BenchJob, unit: BenchUnit) -> dict[str, Any]:
     source = unit.identity.inputs[0]
     set_row = Ledger(job.run_dir).row(source)
     if set_row is None or not is_sound(job.run_dir, set_row):
-        raise _DamagedError
+        raise _MissingError(Damaged())
     options = EvaluateOptions.parse({**unit.options, "data_dir": job.data_dir})
     path = job.run_dir / artifact_name(source)
     values = scoring.evaluate(path, options, device=torch.device(job.device)).dump()

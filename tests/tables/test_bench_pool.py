@@ -115,7 +115,8 @@ def test_an_asking_pool_gives_what_is_there_and_names_the_rest(toy: Any, planned
     object.__setattr__(ctx, "pool", asking)
     with pytest.raises(bench_worker._MissingError) as missing:
         method.setup(ctx)
-    (missing_spec,) = missing.value.specs
+    assert isinstance(missing.value.missing, bench_worker.Needs)
+    (missing_spec,) = missing.value.missing.specs
     asking.pool.get([missing_spec])
     method.setup(ctx)
     assert asking.used == [missing_spec.key]
