@@ -29,19 +29,14 @@ _CHUNK: Final = 128
 class Plane:
     """t-SNE points of real and distilled images, embedded together.
 
-    Attributes:
-        real: [N, 2].
-        real_labels: [N].
-        distilled: (row label, points [M, 2], classes [M]) per set; class -1 for sets without labels.
-        network: description of the embedding network.
-        class_names: one per label.
+    `distilled` has (row label, points [M, 2], classes [M]) per set; the class is -1 in sets without labels.
     """
 
-    real: Tensor
-    real_labels: Tensor
+    real: Tensor  # [N, 2]
+    real_labels: Tensor  # [N]
     distilled: tuple[tuple[str, Tensor, Tensor], ...]
-    network: str
-    class_names: tuple[str, ...]
+    network: str  # description of the embedding network
+    class_names: tuple[str, ...]  # one per label
 
 
 def make_plane(dataset: Dataset, sets: Sequence[SetView], *, seed: int = 0) -> Plane | None:

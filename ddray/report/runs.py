@@ -34,27 +34,16 @@ def grouped(items: Iterable[Item], key: Callable[[Item], Any]) -> dict[Any, list
 
 @dataclass(frozen=True)
 class SetView:
-    """One distilled set of a run.
+    """One distilled set of a run."""
 
-    Attributes:
-        label: its row in the table.
-        method: the method's name.
-        dataset: what was distilled.
-        size: such as `ipc 10`.
-        seed: of the distillation; None if unknown.
-        path: the file.
-        losses: (step, loss) pairs; empty if none were recorded.
-        wall_s: seconds of the distillation; None if unknown.
-    """
-
-    label: str
+    label: str  # its row in the table
     method: str
-    dataset: str
-    size: str
-    seed: int | None
+    dataset: str  # what was distilled
+    size: str  # such as `ipc 10`
+    seed: int | None  # of the distillation; None if unknown
     path: Path
-    losses: tuple[tuple[int, float], ...]
-    wall_s: float | None
+    losses: tuple[tuple[int, float], ...]  # (step, loss) pairs; empty if none were recorded
+    wall_s: float | None  # seconds of the distillation; None if unknown
 
     @property
     def group(self) -> str:
@@ -76,39 +65,22 @@ class SetView:
 
 @dataclass(frozen=True)
 class RunView:
-    """One run.
-
-    Attributes:
-        folder: of the run.
-        command: distill, tune, nas or bench.
-        config: config.yaml.
-        config_text: the same as text.
-        environment: environment.json of the first start.
-        continued: the environments of later starts.
-        rows: the ledger's rows, by key.
-        events: number of events of each kind.
-        hosts: number of units that each machine finished.
-        cells: the table's cells, as in the command's JSON.
-        failures: units that failed: `{"unit", "kind", "key", "reason"}`.
-        skipped: units that could not run because of them.
-        sets: distilled sets, one per row, dataset, size and seed.
-        corrupt: damaged files that were set aside.
-    """
+    """One run."""
 
     folder: Path
-    command: str
-    config: Mapping[str, Any]
-    config_text: str
-    environment: Mapping[str, Any]
-    continued: tuple[Mapping[str, Any], ...]
-    rows: tuple[Row, ...]
-    events: Mapping[str, int]
-    hosts: Mapping[str, int]
-    cells: tuple[Mapping[str, Any], ...]
-    failures: tuple[Mapping[str, Any], ...]
-    skipped: tuple[str, ...]
-    sets: tuple[SetView, ...]
-    corrupt: tuple[str, ...]
+    command: str  # distill, tune, nas or bench
+    config: Mapping[str, Any]  # config.yaml
+    config_text: str  # the same as text
+    environment: Mapping[str, Any]  # environment.json of the first start
+    continued: tuple[Mapping[str, Any], ...]  # the environments of later starts
+    rows: tuple[Row, ...]  # the ledger's rows, by key
+    events: Mapping[str, int]  # number of events of each kind
+    hosts: Mapping[str, int]  # number of units that each machine finished
+    cells: tuple[Mapping[str, Any], ...]  # the table's cells, as in the command's JSON
+    failures: tuple[Mapping[str, Any], ...]  # units that failed: `{"unit", "kind", "key", "reason"}`
+    skipped: tuple[str, ...]  # units that could not run because of them
+    sets: tuple[SetView, ...]  # distilled sets, one per row, dataset, size and seed
+    corrupt: tuple[str, ...]  # damaged files that were set aside
 
     @property
     def title(self) -> str:

@@ -15,21 +15,16 @@ Entry = Mapping[str, Any]
 class Column:
     """One column.
 
-    Attributes:
-        header: its title for people.
-        name: of its value, by which people sort, in a cell or in what `_flat` adds to it.
-        format: the value as people read it, from such a cell that has one; default: as it is.
-        kind: `name` tells what a row is, `setting` how it was evaluated, `number` what came out.
-        csv: names of its values in table.csv; what no column has follows by name.
-        note: where the value is from.
+    `format` gets a cell that has a value, with what `_flat` adds; without it, the value is shown as is. The
+    kind `name` tells what a row is, `setting` how it was evaluated, `number` what came out.
     """
 
-    header: str
-    name: str
-    format: Callable[[Entry], str] | None = None
+    header: str  # its title for people
+    name: str  # of its value, by which people sort, in a cell or in what `_flat` adds to it
+    format: Callable[[Entry], str] | None = None  # the value as people read it
     kind: Literal["name", "setting", "number"] = "number"
-    csv: tuple[str, ...] = ()
-    note: Callable[[Entry], str] | None = None
+    csv: tuple[str, ...] = ()  # names of its values in table.csv; what no column has follows by name
+    note: Callable[[Entry], str] | None = None  # where the value is from
 
     def value(self, entry: Entry) -> Any:
         """Return a cell's value; None if the cell has none."""

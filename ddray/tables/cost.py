@@ -31,15 +31,11 @@ _MATCHES = {"pool": (3,), "distill": (3, 2), "nas": (3, 2), "evaluate": (3, 2, 1
 class Estimate:
     """Seconds that a unit is expected to take.
 
-    Attributes:
-        wall_s: None if nothing similar was ever finished here.
-        units: how many past units it is based on.
-        is_from_smaller: whether all of them were far smaller; their start-up time then counts as work, so the
-            estimate is an upper bound.
+    If all past units were far smaller, their start-up time counts as work: it is an upper bound.
     """
 
-    wall_s: float | None
-    units: int
+    wall_s: float | None  # None if nothing similar was ever finished here
+    units: int  # how many past units it is based on
     is_from_smaller: bool = False
 
 

@@ -34,21 +34,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Bench:
-    """A bench with a resolved table.
-
-    Attributes:
-        spec: the table.
-        options: how it is run.
-        graph: its units.
-        sweeps: its NAS sweeps.
-        fingerprints: its datasets' fingerprints, by name.
-    """
+    """A bench with a resolved table."""
 
     spec: BenchSpec
-    options: BenchOptions
+    options: BenchOptions  # how it is run
     graph: Graph
     sweeps: list[NasSweep]
-    fingerprints: dict[str, str]
+    fingerprints: dict[str, str]  # its datasets' fingerprints, by name
 
 
 def prepare(spec: BenchSpec, options: BenchOptions) -> Bench:
@@ -166,10 +158,7 @@ def _loop(
     units = scheduler.first()
     if not units:
         return
-    with (
-        progress("bench", scheduler.total, start=scheduler.done) as show,
-        executor.workers() as workers,
-    ):
+    with progress("bench", scheduler.total, start=scheduler.done) as show, executor.workers() as workers:
         for outcome in workers.run(
             tasks(units), timeout_s=timeout_s, follow=lambda outcome: tasks(scheduler.after(outcome))
         ):

@@ -13,39 +13,22 @@ from ddray.tables.spec import EvaluateSpec, PublishedSource
 
 @dataclass(frozen=True)
 class BenchUnit:
-    """One unit and what a worker needs to run it.
+    """One unit and what a worker needs to run it."""
 
-    Attributes:
-        identity: the ledger's unit.
-        title: shown to people, such as `dm digits ipc 1 seed 0`.
-        method: the method's name.
-        dataset: name or path of the dataset that is distilled.
-        size: (`ipc` or `budget`, images per class or images of storage).
-        ipc: images per class; with a budget, the budget's share per class.
-        budget: images of storage, for methods that ignore classes; None otherwise.
-        seed: the distillation's seed.
-        config: the method's resolved configuration as plain values.
-        amount: expected work, in arbitrary units that are the same for all units of a kind.
-        val_seed: seed of the val tenth left out of train; None distils from all of train.
-        options: an evaluation's, as `EvaluateOptions` takes them.
-        pool: a pool unit's spec.
-        waited: whether the unit was started before and then waited for pool networks.
-    """
-
-    identity: Unit
-    title: str
-    method: str
-    dataset: str
-    size: tuple[str, int]
-    ipc: int
-    budget: int | None
-    seed: int
-    config: Mapping[str, Any]
-    amount: float
-    val_seed: int | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-    pool: PoolSpec | None = None
-    waited: bool = False
+    identity: Unit  # the ledger's unit
+    title: str  # shown to people, such as `dm digits ipc 1 seed 0`
+    method: str  # the method's name
+    dataset: str  # name or path of the dataset that is distilled
+    size: tuple[str, int]  # (`ipc` or `budget`, images per class or images of storage)
+    ipc: int  # images per class; with a budget, the budget's share per class
+    budget: int | None  # images of storage, for methods that ignore classes; None otherwise
+    seed: int  # the distillation's seed
+    config: Mapping[str, Any]  # the method's resolved configuration as plain values
+    amount: float  # expected work, in arbitrary units that are the same for all units of a kind
+    val_seed: int | None = None  # seed of the val tenth left out of train; None distils from all of train
+    options: Mapping[str, Any] = field(default_factory=dict)  # an evaluation's, for `EvaluateOptions`
+    pool: PoolSpec | None = None  # a pool unit's spec
+    waited: bool = False  # whether the unit was started before and then waited for pool networks
 
     @property
     def key(self) -> str:
@@ -89,19 +72,12 @@ class Cell(Config):
 
 @dataclass(frozen=True)
 class SweepSpec:
-    """A NAS sweep of the table: the sets of one dataset and size as its proxies.
+    """A NAS sweep of the table: the sets of one dataset and size as its proxies."""
 
-    Attributes:
-        evaluation_index: which of the table's evaluations.
-        evaluate: that evaluation.
-        dataset: name or path of what was distilled.
-        cells: one for each row.
-    """
-
-    evaluation_index: int
+    evaluation_index: int  # which of the table's evaluations
     evaluate: EvaluateSpec
-    dataset: str
-    cells: tuple[Cell, ...]
+    dataset: str  # name or path of what was distilled
+    cells: tuple[Cell, ...]  # one for each row
 
     @property
     def sets(self) -> list[str]:
@@ -116,21 +92,13 @@ class SweepSpec:
 
 @dataclass(frozen=True)
 class Graph:
-    """All units of a bench.
+    """All units of a bench."""
 
-    Attributes:
-        distil: by key, the most expensive first.
-        evaluate: by key, in the table's order.
-        cells: the table's cells, in order.
-        sweeps: its NAS sweeps, which have ledgers of their own.
-        plans: the plan of every distillation, by key.
-    """
-
-    distil: dict[str, BenchUnit]
-    evaluate: dict[str, BenchUnit]
-    cells: tuple[Cell, ...]
-    sweeps: tuple[SweepSpec, ...]
-    plans: dict[str, Plan]
+    distil: dict[str, BenchUnit]  # by key, the most expensive first
+    evaluate: dict[str, BenchUnit]  # by key, in the table's order
+    cells: tuple[Cell, ...]  # the table's cells, in order
+    sweeps: tuple[SweepSpec, ...]  # its NAS sweeps, which have ledgers of their own
+    plans: dict[str, Plan]  # the plan of every distillation, by key
 
     def units(self) -> list[BenchUnit]:
         """Return every unit known before the run; pool units turn up during it."""

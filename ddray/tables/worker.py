@@ -35,19 +35,12 @@ _MAX_BLANK = 2**26  # values: above this, blank images would take too much memor
 
 @dataclass(frozen=True)
 class BenchJob:
-    """What every unit of a bench shares.
+    """What every unit of a bench shares."""
 
-    Attributes:
-        run_dir: absolute path of the run.
-        epoch: run epoch to publish under.
-        data_dir: where datasets are; None is $DDRAY_DATA.
-        device: `cpu` or `cuda`.
-    """
-
-    run_dir: Path
-    epoch: int
-    data_dir: Path | None
-    device: str
+    run_dir: Path  # absolute path of the run
+    epoch: int  # run epoch to publish under
+    data_dir: Path | None  # where datasets are; None is $DDRAY_DATA
+    device: str  # `cpu` or `cuda`
 
 
 @dataclass(frozen=True)
@@ -72,15 +65,10 @@ class _MissingError(Exception):
 
 @dataclass
 class StoredPool:
-    """A pool that trains nothing: it returns existing entries, and raises naming the missing ones.
+    """A pool that trains nothing: it returns existing entries, and raises naming the missing ones."""
 
-    Attributes:
-        pool: where the entries come from; None has none.
-        used: keys of the returned entries, in order.
-    """
-
-    pool: ModelPool | None
-    used: list[str] = field(default_factory=list)
+    pool: ModelPool | None  # where the entries come from; None has none
+    used: list[str] = field(default_factory=list)  # keys of the returned entries, in order
 
     def get(self, specs: Sequence[PoolSpec]) -> list[PoolEntry]:
         """Return the entries of `specs`, in order."""
