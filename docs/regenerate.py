@@ -17,7 +17,6 @@ from ddray.evaluation.published import read_numbers
 from ddray.methods import REGISTRY, get_method
 from ddray.runs.results import flatten
 from ddray.tables.published import find
-from ddray.tables.spec import PublishedSource
 from ddray.tables.units import Cell
 
 HERE = Path(__file__).resolve().parent
@@ -150,10 +149,6 @@ def _numbers(method: str, protocol: str, arch: str) -> Iterator[str]:
             arch=arch,
             target=dataset,
             teacher="resnet18" if protocol == "soft" else None,
-            augment=None,
-            settings=None,
-            keys=(),
-            source=PublishedSource(),
         )
         number = find(read_numbers(), cell)
         if number is not None:

@@ -138,20 +138,15 @@ def _limited(spec: BenchSpec, row: MethodSpec, dataset: Dataset, size: tuple[str
             raise InputError(f"row {row.row}: {error}") from error
 
     plan, limits = resolved(), spec.limits
-    settings = plan.config.method.dump()
-    batch = {"batch_real": limits.batch_real}
+    config = plan.config.dump()
     lower: dict[str, Any] = {
         "method": merge(
-            _lowered(settings, "steps", limits.steps),
-            _lowered(settings, "epochs", limits.epochs),
-            batch if _is_above(settings.get("batch_real"), limits.batch_real) else {},
+            _lowered(config["method"], "steps", limits.steps),
+            _lowered(config["method"], "epochs", limits.epochs),
+            _exceeded(config["method"], batch_real=limits.batch_real),
         ),
-        "evaluate": {
-            name: limit
-            for name, limit in (("epochs", limits.epochs), ("seeds", limits.networks))
-            if _is_above(getattr(plan.config.evaluate, name), limit)
-        },
-        **({"steps": limits.steps} if _is_above(plan.config.steps, limits.steps) else {}),
+        "evaluate": _exceeded(config["evaluate"], epochs=limits.epochs, seeds=limits.networks),
+        **_exceeded(config, steps=limits.steps),
     }
     return plan if lower == {"method": {}, "evaluate": {}} else resolved(lower)
 
@@ -165,6 +160,11 @@ def _lowered(settings: Mapping[str, Any], word: str, limit: int | None) -> dict[
         elif word in name.split("_") and _is_above(value, limit):
             lower[name] = limit
     return lower
+
+
+def _exceeded(settings: Mapping[str, Any], **limits: int | None) -> dict[str, Any]:
+    """Return the limits that the settings of these names exceed."""
+    return {name: limit for name, limit in limits.items() if _is_above(settings.get(name), limit)}
 
 
 def _is_above(value: Any, limit: int | None) -> bool:

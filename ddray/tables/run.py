@@ -22,7 +22,7 @@ from ddray.tables.cost import record_cost, record_sweep_costs
 from ddray.tables.graph import build_graph
 from ddray.tables.nas_table import NasSweep, resolve_sweeps, score_sweep
 from ddray.tables.options import BenchOptions
-from ddray.tables.result import BenchResult
+from ddray.tables.result import BenchCell, BenchResult
 from ddray.tables.scheduler import UnitScheduler, withdraw_crashes
 from ddray.tables.spec import BenchSpec
 from ddray.tables.table import cells_of, drop_scaled_differences, failure_of, write_table
@@ -103,16 +103,14 @@ def run_bench(
     if not cells:
         reasons = sorted({str(failure["reason"]) for failure in failures}) or ["no unit was run"]
         raise DdrayError(f"no cell of the table was scored: {'; '.join(reasons)[:400]}")
-    return BenchResult.parse(
-        {
-            "name": bench.spec.name,
-            "run_dir": str(run.folder),
-            "cells": bare_cells,
-            "num_failed": len(failures),
-            "failures": failures,
-            "skipped": skipped,
-            "wall_s": time.perf_counter() - begin,
-        }
+    return BenchResult(
+        name=bench.spec.name,
+        run_dir=str(run.folder),
+        cells=[BenchCell.parse(cell) for cell in bare_cells],
+        num_failed=len(failures),
+        failures=failures,
+        skipped=skipped,
+        wall_s=time.perf_counter() - begin,
     )
 
 
@@ -164,5 +162,5 @@ def _loop(
         ):
             row = run.ledger.row(outcome.key)
             if row is not None:
-                record_cost(scheduler.unit(outcome.key), row, job.device)
-            show(scheduler.done, scheduler.unit(outcome.key).title, total=scheduler.total)
+                record_cost(scheduler.units[outcome.key], row, job.device)
+            show(scheduler.done, scheduler.units[outcome.key].title, total=scheduler.total)

@@ -24,21 +24,17 @@ _SHARE: Final = "$DDRAY_HOME must be one folder that all nodes share and that no
 
 
 class UnitScheduler:
-    """Hands out the units of a run whose inputs are ready, each once."""
+    """Hands out the units of a run whose inputs are ready, each once; pool units join them during the run."""
 
     def __init__(self, graph: Graph, run: Run, job: BenchJob) -> None:
         self._graph, self._run, self._job = graph, run, job
         self._row = run.ledger.row
-        self._units = {unit.key: unit for unit in graph.units()}
+        self.units = {unit.key: unit for unit in graph.units()}
         self._waiting: dict[str, set[str]] = {}
         self._running: set[str] = set()
         self._repeats: Counter[str] = Counter()
         self.done = 0
-        self.total = len(self._units)
-
-    def unit(self, key: str) -> BenchUnit:
-        """Return a unit by its key."""
-        return self._units[key]
+        self.total = len(self.units)
 
     def first(self) -> list[BenchUnit]:
         """Return what can run at the start: missing sets, and missing evaluations of existing sets."""
@@ -66,7 +62,7 @@ class UnitScheduler:
         return list(fresh.values())
 
     def _next(self, outcome: Outcome) -> list[BenchUnit]:
-        unit = self._units[outcome.key]
+        unit = self.units[outcome.key]
         if isinstance(outcome.error, StorageError):
             raise outcome.error  # no row: --resume runs it once there is space
         if isinstance(outcome.value, Needs):
@@ -93,12 +89,12 @@ class UnitScheduler:
 
     def failures(self) -> list[dict[str, Any]]:
         """Return the failed units with their reasons."""
-        rows = ((unit.title, self._row(key)) for key, unit in self._units.items())
+        rows = ((unit.title, self._row(key)) for key, unit in self.units.items())
         return [failure_of(title, row) for title, row in rows if row is not None and row.status == "failed"]
 
     def skipped(self) -> list[str]:
         """Return the titles of units that could not run because what they need failed."""
-        return [unit.title for unit in self._units.values() if self._row(unit.key) is None]
+        return [unit.title for unit in self.units.values() if self._row(unit.key) is None]
 
     def _sound_row(self, unit: BenchUnit) -> Row | None:
         """Return a unit's row; if its set is still needed but missing or changed, withdraw it."""
@@ -119,7 +115,7 @@ class UnitScheduler:
 
     def _redistil(self, evaluation: BenchUnit) -> list[BenchUnit]:
         """Return the units that replace an evaluation's damaged set; after a few times, it fails."""
-        source = self._units[evaluation.identity.inputs[0]]
+        source = self.units[evaluation.identity.inputs[0]]
         self._repeats[evaluation.key] += 1
         if self._repeats[evaluation.key] > _MAX_REPEATS:
             path = self._run.folder / artifact_name(source.key)
@@ -143,8 +139,8 @@ class UnitScheduler:
         """Let a unit wait for its pool entries; return those that no worker is training yet."""
         self._repeats[asker.key] += 1
         missing = [pool_unit(asker, spec) for spec in needs.specs if not has_entry(spec)]
-        blocked = {unit.key: self._units.get(unit.key, unit) for unit in missing}
-        again = self._units[asker.key] = replace(asker, waited=True)
+        blocked = {unit.key: self.units.get(unit.key, unit) for unit in missing}
+        again = self.units[asker.key] = replace(asker, waited=True)
         if self._repeats[asker.key] > _MAX_POOL_REQUESTS:
             self._fail(asker, f"the pool has trained what it asks for, but no longer has it: {_SHARE}")
             self.done += 1
@@ -159,8 +155,8 @@ class UnitScheduler:
         if unit.key in self._running:  # still running
             return False
         row = self._row(unit.key)
-        if unit.key not in self._units:
-            self._units[unit.key] = unit
+        if unit.key not in self.units:
+            self.units[unit.key] = unit
             self.total += 1
             self.done += row is not None
         if row is None:
@@ -186,7 +182,7 @@ class UnitScheduler:
         ready = [asker for asker, blocked in self._waiting.items() if not blocked]
         for asker in ready:
             del self._waiting[asker]
-        return [self._units[asker] for asker in ready]
+        return [self.units[asker] for asker in ready]
 
 
 def withdraw_crashes(ledger: Ledger) -> int:
