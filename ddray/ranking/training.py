@@ -30,8 +30,7 @@ _PROBE_STEPS = 6
 
 def train_seeds(
     nets: Sequence[Net],
-    images: Tensor,
-    labels: Tensor,
+    train_set: tuple[Tensor, Tensor],
     recipe: NasRecipe,
     *,
     seeds: Sequence[int],
@@ -42,19 +41,16 @@ def train_seeds(
 ) -> str:
     """Train networks of one architecture with different weights in place; they end in eval mode.
 
-    `images` are float32 [N, C, H, W] in channels_last on the networks' device, `labels` int64 [N]. `seeds`,
-    one per network, determine batch order and augmentation (`dsa` None: there is none). `num_steps` defaults
-    to the recipe's epochs. `shuffle` False reproduces an unshuffled loader (`--compat dcbench`). `mode`:
-    `loop` one network after another, `fused` all at once, `auto` by a probe on CUDA, else `loop`. The mode
-    taken is returned, with `+graph` where a CUDA graph ran.
+    `train_set` is images, float32 [N, C, H, W] in channels_last, and labels, int64 [N], on the networks'
+    device. `seeds`, one per network, determine batch order and augmentation (`dsa` None: there is none).
+    `num_steps` defaults to the recipe's epochs. `shuffle` False reproduces an unshuffled loader (`--compat
+    dcbench`). `mode`: `loop` one network after another, `fused` all at once, `auto` by a probe on CUDA, else
+    `loop`. The mode taken is returned, with `+graph` where a CUDA graph ran.
     """
+    images, labels = train_set
     total = num_steps or recipe.num_steps(len(labels))
-    optimizer = partial(
-        torch.optim.SGD,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-        nesterov=recipe.nesterov and recipe.momentum > 0,
-    )
+    settings = {"momentum": recipe.momentum, "weight_decay": recipe.weight_decay}
+    optimizer = partial(torch.optim.SGD, **settings, nesterov=recipe.nesterov and recipe.momentum > 0)
     rule = Rule(F.cross_entropy, optimizer, recipe.clip, bf16=recipe.precision == "bf16")
     order = Order(len(labels), recipe.batch, shuffle=shuffle)
 

@@ -140,7 +140,13 @@ class Workbench:
         dsa = dsa_for(data.can_flip) if recipe.augment == "dsa" else None
         num_steps = task.num_steps or recipe.num_steps(len(labels))
         mode = train_seeds(
-            nets, images, labels, recipe, seeds=task.seeds, dsa=dsa, num_steps=num_steps, shuffle=task.shuffle
+            nets,
+            (images, labels),
+            recipe,
+            seeds=task.seeds,
+            dsa=dsa,
+            num_steps=num_steps,
+            shuffle=task.shuffle,
         )
         results = []
         for net in nets:

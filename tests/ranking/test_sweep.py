@@ -291,8 +291,8 @@ def test_every_dcbench_bug_makes_another_network(
     """For files and image baselines; early stopping is not part of the harness."""
     trained: list[torch.Tensor] = []
 
-    def spy(nets: Sequence[Net], images: torch.Tensor, *rest: Any, **options: Any) -> str:
-        mode = train_seeds(nets, images, *rest, **options)
+    def spy(nets: Sequence[Net], *rest: Any, **options: Any) -> str:
+        mode = train_seeds(nets, *rest, **options)
         trained.append(nets[0](torch.linspace(-1, 1, 256).view(1, 1, 16, 16).expand(4, 1, 16, 16)).detach())
         return mode
 

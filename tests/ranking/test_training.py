@@ -49,7 +49,7 @@ def test_a_loop_is_torchs_own_sgd(nesterov: bool, shuffle: bool) -> None:
     images, labels = blobs()
     recipe = NasRecipe(epochs=3, batch=16, lr=0.05, lr_min=0.01, augment="none", nesterov=nesterov)
     (ours,) = build("convnet2_w8_bn", [0])
-    train_seeds([ours], images, labels, recipe, seeds=[5], dsa=None, shuffle=shuffle)
+    train_seeds([ours], (images, labels), recipe, seeds=[5], dsa=None, shuffle=shuffle)
 
     (plain,) = build("convnet2_w8_bn", [0])
     plain.to(memory_format=torch.channels_last).train()
@@ -79,7 +79,7 @@ def test_fused_seeds_are_the_loops_networks(arch: str) -> None:
     trained = {}
     for mode in ("loop", "fused"):
         nets = build(arch, seeds)
-        used_mode = train_seeds(nets, images, labels, recipe, seeds=seeds, dsa=dsa_for(True), mode=mode)
+        used_mode = train_seeds(nets, (images, labels), recipe, seeds=seeds, dsa=dsa_for(True), mode=mode)
         assert used_mode == mode
         trained[mode] = torch.stack([weights(net) for net in nets])
     torch.testing.assert_close(trained["fused"], trained["loop"], rtol=2e-3, atol=2e-4)
@@ -92,7 +92,7 @@ def test_training_learns_and_repeats_itself() -> None:
     trained = []
     for _ in range(2):
         (net,) = build("convnet2_w8", [0])
-        train_seeds([net], images, labels, recipe, seeds=[1], dsa=dsa_for(True))
+        train_seeds([net], (images, labels), recipe, seeds=[1], dsa=dsa_for(True))
         trained.append(weights(net))
         assert share_right(net, images, labels, lambda part: part, images.device) > 0.87
     assert torch.equal(*trained)
@@ -103,7 +103,7 @@ def test_the_batch_order_depends_on_the_seed_alone() -> None:
     recipe = NasRecipe(epochs=2, batch=16, augment="none")
     nets = build("convnet1_w8", [0, 0, 0])
     for net, seed in zip(nets, (1, 1, 2), strict=True):
-        train_seeds([net], images, labels, recipe, seeds=[seed], dsa=None)
+        train_seeds([net], (images, labels), recipe, seeds=[seed], dsa=None)
     assert torch.equal(weights(nets[0]), weights(nets[1]))
     assert not torch.equal(weights(nets[0]), weights(nets[2]))
 
@@ -112,9 +112,9 @@ def test_steps_end_a_training_early() -> None:
     images, labels = blobs()
     recipe = NasRecipe(epochs=50, batch=16, augment="none", lr=0.05)
     (stopped,) = build("convnet1_w8", [0])
-    train_seeds([stopped], images, labels, recipe, seeds=[0], dsa=None, num_steps=6)
+    train_seeds([stopped], (images, labels), recipe, seeds=[0], dsa=None, num_steps=6)
     (whole,) = build("convnet1_w8", [0])
-    train_seeds([whole], images, labels, recipe.model_copy(update={"epochs": 2}), seeds=[0], dsa=None)
+    train_seeds([whole], (images, labels), recipe.model_copy(update={"epochs": 2}), seeds=[0], dsa=None)
     assert torch.equal(weights(stopped), weights(whole)), (
         "6 steps are 2 epochs of 3 batches, at the same rates"
     )
@@ -124,9 +124,9 @@ def test_parts_of_a_batch_give_the_whole_batchs_gradient() -> None:
     images, labels = blobs(200)
     recipe = NasRecipe(epochs=2, batch=200, augment="none", lr=0.05)
     (ours,) = build("convnet2_w8", [0])
-    train_seeds([ours], images, labels, recipe, seeds=[0], dsa=None)
+    train_seeds([ours], (images, labels), recipe, seeds=[0], dsa=None)
     (fused,) = build("convnet2_w8", [0])
-    train_seeds([fused], images, labels, recipe, seeds=[0], dsa=None, mode="fused")
+    train_seeds([fused], (images, labels), recipe, seeds=[0], dsa=None, mode="fused")
     torch.testing.assert_close(weights(ours), weights(fused), rtol=1e-4, atol=1e-6)
 
 
@@ -135,7 +135,7 @@ def test_clipping_bounds_the_first_move() -> None:
     recipe = NasRecipe(epochs=1, batch=40, augment="none", lr=1.0, clip=0.01, weight_decay=0.0)
     (net,) = build("convnet1_w8", [0])
     before = weights(net)
-    train_seeds([net], images, labels, recipe, seeds=[0], dsa=None)
+    train_seeds([net], (images, labels), recipe, seeds=[0], dsa=None)
     assert float((weights(net) - before).norm()) == pytest.approx(0.01, rel=1e-3)
 
 
@@ -143,7 +143,7 @@ def test_bf16_learns_too() -> None:
     images, labels = blobs(80)
     (net,) = build("convnet2_w8", [0])
     recipe = NasRecipe(epochs=15, batch=16, lr=0.05, precision="bf16")
-    train_seeds([net], images, labels, recipe, seeds=[1], dsa=dsa_for(True))
+    train_seeds([net], (images, labels), recipe, seeds=[1], dsa=dsa_for(True))
     assert share_right(net, images, labels, lambda part: part, images.device) > 0.87
 
 
