@@ -35,6 +35,7 @@ from ddray.errors import InputError
 from ddray.methods.families.diffusion import stages
 from ddray.methods.families.diffusion.decoder import STATISTICS, D3HRConfig, Sampler
 from ddray.methods.families.diffusion.folder import read_folder, record_folder, resolve_ids, warn_of_leak
+from ddray.methods.families.diffusion.groups import group_sample, group_scores
 from ddray.methods.families.diffusion.model import check_levels
 from ddray.methods.families.diffusion.train import SCHEDULE, default_recipe
 from ddray.methods.families.factory import make_method
@@ -42,6 +43,8 @@ from ddray.methods.families.selection import centroids
 from ddray.methods.families.state import cpu_copy
 from ddray.pool.spec import PoolSpec
 from ddray.seeding import derive_seed
+
+__all__ = ["METHOD", "D3HRConfig", "group_sample", "group_scores"]
 
 _WRITTEN_PER_STEP: Final = 32 * 2**20
 

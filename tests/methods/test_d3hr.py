@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from ddray.methods.d3hr import plan_stages
+from ddray.methods.d3hr import group_sample, group_scores, plan_stages
 from ddray.methods.families.diffusion import stages
-from ddray.methods.families.diffusion.groups import group_sample, group_scores
 from ddray.methods.families.diffusion.model import DiffusionModel, Levels, open_pipeline, save_pipeline
 from ddray.seeding import derive
 from tests.methods.diffusion_models import BASE, TINY, trained_on, untrained
