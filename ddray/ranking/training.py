@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +49,7 @@ def train_seeds(
     """
     images, labels = train_set
     total = num_steps or recipe.num_steps(len(labels))
-    settings = {"momentum": recipe.momentum, "weight_decay": recipe.weight_decay}
+    settings: dict[str, Any] = {"momentum": recipe.momentum, "weight_decay": recipe.weight_decay}
     optimizer = partial(torch.optim.SGD, **settings, nesterov=recipe.nesterov and recipe.momentum > 0)
     rule = Rule(F.cross_entropy, optimizer, recipe.clip, bf16=recipe.precision == "bf16")
     order = Order(len(labels), recipe.batch, shuffle=shuffle)
