@@ -47,10 +47,12 @@ demo: $(VENV)/.installed-run
 	printf '\npicture  %s\nreport   %s\ntable    %s\n' "$$run/distilled.png" "$$run/report.html" "$$run/results.csv"
 
 # Nothing is written outside the checkout and the temporary folder. Tests wait for processes more than they compute:
-# two at a time. Benchmarks run alone on the machine. PYTEST_ARGS replaces the choice of files and workers.
+# two at a time. Compiled modules are kept whatever the environment says: some 100 processes import them. Benchmarks run
+# alone on the machine. PYTEST_ARGS replaces the choice of files and workers.
 DEFAULT := not slow and not gpu and not browser and not benchmark
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
-pytest = home=$$(mktemp -d) && trap 'rm -rf "$$home"' EXIT INT TERM && DDRAY_HOME="$$home" $(PY) -m pytest
+pytest = home=$$(mktemp -d) && trap 'rm -rf "$$home"' EXIT INT TERM && \
+	DDRAY_HOME="$$home" PYTHONDONTWRITEBYTECODE= $(PY) -m pytest
 
 test: $(VENV)/.installed-test
 	@$(pytest) -m "$(DEFAULT)" $(or $(PYTEST_ARGS),$(TWO))
