@@ -83,9 +83,12 @@ class Order:
     def indices(self, generator: torch.Generator, device: torch.device) -> Iterator[Tensor]:
         """Yield every step's rows int64 [n], without end; an epoch is drawn on the CPU and copied once."""
         sizes = self.sizes
+        num_drawn = sum(sizes)
         while True:
             order = torch.randperm(self.num, generator=generator) if self.shuffle else torch.arange(self.num)
-            yield from torch.split(order[: sum(sizes)].to(device, non_blocking=True), sizes)
+            if num_drawn < self.num:
+                order = order[:num_drawn]
+            yield from torch.split(order.to(device, non_blocking=True), sizes)
 
 
 def run(
@@ -105,15 +108,15 @@ def run(
         epoch: steps of an epoch; default all.
         on_epoch: called after each epoch with the mean loss of its rows, a scalar on the device.
     """
-    loss, epoch = torch.zeros(()), epoch or step.num_steps
+    epoch = epoch or step.num_steps
     for step_index, batch in zip(range(step.num_steps), batches, strict=False):
+        if step_index % epoch == 0:
+            step.forget_loss()
         step.set_lr(lr(step_index))
         step(*batch)
-        if (step_index + 1) % epoch == 0:
-            loss = step.mean_loss()
-            if on_epoch is not None:
-                on_epoch(loss)
-    return loss
+        if on_epoch is not None and (step_index + 1) % epoch == 0:
+            on_epoch(step.mean_loss())
+    return step.mean_loss()
 
 
 def cosine(step: int, num_steps: int) -> float:
@@ -194,11 +197,13 @@ class Step:
         graph.replay()
 
     def mean_loss(self) -> Tensor:
-        """Return the mean loss per row since the last call, a scalar on the device."""
-        mean = self._loss_sum / self._num_rows
+        """Return the mean loss per row since `forget_loss`, a scalar on the device."""
+        return self._loss_sum / max(1, self._num_rows)
+
+    def forget_loss(self) -> None:
+        """Let `mean_loss` begin anew."""
         self._loss_sum.zero_()
         self._num_rows = 0
-        return mean
 
     def finish(self) -> None:
         """Copy the weights of fused networks into `nets`."""
@@ -208,11 +213,12 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
         num = len(batch[0])
         for inputs, *targets in self._chunks(batch):
+            rows = len(inputs)
             loss = self._rule.loss(self._outputs(inputs), *targets)
             # A sum over networks keeps their gradients separate, each that of its own mean loss.
-            weight = self._model.num * len(inputs) / num
+            weight = self._model.num * rows / num
             (loss if weight == 1 else loss * weight).backward()  # type: ignore[no-untyped-call]
-            self._loss_sum += loss.detach() * len(inputs)
+            self._loss_sum += loss.detach() * rows
         if self._rule.clip is not None:
             self._model.clip(self._rule.clip)
         self.optimizer.step()

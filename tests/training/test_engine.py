@@ -122,6 +122,7 @@ def test_the_mean_loss_counts_rows() -> None:
     step(images, labels)  # at rate 0
     step(more_images, more_labels)
     assert float(step.mean_loss()) == pytest.approx((6 * first + 2 * second) / 8)
+    step.forget_loss()
     step(images, labels)
     assert float(step.mean_loss()) == pytest.approx(first)
 
