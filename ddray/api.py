@@ -268,7 +268,7 @@ def bench(file: str | Path | Mapping[str, Any], **options: Any) -> BenchResult:
     from ddray.tables.run import prepare, run_bench
 
     run, parsed = RunOptions.pick(options), BenchOptions.pick(options)
-    prepared = prepare(_spec(file, parsed.scale), parsed)
+    prepared = prepare(_spec(file, parsed), parsed)
     with sigterm_as_sigint():
         return run_bench(prepared, bench_executor(parsed), run_dir=run.run_dir, resume=run.resume)
 
@@ -279,11 +279,12 @@ def forecast(file: str | Path | Mapping[str, Any], **options: Any) -> Forecast:
     from ddray.tables.dry_run import dry_run
 
     parsed = BenchOptions.pick(options)
-    return dry_run(_spec(file, parsed.scale), parsed, run_dir=RunOptions.pick(options).run_dir)
+    return dry_run(_spec(file, parsed), parsed, run_dir=RunOptions.pick(options).run_dir)
 
 
-def _spec(file: str | Path | Mapping[str, Any], scale: str) -> BenchSpec:
-    return read_spec(file if isinstance(file, Mapping) else Path(file).expanduser().absolute(), scale)
+def _spec(file: str | Path | Mapping[str, Any], options: BenchOptions) -> BenchSpec:
+    source = file if isinstance(file, Mapping) else Path(file).expanduser().absolute()
+    return read_spec(source, options.scale, options.content())
 
 
 def export(distilled: DistilledSet | str | Path, out: str | Path, *, form: Form | None = None) -> Path:

@@ -20,7 +20,7 @@ def data_info(emit: Emit, name: str, **options: Any) -> None:
     """Say what a dataset holds."""
     from ddray.data.loaders import data_info as describe_dataset
 
-    result = describe_dataset(name, **dict(DataOptions.pick(options)))
+    result = describe_dataset(name, **DataOptions.pick(options).opening())
     emit(result, display.table_of(name, result.dump()))
 
 

@@ -27,7 +27,8 @@ _PANELS: Final = {
     "How": "",
     "Resources": "device executor num_workers cpus_per_worker gpus_per_worker cpus_per_trial gpus_per_trial "
     "cpus_per_unit gpus_per_unit max_concurrent time_budget unit_timeout address",
-    "Run": "seed run_dir resume retry_failed dry_run data_dir download",
+    "Data": "data_dir download image_size label_column clip_seconds clip_offset can_flip",
+    "Run": "seed run_dir resume retry_failed dry_run",
     "Output": "out form",
 }
 _COMPLETIONS: Final[dict[str, str | Sequence[str]]] = {
@@ -108,8 +109,9 @@ def _parameter(name: str, field: FieldInfo, is_argument: bool) -> Any:
     if is_argument:
         return typer.Argument(help=text)
     option = "--" + option_name(name, field)
+    has_no = field.get_default() is True or bool in get_args(field.annotation)
     return typer.Option(
-        f"{option}/--no-{option[2:]}" if field.get_default() is True else option,
+        f"{option}/--no-{option[2:]}" if has_no else option,
         help=text,
         rich_help_panel=_panel(name),
         show_default="default" not in text,

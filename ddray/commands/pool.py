@@ -26,7 +26,7 @@ def pool_train(emit: Emit, **options: Any) -> None:
     limited = {"--arch": parsed.arch, "--num-models": parsed.num_models, "--seed": parsed.seed}
     pool_training.check_kind(parsed.kind, [name for name, value in limited.items() if value is not None])
     recipe = parse_overrides(parsed.sets) | ({} if parsed.epochs is None else {"epochs": parsed.epochs})
-    opened = open_dataset(parsed.dataset, data_dir=parsed.data_dir, download=parsed.download)
+    opened = open_dataset(parsed.dataset, **parsed.opening())
     where: dict[str, Any] = {"recipe": recipe, "device": pick_device(parsed.device)}
     settings = {**where, "arch": parsed.arch or "auto", "seed": parsed.seed or 0, "folder": parsed.out}
     if parsed.kind == "diffusion":

@@ -6,14 +6,15 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Final, Self
+from typing import Any, Final, Self
 
 import torch
 from torch import Tensor
 
 from ddray import seeding
+from ddray.data.reference import DatasetRef
 from ddray.errors import InputError
 
 _SPLIT_NAME: Final = re.compile(r"train(?:-val(\d+))?")
@@ -57,7 +58,7 @@ class Dataset:
     """A dataset whose train and test halves are read on first use, each once.
 
     Attributes:
-        name: what `open_dataset` reopens it by: a known name, or an absolute path.
+        name: what `open_dataset` reopens it by: a reference with a known name or an absolute path.
         class_names: one name per label.
         image_shape: (C, H, W).
         mean: per channel, in [0, 1] units (spectrograms: in their own).
@@ -66,6 +67,7 @@ class Dataset:
         load_train: reads the train split.
         load_test: reads the test split; only `test()` calls it, so that a broken test set affects nothing
             else.
+        size_rule: how the size of the images was chosen.
     """
 
     name: str
@@ -76,6 +78,29 @@ class Dataset:
     can_flip: bool
     load_train: Callable[[], Split] = field(repr=False)
     load_test: Callable[[], Split] = field(repr=False)
+    size_rule: str = ""
+
+    @property
+    def base(self) -> str:
+        """The name without options, by which catalog, settings and published numbers know the dataset."""
+        return DatasetRef.parse(self.name).base
+
+    def with_options(self, **content: Any) -> Self:
+        """Return this open dataset with options of content: `can_flip`, the only one that reads no file.
+
+        Raises:
+            InputError: another option is set.
+        """
+        for option, value in content.items():
+            if option != "can_flip" and value is not None:
+                raise InputError(
+                    f"{option} must be set where a dataset is opened, got {value!r} for an open one, "
+                    f"{self.name}; use open_dataset(..., {option}={value!r})"
+                )
+        if (can_flip := content.get("can_flip")) is None:
+            return self
+        name = str(DatasetRef.parse(self.name).with_options(can_flip=can_flip))
+        return replace(self, name=name, can_flip=bool(can_flip))
 
     @property
     def num_classes(self) -> int:

@@ -2,6 +2,7 @@
 
 import os
 from contextlib import suppress
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ddray.data.catalog import KNOWN, KnownDataset
 from ddray.data.dataset import Dataset, Split
 from ddray.data.folders import layout_of_cub, layout_of_dogs, layout_of_folder
 from ddray.data.pixels import channel_statistics
+from ddray.data.reference import DatasetRef
 from ddray.data.sources import Geometry, Layout, fixed_test
 from ddray.data.speech import layout_of_wavs
 from ddray.errors import InputError, did_you_mean
@@ -25,7 +27,9 @@ def dataset_names() -> list[str]:
     return list(KNOWN)
 
 
-def open_dataset(name_or_path: str, *, data_dir: Path | None = None, download: bool = False) -> Dataset:
+def open_dataset(
+    reference: str, *, data_dir: Path | None = None, download: bool = False, **content: Any
+) -> Dataset:
     """Open a dataset; train is read on first use (a PATH's at once, to measure it), test on first use.
 
     A known name is looked for under the data directory: in its own folder as parquet shards, as an image
@@ -34,92 +38,117 @@ def open_dataset(name_or_path: str, *, data_dir: Path | None = None, download: b
     its image size is chosen by `sources.survey`.
 
     Args:
-        name_or_path: one of `dataset_names()`, or a folder.
+        reference: one of `dataset_names()`, or a folder; options may follow, as `DatasetRef` writes them.
         data_dir: the data directory; None: `$DDRAY_DATA`.
         download: whether torchvision may download what is not found.
+        content: options of content (`ContentOptions`), such as `image_size=64`; they win over those in the
+            reference.
 
     Raises:
-        InputError: the name is unknown and no folder; nothing is found; a train file is corrupt.
+        InputError: the name is unknown and no folder; nothing is found; a train file is corrupt; an option
+            is bad, or not one of this dataset's kind.
         DdrayError: the download failed.
     """
-    if name_or_path in KNOWN:
-        return _open_named(name_or_path, data_dir, download=download)
-    path = Path(name_or_path).expanduser()
+    ref = DatasetRef.parse(reference).with_options(**content)
+    if ref.base in KNOWN:
+        return _open_named(ref, data_dir, download=download)
+    path = Path(ref.base).expanduser()
     if not path.is_dir():
-        hint = did_you_mean(name_or_path, KNOWN)
-        raise InputError(
-            f"dataset must be one of {', '.join(KNOWN)}, or a folder, got {name_or_path!r}{hint}"
-        )
-    path = path.absolute()
-    layout = parquet.layout_of_parquet(path) or layout_of_wavs(path) or layout_of_folder(path)
+        hint = did_you_mean(ref.base, KNOWN)
+        raise InputError(f"dataset must be one of {', '.join(KNOWN)}, or a folder, got {ref.base!r}{hint}")
+    layout = _layout_of_path(path.absolute(), ref)
+    split, geometry = layout.train(ref.image_size)
+    is_image = split.images.dtype == torch.uint8  # spectrograms have a direction
+    read = replace(layout, train=lambda _: (split, geometry))
+    return _dataset(ref.absolute(), read, geometry, channel_statistics(split.images), can_flip=is_image)
+
+
+def _layout_of_path(path: Path, ref: DatasetRef) -> Layout:
+    """Return the layout of a folder; InputError if it has none, or one that an option does not apply to."""
+    layout = parquet.layout_of_parquet(path) or layout_of_wavs(path, ref) or layout_of_folder(path)
     if layout is None:
         raise InputError(
             "a dataset folder must hold train-*.parquet shards, or a folder of images or wav files per class "
             f"(also below train/ and test/), got {path}"
         )
-    split, geometry = layout.train(None)
-    mean, std = channel_statistics(split.images)
+    return _checked(layout, ref)
+
+
+def _checked(layout: Layout, ref: DatasetRef) -> Layout:
+    """Return a layout whose reader takes every option of the reference; InputError for others."""
+    for option, value in ref.content().items():
+        if option not in ("image_size", "can_flip", *layout.options):
+            raise InputError(f"{option} must be left out for {ref.base}, whose files have none, got {value}")
+    return layout
+
+
+def _dataset(
+    ref: DatasetRef,
+    layout: Layout,
+    geometry: Geometry,
+    statistics: tuple[tuple[float, ...], tuple[float, ...]],
+    *,
+    can_flip: bool,
+) -> Dataset:
+    """Return a dataset that is read in a geometry."""
     return Dataset(
-        name=str(path),
+        name=str(ref),
         class_names=layout.class_names,
         image_shape=geometry.shape,
-        mean=mean,
-        std=std,
-        can_flip=split.images.dtype == torch.uint8,  # spectrograms have a direction
-        load_train=lambda: split,
-        load_test=lambda: layout.test(geometry),
-    )
-
-
-def _open_named(name: str, data_dir: Path | None, *, download: bool) -> Dataset:
-    spec = KNOWN[name]
-    layout = _digits(spec) if spec.layout == "sklearn" else _find_named(name, data_dir, download=download)
-    geometry = Geometry(spec.shape, spec.resize)
-    mean, std = spec.mean, spec.std
-    if not mean:
-        mean, std = channel_statistics(layout.train(geometry)[0].images)
-    return Dataset(
-        name=name,
-        class_names=layout.class_names,
-        image_shape=spec.shape,
-        mean=mean,
-        std=std,
-        can_flip=spec.can_flip,
+        mean=statistics[0],
+        std=statistics[1],
+        can_flip=can_flip if ref.can_flip is None else ref.can_flip,
         load_train=lambda: layout.train(geometry)[0],
         load_test=lambda: layout.test(geometry),
+        size_rule=geometry.rule,
     )
 
 
-def _digits(spec: KnownDataset) -> Layout:
-    """Return scikit-learn's 8x8 digits (0..16), up-sampled to 16x16; test is a fixed stratified 20%."""
+def _open_named(ref: DatasetRef, data_dir: Path | None, *, download: bool) -> Dataset:
+    spec, size = KNOWN[ref.base], ref.image_size
+    geometry = Geometry(spec.shape, spec.resize, f"as {ref.base} is used")
+    if size is not None:
+        geometry = Geometry((spec.shape[0], size, size), True, "image_size")
+    if spec.layout == "sklearn":
+        layout = _digits(spec, geometry)
+    else:
+        layout = _find_named(ref, data_dir, download=download)
+    statistics = spec.mean, spec.std
+    if not spec.mean:
+        statistics = channel_statistics(layout.train(geometry)[0].images)
+    return _dataset(ref, _checked(layout, ref), geometry, statistics, can_flip=spec.can_flip)
+
+
+def _digits(spec: KnownDataset, geometry: Geometry) -> Layout:
+    """Return scikit-learn's 8x8 digits (0..16), up-sampled, to 16x16; test is a fixed stratified 20%."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
     pixels = torch.from_numpy(bunch.images)[:, None] * (255 / 16)
-    large = F.interpolate(pixels, size=(16, 16), mode="bilinear", align_corners=False)
+    large = F.interpolate(pixels, size=geometry.shape[1:], mode="bilinear", align_corners=False)
     whole = Split(large.round().to(torch.uint8), torch.from_numpy(bunch.target).long())
     in_test = fixed_test(whole.labels)
-    train = whole.select(~in_test), Geometry(spec.shape, spec.resize)
+    train = whole.select(~in_test), geometry
     return Layout(spec.class_names, lambda _: train, lambda _: whole.select(in_test))
 
 
-def _find_named(name: str, data_dir: Path | None, *, download: bool) -> Layout:
+def _find_named(ref: DatasetRef, data_dir: Path | None, *, download: bool) -> Layout:
     """Return the layout of a dataset below the data directory.
 
     Raises:
         InputError: there is none, or it has another number of classes.
         DdrayError: the download failed.
     """
-    spec = KNOWN[name]
+    name, spec = ref.base, KNOWN[ref.base]
     advice = "give --data-dir or set $DDRAY_DATA" + (", or add --download" if spec.torchvision else "")
     directory = data_dir or os.environ.get("DDRAY_DATA")
     if not directory:
         raise InputError(f"dataset {name} needs a data directory, got none; {advice}")
     root = Path(directory).expanduser().absolute()
-    layout = _find(name, root)
+    layout = _find(ref, root)
     if layout is None and download and spec.torchvision:
         vision.download(root, spec)
-        layout = _find(name, root)
+        layout = _find(ref, root)
     if layout is None:
         searched = _folders(name, root)
         if spec.marker:
@@ -143,12 +172,12 @@ def _folders(name: str, root: Path) -> list[Path]:
     return [root / name, *(root / folder for folder in KNOWN[name].folders)]
 
 
-def _find(name: str, root: Path) -> Layout | None:
+def _find(ref: DatasetRef, root: Path) -> Layout | None:
     """Return the layout of a named dataset: in a folder of its own, torchvision's, a subset of ImageNet's."""
-    spec, folders = KNOWN[name], _folders(name, root)
+    spec, folders = KNOWN[ref.base], _folders(ref.base, root)
     bases = [base for base in (root, *folders) if spec.marker and (base / spec.marker).exists()]
     layouts = chain(
-        (_layout_of_named(spec, folder) for folder in folders),
+        (_layout_of_named(spec, folder, ref) for folder in folders),
         (vision.layout_of_torchvision(base, spec) for base in bases),
         (
             layout_of_folder(folder, spec.wnids, spec.class_names)
@@ -158,10 +187,10 @@ def _find(name: str, root: Path) -> Layout | None:
     return next(filter(None, layouts), None)
 
 
-def _layout_of_named(spec: KnownDataset, folder: Path) -> Layout | None:
+def _layout_of_named(spec: KnownDataset, folder: Path, ref: DatasetRef) -> Layout | None:
     """Return the layout of a named dataset in a folder of its own, or None."""
     if spec.layout == "wavs":
-        return layout_of_wavs(folder)
+        return layout_of_wavs(folder, ref)
     official = None
     if spec.layout == "cub":
         official = layout_of_cub(folder) or layout_of_cub(folder / "CUB_200_2011")
@@ -202,9 +231,9 @@ def list_datasets(*, data_dir: Path | None = None) -> DatasetList:
     return DatasetList(datasets=[{"name": name, "found": is_there} for name, is_there in there.items()])
 
 
-def data_info(name: str, *, data_dir: Path | None = None, download: bool = False) -> DatasetInfo:
-    """Return what a dataset holds."""
-    dataset = open_dataset(name, data_dir=data_dir, download=download)
+def data_info(name: str, **options: Any) -> DatasetInfo:
+    """Return what a dataset holds; `options` are those of `open_dataset`."""
+    dataset = open_dataset(name, **options)
     return DatasetInfo(
         name=dataset.name,
         num_classes=dataset.num_classes,

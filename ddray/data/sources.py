@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -67,19 +67,26 @@ class Geometry:
     shape: tuple[int, int, int]  # (C, H, W)
     # Whether other sizes are resized to it (short side, antialiased bilinear, centre crop) or refused.
     resize: bool
+    rule: str = field(default="", compare=False, repr=False)  # how it was chosen
+
+
+Size = Geometry | int | None
+"""What images are read as: a geometry, squares of so many pixels, or whatever the reader chooses."""
 
 
 @dataclass(frozen=True)
 class Layout:
     """A dataset found on disk, not yet read.
 
-    `train` reads train in a geometry (None: one it chooses), and returns it with the geometry. `test` reads
-    test in train's geometry; nothing of test is touched before.
+    `train` reads train, and returns it with its geometry. `test` reads test in train's geometry; no image of
+    it is touched before. `options` are the options of content that its reader takes, besides `image_size`
+    and `can_flip`, which every reader does.
     """
 
     class_names: tuple[str, ...]
-    train: Callable[[Geometry | None], tuple[Split, Geometry]]
+    train: Callable[[Size], tuple[Split, Geometry]]
     test: Callable[[Geometry], Split]
+    options: tuple[str, ...] = ()
 
 
 def fixed_test(labels: Tensor) -> Tensor:
@@ -96,11 +103,11 @@ def from_one_source(class_names: tuple[str, ...], whole: Source) -> Layout:
     """Return the layout of a source without a split: 20% of it is test."""
 
     @functools.cache
-    def read(geometry: Geometry | None) -> tuple[Split, Geometry]:
-        return load(whole, geometry)
+    def read(size: Size) -> tuple[Split, Geometry]:
+        return load(whole, size)
 
-    def train(geometry: Geometry | None) -> tuple[Split, Geometry]:
-        split, used_geometry = read(geometry)
+    def train(size: Size) -> tuple[Split, Geometry]:
+        split, used_geometry = read(size)
         return split.select(~fixed_test(split.labels)), used_geometry
 
     def test(geometry: Geometry) -> Split:
@@ -110,8 +117,8 @@ def from_one_source(class_names: tuple[str, ...], whole: Source) -> Layout:
     return Layout(class_names, train, test)
 
 
-def load(source: Source, geometry: Geometry | None) -> tuple[Split, Geometry]:
-    """Decode a source in a geometry (None: chosen by `survey`), or take it from the cache.
+def load(source: Source, size: Size) -> tuple[Split, Geometry]:
+    """Decode a source in a geometry (not given: chosen by `survey`), or take it from the cache.
 
     Raises:
         InputError: there is no image, one cannot be read, or has a size that `geometry` refuses.
@@ -123,18 +130,18 @@ def load(source: Source, geometry: Geometry | None) -> tuple[Split, Geometry]:
             raise InputError(
                 "a dataset must have images, got none" + (f" in {source.files[0]}" if source.files else "")
             )
-        used_geometry = geometry or survey(source)
+        used_geometry = size if isinstance(size, Geometry) else survey(source, size)
         _decode_into(source, used_geometry, folder)
         return {"shape": used_geometry.shape, "resize": used_geometry.resize}
 
-    version = "v1" if geometry else "v2"  # v2: `survey` keeps squares up to 256 px
-    settings = f"images {version} {geometry} {source.labelling}"
+    version = "v1" if isinstance(size, Geometry) else "v2"  # v2: `survey` keeps squares up to 256 px
+    settings = f"images {version} {size} {source.labelling}"
     split, facts = cache.fetch(source.files, settings, build)
     return split, Geometry((facts["shape"][0], facts["shape"][1], facts["shape"][2]), facts["resize"])
 
 
-def survey(source: Source) -> Geometry:
-    """Choose the geometry of a folder without a catalog entry, from its images' headers.
+def survey(source: Source, side: int | None = None) -> Geometry:
+    """Choose the geometry of a folder without a catalog entry, from its images' headers; `side` if it is set.
 
     Square images of one size up to 256 px keep it, and other sizes are then refused: such a folder was
     prepared at that size (imagenette at 224). Everything else is resized to the largest of 128, 64, 32 px
@@ -143,6 +150,8 @@ def survey(source: Source) -> Geometry:
     headers = [header for task in _in_threads(_headers, source) for header in task]
     sizes = [size for size, _ in headers]
     channels = 1 if all(is_grey for _, is_grey in headers) else 3
+    if side is not None:
+        return Geometry((channels, side, side), resize=True, rule="image_size")
     width, height = sizes[0]
     if width == height <= MAX_KEPT and len(set(sizes)) == 1:
         return Geometry((channels, height, width), resize=False)

@@ -22,6 +22,7 @@ from ddray.data.dataset import Split
 from ddray.data.folders import Labelled, by_class, class_folders, files_below
 from ddray.data.sources import Geometry, Layout, chunks
 from ddray.errors import InputError
+from ddray.system.options import ContentOptions
 
 SHAPE: Final = (1, 64, 64)
 _RATES: Final = (8000, 16000)
@@ -29,7 +30,7 @@ _TEST_EVERY: Final = 8  # IDC: every 8th file of a class, sorted by name, starti
 _BATCH: Final = 256
 
 
-def layout_of_wavs(root: Path) -> Layout | None:
+def layout_of_wavs(root: Path, options: ContentOptions) -> Layout | None:
     """Return the layout of wav files by class, or None if there are none.
 
     Either train/ and test/ hold a folder per class, or `root` does and every 8th file is test.
@@ -47,11 +48,14 @@ def layout_of_wavs(root: Path) -> Layout | None:
         train, test = _every_eighth(train)
     rate = _samples(train[0][0])[0]
 
+    size = options.image_size or SHAPE[1]
+    geometry = Geometry((1, size, size), resize=False, rule="spectrograms")
+
     def read_test(_: Geometry) -> Split:
         listed = by_class(root / "test", classes, (".wav",), empty_ok=True) if test is None else test
-        return _load(listed, rate)
+        return _load(listed, rate, size)
 
-    return Layout(tuple(classes), lambda _: (_load(train, rate), Geometry(SHAPE, resize=False)), read_test)
+    return Layout(tuple(classes), lambda _: (_load(train, rate, size), geometry), read_test)
 
 
 def _every_eighth(labelled: Labelled) -> tuple[Labelled, Labelled]:
@@ -78,21 +82,22 @@ def spectrograms(waves: Tensor, *, size: int = SHAPE[1]) -> Tensor:
     return torch.log(small + 1e-3).float()
 
 
-def _load(labelled: Labelled, rate: int) -> Split:
+def _load(labelled: Labelled, rate: int, size: int) -> Split:
     """Read clips, or take their spectrograms from the cache."""
     labels = [label for _, label in labelled]
 
     def build(folder: Path) -> dict[str, Any]:
-        images = torch.empty(len(labelled), *SHAPE)
+        images = torch.empty(len(labelled), 1, size, size)
         for part, batch in zip(torch.split(images, _BATCH), chunks(labelled, _BATCH), strict=True):
-            part.copy_(spectrograms(_waves(batch, rate)))
+            part.copy_(spectrograms(_waves(batch, rate), size=size))
         np.save(folder / cache.IMAGES, images.numpy())
         np.save(folder / cache.LABELS, np.array(labels, dtype=np.int64))
         return {}
 
     if not labelled:
         raise InputError("a speech folder must have clips in both halves, got none")
-    return cache.fetch([file for file, _ in labelled], f"speech v1 {rate} {labels}", build)[0]
+    settings = f"speech v1 {rate} {labels}" + (f" {size}" if size != SHAPE[1] else "")
+    return cache.fetch([file for file, _ in labelled], settings, build)[0]
 
 
 def _waves(labelled: Sequence[tuple[Path, int]], rate: int) -> Tensor:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from ddray.artifact.distilled_set import DistilledSet, TrainSet
 from ddray.data import Split
 from ddray.data.catalog import KNOWN
+from ddray.data.reference import DatasetRef
 from ddray.errors import DivergedError, InputError
 from ddray.evaluation.options import EvaluateOptions, evaluation_config
 from ddray.evaluation.protocol import EvalContext, EvalResult, EvaluationProtocol, RealImages, Scoring
@@ -199,12 +200,14 @@ def _descend(
 def _make(options: EvaluateOptions, distilled: DistilledSet, ctx: EvalContext, real: RealImages) -> Scoring:
     config = evaluation_config(distilled, options)
     train_set = limited_set(TrainSet(real.images.images, real.images.labels), options)
-    catalog_entry = KNOWN.get(distilled.meta.dataset)
+    reference = DatasetRef.parse(distilled.meta.dataset)
+    catalog_entry = KNOWN.get(reference.base)
+    can_flip = catalog_entry is not None and catalog_entry.can_flip
     evaluator = Linear(
         config.as_recipe(),
         config.probe,
         real=Split(train_set.images, train_set.labels),
-        can_flip=catalog_entry is not None and catalog_entry.can_flip,
+        can_flip=can_flip if reference.can_flip is None else reference.can_flip,
         finetune=config.finetune if options.finetune else None,
     )
     return Scoring(evaluator, config.seeds)

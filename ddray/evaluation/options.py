@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self, get_args
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from ddray.config import Names, Result, named, parse_overrides
+from ddray.data.reference import DatasetRef
 from ddray.errors import InputError, unknown
 from ddray.evaluation import get_protocol, protocol_names
 from ddray.system.options import DataOptions
@@ -126,7 +127,9 @@ def evaluation_config(distilled: DistilledSet, options: EvaluateOptions) -> Eval
     settings = distilled.meta.config.get("evaluate", {})
     method = distilled.meta.config.get("method", {})
     factor = method.get("factor", 1) if isinstance(method, dict) else 1
-    recipe = functools.partial(named_recipe, dataset=distilled.meta.dataset, factor=factor)
+    recipe = functools.partial(
+        named_recipe, dataset=DatasetRef.parse(distilled.meta.dataset).base, factor=factor
+    )
     sets = recipe(parse_overrides(options.sets))
     if not isinstance(settings, dict):
         raise InputError(f"meta.config.evaluate must be a mapping, got {settings!r}")

@@ -18,6 +18,7 @@ from ddray.evaluation.options import EvaluateConfig
 from ddray.jobs.options import PlanOptions
 from ddray.methods import get_method
 from ddray.nets.names import resolve_arch
+from ddray.system.options import ContentOptions
 from ddray.system.shipped import shipped
 from ddray.training.recipe import named_recipe
 
@@ -94,14 +95,14 @@ def resolve(
     ipc, budget = _size(method, dataset, ipc, budget)
     declared: Mapping[str, Mapping[str, Any]] = getattr(method_class.config_type, "dataset_settings", {})
     upper_layers = (
-        *(declared[name] for name in (dataset.name, f"{dataset.name}_ipc{ipc}") if name in declared),
-        *(read_yaml(path) for path in shipped_configs(method, dataset.name, ipc)),
+        *(declared[name] for name in (dataset.base, f"{dataset.base}_ipc{ipc}") if name in declared),
+        *(read_yaml(path) for path in shipped_configs(method, dataset.base, ipc)),
         read_yaml(config_file) if config_file is not None else {},
         *layers,
     )
     method_settings = merge(*upper_layers).get("method")
     target = Target(
-        dataset.name,
+        dataset.base,
         dataset.image_shape,
         dataset.num_classes,
         ipc,
@@ -113,7 +114,7 @@ def resolve(
     sound = {"method": {"augment": "none"}} if target.is_audio and "augment" in fields else {}
     factor = target.factor or (fields["factor"].default if "factor" in fields else 1)
     all_layers = (method_class.preset(preset, target), sound, *upper_layers)
-    merged = merge({"method": {}}, *(_with_recipe(layer, dataset.name, factor) for layer in all_layers))
+    merged = merge({"method": {}}, *(_with_recipe(layer, dataset.base, factor) for layer in all_layers))
     config = RunConfig[method_class.config_type].parse(merged)  # type: ignore[name-defined]
     resolve_arch(config.arch, dataset.image_shape)
     return Plan(method, dataset, ipc, seed, config, budget)
@@ -124,12 +125,22 @@ def plan_of(
 ) -> Plan:
     """Return the run that options ask for, on `dataset` if it is already open.
 
-    `settings` are overrides by dotted name; they win over the options' `sets`. InputError as for `resolve`,
-    or if the dataset is missing.
+    `settings` are overrides by dotted name; they win over the options' `sets`. Both may name options of the
+    dataset's content, such as `can_flip`. InputError as for `resolve`, or if the dataset is missing.
     """
     get_method(options.method)
+    layers = [
+        parse_overrides(options.sets),
+        {} if options.steps is None else {"steps": options.steps},
+        *(nest(name, value) for name, value in (settings or {}).items()),
+    ]
+    opening = options.opening()
+    for layer in layers:
+        opening |= {name: layer.pop(name) for name in ContentOptions.model_fields if name in layer}
     if dataset is None:
-        dataset = open_dataset(options.dataset, data_dir=options.data_dir, download=options.download)
+        dataset = open_dataset(options.dataset, **opening)
+    else:
+        dataset = dataset.with_options(**{k: opening[k] for k in ContentOptions.model_fields if k in opening})
     return resolve(
         options.method,
         dataset,
@@ -138,11 +149,7 @@ def plan_of(
         seed=options.seed,
         preset=options.preset,
         config_file=options.config,
-        layers=[
-            parse_overrides(options.sets),
-            {} if options.steps is None else {"steps": options.steps},
-            *(nest(name, value) for name, value in (settings or {}).items()),
-        ],
+        layers=layers,
     )
 
 
@@ -186,6 +193,6 @@ def shipped_configs(method: str, dataset: str, ipc: int) -> list[Path]:
 
 def _is_audio(dataset: Dataset) -> bool:
     """Return whether images are spectrograms; files are read only if an unknown dataset has their shape."""
-    if dataset.name in KNOWN:
-        return KNOWN[dataset.name].layout == "wavs"
+    if dataset.base in KNOWN:
+        return KNOWN[dataset.base].layout == "wavs"
     return dataset.image_shape == SPECTROGRAM and dataset.train().is_audio

@@ -67,7 +67,7 @@ def evaluate(
 
 
 def _target(name: str | None, options: EvaluateOptions) -> Dataset | None:
-    return None if name is None else open_dataset(name, data_dir=options.data_dir, download=options.download)
+    return None if name is None else open_dataset(name, **options.opening())
 
 
 def foreign_space(dataset: Dataset | None, kind: PixelKind) -> PixelSpace | None:

@@ -3,7 +3,6 @@
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -91,11 +90,11 @@ def prepare(request: NasRequest, options: NasOptions, config: NasConfig, *, can_
             "--gpus-per-worker must be 0 with --executor local where torch sees no GPU, "
             f"got {options.gpus_per_worker:g}"
         )
-    opened = partial(open_dataset, data_dir=request.data_dir, download=request.download)
-    named = None if request.dataset is None else opened(request.dataset)
+    opening = request.opening()
+    named = None if request.dataset is None else open_dataset(request.dataset, **opening)
     space = foreign_space(named, request.pixel_space)
     sets = [load(path, dataset=named, pixel_space=space) for path in request.proxies]
-    dataset = named or opened(sets[0].meta.dataset)
+    dataset = named or open_dataset(sets[0].meta.dataset, **opening)
     for path, distilled in zip(request.proxies, sets, strict=True):
         check_fits(distilled, dataset, path)
     indices = choose_architectures(options, config, dataset)

@@ -80,7 +80,7 @@ def embedding_net(dataset: Dataset) -> tuple[Net, str]:
             spec = PoolSpec.parse(json.loads(path.read_text(encoding="utf-8"))["spec"])
         except (OSError, ValueError, KeyError, InputError):
             continue
-        if (spec.kind, spec.dataset, spec.transform) == ("supervised", dataset.fingerprint, "normalized"):
+        if (spec.kind, spec.dataset) == ("supervised", dataset.fingerprint):
             candidates.append((int(spec.recipe.get("epochs", 0)), spec))
     if candidates:
         epochs, spec = max(candidates, key=itemgetter(0))

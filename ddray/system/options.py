@@ -1,5 +1,9 @@
 """Options that several commands share; a field's docstring is its help."""
 
+from typing import Any
+
+from pydantic import Field
+
 from ddray.config import AbsolutePath, Config
 
 
@@ -10,11 +14,35 @@ class DataFolder(Config):
     """Where datasets are; default $DDRAY_DATA."""
 
 
-class DataOptions(DataFolder):
-    """Where datasets come from."""
+class ContentOptions(Config):
+    """How a dataset's files are read; a dataset's name carries what is set (`data.reference`)."""
+
+    image_size: int | None = Field(default=None, ge=1)
+    """Bring images to N x N pixels; default the catalog's size, or the folder's own."""
+    label_column: str | None = Field(default=None, min_length=1)
+    """Column with the classes, in parquet shards and CSV lists; default label, fine_label, ..."""
+    clip_seconds: float | None = Field(default=None, gt=0)
+    """Seconds of a sound clip that are read; default 1."""
+    clip_offset: float | None = Field(default=None, ge=0)
+    """Seconds into a sound clip at which reading starts; default 0."""
+    can_flip: bool | None = None
+    """Whether mirrored images keep their class (augmentation); default the catalog's, for folders of images
+    yes."""
+
+    def content(self) -> dict[str, Any]:
+        """Return the options of content that are set."""
+        return self.model_dump(include=set(ContentOptions.model_fields), exclude_none=True)
+
+
+class DataOptions(DataFolder, ContentOptions):
+    """Where datasets come from, and how they are read."""
 
     download: bool = False
     """Let torchvision download what is missing."""
+
+    def opening(self) -> dict[str, Any]:
+        """Return what `open_dataset` takes besides the dataset."""
+        return {"data_dir": self.data_dir, "download": self.download, **self.content()}
 
 
 class RunOptions(Config):

@@ -8,6 +8,7 @@ from typing import Any, Final
 from ddray.config import read_yaml
 from ddray.data import Dataset, open_dataset
 from ddray.data.catalog import KNOWN
+from ddray.data.reference import DatasetRef
 from ddray.errors import InputError
 from ddray.jobs.context import check_plan
 from ddray.runs.ledger import Ledger, Row
@@ -129,16 +130,18 @@ def _facts(name: str, data_dir: Path | None) -> Dataset:
     try:
         return open_dataset(name, data_dir=data_dir)
     except InputError:
-        if name not in KNOWN:
+        reference = DatasetRef.parse(name)
+        if reference.base not in KNOWN:
             raise
-    entry = KNOWN[name]
+    entry, size = KNOWN[reference.base], reference.image_size
     return Dataset(
         name=name,
-        class_names=entry.class_names or tuple(f"class {index}" for index in range(_NUM_CLASSES[name])),
-        image_shape=entry.shape,
+        class_names=entry.class_names
+        or tuple(f"class {index}" for index in range(_NUM_CLASSES[reference.base])),
+        image_shape=entry.shape if size is None else (entry.shape[0], size, size),
         mean=entry.mean or (0.5,) * entry.shape[0],
         std=entry.std or (0.5,) * entry.shape[0],
-        can_flip=entry.can_flip,
+        can_flip=entry.can_flip if reference.can_flip is None else reference.can_flip,
         load_train=_no_images,
         load_test=_no_images,
     )

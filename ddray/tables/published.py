@@ -4,6 +4,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any, Final
 
+from ddray.data.reference import DatasetRef
 from ddray.evaluation import get_protocol, protocol_names
 from ddray.evaluation.published import Number
 from ddray.tables.units import Cell
@@ -39,14 +40,15 @@ def find(numbers: Sequence[Number], cell: Cell, metric: str | None = None) -> Nu
     `metric` is looked up instead of the protocol's own.
     """
     source, archs = cell.source, ("", *_arch_names(cell.arch))
+    dataset, target = (DatasetRef.parse(name).base for name in (cell.dataset, cell.target))
     methods = (source.method,) if source.method else _METHODS.get(cell.name, (cell.name,))
     candidates = [
         number
         for number in numbers
         if number.method in methods
         and number.metric == (metric or _metric(cell.protocol) or _TOP1)
-        and number.dataset in ("", cell.dataset)
-        and (number.target or number.dataset or cell.target) == cell.target
+        and number.dataset in ("", dataset)
+        and (number.target or number.dataset or target) == target
         and number.arch in archs
         and _same_size(number, cell)
         and _same_teacher(number, cell)

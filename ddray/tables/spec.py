@@ -5,15 +5,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from ddray.config import Config, merge, nest, parse_overrides, read_yaml
-from ddray.data.catalog import KNOWN
+from ddray.data.reference import DatasetRef
 from ddray.errors import InputError, did_you_mean, unknown
+from ddray.system.options import ContentOptions
 
 ScaleName = Literal["paper", "cpu", "smoke"]
+C = TypeVar("C", bound=Config)
 
 # What a scale changes in every file; a file's own `scales` section overrides it.
 SCALES: Final[dict[str, dict[str, Any]]] = {
@@ -39,10 +41,7 @@ def _listed(value: Any) -> Any:
 
 def _absolute(names: tuple[str, ...]) -> tuple[str, ...]:
     """Make folders absolute, so that a bench can be resumed from anywhere; other names stay."""
-    return tuple(
-        str(path.absolute()) if name not in KNOWN and (path := Path(name).expanduser()).is_dir() else name
-        for name in names
-    )
+    return tuple(str(DatasetRef.parse(name).absolute()) for name in names)
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
@@ -249,6 +248,23 @@ class BenchSpec(Config):
         """
         return [name for name in self.dataset if name in entry.dataset] or list(self.dataset)
 
+    def with_content(self, content: Mapping[str, Any]) -> Self:
+        """Return the spec with options of content in the names of all its datasets."""
+
+        def renamed(entry: C, *fields: str) -> C:
+            return entry.model_copy(
+                update={
+                    field: tuple(
+                        str(DatasetRef.parse(n).with_options(**content)) for n in getattr(entry, field)
+                    )
+                    for field in fields
+                }
+            )
+
+        methods = tuple(renamed(method, "dataset") for method in self.methods)
+        evaluate = tuple(renamed(one, "dataset", "target") for one in self.evaluate)
+        return renamed(self, "dataset").model_copy(update={"methods": methods, "evaluate": evaluate})
+
     def within(self, evaluation_spec: EvaluateSpec) -> EvaluateSpec:
         """Return an evaluation with as many architectures, targets and teachers as the limits allow."""
         limits = {"archs": self.limits.archs, "target": self.limits.targets, "teacher": self.limits.teachers}
@@ -256,11 +272,14 @@ class BenchSpec(Config):
         return evaluation_spec.model_copy(update=first)
 
 
-def read_spec(source: Path | Mapping[str, Any], scale: str = "paper") -> BenchSpec:
+def read_spec(
+    source: Path | Mapping[str, Any], scale: str = "paper", content: Mapping[str, Any] | None = None
+) -> BenchSpec:
     """Read a bench file (or take what it would hold) at a scale.
 
     `paper` takes the file as written; `cpu` and `smoke` put limits on it, then the file's own
-    `scales: {<scale>: ...}` is merged over it.
+    `scales: {<scale>: ...}` is merged over it. Options of content, such as `image_size`, at the top of the
+    file or in `content`, which wins, are written into the names of all its datasets.
 
     Raises:
         InputError: the file or a value is bad, or there is no such scale.
@@ -278,4 +297,5 @@ def read_spec(source: Path | Mapping[str, Any], scale: str = "paper") -> BenchSp
     merged = merge(document, SCALES[scale], file_scales.get(scale, {}))
     if _listed(merged.get("dataset")) != _listed(document.get("dataset")):
         merged["replaced"] = True
-    return BenchSpec.parse(merged, source=str(path))
+    in_file = {name: merged.pop(name) for name in ContentOptions.model_fields if name in merged}
+    return BenchSpec.parse(merged, source=str(path)).with_content({**in_file, **(content or {})})
