@@ -1,55 +1,24 @@
-"""Folders of image files: by class, Tiny-ImageNet's val, ImageNet subsets, CUB-200-2011, Stanford Dogs."""
+"""Folders of image files: by class, ImageNet subsets, CUB-200-2011, Stanford Dogs."""
 
 import hashlib
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import compress
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
+from ddray.data.lists import tree_of_lists
 from ddray.data.sources import Item, Layout, Source, chunks, fixed_test, from_sources
+from ddray.data.tree import WORD_LISTS, Labelled, Tree, read_table, tree_of
 from ddray.errors import InputError
 
 IMAGE_SUFFIXES: Final = (
-    *(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"),
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif"),
     *(".ppm", ".pgm", ".pbm", ".tif", ".tiff"),
 )
 _BATCH: Final = 1024
-Labelled = list[tuple[Path, int]]
-
-
-def class_folders(folder: Path) -> list[str]:
-    """Return the names of the subfolders, sorted, without hidden ones and `__MACOSX`."""
-    if not folder.is_dir():
-        return []
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] not in "._")
-
-
-def files_below(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
-    """Yield the files at any depth with one of the suffixes, in sorted order."""
-    for directory, folders, names in os.walk(folder, followlinks=True):
-        folders.sort()
-        for name in sorted(names):
-            if name.lower().endswith(suffixes) and not name.startswith("."):
-                yield Path(directory, name)
-
-
-def by_class(
-    folder: Path, classes: Sequence[str], suffixes: tuple[str, ...], *, empty_ok: bool = False
-) -> Labelled:
-    """Return (file, label) of every class folder's files; InputError if one has none, unless `empty_ok`."""
-    labelled: Labelled = []
-    for label, name in enumerate(classes):
-        files = list(files_below(folder / name, suffixes))
-        if not files and not empty_ok:
-            raise InputError(
-                f"class folder must hold files ({' '.join(suffixes)}), got none in {folder / name}"
-            )
-        labelled += [(file, label) for file in files]
-    return labelled
 
 
 def image_source(labelled: Labelled) -> Source:
@@ -64,88 +33,40 @@ def image_source(labelled: Labelled) -> Source:
     )
 
 
+def layout_of_tree(tree: Tree, class_names: Sequence[str] = ()) -> Layout:
+    """Return the layout of listed images; without a split, test is a fixed, stratified 20%."""
+    names, listed_test = tuple(class_names or tree.classes), tree.test
+    if listed_test is not None:
+        return from_sources(names, image_source(tree.train), lambda: image_source(listed_test()))
+    in_test = fixed_test(torch.tensor([label for _, label in tree.train]))
+    train, test = (list(compress(tree.train, half.tolist())) for half in (~in_test, in_test))
+    return from_sources(names, image_source(train), lambda: image_source(test))
+
+
+def layout_of_lists(root: Path, label_column: str | None = None) -> Layout | None:
+    """Return the layout of images that CSV files label (`tree_of_lists`), or None; InputError as there."""
+    tree = tree_of_lists(root, IMAGE_SUFFIXES, label_column)
+    return None if tree is None else replace(layout_of_tree(tree), options=("label_column",))
+
+
 def layout_of_folder(root: Path, wnids: Sequence[str] = (), names: Sequence[str] = ()) -> Layout | None:
-    """Return the layout of an image folder, or None if there are no class folders.
+    """Return the layout of a folder of images by class (`tree_of`), or None.
 
-    Known arrangements: train/ and test/ (or val/) by class; train/ and val/ with Tiny-ImageNet's
-    val_annotations.txt; class folders only, or train/ only (test: a fixed stratified 20%).
-
-    Args:
-        root: the folder.
-        wnids: class folders to use, in this order; none: all, sorted (in `names`' order if they match).
-        names: class names; none: the folders', or what words.txt calls them.
-
-    Raises:
-        InputError: a class folder is missing or empty.
+    `wnids` and `names` are the class folders to use and their names; without names, words.txt or the folders
+    name them. InputError as for `tree_of`.
     """
-    base = root / "train" if (root / "train").is_dir() else root
-    present = class_folders(base)
-    if not present or (base == root and next(files_below(root / present[0], IMAGE_SUFFIXES), None) is None):
+    tree = tree_of(root, IMAGE_SUFFIXES, wnids, names)
+    if tree is None:
         return None
-    classes = list(wnids) or (list(names) if set(names) == set(present) else present)
-    if missing := sorted(set(classes) - set(present)):
-        raise InputError(
-            f"image folder must have a folder for every class, got none for {missing[0]} in {base}"
-        )
-    class_names = tuple(names) if len(names) == len(classes) else _human_names(root, classes)
-    labelled = by_class(base, classes, IMAGE_SUFFIXES)
-    list_test = _held_out(root, classes, subset=bool(wnids)) if base != root else None
-    if list_test is not None:
-        return from_sources(class_names, image_source(labelled), lambda: image_source(list_test()))
-    in_test = fixed_test(torch.tensor([label for _, label in labelled]))
-    train, test = (list(compress(labelled, half.tolist())) for half in (~in_test, in_test))
-    return from_sources(class_names, image_source(train), lambda: image_source(test))
-
-
-def _held_out(root: Path, classes: Sequence[str], *, subset: bool) -> Callable[[], Labelled] | None:
-    """Return a lister of the test half beside train/: test/ by class, else val/; None without either."""
-    for name in ("test", "val", "validation", "valid"):
-        folder = root / name
-        if (folder / "val_annotations.txt").is_file():
-            return partial(_tiny_imagenet_val, folder, classes)
-        # An unlabelled test/images, as in Tiny-ImageNet, shares no class with train: use val.
-        if set(class_folders(folder)) & set(classes):
-            return partial(_held_out_by_class, folder, classes, subset=subset)
-    return None
-
-
-def _held_out_by_class(folder: Path, classes: Sequence[str], *, subset: bool) -> Labelled:
-    """Return the files of a test folder; classes beyond train's are an error unless `subset`."""
-    strange = sorted(set(class_folders(folder)) - set(classes))
-    if strange and not subset:
-        raise InputError(f"class folders of {folder} must be among those of train, got {strange[0]!r}")
-    return by_class(folder, classes, IMAGE_SUFFIXES, empty_ok=True)
-
-
-def _tiny_imagenet_val(folder: Path, classes: Sequence[str]) -> Labelled:
-    """Return Tiny-ImageNet's val: images/ and a tab-separated list of file name, WordNet id and a box."""
-    label_of = {name: label for label, name in enumerate(classes)}
-    file, labelled = folder / "val_annotations.txt", []
-    for name, wnid, *_ in _table(file, "\t"):
-        if wnid not in label_of:
-            raise InputError(f"classes in {file} must be among train's, got {wnid!r}")
-        labelled.append((folder / "images" / name, label_of[wnid]))
-    return labelled
-
-
-def _table(file: Path, separator: str | None = None) -> list[list[str]]:
-    """Return a text file's lines, split into at least two fields."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"dataset list must be readable, got {file}: {error}") from error
-    rows = [line.split(separator) for line in lines if line.strip()]
-    short = next((row for row in rows if len(row) < 2), None)
-    if short is not None:
-        raise InputError(f"lines of {file} must have 2 fields, got {' '.join(short)!r}")
-    return rows
+    is_named = len(names) == len(tree.classes)
+    return layout_of_tree(tree, names if is_named else _human_names(root, tree.classes))
 
 
 def _human_names(root: Path, classes: Sequence[str]) -> tuple[str, ...]:
     """Return what words.txt (or ImageNet's synset mapping) calls each class, else its folder's name."""
-    files = (root / name for name in ("words.txt", "LOC_synset_mapping.txt"))
+    files = (root / name for name in WORD_LISTS)
     file = next(filter(Path.is_file, files), None)
-    rows = _table(file) if file else []
+    rows = read_table(file) if file else []
     words = {row[0]: " ".join(row[1:]).split(",")[0].strip() for row in rows}
     return tuple(words.get(name, name) for name in classes)
 
@@ -159,7 +80,7 @@ def layout_of_cub(root: Path) -> Layout | None:
     if not (root / "images.txt").is_file():
         return None
     paths, labels, flags = (
-        {row[0]: row[1] for row in _table(root / file)}
+        {row[0]: row[1] for row in read_table(root / file)}
         for file in ("images.txt", "image_class_labels.txt", "train_test_split.txt")
     )
     for image in paths:

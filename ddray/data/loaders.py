@@ -1,6 +1,8 @@
 """open_dataset: find a dataset by name or path, and open it without reading its test half."""
 
+import logging
 import os
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
@@ -14,8 +16,9 @@ from ddray.config import Result
 from ddray.data import parquet, vision
 from ddray.data.catalog import KNOWN, KnownDataset
 from ddray.data.dataset import Dataset, Split
-from ddray.data.folders import layout_of_cub, layout_of_dogs, layout_of_folder
-from ddray.data.pixels import channel_statistics
+from ddray.data.folders import layout_of_cub, layout_of_dogs, layout_of_folder, layout_of_lists
+from ddray.data.listing import subfolders
+from ddray.data.pixels import channel_statistics, check_contrast
 from ddray.data.reference import DatasetRef
 from ddray.data.sources import Geometry, Layout, fixed_test
 from ddray.data.speech import layout_of_wavs
@@ -59,19 +62,42 @@ def open_dataset(
     layout = _layout_of_path(path.absolute(), ref)
     split, geometry = layout.train(ref.image_size)
     is_image = split.images.dtype == torch.uint8  # spectrograms have a direction
+    check_contrast(split, ref.base)
     read = replace(layout, train=lambda _: (split, geometry))
     return _dataset(ref.absolute(), read, geometry, channel_statistics(split.images), can_flip=is_image)
 
 
 def _layout_of_path(path: Path, ref: DatasetRef) -> Layout:
-    """Return the layout of a folder; InputError if it has none, or one that an option does not apply to."""
-    layout = parquet.layout_of_parquet(path) or layout_of_wavs(path, ref) or layout_of_folder(path)
-    if layout is None:
+    """Return the layout of a folder, or of the only one in it, as archives unpack to.
+
+    Raises:
+        InputError: there is none, it has one class, or an option does not apply to it.
+    """
+    for folder in _levels(path):
+        layout = (
+            parquet.layout_of_parquet(folder, label_column=ref.label_column)
+            or layout_of_lists(folder, ref.label_column)
+            or layout_of_wavs(folder, ref)
+            or layout_of_folder(folder)
+        )
+        if layout is not None:
+            break
+    else:
         raise InputError(
             "a dataset folder must hold train-*.parquet shards, or a folder of images or wav files per class "
-            f"(also below train/ and test/), got {path}"
+            f"(2 or more, also below train/ and test/), or a CSV file that labels its images, got {path}"
         )
+    if len(layout.class_names) < 2:
+        raise InputError(f"a dataset must have 2 classes or more, got {layout.class_names} in {folder}")
     return _checked(layout, ref)
+
+
+def _levels(path: Path) -> Iterator[Path]:
+    """Yield a folder, then the only folder in it, and so on."""
+    yield path
+    while len(names := subfolders(path)) == 1:
+        path = path / names[0]
+        yield path
 
 
 def _checked(layout: Layout, ref: DatasetRef) -> Layout:
@@ -91,6 +117,12 @@ def _dataset(
     can_flip: bool,
 ) -> Dataset:
     """Return a dataset that is read in a geometry."""
+
+    def load_train() -> Split:
+        split = layout.train(geometry)[0]
+        check_contrast(split, ref.base)
+        return split
+
     return Dataset(
         name=str(ref),
         class_names=layout.class_names,
@@ -98,7 +130,7 @@ def _dataset(
         mean=statistics[0],
         std=statistics[1],
         can_flip=can_flip if ref.can_flip is None else ref.can_flip,
-        load_train=lambda: layout.train(geometry)[0],
+        load_train=load_train,
         load_test=lambda: layout.test(geometry),
         size_rule=geometry.rule,
     )
@@ -115,7 +147,9 @@ def _open_named(ref: DatasetRef, data_dir: Path | None, *, download: bool) -> Da
         layout = _find_named(ref, data_dir, download=download)
     statistics = spec.mean, spec.std
     if not spec.mean:
-        statistics = channel_statistics(layout.train(geometry)[0].images)
+        split = layout.train(geometry)[0]
+        layout = replace(layout, train=lambda _: (split, geometry))
+        statistics = channel_statistics(split.images)
     return _dataset(ref, _checked(layout, ref), geometry, statistics, can_flip=spec.can_flip)
 
 
@@ -159,7 +193,7 @@ def _find_named(ref: DatasetRef, data_dir: Path | None, *, download: bool) -> La
             f"dataset {name} must lie under the data directory, "
             f"found none of {', '.join(map(str, searched))}; {advice}"
         )
-    if spec.class_names and len(layout.class_names) != len(spec.class_names):
+    if spec.class_names and not ref.label_column and len(layout.class_names) != len(spec.class_names):
         raise InputError(
             f"dataset {name} must have {len(spec.class_names)} classes, "
             f"got {len(layout.class_names)} under {root}"
@@ -198,7 +232,7 @@ def _layout_of_named(spec: KnownDataset, folder: Path, ref: DatasetRef) -> Layou
         official = layout_of_dogs(folder)
     return (
         official
-        or parquet.layout_of_parquet(folder, spec.class_names)
+        or parquet.layout_of_parquet(folder, spec.class_names, ref.label_column)
         or layout_of_folder(folder, spec.wnids, spec.class_names)
     )
 
@@ -211,8 +245,19 @@ class DatasetInfo(Result):
     num_train: int
     num_test: int
     image_shape: list[int]
+    size_rule: str
+    """How the size was chosen."""
+    mean: list[float]
+    """Per channel, in [0, 1] units."""
+    std: list[float]
+    can_flip: bool
+    """Whether mirrored images keep their class."""
     fingerprint: str
     class_names: list[str]
+    per_class: dict[str, list[int]]
+    """Number of images of each class, in `train` and in `test`."""
+    warnings: list[str]
+    """What was left out, turned, resized or otherwise changed, counted."""
 
 
 class DatasetList(Result):
@@ -233,13 +278,38 @@ def list_datasets(*, data_dir: Path | None = None) -> DatasetList:
 
 def data_info(name: str, **options: Any) -> DatasetInfo:
     """Return what a dataset holds; `options` are those of `open_dataset`."""
-    dataset = open_dataset(name, **options)
+    recorder = _Recorder()
+    logger = logging.getLogger("ddray.data")
+    logger.addHandler(recorder)
+    try:
+        dataset = open_dataset(name, **options)
+        halves = {"train": dataset.train(), "test": dataset.test()}
+    finally:
+        logger.removeHandler(recorder)
+    num = dataset.num_classes
     return DatasetInfo(
         name=dataset.name,
-        num_classes=dataset.num_classes,
-        num_train=len(dataset.train()),
-        num_test=len(dataset.test()),
+        num_classes=num,
+        num_train=len(halves["train"]),
+        num_test=len(halves["test"]),
         image_shape=list(dataset.image_shape),
+        size_rule=dataset.size_rule,
+        mean=list(dataset.mean),
+        std=list(dataset.std),
+        can_flip=dataset.can_flip,
         fingerprint=dataset.fingerprint,
         class_names=list(dataset.class_names),
+        per_class={k: torch.bincount(half.labels, minlength=num).tolist() for k, half in halves.items()},
+        warnings=recorder.lines,
     )
+
+
+class _Recorder(logging.Handler):
+    """Keeps the warnings that reading a dataset gives."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())

@@ -1,82 +1,256 @@
-"""Hugging Face style parquet shards: columns img|image {bytes, path} and label|fine_label."""
+"""Hugging Face style parquet shards: a column of images {bytes, path} and one of labels."""
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
+from ddray.data.listing import part_of, subfolders
+from ddray.data.lists import LABEL_COLUMNS, in_order
 from ddray.data.sources import Item, Layout, Source, from_one_source, from_sources
-from ddray.errors import InputError
+from ddray.data.tree import FIFTH
+from ddray.errors import InputError, one_line
+
+log = logging.getLogger(__name__)
 
 _BATCH: Final = 1024
 _IMAGE_COLUMNS: Final = ("img", "image")
-_LABEL_COLUMNS: Final = ("label", "fine_label")
-_TEST_PREFIXES: Final = ("test", "validation", "valid", "val")
 
 
-def shards(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Return the (train, test) shards in `folder` or its `data/`; empty if there are none.
+def shards(folder: Path) -> dict[str, list[Path]]:
+    """Return the train, test and val shards of a folder; empty if there are none.
 
-    Test shards are `test*`, or else `validation*`, `valid*`, `val*`. Train shards are `train*`, or else all
-    that are not test.
-    """
-    files = sorted(folder.glob("*.parquet")) or sorted((folder / "data").glob("*.parquet"))
-    train = [file for file in files if file.name.startswith("train")]
-    train = train or [file for file in files if not file.name.startswith(_TEST_PREFIXES)]
-    tests = ([file for file in files if file.name.startswith(prefix)] for prefix in _TEST_PREFIXES)
-    return train, next(filter(None, tests), [])
-
-
-def layout_of_parquet(folder: Path, names: tuple[str, ...] = ()) -> Layout | None:
-    """Return the layout of a folder of shards, or None; without test shards, test is a fixed 20%.
-
-    `names` are the class names to use where the shards name none.
+    They lie in the folder itself, in `data/`, or in the folder of a configuration, such as `plain_text/`. The
+    name of a shard, or of its folder, says its part; those that are no part are train if none is.
 
     Raises:
-        InputError: there are test shards only, or a train shard cannot be read.
+        InputError: there are several configurations.
     """
-    train, test = shards(folder)
-    if not train:
-        if test:
-            raise InputError(
-                f"a parquet folder must have train-*.parquet shards, got only {test[0].name} in {folder}"
-            )
-        return None
-    class_names = _class_names(train, names)
-    if not test:
-        return from_one_source(class_names, _source(train))
-    return from_sources(class_names, _source(train), lambda: _source(test))
-
-
-def _class_names(files: Sequence[Path], default: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the names in the first shard's metadata, else the default, else a number per label."""
-    schema = _opened(files[0]).schema_arrow
-    _, column = _columns(files[0], schema.names)
-    named = _names_in((schema.metadata or {}).get(b"huggingface", b"{}"), column) or default
-    if named:
-        return named
-    largest = -1
+    files = _files(folder)
+    configs: dict[str, list[Path]] = {}
+    parts: dict[str, list[Path]] = {}
     for file in files:
-        for labels in _read(file, [column]):
-            largest = max([largest, *_labels(file, labels[0])])
-    return tuple(str(label) for label in range(largest + 1))
+        *folders, _ = file.relative_to(folder).parts
+        configs.setdefault("/".join(n for n in folders if n != "data" and part_of(n) is None), []).append(
+            file
+        )
+        part = next(filter(None, map(part_of, (file.stem, *folders))), ("", ""))[0]
+        parts.setdefault(part, []).append(file)
+    if len(configs) > 1:
+        raise InputError(
+            f"a dataset must be one configuration, got {', '.join(configs)} in {folder}; name one's folder"
+        )
+    unknown = parts.pop("", [])
+    if unknown and "train" in parts:
+        _left_out(unknown, "neither train nor test by their names")
+    elif unknown:
+        parts["train"] = unknown
+    return parts
 
 
-def _source(files: Sequence[Path]) -> Source:
-    """Return the images of shards, in order."""
-    return Source(
-        files, lambda: sum(_opened(file).metadata.num_rows for file in files), lambda: _batches(files)
-    )
+def _files(folder: Path) -> list[Path]:
+    """Return the shards of a folder, or else of its `data/`, or else those one level down."""
+    inner = [folder / name for name in subfolders(folder)]
+    of_parts = [path / name for path in inner for name in subfolders(path) if part_of(name)]
+    for folders in ([folder], [folder / "data"], inner, of_parts):
+        if files := sorted(file for path in folders for file in path.glob("*.parquet")):
+            return files
+    return []
 
 
-def _names_in(metadata: bytes, column: str) -> tuple[str, ...]:
-    """Return the names of the ClassLabel feature `column` in Hugging Face's metadata, if it is there."""
+def _left_out(files: Sequence[Path], reason: str) -> None:
+    log.warning("left out %d parquet shards, %s, such as %s", len(files), reason, files[0])
+
+
+def layout_of_parquet(
+    folder: Path, names: tuple[str, ...] = (), label_column: str | None = None
+) -> Layout | None:
+    """Return the layout of a folder of shards, or None; without labelled test shards, test is a fixed 20%.
+
+    Shards that order the names of their classes differently are matched by name.
+
+    Args:
+        folder: where they are.
+        names: class names to use where the shards name none.
+        label_column: the column with the classes; None: the first of `LABEL_COLUMNS`.
+
+    Raises:
+        InputError: there are no train shards, or one can't be read.
+    """
+    parts = shards(folder)
+    if not parts:
+        return None
+    if "train" not in parts:
+        first = next(iter(parts.values()))[0]
+        raise InputError(
+            f"a parquet folder must have train-*.parquet shards, got only {first.name} in {folder}"
+        )
+    train = [Shard(file, label_column) for file in parts.pop("train")]
+    class_names = _class_names(train, () if label_column else names)
+    held_out = {kind: [Shard(file, label_column) for file in files] for kind, files in sorted(parts.items())}
+    labelled = [kind for kind, test_shards in held_out.items() if _has_labels(test_shards)]
+    for kind in held_out:
+        if kind not in labelled[:1]:
+            _left_out(parts[kind], f"as {labelled[0]} is there" if kind in labelled else "without labels")
+    source, options = _source(train, class_names), ("label_column",)
+    if not labelled:
+        if held_out:
+            log.warning("%s has no labelled test shard: %s", folder, FIFTH)
+        return replace(from_one_source(class_names, source), options=options)
+    test = held_out[labelled[0]]
+    return replace(from_sources(class_names, source, lambda: _source(test, class_names)), options=options)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A parquet file, and the column of its classes if it is set."""
+
+    file: Path
+    label_column: str | None = None
+
+    @cached_property
+    def schema(self) -> Any:
+        """The columns, as pyarrow describes them."""
+        return self.opened().schema_arrow
+
+    @cached_property
+    def label(self) -> str | None:
+        """The column of the labels; None if there is none."""
+        accepted = LABEL_COLUMNS if self.label_column is None else (self.label_column,)
+        return next((name for name in accepted if name in self.schema.names), None)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The names of the labels in Hugging Face's metadata, in its order; empty if there are none."""
+        metadata = (self.schema.metadata or {}).get(b"huggingface", b"{}")
+        try:
+            names = json.loads(metadata)["info"]["features"][self.label]["names"]
+        except (ValueError, KeyError, TypeError):
+            return ()
+        return tuple(map(str, names)) if isinstance(names, list) else ()
+
+    def columns(self) -> tuple[str, str]:
+        """Return the columns of the images and of the labels.
+
+        Raises:
+            InputError: there is none for one of them.
+        """
+        image = next((name for name in _IMAGE_COLUMNS if name in self.schema.names), None)
+        listed = ", ".join(self.schema.names)
+        if image is None:
+            raise InputError(
+                f"parquet shard must have an image column named {' or '.join(_IMAGE_COLUMNS)}, got {listed} "
+                f"in {self.file}"
+            )
+        if self.label is None:
+            accepted = self.label_column or " or ".join(LABEL_COLUMNS)
+            raise InputError(
+                f"parquet shard must have a label column named {accepted}, got {listed} in {self.file}; "
+                "--label-column names it"
+            )
+        return image, self.label
+
+    def opened(self) -> Any:
+        """Return pyarrow's reader of the file; InputError if it can't be read."""
+        import pyarrow.parquet
+
+        with _readable(self.file):
+            return pyarrow.parquet.ParquetFile(self.file)
+
+    def read(self, *columns: str) -> Iterator[list[Any]]:
+        """Yield the columns' values, a batch of rows at a time."""
+        opened = self.opened()
+        with _readable(self.file):
+            for batch in opened.iter_batches(batch_size=_BATCH, columns=list(columns)):
+                yield [batch.column(name).to_pylist() for name in columns]
+
+    def labels(self) -> Iterator[Any]:
+        """Yield the labels, as the file has them."""
+        for (values,) in self.read(self.columns()[1]):
+            yield from values
+
+    def batches(self, class_names: tuple[str, ...]) -> Iterator[list[Item]]:
+        """Yield the images, with labels that count `class_names`."""
+        by_name = {name: label for label, name in enumerate(class_names)}
+        renumbered = [by_name.get(name) for name in self.names] if self.names != class_names else []
+        row = 0
+        for images, labels in self.read(*self.columns()):
+            batch = []
+            for image, value in zip(images, labels, strict=True):
+                where = f"{self.file}, row {row}"
+                data = image.get("bytes") if isinstance(image, dict) else image
+                if not isinstance(data, bytes):
+                    raise InputError(f"parquet shard must hold encoded image bytes, got none in {where}")
+                label: Any = value
+                if isinstance(value, str):
+                    label = by_name.get(value)
+                elif renumbered and isinstance(value, int) and value >= 0:
+                    label = renumbered[value] if value < len(renumbered) else None
+                if not isinstance(label, int) or label < 0:
+                    raise InputError(
+                        f"labels must be integers from 0 on, or names of train's classes, got {value!r} in "
+                        f"{where}"
+                    )
+                batch.append(Item(where, label, data))
+                row += 1
+            yield batch
+
+
+def _class_names(train: Sequence[Shard], default: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the names in the shards' metadata, else the default, else what the labels are.
+
+    Raises:
+        InputError: there is no column of labels, a label is no class, or shards name classes twice.
+    """
+    if orders := dict.fromkeys(shard.names for shard in train if shard.names):
+        merged = tuple(dict.fromkeys(name for names in orders for name in names))
+        if len(orders) > 1 and any(len(set(names)) < len(names) for names in orders):
+            raise InputError(
+                f"shards that order their classes differently must name each once, got {train[0].file.parent}"
+            )
+        return merged if len(orders) > 1 else next(iter(orders))
+    is_text = "string" in str(train[0].schema.field(train[0].columns()[1]).type)
+    if default and not is_text:
+        return default
+    values = {value for shard in train for value in shard.labels()}
+    for value in values:
+        if not isinstance(value, str if is_text else int) or value == "" or (not is_text and value < 0):
+            raise InputError(
+                f"labels must be integers from 0 on, or names, got {value!r} in {train[0].file.parent}"
+            )
+    if not is_text:
+        return tuple(str(label) for label in range(max(values, default=-1) + 1))
+    return default if default and values <= {*default} else tuple(sorted(values, key=in_order))
+
+
+def _has_labels(test_shards: Sequence[Shard]) -> bool:
+    """Return whether a row of the shards has a class; a broken shard is named when test is read."""
     try:
-        names = json.loads(metadata)["info"]["features"][column]["names"]
-    except (ValueError, KeyError, TypeError):
-        return ()
-    return tuple(map(str, names)) if isinstance(names, list) else ()
+        labels = (label for s in test_shards if s.label is not None for label in s.labels())
+        return any(label not in (None, "", -1) for label in labels)
+    except InputError:
+        return True
+
+
+def _source(train_or_test: Sequence[Shard], class_names: tuple[str, ...]) -> Source:
+    """Return the images of shards, in order."""
+    files = [shard.file for shard in train_or_test]
+    others = [shard.file for shard in train_or_test if shard.names not in ((), class_names)]
+    if others:
+        log.warning(
+            "%d of %d shards, such as %s, name or order their classes otherwise than train: matched by name",
+            *(len(others), len(files), others[0]),
+        )
+    return Source(
+        files,
+        lambda: sum(shard.opened().metadata.num_rows for shard in train_or_test),
+        lambda: (batch for shard in train_or_test for batch in shard.batches(class_names)),
+        json.dumps([train_or_test[0].label_column, class_names]),
+    )
 
 
 @contextmanager
@@ -87,57 +261,4 @@ def _readable(file: Path) -> Iterator[None]:
     try:
         yield
     except (pyarrow.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"parquet shard must be readable, got {file}: {reason}") from error
-
-
-def _opened(file: Path) -> Any:
-    import pyarrow.parquet
-
-    with _readable(file):
-        return pyarrow.parquet.ParquetFile(file)
-
-
-def _columns(file: Path, names: Sequence[str]) -> list[str]:
-    """Return the names of the image and the label column."""
-    columns = []
-    for kind, accepted in (("an image", _IMAGE_COLUMNS), ("a label", _LABEL_COLUMNS)):
-        column = next((name for name in accepted if name in names), None)
-        if column is None:
-            raise InputError(
-                f"parquet shard must have {kind} column named {' or '.join(accepted)}, "
-                f"got {', '.join(names)} in {file}"
-            )
-        columns.append(column)
-    return columns
-
-
-def _read(file: Path, columns: list[str]) -> Iterator[list[Any]]:
-    """Yield the columns' values, a batch of rows at a time."""
-    shard = _opened(file)
-    with _readable(file):
-        for batch in shard.iter_batches(batch_size=_BATCH, columns=columns):
-            yield [batch.column(name).to_pylist() for name in columns]
-
-
-def _labels(file: Path, values: Sequence[Any]) -> list[int]:
-    for value in values:
-        if not isinstance(value, int) or value < 0:
-            raise InputError(f"labels must be integers from 0 on, got {value!r} in {file}")
-    return list(values)
-
-
-def _batches(files: Sequence[Path]) -> Iterator[list[Item]]:
-    """Yield the images of shards with their labels."""
-    for file in files:
-        row = 0
-        for images, labels in _read(file, _columns(file, _opened(file).schema_arrow.names)):
-            batch = []
-            for image, label in zip(images, _labels(file, labels), strict=True):
-                where = f"{file}, row {row}"
-                data = image.get("bytes") if isinstance(image, dict) else image
-                if not isinstance(data, bytes):
-                    raise InputError(f"parquet shard must hold encoded image bytes, got none in {where}")
-                batch.append(Item(where, label, data))
-                row += 1
-            yield batch
+        raise InputError(f"parquet shard must be readable, got {file}: {one_line(error)}") from error

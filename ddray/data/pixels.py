@@ -16,6 +16,7 @@ MAX_ZCA: Final = 12_288  # 3 x 64 x 64: above, the matrix alone takes gigabytes,
 
 _ENCODE_CHUNK = 4096  # images converted from uint8 at a time
 _MIDDLE = 128.0
+_COMPARED = 64  # images compared at a time: the first ones nearly always differ
 _EXACT_CHUNK = 1024  # see `_moments`
 
 
@@ -179,6 +180,39 @@ def channel_statistics(images: Tensor, *, chunk: int = 4096) -> tuple[tuple[floa
     # A channel without any contrast is only centred.
     std = torch.where(std > 1e-6, std, torch.ones_like(std))
     return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def check_contrast(split: Split, name: str) -> None:
+    """Refuse train images that can't tell classes apart: one value in a channel, or the same in all classes.
+
+    Raises:
+        InputError: says which.
+    """
+    if len(split) == 0:
+        return
+    images, first = split.images, split.images[:1]
+    varies = torch.zeros(images.shape[1], dtype=torch.bool)
+    for part in torch.split(images, _COMPARED):
+        varies |= (part != first[:, :, :1, :1]).transpose(0, 1).flatten(1).any(1)
+        if varies.all():
+            break
+    else:
+        channel = int((~varies).nonzero()[0])
+        raise InputError(
+            f"train images must have contrast in every channel, got {first[0, channel, 0, 0]} everywhere in "
+            f"channel {channel} of {name}; look at its files"
+        )
+    contents: set[frozenset[bytes]] = set()
+    for label in split.labels.unique():
+        rows = (split.labels == label).nonzero().flatten()
+        if not any((images[part] == first).flatten(1).all(1).any() for part in torch.split(rows, _COMPARED)):
+            return
+    for label in split.labels.unique():
+        contents.add(frozenset(image.numpy().tobytes() for image in images[split.labels == label]))
+    if len(contents) == 1:
+        raise InputError(
+            f"classes must differ in their train images, got the same in each of {name}; look at its files"
+        )
 
 
 def pixel_space(kind: str, dataset: Dataset, split: Split) -> PixelSpace:

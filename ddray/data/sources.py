@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import io
+import logging
 import os
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -18,16 +20,15 @@ from torch import Tensor
 from ddray import seeding
 from ddray.data import cache
 from ddray.data.dataset import Split, stratified_holdout
+from ddray.data.pictures import RESIZED, Change, decode, header
 from ddray.errors import InputError
 
-if TYPE_CHECKING:
-    from PIL import Image
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 _TASK = 64  # images per task of the thread pool: fewer would be all bookkeeping
-_GREY_MODES = {"1", "L", "LA", "La"}
-_DEEP_MODES = ("I", "F")  # 16 or 32 bits per channel
+_EXAMPLES = 2  # images that a warning names
 STANDARD_SIZES = (128, 64, 32)
 MAX_KEPT = 256
 
@@ -131,33 +132,40 @@ def load(source: Source, size: Size) -> tuple[Split, Geometry]:
                 "a dataset must have images, got none" + (f" in {source.files[0]}" if source.files else "")
             )
         used_geometry = size if isinstance(size, Geometry) else survey(source, size)
-        _decode_into(source, used_geometry, folder)
-        return {"shape": used_geometry.shape, "resize": used_geometry.resize}
+        notes = _decode_into(source, used_geometry, folder)
+        return {**dataclasses.asdict(used_geometry), "notes": notes}
 
-    version = "v1" if isinstance(size, Geometry) else "v2"  # v2: `survey` keeps squares up to 256 px
-    settings = f"images {version} {size} {source.labelling}"
-    split, facts = cache.fetch(source.files, settings, build)
-    return split, Geometry((facts["shape"][0], facts["shape"][1], facts["shape"][2]), facts["resize"])
+    split, facts = cache.fetch(source.files, f"images v3 {size} {source.labelling}", build)
+    for note in facts["notes"]:
+        log.warning("%s", note)
+    return split, Geometry(
+        (facts["shape"][0], facts["shape"][1], facts["shape"][2]), facts["resize"], facts["rule"]
+    )
 
 
 def survey(source: Source, side: int | None = None) -> Geometry:
     """Choose the geometry of a folder without a catalog entry, from its images' headers; `side` if it is set.
 
-    Square images of one size up to 256 px keep it, and other sizes are then refused: such a folder was
-    prepared at that size (imagenette at 224). Everything else is resized to the largest of 128, 64, 32 px
-    that the median short side reaches (to 32 below that). One channel if all images are grey, else three.
+    The size of most images, if they are square and have up to 256 px: such a folder was prepared at that size
+    (imagenette at 224), and the others are resized to it. Otherwise all are resized to the largest of 128,
+    64, 32 px that the median short side reaches (to 32 below that). One channel if all images are grey, else
+    three.
     """
-    headers = [header for task in _in_threads(_headers, source) for header in task]
+    headers = [
+        pair for task in _in_threads(lambda _, items: list(map(header, items)), source) for pair in task
+    ]
     sizes = [size for size, _ in headers]
     channels = 1 if all(is_grey for _, is_grey in headers) else 3
     if side is not None:
         return Geometry((channels, side, side), resize=True, rule="image_size")
-    width, height = sizes[0]
-    if width == height <= MAX_KEPT and len(set(sizes)) == 1:
-        return Geometry((channels, height, width), resize=False)
+    ((width, height), num), *_ = Counter(sizes).most_common(1)
+    if width == height <= MAX_KEPT and 2 * num > len(sizes):
+        rule = f"that of {num} of {len(sizes)} train images"
+        return Geometry((channels, height, width), resize=True, rule=rule)
     median = float(np.median([min(size) for size in sizes]))
     side = next((size for size in STANDARD_SIZES if size <= median), STANDARD_SIZES[-1])
-    return Geometry((channels, side, side), resize=True)
+    rule = f"the largest of 128, 64, 32 up to train's median short side, {median:g}"
+    return Geometry((channels, side, side), resize=True, rule=rule)
 
 
 def _in_threads(function: Callable[[int, Sequence[Item]], T], source: Source) -> Iterator[T]:
@@ -175,74 +183,11 @@ def chunks(entries: Sequence[T], size: int) -> list[Sequence[T]]:
     return [entries[start : start + size] for start in range(0, len(entries), size)]
 
 
-def _headers(_: int, items: Sequence[Item]) -> list[tuple[tuple[int, int], bool]]:
-    """Return ((width, height), is grey) of each image without decoding it."""
-    headers = []
-    for item in items:
-        with _opened(item) as image:
-            headers.append((image.size, image.mode in _GREY_MODES))
-    return headers
+def _decode_into(source: Source, geometry: Geometry, folder: Path) -> list[str]:
+    """Write images.npy (through a memory map, so it may exceed the memory) and labels.npy.
 
-
-def _opened(item: Item) -> Image.Image:
-    """Open an image; its pixels are decoded later."""
-    from PIL import Image
-
-    with _readable(item):
-        return Image.open(io.BytesIO(item.read()))
-
-
-@contextmanager
-def _readable(item: Item) -> Iterator[None]:
-    """Turn what Pillow raises for a broken image into an InputError."""
-    from PIL import Image
-
-    try:
-        yield
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())
-        reason = "no image format that Pillow knows" if "identify" in reason else reason
-        raise InputError(f"image must be readable, got {item.where}: {reason}") from error
-
-
-def decode(item: Item, geometry: Geometry) -> np.ndarray:
-    """Return an image as uint8 [C, H, W].
-
-    Raises:
-        InputError: it cannot be decoded, has more than 8 bits per channel, or a size that `geometry` refuses.
+    Return a line for each kind of change that images went through.
     """
-    channels, height, width = geometry.shape
-    with _opened(item) as image:
-        if image.mode.startswith(_DEEP_MODES):
-            raise InputError(f"images must have 8 bits per channel, got mode {image.mode} in {item.where}")
-        if image.size != (width, height) and not geometry.resize:
-            raise InputError(
-                f"images must be {width}x{height} like the rest of their dataset, "
-                f"got {image.width}x{image.height} in {item.where}"
-            )
-        with _readable(item):
-            if image.mode == "P":
-                image = image.convert("RGBA")  # a palette may hold transparent colours; keep their RGB part
-            image = image.convert("L" if channels == 1 else "RGB")
-        if image.size != (width, height):
-            image = _fit(image, width, height)
-        pixels = np.asarray(image, dtype=np.uint8)
-    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
-
-
-def _fit(image: Image.Image, width: int, height: int) -> Image.Image:
-    """Scale until the frame is just covered, then crop its centre."""
-    from PIL import Image
-
-    ratio = max(width / image.width, height / image.height)
-    size = (max(width, round(image.width * ratio)), max(height, round(image.height * ratio)))
-    image = image.resize(size, Image.Resampling.BILINEAR)
-    left, top = (size[0] - width) // 2, (size[1] - height) // 2
-    return image.crop((left, top, left + width, top + height))
-
-
-def _decode_into(source: Source, geometry: Geometry, folder: Path) -> None:
-    """Write images.npy (through a memory map, so it may exceed the memory) and labels.npy."""
     file, num = folder / cache.IMAGES, source.count()
     images = np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=(num, *geometry.shape))
     with file.open("r+b") as opened:
@@ -250,12 +195,24 @@ def _decode_into(source: Source, geometry: Geometry, folder: Path) -> None:
         os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
     labels = np.empty(num, dtype=np.int64)
 
-    def fill(start: int, items: Sequence[Item]) -> None:
+    def fill(start: int, items: Sequence[Item]) -> list[Change]:
+        changes: list[Change] = []
         for row, item in enumerate(items, start):
-            images[row] = decode(item, geometry)
+            images[row], of_item = decode(item, geometry)
             labels[row] = item.label
+            changes += of_item
+        return changes
 
-    for _ in _in_threads(fill, source):
-        pass
+    examples: dict[str, list[str]] = defaultdict(list)
+    counts: Counter[str] = Counter()
+    for kind, where in chain.from_iterable(_in_threads(fill, source)):
+        counts[kind] += 1
+        if counts[kind] <= _EXAMPLES:
+            examples[kind].append(where)
     images.flush()
     np.save(folder / cache.LABELS, labels)
+    size = f" (to {geometry.shape[2]}x{geometry.shape[1]})"
+    return [
+        f"{counts[kind]} of {num} images are {kind}{size * (kind == RESIZED)}, such as {', '.join(places)}"
+        for kind, places in examples.items()
+    ]

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ddray.data import cache
 from ddray.data.dataset import Split
-from ddray.data.folders import Labelled, by_class, class_folders, files_below
+from ddray.data.listing import files_below, subfolders
 from ddray.data.sources import Geometry, Layout, chunks
+from ddray.data.tree import Labelled, by_class
 from ddray.errors import InputError
 from ddray.system.options import ContentOptions
 
@@ -39,7 +40,7 @@ def layout_of_wavs(root: Path, options: ContentOptions) -> Layout | None:
         InputError: a class folder is empty, or the first clip cannot be read.
     """
     base = root / "train" if (root / "train").is_dir() else root
-    classes = class_folders(base)
+    classes = subfolders(base)
     if not classes or next(files_below(base / classes[0], (".wav",)), None) is None:
         return None
     train = by_class(base, classes, (".wav",))

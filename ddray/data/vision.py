@@ -1,6 +1,7 @@
 """Datasets in torchvision's own layout, and their download."""
 
 import contextlib
+import logging
 import sys
 from pathlib import Path
 from typing import Any, Final
@@ -9,20 +10,30 @@ import torch
 
 from ddray.data.catalog import KnownDataset
 from ddray.data.dataset import Split
-from ddray.data.sources import Geometry, Layout
+from ddray.data.pictures import resized
+from ddray.data.sources import Geometry, Layout, Size
 from ddray.errors import DdrayError, InputError, one_line
+
+log = logging.getLogger(__name__)
 
 _SPLITS: Final = {"SVHN": ("train", "test"), "Imagenette": ("train", "val")}  # the others take train=True
 
 
 def layout_of_torchvision(root: Path, spec: KnownDataset) -> Layout:
     """Return the layout of a dataset whose marker lies under `root`."""
-    geometry = Geometry(spec.shape, resize=False)
-    return Layout(
-        spec.class_names,
-        lambda _: (_read(root, spec, train=True), geometry),
-        lambda _: _read(root, spec, train=False),
-    )
+
+    def read(geometry: Geometry, *, train: bool) -> Split:
+        split, side = _read(root, spec, train=train), geometry.shape[1]
+        if geometry.shape == spec.shape:
+            return split
+        log.warning("%d images of %s are resized to %dx%d", len(split), spec.torchvision, side, side)
+        return Split(resized(split.images, side), split.labels)
+
+    def read_train(size: Size) -> tuple[Split, Geometry]:
+        geometry = size if isinstance(size, Geometry) else Geometry(spec.shape, resize=False)
+        return read(geometry, train=True), geometry
+
+    return Layout(spec.class_names, read_train, lambda geometry: read(geometry, train=False))
 
 
 def download(root: Path, spec: KnownDataset) -> None:

@@ -74,9 +74,9 @@ def test_a_damaged_entry_is_made_again(tmp_path: Path, ddray_home: Path, file: s
 
 
 def test_nothing_is_left_of_a_failed_decoding(tmp_path: Path, ddray_home: Path) -> None:
-    (tmp_path / "a").mkdir()
-    for index in range(2):
-        (tmp_path / "a" / f"{index}.png").write_bytes(b"broken")
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_bytes(b"broken")
     with pytest.raises(InputError):
         open_dataset(str(tmp_path))
     assert entries(ddray_home) == []

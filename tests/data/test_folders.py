@@ -98,19 +98,11 @@ def test_a_named_dataset_keeps_its_own_size(tmp_path: Path) -> None:
 
 def test_resizing_is_short_side_then_centre_crop(tmp_path: Path) -> None:
     ramp = np.broadcast_to(np.arange(200, dtype=np.uint8)[None, None], (3, 64, 200))
-    write_png(tmp_path / "train" / "a" / "0.png", ramp)
+    for name in ("a", "b"):
+        write_png(tmp_path / "train" / name / "0.png", ramp - (name == "b"))
     by_class(tmp_path / "test", ["a"], 1)
     image = open_dataset(str(tmp_path)).train().images[0]
     assert torch.equal(image, torch.arange(68, 132, dtype=torch.uint8).expand(3, 64, 64))
-
-
-def test_a_test_image_of_another_size_is_refused_where_train_has_one(tmp_path: Path) -> None:
-    by_class(tmp_path / "train", ["a"], 2)
-    by_class(tmp_path / "test", ["a"], 1, size=9)
-    data = open_dataset(str(tmp_path))
-    assert len(data.train()) == 2
-    with pytest.raises(InputError, match=r"8x8.*9x9.*00.png"):
-        data.test()
 
 
 def test_broken_files_are_named(tmp_path: Path) -> None:
@@ -126,16 +118,8 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         open_dataset(str(tmp_path))
 
 
-def test_sixteen_bit_images_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    for index in range(2):
-        Image.fromarray(np.full((8, 8), 40000, dtype=np.uint16)).save(tmp_path / "a" / f"{index}.png")
-    with pytest.raises(InputError, match="8 bits"):
-        open_dataset(str(tmp_path))
-
-
 def test_empty_and_strange_class_folders_are_refused(tmp_path: Path) -> None:
-    by_class(tmp_path / "x" / "train", ["a"], 2)
+    by_class(tmp_path / "x" / "train", ["a", "d"], 2)
     by_class(tmp_path / "x" / "test", ["a", "c"], 1)
     with pytest.raises(InputError, match="'c'"):
         open_dataset(str(tmp_path / "x")).test()

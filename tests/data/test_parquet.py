@@ -103,7 +103,7 @@ def test_a_broken_image_is_named_with_its_row(tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
     (tmp_path / "p").mkdir()
-    table = pa.table({"img": [{"bytes": b"no image", "path": "x"}], "label": [0]})
+    table = pa.table({"img": [{"bytes": b"no image", "path": "x"}] * 2, "label": [0, 1]})
     pq.write_table(table, tmp_path / "p" / "train.parquet")
     with pytest.raises(InputError, match=r"train.parquet, row 0"):
         open_dataset(str(tmp_path / "p"))
@@ -111,7 +111,12 @@ def test_a_broken_image_is_named_with_its_row(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("labels", "words"),
-    [([0, 1, 3], "0..2"), ([0, 1, -1], "got -1"), (["a", "b", "c"], "integers"), ([0, 1, 1], "'bee'")],
+    [
+        ([0, 1, 3], "0..2"),
+        ([0, 1, -1], "got -1"),
+        (["ant", "bee", "cow"], "names of train's classes, got 'cow'"),
+        ([0, 1, 1], "'bee'"),
+    ],
 )
 def test_labels_that_do_not_fit_are_refused(tmp_path: Path, labels: list[object], words: str) -> None:
     write_parquet(tmp_path / "p" / "train.parquet", random_images(3, (1, 8, 8)), labels, names=NAMES)

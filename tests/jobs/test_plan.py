@@ -112,6 +112,23 @@ def test_steps_win_over_sets_and_settings_over_both(digits: Any) -> None:
     assert plan_of(options, digits, {"method.lr_img": 0.5}).config.method.lr_img == 0.5
 
 
+@pytest.mark.parametrize("is_open", [False, True])
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [({"sets": ["can_flip=true"]}, {}), ({"can_flip": True}, {}), ({"can_flip": False}, {"can_flip": True})],
+)
+def test_options_of_content_may_be_among_the_settings(
+    digits: Any, options: dict[str, Any], settings: dict[str, Any], is_open: bool
+) -> None:
+    parsed = PlanOptions.parse({"method": "dm", "ipc": 1, **options})
+    plan = plan_of(parsed, digits if is_open else None, settings)
+    assert plan.dataset.can_flip
+    assert plan.describe()["dataset"] == "digits?can_flip=true"
+    assert plan.describe()["fingerprint"] == digits.fingerprint
+    plain = plan_of(PlanOptions.parse({"method": "dm", "ipc": 1}), digits)
+    assert plan.config == plain.config  # shipped files and recipes go by the name without options
+
+
 @pytest.mark.parametrize("name", ["../dm", "/etc/passwd", "a b", "", "Digits", "a.b"])
 def test_a_dataset_given_by_path_has_no_shipped_files(name: str) -> None:
     assert shipped_configs("dm", name, 1) == []

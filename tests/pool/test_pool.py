@@ -113,6 +113,15 @@ def test_the_specs_of_a_pool_differ_in_their_seeds(toy: Any) -> None:
     assert specs[0].model_copy(update={"seed": 6}) == specs[1]
 
 
+def test_networks_that_see_mirrored_images_are_others(digits: Any) -> None:
+    common: dict[str, Any] = {"split": "train", "arch": "convnet1_w8", "device": "cpu", "recipe": {}}
+    flipped = digits.with_options(can_flip=True)
+    keys = {supervised_specs(dataset, **common, seed=0, num=1)[0].key for dataset in (digits, flipped)}
+
+    assert flipped.fingerprint == digits.fingerprint
+    assert len(keys) == 2
+
+
 def test_what_is_missing_is_trained_once_and_given_in_order(ddray_home: Path) -> None:
     trainer = Trainer()
     pool = LocalPool(trainer)

@@ -40,6 +40,11 @@ def test_cells_find_their_numbers() -> None:
     assert value(source=source) is None, "DataDAM is not in that table"
 
 
+def test_cells_of_a_dataset_with_options_find_the_numbers_of_its_name() -> None:
+    name = "cifar10?can_flip=false"
+    assert value(dataset=name, target=name) == 32.0
+
+
 def test_boost_counts_images_and_supervised_sets_count_as_their_images() -> None:
     fields = {"dataset": "cifar100", "target": "cifar10", "num_classes": 100, "protocol": "linear"}
     source = PublishedSource(paper="boost_ssdd", table="Table 1")

@@ -120,6 +120,25 @@ def test_only_a_scale_with_other_datasets_may_change_what_rows_name(tmp_path: Pa
         read_spec(path, "cpu")
 
 
+def test_options_of_content_are_written_into_all_names_of_datasets(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "name: a\ndataset: [mnist, 'cifar10?can_flip=false']\nipc: 1\nimage_size: 64\n"
+        "methods:\n  - {name: dm, dataset: mnist}\nevaluate: {dataset: mnist, target: svhn}\n"
+        "scales: {cpu: {image_size: 16}}\n"
+    )
+    paper, cpu, smoke = (read_spec(path, scale) for scale in ("paper", "cpu", "smoke"))
+    assert paper.dataset == ("mnist?image_size=64", "cifar10?can_flip=false&image_size=64")
+    assert paper.datasets(paper.rows()[0]) == paper.datasets(paper.evaluate[0]) == ["mnist?image_size=64"]
+    assert paper.evaluate[0].target == ("svhn?image_size=64",)
+    assert (cpu.dataset[0], smoke.dataset) == ("mnist?image_size=16", ("digits?image_size=64",))
+    assert read_spec(path, content={"image_size": 8}).dataset[0] == "mnist?image_size=8"
+    assert BenchSpec.parse(paper.dump()) == paper
+    path.write_text(path.read_text().replace("image_size: 64", "image_size: 0"))
+    with pytest.raises(InputError, match=r"image-size.*greater than or equal to 1"):
+        read_spec(path)
+
+
 def test_a_size_beyond_the_limit_is_cut_where_it_is_the_only_one() -> None:
     bench_spec = spec(ipc=[50], limits={"ipc": 10})
     assert bench_spec.sizes(bench_spec.rows()[0]) == [("ipc", 10)]
