@@ -64,26 +64,25 @@ def _num_below(path: Path) -> str:
 def subfolders(folder: Path, skipped: Skipped | None = None) -> list[str]:
     """Return the names of the folders in a folder, sorted, without hidden ones, `__MACOSX` and loops."""
     names = []
-    for path, is_folder in _entries(folder):
-        if is_folder:
-            reason = HIDDEN if path.name[0] in "._" else LOOPS if _is_loop(path) else None
-            if reason is None:
-                names.append(path.name)
-            elif skipped is not None:
-                skipped.add(reason, path)
+    for path in sorted(Path(entry.path) for entry in _scan(folder) if _is_folder(entry)):
+        reason = HIDDEN if path.name[0] in "._" else LOOPS if _is_loop(path) else None
+        if reason is None:
+            names.append(path.name)
+        elif skipped is not None:
+            skipped.add(reason, path)
     return names
 
 
 def loose_files(folder: Path) -> list[Path]:
     """Return the files directly in a folder, sorted."""
-    return [path for path, is_folder in _entries(folder) if not is_folder]
+    return sorted(Path(entry.path) for entry in _scan(folder) if not _is_folder(entry))
 
 
-def _entries(folder: Path) -> list[tuple[Path, bool]]:
-    """Return what is in a folder, sorted, and whether it is a folder itself."""
+def _scan(folder: Path) -> list["os.DirEntry[str]"]:
+    """Return what is in a folder; nothing if there is none."""
     try:
         with os.scandir(folder) as entries:
-            return sorted((Path(entry.path), _is_folder(entry)) for entry in entries)
+            return list(entries)
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:

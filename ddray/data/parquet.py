@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from ddray.data.listing import part_of, subfolders
+from ddray.data.listing import Skipped, part_of, subfolders
 from ddray.data.lists import LABEL_COLUMNS, in_order
 from ddray.data.sources import Item, Layout, Source, from_one_source, from_sources
 from ddray.data.tree import FIFTH
@@ -46,10 +46,14 @@ def shards(folder: Path) -> dict[str, list[Path]]:
         )
     unknown = parts.pop("", [])
     if unknown and "train" in parts:
-        _left_out(unknown, "neither train nor test by their names")
+        _left_out(folder, unknown, "that are neither train nor test")
     elif unknown:
         parts["train"] = unknown
     return parts
+
+
+def _left_out(folder: Path, files: Sequence[Path], reason: str) -> None:
+    Skipped(folder, {f"parquet shards {reason}": [*files]}).warn()
 
 
 def _files(folder: Path) -> list[Path]:
@@ -60,10 +64,6 @@ def _files(folder: Path) -> list[Path]:
         if files := sorted(file for path in folders for file in path.glob("*.parquet")):
             return files
     return []
-
-
-def _left_out(files: Sequence[Path], reason: str) -> None:
-    log.warning("left out %d parquet shards, %s, such as %s", len(files), reason, files[0])
 
 
 def layout_of_parquet(
@@ -95,7 +95,8 @@ def layout_of_parquet(
     labelled = [kind for kind, test_shards in held_out.items() if _has_labels(test_shards)]
     for kind in held_out:
         if kind not in labelled[:1]:
-            _left_out(parts[kind], f"as {labelled[0]} is there" if kind in labelled else "without labels")
+            reason = f"beside those of {labelled[0]}" if kind in labelled else "without labels"
+            _left_out(folder, parts[kind], reason)
     source, options = _source(train, class_names), ("label_column",)
     if not labelled:
         if held_out:

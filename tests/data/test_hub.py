@@ -71,13 +71,12 @@ def test_shards_that_are_no_part_are_named(tmp_path: Path, caplog: pytest.LogCap
         shard(tmp_path / "r" / f"{name}-00000-of-00001.parquet", [0, 1, 2])
     shard(tmp_path / "r" / "validation-00000-of-00001.parquet", [0, 1, 2])
     assert sorted(shards(tmp_path / "r")) == ["test", "train", "val"]
+    caplog.clear()
     assert len(open_dataset(str(tmp_path / "r")).train()) == 3
-    extra, val = (tmp_path / "r" / f"{n}-00000-of-00001.parquet" for n in ("extra", "validation"))
-    assert (
-        f"left out 1 parquet shards, neither train nor test by their names, such as {extra}"
-        in caplog.messages
-    )
-    assert f"left out 1 parquet shards, as test is there, such as {val}" in caplog.messages
+    assert caplog.messages == [
+        f"{tmp_path / 'r'}: left out 1 parquet shards {reason}-00000-of-00001.parquet"
+        for reason in ("that are neither train nor test: extra", "beside those of test: validation")
+    ]
 
 
 @pytest.mark.parametrize("labels", [[-1, -1], [None, None], None])
@@ -96,7 +95,7 @@ def test_an_unlabelled_test_gives_way_to_validation(
     data = open_dataset(str(root))
     assert torch.equal(data.test().images, val)
     assert data.test().labels.tolist() == [2, 0]
-    assert f"left out 1 parquet shards, without labels, such as {root / 'test.parquet'}" in caplog.messages
+    assert f"{root}: left out 1 parquet shards without labels: test.parquet" in caplog.messages
 
 
 def test_without_any_labelled_test_a_fifth_of_train_is_test(
