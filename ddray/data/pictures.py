@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -20,7 +18,9 @@ if TYPE_CHECKING:
 
 GREY_MODES: Final = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L")
 _DEEP_FORMATS: Final = ("PNG", "PPM")  # their mode I means 16 bits per channel
-_EXIF: Final = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
+_EXIF: Final = frozenset(("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"))
+_SPECIAL: Final = _EXIF | {"transparency"}
+_BROKEN: Final = (OSError, SyntaxError, ValueError)  # and Image.DecompressionBombError
 _ORIENTATION: Final = 0x0112
 
 TURNED: Final = "turned upright, as their orientation tag says"
@@ -36,10 +36,15 @@ Change = tuple[str, str]
 
 def header(item: Item) -> tuple[tuple[int, int], bool]:
     """Return an image's (width, height), upright, and whether it is grey, without decoding it."""
-    with _opened(item) as image, _readable(item):
-        turned = image.format != "TIFF" and _orientation(image) > 4  # Pillow turns TIFF files itself
-        is_grey = image.mode in GREY_MODES or _raw_mode(image).startswith("LA")  # 16 bits: read as RGBA
-        return image.size[::-1] if turned else image.size, is_grey
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(item.read())) as image:
+            turned = image.format != "TIFF" and _orientation(image) > 4  # Pillow turns TIFF files itself
+            is_grey = image.mode in GREY_MODES or (image.mode == "RGBA" and _raw_mode(image) == "LA;16B")
+            return image.size[::-1] if turned else image.size, is_grey
+    except (*_BROKEN, Image.DecompressionBombError) as error:
+        raise _unreadable(item, error) from error
 
 
 def decode(item: Item, geometry: Geometry) -> tuple[np.ndarray, list[Change]]:
@@ -48,33 +53,41 @@ def decode(item: Item, geometry: Geometry) -> tuple[np.ndarray, list[Change]]:
     Raises:
         InputError: it can't be decoded, has more than 16 bits per channel, or a size that `geometry` refuses.
     """
+    from PIL import Image
+
     channels, height, width = geometry.shape
+    mode, where = "L" if channels == 1 else "RGB", item.where
     changes: list[str] = []
-    with _opened(item) as image, _readable(item):
-        pixels = _prepared(image, item, changes).convert("L" if channels == 1 else "RGB")
-    where = item.where
-    if pixels.size != (width, height):
-        where = f"{where} ({pixels.width}x{pixels.height})"
-        if not geometry.resize:
-            raise InputError(
-                f"images must be {width}x{height} like the rest of their dataset, got "
-                f"{pixels.width}x{pixels.height} in {item.where}; --image-size N brings all to N x N"
-            )
-        pixels = _fit(pixels, width, height)
-        changes.append(RESIZED)
-    array = np.asarray(pixels, dtype=np.uint8)
+    try:
+        with Image.open(io.BytesIO(item.read())) as image:
+            pixels = _prepared(image, item, mode, changes)
+            if pixels.size != (width, height):
+                where = f"{where} ({pixels.width}x{pixels.height})"
+                if not geometry.resize:
+                    raise InputError(
+                        f"images must be {width}x{height} like the rest of their dataset, got "
+                        f"{pixels.width}x{pixels.height} in {item.where}; --image-size N brings all to N x N"
+                    )
+                pixels = _fit(pixels, width, height)
+                changes.append(RESIZED)
+            array = np.array(pixels)
+    except (*_BROKEN, Image.DecompressionBombError) as error:
+        raise _unreadable(item, error) from error
     return array[None] if channels == 1 else array.transpose(2, 0, 1), [(kind, where) for kind in changes]
 
 
-def _prepared(image: Image.Image, item: Item, changes: list[str]) -> Image.Image:
-    """Return an image upright, with 8 bits per channel and opaque; add what was done to `changes`."""
+def _prepared(image: Image.Image, item: Item, mode: str, changes: list[str]) -> Image.Image:
+    """Return an image in a mode (L, RGB): upright, opaque, 8 bits; add what was done to `changes`."""
     from PIL import Image, ImageOps
 
+    tiles = getattr(image, "tile", None)
+    is_plain = image.mode == mode and tiles and tiles[0][3] in (mode, (mode, ""))
+    is_deep, orientation = not is_plain and _is_deep(image), _orientation(image)
     if image.format != "MPO" and getattr(image, "is_animated", False):  # MPO: a photograph and its thumbnails
         changes.append(FIRST_FRAME)
-    is_deep = _is_deep(image)
-    orientation = _orientation(image)
     image.load()
+    if is_plain and _SPECIAL.isdisjoint(image.info):
+        return image
     if image.format == "PNG":  # its tag may follow the pixels
         orientation = _orientation(image)
     if orientation != 1:
@@ -98,12 +111,12 @@ def _prepared(image: Image.Image, item: Item, changes: list[str]) -> Image.Image
         if image.getchannel("A").getextrema()[0] != 255:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             changes.append(ON_WHITE)
-    return image
+    return image.convert(mode)
 
 
 def _orientation(image: Image.Image) -> int:
     """Return the orientation tag of an image, 1 (upright) to 8; its pixels are not decoded for it."""
-    if image.format != "TIFF" and not any(name in image.info for name in _EXIF):
+    if _EXIF.isdisjoint(image.info) and image.format != "TIFF":
         return 1
     try:
         value = image.getexif().get(_ORIENTATION, 1)
@@ -129,25 +142,11 @@ def _raw_mode(image: Image.Image) -> str:
     return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
 
 
-def _opened(item: Item) -> Image.Image:
-    """Open an image; its pixels are decoded later."""
-    from PIL import Image
-
-    with _readable(item):
-        return Image.open(io.BytesIO(item.read()))
-
-
-@contextmanager
-def _readable(item: Item) -> Iterator[None]:
-    """Turn what Pillow raises for a broken image into an InputError."""
-    from PIL import Image
-
-    try:
-        yield
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = one_line(error)
-        reason = "no image format that Pillow knows" if "identify" in reason else reason
-        raise InputError(f"image must be readable, got {item.where}: {reason}") from error
+def _unreadable(item: Item, error: Exception) -> InputError:
+    """Return the error for an image that Pillow can't read."""
+    reason = one_line(error)
+    reason = "no image format that Pillow knows" if "identify" in reason else reason
+    return InputError(f"image must be readable, got {item.where}: {reason}")
 
 
 def _fit(image: Image.Image, width: int, height: int) -> Image.Image:

@@ -63,7 +63,7 @@ def test_a_palette_with_alpha_is_laid_on_white(tmp_path: Path) -> None:
     from ddray.data.sources import Item
 
     changes: list[str] = []
-    image = _prepared(ink("RGBA").convert("PA"), Item("x", 0, b""), changes).convert("L")
+    image = _prepared(ink("RGBA").convert("PA"), Item("x", 0, b""), "L", changes)
     assert np.asarray(image)[0].tolist() == [255, 255, 255, 127, 0, 0, 0, 0]
     assert len(changes) == 1
 
