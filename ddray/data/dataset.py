@@ -85,6 +85,12 @@ class Dataset:
         """The name without options, by which catalog, settings and published numbers know the dataset."""
         return DatasetRef.parse(self.name).base
 
+    @property
+    def overrides(self) -> dict[str, bool]:
+        """What the name sets that changes trainings but not the fingerprint: `can_flip`, if it does."""
+        can_flip = DatasetRef.parse(self.name).can_flip
+        return {} if can_flip is None else {"can_flip": can_flip}
+
     def with_options(self, **content: Any) -> Self:
         """Return this open dataset with options of content: `can_flip`, the only one that reads no file.
 

@@ -12,7 +12,6 @@ from pydantic import ValidationInfo, field_validator
 
 from ddray.config import Config
 from ddray.data import Dataset
-from ddray.data.reference import DatasetRef
 from ddray.nets import check_arch
 from ddray.runs.ledger import canonical_json
 from ddray.training.recipe import Recipe
@@ -82,13 +81,12 @@ def supervised_specs(
         seed: seed of the first network.
         num: how many.
     """
-    mirrored = DatasetRef.parse(dataset.name).can_flip  # the fingerprint does not cover it
     return [
         PoolSpec(
             kind="supervised",
             dataset=dataset.fingerprint,
             split=split,
-            transform="normalized" if mirrored is None else f"normalized, can_flip={mirrored}",
+            transform=", ".join(["normalized", *(f"{k}={v}" for k, v in dataset.overrides.items())]),
             arch=arch,
             recipe={**SUPERVISED_RECIPE, **recipe},
             seed=seed + index,

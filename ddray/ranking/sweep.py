@@ -134,6 +134,7 @@ class Sweep:
             "arch": space.arch_name(index),
             "recipe": recipe.dump(),
             "fingerprint": self.dataset.fingerprint,
+            **self.dataset.overrides,
             "split": str(SplitName(options.seed)),
             "device": self.device,
         }

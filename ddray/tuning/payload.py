@@ -64,7 +64,7 @@ class Unpacked:
     space: PixelSpace
 
 
-_latest: tuple[tuple[str, str, int], Unpacked] | None = None
+_latest: tuple[tuple[str, str, str, int], Unpacked] | None = None
 
 
 def unpack(payload: Payload) -> Unpacked:
@@ -72,7 +72,7 @@ def unpack(payload: Payload) -> Unpacked:
     global _latest
     facts = dict(payload.facts)
     fingerprint = facts.pop("fingerprint")
-    identity = (fingerprint, f"{payload.split_name}:{payload.kind}", len(payload.held_labels))
+    identity = (fingerprint, facts["name"], f"{payload.split_name}:{payload.kind}", len(payload.held_labels))
     if _latest is not None and _latest[0] == identity:
         return _latest[1]
     split = Split(torch.tensor(payload.images), torch.tensor(payload.labels))

@@ -337,6 +337,20 @@ def test_cost_orders_tasks_longest_first(proxies: dict[str, Path], tmp_path: Pat
     assert sorted(len(task.units) for task in fused) == [1] * 8 + [3] * 8
 
 
+def test_networks_that_see_mirrored_images_are_units_of_their_own(proxies: dict[str, Path]) -> None:
+    nas_options = options(sample=2)
+    paths = (proxies["random"],)
+    plain, flipped = (
+        rank.prepare(NasRequest(proxies=paths, can_flip=can_flip), nas_options, config_of(nas_options))
+        for can_flip in (None, True)
+    )
+    assert plain.dataset.fingerprint == flipped.dataset.fingerprint
+    assert (plain.dataset.can_flip, flipped.dataset.can_flip) == (False, True)
+    one, other = ({task.key for task in sweep.tasks(fused=False)} for sweep in (plain, flipped))
+    assert len(one) == len(other) == 4
+    assert one.isdisjoint(other)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
