@@ -108,11 +108,15 @@ def _rows(path: Path, index: _Index, label_column: str | None) -> list[Row]:
             listed = ", ".join(others.values())
             log.warning("%s: none of its columns (%s) is the label; --label-column names one", path, listed)
         return []
-    kinds = [part_of(value) for value in table[part_column]] if part_column else []
+    names, labels = table[file_column], table[column]
+    parts = (
+        [(part_of(value) or (kind,))[0] for value in table[part_column]]
+        if part_column
+        else [kind] * len(names)
+    )
     rows = []
-    for row, (name, label) in enumerate(zip(table[file_column], table[column], strict=True)):
-        file, part = index.find(name, folders), kinds[row][0] if kinds and kinds[row] else kind
-        if file is None or not label:
+    for name, label, part in zip(names, labels, parts, strict=True):
+        if (file := index.find(name, folders)) is None or not label:
             raise InputError(
                 f"each row of {path} must name a file of its folder and a class, got {name!r}, {label!r}"
             )

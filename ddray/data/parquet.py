@@ -219,7 +219,11 @@ def _class_names(train: Sequence[Shard], default: tuple[str, ...]) -> tuple[str,
         return default
     values = {value for shard in train for value in shard.labels()}
     for value in values:
-        if not isinstance(value, str if is_text else int) or value == "" or (not is_text and value < 0):
+        if (
+            not isinstance(value, str if is_text else int)
+            or value == ""
+            or (isinstance(value, int) and value < 0)
+        ):
             raise InputError(
                 f"labels must be integers from 0 on, or names, got {value!r} in {train[0].file.parent}"
             )
