@@ -10,7 +10,7 @@ import inspect
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
 
 import torch
 
@@ -19,8 +19,9 @@ from ddray.artifact.export import export_folder, export_parquet
 from ddray.artifact.reading import load as load_set
 from ddray.config import Config, parse_overrides
 from ddray.data import Dataset, SplitName, open_dataset
+from ddray.data.own import Own, store
 from ddray.distillation.loop import run_distillation
-from ddray.errors import unknown
+from ddray.errors import InputError, unknown
 from ddray.evaluation.options import EvaluateOptions, EvaluateResult
 from ddray.jobs import distill as distill_job
 from ddray.jobs import score
@@ -38,6 +39,8 @@ from ddray.tuning.options import TuneOptions
 from ddray.tuning.result import TuneResult
 
 Form = Literal["folder", "parquet"]
+AnyDataset: TypeAlias = str | Path | Dataset | Own
+"""A name, a path, an open dataset, a torch Dataset, or (images, labels) as `data.own.store` takes."""
 F = TypeVar("F", bound=Callable[..., Any])
 
 __all__ = ["bench", "distill", "evaluate", "export", "load", "nas", "tune"]
@@ -73,21 +76,34 @@ def _takes(*configs: type[Config]) -> Callable[[F], F]:
 
 
 def _plan(options: dict[str, Any], settings: Mapping[str, Any] | None, default_ipc: int | None = 1) -> Plan:
-    """Return the run that keyword arguments ask for; `dataset` may be an open dataset."""
-    dataset = options.get("dataset")
-    opened = dataset if isinstance(dataset, Dataset) else None
-    if isinstance(dataset, Dataset | Path):
-        options = {**options, "dataset": str(dataset) if opened is None else opened.name}
+    """Return the run that keyword arguments ask for; `dataset` and `test` are as `_named` takes them."""
+    name, opened = _named(options.get("dataset"), options.get("test"))
+    if name is not None:
+        options = {**options, "dataset": name}
     if options.get("ipc") is None and options.get("budget") is None:
         options = {**options, "ipc": default_ipc}
     return plan_of(PlanOptions.pick(options), opened, settings)
 
 
+def _named(dataset: AnyDataset | None, test: Own | None) -> tuple[str | None, Dataset | None]:
+    """Return what a dataset is reopened by, and itself if it is open; own images are stored."""
+    if dataset is not None and not isinstance(dataset, str | Path | Dataset):
+        return str(store(dataset, test)), None
+    if test is not None:
+        raise InputError(
+            f"test must be left out unless dataset is a torch Dataset or tensors, got {dataset!r}"
+        )
+    if isinstance(dataset, Dataset):
+        return dataset.name, dataset
+    return None if dataset is None else str(dataset), None
+
+
 @_takes(PlanOptions, DistillOptions)
 def distill(
     method: str,
-    dataset: str | Path | Dataset = "digits",
+    dataset: AnyDataset = "digits",
     *,
+    test: Own | None = None,
     settings: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> DistilledSet:
@@ -95,7 +111,8 @@ def distill(
 
     Args:
         method: its name; built in, or from an installed package.
-        dataset: a name, a folder, or an open dataset.
+        dataset: a name, a path, an open dataset, a torch Dataset, or (images, labels).
+        test: the test half of a torch Dataset or of tensors; default a fixed, stratified 20%.
         settings: overrides as for --set, such as `{"steps": 50, "method.lr_img": 0.5}`.
         options: see below. `ipc` is 1 by default; an existing run in `run_dir` is resumed.
 
@@ -103,7 +120,7 @@ def distill(
         InputError: a name or a value is invalid.
         DivergedError: the loss became NaN.
     """
-    plan = _plan({**options, "method": method, "dataset": dataset}, settings)
+    plan = _plan({**options, "method": method, "dataset": dataset, "test": test}, settings)
     how = DistillOptions.pick({"resume": True, **options})
     if how.run_dir is not None or how.out is not None:
         with tempfile.TemporaryDirectory() as folder:  # for a run that only its set is wanted of
@@ -141,20 +158,24 @@ def load(path: str | Path, *, dataset: str | Path | None = None) -> DistilledSet
 
 @_takes(EvaluateOptions, DeviceOptions)
 def evaluate(
-    distilled: DistilledSet | str | Path, *, dataset: str | Path | Dataset | None = None, **options: Any
+    distilled: DistilledSet | str | Path,
+    *,
+    dataset: AnyDataset | None = None,
+    test: Own | None = None,
+    **options: Any,
 ) -> EvaluateResult:
     """Train fresh networks on a set and score them on test.
 
     Args:
         distilled: the set, or its file.
-        dataset: what to test on: a name, a folder, or an open dataset; default the set's dataset.
+        dataset: what to test on, as `distill` takes it; default the set's dataset.
+        test: the test half of a torch Dataset or of tensors, as `distill` took it.
         options: see below.
 
     Raises:
         InputError: a name or a value is invalid.
     """
-    opened = dataset if isinstance(dataset, Dataset) else None
-    name = None if dataset is None or opened is not None else str(dataset)
+    name, opened = _named(dataset, test)
     parsed = EvaluateOptions.pick({**options, "dataset": name})
     device = pick_device(DeviceOptions.pick(options).device)
     with _files([distilled]) as (path,):
@@ -180,7 +201,8 @@ def _files(sets: Sequence[DistilledSet | str | Path]) -> Iterator[list[Path]]:
 def tune(
     method: str,
     *,
-    dataset: str | Path | Dataset = "digits",
+    dataset: AnyDataset = "digits",
+    test: Own | None = None,
     settings: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> TuneResult:
@@ -188,7 +210,8 @@ def tune(
 
     Args:
         method: its name; built in, or from an installed package.
-        dataset: a name, a folder, or an open dataset.
+        dataset: a name, a path, an open dataset, a torch Dataset, or (images, labels).
+        test: the test half of a torch Dataset or of tensors; default a fixed, stratified 20%.
         settings: overrides as for --set, such as `{"steps": 50, "evaluate.seeds": 1}`.
         options: see below; `space` may be a mapping of names to ranges. `ipc` is 1 by default.
 
@@ -199,19 +222,25 @@ def tune(
     """
     from ddray.cluster.tune import tune as search
 
-    plan = _plan({**options, "method": method, "dataset": dataset}, settings)
+    plan = _plan({**options, "method": method, "dataset": dataset, "test": test}, settings)
     run = RunOptions.pick(options)
     return search(plan, TuneOptions.pick(options), run_dir=run.run_dir, resume=run.resume)
 
 
 @_takes(NasRequest, NasOptions, NasModes, RunOptions)
 def nas(
-    proxies: DistilledSet | str | Path | Sequence[DistilledSet | str | Path] = (), **options: Any
+    proxies: DistilledSet | str | Path | Sequence[DistilledSet | str | Path] = (),
+    *,
+    dataset: AnyDataset | None = None,
+    test: Own | None = None,
+    **options: Any,
 ) -> NasResult:
     """Rank architectures on distilled sets, and compare with their ranking on the whole dataset.
 
     Args:
         proxies: one or several distilled sets, or their files.
+        dataset: the real data, as `distill` takes it; default the first set's.
+        test: the test half of a torch Dataset or of tensors.
         options: see below.
 
     Raises:
@@ -222,6 +251,8 @@ def nas(
     from ddray.ranking import command
     from ddray.ranking.spaces import resolve_config
 
+    name, opened = _named(dataset, test)
+    options |= {} if name is None else {"dataset": name}
     modes = NasModes.pick(options)
     sets = [proxies] if isinstance(proxies, DistilledSet | str | Path) else list(proxies)
     command.check_modes({**options, "proxies": sets})
@@ -239,6 +270,7 @@ def nas(
             nas_executor(parsed),
             run_dir=run.run_dir,
             resume=run.resume,
+            dataset=opened,
         )
 
 

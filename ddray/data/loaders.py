@@ -18,10 +18,12 @@ from ddray.data.catalog import KNOWN, KnownDataset
 from ddray.data.dataset import Dataset, Split
 from ddray.data.folders import layout_of_cub, layout_of_dogs, layout_of_folder, layout_of_lists
 from ddray.data.listing import subfolders
+from ddray.data.npz import layout_of_npz
 from ddray.data.pixels import channel_statistics, check_contrast
 from ddray.data.reference import DatasetRef
 from ddray.data.sources import Geometry, Layout, fixed_test
-from ddray.data.speech import layout_of_wavs
+from ddray.data.speech import layout_of_clips
+from ddray.data.tars import layout_of_tars
 from ddray.errors import InputError, did_you_mean
 
 
@@ -56,9 +58,12 @@ def open_dataset(
     if ref.base in KNOWN:
         return _open_named(ref, data_dir, download=download)
     path = Path(ref.base).expanduser()
-    if not path.is_dir():
+    if not (path.is_dir() or (path.is_file() and path.suffix.lower() in (".npz", ".tar"))):
         hint = did_you_mean(ref.base, KNOWN)
-        raise InputError(f"dataset must be one of {', '.join(KNOWN)}, or a folder, got {ref.base!r}{hint}")
+        raise InputError(
+            f"dataset must be one of {', '.join(KNOWN)}, an .npz or .tar file, or a folder, "
+            f"got {ref.base!r}{hint}"
+        )
     layout = _layout_of_path(path.absolute(), ref)
     split, geometry = layout.train(ref.image_size)
     is_image = split.images.dtype == torch.uint8  # spectrograms have a direction
@@ -77,15 +82,18 @@ def _layout_of_path(path: Path, ref: DatasetRef) -> Layout:
         layout = (
             parquet.layout_of_parquet(folder, label_column=ref.label_column)
             or layout_of_lists(folder, ref.label_column)
-            or layout_of_wavs(folder, ref)
+            or layout_of_clips(folder, ref)
             or layout_of_folder(folder)
+            or layout_of_npz(folder)
+            or layout_of_tars(folder, ref.label_column)
         )
         if layout is not None:
             break
     else:
         raise InputError(
-            "a dataset folder must hold train-*.parquet shards, or a folder of images or wav files per class "
-            f"(2 or more, also below train/ and test/), or a CSV file that labels its images, got {path}"
+            "a dataset folder must hold train-*.parquet shards, what save_to_disk wrote, an .npz file, tars of "
+            "samples, a folder of images or sound files per class (2 or more, also below train/ and test/), or "
+            f"a CSV file that labels its images, got {path}"
         )
     if len(layout.class_names) < 2:
         raise InputError(f"a dataset must have 2 classes or more, got {layout.class_names} in {folder}")
@@ -224,7 +232,7 @@ def _find(ref: DatasetRef, root: Path) -> Layout | None:
 def _layout_of_named(spec: KnownDataset, folder: Path, ref: DatasetRef) -> Layout | None:
     """Return the layout of a named dataset in a folder of its own, or None."""
     if spec.layout == "wavs":
-        return layout_of_wavs(folder, ref)
+        return layout_of_clips(folder, ref)
     official = None
     if spec.layout == "cub":
         official = layout_of_cub(folder) or layout_of_cub(folder / "CUB_200_2011")

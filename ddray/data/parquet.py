@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from ddray.data.listing import Skipped, part_of, subfolders
 from ddray.data.lists import LABEL_COLUMNS, in_order
+from ddray.data.saved import ArrowFile, saved_files
 from ddray.data.sources import Item, Layout, Source, from_one_source, from_sources
 from ddray.data.tree import FIFTH
 from ddray.errors import InputError, one_line
@@ -81,7 +82,7 @@ def layout_of_parquet(
     Raises:
         InputError: there are no train shards, or one can't be read.
     """
-    parts = shards(folder)
+    parts = saved_files(folder) or shards(folder)
     if not parts:
         return None
     if "train" not in parts:
@@ -160,7 +161,7 @@ class Shard:
         import pyarrow.parquet
 
         with _readable(self.file):
-            return pyarrow.parquet.ParquetFile(self.file)
+            return (ArrowFile if self.file.suffix == ".arrow" else pyarrow.parquet.ParquetFile)(self.file)
 
     def read(self, *columns: str) -> Iterator[list[Any]]:
         """Yield the columns' values, a batch of rows at a time."""

@@ -11,7 +11,6 @@ from pydantic import Field
 from ddray.config import Config, merge, nest, parse_overrides, read_yaml
 from ddray.data import Dataset, open_dataset
 from ddray.data.catalog import KNOWN
-from ddray.data.speech import SHAPE as SPECTROGRAM
 from ddray.distillation.method import BudgetDistiller, Target
 from ddray.errors import InputError, unknown
 from ddray.evaluation.options import EvaluateConfig
@@ -195,4 +194,4 @@ def _is_audio(dataset: Dataset) -> bool:
     """Return whether images are spectrograms; files are read only if an unknown dataset has their shape."""
     if dataset.base in KNOWN:
         return KNOWN[dataset.base].layout == "wavs"
-    return dataset.image_shape == SPECTROGRAM and dataset.train().is_audio
+    return dataset.image_shape[0] == 1 and dataset.train().is_audio

@@ -13,7 +13,7 @@ import torch
 
 from ddray.artifact.reading import load
 from ddray.config import option_name
-from ddray.data import SplitName, carve_val, open_dataset
+from ddray.data import Dataset, SplitName, carve_val, open_dataset
 from ddray.errors import DdrayError, InputError, unknown
 from ddray.evaluation.options import PixelKind
 from ddray.jobs.score import check_fits, foreign_space
@@ -78,8 +78,17 @@ def compare_scores(path: Path, options: NasOptions) -> NasResult:
     return NasResult(space=options.space, num_archs=len(indices), proxies=[proxy])
 
 
-def prepare(request: NasRequest, options: NasOptions, config: NasConfig, *, can_grow: bool = False) -> Sweep:
+def prepare(
+    request: NasRequest,
+    options: NasOptions,
+    config: NasConfig,
+    *,
+    can_grow: bool = False,
+    dataset: Dataset | None = None,
+) -> Sweep:
     """Check a request and return its sweep; nothing is trained but the networks of coreset methods.
+
+    An open `dataset` stands in for the request's.
 
     Raises:
         InputError: a file, a name or a number is invalid.
@@ -91,7 +100,9 @@ def prepare(request: NasRequest, options: NasOptions, config: NasConfig, *, can_
             f"got {options.gpus_per_worker:g}"
         )
     opening = request.opening()
-    named = None if request.dataset is None else open_dataset(request.dataset, **opening)
+    named = dataset
+    if named is None and request.dataset is not None:
+        named = open_dataset(request.dataset, **opening)
     space = foreign_space(named, request.pixel_space)
     sets = [load(path, dataset=named, pixel_space=space) for path in request.proxies]
     dataset = named or open_dataset(sets[0].meta.dataset, **opening)
@@ -133,18 +144,19 @@ def run_nas(
     run_dir: Path | None,
     resume: bool,
     can_grow: bool = False,
+    dataset: Dataset | None = None,
 ) -> NasResult:
     """Train architectures on proxies, rank them, compare with the truth, and write table, plots and page.
 
     The run's folder is `run_dir` (None creates a numbered one). `can_grow`: a resumed sweep may have other
-    proxies than before.
+    proxies than before. An open `dataset` stands in for the request's.
 
     Raises:
         InputError: any invalid input.
         DdrayError: no architecture finished on any proxy (table, plots and page are still written).
     """
     begin = time.perf_counter()
-    sweep = prepare(request, options, config, can_grow=can_grow)
+    sweep = prepare(request, options, config, can_grow=can_grow, dataset=dataset)
     truth = None
     if options.truth != "whole":  # read before anything is trained
         truth = read_truth(options, sweep.space(), sweep.indices)

@@ -24,7 +24,7 @@ class ContentOptions(Config):
     clip_seconds: float | None = Field(default=None, gt=0)
     """Seconds of a sound clip that are read; default 1."""
     clip_offset: float | None = Field(default=None, ge=0)
-    """Seconds into a sound clip at which reading starts; default 0."""
+    """Seconds into a sound clip at which reading starts; default where it is loudest."""
     can_flip: bool | None = None
     """Whether mirrored images keep their class (augmentation); default the catalog's, for folders of images
     yes."""

@@ -1,0 +1,65 @@
+"""Folders that `datasets.save_to_disk` wrote: Arrow streams, listed by `state.json`, read by pyarrow."""
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from ddray.data.listing import find_parts
+from ddray.errors import InputError, one_line
+
+log = logging.getLogger(__name__)
+
+STATE: Final = "state.json"
+SPLITS: Final = "dataset_dict.json"
+
+
+def saved_files(folder: Path) -> dict[str, list[Path]]:
+    """Return the train, test and val files of a saved DatasetDict; those of a saved Dataset are train.
+
+    Empty if the folder is neither.
+
+    Raises:
+        InputError: a list can't be read, or no split is train.
+    """
+    if (folder / STATE).is_file():
+        return {"train": _listed(folder)}
+    if not (folder / SPLITS).is_file():
+        return {}
+    splits = [str(split) for split in _read(folder / SPLITS, "splits")]
+    parts = find_parts(folder, splits)
+    if "train" not in parts:
+        raise InputError(f"a saved DatasetDict must have a train split, got {', '.join(splits)} in {folder}")
+    if others := [split for split in splits if split not in parts.values()]:
+        log.warning(
+            "%s: %d of %d splits aren't used: %s", folder, len(others), len(splits), ", ".join(others)
+        )
+    return {part: _listed(folder / split) for part, split in parts.items()}
+
+
+def _listed(folder: Path) -> list[Path]:
+    return [folder / str(entry["filename"]) for entry in _read(folder / STATE, "_data_files")]
+
+
+def _read(file: Path, field: str) -> Any:
+    """Return a field of a JSON file that `datasets` wrote."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))[field]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{field} must be readable, got {file}: {one_line(error)}") from error
+
+
+class ArrowFile:
+    """A stream of Arrow's, mapped into memory, with what `pyarrow.parquet.ParquetFile` offers."""
+
+    def __init__(self, file: Path) -> None:
+        import pyarrow as pa
+
+        self._table = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
+        self.schema_arrow = self._table.schema
+        self.metadata = self._table  # has `num_rows` too
+
+    def iter_batches(self, batch_size: int, columns: Sequence[str]) -> Iterator[Any]:
+        """Yield the columns, so many rows at a time."""
+        yield from self._table.select(list(columns)).to_batches(max_chunksize=batch_size)

@@ -1,0 +1,179 @@
+"""WebDataset tars, by the extra `webdataset`: a sample's files share a name, as `0001.jpg` and `0001.cls`.
+
+A label is the text of `.cls`, `.label` or `.class`, or that field of `.json`: a number or a name. Numbers are
+named by `classnames.txt` or `classes.txt` beside the tars, one name a line, else by themselves.
+"""
+
+import functools
+import json
+import logging
+import tarfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from ddray.data import arrays
+from ddray.data.folders import IMAGE_SUFFIXES
+from ddray.data.listing import part_of
+from ddray.data.sources import Item, Layout, Source, from_one_source, from_sources
+from ddray.errors import InputError, one_line
+
+log = logging.getLogger(__name__)
+
+_BATCH: Final = 256
+_LABELS: Final = ("cls", "label", "class")
+_NAMES: Final = ("classnames.txt", "classes.txt")
+
+
+def layout_of_tars(path: Path, label_column: str | None = None) -> Layout | None:
+    """Return the layout of a tar, or of a folder's tars; None if there are none.
+
+    A name with `train`, `test` or `val` in it, of the file or of a folder, says what half a tar belongs to.
+    Without a test half the validation half is test, without either 20% are.
+
+    Args:
+        path: the tar or folder.
+        label_column: the ending of the files, or the field of `.json`, with the labels; None: see above.
+
+    Raises:
+        InputError: a train tar can't be read, has no labelled images, or needs the extra `webdataset`.
+    """
+    root = path if path.is_dir() else path.parent
+    files = sorted(path.rglob("*.tar")) if path.is_dir() else [path] * (path.suffix.lower() == ".tar")
+    if not files:
+        return None
+    by_half: dict[str, list[Path]] = {}
+    for file in files:
+        by_half.setdefault(_part(file.relative_to(root)), []).append(file)
+    train = _Tars(by_half.get("train") or by_half.get("", []), label_column)
+    test = by_half.get("test") or by_half.get("val")
+    if not train.files:
+        raise InputError(f"tars must have a train half, got only {', '.join(by_half)} in {path}")
+    unused = [file for file in files if file not in (*train.files, *(test or ()))]
+    if unused:
+        log.warning("%s: %d of %d tars are not used, such as %s", path, len(unused), len(files), unused[0])
+    names_file = next((root / name for name in _NAMES if (root / name).is_file()), None)
+    names = arrays.class_names(train.values) if names_file is None else _lines(names_file)
+
+    def source(tars: _Tars) -> Source:
+        where = str(tars.files[0])
+        indices = arrays.to_indices(tars.values, names, where, numbered=names_file is not None)
+        return Source(
+            tars.files, lambda: len(indices), lambda: tars.batches(indices), f"tars {label_column} {names}"
+        )
+
+    if test is None:
+        layout = from_one_source(names, source(train))
+    else:
+        layout = from_sources(names, source(train), lambda: source(_Tars(test, label_column)))
+    return replace(layout, options=("label_column",))
+
+
+def _part(file: Path) -> str:
+    """Return the part that a tar's name, or else a folder's, says: train, test or val; "" if none does."""
+    return next(filter(None, map(part_of, (file.stem, *file.parts[:-1]))), ("", ""))[0]
+
+
+def _lines(file: Path) -> tuple[str, ...]:
+    """Return the lines of a text file that are not empty."""
+    try:
+        return tuple(filter(None, map(str.strip, file.read_text(encoding="utf-8").splitlines())))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"class names must be readable, got {file}: {one_line(error)}") from error
+
+
+@dataclass(frozen=True)
+class _Tars:
+    """The samples of tars; a sample without image or label counts as skipped."""
+
+    files: Sequence[Path]
+    label_column: str | None
+
+    @functools.cached_property
+    def values(self) -> arrays.Array:
+        """The labels, int64 or str [N]; says how many samples are left out.
+
+        Raises:
+            InputError: a tar can't be read, or no sample has an image and a label.
+        """
+        values: list[str] = []
+        skipped: list[str] = []
+        for where, sample in self._samples():
+            label = self._label(sample, where) if _image(sample) else None
+            values.append(label) if label is not None else skipped.append(
+                f"{where} ({' '.join(_endings(sample))})"
+            )
+        if not values:
+            raise InputError(
+                f"tars must hold samples of an image and a label (0001.jpg and 0001.cls), got "
+                f"{skipped[0] if skipped else 'none'} in {self.files[0]}; unpack other archives"
+            )
+        if skipped:
+            num = len(skipped) + len(values)
+            log.warning(
+                "%d of %d samples have no image or no label and are left out, such as %s",
+                len(skipped),
+                num,
+                skipped[0],
+            )
+        try:
+            return np.array(values, dtype=np.int64)
+        except ValueError:  # names
+            return np.array(values, dtype=str)
+
+    def batches(self, indices: arrays.Array) -> Iterator[list[Item]]:
+        """Yield the images with their labels."""
+        batch: list[Item] = []
+        row = 0
+        for where, sample in self._samples():
+            image = _image(sample)
+            if image is None or self._label(sample, where) is None:
+                continue
+            batch.append(Item(where, int(indices[row]), image))
+            row += 1
+            if len(batch) == _BATCH:
+                yield batch
+                batch = []
+        yield batch
+
+    def _samples(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield each sample with its place, for messages."""
+        try:
+            import webdataset
+        except ImportError as error:
+            raise InputError(
+                f"tars need the extra webdataset: pip install 'ddray[webdataset]', got {self.files[0]}"
+            ) from error
+        for file in self.files:
+            try:
+                for sample in webdataset.WebDataset([str(file)], shardshuffle=False, empty_check=False):
+                    yield f"{sample['__key__']} in {file}", sample
+            except (OSError, tarfile.TarError, ValueError, EOFError, zlib.error) as error:
+                raise InputError(f"tar must be readable, got {file}: {one_line(error)}") from error
+
+    def _label(self, sample: dict[str, Any], where: str) -> str | None:
+        """Return a sample's label as text, or None if it has none."""
+        columns = _LABELS if self.label_column is None else (self.label_column,)
+        text = next((sample[column] for column in columns if column in sample), None)
+        try:
+            if text is not None:
+                return str(text, "utf-8").strip() or None
+            fields = json.loads(sample.get("json", b"{}"))
+        except ValueError as error:  # also of the encoding
+            raise InputError(f"label must be text or JSON, got {where}: {one_line(error)}") from error
+        field = next((fields[column] for column in columns if column in fields), None)
+        return None if field is None else str(field)
+
+
+def _endings(sample: dict[str, Any]) -> list[str]:
+    """Return the endings of a sample's files."""
+    return [f".{name}" for name in sample if not name.startswith("__")]
+
+
+def _image(sample: dict[str, Any]) -> bytes | None:
+    """Return the encoded image of a sample: the first of its files that are one."""
+    return next((sample[name[1:]] for name in _endings(sample) if name in IMAGE_SUFFIXES), None)

@@ -1,0 +1,135 @@
+"""WebDataset tars, written as `webdataset.ShardWriter` and `tar` write them."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import tarfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ddray.data import open_dataset
+from ddray.errors import InputError
+from tests.data.data_files import png, random_images
+
+IMAGES = random_images(12, (3, 16, 16))
+Files = Mapping[str, bytes]
+
+
+def write_tar(path: Path, samples: Sequence[Files]) -> None:
+    """Write the files of samples `0000`, `0001`, ..., by ending."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for index, files in enumerate(samples):
+            for ending, content in files.items():
+                info = tarfile.TarInfo(f"{index:04}.{ending}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+
+def labelled(images: np.ndarray, labels: Sequence[object], ending: str = "cls") -> list[Files]:
+    return [
+        {"png": png(image), ending: str(label).encode()} for image, label in zip(images, labels, strict=True)
+    ]
+
+
+@pytest.fixture(autouse=True)
+def _webdataset() -> None:
+    pytest.importorskip("webdataset")
+
+
+def test_shards_of_two_halves(tmp_path: Path) -> None:
+    write_tar(tmp_path / "set-train-000000.tar", labelled(IMAGES[:4], [0, 1, 2, 0]))
+    write_tar(tmp_path / "set-train-000001.tar", labelled(IMAGES[4:8], [1, 2, 10, 10]))
+    write_tar(tmp_path / "set-test-000000.tar", labelled(IMAGES[8:], [10, 2, 1, 0]))
+    data = open_dataset(str(tmp_path))
+    assert data.class_names == ("0", "1", "2", "10")
+    assert torch.equal(data.train().images, torch.from_numpy(IMAGES[:8]))
+    assert data.train().labels.tolist() == [0, 1, 2, 0, 1, 2, 3, 3]
+    assert torch.equal(data.test().images, torch.from_numpy(IMAGES[8:]))
+    assert data.test().labels.tolist() == [3, 2, 1, 0]
+
+
+def test_folders_of_shards_with_class_names(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As the sets of CLIP's benchmark: train/0.tar, test/0.tar, classnames.txt."""
+    write_tar(tmp_path / "train" / "0.tar", labelled(IMAGES[:6], [0, 1] * 3))
+    write_tar(tmp_path / "test" / "0.tar", labelled(IMAGES[6:8], [1, 0]))
+    write_tar(tmp_path / "val" / "0.tar", labelled(IMAGES[8:], [0, 1] * 2))
+    (tmp_path / "classnames.txt").write_text("wolf\nfox\n")
+    data = open_dataset(str(tmp_path))
+    assert data.class_names == ("wolf", "fox")
+    assert data.test().labels.tolist() == [1, 0]
+    assert caplog.messages == [f"{tmp_path}: 1 of 3 tars are not used, such as {tmp_path}/val/0.tar"]
+
+
+def test_names_and_json_as_labels_of_one_file(tmp_path: Path) -> None:
+    samples = [
+        {
+            "jpeg.txt": b"a caption",
+            "png": png(image),
+            "json": json.dumps({"label": name, "fine": k % 4}).encode(),
+        }
+        for k, (image, name) in enumerate(zip(IMAGES, ["dog", "cat"] * 6, strict=True))
+    ]
+    write_tar(tmp_path / "pets.tar", samples)
+    data = open_dataset(str(tmp_path / "pets.tar"))
+    assert data.class_names == ("cat", "dog")
+    assert torch.bincount(data.test().labels).tolist() == [1, 1]
+    image_of = {image.tobytes(): k for k, image in enumerate(IMAGES)}
+    for image, label in zip(data.train().images, data.train().labels, strict=True):
+        assert int(label) == 1 - image_of[image.numpy().tobytes()] % 2
+    fine = open_dataset(str(tmp_path / "pets.tar"), label_column="fine")
+    assert fine.class_names == ("0", "1", "2", "3")
+    for image, label in zip(fine.train().images, fine.train().labels, strict=True):
+        assert int(label) == image_of[image.numpy().tobytes()] % 4
+
+
+def test_samples_without_image_or_label_are_counted_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    samples = labelled(IMAGES, [0, 1, 2] * 4)
+    samples[3] = {"png": png(IMAGES[3])}
+    samples[5] = {"cls": b"1", "txt": b"lost"}
+    write_tar(tmp_path / "train.tar", samples)
+    write_tar(tmp_path / "test.tar", labelled(IMAGES[:3], [0, 1, 2]))
+    data = open_dataset(str(tmp_path))
+    rest = [row for row in range(12) if row not in (3, 5)]
+    assert torch.equal(data.train().images, torch.from_numpy(IMAGES[rest]))
+    assert data.train().labels.tolist() == [row % 3 for row in rest]
+    assert caplog.messages == [
+        "2 of 12 samples have no image or no label and are left out, such as 0003 in "
+        f"{tmp_path}/train.tar (.png)"
+    ]
+
+
+def test_tars_that_can_not_be_meant(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a" / "folders.tar", [{"wav": b"RIFF"}])
+    with pytest.raises(InputError, match=r"an image and a label .*got 0000 in .*folders\.tar \(\.wav\)"):
+        open_dataset(str(tmp_path / "a"))
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "cut.tar").write_bytes(b"no tar" * 200)
+    with pytest.raises(InputError, match=r"tar must be readable, got .*cut\.tar: "):
+        open_dataset(str(tmp_path / "b"))
+    write_tar(tmp_path / "c" / "test.tar", labelled(IMAGES, [0, 1] * 6))
+    with pytest.raises(InputError, match=r"tars must have a train half, got only test in"):
+        open_dataset(str(tmp_path / "c"))
+    write_tar(tmp_path / "d" / "x.tar", labelled(IMAGES, [0, 1, 2] * 4))
+    (tmp_path / "d" / "classes.txt").write_text("one\ntwo\n")
+    with pytest.raises(InputError, match=r"labels must lie in 0\.\.1, as there are 2 class names, got 2 in"):
+        open_dataset(str(tmp_path / "d"))
+
+
+def test_without_the_extra_the_message_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "webdataset", None)
+    write_tar(tmp_path / "x.tar", labelled(IMAGES, [0, 1] * 6))
+    with pytest.raises(
+        InputError, match=r"tars need the extra webdataset: pip install 'ddray\[webdataset\]'"
+    ):
+        open_dataset(str(tmp_path))
