@@ -39,11 +39,11 @@ def open_dataset(
 
     A known name is looked for under the data directory: in its own folder as parquet shards, as an image
     folder or in its official layout, and in torchvision's layout. An ImageNet subset is also carved out of an
-    `imagenet` folder. A path is any folder of parquet shards, of images by class, or of wav files by class;
-    its image size is chosen by `sources.survey`.
+    `imagenet` folder. A path is an .npz file or a tar, or any folder of these, of parquet or Arrow shards, or of
+    images or sound files by class or in a CSV list; its image size is chosen by `sources.survey`.
 
     Args:
-        reference: one of `dataset_names()`, or a folder; options may follow, as `DatasetRef` writes them.
+        reference: one of `dataset_names()`, or a path; options may follow, as `DatasetRef` writes them.
         data_dir: the data directory; None: `$DDRAY_DATA`.
         download: whether torchvision may download what is not found.
         content: options of content (`ContentOptions`), such as `image_size=64`; they win over those in the
@@ -91,9 +91,9 @@ def _layout_of_path(path: Path, ref: DatasetRef) -> Layout:
             break
     else:
         raise InputError(
-            "a dataset folder must hold train-*.parquet shards, what save_to_disk wrote, an .npz file, tars of "
-            "samples, a folder of images or sound files per class (2 or more, also below train/ and test/), or "
-            f"a CSV file that labels its images, got {path}"
+            "a dataset folder must hold train-*.parquet shards, what save_to_disk wrote, an .npz file, "
+            "WebDataset tars, a folder of images or sound files per class (2 or more, also below train/ and "
+            f"test/), or a CSV file that labels its files, got {path}"
         )
     if len(layout.class_names) < 2:
         raise InputError(f"a dataset must have 2 classes or more, got {layout.class_names} in {folder}")

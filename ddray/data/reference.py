@@ -60,8 +60,8 @@ class DatasetRef(ContentOptions):
         return self.parse({**self.model_dump(exclude_none=True), **changes}, prefix="--")
 
     def absolute(self) -> Self:
-        """Return the reference with an absolute path, if it is a folder."""
+        """Return the reference with an absolute path, if it is a path."""
         path = Path(self.base).expanduser()
-        if self.base in KNOWN or not path.is_dir():
+        if self.base in KNOWN or not path.exists():
             return self
         return self.model_copy(update={"base": str(path.absolute())})
