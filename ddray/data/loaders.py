@@ -39,8 +39,8 @@ def open_dataset(
 
     A known name is looked for under the data directory: in its own folder as parquet shards, as an image
     folder or in its official layout, and in torchvision's layout. An ImageNet subset is also carved out of an
-    `imagenet` folder. A path is an .npz file or a tar, or any folder of these, of parquet or Arrow shards, or of
-    images or sound files by class or in a CSV list; its image size is chosen by `sources.survey`.
+    `imagenet` folder. A path is an .npz file or a tar, or a folder of these, of parquet or Arrow shards, or
+    of images or sound files by class or in a CSV list; its image size is chosen by `sources.survey`.
 
     Args:
         reference: one of `dataset_names()`, or a path; options may follow, as `DatasetRef` writes them.
