@@ -50,11 +50,14 @@ class _Half:
             shape, _, dtype = read(npy)
         return shape, dtype
 
+    def count(self) -> int:
+        """Return the number of images."""
+        return (self.header()[0] or (0,))[0]
+
     def values(self) -> arrays.Array:
         """Return the labels as int64 or str [N]."""
-        return arrays.to_values(
-            _array(self.file, self.labels), self.header()[0][0], f"{self.labels} of {self.file}"
-        )
+        where = f"{self.labels} of {self.file}"
+        return arrays.to_values(_array(self.file, self.labels), self.count(), where)
 
     def geometry(self) -> Geometry:
         """Return what the images look like."""
@@ -115,13 +118,12 @@ def layout_of_npz(path: Path) -> Layout | None:
     )
 
     def source(half: _Half, values: arrays.Array) -> Source:
-        shape, dtype = half.header()
+        _, dtype = half.header()
         if dtype.kind == "f":
-            log.warning(
-                "%s: %d images of %s are read with 8 bits (256 levels)", half.where(), shape[0], dtype
-            )
+            line = "%s: %d images of %s are read with 8 bits (256 levels)"
+            log.warning(line, half.where(), half.count(), dtype)
         indices = arrays.to_indices(values, names, half.where(), numbered=names_key is not None)
-        return Source([file], lambda: shape[0], lambda: half.batches(indices), f"{half} {names}")
+        return Source([file], half.count, lambda: half.batches(indices), f"{half} {names}")
 
     whole = source(train, values)
     if test is None:
@@ -165,5 +167,5 @@ def _opened(file: Path) -> Iterator[Any]:
     try:
         with file.open("rb") as binary, np.load(binary, allow_pickle=False) as archive:
             yield archive
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise InputError(f".npz file must be readable, got {file}: {one_line(error)}") from error

@@ -102,24 +102,28 @@ class _Tars:
         """
         values: list[str] = []
         skipped: list[str] = []
+        several: list[str] = []
         for where, sample in self._samples():
-            label = self._label(sample, where) if _image(sample) else None
-            values.append(label) if label is not None else skipped.append(
-                f"{where} ({' '.join(_endings(sample))})"
-            )
+            images, label = _images(sample), self._label(sample, where)
+            place = f"{where} ({' '.join(_endings(sample))})"
+            if not images or label is None:
+                skipped.append(place)
+                continue
+            values.append(label)
+            if len(images) > 1:
+                several.append(place)
         if not values:
             raise InputError(
                 f"tars must hold samples of an image and a label (0001.jpg and 0001.cls), got "
                 f"{skipped[0] if skipped else 'none'} in {self.files[0]}; unpack other archives"
             )
-        if skipped:
-            num = len(skipped) + len(values)
-            log.warning(
-                "%d of %d samples have no image or no label and are left out, such as %s",
-                len(skipped),
-                num,
-                skipped[0],
-            )
+        num = len(skipped) + len(values)
+        for places, what in (
+            (skipped, "no image or no label and are left out"),
+            (several, "several images, of which the first is read"),
+        ):
+            if places:
+                log.warning("%d of %d samples have %s, such as %s", len(places), num, what, places[0])
         try:
             return np.array(values, dtype=np.int64)
         except ValueError:  # names
@@ -130,10 +134,10 @@ class _Tars:
         batch: list[Item] = []
         row = 0
         for where, sample in self._samples():
-            image = _image(sample)
-            if image is None or self._label(sample, where) is None:
+            images = _images(sample)
+            if not images or self._label(sample, where) is None:
                 continue
-            batch.append(Item(where, int(indices[row]), image))
+            batch.append(Item(where, int(indices[row]), images[0]))
             row += 1
             if len(batch) == _BATCH:
                 yield batch
@@ -174,6 +178,6 @@ def _endings(sample: dict[str, Any]) -> list[str]:
     return [f".{name}" for name in sample if not name.startswith("__")]
 
 
-def _image(sample: dict[str, Any]) -> bytes | None:
-    """Return the encoded image of a sample: the first of its files that are one."""
-    return next((sample[name[1:]] for name in _endings(sample) if name in IMAGE_SUFFIXES), None)
+def _images(sample: dict[str, Any]) -> list[bytes]:
+    """Return the encoded images of a sample."""
+    return [sample[name[1:]] for name in _endings(sample) if name in IMAGE_SUFFIXES]

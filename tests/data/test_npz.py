@@ -165,6 +165,10 @@ def test_files_without_the_keys_and_broken_ones(tmp_path: Path) -> None:
         opened(tmp_path, test_images=colour(), test_labels=LABELS)
     with pytest.raises(InputError, match=r"one array of train images, got train_images and x_train in"):
         opened(tmp_path, train_images=colour(), x_train=colour(), y_train=LABELS)
+    np.save(tmp_path / "b.npy", colour())
+    (tmp_path / "b.npy").rename(tmp_path / "a.npz")
+    with pytest.raises(InputError, match=r"\.npz file must be readable, got .*a\.npz: "):
+        open_dataset(str(tmp_path / "a.npz"))
     (tmp_path / "a.npz").write_bytes(b"PK\x03\x04 nothing")
     with pytest.raises(InputError, match=r"\.npz file must be readable, got .*a\.npz: "):
         open_dataset(str(tmp_path / "a.npz"))

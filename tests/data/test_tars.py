@@ -95,6 +95,7 @@ def test_samples_without_image_or_label_are_counted_and_named(
     samples = labelled(IMAGES, [0, 1, 2] * 4)
     samples[3] = {"png": png(IMAGES[3])}
     samples[5] = {"cls": b"1", "txt": b"lost"}
+    samples[7] = {**samples[7], "jpg": b"a mask"}
     write_tar(tmp_path / "train.tar", samples)
     write_tar(tmp_path / "test.tar", labelled(IMAGES[:3], [0, 1, 2]))
     data = open_dataset(str(tmp_path))
@@ -103,7 +104,9 @@ def test_samples_without_image_or_label_are_counted_and_named(
     assert data.train().labels.tolist() == [row % 3 for row in rest]
     assert caplog.messages == [
         "2 of 12 samples have no image or no label and are left out, such as 0003 in "
-        f"{tmp_path}/train.tar (.png)"
+        f"{tmp_path}/train.tar (.png)",
+        "1 of 12 samples have several images, of which the first is read, such as 0007 in "
+        f"{tmp_path}/train.tar (.png .cls .jpg)",
     ]
 
 
