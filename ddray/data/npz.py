@@ -17,7 +17,7 @@ import numpy as np
 
 from ddray.data import arrays
 from ddray.data.listing import part_of
-from ddray.data.sources import Geometry, Item, Layout, Source, chunks, from_one_source, from_sources
+from ddray.data.sources import Geometry, Item, Layout, Source, from_one_source, from_sources
 from ddray.errors import InputError, one_line
 
 log = logging.getLogger(__name__)
@@ -70,11 +70,11 @@ class _Half:
         images = arrays.channels_last(_array(self.file, self.images), self.where(), first=False)
         if images.dtype.kind in "iu":
             arrays.check_range(images, self.where())
-        for rows in chunks(range(len(images)), _BATCH):
-            pixels = arrays.to_bytes(images[rows.start : rows.stop], self.where())[0]
+        for start in range(0, len(images), _BATCH):
+            pixels = arrays.to_bytes(images[start : start + _BATCH], self.where())[0]
             yield [
                 Item(f"{self.where()}, row {row}", int(indices[row]), as_ppm(image))
-                for row, image in zip(rows, pixels, strict=True)
+                for row, image in enumerate(pixels, start)
             ]
 
 
@@ -138,7 +138,7 @@ def _halves(file: Path, keys: Sequence[str]) -> dict[str, _Half]:
     roles: dict[tuple[str, str], str] = {}
     for key in keys:
         half, rest = part_of(key) or ("", key)
-        kinds = {_WORDS.get(word) for word in re.findall(r"[a-z]+", key.lower()) if word in _WORDS}
+        kinds = {_WORDS[word] for word in re.findall(r"[a-z]+", key.lower()) if word in _WORDS}
         if len(kinds) != 1 or any(word not in _WORDS for word in re.findall(r"[a-z]+", rest.lower())):
             continue
         (kind,) = kinds

@@ -38,7 +38,7 @@ def store(train: Own, test: Own | None = None) -> Path:
         StorageError: the file can't be written.
     """
     images, values = _read(train, "the dataset")
-    content = {"train_images": images, "train_labels": values}
+    content: dict[str, Any] = {"train_images": images, "train_labels": values}
     if test is not None:
         test_images, test_values = _read(test, "test")
         if test_images.shape[1:] != images.shape[1:]:
