@@ -23,9 +23,11 @@ def to_bytes(images: Array, where: str) -> tuple[Array, int]:
     Raises:
         InputError: their values are none that bytes can stand for.
     """
+    if images.size == 0:
+        raise InputError(f"a dataset must have images, got {list(images.shape)} in {where}")
     if images.dtype == np.uint8:
         return images, 0
-    if images.dtype.kind not in "biuf" or images.size == 0:
+    if images.dtype.kind not in "biuf":
         raise InputError(f"images must be numbers, got {images.dtype} {list(images.shape)} in {where}")
     low, high = images.min(), images.max()
     if images.dtype.kind in "iu":
@@ -66,7 +68,7 @@ def channels_last(images: Array, where: str, *, first: bool) -> Array:
 
 def check_range(images: Array, where: str) -> None:
     """Refuse bytes [N, ...] of which none is above 1: they are no pixels of 0..255, but numbers of 0 or 1."""
-    if images.size and images.max() <= 1:
+    if images.max() <= 1:
         raise InputError(
             f"integer images must span 0..255, got {images.min()}..{images.max()} in {where}; give floats or "
             "bool if 1 is white"

@@ -91,7 +91,8 @@ def _rows(path: Path, index: _Index, label_column: str | None) -> list[Row]:
         InputError: a row names a missing file or no class.
     """
     table = _read(path, index)
-    kind = (part_of(path.stem) or part_of(path.parent.name) or ("", ""))[0]
+    places = [path.stem, *([path.parent.name] if path.parent != index.root else [])]
+    kind = next(filter(None, map(part_of, places)), ("", ""))[0]
     folders = [name for name in subfolders(index.root) if kind and (part_of(name) or ("",))[0] == kind]
     folders += [] if path.parent == index.root else [path.parent.name]
     unique = [name for name, values in table.items() if values and len(set(values)) == len(values)]

@@ -5,7 +5,7 @@ import io
 import logging
 from collections import Counter
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -68,25 +68,36 @@ def _names(dataset: Any) -> list[str]:
     return [str(name) for name in getattr(dataset, "classes", ())]
 
 
+class _Images(NamedTuple):
+    """Images with labels as they were given."""
+
+    pixels: arrays.Array  # uint8 [N, H, W, C]
+    labels: Any  # [N]
+    num_rounded: int  # images that bytes only stand for nearly
+    is_integer: bool
+
+
 def _read(data: Any, where: str) -> tuple[arrays.Array, arrays.Array]:
     """Return uint8 images [N, H, W, C] and labels, int64 or str [N]."""
     if isinstance(data, TensorDataset):
         data = data.tensors
     if isinstance(data, tuple | list) and len(data) == 2:
-        images, is_tensor = _array(data[0])
-        pixels, num_rounded = arrays.to_bytes(arrays.channels_last(images, where, first=is_tensor), where)
-        labels: Any = _array(data[1])[0]
+        array, is_tensor = _array(data[0])
+        pixels, num_rounded = arrays.to_bytes(arrays.channels_last(array, where, first=is_tensor), where)
+        images = _Images(pixels, _array(data[1])[0], num_rounded, array.dtype.kind in "iu")
     elif isinstance(data, torch.utils.data.Dataset):
-        pixels, num_rounded, labels = _items(data, where)
+        images = _items(data, where)
     else:
         raise InputError(
             f"{where} must be a name, a path, a torch Dataset or (images, labels), got {type(data).__name__}"
         )
-    if num_rounded:
-        log.warning(
-            "%d of %d images of %s are stored with 8 bits (256 levels)", num_rounded, len(pixels), where
-        )
-    return pixels, arrays.to_values(labels, len(pixels), where)
+    num = len(images.pixels)
+    if images.is_integer:
+        arrays.check_range(images.pixels, where)
+    if images.num_rounded:
+        line = "%d of %d images of %s are stored with 8 bits (256 levels)"
+        log.warning(line, images.num_rounded, num, where)
+    return images.pixels, arrays.to_values(images.labels, num, where)
 
 
 def _array(values: Any) -> tuple[arrays.Array, bool]:
@@ -95,12 +106,12 @@ def _array(values: Any) -> tuple[arrays.Array, bool]:
     return (values.numpy(force=True) if is_tensor else np.asarray(values)), is_tensor
 
 
-def _items(dataset: Any, where: str) -> tuple[arrays.Array, int, list[Any]]:
-    """Return the images of a torch Dataset, uint8 [N, H, W, C], how many were rounded, and their labels."""
+def _items(dataset: Any, where: str) -> _Images:
+    """Return the items of a torch Dataset; says what was done to pictures."""
     streamed = isinstance(dataset, IterableDataset)
     items = dataset if streamed else (dataset[index] for index in range(len(dataset)))
     pixels: list[arrays.Array] = []
-    labels, changes, num_rounded = [], Counter[str](), 0
+    labels, changes, num_rounded, is_integer = [], Counter[str](), 0, True
     for index, item in enumerate(items):
         place = f"item {index} of {where}"
         if not isinstance(item, tuple | list) or len(item) != 2:
@@ -116,13 +127,14 @@ def _items(dataset: Any, where: str) -> tuple[arrays.Array, int, list[Any]]:
             )
         pixels.append(image)
         labels.append(_array(item[1])[0].item())
+        is_integer &= array.dtype.kind in "iu"
         changes.update(of_picture)
         num_rounded += rounded
     if not pixels:
         raise InputError(f"{where} must have images, got none")
     for change, num in changes.items():
         log.warning("%d of %d images of %s are %s", num, len(pixels), where, change)
-    return np.concatenate(pixels), num_rounded, labels
+    return _Images(np.concatenate(pixels), labels, num_rounded, is_integer)
 
 
 def _image(image: Any, place: str) -> tuple[arrays.Array, bool, list[str]]:

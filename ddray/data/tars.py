@@ -147,15 +147,17 @@ class _Tars:
     def _samples(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield each sample with its place, for messages."""
         try:
-            import webdataset
+            from webdataset.tariterators import group_by_keys, tar_file_expander
         except ImportError as error:
             raise InputError(
                 f"tars need the extra webdataset: pip install 'ddray[webdataset]', got {self.files[0]}"
             ) from error
         for file in self.files:
             try:
-                for sample in webdataset.WebDataset([str(file)], shardshuffle=False, empty_check=False):
-                    yield f"{sample['__key__']} in {file}", sample
+                with file.open("rb") as stream:
+                    opened = [{"url": str(file), "stream": stream}]
+                    for sample in group_by_keys(tar_file_expander(opened)):
+                        yield f"{sample['__key__']} in {file}", sample
             except (OSError, tarfile.TarError, ValueError, EOFError, zlib.error) as error:
                 raise InputError(f"tar must be readable, got {file}: {one_line(error)}") from error
 

@@ -151,7 +151,7 @@ def test_transparent_and_deep_pictures(caplog: pytest.LogCaptureFixture) -> None
         ((BYTES // 128, LABELS), r"integer images must span 0\.\.255, got 0\.\.1 in the dataset"),
         ((BYTES, LABELS[:5]), r"one label for each of 30 images, got \[5\] in the dataset"),
         ((BYTES[:, :2], LABELS), r"with 1 or 3 channels, got \[30, 2, 8, 8\] in the dataset"),
-        ((BYTES[:0], LABELS[:0]), r"must have images, got none"),
+        ((BYTES[:0], LABELS[:0]), r"must have images, got \[0, 8, 8, 3\] in the dataset"),
         (Listed([]), r"the dataset must have images, got none"),
         (Listed([{"image": 1}]), r"items of a torch Dataset must be \(image, label\), got dict, item 0"),
         (

@@ -134,6 +134,13 @@ def test_empty_clips_are_refused(tmp_path: Path) -> None:
         open_dataset(str(root))
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The folder of a dataset, with nothing else in it."""
+    (tmp_path / "clips").mkdir()
+    return tmp_path / "clips"
+
+
 def spectrogram(wave: np.ndarray) -> torch.Tensor:
     return spectrograms(torch.from_numpy(wave.astype(np.float32) / 32768)[None])[0]
 
@@ -145,6 +152,9 @@ def layout(root: Path, **window: float) -> Layout:
 
 
 def trained(root: Path, **window: float) -> torch.Tensor:
+    """Return the spectrograms of train, which is test too if there is no test."""
+    if not (root / "test").exists():
+        (root / "test").symlink_to(root / "train")
     return layout(root, **window).train(None)[0].images
 
 
@@ -159,28 +169,28 @@ def late_event(root: Path, rate: int = 8000) -> np.ndarray:
     return event
 
 
-def test_of_a_long_clip_the_loudest_window_is_seen(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    event = late_event(tmp_path)
+def test_of_a_long_clip_the_loudest_window_is_seen(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    event = late_event(folder)
     for _ in range(2):  # the second time from the cache
         caplog.clear()
-        assert torch.equal(trained(tmp_path)[0], spectrogram(event))
+        assert torch.equal(trained(folder)[0], spectrogram(event))
         (line,) = caplog.messages
         assert line.startswith("2 of 2 clips are longer than 1 s, up to 5 s (")
         assert "the loudest 1 s of each is taken; --clip-seconds and --clip-offset" in line
 
 
-def test_a_window_has_a_length_and_an_offset(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    event = late_event(tmp_path)
+def test_a_window_has_a_length_and_an_offset(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    event = late_event(folder)
     silence = spectrogram(np.zeros(8000, dtype=np.int16))
-    assert torch.equal(trained(tmp_path, clip_offset=0.0)[0], silence)
-    assert torch.equal(trained(tmp_path, clip_offset=2.0)[0], spectrogram(event))
+    assert torch.equal(trained(folder, clip_offset=0.0)[0], silence)
+    assert torch.equal(trained(folder, clip_offset=2.0)[0], spectrogram(event))
     assert "1 s from 2 s on is taken" in caplog.text
     half = np.concatenate([event[4000:], np.zeros(4000, dtype=np.int16)])
-    assert torch.equal(trained(tmp_path, clip_offset=2.5)[0], spectrogram(half))
-    short = trained(tmp_path, clip_seconds=0.5)[0]
+    assert torch.equal(trained(folder, clip_offset=2.5)[0], spectrogram(half))
+    short = trained(folder, clip_seconds=0.5)[0]
     assert torch.equal(short, spectrogram(event[:4000]))
     caplog.clear()
-    padded = trained(tmp_path, clip_offset=4.5)[0]
+    padded = trained(folder, clip_offset=4.5)[0]
     assert torch.equal(padded, silence)
     assert [line[:30] for line in caplog.messages] == [
         "2 of 2 clips are longer than 1",
@@ -189,18 +199,18 @@ def test_a_window_has_a_length_and_an_offset(tmp_path: Path, caplog: pytest.LogC
     with pytest.raises(
         InputError, match=r"clip_offset must lie within every clip, got 5 s for 5 s of .*0\.wav"
     ):
-        trained(tmp_path, clip_offset=5.0)
+        trained(folder, clip_offset=5.0)
     with pytest.raises(InputError, match=r"clip_seconds must be at least 0\.032 at 8000 Hz, got 0\.01"):
-        trained(tmp_path, clip_seconds=0.01)
+        trained(folder, clip_seconds=0.01)
 
 
-def test_a_window_of_the_whole_clip_skips_no_frame(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_window_of_the_whole_clip_skips_no_frame(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A click in any place is seen: 64 columns average the frames of 5 s."""
     for index in range(20):
         clip = np.zeros(40000, dtype=np.int16)
         clip[2000 * index + 500 : 2000 * index + 564] = 20000
-        write_wav(tmp_path / "train" / "ab"[index % 2] / f"{index:02}.wav", clip, 8000)
-    images = trained(tmp_path, clip_seconds=5.0)
+        write_wav(folder / "train" / "ab"[index % 2] / f"{index:02}.wav", clip, 8000)
+    images = trained(folder, clip_seconds=5.0)
     assert not caplog.messages
     loudest = images.exp().sum(2).flatten(1).max(1).values
     assert float(loudest.min()) > 0.5 * float(loudest.max())
@@ -210,12 +220,12 @@ def test_a_window_of_the_whole_clip_skips_no_frame(tmp_path: Path, caplog: pytes
     ("rate", "expected"), [(44100, 16000), (22050, 16000), (11025, 16000), (4000, 16000)]
 )
 def test_another_rate_is_resampled(
-    rate: int, expected: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    rate: int, expected: int, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name, hertz in (("a", 440), ("b", 880)):
-        write_wav(tmp_path / "train" / name / "0.wav", tone(rate, hertz), rate)
-        write_wav(tmp_path / "test" / name / "0.wav", tone(rate, hertz), rate)
-    images = trained(tmp_path)
+        write_wav(folder / "train" / name / "0.wav", tone(rate, hertz), rate)
+        write_wav(folder / "test" / name / "0.wav", tone(rate, hertz), rate)
+    images = trained(folder)
     middle = slice(8, 56)  # the ends of a clip ring
     for image, hertz in zip(images, (440, 880), strict=True):
         expected_image = spectrogram(tone(expected, hertz))
@@ -226,12 +236,12 @@ def test_another_rate_is_resampled(
 
 
 def test_clips_of_a_few_other_rates_are_resampled_to_that_of_most(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    a_folder(tmp_path / "train", 8000, 3)
-    a_folder(tmp_path / "test", 16000, 1)
-    write_wav(tmp_path / "train" / "yes" / "00.wav", tone(16000, 300), 16000)
-    found = layout(tmp_path)
+    a_folder(folder / "train", 8000, 3)
+    a_folder(folder / "test", 16000, 1)
+    write_wav(folder / "train" / "yes" / "00.wav", tone(16000, 300), 16000)
+    found = layout(folder)
     split, geometry = found.train(None)
     torch.testing.assert_close(
         split.images[3].exp()[..., 8:56], spectrogram(tone(8000, 300)).exp()[..., 8:56], rtol=0.02, atol=0.3
@@ -243,53 +253,52 @@ def test_clips_of_a_few_other_rates_are_resampled_to_that_of_most(
     assert "2 of 2 clips are resampled from 16000 to 8000 Hz" in caplog.text
 
 
-def test_what_is_no_clip_is_counted_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_no_clip_is_counted_and_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     """As Speech Commands comes: noise in a folder of its own, pictures and texts between the clips."""
-    a_folder(tmp_path, 16000, 8)
-    write_wav(tmp_path / "_background_noise_" / "hum.wav", tone(16000, 50, 60.0), 16000)
-    (tmp_path / "yes" / "cover.png").write_bytes(b"")
-    data = open_dataset(str(tmp_path))
+    a_folder(folder, 16000, 8)
+    write_wav(folder / "_background_noise_" / "hum.wav", tone(16000, 50, 60.0), 16000)
+    (folder / "yes" / "cover.png").write_bytes(b"")
+    data = open_dataset(str(folder))
     assert data.class_names == ("no", "yes")
     assert len(data.train()) == 14
     assert caplog.messages == [
-        f"{tmp_path}: left out 1 folders that are hidden or begin with _: _background_noise_ (1 files)",
-        f"{tmp_path}: left out 1 files of another kind: yes/cover.png",
+        f"{folder}: left out 1 folders that are hidden or begin with _: _background_noise_ (1 files)",
+        f"{folder}: left out 1 files of another kind: yes/cover.png",
     ]
 
 
-def test_a_csv_file_labels_clips(tmp_path: Path) -> None:
+def test_a_csv_file_labels_clips(folder: Path) -> None:
     """As ESC-50: audio/ beside meta/, whose file has a column `category`."""
     rows = ["filename,fold,category"]
     for index in range(16):
-        write_wav(tmp_path / "audio" / f"{index}.wav", tone(16000, 300 + 500 * (index % 2)), 16000)
+        write_wav(folder / "audio" / f"{index}.wav", tone(16000, 300 + 500 * (index % 2)), 16000)
         rows.append(f"{index}.wav,1,{'dog' if index % 2 else 'cat'}")
-    (tmp_path / "labels.csv").write_text("\n".join(rows))
-    data = open_dataset(str(tmp_path), label_column="category")
+    (folder / "labels.csv").write_text("\n".join(rows))
+    data = open_dataset(str(folder), label_column="category")
     assert data.class_names == ("cat", "dog")
     assert torch.bincount(data.train().labels).tolist() == [7, 7]
     assert torch.bincount(data.test().labels).tolist() == [1, 1]
     assert torch.equal(data.test().images[0], spectrogram(tone(16000, 300)))
 
 
-def test_training_and_testing_folders(tmp_path: Path) -> None:
-    a_folder(tmp_path / "Training", 8000, 3)
-    a_folder(tmp_path / "Testing", 8000, 2)
-    data = open_dataset(str(tmp_path))
+def test_training_and_testing_folders(folder: Path) -> None:
+    a_folder(folder / "Training", 8000, 3)
+    a_folder(folder / "Testing", 8000, 2)
+    data = open_dataset(str(folder))
     assert (len(data.train()), len(data.test())) == (6, 4)
 
 
-def test_stereo_and_24_bits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_stereo_and_24_bits(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole = tone(16000, 440)
-    (tmp_path / "test").mkdir()
-    write_wav(tmp_path / "train" / "a" / "0.wav", np.stack([whole, whole], 1), 16000)
-    file = tmp_path / "train" / "b" / "0.wav"
+    write_wav(folder / "train" / "a" / "0.wav", np.stack([whole, whole], 1), 16000)
+    file = folder / "train" / "b" / "0.wav"
     file.parent.mkdir()
     with wave.open(str(file), "wb") as writer:
         writer.setnchannels(1)
         writer.setsampwidth(3)
         writer.setframerate(16000)
         writer.writeframes((whole.astype("<i4") << 8).view(np.uint8).reshape(-1, 4)[:, :3].tobytes())
-    images = trained(tmp_path)
+    images = trained(folder)
     assert torch.equal(images[0], spectrogram(whole))
     assert torch.equal(images[1], spectrogram(whole))
     (line,) = caplog.messages
@@ -298,14 +307,13 @@ def test_stereo_and_24_bits(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
 
 
 @pytest.mark.parametrize("suffix", ["flac", "ogg", "mp3"])
-def test_other_sound_files_are_read_by_the_extra(suffix: str, tmp_path: Path) -> None:
+def test_other_sound_files_are_read_by_the_extra(suffix: str, folder: Path) -> None:
     soundfile = pytest.importorskip("soundfile")
     whole = tone(16000, 440)
-    (tmp_path / "test").mkdir()
     for name in ("a", "b"):
-        (tmp_path / "train" / name).mkdir(parents=True)
-        soundfile.write(tmp_path / "train" / name / f"0.{suffix}", whole, 16000)
-    images = trained(tmp_path)
+        (folder / "train" / name).mkdir(parents=True)
+        soundfile.write(folder / "train" / name / f"0.{suffix}", whole, 16000)
+    images = trained(folder)
     if suffix == "flac":
         assert torch.equal(images[0], spectrogram(whole))
     else:
@@ -315,22 +323,20 @@ def test_other_sound_files_are_read_by_the_extra(suffix: str, tmp_path: Path) ->
 
 
 def test_without_the_extra_a_flac_file_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "soundfile", None)
-    (tmp_path / "test").mkdir()
     for name in ("a", "b"):
-        (tmp_path / "train" / name).mkdir(parents=True)
-        (tmp_path / "train" / name / "0.flac").write_bytes(b"fLaC")
+        (folder / "train" / name).mkdir(parents=True)
+        (folder / "train" / name / "0.flac").write_bytes(b"fLaC")
     with pytest.raises(InputError, match=r"\.flac files need the extra sound: pip install 'ddray\[sound\]'"):
-        trained(tmp_path)
+        trained(folder)
 
 
-def test_a_broken_flac_file_is_named(tmp_path: Path) -> None:
+def test_a_broken_flac_file_is_named(folder: Path) -> None:
     pytest.importorskip("soundfile")
-    (tmp_path / "test").mkdir()
     for name in ("a", "b"):
-        (tmp_path / "train" / name).mkdir(parents=True)
-        (tmp_path / "train" / name / "0.flac").write_bytes(b"fLaC nothing else")
+        (folder / "train" / name).mkdir(parents=True)
+        (folder / "train" / name / "0.flac").write_bytes(b"fLaC nothing else")
     with pytest.raises(InputError, match=r"sound file must be readable, got .*a/0\.flac: "):
-        trained(tmp_path)
+        trained(folder)
