@@ -15,7 +15,9 @@ from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
 import torch
 
 from ddray.artifact.distilled_set import DistilledSet
-from ddray.artifact.export import export_folder, export_parquet
+from ddray.artifact.export import FORMS
+from ddray.artifact.options import ForeignOptions
+from ddray.artifact.reading import check_options, dataset_of, load_all, only_set
 from ddray.artifact.reading import load as load_set
 from ddray.config import Config, parse_overrides
 from ddray.data import Dataset, SplitName, open_dataset
@@ -38,7 +40,7 @@ from ddray.tables.spec import BenchSpec, read_spec
 from ddray.tuning.options import TuneOptions
 from ddray.tuning.result import TuneResult
 
-Form = Literal["folder", "parquet"]
+Form = Literal["folder", "parquet", "ddranking"]
 AnyDataset: TypeAlias = str | Path | Dataset | Own
 """A name, a path, an open dataset, a torch Dataset, or (images, labels) as `data.own.store` takes."""
 F = TypeVar("F", bound=Callable[..., Any])
@@ -142,18 +144,24 @@ def _distil(plan: Plan, how: DistillOptions) -> distill_job.DistillResult:
     return distill_job.distill(plan, **{**dict(how), "device": pick_device(how.device)})
 
 
-def load(path: str | Path, *, dataset: str | Path | None = None) -> DistilledSet:
+@_takes(ForeignOptions)
+def load(path: str | Path, *, dataset: str | Path | Dataset | None = None, **options: Any) -> DistilledSet:
     """Read a distilled set: ours, or another project's, whose dataset must be named.
 
     Args:
-        path: the file.
-        dataset: for another project's file: name or folder of what it was distilled from.
+        path: the file, or a folder of pictures by class.
+        dataset: for another project's file: what it was distilled from.
+        options: see below; of a file of several runs, `index` must name one.
 
     Raises:
         InputError: the file is not a distilled set.
     """
-    opened = None if dataset is None else open_dataset(str(dataset))
-    return load_set(Path(path).absolute(), dataset=opened)
+    file, foreign = Path(path).expanduser().absolute(), ForeignOptions.pick(options)
+    name = dataset or dataset_of(file)
+    opened = name if isinstance(name, Dataset) or name is None else open_dataset(str(name))
+    sets = load_all(file, score.foreign_request(opened, foreign), foreign.index)
+    check_options(foreign, sets)
+    return only_set(file, sets)
 
 
 @_takes(EvaluateOptions, DeviceOptions)
@@ -320,21 +328,20 @@ def _spec(file: str | Path | Mapping[str, Any], options: BenchOptions) -> BenchS
 
 
 def export(distilled: DistilledSet | str | Path, out: str | Path, *, form: Form | None = None) -> Path:
-    """Write a set for other tools, PNG files by class or one parquet file, and return the path.
+    """Write a set for other tools, PNG files by class, a parquet file or DD-Ranking's, and return the path.
 
     Args:
         distilled: the set, or its file.
-        out: a new folder, or the parquet file.
+        out: a new folder (for DD-Ranking too), or the parquet file.
         form: default `parquet` if `out` ends in `.parquet`, else `folder`.
 
     Raises:
         InputError: the form is unknown, `out` exists, or the set can't be shown as pictures.
         StorageError: it can't be written.
     """
-    if form not in (None, *get_args(Form)):
-        raise unknown("form", str(form), get_args(Form))
+    if form not in (None, *FORMS):
+        raise unknown("form", str(form), FORMS)
     loaded = distilled if isinstance(distilled, DistilledSet) else load(distilled)
     target = Path(out).absolute()
-    output_form = form or ("parquet" if target.suffix == ".parquet" else "folder")
-    (export_parquet if output_form == "parquet" else export_folder)(loaded, target)
+    FORMS[form or ("parquet" if target.suffix == ".parquet" else "folder")](loaded, target)
     return target

@@ -1,7 +1,7 @@
 """DistilledSet: the self-describing file that every method writes and every protocol reads.
 
 `distilled.pt` is `torch.save` of a dict of tensors plus one JSON string `meta`, always read with
-`weights_only=True`. Files of the DC family (`res_*.pt`) and of MTT (`images_best.pt`) are read too.
+`weights_only=True`. Other projects' files are read too (`ddray.artifact.foreign`).
 """
 
 from __future__ import annotations
@@ -82,11 +82,25 @@ class TrainSet:
         images: float32 [N, C, H, W].
         labels: int64 [N]; [0] where there are targets instead.
         targets: float32 [N, D] of a self-supervised set, else None.
+        soft_labels: float32 [N, K], probabilities that `labels` are the largest of; None for hard labels.
     """
 
     images: Tensor
     labels: Tensor
     targets: Tensor | None = None
+    soft_labels: Tensor | None = None
+
+    @property
+    def supervision(self) -> Tensor:
+        """What networks are trained towards: targets, soft labels, or labels."""
+        if self.targets is not None:
+            return self.targets
+        return self.labels if self.soft_labels is None else self.soft_labels
+
+    def select(self, index: Tensor) -> TrainSet:
+        """Return a labelled set's images at `index` [M], or where a bool `index` [N] is true."""
+        soft = None if self.soft_labels is None else self.soft_labels[index]
+        return TrainSet(self.images[index], self.labels[index], soft_labels=soft)
 
 
 @dataclass(frozen=True)
@@ -101,6 +115,7 @@ class DistilledSet:
         targets: float32 [N, D] of a self-supervised set, else None.
         compact: stored in place of images: what decoder `boost_ssdd` expands to images and targets, or the
             statistics that `d3hr` samples images from (no images before `generated`).
+        soft_labels: float32 [N, K], probabilities that `labels` are the largest of; None for hard labels.
     """
 
     images: Tensor
@@ -109,6 +124,7 @@ class DistilledSet:
     zca: Mapping[str, Tensor] = field(default_factory=dict)
     targets: Tensor | None = None
     compact: Mapping[str, Tensor] = field(default_factory=dict)
+    soft_labels: Tensor | None = None
 
     def space(self) -> PixelSpace:
         """Return the pixel space of the images."""
@@ -139,12 +155,11 @@ class DistilledSet:
     def to_torch_dataset(self) -> TensorDataset:
         """Return (image [C, H, W], label) pairs, as decoded, in the set's pixel space.
 
-        The tensors are copies. For a self-supervised set, the target representation [D] takes the place of
-        the label.
+        The tensors are copies. A self-supervised set's target representation [D], or a soft label [K], takes
+        the place of the label.
         """
         train = self.decode()
-        second = train.labels if train.targets is None else train.targets
-        return TensorDataset(train.images.clone(), second.clone())
+        return TensorDataset(train.images.clone(), train.supervision.clone())
 
     def validate(self) -> None:
         """Check that tensors and meta agree.
@@ -161,8 +176,9 @@ class DistilledSet:
 
     def _stored(self) -> dict[str, Tensor]:
         """Return the tensors that the file holds, without ZCA."""
-        second = {"labels": self.labels} if self.targets is None else {"targets": self.targets}
-        return dict(self.compact) or {"images": self.images, **second}
+        tensors = {"targets": self.targets, "soft_labels": self.soft_labels, "labels": self.labels}
+        name, second = next((name, one) for name, one in tensors.items() if one is not None)
+        return dict(self.compact) or {"images": self.images, name: second}
 
     def check_storage(self) -> None:
         """Check that `storage_floats` counts every stored value except labels and ZCA; else InputError."""
@@ -172,7 +188,7 @@ class DistilledSet:
 
     def is_finite(self) -> bool:
         """Return whether no image and no target is NaN or infinite."""
-        tensors = (self.images, self.targets, *self.compact.values())
+        tensors = (self.images, self.targets, self.soft_labels, *self.compact.values())
         return all(bool(torch.isfinite(tensor).all()) for tensor in tensors if tensor is not None)
 
     def save(self, path: Path | str) -> None:

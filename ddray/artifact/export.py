@@ -1,11 +1,12 @@
-"""Distilled sets for other tools: a torch dataset, a folder of pictures by class, a parquet file."""
+"""Distilled sets for other tools: a folder of pictures by class, a parquet file, DD-Ranking's tensors."""
 
 import io
 import json
 import logging
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -50,8 +51,10 @@ def export_folder(distilled: DistilledSet, folder: Path) -> None:
     """
     if folder.exists():
         raise InputError(f"the folder to export to must be new, {folder} exists; name another")
+    if distilled.soft_labels is not None:
+        log.warning("pictures have no soft labels: their classes alone are written to %s", folder)
     pixels = pictures(distilled)
-    names = _folder_names(distilled.meta.class_names)
+    names = folder_names(distilled.meta.class_names)
     labels = distilled.decode().labels.tolist()
     folders = [names[label] for label in labels] if labels else ["unlabelled"] * len(pixels)
 
@@ -90,6 +93,8 @@ def export_parquet(distilled: DistilledSet, path: Path) -> None:
         columns["label"] = pa.array(train.labels.tolist(), pa.int64()), feature
     else:
         columns["target"] = _column(train.targets)
+    if train.soft_labels is not None:
+        columns["soft_label"] = _column(train.soft_labels)
     features = {name: feature for name, (_, feature) in columns.items()}
     meta = {
         "huggingface": json.dumps({"info": {"features": features}}),
@@ -97,6 +102,35 @@ def export_parquet(distilled: DistilledSet, path: Path) -> None:
     }
     table = pa.table({name: values for name, (values, _) in columns.items()}, metadata=meta)
     write_atomically(path, lambda file: pq.write_table(table, file))
+
+
+def export_ddranking(distilled: DistilledSet, folder: Path) -> None:
+    """Write what DD-Ranking reads: `<folder>/images.pt`, `labels.pt` and `lr.pt`, sorted by class.
+
+    Images are as networks are trained on them, in the set's pixel space (its `use_zca` for a whitened set);
+    labels are classes int64 [N], or logits [N, K] of soft ones; the rate is the set's own, if it has one.
+
+    Raises:
+        InputError: the folder exists, or the set is self-supervised.
+        StorageError: it can't be written.
+    """
+    if folder.exists():
+        raise InputError(f"the folder to export to must be new, {folder} exists; name another")
+    train = distilled.decode()
+    if train.targets is not None:
+        raise InputError("a set for DD-Ranking must have labels, this one has targets")
+    train = train.select(train.labels.argsort(stable=True))
+    soft, lr = train.soft_labels, distilled.meta.config.get("evaluate", {}).get("lr")
+    labels = train.labels if soft is None else soft.clamp_min(1e-30).log()
+    tensors = {"images": train.images, "labels": labels}
+    if lr is not None:
+        tensors["lr"] = torch.tensor(float(lr))
+
+    def write(draft: Path) -> None:
+        for name, tensor in tensors.items():
+            torch.save(tensor.contiguous(), draft / f"{name}.pt")
+
+    write_folder(folder, write)
 
 
 def _column(values: Tensor) -> tuple[Any, dict[str, Any]]:
@@ -108,7 +142,7 @@ def _column(values: Tensor) -> tuple[Any, dict[str, Any]]:
     return pa.FixedSizeListArray.from_arrays(flat, length), feature
 
 
-def _folder_names(classes: tuple[str, ...]) -> list[str]:
+def folder_names(classes: tuple[str, ...]) -> list[str]:
     """Return folder names that sort as the labels do."""
     width = len(str(len(classes) - 1))
     names = (re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-") for name in classes)
@@ -124,3 +158,11 @@ def encode_picture(picture: Tensor, form: str = "PNG", **options: int) -> bytes:
     buffer = io.BytesIO()
     to_pil_image(picture).save(buffer, format=form, **options)
     return buffer.getvalue()
+
+
+FORMS: Final[Mapping[str, Callable[[DistilledSet, Path], None]]] = {
+    "folder": export_folder,
+    "parquet": export_parquet,
+    "ddranking": export_ddranking,
+}
+"""Forms of export by name: functions of a set and where it goes."""

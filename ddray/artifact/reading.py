@@ -1,74 +1,95 @@
 """Reading distilled sets: ours, and those of other projects."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final
 
-import torch
 from torch import Tensor
 
+from ddray.artifact.conversion import FOREIGN, adopt, selected
 from ddray.artifact.decoders import get_decoder
 from ddray.artifact.distilled_set import FORMAT_VERSION, ZCA, DistilledSet, Meta
-from ddray.artifact.foreign import read_foreign
+from ddray.artifact.foreign import ForeignRequest, format_of
+from ddray.artifact.foreign.pictures import exported_meta
+from ddray.artifact.options import ForeignOptions
 from ddray.data import Dataset, PixelSpace
 from ddray.errors import InputError
 from ddray.system.tensors import is_plain, read_tensors
 
+_IN_FOLDERS: Final = ("images.pt", "images_best.pt", "x_syn.pt", "data.pt")
+"""Names by which a project's folder is read as the set in it."""
+
 
 def load(
-    path: Path, *, dataset: Dataset | None = None, pixel_space: PixelSpace | None = None
+    path: Path,
+    *,
+    dataset: Dataset | None = None,
+    pixel_space: PixelSpace | None = None,
+    index: int | None = None,
+    factor: int | None = None,
 ) -> DistilledSet:
-    """Read a distilled set: ours, the DC family's `res_*.pt`, or MTT's `images_best.pt` + `labels_best.pt`.
+    """Read a distilled set: ours, or another project's (`ddray.artifact.foreign`).
 
     Args:
-        path: the file.
-        dataset: what a foreign file was distilled from (the file does not say).
-        pixel_space: of a foreign file; default: normalised by the dataset's mean and std.
+        path: the file, or a folder of pictures by class.
+        dataset: what another project's set is of (few files say so).
+        pixel_space: of another project's set; default: as its project writes it.
+        index: which set of another project's file, from 0; default: its only one, or the last of a series.
+        factor: parts along each side of another project's stored images.
 
     Raises:
-        InputError: the file is missing, torn, not a distilled set, or has more than tensors and plain values.
+        InputError: the file is missing, torn, not a distilled set, or holds more than tensors and plain
+            values; or there are several sets, one per run, and no `index`.
     """
-    contents = read_tensors(path)
+    request = None if dataset is None else ForeignRequest(dataset, pixel_space, factor)
+    return only_set(path, load_all(path, request, index))
+
+
+def only_set(path: Path, sets: Sequence[DistilledSet]) -> DistilledSet:
+    """Return the set of a file that has one; InputError for those of several runs."""
+    if len(sets) > 1:
+        raise InputError(f"{path} must be read with --index 0..{len(sets) - 1}: it holds a set per run")
+    return sets[0]
+
+
+def load_all(path: Path, request: ForeignRequest | None, index: int | None = None) -> list[DistilledSet]:
+    """Read a file as `load` does; one of several runs gives all their sets, unless `index` names one."""
+    path = _file_in(path)
+    contents = None if path.is_dir() else read_tensors(path)
     if isinstance(contents, dict) and "format_version" in contents:
-        return _own(path, contents)
-    if dataset is None:
+        return [_own(path, contents)]
+    form = format_of(path, contents)
+    if request is None:
         raise InputError(f"{path} does not say which dataset it is of: add --dataset NAME")
-    images, labels = read_foreign(path, contents)
-    if int(labels.max()) >= dataset.num_classes:
-        raise InputError(
-            f"{path}: labels must be < {dataset.num_classes} for {dataset.name}, got {int(labels.max())}"
-        )
-    space = pixel_space or PixelSpace("normalized", dataset.mean, dataset.std)
-    zca = {"zca_mean": space.zca_mean, "zca_matrix": space.zca_matrix} if space.kind == "zca" else {}
-    tensors = {name: tensor for name, tensor in zca.items() if tensor is not None}
-    meta = _describe_foreign(path, images, labels, dataset, space.kind)
-    return _validated(path, lambda: DistilledSet(images.float(), labels.long(), meta, tensors))
+    sets = selected(path, form.read(path, contents, request), index)
+    return [_validated(path, partial(adopt, path, name, one, request)) for name, one in sets.items()]
 
 
-def _describe_foreign(
-    path: Path, images: Tensor, labels: Tensor, dataset: Dataset, kind: Literal["raw", "normalized", "zca"]
-) -> Meta:
-    """Return the metadata that can be inferred from another project's file."""
-    from ddray.nets import default_arch
+def check_options(options: ForeignOptions, sets: Sequence[DistilledSet]) -> None:
+    """Refuse options of other projects' files where all sets are ours, which say so themselves."""
+    if any(one.meta.method.startswith(FOREIGN) for one in sets):
+        return
+    for name in ForeignOptions.model_fields:
+        if getattr(options, name) is not None:
+            option, value = name.replace("_", "-"), getattr(options, name)
+            raise InputError(f"--{option} must be left out for ddray's own files, got {value}")
 
-    shape = (int(images.shape[1]), int(images.shape[2]), int(images.shape[3]))
-    per_class = max(1, int(torch.bincount(labels.long(), minlength=1).max()))
-    return Meta(
-        dataset=dataset.name,
-        fingerprint=dataset.fingerprint,
-        class_names=dataset.class_names,
-        ipc=per_class,
-        ipc_decoded=per_class,
-        storage_floats=images.numel(),
-        pixel_space=kind,
-        mean=dataset.mean,
-        std=dataset.std,
-        image_shape=shape,
-        method=f"file:{path.name}",
-        arch=default_arch(shape),
-        norm="instance",
-    )
+
+def dataset_of(path: Path) -> str | None:
+    """Return the dataset that an exported folder of pictures names; None for everything else."""
+    meta = exported_meta(path)
+    return None if meta is None else meta.dataset
+
+
+def _file_in(path: Path) -> Path:
+    """Return the file that a folder without pictures is read by; the path itself for anything else."""
+    files = [path / name for name in _IN_FOLDERS if (path / name).is_file()]
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise InputError(f"{path} must hold one set, got {names}: name one of the files")
+    return files[0] if files else path
 
 
 def _own(path: Path, contents: Mapping[str, Any]) -> DistilledSet:
@@ -99,5 +120,6 @@ def _validated(path: Path, build: Callable[[], DistilledSet]) -> DistilledSet:
         distilled = build()
         distilled.validate()
     except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+        text = str(error)
+        raise InputError(text if text.startswith(str(path)) else f"{path}: {text}") from error
     return distilled

@@ -14,7 +14,7 @@ class FileArgument(Config):
     """The set to evaluate."""
 
     file: AbsolutePath
-    """Distilled set: ours, DC family's res_*.pt, MTT's images_best.pt."""
+    """Distilled set: ours, another project's file, or a folder of pictures by class."""
 
 
 @command(

@@ -23,7 +23,7 @@ _JSON: Final = typer.Option(
 )
 _PANELS: Final = {
     "What": "method dataset ipc budget kind arch archs protocol proxies baselines space split pixel_space "
-    "preset config sets steps scale describe scores",
+    "index factor preset config sets steps scale describe scores",
     "How": "",
     "Resources": "device executor num_workers cpus_per_worker gpus_per_worker cpus_per_trial gpus_per_trial "
     "cpus_per_unit gpus_per_unit max_concurrent time_budget unit_timeout address",

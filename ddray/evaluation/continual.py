@@ -91,8 +91,7 @@ def _of_classes(train_set: TrainSet, split: Split, seen: Tensor, new: Tensor) ->
     if not bool(torch.isin(split.labels, new).any()):
         raise InputError(f"every task needs held-out images, got none of classes {sorted(new.tolist())}")
     is_seen = torch.isin(train_set.labels, seen)
-    memory = TrainSet(train_set.images[is_seen], train_set.labels[is_seen])
-    return memory, split.select(torch.isin(split.labels, seen).nonzero()[:, 0])
+    return train_set.select(is_seen), split.select(torch.isin(split.labels, seen).nonzero()[:, 0])
 
 
 def _make(options: EvaluateOptions, distilled: DistilledSet, ctx: EvalContext, real: RealImages) -> Scoring:

@@ -1,4 +1,4 @@
-"""Protocol `hard` (DC, DSA, DM, DataDAM): train a fresh network on the set's hard labels and score it.
+"""Protocol `hard` (DC, DSA, DM, DataDAM): train a fresh network on the set's own labels and score it.
 
 The last epoch's network is scored once; the peers score on test up to 400 times and report the best score.
 """
@@ -43,7 +43,7 @@ def fit(
     loss = train(
         net,
         train_set.images.to(ctx.device),
-        train_set.labels.to(ctx.device),
+        train_set.supervision.to(ctx.device),
         recipe,
         generator=derive(seed, "evaluate", "train"),
         augment=augment
@@ -56,7 +56,7 @@ def fit(
 
 @dataclass(frozen=True)
 class Hard:
-    """Hard-label training by a recipe."""
+    """Training by a recipe on hard labels, or on the soft ones that a set holds (DATM)."""
 
     recipe: Recipe
 

@@ -82,17 +82,19 @@ class Linear:
     ) -> tuple[Net, float, float]:
         """Return a network trained on the set, and the mean losses of its first and last epoch."""
         recipe, can_flip, targets = self.recipe.on(self.real), self.can_flip, train_set.targets
-        outputs = int(train_set.labels.max()) + 1 if targets is None else targets.shape[1]
+        supervision = train_set.supervision
+        outputs = supervision.shape[1] if supervision.ndim == 2 else int(supervision.max()) + 1
         net = ctx.fresh_net(arch, train_set.images, seed=seed, outputs=outputs)
         losses: list[Tensor] = []
         train(
             net,
             train_set.images.to(ctx.device),
-            (train_set.labels if targets is None else targets).to(ctx.device),
+            supervision.to(ctx.device),
             recipe,
             generator=derive(seed, "evaluate", "train"),
             augment=augmenter(recipe.augment, can_flip=can_flip, space=ctx.space, strategy=recipe.strategy),
             on_epoch=losses.append,
+            regress=targets is not None,
         )
         first, last = float(losses[0]), float(losses[-1])
         if not math.isfinite(last):

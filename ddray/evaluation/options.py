@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self, get_args
 
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from ddray.artifact.options import ForeignOptions
 from ddray.config import Names, Result, named, parse_overrides
 from ddray.data.reference import DatasetRef
 from ddray.errors import InputError, unknown
@@ -20,17 +21,15 @@ if TYPE_CHECKING:
     from ddray.artifact.distilled_set import DistilledSet
 
 SplitName = Literal["val", "test"]
-PixelKind = Literal["normalized", "raw", "zca"]
 _NAMES: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
     "split": ("split", get_args(SplitName)),
     "augment": ("--augment", get_args(Augment)),
-    "pixel_space": ("--pixel-space", get_args(PixelKind)),
 }
 # Options of one protocol each.
 _OF_ONE_PROTOCOL: Final = ("num_tasks", "full_epochs", "finetune", "teachers")
 
 
-class EvaluateOptions(DataOptions):
+class EvaluateOptions(DataOptions, ForeignOptions):
     """Options of `ddray evaluate`, with the checks that need no distilled set; None: as the artifact says."""
 
     dataset: str | None = None
@@ -64,8 +63,6 @@ class EvaluateOptions(DataOptions):
     """key=value of the protocol, such as teacher.epochs=30; repeatable."""
     finetune: bool = False
     """linear: fine-tune the whole network instead of probing."""
-    pixel_space: PixelKind = "normalized"
-    """Of another project's file: normalized, zca or raw."""
     seed: int = 0
     """Every draw is derived from it."""
 

@@ -138,7 +138,7 @@ class Soft:
         self, net: Net, train_set: TrainSet, ctx: EvalContext, settings: Settings, generator: torch.Generator
     ) -> float:
         """Train `net` in place and leave it in eval mode; return the last epoch's mean loss."""
-        images, labels = train_set.images.to(ctx.device), train_set.labels.to(ctx.device)
+        images, labels = train_set.images.to(ctx.device), train_set.supervision.to(ctx.device)
         space, teachers = ctx.space.to(ctx.device), self.teachers
         order = Order(len(labels), settings.batch, last="join")
         epoch = len(order.sizes)
@@ -236,6 +236,8 @@ def soft_config(
 def _make(options: EvaluateOptions, distilled: DistilledSet, ctx: EvalContext, real: RealImages) -> Scoring:
     """Teachers are trained, and checked to be better than chance, before any student."""
     config = soft_config(options, distilled)
+    if distilled.soft_labels is not None:
+        log.warning("the set's own soft labels are not used: the teacher labels its images anew")
     archs = [resolve_arch(arch, distilled.meta.image_shape) for arch in options.teachers or ("resnet18",)]
     teachers = get_teachers(real.pool, archs, config.teacher, ctx, split_name=real.split_name)
     log.info("teacher %s: accuracy %.1f%%", teachers.arch, 100 * teachers.accuracy)

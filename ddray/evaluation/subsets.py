@@ -37,8 +37,7 @@ def limited(train_set: TrainSet, limit: int, generator: torch.Generator) -> Trai
     position = (class_ranks(labels, generator) + 0.5) / torch.bincount(labels)[labels]
     shuffled = torch.randperm(len(labels), generator=generator)
     first = shuffled[torch.argsort(position[shuffled], stable=True)][:limit]
-    index = first.sort().values
-    return TrainSet(train_set.images[index], labels[index])
+    return train_set.select(first.sort().values)
 
 
 def limited_set(train_set: TrainSet, options: EvaluateOptions) -> TrainSet:

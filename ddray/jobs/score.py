@@ -2,17 +2,30 @@
 
 import itertools
 import logging
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ddray.artifact.distilled_set import DistilledSet
-from ddray.artifact.reading import load
-from ddray.data import Dataset, PixelSpace, Split, SplitName, carve_val, fit_zca, open_dataset
+from ddray.artifact.foreign import ForeignRequest
+from ddray.artifact.options import ForeignOptions
+from ddray.artifact.reading import check_options, dataset_of, load_all
+from ddray.data import Dataset, PixelSpace, Split, SplitName, carve_val, open_dataset
+from ddray.data.catalog import KNOWN
+from ddray.data.pixels import pixel_space
 from ddray.errors import InputError
 from ddray.evaluation import get_protocol, target_protocols
-from ddray.evaluation.options import EvaluateOptions, EvaluateResult, PixelKind
-from ddray.evaluation.protocol import EvalContext, RealImages, evaluate_archs
+from ddray.evaluation.options import EvaluateOptions, EvaluateResult
+from ddray.evaluation.protocol import (
+    EvalContext,
+    EvalResult,
+    RealImages,
+    Scoring,
+    evaluate_archs,
+    summarise,
+)
 from ddray.evaluation.subsets import limited_set
 from ddray.jobs.trainers import PoolTrainer
 from ddray.nets.names import resolve_arch
@@ -27,54 +40,88 @@ def evaluate(
 ) -> EvaluateResult:
     """Score a distilled set's file, ours or another project's, on an open dataset or `options.dataset`.
 
-    InputError if the file, the dataset or an option is bad, or the set does not fit the dataset;
-    DivergedError if a training loss became NaN.
+    The sets of a file's several runs are scored together: each trains its own networks, and the results are
+    over all of them. InputError if the file, the dataset or an option is bad, or the set does not fit the
+    dataset; DivergedError if a training loss became NaN.
     """
-    dataset = dataset or _target(options.dataset, options)
-    space = foreign_space(dataset, options.pixel_space)
-    distilled = load(path, dataset=dataset, pixel_space=space)
-    target = dataset or _target(distilled.meta.dataset, options)
+    dataset = dataset or _target(options.dataset or dataset_of(path), options)
+    sets = load_all(path, foreign_request(dataset, options), options.index)
+    check_options(options, sets)
+    meta = sets[0].meta
+    target = dataset or _target(meta.dataset, options)
     if target is None:
         raise InputError(f"{path} does not say which dataset it was distilled from: add --dataset NAME")
-    check_fits(distilled, target, path, options.protocol)
-    meta = distilled.meta
+    for distilled in sets:
+        check_fits(distilled, target, path, options.protocol)
     archs = tuple(resolve_arch(arch, meta.image_shape) for arch in options.archs) or (meta.arch,)
-    real, real_name, held_out = _real_and_held_out(target, options.split, distilled)
+    real, real_name, held_out = _real_and_held_out(target, options.split, sets[0])
     if held_out.is_audio and options.augment not in (None, "none"):
         raise InputError(f"--augment must be none for spectrograms ({target.name}), got {options.augment}")
-    distilled = distilled.generated(options.ipc, device)  # after every check: this takes minutes
-    ctx = EvalContext(target, held_out, distilled.space(), device)
-    protocol = get_protocol(options.protocol)
-    pool = LocalPool(PoolTrainer(target, real, device))
-    scoring = protocol.make(options, distilled, ctx, RealImages(real, real_name, pool))
-    train_set = distilled.decode()
-    if not protocol.trains_on_target:
-        train_set = limited_set(train_set, options)
-    done = itertools.count(1)
-    with progress(f"evaluating {path.name}", len(archs) * scoring.num_seeds) as show:
-        results = evaluate_archs(
-            scoring.evaluator,
-            train_set,
-            ctx,
-            archs=archs,
-            num_seeds=scoring.num_seeds,
-            seed=options.seed,
-            on_result=lambda result: show(next(done), f"{result.arch}: {result.accuracy:.1%}"),
-        )
-    return EvaluateResult.parse(
-        {"protocol": options.protocol, "split": options.split, **scoring.details, "results": results}
-    )
+    sets = [one.generated(options.ipc, device) for one in sets]  # after every check: this takes minutes
+    ctx = EvalContext(target, held_out, sets[0].space(), device)
+    images = RealImages(real, real_name, LocalPool(PoolTrainer(target, real, device)))
+    scorings = [get_protocol(options.protocol).make(options, one, ctx, images) for one in sets]
+    results = _score(sets, scorings, ctx, archs, options, f"evaluating {path.name}")
+    details = {"protocol": options.protocol, "split": options.split, **scorings[0].details}
+    if len(sets) > 1:
+        details["num_sets"] = len(sets)
+    return EvaluateResult.parse({**details, "results": results})
+
+
+def _score(
+    sets: Sequence[DistilledSet],
+    scorings: Sequence[Scoring],
+    ctx: EvalContext,
+    archs: Sequence[str],
+    options: EvaluateOptions,
+    label: str,
+) -> list[dict[str, Any]]:
+    """Return a summary per architecture, over all networks of all sets."""
+    num_seeds, done = scorings[0].num_seeds, itertools.count(1)
+    results: dict[str, list[EvalResult]] = {}
+    summaries: list[dict[str, Any]] = []
+    with progress(label, len(sets) * len(archs) * num_seeds) as show:
+
+        def keep(result: EvalResult) -> None:
+            results.setdefault(result.arch, []).append(result)
+            show(next(done), f"{result.arch}: {result.accuracy:.1%}")
+
+        for number, (distilled, scoring) in enumerate(zip(sets, scorings, strict=True)):
+            train_set = distilled.decode()
+            if not get_protocol(options.protocol).trains_on_target:
+                train_set = limited_set(train_set, options)
+            summaries = evaluate_archs(
+                scoring.evaluator,
+                train_set,
+                ctx,
+                archs=archs,
+                num_seeds=num_seeds,
+                seed=options.seed + number * num_seeds,
+                on_result=keep,
+            )
+    return summaries if len(sets) == 1 else [summarise(each) for each in results.values()]
 
 
 def _target(name: str | None, options: EvaluateOptions) -> Dataset | None:
     return None if name is None else open_dataset(name, **options.opening())
 
 
-def foreign_space(dataset: Dataset | None, kind: PixelKind) -> PixelSpace | None:
-    """Return the space that a foreign file's pixels are said to be in; None for the default, normalised."""
-    if dataset is None or kind == "normalized":
+def foreign_request(dataset: Dataset | None, options: ForeignOptions) -> ForeignRequest | None:
+    """Return how another project's file is read as a set of a dataset; None without one."""
+    if dataset is None:
         return None
-    return fit_zca(dataset.train()) if kind == "zca" else PixelSpace("raw", dataset.mean, dataset.std)
+    if options.pixel_space is None:
+        return ForeignRequest(dataset, factor=options.factor)
+    kind, _, name = options.pixel_space.partition(":")
+    space = pixel_space(kind, dataset, dataset.train())
+    if name:
+        space = PixelSpace("normalized", KNOWN[name].mean, KNOWN[name].std)
+        if len(space.mean) != dataset.image_shape[0]:
+            raise InputError(
+                f"--pixel-space must be of a dataset with {dataset.image_shape[0]} channels, "
+                f"got {name} with {len(space.mean)}"
+            )
+    return ForeignRequest(dataset, space, options.factor)
 
 
 def check_fits(distilled: DistilledSet, target: Dataset, path: Path, protocol: str = "hard") -> None:

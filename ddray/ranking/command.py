@@ -5,18 +5,18 @@ import time
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 
-from ddray.artifact.reading import load
+from ddray.artifact.distilled_set import DistilledSet
+from ddray.artifact.reading import check_options, dataset_of, load_all
 from ddray.config import option_name
 from ddray.data import Dataset, SplitName, carve_val, open_dataset
 from ddray.errors import DdrayError, InputError, unknown
-from ddray.evaluation.options import PixelKind
-from ddray.jobs.score import check_fits, foreign_space
+from ddray.jobs.score import check_fits, foreign_request
 from ddray.ranking import get_definition, space_names
 from ddray.ranking.figures_of_merit import Array, figures_of_merit, mean_over_seeds
 from ddray.ranking.options import NasModes, NasRequest
@@ -37,9 +37,9 @@ def check_modes(options: Mapping[str, Any]) -> None:
         InputError: names the first of them.
     """
     get_space(options.get("space", NasOptions().space))
-    for name, names in (("executor", ("ray", "local")), ("pixel_space", get_args(PixelKind))):
-        if options.get(name, names[0]) not in names:
-            raise unknown("--" + name.replace("_", "-"), str(options[name]), names)
+    executors = ("ray", "local")
+    if options.get("executor", executors[0]) not in executors:
+        raise unknown("--executor", str(options["executor"]), executors)
     if options.get("executor") == "local":
         context = "with --executor local, which runs unit after unit and waits for each"
         _refuse(options, ("unit_timeout", "num_workers", "address"), context)
@@ -100,17 +100,16 @@ def prepare(
             f"got {options.gpus_per_worker:g}"
         )
     opening = request.opening()
-    named = dataset
-    if named is None and request.dataset is not None:
-        named = open_dataset(request.dataset, **opening)
-    space = foreign_space(named, request.pixel_space)
-    sets = [load(path, dataset=named, pixel_space=space) for path in request.proxies]
+    name, named = request.dataset or next(filter(None, map(dataset_of, request.proxies)), None), dataset
+    if named is None and name is not None:
+        named = open_dataset(name, **opening)
+    paths, sets = _read_proxies(request, named)
     dataset = named or open_dataset(sets[0].meta.dataset, **opening)
-    for path, distilled in zip(request.proxies, sets, strict=True):
+    for path, distilled in zip(paths, sets, strict=True):
         check_fits(distilled, dataset, path)
     indices = choose_architectures(options, config, dataset)
     train, val = carve_val(dataset.train(), seed=options.seed)
-    proxies = file_proxies(request.proxies, sets, str(SplitName(options.seed)))
+    proxies = file_proxies(paths, sets, str(SplitName(options.seed)))
     proxies += baseline_proxies(request.baselines, proxies, dataset, train, config, seed=options.seed)
     if request.compat:
         proxies += harness_variants(proxies, get_definition(options.space).harnesses[request.compat])
@@ -119,6 +118,18 @@ def prepare(
         raise InputError(f"proxies must have different names, 2 are called {repeated[0]}; rename the file")
     device = "cuda" if options.gpus_per_worker > 0 else "cpu"
     return Sweep(options, config, dataset, train, val, tuple(proxies), indices, device, can_grow=can_grow)
+
+
+def _read_proxies(request: NasRequest, dataset: Dataset | None) -> tuple[list[Path], list[DistilledSet]]:
+    """Return the sets of all files; each of a file's several runs has a path of its own, and is a proxy."""
+    paths, sets = [], []
+    for path in request.proxies:
+        loaded = load_all(path, foreign_request(dataset, request), request.index)
+        names = [path.name] if len(loaded) == 1 else [f"{path.name}#{run}" for run in range(len(loaded))]
+        paths += [path.with_name(name) for name in names]
+        sets += loaded
+    check_options(request, sets)
+    return paths, sets
 
 
 def check_compat(compat: str | None, space: str) -> None:

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from ddray.artifact.options import ForeignOptions
 from ddray.config import AbsolutePath, Config, Names, named
-from ddray.evaluation.options import PixelKind
 from ddray.ranking import DEFAULT_SPACE, space_names
 from ddray.system.options import DataOptions
 
@@ -102,7 +102,7 @@ class NasOptions(Config):
         return self
 
 
-class NasRequest(DataOptions):
+class NasRequest(DataOptions, ForeignOptions):
     """What a sweep ranks architectures on, besides its options."""
 
     proxies: Annotated[
@@ -114,8 +114,6 @@ class NasRequest(DataOptions):
     """early-stopping, whole, random, kcenter, ...; repeatable."""
     dataset: str | None = None
     """Real data; default the first artifact's."""
-    pixel_space: PixelKind = "normalized"
-    """Of another project's file: normalized, zca or raw."""
     compat: str | None = None
     """dcbench: each bug of its harness as a further proxy."""
 

@@ -72,7 +72,7 @@ def file_proxies(paths: Sequence[Path], sets: Sequence[DistilledSet], split_name
         if any(proxy.name == name for proxy in proxies):
             raise InputError(f"--proxy must name each file once, got {path} twice")
         decoded = distilled.decode()
-        data = training_set(decoded.images, decoded.labels, distilled.space())
+        data = training_set(decoded.images, decoded.supervision, distilled.space())
         storage_images = distilled.meta.storage_floats / math.prod(distilled.meta.image_shape)
         proxies.append(Proxy(name, f"file {name}", data, storage_images))
     if seen := [path.name for path, each in zip(paths, sets, strict=True) if each.meta.split != split_name]:
@@ -167,7 +167,8 @@ def harness_variants(proxies: Sequence[Proxy], faults: Mapping[str, Mapping[str,
 
 def _class_sorted(proxy: Proxy) -> Proxy:
     """Return a proxy with its images sorted by class, as in the harness's files."""
-    order = np.argsort(proxy.data.labels, kind="stable")
+    labels = proxy.data.labels
+    order = np.argsort(labels if labels.ndim == 1 else labels.argmax(1), kind="stable")
     if (order == np.arange(len(order))).all():
         return proxy
     data = TrainingSet(proxy.data.images[order], proxy.data.labels[order], proxy.data.space)

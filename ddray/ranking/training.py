@@ -41,11 +41,11 @@ def train_seeds(
 ) -> str:
     """Train networks of one architecture with different weights in place; they end in eval mode.
 
-    `train_set` is images, float32 [N, C, H, W] in channels_last, and labels, int64 [N], on the networks'
-    device. `seeds`, one per network, determine batch order and augmentation (`dsa` None: there is none).
-    `num_steps` defaults to the recipe's epochs. `shuffle` False reproduces an unshuffled loader (`--compat
-    dcbench`). `mode`: `loop` one network after another, `fused` all at once, `auto` by a probe on CUDA, else
-    `loop`. The mode taken is returned, with `+graph` where a CUDA graph ran.
+    `train_set` is images, float32 [N, C, H, W] in channels_last, and labels, int64 [N] or soft [N, K], on the
+    networks' device. `seeds`, one per network, determine batch order and augmentation (`dsa` None: there is
+    none). `num_steps` defaults to the recipe's epochs. `shuffle` False reproduces an unshuffled loader
+    (`--compat dcbench`). `mode`: `loop` one network after another, `fused` all at once, `auto` by a probe on
+    CUDA, else `loop`. The mode taken is returned, with `+graph` where a CUDA graph ran.
     """
     images, labels = train_set
     total = num_steps or recipe.num_steps(len(labels))

@@ -34,7 +34,7 @@ class TrainingSet:
 
     Attributes:
         images: float32 [N, C, H, W] in the pixel space, or uint8 [N, C, H, W] of real images.
-        labels: int64 [N].
+        labels: int64 [N], or soft labels float32 [N, K].
         space: pixel space as plain values: kind, mean, std, and zca_mean [D], zca_matrix [D, D] if whitened.
     """
 
@@ -55,7 +55,7 @@ class TrainingSet:
 
 
 def training_set(images: Tensor, labels: Tensor, space: PixelSpace) -> TrainingSet:
-    """Return images [N, C, H, W] (encoded float32, or uint8) and labels [N] as a `TrainingSet`."""
+    """Return images (encoded float32, or uint8) and labels ([N], or soft [N, K]) as a `TrainingSet`."""
     space_values: dict[str, Any] = {"kind": space.kind, "mean": space.mean, "std": space.std}
     if space.zca_mean is not None and space.zca_matrix is not None:
         space_values |= {"zca_mean": space.zca_mean.numpy(), "zca_matrix": space.zca_matrix.numpy()}

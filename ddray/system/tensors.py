@@ -1,6 +1,10 @@
-"""Files of tensors and plain values, as torch writes them, read without running any code in them."""
+"""Files of tensors and plain values (torch's, .npz, pickles), read without running any code in them."""
 
+import collections
+import io
 import logging
+import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +26,41 @@ def numpy_scalars() -> list[Any]:
     ]
 
 
-def load_plain(path: Path) -> Any:
-    """Load what torch wrote of tensors, plain values and NumPy scalars, on the CPU, and run no code in it.
+class _TensorUnpickler(pickle.Unpickler):
+    """Reads a pickle of tensors and plain values; it finds the three names that these take, and no others."""
 
-    A ValueError says whether the file is torn, or holds something else.
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch.storage", "_load_from_bytes"):
+            load = partial(torch.load, map_location="cpu", weights_only=True)
+            return lambda data: load(io.BytesIO(data))
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return torch._utils._rebuild_tensor_v2
+        if (module, name) == ("collections", "OrderedDict"):
+            return collections.OrderedDict
+        raise pickle.UnpicklingError("weights_only: it holds other objects")
+
+
+def _load(path: Path) -> Any:
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    if path.suffix in (".pkl", ".pickle"):
+        with path.open("rb") as file:
+            return _TensorUnpickler(file).load()
+    with torch.serialization.safe_globals(numpy_scalars()):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def load_plain(path: Path) -> Any:
+    """Load tensors, plain values and NumPy scalars from a file, on the CPU, and run no code in it.
+
+    A `.npz` gives a dict of tensors. A ValueError says whether the file is torn, or holds something else.
     """
     try:
-        with torch.serialization.safe_globals(numpy_scalars()):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        return _load(path)
     except Exception as error:  # torch raises many types here, all of which mean: not such a file
         reason = one_line(error, 160)
-        if "weights_only" in str(error):  # torch's message advises turning the protection off
+        if any(word in str(error) for word in ("weights_only", "allow_pickle")):  # advice to turn it off
             reason = "it holds objects that could run code, which are never loaded"
         raise ValueError(reason) from error
 

@@ -12,7 +12,7 @@ from ddray.tables.spec import BenchSpec, EvaluateSpec, MethodSpec
 # Options of an evaluation that the table itself sets.
 _SET_BY_TABLE: Final = (
     *("dataset", "protocol", "archs", "seeds", "epochs", "split", "augment", "teachers"),
-    *("pixel_space", "seed", "data_dir", "download"),
+    *("pixel_space", "index", "factor", "seed", "data_dir", "download"),
 )
 
 

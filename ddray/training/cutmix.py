@@ -23,13 +23,15 @@ class Mixed:
     share: float
 
     def targets(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return what `mixed_cross_entropy` takes beside logits; `labels` int64 [N] are the images' own."""
+        """Return what `mixed_cross_entropy` takes beside logits; `labels` [N] or [N, K] are the images'."""
         shares = torch.tensor([self.share, 1 - self.share]).to(labels.device, non_blocking=True)
         return labels, labels[self.partner], shares[0], shares[1]
 
 
 def mixed_cross_entropy(logits: Tensor, labels: Tensor, *mixed: Tensor) -> Tensor:
     """Return the mean cross entropy of logits [N, K]; in a mixed batch that of both labels, by share.
+
+    `labels` are classes int64 [N], or probabilities [N, K].
 
     `mixed`: of such a batch, the partners' labels and the weights of own and partners' labels.
     """

@@ -28,24 +28,25 @@ def train(
     generator: torch.Generator,
     augment: Augmenter | None,
     on_epoch: Callable[[Tensor], None] | None = None,
+    regress: bool = False,
 ) -> float:
     """Train `net` in place, leave it in eval mode, and return the mean loss of the last epoch.
 
     Args:
         net: the network, on the images' device.
         images: float32 [N, C, H, W] in their pixel space, or what `augment` takes.
-        labels: int64 [N], or float32 [N, D]: targets of the outputs, under the mean squared error.
+        labels: int64 [N], float32 [N, K] (soft labels, probabilities), or targets [N, D] if `regress`.
         recipe: epochs, rates, batch, schedule, CutMix; not its augmentation.
         generator: CPU generator of the batches' order and the augmentation.
         augment: applied to every batch, before CutMix; None leaves it as it is.
         on_epoch: called with each epoch's mean loss, a scalar on the device.
+        regress: train on the mean squared error from the targets, instead of on the cross entropy.
     """
     form = training_format(net, images.device)
     images = images.contiguous(memory_format=form)
     net.to(memory_format=form).train()
-    soft = labels.is_floating_point()
     optimizer = partial(torch.optim.SGD, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
-    rule = Rule(F.mse_loss if soft else mixed_cross_entropy, optimizer)
+    rule = Rule(F.mse_loss if regress else mixed_cross_entropy, optimizer)
     order = Order(len(labels), recipe.batch)
     epoch = len(order.sizes)
 
@@ -53,7 +54,7 @@ def train(
         inputs = images[index]
         if augment is not None:
             inputs = augment(inputs, generator)
-        mixed = cutmix(inputs, recipe.cutmix, generator) if recipe.cutmix > 0 and not soft else None
+        mixed = cutmix(inputs, recipe.cutmix, generator) if recipe.cutmix > 0 and not regress else None
         return (inputs, labels[index]) if mixed is None else (mixed.images, *mixed.targets(labels[index]))
 
     loss = torch.zeros(())

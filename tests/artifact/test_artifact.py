@@ -281,9 +281,10 @@ def test_a_torn_file_is_refused(length: float, tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    for path in (tmp_path / "none.pt", tmp_path):
-        with pytest.raises(InputError, match="a distilled set must be an existing file, got"):
-            load(path)
+    with pytest.raises(InputError, match="a distilled set must be an existing file, got"):
+        load(tmp_path / "none.pt")
+    with pytest.raises(InputError, match=r"must be ddray's own file, .*, or a folder of pictures by class"):
+        load(tmp_path)
 
 
 class Bomb:
@@ -318,30 +319,17 @@ class TestForeign:
     def dataset(self, toy: Any) -> Any:
         return toy(counts=(4, 4), shape=(3, 16, 16))
 
-    def test_the_dc_familys_file_with_numpy_accuracies(self, dataset: Any, tmp_path: Path) -> None:
+    def test_accuracies_may_be_numpys(self, dataset: Any, tmp_path: Path) -> None:
         first, labels = torch.randn(4, 3, 16, 16), torch.tensor([0, 0, 1, 1])
         path = tmp_path / "res_DM_CIFAR10_ConvNet_2ipc.pt"
         accs = {"ConvNet": [np.float64(0.5), np.float32(0.25), np.mean([0.1, 0.2])]}
-        torch.save({"data": [[first, labels], [first + 1, labels]], "accs_all_exps": accs}, path)
+        torch.save({"data": [[first, labels]], "accs_all_exps": accs}, path)
 
         loaded = load(path, dataset=dataset)
 
         assert torch.equal(loaded.images, first)
-        assert loaded.labels.tolist() == [0, 0, 1, 1]
         assert loaded.meta.method == "file:res_DM_CIFAR10_ConvNet_2ipc.pt"
         assert (loaded.meta.dataset, loaded.meta.ipc, loaded.meta.arch) == ("toy", 2, "convnet3")
-        assert loaded.meta.pixel_space == "normalized"
-        assert loaded.meta.mean == dataset.mean
-
-    def test_mtts_pair_of_files(self, dataset: Any, tmp_path: Path) -> None:
-        first, labels = torch.randn(2, 3, 16, 16), torch.tensor([0, 1])
-        torch.save(first, tmp_path / "images_best.pt")
-        torch.save(labels, tmp_path / "labels_best.pt")
-
-        loaded = load(tmp_path / "images_best.pt", dataset=dataset)
-
-        assert torch.equal(loaded.images, first)
-        assert loaded.labels.tolist() == [0, 1]
 
     def test_a_whitened_one_carries_the_given_whitening(self, dataset: Any, tmp_path: Path) -> None:
         torch.save({"data": [[torch.randn(2, 3, 16, 16), torch.tensor([0, 1])]]}, tmp_path / "res_a.pt")

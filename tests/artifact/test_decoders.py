@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from ddray.artifact.decoders import Decoder, decoder_names, get_decoder
 from ddray.artifact.decoders.images import check_images, read_images
 from ddray.artifact.distilled_set import DistilledSet, TrainSet
-from ddray.artifact.foreign import ForeignFormat, read_foreign
+from ddray.artifact.foreign import ForeignFile, ForeignFormat, ForeignRequest, ForeignSet, format_of
 from ddray.artifact.reading import load
 from ddray.errors import InputError
 from ddray.system import registry
@@ -62,15 +61,16 @@ def test_an_installed_package_offers_a_decoder(offer: Any, tmp_path: Path) -> No
     assert torch.equal(loaded.decode().images[4:], loaded.images.flip(3))
 
 
-def test_an_installed_package_offers_a_format(offer: Any, tmp_path: Path) -> None:
-    def read(path: Path, contents: int) -> tuple[Tensor, Tensor]:
-        return torch.zeros(contents, 1, 2, 2), torch.arange(contents)
+def test_an_installed_package_offers_a_format(offer: Any, toy: Any, tmp_path: Path) -> None:
+    def read(path: Path, contents: int, request: ForeignRequest) -> ForeignFile:
+        return ForeignFile([ForeignSet(torch.zeros(contents, 1, 2, 2), torch.arange(contents))])
 
     number = ForeignFormat("a number (mine)", lambda path, contents: isinstance(contents, int), read)
     offer("ddray.formats", FORMAT=number)
 
-    pixels, labels = read_foreign(tmp_path / "x.pt", 3)
+    torch.save(3, tmp_path / "x.pt")
+    loaded = load(tmp_path / "x.pt", dataset=toy(shape=(1, 2, 2)))
 
-    assert (pixels.shape, labels.tolist()) == ((3, 1, 2, 2), [0, 1, 2])
+    assert (loaded.images.shape, loaded.labels.tolist()) == ((3, 1, 2, 2), [0, 1, 2])
     with pytest.raises(InputError, match=r"own file, .*DC family.*, or a number \(mine\), or .*MTT"):
-        read_foreign(tmp_path / "x.pt", "text")
+        format_of(tmp_path / "x.pt", "text")

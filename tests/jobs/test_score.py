@@ -2,17 +2,21 @@ from __future__ import annotations
 
 import json
 import logging
+import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from ddray.artifact.export import export_folder
 from ddray.artifact.reading import load
 from ddray.commands.options import to_json
 from ddray.data import carve_val, open_dataset
 from ddray.errors import InputError
+from ddray.evaluation.hard import Hard
 from ddray.evaluation.options import EvaluateOptions
+from ddray.evaluation.protocol import EvalResult
 from ddray.jobs import score as scoring
 from ddray.jobs.distill import distill
 from ddray.jobs.plan import resolve
@@ -156,3 +160,132 @@ class TestEvaluate:
         with caplog.at_level(logging.WARNING):
             evaluate(random_set, quick(seeds=1, epochs=1), device=CPU)
         assert "another copy of digits" in caplog.text
+
+
+class TestForeignSets:
+    """What other projects' files are scored as; how they are read is in tests/artifact/foreign."""
+
+    @pytest.fixture
+    def trained_on(self, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+        """Every (set, context, seed) that a network would be trained on."""
+        calls: list[Any] = []
+
+        def evaluate_one(self: Any, train_set: Any, ctx: Any, *, arch: str, seed: int) -> EvalResult:
+            calls.append((train_set, ctx, seed, self.recipe))
+            return EvalResult(arch, seed, 0.5 + 0.1 * len(calls), len(train_set.images), 0.0)
+
+        monkeypatch.setattr(Hard, "evaluate", evaluate_one)
+        return calls
+
+    def runs(self, folder: Path, num_runs: int) -> Path:
+        data = [[torch.full((10, 1, 16, 16), float(run)), torch.arange(10)] for run in range(num_runs)]
+        torch.save({"data": data, "accs_all_exps": {"ConvNet": [0.1] * num_runs}}, folder / "res_DM.pt")
+        return folder / "res_DM.pt"
+
+    def test_all_runs_are_scored_with_networks_of_their_own(
+        self, tmp_path: Path, trained_on: list[Any]
+    ) -> None:
+        path = self.runs(tmp_path, 3)
+
+        answer = evaluate(path, quick(dataset="digits", archs=("convnet1_w8",), seed=5), device=CPU)
+
+        assert [float(train_set.images[0, 0, 0, 0]) for train_set, *_ in trained_on] == [0, 0, 1, 1, 2, 2]
+        assert [seed for _, _, seed, _ in trained_on] == [5, 6, 7, 8, 9, 10]
+        (result,) = answer["results"]
+        assert result["per_seed"] == pytest.approx([0.6, 0.7, 0.8, 0.9, 1.0, 1.1])
+        assert result["accuracy_mean"] == pytest.approx(0.85)
+        assert result["accuracy_std"] == pytest.approx(statistics.stdev(result["per_seed"]))
+        assert answer["num_sets"] == 3
+
+    def test_one_run_is_scored_alone(self, tmp_path: Path, trained_on: list[Any]) -> None:
+        answer = evaluate(self.runs(tmp_path, 3), quick(dataset="digits", index=1), device=CPU)
+
+        assert {float(train_set.images[0, 0, 0, 0]) for train_set, *_ in trained_on} == {1.0}
+        assert "num_sets" not in answer
+
+    def pair(self, folder: Path) -> Path:
+        torch.save(torch.randn(10, 1, 16, 16), folder / "images_best.pt")
+        torch.save(torch.eye(10) * 4, folder / "labels_best.pt")
+        torch.save(torch.tensor(0.03), folder / "lr_best.pt")
+        return folder / "images_best.pt"
+
+    def test_the_files_rate_is_the_default(self, tmp_path: Path, trained_on: list[Any]) -> None:
+        path = self.pair(tmp_path)
+
+        evaluate(path, quick(dataset="digits", seeds=1), device=CPU)
+        evaluate(path, quick(dataset="digits", seeds=1, sets=("lr=0.5",)), device=CPU)
+        evaluate(path, quick(dataset="digits", seeds=1, recipe="vico"), device=CPU)
+
+        assert [recipe.lr for *_, recipe in trained_on] == [pytest.approx(0.03), 0.5, 0.01]
+        assert torch.equal(trained_on[0][0].supervision, (torch.eye(10) * 4).softmax(1))
+
+    @pytest.mark.parametrize(
+        "protocol", ["hard", "continual", "linear", pytest.param("robust", marks=pytest.mark.slow)]
+    )
+    def test_every_protocol_takes_soft_labels(self, protocol: str, tmp_path: Path) -> None:
+        options = {"protocol": protocol, "archs": ("convnet1_w8",), "seeds": 1, "epochs": 1}
+        sets = ("probe.steps=2",) if protocol == "linear" else ()
+
+        answer = evaluate(self.pair(tmp_path), quick(dataset="digits", sets=sets, **options), device=CPU)
+
+        assert 0 <= answer["results"][0]["accuracy_mean"] <= 1
+
+    @pytest.mark.parametrize("train_limit", [None, 4])
+    def test_soft_labels_stay_with_their_images(
+        self, train_limit: int | None, tmp_path: Path, trained_on: list[Any]
+    ) -> None:
+        path = self.pair(tmp_path)
+
+        evaluate(path, quick(dataset="digits", seeds=1, train_limit=train_limit), device=CPU)
+
+        train_set = trained_on[0][0]
+        assert train_set.soft_labels.argmax(1).tolist() == train_set.labels.tolist()
+        images = torch.load(path, weights_only=True)
+        assert torch.equal(train_set.images, images[train_set.labels])
+
+    def test_another_datasets_numbers_normalise_both(
+        self, tmp_path: Path, trained_on: list[Any], digits: Any
+    ) -> None:
+        path = self.runs(tmp_path, 1)
+
+        evaluate(path, quick(dataset="digits", pixel_space="normalized:mnist"), device=CPU)
+
+        train_set, ctx, *_ = trained_on[0]
+        assert torch.equal(train_set.images, torch.zeros(10, 1, 16, 16))
+        assert (ctx.space.kind, ctx.space.mean, ctx.space.std) == ("normalized", (0.1307,), (0.3081,))
+        with pytest.raises(InputError, match="a dataset with 1 channels, got cifar10 with 3"):
+            evaluate(path, quick(dataset="digits", pixel_space="normalized:cifar10"), device=CPU)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"pixel_space": "rgb"}, "--pixel-space must be one of normalized, normalized:NAME, raw, zca"),
+            ({"pixel_space": "zca:mnist"}, "--pixel-space must be one of"),
+            ({"pixel_space": "normalized:digits"}, "normalized:NAME must be one of .*cifar10.*got 'digits'"),
+            ({"index": -1}, r"--index must be >= 0 \(the first set is 0\), got -1"),
+            ({"index": 3}, r"--index must be in 0\.\.2"),
+        ],
+    )
+    def test_bad_options_are_refused(self, options: Any, message: str, tmp_path: Path) -> None:
+        path = self.runs(tmp_path, 3)
+
+        with pytest.raises(InputError, match=message):
+            evaluate(path, quick(dataset="digits", **options), device=CPU)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [({"index": 0}, "--index"), ({"factor": 2}, "--factor"), ({"pixel_space": "zca"}, "--pixel-space")],
+    )
+    def test_options_of_foreign_files_are_refused_for_ours(
+        self, options: Any, message: str, random_set: Path
+    ) -> None:
+        with pytest.raises(InputError, match=f"{message} must be left out for ddray's own files"):
+            evaluate(random_set, quick(dataset="digits", **options), device=CPU)
+
+    def test_exported_pictures_name_their_dataset(self, random_set: Path, tmp_path: Path) -> None:
+        export_folder(load(random_set), tmp_path / "pictures")
+
+        answer = evaluate(tmp_path / "pictures", EvaluateOptions(), device=CPU)
+
+        (result,) = answer["results"]
+        assert (result["arch"], result["num_images"], len(result["per_seed"])) == ("convnet2_w8", 10, 2)

@@ -75,6 +75,33 @@ def test_cutmix_mixes_by_its_probability() -> None:
     assert 0.26 < mixed / 2000 < 0.34
 
 
+@pytest.mark.parametrize("mix", [0.0, 1.0])
+def test_training_on_soft_labels_is_sgd_on_their_cross_entropy_by_hand(mix: float) -> None:
+    images = torch.randn(5, 1, 6, 6, generator=derive(1))
+    soft_labels = torch.randn(5, 3, generator=derive(2)).softmax(1)
+    recipe = Recipe(epochs=2, lr=0.2, momentum=0, weight_decay=0, batch=5, schedule="constant", cutmix=mix)
+    ours: Any = nn.Sequential(nn.Flatten(), nn.Linear(36, 3))
+    reference: Any = nn.Sequential(nn.Flatten(), nn.Linear(36, 3))
+    reference.load_state_dict(ours.state_dict())
+
+    train(ours, images, soft_labels, recipe, generator=derive(4), augment=None)
+
+    generator = derive(4)
+    for _ in range(2):
+        index = torch.randperm(5, generator=generator)
+        batch, targets = images[index], soft_labels[index]
+        if mixed := cutmix(batch, mix, generator) if mix else None:
+            batch, share = mixed.images, mixed.share
+            targets = share * targets + (1 - share) * targets[mixed.partner]
+        loss = -(targets * F.log_softmax(reference(batch), 1)).sum(1).mean()
+        for parameter, gradient in zip(
+            reference.parameters(), torch.autograd.grad(loss, reference.parameters()), strict=True
+        ):
+            parameter.data -= 0.2 * gradient
+    for parameter, expected in zip(ours.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected)
+
+
 def test_training_with_cutmix_is_sgd_on_the_two_labels_by_hand() -> None:
     images = torch.randn(7, 1, 6, 6, generator=derive(1))
     labels = torch.randint(0, 3, (7,), generator=derive(2))

@@ -12,16 +12,18 @@ from ddray.errors import InputError
 
 
 def read_images(meta: Meta, tensors: Mapping[str, Tensor], zca: Mapping[str, Tensor]) -> DistilledSet:
-    """Return the set of a file's images, and labels or targets; InputError if the tensors are others."""
-    needed = {"images", "targets" if "targets" in tensors else "labels"}
+    """Return the set of a file's images, and labels, soft labels or targets; InputError for other tensors."""
+    second = next((name for name in ("targets", "soft_labels") if name in tensors), "labels")
+    needed = {"images", second}
     missing, unexpected = needed - tensors.keys(), tensors.keys() - needed
     if missing or unexpected:
         raise InputError(
             f"the file must hold {sorted({'format_version', 'meta', *needed, *ZCA})}; "
             f"missing {sorted(missing)}, unknown {sorted(unexpected)}"
         )
-    labels = tensors.get("labels", torch.zeros(0, dtype=torch.int64))
-    return DistilledSet(tensors["images"], labels, meta, zca, tensors.get("targets"))
+    soft = tensors.get("soft_labels")
+    labels = tensors.get("labels", torch.zeros(0, dtype=torch.int64)) if soft is None else soft.argmax(-1)
+    return DistilledSet(tensors["images"], labels, meta, zca, tensors.get("targets"), soft_labels=soft)
 
 
 def _validate(distilled: DistilledSet) -> None:
@@ -40,6 +42,8 @@ def check_images(distilled: DistilledSet) -> None:
     if not distilled.is_finite():
         raise InputError("images must be finite, got NaN or infinity")
     _check_labels(distilled.labels, distilled.targets, len(images), len(meta.class_names))
+    if distilled.soft_labels is not None:
+        _check_soft(distilled.soft_labels, len(images), len(meta.class_names))
     channels = images.shape[1]
     if len(meta.mean) != channels or len(meta.std) != channels or min(meta.std) <= 0:
         raise InputError(f"mean and std must hold {channels} values, std > 0, got {meta.mean}, {meta.std}")
@@ -70,4 +74,23 @@ def _check_labels(labels: Tensor, targets: Tensor | None, num_images: int, num_c
         )
 
 
-DECODER: Final = Decoder(read_images, _validate, lambda one: TrainSet(one.images, one.labels, one.targets))
+def _check_soft(soft_labels: Tensor, num_images: int, num_classes: int) -> None:
+    if soft_labels.dtype != torch.float32 or soft_labels.shape != (num_images, num_classes):
+        raise InputError(
+            f"soft_labels must be float32 [{num_images}, {num_classes}], got {soft_labels.dtype} "
+            f"{list(soft_labels.shape)}"
+        )
+    if not are_probabilities(soft_labels):
+        raise InputError("soft_labels must be probabilities that sum to 1 in every row")
+
+
+def are_probabilities(values: Tensor) -> bool:
+    """Return whether the rows of values [N, K] are probabilities: none below 0, and a sum of 1."""
+    return bool((values >= 0).all() and ((values.sum(1) - 1).abs() < 1e-3).all())
+
+
+def _decode(distilled: DistilledSet) -> TrainSet:
+    return TrainSet(distilled.images, distilled.labels, distilled.targets, distilled.soft_labels)
+
+
+DECODER: Final = Decoder(read_images, _validate, _decode)

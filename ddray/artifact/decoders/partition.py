@@ -23,8 +23,10 @@ def _validate(distilled: DistilledSet) -> None:
 def _decode(distilled: DistilledSet) -> TrainSet:
     """Return images [N * P, C, H, W], P per stored image."""
     partition = distilled.meta.partition or Partition()
-    labels = distilled.labels.repeat_interleave(partition.num_parts)
-    return TrainSet(expand(distilled.images, partition), labels)
+    num, soft = partition.num_parts, distilled.soft_labels
+    soft = None if soft is None else soft.repeat_interleave(num, 0)
+    labels = distilled.labels.repeat_interleave(num)
+    return TrainSet(expand(distilled.images, partition), labels, soft_labels=soft)
 
 
 DECODER: Final = Decoder(read_images, _validate, _decode)

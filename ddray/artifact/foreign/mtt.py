@@ -1,24 +1,23 @@
-"""`images_best.pt` of MTT, with `labels_best.pt` beside it."""
+"""`images_*.pt` beside `labels_*.pt` and, if any, `lr_*.pt`: MTT, TESLA, FTD, and DATM with soft labels."""
 
 from pathlib import Path
 from typing import Any, Final
 
-from torch import Tensor
-
-from ddray.artifact.foreign import ForeignFormat
-from ddray.system.tensors import is_plain, read_tensors
-
-
-def _labels(path: Path) -> Any:
-    return read_tensors(path.with_name(path.name.replace("images_", "labels_", 1)))
+from ddray.artifact.foreign import ForeignFile, ForeignFormat, ForeignRequest, ForeignSet
+from ddray.artifact.foreign.tensor_pairs import beside, is_tensor, read_labels, read_rate
+from ddray.errors import InputError
 
 
-def _fits(path: Path, contents: Any) -> bool:
-    return is_plain(contents) and path.name.startswith("images_") and is_plain(_labels(path))
+def _read(path: Path, contents: Any, request: ForeignRequest) -> ForeignFile:
+    if path.name.startswith("images_zca_"):
+        images = beside(path, "zca_", "").name
+        raise InputError(f"{path} holds pictures for the eye: read {images} with --pixel-space zca")
+    labels = read_labels(beside(path, "images_", "labels_"))
+    return ForeignFile([ForeignSet(contents, labels, lr=read_rate(beside(path, "images_", "lr_")))])
 
 
-def _read(path: Path, contents: Any) -> tuple[Tensor, Tensor]:
-    return contents, _labels(path)
-
-
-FORMAT: Final = ForeignFormat("images_*.pt beside labels_*.pt (MTT)", _fits, _read)
+FORMAT: Final = ForeignFormat(
+    "images_*.pt beside labels_*.pt (MTT, DATM)",
+    lambda path, contents: is_tensor(path, contents, start="images_"),
+    _read,
+)
