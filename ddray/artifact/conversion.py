@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 FOREIGN: Final = "file:"
 """What the method of a set that another project wrote begins with."""
+_SAMPLE: Final = 1000  # real images by which a set's spread is judged
 _SLACK: Final = 0.5  # of pixels in 0..1: IDC clamps them before a step, not after it
 
 
@@ -70,7 +71,10 @@ def adopt(path: Path, name: str, foreign: ForeignSet, request: ForeignRequest) -
         images, labels = padded_parts(images, rows, columns), labels.repeat_interleave(rows * columns)
     elif (request.factor or 1) > 1:
         log.warning("%s holds whole images: --factor %d is not for it", path, request.factor)
-    images = (_pixels_encoded if is_unit else _checked)(path, images, space, dataset)
+    if is_unit:
+        images = _pixels_encoded(path, images, space, dataset)
+    elif request.pixel_space is None and foreign.space is None:
+        _warn_of_spread(path, images, space, dataset)
     zca = {key: one for key in ZCA if space.kind == "zca" and (one := getattr(space, key)) is not None}
     return DistilledSet(images, labels, meta, zca, targets, soft_labels=soft)
 
@@ -125,13 +129,15 @@ def _pixels_encoded(path: Path, pixels: Tensor, space: PixelSpace, dataset: Data
     return space.encode(pixels)
 
 
-def _checked(path: Path, images: Tensor, space: PixelSpace, dataset: Dataset) -> Tensor:
-    """Return images that are in `space` already, with a warning if they look like pixels."""
-    if space.kind == "normalized" and float(images.min()) >= 0 and float(images.max()) <= 1:
+def _warn_of_spread(path: Path, images: Tensor, space: PixelSpace, dataset: Dataset) -> None:
+    """Say so if images vary much less than normalised real ones: in 0..1 or whitened, as MTT's often are."""
+    spread, real = float(images.std()), float(space.encode(dataset.train().images[:_SAMPLE]).std())
+    if spread < real / 2:
         log.warning(
-            "%s holds values in 0..1, taken as normalised: if they are not, add --pixel-space raw", path
+            "%s is taken as normalised, but its values spread by %.2f, the real ones by %.2f: "
+            "add --pixel-space zca if it is whitened, raw if it holds pixels in 0..1",
+            *(path, spread, real),
         )
-    return images
 
 
 def _describe(

@@ -22,9 +22,10 @@ _JSON: Final = typer.Option(
     "--json", help="Print one JSON object on stdout, and nothing else there.", rich_help_panel="Output"
 )
 _PANELS: Final = {
-    "What": "method dataset ipc budget kind arch archs protocol proxies baselines space split pixel_space "
-    "index factor preset config sets steps scale describe scores",
+    "What": "method dataset ipc budget kind arch archs protocol proxies baselines space split "
+    "preset config sets steps scale describe scores",
     "How": "",
+    "Other projects' sets": "pixel_space index factor",
     "Resources": "device executor num_workers cpus_per_worker gpus_per_worker cpus_per_trial gpus_per_trial "
     "cpus_per_unit gpus_per_unit max_concurrent time_budget unit_timeout address",
     "Data": "data_dir download image_size label_column clip_seconds clip_offset can_flip",

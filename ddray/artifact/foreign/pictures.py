@@ -5,6 +5,7 @@ Class folders bear the dataset's class names, WordNet ids (Minimax, D3HR), numbe
 """
 
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +19,8 @@ from ddray.data.folders import IMAGE_SUFFIXES, class_folders, files_below, image
 from ddray.data.pixels import pixel_space
 from ddray.data.sources import Geometry, load
 from ddray.errors import InputError
+
+log = logging.getLogger(__name__)
 
 META: Final = "meta.json"
 _WNID: Final = re.compile(r"n\d{8}")
@@ -84,6 +87,9 @@ def _read(path: Path, contents: Any, request: ForeignRequest) -> ForeignFile:
         for label, name in sorted(zip(labels, folders, strict=True))
         for file in files_below(path / name, IMAGE_SUFFIXES)
     ]
+    num_strange = sum(1 for _ in files_below(path, IMAGE_SUFFIXES)) - len(pictures)
+    if num_strange:
+        log.warning("%d pictures of %s lie in no class folder and are left out", num_strange, path)
     split, _ = load(image_source(pictures), Geometry(dataset.image_shape, resize=True))
     meta = exported_meta(path)
     if meta is None:

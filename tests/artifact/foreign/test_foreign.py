@@ -462,7 +462,13 @@ def test_classes_without_images_and_values_like_pixels_are_said(
     load(tmp_path / "a.pt", dataset=dataset)
 
     assert "has no image of 1 classes: class 1" in caplog.text
-    assert "holds values in 0..1, taken as normalised: if they are not, add --pixel-space raw" in caplog.text
+    assert "a.pt is taken as normalised, but its values spread by 0.29, the real ones by" in caplog.text
+    caplog.clear()
+    space = PixelSpace("raw", dataset.mean, dataset.std)
+    assert torch.equal(load(tmp_path / "a.pt", dataset=dataset, pixel_space=space).images, pixels(2))
+    torch.save({"data": [normal(), LABELS]}, tmp_path / "a.pt")
+    load(tmp_path / "a.pt", dataset=dataset)
+    assert "spread" not in caplog.text
 
 
 def test_bytes_are_pixels(dataset: Dataset, tmp_path: Path) -> None:

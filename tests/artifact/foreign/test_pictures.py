@@ -94,6 +94,17 @@ def test_jpegs_are_nearly_the_same(dataset: Dataset, tmp_path: Path) -> None:
     assert loaded.images.shape == (6, 3, 16, 16)
 
 
+def test_pictures_beside_the_class_folders_are_left_out_with_a_word(
+    dataset: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rded(tmp_path / "syn")
+    save_image(drawn(0, 0), tmp_path / "syn" / "grid.png")
+
+    assert len(load(tmp_path / "syn", dataset=dataset).images) == 6
+    assert "1 pictures of" in caplog.text
+    assert "lie in no class folder and are left out" in caplog.text
+
+
 def test_other_sizes_become_the_datasets(toy: Any, tmp_path: Path) -> None:
     small = toy(shape=(3, 8, 8))
     rded(tmp_path / "syn")
