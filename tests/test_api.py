@@ -331,7 +331,7 @@ class TestExport:
             pictures(DistilledSet(distilled.images, distilled.labels, meta))
 
     def test_the_form_follows_the_name(self, distilled: DistilledSet, tmp_path: Path) -> None:
-        with pytest.raises(InputError, match="form must be one of folder, parquet"):
+        with pytest.raises(InputError, match="form must be one of ddranking, folder, parquet"):
             ddray.export(distilled, tmp_path / "x", form="csv")  # type: ignore[arg-type]
         distilled.save(tmp_path / "a.pt")
         assert ddray.export(tmp_path / "a.pt", tmp_path / "a.parquet").is_file()
