@@ -78,9 +78,7 @@ def labels_of(path: Path, folders: list[str], dataset: Dataset) -> list[int]:
 def _read(path: Path, contents: Any, request: ForeignRequest) -> ForeignFile:
     folders, dataset = class_folders(path), request.dataset
     if folders == ["unlabelled"]:
-        raise InputError(
-            f"{path} holds the pictures of a self-supervised set without its targets: use its file"
-        )
+        raise InputError(f"{path} must hold targets too, as self-supervised sets do: use its .pt file")
     labels = labels_of(path, folders, dataset)
     pictures = [
         (file, label)
