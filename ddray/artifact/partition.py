@@ -90,9 +90,9 @@ def padded_parts(images: Tensor, rows: int, columns: int) -> Tensor:
     of one image are consecutive.
     """
     num, channels, height, width = images.shape
-    for size, parts in ((height, rows), (width, columns)):
-        _cuts(size, parts)
+    _cuts(height, rows)
+    _cuts(width, columns)
     padded = F.pad(images, (0, -width % columns, 0, -height % rows), value=0.5)
-    size = padded.shape[2] // rows, padded.shape[3] // columns
-    grid = padded.view(num, channels, rows, size[0], columns, size[1]).permute(0, 2, 4, 1, 3, 5)
+    size_y, size_x = padded.shape[2] // rows, padded.shape[3] // columns
+    grid = padded.view(num, channels, rows, size_y, columns, size_x).permute(0, 2, 4, 1, 3, 5)
     return F.interpolate(grid.flatten(0, 2), (height, width), mode="bilinear", align_corners=False)
