@@ -5,7 +5,6 @@ Class folders bear the dataset's class names, WordNet ids (Minimax, D3HR), numbe
 """
 
 import json
-import logging
 import re
 from pathlib import Path
 from typing import Any, Final
@@ -15,12 +14,11 @@ from ddray.artifact.export import folder_names
 from ddray.artifact.foreign import ForeignFile, ForeignFormat, ForeignRequest, ForeignSet
 from ddray.data import Dataset
 from ddray.data.catalog import KNOWN
-from ddray.data.folders import IMAGE_SUFFIXES, class_folders, files_below, image_source
+from ddray.data.folders import IMAGE_SUFFIXES, image_source
+from ddray.data.listing import LOOSE, Skipped, files_below, has_files, loose_files, subfolders
 from ddray.data.pixels import pixel_space
 from ddray.data.sources import Geometry, load
 from ddray.errors import InputError
-
-log = logging.getLogger(__name__)
 
 META: Final = "meta.json"
 _WNID: Final = re.compile(r"n\d{8}")
@@ -56,12 +54,12 @@ def labels_of(path: Path, folders: list[str], dataset: Dataset) -> list[int]:
     """Return each class folder's label in a dataset; InputError if the names don't tell."""
     named = {name: label for label, name in enumerate(dataset.class_names)}
     exported = {name: label for label, name in enumerate(folder_names(dataset.class_names))}
-    wnids = KNOWN[dataset.name].wnids if dataset.name in KNOWN else ()
+    wnids = KNOWN[dataset.base].wnids if dataset.base in KNOWN else ()
     for labels in (named, exported, {wnid: label for label, wnid in enumerate(wnids)}):
         if set(folders) <= labels.keys():
             return [labels[name] for name in folders]
     in_order = sorted(range(dataset.num_classes), key=lambda label: wnids[label] if wnids else label)
-    is_complete = dataset.name in _BY_WNID and len(folders) == dataset.num_classes
+    is_complete = dataset.base in _BY_WNID and len(folders) == dataset.num_classes
     if is_complete and all(map(_WNID.fullmatch, folders)):
         return in_order
     matches = [_NUMBER.fullmatch(name) for name in folders]
@@ -76,18 +74,20 @@ def labels_of(path: Path, folders: list[str], dataset: Dataset) -> list[int]:
 
 
 def _read(path: Path, contents: Any, request: ForeignRequest) -> ForeignFile:
-    folders, dataset = class_folders(path), request.dataset
+    skipped, dataset = Skipped(path), request.dataset
+    folders = subfolders(path, skipped)
     if folders == ["unlabelled"]:
         raise InputError(f"{path} must hold targets too, as self-supervised sets do: use its .pt file")
     labels = labels_of(path, folders, dataset)
     pictures = [
         (file, label)
         for label, name in sorted(zip(labels, folders, strict=True))
-        for file in files_below(path / name, IMAGE_SUFFIXES)
+        for file in files_below(path / name, IMAGE_SUFFIXES, skipped)
     ]
-    num_strange = sum(1 for _ in files_below(path, IMAGE_SUFFIXES)) - len(pictures)
-    if num_strange:
-        log.warning("%d pictures of %s lie in no class folder and are left out", num_strange, path)
+    for file in loose_files(path):
+        if file.name != META:
+            skipped.add(LOOSE, file)
+    skipped.warn()
     split, _ = load(image_source(pictures), Geometry(dataset.image_shape, resize=True))
     meta = exported_meta(path)
     if meta is None:
@@ -98,7 +98,7 @@ def _read(path: Path, contents: Any, request: ForeignRequest) -> ForeignFile:
 
 
 def _fits(path: Path, contents: Any) -> bool:
-    return any(next(files_below(path / name, IMAGE_SUFFIXES), None) for name in class_folders(path))
+    return any(has_files(path / name, IMAGE_SUFFIXES) for name in subfolders(path))
 
 
 FORMAT: Final = ForeignFormat("a folder of pictures by class", _fits, _read)
