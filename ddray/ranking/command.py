@@ -122,9 +122,9 @@ def prepare(
 
 def _read_proxies(request: NasRequest, dataset: Dataset | None) -> tuple[list[Path], list[DistilledSet]]:
     """Return the sets of all files; each of a file's several runs has a path of its own, and is a proxy."""
-    paths, sets = [], []
+    paths, sets, reading = [], [], foreign_request(dataset, request)
     for path in request.proxies:
-        loaded = load_all(path, foreign_request(dataset, request), request.index)
+        loaded = load_all(path, reading, request.index)
         names = [path.name] if len(loaded) == 1 else [f"{path.name}#{run}" for run in range(len(loaded))]
         paths += [path.with_name(name) for name in names]
         sets += loaded

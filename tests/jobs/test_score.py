@@ -230,6 +230,17 @@ class TestForeignSets:
 
         assert 0 <= answer["results"][0]["accuracy_mean"] <= 1
 
+    def test_representations_are_scored_by_the_linear_protocol_alone(self, tmp_path: Path) -> None:
+        torch.save(torch.rand(12, 1, 16, 16).requires_grad_(True), tmp_path / "x_syn.pt")
+        torch.save(torch.randn(12, 32), tmp_path / "y_syn.pt")
+        options = quick(dataset="digits", archs=("convnet1_w8_bn",), seeds=1, epochs=1)
+
+        with pytest.raises(InputError, match="holds targets, not labels: --protocol must be linear"):
+            evaluate(tmp_path, options, device=CPU)
+        linear = options.model_copy(update={"protocol": "linear", "sets": ("probe.steps=2",)})
+        (result,) = evaluate(tmp_path, linear, device=CPU)["results"]
+        assert result["num_images"] == 12
+
     @pytest.mark.parametrize("train_limit", [None, 4])
     def test_soft_labels_stay_with_their_images(
         self, train_limit: int | None, tmp_path: Path, trained_on: list[Any]
