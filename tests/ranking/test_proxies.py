@@ -50,5 +50,5 @@ def test_soft_labels_and_images_in_parts(tmp_path: Path, caplog: pytest.LogCaptu
 def test_undecoded_sets_are_refused(tmp_path: Path) -> None:
     torch.save([torch.rand(10, 1, 16, 16), torch.arange(10)], tmp_path / "data.pt")
 
-    with pytest.raises(InputError, match="add --factor N"):
+    with pytest.raises(InputError, match="must be read with --factor N"):
         prepared(tmp_path / "data.pt")
