@@ -30,6 +30,7 @@ from ddray.jobs import score
 from ddray.jobs.context import make_context, make_distiller, pick_device
 from ddray.jobs.options import DistillOptions, PlanOptions
 from ddray.jobs.plan import Plan, plan_of
+from ddray.nets.names import register_net
 from ddray.ranking import DEFAULT_SPACE
 from ddray.ranking.options import NasModes, NasOptions, NasRequest
 from ddray.ranking.result import ArchList, NasResult
@@ -178,16 +179,28 @@ def evaluate(
         distilled: the set, or its file.
         dataset: what to test on, as `distill` takes it; default the set's dataset.
         test: the test half of a torch Dataset or of tensors, as `distill` took it.
-        options: see below.
+        options: see below. Among `archs` may also be functions `(image_shape, num_classes)` that return a
+            fresh nn.Module each time; their `__qualname__` is the network's name.
 
     Raises:
         InputError: a name or a value is invalid.
     """
     name, opened = _named(dataset, test)
+    for option in {"arch", "archs"} & options.keys():
+        options[option] = _arch_names(options[option])
     parsed = EvaluateOptions.pick({**options, "dataset": name})
     device = pick_device(DeviceOptions.pick(options).device)
     with _files([distilled]) as (path,):
         return score.evaluate(path, parsed, device=device, dataset=opened)
+
+
+def _arch_names(archs: Any) -> Any:
+    """Return architectures with functions that make networks replaced by their names."""
+    several = archs if isinstance(archs, list | tuple) else [archs]
+    names = [arch if isinstance(arch, str) else register_net(arch) for arch in several]
+    if any(names.count(name) > several.count(arch) for name, arch in zip(names, several, strict=True)):
+        raise InputError(f"archs must be functions of different names, got {', '.join(names)}")
+    return names
 
 
 @contextlib.contextmanager

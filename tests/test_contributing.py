@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import ddray
 from ddray.artifact.reading import load
 from ddray.cli import _run
 from ddray.data import open_dataset
@@ -21,6 +24,7 @@ from ddray.evaluation.options import EvaluateOptions
 from ddray.jobs import score
 from ddray.jobs.distill import distill
 from ddray.jobs.plan import resolve
+from ddray.nets import names
 from ddray.system import registry
 from ddray.tables.columns import columns_of
 from tests.tables.benches import spec
@@ -108,6 +112,37 @@ def test_contributing_dataset_is_found(tmp_path: Path, monkeypatch: pytest.Monke
 
     assert (dataset.class_names, dataset.image_shape) == (("circle", "square"), (1, 16, 16))
     assert (len(dataset.train()), len(dataset.test())) == (8, 8)
+
+
+@pytest.fixture
+def perceptron(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """CONTRIBUTING's network, offered by another package; its module."""
+    (source,) = blocks("CONTRIBUTING.md", "net", "python")
+    (entry,) = blocks("CONTRIBUTING.md", "nets", "toml")
+    ((group, entries),) = tomllib.loads(entry)["project"]["entry-points"].items()
+    ((name, module),) = entries.items()
+    monkeypatch.setattr(names, "_REGISTERED", {})
+    (tmp_path / "my_package").mkdir()
+    (tmp_path / "my_package" / f"{module.partition('.')[2]}.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    offered = importlib.metadata.EntryPoint(name, module, group)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [offered] if group == offered.group else [])
+    return importlib.import_module(module)
+
+
+def test_contributing_network_is_trained_and_matched_in(
+    random_set: Path, perceptron: Any, run_command: Any, tmp_path: Path
+) -> None:
+    command = ("--seeds", "1", "--epochs", "60", "--augment", "none")
+    result = run_command("evaluate", str(random_set), "--arch", "perceptron", *command)
+    (row,) = result["results"]
+    assert row["arch"] == "perceptron"
+    assert row["accuracy_mean"] > 0.5
+    same = ddray.evaluate(random_set, archs=[perceptron.NET], seeds=1, epochs=60, augment="none")
+    assert same.results[0].per_seed == row["per_seed"]
+    options = ("--dataset", "digits", "--ipc", "1", "--set", "arch=perceptron", "--steps", "2")
+    run = run_command("distill", "--method", "dm", *options, "--run-dir", str(tmp_path / "dm"))
+    assert load(Path(run["artifact"])).meta.arch == "perceptron"
 
 
 def test_contributing_entry_points_are_read_as_groups() -> None:

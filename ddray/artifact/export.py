@@ -59,6 +59,8 @@ def export_folder(distilled: DistilledSet, folder: Path) -> None:
     folders = [names[label] for label in labels] if labels else ["unlabelled"] * len(pixels)
 
     def write(draft: Path) -> None:
+        for name in names if labels else ():
+            (draft / name).mkdir()  # also of a class without images: the labels stay
         for index, (picture, name) in enumerate(zip(pixels, folders, strict=True)):
             (draft / name).mkdir(exist_ok=True)
             (draft / name / f"{index:05d}.png").write_bytes(encode_picture(picture))

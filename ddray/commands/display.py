@@ -74,20 +74,25 @@ def evaluate_tables(title: str, protocol: str, results: list[dict[str, Any]]) ->
     Accuracies are mean and sample standard deviation over networks.
     """
     from ddray.evaluation import get_protocol
+    from ddray.evaluation.protocol import balance_matters
 
+    balanced = ("balanced_accuracy_mean",) if balance_matters(results) else ()
     rows = (
         (
             *(result["arch"], percent(result["accuracy_mean"]), percent(result["accuracy_std"])),
+            *(percent(result.get(name)) for name in balanced),
             *(len(result["per_seed"]), result["num_images"], f"{result['wall_s']:.1f}"),
         )
         for result in results
     )
-    tables = [_table(title, ("arch", "accuracy %", "std", "networks", "images", "seconds"), rows)]
+    extra = ("balanced %",) * len(balanced)
+    headers = ("arch", "accuracy %", "std", *extra, "networks", "images", "seconds")
+    tables = [_table(title, headers, rows)]
     if measures := get_protocol(protocol).measures:
         lines = [dict(_measured(result, measures)) for result in results]
-        headers = ("arch", *(f"{header} %" for header in lines[0]))
+        titles = ("arch", *(f"{header} %" for header in lines[0]))
         pairs = zip(results, lines, strict=True)
-        tables.append(_table(None, headers, ((result["arch"], *line.values()) for result, line in pairs)))
+        tables.append(_table(None, titles, ((result["arch"], *line.values()) for result, line in pairs)))
     return tables
 
 

@@ -154,6 +154,8 @@ class MethodConfig(Config):
     """Run settings by dataset, over the preset's: `{"digits": {"steps": 300}, "digits_ipc10": {...}}`."""
     quick: ClassVar[Mapping[str, Any]] = {}
     """Settings with which the contract tests take seconds."""
+    uses_maps: ClassVar[bool] = False
+    """Whether the method needs `Features.maps`, which other people's networks may not have."""
 
 
 class Engine(Protocol):

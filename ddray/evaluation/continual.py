@@ -36,7 +36,8 @@ from ddray.evaluation.protocol import (
 )
 from ddray.nets import check_arch
 from ddray.seeding import derive, derive_seed
-from ddray.training.loop import accuracy
+from ddray.training.embedding import Score
+from ddray.training.loop import score_net
 from ddray.training.recipe import Recipe
 
 NUM_TASKS: Final = 5
@@ -69,14 +70,15 @@ class Continual:
         """
         begin = time.perf_counter()
         tasks = class_tasks(ctx.dataset.num_classes, self.num_tasks, seed)
-        steps: list[float] = []
+        scores: list[Score] = []
         for step, task in enumerate(tasks):
             memory, held_out = _of_classes(train_set, ctx.split, torch.cat(tasks[: step + 1]), task)
             net = fit(memory, ctx, self.recipe, arch=arch, seed=derive_seed(seed, "continual", step))
-            steps.append(accuracy(net, held_out, ctx.space, device=ctx.device))
-        measures: dict[str, Any] = {"per_step": tuple(steps), "incremental_accuracy": statistics.fmean(steps)}
-        wall_s = time.perf_counter() - begin
-        return EvalResult(check_arch(arch), seed, steps[-1], len(train_set.labels), wall_s, measures)
+            scores.append(score_net(net, held_out, ctx.space, device=ctx.device))
+        steps, last = tuple(score.accuracy for score in scores), scores[-1]
+        measures: dict[str, Any] = {"per_step": steps, "incremental_accuracy": statistics.fmean(steps)}
+        wall_s, num = time.perf_counter() - begin, len(train_set.labels)
+        return EvalResult(check_arch(arch), seed, last.accuracy, num, wall_s, measures, last.per_class)
 
 
 def _of_classes(train_set: TrainSet, split: Split, seen: Tensor, new: Tensor) -> tuple[TrainSet, Split]:

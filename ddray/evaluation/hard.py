@@ -15,7 +15,7 @@ from ddray.evaluation.protocol import EvalContext, EvalResult, EvaluationProtoco
 from ddray.evaluation.soft import TABLE5, Soft, check_soft, soft_config
 from ddray.nets import Net, check_arch
 from ddray.seeding import derive
-from ddray.training.loop import Augmenter, accuracy, augmenter, train
+from ddray.training.loop import Augmenter, augmenter, score_net, train
 from ddray.training.recipe import RECIPES, Recipe
 
 
@@ -64,8 +64,9 @@ class Hard:
         """Train one network and score it."""
         begin = time.perf_counter()
         net = fit(train_set, ctx, self.recipe, arch=arch, seed=seed)
-        right = accuracy(net, ctx.split, ctx.space, device=ctx.device)
-        return EvalResult(check_arch(arch), seed, right, len(train_set.labels), time.perf_counter() - begin)
+        score, num = score_net(net, ctx.split, ctx.space, device=ctx.device), len(train_set.labels)
+        wall_s = time.perf_counter() - begin
+        return EvalResult(check_arch(arch), seed, score.accuracy, num, wall_s, per_class=score.per_class)
 
 
 def _make(options: EvaluateOptions, distilled: DistilledSet, ctx: EvalContext, real: RealImages) -> Scoring:

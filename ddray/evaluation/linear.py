@@ -38,14 +38,13 @@ from ddray.evaluation.subsets import limited_set
 from ddray.nets import Net, build_net, check_arch
 from ddray.seeding import derive, derive_seed, forked_global
 from ddray.system.memory import available_bytes
-from ddray.training.embedding import embed_images, share_right
+from ddray.training.embedding import Score, embed_images, score
 from ddray.training.engine import Batch, Order, Rule, Step, cosine, run
 from ddray.training.loop import augmenter, train
 from ddray.training.operations import crop_and_flip
 from ddray.training.recipe import FinetuneConfig, ProbeConfig, Recipe
 
 _LARGE: Final = 50_000
-_HEADS: Final = ("body.classifier", "body.head")  # names of last layers: their classes differ
 
 
 @dataclass(frozen=True)
@@ -72,10 +71,10 @@ class Linear:
         begin = time.perf_counter()
         net, first, last = self._pretrained(train_set, ctx, arch, seed)
         finetune = self.finetune
-        right = self._finetuned(net, ctx, finetune, seed) if finetune else self._probed(net, ctx, seed)
+        result = self._finetuned(net, ctx, finetune, seed) if finetune else self._probed(net, ctx, seed)
         measures = {"pretrain_loss_first": first, "pretrain_loss_last": last}
-        wall_s = time.perf_counter() - begin
-        return EvalResult(check_arch(arch), seed, right, len(train_set.images), wall_s, measures)
+        wall_s, num = time.perf_counter() - begin, len(train_set.images)
+        return EvalResult(check_arch(arch), seed, result.accuracy, num, wall_s, measures, result.per_class)
 
     def _pretrained(
         self, train_set: TrainSet, ctx: EvalContext, arch: str, seed: int
@@ -85,6 +84,7 @@ class Linear:
         supervision = train_set.supervision
         outputs = supervision.shape[1] if supervision.ndim == 2 else int(supervision.max()) + 1
         net = ctx.fresh_net(arch, train_set.images, seed=seed, outputs=outputs)
+        check_memory(net.eval(), 0 if self.finetune else len(self.real), ctx.device)
         losses: list[Tensor] = []
         train(
             net,
@@ -101,20 +101,20 @@ class Linear:
             raise DivergedError(f"pre-training {arch} diverged: its loss is {last}; lower evaluate.lr")
         return net, first, last
 
-    def _probed(self, net: Net, ctx: EvalContext, seed: int) -> float:
-        """Return the accuracy of a linear classifier on the frozen network's embeddings."""
-        check_memory(net, len(self.real), ctx.device)
+    def _probed(self, net: Net, ctx: EvalContext, seed: int) -> Score:
+        """Return the score of a linear classifier on the frozen network's embeddings."""
         real, labels = embeddings(net, self.real, ctx), self.real.labels.to(ctx.device)
         generator = derive(seed, "evaluate", "probe")
         classifier = train_probe(real, labels, ctx.dataset.num_classes, self.probe, generator)
-        return _accuracy(lambda images: classifier(net.embed(images)), net.image_shape, ctx)
+        return _score(lambda images: classifier(net.embed(images)), net.image_shape, ctx)
 
-    def _finetuned(self, net: Net, ctx: EvalContext, config: FinetuneConfig, seed: int) -> float:
-        """Return the accuracy after fine-tuning the whole network on the target with a new last layer."""
+    def _finetuned(self, net: Net, ctx: EvalContext, config: FinetuneConfig, seed: int) -> Score:
+        """Return the score after fine-tuning the whole network on the target with a new last layer."""
         num_classes, device = ctx.dataset.num_classes, ctx.device
         seed = derive_seed(seed, "evaluate", "finetune")
         tuned = build_net(net.arch, net.image_shape, num_classes, seed=seed, device=device)
-        body_weights = {name: t for name, t in net.state_dict().items() if not name.startswith(_HEADS)}
+        heads = net.head_names()
+        body_weights = {name: t for name, t in net.state_dict().items() if not name.startswith(heads)}
         tuned.load_state_dict(body_weights, strict=False)
         tuned.to(memory_format=torch.channels_last).train()
         steps = config.steps or (10_000 if len(self.real) >= _LARGE else 5_000)
@@ -128,7 +128,7 @@ class Linear:
 
         order = Order(len(labels), config.batch).indices(generator, device)
         _descend(tuned, config, steps, map(batch, order))
-        return _accuracy(tuned.eval(), net.image_shape, ctx)
+        return _score(tuned.eval(), net.image_shape, ctx)
 
 
 def adapted(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
@@ -156,9 +156,9 @@ def _encoding(shape: tuple[int, int, int], ctx: EvalContext) -> Callable[[Tensor
     return lambda images: space.encode(adapted(images, shape))
 
 
-def _accuracy(apply: Callable[[Tensor], Tensor], shape: tuple[int, int, int], ctx: EvalContext) -> float:
-    """Return the fraction of the context's split that `apply`'s logits get right."""
-    return share_right(apply, ctx.split.images, ctx.split.labels, _encoding(shape, ctx), ctx.device)
+def _score(apply: Callable[[Tensor], Tensor], shape: tuple[int, int, int], ctx: EvalContext) -> Score:
+    """Return the fractions of the context's split that `apply`'s logits get right."""
+    return score(apply, ctx.split.images, ctx.split.labels, _encoding(shape, ctx), ctx.device)
 
 
 def check_memory(net: Net, num_images: int, device: torch.device) -> None:

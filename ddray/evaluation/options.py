@@ -151,6 +151,11 @@ class ArchResult(Result):
     accuracy_std: float | None
     """Sample standard deviation; None for one network."""
     per_seed: list[float]
+    balanced_accuracy_mean: float | None = None
+    """Mean over classes of the fraction right; `balanced_accuracy_std` over networks."""
+    balanced_accuracy_std: float | None = None
+    per_class: list[float | None] | None = None
+    """Fraction right of each class, mean over networks; None for a class without images."""
     num_images: int
     """Images trained on, as decoded."""
     wall_s: float

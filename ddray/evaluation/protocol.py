@@ -1,9 +1,9 @@
 """What a protocol is: its definition, the evaluator that it makes, and an evaluator's results."""
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +15,10 @@ from ddray.evaluation.options import EvaluateConfig, EvaluateOptions, check_sett
 from ddray.nets import Net, build_net
 from ddray.pool.spec import ModelPool
 from ddray.seeding import derive_seed
+from ddray.training.embedding import Score
 from ddray.training.recipe import RECIPES
+
+_HALF_A_POINT: Final = 0.005
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class EvalResult:
         num_images: images trained on, as decoded.
         wall_s: seconds.
         measures: the protocol's other measures by name: a number, or one per step.
+        per_class: fraction right of each class [K], None for a class without images; () if not measured.
     """
 
     arch: str
@@ -61,6 +65,7 @@ class EvalResult:
     num_images: int
     wall_s: float
     measures: Mapping[str, float | tuple[float, ...]] = field(default_factory=dict)
+    per_class: tuple[float | None, ...] = ()
 
 
 class Evaluator(Protocol):
@@ -168,15 +173,26 @@ def summarise(results: Sequence[EvalResult]) -> dict[str, Any]:
     """Return an arch's results as mean, sample standard deviation (None for one network) and all values.
 
     A measure `m` becomes its mean `m` and standard deviation `m_std`; one with a value per step, a list of
-    each.
+    each. Of classes, the mean accuracies and their mean, the balanced accuracy, follow.
     """
     values = [result.accuracy for result in results]
     mean, std = _over_seeds(values)
     summary = {"arch": results[0].arch, "accuracy_mean": mean, "accuracy_std": std, "per_seed": values}
     summary["num_images"] = results[0].num_images
+    if results[0].per_class:
+        balanced = [Score(result.accuracy, result.per_class).balanced_accuracy for result in results]
+        summary["balanced_accuracy_mean"], summary["balanced_accuracy_std"] = _over_seeds(balanced)
+        by_class = zip(*(result.per_class for result in results), strict=True)
+        summary["per_class"] = [None if None in shares else statistics.fmean(shares) for shares in by_class]
     for name in results[0].measures:
         summary[name], summary[f"{name}_std"] = _over_seeds([result.measures[name] for result in results])
     return {**summary, "wall_s": sum(result.wall_s for result in results)}
+
+
+def balance_matters(summaries: Iterable[Mapping[str, Any]]) -> bool:
+    """Return whether some balanced accuracy is half a point or more from its accuracy: worth a column."""
+    means = ((each.get("balanced_accuracy_mean"), each["accuracy_mean"]) for each in summaries)
+    return any(None not in pair and abs(pair[0] - pair[1]) >= _HALF_A_POINT for pair in means)
 
 
 def _over_seeds(values: Sequence[Any]) -> tuple[Any, Any]:

@@ -47,10 +47,12 @@ from ddray.evaluation.protocol import (
 )
 from ddray.evaluation.subsets import random_subset
 from ddray.nets import check_arch
+from ddray.nets.names import is_registered
 from ddray.runs.ledger import Ledger, Row, Unit
 from ddray.seeding import derive
 from ddray.system.files import home, storage_errors
-from ddray.training.loop import accuracy
+from ddray.training.embedding import Score
+from ddray.training.loop import score_net
 from ddray.training.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -96,14 +98,15 @@ class Robust:
         generator = derive(seed, "evaluate", "robust", "random")
         random = random_subset(self.real, self.random_per_class, ctx.space, generator)
 
-        def scores(recipe: Recipe) -> tuple[float, ...]:
+        def scores(recipe: Recipe) -> list[Score]:
             nets = (fit(images, ctx, recipe, arch=arch, seed=seed) for images in (train_set, random))
-            return tuple(accuracy(net, ctx.split, ctx.space, device=ctx.device) for net in nets)
+            return [score_net(net, ctx.split, ctx.space, device=ctx.device) for net in nets]
 
         recipe = self.recipe.on(self.real)
         plain = recipe.without_augmentation()
-        augmented = scores(recipe)
-        bare = augmented if plain == recipe else scores(plain)
+        of_sets = scores(recipe)
+        augmented = [score.accuracy for score in of_sets]
+        bare = augmented if plain == recipe else [score.accuracy for score in scores(plain)]
         whole = self.recipe.model_copy(update={"epochs": self.full_epochs or self.recipe.epochs})
         full = whole_set_accuracy(self.real, ctx, whole, arch=arch, split_name=self.split_name)
         hlr, ior = full - augmented[0], augmented[0] - augmented[1]
@@ -117,8 +120,8 @@ class Robust:
             "accuracy_plain": bare[0],
             "accuracy_random_plain": bare[1],
         }
-        wall_s = time.perf_counter() - begin
-        return EvalResult(check_arch(arch), seed, augmented[0], len(train_set.labels), wall_s, measures)
+        wall_s, num, per_class = time.perf_counter() - begin, len(train_set.labels), of_sets[0].per_class
+        return EvalResult(check_arch(arch), seed, augmented[0], num, wall_s, measures, per_class)
 
 
 def whole_set_accuracy(
@@ -126,7 +129,8 @@ def whole_set_accuracy(
 ) -> float:
     """Return the accuracy of a network trained on all real images, un-augmented.
 
-    The result is stored in the ledger in `$DDRAY_HOME/truth`: the same call again trains nothing.
+    The result is stored in the ledger in `$DDRAY_HOME/truth`: the same call again trains nothing, unless the
+    network is this process's own.
     `split_name` says which part of the dataset `real` is.
 
     Raises:
@@ -140,7 +144,7 @@ def whole_set_accuracy(
     with storage_errors(folder):
         (folder / "ledger").mkdir(parents=True, exist_ok=True)
     ledger = Ledger(folder)
-    row = ledger.row(unit.key)
+    row = None if is_registered(arch) else ledger.row(unit.key)
     if row is None:
         log.info(
             "training %s on all %d images of %s, once; stored in %s",
@@ -154,9 +158,10 @@ def whole_set_accuracy(
 
         train_set = TrainSet(real.images, real.labels)
         net = fit(train_set, ctx, recipe, arch=arch, seed=seed, augment=encode, name="whole set")
-        score = accuracy(net, ctx.split, ctx.space, device=ctx.device)
-        row = Row.done(unit, {"accuracy": score}, time.perf_counter() - begin)
-        ledger.publish(unit, row, epoch=0)
+        score = score_net(net, ctx.split, ctx.space, device=ctx.device)
+        row = Row.done(unit, {"accuracy": score.accuracy}, time.perf_counter() - begin)
+        if not is_registered(arch):
+            ledger.publish(unit, row, epoch=0)
     return float(row.result["accuracy"])
 
 

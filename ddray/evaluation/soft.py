@@ -38,7 +38,7 @@ from ddray.seeding import derive
 from ddray.training.crops import random_resized_crop
 from ddray.training.cutmix import Mixed, cutmix, mixed_cross_entropy
 from ddray.training.engine import Batch, Order, Rule, Step, run
-from ddray.training.loop import accuracy
+from ddray.training.loop import score_net
 from ddray.training.recipe import TeacherRecipe
 
 log = logging.getLogger(__name__)
@@ -131,8 +131,9 @@ class Soft:
         loss = self._train(net, train_set, ctx, settings, derive(seed, "evaluate", "soft"))
         if not math.isfinite(loss):
             raise DivergedError(f"training {arch} on soft labels diverged: its loss is {loss}; lower lr")
-        right = accuracy(net, ctx.split, ctx.space, device=ctx.device)
-        return EvalResult(check_arch(arch), seed, right, num, time.perf_counter() - begin)
+        score = score_net(net, ctx.split, ctx.space, device=ctx.device)
+        wall_s = time.perf_counter() - begin
+        return EvalResult(check_arch(arch), seed, score.accuracy, num, wall_s, per_class=score.per_class)
 
     def _train(
         self, net: Net, train_set: TrainSet, ctx: EvalContext, settings: Settings, generator: torch.Generator

@@ -15,7 +15,7 @@ from ddray.errors import DdrayError
 from ddray.evaluation.protocol import EvalContext
 from ddray.nets import Net, check_arch
 from ddray.pool.spec import ModelPool, teacher_spec
-from ddray.training.loop import accuracy
+from ddray.training.loop import score_net
 from ddray.training.recipe import Recipe
 
 
@@ -71,7 +71,7 @@ def get_teachers(
     ]
     nets: list[Any] = [entry.module().to(ctx.device) for entry in pool.get(specs)]
     space = normalized_space(ctx.dataset)
-    accuracies = [accuracy(net, ctx.split, space, device=ctx.device) for net in nets]
+    accuracies = [score_net(net, ctx.split, space, device=ctx.device).accuracy for net in nets]
     each = [{"arch": name, "accuracy": value} for name, value in zip(names, accuracies, strict=True)]
     least = least_accuracy(ctx.dataset.num_classes, len(ctx.split))
     for name, value in zip(names, accuracies, strict=True):
@@ -85,7 +85,8 @@ def get_teachers(
     if len(nets) == 1:
         return teachers
     averaged: Any = partial(teachers.probabilities, space=teachers.space, temperature=1.0)
-    return replace(teachers, accuracy=accuracy(averaged, ctx.split, space, device=ctx.device))
+    score = score_net(averaged, ctx.split, space, device=ctx.device)
+    return replace(teachers, accuracy=score.accuracy)
 
 
 def least_accuracy(num_classes: int, num_images: int) -> float:

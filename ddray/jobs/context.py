@@ -15,6 +15,7 @@ from ddray.jobs.plan import Plan, budget_method
 from ddray.jobs.trainers import PoolTrainer
 from ddray.methods import get_method
 from ddray.nets import build_net
+from ddray.nets.names import parse_arch
 from ddray.pool.local import LocalPool
 from ddray.pool.spec import ModelPool, PoolSpec
 
@@ -42,10 +43,14 @@ def wants_compile(
 
 
 def check_ipc(ipc: int, split: Split, dataset: Dataset) -> None:
-    """Reject an ipc that is larger than the smallest class of the split: the InputError says which fits."""
-    smallest = int(torch.bincount(split.labels, minlength=dataset.num_classes).min())
-    if not 1 <= ipc <= smallest:
-        raise InputError(f"ipc must be in 1..{smallest} for {dataset.name} (its smallest class), got {ipc}")
+    """Reject an ipc that no class of the split has as many images as: the InputError says which fits.
+
+    Smaller classes are the methods' own matter: what learns images makes ipc of them all the same, a
+    selection gives what there is, with a warning.
+    """
+    largest = int(torch.bincount(split.labels, minlength=dataset.num_classes).max())
+    if not 1 <= ipc <= largest:
+        raise InputError(f"ipc must be in 1..{largest} for {dataset.name} (its largest class), got {ipc}")
 
 
 def check_size(plan: Plan, split: Split) -> None:
@@ -130,17 +135,24 @@ def make_context(
 def check_plan(plan: Plan) -> bool:
     """Check the settings that depend on the network; return whether its hot function will be compiled.
 
-    InputError if it does not fit the images or lacks one of `layers`, or compile=on finds no compiler.
+    InputError if it does not fit the images, lacks inner layers that the method needs or one of its `layers`,
+    or compile=on finds no compiler.
     """
     config, dataset = plan.config, plan.dataset
     net = build_net(plan.arch, dataset.image_shape, dataset.num_classes, seed=0).eval()
-    layers = getattr(config.method, "layers", None)
-    if layers is not None:
+    is_external, layers = parse_arch(plan.arch).is_external, getattr(config.method, "layers", None)
+    needs_maps = is_external and getattr(config.method, "uses_maps", False)
+    if layers is not None or needs_maps:
         with torch.no_grad():
             num = len(net.features(torch.zeros(1, *dataset.image_shape)).maps)
-        if not all(1 <= layer <= num for layer in layers):
+        if needs_maps and not num:
+            raise InputError(
+                f"{plan.method} needs the inner layers of its network, net {plan.arch} shows none: let it "
+                "return ddray.nets.Features, or use another arch"
+            )
+        if not all(1 <= layer <= num for layer in layers or ()):
             raise InputError(f"method.layers must be within 1..{num} for {plan.arch}, got {list(layers)}")
-    return wants_compile(
+    return not is_external and wants_compile(
         config.compile,
         num_steps=config.steps,
         images_per_step=int(getattr(config.method, "batch_real", 0)) * dataset.num_classes,

@@ -40,6 +40,7 @@ class CAFEConfig(ImagesConfig):
     """CAFE's settings."""
 
     quick: ClassVar = {"batch_real": 8, "batch_train": 16, "batch_query": 4, "max_inner": 3, "window": 2}
+    uses_maps: ClassVar = True
 
     early_weight: float = Field(default=0.1, ge=0)
     """Weight of the alignment of every map but the last."""

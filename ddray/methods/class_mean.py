@@ -18,14 +18,15 @@ from ddray.seeding import derive_numpy
 
 
 def choose_images(ctx: DistillContext, config: Config) -> tuple[Tensor, Tensor]:
-    """Return mean images [K * ipc, C, H, W] and their labels."""
+    """Return mean images [K * ipc, C, H, W] and their labels; of a class's own images where it has fewer."""
     rng = derive_numpy(ctx.seed, "distill", "parts")
-    means = []
+    means, counts = [], []
     for label in range(ctx.dataset.num_classes):
         members = torch.nonzero(ctx.split.labels == label).flatten()
-        parts = members[torch.from_numpy(rng.permutation(len(members)))].tensor_split(ctx.ipc)
+        counts.append(min(ctx.ipc, len(members)))
+        parts = members[torch.from_numpy(rng.permutation(len(members)))].tensor_split(counts[-1])
         means += [ctx.space.encode(ctx.split.images[rows]).double().mean(0).float() for rows in parts]
-    labels = torch.arange(ctx.dataset.num_classes).repeat_interleave(ctx.ipc)
+    labels = torch.arange(ctx.dataset.num_classes).repeat_interleave(torch.tensor(counts))
     return torch.stack(means), labels
 
 

@@ -163,6 +163,7 @@ class D3HR:
         if config.sampling == "kmeans":  # centres of the class's clean latents, with noise of level T (D4M)
             class_latents = self._clean[ctx.split.labels == label]
             centres = centroids(class_latents, ctx.ipc, derive_seed(ctx.seed, "distill", "centres", label))
+            centres = centres[torch.arange(ctx.ipc) % len(centres)]  # the noise tells copies apart
             noise = torch.randn(centres.shape, generator=ctx.generator("noise", label))
             self._latents[rows] = self._sampler.model.add_noise(centres, noise, config.levels())
         else:

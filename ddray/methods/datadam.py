@@ -21,7 +21,7 @@ last; L_MMD matches class means of the embedding.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Final, Literal
+from typing import Any, ClassVar, Final, Literal
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,8 @@ Norm = Literal["l2", "l1", "none"]
 
 class DataDAMConfig(MatchingConfig):
     """DataDAM's settings; defaults are the paper's (supplement Table 2)."""
+
+    uses_maps: ClassVar = True
 
     lambda_mmd: float = Field(default=0.01, ge=0)
     """Task balance lambda of L_MMD: .01 at 32 px, .02 above."""

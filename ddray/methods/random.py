@@ -9,4 +9,4 @@ from ddray.config import Config
 from ddray.methods.families.matching.batches import initial_images
 from ddray.methods.families.selection import selection_method
 
-METHOD: Final = selection_method(Config, lambda ctx, config: initial_images(ctx, "random"))
+METHOD: Final = selection_method(Config, lambda ctx, config: initial_images(ctx, "random", repeat=False))

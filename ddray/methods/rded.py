@@ -8,7 +8,8 @@ the ipc * factor^2 best of these in each class, and factor x factor of them are 
 - crops per image: 1 to 5 by dataset, from 300 images per class | 5 or 1, 300 by its scripts | 5 and 300; a
   class with fewer images gives all of them.
 - scoring: crops are padded with zeros to the full size | the same, in normalised pixels | the same.
-- a class with fewer images than ipc * factor^2: an error | an error | second-best crops of its images follow.
+- a class with fewer images than ipc * factor^2: an error | an error | second-best crops of its images follow;
+  where all of its crops make fewer than ipc images, it has as many as they make.
 - resizing crops: bilinear, anti-aliased | the same | the same.
 - factor: 1 for small images, 2 for ImageNet | the same | 1 up to 64 px, 2 above.
 - soft labels are the protocol's (`evaluate --protocol soft`), which shuffles the stitched parts.
@@ -96,12 +97,14 @@ def choose_images(ctx: DistillContext, config: RDEDConfig) -> tuple[Tensor, Tens
     """Return the stitched images and their labels.
 
     Raises:
-        InputError: the factor does not divide the image, or a class has too few crops.
+        InputError: the factor does not divide the image, or a class has too few crops for one image, or every
+            class for ipc.
     """
     height, width = ctx.dataset.image_shape[1:]
     factor = config.factor or default_factor(ctx.dataset.image_shape)
     if height % factor or width % factor:
         raise InputError(f"factor must divide the image's sides of {height} x {width} px, got {factor}")
+    counts = _images_of_classes(ctx, config, factor)
     recipe = TeacherRecipe(epochs=config.teacher_epochs)
     spec = teacher_spec(ctx.dataset, ctx.split_name, config.teacher_arch, recipe, device=ctx.device)
     net = ctx.pool.get([spec])[0].module().to(ctx.device)
@@ -111,21 +114,30 @@ def choose_images(ctx: DistillContext, config: RDEDConfig) -> tuple[Tensor, Tens
         generator = ctx.generator("crops", label)
         rows = torch.nonzero(ctx.split.labels == label).flatten()
         rows = rows[torch.randperm(len(rows), generator=generator)[: config.images_per_class]]
-        num = ctx.ipc * factor**2
-        if len(rows) * config.num_crops < num:
-            raise InputError(
-                f"num_crops must be >= {-(-num // len(rows))} for ipc {ctx.ipc} and factor {factor}: class "
-                f"{label} has {len(rows)} images, got {config.num_crops}"
-            )
         boxes = draw_boxes(len(rows) * config.num_crops, (height, width), generator, ratio=(1.0, 1.0))
         pixels = ctx.split.images[rows.repeat_interleave(config.num_crops)]
         raw = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
         crops = crop(raw, boxes, (height // factor, width // factor))
         losses = crop_losses(net, space.encode(crops).to(ctx.device), label, (height, width))
-        best = choose(losses.view(-1, config.num_crops), num).cpu()
+        best = choose(losses.view(-1, config.num_crops), int(counts[label]) * factor**2).cpu()
         stitched.append(stitch(crops[best], factor))
-    labels = torch.arange(ctx.dataset.num_classes).repeat_interleave(ctx.ipc)
+    labels = torch.arange(ctx.dataset.num_classes).repeat_interleave(counts)
     return ctx.space.encode(torch.cat(stitched)), labels
+
+
+def _images_of_classes(ctx: DistillContext, config: RDEDConfig, factor: int) -> Tensor:
+    """Return how many images the crops of each class make, int64 [K], at most ipc; InputError if too few."""
+    num_real = torch.bincount(ctx.split.labels, minlength=ctx.dataset.num_classes)
+    num_real.clamp_(max=config.images_per_class)
+    counts = num_real * config.num_crops // factor**2
+    for label, least in ((int(counts.argmin()), 1), (int(counts.argmax()), ctx.ipc)):
+        if counts[label] < least:
+            num_crops = -(-least * factor**2 // int(num_real[label]))
+            raise InputError(
+                f"num_crops must be >= {num_crops} for ipc {ctx.ipc} and factor {factor}: class {label} has "
+                f"{num_real[label]} images, got {config.num_crops}"
+            )
+    return counts.clamp(max=ctx.ipc)
 
 
 METHOD: Final = selection_method(RDEDConfig, choose_images)

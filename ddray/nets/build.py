@@ -1,23 +1,26 @@
 """Building networks from names: deterministic in the seed, and re-drawn in place for a new one."""
 
 import importlib
-from functools import lru_cache
+from contextlib import ExitStack
+from functools import lru_cache, partial
 from itertools import chain
-from typing import cast
+from typing import Any, Final, Self, cast
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddray.errors import InputError
+from ddray.errors import InputError, one_line
 from ddray.nets.convnet import ChainNet
 from ddray.nets.features import Features, InstanceNorm
-from ddray.nets.names import Arch, parse_arch
+from ddray.nets.names import Arch, net_factory, parse_arch
 from ddray.seeding import derive_seed, forked_global
 
 # Every other family halves the image three times or more, and instance norm needs 2x2 maps at the end.
 MIN_SIZE = 16
+_BODIES: Final[WeakSet[nn.Module]] = WeakSet()
 
 
 class Net(nn.Module):
@@ -48,6 +51,110 @@ class Net(nn.Module):
     def embed(self, x: Tensor) -> Tensor:
         """Return the embedding [N, D] of `x` [N, C, H, W]."""
         return self.features(x).embedding
+
+    def head_names(self) -> tuple[str, ...]:
+        """Return what the names of the last layers' weights, whose number of classes varies, begin with."""
+        return ("body.classifier", "body.head")
+
+    @torch.no_grad()
+    def map_bytes(self) -> list[int]:
+        """Return the bytes of each map of a blank image; in eval mode, which leaves no trace."""
+        device = next(self.parameters()).device
+        maps = self.features(torch.zeros(1, *self.image_shape, device=device)).maps
+        return [m.numel() * m.element_size() for m in maps]
+
+
+class ExternalNet(Net):
+    """A network that another package or a script offers: any module that maps images to logits.
+
+    Its embedding is what its last linear layer takes. Inner maps it has if it returns `Features`. Its images
+    and weights stay in the contiguous format: such modules may flatten maps by `view`.
+
+    Raises:
+        InputError: it does not take the images, or returns anything else.
+    """
+
+    def __init__(
+        self, arch: str, image_shape: tuple[int, int, int], num_classes: int, body: nn.Module
+    ) -> None:
+        super().__init__(arch, image_shape, num_classes, body)
+        outputs: dict[str, Any] = {}
+        with ExitStack() as hooks:
+            for name, module in body.named_modules():
+                if not any(module.children()):
+                    note = partial(_note_output, outputs, name)
+                    hooks.callback(module.register_forward_hook(note).remove)
+            device = next(iter(body.parameters()), torch.zeros(0)).device
+            output = self._called(torch.zeros(2, *image_shape, device=device))
+        lasts = [name for name, value in outputs.items() if value is output.logits]
+        linear = (name for name in lasts if isinstance(body.get_submodule(name), nn.Linear))
+        self._head = next(linear, None)
+        tensors = [value for value in outputs.values() if isinstance(value, Tensor)]
+        self._map_bytes = [tensor.numel() * tensor.element_size() // 2 for tensor in tensors]
+
+    @torch.no_grad()
+    def _called(self, blank: Tensor) -> Features:
+        """Return what the module returns of two blank images, in eval mode."""
+        try:
+            output = self.body.eval()(blank)
+        except Exception as error:  # whatever a module of others raises
+            reason = f"{type(error).__name__}: {one_line(error, 200)}"
+            raise InputError(f"net {self.arch} must take images {self.image_shape}, got {reason}") from error
+        self.body.train()
+        features = output if isinstance(output, Features) else Features(output, output, ())
+        logits: Any = features.logits
+        if not isinstance(logits, Tensor) or logits.shape != (2, self.num_classes):
+            shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise InputError(
+                f"net {self.arch} must return logits [N, {self.num_classes}], or ddray.nets.Features, got "
+                f"{shape} of 2 images"
+            )
+        return features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits [N, K] of `x` [N, C, H, W]."""
+        output = self.body(x.contiguous())
+        logits: Tensor = output.logits if isinstance(output, Features) else output
+        return logits
+
+    def features(self, x: Tensor) -> Features:
+        """Return logits, embedding and feature maps, if there are any, of `x` [N, C, H, W].
+
+        Raises:
+            InputError: the embedding can't be told.
+        """
+        inputs: list[Tensor] = []
+        with ExitStack() as hooks:
+            if self._head is not None:
+                layer = self.body.get_submodule(self._head)
+                hook = layer.register_forward_pre_hook(lambda module, values: inputs.append(values[0]))
+                hooks.callback(hook.remove)
+            output = self.body(x.contiguous())
+        if isinstance(output, Features):
+            return output
+        if not inputs:
+            raise InputError(
+                f"net {self.arch} must end in an nn.Linear, or return ddray.nets.Features, where its "
+                "embedding is needed; use another --arch"
+            )
+        return Features(output, inputs[-1], ())
+
+    def head_names(self) -> tuple[str, ...]:
+        """Return what the names of the last layer's weights begin with."""
+        return () if self._head is None else (f"body.{self._head}.".replace("..", "."),)
+
+    def map_bytes(self) -> list[int]:
+        """Return the bytes of each layer's output of one image."""
+        return self._map_bytes
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move the network; a memory format is ignored."""
+        kwargs.pop("memory_format", None)
+        return super().to(*args, **kwargs) if args or kwargs else self
+
+
+def _note_output(outputs: dict[str, Any], name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+    outputs[name] = output
 
 
 def build_net(
@@ -80,8 +187,26 @@ def build_net(
         raise InputError(f"num_classes must be at least 1, got {num_classes}")
     channels, height, width = image_shape
     with forked_global(derive_seed(seed, "net"), device), torch.device(device):
+        if parsed.is_external:
+            body = _external_body(parsed.name, (channels, height, width), num_classes).to(device)
+            return ExternalNet(parsed.name, (channels, height, width), num_classes, body)
         body = _body(parsed, (channels, height, width), num_classes)
     return Net(parsed.name, (channels, height, width), num_classes, body)
+
+
+def _external_body(name: str, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+    """Return a fresh module of an external factory."""
+    factory: Any = net_factory(name)
+    try:
+        body = factory(image_shape, num_classes)
+    except Exception as error:  # whatever a function of others raises
+        reason = f"{type(error).__name__}: {one_line(error, 200)}"
+        raise InputError(f"net {name} must be made of (image_shape, num_classes), got {reason}") from error
+    if not isinstance(body, nn.Module) or body in _BODIES:
+        what = "the same one again" if isinstance(body, nn.Module) else type(body).__name__
+        raise InputError(f"net {name} must be made as a new nn.Module at each call, got {what}")
+    _BODIES.add(body)
+    return body
 
 
 def _body(arch: Arch, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:

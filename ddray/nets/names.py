@@ -1,12 +1,25 @@
-"""Architecture names: a base name and optional suffixes in any order; the canonical name omits defaults."""
+"""Architecture names: a base name and optional suffixes in any order; the canonical name omits defaults.
+
+Other packages offer networks through entry points of the group `ddray.nets`, scripts through `register_net`.
+Their names are taken as they are, without suffixes.
+"""
+
+from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
 from ddray.errors import InputError, did_you_mean, unknown
+from ddray.system.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import nn
+
+NetFactory = Callable[[tuple[int, int, int], int], "nn.Module"]
+"""Returns a fresh network for images of a shape (C, H, W) and a number of classes."""
 
 WIDTH = 128
 ACTIVATIONS = {"sigmoid": "_sigmoid", "relu": "_relu", "leakyrelu": "_leakyrelu"}
@@ -43,6 +56,9 @@ _FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("efficientnet_b0", "shufflenet_v2"), Family("torchvision_nets")),
     **dict.fromkeys(("vit_tiny", "deit_tiny"), Family("vit", ("none",))),
 }
+_EXTERNAL: Final = Family("build", ("custom",))
+_OFFERED: Final = Registry("arch", "ddray.nets", "NET", "ddray.nets")
+_REGISTERED: dict[str, NetFactory] = {}
 _SUFFIX_FIELDS: dict[str, tuple[str, str | bool]] = {
     suffix: (field, value) for field, table in _TABLES.items() for value, suffix in table.items()
 }
@@ -62,12 +78,17 @@ class Arch:
     @property
     def module(self) -> str:
         """The module below `ddray.nets` that builds it."""
-        return _FAMILIES[self.base].module
+        return _family(self.base).module
+
+    @property
+    def is_external(self) -> bool:
+        """Whether another package, or a script, offers it."""
+        return self.base not in _FAMILIES
 
     @property
     def is_convnet(self) -> bool:
         """Whether this is a member of the ConvNet family."""
-        return self.base.startswith("convnet")
+        return not self.is_external and self.base.startswith("convnet")
 
     @property
     def depth(self) -> int:
@@ -80,14 +101,52 @@ class Arch:
         width = "" if self.width == WIDTH else f"_w{self.width}"
         width += DOUBLING if self.doubling else ""
         activation = "" if self.activation == "relu" else ACTIVATIONS[self.activation]
-        norm = "" if self.norm == _FAMILIES[self.base].norms[0] else NORMS[self.norm]
+        norm = "" if self.norm == _family(self.base).norms[0] else NORMS[self.norm]
         pooling = "" if self.pooling == "avg" else POOLINGS[self.pooling]
         return f"{self.base}{width}{activation}{norm}{pooling}"
 
 
 def arch_names() -> list[str]:
-    """Return the base names, in the order in which tables list them."""
-    return list(_FAMILIES)
+    """Return the base names, in the order in which tables list them; then those that others offer."""
+    return [*_FAMILIES, *_external_names()]
+
+
+def _external_names() -> list[str]:
+    return sorted({*_OFFERED.names(), *_REGISTERED} - {*_FAMILIES})
+
+
+def _family(base: str) -> Family:
+    return _FAMILIES.get(base, _EXTERNAL)
+
+
+def register_net(factory: NetFactory) -> str:
+    """Let this process build the networks of a factory by its `__qualname__`, and return that name.
+
+    Raises:
+        InputError: it has no such name, or that of a network of ours.
+    """
+    name = getattr(factory, "__qualname__", None)
+    if not callable(factory) or name is None:
+        raise InputError(
+            "a network must be named, or be a function (image_shape, num_classes) -> nn.Module, got "
+            f"{type(factory).__name__}"
+        )
+    try:
+        _parse(name)
+    except InputError:
+        _REGISTERED[name] = factory
+        return str(name)
+    raise InputError(f"a network's function must not have the name of one of ours, got {name}; rename it")
+
+
+def is_registered(arch: str) -> bool:
+    """Return whether a network is this process's own: its name says nothing to any other."""
+    return arch in _REGISTERED
+
+
+def net_factory(arch: str) -> NetFactory:
+    """Return the factory of an external network; InputError if there is none."""
+    return _REGISTERED[arch] if arch in _REGISTERED else _OFFERED.get(arch)  # type: ignore[no-any-return]
 
 
 def parse_arch(arch: str) -> Arch:
@@ -96,10 +155,19 @@ def parse_arch(arch: str) -> Arch:
     Raises:
         InputError: an unknown base or suffix, a suffix the base does not take, or two of one kind.
     """
+    try:
+        return _parse(arch)
+    except InputError:
+        if arch in _external_names():  # read last: entry points take 10 ms
+            return Arch(arch, _EXTERNAL.norms[0])
+        raise
+
+
+def _parse(arch: str) -> Arch:
     # The longest base wins: "resnet18_ap" is a base of its own, not a suffix of "resnet18".
     bases = [base for base in _FAMILIES if arch == base or arch.startswith(f"{base}_")]
     if not bases:
-        raise unknown("arch", arch, _FAMILIES)
+        raise unknown("arch", arch, arch_names())
     base = max(bases, key=len)
     values: dict[str, str | int | bool] = {}
     for suffix in arch[len(base) :].split("_")[1:]:
@@ -144,8 +212,8 @@ def with_norm(arch: str, norm: str) -> str:
         InputError: an unknown name, or a norm this architecture cannot be built with.
     """
     parsed = parse_arch(arch)
-    if norm not in _FAMILIES[parsed.base].norms:
-        raise unknown(f"norm of {parsed.base}", norm, _FAMILIES[parsed.base].norms)
+    if norm not in _family(parsed.base).norms:
+        raise unknown(f"norm of {parsed.base}", norm, _family(parsed.base).norms)
     return parse_arch(replace(parsed, norm=norm).name).name
 
 

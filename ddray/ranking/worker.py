@@ -22,7 +22,7 @@ from ddray.seeding import derive_seed
 from ddray.system.files import home
 from ddray.system.worker import worker_device
 from ddray.training.dsa import dsa_for
-from ddray.training.embedding import share_right
+from ddray.training.embedding import score
 
 Array = np.ndarray[Any, Any]
 CODE_VERSION: Final = 2  # raised when results change, so that stored truth of older code is not reused
@@ -165,7 +165,7 @@ class Workbench:
         space_key = TrainingSet(np.zeros(0, np.float32), np.zeros(0, np.int64), train_set.space).key
         held_out = TrainingSet(*arrays, train_set.space)
         images, labels = self._on_device(f"{split} {space_key}", held_out, encoded=False)
-        return share_right(net, images, labels, lambda part: part, images.device)
+        return score(net, images, labels, lambda part: part, images.device).accuracy
 
     def _on_device(self, name: str, arrays: TrainingSet, *, encoded: bool) -> tuple[Tensor, Tensor]:
         """Return encoded images in channels_last, and labels, on the device; computed once per name."""

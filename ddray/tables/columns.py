@@ -88,6 +88,7 @@ _COLUMNS: Final = (
         lambda entry: percent(entry["accuracy_mean"], entry["accuracy_std"]),
         csv=("accuracy_mean", "accuracy_std"),
     ),
+    _figure("balanced_accuracy_mean", "balanced %", percent, csv=True),
     Column(
         "n (sets)",
         "n",

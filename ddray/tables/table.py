@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from ddray.evaluation.protocol import balance_matters
 from ddray.evaluation.published import read_numbers
 from ddray.runs.ledger import Row
 from ddray.system.files import write_text
@@ -26,6 +27,9 @@ def cells_of(cells: Iterable[Cell], row_of: Callable[[str], Row | None]) -> list
         if rows:
             per_set = [row.result["per_seed"] for row in rows]
             scored_cells.append(scored_cell(cell, per_set, num_sets=len(rows), **_further_means(rows)))
+    if not balance_matters(scored_cells):
+        for scored in scored_cells:
+            scored.pop("balanced_accuracy_mean", None)
     return scored_cells
 
 
@@ -66,11 +70,12 @@ def accuracy_of(values: Sequence[float]) -> dict[str, Any]:
 
 
 def _further_means(rows: Sequence[Row]) -> dict[str, Any]:
-    """Return the means of a protocol's further measures (such as LRS and ARS)."""
+    """Return the means of what all rows measured further (such as LRS and ARS)."""
     return {
         name: statistics.fmean(float(row.result[name]) for row in rows)
         for name, first in rows[0].result.items()
         if isinstance(first, float) and name not in _REPORTED and not name.endswith("_std")
+        if all(name in row.result for row in rows)
     }
 
 

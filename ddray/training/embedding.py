@@ -1,6 +1,8 @@
 """A network's outputs for whole sets of images, computed part by part."""
 
+import statistics
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -57,8 +59,26 @@ def embed_images(
     return whole
 
 
+@dataclass(frozen=True)
+class Score:
+    """Fractions of images that are classified correctly.
+
+    Attributes:
+        accuracy: of all images.
+        per_class: of each class's images [K]; None for a class without any.
+    """
+
+    accuracy: float
+    per_class: tuple[float | None, ...] = ()
+
+    @property
+    def balanced_accuracy(self) -> float:
+        """The mean over the classes that have images."""
+        return statistics.fmean(value for value in self.per_class if value is not None)
+
+
 @torch.no_grad()
-def share_right(
+def score(
     apply: Callable[[Tensor], Tensor],
     images: Tensor,
     labels: Tensor,
@@ -66,15 +86,19 @@ def share_right(
     device: torch.device,
     *,
     chunk: int | None = None,
-) -> float:
-    """Return the fraction of images that are classified correctly; only the end waits for the device.
+) -> Score:
+    """Return the fractions of images that are classified correctly; only the end waits for the device.
 
     As `outputs`, whose `apply` returns logits here; `chunk` is 32 by default on a CPU (they fit the cache
     there), 1,024 on a GPU. `labels` are int64 [N].
     """
-    right, done = torch.zeros((), dtype=torch.int64, device=device), 0
+    right, done = torch.empty(0), 0
     for logits in outputs(apply, images, encode, device, chunk=chunk or _SCORED[device.type]):
+        if done == 0:
+            right = torch.zeros(logits.shape[1], dtype=torch.int64, device=device)
         expected = labels[done : done + len(logits)].to(device, non_blocking=True)
-        right += (logits.argmax(1) == expected).sum()
+        right.index_add_(0, expected, (logits.argmax(1) == expected).long())
         done += len(logits)
-    return float(right) / len(labels)
+    counts = torch.bincount(labels, minlength=len(right)).tolist()
+    shares = tuple(hits / num if num else None for hits, num in zip(right.tolist(), counts, strict=True))
+    return Score(int(right.sum()) / len(labels), shares)

@@ -12,7 +12,7 @@ from ddray.nets import Net, training_format
 from ddray.seeding import derive_seed, forked_global
 from ddray.training.cutmix import cutmix, mixed_cross_entropy
 from ddray.training.dsa import siamese
-from ddray.training.embedding import share_right
+from ddray.training.embedding import Score, score
 from ddray.training.engine import Batch, Order, Rule, Step, run
 from ddray.training.recipe import Augment, Recipe
 
@@ -90,11 +90,11 @@ def _factor(recipe: Recipe, epoch: int) -> float:
     return 1.0
 
 
-def accuracy(
+def score_net(
     net: Net, split: Split, space: PixelSpace, *, device: torch.device, chunk: int | None = None
-) -> float:
-    """Return the fraction of a split that `net` (in eval mode, trained in `space`) classifies correctly."""
-    return share_right(net, split.images, split.labels, space.to(device).encode, device, chunk=chunk)
+) -> Score:
+    """Return the fractions of a split that `net` (in eval mode, trained in `space`) classifies correctly."""
+    return score(net, split.images, split.labels, space.to(device).encode, device, chunk=chunk)
 
 
 def augmenter(

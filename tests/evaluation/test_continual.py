@@ -13,6 +13,7 @@ from ddray.errors import InputError
 from ddray.evaluation import continual
 from ddray.evaluation.continual import Continual, class_tasks
 from ddray.evaluation.protocol import EvalContext, EvalResult, summarise
+from ddray.training.embedding import Score
 from ddray.training.recipe import Recipe
 
 CPU = torch.device("cpu")
@@ -60,7 +61,7 @@ class TestContinual:
         def fit(memory: Any, ctx: Any, recipe: Any, *, arch: str, seed: int) -> Any:
             return memory, seed
 
-        def accuracy(net: Any, held_out: Split, space: Any, *, device: Any) -> float:
+        def score_net(net: Any, held_out: Split, space: Any, *, device: Any) -> Score:
             memory, seed = net
             steps.append(
                 (
@@ -69,10 +70,10 @@ class TestContinual:
                     seed,
                 )
             )
-            return len(steps) / 10
+            return Score(len(steps) / 10, (0.2, 0.4))
 
         monkeypatch.setattr(continual, "fit", fit)
-        monkeypatch.setattr(continual, "accuracy", accuracy)
+        monkeypatch.setattr(continual, "score_net", score_net)
         result = Continual(Recipe(), 3).evaluate(
             self.train_set(dataset), self.context(dataset), arch=ARCH, seed=2
         )
@@ -84,7 +85,7 @@ class TestContinual:
             assert memory == expected
             assert held_out == expected  # toy's test is its train
         assert len({seed for *_, seed in steps}) == 3
-        assert (result.accuracy, result.num_images) == (0.3, 30)
+        assert (result.accuracy, result.num_images, result.per_class) == (0.3, 30, (0.2, 0.4))
         assert result.measures == {"per_step": (0.1, 0.2, 0.3), "incremental_accuracy": pytest.approx(0.2)}
 
     def test_it_learns_digits_class_by_class(self, digits: Any) -> None:

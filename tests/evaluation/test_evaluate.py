@@ -13,11 +13,18 @@ from ddray.artifact.distilled_set import TrainSet
 from ddray.data import PixelSpace, Split, normalized_space
 from ddray.errors import DivergedError, InputError
 from ddray.evaluation.hard import Hard
-from ddray.evaluation.protocol import EvalContext, EvalResult, evaluate_archs, summarise
+from ddray.evaluation.protocol import (
+    EvalContext,
+    EvalResult,
+    balance_matters,
+    evaluate_archs,
+    summarise,
+)
 from ddray.nets import build_net
 from ddray.seeding import derive
 from ddray.training import loop as module
-from ddray.training.loop import accuracy, augmenter, train
+from ddray.training.embedding import Score
+from ddray.training.loop import augmenter, score_net, train
 from ddray.training.recipe import Recipe
 
 CPU = torch.device("cpu")
@@ -169,16 +176,23 @@ def test_accuracy_is_the_share_of_right_answers(num: int, chunk: int | None, toy
     space = normalized_space(dataset)
     net = build_net("convnet1_w8", (3, 16, 16), 3, seed=0).eval()
 
-    actual = accuracy(net, split, space, device=CPU, chunk=chunk)
+    actual = score_net(net, split, space, device=CPU, chunk=chunk)
 
-    right = 0
+    right, by_class = 0, torch.zeros(3)
     for image, label in zip(split.images, split.labels.tolist(), strict=True):
         pixels = (image.float() / 255 - torch.tensor(dataset.mean).view(3, 1, 1)) / torch.tensor(
             dataset.std
         ).view(3, 1, 1)
         scores = net(pixels[None])[0].tolist()
         right += scores.index(max(scores)) == label
-    assert actual == right / num
+        by_class[label] += scores.index(max(scores)) == label
+    assert actual.accuracy == right / num
+    counts = torch.bincount(split.labels, minlength=3)
+    assert actual.per_class == tuple(
+        None if count == 0 else float(hits) / int(count) for hits, count in zip(by_class, counts, strict=True)
+    )
+    seen = [share for share in actual.per_class if share is not None]
+    assert actual.balanced_accuracy == pytest.approx(sum(seen) / len(seen))
 
 
 def test_accuracy_of_a_perfect_and_a_useless_network() -> None:
@@ -192,8 +206,27 @@ def test_accuracy_of_a_perfect_and_a_useless_network() -> None:
     written = labels.to(torch.uint8).view(-1, 1, 1, 1).contiguous()
     net: Any = Reads()
 
-    assert accuracy(net, Split(written, labels), PixelSpace(), device=CPU) == 1.0
-    assert accuracy(net, Split((written + 1) % 3, labels), PixelSpace(), device=CPU) == 0.0
+    assert score_net(net, Split(written, labels), PixelSpace(), device=CPU) == Score(1.0, (1.0,) * 3)
+    assert score_net(net, Split((written + 1) % 3, labels), PixelSpace(), device=CPU).accuracy == 0.0
+
+
+def test_a_long_tail_weighs_as_much_in_the_balanced_accuracy_and_every_image_is_seen_once() -> None:
+    """90 right of class 0, none of 10 of class 1, none there of class 2: 90 %, balanced 50 %."""
+    passes: list[int] = []
+
+    class Zero(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            passes.append(len(x))
+            return torch.tensor([1.0, 0.0, 0.0]).repeat(len(x), 1)
+
+    labels = torch.tensor([0] * 90 + [1] * 10)
+    net: Any = Zero()
+    images = torch.zeros(100, 1, 2, 2, dtype=torch.uint8)
+
+    score = score_net(net, Split(images, labels), PixelSpace(), device=CPU)
+
+    assert (score.accuracy, score.per_class, score.balanced_accuracy) == (0.9, (1.0, 0.0, None), 0.5)
+    assert sum(passes) == 100
 
 
 class TestAugmenter:
@@ -311,6 +344,24 @@ def test_a_summary_has_mean_sample_std_and_every_seed() -> None:
     assert summary["per_seed"] == [0.1, 0.2, 0.6]
     assert (summary["arch"], summary["num_images"], summary["wall_s"]) == ("a", 10, 1.5)
     assert summarise(results[:1])["accuracy_std"] is None
+    assert not {"per_class", "balanced_accuracy_mean"} & summary.keys(), "nothing was measured by class"
+
+
+def test_a_summary_has_classes_and_their_balanced_accuracy() -> None:
+    shares = ((1.0, 0.2, None), (0.5, 0.1, None))
+    results = [EvalResult("a", seed, 0.7, 10, 0.5, per_class=each) for seed, each in enumerate(shares)]
+
+    summary = summarise(results)
+
+    assert summary["per_class"] == [0.75, pytest.approx(0.15), None]
+    assert summary["balanced_accuracy_mean"] == pytest.approx((0.6 + 0.3) / 2)
+    assert summary["balanced_accuracy_std"] == pytest.approx(0.3 / math.sqrt(2))
+
+
+def test_balance_is_worth_a_column_from_half_a_point_on() -> None:
+    assert not balance_matters([{"accuracy_mean": 0.5}, {"accuracy_mean": None}])
+    assert not balance_matters([{"accuracy_mean": 0.5, "balanced_accuracy_mean": 0.504}])
+    assert balance_matters([{"accuracy_mean": 0.5}, {"accuracy_mean": 0.5, "balanced_accuracy_mean": 0.495}])
 
 
 def test_every_arch_is_scored_with_consecutive_seeds() -> None:

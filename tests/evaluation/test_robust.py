@@ -21,6 +21,7 @@ from ddray.evaluation.robust import (
     normalised_score,
     whole_set_accuracy,
 )
+from ddray.training.embedding import Score
 from ddray.training.recipe import Recipe
 
 CPU = torch.device("cpu")
@@ -88,7 +89,9 @@ class TestRobust:
 
         right = {(27, "dsa_idc"): 0.6, (6, "dsa_idc"): 0.4, (27, "none"): 0.5, (6, "none"): 0.45}
         monkeypatch.setattr(robust, "fit", fit)
-        monkeypatch.setattr(robust, "accuracy", lambda net, *args, **kwargs: right[net])
+        monkeypatch.setattr(
+            robust, "score_net", lambda net, *args, **kwargs: Score(right[net], (right[net],) * 3)
+        )
         seen: dict[str, Any] = {}
         monkeypatch.setattr(
             robust,
@@ -107,7 +110,7 @@ class TestRobust:
             (27, "none", 0.0, 5),
         ]
         assert seen["recipe"].epochs == 3
-        assert (result.accuracy, result.num_images) == (0.6, 27)
+        assert (result.accuracy, result.num_images, result.per_class) == (0.6, 27, (0.6,) * 3)
         measures = dict(result.measures)
         assert measures.pop("lrs") == pytest.approx(0.24819, abs=1e-5)
         assert measures.pop("ars") == pytest.approx(0.32559, abs=1e-5)

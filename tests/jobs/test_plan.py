@@ -170,20 +170,21 @@ def test_auto_is_the_fields_convnet(arch: str, shape: tuple[int, int, int], expe
     assert resolve_arch(arch, shape) == expected
 
 
-def test_ipc_must_fit_the_smallest_class(toy: Any) -> None:
+def test_ipc_must_fit_the_largest_class(toy: Any) -> None:
     dataset = toy(counts=(9, 4, 8))
-    check_ipc(4, dataset.train(), dataset)
-    for ipc in (0, 5):
+    for ipc in (4, 5, 9):
+        check_ipc(ipc, dataset.train(), dataset)
+    for ipc in (0, 10):
         with pytest.raises(
-            InputError, match=rf"ipc must be in 1\.\.4 for toy \(its smallest class\), got {ipc}"
+            InputError, match=rf"ipc must be in 1\.\.9 for toy \(its largest class\), got {ipc}"
         ):
             check_ipc(ipc, dataset.train(), dataset)
 
 
 def test_a_context_is_refused_for_an_ipc_that_does_not_fit(toy: Any) -> None:
     dataset = toy()
-    plan = resolve("random", dataset, ipc=8)
-    with pytest.raises(InputError, match=r"ipc must be in 1\.\.7"):
+    plan = resolve("random", dataset, ipc=10)
+    with pytest.raises(InputError, match=r"ipc must be in 1\.\.9"):
         make_context(plan, dataset.train(), split_name="train", device=CPU)
 
 

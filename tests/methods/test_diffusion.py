@@ -9,7 +9,11 @@ import torch
 
 from ddray.errors import DivergedError, InputError
 from ddray.methods.families.diffusion import fit as _diffusion_fit
-from ddray.methods.families.diffusion.folder import folder_fingerprint, resolve_ids
+from ddray.methods.families.diffusion.folder import (
+    folder_fingerprint,
+    resolve_ids,
+    weights_variant,
+)
 from ddray.methods.families.diffusion.model import (
     DiffusionModel,
     Levels,
@@ -254,7 +258,6 @@ def test_classes_are_matched_by_number_by_name_or_as_told() -> None:
     assert ids_of(model, ("class 3", "class 1"), None) == (3, 1)
     assert ids_of(model, ("a", "b"), (2, 0)) == (2, 0)
     assert ids_of(model, ("class 2", "class 0", "class 1", "class 3"), None) == (2, 0, 1, 3)
-    assert ids_of(model, ("class 2", "class 0", "a", "b"), None) == (0, 1, 2, 3)
     model.class_names = ("crane, bird", "crane, machine", "a", "b")  # as in ImageNet
     assert ids_of(model, ("a", "bird"), None) == (2, 0)
     with pytest.raises(InputError, match=r"give method\.class_ids"):
@@ -264,6 +267,51 @@ def test_classes_are_matched_by_number_by_name_or_as_told() -> None:
         ids_of(model, ("class 1", "b"), None)
     with pytest.raises(InputError, match=r"class_ids must be 2 labels in 0\.\.3"):
         ids_of(model, ("a", "b"), (2, 4))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("class 2", "class 0", "a", "b"), "2 of 4 are, but class 0 is 'class 2' here and 'class 0' there"),
+        (("class 0", "class 1", "class 2", "d"), "3 of 4 are, but class 3 is 'd' here and 'class 3' there"),
+        (("class 0", "class 0", "class 2", "class 3"), "4 of 4 are, but class 1 is 'class 0' here"),
+    ],
+)
+def test_names_that_match_in_part_are_not_mixed_by_number(names: Any, message: str) -> None:
+    with pytest.raises(InputError, match=f"must all be the diffusion model's, {message}"):
+        ids_of(untrained(num_classes=4), names, None)
+    assert ids_of(untrained(num_classes=4), names, (0, 1, 2, 3)) == (0, 1, 2, 3)
+
+
+def test_names_that_say_nothing_against_it_are_matched_by_number() -> None:
+    """ImageNet has two cranes; a label may have no name."""
+    model = untrained(num_classes=4)
+    model.class_names = ("tench, Tinca tinca", "crane", "crane", "")
+    assert ids_of(model, ("tench", "crane", "crane", "d"), None) == (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "50KB"}, {"safe_serialization": False}])
+def test_weights_of_a_variant_are_read_where_there_are_no_others(tmp_path: Path, options: Any) -> None:
+    """Into float32, with the values of half precision."""
+    from diffusers import DiTPipeline
+
+    model = untrained()
+    save_pipeline(model, tmp_path / "plain")
+    halved = DiTPipeline.from_pretrained(tmp_path / "plain").to(torch.float16)
+    halved.save_pretrained(tmp_path / "half", variant="fp16", **options)
+    assert not list((tmp_path / "half").glob("vae/diffusion_pytorch_model.safetensors"))
+
+    opened = open_pipeline(tmp_path / "half")
+
+    assert weights_variant(tmp_path / "plain" / "vae") is None
+    for part in ("transformer", "vae"):
+        assert weights_variant(tmp_path / "half" / part) == "fp16"
+        theirs = getattr(model, part).state_dict()
+        for name, tensor in getattr(opened, part).state_dict().items():
+            assert tensor.dtype == torch.float32
+            assert torch.equal(tensor, theirs[name].half().float()), name
+    halved.save_pretrained(tmp_path / "plain", variant="fp16", **options)
+    assert weights_variant(tmp_path / "plain" / "vae") is None, "the exact weights win"
 
 
 def test_relabelled_classes_keep_what_they_are_known_by(tmp_path: Path) -> None:

@@ -219,12 +219,23 @@ def test_initial_images_are_class_sorted_and_of_their_class(init: str, toy: Any,
     assert torch.equal(ctx.split.labels[indices], labels)
 
 
-def test_a_class_with_too_few_images_is_refused(toy: Any, planned: Any) -> None:
-    import dataclasses
+@pytest.mark.parametrize("init", ["random", "first", "kcenter"])
+def test_a_class_with_too_few_images_starts_with_noisy_copies(init: Any, toy: Any, planned: Any) -> None:
+    """Of 2 images, 5 initial ones: both, and three copies within a tenth of the images' deviation."""
+    _, ctx, _ = planned("dm", toy(counts=(9, 2)), ipc=5, steps=1, method={"batch_real": BATCH})
 
-    _, ctx, _ = planned("random", toy(), ipc=7)
-    with pytest.raises(InputError, match=r"ipc must be <= 7 for toy \(images of class 1\), got 8"):
-        initial_images(dataclasses.replace(ctx, ipc=8), "random")
+    images, labels = initial_images(ctx, init)
+    selected, fewer = initial_images(ctx, init, repeat=False)
+
+    assert (labels.tolist(), fewer.tolist()) == ([0] * 5 + [1] * 5, [0] * 5 + [1] * 2)
+    assert torch.equal(images[:7], selected)
+    real = ctx.space.encode(ctx.split.images)[ctx.split.labels == 1]
+    assert sorted(int((real - image).flatten(1).abs().sum(1).argmin()) for image in images[5:7]) == [0, 1]
+    assert torch.equal(images[5:7].sum(), real.sum()) or float((images[5:7].sum() - real.sum()).abs()) < 1e-2
+    differences = images[7:] - images[[5, 6, 5]]
+    expected = 0.1 * float(ctx.space.encode(ctx.split.images).std())
+    assert float(differences.std()) == pytest.approx(expected, rel=0.1)
+    assert torch.equal(initial_images(ctx, init)[0], images)
 
 
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -249,6 +260,34 @@ def test_batches_have_every_class_equally_often_and_no_image_twice(
     assert torch.equal(batches.labels_cpu, ctx.split.labels[index])
     assert torch.equal(batches.take(index), ctx.space.encode(ctx.split.images[index]))
     assert torch.equal(index, batches.draw(derive(seed, "test")))
+
+
+def test_a_tail_gives_its_images_several_times_and_takes_none_from_other_classes(
+    toy: Any, planned: Any
+) -> None:
+    """Classes of 9, 3 and 7 at ipc 5: seven of each class, two or three times each image of the second."""
+    _, ctx, _ = planned("random", toy(counts=(9, 3, 7), shape=(1, 4, 4)), ipc=5, arch="convnet1_w8")
+    batches, seen = ClassBatches(ctx, 64), torch.zeros(19)
+
+    for step in range(300):
+        index = batches.draw(derive(step, "test"))
+        assert batches.per_class * 3 == 21 == len(index)
+        assert torch.equal(ctx.split.labels[index], batches.labels_cpu)
+        counts = torch.bincount(index, minlength=19)
+        assert set(counts[ctx.split.labels == 1].tolist()) <= {1, 2, 3}
+        assert counts[ctx.split.labels != 1].max() == 1
+        seen += counts
+    tail = seen[ctx.split.labels == 1]
+    assert float(tail.min()) > 650, "700 expected of each"
+
+
+def test_a_batch_larger_than_every_class_takes_what_the_largest_has(toy: Any, planned: Any) -> None:
+    _, ctx, _ = planned("random", toy(counts=(4, 2), shape=(1, 4, 4)), ipc=4, arch="convnet1_w8")
+    batches = ClassBatches(ctx, 64)
+    assert sorted(batches.draw(derive(0)).tolist()) == sorted(
+        (ctx.split.labels == 0).nonzero().flatten().tolist()
+        + 2 * (ctx.split.labels == 1).nonzero().flatten().tolist()
+    )
 
 
 def test_every_image_of_a_class_can_be_drawn_and_about_equally_often(toy: Any, planned: Any) -> None:

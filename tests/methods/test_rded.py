@@ -94,11 +94,23 @@ def test_the_images_are_those_crops_of_their_class_that_the_teacher_knows_best(
 
 
 def test_a_class_with_too_few_crops_is_refused(planned: Any, toy: Any) -> None:
+    """Too few for ipc in every class, or for a single image in one."""
     _, ctx, method = planned("rded", toy(), ipc=7, method={**QUICK, "factor": 2, "num_crops": 3})
     with pytest.raises(
         InputError, match=r"num_crops must be >= 4 for ipc 7 and factor 2: class 0 has 9 images"
     ):
         method.setup(ctx)
+    _, ctx, method = planned("rded", toy((9, 1)), ipc=2, method={**QUICK, "factor": 2, "num_crops": 3})
+    with pytest.raises(
+        InputError, match=r"num_crops must be >= 4 for ipc 2 and factor 2: class 1 has 1 images, got 3"
+    ):
+        method.setup(ctx)
+
+
+def test_a_class_gives_as_many_images_as_its_crops_make(planned: Any, toy: Any) -> None:
+    _, ctx, method = planned("rded", toy((9, 2)), ipc=6, method={**QUICK, "factor": 2, "num_crops": 5})
+    method.setup(ctx)
+    assert torch.bincount(method.snapshot().labels).tolist() == [6, 2]
 
 
 def test_a_factor_that_does_not_divide_is_refused(planned: Any, toy: Any) -> None:

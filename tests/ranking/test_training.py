@@ -13,7 +13,7 @@ from ddray.ranking.options import NasRecipe
 from ddray.ranking.training import train_seeds
 from ddray.seeding import derive, derive_seed
 from ddray.training.dsa import dsa_for
-from ddray.training.embedding import share_right
+from ddray.training.embedding import score
 
 SHAPE = (3, 16, 16)
 ARCHS = (
@@ -94,7 +94,7 @@ def test_training_learns_and_repeats_itself() -> None:
         (net,) = build("convnet2_w8", [0])
         train_seeds([net], (images, labels), recipe, seeds=[1], dsa=dsa_for(True))
         trained.append(weights(net))
-        assert share_right(net, images, labels, lambda part: part, images.device) > 0.87
+        assert score(net, images, labels, lambda part: part, images.device).accuracy > 0.87
     assert torch.equal(*trained)
 
 
@@ -144,7 +144,7 @@ def test_bf16_learns_too() -> None:
     (net,) = build("convnet2_w8", [0])
     recipe = NasRecipe(epochs=15, batch=16, lr=0.05, precision="bf16")
     train_seeds([net], (images, labels), recipe, seeds=[1], dsa=dsa_for(True))
-    assert share_right(net, images, labels, lambda part: part, images.device) > 0.87
+    assert score(net, images, labels, lambda part: part, images.device).accuracy > 0.87
 
 
 def test_a_bad_setting_is_one_line() -> None:

@@ -6,8 +6,10 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from ddray.runs.ledger import Row
 from ddray.tables.columns import columns_of, csv_row
-from ddray.tables.table import write_table
+from ddray.tables.table import cells_of, write_table
+from ddray.tables.units import Cell
 
 
 def cell(**changes: Any) -> dict[str, Any]:
@@ -60,6 +62,29 @@ def test_a_protocol_brings_its_columns() -> None:
     assert (columns["LRS"], columns["ARS"]) == (["0.269", "-"], ["0.3", "-"])
     assert "hlr" not in columns
     assert "LRS" not in texts(cell(lrs=0.3))  # of another protocol
+
+
+def test_balanced_accuracy_is_one_column_everywhere(tmp_path: Path) -> None:
+    cells = [cell(balanced_accuracy_mean=0.25), cell()]
+    assert texts(*cells)["balanced %"] == ["25.00", "-"]
+    write_table(tmp_path / "table.csv", cells)
+    assert pd.read_csv(tmp_path / "table.csv").balanced_accuracy_mean.tolist()[:1] == [0.25]
+
+
+@pytest.mark.parametrize(("balanced", "is_there"), [(0.3, True), (0.499, False), (None, False)])
+def test_balanced_accuracy_is_shown_where_it_differs(balanced: float | None, is_there: bool) -> None:
+    place: Any = {"method": "dm", "name": "dm", "dataset": "digits", "num_classes": 10, "size": ("ipc", 1)}
+    planned = [
+        Cell(**place, protocol="hard", arch="convnet3", target="digits", keys=(key,)) for key in ("a", "b")
+    ]
+    result = {"arch": "convnet3", "accuracy_mean": 0.5, "per_seed": [0.5]}
+    measured = {} if balanced is None else {"balanced_accuracy_mean": balanced, "per_class": [balanced]}
+    row = Row(key="a", kind="evaluate", spec={}, status="done", result={**result, **measured}, wall_s=1.0)
+    rows = {"a": row, "b": row.model_copy(update={"key": "b", "result": result})}
+
+    first, second = cells_of(planned, rows.get)
+
+    assert ("balanced_accuracy_mean" in first, "balanced_accuracy_mean" in second) == (is_there, False)
 
 
 def test_the_file_has_fixed_columns_then_figures_by_name(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Shared by the coresets: a method that is one selection, and features of a network trained on train."""
 
+import logging
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import torch
 from pydantic import Field
@@ -12,7 +13,9 @@ from ddray.distillation.method import DistillContext, Distiller, MethodConfig, T
 from ddray.methods.families.factory import Selected, make_method
 from ddray.pool.spec import PoolSpec, supervised_specs
 
+log = logging.getLogger(__name__)
 Choose = Callable[[DistillContext, Any], tuple[Tensor, Tensor]]
+_MAX_NAMED: Final = 5  # classes in a warning
 
 
 class FeatureConfig(MethodConfig):
@@ -29,7 +32,8 @@ def selection_method(config_class: type[Config], choose: Choose) -> type[Distill
 
     Args:
         config_class: its settings.
-        choose: chooses or makes images [K * ipc, C, H, W], in the context's pixel space, and their labels.
+        choose: chooses or makes images [K * ipc, C, H, W], in the context's pixel space, and their labels;
+            fewer of a class that has fewer, which is warned of.
     """
 
     def preset(name: str, target: Target) -> dict[str, Any]:
@@ -39,9 +43,26 @@ def selection_method(config_class: type[Config], choose: Choose) -> type[Distill
         return _feature_specs(ctx, config.feature_epochs) if isinstance(config, FeatureConfig) else []
 
     def start(ctx: DistillContext, config: Config) -> Selected:
-        return Selected(ctx.make_set(*choose(ctx, config)))
+        images, labels = choose(ctx, config)
+        _warn_of_tail(ctx, labels)
+        return Selected(ctx.make_set(images, labels))
 
     return make_method(config_class, preset, start, specs_of=specs, has_steps=False)
+
+
+def _warn_of_tail(ctx: DistillContext, labels: Tensor) -> None:
+    """Warn of classes that a selection has fewer than ipc images of."""
+    names, counts = (
+        ctx.dataset.class_names,
+        torch.bincount(labels, minlength=ctx.dataset.num_classes).tolist(),
+    )
+    short = [f"{name} {count}" for name, count in zip(names, counts, strict=True) if count < ctx.ipc]
+    if short:
+        others = f" and {len(short) - _MAX_NAMED} more" if len(short) > _MAX_NAMED else ""
+        log.warning(
+            "%d of %d classes of %s give fewer than %d images, all that they have: %s%s",
+            *(len(short), len(names), ctx.dataset.name, ctx.ipc, ", ".join(short[:_MAX_NAMED]), others),
+        )
 
 
 def coreset_method(
@@ -51,7 +72,7 @@ def coreset_method(
 
     Args:
         config_class: its settings.
-        order: picks `ipc` positions among the features [n, D] of one class.
+        order: picks `ipc` positions, or all, among the features [n, D] of one class.
     """
 
     def choose(ctx: DistillContext, config: FeatureConfig) -> tuple[Tensor, Tensor]:
@@ -85,13 +106,13 @@ def _feature_specs(ctx: DistillContext, epochs: int) -> list[PoolSpec]:
 
 
 def per_class(labels: Tensor, num_classes: int, ipc: int, choose: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return indices [K * ipc]: `choose` picks `ipc` positions among each class's members [n_c]."""
+    """Return indices [K * ipc]: `choose` picks `ipc` positions, or all, of each class's members [n_c]."""
     members = [torch.nonzero(labels == label).flatten() for label in range(num_classes)]
     return torch.cat([rows[choose(rows)[:ipc]] for rows in members])
 
 
 def herding_order(features: Tensor, ipc: int) -> Tensor:
-    """Return `ipc` positions among one class's features [n, D] in herding's order (Welling 2009).
+    """Return `ipc` positions, or all, of one class's features [n, D] in herding's order (Welling 2009).
 
     Each is the argmin over unused f of ||(k+1) mean - sum - f||.
     """
@@ -99,7 +120,7 @@ def herding_order(features: Tensor, ipc: int) -> Tensor:
     mean, total = features.mean(0), torch.zeros_like(features[0])
     unused = torch.ones(len(features), dtype=torch.bool)
     order: list[int] = []
-    for k in range(ipc):
+    for k in range(min(ipc, len(features))):
         distance = ((k + 1) * mean - total - features).norm(dim=1)
         order.append(int(distance.masked_fill(~unused, torch.inf).argmin()))
         unused[order[-1]] = False
@@ -108,14 +129,14 @@ def herding_order(features: Tensor, ipc: int) -> Tensor:
 
 
 def kcenter_order(features: Tensor, ipc: int) -> Tensor:
-    """Return `ipc` positions among one class's features [n, D] by greedy k-center (Sener & Savarese 2018).
+    """Return `ipc` positions, or all, of one class's features [n, D] by k-center (Sener & Savarese 2018).
 
-    The first is the nearest to the mean, then farthest-first.
+    The first is the nearest to the mean, then farthest-first (greedy).
     """
     features = features.double()
     order = [int((features - features.mean(0)).norm(dim=1).argmin())]
     nearest = (features - features[order[0]]).norm(dim=1)
-    for _ in range(ipc - 1):
+    for _ in range(min(ipc, len(features)) - 1):
         nearest[order[-1]] = -1.0
         order.append(int(nearest.argmax()))
         nearest = torch.minimum(nearest, (features - features[order[-1]]).norm(dim=1))
@@ -123,15 +144,16 @@ def kcenter_order(features: Tensor, ipc: int) -> Tensor:
 
 
 def centroids(features: Tensor, num: int, seed: int, *, num_starts: int = 1) -> Tensor:
-    """Return the centres [num, D] of k-means on features [n, D] (scikit-learn, k-means++)."""
+    """Return the centres [num, D], or n, of k-means on features [n, D] (scikit-learn, k-means++)."""
     from sklearn.cluster import KMeans
 
+    num = min(num, len(features))
     fit = KMeans(n_clusters=num, n_init=num_starts, random_state=seed % 2**32).fit(features.numpy())
     return torch.from_numpy(fit.cluster_centers_).to(features.dtype)
 
 
 def kmeans_order(features: Tensor, num: int, seed: int, *, num_starts: int = 1) -> Tensor:
-    """Return `num` distinct positions: to each centroid the nearest of the features [n, D] not yet taken."""
+    """Return `num` positions, or all: to each centroid the nearest of the features [n, D] not yet taken."""
     free = torch.ones(len(features), dtype=torch.bool)
     order: list[int] = []
     for centre in centroids(features, num, seed, num_starts=num_starts):

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,13 @@ def read_folder(folder: Path) -> Folder:
         raise InputError(f"{folder} must predict epsilon, its scheduler says {schedule['prediction_type']!r}")
     class_names = tuple(labels.get(label, "") for label in range(num_classes)) if labels else ()
     return Folder(folder.absolute(), fingerprint, class_names, num_classes, channels, schedule, seen)
+
+
+def weights_variant(part: Path) -> str | None:
+    """Return the variant, such as fp16, of the weights in a part's folder; None where the plain ones are."""
+    stems = [path.name.split(".")[1:-1] for path in part.glob("*") if path.suffix in _SUFFIXES[1:]]
+    variants = {re.sub(r"-\d+-of-\d+$", "", stem[0]) if stem else "" for stem in stems}
+    return min(variants, default=None) or None
 
 
 def damaged(folder: Path, error: Exception) -> InputError:
@@ -153,7 +161,7 @@ def known_names(names: Sequence[str]) -> dict[str, int]:
     """Return the label of each name and synonym ("tench, Tinca tinca") that belongs to only one label."""
     labels_of: dict[str, set[int]] = {}
     for label, name in enumerate(names):
-        for synonym in {name, *(synonym.strip() for synonym in name.split(","))} - {""}:
+        for synonym in _synonyms(name):
             labels_of.setdefault(synonym, set()).add(label)
     return {name: min(labels) for name, labels in labels_of.items() if len(labels) == 1}
 
@@ -163,9 +171,9 @@ def resolve_ids(
 ) -> tuple[int, ...]:
     """Return the model's label of each class of a dataset: `ids`, or where they are None by name or number.
 
-    By name if all classes are among `model_names` (the model's, as far as known) and no two share a label,
-    else by number if the model has as many labels as the dataset classes. InputError if neither, or if `ids`
-    does not fit.
+    By name if all classes are among `model_names` (the model's, as far as known) and no two share a label;
+    by number if the model has as many labels as the dataset classes and no name speaks against it. InputError
+    if neither, such as where only some names are the model's, or if `ids` does not fit.
     """
     num = len(class_names)
     if ids is None:
@@ -173,10 +181,18 @@ def resolve_ids(
         matched = [labels[name] for name in class_names if name in labels]
         if len(set(matched)) == num:
             return tuple(matched)
+        advice = "method.class_ids, or fine-tune it: ddray pool train --kind diffusion --set init=FOLDER"
         if num_labels != num:
             raise InputError(
-                f"the diffusion model has {num_labels} classes and the dataset {num} others: give "
-                "method.class_ids, or fine-tune it: ddray pool train --kind diffusion --set init=FOLDER"
+                f"the diffusion model has {num_labels} classes and the dataset {num} others: give {advice}"
+            )
+        pairs = list(enumerate(zip(class_names, model_names, strict=False)))
+        others = [label for label, pair in pairs if all(pair) and not _synonyms(pair[0]) & _synonyms(pair[1])]
+        if matched and others:
+            ours, theirs = pairs[others[0]][1]
+            raise InputError(
+                f"the dataset's class names must all be the diffusion model's, {len(matched)} of {num} are, "
+                f"but class {others[0]} is {ours!r} here and {theirs!r} there: give {advice}"
             )
         ids = range(num)
     if len(ids) != num or min(ids) < 0 or max(ids) >= num_labels:
@@ -184,6 +200,11 @@ def resolve_ids(
             f"class_ids must be {num} labels in 0..{num_labels - 1}, one per class, got {list(ids)}"
         )
     return tuple(ids)
+
+
+def _synonyms(name: str) -> set[str]:
+    """Return a class's name and its parts, as in "tench, Tinca tinca"."""
+    return {name, *(synonym.strip() for synonym in name.split(","))} - {""}
 
 
 @functools.cache  # once per process: a search plans every trial

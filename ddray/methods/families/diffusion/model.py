@@ -23,7 +23,14 @@ from torch import Tensor
 
 from ddray.config import Config
 from ddray.errors import InputError
-from ddray.methods.families.diffusion.folder import BROKEN, PARTS, SEEN, damaged, read_folder
+from ddray.methods.families.diffusion.folder import (
+    BROKEN,
+    PARTS,
+    SEEN,
+    damaged,
+    read_folder,
+    weights_variant,
+)
 from ddray.seeding import forked_global
 from ddray.system.files import write_folder
 
@@ -180,7 +187,8 @@ def network_kinds() -> dict[str, Any]:
 def open_pipeline(folder: Path) -> DiffusionModel:
     """Open a folder that diffusers' `DiTPipeline.save_pretrained` wrote, without network access.
 
-    InputError if it is not such a folder, a file is damaged or lacks weights, or its schedule does not fit.
+    Weights of a variant (`*.fp16.safetensors`) are read where there are no others, into float32. InputError
+    if it is not such a folder, a file is damaged or lacks weights, or its schedule does not fit.
     """
     about = read_folder(folder)
     nets = []
@@ -188,7 +196,11 @@ def open_pipeline(folder: Path) -> DiffusionModel:
         try:
             with forked_global(0):  # layers draw initial weights before the stored ones are loaded
                 net, loaded = kind.from_pretrained(
-                    folder / part, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
+                    folder / part,
+                    local_files_only=True,
+                    low_cpu_mem_usage=False,
+                    output_loading_info=True,
+                    variant=weights_variant(folder / part),
                 )
         except BROKEN as error:
             raise damaged(folder, error) from error

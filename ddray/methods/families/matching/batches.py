@@ -13,7 +13,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.distillation.method import DistillContext, MethodConfig
-from ddray.errors import InputError
 from ddray.methods.families.selection import kcenter_order, pool_features
 from ddray.methods.families.state import images_state, load_images_state
 from ddray.nets import Net, build_net, reinitialize
@@ -30,6 +29,7 @@ Statistics = Callable[[Net, Tensor], tuple[Tensor, ...]]
 # fresh pages for each (unless ddray has told it to reuse memory). A DataDAM step (2,560 real images of 32 px)
 # took 2.09 s at 8 MiB, 1.86 at 16, 1.96 at 32 on 2 cores.
 _CHUNK_BYTES: Final = 16 * 2**20
+_COPY_NOISE: Final = 0.1  # of the images' standard deviation
 
 
 class ClassBatches:
@@ -37,7 +37,8 @@ class ClassBatches:
 
     Args:
         ctx: its split is moved to the device once, as uint8 (whitened images: once, as float32).
-        batch_real: images per class; capped by the smallest class.
+        batch_real: images per class; capped by the smallest class with at least ipc images. A smaller class
+            gives its images several times.
     """
 
     def __init__(self, ctx: DistillContext, batch_real: int) -> None:
@@ -47,18 +48,20 @@ class ClassBatches:
         self._images = (_encode_all(ctx) if self._encoded else split.images).to(ctx.device)
         self.num_classes = ctx.dataset.num_classes
         counts = torch.bincount(split.labels, minlength=self.num_classes)
-        self.per_class = min(batch_real, int(counts.min()))
+        enough = counts[counts >= ctx.ipc]
+        self.per_class = min(batch_real, int(enough.min() if len(enough) else counts.max()))
+        # The tail's rows of members are repeated whole, so that all of its images are drawn equally often.
+        rounds = (self.per_class + counts - 1) // counts
+        columns = torch.arange(int((counts * rounds).max()))
         order = torch.argsort(split.labels, stable=True)
-        column = torch.arange(len(order)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-        self._members = torch.zeros(self.num_classes, int(counts.max()), dtype=torch.int64)
-        self._members[split.labels[order], column] = order
-        self._absent = torch.arange(int(counts.max())) >= counts[:, None]
+        self._members = order[(counts.cumsum(0) - counts)[:, None] + columns % counts[:, None]]
+        self._absent = columns >= (counts * rounds)[:, None]
         # The CPU copy selects DSA's ops without a sync, the device copy indexes the sums.
         self.labels_cpu = torch.arange(self.num_classes).repeat_interleave(self.per_class)
         self.labels = self.labels_cpu.to(ctx.device)
 
     def draw(self, generator: torch.Generator) -> Tensor:
-        """Return image indices [K * per_class], class-sorted, without repetition within a class."""
+        """Return image indices [K * per_class], class-sorted, without repetition in classes of as many."""
         keys = torch.rand(self._members.shape, generator=generator).masked_fill_(self._absent, 2.0)
         columns = keys.topk(self.per_class, dim=1, largest=False, sorted=False).indices
         return self._members.gather(1, columns).flatten().to(self._images.device, non_blocking=True)
@@ -83,7 +86,7 @@ class RealBranch:
 
     Args:
         ctx: what to work on.
-        batch_real: real images per class and step; capped by the smallest class.
+        batch_real: real images per class and step, as `ClassBatches` caps it.
         augment: `dsa` | `dsa_idc` | `none`.
         strategy: operations of the augmentation, joined by "_"; None: all of them.
 
@@ -106,9 +109,7 @@ class RealBranch:
         shape, num_classes = ctx.dataset.image_shape, ctx.dataset.num_classes
         net = build_net(ctx.arch, shape, num_classes, seed=0, device=ctx.device)
         self.net = net.to(memory_format=torch.channels_last)
-        with torch.no_grad():  # a blank image, in eval mode: it leaves no trace
-            maps = self.net.eval().features(torch.zeros(1, *shape, device=ctx.device)).maps
-        self.sample_bytes = max((m.numel() * m.element_size() for m in maps), default=1)
+        self.sample_bytes = max(self.net.eval().map_bytes(), default=1)
         self.net.train()
 
     def renew(self, net_index: int) -> None:
@@ -168,16 +169,17 @@ class RealBranch:
         return [total.div_(batches.per_class) for total in sums]
 
 
-def initial_images(ctx: DistillContext, init: Init, count: int | None = None) -> tuple[Tensor, Tensor]:
+def initial_images(
+    ctx: DistillContext, init: Init, count: int | None = None, *, repeat: bool = True
+) -> tuple[Tensor, Tensor]:
     """Return initial images [K * count, C, H, W] and class-sorted labels, on the device.
 
     Args:
         ctx: what to work on.
         init: random real images, the first of each class, k-center's choice, or Gaussian noise.
-        count: images per class, some more than once if it has fewer; default: ipc, none more than once.
-
-    Raises:
-        InputError: a class has fewer than ipc images, and `count` is not set.
+        count: images per class; default: ipc.
+        repeat: a class with fewer real images starts with copies of them, under a little noise, so that they
+            can part; False: it gives all it has.
     """
     num_classes, num = ctx.dataset.num_classes, count or ctx.ipc
     labels = torch.arange(num_classes).repeat_interleave(num).to(ctx.device)
@@ -186,19 +188,22 @@ def initial_images(ctx: DistillContext, init: Init, count: int | None = None) ->
         return noise.to(ctx.device), labels
     features = pool_features(ctx) if init == "kcenter" else None
     rng = derive_numpy(ctx.seed, "distill", "random images")
-    indices = []
+    indices, copies = [], []
     for label in range(num_classes):
         members = torch.nonzero(ctx.split.labels == label).flatten()
-        if count is None and len(members) < num:
-            raise InputError(
-                f"ipc must be <= {len(members)} for {ctx.dataset.name} (images of class {label}), got {num}"
-            )
         if features is not None:
             members = members[kcenter_order(features[members], min(num, len(members)))]
         elif init == "random":
             members = members[torch.from_numpy(rng.permutation(len(members)))]
-        indices.append(members[torch.arange(num) % len(members)])
-    return ctx.space.encode(ctx.split.images[torch.cat(indices)]).to(ctx.device), labels
+        positions = torch.arange(num if repeat else min(num, len(members)))
+        indices.append(members[positions % len(members)])
+        copies.append(positions >= len(members))
+    index, is_copy = torch.cat(indices), torch.cat(copies)
+    images = ctx.space.encode(ctx.split.images[index])
+    if bool(is_copy.any()):
+        noise = torch.randn((int(is_copy.sum()), *images.shape[1:]), generator=ctx.generator("init copies"))
+        images[is_copy] += _COPY_NOISE * images.std() * noise
+    return images.to(ctx.device), ctx.split.labels[index].to(ctx.device)
 
 
 def chunks(total: int, sample_bytes: int, device: torch.device) -> Iterator[slice]:
@@ -218,7 +223,7 @@ class ImagesConfig(MethodConfig):
     momentum: float = Field(default=0.5, ge=0, lt=1)
     """Momentum of the images' SGD."""
     batch_real: int = Field(default=256, ge=1)
-    """Real images per class and step; never more than the smallest class has."""
+    """Real images per class and step; never more than the smallest class of at least ipc images has."""
     init: Literal["random", "kcenter", "noise"] = "noise"
     """Initial images: random real ones, k-center's choice, or Gaussian noise."""
     augment: Literal["dsa", "dsa_idc", "none"] = "none"

@@ -26,7 +26,7 @@ class GradientConfig(ImagesConfig):
     quick: ClassVar = {"batch_real": 8, "batch_train": 16}
 
     batch_real: int = Field(default=256, ge=1)
-    """Real images per class and update; never more than the smallest class has."""
+    """Real images per class and update; never more than the smallest class of at least ipc images has."""
     metric: Metric = "layerwise"
     """Distance of gradients: cosine by layer and output (the papers'), squared, or cosine of all in one."""
     outer_loop: int = Field(default=1, ge=1)

@@ -33,7 +33,7 @@ class PartitionedConfig(MethodConfig):
     momentum: float = Field(default=0.0, ge=0, lt=1)
     """Momentum of the pixels' SGD."""
     batch_real: int = Field(default=256, ge=1)
-    """Real images per class and step; never more than the smallest class has."""
+    """Real images per class and step; never more than the smallest class of at least ipc images has."""
     batch_syn: int = Field(default=256, ge=1)
     """Mini-images per class and step; where there are more, a fresh draw each step."""
     factor: int = Field(default=2, ge=1, le=3)

@@ -46,13 +46,13 @@ def network_costs(ctx: DistillContext) -> NetworkCosts:
     """Measure an inner network on a blank image, on the CPU: a search's driver may lack the device."""
     net = build_net(ctx.arch, ctx.dataset.image_shape, 1, seed=0).eval()
     with torch.no_grad():
-        features = net.features(torch.zeros(1, *ctx.dataset.image_shape))
-    sizes = [m.numel() * m.element_size() for m in features.maps]
+        embedding = net.embed(torch.zeros(1, *ctx.dataset.image_shape))
+    sizes = net.map_bytes()
     return NetworkCosts(
         sample=max(sizes, default=1),
         # Per map the outputs of convolution and norm, and the pooled map.
         graph=sum(2 * size for size in sizes) * 5 // 4,
-        num_features=features.embedding.shape[1],
+        num_features=embedding.shape[1],
         weights=sum(4 * p.numel() for p in net.parameters()),
     )
 
