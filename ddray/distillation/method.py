@@ -32,6 +32,8 @@ class Target:
     """Whether the images are spectrograms (the shape alone does not tell)."""
     factor: int | None = None
     """Parts along each axis of a stored image, if settings that override the preset set it."""
+    can_flip: bool = True
+    """Whether a mirrored image keeps its class."""
 
 
 @dataclass(frozen=True)

@@ -205,6 +205,8 @@ def _make(options: EvaluateOptions, distilled: DistilledSet, ctx: EvalContext, r
     reference = DatasetRef.parse(distilled.meta.dataset)
     catalog_entry = KNOWN.get(reference.base)
     can_flip = catalog_entry is not None and catalog_entry.can_flip
+    if distilled.meta.dataset == ctx.dataset.name:
+        can_flip = ctx.dataset.can_flip
     evaluator = Linear(
         config.as_recipe(),
         config.probe,

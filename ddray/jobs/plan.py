@@ -108,6 +108,7 @@ def resolve(
         budget,
         is_audio=_is_audio(dataset),
         factor=method_settings.get("factor") if isinstance(method_settings, Mapping) else None,
+        can_flip=dataset.can_flip,
     )
     fields = method_class.config_type.model_fields
     sound = {"method": {"augment": "none"}} if target.is_audio and "augment" in fields else {}

@@ -102,10 +102,11 @@ def test_the_repos_step_size_for_speech_has_a_base_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("name", "shape", "options", "strategy", "cutmix"),
     [
-        ("mnist", (1, 28, 28), {}, "color_crop_scale_rotate", 0.0),
-        ("mnist", (1, 28, 28), {"factor": 2}, "color_crop_scale_rotate", 0.0),
-        ("mnist", (1, 28, 28), {"factor": 1}, "color_crop_scale_rotate", 0.5),
-        ("svhn", (3, 32, 32), {}, "color_crop_scale_rotate", 0.5),
+        ("mnist", (1, 28, 28), {"can_flip": False}, "color_crop_scale_rotate", 0.0),
+        ("mnist", (1, 28, 28), {"can_flip": False, "factor": 2}, "color_crop_scale_rotate", 0.0),
+        ("mnist", (1, 28, 28), {"can_flip": False, "factor": 1}, "color_crop_scale_rotate", 0.5),
+        ("svhn", (3, 32, 32), {"can_flip": False}, "color_crop_scale_rotate", 0.5),
+        ("cifar10", (3, 32, 32), {"can_flip": False}, "color_crop_scale_rotate", 0.5),
         ("cifar100", (3, 32, 32), {}, "color_crop_flip_scale_rotate", 0.5),
         ("speech_commands_mini", (1, 64, 64), {"is_audio": True}, None, 0.0),
         ("grey_pictures", (1, 64, 64), {}, "color_crop_flip_scale_rotate", 0.5),

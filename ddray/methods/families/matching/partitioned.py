@@ -194,11 +194,11 @@ def by_class(values: Tensor, num_classes: int) -> Tensor:
 def idc_evaluation(target: Target) -> dict[str, Any]:
     """Return the evaluation settings of the IDC family (DSDM's code); a factor of None counts as 2.
 
-    Digits and house numbers are not mirrored, spectrograms not augmented.
+    Images whose class a mirror changes (digits, house numbers) are not mirrored, spectrograms not augmented.
     """
     settings = {"epochs": 1500, "batch": 64, "schedule": "multistep"}
     if target.is_audio:
         return {**settings, "augment": "none", "cutmix": 0.0}
-    flip = "" if target.dataset in ("mnist", "svhn", "digits") else "flip_"
+    flip = "flip_" if target.can_flip else ""
     cutmix = 0.5 if idc_mixes(target.dataset, target.factor or 2) else 0.0
     return {**settings, "augment": "dsa_idc", "strategy": f"color_crop_{flip}scale_rotate", "cutmix": cutmix}
