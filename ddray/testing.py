@@ -136,6 +136,18 @@ class MethodContract:
         assert (meta.fingerprint, meta.arch) == (digits.fingerprint, ctx.arch), "the set names its origin"
         assert torch.equal(loaded.images, distilled.images), "a file changes nothing"
 
+    def test_a_class_with_fewer_images_than_ipc_is_distilled(self, method: str) -> None:
+        """What learns images makes ipc of every class, a selection gives what there is."""
+        _, distiller = _started(method, random_dataset((9, 7, 2)), steps=1, ipc=4)
+        for _ in range(distiller.num_steps):
+            distiller.step()
+        distilled = distiller.snapshot()
+        distilled.validate()
+        if budget_method(method) is None:
+            counts = torch.bincount(distilled.labels, minlength=3).tolist()
+            assert counts[:2] == [4, 4], "ipc images of the other classes"
+            assert 2 <= counts[2] <= 4, "at least what the class has"
+
     def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
         self, method: str, tmp_path: Path
     ) -> None:
