@@ -19,8 +19,9 @@ from ddray.evaluation.protocol import EvalContext, evaluate_archs
 from ddray.jobs.plan import budget_method, resolve
 from ddray.methods import get_method, method_names
 from ddray.methods.families.selection import herding_order, kcenter_order, kmeans_order
-from ddray.ranking.options import NasConfig
+from ddray.ranking.options import NasOptions
 from ddray.ranking.proxies import baseline_proxies, file_proxies
+from ddray.ranking.spaces import resolve_config
 from ddray.training.recipe import Recipe
 from tests.methods.diffusion_models import BASE
 
@@ -131,7 +132,7 @@ class TestAShorterSet:
         dataset, distilled = toy(COUNTS), load(path)
         (proxy,) = file_proxies([path], [distilled], "train")
         assert proxy.storage_images == proxy.num_images == len(distilled.labels)
-        config = NasConfig()
+        config = resolve_config(NasOptions())
         (baseline,) = baseline_proxies(["random"], [proxy], dataset, dataset.train(), config, seed=0)
         ipc = round(len(distilled.labels) / 3)
         assert baseline.num_images == sum(min(ipc, count) for count in COUNTS)
