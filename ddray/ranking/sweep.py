@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from ddray.data import Dataset, Split, SplitName
-from ddray.data.reference import DatasetRef
 from ddray.errors import InputError, InterruptedRunError, StorageError, one_line
 from ddray.ranking.options import NasConfig as NasConfig
 from ddray.ranking.options import NasOptions as NasOptions
@@ -139,8 +138,6 @@ class Sweep:
             "split": str(SplitName(options.seed)),
             "device": self.device,
         }
-        if (can_flip := DatasetRef.parse(self.dataset.name).can_flip) is not None:
-            spec["can_flip"] = can_flip  # the fingerprint does not cover it
         if kind == "truth":
             # `test` is part of the key: other runs reuse this row, and some of them need its test score.
             spec["test"] = self.test is not None
