@@ -117,7 +117,8 @@ def distill(
         dataset: a name, a path, an open dataset, a torch Dataset, or (images, labels).
         test: the test half of a torch Dataset or of tensors; default a fixed, stratified 20%.
         settings: overrides as for --set, such as `{"steps": 50, "method.lr_img": 0.5}`.
-        options: see below. `ipc` is 1 by default; an existing run in `run_dir` is resumed.
+        options: see below. `ipc` is 1 by default; an existing run in `run_dir` is resumed, and with `steps`
+            extended.
 
     Raises:
         InputError: a name or a value is invalid.
@@ -128,7 +129,9 @@ def distill(
     if how.run_dir is not None or how.out is not None:
         with tempfile.TemporaryDirectory() as folder:  # for a run that only its set is wanted of
             run_dir = how.run_dir or Path(folder) / "run"
-            return load_set(Path(_distil(plan, how.model_copy(update={"run_dir": run_dir})).artifact))
+            how = how.model_copy(update={"run_dir": run_dir})
+            more_steps = {**options, **(settings or {})}.get("steps") is not None
+            return load_set(Path(_distil(plan, how, more_steps).artifact))
     name = SplitName(how.val_seed)
     split, _ = name.carve(plan.dataset.train())
     ctx = make_context(plan, split, split_name=str(name), device=pick_device(how.device))
@@ -138,11 +141,13 @@ def distill(
 @_takes(PlanOptions, DistillOptions)
 def distill_to_run(method: str, **options: Any) -> distill_job.DistillResult:
     """Distil a dataset in a run folder and return what was measured: `ddray distill`."""
-    return _distil(_plan({**options, "method": method}, None, default_ipc=None), DistillOptions.pick(options))
+    plan = _plan({**options, "method": method}, None, default_ipc=None)
+    return _distil(plan, DistillOptions.pick(options), options.get("steps") is not None)
 
 
-def _distil(plan: Plan, how: DistillOptions) -> distill_job.DistillResult:
-    return distill_job.distill(plan, **{**dict(how), "device": pick_device(how.device)})
+def _distil(plan: Plan, how: DistillOptions, more_steps: bool) -> distill_job.DistillResult:
+    values = {**dict(how), "device": pick_device(how.device)}
+    return distill_job.distill(plan, **values, more_steps=more_steps)
 
 
 @_takes(ForeignOptions)

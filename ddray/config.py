@@ -135,10 +135,32 @@ def _model(annotation: Any) -> type[BaseModel] | None:
     return next((model for argument in get_args(annotation) if (model := _model(argument)) is not None), None)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which a mapping names a key once: of two, YAML itself silently takes the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        names: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in names:
+                    line = key.start_mark.line + 1
+                    raise yaml.YAMLError(f"line {line}: the key {key.value!r} is there twice; keep one")
+                names.add((key.tag, key.value))
+        return node
+
+
+def _load(text: str) -> Any:
+    return yaml.load(text, _Loader)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping; InputError if the file is missing, is not YAML, or is not a mapping."""
+    """Read a YAML mapping; InputError if the file is missing, is not YAML, or is not a mapping.
+
+    A key that a mapping names twice, at any depth, is an InputError too.
+    """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = _load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"config file must be readable, got {path}: {error.strerror}") from error
     except (yaml.YAMLError, ValueError) as error:  # YAML raises ValueError for the 45th of a month
@@ -173,9 +195,10 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
         if not equals or not all(name.strip().split(".")):
             raise InputError(f"--set takes key=value, got {pair!r}; example: --set method.lr_img=0.5")
         try:
-            value = _number(yaml.safe_load(text))
+            value = _number(_load(text))
         except (yaml.YAMLError, ValueError) as error:
-            raise InputError(f"--set {name}: the value must be YAML, got {text!r}") from error
+            reason = " ".join(str(error).split())
+            raise InputError(f"--set {name}: the value must be YAML, got {text!r}: {reason}") from error
         overrides = merge(overrides, nest(name.strip(), value))
     return overrides
 

@@ -11,7 +11,9 @@ trained once for all tests of a session.
 
 import io
 import pickle
+import re
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,8 +27,9 @@ from ddray.artifact.distilled_set import DistilledSet
 from ddray.artifact.reading import load
 from ddray.config import Config
 from ddray.data import Dataset, Split, open_dataset
-from ddray.distillation.method import DistillContext, Distiller
-from ddray.jobs.context import make_context, make_distiller
+from ddray.distillation.method import DistillContext, Distiller, schedule_of
+from ddray.errors import InputError
+from ddray.jobs.context import check_longer, make_context, make_distiller
 from ddray.jobs.plan import PRESETS, Plan, budget_method, resolve
 from ddray.methods import get_method
 from ddray.tuning.space import grid, method_space, sample
@@ -198,6 +201,28 @@ class MethodContract:
         assert _same(second.state_dict(), whole.state_dict()), "another state after a resume"
         assert _same(rest, losses[cut:]), "other losses after a resume"
         assert _same(state, _through_a_file(first.state_dict())), "later steps changed the loaded state"
+
+    def test_a_longer_run_continues_a_shorter_one_or_is_refused(self, method: str) -> None:
+        """Bit for bit; a method that depends on the number of steps says how in `schedule`."""
+        plan = resolve(method, random_dataset(), ipc=2, layers=[{"compile": "off"}])
+        if plan.config.steps == 0:
+            pytest.skip("the method takes no number of steps")
+        plans = [replace(plan, config=plan.config.model_copy(update={"steps": steps})) for steps in (2, 5)]
+        if schedule := schedule_of(get_method(method)):
+            with pytest.raises(InputError, match=re.escape(schedule)):
+                check_longer(*plans)
+            return
+        check_longer(*plans)
+        runs = (_started(method, random_dataset(), steps=steps, ipc=2)[1] for steps in (2, 5, 5))
+        shorter, longer, whole = runs
+        losses = [whole.step()["loss"] for _ in range(5)]
+        rest = [shorter.step()["loss"] for _ in range(2)]
+        longer.load_state_dict(_through_a_file(shorter.state_dict()))
+        rest += [longer.step()["loss"] for _ in range(3)]
+        reason = "; if that is meant, say in `schedule` what depends on the number of steps"
+        assert _same(rest, losses), f"other losses than those of one long run{reason}"
+        assert _same(longer.snapshot().images, whole.snapshot().images), f"other images{reason}"
+        assert _same(longer.state_dict(), whole.state_dict()), f"another state{reason}"
 
     def test_a_state_is_a_copy(self, method: str) -> None:
         """Later steps change neither a state nor a set returned earlier."""

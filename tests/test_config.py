@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -186,3 +187,46 @@ def test_difference_names_what_changed() -> None:
 def test_nest() -> None:
     assert nest("a.b", 1) == {"a": {"b": 1}}
     assert nest("a", None) == {"a": None}
+
+
+class TestDuplicateKeys:
+    @pytest.mark.parametrize(
+        ("text", "line", "key"),
+        [
+            ("steps: 3\nmethod: {}\nsteps: 4\n", 3, "steps"),
+            ("method:\n  lr_img: 1\n  momentum: 0\n  'lr_img': 2\n", 4, "lr_img"),
+            ("rows:\n- {name: dm, steps: 1, name: dc}\n", 2, "name"),
+            ("<<: {a: 1}\nb: 1\nb: 1\n", 3, "b"),
+            ("a: {1: x, 1: y}\n", 1, "1"),
+        ],
+    )
+    def test_they_are_refused_with_line_and_name(
+        self, text: str, line: int, key: str, tmp_path: Path
+    ) -> None:
+        (tmp_path / "a.yaml").write_text(text)
+
+        with pytest.raises(
+            InputError, match=rf"a\.yaml: line {line}: the key '{key}' is there twice; keep one"
+        ):
+            read_yaml(tmp_path / "a.yaml")
+
+    def test_a_merged_key_may_be_overridden(self, tmp_path: Path) -> None:
+        (tmp_path / "a.yaml").write_text(
+            "base: &b {lr: 1, p: 2}\none: &o {<<: *b, lr: 3}\ntwo: {<<: *o, p: 4}\n"
+        )
+
+        values = read_yaml(tmp_path / "a.yaml")
+
+        assert values["one"] == {"lr": 3, "p": 2}
+        assert values["two"] == {"lr": 3, "p": 4}
+
+    def test_an_option_is_yaml_too(self) -> None:
+        with pytest.raises(InputError, match=r"--set method: .* the key 'lr_img' is there twice"):
+            parse_overrides(["method={lr_img: 1, lr_img: 2}"])
+        assert parse_overrides(["steps=3", "steps=4"]) == {"steps": 4}
+
+    def test_no_module_reads_yaml_otherwise(self) -> None:
+        root = Path(__file__).parents[1] / "ddray"
+        readers = [path.name for path in root.rglob("*.py") if re.search(r"yaml\.\w*load", path.read_text())]
+
+        assert readers == ["config.py"]

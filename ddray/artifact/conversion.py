@@ -14,6 +14,7 @@ from ddray.artifact.partition import padded_parts
 from ddray.config import merge
 from ddray.data import Dataset, PixelSpace
 from ddray.errors import InputError
+from ddray.system.tensors import check_channels_first
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ def adopt(path: Path, name: str, foreign: ForeignSet, request: ForeignRequest) -
             f"{path} must hold images [N, C, H, W] and labels [N] >= 0, "
             f"got {list(images.shape)}, {list(labels.shape)}"
         )
+    check_channels_first(images.shape[1:], f"{path}: the shape of an image")
     soft, targets = None, labels.float() if foreign.are_targets else None
     if targets is not None:
         labels = torch.zeros(0, dtype=torch.int64)

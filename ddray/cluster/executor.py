@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ddray.cluster.runtime import check_capacity, ray_runtime, sigterm_as_sigint
+from ddray.cluster.runtime import check_capacity, check_temporary_folder, ray_runtime, sigterm_as_sigint
 from ddray.errors import InputError
 from ddray.runs.executor import Executor, LocalExecutor, Outcome, Task, WorkerPool
 from ddray.system.worker import prepare_worker, set_threads
@@ -30,6 +30,10 @@ class RayExecutor:
     max_workers: int | None = None  # at a time; None for as many as fit
     address: str | None = None  # the cluster's; None starts a local one
     per: str = "trial"  # what the command's options call a worker: `--cpus-per-<per>`
+
+    def __post_init__(self) -> None:
+        if self.address is None:
+            check_temporary_folder()  # before the command makes a run folder
 
     @contextmanager
     def workers(self) -> Iterator[WorkerPool]:

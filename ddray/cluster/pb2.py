@@ -97,7 +97,9 @@ def run_pb2(search: Search, payload: Payload, workers: WorkerPool) -> None:
         log.info("pb2 varies numbers only: %s keep the paper's values", ", ".join(left_out))
     ends = segment_ends(search.plan.config.steps)
     drawn = (sample(space, job.seed, number) if number else {} for number in range(search.num_samples))
-    initial = [{**search.paper, **params} for params in drawn]
+    initial = [
+        {**search.paper, **search.start_points.get(number, params)} for number, params in enumerate(drawn)
+    ]
     members = [Member(number, dict(params)) for number, params in enumerate(initial)]
     for number, params in enumerate(initial):
         search.run.ledger.begin(search.unit(number, params), epoch=job.epoch, number=number, params=params)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Final
 
 from ddray.errors import DdrayError, InputError
 from ddray.system.worker import cpu_count
@@ -28,6 +28,22 @@ _ENVIRONMENT = {
 }
 
 _GRACE_S = 30.0
+_MAX_SOCKET: Final = 103 if sys.platform == "darwin" else 107  # bytes of a Unix socket's path
+_SOCKET: Final = "/ray/session_2026-01-01_00-00-00_000000_{pid}/sockets/plasma_store"
+
+
+def check_temporary_folder() -> None:
+    """Refuse a folder for temporary files in which a local Ray can't open its sockets: InputError."""
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        return
+    on_linux = sys.platform.startswith("linux")
+    name = "TMPDIR" if on_linux and "RAY_TMPDIR" not in os.environ else "RAY_TMPDIR"  # as Ray looks
+    folder, longest = os.environ.get(name, "/tmp"), _MAX_SOCKET - len(_SOCKET.format(pid=os.getpid()))
+    if len(os.fsencode(folder)) > longest:
+        raise InputError(
+            f"{name} must have at most {longest} bytes (Ray opens sockets below it), got {folder}; set "
+            "RAY_TMPDIR to a folder with a short name, such as /tmp"
+        )
 
 
 @contextmanager
@@ -54,6 +70,7 @@ def ray_runtime(address: str | None) -> Iterator[None]:
         "runtime_env": {"env_vars": {**_ENVIRONMENT, **_worker_environment()}},
     }
     if address is None:
+        check_temporary_folder()
         # "local" even if a cluster runs on this machine: one is joined only on request.
         settings |= {"include_dashboard": False, "num_cpus": cpu_count()}
     try:

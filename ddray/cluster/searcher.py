@@ -68,7 +68,9 @@ class TpeSource:
 
 
 class NumberedSearch(Searcher):
-    """Hands out numbered trials: queued ones first (the paper's point, unfinished ones), then new numbers.
+    """Hands out numbered trials: queued ones first, then new numbers.
+
+    Queued are the paper's point, unfinished trials and the user's start points.
 
     The search's time budget begins now; `rows` are its finished trials.
     """
@@ -80,6 +82,8 @@ class NumberedSearch(Searcher):
         self._queued = search.unfinished()
         if 0 in missing and 0 not in dict(self._queued):
             self._queued.insert(0, (0, search.paper))
+        left = set(missing) - dict(self._queued).keys()
+        self._queued += ((number, params) for number, params in search.start_points.items() if number in left)
         self._fresh = [trial_number for trial_number in missing if trial_number not in dict(self._queued)]
         self._points = grid(search.space, search.paper) if options.strategy == "grid" else None
         uses_tpe = options.strategy in ("asha-tpe", "tpe") and bool(search.space)

@@ -24,7 +24,7 @@ from ddray.jobs.plan import Plan, budget_method
 from ddray.ranking.objective import SpearmanObjective, spearman_objective
 from ddray.ranking.options import NasOptions
 from ddray.ranking.spaces import get_space
-from ddray.runs.folder import Run, open_run
+from ddray.runs.folder import Run, extended_from, open_run, read_config
 from ddray.runs.ledger import Row
 from ddray.runs.results import write_results
 from ddray.tuning.finals import run_finals
@@ -32,8 +32,9 @@ from ddray.tuning.options import TuneOptions
 from ddray.tuning.payload import pack
 from ddray.tuning.report import write_report
 from ddray.tuning.result import TuneResult
-from ddray.tuning.search import Search, best_trial, paper_trial
+from ddray.tuning.search import Search, best_trial, earlier_tests, paper_trial, reopen
 from ddray.tuning.space import Range, Space, grid, method_space
+from ddray.tuning.start_points import Points, number_start_points, read_start_points
 from ddray.tuning.study import score_of, status_of
 from ddray.tuning.trial import ETA
 from ddray.tuning.worker import SearchJob
@@ -44,7 +45,8 @@ log = logging.getLogger(__name__)
 def tune(plan: Plan, options: TuneOptions, *, run_dir: Path | None, resume: bool) -> TuneResult:
     """Run a search, or continue the one in `run_dir` (None makes a numbered folder).
 
-    The plan's settings are the paper's point of the search.
+    The plan's settings are the paper's point of the search. A search is continued with more trials if the
+    options name a larger number of them.
 
     Raises:
         InputError: the space, the plan or an option is bad, or the test set can't be read at the end.
@@ -60,10 +62,11 @@ def tune(plan: Plan, options: TuneOptions, *, run_dir: Path | None, resume: bool
     check_size(plan, train)
     _check_objective(plan, options)
     num_samples = _num_samples(options, space, paper, plan.config.steps)
-    run = open_run(run_dir, _run_config(plan, options, space, num_samples), command="tune", resume=resume)
+    cpus, gpus = options.cpus_per_trial, options.gpus_per_trial
+    executor = RayExecutor(cpus, gpus, options.max_concurrent, options.address)
+    run, start_points = _open(plan, options, space, paper, num_samples, run_dir, resume)
     job = _job(plan, options, run, _nas_objective(plan, options, train, val, run))
-    executor = RayExecutor(job.cpus, job.gpus, options.max_concurrent, options.address)
-    search = Search(plan, options, space, paper, job, run, num_samples)
+    search = Search(plan, options, space, paper, job, run, num_samples, start_points)
     if search.missing():
         with sigterm_as_sigint(), ray_runtime(options.address):
             _run_missing(search, train, val, executor)
@@ -80,14 +83,49 @@ def tune(plan: Plan, options: TuneOptions, *, run_dir: Path | None, resume: bool
     return result
 
 
-def _run_config(plan: Plan, options: TuneOptions, space: Space, num_samples: int) -> dict[str, Any]:
-    """Return what must not change when the run is resumed."""
+def _open(
+    plan: Plan,
+    options: TuneOptions,
+    space: Space,
+    paper: Mapping[str, Any],
+    num_samples: int,
+    run_dir: Path | None,
+    resume: bool,
+) -> tuple[Run, Points]:
+    """Open the run's folder, extended if more trials are asked for; return it with the start points."""
+    points = read_start_points(options.start_points, plan, space)
+    if points and options.strategy == "grid":
+        raise InputError("strategy grid tries every combination of the space: it takes no --start-point")
+    before, extended = read_config(run_dir) if resume else {}, None
+    earlier_points = {int(number): point for number, point in before.get("start_points", {}).items()}
+    first = num_samples if before else 1
+    if "num_samples" in options.model_fields_set:
+        smaller = extended_from(before, "num_samples", num_samples)
+        if smaller is not None:
+            if options.strategy == "pb2":
+                rule = f"--num-samples is pb2's population, which can't grow from {smaller}"
+                raise InputError(f"{rule} to {num_samples}; use a new --run-dir")
+            first, extended = smaller, {n: before.get(n) for n in ("num_samples", "start_points")}
+    start_points = number_start_points(points, paper, earlier_points, range(first, num_samples))
+    config = _run_config(plan, options, space, num_samples, start_points)
+    run = open_run(run_dir, config, command="tune", resume=resume, extended=extended)
+    if extended is not None:
+        reopen(run)
+        run.write_config()
+    return run, start_points
+
+
+def _run_config(
+    plan: Plan, options: TuneOptions, space: Space, num_samples: int, start_points: Points
+) -> dict[str, Any]:
+    """Return what must not change when the run is resumed, but for larger numbers of trials and points."""
     names = () if options.objective == "val-accuracy" else ("objective", "nas_sample", "nas_epochs")
     return {
         **plan.describe(),
         "strategy": options.strategy,
         "num_samples": num_samples,
         "space": {name: {value_range.kind: value_range.ends()} for name, value_range in space.items()},
+        **({"start_points": {str(n): point for n, point in start_points.items()}} if start_points else {}),
         "final_sets": options.final_sets,
         "device": "cuda" if options.gpus_per_trial > 0 else "cpu",
         **{name: getattr(options, name) for name in names},
@@ -224,6 +262,7 @@ def _result(
             "paper_point": {objective: paper_score, **(scores["paper"]["scores"] if paper else none)},
             "artifact": scores["best"]["artifact"],
             **scores["best"]["scores"],
+            **({"earlier_tests": tests} if (tests := earlier_tests(run)) else {}),
             "wall_s": time.perf_counter() - begin,
         }
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddray.drawing.text import percent
+from ddray.system.progress import plain_console
 
 if TYPE_CHECKING:
     from ddray.pool.listing import PoolEntryInfo, PoolModel
@@ -19,9 +20,7 @@ if TYPE_CHECKING:
 
 def show(tables: Any) -> None:
     """Print a table, or a list of tables, on stdout."""
-    from rich.console import Console
-
-    console = Console()
+    console = plain_console()
     for table in tables if isinstance(tables, list) else (tables,):
         console.print(table)
 
@@ -31,6 +30,8 @@ def table_of(title: str, values: Mapping[str, Any]) -> Any:
     from rich.table import Table
 
     table = Table(title=title, show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")  # a long path is not cut
     for name, value in values.items():
         text = f"{value:.4g}" if isinstance(value, float) else str(value)
         table.add_row(name, text if len(text) < 400 else text[:400] + " ...")
@@ -110,6 +111,7 @@ def _measured(result: dict[str, Any], measures: Mapping[str, Any]) -> Iterator[t
 def tune_tables(result: TuneResult) -> list[Any]:
     """Return a table of a search's results and files."""
     best, paper, folder = result.best, result.paper_point, Path(result.run_dir)
+    tests = ", ".join(map(str, result.earlier_tests))
     summary = {
         "trials": f"{result.num_trials} ({result.num_failed} failed, "
         f"{result.num_stopped_early} stopped early)",
@@ -117,6 +119,7 @@ def tune_tables(result: TuneResult) -> list[Any]:
         **_val_line(result.objective, best, paper),
         "test accuracy %": percent(result.test_accuracy_mean, result.test_accuracy_std)
         + f" (paper's point {percent(paper.test_accuracy_mean, paper.test_accuracy_std)})",
+        **({"test opened before": f"after {tests} trials"} if tests else {}),
         "seconds": f"{result.wall_s:.0f}",
         "artifact": result.artifact,
         "picture": Path(result.artifact).with_suffix(".png"),

@@ -97,7 +97,9 @@ def _plain(field: FieldInfo) -> tuple[Any, Any]:
             kind = get_args(kind)[0]
         elif origin is tuple:
             item = get_args(kind)[0]
-            several: Any = list[get_args(item)[0] if get_origin(item) else item]  # type: ignore[misc]
+            while get_origin(item) is not None:
+                item = get_args(item)[0]
+            several: Any = list[item]  # type: ignore[valid-type]
             return (several, default) if field.is_required() else (several | None, None)
         else:
             kind = str if origin is Literal else get_args(kind)[0]

@@ -16,6 +16,7 @@ from torch import Tensor
 from ddray import seeding
 from ddray.data.reference import DatasetRef
 from ddray.errors import InputError
+from ddray.system.tensors import check_channels_first
 
 _SPLIT_NAME: Final = re.compile(r"train(?:-val(\d+))?")
 _HASH_CHUNK = 4096  # images hashed at a time: bounds the memory of memory-mapped sets
@@ -107,6 +108,9 @@ class Dataset:
             return self
         name = str(DatasetRef.parse(self.name).with_options(can_flip=can_flip))
         return replace(self, name=name, can_flip=bool(can_flip))
+
+    def __post_init__(self) -> None:
+        check_channels_first(self.image_shape, f"the image shape of {self.name}")
 
     @property
     def num_classes(self) -> int:

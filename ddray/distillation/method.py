@@ -183,6 +183,10 @@ class Distiller(Engine, Protocol):
         config_type: the method's settings, a `MethodConfig`.
         num_steps: steps of a whole run; 0 for methods that select in `setup`. If the number depends on the
             images (D3HR), it is 0 until `setup` has run.
+
+    A class attribute `schedule`, a str, says what depends on the number of steps, such as "its learning rate
+    falls to 0 over the run". Without it, the first steps of a longer run are those of a shorter one, which
+    `--resume --steps MORE` therefore continues (see `schedule_of`).
     """
 
     config_type: ClassVar[type[Config]]
@@ -196,6 +200,11 @@ class Distiller(Engine, Protocol):
 
     def setup(self, ctx: DistillContext) -> None:
         """Take splits, pool, generators and device; make the initial images."""
+
+
+def schedule_of(method_class: type[Distiller]) -> str:
+    """Return what of a method depends on the number of steps; empty: nothing."""
+    return str(getattr(method_class, "schedule", ""))
 
 
 class BudgetDistiller(Distiller, Protocol):

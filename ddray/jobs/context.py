@@ -9,7 +9,7 @@ import torch
 
 from ddray.data import Dataset, PixelSpace, Split
 from ddray.data.pixels import pixel_space
-from ddray.distillation.method import DistillContext, Distiller
+from ddray.distillation.method import DistillContext, Distiller, schedule_of
 from ddray.errors import InputError
 from ddray.jobs.plan import Plan, budget_method
 from ddray.jobs.trainers import PoolTrainer
@@ -158,6 +158,22 @@ def check_plan(plan: Plan) -> bool:
         images_per_step=int(getattr(config.method, "batch_real", 0)) * dataset.num_classes,
         image_shape=dataset.image_shape,
     )
+
+
+def check_longer(shorter: Plan, plan: Plan) -> None:
+    """Refuse to continue a run for more steps unless its first ones are those of the longer run.
+
+    InputError if the method depends on the number of steps, or only the longer run is compiled.
+    """
+    if shorter.config.steps == 0:
+        return
+    steps = plan.config.steps
+    rule = f"--steps {steps} can't continue a run of {shorter.config.steps}"
+    if schedule := schedule_of(get_method(plan.method)):
+        raise InputError(f"{rule}, {plan.method} depends on their number: {schedule}; use a new --run-dir")
+    if check_plan(shorter) != check_plan(plan):
+        reason = f"compile=auto compiles a run of {steps} from its first step, and has not compiled this one"
+        raise InputError(f"{rule}: {reason}; use a new --run-dir")
 
 
 def make_distiller(plan: Plan) -> Distiller:

@@ -1,7 +1,9 @@
 """`ddray distill` as a function: a run folder with its checkpoints, its set and its results."""
 
 import json
+import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,15 @@ from ddray.distillation.loop import Distillation, run_distillation
 from ddray.distillation.method import DistillContext, Distiller
 from ddray.drawing.images import save_pictures
 from ddray.errors import DdrayError, InputError
-from ddray.jobs.context import make_context, make_distiller
+from ddray.jobs.context import check_longer, make_context, make_distiller
 from ddray.jobs.plan import Plan
-from ddray.runs.folder import Run, open_run
+from ddray.runs.folder import Run, extended_from, open_run, read_config
 from ddray.runs.ledger import Row, Unit
 from ddray.runs.results import write_results
-from ddray.system.files import write_text
+from ddray.system.files import storage_errors, write_text
 from ddray.system.progress import progress
+
+log = logging.getLogger(__name__)
 
 
 class DistillResult(Result):
@@ -58,15 +62,17 @@ def distill(
     resume: bool = False,
     out: Path | None = None,
     val_seed: int | None = None,
+    more_steps: bool = False,
 ) -> DistillResult:
     """Distil all of train, or all but a val tenth, in a run directory that can be resumed.
 
     Without `run_dir`, the run gets a numbered folder under `runs/`. The artifact `out`, by default
     `<run>/distilled.pt`, is replaced only after success. `val_seed` excludes the val tenth that `tune` and
-    `nas` score on with this seed.
+    `nas` score on with this seed. With `more_steps`, a run of fewer steps than the plan's is continued to
+    the same bytes as one run of all; its row is set aside as `<key>.extended`.
 
     Raises:
-        InputError: the plan does not fit the dataset, or the folder can't be used.
+        InputError: the plan does not fit the dataset, the folder can't be used, or its run can't be extended.
         DivergedError: the loss became NaN.
         StorageError: a file can't be written.
     """
@@ -77,8 +83,12 @@ def distill(
     split, split_name = SplitName(val_seed).carve(plan.dataset.train())[0], str(SplitName(val_seed))
     ctx = make_context(plan, split, split_name=split_name, device=device)
     config = {**plan.describe(), "device": device.type, "split": split_name}
-    run = open_run(run_dir, config, command="distill", resume=resume)
+    shorter = _shorter(plan, run_dir) if resume and more_steps else None
+    extended = None if shorter is None else {"steps": shorter.config.steps}
+    run = open_run(run_dir, config, command="distill", resume=resume, extended=extended)
     unit = distill_unit(plan, split_name)
+    if shorter is not None:
+        _extend(run, distill_unit(shorter, split_name), unit)
     run.ledger.begin(unit, epoch=run.epoch)
     distillation = _run(plan, distiller, ctx, run, unit)
     target = (out or run.folder / "distilled.pt").absolute()
@@ -91,6 +101,29 @@ def distill(
     run.ledger.publish(unit, Row.done(unit, result, distillation.wall_s), epoch=run.epoch)
     write_results(run.folder / "results.csv", run.ledger.rows())
     return DistillResult.parse({**result, "run_dir": str(run.folder)})
+
+
+def _shorter(plan: Plan, run_dir: Path | None) -> Plan | None:
+    """Return the plan of a folder's run of fewer steps, None if there is none; InputError: `check_longer`."""
+    steps = extended_from(read_config(run_dir), "steps", plan.config.steps)
+    if steps is None:
+        return None
+    shorter = replace(plan, config=plan.config.model_copy(update={"steps": steps}))
+    check_longer(shorter, plan)
+    return shorter
+
+
+def _extend(run: Run, shorter: Unit, unit: Unit) -> None:
+    """Let a unit go on from the checkpoint of one with fewer steps, in an order that a kill can't harm."""
+    before, checkpoint = run.checkpoint(shorter.key), run.checkpoint(unit.key)
+    steps = shorter.spec["steps"]
+    if before.exists():
+        with storage_errors(checkpoint):
+            before.replace(checkpoint)
+    elif steps and not checkpoint.exists():
+        log.warning("there is no checkpoint %s: the first %d steps are run again", before, steps)
+    run.ledger.withdraw(shorter.key, "extended")
+    run.write_config()
 
 
 def _run(plan: Plan, distiller: Distiller, ctx: DistillContext, run: Run, unit: Unit) -> Distillation:

@@ -22,7 +22,8 @@ class PlanOptions(DataOptions):
     sets: Names = named("set", "sets")
     """key=value, such as method.lr_img=0.5; repeatable."""
     steps: int | None = None
-    """Steps of a run (in a search: of a full trial); 0 writes the initial images."""
+    """Steps of a run (in a search: of a full trial); 0 writes the initial images. With --resume, a larger
+    number extends a run."""
     seed: int = 0
     """Every draw is derived from it."""
 

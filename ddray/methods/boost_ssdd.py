@@ -52,7 +52,7 @@ from ddray.methods.families.ssl.budget import (
     given_budget,
     teacher_of,
 )
-from ddray.methods.families.ssl.loop import BilevelLoop, Rows
+from ddray.methods.families.ssl.loop import SCHEDULE, BilevelLoop, Rows
 from ddray.methods.families.ssl.memory import Extent, check_memory, declared_teacher
 from ddray.methods.families.ssl.teacher import teacher_net
 from ddray.nets import Net
@@ -278,5 +278,10 @@ def _start_view_coefficients(
 
 
 METHOD: Final = make_method(
-    BoostSsddConfig, preset, start, specs_of=pool_specs, num_distilled_of=num_distilled
+    BoostSsddConfig,
+    preset,
+    start,
+    specs_of=pool_specs,
+    num_distilled_of=num_distilled,
+    schedule=SCHEDULE,
 )

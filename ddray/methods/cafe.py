@@ -189,4 +189,5 @@ class CAFE(ImagesEngine):
         copy_values(self._net, state["net"])
 
 
-METHOD: Final = make_method(CAFEConfig, preset, CAFE)
+_SCHEDULE: Final = "its learning rate is halved after 60, 80 and 90 % of the steps"
+METHOD: Final = make_method(CAFEConfig, preset, CAFE, schedule=_SCHEDULE)

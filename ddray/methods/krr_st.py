@@ -34,7 +34,7 @@ from ddray.methods.families.ssl.budget import (
     num_pairs,
     teacher_of,
 )
-from ddray.methods.families.ssl.loop import BilevelLoop, Rows
+from ddray.methods.families.ssl.loop import SCHEDULE, BilevelLoop, Rows
 from ddray.methods.families.ssl.memory import Extent, check_memory, declared_teacher
 from ddray.pool.spec import PoolSpec
 
@@ -98,4 +98,6 @@ def start(ctx: DistillContext, config: KrrStConfig) -> BilevelLoop:
     return BilevelLoop(ctx, config, parameters, synthesise, extent, make_set)
 
 
-METHOD: Final = make_method(KrrStConfig, preset, start, specs_of=pool_specs, num_distilled_of=num_pairs)
+METHOD: Final = make_method(
+    KrrStConfig, preset, start, specs_of=pool_specs, num_distilled_of=num_pairs, schedule=SCHEDULE
+)

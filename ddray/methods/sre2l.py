@@ -169,4 +169,5 @@ class SRe2L:
         load_optimizer_state(self._optimizer, {0: state["moments"]} if state["moments"] else {})
 
 
-METHOD: Final = make_method(SRe2LConfig, preset, SRe2L)
+_SCHEDULE: Final = "its learning rate falls as a cosine over the steps"
+METHOD: Final = make_method(SRe2LConfig, preset, SRe2L, schedule=_SCHEDULE)

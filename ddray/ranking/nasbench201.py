@@ -236,7 +236,8 @@ def _open_api(path: Path, structures: Sequence[str]) -> tuple[Any, list[int]]:
     The package copies its input: no other cell is passed to it.
     """
     if not path.is_file():
-        raise InputError(f"--truth api:FILE must name NAS-Bench-201's .pth file, {path} does not exist")
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise InputError(f"--truth api:FILE must name NAS-Bench-201's .pth file, {path} {what}")
     try:
         package = importlib.import_module("nas_201_api")
     except ImportError as error:

@@ -1,4 +1,7 @@
-"""Run directories: made atomically, never reused by accident, resumed only with the same configuration."""
+"""Run directories: made atomically, never reused by accident, resumed only with the same configuration.
+
+Two numbers may grow on a resume: the steps of a distillation, and the trials of a search.
+"""
 
 import contextlib
 import json
@@ -6,7 +9,7 @@ import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import yaml
 
@@ -17,6 +20,7 @@ from ddray.runs.ledger import Ledger
 from ddray.system.files import storage_errors, write_text
 
 log = logging.getLogger(__name__)
+_GROWING: Final = {"distill": "steps", "tune": "num_samples"}
 
 
 class Run:
@@ -29,10 +33,14 @@ class Run:
         resumed: whether the folder already had a run.
     """
 
-    def __init__(self, folder: Path, *, resumed: bool) -> None:
-        self.folder, self.resumed = folder, resumed
+    def __init__(self, folder: Path, settings: Mapping[str, Any], *, resumed: bool) -> None:
+        self.folder, self.resumed, self._settings = folder, resumed, settings
         self.ledger = Ledger(folder)
         self.epoch = self.ledger.open_epoch()
+
+    def write_config(self) -> None:
+        """Write this call's settings to config.yaml: the run that it extends is now the larger one."""
+        _write_config(self.folder, self._settings)
 
     def checkpoint(self, key: str) -> Path:
         """Return the path of a unit's checkpoint."""
@@ -44,7 +52,14 @@ class Run:
             shutil.rmtree(self.folder)
 
 
-def open_run(run_dir: Path | None, config: Mapping[str, Any], *, command: str, resume: bool) -> Run:
+def open_run(
+    run_dir: Path | None,
+    config: Mapping[str, Any],
+    *,
+    command: str,
+    resume: bool,
+    extended: Mapping[str, Any] | None = None,
+) -> Run:
     """Make a fresh run directory, or open one to resume.
 
     Args:
@@ -52,6 +67,8 @@ def open_run(run_dir: Path | None, config: Mapping[str, Any], *, command: str, r
         config: the resolved configuration, written to config.yaml; a resumed run must have the same.
         command: the command's name.
         resume: continue an existing folder; a missing one starts fresh.
+        extended: settings that the folder's config.yaml has instead of this call's; it keeps them until
+            `Run.write_config`.
 
     Raises:
         InputError: the folder exists and `resume` is off, or its configuration differs (with the diff).
@@ -65,15 +82,27 @@ def open_run(run_dir: Path | None, config: Mapping[str, Any], *, command: str, r
     else:
         folder = run_dir.absolute()
         if _has_run(folder, resume):
-            return _resumed(folder, settings)
+            return _resumed(folder, settings, {**settings, **(extended or {})})
         with storage_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "environment.json", environment())
-    write_text(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+    _write_config(folder, settings)
     with storage_errors(folder):
         (folder / "ledger").mkdir(exist_ok=True)
         (folder / "checkpoints").mkdir(exist_ok=True)
-    return Run(folder, resumed=False)
+    return Run(folder, settings, resumed=False)
+
+
+def read_config(run_dir: Path | None) -> dict[str, Any]:
+    """Return the config.yaml of a run folder; empty if there is none."""
+    path = None if run_dir is None else run_dir / "config.yaml"
+    return read_yaml(path) if path is not None and path.is_file() else {}
+
+
+def extended_from(config: Mapping[str, Any], name: str, value: int) -> int | None:
+    """Return the number `name` of a run's config.yaml if it is less than `value`; else None."""
+    before = config.get(name)
+    return before if isinstance(before, int) and before < value else None
 
 
 def _has_run(folder: Path, resume: bool) -> bool:
@@ -93,15 +122,18 @@ def _has_run(folder: Path, resume: bool) -> bool:
     return False
 
 
-def _resumed(folder: Path, settings: Mapping[str, Any]) -> Run:
-    """Open a run under its own configuration; write its environment, and warn of what has changed."""
-    changed = difference(read_yaml(folder / "config.yaml"), json.loads(json.dumps(settings)))
-    if changed:
+def _resumed(folder: Path, settings: Mapping[str, Any], expected: Mapping[str, Any]) -> Run:
+    """Open a run whose config.yaml is as expected; write its environment, and warn of what has changed."""
+    before = read_yaml(folder / "config.yaml")
+    if changed := difference(before, json.loads(json.dumps(expected))):
+        name = _GROWING.get(settings["command"], "")
+        is_larger = extended_from(before, name, settings.get(name, 0)) is not None
+        grow = f" (or name --{name.replace('_', '-')} {settings[name]} to extend it)" if is_larger else ""
         raise InputError(
             f"--resume needs the configuration that {folder} was started with; "
-            f"changed: {', '.join(changed)}; use the old values, or a new --run-dir"
+            f"changed: {', '.join(changed)}; use the old values{grow}, or a new --run-dir"
         )
-    run = Run(folder, resumed=True)
+    run = Run(folder, settings, resumed=True)
     latest, now = [folder / "environment.json", *environments(folder)][-1], environment()
     _write_json(folder / f"environment-{run.epoch}.json", now)
     with contextlib.suppress(OSError, ValueError):  # damaged: a report says so
@@ -111,6 +143,10 @@ def _resumed(folder: Path, settings: Mapping[str, Any]) -> Run:
         if changed := difference(old, new):
             log.warning("%s is resumed in a different environment: %s", folder, ", ".join(changed))
     return run
+
+
+def _write_config(folder: Path, settings: Mapping[str, Any]) -> None:
+    write_text(folder / "config.yaml", yaml.safe_dump(dict(settings), sort_keys=False))
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -6,7 +6,10 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 log = logging.getLogger(__name__)
 _LOG_EVERY_S = 30.0
@@ -19,21 +22,31 @@ class Show(Protocol):
         """Report the pieces done so far, a short note, and the new total if it has changed."""
 
 
+def plain_console(*, stderr: bool = False) -> "Console":
+    """Return a console that prints a name as it is: rich would take [v2] for a style, and :v2: for an emoji.
+
+    Everything that is printed by rich goes through it.
+    """
+    from rich.console import Console
+
+    return Console(stderr=stderr, markup=False, emoji=False)
+
+
 @contextmanager
 def progress(title: str, total: int, *, start: int = 0) -> Iterator[Show]:
     """Show progress of `total` pieces of work (0: unknown), of which `start` were done before."""
     in_notebook = _in_notebook()
     if (in_notebook or sys.stderr.isatty()) and total > 0:
         from rich import get_console
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
         from rich.progress import TimeRemainingColumn as Remaining
 
         columns = (
-            *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()),
-            *(TextColumn("ETA"), Remaining(), TextColumn("{task.fields[note]}")),
+            *(TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()),
+            *(TimeElapsedColumn(), TextColumn("ETA"), Remaining()),
+            TextColumn("{task.fields[note]}", markup=False),
         )
-        console = get_console() if in_notebook else Console(stderr=True)
+        console = get_console() if in_notebook else plain_console(stderr=True)
         with Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task(title, total=total, completed=start, note="")
 

@@ -4,6 +4,7 @@ import collections
 import io
 import logging
 import pickle
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,8 @@ def load_plain(path: Path) -> Any:
 
 def read_tensors(path: Path) -> Any:
     """Load a distilled set's file; InputError if it is missing, torn, or asks for code to be run."""
+    if path.is_dir():
+        raise InputError(f"a distilled set must be a file, {path} is a folder; name the file in it")
     if not path.is_file():
         raise InputError(f"a distilled set must be an existing file, got {path}")
     try:
@@ -74,6 +77,13 @@ def read_tensors(path: Path) -> Any:
     except ValueError as error:
         rule = "must be an undamaged distilled set of tensors and plain values"
         raise InputError(f"{path} {rule}: {error}; copy it again") from error
+
+
+def check_channels_first(shape: Sequence[int], what: str) -> None:
+    """Refuse the (C, H, W) of images if it is (H, W, C): InputError if they seem 1 or 3 pixels wide."""
+    if len(shape) == 3 and shape[2] in (1, 3) and shape[0] > 4:
+        rule = f"{what} must be (channels, height, width), got {tuple(shape)} with the channels last"
+        raise InputError(f"{rule}; use images.permute(0, 3, 1, 2)")
 
 
 def is_plain(value: Any) -> bool:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from ddray.system.progress import plain_console
+
 log = logging.getLogger(__name__)
 _MAX_ROWS = 20
 
@@ -26,10 +28,9 @@ class LiveTable:
         if not sys.stderr.isatty():
             yield
             return
-        from rich.console import Console
         from rich.live import Live
 
-        with Live(self._table(), console=Console(stderr=True), refresh_per_second=2) as self._live:
+        with Live(self._table(), console=plain_console(stderr=True), refresh_per_second=2) as self._live:
             yield
 
     def update(

@@ -1,13 +1,20 @@
 """Options of `ddray tune`."""
 
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from ddray.config import AbsolutePath, Config
+from ddray.config import AbsolutePath, Config, named
 
 Strategy = Literal["asha-tpe", "tpe", "random", "grid", "pb2"]
 Objective = Literal["val-accuracy", "nas-spearman"]
+
+StartPoints = Annotated[
+    tuple[AbsolutePath | dict[str, Any], ...],
+    BeforeValidator(lambda value: (value,) if isinstance(value, str | Path | dict) else value),
+]
+"""Files or mappings of names to values, or a single one."""
 
 
 class TuneOptions(Config):
@@ -16,7 +23,10 @@ class TuneOptions(Config):
     space: AbsolutePath | dict[str, Any] | None = None
     """YAML of ranges; default the method's shipped one."""
     num_samples: int = Field(default=16, ge=1)
-    """Trials, the paper's point among them."""
+    """Trials, the paper's point among them. With --resume, a larger number extends a search."""
+    start_points: StartPoints = named("start_point", "start_points")
+    """YAML of values for some of the space's names, or a best.yaml, tried after the paper's point; the other
+    names keep the preset's values; repeatable."""
     strategy: Strategy = "asha-tpe"
     """asha-tpe, tpe, random, grid or pb2."""
     objective: Objective = "val-accuracy"

@@ -45,6 +45,8 @@ class TuneResult(Result):
     test_accuracy_std: float | None
     test_num_networks: int
     """Networks behind the score on test."""
+    earlier_tests: tuple[int, ...] = ()
+    """Of an extended search: after how many trials test had been opened before."""
     wall_s: float
 
     def to_pandas(self) -> pd.DataFrame:

@@ -3,16 +3,17 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ddray.errors import DdrayError, InterruptedRunError
 from ddray.jobs.plan import Plan
 from ddray.runs.folder import Run
 from ddray.runs.ledger import Row, Unit
-from ddray.system.files import write_text
+from ddray.system.files import storage_errors, write_text
 from ddray.tuning.options import TuneOptions
 from ddray.tuning.space import Space
+from ddray.tuning.start_points import Points
 from ddray.tuning.study import score_of, trial_rows
 from ddray.tuning.trial import trial_unit
 from ddray.tuning.worker import SearchJob
@@ -31,6 +32,7 @@ class Search:
     job: SearchJob
     run: Run
     num_samples: int
+    start_points: Points = field(default_factory=dict)  # the user's
 
     def rows(self) -> list[Row]:
         """Return the trials' rows, by number."""
@@ -85,6 +87,22 @@ class Search:
                 f"the search ended with {self.num_samples - len(missing)} of {self.num_samples} trials in "
                 f"{folder}; run again with --run-dir {folder} --resume to finish it"
             )
+
+
+def reopen(run: Run) -> None:
+    """Let a search that has ended go on with more trials; that test was opened then stays on record."""
+    closed = run.folder / "search.closed"
+    if closed.exists():
+        num_trials = len(json.loads(closed.read_text("utf-8")))
+        text = "test was opened after %d trials of this search: a new winner will be scored on it again"
+        log.warning(text, num_trials)
+        with storage_errors(closed):
+            closed.replace(run.folder / f"search.closed-{num_trials}")
+
+
+def earlier_tests(run: Run) -> list[int]:
+    """Return after how many trials test had been opened before the search was extended."""
+    return sorted(int(path.name.rpartition("-")[2]) for path in run.folder.glob("search.closed-*"))
 
 
 def best_trial(rows: Sequence[Row]) -> Row:

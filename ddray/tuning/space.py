@@ -108,7 +108,9 @@ def method_space(
     if isinstance(source, Path):
         title = str(source)
         if not source.is_file():
-            raise InputError(f"a search needs a space file, got {source}; write one and pass it with --space")
+            what = "is a folder" if source.is_dir() else "does not exist"
+            fix = "write one and pass it with --space"
+            raise InputError(f"a search needs a space file, {source} {what}; {fix}")
     return read_space(source, title), title
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -135,3 +137,9 @@ def test_a_split_that_does_not_fit_is_refused(train: Split, words: str) -> None:
 def test_a_split_needs_a_label_per_image() -> None:
     with pytest.raises(InputError, match=r"labels \[N\]"):
         Split(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.tensor([0]))
+
+
+def test_images_whose_channels_come_last_are_refused(toy: Any) -> None:
+    with pytest.raises(InputError, match=r"got \(32, 32, 3\) with the channels last; use images\.permute"):
+        toy(shape=(32, 32, 3))
+    assert toy(shape=(3, 32, 32)).image_shape == (3, 32, 32)

@@ -70,6 +70,7 @@ def make_method(
     specs_of: PoolSpecs | None = None,
     num_distilled_of: NumDistilled | None = None,
     has_steps: bool = True,
+    schedule: str = "",
 ) -> type[Distiller]:
     """Return a method's class.
 
@@ -80,10 +81,13 @@ def make_method(
         specs_of: the pool entries that a run will request; default: none.
         num_distilled_of: `BudgetDistiller.num_distilled`, for a method that takes a budget.
         has_steps: False for a method that takes no number of steps: 0, or the engine's `num_steps`.
+        schedule: what depends on the number of steps; see `Distiller`.
     """
+    depends_on_steps = schedule
 
     class Method(_Run):
         config_type: ClassVar[type[Config]] = config_class
+        schedule: ClassVar[str] = depends_on_steps
 
         def __init__(self, config: Any, num_steps: int) -> None:
             self._config = config

@@ -8,7 +8,7 @@ no graph goes through the solve.
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,7 @@ from ddray.seeding import derive_seed
 from ddray.training.engine import Rule, Step
 from ddray.training.operations import crop_and_flip
 
+SCHEDULE: Final = "its learning rate falls linearly to 0 over the steps"
 DrawRows = Callable[[torch.Generator], tuple[Tensor, Tensor]]
 """Returns the rows of an inner step, detached: images [n, C, H, W] and targets [n, D]."""
 Rows = slice | Tensor
