@@ -46,9 +46,10 @@ def _read(source: Path | Mapping[str, Any], plan: Plan, space: Space) -> dict[st
     changed = type(method).parse({**preset, **values}, source=where)
     check_plan(replace(plan, config=plan.config.model_copy(update={"method": changed})))
     point = {name: changed.dump()[name] for name in space}
-    for name in values.keys() & space.keys():
-        if space[name].kind == "randint" and float(point[name]).is_integer():
-            point[name] = int(point[name])  # the field is a float
+    for name in sorted(values.keys() & space.keys()):
+        value = point[name]
+        if space[name].kind == "randint" and isinstance(value, float) and value.is_integer():
+            point[name] = int(value)  # as such a range is sampled
         if not space[name].contains(point[name]):
             rule = f"{name} must lie in the space, {space[name].kind} {space[name].ends()}"
             raise InputError(f"{where}: {rule}, got {point[name]!r}; widen the space, or change the point")
