@@ -58,9 +58,8 @@ def run_finals(
     units_by_key = {unit.key: unit for point_units in units.values() for unit in point_units}
     if missing := {key: unit for key, unit in units_by_key.items() if run.ledger.row(key) is None}:
         _run_missing(search, missing, executor, serve_pool)
-    for row in run.ledger.rows("evaluate"):
-        if row.key not in units_by_key:  # of the winner before the search was extended
-            run.ledger.withdraw(row.key, "extended")
+    for key in {row.key for row in run.ledger.rows("evaluate")} - units_by_key.keys():
+        run.ledger.withdraw(key, "extended")  # of the winner before the search was extended
     results = {name: _summary(run, point_units) for name, point_units in units.items()}
     if results["best"]["artifact"] is None:
         row = next(filter(None, (run.ledger.row(unit.key) for unit in units["best"])), None)

@@ -8,7 +8,7 @@ import pytest
 
 from ddray.config import read_yaml
 from ddray.errors import InputError
-from ddray.runs.folder import _numbered, open_run
+from ddray.runs.folder import _numbered, extended_from, open_run, read_config
 
 CONFIG = {"steps": 3, "lr": 1e-05, "method": {"layers": (1, 2), "init": None}, "name": "digits"}
 
@@ -129,7 +129,7 @@ def test_resume_after_a_crash_while_the_folder_was_being_made_starts_fresh(tmp_p
 @pytest.mark.parametrize(
     ("change", "command", "diff"),
     [
-        ({"steps": 4}, "distill", "steps: 3 -> 4"),
+        ({"steps": 2}, "distill", "steps: 3 -> 2"),
         ({"method": {"layers": (1, 3), "init": None}}, "distill", r"method\.layers: \[1, 2\] -> \[1, 3\]"),
         ({"more": 1}, "distill", "more: None -> 1"),
         ({}, "tune", "command: 'distill' -> 'tune'"),
@@ -143,6 +143,23 @@ def test_resume_with_another_configuration_is_refused_with_the_difference(
     with pytest.raises(InputError, match=f"changed: {diff}; use the old values, or a new --run-dir"):
         open_run(tmp_path / "run", {**CONFIG, **change}, command=command, resume=True)
     assert run.ledger.open_epoch() == 2  # the refused one opened none
+
+
+def test_an_extended_run_keeps_its_configuration_until_the_new_one_is_written(tmp_path: Path) -> None:
+    open_run(tmp_path / "run", CONFIG, command="distill", resume=False)
+    longer = {**CONFIG, "steps": 4}
+    assert extended_from(read_config(tmp_path / "run"), "steps", 4) == 3
+    with pytest.raises(InputError, match=r"use the old values \(or name --steps 4 to extend it\), or a new"):
+        open_run(tmp_path / "run", longer, command="distill", resume=True)
+
+    run = open_run(tmp_path / "run", longer, command="distill", resume=True, extended={"steps": 3})
+
+    assert read_config(tmp_path / "run")["steps"] == 3
+    run.write_config()
+    assert read_config(tmp_path / "run")["steps"] == 4
+    assert open_run(tmp_path / "run", longer, command="distill", resume=True).resumed
+    assert [extended_from(config, "steps", 4) for config in ({}, {"steps": 4}, {"steps": "a"})] == [None] * 3
+    assert read_config(None) == read_config(tmp_path / "none") == {}
 
 
 def test_resume_needs_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
