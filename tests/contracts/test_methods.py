@@ -33,6 +33,13 @@ class TestEveryMethod(MethodContract):
         return name
 
 
+def test_a_schedule_that_is_not_declared_breaks_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(get_method("sre2l"), "schedule", "")
+
+    with pytest.raises(AssertionError, match="say in `schedule` what depends on the number of steps"):
+        MethodContract().test_a_longer_run_continues_a_shorter_one_or_is_refused("sre2l")
+
+
 def test_there_are_methods() -> None:
     papers = {"cafe", "datadam", "dc", "dm", "dsa", "dsdm", "idm", "m3d", "mmd_pixel"}
     assert {"class_mean", "herding", "kcenter", "kmeans", "random"} | papers <= set(method_names())

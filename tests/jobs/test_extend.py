@@ -223,9 +223,9 @@ def test_only_more_steps_asked_for_by_name_extend_a_run(
 
 def test_other_settings_stay_those_of_the_run(digits: Any, tmp_path: Path) -> None:
     run(digits, tmp_path / "run", 3)
-    plan = plan_of(digits, 5, method={"batch_real": 8})
+    plan = plan_of(digits, 5, arch="convnet1_w8")
 
-    with pytest.raises(InputError, match=r"changed: method\.batch_real: 4 -> 8"):
+    with pytest.raises(InputError, match="changed: arch: 'convnet2_w8' -> 'convnet1_w8'; use"):
         distill(plan, device=CPU, run_dir=tmp_path / "run", resume=True, more_steps=True)
 
 
