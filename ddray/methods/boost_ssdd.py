@@ -283,5 +283,5 @@ METHOD: Final = make_method(
     start,
     specs_of=pool_specs,
     num_distilled_of=num_distilled,
-    schedule=SCHEDULE,
+    depends_on_steps=SCHEDULE,
 )

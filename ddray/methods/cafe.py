@@ -190,4 +190,4 @@ class CAFE(ImagesEngine):
 
 
 _SCHEDULE: Final = "its learning rate is halved after 60, 80 and 90 % of the steps"
-METHOD: Final = make_method(CAFEConfig, preset, CAFE, schedule=_SCHEDULE)
+METHOD: Final = make_method(CAFEConfig, preset, CAFE, depends_on_steps=_SCHEDULE)

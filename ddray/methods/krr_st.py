@@ -99,5 +99,5 @@ def start(ctx: DistillContext, config: KrrStConfig) -> BilevelLoop:
 
 
 METHOD: Final = make_method(
-    KrrStConfig, preset, start, specs_of=pool_specs, num_distilled_of=num_pairs, schedule=SCHEDULE
+    KrrStConfig, preset, start, specs_of=pool_specs, num_distilled_of=num_pairs, depends_on_steps=SCHEDULE
 )

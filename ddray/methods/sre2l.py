@@ -170,4 +170,4 @@ class SRe2L:
 
 
 _SCHEDULE: Final = "its learning rate falls as a cosine over the steps"
-METHOD: Final = make_method(SRe2LConfig, preset, SRe2L, schedule=_SCHEDULE)
+METHOD: Final = make_method(SRe2LConfig, preset, SRe2L, depends_on_steps=_SCHEDULE)

@@ -70,7 +70,7 @@ def make_method(
     specs_of: PoolSpecs | None = None,
     num_distilled_of: NumDistilled | None = None,
     has_steps: bool = True,
-    schedule: str = "",
+    depends_on_steps: str = "",
 ) -> type[Distiller]:
     """Return a method's class.
 
@@ -81,9 +81,8 @@ def make_method(
         specs_of: the pool entries that a run will request; default: none.
         num_distilled_of: `BudgetDistiller.num_distilled`, for a method that takes a budget.
         has_steps: False for a method that takes no number of steps: 0, or the engine's `num_steps`.
-        schedule: what depends on the number of steps; see `Distiller`.
+        depends_on_steps: what of the method does, and how: its `schedule` (see `Distiller`).
     """
-    depends_on_steps = schedule
 
     class Method(_Run):
         config_type: ClassVar[type[Config]] = config_class
