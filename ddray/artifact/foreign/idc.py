@@ -30,8 +30,8 @@ def check_factor(path: Path, request: ForeignRequest, hint: str = "") -> None:
     """Refuse to read images undecoded: nothing in the file says whether one holds several."""
     if request.factor is None:
         raise InputError(
-            f"{path} must be read with --factor N, the parts along each side of its images, which it does not "
-            f"say{hint}; 1 if they are whole"
+            f"{path} must be read with --factor N, the parts along each side of its images, which it does "
+            f"not say{hint}; 1 if they are whole"
         )
 
 
