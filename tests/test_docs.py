@@ -1,7 +1,8 @@
-"""The commands in README and CONTRIBUTING work: blocks after `<!-- test -->` are run as they are printed."""
+"""Blocks of README and CONTRIBUTING after `<!-- test -->` run as printed; data.md names tests that exist."""
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import os
@@ -21,6 +22,7 @@ from ddray.cli import _run
 from ddray.tuning.space import method_space
 
 ROOT = Path(__file__).resolve().parents[1]
+TEST_NAME = re.compile(r"`(tests/[\w/]+\.py)::([\w:]+)`")
 BLOCK = re.compile(r"^<!-- test(?:: (?P<tag>[a-z]+))? -->\n```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.M | re.S)
 
 
@@ -136,3 +138,22 @@ def test_contributing_file_passes_ruff(installed: Path) -> None:
     ):
         done = subprocess.run([*command, *arguments, target], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def defined_names(path: Path) -> set[str]:
+    """Return a module's functions and classes, and what is in its classes as `Class::function`."""
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    scopes = [("", body), *((f"{node.name}::", node.body) for node in body if isinstance(node, ast.ClassDef))]
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    return {prefix + node.name for prefix, nodes in scopes for node in nodes if isinstance(node, kinds)}
+
+
+def test_every_line_on_data_names_tests_that_exist() -> None:
+    text = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line.startswith("| ") and not line.endswith("| test |")]
+    assert len(lines) > 100
+    assert not [line for line in lines if not TEST_NAME.search(line)]
+    names = set(TEST_NAME.findall(text))
+    assert len(names) == len(set(re.findall(r"tests/[^ `]+::[^ `]+", text))), "each is read whole"
+    defined = {file: defined_names(ROOT / file) for file, _ in names}
+    assert not sorted(f"{file}::{name}" for file, name in names if name not in defined[file])
