@@ -1,7 +1,7 @@
 """Arrays as images and labels: what .npz files, tensors and torch Datasets hold.
 
 Images become bytes, and nothing may be cut off: floats must lie in [0, 1], integers in 0..255. Each value of
-a label is a class, in sorted order, unless there are names for the numbers 0, 1, ...
+a label is a class, in sorted order, unless there are names for the numbers 0, 1, ...; -1 is no label.
 """
 
 from collections.abc import Sequence
@@ -14,26 +14,28 @@ from ddray.errors import InputError
 
 Array = np.ndarray[Any, Any]
 _CHANNELS: Final = (1, 3)
+ROUNDED: Final = "stored with 8 bits (256 levels)"
 _EXACT: Final = 0.1  # floats this close to a 255th (float16 is) came from bytes
 
 
-def to_bytes(images: Array, where: str) -> tuple[Array, int]:
-    """Return images [N, ...] as uint8, and how many of them had to be rounded.
+def to_bytes(images: Array, where: str) -> tuple[Array, Array]:
+    """Return images [N, ...] as uint8, and which of them had to be rounded (`ROUNDED`), bool [N].
 
     Raises:
         InputError: their values are none that bytes can stand for.
     """
     if images.size == 0:
         raise InputError(f"a dataset must have images, got {list(images.shape)} in {where}")
+    exact = np.zeros(len(images), dtype=bool)
     if images.dtype == np.uint8:
-        return images, 0
+        return images, exact
     if images.dtype.kind not in "biuf":
         raise InputError(f"images must be numbers, got {images.dtype} {list(images.shape)} in {where}")
     low, high = images.min(), images.max()
     if images.dtype.kind in "iu":
         if low < 0 or high > 255:
             raise InputError(f"integer images must lie in 0..255, got {low}..{high} in {where}")
-        return images.astype(np.uint8), 0
+        return images.astype(np.uint8), exact
     if not (low >= 0 and high <= 1):  # also NaN
         raise InputError(
             f"float images must lie in [0, 1], got {low:.4g}..{high:.4g} in {where}; divide by the largest "
@@ -41,8 +43,7 @@ def to_bytes(images: Array, where: str) -> tuple[Array, int]:
         )
     scaled = images.astype(np.float32) * 255
     rounded = scaled.round()
-    off = np.abs(scaled - rounded).reshape(len(images), -1).max(axis=1) > _EXACT
-    return rounded.astype(np.uint8), int(off.sum())
+    return rounded.astype(np.uint8), np.abs(scaled - rounded).reshape(len(images), -1).max(axis=1) > _EXACT
 
 
 def channels_last(images: Array, where: str, *, first: bool) -> Array:
@@ -81,7 +82,10 @@ def to_values(labels: Any, num: int, where: str) -> Array:
     Raises:
         InputError: there is not one label per image, or they are no classes.
     """
-    values = np.asarray(labels)
+    try:
+        values = np.asarray(labels)
+    except ValueError as error:  # lists of different lengths
+        raise InputError(f"there must be one label for each image, got lists of them in {where}") from error
     if values.ndim == 2 and values.shape[1] == 1:
         values = values[:, 0]
     if values.ndim == 2 and values.dtype.kind in "biuf" and (np.sort(values)[:, -2:] == (0, 1)).all():
@@ -91,10 +95,24 @@ def to_values(labels: Any, num: int, where: str) -> Array:
             f"there must be one label for each of {num} images, got {list(values.shape)} in {where}"
         )
     if values.dtype.kind in "SUO" and all(isinstance(value, str | bytes) for value in values.tolist()):
-        return np.char.decode(values) if values.dtype.kind == "S" else values.astype(str)
-    if values.dtype.kind not in "biuf" or (values.dtype.kind == "f" and not (values == values.round()).all()):
-        raise InputError(f"labels must be whole numbers or names, got {values.dtype} in {where}")
-    return values.astype(np.int64)
+        values = np.char.decode(values) if values.dtype.kind == "S" else values.astype(str)
+        bad = values[values == ""]
+    elif values.dtype.kind in "biuf":
+        bad = values[~((values >= 0) & (values < 2**31) & (values == np.round(values)))]
+    else:
+        bad = values[[not isinstance(value, int) for value in values.tolist()]]
+    if len(bad) or values.dtype.kind == "O":
+        value = (bad if len(bad) else values)[:1].tolist()
+        raise InputError(
+            f"labels must be whole numbers from 0 on, or names, got {value} ({values.dtype}) in {where}"
+        )
+    return values if values.dtype.kind == "U" else values.astype(np.int64)
+
+
+def is_labelled(labels: Any) -> bool:
+    """Return whether there is a label among labels of a test half, where -1 means none."""
+    values = np.asarray(labels)
+    return values.dtype.kind not in "if" or bool((values >= 0).any())
 
 
 def class_names(values: Array) -> tuple[str, ...]:

@@ -3,15 +3,13 @@
 import math
 import warnings
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
 from ddray.errors import InputError, one_line
 
 Samples = np.ndarray[Any, np.dtype[np.float32]]
-
-SUFFIXES: Final = (".wav", ".flac", ".ogg", ".mp3")
 
 
 def read_clip(file: Path) -> tuple[int, Samples]:

@@ -9,15 +9,12 @@ from typing import Any, Final
 
 import torch
 
+from ddray.data.listing import IMAGE_SUFFIXES
 from ddray.data.lists import tree_of_lists
 from ddray.data.sources import Item, Layout, Source, chunks, fixed_test, from_sources
 from ddray.data.tree import WORD_LISTS, Labelled, Tree, read_table, tree_of
 from ddray.errors import InputError
 
-IMAGE_SUFFIXES: Final = (
-    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif"),
-    *(".ppm", ".pgm", ".pbm", ".tif", ".tiff"),
-)
 _BATCH: Final = 1024
 
 
@@ -37,10 +34,12 @@ def layout_of_tree(tree: Tree, class_names: Sequence[str] = ()) -> Layout:
     """Return the layout of listed images; without a split, test is a fixed, stratified 20%."""
     names, listed_test = tuple(class_names or tree.classes), tree.test
     if listed_test is not None:
-        return from_sources(names, image_source(tree.train), lambda: image_source(listed_test()))
-    in_test = fixed_test(torch.tensor([label for _, label in tree.train]))
-    train, test = (list(compress(tree.train, half.tolist())) for half in (~in_test, in_test))
-    return from_sources(names, image_source(train), lambda: image_source(test))
+        layout = from_sources(names, image_source(tree.train), lambda: image_source(listed_test()))
+    else:
+        in_test = fixed_test(torch.tensor([label for _, label in tree.train]))
+        train, test = (list(compress(tree.train, half.tolist())) for half in (~in_test, in_test))
+        layout = from_sources(names, image_source(train), lambda: image_source(test))
+    return replace(layout, skipped=tree.skipped)
 
 
 def layout_of_lists(root: Path, label_column: str | None = None) -> Layout | None:

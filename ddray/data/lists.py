@@ -3,19 +3,21 @@
 import csv
 import io
 import logging
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Final
 
-from ddray.data.listing import UNLISTED, Skipped, files_below, loose_files, part_of, subfolders
-from ddray.data.tree import FIFTH, Labelled, Tree
+from ddray.data.listing import Skipped, files_below, halves_of, loose_files, part_in, part_of, subfolders
+from ddray.data.tree import Labelled, Tree
 from ddray.errors import InputError, one_line
 
 log = logging.getLogger(__name__)
 
 LABEL_COLUMNS: Final = ("label", "fine_label", "labels", "target", "class")
 _PART_COLUMNS: Final = ("split", "set", "subset", "partition", "data set")
+_NO_LABELS: Final = ("", "-1")
 _PROBED: Final = 50  # rows by which the column of files is recognised
 Row = tuple[Path, str, str]
 """A file, its class, and its part: train, test, val, or empty if nothing says."""
@@ -28,35 +30,38 @@ def tree_of_lists(root: Path, suffixes: tuple[str, ...], label_column: str | Non
     repeat the names of class folders are left to these.
 
     Raises:
-        InputError: a list names a missing file or no class, or two lists are one part.
+        InputError: a list names a missing file or no class, or two lists are one part; no list has the
+            column.
     """
-    folders = {name: root / name for name in subfolders(root)}
-    candidates = loose_files(root) + [
-        path for name, folder in folders.items() if part_of(name) for path in loose_files(folder)
-    ]
-    tables = [path for path in candidates if path.suffix.lower() in (".csv", ".tsv")]
+    folders = [root, *(root / name for name in subfolders(root) if part_of(name))]
+    tables = [path for folder in folders for path in loose_files(folder, (".csv", ".tsv"))]
     if not tables:
         return None
     index = _Index(root, suffixes)
     lists = {path: rows for path in tables if (rows := _rows(path, index, label_column))}
+    if not lists and label_column is not None and index.columns:
+        raise InputError(
+            f"label_column must be one of {', '.join(index.columns)}, got {label_column!r} for the lists of "
+            f"{root}"
+        )
     if not lists or all(file.parent.name == label for rows in lists.values() for file, label, _ in rows):
         return None
+    if index.has_class_folders:
+        listed = ", ".join(path.name for path in lists)
+        log.warning("%s: %s labels the files, not the folders that they are in", root, listed)
     parts = _by_part(lists)
-    train = parts.get("train") or parts.get("", [])
-    test = parts.get("test") or parts.get("val")
-    if not train:
-        raise InputError(f"a CSV file must list train, got only {next(iter(lists))}; name one train.csv")
-    if test is None and "train" in parts:
-        log.warning("%s has no labelled list of a test part: %s", root, FIFTH)
-    used = {file for file, _, _ in [*train, *(test or ())]}
-    skipped = Skipped(root)
-    for file in index.files:
-        if file not in used:
-            skipped.add(UNLISTED, file)
-    skipped.warn()
-    classes = sorted({label for _, label, _ in train}, key=in_order)
+    skipped = Skipped(root, suffixes, "files that no list names", deep=True)
+    train_kind, test_kind = halves_of(
+        {kind: [file for file, _, _ in rows] for kind, rows in parts.items()},
+        skipped,
+        "files",
+        lambda kind: any(label not in _NO_LABELS for _, label, _ in parts[kind]),
+    )
+    train, test = parts[train_kind], None if test_kind is None else parts[test_kind]
+    skipped.covered = [*lists, *(file for file, _, _ in [*train, *(test or ())])]
+    classes = sorted({label for _, label, _ in train}.difference(_NO_LABELS), key=in_order)
     lister = None if test is None else partial(_labelled, test, classes)
-    return Tree(classes, _labelled(train, classes), lister)
+    return Tree(classes, _labelled(train, classes), lister, skipped)
 
 
 def in_order(label: str) -> tuple[bool, int, str]:
@@ -69,19 +74,42 @@ class _Index:
 
     def __init__(self, root: Path, suffixes: tuple[str, ...]) -> None:
         self.root = root
-        self.files = list(files_below(root, suffixes))
+        self.columns: dict[str, None] = {}  # of lists that name files, but none of whose columns is the label
+        self._by_path: dict[str, Path | None] = {}
         self._by_name: dict[str, Path | None] = {}
-        for file in self.files:
+        self._folders: set[str] = set()
+        parents: set[Path] = set()
+        for file in files_below(root, suffixes):
             relative = file.relative_to(root)
-            for name in {str(relative), str(relative.with_suffix("")), file.name, file.stem}:
-                # A name that several files have stands for none.
-                self._by_name[name] = None if name in self._by_name else file
+            parents.add(file.parent)
+            self._folders.update(relative.parts[:-1][:1])
+            for names, index in (
+                ({str(relative), str(relative.with_suffix(""))}, self._by_path),
+                ({file.name, file.stem}, self._by_name),
+            ):
+                for name in names:
+                    # A name that several files have stands for none.
+                    index[name] = None if name in index else file
+        names_of_folders = {parent.name for parent in parents - {root} if part_of(parent.name) is None}
+        self.has_class_folders = len(names_of_folders) > 1
 
     def find(self, name: str, folders: Sequence[str]) -> Path | None:
-        """Return the file of that name, looked for in the folders first; None for none or several."""
+        """Return the file of that name, looked for in the folders first; None for none or several.
+
+        Folders that a list names but the root lacks (`/home/me/data/...`) are ignored.
+        """
         name = name.strip().replace("\\", "/").removeprefix("./")
-        names = [*(f"{folder}/{name}" for folder in folders), name, name.rpartition("/")[2]]
-        return next((file for each in names if (file := self._by_name.get(each)) is not None), None)
+        for path in (*(f"{folder}/{name}" for folder in folders), name):
+            if (file := self._by_path.get(path)) is not None:
+                return file
+        if "/" not in name:
+            return self._by_name.get(name)
+        first, _, rest = name.partition("/")
+        while rest and first not in self._folders:
+            if (file := self._by_path.get(rest)) is not None:
+                return file
+            first, _, rest = rest.partition("/")
+        return None
 
 
 def _rows(path: Path, index: _Index, label_column: str | None) -> list[Row]:
@@ -91,8 +119,7 @@ def _rows(path: Path, index: _Index, label_column: str | None) -> list[Row]:
         InputError: a row names a missing file or no class.
     """
     table = _read(path, index)
-    places = [path.stem, *([path.parent.name] if path.parent != index.root else [])]
-    kind = next(filter(None, map(part_of, places)), ("", ""))[0]
+    kind = part_in(path.relative_to(index.root))
     folders = [name for name in subfolders(index.root) if kind and (part_of(name) or ("",))[0] == kind]
     folders += [] if path.parent == index.root else [path.parent.name]
     unique = [name for name, values in table.items() if values and len(set(values)) == len(values)]
@@ -102,26 +129,25 @@ def _rows(path: Path, index: _Index, label_column: str | None) -> list[Row]:
     others = {name.lower(): name for name in table if name != file_column}
     part_column = next((others.pop(name) for name in _PART_COLUMNS if name in others), None)
     column = label_column or next((others[name] for name in LABEL_COLUMNS if name in others), None)
-    if column is None and len(others) == 1:
-        (column,) = others.values()
+    if column is None and len(others) == 1 and not index.has_class_folders:
+        (only,) = others.values()
+        column = only if 2 * len(set(table[only])) <= len(table[only]) else None
     if column not in table:
+        index.columns.update(dict.fromkeys(others.values()))
         if others:
             listed = ", ".join(others.values())
             log.warning("%s: none of its columns (%s) is the label; --label-column names one", path, listed)
         return []
     names, labels = table[file_column], table[column]
-    parts = (
-        [(part_of(value) or (kind,))[0] for value in table[part_column]]
-        if part_column
-        else [kind] * len(names)
-    )
+    parts = [part_of(value) for value in table[part_column]] if part_column else [None] * len(names)
+    may_be_empty = set(labels) <= set(_NO_LABELS)
     rows = []
     for name, label, part in zip(names, labels, parts, strict=True):
-        if (file := index.find(name, folders)) is None or not label:
+        if (file := index.find(name, folders)) is None or (label in _NO_LABELS and not may_be_empty):
             raise InputError(
                 f"each row of {path} must name a file of its folder and a class, got {name!r}, {label!r}"
             )
-        rows.append((file, label, part))
+        rows.append((file, label, (part or (kind,))[0]))
     return rows
 
 
@@ -142,22 +168,21 @@ def _read(path: Path, index: _Index) -> dict[str, list[str]]:
 
 
 def _by_part(lists: dict[Path, list[Row]]) -> dict[str, list[Row]]:
-    """Return the rows of each part; lists without a part only count where none is train.
+    """Return the rows of each part.
 
     Raises:
         InputError: two lists have rows of one part.
     """
-    parts: dict[str, tuple[Path, list[Row]]] = {}
+    parts: dict[str, list[Row]] = defaultdict(list)
+    source: dict[str, Path] = {}
     for path, rows in lists.items():
-        for kind in dict.fromkeys(part for _, _, part in rows):
-            if kind in parts:
+        for row in rows:
+            if (first := source.setdefault(row[2], path)) != path:
                 raise InputError(
-                    f"one CSV file must list {kind or 'the files'}, got {parts[kind][0]} and {path}; move one"
+                    f"one CSV file must list {row[2] or 'the files'}, got {first} and {path}; move one"
                 )
-            parts[kind] = path, [row for row in rows if row[2] == kind]
-    if "train" in parts and "" in parts:
-        log.warning("%s isn't used: it is neither train nor test", parts.pop("")[0])
-    return {kind: rows for kind, (_, rows) in parts.items()}
+            parts[row[2]].append(row)
+    return dict(parts)
 
 
 def _labelled(rows: Sequence[Row], classes: Sequence[str]) -> Labelled:

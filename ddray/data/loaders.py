@@ -21,10 +21,12 @@ from ddray.data.listing import subfolders
 from ddray.data.npz import layout_of_npz
 from ddray.data.pixels import channel_statistics, check_contrast
 from ddray.data.reference import DatasetRef
-from ddray.data.sources import Geometry, Layout, fixed_test
+from ddray.data.sources import Geometry, Layout, Size, fixed_test
 from ddray.data.speech import layout_of_clips
 from ddray.data.tars import layout_of_tars
 from ddray.errors import InputError, did_you_mean
+
+log = logging.getLogger(__name__)
 
 
 def dataset_names() -> list[str]:
@@ -67,7 +69,6 @@ def open_dataset(
     layout = _layout_of_path(path.absolute(), ref)
     split, geometry = layout.train(ref.image_size)
     is_image = split.images.dtype == torch.uint8  # spectrograms have a direction
-    check_contrast(split, ref.base)
     read = replace(layout, train=lambda _: (split, geometry))
     return _dataset(ref.absolute(), read, geometry, channel_statistics(split.images), can_flip=is_image)
 
@@ -97,7 +98,7 @@ def _layout_of_path(path: Path, ref: DatasetRef) -> Layout:
         )
     if len(layout.class_names) < 2:
         raise InputError(f"a dataset must have 2 classes or more, got {layout.class_names} in {folder}")
-    return _checked(layout, ref)
+    return _checked(layout, ref, path)
 
 
 def _levels(path: Path) -> Iterator[Path]:
@@ -108,12 +109,26 @@ def _levels(path: Path) -> Iterator[Path]:
         yield path
 
 
-def _checked(layout: Layout, ref: DatasetRef) -> Layout:
-    """Return a layout whose reader takes every option of the reference; InputError for others."""
+def _checked(layout: Layout, ref: DatasetRef, root: Path | None = None) -> Layout:
+    """Return a layout that reads only train images with contrast; warn of what it leaves out below a root.
+
+    Raises:
+        InputError: its reader does not take an option of the reference.
+    """
     for option, value in ref.content().items():
         if option not in ("image_size", "can_flip", *layout.options):
             raise InputError(f"{option} must be left out for {ref.base}, whose files have none, got {value}")
-    return layout
+    if (skipped := layout.skipped) is not None:
+        skipped.root = root or skipped.root
+        skipped.add_rest()
+        skipped.warn()
+
+    def train(size: Size) -> tuple[Split, Geometry]:
+        split, geometry = layout.train(size)
+        check_contrast(split, ref.base)
+        return split, geometry
+
+    return replace(layout, train=train)
 
 
 def _dataset(
@@ -125,12 +140,6 @@ def _dataset(
     can_flip: bool,
 ) -> Dataset:
     """Return a dataset that is read in a geometry."""
-
-    def load_train() -> Split:
-        split = layout.train(geometry)[0]
-        check_contrast(split, ref.base)
-        return split
-
     return Dataset(
         name=str(ref),
         class_names=layout.class_names,
@@ -138,7 +147,7 @@ def _dataset(
         mean=statistics[0],
         std=statistics[1],
         can_flip=can_flip if ref.can_flip is None else ref.can_flip,
-        load_train=load_train,
+        load_train=lambda: layout.train(geometry)[0],
         load_test=lambda: layout.test(geometry),
         size_rule=geometry.rule,
     )
@@ -153,12 +162,12 @@ def _open_named(ref: DatasetRef, data_dir: Path | None, *, download: bool) -> Da
         layout = _digits(spec, geometry)
     else:
         layout = _find_named(ref, data_dir, download=download)
-    statistics = spec.mean, spec.std
+    layout, statistics = _checked(layout, ref), (spec.mean, spec.std)
     if not spec.mean:
         split = layout.train(geometry)[0]
         layout = replace(layout, train=lambda _: (split, geometry))
         statistics = channel_statistics(split.images)
-    return _dataset(ref, _checked(layout, ref), geometry, statistics, can_flip=spec.can_flip)
+    return _dataset(ref, layout, geometry, statistics, can_flip=spec.can_flip)
 
 
 def _digits(spec: KnownDataset, geometry: Geometry) -> Layout:
@@ -166,6 +175,9 @@ def _digits(spec: KnownDataset, geometry: Geometry) -> Layout:
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
+    if geometry.shape != spec.shape:
+        line = "%d images of digits are resized from 8x8 to %dx%d, not to 16x16"
+        log.warning(line, len(bunch.images), *geometry.shape[1:])
     pixels = torch.from_numpy(bunch.images)[:, None] * (255 / 16)
     large = F.interpolate(pixels, size=geometry.shape[1:], mode="bilinear", align_corners=False)
     whole = Split(large.round().to(torch.uint8), torch.from_numpy(bunch.target).long())

@@ -4,9 +4,10 @@ Without a test half the validation half is test; `images` and `labels` without h
 are numbers, names or one-hot; `class_names` may name the numbers. Images keep their size.
 """
 
-import logging
+import math
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,19 +15,20 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import torch
 
 from ddray.data import arrays
-from ddray.data.listing import part_of
+from ddray.data.listing import Skipped, halves_of, loose_files, part_of
 from ddray.data.sources import Geometry, Item, Layout, Source, from_one_source, from_sources
 from ddray.errors import InputError, one_line
-
-log = logging.getLogger(__name__)
+from ddray.system.memory import available_bytes
 
 _BATCH: Final = 1024
 _WORDS: Final = {
     **dict.fromkeys(("images", "image", "imgs", "img", "x", "data"), "images"),
     **dict.fromkeys(("labels", "label", "targets", "target", "y"), "labels"),
 }
+_BROKEN: Final = (OSError, ValueError, EOFError, KeyError, TypeError, RuntimeError, MemoryError)
 _NAMES: Final = ("class_names", "label_names", "classes")
 
 
@@ -41,27 +43,30 @@ class _Half:
     def where(self) -> str:
         return f"{self.images} of {self.file}"
 
-    def header(self) -> tuple[tuple[int, ...], np.dtype[Any]]:
-        """Return shape and type of the images without reading them."""
-        formats = np.lib.format
-        with _opened(self.file) as archive, archive.zip.open(f"{self.images}.npy") as npy:
-            is_first = formats.read_magic(npy) == (1, 0)
-            read = formats.read_array_header_1_0 if is_first else formats.read_array_header_2_0
-            shape, _, dtype = read(npy)
-        return shape, dtype
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape of the images without reading them."""
+        with _opened(self.file) as archive:
+            return _shape(archive, self.images)
 
     def count(self) -> int:
         """Return the number of images."""
-        return (self.header()[0] or (0,))[0]
+        return (self.shape() or (0,))[0]
 
     def values(self) -> arrays.Array:
         """Return the labels as int64 or str [N]."""
         where = f"{self.labels} of {self.file}"
         return arrays.to_values(_array(self.file, self.labels), self.count(), where)
 
+    def is_labelled(self) -> bool:
+        """Return whether an image has a label; labels that can't be read are named when test is."""
+        try:
+            return arrays.is_labelled(_array(self.file, self.labels))
+        except InputError:
+            return True
+
     def geometry(self) -> Geometry:
         """Return what the images look like."""
-        empty = np.broadcast_to(np.uint8(0), self.header()[0])  # as large as the images, in one byte
+        empty = np.broadcast_to(np.uint8(0), self.shape())  # as large as the images, in one byte
         _, height, width, channels = arrays.channels_last(empty, self.where(), first=False).shape
         return Geometry((channels, height, width), resize=False, rule="the arrays' own")
 
@@ -71,9 +76,10 @@ class _Half:
         if images.dtype.kind in "iu":
             arrays.check_range(images, self.where())
         for start in range(0, len(images), _BATCH):
-            pixels = arrays.to_bytes(images[start : start + _BATCH], self.where())[0]
+            pixels, rounded = arrays.to_bytes(images[start : start + _BATCH], self.where())
+            changes = [(arrays.ROUNDED,) if is_rounded else () for is_rounded in rounded]
             yield [
-                Item(f"{self.where()}, row {row}", int(indices[row]), as_ppm(image))
+                Item(f"{self.where()}, row {row}", int(indices[row]), as_ppm(image), changes[row - start])
                 for row, image in enumerate(pixels, start)
             ]
 
@@ -90,7 +96,7 @@ def layout_of_npz(path: Path) -> Layout | None:
     Raises:
         InputError: it can't be read, has no train half, or labels that can't be meant.
     """
-    files = sorted(path.glob("*.npz")) if path.is_dir() else [path] * (path.suffix.lower() == ".npz")
+    files = loose_files(path, (".npz",)) if path.is_dir() else [path] * (path.suffix.lower() == ".npz")
     if not files:
         return None
     if len(files) > 1:
@@ -101,27 +107,24 @@ def layout_of_npz(path: Path) -> Layout | None:
     with _opened(file) as archive:
         keys = list(archive)
     halves = _halves(file, keys)
-    train = halves.get("train") or halves.get("")
-    if train is None:
+    if not halves:
         raise InputError(
             "an .npz file must have train_images and train_labels, x_train and y_train, or images and "
             f"labels, got {', '.join(keys)} in {file}"
         )
-    test = (halves.get("test") or halves.get("val")) if "train" in halves else None
+    arrays_of = {kind: [file / half.images, file / half.labels] for kind, half in halves.items()}
+    skipped = Skipped(path, (".npz",), covered=[file])
+    kinds = halves_of(arrays_of, skipped, "arrays", lambda kind: halves[kind].is_labelled())
+    train, test = halves[kinds[0]], None if kinds[1] is None else halves[kinds[1]]
     names_key = next((key for key in _NAMES if key in keys), None)
-    used = {key for half in (train, test) if half for key in (half.images, half.labels)} | {names_key}
-    if unused := [key for key in keys if key not in used]:
-        log.warning("%s: %d of %d arrays are not used: %s", file, len(unused), len(keys), ", ".join(unused))
+    used = {names_key, *(array.name for of_half in arrays_of.values() for array in of_half)}
+    skipped.add("arrays that are neither images nor labels", *(file / key for key in keys if key not in used))
     values = train.values()
     names = (
         arrays.class_names(values) if names_key is None else tuple(map(str, _array(file, names_key).tolist()))
     )
 
     def source(half: _Half, values: arrays.Array) -> Source:
-        _, dtype = half.header()
-        if dtype.kind == "f":
-            line = "%s: %d images of %s are read with 8 bits (256 levels)"
-            log.warning(line, half.where(), half.count(), dtype)
         indices = arrays.to_indices(values, names, half.where(), numbered=names_key is not None)
         return Source([file], half.count, lambda: half.batches(indices), f"{half} {names}")
 
@@ -130,7 +133,9 @@ def layout_of_npz(path: Path) -> Layout | None:
         layout = from_one_source(names, whole)
     else:
         layout = from_sources(names, whole, lambda: source(test, test.values()))
-    return replace(layout, train=lambda size: layout.train(train.geometry() if size is None else size))
+    return replace(
+        layout, train=lambda size: layout.train(train.geometry() if size is None else size), skipped=skipped
+    )
 
 
 def _halves(file: Path, keys: Sequence[str]) -> dict[str, _Half]:
@@ -155,8 +160,26 @@ def _halves(file: Path, keys: Sequence[str]) -> dict[str, _Half]:
     }
 
 
+def _shape(archive: Any, key: str) -> tuple[int, ...]:
+    """Return the shape of an array without reading it.
+
+    Raises:
+        ValueError: it is larger than its file says, or than the memory: a few bytes can unpack to anything.
+    """
+    formats, size = np.lib.format, archive.zip.getinfo(f"{key}.npy").file_size
+    with archive.zip.open(f"{key}.npy") as npy:
+        is_first = formats.read_magic(npy) == (1, 0)
+        read = formats.read_array_header_1_0 if is_first else formats.read_array_header_2_0
+        shape, _, dtype = read(npy)
+    free = available_bytes(torch.device("cpu"))
+    if math.prod(shape) * dtype.itemsize > size or size > free:
+        raise ValueError(f"{key} {list(shape)} must fit the {size} bytes it has and the {free} of memory")
+    return tuple(shape)
+
+
 def _array(file: Path, key: str) -> arrays.Array:
     with _opened(file) as archive:
+        _shape(archive, key)  # it may be too large
         array: arrays.Array = archive[key]
         return array
 
@@ -167,5 +190,5 @@ def _opened(file: Path) -> Iterator[Any]:
     try:
         with file.open("rb") as binary, np.load(binary, allow_pickle=False) as archive:
             yield archive
-    except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    except (*_BROKEN, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f".npz file must be readable, got {file}: {one_line(error)}") from error

@@ -83,8 +83,8 @@ def _read(data: Any, where: str) -> tuple[arrays.Array, arrays.Array]:
         data = data.tensors
     if isinstance(data, tuple | list) and len(data) == 2:
         array, is_tensor = _array(data[0])
-        pixels, num_rounded = arrays.to_bytes(arrays.channels_last(array, where, first=is_tensor), where)
-        images = _Images(pixels, _array(data[1])[0], num_rounded, array.dtype.kind in "iu")
+        pixels, rounded = arrays.to_bytes(arrays.channels_last(array, where, first=is_tensor), where)
+        images = _Images(pixels, data[1], int(rounded.sum()), array.dtype.kind in "iu")
     elif isinstance(data, torch.utils.data.Dataset):
         images = _items(data, where)
     else:
@@ -95,9 +95,9 @@ def _read(data: Any, where: str) -> tuple[arrays.Array, arrays.Array]:
     if images.is_integer:
         arrays.check_range(images.pixels, where)
     if images.num_rounded:
-        line = "%d of %d images of %s are stored with 8 bits (256 levels)"
-        log.warning(line, images.num_rounded, num, where)
-    return images.pixels, arrays.to_values(images.labels, num, where)
+        log.warning("%d of %d images of %s are %s", images.num_rounded, num, where, arrays.ROUNDED)
+    labels = images.labels.numpy(force=True) if isinstance(images.labels, torch.Tensor) else images.labels
+    return images.pixels, arrays.to_values(labels, num, where)
 
 
 def _array(values: Any) -> tuple[arrays.Array, bool]:
@@ -109,6 +109,8 @@ def _array(values: Any) -> tuple[arrays.Array, bool]:
 def _items(dataset: Any, where: str) -> _Images:
     """Return the items of a torch Dataset; says what was done to pictures."""
     streamed = isinstance(dataset, IterableDataset)
+    if not streamed and not hasattr(dataset, "__len__"):
+        raise InputError(f"{where} must have a length (__len__) or be an IterableDataset, got {dataset!r}")
     items = dataset if streamed else (dataset[index] for index in range(len(dataset)))
     pixels: list[arrays.Array] = []
     labels, changes, num_rounded, is_integer = [], Counter[str](), 0, True
@@ -126,10 +128,10 @@ def _items(dataset: Any, where: str) -> _Images:
                 f"after {list(pixels[0].shape[1:])}, {place}; give the Dataset a transform that resizes"
             )
         pixels.append(image)
-        labels.append(_array(item[1])[0].item())
+        labels.append(_array(item[1])[0].tolist())
         is_integer &= array.dtype.kind in "iu"
         changes.update(of_picture)
-        num_rounded += rounded
+        num_rounded += int(rounded.sum())
     if not pixels:
         raise InputError(f"{where} must have images, got none")
     for change, num in changes.items():

@@ -9,11 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from ddray.data.listing import Skipped, part_of, subfolders
-from ddray.data.lists import LABEL_COLUMNS, in_order
-from ddray.data.saved import ArrowFile, saved_files
+from ddray.data import arrays
+from ddray.data.listing import Skipped, halves_of, loose_files, part_in, part_of, subfolders
+from ddray.data.lists import LABEL_COLUMNS
+from ddray.data.saved import ABOUT, ArrowFile, saved_files
 from ddray.data.sources import Item, Layout, Source, from_one_source, from_sources
-from ddray.data.tree import FIFTH
 from ddray.errors import InputError, one_line
 
 log = logging.getLogger(__name__)
@@ -23,38 +23,26 @@ _IMAGE_COLUMNS: Final = ("img", "image")
 
 
 def shards(folder: Path) -> dict[str, list[Path]]:
-    """Return the train, test and val shards of a folder; empty if there are none.
+    """Return the shards of a folder by part: train, test, val, or "" if nothing says it; empty without any.
 
     They lie in the folder itself, in `data/`, or in the folder of a configuration, such as `plain_text/`. The
-    name of a shard, or of its folder, says its part; those that are no part are train if none is.
+    name of a shard, or of its folder, says its part.
 
     Raises:
         InputError: there are several configurations.
     """
     files = _files(folder)
-    configs: dict[str, list[Path]] = {}
+    configs: dict[str, None] = {}
     parts: dict[str, list[Path]] = {}
     for file in files:
-        *folders, _ = file.relative_to(folder).parts
-        configs.setdefault("/".join(n for n in folders if n != "data" and part_of(n) is None), []).append(
-            file
-        )
-        part = next(filter(None, map(part_of, (file.stem, *folders))), ("", ""))[0]
-        parts.setdefault(part, []).append(file)
+        relative = file.relative_to(folder)
+        configs["/".join(n for n in relative.parts[:-1] if n != "data" and part_of(n) is None)] = None
+        parts.setdefault(part_in(relative), []).append(file)
     if len(configs) > 1:
         raise InputError(
             f"a dataset must be one configuration, got {', '.join(configs)} in {folder}; name one's folder"
         )
-    unknown = parts.pop("", [])
-    if unknown and "train" in parts:
-        _left_out(folder, unknown, "that are neither train nor test")
-    elif unknown:
-        parts["train"] = unknown
     return parts
-
-
-def _left_out(folder: Path, files: Sequence[Path], reason: str) -> None:
-    Skipped(folder, {f"parquet shards {reason}": [*files]}).warn()
 
 
 def _files(folder: Path) -> list[Path]:
@@ -62,7 +50,7 @@ def _files(folder: Path) -> list[Path]:
     inner = [folder / name for name in subfolders(folder)]
     of_parts = [path / name for path in inner for name in subfolders(path) if part_of(name)]
     for folders in ([folder], [folder / "data"], inner, of_parts):
-        if files := sorted(file for path in folders for file in path.glob("*.parquet")):
+        if files := sorted(file for path in folders for file in loose_files(path, (".parquet",))):
             return files
     return []
 
@@ -85,26 +73,22 @@ def layout_of_parquet(
     parts = saved_files(folder) or shards(folder)
     if not parts:
         return None
-    if "train" not in parts:
-        first = next(iter(parts.values()))[0]
-        raise InputError(
-            f"a parquet folder must have train-*.parquet shards, got only {first.name} in {folder}"
-        )
-    train = [Shard(file, label_column) for file in parts.pop("train")]
-    class_names = _class_names(train, () if label_column else names)
-    held_out = {kind: [Shard(file, label_column) for file in files] for kind, files in sorted(parts.items())}
-    labelled = [kind for kind, test_shards in held_out.items() if _has_labels(test_shards)]
-    for kind in held_out:
-        if kind not in labelled[:1]:
-            reason = f"beside those of {labelled[0]}" if kind in labelled else "without labels"
-            _left_out(folder, parts[kind], reason)
-    source, options = _source(train, class_names), ("label_column",)
-    if not labelled:
-        if held_out:
-            log.warning("%s has no labelled test shard: %s", folder, FIFTH)
-        return replace(from_one_source(class_names, source), options=options)
-    test = held_out[labelled[0]]
-    return replace(from_sources(class_names, source, lambda: _source(test, class_names)), options=options)
+    by_part = {kind: [Shard(file, label_column) for file in files] for kind, files in parts.items()}
+    skipped = Skipped(folder, (".parquet", ".arrow"), "shards that aren't read")
+    train, test = halves_of(parts, skipped, "shards", lambda kind: _has_labels(by_part[kind]))
+    read = [file for kind in (train, test) if kind is not None for file in parts[kind]]
+    skipped.covered = [
+        *read,
+        *(path / name for path in {folder, *(f.parent for f in read)} for name in ABOUT),
+    ]
+    class_names, numbered = _class_names(by_part[train], () if label_column else names)
+    source = _source(by_part[train], class_names, numbered=numbered)
+    if test is None:
+        layout = from_one_source(class_names, source)
+    else:
+        held_out = by_part[test]
+        layout = from_sources(class_names, source, lambda: _source(held_out, class_names, numbered=numbered))
+    return replace(layout, options=("label_column",), skipped=skipped)
 
 
 @dataclass(frozen=True)
@@ -131,7 +115,7 @@ class Shard:
         metadata = (self.schema.metadata or {}).get(b"huggingface", b"{}")
         try:
             names = json.loads(metadata)["info"]["features"][self.label]["names"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return ()
         return tuple(map(str, names)) if isinstance(names, list) else ()
 
@@ -175,8 +159,8 @@ class Shard:
         for (values,) in self.read(self.columns()[1]):
             yield from values
 
-    def batches(self, class_names: tuple[str, ...]) -> Iterator[list[Item]]:
-        """Yield the images, with labels that count `class_names`."""
+    def batches(self, class_names: tuple[str, ...], *, numbered: bool) -> Iterator[list[Item]]:
+        """Yield the images, with labels that count `class_names`; `numbered`: as `arrays.to_indices`."""
         by_name = {name: label for label, name in enumerate(class_names)}
         renumbered = [by_name.get(name) for name in self.names] if self.names != class_names else []
         row = 0
@@ -190,6 +174,8 @@ class Shard:
                 label: Any = value
                 if isinstance(value, str):
                     label = by_name.get(value)
+                elif isinstance(value, int) and not numbered and not self.names:
+                    label = by_name.get(str(int(value)))
                 elif renumbered and isinstance(value, int) and value >= 0:
                     label = renumbered[value] if value < len(renumbered) else None
                 if not isinstance(label, int) or label < 0:
@@ -202,8 +188,10 @@ class Shard:
             yield batch
 
 
-def _class_names(train: Sequence[Shard], default: tuple[str, ...]) -> tuple[str, ...]:
+def _class_names(train: Sequence[Shard], default: tuple[str, ...]) -> tuple[tuple[str, ...], bool]:
     """Return the names in the shards' metadata, else the default, else what the labels are.
+
+    Also whether labels are numbered by them (`arrays.to_indices`).
 
     Raises:
         InputError: there is no column of labels, a label is no class, or shards name classes twice.
@@ -214,23 +202,13 @@ def _class_names(train: Sequence[Shard], default: tuple[str, ...]) -> tuple[str,
             raise InputError(
                 f"shards that order their classes differently must name each once, got {train[0].file.parent}"
             )
-        return merged if len(orders) > 1 else next(iter(orders))
+        return (merged if len(orders) > 1 else next(iter(orders))), True
     is_text = "string" in str(train[0].schema.field(train[0].columns()[1]).type)
     if default and not is_text:
-        return default
-    values = {value for shard in train for value in shard.labels()}
-    for value in values:
-        if (
-            not isinstance(value, str if is_text else int)
-            or value == ""
-            or (isinstance(value, int) and value < 0)
-        ):
-            raise InputError(
-                f"labels must be integers from 0 on, or names, got {value!r} in {train[0].file.parent}"
-            )
-    if not is_text:
-        return tuple(str(label) for label in range(max(values, default=-1) + 1))
-    return default if default and values <= {*default} else tuple(sorted(values, key=in_order))
+        return default, True
+    labels = [value for shard in train for value in shard.labels()]
+    names = arrays.class_names(arrays.to_values(labels, len(labels), str(train[0].file.parent)))
+    return (default if default and {*names} <= {*default} else names), False
 
 
 def _has_labels(test_shards: Sequence[Shard]) -> bool:
@@ -242,7 +220,7 @@ def _has_labels(test_shards: Sequence[Shard]) -> bool:
         return True
 
 
-def _source(train_or_test: Sequence[Shard], class_names: tuple[str, ...]) -> Source:
+def _source(train_or_test: Sequence[Shard], class_names: tuple[str, ...], *, numbered: bool) -> Source:
     """Return the images of shards, in order."""
     files = [shard.file for shard in train_or_test]
     others = [shard.file for shard in train_or_test if shard.names not in ((), class_names)]
@@ -254,7 +232,7 @@ def _source(train_or_test: Sequence[Shard], class_names: tuple[str, ...]) -> Sou
     return Source(
         files,
         lambda: sum(shard.opened().metadata.num_rows for shard in train_or_test),
-        lambda: (batch for shard in train_or_test for batch in shard.batches(class_names)),
+        lambda: (batch for shard in train_or_test for batch in shard.batches(class_names, numbered=numbered)),
         json.dumps([train_or_test[0].label_column, class_names]),
     )
 

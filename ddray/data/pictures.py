@@ -27,6 +27,7 @@ TURNED: Final = "turned upright, as their orientation tag says"
 ON_WHITE: Final = "laid on white where they are transparent"
 SCALED: Final = "scaled from 16 bits per channel to 8"
 FIRST_FRAME: Final = "read by their first frame only"
+GREYED: Final = "coloured, and read as grey like the rest of their dataset"
 RESIZED: Final = "resized, and cropped at the centre if they aren't square"
 
 
@@ -111,6 +112,10 @@ def _prepared(image: Image.Image, item: Item, mode: str, changes: list[str]) -> 
         if image.getchannel("A").getextrema()[0] != 255:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             changes.append(ON_WHITE)
+    if mode == "L" and image.mode not in GREY_MODES:
+        colours = np.asarray(image.convert("RGB"))
+        if (colours != colours[..., :1]).any():
+            changes.append(GREYED)
     return image.convert(mode)
 
 

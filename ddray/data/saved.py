@@ -1,7 +1,6 @@
 """Folders that `datasets.save_to_disk` wrote: Arrow streams, listed by `state.json`, read by pyarrow."""
 
 import json
-import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -9,45 +8,45 @@ from typing import Any, Final
 from ddray.data.listing import find_parts
 from ddray.errors import InputError, one_line
 
-log = logging.getLogger(__name__)
-
 STATE: Final = "state.json"
 SPLITS: Final = "dataset_dict.json"
+ABOUT: Final = (STATE, SPLITS, "dataset_info.json")
 
 
 def saved_files(folder: Path) -> dict[str, list[Path]]:
-    """Return the train, test and val files of a saved DatasetDict; those of a saved Dataset are train.
+    """Return the train, test and val files of a saved DatasetDict; those of a saved Dataset are no part.
 
-    Empty if the folder is neither.
+    Without files if the folder is neither.
 
     Raises:
         InputError: a list can't be read, or no split is train.
     """
     if (folder / STATE).is_file():
-        return {"train": _listed(folder)}
+        return {"": _listed(folder)}
     if not (folder / SPLITS).is_file():
         return {}
-    splits = [str(split) for split in _read(folder / SPLITS, "splits")]
+    splits = _names(folder / SPLITS, "splits")
     parts = find_parts(folder, splits)
     if "train" not in parts:
         raise InputError(f"a saved DatasetDict must have a train split, got {', '.join(splits)} in {folder}")
-    if others := [split for split in splits if split not in parts.values()]:
-        log.warning(
-            "%s: %d of %d splits aren't used: %s", folder, len(others), len(splits), ", ".join(others)
-        )
     return {part: _listed(folder / split) for part, split in parts.items()}
 
 
 def _listed(folder: Path) -> list[Path]:
-    return [folder / str(entry["filename"]) for entry in _read(folder / STATE, "_data_files")]
+    return [folder / name for name in _names(folder / STATE, "_data_files", "filename")]
 
 
-def _read(file: Path, field: str) -> Any:
-    """Return a field of a JSON file that `datasets` wrote."""
+def _names(file: Path, field: str, key: str | None = None) -> list[str]:
+    """Return the names in a field of a JSON file that `datasets` wrote; each must lie in its folder."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))[field]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        entries = json.loads(file.read_text(encoding="utf-8"))[field]
+        names = [str(entry if key is None else entry[key]) for entry in entries]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{field} must be readable, got {file}: {one_line(error)}") from error
+    outside = [name for name in names if Path(name).name != name]
+    if outside or not names:
+        raise InputError(f"{field} must name what is in its folder, got {outside or 'nothing'} in {file}")
+    return names
 
 
 class ArrowFile:

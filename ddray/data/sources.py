@@ -20,6 +20,7 @@ from torch import Tensor
 from ddray import seeding
 from ddray.data import cache
 from ddray.data.dataset import Split, stratified_holdout
+from ddray.data.listing import Skipped
 from ddray.data.pictures import RESIZED, Change, decode, header
 from ddray.errors import InputError
 
@@ -40,6 +41,7 @@ class Item:
     where: str  # its file (and row), for messages
     label: int
     data: bytes | Path  # the encoded bytes, or the file that holds them
+    changes: tuple[str, ...] = ()  # what was done to it already, to be counted
 
     def read(self) -> bytes:
         """Return the encoded bytes."""
@@ -81,13 +83,14 @@ class Layout:
 
     `train` reads train, and returns it with its geometry. `test` reads test in train's geometry; no image of
     it is touched before. `options` are the options of content that its reader takes, besides `image_size`
-    and `can_flip`, which every reader does.
+    and `can_flip`, which every reader does. `skipped` is what is left out, except of test.
     """
 
     class_names: tuple[str, ...]
     train: Callable[[Size], tuple[Split, Geometry]]
     test: Callable[[Geometry], Split]
     options: tuple[str, ...] = ()
+    skipped: Skipped | None = None
 
 
 def fixed_test(labels: Tensor) -> Tensor:
@@ -102,17 +105,15 @@ def from_sources(class_names: tuple[str, ...], train: Source, test: Callable[[],
 
 def from_one_source(class_names: tuple[str, ...], whole: Source) -> Layout:
     """Return the layout of a source without a split: 20% of it is test."""
-
-    @functools.cache
-    def read(size: Size) -> tuple[Split, Geometry]:
-        return load(whole, size)
+    splits: dict[Geometry, Split] = {}  # what is read for train gives test too
 
     def train(size: Size) -> tuple[Split, Geometry]:
-        split, used_geometry = read(size)
+        split, used_geometry = load(whole, size)
+        splits[used_geometry] = split
         return split.select(~fixed_test(split.labels)), used_geometry
 
     def test(geometry: Geometry) -> Split:
-        split, _ = read(geometry)
+        split = splits[geometry] if geometry in splits else load(whole, geometry)[0]
         return split.select(fixed_test(split.labels))
 
     return Layout(class_names, train, test)
@@ -200,7 +201,7 @@ def _decode_into(source: Source, geometry: Geometry, folder: Path) -> list[str]:
         for row, item in enumerate(items, start):
             images[row], of_item = decode(item, geometry)
             labels[row] = item.label
-            changes += of_item
+            changes += [*((kind, item.where) for kind in item.changes), *of_item]
         return changes
 
     examples: dict[str, list[str]] = defaultdict(list)

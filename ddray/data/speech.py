@@ -25,10 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddray.data import cache
-from ddray.data.clips import SUFFIXES, Samples, read_clip, resampled, sampling_rate
+from ddray.data.clips import Samples, read_clip, resampled, sampling_rate
 from ddray.data.dataset import Split
-from ddray.data.folders import IMAGE_SUFFIXES
-from ddray.data.listing import files_below
+from ddray.data.listing import IMAGE_SUFFIXES, SOUND_SUFFIXES, files_below
 from ddray.data.lists import tree_of_lists
 from ddray.data.sources import Geometry, Layout, chunks
 from ddray.data.tree import Labelled, tree_of
@@ -71,8 +70,8 @@ def layout_of_clips(root: Path, options: ContentOptions) -> Layout | None:
     """
     if not _is_sound(root):
         return None
-    listed = tree_of_lists(root, SUFFIXES, options.label_column)
-    tree = listed or tree_of(root, SUFFIXES)
+    listed = tree_of_lists(root, SOUND_SUFFIXES, options.label_column)
+    tree = listed or tree_of(root, SOUND_SUFFIXES)
     if tree is None:
         return None
     train, list_test = (tree.train, tree.test) if tree.test else _every_eighth(tree.train)
@@ -88,13 +87,14 @@ def layout_of_clips(root: Path, options: ContentOptions) -> Layout | None:
         lambda _: (read_train()[0], geometry),
         lambda _: _load(list_test(), window, read_train()[1])[0],
         ("clip_seconds", "clip_offset", *(["label_column"] if listed else [])),
+        tree.skipped,
     )
 
 
 def _is_sound(folder: Path) -> bool:
     """Return whether most of the first files below a folder that are sound or pictures are sound."""
-    files = islice(files_below(folder, SUFFIXES + IMAGE_SUFFIXES), _PROBED)
-    votes = [file.suffix.lower() in SUFFIXES for file in files]
+    files = islice(files_below(folder, SOUND_SUFFIXES + IMAGE_SUFFIXES), _PROBED)
+    votes = [file.suffix.lower() in SOUND_SUFFIXES for file in files]
     return 2 * sum(votes) > len(votes)
 
 

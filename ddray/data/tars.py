@@ -10,15 +10,15 @@ import logging
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from ddray.data import arrays
-from ddray.data.folders import IMAGE_SUFFIXES
-from ddray.data.listing import part_of
+from ddray.data import arrays, cache
+from ddray.data.listing import IMAGE_SUFFIXES, Skipped, files_below, halves_of, part_in
 from ddray.data.sources import Item, Layout, Source, from_one_source, from_sources
 from ddray.errors import InputError, one_line
 
@@ -43,20 +43,18 @@ def layout_of_tars(path: Path, label_column: str | None = None) -> Layout | None
         InputError: a train tar can't be read, has no labelled images, or needs the extra `webdataset`.
     """
     root = path if path.is_dir() else path.parent
-    files = sorted(path.rglob("*.tar")) if path.is_dir() else [path] * (path.suffix.lower() == ".tar")
+    files = list(files_below(root, (".tar",))) if path.is_dir() else [path] * (path.suffix.lower() == ".tar")
     if not files:
         return None
-    by_half: dict[str, list[Path]] = {}
+    parts: dict[str, list[Path]] = {}
     for file in files:
-        by_half.setdefault(_part(file.relative_to(root)), []).append(file)
-    train = _Tars(by_half.get("train") or by_half.get("", []), label_column)
-    test = by_half.get("test") or by_half.get("val")
-    if not train.files:
-        raise InputError(f"tars must have a train half, got only {', '.join(by_half)} in {path}")
-    unused = [file for file in files if file not in (*train.files, *(test or ()))]
-    if unused:
-        log.warning("%s: %d of %d tars are not used, such as %s", path, len(unused), len(files), unused[0])
+        parts.setdefault(part_in(file.relative_to(root)), []).append(file)
     names_file = next((root / name for name in _NAMES if (root / name).is_file()), None)
+    skipped = Skipped(path, (".tar",), covered=[*files, *([names_file] if names_file else [])])
+    train_kind, test_kind = halves_of(
+        parts, skipped, "tars", lambda kind: _Tars(parts[kind], label_column).is_labelled()
+    )
+    train, test = _Tars(parts[train_kind], label_column), None if test_kind is None else parts[test_kind]
     names = arrays.class_names(train.values) if names_file is None else _lines(names_file)
 
     def source(tars: _Tars) -> Source:
@@ -70,12 +68,7 @@ def layout_of_tars(path: Path, label_column: str | None = None) -> Layout | None
         layout = from_one_source(names, source(train))
     else:
         layout = from_sources(names, source(train), lambda: source(_Tars(test, label_column)))
-    return replace(layout, options=("label_column",))
-
-
-def _part(file: Path) -> str:
-    """Return the part that a tar's name, or else a folder's, says: train, test or val; "" if none does."""
-    return next(filter(None, map(part_of, (file.stem, *file.parts[:-1]))), ("", ""))[0]
+    return replace(layout, options=("label_column",), skipped=skipped)
 
 
 def _lines(file: Path) -> tuple[str, ...]:
@@ -95,11 +88,21 @@ class _Tars:
 
     @functools.cached_property
     def values(self) -> arrays.Array:
-        """The labels, int64 or str [N]; says how many samples are left out.
+        """The labels, int64 or str [N], cached; says how many samples are left out.
 
         Raises:
             InputError: a tar can't be read, or no sample has an image and a label.
         """
+        split, facts = cache.fetch(self.files, f"labels of tars v1 {self.label_column}", self._read_labels)
+        for note in facts["notes"]:
+            log.warning("%s", note)
+        names = np.array(facts["labels"])
+        with suppress(ValueError, OverflowError):  # names
+            names = names.astype(np.int64)
+        return arrays.to_values(names[split.labels.numpy()], len(split), str(self.files[0]))
+
+    def _read_labels(self, folder: Path) -> dict[str, Any]:
+        """Write the labels into a folder of the cache, with images of no pixels."""
         values: list[str] = []
         skipped: list[str] = []
         several: list[str] = []
@@ -118,16 +121,25 @@ class _Tars:
                 f"{skipped[0] if skipped else 'none'} in {self.files[0]}; unpack other archives"
             )
         num = len(skipped) + len(values)
-        for places, what in (
-            (skipped, "no image or no label and are left out"),
-            (several, "several images, of which the first is read"),
-        ):
-            if places:
-                log.warning("%d of %d samples have %s, such as %s", len(places), num, what, places[0])
+        notes = [
+            f"{len(places)} of {num} samples have {what}, such as {places[0]}"
+            for places, what in (
+                (skipped, "no image or no label and are left out"),
+                (several, "several images, of which the first is read"),
+            )
+            if places
+        ]
+        labels, indices = np.unique(values, return_inverse=True)
+        np.save(folder / cache.IMAGES, np.empty((len(values), 0, 0, 0), dtype=np.uint8))
+        np.save(folder / cache.LABELS, indices)
+        return {"labels": labels.tolist(), "notes": notes}
+
+    def is_labelled(self) -> bool:
+        """Return whether a sample has a label; tars that can't be read are named when test is."""
         try:
-            return np.array(values, dtype=np.int64)
-        except ValueError:  # names
-            return np.array(values, dtype=str)
+            return any(self._label(sample, where) not in (None, "-1") for where, sample in self._samples())
+        except InputError:
+            return True
 
     def batches(self, indices: arrays.Array) -> Iterator[list[Item]]:
         """Yield the images with their labels."""
@@ -169,8 +181,10 @@ class _Tars:
             if text is not None:
                 return str(text, "utf-8").strip() or None
             fields = json.loads(sample.get("json", b"{}"))
-        except ValueError as error:  # also of the encoding
+        except (ValueError, RecursionError) as error:  # also of the encoding
             raise InputError(f"label must be text or JSON, got {where}: {one_line(error)}") from error
+        if not isinstance(fields, dict):
+            raise InputError(f"label must be in a JSON object, got {type(fields).__name__}, {where}")
         field = next((fields[column] for column in columns if column in fields), None)
         return None if field is None else str(field)
 

@@ -8,14 +8,11 @@ from pathlib import Path
 from typing import Final
 
 from ddray.data.listing import (
-    LOOSE,
-    NO_FILES,
-    UNREAD,
     Skipped,
     files_below,
     find_parts,
+    halves_of,
     has_files,
-    loose_files,
     part_of,
     subfolders,
 )
@@ -25,7 +22,6 @@ log = logging.getLogger(__name__)
 
 WORD_LISTS: Final = ("words.txt", "LOC_synset_mapping.txt")
 _VAL_LIST: Final = "val_annotations.txt"
-FIFTH: Final = "a fixed 20% of train is test (of sound: each 8th file of a class)"
 Labelled = list[tuple[Path, int]]
 
 
@@ -37,11 +33,13 @@ class Tree:
         classes: the names of the labels, as folders or lists have them.
         train: the files to train on; all of them, if there is no split.
         test: lists the files to test on; None without a split.
+        skipped: what is left out, except of test.
     """
 
     classes: list[str]
     train: Labelled
     test: Callable[[], Labelled] | None
+    skipped: Skipped
 
 
 def tree_of(
@@ -51,7 +49,7 @@ def tree_of(
 
     A folder for train and perhaps others for test and val (`part_of` knows their names) have a folder per
     class each; or there are class folders only; or each class folder has one for train and one for test.
-    Test is the first of test and val with classes of train's. What is left out is warned of.
+    Test is the first of test and val with classes of train's.
 
     Args:
         root: the folder.
@@ -62,8 +60,7 @@ def tree_of(
     Raises:
         InputError: a class folder is missing or empty, or it isn't clear what is a class.
     """
-    skipped = Skipped(root)
-    parts, base, present = _train_classes(root, suffixes, skipped)
+    parts, base, present = _train_classes(root, suffixes)
     if not present:
         return None
     classes = list(wnids) or (list(names) if set(names) == set(present) else present)
@@ -73,35 +70,42 @@ def tree_of(
         )
     if len(classes) < 2 and base == root:
         return None  # perhaps the only folder of an archive
-    inner = _parts_of_classes(base, present, skipped, is_split=bool(parts))
+    skipped = Skipped(root, suffixes)
+    inner = _parts_of_classes(base, present, is_split=bool(parts))
     train = by_class(base, classes, suffixes, inner=inner.get("train", ""), skipped=skipped)
+    test: Callable[[], Labelled] | None = None
+    covered = [base / name / half for name in present for half in (inner.values() or [""])]
     if inner:
         log.warning("%s: each class holds %s and %s: the latter is test", root, *inner.values())
-        test: Callable[[], Labelled] | None = partial(_listed_test, base, classes, suffixes, inner["test"])
-    else:
-        test = _test_half(root, parts, classes, suffixes, skipped, subset=bool(wnids))
-    for path in [path for folder in dict.fromkeys((root, base)) for path in loose_files(folder)]:
-        if path.name not in WORD_LISTS:
-            skipped.add(LOOSE if path.name.lower().endswith(suffixes) else NO_FILES, path)
-    skipped.warn()
-    return Tree(classes, train, test)
+        test = partial(_listed_test, base, base, classes, suffixes, inner["test"])
+    elif parts:
+        folders = {kind: root / name for kind, name in parts.items()}
+        _, kind = halves_of(
+            {kind: [folder] for kind, folder in folders.items()},
+            skipped,
+            "folders",
+            lambda kind: _has_classes(folders[kind], classes),
+        )
+        if kind is not None:
+            covered.append(folders[kind])
+            test = partial(_test_of, folders[kind], classes, suffixes, subset=bool(wnids))
+    skipped.covered = [*covered, *(folder / name for folder in {root, base} for name in WORD_LISTS)]
+    return Tree(classes, train, test, skipped)
 
 
-def _train_classes(
-    root: Path, suffixes: tuple[str, ...], skipped: Skipped
-) -> tuple[dict[str, str], Path, list[str]]:
+def _train_classes(root: Path, suffixes: tuple[str, ...]) -> tuple[dict[str, str], Path, list[str]]:
     """Return the parts of a folder, the folder with train's classes, and these; no classes if there are none.
 
     Raises:
         InputError: train has files but no class folders, or there is no train beside test or val.
     """
-    visible = subfolders(root, skipped)
+    visible = subfolders(root)
     parts = find_parts(root, visible)
-    others = [name for name in visible if name not in parts.values()]
     base = inner_folder(root / parts["train"]) if parts else root
-    present = subfolders(base, skipped) if parts else visible
+    present = subfolders(base) if parts else visible
     if parts and not present and has_files(base, suffixes):
-        if not any(has_files(root / name, suffixes) for name in others):
+        others = [name for name in visible if name not in parts.values()]
+        if len(parts) > 1 or not any(has_files(root / name, suffixes) for name in others):
             raise InputError(
                 f"train must have a folder per class, or a CSV file of labels beside it, got files in {base}"
             )
@@ -112,9 +116,6 @@ def _train_classes(
         raise InputError(
             f"a dataset folder must have a train part, got only {', '.join(present)} in {root}; rename one"
         )
-    if parts:
-        for name in others:
-            skipped.add(UNREAD, root / name)
     return parts, base, present
 
 
@@ -126,9 +127,7 @@ def inner_folder(folder: Path) -> Path:
     return folder
 
 
-def _parts_of_classes(
-    base: Path, present: Sequence[str], skipped: Skipped, *, is_split: bool
-) -> dict[str, str]:
+def _parts_of_classes(base: Path, present: Sequence[str], *, is_split: bool) -> dict[str, str]:
     """Return the parts that every class folder has as subfolders; empty if they don't all have the same.
 
     Raises:
@@ -144,10 +143,7 @@ def _parts_of_classes(
             f"{', '.join(present[:5])} in {base}; if these are splits, rename them to train and test, else "
             "move the files up"
         )
-    halves = {"train": parts["train"], "test": parts.get("test") or parts["val"]}
-    for path in [base / label / name for name in names if name not in halves.values() for label in present]:
-        skipped.add(UNREAD, path)
-    return halves
+    return {"train": parts["train"], "test": parts.get("test") or parts["val"]}
 
 
 def by_class(
@@ -176,54 +172,38 @@ def by_class(
 
 
 def _listed_test(
-    folder: Path, classes: Sequence[str], suffixes: tuple[str, ...], inner: str = ""
+    part: Path, folder: Path, classes: Sequence[str], suffixes: tuple[str, ...], inner: str = ""
 ) -> Labelled:
-    """Return the files of a test part; classes may have none."""
-    skipped = Skipped(folder)
+    """Return the files of the class folders of a test part; classes may have none."""
+    skipped = Skipped(part, suffixes)
     labelled = by_class(folder, classes, suffixes, inner=inner, empty_ok=True, skipped=skipped)
+    if not inner:
+        skipped.covered = [folder / name for name in subfolders(folder)]
+        skipped.add_rest()
     skipped.warn()
     return labelled
 
 
-def _test_half(
-    root: Path,
-    parts: dict[str, str],
-    classes: Sequence[str],
-    suffixes: tuple[str, ...],
-    skipped: Skipped,
-    *,
-    subset: bool,
-) -> Callable[[], Labelled] | None:
-    """Return a lister of the test half beside train: test by class, else val; None without either."""
-    chosen_part: Callable[[], Labelled] | None = None
-    for kind in ("test", "val"):
-        if kind not in parts:
-            continue
-        folder = inner_folder(root / parts[kind])
-        if chosen_part is not None:
-            skipped.add(UNREAD, root / parts[kind])
-        elif (folder / _VAL_LIST).is_file():
-            chosen_part = partial(_tiny_imagenet_val, folder, classes)
-        elif set(subfolders(folder)) & set(classes):
-            chosen_part = partial(_held_out_by_class, folder, classes, suffixes, subset=subset)
-        else:  # as in Tiny-ImageNet: an unlabelled test/images
-            log.warning("%s has no folder of a class of train's: it isn't used", folder)
-    if chosen_part is None and len(parts) > 1:
-        log.warning("%s has no labelled test part: %s", root, FIFTH)
-    return chosen_part
+def _has_classes(part: Path, classes: Sequence[str]) -> bool:
+    """Return whether a part has classes of train's; Tiny-ImageNet's test does not."""
+    folder = inner_folder(part)
+    return (folder / _VAL_LIST).is_file() or not set(subfolders(folder)).isdisjoint(classes)
 
 
-def _held_out_by_class(
-    folder: Path, classes: Sequence[str], suffixes: tuple[str, ...], *, subset: bool
-) -> Labelled:
-    """Return the files of a test folder; classes beyond train's are an error unless `subset`."""
+def _test_of(part: Path, classes: Sequence[str], suffixes: tuple[str, ...], *, subset: bool) -> Labelled:
+    """Return the files of a test part; classes beyond train's are an error unless `subset`."""
+    folder = inner_folder(part)
+    if (folder / _VAL_LIST).is_file():
+        return _tiny_imagenet_val(part, folder, classes, suffixes)
     strange = sorted(set(subfolders(folder)) - set(classes))
     if strange and not subset:
         raise InputError(f"class folders of {folder} must be among those of train, got {strange[0]!r}")
-    return _listed_test(folder, classes, suffixes)
+    return _listed_test(part, folder, classes, suffixes)
 
 
-def _tiny_imagenet_val(folder: Path, classes: Sequence[str]) -> Labelled:
+def _tiny_imagenet_val(
+    part: Path, folder: Path, classes: Sequence[str], suffixes: tuple[str, ...]
+) -> Labelled:
     """Return Tiny-ImageNet's val: images/ and a tab-separated list of file name, WordNet id and a box."""
     label_of = {name: label for label, name in enumerate(classes)}
     file, labelled = folder / _VAL_LIST, []
@@ -231,6 +211,9 @@ def _tiny_imagenet_val(folder: Path, classes: Sequence[str]) -> Labelled:
         if wnid not in label_of:
             raise InputError(f"classes in {file} must be among train's, got {wnid!r}")
         labelled.append((folder / "images" / name, label_of[wnid]))
+    skipped = Skipped(part, suffixes, "files that no list names", [file, *(image for image, _ in labelled)])
+    skipped.add_rest()
+    skipped.warn()
     return labelled
 
 

@@ -6,10 +6,13 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 
+from ddray.data import cache
 from ddray.data.catalog import KnownDataset
 from ddray.data.dataset import Split
+from ddray.data.listing import loose_files
 from ddray.data.pictures import resized
 from ddray.data.sources import Geometry, Layout, Size
 from ddray.errors import DdrayError, InputError, one_line
@@ -23,17 +26,30 @@ def layout_of_torchvision(root: Path, spec: KnownDataset) -> Layout:
     """Return the layout of a dataset whose marker lies under `root`."""
 
     def read(geometry: Geometry, *, train: bool) -> Split:
-        split, side = _read(root, spec, train=train), geometry.shape[1]
         if geometry.shape == spec.shape:
-            return split
+            return _read(root, spec, train=train)
+        side = geometry.shape[1]
+
+        def build(folder: Path) -> dict[str, Any]:
+            split = _read(root, spec, train=train)
+            np.save(folder / cache.IMAGES, resized(split.images, side).numpy())
+            np.save(folder / cache.LABELS, split.labels.numpy())
+            return {}
+
+        split, _ = cache.fetch(_files(root / spec.marker), f"torchvision v1 {spec} {side} {train}", build)
         log.warning("%d images of %s are resized to %dx%d", len(split), spec.torchvision, side, side)
-        return Split(resized(split.images, side), split.labels)
+        return split
 
     def read_train(size: Size) -> tuple[Split, Geometry]:
         geometry = size if isinstance(size, Geometry) else Geometry(spec.shape, resize=False)
         return read(geometry, train=True), geometry
 
     return Layout(spec.class_names, read_train, lambda geometry: read(geometry, train=False))
+
+
+def _files(marker: Path) -> list[Path]:
+    """Return the files that decide the content of a dataset: in its marker, or beside it."""
+    return loose_files(marker) if marker.is_dir() else loose_files(marker.parent, (marker.suffix,))
 
 
 def download(root: Path, spec: KnownDataset) -> None:

@@ -37,6 +37,16 @@ def test_images_are_decoded_once(tmp_path: Path, ddray_home: Path, monkeypatch: 
     assert torch.equal(data.test().images, images)
 
 
+def test_a_dataset_without_test_is_decoded_once(
+    tmp_path: Path, ddray_home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = [*random_images(19, (1, 8, 8)), *random_images(1, (1, 9, 8))]
+    write_parquet(tmp_path / "p" / "0000.parquet", images, [0, 1] * 10)
+    data = open_dataset(str(tmp_path / "p"))
+    assert (len(data.train()), len(data.test())) == (16, 4)
+    assert len(entries(ddray_home)) == len(caplog.messages) == 1
+
+
 def test_a_changed_file_makes_a_new_entry(tmp_path: Path, ddray_home: Path) -> None:
     a_folder(tmp_path / "p")
     first = open_dataset(str(tmp_path / "p")).fingerprint

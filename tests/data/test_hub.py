@@ -70,13 +70,46 @@ def test_shards_that_are_no_part_are_named(tmp_path: Path, caplog: pytest.LogCap
     for name in ("train", "test", "extra"):
         shard(tmp_path / "r" / f"{name}-00000-of-00001.parquet", [0, 1, 2])
     shard(tmp_path / "r" / "validation-00000-of-00001.parquet", [0, 1, 2])
-    assert sorted(shards(tmp_path / "r")) == ["test", "train", "val"]
+    assert sorted(shards(tmp_path / "r")) == ["", "test", "train", "val"]
     caplog.clear()
     assert len(open_dataset(str(tmp_path / "r")).train()) == 3
     assert caplog.messages == [
-        f"{tmp_path / 'r'}: left out 1 parquet shards {reason}-00000-of-00001.parquet"
-        for reason in ("that are neither train nor test: extra", "beside those of test: validation")
+        f"{tmp_path / 'r'}: left out 1 shards {reason}-00000-of-00001.parquet"
+        for reason in ("of val beside those of test: validation", "that are neither train nor test: extra")
     ]
+
+
+def test_shards_without_a_part_beside_test_are_train(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = shard(tmp_path / "r" / "pets.parquet", [0, 1, 2])
+    shard(tmp_path / "r" / "test.parquet", [2, 1, 0], seed=1)
+    assert torch.equal(open_dataset(str(tmp_path / "r")).train().images, images)
+    line = "1 shards whose names say no part are train, such as pets.parquet"
+    assert caplog.messages == [f"{tmp_path / 'r'}: {line}"]
+
+
+def test_what_lies_beside_shards_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = tmp_path / "r"
+    shard(root / "train.parquet", [0, 1, 2])
+    shard(root / "test.parquet", [0, 1, 2])
+    shard(root / "data" / "train.parquet", [0, 1, 2])
+    (root / "pictures" / "cat").mkdir(parents=True)
+    for name in ("pictures/cat/0.png", "cover.png", "._train.parquet", "README.md", "LICENSE"):
+        (root / name).write_bytes(b"x")
+    open_dataset(str(root))
+    assert caplog.messages == [
+        f"{root}: left out 2 files of another kind: ._train.parquet, cover.png",
+        f"{root}: left out 2 folders that are neither train nor test: data (1 files), pictures (1 files)",
+    ]
+
+
+def test_numbers_with_gaps_are_the_classes_that_occur(tmp_path: Path) -> None:
+    shard(tmp_path / "r" / "train.parquet", [3, 1, 2], None)
+    shard(tmp_path / "r" / "test.parquet", [2, 3], None)
+    data = open_dataset(str(tmp_path / "r"))
+    assert data.class_names == ("1", "2", "3")
+    assert (data.train().labels.tolist(), data.test().labels.tolist()) == ([2, 0, 1], [1, 2])
 
 
 @pytest.mark.parametrize("labels", [[-1, -1], [None, None], None])
@@ -95,7 +128,7 @@ def test_an_unlabelled_test_gives_way_to_validation(
     data = open_dataset(str(root))
     assert torch.equal(data.test().images, val)
     assert data.test().labels.tolist() == [2, 0]
-    assert f"{root}: left out 1 parquet shards without labels: test.parquet" in caplog.messages
+    assert caplog.messages == [f"{root}: left out 1 shards of test without labels: test.parquet"]
 
 
 def test_without_any_labelled_test_a_fifth_of_train_is_test(
@@ -105,7 +138,7 @@ def test_without_any_labelled_test_a_fifth_of_train_is_test(
     shard(tmp_path / "r" / "test.parquet", [-1, -1])
     data = open_dataset(str(tmp_path / "r"))
     assert (len(data.train()), len(data.test())) == (12, 3)
-    assert "no labelled test shard: a fixed 20% of train is test" in caplog.text
+    assert "no labelled test part: a fixed 20% of train is test" in caplog.text
 
 
 def test_shards_are_matched_by_the_names_of_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -84,7 +84,10 @@ def test_lists_inside_the_parts_and_an_unlabelled_test(
     data = open_dataset(str(root))
     assert torch.equal(data.test().images, val)
     assert data.test().labels.tolist() == [1, 0]
-    assert f"{root}: left out 2 files that no list names: test/0.png, test/1.png" in caplog.messages
+    assert caplog.messages == [
+        f"{root}: left out 1 files of another kind: test.csv",
+        f"{root}: left out 2 files that no list names: test/0.png, test/1.png",
+    ]
 
 
 def test_a_column_of_parts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -96,7 +99,7 @@ def test_a_column_of_parts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     data = open_dataset(str(root))
     assert torch.equal(data.train().images, images[[0, 2, 4]])
     assert torch.equal(data.test().images, images[[1, 5]])
-    assert f"{root}: left out 1 files that no list names: images/3.png" in caplog.messages
+    assert caplog.messages == [f"{root}: left out 1 files of val beside those of test: images/3.png"]
 
 
 def test_the_label_column_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -112,6 +115,76 @@ def test_the_label_column_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     data = open_dataset(f"{root}?label_column=fine")
     assert data.class_names == ("p", "q", "r", "s")
     assert data.name == f"{root}?label_column=fine"
+
+
+def test_a_label_column_that_no_list_has_is_refused(tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    pictures(root / "images", 8)
+    write(root / "list.csv", "file,kind", *(f"{i}.png,{'xy'[i % 2]}" for i in range(8)))
+    with pytest.raises(InputError, match="label_column must be one of kind, got 'sort' for the lists of"):
+        open_dataset(str(root), label_column="sort")
+
+
+def test_another_column_does_not_replace_class_folders(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "set"
+    for label in "ab":
+        pictures(root / label, 10, seed=ord(label))
+    rows = [f"{label}/{i}.png,{'young' if i % 2 else 'old'}" for label in "ab" for i in range(10)]
+    write(root / "info.csv", "file,age", *rows)
+    assert open_dataset(str(root)).class_names == ("a", "b")
+    assert "none of its columns (age) is the label; --label-column names one" in caplog.text
+    assert f"{root}: left out 1 files of another kind: info.csv" in caplog.messages
+    caplog.clear()
+    assert open_dataset(str(root), label_column="age").class_names == ("old", "young")
+    line = "info.csv labels the files, not the folders that they are in"
+    assert caplog.messages == [f"{root}: {line}"]
+
+
+def test_a_column_with_a_value_per_file_is_no_label(tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    pictures(root / "images", 9)
+    write(root / "boxes.csv", "ImageId,PredictionString", *(f"{i},n0 {i} {i} 9 9" for i in range(9)))
+    with pytest.raises(InputError, match="CSV file that labels"):
+        open_dataset(str(root))
+
+
+def test_a_missing_file_is_not_taken_from_another_folder(tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    pictures(root / "a", 60)
+    pictures(root / "b", 61)
+    rows = [f"a/{i}.png,{'xy'[i % 2]}" for i in range(61)]
+    write(root / "list.csv", "file,label", *rows)
+    with pytest.raises(InputError, match=r"got 'a/60\.png', 'x'"):
+        open_dataset(str(root))
+    write(root / "list.csv", "file,label", *rows[:60], "/home/me/set/b/60.png,x")
+    assert sum(map(len, whole(root)[:1])) == 61
+
+
+def test_a_test_list_without_classes_gives_way_to_val(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "set"
+    pictures(root / "images", 8)
+    for part, label, files in (("train", None, range(4)), ("val", None, (4, 5)), ("test", -1, (6, 7))):
+        rows = [f"{i}.png,{'ab'[i % 2] if label is None else label}" for i in files]
+        write(root / f"{part}.csv", "file,label", *rows)
+    assert open_dataset(str(root)).test().labels.tolist() == [0, 1]
+    assert caplog.messages == [f"{root}: left out 2 files of test without labels: images/6.png, images/7.png"]
+
+
+def test_what_lies_beside_listed_files_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = tmp_path / "set"
+    pictures(root / "images", 6)
+    pictures(root / "__MACOSX", 2)
+    (root / "images" / "notes.txt").touch()
+    write(root / "labels.csv", "file,label", *(f"{i}.png,{'ab'[i % 2]}" for i in range(6)))
+    open_dataset(str(root))
+    assert caplog.messages == [
+        f"{root}: left out 1 folders that are hidden or begin with _: __MACOSX (2 files)",
+        f"{root}: left out 1 files of another kind: images/notes.txt",
+    ]
 
 
 def test_a_list_that_repeats_the_class_folders_changes_nothing(tmp_path: Path) -> None:
@@ -139,7 +212,7 @@ def test_a_list_that_repeats_the_class_folders_changes_nothing(tmp_path: Path) -
             {name: ["file,label", "0.png,a", "1.png,b"] for name in ("x.csv", "y.csv")},
             "one CSV file.*x.csv and .*y.csv",
         ),
-        ({"test.csv": ["file,label", "0.png,a", "1.png,b"]}, "must list train"),
+        ({"test.csv": ["file,label", "0.png,a", "1.png,b"]}, "must have a train part, got only test"),
         ({"train.csv": ["file,label", "0.png,a", "1.png,a"]}, "2 classes or more"),
     ],
 )

@@ -37,6 +37,11 @@ class Listed(TorchDataset[Any]):
         return self.items[index]
 
 
+class Endless(TorchDataset[Any]):
+    def __getitem__(self, index: int) -> Any:
+        return BYTES[0], 0
+
+
 class Streamed(IterableDataset[Any]):
     def __iter__(self) -> Any:
         yield from zip(BYTES, LABELS, strict=True)
@@ -73,6 +78,11 @@ def test_every_form_is_the_same_dataset(data: Any, caplog: pytest.LogCaptureFixt
         assert torch.equal(split.images, BYTES)
         assert torch.equal(split.labels, LABELS)
     assert not caplog.messages
+
+
+def test_labels_of_items_may_be_one_hot() -> None:
+    one_hot = Listed([(image, torch.eye(3)[label]) for image, label in zip(BYTES, LABELS, strict=True)])
+    assert store(one_hot) == store((BYTES, LABELS))
 
 
 def test_without_test_a_stratified_fifth_is_test() -> None:
@@ -159,6 +169,13 @@ def test_transparent_and_deep_pictures(caplog: pytest.LogCaptureFixture) -> None
             r"got \[4, 8, 3\] after \[8, 8, 3\], item 1 of the dataset; give the Dataset a transform",
         ),
         (Listed([(BYTES[0], 0), (BYTES[1] * 1.0, 1)]), r"float images .*in item 1 of the dataset"),
+        (
+            Listed([(BYTES[0], torch.tensor([0.5, 0.5])), (BYTES[1], torch.tensor([0.5, 0.5]))]),
+            "got .2, 2. in",
+        ),
+        (Listed([(BYTES[0], [1, 0]), (BYTES[1], [1])]), "got lists of them in the dataset"),
+        ((BYTES, LABELS - 1), r"whole numbers from 0 on, or names, got \[-1\]"),
+        (Endless(), r"the dataset must have a length \(__len__\) or be an IterableDataset"),
         ([BYTES], r"must be a name, a path, a torch Dataset or \(images, labels\), got list"),
     ],
 )

@@ -227,6 +227,18 @@ def test_the_size_can_be_set(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     )
 
 
+def test_colours_among_grey_pictures_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    grey, root = random_images(4, (1, 8, 8)), tmp_path / "set"
+    for row, image in enumerate(grey):
+        write_png(root / "train" / "ab"[row % 2] / f"{row}.png", image)
+        write_png(root / "test" / "ab"[row % 2] / f"{row}.png", image.repeat(3, axis=0))
+    write_png(root / "test" / "a" / "colour.png", random_images(1, (3, 8, 8))[0])
+    data = open_dataset(str(root))
+    assert torch.equal(data.test().images[[0, 1, 3, 4]], torch.from_numpy(grey[[0, 2, 1, 3]]))
+    line = "1 of 5 images are coloured, and read as grey like the rest of their dataset, such as "
+    assert caplog.messages == [f"{line}{root / 'test' / 'a' / 'colour.png'}"]
+
+
 @pytest.mark.parametrize("kind", ["blank", "a channel", "copies"])
 def test_pictures_without_contrast_are_refused(tmp_path: Path, kind: str) -> None:
     image = random_images(1, (3, 8, 8))[0]
@@ -239,3 +251,7 @@ def test_pictures_without_contrast_are_refused(tmp_path: Path, kind: str) -> Non
     )
     with pytest.raises(InputError, match=words):
         open_dataset(str(tmp_path / "set"))
+    if kind == "copies":  # one other picture in a class, besides those of both
+        write_png(tmp_path / "set" / "b" / "9.png", 255 - image)
+        write_png(tmp_path / "set" / "b" / "8.png", 254 - image)
+        assert open_dataset(str(tmp_path / "set")).class_names == ("a", "b")

@@ -84,7 +84,9 @@ def test_a_relative_folder_becomes_absolute(tmp_path: Path, monkeypatch: pytest.
     assert open_dataset("x?can_flip=false").name == f"{tmp_path / 'x'}?can_flip=false"
 
 
-def test_named_datasets_take_a_size(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_named_datasets_take_a_size(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     images = random_images(20, (1, 28, 28))
     for part in ("train", "t10k"):
         write_idx(tmp_path, "MNIST", part, images, [i % 10 for i in range(20)])
@@ -94,8 +96,15 @@ def test_named_datasets_take_a_size(tmp_path: Path, caplog: pytest.LogCaptureFix
         torch.from_numpy(images).float(), size=14, mode="bilinear", antialias=True
     )
     torch.testing.assert_close(data.train().images.float(), resized.round(), rtol=0, atol=1)
-    assert "20 images of MNIST are resized to 14x14" in caplog.text
+    assert caplog.messages == ["20 images of MNIST are resized to 14x14"]
+    caplog.clear()
+    monkeypatch.delattr("ddray.data.vision._read")  # resized once
+    again = open_dataset("mnist?image_size=14", data_dir=tmp_path)
+    assert torch.equal(again.train().images, data.train().images)
+    assert caplog.messages == ["20 images of MNIST are resized to 14x14"]
+    assert "digits" not in caplog.text
     digits = open_dataset("digits", image_size=32)
+    assert "1797 images of digits are resized from 8x8 to 32x32, not to 16x16" in caplog.messages
     assert digits.train().images.shape[1:] == digits.image_shape == (1, 32, 32)
 
 

@@ -87,7 +87,9 @@ def test_an_unlabelled_test_split_gives_way_to_validation(
     save_dict(tmp_path, ["train", "validation", "test"])
     data = open_dataset(str(tmp_path))
     assert len(data.test()) == 6
-    assert "without labels" in caplog.text
+    assert caplog.messages == [
+        f"{tmp_path}: left out 1 shards of test without labels: test/data-00000-of-00001.arrow"
+    ]
 
 
 def test_a_label_column_and_labels_without_names(tmp_path: Path) -> None:
@@ -96,6 +98,29 @@ def test_a_label_column_and_labels_without_names(tmp_path: Path) -> None:
         open_dataset(str(tmp_path / "d"))
     data = open_dataset(str(tmp_path / "d"), label_column="kind")
     assert data.class_names == ("0", "1", "2")
+
+
+def test_other_splits_and_files_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for split in ("train", "test", "extra"):
+        save(tmp_path / split, IMAGES, LABELS)
+    save_dict(tmp_path, ["train", "test", "extra"])
+    (tmp_path / "train" / "cache-1a2b.arrow").touch()
+    open_dataset(str(tmp_path))
+    assert caplog.messages == [
+        f"{tmp_path}: left out 1 folders that are neither train nor test: extra (3 files)",
+        f"{tmp_path}: left out 1 shards that aren't read: train/cache-1a2b.arrow",
+    ]
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../x.arrow", "a/x.arrow"])
+def test_files_elsewhere_are_refused(tmp_path: Path, name: str) -> None:
+    save(tmp_path / "d", IMAGES, LABELS)
+    (tmp_path / "d" / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
+    with pytest.raises(InputError, match="_data_files must name what is in its folder, got"):
+        open_dataset(str(tmp_path / "d"))
+    (tmp_path / "d" / "state.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match="_data_files must be readable"):
+        open_dataset(str(tmp_path / "d"))
 
 
 def test_broken_folders_are_refused(tmp_path: Path) -> None:

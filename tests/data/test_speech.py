@@ -51,6 +51,10 @@ def test_a_spectrogram_equals_a_naive_fourier_transform() -> None:
 def test_every_eighth_file_of_a_class_is_test(tmp_path: Path, rate: int) -> None:
     a_folder(tmp_path / "mini_speech_commands", rate)
     (tmp_path / "mini_speech_commands" / "__MACOSX").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr("ddray.data.speech._load")  # an option is refused before anything is read
+        with pytest.raises(InputError, match="label_column must be left out for speech_commands_mini"):
+            open_dataset("speech_commands_mini?label_column=x", data_dir=tmp_path)
     data = open_dataset("speech_commands_mini", data_dir=tmp_path)
     assert data.class_names == ("no", "yes")
     assert data.image_shape == (1, 64, 64)

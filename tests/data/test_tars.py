@@ -64,7 +64,42 @@ def test_folders_of_shards_with_class_names(tmp_path: Path, caplog: pytest.LogCa
     data = open_dataset(str(tmp_path))
     assert data.class_names == ("wolf", "fox")
     assert data.test().labels.tolist() == [1, 0]
-    assert caplog.messages == [f"{tmp_path}: 1 of 3 tars are not used, such as {tmp_path}/val/0.tar"]
+    assert caplog.messages == [f"{tmp_path}: left out 1 tars of val beside those of test: val/0.tar"]
+
+
+def test_tars_are_read_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What archives of a Mac add is none of them."""
+    samples = labelled(IMAGES, [0, 1, 2] * 4)
+    samples[3] = {"png": png(IMAGES[3])}
+    write_tar(tmp_path / "train.tar", samples)
+    (tmp_path / "__MACOSX").mkdir()
+    for name in ("._train.tar", "__MACOSX/train.tar", "cover.png"):
+        (tmp_path / name).write_bytes(b"no tar")
+    fingerprint, lines = open_dataset(str(tmp_path)).fingerprint, caplog.messages[:]
+    assert lines[:-1] == [
+        f"{tmp_path} has no labelled test part: a fixed 20% of train is test (of sound: each 8th file of a "
+        "class)",
+        "1 of 12 samples have no image or no label and are left out, such as 0003 in "
+        f"{tmp_path}/train.tar (.png)",
+        f"{tmp_path}: left out 2 files of another kind: ._train.tar, cover.png",
+    ]
+    assert "__MACOSX (1 files)" in lines[-1]
+    caplog.clear()
+    monkeypatch.setitem(sys.modules, "webdataset.tariterators", None)
+    again = open_dataset(str(tmp_path))
+    assert again.fingerprint == fingerprint
+    assert len(again.test()) == 3
+    assert caplog.messages == lines
+
+
+def test_an_unlabelled_test_gives_way_to_validation(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_tar(tmp_path / "train.tar", labelled(IMAGES[:6], [0, 1] * 3))
+    write_tar(tmp_path / "val.tar", labelled(IMAGES[6:8], [1, 0]))
+    write_tar(tmp_path / "test.tar", labelled(IMAGES[8:], [-1] * 4))
+    assert open_dataset(str(tmp_path)).test().labels.tolist() == [1, 0]
+    assert caplog.messages == [f"{tmp_path}: left out 1 tars of test without labels: test.tar"]
 
 
 def test_names_and_json_as_labels_of_one_file(tmp_path: Path) -> None:
@@ -114,12 +149,19 @@ def test_tars_that_can_not_be_meant(tmp_path: Path) -> None:
     write_tar(tmp_path / "a" / "folders.tar", [{"wav": b"RIFF"}])
     with pytest.raises(InputError, match=r"an image and a label .*got 0000 in .*folders\.tar \(\.wav\)"):
         open_dataset(str(tmp_path / "a"))
+    for content, words in ((b"[1]", "in a JSON object, got list"), (b"[" * 100_000, "text or JSON")):
+        write_tar(tmp_path / "e" / "x.tar", [{"png": png(IMAGES[0]), "json": content}])
+        with pytest.raises(InputError, match=f"label must be {words}"):
+            open_dataset(str(tmp_path / "e"))
+    write_tar(tmp_path / "f" / "x.tar", labelled(IMAGES, [0, 1, -1] * 4))
+    with pytest.raises(InputError, match=r"whole numbers from 0 on, or names, got \[-1\]"):
+        open_dataset(str(tmp_path / "f"))
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "cut.tar").write_bytes(b"no tar" * 200)
     with pytest.raises(InputError, match=r"tar must be readable, got .*cut\.tar: "):
         open_dataset(str(tmp_path / "b"))
     write_tar(tmp_path / "c" / "test.tar", labelled(IMAGES, [0, 1] * 6))
-    with pytest.raises(InputError, match=r"tars must have a train half, got only test in"):
+    with pytest.raises(InputError, match=r"tars must have a train part, got only test in"):
         open_dataset(str(tmp_path / "c"))
     write_tar(tmp_path / "d" / "x.tar", labelled(IMAGES, [0, 1, 2] * 4))
     (tmp_path / "d" / "classes.txt").write_text("one\ntwo\n")

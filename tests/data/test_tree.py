@@ -146,7 +146,7 @@ def test_an_unlabelled_test_gives_way_to_val(tmp_path: Path, caplog: pytest.LogC
     train, val = classes(root / "train"), classes(root / "val", seed=5)
     pictures(root / "test", 3)
     assert_halves(open_dataset(str(root)), train, val)
-    assert f"{root / 'test'} has no folder of a class of train's: it isn't used" in caplog.text
+    assert f"{root}: left out 1 folders of test without labels: test (3 files)" in caplog.messages
     assert "20%" not in caplog.text
 
 
@@ -155,7 +155,7 @@ def test_val_beside_a_labelled_test_is_named(tmp_path: Path, caplog: pytest.LogC
     train, test = classes(root / "train"), classes(root / "test", seed=5)
     classes(root / "valid", seed=9)
     assert_halves(open_dataset(str(root)), train, test)
-    assert f"{root}: left out 1 folders that are neither train nor test: valid (4 files)" in caplog.text
+    assert caplog.messages == [f"{root}: left out 1 folders of val beside those of test: valid (4 files)"]
 
 
 def test_without_a_labelled_test_a_fifth_of_train_is_test(
@@ -172,6 +172,9 @@ def test_without_a_labelled_test_a_fifth_of_train_is_test(
 def test_flat_halves_and_a_missing_train_are_refused(tmp_path: Path) -> None:
     for half in ("train", "test"):
         pictures(tmp_path / "flat" / half)
+    with pytest.raises(InputError, match="train must have a folder per class, or a CSV"):
+        open_dataset(str(tmp_path / "flat"))
+    pictures(tmp_path / "flat" / "sample")  # nor are train and test classes then
     with pytest.raises(InputError, match="train must have a folder per class, or a CSV"):
         open_dataset(str(tmp_path / "flat"))
     for half in ("test", "val"):
@@ -193,8 +196,10 @@ def test_what_is_left_out_is_named_and_counted(tmp_path: Path, caplog: pytest.Lo
     pictures(root / "__MACOSX")
     pictures(root / "a" / ".ipynb_checkpoints", 1)
     pictures(root, 1)
-    for file in ("README.md", "a/Thumbs.db", "b/._00.png", "b/boxes.txt"):
+    for file in ("README.md", ".gitattributes", "a/Thumbs.db", "b/._00.png", "b/boxes.txt", "ages.csv"):
         (root / file).write_bytes(b"x")
+    (root / ".git").mkdir()
+    (root / ".git" / "config").write_bytes(b"no data: not worth a line")
     data = open_dataset(str(root))
     assert as_set(torch.cat([data.train().images, data.test().images])) == as_set(images)
     lines = caplog.messages
@@ -203,10 +208,68 @@ def test_what_is_left_out_is_named_and_counted(tmp_path: Path, caplog: pytest.Lo
         "_background_noise_ (3 files), ..." in lines
     )
     assert f"{root}: left out 4 files of another kind: a/Thumbs.db, b/._00.png, b/boxes.txt, ..." in lines
+    assert len(lines) == 4
     assert f"{root}: left out 1 files outside the folders of classes: 00.png" in lines
     caplog.clear()
     open_dataset(str(root))
     assert caplog.messages == lines  # cached or not
+
+
+def test_what_lies_beside_an_archives_folder_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "x"
+    images = classes(root / "ds")
+    classes(root / "__MACOSX" / "ds")
+    pictures(root, 1)
+    (root / "README.txt").touch()
+    data = open_dataset(str(root))
+    assert as_set(torch.cat([data.train().images, data.test().images])) == as_set(images)
+    assert caplog.messages == [
+        f"{root}: left out 1 files outside the folders of classes: 00.png",
+        f"{root}: left out 1 folders that are hidden or begin with _: __MACOSX (4 files)",
+    ]
+
+
+def test_what_a_part_leaves_out_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = tmp_path / "set"
+    for half in ("train", "test"):
+        classes(root / half / half)
+        pictures(root / half / "__MACOSX", 3)
+        pictures(root / half / half, 1)
+    data = open_dataset(str(root))
+    assert sorted(caplog.messages) == [
+        f"{root}: left out 1 files outside the folders of classes: train/train/00.png",
+        f"{root}: left out 1 folders that are hidden or begin with _: train/__MACOSX (3 files)",
+    ]
+    caplog.clear()
+    assert len(data.test()) == 4
+    assert sorted(caplog.messages) == [
+        f"{root / 'test'}: left out 1 files outside the folders of classes: test/00.png",
+        f"{root / 'test'}: left out 1 folders that are hidden or begin with _: __MACOSX (3 files)",
+    ]
+
+
+def test_pictures_beside_the_parts_of_a_class_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "set"
+    for name in "ab":
+        classes(root / name, "train test")
+        pictures(root / name, 1)
+    assert len(open_dataset(str(root)).train()) == 4
+    assert f"{root}: left out 2 files outside the folders of classes: a/00.png, b/00.png" in caplog.messages
+
+
+def test_tiny_imagenets_val_names_what_its_list_leaves_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "set"
+    classes(root / "train")
+    pictures(root / "val" / "images", 3)
+    (root / "val" / "val_annotations.txt").write_text("00.png\ta\n01.png\tb\n")
+    assert open_dataset(str(root)).test().labels.tolist() == [0, 1]
+    assert caplog.messages == [f"{root / 'val'}: left out 1 files that no list names: images/02.png"]
 
 
 def test_links_that_lead_back_end_with_a_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

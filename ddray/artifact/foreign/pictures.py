@@ -14,8 +14,16 @@ from ddray.artifact.export import folder_names
 from ddray.artifact.foreign import ForeignFile, ForeignFormat, ForeignRequest, ForeignSet
 from ddray.data import Dataset
 from ddray.data.catalog import KNOWN
-from ddray.data.folders import IMAGE_SUFFIXES, image_source
-from ddray.data.listing import LOOSE, Skipped, files_below, has_files, loose_files, subfolders
+from ddray.data.folders import image_source
+from ddray.data.listing import (
+    IMAGE_SUFFIXES,
+    LOOSE,
+    Skipped,
+    files_below,
+    has_files,
+    loose_files,
+    subfolders,
+)
 from ddray.data.pixels import pixel_space
 from ddray.data.sources import Geometry, load
 from ddray.errors import InputError
