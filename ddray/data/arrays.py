@@ -98,6 +98,7 @@ def to_values(labels: Any, num: int, where: str) -> Array:
         values = np.char.decode(values) if values.dtype.kind == "S" else values.astype(str)
         bad = values[values == ""]
     elif values.dtype.kind in "biuf":
+        values = values.astype(np.uint8) if values.dtype.kind == "b" else values
         bad = values[~((values >= 0) & (values < 2**31) & (values == np.round(values)))]
     else:
         bad = values[[not isinstance(value, int) for value in values.tolist()]]

@@ -139,7 +139,7 @@ def _rows(path: Path, index: _Index, label_column: str | None) -> list[Row]:
             log.warning("%s: none of its columns (%s) is the label; --label-column names one", path, listed)
         return []
     names, labels = table[file_column], table[column]
-    parts = [part_of(value) for value in table[part_column]] if part_column else [None] * len(names)
+    parts = list(map(part_of, table[part_column] if part_column else [""] * len(names)))
     may_be_empty = set(labels) <= set(_NO_LABELS)
     rows = []
     for name, label, part in zip(names, labels, parts, strict=True):

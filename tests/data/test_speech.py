@@ -266,8 +266,8 @@ def test_what_is_no_clip_is_counted_and_named(folder: Path, caplog: pytest.LogCa
     assert data.class_names == ("no", "yes")
     assert len(data.train()) == 14
     assert caplog.messages == [
-        f"{folder}: left out 1 folders that are hidden or begin with _: _background_noise_ (1 files)",
         f"{folder}: left out 1 files of another kind: yes/cover.png",
+        f"{folder}: left out 1 folders that are hidden or begin with _: _background_noise_ (1 files)",
     ]
 
 
