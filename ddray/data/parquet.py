@@ -76,10 +76,10 @@ def layout_of_parquet(
     by_part = {kind: [Shard(file, label_column) for file in files] for kind, files in parts.items()}
     skipped = Skipped(folder, (".parquet", ".arrow"), "shards that aren't read")
     train, test = halves_of(parts, skipped, "shards", lambda kind: _has_labels(by_part[kind]))
-    read = [file for kind in (train, test) if kind is not None for file in parts[kind]]
+    of_parts = {file.parent for files in parts.values() for file in files}
     skipped.covered = [
-        *read,
-        *(path / name for path in {folder, *(f.parent for f in read)} for name in ABOUT),
+        *(file for kind in (train, test) if kind is not None for file in parts[kind]),
+        *(path / name for path in {folder, *of_parts} for name in ABOUT),
     ]
     class_names, numbered = _class_names(by_part[train], () if label_column else names)
     source = _source(by_part[train], class_names, numbered=numbered)

@@ -38,16 +38,22 @@ def labelled(images: np.ndarray, labels: Sequence[object], ending: str = "cls") 
     ]
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "set").mkdir()
+    return tmp_path / "set"
+
+
 @pytest.fixture(autouse=True)
 def _webdataset() -> None:
     pytest.importorskip("webdataset")
 
 
-def test_shards_of_two_halves(tmp_path: Path) -> None:
-    write_tar(tmp_path / "set-train-000000.tar", labelled(IMAGES[:4], [0, 1, 2, 0]))
-    write_tar(tmp_path / "set-train-000001.tar", labelled(IMAGES[4:8], [1, 2, 10, 10]))
-    write_tar(tmp_path / "set-test-000000.tar", labelled(IMAGES[8:], [10, 2, 1, 0]))
-    data = open_dataset(str(tmp_path))
+def test_shards_of_two_halves(folder: Path) -> None:
+    write_tar(folder / "set-train-000000.tar", labelled(IMAGES[:4], [0, 1, 2, 0]))
+    write_tar(folder / "set-train-000001.tar", labelled(IMAGES[4:8], [1, 2, 10, 10]))
+    write_tar(folder / "set-test-000000.tar", labelled(IMAGES[8:], [10, 2, 1, 0]))
+    data = open_dataset(str(folder))
     assert data.class_names == ("0", "1", "2", "10")
     assert torch.equal(data.train().images, torch.from_numpy(IMAGES[:8]))
     assert data.train().labels.tolist() == [0, 1, 2, 0, 1, 2, 3, 3]
@@ -55,54 +61,54 @@ def test_shards_of_two_halves(tmp_path: Path) -> None:
     assert data.test().labels.tolist() == [3, 2, 1, 0]
 
 
-def test_folders_of_shards_with_class_names(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_folders_of_shards_with_class_names(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     """As the sets of CLIP's benchmark: train/0.tar, test/0.tar, classnames.txt."""
-    write_tar(tmp_path / "train" / "0.tar", labelled(IMAGES[:6], [0, 1] * 3))
-    write_tar(tmp_path / "test" / "0.tar", labelled(IMAGES[6:8], [1, 0]))
-    write_tar(tmp_path / "val" / "0.tar", labelled(IMAGES[8:], [0, 1] * 2))
-    (tmp_path / "classnames.txt").write_text("wolf\nfox\n")
-    data = open_dataset(str(tmp_path))
+    write_tar(folder / "train" / "0.tar", labelled(IMAGES[:6], [0, 1] * 3))
+    write_tar(folder / "test" / "0.tar", labelled(IMAGES[6:8], [1, 0]))
+    write_tar(folder / "val" / "0.tar", labelled(IMAGES[8:], [0, 1] * 2))
+    (folder / "classnames.txt").write_text("wolf\nfox\n")
+    data = open_dataset(str(folder))
     assert data.class_names == ("wolf", "fox")
     assert data.test().labels.tolist() == [1, 0]
-    assert caplog.messages == [f"{tmp_path}: left out 1 tars of val beside those of test: val/0.tar"]
+    assert caplog.messages == [f"{folder}: left out 1 tars of val beside those of test: val/0.tar"]
 
 
 def test_tars_are_read_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What archives of a Mac add is none of them."""
     samples = labelled(IMAGES, [0, 1, 2] * 4)
     samples[3] = {"png": png(IMAGES[3])}
-    write_tar(tmp_path / "train.tar", samples)
-    (tmp_path / "__MACOSX").mkdir()
+    write_tar(folder / "train.tar", samples)
+    (folder / "__MACOSX").mkdir()
     for name in ("._train.tar", "__MACOSX/train.tar", "cover.png"):
-        (tmp_path / name).write_bytes(b"no tar")
-    fingerprint, lines = open_dataset(str(tmp_path)).fingerprint, caplog.messages[:]
+        (folder / name).write_bytes(b"no tar")
+    fingerprint, lines = open_dataset(str(folder)).fingerprint, caplog.messages[:]
     assert lines[:-1] == [
-        f"{tmp_path} has no labelled test part: a fixed 20% of train is test (of sound: each 8th file of a "
+        f"{folder} has no labelled test part: a fixed 20% of train is test (of sound: each 8th file of a "
         "class)",
         "1 of 12 samples have no image or no label and are left out, such as 0003 in "
-        f"{tmp_path}/train.tar (.png)",
-        f"{tmp_path}: left out 2 files of another kind: ._train.tar, cover.png",
+        f"{folder}/train.tar (.png)",
+        f"{folder}: left out 2 files of another kind: ._train.tar, cover.png",
     ]
     assert "__MACOSX (1 files)" in lines[-1]
     caplog.clear()
     monkeypatch.setitem(sys.modules, "webdataset.tariterators", None)
-    again = open_dataset(str(tmp_path))
+    again = open_dataset(str(folder))
     assert again.fingerprint == fingerprint
     assert len(again.test()) == 3
     assert caplog.messages == lines
 
 
-def test_an_unlabelled_test_gives_way_to_validation(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_tar(tmp_path / "train.tar", labelled(IMAGES[:6], [0, 1] * 3))
-    write_tar(tmp_path / "val.tar", labelled(IMAGES[6:8], [1, 0]))
-    write_tar(tmp_path / "test.tar", labelled(IMAGES[8:], [-1] * 4))
-    assert open_dataset(str(tmp_path)).test().labels.tolist() == [1, 0]
-    assert caplog.messages == [f"{tmp_path}: left out 1 tars of test without labels: test.tar"]
+def test_an_unlabelled_test_gives_way_to_validation(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_tar(folder / "train.tar", labelled(IMAGES[:6], [0, 1] * 3))
+    write_tar(folder / "val.tar", labelled(IMAGES[6:8], [1, 0]))
+    write_tar(folder / "test.tar", labelled(IMAGES[8:], [-1] * 4))
+    assert open_dataset(str(folder)).test().labels.tolist() == [1, 0]
+    assert caplog.messages == [f"{folder}: left out 1 tars of test without labels: test.tar"]
 
 
-def test_names_and_json_as_labels_of_one_file(tmp_path: Path) -> None:
+def test_names_and_json_as_labels_of_one_file(folder: Path) -> None:
     samples = [
         {
             "jpeg.txt": b"a caption",
@@ -111,70 +117,70 @@ def test_names_and_json_as_labels_of_one_file(tmp_path: Path) -> None:
         }
         for k, (image, name) in enumerate(zip(IMAGES, ["dog", "cat"] * 6, strict=True))
     ]
-    write_tar(tmp_path / "pets.tar", samples)
-    data = open_dataset(str(tmp_path / "pets.tar"))
+    write_tar(folder / "pets.tar", samples)
+    data = open_dataset(str(folder / "pets.tar"))
     assert data.class_names == ("cat", "dog")
     assert torch.bincount(data.test().labels).tolist() == [1, 1]
     image_of = {image.tobytes(): k for k, image in enumerate(IMAGES)}
     for image, label in zip(data.train().images, data.train().labels, strict=True):
         assert int(label) == 1 - image_of[image.numpy().tobytes()] % 2
-    fine = open_dataset(str(tmp_path / "pets.tar"), label_column="fine")
+    fine = open_dataset(str(folder / "pets.tar"), label_column="fine")
     assert fine.class_names == ("0", "1", "2", "3")
     for image, label in zip(fine.train().images, fine.train().labels, strict=True):
         assert int(label) == image_of[image.numpy().tobytes()] % 4
 
 
 def test_samples_without_image_or_label_are_counted_and_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     samples = labelled(IMAGES, [0, 1, 2] * 4)
     samples[3] = {"png": png(IMAGES[3])}
     samples[5] = {"cls": b"1", "txt": b"lost"}
     samples[7] = {**samples[7], "jpg": b"a mask"}
-    write_tar(tmp_path / "train.tar", samples)
-    write_tar(tmp_path / "test.tar", labelled(IMAGES[:3], [0, 1, 2]))
-    data = open_dataset(str(tmp_path))
+    write_tar(folder / "train.tar", samples)
+    write_tar(folder / "test.tar", labelled(IMAGES[:3], [0, 1, 2]))
+    data = open_dataset(str(folder))
     rest = [row for row in range(12) if row not in (3, 5)]
     assert torch.equal(data.train().images, torch.from_numpy(IMAGES[rest]))
     assert data.train().labels.tolist() == [row % 3 for row in rest]
     assert caplog.messages == [
         "2 of 12 samples have no image or no label and are left out, such as 0003 in "
-        f"{tmp_path}/train.tar (.png)",
+        f"{folder}/train.tar (.png)",
         "1 of 12 samples have several images, of which the first is read, such as 0007 in "
-        f"{tmp_path}/train.tar (.png .cls .jpg)",
+        f"{folder}/train.tar (.png .cls .jpg)",
     ]
 
 
-def test_tars_that_can_not_be_meant(tmp_path: Path) -> None:
-    write_tar(tmp_path / "a" / "folders.tar", [{"wav": b"RIFF"}])
+def test_tars_that_can_not_be_meant(folder: Path) -> None:
+    write_tar(folder / "a" / "folders.tar", [{"wav": b"RIFF"}])
     with pytest.raises(InputError, match=r"an image and a label .*got 0000 in .*folders\.tar \(\.wav\)"):
-        open_dataset(str(tmp_path / "a"))
+        open_dataset(str(folder / "a"))
     for content, words in ((b"[1]", "in a JSON object, got list"), (b"[" * 100_000, "text or JSON")):
-        write_tar(tmp_path / "e" / "x.tar", [{"png": png(IMAGES[0]), "json": content}])
+        write_tar(folder / "e" / "x.tar", [{"png": png(IMAGES[0]), "json": content}])
         with pytest.raises(InputError, match=f"label must be {words}"):
-            open_dataset(str(tmp_path / "e"))
-    write_tar(tmp_path / "f" / "x.tar", labelled(IMAGES, [0, 1, -1] * 4))
+            open_dataset(str(folder / "e"))
+    write_tar(folder / "f" / "x.tar", labelled(IMAGES, [0, 1, -1] * 4))
     with pytest.raises(InputError, match=r"whole numbers from 0 on, or names, got \[-1\]"):
-        open_dataset(str(tmp_path / "f"))
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "cut.tar").write_bytes(b"no tar" * 200)
+        open_dataset(str(folder / "f"))
+    (folder / "b").mkdir()
+    (folder / "b" / "cut.tar").write_bytes(b"no tar" * 200)
     with pytest.raises(InputError, match=r"tar must be readable, got .*cut\.tar: "):
-        open_dataset(str(tmp_path / "b"))
-    write_tar(tmp_path / "c" / "test.tar", labelled(IMAGES, [0, 1] * 6))
+        open_dataset(str(folder / "b"))
+    write_tar(folder / "c" / "test.tar", labelled(IMAGES, [0, 1] * 6))
     with pytest.raises(InputError, match=r"tars must have a train part, got only test in"):
-        open_dataset(str(tmp_path / "c"))
-    write_tar(tmp_path / "d" / "x.tar", labelled(IMAGES, [0, 1, 2] * 4))
-    (tmp_path / "d" / "classes.txt").write_text("one\ntwo\n")
+        open_dataset(str(folder / "c"))
+    write_tar(folder / "d" / "x.tar", labelled(IMAGES, [0, 1, 2] * 4))
+    (folder / "d" / "classes.txt").write_text("one\ntwo\n")
     with pytest.raises(InputError, match=r"labels must lie in 0\.\.1, as there are 2 class names, got 2 in"):
-        open_dataset(str(tmp_path / "d"))
+        open_dataset(str(folder / "d"))
 
 
 def test_without_the_extra_the_message_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "webdataset", None)
-    write_tar(tmp_path / "x.tar", labelled(IMAGES, [0, 1] * 6))
+    monkeypatch.setitem(sys.modules, "webdataset.tariterators", None)
+    write_tar(folder / "x.tar", labelled(IMAGES, [0, 1] * 6))
     with pytest.raises(
         InputError, match=r"tars need the extra webdataset: pip install 'ddray\[webdataset\]'"
     ):
-        open_dataset(str(tmp_path))
+        open_dataset(str(folder))
