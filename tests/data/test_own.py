@@ -214,8 +214,8 @@ def test_a_test_half_of_ones_own(caplog: pytest.LogCaptureFixture) -> None:
     data, swapped = bars(), TensorDataset(bars(12).tensors[0], 2 - bars(12).tensors[1])
     distilled = ddray.distill("random", dataset=data, test=swapped, ipc=3)
     options: dict[str, Any] = {"archs": ["convnet3_w16"], "seeds": 1, "epochs": 30, "augment": "none"}
-    found = ddray.evaluate(distilled, dataset=data, test=swapped, **options)
-    assert found.results[0].accuracy_mean <= 0.5
+    scored = ddray.evaluate(distilled, dataset=data, test=swapped, **options)
+    assert scored.results[0].accuracy_mean <= 0.5
     assert not [line for line in caplog.messages if "fingerprints" in line]
     with pytest.raises(
         InputError, match=r"test must be left out unless dataset is a torch Dataset or tensors"

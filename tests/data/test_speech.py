@@ -150,9 +150,9 @@ def spectrogram(wave: np.ndarray) -> torch.Tensor:
 
 
 def layout(root: Path, **window: float) -> Layout:
-    found = layout_of_clips(root, ContentOptions.parse(window))
-    assert found is not None
-    return found
+    opened = layout_of_clips(root, ContentOptions.parse(window))
+    assert opened is not None
+    return opened
 
 
 def trained(root: Path, **window: float) -> torch.Tensor:
@@ -245,15 +245,15 @@ def test_clips_of_a_few_other_rates_are_resampled_to_that_of_most(
     a_folder(folder / "train", 8000, 3)
     a_folder(folder / "test", 16000, 1)
     write_wav(folder / "train" / "yes" / "00.wav", tone(16000, 300), 16000)
-    found = layout(folder)
-    split, geometry = found.train(None)
+    opened = layout(folder)
+    split, geometry = opened.train(None)
     torch.testing.assert_close(
         split.images[3].exp()[..., 8:56], spectrogram(tone(8000, 300)).exp()[..., 8:56], rtol=0.02, atol=0.3
     )
     (line,) = caplog.messages
     assert line.startswith("1 of 6 clips are resampled from 16000 to 8000 Hz, such as ")
     caplog.clear()
-    found.test(geometry)
+    opened.test(geometry)
     assert "2 of 2 clips are resampled from 16000 to 8000 Hz" in caplog.text
 
 
