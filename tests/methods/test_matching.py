@@ -238,6 +238,25 @@ def test_a_class_with_too_few_images_starts_with_noisy_copies(init: Any, toy: An
     assert torch.equal(initial_images(ctx, init)[0], images)
 
 
+@pytest.mark.parametrize("init", ["random", "first", "kcenter"])
+@pytest.mark.parametrize("counts", [(4, 4, 4), (9, 4, 3)])
+def test_more_images_than_a_class_of_ipc_has_are_plain_copies(
+    init: Any, counts: tuple[int, ...], toy: Any, planned: Any
+) -> None:
+    """Mini-images (ipc x parts) may be more than a class has: they start as its images, one after another."""
+    _, ctx, _ = planned("dm", toy(counts=counts), ipc=3, steps=1, method={"batch_real": BATCH})
+
+    images, labels = initial_images(ctx, init, 12)
+
+    originals, of_class = initial_images(ctx, init, 12, repeat=False)
+    repeated = [originals[of_class == label][torch.arange(12) % n] for label, n in enumerate(counts)]
+    assert images.numpy().tobytes() == torch.cat(repeated).numpy().tobytes()
+    assert torch.bincount(of_class).tolist() == list(counts)
+    assert torch.equal(labels, torch.arange(3).repeat_interleave(12))
+    real = ctx.space.encode(ctx.split.images)
+    assert all((real == image).flatten(1).all(1).any() for image in originals)
+
+
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     counts=st.lists(st.integers(1, 9), min_size=1, max_size=5),

@@ -178,8 +178,8 @@ def initial_images(
         ctx: what to work on.
         init: random real images, the first of each class, k-center's choice, or Gaussian noise.
         count: images per class; default: ipc.
-        repeat: a class with fewer real images starts with copies of them, under a little noise, so that they
-            can part; False: it gives all it has.
+        repeat: a class with fewer real images starts with copies of them; in a class of fewer than ipc images
+            under a little noise, so that they can part. False: it gives all it has.
     """
     num_classes, num = ctx.dataset.num_classes, count or ctx.ipc
     labels = torch.arange(num_classes).repeat_interleave(num).to(ctx.device)
@@ -197,7 +197,7 @@ def initial_images(
             members = members[torch.from_numpy(rng.permutation(len(members)))]
         positions = torch.arange(num if repeat else min(num, len(members)))
         indices.append(members[positions % len(members)])
-        copies.append(positions >= len(members))
+        copies.append((positions >= len(members)) & (len(members) < ctx.ipc))
     index, is_copy = torch.cat(indices), torch.cat(copies)
     images = ctx.space.encode(ctx.split.images[index])
     if bool(is_copy.any()):
