@@ -7,12 +7,14 @@ from ddray.errors import InputError, unknown
 from ddray.evaluation import get_protocol, protocol_names, target_protocols
 from ddray.evaluation.options import EvaluateOptions
 from ddray.jobs.plan import Plan, budget_method
+from ddray.system.options import ContentOptions
 from ddray.tables.spec import BenchSpec, EvaluateSpec, MethodSpec
 
-# Options of an evaluation that the table itself sets.
+# Options of an evaluation that the table itself sets; datasets carry their options in their names.
 _SET_BY_TABLE: Final = (
     *("dataset", "protocol", "archs", "seeds", "epochs", "split", "augment", "teachers"),
     *("pixel_space", "index", "factor", "seed", "data_dir", "download"),
+    *ContentOptions.model_fields,
 )
 
 
@@ -59,7 +61,12 @@ def check_evaluation(evaluation_spec: EvaluateSpec, plan: Plan, target: Dataset)
         InputError: with what would be allowed.
     """
     option_names = EvaluateOptions.model_fields.keys() - _SET_BY_TABLE
-    for name in evaluation_spec.options:
+    for name, value in evaluation_spec.options.items():
+        if name in ContentOptions.model_fields:
+            raise InputError(
+                f"evaluate.options.{name} must be left out, got {value!r}: it is a dataset's; put {name}: at "
+                f"the top of the file, or ?{name}= after a dataset's name"
+            )
         if name not in option_names:
             raise unknown("evaluate.options", name, option_names)
     if "ipc" in evaluation_spec.options and getattr(plan.config.method, "store", "images") != "statistics":
