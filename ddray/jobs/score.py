@@ -41,10 +41,14 @@ def evaluate(
     """Score a distilled set's file, ours or another project's, on an open dataset or `options.dataset`.
 
     The sets of a file's several runs are scored together: each trains its own networks, and the results are
-    over all of them. InputError if the file, the dataset or an option is bad, or the set does not fit the
-    dataset; DivergedError if a training loss became NaN.
+    over all of them. InputError if the file, the dataset or an option is bad (an open dataset takes no other
+    options of content than `can_flip`), or the set does not fit the dataset; DivergedError if a training loss
+    became NaN.
     """
-    dataset = dataset or _target(options.dataset or dataset_of(path), options)
+    if dataset is not None:
+        dataset = dataset.with_options(**options.content())
+    else:
+        dataset = _target(options.dataset or dataset_of(path), options)
     sets = load_all(path, foreign_request(dataset, options), options.index)
     check_options(options, sets)
     meta = sets[0].meta

@@ -100,7 +100,8 @@ def prepare(
             f"got {options.gpus_per_worker:g}"
         )
     opening = request.opening()
-    name, named = request.dataset or next(filter(None, map(dataset_of, request.proxies)), None), dataset
+    name = request.dataset or next(filter(None, map(dataset_of, request.proxies)), None)
+    named = None if dataset is None else dataset.with_options(**request.content())
     if named is None and name is not None:
         named = open_dataset(name, **opening)
     paths, sets = _read_proxies(request, named)

@@ -77,6 +77,25 @@ class TestEvaluate:
         assert torch.equal(seen[0].images, carve_val(digits.train(), seed=3)[1].images)
         assert torch.equal(seen[1].images, digits.test().images)
 
+    @pytest.mark.parametrize("is_open", [True, False])
+    def test_whether_images_are_mirrored_is_settable(
+        self, is_open: bool, random_set: Path, monkeypatch: pytest.MonkeyPatch, digits: Any
+    ) -> None:
+        """Also of a dataset that is already open, which no other option can change."""
+        seen: list[Any] = []
+        monkeypatch.setattr(
+            scoring, "evaluate_archs", lambda evaluator, train, ctx, **kwargs: seen.append(ctx) or []
+        )
+        dataset = digits if is_open else None
+        for can_flip in (None, True):
+            evaluate(random_set, quick(can_flip=can_flip), device=CPU, dataset=dataset)
+
+        assert [ctx.dataset.can_flip for ctx in seen] == [False, True]
+        assert [ctx.dataset.name for ctx in seen] == ["digits", "digits?can_flip=true"]
+        if is_open:
+            with pytest.raises(InputError, match="image_size must be set where a dataset is opened, got 8"):
+                evaluate(random_set, quick(image_size=8), device=CPU, dataset=dataset)
+
     @pytest.mark.parametrize("augment", ["none", "dsa", "dsa_idc", "autoaugment", "randaugment"])
     def test_every_augmentation_runs(self, augment: Any, random_set: Path) -> None:
         (result,) = evaluate(random_set, quick(augment=augment, seeds=1), device=CPU)["results"]

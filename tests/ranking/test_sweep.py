@@ -337,12 +337,14 @@ def test_cost_orders_tasks_longest_first(proxies: dict[str, Path], tmp_path: Pat
     assert sorted(len(task.units) for task in fused) == [1] * 8 + [3] * 8
 
 
-def test_networks_that_see_mirrored_images_are_units_of_their_own(proxies: dict[str, Path]) -> None:
-    nas_options = options(sample=2)
-    paths = (proxies["random"],)
+@pytest.mark.parametrize("is_open", [True, False])
+def test_networks_that_see_mirrored_images_are_units_of_their_own(
+    is_open: bool, proxies: dict[str, Path]
+) -> None:
+    nas_options, dataset = options(sample=2), open_dataset("digits") if is_open else None
+    requests = [NasRequest(proxies=(proxies["random"],), can_flip=can_flip) for can_flip in (None, True)]
     plain, flipped = (
-        rank.prepare(NasRequest(proxies=paths, can_flip=can_flip), nas_options, config_of(nas_options))
-        for can_flip in (None, True)
+        rank.prepare(request, nas_options, config_of(nas_options), dataset=dataset) for request in requests
     )
     assert plain.dataset.fingerprint == flipped.dataset.fingerprint
     assert (plain.dataset.can_flip, flipped.dataset.can_flip) == (False, True)

@@ -208,7 +208,10 @@ def test_a_recipe_is_the_same_for_every_row_and_within_the_limits(tmp_path: Path
         ({"evaluate": {"archs": ["convnet9"]}}, "arch must be one of"),
         ({"evaluate": {"options": {"train_limits": 5}}}, "did you mean 'train_limit'"),
         ({"evaluate": {"options": {"pixel_space": "raw"}}}, "evaluate.options must be one of"),
-        ({"evaluate": {"options": {"image_size": 64}}}, "evaluate.options.image_size must be left out, got 64"),
+        (
+            {"evaluate": {"options": {"image_size": 64}}},
+            "evaluate.options.image_size must be left out, got 64",
+        ),
         ({"evaluate": {"options": {"can_flip": False}}}, r"options.can_flip must.*got False.*\?can_flip="),
         (
             {"evaluate": {"options": {"ipc": 5}}},
