@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddray.artifact.distilled_set import DistilledSet, TrainSet
-from ddray.data import Split
+from ddray.data import Dataset, Split
 from ddray.data.catalog import KNOWN
 from ddray.data.reference import DatasetRef
 from ddray.errors import DivergedError, InputError
@@ -199,19 +199,27 @@ def _descend(
     run(step, batches, lr=lambda index: config.lr * cosine(index, steps))
 
 
+def _can_flip(name: str, target: Dataset) -> bool:
+    """Return whether mirrored images of a set of dataset `name` keep their class.
+
+    If it is the target's own dataset, the target says so, with its options; else the name, or the catalog.
+    """
+    reference = DatasetRef.parse(name)
+    if reference.base == target.base:
+        return target.can_flip
+    if reference.can_flip is not None:
+        return reference.can_flip
+    return reference.base in KNOWN and KNOWN[reference.base].can_flip
+
+
 def _make(options: EvaluateOptions, distilled: DistilledSet, ctx: EvalContext, real: RealImages) -> Scoring:
     config = evaluation_config(distilled, options)
     train_set = limited_set(TrainSet(real.images.images, real.images.labels), options)
-    reference = DatasetRef.parse(distilled.meta.dataset)
-    catalog_entry = KNOWN.get(reference.base)
-    can_flip = catalog_entry is not None and catalog_entry.can_flip
-    if distilled.meta.dataset == ctx.dataset.name:
-        can_flip = ctx.dataset.can_flip
     evaluator = Linear(
         config.as_recipe(),
         config.probe,
         real=Split(train_set.images, train_set.labels),
-        can_flip=can_flip if reference.can_flip is None else reference.can_flip,
+        can_flip=_can_flip(distilled.meta.dataset, ctx.dataset),
         finetune=config.finetune if options.finetune else None,
     )
     return Scoring(evaluator, config.seeds)

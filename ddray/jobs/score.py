@@ -15,6 +15,7 @@ from ddray.artifact.reading import check_options, dataset_of, load_all
 from ddray.data import Dataset, PixelSpace, Split, SplitName, carve_val, open_dataset
 from ddray.data.catalog import KNOWN
 from ddray.data.pixels import pixel_space
+from ddray.data.reference import DatasetRef
 from ddray.errors import InputError
 from ddray.evaluation import get_protocol, target_protocols
 from ddray.evaluation.options import EvaluateOptions, EvaluateResult
@@ -128,10 +129,15 @@ def foreign_request(dataset: Dataset | None, options: ForeignOptions) -> Foreign
     return ForeignRequest(dataset, space, options.factor)
 
 
+def _content(name: str) -> str:
+    """Return a dataset's name without `can_flip`, which changes no fingerprint."""
+    return str(DatasetRef.parse(name).model_copy(update={"can_flip": None}))
+
+
 def check_fits(distilled: DistilledSet, target: Dataset, path: Path, protocol: str = "hard") -> None:
     """Refuse to score a set on other classes or another image shape, unless the protocol takes any."""
     meta = distilled.meta
-    if meta.dataset == target.name and meta.fingerprint != target.fingerprint:
+    if _content(meta.dataset) == _content(target.name) and meta.fingerprint != target.fingerprint:
         log.warning("%s was distilled from another copy of %s (fingerprints differ)", path, target.name)
     if get_protocol(protocol).trains_on_target:
         return

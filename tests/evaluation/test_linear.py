@@ -249,3 +249,26 @@ def test_embeddings_of_chunks_are_those_of_the_whole(context: EvalContext) -> No
     with torch.no_grad():
         expected = net.embed(context.space.encode(context.split.images))
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "expected"),
+    [
+        ("cifar10", "cifar10", True),
+        ("cifar10", "cifar10?can_flip=false", False),
+        ("cifar10?image_size=64", "cifar10?can_flip=false", False),
+        ("cifar10?can_flip=false", "cifar10?can_flip=true", True),
+        ("cifar10?can_flip=false", "cifar100", False),
+        ("cifar10", "cifar100?can_flip=false", True),
+        ("svhn", "cifar10", False),
+        ("/pictures", "/pictures", True),
+        ("/pictures", "cifar10", False),
+    ],
+)
+def test_a_set_is_mirrored_in_pre_training_where_its_dataset_allows_it(
+    name: str, target: str, expected: bool, toy: Any
+) -> None:
+    """The target's word counts where it is the set's own dataset, however the two are read."""
+    dataset = replace(toy(), name=target, can_flip="can_flip=false" not in target)
+
+    assert linear._can_flip(name, dataset) is expected

@@ -168,8 +168,9 @@ class TestEvaluate:
             evaluate(random_set, quick(dataset=name), device=CPU)
         assert ("has 10 classes of digits" in str(caught.value)) == same_shape
 
+    @pytest.mark.parametrize("can_flip", [None, True])
     def test_another_copy_of_the_dataset_is_said(
-        self, random_set: Path, caplog: pytest.LogCaptureFixture
+        self, can_flip: bool | None, random_set: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         import dataclasses
 
@@ -178,7 +179,7 @@ class TestEvaluate:
         dataclasses.replace(distilled, meta=old).save(random_set)
 
         with caplog.at_level(logging.WARNING):
-            evaluate(random_set, quick(seeds=1, epochs=1), device=CPU)
+            evaluate(random_set, quick(seeds=1, epochs=1, can_flip=can_flip), device=CPU)
         assert "another copy of digits" in caplog.text
 
 
