@@ -10,14 +10,14 @@ import inspect
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.artifact.export import FORMS
 from ddray.artifact.options import ForeignOptions
-from ddray.artifact.reading import check_options, dataset_of, load_all, only_set
+from ddray.artifact.reading import check_options, dataset_of
 from ddray.artifact.reading import load as load_set
 from ddray.config import Config, parse_overrides
 from ddray.data import Dataset, SplitName, open_dataset
@@ -41,7 +41,6 @@ from ddray.tables.spec import BenchSpec, read_spec
 from ddray.tuning.options import TuneOptions
 from ddray.tuning.result import TuneResult
 
-Form = Literal["folder", "parquet", "ddranking"]
 AnyDataset: TypeAlias = str | Path | Dataset | Own
 """A name, a path, an open dataset, a torch Dataset, or (images, labels) as `data.own.store` takes."""
 F = TypeVar("F", bound=Callable[..., Any])
@@ -165,9 +164,9 @@ def load(path: str | Path, *, dataset: str | Path | Dataset | None = None, **opt
     file, foreign = Path(path).expanduser().absolute(), ForeignOptions.pick(options)
     name = dataset or dataset_of(file)
     opened = name if isinstance(name, Dataset) or name is None else open_dataset(str(name))
-    sets = load_all(file, score.foreign_request(opened, foreign), foreign.index)
-    check_options(foreign, sets)
-    return only_set(file, sets)
+    distilled = load_set(file, score.foreign_request(opened, foreign), foreign.index)
+    check_options(foreign, [distilled])
+    return distilled
 
 
 @_takes(EvaluateOptions, DeviceOptions)
@@ -345,20 +344,20 @@ def _spec(file: str | Path | Mapping[str, Any], options: BenchOptions) -> BenchS
     return read_spec(source, options.scale, options.content())
 
 
-def export(distilled: DistilledSet | str | Path, out: str | Path, *, form: Form | None = None) -> Path:
+def export(distilled: DistilledSet | str | Path, out: str | Path, *, form: str | None = None) -> Path:
     """Write a set for other tools, PNG files by class, a parquet file or DD-Ranking's, and return the path.
 
     Args:
         distilled: the set, or its file.
         out: a new folder (for DD-Ranking too), or the parquet file.
-        form: default `parquet` if `out` ends in `.parquet`, else `folder`.
+        form: folder, parquet or ddranking; default parquet if `out` ends in `.parquet`, else folder.
 
     Raises:
         InputError: the form is unknown, `out` exists, or the set can't be shown as pictures.
         StorageError: it can't be written.
     """
     if form not in (None, *FORMS):
-        raise unknown("form", str(form), FORMS)
+        raise unknown("form", form, FORMS)
     loaded = distilled if isinstance(distilled, DistilledSet) else load(distilled)
     target = Path(out).absolute()
     FORMS[form or ("parquet" if target.suffix == ".parquet" else "folder")](loaded, target)

@@ -64,13 +64,17 @@ def adopt(path: Path, name: str, foreign: ForeignSet, request: ForeignRequest) -
         labels = soft.argmax(1)
     else:
         labels = _classes(path, labels, dataset)
-    space = request.pixel_space or foreign.space or PixelSpace("normalized", dataset.mean, dataset.std)
+    space = request.pixel_space() if request.pixel_space else foreign.space
+    space = space or PixelSpace("normalized", dataset.mean, dataset.std)
     meta = _describe(name, images, labels, request, foreign, space)
     is_unit = foreign.is_unit or images.dtype == torch.uint8
     images = images / 255 if images.dtype == torch.uint8 else images.float()
     rows, columns = _grid(foreign, request)
     if columns > 1:
-        images, labels = padded_parts(images, rows, columns), labels.repeat_interleave(rows * columns)
+        grey = 0.5 if is_unit or space.kind == "raw" else 0.0  # normalised, 0 is the mean
+        images = padded_parts(images, rows, columns, grey)
+        labels = labels.repeat_interleave(rows * columns)
+        soft = None if soft is None else soft.repeat_interleave(rows * columns, 0)
     elif (request.factor or 1) > 1:
         log.warning("%s holds whole images: --factor %d is not for it", path, request.factor)
     if is_unit:

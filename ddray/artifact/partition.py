@@ -83,16 +83,16 @@ def default_factor(image_shape: tuple[int, int, int]) -> int:
     return 1 if max(image_shape[1:]) <= 64 else 2
 
 
-def padded_parts(images: Tensor, rows: int, columns: int) -> Tensor:
+def padded_parts(images: Tensor, rows: int, columns: int, grey: float = 0.5) -> Tensor:
     """Return the mini-images [N * rows * columns, C, H, W] of IDC's, DSDM's and IDM's files, up-sampled.
 
-    Where a number does not divide the side, IDC's code pads images with grey at the bottom right; the parts
+    Where a number does not divide the side, IDC's code pads images with `grey` at the bottom right; the parts
     of one image are consecutive.
     """
     num, channels, height, width = images.shape
     _cuts(height, rows)
     _cuts(width, columns)
-    padded = F.pad(images, (0, -width % columns, 0, -height % rows), value=0.5)
+    padded = F.pad(images, (0, -width % columns, 0, -height % rows), value=grey)
     size_y, size_x = padded.shape[2] // rows, padded.shape[3] // columns
     grid = padded.view(num, channels, rows, size_y, columns, size_x).permute(0, 2, 4, 1, 3, 5)
     return F.interpolate(grid.flatten(0, 2), (height, width), mode="bilinear", align_corners=False)

@@ -14,7 +14,6 @@ from ddray.artifact.distilled_set import FORMAT_VERSION, ZCA, DistilledSet, Meta
 from ddray.artifact.foreign import ForeignRequest, format_of
 from ddray.artifact.foreign.pictures import exported_meta
 from ddray.artifact.options import ForeignOptions
-from ddray.data import Dataset, PixelSpace
 from ddray.errors import InputError
 from ddray.system.tensors import is_plain, read_tensors
 
@@ -22,33 +21,19 @@ _IN_FOLDERS: Final = ("images.pt", "images_best.pt", "x_syn.pt", "data.pt")
 """Names by which a project's folder is read as the set in it."""
 
 
-def load(
-    path: Path,
-    *,
-    dataset: Dataset | None = None,
-    pixel_space: PixelSpace | None = None,
-    index: int | None = None,
-    factor: int | None = None,
-) -> DistilledSet:
+def load(path: Path, request: ForeignRequest | None = None, index: int | None = None) -> DistilledSet:
     """Read a distilled set: ours, or another project's (`ddray.artifact.foreign`).
 
     Args:
         path: the file, or a folder of pictures by class.
-        dataset: what another project's set is of (few files say so).
-        pixel_space: of another project's set; default: as its project writes it.
+        request: what another project's file is read as, which few files say.
         index: which set of another project's file, from 0; default: its only one, or the last of a series.
-        factor: parts along each side of another project's stored images.
 
     Raises:
         InputError: the file is missing, torn, not a distilled set, or holds more than tensors and plain
             values; or there are several sets, one per run, and no `index`.
     """
-    request = None if dataset is None else ForeignRequest(dataset, pixel_space, factor)
-    return only_set(path, load_all(path, request, index))
-
-
-def only_set(path: Path, sets: Sequence[DistilledSet]) -> DistilledSet:
-    """Return the set of a file that has one; InputError for those of several runs."""
+    sets = load_all(path, request, index)
     if len(sets) > 1:
         raise InputError(f"{path} must be read with --index 0..{len(sets) - 1}: it holds a set per run")
     return sets[0]

@@ -1,5 +1,6 @@
 """`ddray evaluate` as a function: a distilled set's file, a protocol and its options, scored on a dataset."""
 
+import functools
 import itertools
 import logging
 from collections.abc import Sequence
@@ -118,14 +119,18 @@ def foreign_request(dataset: Dataset | None, options: ForeignOptions) -> Foreign
     if options.pixel_space is None:
         return ForeignRequest(dataset, factor=options.factor)
     kind, _, name = options.pixel_space.partition(":")
-    space = pixel_space(kind, dataset, dataset.train())
-    if name:
-        space = PixelSpace("normalized", KNOWN[name].mean, KNOWN[name].std)
-        if len(space.mean) != dataset.image_shape[0]:
-            raise InputError(
-                f"--pixel-space must be of a dataset with {dataset.image_shape[0]} channels, "
-                f"got {name} with {len(space.mean)}"
-            )
+    if name and len(KNOWN[name].mean) != dataset.image_shape[0]:
+        raise InputError(
+            f"--pixel-space must be of a dataset with {dataset.image_shape[0]} channels, "
+            f"got {name} with {len(KNOWN[name].mean)}"
+        )
+
+    @functools.cache
+    def space() -> PixelSpace:
+        if name:
+            return PixelSpace("normalized", KNOWN[name].mean, KNOWN[name].std)
+        return pixel_space(kind, dataset, dataset.train())
+
     return ForeignRequest(dataset, space, options.factor)
 
 

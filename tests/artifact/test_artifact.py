@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ddray.artifact.distilled_set import DistilledSet, Meta
+from ddray.artifact.foreign import ForeignRequest
 from ddray.artifact.partition import Partition, expand
 from ddray.artifact.reading import load
 from ddray.data import PixelSpace
@@ -325,7 +326,7 @@ class TestForeign:
         accs = {"ConvNet": [np.float64(0.5), np.float32(0.25), np.mean([0.1, 0.2])]}
         torch.save({"data": [[first, labels]], "accs_all_exps": accs}, path)
 
-        loaded = load(path, dataset=dataset)
+        loaded = load(path, ForeignRequest(dataset))
 
         assert torch.equal(loaded.images, first)
         assert loaded.meta.method == "file:res_DM_CIFAR10_ConvNet_2ipc.pt"
@@ -335,7 +336,7 @@ class TestForeign:
         torch.save({"data": [[torch.randn(2, 3, 16, 16), torch.tensor([0, 1])]]}, tmp_path / "res_a.pt")
         space = PixelSpace("zca", zca_mean=torch.zeros(768), zca_matrix=torch.eye(768))
 
-        loaded = load(tmp_path / "res_a.pt", dataset=dataset, pixel_space=space)
+        loaded = load(tmp_path / "res_a.pt", ForeignRequest(dataset, lambda: space))
 
         assert loaded.meta.pixel_space == "zca"
         assert torch.equal(loaded.zca["zca_matrix"], torch.eye(768))
@@ -370,21 +371,21 @@ class TestForeign:
         torch.save(contents, tmp_path / "res_bad.pt")
 
         with pytest.raises(InputError, match=message) as caught:
-            load(tmp_path / "res_bad.pt", dataset=dataset)
+            load(tmp_path / "res_bad.pt", ForeignRequest(dataset))
         assert "res_bad.pt" in str(caught.value)
 
     def test_images_without_their_labels_are_refused(self, dataset: Any, tmp_path: Path) -> None:
         torch.save(torch.zeros(2, 3, 16, 16), tmp_path / "images_best.pt")
 
         with pytest.raises(InputError, match=r"existing file, got .*labels_best\.pt"):
-            load(tmp_path / "images_best.pt", dataset=dataset)
+            load(tmp_path / "images_best.pt", ForeignRequest(dataset))
 
     def test_only_number_scalars_are_let_in(self, dataset: Any, tmp_path: Path) -> None:
         """An object array can contain arbitrary objects, so it is not allowed."""
         torch.save({"data": np.array([Bomb(tmp_path / "x")], dtype=object)}, tmp_path / "res_a.pt")
 
         with pytest.raises(InputError, match="must be an undamaged distilled set"):
-            load(tmp_path / "res_a.pt", dataset=dataset)
+            load(tmp_path / "res_a.pt", ForeignRequest(dataset))
         assert not (tmp_path / "x").exists()
         assert len(numpy_scalars()) == 6
 

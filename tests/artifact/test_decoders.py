@@ -69,7 +69,7 @@ def test_an_installed_package_offers_a_format(offer: Any, toy: Any, tmp_path: Pa
     offer("ddray.formats", FORMAT=number)
 
     torch.save(3, tmp_path / "x.pt")
-    loaded = load(tmp_path / "x.pt", dataset=toy(shape=(1, 2, 2)))
+    loaded = load(tmp_path / "x.pt", ForeignRequest(toy(shape=(1, 2, 2))))
 
     assert (loaded.images.shape, loaded.labels.tolist()) == ((3, 1, 2, 2), [0, 1, 2])
     with pytest.raises(InputError, match=r"own file, .*DC family.*, or a number \(mine\), or .*MTT"):

@@ -296,10 +296,14 @@ class TestForeignSets:
             ({"pixel_space": "normalized:digits"}, "normalized:NAME must be one of .*cifar10.*got 'digits'"),
             ({"index": -1}, r"--index must be >= 0 \(the first set is 0\), got -1"),
             ({"index": 3}, r"--index must be in 0\.\.2"),
+            ({"index": 3, "pixel_space": "zca"}, r"--index must be in 0\.\.2"),
         ],
     )
-    def test_bad_options_are_refused(self, options: Any, message: str, tmp_path: Path) -> None:
+    def test_bad_options_are_refused(
+        self, options: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         path = self.runs(tmp_path, 3)
+        monkeypatch.setattr(scoring, "pixel_space", None)  # nothing is fitted before
 
         with pytest.raises(InputError, match=message):
             evaluate(path, quick(dataset="digits", **options), device=CPU)
@@ -309,8 +313,9 @@ class TestForeignSets:
         [({"index": 0}, "--index"), ({"factor": 2}, "--factor"), ({"pixel_space": "zca"}, "--pixel-space")],
     )
     def test_options_of_foreign_files_are_refused_for_ours(
-        self, options: Any, message: str, random_set: Path
+        self, options: Any, message: str, random_set: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        monkeypatch.setattr(scoring, "pixel_space", None)  # nothing is fitted before
         with pytest.raises(InputError, match=f"{message} must be left out for ddray's own files"):
             evaluate(random_set, quick(dataset="digits", **options), device=CPU)
 

@@ -23,12 +23,13 @@ class ForeignRequest:
 
     Attributes:
         dataset: what the set is of (most files do not say).
-        pixel_space: the space that its pixels are said to be in; None: as its project writes them.
+        pixel_space: returns the space that its pixels are said to be in, which may take a fit; it is called
+            once the file is known to fit. None: as its project writes them.
         factor: parts along each side of a stored image that may hold several; None: not said.
     """
 
     dataset: Dataset
-    pixel_space: PixelSpace | None = None
+    pixel_space: Callable[[], PixelSpace] | None = None
     factor: int | None = None
 
 

@@ -15,40 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddray.artifact.distilled_set import DistilledSet
 from ddray.artifact.export import export_ddranking
 from ddray.artifact.foreign import ForeignRequest
 from ddray.artifact.reading import load, load_all
 from ddray.data import Dataset, PixelSpace
 from ddray.data.pixels import channel_statistics
 from ddray.errors import InputError
-
-IPC, LABELS = 2, torch.tensor([0, 0, 1, 1, 2, 2])
+from tests.artifact.foreign.sets import LABELS, leaf, normal, normalized, pixels
 
 
 @pytest.fixture
 def dataset(toy: Any) -> Dataset:
     opened: Dataset = toy()
     return opened
-
-
-def normal(shift: float = 0.0, num: int = 6) -> Tensor:
-    """Images as networks are trained on them."""
-    return torch.randn(num, 3, 16, 16, generator=torch.Generator().manual_seed(0)) + shift
-
-
-def pixels(num: int = 6, size: int = 16) -> Tensor:
-    return torch.rand(num, 3, size, size, generator=torch.Generator().manual_seed(0))
-
-
-def normalized(images: Tensor, dataset: Dataset) -> Tensor:
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (dataset.mean, dataset.std))
-    return (images - mean) / std
-
-
-def leaf(images: Tensor) -> Tensor:
-    """What is distilled in the projects' code: a leaf with gradients."""
-    return images.clone().requires_grad_(True)
 
 
 class TestDcFamily:
@@ -81,14 +60,14 @@ class TestDcFamily:
     def test_one_of_them_is_read_by_its_index(self, dataset: Dataset, tmp_path: Path) -> None:
         path = self.write(tmp_path / "res_DC.pt")
 
-        assert torch.equal(load(path, dataset=dataset, index=1).images, normal(1))
+        assert torch.equal(load(path, ForeignRequest(dataset), index=1).images, normal(1))
         with pytest.raises(InputError, match=r"--index must be in 0\.\.2 \(.*DC\.pt holds 3 sets\), got 3"):
-            load(path, dataset=dataset, index=3)
+            load(path, ForeignRequest(dataset), index=3)
         with pytest.raises(InputError, match=r"res_DC\.pt must be read with --index 0\.\.2: .* set per run"):
-            load(path, dataset=dataset)
+            load(path, ForeignRequest(dataset))
 
     def test_a_single_set_needs_no_index(self, dataset: Dataset, tmp_path: Path) -> None:
-        loaded = load(self.write(tmp_path / "res_DSA.pt", num_exp=1), dataset=dataset)
+        loaded = load(self.write(tmp_path / "res_DSA.pt", num_exp=1), ForeignRequest(dataset))
 
         assert torch.equal(loaded.images, normal())
         assert (loaded.meta.ipc, loaded.meta.arch, loaded.meta.pixel_space) == (2, "convnet3", "normalized")
@@ -102,8 +81,8 @@ class TestDcFamily:
         torch.save(contents if accuracies else {"data": contents["data"]}, tmp_path / "res_x.pt")
 
         with pytest.raises(InputError, match=r"which of its 2 sets count.*add --index N \(0\.\.1\)"):
-            load(tmp_path / "res_x.pt", dataset=dataset)
-        assert torch.equal(load(tmp_path / "res_x.pt", dataset=dataset, index=0).images, normal())
+            load(tmp_path / "res_x.pt", ForeignRequest(dataset))
+        assert torch.equal(load(tmp_path / "res_x.pt", ForeignRequest(dataset), index=0).images, normal())
 
 
 class TestDataDam:
@@ -122,22 +101,22 @@ class TestDataDam:
     ) -> None:
         path = self.write(tmp_path / name)
 
-        assert torch.equal(load(path, dataset=dataset).images, normal(3))
+        assert torch.equal(load(path, ForeignRequest(dataset)).images, normal(3))
         assert f"{name} holds 4 sets: number 3 (from 0) is read, the last" in caplog.text
         caplog.clear()
-        assert torch.equal(load(path, dataset=dataset, index=1).images, normal(1))
+        assert torch.equal(load(path, ForeignRequest(dataset), index=1).images, normal(1))
         assert "holds 4 sets: number 1 (from 0) is read, --index 1" in caplog.text
 
     def test_several_experiments_are_a_series_too(self, dataset: Dataset, tmp_path: Path) -> None:
         data = [[normal(look), LABELS] for look in range(4)]
         torch.save({"data": data, "accs_all_exps": {"ConvNet": [0.5] * 4}}, tmp_path / "res_DataDAM_x.pt")
 
-        assert torch.equal(load(tmp_path / "res_DataDAM_x.pt", dataset=dataset).images, normal(3))
+        assert torch.equal(load(tmp_path / "res_DataDAM_x.pt", ForeignRequest(dataset)).images, normal(3))
 
     def test_the_released_form_has_one_set(self, dataset: Dataset, tmp_path: Path) -> None:
         torch.save({"data": [normal(), LABELS]}, tmp_path / "syn_data_cifar10_ipc_2.pt")
 
-        loaded = load(tmp_path / "syn_data_cifar10_ipc_2.pt", dataset=dataset)
+        loaded = load(tmp_path / "syn_data_cifar10_ipc_2.pt", ForeignRequest(dataset))
 
         assert torch.equal(loaded.images, normal())
         assert loaded.labels.tolist() == LABELS.tolist()
@@ -155,7 +134,7 @@ class TestTrajectories:
         return folder / f"images_{tag}.pt"
 
     def test_mtts_pair_with_its_rate(self, dataset: Dataset, tmp_path: Path) -> None:
-        loaded = load(self.write(tmp_path / "a", LABELS, torch.tensor(0.0213)), dataset=dataset)
+        loaded = load(self.write(tmp_path / "a", LABELS, torch.tensor(0.0213)), ForeignRequest(dataset))
 
         assert torch.equal(loaded.images, normal())
         assert loaded.labels.tolist() == LABELS.tolist()
@@ -168,7 +147,7 @@ class TestTrajectories:
             tmp_path / "a", logits.clone().requires_grad_(True), leaf(torch.tensor(0.01)), "5000"
         )
 
-        loaded = load(path, dataset=dataset)
+        loaded = load(path, ForeignRequest(dataset))
 
         assert torch.equal(loaded.soft_labels, logits.softmax(1))
         assert loaded.labels.tolist() == logits.argmax(1).tolist()
@@ -184,23 +163,23 @@ class TestTrajectories:
     def test_a_folder_is_read_as_the_set_in_it(self, dataset: Dataset, tmp_path: Path) -> None:
         path = self.write(tmp_path / "a", LABELS, None)
 
-        loaded = load(path.parent, dataset=dataset)
+        loaded = load(path.parent, ForeignRequest(dataset))
         assert torch.equal(loaded.images, normal())
         assert loaded.meta.config == {}
         torch.save(normal(), path.parent / "images.pt")
         with pytest.raises(InputError, match=r"must hold one set, got images\.pt, images_best\.pt: name one"):
-            load(path.parent, dataset=dataset)
+            load(path.parent, ForeignRequest(dataset))
 
     def test_what_is_refused(self, dataset: Dataset, tmp_path: Path) -> None:
         wide = self.write(tmp_path / "wide", torch.randn(6, 7), None)
         with pytest.raises(InputError, match=r"soft labels must be \[N, 3\] for toy, got \[6, 7\]"):
-            load(wide, dataset=dataset)
+            load(wide, ForeignRequest(dataset))
         rate = self.write(tmp_path / "rate", LABELS, torch.tensor(-0.1))
         with pytest.raises(InputError, match=r"lr_best\.pt must hold a learning rate > 0, got tensor\(-0\.1"):
-            load(rate, dataset=dataset)
+            load(rate, ForeignRequest(dataset))
         torch.save(normal(), tmp_path / "images_zca_500.pt")
         with pytest.raises(InputError, match=r"read images_500\.pt with --pixel-space zca"):
-            load(tmp_path / "images_zca_500.pt", dataset=dataset)
+            load(tmp_path / "images_zca_500.pt", ForeignRequest(dataset))
 
 
 class TestIdc:
@@ -230,7 +209,7 @@ class TestIdc:
         dataset = toy(shape=(3, size, size))
         path = self.write(tmp_path / "data.pt", pixels(size=size))
 
-        loaded = load(path, dataset=dataset, factor=factor)
+        loaded = load(path, ForeignRequest(dataset, factor=factor))
 
         parts = factor**2
         expected = normalized(self.decoded(pixels(size=size), factor), dataset)
@@ -248,27 +227,28 @@ class TestIdc:
         with pytest.raises(
             InputError, match=r"data\.pt must be read with --factor N, the parts.*not say; 1 if they are"
         ):
-            load(path, dataset=dataset)
+            load(path, ForeignRequest(dataset))
         (tmp_path / "args.txt").write_text(json.dumps({"ipc": 2, "factor": 2, "dataset": "cifar10"}))
         with pytest.raises(InputError, match=r"does not say \(args\.txt says 2\); 1 if"):
-            load(path, dataset=dataset)
+            load(path, ForeignRequest(dataset))
 
     def test_values_that_are_no_pixels_are_refused(self, dataset: Dataset, tmp_path: Path) -> None:
         path = self.write(tmp_path / "data.pt", normal())
 
         with pytest.raises(InputError, match=r"must hold pixels in 0\.\.1, got -.*--pixel-space normalized"):
-            load(path, dataset=dataset, factor=1)
+            load(path, ForeignRequest(dataset, factor=1))
         space = PixelSpace("normalized", dataset.mean, dataset.std)
-        assert torch.equal(load(path, dataset=dataset, factor=1, pixel_space=space).images, normal())
+        request = ForeignRequest(dataset, lambda: space, factor=1)
+        assert torch.equal(load(path, request).images, normal())
         slightly = pixels() * 1.2 - 0.1  # after the last step they are not clamped
-        loaded = load(self.write(path, slightly), dataset=dataset, factor=1)
+        loaded = load(self.write(path, slightly), ForeignRequest(dataset, factor=1))
         torch.testing.assert_close(loaded.images, normalized(slightly, dataset))
 
     def test_spectrograms_are_cut_along_time(self, sounds: Dataset, tmp_path: Path) -> None:
         stored = sounds.train().images[:4]
         path = self.write(tmp_path / "data.pt", stored, torch.tensor([0, 0, 1, 1]))
 
-        loaded = load(path, dataset=sounds, factor=2)
+        loaded = load(path, ForeignRequest(sounds, factor=2))
 
         halves = torch.stack([stored[..., :32], stored[..., 32:]], 1).flatten(0, 1)
         expected = F.interpolate((halves - 0.1) / 0.9, (64, 64), mode="bilinear", align_corners=False)
@@ -279,7 +259,7 @@ class TestIdc:
         path = self.write(tmp_path / "data.pt", pixels())
 
         with pytest.raises(InputError, match="factor must be at most the image's side of 16 px, got 17"):
-            load(path, dataset=dataset, factor=17)
+            load(path, ForeignRequest(dataset, factor=17))
 
 
 class TestIdm:
@@ -289,7 +269,7 @@ class TestIdm:
         return path
 
     def test_a_pickle_of_two_tensors_is_cut_apart(self, dataset: Dataset, tmp_path: Path) -> None:
-        loaded = load(self.write(tmp_path / "acc_0.67.pkl"), dataset=dataset, factor=2)
+        loaded = load(self.write(tmp_path / "acc_0.67.pkl"), ForeignRequest(dataset, factor=2))
 
         corners = [(slice(0, 8), slice(0, 8)), (slice(0, 8), slice(8, 16))]
         corners += [(slice(8, 16), slice(0, 8)), (slice(8, 16), slice(8, 16))]
@@ -300,7 +280,7 @@ class TestIdm:
 
     def test_it_does_not_say_whether_it_is(self, dataset: Dataset, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"--factor N, .* \(2 under its --aug\); 1 if they are whole"):
-            load(self.write(tmp_path / "acc_0.67.pkl"), dataset=dataset)
+            load(self.write(tmp_path / "acc_0.67.pkl"), ForeignRequest(dataset))
 
     def test_other_objects_are_not_unpickled(self, dataset: Dataset, tmp_path: Path) -> None:
         marker = tmp_path / "marker"
@@ -313,7 +293,7 @@ class TestIdm:
             with (tmp_path / "acc_1.pkl").open("wb") as file:
                 pickle.dump(contents, file)
             with pytest.raises(InputError, match="holds objects that could run code, which are never loaded"):
-                load(tmp_path / "acc_1.pkl", dataset=dataset, factor=1)
+                load(tmp_path / "acc_1.pkl", ForeignRequest(dataset, factor=1))
         assert not marker.exists()
 
 
@@ -328,7 +308,7 @@ class TestKip:
         one_hot = F.one_hot(LABELS, 3).double().numpy() - 1 / 3
         path = self.write(tmp_path / "ConvNet_ssize6_nozca_nol_noaug_ckpt1000.npz", one_hot)
 
-        loaded = load(path, dataset=dataset)
+        loaded = load(path, ForeignRequest(dataset))
 
         assert torch.equal(loaded.images, normal())
         assert loaded.labels.tolist() == LABELS.tolist()
@@ -341,7 +321,7 @@ class TestKip:
     ) -> None:
         values = torch.randn(6, 3, generator=torch.Generator().manual_seed(2))
 
-        loaded = load(self.write(tmp_path / "ConvNet_nozca_l.npz", values.numpy()), dataset=dataset)
+        loaded = load(self.write(tmp_path / "ConvNet_nozca_l.npz", values.numpy()), ForeignRequest(dataset))
 
         assert loaded.labels.tolist() == values.argmax(1).tolist()
         assert "has a value per class: each image gets the class of its largest one" in caplog.text
@@ -350,15 +330,15 @@ class TestKip:
         path = self.write(tmp_path / "kip_cifar10_ConvNet3_ssize6_zca_nol_noaug_ckpt1000.npz", LABELS.numpy())
 
         with pytest.raises(InputError, match=r"KIP's own whitening.*add --pixel-space zca"):
-            load(path, dataset=dataset)
+            load(path, ForeignRequest(dataset))
         space = PixelSpace("zca", zca_mean=torch.zeros(768), zca_matrix=torch.eye(768))
-        assert torch.equal(load(path, dataset=dataset, pixel_space=space).images, normal())
+        assert torch.equal(load(path, ForeignRequest(dataset, lambda: space)).images, normal())
 
     def test_arrays_of_objects_are_not_loaded(self, dataset: Dataset, tmp_path: Path) -> None:
         np.savez(tmp_path / "a.npz", images=np.array([object()], dtype=object), labels=np.zeros(1))
 
         with pytest.raises(InputError, match="which are never loaded"):
-            load(tmp_path / "a.npz", dataset=dataset)
+            load(tmp_path / "a.npz", ForeignRequest(dataset))
 
 
 class TestKrrSt:
@@ -370,7 +350,7 @@ class TestKrrSt:
     def test_representations_are_targets(self, dataset: Dataset, tmp_path: Path) -> None:
         y_syn = torch.randn(6, 512)
 
-        loaded = load(self.write(tmp_path, leaf(y_syn)), dataset=dataset)
+        loaded = load(self.write(tmp_path, leaf(y_syn)), ForeignRequest(dataset))
 
         assert torch.equal(loaded.images, normal())
         assert loaded.targets is not None
@@ -381,9 +361,9 @@ class TestKrrSt:
         assert meta.config["evaluate"]["lr"] == 0.1
 
     def test_other_methods_sets_have_labels(self, dataset: Dataset, tmp_path: Path) -> None:
-        assert load(self.write(tmp_path, LABELS), dataset=dataset).labels.tolist() == LABELS.tolist()
+        assert load(self.write(tmp_path, LABELS), ForeignRequest(dataset)).labels.tolist() == LABELS.tolist()
         values = F.one_hot(LABELS, 3) / 2.0  # FRePo's
-        loaded = load(self.write(tmp_path, values), dataset=dataset)
+        loaded = load(self.write(tmp_path, values), ForeignRequest(dataset))
         assert loaded.labels.tolist() == LABELS.tolist()
         assert loaded.targets is None
 
@@ -394,7 +374,7 @@ class TestDcBench:
         torch.save(normal(), tmp_path / f"{stem}_images.pt")
         torch.save(LABELS.float(), tmp_path / f"{stem}_labels.pt")
 
-        loaded = load(tmp_path / f"{stem}_images.pt", dataset=dataset)
+        loaded = load(tmp_path / f"{stem}_images.pt", ForeignRequest(dataset))
 
         assert torch.equal(loaded.images, normal())
         assert loaded.labels.tolist() == LABELS.tolist()
@@ -404,7 +384,7 @@ class TestDcBench:
             torch.save(normal()[2 * part : 2 * part + 2], tmp_path / f"images_best_{part}.pt")
             torch.save(LABELS[2 * part : 2 * part + 2], tmp_path / f"labels_best_{part}.pt")
 
-        loaded = load(tmp_path / "images_best_1.pt", dataset=dataset)
+        loaded = load(tmp_path / "images_best_1.pt", ForeignRequest(dataset))
 
         assert torch.equal(loaded.images, normal())
         assert loaded.labels.tolist() == LABELS.tolist()
@@ -421,7 +401,7 @@ class TestDdRanking:
     def test_images_labels_and_rate(self, dataset: Dataset, tmp_path: Path) -> None:
         logits = F.one_hot(LABELS, 3).float() * 5
 
-        loaded = load(self.write(tmp_path / "a", logits, 0.02), dataset=dataset)
+        loaded = load(self.write(tmp_path / "a", logits, 0.02), ForeignRequest(dataset))
 
         assert torch.equal(loaded.images, normal())
         assert torch.equal(loaded.soft_labels, logits.softmax(1))
@@ -430,7 +410,7 @@ class TestDdRanking:
     def test_without_labels_the_images_are_sorted_by_class(
         self, dataset: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        loaded = load(self.write(tmp_path / "a", None) / "images.pt", dataset=dataset)
+        loaded = load(self.write(tmp_path / "a", None) / "images.pt", ForeignRequest(dataset))
 
         assert loaded.labels.tolist() == LABELS.tolist()
         assert "no labels.pt beside it: its images are taken as sorted by class" in caplog.text
@@ -440,13 +420,13 @@ class TestDdRanking:
         order = torch.tensor([5, 0, 3, 1, 4, 2])
         labels = torch.randn(6, 3) * 3 if soft else LABELS[order]
         images = self.write(tmp_path / "a", labels, torch.tensor(0.03))
-        distilled = load(images, dataset=dataset)
+        distilled = load(images, ForeignRequest(dataset))
 
         export_ddranking(distilled, tmp_path / "out")
 
         assert {file.name for file in (tmp_path / "out").iterdir()} == {"images.pt", "labels.pt", "lr.pt"}
         sorted_rows = distilled.labels.argsort(stable=True)
-        again = load(tmp_path / "out", dataset=dataset)
+        again = load(tmp_path / "out", ForeignRequest(dataset))
         assert torch.equal(again.images, distilled.images[sorted_rows])
         assert again.labels.tolist() == sorted(distilled.labels.tolist())
         if soft:
@@ -454,49 +434,3 @@ class TestDdRanking:
         assert again.meta.config == {"evaluate": {"lr": pytest.approx(0.03)}}
         with pytest.raises(InputError, match="the folder to export to must be new"):
             export_ddranking(distilled, tmp_path / "out")
-
-
-def test_classes_without_images_and_values_like_pixels_are_said(
-    dataset: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    torch.save({"data": [pixels(2), torch.tensor([0, 2])]}, tmp_path / "a.pt")
-
-    load(tmp_path / "a.pt", dataset=dataset)
-
-    assert "has no image of 1 classes: class 1" in caplog.text
-    assert "a.pt is taken as normalised, but its values spread by 0.29, the real ones by" in caplog.text
-    caplog.clear()
-    space = PixelSpace("raw", dataset.mean, dataset.std)
-    assert torch.equal(load(tmp_path / "a.pt", dataset=dataset, pixel_space=space).images, pixels(2))
-    torch.save({"data": [normal(), LABELS]}, tmp_path / "a.pt")
-    load(tmp_path / "a.pt", dataset=dataset)
-    assert "spread" not in caplog.text
-
-
-def test_bytes_are_pixels(dataset: Dataset, tmp_path: Path) -> None:
-    images = (pixels() * 255).round().to(torch.uint8)
-    torch.save({"data": [images, LABELS]}, tmp_path / "a.pt")
-
-    loaded = load(tmp_path / "a.pt", dataset=dataset)
-
-    torch.testing.assert_close(loaded.images, normalized(images / 255, dataset))
-
-
-def test_fractions_are_no_labels(dataset: Dataset, tmp_path: Path) -> None:
-    torch.save({"data": [normal(), LABELS / 2]}, tmp_path / "a.pt")
-
-    with pytest.raises(InputError, match=r"labels \[N\] >= 0, in whole numbers, got 0\.\.1"):
-        load(tmp_path / "a.pt", dataset=dataset)
-
-
-def test_soft_labels_are_probabilities_of_every_image(dataset: Dataset, tmp_path: Path) -> None:
-    torch.save({"data": [normal(), torch.rand(6, 3)]}, tmp_path / "a.pt")
-    loaded = load(tmp_path / "a.pt", dataset=dataset)
-
-    def broken(soft_labels: Tensor) -> DistilledSet:
-        return DistilledSet(loaded.images, loaded.labels, loaded.meta, soft_labels=soft_labels)
-
-    with pytest.raises(InputError, match=r"soft_labels must be float32 \[6, 3\], got .*\[6, 2\]"):
-        broken(torch.full((6, 2), 0.5)).validate()
-    with pytest.raises(InputError, match="must be probabilities that sum to 1"):
-        broken(torch.full((6, 3), 0.5)).validate()

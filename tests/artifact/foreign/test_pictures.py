@@ -16,6 +16,7 @@ from torchvision.utils import save_image
 
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.artifact.export import export_folder
+from ddray.artifact.foreign import ForeignRequest
 from ddray.artifact.foreign.pictures import labels_of
 from ddray.artifact.reading import dataset_of, load
 from ddray.data import Dataset
@@ -75,7 +76,7 @@ def minimax(folder: Path) -> None:
 def test_pictures_are_decoded_and_normalised(write: Any, dataset: Dataset, tmp_path: Path) -> None:
     write(tmp_path / "syn")
 
-    loaded = load(tmp_path / "syn", dataset=dataset)
+    loaded = load(tmp_path / "syn", ForeignRequest(dataset))
 
     assert loaded.labels.tolist() == [0, 0, 1, 1, 2, 2]
     expected = torch.stack([drawn(label, number) for label in range(CLASSES) for number in range(IPC)])
@@ -88,7 +89,7 @@ def test_pictures_are_decoded_and_normalised(write: Any, dataset: Dataset, tmp_p
 def test_jpegs_are_nearly_the_same(dataset: Dataset, tmp_path: Path) -> None:
     sre2l(tmp_path / "syn", "jpg")
 
-    loaded = load(tmp_path / "syn", dataset=dataset)
+    loaded = load(tmp_path / "syn", ForeignRequest(dataset))
 
     assert loaded.labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert loaded.images.shape == (6, 3, 16, 16)
@@ -100,7 +101,7 @@ def test_pictures_beside_the_class_folders_are_left_out_with_a_word(
     rded(tmp_path / "syn")
     save_image(drawn(0, 0), tmp_path / "syn" / "grid.png")
 
-    assert len(load(tmp_path / "syn", dataset=dataset).images) == 6
+    assert len(load(tmp_path / "syn", ForeignRequest(dataset)).images) == 6
     assert "syn: left out 1 files outside the folders of classes: grid.png" in caplog.text
 
 
@@ -108,7 +109,7 @@ def test_other_sizes_become_the_datasets(toy: Any, tmp_path: Path, caplog: pytes
     small = toy(shape=(3, 8, 8))
     rded(tmp_path / "syn")
 
-    loaded = load(tmp_path / "syn", dataset=small)
+    loaded = load(tmp_path / "syn", ForeignRequest(small))
 
     assert loaded.meta.image_shape == (3, 8, 8)
     assert "resized" in caplog.text
@@ -130,7 +131,7 @@ class TestExported:
     def test_our_own_pictures_are_the_set_again(self, exported: Any) -> None:
         distilled, folder, dataset = exported
 
-        loaded = load(folder, dataset=dataset)
+        loaded = load(folder, ForeignRequest(dataset))
 
         order = distilled.labels.argsort(stable=True)
         torch.testing.assert_close(loaded.images, distilled.images[order], atol=1e-5, rtol=0)
@@ -143,20 +144,20 @@ class TestExported:
         _, folder, dataset = exported
         (folder / "meta.json").unlink()
 
-        assert load(folder, dataset=dataset).labels.tolist() == [0, 0, 1, 1, 2, 2]
+        assert load(folder, ForeignRequest(dataset)).labels.tolist() == [0, 0, 1, 1, 2, 2]
         assert dataset_of(folder) is None
 
     def test_a_broken_meta_and_unlabelled_pictures_are_refused(self, exported: Any) -> None:
         _, folder, dataset = exported
         (folder / "meta.json").write_text("[1]")
         with pytest.raises(InputError, match=r"meta\.json must be a JSON object that ddray export wrote"):
-            load(folder, dataset=dataset)
+            load(folder, ForeignRequest(dataset))
         for name in ("0_class-0", "1_class-1"):
             shutil.rmtree(folder / name)
         (folder / "2_class-2").rename(folder / "unlabelled")
         (folder / "meta.json").unlink()
         with pytest.raises(InputError, match="must hold targets too"):
-            load(folder, dataset=dataset)
+            load(folder, ForeignRequest(dataset))
 
 
 class TestNames:
