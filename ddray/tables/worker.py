@@ -263,7 +263,8 @@ def _evaluate(job: BenchJob, unit: BenchUnit) -> dict[str, Any]:
         raise _MissingError(Damaged())
     options = EvaluateOptions.parse({**unit.options, "data_dir": job.data_dir})
     path = job.run_dir / artifact_name(source)
-    values = scoring.evaluate(path, options, device=torch.device(job.device)).dump()
+    dataset = _opened(options.dataset or unit.dataset, job.data_dir)
+    values = scoring.evaluate(path, options, device=torch.device(job.device), dataset=dataset).dump()
     shared_fields = {k: v for k, v in values.items() if k not in ("protocol", "split", "results")}
     return {**values["results"][0], **shared_fields}
 

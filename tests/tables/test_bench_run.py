@@ -66,6 +66,22 @@ def test_a_finished_bench_resumes_without_work(tmp_path: Path) -> None:
         run(tmp_path / "run", spec(seeds=3), resume=True)
 
 
+def test_a_worker_opens_a_dataset_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time it is opened, its warnings are printed and its files are read."""
+    opened: list[str] = []
+
+    def count(name: str, **options: Any) -> Any:
+        opened.append(name)
+        return open_dataset(name, **options)
+
+    monkeypatch.setattr(bench_worker, "open_dataset", count)
+    monkeypatch.setattr("ddray.jobs.score.open_dataset", count)
+    bench_worker._opened.cache_clear()
+    run(tmp_path / "run")
+
+    assert opened == ["digits"]
+
+
 def test_a_bench_cut_off_anywhere_ends_in_the_same_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
