@@ -40,7 +40,7 @@ def find(numbers: Sequence[Number], cell: Cell, metric: str | None = None) -> Nu
     `metric` is looked up instead of the protocol's own.
     """
     source, archs = cell.source, ("", *_arch_names(cell.arch))
-    dataset, target = (DatasetRef.parse(name).base for name in (cell.dataset, cell.target))
+    dataset, target = _published_name(cell.dataset), _published_name(cell.target)
     methods = (source.method,) if source.method else _METHODS.get(cell.name, (cell.name,))
     candidates = [
         number
@@ -60,6 +60,12 @@ def find(numbers: Sequence[Number], cell: Cell, metric: str | None = None) -> Nu
     if source.table is None:
         candidates = [n for n in candidates if n.dataset and n.arch and _same_protocol(n, cell)]
     return min(candidates, key=lambda number: (bool(number.setting), archs.index(number.arch)), default=None)
+
+
+def _published_name(name: str) -> str:
+    """Return what papers call a dataset: of other images or labels than the papers', its full name."""
+    reference = DatasetRef.parse(name)
+    return reference.base if reference.content().keys() <= {"can_flip"} else name
 
 
 @functools.cache

@@ -40,9 +40,18 @@ def test_cells_find_their_numbers() -> None:
     assert value(source=source) is None, "DataDAM is not in that table"
 
 
-def test_cells_of_a_dataset_with_options_find_the_numbers_of_its_name() -> None:
-    name = "cifar10?can_flip=false"
-    assert value(dataset=name, target=name) == 32.0
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("cifar10?can_flip=false", 32.0),
+        ("cifar10?image_size=64", None),
+        ("cifar10?can_flip=false&label_column=coarse_label", None),
+    ],
+)
+def test_options_that_change_images_or_labels_leave_no_published_number(
+    name: str, expected: float | None
+) -> None:
+    assert value(dataset=name, target=name) == expected
 
 
 def test_boost_counts_images_and_supervised_sets_count_as_their_images() -> None:
