@@ -95,7 +95,7 @@ def _meta(path: Path, contents: Mapping[str, Any]) -> Meta:
         values = dict(json.loads(contents["meta"]))
     except KeyError as error:
         raise InputError(f"{path} must hold meta, got {sorted(contents)}") from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: meta must be a JSON object, got {str(contents['meta'])[:60]!r}") from error
     return Meta.parse(values, prefix="meta.", source=str(path))
 

@@ -2,20 +2,21 @@
 
 import collections
 import io
-import logging
 import pickle
+import zipfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ddray.errors import InputError, one_line
+from ddray.system.memory import available_bytes
 
-log = logging.getLogger(__name__)
+_CPU: Final = torch.device("cpu")
 
 
 def numpy_scalars() -> list[Any]:
@@ -42,6 +43,11 @@ class _TensorUnpickler(pickle.Unpickler):
 
 
 def _load(path: Path) -> Any:
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            size, available = sum(file.file_size for file in archive.infolist()), available_bytes(_CPU)
+        if size > available:
+            raise ValueError(f"it would unpack to {size / 2**30:.1f} GiB, {available / 2**30:.1f} are free")
     if path.suffix == ".npz":
         with np.load(path, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
@@ -55,7 +61,8 @@ def _load(path: Path) -> Any:
 def load_plain(path: Path) -> Any:
     """Load tensors, plain values and NumPy scalars from a file, on the CPU, and run no code in it.
 
-    A `.npz` gives a dict of tensors. A ValueError says whether the file is torn, or holds something else.
+    A `.npz` gives a dict of tensors. A ValueError says whether the file is torn, holds something else, or
+    would unpack to more than the memory that is free.
     """
     try:
         return _load(path)

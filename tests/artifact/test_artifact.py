@@ -258,6 +258,7 @@ def ddray_file(path: Path, **changes: Any) -> Path:
         ({"meta": "no json"}, "meta must be a JSON object, got 'no json'"),
         ({"meta": "[1]"}, "meta must be a JSON object"),
         ({"meta": "3"}, "meta must be a JSON object"),
+        ({"meta": "[" * 100_000}, "meta must be a JSON object"),
         ({"meta": torch.zeros(2)}, "meta must be a JSON object"),
         ({"meta": "{}"}, r"meta\.dataset: field required"),
         ({"meta": json.dumps({**meta().dump(), "methud": 1})}, r"'meta\.methud' .*did you mean 'method'"),

@@ -19,7 +19,7 @@ def _fits(path: Path, contents: Any) -> bool:
 
 def _read(path: Path, contents: Any, request: ForeignRequest) -> ForeignFile:
     settings, hint = path.with_name("args.txt"), ""
-    with suppress(OSError, ValueError, KeyError, TypeError):
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         hint = f" ({settings.name} says {int(json.loads(settings.read_text())['factor'])})"
     check_factor(path, request, hint)
     images, labels = contents

@@ -53,7 +53,7 @@ def exported_meta(path: Path) -> Meta | None:
         return None
     try:
         values = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{file} must be a JSON object that ddray export wrote; remove it") from error
     return Meta.parse(values, prefix="meta.", source=str(file))
 

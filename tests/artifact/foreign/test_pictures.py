@@ -189,3 +189,11 @@ class TestNames:
     def test_other_names_are_refused(self, folders: tuple[str, ...], dataset: Dataset) -> None:
         with pytest.raises(InputError, match=r"class folders of /syn must bear the names, numbers"):
             self.labels(dataset, *folders)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", pytest.param("[" * 100_000, id="deep")])
+def test_a_damaged_description_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "meta.json").write_text(text)
+
+    with pytest.raises(InputError, match=r"meta\.json must be a JSON object that ddray export wrote"):
+        dataset_of(tmp_path)
