@@ -79,10 +79,9 @@ def resolve(
     budget: int | None = None,
     seed: int = 0,
     preset: str = "paper",
-    config_file: Path | None = None,
     layers: Sequence[Mapping[str, Any]] = (),
 ) -> Plan:
-    """Resolve a run: preset, settings for dataset and ipc (the method's, shipped files), user's YAML, layers.
+    """Resolve a run: preset, settings for dataset and ipc (the method's, shipped files), the user's layers.
 
     The last one wins. No preset augments spectrograms (IDC, DSDM); later layers may. For a method that takes
     a budget (storage in images, >= 1), `ipc` is a budget of as many images per class. InputError for an
@@ -96,7 +95,6 @@ def resolve(
     upper_layers = (
         *(declared[name] for name in (dataset.base, f"{dataset.base}_ipc{ipc}") if name in declared),
         *(read_yaml(path) for path in shipped_configs(method, dataset.base, ipc)),
-        read_yaml(config_file) if config_file is not None else {},
         *layers,
     )
     method_settings = merge(*upper_layers).get("method")
@@ -125,22 +123,25 @@ def plan_of(
 ) -> Plan:
     """Return the run that options ask for, on `dataset` if it is already open.
 
-    `settings` are overrides by dotted name; they win over the options' `sets`. Both may name options of the
-    dataset's content, such as `can_flip`. InputError as for `resolve`, or if the dataset is missing.
+    `settings` are overrides by dotted name; they win over the options' `sets`, and these over its `config`
+    file. All may name options of the dataset's content, such as `can_flip`. InputError as for `resolve`, or
+    if the dataset is missing.
     """
     get_method(options.method)
     layers = [
+        {} if options.config is None else read_yaml(options.config),
         parse_overrides(options.sets),
         {} if options.steps is None else {"steps": options.steps},
         *(nest(name, value) for name, value in (settings or {}).items()),
     ]
-    opening = options.opening()
-    for layer in layers:
-        opening |= {name: layer.pop(name) for name in ContentOptions.model_fields if name in layer}
+    in_file, *in_settings = (
+        {name: layer.pop(name) for name in ContentOptions.model_fields if name in layer} for layer in layers
+    )
+    content = {k: v for values in (in_file, options.content(), *in_settings) for k, v in values.items()}
     if dataset is None:
-        dataset = open_dataset(options.dataset, **opening)
+        dataset = open_dataset(options.dataset, **{**options.opening(), **content})
     else:
-        dataset = dataset.with_options(**{k: opening[k] for k in ContentOptions.model_fields if k in opening})
+        dataset = dataset.with_options(**content)
     return resolve(
         options.method,
         dataset,
@@ -148,7 +149,6 @@ def plan_of(
         budget=options.budget,
         seed=options.seed,
         preset=options.preset,
-        config_file=options.config,
         layers=layers,
     )
 
@@ -192,7 +192,7 @@ def shipped_configs(method: str, dataset: str, ipc: int) -> list[Path]:
 
 
 def _is_audio(dataset: Dataset) -> bool:
-    """Return whether images are spectrograms; files are read only if an unknown dataset has their shape."""
+    """Return whether images are spectrograms; train is read only of one channel that the catalog lacks."""
     if dataset.base in KNOWN:
         return KNOWN[dataset.base].layout == "wavs"
     return dataset.image_shape[0] == 1 and dataset.train().is_audio

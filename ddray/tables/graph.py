@@ -49,8 +49,8 @@ def build_graph(
     proxies: dict[tuple[int, str, tuple[str, int]], list[Cell]] = {}
     check_names(spec)
     for row, name, size in _combinations(spec):
-        seeds = range(spec.seed, spec.seed + spec.seeds)
-        sets = [distil_unit(spec, row, open_dataset(name), name, size, seed) for seed in seeds]
+        seeds, source = range(spec.seed, spec.seed + spec.seeds), spec.source(row, name)
+        sets = [distil_unit(spec, row, open_dataset(source), source, size, seed) for seed in seeds]
         check(sets[0][1])
         for unit, plan in sets:
             distil.setdefault(unit.key, unit)
@@ -63,7 +63,7 @@ def build_graph(
                 space = str(evaluation_spec.options.get("space", DEFAULT_SPACE))
                 target = sets[0][1].dataset.name
                 proxy_cell = _cell(spec, row, evaluation_spec, sets, {}, arch=space, target=target)
-                proxies.setdefault((evaluation_index, name, size), []).append(proxy_cell)
+                proxies.setdefault((evaluation_index, source, size), []).append(proxy_cell)
                 continue
             for cell, units in _cells(spec, row, evaluation_spec, sets, open_dataset):
                 cells.append(cell)

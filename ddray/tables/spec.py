@@ -68,7 +68,7 @@ class MethodSpec(Config):
     preset: str = "paper"
     steps: int | None = Field(default=None, ge=0)
     set: dict[str, Any] = Field(default_factory=dict)
-    """Overrides as with --set: dotted names mapped to values, or a list of key=value."""
+    """Overrides as with --set: dotted names mapped to values, or a list of key=value; also `can_flip`."""
     sweep: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
     """Dotted names mapped to lists of values: one row per combination."""
     dataset: Datasets = ()
@@ -96,7 +96,8 @@ class MethodSpec(Config):
     def layers(self) -> list[dict[str, Any]]:
         """Return the overrides as nested layers, the last one winning."""
         steps = [] if self.steps is None else [{"steps": self.steps}]
-        return [merge(*(nest(name, value) for name, value in self.set.items())), *steps]
+        settings = (nest(name, value) for name, value in self.set.items() if name != "can_flip")
+        return [merge(*settings), *steps]
 
     def expanded(self) -> list[MethodSpec]:
         """Return one row per combination of `sweep`, labelled by its values."""
@@ -248,6 +249,11 @@ class BenchSpec(Config):
         """
         return [name for name in self.dataset if name in entry.dataset] or list(self.dataset)
 
+    def source(self, row: MethodSpec, dataset: str) -> str:
+        """Return the name that a row's dataset is opened by: with `can_flip`, if the settings have it."""
+        can_flip = {**self.set, **row.set}.get("can_flip")
+        return str(DatasetRef.parse(dataset).with_options(can_flip=can_flip))
+
     def with_content(self, content: Mapping[str, Any]) -> Self:
         """Return the spec with options of content in the names of all its datasets."""
 
@@ -279,7 +285,8 @@ def read_spec(
 
     `paper` takes the file as written; `cpu` and `smoke` put limits on it, then the file's own
     `scales: {<scale>: ...}` is merged over it. Options of content, such as `image_size`, at the top of the
-    file or in `content`, which wins, are written into the names of all its datasets.
+    file or in `content`, which wins, are written into the names of all its datasets; a scale with other
+    datasets (`smoke`) leaves out columns and clips.
 
     Raises:
         InputError: the file or a value is bad, or there is no such scale.
@@ -298,4 +305,7 @@ def read_spec(
     if _listed(merged.get("dataset")) != _listed(document.get("dataset")):
         merged["replaced"] = True
     in_file = {name: merged.pop(name) for name in ContentOptions.model_fields if name in merged}
+    if "replaced" in merged:  # what only files of the table's own datasets have
+        in_scale = file_scales.get(scale, {})
+        in_file = {k: v for k, v in in_file.items() if k in ("image_size", "can_flip") or k in in_scale}
     return BenchSpec.parse(merged, source=str(path)).with_content({**in_file, **(content or {})})

@@ -7,14 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from ddray.config import parse_overrides
 from ddray.data import fit_zca
 from ddray.data.pixels import pixel_space
 from ddray.errors import InputError
 from ddray.jobs import plan as module
 from ddray.jobs.context import check_ipc, make_context, make_distiller, pick_device
 from ddray.jobs.options import PlanOptions
-from ddray.jobs.plan import PRESETS, plan_of, resolve, shipped_configs
+from ddray.jobs.plan import PRESETS, Plan, plan_of, resolve, shipped_configs
 from ddray.methods import get_method, method_names
 from ddray.nets.names import resolve_arch
 
@@ -86,7 +85,7 @@ def test_layers_win_in_order(toy: Any, tmp_path: Path, monkeypatch: pytest.Monke
     dataset = toy()
 
     def settings(**changes: Any) -> tuple[float, float, float, float, int]:
-        config = resolve("dm", dataset, ipc=2, **changes).config
+        config = plan_of(PlanOptions.parse({"method": "dm", "ipc": 2, **changes}), dataset).config
         method = config.method
         return method.lr_img, method.momentum, method.batch_real, config.evaluate.epochs, config.steps
 
@@ -97,9 +96,9 @@ def test_layers_win_in_order(toy: Any, tmp_path: Path, monkeypatch: pytest.Monke
     (folder / "toy_ipc3.yaml").write_text("method: {lr_img: 99}\n")
     assert settings() == (3.0, 0.2, 3, 9, 7)
     (tmp_path / "own.yaml").write_text("method: {momentum: .3}\nsteps: 1e1\n")
-    assert settings(config_file=tmp_path / "own.yaml") == (3.0, 0.3, 3, 9, 10)
-    layers = [parse_overrides(["method.momentum=.4", "steps=11", "method.momentum=.5"]), {"steps": 12}]
-    assert settings(config_file=tmp_path / "own.yaml", layers=layers) == (3.0, 0.5, 3, 9, 12)
+    assert settings(config=tmp_path / "own.yaml") == (3.0, 0.3, 3, 9, 10)
+    later = {"sets": ["method.momentum=.4", "steps=11", "method.momentum=.5"], "steps": 12}
+    assert settings(config=tmp_path / "own.yaml", **later) == (3.0, 0.5, 3, 9, 12)
 
 
 def test_steps_win_over_sets_and_settings_over_both(digits: Any) -> None:
@@ -127,6 +126,23 @@ def test_options_of_content_may_be_among_the_settings(
     assert plan.describe()["fingerprint"] == digits.fingerprint
     plain = plan_of(PlanOptions.parse({"method": "dm", "ipc": 1}), digits)
     assert plan.config == plain.config  # shipped files and recipes go by the name without options
+
+
+def test_a_config_file_may_name_options_of_content_which_the_command_overrides(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("steps: 3\ncan_flip: true\nimage_size: 12\n")
+
+    def plan(**options: Any) -> Plan:
+        return plan_of(
+            PlanOptions.parse({"method": "dm", "ipc": 1, "config": tmp_path / "own.yaml", **options})
+        )
+
+    assert (plan().config.steps, plan().dataset.can_flip, plan().dataset.image_shape) == (
+        3,
+        True,
+        (1, 12, 12),
+    )
+    assert plan(image_size=8).dataset.name == "digits?can_flip=true&image_size=8"
+    assert plan(can_flip=True, sets=["can_flip=false"]).dataset.name == "digits?can_flip=false&image_size=12"
 
 
 @pytest.mark.parametrize("name", ["../dm", "/etc/passwd", "a b", "", "Digits", "a.b"])

@@ -72,7 +72,9 @@ def test_balanced_accuracy_is_one_column_everywhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("balanced", "is_there"), [(0.3, True), (0.499, False), (None, False)])
-def test_balanced_accuracy_is_shown_where_it_differs(balanced: float | None, is_there: bool) -> None:
+def test_balanced_accuracy_is_shown_where_it_differs(
+    balanced: float | None, is_there: bool, tmp_path: Path
+) -> None:
     place: Any = {"method": "dm", "name": "dm", "dataset": "digits", "num_classes": 10, "size": ("ipc", 1)}
     planned = [
         Cell(**place, protocol="hard", arch="convnet3", target="digits", keys=(key,)) for key in ("a", "b")
@@ -85,6 +87,8 @@ def test_balanced_accuracy_is_shown_where_it_differs(balanced: float | None, is_
     first, second = cells_of(planned, rows.get)
 
     assert ("balanced_accuracy_mean" in first, "balanced_accuracy_mean" in second) == (is_there, False)
+    write_table(tmp_path / "table.csv", [first, second])
+    assert ("balanced_accuracy_mean" in pd.read_csv(tmp_path / "table.csv")) == is_there
 
 
 def test_the_file_has_fixed_columns_then_figures_by_name(tmp_path: Path) -> None:

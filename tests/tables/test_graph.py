@@ -14,7 +14,7 @@ from ddray.tables.dry_run import _facts
 from ddray.tables.graph import build_graph
 from ddray.tables.nas_table import sweep_options
 from ddray.tables.worker import predict_pool_specs
-from tests.tables.benches import LOCAL, nas_of, run, spec
+from tests.tables.benches import LOCAL, TINY, nas_of, run, spec
 
 
 def test_units_are_the_product_of_the_axes() -> None:
@@ -193,6 +193,27 @@ def test_a_recipe_is_the_same_for_every_row_and_within_the_limits(tmp_path: Path
     assert all("epochs" not in unit.options for unit in paper.evaluate.values()), "the recipe's own"
     result = run(tmp_path / "run", spec(methods=["random"], seeds=1, evaluate={**scored, "epochs": 1}))
     assert result["num_failed"] == 0
+
+
+def test_rows_whose_images_are_mirrored_are_sets_of_their_own() -> None:
+    """`can_flip` is a setting of the table, a row or a sweep; sets are scored as they were distilled."""
+    rows = [
+        {"name": "random", "label": "table's"},
+        {"name": "random", "label": "row's", "set": ["can_flip=false"]},
+        {"name": "random", "sweep": {"can_flip": [True, False]}},
+    ]
+    settings = {**TINY["set"], "can_flip": True}
+    evaluation = [{"archs": "convnet1_w8", "seeds": 1}, nas_of(space="convnet720")]
+    graph = build_graph(spec(methods=rows, seeds=1, set=settings, evaluate=evaluation), open_dataset)
+
+    names = ["digits?can_flip=true", "digits?can_flip=false"]
+    assert [(cell.method, cell.dataset) for cell in graph.cells] == [
+        *(("table's", names[0]), ("row's", names[1])),
+        *(("random, can_flip=True", names[0]), ("random, can_flip=False", names[1])),
+    ]
+    assert all(cell.target == cell.dataset for cell in graph.cells)
+    assert {unit.dataset for unit in graph.distil.values()} == set(names)
+    assert [(sweep.dataset, len(sweep.cells)) for sweep in graph.sweeps] == [(name, 2) for name in names]
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,17 @@ def test_options_of_content_are_written_into_all_names_of_datasets(tmp_path: Pat
         read_spec(path)
 
 
+def test_what_only_the_tables_own_datasets_have_is_left_out_of_a_scale_with_others(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "name: a\ndataset: cifar100\nipc: 1\nlabel_column: coarse_label\ncan_flip: false\nmethods: [dm]\n"
+        "scales: {cpu: {dataset: /pictures, clip_seconds: 2}}\n"
+    )
+    paper, cpu, smoke = (read_spec(path, scale).dataset for scale in ("paper", "cpu", "smoke"))
+    assert paper == ("cifar100?can_flip=false&label_column=coarse_label",)
+    assert (cpu, smoke) == (("/pictures?can_flip=false&clip_seconds=2.0",), ("digits?can_flip=false",))
+
+
 def test_a_size_beyond_the_limit_is_cut_where_it_is_the_only_one() -> None:
     bench_spec = spec(ipc=[50], limits={"ipc": 10})
     assert bench_spec.sizes(bench_spec.rows()[0]) == [("ipc", 10)]
