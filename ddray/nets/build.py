@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ddray.errors import InputError, one_line
 from ddray.nets.convnet import ChainNet
 from ddray.nets.features import Features, InstanceNorm
-from ddray.nets.names import Arch, net_factory, parse_arch
+from ddray.nets.names import Arch, is_registered, net_factory, parse_arch
 from ddray.seeding import derive_seed, forked_global
 
 # Every other family halves the image three times or more, and instance norm needs 2x2 maps at the end.
@@ -258,15 +258,21 @@ def training_format(net: nn.Module, device: torch.device) -> torch.memory_format
     return torch.channels_last
 
 
-@lru_cache(maxsize=256)
 def multiply_adds(arch: str, image_shape: tuple[int, int, int]) -> int:
     """Return the multiply-adds of one image's forward pass, with a classifier of one class.
 
     Raises:
         InputError: the architecture is unknown or does not fit the images.
     """
+    return _multiply_adds(arch, image_shape, net_factory(arch) if is_registered(arch) else None)
+
+
+@lru_cache(maxsize=256)
+def _multiply_adds(arch: str, image_shape: tuple[int, int, int], factory: object) -> int:
+    """Return `multiply_adds`; a script's `factory` is a key, as another may bear its name later."""
+    net = build_net(arch, image_shape, 1, seed=0).eval()  # a script's is tried on two images: not counted
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        build_net(arch, image_shape, 1, seed=0).eval()(torch.zeros(1, *image_shape))
+        net(torch.zeros(1, *image_shape))
     return int(counter.get_total_flops()) // 2
 
 

@@ -20,7 +20,8 @@ class ContentOptions(Config):
     image_size: int | None = Field(default=None, ge=1)
     """Bring images to N x N pixels; default the catalog's size, or the folder's own."""
     label_column: str | None = Field(default=None, min_length=1)
-    """Column with the classes, in parquet shards and CSV lists; default label, fine_label, ..."""
+    """Column with the classes in parquet shards, save_to_disk folders and CSV lists (in tars an ending or a
+    JSON field); default label, fine_label, ..."""
     clip_seconds: float | None = Field(default=None, gt=0)
     """Seconds of a sound clip that are read; default 1."""
     clip_offset: float | None = Field(default=None, ge=0)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import ddray
 from ddray.errors import InputError
-from ddray.nets import Features, build_net, check_arch, reinitialize
+from ddray.nets import Features, build_net, check_arch, multiply_adds, reinitialize
 from ddray.nets import names as module
 from ddray.nets.names import arch_names, is_registered, parse_arch, register_net
 from ddray.system import registry
@@ -115,6 +115,21 @@ def test_its_layers_and_its_head_are_measured() -> None:
     assert max(net.map_bytes()) == 4 * 6 * 16 * 16
     assert net.head_names() == ("body.fc2.",)
     assert max(build_net("convnet1_w8", SHAPE, 7, seed=0).eval().map_bytes()) == 4 * 8 * 16 * 16
+
+
+def test_multiply_adds_are_one_images_of_the_function_that_bears_the_name_now() -> None:
+    def registered_as_probe(width: int) -> str:
+        def probe(image_shape: Any, num_classes: int) -> nn.Module:
+            inputs = math.prod(image_shape)
+            return nn.Sequential(nn.Flatten(), nn.Linear(inputs, width), nn.Linear(width, num_classes))
+
+        return register_net(probe)
+
+    values = math.prod(SHAPE)
+    assert [multiply_adds(registered_as_probe(width), SHAPE) for width in (2, 5)] == [
+        (values + 1) * 2,
+        (values + 1) * 5,
+    ]
 
 
 def test_one_without_a_last_linear_layer_has_no_embedding() -> None:
