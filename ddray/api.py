@@ -357,7 +357,7 @@ def export(distilled: DistilledSet | str | Path, out: str | Path, *, form: str |
         StorageError: it can't be written.
     """
     if form not in (None, *FORMS):
-        raise unknown("form", form, FORMS)
+        raise unknown("form", str(form), FORMS)
     loaded = distilled if isinstance(distilled, DistilledSet) else load(distilled)
     target = Path(out).absolute()
     FORMS[form or ("parquet" if target.suffix == ".parquet" else "folder")](loaded, target)

@@ -151,7 +151,9 @@ def check_plan(plan: Plan) -> bool:
                 "return ddray.nets.Features, or use another arch"
             )
         if not all(1 <= layer <= num for layer in layers or ()):
-            raise InputError(f"method.layers must be within 1..{num} for {plan.arch}, got {list(layers)}")
+            raise InputError(
+                f"method.layers must be within 1..{num} for {plan.arch}, got {list(layers or ())}"
+            )
     return not is_external and wants_compile(
         config.compile,
         num_steps=config.steps,

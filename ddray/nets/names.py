@@ -146,7 +146,7 @@ def is_registered(arch: str) -> bool:
 
 def net_factory(arch: str) -> NetFactory:
     """Return the factory of an external network; InputError if there is none."""
-    return _REGISTERED[arch] if arch in _REGISTERED else _OFFERED.get(arch)  # type: ignore[no-any-return]
+    return _REGISTERED[arch] if arch in _REGISTERED else _OFFERED.get(arch)
 
 
 def parse_arch(arch: str) -> Arch:

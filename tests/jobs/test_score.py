@@ -154,8 +154,8 @@ class TestEvaluate:
         for label in "ab":
             (folder / "data" / label).mkdir(parents=True)
             for number in range(4):
-                mode = "RGB" if colour else "L"
-                picture = Image.new(mode, (16, 16), 40 * number if mode == "L" else (9, 40 * number, 1))
+                value = (9 * number, 40 * number, 1 + number) if colour else 40 * number
+                picture = Image.new("RGB" if colour else "L", (16, 16), value)
                 picture.save(folder / "data" / label / f"{number}.png")
         return str(folder / "data")
 
