@@ -16,8 +16,8 @@ from pydantic import Field
 
 import ddray
 from ddray.cli import app, main
+from ddray.commands.options import _PANELS, command
 from ddray.commands.options import _completion as completion
-from ddray.commands.options import command
 from ddray.config import AbsolutePath, Config, Names, Result, named
 from ddray.jobs.options import PlanOptions
 
@@ -66,7 +66,7 @@ def test_every_option_is_in_a_panel_and_has_help(line: str) -> None:
     for parameter in options:
         assert parameter.help, parameter.name
         if parameter.param_type_name == "option":
-            assert parameter.rich_help_panel in ("What", "How", "Resources", "Run", "Output"), parameter.name
+            assert parameter.rich_help_panel in (*_PANELS, "Output"), parameter.name
 
 
 @pytest.mark.parametrize("line", EVERY)
