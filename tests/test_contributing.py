@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,8 @@ def perceptron(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     (tmp_path / "my_package").mkdir()
     (tmp_path / "my_package" / f"{module.partition('.')[2]}.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
+    for imported in ("my_package", module):  # other pages' tests have a package of that name
+        monkeypatch.delitem(sys.modules, imported, raising=False)
     offered = importlib.metadata.EntryPoint(name, module, group)
     monkeypatch.setattr(registry, "entry_points", lambda group: [offered] if group == offered.group else [])
     return importlib.import_module(module)

@@ -55,7 +55,7 @@ def test_commands_print_paths_and_names_as_they_are(
             folder = top / "data" / split / f"{label} {name.replace('/', '')}"
             folder.mkdir(parents=True)
             for index in range(4):
-                colour = (80 * index, 200 * label, 30)
+                colour = (80 * index, 200 * label, 30 + index)
                 Image.new("RGB", (16, 16), colour).save(folder / f"{index}.png")
     data, run = top / "data", top / "run"
     small = ("--set", "arch=convnet2_w8", "--set", "evaluate.epochs=1", "--set", "evaluate.seeds=1")
