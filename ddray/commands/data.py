@@ -21,7 +21,7 @@ def data_info(emit: Emit, name: str, **options: Any) -> None:
     from ddray.data.loaders import data_info as describe_dataset
 
     result = describe_dataset(name, **DataOptions.pick(options).opening())
-    emit(result, display.table_of(name, result.dump()))
+    emit(result, display.table_of(name, {**result.dump(), "warnings": "\n".join(result.warnings)}))
 
 
 @command(DataFolder, example="ddray data list --data-dir ~/datasets")

@@ -33,9 +33,20 @@ def table_of(title: str, values: Mapping[str, Any]) -> Any:
     table.add_column()
     table.add_column(overflow="fold")  # a long path is not cut
     for name, value in values.items():
-        text = f"{value:.4g}" if isinstance(value, float) else str(value)
+        text = _value(value)
         table.add_row(name, text if len(text) < 400 else text[:400] + " ...")
     return table
+
+
+def _value(value: Any) -> str:
+    """Return a value as people read it: floats with four digits, lists and mappings without quotes."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_value, value))
+    if isinstance(value, Mapping):
+        return "; ".join(f"{name}: {_value(one)}" for name, one in value.items())
+    return str(value)
 
 
 def _table(title: str | None, headers: Sequence[Any], rows: Iterable[Iterable[object]]) -> Any:
