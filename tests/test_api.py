@@ -201,6 +201,7 @@ class TestRuns:
             dataset=open_dataset("digits"),
             ipc=1,
             num_samples=2,
+            max_concurrent=1,
             strategy="random",
             final_sets=1,
             space={"lr_img": {"loguniform": [0.1, 10.0]}},

@@ -16,13 +16,14 @@ from ddray.system.worker import cpu_count
 
 log = logging.getLogger(__name__)
 
-# Set before Ray is imported: docs/ray.md, 8 (working directory), 10 (GPUs of num_gpus=0 workers), 14 (quiet).
+# Set before Ray is imported: docs/ray.md, 8 (folder), 10 (GPUs of num_gpus=0 workers), 14 (the rest).
 _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
+    "RAY_prestart_worker_first_driver": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }

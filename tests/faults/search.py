@@ -23,7 +23,8 @@ def search(
     layers: dict[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Run a search in this process; `space` is the space file's text."""
+    """Run a search in this process; `space` is the space file's text. One trial at a time, unless asked."""
+    options.setdefault("max_concurrent", 1)  # each further process costs seconds of importing torch
     path = run_dir.parent / f"{run_dir.name}.yaml"
     path.write_text(space)
     settings = {"batch_real": 4} if method != "random" else {}

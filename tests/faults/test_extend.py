@@ -73,7 +73,7 @@ def test_more_samples_continue_the_same_search(tmp_path: Path, monkeypatch: pyte
 
 
 def test_start_points_are_tried_after_the_presets_and_the_study_sees_them(tmp_path: Path) -> None:
-    run, options = tmp_path / "run [v2]", {"strategy": "tpe", "max_concurrent": 1}
+    run, options = tmp_path / "run [v2]", {"strategy": "tpe"}
     points = [{"lr_img": value} for value in (0.25, 0.5, 0.75)]
     out = search(run, RANGE, num_samples=3, start_points=points[:2], **options)
     assert out["num_trials"] == 3
@@ -94,7 +94,7 @@ def test_start_points_are_tried_after_the_presets_and_the_study_sees_them(tmp_pa
 
 
 def test_a_search_that_its_time_ended_goes_on_with_more_samples(tmp_path: Path) -> None:
-    run, options = tmp_path / "run", {"strategy": "random", "max_concurrent": 1}
+    run, options = tmp_path / "run", {"strategy": "random"}
     first = search(run, RANGE, num_samples=3, time_budget=0.01, **options)
     assert first["num_trials"] < 3
 
@@ -105,7 +105,7 @@ def test_a_search_that_its_time_ended_goes_on_with_more_samples(tmp_path: Path) 
 def test_pb2_starts_from_them_and_its_population_cannot_grow(tmp_path: Path) -> None:
     layers: dict[str, Any] = {"arch": "convnet2_w8", "steps": 4, "method": {"batch_real": 4}}
     layers["evaluate"] = {"epochs": 1, "seeds": 1}
-    run, options = tmp_path / "run", {"strategy": "pb2", "layers": layers}
+    run, options = tmp_path / "run", {"strategy": "pb2", "max_concurrent": None, "layers": layers}
 
     search(run, RANGE, num_samples=3, start_points={"lr_img": 0.25}, **options)
 

@@ -407,6 +407,7 @@ class TestCluster:
             layers={**layers, "method": {"feature_epochs": 1}},
             strategy="random",
             num_samples=5,
+            max_concurrent=None,
         )
         assert out["num_failed"] == 0
         feature_epochs = {row.spec["params"]["feature_epochs"] for row in trials(run)}

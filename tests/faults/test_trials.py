@@ -142,7 +142,6 @@ def test_asha_stops_poor_trials_early_but_never_the_papers_point(tmp_path: Path)
         "lr_img: {loguniform: [0.1, 1.0]}",
         num_samples=7,
         strategy="asha-tpe",
-        max_concurrent=1,
         layers=layers,
     )
     rows = trials(run)
@@ -164,7 +163,7 @@ def test_asha_stops_poor_trials_early_but_never_the_papers_point(tmp_path: Path)
 def test_pb2_changes_settings_inside_a_trial_and_resumes_by_generation(tmp_path: Path) -> None:
     run = tmp_path / "run"
     layers = {**TINY, "steps": 8, "evaluate": {"epochs": 4, "seeds": 1}, "method": {"batch_real": 4}}
-    settings = {"strategy": "pb2", "num_samples": 4, "layers": layers}
+    settings = {"strategy": "pb2", "num_samples": 4, "max_concurrent": None, "layers": layers}
     out = search(run, "lr_img: {loguniform: [0.001, 2.0]}\nmomentum: {uniform: [0.0, 0.9]}", **settings)
     rows = trials(run)
     assert [row.status for row in rows] == ["done"] * 4
@@ -198,7 +197,7 @@ def test_a_closed_search_adds_no_trial_but_mends_its_own(tmp_path: Path) -> None
     """After test was opened, --resume recomputes a torn row but adds no trials."""
     run = tmp_path / "run"
     space = "lr_img: {loguniform: [0.1, 1.0]}"
-    first = search(run, space, strategy="random", num_samples=3, max_concurrent=1, time_budget=0.01)
+    first = search(run, space, strategy="random", num_samples=3, time_budget=0.01)
     assert first["num_trials"] < 3
     assert (
         search(run, space, strategy="random", num_samples=3, resume=True)["num_trials"] == first["num_trials"]
