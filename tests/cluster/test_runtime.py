@@ -52,5 +52,7 @@ class TestTemporaryFolder:
 
     def test_rays_own_variable_comes_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("TMPDIR", "/" + "x" * 100)
+        with pytest.raises(InputError, match="TMPDIR must have at most"):
+            RayExecutor(1, 0)
         monkeypatch.setenv("RAY_TMPDIR", "/tmp")
-        RayExecutor(1, 0)
+        assert RayExecutor(1, 0).address is None

@@ -42,25 +42,24 @@ def normalized(pixels: Tensor, dataset: Dataset) -> Tensor:
     return (pixels - mean) / std
 
 
-def sre2l(folder: Path, suffix: str = "png") -> None:
-    """`save_images` of SRe2L; the suffix is its own .jpg, or of a follower that keeps the pixels."""
-    for ipc_id in range(IPC):
-        for class_id in range(CLASSES):
-            dir_path = folder / f"new{class_id:03d}"
-            dir_path.mkdir(parents=True, exist_ok=True)
+def by_number(folder: Path, name: str, digits: int, suffix: str) -> None:
+    """Pictures in folders of classes, as `save_images` of SRe2L and of RDED write them."""
+    for class_id in range(CLASSES):
+        dir_path = folder / name.format(class_id)
+        dir_path.mkdir(parents=True)
+        for ipc_id in range(IPC):
             image_np = drawn(class_id, ipc_id).numpy().transpose((1, 2, 0))
             picture = Image.fromarray((image_np * 255).round().astype(np.uint8))
-            picture.save(dir_path / f"class{class_id:03d}_id{ipc_id:03d}.{suffix}")
+            picture.save(dir_path / f"class{class_id:0{digits}d}_id{ipc_id:0{digits}d}.{suffix}")
+
+
+def sre2l(folder: Path, suffix: str = "png") -> None:
+    """The suffix is SRe2L's own .jpg, or of a follower that keeps the pixels."""
+    by_number(folder, "new{:03d}", 3, suffix)
 
 
 def rded(folder: Path) -> None:
-    for class_id in range(CLASSES):
-        for ipc_id in range(IPC):
-            dir_path = folder / f"{class_id:05d}"
-            dir_path.mkdir(parents=True, exist_ok=True)
-            image_np = drawn(class_id, ipc_id).numpy().transpose((1, 2, 0))
-            picture = Image.fromarray((image_np * 255).round().astype(np.uint8))
-            picture.save(dir_path / f"class{class_id:05d}_id{ipc_id:05d}.png")
+    by_number(folder, "{:05d}", 5, "png")
 
 
 def minimax(folder: Path) -> None:
