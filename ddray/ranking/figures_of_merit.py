@@ -18,7 +18,6 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 from ddray.seeding import derive_numpy
 
@@ -82,6 +81,8 @@ def figures_of_merit(
 
 def _correlations(scores: Array, truth: Array, num_bootstrap: int, seed: int) -> dict[str, Any]:
     """Return the rank correlations of scores [S, A] and truth [T, A], with intervals."""
+    from scipy import stats  # half a second, which workers that rank nothing need not spend
+
     x, y = mean_over_seeds(scores), mean_over_seeds(truth)
     top = _first(y, -(-len(y) // _TOP))
     whole, fifth = _bootstrap(scores, truth, num_bootstrap, seed) if len(x) >= MIN_ARCHS else ([], [])

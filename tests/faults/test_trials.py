@@ -194,7 +194,7 @@ def test_pb2_changes_settings_inside_a_trial_and_resumes_by_generation(tmp_path:
 
 
 def test_a_closed_search_adds_no_trial_but_mends_its_own(tmp_path: Path) -> None:
-    """After test was opened, --resume recomputes a torn row but adds no trials."""
+    """After test was opened, --resume recomputes a torn row but adds no trials, unless more are asked for."""
     run = tmp_path / "run"
     space = "lr_img: {loguniform: [0.1, 1.0]}"
     first = search(run, space, strategy="random", num_samples=3, time_budget=0.01)
@@ -208,6 +208,8 @@ def test_a_closed_search_adds_no_trial_but_mends_its_own(tmp_path: Path) -> None
     again = search(run, space, strategy="random", num_samples=3, resume=True)
     assert again["num_trials"] == first["num_trials"]
     assert trials(run)[0].result["val_accuracy"] == row.result["val_accuracy"]
+    assert search(run, space, strategy="random", num_samples=4, resume=True)["num_trials"] == 4
+    assert [int(row.spec["number"]) for row in trials(run)] == [0, 1, 2, 3]
 
 
 def test_choices_are_taken_as_the_method_holds_them(tmp_path: Path) -> None:
