@@ -109,6 +109,8 @@ def test_contributing_method_keeps_the_contract(installed: Path) -> None:
 def centroids(installed: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """CONTRIBUTING's module."""
     monkeypatch.syspath_prepend(installed)
+    for imported in ("my_package", "my_package.centroids"):  # other pages' tests have a package of that name
+        monkeypatch.delitem(sys.modules, imported, raising=False)
     return importlib.import_module("my_package.centroids")
 
 

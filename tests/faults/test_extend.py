@@ -105,7 +105,7 @@ def test_start_points_are_tried_after_the_presets_and_the_study_sees_them(tmp_pa
 def test_pb2_starts_from_them_and_its_population_cannot_grow(tmp_path: Path) -> None:
     layers: dict[str, Any] = {"arch": "convnet2_w8", "steps": 4, "method": {"batch_real": 4}}
     layers["evaluate"] = {"epochs": 1, "seeds": 1}
-    run, options = tmp_path / "run", {"strategy": "pb2", "max_concurrent": None, "layers": layers}
+    run, options = tmp_path / "run", {"strategy": "pb2", "layers": layers}
 
     search(run, RANGE, num_samples=3, start_points={"lr_img": 0.25}, **options)
 

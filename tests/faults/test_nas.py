@@ -143,11 +143,12 @@ def test_a_hung_or_killed_worker_costs_its_task_alone(
 
 @pytest.mark.usefixtures("ray_here")
 def test_a_search_for_rank_correlation(tmp_path: Path, run_command: Any) -> None:
-    """A search for rank correlation runs to its end, using val only."""
+    """A search for rank correlation runs to its end, using val only; this seed draws small networks."""
     out = run_command(
         *("tune", "--method", "random", "--ipc", "1", "--objective", "nas-spearman", "--nas-sample", "3"),
         *("--nas-epochs", "1", "--num-samples", "1", "--strategy", "random", "--final-sets", "1"),
         *("--set", "evaluate.epochs=2", "--set", "evaluate.seeds=1", "--run-dir", str(tmp_path / "run")),
+        *("--seed", "18"),
     )
     assert out["objective"] == "val_spearman"
     assert -1 <= out["best"]["val_spearman"] <= 1

@@ -184,7 +184,7 @@ def test_pb2_changes_settings_inside_a_trial_and_resumes_by_generation(tmp_path:
         run,
         "lr_img: {loguniform: [0.001, 2.0]}\nmomentum: {uniform: [0.0, 0.9]}",
         resume=True,
-        **settings,
+        **{**settings, "max_concurrent": 1},
     )
     unchanged_segments = {path: stamp for path, stamp in segments.items() if "generation4" not in path.name}
     assert unchanged_segments
