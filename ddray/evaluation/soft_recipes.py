@@ -54,6 +54,7 @@ RECIPES: Final = ("paper", "repo", "rded", "sre2l")
 TABLE5: Final = "table5"
 _LR: Final = {"vgg11": 5e-4, "efficientnet_b0": 2e-3, "mobilenet_v2": 2.5e-3, "alexnet": 1e-4}
 _WARMUP_START: Final = 0.01
+_D3HR_REPO: Final = {"form": "repo", "encoding": "sample", "shared_draws": True}
 
 
 class SoftConfig(Config):
@@ -243,8 +244,9 @@ def rate_factor(settings: Settings, epoch: int) -> float:
 def own_recipe(method: str, settings: Mapping[str, Any]) -> str:
     """Return the recipe that a method was published with, D3HR's where it is not of these three.
 
-    `settings` are the set's own of its method: D3HR's under preset `repo` have form=repo.
+    By a set's `settings` of its method: those of D3HR's preset `repo` are trained on by its code's recipe, an
+    ablation that has only some of them by `paper`.
     """
-    if method == "d3hr" and settings.get("form") == "repo":
+    if method == "d3hr" and settings.items() >= _D3HR_REPO.items():
         return "repo"
     return method if method in RECIPES else "paper"

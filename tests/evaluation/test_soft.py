@@ -77,6 +77,20 @@ def test_mixes() -> None:
     assert sorted(blended.partner.tolist()) == list(range(6))
 
 
+def test_strips_are_shuffled_whole_and_image_by_image() -> None:
+    images = torch.arange(16.0).view(1, 1, 4, 4).expand(30, 1, 4, 4).contiguous()
+
+    shuffled = shuffle_strips(images, 2, seeded())
+
+    quarters = {tuple(sorted(image.flatten().tolist())) for image in shuffled}
+    assert quarters == {tuple(range(16))}
+    parts = {tuple(image[0, :2, :2].flatten().tolist()) for image in shuffled}
+    assert parts == {(0, 1, 4, 5), (2, 3, 6, 7), (8, 9, 12, 13), (10, 11, 14, 15)}
+    assert torch.equal(shuffle_strips(images, 1, seeded()), images)
+    with pytest.raises(InputError, match="patches must divide the image's side of 4 px, got 3"):
+        shuffle_strips(images, 3, seeded())
+
+
 def test_crops_of_a_recipe(toy: Any) -> None:
     """RDED's are of 1/factor to all of the area, at factor 1 the whole image; SRe2L's have a black border."""
     space, images = normalized_space(toy()), torch.rand(300, 3, 16, 16, generator=seeded())
@@ -343,7 +357,7 @@ def test_table_5_is_a_recipe_of_hard_labels(distilled: Path) -> None:
         ({"augment": "dsa"}, "--augment must be left out here"),
         (
             {"recipe": "table5"},
-            "recipe of --protocol soft must be one of paper, repo, rded, sre2l, got 'table5'",
+            "recipe of --protocol soft must be one of paper, rded, repo, sre2l, got 'table5'",
         ),
         ({"sets": ("temprature=3",)}, "unknown option 'temprature'; did you mean 'temperature'"),
         ({"teachers": ("resnet19",)}, "did you mean 'resnet18'"),

@@ -6,7 +6,11 @@ from typing import Any
 import pytest
 import torch
 
+from ddray.distillation.method import Target
 from ddray.evaluation.soft_recipes import Settings, SoftConfig, own_recipe, rate_factor, resolve_settings
+from ddray.methods.d3hr import preset
+
+TARGET = Target("cifar10", (3, 32, 32), 10, 10)
 
 
 def resolved(
@@ -152,7 +156,9 @@ def test_a_warm_up_is_that_of_sre2ls_log() -> None:
         ("rded", {"factor": 2}, "rded"),
         ("sre2l", {}, "sre2l"),
         ("d3hr", {"form": "paper"}, "paper"),
-        ("d3hr", {"form": "repo"}, "repo"),
+        ("d3hr", {"form": "repo", "lambda_skew": 0.1}, "paper"),  # an ablation of the score
+        ("d3hr", preset("repo", TARGET)["method"], "repo"),
+        ("d3hr", preset("paper", TARGET)["method"], "paper"),
         ("dm", {}, "paper"),
         ("table5", {}, "paper"),
     ],
