@@ -12,7 +12,8 @@ from ddray.artifact.distilled_set import DistilledSet, TrainSet
 from ddray.errors import DivergedError
 from ddray.evaluation.options import EvaluateOptions, check_settings, evaluation_config
 from ddray.evaluation.protocol import EvalContext, EvalResult, EvaluationProtocol, RealImages, Scoring
-from ddray.evaluation.soft import TABLE5, Soft, check_soft, soft_config
+from ddray.evaluation.soft import Soft, check_soft, soft_config
+from ddray.evaluation.soft_recipes import TABLE5
 from ddray.nets import Net, check_arch
 from ddray.seeding import derive
 from ddray.training.loop import Augmenter, augmenter, score_net, train

@@ -48,7 +48,8 @@ class EvaluateOptions(DataOptions, ForeignOptions):
     augment: Augment | None = None
     """dsa, dsa_idc, autoaugment, randaugment or none; default the method's."""
     recipe: str | None = None
-    """hard: vico, idc or table5 (D3HR's); soft: paper or repo. How all sets are trained on."""
+    """hard: vico, idc or table5 (D3HR's); soft: paper or repo (D3HR's), rded, sre2l. How all sets are trained
+    on; default the method's."""
     train_limit: int | None = None
     """Train on at most so many images (linear: of the target)."""
     num_tasks: int | None = None

@@ -1,107 +1,54 @@
-"""Protocol `soft` (RDED, D3HR): a fresh network learns a teacher's probabilities on mixed crops of the set.
+"""Protocol `soft` (SRe2L, RDED, D3HR): a fresh network learns a teacher's probabilities on crops of the set.
 
-KL divergence at temperature 20, batch mean, without the factor T^2; CutMix on every batch; random resized
-crops and flips; AdamW whose rate falls along half a cosine, .5 (1 + cos(pi e / 2E)).
+The loss is the KL divergence of softened probabilities, batch mean; student and teacher see the same crops,
+flipped and mixed. A set is trained on by the recipe of its own method, or by the one named: `soft_recipes`
+holds them with their **Deviations**.
 
-**Deviations** (paper | authors' code | ours)
-
-- rate and batch: .01 and 128 (Table A1) | .001 (other for some networks) and 50, from 50 images per class on
-  100, twice that for 100 classes | `recipe=paper` or `repo`.
-- result: - | the best of the last scores on test | the last epoch.
-- a last batch of one image: an error in batch norm | the same | joined to the batch before it.
-- hard labels (Table 5, Minimax's setting): `recipe=table5`, cross entropy on mixup, 2,000 / 1,500 / 1,000
-  epochs at ipc 10 / 50 / 100.
+A last batch of one image, an error in the batch norms of all three authors' code, is joined to the batch
+before it.
 """
 
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ddray.artifact.distilled_set import DistilledSet, TrainSet
 from ddray.artifact.partition import default_factor
-from ddray.config import Config, merge, parse_overrides
+from ddray.config import merge, parse_overrides
+from ddray.data import PixelSpace
 from ddray.errors import DivergedError, InputError, unknown
 from ddray.evaluation.options import EvaluateOptions
 from ddray.evaluation.protocol import EvalContext, EvalResult, EvaluationProtocol, RealImages, Scoring
+from ddray.evaluation.soft_recipes import (
+    RECIPES,
+    TABLE5,
+    Settings,
+    SoftConfig,
+    own_recipe,
+    rate_factor,
+    resolve_settings,
+)
 from ddray.evaluation.teachers import Teachers, get_teachers
 from ddray.nets import Net, check_arch
-from ddray.nets.names import parse_arch, resolve_arch
+from ddray.nets.names import resolve_arch
 from ddray.seeding import derive
-from ddray.training.crops import random_resized_crop
-from ddray.training.cutmix import Mixed, cutmix, mixed_cross_entropy
-from ddray.training.engine import Batch, Order, Rule, Step, run
+from ddray.training.crops import padded_crop, random_resized_crop
+from ddray.training.cutmix import Mixed, cutmix, draw_share, mixed_cross_entropy
+from ddray.training.engine import Batch, Order, Rule, Step, decay_matrices, run
 from ddray.training.loop import score_net
-from ddray.training.recipe import TeacherRecipe
 
 log = logging.getLogger(__name__)
 
-RECIPES: Final = ("paper", "repo")
-TABLE5: Final = "table5"
-_REPO_LR = {"vgg11": 5e-4, "efficientnet_b0": 2e-3, "mobilenet_v2": 2.5e-3, "alexnet": 1e-4}
-
-
-class SoftConfig(Config):
-    """Settings of the protocol; None: as the recipe says."""
-
-    recipe: Literal["paper", "repo", "table5"] = "paper"
-    """`paper`: Table A1; `repo`: the authors' code; `table5`: the code's training on hard labels."""
-    epochs: int | None = Field(default=None, ge=1)
-    """Default: 400 up to 32 px, 300 above; `table5`: 2,000 / 1,500 / 1,000 by ipc."""
-    lr: float | None = Field(default=None, gt=0)
-    batch: int | None = Field(default=None, ge=1)
-    """Never more than the set has."""
-    weight_decay: float = Field(default=0.01, ge=0)
-    temperature: float = Field(default=20.0, gt=0)
-    mix: Literal["auto", "cutmix", "mixup", "none"] = "auto"
-    """`auto`: CutMix under a teacher, mixup on hard labels."""
-    min_scale: float = Field(default=0.08, gt=0, le=1)
-    """Smallest crop, as a share of the image's area."""
-    patches: int | None = Field(default=None, ge=1)
-    """Strips shuffled along each axis before the crop (RDED's stitched images); default: the set's."""
-    seeds: int = Field(default=5, ge=1)
-    """Networks per architecture."""
-    teacher: TeacherRecipe = TeacherRecipe()
-
-
-class Settings(SoftConfig):
-    """The settings of one training, all resolved."""
-
-    epochs: int
-    lr: float
-    batch: int
-    mix: Literal["cutmix", "mixup", "none"]
-    patches: int
-
-
-def resolve_settings(
-    config: SoftConfig, *, arch: str, num_images: int, num_classes: int, size: int
-) -> Settings:
-    """Return the settings for a network and a set whose images' larger side has `size` pixels."""
-    ipc, hard = max(1, num_images // num_classes), config.recipe == TABLE5
-    if config.recipe == "paper":
-        lr, batch = 0.01, 128
-    else:
-        lr = _REPO_LR.get(parse_arch(arch).base, 1e-3)
-        batch = (100 if ipc >= 50 else 50 if ipc >= 10 else 15) * (2 if num_classes == 100 else 1)
-    epochs = 400 if size <= 32 else 300
-    if hard:
-        epochs = 2000 if ipc <= 10 else 1500 if ipc <= 50 else 1000
-    resolved = {
-        "epochs": config.epochs or epochs,
-        "lr": config.lr or lr,
-        "batch": min(config.batch or batch, num_images),
-        "mix": ("mixup" if hard else "cutmix") if config.mix == "auto" else config.mix,
-        "patches": config.patches or 1,
-    }
-    return Settings.parse(config.dump() | resolved)
+PADDING: Final = 4
 
 
 @dataclass(frozen=True)
@@ -141,47 +88,81 @@ class Soft:
         """Train `net` in place and leave it in eval mode; return the last epoch's mean loss."""
         images, labels = train_set.images.to(ctx.device), train_set.supervision.to(ctx.device)
         space, teachers = ctx.space.to(ctx.device), self.teachers
+        if teachers is not None:
+            teachers = teachers.set_up(settings.teacher_mode, settings.average)
+        crop = cropper(settings, space, images, flip=ctx.dataset.can_flip)
         order = Order(len(labels), settings.batch, last="join")
         epoch = len(order.sizes)
 
         def batch(index: Tensor) -> Batch:
-            crops = shuffle_strips(images[index], settings.patches, generator)
-            scale = (settings.min_scale, 1.0)
-            crops = random_resized_crop(crops, generator, scale=scale, flip=ctx.dataset.can_flip)
-            mixed = mix(crops, settings.mix, generator)
+            crops = crop(shuffle_strips(images[index], settings.patches, generator), generator)
+            mixed = mix(crops, settings.mix, generator, alpha=settings.mix_alpha)
             inputs = mixed.images.contiguous(memory_format=torch.channels_last)
             if teachers is None:
                 return (inputs, *mixed.targets(labels[index]))
             return inputs, teachers.probabilities(mixed.images, space, settings.temperature)
 
-        soft = partial(soft_loss, temperature=settings.temperature)
-        optimizer = partial(torch.optim.AdamW, weight_decay=settings.weight_decay)
-        rule = Rule(mixed_cross_entropy if teachers is None else soft, optimizer)
+        repeat_updates(net, settings.bn_updates)
         net.to(memory_format=torch.channels_last).train()
         last_loss = run(
-            Step([net], rule, num_steps=settings.epochs * epoch),
+            Step([net], training_rule(settings, hard=teachers is None), num_steps=settings.epochs * epoch),
             map(batch, order.indices(generator, ctx.device)),
-            lr=lambda step: settings.lr * half_cosine(step // epoch, settings.epochs),
+            lr=lambda step: settings.lr * rate_factor(settings, step // epoch),
             epoch=epoch,
         )
         net.eval()
         return float(last_loss)
 
 
-def soft_loss(logits: Tensor, soft_labels: Tensor, temperature: float) -> Tensor:
-    """Return the KL divergence of softmax(logits / T) [N, K] from `soft_labels` [N, K], batch mean."""
-    return F.kl_div(F.log_softmax(logits / temperature, 1), soft_labels, reduction="batchmean")
+def training_rule(settings: Settings, *, hard: bool) -> Rule:
+    """Return loss and optimiser of a training on soft labels, or on `hard` ones."""
+    factor = settings.temperature**2 if settings.scale_loss else 1.0
+    optimizer: Any = torch.optim.AdamW
+    if settings.optimizer == "sgd":
+        optimizer = partial(torch.optim.SGD, momentum=0.9)
+    return Rule(
+        mixed_cross_entropy if hard else partial(soft_loss, temperature=settings.temperature, factor=factor),
+        partial(optimizer, weight_decay=settings.weight_decay),
+        groups=decay_matrices if settings.decay == "matrices" else None,
+    )
 
 
-def half_cosine(epoch: int, epochs: int) -> float:
-    """Return the factor on the rate: .5 (1 + cos(pi e / 2E)), from 1 down to a half."""
-    return 0.5 * (1 + math.cos(math.pi * epoch / (2 * epochs)))
+def cropper(
+    settings: Settings, space: PixelSpace, images: Tensor, *, flip: bool
+) -> Callable[[Tensor, torch.Generator], Tensor]:
+    """Return the random crops of batches of `images` [N, C, H, W], which are in `space`.
+
+    Padding is black: the mean over pixels of the encoded black image (all are equal unless it is whitened).
+    """
+    if settings.crop == "resized":
+        return partial(random_resized_crop, scale=(settings.min_scale, 1.0), flip=flip)
+    black = space.encode(torch.zeros_like(images[:1])).mean((2, 3), keepdim=True)
+    return partial(padded_crop, padding=PADDING, fill=black, flip=flip)
 
 
-def mix(images: Tensor, kind: str, generator: torch.Generator) -> Mixed:
-    """Return images [N, C, H, W] mixed with partners by `cutmix` or `mixup`, or as they are (`none`)."""
+def repeat_updates(net: nn.Module, num: int) -> None:
+    """Let each forward pass of `net` move its running averages as far as `num` passes of the same batch do.
+
+    After k passes r becomes (1 - m)^k r + (1 - (1 - m)^k) s: one pass with the momentum 1 - (1 - m)^k.
+    """
+    for module in net.modules():
+        if isinstance(module, _BatchNorm) and module.momentum is not None:
+            module.momentum = 1 - (1 - module.momentum) ** num
+
+
+def soft_loss(logits: Tensor, soft_labels: Tensor, temperature: float, factor: float = 1.0) -> Tensor:
+    """Return `factor` times the KL divergence of softmax(logits / T) [N, K] from soft labels, batch mean."""
+    loss = F.kl_div(F.log_softmax(logits / temperature, 1), soft_labels, reduction="batchmean")
+    return loss if factor == 1 else factor * loss
+
+
+def mix(images: Tensor, kind: str, generator: torch.Generator, *, alpha: float = 1.0) -> Mixed:
+    """Return images [N, C, H, W] mixed with partners by `cutmix` or `mixup`, or as they are (`none`).
+
+    Mixup's share is one draw of Beta(alpha, alpha) for the batch.
+    """
     if kind == "mixup":
-        share = float(torch.rand((), generator=generator))  # Beta(1, 1)
+        share = draw_share(alpha, generator)
         partner = torch.randperm(len(images), generator=generator).to(images.device, non_blocking=True)
         return Mixed(share * images + (1 - share) * images[partner], partner, share)
     mixed = cutmix(images, 1.0, generator) if kind == "cutmix" else None
@@ -209,7 +190,7 @@ def shuffle_strips(images: Tensor, num: int, generator: torch.Generator) -> Tens
 def check_soft(options: EvaluateOptions) -> None:
     """Refuse what this training does not have, with the nearest name or a value's rule."""
     if options.augment is not None:
-        raise InputError("--augment must be left out here: the recipe trains on random resized crops")
+        raise InputError("--augment must be left out here: the recipe trains on random crops")
     sets = parse_overrides(options.sets)
     SoftConfig.parse(sets if options.recipe is None else {**sets, "recipe": options.recipe})
 
@@ -217,19 +198,22 @@ def check_soft(options: EvaluateOptions) -> None:
 def soft_config(
     options: EvaluateOptions, distilled: DistilledSet, recipes: tuple[str, ...] = RECIPES
 ) -> SoftConfig:
-    """Return the settings: options over `--set` over the recipe; stitched sets default to their own patches.
+    """Return the settings: options over `--set` over the recipe, by default the one of the set's own method.
+
+    Stitched sets default to their own patches.
 
     Raises:
         InputError: a setting is unknown, or the recipe belongs to the other protocol.
     """
-    sets = parse_overrides(options.sets)
-    recipe = options.recipe or sets.get("recipe") or recipes[0]
+    sets, meta = parse_overrides(options.sets), distilled.meta
+    settings = meta.config.get("method") or {}
+    default = own_recipe(meta.method, settings)
+    recipe = options.recipe or sets.get("recipe") or (default if default in recipes else recipes[0])
     if recipe not in recipes:
         raise unknown(f"recipe of --protocol {options.protocol}", recipe, recipes)
     defaults: dict[str, Any] = {}
-    if distilled.meta.method == "rded":
-        factor = distilled.meta.config.get("method", {}).get("factor")
-        defaults["patches"] = factor or default_factor(distilled.meta.image_shape)
+    if meta.method == "rded":
+        defaults["patches"] = settings.get("factor") or default_factor(meta.image_shape)
     overrides = options.model_dump(include={"seeds", "epochs"}, exclude_none=True)
     return SoftConfig.parse(merge(defaults, sets, overrides, {"recipe": recipe}))
 
@@ -242,7 +226,8 @@ def _make(options: EvaluateOptions, distilled: DistilledSet, ctx: EvalContext, r
     archs = [resolve_arch(arch, distilled.meta.image_shape) for arch in options.teachers or ("resnet18",)]
     teachers = get_teachers(real.pool, archs, config.teacher, ctx, split_name=real.split_name)
     log.info("teacher %s: accuracy %.1f%%", teachers.arch, 100 * teachers.accuracy)
-    return Scoring(Soft(config, teachers), config.seeds, {"teacher": teachers.describe()})
+    details = {"recipe": config.recipe, "teacher": teachers.describe()}
+    return Scoring(Soft(config, teachers), config.seeds, details)
 
 
 PROTOCOL: Final = EvaluationProtocol(

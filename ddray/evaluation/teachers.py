@@ -1,14 +1,16 @@
 """Teachers of soft labels: networks of the model pool, their accuracy checked before use."""
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
-from typing import Any
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ddray.data import PixelSpace, normalized_space
 from ddray.errors import DdrayError
@@ -21,14 +23,15 @@ from ddray.training.recipe import Recipe
 
 @dataclass(frozen=True)
 class Teachers:
-    """Networks in eval mode whose probabilities are averaged (D3HR Sec 6.5), and their accuracy.
+    """Networks whose probabilities are averaged (D3HR Sec 6.5), and their accuracy.
 
     Attributes:
-        nets: on one device.
+        nets: on one device, in eval mode; batch norms may use the statistics of their batch (`set_up`).
         space: pixel space that they were trained in.
         arch: their names, joined by "+".
         accuracy: of the averaged probabilities on the context's split.
         each: one {"arch", "accuracy"} per network.
+        average: what is averaged: the softened probabilities, or the logits before they are softened.
     """
 
     nets: Sequence[Net]
@@ -36,6 +39,21 @@ class Teachers:
     arch: str
     accuracy: float
     each: Sequence[dict[str, Any]]
+    average: Literal["probabilities", "logits"] = "probabilities"
+
+    def set_up(self, mode: Literal["eval", "train"], average: Literal["probabilities", "logits"]) -> Self:
+        """Return teachers that label in this way; under `train` they are copies.
+
+        `train`: batch norms normalise by the statistics of the batch, as in SRe2L's CIFAR code, which leaves
+        its teacher in train mode. That moves its running averages too, which nothing reads; these stay.
+        """
+        nets = self.nets
+        if mode == "train":
+            nets = [copy.deepcopy(net) for net in nets]
+            for norm in (m for net in nets for m in net.modules() if isinstance(m, _BatchNorm)):
+                norm.train()
+                norm.track_running_stats = False
+        return replace(self, nets=nets, average=average)
 
     @torch.no_grad()
     def probabilities(self, images: Tensor, space: PixelSpace, temperature: float) -> Tensor:
@@ -44,8 +62,10 @@ class Teachers:
         if not (encoded and space.std == self.space.std):
             images = self.space.encode(space.decode(images))
         images = images.contiguous(memory_format=torch.channels_last)
-        each = (F.softmax(net(images) / temperature, 1) for net in self.nets)
-        return reduce(torch.add, each) / len(self.nets)
+        each = (net(images) / temperature for net in self.nets)
+        if self.average == "logits":
+            return F.softmax(reduce(torch.add, each) / len(self.nets), 1)
+        return reduce(torch.add, (F.softmax(logits, 1) for logits in each)) / len(self.nets)
 
     def describe(self) -> dict[str, Any]:
         """Return the command's JSON: arch and accuracy, and those of each teacher if there are several."""

@@ -18,6 +18,8 @@ statistics are pool entries; a run itself does group sampling, class by class, a
   preset.
 - terms that ipc leaves undefined (skewness below 3; in the code's form the deviation at 1: NaN) are dropped.
 - generator: DiT-XL/2, fine-tuned 400 epochs per dataset | - | any DiTPipeline folder, or one trained here.
+- soft labels (`evaluate --protocol soft`): Table A1 | half a cosine, CutMix, other rates and batches | recipe
+  `paper` or `repo`, by preset.
 """
 
 import math

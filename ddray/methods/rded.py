@@ -12,7 +12,8 @@ the ipc * factor^2 best of these in each class, and factor x factor of them are 
   where all of its crops make fewer than ipc images, it has as many as they make.
 - resizing crops: bilinear, anti-aliased | the same | the same.
 - factor: 1 for small images, 2 for ImageNet | the same | 1 up to 64 px, 2 above.
-- soft labels are the protocol's (`evaluate --protocol soft`), which shuffles the stitched parts.
+- soft labels are the protocol's (`evaluate --protocol soft`), whose recipe `rded` is the authors' code: it
+  shuffles the stitched parts and crops 1/factor to all of the area.
 """
 
 from typing import ClassVar, Final

@@ -2,7 +2,8 @@
 
 Squeeze: a network with batch norm is trained on the real images (a pool entry). Recover: images start as
 noise and minimise the network's cross entropy plus the distance of the batch's statistics, in every batch
-norm layer, from the running ones. Relabel: soft labels are the protocol's (`evaluate --protocol soft`).
+norm layer, from the running ones. Relabel: soft labels are the protocol's (`evaluate --protocol soft`), whose
+recipe `sre2l` is the authors' code.
 
 **Deviations** (paper | authors' code for small images | ours)
 

@@ -1,7 +1,7 @@
-"""Random resized crops of batches, one box per image, on the images' own device.
+"""Random crops of batches, one box per image, on the images' own device.
 
-The boxes are drawn as torchvision's `RandomResizedCrop` draws them; all crops of a batch are then sampled by
-one bilinear grid, flips included.
+The boxes of resized crops are drawn as torchvision's `RandomResizedCrop` draws them; all crops of a batch are
+then sampled by one bilinear grid, flips included.
 """
 
 import math
@@ -73,3 +73,25 @@ def random_resized_crop(
     boxes = draw_boxes(len(images), (images.shape[2], images.shape[3]), generator, scale=scale, ratio=ratio)
     flips = torch.rand(len(images), generator=generator) < 0.5 if flip else None
     return resized_crops(images, boxes, flips)
+
+
+def padded_crop(
+    images: Tensor, generator: torch.Generator, *, padding: int, fill: Tensor, flip: bool = False
+) -> Tensor:
+    """Return a window of H x W of each image [N, C, H, W] with `padding` pixels of `fill` around it.
+
+    torchvision's `RandomCrop(size, padding)`: all (2 padding + 1)^2 places are equally likely. `fill` is
+    broadcast to [N, C, 1, 1] and on the images' device; half of the windows are mirrored if `flip`.
+    """
+    num, channels, height, width = images.shape
+    places = torch.randint(2 * padding + 1, (2, num), generator=generator)
+    columns = torch.arange(width).expand(num, width)
+    if flip:
+        flips = torch.rand(num, generator=generator) < 0.5
+        columns = torch.where(flips[:, None], columns.flip(1), columns)
+    rows = (places[0][:, None] + torch.arange(height)).to(images.device, non_blocking=True)
+    columns = (places[1][:, None] + columns).to(images.device, non_blocking=True)
+    padded = fill + images.new_zeros(num, channels, height + 2 * padding, width + 2 * padding)
+    padded[:, :, padding : padding + height, padding : padding + width] = images
+    index = torch.arange(num, device=images.device)[:, None, None]
+    return padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

@@ -1,8 +1,12 @@
-"""CutMix (Yun et al., ICCV 2019, arXiv:1905.04899) with Beta(1, 1), as IDC's and DSDM's code draws it."""
+"""CutMix (Yun et al., ICCV 2019, arXiv:1905.04899) with Beta(1, 1), as IDC's and DSDM's code draws it.
+
+And the share of mixup (Zhang et al., ICLR 2018, arXiv:1710.09412).
+"""
 
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,11 +14,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Mixed:
-    """A batch after CutMix.
+    """A batch after CutMix or mixup.
 
     Attributes:
-        images: [N, C, H, W], each with a box of its partner.
-        partner: int64 [N] on the images' device, the image that each took its box from.
+        images: [N, C, H, W], each with a box of its partner, or blended with it.
+        partner: int64 [N] on the images' device, the image that each was mixed with.
         share: fraction of an image's own pixels that is left, the weight of its own label.
     """
 
@@ -57,6 +61,14 @@ def cutmix(images: Tensor, probability: float, generator: torch.Generator) -> Mi
     mixed[:, :, rows, columns] = images[:, :, rows, columns].index_select(0, partner)
     covered = (rows.stop - rows.start) * (columns.stop - columns.start)
     return Mixed(mixed, partner, 1 - covered / (height * width))
+
+
+def draw_share(alpha: float, generator: torch.Generator) -> float:
+    """Return a draw of Beta(alpha, alpha), in [0, 1]: an image's own share under mixup."""
+    if alpha == 1:
+        return float(torch.rand((), generator=generator))
+    seed = int(torch.randint(2**62, (), generator=generator))
+    return float(np.random.default_rng(seed).beta(alpha, alpha))
 
 
 def _side(size: int, lam: float, centre: float) -> slice:

@@ -46,12 +46,15 @@ class Rule:
         optimizer: a class of torch.optim with its settings but the rate, such as a `functools.partial`.
         clip: maximum norm of a network's gradient; None does not clip.
         bf16: autocast the forward pass to bfloat16; the loss is computed in float32.
+        groups: maps a network to the optimiser's parameter groups, such as `decay_matrices`; None: all of its
+            parameters are one group. Not for fused networks.
     """
 
     loss: Callable[..., Tensor]
     optimizer: Callable[..., torch.optim.Optimizer]
     clip: float | None = None
     bf16: bool = False
+    groups: Callable[[nn.Module], list[dict[str, Any]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,18 @@ def cosine(step: int, num_steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * step / num_steps))
 
 
+def decay_matrices(net: nn.Module) -> list[dict[str, Any]]:
+    """Return an optimiser's groups of which only weights of two or more axes are decayed.
+
+    What is not called a weight, such as a class token, is not decayed either (`get_parameters` of SRe2L's
+    ImageNet code, of RDED and of D3HR).
+    """
+    groups: dict[bool, list[Tensor]] = {True: [], False: []}
+    for name, param in net.named_parameters():
+        groups["weight" in name and param.ndim > 1].append(param)
+    return [{"params": groups[True]}, {"params": groups[False], "weight_decay": 0.0}]
+
+
 class Step:
     """An optimiser step of a network, or of several of one architecture at once.
 
@@ -158,7 +173,8 @@ class Step:
             options = {"lr": torch.tensor(lr, device=device), "fused": True}
             if "capturable" in inspect.signature(rule.optimizer).parameters:
                 options["capturable"] = not self._eager
-        self.optimizer = rule.optimizer(self._model.params, **options)
+        params = self._model.params if rule.groups is None else rule.groups(nets[0])
+        self.optimizer = rule.optimizer(params, **options)
         self._lr = lr
         self._chunked = device.type == "cpu" and not fused and is_per_sample(nets[0])
         self._loss_sum = torch.zeros((), device=device)
@@ -171,8 +187,8 @@ class Step:
         if lr == self._lr:
             return
         self._lr = lr
-        (group,) = self.optimizer.param_groups
-        group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr
 
     def __call__(self, inputs: Tensor, *targets: Tensor) -> None:
         """Do one step."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -7,29 +8,37 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from ddray.artifact.distilled_set import TrainSet
-from ddray.data import PixelSpace, fit_zca, normalized_space
+from ddray.artifact.reading import load
+from ddray.data import normalized_space
 from ddray.errors import DdrayError, InputError
 from ddray.evaluation.options import EvaluateOptions
 from ddray.evaluation.protocol import EvalContext
 from ddray.evaluation.soft import (
     Soft,
-    SoftConfig,
-    half_cosine,
+    cropper,
     mix,
-    resolve_settings,
+    repeat_updates,
     shuffle_strips,
+    soft_config,
     soft_loss,
+    training_rule,
 )
-from ddray.evaluation.teachers import Teachers, get_teachers, least_accuracy
+from ddray.evaluation.soft_recipes import SoftConfig, resolve_settings
+from ddray.evaluation.teachers import Teachers, get_teachers
 from ddray.jobs import score as scoring
 from ddray.jobs.trainers import PoolTrainer
 from ddray.nets import build_net
 from ddray.pool.local import LocalPool
+from ddray.training.embedding import Score
+from ddray.training.engine import Step
 from ddray.training.recipe import TeacherRecipe
 
 CPU = torch.device("cpu")
+SCORE = Score(0.5, (0.5, 0.5, 0.5))
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -48,42 +57,8 @@ def test_the_loss_is_the_kl_divergence_at_a_temperature_without_its_square() -> 
         q, p = [x / sum(q) for x in q], [x / sum(p) for x in p]
         total += sum(y * math.log(y / x) for x, y in zip(q, p, strict=True))
     assert float(loss) == pytest.approx(total / 5, rel=1e-9)
-
-
-def test_the_rate_falls_along_half_a_cosine() -> None:
-    assert [half_cosine(e, 4) for e in range(4)] == pytest.approx(
-        [0.5 * (1 + math.cos(math.pi * e / 8)) for e in range(4)]
-    )
-    assert half_cosine(4, 4) == pytest.approx(0.5)
-
-
-@pytest.mark.parametrize(
-    ("options", "ipc", "num_classes", "size", "arch", "expected"),
-    [
-        ({}, 10, 10, 32, "resnet18", (400, 0.01, 100)),  # never more than the set has
-        ({}, 50, 10, 32, "resnet18", (400, 0.01, 128)),
-        ({}, 10, 200, 64, "resnet18", (300, 0.01, 128)),
-        ({"recipe": "repo"}, 10, 10, 32, "resnet18", (400, 0.001, 50)),
-        ({"recipe": "repo"}, 50, 100, 32, "resnet18", (400, 0.001, 200)),
-        ({"recipe": "repo"}, 1, 10, 32, "mobilenet_v2", (400, 0.0025, 10)),
-        ({"recipe": "repo", "lr": 0.1, "batch": 7, "epochs": 3}, 10, 10, 32, "vgg11", (3, 0.1, 7)),
-        ({"recipe": "table5"}, 10, 10, 224, "resnet18", (2000, 0.001, 50)),
-        ({"recipe": "table5"}, 50, 10, 224, "resnet18", (1500, 0.001, 100)),
-        ({"recipe": "table5"}, 100, 10, 224, "resnet18", (1000, 0.001, 100)),
-    ],
-)
-def test_recipes_are_the_papers_and_the_codes(
-    options: dict[str, Any], ipc: int, num_classes: int, size: int, arch: str, expected: tuple[Any, ...]
-) -> None:
-    config = SoftConfig.parse(options)
-
-    settings = resolve_settings(
-        config, arch=arch, num_images=ipc * num_classes, num_classes=num_classes, size=size
-    )
-
-    assert (settings.epochs, settings.lr, settings.batch) == expected
-    assert (settings.temperature, settings.weight_decay, settings.min_scale) == (20.0, 0.01, 0.08)
-    assert settings.mix == ("mixup" if config.recipe == "table5" else "cutmix")
+    scaled = soft_loss(logits, torch.softmax(teacher / 20, 1), 20.0, 400.0)
+    assert float(scaled) == pytest.approx(80 * total, rel=1e-9)
 
 
 def test_mixes() -> None:
@@ -116,38 +91,136 @@ def test_strips_are_shuffled_whole_and_image_by_image() -> None:
         shuffle_strips(images, 3, seeded())
 
 
-def teachers_of(nets: list[Any], space: PixelSpace) -> Teachers:
-    return Teachers(
-        nets, space, "+".join(["x"] * len(nets)), 0.9, [{"arch": "x", "accuracy": 0.9}] * len(nets)
+def test_crops_of_a_recipe(toy: Any) -> None:
+    """RDED's are of 1/factor to all of the area, at factor 1 the whole image; SRe2L's have a black border."""
+    space, images = normalized_space(toy()), torch.rand(300, 3, 16, 16, generator=seeded())
+
+    def crops(flip: bool = False, **options: Any) -> Tensor:
+        config = SoftConfig.parse(options)
+        settings = resolve_settings(config, arch="convnet2", num_images=300, num_classes=3, size=16)
+        return cropper(settings, space, images, flip=flip)(images, seeded(1))
+
+    def seen(ramp: Tensor) -> Tensor:
+        """Share of the side that the crops of a ramp over the columns show."""
+        return (ramp[:, 0, 0].amax(1) - ramp[:, 0, 0].amin(1)) / 15
+
+    assert torch.allclose(crops(recipe="rded"), images, atol=1e-5)
+    images = torch.linspace(0, 1, 16).expand(300, 3, 16, 16).contiguous() * 15
+    shares = seen(crops(recipe="rded", patches=2))
+    assert (
+        float(shares.min()) >= math.sqrt(1 / 2 * 3 / 4) - 2 / 16
+    )  # the narrowest half of the area, one pixel
+    assert float(shares.mean()) == pytest.approx(math.sqrt(0.75), abs=0.07)
+    assert float(seen(crops(recipe="repo")).min()) < 0.35
+    padded = crops(recipe="sre2l")
+    black = space.encode(torch.zeros(1, 3, 1, 1))
+    assert torch.allclose(padded.amin((0, 2, 3)), black.flatten(), atol=1e-6)
+    assert (padded == images).all(3).all(2).all(1).float().mean() < 0.1
+
+
+@pytest.mark.parametrize("recipe", ["paper", "repo", "rded", "sre2l", "table5"])
+def test_weight_decay_is_on_weights_of_two_or_more_axes_or_on_all(recipe: Any) -> None:
+    """AdamW at lr .5 without a gradient takes lr x decay of what is decayed, and nothing of the rest."""
+    config = SoftConfig(recipe=recipe)
+    settings = resolve_settings(config, arch="resnet18", num_images=100, num_classes=10, size=32)
+    net = build_net("convnet2_w8_bn", (3, 16, 16), 3, seed=0)
+    with torch.no_grad():
+        for param in net.parameters():
+            param.add_(1.0)
+    before = {name: param.detach().clone() for name, param in net.named_parameters()}
+    step = Step(
+        [net], replace(training_rule(settings, hard=True), loss=lambda logits: 0 * logits.sum()), lr=0.5
     )
 
+    step(torch.randn(4, 3, 16, 16, generator=seeded()))
 
-def test_several_teachers_probabilities_are_averaged() -> None:
-    nets = [build_net("convnet2_w8", (3, 16, 16), 3, seed=seed).eval() for seed in (0, 1)]
-    space = PixelSpace("normalized", (0.5,) * 3, (0.2,) * 3)
-    images = torch.randn(4, 3, 16, 16, generator=seeded())
-
-    actual = teachers_of(nets, space).probabilities(images, space, 2.0)
-
-    expected = sum(torch.softmax(net(images) / 2, 1) for net in nets) / 2
-    assert torch.allclose(actual, expected, atol=1e-6)
-    assert "each" in teachers_of(nets, space).describe()
-    assert "each" not in teachers_of(nets[:1], space).describe()
+    for name, param in net.named_parameters():
+        is_decayed = recipe == "sre2l" or before[name].ndim > 1
+        expected = before[name] * (1 - 0.5 * 0.01 if is_decayed else 1)
+        torch.testing.assert_close(param.detach(), expected, msg=name)
 
 
-def test_a_teacher_sees_images_in_its_own_pixel_space(toy: Any) -> None:
-    dataset = toy()
-    net = build_net("convnet2_w8", (3, 16, 16), 3, seed=0).eval()
-    teacher_space = normalized_space(dataset)
-    raw = PixelSpace("raw", dataset.mean, dataset.std)
-    whitened = fit_zca(dataset.train())
-    images = dataset.train().images[:5]
+def test_two_passes_of_a_batch_move_running_averages_as_one_of_ours() -> None:
+    net = build_net("convnet2_w8_bn", (3, 16, 16), 3, seed=0).train()
+    theirs, images = copy.deepcopy(net), torch.randn(7, 3, 16, 16, generator=seeded()) + 2
+    repeat_updates(net, 2)
 
-    teachers = teachers_of([net], teacher_space)
-    expected = teachers.probabilities(teacher_space.encode(images), teacher_space, 1.0)
-    for space in (raw, whitened):
-        actual = teachers.probabilities(space.encode(images), space, 1.0)
-        assert torch.allclose(actual, expected, atol=1e-3)
+    for batch in (images, -images):
+        theirs(batch)
+        assert torch.equal(net(batch), theirs(batch))
+
+    for (name, ours), value in zip(net.named_buffers(), theirs.buffers(), strict=True):
+        if "running" in name:
+            torch.testing.assert_close(ours, value)
+
+
+class Double(EvalContext):
+    """Networks in float64: Adam makes steps of what rounding leaves of a gradient that should be 0."""
+
+    def fresh_net(self, *arguments: Any, **settings: Any) -> Any:
+        return super().fresh_net(*arguments, **settings).double()
+
+
+def authors_loop(net: Any, label: Any, batches: list[Tensor], settings: Any, epoch: int) -> None:
+    """RDED's and D3HR's, or SRe2L's, loop over mixed batches, from their code's description."""
+    params = dict(net.named_parameters())
+    matrices = [param for name, param in params.items() if name.endswith("weight") and param.dim() > 1]
+    others = [param for param in params.values() if all(param is not matrix for matrix in matrices)]
+    is_sre2l, epochs = settings.recipe == "sre2l", len(batches) // epoch
+    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.01 if is_sre2l else 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.001, weight_decay=0.01)
+    halves = 1 if is_sre2l else 2
+    rate = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.5 * (1.0 + math.cos(math.pi * step / epochs / halves))
+    )
+    temperature = 30 if is_sre2l else 20
+    net.train()
+    for number, mixed in enumerate(batches, 1):
+        if not is_sre2l:
+            with torch.no_grad():
+                net(mixed)
+        optimizer.zero_grad()
+        outputs = F.log_softmax(net(mixed) / temperature, 1)
+        labels = F.softmax(label(mixed) / temperature, 1)
+        torch.nn.KLDivLoss(reduction="batchmean")(outputs, labels).backward()
+        optimizer.step()
+        if number % epoch == 0:
+            rate.step()
+    net.eval()
+
+
+@pytest.mark.parametrize("recipe", ["repo", "rded", "sre2l"])
+def test_training_is_that_of_the_authors_code(recipe: Any, toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset, arch = toy(), "convnet2_w8_bn"
+    train, space = dataset.train(), normalized_space(dataset)
+    ctx = Double(dataset, train, space, CPU)
+    teacher = build_net(arch, (3, 16, 16), 3, seed=9).eval().double()
+    batches: list[Tensor] = []
+    students: list[Any] = []
+
+    def remembered(*arguments: Any, **settings: Any) -> Any:
+        mixed = mix(*arguments, **settings)
+        batches.append(mixed.images.clone())
+        return mixed
+
+    monkeypatch.setattr("ddray.evaluation.soft.mix", remembered)
+    monkeypatch.setattr(
+        "ddray.evaluation.soft.score_net", lambda net, *_, **__: students.append(net) or SCORE
+    )
+    train_set = TrainSet(space.encode(train.images[:12]).double(), train.labels[:12])
+    config = SoftConfig(recipe=recipe, epochs=3, batch=5)
+    teachers = Teachers([teacher], space, "x", 0.9, [])
+    Soft(config, teachers).evaluate(train_set, ctx, arch=arch, seed=4)
+
+    theirs = ctx.fresh_net(arch, train_set.images, seed=4)
+    labeller = copy.deepcopy(teacher).train(recipe == "sre2l")
+    authors_loop(theirs, lambda images: labeller(images).detach(), batches, config, epoch=3)
+    assert len(batches) == 9
+    for (name, ours), value in zip(
+        students[0].state_dict().items(), theirs.state_dict().values(), strict=True
+    ):
+        if not name.endswith("num_batches_tracked"):
+            torch.testing.assert_close(ours, value, rtol=1e-6, atol=1e-7, msg=name)
 
 
 @pytest.fixture
@@ -204,21 +277,6 @@ def test_a_teacher_at_chance_is_refused_before_any_student(ctx_and_pool: Any) ->
         )
 
 
-@pytest.mark.parametrize(
-    ("num_classes", "num_images", "expected"),
-    [
-        (1, 10, 0.0),
-        (2, 100, 0.65),
-        (2, 10_000, 0.515),
-        (10, 10_000, 0.109),
-        (200, 10_000, 0.0071),
-        (2, 4, 0.9),
-    ],
-)
-def test_a_teacher_must_do_better_than_luck(num_classes: int, num_images: int, expected: float) -> None:
-    assert least_accuracy(num_classes, num_images) == pytest.approx(expected, abs=1e-4)
-
-
 def test_hard_labels_have_no_teacher_and_soft_ones_need_one(ctx_and_pool: Any, digits: Any) -> None:
     ctx, _ = ctx_and_pool
     with pytest.raises(InputError, match="recipe paper must have a teacher"):
@@ -260,6 +318,15 @@ def test_the_command_says_what_its_teacher_is_worth(distilled: Path) -> None:
     assert averaged["split"] == "val"
 
 
+def test_a_set_is_trained_on_by_its_methods_recipe(distilled: Path) -> None:
+    assert scoring.evaluate(distilled, options(), device=CPU)["recipe"] == "rded"
+    assert soft_config(options(recipe="sre2l"), load(distilled)).recipe == "sre2l"
+    assert soft_config(options(sets=("recipe=repo",)), load(distilled)).patches == 2
+    other = load(distilled)
+    other = replace(other, meta=other.meta.model_copy(update={"method": "random"}))
+    assert soft_config(options(), other).recipe == "paper"
+
+
 def test_stitched_sets_are_trained_on_with_shuffled_patches(
     distilled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,7 +355,10 @@ def test_table_5_is_a_recipe_of_hard_labels(distilled: Path) -> None:
     [
         ({"protocol": "hard"}, "--teacher must be left out, or used with --protocol soft"),
         ({"augment": "dsa"}, "--augment must be left out here"),
-        ({"recipe": "table5"}, "recipe of --protocol soft must be one of paper, repo, got 'table5'"),
+        (
+            {"recipe": "table5"},
+            "recipe of --protocol soft must be one of paper, rded, repo, sre2l, got 'table5'",
+        ),
         ({"sets": ("temprature=3",)}, "unknown option 'temprature'; did you mean 'temperature'"),
         ({"teachers": ("resnet19",)}, "did you mean 'resnet18'"),
     ],

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ddray.training.crops import draw_boxes, random_resized_crop, resized_crops
+from ddray.training.crops import draw_boxes, padded_crop, random_resized_crop, resized_crops
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -77,3 +77,45 @@ def test_half_of_the_images_are_mirrored_and_the_draw_is_the_generators() -> Non
     assert torch.equal(crops, again)
     whole = random_resized_crop(images, seeded(), scale=(1.0, 1.0), ratio=(1.0, 1.0))
     assert torch.allclose(whole, images, atol=1e-4)
+
+
+@pytest.mark.parametrize(("factor", "size"), [(1, (32, 32)), (2, (224, 224))])
+def test_boxes_of_a_stitched_image_have_at_least_the_area_of_a_part(
+    factor: int, size: tuple[int, int]
+) -> None:
+    """RDED's code crops 1/factor to all of the area: at factor 1 the only box that fits is the image."""
+    _, _, rows, columns = draw_boxes(3000, size, seeded(), scale=(1 / factor, 1.0)).double().unbind(1)
+
+    shares = rows * columns / (size[0] * size[1])
+    assert float(shares.min()) >= 1 / factor - 1 / size[0]  # by the rounding of both sides
+    assert float(shares.max()) <= 1
+    if factor == 1:
+        assert bool((shares == 1).all())
+    else:
+        assert float(shares.min()) < 0.51
+        assert float(shares.max()) > 0.95
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_padded_crops_are_windows_of_the_image_in_a_border(flip: bool) -> None:
+    images = torch.rand(500, 2, 5, 6, generator=seeded())
+    fill = torch.tensor([-1.0, -2.0]).view(2, 1, 1)
+
+    crops = padded_crop(images, seeded(1), padding=2, fill=fill, flip=flip)
+
+    assert crops.shape == images.shape
+    places, mirrored = set(), 0
+    for image, crop in zip(images, crops, strict=True):
+        border = fill.expand(2, 9, 10).clone()
+        border[:, 2:7, 2:8] = image
+        windows = {
+            (top, left, flipped): border[:, top : top + 5, left : left + 6].flip([-1] if flipped else [])
+            for top in range(5)
+            for left in range(5)
+            for flipped in (False, True)
+        }
+        (place,) = [place for place, window in windows.items() if torch.equal(window, crop)]
+        places.add(place[:2])
+        mirrored += place[2]
+    assert len(places) == 25
+    assert abs(mirrored / 500 - (0.5 if flip else 0)) <= (4 * math.sqrt(0.25 / 500) if flip else 0)

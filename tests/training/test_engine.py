@@ -18,7 +18,7 @@ from ddray.nets import build_net
 from ddray.seeding import derive
 from ddray.training import engine
 from ddray.training.cutmix import Mixed, mixed_cross_entropy
-from ddray.training.engine import Batch, Order, Rule, Step, cosine, run
+from ddray.training.engine import Batch, Order, Rule, Step, cosine, decay_matrices, run
 
 CPU = torch.device("cpu")
 SHAPE = (3, 16, 16)
@@ -298,3 +298,36 @@ def test_a_step_leaves_no_gradient_of_others_in_the_update() -> None:
     for trained in (net, twin):
         Step([trained], RULE, lr=0.1)(*batch_of(8))
     assert torch.equal(weights(net), weights(twin))
+
+
+class TestGroups:
+    def test_what_is_decayed(self) -> None:
+        net: Any = nn.ModuleDict(
+            {"conv": nn.Conv2d(3, 4, 3), "norm": nn.BatchNorm2d(4), "head": nn.Linear(4, 2)}
+        )
+        net.register_parameter("token", nn.Parameter(torch.zeros(1, 1, 4)))
+
+        decayed, others = decay_matrices(net)
+
+        assert [id(param) for param in decayed["params"]] == [id(net["conv"].weight), id(net["head"].weight)]
+        assert "weight_decay" not in decayed
+        assert others["weight_decay"] == 0
+        assert len(others["params"]) == 5  # two biases, the norm's pair, the token
+
+    def test_every_group_has_the_rate_of_the_step(self) -> None:
+        net, plain = net_of(), net_of()
+        rule = Rule(mixed_cross_entropy, partial(torch.optim.AdamW, weight_decay=0.1), groups=decay_matrices)
+        step = Step([net], rule)
+        optimizer = torch.optim.AdamW(decay_matrices(plain), weight_decay=0.1)
+
+        for rate in (0.01, 0.003):
+            step.set_lr(rate)
+            step(*batch_of(6))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.zero_grad()
+            images, labels = batch_of(6)
+            F.cross_entropy(plain(images), labels).backward()
+            optimizer.step()
+
+        torch.testing.assert_close(weights(net), weights(plain))

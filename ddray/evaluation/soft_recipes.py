@@ -1,0 +1,252 @@
+"""Recipes of protocol `soft` by name: what the papers, or their authors' code, train students with.
+
+`paper` is D3HR's Table A1 as printed and `repo` D3HR's code; `table5` is that code on hard labels; `rded` and
+`sre2l` are the code of these two, `sre2l` one recipe each for images up to 32 px (CIFAR), up to 64 px
+(Tiny-ImageNet) and above (ImageNet). All rates change between epochs.
+
+**Deviations** (paper | authors' code | ours). The papers of RDED and SRe2L were not compared.
+
+D3HR:
+- rate, batch: .01, 128 (Table A1) | .001, others for some networks; 15, 50, 100 from 1, 10, 50 images per
+  class on, twice that for 100 classes | by recipe.
+- schedule: "CosineAnneal" | half a cosine, .5 (1 + cos(pi e / 2E)) | `paper` a whole one, `repo` the half.
+- CutMix: not in Table A1, which is to be RDED's configuration | on every batch, Beta(1, 1) | `paper` none.
+- weight decay of .01: not said of what | weights of two or more axes | the same in both.
+- batch norm: - | each batch, mixed in place by then, passes through the student once more for its log, so the
+  running averages move twice a step | `repo` and `rded`: twice, without the pass (one with dropout before a
+  batch norm would draw anew).
+- several teachers: their soft labels are averaged (Sec 6.5) | their logits | by recipe.
+- result: - | the best score on test after epoch 290 | the last epoch's.
+- hard labels (Table 5, Minimax's setting): - | mixup, Beta(1, 1); 2,000 / 1,500 / 1,000 epochs at ipc 10 /
+  50 / 100; the best score of the last 100 epochs | `table5`, the last epoch's.
+
+RDED:
+- crops: ? | of 1/factor to all of the image's area, after its strips are shuffled; at factor 1 the whole
+  image | the same.
+- batch: ? | 10, 50, 100 at 1, 10, 50 images per class, twice that for 100 and 1,000 classes, 100 on
+  Tiny-ImageNet; no other ipc runs | the next lower ipc's.
+- rate: ? | that of D3HR's code, 0 for networks that it does not list; a ConvNet-3 taught by one on CIFAR-100
+  takes .002 and batches of 25 | .001 for such networks and this one.
+- result: ? | the best of every tenth epoch in the last fifth | the last epoch's.
+
+SRe2L:
+- CIFAR teacher: ? | never put into eval mode, so its labels come from the statistics of the mixed batch; its
+  running averages move, unread | its batch norms alone are in that mode, its averages stay.
+- CIFAR-10: ? | CIFAR-100's code | the same.
+- Tiny-ImageNet: ? | no mixing in the commands and logs; divergence times T^2 | the same.
+- ImageNet: ? | labels of 300 epochs, stored as float16, serve every student; two halves of a batch | new
+  labels in float32, whole batches.
+- result: ? | CIFAR: the last epoch's, otherwise the best on test | the last epoch's.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from pydantic import Field
+
+from ddray.config import Config
+from ddray.nets.names import parse_arch
+from ddray.training.engine import cosine
+from ddray.training.recipe import TeacherRecipe
+
+RECIPES: Final = ("paper", "repo", "rded", "sre2l")
+TABLE5: Final = "table5"
+_LR: Final = {"vgg11": 5e-4, "efficientnet_b0": 2e-3, "mobilenet_v2": 2.5e-3, "alexnet": 1e-4}
+_WARMUP_START: Final = 0.01
+_D3HR_REPO: Final = {"form": "repo", "encoding": "sample", "shared_draws": True}
+
+
+class SoftConfig(Config):
+    """Settings of the protocol; None: as the recipe says."""
+
+    recipe: Literal["paper", "repo", "rded", "sre2l", "table5"] = "paper"
+    """`paper`: D3HR's Table A1; `repo`: its code; `rded`, `sre2l`: theirs; `table5`: D3HR's hard labels."""
+    epochs: int | None = Field(default=None, ge=1)
+    lr: float | None = Field(default=None, gt=0)
+    batch: int | None = Field(default=None, ge=1)
+    """Never more than the set has."""
+    optimizer: Literal["adamw", "sgd"] | None = None
+    """`sgd`: with momentum .9."""
+    weight_decay: float | None = Field(default=None, ge=0)
+    decay: Literal["all", "matrices"] | None = None
+    """What is decayed: all parameters, or weights of two or more axes (no biases and norms)."""
+    schedule: Literal["cosine", "half_cosine"] | None = None
+    """From lr to 0, or along the first half of that: to lr / 2."""
+    warmup: int | None = Field(default=None, ge=0)
+    """Epochs in which the rate first rises, from a hundredth of lr."""
+    temperature: float | None = Field(default=None, gt=0)
+    scale_loss: bool | None = None
+    """Multiply the divergence by the temperature's square."""
+    mix: Literal["auto", "cutmix", "mixup", "none"] = "auto"
+    """`auto`: as the recipe says."""
+    mix_alpha: float | None = Field(default=None, gt=0)
+    """Mixup's share of an image is a draw of Beta(alpha, alpha)."""
+    crop: Literal["resized", "padded"] | None = None
+    """Random resized crops, or crops of the image with 4 black pixels around it."""
+    min_scale: float | None = Field(default=None, gt=0, le=1)
+    """Smallest resized crop, as a share of the image's area."""
+    patches: int | None = Field(default=None, ge=1)
+    """Strips shuffled along each axis before the crop (RDED's stitched images); default: the set's."""
+    bn_updates: int | None = Field(default=None, ge=1)
+    """How often a step moves the running averages of batch norms towards its batch."""
+    teacher_mode: Literal["eval", "train"] | None = None
+    """`train`: batch norms of teachers use the mixed batch's statistics."""
+    average: Literal["probabilities", "logits"] | None = None
+    """What of several teachers is averaged."""
+    seeds: int = Field(default=5, ge=1)
+    """Networks per architecture."""
+    teacher: TeacherRecipe = TeacherRecipe()
+
+
+class Settings(SoftConfig):
+    """The settings of one training, all resolved."""
+
+    epochs: int
+    lr: float
+    batch: int
+    optimizer: Literal["adamw", "sgd"]
+    weight_decay: float
+    decay: Literal["all", "matrices"]
+    schedule: Literal["cosine", "half_cosine"]
+    warmup: int
+    temperature: float
+    scale_loss: bool
+    mix: Literal["cutmix", "mixup", "none"]
+    mix_alpha: float
+    crop: Literal["resized", "padded"]
+    min_scale: float
+    patches: int
+    bn_updates: int
+    teacher_mode: Literal["eval", "train"]
+    average: Literal["probabilities", "logits"]
+
+
+@dataclass(frozen=True)
+class _Training:
+    """What a recipe may depend on: `arch`, images per class, classes, the images' larger side, strips."""
+
+    arch: str
+    ipc: int
+    num_classes: int
+    size: int
+    patches: int
+
+    @property
+    def lr(self) -> float:
+        """The rate of RDED's and D3HR's code."""
+        return _LR.get(parse_arch(self.arch).base, 1e-3)
+
+
+_COMMON: Final[Mapping[str, Any]] = {
+    "optimizer": "adamw",
+    "weight_decay": 0.01,
+    "decay": "matrices",
+    "schedule": "cosine",
+    "warmup": 0,
+    "temperature": 20.0,
+    "scale_loss": False,
+    "mix": "cutmix",
+    "mix_alpha": 1.0,
+    "crop": "resized",
+    "min_scale": 0.08,
+    "bn_updates": 1,
+    "teacher_mode": "eval",
+    "average": "probabilities",
+}
+
+
+def _paper(training: _Training) -> dict[str, Any]:
+    """D3HR, Table A1."""
+    return {"epochs": 400 if training.size <= 32 else 300, "lr": 0.01, "batch": 128, "mix": "none"}
+
+
+def _repo(training: _Training) -> dict[str, Any]:
+    """D3HR's validate.py."""
+    batch = 100 if training.ipc >= 50 else 50 if training.ipc >= 10 else 15
+    return {
+        "epochs": 400 if training.size <= 32 else 300,
+        "lr": training.lr,
+        "batch": batch * (2 if training.num_classes == 100 else 1),
+        "schedule": "half_cosine",
+        "bn_updates": 2,
+        "average": "logits",
+    }
+
+
+def _table5(training: _Training) -> dict[str, Any]:
+    """D3HR's validate_hardlabel.py."""
+    epochs = 2000 if training.ipc <= 10 else 1500 if training.ipc <= 50 else 1000
+    return {**_repo(training), "epochs": epochs, "mix": "mixup", "bn_updates": 1}
+
+
+def _rded(training: _Training) -> dict[str, Any]:
+    """RDED's validation/main.py and scripts."""
+    batch = 100 if training.ipc >= 50 else 50 if training.ipc >= 10 else 10
+    if training.num_classes == 200 and training.size <= 64:  # Tiny-ImageNet
+        batch = 100
+    return {
+        "epochs": 300,
+        "lr": training.lr,
+        "batch": batch * (2 if training.num_classes in (100, 1000) else 1),
+        "schedule": "half_cosine",
+        "min_scale": 1 / training.patches,
+        "bn_updates": 2,
+    }
+
+
+def _sre2l(training: _Training) -> dict[str, Any]:
+    """SRe2L's relabel_cifar.py, its train_kd.py for Tiny-ImageNet, or its train_FKD.py for ImageNet."""
+    if training.size <= 32:
+        mix = {
+            "mix": "mixup",
+            "mix_alpha": 0.8,
+            "crop": "padded",
+            "temperature": 30.0,
+            "teacher_mode": "train",
+        }
+        return {"epochs": 400, "lr": 0.001, "batch": 128, "decay": "all", **mix}
+    if training.size <= 64:
+        sgd = {"optimizer": "sgd", "lr": 0.2, "weight_decay": 1e-4, "decay": "all", "warmup": 5}
+        return {"epochs": 100, "batch": 256, "mix": "none", "scale_loss": True, **sgd}
+    return {"epochs": 300, "lr": 0.001, "batch": 1024}
+
+
+_BY_NAME: Final[Mapping[str, Callable[[_Training], dict[str, Any]]]] = {
+    "paper": _paper,
+    "repo": _repo,
+    "rded": _rded,
+    "sre2l": _sre2l,
+    "table5": _table5,
+}
+
+
+def resolve_settings(
+    config: SoftConfig, *, arch: str, num_images: int, num_classes: int, size: int
+) -> Settings:
+    """Return the settings for a network and a set whose images' larger side has `size` pixels."""
+    patches = config.patches or 1
+    training = _Training(arch, max(1, num_images // num_classes), num_classes, size, patches)
+    defaults = {**_COMMON, **_BY_NAME[config.recipe](training), "patches": patches}
+    overrides = {k: v for k, v in config.dump().items() if v is not None and (k, v) != ("mix", "auto")}
+    resolved = {**defaults, **overrides}
+    return Settings.parse({**resolved, "batch": min(resolved["batch"], num_images)})
+
+
+def rate_factor(settings: Settings, epoch: int) -> float:
+    """Return the factor on lr in an epoch counted from 0: a linear warm-up, then a cosine or half of it."""
+    if epoch < settings.warmup:
+        return _WARMUP_START + (1 - _WARMUP_START) * epoch / settings.warmup
+    halves = 2 if settings.schedule == "half_cosine" else 1
+    return cosine(epoch - settings.warmup, halves * (settings.epochs - settings.warmup))
+
+
+def own_recipe(method: str, settings: Mapping[str, Any]) -> str:
+    """Return the recipe that a method was published with, D3HR's where it is not of these three.
+
+    By a set's `settings` of its method: those of D3HR's preset `repo` are trained on by its code's recipe, an
+    ablation that has only some of them by `paper`.
+    """
+    if method == "d3hr" and settings.items() >= _D3HR_REPO.items():
+        return "repo"
+    return method if method in RECIPES else "paper"
