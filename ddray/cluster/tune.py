@@ -21,7 +21,7 @@ from ddray.data.pixels import pixel_space
 from ddray.errors import InputError, unknown
 from ddray.jobs.context import check_plan, check_size, declared_specs, make_context, make_distiller
 from ddray.jobs.plan import Plan, budget_method
-from ddray.ranking import DEFAULT_SPACE
+from ddray.ranking import DEFAULT_SPACE, space_names
 from ddray.ranking.objective import SpearmanObjective, spearman_objective
 from ddray.ranking.options import NasOptions
 from ddray.ranking.spaces import get_space
@@ -189,6 +189,8 @@ def _check_objective(plan: Plan, options: TuneOptions) -> None:
             f"--objective nas-spearman needs a method whose sets have labels to train architectures on, got "
             f"{plan.method}, whose sets have targets; use --objective val-accuracy"
         )
+    if options.nas_space not in space_names():
+        raise unknown("--nas-space", options.nas_space, space_names())
     num_architectures = len(get_space(options.nas_space))
     if options.nas_sample > num_architectures:
         raise InputError(f"--nas-sample must be in 3..{num_architectures}, got {options.nas_sample}")
