@@ -131,7 +131,7 @@ def distill(
             how = how.model_copy(update={"run_dir": run_dir})
             more_steps = {**options, **(settings or {})}.get("steps") is not None
             return load_set(Path(_distil(plan, how, more_steps).artifact))
-    name = SplitName(how.val_seed)
+    name = SplitName(how.val_seed, how.val_images)
     split, _ = name.carve(plan.dataset.train())
     ctx = make_context(plan, split, split_name=str(name), device=pick_device(how.device))
     return run_distillation(make_distiller(plan), ctx).distilled

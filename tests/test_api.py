@@ -154,6 +154,9 @@ class TestRuns:
         assert load(tmp_path / "sets" / "dm.pt").meta == same.meta
         val = ddray.distill("random", ipc=1, val_seed=3)
         assert val.meta.split == "train-val3"
+        assert ddray.distill("random", ipc=1, val_seed=3, val_images=300).meta.split == "train-val3-300"
+        run = ddray.distill("random", ipc=1, val_seed=3, val_images=300, run_dir=tmp_path / "run")
+        assert run.meta.split == "train-val3-300"
 
     def test_nas_takes_sets_in_memory(self, distilled: DistilledSet, tmp_path: Path) -> None:
         options: dict[str, Any] = {"sample": 3, "epochs": 1, "executor": "local", "gpus_per_worker": 0}

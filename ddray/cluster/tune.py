@@ -21,6 +21,7 @@ from ddray.data.pixels import pixel_space
 from ddray.errors import InputError, unknown
 from ddray.jobs.context import check_plan, check_size, declared_specs, make_context, make_distiller
 from ddray.jobs.plan import Plan, budget_method
+from ddray.ranking import DEFAULT_SPACE, space_names
 from ddray.ranking.objective import SpearmanObjective, spearman_objective
 from ddray.ranking.options import NasOptions
 from ddray.ranking.spaces import get_space
@@ -120,6 +121,8 @@ def _run_config(
 ) -> dict[str, Any]:
     """Return what must not change when the run is resumed, but for larger numbers of trials and points."""
     names = () if options.objective == "val-accuracy" else ("objective", "nas_sample", "nas_epochs")
+    if names and options.nas_space != DEFAULT_SPACE:
+        names = (*names, "nas_space")
     return {
         **plan.describe(),
         "strategy": options.strategy,
@@ -186,7 +189,9 @@ def _check_objective(plan: Plan, options: TuneOptions) -> None:
             f"--objective nas-spearman needs a method whose sets have labels to train architectures on, got "
             f"{plan.method}, whose sets have targets; use --objective val-accuracy"
         )
-    num_architectures = len(get_space(NasOptions().space))
+    if options.nas_space not in space_names():
+        raise unknown("--nas-space", options.nas_space, space_names())
+    num_architectures = len(get_space(options.nas_space))
     if options.nas_sample > num_architectures:
         raise InputError(f"--nas-sample must be in 3..{num_architectures}, got {options.nas_sample}")
 
@@ -198,6 +203,7 @@ def _nas_objective(
     if options.objective == "val-accuracy":
         return None
     values: dict[str, Any] = {"sample": options.nas_sample, "epochs": options.nas_epochs, "seed": plan.seed}
+    values |= {"space": options.nas_space}
     values |= {"num_workers": options.max_concurrent, "address": options.address}
     values |= {"cpus_per_worker": options.cpus_per_trial, "gpus_per_worker": options.gpus_per_trial}
     nas = NasOptions.parse(values)

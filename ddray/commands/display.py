@@ -167,14 +167,14 @@ def nas_tables(result: NasResult) -> list[Any]:
     title = f"{result.num_archs} architectures of {result.space}"
     table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("proxy", overflow="fold")
-    for name in ("Spearman", "95 %", "top 20 %", "top-1 %", "best %", "images", "seconds"):
+    for name in ("Spearman", "95 %", "top 20 %", "top-1 %", "best %", "test %", "images", "seconds"):
         table.add_column(name, justify="right", no_wrap=True)
     for proxy in result.proxies:
         low, high = proxy.spearman_ci95 or (None, None)
         table.add_row(
             *(proxy.proxy, _number(proxy.spearman), f"{_number(low)}..{_number(high)}"),
             *(_number(proxy.spearman_top20), percent(proxy.top1_truth_accuracy)),
-            percent(proxy.best_truth_accuracy),
+            *(percent(proxy.best_truth_accuracy), percent(proxy.top1_test_accuracy)),
             f"{proxy['storage_images']:g}",
             f"{proxy['wall_s']:.1f}",
         )

@@ -18,7 +18,7 @@ from ddray.data.reference import DatasetRef
 from ddray.errors import InputError
 from ddray.system.tensors import check_channels_first
 
-_SPLIT_NAME: Final = re.compile(r"train(?:-val(\d+))?")
+_SPLIT_NAME: Final = re.compile(r"train(?:-val(\d+)(?:-(\d+))?)?")
 _HASH_CHUNK = 4096  # images hashed at a time: bounds the memory of memory-mapped sets
 
 
@@ -221,23 +221,48 @@ def search_rows(train: Split, *, seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class SplitName:
-    """All of train, written `train`, or what is left of it without a val tenth, written `train-val<seed>`.
+    """All of train, written `train`, or what is left of it without val, written `train-val<seed>`.
 
     Attributes:
-        val_seed: seed of the val tenth that is left out; None for all of train.
+        val_seed: seed of the val images that are left out; None for all of train.
+        val_images: their number, written `train-val<seed>-<number>`; None for a tenth of train.
+
+    Raises:
+        InputError: `val_images` without a `val_seed`.
     """
 
     val_seed: int | None = None
+    val_images: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.val_seed is None and self.val_images is not None:
+            raise InputError(f"--val-images {self.val_images} needs --val-seed, which draws them")
 
     def __str__(self) -> str:
-        return "train" if self.val_seed is None else f"train-val{self.val_seed}"
+        parts = ("" if self.val_seed is None else f"val{self.val_seed}", str(self.val_images or ""))
+        return "-".join(filter(None, ("train", *parts)))
 
     @classmethod
     def parse(cls, name: str) -> Self | None:
         """Return the split that a name stands for; None for any other name."""
         match = _SPLIT_NAME.fullmatch(name)
-        return None if match is None else cls(None if match[1] is None else int(match[1]))
+        numbers = () if match is None else (None if part is None else int(part) for part in match.groups())
+        return None if match is None else cls(*numbers)
+
+    def fraction(self, num_train: int) -> float:
+        """Return val's share of all `num_train` train images.
+
+        Raises:
+            InputError: val would leave nothing to train on.
+        """
+        if self.val_images is None:
+            return 0.1
+        if not 1 <= self.val_images < num_train:
+            raise InputError(f"--val-images must be in 1..{num_train - 1}, got {self.val_images}")
+        return self.val_images / num_train
 
     def carve(self, train: Split) -> tuple[Split, Split | None]:
-        """Return this part of train, and the val tenth that it leaves out."""
-        return (train, None) if self.val_seed is None else carve_val(train, seed=self.val_seed)
+        """Return this part of train, and the val images that it leaves out: the same share of every class."""
+        if self.val_seed is None:
+            return train, None
+        return carve_val(train, seed=self.val_seed, fraction=self.fraction(len(train)))

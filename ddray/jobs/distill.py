@@ -62,14 +62,16 @@ def distill(
     resume: bool = False,
     out: Path | None = None,
     val_seed: int | None = None,
+    val_images: int | None = None,
     more_steps: bool = False,
 ) -> DistillResult:
     """Distil all of train, or all but a val tenth, in a run directory that can be resumed.
 
     Without `run_dir`, the run gets a numbered folder under `runs/`. The artifact `out`, by default
     `<run>/distilled.pt`, is replaced only after success. `val_seed` excludes the val tenth that `tune` and
-    `nas` score on with this seed. With `more_steps`, a run of fewer steps than the plan's is continued to
-    the same bytes as one run of all; its row is set aside as `<key>.extended`.
+    `nas` score on with this seed, with `val_images` that many images. With `more_steps`, a run of fewer steps
+    than the plan's is continued to the same bytes as one run of all; its row is set aside as
+    `<key>.extended`.
 
     Raises:
         InputError: the plan does not fit the dataset, the folder can't be used, or its run can't be extended.
@@ -80,7 +82,8 @@ def distill(
     if out is not None:
         _check_out(out)
     distiller = make_distiller(plan)
-    split, split_name = SplitName(val_seed).carve(plan.dataset.train())[0], str(SplitName(val_seed))
+    name = SplitName(val_seed, val_images)
+    split, split_name = name.carve(plan.dataset.train())[0], str(name)
     ctx = make_context(plan, split, split_name=split_name, device=device)
     config = {**plan.describe(), "device": device.type, "split": split_name}
     shorter = _shorter(plan, run_dir) if resume and more_steps else None

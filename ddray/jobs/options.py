@@ -1,5 +1,7 @@
 """Options of `ddray distill`, which `ddray tune` shares, and of `ddray pool train`."""
 
+from pydantic import Field
+
 from ddray.config import AbsolutePath, Names, named
 from ddray.system.options import DataOptions, DeviceOptions, RunOptions
 
@@ -35,6 +37,8 @@ class DistillOptions(RunOptions, DeviceOptions):
     """Artifact; default <run dir>/distilled.pt."""
     val_seed: int | None = None
     """Leave out the val tenth that tune and nas with this seed score on."""
+    val_images: int | None = Field(default=None, ge=1)
+    """Leave out this many images instead: those that nas with this seed and --val-images ranks by."""
 
 
 class PoolOptions(DataOptions, DeviceOptions):

@@ -14,16 +14,16 @@ import torch
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.artifact.reading import check_options, dataset_of, load_all
 from ddray.config import option_name
-from ddray.data import Dataset, SplitName, carve_val, open_dataset
+from ddray.data import Dataset, carve_val, open_dataset
 from ddray.errors import DdrayError, InputError, unknown
 from ddray.jobs.score import check_fits, foreign_request
 from ddray.ranking import get_definition, space_names
-from ddray.ranking.figures_of_merit import Array, figures_of_merit, mean_over_seeds
+from ddray.ranking.figures_of_merit import Array, figures_of_merit, mean_over_seeds, top1_test_accuracy
 from ddray.ranking.options import NasModes, NasRequest
 from ddray.ranking.proxies import Proxy, baseline_proxies, file_proxies, harness_variants
 from ddray.ranking.result import NasResult, ProxyResult
 from ddray.ranking.spaces import get_space, owners
-from ddray.ranking.sweep import NasConfig, NasOptions, Sweep, choose_architectures, run_sweep
+from ddray.ranking.sweep import NasConfig, NasOptions, Sweep, choose_architectures, run_sweep, split_of
 from ddray.ranking.truth import Truth, read_scores, read_truth
 from ddray.runs.executor import Executor
 from ddray.runs.ledger import Row
@@ -74,7 +74,8 @@ def compare_scores(path: Path, options: NasOptions) -> NasResult:
     truth = read_truth(options, space, indices)
     wall_s = time.perf_counter() - begin
     figures = figures_of_merit(scores[None], truth.values, storage_images=0, wall_s=wall_s, seed=options.seed)
-    proxy = ProxyResult.parse({"proxy": path.name, **figures})
+    performance = top1_test_accuracy(scores, truth.values, truth.test)
+    proxy = ProxyResult.parse({"proxy": path.name, **figures, "top1_test_accuracy": performance})
     return NasResult(space=options.space, num_archs=len(indices), proxies=[proxy])
 
 
@@ -109,9 +110,10 @@ def prepare(
     for path, distilled in zip(paths, sets, strict=True):
         check_fits(distilled, dataset, path)
     indices = choose_architectures(options, config, dataset)
-    train, val = carve_val(dataset.train(), seed=options.seed)
-    proxies = file_proxies(paths, sets, str(SplitName(options.seed)))
-    proxies += baseline_proxies(request.baselines, proxies, dataset, train, config, seed=options.seed)
+    split, images = split_of(options), dataset.train()
+    train, val = carve_val(images, seed=options.seed, fraction=split.fraction(len(images)))
+    proxies = file_proxies(paths, sets, str(split))
+    proxies += baseline_proxies(request.baselines, proxies, dataset, train, config, split=split)
     if request.compat:
         proxies += harness_variants(proxies, get_definition(options.space).harnesses[request.compat])
     names = [proxy.name for proxy in proxies]
@@ -203,7 +205,7 @@ class SweepResults(NamedTuple):
     proxies: list[dict[str, Any]]
     """Figures of merit, one mapping per proxy; None where nothing finished."""
     table: pd.DataFrame
-    """One line per proxy and architecture; test appears in the last column only."""
+    """One line per proxy and architecture; test is the last column."""
     truth_facts: dict[str, Any]
     """Source of the truth; for a trained one also seconds, images and number diverged."""
 
@@ -219,6 +221,7 @@ def collect(sweep: Sweep, rows: Sequence[Row], truth: Truth | None) -> SweepResu
         facts |= {
             "wall_s": sum(row.wall_s for row in true_rows),
             "storage_images": len(sweep.train),
+            "top1_test_accuracy": top1_test_accuracy(truth.values, truth.values, truth.test),
             "num_diverged": _num_diverged(true_rows),
         }
     # A constant guess scores the share of val's largest class: more than 1/K if class sizes differ.
@@ -238,7 +241,9 @@ def collect(sweep: Sweep, rows: Sequence[Row], truth: Truth | None) -> SweepResu
             num_val=len(sweep.val),
             seed=sweep.options.seed,
         )
-        proxies.append({"proxy": proxy.name, **figures, "num_diverged": _num_diverged(proxy_rows)})
+        performance = top1_test_accuracy(scores, truth.values, truth.test)
+        counts = {"num_diverged": _num_diverged(proxy_rows)}
+        proxies.append({"proxy": proxy.name, **figures, "top1_test_accuracy": performance, **counts})
         tables.append(_table(proxy, described, scores, truth))
     return SweepResults(proxies, pd.concat(tables, ignore_index=True), facts)
 

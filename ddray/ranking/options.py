@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from ddray.artifact.options import ForeignOptions
 from ddray.config import AbsolutePath, Config, Names, named
@@ -13,12 +13,18 @@ from ddray.system.options import DataOptions
 
 
 class NasRecipe(Config):
-    """How every architecture is trained: SGD on cross entropy with a cosine learning rate."""
+    """How every architecture is trained: SGD on cross entropy with a cosine learning rate.
+
+    Attributes:
+        epochs: also the number of times that the rate falls, with `lr_every` epoch.
+    """
 
     epochs: int = Field(default=200, ge=1)
     lr: float = Field(default=0.01, gt=0)
     lr_min: float = Field(default=0.0, ge=0)
     """Final rate of the cosine."""
+    lr_every: Literal["step", "epoch"] = "step"
+    """How often the rate falls: `epoch` is torch's CosineAnnealingLR, stepped after each epoch."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     nesterov: bool = False
     weight_decay: float = Field(default=5e-4, ge=0)
@@ -35,8 +41,20 @@ class NasRecipe(Config):
         return self.epochs * math.ceil(num_images / self.batch)
 
     def lr_at(self, step: int, num_steps: int) -> float:
-        """Return the learning rate of a step counted from 0."""
+        """Return the learning rate of a step counted from 0.
+
+        With `lr_every` epoch it is one of `epochs` rates, each for as many steps, whatever `num_steps` is:
+        early stopping on the whole set has the rates of its proxy.
+        """
+        if self.lr_every == "epoch":
+            step, num_steps = step * self.epochs // num_steps, self.epochs
         return self.lr_min + 0.5 * (self.lr - self.lr_min) * (1 + math.cos(math.pi * step / num_steps))
+
+    @model_serializer(mode="wrap")
+    def _without_new_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out `step`: runs and keys of release 0.1.0 do not name it."""
+        values: dict[str, Any] = dump(self)
+        return values if self.lr_every != "step" else {k: v for k, v in values.items() if k != "lr_every"}
 
 
 class NasConfig(Config):
@@ -62,11 +80,15 @@ class NasOptions(Config):
 
     space: str = Field(default=DEFAULT_SPACE, description=f"{' or '.join(space_names())}.")
     sample: int | None = Field(default=None, ge=1)
-    """Architectures, stratified by cost; default all."""
+    """Architectures; default all."""
+    sampling: Literal["cost", "uniform"] = "cost"
+    """cost: --sample draws one architecture of each stratum of equal cost; uniform: any, all as likely."""
     max_mflops: float | None = Field(default=None, gt=0)
     """Leave out architectures of more million FLOPs an image."""
     seeds: int = Field(default=1, ge=1)
     """Networks per architecture and proxy."""
+    val_images: int | None = Field(default=None, ge=1)
+    """Images of train to rank on, the same share of every class; default a tenth."""
     epochs: int | None = Field(default=None, ge=1)
     """Epochs on a proxy; default the space's."""
     truth: str = "whole"
@@ -91,6 +113,12 @@ class NasOptions(Config):
     """Seconds after which a unit counts as hung, is retried, then marked failed; default by cost."""
     address: str | None = None
     """Ray cluster to connect to; default a local one."""
+
+    @model_validator(mode="after")
+    def _sampling_needs_a_sample(self) -> Self:
+        if self.sampling != "cost" and self.sample is None:
+            raise ValueError(f"--sampling {self.sampling} needs --sample N, got all architectures")
+        return self
 
     @model_validator(mode="after")
     def _truth_has_columns(self) -> Self:

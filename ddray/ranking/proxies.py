@@ -32,6 +32,7 @@ class Proxy:
         set_name: name of its data among a sweep's sets; variants of one proxy share it.
         storage_images: stored floats, in units of one image.
         num_steps: optimiser steps; None for the recipe's epochs.
+        epochs: of the learning rate's schedule, if they are not the recipe's.
         mixture: the bug of DC-BENCH's harness that the network reproduces, if any.
         shuffle: False reproduces that harness's unshuffled loader.
     """
@@ -41,6 +42,7 @@ class Proxy:
     data: TrainingSet
     storage_images: float
     num_steps: int | None = None
+    epochs: int | None = None
     mixture: str | None = None
     shuffle: bool = True
 
@@ -77,8 +79,8 @@ def file_proxies(paths: Sequence[Path], sets: Sequence[DistilledSet], split_name
         proxies.append(Proxy(name, f"file {name}", data, storage_images))
     if seen := [path.name for path, each in zip(paths, sets, strict=True) if each.meta.split != split_name]:
         log.warning(
-            "%s: may have been distilled from val images (distill --val-seed leaves them out); "
-            "a coreset of all of train contains some of val",
+            "%s: may have been distilled from val images (distill --val-seed, and --val-images where nas has "
+            "it, leaves them out); a coreset of all of train contains some of val",
             ", ".join(seen),
         )
     return proxies
@@ -91,12 +93,12 @@ def baseline_proxies(
     train: Split,
     config: NasConfig,
     *,
-    seed: int,
+    split: SplitName,
 ) -> list[Proxy]:
     """Return the baselines of distilled sets: coresets of the same ipc, early stopping at the same steps.
 
     A name is `early-stopping`, `whole` (all of `train` for `whole_epochs`), or a method that selects images
-    of `train` by `seed` (random, kcenter, herding, ...). Each size of the sets gets its baselines.
+    of `train` by the split's seed (random, kcenter, herding, ...). Each size of the sets gets its baselines.
 
     Raises:
         InputError: an unknown baseline, one that has to be distilled, or a duplicate.
@@ -107,14 +109,14 @@ def baseline_proxies(
     for name in names:
         if name == WHOLE:
             steps = None if config.whole_epochs is None else config.whole_recipe().num_steps(len(train))
-            baselines.append(replace(whole, num_steps=steps))
+            baselines.append(replace(whole, num_steps=steps, epochs=config.whole_epochs))
         elif name == EARLY_STOPPING:
             for steps in sorted({config.recipe.num_steps(proxy.num_images) for proxy in proxies}):
                 label = f"{EARLY_STOPPING} ({steps} steps)"
                 baselines.append(replace(whole, name=label, num_steps=steps))
         else:
             sizes = sorted({max(1, round(p.storage_images / dataset.num_classes)) for p in proxies})
-            baselines += [_coreset(name, ipc, dataset, train, seed) for ipc in sizes]
+            baselines += [_coreset(name, ipc, dataset, train, split) for ipc in sizes]
     return baselines
 
 
@@ -140,13 +142,13 @@ def check_baselines(names: Sequence[str], dataset: Dataset) -> None:
             )
 
 
-def _coreset(name: str, ipc: int, dataset: Dataset, train: Split, seed: int) -> Proxy:
+def _coreset(name: str, ipc: int, dataset: Dataset, train: Split, split: SplitName) -> Proxy:
     from ddray.distillation.loop import run_distillation
     from ddray.jobs.context import make_context, make_distiller
     from ddray.jobs.plan import resolve
 
-    plan = resolve(name, dataset, ipc=ipc, seed=seed)
-    ctx = make_context(plan, train, split_name=str(SplitName(seed)), device=torch.device("cpu"))
+    plan = resolve(name, dataset, ipc=ipc, seed=split.val_seed or 0)
+    ctx = make_context(plan, train, split_name=str(split), device=torch.device("cpu"))
     coreset = run_distillation(make_distiller(plan), ctx).distilled
     data = training_set(coreset.images, coreset.labels, coreset.space())
     label = f"{name} (ipc {ipc})"

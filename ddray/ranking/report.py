@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
 
 _PUBLISHED: Final = {
-    "nas_top1_accuracy": "top1_truth_accuracy",
+    "nas_top1_accuracy": "top1_test_accuracy",
     "spearman": "spearman",
     "spearman_top20": "spearman_top20",
     "search_time": "minutes",

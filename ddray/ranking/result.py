@@ -20,6 +20,8 @@ class ProxyResult(Result):
     spearman_top20: float | None
     kendall: float | None
     top1_truth_accuracy: float | None
+    top1_test_accuracy: float | None = None
+    """Performance: of the best-ranked architecture, trained on the whole set and scored on test."""
     best_truth_accuracy: float | None
     num_ties: int
     storage_images: int | float

@@ -81,6 +81,7 @@ class SpaceDefinition:
         truths: sources of true accuracies by the name that `--truth` takes: `table`, or `api:FILE`.
         harnesses: for `--compat`: faults of another harness, each by label with what it changes in a proxy.
         published: paper and table of its published figures (reports/published.csv).
+        published_options: the `NasOptions` that the paper states for them; None for an option left unset.
         published_in_text: published figures in no table, by method and name.
     """
 
@@ -92,6 +93,7 @@ class SpaceDefinition:
     truths: Mapping[str, TruthSource] = field(default_factory=dict)
     harnesses: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     published: tuple[str, str] | None = None
+    published_options: Mapping[str, Any] = field(default_factory=dict)
     published_in_text: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
@@ -154,10 +156,12 @@ def sample(
     image_shape: Shape,
     num_classes: int,
     max_mflops: float | None = None,
+    uniform: bool = False,
 ) -> list[int]:
     """Draw architectures of all costs: one from each of `num` strata of equal size; None takes all.
 
-    Those of more than `max_mflops` (million multiply-adds per image of `image_shape`) are left out.
+    `uniform` draws them with equal chances instead, whatever they cost. Those of more than `max_mflops`
+    (million multiply-adds per image of `image_shape`) are left out.
 
     Returns:
         Distinct indices, ascending.
@@ -174,6 +178,9 @@ def sample(
         return sorted(order.tolist())
     if num is None or not 1 <= num <= len(order):
         raise InputError(f"--sample must be in 1..{len(order)} for {space.name}{limit}, got {num}")
+    if uniform:
+        draws = derive_numpy(seed, "nas", "uniform", space.name, num)
+        return sorted(draws.choice(np.sort(order), num, replace=False).tolist())
     generator = derive_numpy(seed, "nas", "sample", space.name, num)
     return sorted(int(generator.choice(stratum)) for stratum in np.array_split(order, num))
 

@@ -1,7 +1,8 @@
 """`ddray nas`: train architectures on proxies, rank them by val, and compare with the true ranking.
 
-Architectures are trained on nine tenths of train (or on a proxy of it) and ranked on the held-out tenth;
-test is used for the last column of the table only.
+Architectures are trained on train without val (or on a proxy of it) and ranked on val, a tenth of train or
+`--val-images`. Test is used after the ranking, to report how good the architectures are that it names: the
+table's last column, and each proxy's `top1_test_accuracy`.
 """
 
 import logging
@@ -41,12 +42,12 @@ class Sweep:
     """A resolved sweep.
 
     Attributes:
-        train: nine tenths of train.
-        val: the held-out tenth to rank by.
+        train: train without val.
+        val: the held-out images of train to rank by.
         proxies: the sets that architectures are trained on, besides the whole set for the truth.
         indices: the architectures.
         device: device type of the workers.
-        with_test: whether truth is also scored on test, for the table's last column; False in a search.
+        with_test: whether truth is also scored on test, to be reported; False in a search.
         can_grow: whether the sweep may be resumed with other proxies.
     """
 
@@ -89,6 +90,7 @@ class Sweep:
             "indices": list(self.indices),
             "seeds": options.seeds,
             "seed": options.seed,
+            **({} if options.val_images is None else {"val_images": options.val_images}),
             "dataset": self.dataset.name,
             "fingerprint": self.dataset.fingerprint,
             "truth": options.truth,
@@ -135,7 +137,7 @@ class Sweep:
             "recipe": recipe.dump(),
             "fingerprint": self.dataset.fingerprint,
             **self.dataset.overrides,
-            "split": str(SplitName(options.seed)),
+            "split": str(split_of(options)),
             "device": self.device,
         }
         if kind == "truth":
@@ -154,7 +156,7 @@ class Sweep:
                 index=index,
                 set_name=proxy.set_name,
                 seeds=tuple(unit.spec["seed"] for unit in group),
-                recipe=recipe.dump(),
+                recipe=recipe.model_copy(update={"epochs": proxy.epochs or recipe.epochs}).dump(),
                 space=self.space_options(proxy.mixture),
                 num_steps=proxy.num_steps,
                 shuffle=proxy.shuffle,
@@ -186,6 +188,11 @@ def patience(options: NasOptions, tasks: Sequence[NasTask]) -> float:
     return max(_LEAST_PATIENCE_S, max(task.cost for task in tasks) / slowest)
 
 
+def split_of(options: NasOptions) -> SplitName:
+    """Return what a sweep trains on: train without the images that it ranks by."""
+    return SplitName(options.seed, options.val_images)
+
+
 def choose_architectures(options: NasOptions, config: NasConfig, dataset: Dataset) -> tuple[int, ...]:
     """Return the indices of the architectures to train.
 
@@ -199,6 +206,7 @@ def choose_architectures(options: NasOptions, config: NasConfig, dataset: Datase
         image_shape=dataset.image_shape,
         num_classes=dataset.num_classes,
         max_mflops=options.max_mflops,
+        uniform=options.sampling == "uniform",
     )
     return tuple(indices)
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from ddray.config import merge, parse_overrides
-from ddray.data import Dataset, SplitName
+from ddray.data import Dataset
 from ddray.errors import InputError
 from ddray.evaluation import get_protocol
 from ddray.evaluation.options import EvaluateConfig, EvaluateOptions
@@ -102,7 +102,7 @@ def distil_unit(
         "fingerprint": dataset.fingerprint,
         size[0]: size[1],
         "seed": seed,
-        "split": str(SplitName(spec.val_seed)),
+        "split": str(spec.split),
         "config": set_config,
     }
     real = getattr(plan.config.method, "batch_real", 0)  # per class, or in total with a budget
@@ -118,7 +118,7 @@ def distil_unit(
         seed=seed,
         config=config,
         amount=float((1 + plan.config.steps) * images * multiply_adds(plan.arch, dataset.image_shape)),
-        val_seed=spec.val_seed,
+        split=spec.split,
     )
     return unit, plan
 

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from ddray.data import Dataset
 from ddray.evaluation.published import read_numbers
+from ddray.ranking import get_definition
 from ddray.ranking.command import check_compat, run_nas
 from ddray.ranking.options import NasRequest
 from ddray.ranking.proxies import check_baselines
@@ -26,7 +27,10 @@ from ddray.tables.table import scored_cell
 from ddray.tables.units import Cell, Graph, SweepSpec
 from ddray.tables.worker import artifact_name
 
-_FIGURES: Final = ("spearman", "spearman_top20", "kendall", "search_time", "storage_images")
+_FIGURES: Final = (
+    *("spearman", "spearman_top20", "kendall", "search_time", "storage_images"),
+    *("top1_truth_accuracy", "top1_test_accuracy"),
+)
 _REQUEST: Final = ("baselines", "compat")
 
 
@@ -47,6 +51,16 @@ class NasSweep:
     def signature(self) -> dict[str, str]:
         """The keys by which the times of its units are compared with past ones."""
         return {"kind": "nas", "what": self.options.space, "which": self.spec.dataset}
+
+    @property
+    def differs(self) -> list[str]:
+        """What keeps the sweep's figures from being set beside the published ones of its space."""
+        conditions = get_definition(self.options.space).published_options
+        return [
+            f"{name} {_text(ours)}, theirs {_text(theirs)}"
+            for name, theirs in conditions.items()
+            if (ours := getattr(self.options, name)) != theirs
+        ]
 
     def folder(self, run_dir: Path) -> Path:
         """Return the folder of the sweep's run."""
@@ -88,7 +102,7 @@ def sweep_options(sweep: SweepSpec, spec: BenchSpec, options: BenchOptions) -> N
     """
     values = {
         **{k: v for k, v in sweep.evaluate.options.items() if k not in _REQUEST},
-        "seed": spec.val_seed,
+        "seed": spec.seed,
         "executor": options.executor,
         "cpus_per_worker": options.cpus_per_unit,
         "gpus_per_worker": options.gpus_per_unit,
@@ -146,10 +160,9 @@ def score_sweep(
     grouped: dict[int, list[Mapping[str, Any]]] = {}
     for row_index, figures in zip(owners.values(), proxies, strict=False):  # baselines follow the sets
         grouped.setdefault(row_index, []).append(figures)
-    return [
-        *(cell_of(sweep.spec.cells[row_index], figures) for row_index, figures in grouped.items()),
-        *(cell_of(_baseline(sweep.spec, one["proxy"]), [one]) for one in proxies[len(owners) :]),
-    ]
+    scored = [(sweep.spec.cells[index], figures) for index, figures in grouped.items()]
+    scored += [(_baseline(sweep.spec, one["proxy"]), [one]) for one in proxies[len(owners) :]]
+    return [cell_of(cell, figures, sweep.differs) for cell, figures in scored]
 
 
 def _linked_sets(sweep: SweepSpec, folder: Path, run: Run) -> dict[Path, int]:
@@ -177,17 +190,32 @@ def _baseline(sweep: SweepSpec, proxy: str) -> Cell:
     return first.model_copy(update={"method": proxy, "name": name, "source": source, "sets": ()})
 
 
-def cell_of(cell: Cell, figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return a row's cell: means over its sets; the accuracy is the top-ranked architecture's true one."""
+def cell_of(cell: Cell, figures: Sequence[Mapping[str, Any]], differs: Sequence[str] = ()) -> dict[str, Any]:
+    """Return a row's cell: means over its sets of the figures of merit.
+
+    The accuracy is the papers' performance: the top-ranked architecture's on test after training on the whole
+    set. Where a truth has no test accuracies, it is the truth's own and is compared with no published number;
+    nor is any figure of a sweep that `differs` from the paper's, by these reasons.
+    """
     means: dict[str, Any] = {"num_archs": min(int(one["num_archs"]) for one in figures)}
     for name in _FIGURES:
         values = [value for one in figures if (value := _figure(one, name)) is not None]
         means[name] = statistics.fmean(values) if values else None
-        published_number = find(read_numbers(), cell, name)
+        published_number = None if differs else find(read_numbers(), cell, name)
         if published_number is not None:
             means[f"published_{name}"] = published_number.value
-    accuracies = [one["top1_truth_accuracy"] for one in figures if one["top1_truth_accuracy"] is not None]
-    return scored_cell(cell, [[value] for value in accuracies], num_sets=len(figures), **means)
+    ranked = [one for one in figures if one["top1_truth_accuracy"] is not None]
+    tested = all(one.get("top1_test_accuracy") is not None for one in ranked)
+    accuracies = [one["top1_test_accuracy" if tested else "top1_truth_accuracy"] for one in ranked]
+    result = scored_cell(cell, [[value] for value in accuracies], num_sets=len(figures), **means)
+    reasons = [*differs, *(() if tested else ("the truth has no test accuracies",))]
+    if reasons and result.pop("published", None) is not None:
+        result["differs"] = reasons
+    return result
+
+
+def _text(value: Any) -> str:
+    return "unset" if value is None else str(value)
 
 
 def _figure(figures: Mapping[str, Any], name: str) -> float | None:

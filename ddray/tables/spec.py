@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
@@ -13,6 +13,9 @@ from ddray.config import Config, merge, nest, parse_overrides, read_yaml
 from ddray.data.reference import DatasetRef
 from ddray.errors import InputError, did_you_mean, unknown
 from ddray.system.options import ContentOptions
+
+if TYPE_CHECKING:
+    from ddray.data import SplitName
 
 ScaleName = Literal["paper", "cpu", "smoke"]
 C = TypeVar("C", bound=Config)
@@ -221,9 +224,17 @@ class BenchSpec(Config):
         return self
 
     @property
-    def val_seed(self) -> int | None:
-        """Seed of the val tenth that the sets are distilled without; NAS rankings are scored on it."""
-        return self.seed if any(one.protocol == "nas" for one in self.evaluate) else None
+    def split(self) -> SplitName:
+        """What the sets are distilled from: without the val images that NAS rankings are scored on."""
+        from ddray.data import SplitName  # torch: --help goes without
+
+        sizes = [one.options.get("val_images") for one in self.evaluate if one.protocol == "nas"]
+        if any(size != sizes[0] for size in sizes):
+            raise InputError(
+                f"all nas evaluations of {self.name} must have the same val_images, which the sets leave "
+                f"out, got {', '.join(map(str, sizes))}"
+            )
+        return SplitName(self.seed, sizes[0]) if sizes else SplitName()
 
     def rows(self) -> list[MethodSpec]:
         """Return the table's rows, with sweeps expanded and skipped rows left out."""

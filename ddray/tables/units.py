@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ddray.config import Config
+from ddray.data import SplitName
 from ddray.jobs.plan import Plan
 from ddray.pool.spec import PoolSpec
 from ddray.runs.ledger import Kind, Unit
@@ -25,7 +26,7 @@ class BenchUnit:
     seed: int  # the distillation's seed
     config: Mapping[str, Any]  # the method's resolved configuration as plain values
     amount: float  # expected work, in arbitrary units that are the same for all units of a kind
-    val_seed: int | None = None  # seed of the val tenth left out of train; None distils from all of train
+    split: SplitName = field(default_factory=SplitName)  # what is distilled
     options: Mapping[str, Any] = field(default_factory=dict)  # an evaluation's, for `EvaluateOptions`
     pool: PoolSpec | None = None  # a pool unit's spec
     waited: bool = False  # whether the unit was started before and then waited for pool networks

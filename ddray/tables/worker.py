@@ -215,10 +215,9 @@ def _plan(job: BenchJob, unit: BenchUnit) -> Plan:
 
 
 def _context(job: BenchJob, unit: BenchUnit, plan: Plan) -> DistillContext:
-    name = SplitName(unit.val_seed)
-    split = _split(unit.dataset, job.data_dir, name)
-    space = _space(plan.config.pixel_space, unit.dataset, job.data_dir, name)
-    return make_context(plan, split, split_name=str(name), device=torch.device(job.device), space=space)
+    split = _split(unit.dataset, job.data_dir, unit.split)
+    space = _space(plan.config.pixel_space, unit.dataset, job.data_dir, unit.split)
+    return make_context(plan, split, split_name=str(unit.split), device=torch.device(job.device), space=space)
 
 
 def _train_pool(job: BenchJob, unit: BenchUnit) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from ddray.config import AbsolutePath, Config, named
+from ddray.ranking import DEFAULT_SPACE
 
 Strategy = Literal["asha-tpe", "tpe", "random", "grid", "pb2"]
 Objective = Literal["val-accuracy", "nas-spearman"]
@@ -32,7 +33,9 @@ class TuneOptions(Config):
     objective: Objective = "val-accuracy"
     """val-accuracy, or nas-spearman: how sets rank architectures scored on val."""
     nas_sample: int = Field(default=16, ge=3)
-    """Architectures of the 720 ConvNets that nas-spearman ranks."""
+    """Architectures that nas-spearman ranks."""
+    nas_space: str = DEFAULT_SPACE
+    """Space of these architectures: that of `ddray nas`."""
     nas_epochs: int = Field(default=50, ge=1)
     """Epochs of each of them, on a trial's set and on the whole train part."""
     final_sets: int = Field(default=3, ge=1)

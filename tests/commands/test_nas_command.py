@@ -103,6 +103,11 @@ def test_a_gpu_that_is_there_is_used(
     ("arguments", "words"),
     [
         (("--method", "random", "--nas-sample", "721"), ["--nas-sample must be in 3..720, got 721"]),
+        (
+            ("--method", "random", "--nas-space", "nasbench201", "--nas-sample", "15626"),
+            ["--nas-sample must be in 3..15625, got 15626"],
+        ),
+        (("--method", "random", "--nas-space", "nasbench"), ["--nas-space", "did you mean 'nasbench201'"]),
         (("--method", "krr_st", "--budget", "10"), ["nas-spearman", "labels", "got krr_st", "val-accuracy"]),
     ],
 )

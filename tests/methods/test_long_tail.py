@@ -12,7 +12,7 @@ import torch
 
 from ddray.artifact.export import export_folder
 from ddray.artifact.reading import load
-from ddray.data import normalized_space
+from ddray.data import SplitName, normalized_space
 from ddray.drawing.images import grid
 from ddray.evaluation.hard import Hard
 from ddray.evaluation.protocol import EvalContext, evaluate_archs
@@ -133,7 +133,9 @@ class TestAShorterSet:
         (proxy,) = file_proxies([path], [distilled], "train")
         assert proxy.storage_images == proxy.num_images == len(distilled.labels)
         config = resolve_config(NasOptions())
-        (baseline,) = baseline_proxies(["random"], [proxy], dataset, dataset.train(), config, seed=0)
+        (baseline,) = baseline_proxies(
+            ["random"], [proxy], dataset, dataset.train(), config, split=SplitName(0)
+        )
         ipc = round(len(distilled.labels) / 3)
         assert baseline.num_images == sum(min(ipc, count) for count in COUNTS)
 

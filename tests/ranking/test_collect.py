@@ -31,6 +31,18 @@ def sweep(toy: Callable[..., Dataset]) -> Sweep:
     )
 
 
+def test_performance_is_on_test_of_the_choice_by_val(sweep: Sweep) -> None:
+    rows = rows_of("nas", [[0.1] * 3, [0.9] * 3, [0.5] * 3, [0.4] * 3], set())
+    for row, test in zip(
+        rows_of("truth", [[0.3], [0.4], [0.8], [0.2]], set()), (0.9, 0.35, 0.7, 0.1), strict=True
+    ):
+        rows.append(row.model_copy(update={"result": {**row.result, "test_accuracy": test}}))
+    ranking = collect(sweep, rows, None)
+    figures = ranking.proxies[0]
+    assert (figures["top1_truth_accuracy"], figures["top1_test_accuracy"]) == (0.4, 0.35)
+    assert ranking.truth_facts["top1_test_accuracy"] == 0.7, "the whole set's choice, by its own val"
+
+
 def rows_of(kind: Any, accuracies: list[list[float]], diverged: set[tuple[int, int]]) -> list[Row]:
     """Return rows of accuracies [A][S]; `diverged` contains pairs of architecture and seed."""
     return [

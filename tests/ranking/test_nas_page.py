@@ -187,7 +187,7 @@ class TestSummary:
 class TestPage:
     def test_it_shows_figures_rankings_failures_and_where_they_come_from(self, page: Any) -> None:
         command_result = result(
-            figures("datadam <1>.pt"),
+            figures("datadam <1>.pt", top1_test_accuracy=0.65),
             figures("random", spearman=None, spearman_ci95=None, kendall=None, wall_s=None),
             dataset="cifar10",
             truth={"source": "whole", "wall_s": 600.0, "storage_images": 900},
@@ -196,12 +196,13 @@ class TestPage:
 
         merit = text[text.index("<h2>Figures of merit</h2>") : text.index("<h2>datadam &lt;1&gt;.pt</h2>")]
         cells = [re.findall(r"<td[^>]*>(.*?)</td>", line) for line in merit.splitlines() if "<td" in line]
-        assert cells[0][:4] == ["datadam &lt;1&gt;.pt", "60.10", "60.20", "60.30"]
-        assert cells[0][4] == '0.712 <span class="ci">[0.55, 0.81]</span>'
-        assert cells[0][5:] == ["-", "0.500", "1.5", "500", "4 tied, 1 left out"]
+        assert cells[0][:5] == ["datadam &lt;1&gt;.pt", "65.00", "60.10", "60.20", "60.30"]
+        assert cells[0][5] == '0.712 <span class="ci">[0.55, 0.81]</span>'
+        assert cells[0][6:] == ["-", "0.500", "1.5", "500", "4 tied, 1 left out"]
         assert cells[1] == [
             "datadam (published)",
             "89.00",
+            "-",
             "-",
             "-",
             "0.720",
@@ -211,7 +212,7 @@ class TestPage:
             "500",
             "",
         ]
-        assert cells[2][4:8] == ["-", "-", "-", "-"]
+        assert cells[2][5:9] == ["-", "-", "-", "-"]
         assert cells[4][0] == "whole set"
 
         ranked = text[text.index("Best-ranked architectures (20)") : text.index("<h2>random</h2>")]
@@ -222,7 +223,7 @@ class TestPage:
             *("50.00 &plusmn; 1.00", "2", "60.40", "71.11"),
         ]
         heads = re.findall(r"<th>(.*?)</th>", ranked)
-        assert heads[-1] == "test %"  # test is used in the last column only
+        assert heads[-1] == "test %"
 
         failures = text[text.index("<h2>Failures</h2>") :]
         assert failures.count("net&lt;23&gt;") == 2

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ddray.data import Dataset, Split, carve_val
+from ddray.distillation.loop import run_distillation
 from ddray.errors import DdrayError
+from ddray.ranking import objective as objective_module
 from ddray.ranking.objective import SpearmanObjective, spearman_objective
 from ddray.ranking.options import NasOptions
 from ddray.ranking.worker import CODE_VERSION, truth_ledger
@@ -59,6 +62,21 @@ def test_a_search_does_not_open_test(tmp_path: Path, dataset: Dataset) -> None:
     rows = Ledger(tmp_path / "run").rows("truth")
     assert len(rows) == 3
     assert all(row.status == "done" and "test_accuracy" not in row.result for row in rows)
+
+
+def test_cells_of_nas_bench_201_can_be_ranked_too(
+    tmp_path: Path, dataset: Dataset, planned: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objective_module, "choose_architectures", lambda *_: (0, 3, 6))
+    train, val = carve_val(dataset.train(), seed=0)
+    options = NasOptions(space="nasbench201", sample=3, epochs=1, executor="local")
+    executor = FakeExecutor([0.5, 0.6, 0.7])
+    result = spearman_objective(options, dataset, train, val, executor, tmp_path / "run")
+    assert result.space == {"name": "nasbench201", "channels": 16, "num_cells": 1, "cell_affine": False}
+    assert (result.truth, result.recipe["augment"], result.recipe["epochs"]) == ((0.5, 0.6, 0.7), "none", 1)
+    _, ctx, distiller = planned("random", dataset, ipc=2)
+    distilled = run_distillation(distiller, ctx).distilled
+    assert -1 <= result.score(distilled, dataset, val, torch.device("cpu")) <= 1
 
 
 def test_a_search_takes_known_truth_without_its_test_score(tmp_path: Path, dataset: Dataset) -> None:

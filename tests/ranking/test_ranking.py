@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from ddray.ranking import figures_of_merit as ranking
-from ddray.ranking.figures_of_merit import figures_of_merit
+from ddray.ranking.figures_of_merit import figures_of_merit, top1_test_accuracy
 
 
 def figures(scores: Any, truth: Any, **options: Any) -> dict[str, Any]:
@@ -249,3 +249,23 @@ class TestBootstrap:
 
         assert figures(scores, truth, seed=5) == figures(scores, truth, seed=5)
         assert figures(scores, truth, seed=5)["spearman_ci95"] != figures(scores, truth)["spearman_ci95"]
+
+
+class TestPerformance:
+    """A search's performance: the architecture that the proxy ranks first, on test."""
+
+    def test_val_alone_chooses(self) -> None:
+        # Seeds average to .5, .6 and .4: the second is first, though another is the best on test.
+        scores, truth = [[0.4, 0.7, 0.4], [0.6, 0.5, 0.4]], [0.8, 0.7, 0.9]
+        assert top1_test_accuracy(scores, truth, [0.81, 0.71, 0.95]) == 0.71
+        assert figures([0.5, 0.6, 0.4], truth)["top1_truth_accuracy"] == 0.7
+
+    def test_ties_and_failures_are_those_of_the_truths_figure(self) -> None:
+        scores, truth = [math.nan, 0.6, 0.6, 0.9], [0.5, 0.4, 0.3, math.nan]
+        assert figures(scores, truth)["top1_truth_accuracy"] == 0.4
+        assert top1_test_accuracy(scores, truth, [0.1, 0.2, 0.3, 0.4]) == 0.2
+
+    @pytest.mark.parametrize("test", [None, [math.nan, 0.5], [math.nan, math.nan]])
+    def test_an_unknown_test_accuracy_is_none(self, test: Any) -> None:
+        assert top1_test_accuracy([0.9, 0.1], [0.5, 0.6], test) is None
+        assert top1_test_accuracy([math.nan, math.nan], [0.5, 0.6], [0.1, 0.2]) is None

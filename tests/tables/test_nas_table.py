@@ -22,6 +22,7 @@ from ddray.tables.cost import costs_file, summarise
 from ddray.tables.dry_run import _facts, dry_run
 from ddray.tables.graph import build_graph
 from ddray.tables.nas_table import _baseline, cell_of, resolve_sweeps
+from ddray.tables.options import BenchOptions
 from ddray.tables.result import BenchResult
 from ddray.tables.spec import PublishedSource, read_spec
 from tests.tables.benches import LOCAL, run, spec, table_cell
@@ -122,8 +123,8 @@ def test_early_stopping_finds_its_published_number() -> None:
     facts = _facts("cifar10", None)
     facts.__dict__["fingerprint"] = "unread"
     graph = build_graph(bench_spec, lambda name: facts)
-    figures = {"top1_truth_accuracy": 0.9, "spearman": 0.6, "spearman_top20": 0.6, "num_archs": 720}
-    figures |= {"wall_s": 90.0, "storage_images": 50_000}
+    figures = {"top1_truth_accuracy": 0.95, "top1_test_accuracy": 0.9, "spearman": 0.6, "spearman_top20": 0.6}
+    figures |= {"wall_s": 90.0, "storage_images": 50_000, "num_archs": 720}
     cell = cell_of(_baseline(graph.sweeps[0], "early-stopping (150 steps)"), [figures])
     assert cell["published"]["accuracy_mean"] == pytest.approx(0.889)
     assert cell["published_spearman_top20"] == pytest.approx(0.64)
@@ -231,7 +232,8 @@ def test_published_correlations_stand_beside_ours() -> None:
     )
     figures = [
         {
-            "top1_truth_accuracy": value,
+            "top1_truth_accuracy": 0.5,
+            "top1_test_accuracy": value,
             "spearman": rho,
             "spearman_top20": None,
             "kendall": rho,
@@ -245,3 +247,77 @@ def test_published_correlations_stand_beside_ours() -> None:
     assert (result["spearman_top20"], result["published_spearman_top20"]) == (None, 0.69)
     assert result["published"]["accuracy_mean"] == pytest.approx(0.89)
     assert result["published"]["difference_se"] is None, "printed without a deviation"
+    assert (result["top1_truth_accuracy"], result["top1_test_accuracy"]) == (0.5, pytest.approx(0.89))
+
+    for one in figures:
+        del one["top1_test_accuracy"]
+    untested = cell_of(cell, figures)
+    assert untested["accuracy_mean"] == 0.5
+    assert untested["differs"] == ["the truth has no test accuracies"]
+    assert "published" not in untested, "the papers' is on test"
+
+
+def sweep_of(table: str, scale: str = "paper", **changes: Any) -> nas_table.NasSweep:
+    """The sweep of a shipped file, with other options of `ddray nas`."""
+    bench_spec = read_spec(ROOT / "configs" / "bench" / f"{table}.yaml", scale)
+    facts = _facts("cifar10" if scale == "paper" else "digits", None)
+    facts.__dict__["fingerprint"] = "unread"
+    (sweep,) = resolve_sweeps(
+        build_graph(bench_spec, lambda name: facts), bench_spec, BenchOptions(), lambda name: facts
+    )
+    return nas_table.NasSweep(sweep.spec, sweep.options.model_copy(update=changes))
+
+
+TABLE_5 = {"random": (-0.06, 0.919), "dc": (-0.19, 0.8644), "dsa": (-0.37, 0.7354), "dm": (-0.37, 0.9216)}
+
+
+def test_table_5_stands_beside_the_papers_correlations_and_top_1() -> None:
+    sweep = sweep_of("datadam_table5")
+    assert sweep.differs == []
+    figures = {"top1_truth_accuracy": 0.9, "top1_test_accuracy": 0.9, "spearman": 0.1, "num_archs": 100}
+    cells = [cell_of(cell, [figures], sweep.differs) for cell in sweep.spec.cells]
+    cells.append(cell_of(_baseline(sweep.spec, "whole"), [figures], sweep.differs))
+    printed = {
+        cell["method"]: (cell["published_spearman"], pytest.approx(cell["published"]["accuracy_mean"]))
+        for cell in cells
+    }
+    assert printed == {**TABLE_5, "datadam": (0.07, 0.9396), "whole": (0.7487, 0.935)}
+
+
+@pytest.mark.parametrize(
+    ("table", "changes", "differs"),
+    [
+        ("datadam_table5", {"sampling": "cost"}, ["sampling cost, theirs uniform"]),
+        ("datadam_table5", {"val_images": None}, ["val_images unset, theirs 10000"]),
+        ("datadam_table5", {"seeds": 1, "sample": 12}, ["sample 12, theirs 100", "seeds 1, theirs 5"]),
+        (
+            "datadam_table5",
+            {"truth": "whole", "epochs": 3},
+            ["epochs 3, theirs unset", "truth whole, theirs table"],
+        ),
+        ("datadam_table4", {"sample": 36}, ["sample 36, theirs unset"]),
+        ("datadam_table4", {"max_mflops": 5.0}, ["max_mflops 5.0, theirs unset"]),
+    ],
+)
+def test_another_sweep_than_the_papers_says_in_what_it_differs(
+    table: str, changes: dict[str, Any], differs: list[str]
+) -> None:
+    sweep = sweep_of(table, **changes)
+    assert sweep.differs == differs
+    figures = {"top1_truth_accuracy": 0.9, "top1_test_accuracy": 0.9, "spearman": 0.1, "num_archs": 100}
+    cell = cell_of(sweep.spec.cells[0], [figures], sweep.differs)
+    assert cell["differs"] == differs
+    assert not [name for name in cell if name.startswith("published")]
+
+
+def test_sets_leave_out_what_the_sweep_ranks_by() -> None:
+    table5 = read_spec(ROOT / "configs" / "bench" / "datadam_table5.yaml")
+    assert str(table5.split) == "train-val0-10000"
+    assert str(spec(**NAS).split) == "train-val0"
+    assert str(spec().split) == "train"
+    other = {**NAS["evaluate"], "options": {**NAS["evaluate"]["options"], "val_images": 200}}
+    bench_spec = spec(evaluate=other)
+    units = build_graph(bench_spec, open_dataset).distil.values()
+    assert {(unit.identity.spec["split"], str(unit.split)) for unit in units} == {("train-val0-200",) * 2}
+    with pytest.raises(InputError, match=r"must have the same val_images, .* got None, 200"):
+        build_graph(spec(evaluate=[NAS["evaluate"], other]), open_dataset)
