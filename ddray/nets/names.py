@@ -49,10 +49,16 @@ _FAMILIES: dict[str, Family] = {
         f"convnet{depth}": Family("convnet", ("instance", "none", "batch", "layer", "group"))
         for depth in range(1, 7)
     },
-    **dict.fromkeys(("resnet10", "resnet18", "resnet18_ap", "resnet101"), Family("torchvision_nets")),
+    **dict.fromkeys(("resnet10", "resnet10_idc"), Family("torchvision_nets")),
+    "resnet10_ap": Family("torchvision_nets", ("instance", "batch")),
+    **dict.fromkeys(("resnet18", "resnet18_ap"), Family("torchvision_nets")),
+    "resnet18_vico": Family("torchvision_nets", ("instance", "batch")),
+    "resnet101": Family("torchvision_nets"),
     "vgg11": Family("convnet", ("instance", "none", "batch")),
+    "vgg11_tv": Family("torchvision_nets", ("none",)),
     "alexnet": Family("convnet", ("none", "batch", "instance")),
     **dict.fromkeys(("mobilenet_v2", "densenet121", "densenet_cifar"), Family("torchvision_nets")),
+    "densenet_idc": Family("torchvision_nets"),
     **dict.fromkeys(("efficientnet_b0", "shufflenet_v2"), Family("torchvision_nets")),
     **dict.fromkeys(("vit_tiny", "deit_tiny"), Family("vit", ("none",))),
 }

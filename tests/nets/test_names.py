@@ -37,6 +37,10 @@ def test_base_names_are_canonical_and_complete() -> None:
         ("convnet4_x2_w64_bn", "convnet4_w64_x2_bn"),
         ("resnet18_bn", "resnet18"),
         ("resnet18_ap_in", "resnet18_ap_in"),
+        ("resnet18_vico_in", "resnet18_vico"),
+        ("resnet18_vico_bn", "resnet18_vico_bn"),
+        ("resnet10_ap_in", "resnet10_ap"),
+        ("resnet10_idc_bn", "resnet10_idc"),
         ("vgg11_in", "vgg11"),
         ("alexnet_nonorm", "alexnet"),
         ("densenet_cifar_in", "densenet_cifar_in"),
@@ -65,6 +69,7 @@ def test_canonical_name_omits_defaults_whatever_the_order(arch: str, canonical: 
         ("resnet18_max", "_bn, _in"),
         ("resnet18_ln", "_bn, _in"),
         ("vit_tiny_bn", "not taken"),
+        ("vgg11_tv_bn", "not taken"),
         ("", "must be one of"),
     ],
 )
