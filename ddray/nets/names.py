@@ -62,6 +62,8 @@ _FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("efficientnet_b0", "shufflenet_v2"), Family("torchvision_nets")),
     **dict.fromkeys(("vit_tiny", "deit_tiny"), Family("vit", ("none",))),
 }
+# Older names whose initialisation has changed; the new one keeps what is stored from being taken for it.
+_OLDER_NAMES: Final = {"resnet18_in": "resnet18_vico"}
 _EXTERNAL: Final = Family("build", ("custom",))
 _OFFERED: Final = Registry("arch", "ddray.nets", "NET", "ddray.nets")
 _REGISTERED: dict[str, NetFactory] = {}
@@ -184,7 +186,7 @@ def _parse(arch: str) -> Arch:
     parsed = replace(Arch(base, _FAMILIES[base].norms[0]), **values)  # type: ignore[arg-type]
     if parsed.norm == "group" and parsed.width % GROUPS:
         raise InputError(f"the width of a _gn arch must be a multiple of {GROUPS}, got {arch!r}")
-    return parsed
+    return _parse(_OLDER_NAMES[parsed.name]) if parsed.name in _OLDER_NAMES else parsed
 
 
 def _parse_suffix(arch: str, base: str, suffix: str) -> tuple[str, str | int | bool]:
@@ -213,6 +215,8 @@ def check_arch(arch: str) -> str:
 
 def with_norm(arch: str, norm: str) -> str:
     """Return the canonical name of `arch` with its norm replaced: `("convnet3", "batch")` -> `"convnet3_bn"`.
+
+    `resnet18` becomes `resnet18_vico`, the one ResNet-18 with instance norm that the papers' code has.
 
     Raises:
         InputError: an unknown name, or a norm this architecture cannot be built with.

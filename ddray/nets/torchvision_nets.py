@@ -14,6 +14,7 @@ classifier, and EfficientNet-B0 its stochastic depth of .2.
 - `resnet10`: one BasicBlock per stage.
 - `resnet18_vico`: the dataset-condensation code base's ResNet18 (DC, arXiv:2006.05929, "VICO"), `_bn` its
   ResNet18BN: torchvision's layers with PyTorch's default initialisation (uniform within 1 / sqrt(fan_in)).
+  `resnet18_in` is its older name.
 - `resnet18_ap`: that code's ResNet18BN_AP, `_in` its ResNet18_AP; PyTorch's default initialisation. Strided
   convolutions become stride 1 followed by AvgPool2d(2), in the residual branch after the activation; the last
   map is flattened (4x4 at 32 px; average-pooled to that where it is larger) instead of globally pooled.

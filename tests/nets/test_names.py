@@ -38,6 +38,7 @@ def test_base_names_are_canonical_and_complete() -> None:
         ("resnet18_bn", "resnet18"),
         ("resnet18_ap_in", "resnet18_ap_in"),
         ("resnet18_vico_in", "resnet18_vico"),
+        ("resnet18_in", "resnet18_vico"),
         ("resnet18_vico_bn", "resnet18_vico_bn"),
         ("resnet10_ap_in", "resnet10_ap"),
         ("resnet10_idc_bn", "resnet10_idc"),
@@ -84,8 +85,9 @@ def test_bad_names_state_rule_and_nearest(bad: str, hint: str) -> None:
 def test_with_norm_swaps_only_the_norm() -> None:
     assert with_norm("convnet3", "batch") == "convnet3_bn"
     assert with_norm("convnet3_w64_bn_max", "instance") == "convnet3_w64_max"
-    assert with_norm("resnet18", "instance") == "resnet18_in"
-    assert with_norm("resnet18_in", "batch") == "resnet18"
+    assert with_norm("resnet10", "instance") == "resnet10_in"
+    assert with_norm("resnet10_in", "batch") == "resnet10"
+    assert with_norm("resnet18", "instance") == "resnet18_vico"
     for arch, norm in (("resnet18", "layer"), ("vit_tiny", "batch"), ("convnet3", "btach")):
         with pytest.raises(InputError, match="norm of"):
             with_norm(arch, norm)
