@@ -7,6 +7,8 @@ last; L_MMD matches class means of the embedding.
 **Deviations** (paper | authors' code | ours)
 
 - `loss_scale`: no factor printed | 100 on the whole loss | 100 in both presets (for SGD: a 100-fold lr_img).
+- depth at 128 px: 5 blocks (supplement 1.4) | 6 in its newer commit, 5 in its first (`ConvNet128IN`) | by
+  preset: the default ConvNet, 5 blocks up to 128 px; `repo` 6 above 64 px.
 - norm: InstanceNorm | BatchNorm, hard-wired (authors' issue 8) | by preset.
 - power p: 4 | 1 | by preset.
 - batch_real, iterations: 256, 8,000 | 64, 20,000 | by preset; a class with fewer images gives all of them.
@@ -111,7 +113,7 @@ def preset(name: str, target: Target) -> dict[str, Any]:
     if name == "repo":
         return {
             "steps": 20_000,
-            "arch": "auto_bn",
+            "arch": "auto_bn" if min(target.image_shape[1:]) <= 64 else "convnet6_bn",
             "pixel_space": "normalized",
             "evaluate": {"epochs": 1800, "batch": 64, "augment": "dsa"},
             "method": {**method, "p": 1.0, "batch_real": 64, "lr_img": 1.0},

@@ -49,13 +49,21 @@ _FAMILIES: dict[str, Family] = {
         f"convnet{depth}": Family("convnet", ("instance", "none", "batch", "layer", "group"))
         for depth in range(1, 7)
     },
-    **dict.fromkeys(("resnet10", "resnet18", "resnet18_ap", "resnet101"), Family("torchvision_nets")),
+    **dict.fromkeys(("resnet10", "resnet10_idc"), Family("torchvision_nets")),
+    "resnet10_ap": Family("torchvision_nets", ("instance", "batch")),
+    **dict.fromkeys(("resnet18", "resnet18_ap"), Family("torchvision_nets")),
+    "resnet18_vico": Family("torchvision_nets", ("instance", "batch")),
+    "resnet101": Family("torchvision_nets"),
     "vgg11": Family("convnet", ("instance", "none", "batch")),
+    "vgg11_tv": Family("torchvision_nets", ("none",)),
     "alexnet": Family("convnet", ("none", "batch", "instance")),
     **dict.fromkeys(("mobilenet_v2", "densenet121", "densenet_cifar"), Family("torchvision_nets")),
+    "densenet_idc": Family("torchvision_nets"),
     **dict.fromkeys(("efficientnet_b0", "shufflenet_v2"), Family("torchvision_nets")),
     **dict.fromkeys(("vit_tiny", "deit_tiny"), Family("vit", ("none",))),
 }
+# Older names whose initialisation has changed; the new one keeps what is stored from being taken for it.
+_OLDER_NAMES: Final = {"resnet18_in": "resnet18_vico"}
 _EXTERNAL: Final = Family("build", ("custom",))
 _OFFERED: Final = Registry("arch", "ddray.nets", "NET", "ddray.nets")
 _REGISTERED: dict[str, NetFactory] = {}
@@ -178,7 +186,7 @@ def _parse(arch: str) -> Arch:
     parsed = replace(Arch(base, _FAMILIES[base].norms[0]), **values)  # type: ignore[arg-type]
     if parsed.norm == "group" and parsed.width % GROUPS:
         raise InputError(f"the width of a _gn arch must be a multiple of {GROUPS}, got {arch!r}")
-    return parsed
+    return _parse(_OLDER_NAMES[parsed.name]) if parsed.name in _OLDER_NAMES else parsed
 
 
 def _parse_suffix(arch: str, base: str, suffix: str) -> tuple[str, str | int | bool]:
@@ -207,6 +215,8 @@ def check_arch(arch: str) -> str:
 
 def with_norm(arch: str, norm: str) -> str:
     """Return the canonical name of `arch` with its norm replaced: `("convnet3", "batch")` -> `"convnet3_bn"`.
+
+    `resnet18` becomes `resnet18_vico`, the one ResNet-18 with instance norm that the papers' code has.
 
     Raises:
         InputError: an unknown name, or a norm this architecture cannot be built with.

@@ -9,13 +9,18 @@ from ddray.evaluation import get_protocol, protocol_names
 from ddray.evaluation.published import Number
 from ddray.tables.units import Cell
 
-# Our names and what papers call them, the likeliest first.
-_ARCHS: Final = {
+# Our names and what papers call them, the likeliest first; () where papers mean another network by our name.
+_ARCHS: Final[dict[str, tuple[str, ...]]] = {
     "mobilenet_v2": ("mobilenet_v2", "mobilenet"),
     "vit_tiny": ("vit_tiny", "vit"),
-    "densenet_cifar": ("densenet121",),
-    "convnet3": ("convnet3", "convnet", "convnet_w128"),
+    "resnet10": (),
+    "resnet10_idc": ("resnet10",),
+    "densenet121": (),
+    "densenet_idc": ("densenet121",),
+    "convnet3": ("convnet3", "convnet_w128"),
+    "convnet3_bn": ("convnet3", "convnet"),
     "resnet10_ap": ("resnet_ap10",),
+    "vgg11_tv": ("vgg11",),
 }
 _METHODS: Final = {
     "mmd_pixel": ("mmd_pixel", "mmd"),
@@ -85,7 +90,7 @@ def _has_teachers(protocol: str) -> bool:
 def _arch_names(arch: str) -> tuple[str, ...]:
     """Return the names that papers may give a network; ConvNets match by depth, whatever the norm."""
     base, *suffixes = arch.split("_")
-    if base.startswith("convnet") and ("x2" in suffixes or set(suffixes) <= {"bn"}):
+    if arch not in _ARCHS and base.startswith("convnet") and ("x2" in suffixes or set(suffixes) <= {"bn"}):
         return _ARCHS.get(base, (base,))
     return _ARCHS.get(arch, (arch,))
 

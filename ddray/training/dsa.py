@@ -5,8 +5,15 @@ Two functions share the name in the literature:
 - `dsa` (DSA, arXiv:2102.08259, mode 'S'; DM, DataDAM, MTT, ...): ONE operation of the strategy per batch.
 - `dsa_idc` (IDC, arXiv:2205.14959; DSDM): flip, colour and cutout always, plus one operation of the rest.
 
-Deviation: the authors' code reseeds the global generator to repeat a draw, so that its parameters coincide
-(the same offset along both axes); here they are independent, drawn once and applied as often as needed.
+The two axes of a crop, a cutout or a scale have draws of their own, in both authors' code and here: no
+parameter is shared between them. In DSA's Siamese mode every image of a class gets the first image's draw; in
+evaluation every image has its own.
+
+**Deviations** (authors' code | ours)
+
+- repeating a draw for the real and the synthetic images: the global generator is set to seed, seed + 1, ...
+  before each draw, both times (`dsa_idc`: real and synthetic images are augmented as one batch) | a plan,
+  drawn once from a generator of the run, is applied as often as needed.
 """
 
 from dataclasses import dataclass

@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ddray.distillation.method import Target
 from ddray.errors import InputError
-from ddray.methods.datadam import attention, datadam_loss, discrepancy, mean_embedding_loss
+from ddray.methods.datadam import attention, datadam_loss, discrepancy, mean_embedding_loss, preset
+from ddray.nets.names import resolve_arch
 
 POWERS = (1, 2, 3, 4, 8, 1.5)
 NORMS = ("l2", "l1", "none")
@@ -182,3 +184,21 @@ def test_compiled_steps_have_the_losses_of_eager_ones_without_recompilation(toy:
         for _ in range(3):
             eager, compiled = (float(step()["loss"]) for step in steps)
             assert compiled == pytest.approx(eager, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("size", "paper", "repo"),
+    [
+        (32, "convnet3", "convnet3_bn"),
+        (64, "convnet4", "convnet4_bn"),
+        (128, "convnet5", "convnet6_bn"),
+        (160, "convnet6", "convnet6_bn"),
+    ],
+)
+def test_the_code_has_six_blocks_at_128_px_and_the_paper_five(size: int, paper: str, repo: str) -> None:
+    shape = (3, size, size)
+    target = Target("imagenette", shape, 10, 1)
+
+    archs = [resolve_arch(preset(name, target)["arch"], shape) for name in ("paper", "repo")]
+
+    assert archs == [paper, repo]

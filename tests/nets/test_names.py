@@ -37,6 +37,11 @@ def test_base_names_are_canonical_and_complete() -> None:
         ("convnet4_x2_w64_bn", "convnet4_w64_x2_bn"),
         ("resnet18_bn", "resnet18"),
         ("resnet18_ap_in", "resnet18_ap_in"),
+        ("resnet18_vico_in", "resnet18_vico"),
+        ("resnet18_in", "resnet18_vico"),
+        ("resnet18_vico_bn", "resnet18_vico_bn"),
+        ("resnet10_ap_in", "resnet10_ap"),
+        ("resnet10_idc_bn", "resnet10_idc"),
         ("vgg11_in", "vgg11"),
         ("alexnet_nonorm", "alexnet"),
         ("densenet_cifar_in", "densenet_cifar_in"),
@@ -65,6 +70,7 @@ def test_canonical_name_omits_defaults_whatever_the_order(arch: str, canonical: 
         ("resnet18_max", "_bn, _in"),
         ("resnet18_ln", "_bn, _in"),
         ("vit_tiny_bn", "not taken"),
+        ("vgg11_tv_bn", "not taken"),
         ("", "must be one of"),
     ],
 )
@@ -79,8 +85,9 @@ def test_bad_names_state_rule_and_nearest(bad: str, hint: str) -> None:
 def test_with_norm_swaps_only_the_norm() -> None:
     assert with_norm("convnet3", "batch") == "convnet3_bn"
     assert with_norm("convnet3_w64_bn_max", "instance") == "convnet3_w64_max"
-    assert with_norm("resnet18", "instance") == "resnet18_in"
-    assert with_norm("resnet18_in", "batch") == "resnet18"
+    assert with_norm("resnet10", "instance") == "resnet10_in"
+    assert with_norm("resnet10_in", "batch") == "resnet10"
+    assert with_norm("resnet18", "instance") == "resnet18_vico"
     for arch, norm in (("resnet18", "layer"), ("vit_tiny", "batch"), ("convnet3", "btach")):
         with pytest.raises(InputError, match="norm of"):
             with_norm(arch, norm)

@@ -34,7 +34,10 @@ def test_cells_find_their_numbers() -> None:
     assert value(name="mmd_pixel", size=("ipc", 50)) == 50.9
     assert value(size=("ipc", 2)) is None
     assert value(dataset="digits", target="digits") is None
-    assert value(name="dm", arch="densenet_cifar", size=("ipc", 50)) == 57.4
+    assert value(name="dm", arch="densenet_idc", size=("ipc", 50)) == 57.4
+    assert value(name="dm", arch="resnet10_idc", size=("ipc", 50)) == 58.6
+    for another in ("densenet121", "densenet_cifar", "resnet10", "resnet18_vico"):
+        assert value(name="dm", arch=another, size=("ipc", 50)) is None
     source = PublishedSource(paper="dsdm", table="Table 1")
     assert value(name="dm", size=("ipc", 10), source=source) == 48.9
     assert value(source=source) is None, "DataDAM is not in that table"
@@ -72,8 +75,8 @@ def test_settings_and_teachers_tell_ablations_and_students_apart() -> None:
     }
     table = PublishedSource(paper="d3hr", table="Table 2")
     soft = {"protocol": "soft", "source": table}
-    assert value(**fields, **soft, teacher="vgg11", arch="mobilenet_v2") == 37.8
-    assert value(**fields, **soft, teacher="mobilenet_v2", arch="vgg11") == 24.8
+    assert value(**fields, **soft, teacher="vgg11_tv", arch="mobilenet_v2") == 37.8
+    assert value(**fields, **soft, teacher="mobilenet_v2", arch="vgg11_tv") == 24.8
     source = PublishedSource(paper="d3hr", table="Table 3", setting="L_mu only")
     assert value(**fields, protocol="soft", arch="resnet18", source=source) == 42.6
     stated = PublishedSource(paper="d3hr", table="Table A10", setting="m=1e5; arch not stated")
@@ -99,7 +102,7 @@ def test_without_a_table_only_numbers_of_the_same_protocol_are_taken() -> None:
     fields = {"name": "d3hr", "size": ("ipc", 10), "arch": "resnet18"}
     assert value(**fields, protocol="soft", teacher="resnet18") == 41.3
     assert value(**fields, protocol="soft") == 41.3, "the protocol's own teacher"
-    assert value(**fields, protocol="soft", teacher="vgg11") is None
+    assert value(**fields, protocol="soft", teacher="vgg11_tv") is None
     assert value(**fields) is None, "hard labels are in Table 5 alone, of ImageNet"
     for name in ("rded", "sre2l"):
         assert value(name=name, size=("ipc", 10), arch="resnet18") is None
@@ -109,13 +112,17 @@ def test_without_a_table_only_numbers_of_the_same_protocol_are_taken() -> None:
     assert [value(**plain, protocol=one) for one in ("soft", "continual")] == [None, None]
 
 
-def test_a_convnet_without_a_width_is_the_papers_plain_one() -> None:
+@pytest.mark.parametrize(
+    ("arch", "expected"), [("convnet3_bn", (57.3, 69.3, 54.6)), ("convnet3", (55.2, 66.8, 52.1))]
+)
+def test_the_two_convnets_of_table_a6_are_told_apart_by_their_norm(
+    arch: str, expected: tuple[float, float, float]
+) -> None:
     source = PublishedSource(paper="d3hr", table="Table A6")
-    fields: dict[str, Any] = {"name": "d3hr", "source": source}
-    assert value(size=("ipc", 10), **fields) == 57.3
-    assert value(size=("ipc", 50), **fields) == 69.3
+    fields: dict[str, Any] = {"name": "d3hr", "source": source, "arch": arch, "protocol": "soft"}
     big = {"dataset": "cifar100", "target": "cifar100", "num_classes": 100}
-    assert value(size=("ipc", 50), **fields, **big) == 54.6
+    actual = [value(size=("ipc", 10), **fields), value(size=("ipc", 50), **fields)]
+    assert (*actual, value(size=("ipc", 50), **fields, **big)) == expected
 
 
 @pytest.mark.parametrize("figure", [1, 4, 5, 6, 12, 13])

@@ -233,3 +233,9 @@ def test_random_crops_pad_four_pixels_at_every_size(height: int, width: int) -> 
     middle = cropped[:, 0, height // 2, width // 2].long() - 1
     down, right = middle // width - height // 2, middle % width - width // 2
     assert set(down.tolist()) == set(right.tolist()) == set(range(-4, 5))
+
+
+def test_the_axes_of_an_operation_have_draws_of_their_own() -> None:
+    params = Dsa(ALL).draw(4000, derive(0, "axes"), shared_op=False).params
+    for one, other in ((SHIFT_Y, SHIFT_X), (CUT_Y, CUT_X), (SCALE_X, SCALE_Y)):
+        assert np.corrcoef(params[:, one], params[:, other])[0, 1] == pytest.approx(0, abs=0.06)
