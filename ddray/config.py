@@ -38,6 +38,14 @@ def named(option: str, field: str, default: Any = ()) -> Any:
     return Field(default=default, validation_alias=AliasChoices(field, option))
 
 
+def added(default: Any, **rules: Any) -> Any:
+    """Return a field that came after a release, with pydantic's `rules`.
+
+    At its default it is not dumped, so that runs, units and pool entries from before it keep their keys.
+    """
+    return Field(default=default, exclude_if=lambda value: value == default, **rules)
+
+
 def option_name(name: str, field: FieldInfo) -> str:
     """Return the name of a field's option, such as `num-samples`, or `arch` of `archs`."""
     alias = field.validation_alias
@@ -73,8 +81,16 @@ class Config(BaseModel):
         return cls.model_fields.keys() | names
 
     def dump(self) -> dict[str, Any]:
-        """Return the values as plain JSON types, nested configs as dicts."""
+        """Return the values as plain JSON types, nested configs as dicts; `added` ones unless at default."""
         return self.model_dump(mode="json")
+
+    def every_value(self) -> dict[str, Any]:
+        """Return what `dump` does, and the `added` values at their default."""
+        dumped = self.dump()
+        return {
+            name: value.every_value() if isinstance(value, Config) else dumped.get(name, value)
+            for name, value in self
+        }
 
 
 class Result(Config):

@@ -70,7 +70,7 @@ def _presets(method: str, budget: bool) -> Iterator[str]:
         "evaluate": EvaluateConfig().dump(),
         "pixel_space": "normalized",
         "arch": "auto",
-        "method": method_type.config_type().dump(),
+        "method": method_type.config_type().every_value(),
     }
     preset_layers = {name: method_type.preset(name, target) for name in ("paper", "repo")}
     names = sorted({key for one in preset_layers.values() for key in flatten(one)})

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
-from ddray.config import Config, difference, merge, nest, parse_overrides, read_yaml
+from ddray.config import Config, added, difference, merge, nest, parse_overrides, read_yaml
 from ddray.errors import InputError
 
 
@@ -230,3 +230,31 @@ class TestDuplicateKeys:
         readers = [path.name for path in root.rglob("*.py") if re.search(r"yaml\.\w*load", path.read_text())]
 
         assert readers == ["config.py"]
+
+
+class Later(Config):
+    """What a release has of `Inner`, with fields that came after it."""
+
+    lr_img: float = 1.0
+    crop: Literal["none", "fixed"] = added("none")
+    count: int | None = added(None, ge=1)
+    size: tuple[int, int] = (1, 2)
+
+
+class Run(Config):
+    method: Later = Later()
+
+
+def test_fields_that_came_later_are_dumped_once_they_are_set() -> None:
+    """A key is a hash of a dump: with every later field at its default it must be the key of before."""
+    assert (
+        Run().dump()
+        == Run.parse({"method": {"crop": "none"}}).dump()
+        == {"method": {"lr_img": 1.0, "size": [1, 2]}}
+    )
+    changed = Run.parse({"method": {"crop": "fixed", "count": 3}})
+    assert changed.dump()["method"] == {"lr_img": 1.0, "crop": "fixed", "count": 3, "size": [1, 2]}
+    assert Run.parse(changed.dump()) == changed
+    assert Run().every_value() == {"method": {"lr_img": 1.0, "crop": "none", "count": None, "size": [1, 2]}}
+    with pytest.raises(InputError, match=r"method\.count: input should be greater than or equal to 1, got 0"):
+        Run.parse({"method": {"count": 0}})

@@ -23,6 +23,8 @@ DISTIL = (
     *("distill", "--method", "dsdm", "--dataset", "digits", "--ipc", "1", "--steps", "12"),
     *("--set", "checkpoint_every=4", "--set", "method.batch_real=8", "--set", "arch=convnet4_w4"),
     *("--set", "method.pool.num_models=1", "--set", "method.pool.epochs=2"),
+    # That release's preset was Algorithm 1 to the letter.
+    *("--set", "method.momentum=0", "--set", "method.augment=none"),
 )
 NAS = ("nas", "--sample", "3", "--max-mflops", "1", "--epochs", "1", "--executor", "local")
 TUNE = (

@@ -58,7 +58,7 @@ def tune(plan: Plan, options: TuneOptions, *, run_dir: Path | None, resume: bool
     space = _space(plan, options.space)
     make_distiller(plan)
     check_plan(plan)
-    paper = {name: plan.config.method.dump()[name] for name in space}
+    paper = {name: plan.config.method.every_value()[name] for name in space}
     train, val = carve_val(plan.dataset.train(), seed=plan.seed)
     check_size(plan, train)
     _check_objective(plan, options)
@@ -230,7 +230,7 @@ def _checked(plan: Plan, name: str, value_range: Range, source: str) -> Range:
     for value in value_range.probes():
         changed = type(method).parse({**method.dump(), name: value}, source=source)
         check_plan(replace(plan, config=config.model_copy(update={"method": changed})))
-        parsed.append(changed.dump()[name])
+        parsed.append(changed.every_value()[name])
     return replace(value_range, choices=tuple(parsed)) if value_range.kind == "choice" else value_range
 
 

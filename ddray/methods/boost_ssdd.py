@@ -7,6 +7,8 @@ small networks Q_a replace in the end.
 **Deviations** (paper | ours)
 
 - inner loss: Eq 2 sums over dimensions, which diverges at its own lr .1 | mean.
+- teacher: Barlow Twins, "based on the solo-learn library" | AdamW; `repo`: solo-learn's warm-up, crops and
+  first convolution, as in the table files; `paper`: other values of these three (`families/ssl/teacher.py`).
 - principal components: centring not given | uncentred, so that no mean is stored; images are shrunk by
   averaging.
 - Q_a's optimiser: not given | full-batch Adam, lr .01 falling linearly, 2,000 steps; inputs are standardised
@@ -50,6 +52,7 @@ from ddray.methods.families.ssl.budget import (
     evaluate_for,
     feature_dim,
     given_budget,
+    teacher_for,
     teacher_of,
 )
 from ddray.methods.families.ssl.loop import SCHEDULE, BilevelLoop, Rows
@@ -93,10 +96,11 @@ class BoostSsddConfig(KrrConfig):
 
 
 def preset(name: str, target: Target) -> dict[str, Any]:
-    """Return the paper's settings (the authors published no code: `repo` is the same)."""
+    """Return the paper's settings; `repo`, since there is no code, with a teacher by solo-learn's recipe."""
     side = min(target.image_shape[1:])
     small = side <= 32
     method: dict[str, Any] = {"scale": 2 if small else max(2, side // 16), "hidden": 4 if small else 16}
+    method |= teacher_for(name)
     row = _TABLE5.get(target.dataset, {}).get(target.budget or 0)
     if row is not None:
         method["num_image_bases"], method["num_target_bases"] = row

@@ -12,11 +12,18 @@ statistics are pool entries; a run itself does group sampling, class by class, a
 - guidance: not given | 4, null label K | the same (DiTPipeline's own call takes 1000 whatever K is). With 4,
   inversion and sampling are not each other's inverse; with 1 they are.
 - posterior: the latent | one sample | `paper` the mode, `repo` a sample.
+- inversion: Eq 3, whose noise is predicted from the latent before the step | the same | the same; with
+  `fixed_point` iterations, from the latent after it, so that a DDIM step leads back.
 - score: Eq 5-8, squared, summed over dimensions, weights 1:1:.5 | norms of the mean and unbiased deviation
-  errors plus .1 of the skewness of each latent across its dimensions | by preset.
+  errors plus .1 of a skewness | by preset.
+- skewness: Eq 8, of each dimension over the ipc latents of the group, about the class's mean and in its
+  deviations | each dimension is standardised over the group's latents, the cubes are summed over the
+  dimensions, with n = D in the factor: a number per latent | by preset.
 - candidates: m = 1e5 ImageNet, 1e6 Tiny-ImageNet, 5e6 CIFAR | 1,000 m, the same draws for every class | by
-  preset.
-- terms that ipc leaves undefined (skewness below 3; in the code's form the deviation at 1: NaN) are dropped.
+  preset, at any resolution; datasets that the paper does not use take m of the one of their size (up to 32
+  px, up to 64, above).
+- terms that ipc leaves undefined (skewness below 3; in the code's form deviation and skewness at 1: NaN) are
+  dropped.
 - generator: DiT-XL/2, fine-tuned 400 epochs per dataset | - | any DiTPipeline folder, or one trained here.
 - soft labels (`evaluate --protocol soft`): Table A1 | half a cosine, CutMix, other rates and batches | recipe
   `paper` or `repo`, by preset.
@@ -49,12 +56,15 @@ from ddray.seeding import derive_seed
 __all__ = ["METHOD", "D3HRConfig", "group_sample", "group_scores"]
 
 _WRITTEN_PER_STEP: Final = 32 * 2**20
+# m by dataset (Appendix B).
+_CANDIDATES: Final = {"imagenet": 10**5, "tiny_imagenet": 10**6, "cifar10": 5 * 10**6, "cifar100": 5 * 10**6}
 
 
 def preset(name: str, target: Target) -> dict[str, Any]:
     """Return the settings of `paper` (Appendix B) or `repo` (authors' code)."""
     size = max(target.image_shape[1:])
-    candidates = 5_000_000 if size <= 32 else 1_000_000 if size <= 64 else 100_000
+    similar = "cifar10" if size <= 32 else "tiny_imagenet" if size <= 64 else "imagenet"
+    candidates = _CANDIDATES.get(target.dataset, _CANDIDATES[similar])
     method: dict[str, Any] = {"num_candidates": candidates, "generator": default_recipe(target.image_shape)}
     if name == "repo":
         method |= {

@@ -9,22 +9,28 @@ covariances (Eq 5), L_h the class means of the synthetic images with their own h
 
 - `lr_img`: .1 | .1 (ipc / 10) (size / base)^2, base 28 for MNIST, 64 for speech, 224 for ImageNet, else 32 |
   by preset.
-- optimiser: SGD | momentum .5 over all pixels, stepped once per class, so that a gradient moves its pixels
-  by 2 lr within the step | by preset, stepped once for all classes; with momentum .5 the 2 lr are spread over
-  the next steps.
+- matching augmentation and momentum: "we follow the configuration of DM" (Sec 5.1), and what is listed as set
+  otherwise is neither; Algorithm 1 prints neither, as DM's does not | `dsa_idc` color_crop_cutout, one draw
+  for real and synthetic images; momentum .5 | `repo`: the code's; `paper`: DM's, DSA of all operations and
+  momentum .5. Algorithm 1 to the letter is method.augment=none, method.momentum=0: the pool's stored features
+  then serve as the real ones, and no network sees a real image. Spectrograms are not augmented.
+- optimiser: SGD | SGD over all pixels, stepped once per class, so that momentum moves a gradient's pixels by
+  2 lr within the step | stepped once for all classes: the 2 lr are spread over the next steps.
 - covariance: / n | / (n - 1) | by preset; ipc 1 at factor 1 has none, and the term is dropped.
 - L_h: Eq 6 from the second step on | also / d, from step 2,001 on, prototypes of augmented images; their
   memory starts at the first prototype | by preset. Eq 8 starts it at 0. Both keep one for all networks.
 - initial images: random real ones | the first of each class, nearest down-scaling | by preset; the paper's
   are scaled down bilinearly.
-- matching augmentation: not mentioned | `dsa_idc` color_crop_cutout, one draw for real and synthetic images |
-  by preset. Without it the pool's stored features serve as the real ones: no network sees a real image.
+- MNIST at factor 2: - | no cutout in matching, no CutMix of the pool's networks | `repo`: the same.
 - pool: 20 epochs, SGD .01/.9/5e-4, batch 256 | also CutMix .5 and color + crop | by preset. Networks match in
   eval mode (no difference for InstanceNorm). Trained on all of train | the same | on the nine tenths that a
   search distils from, also for sets of all of train: one pool serves both, and no network has seen val.
-- pixels: not mentioned | [0, 1], clamped at the start of each step | the code's, in both presets.
+- pixels: not mentioned (DM's are normalised, not clamped) | [0, 1], clamped at the start of each step | the
+  code's, in both presets.
 - evaluation: 1,500 epochs | batch 64, multi-step rate, `dsa_idc` without cutout, CutMix .5, best of some 400
-  evaluations on test | the code's settings in both presets, the last epoch.
+  evaluations on test; no flip of digits and house numbers, no CutMix of MNIST at factor 2; SVHN at ipc
+  1 and factor 1: no CutMix, but cutout (in IDC's code, which it is built on) | the code's settings in both
+  presets, the last epoch.
 - a factor that does not divide the side: padded with grey | parts that differ by a pixel.
 """
 
@@ -48,12 +54,13 @@ from ddray.methods.families.matching.partitioned import (
 from ddray.methods.families.matching.pretrained import PoolConfig, pretrained_specs, stored_features
 from ddray.methods.families.state import copy_values, cpu_copy
 from ddray.pool.spec import PoolSpec
+from ddray.training.recipe import idc_mixes
 
 _BASE_SIZES: Final = {"mnist": 28, "imagenet": 224, "imagenette": 224, "imagewoof": 224, "imagesquawk": 224}
 
 
 class DSDMConfig(PartitionedConfig):
-    """DSDM's settings; defaults are the paper's."""
+    """DSDM's settings; defaults are those of Algorithm 1, to the letter."""
 
     quick: ClassVar = {**PartitionedConfig.quick, "pool": {"num_models": 2, "epochs": 1}}
 
@@ -111,9 +118,10 @@ def update_memory(
 def preset(name: str, target: Target) -> dict[str, Any]:
     """Return the settings of `paper` or `repo` (authors' code)."""
     settings: dict[str, Any] = {"steps": 10_000, "arch": "auto", "pixel_space": "normalized"}
-    settings["evaluate"] = idc_evaluation(target)
+    settings["evaluate"] = _evaluation(target)
     if name == "paper":
-        return settings
+        augment = "none" if target.is_audio else "dsa"
+        return {**settings, "method": {"momentum": 0.5, "augment": augment}}
     size = target.image_shape[1]
     base = 64 if target.is_audio else _BASE_SIZES.get(target.dataset, 32)
     method = {
@@ -128,9 +136,24 @@ def preset(name: str, target: Target) -> dict[str, Any]:
         "history_augmented": True,
     }
     if not target.is_audio:  # IDC augments no spectrogram
-        method["augment"], method["strategy"] = "dsa_idc", "color_crop_cutout"
-        method["pool"] = {"augment": "dsa_idc", "strategy": "color_crop", "cutmix": 0.5}
+        mixes = idc_mixes(target.dataset, _factor(target))
+        method["augment"], method["strategy"] = "dsa_idc", "color_crop_cutout" if mixes else "color_crop"
+        cutmix = 0.5 if mixes else 0.0
+        method["pool"] = {"augment": "dsa_idc", "strategy": "color_crop", "cutmix": cutmix}
     return {**settings, "method": method}
+
+
+def _factor(target: Target) -> int:
+    """Return the parts of a stored image along each axis."""
+    return target.factor or int(DSDMConfig.model_fields["factor"].default)
+
+
+def _evaluation(target: Target) -> dict[str, Any]:
+    """Return the evaluation settings of DSDM's code, with the exception of IDC's for SVHN."""
+    settings = idc_evaluation(target)
+    if target.dataset == "svhn" and target.ipc == 1 and _factor(target) == 1:
+        return {**settings, "strategy": "color_crop_cutout_scale_rotate", "cutmix": 0.0}
+    return settings
 
 
 def pool_specs(ctx: DistillContext, config: DSDMConfig) -> list[PoolSpec]:

@@ -4,7 +4,8 @@ For each of m centroids the nearest real image not yet taken, with its own repre
 
 **Deviations**
 
-- The paper takes N images for a budget of N; ours counts the representations too.
+- A budget of N: the paper takes N images, and their representations on top; ours counts both, so that fewer
+  fit. The paper's count is `method.count=images`, as in the table files.
 - One start of k-means++ (scikit-learn); the paper does not say how many.
 """
 

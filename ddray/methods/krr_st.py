@@ -9,7 +9,10 @@ representations of real images: Boost-SSDD's Eq 2 (inner) and Eq 3 (outer), its 
 - a replaced inner network's counter: not given | stays at Z, so that most steps use a fresh network |
   `pool_reset` by preset.
 - initial images: normalised | in [0, 1], while real batches are normalised | `init_raw` by preset.
-- teacher's first convolution: padding not given | 2 | by preset.
+- teacher: not given | checkpoints of Barlow Twins are shipped, trained elsewhere; padding 2 in the first
+  convolution | `repo`: padding 2, and solo-learn's warm-up and crops, by which Boost-SSDD trains its own.
+- fine-tuning (`--finetune`): batch not given | 256, in its first version 128; 64 for ResNet-18 at 224 px |
+  256.
 - lr_outer on CIFAR-100: 1e-4 | 1e-4, in a later README 1e-3 | 1e-4.
 - storage: images alone are counted | images alone | images and targets.
 - real batches: drawn without repetition within an epoch | within a batch.
@@ -32,6 +35,7 @@ from ddray.methods.families.ssl.budget import (
     feature_dim,
     given_budget,
     num_pairs,
+    teacher_for,
     teacher_of,
 )
 from ddray.methods.families.ssl.loop import SCHEDULE, BilevelLoop, Rows
@@ -56,7 +60,7 @@ def preset(name: str, target: Target) -> dict[str, Any]:
     small = min(target.image_shape[1:]) <= 32
     method: dict[str, Any] = {"lr_outer": 1e-4 if small else 1e-5, "augment_real": "crop_flip"}
     if name == "repo":
-        method |= {"pool_reset": "krrst_code", "init_raw": True, "teacher": {"stem_padding": 2}}
+        method |= {"pool_reset": "krrst_code", "init_raw": True, **teacher_for(name)}
     return {
         "steps": 160_000,
         "checkpoint_every": 1000,

@@ -4,8 +4,8 @@ Drawn from the whole unlabelled set, without classes (Boost-SSDD Sec 4, Baseline
 
 **Deviations**
 
-- The paper takes N images for a budget of N; ours counts the representations too, so that fewer fit: the
-  paper's number is that of `--budget N * (1 + D / (C * H * W))`.
+- A budget of N: the paper takes N images, and their representations on top; ours counts both, so that fewer
+  fit. The paper's count is `method.count=images`, as in the table files.
 """
 
 from typing import Final

@@ -5,19 +5,28 @@ noise and minimise the network's cross entropy plus the distance of the batch's 
 norm layer, from the running ones. Relabel: soft labels are the protocol's (`evaluate --protocol soft`), whose
 recipe `sre2l` is the authors' code.
 
-**Deviations** (paper | authors' code for small images | ours)
+**Deviations** (paper | authors' code | ours)
 
 - one image per class in a batch, batches one after another | the same | the same batches, all in every step.
-- iterations, rate, weight of the statistics: 4,000, .25, .01 for ImageNet | 1,000, .1, .05; tenfold for the
-  first layer | by size of the images: the paper's above 64 px, the code's up to there.
-- jitter: random crops for ImageNet | the batch rolled by up to 4 px | rolled, up to 32 px for large images.
-- the last image or the best one: - | the best only where the last is not asked for | the last.
+- iterations, rate, weight of the statistics: 4,000, .25, .01 for ImageNet | its commands: 1,000, .25, .01 for
+  CIFAR, 4,000, .1, 1 for Tiny-ImageNet, 4,000, .25, .01 for ImageNet; tenfold for the first layer | `repo`:
+  these, by the images' size (up to 32 px, up to 64, above); `paper`: ImageNet's above 64 px, and up to there
+  1,000, .1, .05, the defaults of the code's options, which none of its commands leaves.
+- views: random crops for ImageNet | none for CIFAR; for Tiny-ImageNet and ImageNet a random resized crop (8%
+  to 100% of the area) and a flip, one draw for the whole batch | `repo`: the code's; `paper`: none.
+- jitter: - | the batch rolled along each axis by 0..4 px (CIFAR), -4..4 (Tiny-ImageNet), 0..32 (ImageNet) |
+  the code's; `paper` rolls by 0..4 at 64 px too.
+- squeezing: - | CIFAR: 200 epochs of SGD .1, batch 128, crop and flip; Tiny-ImageNet: its script trains 50,
+  100 and 200 epochs and does not say which is recovered from; ImageNet: torchvision's weights | SGD .05,
+  batch 64, DSA; 200 epochs in `repo` up to 32 px, else `teacher_epochs`' default.
+- pixels: - | CIFAR-100 with CIFAR-10's mean and deviation; stored as JPEG files | the dataset's own; floats.
+- the last image or the best one: - | the last (its "best images" are overwritten by them) | the last.
 """
 
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ddray.artifact.distilled_set import DistilledSet
+from ddray.config import added
 from ddray.data import normalized_space
 from ddray.distillation.method import DistillContext, MethodConfig, Target
 from ddray.errors import InputError
@@ -33,7 +43,18 @@ from ddray.methods.families.factory import make_method
 from ddray.methods.families.matching.batches import initial_images
 from ddray.methods.families.state import cpu_copy, load_optimizer_state, optimizer_state
 from ddray.pool.spec import teacher_spec
+from ddray.training.crops import draw_boxes, resized_crops
 from ddray.training.recipe import TeacherRecipe
+
+# The commands that the authors' code ships, with the defaults of options that they leave out.
+_SHIPPED: Final[dict[str, dict[str, Any]]] = {
+    "cifar": {"steps": 1000, "method": {"lr": 0.25, "bn_weight": 0.01, "jitter": 4, "teacher_epochs": 200}},
+    "tiny": {
+        "steps": 4000,
+        "method": {"lr": 0.1, "bn_weight": 1.0, "jitter": 4, "jitter_both_ways": True, "crop": "fixed"},
+    },
+    "imagenet": {"steps": 4000, "method": {"lr": 0.25, "bn_weight": 0.01, "jitter": 32, "crop": "fixed"}},
+}
 
 
 class SRe2LConfig(MethodConfig):
@@ -53,6 +74,10 @@ class SRe2LConfig(MethodConfig):
     """Factor on the first layer's distance."""
     jitter: int = Field(default=4, ge=0)
     """Largest roll of a batch along each axis, in pixels."""
+    jitter_both_ways: bool = added(False)
+    """Roll by -jitter..jitter instead of 0..jitter."""
+    crop: Literal["none", "fixed"] = added("none")
+    """`fixed`: before the roll, a random resized crop of 8% to 100% of the area and a flip of the batch."""
 
 
 class BatchStatistics:
@@ -92,10 +117,31 @@ def recover_loss(
     return F.cross_entropy(logits, labels) + weight * total
 
 
+def batch_view(images: Tensor, generator: torch.Generator, *, crop: bool, rolls: tuple[int, int]) -> Tensor:
+    """Return a batch [N, C, H, W] as the network sees it; one draw of everything serves all of its images.
+
+    Args:
+        images: the batch.
+        generator: on the CPU; makes every draw.
+        crop: begin with a random resized crop, mirrored in half of the cases.
+        rolls: smallest and largest roll along each axis, in pixels.
+    """
+    if crop:
+        box = draw_boxes(1, (images.shape[2], images.shape[3]), generator)
+        mirrored = torch.rand(1, generator=generator) < 0.5
+        images = resized_crops(images, box.expand(len(images), -1), mirrored.expand(len(images)))
+    shifts = torch.randint(rolls[0], rolls[1] + 1, (2,), generator=generator).tolist()
+    return torch.roll(images, shifts=shifts, dims=(2, 3))
+
+
 def preset(name: str, target: Target) -> dict[str, Any]:
-    """Return the settings for the images' size, the same in both presets."""
+    """Return the settings of `paper`, or of the commands that the authors' code ships (`repo`), by size."""
     evaluate = {"epochs": 1000, "augment": "dsa"}
-    if max(target.image_shape[1:]) <= 64:
+    side = max(target.image_shape[1:])
+    if name == "repo":
+        size = "cifar" if side <= 32 else "tiny" if side <= 64 else "imagenet"
+        return {"evaluate": evaluate, **_SHIPPED[size]}
+    if side <= 64:
         return {"steps": 1000, "evaluate": evaluate}
     method = {"lr": 0.25, "bn_weight": 0.01, "jitter": 32}
     return {"steps": 4000, "evaluate": evaluate, "method": method}
@@ -138,12 +184,12 @@ class SRe2L:
         generator = ctx.generator("step", self._step)
         self._optimizer.zero_grad()
         total = torch.zeros((), device=ctx.device)
+        rolls = (-config.jitter if config.jitter_both_ways else 0, config.jitter)
         for index in range(ctx.ipc):
             rows = slice(index, None, ctx.ipc)
-            shifts = torch.randint(0, config.jitter + 1, (2,), generator=generator).tolist()
-            rolled = torch.roll(self._images[rows], shifts=shifts, dims=(2, 3))
+            view = batch_view(self._images[rows], generator, crop=config.crop == "fixed", rolls=rolls)
             with self._statistics.watch():
-                logits = self._net(rolled.contiguous(memory_format=torch.channels_last))
+                logits = self._net(view.contiguous(memory_format=torch.channels_last))
             distances, weight = self._statistics.distances, config.bn_weight
             loss = recover_loss(
                 logits, self._labels[rows], distances, weight=weight, first=config.first_bn_factor

@@ -39,13 +39,13 @@ def _read(source: Path | Mapping[str, Any], plan: Plan, space: Space) -> dict[st
             log.warning("%s: only its method's settings are used, not %s", where, ", ".join(ignored))
         values = settings
     method = plan.config.method
-    preset = method.dump()
+    preset = method.every_value()
     for name in sorted(values.keys() - space.keys()):
         if name not in preset or values[name] != preset[name]:
             raise unknown(f"{where}: a name", name, space)
     changed = type(method).parse({**preset, **values}, source=where)
     check_plan(replace(plan, config=plan.config.model_copy(update={"method": changed})))
-    point = {name: changed.dump()[name] for name in space}
+    point = {name: changed.every_value()[name] for name in space}
     for name in sorted(values.keys() & space.keys()):
         value = point[name]
         if space[name].kind == "randint" and isinstance(value, float) and value.is_integer():

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from ddray.data import Split
+from ddray.distillation.method import Target
 from ddray.errors import InputError
-from ddray.methods.d3hr import plan_stages
+from ddray.methods.d3hr import plan_stages, preset
 from ddray.methods.families.diffusion import stages
 from ddray.methods.families.diffusion.decoder import D3HRConfig
 from ddray.methods.families.diffusion.model import open_pipeline, save_pipeline
@@ -132,3 +133,43 @@ def test_presets_are_the_papers_and_the_codes(planned: Any, toy: Any) -> None:
         assert [plan.lambda_skew for plan in plans] == [0.5, 0.1]
         assert [plan.encoding for plan in plans] == ["mode", "sample"]
         assert [plan.shared_draws for plan in plans] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "candidates"),
+    [
+        ("imagenet", 64, 100_000),
+        ("imagenet", 224, 100_000),
+        ("imagenet", 32, 100_000),
+        ("tiny_imagenet", 64, 1_000_000),
+        ("tiny_imagenet", 32, 1_000_000),
+        ("cifar10", 32, 5_000_000),
+        ("cifar100", 64, 5_000_000),
+        ("imagewoof", 128, 100_000),  # not in Appendix B: as ImageNet, by its size
+        ("pictures", 64, 1_000_000),
+    ],
+)
+def test_candidates_are_those_of_the_dataset_at_any_size(name: str, size: int, candidates: int) -> None:
+    """Appendix B names datasets, not resolutions."""
+    target = Target(name, (3, size, size), 10, 10)
+    assert [preset(p, target)["method"]["num_candidates"] for p in ("paper", "repo")] == [
+        candidates,
+        1000 * candidates,
+    ]
+
+
+def test_options_of_a_datasets_name_do_not_change_its_candidates(planned: Any, toy: Any) -> None:
+    dataset = toy(shape=(3, 64, 64), name="imagenet?image_size=64")
+    assert planned("d3hr", dataset, arch="auto")[0].config.method.num_candidates == 100_000
+
+
+def test_an_inversion_without_fixed_point_has_the_key_of_before(planned: Any, toy: Any, dit: str) -> None:
+    def inverted(**method: Any) -> Any:
+        _, ctx, distiller = planned("d3hr", toy(), method={**BASE, "diffusion": dit, **method})
+        return plan_stages(ctx, distiller._config)[1][1]
+
+    before = {"class_ids", "guidance", "latents", "mapping", "num_inference_steps", "num_steps"}
+    assert set(inverted().recipe) == before
+    assert inverted(fixed_point=5).recipe == {**inverted().recipe, "fixed_point": 5}
+    noised = [inverted(mapping="ddpm", fixed_point=number).key for number in (0, 5)]
+    assert noised[0] == noised[1], "added noise inverts nothing"

@@ -21,10 +21,12 @@ BATCH, IPC, LR = 4, 2, 0.02
 
 
 POOL = {"num_models": 2, "epochs": 1}
+LETTER = {"augment": "none", "momentum": 0.0}  # Algorithm 1, without DM's configuration
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "paper": {},
+    "paper": {"augment": "dsa", "momentum": 0.5},
+    "algorithm_1": {},
     "factor_1": {"factor": 1},
     "time": {"axes": "time", "factor": 3},
     "repo": {
@@ -120,8 +122,9 @@ class Replay:
         self.velocity = torch.zeros_like(self.pixels)
         self.nets = [entry.module().double() for entry in ctx.pool.get(distiller.pool_specs(ctx))]
         self.batches = ClassBatches(ctx, BATCH)
-        strategy = settings.get("strategy")
-        self.dsa = Dsa(strategy, variant="dsa_idc") if strategy else None
+        every = "color_crop_cutout_scale_rotate"  # the images can't be flipped
+        augment, strategy = settings.get("augment", "none"), settings.get("strategy", every)
+        self.dsa = Dsa(strategy, variant=augment) if augment != "none" else None
         self.memory: list[Tensor] | None = None
 
     def normalized(self, images: Tensor) -> Tensor:
@@ -196,7 +199,7 @@ class Replay:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_steps_are_algorithm_1(name: str, toy: Any, planned: Any) -> None:
     variant = VARIANTS[name]
-    settings = {"batch_real": BATCH, "lr_img": LR, "pool": POOL, **variant}
+    settings = {"batch_real": BATCH, "lr_img": LR, "pool": POOL, **LETTER, **variant}
     dataset = toy(counts=(9, 7, 8), shape=(3, 16, 16), can_flip=False)
     _, ctx, distiller = planned("dsdm", dataset, ipc=IPC, seed=3, steps=4, method=settings)
     distiller.setup(ctx)
@@ -234,7 +237,7 @@ class Bare:
 def test_the_pools_features_spare_the_real_images_forward_pass(
     toy: Any, planned: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {"batch_real": BATCH, "pool": POOL}
+    settings = {"batch_real": BATCH, "pool": POOL, **LETTER}
     _, ctx, fast = planned("dsdm", toy(), ipc=IPC, steps=2, method=settings)
     bare = dataclasses.replace(ctx, pool=Bare(ctx.pool))
     _, _, slow = planned("dsdm", toy(), ipc=IPC, steps=2, method=settings)
@@ -312,7 +315,7 @@ def test_random_networks_match_in_any_pixel_space(toy: Any, planned: Any) -> Non
 
 
 def test_a_large_set_is_matched_in_batches(toy: Any, planned: Any) -> None:
-    settings = {"batch_real": BATCH, "batch_syn": 5, "pool": POOL, "lr_img": 1e-3}
+    settings = {"batch_real": BATCH, "batch_syn": 5, "pool": POOL, "lr_img": 1e-3, **LETTER}
     _, ctx, distiller = planned("dsdm", toy(), ipc=2, steps=2, method=settings)
     distiller.setup(ctx)
     before = distiller.snapshot().images
@@ -333,7 +336,7 @@ def test_a_large_set_is_matched_in_batches(toy: Any, planned: Any) -> None:
 
 
 def test_pixels_are_clamped_at_the_start_of_a_step(toy: Any, planned: Any) -> None:
-    settings = {"batch_real": BATCH, "pool": POOL, "lr_img": 100.0, "use_history": False}
+    settings = {"batch_real": BATCH, "pool": POOL, "lr_img": 100.0, "use_history": False, **LETTER}
     _, ctx, distiller = planned("dsdm", toy(), ipc=1, steps=2, method=settings)
     distiller.setup(ctx)
     distiller.step()

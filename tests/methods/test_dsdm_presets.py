@@ -56,6 +56,10 @@ def test_presets_hold_the_table_of_methods() -> None:
         "cutmix": 0.5,
     }
     defaults = get_method("dsdm").config_type()
+    # "We follow the configuration of DM" (Sec 5.1): DM's momentum and DSA, at DSDM's own rate.
+    theirs = get_method("dm").config_type()
+    assert (theirs.momentum, theirs.augment, theirs.batch_real) == (0.5, "dsa", defaults.batch_real)
+    assert paper["method"] == {"momentum": 0.5, "augment": "dsa"}
     expected = {
         "lr_img": 0.1,
         "momentum": 0.0,
@@ -124,6 +128,50 @@ def test_evaluation_follows_the_dataset(
         == (strategy is None)
         == ("augment" not in settings["method"])
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "matching", "cutmix"),
+    [
+        ("mnist", {}, "color_crop", 0.0),
+        ("mnist", {"factor": 2}, "color_crop", 0.0),
+        ("mnist", {"factor": 1}, "color_crop_cutout", 0.5),
+        ("fashion_mnist", {}, "color_crop_cutout", 0.5),
+        ("svhn", {"can_flip": False}, "color_crop_cutout", 0.5),
+        ("cifar10", {}, "color_crop_cutout", 0.5),
+    ],
+)
+def test_mnist_at_factor_2_is_matched_without_cutout_and_cutmix(
+    name: str, options: dict[str, Any], matching: str, cutmix: float
+) -> None:
+    """IDC's misc/reproduce.py, which DSDM's --reproduce runs: aug_type and mixup_net."""
+    method = preset("repo", target(name, (1, 28, 28), 10, **options))["method"]
+    assert (method["augment"], method["strategy"]) == ("dsa_idc", matching)
+    assert method["pool"] == {"augment": "dsa_idc", "strategy": "color_crop", "cutmix": cutmix}
+
+
+@pytest.mark.parametrize(
+    ("ipc", "factor", "strategy", "cutmix"),
+    [
+        (1, 1, "color_crop_cutout_scale_rotate", 0.0),
+        (1, 2, "color_crop_scale_rotate", 0.5),
+        (1, None, "color_crop_scale_rotate", 0.5),
+        (10, 1, "color_crop_scale_rotate", 0.5),
+    ],
+)
+def test_one_uncut_image_of_a_house_number_is_not_mixed(
+    ipc: int, factor: int | None, strategy: str, cutmix: float
+) -> None:
+    house_numbers = target("svhn", (3, 32, 32), ipc, can_flip=False, factor=factor)
+    evaluate = preset("repo", house_numbers)["evaluate"]
+    assert (evaluate["strategy"], evaluate["cutmix"]) == (strategy, cutmix)
+    assert preset("paper", house_numbers)["evaluate"] == evaluate
+
+
+def test_speech_is_matched_without_augmentation_in_both_presets() -> None:
+    words = target("/data/words", (1, 64, 64), 20, is_audio=True)
+    assert preset("paper", words)["method"] == {"momentum": 0.5, "augment": "none"}
+    assert "augment" not in preset("repo", words)["method"]
 
 
 def test_nested_pool_settings_are_set_one_by_one(digits: Any) -> None:

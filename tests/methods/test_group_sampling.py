@@ -44,16 +44,16 @@ def paper_score(group: Any, mean: Any, std: Any, weights: tuple[float, float, fl
 
 
 def repo_score(group: Any, mean: Any, std: Any, weights: tuple[float, float, float]) -> float:
-    """The authors' code's score for one group: norms, unbiased deviations, skewness of each latent."""
+    """The authors' code's score for one group: norms; cubes standardised over the group, summed over D."""
     n, d = group.shape
-    total = weights[0] * np.linalg.norm(group.mean(0) - mean)
-    if n > 1:
-        total += weights[1] * np.linalg.norm(group.std(0, ddof=1) - std)
-    skews = []
-    for latent in group:
-        z = (latent - latent.mean()) / latent.std(ddof=1)
-        skews.append(d / ((d - 1) * (d - 2)) * (z**3).sum())
-    return float(total + weights[2] * np.linalg.norm(skews))
+    centre = sum(group) / n
+    total = weights[0] * np.linalg.norm(centre - mean)
+    if n == 1:
+        return float(total)
+    deviation = np.sqrt(sum((latent - centre) ** 2 for latent in group) / (n - 1))
+    total += weights[1] * np.linalg.norm(deviation - std)
+    skews = [d / ((d - 1) * (d - 2)) * sum(((latent - centre) / deviation) ** 3) for latent in group]
+    return float(total + weights[2] * math.sqrt(sum(skew**2 for skew in skews)))
 
 
 @pytest.mark.parametrize("form", ["paper", "repo"])

@@ -198,7 +198,6 @@ def test_presets_differ_where_code_and_paper_do() -> None:
     assert "pool_reset" not in paper["method"]
     assert code["method"]["pool_reset"] == "krrst_code"
     assert code["method"]["init_raw"]
-    assert code["method"]["teacher"] == {"stem_padding": 2}
     assert paper["arch"] == "convnet3_w128_x2_bn"
     large = preset("paper", Target("tiny_imagenet", (3, 64, 64), 200, 1, 200))
     assert (large["arch"], large["method"]["lr_outer"]) == ("convnet4_w64_x2_bn", 1e-5)
@@ -355,6 +354,38 @@ def test_random_pairs_are_real_images_with_their_representations(started: Any) -
     indices = [int((real - image).abs().amax((1, 2, 3)).argmin()) for image in distilled.images]
     assert len(set(indices)) == 5
     assert torch.equal(distilled.targets, distiller.representations[indices])
+
+
+@pytest.mark.parametrize("method", ["random_ssl", "kmeans_ssl"])
+def test_a_selection_counts_images_if_told_to(method: str, toy: Any, planned: Any) -> None:
+    """Boost-SSDD: "we get the same numbers of coreset images as the given budget"."""
+    for count, expected in (("storage", 5), ("images", 6)):
+        settings = {"teacher": TEACHER, "count": count}
+        plan, ctx, distiller = planned(method, toy(), ipc=2, steps=0, method=settings)
+        distiller.setup(ctx)
+        distilled = distiller.snapshot()
+        distilled.validate()
+        assert plan.budget == distilled.meta.budget == 6
+        assert len(distilled.images) == len(distilled.targets) == expected  # 6 * 768 // (768 + 128) = 5
+        assert distilled.meta.storage_floats == expected * (768 + 128), "what is stored is counted either way"
+        assert ("count" in plan.config.method.dump()) == (count == "images"), "old keys stay"
+
+
+def test_as_many_images_as_there_are_can_be_selected(toy: Any) -> None:
+    layers = [{"method": {"teacher": TEACHER, "count": "images"}}]
+    dataset = toy()
+    check_size(resolve("random_ssl", dataset, budget=24, layers=layers), dataset.train())
+    with pytest.raises(InputError, match=r"budget must be <= 24 for toy \(24 images\), got 25"):
+        check_size(resolve("random_ssl", dataset, budget=25, layers=layers), dataset.train())
+
+
+@pytest.mark.parametrize("method", ["random_ssl", "kmeans_ssl", "krr_st", "boost_ssdd"])
+def test_repo_trains_the_teacher_by_solo_learns_recipe(method: str) -> None:
+    target = Target("cifar100", (3, 32, 32), 100, 1, 100)
+    paper, code = (get_method(method).preset(name, target) for name in ("paper", "repo"))
+    assert "teacher" not in paper["method"]
+    assert code["method"]["teacher"] == {"stem_padding": 2, "crop_area": 0.08, "warmup_epochs": 10}
+    assert paper["evaluate"]["finetune"] == code["evaluate"]["finetune"] == {"batch": 256}
 
 
 def test_kmeans_takes_the_nearest_to_each_centroid() -> None:

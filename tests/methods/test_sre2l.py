@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -7,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ddray.distillation.method import Target
 from ddray.errors import InputError
-from ddray.methods.sre2l import BatchStatistics, recover_loss
+from ddray.methods.sre2l import BatchStatistics, SRe2LConfig, batch_view, preset, recover_loss
 from ddray.nets import build_net
+from ddray.training.crops import draw_boxes
 
 QUICK = {"teacher_arch": "convnet2_w8_bn", "teacher_epochs": 1}
 
@@ -92,3 +95,72 @@ def test_whitened_pixels_are_refused(planned: Any, toy: Any) -> None:
     _, ctx, method = planned("sre2l", toy(), steps=1, pixel_space="zca", method=QUICK)
     with pytest.raises(InputError, match="sre2l needs pixel_space=normalized, got zca"):
         method.setup(ctx)
+
+
+@pytest.mark.parametrize(
+    ("side", "steps", "method"),
+    [  # recover_cifar.sh, recover_tiny.sh and recover.sh, with what they leave at its default
+        (32, 1000, {"lr": 0.25, "bn_weight": 0.01, "jitter": 4, "teacher_epochs": 200}),
+        (64, 4000, {"lr": 0.1, "bn_weight": 1.0, "jitter": 4, "jitter_both_ways": True, "crop": "fixed"}),
+        (224, 4000, {"lr": 0.25, "bn_weight": 0.01, "jitter": 32, "crop": "fixed"}),
+    ],
+)
+def test_repo_is_what_the_shipped_commands_run(side: int, steps: int, method: dict[str, Any]) -> None:
+    target = Target("pictures", (3, side, side), 10, 10)
+    settings, paper = preset("repo", target), preset("paper", target)
+
+    assert settings["steps"] == steps
+    assert SRe2LConfig.parse(settings["method"]) == SRe2LConfig.parse(method)
+    ours = SRe2LConfig.parse(paper.get("method", {}))
+    assert (ours.crop, ours.jitter_both_ways, ours.first_bn_factor) == ("none", False, 10.0)
+    assert (ours.lr, ours.bn_weight) == ((0.25, 0.01) if side > 64 else (0.1, 0.05))
+
+
+def test_a_batch_is_cropped_mirrored_and_rolled_as_one() -> None:
+    """Against torchvision's crop of the same box, image by image; every draw is the generator's."""
+    from torchvision.transforms.functional import resized_crop
+
+    images = torch.rand(3, 2, 12, 12, generator=torch.Generator().manual_seed(0))
+    mirrored = 0
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        top, left, height, width = draw_boxes(1, (12, 12), generator)[0].tolist()
+        flip = bool(torch.rand(1, generator=generator) < 0.5)
+        down, right = torch.randint(-2, 3, (2,), generator=generator).tolist()
+        mirrored += flip
+
+        view = batch_view(images, torch.Generator().manual_seed(seed), crop=True, rolls=(-2, 2))
+
+        for image, viewed in zip(images, view, strict=True):
+            expected = resized_crop(image[None], top, left, height, width, [12, 12], antialias=False)[0]
+            expected = expected.flip(2) if flip else expected
+            expected = torch.roll(expected, (down, right), (1, 2))
+            inner = (expected - viewed).abs().median()  # a box's rim is padded by its own or the next pixel
+            assert float(inner) < 1e-5
+    assert 0 < mirrored < 20
+
+
+def test_rolls_go_one_way_by_default_and_both_ways_in_the_tiny_command() -> None:
+    image = torch.zeros(1, 1, 9, 9)
+    image[..., 4, 4] = 1
+
+    def offsets(rolls: tuple[int, int]) -> set[int]:
+        views = [
+            batch_view(image, torch.Generator().manual_seed(seed), crop=False, rolls=rolls)
+            for seed in range(80)
+        ]
+        return {int(index) - 4 for view in views for index in torch.nonzero(view[0, 0])[0]}
+
+    assert offsets((0, 3)) == {0, 1, 2, 3}
+    assert offsets((-3, 3)) == {-3, -2, -1, 0, 1, 2, 3}
+
+
+def test_the_shipped_tiny_command_runs(planned: Any, toy: Any) -> None:
+    settings = {**QUICK, "crop": "fixed", "jitter_both_ways": True}
+    _, ctx, method = planned("sre2l", toy(), ipc=2, steps=12, method=settings)
+    method.setup(ctx)
+
+    losses = [float(method.step()["loss"]) for _ in range(12)]
+
+    assert all(map(math.isfinite, losses))
+    assert sum(losses[-4:]) < sum(losses[:4])

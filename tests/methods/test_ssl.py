@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from ddray.data import Dataset, Split, normalized_space
 from ddray.errors import InputError
 from ddray.jobs.trainers import PoolTrainer
 from ddray.methods.families.ssl.teacher import (
+    SOLO_LEARN,
     SslTrainer,
     TeacherConfig,
     barlow_twins_loss,
     image_fingerprint,
     random_view,
+    schedule,
     ssl_teacher_spec,
     teacher_net,
 )
@@ -105,6 +108,7 @@ CHANGES = {
     "lr": 0.1,
     "projector": 8,
     "stem_padding": 2,
+    "warmup_epochs": 1,
     "solarize": 0.0,
     "seed": 1,
     "arch": "convnet1_w8",
@@ -217,3 +221,69 @@ def test_spectrograms_are_refused(toy: Any) -> None:
     split = Split(dataset.train().images.float(), dataset.train().labels)
     with pytest.raises(InputError, match="8-bit images, toy holds spectrograms"):
         ssl_teacher_spec(SMALL, dataset, split, split_name="train", device=CPU)
+
+
+def test_solo_learns_recipe_is_that_of_its_files() -> None:
+    """scripts/pretrain/cifar: barlow.yaml, augmentations/asymmetric.yaml; solo/methods/base.py."""
+    recipe = TeacherConfig.parse(SOLO_LEARN)
+    assert (recipe.warmup_epochs, recipe.crop_area, recipe.stem_padding) == (10, 0.08, 2)
+    assert (recipe.epochs, recipe.batch, recipe.projector) == (1000, 256, 2048)
+    assert (recipe.weight_decay, recipe.solarize, recipe.off_diagonal) == (1e-4, 0.2, 0.0051)
+
+
+def test_a_teacher_of_before_the_warm_up_could_be_set_has_the_same_key(toy: Any) -> None:
+    recipe = spec_of(toy()).recipe
+    assert "warmup_epochs" not in recipe
+    assert recipe["crop_area"] == 0.2
+
+
+@pytest.mark.parametrize(("warmup_epochs", "warm"), [(None, 4), (10, 30), (0, 0)])
+def test_the_rate_rises_over_the_warm_up_and_falls_as_a_cosine(
+    warmup_epochs: int | None, warm: int, toy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """14 epochs of 3 steps: a tenth is 4 steps, 10 epochs are 30."""
+    import ddray.methods.families.ssl.teacher as module
+
+    rates: list[float] = []
+
+    def run(step: Any, batches: Any, **options: Any) -> None:
+        rates.extend(options["lr"](index) for index in range(42))
+        for _ in range(14):
+            options["on_epoch"](torch.zeros(()))
+
+    monkeypatch.setattr(module, "run", run)
+    changes = {"epochs": 14, "lr": 0.5, "warmup_epochs": warmup_epochs}
+    config = SMALL.model_copy(update=changes)
+    SslTrainer(toy().train().images[:24], CPU)(spec_of(toy(), config))
+
+    rising = [0.5 * (step + 1) / warm for step in range(warm)]
+    falling = [0.25 * (1 + math.cos(math.pi * step / (42 - warm))) for step in range(42 - warm)]
+    assert rates == pytest.approx(rising + falling)
+
+
+def test_a_warm_up_longer_than_the_training_only_rises() -> None:
+    assert [schedule(step, 4, 8) for step in range(4)] == [0.125, 0.25, 0.375, 0.5]
+
+
+@pytest.mark.parametrize("smallest", [0.2, 0.08])
+def test_crops_take_at_least_their_share_of_the_area(smallest: float) -> None:
+    """Of a ramp along each axis the differences of a view's pixels are the crop's sides."""
+    ramp = torch.linspace(0, 1, 64)
+    pixels = torch.stack([ramp.expand(64, 64), ramp[:, None].expand(64, 64)])[:, None].repeat(200, 1, 1, 1)
+    import ddray.methods.families.ssl.teacher as module
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_jitter", lambda views, u: views)
+        generator = torch.Generator().manual_seed(0)
+        shares = []
+        for _ in range(5):
+            state = generator.get_state()
+            wide = random_view(pixels[0::2], generator, crop_area=smallest, flip=False)
+            generator.set_state(state)  # the same boxes along the other axis
+            high = random_view(pixels[1::2], generator, crop_area=smallest, flip=False)
+            width = wide[:, 0, 32, -1] - wide[:, 0, 32, 0]
+            height = high[:, 0, -1, 32] - high[:, 0, 0, 32]
+            shares.append(width * height)
+    areas = torch.cat(shares)
+    assert smallest * 0.9 < float(areas.min()) < smallest * 1.3
+    assert float(areas.max()) < 1.02

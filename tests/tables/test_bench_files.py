@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from ddray.methods import method_names
+from ddray.jobs.plan import budget_method, resolve
+from ddray.methods import get_method, method_names
+from ddray.methods.families.ssl.teacher import SOLO_LEARN, TeacherConfig
 from ddray.tables.dry_run import dry_run
 from ddray.tables.options import BenchOptions
 from ddray.tables.spec import read_spec
+from ddray.testing import random_dataset
 from tests.tables.benches import run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,6 +46,29 @@ def test_a_shipped_file_opens_with_command_numbers_and_cost(path: Path) -> None:
     assert head[0] == f"# ddray bench configs/bench/{path.name}"
     assert any(line.startswith("# Expected: ") for line in head)
     assert any(line.startswith("# Cost: ") for line in head)
+
+
+def test_boost_ssdds_tables_count_images_as_the_paper_and_share_a_teacher() -> None:
+    """Random and k-means take N images for a budget of N; self-supervised rows ask for one teacher."""
+    counted = set()
+    for path in FILES:
+        if not path.stem.startswith("boost_ssdd"):
+            continue
+        bench_spec = read_spec(path, "paper")
+        teachers = set()
+        for row in bench_spec.rows():
+            if budget_method(row.name) is None:
+                continue
+            dataset = random_dataset(shape=(3, 16, 16), name="cifar100")
+            plan = resolve(row.name, dataset, budget=50, preset=row.preset, layers=row.layers())
+            config = plan.config.method
+            teachers.add(config.teacher)
+            if row.name in ("random_ssl", "kmeans_ssl"):
+                num = get_method(row.name).num_distilled(config, 50, dataset.image_shape, 1000)
+                assert num == 50, f"{path.name}: {row.row}"
+                counted.add(path.stem)
+        assert teachers == {TeacherConfig.parse(SOLO_LEARN)}, path.name
+    assert counted == {f"boost_ssdd_table{number}" for number in (1, 2, 6, 7, 8, 9, 10)}
 
 
 @pytest.mark.parametrize("scale", ["smoke", "cpu", "paper"])

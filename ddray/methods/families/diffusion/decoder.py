@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ddray.artifact.decoders import Decoder
 from ddray.artifact.distilled_set import DistilledSet, Meta
+from ddray.config import added
 from ddray.distillation.method import MethodConfig
 from ddray.errors import InputError
 from ddray.methods.families.diffusion.folder import absolute, resolve_ids
@@ -48,6 +49,8 @@ class D3HRConfig(MethodConfig):
     """T, steps of inversion and of sampling (Fig 5); default: 31 of 50, in proportion."""
     guidance: float = Field(default=4.0, ge=0)
     """Scale of classifier-free guidance, in inversion and sampling; 1: none."""
+    fixed_point: int = added(0, ge=0)
+    """Fixed-point iterations of each inversion step, towards the latent from which a DDIM step leads back."""
     encoding: Encoding = "mode"
     """Latent of an image: the posterior's mode, or a sample of it."""
     mapping: Literal["ddim", "ddpm"] = "ddim"
@@ -63,7 +66,7 @@ class D3HRConfig(MethodConfig):
     lambda_skew: float = Field(default=0.5, ge=0)
     """Weight of the skewness's term (Eq 8)."""
     form: Form = "paper"
-    """Form of the score."""
+    """Form of the score: Eq 5-8, or that of the authors' code."""
     shared_draws: bool = False
     """The same standard normal draws for every class (authors' code)."""
     variance_scale: float = Field(default=1.0, gt=0)
@@ -91,7 +94,12 @@ class D3HRConfig(MethodConfig):
     def levels(self) -> Levels:
         """Return the steps and the guidance of inversion and sampling."""
         steps = self.inversion_steps or max(1, round(self.num_inference_steps * 31 / 50))
-        return Levels(num_inference_steps=self.num_inference_steps, num_steps=steps, guidance=self.guidance)
+        return Levels(
+            num_inference_steps=self.num_inference_steps,
+            num_steps=steps,
+            guidance=self.guidance,
+            fixed_point=self.fixed_point,
+        )
 
 
 @dataclass

@@ -1,7 +1,8 @@
 """D3HR's group sampling (Eq 5-9): of `num_candidates` groups of `ipc` Gaussian latents, the best one.
 
-Candidates are never stored: a block of them is drawn sample by sample into one buffer, three running sums
-per dimension give its scores, and across blocks only the best candidate's index is kept. Each block has its
+Candidates are not kept: a block of them is drawn sample by sample into one buffer, three running sums per
+dimension give its scores (the authors' form needs the block's groups), and across blocks only the best
+candidate's index is kept. Each block has its
 own generator, so a candidate depends only on the seed and its index, and the winner is drawn again.
 """
 
@@ -63,8 +64,8 @@ def group_sample(
     mean, std = mean.detach().float().contiguous(), std.detach().float().contiguous()
     seed, rows = generator.initial_seed(), block_rows(len(mean), mean.device)
     # Coarse dimensions are determined once: on a GPU that is a sync.
-    score = partial(_paper_scorer, rounded=_rounded(mean, std)) if form == "paper" else _repo_scorer
-    scorer = partial(score, mean, std, ipc, weights, rows)
+    score = _paper_scorer if form == "paper" else _repo_scorer
+    scorer = partial(score, mean, std, ipc, weights, rows, _rounded(mean, std))
     best_index = _best_candidate(scorer, seed, mean, ipc, num_candidates, chunk)
     block, row = divmod(best_index, rows)
     normal = torch.stack([draw[row].clone() for draw in _draws(seed, block, rows, mean, ipc)])
@@ -109,27 +110,30 @@ def group_scores(
 
     `paper`: the sum over dimensions of w1 (mean error)^2 + w2 (error of the standard deviation about the
     population mean)^2 + w3 skewness^2 over the group (Eq 6-8). `repo`: w1 ||mean error|| + w2 ||error of the
-    unbiased standard deviation|| + w3 ||skewness of each latent across its dimensions||. A term that its
-    number of samples leaves undefined (skewness below 3, the unbiased deviation below 2) is dropped; so is
-    the skewness (Eq 8) of a dimension whose deviation is below the resolution of float32. `mean` and `std`
-    [D] are the population's, `weights` are (w1, w2, w3).
+    unbiased standard deviation|| + w3 ||skewness||, where a latent's skewness is the sum over dimensions of
+    ((x - the group's mean) / the group's deviation)^3, times D / ((D - 1) (D - 2)): the axes of the code. A
+    term that its number of samples leaves undefined (skewness below 3, in the form `repo` deviation and
+    skewness below 2) is dropped; the skewness leaves out a dimension whose deviation is below the resolution
+    of float32. `mean` and `std` [D] are the population's, `weights` are (w1, w2, w3).
     """
     num, dim = latents.shape[1:]
     mean_error = latents.mean(1) - mean
+    flat = _flat(mean, std)
     if form == "repo":
         total: Tensor = weights[0] * mean_error.norm(dim=1)
-        if num > 1:
-            total = total + weights[1] * (latents.std(1) - std).norm(dim=1)
+        if num == 1:
+            return total
+        deviation, centre = torch.std_mean(latents, 1, keepdim=True)
+        total = total + weights[1] * (deviation[:, 0] - std).norm(dim=1)
         if dim > 2:
-            spread = latents.std(2, keepdim=True).clamp(min=torch.finfo(latents.dtype).tiny)
-            cubes = ((latents - latents.mean(2, keepdim=True)) / spread).pow(3).sum(2)
+            spread = deviation.clamp(min=torch.finfo(latents.dtype).tiny)
+            cubes = ((latents - centre) / spread).masked_fill(flat, 0).pow(3).sum(2)
             total = total + weights[2] * (_skewness_factor(dim) * cubes).norm(dim=1)
         return total
     total = weights[0] * mean_error.square().sum(1)  # Eq 6
     deviation = (latents - mean).square().mean(1).sqrt()
     total = total + weights[1] * (deviation - std).square().sum(1)  # Eq 7
     if num > 2:
-        flat = _flat(mean, std)
         normal = ((latents - mean) / torch.where(flat, 1, std)).masked_fill(flat, 0)
         total = total + weights[2] * (_skewness_factor(num) * normal.pow(3).sum(1)).square().sum(1)  # Eq 8
     return total
@@ -238,32 +242,27 @@ def _paper_scorer(
     return scores
 
 
-def _repo_scorer(mean: Tensor, std: Tensor, ipc: int, weights: Weights, rows: int) -> Scorer:
-    """Return the same for the form of the authors' code."""
-    dim = len(mean)
-    first, second, x = (torch.empty(rows, dim, device=mean.device) for _ in range(3))
-    variance = std.square()
-    skewed = dim > 2 and weights[2] > 0
+def _repo_scorer(
+    mean: Tensor, std: Tensor, ipc: int, weights: Weights, rows: int, rounded: Callable[[Tensor], None]
+) -> Scorer:
+    """Return the same for the form of the authors' code, which needs a block's whole groups [n, rows, D]."""
+    dim, variance, varying = len(mean), std.square(), (~_flat(mean, std)).float()
+    group = torch.empty(ipc, rows, dim, device=mean.device)
 
     def scores(draws: Iterator[Tensor]) -> Tensor:
-        first.zero_(), second.zero_()
-        skewness = torch.zeros(rows, device=mean.device)
-        for z in draws:
-            first.add_(z)
-            second.addcmul_(z, z)
-            if skewed:
-                torch.addcmul(mean, std, z, out=x)
-                x.sub_(x.mean(1, keepdim=True))
-                squares = torch.linalg.vector_norm(x, dim=1).square_()
-                spread = (squares / (dim - 1)).pow_(1.5).clamp_(min=torch.finfo(x.dtype).tiny)
-                cubes = x.pow_(3).sum(1) / spread * _skewness_factor(dim)
-                skewness.addcmul_(cubes, cubes)
-        # In units of std: the unbiased variance is (sum z^2 - (sum z)^2 / n) / (n - 1).
-        unbiased = second.addcmul_(first, first, value=-1 / ipc).div_(max(1, ipc - 1)).clamp_(min=0).sqrt_()
-        total = weights[0] / ipc * (first.square_() @ variance).sqrt_()
-        if ipc > 1:
-            total += weights[1] * (unbiased.sub_(1).square_() @ variance).sqrt_()
-        return total + weights[2] * skewness.sqrt_()
+        for sample, z in enumerate(draws):
+            rounded(z)
+            group[sample].copy_(z)
+        centre = group.mean(0)
+        total = weights[0] * (centre.square() @ variance).sqrt()
+        if ipc == 1:
+            return total
+        deviation = torch.linalg.vector_norm(group.sub_(centre), dim=0) / math.sqrt(ipc - 1)
+        total += weights[1] * ((deviation - 1).square() @ variance).sqrt()
+        if dim > 2 and weights[2] > 0:
+            group.mul_(varying / deviation.clamp_(min=torch.finfo(group.dtype).tiny)).pow_(3)
+            total += weights[2] * _skewness_factor(dim) * torch.linalg.vector_norm(group.sum(2), dim=0)
+        return total
 
     return scores
 

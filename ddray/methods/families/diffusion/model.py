@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddray.config import Config
+from ddray.config import Config, added
 from ddray.errors import InputError
 from ddray.methods.families.diffusion.folder import (
     BROKEN,
@@ -46,6 +46,8 @@ class Levels(Config):
     """T <= S, steps actually taken."""
     guidance: float
     """Scale of classifier-free guidance; 1 is the conditional model alone."""
+    fixed_point: int = added(0, ge=0)
+    """Iterations that refine each step of inversion; 0: Eq 3."""
 
 
 @dataclass(eq=False)
@@ -119,7 +121,12 @@ class DiffusionModel:
         return _resize(_channels(pixels, image_shape[0]), (image_shape[1], image_shape[2])).clamp(0, 1)
 
     def invert(self, latents: Tensor, labels: Tensor, levels: Levels) -> Tensor:
-        """Return clean latents [N, D] taken up to level T by DDIM inversion (Eq 3) under their labels [N]."""
+        """Return clean latents [N, D] taken up to level T by DDIM inversion (Eq 3) under their labels [N].
+
+        Eq 3 takes the noise predicted for the latent before a step, a DDIM step down that for the latent
+        after it. Each of `levels.fixed_point` iterations predicts it anew, for the latent found so far, and
+        repeats the step with it: z <- Eq 3 (z_before, noise(z)), whose fixed point DDIM leads back from.
+        """
         return self._moved(latents, labels, "DDIMInverseScheduler", levels, slice(levels.num_steps))
 
     def sample(self, latents: Tensor, labels: Tensor, levels: Levels) -> Tensor:
@@ -129,9 +136,13 @@ class DiffusionModel:
     @torch.no_grad()
     def _moved(self, latents: Tensor, labels: Tensor, kind: str, levels: Levels, steps: slice) -> Tensor:
         scheduler = self._prepared(kind, levels)
+        iterations = 1 + (levels.fixed_point if kind == "DDIMInverseScheduler" else 0)
         for t in scheduler.timesteps[steps].tolist():
-            noise = self.predict(latents, t, labels, levels.guidance)
-            latents = scheduler.step(noise, t, latents).prev_sample
+            moved = latents
+            for _ in range(iterations):
+                noise = self.predict(moved, t, labels, levels.guidance)
+                moved = scheduler.step(noise, t, latents).prev_sample
+            latents = moved
         return latents
 
     def add_noise(self, latents: Tensor, noise: Tensor, levels: Levels) -> Tensor:

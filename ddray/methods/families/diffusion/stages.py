@@ -79,6 +79,7 @@ def inverted_spec(latents: PoolSpec, levels: Levels, *, mapping: str, ids: Seque
     recipe = {"latents": latents.dump(), **levels.dump(), "mapping": mapping, "class_ids": list(ids)}
     if mapping == "ddpm":
         del recipe["guidance"], recipe["class_ids"]
+        recipe.pop("fixed_point", None)
     return _derived(latents, "inverted", recipe, latents.key)
 
 
@@ -150,8 +151,8 @@ class StageTrainer:
         clean = self.pool.get([source])[0].tensors["latents"]
         model = load_generator(source.recipe["source"], self.pool).to(device, source.recipe["precision"])
         labels = torch.tensor(recipe.get("class_ids", range(self.dataset.num_classes)))[self.split.labels]
-        steps, num, guidance = recipe["num_inference_steps"], recipe["num_steps"], recipe.get("guidance", 1.0)
-        levels = Levels(num_inference_steps=steps, num_steps=num, guidance=guidance)
+        stored = {name: value for name, value in recipe.items() if name in Levels.model_fields}
+        levels = Levels.parse({"guidance": 1.0, **stored})
 
         def lift(index: Tensor) -> Tensor:
             start = clean[index].to(device)

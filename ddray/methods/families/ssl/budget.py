@@ -1,7 +1,7 @@
 """What the self-supervised methods share: the teacher of the pool, the storage budget, selections of images.
 
 A budget of N images is N * C * H * W floats (Boost-SSDD Sec 4, Storage Budget). We count every float that a
-set needs: images and their representations alike.
+set needs: images and their representations alike, unless a selection is told to count images.
 """
 
 import math
@@ -13,10 +13,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ddray.config import added
 from ddray.distillation.method import DistillContext, Distiller, MethodConfig, Target
 from ddray.errors import InputError
 from ddray.methods.families.factory import Selected, make_method
-from ddray.methods.families.ssl.teacher import TeacherConfig, ssl_teacher_spec
+from ddray.methods.families.ssl.teacher import SOLO_LEARN, TeacherConfig, ssl_teacher_spec
 from ddray.nets import build_net
 from ddray.pool.spec import PoolEntry, PoolSpec
 
@@ -63,11 +64,21 @@ class KrrConfig(SslConfig):
     """Rows of the set per inner step: images drawn at random, with all of their views; default: all."""
 
 
+class SelectionConfig(SslConfig):
+    """Settings of a selection of real images."""
+
+    count: Literal["storage", "images"] = added("storage")
+    """What a budget of N buys: `storage`: as many images as fit N images' floats together with their
+    representations; `images`: N images, whose representations come on top (Boost-SSDD Sec 4, Random and
+    KMeans)."""
+
+
 def evaluate_for(target: Target) -> dict[str, Any]:
     """Return a target's pre-training settings: the same for all methods, so that a table's rows compare.
 
     SGD on the mean squared error, without augmentation (Boost-SSDD A.1). Weight decay is the last column of
-    its Table 5: 1e-3; 1e-4 on CIFAR-100 from N = 1000; 5e-3 above 32 px.
+    its Table 5: 1e-3; 1e-4 on CIFAR-100 from N = 1000; 5e-3 above 32 px. Fine-tuning takes batches of 256
+    (KRR-ST's code; 64 for ResNet-18 at 224 px, and 128 in its first version).
     """
     decay = 1e-3
     if min(target.image_shape[1:]) > 32:
@@ -75,7 +86,12 @@ def evaluate_for(target: Target) -> dict[str, Any]:
     elif target.dataset == "cifar100" and (target.budget or 0) >= 1000:
         decay = 1e-4
     settings = {"epochs": 1000, "lr": 0.1, "momentum": 0.9, "weight_decay": decay, "batch": 256}
-    return {**settings, "schedule": "constant", "augment": "none"}
+    return {**settings, "schedule": "constant", "augment": "none", "finetune": {"batch": 256}}
+
+
+def teacher_for(name: str) -> dict[str, Any]:
+    """Return a preset's settings of the teacher: `repo` trains it by solo-learn's recipe."""
+    return {"teacher": dict(SOLO_LEARN)} if name == "repo" else {}
 
 
 def teacher_of(ctx: DistillContext, config: TeacherConfig) -> PoolEntry:
@@ -107,6 +123,13 @@ def num_pairs(config: SslConfig, budget: int, image_shape: tuple[int, int, int],
     return budget_floats(budget, image_shape) // pair
 
 
+def num_selected(
+    config: SelectionConfig, budget: int, image_shape: tuple[int, int, int], num_real: int
+) -> int:
+    """Return how many images a selection takes for a budget, if there are as many."""
+    return budget if config.count == "images" else num_pairs(config, budget, image_shape, num_real)
+
+
 def arch_for(image_shape: tuple[int, int, int]) -> str:
     """Return the papers' inner network: batch norm, channels doubling to 512 in the last block."""
     size = min(image_shape[1:])
@@ -132,16 +155,23 @@ def ssl_selection(choose: Choose) -> type[Distiller]:
     """
 
     def preset(name: str, target: Target) -> dict[str, Any]:
-        return {"steps": 0, "arch": arch_for(target.image_shape), "evaluate": evaluate_for(target)}
+        return {
+            "steps": 0,
+            "arch": arch_for(target.image_shape),
+            "evaluate": evaluate_for(target),
+            "method": teacher_for(name),
+        }
 
-    def specs(ctx: DistillContext, config: SslConfig) -> list[PoolSpec]:
+    def specs(ctx: DistillContext, config: SelectionConfig) -> list[PoolSpec]:
         return [spec_of_teacher(ctx, config.teacher)]
 
-    def start(ctx: DistillContext, config: SslConfig) -> Selected:
+    def start(ctx: DistillContext, config: SelectionConfig) -> Selected:
         features = teacher_of(ctx, config.teacher).tensors["features"]
-        m = num_pairs(config, given_budget(ctx), ctx.dataset.image_shape, len(ctx.split))
+        m = num_selected(config, given_budget(ctx), ctx.dataset.image_shape, len(ctx.split))
         index = choose(ctx, features, m)
         images = ctx.space.encode(ctx.split.images[index])
         return Selected(ctx.make_ssl_set(images, features[index]), features)
 
-    return make_method(SslConfig, preset, start, specs_of=specs, num_distilled_of=num_pairs, has_steps=False)
+    return make_method(
+        SelectionConfig, preset, start, specs_of=specs, num_distilled_of=num_selected, has_steps=False
+    )

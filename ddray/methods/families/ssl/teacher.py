@@ -3,10 +3,13 @@
 A pool entry of kind `ssl` holds the network's weights and its features of the whole split. Nothing here takes
 a label: the entry is keyed by a hash of the images, and one-class networks have no head to train.
 
-**Deviations** (solo-learn, which Boost-SSDD's teacher is trained with | ours)
+**Deviations** (solo-learn's CIFAR recipe, which Boost-SSDD's teacher is trained with | ours)
 
-- optimiser: LARS, lr .3, warm-up and cosine | AdamW, the same schedule; their factor .1 on the loss, which
-  AdamW would cancel, is left out.
+- optimiser: LARS, lr .3 | AdamW; their factor .1 on the loss, which AdamW would cancel, is left out.
+- warm-up: 10 epochs of 1,000, linear, then cosine to 0 | `repo`: the same; `paper`: a tenth of the steps (no
+  paper prints it).
+- random resized crop: 8% to 100% of the area | `repo`: the same; `paper`: from 20% (no paper prints it).
+- first convolution: padding 2, as in KRR-ST's code | `repo`: the same; `paper`: 1.
 - views: kornia or torchvision on single images | the operations of solo-learn's CIFAR recipe on the batch, on
   the device: random resized crop, flip where the dataset allows it, colour jitter (.8), greyscale (.2), and
   solarisation of the second view (.2); no blur.
@@ -26,7 +29,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ddray.config import Config
+from ddray.config import Config, added
 from ddray.data import Dataset, PixelSpace, Split
 from ddray.errors import DivergedError, InputError
 from ddray.nets import Net, build_net
@@ -36,6 +39,8 @@ from ddray.training.embedding import embed_images
 from ddray.training.engine import Batch, Order, Rule, Step, run
 
 KIND: Final = "ssl"
+SOLO_LEARN: Final = {"stem_padding": 2, "crop_area": 0.08, "warmup_epochs": 10}
+"""Settings of solo-learn's recipe for CIFAR that differ from the defaults, which trained teachers keep."""
 _HASH_CHUNK: Final = 4096
 # Columns of a view's uniform draws.
 _AREA, _RATIO, _TOP, _LEFT, _FLIP, _JITTER = range(6)
@@ -50,7 +55,9 @@ class TeacherConfig(Config):
     epochs: int = Field(default=1000, ge=1)
     batch: int = Field(default=256, ge=2)
     lr: float = Field(default=1e-3, gt=0)
-    """Of AdamW; linear warm-up over the first tenth of the steps, then cosine to 0."""
+    """Of AdamW; linear warm-up, then cosine to 0."""
+    warmup_epochs: int | None = added(None, ge=0)
+    """Epochs of the warm-up; default: a tenth of all steps."""
     weight_decay: float = Field(default=1e-4, ge=0)
     projector: int = Field(default=2048, ge=1)
     """Width of the projector's three layers."""
@@ -242,6 +249,7 @@ class SslTrainer:
         losses: list[Tensor] = []
         epoch = len(order.sizes)
         steps = config.epochs * epoch
+        warm = max(1, steps // 10) if config.warmup_epochs is None else config.warmup_epochs * epoch
 
         def batch(index: Tensor) -> Batch:
             raw = pixels[index].float() / 255
@@ -256,7 +264,7 @@ class SslTrainer:
         run(
             Step([views], rule, num_steps=steps),
             map(batch, order.indices(generator, device)),
-            lr=lambda step: config.lr * _schedule(step, steps),
+            lr=lambda step: config.lr * schedule(step, steps, warm),
             epoch=epoch,
             on_epoch=losses.append,
         )
@@ -276,9 +284,8 @@ class _TwoViews(nn.Module):
         return torch.stack([self.head(self.net.embed(view)) for view in inputs])
 
 
-def _schedule(step: int, steps: int) -> float:
-    """Return the factor on lr: linear warm-up over a tenth of the steps, then cosine to 0."""
-    warm = max(1, steps // 10)
+def schedule(step: int, steps: int, warm: int) -> float:
+    """Return the factor on lr at a step of `steps`: linear warm-up over `warm` steps, then cosine to 0."""
     if step < warm:
         return (step + 1) / warm
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
