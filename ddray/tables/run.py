@@ -18,6 +18,7 @@ from ddray.runs.ledger import Ledger
 from ddray.runs.results import write_results
 from ddray.system.files import write_text
 from ddray.system.progress import progress
+from ddray.tables.along import write_along, write_costs
 from ddray.tables.cost import record_cost, record_sweep_costs
 from ddray.tables.graph import build_graph
 from ddray.tables.nas_table import NasSweep, resolve_sweeps, score_sweep
@@ -98,6 +99,8 @@ def run_bench(
     bare_cells = [{name: value for name, value in cell.items() if name != "sets"} for cell in cells]
     if cells or not (run.folder / "cells.json").is_file():  # an empty table replaces nothing
         write_table(run.folder / "table.csv", bare_cells)
+        write_costs(run.folder / "costs.csv", cells)
+        write_along(run.folder, cells)
         report = {"cells": cells, "failures": failures, "skipped": skipped}
         write_text(run.folder / "cells.json", json.dumps(report, indent=1))
     if not cells:
