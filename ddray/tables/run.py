@@ -27,7 +27,7 @@ from ddray.tables.result import BenchCell, BenchResult
 from ddray.tables.scheduler import UnitScheduler, withdraw_crashes
 from ddray.tables.spec import BenchSpec
 from ddray.tables.table import cells_of, drop_scaled_differences, failure_of, write_table
-from ddray.tables.units import BenchUnit, Graph
+from ddray.tables.units import WHOLE, BenchUnit, Graph
 from ddray.tables.worker import BenchJob, run_unit
 
 log = logging.getLogger(__name__)
@@ -78,8 +78,11 @@ def run_bench(
     """
     begin = time.perf_counter()
     options = bench.options
+    left_out: dict[str, Any] = {"replaced": True}  # it follows from the scale
+    if all(row.name != WHOLE for row in bench.spec.rows()):
+        left_out["limits"] = {"whole"}  # runs of before there were such rows are continued
     config = {
-        **bench.spec.model_dump(mode="json", exclude={"replaced"}),  # it follows from the scale
+        **bench.spec.model_dump(mode="json", exclude=left_out),
         **{"scale": options.scale, "fingerprints": bench.fingerprints, "device": options.device},
     }
     run = open_run(run_dir, config, command="bench", resume=resume)
