@@ -78,14 +78,7 @@ def run_bench(
     """
     begin = time.perf_counter()
     options = bench.options
-    left_out: dict[str, Any] = {"replaced": True}  # it follows from the scale
-    if all(row.name != WHOLE for row in bench.spec.rows()):
-        left_out["limits"] = {"whole"}  # runs of before there were such rows are continued
-    config = {
-        **bench.spec.model_dump(mode="json", exclude=left_out),
-        **{"scale": options.scale, "fingerprints": bench.fingerprints, "device": options.device},
-    }
-    run = open_run(run_dir, config, command="bench", resume=resume)
+    run = open_run(run_dir, _config(bench), command="bench", resume=resume)
     if options.retry_failed:
         ledgers = [run.ledger, *(Ledger(sweep.folder(run.folder)) for sweep in bench.sweeps)]
         log.info("running %d crashed units again", sum(map(withdraw_crashes, ledgers)))
@@ -118,6 +111,16 @@ def run_bench(
         skipped=skipped,
         wall_s=time.perf_counter() - begin,
     )
+
+
+def _config(bench: Bench) -> dict[str, Any]:
+    """Return what the run's config.yaml says of the bench."""
+    left_out: dict[str, Any] = {"replaced": True}  # it follows from the scale
+    if all(row.name != WHOLE for row in bench.spec.rows()):
+        left_out["limits"] = {"whole"}  # runs of before there were such rows are continued
+    spec = bench.spec.model_dump(mode="json", exclude=left_out)
+    options = bench.options
+    return {**spec, "scale": options.scale, "fingerprints": bench.fingerprints, "device": options.device}
 
 
 def _sweep_cells(

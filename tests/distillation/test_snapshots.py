@@ -33,7 +33,7 @@ def ctx(toy: Any, planned: Any) -> DistillContext:
     return planned("random", toy())[1]
 
 
-def kept(folder: Path, num_steps: int) -> Snapshots:
+def snapshots_of(folder: Path, num_steps: int) -> Snapshots:
     return Snapshots(folder, snapshot_steps(EVERY, num_steps))
 
 
@@ -51,24 +51,24 @@ def test_the_last_step_is_the_result(every: int | None, num_steps: int, steps: t
 
 def test_each_kept_set_is_that_of_a_run_of_as_many_steps(ctx: DistillContext, tmp_path: Path) -> None:
     whole = run_distillation(Counter(10), ctx)
-    result = run_distillation(Counter(10), ctx, snapshots=kept(tmp_path, 10))
+    result = run_distillation(Counter(10), ctx, snapshots=snapshots_of(tmp_path, 10))
 
     assert torch.equal(result.distilled.images, whole.distilled.images)
     assert sorted(contents(tmp_path)) == ["0000003.pt", "0000006.pt", "0000009.pt"]
     for step in (3, 6, 9):
         short = run_distillation(Counter(step), ctx)
-        assert torch.equal(load(kept(tmp_path, 10).path(step)).images, short.distilled.images)
+        assert torch.equal(load(snapshots_of(tmp_path, 10).path(step)).images, short.distilled.images)
 
 
 @pytest.mark.parametrize("fail_at", [2, 3, 4, 6, 7, 10])
 def test_a_run_cut_off_anywhere_keeps_the_same_sets(
     fail_at: int, ctx: DistillContext, tmp_path: Path
 ) -> None:
-    run_distillation(Counter(10), ctx, snapshots=kept(tmp_path / "whole", 10))
+    run_distillation(Counter(10), ctx, snapshots=snapshots_of(tmp_path / "whole", 10))
     settings: dict[str, Any] = {
         "checkpoint": tmp_path / "c.pt",
         "checkpoint_every": 2,
-        "snapshots": kept(tmp_path / "cut", 10),
+        "snapshots": snapshots_of(tmp_path / "cut", 10),
     }
     with pytest.raises(KeyboardInterrupt):
         run_distillation(Counter(10, fail_at=fail_at), ctx, **settings)
@@ -82,10 +82,13 @@ def test_a_run_cut_off_anywhere_keeps_the_same_sets(
 def test_a_run_that_lost_one_begins_anew(
     ctx: DistillContext, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    settings: dict[str, Any] = {"checkpoint": tmp_path / "c.pt", "snapshots": kept(tmp_path / "steps", 10)}
+    settings: dict[str, Any] = {
+        "checkpoint": tmp_path / "c.pt",
+        "snapshots": snapshots_of(tmp_path / "steps", 10),
+    }
     run_distillation(Counter(10), ctx, **settings)
     before = contents(tmp_path / "steps")
-    kept(tmp_path / "steps", 10).path(6).unlink()
+    snapshots_of(tmp_path / "steps", 10).path(6).unlink()
 
     method = Counter(10)
     with caplog.at_level(logging.WARNING):
@@ -100,11 +103,13 @@ def test_a_continued_run_keeps_the_set_of_the_step_it_goes_on_from(
     ctx: DistillContext, tmp_path: Path
 ) -> None:
     checkpoint = tmp_path / "c.pt"
-    run_distillation(Counter(6), ctx, checkpoint=checkpoint, snapshots=kept(tmp_path / "steps", 6))
+    run_distillation(Counter(6), ctx, checkpoint=checkpoint, snapshots=snapshots_of(tmp_path / "steps", 6))
     assert sorted(contents(tmp_path / "steps")) == ["0000003.pt"]
-    longer = run_distillation(Counter(10), ctx, checkpoint=checkpoint, snapshots=kept(tmp_path / "steps", 10))
+    longer = run_distillation(
+        Counter(10), ctx, checkpoint=checkpoint, snapshots=snapshots_of(tmp_path / "steps", 10)
+    )
 
-    run_distillation(Counter(10), ctx, snapshots=kept(tmp_path / "whole", 10))
+    run_distillation(Counter(10), ctx, snapshots=snapshots_of(tmp_path / "whole", 10))
     assert longer.resumed_from_step == 6
     assert contents(tmp_path / "steps") == contents(tmp_path / "whole")
 

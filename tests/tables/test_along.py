@@ -14,7 +14,9 @@ from ddray.artifact.reading import load
 from ddray.data import Dataset, open_dataset
 from ddray.evaluation.options import EvaluateOptions
 from ddray.jobs.score import evaluate
+from ddray.pool.files import PoolFiles
 from ddray.runs.ledger import Ledger, Row
+from ddray.system.files import home
 from ddray.tables import worker as bench_worker
 from ddray.tables.dry_run import dry_run
 from ddray.tables.graph import build_graph
@@ -32,7 +34,7 @@ def lines(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def kept(folder: Path) -> dict[str, bytes]:
+def snapshot_bytes(folder: Path) -> dict[str, bytes]:
     """Return the content of the sets along the steps, by set and step."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.glob("artifacts/*-steps/*.pt"))}
 
@@ -115,7 +117,7 @@ def test_a_bench_cut_off_anywhere_keeps_the_same_sets(
             with pytest.raises(KeyboardInterrupt):
                 run(folder, spec(**ALONG))
         again = run(folder, spec(**ALONG), resume=True)
-        assert kept(folder) == kept(whole)
+        assert snapshot_bytes(folder) == snapshot_bytes(whole)
         assert again["cells"][0]["along"] == result["cells"][0]["along"]
         assert (folder / "table.csv").read_bytes() == (whole / "table.csv").read_bytes()
     assert set(starts(whole).values()) == {1}
@@ -126,7 +128,7 @@ def test_a_damaged_kept_set_that_is_still_needed_is_made_again(
 ) -> None:
     folder, bench_spec = tmp_path / "run", spec(**{**ALONG, "seeds": 1})
     run(folder, bench_spec)
-    before = kept(folder)
+    before = snapshot_bytes(folder)
     ledger = Ledger(folder)
     (row,) = [row for row in ledger.rows("evaluate") if row.spec.get("step") == 4]
     (folder / "ledger" / f"{row.key}.json").unlink()
@@ -136,7 +138,7 @@ def test_a_damaged_kept_set_that_is_still_needed_is_made_again(
     result = run(folder, bench_spec, resume=True)
 
     assert "it is distilled again" in caplog.text
-    assert kept(folder) == before
+    assert snapshot_bytes(folder) == before
     assert [point["step"] for point in result["cells"][0]["along"]] == [2, 4, 5]
     assert starts(folder)[source.key] == 2
 
@@ -164,6 +166,20 @@ def test_a_selection_has_one_point() -> None:
         [0],
         [0],
     ]
+
+
+def test_seconds_with_the_pool_count_its_training_in_every_bench(tmp_path: Path) -> None:
+    """Also where another bench had trained its networks."""
+    scored = {"archs": ["convnet1_w8"], "epochs": 1, "seeds": 1}
+    row = {"name": "herding", "set": {"method.feature_epochs": 1}}
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        run(folder, spec(methods=[row], seeds=1, evaluate=scored))
+        (distilled,) = Ledger(folder).rows("distill")
+        (key,) = distilled.result["pool"]
+        trained_s = PoolFiles(home() / "pool").describe(key)["wall_s"]
+        difference = distilled.result["seconds_with_pool"] - distilled.result["seconds"]
+        assert difference == pytest.approx(trained_s)
+    assert Ledger(tmp_path / "second").rows("pool") == []
 
 
 def test_costs_that_some_set_lacks_are_no_mean() -> None:
