@@ -23,6 +23,7 @@ from ddray.ranking.report import scatter_plot
 from ddray.report import figures
 from ddray.report.plane import make_plane
 from ddray.report.runs import RunView, SetView, grouped, read_run
+from ddray.tables.along import group_of
 from ddray.tables.columns import columns_of, size_of
 from ddray.tuning.report import search_view
 from ddray.tuning.space import read_space
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 
 _MAX_PLANES: Final = 6
 _MAX_CURVES: Final = 12
+_MAX_SNAPSHOTS: Final = 6
+"""Pictures along a row's steps."""
 
 
 class ReportResult(Result):
@@ -67,6 +70,7 @@ def write_page(
         title=" + ".join(run.title for run in runs),
         boards=list(_leaderboards(cells, sets)),
         methods=list(_methods(cells, sets)),
+        along=list(_along(cells, sets)),
         curves=list(_curves(sets, runs)),
         searches=[
             {"title": run.title, **search_view(read_space(run.config.get("space", {})), run.trials)}
@@ -132,7 +136,7 @@ def _leaderboards(cells: Sequence[Mapping[str, Any]], sets: Sequence[SetView]) -
             return (*where, archs.index(cell["arch"]), -(cell["accuracy_mean"] or 0.0))
 
         protocol_cells.sort(key=sort_key)
-        groups = grouped(protocol_cells, figures.group_of)
+        groups = grouped(protocol_cells, group_of)
         entries = [_with_sets(cell, sets) for cell in protocol_cells]
         columns = [column for column in columns_of(entries) if column.header != "protocol"]
         # Settings shared by all lines are shown once, above the table: as columns they push numbers off it.
@@ -154,16 +158,40 @@ def _leaderboards(cells: Sequence[Mapping[str, Any]], sets: Sequence[SetView]) -
 
 
 def _with_sets(cell: Mapping[str, Any], sets: Sequence[SetView]) -> dict[str, Any]:
-    """Return a cell with the storage and the seconds of its sets."""
+    """Return a cell with the storage and the seconds of its sets, which older runs' cells lack."""
     where = (cell["method"], cell["dataset"], size_of(cell))
     cell_sets = [view for view in sets if (view.label, view.dataset, view.size) == where]
     times = [view.wall_s for view in cell_sets if view.wall_s is not None]
-    distilled = _first_readable(cell_sets)
+    distilled = _first_readable(cell_sets) if "storage_floats" not in cell else None
     return {
+        "storage_floats": distilled.meta.storage_floats if distilled is not None else None,
+        "seconds": sum(times) / len(times) if times else None,
         **cell,
-        "storage": distilled.meta.storage_floats if distilled is not None else None,
-        "wall_s": sum(times) / len(times) if times else None,
     }
+
+
+def _along(cells: Sequence[Mapping[str, Any]], sets: Sequence[SetView]) -> Iterator[dict[str, Any]]:
+    """Yield a plot of accuracies along the steps per group, with pictures along each row's first set."""
+    for title, group in grouped((cell for cell in cells if "along" in cell), group_of).items():
+        where = {(cell["method"], cell["dataset"], size_of(cell)) for cell in group}
+        views = grouped(sets, lambda view: (view.label, view.dataset, view.size))
+        rows = [
+            {"label": name[0], "pictures": pictures}
+            for name, row_views in views.items()
+            if name in where and (pictures := list(_snapshot_pictures(row_views[0])))
+        ]
+        yield {"title": title, "html": figures.along_curves(group), "rows": rows}
+
+
+def _snapshot_pictures(view: SetView) -> Iterator[dict[str, Any]]:
+    """Yield pictures of a set along its steps, evenly spaced, the first and the last among them."""
+    steps = view.snapshots()
+    num = min(len(steps), _MAX_SNAPSHOTS)
+    for index in sorted({round(i * (len(steps) - 1) / max(1, num - 1)) for i in range(num)}):
+        step, snapshot = steps[index]
+        distilled = snapshot.load()
+        if distilled is not None and (picture := set_uri(distilled)) is not None:
+            yield {"step": step, "data": picture}
 
 
 def _first_readable(sets: Iterable[SetView]) -> DistilledSet | None:
@@ -188,7 +216,7 @@ def _methods(cells: Sequence[Mapping[str, Any]], sets: Sequence[SetView]) -> Ite
             "about": _about(method_sets[0].method) if method_sets else "",
             "num_sets": len(method_sets),
             "best": best,
-            "best_where": "" if best is None else f"{figures.group_of(best)}, {best['arch']}",
+            "best_where": "" if best is None else f"{group_of(best)}, {best['arch']}",
             "pictures": pictures,
             "settings": yaml.safe_dump(dict(readable.meta.config), sort_keys=False) if readable else "",
         }

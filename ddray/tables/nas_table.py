@@ -23,7 +23,7 @@ from ddray.system.files import storage_errors
 from ddray.tables.options import BenchOptions
 from ddray.tables.published import find
 from ddray.tables.spec import BenchSpec, Limits
-from ddray.tables.table import scored_cell
+from ddray.tables.table import scored_cell, set_means
 from ddray.tables.units import Cell, Graph, SweepSpec
 from ddray.tables.worker import artifact_name
 
@@ -160,9 +160,17 @@ def score_sweep(
     grouped: dict[int, list[Mapping[str, Any]]] = {}
     for row_index, figures in zip(owners.values(), proxies, strict=False):  # baselines follow the sets
         grouped.setdefault(row_index, []).append(figures)
-    scored = [(sweep.spec.cells[index], figures) for index, figures in grouped.items()]
-    scored += [(_baseline(sweep.spec, one["proxy"]), [one]) for one in proxies[len(owners) :]]
-    return [cell_of(cell, figures, sweep.differs) for cell, figures in scored]
+    cells, row_of = sweep.spec.cells, run.ledger.row
+    return [
+        *(
+            cell_of(cells[index], each, sweep.differs, set_means(cells[index], row_of))
+            for index, each in grouped.items()
+        ),
+        *(
+            cell_of(_baseline(sweep.spec, one["proxy"]), [one], sweep.differs)
+            for one in proxies[len(owners) :]
+        ),
+    ]
 
 
 def _linked_sets(sweep: SweepSpec, folder: Path, run: Run) -> dict[Path, int]:
@@ -190,14 +198,20 @@ def _baseline(sweep: SweepSpec, proxy: str) -> Cell:
     return first.model_copy(update={"method": proxy, "name": name, "source": source, "sets": ()})
 
 
-def cell_of(cell: Cell, figures: Sequence[Mapping[str, Any]], differs: Sequence[str] = ()) -> dict[str, Any]:
+def cell_of(
+    cell: Cell,
+    figures: Sequence[Mapping[str, Any]],
+    differs: Sequence[str] = (),
+    of_sets: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
     """Return a row's cell: means over its sets of the figures of merit.
 
     The accuracy is the papers' performance: the top-ranked architecture's on test after training on the whole
     set. Where a truth has no test accuracies, it is the truth's own and is compared with no published number;
-    nor is any figure of a sweep that `differs` from the paper's, by these reasons.
+    nor is any figure of a sweep that `differs` from the paper's, by these reasons. `of_sets` are means of
+    what the sets' distillations measured.
     """
-    means: dict[str, Any] = {"num_archs": min(int(one["num_archs"]) for one in figures)}
+    means: dict[str, Any] = {"num_archs": min(int(one["num_archs"]) for one in figures), **(of_sets or {})}
     for name in _FIGURES:
         values = [value for one in figures if (value := _figure(one, name)) is not None]
         means[name] = statistics.fmean(values) if values else None
