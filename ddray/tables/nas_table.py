@@ -48,6 +48,11 @@ class NasSweep:
         """The keys by which the times of its units are compared with past ones."""
         return {"kind": "nas", "what": self.options.space, "which": self.spec.dataset}
 
+    @property
+    def planned_cells(self) -> list[Cell]:
+        """The cells of its sets and of its baselines."""
+        return [*self.spec.cells, *(_baseline(self.spec, name) for name in self.spec.baselines)]
+
     def folder(self, run_dir: Path) -> Path:
         """Return the folder of the sweep's run."""
         kind, size = self.spec.cells[0].size
@@ -174,7 +179,8 @@ def _baseline(sweep: SweepSpec, proxy: str) -> Cell:
     name = proxy if "[" in proxy else proxy.partition(" (")[0].replace("-", "_")
     first = sweep.cells[0]
     source = first.source.model_copy(update={"method": name})
-    return first.model_copy(update={"method": proxy, "name": name, "source": source, "sets": ()})
+    update = {"method": proxy, "name": name, "source": source, "sets": (), "changes": ()}
+    return first.model_copy(update=update)
 
 
 def cell_of(cell: Cell, figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
