@@ -156,28 +156,23 @@ def generators_of(entries: Iterable[Entry]) -> list[str]:
 def comparisons_of(entries: Iterable[Entry]) -> Iterator[tuple[str, ...]]:
     """Yield, for people, which planned cells are set beside which numbers, and why others are not.
 
-    A line has a method, dataset, sizes, networks (with their teachers), numbers, and what differs; cells of a
-    method and dataset share it where the same differs.
+    A line has a method, dataset, size, the networks, the published number of each, and what differs.
     """
     groups: dict[tuple[str, ...], list[Entry]] = {}
     for entry in entries:
         if "compared" in entry or "differs" in entry:
+            source = _number_of(entry)
             where = f"{entry['dataset']} on {entry['target']}" if "target" in entry else entry["dataset"]
-            source = entry.get("compared") or entry.get("published") or {}
-            name = (entry["method"], where, source.get("paper", ""), source.get("table", ""))
+            table = f"{source['paper']}, {source['table']}" if source else ""
+            name = (entry["method"], where, size_of(entry), entry.get("teacher", ""), table)
             groups.setdefault((*name, "; ".join(entry.get("differs", ()))), []).append(entry)
-    for (method, where, paper, table, differs), cells in groups.items():
-        numbers = [cell.get("compared") or cell.get("published") for cell in cells]
-        values = ", ".join(f"{number['value']:g}" for number in numbers if number)
-        yield (
-            *(method, where, _joined(map(size_of, cells)), _joined(map(_network_of, cells))),
-            *(f"{values} ({paper}, {table})" if values else "-", differs or "-"),
-        )
+    for (method, where, size, teacher, table, differs), cells in groups.items():
+        archs = ", ".join(str(cell["arch"]) for cell in cells)
+        values = ", ".join(f"{_number_of(cell)['value']:g}" for cell in cells) if table else ""
+        network = f"{archs}; teacher {teacher}" if teacher else archs
+        yield method, where, size, network, f"{values} ({table})" if table else "-", differs or "-"
 
 
-def _network_of(entry: Entry) -> str:
-    return f"{entry['arch']} < {entry['teacher']}" if "teacher" in entry else str(entry["arch"])
-
-
-def _joined(texts: Iterable[str]) -> str:
-    return ", ".join(dict.fromkeys(texts))
+def _number_of(entry: Entry) -> Mapping[str, Any]:
+    """Return the published number that is compared or near, as `likeness.described` has it."""
+    return entry.get("compared") or entry.get("published") or {}

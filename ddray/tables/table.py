@@ -123,11 +123,11 @@ def drop_scaled_differences(cells: Iterable[dict[str, Any]], scale: str) -> None
         return
     for cell in cells:
         number = cell.pop("compared", None)
-        if number is not None or "differs" in cell:
+        if number is not None:
+            cell.setdefault("published", number)  # of a planned cell; one that was run has it
+        if cell.keys() & {"published", "differs"}:
             cell["differs"] = [f"scale {scale}", *cell.get("differs", ())]
-        if "accuracy_mean" not in cell:  # planned, not run
-            cell |= {} if number is None else {"published": number}
-        elif "published" in cell:
+        if "difference" in cell.get("published", ()):
             cell["published"] |= _NO_DIFFERENCE
 
 
