@@ -99,7 +99,7 @@ def _changes(
     """Yield what differs from the preset's conditions, in words."""
     size: dict[str, Any] = {"ipc": plan.ipc} if plan.budget is None else {"budget": plan.budget}
     layers = row.layers() if _vouches(row.published) else ()
-    preset = resolve(row.name, plan.dataset, **size, seed=plan.seed, preset=row.preset, layers=layers)
+    preset = resolve(plan.method, plan.dataset, **size, seed=plan.seed, preset=row.preset, layers=layers)
     protocol = evaluation_spec.protocol
     by_recipe = protocol != "nas" and get_protocol(protocol).config_type is EvaluateConfig
     ours, theirs = _flat(plan.config.dump()), _flat(preset.config.dump())
