@@ -130,7 +130,7 @@ def _evaluation_changes(
     sets, recipe = options.get("sets") or (), options.get("recipe")
     if preset is None:
         if options.get("epochs") is not None:
-            yield f"evaluate epochs {options['epochs']}, not the protocol's own"
+            yield f"evaluate.epochs {options['epochs']}, not the protocol's own"
         yield from (f"evaluate.{text.replace('=', ' ')}, not the protocol's own" for text in sets)
         return
     theirs = _flat(preset.dump())
