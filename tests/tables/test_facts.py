@@ -144,7 +144,8 @@ def test_one_line_points_a_table_to_a_generator(tmp_path: Path, monkeypatch: pyt
     assert generators("dit") == [None, f"{tmp_path.name}/dit", f"{tmp_path.name}/other"]
     assert generators({"digits": "dit"}, can_flip=True) == generators("dit")
     assert read_spec({**table, "generator": "dit"}).generator == str(tmp_path / "dit")
-    assert generators("dit", "smoke")[1] == "trained here for 2 epochs", "it is of other images"
+    small = generators({"mnist": "dit"}, "smoke", dataset="mnist")
+    assert small[1] == "trained here for 2 epochs", "the folder is of other images"
     with pytest.raises(InputError, match=r"generator must be for datasets among \['digits'\], got 'mnist'"):
         generators({"mnist": "dit"})
 
