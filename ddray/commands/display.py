@@ -192,9 +192,9 @@ def _number(value: float | None) -> str:
 def bench_tables(result: BenchResult) -> list[Any]:
     """Return a bench's table in percent, its failures, and where its files are.
 
-    Columns with the same value in every cell go into the title.
+    Columns with the same value in every cell go into the title; so do the generators, which stay in the rows.
     """
-    from ddray.tables.columns import columns_of
+    from ddray.tables.columns import columns_of, generators_of
 
     cells = result.dump()["cells"]
     columns = columns_of(cells)
@@ -202,9 +202,10 @@ def bench_tables(result: BenchResult) -> list[Any]:
         column
         for column in columns[1:]
         if column.kind != "number" and len({column.text_of(cell) for cell in cells}) == 1
+        if column.name != "generator"
     ]
     varied = [column for column in columns if column not in fixed]
-    title = ", ".join([result.name, *(column.text_of(cells[0]) for column in fixed)])
+    title = ", ".join([result.name, *(column.text_of(cells[0]) for column in fixed), *generators_of(cells)])
     rows = ([_text(column, cell) for column in varied] for cell in cells)
     tables = [_table(title, [column.header for column in varied], rows)]
     if result.failures:
@@ -230,7 +231,8 @@ def _text(column: Column, cell: dict[str, Any]) -> str:
 
 
 def forecast_tables(forecast: dict[str, Any]) -> list[Any]:
-    """Return a dry run: the unit graph by groups, and its expected cost."""
+    """Return a dry run: the unit graph by groups, its expected cost, and what is set beside what."""
+    from ddray.tables.columns import comparisons_of, generators_of
     from ddray.tables.cost import summarise
 
     rows = []
@@ -255,8 +257,13 @@ def forecast_tables(forecast: dict[str, Any]) -> list[Any]:
     if not forecast["pool_known"]:
         summary["pool"] = "some methods report which networks they need only once they start"
     headers = ("kind", "unit", "units", "missing", "needs", "expected")
-    title = f"{forecast['name']}, {forecast['scale']}"
-    return [_table(title, headers, rows), table_of("forecast", summary)]
+    title = ", ".join([forecast["name"], forecast["scale"], *generators_of(forecast["cells"])])
+    tables = [_table(title, headers, rows), table_of("forecast", summary)]
+    comparisons = list(comparisons_of(forecast["cells"]))
+    if comparisons:
+        headers = ("method", "dataset", "size", "arch", "beside the published", "differs")
+        tables.append(_table("comparisons", headers, comparisons))
+    return tables
 
 
 def _duration(seconds: float | None) -> str:

@@ -113,3 +113,6 @@ KNOWN: Final[dict[str, KnownDataset]] = {
         (1, 64, 64), can_flip=False, folders=("mini_speech_commands",), layout="wavs"
     ),
 }
+
+ALIASES: Final[dict[str, dict[str, Any]]] = {"imagenet224": {"base": "imagenet", "image_size": 224}}
+"""Names of datasets in another size than the catalog's, and the references that they stand for."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import parse_qsl, urlencode
 
-from ddray.data.catalog import KNOWN
+from ddray.data.catalog import ALIASES, KNOWN
 from ddray.errors import InputError
 from ddray.system.options import ContentOptions
 
@@ -25,6 +25,8 @@ class DatasetRef(ContentOptions):
     def parse(cls, values: Mapping[str, Any] | str, *, prefix: str = "", source: str = "") -> Self:
         """Return the reference that a text stands for; a text with `?` that is a path is only that.
 
+        `imagenet224` stands for `imagenet?image_size=224`; an option after the name wins.
+
         Raises:
             InputError: an option is unknown or has a bad value.
         """
@@ -32,7 +34,7 @@ class DatasetRef(ContentOptions):
             return super().parse(values, prefix=prefix, source=source)
         base, mark, query = values.rpartition("?")
         if not mark or os.path.exists(os.path.expanduser(values)):
-            return cls(base=values)
+            return cls(**ALIASES.get(values, {"base": values}))
         try:
             pairs = parse_qsl(query, strict_parsing=True)
         except ValueError:
@@ -42,7 +44,7 @@ class DatasetRef(ContentOptions):
             raise InputError(
                 f"a dataset's options must be distinct name=value after '?', joined by '&', got {values!r}"
             )
-        return super().parse({"base": base, **options}, prefix=prefix, source=values)
+        return super().parse({**ALIASES.get(base, {"base": base}), **options}, prefix=prefix, source=values)
 
     def __str__(self) -> str:
         """Return the text that `parse` reads, the options sorted."""

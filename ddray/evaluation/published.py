@@ -1,15 +1,16 @@
-"""The papers' 950 published numbers (reports/published.csv).
+"""The papers' 950 published numbers (reports/published.csv), and their conditions (reports/conditions.yaml).
 
 docs/published.md has the conventions, doubtful cells and contradictions within the papers.
 """
 
 import csv
 import functools
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from ddray.config import Config
+from ddray.config import Config, merge, read_yaml
 from ddray.system.shipped import shipped
 
 _BLANK_IS_NONE = BeforeValidator(lambda text: text or None)
@@ -52,3 +53,32 @@ def read_numbers() -> tuple[Number, ...]:
     """Return all published numbers, in the file's order."""
     with shipped("reports", "published.csv").open(encoding="utf-8", newline="") as file:
         return tuple(map(Number.parse, csv.DictReader(file)))
+
+
+class Conditions(Config):
+    """What a number was measured under, besides its own fields."""
+
+    protocol: str
+    """A protocol of `ddray evaluate`, or `nas`."""
+    space: str | None = None
+    """The NAS space."""
+    teacher: str | None = None
+    """Who labels softly where the table names nobody."""
+    pixels: Mapping[str, int] = Field(default_factory=dict)
+    """Sides of the distilled images by dataset; others are as the dataset comes."""
+    counts_images: tuple[str, ...] = ()
+    """Methods whose budget counts images alone, without what is stored beside them."""
+    unstated: tuple[str, ...] = ()
+    """What the paper leaves open."""
+
+
+@functools.cache
+def _stated() -> dict[str, Any]:
+    return read_yaml(shipped("reports", "conditions.yaml"))
+
+
+def conditions_of(number: Number) -> Conditions:
+    """Return the conditions of a published number."""
+    paper = _stated()[number.paper]
+    general = {name: value for name, value in paper.items() if name != "tables"}
+    return Conditions.parse(merge(general, paper.get("tables", {}).get(number.table, {})))

@@ -24,7 +24,7 @@ from ddray.report import figures
 from ddray.report.plane import make_plane
 from ddray.report.runs import RunView, SetView, grouped, read_run
 from ddray.tables.along import group_of
-from ddray.tables.columns import columns_of, size_of
+from ddray.tables.columns import columns_of, generators_of, size_of
 from ddray.tuning.report import search_view
 from ddray.tuning.space import read_space
 
@@ -150,6 +150,7 @@ def _leaderboards(cells: Sequence[Mapping[str, Any]], sets: Sequence[SetView]) -
             "protocol": protocol,
             "entries": entries,
             "shared": "; ".join(f"{column.header} {column.text_of(entries[0])}" for column in shared),
+            "generators": "; ".join(generators_of(entries)),
             "columns": [column for column in columns if column not in shared],
             "plots": [
                 {"title": name, "html": figures.accuracy_bars(group)} for name, group in groups.items()

@@ -1,6 +1,6 @@
 """The columns of a bench's table: one list for table.csv, the terminal and the report page."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -39,8 +39,11 @@ class Column:
 
 
 def _flat(entry: Entry) -> Entry:
-    """Return a cell with its size, and its published number, as values of their own."""
+    """Return a cell with its size, its published number and why it differs as values of their own."""
     flat = {**entry, "size": entry.get("ipc") or entry.get("budget")}
+    flat.pop("compared", None)  # the published number, as printed
+    if differs := flat.pop("differs", None):
+        flat["differs"] = "; ".join(differs)
     if published := flat.pop("published", None):
         flat |= {
             "published": published["accuracy_mean"],
@@ -81,6 +84,7 @@ _COLUMNS: Final = (
     _field("teacher", kind="setting"),
     _field("augment", "augmentation", kind="setting"),
     _field("settings", kind="setting"),
+    _field("generator"),
     _field("arch"),
     Column(
         "accuracy %",
@@ -104,6 +108,7 @@ _COLUMNS: Final = (
     ),
     _figure("difference", "difference", lambda value: f"{100 * value:+.2f}", csv=True),
     _figure("difference_se", "in SE", "{:+.1f}".format, csv=True),
+    Column("differs", "differs", csv=("differs",)),
 )
 # The ranking's figures, then what the report page adds to a cell.
 _FIGURES: Final = (
@@ -155,5 +160,36 @@ def csv_row(entry: Entry) -> dict[str, Any]:
     """Return a cell's line in table.csv: the columns' values, then the figures by name."""
     flat = _flat(entry)
     values = {name: flat.get(name) for column in _COLUMNS for name in column.csv}
-    left_out = (*values, *MEASURED, "sets", "along")
-    return {**values, **{name: entry[name] for name in sorted(entry) if name not in left_out}}
+    further = sorted(entry.keys() - values.keys() - {*MEASURED, "sets", "along", "compared"})
+    return {**values, **{name: entry[name] for name in further}}
+
+
+def generators_of(entries: Iterable[Entry]) -> list[str]:
+    """Return the generators of some cells, as a table's title names them."""
+    names = dict.fromkeys(entry["generator"] for entry in entries if "generator" in entry)
+    return [f"generator {name}" for name in names]
+
+
+def comparisons_of(entries: Iterable[Entry]) -> Iterator[tuple[str, ...]]:
+    """Yield, for people, which planned cells are set beside which numbers, and why others are not.
+
+    A line has a method, dataset, size, the networks, the published number of each, and what differs.
+    """
+    groups: dict[tuple[str, ...], list[Entry]] = {}
+    for entry in entries:
+        if "compared" in entry or "differs" in entry:
+            source = _number_of(entry)
+            where = f"{entry['dataset']} on {entry['target']}" if "target" in entry else entry["dataset"]
+            table = f"{source['paper']}, {source['table']}" if source else ""
+            name = (entry["method"], where, size_of(entry), entry.get("teacher", ""), table)
+            groups.setdefault((*name, "; ".join(entry.get("differs", ()))), []).append(entry)
+    for (method, where, size, teacher, table, differs), cells in groups.items():
+        archs = ", ".join(str(cell["arch"]) for cell in cells)
+        values = ", ".join(f"{_number_of(cell)['value']:g}" for cell in cells) if table else ""
+        network = f"{archs}; teacher {teacher}" if teacher else archs
+        yield method, where, size, network, f"{values} ({table})" if table else "-", differs or "-"
+
+
+def _number_of(entry: Entry) -> Mapping[str, Any]:
+    """Return the published number that is compared or near, as `likeness.described` has it."""
+    return entry.get("compared") or entry.get("published") or {}

@@ -1,6 +1,7 @@
 """What a bench would cost: its units, without reading an image."""
 
 import json
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -18,7 +19,8 @@ from ddray.tables.nas_table import NasSweep, resolve_sweeps
 from ddray.tables.options import BenchOptions
 from ddray.tables.result import Forecast
 from ddray.tables.spec import BenchSpec
-from ddray.tables.units import Graph
+from ddray.tables.table import drop_scaled_differences, planned_cell
+from ddray.tables.units import Cell, Graph
 from ddray.tables.worker import predict_pool_specs
 
 # Datasets whose class names are only in their files: the number of classes, for dry runs without the files.
@@ -32,9 +34,9 @@ _NUM_CLASSES: Final = {
 
 
 def dry_run(spec: BenchSpec, options: BenchOptions, *, run_dir: Path | None) -> Forecast:
-    """Return the unit graph with an estimated cost; no image is read, and datasets may be missing.
+    """Return the unit graph with an estimated cost, and what each cell is compared with.
 
-    The finished units of the run in `run_dir` are marked.
+    No image is read, and datasets may be missing. The finished units of the run in `run_dir` are marked.
 
     Raises:
         InputError: a row is bad.
@@ -57,11 +59,14 @@ def dry_run(spec: BenchSpec, options: BenchOptions, *, run_dir: Path | None) -> 
     lines, is_pool_known = _unit_lines(graph, ledger, history)
     lines += [_sweep_line(graph, sweep, get(sweep.spec.dataset), run_dir, history) for sweep in sweeps]
     missing = [line for line in lines if line["status"] == "missing"]
+    cells = [planned_cell(cell) for cell in _cells_of(graph, sweeps)]
+    drop_scaled_differences(cells, options.scale)
     guessed = [line["estimate_s"] for line in missing if line["estimate_s"] is not None]
     return Forecast(
         name=spec.name,
         scale=options.scale,
         units=lines,
+        cells=cells,
         num_units=len(lines),
         num_missing=len(missing),
         pool_known=is_pool_known,
@@ -70,6 +75,11 @@ def dry_run(spec: BenchSpec, options: BenchOptions, *, run_dir: Path | None) -> 
         num_from_smaller=sum(line["from_smaller"] for line in missing),
         nas_sweeps=[sweep.options.space for sweep in sweeps],
     )
+
+
+def _cells_of(graph: Graph, sweeps: Sequence[NasSweep]) -> list[Cell]:
+    """Return the table's cells, those of its rankings last."""
+    return [*graph.cells, *(cell for sweep in sweeps for cell in sweep.planned_cells)]
 
 
 def _unit_lines(graph: Graph, ledger: Ledger | None, history: History) -> tuple[list[dict[str, Any]], bool]:

@@ -21,6 +21,7 @@ from ddray.ranking import DEFAULT_SPACE
 from ddray.runs.ledger import Unit
 from ddray.seeding import derive_seed
 from ddray.tables.checks import check_evaluation, check_names, check_row
+from ddray.tables.facts import facts_of, generator_layer, teachers_of
 from ddray.tables.spec import BenchSpec, EvaluateSpec, Limits, MethodSpec, PublishedSource
 from ddray.tables.units import WHOLE, BenchUnit, Cell, Graph, SweepSpec
 from ddray.training.recipe import RECIPES, TeacherRecipe
@@ -59,7 +60,7 @@ def build_graph(
             distil.setdefault(unit.key, unit)
             plans.setdefault(unit.key, plan)
         for evaluation_index, evaluation_spec in enumerate(map(spec.within, spec.evaluate)):
-            if name not in spec.datasets(evaluation_spec):
+            if name not in spec.datasets(evaluation_spec) or not evaluation_spec.takes(row):
                 continue
             if row.name != WHOLE:
                 check_row(row, evaluation_spec)
@@ -146,7 +147,11 @@ def whole_unit(
 
 def _limited(spec: BenchSpec, row: MethodSpec, dataset: Dataset, size: tuple[str, int], seed: int) -> Plan:
     """Resolve a row, then lower what exceeds the spec's limits."""
-    layers = [*MethodSpec(name=row.name, set=spec.set).layers(), *row.layers()]
+    table_layers = [
+        generator_layer(spec, row, dataset.name),
+        *MethodSpec(name=row.name, set=spec.set).layers(),
+    ]
+    layers = [*table_layers, *row.layers()]
     size_argument: dict[str, Any] = {size[0]: size[1]}
 
     def resolved(*limits: dict[str, Any]) -> Plan:
@@ -202,7 +207,7 @@ def _cells(
     first, plan = sets[0]
     for name, teacher, arch in itertools.product(
         evaluation_spec.target or (first.dataset,),
-        evaluation_spec.teacher or (None,),
+        teachers_of(evaluation_spec, plan),
         evaluation_spec.archs or (plan.arch,),
     ):
         target = open_dataset(name)
@@ -269,6 +274,7 @@ def _cell(
         settings=_settings(evaluation_spec, options, unit.limit),
         source=PublishedSource.parse(merge(*(source.model_dump(exclude_none=True) for source in sources))),
         sets=() if unit.is_whole else tuple(unit.key for unit, _ in sets),
+        **facts_of(row, evaluation_spec, plan, options),
         **scored_as,
     )
 

@@ -20,6 +20,7 @@ from ddray.ranking.sweep import NasOptions, choose_architectures, resolve_config
 from ddray.runs.executor import Executor
 from ddray.runs.folder import Run
 from ddray.system.files import storage_errors
+from ddray.tables.likeness import likeness
 from ddray.tables.options import BenchOptions
 from ddray.tables.published import find
 from ddray.tables.spec import BenchSpec, Limits
@@ -53,14 +54,35 @@ class NasSweep:
         return {"kind": "nas", "what": self.options.space, "which": self.spec.dataset}
 
     @property
-    def differs(self) -> list[str]:
+    def differs(self) -> tuple[str, ...]:
         """What keeps the sweep's figures from being set beside the published ones of its space."""
         conditions = get_definition(self.options.space).published_options
-        return [
+        return tuple(
             f"{name} {_text(ours)}, theirs {_text(theirs)}"
             for name, theirs in conditions.items()
             if (ours := getattr(self.options, name)) != theirs
+        )
+
+    @property
+    def cells(self) -> list[Cell]:
+        """The cells of its sets, with what the sweep changes in the paper's conditions."""
+        return [
+            cell.model_copy(update={"changes": (*cell.changes, *self.differs)}) for cell in self.spec.cells
         ]
+
+    def baseline(self, proxy: str) -> Cell:
+        """Return the cell of a proxy that the sweep adds to the sets, such as `early-stopping (9 steps)`."""
+        # Names with [...] are not in any paper.
+        name = proxy if "[" in proxy else proxy.partition(" (")[0].replace("-", "_")
+        first = self.spec.cells[0]
+        source = first.source.model_copy(update={"method": name})
+        update = {"method": proxy, "name": name, "source": source, "sets": (), "changes": self.differs}
+        return first.model_copy(update=update)
+
+    @property
+    def planned_cells(self) -> list[Cell]:
+        """The cells of its sets and of its baselines."""
+        return [*self.cells, *map(self.baseline, self.spec.baselines)]
 
     def folder(self, run_dir: Path) -> Path:
         """Return the folder of the sweep's run."""
@@ -160,16 +182,10 @@ def score_sweep(
     grouped: dict[int, list[Mapping[str, Any]]] = {}
     for row_index, figures in zip(owners.values(), proxies, strict=False):  # baselines follow the sets
         grouped.setdefault(row_index, []).append(figures)
-    cells, row_of = sweep.spec.cells, run.ledger.row
+    cells, row_of = sweep.cells, run.ledger.row
     return [
-        *(
-            cell_of(cells[index], each, sweep.differs, set_means(cells[index], row_of))
-            for index, each in grouped.items()
-        ),
-        *(
-            cell_of(_baseline(sweep.spec, one["proxy"]), [one], sweep.differs)
-            for one in proxies[len(owners) :]
-        ),
+        *(cell_of(cells[index], each, set_means(cells[index], row_of)) for index, each in grouped.items()),
+        *(cell_of(sweep.baseline(one["proxy"]), [one]) for one in proxies[len(owners) :]),
     ]
 
 
@@ -189,43 +205,30 @@ def _linked_sets(sweep: SweepSpec, folder: Path, run: Run) -> dict[Path, int]:
     return rows
 
 
-def _baseline(sweep: SweepSpec, proxy: str) -> Cell:
-    """Return the cell of a proxy that the sweep adds to the sets, such as `early-stopping (150 steps)`."""
-    # Names with [...] are not in any paper.
-    name = proxy if "[" in proxy else proxy.partition(" (")[0].replace("-", "_")
-    first = sweep.cells[0]
-    source = first.source.model_copy(update={"method": name})
-    return first.model_copy(update={"method": proxy, "name": name, "source": source, "sets": ()})
-
-
 def cell_of(
-    cell: Cell,
-    figures: Sequence[Mapping[str, Any]],
-    differs: Sequence[str] = (),
-    of_sets: Mapping[str, float] | None = None,
+    cell: Cell, figures: Sequence[Mapping[str, Any]], of_sets: Mapping[str, float] | None = None
 ) -> dict[str, Any]:
     """Return a row's cell: means over its sets of the figures of merit.
 
     The accuracy is the papers' performance: the top-ranked architecture's on test after training on the whole
-    set. Where a truth has no test accuracies, it is the truth's own and is compared with no published number;
-    nor is any figure of a sweep that `differs` from the paper's, by these reasons. `of_sets` are means of
-    what the sets' distillations measured.
+    set. Where a truth has no test accuracies, it is the truth's own, which differs from the published ones.
+    `of_sets` are means of what the sets' distillations measured.
     """
     means: dict[str, Any] = {"num_archs": min(int(one["num_archs"]) for one in figures), **(of_sets or {})}
+    numbers = read_numbers()
+    is_like = not likeness(numbers, cell).differs
     for name in _FIGURES:
         values = [value for one in figures if (value := _figure(one, name)) is not None]
         means[name] = statistics.fmean(values) if values else None
-        published_number = None if differs else find(read_numbers(), cell, name)
+        published_number = find(numbers, cell, name) if is_like else None
         if published_number is not None:
             means[f"published_{name}"] = published_number.value
     ranked = [one for one in figures if one["top1_truth_accuracy"] is not None]
     tested = all(one.get("top1_test_accuracy") is not None for one in ranked)
+    if not tested:
+        cell = cell.model_copy(update={"changes": (*cell.changes, "the truth has no test accuracies")})
     accuracies = [one["top1_test_accuracy" if tested else "top1_truth_accuracy"] for one in ranked]
-    result = scored_cell(cell, [[value] for value in accuracies], num_sets=len(figures), **means)
-    reasons = [*differs, *(() if tested else ("the truth has no test accuracies",))]
-    if reasons and result.pop("published", None) is not None:
-        result["differs"] = reasons
-    return result
+    return scored_cell(cell, [[value] for value in accuracies], num_sets=len(figures), **means)
 
 
 def _text(value: Any) -> str:

@@ -4,14 +4,17 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from ddray.config import Names, named
 from ddray.system.options import DataOptions
 
 
 class BenchOptions(DataOptions):
-    """How a bench is run (nothing here but the scale and the device changes what a unit computes)."""
+    """How a bench is run (of these, scale, settings and device change what a unit computes)."""
 
     scale: str = "paper"
     """paper: as written; cpu: minutes to hours; smoke: does it run."""
+    sets: Names = named("set", "sets")
+    """key=value for every method, over the file's `set`; a row's own settings win; repeatable."""
     retry_failed: bool = False
     """With --resume: run crashed units again; a diverged one would diverge again."""
     executor: Literal["ray", "local"] = "ray"

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from ddray.data.reference import DatasetRef
 from ddray.evaluation import get_protocol, protocol_names
-from ddray.evaluation.published import Number
+from ddray.evaluation.published import Number, conditions_of
 from ddray.tables.units import Cell
 
 # Our names and what papers call them, the likeliest first; () where papers mean another network by our name.
@@ -27,11 +27,9 @@ _METHODS: Final = {
     "random_ssl": ("random_ssl", "random"),
     "kmeans_ssl": ("kmeans_ssl", "kmeans"),
 }
-_TOP1: Final = "top1_accuracy"
-# D3HR's other tables use soft labels (its Sec 5.1), even where they name no teacher.
-_HARD_D3HR: Final = ("Table 5",)
+TOP1: Final = "top1_accuracy"
 # Rows that train on the whole dataset and so have no size, unlike the other rows of their tables.
-_WHOLE: Final = ("early_stopping", "whole")
+WHOLE: Final = ("early_stopping", "whole")
 _DEFAULT_TEACHER: Final = "resnet18"
 # Runs behind a published mean, where the paper states it; otherwise a mean counts as one run.
 _RUNS: Final = {"boost_ssdd": 3, "dsdm": 5}
@@ -44,19 +42,18 @@ def find(numbers: Sequence[Number], cell: Cell, metric: str | None = None) -> Nu
     then the first in file order. If it names no `table`, only numbers of the cell's own protocol match. A
     `metric` is looked up instead of the protocol's own.
     """
-    source, archs = cell.source, ("", *_arch_names(cell.arch))
-    dataset, target = _published_name(cell.dataset), _published_name(cell.target)
-    methods = (source.method,) if source.method else _METHODS.get(cell.name, (cell.name,))
+    source, archs = cell.source, ("", *network_names(cell.arch))
+    dataset, target = published_name(cell.dataset), published_name(cell.target)
     candidates = [
         number
         for number in numbers
-        if number.method in methods
-        and number.metric == (metric or _metric(cell.protocol) or _TOP1)
+        if number.method in method_names(cell)
+        and number.metric == (metric or metric_of(cell.protocol) or TOP1)
         and number.dataset in ("", dataset)
         and (number.target or number.dataset or target) == target
         and number.arch in archs
-        and _same_size(number, cell)
-        and _same_teacher(number, cell)
+        and same_size(number, cell)
+        and same_teacher(number, cell)
         and source.paper in (None, number.paper)
         and source.table in (None, number.table)
         and source.setting in (None, number.setting)
@@ -67,14 +64,19 @@ def find(numbers: Sequence[Number], cell: Cell, metric: str | None = None) -> Nu
     return min(candidates, key=lambda number: (bool(number.setting), archs.index(number.arch)), default=None)
 
 
-def _published_name(name: str) -> str:
-    """Return what papers call a dataset: of other images or labels than the papers', its full name."""
+def published_name(name: str) -> str:
+    """Return what papers call a dataset, in whatever size: with other labels or clips, its full name."""
     reference = DatasetRef.parse(name)
-    return reference.base if reference.content().keys() <= {"can_flip"} else name
+    return reference.base if reference.content().keys() <= {"can_flip", "image_size"} else name
+
+
+def method_names(cell: Cell) -> tuple[str, ...]:
+    """Return what papers may call a cell's method."""
+    return (cell.source.method,) if cell.source.method else _METHODS.get(cell.name, (cell.name,))
 
 
 @functools.cache
-def _metric(protocol: str) -> str | None:
+def metric_of(protocol: str) -> str | None:
     """Return the metric of a protocol's published accuracies; None if no paper has any."""
     if protocol == "nas":
         return "nas_top1_accuracy"
@@ -82,12 +84,12 @@ def _metric(protocol: str) -> str | None:
 
 
 @functools.cache
-def _has_teachers(protocol: str) -> bool:
+def has_teachers(protocol: str) -> bool:
     """Return whether a protocol trains on soft labels."""
     return protocol in protocol_names() and "teachers" in get_protocol(protocol).options
 
 
-def _arch_names(arch: str) -> tuple[str, ...]:
+def network_names(arch: str) -> tuple[str, ...]:
     """Return the names that papers may give a network; ConvNets match by depth, whatever the norm."""
     base, *suffixes = arch.split("_")
     if arch not in _ARCHS and base.startswith("convnet") and ("x2" in suffixes or set(suffixes) <= {"bn"}):
@@ -95,10 +97,10 @@ def _arch_names(arch: str) -> tuple[str, ...]:
     return _ARCHS.get(arch, (arch,))
 
 
-def _same_size(number: Number, cell: Cell) -> bool:
+def same_size(number: Number, cell: Cell) -> bool:
     """Return whether the sizes match; ipc k of K classes equals a budget of k * K images."""
     kind, size = cell.size
-    if number.method in _WHOLE or (number.ipc is None and number.budget is None):
+    if number.method in WHOLE or (number.ipc is None and number.budget is None):
         return cell.source.table is not None
     if kind == "ipc":
         return number.ipc == size or (number.ipc is None and number.budget == size * cell.num_classes)
@@ -107,21 +109,31 @@ def _same_size(number: Number, cell: Cell) -> bool:
 
 def _same_protocol(number: Number, cell: Cell) -> bool:
     """Return whether number and cell have the same protocol; never for protocols that no paper reports."""
-    metric = _metric(cell.protocol)
-    if metric != _TOP1:  # the metric already decides
+    metric = metric_of(cell.protocol)
+    if metric != TOP1:  # the metric already decides
         return metric is not None
-    soft = number.paper == "d3hr" and number.table not in _HARD_D3HR
-    return soft == _has_teachers(cell.protocol) and (not soft or bool(number.teacher))
+    soft = has_teachers(conditions_of(number).protocol)
+    return soft == has_teachers(cell.protocol) and (not soft or bool(number.teacher))
 
 
-def _same_teacher(number: Number, cell: Cell) -> bool:
+def same_teacher(number: Number, cell: Cell) -> bool:
     """Return whether the soft labels come from the same teacher; true for other protocols."""
-    if not _has_teachers(cell.protocol) or not number.teacher:
+    if not has_teachers(cell.protocol) or not number.teacher:
         return True
-    teacher = cell.teacher or _DEFAULT_TEACHER
+    teacher = teacher_of(cell)
     if "+" in teacher:
         return number.teacher == f"ensemble of {teacher.count('+') + 1}"
-    return number.teacher in _ARCHS.get(teacher, (teacher,))
+    return is_called(teacher, number.teacher)
+
+
+def teacher_of(cell: Cell) -> str:
+    """Return who labels a cell's images softly."""
+    return cell.teacher or _DEFAULT_TEACHER
+
+
+def is_called(network: str, theirs: str) -> bool:
+    """Return whether papers may call a network so."""
+    return theirs in network_names(network)
 
 
 def compare(number: Number, mean: float, standard_error: float | None) -> dict[str, Any]:

@@ -52,6 +52,8 @@ class Forecast(Result):
     name: str
     scale: str
     units: list[dict[str, Any]]
+    cells: list[dict[str, Any]]
+    """The table's cells, each with the published number that it is `compared` with, or why it `differs`."""
     num_units: int
     num_missing: int
     pool_known: bool

@@ -7,7 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from ddray.config import Config, merge, nest, parse_overrides, read_yaml
 from ddray.data.reference import DatasetRef
@@ -50,6 +58,14 @@ def _absolute(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(str(DatasetRef.parse(name).absolute()) for name in names)
 
 
+def _absolute_folder(name: str) -> str:
+    return str(Path(name).expanduser().absolute())
+
+
+def _without_flip(dataset: str) -> str:
+    return str(DatasetRef.parse(dataset).model_copy(update={"can_flip": None}))
+
+
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 Datasets = Annotated[Names, AfterValidator(_absolute)]
 Sizes = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_listed)]
@@ -84,6 +100,7 @@ class MethodSpec(Config):
     """Sizes of this row, instead of the table's."""
     budget: Sizes = ()
     published: PublishedSource = PublishedSource()
+    """With a method or a setting it says that `set` and `sweep` make the row what the paper has there."""
 
     @model_validator(mode="before")
     @classmethod
@@ -134,20 +151,34 @@ class EvaluateSpec(Config):
     """Name of the recipe that trains networks on every row's sets, as for `ddray evaluate --recipe`."""
     dataset: Datasets = ()
     """Distilled datasets that this applies to; default all."""
+    rows: Names = ()
+    """Rows that this applies to, by label or by the method's name; default all."""
     target: Datasets = ()
     """Datasets to score on; default the set's own."""
     teacher: Names = ()
-    """Teachers for the protocol `soft`, one cell each; names joined by "+" are averaged."""
+    """Teachers for the protocol `soft`, one cell each; names joined by "+" are averaged, `own` is the network
+    that made the row's sets (RDED, SRe2L)."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Further options of the protocol, as in `ddray evaluate` (`train_limit: 500`); for `nas`, as in
     `ddray nas` (`space: convnet720`, `baselines: [early-stopping]`)."""
     published: PublishedSource = PublishedSource()
+    """With a setting it says that this section's epochs, recipe and options are the paper's there."""
 
     @field_validator("options")
     @classmethod
     def _lists(cls, options: dict[str, Any]) -> dict[str, Any]:
         """Accept a single value for a list, as everywhere in a bench file."""
         return {k: (_listed(v) or []) if k in ("baselines", "sets") else v for k, v in options.items()}
+
+    @model_serializer(mode="wrap")
+    def _without_unset(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out `rows` where it is not set: runs of before it keep their configuration."""
+        values: dict[str, Any] = dump(self)
+        return values if self.rows else {k: v for k, v in values.items() if k != "rows"}
+
+    def takes(self, row: MethodSpec) -> bool:
+        """Return whether a row's sets are scored so."""
+        return not self.rows or row.row in self.rows or row.name in self.rows
 
 
 class Limits(Config):
@@ -188,13 +219,24 @@ class BenchSpec(Config):
     """The first set's seed."""
     evaluate: Annotated[tuple[EvaluateSpec, ...], BeforeValidator(_listed)] = (EvaluateSpec(),)
     set: dict[str, Any] = Field(default_factory=dict)
-    """Overrides for every method."""
+    """Overrides for every method; a row's own win."""
+    generator: dict[str, str] | str | None = None
+    """Folder of a DiTPipeline for the rows that take one (`method.diffusion`), or one for each dataset."""
     skip: Names = ()
     """Rows, by label, that this scale leaves out."""
     limits: Limits = Limits()
     replaced: bool = False
     """Whether a scale has replaced the table's datasets; rows that name others then run on all of them."""
     published: PublishedSource = PublishedSource()
+
+    @field_validator("generator")
+    @classmethod
+    def _absolute_folders(cls, value: dict[str, str] | str | None) -> dict[str, str] | str | None:
+        """Make folders absolute, so that a bench can be resumed from anywhere."""
+        if isinstance(value, dict):
+            names = _absolute(tuple(value))
+            return dict(zip(names, map(_absolute_folder, value.values()), strict=True))
+        return None if value is None else _absolute_folder(value)
 
     @model_validator(mode="after")
     def _checked(self) -> Self:
@@ -208,6 +250,7 @@ class BenchSpec(Config):
                     f"skip must name rows, got {label!r}{did_you_mean(label, row_labels)}; "
                     f"there are {', '.join(row_labels)}"
                 )
+        self._check_filters(row_labels)
         rows = self.rows()
         if not rows:
             raise ValueError(f"at least one row must be left, but skip names all: {', '.join(self.skip)}")
@@ -228,6 +271,16 @@ class BenchSpec(Config):
                     rule = f"{section} dataset must be among {list(self.dataset)}"
                     raise ValueError(f"{rule}, got {name!r}")
         return self
+
+    def _check_filters(self, row_labels: list[str]) -> None:
+        """Check that what an evaluation or a generator is for is in the table."""
+        names = [*row_labels, *(method.name for method in self.methods)]
+        for label in itertools.chain(*(one.rows for one in self.evaluate)):
+            if label not in names:
+                raise ValueError(f"evaluate.rows must name rows, got {label!r}{did_you_mean(label, names)}")
+        for name in self.generator if isinstance(self.generator, dict) else ():
+            if name not in self.dataset and not self.replaced:
+                raise ValueError(f"generator must be for datasets among {list(self.dataset)}, got {name!r}")
 
     @property
     def split(self) -> SplitName:
@@ -266,6 +319,13 @@ class BenchSpec(Config):
         """
         return [name for name in self.dataset if name in entry.dataset] or list(self.dataset)
 
+    def generator_for(self, dataset: str) -> str | None:
+        """Return the folder of the generator for a dataset; None: each row's own."""
+        if not isinstance(self.generator, dict):
+            return self.generator
+        folders = {_without_flip(name): folder for name, folder in self.generator.items()}
+        return folders.get(_without_flip(dataset))
+
     def source(self, row: MethodSpec, dataset: str) -> str:
         """Return the name that a row's dataset is opened by: with `can_flip`, if the settings have it."""
         can_flip = {**self.set, **row.set}.get("can_flip")
@@ -274,19 +334,21 @@ class BenchSpec(Config):
     def with_content(self, content: Mapping[str, Any]) -> Self:
         """Return the spec with options of content in the names of all its datasets."""
 
+        def named(dataset: str) -> str:
+            return str(DatasetRef.parse(dataset).with_options(**content))
+
         def renamed(entry: C, *fields: str) -> C:
             return entry.model_copy(
-                update={
-                    field: tuple(
-                        str(DatasetRef.parse(n).with_options(**content)) for n in getattr(entry, field)
-                    )
-                    for field in fields
-                }
+                update={field: tuple(map(named, getattr(entry, field))) for field in fields}
             )
 
-        methods = tuple(renamed(method, "dataset") for method in self.methods)
-        evaluate = tuple(renamed(one, "dataset", "target") for one in self.evaluate)
-        return renamed(self, "dataset").model_copy(update={"methods": methods, "evaluate": evaluate})
+        changes: dict[str, Any] = {
+            "methods": tuple(renamed(method, "dataset") for method in self.methods),
+            "evaluate": tuple(renamed(one, "dataset", "target") for one in self.evaluate),
+        }
+        if isinstance(self.generator, dict):
+            changes["generator"] = {named(name): folder for name, folder in self.generator.items()}
+        return renamed(self, "dataset").model_copy(update=changes)
 
     def within(self, evaluation_spec: EvaluateSpec) -> EvaluateSpec:
         """Return an evaluation with as many architectures, targets and teachers as the limits allow."""
@@ -296,14 +358,17 @@ class BenchSpec(Config):
 
 
 def read_spec(
-    source: Path | Mapping[str, Any], scale: str = "paper", content: Mapping[str, Any] | None = None
+    source: Path | Mapping[str, Any],
+    scale: str = "paper",
+    content: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> BenchSpec:
     """Read a bench file (or take what it would hold) at a scale.
 
     `paper` takes the file as written; `cpu` and `smoke` put limits on it, then the file's own
     `scales: {<scale>: ...}` is merged over it. Options of content, such as `image_size`, at the top of the
     file or in `content`, which wins, are written into the names of all its datasets; a scale with other
-    datasets (`smoke`) leaves out columns and clips.
+    datasets (`smoke`) leaves out columns, clips and generators. `overrides` win over the file's `set`.
 
     Raises:
         InputError: the file or a value is bad, or there is no such scale.
@@ -325,4 +390,7 @@ def read_spec(
     if "replaced" in merged:  # what only files of the table's own datasets have
         in_scale = file_scales.get(scale, {})
         in_file = {k: v for k, v in in_file.items() if k in ("image_size", "can_flip") or k in in_scale}
+        merged["generator"] = in_scale.get("generator")
+    if overrides and isinstance(file_set := merged.get("set", {}), Mapping):
+        merged["set"] = merge(*(nest(name, value) for name, value in file_set.items()), overrides)
     return BenchSpec.parse(merged, source=str(path)).with_content({**in_file, **(content or {})})

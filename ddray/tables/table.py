@@ -10,9 +10,11 @@ from ddray.evaluation.published import read_numbers
 from ddray.runs.ledger import Row
 from ddray.system.files import write_text
 from ddray.tables.columns import MEASURED, csv_row
-from ddray.tables.published import compare, find
+from ddray.tables.likeness import Likeness, described, likeness
+from ddray.tables.published import compare
 from ddray.tables.units import WHOLE, Cell
 
+_NO_DIFFERENCE: Final = {"difference": None, "difference_se": None}
 _REPORTED: Final = ("arch", "accuracy_mean", "accuracy_std", "per_seed", "num_images", "wall_s")
 _OF_SETS: Final = ("storage_floats", "storage_with_generator_floats", "approximation_mse", *MEASURED)
 
@@ -41,27 +43,50 @@ def scored_cell(
     cell: Cell, per_set: Sequence[Sequence[float]], *, num_sets: int, **figures: Any
 ) -> dict[str, Any]:
     """Return one cell: mean and sample standard deviation over all networks of all sets, further figures."""
-    kind, size = cell.size
-    optional = {name: getattr(cell, name) for name in ("teacher", "augment", "settings")}
-    optional["target"] = None if cell.target == cell.dataset else cell.target
     accuracy = accuracy_of([value for values in per_set for value in values])
     error = standard_error(per_set)
-    number = find(read_numbers(), cell)
-    if number is not None and accuracy["n"]:
-        figures["published"] = compare(number, accuracy["accuracy_mean"], error)
+    judged = likeness(read_numbers(), cell)
+    if judged.number is not None and accuracy["n"]:
+        figures["published"] = compare(judged.number, accuracy["accuracy_mean"], error)
+        if judged.differs:
+            figures["published"] |= _NO_DIFFERENCE
+    name, optional = _names_of(cell)
     return {
-        "method": cell.method,
-        "dataset": cell.dataset,
-        **({} if kind == WHOLE else {kind: size}),
-        "arch": cell.arch,
-        "protocol": cell.protocol,
+        **name,
         **accuracy,
         "num_sets": num_sets,
         "standard_error": error,
-        **{name: value for name, value in optional.items() if value is not None},
+        **optional,
+        **_likeness_of(judged),
         **figures,
         "sets": list(cell.sets),
     }
+
+
+def planned_cell(cell: Cell) -> dict[str, Any]:
+    """Return a cell as a dry run lists it: what it will be set beside, or the number that it differs from."""
+    judged = likeness(read_numbers(), cell)
+    near = {} if judged.number is None or judged.compared else {"published": described(judged.number)}
+    name, optional = _names_of(cell)
+    return {**name, **optional, **_likeness_of(judged), **near}
+
+
+def _names_of(cell: Cell) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what every cell is told apart by, and what only some have."""
+    kind, size = cell.size
+    name: dict[str, Any] = {"method": cell.method, "dataset": cell.dataset}
+    name |= {} if kind == WHOLE else {kind: size}
+    name |= {"arch": cell.arch, "protocol": cell.protocol}
+    optional = {field: getattr(cell, field) for field in ("teacher", "augment", "settings", "generator")}
+    optional["target"] = None if cell.target == cell.dataset else cell.target
+    return name, {field: value for field, value in optional.items() if value is not None}
+
+
+def _likeness_of(judged: Likeness) -> dict[str, Any]:
+    """Return `compared`, the published number that a cell is set beside, or the reasons why it `differs`."""
+    if judged.compared is not None:
+        return {"compared": described(judged.compared)}
+    return {"differs": list(judged.differs)} if judged.differs else {}
 
 
 def accuracy_of(values: Sequence[float]) -> dict[str, Any]:
@@ -120,10 +145,17 @@ def failure_of(title: str, row: Row) -> dict[str, Any]:
 
 
 def drop_scaled_differences(cells: Iterable[dict[str, Any]], scale: str) -> None:
-    """Remove differences in standard errors from a scaled-down run: it is not a reproduction."""
+    """Compare no cell of a scaled-down run: it is not a reproduction, which each cell says."""
+    if scale == "paper":
+        return
     for cell in cells:
-        if scale != "paper" and "published" in cell:
-            cell["published"]["difference_se"] = None
+        number = cell.pop("compared", None)
+        if number is not None:
+            cell.setdefault("published", number)  # of a planned cell; one that was run has it
+        if cell.keys() & {"published", "differs"}:
+            cell["differs"] = [f"scale {scale}", *cell.get("differs", ())]
+        if "difference" in cell.get("published", ()):
+            cell["published"] |= _NO_DIFFERENCE
 
 
 def write_table(path: Path, cells: Sequence[dict[str, Any]]) -> None:

@@ -81,6 +81,18 @@ class Cell(Config):
     """Keys of the sets, by seed."""
     along: tuple[tuple[int, tuple[str, ...]], ...] = ()
     """(step, keys of the evaluations by seed) of the sets along the steps, the last one included."""
+    image_size: int | None = None
+    """Larger side of the sets' images in pixels; None if unknown, as in runs of before it was noted."""
+    distilled_in: str | None = None
+    """The network that the sets were distilled in."""
+    distilled_with: str | None = None
+    """The teacher that made the sets, for methods with one."""
+    num_images: int | None = None
+    """Images that a budget holds."""
+    generator: str | None = None
+    """The diffusion model that made the sets' images."""
+    changes: tuple[str, ...] = ()
+    """What the table, a scale or --set changes in the preset's conditions."""
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,19 @@ def test_a_reference_is_read_and_written(text: str, options: dict[str, Any]) -> 
     assert str(DatasetRef.parse(reference.base).with_options(**options)) == text
 
 
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("imagenet224", "imagenet?image_size=224"),
+        ("imagenet224?can_flip=false", "imagenet?can_flip=false&image_size=224"),
+        ("imagenet224?image_size=96", "imagenet?image_size=96"),
+    ],
+)
+def test_imagenet_has_a_name_for_the_size_that_most_papers_take(text: str, name: str) -> None:
+    assert str(DatasetRef.parse(text)) == name
+    assert str(DatasetRef.parse(text).absolute()) == name
+
+
 def test_options_are_sorted_and_the_later_ones_win() -> None:
     reference = DatasetRef.parse("mnist?label_column=x&image_size=64").with_options(
         image_size=32, can_flip=None

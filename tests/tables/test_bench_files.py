@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import csv
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ddray.jobs.plan import budget_method, resolve
 from ddray.methods import get_method, method_names
 from ddray.methods.families.ssl.teacher import SOLO_LEARN, TeacherConfig
+from ddray.system.shipped import shipped
 from ddray.tables.dry_run import dry_run
 from ddray.tables.options import BenchOptions
 from ddray.tables.spec import read_spec
@@ -24,11 +28,92 @@ FILES = sorted((ROOT / "configs" / "bench").glob("*.yaml"))
 pytestmark = pytest.mark.skipif(not FILES, reason="the wheel ships them")
 
 
+# Rows of a paper's table that a file does not have, by method.
+LEFT_OUT = {
+    "boost_ssdd_table1": ["datm"],
+    "boost_ssdd_table2": ["datm"],
+    "d3hr_table1": ["dwa"],
+    "d3hr_table4": ["d3s"],
+    "d3hr_table5": ["minimax"],
+    "d3hr_tablea6": ["esfr", "g_vbsm", "hmdc"],
+    "d3hr_tablea7": ["g_vbsm", "teddy_post", "teddy_prior"],
+    "datadam_table3": ["biggan", "cgan", "dc_vae", "gmmn"],
+    "datadam_table4": ["whole"],
+    "datadam_table5": ["kip", "mtt"],
+    "dsdm_table1": ["cafe_dsa", "dd", "whole"],
+}
+# Columns that a file does not have.
+ARCHS_LEFT_OUT = {"d3hr_table5": ["resnet_ap10"], "d3hr_tablea6": ["convnet_w128"]}
+# Methods that a file has by both presets.
+TWICE = {"datadam_table3": "datadam", "dsdm_table1": "dsdm"}
+# Numbers that are not compared, and cells without a number, by what differs.
+DIFFERS = {
+    **{
+        f"boost_ssdd_table{number}": {
+            f"{ours} images, theirs {theirs}": cells for ours, theirs, cells in rows
+        }
+        for number, rows in (
+            (1, [(85, 100, 48)]),
+            (2, [(21, 25, 2), (42, 50, 2), (85, 100, 2), (857, 1000, 2), (4285, 5000, 2)]),
+            (6, [(192, 200, 15)]),
+            (7, [(48, 50, 2), (96, 100, 2), (192, 200, 2)]),
+            (8, [(240, 250, 20)]),
+            (9, [(9, 10, 1)]),
+            (10, [(99, 100, 1)]),
+        )
+    },
+    "d3hr_table4": {"not stated in the paper: which five teachers": 4},
+    "d3hr_tablea5": {"not stated in the paper: the dataset, the number of images, the network": 7},
+    "d3hr_tablea6": {"not stated in the paper: the teacher": 6},
+    "d3hr_tablea9": {"not stated in the paper: the network": 7},
+    "d3hr_tablea10": {"not stated in the paper: the network": 7},
+    "d3hr_tablea11": {"not stated in the paper: the dataset, the number of images, the network": 4},
+}
+WITHOUT_NUMBER = {
+    "boost_ssdd_table1": {"network vit_tiny, theirs convnet3, vgg11, resnet18, alexnet, mobilenet": 4},  # NaN
+    "d3hr_table2": {"teacher vgg11_bn, theirs resnet18, mobilenet_v2": 3},  # "-"
+    "dsdm_table1": {"ipc 50, theirs ipc 1, ipc 10": 1},  # DC on CIFAR-100, "-"
+}
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("scale", ["smoke", "cpu", "paper"])
 def test_a_shipped_file_parses_and_its_graph_is_listed(path: Path, scale: str) -> None:
     result = dry_run(read_spec(path, scale), BenchOptions(scale=scale), run_dir=None)
     assert result["num_units"] > 0
+    assert result["cells"]
+    for cell in result["cells"]:
+        assert ("compared" in cell) + ("differs" in cell) < 2
+    if scale == "paper":
+        check_comparisons(path.stem, result["cells"])
+    else:
+        assert not any("compared" in cell for cell in result["cells"]), "it is not a reproduction"
+
+
+def check_comparisons(name: str, cells: list[dict[str, Any]]) -> None:
+    """Assert that cells stand beside all accuracies of their table, but for what is listed above."""
+    if name == "leaderboard":  # of no table: by one recipe, which is not every method's own
+        differs = {cell["method"] for cell in cells if "differs" in cell}
+        assert differs == {"datadam (repo)", "dc", "cafe", "m3d", "dsdm"}
+        assert {cell["method"] for cell in cells if "compared" in cell} >= {"random", "dm", "dsa", "datadam"}
+        return
+    paper, _, table = name.rpartition("_table")
+    with Path(shipped("reports", "published.csv")).open(encoding="utf-8", newline="") as file:
+        rows = [
+            row
+            for row in csv.DictReader(file)
+            if (row["paper"], row["table"].lower()) == (paper, f"table {table}")
+            and "accuracy" in row["metric"]
+            and row["method"] not in LEFT_OUT.get(name, ())
+            and row["arch"] not in ARCHS_LEFT_OUT.get(name, ())
+        ]
+    rows += [row for row in rows if row["method"] == TWICE.get(name)]
+    numbers = [cell.get("compared") or cell.get("published") for cell in cells]
+    expected = Counter((row["method"], row["dataset"], row["arch"], float(row["value"])) for row in rows)
+    beside = Counter((n["method"], n.get("dataset", ""), n.get("arch", ""), n["value"]) for n in numbers if n)
+    assert beside == expected
+    reasons = Counter("; ".join(cell["differs"]) for cell in cells if "differs" in cell)
+    assert reasons == Counter({**DIFFERS.get(name, {}), **WITHOUT_NUMBER.get(name, {})})
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import statistics
@@ -209,11 +210,23 @@ def test_a_late_worker_does_not_replace_the_published_set(tmp_path: Path) -> Non
 
 
 def test_a_scaled_run_is_no_reproduction() -> None:
-    cells: list[dict[str, Any]] = [{"published": {"difference": 0.1, "difference_se": 2.0}}, {}]
+    number = {"value": 32.0}
+    cells: list[dict[str, Any]] = [
+        {"compared": number, "published": {"difference": 0.1, "difference_se": 2.0}},
+        {"compared": number},
+        {"differs": ["resolution 64 px, theirs 32 px"]},
+        {},
+    ]
+    before = copy.deepcopy(cells)
     drop_scaled_differences(cells, "paper")
-    assert cells[0]["published"]["difference_se"] == 2.0
+    assert cells == before
     drop_scaled_differences(cells, "cpu")
-    assert cells == [{"published": {"difference": 0.1, "difference_se": None}}, {}]
+    assert cells == [
+        {"published": {"difference": None, "difference_se": None}, "differs": ["scale cpu"]},
+        {"published": number, "differs": ["scale cpu"]},
+        {"differs": ["scale cpu", "resolution 64 px, theirs 32 px"]},
+        {},
+    ]
 
 
 def test_evaluations_that_differ_in_epochs_or_options_are_told_apart(tmp_path: Path) -> None:

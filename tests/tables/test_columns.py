@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from ddray.runs.ledger import Row
-from ddray.tables.columns import columns_of, csv_row
+from ddray.tables.columns import columns_of, comparisons_of, csv_row, generators_of
 from ddray.tables.table import cells_of, write_table
 from ddray.tables.units import Cell
 
@@ -55,6 +55,38 @@ def test_people_read_the_columns_that_have_a_value() -> None:
         "published %": ["-", "60.00"],
         "difference": ["-", "-10.00"],
     }
+
+
+def test_reasons_and_generators_have_columns(tmp_path: Path) -> None:
+    number = {**PUBLISHED, "difference": None}
+    reasons = ["resolution 64 px, theirs 32 px", "steps 3, the preset's 8000"]
+    cells = [cell(published=number, differs=reasons, generator="DiT"), cell(compared={"value": 60.0})]
+    columns = texts(*cells)
+    assert columns["differs"] == ["; ".join(reasons), "-"]
+    assert columns["generator"] == ["DiT", "-"]
+    assert "difference" not in columns
+    assert generators_of(cells) == ["generator DiT"]
+    write_table(tmp_path / "table.csv", cells)
+    table = pd.read_csv(tmp_path / "table.csv")
+    assert table.differs.tolist()[0] == "; ".join(reasons)
+    assert "compared" not in table
+
+
+def test_people_read_what_is_set_beside_what() -> None:
+    number = {"paper": "d3hr", "table": "Table 2", "value": 42.3}
+    planned = {"method": "rded", "dataset": "imagenet", "ipc": 10, "protocol": "soft", "teacher": "vgg11"}
+    cells = [
+        {**planned, "arch": "resnet18", "compared": number},
+        {**planned, "arch": "vgg11", "compared": {**number, "value": 23.5}},
+        {**planned, "arch": "alexnet", "differs": ["network alexnet, theirs resnet18"]},
+        {**planned, "arch": "resnet18", "target": "cub200", "published": number, "differs": ["a", "b"]},
+        {**planned, "arch": "resnet18", "method": "dm"},
+    ]
+    assert list(comparisons_of(cells)) == [
+        ("rded", "imagenet", "ipc 10", "resnet18, vgg11; teacher vgg11", "42.3, 23.5 (d3hr, Table 2)", "-"),
+        ("rded", "imagenet", "ipc 10", "alexnet; teacher vgg11", "-", "network alexnet, theirs resnet18"),
+        ("rded", "imagenet on cub200", "ipc 10", "resnet18; teacher vgg11", "42.3 (d3hr, Table 2)", "a; b"),
+    ]
 
 
 def test_a_protocol_brings_its_columns() -> None:
