@@ -64,6 +64,8 @@ class Conditions(Config):
     """The NAS space."""
     teacher: str | None = None
     """Who labels softly where the table names nobody."""
+    norm: str | None = "instance"
+    """Of its ConvNets; None where their names tell two apart."""
     pixels: Mapping[str, int] = Field(default_factory=dict)
     """Sides of the distilled images by dataset; others are as the dataset comes."""
     counts_images: tuple[str, ...] = ()

@@ -52,7 +52,13 @@ from ddray.training.recipe import TeacherRecipe
 
 RECIPES: Final = ("paper", "repo", "rded", "sre2l")
 TABLE5: Final = "table5"
-_LR: Final = {"vgg11": 5e-4, "efficientnet_b0": 2e-3, "mobilenet_v2": 2.5e-3, "alexnet": 1e-4}
+_LR: Final = {
+    "vgg11": 5e-4,
+    "vgg11_tv": 5e-4,
+    "efficientnet_b0": 2e-3,
+    "mobilenet_v2": 2.5e-3,
+    "alexnet": 1e-4,
+}
 _WARMUP_START: Final = 0.01
 _D3HR_REPO: Final = {"form": "repo", "encoding": "sample", "shared_draws": True}
 

@@ -78,7 +78,7 @@ def _conditions(number: Number, cell: Cell) -> Iterator[str]:
         norm = (
             f"batch norm, {_LAST_CHANNELS} channels at last"
             if stated.protocol == "linear"
-            else "instance norm"
+            else f"{stated.norm} norm"
         )
         yield f"network {cell.arch}, theirs {number.arch} with {norm}"
     if unstated := [*stated.unstated, *_blanks(number, stated)]:
@@ -121,7 +121,7 @@ def _is_their_convnet(cell: Cell, stated: Conditions) -> bool:
     if stated.protocol == "linear":
         channels = arch.width * 2 ** (arch.depth - 1)
         return arch.doubling and arch.norm == "batch" and channels == _LAST_CHANNELS
-    return not arch.doubling and (arch.norm == "instance" or cell.arch == cell.distilled_in)
+    return not arch.doubling and (stated.norm in (None, arch.norm) or cell.arch == cell.distilled_in)
 
 
 def _blanks(number: Number, stated: Conditions) -> Iterator[str]:
