@@ -10,7 +10,7 @@ statistics are pool entries; a run itself does group sampling, class by class, a
 - Eq 3 as printed has alpha_(t+1) where its root is meant | the root | the root (DDIMInverseScheduler).
 - level: 31 steps of 50 up and down | inverted to timestep 600, sampled from 620 | both at 600.
 - guidance: not given | 4, null label K | the same (DiTPipeline's own call takes 1000 whatever K is). With 4,
-  inversion and sampling are not each other's inverse; with 1 they are.
+  inversion and sampling are not each other's inverse; with 1 they are, up to the step size.
 - posterior: the latent | one sample | `paper` the mode, `repo` a sample.
 - inversion: Eq 3, whose noise is predicted from the latent before the step | the same | the same; with
   `fixed_point` iterations, from the latent after it, so that a DDIM step leads back.
