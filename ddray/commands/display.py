@@ -212,11 +212,14 @@ def bench_tables(result: BenchResult) -> list[Any]:
     if result.failures:
         failures = ((failure["unit"], failure["reason"][:400]) for failure in result.failures)
         tables.append(_table("failures", ("unit", "reason"), failures))
+    names = {"costs": "costs.csv", "along the steps": "along.png"}
+    files = {title: Path(result.run_dir) / name for title, name in names.items()}
     summary = {
         "failed units": result.num_failed,
         "not run because of them": len(result.skipped),
         "seconds": f"{result.wall_s:.0f}",
         "table": Path(result.run_dir) / "table.csv",
+        **{name: path for name, path in files.items() if path.is_file()},
         "page": f"ddray report {Path(result.run_dir)}",
     }
     return [*tables, table_of("bench", summary)]

@@ -5,7 +5,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from ddray.artifact.distilled_set import DistilledSet
+from ddray.distillation.meter import Meter, MeteredPool
 from ddray.distillation.method import DistillContext, Distiller
+from ddray.distillation.snapshots import Snapshots
 from ddray.errors import DivergedError, one_line
 from ddray.system.files import write_atomically
 
@@ -31,6 +33,12 @@ class Distillation:
         resumed_from_step: 0 for a run from the start.
         wall_s: seconds in this process.
         seconds_per_step: median after warm-up; None without steps.
+        seconds: of all processes that led to the set, without the pool's work and without keeping snapshots;
+            None if an earlier process did not count them.
+        pool_s: seconds that training the pool's networks took, whenever that was.
+        peak_memory_bytes: the largest of all processes (`ddray.system.memory.peak_bytes`), without the pool's
+            training.
+        measures: what the method measured besides, by name.
     """
 
     distilled: DistilledSet
@@ -38,6 +46,25 @@ class Distillation:
     resumed_from_step: int
     wall_s: float
     seconds_per_step: float | None
+    seconds: float | None = None
+    pool_s: float = 0.0
+    peak_memory_bytes: int | None = None
+    measures: Mapping[str, float] = field(default_factory=dict)
+
+    def costs(self) -> dict[str, Any]:
+        """Return what is known of seconds, also with those of the pool, peak memory, storage and measures."""
+        meta = self.distilled.meta
+        mse = None if meta.bases is None else meta.bases.approximation_mse
+        with_pool = None if self.seconds is None else self.seconds + self.pool_s
+        costs = {
+            "seconds": self.seconds,
+            "seconds_with_pool": with_pool,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "storage_floats": meta.storage_floats,
+            "approximation_mse": mse,
+            **self.measures,
+        }
+        return {name: value for name, value in costs.items() if value is not None}
 
     def edge_losses(self) -> tuple[float | None, float | None]:
         """Return the mean losses over the first and the last tenth of the steps."""
@@ -63,46 +90,108 @@ def run_distillation(
     until: int | None = None,
     eval_steps: Collection[int] = (),
     on_step: Callable[[int, float], None] | None = None,
+    snapshots: Snapshots | None = None,
 ) -> Distillation:
     """Run a new method object to its end, or to step `until`, from its checkpoint if there is one.
 
     Every `checkpoint_every` steps (default: the run's setting), and at `eval_steps` (a search's rungs), the
     loss is checked, the checkpoint written, and `on_step` called with (step, loss). A run that resumes at one
-    of `eval_steps` calls it for that step first, as the interrupted run may not have got to it. DivergedError
-    if a loss or an image became NaN or infinite; StorageError if the checkpoint can't be written.
+    of `eval_steps` calls it for that step first, as the interrupted run may not have got to it. The sets of
+    the steps of `snapshots` are kept there; a run that finds one missing begins anew. DivergedError if a loss
+    or an image became NaN or infinite; StorageError if a file can't be written.
     """
     begin, settings = time.perf_counter(), ctx.config.get("method", {})
     every = checkpoint_every or ctx.config["checkpoint_every"]
-    distiller.setup(ctx)
+    run = _Run(distiller, ctx, checkpoint, snapshots)
     last = distiller.num_steps if until is None else min(until, distiller.num_steps)
-    losses: list[Tensor] = []
-    done = _restore(distiller, checkpoint, losses, ctx.device)
+    losses, done = run.losses, run.restore()
     if losses and done in eval_steps and on_step is not None:
         on_step(done, _finite(losses[-1], done, settings))
     timer = StepTimer(ctx.device)
     for step in range(done + 1, last + 1):
         losses.append(distiller.step()["loss"].detach().reshape(1))
-        look = step % every == 0 or step == last or step in eval_steps
+        look = step % every == 0 or step == last or step in eval_steps or run.keeps(step)
         timer.stop(sync=look)
         if look:
             value = _finite(losses[-1], step, settings)
-            if checkpoint is not None:
-                _save(distiller, checkpoint, step, losses)
+            run.keep(step)
+            run.save(step)
             if on_step is not None:
                 on_step(step, value)
             timer.restart()
-    distilled = distiller.snapshot()
-    if not distilled.is_finite():
-        raise DivergedError(
-            f"{ctx.method} diverged by step {last}: an image is NaN or infinite; lower {rate_name(settings)}"
-        )
+    distilled = run.snapshot(last)
     return Distillation(
         distilled=distilled,
         losses=torch.cat(losses).cpu().float() if losses else torch.zeros(0),
         resumed_from_step=done,
         wall_s=time.perf_counter() - begin,
         seconds_per_step=timer.median(),
+        pool_s=sum(run.pool.trained_s.values()),
+        measures=getattr(distiller, "measures", {}),
+        **run.meter.spent(),
     )
+
+
+class _Run:
+    """A method object at work: its files, its losses so far, and what it takes."""
+
+    def __init__(
+        self, distiller: Distiller, ctx: DistillContext, checkpoint: Path | None, snapshots: Snapshots | None
+    ) -> None:
+        self._distiller, self._ctx, self._checkpoint = distiller, ctx, checkpoint
+        self._snapshots = snapshots or Snapshots(Path(), ())
+        self.meter = Meter(ctx.device)
+        self.pool = MeteredPool(ctx.pool, self.meter)
+        self.losses: list[Tensor] = []
+        distiller.setup(replace(ctx, pool=self.pool))
+
+    def restore(self) -> int:
+        """Load the checkpoint, if there is one whose snapshots are there too; return its step, else 0."""
+        checkpoint = None if self._checkpoint is None else _read(self._checkpoint)
+        if checkpoint is None:
+            return 0
+        step = int(checkpoint["step"])
+        if missing := self._snapshots.missing(before=step):
+            text = "the snapshots of steps %s are missing from %s: starting anew"
+            log.warning(text, ", ".join(map(str, missing)), self._snapshots.folder)
+            return 0
+        self._distiller.load_state_dict(checkpoint["state"])
+        self.losses.extend(checkpoint["losses"].to(self._ctx.device).split(1))
+        self.meter.continue_from(checkpoint.get("spent"))
+        self.keep(step)  # the run may have been cut off before, or was one of as many steps
+        return step
+
+    def save(self, step: int) -> None:
+        """Write the checkpoint, if the run has one."""
+        if self._checkpoint is None:
+            return
+        checkpoint = {
+            "step": step,
+            "state": self._distiller.state_dict(),
+            "losses": torch.cat(self.losses).cpu(),
+            "spent": self.meter.spent(),
+        }
+        write_atomically(self._checkpoint, lambda file: torch.save(checkpoint, file))
+
+    def keeps(self, step: int) -> bool:
+        """Return whether the set of a step is kept."""
+        return step in self._snapshots.steps
+
+    def keep(self, step: int) -> None:
+        """Write the set of a step that is kept."""
+        if self.keeps(step):
+            with self.meter.excluded():
+                self.snapshot(step).save(self._snapshots.path(step))
+
+    def snapshot(self, step: int) -> DistilledSet:
+        """Return the current set; DivergedError if an image is NaN or infinite."""
+        distilled = self._distiller.snapshot()
+        if not distilled.is_finite():
+            name = rate_name(self._ctx.config.get("method", {}))
+            raise DivergedError(
+                f"{self._ctx.method} diverged by step {step}: an image is NaN or infinite; lower {name}"
+            )
+        return distilled
 
 
 def rate_name(settings: Mapping[str, Any]) -> str:
@@ -148,23 +237,16 @@ class StepTimer:
         return statistics.median(measured) if measured else None
 
 
-def _save(distiller: Distiller, path: Path, step: int, losses: list[Tensor]) -> None:
-    checkpoint = {"step": step, "state": distiller.state_dict(), "losses": torch.cat(losses).cpu()}
-    write_atomically(path, lambda file: torch.save(checkpoint, file))
-
-
-def _restore(distiller: Distiller, path: Path | None, losses: list[Tensor], device: torch.device) -> int:
-    """Load the checkpoint if there is one; a damaged one is set aside with a warning and the run restarts."""
-    if path is None or not path.exists():
-        return 0
+def _read(path: Path) -> dict[str, Any] | None:
+    """Return a checkpoint; a damaged one is set aside with a warning and counts as missing."""
+    if not path.exists():
+        return None
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        step, state, earlier_losses = int(checkpoint["step"]), checkpoint["state"], checkpoint["losses"]
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        int(checkpoint["step"]), checkpoint["state"], checkpoint["losses"]  # all there
     except Exception as error:  # torch raises many types for a torn file
         aside = path.replace(path.with_suffix(".corrupt"))
         reason = one_line(error, 120)
         log.warning("checkpoint %s is damaged (%s): set aside as %s, starting anew", path, reason, aside.name)
-        return 0
-    distiller.load_state_dict(state)
-    losses.extend(earlier_losses.to(device).split(1))
-    return step
+        return None
+    return checkpoint

@@ -187,6 +187,9 @@ class Distiller(Engine, Protocol):
     A class attribute `schedule`, a str, says what depends on the number of steps, such as "its learning rate
     falls to 0 over the run". Without it, the first steps of a longer run are those of a shorter one, which
     `--resume --steps MORE` therefore continues (see `schedule_of`).
+
+    An attribute `measures`, a mapping of names to numbers, is what a method measured itself, such as seconds
+    of a part of it; a run's row has them.
     """
 
     config_type: ClassVar[type[Config]]

@@ -5,14 +5,16 @@ import logging
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
+from pydantic import ConfigDict
 
 from ddray.config import Result
 from ddray.data import SplitName
 from ddray.distillation.loop import Distillation, run_distillation
 from ddray.distillation.method import DistillContext, Distiller
+from ddray.distillation.snapshots import Snapshots, snapshot_steps
 from ddray.drawing.images import save_pictures
 from ddray.errors import DdrayError, InputError
 from ddray.jobs.context import check_longer, make_context, make_distiller
@@ -24,10 +26,14 @@ from ddray.system.files import storage_errors, write_text
 from ddray.system.progress import progress
 
 log = logging.getLogger(__name__)
+SNAPSHOTS: Final = "distilled-steps"
+"""Folder of a run with the sets along its steps (`evaluate.every`)."""
 
 
 class DistillResult(Result):
-    """What `ddray distill` returns."""
+    """What `ddray distill` returns, with what the method measured itself."""
+
+    model_config = ConfigDict(extra="allow")
 
     artifact: str
     """The set's file."""
@@ -45,6 +51,19 @@ class DistillResult(Result):
     first_loss: float | None
     """Mean over the first tenth of the steps; `final_loss`: over the last."""
     final_loss: float | None
+    seconds: float | None = None
+    """Of the distillation in all processes that worked on it, without the pool's."""
+    seconds_with_pool: float | None = None
+    """With the training of the pool's networks that it used, whenever that was."""
+    peak_memory_bytes: int | None = None
+    """GPU: of its tensors; CPU: of the process, with Python, libraries and dataset. Without the training of
+    the pool."""
+    storage_floats: int | None = None
+    """Values that the set stores, labels not counted."""
+    approximation_mse: float | None = None
+    """Boost-SSDD: mean squared error of the approximated shifts, in coefficients."""
+    snapshots: str | None = None
+    """Folder of the sets along the steps, with `evaluate.every`."""
 
 
 def distill_unit(plan: Plan, split_name: str) -> Unit:
@@ -98,6 +117,8 @@ def distill(
         save_pictures(distilled, target, representations=getattr(distiller, "representations", None))
     write_text(run.folder / "distilled.json", json.dumps({"losses": distillation.curve()}))
     result = _distill_result(plan, distillation, target)
+    if (run.folder / SNAPSHOTS).is_dir():
+        result["snapshots"] = str(run.folder / SNAPSHOTS)
     run.ledger.publish(unit, Row.done(unit, result, distillation.wall_s), epoch=run.epoch)
     write_results(run.folder / "results.csv", run.ledger.rows())
     return DistillResult.parse({**result, "run_dir": str(run.folder)})
@@ -128,7 +149,8 @@ def _extend(run: Run, shorter: Unit, unit: Unit) -> None:
 
 def _run(plan: Plan, distiller: Distiller, ctx: DistillContext, run: Run, unit: Unit) -> Distillation:
     """Run the steps that are missing; a run that the method's setup rejects leaves no folder."""
-    checkpoint = run.checkpoint(unit.key)
+    checkpoint, config = run.checkpoint(unit.key), plan.config
+    snapshots = Snapshots(run.folder / SNAPSHOTS, snapshot_steps(config.evaluate.every, config.steps))
     with progress(f"{plan.method} on {plan.dataset.name}", plan.config.steps) as show:
         try:
             return run_distillation(
@@ -136,6 +158,7 @@ def _run(plan: Plan, distiller: Distiller, ctx: DistillContext, run: Run, unit: 
                 ctx,
                 checkpoint=checkpoint,
                 on_step=lambda step, loss: show(step, f"loss {loss:.4g}"),
+                snapshots=snapshots,
             )
         except DdrayError as error:
             if isinstance(error, InputError) and not run.resumed and not checkpoint.exists():
@@ -170,4 +193,5 @@ def _distill_result(plan: Plan, distillation: Distillation, target: Path) -> dic
         "seconds_per_step": distillation.seconds_per_step,
         "first_loss": first,
         "final_loss": final,
+        **distillation.costs(),
     }

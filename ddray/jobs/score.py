@@ -57,8 +57,26 @@ def evaluate(
     target = dataset or _target(meta.dataset, options)
     if target is None:
         raise InputError(f"{path} does not say which dataset it was distilled from: add --dataset NAME")
+    return score_sets(path, sets, target, options, device=device)
+
+
+def score_sets(
+    path: Path,
+    sets: Sequence[DistilledSet],
+    target: Dataset,
+    options: EvaluateOptions,
+    *,
+    device: torch.device,
+) -> EvaluateResult:
+    """Score sets together on an open dataset, as `evaluate` does; messages name them by `path`.
+
+    Raises:
+        InputError: the sets do not fit the dataset, or an option does not fit them.
+        DivergedError: a training loss became NaN.
+    """
     for distilled in sets:
         check_fits(distilled, target, path, options.protocol)
+    meta = sets[0].meta
     archs = tuple(resolve_arch(arch, meta.image_shape) for arch in options.archs) or (meta.arch,)
     real, real_name, held_out = _real_and_held_out(target, options.split, sets[0])
     if held_out.is_audio and options.augment not in (None, "none"):

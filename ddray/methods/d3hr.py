@@ -21,6 +21,8 @@ statistics are pool entries; a run itself does group sampling, class by class, a
 """
 
 import math
+import statistics
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -134,6 +136,7 @@ class D3HR:
         self._images = torch.zeros(len(self._labels), *ctx.dataset.image_shape)
         self._score = torch.zeros(())
         self._step = self.num_steps = 0
+        self._sampling_s: list[float] = []
         if config.store == "statistics":
             return
         self.num_steps = num_classes + math.ceil(len(self._labels) / config.batch)
@@ -150,7 +153,9 @@ class D3HR:
         """Choose a class's latents, or sample and decode a batch of images."""
         num_classes = self._ctx.dataset.num_classes
         if self._step < num_classes:
+            begin = time.perf_counter()
             self._choose(self._step)
+            self._sampling_s.append(time.perf_counter() - begin)
         else:
             self._decode(self._step - num_classes)
         self._step += 1
@@ -169,6 +174,22 @@ class D3HR:
         else:
             self._latents[rows], score = self._sampler.choose(label, ctx.ipc)
             self._score = (self._score * label + score) / (label + 1)
+
+    @property
+    def measures(self) -> dict[str, float]:
+        """Mean seconds per class of choosing its latents (Tables A2-A4); a set of statistics' full storage.
+
+        The seconds are of the classes that this process chose. The full storage is in floats, with the
+        generator's networks, which such a set needs before it can be trained on (Fig A2).
+        """
+        measured: dict[str, float] = {}
+        if self._sampling_s:
+            measured["sampling_seconds_per_class"] = statistics.fmean(self._sampling_s)
+        num_weights = stages.generator_floats(self._fingerprint)
+        if self._config.store == "statistics" and num_weights is not None:
+            floats = sum(tensor.numel() for tensor in self._statistics.values())
+            measured["storage_with_generator_floats"] = floats + num_weights
+        return measured
 
     def _decode(self, batch_index: int) -> None:
         """Sample and decode a batch of the chosen latents."""

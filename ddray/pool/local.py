@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from contextvars import ContextVar
 from pathlib import Path
+from typing import Final
 
 from ddray.errors import DdrayError
 from ddray.pool.files import DamagedEntryError, EntryLock, PoolFiles
@@ -18,13 +20,23 @@ from ddray.system.files import home
 from ddray.system.progress import progress
 
 log = logging.getLogger(__name__)
+_inner_s: Final[ContextVar[float]] = ContextVar("inner_s", default=0.0)
+"""Seconds of the entries that were trained for the one in training."""
 
 
 def draft_entry(files: PoolFiles, spec: PoolSpec, trainer: Trainer, *, times_trained: int) -> Path:
-    """Train a spec and write its entry to a draft folder, as `PoolFiles.draft` does; return the folder."""
-    begin = time.perf_counter()
-    tensors, measured = trainer(spec)
-    facts = {**measured, "spec": spec.dump(), "wall_s": time.perf_counter() - begin}
+    """Train a spec and write its entry to a draft folder, as `PoolFiles.draft` does; return the folder.
+
+    Its `wall_s` is without the seconds of entries that had to be trained for it.
+    """
+    begin, outer = time.perf_counter(), _inner_s.set(0.0)
+    try:
+        tensors, measured = trainer(spec)
+        wall_s, inner_s = time.perf_counter() - begin, _inner_s.get()
+    finally:
+        _inner_s.reset(outer)
+    _inner_s.set(_inner_s.get() + wall_s)
+    facts = {**measured, "spec": spec.dump(), "wall_s": wall_s - inner_s}
     return files.draft(spec.key, tensors, facts, times_trained=times_trained)
 
 

@@ -10,13 +10,7 @@ from torch import Tensor
 from ddray.drawing.html import COLOURS, to_html
 from ddray.report.plane import Plane
 from ddray.report.runs import RunView, SetView, grouped
-from ddray.tables.columns import size_of
-
-
-def group_of(cell: Mapping[str, Any]) -> str:
-    """Return the group whose cells share a plot: dataset, size and protocol."""
-    target = f" on {cell['target']}" if "target" in cell else ""
-    return f"{cell['dataset']}, {size_of(cell)}, {cell['protocol']}{target}"
+from ddray.tables.along import curve, curve_names
 
 
 def accuracy_bars(cells: Sequence[Mapping[str, Any]]) -> str:
@@ -84,6 +78,39 @@ def loss_curves(sets: Sequence[SetView]) -> str:
     return to_html(
         figure, xaxis_title="step", yaxis_title="loss / its first value", yaxis_type="log", showlegend=True
     )
+
+
+def along_curves(cells: Sequence[Mapping[str, Any]]) -> str:
+    """Return a group's accuracies along the steps in percent, each with a band of a standard deviation."""
+    figure = go.Figure()
+    for index, (name, cell) in enumerate(zip(curve_names(cells), cells, strict=True)):
+        steps, means, stds = curve(cell)
+        colour = COLOURS[index % len(COLOURS)]
+        upper, lower = ([m + sign * s for m, s in zip(means, stds, strict=True)] for sign in (1, -1))
+        red, green, blue = (int(colour[at : at + 2], 16) for at in (1, 3, 5))
+        figure.add_scatter(
+            x=[*steps, *reversed(steps)],
+            y=[*upper, *reversed(lower)],
+            fill="toself",
+            fillcolor=f"rgba({red},{green},{blue},0.18)",
+            mode="lines",
+            line={"width": 0},
+            hoverinfo="skip",
+            legendgroup=name,
+            showlegend=False,
+        )
+        figure.add_scatter(
+            x=steps,
+            y=means,
+            customdata=stds,
+            mode="lines+markers",
+            line={"color": colour, "width": 1.8},
+            marker={"size": 5},
+            name=name,
+            legendgroup=name,
+            hovertemplate="step %{x}<br>%{y:.2f} &plusmn; %{customdata:.2f} %<extra>" + name + "</extra>",
+        )
+    return to_html(figure, xaxis_title="step", yaxis_title="accuracy (%)", showlegend=True)
 
 
 def rung_curves(run: RunView) -> str | None:

@@ -16,13 +16,14 @@ from ddray.artifact.distilled_set import DistilledSet
 from ddray.config import Result
 from ddray.data import open_dataset
 from ddray.drawing.html import write_html
-from ddray.drawing.images import set_uri
+from ddray.drawing.images import data_uri, grid_along, set_uri
 from ddray.errors import DdrayError, InputError
 from ddray.methods import get_method
 from ddray.ranking.report import scatter_plot
 from ddray.report import charts, figures
 from ddray.report.plane import make_plane, under_networks
 from ddray.report.runs import RunView, SetView, grouped, read_run
+from ddray.tables.along import group_of
 from ddray.tables.columns import columns_of, size_of
 from ddray.tuning.report import search_view
 from ddray.tuning.space import read_space
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 
 _MAX_PLANES: Final = 6
 _MAX_CURVES: Final = 12
+_MAX_SNAPSHOTS: Final = 6
+"""Steps before the last in a row's picture along the steps."""
 
 
 class ReportResult(Result):
@@ -69,6 +72,7 @@ def write_page(
         boards=list(_leaderboards(cells, sets)),
         charts=[{**chart, "run": run.title} for run in views for chart in charts.charts(run)],
         methods=list(_methods(cells, sets)),
+        along=list(_along(cells, sets)),
         curves=list(_curves(sets, runs)),
         searches=[
             {"title": run.title, **search_view(read_space(run.config.get("space", {})), run.trials)}
@@ -135,7 +139,7 @@ def _leaderboards(cells: Sequence[Mapping[str, Any]], sets: Sequence[SetView]) -
             return (*where, archs.index(cell["arch"]), -(cell["accuracy_mean"] or 0.0))
 
         protocol_cells.sort(key=sort_key)
-        groups = grouped(protocol_cells, figures.group_of)
+        groups = grouped(protocol_cells, group_of)
         entries = [_with_sets(cell, sets) for cell in protocol_cells]
         columns = [column for column in columns_of(entries) if column.header != "protocol"]
         # Settings shared by all lines are shown once, above the table: as columns they push numbers off it.
@@ -157,16 +161,40 @@ def _leaderboards(cells: Sequence[Mapping[str, Any]], sets: Sequence[SetView]) -
 
 
 def _with_sets(cell: Mapping[str, Any], sets: Sequence[SetView]) -> dict[str, Any]:
-    """Return a cell with the storage and the seconds of its sets."""
+    """Return a cell with the storage and the seconds of its sets, which older runs' cells lack."""
     where = (cell["method"], cell["dataset"], size_of(cell))
     cell_sets = [view for view in sets if (view.label, view.dataset, view.size) == where]
     times = [view.wall_s for view in cell_sets if view.wall_s is not None]
-    distilled = _first_readable(cell_sets)
+    distilled = _first_readable(cell_sets) if "storage_floats" not in cell else None
     return {
+        "storage_floats": distilled.meta.storage_floats if distilled is not None else None,
+        "seconds": sum(times) / len(times) if times else None,
         **cell,
-        "storage": distilled.meta.storage_floats if distilled is not None else None,
-        "wall_s": sum(times) / len(times) if times else None,
     }
+
+
+def _along(cells: Sequence[Mapping[str, Any]], sets: Sequence[SetView]) -> Iterator[dict[str, Any]]:
+    """Yield a plot of accuracies along the steps per group, with pictures along each row's first set."""
+    for title, group in grouped((cell for cell in cells if "along" in cell), group_of).items():
+        last = {(cell["method"], cell["dataset"], size_of(cell)): cell["along"][-1]["step"] for cell in group}
+        views = grouped(sets, lambda view: (view.label, view.dataset, view.size))
+        rows = [
+            {"label": name[0], **picture}
+            for name, row_views in views.items()
+            if name in last and (picture := _picture_along(row_views[0], last[name])) is not None
+        ]
+        yield {"title": title, "html": figures.along_curves(group), "rows": rows}
+
+
+def _picture_along(view: SetView, last: int) -> dict[str, Any] | None:
+    """Return a set's images at evenly spaced steps, first and last among them, with these; None without."""
+    snapshots = view.snapshots()
+    num = min(len(snapshots), _MAX_SNAPSHOTS)
+    indices = sorted({round(i * (len(snapshots) - 1) / max(1, num - 1)) for i in range(num)})
+    views = [*(snapshots[index] for index in indices), (last, view)] if indices else []
+    sets = {step: distilled for step, one in views if (distilled := one.load()) is not None}
+    picture = grid_along(list(sets.values()))
+    return None if picture is None else {"steps": list(sets), "picture": data_uri(picture)}
 
 
 def _first_readable(sets: Iterable[SetView]) -> DistilledSet | None:
@@ -191,7 +219,7 @@ def _methods(cells: Sequence[Mapping[str, Any]], sets: Sequence[SetView]) -> Ite
             "about": _about(method_sets[0].method) if method_sets else "",
             "num_sets": len(method_sets),
             "best": best,
-            "best_where": "" if best is None else f"{figures.group_of(best)}, {best['arch']}",
+            "best_where": "" if best is None else f"{group_of(best)}, {best['arch']}",
             "pictures": pictures,
             "settings": yaml.safe_dump(dict(readable.meta.config), sort_keys=False) if readable else "",
         }

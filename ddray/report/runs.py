@@ -1,10 +1,12 @@
 """Read run folders for a report: configuration, rows, cells of the table, and the distilled sets."""
 
+from __future__ import annotations
+
 import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,6 +56,11 @@ class SetView:
         """Return the key that sets are sorted by: dataset, size, row, seed."""
         digits = "".join(filter(str.isdigit, self.size))
         return self.dataset, int(digits or 0), self.label, self.seed or 0
+
+    def snapshots(self) -> list[tuple[int, SetView]]:
+        """Return the sets that were kept along the steps, each with its step; the last is not among them."""
+        paths = sorted(self.path.with_name(f"{self.path.stem}-steps").glob("*.pt"))
+        return [(int(path.stem), replace(self, path=path)) for path in paths if path.stem.isdecimal()]
 
     def load(self) -> DistilledSet | None:
         """Return the set, or None if the file is gone or damaged."""

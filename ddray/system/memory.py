@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import sys
@@ -51,3 +52,40 @@ def available_bytes(device: torch.device) -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):  # not Linux: all there is
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def reset_peak(device: torch.device) -> None:
+    """Begin a new peak of `peak_bytes`, after freed memory was given back to the system.
+
+    Where the system can't reset it (CPU, not Linux), the peak is that of the process's whole life.
+    """
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.init()
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the most memory in use since `reset_peak`, in bytes.
+
+    On a GPU, the tensors on it, of torch's allocator alone. On a CPU, the resident memory of the whole
+    process: Python, its libraries and open datasets (some hundred MB) are included.
+    """
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):  # not Linux
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

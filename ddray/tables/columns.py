@@ -115,9 +115,26 @@ _FIGURES: Final = (
     _figure("published_search_time", "published minutes"),
     _figure("storage_images", "images"),
     _figure("published_storage_images", "published images"),
-    _figure("storage", "storage", "{:,}".format),
-    _figure("wall_s", "seconds"),
+    _figure("storage_floats", "storage", "{:,.0f}".format),
+    _figure("storage_with_generator_floats", "with generator", "{:,.0f}".format),
+    _figure("approximation_mse", "MSE"),
+    Column("seconds (with pool)", "seconds", lambda entry: _seconds(entry)),
+    _figure("sampling_seconds_per_class", "sampling, s a class"),
+    _figure("peak_memory_bytes", "peak MB", lambda value: f"{value / 1e6:,.0f}"),
 )
+MEASURED: Final = ("seconds", "seconds_with_pool", "sampling_seconds_per_class", "peak_memory_bytes")
+"""Figures that differ from run to run: they stand in costs.csv, not in table.csv."""
+
+
+def _seconds(entry: Entry) -> str:
+    """Return a distillation's seconds, in brackets with the training of its pool where there was any."""
+    seconds, with_pool = entry["seconds"], entry.get("seconds_with_pool")
+    return short(seconds) if with_pool in (None, seconds) else f"{short(seconds)} ({short(with_pool)})"
+
+
+def name_columns() -> list[str]:
+    """Return the columns of table.csv that tell what a row is and how it was evaluated."""
+    return [name for column in _COLUMNS if column.kind != "number" for name in column.csv]
 
 
 def columns_of(entries: Iterable[Entry]) -> list[Column]:
@@ -138,4 +155,5 @@ def csv_row(entry: Entry) -> dict[str, Any]:
     """Return a cell's line in table.csv: the columns' values, then the figures by name."""
     flat = _flat(entry)
     values = {name: flat.get(name) for column in _COLUMNS for name in column.csv}
-    return {**values, **{name: entry[name] for name in sorted(entry) if name not in values}}
+    left_out = (*values, *MEASURED, "sets", "along")
+    return {**values, **{name: entry[name] for name in sorted(entry) if name not in left_out}}

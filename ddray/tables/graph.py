@@ -1,12 +1,13 @@
 """The units of a bench: one distillation per (row, dataset, size, seed), one evaluation per set and cell."""
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 from ddray.config import merge, parse_overrides
 from ddray.data import Dataset, SplitName
+from ddray.distillation.snapshots import snapshot_steps
 from ddray.errors import InputError
 from ddray.evaluation import get_protocol
 from ddray.evaluation.options import EvaluateConfig, EvaluateOptions
@@ -21,11 +22,12 @@ from ddray.runs.ledger import Unit
 from ddray.seeding import derive_seed
 from ddray.tables.checks import check_evaluation, check_names, check_row
 from ddray.tables.spec import BenchSpec, EvaluateSpec, Limits, MethodSpec, PublishedSource
-from ddray.tables.units import BenchUnit, Cell, Graph, SweepSpec
+from ddray.tables.units import WHOLE, BenchUnit, Cell, Graph, SweepSpec
 from ddray.training.recipe import RECIPES, TeacherRecipe
 
 # Changing how many networks are trained on a set does not change the set.
 _COUNTS = ("seeds", "val_seeds")
+_WHOLE_IMAGES: Final = 50_000  # for the cost of a whole dataset, which is not read before the run
 OpenDataset = Callable[[str], Dataset]
 Sets = list[tuple[BenchUnit, Plan]]
 """The distillations of one row, dataset and size, by seed."""
@@ -50,15 +52,19 @@ def build_graph(
     check_names(spec)
     for row, name, size in _combinations(spec):
         seeds, source = range(spec.seed, spec.seed + spec.seeds), spec.source(row, name)
-        sets = [distil_unit(spec, row, open_dataset(source), source, size, seed) for seed in seeds]
+        make_unit = whole_unit if row.name == WHOLE else distil_unit
+        sets = [make_unit(spec, row, open_dataset(source), source, size, seed) for seed in seeds]
         check(sets[0][1])
-        for unit, plan in sets:
+        for unit, plan in sets if row.name != WHOLE else ():
             distil.setdefault(unit.key, unit)
             plans.setdefault(unit.key, plan)
         for evaluation_index, evaluation_spec in enumerate(map(spec.within, spec.evaluate)):
             if name not in spec.datasets(evaluation_spec):
                 continue
-            check_row(row, evaluation_spec)
+            if row.name != WHOLE:
+                check_row(row, evaluation_spec)
+            elif evaluation_spec.protocol == "nas":  # its baselines have a `whole` of their own
+                continue
             if evaluation_spec.protocol == "nas":
                 space = str(evaluation_spec.options.get("space", DEFAULT_SPACE))
                 target = sets[0][1].dataset.name
@@ -80,8 +86,10 @@ def _combinations(spec: BenchSpec) -> Iterator[tuple[MethodSpec, str, tuple[str,
     """Yield each row, dataset and size once: a scale may map several rows' datasets to one."""
     seen: set[tuple[str, str, tuple[str, int]]] = set()
     for row in spec.rows():
-        get_method(row.name)
-        for name, size in itertools.product(spec.datasets(row), spec.sizes(row)):
+        if row.name != WHOLE:
+            get_method(row.name)
+        sizes = [(WHOLE, 0)] if row.name == WHOLE else spec.sizes(row)
+        for name, size in itertools.product(spec.datasets(row), sizes):
             if (row.row, name, size) not in seen:
                 seen.add((row.row, name, size))
                 yield row, name, size
@@ -123,6 +131,19 @@ def distil_unit(
     return unit, plan
 
 
+def whole_unit(
+    spec: BenchSpec, row: MethodSpec, dataset: Dataset, name: str, size: tuple[str, int], seed: int
+) -> tuple[BenchUnit, Plan]:
+    """Return what the evaluations of a `whole` row are made from: a unit that is not run, and its plan.
+
+    Its settings are those of `random`, so that networks are trained on the whole as on a set.
+    """
+    stand_in = row.model_copy(update={"name": "random", "label": row.row, "preset": "paper"})
+    unit, plan = distil_unit(spec, stand_in, dataset, name, ("ipc", 1), seed)
+    title = f"{row.row} {dataset.name} seed {seed}"
+    return replace(unit, size=size, title=title, limit=spec.limits.whole), plan
+
+
 def _limited(spec: BenchSpec, row: MethodSpec, dataset: Dataset, size: tuple[str, int], seed: int) -> Plan:
     """Resolve a row, then lower what exceeds the spec's limits."""
     layers = [*MethodSpec(name=row.name, set=spec.set).layers(), *row.layers()]
@@ -148,6 +169,8 @@ def _limited(spec: BenchSpec, row: MethodSpec, dataset: Dataset, size: tuple[str
         "evaluate": _exceeded(config["evaluate"], epochs=limits.epochs, seeds=limits.networks),
         **_exceeded(config, steps=limits.steps),
     }
+    if "steps" in lower and plan.config.evaluate.every is not None:  # as many sets along the steps
+        lower["evaluate"]["every"] = -(-plan.config.evaluate.every * lower["steps"] // plan.config.steps)
     return plan if lower == {"method": {}, "evaluate": {}} else resolved(lower)
 
 
@@ -193,6 +216,7 @@ def _cells(
             check_evaluation(evaluation_spec, set_plan, target)
             options = _evaluate_options(evaluation_spec, spec.limits, set_plan, choices)
             units.append(_evaluate_unit(evaluation_spec, unit, set_plan, target, options))
+        along = _along(units, plan)
         cell = _cell(
             spec,
             row,
@@ -203,8 +227,24 @@ def _cells(
             target=target.name,
             teacher=teacher,
             keys=tuple(unit.key for unit in units),
+            along=tuple((step, tuple(unit.key for unit in scored)) for step, scored in along),
         )
-        yield cell, units
+        yield cell, [*units, *(unit for _, scored in along for unit in scored)]
+
+
+def _along(units: Sequence[BenchUnit], plan: Plan) -> list[tuple[int, list[BenchUnit]]]:
+    """Return the steps whose sets are kept, and the last, each with the evaluations that score them."""
+    every, last = plan.config.evaluate.every, plan.config.steps
+    if every is None or units[0].is_whole:
+        return []
+    along = [(step, [_at_step(unit, step) for unit in units]) for step in snapshot_steps(every, last)]
+    return [*along, (last, list(units))]
+
+
+def _at_step(unit: BenchUnit, step: int) -> BenchUnit:
+    """Return the unit that scores the set of a step as this one scores the last."""
+    identity = unit.identity.model_copy(update={"spec": {**unit.identity.spec, "step": step}})
+    return replace(unit, identity=identity, title=f"{unit.title}, step {step}", step=step)
 
 
 def _cell(
@@ -226,16 +266,19 @@ def _cell(
         size=unit.size,
         protocol=evaluation_spec.protocol,
         augment=evaluation_spec.augment,
-        settings=_settings(evaluation_spec, options),
+        settings=_settings(evaluation_spec, options, unit.limit),
         source=PublishedSource.parse(merge(*(source.model_dump(exclude_none=True) for source in sources))),
-        sets=tuple(unit.key for unit, _ in sets),
+        sets=() if unit.is_whole else tuple(unit.key for unit, _ in sets),
         **scored_as,
     )
 
 
-def _settings(evaluation_spec: EvaluateSpec, options: Mapping[str, Any]) -> str | None:
+def _settings(
+    evaluation_spec: EvaluateSpec, options: Mapping[str, Any], limit: int | None = None
+) -> str | None:
     """Return what distinguishes evaluations of one protocol: the table's settings, within the limits."""
     settings = {"recipe": evaluation_spec.recipe, "epochs": evaluation_spec.epochs, **evaluation_spec.options}
+    settings["images"] = limit
     limited = {name: options.get(name, value) for name, value in settings.items() if value is not None}
     return ", ".join(f"{name}={value}" for name, value in limited.items()) or None
 
@@ -275,9 +318,7 @@ def _evaluate_unit(
         resolve_arch(teacher, plan.dataset.image_shape)
     (arch,) = options["archs"]
     described = {
-        "method": unit.method,
-        "dataset": plan.dataset.name,
-        unit.size[0]: unit.size[1],
+        **_trained_on(unit, plan),
         "seed": unit.seed,
         "arch": arch,
         "target": target.name,
@@ -290,18 +331,31 @@ def _evaluate_unit(
         f"{evaluation_spec.protocol} {arch}" + (f" on {target.name}" if "dataset" in options else ""),
         f"teacher {'+'.join(options['teachers'])}" if "teachers" in options else None,
         evaluation_spec.augment and f"augment {evaluation_spec.augment}",
-        _settings(evaluation_spec, options),
+        _settings(evaluation_spec, options, unit.limit),
     )
     images = plan.budget or plan.dataset.num_classes * plan.ipc
+    if unit.is_whole:
+        images = unit.limit or _WHOLE_IMAGES
     recipe_epochs = RECIPES.get(options.get("recipe", ""), {}).get("epochs")
     epochs = options.get("epochs") or recipe_epochs or plan.config.evaluate.epochs
     return replace(
         unit,
-        identity=Unit(kind="evaluate", spec=described, inputs=(unit.key,)),
+        identity=Unit(kind="evaluate", spec=described, inputs=() if unit.is_whole else (unit.key,)),
         title=", ".join(filter(None, title)),
         options=options,
         amount=float(options["seeds"] * epochs * images * multiply_adds(arch, plan.dataset.image_shape)),
     )
+
+
+def _trained_on(unit: BenchUnit, plan: Plan) -> dict[str, Any]:
+    """Return what describes the images that an evaluation trains on; a set's other facts are in its key."""
+    if not unit.is_whole:
+        return {"method": unit.method, "dataset": plan.dataset.name, unit.size[0]: unit.size[1]}
+    described = unit.identity.spec
+    facts = {name: described[name] for name in ("fingerprint", "split")}
+    config = {name: described["config"][name] for name in ("pixel_space", "evaluate")}
+    whole = {**facts, **config, "images": unit.limit}
+    return {"method": WHOLE, "dataset": plan.dataset.name, "trained_on": whole}
 
 
 def _limited_options(evaluation_spec: EvaluateSpec, limits: Limits) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from ddray.system.files import storage_errors
 from ddray.tables.options import BenchOptions
 from ddray.tables.published import find
 from ddray.tables.spec import BenchSpec, Limits
-from ddray.tables.table import scored_cell
+from ddray.tables.table import scored_cell, set_means
 from ddray.tables.units import Cell, Graph, SweepSpec
 from ddray.tables.worker import artifact_name
 
@@ -147,7 +147,10 @@ def score_sweep(
     for row_index, figures in zip(owners.values(), proxies, strict=False):  # baselines follow the sets
         grouped.setdefault(row_index, []).append(figures)
     return [
-        *(cell_of(sweep.spec.cells[row_index], figures) for row_index, figures in grouped.items()),
+        *(
+            cell_of(sweep.spec.cells[index], figures, set_means(sweep.spec.cells[index], run.ledger.row))
+            for index, figures in grouped.items()
+        ),
         *(cell_of(_baseline(sweep.spec, one["proxy"]), [one]) for one in proxies[len(owners) :]),
     ]
 
@@ -177,9 +180,14 @@ def _baseline(sweep: SweepSpec, proxy: str) -> Cell:
     return first.model_copy(update={"method": proxy, "name": name, "source": source, "sets": ()})
 
 
-def cell_of(cell: Cell, figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return a row's cell: means over its sets; the accuracy is the top-ranked architecture's true one."""
-    means: dict[str, Any] = {"num_archs": min(int(one["num_archs"]) for one in figures)}
+def cell_of(
+    cell: Cell, figures: Sequence[Mapping[str, Any]], of_sets: Mapping[str, float] | None = None
+) -> dict[str, Any]:
+    """Return a row's cell: means over its sets; the accuracy is the top-ranked architecture's true one.
+
+    `of_sets` are means of what their distillations measured.
+    """
+    means: dict[str, Any] = {"num_archs": min(int(one["num_archs"]) for one in figures), **(of_sets or {})}
     for name in _FIGURES:
         values = [value for one in figures if (value := _figure(one, name)) is not None]
         means[name] = statistics.fmean(values) if values else None

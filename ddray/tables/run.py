@@ -18,6 +18,7 @@ from ddray.runs.ledger import Ledger
 from ddray.runs.results import write_results
 from ddray.system.files import write_text
 from ddray.system.progress import progress
+from ddray.tables.along import write_along, write_costs
 from ddray.tables.cost import record_cost, record_sweep_costs
 from ddray.tables.graph import build_graph
 from ddray.tables.nas_table import NasSweep, resolve_sweeps, score_sweep
@@ -26,7 +27,7 @@ from ddray.tables.result import BenchCell, BenchResult
 from ddray.tables.scheduler import UnitScheduler, withdraw_crashes
 from ddray.tables.spec import BenchSpec
 from ddray.tables.table import cells_of, drop_scaled_differences, failure_of, write_table
-from ddray.tables.units import BenchUnit, Graph
+from ddray.tables.units import WHOLE, BenchUnit, Graph
 from ddray.tables.worker import BenchJob, run_unit
 
 log = logging.getLogger(__name__)
@@ -77,11 +78,7 @@ def run_bench(
     """
     begin = time.perf_counter()
     options = bench.options
-    config = {
-        **bench.spec.model_dump(mode="json", exclude={"replaced"}),  # it follows from the scale
-        **{"scale": options.scale, "fingerprints": bench.fingerprints, "device": options.device},
-    }
-    run = open_run(run_dir, config, command="bench", resume=resume)
+    run = open_run(run_dir, _config(bench), command="bench", resume=resume)
     if options.retry_failed:
         ledgers = [run.ledger, *(Ledger(sweep.folder(run.folder)) for sweep in bench.sweeps)]
         log.info("running %d crashed units again", sum(map(withdraw_crashes, ledgers)))
@@ -98,6 +95,8 @@ def run_bench(
     bare_cells = [{name: value for name, value in cell.items() if name != "sets"} for cell in cells]
     if cells or not (run.folder / "cells.json").is_file():  # an empty table replaces nothing
         write_table(run.folder / "table.csv", bare_cells)
+        write_costs(run.folder / "costs.csv", cells)
+        write_along(run.folder, cells)
         report = {"cells": cells, "failures": failures, "skipped": skipped}
         write_text(run.folder / "cells.json", json.dumps(report, indent=1))
     if not cells:
@@ -112,6 +111,16 @@ def run_bench(
         skipped=skipped,
         wall_s=time.perf_counter() - begin,
     )
+
+
+def _config(bench: Bench) -> dict[str, Any]:
+    """Return what the run's config.yaml says of the bench."""
+    left_out: dict[str, Any] = {"replaced": True}  # it follows from the scale
+    if all(row.name != WHOLE for row in bench.spec.rows()):
+        left_out["limits"] = {"whole"}  # runs of before there were such rows are continued
+    spec = bench.spec.model_dump(mode="json", exclude=left_out)
+    options = bench.options
+    return {**spec, "scale": options.scale, "fingerprints": bench.fingerprints, "device": options.device}
 
 
 def _sweep_cells(

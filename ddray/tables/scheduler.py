@@ -42,6 +42,8 @@ class UnitScheduler:
         missing_sets = [unit for key, unit in self._graph.distil.items() if rows[key] is None]
         finished = [row for row in rows.values() if row is not None]
         evaluations = [unit for row in finished for unit in self._missing_evaluations(row)]
+        of_no_set = (unit for unit in self._graph.evaluate.values() if not unit.identity.inputs)
+        evaluations += [unit for unit in of_no_set if self._row(unit.key) is None]
         self.done += len(finished) + sum(self._row(key) is not None for key in self._graph.evaluate)
         return self._hand_out([*evaluations, *missing_sets])
 

@@ -22,13 +22,16 @@ SCALES: Final[dict[str, dict[str, Any]]] = {
     "paper": {},
     "cpu": {
         "seeds": 1,
-        "limits": {"steps": 300, "epochs": 300, "networks": 3, "ipc": 10, "batch_real": 64, "sample": 36},
+        "limits": {
+            **{"steps": 300, "epochs": 300, "networks": 3, "ipc": 10, "batch_real": 64},
+            **{"whole": 2000, "sample": 36},
+        },
     },
     "smoke": {
         "dataset": ["digits"],
         "seeds": 1,
         "limits": {
-            **{"steps": 2, "epochs": 2, "teacher_epochs": 5, "batch_real": 8, "sample": 4},
+            **{"steps": 2, "epochs": 2, "teacher_epochs": 5, "batch_real": 8, "whole": 100, "sample": 4},
             **{"networks": 1, "ipc": 1, "archs": 1, "targets": 0, "teachers": 1},
         },
     },
@@ -63,6 +66,7 @@ class MethodSpec(Config):
     """One row of the table: a method with its settings."""
 
     name: str
+    """A method's, or `whole`: networks trained on all real images, one cell per dataset."""
     label: str | None = None
     """The row's name; default the method's, with the preset if that is not `paper`."""
     preset: str = "paper"
@@ -160,6 +164,8 @@ class Limits(Config):
     teacher_epochs: int | None = Field(default=None, ge=1)
     """Epochs of the teachers in the protocol `soft`, which must beat chance."""
     batch_real: int | None = Field(default=None, ge=1)
+    whole: int | None = Field(default=None, ge=1)
+    """Real images, of every class in proportion, that a row `whole` trains on."""
     sample: int | None = Field(default=None, ge=1)
     """Architectures that a NAS sweep trains on a set."""
 

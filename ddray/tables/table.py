@@ -9,11 +9,12 @@ from ddray.evaluation.protocol import balance_matters
 from ddray.evaluation.published import read_numbers
 from ddray.runs.ledger import Row
 from ddray.system.files import write_text
-from ddray.tables.columns import csv_row
+from ddray.tables.columns import MEASURED, csv_row
 from ddray.tables.published import compare, find
-from ddray.tables.units import Cell
+from ddray.tables.units import WHOLE, Cell
 
 _REPORTED: Final = ("arch", "accuracy_mean", "accuracy_std", "per_seed", "num_images", "wall_s")
+_OF_SETS: Final = ("storage_floats", "storage_with_generator_floats", "approximation_mse", *MEASURED)
 
 
 def cells_of(cells: Iterable[Cell], row_of: Callable[[str], Row | None]) -> list[dict[str, Any]]:
@@ -26,7 +27,10 @@ def cells_of(cells: Iterable[Cell], row_of: Callable[[str], Row | None]) -> list
         rows = [row for key in cell.keys if (row := row_of(key)) is not None and row.status == "done"]
         if rows:
             per_set = [row.result["per_seed"] for row in rows]
-            scored_cells.append(scored_cell(cell, per_set, num_sets=len(rows), **_further_means(rows)))
+            figures = {**_further_means(rows), **set_means(cell, row_of)}
+            if along := _along(cell, row_of):
+                figures["along"] = along
+            scored_cells.append(scored_cell(cell, per_set, num_sets=len(rows), **figures))
     if not balance_matters(scored_cells):
         for scored in scored_cells:
             scored.pop("balanced_accuracy_mean", None)
@@ -48,7 +52,7 @@ def scored_cell(
     return {
         "method": cell.method,
         "dataset": cell.dataset,
-        kind: size,
+        **({} if kind == WHOLE else {kind: size}),
         "arch": cell.arch,
         "protocol": cell.protocol,
         **accuracy,
@@ -79,6 +83,24 @@ def _further_means(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
+def set_means(cell: Cell, row_of: Callable[[str], Row | None]) -> dict[str, float]:
+    """Return what distilling a cell's sets took and what they store: means, where all sets' are known."""
+    rows = [row for key in cell.sets if (row := row_of(key)) is not None and row.status == "done"]
+    values = {name: [row.result.get(name) for row in rows] for name in _OF_SETS}
+    return {name: statistics.fmean(each) for name, each in values.items() if each and None not in each}
+
+
+def _along(cell: Cell, row_of: Callable[[str], Row | None]) -> list[dict[str, Any]]:
+    """Return the accuracies along the steps: `[{"step", "accuracy_mean", "accuracy_std", "n"}]`."""
+    points = []
+    for step, keys in cell.along:
+        rows = [row for key in keys if (row := row_of(key)) is not None and row.status == "done"]
+        if rows:
+            values = [value for row in rows for value in row.result["per_seed"]]
+            points.append({"step": step, **accuracy_of(values)})
+    return points
+
+
 def standard_error(per_set: Sequence[Sequence[float]]) -> float | None:
     """Return the standard error of the mean: over sets, or over the networks of a single one.
 
@@ -101,7 +123,9 @@ def drop_scaled_differences(cells: Iterable[dict[str, Any]], scale: str) -> None
 
 
 def write_table(path: Path, cells: Sequence[dict[str, Any]]) -> None:
-    """Write one line per cell; the same rows give the same bytes, even after interruptions.
+    """Write one line per cell; the same results give the same bytes, even after interruptions.
+
+    What differs from run to run (`MEASURED`) is left out.
 
     Raises:
         StorageError: the file can't be written.

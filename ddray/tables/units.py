@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from ddray.config import Config
 from ddray.jobs.plan import Plan
 from ddray.pool.spec import PoolSpec
 from ddray.runs.ledger import Kind, Unit
 from ddray.tables.spec import EvaluateSpec, PublishedSource
+
+WHOLE: Final = "whole"
+"""A row whose networks are trained on all real images: it has no set, and one cell per dataset."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class BenchUnit:
     title: str  # shown to people, such as `dm digits ipc 1 seed 0`
     method: str  # the method's name
     dataset: str  # name or path of the dataset that is distilled
-    size: tuple[str, int]  # (`ipc` or `budget`, images per class or images of storage)
+    size: tuple[str, int]  # (`ipc` or `budget`, images per class or images of storage); (WHOLE, 0)
     ipc: int  # images per class; with a budget, the budget's share per class
     budget: int | None  # images of storage, for methods that ignore classes; None otherwise
     seed: int  # the distillation's seed
@@ -28,12 +31,19 @@ class BenchUnit:
     val_seed: int | None = None  # seed of the val tenth left out of train; None distils from all of train
     options: Mapping[str, Any] = field(default_factory=dict)  # an evaluation's, for `EvaluateOptions`
     pool: PoolSpec | None = None  # a pool unit's spec
+    step: int | None = None  # of an evaluation: which of the sets along the steps it scores; None: the last
+    limit: int | None = None  # of a `whole` row: how many real images, stratified; None: all
     waited: bool = False  # whether the unit was started before and then waited for pool networks
 
     @property
     def key(self) -> str:
         """The unit's key."""
         return self.identity.key
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it belongs to a `whole` row."""
+        return self.size[0] == WHOLE
 
     @property
     def kind(self) -> Kind:
@@ -52,7 +62,7 @@ class Cell(Config):
     """What was distilled."""
     num_classes: int
     size: tuple[str, int]
-    """(`ipc` or `budget`, value)."""
+    """(`ipc` or `budget`, value), or (WHOLE, 0)."""
     protocol: str
     arch: str
     """Canonical name of the network; the space in a NAS sweep."""
@@ -68,6 +78,8 @@ class Cell(Config):
     source: PublishedSource = PublishedSource()
     sets: tuple[str, ...] = ()
     """Keys of the sets, by seed."""
+    along: tuple[tuple[int, tuple[str, ...]], ...] = ()
+    """(step, keys of the evaluations by seed) of the sets along the steps, the last one included."""
 
 
 @dataclass(frozen=True)

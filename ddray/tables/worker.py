@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,12 +14,15 @@ from typing import Any
 
 import torch
 
+from ddray.artifact.distilled_set import DistilledSet, TrainSet
 from ddray.data import Dataset, PixelSpace, Split, SplitName, open_dataset
 from ddray.data.pixels import pixel_space
 from ddray.distillation.loop import run_distillation
 from ddray.distillation.method import DistillContext
+from ddray.distillation.snapshots import Snapshots, snapshot_file, snapshot_steps
 from ddray.errors import DivergedError, InputError
 from ddray.evaluation.options import EvaluateOptions
+from ddray.evaluation.subsets import limited
 from ddray.jobs import score as scoring
 from ddray.jobs.context import declared_specs, make_context, make_distiller
 from ddray.jobs.plan import Plan, RunConfig
@@ -135,6 +139,8 @@ def run_unit(job: BenchJob, unit: BenchUnit) -> Needs | Damaged | None:
     finally:
         _draft(job, unit).unlink(missing_ok=True)
     _checkpoint(job, unit).unlink(missing_ok=True)
+    if ledger.row(unit.key) is not None:  # another process's, if this one was late
+        shutil.rmtree(_snapshots(job, unit), ignore_errors=True)
     return None
 
 
@@ -154,13 +160,30 @@ def publish(
     else:
         row = Row.done(unit.identity, result, wall_s)
         if unit.kind == "distill":
-            move = partial(_draft(job, unit).replace, job.run_dir / artifact_name(unit.key))
+            move = partial(_place, job, unit)
     ledger.publish(unit.identity, row, epoch=job.epoch, move_artifact=move)
 
 
-def artifact_name(key: str) -> str:
-    """Return a distilled set's path below the run's folder."""
-    return f"artifacts/{key}.pt"
+def artifact_name(key: str, step: int | None = None) -> str:
+    """Return the path, below the run's folder, of a distilled set or of the one that was kept at a step."""
+    if step is None:
+        return f"artifacts/{key}.pt"
+    return str(snapshot_file(Path(f"artifacts/{key}-steps"), step))
+
+
+def _place(job: BenchJob, unit: BenchUnit) -> None:
+    """Move a distillation's set, and those along its steps, to their final paths."""
+    path, snapshots = job.run_dir / artifact_name(unit.key), _snapshots(job, unit)
+    if snapshots.is_dir():
+        target = path.with_name(f"{unit.key}-steps")
+        shutil.rmtree(target, ignore_errors=True)  # of a set that was damaged
+        snapshots.replace(target)
+    _draft(job, unit).replace(path)
+
+
+def _snapshots(job: BenchJob, unit: BenchUnit) -> Path:
+    """Return the folder where a distillation keeps the sets along its steps until its row is published."""
+    return job.run_dir / "checkpoints" / f"{unit.key}-steps"
 
 
 def _checkpoint(job: BenchJob, unit: BenchUnit) -> Path:
@@ -175,9 +198,12 @@ def _draft(job: BenchJob, unit: BenchUnit) -> Path:
 
 
 def is_sound(run_dir: Path, row: Row) -> bool:
-    """Return whether the set of a distillation's row is in its run, unchanged."""
-    path = run_dir / artifact_name(row.key)
-    return path.is_file() and file_sha256(path) == row.result["sha256"]
+    """Return whether the sets of a distillation's row are in its run, unchanged."""
+    digests = {artifact_name(row.key): row.result["sha256"]}
+    for step, digest in row.result.get("snapshots", {}).items():
+        digests[artifact_name(row.key, int(step))] = digest
+    files = ((run_dir / name, digest) for name, digest in digests.items())
+    return all(path.is_file() and file_sha256(path) == digest for path, digest in files)
 
 
 # Opened, carved and fitted once per worker: ZCA's eigenvectors take seconds.
@@ -232,15 +258,20 @@ def _distil(job: BenchJob, unit: BenchUnit) -> dict[str, Any]:
     plan = _plan(job, unit)
     ctx = _context(job, unit, plan)
     pool = StoredPool(ctx.pool)
+    steps = snapshot_steps(plan.config.evaluate.every, plan.config.steps)
+    snapshots = Snapshots(_snapshots(job, unit), steps)
     distillation = run_distillation(
-        make_distiller(plan), replace(ctx, pool=pool), checkpoint=_checkpoint(job, unit)
+        make_distiller(plan),
+        replace(ctx, pool=pool),
+        checkpoint=_checkpoint(job, unit),
+        snapshots=snapshots,
     )
     draft = _draft(job, unit)
     distillation.distilled.save(draft)
     curve_file = (job.run_dir / artifact_name(unit.key)).with_suffix(".json")
     write_text(curve_file, json.dumps({"losses": distillation.curve()}))
     first, final = distillation.edge_losses()
-    meta = distillation.distilled.meta
+    digests = {str(step): file_sha256(snapshots.path(step)) for step in steps}
     return {
         "artifact": artifact_name(unit.key),
         "sha256": file_sha256(draft),
@@ -250,23 +281,41 @@ def _distil(job: BenchJob, unit: BenchUnit) -> dict[str, Any]:
         "seconds_per_step": distillation.seconds_per_step,
         "first_loss": first,
         "final_loss": final,
-        "storage_floats": meta.storage_floats,
-        "ipc_decoded": meta.ipc_decoded,
+        "ipc_decoded": distillation.distilled.meta.ipc_decoded,
+        **({"snapshots": digests} if digests else {}),
+        **distillation.costs(),
     }
 
 
 def _evaluate(job: BenchJob, unit: BenchUnit) -> dict[str, Any]:
-    """Score one set with one architecture."""
-    source = unit.identity.inputs[0]
-    set_row = Ledger(job.run_dir).row(source)
-    if set_row is None or not is_sound(job.run_dir, set_row):
-        raise _MissingError(Damaged())
+    """Score one set, or all real images, with one architecture."""
     options = EvaluateOptions.parse({**unit.options, "data_dir": job.data_dir})
-    path = job.run_dir / artifact_name(source)
-    dataset = _opened(options.dataset or unit.dataset, job.data_dir)
-    values = scoring.evaluate(path, options, device=torch.device(job.device), dataset=dataset).dump()
+    dataset, device = _opened(options.dataset or unit.dataset, job.data_dir), torch.device(job.device)
+    if unit.is_whole:
+        sets, path = [_whole_set(job, unit)], Path("all real images")
+        result = scoring.score_sets(path, sets, dataset, options, device=device)
+    else:
+        source = unit.identity.inputs[0]
+        set_row = Ledger(job.run_dir).row(source)
+        if set_row is None or not is_sound(job.run_dir, set_row):
+            raise _MissingError(Damaged())
+        path = job.run_dir / artifact_name(source, unit.step)
+        result = scoring.evaluate(path, options, device=device, dataset=dataset)
+    values = result.dump()
     shared_fields = {k: v for k, v in values.items() if k not in ("protocol", "split", "results")}
     return {**values["results"][0], **shared_fields}
+
+
+def _whole_set(job: BenchJob, unit: BenchUnit) -> DistilledSet:
+    """Return all real images that a set would be distilled from, or `unit.limit` of them, as a set."""
+    ctx = _context(job, unit, _plan(job, unit))
+    split = ctx.split
+    if unit.limit is not None:
+        generator = ctx.generator("bench", "whole")
+        images = limited(TrainSet(split.images, split.labels), unit.limit, generator)
+        split = Split(images.images, images.labels)
+    per_class = max(1, len(split) // ctx.dataset.num_classes)
+    return replace(ctx, ipc=per_class).make_set(ctx.space.encode(split.images), split.labels)
 
 
 _TASKS = {"pool": _train_pool, "distill": _distil, "evaluate": _evaluate}

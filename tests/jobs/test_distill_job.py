@@ -33,6 +33,7 @@ class TestDistill:
         assert set(result.dump()) == {
             *("artifact", "method", "dataset", "ipc", "steps", "resumed_from_step", "wall_s"),
             *("seconds_per_step", "first_loss", "final_loss", "run_dir"),
+            *("seconds", "seconds_with_pool", "peak_memory_bytes", "storage_floats"),
         }
         assert result["artifact"] == str(tmp_path / "run" / "distilled.pt")
         assert (result["method"], result["dataset"], result["ipc"], result["steps"]) == ("dm", "digits", 1, 6)

@@ -16,6 +16,7 @@ from ddray.artifact.reading import load
 from ddray.errors import InputError
 from ddray.evaluation.options import EvaluateOptions
 from ddray.jobs.score import evaluate
+from ddray.methods.families.diffusion import stages
 from ddray.methods.families.diffusion.model import save_pipeline
 from tests.methods.diffusion_models import untrained
 
@@ -91,3 +92,25 @@ def test_broken_statistics_are_refused(d3hr: Any, change: Any, reason: str) -> N
     distilled: DistilledSet = d3hr(store="statistics")
     with pytest.raises(InputError, match=reason):
         replace(distilled, compact=change(distilled.compact)).validate()
+
+
+@pytest.mark.parametrize("place", ["pool", "folder"])
+def test_the_storage_with_the_generator_and_the_seconds_of_sampling_are_measured(
+    place: str, d3hr: Any, dit: str
+) -> None:
+    """Fig A2, Tables A2-A4: the weights are counted anew on the loaded networks."""
+    source = {"diffusion": dit} if place == "folder" else {}
+    _, images = d3hr(whole=False, **source)
+    ctx, statistics = d3hr(whole=False, store="statistics", **source)
+    assert images.measures == {}
+    images.step()
+
+    assert images.measures.keys() == {"sampling_seconds_per_class"}
+    assert images.measures["sampling_seconds_per_class"] > 0
+    fingerprint = statistics.snapshot().meta.generator
+    model = stages.load_generator(statistics._engine._source, ctx.pool)
+    networks = (model.transformer, model.vae)
+    num = sum(t.numel() for net in networks for t in net.state_dict().values())
+    assert stages.generator_floats(fingerprint) == num
+    assert statistics.measures == {"storage_with_generator_floats": 2 * 3 * 256 + num}
+    assert stages.generator_floats("gone") is None

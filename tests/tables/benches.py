@@ -7,6 +7,7 @@ from typing import Any
 
 from ddray.runs.executor import LocalExecutor
 from ddray.runs.ledger import Ledger
+from ddray.tables.columns import MEASURED
 from ddray.tables.options import BenchOptions
 from ddray.tables.run import (
     prepare,
@@ -41,6 +42,11 @@ def run(
     return run_bench(
         prepare(bench_spec or spec(), bench_options), LocalExecutor(), run_dir=folder, resume=resume
     ).dump()
+
+
+def repeatable(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a bench's cells without what differs from run to run."""
+    return [{k: v for k, v in cell.items() if k not in MEASURED} for cell in result["cells"]]
 
 
 def starts(folder: Path) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """A method made of its parts: settings, presets, and an engine that does the work."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -60,6 +60,11 @@ class _Run:
     def representations(self) -> Tensor | None:
         """The teacher's, of the real images [N, D], from an engine that has them."""
         return getattr(self._engine, "representations", None)
+
+    @property
+    def measures(self) -> Mapping[str, float]:
+        """What the engine measured itself, by name; empty for most."""
+        return getattr(self._engine, "measures", {})
 
 
 def make_method(

@@ -83,9 +83,20 @@ def read_folder(folder: Path) -> Folder:
 
 def weights_variant(part: Path) -> str | None:
     """Return the variant, such as fp16, of the weights in a part's folder; None where the plain ones are."""
-    stems = [path.name.split(".")[1:-1] for path in part.glob("*") if path.suffix in _SUFFIXES[1:]]
-    variants = {re.sub(r"-\d+-of-\d+$", "", stem[0]) if stem else "" for stem in stems}
+    variants = {_variant(path) for path in part.glob("*") if path.suffix in _SUFFIXES[1:]}
     return min(variants, default=None) or None
+
+
+def weight_files(part: Path) -> list[Path]:
+    """Return the safetensors files in a part's folder, of the variant that is loaded."""
+    variant = weights_variant(part) or ""
+    return [path for path in sorted(part.glob("*.safetensors")) if _variant(path) == variant]
+
+
+def _variant(path: Path) -> str:
+    """Return the variant in a weight file's name, without the number of its part; empty for plain ones."""
+    stem = path.name.split(".")[1:-1]
+    return re.sub(r"-\d+-of-\d+$", "", stem[0]) if stem else ""
 
 
 def damaged(folder: Path, error: Exception) -> InputError:

@@ -7,6 +7,7 @@ most the batch it was working on.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,9 +19,17 @@ from torch import Tensor
 
 from ddray.data import Dataset, Split
 from ddray.errors import InputError
-from ddray.methods.families.diffusion.folder import PARTS, locate, read_folder, record_folder, warn_of_leak
+from ddray.methods.families.diffusion.folder import (
+    PARTS,
+    locate,
+    read_folder,
+    record_folder,
+    warn_of_leak,
+    weight_files,
+)
 from ddray.methods.families.diffusion.model import DiffusionModel, Levels, network_kinds, open_pipeline
 from ddray.methods.families.diffusion.train import DiffusionRecipe, train_generator
+from ddray.pool.files import PoolFiles
 from ddray.pool.spec import ModelPool, PoolEntry, PoolSpec
 from ddray.seeding import derive, forked_global
 from ddray.system.files import home, write_atomically
@@ -210,6 +219,27 @@ def load_generator(source: Mapping[str, Any], pool: ModelPool) -> DiffusionModel
     if "spec" in source:
         return entry_generator(pool.get([PoolSpec.parse(source["spec"])])[0])
     return open_pipeline(locate(source["fingerprint"], source.get("folder")))
+
+
+def generator_floats(fingerprint: str) -> int | None:
+    """Return how many values a generator's weights are, by its pool key or its folder's fingerprint.
+
+    None if it is gone, or its files are no safetensors.
+    """
+    from safetensors import safe_open
+
+    files = [PoolFiles(home() / "pool").tensors_path(fingerprint)]
+    if not files[0].is_file():
+        try:
+            folders = [locate(fingerprint) / part for part in PARTS]
+        except InputError:
+            return None
+        files = [path for folder in folders for path in weight_files(folder)]
+    num = 0
+    for path in files:
+        with safe_open(path, framework="numpy") as file:
+            num += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return num or None
 
 
 def class_statistics(latents: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
