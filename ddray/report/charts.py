@@ -151,9 +151,9 @@ def storage_bars(run: RunView) -> str | None:
         row = next((rows[key] for key in one.cell.sets if key in rows), None)
         if row is not None and "storage_floats" in row.result:
             kind, size = one.cell.size
-            own = row.result["storage_floats"]
-            whole = int(row.result.get("storage_with_generator_floats", own))
-            sizes[f"{one.cell.method}, {kind} {size}"] = own, whole - own
+            floats = row.result["storage_floats"]
+            whole = int(row.result.get("storage_with_generator_floats", floats))
+            sizes[f"{one.cell.method}, {kind} {size}"] = floats, whole - floats
     if not any(generator for _, generator in sizes.values()):
         return None
     figure = go.Figure()

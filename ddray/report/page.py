@@ -88,9 +88,7 @@ def write_page(
         skipped=[f"{run.title}: {name}" for run in runs for name in run.skipped],
         corrupt=[f"{run.title}: {name}" for run in runs for name in run.corrupt],
     )
-    for run in runs:
-        if not (run.cells or run.sets or run.failures or any(row.status == "done" for row in run.rows)):
-            log.warning("%s has finished no unit yet: the page shows its configuration only", run.folder)
+    _warn_of_empty(runs)
     return ReportResult(
         report=str(out),
         runs=[str(run.folder) for run in runs],
@@ -98,6 +96,12 @@ def write_page(
         num_sets=len(sets),
         num_failed=sum(len(run.failures) for run in runs),
     )
+
+
+def _warn_of_empty(runs: Sequence[RunView]) -> None:
+    for run in runs:
+        if not (run.cells or run.sets or run.failures or any(row.status == "done" for row in run.rows)):
+            log.warning("%s has finished no unit yet: the page shows its configuration only", run.folder)
 
 
 def _with_unique_labels(runs: Sequence[RunView]) -> list[RunView]:

@@ -62,7 +62,7 @@ def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         import torch
 
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
         torch.cuda.reset_peak_memory_stats(device)
         return
     if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:

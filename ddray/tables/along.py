@@ -26,8 +26,8 @@ def group_of(cell: Mapping[str, Any]) -> str:
 
 def curve_names(cells: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a name for the curve of each cell of a group: its row, with the fields that tell it apart."""
-    names = ("arch", "teacher", "augment", "settings")
-    names = ("method", *(name for name in names if len({cell.get(name) for cell in cells}) > 1))
+    fields = ("arch", "teacher", "augment", "settings")
+    names = ["method", *(field for field in fields if len({cell.get(field) for cell in cells}) > 1)]
     return [", ".join(str(cell[name]) for name in names if cell.get(name)) for cell in cells]
 
 

@@ -86,8 +86,12 @@ def _further_means(rows: Sequence[Row]) -> dict[str, Any]:
 def set_means(cell: Cell, row_of: Callable[[str], Row | None]) -> dict[str, float]:
     """Return what distilling a cell's sets took and what they store: means, where all sets' are known."""
     rows = [row for key in cell.sets if (row := row_of(key)) is not None and row.status == "done"]
-    values = {name: [row.result.get(name) for row in rows] for name in _OF_SETS}
-    return {name: statistics.fmean(each) for name, each in values.items() if each and None not in each}
+    means = {}
+    for name in _OF_SETS:
+        values = [float(row.result[name]) for row in rows if row.result.get(name) is not None]
+        if values and len(values) == len(rows):
+            means[name] = statistics.fmean(values)
+    return means
 
 
 def _along(cell: Cell, row_of: Callable[[str], Row | None]) -> list[dict[str, Any]]:

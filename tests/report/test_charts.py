@@ -85,7 +85,7 @@ def test_a_row_that_varies_a_number_gives_a_curve_over_it_and_one_that_varies_wo
     methods = [
         {"name": "dsdm", "sweep": {"method.lambda1": [0.01, 50, 10]}},
         {"name": "datadam", "sweep": {"method.loss": ["mse", "mae", "cosine"]}},
-        "dm",
+        {"name": "dm"},
     ]
     cells = [scored(f"dsdm, lambda1={value}", [[value / 100, value / 50]]) for value in (0.01, 50, 10)]
     cells += [scored(f"datadam, loss={loss}", [[0.5]]) for loss in ("mse", "mae", "cosine")]
@@ -114,9 +114,9 @@ def test_storage_is_drawn_with_the_generator_where_a_set_needs_one() -> None:
     html = charts.storage_bars(run_of(cells, rows=rows))
 
     assert html is not None
-    own, generator = traces(html)
-    assert own["x"] == ["images, ipc 50", "statistics, ipc 50"]
-    assert own["y"] == [4, 1]  # megabytes of four bytes a float
+    of_sets, generator = traces(html)
+    assert of_sets["x"] == ["images, ipc 50", "statistics, ipc 50"]
+    assert of_sets["y"] == [4, 1]  # megabytes of four bytes a float
     assert generator["y"] == [0, 16]
     assert charts.storage_bars(run_of(cells, rows=rows[:1])) is None
 
