@@ -123,7 +123,7 @@ def network_bars(group: Sequence[Scored]) -> str:
             name=one.cell.method,
             marker_color=COLOURS[index % len(COLOURS)],
         )
-    axes = {"xaxis_title": "network", "yaxis_title": "prototype loss (log)", "yaxis_type": "log"}
+    axes = {"xaxis_title": "network", "yaxis_title": "prototype loss"}
     return to_html(figure, **axes, barmode="group", showlegend=True)
 
 
