@@ -81,7 +81,7 @@ def entry_tables(result: PoolEntryInfo) -> list[Any]:
 
 
 def evaluate_tables(title: str, protocol: str, results: list[dict[str, Any]]) -> list[Any]:
-    """Return tables, in percent, of an evaluation's accuracies and of its protocol's other measures.
+    """Return tables of an evaluation's accuracies, in percent, and of its protocol's other measures.
 
     Accuracies are mean and sample standard deviation over networks.
     """
@@ -102,7 +102,7 @@ def evaluate_tables(title: str, protocol: str, results: list[dict[str, Any]]) ->
     tables = [_table(title, headers, rows)]
     if measures := get_protocol(protocol).measures:
         lines = [dict(_measured(result, measures)) for result in results]
-        titles = ("arch", *(f"{header} %" for header in lines[0]))
+        titles = ("arch", *lines[0])
         pairs = zip(results, lines, strict=True)
         tables.append(_table(None, titles, ((result["arch"], *line.values()) for result, line in pairs)))
     return tables
@@ -114,9 +114,11 @@ def _measured(result: dict[str, Any], measures: Mapping[str, Any]) -> Iterator[t
         value, std = result[name], result[f"{name}_std"]
         if isinstance(value, list):
             for step, pair in enumerate(zip(value, std, strict=True), start=1):
-                yield f"{measure.title} {step},", percent(*pair)
+                yield f"{measure.title} {step}, %", percent(*pair)
+        elif measure.is_fraction:
+            yield f"{measure.title} %", percent(value, std)
         else:
-            yield measure.title, percent(value, std)
+            yield measure.title, f"{value:.4g}" + ("" if std is None else f" +- {std:.2g}")
 
 
 def tune_tables(result: TuneResult) -> list[Any]:

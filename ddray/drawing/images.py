@@ -1,6 +1,7 @@
 """Pictures of distilled sets: PNG grids with normalisation and whitening undone, t-SNE planes."""
 
 import base64
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +16,8 @@ _MAX_PER_CLASS = 10
 _MAX_CLASSES = 50
 _MAX_UNLABELLED = 100
 _LOSSLESS_BYTES = 32_000
+_CLASSES_ALONG = 10
+_PER_CLASS_ALONG = 2
 _MAX_BASES = 64  # as many as the paper's figure shows
 
 
@@ -59,14 +62,38 @@ def grid(distilled: DistilledSet) -> Tensor | None:
         classes = torch.unique(distilled.labels)[:_MAX_CLASSES]
         rows = [torch.nonzero(distilled.labels == label).flatten()[:_MAX_PER_CLASS] for label in classes]
     columns = max(len(row) for row in rows)
-    pixels = distilled.space().decode(distilled.images[torch.cat(rows)])
+    pixels = _visible(distilled, torch.cat(rows))
+    cells = torch.ones(len(rows) * columns, *pixels.shape[1:])
+    positions = torch.cat([torch.arange(len(row)) + index * columns for index, row in enumerate(rows)])
+    cells[positions] = pixels
+    return _tiled(cells, columns if columns > 1 else _MAX_PER_CLASS)
+
+
+def _visible(distilled: DistilledSet, index: Tensor) -> Tensor:
+    """Return images of a set at `index` [n] as pixels in [0, 1], stretched where they lie far outside."""
+    pixels = distilled.space().decode(distilled.images[index])
     if distilled.meta.pixel_space == "zca" or min(distilled.meta.mean) < 0:  # no picture's mean is below 0
         low, high = (torch.quantile(pixels.flatten(1), q, dim=1)[:, None, None, None] for q in (0.01, 0.99))
         pixels = (pixels - low) / (high - low).clamp_min(1e-6)
-    cells = torch.ones(len(rows) * columns, *pixels.shape[1:])
-    positions = torch.cat([torch.arange(len(row)) + index * columns for index, row in enumerate(rows)])
-    cells[positions] = pixels.clamp(0, 1)
-    return _tiled(cells, columns if columns > 1 else _MAX_PER_CLASS)
+    return pixels.clamp(0, 1)
+
+
+def grid_along(sets: Sequence[DistilledSet]) -> Tensor | None:
+    """Return the same images at every step as one picture, a step per column (DataDAM's supplement, Fig 3).
+
+    `sets` are those of one run, by step: the first two images of each of the first ten classes, or the first
+    twenty of a set without labels. None without images.
+    """
+    if not sets or not len(sets[0].images):
+        return None
+    labels = sets[0].labels
+    if sets[0].targets is None:
+        classes = torch.unique(labels)[:_CLASSES_ALONG]
+        index = torch.cat([torch.nonzero(labels == label).flatten()[:_PER_CLASS_ALONG] for label in classes])
+    else:
+        index = torch.arange(min(len(sets[0].images), _CLASSES_ALONG * _PER_CLASS_ALONG))
+    by_image = torch.stack([_visible(distilled, index) for distilled in sets], dim=1)
+    return _tiled(by_image.flatten(0, 1), len(sets))
 
 
 def bases_grid(bases: Tensor) -> Tensor:

@@ -119,15 +119,17 @@ class Scoring:
 
 @dataclass(frozen=True)
 class Measure:
-    """A fraction that a protocol measures besides the accuracy.
+    """What a protocol measures besides the accuracy.
 
     Attributes:
         title: of its column; a measure with a value per step gets a column each.
         in_tables: whether it has a column in a bench's tables.
+        is_fraction: whether people read it in percent.
     """
 
     title: str
     in_tables: bool = False
+    is_fraction: bool = True
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,8 @@ def summarise(results: Sequence[EvalResult]) -> dict[str, Any]:
     """Return an arch's results as mean, sample standard deviation (None for one network) and all values.
 
     A measure `m` becomes its mean `m` and standard deviation `m_std`; one with a value per step, a list of
-    each. Of classes, the mean accuracies and their mean, the balanced accuracy, follow.
+    each. The values of each network stand in `measures_per_seed`. Of classes, the mean accuracies and their
+    mean, the balanced accuracy, follow.
     """
     values = [result.accuracy for result in results]
     mean, std = _over_seeds(values)
@@ -185,7 +188,10 @@ def summarise(results: Sequence[EvalResult]) -> dict[str, Any]:
         by_class = zip(*(result.per_class for result in results), strict=True)
         summary["per_class"] = [None if None in shares else statistics.fmean(shares) for shares in by_class]
     for name in results[0].measures:
-        summary[name], summary[f"{name}_std"] = _over_seeds([result.measures[name] for result in results])
+        of_networks = [result.measures[name] for result in results]
+        summary[name], summary[f"{name}_std"] = _over_seeds(of_networks)
+        if not isinstance(of_networks[0], tuple):
+            summary.setdefault("measures_per_seed", {})[name] = of_networks
     return {**summary, "wall_s": sum(result.wall_s for result in results)}
 
 

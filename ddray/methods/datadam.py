@@ -19,15 +19,17 @@ last; L_MMD matches class means of the embedding.
   protocol its baselines share, 1,000 epochs (`evaluate.schedule=step15` measures the printed one); preset
   `repo`: the code's.
 - augmentation and network seeds: wall clock | wall clock | derived from the run's seed.
+- feature-map transfer loss of Fig 11: layers, norm and scale are not printed | not in the code | L_SAM of the
+  maps themselves (`maps=features`) in place of their attention; with the figure's `lambda_mmd=0`.
 """
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, ClassVar, Final, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor
 
 from ddray.distillation.method import DistillContext, Target
@@ -56,6 +58,20 @@ class DataDAMConfig(MatchingConfig):
     """Normalisation of each sample's attention map (Fig 6)."""
     layers: tuple[int, ...] | None = None
     """Layers matched by L_SAM, counted from 1 (Fig 12); default: all but the last."""
+    maps: Literal["attention", "features"] = "attention"
+    """What L_SAM matches of a layer: its attention, or the maps themselves (Fig 11)."""
+
+    @model_validator(mode="after")
+    def _has_a_term(self) -> Self:
+        if self.layers == () and self.lambda_mmd == 0:
+            raise ValueError("layers must name a layer where lambda_mmd is 0, or nothing is matched")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `maps` out at its default: units and runs from before it keep their keys."""
+        values: dict[str, Any] = handler(self)
+        return {k: v for k, v in values.items() if k != "maps" or v != "attention"}
 
 
 def attention(maps: Tensor, p: float, norm: Norm, *, overwrite: bool = False) -> Tensor:
@@ -64,7 +80,12 @@ def attention(maps: Tensor, p: float, norm: Norm, *, overwrite: bool = False) ->
     A = sum over channels of |F|^p, normalised over the positions of each sample. With `overwrite` the powers
     are written into the maps' memory: only without grad, if nothing reads the maps later.
     """
-    flat = _power(maps, p, overwrite).sum(dim=1).flatten(1)
+    return normalised(_power(maps, p, overwrite).sum(dim=1), norm)
+
+
+def normalised(maps: Tensor, norm: Norm) -> Tensor:
+    """Return maps [N, ...] as rows [N, D], each divided by its norm."""
+    flat = maps.flatten(1)
     return flat if norm == "none" else F.normalize(flat, p=2.0 if norm == "l2" else 1.0, dim=1)
 
 
@@ -135,6 +156,8 @@ def start(ctx: DistillContext, config: DataDAMConfig) -> MeanMatching:
         if config.precision == "bf16":
             maps = tuple(layer_map.float() for layer_map in maps)  # powers in bf16 would lose more digits
         matched = maps[:-1] if config.layers is None else [maps[layer - 1] for layer in config.layers]
+        if config.maps == "features":
+            return (*(normalised(layer_map, config.sam_norm) for layer_map in matched), embedding)
         # Among `layers`, the last map may share the embedding's memory.
         overwrite = config.layers is None and not torch.is_grad_enabled()
         return (*(attention(m, config.p, config.sam_norm, overwrite=overwrite) for m in matched), embedding)

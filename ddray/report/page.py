@@ -16,12 +16,12 @@ from ddray.artifact.distilled_set import DistilledSet
 from ddray.config import Result
 from ddray.data import open_dataset
 from ddray.drawing.html import write_html
-from ddray.drawing.images import set_uri
+from ddray.drawing.images import data_uri, grid_along, set_uri
 from ddray.errors import DdrayError, InputError
 from ddray.methods import get_method
 from ddray.ranking.report import scatter_plot
-from ddray.report import figures
-from ddray.report.plane import make_plane
+from ddray.report import charts, figures
+from ddray.report.plane import make_plane, under_networks
 from ddray.report.runs import RunView, SetView, grouped, read_run
 from ddray.tables.along import group_of
 from ddray.tables.columns import columns_of, generators_of, size_of
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 _MAX_PLANES: Final = 6
 _MAX_CURVES: Final = 12
 _MAX_SNAPSHOTS: Final = 6
-"""Pictures along a row's steps."""
+"""Steps before the last in a row's picture along the steps."""
 
 
 class ReportResult(Result):
@@ -60,7 +60,8 @@ def write_page(
     if out.is_dir():
         raise InputError(f"--out must be a file, {out} is a folder; add the page's name")
     unique = dict.fromkeys(path.resolve() for path in folders)
-    runs = _with_unique_labels([read_run(folder) for folder in unique])
+    views = [read_run(folder) for folder in unique]
+    runs = _with_unique_labels(views)
     cells = [cell for run in runs for cell in run.cells]
     sets = [view for run in runs for view in run.sets]
     write_html(
@@ -69,6 +70,7 @@ def write_page(
         runs=runs,
         title=" + ".join(run.title for run in runs),
         boards=list(_leaderboards(cells, sets)),
+        charts=[{**chart, "run": run.title} for run in views for chart in charts.charts(run)],
         methods=list(_methods(cells, sets)),
         along=list(_along(cells, sets)),
         curves=list(_curves(sets, runs)),
@@ -78,16 +80,15 @@ def write_page(
             if run.command == "tune"
         ],
         rankings=[part for run in runs for part in _rankings(run)],
-        planes=list(_planes(sets, data_dir)) if planes else [],
+        planes=list(_planes(sets, runs, data_dir)) if planes else [],
+        networks=list(_networks(views, data_dir)) if planes else [],
         num_curves_left=max(0, len({v.sort_key()[:2] for v in sets if v.losses}) - _MAX_CURVES),
         num_planes_left=max(0, len({v.sort_key()[:2] for v in sets}) - _MAX_PLANES) if planes else 0,
         failures=[{**one, "run": run.title} for run in runs for one in run.failures],
         skipped=[f"{run.title}: {name}" for run in runs for name in run.skipped],
         corrupt=[f"{run.title}: {name}" for run in runs for name in run.corrupt],
     )
-    for run in runs:
-        if not (run.cells or run.sets or run.failures or any(row.status == "done" for row in run.rows)):
-            log.warning("%s has finished no unit yet: the page shows its configuration only", run.folder)
+    _warn_of_empty(runs)
     return ReportResult(
         report=str(out),
         runs=[str(run.folder) for run in runs],
@@ -95,6 +96,12 @@ def write_page(
         num_sets=len(sets),
         num_failed=sum(len(run.failures) for run in runs),
     )
+
+
+def _warn_of_empty(runs: Sequence[RunView]) -> None:
+    for run in runs:
+        if not (run.cells or run.sets or run.failures or any(row.status == "done" for row in run.rows)):
+            log.warning("%s has finished no unit yet: the page shows its configuration only", run.folder)
 
 
 def _with_unique_labels(runs: Sequence[RunView]) -> list[RunView]:
@@ -174,25 +181,25 @@ def _with_sets(cell: Mapping[str, Any], sets: Sequence[SetView]) -> dict[str, An
 def _along(cells: Sequence[Mapping[str, Any]], sets: Sequence[SetView]) -> Iterator[dict[str, Any]]:
     """Yield a plot of accuracies along the steps per group, with pictures along each row's first set."""
     for title, group in grouped((cell for cell in cells if "along" in cell), group_of).items():
-        where = {(cell["method"], cell["dataset"], size_of(cell)) for cell in group}
+        last = {(cell["method"], cell["dataset"], size_of(cell)): cell["along"][-1]["step"] for cell in group}
         views = grouped(sets, lambda view: (view.label, view.dataset, view.size))
         rows = [
-            {"label": name[0], "pictures": pictures}
+            {"label": name[0], **picture}
             for name, row_views in views.items()
-            if name in where and (pictures := list(_snapshot_pictures(row_views[0])))
+            if name in last and (picture := _picture_along(row_views[0], last[name])) is not None
         ]
         yield {"title": title, "html": figures.along_curves(group), "rows": rows}
 
 
-def _snapshot_pictures(view: SetView) -> Iterator[dict[str, Any]]:
-    """Yield pictures of a set along its steps, evenly spaced, the first and the last among them."""
-    steps = view.snapshots()
-    num = min(len(steps), _MAX_SNAPSHOTS)
-    for index in sorted({round(i * (len(steps) - 1) / max(1, num - 1)) for i in range(num)}):
-        step, snapshot = steps[index]
-        distilled = snapshot.load()
-        if distilled is not None and (picture := set_uri(distilled)) is not None:
-            yield {"step": step, "data": picture}
+def _picture_along(view: SetView, last: int) -> dict[str, Any] | None:
+    """Return a set's images at evenly spaced steps, first and last among them, with these; None without."""
+    snapshots = view.snapshots()
+    num = min(len(snapshots), _MAX_SNAPSHOTS)
+    indices = sorted({round(i * (len(snapshots) - 1) / max(1, num - 1)) for i in range(num)})
+    views = [*(snapshots[index] for index in indices), (last, view)] if indices else []
+    sets = {step: distilled for step, one in views if (distilled := one.load()) is not None}
+    picture = grid_along(list(sets.values()))
+    return None if picture is None else {"steps": list(sets), "picture": data_uri(picture)}
 
 
 def _first_readable(sets: Iterable[SetView]) -> DistilledSet | None:
@@ -264,22 +271,64 @@ def _rankings(run: RunView) -> Iterator[dict[str, Any]]:
             }
 
 
-def _planes(sets: Sequence[SetView], data_dir: Path | None) -> Iterator[dict[str, Any]]:
-    """Yield a t-SNE plane per dataset and size, with a plot per method; or why it can't be drawn."""
+def _planes(
+    sets: Sequence[SetView], runs: Sequence[RunView], data_dir: Path | None
+) -> Iterator[dict[str, Any]]:
+    """Yield a t-SNE plane per dataset, size and network, with a plot per method; or why it can't be drawn.
+
+    The networks are the first ones of the runs' protocol `distribution`, or else one of the pool.
+    """
+    rows = [row for run in runs for row in run.rows if row.kind == "evaluate" and "networks" in row.result]
+    firsts = grouped(rows, lambda row: str(row.spec["dataset"]))
     groups = grouped(sets, attrgetter("group"))
     for title, group_sets in list(groups.items())[:_MAX_PLANES]:
-        first_sets = [views[0] for views in grouped(group_sets, attrgetter("label")).values()]
-        try:
-            plane = make_plane(open_dataset(group_sets[0].dataset, data_dir=data_dir), first_sets)
-        except DdrayError as error:
-            yield {"title": title, "reason": str(error), "plots": [], "network": ""}
-            continue
-        if plane is not None:
-            plots = [
-                {"title": label, "html": figures.plane_scatter(plane, row)}
-                for row, (label, *_) in enumerate(plane.distilled)
-            ]
-            yield {"title": title, "reason": "", "plots": plots, "network": plane.network}
+        name = group_sets[0].dataset
+        networks = {keys[0]: None for row in firsts.get(name, ()) for keys in row.result["networks"].values()}
+        for network in networks or [None]:
+            yield from _plane(title, group_sets, network, data_dir)
+
+
+def _plane(
+    title: str, group_sets: Sequence[SetView], network: str | None, data_dir: Path | None
+) -> Iterator[dict[str, Any]]:
+    """Yield the plane of a group's first sets, or why it can't be drawn; nothing without a readable set."""
+    first_sets = [views[0] for views in grouped(group_sets, attrgetter("label")).values()]
+    try:
+        dataset = open_dataset(group_sets[0].dataset, data_dir=data_dir)
+        plane = make_plane(dataset, first_sets, network=network)
+    except DdrayError as error:
+        yield {"title": title, "reason": str(error), "plots": [], "network": ""}
+        return
+    if plane is not None:
+        plots = [
+            {"title": label, "html": figures.plane_scatter(plane, row)}
+            for row, (label, *_) in enumerate(plane.distilled)
+        ]
+        yield {"title": title, "reason": "", "plots": plots, "network": plane.network}
+
+
+def _networks(runs: Sequence[RunView], data_dir: Path | None) -> Iterator[dict[str, str]]:
+    """Yield a plot per row and size that was compared under several networks; or why there is none."""
+    for run in runs:
+        views = {view.path.stem: view for view in run.sets}
+        for one in run.scored:
+            networks = one.rows[0].result.get("networks", {}).get(one.cell.arch, ()) if one.rows else ()
+            view = views.get(one.cell.sets[0]) if len(networks) > 1 else None
+            if view is None:
+                continue
+            title = f"{one.cell.method}, {one.group}"
+            try:
+                dataset = open_dataset(view.dataset, data_dir=data_dir)
+                points = under_networks(dataset, view, networks)
+            except DdrayError as error:
+                yield {"title": title, "reason": str(error), "html": ""}
+                continue
+            if points:
+                yield {
+                    "title": f"{title}: {dataset.class_names[0]}",
+                    "reason": "",
+                    "html": charts.network_scatter(points),
+                }
 
 
 def default_out(folders: Sequence[Path]) -> Path:

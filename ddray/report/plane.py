@@ -39,12 +39,15 @@ class Plane:
     class_names: tuple[str, ...]  # one per label
 
 
-def make_plane(dataset: Dataset, sets: Sequence[SetView], *, seed: int = 0) -> Plane | None:
+def make_plane(
+    dataset: Dataset, sets: Sequence[SetView], *, network: str | None = None, seed: int = 0
+) -> Plane | None:
     """Return the plane of a dataset's train images and sets of one size; None if no set can be read.
 
-    The samples and t-SNE are drawn from the seed.
+    `network` is the pool's key of what embeds them; default: `embedding_net`. The samples and t-SNE are drawn
+    from the seed. InputError if the network is not in the pool.
     """
-    net, name = embedding_net(dataset)
+    net, name = embedding_net(dataset) if network is None else pool_net(network)
     split = dataset.train()
     index = _draw(split.labels, dataset.num_classes, seed)
     space = normalized_space(dataset)
@@ -72,6 +75,41 @@ def make_plane(dataset: Dataset, sets: Sequence[SetView], *, seed: int = 0) -> P
     return Plane(real, split.labels[index], rows, name, dataset.class_names)
 
 
+def under_networks(
+    dataset: Dataset, view: SetView, networks: Sequence[str], *, label: int = 0, seed: int = 0
+) -> list[Tensor]:
+    """Return a set's images of one class as t-SNE points [M, 2] under each network (DSDM, Fig 3a).
+
+    All are embedded in one plane; `networks` are keys of the pool. Empty if the set can't be read, or has
+    less than two images of the class. InputError if a network is not in the pool.
+    """
+    distilled = view.load()
+    if distilled is None:
+        return []
+    train = distilled.decode()
+    pixels = distilled.space().decode(train.images[train.labels == label])[:_MOST_DISTILLED]
+    if len(pixels) < 2:
+        return []
+    encoded = normalized_space(dataset).encode(pixels)
+    points = project(torch.cat([_embed(pool_net(key)[0], encoded) for key in networks]), seed=seed)
+    return list(torch.split(points, len(pixels)))
+
+
+def pool_net(key: str) -> tuple[Net, str]:
+    """Return a supervised network of the pool, in eval mode, and its description.
+
+    Raises:
+        InputError: it is not in the pool.
+    """
+    path = home() / "pool" / key / "entry.json"
+    try:
+        spec = PoolSpec.parse(json.loads(path.read_text(encoding="utf-8"))["spec"])
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"the pool must hold network {key[:12]} of the run, {path} can't be read") from error
+    net: Any = LocalPool(_never).get([spec])[0].module()
+    return net, f"{spec.arch}, trained on the real images for {spec.recipe.get('epochs')} epochs"
+
+
 def embedding_net(dataset: Dataset) -> tuple[Net, str]:
     """Return the pool's longest-trained network for this dataset, else a random one, and its description."""
     candidates = []
@@ -81,11 +119,9 @@ def embedding_net(dataset: Dataset) -> tuple[Net, str]:
         except (OSError, ValueError, KeyError, InputError):
             continue
         if (spec.kind, spec.dataset) == ("supervised", dataset.fingerprint):
-            candidates.append((int(spec.recipe.get("epochs", 0)), spec))
+            candidates.append((int(spec.recipe.get("epochs", 0)), spec.key))
     if candidates:
-        epochs, spec = max(candidates, key=itemgetter(0))
-        net: Any = LocalPool(_never).get([spec])[0].module()
-        return net, f"{spec.arch}, trained on the real images for {epochs} epochs"
+        return pool_net(max(candidates, key=itemgetter(0))[1])
     arch = default_arch(dataset.image_shape)
     seed = derive_seed(0, "report", "net")
     return build_net(arch, dataset.image_shape, dataset.num_classes, seed=seed).eval(), f"{arch}, untrained"

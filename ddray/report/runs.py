@@ -71,6 +71,32 @@ class SetView:
 
 
 @dataclass(frozen=True)
+class Scored:
+    """A cell of a bench's table with the rows of its evaluations that are done, by set."""
+
+    cell: Cell
+    rows: tuple[Row, ...]
+
+    @property
+    def group(self) -> str:
+        """What rows that are drawn together share, as in the page's bars."""
+        cell = self.cell
+        target = "" if cell.target == cell.dataset else f" on {cell.target}"
+        return f"{cell.dataset}, {' '.join(map(str, cell.size))}, {cell.protocol}{target}"
+
+    @property
+    def network(self) -> str:
+        """What was trained, and how: a line's name."""
+        cell = self.cell
+        return ", ".join(filter(None, (cell.arch, cell.teacher, cell.augment, cell.settings)))
+
+    @property
+    def per_set(self) -> list[list[float]]:
+        """The accuracies of each set's networks."""
+        return [row.result["per_seed"] for row in self.rows]
+
+
+@dataclass(frozen=True)
 class RunView:
     """One run."""
 
@@ -87,6 +113,7 @@ class RunView:
     failures: tuple[Mapping[str, Any], ...]  # units that failed: `{"unit", "kind", "key", "reason"}`
     skipped: tuple[str, ...]  # units that could not run because of them
     sets: tuple[SetView, ...]  # distilled sets, one per row, dataset, size and seed
+    scored: tuple[Scored, ...]  # a bench's cells with the rows behind them
     corrupt: tuple[str, ...]  # damaged files that were set aside
 
     @property
@@ -131,7 +158,9 @@ def read_run(folder: Path) -> RunView:
     hosts = Counter(str(event["host"]) for event in events if "host" in event)
     cells_file = _read_cells(folder)
     failed = [failure_of(_name(row), row) for row in rows if row.status == "failed"]
-    cells = cells_file.get("cells") or _unfinished_cells(folder, config, rows)
+    planned = _planned(folder)
+    cells = cells_file.get("cells") or _unfinished_cells(planned, config, rows)
+    done = {row.key: row for row in rows if row.status == "done"}
     return RunView(
         folder=folder,
         command=str(config.get("command", "run")),
@@ -146,6 +175,7 @@ def read_run(folder: Path) -> RunView:
         failures=tuple(cells_file.get("failures") or failed),
         skipped=tuple(cells_file.get("skipped", ())),
         sets=tuple(sorted(_sets(folder, config, rows, cells), key=SetView.sort_key)),
+        scored=tuple(Scored(cell, tuple(done[key] for key in cell.keys if key in done)) for cell in planned),
         corrupt=tuple(sorted(str(path.relative_to(folder)) for path in folder.rglob("*.corrupt"))),
     )
 
@@ -184,12 +214,24 @@ def _read_curve(path: Path) -> tuple[tuple[int, float], ...]:
         return ()
 
 
-def _unfinished_cells(folder: Path, config: Mapping[str, Any], rows: tuple[Row, ...]) -> list[dict[str, Any]]:
-    """Return the cells of a run without cells.json: an unfinished bench, or a search's final scores."""
+def _planned(folder: Path) -> list[Cell]:
+    """Return the cells that a bench planned; none for other runs."""
     path = folder / "planned.json"
     if not path.is_file():
+        return []
+    try:
+        return [Cell.parse(values) for values in json.loads(path.read_text(encoding="utf-8"))]
+    except (ValueError, TypeError) as error:
+        log.warning("%s is damaged (%s): plots that need it are left out", path, error)
+        return []
+
+
+def _unfinished_cells(
+    planned: list[Cell], config: Mapping[str, Any], rows: tuple[Row, ...]
+) -> list[dict[str, Any]]:
+    """Return the cells of a run without cells.json: an unfinished bench, or a search's final scores."""
+    if not planned:
         return list(_cells(str(config.get("command")), str(config.get("dataset", "")), rows))
-    planned = [Cell.parse(values) for values in json.loads(path.read_text(encoding="utf-8"))]
     cells = cells_of(planned, {row.key: row for row in rows}.get)
     drop_scaled_differences(cells, str(config.get("scale", "paper")))
     return cells

@@ -222,7 +222,10 @@ class TestContinual:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--protocol", "hrad"], "protocol must be one of continual, hard, linear, robust, soft, got 'hrad'"),
+        (
+            ["--protocol", "hrad"],
+            "protocol must be one of continual, distribution, hard, linear, robust, soft, got 'hrad'",
+        ),
         (["--num-tasks", "5"], "--num-tasks must be left out, or used with --protocol continual"),
         (
             ["--protocol", "robust", "--num-tasks", "5"],

@@ -106,7 +106,10 @@ class TestEvaluate:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"protocol": "soft-ish"}, "protocol must be one of continual, hard, linear, robust, soft"),
+            (
+                {"protocol": "soft-ish"},
+                "protocol must be one of continual, distribution, hard, linear, robust, soft",
+            ),
             ({"split": "train"}, "split must be one of test, val, got 'train'"),
             ({"archs": ("convnet33",)}, "convnet33"),
             ({"seeds": 0}, r"evaluate\.seeds: .*got 0"),

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from ddray.distillation.method import Target
 from ddray.errors import InputError
-from ddray.methods.datadam import attention, datadam_loss, discrepancy, mean_embedding_loss, preset
+from ddray.methods.datadam import (
+    DataDAMConfig,
+    attention,
+    datadam_loss,
+    discrepancy,
+    mean_embedding_loss,
+    preset,
+)
 from ddray.nets.names import resolve_arch
 
 POWERS = (1, 2, 3, 4, 8, 1.5)
@@ -161,6 +168,53 @@ def test_losses_do_not_depend_on_the_order_of_classes_and_vanish_at_equality(
         torch.testing.assert_close(function(real[order], syn[order]), function(real, syn))
         assert float(function(real, real)) == pytest.approx(0.0, abs=1e-12)
         assert float(function(real, syn)) > 0
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_feature_map_transfer_loss_matches_class_means_of_the_maps_themselves(
+    norm: Any, toy: Any, planned: Any
+) -> None:
+    """Fig 11 (c), written anew: squared distances of class means of each sample's flattened, normed maps."""
+    _, ctx, method = planned(
+        "datadam",
+        toy(counts=(6, 6, 6)),
+        ipc=2,
+        arch="convnet3_w4",
+        method={"maps": "features", "lambda_mmd": 0, "sam_norm": norm, "augment": "none", "batch_real": 99},
+    )
+    method.setup(ctx)
+    engine = method._engine
+    images = {"real": ctx.space.encode(ctx.split.images), "learned": engine._images.detach().clone()}
+    labels = {"real": ctx.split.labels, "learned": engine._labels}
+    loss = float(method.step()["loss"])
+
+    expected = 0.0
+    for layer in (0, 1):  # all but the last
+        means = []
+        for name in ("real", "learned"):
+            with torch.no_grad():
+                layer_map = engine._branch.net.features(images[name]).maps[layer].double()
+            flat = layer_map.reshape(len(images[name]), -1)
+            sizes = {"l2": flat.square().sum(1).sqrt(), "l1": flat.abs().sum(1), "none": torch.ones(1)}
+            flat = flat / sizes[norm][:, None]
+            means.append(torch.stack([flat[labels[name] == label].mean(0) for label in range(3)]))
+        expected += float((means[0] - means[1]).square().sum())
+    assert loss == pytest.approx(100 * expected, rel=1e-4)
+
+
+def test_l_mmd_alone_is_a_loss_without_layers_and_nothing_at_all_is_refused(toy: Any, planned: Any) -> None:
+    _, ctx, method = planned("datadam", toy(), method={"layers": [], "batch_real": 4})
+    method.setup(ctx)
+    assert float(method.step()["loss"]) > 0
+
+    with pytest.raises(InputError, match="layers must name a layer where lambda_mmd is 0"):
+        planned("datadam", toy(), method={"layers": [], "lambda_mmd": 0})
+
+
+def test_units_from_before_the_choice_of_maps_keep_their_keys() -> None:
+    assert "maps" not in DataDAMConfig().dump()
+    assert DataDAMConfig(maps="features").dump()["maps"] == "features"
+    assert DataDAMConfig.parse(DataDAMConfig(maps="features").dump()).maps == "features"
 
 
 @pytest.mark.parametrize("layers", [(0,), (3,), (-1, 1)])

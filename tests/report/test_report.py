@@ -16,7 +16,7 @@ from PIL import Image
 
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.data import fit_zca
-from ddray.drawing.images import grid, png, save_grid
+from ddray.drawing.images import grid, grid_along, png, save_grid
 from ddray.runs.ledger import Row
 from ddray.runs.results import flatten, write_results
 from ddray.tuning.report import write_report
@@ -131,6 +131,19 @@ def test_a_whitened_sets_images_fill_the_range(toy: Any, planned: Any) -> None:
     assert (tiles.max(1).values == 1).all()
     assert ((tiles == 0).float().mean(1) < 0.02).all()
     assert fit_zca(toy().train()).zca_matrix is not None
+
+
+def test_the_same_images_stand_in_a_row_along_the_steps(toy: Any, planned: Any) -> None:
+    first = a_set(toy, planned, ipc=3)
+    second = replace(first, images=first.images * 0)
+
+    tiles = cells(grid_along([first, second]), 6, 2)
+
+    pixels = first.space().decode(first.images).clamp(0, 1)
+    for row, index in enumerate([0, 1, 3, 4, 6, 7]):  # two of the three images of each class
+        assert torch.allclose(tiles[row, 0], pixels[index])
+    assert torch.allclose(tiles[:, 1], second.space().decode(second.images)[:6])
+    assert grid_along([]) is None
 
 
 def test_a_set_without_images_has_no_picture(toy: Any, planned: Any, tmp_path: Path) -> None:
