@@ -38,6 +38,7 @@ from ddray.training.recipe import TeacherRecipe
 class SRe2LConfig(MethodConfig):
     """SRe2L's settings; defaults are those for small images."""
 
+    protocol: ClassVar = "soft"
     quick: ClassVar = {"teacher_arch": "convnet2_w8_bn", "teacher_epochs": 1}
 
     teacher_arch: str = "resnet18"
