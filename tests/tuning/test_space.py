@@ -29,9 +29,10 @@ def ranges(draw: Any) -> Range:
     strategy = {"loguniform": positive, "uniform": finite, "randint": st.integers(-1000, 1000)}[kind]
     low, high = sorted(draw(st.tuples(strategy, strategy).filter(lambda pair: pair[0] != pair[1])))
     if kind != "loguniform" and draw(st.booleans()):
-        step = draw(st.integers(1, high - low) if kind == "randint" else st.sampled_from([0.1, 0.25, 3.0]))
-        if step <= high - low:
-            return read_space({"a": {kind: [low, high], "step": step}})["a"]
+        step = draw(st.integers(1, 9) if kind == "randint" else st.sampled_from([0.1, 0.25, 3.0]))
+        low = math.floor(low) if kind == "randint" else round(low, 3)
+        high = low + draw(st.integers(1, 100)) * step  # as in a file, not of 17 digits
+        return read_space({"a": {kind: [low, round(high, 3)], "step": step}})["a"]
     return Range(kind, low, high)
 
 
