@@ -32,7 +32,7 @@ from ddray.errors import InputError
 from ddray.jobs.context import check_longer, make_context, make_distiller
 from ddray.jobs.plan import PRESETS, Plan, budget_method, resolve
 from ddray.methods import get_method
-from ddray.tuning.settings import Settings, own_protocol
+from ddray.tuning.settings import Settings, method_protocol
 from ddray.tuning.space import conditions, grid, method_space, sample
 
 __all__ = ["MethodContract", "plan_method", "random_dataset"]
@@ -279,7 +279,7 @@ class MethodContract:
 
     def test_its_search_space_names_its_settings_and_only_legal_values(self, method: str) -> None:
         """The shipped file, or the settings' `search_space`; dotted names are those of `Settings`."""
-        settings = Settings.of(resolve(method, _digits(), ipc=1), own_protocol(method))
+        settings = Settings.of(resolve(method, _digits(), ipc=1), method_protocol(method))
         space, source = method_space(method, _config_type(method))
         unknown = {*space} - {*settings.names()}
         assert not unknown, f"{source} names settings that there are not: {sorted(unknown)}"

@@ -33,7 +33,7 @@ from ddray.tuning.payload import pack
 from ddray.tuning.report import write_report
 from ddray.tuning.result import TuneResult
 from ddray.tuning.search import Search, best_trial, earlier_tests, paper_trial, reopen
-from ddray.tuning.settings import Settings, set_protocol, with_protocol
+from ddray.tuning.settings import Settings, protocol_for_sets, with_protocol
 from ddray.tuning.space import Range, Space, conditions, drawn, grid, method_space
 from ddray.tuning.start_points import Points, number_start_points, read_start_points
 from ddray.tuning.study import score_of, status_of
@@ -114,7 +114,7 @@ def _open(
             first, extended = smaller, {n: before.get(n) for n in ("num_samples", "start_points")}
     start_points = number_start_points(points, paper, earlier_points, range(first, num_samples))
     config = _run_config(plan, options, settings, space, num_samples, start_points)
-    if before and "protocol" not in before and options.protocol == set_protocol(plan.method):
+    if before and "protocol" not in before and options.protocol == protocol_for_sets(plan.method):
         del config["protocol"]  # of a run that was started before protocols could be named
     run = open_run(run_dir, config, command="tune", resume=resume, extended=extended)
     if extended is not None:
@@ -165,7 +165,7 @@ def _job(
         gpus=options.gpus_per_trial,
         nas=nas,
         budget=plan.budget,
-        protocol="" if settings.protocol == set_protocol(plan.method) else settings.protocol,
+        protocol="" if settings.protocol == protocol_for_sets(plan.method) else settings.protocol,
         scoring=settings.scoring,
         teachers=options.teachers,
     )

@@ -149,8 +149,8 @@ def plan_of(
         dataset = open_dataset(options.dataset, **{**options.opening(), **content})
     else:
         dataset = dataset.with_options(**content)
-    has_own = get_protocol(protocol).config_type is not EvaluateConfig
-    scoring = _taken_from(layers) if has_own else None
+    is_separate = get_protocol(protocol).config_type is not EvaluateConfig
+    scoring = _taken_from(layers) if is_separate else None
     plan = resolve(
         options.method,
         dataset,

@@ -13,14 +13,14 @@ from ddray.methods import get_method
 from ddray.tuning.options import TuneOptions
 
 
-def set_protocol(method: str) -> str:
+def protocol_for_sets(method: str) -> str:
     """Return the protocol that the kind of a method's sets calls for: `linear` for targets, else `hard`."""
     return "hard" if budget_method(method) is None else "linear"
 
 
-def own_protocol(method: str) -> str:
+def method_protocol(method: str) -> str:
     """Return the protocol that a method's authors score its sets by (`MethodConfig.protocol`)."""
-    return getattr(get_method(method).config_type, "protocol", "") or set_protocol(method)
+    return getattr(get_method(method).config_type, "protocol", "") or protocol_for_sets(method)
 
 
 def with_protocol(options: TuneOptions, method: str, before: Mapping[str, Any]) -> TuneOptions:
@@ -31,7 +31,7 @@ def with_protocol(options: TuneOptions, method: str, before: Mapping[str, Any]) 
     Raises:
         InputError: the protocol does not go with the method's sets, or with the teachers.
     """
-    default = before.get("protocol", set_protocol(method)) if before else own_protocol(method)
+    default = before.get("protocol", protocol_for_sets(method)) if before else method_protocol(method)
     protocol = options.protocol or default
     teachers = options.teachers or tuple(before.get("teachers", ()))
     EvaluateOptions.parse({"protocol": protocol, "teachers": teachers}, prefix="--")
@@ -65,8 +65,10 @@ class Settings:
     @classmethod
     def of(cls, plan: Plan, protocol: str) -> Self:
         """Return the settings of a plan."""
-        has_own = get_protocol(protocol).config_type is not EvaluateConfig
-        return cls(plan.method, plan.config.dump(), protocol, dict(plan.scoring or {}) if has_own else None)
+        is_separate = get_protocol(protocol).config_type is not EvaluateConfig
+        return cls(
+            plan.method, plan.config.dump(), protocol, dict(plan.scoring or {}) if is_separate else None
+        )
 
     @property
     def _method_type(self) -> type[Config]:
@@ -103,7 +105,7 @@ class Settings:
         scoring = None
         if self.scoring is not None:
             scoring = merge(self.scoring, changes.pop("evaluate", {}))
-            self._own(scoring, source)
+            self._parsed_scoring(scoring, source)
         config_type = RunConfig[self._method_type]  # type: ignore[name-defined]
         return config_type.parse(merge(self.config, changes), source=source), scoring
 
@@ -113,7 +115,11 @@ class Settings:
         InputError as for `configs`.
         """
         config, scoring = self.configs(params, source)
-        return config.dump() if scoring is None else {**config.dump(), "evaluate": self._own(scoring).dump()}
+        return (
+            config.dump()
+            if scoring is None
+            else {**config.dump(), "evaluate": self._parsed_scoring(scoring).dump()}
+        )
 
     def apply(self, plan: Plan, params: Mapping[str, Any], source: str = "") -> Plan:
         """Return a plan with `params`; InputError as for `configs`."""
@@ -125,6 +131,6 @@ class Settings:
         everything = self.dump(params or {})
         return {name: lookup(everything, self.path(name)) for name in names}
 
-    def _own(self, scoring: Mapping[str, Any], source: str = "") -> Config:
+    def _parsed_scoring(self, scoring: Mapping[str, Any], source: str = "") -> Config:
         """Return the protocol's own settings."""
         return get_protocol(self.protocol).config_type.parse(scoring, prefix="evaluate.", source=source)

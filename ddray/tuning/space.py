@@ -251,7 +251,7 @@ def _with_step(value_range: Range, step: Any, where: str) -> Range:
     return replace(stepped, high=stepped._at(stepped._num_values() - 1))
 
 
-def _plain_range(value: Mapping[str, Any], where: str) -> Range:
+def _plain_range(value: Mapping[Any, Any], where: str) -> Range:
     """Return the range without step and condition."""
     kinds = ", ".join(_KINDS)
     kind, values = next(iter(value.items()))

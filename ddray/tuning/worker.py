@@ -24,7 +24,7 @@ from ddray.ranking.objective import SpearmanObjective
 from ddray.runs.results import flatten
 from ddray.system.worker import set_threads, worker_device
 from ddray.tuning.payload import Payload, unpack
-from ddray.tuning.settings import Settings, set_protocol
+from ddray.tuning.settings import Settings, protocol_for_sets
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class SearchJob:
     @property
     def settings(self) -> Settings:
         """The settings that trials start from."""
-        protocol = self.protocol or set_protocol(self.method)
+        protocol = self.protocol or protocol_for_sets(self.method)
         return Settings(self.method, self.config, protocol, self.scoring)
 
     @property

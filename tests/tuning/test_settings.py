@@ -25,7 +25,7 @@ from ddray.system.shipped import shipped
 from ddray.training.recipe import TeacherRecipe
 from ddray.tuning.options import TuneOptions
 from ddray.tuning.payload import Payload, pack
-from ddray.tuning.settings import Settings, own_protocol, set_protocol, with_protocol
+from ddray.tuning.settings import Settings, method_protocol, protocol_for_sets, with_protocol
 from ddray.tuning.space import conditions, read_space
 from ddray.tuning.trial import trial_unit
 from ddray.tuning.worker import SearchJob, SearchWorker
@@ -96,7 +96,7 @@ class TestNames:
     @pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.name)
     def test_a_papers_space_names_settings_of_its_method(self, path: Path, toy: Any) -> None:
         plan = resolve(path.stem, toy((9,) * 10, (3, 32, 32), name="cifar10"), ipc=1)
-        settings = Settings.of(plan, own_protocol(path.stem))
+        settings = Settings.of(plan, method_protocol(path.stem))
         space = read_space(path)
 
         assert space
@@ -108,7 +108,7 @@ class TestNames:
 
 class TestProtocol:
     def test_it_is_the_methods_own_by_default_and_a_resumed_search_keeps_its(self) -> None:
-        for method, own, of_sets in (
+        for method, expected, of_sets in (
             ("dm", "hard", "hard"),
             ("rded", "soft", "hard"),
             ("sre2l", "soft", "hard"),
@@ -116,8 +116,8 @@ class TestProtocol:
             ("krr_st", "linear", "linear"),
             ("kmeans_ssl", "linear", "linear"),
         ):
-            assert (own_protocol(method), set_protocol(method)) == (own, of_sets)
-            assert with_protocol(TuneOptions(), method, {}).protocol == own
+            assert (method_protocol(method), protocol_for_sets(method)) == (expected, of_sets)
+            assert with_protocol(TuneOptions(), method, {}).protocol == expected
             assert with_protocol(TuneOptions(), method, {"command": "tune"}).protocol == of_sets  # of 0.1.0
         before = {"protocol": "soft", "teachers": ["convnet3"]}
         again = with_protocol(TuneOptions(), "dm", before)
