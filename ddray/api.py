@@ -34,6 +34,7 @@ from ddray.nets.names import register_net
 from ddray.ranking import DEFAULT_SPACE
 from ddray.ranking.options import NasModes, NasOptions, NasRequest
 from ddray.ranking.result import ArchList, NasResult
+from ddray.runs.folder import read_config
 from ddray.system.options import DeviceOptions, RunOptions
 from ddray.tables.options import BenchOptions
 from ddray.tables.result import BenchResult, Forecast
@@ -77,14 +78,19 @@ def _takes(*configs: type[Config]) -> Callable[[F], F]:
     return decorate
 
 
-def _plan(options: dict[str, Any], settings: Mapping[str, Any] | None, default_ipc: int | None = 1) -> Plan:
+def _plan(
+    options: dict[str, Any],
+    settings: Mapping[str, Any] | None,
+    default_ipc: int | None = 1,
+    protocol: str = "hard",
+) -> Plan:
     """Return the run that keyword arguments ask for; `dataset` and `test` are as `_named` takes them."""
     name, opened = _named(options.get("dataset"), options.get("test"))
     if name is not None:
         options = {**options, "dataset": name}
     if options.get("ipc") is None and options.get("budget") is None:
         options = {**options, "ipc": default_ipc}
-    return plan_of(PlanOptions.pick(options), opened, settings)
+    return plan_of(PlanOptions.pick(options), opened, settings, protocol)
 
 
 def _named(dataset: AnyDataset | None, test: Own | None) -> tuple[str | None, Dataset | None]:
@@ -238,7 +244,8 @@ def tune(
         dataset: a name, a path, an open dataset, a torch Dataset, or (images, labels).
         test: the test half of a torch Dataset or of tensors; default a fixed, stratified 20%.
         settings: overrides as for --set, such as `{"steps": 50, "evaluate.seeds": 1}`.
-        options: see below; `space` may be a mapping of names to ranges. `ipc` is 1 by default.
+        options: see below; `space` may be a mapping of names to ranges. `ipc` is 1 by default. With protocol
+            `soft`, what is set under `evaluate` are that protocol's settings.
 
     Raises:
         InputError: a name or a value is invalid.
@@ -246,10 +253,14 @@ def tune(
         DdrayError: no trial finished.
     """
     from ddray.cluster.tune import tune as search
+    from ddray.tuning.settings import with_protocol
 
-    plan = _plan({**options, "method": method, "dataset": dataset, "test": test}, settings)
     run = RunOptions.pick(options)
-    return search(plan, TuneOptions.pick(options), run_dir=run.run_dir, resume=run.resume)
+    before = read_config(run.run_dir) if run.resume else {}
+    how = with_protocol(TuneOptions.pick(options), method, before)
+    named = {**options, "method": method, "dataset": dataset, "test": test}
+    plan = _plan(named, settings, protocol=str(how.protocol))
+    return search(plan, how, run_dir=run.run_dir, resume=run.resume)
 
 
 @_takes(NasRequest, NasOptions, NasModes, RunOptions)

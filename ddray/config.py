@@ -226,6 +226,22 @@ def nest(name: str, value: Any) -> dict[str, Any]:
     return dict(value)
 
 
+def lookup(values: Mapping[str, Any], name: str) -> Any:
+    """Return `values["a"]["b"]` for the dotted name `"a.b"`; KeyError if there is no such value."""
+    for part in name.split("."):
+        values = values[part]
+    return values
+
+
+def dotted_names(cls: type[BaseModel], prefix: str = "") -> list[str]:
+    """Return the names of a config's fields, and of nested configs' fields such as `pool.epochs`."""
+    names = []
+    for name, field in cls.model_fields.items():
+        inner = _model(field.annotation)
+        names += [prefix + name, *(dotted_names(inner, f"{prefix}{name}.") if inner else ())]
+    return names
+
+
 def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
     """Merge nested mappings; a later layer wins, mappings are merged key by key."""
     merged: dict[str, Any] = {}

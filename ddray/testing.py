@@ -32,7 +32,8 @@ from ddray.errors import InputError
 from ddray.jobs.context import check_longer, make_context, make_distiller
 from ddray.jobs.plan import PRESETS, Plan, budget_method, resolve
 from ddray.methods import get_method
-from ddray.tuning.space import grid, method_space, sample
+from ddray.tuning.settings import Settings, method_protocol
+from ddray.tuning.space import conditions, grid, method_space, sample
 
 __all__ = ["MethodContract", "plan_method", "random_dataset"]
 
@@ -276,20 +277,20 @@ class MethodContract:
         bare = [name for name, field in fields.items() if not field.description]
         assert not bare, f"every setting needs a docstring below it, missing for {bare}"
 
-    def test_its_search_space_names_its_fields_and_only_legal_values(self, method: str) -> None:
-        """The shipped file, or the settings' `search_space`."""
-        digits, config_type = _digits(), _config_type(method)
-        space, source = method_space(method, config_type)
-        unknown = {*space} - {*config_type.model_fields}
-        assert not unknown, f"{source} names fields that the method does not have: {sorted(unknown)}"
+    def test_its_search_space_names_its_settings_and_only_legal_values(self, method: str) -> None:
+        """The shipped file, or the settings' `search_space`; dotted names are those of `Settings`."""
+        settings = Settings.of(resolve(method, _digits(), ipc=1), method_protocol(method))
+        space, source = method_space(method, _config_type(method))
+        unknown = {*space} - {*settings.names()}
+        assert not unknown, f"{source} names settings that there are not: {sorted(unknown)}"
         for name, values in space.items():
             for value in values.ends():
-                plan = resolve(method, digits, ipc=1, layers=[{"method": {name: value}}])
-                assert getattr(plan.config.method, name) == value, f"{name}={value} is not what is set"
+                params = {**conditions(space, name), name: value}
+                assert settings.values([name], params)[name] == value, f"{name}={value} is not what is set"
         for trial_id in range(5):
-            resolve(method, digits, ipc=1, layers=[{"method": sample(space, 0, trial_id)}])
-        if all(values.kind == "choice" for values in space.values()):
-            assert grid(space, {name: values.choices[-1] for name, values in space.items()})
+            settings.configs(sample(space, 0, trial_id))
+        if all(values.values() for values in space.values()):
+            assert grid(space, sample(space, 0, 0))
 
 
 @cache

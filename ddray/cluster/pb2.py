@@ -67,12 +67,18 @@ class Member:
 def check_space(space: Space, paper: Mapping[str, Any], num_samples: int) -> None:
     """Refuse what PB2 can't search with an InputError.
 
-    That is no numeric range, a paper's value that has no logarithm, or too small a population.
+    That is no numeric range or one with a step or a condition, a paper's value that is no number or has no
+    logarithm, or too small a population.
     """
-    for name, value_range in space.items():
-        if value_range.kind == "loguniform" and not paper[name] > 0:
-            rule = f"strategy pb2 needs {name} > 0 to start from (its range is loguniform)"
-            raise InputError(f"{rule}, got {paper[name]}")
+    for name, value_range in _numeric(space).items():
+        if value_range.step is not None or value_range.when:
+            what = "when" if value_range.when else "step"
+            rule = f"strategy pb2 varies settings inside a trial, so it takes no {what}, {name} has one"
+            raise InputError(f"{rule}; leave it out, or use another --strategy")
+        least = "> 0 (its range is loguniform)" if value_range.kind == "loguniform" else "that is a number"
+        value = paper[name]
+        if not isinstance(value, int | float) or (value_range.kind == "loguniform" and value <= 0):
+            raise InputError(f"strategy pb2 needs a {name} {least} to start from, got {value}; --set one")
     if not _numeric(space):
         raise InputError("strategy pb2 needs a uniform or loguniform range, the space file has none")
     if num_samples < 3:

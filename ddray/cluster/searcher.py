@@ -6,6 +6,7 @@ OptunaSearch (TPE) or, for `random` and `grid`, from a pure function of the numb
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import optuna
@@ -15,7 +16,7 @@ from ray.tune.search.optuna import OptunaSearch
 from ddray.runs.ledger import Row, Unit
 from ddray.seeding import derive_seed
 from ddray.tuning.search import Search
-from ddray.tuning.space import grid, sample
+from ddray.tuning.space import grid, sample, suggest
 from ddray.tuning.study import STUDY, add_row, score_of, write_study
 from ddray.tuning.trial import METRIC, trial_result
 
@@ -38,7 +39,7 @@ class TpeSource:
         )
         self._storage = write_study(search.run.folder / "optuna.journal", self._space, rows)
         self._search = OptunaSearch(
-            space={name: value_range.distribution() for name, value_range in self._space.items()},
+            space=partial(suggest, self._space),  # define-by-run: what is drawn depends on what was
             metric=METRIC,
             mode="max",
             sampler=sampler,
@@ -48,8 +49,7 @@ class TpeSource:
 
     def suggest(self, trial_id: str) -> dict[str, Any]:
         """Return the settings of a new trial."""
-        suggestion = self._search.suggest(trial_id)
-        return {name: self._space[name].from_optuna(value) for name, value in suggestion.items()}  # type: ignore[union-attr]
+        return dict(self._search.suggest(trial_id) or {})
 
     def complete(self, trial_id: str, row: Row | None) -> None:
         """Tell the study how a suggested trial ended: its value, its rungs if stopped, or a failure."""

@@ -34,7 +34,8 @@ from ddray.tuning.payload import pack
 from ddray.tuning.report import write_report
 from ddray.tuning.result import TuneResult
 from ddray.tuning.search import Search, best_trial, earlier_tests, paper_trial, reopen
-from ddray.tuning.space import Range, Space, grid, method_space
+from ddray.tuning.settings import Settings, protocol_for_sets, with_protocol
+from ddray.tuning.space import Range, Space, conditions, drawn, grid, method_space
 from ddray.tuning.start_points import Points, number_start_points, read_start_points
 from ddray.tuning.study import score_of, status_of
 from ddray.tuning.trial import ETA
@@ -55,18 +56,22 @@ def tune(plan: Plan, options: TuneOptions, *, run_dir: Path | None, resume: bool
         DdrayError: no trial finished.
     """
     begin = time.perf_counter()
-    space = _space(plan, options.space)
+    before = read_config(run_dir) if resume else {}
+    options = with_protocol(options, plan.method, before)
+    settings = Settings.of(plan, str(options.protocol))
+    # A search goes on in its own space, whatever has become of the shipped one.
+    space = _space(plan, settings, before.get("space") if options.space is None else options.space)
     make_distiller(plan)
     check_plan(plan)
-    paper = {name: plan.config.method.every_value()[name] for name in space}
+    paper = drawn(space, settings.values(space))
     train, val = carve_val(plan.dataset.train(), seed=plan.seed)
     check_size(plan, train)
-    _check_objective(plan, options)
+    _check_objective(plan, options, space)
     num_samples = _num_samples(options, space, paper, plan.config.steps)
     cpus, gpus = options.cpus_per_trial, options.gpus_per_trial
     executor = RayExecutor(cpus, gpus, options.max_concurrent, options.address)
-    run, start_points = _open(plan, options, space, paper, num_samples, run_dir, resume)
-    job = _job(plan, options, run, _nas_objective(plan, options, train, val, run))
+    run, start_points = _open(plan, options, settings, space, paper, num_samples, run_dir, resume)
+    job = _job(plan, options, settings, run, _nas_objective(plan, options, train, val, run))
     search = Search(plan, options, space, paper, job, run, num_samples, start_points)
     if search.missing():
         with sigterm_as_sigint(), ray_runtime(options.address):
@@ -79,7 +84,7 @@ def tune(plan: Plan, options: TuneOptions, *, run_dir: Path | None, resume: bool
     with sigterm_as_sigint():
         scores = run_finals(search, points, executor, shared_pool)
     write_results(run.folder / "results.csv", run.ledger.rows())
-    result = _result(run, rows, best, paper_row, scores, begin)
+    result = _result(run, settings.protocol, rows, best, paper_row, scores, begin)
     write_report(run.folder, result.dump(), rows, space)
     return result
 
@@ -87,6 +92,7 @@ def tune(plan: Plan, options: TuneOptions, *, run_dir: Path | None, resume: bool
 def _open(
     plan: Plan,
     options: TuneOptions,
+    settings: Settings,
     space: Space,
     paper: Mapping[str, Any],
     num_samples: int,
@@ -94,7 +100,7 @@ def _open(
     resume: bool,
 ) -> tuple[Run, Points]:
     """Open the run's folder, extended if more trials are asked for; return it with the start points."""
-    points = read_start_points(options.start_points, plan, space)
+    points = read_start_points(options.start_points, plan, settings, space)
     if points and options.strategy == "grid":
         raise InputError("strategy grid tries every combination of the space: it takes no --start-point")
     before, extended = read_config(run_dir) if resume else {}, None
@@ -108,7 +114,9 @@ def _open(
                 raise InputError(f"{rule} to {num_samples}; use a new --run-dir")
             first, extended = smaller, {n: before.get(n) for n in ("num_samples", "start_points")}
     start_points = number_start_points(points, paper, earlier_points, range(first, num_samples))
-    config = _run_config(plan, options, space, num_samples, start_points)
+    config = _run_config(plan, options, settings, space, num_samples, start_points)
+    if before and "protocol" not in before and options.protocol == protocol_for_sets(plan.method):
+        del config["protocol"]  # of a run that was started before protocols could be named
     run = open_run(run_dir, config, command="tune", resume=resume, extended=extended)
     if extended is not None:
         reopen(run)
@@ -117,7 +125,12 @@ def _open(
 
 
 def _run_config(
-    plan: Plan, options: TuneOptions, space: Space, num_samples: int, start_points: Points
+    plan: Plan,
+    options: TuneOptions,
+    settings: Settings,
+    space: Space,
+    num_samples: int,
+    start_points: Points,
 ) -> dict[str, Any]:
     """Return what must not change when the run is resumed, but for larger numbers of trials and points."""
     names = () if options.objective == "val-accuracy" else ("objective", "nas_sample", "nas_epochs")
@@ -125,9 +138,12 @@ def _run_config(
         names = (*names, "nas_space")
     return {
         **plan.describe(),
+        "evaluate": settings.dump({})["evaluate"],
+        "protocol": options.protocol,
+        **({"teachers": list(options.teachers)} if options.teachers else {}),
         "strategy": options.strategy,
         "num_samples": num_samples,
-        "space": {name: {value_range.kind: value_range.ends()} for name, value_range in space.items()},
+        "space": {name: value_range.describe() for name, value_range in space.items()},
         **({"start_points": {str(n): point for n, point in start_points.items()}} if start_points else {}),
         "final_sets": options.final_sets,
         "device": "cuda" if options.gpus_per_trial > 0 else "cpu",
@@ -135,7 +151,9 @@ def _run_config(
     }
 
 
-def _job(plan: Plan, options: TuneOptions, run: Run, nas: SpearmanObjective | None) -> SearchJob:
+def _job(
+    plan: Plan, options: TuneOptions, settings: Settings, run: Run, nas: SpearmanObjective | None
+) -> SearchJob:
     # Rungs are parts of the last: a ninth, a third and the whole for ASHA.
     has_rungs = options.strategy == "asha-tpe" and plan.config.steps >= ETA**2
     return SearchJob(
@@ -150,6 +168,9 @@ def _job(plan: Plan, options: TuneOptions, run: Run, nas: SpearmanObjective | No
         gpus=options.gpus_per_trial,
         nas=nas,
         budget=plan.budget,
+        protocol="" if settings.protocol == protocol_for_sets(plan.method) else settings.protocol,
+        scoring=settings.scoring,
+        teachers=options.teachers,
     )
 
 
@@ -180,8 +201,11 @@ def _run_missing(search: Search, train: Split, val: Split, executor: RayExecutor
     search.check_ended(time.monotonic() - begin)
 
 
-def _check_objective(plan: Plan, options: TuneOptions) -> None:
-    """Refuse to rank architectures by sets without labels, or more of them than there are: InputError."""
+def _check_objective(plan: Plan, options: TuneOptions, space: Space) -> None:
+    """Refuse to rank architectures by sets without labels, or by settings that rank none: InputError.
+
+    More architectures than there are are refused too.
+    """
     if options.objective == "val-accuracy":
         return
     if budget_method(plan.method) is not None:
@@ -191,6 +215,11 @@ def _check_objective(plan: Plan, options: TuneOptions) -> None:
         )
     if options.nas_space not in space_names():
         raise unknown("--nas-space", options.nas_space, space_names())
+    if of_protocol := [name for name in space if name.startswith("evaluate.")]:
+        raise InputError(
+            f"--objective nas-spearman trains architectures for --nas-epochs: the space must not name "
+            f"{', '.join(of_protocol)}"
+        )
     num_architectures = len(get_space(options.nas_space))
     if options.nas_sample > num_architectures:
         raise InputError(f"--nas-sample must be in 3..{num_architectures}, got {options.nas_sample}")
@@ -210,27 +239,27 @@ def _nas_objective(
     return spearman_objective(nas, plan.dataset, train, val, nas_executor(nas), run.folder / "architectures")
 
 
-def _space(plan: Plan, source: Path | dict[str, Any] | None) -> dict[str, Range]:
-    """Return the ranges; InputError if the file is missing or names a field that the method lacks."""
-    config_type = type(plan.config.method)
-    space, where = method_space(plan.method, config_type, source)
+def _space(plan: Plan, settings: Settings, source: Path | dict[str, Any] | None) -> dict[str, Range]:
+    """Return the ranges; InputError if the file is missing or names a setting that there is not."""
+    space, where = method_space(plan.method, type(plan.config.method), source)
     for name in space:
-        if name not in config_type.model_fields:
-            raise unknown(f"{where}: a range's name", name, config_type.model_fields)
-    return {name: _checked(plan, name, value_range, where) for name, value_range in space.items()}
+        settings.check_name(name, f"{where}: a range's name")
+    return {name: _checked(plan, settings, space, name, where) for name in space}
 
 
-def _checked(plan: Plan, name: str, value_range: Range, source: str) -> Range:
-    """Return a range whose values the method accepts, with choices in the field's type (1 as 1.0).
+def _checked(plan: Plan, settings: Settings, space: Space, name: str, source: str) -> Range:
+    """Return a range whose values the run accepts, with choices in the setting's type (1 as 1.0).
 
-    InputError if a value breaks the field's rule, or does not fit the network.
+    InputError if a value breaks the setting's rule, or does not fit the method or the network.
     """
-    config, method = plan.config, plan.config.method
+    value_range, others = space[name], conditions(space, name)
     parsed = []
     for value in value_range.probes():
-        changed = type(method).parse({**method.dump(), name: value}, source=source)
-        check_plan(replace(plan, config=config.model_copy(update={"method": changed})))
-        parsed.append(changed.every_value()[name])
+        params = {**others, name: value}
+        trial_plan = settings.apply(plan, params, source)
+        make_distiller(trial_plan)
+        check_plan(trial_plan)
+        parsed.append(settings.values([name], params)[name])
     return replace(value_range, choices=tuple(parsed)) if value_range.kind == "choice" else value_range
 
 
@@ -252,7 +281,13 @@ def _num_samples(options: TuneOptions, space: Space, paper: Mapping[str, Any], s
 
 
 def _result(
-    run: Run, rows: Sequence[Row], best: Row, paper: Row | None, scores: Mapping[str, Any], begin: float
+    run: Run,
+    protocol: str,
+    rows: Sequence[Row],
+    best: Row,
+    paper: Row | None,
+    scores: Mapping[str, Any],
+    begin: float,
 ) -> TuneResult:
     objective, statuses = best.result["objective"], [status_of(row) for row in rows]
     best_score, paper_score = (score_of(row.result) if row else None for row in (best, paper))
@@ -261,6 +296,7 @@ def _result(
         {
             "run_dir": str(run.folder),
             "objective": objective,
+            "protocol": protocol,
             "num_trials": len(rows),
             "num_failed": statuses.count("failed"),
             "num_stopped_early": statuses.count("stopped early"),

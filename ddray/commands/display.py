@@ -128,6 +128,7 @@ def tune_tables(result: TuneResult) -> list[Any]:
     summary = {
         "trials": f"{result.num_trials} ({result.num_failed} failed, "
         f"{result.num_stopped_early} stopped early)",
+        "protocol": result.protocol,
         "best config": json.dumps(best.config) + f" (trial {best.trial})",
         **_val_line(result.objective, best, paper),
         "test accuracy %": percent(result.test_accuracy_mean, result.test_accuracy_std)

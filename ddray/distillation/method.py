@@ -152,6 +152,8 @@ class MethodConfig(Config):
 
     search_space: ClassVar[Mapping[str, Mapping[str, Any]] | None] = None
     """What `ddray tune` varies without `--space`, as in a space file: `{"lr": {"loguniform": [0.01, 1]}}`."""
+    protocol: ClassVar[str] = ""
+    """What `ddray tune` scores its sets by: the papers' protocol; default `hard`, for targets `linear`."""
     dataset_settings: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Run settings by dataset, over the preset's: `{"digits": {"steps": 300}, "digits_ipc10": {...}}`."""
     quick: ClassVar[Mapping[str, Any]] = {}

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Generic, Literal, TypeVar, cast
 
@@ -13,6 +13,7 @@ from ddray.data import Dataset, open_dataset
 from ddray.data.catalog import KNOWN
 from ddray.distillation.method import BudgetDistiller, Target
 from ddray.errors import InputError, unknown
+from ddray.evaluation import get_protocol
 from ddray.evaluation.options import EvaluateConfig
 from ddray.jobs.options import PlanOptions
 from ddray.methods import get_method
@@ -52,6 +53,8 @@ class Plan:
     config: RunConfig[Any]
     budget: int | None = None
     """Storage in images, for methods without classes."""
+    scoring: Mapping[str, Any] | None = None
+    """What is set of a protocol with settings of its own; None: sets are scored by `config.evaluate`."""
 
     def describe(self) -> dict[str, Any]:
         """Return plain values that identify the run (for config.yaml and unit keys)."""
@@ -119,13 +122,17 @@ def resolve(
 
 
 def plan_of(
-    options: PlanOptions, dataset: Dataset | None = None, settings: Mapping[str, Any] | None = None
+    options: PlanOptions,
+    dataset: Dataset | None = None,
+    settings: Mapping[str, Any] | None = None,
+    protocol: str = "hard",
 ) -> Plan:
     """Return the run that options ask for, on `dataset` if it is already open.
 
     `settings` are overrides by dotted name; they win over the options' `sets`, and these over its `config`
-    file. All may name options of the dataset's content, such as `can_flip`. InputError as for `resolve`, or
-    if the dataset is missing.
+    file. All may name options of the dataset's content, such as `can_flip`. If sets will be scored by a
+    `protocol` with settings of its own, what the user sets under `evaluate` are these. InputError as for
+    `resolve`, or if the dataset is missing.
     """
     get_method(options.method)
     layers = [
@@ -142,7 +149,9 @@ def plan_of(
         dataset = open_dataset(options.dataset, **{**options.opening(), **content})
     else:
         dataset = dataset.with_options(**content)
-    return resolve(
+    is_separate = get_protocol(protocol).config_type is not EvaluateConfig
+    scoring = _taken_from(layers) if is_separate else None
+    plan = resolve(
         options.method,
         dataset,
         ipc=options.ipc,
@@ -151,6 +160,18 @@ def plan_of(
         preset=options.preset,
         layers=layers,
     )
+    return replace(plan, scoring=scoring)
+
+
+def _taken_from(layers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Take the settings under `evaluate` out of the layers, all but `val_seeds`, which are the search's."""
+    taken: dict[str, Any] = {}
+    for layer in layers:
+        if isinstance(layer.get("evaluate"), Mapping):
+            taken = merge(taken, layer.pop("evaluate"))
+    if "val_seeds" in taken:
+        layers.append({"evaluate": {"val_seeds": taken.pop("val_seeds")}})
+    return taken
 
 
 def budget_method(method: str) -> type[BudgetDistiller] | None:

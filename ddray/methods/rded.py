@@ -38,6 +38,7 @@ _CHUNK: Final = 256
 class RDEDConfig(MethodConfig):
     """RDED's settings."""
 
+    protocol: ClassVar = "soft"
     quick: ClassVar = {"teacher_arch": "convnet2_w8_bn", "teacher_epochs": 1}
 
     teacher_arch: str = "resnet18"

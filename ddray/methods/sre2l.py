@@ -60,6 +60,7 @@ _SHIPPED: Final[dict[str, dict[str, Any]]] = {
 class SRe2LConfig(MethodConfig):
     """SRe2L's settings; defaults are those for small images."""
 
+    protocol: ClassVar = "soft"
     quick: ClassVar = {"teacher_arch": "convnet2_w8_bn", "teacher_epochs": 1}
 
     teacher_arch: str = "resnet18"

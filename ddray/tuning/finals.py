@@ -27,7 +27,7 @@ from ddray.seeding import derive_seed
 from ddray.system.files import write_atomically
 from ddray.tuning.payload import Payload, pack
 from ddray.tuning.search import Search
-from ddray.tuning.worker import SearchJob, SearchWorker, trial_config
+from ddray.tuning.worker import SearchJob, SearchWorker
 
 log = logging.getLogger(__name__)
 ServePool = Callable[[SearchJob, Payload, Sequence[PoolSpec], Executor], AbstractContextManager[SearchJob]]
@@ -79,7 +79,8 @@ def final_unit(search: Search, row: Row, seed_index: int) -> Unit:
     Its schedule is what the trial's set was distilled with: its settings throughout, or PB2's schedule.
     """
     plan, job = search.plan, search.job
-    constant_schedule = [{"until": plan.config.steps, "params": row.spec["params"]}]
+    config, _ = job.settings.configs(row.spec["params"])
+    constant_schedule = [{"until": config.steps, "params": row.spec["params"]}]
     schedule = row.result.get("schedule", constant_schedule)
     seed = derive_seed(job.seed, "final", seed_index) % 2**31
     spec = {
@@ -87,7 +88,7 @@ def final_unit(search: Search, row: Row, seed_index: int) -> Unit:
         **job.describe(seed, plan.dataset.fingerprint),
         "split": "train",
         "scored_on": "test",
-        "config": trial_config(job, schedule[-1]["params"]).dump(),
+        "config": job.settings.dump(schedule[-1]["params"]),
     }
     return Unit(kind="evaluate", spec=spec)
 
@@ -124,10 +125,15 @@ def _final_specs(
     specs: dict[str, PoolSpec] = {}
     for unit in units:
         for segment in unit.spec["schedule"]:
-            config = trial_config(job, segment["params"])
+            config, _ = job.settings.configs(segment["params"])
             final_plan = Plan(job.method, plan.dataset, job.ipc, unit.spec["seed"], config, job.budget)
             ctx = make_context(
-                final_plan, train, split_name="train", device=device, space=space, search_seed=job.seed
+                final_plan,
+                train,
+                split_name="train",
+                device=device,
+                space=space if space.kind == config.pixel_space else None,
+                search_seed=job.seed,
             )
             specs |= {spec.key: spec for spec in declared_specs(final_plan, ctx)}
     return list(specs.values())
@@ -147,7 +153,7 @@ def final_task(job: SearchJob, payload: Payload, unit: Unit) -> None:
             make_distiller(plan), worker.context(plan), checkpoint=job.checkpoint(unit.key), until=until
         )
     distillation.distilled.save(artifact_path(Path(job.run_dir), unit.key))
-    scores = worker.score(plan, distillation.distilled, num_seeds=plan.config.evaluate.seeds)
+    scores = worker.score(plan, distillation.distilled)
     ledger.publish(unit, Row.done(unit, scores, time.perf_counter() - begin), epoch=job.epoch)
     job.forget_checkpoint(unit.key)
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from ddray.config import AbsolutePath, Config, named
+from ddray.config import AbsolutePath, Config, Names, named
 from ddray.ranking import DEFAULT_SPACE
 
 Strategy = Literal["asha-tpe", "tpe", "random", "grid", "pb2"]
@@ -19,10 +19,11 @@ StartPoints = Annotated[
 
 
 class TuneOptions(Config):
-    """How a search is run (nothing here but the space changes what a trial is)."""
+    """How a search is run (of these, space, protocol and teachers change what a trial is)."""
 
     space: AbsolutePath | dict[str, Any] | None = None
-    """YAML of ranges; default the method's shipped one."""
+    """YAML of ranges by setting: lr_img, pool.epochs, evaluate.lr, arch, steps; default the method's shipped
+    one."""
     num_samples: int = Field(default=16, ge=1)
     """Trials, the paper's point among them. With --resume, a larger number extends a search."""
     start_points: StartPoints = named("start_point", "start_points")
@@ -30,6 +31,10 @@ class TuneOptions(Config):
     names keep the preset's values; repeatable."""
     strategy: Strategy = "asha-tpe"
     """asha-tpe, tpe, random, grid or pb2."""
+    protocol: str | None = None
+    """hard, soft or linear: how sets are scored on val, and at the end on test; default the method's own."""
+    teachers: Names = named("teacher", "teachers")
+    """soft: who labels; several are averaged; default resnet18."""
     objective: Objective = "val-accuracy"
     """val-accuracy, or nas-spearman: how sets rank architectures scored on val."""
     nas_sample: int = Field(default=16, ge=3)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class BestTrial(Result):
-    """The winner: its settings (fields of the method), its score on val, its number."""
+    """The winner: its settings by name, its score on val, its number."""
 
     config: dict[str, Any]
     val_accuracy: float | None = None
@@ -35,6 +35,8 @@ class TuneResult(Result):
 
     run_dir: str
     objective: str
+    protocol: str = "hard"
+    """What scored the sets."""
     num_trials: int
     num_failed: int
     num_stopped_early: int

@@ -1,16 +1,19 @@
 """Points that a user wants tried first: read, checked against the space, and numbered as trials."""
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ddray.config import read_yaml
+from ddray.config import lookup, read_yaml
 from ddray.errors import InputError, unknown
 from ddray.jobs.context import check_plan
 from ddray.jobs.plan import Plan
-from ddray.tuning.space import Space
+from ddray.runs.results import flatten
+from ddray.tuning.settings import Settings
+from ddray.tuning.space import Range, Space, conditions, drawn
 
 log = logging.getLogger(__name__)
 Points = dict[int, dict[str, Any]]
@@ -18,42 +21,68 @@ Points = dict[int, dict[str, Any]]
 
 
 def read_start_points(
-    sources: Sequence[Path | Mapping[str, Any]], plan: Plan, space: Space
+    sources: Sequence[Path | Mapping[str, Any]], plan: Plan, settings: Settings, space: Space
 ) -> list[dict[str, Any]]:
-    """Return a value for each of the space's names per source: a file or a mapping of names to values.
+    """Return what each source sets of the space: a file or a mapping of names to values.
 
     Names that a source leaves out keep the plan's values. A source may also be a run's settings, of which
-    `method` holds the names (a search's best.yaml).
+    `method` holds the method's (a search's best.yaml). Settings that are not drawn beside the others (`when`)
+    are left out.
 
     Raises:
         InputError: a name is not the space's, or a value lies outside it or does not fit the method.
     """
-    return [_read(source, plan, space) for source in sources]
+    return [_read(source, plan, settings, space) for source in sources]
 
 
-def _read(source: Path | Mapping[str, Any], plan: Plan, space: Space) -> dict[str, Any]:
+def _read(source: Path | Mapping[str, Any], plan: Plan, settings: Settings, space: Space) -> dict[str, Any]:
     where = f"start point {source}" if isinstance(source, Path) else "a start point"
     values = read_yaml(source) if isinstance(source, Path) else source
-    if isinstance(settings := values.get("method"), Mapping):
-        if ignored := sorted(values.keys() - {"method"}):
-            log.warning("%s: only its method's settings are used, not %s", where, ", ".join(ignored))
-        values = settings
-    method = plan.config.method
-    preset = method.every_value()
+    if isinstance(values.get("method"), Mapping):
+        values = _of_run(values, settings, space, where)
     for name in sorted(values.keys() - space.keys()):
-        if name not in preset or values[name] != preset[name]:
+        if name not in settings.names() or not settings.is_preset(name, values[name]):
             raise unknown(f"{where}: a name", name, space)
-    changed = type(method).parse({**preset, **values}, source=where)
-    check_plan(replace(plan, config=plan.config.model_copy(update={"method": changed})))
-    point = {name: changed.every_value()[name] for name in space}
-    for name in sorted(values.keys() & space.keys()):
-        value = point[name]
-        if space[name].kind == "randint" and isinstance(value, float) and value.is_integer():
-            point[name] = int(value)  # as such a range is sampled
-        if not space[name].contains(point[name]):
-            rule = f"{name} must lie in the space, {space[name].kind} {space[name].ends()}"
-            raise InputError(f"{where}: {rule}, got {point[name]!r}; widen the space, or change the point")
+    in_space = {name: values[name] for name in space if name in values}
+    check_plan(settings.apply(plan, in_space, where))
+    point = drawn(space, settings.values(space, in_space))
+    for name, value in in_space.items():
+        if name in point:
+            point[name] = _inside(name, space[name], point[name], where)
+        elif not settings.is_preset(name, value):
+            rule = f"{name} is drawn only when {json.dumps(conditions(space, name))}"
+            raise InputError(f"{where}: {rule}, got {value!r} beside other values; leave it out")
     return point
+
+
+def _of_run(values: Mapping[str, Any], settings: Settings, space: Space, where: str) -> dict[str, Any]:
+    """Return a run's settings by name: the method's, and of the others those in the space."""
+    named: dict[str, Any] = {}
+    for name, value in values["method"].items():
+        has_parts = any(one.startswith(f"{name}.") for one in space)
+        named |= flatten(value, f"{name}.") if has_parts and isinstance(value, dict) else {name: value}
+    used = {"method"}
+    for name in space:
+        path = settings.path(name)
+        if not path.startswith("method."):
+            with suppress(KeyError, TypeError):  # the run lacks it
+                named[name] = lookup(values, path)
+                used.add(path.partition(".")[0])
+    if ignored := sorted(values.keys() - used):
+        log.warning("%s: only its method's settings are used, not %s", where, ", ".join(ignored))
+    return named
+
+
+def _inside(name: str, value_range: Range, value: Any, where: str) -> Any:
+    """Return a value as its range has it; InputError if it lies outside."""
+    if value_range.kind == "randint" and isinstance(value, float) and value.is_integer():
+        value = int(value)  # as such a range is sampled
+    if not value_range.contains(value):
+        text = f"{value_range.kind} {value_range.ends()}"
+        step = f" in steps of {value_range.step}" if value_range.step else ""
+        rule = f"{name} must lie in the space, {text}{step}"
+        raise InputError(f"{where}: {rule}, got {value!r}; widen the space, or change the point")
+    return value
 
 
 def number_start_points(

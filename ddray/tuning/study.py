@@ -32,7 +32,8 @@ def add_row(study: Any, space: Space, row: Row) -> None:
     Optuna takes no value outside a distribution. For the sampler to see it, widen the space file.
     """
     params = row.spec.get("params") or row.result.get("params") or {}
-    if set(params) != set(space) or not all(space[name].contains(value) for name, value in params.items()):
+    names = {name for name, value_range in space.items() if value_range.is_drawn(params)}
+    if set(params) != names or not all(space[name].contains(value) for name, value in params.items()):
         text = "trial %s lies outside the space file's ranges: the sampler does not see it"
         log.info(text, row.result["number"])
         return
@@ -43,7 +44,7 @@ def add_row(study: Any, space: Space, row: Row) -> None:
             state=TrialState.FAIL if failed else TrialState.PRUNED if stopped else TrialState.COMPLETE,
             value=None if failed else score_of(row.result),
             params={name: space[name].to_optuna(value) for name, value in params.items()},
-            distributions={name: value_range.distribution() for name, value_range in space.items()},
+            distributions={name: space[name].distribution() for name in params},
             intermediate_values={int(b): v for b, v in row.result.get("rungs", {}).items()},
             user_attrs={"number": row.result["number"]},
         )

@@ -15,7 +15,7 @@ from ddray.runs.ledger import Ledger, Row, Unit
 from ddray.system.files import write_text
 from ddray.system.worker import prepare_worker
 from ddray.tuning.payload import Payload
-from ddray.tuning.worker import SearchJob, SearchWorker, trial_config
+from ddray.tuning.worker import SearchJob, SearchWorker
 
 METRIC: Final = "score"
 """The name under which Tune gets the score, whatever the objective is."""
@@ -32,7 +32,7 @@ def trial_unit(job: SearchJob, trial_number: int, params: Mapping[str, Any], fin
         **job.describe(job.seed, fingerprint),
         "split": str(SplitName(job.seed)),
         "budgets": list(job.budgets),
-        "config": trial_config(job, params).dump(),
+        "config": job.settings.dump(params),
     }
     if job.nas is not None:
         spec["objective"] = job.nas.describe()

@@ -1,5 +1,6 @@
 """A worker of a search: its copy of the data, its device, and what trials do with both."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,22 +9,22 @@ from typing import Any
 import torch
 
 from ddray.artifact.distilled_set import DistilledSet
-from ddray.config import merge
 from ddray.distillation.loop import rate_name
 from ddray.distillation.method import DistillContext
 from ddray.errors import DivergedError
-from ddray.evaluation.hard import Hard
-from ddray.evaluation.linear import Linear
-from ddray.evaluation.protocol import EvalContext, Evaluator, evaluate_archs
+from ddray.evaluation import get_protocol
+from ddray.evaluation.options import EvaluateOptions
+from ddray.evaluation.protocol import EvalContext, RealImages, evaluate_archs
 from ddray.jobs.context import make_context
-from ddray.jobs.plan import Plan, RunConfig
+from ddray.jobs.plan import Plan
 from ddray.jobs.trainers import PoolTrainer
-from ddray.methods import get_method
 from ddray.pool.local import LocalPool
 from ddray.pool.spec import ModelPool, PoolSource, PoolSpec
 from ddray.ranking.objective import SpearmanObjective
+from ddray.runs.results import flatten
 from ddray.system.worker import set_threads, worker_device
 from ddray.tuning.payload import Payload, unpack
+from ddray.tuning.settings import Settings, protocol_for_sets
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,22 @@ class SearchJob:
     method: str
     ipc: int  # images per class
     seed: int  # the same for every trial (common random numbers)
-    config: Mapping[str, Any]  # the resolved configuration as plain values; a trial changes `method.*`
+    config: Mapping[str, Any]  # the resolved configuration as plain values, which a trial changes
     budgets: tuple[int, ...]  # rungs as parts of the last one, such as (1, 3, 9); (1,): the end only
     cpus: float
     gpus: float
     nas: SpearmanObjective | None = None  # scores sets by how well they rank architectures; None: by accuracy
     pool: PoolSource | None = None  # where shared networks are served; None: the files under `$DDRAY_HOME`
     budget: int | None = None  # images of storage, for methods whose size is not counted per class
+    protocol: str = ""  # what scores the sets; empty: `linear` for sets with targets, else `hard`
+    scoring: Mapping[str, Any] | None = None  # what is set of the protocol's own settings, if it has some
+    teachers: tuple[str, ...] = ()  # of the protocol
+
+    @property
+    def settings(self) -> Settings:
+        """The settings that trials start from."""
+        protocol = self.protocol or protocol_for_sets(self.method)
+        return Settings(self.method, self.config, protocol, self.scoring)
 
     @property
     def objective(self) -> str:
@@ -58,15 +68,16 @@ class SearchJob:
             self.checkpoint(key).with_suffix(suffix).unlink(missing_ok=True)
 
     def describe(self, seed: int, fingerprint: str) -> dict[str, Any]:
-        """Return what the specs of all units name: method, size (a budget where there is one), seed, data."""
+        """Return what the specs of all units name: method, size (a budget where there is one), seed, data.
+
+        A protocol is named unless it is the one that the kind of the sets calls for.
+        """
         size = {"ipc": self.ipc} if self.budget is None else {"ipc": self.ipc, "budget": self.budget}
-        return {"method": self.method, **size, "seed": seed, "fingerprint": fingerprint}
-
-
-def trial_config(job: SearchJob, params: Mapping[str, Any]) -> RunConfig[Any]:
-    """Return the configuration of a trial; InputError if a setting breaks the method's rules."""
-    config_type = get_method(job.method).config_type
-    return RunConfig[config_type].parse(merge(job.config, {"method": dict(params)}))  # type: ignore[valid-type]
+        spec = {"method": self.method, **size, "seed": seed, "fingerprint": fingerprint}
+        if self.protocol:
+            teachers = {"teachers": list(self.teachers)} if self.teachers else {}
+            spec["options"] = {"protocol": self.protocol, **teachers}
+        return spec
 
 
 class SearchWorker:
@@ -82,7 +93,8 @@ class SearchWorker:
     def plan(self, params: Mapping[str, Any], seed: int | None = None) -> Plan:
         """Return the plan of a trial; `seed` is the search's unless another is named."""
         job, seed = self.job, self.job.seed if seed is None else seed
-        return Plan(job.method, self.data.dataset, job.ipc, seed, trial_config(job, params), job.budget)
+        config, scoring = job.settings.configs(params)
+        return Plan(job.method, self.data.dataset, job.ipc, seed, config, job.budget, scoring)
 
     def pool(self) -> ModelPool:
         """Return the pool; missing networks are trained on the payload's images."""
@@ -90,27 +102,37 @@ class SearchWorker:
         return LocalPool(trainer) if self.job.pool is None else self.job.pool.connect(trainer)
 
     def context(self, plan: Plan) -> DistillContext:
-        """Return what a plan distils from."""
+        """Return what a plan distils from; a pixel space that is not the payload's is fitted here."""
+        space = self.data.space
         return make_context(
             plan,
             self.data.split,
             split_name=self._split_name,
             device=self.device,
-            space=self.data.space,
+            space=space if space.kind == plan.config.pixel_space else None,
             pool=self.pool(),
             search_seed=self.job.seed,
         )
 
-    def score(self, plan: Plan, distilled: DistilledSet, *, num_seeds: int) -> dict[str, Any]:
-        """Return the accuracy of a set on the payload's held-out part, over `num_seeds` networks."""
-        config, data = plan.config.evaluate, self.data
-        protocol: Evaluator = Hard(config.as_recipe())
-        if distilled.targets is not None:
-            flip = data.dataset.can_flip
-            protocol = Linear(config.as_recipe(), config.probe, real=data.split, can_flip=flip)
-        ctx = EvalContext(data.dataset, data.held_out, data.space, self.device)
+    def score(self, plan: Plan, distilled: DistilledSet, *, max_seeds: int | None = None) -> dict[str, Any]:
+        """Return the accuracy of a set on the payload's held-out part.
+
+        It is over the protocol's number of networks, or `max_seeds` if that is less.
+        """
+        job, data = self.job, self.data
+        sets = [f"{name}={json.dumps(value)}" for name, value in flatten(dict(plan.scoring or {})).items()]
+        protocol = job.settings.protocol
+        options = EvaluateOptions.parse({"protocol": protocol, "teachers": job.teachers, "sets": sets})
+        ctx = EvalContext(data.dataset, data.held_out, distilled.space(), self.device)
+        real = RealImages(data.split, self._split_name, self.pool())
+        scoring = get_protocol(protocol).make(options, distilled, ctx, real)
         return evaluate_archs(
-            protocol, distilled.decode(), ctx, archs=(plan.arch,), num_seeds=num_seeds, seed=plan.seed
+            scoring.evaluator,
+            distilled.decode(),
+            ctx,
+            archs=(plan.arch,),
+            num_seeds=min(scoring.num_seeds, max_seeds or scoring.num_seeds),
+            seed=plan.seed,
         )[0]
 
     def val_score(self, plan: Plan, distilled: DistilledSet) -> float:
@@ -123,8 +145,7 @@ class SearchWorker:
             raise DivergedError(f"{plan.method} diverged: an image is NaN or infinite; lower {rate}")
         if self.job.nas is not None:
             return self.job.nas.score(distilled, self.data.dataset, self.data.held_out, self.device)
-        config = plan.config.evaluate
-        scores = self.score(plan, distilled, num_seeds=min(config.seeds, config.val_seeds))
+        scores = self.score(plan, distilled, max_seeds=plan.config.evaluate.val_seeds)
         return float(scores["accuracy_mean"])
 
 

@@ -6,12 +6,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ddray.errors import InputError
-from ddray.tuning.space import Range, grid, read_space, sample
+from ddray.tuning.space import Range, conditions, drawn, grid, read_space, sample, suggest
 
 json_values = (
     st.none() | st.booleans() | st.integers() | st.text(max_size=4) | st.lists(st.integers(), max_size=3)
@@ -27,6 +28,11 @@ def ranges(draw: Any) -> Range:
         return Range(kind, choices=tuple(draw(st.lists(json_values, min_size=1, max_size=4, unique_by=repr))))
     strategy = {"loguniform": positive, "uniform": finite, "randint": st.integers(-1000, 1000)}[kind]
     low, high = sorted(draw(st.tuples(strategy, strategy).filter(lambda pair: pair[0] != pair[1])))
+    if kind != "loguniform" and draw(st.booleans()):
+        step = draw(st.integers(1, 9) if kind == "randint" else st.sampled_from([0.1, 0.25, 3.0]))
+        low = math.floor(low) if kind == "randint" else round(low, 3)
+        high = low + draw(st.integers(1, 100)) * step  # as in a file, not of 17 digits
+        return read_space({"a": {kind: [low, round(high, 3)], "step": step}})["a"]
     return Range(kind, low, high)
 
 
@@ -181,6 +187,127 @@ def test_a_bad_file_is_refused_with_path_and_name(text: str, message: str, tmp_p
         read_space(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+CONDITIONAL = {
+    "momentum": {"uniform": [0.0, 0.9], "step": 0.1, "when": {"init": "noise"}},
+    "decay": {"loguniform": [0.1, 1.0], "when": {"momentum": 0.3, "norm": True}},
+    "init": {"choice": ["random", "noise"]},
+    "norm": {"choice": [True, False]},
+}
+
+
+class TestSteps:
+    def test_values_are_decimals_and_the_last_is_the_high_end(self) -> None:
+        space = read_space({"a": {"uniform": [0, 0.95], "step": 0.1}, "b": {"randint": [1, 10], "step": 4}})
+
+        assert space["a"].values() == [index / 10 for index in range(10)]
+        assert (space["a"].ends(), space["a"].probes()) == ([0.0, 0.9], [0.0, 0.9, 0.1])
+        assert space["b"].values() == [1, 5, 9]
+        assert {type(value) for value in space["b"].values()} == {int}
+
+    def test_each_value_is_drawn_equally_often(self) -> None:
+        space = read_space({"a": {"uniform": [0.0, 0.4], "step": 0.1}})
+        counts = Counter(sample(space, 0, trial_number)["a"] for trial_number in range(2000))
+
+        assert sorted(counts) == [0.0, 0.1, 0.2, 0.3, 0.4]
+        assert min(counts.values()) > 330  # 400 +- 18
+
+    def test_only_its_multiples_lie_in_it(self) -> None:
+        value_range = Range("uniform", 0.0, 0.9, step=0.1)
+
+        assert value_range.contains(0.1 + 0.2)
+        assert value_range.from_optuna(0.1 + 0.2) == 0.3
+        assert not value_range.contains(0.25)
+        assert not value_range.contains(1.0)
+
+
+class TestConditions:
+    def test_a_setting_is_drawn_only_under_its_condition_and_always_with_the_same_value(self) -> None:
+        space = read_space(CONDITIONAL)
+        free = read_space(
+            {name: {k: v for k, v in r.items() if k != "when"} for name, r in CONDITIONAL.items()}
+        )
+
+        assert [*space].index("decay") > [*space].index("momentum") > [*space].index("init")
+        points = [sample(space, 0, number) for number in range(200)]
+        for number, point in enumerate(points):
+            every = sample(free, 0, number)
+            names = {"init", "norm"}
+            names |= {"momentum"} if every["init"] == "noise" else set()
+            names |= (
+                {"decay"} if "momentum" in names and every["momentum"] == 0.3 and every["norm"] else set()
+            )
+            assert point == {name: every[name] for name in names}
+        assert {len(point) for point in points} == {2, 3, 4}
+        assert conditions(space, "decay") == {"init": "noise", "momentum": 0.3, "norm": True}
+
+    def test_optuna_draws_in_that_order(self) -> None:
+        space = read_space(CONDITIONAL)
+        study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0))
+        trials = [study.ask() for _ in range(40)]
+
+        points = [suggest(space, trial) for trial in trials]
+
+        assert {"momentum" in point for point in points} == {True, False}
+        for point, trial in zip(points, trials, strict=True):
+            assert point == drawn(space, {**dict.fromkeys(space), **point})
+            assert {*trial.params} == {*point}
+            assert all(space[name].contains(value) for name, value in point.items())
+
+    def test_a_grid_has_each_point_once(self) -> None:
+        space = read_space(
+            {"a": {"choice": [1, 2]}, "b": {"uniform": [0.0, 0.2], "step": 0.1, "when": {"a": 2}}}
+        )
+
+        assert grid(space, {"a": 1}) == [{"a": 1}, *({"a": 2, "b": value} for value in (0.0, 0.1, 0.2))]
+
+    def test_what_a_run_folder_says_is_the_same_space(self) -> None:
+        space = read_space(CONDITIONAL)
+
+        described = {name: value_range.describe() for name, value_range in space.items()}
+
+        assert read_space(described) == space
+        assert read_space({"lr": {"loguniform": [0.1, 1.0]}})["lr"].describe() == {"loguniform": [0.1, 1.0]}
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("a: {uniform: [0, 1], step: 0}", "a: step must be a number in"),
+            ("a: {uniform: [0, 1], step: 2}", r"high - low = 1\], got 2"),
+            ("a: {randint: [0, 9], step: 0.5}", "a: step must be a whole number"),
+            (
+                "a: {loguniform: [1, 9], step: 1}",
+                "a: step goes with uniform and randint, not with loguniform",
+            ),
+            ("a: {choice: [1, 9], step: 1}", "not with choice"),
+            ("a: {uniform: [0, 1], when: b}", "a: when takes a mapping of names to values, got 'b'"),
+            ("a: {step: 1}", "a must be {kind"),
+            (
+                "a: {uniform: [0, 1], when: {inti: noise}}\ninit: {choice: [noise]}",
+                "a: when must be one of init, got 'inti'; did you mean 'init'",
+            ),
+            (
+                "a: {uniform: [0, 1], when: {init: nose}}\ninit: {choice: [noise]}",
+                "a: when: init must lie in .*noise.*, got 'nose'",
+            ),
+            (
+                "a: {uniform: [0, 1], when: {b: 0.5}}\nb: {uniform: [0, 1]}",
+                "a: when takes settings with choices or a step, b is a uniform",
+            ),
+            (
+                "a: {choice: [1], when: {b: 1}}\nb: {choice: [1], when: {a: 1}}",
+                "a must not depend on itself, got when: a -> b -> a",
+            ),
+        ],
+    )
+    def test_what_can_not_be_is_refused_by_name(self, text: str, message: str, tmp_path: Path) -> None:
+        path = tmp_path / "space.yaml"
+        path.write_text(text)
+
+        with pytest.raises(InputError, match=message) as caught:
+            read_space(path)
+        assert str(path) in str(caught.value)
 
 
 @pytest.mark.parametrize("value", ["0.5", None, [0.5], math.nan, math.inf])

@@ -11,6 +11,7 @@ import pytest
 from ddray.errors import InputError
 from ddray.jobs.plan import Plan, resolve
 from ddray.tuning.options import TuneOptions
+from ddray.tuning.settings import Settings
 from ddray.tuning.space import read_space
 from ddray.tuning.start_points import number_start_points, read_start_points
 
@@ -37,7 +38,9 @@ def written(tmp_path: Path, text: str) -> Path:
 
 class TestRead:
     def test_names_that_are_left_out_keep_the_presets_values(self, plan: Plan, tmp_path: Path) -> None:
-        points = read_start_points([written(tmp_path, "lr_img: 5e-1\n"), {"layers": [1, 2]}], plan, SPACE)
+        points = read_start_points(
+            [written(tmp_path, "lr_img: 5e-1\n"), {"layers": [1, 2]}], plan, Settings.of(plan, "hard"), SPACE
+        )
 
         assert points == [
             {"lr_img": 0.5, "p": 3.0, "layers": [1]},
@@ -50,8 +53,38 @@ class TestRead:
         """A best.yaml: whatever is as in this search anyway is no contradiction."""
         path = written(tmp_path, "steps: 9\nmethod: {lr_img: 2, p: 2.0, momentum: 0.5}\n")
 
-        assert read_start_points([path], plan, SPACE) == [{"lr_img": 2.0, "p": 2, "layers": [1]}]
+        assert read_start_points([path], plan, Settings.of(plan, "hard"), SPACE) == [
+            {"lr_img": 2.0, "p": 2, "layers": [1]}
+        ]
         assert "only its method's settings are used, not steps" in caplog.text
+
+    def test_settings_outside_the_method_are_named_with_dots_or_taken_from_a_run(
+        self, plan: Plan, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        space = read_space(
+            {
+                "evaluate.lr": {"choice": [0.01, 0.02]},
+                "init": {"choice": ["random", "noise"]},
+                "momentum": {"uniform": [0.0, 0.9], "step": 0.1, "when": {"init": "noise"}},
+            }
+        )
+        settings = Settings.of(plan, "hard")
+        run = written(tmp_path, "seed: 3\nevaluate: {lr: 0.02}\nmethod: {init: noise, momentum: 0.3}\n")
+
+        points = read_start_points([{"evaluate.lr": 0.02, "momentum": 0.5}, run], plan, settings, space)
+
+        assert points == [
+            {"evaluate.lr": 0.02, "init": "random"},  # the preset's momentum is .5
+            {"evaluate.lr": 0.02, "init": "noise", "momentum": 0.3},
+        ]
+        assert "only its method's settings are used, not seed" in caplog.text
+        for point, message in (
+            ({"momentum": 0.3}, 'momentum is drawn only when {"init": "noise"}, got 0.3'),
+            ({"init": "noise", "momentum": 0.33}, "in steps of 0.1, got 0.33"),
+            ({"evaluate.momentum": 0.5}, "a name must be one of evaluate.lr, init, momentum"),
+        ):
+            with pytest.raises(InputError, match=re.escape(message)):
+                read_start_points([point], plan, settings, space)
 
     @pytest.mark.parametrize(
         ("text", "message"),
@@ -74,7 +107,7 @@ class TestRead:
         self, plan: Plan, tmp_path: Path, text: str, message: str
     ) -> None:
         with pytest.raises(InputError, match=re.escape(message)):
-            read_start_points([written(tmp_path, text)], plan, SPACE)
+            read_start_points([written(tmp_path, text)], plan, Settings.of(plan, "hard"), SPACE)
 
     def test_options_take_files_mappings_or_one_of_them(self) -> None:
         assert TuneOptions.pick({"start_point": [Path("/a.yaml")]}).start_points == (Path("/a.yaml"),)

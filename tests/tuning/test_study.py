@@ -9,7 +9,8 @@ import pytest
 from optuna.trial import TrialState
 
 from ddray.runs.ledger import Row
-from ddray.tuning.space import Range
+from ddray.tuning.report import search_view
+from ddray.tuning.space import Range, read_space, sample
 from ddray.tuning.study import STUDY, study_of, write_study
 
 SPACE = {
@@ -47,6 +48,32 @@ def test_trials_keep_value_state_settings_and_rungs_in_order_of_number() -> None
     assert first.intermediate_values == {5: 0.2, 20: 0.5}
     back = {name: SPACE[name].from_optuna(value) for name, value in first.params.items()}
     assert back == {"lr": 0.1, "num": 2, "layers": [1, 2]}
+
+
+def test_trials_with_and_without_a_conditional_setting_are_one_study() -> None:
+    space = read_space(
+        {
+            "evaluate.lr": {"loguniform": [0.01, 1.0]},
+            "init": {"choice": ["random", "noise"]},
+            "momentum": {"uniform": [0.0, 0.9], "step": 0.1, "when": {"init": "noise"}},
+        }
+    )
+    rows = []
+    for number in range(12):
+        params = sample(space, 0, number)
+        params = params if number else {**params, "init": "random", "momentum": 0.5}  # not drawn beside it
+        one = row(number, val=number / 12)
+        rows.append(Row(**{**one.dump(), "spec": {"number": number, "params": params}}))
+
+    study = study_of(space, rows)
+
+    assert [trial.user_attrs["number"] for trial in study.trials] == list(range(1, 12))
+    assert {len(trial.params) for trial in study.trials} == {2, 3}
+    view = search_view(space, rows)
+    assert [figure["reason"] for figure in view["figures"]] == ["", "", ""]
+    assert all("evaluate.lr" in figure["html"] for figure in view["figures"][1:])
+    missing = [trial["values"] for trial in view["trials"] if trial["values"][1] == "random"]
+    assert any(values[2] is None for values in missing)
 
 
 @pytest.mark.parametrize("params", [{"lr": 99.0}, {"num": 0}, {"layers": [3]}, {"more": 1}])

@@ -31,6 +31,7 @@ from ddray.system.files import home
 class D3HRConfig(MethodConfig):
     """D3HR's settings; defaults are the paper's."""
 
+    protocol: ClassVar = "soft"
     quick: ClassVar[Mapping[str, Any]] = {
         "generator": {"epochs": 1, "vae_epochs": 1, "vae_width": 8, "depth": 1, "heads": 1, "head_dim": 8},
         "num_candidates": 5,
