@@ -119,9 +119,7 @@ def distill(
     if len(distilled.images):
         save_pictures(distilled, target, representations=getattr(distiller, "representations", None))
     write_text(run.folder / "distilled.json", json.dumps({"losses": distillation.curve()}))
-    result = _distill_result(plan, distillation, target)
-    if (run.folder / SNAPSHOTS).is_dir():
-        result["snapshots"] = str(run.folder / SNAPSHOTS)
+    result = _distill_result(plan, distillation, target, run.folder / SNAPSHOTS)
     run.ledger.publish(unit, Row.done(unit, result, distillation.wall_s), epoch=run.epoch)
     write_results(run.folder / "results.csv", run.ledger.rows())
     return DistillResult.parse({**result, "run_dir": str(run.folder)})
@@ -182,7 +180,7 @@ def _check_out(out: Path) -> None:
         raise InputError(f"--out must be in a folder that can be written, got {out}")
 
 
-def _distill_result(plan: Plan, distillation: Distillation, target: Path) -> dict[str, Any]:
+def _distill_result(plan: Plan, distillation: Distillation, target: Path, snapshots: Path) -> dict[str, Any]:
     first, final = distillation.edge_losses()
     return {
         "artifact": str(target),
@@ -197,4 +195,5 @@ def _distill_result(plan: Plan, distillation: Distillation, target: Path) -> dic
         "first_loss": first,
         "final_loss": final,
         **distillation.costs(),
+        **({"snapshots": str(snapshots)} if snapshots.is_dir() else {}),
     }

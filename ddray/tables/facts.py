@@ -79,13 +79,13 @@ def teachers_of(evaluation_spec: EvaluateSpec, plan: Plan) -> tuple[str | None, 
     Raises:
         InputError: `own` for a method without one.
     """
-    own = getattr(plan.config.method, "teacher_arch", None)
-    if OWN_TEACHER in evaluation_spec.teacher and own is None:
+    own_teacher = getattr(plan.config.method, "teacher_arch", None)
+    if OWN_TEACHER in evaluation_spec.teacher and own_teacher is None:
         raise InputError(
             f"evaluate.teacher {OWN_TEACHER} needs rows whose sets are made with a teacher "
             f"(method.teacher_arch), got {plan.method}; leave it out by rows:"
         )
-    return tuple(own if name == OWN_TEACHER else name for name in evaluation_spec.teacher) or (None,)
+    return tuple(own_teacher if name == OWN_TEACHER else name for name in evaluation_spec.teacher) or (None,)
 
 
 def _vouches(source: PublishedSource) -> bool:

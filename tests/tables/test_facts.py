@@ -87,9 +87,9 @@ def test_settings_of_hard_labels_say_nothing_about_soft_ones() -> None:
 def test_sets_are_scored_with_the_teacher_that_made_them() -> None:
     teachers = ["convnet1_w8_bn", "convnet2_w8_bn"]
     rows = [{"name": "rded", "sweep": {"method.teacher_arch": teachers}}, "random"]
-    own = {**SOFT, "rows": "rded", "archs": "convnet1_w8", "teacher": "own"}
+    with_own = {**SOFT, "rows": "rded", "archs": "convnet1_w8", "teacher": "own"}
     both = {**SOFT, "rows": "random", "archs": "convnet1_w8", "teacher": teachers}
-    graph = build_graph(spec(**{**PLAIN, "methods": rows, "evaluate": [own, both]}), open_dataset)
+    graph = build_graph(spec(**{**PLAIN, "methods": rows, "evaluate": [with_own, both]}), open_dataset)
     assert [(cell.method, cell.teacher, cell.distilled_with) for cell in graph.cells] == [
         ("rded, teacher_arch=convnet1_w8_bn", "convnet1_w8_bn", "convnet1_w8_bn"),
         ("rded, teacher_arch=convnet2_w8_bn", "convnet2_w8_bn", "convnet2_w8_bn"),

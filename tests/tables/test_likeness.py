@@ -118,7 +118,9 @@ def test_what_no_table_is_near_to_is_neither() -> None:
 def test_a_cell_that_differs_keeps_the_number_and_loses_the_difference() -> None:
     result = {"arch": "convnet3", "accuracy_mean": 0.3, "per_seed": [0.3, 0.31]}
     row = Row(key="a", kind="evaluate", spec={}, status="done", result=result, wall_s=1.0)
-    cells = [table_cell(source=TABLE3, keys=("a",), **FACTS, **more) for more in ({}, {"changes": ("x",)})]
+    cells = [
+        table_cell(source=TABLE3, keys=("a",), **FACTS, **changed) for changed in ({}, {"changes": ("x",)})
+    ]
 
     same, other = cells_of(cells, {"a": row}.get)
 

@@ -60,7 +60,7 @@ class TestNames:
         assert scoring == {"lr": 0.5, "teacher": {"epochs": 2, "lr": 0.1}}
         assert config == plan.config
         evaluate = settings.dump({"evaluate.lr": 0.5})["evaluate"]
-        assert (evaluate["lr"], evaluate["temperature"], evaluate["teacher"]["epochs"]) == (0.5, 20.0, 2)
+        assert (evaluate["lr"], evaluate["seeds"], evaluate["teacher"]["epochs"]) == (0.5, 5, 2)
 
     @pytest.mark.parametrize(
         ("name", "protocol", "hint"),
