@@ -133,9 +133,9 @@ def _run_config(
     start_points: Points,
 ) -> dict[str, Any]:
     """Return what must not change when the run is resumed, but for larger numbers of trials and points."""
-    names = () if options.objective == "val-accuracy" else ("objective", "nas_sample", "nas_epochs")
+    names = [] if options.objective == "val-accuracy" else ["objective", "nas_sample", "nas_epochs"]
     if names and options.nas_space != DEFAULT_SPACE:
-        names = (*names, "nas_space")
+        names.append("nas_space")
     return {
         **plan.describe(),
         "evaluate": settings.dump({})["evaluate"],

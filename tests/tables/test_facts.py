@@ -100,9 +100,9 @@ def test_sets_are_scored_with_the_teacher_that_made_them() -> None:
         made_by = graph.plans[unit.identity.inputs[0]].config.method
         assert unit.options["teachers"] == [getattr(made_by, "teacher_arch", *unit.options["teachers"])]
     with pytest.raises(InputError, match=r"own needs rows whose sets are made with a teacher.*got random"):
-        build_graph(spec(**{**PLAIN, "methods": rows, "evaluate": {**own, "rows": []}}), open_dataset)
+        build_graph(spec(**{**PLAIN, "methods": rows, "evaluate": {**with_own, "rows": []}}), open_dataset)
     with pytest.raises(InputError, match=r"evaluate.rows must name rows, got 'rdde'; did you mean 'rded'"):
-        spec(methods=rows, evaluate={**own, "rows": "rdde"})
+        spec(methods=rows, evaluate={**with_own, "rows": "rdde"})
 
 
 def test_a_spec_without_rows_is_stored_as_before_there_were_any() -> None:
