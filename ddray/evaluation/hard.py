@@ -83,5 +83,6 @@ PROTOCOL: Final = EvaluationProtocol(
     _make,
     check=lambda options: (check_soft if options.recipe == TABLE5 else check_settings)(options),
     recipes=(*RECIPES, TABLE5),
+    editions={TABLE5: 1},
     published_metric="top1_accuracy",
 )

@@ -142,6 +142,8 @@ class EvaluationProtocol:
         check: refuses options before there is a set; default: parses `--set` by `config_type`.
         options: fields of `EvaluateOptions` that only this protocol takes.
         recipes: names that `--recipe` takes.
+        editions: how often a recipe (`default`: the one of a set's method) has come to train otherwise under
+            its name; a bench scores anew what was scored by an earlier edition.
         measures: what it measures besides the accuracy, by name.
         trains_on_target: whether sets only pre-train networks, whose classifiers the target's images train:
             sets may have targets instead of labels, and other classes; `--train-limit` cuts the target.
@@ -153,6 +155,7 @@ class EvaluationProtocol:
     check: Callable[[EvaluateOptions], None] | None = None
     options: tuple[str, ...] = ()
     recipes: tuple[str, ...] = tuple(RECIPES)
+    editions: Mapping[str, int] = field(default_factory=dict)
     measures: Mapping[str, Measure] = field(default_factory=dict)
     trains_on_target: bool = False
     published_metric: str | None = None

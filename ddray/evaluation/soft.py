@@ -236,5 +236,6 @@ PROTOCOL: Final = EvaluationProtocol(
     check=check_soft,
     options=("teachers",),
     recipes=RECIPES,
+    editions={"default": 1, "paper": 1, "repo": 1},
     published_metric="top1_accuracy",
 )

@@ -332,6 +332,9 @@ def _evaluate_unit(
         "split": "test",
         "options": {k: v for k, v in options.items() if k not in ("archs", "dataset")},
     }
+    editions = get_protocol(evaluation_spec.protocol).editions
+    if edition := editions.get(options.get("recipe", "default")):
+        described["edition"] = edition
     title = (
         unit.title,
         f"{evaluation_spec.protocol} {arch}" + (f" on {target.name}" if "dataset" in options else ""),

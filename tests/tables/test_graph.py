@@ -261,3 +261,17 @@ def test_what_cannot_run_is_refused_before_a_folder_is_made(
     with pytest.raises(InputError, match=word):
         run(tmp_path / "run", spec(**change))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("protocol", "recipe", "edition"),
+    [("soft", None, 1), ("soft", "rded", None), ("hard", None, None), ("hard", "table5", 1)],
+)
+def test_what_an_earlier_edition_of_a_recipe_scored_is_scored_anew(
+    protocol: str, recipe: str | None, edition: int | None
+) -> None:
+    evaluate = {"protocol": protocol, "archs": "convnet1_w8", "epochs": 1}
+    graph = build_graph(
+        spec(evaluate=evaluate | ({} if recipe is None else {"recipe": recipe})), open_dataset
+    )
+    assert {unit.identity.spec.get("edition") for unit in graph.evaluate.values()} == {edition}
