@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self, get_args
 from pydantic import (
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
     ValidationInfo,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
 from ddray.artifact.options import ForeignOptions
-from ddray.config import Names, Result, named, parse_overrides
+from ddray.config import Names, Result, added, named, parse_overrides
 from ddray.data.reference import DatasetRef
 from ddray.errors import InputError, unknown
 from ddray.evaluation import get_protocol, protocol_names
@@ -117,17 +115,9 @@ class EvaluateConfig(Recipe):
     """Protocol `linear`: the classifier on frozen embeddings."""
     finetune: FinetuneConfig = FinetuneConfig()
     """Protocol `linear` with --finetune: KRR-ST's full fine-tuning."""
-    every: int | None = Field(default=None, ge=1)
+    every: int | None = added(None, ge=1)
     """Keep the set of every so many steps of a distillation; `ddray bench` scores each (a cell's `along`).
     Searches keep none."""
-
-    @model_serializer(mode="wrap")
-    def _without_unset(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out `every` where it is not set: runs of before it keep their configuration and keys."""
-        values: dict[str, Any] = dump(self)
-        if values.get("every") is None:
-            values.pop("every", None)
-        return values
 
     def as_recipe(self) -> Recipe:
         """Return the training part: the fields of `Recipe`."""

@@ -29,9 +29,10 @@ from typing import Any, ClassVar, Final, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from ddray.config import added
 from ddray.distillation.method import DistillContext, Target
 from ddray.methods.families.factory import make_method
 from ddray.methods.families.matching.means import MatchingConfig, MeanMatching
@@ -58,7 +59,7 @@ class DataDAMConfig(MatchingConfig):
     """Normalisation of each sample's attention map (Fig 6)."""
     layers: tuple[int, ...] | None = None
     """Layers matched by L_SAM, counted from 1 (Fig 12); default: all but the last."""
-    maps: Literal["attention", "features"] = "attention"
+    maps: Literal["attention", "features"] = added("attention")
     """What L_SAM matches of a layer: its attention, or the maps themselves (Fig 11)."""
 
     @model_validator(mode="after")
@@ -66,12 +67,6 @@ class DataDAMConfig(MatchingConfig):
         if self.layers == () and self.lambda_mmd == 0:
             raise ValueError("layers must name a layer where lambda_mmd is 0, or nothing is matched")
         return self
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave `maps` out at its default: units and runs from before it keep their keys."""
-        values: dict[str, Any] = handler(self)
-        return {k: v for k, v in values.items() if k != "maps" or v != "attention"}
 
 
 def attention(maps: Tensor, p: float, norm: Norm, *, overwrite: bool = False) -> Tensor:

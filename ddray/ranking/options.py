@@ -4,10 +4,10 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from ddray.artifact.options import ForeignOptions
-from ddray.config import AbsolutePath, Config, Names, named
+from ddray.config import AbsolutePath, Config, Names, added, named
 from ddray.ranking import DEFAULT_SPACE, space_names
 from ddray.system.options import DataOptions
 
@@ -23,7 +23,7 @@ class NasRecipe(Config):
     lr: float = Field(default=0.01, gt=0)
     lr_min: float = Field(default=0.0, ge=0)
     """Final rate of the cosine."""
-    lr_every: Literal["step", "epoch"] = "step"
+    lr_every: Literal["step", "epoch"] = added("step")
     """How often the rate falls: `epoch` is torch's CosineAnnealingLR, stepped after each epoch."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     nesterov: bool = False
@@ -49,12 +49,6 @@ class NasRecipe(Config):
         if self.lr_every == "epoch":
             step, num_steps = step * self.epochs // num_steps, self.epochs
         return self.lr_min + 0.5 * (self.lr - self.lr_min) * (1 + math.cos(math.pi * step / num_steps))
-
-    @model_serializer(mode="wrap")
-    def _without_new_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out `step`: runs and keys of release 0.1.0 do not name it."""
-        values: dict[str, Any] = dump(self)
-        return values if self.lr_every != "step" else {k: v for k, v in values.items() if k != "lr_every"}
 
 
 class NasConfig(Config):

@@ -11,13 +11,11 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
-    SerializerFunctionWrapHandler,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
-from ddray.config import Config, merge, nest, parse_overrides, read_yaml
+from ddray.config import Config, added, merge, nest, parse_overrides, read_yaml
 from ddray.data.reference import DatasetRef
 from ddray.errors import InputError, did_you_mean, unknown
 from ddray.system.options import ContentOptions
@@ -151,7 +149,7 @@ class EvaluateSpec(Config):
     """Name of the recipe that trains networks on every row's sets, as for `ddray evaluate --recipe`."""
     dataset: Datasets = ()
     """Distilled datasets that this applies to; default all."""
-    rows: Names = ()
+    rows: Names = added(())
     """Rows that this applies to, by label or by the method's name; default all."""
     target: Datasets = ()
     """Datasets to score on; default the set's own."""
@@ -169,12 +167,6 @@ class EvaluateSpec(Config):
     def _lists(cls, options: dict[str, Any]) -> dict[str, Any]:
         """Accept a single value for a list, as everywhere in a bench file."""
         return {k: (_listed(v) or []) if k in ("baselines", "sets") else v for k, v in options.items()}
-
-    @model_serializer(mode="wrap")
-    def _without_unset(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out `rows` where it is not set: runs of before it keep their configuration."""
-        values: dict[str, Any] = dump(self)
-        return values if self.rows else {k: v for k, v in values.items() if k != "rows"}
 
     def takes(self, row: MethodSpec) -> bool:
         """Return whether a row's sets are scored so."""
