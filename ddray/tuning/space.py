@@ -244,10 +244,11 @@ def _with_step(value_range: Range, step: Any, where: str) -> Range:
     if kind not in ("uniform", "randint"):
         raise InputError(f"{where}: step goes with uniform and randint, not with {kind}")
     is_number = isinstance(step, int if kind == "randint" else int | float) and not isinstance(step, bool)
-    if not is_number or not 0 < step <= width:
+    stepped = replace(value_range, step=step)
+    # Counted in decimals: as floats, -.9 - -1 is less than .1.
+    if not is_number or not 0 < step < math.inf or stepped._num_values() < 2:
         what = "a whole number" if kind == "randint" else "a number"
         raise InputError(f"{where}: step must be {what} in (0, high - low = {width:g}], got {step!r}")
-    stepped = replace(value_range, step=step)
     return replace(stepped, high=stepped._at(stepped._num_values() - 1))
 
 

@@ -206,6 +206,10 @@ class TestSteps:
         assert space["b"].values() == [1, 5, 9]
         assert {type(value) for value in space["b"].values()} == {int}
 
+    def test_a_step_may_be_the_whole_width(self) -> None:
+        """As floats, -.9 - -1 is less than .1."""
+        assert read_space({"a": {"uniform": [-1.0, -0.9], "step": 0.1}})["a"].values() == [-1.0, -0.9]
+
     def test_each_value_is_drawn_equally_often(self) -> None:
         space = read_space({"a": {"uniform": [0.0, 0.4], "step": 0.1}})
         counts = Counter(sample(space, 0, trial_number)["a"] for trial_number in range(2000))
