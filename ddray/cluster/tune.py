@@ -120,7 +120,9 @@ def _run_config(
     plan: Plan, options: TuneOptions, space: Space, num_samples: int, start_points: Points
 ) -> dict[str, Any]:
     """Return what must not change when the run is resumed, but for larger numbers of trials and points."""
-    names = () if options.objective == "val-accuracy" else ("objective", "nas_sample", "nas_epochs")
+    names: tuple[str, ...] = (
+        () if options.objective == "val-accuracy" else ("objective", "nas_sample", "nas_epochs")
+    )
     if names and options.nas_space != DEFAULT_SPACE:
         names = (*names, "nas_space")
     return {
