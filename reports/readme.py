@@ -24,6 +24,12 @@ CELLS = (
     "Each bug of the public harness on its own, as a further proxy. 20 cells, so the intervals are wide; "
     "after 10 epochs on 100 images many networks are at chance, and the order of the others says little."
 )
+CHANGED_SINCE = (
+    "Numbers are of the commit that stands below them. Since 2026-11-29 these are other conditions under the "
+    "same name, and were not measured again: soft labels (recipes `paper` and `repo`; RDED's and SRe2L's "
+    "own), DSDM's preset `paper` (DM's augmentation and momentum), D3HR's preset `repo` (skewness), "
+    "NAS-Bench-201's cells (no augmentation, a rate that falls after each epoch)."
+)
 LEADERBOARD = (
     "Test accuracy in percent of 2 networks on 1 set (100 epochs), std over them; in brackets LRS / ARS of "
     "1 network (20 epochs). Distilled in 100 steps on digits, 50 elsewhere, DC and DSA in 10 to 100, with 32 "
@@ -49,6 +55,7 @@ def write_readme(parts: Parts) -> None:
 
     lines = ["# Measured results", ""]
     lines += ["Written by `make reports`; do not edit. Means +- sample standard deviation.", ""]
+    lines += [CHANGED_SINCE, ""]
     lines += ["## Digits, ipc 1, protocol `hard`", "", *section("digits", accuracies, "digits", False)]
     lines += ["## CIFAR-10, ipc 1, protocol `hard`", ""]
     lines += [
@@ -110,7 +117,12 @@ def published(method: str) -> str:
 
 def accuracies(part: Part, name: str, with_published: bool) -> list[str]:
     """Return a table of accuracies, with DataDAM's images if they were saved."""
-    head = ["method", "test accuracy %", "n (sets x networks)", *["published %"] * with_published]
+    head = [
+        "method",
+        "test accuracy %",
+        "n (sets x networks)",
+        *["published %, at the paper's scale"] * with_published,
+    ]
     rows = [
         [
             row["method"],

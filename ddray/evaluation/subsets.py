@@ -23,7 +23,8 @@ def class_ranks(labels: Tensor, generator: torch.Generator) -> Tensor:
 def limited(train_set: TrainSet, limit: int, generator: torch.Generator) -> TrainSet:
     """Return at most `limit` images of a set, every class in proportion; the order is preserved.
 
-    The CPU generator of the draw also decides which classes give one image more.
+    A class gives its share of the limit, rounded up or down by the largest remainders; the CPU generator of
+    the draw decides between equal ones.
 
     Raises:
         InputError: `limit` is below 1.
@@ -33,10 +34,13 @@ def limited(train_set: TrainSet, limit: int, generator: torch.Generator) -> Trai
     labels = train_set.labels
     if limit >= len(labels):
         return train_set
-    # The r-th of a class's n images has position (r + 1/2) / n: the first positions are a stratified sample.
-    position = (class_ranks(labels, generator) + 0.5) / torch.bincount(labels)[labels]
+    counts, ranks = torch.bincount(labels), class_ranks(labels, generator)
+    quotas, rests = counts * limit // len(labels), counts * limit % len(labels)
+    # The largest rests get one image more, equal ones in random order.
     shuffled = torch.randperm(len(labels), generator=generator)
-    first = shuffled[torch.argsort(position[shuffled], stable=True)][:limit]
+    further = shuffled[(ranks == quotas[labels])[shuffled]]
+    further = further[torch.argsort(rests[labels[further]], descending=True, stable=True)]
+    first = torch.cat([torch.nonzero(ranks < quotas[labels])[:, 0], further[: limit - int(quotas.sum())]])
     return train_set.select(first.sort().values)
 
 
