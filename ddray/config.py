@@ -219,6 +219,15 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
     return overrides
 
 
+def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested mappings to one level with dotted names."""
+    leaves: dict[str, Any] = {}
+    for name, child in value.items():
+        path = f"{prefix}{name}"
+        leaves |= flatten(child, f"{path}.") if isinstance(child, Mapping) else {path: child}
+    return leaves
+
+
 def nest(name: str, value: Any) -> dict[str, Any]:
     """Return `{"a": {"b": value}}` for the dotted name `"a.b"`."""
     for part in reversed(name.split(".")):

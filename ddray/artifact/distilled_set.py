@@ -50,7 +50,7 @@ class Meta(Config):
     config: dict[str, Any] = Field(default_factory=dict)
     seed: int | None = None
     split: str | None = None
-    """What it was distilled from: `train`, or `train-val<seed>`, which excludes the val tenth."""
+    """What it was distilled from: `train`, or without val `train-val<seed>` or `train-val<seed>-<images>`."""
     arch: str
     norm: str
     generator: str | None = None

@@ -5,13 +5,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, get_args
 
-from pydantic import (
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from ddray.artifact.options import ForeignOptions
 from ddray.config import Names, Result, added, named, parse_overrides
@@ -42,7 +36,7 @@ class EvaluateOptions(DataOptions, ForeignOptions):
     """Target; default the artifact's own."""
     protocol: str = "hard"
     """hard: train on hard labels; soft: on a teacher's; linear: pre-train, freeze, probe; robust: LRS and
-    ARS; continual: class by class, as a memory."""
+    ARS; continual: class by class, as a memory; distribution: where it lies among the real images."""
     archs: Names = named("arch", "archs")
     """Network to train; repeatable."""
     seeds: int | None = None

@@ -84,7 +84,7 @@ def distill(
     val_images: int | None = None,
     more_steps: bool = False,
 ) -> DistillResult:
-    """Distil all of train, or all but a val tenth, in a run directory that can be resumed.
+    """Distil all of train, or all but val, in a run directory that can be resumed.
 
     Without `run_dir`, the run gets a numbered folder under `runs/`. The artifact `out`, by default
     `<run>/distilled.pt`, is replaced only after success. `val_seed` excludes the val tenth that `tune` and

@@ -23,7 +23,6 @@ recipe `sre2l` is the authors' code.
 - the last image or the best one: - | the last (its "best images" are overwritten by them) | the last.
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar, Final, Literal
@@ -44,6 +43,7 @@ from ddray.methods.families.matching.batches import initial_images
 from ddray.methods.families.state import cpu_copy, load_optimizer_state, optimizer_state
 from ddray.pool.spec import teacher_spec
 from ddray.training.crops import draw_boxes, resized_crops
+from ddray.training.engine import cosine
 from ddray.training.recipe import TeacherRecipe
 
 # The commands that the authors' code ships, with the defaults of options that they leave out.
@@ -179,8 +179,7 @@ class SRe2L:
     def step(self) -> dict[str, Tensor]:
         """Take one optimiser step over all batches of one image per class."""
         ctx, config = self._ctx, self._config
-        rate = 0.5 * (1 + math.cos(math.pi * self._step / self._num_steps))
-        self._optimizer.param_groups[0]["lr"] = config.lr * rate
+        self._optimizer.param_groups[0]["lr"] = config.lr * cosine(self._step, self._num_steps)
         self._step += 1
         generator = ctx.generator("step", self._step)
         self._optimizer.zero_grad()

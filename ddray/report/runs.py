@@ -16,8 +16,9 @@ from ddray.config import read_yaml
 from ddray.errors import InputError
 from ddray.runs.folder import environments
 from ddray.runs.ledger import Ledger, Row
+from ddray.tables.along import group_of
 from ddray.tables.columns import size_of
-from ddray.tables.table import accuracy_of, cells_of, drop_scaled_differences, failure_of
+from ddray.tables.table import accuracy_of, cells_of, drop_scaled_differences, failure_of, names_of
 from ddray.tables.units import Cell
 
 log = logging.getLogger(__name__)
@@ -80,9 +81,8 @@ class Scored:
     @property
     def group(self) -> str:
         """What rows that are drawn together share, as in the page's bars."""
-        cell = self.cell
-        target = "" if cell.target == cell.dataset else f" on {cell.target}"
-        return f"{cell.dataset}, {' '.join(map(str, cell.size))}, {cell.protocol}{target}"
+        name, optional = names_of(self.cell)
+        return group_of({**name, **optional})
 
     @property
     def network(self) -> str:

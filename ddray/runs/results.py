@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from ddray.config import flatten
 from ddray.runs.ledger import Row
 from ddray.system.files import write_text
 
@@ -18,12 +18,3 @@ def write_results(path: Path, rows: Sequence[Row]) -> None:
         for row in rows
     ]
     write_text(path, pd.DataFrame(flat).convert_dtypes().to_csv(index=False))
-
-
-def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested mappings to one level with dotted names."""
-    leaves: dict[str, Any] = {}
-    for name, child in value.items():
-        path = f"{prefix}{name}"
-        leaves |= flatten(child, f"{path}.") if isinstance(child, dict) else {path: child}
-    return leaves

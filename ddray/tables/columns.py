@@ -110,6 +110,14 @@ _COLUMNS: Final = (
     _figure("difference_se", "in SE", "{:+.1f}".format, csv=True),
     Column("differs", "differs", csv=("differs",)),
 )
+
+
+def _seconds(entry: Entry) -> str:
+    """Return a distillation's seconds, in brackets with the training of its pool where there was any."""
+    seconds, with_pool = entry["seconds"], entry.get("seconds_with_pool")
+    return short(seconds) if with_pool in (None, seconds) else f"{short(seconds)} ({short(with_pool)})"
+
+
 # The ranking's figures, then what the report page adds to a cell.
 _FIGURES: Final = (
     _figure("spearman", "Spearman"),
@@ -123,18 +131,12 @@ _FIGURES: Final = (
     _figure("storage_floats", "storage", "{:,.0f}".format),
     _figure("storage_with_generator_floats", "with generator", "{:,.0f}".format),
     _figure("approximation_mse", "MSE"),
-    Column("seconds (with pool)", "seconds", lambda entry: _seconds(entry)),
+    Column("seconds (with pool)", "seconds", _seconds),
     _figure("sampling_seconds_per_class", "sampling, s a class"),
     _figure("peak_memory_bytes", "peak MB", lambda value: f"{value / 1e6:,.0f}"),
 )
 MEASURED: Final = ("seconds", "seconds_with_pool", "sampling_seconds_per_class", "peak_memory_bytes")
 """Figures that differ from run to run: they stand in costs.csv, not in table.csv."""
-
-
-def _seconds(entry: Entry) -> str:
-    """Return a distillation's seconds, in brackets with the training of its pool where there was any."""
-    seconds, with_pool = entry["seconds"], entry.get("seconds_with_pool")
-    return short(seconds) if with_pool in (None, seconds) else f"{short(seconds)} ({short(with_pool)})"
 
 
 def name_columns() -> list[str]:

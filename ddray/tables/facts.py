@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from ddray.config import merge, parse_overrides
+from ddray.config import flatten, merge, parse_overrides
 from ddray.data.catalog import KNOWN
 from ddray.data.reference import DatasetRef
 from ddray.errors import InputError
@@ -102,17 +102,17 @@ def _changes(
     preset = resolve(plan.method, plan.dataset, **size, seed=plan.seed, preset=row.preset, layers=layers)
     protocol = evaluation_spec.protocol
     by_recipe = protocol != "nas" and get_protocol(protocol).config_type is EvaluateConfig
-    ours, theirs = _flat(plan.config.dump()), _flat(preset.config.dump())
+    ours, theirs = flatten(plan.config.dump()), flatten(preset.config.dump())
     for name in sorted(ours.keys() | theirs.keys()):
         is_idle = name in _ELSEWHERE or (name.startswith("evaluate.") and not by_recipe)
         if not is_idle and ours.get(name) != theirs.get(name):
-            yield f"{name} {_text(ours.get(name))}, the preset's {_text(theirs.get(name))}"
+            yield f"{name} {yaml_text(ours.get(name))}, the preset's {yaml_text(theirs.get(name))}"
     if plan.arch != preset.arch:
         yield f"distilled in {plan.arch}, by the preset in {preset.arch}"
     reference = DatasetRef.parse(plan.dataset.name)
     native = KNOWN[reference.base].can_flip if reference.base in KNOWN else reference.can_flip
     if reference.can_flip not in (None, native):
-        yield f"can_flip {_text(reference.can_flip)}, the dataset's {_text(native)}"
+        yield f"can_flip {yaml_text(reference.can_flip)}, the dataset's {yaml_text(native)}"
     if not _vouches(evaluation_spec.published):
         evaluate = preset.config.evaluate if by_recipe else None
         yield from _evaluation_changes(evaluate, plan, options)
@@ -133,13 +133,13 @@ def _evaluation_changes(
             yield f"evaluate.epochs {options['epochs']}, not the protocol's own"
         yield from (f"evaluate.{text.replace('=', ' ')}, not the protocol's own" for text in sets)
         return
-    theirs = _flat(preset.dump())
+    theirs = flatten(preset.dump())
     if recipe is not None and _is_other(str(recipe), theirs, plan):
         yield f"evaluate.recipe {recipe}, not the method's own"
     plain = {name: options[name] for name in ("epochs", "augment") if options.get(name) is not None}
-    for name, value in _flat(merge(plain, parse_overrides(sets))).items():
+    for name, value in flatten(merge(plain, parse_overrides(sets))).items():
         if value != theirs.get(name):
-            yield f"evaluate.{name} {_text(value)}, the preset's {_text(theirs.get(name))}"
+            yield f"evaluate.{name} {yaml_text(value)}, the preset's {yaml_text(theirs.get(name))}"
 
 
 def _is_other(recipe: str, theirs: Mapping[str, Any], plan: Plan) -> bool:
@@ -151,17 +151,6 @@ def _is_other(recipe: str, theirs: Mapping[str, Any], plan: Plan) -> bool:
     return any(value != theirs.get(name) for name, value in fields.items())
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by dotted name."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
-
-
-def _text(value: Any) -> str:
+def yaml_text(value: Any) -> str:
     """Return a value as people write it in YAML."""
     return "unset" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -14,7 +14,7 @@ from ddray.evaluation.published import Conditions, Number, conditions_of
 from ddray.nets.names import parse_arch
 from ddray.tables.published import (
     TOP1,
-    WHOLE,
+    WITHOUT_SIZE,
     find,
     has_teachers,
     is_called,
@@ -128,7 +128,7 @@ def _blanks(number: Number, stated: Conditions) -> Iterator[str]:
     """Yield what a table leaves open of a number."""
     if not number.dataset:
         yield "the dataset"
-    if number.method not in WHOLE and number.ipc is None and number.budget is None:
+    if number.method not in WITHOUT_SIZE and number.ipc is None and number.budget is None:
         yield "the number of images"
     if not number.arch and stated.space is None:
         yield "the network"

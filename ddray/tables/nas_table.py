@@ -20,6 +20,7 @@ from ddray.ranking.sweep import NasOptions, choose_architectures, resolve_config
 from ddray.runs.executor import Executor
 from ddray.runs.folder import Run
 from ddray.system.files import storage_errors
+from ddray.tables.facts import yaml_text
 from ddray.tables.likeness import likeness
 from ddray.tables.options import BenchOptions
 from ddray.tables.published import find
@@ -58,7 +59,7 @@ class NasSweep:
         """What keeps the sweep's figures from being set beside the published ones of its space."""
         conditions = get_definition(self.options.space).published_options
         return tuple(
-            f"{name} {_text(ours)}, theirs {_text(theirs)}"
+            f"{name} {yaml_text(ours)}, theirs {yaml_text(theirs)}"
             for name, theirs in conditions.items()
             if (ours := getattr(self.options, name)) != theirs
         )
@@ -229,10 +230,6 @@ def cell_of(
         cell = cell.model_copy(update={"changes": (*cell.changes, "the truth has no test accuracies")})
     accuracies = [one["top1_test_accuracy" if tested else "top1_truth_accuracy"] for one in ranked]
     return scored_cell(cell, [[value] for value in accuracies], num_sets=len(figures), **means)
-
-
-def _text(value: Any) -> str:
-    return "unset" if value is None else str(value)
 
 
 def _figure(figures: Mapping[str, Any], name: str) -> float | None:

@@ -29,7 +29,7 @@ _METHODS: Final = {
 }
 TOP1: Final = "top1_accuracy"
 # Rows that train on the whole dataset and so have no size, unlike the other rows of their tables.
-WHOLE: Final = ("early_stopping", "whole")
+WITHOUT_SIZE: Final = ("early_stopping", "whole")
 _DEFAULT_TEACHER: Final = "resnet18"
 # Runs behind a published mean, where the paper states it; otherwise a mean counts as one run.
 _RUNS: Final = {"boost_ssdd": 3, "dsdm": 5}
@@ -100,7 +100,7 @@ def network_names(arch: str) -> tuple[str, ...]:
 def same_size(number: Number, cell: Cell) -> bool:
     """Return whether the sizes match; ipc k of K classes equals a budget of k * K images."""
     kind, size = cell.size
-    if number.method in WHOLE or (number.ipc is None and number.budget is None):
+    if number.method in WITHOUT_SIZE or (number.ipc is None and number.budget is None):
         return cell.source.table is not None
     if kind == "ipc":
         return number.ipc == size or (number.ipc is None and number.budget == size * cell.num_classes)

@@ -14,6 +14,7 @@ from ddray.tables.likeness import Likeness, described, likeness
 from ddray.tables.published import compare
 from ddray.tables.units import WHOLE, Cell
 
+NO_NUMBER: Final = "no published number"
 _NO_DIFFERENCE: Final = {"difference": None, "difference_se": None}
 _REPORTED: Final = ("arch", "accuracy_mean", "accuracy_std", "per_seed", "num_images", "wall_s")
 _OF_SETS: Final = ("storage_floats", "storage_with_generator_floats", "approximation_mse", *MEASURED)
@@ -50,7 +51,7 @@ def scored_cell(
         figures["published"] = compare(judged.number, accuracy["accuracy_mean"], error)
         if judged.differs:
             figures["published"] |= _NO_DIFFERENCE
-    name, optional = _names_of(cell)
+    name, optional = names_of(cell)
     return {
         **name,
         **accuracy,
@@ -67,11 +68,11 @@ def planned_cell(cell: Cell) -> dict[str, Any]:
     """Return a cell as a dry run lists it: what it will be set beside, or the number that it differs from."""
     judged = likeness(read_numbers(), cell)
     near = {} if judged.number is None or judged.compared else {"published": described(judged.number)}
-    name, optional = _names_of(cell)
-    return {**name, **optional, **_likeness_of(judged), **near}
+    name, optional = names_of(cell)
+    return {**name, **optional, **(_likeness_of(judged) or {"differs": [NO_NUMBER]}), **near}
 
 
-def _names_of(cell: Cell) -> tuple[dict[str, Any], dict[str, Any]]:
+def names_of(cell: Cell) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return what every cell is told apart by, and what only some have."""
     kind, size = cell.size
     name: dict[str, Any] = {"method": cell.method, "dataset": cell.dataset}

@@ -32,7 +32,8 @@ class TuneOptions(Config):
     strategy: Strategy = "asha-tpe"
     """asha-tpe, tpe, random, grid or pb2."""
     protocol: str | None = None
-    """hard, soft or linear: how sets are scored on val, and at the end on test; default the method's own."""
+    """hard, soft, linear or another protocol of `ddray evaluate`: how sets are scored on val, and at the end
+    on test; default the method's own."""
     teachers: Names = named("teacher", "teachers")
     """soft: who labels; several are averaged; default resnet18."""
     objective: Objective = "val-accuracy"

@@ -7,11 +7,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ddray.config import lookup, read_yaml
+from ddray.config import flatten, lookup, read_yaml
 from ddray.errors import InputError, unknown
 from ddray.jobs.context import check_plan
 from ddray.jobs.plan import Plan
-from ddray.runs.results import flatten
 from ddray.tuning.settings import Settings
 from ddray.tuning.space import Range, Space, conditions, drawn
 
@@ -69,7 +68,7 @@ def _of_run(values: Mapping[str, Any], settings: Settings, space: Space, where: 
                 named[name] = lookup(values, path)
                 used.add(path.partition(".")[0])
     if ignored := sorted(values.keys() - used):
-        log.warning("%s: only its method's settings are used, not %s", where, ", ".join(ignored))
+        log.warning("%s: not used, as the space does not name it: %s", where, ", ".join(ignored))
     return named
 
 

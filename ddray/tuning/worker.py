@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ddray.artifact.distilled_set import DistilledSet
+from ddray.config import flatten
 from ddray.distillation.loop import rate_name
 from ddray.distillation.method import DistillContext
 from ddray.errors import DivergedError
@@ -21,7 +22,6 @@ from ddray.jobs.trainers import PoolTrainer
 from ddray.pool.local import LocalPool
 from ddray.pool.spec import ModelPool, PoolSource, PoolSpec
 from ddray.ranking.objective import SpearmanObjective
-from ddray.runs.results import flatten
 from ddray.system.worker import set_threads, worker_device
 from ddray.tuning.payload import Payload, unpack
 from ddray.tuning.settings import Settings, protocol_for_sets

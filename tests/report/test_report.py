@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ddray.artifact.distilled_set import DistilledSet
+from ddray.config import flatten
 from ddray.data import fit_zca
 from ddray.drawing.images import grid, grid_along, png, save_grid
 from ddray.runs.ledger import Row
-from ddray.runs.results import flatten, write_results
+from ddray.runs.results import write_results
 from ddray.tuning.report import write_report
 from ddray.tuning.space import Range
 

@@ -170,4 +170,8 @@ def test_generators_stand_in_the_title_and_in_the_rows() -> None:
     assert str(table.title).endswith(", generator dit")
     assert "generator" in [column.header for column in table.columns]
     forecast = api.forecast({"name": "t", "dataset": "digits", "ipc": 1, "methods": ["random"]})
-    assert [str(table.title) for table in forecast_tables(forecast.dump())] == ["t, paper", "forecast"]
+    assert [str(table.title) for table in forecast_tables(forecast.dump())] == [
+        "t, paper",
+        "forecast",
+        "comparisons",
+    ]

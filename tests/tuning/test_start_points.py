@@ -56,7 +56,7 @@ class TestRead:
         assert read_start_points([path], plan, Settings.of(plan, "hard"), SPACE) == [
             {"lr_img": 2.0, "p": 2, "layers": [1]}
         ]
-        assert "only its method's settings are used, not steps" in caplog.text
+        assert "not used, as the space does not name it: steps" in caplog.text
 
     def test_settings_outside_the_method_are_named_with_dots_or_taken_from_a_run(
         self, plan: Plan, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -77,7 +77,7 @@ class TestRead:
             {"evaluate.lr": 0.02, "init": "random"},  # the preset's momentum is .5
             {"evaluate.lr": 0.02, "init": "noise", "momentum": 0.3},
         ]
-        assert "only its method's settings are used, not seed" in caplog.text
+        assert "not used, as the space does not name it: seed" in caplog.text
         for point, message in (
             ({"momentum": 0.3}, 'momentum is drawn only when {"init": "noise"}, got 0.3'),
             ({"init": "noise", "momentum": 0.33}, "in steps of 0.1, got 0.33"),

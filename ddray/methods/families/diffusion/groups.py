@@ -2,8 +2,8 @@
 
 Candidates are not kept: a block of them is drawn sample by sample into one buffer, three running sums per
 dimension give its scores (the authors' form needs the block's groups), and across blocks only the best
-candidate's index is kept. Each block has its
-own generator, so a candidate depends only on the seed and its index, and the winner is drawn again.
+candidate's index is kept. Each block has its own generator, so a candidate depends only on the seed and its
+index, and the winner is drawn again.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from ddray.methods.families.diffusion.fit import Checkpoint, TrainingStage
 from ddray.methods.families.diffusion.folder import absolute, known_names
 from ddray.methods.families.diffusion.model import DiffusionModel, open_pipeline
 from ddray.seeding import derive, derive_seed, forked_global
+from ddray.training.engine import cosine
 
 SCHEDULE: Final[dict[str, Any]] = {
     "_class_name": "DDIMScheduler",
@@ -219,7 +220,7 @@ def _train_vae(
         net=vae,
         optimizer=torch.optim.Adam(vae.parameters(), lr=recipe.vae_lr),
         loss=loss,
-        lr=lambda step: recipe.vae_lr * 0.5 * (1 + math.cos(math.pi * step / total)),
+        lr=lambda step: recipe.vae_lr * cosine(step, total),
         per_epoch=per_epoch,
         epochs=recipe.vae_epochs,
     ).run(checkpoint)

@@ -36,7 +36,7 @@ from ddray.nets import Net, build_net
 from ddray.pool.spec import PoolEntry, PoolSpec
 from ddray.seeding import derive, derive_seed, forked_global
 from ddray.training.embedding import embed_images
-from ddray.training.engine import Batch, Order, Rule, Step, run
+from ddray.training.engine import Batch, Order, Rule, Step, cosine, run
 
 KIND: Final = "ssl"
 SOLO_LEARN: Final = {"stem_padding": 2, "crop_area": 0.08, "warmup_epochs": 10}
@@ -288,4 +288,4 @@ def schedule(step: int, steps: int, warm: int) -> float:
     """Return the factor on lr at a step of `steps`: linear warm-up over `warm` steps, then cosine to 0."""
     if step < warm:
         return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    return cosine(step - warm, max(1, steps - warm))
