@@ -161,6 +161,11 @@ class MethodConfig(Config):
     uses_maps: ClassVar[bool] = False
     """Whether the method needs `Features.maps`, which other people's networks may not have."""
 
+    @property
+    def edition(self) -> int:
+        """How often these settings have come to make other sets: from 1 on it is in the keys of units."""
+        return 0
+
 
 class Engine(Protocol):
     """What a method does once it has a context."""

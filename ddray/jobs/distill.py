@@ -66,11 +66,17 @@ class DistillResult(Result):
     """Folder of the sets along the steps, with `evaluate.every`."""
 
 
+def edition_of(plan: Plan) -> dict[str, int]:
+    """Return the edition of a plan's method settings for the spec of a unit; empty for the first."""
+    edition = getattr(plan.config.method, "edition", 0)
+    return {"edition": edition} if edition else {}
+
+
 def distill_unit(plan: Plan, split_name: str) -> Unit:
     """Return the ledger unit of one distillation."""
     # Only the settings that affect the distilled bytes.
     settings = {k: v for k, v in plan.describe().items() if k not in ("checkpoint_every", "evaluate")}
-    return Unit(kind="distill", spec={**settings, "split": split_name})
+    return Unit(kind="distill", spec={**settings, "split": split_name, **edition_of(plan)})
 
 
 def distill(

@@ -51,7 +51,7 @@ _FAMILIES: dict[str, Family] = {
     },
     **dict.fromkeys(("resnet10", "resnet10_idc"), Family("torchvision_nets")),
     "resnet10_ap": Family("torchvision_nets", ("instance", "batch")),
-    **dict.fromkeys(("resnet18", "resnet18_ap"), Family("torchvision_nets")),
+    **dict.fromkeys(("resnet18", "resnet18_vico_ap"), Family("torchvision_nets")),
     "resnet18_vico": Family("torchvision_nets", ("instance", "batch")),
     "resnet101": Family("torchvision_nets"),
     "vgg11": Family("convnet", ("instance", "none", "batch")),
@@ -63,7 +63,7 @@ _FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("vit_tiny", "deit_tiny"), Family("vit", ("none",))),
 }
 # Older names whose initialisation has changed; the new one keeps what is stored from being taken for it.
-_OLDER_NAMES: Final = {"resnet18_in": "resnet18_vico"}
+_OLDER_NAMES: Final = {"resnet18_in": "resnet18_vico", "resnet18_ap": "resnet18_vico_ap"}
 _EXTERNAL: Final = Family("build", ("custom",))
 _OFFERED: Final = Registry("arch", "ddray.nets", "NET", "ddray.nets")
 _REGISTERED: dict[str, NetFactory] = {}
@@ -172,7 +172,10 @@ def parse_arch(arch: str) -> Arch:
 
 
 def _parse(arch: str) -> Arch:
-    # The longest base wins: "resnet18_ap" is a base of its own, not a suffix of "resnet18".
+    for older, newer in _OLDER_NAMES.items():
+        if f"{arch}_".startswith(f"{older}_"):
+            arch = newer + arch.removeprefix(older)
+    # The longest base wins: "resnet18_vico_ap" is a base of its own, not a suffix of "resnet18_vico".
     bases = [base for base in _FAMILIES if arch == base or arch.startswith(f"{base}_")]
     if not bases:
         raise unknown("arch", arch, arch_names())
@@ -186,7 +189,7 @@ def _parse(arch: str) -> Arch:
     parsed = replace(Arch(base, _FAMILIES[base].norms[0]), **values)  # type: ignore[arg-type]
     if parsed.norm == "group" and parsed.width % GROUPS:
         raise InputError(f"the width of a _gn arch must be a multiple of {GROUPS}, got {arch!r}")
-    return _parse(_OLDER_NAMES[parsed.name]) if parsed.name in _OLDER_NAMES else parsed
+    return parsed
 
 
 def _parse_suffix(arch: str, base: str, suffix: str) -> tuple[str, str | int | bool]:

@@ -15,17 +15,18 @@ classifier, and EfficientNet-B0 its stochastic depth of .2.
 - `resnet18_vico`: the dataset-condensation code base's ResNet18 (DC, arXiv:2006.05929, "VICO"), `_bn` its
   ResNet18BN: torchvision's layers with PyTorch's default initialisation (uniform within 1 / sqrt(fan_in)).
   `resnet18_in` is its older name.
-- `resnet18_ap`: that code's ResNet18BN_AP, `_in` its ResNet18_AP; PyTorch's default initialisation. Strided
-  convolutions become stride 1 followed by AvgPool2d(2), in the residual branch after the activation; the last
-  map is flattened (4x4 at 32 px; average-pooled to that where it is larger) instead of globally pooled.
+- `resnet18_vico_ap` (older name `resnet18_ap`): that code's ResNet18BN_AP, `_in` its ResNet18_AP; PyTorch's
+  default initialisation. Strided convolutions become stride 1 followed by AvgPool2d(2), in the residual
+  branch after the activation; the last map is flattened (4x4 at 32 px; average-pooled to that where it is larger)
+  instead of globally pooled.
 - `resnet10_idc`: IDC's ResNet-10 for CIFAR (arXiv:2205.14959), which DSDM's Table 3 evaluates on: one
   BasicBlock per stage of 32, 64, 128 and 256 channels; 1,228,970 parameters.
 - `densenet_idc`: IDC's `densenet_cifar`, which DSDM's Table 3 calls DenseNet-121: blocks of [6, 12, 24, 16]
   layers with growth 12, no norm after the stem, PyTorch's default initialisation; 1,000,618 parameters.
 - `densenet_cifar`: the same on torchvision's DenseNet: a norm and a ReLU after the stem, its initialisation.
 - `resnet10_ap`: IDC's ResNetAP-10 of width 64 (Minimax's and D3HR's Table 5): average pooling instead of
-  strides as in `resnet18_ap`, global pooling at the end. The stem keeps the image up to 64 px, pools it by 2
-  up to 128 px, and above is a 7x7 convolution of stride 1 pooled by 4.
+  strides as in `resnet18_vico_ap`, global pooling at the end. The stem keeps the image up to 64 px, pools it
+  by 2 up to 128 px, and above is a 7x7 convolution of stride 1 pooled by 4.
 - `vgg11_tv`: torchvision's VGG-11 (RDED's, D3HR's Table 2): no norm, a 7x7 last map, two hidden layers of
   4,096 units with dropout .5; 132,863,336 parameters for 1,000 classes. The embedding is the second hidden
   layer's activation; the maps are those of the 8 convolutions.
@@ -285,7 +286,7 @@ _BUILDERS: dict[str, Callable[[_Shape, int, bool], StagedNet]] = {
     "resnet10": partial(_resnet, BasicBlock, [1, 1, 1, 1]),
     "resnet18": partial(_resnet, BasicBlock, [2, 2, 2, 2]),
     "resnet18_vico": _resnet18_vico,
-    "resnet18_ap": _resnet18_ap,
+    "resnet18_vico_ap": _resnet18_ap,
     "resnet10_idc": _resnet10_idc,
     "resnet10_ap": _resnet10_ap,
     "resnet101": partial(_resnet, Bottleneck, [3, 4, 23, 3]),

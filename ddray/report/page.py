@@ -313,7 +313,7 @@ def _networks(runs: Sequence[RunView], data_dir: Path | None) -> Iterator[dict[s
         views = {view.path.stem: view for view in run.sets}
         for one in run.scored:
             networks = one.rows[0].result.get("networks", {}).get(one.cell.arch, ()) if one.rows else ()
-            view = views.get(one.cell.sets[0]) if len(networks) > 1 else None
+            view = views.get(one.cell.sets[0]) if len(networks) > 1 and one.cell.sets else None
             if view is None:
                 continue
             title = f"{one.cell.method}, {one.group}"

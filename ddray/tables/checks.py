@@ -2,13 +2,14 @@
 
 from typing import Final
 
+from ddray.config import flatten, merge, nest
 from ddray.data import Dataset
 from ddray.errors import InputError, unknown
 from ddray.evaluation import get_protocol, protocol_names, target_protocols
-from ddray.evaluation.options import EvaluateOptions
+from ddray.evaluation.options import EvaluateConfig, EvaluateOptions
 from ddray.jobs.plan import Plan, budget_method
 from ddray.system.options import ContentOptions
-from ddray.tables.spec import BenchSpec, EvaluateSpec, MethodSpec
+from ddray.tables.spec import WHOLE, BenchSpec, EvaluateSpec, MethodSpec
 
 # Options of an evaluation that the table itself sets; datasets carry their options in their names.
 _SET_BY_TABLE: Final = (
@@ -38,6 +39,34 @@ def check_names(spec: BenchSpec) -> None:
         recipes = ("none",) if protocol == "nas" else get_protocol(protocol).recipes
         if evaluation_spec.recipe is not None and evaluation_spec.recipe not in recipes:
             raise unknown(f"evaluate.recipe of {protocol}", evaluation_spec.recipe, recipes)
+
+
+def check_sections(spec: BenchSpec) -> None:
+    """Refuse rows that no evaluation scores, and settings of `evaluate` that none takes.
+
+    Raises:
+        InputError: with the row, or the setting and where it belongs.
+    """
+    for row in spec.rows():
+        if row.name == WHOLE and (row.preset != "paper" or row.steps is not None):
+            raise InputError(f"row {row.row} has no method: preset and steps must be left out")
+        if not any(one.takes(row) for one in spec.evaluate):
+            raise InputError(
+                f"every row must be scored, but no evaluation takes {row.row}; name it under rows: of one"
+            )
+    if any(one.protocol != "nas" and has_recipe(one.protocol) for one in spec.evaluate):
+        return
+    for name in flatten(merge(*(nest(name, value) for name, value in spec.set.items()))):
+        if name.startswith("evaluate.") and name != "evaluate.every":
+            raise InputError(
+                f"set.{name} is not taken by {spec.evaluate[0].protocol}, which has settings of its own; put "
+                f"it under evaluate.options.sets: [{name.removeprefix('evaluate.')}=...]"
+            )
+
+
+def has_recipe(protocol: str) -> bool:
+    """Return whether networks are trained by the recipe of the sets' own run (`EvaluateConfig`)."""
+    return get_protocol(protocol).config_type is EvaluateConfig
 
 
 def _trains_on_target(evaluation_spec: EvaluateSpec) -> bool:

@@ -14,13 +14,13 @@ from ddray.errors import InputError
 from ddray.jobs.context import check_plan
 from ddray.runs.ledger import Ledger, Row
 from ddray.tables.cost import Estimate, History
-from ddray.tables.graph import build_graph, pool_unit
+from ddray.tables.graph import build_graph
 from ddray.tables.nas_table import NasSweep, resolve_sweeps
 from ddray.tables.options import BenchOptions
 from ddray.tables.result import Forecast
 from ddray.tables.spec import BenchSpec
 from ddray.tables.table import drop_scaled_differences, planned_cell
-from ddray.tables.units import Cell, Graph
+from ddray.tables.units import Cell, Graph, pool_unit
 from ddray.tables.worker import predict_pool_specs
 
 # Datasets whose class names are only in their files: the number of classes, for dry runs without the files.

@@ -8,10 +8,11 @@ from ddray.config import flatten, merge, parse_overrides
 from ddray.data.catalog import KNOWN
 from ddray.data.reference import DatasetRef
 from ddray.errors import InputError
-from ddray.evaluation import get_protocol
 from ddray.evaluation.options import EvaluateConfig
+from ddray.evaluation.soft_recipes import own_recipe
 from ddray.jobs.plan import Plan, budget_method, resolve
 from ddray.methods import get_method
+from ddray.tables.checks import has_recipe
 from ddray.tables.spec import BenchSpec, EvaluateSpec, MethodSpec, PublishedSource
 from ddray.training.recipe import RECIPES, named_recipe
 
@@ -26,11 +27,12 @@ _MANY: Final = 2**31  # more images than a dataset has, for a count that needs t
 
 
 def facts_of(
-    row: MethodSpec, evaluation_spec: EvaluateSpec, plan: Plan, options: Mapping[str, Any]
+    row: MethodSpec, evaluation_spec: EvaluateSpec, plan: Plan, options: Mapping[str, Any], limit: int | None
 ) -> dict[str, Any]:
     """Return a `Cell`'s facts of its sets, and what the table changes in the conditions of the preset.
 
     `plan` is one set's, within the scale's limits; `options` are its evaluation's (see `EvaluateOptions`).
+    `limit` is the number of images that stand for the whole dataset, if they are not all.
     """
     method = budget_method(plan.method)
     stored = None
@@ -42,7 +44,10 @@ def facts_of(
         "distilled_with": getattr(plan.config.method, "teacher_arch", None),
         "num_images": stored,
         "generator": generator_of(plan),
-        "changes": tuple(dict.fromkeys(_changes(row, evaluation_spec, plan, options))),
+        "changes": (
+            *dict.fromkeys(_changes(row, evaluation_spec, plan, options)),
+            *(() if limit is None else (f"trained on {limit} images, theirs on all",)),
+        ),
     }
 
 
@@ -85,7 +90,8 @@ def teachers_of(evaluation_spec: EvaluateSpec, plan: Plan) -> tuple[str | None, 
             f"evaluate.teacher {OWN_TEACHER} needs rows whose sets are made with a teacher "
             f"(method.teacher_arch), got {plan.method}; leave it out by rows:"
         )
-    return tuple(own_teacher if name == OWN_TEACHER else name for name in evaluation_spec.teacher) or (None,)
+    names = (own_teacher if name == OWN_TEACHER else name for name in evaluation_spec.teacher)
+    return tuple(dict.fromkeys(names)) or (None,)
 
 
 def _vouches(source: PublishedSource) -> bool:
@@ -101,7 +107,7 @@ def _changes(
     layers = row.layers() if _vouches(row.published) else ()
     preset = resolve(plan.method, plan.dataset, **size, seed=plan.seed, preset=row.preset, layers=layers)
     protocol = evaluation_spec.protocol
-    by_recipe = protocol != "nas" and get_protocol(protocol).config_type is EvaluateConfig
+    by_recipe = protocol != "nas" and has_recipe(protocol)
     ours, theirs = flatten(plan.config.dump()), flatten(preset.config.dump())
     for name in sorted(ours.keys() | theirs.keys()):
         is_idle = name in _ELSEWHERE or (name.startswith("evaluate.") and not by_recipe)
@@ -113,22 +119,33 @@ def _changes(
     native = KNOWN[reference.base].can_flip if reference.base in KNOWN else reference.can_flip
     if reference.can_flip not in (None, native):
         yield f"can_flip {yaml_text(reference.can_flip)}, the dataset's {yaml_text(native)}"
+    yield from _cuts(evaluation_spec, options)
     if not _vouches(evaluation_spec.published):
         evaluate = preset.config.evaluate if by_recipe else None
         yield from _evaluation_changes(evaluate, plan, options)
+
+
+def _cuts(evaluation_spec: EvaluateSpec, options: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what no paper's evaluation has, and what a limit has lowered below what the table asks for."""
+    for name in _CUTS:
+        if options.get(name) is not None:
+            yield f"evaluate.{name} {options[name]}"
+    if options.get("finetune"):
+        yield "evaluate.finetune true"
+    section = {**evaluation_spec.options, "epochs": evaluation_spec.epochs}
+    for name in ("epochs", "sets", "full_epochs"):
+        if options.get(name) != section.get(name):
+            yield f"evaluate.{name} {options.get(name)} by a limit"
 
 
 def _evaluation_changes(
     preset: EvaluateConfig | None, plan: Plan, options: Mapping[str, Any]
 ) -> Iterator[str]:
     """Yield what a table sets in an evaluation otherwise than its preset; None: the protocol's own."""
-    for name in _CUTS:
-        if options.get(name) is not None:
-            yield f"evaluate.{name} {options[name]}"
-    if options.get("finetune"):
-        yield "evaluate.finetune true"
     sets, recipe = options.get("sets") or (), options.get("recipe")
     if preset is None:
+        if recipe not in (None, own_recipe(plan.method, plan.config.method.dump())):
+            yield f"evaluate.recipe {recipe}, not the method's own"
         if options.get("epochs") is not None:
             yield f"evaluate.epochs {options['epochs']}, not the protocol's own"
         yield from (f"evaluate.{text.replace('=', ' ')}, not the protocol's own" for text in sets)

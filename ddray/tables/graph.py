@@ -12,18 +12,18 @@ from ddray.errors import InputError
 from ddray.evaluation import get_protocol
 from ddray.evaluation.options import EvaluateConfig, EvaluateOptions
 from ddray.jobs.context import make_distiller
+from ddray.jobs.distill import edition_of
 from ddray.jobs.plan import Plan, resolve
 from ddray.methods import get_method
 from ddray.nets import multiply_adds
 from ddray.nets.names import resolve_arch
-from ddray.pool.spec import PoolSpec
 from ddray.ranking import DEFAULT_SPACE
 from ddray.runs.ledger import Unit
 from ddray.seeding import derive_seed
-from ddray.tables.checks import check_evaluation, check_names, check_row
+from ddray.tables.checks import check_evaluation, check_names, check_row, check_sections
 from ddray.tables.facts import facts_of, generator_layer, teachers_of
-from ddray.tables.spec import BenchSpec, EvaluateSpec, Limits, MethodSpec, PublishedSource
-from ddray.tables.units import WHOLE, BenchUnit, Cell, Graph, SweepSpec
+from ddray.tables.spec import WHOLE, BenchSpec, EvaluateSpec, Limits, MethodSpec, PublishedSource
+from ddray.tables.units import BenchUnit, Cell, Graph, SweepSpec
 from ddray.training.recipe import RECIPES, TeacherRecipe
 
 # Changing how many networks are trained on a set does not change the set.
@@ -51,6 +51,7 @@ def build_graph(
     cells: list[Cell] = []
     proxies: dict[tuple[int, str, tuple[str, int]], list[Cell]] = {}
     check_names(spec)
+    check_sections(spec)
     for row, name, size in _combinations(spec):
         seeds, source = range(spec.seed, spec.seed + spec.seeds), spec.source(row, name)
         make_unit = whole_unit if row.name == WHOLE else distil_unit
@@ -113,6 +114,7 @@ def distil_unit(
         "seed": seed,
         "split": str(spec.split),
         "config": set_config,
+        **edition_of(plan),
     }
     real = getattr(plan.config.method, "batch_real", 0)  # per class, or in total with a budget
     images = plan.budget + real if plan.budget else dataset.num_classes * (plan.ipc + real)
@@ -140,7 +142,10 @@ def whole_unit(
     Its settings are those of `random`, so that networks are trained on the whole as on a set.
     """
     stand_in = row.model_copy(update={"name": "random", "label": row.row, "preset": "paper"})
-    unit, plan = distil_unit(spec, stand_in, dataset, name, ("ipc", 1), seed)
+    of_methods = ("method", "steps")
+    settings = {k: v for k, v in spec.set.items() if k.partition(".")[0] not in of_methods}
+    table = spec.model_copy(update={"set": settings})
+    unit, plan = distil_unit(table, stand_in, dataset, name, ("ipc", 1), seed)
     title = f"{row.row} {dataset.name} seed {seed}"
     return replace(unit, size=size, title=title, limit=spec.limits.whole), plan
 
@@ -175,7 +180,8 @@ def _limited(spec: BenchSpec, row: MethodSpec, dataset: Dataset, size: tuple[str
         **_exceeded(config, steps=limits.steps),
     }
     if "steps" in lower and plan.config.evaluate.every is not None:  # as many sets along the steps
-        lower["evaluate"]["every"] = -(-plan.config.evaluate.every * lower["steps"] // plan.config.steps)
+        every = -(-plan.config.evaluate.every * lower["steps"] // plan.config.steps)
+        lower["evaluate"]["every"] = max(1, every)
     return plan if lower == {"method": {}, "evaluate": {}} else resolved(lower)
 
 
@@ -274,7 +280,7 @@ def _cell(
         settings=_settings(evaluation_spec, options, unit.limit),
         source=PublishedSource.parse(merge(*(source.model_dump(exclude_none=True) for source in sources))),
         sets=() if unit.is_whole else tuple(unit.key for unit, _ in sets),
-        **facts_of(row, evaluation_spec, plan, options),
+        **facts_of(row, evaluation_spec, plan, options, unit.limit),
         **scored_as,
     )
 
@@ -383,15 +389,3 @@ def _limited_options(evaluation_spec: EvaluateSpec, limits: Limits) -> dict[str,
         "sets": [*(sets or ()), *overrides] or None,
         "full_epochs": limits.epochs if _is_above(full, limits.epochs) else full,
     }
-
-
-def pool_unit(asker: BenchUnit, spec: PoolSpec) -> BenchUnit:
-    """Return the unit that trains a pool entry, with the settings of the unit that asked for it."""
-    return replace(
-        asker,
-        identity=Unit(kind="pool", spec={"pool_key": spec.key, **spec.dump()}),
-        title=f"pool {spec.kind} {spec.arch} seed {spec.seed}",
-        pool=spec,
-        amount=0.0,
-        waited=False,
-    )

@@ -25,9 +25,9 @@ from ddray.tables.nas_table import NasSweep, resolve_sweeps, score_sweep
 from ddray.tables.options import BenchOptions
 from ddray.tables.result import BenchCell, BenchResult
 from ddray.tables.scheduler import UnitScheduler, withdraw_crashes
-from ddray.tables.spec import BenchSpec
+from ddray.tables.spec import WHOLE, BenchSpec
 from ddray.tables.table import cells_of, drop_scaled_differences, failure_of, write_table
-from ddray.tables.units import WHOLE, BenchUnit, Graph
+from ddray.tables.units import BenchUnit, Graph
 from ddray.tables.worker import BenchJob, run_unit
 
 log = logging.getLogger(__name__)

@@ -11,9 +11,8 @@ from ddray.runs.executor import Outcome
 from ddray.runs.folder import Run
 from ddray.runs.ledger import Ledger, Row
 from ddray.system.files import home
-from ddray.tables.graph import pool_unit
 from ddray.tables.table import failure_of
-from ddray.tables.units import BenchUnit, Graph
+from ddray.tables.units import BenchUnit, Graph, pool_unit
 from ddray.tables.worker import BenchJob, Damaged, Needs, artifact_name, has_entry, is_sound, publish
 
 log = logging.getLogger(__name__)

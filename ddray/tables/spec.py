@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 ScaleName = Literal["paper", "cpu", "smoke"]
 C = TypeVar("C", bound=Config)
+WHOLE: Final = "whole"
+"""A row whose networks are trained on all real images: it has no set, and one cell per dataset."""
 
 # What a scale changes in every file; a file's own `scales` section overrides it.
 SCALES: Final[dict[str, dict[str, Any]]] = {
@@ -249,7 +251,7 @@ class BenchSpec(Config):
         if duplicates and not self.replaced:
             raise ValueError(f"labels must differ, got {duplicates[0][0]!r} twice; add label: to one of them")
         for row in rows:
-            if not (row.ipc or row.budget or self.ipc or self.budget):
+            if row.name != WHOLE and not (row.ipc or row.budget or self.ipc or self.budget):
                 raise ValueError(f"{row.row} must have a size, got none; add ipc: [1] (or budget:)")
         for section, entries in (("a method's", self.methods), ("evaluate", self.evaluate)):
             for name in itertools.chain(*(entry.dataset for entry in entries)):

@@ -12,7 +12,8 @@ from ddray.system.files import write_text
 from ddray.tables.columns import MEASURED, csv_row
 from ddray.tables.likeness import Likeness, described, likeness
 from ddray.tables.published import compare
-from ddray.tables.units import WHOLE, Cell
+from ddray.tables.spec import WHOLE
+from ddray.tables.units import Cell
 
 NO_NUMBER: Final = "no published number"
 _NO_DIFFERENCE: Final = {"difference": None, "difference_se": None}

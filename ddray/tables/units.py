@@ -1,18 +1,15 @@
 """What a bench is made of: its units, the cells of its table, and the graph of both."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Final
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ddray.config import Config
 from ddray.data import SplitName
 from ddray.jobs.plan import Plan
 from ddray.pool.spec import PoolSpec
 from ddray.runs.ledger import Kind, Unit
-from ddray.tables.spec import EvaluateSpec, PublishedSource
-
-WHOLE: Final = "whole"
-"""A row whose networks are trained on all real images: it has no set, and one cell per dataset."""
+from ddray.tables.spec import WHOLE, EvaluateSpec, PublishedSource
 
 
 @dataclass(frozen=True)
@@ -50,6 +47,18 @@ class BenchUnit:
     def kind(self) -> Kind:
         """The unit's kind."""
         return self.identity.kind
+
+
+def pool_unit(asker: BenchUnit, spec: PoolSpec) -> BenchUnit:
+    """Return the unit that trains a pool entry, with the settings of the unit that asked for it."""
+    return replace(
+        asker,
+        identity=Unit(kind="pool", spec={"pool_key": spec.key, **spec.dump()}),
+        title=f"pool {spec.kind} {spec.arch} seed {spec.seed}",
+        pool=spec,
+        amount=0.0,
+        waited=False,
+    )
 
 
 class Cell(Config):

@@ -78,7 +78,8 @@ class Settings:
         """Return the names of all settings."""
         run = [name for name in RunConfig.model_fields if name not in ("evaluate", "method")]
         protocol = dotted_names(get_protocol(self.protocol).config_type, "evaluate.")
-        return [*dotted_names(self._method_type), *run, *protocol]
+        names = [*dotted_names(self._method_type), *run, *protocol]
+        return [name for name in names if name != "evaluate.every"]  # searches keep no sets along the steps
 
     def check_name(self, name: str, where: str) -> None:
         """Refuse a name that no setting has with the nearest of the same section: InputError."""
@@ -141,4 +142,9 @@ class Settings:
 
     def _parsed_scoring(self, scoring: Mapping[str, Any], source: str = "") -> Config:
         """Return the protocol's own settings."""
-        return get_protocol(self.protocol).config_type.parse(scoring, prefix="evaluate.", source=source)
+        try:
+            return get_protocol(self.protocol).config_type.parse(scoring, prefix="evaluate.", source=source)
+        except InputError as error:
+            raise InputError(
+                f"{error} (evaluate holds the settings of --protocol {self.protocol})"
+            ) from error

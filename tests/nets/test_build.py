@@ -44,9 +44,9 @@ CASES = [
     ("vgg11_tv", (1, 16, 16)),
     *(
         (arch, (1, 128, 128))
-        for arch in ("convnet5", "resnet18_ap", "resnet10_ap", "mobilenet_v2", "densenet_cifar", "vgg11")
+        for arch in ("convnet5", "resnet18_vico_ap", "resnet10_ap", "mobilenet_v2", "densenet_cifar", "vgg11")
     ),
-    ("resnet18_ap", (1, 130, 140)),
+    ("resnet18_vico_ap", (1, 130, 140)),
     ("vit_tiny", (3, 128, 128)),
 ]
 
@@ -74,7 +74,10 @@ def test_shapes_and_finite_values(arch: str, shape: tuple[int, int, int]) -> Non
         ("resnet18", 11_173_962),  # the usual CIFAR ResNet-18
         ("vgg11", 9_231_114),  # DC's networks.py
         ("alexnet", 1_872_202),  # DC's networks.py
-        ("resnet18_ap", 11_173_962 + 512 * 15 * 10),  # DC: a 4x4 map instead of its mean feeds the classifier
+        (
+            "resnet18_vico_ap",
+            11_173_962 + 512 * 15 * 10,
+        ),  # DC: a 4x4 map instead of its mean feeds the classifier
         ("densenet_cifar", 1_000_618 + 48),  # kuangliu's, and torchvision's norm after the stem
         ("densenet_idc", 1_000_618),  # IDC's densenet_cifar
         ("resnet10_idc", 1_228_970),  # IDC's ResNet of depth 10 for CIFAR
@@ -228,7 +231,7 @@ def test_returned_tensors_are_not_overwritten_by_later_layers(arch: str) -> None
     if when_computed:
         assert same_bytes(when_computed, list(features.maps))
         last = when_computed[-1]
-        expected = last.flatten(1) if arch == "resnet18_ap" else last.mean((2, 3))
+        expected = last.flatten(1) if arch == "resnet18_vico_ap" else last.mean((2, 3))
         torch.testing.assert_close(features.embedding, expected)
     (features.logits.sum() + features.embedding.sum() + sum(m.sum() for m in features.maps)).backward()
     assert all(parameter.grad is not None for parameter in net.parameters())

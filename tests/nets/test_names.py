@@ -23,7 +23,7 @@ def test_the_720_convnets_have_distinct_names_that_parse_back() -> None:
 
 def test_base_names_are_canonical_and_complete() -> None:
     names = arch_names()
-    assert {"convnet1", "convnet6", "resnet18_ap", "densenet_cifar", "deit_tiny"} <= set(names)
+    assert {"convnet1", "convnet6", "resnet18_vico_ap", "densenet_cifar", "deit_tiny"} <= set(names)
     assert [check_arch(name) for name in names] == names
 
 
@@ -36,7 +36,7 @@ def test_base_names_are_canonical_and_complete() -> None:
         ("convnet3_bn_x2_w128", "convnet3_x2_bn"),
         ("convnet4_x2_w64_bn", "convnet4_w64_x2_bn"),
         ("resnet18_bn", "resnet18"),
-        ("resnet18_ap_in", "resnet18_ap_in"),
+        ("resnet18_ap_in", "resnet18_vico_ap_in"),
         ("resnet18_vico_in", "resnet18_vico"),
         ("resnet18_in", "resnet18_vico"),
         ("resnet18_vico_bn", "resnet18_vico_bn"),

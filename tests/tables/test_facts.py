@@ -72,7 +72,8 @@ def test_what_a_row_changes_of_its_preset_is_said(method: Any, table: dict[str, 
         ({"options": {"sets": "lr=.5"}}, ("evaluate.lr 0.5, the preset's 0.01",)),
         ({"options": {"train_limit": 5}}, ("evaluate.train_limit 5",)),
         ({"protocol": "soft"}, ()),
-        ({"protocol": "soft", "recipe": "repo"}, ()),
+        ({"protocol": "soft", "recipe": "repo"}, ("evaluate.recipe repo, not the method's own",)),
+        ({"options": {"train_limit": 5}, "published": {"setting": "x"}}, ("evaluate.train_limit 5",)),
         ({"protocol": "soft", "epochs": 5}, ("evaluate.epochs 5, not the protocol's own",)),
     ],
 )
@@ -80,8 +81,22 @@ def test_what_a_table_changes_of_an_evaluation_is_said(evaluate: dict[str, Any],
     assert changes_of("dm", {**HARD, **evaluate}) == changes
 
 
-def test_settings_of_hard_labels_say_nothing_about_soft_ones() -> None:
-    assert changes_of("dm", SOFT, set={"evaluate.epochs": 5}) == ()
+def test_settings_of_hard_labels_are_refused_where_labels_are_soft() -> None:
+    with pytest.raises(
+        InputError, match=r"set.evaluate.epochs is not taken by soft.*options.sets: \[epochs="
+    ):
+        changes_of("dm", SOFT, set={"evaluate.epochs": 5})
+
+
+def test_a_row_that_nothing_scores_is_refused() -> None:
+    with pytest.raises(InputError, match="no evaluation takes random"):
+        build_graph(spec(methods=["dm", "random"], evaluate={**HARD, "rows": "dm"}), open_dataset)
+
+
+def test_what_a_limit_lowers_is_said_also_of_the_papers_section() -> None:
+    paper = {**HARD, "epochs": 5, "published": {"setting": "5-epoch evaluation"}}
+    lowered = ("evaluate.epochs 2, the preset's 300", "evaluate.epochs 2 by a limit")
+    assert changes_of("dm", paper, limits={"epochs": 2}) == lowered
 
 
 def test_sets_are_scored_with_the_teacher_that_made_them() -> None:

@@ -92,6 +92,11 @@ class D3HRConfig(MethodConfig):
             )
         return self
 
+    @property
+    def edition(self) -> int:
+        """1 for the authors' score, whose skewness first ran over other axes."""
+        return int(self.form == "repo")
+
     def levels(self) -> Levels:
         """Return the steps and the guidance of inversion and sampling."""
         steps = self.inversion_steps or max(1, round(self.num_inference_steps * 31 / 50))
