@@ -17,8 +17,8 @@ classifier, and EfficientNet-B0 its stochastic depth of .2.
   `resnet18_in` is its older name.
 - `resnet18_vico_ap` (older name `resnet18_ap`): that code's ResNet18BN_AP, `_in` its ResNet18_AP; PyTorch's
   default initialisation. Strided convolutions become stride 1 followed by AvgPool2d(2), in the residual
-  branch after the activation; the last map is flattened (4x4 at 32 px; average-pooled to that where it is larger)
-  instead of globally pooled.
+  branch after the activation; the last map is flattened (4x4 at 32 px; average-pooled to that where it is
+  larger) instead of globally pooled.
 - `resnet10_idc`: IDC's ResNet-10 for CIFAR (arXiv:2205.14959), which DSDM's Table 3 evaluates on: one
   BasicBlock per stage of 32, 64, 128 and 256 channels; 1,228,970 parameters.
 - `densenet_idc`: IDC's `densenet_cifar`, which DSDM's Table 3 calls DenseNet-121: blocks of [6, 12, 24, 16]
