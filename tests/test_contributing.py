@@ -124,6 +124,7 @@ def perceptron(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     ((name, module),) = entries.items()
     monkeypatch.setattr(names, "_REGISTERED", {})
     (tmp_path / "my_package").mkdir()
+    (tmp_path / "my_package" / "__init__.py").touch()
     (tmp_path / "my_package" / f"{module.partition('.')[2]}.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     for imported in ("my_package", module):  # other pages' tests have a package of that name

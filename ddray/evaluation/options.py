@@ -120,7 +120,12 @@ class EvaluateConfig(Recipe):
 
 def check_settings(options: EvaluateOptions) -> None:
     """Refuse `--set` of what a run's `evaluate` section lacks, with the nearest name or a value's rule."""
-    EvaluateConfig.parse(named_recipe(parse_overrides(options.sets)), prefix="evaluate.")
+    sets = parse_overrides(options.sets)
+    if "every" in sets:
+        raise InputError(
+            "--set every=N is for `ddray distill --set evaluate.every=N`, which keeps sets; leave it out"
+        )
+    EvaluateConfig.parse(named_recipe(sets), prefix="evaluate.")
 
 
 def evaluation_config(distilled: DistilledSet, options: EvaluateOptions) -> EvaluateConfig:
