@@ -17,13 +17,11 @@ from ddray.report import charts
 from ddray.report.page import write_page
 from ddray.report.plane import make_plane, pool_net, under_networks
 from ddray.report.runs import Scored, read_run
-from ddray.runs.executor import LocalExecutor
 from ddray.runs.ledger import Row
-from ddray.tables.options import BenchOptions
-from ddray.tables.run import prepare, run_bench
 from ddray.tables.spec import BenchSpec
 from ddray.tables.units import Cell
 from tests.report.pages import body
+from tests.tables.benches import run
 
 
 def scored(method: str, per_set: list[list[float]], **changes: Any) -> Scored:
@@ -137,8 +135,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     temporary = tmp_path_factory.mktemp("networks")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DDRAY_HOME", str(temporary / "home"))
-        prepared = prepare(BenchSpec.parse(SPEC), BenchOptions(executor="local"))
-        run_bench(prepared, LocalExecutor(), run_dir=temporary / "run")
+        run(temporary / "run", BenchSpec.parse(SPEC))
     return temporary / "run"
 
 

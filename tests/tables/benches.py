@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from ddray.runs.executor import LocalExecutor
 from ddray.runs.ledger import Ledger
+from ddray.tables import worker
 from ddray.tables.columns import MEASURED
 from ddray.tables.options import BenchOptions
 from ddray.tables.run import (
@@ -32,6 +37,24 @@ TINY: dict[str, Any] = {
 
 def spec(**changes: Any) -> BenchSpec:
     return BenchSpec.parse({**TINY, **changes})
+
+
+@contextmanager
+def cut_after(stop: int) -> Iterator[None]:
+    """Interrupt the bench of the block when it has published `stop` units."""
+    real, count = worker.publish, 0
+
+    def publish(*args: Any, **kwargs: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > stop:
+            raise KeyboardInterrupt
+        real(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "publish", publish)
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 def run(

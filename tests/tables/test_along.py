@@ -22,7 +22,7 @@ from ddray.tables.dry_run import dry_run
 from ddray.tables.graph import build_graph
 from ddray.tables.table import cells_of
 from ddray.tables.units import Cell
-from tests.tables.benches import LOCAL, nas_of, run, spec, starts
+from tests.tables.benches import LOCAL, cut_after, nas_of, run, spec, starts
 
 KEY = "e4c197189bf73a45cbb179a9e094832da4b72a84db0dd095ec8ccf078700983e"
 DM: dict[str, Any] = {"name": "dm", "steps": 5, "set": {"method.batch_real": 4, "evaluate.every": 2}}
@@ -97,25 +97,13 @@ def test_the_row_the_cell_and_its_files_say_what_a_set_took(finished: tuple[Path
 
 
 def test_a_bench_cut_off_anywhere_keeps_the_same_sets(
-    finished: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     whole, result = finished
-    real = bench_worker.publish
     for stop in (0, 1, 3):
         folder = tmp_path / f"cut{stop}"
-        count = 0
-
-        def publish(*args: Any, stop: int = stop, **kwargs: Any) -> None:
-            nonlocal count
-            count += 1
-            if count > stop:
-                raise KeyboardInterrupt
-            real(*args, **kwargs)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(bench_worker, "publish", publish)
-            with pytest.raises(KeyboardInterrupt):
-                run(folder, spec(**ALONG))
+        with cut_after(stop):
+            run(folder, spec(**ALONG))
         again = run(folder, spec(**ALONG), resume=True)
         assert snapshot_bytes(folder) == snapshot_bytes(whole)
         assert again["cells"][0]["along"] == result["cells"][0]["along"]

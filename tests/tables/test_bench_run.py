@@ -21,7 +21,7 @@ from ddray.tables import scheduler
 from ddray.tables import worker as bench_worker
 from ddray.tables.graph import build_graph
 from ddray.tables.table import drop_scaled_differences
-from tests.tables.benches import TINY, run, spec, starts
+from tests.tables.benches import TINY, cut_after, run, spec, starts
 
 
 def test_rows_artifacts_and_table(tmp_path: Path) -> None:
@@ -83,27 +83,13 @@ def test_a_worker_opens_a_dataset_once(tmp_path: Path, monkeypatch: pytest.Monke
     assert opened == ["digits"]
 
 
-def test_a_bench_cut_off_anywhere_ends_in_the_same_table(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bench_cut_off_anywhere_ends_in_the_same_table(tmp_path: Path) -> None:
     run(tmp_path / "whole")
     table = (tmp_path / "whole" / "table.csv").read_bytes()
     for stop in (1, 5, 9):
         folder = tmp_path / f"cut{stop}"
-        count = 0
-        real = bench_worker.publish
-
-        def publish(*args: Any, stop: int = stop, real: Any = real, **kwargs: Any) -> None:
-            nonlocal count
-            count += 1
-            if count > stop:
-                raise KeyboardInterrupt
-            real(*args, **kwargs)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(bench_worker, "publish", publish)
-            with pytest.raises(KeyboardInterrupt):
-                run(folder)
+        with cut_after(stop):
+            run(folder)
         before = {path: path.stat().st_mtime_ns for path in (folder / "ledger").glob("*.json")}
         assert len(before) == stop
         run(folder, resume=True)
