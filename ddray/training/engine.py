@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-import logging
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -26,15 +24,12 @@ from torch import Tensor, nn
 
 from ddray.nets import is_per_sample
 from ddray.nets.features import CpuLayer
-
-log = logging.getLogger(__name__)
+from ddray.training.graph import WORTHWHILE_STEPS, Graphs
 
 Batch = tuple[Tensor, ...]
 """A step's inputs [n, ...] and its targets: tensors with a row per input, or scalars for all of them."""
 # 64 images of 32 px: a batch of 256 at once took up to 1.5 times as long (ConvNets of width 128, one core).
 _CHUNK_PIXELS: Final = 64 * 32 * 32
-# Steps from which capturing a graph, which costs about five, is worth it.
-_GRAPH_STEPS: Final = 50
 
 
 @dataclass(frozen=True)
@@ -149,9 +144,6 @@ class Step:
         fused: train `nets` as one; batches then hold equally many rows for each, in order. Their weights are
             updated by `finish`.
         num_steps: steps of the training; few are not worth a CUDA graph.
-
-    Attributes:
-        captured: whether CUDA graphs have done steps.
     """
 
     def __init__(
@@ -167,20 +159,24 @@ class Step:
         self._rule = rule
         self._model: _Alone | _Stacked = _Stacked(nets) if fused else _Alone(*nets)
         device = self._model.params[0].device
-        self._eager = device.type != "cuda" or num_steps < _GRAPH_STEPS
+        graphed = device.type == "cuda" and num_steps >= WORTHWHILE_STEPS
         options: dict[str, Any] = {"lr": lr}
         if device.type == "cuda":
             options = {"lr": torch.tensor(lr, device=device), "fused": True}
             if "capturable" in inspect.signature(rule.optimizer).parameters:
-                options["capturable"] = not self._eager
+                options["capturable"] = graphed
         params = self._model.params if rule.groups is None else rule.groups(nets[0])
         self.optimizer = rule.optimizer(params, **options)
         self._lr = lr
         self._chunked = device.type == "cpu" and not fused and is_per_sample(nets[0])
         self._loss_sum = torch.zeros((), device=device)
         self._num_rows = 0
-        self._graphs: dict[tuple[torch.Size, ...], tuple[torch.cuda.CUDAGraph, Batch]] = {}
-        self.captured = False
+        self._graphs = Graphs(on=graphed)
+
+    @property
+    def captured(self) -> bool:
+        """Whether CUDA graphs have done steps."""
+        return self._graphs.captured
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of the next step."""
@@ -192,25 +188,8 @@ class Step:
 
     def __call__(self, inputs: Tensor, *targets: Tensor) -> None:
         """Do one step."""
-        batch = (inputs, *targets)
         self._num_rows += len(inputs)
-        if self._eager:
-            self._update(batch)
-            return
-        key = tuple(tensor.shape for tensor in batch)
-        if key not in self._graphs:
-            try:
-                self._graphs[key] = self._capture(batch)
-                self.captured = True
-            except RuntimeError as error:
-                self._eager = True
-                log.warning("no CUDA graph (%s): steps run eagerly", str(error).splitlines()[0])
-                self._update(batch)
-                return
-        graph, static = self._graphs[key]
-        for to, tensor in zip(static, batch, strict=True):
-            to.copy_(tensor)
-        graph.replay()
+        self._graphs(self._update, (inputs, *targets), self._state)
 
     def mean_loss(self) -> Tensor:
         """Return the mean loss per row since `forget_loss`, a scalar on the device."""
@@ -225,7 +204,7 @@ class Step:
         """Copy the weights of fused networks into `nets`."""
         self._model.finish()
 
-    def _update(self, batch: Batch) -> None:
+    def _update(self, *batch: Tensor) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         num = len(batch[0])
         for inputs, *targets in self._chunks(batch):
@@ -263,29 +242,6 @@ class Step:
         values = [value for state in self.optimizer.state.values() for value in state.values()]
         changed = [*self._model.params, *self._model.buffers, self._loss_sum, *values]
         return [value.detach() for value in changed if isinstance(value, Tensor)]
-
-    def _capture(self, batch: Batch) -> tuple[torch.cuda.CUDAGraph, Batch]:
-        """Warm up on a side stream, capture, and restore what the warm-up changed."""
-        before = {value.data_ptr(): value.clone() for value in self._state()}
-        static = tuple(tensor.clone() for tensor in batch)
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        try:
-            with torch.cuda.stream(side), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", ".*capturable=True")  # the warm-up is no capture
-                for _ in range(3):
-                    self._update(static)
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._update(static)
-        finally:
-            for value in self._state():
-                if (old := before.get(value.data_ptr())) is not None:
-                    value.copy_(old)
-                else:  # the optimiser made it in the warm-up; its moments and counters begin at 0
-                    value.zero_()
-        return graph, static
 
 
 class _Alone:

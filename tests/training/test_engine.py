@@ -19,6 +19,7 @@ from ddray.seeding import derive
 from ddray.training import engine
 from ddray.training.cutmix import Mixed, mixed_cross_entropy
 from ddray.training.engine import Batch, Order, Rule, Step, cosine, decay_matrices, run
+from ddray.training.graph import Graphs
 
 CPU = torch.device("cpu")
 SHAPE = (3, 16, 16)
@@ -216,19 +217,25 @@ class FakeGraph:
     def replay(self) -> None:
         assert FakeGraph.step is not None
         FakeGraph.replays += 1
-        FakeGraph.step._update(self.static)
+        Step._update(FakeGraph.step, *self.static)
 
 
 @contextmanager
 def graphs_on_a_cpu(step: Step, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let a step on a CPU take the path of CUDA graphs; work that is captured is not done."""
-    capture, update = Step._capture, Step._update
+    update, capturing = step._update, []
+
+    def recorded(*batch: Tensor) -> None:
+        if capturing:
+            capturing[0].static = batch
+        else:
+            update(*batch)
 
     @contextmanager
     def captured(graph: Any) -> Iterator[None]:
-        monkeypatch.setattr(Step, "_update", lambda self, batch: setattr(graph, "static", batch))
+        capturing.append(graph)
         yield
-        monkeypatch.setattr(Step, "_update", update)
+        capturing.clear()
 
     @contextmanager
     def nothing(*args: Any) -> Iterator[None]:
@@ -238,13 +245,15 @@ def graphs_on_a_cpu(step: Step, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     for name, stand_in in {
         "Stream": stream,
         "current_stream": stream,
+        "set_stream": lambda stream: None,
         "stream": nothing,
         "CUDAGraph": FakeGraph,
         "graph": captured,
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr(Step, "_capture", capture)
-    FakeGraph.step, FakeGraph.replays, step._eager = step, 0, False
+    monkeypatch.setattr(step, "_update", recorded)
+    monkeypatch.setattr(step, "_graphs", Graphs(on=True))
+    FakeGraph.step, FakeGraph.replays = step, 0
     yield
 
 
