@@ -41,8 +41,8 @@ class Graphs:
         """Return what the function returns, by a replay where it can be; the next call overwrites the result.
 
         Args:
-            function: the same at each call (it is not kept, which would tie its owner's memory to the graphs).
-                It may change tensors in place, must not wait for the device, and may depend on no values but
+            function: the same at each call (not kept: that would tie its owner's memory to the graphs). It
+                may change tensors in place, must not wait for the device, and may depend on no values but
                 those of `args` and of tensors that keep their memory.
             args: detached tensors on one CUDA device.
             changes: returns the tensors that the function changes in place. They are restored after the calls
