@@ -265,7 +265,8 @@ class SslTrainer:
             on_epoch=losses.append,
         )
         net.eval()
-        return [float(value) for value in losses]
+        means: list[float] = torch.stack(losses).tolist()
+        return means
 
 
 class _TwoViews(nn.Module):
