@@ -23,12 +23,12 @@ from ddray.system.transfer import to_device
 from ddray.testing import random_dataset
 from ddray.training.dsa import Dsa, dsa_for
 from ddray.training.embedding import score
-from ddray.training.engine import Rule, Step
+from ddray.training.engine import Rule, Step, has_bf16
 from ddray.training.loop import augmenter
 from ddray.training.operations import crop_and_flip
 from ddray.training.recipe import FinetuneConfig, ProbeConfig, Recipe
 from tests.gpu.fake_cuda import FakeCuda
-from tests.gpu.runs import distilled, started
+from tests.gpu.runs import compute_as_cuda, distilled, started
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 SORTED, MIXED = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]), torch.tensor([0, 3, 1, 2, 0, 1, 2, 3])
@@ -212,3 +212,26 @@ def test_a_whitening_is_moved_once_for_a_policy(gpu: FakeCuda, monkeypatch: pyte
     for seed in range(3):
         apply(batch, derive(seed))
     assert len(moves) == 1
+
+
+def test_a_set_of_statistics_is_sampled_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    compute_as_cuda(monkeypatch)
+    expected = distilled("d3hr", CPU, store="statistics").distilled.generated(3)
+
+    with FakeCuda(autocasts=False):
+        result = distilled("d3hr", CUDA, store="statistics").distilled.generated(3, CUDA)
+
+    assert result.images.shape == (9, 3, 16, 16)
+    assert torch.equal(result.images, expected.images)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_teacher_is_trained_in_bfloat16_only_where_the_device_has_it(
+    gpu: FakeCuda, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_supported(including_emulation: bool = True) -> bool:
+        return native or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
+    assert has_bf16(CUDA) == native
+    assert not has_bf16(CPU)

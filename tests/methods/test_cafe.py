@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from ddray.methods.cafe import Accuracies, cafe_loss
 
@@ -78,7 +79,12 @@ def loops(distiller: Any, accuracies: list[float], steps: int) -> list[tuple[int
     """After each step: networks created so far, and how often the accuracy was measured in that step."""
     calls: list[int] = []
     remaining = iter(accuracies)
-    distiller._engine._accuracy = lambda generator: (calls.append(1), next(remaining, 0.5))[1]
+
+    def num_right(generator: torch.Generator) -> Tensor:
+        calls.append(1)
+        return torch.tensor(next(remaining, 0.5) * distiller._engine._accuracies.num)
+
+    distiller._engine._num_right = num_right
     counts = []
     for _ in range(steps):
         calls.clear()
