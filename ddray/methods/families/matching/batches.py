@@ -34,7 +34,7 @@ Statistics = Callable[[Net, Tensor], tuple[Tensor, ...]]
 # took 2.09 s at 8 MiB, 1.86 at 16, 1.96 at 32 on 2 cores.
 _CHUNK_BYTES: Final = 16 * 2**20
 _MOST_CHUNK_BYTES: Final = 2**31  # on a GPU, which larger chunks do not keep busier
-_CHUNK_SHARE: Final = 4  # of the memory budget: a layer has its input, its output and a workspace
+CHUNK_SHARE: Final = 4  # of the memory budget: a layer has its input, its output and a workspace
 _COPY_NOISE: Final = 0.1  # of the images' standard deviation
 
 
@@ -245,7 +245,7 @@ def chunks(total: int, sample_bytes: int, device: torch.device, budget: int | No
     """
     budget = memory_budget(device) if budget is None else budget
     most = _CHUNK_BYTES if device.type == "cpu" else _MOST_CHUNK_BYTES
-    size = max(1, min(total, min(most, budget // _CHUNK_SHARE) // max(1, sample_bytes)))
+    size = max(1, min(total, min(most, budget // CHUNK_SHARE) // max(1, sample_bytes)))
     size -= size % 8 if size >= 8 else 0
     for start in range(0, total, size):
         yield slice(start, min(total, start + size))

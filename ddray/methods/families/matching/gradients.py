@@ -1,7 +1,7 @@
 """Gradient matching (DC and DSA): the distance of two gradients, and the loops around it."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Final, Literal
 
 import torch
@@ -12,7 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ddray.distillation.method import DistillContext, Distiller, Target
 from ddray.methods.families.factory import make_method
-from ddray.methods.families.matching.batches import ImagesConfig, ImagesEngine, chunks
+from ddray.methods.families.matching.batches import CHUNK_SHARE, ImagesConfig, ImagesEngine, chunks
+from ddray.methods.families.matching.groups import class_groups, image_bytes, rows_of
 from ddray.nets import Net, is_per_sample
 from ddray.nets.build import ExternalNet
 from ddray.nets.features import CpuLayer
@@ -20,6 +21,7 @@ from ddray.training.dsa import DsaPlan
 
 Metric = Literal["layerwise", "mse", "cosine"]
 _LOOPS: Final = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
+_GRADIENTS: Final = 6  # as large as the weights, of each class: real, synthetic, their products and gradients
 _STATISTICS_IMAGES: Final = 16  # real images per class that batch norm's statistics are fixed on
 
 
@@ -133,7 +135,7 @@ class GradientMatching(ImagesEngine):
         self._mixes = not is_per_sample(self._net)
         self._gradients = ClassGradients(self._net)
         self._classes = torch.arange(self._batches.num_classes, device=ctx.device)
-        self._group = self._classes_at_once()
+        self._groups, self._sample_bytes = self._divided()
 
     def step(self) -> dict[str, Tensor]:
         """Draw a network, then take turns: update the images, train the network on them."""
@@ -158,9 +160,8 @@ class GradientMatching(ImagesEngine):
         index, plan = self._branch.draw(generator)
         self._images.grad = torch.empty_like(self._images)
         total = torch.zeros((), device=self._images.device)
-        for first in range(0, num_classes, self._group):
-            classes = slice(first, min(first + self._group, num_classes))
-            rows = slice(first * ipc, classes.stop * ipc)
+        for classes in self._groups:
+            rows = rows_of(classes, ipc)
             images = self._images[rows].detach().requires_grad_(True)
             real = self._real_gradients(index.view(num_classes, -1)[classes], classes, plan)
             synthetic = self._class_gradients(images, classes, plan, create_graph=True)
@@ -173,7 +174,8 @@ class GradientMatching(ImagesEngine):
     def _real_gradients(self, index: Tensor, classes: slice, plan: DsaPlan | None) -> list[Tensor]:
         """Return the mean gradients over real images `index` [G, n] of each class, chunk by chunk."""
         total: list[Tensor] = []
-        for columns in chunks(index.shape[1], len(index) * self._branch.sample_bytes, index.device):
+        group_bytes = len(index) * self._sample_bytes
+        for columns in chunks(index.shape[1], group_bytes, index.device, self._branch.budget):
             part = index[:, columns]
             share = part.shape[1] / index.shape[1]
             images = self._batches.take(part.flatten())
@@ -193,11 +195,27 @@ class GradientMatching(ImagesEngine):
         images = self._branch.augmented(images, plan, labels)
         return self._gradients(images, self._classes[classes], create_graph=create_graph)
 
-    def _classes_at_once(self) -> int:
-        """Return how many classes are matched as one."""
+    def _divided(self) -> tuple[list[slice], int]:
+        """Return the groups of classes that are matched at once, and bytes for the chunks of real images.
+
+        On a CPU a class is a group: its maps stay in the cache.
+        """
+        branch, num_classes, ipc = self._branch, self._batches.num_classes, self._ctx.ipc
         if self._images.device.type == "cpu" or isinstance(self._net, ExternalNet):
-            return 1
-        return self._batches.num_classes
+            return [slice(label, label + 1) for label in range(num_classes)], branch.sample_bytes
+        label, params = self._classes[:1], list(self._net.parameters())
+        blank = torch.zeros_like(self._images[:ipc]).contiguous(memory_format=torch.channels_last)
+
+        def measured(forward: Callable[[Tensor], Any]) -> int:
+            return image_bytes(forward, blank, branch.sample_bytes, params)
+
+        self._net.eval()
+        image = measured(lambda images: self._gradients(images, label, create_graph=True))
+        real_image = measured(lambda images: F.cross_entropy(self._net(images), label.expand(ipc)))
+        self._net.train()
+        weights = sum(param.numel() * param.element_size() for param in params)
+        groups = class_groups(num_classes, ipc * image + _GRADIENTS * weights, branch.budget)
+        return groups, max(branch.sample_bytes, real_image // CHUNK_SHARE)
 
     @torch.no_grad()
     def _fix_statistics(self, generator: torch.Generator) -> None:
