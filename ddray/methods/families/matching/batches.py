@@ -22,7 +22,8 @@ from ddray.nets import Net, build_net, reinitialize
 from ddray.seeding import derive_numpy, derive_seed
 from ddray.system.memory import memory_budget
 from ddray.training.dsa import DsaPlan, siamese
-from ddray.training.loop import augmenter, train
+from ddray.training.engine import Order, Step
+from ddray.training.loop import augmenter, train, training_step
 from ddray.training.recipe import Recipe
 
 Init = Literal["random", "first", "kcenter", "noise"]
@@ -122,6 +123,7 @@ class RealBranch:
         self.net = net.to(memory_format=torch.channels_last)
         self.sample_bytes = max(self.net.eval().map_bytes(), default=1)
         self.net.train()
+        self._trainer: Step | None = None
         self.budget = memory_budget(ctx.device, ctx.memory_budget)
 
     @property
@@ -150,8 +152,12 @@ class RealBranch:
         """Train the network on synthetic images, augmented as for matching: SGD at one rate, no momentum."""
         sgd = {"lr": lr, "momentum": 0.0, "weight_decay": 0.0, "schedule": "constant"}
         recipe = Recipe.parse({**sgd, "epochs": epochs, "batch": batch, "augment": self._augment})
+        if self._trainer is None:  # one for the whole run, and so one CUDA graph
+            num_steps = self._ctx.config["steps"] * epochs * len(Order(len(labels), batch).sizes)
+            self._trainer = training_step(self.net, recipe, num_steps)
         augment = augmenter(self._augment, can_flip=self._ctx.dataset.can_flip, space=self._ctx.space)
-        train(self.net, images, labels.to(images.device), recipe, generator=generator, augment=augment)
+        labels = labels.to(images.device)
+        train(self.net, images, labels, recipe, generator=generator, augment=augment, step=self._trainer)
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, DsaPlan | None]:
         """Return indices of real images [K * n], class-sorted, and augmentation parameters for each class."""
