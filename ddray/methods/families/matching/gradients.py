@@ -18,6 +18,7 @@ from ddray.nets import Net, is_per_sample
 from ddray.nets.build import ExternalNet
 from ddray.nets.features import CpuLayer
 from ddray.training.dsa import DsaPlan
+from ddray.training.graph import Graphs
 
 Metric = Literal["layerwise", "mse", "cosine"]
 _LOOPS: Final = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
@@ -96,7 +97,7 @@ class ClassGradients:
             elif isinstance(module, _BatchNorm):
                 module.eval()
 
-    def __call__(self, images: Tensor, labels: Tensor, *, create_graph: bool) -> tuple[Tensor, ...]:
+    def __call__(self, images: Tensor, labels: Tensor, *, create_graph: bool = False) -> tuple[Tensor, ...]:
         """Return the gradients, [G, ...] for each parameter.
 
         Args:
@@ -136,6 +137,7 @@ class GradientMatching(ImagesEngine):
         self._gradients = ClassGradients(self._net)
         self._classes = torch.arange(self._batches.num_classes, device=ctx.device)
         self._groups, self._sample_bytes = self._divided()
+        self._graphs, self._real_graphs = (Graphs(on=ctx.device.type == "cuda") for _ in range(2))
 
     def step(self) -> dict[str, Tensor]:
         """Draw a network, then take turns: update the images, train the network on them."""
@@ -164,10 +166,10 @@ class GradientMatching(ImagesEngine):
             rows = rows_of(classes, ipc)
             images = self._images[rows].detach().requires_grad_(True)
             real = self._real_gradients(index.view(num_classes, -1)[classes], classes, plan)
-            synthetic = self._class_gradients(images, classes, plan, create_graph=True)
-            distance = gradient_distance(real, synthetic, metric=self._config.metric).sum()
-            self._images.grad[rows] = torch.autograd.grad(distance, images)[0]
-            total += distance.detach()
+            augmented = self._augmented(images, classes, plan)
+            distance, outer = self._graphs(self._match, (augmented.detach(), self._classes[classes], *real))
+            self._images.grad[rows] = torch.autograd.grad(augmented, images, outer)[0]
+            total += distance
         self._optimizer.step()
         return total
 
@@ -179,21 +181,25 @@ class GradientMatching(ImagesEngine):
             part = index[:, columns]
             share = part.shape[1] / index.shape[1]
             images = self._batches.take(part.flatten())
-            gradients = self._class_gradients(images, classes, plan, create_graph=False)
+            images = self._augmented(images, classes, plan)
+            gradients = self._real_graphs(self._gradients, (images, self._classes[classes]))
             if total:
                 total = [old.add_(new, alpha=share) for old, new in zip(total, gradients, strict=True)]
             else:
                 total = [share * new for new in gradients]
         return total
 
-    def _class_gradients(
-        self, images: Tensor, classes: slice, plan: DsaPlan | None, *, create_graph: bool
-    ) -> tuple[Tensor, ...]:
-        """Return the gradients of classes on their images [G * n, C, H, W], augmented."""
+    def _augmented(self, images: Tensor, classes: slice, plan: DsaPlan | None) -> Tensor:
+        """Return images [G * n, C, H, W] of classes under their parameters."""
         labels = torch.arange(classes.start, classes.stop)
-        labels = labels.repeat_interleave(len(images) // len(labels))
-        images = self._branch.augmented(images, plan, labels)
-        return self._gradients(images, self._classes[classes], create_graph=create_graph)
+        return self._branch.augmented(images, plan, labels.repeat_interleave(len(images) // len(labels)))
+
+    def _match(self, images: Tensor, labels: Tensor, *real: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sum of the classes' distances on augmented images [G * ipc, ...], and its gradient."""
+        images = images.detach().requires_grad_(True)
+        synthetic = self._gradients(images, labels, create_graph=True)
+        distance = gradient_distance(real, synthetic, metric=self._config.metric).sum()
+        return distance.detach(), torch.autograd.grad(distance, images)[0]
 
     def _divided(self) -> tuple[list[slice], int]:
         """Return the groups of classes that are matched at once, and bytes for the chunks of real images.
