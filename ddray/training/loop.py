@@ -143,7 +143,9 @@ def _policy(name: str, space: PixelSpace) -> Augmenter:
     spaces: dict[torch.device, PixelSpace] = {}  # a whitening's inverse is computed once, not per batch
 
     def apply(batch: Tensor, generator: torch.Generator) -> Tensor:
-        device_space = spaces.setdefault(batch.device, space.to(batch.device))
+        if (device := batch.device) not in spaces:
+            spaces[device] = space.to(device)
+        device_space = spaces[device]
         pixels = (device_space.decode(batch).clamp(0, 1) * 255).round().to(torch.uint8)
         seed = int(torch.randint(2**62, (), generator=generator))
         with forked_global(derive_seed(seed, "augment")):

@@ -17,6 +17,8 @@ from tests.gpu.fake_marks import CPU, Generator, mark_storage, place, tensors
 if TYPE_CHECKING:
     from tests.gpu.fake_cuda import FakeCuda
 
+_GROUP = "_group_tensors_by_device_and_dtype"
+
 
 class Graph:
     """Records the operations on CUDA tensors, and replays them on the same memory, without Python."""
@@ -273,6 +275,16 @@ def _backward(gpu: FakeCuda, run: Any) -> Any:
     return backward
 
 
+def _by_place(group: Any) -> Any:
+    """Return the grouping of an optimiser's tensors by device, which reads the true one in C++."""
+
+    def grouped(lists: Any, with_indices: bool = False) -> Any:
+        groups = group(lists, with_indices).items()
+        return {(place(parts[0][0][0]), dtype): parts for (_, dtype), parts in groups}
+
+    return grouped
+
+
 def replace_torch(gpu: FakeCuda, stack: contextlib.ExitStack) -> None:
     """Replace torch's functions until the stack is closed."""
     module = _Module(gpu)
@@ -294,6 +306,7 @@ def replace_torch(gpu: FakeCuda, stack: contextlib.ExitStack) -> None:
         (torch.accelerator, {"current_stream": current, "synchronize": module.synchronize}),
         (torch, {"Generator": Generator, "autocast": on_cpu, "is_autocast_enabled": lambda *_: is_on("cpu")}),
         (torch.amp, {"autocast": on_cpu}),
+        (torch._C, {_GROUP: _by_place(getattr(torch._C, _GROUP))}),
         (torch.autograd, {"_engine_run_backward": _backward(gpu, torch.autograd._engine_run_backward)}),
     ]
     for owner, values in replacements:
