@@ -170,7 +170,8 @@ class SRe2L:
         self._num_steps = max(1, int(ctx.config["steps"]))
         recipe = TeacherRecipe(epochs=config.teacher_epochs)
         spec = teacher_spec(ctx.dataset, ctx.split_name, config.teacher_arch, recipe, device=ctx.device)
-        self._net = ctx.pool.get([spec])[0].module().to(ctx.device).requires_grad_(False)
+        net = ctx.pool.get([spec])[0].module().requires_grad_(False)
+        self._net = net.to(ctx.device).to(memory_format=torch.channels_last)
         self._statistics = BatchStatistics(self._net)
         if not len(self._statistics):
             raise InputError(
