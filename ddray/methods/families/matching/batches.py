@@ -22,6 +22,7 @@ from ddray.nets import Net, build_net, reinitialize
 from ddray.seeding import derive_numpy, derive_seed
 from ddray.system.memory import memory_budget
 from ddray.training.dsa import DsaPlan, siamese
+from ddray.training.graph import WORTHWHILE_STEPS, Graphs
 from ddray.training.loop import augmenter, train
 from ddray.training.recipe import Recipe
 
@@ -33,8 +34,10 @@ Statistics = Callable[[Net, Tensor], tuple[Tensor, ...]]
 # fresh pages for each (unless ddray has told it to reuse memory). A DataDAM step (2,560 real images of 32 px)
 # took 2.09 s at 8 MiB, 1.86 at 16, 1.96 at 32 on 2 cores.
 _CHUNK_BYTES: Final = 16 * 2**20
-_MOST_CHUNK_BYTES: Final = 2**31  # on a GPU, which larger chunks do not keep busier
-_CHUNK_SHARE: Final = 4  # of the memory budget: a layer has its input, its output and a workspace
+_GPU_CHUNK_BYTES: Final = 2**31  # larger chunks do not keep a GPU busier
+# A chunk's map is such a part of the memory budget: a layer has its input, its output and a workspace, and a
+# CUDA graph has its memory for itself.
+_CHUNK_SHARES: Final = {"cpu": 4, "cuda": 16}
 _COPY_NOISE: Final = 0.1  # of the images' standard deviation
 
 
@@ -241,14 +244,20 @@ def initial_images(
 def chunks(total: int, sample_bytes: int, device: torch.device, budget: int | None = None) -> Iterator[slice]:
     """Yield slices over `total` samples whose largest maps (`sample_bytes` each) fit the cache or the GPU.
 
-    They also fit a quarter of `budget`, by default the device's `memory_budget`.
+    A chunk's forward pass also fits `budget`, by default the device's `memory_budget`.
     """
     budget = memory_budget(device) if budget is None else budget
-    most = _CHUNK_BYTES if device.type == "cpu" else _MOST_CHUNK_BYTES
-    size = max(1, min(total, min(most, budget // _CHUNK_SHARE) // max(1, sample_bytes)))
-    size -= size % 8 if size >= 8 else 0
+    most = _CHUNK_BYTES if device.type == "cpu" else _GPU_CHUNK_BYTES
+    size = max(1, min(total, min(most, budget // _CHUNK_SHARES[device.type]) // max(1, sample_bytes)))
+    if size >= 8 and (size < total or device.type == "cpu"):
+        size -= size % 8
     for start in range(0, total, size):
         yield slice(start, min(total, start + size))
+
+
+def step_graphs(ctx: DistillContext) -> Graphs:
+    """Return CUDA graphs for a function that each step calls: on a GPU, where there are enough steps."""
+    return Graphs(on=ctx.device.type == "cuda" and int(ctx.config["steps"]) >= WORTHWHILE_STEPS)
 
 
 class ImagesConfig(MethodConfig):
