@@ -105,15 +105,15 @@ def run_distillation(
     run = _Run(distiller, ctx, checkpoint, snapshots)
     last = distiller.num_steps if until is None else min(until, distiller.num_steps)
     losses, done = run.losses, run.restore()
-    if losses and done in eval_steps and on_step is not None:
-        on_step(done, _finite(losses[-1], done, settings))
+    if done and done in eval_steps and on_step is not None:
+        on_step(done, _finite(losses.last(), done, settings))
     timer = StepTimer(ctx.device)
     for step in range(done + 1, last + 1):
-        losses.append(distiller.step()["loss"].detach().reshape(1))
+        losses.add(distiller.step()["loss"])
         look = step % every == 0 or step == last or step in eval_steps or run.keeps(step)
         timer.stop(sync=look)
         if look:
-            value = _finite(losses[-1], step, settings)
+            value = _finite(losses.last(), step, settings)
             run.keep(step)
             run.save(step)
             if on_step is not None:
@@ -122,7 +122,7 @@ def run_distillation(
     distilled = run.snapshot(last)
     return Distillation(
         distilled=distilled,
-        losses=torch.cat(losses).cpu().float() if losses else torch.zeros(0),
+        losses=losses.all().float(),
         resumed_from_step=done,
         wall_s=time.perf_counter() - begin,
         seconds_per_step=timer.median(),
@@ -130,6 +130,32 @@ def run_distillation(
         measures=getattr(distiller, "measures", {}),
         **run.meter.spent(),
     )
+
+
+class _Losses:
+    """The loss of every step: on the CPU, but for those since the last look, where the method left them."""
+
+    def __init__(self) -> None:
+        self._past, self._recent = torch.zeros(0), list[Tensor]()
+
+    def add(self, loss: Tensor) -> None:
+        """Add a scalar on any device, without waiting for it."""
+        self._recent.append(loss.detach().reshape(1))
+
+    def all(self) -> Tensor:
+        """Return the losses [num_steps] on the CPU (the only sync in the loop)."""
+        if self._recent:
+            self._past = torch.cat([self._past, torch.cat(self._recent).cpu()])
+            self._recent = []
+        return self._past
+
+    def last(self) -> float:
+        """Return the latest loss."""
+        return float(self.all()[-1])
+
+    def restore(self, losses: Tensor) -> None:
+        """Begin with the losses [num_steps] of a checkpoint."""
+        self._past, self._recent = losses, []
 
 
 class _Run:
@@ -142,7 +168,7 @@ class _Run:
         self._snapshots = snapshots or Snapshots(Path(), ())
         self.meter = Meter(ctx.device)
         self.pool = MeteredPool(ctx.pool, self.meter)
-        self.losses: list[Tensor] = []
+        self.losses = _Losses()
         distiller.setup(replace(ctx, pool=self.pool))
 
     def restore(self) -> int:
@@ -156,7 +182,7 @@ class _Run:
             log.warning(text, ", ".join(map(str, missing)), self._snapshots.folder)
             return 0
         self._distiller.load_state_dict(checkpoint["state"])
-        self.losses.extend(checkpoint["losses"].to(self._ctx.device).split(1))
+        self.losses.restore(checkpoint["losses"])
         self.meter.continue_from(checkpoint.get("spent"))
         self.keep(step)  # the run may have been cut off before, or was one of as many steps
         return step
@@ -168,7 +194,7 @@ class _Run:
         checkpoint = {
             "step": step,
             "state": self._distiller.state_dict(),
-            "losses": torch.cat(self.losses).cpu(),
+            "losses": self.losses.all(),
             "spent": self.meter.spent(),
         }
         write_atomically(self._checkpoint, lambda file: torch.save(checkpoint, file))
@@ -199,12 +225,11 @@ def rate_name(settings: Mapping[str, Any]) -> str:
     return next((name for name in ("lr_img", "lr_outer") if name in settings), "its learning rate")
 
 
-def _finite(loss: Tensor, step: int, settings: Mapping[str, Any]) -> float:
-    """Return the loss as a float (the only sync in the loop)."""
-    value = float(loss)
-    if math.isfinite(value):
-        return value
-    raise DivergedError(f"the loss must stay finite, got {value} at step {step}; lower {rate_name(settings)}")
+def _finite(loss: float, step: int, settings: Mapping[str, Any]) -> float:
+    """Return the loss; DivergedError if it is NaN or infinite."""
+    if math.isfinite(loss):
+        return loss
+    raise DivergedError(f"the loss must stay finite, got {loss} at step {step}; lower {rate_name(settings)}")
 
 
 class StepTimer:

@@ -10,6 +10,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddray.errors import InputError, one_line
@@ -225,12 +226,39 @@ def reinitialize(net: Net, seed: int) -> None:
     """Draw fresh weights and buffers in place: the same bytes as `build_net(..., seed=seed)`.
 
     Parameters keep their identity and memory format, so a compiled network needs no recompilation.
-    Gradients are left alone.
+    Gradients are left alone. Nothing waits for the device.
     """
     tensors = list(chain(net.parameters(), net.buffers()))
-    fresh = build_net(net.arch, net.image_shape, net.num_classes, seed=seed, device=tensors[0].device)
+    device = tensors[0].device
+    if type(net.body) is ChainNet and not parse_arch(net.arch).is_external:
+        fresh = _twin(net.arch, net.image_shape, net.num_classes, device)
+        # A chain's layers draw in their order and nothing is drawn besides, as when it is built.
+        with forked_global(derive_seed(seed, "net"), device):
+            for layer in fresh.modules():
+                if (reset := getattr(layer, "reset_parameters", None)) is not None:
+                    reset()
+    else:
+        with _ScalarsOnDevice():
+            fresh = build_net(net.arch, net.image_shape, net.num_classes, seed=seed, device=device)
     for old, new in zip(tensors, chain(fresh.parameters(), fresh.buffers()), strict=True):
         old.copy_(new)
+
+
+@lru_cache(maxsize=4)
+def _twin(arch: str, image_shape: tuple[int, int, int], num_classes: int, device: torch.device) -> Net:
+    """Return a network to draw weights in: their order depends on the memory format."""
+    return build_net(arch, image_shape, num_classes, seed=0, device=device)
+
+
+class _ScalarsOnDevice(TorchFunctionMode):
+    """Fills scalars, such as batch norm's counters, where they are: a copy from the CPU would be waited for."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.tensor and args and isinstance(args[0], int | float):
+            return torch.full((), *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 def is_per_sample(net: nn.Module) -> bool:

@@ -53,7 +53,7 @@ def resized_crops(images: Tensor, boxes: Tensor, flips: Tensor | None = None) ->
     """
     height, width = images.shape[2:]
     top, left, rows, columns = boxes.to(images.dtype).unbind(1)
-    theta = images.new_zeros(len(boxes), 2, 3).to(boxes.device)
+    theta = torch.zeros(len(boxes), 2, 3, dtype=images.dtype, device=boxes.device)
     sign = 1 if flips is None else 1 - 2 * flips.to(theta)
     theta[:, 0, 0], theta[:, 0, 2] = sign * columns / width, (2 * left + columns) / width - 1
     theta[:, 1, 1], theta[:, 1, 2] = rows / height, (2 * top + rows) / height - 1

@@ -162,11 +162,14 @@ class Step:
         graphed = device.type == "cuda" and num_steps >= WORTHWHILE_STEPS
         options: dict[str, Any] = {"lr": lr}
         if device.type == "cuda":
-            options = {"lr": torch.tensor(lr, device=device), "fused": True}
+            options["fused"] = True
             if "capturable" in inspect.signature(rule.optimizer).parameters:
                 options["capturable"] = graphed
         params = self._model.params if rule.groups is None else rule.groups(nets[0])
         self.optimizer = rule.optimizer(params, **options)
+        if device.type == "cuda":  # filled on the device: a constructor would wait to check it
+            for group in self.optimizer.param_groups:
+                group["lr"] = torch.full((), float(lr), device=device)
         self._lr = lr
         self._chunked = device.type == "cpu" and not fused and is_per_sample(nets[0])
         self._loss_sum = torch.zeros((), device=device)

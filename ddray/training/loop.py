@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +30,11 @@ def train(
     augment: Augmenter | None,
     on_epoch: Callable[[Tensor], None] | None = None,
     regress: bool = False,
-) -> float:
+    step: Step | None = None,
+) -> Tensor:
     """Train `net` in place, leave it in eval mode, and return the mean loss of the last epoch.
+
+    The loss is a scalar on the device, which nothing has waited for.
 
     Args:
         net: the network, on the images' device.
@@ -41,12 +45,11 @@ def train(
         augment: applied to every batch, before CutMix; None leaves it as it is.
         on_epoch: called with each epoch's mean loss, a scalar on the device.
         regress: train on the mean squared error from the targets, instead of on the cross entropy.
+        step: a `training_step` of the network and the recipe, of one phase, that serves many trainings.
     """
     form = training_format(net, images.device)
     images = images.contiguous(memory_format=form)
     net.to(memory_format=form).train()
-    optimizer = partial(torch.optim.SGD, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
-    rule = Rule(F.mse_loss if regress else mixed_cross_entropy, optimizer)
     order = Order(len(labels), recipe.batch)
     epoch = len(order.sizes)
 
@@ -59,15 +62,25 @@ def train(
 
     loss = torch.zeros(())
     for rates in _phases(recipe):
+        num_steps = len(rates) * epoch
         loss = run(
-            Step([net], rule, num_steps=len(rates) * epoch),
-            map(batch, order.indices(generator, images.device)),
+            step or training_step(net, recipe, num_steps, regress=regress),
+            islice(map(batch, order.indices(generator, images.device)), num_steps),
             lr=lambda step, rates=rates: rates[step // epoch],  # type: ignore[misc]
             epoch=epoch,
             on_epoch=on_epoch,
         )
     net.to(memory_format=torch.channels_last).eval()
-    return float(loss)
+    return loss
+
+
+def training_step(net: Net, recipe: Recipe, num_steps: int, *, regress: bool = False) -> Step:
+    """Return the engine's step that trains `net` by a recipe, `num_steps` times in all trainings together.
+
+    Of several trainings, each begins with the momentum that the one before has left.
+    """
+    optimizer = partial(torch.optim.SGD, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+    return Step([net], Rule(F.mse_loss if regress else mixed_cross_entropy, optimizer), num_steps=num_steps)
 
 
 def _phases(recipe: Recipe) -> list[list[float]]:
@@ -130,7 +143,9 @@ def _policy(name: str, space: PixelSpace) -> Augmenter:
     spaces: dict[torch.device, PixelSpace] = {}  # a whitening's inverse is computed once, not per batch
 
     def apply(batch: Tensor, generator: torch.Generator) -> Tensor:
-        device_space = spaces.setdefault(batch.device, space.to(batch.device))
+        if (device := batch.device) not in spaces:
+            spaces[device] = space.to(device)
+        device_space = spaces[device]
         pixels = (device_space.decode(batch).clamp(0, 1) * 255).round().to(torch.uint8)
         seed = int(torch.randint(2**62, (), generator=generator))
         with forked_global(derive_seed(seed, "augment")):

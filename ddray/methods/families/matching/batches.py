@@ -22,8 +22,9 @@ from ddray.nets import Net, build_net, reinitialize
 from ddray.seeding import derive_numpy, derive_seed
 from ddray.system.memory import memory_budget
 from ddray.training.dsa import DsaPlan, siamese
+from ddray.training.engine import Order, Step
 from ddray.training.graph import WORTHWHILE_STEPS, Graphs
-from ddray.training.loop import augmenter, train
+from ddray.training.loop import augmenter, train, training_step
 from ddray.training.recipe import Recipe
 
 Init = Literal["random", "first", "kcenter", "noise"]
@@ -34,10 +35,9 @@ Statistics = Callable[[Net, Tensor], tuple[Tensor, ...]]
 # fresh pages for each (unless ddray has told it to reuse memory). A DataDAM step (2,560 real images of 32 px)
 # took 2.09 s at 8 MiB, 1.86 at 16, 1.96 at 32 on 2 cores.
 _CHUNK_BYTES: Final = 16 * 2**20
-_GPU_CHUNK_BYTES: Final = 2**31  # larger chunks do not keep a GPU busier
-# A chunk's map is such a part of the memory budget: a layer has its input, its output and a workspace, and a
-# CUDA graph has its memory for itself.
-_CHUNK_SHARES: Final = {"cpu": 4, "cuda": 16}
+_MOST_CHUNK_BYTES: Final = 2**31  # on a GPU, which larger chunks do not keep busier
+CHUNK_SHARE: Final = 4  # of the memory budget: a layer has its input, its output and a workspace
+_GPU_SHARE: Final = 16  # a quarter of that, as a chunk's CUDA graph has its memory for itself
 _COPY_NOISE: Final = 0.1  # of the images' standard deviation
 
 
@@ -125,6 +125,7 @@ class RealBranch:
         self.net = net.to(memory_format=torch.channels_last)
         self.sample_bytes = max(self.net.eval().map_bytes(), default=1)
         self.net.train()
+        self._trainer: Step | None = None
         self.budget = memory_budget(ctx.device, ctx.memory_budget)
 
     @property
@@ -153,8 +154,12 @@ class RealBranch:
         """Train the network on synthetic images, augmented as for matching: SGD at one rate, no momentum."""
         sgd = {"lr": lr, "momentum": 0.0, "weight_decay": 0.0, "schedule": "constant"}
         recipe = Recipe.parse({**sgd, "epochs": epochs, "batch": batch, "augment": self._augment})
+        if self._trainer is None:  # one for the whole run, and so one CUDA graph
+            num_steps = self._ctx.config["steps"] * epochs * len(Order(len(labels), batch).sizes)
+            self._trainer = training_step(self.net, recipe, num_steps)
         augment = augmenter(self._augment, can_flip=self._ctx.dataset.can_flip, space=self._ctx.space)
-        train(self.net, images, labels.to(images.device), recipe, generator=generator, augment=augment)
+        labels = labels.to(images.device)
+        train(self.net, images, labels, recipe, generator=generator, augment=augment, step=self._trainer)
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, DsaPlan | None]:
         """Return indices of real images [K * n], class-sorted, and augmentation parameters for each class."""
@@ -247,9 +252,10 @@ def chunks(total: int, sample_bytes: int, device: torch.device, budget: int | No
     A chunk's forward pass also fits `budget`, by default the device's `memory_budget`.
     """
     budget = memory_budget(device) if budget is None else budget
-    most = _CHUNK_BYTES if device.type == "cpu" else _GPU_CHUNK_BYTES
-    size = max(1, min(total, min(most, budget // _CHUNK_SHARES[device.type]) // max(1, sample_bytes)))
-    if size >= 8 and (size < total or device.type == "cpu"):
+    on_cpu = device.type == "cpu"
+    most, share = (_CHUNK_BYTES, CHUNK_SHARE) if on_cpu else (_MOST_CHUNK_BYTES, _GPU_SHARE)
+    size = max(1, min(total, min(most, budget // share) // max(1, sample_bytes)))
+    if size >= 8 and (on_cpu or size < total):
         size -= size % 8
     for start in range(0, total, size):
         yield slice(start, min(total, start + size))

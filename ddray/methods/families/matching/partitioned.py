@@ -22,6 +22,7 @@ from ddray.methods.families.matching.batches import Init, RealBranch, initial_im
 from ddray.methods.families.matching.groups import rows_of
 from ddray.methods.families.state import images_state, load_images_state
 from ddray.nets import Net
+from ddray.training.compiled import compiled
 from ddray.training.dsa import DsaPlan
 from ddray.training.recipe import idc_mixes
 
@@ -124,7 +125,7 @@ class FeaturePairs:
         self.batches, self.net = self._branch.batches, self._branch.net.requires_grad_(False)
         self.renew = self._branch.renew
         self.num_classes = ctx.dataset.num_classes
-        self._embed_real = torch.compile(embedding, dynamic=False) if ctx.compile else embedding
+        self._embed_real = compiled(embedding, on=ctx.compile)
         self._real_graphs = step_graphs(ctx)
         self._labels_syn = torch.arange(self.num_classes).repeat_interleave(learned.parts)
 
