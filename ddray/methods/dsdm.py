@@ -43,6 +43,7 @@ from torch import Tensor
 from ddray.distillation.method import DistillContext, Target
 from ddray.errors import InputError
 from ddray.methods.families.factory import make_method
+from ddray.methods.families.matching.batches import step_graphs
 from ddray.methods.families.matching.covariance import covariance_distance
 from ddray.methods.families.matching.groups import rows_of
 from ddray.methods.families.matching.partitioned import (
@@ -56,7 +57,6 @@ from ddray.methods.families.matching.partitioned import (
 from ddray.methods.families.matching.pretrained import PoolConfig, pretrained_specs, stored_features
 from ddray.methods.families.state import copy_values, cpu_copy
 from ddray.pool.spec import PoolSpec
-from ddray.training.graph import Graphs
 from ddray.training.recipe import idc_mixes
 
 _BASE_SIZES: Final = {"mnist": 28, "imagenet": 224, "imagenette": 224, "imagewoof": 224, "imagesquawk": 224}
@@ -193,7 +193,7 @@ class DSDM(PartitionedEngine):
         self._features = stored_features(ctx, entries) if config.augment == "none" else None
         self._memory: Tensor | None = None
         self._member = 0
-        self._prototype_graphs = Graphs(on=ctx.device.type == "cuda")
+        self._prototype_graphs = step_graphs(ctx)
 
     def step(self) -> dict[str, Tensor]:
         """Match one batch under one network, update the images, then their memory."""

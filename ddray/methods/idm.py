@@ -153,7 +153,7 @@ class IDM(PartitionedEngine):
         num, batch = len(self._labels), self._config.batch_train
         if num < MANY_IMAGES:
             return torch.randperm(num, generator=generator)[:batch]
-        return distinct(torch.tensor([num]), batch, generator)[0]
+        return distinct(torch.tensor([num]), min(num, batch), generator)[0]
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "queue": self._queue.state_dict()}

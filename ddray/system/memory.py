@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import os
 import re
 import sys
@@ -89,13 +88,12 @@ def shrink_budget() -> None:
     _halvings.append(None)
 
 
-@functools.cache
 def _total_bytes(device: torch.device) -> int:
     """Return the memory of a device; for a CPU the machine's, or a container's limit."""
     if device.type == "cuda":
         import torch
 
-        return int(torch.cuda.mem_get_info(device)[1])
+        return int(torch.cuda.get_device_properties(device).total_memory)
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with contextlib.suppress(OSError, ValueError):  # no cgroup, or "max"
         total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))

@@ -55,6 +55,7 @@ NO_KERNEL = (
     *("_unsafe_view", "_reshape_alias", "_local_scalar"),
 )
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
+_PAST_DISPATCH = {Tensor.new_tensor, Tensor.__deepcopy__}  # their results come from no operation
 MOVES = {"copy_", "_to_copy", "set_"}
 # Besides pointwise operations, these take a CPU scalar (no axes) along with CUDA tensors.
 TAKE_SCALARS = {
@@ -92,7 +93,11 @@ class _Operations(TorchDispatchMode):
         self._gpu = gpu
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        gpu, kwargs = self._gpu, kwargs or {}
+        with torch._C.DisableTorchFunction():
+            return self._run(func, args, kwargs or {})
+
+    def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        gpu = self._gpu
         name = func._schema.name.partition("::")[2]
         inputs = tensors((args, kwargs))
         places = [place(tensor) for tensor in inputs]
@@ -176,6 +181,7 @@ class FakeCuda(TorchFunctionMode):
         devices: how many.
         memory: bytes of each; an allocation beyond raises torch.OutOfMemoryError.
         capture_fails: no graph can be captured, as when a kernel does not allow it.
+        autocasts: False: autocast for CUDA computes in float32, as a CPU run to compare with does.
 
     Attributes:
         syncs: waits for a device, by what waited and the innermost line of ddray.
@@ -189,10 +195,12 @@ class FakeCuda(TorchFunctionMode):
 
     stream: Stream
 
-    def __init__(self, *, devices: int = 1, memory: int = 80 << 30, capture_fails: bool = False) -> None:
+    def __init__(
+        self, *, devices: int = 1, memory: int = 80 << 30, capture_fails: bool = False, autocasts: bool = True
+    ) -> None:
         super().__init__()
         self.memories = [Memory(memory) for _ in range(devices)]
-        self.capture_fails = capture_fails
+        self.capture_fails, self.autocasts = capture_fails, autocasts
         self.current = 0
         self.graph: Graph | None = None
         self.home: torch.device | None = None  # of the Python call that runs
@@ -249,14 +257,13 @@ class FakeCuda(TorchFunctionMode):
 
     def mark(self, results: Any, device: torch.device, inputs: Any = ()) -> Any:
         """Say that results that share no memory with `inputs` are on `device`; return the results."""
-        old = {
-            unwrapped(tensor).untyped_storage()._cdata for tensor in inputs if place(tensor).type != "meta"
-        }
-        for tensor in map(unwrapped, tensors(results)):
-            if tensor.device.type == "cpu" and tensor.untyped_storage()._cdata not in old:
-                if device.type == "cuda":
+        new = [tensor for tensor in map(unwrapped, tensors(results)) if tensor.device.type == "cpu"]
+        old = {tensor.untyped_storage()._cdata for tensor in map(unwrapped, inputs if new else ())}
+        for storage in [tensor.untyped_storage() for tensor in new]:
+            if storage._cdata not in old:
+                if self.opened is None and device.type == "cuda":
                     self.open()
-                mark_storage(tensor.untyped_storage(), device, self.memories)
+                mark_storage(storage, device, self.memories)
         return results
 
     def move(self, tensor: Tensor, device: torch.device, non_blocking: bool = False) -> Tensor:
@@ -288,6 +295,8 @@ class FakeCuda(TorchFunctionMode):
             result = handler(self, func, args, kwargs)
             if result is not NotImplemented:
                 return result
+        if getattr(func, "__name__", "") == "__get__":  # an attribute: no new memory
+            return func(*args)
         return self.run(func, args, kwargs)
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -305,7 +314,9 @@ class FakeCuda(TorchFunctionMode):
             results = func(*args, **kwargs)
         finally:
             self.home, self.explicit = before
-        return results if func is Tensor.copy_ else self.mark(results, home, inputs)
+        if explicit is not None or func in _PAST_DISPATCH:
+            self.mark(results, home, inputs)
+        return results
 
     def _check_generators(self, values: Any, home: torch.device) -> None:
         for value in values:

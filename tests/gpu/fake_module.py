@@ -296,6 +296,8 @@ def replace_torch(gpu: FakeCuda, stack: contextlib.ExitStack) -> None:
         """Autocast for CUDA by the CPU's lists; without a dtype it is float16 there."""
         if torch.device(device_type).type != "cuda":
             return autocast(device_type, dtype, *args, **kwargs)
+        if not gpu.autocasts:
+            return contextlib.nullcontext()
         return autocast("cpu", torch.float16 if dtype is None else dtype, *args, **kwargs)
 
     def current(device: Any = None) -> Any:

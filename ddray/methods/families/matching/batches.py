@@ -23,6 +23,7 @@ from ddray.seeding import derive_numpy, derive_seed
 from ddray.system.memory import memory_budget
 from ddray.training.dsa import DsaPlan, siamese
 from ddray.training.engine import Order, Step
+from ddray.training.graph import WORTHWHILE_STEPS, Graphs
 from ddray.training.loop import augmenter, train, training_step
 from ddray.training.recipe import Recipe
 
@@ -36,6 +37,7 @@ Statistics = Callable[[Net, Tensor], tuple[Tensor, ...]]
 _CHUNK_BYTES: Final = 16 * 2**20
 _MOST_CHUNK_BYTES: Final = 2**31  # on a GPU, which larger chunks do not keep busier
 CHUNK_SHARE: Final = 4  # of the memory budget: a layer has its input, its output and a workspace
+_GPU_SHARE: Final = 16  # a quarter of that, as a chunk's CUDA graph has its memory for itself
 _COPY_NOISE: Final = 0.1  # of the images' standard deviation
 
 
@@ -247,14 +249,21 @@ def initial_images(
 def chunks(total: int, sample_bytes: int, device: torch.device, budget: int | None = None) -> Iterator[slice]:
     """Yield slices over `total` samples whose largest maps (`sample_bytes` each) fit the cache or the GPU.
 
-    They also fit a quarter of `budget`, by default the device's `memory_budget`.
+    A chunk's forward pass also fits `budget`, by default the device's `memory_budget`.
     """
     budget = memory_budget(device) if budget is None else budget
-    most = _CHUNK_BYTES if device.type == "cpu" else _MOST_CHUNK_BYTES
-    size = max(1, min(total, min(most, budget // CHUNK_SHARE) // max(1, sample_bytes)))
-    size -= size % 8 if size >= 8 else 0
+    on_cpu = device.type == "cpu"
+    most, share = (_CHUNK_BYTES, CHUNK_SHARE) if on_cpu else (_MOST_CHUNK_BYTES, _GPU_SHARE)
+    size = max(1, min(total, min(most, budget // share) // max(1, sample_bytes)))
+    if size >= 8 and (on_cpu or size < total):
+        size -= size % 8
     for start in range(0, total, size):
         yield slice(start, min(total, start + size))
+
+
+def step_graphs(ctx: DistillContext) -> Graphs:
+    """Return CUDA graphs for a function that each step calls: on a GPU, where there are enough steps."""
+    return Graphs(on=ctx.device.type == "cuda" and int(ctx.config["steps"]) >= WORTHWHILE_STEPS)
 
 
 class ImagesConfig(MethodConfig):

@@ -15,7 +15,7 @@ def distinct(lengths: Tensor, num: int, generator: torch.Generator) -> Tensor:
 
     That is a uniform draw without replacement. A quarter more are drawn than are needed, and as many again
     until every row has enough: 256 of 1,300 for 1,000 rows take 6 ms, keys for all of them 16; 256 of
-    1,281,167 take .4 ms, a permutation 13.
+    1,281,167 take .4 ms, a permutation 13. A table of K times the longest row says which positions are new.
 
     Args:
         lengths: int64 [K], positions of each row, at least `num`.

@@ -36,10 +36,10 @@ def class_groups(num_classes: int, class_bytes: int, budget: int, *, mixes: bool
     if needed > budget:
         what = "all classes, whose samples batch norm mixes" if mixes else "the images of one class"
         log.warning(
-            "a step takes about %d MiB for %s, more than memory_budget (%d MiB)",
-            needed >> 20,
+            "a step takes about %.1f MiB for %s, more than memory_budget (%.1f MiB)",
+            needed / 2**20,
             what,
-            budget >> 20,
+            budget / 2**20,
         )
     if mixes:
         return [slice(0, num_classes)]

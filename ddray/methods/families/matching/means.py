@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ddray.distillation.method import DistillContext, Distiller, Target
 from ddray.methods.families.factory import make_method
-from ddray.methods.families.matching.batches import ImagesConfig, ImagesEngine, Statistics
+from ddray.methods.families.matching.batches import ImagesConfig, ImagesEngine, Statistics, step_graphs
 from ddray.methods.families.matching.groups import rows_of
 from ddray.nets import Net
-from ddray.training.graph import Graphs
+from ddray.training.compiled import compiled
 
 MeansLoss = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 
@@ -72,8 +72,8 @@ class MeanMatching(ImagesEngine):
         self._branch.net.requires_grad_(False)
         self._class_labels = torch.arange(ctx.dataset.num_classes).repeat_interleave(ctx.ipc)
         self._statistics = statistics = in_precision(statistics, config.precision, ctx.device)
-        self._compiled = torch.compile(statistics, dynamic=False) if ctx.compile else statistics
-        self._real_graphs, self._graphs = (Graphs(on=ctx.device.type == "cuda") for _ in range(2))
+        self._compiled = compiled(statistics, on=ctx.compile)
+        self._real_graphs, self._graphs = (step_graphs(ctx) for _ in range(2))
         self._groups = self._branch.groups(lambda images: statistics(self._branch.net, images), ctx.ipc)
 
     def step(self) -> dict[str, Tensor]:

@@ -18,12 +18,12 @@ from torch import Tensor
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.artifact.partition import Partition, Resize, compose, expand
 from ddray.distillation.method import DistillContext, MethodConfig, Target
-from ddray.methods.families.matching.batches import Init, RealBranch, initial_images
+from ddray.methods.families.matching.batches import Init, RealBranch, initial_images, step_graphs
 from ddray.methods.families.matching.groups import rows_of
 from ddray.methods.families.state import images_state, load_images_state
 from ddray.nets import Net
+from ddray.training.compiled import compiled
 from ddray.training.dsa import DsaPlan
-from ddray.training.graph import Graphs
 from ddray.training.recipe import idc_mixes
 
 
@@ -125,8 +125,8 @@ class FeaturePairs:
         self.batches, self.net = self._branch.batches, self._branch.net.requires_grad_(False)
         self.renew = self._branch.renew
         self.num_classes = ctx.dataset.num_classes
-        self._embed_real = torch.compile(embedding, dynamic=False) if ctx.compile else embedding
-        self._real_graphs = Graphs(on=ctx.device.type == "cuda")
+        self._embed_real = compiled(embedding, on=ctx.compile)
+        self._real_graphs = step_graphs(ctx)
         self._labels_syn = torch.arange(self.num_classes).repeat_interleave(learned.parts)
 
     def groups(self) -> list[slice]:
@@ -185,7 +185,7 @@ class PartitionedEngine:
         self._ctx, self._step = ctx, 0
         self._learned = LearnedImages(ctx, config)
         self._pairs = FeaturePairs(ctx, config, self._learned)
-        self._graphs = Graphs(on=ctx.device.type == "cuda")
+        self._graphs = step_graphs(ctx)
 
     @cached_property
     def _groups(self) -> list[slice]:
