@@ -46,6 +46,21 @@ def test_the_distances_are_those_of_each_layers_input() -> None:
     assert len(statistics.distances) == 2  # the hooks are gone
 
 
+def test_batches_that_go_through_at_once_have_the_gradient_of_their_sum(planned: Any, toy: Any) -> None:
+    _, ctx, method = planned("sre2l", toy(), ipc=4, steps=1, method=QUICK)
+    method.setup(ctx)
+    engine = method._engine
+    engine._net.double()
+    views = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = torch.arange(3).repeat(4)
+
+    loss, gradient = engine._recover(views, labels)
+
+    parts = [engine._recover(part, labels[:3]) for part in views.split(3)]
+    torch.testing.assert_close(loss, sum(part[0] for part in parts), rtol=1e-9, atol=0)
+    torch.testing.assert_close(gradient, torch.cat([part[1] for part in parts]), rtol=1e-9, atol=1e-12)
+
+
 def test_the_first_layers_distance_counts_tenfold() -> None:
     logits, labels = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0])
     distances = [torch.tensor(2.0), torch.tensor(3.0), torch.tensor(5.0)]
