@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self, get_args
+from typing import Annotated, Any, Self, get_args
 
 import yaml
 from pydantic import (
@@ -155,8 +155,6 @@ class _Loader(yaml.SafeLoader):
     word. Of two equal keys YAML silently takes the last.
     """
 
-    yaml_implicit_resolvers: ClassVar = {}
-
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         names: set[tuple[str, str]] = set()
@@ -183,6 +181,7 @@ _SCALARS = (
     ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
     ("merge", "<<", "<"),
 )
+_Loader.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in _SCALARS:
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), [*_first])
 _Loader.add_constructor("tag:yaml.org,2002:int", _integer)

@@ -25,7 +25,7 @@ recipe `sre2l` is the authors' code.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, ClassVar, Final, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,7 @@ from ddray.methods.families.factory import make_method
 from ddray.methods.families.matching.batches import initial_images
 from ddray.methods.families.matching.groups import image_bytes
 from ddray.methods.families.state import cpu_copy, load_optimizer_state, optimizer_state
+from ddray.nets import Net
 from ddray.pool.spec import teacher_spec
 from ddray.system.memory import memory_budget
 from ddray.training.crops import draw_boxes, resized_crops
@@ -110,7 +111,7 @@ class BatchStatistics:
     def _note(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         """Eq 7: ||mean - running mean|| + ||variance - running variance||, over the layer's channels."""
         first = int(self._num_batches > 1)  # the axis of a batch's images
-        maps = inputs[0].unflatten(0, (self._num_batches, -1)) if first else inputs[0]
+        maps: Tensor = torch.unflatten(inputs[0], 0, (self._num_batches, -1)) if first else inputs[0]
         axes = [first, *range(first + 2, maps.ndim)]
         mean, variance = maps.mean(axes), maps.var(axes, unbiased=False)
         differences = mean - layer.running_mean, variance - layer.running_var  # type: ignore[operator]
@@ -170,7 +171,7 @@ class SRe2L:
         self._num_steps = max(1, int(ctx.config["steps"]))
         recipe = TeacherRecipe(epochs=config.teacher_epochs)
         spec = teacher_spec(ctx.dataset, ctx.split_name, config.teacher_arch, recipe, device=ctx.device)
-        net = ctx.pool.get([spec])[0].module().requires_grad_(False)
+        net = cast(Net, ctx.pool.get([spec])[0].module()).requires_grad_(False)
         self._net = net.to(ctx.device).to(memory_format=torch.channels_last)
         self._statistics = BatchStatistics(self._net)
         if not len(self._statistics):
@@ -198,16 +199,21 @@ class SRe2L:
         gradient = torch.empty_like(self._images)
         for first in range(0, ctx.ipc, self._num_batches):
             part = slice(first, first + self._num_batches)
-            images = self._images.detach().unflatten(0, (-1, ctx.ipc))[:, part].requires_grad_(True)
+            images = self._by_class(self._images.detach())[:, part].requires_grad_(True)
             views = torch.cat([self._view(batch, generator) for batch in images.unbind(1)])
             loss, outer = self._graphs(self._recover, (views.detach(), self._classes[: len(views)]))
-            (gradient.unflatten(0, (-1, ctx.ipc))[:, part],) = torch.autograd.grad(views, images, outer)
+            (self._by_class(gradient)[:, part],) = torch.autograd.grad(views, images, outer)
             total += loss / ctx.ipc
         self._images.grad = gradient
         self._optimizer.step()
         with torch.no_grad():
             self._images.clamp_(self._low, self._high)
         return {"loss": total}
+
+    def _by_class(self, rows: Tensor) -> Tensor:
+        """Return class-sorted rows [K * ipc, ...] as [K, ipc, ...], a view."""
+        view: Tensor = torch.unflatten(rows, 0, (-1, self._ctx.ipc))
+        return view
 
     def _view(self, batch: Tensor, generator: torch.Generator) -> Tensor:
         config = self._config

@@ -59,7 +59,7 @@ def resized_crops(images: Tensor, boxes: Tensor, flips: Tensor | None = None) ->
     sign = 1 if flips is None else 1 - 2 * flips.to(theta)
     theta[:, 0, 0], theta[:, 0, 2] = sign * columns / width, (2 * left + columns) / width - 1
     theta[:, 1, 1], theta[:, 1, 2] = rows / height, (2 * top + rows) / height - 1
-    grid = F.affine_grid(theta.to(images.device, non_blocking=True), list(images.shape), align_corners=False)
+    grid = F.affine_grid(to_device(theta, images.device), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
@@ -124,8 +124,8 @@ def padded_crop(
     if flip:
         flips = torch.rand(num, generator=generator) < 0.5
         columns = torch.where(flips[:, None], columns.flip(1), columns)
-    rows = (places[0][:, None] + torch.arange(height)).to(images.device, non_blocking=True)
-    columns = (places[1][:, None] + columns).to(images.device, non_blocking=True)
+    rows = to_device(places[0][:, None] + torch.arange(height), images.device)
+    columns = to_device(places[1][:, None] + columns, images.device)
     padded = fill + images.new_zeros(num, channels, height + 2 * padding, width + 2 * padding)
     padded[:, :, padding : padding + height, padding : padding + width] = images
     index = torch.arange(num, device=images.device)[:, None, None]

@@ -1,8 +1,7 @@
 """Training a network by a recipe, augmented by name: for protocols, the pool and methods' inner loops."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +29,6 @@ def train(
     augment: Augmenter | None,
     on_epoch: Callable[[Tensor], None] | None = None,
     regress: bool = False,
-    step: Step | None = None,
 ) -> Tensor:
     """Train `net` in place, leave it in eval mode, and return the mean loss of the last epoch.
 
@@ -45,33 +43,40 @@ def train(
         augment: applied to every batch, before CutMix; None leaves it as it is.
         on_epoch: called with each epoch's mean loss, a scalar on the device.
         regress: train on the mean squared error from the targets, instead of on the cross entropy.
-        step: a `training_step` of the network and the recipe, of one phase, that serves many trainings.
     """
     form = training_format(net, images.device)
     images = images.contiguous(memory_format=form)
     net.to(memory_format=form).train()
-    order = Order(len(labels), recipe.batch)
-    epoch = len(order.sizes)
-
-    def batch(index: Tensor) -> Batch:
-        inputs = images[index]
-        if augment is not None:
-            inputs = augment(inputs, generator)
-        mixed = cutmix(inputs, recipe.cutmix, generator) if recipe.cutmix > 0 and not regress else None
-        return (inputs, labels[index]) if mixed is None else (mixed.images, *mixed.targets(labels[index]))
-
+    epoch = len(Order(len(labels), recipe.batch).sizes)
     loss = torch.zeros(())
     for rates in _phases(recipe):
-        num_steps = len(rates) * epoch
         loss = run(
-            step or training_step(net, recipe, num_steps, regress=regress),
-            islice(map(batch, order.indices(generator, images.device)), num_steps),
+            training_step(net, recipe, len(rates) * epoch, regress=regress),
+            training_batches(images, labels, recipe, generator=generator, augment=augment, regress=regress),
             lr=lambda step, rates=rates: rates[step // epoch],  # type: ignore[misc]
             epoch=epoch,
             on_epoch=on_epoch,
         )
     net.to(memory_format=torch.channels_last).eval()
     return loss
+
+
+def training_batches(
+    images: Tensor,
+    labels: Tensor,
+    recipe: Recipe,
+    *,
+    generator: torch.Generator,
+    augment: Augmenter | None,
+    regress: bool = False,
+) -> Iterator[Batch]:
+    """Yield the batches of a training, without end, in the recipe's order, augmented and mixed; see `train`."""
+    for index in Order(len(labels), recipe.batch).indices(generator, images.device):
+        inputs = images[index]
+        if augment is not None:
+            inputs = augment(inputs, generator)
+        mixed = cutmix(inputs, recipe.cutmix, generator) if recipe.cutmix > 0 and not regress else None
+        yield (inputs, labels[index]) if mixed is None else (mixed.images, *mixed.targets(labels[index]))
 
 
 def training_step(net: Net, recipe: Recipe, num_steps: int, *, regress: bool = False) -> Step:

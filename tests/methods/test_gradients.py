@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ddray.methods import get_method
 from ddray.methods.families.matching import batches
+from ddray.methods.families.matching import gradients as gradients_module
 from ddray.methods.families.matching.batches import ClassBatches
 from ddray.methods.families.matching.gradients import ClassGradients, gradient_distance, loops
 from ddray.nets import build_net
@@ -80,7 +81,7 @@ def test_distances_of_several_classes_are_those_of_each() -> None:
 
     for metric in ("layerwise", "mse", "cosine"):
         expected = [distance(one, other, metric) for one, other in zip(real, synthetic, strict=True)]
-        torch.testing.assert_close(gradient_distance(a, b, metric=metric), torch.stack(expected))  # type: ignore[arg-type]
+        torch.testing.assert_close(gradient_distance(a, b, metric=metric), torch.stack(expected))
 
 
 @pytest.mark.parametrize("suffix", ["", "_bn", "_ln", "_gn", "_nonorm", "_max", "_sigmoid"])
@@ -117,17 +118,20 @@ def test_gradients_of_several_classes_are_those_of_each(suffix: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["dc", "dsa"])
-@pytest.mark.parametrize("budget", ["1GiB", "6MiB", "1MiB"])
-def test_a_gpu_matches_groups_of_classes_within_the_budget(method: str, budget: str) -> None:
+@pytest.mark.parametrize(("budget", "sizes"), [("1GiB", [3]), ("1GiB", [2, 1]), ("1KiB", [1, 1, 1])])
+def test_a_gpu_matches_groups_of_classes_within_the_budget(
+    method: str, budget: str, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a fake one: the images of the CPU, which goes class by class, and no wait in a step."""
     settings = {"outer_loop": 2, "inner_loop": 30, "batch_real": 9}
     ctx, on_cpu = started(method, "cpu", steps=2, **settings)
     on_cpu.setup(ctx)
     expected = [float(on_cpu.step()["loss"]) for _ in range(2)]
+    if sizes == [2, 1]:
+        monkeypatch.setattr(gradients_module, "class_groups", lambda *_: [slice(0, 2), slice(2, 3)])
 
     with FakeCuda() as gpu:
-        layer = {"memory_budget": budget}
-        ctx, distiller = started(method, "cuda", steps=2, settings=layer, **settings)
+        ctx, distiller = started(method, "cuda", steps=2, settings={"memory_budget": budget}, **settings)
         distiller.setup(ctx)
         losses = [distiller.step()["loss"]]
         gpu.syncs.clear()
@@ -136,9 +140,24 @@ def test_a_gpu_matches_groups_of_classes_within_the_budget(method: str, budget: 
         assert [float(loss) for loss in losses] == pytest.approx(expected, rel=1e-4)
         images = distiller.snapshot().images
 
-    num_groups = len(distiller._engine._groups)
-    assert num_groups == {"1GiB": 1, "6MiB": 2, "1MiB": 3}[budget]
+    assert [group.stop - group.start for group in distiller._engine._groups] == sizes
     torch.testing.assert_close(images, on_cpu.snapshot().images, rtol=0, atol=1e-4)
+
+
+def test_a_network_that_vmap_refuses_is_matched_class_by_class(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("Batching rule not implemented for aten::new")
+
+    monkeypatch.setattr(torch.func, "vmap", refuse)
+    with FakeCuda():
+        ctx, distiller = started("dc", "cuda", steps=1, batch_real=4)
+        distiller.setup(ctx)
+        assert torch.isfinite(distiller.step()["loss"])
+
+    assert [group.stop for group in distiller._engine._groups] == [1, 2, 3]
+    assert caplog.messages == ["classes are matched one by one (Batching rule not implemented for aten::new)"]
 
 
 def replay(ctx: Any, settings: dict[str, Any], images: Tensor) -> tuple[float, Tensor]:

@@ -4,6 +4,7 @@ Also the initial synthetic images, and what learns them.
 """
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any, Final, Literal
 
 import torch
@@ -18,7 +19,7 @@ from ddray.methods.families.matching.draws import MANY_IMAGES, distinct
 from ddray.methods.families.matching.groups import class_groups, image_bytes, rows_of
 from ddray.methods.families.selection import kcenter_order, pool_features
 from ddray.methods.families.state import images_state, load_images_state
-from ddray.nets import Net, build_net, reinitialize
+from ddray.nets import Net, build_net, reinitialize, training_format
 from ddray.seeding import derive_numpy, derive_seed
 from ddray.system.memory import memory_budget
 from ddray.training.dsa import DsaPlan, siamese
@@ -154,12 +155,16 @@ class RealBranch:
         """Train the network on synthetic images, augmented as for matching: SGD at one rate, no momentum."""
         sgd = {"lr": lr, "momentum": 0.0, "weight_decay": 0.0, "schedule": "constant"}
         recipe = Recipe.parse({**sgd, "epochs": epochs, "batch": batch, "augment": self._augment})
+        num_steps = epochs * len(Order(len(labels), batch).sizes)
         if self._trainer is None:  # one for the whole run, and so one CUDA graph
-            num_steps = self._ctx.config["steps"] * epochs * len(Order(len(labels), batch).sizes)
-            self._trainer = training_step(self.net, recipe, num_steps)
+            self._trainer = training_step(self.net, recipe, self._ctx.config["steps"] * num_steps)
         augment = augmenter(self._augment, can_flip=self._ctx.dataset.can_flip, space=self._ctx.space)
-        labels = labels.to(images.device)
-        train(self.net, images, labels, recipe, generator=generator, augment=augment, step=self._trainer)
+        form = training_format(self.net, images.device)
+        images, labels = images.contiguous(memory_format=form), labels.to(images.device)
+        self.net.to(memory_format=form).train()
+        batches = training_batches(images, labels, recipe, generator=generator, augment=augment)
+        run(self._trainer, islice(batches, num_steps), lr=lambda step: lr)
+        self.net.to(memory_format=torch.channels_last).eval()
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, DsaPlan | None]:
         """Return indices of real images [K * n], class-sorted, and augmentation parameters for each class."""

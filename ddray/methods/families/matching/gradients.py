@@ -1,6 +1,7 @@
 """Gradient matching (DC and DSA): the distance of two gradients, and the loops around it."""
 
 import copy
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Final, Literal
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ddray.distillation.method import DistillContext, Distiller, Target
+from ddray.errors import one_line
 from ddray.methods.families.factory import make_method
 from ddray.methods.families.matching.batches import CHUNK_SHARE, ImagesConfig, ImagesEngine, chunks
 from ddray.methods.families.matching.groups import class_groups, image_bytes, rows_of
@@ -20,6 +22,7 @@ from ddray.nets.features import CpuLayer
 from ddray.training.dsa import DsaPlan
 from ddray.training.graph import Graphs
 
+log = logging.getLogger(__name__)
 Metric = Literal["layerwise", "mse", "cosine"]
 _LOOPS: Final = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
 _GRADIENTS: Final = 6  # as large as the weights, of each class: real, synthetic, their products and gradients
@@ -117,8 +120,25 @@ class ClassGradients:
             return F.cross_entropy(logits, label.expand(len(images)))
 
         gradients_of = torch.func.vmap(torch.func.grad(loss_of), in_dims=(None, 0, 0), randomness="different")
+        by_class = torch.unflatten(images, 0, (len(labels), -1))
         with torch.set_grad_enabled(create_graph):
-            return tuple(gradients_of(params, images.unflatten(0, (len(labels), -1)), labels).values())
+            return tuple(gradients_of(params, by_class, labels).values())
+
+    def takes_several(self, images: Tensor, labels: Tensor) -> bool:
+        """Return whether the network can be differentiated under vmap; try it, and warn if it can't.
+
+        `images` and `labels` are those of a call.
+        """
+        images = images.detach().requires_grad_(True)
+        try:
+            gradients = self(images, labels, create_graph=True)
+            torch.autograd.grad(torch.stack([part.square().sum() for part in gradients]).sum(), images)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            log.warning("classes are matched one by one (%s)", one_line(error, 200))
+            return False
+        return True
 
 
 def loops(ipc: int) -> tuple[int, int]:
@@ -207,8 +227,9 @@ class GradientMatching(ImagesEngine):
         On a CPU a class is a group: its maps stay in the cache.
         """
         branch, num_classes, ipc = self._branch, self._batches.num_classes, self._ctx.ipc
+        one_by_one = [slice(label, label + 1) for label in range(num_classes)]
         if self._images.device.type == "cpu" or isinstance(self._net, ExternalNet):
-            return [slice(label, label + 1) for label in range(num_classes)], branch.sample_bytes
+            return one_by_one, branch.sample_bytes
         label, params = self._classes[:1], list(self._net.parameters())
         blank = torch.zeros_like(self._images[:ipc]).contiguous(memory_format=torch.channels_last)
 
@@ -221,6 +242,9 @@ class GradientMatching(ImagesEngine):
         self._net.train()
         weights = sum(param.numel() * param.element_size() for param in params)
         groups = class_groups(num_classes, ipc * image + _GRADIENTS * weights, branch.budget)
+        pair = torch.zeros(2, *self._net.image_shape, device=blank.device)
+        if len(groups) < num_classes and not self._gradients.takes_several(pair, self._classes[:2]):
+            groups = one_by_one
         return groups, max(branch.sample_bytes, real_image // CHUNK_SHARE)
 
     @torch.no_grad()
