@@ -226,7 +226,7 @@ def reinitialize(net: Net, seed: int) -> None:
     """Draw fresh weights and buffers in place: the same bytes as `build_net(..., seed=seed)`.
 
     Parameters keep their identity and memory format, so a compiled network needs no recompilation.
-    Gradients are left alone. Nothing waits for the device.
+    Gradients are left alone. No copy from the CPU is waited for.
     """
     tensors = list(chain(net.parameters(), net.buffers()))
     device = tensors[0].device
@@ -251,7 +251,7 @@ def _twin(arch: str, image_shape: tuple[int, int, int], num_classes: int, device
 
 
 class _ScalarsOnDevice(TorchFunctionMode):
-    """Fills scalars, such as batch norm's counters, where they are: a copy from the CPU would be waited for."""
+    """Fills scalars, such as batch norm's counters, on their device: copies from the CPU are waited for."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

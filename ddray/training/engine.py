@@ -122,6 +122,11 @@ def cosine(step: int, num_steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * step / num_steps))
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Return whether `device` is a GPU that computes in bfloat16; older ones than Ampere emulate it."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def decay_matrices(net: nn.Module) -> list[dict[str, Any]]:
     """Return an optimiser's groups of which only weights of two or more axes are decayed.
 

@@ -104,7 +104,10 @@ class _Module:
     def is_available(self) -> bool:
         return True
 
-    is_initialized = is_bf16_supported = is_available
+    is_initialized = is_available
+
+    def is_bf16_supported(self, including_emulation: bool = True) -> bool:
+        return True
 
     def device_count(self) -> int:
         return len(self._gpu.memories)

@@ -48,11 +48,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "d3hr, code": ("d3hr", {"form": "repo", "encoding": "sample", "shared_draws": True, "mapping": "ddpm"}),
     "d3hr, bfloat16": ("d3hr", {"precision": "bfloat16", "fixed_point": 1}),
 }
-RESUMES_NOT = pytest.mark.xfail(strict=True, reason="a resumed run's losses are on two devices")
-
-
-def methods(*marks: Any) -> list[Any]:
-    return [pytest.param(name, marks=marks if name == "d3hr" else ()) for name in method_names()]
 
 
 def same(first: Distillation, second: Distillation) -> bool:
@@ -80,7 +75,7 @@ def test_a_method_gives_the_images_of_the_cpu(method: str, monkeypatch: pytest.M
         assert same(result, expected)
 
 
-@pytest.mark.parametrize("method", methods(RESUMES_NOT))
+@pytest.mark.parametrize("method", method_names())
 def test_a_run_that_is_cut_off_continues_as_if_it_had_not_been(method: str, tmp_path: Path) -> None:
     with FakeCuda():
         whole = distilled(method, CUDA)

@@ -25,9 +25,9 @@ Form = Literal["paper", "repo"]
 Weights = tuple[float, float, float]
 Result = TypeVar("Result")
 
-# Elements of a buffer, fixed for a type of device: a candidate's draws depend on it. On a CPU the five buffers
-# of a block stay in the L2 cache, and each operation stays below the size at which torch uses several threads:
-# whole blocks are distributed over threads instead. On a GPU an operation of 32 MiB takes longer than its launch.
+# Elements of a buffer, fixed for a type of device: a candidate's draws depend on it. On a CPU the five
+# buffers of a block stay in the L2 cache, and each operation stays below the size at which torch uses several
+# threads: whole blocks are distributed over threads instead. On a GPU one on 32 MiB outlasts its launch.
 _BLOCK: Final = {"cpu": 2**15 - 1, "cuda": 2**23}
 _GROUPS: Final = 2**27  # elements of a block's whole groups, at most, on a GPU: 512 MiB
 _CHUNK: Final = 4096

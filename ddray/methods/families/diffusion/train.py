@@ -25,7 +25,7 @@ from ddray.methods.families.diffusion.folder import absolute, known_names
 from ddray.methods.families.diffusion.model import DiffusionModel, open_pipeline
 from ddray.seeding import derive, derive_seed, forked_global
 from ddray.system.transfer import to_device
-from ddray.training.engine import cosine
+from ddray.training.engine import cosine, has_bf16
 
 SCHEDULE: Final[dict[str, Any]] = {
     "_class_name": "DDIMScheduler",
@@ -258,7 +258,7 @@ def _train_dit(
         model.vae.register_to_config(scaling_factor=1 / spread)
     factor, steps = float(model.vae.config.scaling_factor), int(model.scheduler["num_train_timesteps"])
     scheduler = DDPMScheduler.from_config({**model.scheduler, "_class_name": "DDPMScheduler"})
-    per_epoch = math.ceil(len(labels) / recipe.batch)
+    per_epoch, bf16 = math.ceil(len(labels) / recipe.batch), has_bf16(device)
 
     def loss(step: int) -> Tensor:
         index = to_device(_batch(seed, "dit", step, per_epoch, len(labels), recipe.batch), device)
@@ -269,7 +269,7 @@ def _train_dit(
         dropped = torch.rand(len(index), generator=generator, device=device) < recipe.label_dropout
         conditioning = torch.where(dropped, model.num_classes, labels[index])
         noisy = scheduler.add_noise(clean, noise, times)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             # In eval mode, or diffusers would drop labels too: by the global generator, anew in each block.
             predicted = model.transformer(noisy, timestep=times, class_labels=conditioning).sample
         return F.mse_loss(predicted[:, : noise.shape[1]].float(), noise)

@@ -37,7 +37,7 @@ from ddray.pool.spec import PoolEntry, PoolSpec
 from ddray.seeding import derive, derive_seed, forked_global
 from ddray.system.transfer import to_device
 from ddray.training.embedding import embed_images
-from ddray.training.engine import Batch, Order, Rule, Step, cosine, run
+from ddray.training.engine import Batch, Order, Rule, Step, cosine, has_bf16, run
 from ddray.training.operations import luma
 
 KIND: Final = "ssl"
@@ -255,7 +255,7 @@ class SslTrainer:
         rule = Rule(
             lambda views: barlow_twins_loss(views[0], views[1], config.off_diagonal),
             partial(torch.optim.AdamW, weight_decay=config.weight_decay),
-            bf16=device.type == "cuda",
+            bf16=has_bf16(device),
         )
         run(
             Step([views], rule, num_steps=steps),
@@ -265,7 +265,8 @@ class SslTrainer:
             on_epoch=losses.append,
         )
         net.eval()
-        return [float(value) for value in losses]
+        means: list[float] = torch.stack(losses).tolist()
+        return means
 
 
 class _TwoViews(nn.Module):
