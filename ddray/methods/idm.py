@@ -111,7 +111,8 @@ class IDM(PartitionedEngine):
         self._labels = ctx.split.labels.to(ctx.device)
         classes = torch.arange(self._pairs.num_classes, device=ctx.device)
         self._class_labels = classes.repeat_interleave(self._pairs.per_class)
-        self._queue = NetQueue(ctx, size=config.queue_size, lr=config.lr_net)
+        num_steps = ctx.config["steps"] * config.num_trained * config.net_steps
+        self._queue = NetQueue(ctx, size=config.queue_size, lr=config.lr_net, num_steps=num_steps)
         for _ in range(_FIRST_NETS):
             self._queue.push()
 

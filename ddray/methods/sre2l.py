@@ -39,7 +39,7 @@ from ddray.data import normalized_space
 from ddray.distillation.method import DistillContext, MethodConfig, Target
 from ddray.errors import InputError
 from ddray.methods.families.factory import make_method
-from ddray.methods.families.matching.batches import initial_images
+from ddray.methods.families.matching.batches import initial_images, step_graphs
 from ddray.methods.families.matching.groups import image_bytes
 from ddray.methods.families.state import cpu_copy, load_optimizer_state, optimizer_state
 from ddray.nets import Net
@@ -47,7 +47,6 @@ from ddray.pool.spec import teacher_spec
 from ddray.system.memory import memory_budget
 from ddray.training.crops import draw_boxes, resized_crops
 from ddray.training.engine import cosine
-from ddray.training.graph import Graphs
 from ddray.training.recipe import TeacherRecipe
 
 # The commands that the authors' code ships, with the defaults of options that they leave out.
@@ -186,7 +185,7 @@ class SRe2L:
         self._low, self._high = (space.encode(blank + value).to(ctx.device) for value in (0.0, 1.0))
         self._num_batches = self._batches_at_once()
         self._classes = torch.arange(ctx.dataset.num_classes, device=ctx.device).repeat(self._num_batches)
-        self._graphs = Graphs(on=ctx.device.type == "cuda")
+        self._graphs = step_graphs(ctx)
         self._step = 0
 
     def step(self) -> dict[str, Tensor]:

@@ -70,7 +70,7 @@ def training_batches(
     augment: Augmenter | None,
     regress: bool = False,
 ) -> Iterator[Batch]:
-    """Yield the batches of a training, without end, in the recipe's order, augmented and mixed; see `train`."""
+    """Yield the batches of a training, without end, in random order, augmented and mixed; see `train`."""
     for index in Order(len(labels), recipe.batch).indices(generator, images.device):
         inputs = images[index]
         if augment is not None:

@@ -124,14 +124,14 @@ def test_a_gpu_matches_groups_of_classes_within_the_budget(
 ) -> None:
     """On a fake one: the images of the CPU, which goes class by class, and no wait in a step."""
     settings = {"outer_loop": 2, "inner_loop": 30, "batch_real": 9}
-    ctx, on_cpu = started(method, "cpu", steps=2, **settings)
+    ctx, on_cpu = started(method, "cpu", steps=60, **settings)
     on_cpu.setup(ctx)
     expected = [float(on_cpu.step()["loss"]) for _ in range(2)]
     if sizes == [2, 1]:
         monkeypatch.setattr(gradients_module, "class_groups", lambda *_: [slice(0, 2), slice(2, 3)])
 
     with FakeCuda() as gpu:
-        ctx, distiller = started(method, "cuda", steps=2, settings={"memory_budget": budget}, **settings)
+        ctx, distiller = started(method, "cuda", steps=60, settings={"memory_budget": budget}, **settings)
         distiller.setup(ctx)
         losses = [distiller.step()["loss"]]
         gpu.syncs.clear()
@@ -140,7 +140,11 @@ def test_a_gpu_matches_groups_of_classes_within_the_budget(
         assert [float(loss) for loss in losses] == pytest.approx(expected, rel=1e-4)
         images = distiller.snapshot().images
 
-    assert [group.stop - group.start for group in distiller._engine._groups] == sizes
+    engine = distiller._engine
+    assert [group.stop - group.start for group in engine._groups] == sizes
+    assert engine._graphs.captured
+    assert engine._real_graphs.captured
+    assert engine._branch._trainer.captured
     torch.testing.assert_close(images, on_cpu.snapshot().images, rtol=0, atol=1e-4)
 
 

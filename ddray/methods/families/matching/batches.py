@@ -23,9 +23,9 @@ from ddray.nets import Net, build_net, reinitialize, training_format
 from ddray.seeding import derive_numpy, derive_seed
 from ddray.system.memory import memory_budget
 from ddray.training.dsa import DsaPlan, siamese
-from ddray.training.engine import Order, Step
+from ddray.training.engine import Order, Step, run
 from ddray.training.graph import WORTHWHILE_STEPS, Graphs
-from ddray.training.loop import augmenter, train, training_step
+from ddray.training.loop import augmenter, training_batches, training_step
 from ddray.training.recipe import Recipe
 
 Init = Literal["random", "first", "kcenter", "noise"]

@@ -5,8 +5,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-# Keys for this many images and more (ImageNet, not CIFAR) take longer than the draw below; fewer are drawn
-# by keys, as in every earlier build: a seed's draws stay what they were.
+# Keys for this many images and more (classes times the largest: ImageNet, not CIFAR) take longer than the
+# draw below; fewer are drawn by keys, as in every earlier build: a seed's draws stay what they were.
 MANY_IMAGES: Final = 500_000
 
 

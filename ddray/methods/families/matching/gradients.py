@@ -14,13 +14,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ddray.distillation.method import DistillContext, Distiller, Target
 from ddray.errors import one_line
 from ddray.methods.families.factory import make_method
-from ddray.methods.families.matching.batches import CHUNK_SHARE, ImagesConfig, ImagesEngine, chunks
+from ddray.methods.families.matching.batches import (
+    CHUNK_SHARE,
+    ImagesConfig,
+    ImagesEngine,
+    chunks,
+    step_graphs,
+)
 from ddray.methods.families.matching.groups import class_groups, image_bytes, rows_of
 from ddray.nets import Net, is_per_sample
 from ddray.nets.build import ExternalNet
 from ddray.nets.features import CpuLayer
 from ddray.training.dsa import DsaPlan
-from ddray.training.graph import Graphs
 
 log = logging.getLogger(__name__)
 Metric = Literal["layerwise", "mse", "cosine"]
@@ -157,7 +162,7 @@ class GradientMatching(ImagesEngine):
         self._gradients = ClassGradients(self._net)
         self._classes = torch.arange(self._batches.num_classes, device=ctx.device)
         self._groups, self._sample_bytes = self._divided()
-        self._graphs, self._real_graphs = (Graphs(on=ctx.device.type == "cuda") for _ in range(2))
+        self._graphs, self._real_graphs = (step_graphs(ctx) for _ in range(2))
 
     def step(self) -> dict[str, Tensor]:
         """Draw a network, then take turns: update the images, train the network on them."""
