@@ -41,7 +41,7 @@ def fit(
     """
     recipe, can_flip = recipe.on(ctx.split), ctx.dataset.can_flip
     net = ctx.fresh_net(arch, train_set.images, seed=seed)
-    loss = train(
+    trained_loss = train(
         net,
         train_set.images.to(ctx.device),
         train_set.supervision.to(ctx.device),
@@ -50,7 +50,7 @@ def fit(
         augment=augment
         or augmenter(recipe.augment, can_flip=can_flip, space=ctx.space, strategy=recipe.strategy),
     )
-    if not math.isfinite(loss):
+    if not math.isfinite(loss := float(trained_loss)):
         raise DivergedError(f"training {arch} on the {name} diverged: its loss is {loss}; lower evaluate.lr")
     return net
 

@@ -118,7 +118,7 @@ def make_context(
         dataset=dataset,
         split=split,
         split_name=split_name,
-        space=space or pixel_space(config.pixel_space, dataset, split),
+        space=space or pixel_space(config.pixel_space, dataset, split, device),
         ipc=plan.ipc,
         arch=plan.arch,
         seed=plan.seed,
@@ -129,6 +129,7 @@ def make_context(
         config=config.dump(),
         budget=plan.budget,
         search_seed=search_seed,
+        memory_budget=config.memory_budget,
     )
 
 

@@ -67,7 +67,7 @@ class PoolTrainer:
         recipe = recipe.on(split)
         images, augment = self._images(split, recipe)
         labels = split.labels.to(self.device)
-        loss = train(net, images, labels, recipe, generator=derive(seed, "order"), augment=augment)
+        loss = float(train(net, images, labels, recipe, generator=derive(seed, "order"), augment=augment))
         if not math.isfinite(loss):
             raise DivergedError(f"training {spec.arch} for the pool diverged: its loss is {loss}; lower lr")
         weights = {f"weights.{name}": tensor for name, tensor in net.state_dict().items()}

@@ -23,7 +23,13 @@ from torch import Tensor
 
 from ddray.distillation.method import DistillContext, Target
 from ddray.methods.families.factory import make_method
-from ddray.methods.families.matching.partitioned import PartitionedConfig, PartitionedEngine, idc_evaluation
+from ddray.methods.families.matching.partitioned import (
+    PartitionedConfig,
+    PartitionedEngine,
+    by_class,
+    embedding,
+    idc_evaluation,
+)
 
 Kernel = Literal["gaussian", "polynomial", "linear"]
 
@@ -106,10 +112,12 @@ class M3D(PartitionedEngine):
         self._step += 1
         self._learned.clamp()
         draw = pairs.draw(self._ctx.generator("step", self._step))
-        real = pairs.real(draw)
-        loss = mmd_loss(real, pairs.embedded(draw), kernel=config.kernel, num_widths=config.num_widths)
-        self._learned.update(loss)
-        return {"loss": loss.detach()}
+        return {"loss": self._match(draw)}
+
+    def _loss(self, images: Tensor, real: Tensor, *others: Tensor) -> Tensor:
+        config = self._config
+        synthetic = by_class(embedding(self._pairs.net, images), len(real))
+        return mmd_loss(real, synthetic, kernel=config.kernel, num_widths=config.num_widths)
 
 
 METHOD: Final = make_method(M3DConfig, preset, M3D)

@@ -1,10 +1,11 @@
-"""Memory: how this process's C library allocates it, and how much of it a device has free."""
+"""Memory: how this process's C library allocates it, how much a device has, what a step may take of it."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -17,6 +18,12 @@ _M_TRIM_THRESHOLD: Final = -1
 _M_TOP_PAD: Final = -2
 _M_MMAP_MAX: Final = -4
 _M_ARENA_MAX: Final = -8
+
+_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]ib|b|)", re.IGNORECASE)
+_UNITS: Final = {"": 0, "b": 0, "kib": 10, "mib": 20, "gib": 30, "tib": 40}
+# Of a device's memory; the rest is for what is learned, real images, and the libraries' own.
+_BUDGET_SHARE: Final = 3
+_halvings: list[None] = []  # one for each `shrink_budget` of this process
 
 
 def reuse_freed_memory() -> None:
@@ -52,6 +59,45 @@ def available_bytes(device: torch.device) -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):  # not Linux: all there is
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def parse_bytes(text: str | int) -> int:
+    """Return the bytes of a size such as `"64MiB"`, `"1.5 GiB"` or `67108864`.
+
+    Raises:
+        ValueError: it is none, or below one byte.
+    """
+    match = _SIZE.fullmatch(str(text).strip())
+    size = int(float(match[1]) * 2 ** _UNITS[match[2].lower()]) if match else 0
+    if size < 1:
+        raise ValueError("must be a number of bytes, or one with KiB, MiB, GiB or TiB, such as 64MiB")
+    return size
+
+
+def memory_budget(device: torch.device, setting: int | None = None) -> int:
+    """Return the bytes that one part of a step, such as a group of classes, may take on `device`.
+
+    They are the run's `setting` or, without one, a third of all the memory that the device has. What is free
+    does not count: how a step is cut decides its last digits, and a seed gives the same bytes every time.
+    """
+    return max(1, (setting or _total_bytes(device) // _BUDGET_SHARE) >> len(_halvings))
+
+
+def shrink_budget() -> None:
+    """Halve `memory_budget` for the rest of this process, such as after running out of memory."""
+    _halvings.append(None)
+
+
+def _total_bytes(device: torch.device) -> int:
+    """Return the memory of a device; for a CPU the machine's, or a container's limit."""
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # no cgroup, or "max"
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    return total
 
 
 def reset_peak(device: torch.device) -> None:

@@ -50,7 +50,7 @@ class Graphs:
         """
         if not self._on:
             return function(*args)
-        key = tuple((tensor.shape, tensor.dtype, tensor.stride()) for tensor in args)
+        key = tuple((tensor.shape, tensor.dtype, _strides(tensor)) for tensor in args)
         if key not in self._graphs:
             try:
                 self._graphs[key] = _capture(function, args, changes)
@@ -64,6 +64,11 @@ class Graphs:
             to.copy_(tensor)
         graph.replay()
         return results
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    """Return the strides that tell where values are; an axis of one element has any."""
+    return tuple(step for size, step in zip(tensor.shape, tensor.stride(), strict=True) if size > 1)
 
 
 def _capture(

@@ -1,6 +1,6 @@
 """Training a network by a recipe, augmented by name: for protocols, the pool and methods' inner loops."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -29,8 +29,10 @@ def train(
     augment: Augmenter | None,
     on_epoch: Callable[[Tensor], None] | None = None,
     regress: bool = False,
-) -> float:
+) -> Tensor:
     """Train `net` in place, leave it in eval mode, and return the mean loss of the last epoch.
+
+    The loss is a scalar on the device, which nothing has waited for.
 
     Args:
         net: the network, on the images' device.
@@ -45,29 +47,45 @@ def train(
     form = training_format(net, images.device)
     images = images.contiguous(memory_format=form)
     net.to(memory_format=form).train()
-    optimizer = partial(torch.optim.SGD, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
-    rule = Rule(F.mse_loss if regress else mixed_cross_entropy, optimizer)
-    order = Order(len(labels), recipe.batch)
-    epoch = len(order.sizes)
-
-    def batch(index: Tensor) -> Batch:
-        inputs = images[index]
-        if augment is not None:
-            inputs = augment(inputs, generator)
-        mixed = cutmix(inputs, recipe.cutmix, generator) if recipe.cutmix > 0 and not regress else None
-        return (inputs, labels[index]) if mixed is None else (mixed.images, *mixed.targets(labels[index]))
-
+    epoch = len(Order(len(labels), recipe.batch).sizes)
     loss = torch.zeros(())
     for rates in _phases(recipe):
         loss = run(
-            Step([net], rule, num_steps=len(rates) * epoch),
-            map(batch, order.indices(generator, images.device)),
+            training_step(net, recipe, len(rates) * epoch, regress=regress),
+            training_batches(images, labels, recipe, generator=generator, augment=augment, regress=regress),
             lr=lambda step, rates=rates: rates[step // epoch],  # type: ignore[misc]
             epoch=epoch,
             on_epoch=on_epoch,
         )
     net.to(memory_format=torch.channels_last).eval()
-    return float(loss)
+    return loss
+
+
+def training_batches(
+    images: Tensor,
+    labels: Tensor,
+    recipe: Recipe,
+    *,
+    generator: torch.Generator,
+    augment: Augmenter | None,
+    regress: bool = False,
+) -> Iterator[Batch]:
+    """Yield the batches of a training, without end, in random order, augmented and mixed; see `train`."""
+    for index in Order(len(labels), recipe.batch).indices(generator, images.device):
+        inputs = images[index]
+        if augment is not None:
+            inputs = augment(inputs, generator)
+        mixed = cutmix(inputs, recipe.cutmix, generator) if recipe.cutmix > 0 and not regress else None
+        yield (inputs, labels[index]) if mixed is None else (mixed.images, *mixed.targets(labels[index]))
+
+
+def training_step(net: Net, recipe: Recipe, num_steps: int, *, regress: bool = False) -> Step:
+    """Return the engine's step that trains `net` by a recipe, `num_steps` times in all trainings together.
+
+    Of several trainings, each begins with the momentum that the one before has left.
+    """
+    optimizer = partial(torch.optim.SGD, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+    return Step([net], Rule(F.mse_loss if regress else mixed_cross_entropy, optimizer), num_steps=num_steps)
 
 
 def _phases(recipe: Recipe) -> list[list[float]]:

@@ -21,6 +21,10 @@ CLOSE = {
     "krr_st": "its teacher is trained by the fused AdamW on CUDA",
     "boost_ssdd": "its teacher is trained by the fused AdamW on CUDA",
     "kmeans_ssl": "its teacher is trained by the fused AdamW on CUDA",
+    "dc": "classes are differentiated in groups on CUDA, one by one on a CPU",
+    "dsa": "classes are differentiated in groups on CUDA, one by one on a CPU",
+    "sre2l": "several batches go through the network at once on CUDA",
+    "rded": "crops are resized in batches on CUDA, by an interpolation of our own",
 }
 # Settings that take other paths to or on the device, besides each method's quick ones.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -238,6 +238,35 @@ def test_a_context_holds_what_the_plan_says(toy: Any) -> None:
     assert ctx.config == plan.config.dump()
 
 
+@pytest.mark.parametrize(
+    ("layer", "bytes_of_it"),
+    [
+        ({}, None),
+        ({"memory_budget": "auto"}, None),
+        ({"memory_budget": "64MiB"}, 2**26),
+        ({"memory_budget": 5}, 5),
+    ],
+)
+def test_a_memory_budget_reaches_the_method(layer: dict[str, Any], bytes_of_it: Any, toy: Any) -> None:
+    dataset = toy()
+    plan = resolve("dm", dataset, ipc=1, layers=[{"compile": "off"}, layer])
+
+    ctx = make_context(plan, dataset.train(), split_name="train", device=CPU)
+
+    assert ctx.memory_budget == bytes_of_it
+    assert ("memory_budget" in plan.describe()) == (bytes_of_it is not None), (
+        "units from before keep their keys"
+    )
+
+
+@pytest.mark.parametrize("text", ["much", "64MB", "0"])
+def test_a_memory_budget_that_is_no_size_is_refused_in_one_line(text: str, toy: Any) -> None:
+    with pytest.raises(
+        InputError, match=rf"memory_budget: must be a number of bytes.*such as 64MiB, got '{text}'"
+    ):
+        resolve("dm", toy(), ipc=1, layers=[{"memory_budget": text}])
+
+
 def test_what_a_plan_says_of_itself_differs_with_everything_that_decides(toy: Any) -> None:
     dataset = toy()
     plan = resolve("dm", dataset, ipc=1)

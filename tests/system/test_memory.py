@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddray.system.memory import available_bytes
+from ddray.system import memory
+from ddray.system.memory import available_bytes, memory_budget, parse_bytes, shrink_budget
+
+CPU = torch.device("cpu")
 
 _PROBE = """
 import resource, sys, torch
@@ -48,3 +51,52 @@ def test_the_memory_of_a_machine_is_what_is_free_of_it() -> None:
         for name in ("MemTotal:", "MemFree:")
     )
     assert 0.5 * free < available_bytes(torch.device("cpu")) < total
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        (1, 1),
+        ("64MiB", 64 * 2**20),
+        ("64 mib", 64 * 2**20),
+        ("1.5GiB", 3 * 2**29),
+        ("2TiB", 2**41),
+        ("512 KiB", 2**19),
+        ("100B", 100),
+        ("123456", 123456),
+    ],
+)
+def test_sizes_are_read_with_their_unit(text: str | int, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "MiB", "-1", "0", "0.1B", "64MB", "64 MiBs", "1e9", "nan", True, -5])
+def test_what_is_no_size_is_refused(text: str | int) -> None:
+    with pytest.raises(ValueError, match="such as 64MiB"):
+        parse_bytes(text)
+
+
+def test_a_budget_is_the_setting_or_a_third_of_the_whole_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_total_bytes", lambda device: 3 * 2**30)
+
+    assert memory_budget(CPU) == 2**30
+    assert memory_budget(CPU, 2**20) == 2**20
+
+
+def test_a_budget_does_not_depend_on_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = memory_budget(CPU)
+    ballast = torch.ones(2**24)  # 64 MiB
+    assert memory_budget(CPU) == before > ballast.numel()
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 1)
+    assert memory_budget(CPU) == before
+
+
+def test_a_process_halves_its_budget_from_now_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_halvings", [])
+    before = memory_budget(CPU)
+
+    shrink_budget()
+    assert (memory_budget(CPU), memory_budget(CPU, 2**20)) == (before // 2, 2**19)
+    for _ in range(100):
+        shrink_budget()
+    assert memory_budget(CPU) == 1

@@ -1,0 +1,158 @@
+"""What CUDA's dispatch decides, on tensors without memory: vmap of each norm, autocast, layouts.
+
+FakeTensorMode runs the rules of the CUDA build of PyTorch, cuDNN's choices too, on shapes alone. The fake device
+of the other tests can't show these: its tensors are a CPU's.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ddray.nets import Net, build_net
+from ddray.nets.build import training_format
+from ddray.nets.nasbench201 import CellNet, Skeleton, parse_arch_str
+from ddray.ranking.options import NasRecipe
+from ddray.ranking.training import train_seeds
+
+pytestmark = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="PyTorch without CUDA's kernels")
+
+CUDA = torch.device("cuda", 0)
+SHAPE = (3, 32, 32)
+CELL = "|nor_conv_3x3~0|+|nor_conv_1x1~0|avg_pool_3x3~1|+|skip_connect~0|nor_conv_3x3~1|none~2|"
+NORMS = ("convnet3_w8", "convnet3_w8_bn", "convnet3_w8_ln", "convnet3_w8_gn", "convnet3_w8_nonorm")
+OTHERS = ("convnet2_w32_max", "convnet2_w32_bn_nopool", "convnet3_w8_sigmoid", "convnet3_w8_leakyrelu")
+CELLS = {"cell": (True, None), "cell, softmax": (False, "softmax")}
+
+
+@pytest.fixture(autouse=True)
+def without_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tensors on CUDA without memory; autocast believes that there is a GPU with bfloat16."""
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+
+
+def networks(arch: str) -> list[Net]:
+    if arch not in CELLS:
+        return [build_net(arch, SHAPE, 10, seed=0).to(CUDA) for _ in range(2)]
+    affine, mixture = CELLS[arch]
+    with torch.device(CUDA):
+        skeleton = Skeleton(8, 1, affine, mixture)
+        return [Net(arch, SHAPE, 10, CellNet(parse_arch_str(CELL), 3, 10, skeleton)) for _ in range(2)]
+
+
+FUSED_NOT = pytest.mark.xfail(strict=True, reason="batch norm under vmap: channels_last in float32")
+
+
+def fused() -> list[Any]:
+    params = []
+    for arch in (*NORMS, *OTHERS, *CELLS):
+        for precision in ("fp32", "bf16"):
+            has_batch_norm = "_bn" in arch or arch in CELLS
+            marks = FUSED_NOT if has_batch_norm and precision == "fp32" else ()
+            params.append(pytest.param(arch, precision, marks=marks))
+    return params
+
+
+@pytest.mark.parametrize(("arch", "precision"), fused())
+def test_networks_are_trained_as_one(arch: str, precision: str) -> None:
+    images = torch.empty(16, *SHAPE, device=CUDA).contiguous(memory_format=torch.channels_last)
+    labels = torch.zeros(16, dtype=torch.int64, device=CUDA)
+
+    how = train_seeds(
+        networks(arch),
+        (images, labels),
+        NasRecipe(epochs=1, batch=8, precision=precision),
+        seeds=[0, 1],
+        dsa=None,
+        num_steps=2,
+        mode="fused",
+    )
+
+    assert how == "fused"
+
+
+WEIGHT = (4, 4, 3, 3)
+AUTOCAST: dict[str, tuple[Callable[[Tensor], Tensor], torch.dtype]] = {
+    "convolution": (lambda x: F.conv2d(x, torch.empty(WEIGHT, device=CUDA)), torch.bfloat16),
+    "linear": (lambda x: F.linear(x, torch.empty(2, 8, device=CUDA)), torch.bfloat16),
+    "group norm": (lambda x: F.group_norm(x, 2), torch.float32),
+    "layer norm": (lambda x: F.layer_norm(x, [8]), torch.float32),
+    "batch norm of float32": (lambda x: F.batch_norm(x, None, None, training=True), torch.float32),
+    "batch norm of bfloat16": (
+        lambda x: F.batch_norm(x.bfloat16(), None, None, training=True),
+        torch.bfloat16,
+    ),
+    "pooling of bfloat16": (lambda x: F.avg_pool2d(x.bfloat16(), 2), torch.bfloat16),
+    "relu of bfloat16": (lambda x: F.relu(x.bfloat16()), torch.bfloat16),
+    "softmax": (lambda x: F.softmax(x.bfloat16(), 1), torch.float32),
+    "sum": (lambda x: x.bfloat16().sum(), torch.float32),
+    "mean": (lambda x: x.bfloat16().mean(), torch.bfloat16),
+    "square root": (lambda x: x.bfloat16().sqrt(), torch.bfloat16),
+    "power": (lambda x: x.bfloat16().pow(4), torch.float32),
+    "norm": (lambda x: x.bfloat16().norm(), torch.float32),
+    "matrix product": (lambda x: x.flatten(1) @ x.flatten(1).T, torch.bfloat16),
+    "grid": (lambda x: F.grid_sample(x, torch.empty(2, 8, 8, 2, device=CUDA)), torch.float32),
+    "cross entropy": (
+        lambda x: F.cross_entropy(x.bfloat16().flatten(1), torch.zeros(2, dtype=torch.int64, device=CUDA)),
+        torch.float32,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AUTOCAST)
+def test_autocast_computes_in(name: str) -> None:
+    function, dtype = AUTOCAST[name]
+
+    with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+        result = function(torch.empty(2, 4, 8, 8, device=CUDA))
+
+    assert result.dtype == dtype
+
+
+class _Counted(TorchDispatchMode):
+    """Counts operations by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names[func._schema.name.partition("::")[2]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def clones(net: nn.Module, form: torch.memory_format) -> int:
+    """Return how often a forward pass changes the memory format of its maps."""
+    images = torch.empty(8, *SHAPE, device=CUDA).contiguous(memory_format=form)
+    with _Counted() as counted, torch.no_grad():
+        net.to(memory_format=form)(images)
+    return counted.names["clone"] + counted.names["contiguous"]
+
+
+def test_a_group_norm_clones_what_is_channels_last() -> None:
+    """PyTorch 2.11 to 2.15: `group_norm` makes its input contiguous on CUDA, and its result is."""
+    norm = nn.GroupNorm(3, 3, device=CUDA)
+
+    assert clones(norm, torch.channels_last) == 1
+    assert clones(norm, torch.contiguous_format) == 0
+
+
+@pytest.mark.parametrize("arch", NORMS)
+def test_layouts_change_as_seldom_as_in_the_better_format(arch: str) -> None:
+    net = networks(arch)[0]
+    form = training_format(net, CUDA)
+
+    taken = clones(net, form)
+    best = min(clones(net, other) for other in (torch.channels_last, torch.contiguous_format))
+    assert taken == best or any(isinstance(module, nn.GroupNorm) for module in net.modules())

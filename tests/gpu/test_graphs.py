@@ -1,0 +1,83 @@
+"""CUDA graphs on a fake GPU: one per shape, state restored after the warm-up, eager where none can be."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import Tensor
+
+from ddray.training.graph import Graphs
+from tests.gpu.fake_cuda import FakeCuda
+
+CUDA = torch.device("cuda")
+
+
+def test_a_function_is_captured_once_per_shape_and_replayed(gpu: FakeCuda) -> None:
+    graphs, total, calls = Graphs(on=True), torch.zeros((), device=CUDA), []
+
+    def add(values: Tensor) -> Tensor:
+        calls.append(len(values))
+        return total.add_(values.sum()).clone()
+
+    sums = [float(graphs(add, [torch.ones(n, device=CUDA)], lambda: [total])) for n in (2, 2, 3, 2, 3)]
+
+    assert sums == [2.0, 4.0, 7.0, 9.0, 12.0], "the warm-up's changes are undone"
+    assert calls == [2] * 4 + [3] * 4, "three warm-ups and a capture per shape"
+    assert gpu.replays == 5
+    assert graphs.captured
+
+
+def test_what_the_warm_up_makes_begins_at_zero(gpu: FakeCuda) -> None:
+    graphs, param = Graphs(on=True), torch.ones(2, device=CUDA, requires_grad=True)
+    optimizer = torch.optim.SGD([param], lr=torch.tensor(0.5, device=CUDA), momentum=0.9, fused=True)
+
+    def step(values: Tensor) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        (param * values).sum().backward()
+        optimizer.step()
+
+    def state() -> list[Tensor]:
+        return [param.detach(), *(buffers["momentum_buffer"] for buffers in optimizer.state.values())]
+
+    for _ in range(2):
+        graphs(step, [torch.ones(2, device=CUDA)], state)
+
+    assert param.tolist() == pytest.approx([1 - 0.5 - 0.5 * 1.9] * 2)
+
+
+@pytest.mark.parametrize("reason", ["a wait", "a kernel"])
+def test_what_cannot_be_captured_is_called_with_one_warning(
+    reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with FakeCuda(capture_fails=reason == "a kernel"), caplog.at_level(logging.WARNING):
+        before, graphs, total = torch.cuda.current_stream(), Graphs(on=True), torch.zeros((), device=CUDA)
+
+        def add(values: Tensor) -> float:
+            total.add_(values.sum())
+            return float(total) if reason == "a wait" else 0.0
+
+        for _ in range(3):
+            graphs(add, [torch.ones(2, device=CUDA)], lambda: [total])
+
+        assert total.item() == 6.0
+        assert torch.cuda.current_stream() is before, "the capture's stream is given back"
+    assert not graphs.captured
+    (record,) = caplog.records
+    assert "no CUDA graph" in record.message
+
+
+def test_graphs_that_are_off_are_none(gpu: FakeCuda) -> None:
+    graphs = Graphs(on=False)
+
+    assert graphs(lambda values: values.sum(), [torch.ones(2, device=CUDA)]).item() == 2.0
+    assert gpu.replays == 0
+
+
+def test_memory_that_runs_out_in_a_capture_is_an_error(gpu: FakeCuda) -> None:
+    """It is no reason to go on eagerly: that takes as much."""
+    gpu.fail_in(1)
+
+    with pytest.raises(torch.OutOfMemoryError):
+        Graphs(on=True)(lambda values: values * 2, [torch.ones(2, device=CUDA)])
