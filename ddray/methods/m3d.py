@@ -104,11 +104,15 @@ class M3D(PartitionedEngine):
         super().__init__(ctx, config)
         self._config = config
         self._pairs.net.train()
+        self._net_index = -1
 
     def step(self) -> dict[str, Tensor]:
         """Match one batch under a random network, a fresh one every `steps_per_net` steps."""
         config, pairs = self._config, self._pairs
-        pairs.renew(self._step // config.steps_per_net)
+        net_index = self._step // config.steps_per_net
+        if net_index != self._net_index:
+            pairs.renew(net_index)
+            self._net_index = net_index
         self._step += 1
         self._learned.clamp()
         draw = pairs.draw(self._ctx.generator("step", self._step))

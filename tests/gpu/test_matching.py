@@ -92,7 +92,7 @@ def test_without_graphs_a_step_runs_eagerly(caplog: pytest.LogCaptureFixture) ->
 
 
 @pytest.mark.parametrize("name", ["datadam", "dsdm, augmented"])
-@pytest.mark.parametrize("ipc", [4, 16])
+@pytest.mark.parametrize("ipc", [4, 12])
 def test_a_step_takes_the_memory_of_its_groups(name: str, ipc: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eager steps: the fake has no memory for a graph to itself."""
     monkeypatch.setattr(batches, "WORTHWHILE_STEPS", 10**6)
