@@ -24,6 +24,14 @@ class StorageError(DdrayError):
     """A file could not be written (full disk, no permission); the message names the path."""
 
 
+class DeviceError(DdrayError):
+    """A process can't compute on its GPU, or can no longer: another process may."""
+
+
+class DeviceMemoryError(DeviceError):
+    """A device's memory did not suffice; the message has the figures."""
+
+
 class InterruptedRunError(DdrayError):
     """SIGINT or SIGTERM ended a run that --resume can continue."""
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ddray.cluster.runtime import check_capacity, check_temporary_folder, ray_runtime, sigterm_as_sigint
-from ddray.errors import InputError
+from ddray.errors import DeviceError, InputError
 from ddray.runs.executor import Executor, LocalExecutor, Outcome, Task, WorkerPool
+from ddray.runs.recovery import recovering
 from ddray.system.worker import prepare_worker, set_threads
 
 if TYPE_CHECKING:
@@ -59,16 +60,14 @@ def bench_executor(options: BenchOptions) -> Executor:
     """Return the executor of a bench."""
     if options.executor == "local":
         return LocalExecutor()
-    cpus, gpus = options.cpus_per_unit, options.gpus_per_unit
-    return RayExecutor(cpus, gpus, options.max_concurrent, options.address, "unit")
+    return RayExecutor(options.cpus_per_unit, options.gpus, options.max_concurrent, options.address, "unit")
 
 
 def nas_executor(options: NasOptions) -> Executor:
     """Return the executor of a NAS sweep."""
     if options.executor == "local":
         return LocalExecutor()
-    cpus, gpus = options.cpus_per_worker, options.gpus_per_worker
-    return RayExecutor(cpus, gpus, options.num_workers, options.address, "worker")
+    return RayExecutor(options.cpus_per_worker, options.gpus, options.num_workers, options.address, "worker")
 
 
 class _Worker:
@@ -82,8 +81,8 @@ class _Worker:
         """Return once the process has started."""
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call the function."""
-        return function(*arguments)
+        """Call the function; once more if memory runs out."""
+        return recovering(function, *arguments)
 
 
 @dataclass
@@ -186,11 +185,14 @@ class RayWorkers(WorkerPool):
         try:
             value = ray.get(reference)
         except Exception as error:  # what the task raised, or Ray's error that its worker died
+            cause = getattr(error, "cause", None)
+            failure = cause if isinstance(cause, Exception) else error
             if isinstance(error, ray.exceptions.RayActorError):
                 self._idle.clear()  # they may have died with the same node; each would cost a task an attempt
+            elif isinstance(failure, DeviceError):
+                ray.kill(actor)  # a broken CUDA context stays broken, fragmented memory fragmented
             else:
                 self._idle.append(actor)
-            cause = getattr(error, "cause", None)
-            return None, cause if isinstance(cause, Exception) else error
+            return None, failure
         self._idle.append(actor)
         return value, None

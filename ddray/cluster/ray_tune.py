@@ -16,6 +16,7 @@ from ddray.cluster.searcher import NumberedSearch, stopped_row
 from ddray.errors import StorageError
 from ddray.runs.executor import MAX_ATTEMPTS
 from ddray.runs.ledger import Row
+from ddray.runs.recovery import recovering
 from ddray.tuning.live import LiveTable
 from ddray.tuning.study import status_of, write_study
 from ddray.tuning.trial import ETA, METRIC, run_trial
@@ -100,7 +101,8 @@ class Publisher(Callback):
 
 def _trainable(config: dict[str, Any], *, job: Any, payload: Any) -> None:
     """What Tune runs in a worker."""
-    run_trial(job, payload, config["number"], config["params"], tune.report)
+    # Tune replaces the worker of a trial that fails: what it raises is tried again by another process.
+    recovering(run_trial, job, payload, config["number"], config["params"], tune.report)
 
 
 def run_tune(search: Search, payload: Payload, concurrent: int) -> None:
@@ -112,7 +114,7 @@ def run_tune(search: Search, payload: Payload, concurrent: int) -> None:
     asha = len(job.budgets) > 1
     trainable = tune.with_parameters(_trainable, job=job, payload=payload)  # in the object store once
     tuner = Tuner(
-        tune.with_resources(trainable, {"cpu": options.cpus_per_trial, "gpu": options.gpus_per_trial}),
+        tune.with_resources(trainable, {"cpu": options.cpus_per_trial, "gpu": options.gpus}),
         tune_config=TuneConfig(
             search_alg=NumberedSearch(search, rows),
             scheduler=PaperSafeAsha(job.budgets, rows) if asha else FIFOScheduler(),  # type: ignore[no-untyped-call]

@@ -91,10 +91,21 @@ def ray_runtime(address: str | None) -> Iterator[None]:
 def _worker_environment() -> dict[str, str]:
     """Return the environment variables that workers need: where data and the package are."""
     variables = {name: os.environ[name] for name in ("DDRAY_HOME", "DDRAY_DATA") if name in os.environ}
-    # A package run from a folder (PYTHONPATH, `python -m` in a checkout) must be found by local workers too.
+    return {**variables, "PYTHONPATH": python_path()}
+
+
+def python_path() -> str:
+    """Return a PYTHONPATH for other processes: they too must find a package that is run from a folder."""
     root = str(Path(__file__).resolve().parents[2])
     paths = [root, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    return {**variables, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    return os.pathsep.join(path for path in paths if path)
+
+
+def total_resource(kind: str) -> float:
+    """Return how much of a resource (CPU, GPU) all nodes have together."""
+    import ray
+
+    return sum(node["Resources"].get(kind, 0.0) for node in ray.nodes() if node["Alive"])  # type: ignore[no-untyped-call]
 
 
 def check_capacity(cpus: float, gpus: float, *, per: str = "trial") -> int:
@@ -108,8 +119,6 @@ def check_capacity(cpus: float, gpus: float, *, per: str = "trial") -> int:
     """
     import ray
 
-    if gpus > 1 and gpus != int(gpus):
-        raise InputError(f"--gpus-per-{per} must be whole above 1, got {gpus:g}")
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     largest = {kind: max((node.get(kind, 0.0) for node in nodes), default=0.0) for kind in ("CPU", "GPU")}
     for option, per_worker, kind in (("cpus", cpus, "CPU"), ("gpus", gpus, "GPU")):

