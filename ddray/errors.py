@@ -25,11 +25,15 @@ class StorageError(DdrayError):
 
 
 class DeviceError(DdrayError):
-    """A process can't compute on its GPU, or can no longer: another process may."""
+    """A process can't go on computing on its GPU; another process may."""
 
 
 class DeviceMemoryError(DeviceError):
     """A device's memory did not suffice; the message has the figures."""
+
+
+class DeviceMissingError(DeviceError):
+    """A process was assigned a GPU that it can't use; another node may have one that works."""
 
 
 class InterruptedRunError(DdrayError):

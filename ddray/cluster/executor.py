@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ddray.cluster.runtime import check_capacity, check_temporary_folder, ray_runtime, sigterm_as_sigint
-from ddray.errors import DeviceError, InputError
+from ddray.errors import DeviceError, DeviceMissingError, InputError
 from ddray.runs.executor import Executor, LocalExecutor, Outcome, Task, WorkerPool
 from ddray.runs.recovery import recovering
 from ddray.system.worker import prepare_worker, set_threads
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from ddray.ranking.options import NasOptions
     from ddray.tables.options import BenchOptions
 
+log = logging.getLogger(__name__)
 _LOOK_S = 5.0  # between checks for hung tasks, and for workers that wait for cores
 _CAPACITY_S = 1.0  # for which the number of workers that fit is not asked again
 
@@ -50,9 +52,9 @@ class RayExecutor:
             finally:
                 pool.end()
 
-    def capacity(self) -> int:
-        """Return how many workers fit now; InputError if not even one does."""
-        fits = check_capacity(self.cpus, self.gpus, per=self.per)
+    def capacity(self, without: Collection[str] = ()) -> int:
+        """Return how many workers fit now, `without` some nodes; InputError if not even one does."""
+        fits = check_capacity(self.cpus, self.gpus, per=self.per, without=without)
         return min(fits, self.max_workers or fits)
 
 
@@ -77,8 +79,11 @@ class _Worker:
         prepare_worker()
         set_threads(cpus)
 
-    def awake(self) -> None:
-        """Return once the process has started."""
+    def awake(self) -> str:
+        """Return the id of this process's node, once it has started."""
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call the function; once more if memory runs out."""
@@ -111,6 +116,7 @@ class RayWorkers(WorkerPool):
     executor: RayExecutor
     _idle: list[Any] = field(default_factory=list)
     _running: dict[Any, _Running] = field(default_factory=dict)
+    _left_out: set[str] = field(default_factory=set)  # ids of nodes whose GPUs can't be used
     _limit: int = 1
     _checked: float = -_CAPACITY_S
 
@@ -137,7 +143,7 @@ class RayWorkers(WorkerPool):
         """Return how many workers may run now; nodes may have died or joined since the last check."""
         if time.monotonic() - self._checked >= _CAPACITY_S:
             try:
-                self._limit = self.executor.capacity()
+                self._limit = self.executor.capacity(self._left_out)
             except InputError:  # no node fits a worker any more: tasks wait for a new one
                 self._limit = 1
             self._checked = time.monotonic()
@@ -151,7 +157,9 @@ class RayWorkers(WorkerPool):
             actor = self._idle.pop()
         else:
             cpus, gpus = self.executor.cpus, self.executor.gpus
-            actor_class: Any = ray.remote(num_cpus=cpus, num_gpus=gpus)(_Worker)
+            others = {"ray.io/node-id": f"!in({', '.join(sorted(self._left_out))})"}
+            selector = {"label_selector": others} if self._left_out else {}
+            actor_class: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, **selector)(_Worker)
             actor = actor_class.remote(cpus)
         awake = actor.awake.remote()  # before the task: process start-up is not part of its time
         reference = actor.run.remote(task.function, *task.arguments)
@@ -173,7 +181,21 @@ class RayWorkers(WorkerPool):
                 return None
         entry = self._running.pop(ready[0])
         value, error = self._result(ready[0], entry.actor, timeout_s)
+        if isinstance(error, DeviceMissingError):
+            self._leave_out(ray.get(entry.awake), error)
         return entry.task, Outcome(entry.task.key, value, error, entry.attempt)
+
+    def _leave_out(self, node: str, error: DeviceMissingError) -> None:
+        """Start no more workers on a node: it would fail one task after another, faster than others work.
+
+        Raises the error if no other node can hold a worker.
+        """
+        self._left_out.add(node)
+        try:
+            self._limit = self.executor.capacity(self._left_out)
+        except InputError:
+            raise error from None
+        log.warning("%s; its node gets no more work", error)
 
     def _result(self, reference: Any, actor: Any, timeout_s: float | None) -> tuple[Any, Exception | None]:
         """Return (value, None) or (None, why it failed); a surviving worker becomes idle."""

@@ -8,7 +8,7 @@ import platform
 import sys
 from typing import TYPE_CHECKING
 
-from ddray.errors import DeviceError, one_line
+from ddray.errors import DeviceMissingError, one_line
 from ddray.system.memory import reuse_freed_memory
 
 if TYPE_CHECKING:
@@ -36,22 +36,27 @@ def worker_device(kind: str) -> torch.device:
     """Return the device of a worker, of the kind that its results are recorded under.
 
     Raises:
-        DeviceError: CUDA does not work here; it names the node and the reason.
+        DeviceMissingError: CUDA does not work here; it names the node and the reason.
     """
     import torch
 
     if kind == "cuda" and (reason := cuda_failure()) is not None:
-        raise DeviceError(f"{platform.node()}: this worker was assigned a GPU that torch can't use: {reason}")
+        raise DeviceMissingError(f"{platform.node()}: torch can't use the GPU of this worker: {reason}")
     return torch.device(kind)
 
 
 def cuda_failure(device: str = "cuda") -> str | None:
-    """Return why a CUDA device can't compute, None if it does; opens a CUDA context."""
+    """Return why a CUDA device can't compute, None if it does; opens a CUDA context.
+
+    RuntimeError as torch raises it if the device's memory is full.
+    """
     import torch
 
     try:
         torch.ones(2, device=device).sum().item()
     except (RuntimeError, AssertionError) as error:  # without a driver; torch without CUDA
+        if "out of memory" in str(error):  # it works, for others
+            raise
         return one_line(error, 160)
     return None
 

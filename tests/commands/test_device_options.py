@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ import yaml
 from ddray.cli import _run
 from ddray.cluster import resources
 from ddray.jobs import distill as distill_job
+from ddray.jobs.context import declared_specs
 from ddray.methods import method_names
-from ddray.runs.ledger import Ledger
 from ddray.testing import plan_method
 
 TUNE = ("tune", "--method", "dm", "--num-samples", "1", "--steps", "2")
+DISTIL = ("distill", "--method", "dm", "--ipc", "1", "--steps", "4")
 NAS = ("nas", "--proxy", "some.pt")
 BENCH = ("bench", "table.yaml")
 
@@ -60,7 +61,7 @@ def test_gpus_that_cannot_be_used_are_refused_before_anything_is_done(
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("distill", "--method", "dm"),
+        ("distill", "--method", "dm", "--ipc", "1"),
         ("evaluate", "some.pt"),
         ("pool", "train", "--kind", "supervised"),
     ],
@@ -90,10 +91,8 @@ def test_a_distillation_that_runs_out_of_memory_goes_on_with_less(
         return real(*arguments, **options)
 
     monkeypatch.setattr(distill_job, "run_distillation", run)
-    settings = ("--set", "arch=convnet1_w8", "--set", "compile=off", "--set", "method.batch_real=4")
-    result = run_command(
-        *("distill", "--method", "dm", "--steps", "4", "--run-dir", str(tmp_path / "run")), *settings
-    )
+    settings = ("--set", "arch=convnet1_w8", "--set", "method.batch_real=4")
+    result = run_command(*DISTIL, *settings, "--run-dir", str(tmp_path / "run"))
     assert (len(starts), result["steps"], result["resumed_from_step"]) == (2, 4, 2)
     assert starts[0] is not starts[1], "a method object is set up once"
 
@@ -105,60 +104,23 @@ def test_one_that_runs_out_twice_ends_in_one_line(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8.00 GiB.")
 
     monkeypatch.setattr(distill_job, "run_distillation", run)
-    assert _run(["distill", "--method", "dm", "--steps", "4", "--run-dir", str(tmp_path / "run")], False) == 1
+    assert _run([*DISTIL, "--run-dir", str(tmp_path / "run")], False) == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line == (
         f"error: {platform.node()}: out of memory: CUDA out of memory. Tried to allocate 8.00 GiB."
     )
 
 
-class TestDriver:
-    @pytest.fixture(autouse=True)
-    def _without_cuda(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Two GPUs by NVML; starting CUDA in this process fails the test."""
+@pytest.mark.parametrize("method", method_names())
+def test_a_driver_knows_what_a_search_trains_first_without_cuda(
+    method: str, toy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the driver started CUDA")
 
-        def refuse(*_: Any) -> None:
-            raise AssertionError("the driver started CUDA")
-
-        monkeypatch.setattr(torch.cuda, "_lazy_init", refuse)
-        monkeypatch.setattr(torch.cuda, "is_available", refuse)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-
-    @pytest.mark.parametrize("method", method_names())
-    def test_what_a_search_trains_first_is_told_without_cuda(self, method: str, toy: Any) -> None:
-        from dataclasses import replace
-
-        from ddray.jobs.context import declared_specs
-
-        plan, ctx = plan_method(method, toy())
-        specs = declared_specs(plan, replace(ctx, device=torch.device("cuda")))
-        assert all(spec.device == "cuda" for spec in specs)
-
-    @pytest.fixture
-    def ray_with_gpus(self, no_ray: None) -> Iterator[None]:
-        """A Ray that believes in two GPUs."""
-        import ray
-
-        ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False, namespace="ddray")
-        yield
-        ray.shutdown()
-
-    @pytest.mark.ray
-    @pytest.mark.usefixtures("ray_with_gpus")
-    def test_workers_whose_gpu_fails_fail_their_units(
-        self, capsys: pytest.CaptureFixture[str], table: Path
-    ) -> None:
-        """By default a trial, and a unit, gets a GPU of the cluster; none of these can be used."""
-        settings = ("--set", "arch=convnet1_w8", "--set", "method.batch_real=4", "--set", "compile=off")
-        for arguments, option in (
-            ((*TUNE, "--max-concurrent", "1", *settings), "gpus_per_trial"),
-            ((*BENCH, "--max-concurrent", "1"), "gpus_per_unit"),
-        ):
-            assert _run([*arguments, "--run-dir", str(table / option)], False) == 1
-            line = capsys.readouterr().err.strip().splitlines()[-1]
-            assert f"{platform.node()}: this worker was assigned a GPU that torch can't use" in line
-            config = yaml.safe_load((table / option / "config.yaml").read_text())
-            assert (config["device"], config[option]) == ("cuda", 1.0)
-            rows = Ledger(table / option).rows()
-            assert rows
-            assert all(row.status == "failed" for row in rows)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", refuse)
+    monkeypatch.setattr(torch.cuda, "is_available", refuse)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    plan, ctx, _ = plan_method(method, toy())
+    specs = declared_specs(plan, replace(ctx, device=torch.device("cuda")))
+    assert all(spec.device == "cuda" for spec in specs)

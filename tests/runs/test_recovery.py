@@ -19,7 +19,7 @@ from ddray.runs.recovery import recovering
 
 FULL = (
     "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 15.77 GiB of which "
-    "1.19 GiB is free. Process 7 has 14.5 GiB memory in use. Of the allocated memory 13.9 GiB is allocated by PyTorch."
+    "1.19 GiB is free. Process 7 has 14.5 GiB memory in use. Of the allocated memory 13.9 GiB"
 )
 ASSERT = "CUDA error: device-side assert triggered\nCompile with TORCH_USE_CUDA_DSA"
 
