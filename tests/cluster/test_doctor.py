@@ -71,6 +71,6 @@ def test_a_worker_on_every_node_tries_its_gpu() -> None:
         (failure,), num_untested = doctor._gpu_nodes()
         assert "NVIDIA" in failure or "CUDA" in failure
         assert num_untested == 0
-        ray.get(ray.remote(num_gpus=1)(int).remote())
+        assert ray.get(ray.remote(num_gpus=1)(lambda: 1).remote()) == 1, "the GPU is free again"
     finally:
         ray.shutdown()

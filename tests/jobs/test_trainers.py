@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ddray.data import Dataset, Split, carve_val, search_rows
-from ddray.errors import DivergedError, InputError
+from ddray.errors import DeviceError, DivergedError, InputError
 from ddray.jobs import trainers as pool_training
 from ddray.jobs.context import declared_specs, make_context
 from ddray.jobs.plan import resolve
@@ -180,3 +180,11 @@ def test_a_pool_may_be_given(toy: Any) -> None:
     plan = resolve("random", dataset, ipc=1)
     pool = LocalPool(lambda spec: ({}, {}))
     assert make_context(plan, dataset.train(), split_name="train", device=CPU, pool=pool).pool is pool
+
+
+def test_an_entry_of_another_kind_of_device_is_not_trained(toy: Any) -> None:
+    """Its key would name a device that it was not computed on."""
+    dataset = toy()
+    spec = pool_spec(dataset).model_copy(update={"device": "cuda"})
+    with pytest.raises(DeviceError, match="must be trained on cuda, this process computes on cpu"):
+        PoolTrainer(dataset, dataset.train(), CPU)(spec)
