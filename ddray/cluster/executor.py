@@ -157,9 +157,10 @@ class RayWorkers(WorkerPool):
             actor = self._idle.pop()
         else:
             cpus, gpus = self.executor.cpus, self.executor.gpus
-            others = {"ray.io/node-id": f"!in({', '.join(sorted(self._left_out))})"}
-            selector = {"label_selector": others} if self._left_out else {}
-            actor_class: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, **selector)(_Worker)
+            options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus}
+            if self._left_out:
+                options["label_selector"] = {"ray.io/node-id": f"!in({', '.join(sorted(self._left_out))})"}
+            actor_class: Any = ray.remote(**options)(_Worker)
             actor = actor_class.remote(cpus)
         awake = actor.awake.remote()  # before the task: process start-up is not part of its time
         reference = actor.run.remote(task.function, *task.arguments)

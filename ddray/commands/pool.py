@@ -28,17 +28,16 @@ def pool_train(emit: Emit, **options: Any) -> None:
     pool_training.check_kind(parsed.kind, [name for name, value in limited.items() if value is not None])
     recipe = parse_overrides(parsed.sets) | ({} if parsed.epochs is None else {"epochs": parsed.epochs})
     opened = open_dataset(parsed.dataset, **parsed.opening())
-    settings = {"recipe": recipe, "arch": parsed.arch or "auto", "seed": parsed.seed or 0}
+    settings: dict[str, Any] = {"arch": parsed.arch or "auto", "seed": parsed.seed or 0, "folder": parsed.out}
     num = 1 if parsed.num_models is None else parsed.num_models
     with on_device(parsed.device) as device:
-        where: dict[str, Any] = {"device": device}
+        where: dict[str, Any] = {"recipe": recipe, "device": device}
         if parsed.kind == "diffusion":
-            result = recovering(pool_training.train_diffusion, opened, recipe=recipe, **where, out=parsed.out)
+            result = recovering(pool_training.train_diffusion, opened, **where, out=parsed.out)
         elif parsed.kind == "ssl":
-            result = recovering(pool_training.train_teacher, opened, **settings, **where, folder=parsed.out)
+            result = recovering(pool_training.train_teacher, opened, **where, **settings)
         else:
-            where |= {"folder": parsed.out, "num_models": num}
-            result = recovering(pool_training.train_pool, opened, **settings, **where)
+            result = recovering(pool_training.train_pool, opened, **where, **settings, num_models=num)
     emit(result, display.table_of("pool", {**result.dump(), "keys": "\n".join(result.keys)}))
 
 

@@ -455,6 +455,6 @@ def test_workers_leave_shared_arrays_alone(proxies: dict[str, Path], tmp_path: P
     Ledger(folder).folder.mkdir(parents=True)
     epoch = Ledger(folder).open_epoch()
     for task in tasks:
-        run_task(SweepJob(str(folder), epoch, "x", 0.0), data, task)
+        run_task(SweepJob(str(folder), epoch, "x", "cpu"), data, task)
     assert all(np.array_equal(a, b) for a, b in zip(arrays, before, strict=True))
     assert json.loads((folder / "epoch").read_text()) == 1

@@ -102,7 +102,7 @@ def declared_teacher(ctx: DistillContext, config: KrrConfig, extent: Extent) -> 
     The worker refuses such a set itself, before it requests a teacher: its device is the one that counts.
     """
     # Asking would open a CUDA context, which a search's driver must not have.
-    if ctx.device.type != "cuda" or torch.cuda.is_initialized():
+    if ctx.device.type != "cuda" or torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         try:
             check_memory(ctx, config, extent)
         except InputError:
