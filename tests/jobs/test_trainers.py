@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ddray.data import Dataset, Split, carve_val, search_rows
-from ddray.errors import DeviceError, DivergedError, InputError
+from ddray.errors import DivergedError, InputError
 from ddray.jobs import trainers as pool_training
 from ddray.jobs.context import declared_specs, make_context
 from ddray.jobs.plan import resolve
@@ -186,5 +186,5 @@ def test_an_entry_of_another_kind_of_device_is_not_trained(toy: Any) -> None:
     """Its key would name a device that it was not computed on."""
     dataset = toy()
     spec = pool_spec(dataset).model_copy(update={"device": "cuda"})
-    with pytest.raises(DeviceError, match="must be trained on cuda, this process computes on cpu"):
+    with pytest.raises(InputError, match="must be trained on cuda, this process computes on cpu"):
         PoolTrainer(dataset, dataset.train(), CPU)(spec)
