@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddray.data import Dataset, Split, SplitName, normalized_space
-from ddray.errors import DivergedError, unknown
+from ddray.errors import DivergedError, InputError, unknown
 from ddray.methods.families.ssl import teacher as ssl
 from ddray.nets import build_net
 from ddray.pool.local import LocalPool
@@ -41,8 +41,14 @@ class PoolTrainer:
     def __call__(self, spec: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
         """Return an entry's tensors and measurements.
 
-        InputError if the kind is unknown or the spec does not fit the images; DivergedError if a loss is NaN.
+        InputError if the kind is unknown, or the spec does not fit the images or this kind of device;
+        DivergedError if a loss is NaN.
         """
+        if spec.device != self.device.type:  # random weights differ between kinds of devices
+            raise InputError(
+                f"pool entry {spec.key[:12]} ({spec.kind}) must be trained on {spec.device}, this process "
+                f"computes on {self.device.type}"
+            )
         if spec.kind not in (kinds := ("supervised", ssl.KIND, *_DIFFUSION_KINDS)):
             raise unknown("kind of pool entry", spec.kind, kinds)
         if spec.kind == "supervised":

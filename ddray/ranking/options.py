@@ -9,7 +9,8 @@ from pydantic import BeforeValidator, Field, model_validator
 from ddray.artifact.options import ForeignOptions
 from ddray.config import AbsolutePath, Config, Names, added, named
 from ddray.ranking import DEFAULT_SPACE, space_names
-from ddray.system.options import DataOptions
+from ddray.system.options import DataOptions, Gpus
+from ddray.system.worker import device_kind
 
 
 class NasRecipe(Config):
@@ -101,12 +102,22 @@ class NasOptions(Config):
     """Ray workers; default all."""
     cpus_per_worker: float = Field(default=1.0, gt=0)
     """CPU cores per worker."""
-    gpus_per_worker: float = Field(default=0.0, ge=0)
-    """GPUs per worker; default 1 where this machine has one."""
+    gpus_per_worker: Gpus | None = None
+    """GPUs per worker, at most 1; fractions share one; default 1 where the cluster has GPUs, else 0."""
     unit_timeout: float | None = Field(default=None, gt=0)
     """Seconds after which a unit counts as hung, is retried, then marked failed; default by cost."""
     address: str | None = None
     """Ray cluster to connect to; default a local one."""
+
+    @property
+    def gpus(self) -> float:
+        """GPUs of a worker; 0 until the default is resolved (`cluster.resources`)."""
+        return self.gpus_per_worker or 0.0
+
+    @property
+    def device(self) -> str:
+        """The kind of device that workers train on."""
+        return device_kind(self.gpus)
 
     @model_validator(mode="after")
     def _sampling_needs_a_sample(self) -> Self:

@@ -193,13 +193,13 @@ class SweepJob:
         run_dir: absolute path of the run.
         epoch: run epoch to publish under.
         data_key: identifies the sweep's data, so that a worker copies it once.
-        gpus: of a worker.
+        device: kind of device of the workers.
     """
 
     run_dir: str
     epoch: int
     data_key: str
-    gpus: float
+    device: str
 
 
 _latest: tuple[str, Workbench] | None = None
@@ -213,7 +213,7 @@ def run_task(job: SweepJob, data: SweepData, task: NasTask) -> None:
     """
     global _latest
     if _latest is None or _latest[0] != job.data_key:
-        _latest = (job.data_key, Workbench(data, torch.device(worker_device(job.gpus))))
+        _latest = (job.data_key, Workbench(data, worker_device(job.device)))
     begin = time.perf_counter()
     results = _latest[1].run(task)
     wall_s = (time.perf_counter() - begin) / len(results)

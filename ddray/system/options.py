@@ -1,10 +1,20 @@
 """Options that several commands share; a field's docstring is its help."""
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from ddray.config import AbsolutePath, Config
+
+
+def _on_one_device(gpus: float) -> float:
+    if gpus > 1:
+        raise ValueError("must be <= 1, because all of it is computed on one GPU (fractions share one)")
+    return gpus
+
+
+Gpus = Annotated[float, Field(ge=0), AfterValidator(_on_one_device)]
+"""GPUs of a worker."""
 
 
 class DataFolder(Config):

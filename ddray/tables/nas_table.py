@@ -128,7 +128,7 @@ def sweep_options(sweep: SweepSpec, spec: BenchSpec, options: BenchOptions) -> N
         "seed": spec.seed,
         "executor": options.executor,
         "cpus_per_worker": options.cpus_per_unit,
-        "gpus_per_worker": options.gpus_per_unit,
+        "gpus_per_worker": options.gpus,
         "num_workers": options.max_concurrent,
         "address": options.address,
         **({} if options.unit_timeout is None else {"unit_timeout": options.unit_timeout}),

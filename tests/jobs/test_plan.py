@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from ddray.data import fit_zca
 from ddray.data.pixels import pixel_space
 from ddray.errors import InputError
+from ddray.jobs import context
 from ddray.jobs import plan as module
 from ddray.jobs.context import check_ipc, make_context, make_distiller, pick_device
 from ddray.jobs.options import PlanOptions
@@ -285,16 +288,44 @@ def test_what_a_plan_says_of_itself_differs_with_everything_that_decides(toy: An
     assert plan.describe()["method"]["lr_img"] == 1.0
 
 
-def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert pick_device("auto") == CPU
-    assert pick_device("cpu") == CPU
-    assert pick_device("cuda:0") == torch.device("cuda:0")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+def test_devices(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert pick_device("auto") == pick_device("cpu") == pick_device("cpu:0") == CPU
+    with pytest.raises(InputError, match="--device cuda: torch sees 0 CUDA devices; use --device cpu"):
+        pick_device("cuda")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(context, "cuda_failure", lambda device="cuda": None)
     assert pick_device("auto") == torch.device("cuda")
+    assert pick_device("cuda:1") == torch.device("cuda:1")
     for name in ("gpu", "mps", "meta", "cuda:x", ""):
         with pytest.raises(InputError, match="--device must be auto, cpu, cuda"):
             pick_device(name)
-    with pytest.raises(InputError, match="--device cuda:1: torch sees 1 CUDA devices"):
+    with pytest.raises(InputError, match="--device cuda:2: torch sees 2 CUDA devices"):
+        pick_device("cuda:2")
+
+    monkeypatch.setattr(context, "cuda_failure", lambda device="cuda": f"old driver of {device}")
+    assert pick_device("auto") == CPU
+    assert caplog.messages == ["torch can't use the GPU (old driver of cuda): computing on the CPU"]
+    with pytest.raises(InputError, match="--device cuda:1: torch can't use it: old driver of cuda:1"):
         pick_device("cuda:1")
+
+
+@pytest.mark.parametrize(("name", "entered"), [("cuda:1", ["cuda:1"]), ("cuda", []), ("cpu", [])])
+def test_a_numbered_gpu_is_the_current_one_while_it_is_used(
+    monkeypatch: pytest.MonkeyPatch, name: str, entered: list[str]
+) -> None:
+    current: list[str] = []
+
+    @contextmanager
+    def enter(device: torch.device) -> Iterator[None]:
+        current.append(str(device))
+        yield
+        current.clear()
+
+    monkeypatch.setattr(torch.cuda, "device", enter)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(context, "cuda_failure", lambda device="cuda": None)
+    with context.on_device(name) as device:
+        assert (str(device), current) == (name, entered)
+    assert not current
