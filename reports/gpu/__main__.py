@@ -9,8 +9,10 @@ need torch, run in processes of their own.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -23,12 +25,14 @@ from reports.gpu.plan import MINUTES, PARTS, Part, described, parts_called
 from reports.gpu.runner import ROOT, NoGpuError, Run, probe
 
 REPORTS = ROOT / "reports"
+_PR_SET_PDEATHSIG = 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line asks for; return the exit code."""
     options = _options(arguments)
     if options.part:
+        _end_with_parent()
         from reports.gpu.child import run_part
 
         return run_part(options.part, options.device, options.lines)
@@ -46,6 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         return _measure(parts, options)
     return 0
+
+
+def _end_with_parent() -> None:
+    """Let this process be killed when the one that started it is: nobody else would keep its limit."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +13,6 @@ from reports.gpu import record
 from reports.gpu.lab import Figures, Lab
 from reports.gpu.plan import PARTS
 
-_PR_SET_PDEATHSIG = 1
-
 
 def part_function(name: str) -> Callable[[Lab], Figures]:
     """Return the function that measures a part."""
@@ -26,9 +22,7 @@ def part_function(name: str) -> Callable[[Lab], Figures]:
 
 
 def run_part(name: str, device: str, lines: Path) -> int:
-    """Measure a part and append its figures; return the exit code. It ends with its parent."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # nobody else would end it
+    """Measure a part and append its figures; return the exit code."""
     lab = Lab(torch.device("cuda:0" if device == "cuda" else "cpu"), is_tiny=device == "cpu")
     for figure_name, value in part_function(name)(lab):
         record.append(lines, part=name, figure=figure_name, value=value)

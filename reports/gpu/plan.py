@@ -35,7 +35,7 @@ PARTS = (
     Part("groups", "D3HR's group sampling of 1,000,000 candidates", 30, "sampling", ("",)),
     Part("generative", "self-supervised and diffusion steps", 50, "steps", ("",)),
     Part("memory", "out of memory: smaller groups until a step fits", 35, "memory", ("",)),
-    Part("pair", "two processes on one GPU", 30, "memory", ("both",)),
+    Part("pair", "two processes on one GPU", 30, "memory", ("dm both",)),
     Part("grid", "24 architectures of 400 steps, projected to all 720", 65, "networks", ("720",)),
 )
 MINUTES = 11

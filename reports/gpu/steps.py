@@ -78,7 +78,7 @@ def generative(lab: Lab) -> Figures:
 
     def diffusion() -> dict[str, Figure]:
         quick = {"num_candidates": lab.size(100_000, 5), "num_inference_steps": lab.size(20, 2)}
-        engine = lab.started("d3hr", lab.digits(), ipc=lab.size(10, 1), quick=True, method=quick)
+        engine = lab.started("d3hr", dataset, ipc=lab.size(10, 1), quick=True, method=quick)
         seconds = lab.seconds(engine.step, repeats=min(5, engine.num_steps - 1))
         mean = sum(seconds) / len(seconds)
         return {"step": figure(1000 * mean, "ms", n=len(seconds), num_steps=engine.num_steps)}
