@@ -141,18 +141,18 @@ class Lab:
         values = [1000 * value for value in self.seconds(work, repeats=repeats, inner=inner)]
         return figure(statistics.fmean(values), "ms", std=statistics.stdev(values), n=len(values), **notes)
 
-    def busy(self, work: Callable[[], object], calls: int) -> Figure:
-        """Return the share of the time of some calls in which the device computes, by torch's profiler."""
+    def busy(self, work: Callable[[], object], calls: int, milliseconds: float) -> Figure:
+        """Return the share of a call's `milliseconds` in which the device computes.
+
+        torch's profiler says how long it computes. The calls it watches take longer, so it is no clock.
+        """
         activity = torch.profiler.ProfilerActivity
         calls = self.size(calls, 1)
         activities = [activity.CPU, activity.CUDA] if self.on_gpu else [activity.CPU]
         with torch.profiler.profile(activities=activities) as profile:
-            self.synchronize()
-            begin = time.perf_counter()
             for _ in range(calls):
                 work()
             self.synchronize()
-            wall = time.perf_counter() - begin
         kinds = torch.autograd.DeviceType
         kind = kinds.CUDA if self.on_gpu else kinds.CPU
         spans = sorted(
@@ -160,7 +160,8 @@ class Lab:
             for event in profile.events()
             if event.device_type == kind and not event.is_user_annotation  # they span idle time
         )
-        return figure(covered(spans) / 1e6 / wall, "busy share", n=calls, spans=len(spans))
+        share = covered(spans) / 1000 / calls / milliseconds
+        return figure(share, "busy share", n=calls, spans=len(spans))
 
     @contextlib.contextmanager
     def syncs(self, mode: str) -> Iterator[None]:

@@ -35,7 +35,7 @@ def steps(lab: Lab) -> Figures:
         sizes = {} if lab.is_tiny else {"method": settings}
         engine = lab.started(method, dataset, ipc=lab.size(10, 1), **sizes)
         timed = lab.timed(engine.step, inner=inner)
-        return {"step": timed, "busy": lab.busy(engine.step, inner)}
+        return {"step": timed, "busy": lab.busy(engine.step, inner, timed["value"])}
 
     yield from attempts({method: partial(case, method) for method in _METHODS})
 
