@@ -40,11 +40,12 @@ def _drill(lab: Lab, dataset: Dataset) -> dict[str, Figure]:
     from ddray.system.memory import shrink_budget
 
     whole = 2**20 * (_peak(lab, dataset, "64GiB")["peak"]["value"] or 0)
-    limit = int(whole / 2) + _ROOM
+    limit = int(whole / 2) + lab.size(_ROOM, 0)
     if lab.on_gpu:
         _empty(lab)
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(limit / total)
+    reset_peak(lab.device)
     for halvings in range(12):
         try:
             engine = lab.started("datadam", dataset, ipc=lab.size(50, 2))

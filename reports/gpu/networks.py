@@ -56,7 +56,7 @@ def _trained(
     weights: dict[str, Tensor],
 ) -> dict[str, Figure]:
     """Return the milliseconds per step and network, capture included; `weights` has the first way's."""
-    steps, seeds = lab.size(120, 2), list(range(lab.size(5, 2)))
+    steps, seeds = lab.size(300, 2), list(range(lab.size(5, 2)))
     recipe, dsa = NasRecipe(epochs=1, batch=lab.size(256, 8)), dsa_for(True)
 
     def fresh() -> list[Net]:
