@@ -83,7 +83,7 @@ def _measure(parts: Sequence[Part], options: argparse.Namespace) -> int:
     is_dry_run = options.device == "cpu"
     out = options.out or (ROOT / "build" / "gpu" if is_dry_run else REPORTS)
     with tempfile.TemporaryDirectory(prefix="ddray-gpu-") as scratch:
-        environment = _environment(Path(scratch))
+        environment = _environment(Path(scratch), is_dry_run)
         try:
             machine = probe(environment, is_dry_run=is_dry_run)
         except NoGpuError as error:
@@ -100,6 +100,8 @@ def _measure(parts: Sequence[Part], options: argparse.Namespace) -> int:
         for part in parts:
             run.part(part)
             record.write(path, report := record.assembled(record.read(lines), parts, machine, earlier))
+            result = report["parts"][part.name]
+            sys.stderr.write(f"{part.name}: {result['status']} {result['reason']} ({result['seconds']} s)\n")
     if out == REPORTS:
         table.write(ROOT / "README.md", report)
     statuses = [report["parts"][part.name]["status"] for part in parts]
@@ -107,13 +109,14 @@ def _measure(parts: Sequence[Part], options: argparse.Namespace) -> int:
     return 0 if statuses.count("ok") == len(parts) else 1
 
 
-def _environment(scratch: Path) -> dict[str, str]:
+def _environment(scratch: Path, is_dry_run: bool) -> dict[str, str]:
     """Return the environment of parts: this checkout, the wheels that are missing, a pool of their own."""
+    threads = {"GOMP_SPINCOUNT": "1000", **({"OMP_NUM_THREADS": "1"} if is_dry_run else {})}
     site = scratch / "site"
     wheels.unpack(site)
     path = os.pathsep.join(filter(None, (str(ROOT), str(site), os.environ.get("PYTHONPATH", ""))))
     (scratch / "home").mkdir()
-    return {**os.environ, "PYTHONPATH": path, "DDRAY_HOME": str(scratch / "home"), "PYTHONUNBUFFERED": "1"}
+    return {**os.environ, **threads, "PYTHONPATH": path, "DDRAY_HOME": str(scratch / "home")}
 
 
 def _earlier(path: Path) -> dict[str, Any] | None:

@@ -7,12 +7,16 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from ddray.data import Dataset
-from ddray.distillation.method import Distiller
+from ddray.data import Dataset, PixelSpace
 from ddray.methods import REGISTRY
+from ddray.nets import build_net
+from ddray.training.engine import Order, Rule, Step
+from ddray.training.graph import WORTHWHILE_STEPS
 from reports.gpu.lab import Figure, Figures, Lab, attempts, figure
 
 _WAITS = "called a synchronizing CUDA operation"
@@ -23,26 +27,50 @@ LOSS_TOLERANCE, IMAGE_TOLERANCE = 1e-3, 1e-2
 """Of the first losses, relative, and of the images after them, in deviations of the CPU's images."""
 
 
+class _Training:
+    """Steps of the training engine, as a method's: as many as make it take a CUDA graph, or fewer."""
+
+    def __init__(self, lab: Lab, dataset: Dataset, num_steps: int) -> None:
+        self.num_steps, self._count = num_steps, 0
+        split, space = dataset.train(), PixelSpace("normalized", dataset.mean, dataset.std)
+        self._images, self._labels = space.encode(split.images).to(lab.device), split.labels.to(lab.device)
+        net = build_net("convnet2_w8", dataset.image_shape, dataset.num_classes, seed=0, device=lab.device)
+        rule = Rule(F.cross_entropy, partial(torch.optim.SGD, momentum=0.9), clip=5.0)
+        self._step = Step([net.train()], rule, lr=0.01, num_steps=num_steps)
+        order = Order(len(split), batch=64, last="drop")
+        self._rows = order.indices(torch.Generator().manual_seed(0), lab.device)
+
+    def step(self) -> None:
+        rows = next(self._rows)
+        self._count += 1
+        self._step.set_lr(0.01 / self._count)
+        self._step(self._images[rows], self._labels[rows])
+
+
 def devices(lab: Lab) -> Figures:
-    """Set up every method and count the waits for the device of its steady steps."""
+    """Set up every method and the training engine, and count the waits for the device of steady steps."""
     dataset = lab.digits()
     waiting: list[str] = []
     stepping: list[str] = []
 
-    def case(method: str) -> dict[str, Figure]:
-        start = partial(lab.started, method, dataset, ipc=2, quick=True)
+    def case(name: str, start: Callable[[], Any]) -> dict[str, Figure]:
         measured = _waits(lab, start)
         if measured["n"]:
-            stepping.append(method)
-            waiting.extend([method] * bool(measured["value"]))
+            stepping.append(name)
+            waiting.extend([name] * bool(measured["value"]))
         return {"": measured}
 
     methods = sorted(REGISTRY.builtin_names(), key=lambda name: name in _SLOW_TO_SET_UP)
-    yield from attempts({method: partial(case, method) for method in methods})
-    yield "steps that wait", figure(len(waiting), "methods", n=len(stepping), methods=waiting)
+    starts: dict[str, Callable[[], Any]] = {
+        method: partial(lab.started, method, dataset, ipc=2, quick=True) for method in methods
+    }
+    for name, num_steps in (("training, eager", _STEPS + 2), ("training, by a graph", WORTHWHILE_STEPS)):
+        starts[name] = partial(_Training, lab, dataset, num_steps)
+    yield from attempts({name: partial(case, name, start) for name, start in starts.items()})
+    yield "steps that wait", figure(len(waiting), f"of {len(stepping)}", names=waiting)
 
 
-def _waits(lab: Lab, start: Callable[[], Distiller]) -> Figure:
+def _waits(lab: Lab, start: Callable[[], Any]) -> Figure:
     """Return how often a steady step waits, and where; 0 if it raises nothing with waits as errors."""
     engine = _warm(start)
     steps = min(_STEPS, engine.num_steps)
@@ -66,7 +94,7 @@ def _waits(lab: Lab, start: Callable[[], Distiller]) -> Figure:
     return figure(places.total() / steps, "waits per step", n=steps, where=dict(places.most_common(8)))
 
 
-def _warm(start: Callable[[], Distiller]) -> Distiller:
+def _warm(start: Callable[[], Any]) -> Any:
     engine = start()
     for _ in range(min(2, max(0, engine.num_steps - _STEPS))):
         engine.step()

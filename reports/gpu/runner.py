@@ -78,7 +78,6 @@ class Run:
     def _ended(self, part: Part, status: str, reason: str, begin: float) -> None:
         seconds = round(time.monotonic() - begin, 1)
         record.append(self.lines, part=part.name, status=status, reason=reason, seconds=seconds, date=_now())
-        sys.stderr.write(f"{part.name}: {status} {reason} ({seconds} s)\n")
 
 
 def _code_of(command: Sequence[str], limit: float, log: Any, environment: Mapping[str, str]) -> int | None:
