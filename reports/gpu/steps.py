@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from ddray.data import Dataset
-from reports.gpu.lab import Figure, Figures, Lab, attempts, figure
+from reports.gpu.lab import Figure, Figures, Lab, attempts, computing, figure
 
 # Settings at CIFAR's size beside the preset's, and steps of a measured block.
 _METHODS: Mapping[str, tuple[dict[str, Any], int]] = {
@@ -17,12 +17,12 @@ _METHODS: Mapping[str, tuple[dict[str, Any], int]] = {
     "idm": ({"net_steps": 5}, 5),
     "dc": ({"outer_loop": 2, "inner_loop": 2}, 1),
 }
-_VARIANTS: Mapping[str, dict[str, Any]] = {
-    "eager": {"compile": "off", "precision": "tf32"},
-    "eager, fp32": {"compile": "off", "precision": "fp32"},
-    "eager, bf16": {"compile": "off", "precision": "bf16"},
-    "compiled": {"compile": "on", "precision": "tf32"},
-    "compiled, bf16": {"compile": "on", "precision": "bf16"},
+_VARIANTS: Mapping[str, tuple[str, str]] = {
+    "eager": ("off", "tf32"),
+    "eager, fp32": ("off", "fp32"),
+    "eager, bf16": ("off", "bf16"),
+    "compiled": ("on", "tf32"),
+    "compiled, bf16": ("on", "bf16"),
 }
 
 
@@ -43,19 +43,21 @@ def steps(lab: Lab) -> Figures:
 def precisions(lab: Lab) -> Figures:
     """Time a step eagerly, compiled and in bfloat16."""
     dataset = lab.pictures()
+    methods = {"datadam": tuple(_VARIANTS), "dm": ("eager", "eager, bf16", "compiled")}
     yield from attempts(
         {
-            f"{method}, {name}": partial(_variant, lab, dataset, method, settings)
-            for method, names in (("datadam", _VARIANTS), ("dm", ("eager", "eager, bf16", "compiled")))
-            for name, settings in _VARIANTS.items()
-            if name in names and not (lab.is_tiny and settings["compile"] == "on")  # half a minute on a CPU
+            f"{method}, {name}": partial(_variant, lab, dataset, method, *_VARIANTS[name])
+            for method, names in methods.items()
+            for name in names
+            if not (lab.is_tiny and name.startswith("compiled"))  # half a minute on a CPU
         }
     )
 
 
-def _variant(lab: Lab, dataset: Dataset, method: str, settings: Mapping[str, Any]) -> dict[str, Figure]:
-    engine = lab.started(method, dataset, ipc=lab.size(10, 1), **settings)
-    return {"": lab.timed(engine.step, inner=10)}
+def _variant(lab: Lab, dataset: Dataset, method: str, compiled: str, precision: str) -> dict[str, Figure]:
+    with computing(precision, lab.device):
+        engine = lab.started(method, dataset, ipc=lab.size(10, 1), compile=compiled)
+        return {"": lab.timed(engine.step, inner=10)}
 
 
 def generative(lab: Lab) -> Figures:
