@@ -25,6 +25,8 @@ _SLOW_TO_SET_UP = ("d3hr", "boost_ssdd", "krr_st", "kmeans_ssl", "random_ssl", "
 _COMPARED = ("dm", "datadam", "m3d", "mmd_pixel", "dc", "dsa", "cafe", "idm", "dsdm", "sre2l")
 LOSS_TOLERANCE, IMAGE_TOLERANCE = 1e-3, 1e-2
 """Of the first losses, relative, and of the images after them, in deviations of the CPU's images."""
+# Their networks are trained for an epoch on either device, where rounding adds up.
+_TRAINED, _TRAINED_FACTOR = ("dsdm", "sre2l"), 50
 
 
 class _Training:
@@ -120,8 +122,9 @@ def parity(lab: Lab) -> Figures:
         pixels = float((images[1] - images[0]).abs().max() / images[0].std())
         differences["loss"].append(loss)
         differences["images"].append(pixels)
-        if loss > LOSS_TOLERANCE or pixels > IMAGE_TOLERANCE:
-            allowed = f"{LOSS_TOLERANCE:g} and {IMAGE_TOLERANCE:g} are allowed"
+        factor = _TRAINED_FACTOR if method in _TRAINED else 1
+        if loss > factor * LOSS_TOLERANCE or pixels > factor * IMAGE_TOLERANCE:
+            allowed = f"{factor * LOSS_TOLERANCE:g} and {factor * IMAGE_TOLERANCE:g} are allowed"
             raise AssertionError(f"loss differs by {loss:.2g}, images by {pixels:.2g}; {allowed}")
         return {
             "loss": figure(loss, "relative difference", n=_STEPS),
@@ -129,9 +132,9 @@ def parity(lab: Lab) -> Figures:
         }
 
     yield from attempts({method: partial(case, method) for method in _COMPARED})
-    for name, values in differences.items():
-        if values:
-            yield f"largest difference, {name}", figure(max(values), "relative", n=len(values))
+    for name, unit in (("loss", "relative"), ("images", "deviations")):
+        if values := differences[name]:
+            yield f"largest difference, {name}", figure(max(values), unit, n=len(values))
 
 
 def _first_steps(
