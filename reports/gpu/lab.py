@@ -87,10 +87,16 @@ class Lab:
         noise = torch.randn(num, 3, 32, 32, generator=generator) * 60
         images = (patterns[labels] + noise).clamp(0, 255).round().to(torch.uint8)
         split = Split(images, labels)
-        names = tuple(f"pattern {label}" for label in range(10))
-        values = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "can_flip": True}
-        halves = {"load_train": lambda: split, "load_test": lambda: split}
-        return Dataset("patterns", names, (3, 32, 32), **values, **halves)
+        return Dataset(
+            name="patterns",
+            class_names=tuple(f"pattern {label}" for label in range(10)),
+            image_shape=(3, 32, 32),
+            mean=(0.5,) * 3,
+            std=(0.25,) * 3,
+            can_flip=True,
+            load_train=lambda: split,
+            load_test=lambda: split,
+        )
 
     def started(
         self,

@@ -32,7 +32,7 @@ def steps(lab: Lab) -> Figures:
 
     def case(method: str) -> dict[str, Figure]:
         settings, inner = _METHODS[method]
-        sizes = {} if lab.is_tiny else {"method": settings}
+        sizes: dict[str, Any] = {} if lab.is_tiny else {"method": settings}
         engine = lab.started(method, dataset, ipc=lab.size(10, 1), **sizes)
         timed = lab.timed(engine.step, inner=inner)
         return {"step": timed, "busy": lab.busy(engine.step, inner, timed["value"])}
