@@ -3,8 +3,9 @@
     python -m tests.gpu.budgets            # prints the table, measured now
     python -m tests.gpu.budgets --write    # and makes it the budgets that the tests check
 
-Measured on the fake GPU with a tiny network, where the host is what takes the time; the milliseconds are those
-of this machine, with the fake's own work. Methods without steps are measured as a whole, from set-up to set.
+Measured on the fake GPU with a tiny network, where the host is what takes the time; the milliseconds are
+those of this machine, with the fake's own work. Methods without steps are measured as a whole, from set-up to
+set.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What CUDA's dispatch decides, on tensors without memory: vmap of each norm, autocast, layouts.
 
-FakeTensorMode runs the rules of the CUDA build of PyTorch, cuDNN's choices too, on shapes alone. The fake device
+FakeTensorMode runs the rules of PyTorch's CUDA build, cuDNN's choices too, on shapes alone. The fake device
 of the other tests can't show these: its tensors are a CPU's.
 """
 
@@ -38,6 +38,18 @@ def without_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tensors on CUDA without memory; autocast believes that there is a GPU with bfloat16."""
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+    move = nn.Module.to
+
+    def to(module: nn.Module, *args: Any, **options: Any) -> nn.Module:
+        """Change the memory format in place: PyTorch swaps such tensors, if nothing refers to them."""
+        if args or set(options) != {"memory_format"}:
+            return move(module, *args, **options)
+        for value in (*module.parameters(), *module.buffers()):
+            if value.dim() == 4:
+                value.data = value.data.contiguous(**options)
+        return module
+
+    monkeypatch.setattr(nn.Module, "to", to)
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield
 
@@ -102,7 +114,10 @@ AUTOCAST: dict[str, tuple[Callable[[Tensor], Tensor], torch.dtype]] = {
     "power": (lambda x: x.bfloat16().pow(4), torch.float32),
     "norm": (lambda x: x.bfloat16().norm(), torch.float32),
     "matrix product": (lambda x: x.flatten(1) @ x.flatten(1).T, torch.bfloat16),
-    "grid": (lambda x: F.grid_sample(x, torch.empty(2, 8, 8, 2, device=CUDA)), torch.float32),
+    "grid": (
+        lambda x: F.grid_sample(x, torch.empty(2, 8, 8, 2, device=CUDA), align_corners=False),
+        torch.float32,
+    ),
     "cross entropy": (
         lambda x: F.cross_entropy(x.bfloat16().flatten(1), torch.zeros(2, dtype=torch.int64, device=CUDA)),
         torch.float32,

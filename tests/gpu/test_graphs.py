@@ -75,9 +75,12 @@ def test_graphs_that_are_off_are_none(gpu: FakeCuda) -> None:
     assert gpu.replays == 0
 
 
-def test_memory_that_runs_out_in_a_capture_is_an_error(gpu: FakeCuda) -> None:
-    """It is no reason to go on eagerly: that takes as much."""
+def test_memory_that_a_graph_has_not_may_be_enough_without(
+    gpu: FakeCuda, caplog: pytest.LogCaptureFixture
+) -> None:
     gpu.fail_in(1)
 
-    with pytest.raises(torch.OutOfMemoryError):
-        Graphs(on=True)(lambda values: values * 2, [torch.ones(2, device=CUDA)])
+    result = Graphs(on=True)(lambda values: values * 2, [torch.ones(2, device=CUDA)])
+
+    assert result.tolist() == [2.0, 2.0]
+    assert "out of memory" in caplog.text
