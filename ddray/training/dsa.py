@@ -142,8 +142,8 @@ class Dsa:
             return torch.cat([self._chain(*part) for part in parts])
         order = torch.argsort(choices, stable=True)
         there, back = to_device(torch.stack([order, torch.argsort(order)]), images.device)
-        grouped = (tensor.index_select(0, there) for tensor in (images, rows))
-        return self._by_choice(*grouped, sets[order], choices[order]).index_select(0, back)
+        images, rows = images.index_select(0, there), rows.index_select(0, there)
+        return self._by_choice(images, rows, sets[order], choices[order]).index_select(0, back)
 
     def _chain(self, images: Tensor, rows: Tensor, sets: Tensor, choice: int) -> Tensor:
         """Apply the fixed operations and the drawn one to samples that share the choice.
