@@ -12,11 +12,12 @@ _INLINE: Final = 64 * 2**10  # bytes up to which CUDA puts a copy into its queue
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on `device`, itself if it is there already; nothing waits for the copy.
+    """Return a tensor on `device`, itself if it is there already; nothing waits for a copy to a GPU.
 
     CUDA copies in the background from pinned memory alone: from other memory, larger tensors can wait for
     all work that was queued before.
     """
     if device.type == "cuda" and tensor.device.type == "cpu" and tensor.nbytes > _INLINE:
         tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    # The other way it is waited for: values that are not there yet could be read.
+    return tensor.to(device, non_blocking=device.type == "cuda")

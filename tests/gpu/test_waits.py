@@ -45,8 +45,9 @@ def test_a_copy_to_the_device_is_not_waited_for(gpu: FakeCuda) -> None:
 
     assert not gpu.syncs
     assert [tensor.device for tensor in there] == [CUDA, CUDA]
-    assert torch.equal(there[0].cpu(), small)
-    assert torch.equal(there[1].cpu(), large)
+    assert torch.equal(to_device(there[0], CPU), small)
+    assert torch.equal(to_device(there[1], CPU), large)
+    assert sum(gpu.syncs.values()) == 2  # back on the CPU, values are there
     assert to_device(there[0], CUDA) is there[0]
     assert to_device(small, CPU) is small
 

@@ -63,7 +63,8 @@ def group_sample(
         InputError: shapes do not fit, or a number is out of range.
     """
     latents, score = best_group(
-        *(mean, std),
+        mean,
+        std,
         ipc=ipc,
         num_candidates=num_candidates,
         generator=generator,

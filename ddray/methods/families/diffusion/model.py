@@ -92,7 +92,7 @@ class DiffusionModel:
         dtype = getattr(torch, precision) if device.type == "cuda" else torch.float32
         for net in (self.transformer, self.vae):
             # Not diffusers' own `to`, which prints a warning wherever a precision is named.
-            nn.Module.to(net, device, dtype, non_blocking=True)
+            nn.Module.to(net, device, dtype, non_blocking=device.type == "cuda")
         return self
 
     def fit(self, pixels: Tensor) -> Tensor:
