@@ -16,6 +16,7 @@ from ddray.cluster import resources
 from ddray.jobs import distill as distill_job
 from ddray.jobs.context import declared_specs
 from ddray.methods import method_names
+from ddray.runs import recovery
 from ddray.testing import plan_method
 
 TUNE = ("tune", "--method", "dm", "--num-samples", "1", "--steps", "2")
@@ -90,11 +91,14 @@ def test_a_distillation_that_runs_out_of_memory_goes_on_with_less(
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return real(*arguments, **options)
 
+    halvings: list[None] = []
+    monkeypatch.setattr(recovery, "shrink_budget", lambda: halvings.append(None))
     monkeypatch.setattr(distill_job, "run_distillation", run)
     settings = ("--set", "arch=convnet1_w8", "--set", "method.batch_real=4")
     result = run_command(*DISTIL, *settings, "--run-dir", str(tmp_path / "run"))
     assert (len(starts), result["steps"], result["resumed_from_step"]) == (2, 4, 2)
     assert starts[0] is not starts[1], "a method object is set up once"
+    assert len(halvings) == 1
 
 
 def test_one_that_runs_out_twice_ends_in_one_line(
@@ -103,6 +107,7 @@ def test_one_that_runs_out_twice_ends_in_one_line(
     def run(*arguments: Any, **options: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8.00 GiB.")
 
+    monkeypatch.setattr(recovery, "shrink_budget", lambda: None)
     monkeypatch.setattr(distill_job, "run_distillation", run)
     assert _run([*DISTIL, "--run-dir", str(tmp_path / "run")], False) == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
