@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ddray.nets import is_per_sample
+from ddray.nets.cpu_blocks import training_pass
 from ddray.nets.features import CpuLayer
 from ddray.training.graph import WORTHWHILE_STEPS, Graphs
 
@@ -255,7 +256,8 @@ class _Alone:
         self.buffers: list[Tensor] = list(net.buffers())
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        outputs: Tensor = self._net(inputs)
+        with training_pass():
+            outputs: Tensor = self._net(inputs)
         return outputs
 
     def clip(self, norm: float) -> None:

@@ -193,7 +193,7 @@ def test_the_format_to_train_in_is_that_of_the_slowest_layer() -> None:
     def best_format(arch: str, device: str = "cpu") -> torch.memory_format:
         return training_format(build_net(arch, (3, 32, 32), 10, seed=0), torch.device(device))
 
-    contiguous = {"convnet3", "vgg11", "convnet1_bn_nopool", "convnet2_nonorm_nopool"}
-    fast = {"convnet3_bn", "convnet1_ln", "convnet3_gn_max", "convnet3_nonorm_nopool", "resnet18"}
+    contiguous = {"convnet3_max", "vgg11", "convnet1_bn_nopool", "convnet2_nonorm_nopool"}
+    fast = {"convnet3", "convnet3_bn", "convnet1_ln", "convnet3_gn_max", "convnet3_nonorm_nopool", "resnet18"}
     assert {arch for arch in contiguous | fast if best_format(arch) == torch.contiguous_format} == contiguous
     assert best_format("convnet3", "cuda") == torch.channels_last
