@@ -17,6 +17,7 @@ from ddray.distillation.meter import Meter, MeteredPool
 from ddray.distillation.method import DistillContext, Distiller
 from ddray.distillation.snapshots import Snapshots
 from ddray.errors import DivergedError, one_line
+from ddray.system import numerics
 from ddray.system.files import write_atomically
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class Distillation:
         peak_memory_bytes: the largest of all processes (`ddray.system.memory.peak_bytes`), without the pool's
             training.
         measures: what the method measured besides, by name.
+        precision: fp32, tf32 or bf16, as it was computed.
     """
 
     distilled: DistilledSet
@@ -50,6 +52,7 @@ class Distillation:
     pool_s: float = 0.0
     peak_memory_bytes: int | None = None
     measures: Mapping[str, float] = field(default_factory=dict)
+    precision: str | None = None
 
     def costs(self) -> dict[str, Any]:
         """Return what is known of seconds, also with those of the pool, peak memory, storage and measures."""
@@ -62,6 +65,7 @@ class Distillation:
             "peak_memory_bytes": self.peak_memory_bytes,
             "storage_floats": meta.storage_floats,
             "approximation_mse": mse,
+            "precision": self.precision,
             **self.measures,
         }
         return {name: value for name, value in costs.items() if value is not None}
@@ -100,9 +104,23 @@ def run_distillation(
     the steps of `snapshots` are kept there; a run that finds one missing begins anew. DivergedError if a loss
     or an image became NaN or infinite; StorageError if a file can't be written.
     """
-    begin, settings = time.perf_counter(), ctx.config.get("method", {})
+    settings = {name: ctx.config[name] for name in ("precision", "deterministic") if name in ctx.config}
+    with numerics.applied(device=ctx.device.type, **settings) as applied:
+        run = _Run(distiller, ctx, checkpoint, snapshots)
+        distillation = _distil(run, until, checkpoint_every, eval_steps, on_step)
+    return replace(distillation, precision=applied.used())
+
+
+def _distil(
+    run: "_Run",
+    until: int | None,
+    checkpoint_every: int | None,
+    eval_steps: Collection[int],
+    on_step: Callable[[int, float], None] | None,
+) -> Distillation:
+    distiller, ctx = run.distiller, run.ctx
+    settings = ctx.config.get("method", {})
     every = checkpoint_every or ctx.config["checkpoint_every"]
-    run = _Run(distiller, ctx, checkpoint, snapshots)
     last = distiller.num_steps if until is None else min(until, distiller.num_steps)
     losses, done = run.losses, run.restore()
     if losses and done in eval_steps and on_step is not None:
@@ -124,7 +142,7 @@ def run_distillation(
         distilled=distilled,
         losses=torch.cat(losses).cpu().float() if losses else torch.zeros(0),
         resumed_from_step=done,
-        wall_s=time.perf_counter() - begin,
+        wall_s=time.perf_counter() - run.begin,
         seconds_per_step=timer.median(),
         pool_s=sum(run.pool.trained_s.values()),
         measures=getattr(distiller, "measures", {}),
@@ -138,7 +156,8 @@ class _Run:
     def __init__(
         self, distiller: Distiller, ctx: DistillContext, checkpoint: Path | None, snapshots: Snapshots | None
     ) -> None:
-        self._distiller, self._ctx, self._checkpoint = distiller, ctx, checkpoint
+        self.begin = time.perf_counter()
+        self.distiller, self.ctx, self._checkpoint = distiller, ctx, checkpoint
         self._snapshots = snapshots or Snapshots(Path(), ())
         self.meter = Meter(ctx.device)
         self.pool = MeteredPool(ctx.pool, self.meter)
@@ -155,8 +174,8 @@ class _Run:
             text = "the snapshots of steps %s are missing from %s: starting anew"
             log.warning(text, ", ".join(map(str, missing)), self._snapshots.folder)
             return 0
-        self._distiller.load_state_dict(checkpoint["state"])
-        self.losses.extend(checkpoint["losses"].to(self._ctx.device).split(1))
+        self.distiller.load_state_dict(checkpoint["state"])
+        self.losses.extend(checkpoint["losses"].to(self.ctx.device).split(1))
         self.meter.continue_from(checkpoint.get("spent"))
         self.keep(step)  # the run may have been cut off before, or was one of as many steps
         return step
@@ -167,7 +186,7 @@ class _Run:
             return
         checkpoint = {
             "step": step,
-            "state": self._distiller.state_dict(),
+            "state": self.distiller.state_dict(),
             "losses": torch.cat(self.losses).cpu(),
             "spent": self.meter.spent(),
         }
@@ -185,11 +204,11 @@ class _Run:
 
     def snapshot(self, step: int) -> DistilledSet:
         """Return the current set; DivergedError if an image is NaN or infinite."""
-        distilled = self._distiller.snapshot()
+        distilled = self.distiller.snapshot()
         if not distilled.is_finite():
-            name = rate_name(self._ctx.config.get("method", {}))
+            name = rate_name(self.ctx.config.get("method", {}))
             raise DivergedError(
-                f"{self._ctx.method} diverged by step {step}: an image is NaN or infinite; lower {name}"
+                f"{self.ctx.method} diverged by step {step}: an image is NaN or infinite; lower {name}"
             )
         return distilled
 

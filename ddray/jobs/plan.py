@@ -8,7 +8,7 @@ from typing import Any, Final, Generic, Literal, TypeVar, cast
 
 from pydantic import Field
 
-from ddray.config import Config, merge, nest, parse_overrides, read_yaml
+from ddray.config import Config, added, merge, nest, parse_overrides, read_yaml
 from ddray.data import Dataset, open_dataset
 from ddray.data.catalog import KNOWN
 from ddray.distillation.method import BudgetDistiller, Target
@@ -18,7 +18,7 @@ from ddray.evaluation.options import EvaluateConfig
 from ddray.jobs.options import PlanOptions
 from ddray.methods import get_method
 from ddray.nets.names import resolve_arch
-from ddray.system.options import ContentOptions
+from ddray.system.options import ContentOptions, Precision
 from ddray.system.shipped import shipped
 from ddray.training.recipe import named_recipe
 
@@ -36,6 +36,10 @@ class RunConfig(Config, Generic[M]):
     arch: str = "auto"
     """Network to match in; `auto` is the field's ConvNet for the resolution, suffixes as in `auto_bn`."""
     pixel_space: Literal["normalized", "raw", "zca"] = "normalized"
+    precision: Precision = added("tf32")
+    """auto, tf32, fp32 or bf16, of the distillation and of the searches' scoring (`system.numerics`)."""
+    deterministic: bool = added(False)
+    """Compute by deterministic algorithms only."""
     evaluate: EvaluateConfig = EvaluateConfig()
     method: M
 
@@ -139,6 +143,7 @@ def plan_of(
         {} if options.config is None else read_yaml(options.config),
         parse_overrides(options.sets),
         {} if options.steps is None else {"steps": options.steps},
+        options.numerics(),
         *(nest(name, value) for name, value in (settings or {}).items()),
     ]
     in_file, *in_settings = (

@@ -244,14 +244,21 @@ def is_per_sample(net: nn.Module) -> bool:
     return not any(isinstance(module, _BatchNorm) for module in net.modules())
 
 
-def training_format(net: nn.Module, device: torch.device) -> torch.memory_format:
+def training_format(
+    net: nn.Module, device: torch.device, *, fused: bool = False, bf16: bool = False
+) -> torch.memory_format:
     """Return the memory format of weights and images in which training `net` as a whole is fastest.
 
-    channels_last, but not on a CPU for shallow nets without pooling, whose large maps are flattened
-    (ConvNet-1 without norm: 101 ms against 176), and for instance norms outside the blocks of `cpu_blocks`.
+    On a CPU as measured: channels_last, but not for shallow nets without pooling, whose large maps are
+    flattened (ConvNet-1 without norm: 101 ms against 176), and for instance norms outside `cpu_blocks`.
+
+    On CUDA by rule, not yet measured: contiguous for group, instance and layer norms in float32, whose
+    kernels copy channels_last maps (torch 2.11), and for networks that are `fused`, as vmap has no rule for
+    a batch norm of channels_last maps. Otherwise channels_last, which the tensor cores take.
     """
     if device.type != "cpu":
-        return torch.channels_last
+        copied = any(isinstance(module, nn.GroupNorm | nn.LayerNorm) for module in net.modules())
+        return torch.contiguous_format if fused or (copied and not bf16) else torch.channels_last
     for module in net.modules():
         if isinstance(module, ChainNet) and module.has_blocks:
             return torch.channels_last

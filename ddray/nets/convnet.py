@@ -98,7 +98,7 @@ class ChainNet(nn.Module):
     def training_logits(self, x: Tensor) -> Tensor:
         """Return the logits of `x` [N, C, H, W], without the maps; for a `training_pass`, if `has_blocks`."""
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            if norm.takes_fast_path(x) and few_inputs(conv, x):
+            if norm.is_on_cpu(x) and few_inputs(conv, x):
                 x = conv_norm_block(conv, norm, x)
                 continue
             x = conv(x)

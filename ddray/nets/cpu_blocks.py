@@ -55,7 +55,7 @@ def _maps(pixels: Tensor, height: int) -> Tensor:
 
 
 def _windows(pixels: Tensor, height: int) -> Tensor:
-    """Return pixels [N, H * W, C] as a view [N, H // 2, 2, W // 2, 2, C], without an odd last row or column."""
+    """Return pixels [N, H * W, C] as a view [N, H // 2, 2, W // 2, 2, C]; an odd last row is left out."""
     rows = pixels.unflatten(1, (height, -1))
     rows = rows[:, : height // 2 * 2, : rows.shape[2] // 2 * 2]
     return rows.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
@@ -93,7 +93,7 @@ def _rectified_pool(pixels: Tensor, height: int, out: Tensor) -> None:
 
 
 def _unpooled_grad(pooled_grad: Tensor, pixels: Tensor, height: int, out: Tensor) -> None:
-    """Write 4 times the gradient [n, P, C] before ReLU and pooling, at `pixels` (of which the sign counts)."""
+    """Write 4 times the gradient [n, P, C] before ReLU and pooling; of `pixels` only the signs count."""
     windows = _windows(pixels, height)
     if windows.numel() < pixels.numel():
         out.zero_()

@@ -90,11 +90,11 @@ def test_images_get_gradients_too() -> None:
     torch.testing.assert_close(grad, exact, rtol=1e-3, atol=1e-3 * float(exact.abs().max()))
 
 
-def test_contiguous_images_and_second_derivatives_take_the_layers() -> None:
-    net = net_of("convnet1_w8", (3, 16, 16)).to(memory_format=torch.contiguous_format)
-    images = images_of(4, (3, 16, 16)).contiguous()
+def test_contiguous_images_are_trained_on_alike_and_second_derivatives_take_the_layers() -> None:
+    net = net_of("convnet2_w8", (3, 16, 16)).to(memory_format=torch.contiguous_format)
+    images = images_of(6, (3, 16, 16)).contiguous()[2:]
     with training_pass():
-        assert torch.equal(net(images), net.features(images).logits)
+        torch.testing.assert_close(net(images), net.features(images).logits, rtol=1e-4, atol=1e-4)
     (grad,) = torch.autograd.grad(net(images).sum(), net.body.norms[0].weight, create_graph=True)
     assert grad.requires_grad
 

@@ -146,7 +146,7 @@ def test_chunks_are_the_whole_batch(mixed: bool, clip: float | None, monkeypatch
         trained.append((weights(net), step.mean_loss()))
         sizes.append(seen)
     assert sizes == [[50] * 3, [16, 16, 16, 2] * 3]
-    torch.testing.assert_close(trained[0], trained[1], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(trained[0], trained[1], rtol=1e-5, atol=2e-5)
     assert not torch.allclose(trained[0][0], weights(net_of()), atol=1e-3)
 
 
