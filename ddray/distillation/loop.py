@@ -17,6 +17,7 @@ from ddray.distillation.meter import Meter, MeteredPool
 from ddray.distillation.method import DistillContext, Distiller
 from ddray.distillation.snapshots import Snapshots
 from ddray.errors import DivergedError, one_line
+from ddray.nets import build_net
 from ddray.system import numerics
 from ddray.system.files import write_atomically
 
@@ -106,9 +107,28 @@ def run_distillation(
     """
     settings = {name: ctx.config[name] for name in ("precision", "deterministic") if name in ctx.config}
     with numerics.applied(device=ctx.device.type, **settings) as applied:
+        if "precision" in ctx.config.get("method", {}):
+            _probe_statistics(ctx, applied)
         run = _Run(distiller, ctx, checkpoint, snapshots)
         distillation = _distil(run, until, checkpoint_every, eval_steps, on_step)
     return replace(distillation, precision=applied.used())
+
+
+@torch.no_grad()
+def _probe_statistics(ctx: DistillContext, applied: numerics.Numerics) -> None:
+    """Let `auto` choose the precision of the statistics that a method matches, by its network's passes."""
+    if applied.precision != "auto":
+        return
+    shape, num_classes = ctx.dataset.image_shape, ctx.dataset.num_classes
+    net = build_net(ctx.arch, shape, num_classes, seed=0, device=ctx.device).eval()
+    net.to(memory_format=torch.channels_last)
+    blank = torch.zeros(64, *shape, device=ctx.device).contiguous(memory_format=torch.channels_last)
+
+    def run(bf16: bool) -> None:
+        with torch.autocast(ctx.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
+            net.features(blank)
+
+    applied.bf16("statistics", run)
 
 
 def _distil(

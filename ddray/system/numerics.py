@@ -47,14 +47,16 @@ class Numerics:
     device: str = "cpu"
     probed: dict[Hashable, bool] = field(default_factory=dict)
 
-    def bf16(self, work: Hashable, run: Callable[[bool], object]) -> bool:
+    def bf16(self, work: Hashable, run: Callable[[bool], object] | None = None) -> bool:
         """Return whether to compute some work in bfloat16.
 
         Under `auto`, `run(bf16)` does it (without lasting effects) both ways in turns, and the faster one is
-        taken for all work that is equal.
+        taken for all work that is equal. None: as probed before; if it never was, no.
         """
         if self.precision != "auto":
             return self.precision == "bf16"
+        if run is None:
+            return self.probed.get(work, False)
         if work not in self.probed:
             low, full = _seconds(run, self.device)
             self.probed[work] = low < _WORTHWHILE * full

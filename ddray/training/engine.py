@@ -236,7 +236,7 @@ class Step:
         """Return whether the precision in force, or a probe on a copy of the networks, chooses bfloat16."""
         numerics = current()
         if numerics.precision != "auto":
-            return numerics.precision == "bf16"
+            return numerics.bf16(None)
         model = copy.deepcopy(self._model)
         work = (type(model).__name__, model.name, model.num, *(tuple(tensor.shape) for tensor in batch))
         return numerics.bf16(work, lambda bf16: list(self._backward(model, batch, bf16)))

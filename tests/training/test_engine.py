@@ -324,7 +324,7 @@ class TestGroups:
         assert len(others["params"]) == 5  # two biases, the norm's pair, the token
 
     def test_every_group_has_the_rate_of_the_step(self) -> None:
-        net, plain = net_of(), net_of()
+        net, plain = net_of(arch="convnet2_w8_bn"), net_of(arch="convnet2_w8_bn")
         rule = Rule(mixed_cross_entropy, partial(torch.optim.AdamW, weight_decay=0.1), groups=decay_matrices)
         step = Step([net], rule)
         optimizer = torch.optim.AdamW(decay_matrices(plain), weight_decay=0.1)

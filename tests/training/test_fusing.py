@@ -8,15 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ddray.nets.build import Net, _body, training_format
+from ddray.data import PixelSpace
+from ddray.nets.build import Net, _body, build_net, training_format
+from ddray.nets.features import CpuLayer
 from ddray.nets.names import parse_arch
 from ddray.nets.nasbench201 import CellNet, Skeleton, parse_arch_str
-from ddray.training import fusing
-from ddray.training.engine import Rule, Step
+from ddray.seeding import derive
+from ddray.training import fusing, loop
+from ddray.training.loop import augmenter
+from ddray.training.recipe import Recipe
 
 CUDA = torch.device("cuda")
 SHAPE = (3, 32, 32)
@@ -38,16 +41,26 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def gradients(arch: str, form: torch.memory_format | None, *, bf16: bool) -> list[Tensor | None]:
-    """Return the gradients of a step of three fused networks; `form` None: the one to train in."""
+def gradients(arch: str, form: torch.memory_format | None, *, bf16: bool) -> list[Tensor]:
+    """Return the gradients of three networks as the engine fuses them; `form` None: the one to train in."""
     nets = [net_of(arch).train() for _ in range(3)]
     form = form or training_format(nets[0], CUDA, fused=True, bf16=bf16)
-    step = Step(
-        [net.to(memory_format=form) for net in nets], Rule(F.cross_entropy, torch.optim.SGD), fused=True
-    )
-    images = torch.zeros(24, *SHAPE).contiguous(memory_format=form)
-    list(step._backward(step._model, (images, torch.zeros(24, dtype=torch.int64)), bf16))
-    return [param.grad for param in step._model.params]
+    for param in (param for net in nets for param in net.parameters() if param.ndim == 4):
+        param.data = param.data.contiguous(memory_format=form)
+    stacked, buffers = torch.func.stack_module_state(list[torch.nn.Module](nets))
+    params = {name: tensor.detach().requires_grad_() for name, tensor in stacked.items()}
+    for module in nets[0].modules():
+        if isinstance(module, CpuLayer):
+            module.plain = True
+
+    def forward(params: Any, buffers: Any, images: Tensor) -> Tensor:
+        outputs: Tensor = torch.func.functional_call(nets[0], (params, buffers), (images,))
+        return outputs
+
+    images = torch.zeros(24, *SHAPE).contiguous(memory_format=form).view(3, -1, *SHAPE)
+    with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+        outputs = torch.func.vmap(forward)(params, buffers, images)
+    return list(torch.autograd.grad(outputs.float().sum(), [*params.values()]))
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -55,7 +68,7 @@ def gradients(arch: str, form: torch.memory_format | None, *, bf16: bool) -> lis
 def test_every_norm_is_fused_on_cuda(arch: str, bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     with fake_cuda(monkeypatch):
         grads = gradients(arch, None, bf16=bf16)
-    assert all(grad is not None and grad.device.type == "cuda" for grad in grads)
+    assert all(grad.device.type == "cuda" for grad in grads)
 
 
 def test_batch_norm_is_not_in_channels_last(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,3 +104,21 @@ class TestProbe:
         assert not fusing.fusing_pays([net_of("convnet1_w8")] * 2, fit)
         assert [record.levelname for record in caplog.records] == ["WARNING"]
         assert "convnet1_w8: networks are not fused (no batching rule)" in caplog.text
+
+
+@pytest.mark.parametrize("arch", ["convnet2_w8", "convnet2_w8_bn"])
+def test_networks_of_an_evaluation_trained_as_one_are_the_loops(arch: str) -> None:
+    images, labels = torch.randn(20, 3, 16, 16, generator=derive(1)), torch.arange(20) % 4
+    augment = augmenter("dsa", can_flip=True, space=PixelSpace("raw", (0.0,), (1.0,)))
+    training = loop._Training(images, labels, Recipe(epochs=2, batch=8), augment)
+    trained = []
+    for fused in (True, False):
+        nets = [build_net(arch, (3, 16, 16), 4, seed=seed) for seed in range(3)]
+        generators = [derive(seed, "order") for seed in range(3)]
+        if fused:
+            loss = training.run(nets, generators, fused=True)
+        else:
+            pairs = zip(nets, generators, strict=True)
+            loss = torch.stack([training.run([net], [generator]) for net, generator in pairs]).mean()
+        trained.append((loss, [dict(net.state_dict()) for net in nets]))
+    torch.testing.assert_close(*trained, rtol=2e-3, atol=2e-4)

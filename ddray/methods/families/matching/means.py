@@ -15,6 +15,7 @@ from ddray.distillation.method import DistillContext, Distiller, Target
 from ddray.methods.families.factory import make_method
 from ddray.methods.families.matching.batches import ImagesConfig, ImagesEngine, Statistics
 from ddray.nets import Net
+from ddray.system.numerics import current
 
 MeansLoss = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 
@@ -36,7 +37,7 @@ class MatchingConfig(ImagesConfig):
 
 def in_precision(statistics: Statistics, precision: str, device: torch.device) -> Statistics:
     """Return `statistics` with the forward pass in `precision` and the results in float32."""
-    if precision == "fp32":
+    if precision == "fp32" and not current().bf16("statistics"):
         return statistics
 
     def cast(net: Net, images: Tensor) -> tuple[Tensor, ...]:
