@@ -17,13 +17,19 @@ ReLU, max-pooling and the authors' default norms: instance norm for VGG-11, none
 """
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddray.errors import InputError
-from ddray.nets.cpu_blocks import conv_norm_block, few_inputs, norm_block
+from ddray.nets.cpu_blocks import (
+    conv_norm,
+    conv_norm_block,
+    few_inputs,
+    norm_block,
+    takes_low_precision,
+)
 from ddray.nets.features import Features, Flatten, InstanceNorm, norm_layer
 from ddray.nets.names import Arch
 
@@ -84,7 +90,7 @@ class ChainNet(nn.Module):
         """Return the features of `x` [N, C, H, W]."""
         maps: list[Tensor] = []
         for conv, norm, pooling in zip(self.convs, self.norms, self.poolings, strict=True):
-            maps.append(self._activate(norm(conv(x))))
+            maps.append(self._activate(_normed(conv, norm, x)))
             x = _pooled(maps[-1], pooling)
         embedding = self._embedding(x)
         return Features(self.classifier(embedding), embedding, tuple(maps))
@@ -119,6 +125,13 @@ class ChainNet(nn.Module):
         if self._activation == "leakyrelu":
             return F.leaky_relu(x, LEAKY_SLOPE, inplace=self._in_place)
         return F.relu(x, inplace=self._in_place)
+
+
+def _normed(conv: Any, norm: nn.Module, x: Tensor) -> Tensor:
+    if isinstance(norm, InstanceNorm) and norm.is_on_cpu(x) and takes_low_precision(conv, x):
+        return conv_norm(conv, norm, x)
+    normed: Tensor = norm(conv(x))
+    return normed
 
 
 def _pooled(maps: Tensor, pooling: str) -> Tensor:

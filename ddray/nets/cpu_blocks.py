@@ -10,7 +10,7 @@ maps that do not fit the cache. Here, for channels_last maps:
   block is a matrix product while its map is in the cache.
 
 They round in another order than torch's layers and have no second derivative, so only `training_pass` turns
-them on.
+them on; passes without gradients in bfloat16 take the folded convolution too.
 """
 
 from collections.abc import Iterator
@@ -204,6 +204,26 @@ def conv_norm_block(conv: nn.Conv2d, norm: nn.GroupNorm, images: Tensor) -> Tens
 
     The norm takes out the convolution's bias, whose gradient is zero.
     """
+    args = _folded(conv, norm, images)
+    with torch.autocast("cpu", enabled=False):
+        pooled: Tensor = _PatchBlock.apply(*args)  # type: ignore[no-untyped-call]
+    return pooled
+
+
+def takes_low_precision(conv: nn.Conv2d, images: Tensor) -> bool:
+    """Return whether `conv_norm` is the faster way: for a pass without gradients in bfloat16."""
+    low = torch.is_autocast_enabled("cpu") and not torch.is_grad_enabled()
+    return low and few_inputs(conv, images)
+
+
+def conv_norm(conv: nn.Conv2d, norm: nn.GroupNorm, images: Tensor) -> Tensor:
+    """Return `norm(conv(images))` of images [N, C, H, W], in channels_last and the autocast's precision."""
+    patches, weights, height = _folded(conv, norm, images)
+    return _maps(torch.bmm(patches.transpose(1, 2), weights), height)
+
+
+def _folded(conv: nn.Conv2d, norm: nn.GroupNorm, images: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Return patches [N, K + 1, P], each image's weights and shift [N, K + 1, C], and the outputs' height."""
     low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
     with torch.autocast("cpu", enabled=False):
         patches, height = _patches(conv, images.float())
@@ -216,10 +236,8 @@ def conv_norm_block(conv: nn.Conv2d, norm: nn.GroupNorm, images: Tensor) -> Tens
         shift = norm.bias - mean @ weights
         if conv.bias is not None:
             shift = shift + 0 * conv.bias
-        weights = torch.cat([weights, shift], 1)  # [N, K + 1, C]
-        args = (patches.to(low), weights.to(low), height)
-        pooled: Tensor = _PatchBlock.apply(*args)  # type: ignore[no-untyped-call]
-    return pooled
+        weights = torch.cat([weights, shift], 1)
+    return patches.to(low), weights.to(low), height
 
 
 def _patches(conv: nn.Conv2d, images: Tensor) -> tuple[Tensor, int]:

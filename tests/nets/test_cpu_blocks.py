@@ -75,6 +75,17 @@ def test_ordinary_images_give_what_torch_gives_to_the_fifth_digit() -> None:
         assert relative(gradients(net, images), layers) < 1e-5
 
 
+def test_a_pass_without_gradients_in_bf16_is_as_exact() -> None:
+    net, images = net_of("convnet2_w16", (3, 32, 32)).eval(), images_of(9, (3, 32, 32))
+    with torch.no_grad():
+        exact = copy.deepcopy(net).double().features(images.double())
+        with torch.autocast("cpu", torch.bfloat16):
+            half = net.features(images)
+    assert half.maps[0].is_contiguous(memory_format=LAST)
+    assert relative([half.maps[0].float()], [exact.maps[0]]) < 2e-2
+    assert relative([half.logits[2:].float()], [exact.logits[2:]]) < 3e-2
+
+
 def test_the_norm_takes_out_a_bias_whose_gradient_is_zero() -> None:
     net = net_of("convnet1_w8", (3, 16, 16))
     with training_pass():
