@@ -126,9 +126,8 @@ def _score(
             )
     if len(sets) == 1:
         return summaries
-    used = [summary["precision"] for summary in summaries]
-    each = zip(results.values(), used, strict=True)
-    return [{**summarise(networks), "precision": precision} for networks, precision in each]
+    used = {summary["arch"]: summary["precision"] for summary in summaries}
+    return [{**summarise(networks), "precision": used[arch]} for arch, networks in results.items()]
 
 
 def _target(name: str | None, options: EvaluateOptions) -> Dataset | None:

@@ -139,7 +139,7 @@ def test_training_is_sgd_by_hand() -> None:
     recipe = Recipe(epochs=6, lr=0.3, momentum=0.8, weight_decay=0.05, batch=3)
     ours, reference = toy_net(), toy_net()
 
-    loss = train(ours, images, labels, recipe, generator=derive(4, "order"), augment=None)
+    loss = float(train(ours, images, labels, recipe, generator=derive(4, "order"), augment=None))
 
     assert loss == pytest.approx(naive_train(reference, images, labels, recipe, derive(4, "order")), rel=1e-5)
     for a, b in zip(ours.parameters(), reference.parameters(), strict=True):
