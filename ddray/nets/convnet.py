@@ -103,7 +103,8 @@ class ChainNet(nn.Module):
 
     def training_logits(self, x: Tensor) -> Tensor:
         """Return the logits of `x` [N, C, H, W], without the maps; for a `training_pass`, if `has_blocks`."""
-        for conv, norm in zip(self.convs, self.norms, strict=True):
+        layers: Any = zip(self.convs, self.norms, strict=True)
+        for conv, norm in layers:
             if norm.is_on_cpu(x) and few_inputs(conv, x):
                 x = conv_norm_block(conv, norm, x)
                 continue

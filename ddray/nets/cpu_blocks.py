@@ -51,14 +51,14 @@ def _pixels(maps: Tensor) -> Tensor:
 
 def _maps(pixels: Tensor, height: int) -> Tensor:
     """Return pixels [N, H * W, C] as a channels_last view [N, C, H, W]."""
-    return pixels.unflatten(1, (height, -1)).permute(0, 3, 1, 2)
+    return torch.unflatten(pixels, 1, (height, -1)).permute(0, 3, 1, 2)
 
 
 def _windows(pixels: Tensor, height: int) -> Tensor:
     """Return pixels [N, H * W, C] as a view [N, H // 2, 2, W // 2, 2, C]; an odd last row is left out."""
-    rows = pixels.unflatten(1, (height, -1))
+    rows = torch.unflatten(pixels, 1, (height, -1))
     rows = rows[:, : height // 2 * 2, : rows.shape[2] // 2 * 2]
-    return rows.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
+    return torch.unflatten(torch.unflatten(rows, 2, (-1, 2)), 1, (-1, 2))
 
 
 def _new_maps(like: Tensor, num: int, channels: int, height: int, width: int) -> Tensor:
@@ -110,7 +110,7 @@ class _NormBlock(torch.autograd.Function):
         pooled = _new_maps(maps, num, channels, height // 2, width // 2)
         pieces = _Pieces(num, height * width, channels, torch.float32, 1)
         means, scales = torch.empty(2, num, 1, channels)
-        parts = (part.split(pieces.size) for part in (_pixels(maps), pooled, means, scales))
+        parts = (torch.split(part, pieces.size) for part in (_pixels(maps), pooled, means, scales))
         for low, out, mean, inverse in zip(*parts, strict=True):
             piece = low.float()
             (normed,) = pieces.buffers(len(piece))
@@ -132,7 +132,7 @@ class _NormBlock(torch.autograd.Function):
         # Means over pixels of the gradient, and of the gradient times the normalised map.
         grad_means, dot_means = torch.empty(2, num, 1, channels)
         whole = (_pixels(maps), pooled_grad, means, scales, grad_means, dot_means, _pixels(result))
-        parts = zip(*(part.split(pieces.size) for part in whole), strict=True)
+        parts = zip(*(torch.split(part, pieces.size) for part in whole), strict=True)
         for low, out_grad, mean, inverse, grad_mean, dot, out in parts:
             piece = low.float()
             normed, grad = pieces.buffers(len(piece))
@@ -161,7 +161,7 @@ class _PatchBlock(torch.autograd.Function):
         channels = weights.shape[2]
         pooled = _new_maps(patches, num, channels, height // 2, num_pixels // height // 2)
         pieces = _Pieces(num, num_pixels, channels, patches.dtype, 1)
-        parts = (part.split(pieces.size) for part in (patches.transpose(1, 2), weights, pooled))
+        parts = (torch.split(part, pieces.size) for part in (patches.transpose(1, 2), weights, pooled))
         for rows, weight, out in zip(*parts, strict=True):
             (pixels,) = pieces.buffers(len(rows))
             _rectified_pool(torch.bmm(rows, weight, out=pixels), height, out)
@@ -178,7 +178,7 @@ class _PatchBlock(torch.autograd.Function):
         result = torch.empty_like(weights)
         whole = (patches, patches.transpose(1, 2), weights, pooled_grad, result)
         for columns, rows, weight, out_grad, out in zip(
-            *(part.split(pieces.size) for part in whole), strict=True
+            *(torch.split(part, pieces.size) for part in whole), strict=True
         ):
             pixels, grad = pieces.buffers(len(columns))
             torch.bmm(rows, weight, out=pixels)
@@ -190,7 +190,7 @@ class _PatchBlock(torch.autograd.Function):
 def norm_block(norm: nn.GroupNorm, maps: Tensor) -> Tensor:
     """Return the 2x2 averages of the rectified, normalised channels_last maps [N, C, H, W]."""
     args = (maps, norm.weight, norm.bias, norm.eps)
-    pooled: Tensor = _NormBlock.apply(*args)  # type: ignore[no-untyped-call]
+    pooled: Tensor = _NormBlock.apply(*args)
     return pooled
 
 
@@ -206,7 +206,7 @@ def conv_norm_block(conv: nn.Conv2d, norm: nn.GroupNorm, images: Tensor) -> Tens
     """
     args = _folded(conv, norm, images)
     with torch.autocast("cpu", enabled=False):
-        pooled: Tensor = _PatchBlock.apply(*args)  # type: ignore[no-untyped-call]
+        pooled: Tensor = _PatchBlock.apply(*args)
     return pooled
 
 
