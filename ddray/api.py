@@ -356,7 +356,8 @@ def forecast(file: str | Path | Mapping[str, Any], **options: Any) -> Forecast:
 
 def _spec(file: str | Path | Mapping[str, Any], options: BenchOptions) -> BenchSpec:
     source = file if isinstance(file, Mapping) else Path(file).expanduser().absolute()
-    return read_spec(source, options.scale, options.content(), parse_overrides(options.sets))
+    sets = {**parse_overrides(options.sets), **options.numerics()}
+    return read_spec(source, options.scale, options.content(), sets)
 
 
 def export(distilled: DistilledSet | str | Path, out: str | Path, *, form: str | None = None) -> Path:

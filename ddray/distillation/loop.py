@@ -17,6 +17,8 @@ from ddray.distillation.meter import Meter, MeteredPool
 from ddray.distillation.method import DistillContext, Distiller
 from ddray.distillation.snapshots import Snapshots
 from ddray.errors import DivergedError, one_line
+from ddray.nets import build_net
+from ddray.system import numerics
 from ddray.system.files import write_atomically
 
 log = logging.getLogger(__name__)
@@ -39,6 +41,7 @@ class Distillation:
         peak_memory_bytes: the largest of all processes (`ddray.system.memory.peak_bytes`), without the pool's
             training.
         measures: what the method measured besides, by name.
+        precision: fp32, tf32 or bf16, as it was computed.
     """
 
     distilled: DistilledSet
@@ -50,6 +53,7 @@ class Distillation:
     pool_s: float = 0.0
     peak_memory_bytes: int | None = None
     measures: Mapping[str, float] = field(default_factory=dict)
+    precision: str | None = None
 
     def costs(self) -> dict[str, Any]:
         """Return what is known of seconds, also with those of the pool, peak memory, storage and measures."""
@@ -62,6 +66,7 @@ class Distillation:
             "peak_memory_bytes": self.peak_memory_bytes,
             "storage_floats": meta.storage_floats,
             "approximation_mse": mse,
+            "precision": self.precision,
             **self.measures,
         }
         return {name: value for name, value in costs.items() if value is not None}
@@ -100,9 +105,42 @@ def run_distillation(
     the steps of `snapshots` are kept there; a run that finds one missing begins anew. DivergedError if a loss
     or an image became NaN or infinite; StorageError if a file can't be written.
     """
-    begin, settings = time.perf_counter(), ctx.config.get("method", {})
+    settings = {name: ctx.config[name] for name in ("precision", "deterministic") if name in ctx.config}
+    with numerics.applied(device=ctx.device.type, **settings) as applied:
+        if "precision" in ctx.config.get("method", {}):
+            _probe_statistics(ctx, applied)
+        run = _Run(distiller, ctx, checkpoint, snapshots)
+        distillation = _distil(run, until, checkpoint_every, eval_steps, on_step)
+    return replace(distillation, precision=applied.used())
+
+
+@torch.no_grad()
+def _probe_statistics(ctx: DistillContext, applied: numerics.Numerics) -> None:
+    """Let `auto` choose the precision of the statistics that a method matches, by its network's passes."""
+    if applied.precision != "auto":
+        return
+    shape, num_classes = ctx.dataset.image_shape, ctx.dataset.num_classes
+    net = build_net(ctx.arch, shape, num_classes, seed=0, device=ctx.device).eval()
+    net.to(memory_format=torch.channels_last)
+    blank = torch.zeros(64, *shape, device=ctx.device).contiguous(memory_format=torch.channels_last)
+
+    def run(bf16: bool) -> None:
+        with torch.autocast(ctx.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
+            net.features(blank)
+
+    applied.bf16("statistics", run)
+
+
+def _distil(
+    run: "_Run",
+    until: int | None,
+    checkpoint_every: int | None,
+    eval_steps: Collection[int],
+    on_step: Callable[[int, float], None] | None,
+) -> Distillation:
+    distiller, ctx = run.distiller, run.ctx
+    settings = ctx.config.get("method", {})
     every = checkpoint_every or ctx.config["checkpoint_every"]
-    run = _Run(distiller, ctx, checkpoint, snapshots)
     last = distiller.num_steps if until is None else min(until, distiller.num_steps)
     losses, done = run.losses, run.restore()
     if done and done in eval_steps and on_step is not None:
@@ -124,7 +162,7 @@ def run_distillation(
         distilled=distilled,
         losses=losses.all().float(),
         resumed_from_step=done,
-        wall_s=time.perf_counter() - begin,
+        wall_s=time.perf_counter() - run.begin,
         seconds_per_step=timer.median(),
         pool_s=sum(run.pool.trained_s.values()),
         measures=getattr(distiller, "measures", {}),
@@ -164,7 +202,8 @@ class _Run:
     def __init__(
         self, distiller: Distiller, ctx: DistillContext, checkpoint: Path | None, snapshots: Snapshots | None
     ) -> None:
-        self._distiller, self._ctx, self._checkpoint = distiller, ctx, checkpoint
+        self.begin = time.perf_counter()
+        self.distiller, self.ctx, self._checkpoint = distiller, ctx, checkpoint
         self._snapshots = snapshots or Snapshots(Path(), ())
         self.meter = Meter(ctx.device)
         self.pool = MeteredPool(ctx.pool, self.meter)
@@ -181,7 +220,7 @@ class _Run:
             text = "the snapshots of steps %s are missing from %s: starting anew"
             log.warning(text, ", ".join(map(str, missing)), self._snapshots.folder)
             return 0
-        self._distiller.load_state_dict(checkpoint["state"])
+        self.distiller.load_state_dict(checkpoint["state"])
         self.losses.restore(checkpoint["losses"])
         self.meter.continue_from(checkpoint.get("spent"))
         self.keep(step)  # the run may have been cut off before, or was one of as many steps
@@ -193,7 +232,7 @@ class _Run:
             return
         checkpoint = {
             "step": step,
-            "state": self._distiller.state_dict(),
+            "state": self.distiller.state_dict(),
             "losses": self.losses.all(),
             "spent": self.meter.spent(),
         }
@@ -211,11 +250,11 @@ class _Run:
 
     def snapshot(self, step: int) -> DistilledSet:
         """Return the current set; DivergedError if an image is NaN or infinite."""
-        distilled = self._distiller.snapshot()
+        distilled = self.distiller.snapshot()
         if not distilled.is_finite():
-            name = rate_name(self._ctx.config.get("method", {}))
+            name = rate_name(self.ctx.config.get("method", {}))
             raise DivergedError(
-                f"{self._ctx.method} diverged by step {step}: an image is NaN or infinite; lower {name}"
+                f"{self.ctx.method} diverged by step {step}: an image is NaN or infinite; lower {name}"
             )
         return distilled
 

@@ -44,7 +44,6 @@ from ddray.seeding import derive
 from ddray.training.crops import padded_crop, random_resized_crop
 from ddray.training.cutmix import Mixed, cutmix, draw_share, mixed_cross_entropy
 from ddray.training.engine import Batch, Order, Rule, Step, decay_matrices, run
-from ddray.training.loop import score_net
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +77,7 @@ class Soft:
         loss = self._train(net, train_set, ctx, settings, derive(seed, "evaluate", "soft"))
         if not math.isfinite(loss):
             raise DivergedError(f"training {arch} on soft labels diverged: its loss is {loss}; lower lr")
-        score = score_net(net, ctx.split, ctx.space, device=ctx.device)
+        score = ctx.score(net)
         wall_s = time.perf_counter() - begin
         return EvalResult(check_arch(arch), seed, score.accuracy, num, wall_s, per_class=score.per_class)
 
@@ -180,7 +179,9 @@ def shuffle_strips(images: Tensor, num: int, generator: torch.Generator) -> Tens
     for axis in (3, 2):
         if images.shape[axis] % num:
             raise InputError(f"patches must divide the image's side of {images.shape[axis]} px, got {num}")
-        order = torch.rand(len(images), num, generator=generator).argsort(1).to(images.device)
+        order = (
+            torch.rand(len(images), num, generator=generator).argsort(1).to(images.device, non_blocking=True)
+        )
         strips = torch.unflatten(images, axis, (num, -1))
         index = order.view(len(images), *(num if dim == axis else 1 for dim in range(1, 5)))
         images = strips.take_along_dim(index, axis).flatten(axis, axis + 1)

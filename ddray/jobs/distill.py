@@ -61,6 +61,8 @@ class DistillResult(Result):
     the pool."""
     storage_floats: int | None = None
     """Values that the set stores, labels not counted."""
+    precision: str | None = None
+    """In which it was computed: fp32, tf32 or bf16."""
     approximation_mse: float | None = None
     """Boost-SSDD: mean squared error of the approximated shifts, in coefficients."""
     snapshots: str | None = None

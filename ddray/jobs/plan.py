@@ -19,7 +19,7 @@ from ddray.jobs.options import PlanOptions
 from ddray.methods import get_method
 from ddray.nets.names import resolve_arch
 from ddray.system.memory import parse_bytes
-from ddray.system.options import ContentOptions
+from ddray.system.options import ContentOptions, Precision
 from ddray.system.shipped import shipped
 from ddray.training.recipe import named_recipe
 
@@ -44,6 +44,10 @@ class RunConfig(Config, Generic[M]):
     """Memory of one part of a step (bytes, 64MiB, 2GiB); `auto`: a third of the device's.
 
     Classes are matched in groups that fit it; sums over more groups may differ in their last digits."""
+    precision: Precision = added("tf32")
+    """auto, tf32, fp32 or bf16, of the distillation and of the searches' scoring (`system.numerics`)."""
+    deterministic: bool = added(False)
+    """Compute by deterministic algorithms only."""
     evaluate: EvaluateConfig = EvaluateConfig()
     method: M
 
@@ -147,6 +151,7 @@ def plan_of(
         {} if options.config is None else read_yaml(options.config),
         parse_overrides(options.sets),
         {} if options.steps is None else {"steps": options.steps},
+        options.numerics(),
         *(nest(name, value) for name, value in (settings or {}).items()),
     ]
     in_file, *in_settings = (

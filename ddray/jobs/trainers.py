@@ -15,6 +15,7 @@ from ddray.nets import build_net
 from ddray.pool.local import LocalPool
 from ddray.pool.spec import PoolSpec
 from ddray.seeding import derive, derive_seed
+from ddray.system import numerics
 from ddray.training.embedding import embed_images
 from ddray.training.loop import Augmenter, augmenter, train
 from ddray.training.recipe import Recipe
@@ -49,6 +50,11 @@ class PoolTrainer:
                 f"pool entry {spec.key[:12]} ({spec.kind}) must be trained on {spec.device}, this process "
                 f"computes on {self.device.type}"
             )
+        # Entries are shared: they do not depend on what their first user has set.
+        with numerics.applied(device=self.device.type):
+            return self._trained(spec)
+
+    def _trained(self, spec: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
         if spec.kind not in (kinds := ("supervised", ssl.KIND, *_DIFFUSION_KINDS)):
             raise unknown("kind of pool entry", spec.kind, kinds)
         if spec.kind == "supervised":
@@ -73,7 +79,8 @@ class PoolTrainer:
         recipe = recipe.on(split)
         images, augment = self._images(split, recipe)
         labels = split.labels.to(self.device)
-        loss = float(train(net, images, labels, recipe, generator=derive(seed, "order"), augment=augment))
+        order = derive(seed, "order")
+        loss = float(train(net, images, labels, recipe, generator=order, augment=augment))
         if not math.isfinite(loss):
             raise DivergedError(f"training {spec.arch} for the pool diverged: its loss is {loss}; lower lr")
         weights = {f"weights.{name}": tensor for name, tensor in net.state_dict().items()}

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ddray.errors import InputError, one_line
 from ddray.nets.convnet import ChainNet
+from ddray.nets.cpu_blocks import in_training_pass
 from ddray.nets.features import Features, InstanceNorm
 from ddray.nets.names import Arch, is_registered, net_factory, parse_arch
 from ddray.seeding import derive_seed, forked_global
@@ -42,6 +43,8 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits [N, K] of `x` [N, C, H, W]."""
+        if in_training_pass() and isinstance(self.body, ChainNet) and self.body.has_blocks:
+            return self.body.training_logits(x)
         return self.features(x).logits
 
     def features(self, x: Tensor) -> Features:
@@ -269,16 +272,24 @@ def is_per_sample(net: nn.Module) -> bool:
     return not any(isinstance(module, _BatchNorm) for module in net.modules())
 
 
-def training_format(net: nn.Module, device: torch.device) -> torch.memory_format:
+def training_format(
+    net: nn.Module, device: torch.device, *, fused: bool = False, bf16: bool = False
+) -> torch.memory_format:
     """Return the memory format of weights and images in which training `net` as a whole is fastest.
 
-    channels_last, but not on a CPU for instance norms (a step of a ConvNet-3 of width 64 on 256 images took
-    327 ms against 431) and shallow nets without pooling, whose large maps are flattened (ConvNet-1 without
-    norm: 101 against 176).
+    On a CPU as measured: channels_last, but not for shallow nets without pooling, whose large maps are
+    flattened (ConvNet-1 without norm: 101 ms against 176), and for instance norms outside `cpu_blocks`.
+
+    On CUDA by rule, not yet measured: contiguous for group, instance and layer norms in float32, whose
+    kernels copy channels_last maps (torch 2.11), and for networks that are `fused`, as vmap has no rule for
+    a batch norm of channels_last maps. Otherwise channels_last, which the tensor cores take.
     """
     if device.type != "cpu":
-        return torch.channels_last
+        copied = any(isinstance(module, nn.GroupNorm | nn.LayerNorm) for module in net.modules())
+        return torch.contiguous_format if fused or (copied and not bf16) else torch.channels_last
     for module in net.modules():
+        if isinstance(module, ChainNet) and module.has_blocks:
+            return torch.channels_last
         if isinstance(module, InstanceNorm):
             return torch.contiguous_format
         if isinstance(module, ChainNet) and set(module.poolings) == {"none"} and len(module.convs) <= 2:

@@ -5,11 +5,11 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from ddray.config import Names, named
-from ddray.system.options import DataOptions, Gpus
+from ddray.system.options import DataOptions, Gpus, NumericOptions
 from ddray.system.worker import device_kind
 
 
-class BenchOptions(DataOptions):
+class BenchOptions(DataOptions, NumericOptions):
     """How a bench is run (of these, scale, settings and device change what a unit computes)."""
 
     scale: str = "paper"

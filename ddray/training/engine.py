@@ -23,7 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from ddray.nets import is_per_sample
+from ddray.nets.cpu_blocks import training_pass
 from ddray.nets.features import CpuLayer
+from ddray.system.numerics import current
 from ddray.training.graph import WORTHWHILE_STEPS, Graphs
 
 Batch = tuple[Tensor, ...]
@@ -40,7 +42,8 @@ class Rule:
         loss: maps outputs [n, ...] and the batch's targets to the mean of the rows' losses.
         optimizer: a class of torch.optim with its settings but the rate, such as a `functools.partial`.
         clip: maximum norm of a network's gradient; None does not clip.
-        bf16: autocast the forward pass to bfloat16; the loss is computed in float32.
+        bf16: autocast the forward pass to bfloat16 whatever the precision in force (`system.numerics`); the
+            loss is computed in float32.
         groups: maps a network to the optimiser's parameter groups, such as `decay_matrices`; None: all of its
             parameters are one group. Not for fused networks.
     """
@@ -177,6 +180,7 @@ class Step:
                 group["lr"] = torch.full((), float(lr), device=device)
         self._lr = lr
         self._chunked = device.type == "cpu" and not fused and is_per_sample(nets[0])
+        self._bf16: bool | None = True if rule.bf16 else None  # None: undecided
         self._loss_sum = torch.zeros((), device=device)
         self._num_rows = 0
         self._graphs = Graphs(on=graphed)
@@ -197,6 +201,8 @@ class Step:
     def __call__(self, inputs: Tensor, *targets: Tensor) -> None:
         """Do one step."""
         self._num_rows += len(inputs)
+        if self._bf16 is None:
+            self._bf16 = self._chooses_bf16((inputs, *targets))
         self._graphs(self._update, (inputs, *targets), self._state)
 
     def mean_loss(self) -> Tensor:
@@ -214,24 +220,34 @@ class Step:
 
     def _update(self, *batch: Tensor) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        num = len(batch[0])
-        for inputs, *targets in self._chunks(batch):
-            rows = len(inputs)
-            loss = self._rule.loss(self._outputs(inputs), *targets)
-            # A sum over networks keeps their gradients separate, each that of its own mean loss.
-            weight = self._model.num * rows / num
-            (loss if weight == 1 else loss * weight).backward()  # type: ignore[no-untyped-call]
-            self._loss_sum += loss.detach() * rows
+        for loss, rows in self._backward(self._model, batch, bool(self._bf16)):
+            self._loss_sum += loss * rows
         if self._rule.clip is not None:
             self._model.clip(self._rule.clip)
         self.optimizer.step()
 
-    def _outputs(self, inputs: Tensor) -> Tensor:
-        if not self._rule.bf16:
-            return self._model(inputs)
-        # No weight cache: it would outlive the step in a CUDA graph.
-        with torch.autocast(inputs.device.type, torch.bfloat16, cache_enabled=False):
-            return self._model(inputs).float()
+    def _backward(self, model: _Alone | _Stacked, batch: Batch, bf16: bool) -> Iterator[tuple[Tensor, int]]:
+        """Add to the gradients part by part; yield each part's loss and rows."""
+        num = len(batch[0])
+        for inputs, *targets in self._chunks(batch):
+            rows = len(inputs)
+            # No weight cache: it would outlive the step in a CUDA graph.
+            with torch.autocast(inputs.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
+                outputs = model(inputs)
+            loss = self._rule.loss(outputs.float() if bf16 else outputs, *targets)
+            # A sum over networks keeps their gradients separate, each that of its own mean loss.
+            weight = self._model.num * rows / num
+            (loss if weight == 1 else loss * weight).backward()  # type: ignore[no-untyped-call]
+            yield loss.detach(), rows
+
+    def _chooses_bf16(self, batch: Batch) -> bool:
+        """Return whether the precision in force, or a probe on a copy of the networks, chooses bfloat16."""
+        numerics = current()
+        if numerics.precision != "auto":
+            return numerics.bf16(None)
+        model = copy.deepcopy(self._model)
+        work = (type(model).__name__, model.name, model.num, *(tuple(tensor.shape) for tensor in batch))
+        return numerics.bf16(work, lambda bf16: list(self._backward(model, batch, bf16)))
 
     def _chunks(self, batch: Batch) -> Iterable[Batch]:
         """Return the batch, on a CPU cut into parts that fit the cache."""
@@ -252,18 +268,23 @@ class Step:
         return [value.detach() for value in changed if isinstance(value, Tensor)]
 
 
+def _name(net: nn.Module) -> str:
+    return str(getattr(net, "arch", type(net).__name__))
+
+
 class _Alone:
     """One network, trained in place."""
 
     num = 1
 
     def __init__(self, net: nn.Module) -> None:
-        self._net = net
+        self._net, self.name = net, _name(net)
         self.params: list[Tensor] = list(net.parameters())
         self.buffers: list[Tensor] = list(net.buffers())
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        outputs: Tensor = self._net(inputs)
+        with training_pass():
+            outputs: Tensor = self._net(inputs)
         return outputs
 
     def clip(self, norm: float) -> None:
@@ -276,7 +297,7 @@ class _Stacked:
     """Networks of one architecture as one, their weights stacked [S, ...]."""
 
     def __init__(self, nets: Sequence[nn.Module]) -> None:
-        self._nets, self.num = nets, len(nets)
+        self._nets, self.num, self.name = nets, len(nets), _name(nets[0])
         stacked, self._buffers = torch.func.stack_module_state(list(nets))
         self._params = {name: tensor.detach().requires_grad_(True) for name, tensor in stacked.items()}
         self.params, self.buffers = list(self._params.values()), list(self._buffers.values())

@@ -126,7 +126,14 @@ class SearchWorker:
         sets = [f"{name}={json.dumps(value)}" for name, value in flatten(dict(plan.scoring or {})).items()]
         protocol = job.settings.protocol
         options = EvaluateOptions.parse({"protocol": protocol, "teachers": job.teachers, "sets": sets})
-        ctx = EvalContext(data.dataset, data.held_out, distilled.space(), self.device)
+        ctx = EvalContext(
+            data.dataset,
+            data.held_out,
+            distilled.space(),
+            self.device,
+            plan.config.precision,
+            plan.config.deterministic,
+        )
         real = RealImages(data.split, self._split_name, self.pool())
         scoring = get_protocol(protocol).make(options, distilled, ctx, real)
         return evaluate_archs(

@@ -119,6 +119,21 @@ def test_steps_win_over_sets_and_settings_over_both(digits: Any) -> None:
     ("options", "settings"),
     [({"sets": ["can_flip=true"]}, {}), ({"can_flip": True}, {}), ({"can_flip": False}, {"can_flip": True})],
 )
+def test_precision_and_determinism_change_no_key_at_their_defaults(digits: Any) -> None:
+    def plan(**options: Any) -> Plan:
+        return plan_of(PlanOptions(method="dm", ipc=1, **options), digits)
+
+    default = plan().describe()
+    assert "precision" not in default
+    assert "deterministic" not in default
+    assert plan(precision="tf32", deterministic=False).describe() == default
+    changed = plan(sets=("precision=fp32",), precision="bf16", deterministic=True).describe()
+    assert changed == {**default, "precision": "bf16", "deterministic": True}
+    assert plan(sets=("precision=auto",)).config.precision == "auto"
+    with pytest.raises(InputError, match="precision"):
+        plan(sets=("precision=half",))
+
+
 def test_options_of_content_may_be_among_the_settings(
     digits: Any, options: dict[str, Any], settings: dict[str, Any], is_open: bool
 ) -> None:

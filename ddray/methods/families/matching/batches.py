@@ -22,10 +22,11 @@ from ddray.methods.families.state import images_state, load_images_state
 from ddray.nets import Net, build_net, reinitialize, training_format
 from ddray.seeding import derive_numpy, derive_seed
 from ddray.system.memory import memory_budget
+from ddray.system.numerics import current
 from ddray.training.dsa import DsaPlan, siamese
 from ddray.training.engine import Order, Step, run
 from ddray.training.graph import WORTHWHILE_STEPS, Graphs
-from ddray.training.loop import augmenter, training_batches, training_step
+from ddray.training.loop import Training, augmenter
 from ddray.training.recipe import Recipe
 
 Init = Literal["random", "first", "kcenter", "noise"]
@@ -123,7 +124,10 @@ class RealBranch:
         self._dsa = siamese(ctx.dataset.can_flip, augment, strategy)
         shape, num_classes = ctx.dataset.image_shape, ctx.dataset.num_classes
         net = build_net(ctx.arch, shape, num_classes, seed=0, device=ctx.device)
-        self.net = net.to(memory_format=torch.channels_last)
+        # One format for the whole run, as CUDA graphs keep the weights' memory; on a CPU that of the forward pass.
+        on_cpu, bf16 = ctx.device.type == "cpu", current().precision == "bf16"
+        self._format = torch.channels_last if on_cpu else training_format(net, ctx.device, bf16=bf16)
+        self.net = net.to(memory_format=self._format)
         self.sample_bytes = max(self.net.eval().map_bytes(), default=1)
         self.net.train()
         self._trainer: Step | None = None
@@ -155,16 +159,17 @@ class RealBranch:
         """Train the network on synthetic images, augmented as for matching: SGD at one rate, no momentum."""
         sgd = {"lr": lr, "momentum": 0.0, "weight_decay": 0.0, "schedule": "constant"}
         recipe = Recipe.parse({**sgd, "epochs": epochs, "batch": batch, "augment": self._augment})
+        augment = augmenter(self._augment, can_flip=self._ctx.dataset.can_flip, space=self._ctx.space)
+        training = Training(images, labels.to(images.device), recipe, augment)
         num_steps = epochs * len(Order(len(labels), batch).sizes)
         if self._trainer is None:  # one for the whole run, and so one CUDA graph
-            self._trainer = training_step(self.net, recipe, self._ctx.config["steps"] * num_steps)
-        augment = augmenter(self._augment, can_flip=self._ctx.dataset.can_flip, space=self._ctx.space)
-        form = training_format(self.net, images.device)
-        images, labels = images.contiguous(memory_format=form), labels.to(images.device)
+            self._trainer = training.step([self.net], self._ctx.config["steps"] * num_steps)
+        on_cpu = images.device.type == "cpu"
+        form = training_format(self.net, images.device) if on_cpu else self._format
         self.net.to(memory_format=form).train()
-        batches = training_batches(images, labels, recipe, generator=generator, augment=augment)
+        batches = training.batches(images.contiguous(memory_format=form), [generator])
         run(self._trainer, islice(batches, num_steps), lr=lambda step: lr)
-        self.net.to(memory_format=torch.channels_last).eval()
+        self.net.to(memory_format=self._format).eval()
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, DsaPlan | None]:
         """Return indices of real images [K * n], class-sorted, and augmentation parameters for each class."""
@@ -173,10 +178,10 @@ class RealBranch:
         return index, self._dsa.draw(num_classes, generator, shared_op=False) if self._dsa else None
 
     def augmented(self, images: Tensor, plan: DsaPlan | None, labels: Tensor) -> Tensor:
-        """Return images [N, C, H, W] under their classes' parameters, channels last; `labels` on the CPU."""
+        """Return images [N, C, H, W] under their classes' parameters; `labels` on the CPU."""
         if plan is not None and self._dsa is not None:
             images = self._dsa.apply(images, plan, labels)
-        return images.contiguous(memory_format=torch.channels_last)
+        return images.contiguous(memory_format=self._format)
 
     def chunks(
         self, index: Tensor, plan: DsaPlan | None, labels: Tensor | None = None

@@ -17,6 +17,7 @@ from ddray.methods.families.factory import make_method
 from ddray.methods.families.matching.batches import ImagesConfig, ImagesEngine, Statistics, step_graphs
 from ddray.methods.families.matching.groups import rows_of
 from ddray.nets import Net
+from ddray.system.numerics import current
 from ddray.training.compiled import compiled
 
 MeansLoss = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
@@ -39,7 +40,7 @@ class MatchingConfig(ImagesConfig):
 
 def in_precision(statistics: Statistics, precision: str, device: torch.device) -> Statistics:
     """Return `statistics` with the forward pass in `precision` and the results in float32."""
-    if precision == "fp32":
+    if precision == "fp32" and not current().bf16("statistics"):
         return statistics
 
     def cast(net: Net, images: Tensor) -> tuple[Tensor, ...]:
