@@ -371,8 +371,9 @@ def test_every_arch_is_scored_with_consecutive_seeds() -> None:
 
     seen: list[EvalResult] = []
     nothing: Any = None
+    ctx = EvalContext(nothing, nothing, nothing, CPU)
     summaries = evaluate_archs(
-        Fake(), nothing, nothing, archs=["b", "a"], num_seeds=3, seed=4, on_result=seen.append
+        Fake(), nothing, ctx, archs=["b", "a"], num_seeds=3, seed=4, on_result=seen.append
     )
 
     assert [(result.arch, result.seed) for result in seen] == [(a, s) for a in "ba" for s in (4, 5, 6)]

@@ -104,21 +104,6 @@ def test_layers_win_in_order(toy: Any, tmp_path: Path, monkeypatch: pytest.Monke
     assert settings(config=tmp_path / "own.yaml", **later) == (3.0, 0.5, 3, 9, 12)
 
 
-def test_steps_win_over_sets_and_settings_over_both(digits: Any) -> None:
-    def steps(steps: int | None = None, settings: Any = None) -> int:
-        options = {"method": "dm", "ipc": 1, "sets": ["steps=3"], "steps": steps}
-        return plan_of(PlanOptions.parse(options), digits, settings or {}).config.steps
-
-    assert (steps(), steps(0), steps(0, {"steps": 5})) == (3, 0, 5)
-    options = PlanOptions.parse({"method": "dm", "ipc": 1, "steps": 4})
-    assert plan_of(options, digits, {"method.lr_img": 0.5}).config.method.lr_img == 0.5
-
-
-@pytest.mark.parametrize("is_open", [False, True])
-@pytest.mark.parametrize(
-    ("options", "settings"),
-    [({"sets": ["can_flip=true"]}, {}), ({"can_flip": True}, {}), ({"can_flip": False}, {"can_flip": True})],
-)
 def test_precision_and_determinism_change_no_key_at_their_defaults(digits: Any) -> None:
     def plan(**options: Any) -> Plan:
         return plan_of(PlanOptions(method="dm", ipc=1, **options), digits)
@@ -134,6 +119,21 @@ def test_precision_and_determinism_change_no_key_at_their_defaults(digits: Any) 
         plan(sets=("precision=half",))
 
 
+def test_steps_win_over_sets_and_settings_over_both(digits: Any) -> None:
+    def steps(steps: int | None = None, settings: Any = None) -> int:
+        options = {"method": "dm", "ipc": 1, "sets": ["steps=3"], "steps": steps}
+        return plan_of(PlanOptions.parse(options), digits, settings or {}).config.steps
+
+    assert (steps(), steps(0), steps(0, {"steps": 5})) == (3, 0, 5)
+    options = PlanOptions.parse({"method": "dm", "ipc": 1, "steps": 4})
+    assert plan_of(options, digits, {"method.lr_img": 0.5}).config.method.lr_img == 0.5
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [({"sets": ["can_flip=true"]}, {}), ({"can_flip": True}, {}), ({"can_flip": False}, {"can_flip": True})],
+)
 def test_options_of_content_may_be_among_the_settings(
     digits: Any, options: dict[str, Any], settings: dict[str, Any], is_open: bool
 ) -> None:

@@ -41,14 +41,14 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def gradients(arch: str, form: torch.memory_format | None, *, bf16: bool) -> list[Tensor]:
-    """Return the gradients of three networks as the engine fuses them; `form` None: the one to train in."""
+@torch.no_grad()
+def logits_of(arch: str, form: torch.memory_format | None, *, bf16: bool) -> Tensor:
+    """Return the logits of three networks as the engine fuses them; `form` None: the one to train in."""
     nets = [net_of(arch).train() for _ in range(3)]
     form = form or training_format(nets[0], CUDA, fused=True, bf16=bf16)
     for param in (param for net in nets for param in net.parameters() if param.ndim == 4):
         param.data = param.data.contiguous(memory_format=form)
     stacked, buffers = torch.func.stack_module_state(list[torch.nn.Module](nets))
-    params = {name: tensor.detach().requires_grad_() for name, tensor in stacked.items()}
     for module in nets[0].modules():
         if isinstance(module, CpuLayer):
             module.plain = True
@@ -59,22 +59,24 @@ def gradients(arch: str, form: torch.memory_format | None, *, bf16: bool) -> lis
 
     images = torch.zeros(24, *SHAPE).contiguous(memory_format=form).view(3, -1, *SHAPE)
     with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
-        outputs = torch.func.vmap(forward)(params, buffers, images)
-    return list(torch.autograd.grad(outputs.float().sum(), [*params.values()]))
+        logits: Tensor = torch.func.vmap(forward)(stacked, buffers, images)
+    return logits
 
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("arch", [*NORMS, "convnet2_w8_bn_nopool", "convnet2_w8_sigmoid_max", "cell"])
 def test_every_norm_is_fused_on_cuda(arch: str, bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     with fake_cuda(monkeypatch):
-        grads = gradients(arch, None, bf16=bf16)
-    assert all(grad.device.type == "cuda" for grad in grads)
+        logits = logits_of(arch, None, bf16=bf16)
+    assert logits.shape == (3, 8, 10)
+    assert logits.device.type == "cuda"
+    assert logits.dtype == (torch.bfloat16 if bf16 else torch.float32)
 
 
 def test_batch_norm_is_not_in_channels_last(monkeypatch: pytest.MonkeyPatch) -> None:
     """Why fused networks are contiguous; once torch can do it, so may they be."""
     with fake_cuda(monkeypatch), pytest.raises(RuntimeError):
-        gradients("convnet3_w8_bn", torch.channels_last, bf16=False)
+        logits_of("convnet3_w8_bn", torch.channels_last, bf16=False)
 
 
 class TestProbe:
