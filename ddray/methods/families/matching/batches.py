@@ -124,7 +124,7 @@ class RealBranch:
         self._dsa = siamese(ctx.dataset.can_flip, augment, strategy)
         shape, num_classes = ctx.dataset.image_shape, ctx.dataset.num_classes
         net = build_net(ctx.arch, shape, num_classes, seed=0, device=ctx.device)
-        # One format for the whole run, as CUDA graphs keep the memory of weights; on a CPU that of forward passes.
+        # One format for the run, as graphs keep the weights' memory; on a CPU that of forward passes.
         on_cpu, bf16 = ctx.device.type == "cpu", current().precision == "bf16"
         self._format = torch.channels_last if on_cpu else training_format(net, ctx.device, bf16=bf16)
         self.net = net.to(memory_format=self._format)
