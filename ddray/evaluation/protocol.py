@@ -260,10 +260,12 @@ def evaluate_archs(
     A summary names the `precision` that was used, of `auto` what the probe chose.
     """
     summaries = []
-    settings = {"deterministic": ctx.deterministic, "device": ctx.device.type}
+    precise = partial(
+        numerics.applied, ctx.precision, deterministic=ctx.deterministic, device=ctx.device.type
+    )
     for arch in archs:
         results = []
-        with numerics.applied(ctx.precision, **settings) as applied:
+        with precise() as applied:
             for result in _results(evaluator, train, ctx, arch, range(seed, seed + num_seeds)):
                 results.append(result)
                 if on_result is not None:
