@@ -260,10 +260,10 @@ def evaluate_archs(
     A summary names the `precision` that was used, of `auto` what the probe chose.
     """
     summaries = []
-    settings = {"deterministic": ctx.deterministic, "device": ctx.device.type}
+    device = ctx.device.type
     for arch in archs:
         results = []
-        with numerics.applied(ctx.precision, **settings) as applied:
+        with numerics.applied(ctx.precision, deterministic=ctx.deterministic, device=device) as applied:
             for result in _results(evaluator, train, ctx, arch, range(seed, seed + num_seeds)):
                 results.append(result)
                 if on_result is not None:

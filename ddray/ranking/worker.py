@@ -126,8 +126,8 @@ class Workbench:
     def run(self, task: NasTask) -> list[dict[str, Any]]:
         """Train a task's networks and score them on val (and truth on test); one result per unit."""
         recipe = NasRecipe.parse(task.recipe)
-        settings = {"deterministic": recipe.deterministic, "device": self._device.type}
-        with numerics.applied(recipe.numerics, **settings) as applied:
+        device = self._device.type
+        with numerics.applied(recipe.numerics, deterministic=recipe.deterministic, device=device) as applied:
             results = self._run(task, recipe)
         return [{**result, "precision": applied.used()} for result in results]
 
