@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Final, Protocol
 
 import torch
@@ -260,12 +260,10 @@ def evaluate_archs(
     A summary names the `precision` that was used, of `auto` what the probe chose.
     """
     summaries = []
-    precise = partial(
-        numerics.applied, ctx.precision, deterministic=ctx.deterministic, device=ctx.device.type
-    )
+    device = ctx.device.type
     for arch in archs:
         results = []
-        with precise() as applied:
+        with numerics.applied(ctx.precision, deterministic=ctx.deterministic, device=device) as applied:
             for result in _results(evaluator, train, ctx, arch, range(seed, seed + num_seeds)):
                 results.append(result)
                 if on_result is not None:
