@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,12 @@ def test_a_distillation_that_runs_out_of_memory_goes_on_with_less(
         return real(*arguments, **options)
 
     halvings: list[None] = []
-    monkeypatch.setattr(recovery, "halved_budget", lambda: halvings.append(None) or nullcontext())
+
+    def halved() -> AbstractContextManager[None]:
+        halvings.append(None)
+        return nullcontext()
+
+    monkeypatch.setattr(recovery, "halved_budget", halved)
     monkeypatch.setattr(distill_job, "run_distillation", run)
     settings = ("--set", "arch=convnet1_w8", "--set", "method.batch_real=4")
     result = run_command(*DISTIL, *settings, "--run-dir", str(tmp_path / "run"))

@@ -6,7 +6,7 @@ import gc
 import os
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,7 +31,12 @@ def shrunk(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was done for want of memory, in order."""
     done: list[str] = []
     monkeypatch.setattr(recovery, "release_cached_memory", lambda: done.append("release"))
-    monkeypatch.setattr(recovery, "halved_budget", lambda: done.append("shrink") or nullcontext())
+
+    def halved() -> AbstractContextManager[None]:
+        done.append("shrink")
+        return nullcontext()
+
+    monkeypatch.setattr(recovery, "halved_budget", halved)
     return done
 
 
