@@ -187,6 +187,19 @@ for _tag, _pattern, _first in _SCALARS:
 _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes the words that `_Loader` takes for numbers, such as 08 and 1e5, besides those of YAML 1.1."""
+
+
+for _tag, _pattern, _first in _SCALARS:
+    _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), [*_first])
+
+
+def yaml_of(values: Mapping[str, Any]) -> str:
+    """Return the YAML that `read_yaml` reads these values from."""
+    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False)
+
+
 def _load(text: str) -> Any:
     return yaml.load(text, _Loader)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import Field
 
 import ddray
-from ddray.config import Config, added, difference, merge, nest, parse_overrides, read_yaml
+from ddray.config import Config, added, difference, merge, nest, parse_overrides, read_yaml, yaml_of
 from ddray.errors import InputError
 
 
@@ -133,6 +133,16 @@ def test_overrides_read_values_as_yaml_1_2(text: str, value: Any) -> None:
 
     assert actual == value
     assert type(actual) is type(value)
+
+
+WORDS = ["08", "0912", "1e5", "12e45", "1.e5", "no", "0x1F", "1_000", "1:30", "~", "+12", "2024-01-05", "="]
+
+
+@pytest.mark.parametrize("value", [*WORDS, "", 8, 1e5, 1e-5, True, None, [1e16, "1e16"], {"a": {"b": "1e5"}}])
+def test_what_a_run_writes_is_read_as_it_was(tmp_path: Path, value: Any) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml_of({"a": value}))
+    assert read_yaml(path) == {"a": value}
 
 
 def test_every_word_that_a_setting_takes_is_read_as_that_word() -> None:

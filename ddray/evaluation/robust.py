@@ -178,6 +178,9 @@ def _unit(ctx: EvalContext, recipe: Recipe, *, arch: str, split_name: str, seed:
         "recipe": recipe.dump(),
         "device": ctx.device.type,
         "seed": seed,
+        # At their defaults they are left out, as in older rows.
+        **({} if ctx.precision == "tf32" else {"precision": ctx.precision}),
+        **({"deterministic": True} if ctx.deterministic else {}),
     }
     return Unit(kind="truth", spec=spec)
 

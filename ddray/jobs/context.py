@@ -20,6 +20,7 @@ from ddray.nets import build_net
 from ddray.nets.names import parse_arch
 from ddray.pool.local import LocalPool
 from ddray.pool.spec import ModelPool, PoolSpec
+from ddray.runs.recovery import recovering
 from ddray.system.gpus import num_gpus
 from ddray.system.worker import cuda_failure
 
@@ -95,11 +96,14 @@ def on_device(name: str) -> Iterator[torch.device]:
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device called `name`, `auto` for CUDA if that works; InputError if there is none."""
+    """Return the device called `name`, `auto` for CUDA if that works.
+
+    InputError if there is none, DeviceMemoryError if others have all of its memory.
+    """
     if name == "auto":
         if not num_gpus():
             return torch.device("cpu")
-        if (reason := cuda_failure()) is None:
+        if (reason := recovering(cuda_failure)) is None:
             return torch.device("cuda")
         log.warning("torch can't use the GPU (%s): computing on the CPU", reason)
         return torch.device("cpu")
@@ -112,7 +116,7 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cpu")
     if (device.index or 0) >= num_gpus():
         raise InputError(f"--device {name}: torch sees {num_gpus()} CUDA devices; use --device cpu")
-    if (reason := cuda_failure(name)) is not None:
+    if (reason := recovering(cuda_failure, name)) is not None:
         raise InputError(f"--device {name}: torch can't use it: {reason}; use --device cpu")
     return device
 

@@ -190,7 +190,8 @@ class _PatchBlock(torch.autograd.Function):
 def norm_block(norm: nn.GroupNorm, maps: Tensor) -> Tensor:
     """Return the 2x2 averages of the rectified, normalised channels_last maps [N, C, H, W]."""
     args = (maps, norm.weight, norm.bias, norm.eps)
-    pooled: Tensor = _NormBlock.apply(*args)
+    with torch.autocast("cpu", enabled=False):  # it would round means and variances
+        pooled: Tensor = _NormBlock.apply(*args)
     return pooled
 
 

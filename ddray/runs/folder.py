@@ -11,9 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
-
-from ddray.config import difference, read_yaml
+from ddray.config import difference, read_yaml, yaml_of
 from ddray.errors import InputError
 from ddray.runs.environment import environment
 from ddray.runs.ledger import Ledger
@@ -149,7 +147,7 @@ def _resumed(folder: Path, settings: Mapping[str, Any], expected: Mapping[str, A
 
 
 def _write_config(folder: Path, settings: Mapping[str, Any]) -> None:
-    write_text(folder / "config.yaml", yaml.safe_dump(dict(settings), sort_keys=False))
+    write_text(folder / "config.yaml", yaml_of(settings))
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, Final, ParamSpec, TypeVar
 
 from ddray.errors import DeviceError, DeviceMemoryError, one_line
-from ddray.system.memory import release_cached_memory, shrink_budget
+from ddray.system.memory import halved_budget, release_cached_memory
 
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -41,9 +41,9 @@ def recovering(function: Callable[P, T], *arguments: P.args, **options: P.kwargs
         raise failure
     log.warning("%s: trying again with half the memory budget", failure)
     release_cached_memory()
-    shrink_budget()
     try:
-        return function(*arguments, **options)
+        with halved_budget():
+            return function(*arguments, **options)
     except Exception as error:
         failure = _logged_failure(error)
         if failure is None:

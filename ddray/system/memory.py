@@ -7,6 +7,7 @@ import ctypes
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -23,7 +24,7 @@ _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]ib|b|)", re.IGNORECASE)
 _UNITS: Final = {"": 0, "b": 0, "kib": 10, "mib": 20, "gib": 30, "tib": 40}
 # Of a device's memory; the rest is for what is learned, real images, and the libraries' own.
 _BUDGET_SHARE: Final = 3
-_halvings: list[None] = []  # one for each `shrink_budget` of this process
+_halvings: list[None] = []  # one for each `halved_budget` that this process is in
 
 
 def reuse_freed_memory() -> None:
@@ -83,9 +84,22 @@ def memory_budget(device: torch.device, setting: int | None = None) -> int:
     return max(1, (setting or _total_bytes(device) // _BUDGET_SHARE) >> len(_halvings))
 
 
-def shrink_budget() -> None:
-    """Halve `memory_budget` for the rest of this process, such as after running out of memory."""
+@contextlib.contextmanager
+def halved_budget() -> Iterator[None]:
+    """Halve `memory_budget` in a block: a second try after running out of memory.
+
+    Not for longer: how later work is cut, and so its last digits, must not depend on what was done before.
+    """
     _halvings.append(None)
+    try:
+        yield
+    finally:
+        _halvings.pop()
+
+
+def is_short() -> bool:
+    """Return whether this process is in a `halved_budget`."""
+    return bool(_halvings)
 
 
 def _total_bytes(device: torch.device) -> int:

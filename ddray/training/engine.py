@@ -247,7 +247,12 @@ class Step:
             return numerics.bf16(None)
         model = copy.deepcopy(self._model)
         work = (type(model).__name__, model.name, model.num, *(tuple(tensor.shape) for tensor in batch))
-        return numerics.bf16(work, lambda bf16: list(self._backward(model, batch, bf16)))
+        # The loss may count in the network's own buffers, as an accuracy.
+        buffers = [buffer.clone() for buffer in self._model.buffers]
+        chosen = numerics.bf16(work, lambda bf16: list(self._backward(model, batch, bf16)))
+        for buffer, before in zip(self._model.buffers, buffers, strict=True):
+            buffer.copy_(before)
+        return chosen
 
     def _chunks(self, batch: Batch) -> Iterable[Batch]:
         """Return the batch, on a CPU cut into parts that fit the cache."""

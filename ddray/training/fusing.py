@@ -21,10 +21,14 @@ PROBE_STEPS: Final = 6
 def fusing_pays(nets: Sequence[Net], fit: Callable[[Sequence[Net], bool], object]) -> bool:
     """Return whether fusing is faster than a loop, by timing a few steps both ways on copies of the networks.
 
+    Not if only deterministic algorithms are used: timings differ, and with them the last digits would.
+
     Args:
         nets: on CUDA.
         fit: trains networks, as one or a single one, for `PROBE_STEPS` steps.
     """
+    if torch.are_deterministic_algorithms_enabled():
+        return False
 
     def seconds(num: int, fused: bool) -> float:
         copies = copy.deepcopy(nets[:num])

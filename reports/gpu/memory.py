@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+from contextlib import ExitStack
 from functools import partial
 from multiprocessing.synchronize import Event
 from typing import Any
@@ -37,7 +38,7 @@ def _peak(lab: Lab, dataset: Dataset, budget: str) -> dict[str, Figure]:
 
 def _drill(lab: Lab, dataset: Dataset) -> dict[str, Figure]:
     """Give a step half of the memory it takes: halve the budget after each failure until it fits."""
-    from ddray.system.memory import shrink_budget
+    from ddray.system.memory import halved_budget
 
     whole = 2**20 * (_peak(lab, dataset, "64GiB")["peak"]["value"] or 0)
     limit = int(whole / 2) + lab.size(_ROOM, 0)
@@ -45,20 +46,24 @@ def _drill(lab: Lab, dataset: Dataset) -> dict[str, Figure]:
         _empty(lab)
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(limit / total)
-    reset_peak(lab.device)
-    for halvings in range(12):
-        try:
-            engine = lab.started("datadam", dataset, ipc=lab.size(50, 2))
-            engine.step()
-            lab.synchronize()
-        except torch.OutOfMemoryError:
-            engine = None
-        if engine is not None:
-            peak = peak_bytes(lab.device) / 2**20
-            return {"": figure(halvings, "halvings", limit_mib=limit / 2**20, peak_mib=peak)}
-        _empty(lab)
-        shrink_budget()
+    with ExitStack() as halved:
+        for halvings in range(12):
+            if (peak := _peak_if_it_fits(lab, dataset)) is not None:
+                return {"": figure(halvings, "halvings", limit_mib=limit / 2**20, peak_mib=peak)}
+            _empty(lab)
+            halved.enter_context(halved_budget())
     raise RuntimeError(f"a step did not fit {limit / 2**20:.0f} MiB after 12 halvings of the budget")
+
+
+def _peak_if_it_fits(lab: Lab, dataset: Dataset) -> float | None:
+    """Return the peak of a step in MiB; None if memory runs out."""
+    reset_peak(lab.device)
+    try:
+        lab.started("datadam", dataset, ipc=lab.size(50, 2)).step()
+        lab.synchronize()
+    except torch.OutOfMemoryError:
+        return None
+    return peak_bytes(lab.device) / 2**20
 
 
 def _empty(lab: Lab) -> None:

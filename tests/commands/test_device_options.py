@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,12 @@ def test_a_distillation_that_runs_out_of_memory_goes_on_with_less(
         return real(*arguments, **options)
 
     halvings: list[None] = []
-    monkeypatch.setattr(recovery, "shrink_budget", lambda: halvings.append(None))
+
+    def halved() -> AbstractContextManager[None]:
+        halvings.append(None)
+        return nullcontext()
+
+    monkeypatch.setattr(recovery, "halved_budget", halved)
     monkeypatch.setattr(distill_job, "run_distillation", run)
     settings = ("--set", "arch=convnet1_w8", "--set", "method.batch_real=4")
     result = run_command(*DISTIL, *settings, "--run-dir", str(tmp_path / "run"))
@@ -107,7 +113,6 @@ def test_one_that_runs_out_twice_ends_in_one_line(
     def run(*arguments: Any, **options: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8.00 GiB.")
 
-    monkeypatch.setattr(recovery, "shrink_budget", lambda: None)
     monkeypatch.setattr(distill_job, "run_distillation", run)
     assert _run([*DISTIL, "--run-dir", str(tmp_path / "run")], False) == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]

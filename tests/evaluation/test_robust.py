@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +212,9 @@ class TestWholeSet:
         self.accuracy(dataset, context(dataset, dataset.test().select(torch.arange(20))))
         self.accuracy(toy(counts=(9, 9, 9), seed=1))
         self.accuracy(dataset, EvalContext(dataset, ctx.split, fit_zca(dataset.train()), CPU))
-        assert len(list((ddray_home / "truth" / "ledger").glob("*.json"))) == 8
+        self.accuracy(dataset, replace(ctx, precision="bf16"))
+        self.accuracy(dataset, replace(ctx, deterministic=True))
+        assert len(list((ddray_home / "truth" / "ledger").glob("*.json"))) == 10
 
     def test_a_diverged_training_is_not_kept(self, toy: Any, ddray_home: Path) -> None:
         with pytest.raises(DivergedError, match="on the whole set diverged"):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ddray.system.memory import halved_budget
 from ddray.training.graph import Graphs
 from tests.gpu.fake_cuda import FakeCuda
 
@@ -75,12 +76,41 @@ def test_graphs_that_are_off_are_none(gpu: FakeCuda) -> None:
     assert gpu.replays == 0
 
 
-def test_memory_that_a_graph_has_not_may_be_enough_without(
-    gpu: FakeCuda, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("kernel", [1, 4], ids=["in the warm-up", "in the capture"])
+def test_lack_of_memory_passes_and_the_second_time_steps_run_eagerly(
+    gpu: FakeCuda, caplog: pytest.LogCaptureFixture, kernel: int
 ) -> None:
-    gpu.fail_in(1)
+    def double() -> list[float]:
+        gpu.fail_in(kernel)
+        doubled: list[float] = Graphs(on=True)(
+            lambda values: values * 2, [torch.ones(2, device=CUDA)]
+        ).tolist()
+        return doubled
 
-    result = Graphs(on=True)(lambda values: values * 2, [torch.ones(2, device=CUDA)])
+    with pytest.raises(torch.OutOfMemoryError):  # the caller makes parts smaller
+        double()
+    assert not caplog.text
+    with halved_budget():
+        assert double() == [2.0, 2.0]
+    assert "no CUDA graph" in caplog.text
 
-    assert result.tolist() == [2.0, 2.0]
-    assert "out of memory" in caplog.text
+
+def test_a_failed_capture_leaves_generators_that_draw(gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Captured:
+        """A global generator of CUDA that a failed capture left in its state of capture."""
+
+        state = "capturing"
+
+        def clone_state(self) -> str:
+            return "drawing"
+
+        def graphsafe_set_state(self, state: str) -> None:
+            self.state = state
+
+    generator = Captured()
+    monkeypatch.setattr(torch.cuda, "default_generators", (generator,))
+    Graphs(on=True)(lambda values: values * 2, [torch.ones(2, device=CUDA)])
+    assert generator.state == "capturing", "a capture that ends is ended by torch"
+
+    Graphs(on=True)(lambda values: values.tolist(), [torch.ones(2, device=CUDA)])
+    assert generator.state == "drawing"

@@ -11,7 +11,7 @@ import torch
 
 from ddray.data import fit_zca
 from ddray.data.pixels import pixel_space
-from ddray.errors import InputError
+from ddray.errors import DeviceMemoryError, InputError
 from ddray.jobs import context
 from ddray.jobs import plan as module
 from ddray.jobs.context import check_ipc, make_context, make_distiller, pick_device
@@ -324,6 +324,14 @@ def test_devices(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixtu
     assert caplog.messages == ["torch can't use the GPU (old driver of cuda): computing on the CPU"]
     with pytest.raises(InputError, match="--device cuda:1: torch can't use it: old driver of cuda:1"):
         pick_device("cuda:1")
+
+    def is_full(device: str = "cuda") -> str:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(context, "cuda_failure", is_full)
+    for name in ("auto", "cuda:1"):  # others have the memory: one line, and no run on the CPU
+        with pytest.raises(DeviceMemoryError, match="out of memory"):
+            pick_device(name)
 
 
 @pytest.mark.parametrize(("name", "entered"), [("cuda:1", ["cuda:1"]), ("cuda", []), ("cpu", [])])

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddray.nets import build_net, training_format
-from ddray.nets.cpu_blocks import training_pass
+from ddray.nets.cpu_blocks import norm_block, training_pass
+from ddray.nets.features import InstanceNorm
 from ddray.seeding import derive
 
 CPU = torch.device("cpu")
@@ -84,6 +85,15 @@ def test_a_pass_without_gradients_in_bf16_is_as_exact() -> None:
     assert half.maps[0].is_contiguous(memory_format=LAST)
     assert relative([half.maps[0].float()], [exact.maps[0]]) < 2e-2
     assert relative([half.logits[2:].float()], [exact.logits[2:]]) < 3e-2
+
+
+def test_autocast_leaves_means_and_variances_in_float32() -> None:
+    norm = InstanceNorm(8, 8)
+    maps = (3 + torch.randn(6, 8, 16, 16, generator=derive(3))).bfloat16().contiguous(memory_format=LAST)
+    exact = norm_block(norm, maps.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        half = norm_block(norm, maps)
+    torch.testing.assert_close(half.float(), exact, rtol=2**-8, atol=1e-4)
 
 
 def test_the_norm_takes_out_a_bias_whose_gradient_is_zero() -> None:

@@ -21,7 +21,7 @@ from reports.gpu.plan import PARTS, Part
 from reports.gpu.runner import ROOT
 
 LAB = Lab(torch.device("cpu"), is_tiny=True)
-PENDING = re.compile("'(ddray.system.numerics|memory_budget|shrink_budget)'")
+PENDING = re.compile("'(ddray.system.numerics|memory_budget|halved_budget)'")
 # What a machine with torch and the wheels lacks.
 ABSENT = {
     *("ray", "optuna", "pandas", "plotly", "tensorboardX", "matplotlib", "sklearn", "scipy", "pyarrow"),

@@ -6,6 +6,7 @@ import gc
 import os
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from ddray.errors import DeviceError, DeviceMemoryError
 from ddray.runs import recovery
 from ddray.runs.executor import LocalExecutor, Task
 from ddray.runs.recovery import recovering
+from ddray.system.memory import memory_budget
 
 FULL = (
     "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 15.77 GiB of which "
@@ -29,7 +31,12 @@ def shrunk(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was done for want of memory, in order."""
     done: list[str] = []
     monkeypatch.setattr(recovery, "release_cached_memory", lambda: done.append("release"))
-    monkeypatch.setattr(recovery, "shrink_budget", lambda: done.append("shrink"))
+
+    def halved() -> AbstractContextManager[None]:
+        done.append("shrink")
+        return nullcontext()
+
+    monkeypatch.setattr(recovery, "halved_budget", halved)
     return done
 
 
@@ -75,8 +82,21 @@ def test_a_second_time_it_fails_with_the_figures(shrunk: list[str]) -> None:
     assert shrunk == ["release", "shrink", "release"], "the budget is halved once"
 
 
-def test_the_first_tries_tensors_are_gone_when_the_second_begins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recovery, "shrink_budget", lambda: None)  # of this process, for good
+def test_only_the_second_try_has_half_the_budget() -> None:
+    cpu, seen = torch.device("cpu"), list[int]()
+    whole = memory_budget(cpu)
+
+    def unit() -> None:
+        seen.append(memory_budget(cpu))
+        if len(seen) == 1:
+            raise out_of_memory()
+
+    recovering(unit)
+    recovering(unit)
+    assert seen == [whole, whole // 2, whole], "a later unit gives the bytes of a fresh process"
+
+
+def test_the_first_tries_tensors_are_gone_when_the_second_begins() -> None:
     seen: list[weakref.ref[torch.Tensor]] = []
 
     def needs_memory() -> bool:

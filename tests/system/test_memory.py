@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 
 from ddray.system import memory
-from ddray.system.memory import available_bytes, memory_budget, parse_bytes, shrink_budget
+from ddray.system.memory import available_bytes, halved_budget, is_short, memory_budget, parse_bytes
 
 CPU = torch.device("cpu")
 
@@ -91,12 +92,13 @@ def test_a_budget_does_not_depend_on_what_is_free(monkeypatch: pytest.MonkeyPatc
     assert memory_budget(CPU) == before
 
 
-def test_a_process_halves_its_budget_from_now_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_halvings", [])
+def test_a_budget_is_halved_for_a_while() -> None:
     before = memory_budget(CPU)
 
-    shrink_budget()
-    assert (memory_budget(CPU), memory_budget(CPU, 2**20)) == (before // 2, 2**19)
-    for _ in range(100):
-        shrink_budget()
-    assert memory_budget(CPU) == 1
+    with ExitStack() as halved:
+        halved.enter_context(halved_budget())
+        assert (memory_budget(CPU), memory_budget(CPU, 2**20), is_short()) == (before // 2, 2**19, True)
+        for _ in range(100):
+            halved.enter_context(halved_budget())
+        assert memory_budget(CPU) == 1
+    assert (memory_budget(CPU), is_short()) == (before, False)
