@@ -79,6 +79,11 @@ def current() -> Numerics:
     return _CURRENT.get() or Numerics()
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Return whether `device` is a GPU that computes in bfloat16; older ones than Ampere emulate it."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 @contextmanager
 def applied(
     precision: Precision = "tf32", *, deterministic: bool = False, device: str = "cpu"

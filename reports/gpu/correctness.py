@@ -116,8 +116,8 @@ def parity(lab: Lab) -> Figures:
     differences: dict[str, list[float]] = {"loss": [], "images": []}
 
     def case(method: str) -> dict[str, Figure]:
-        places = (torch.device("cpu"), lab.device)
-        losses, images = zip(*(_first_steps(lab, dataset, method, place) for place in places), strict=True)
+        both = (torch.device("cpu"), lab.device)
+        losses, images = zip(*(_first_steps(lab, dataset, method, device) for device in both), strict=True)
         loss = float(((losses[1] - losses[0]).abs() / losses[0].abs().clamp(min=1e-12)).max())
         pixels = float((images[1] - images[0]).abs().max() / images[0].std())
         differences["loss"].append(loss)
