@@ -67,9 +67,9 @@ def fit_briefly(patch: pytest.MonkeyPatch) -> None:
 
 
 def compute_as_cuda(patch: pytest.MonkeyPatch) -> None:
-    """Let a CPU take CUDA's memory formats, layers and sizes of parts: what changes last digits."""
+    """Let CPU and CUDA take the same memory format, layers and sizes of parts: what changes last digits."""
     whole = 2**40
-    patch.setattr(CpuLayer, "takes_fast_path", lambda layer, maps: False)
+    patch.setattr(CpuLayer, "is_on_cpu", lambda layer, maps: False)
     patch.setattr(engine, "_CHUNK_PIXELS", whole)
     patch.setattr(batches, "_CHUNK_BYTES", whole)
     patch.setitem(embedding._CHUNK, "cpu", embedding._CHUNK["cuda"])
@@ -78,4 +78,4 @@ def compute_as_cuda(patch: pytest.MonkeyPatch) -> None:
     original = build.training_format
     for module in [module for name, module in sys.modules.items() if name.startswith("ddray.")]:
         if vars(module).get("training_format") is original:
-            patch.setattr(module, "training_format", lambda net, device: torch.channels_last)
+            patch.setattr(module, "training_format", lambda net, device, **_: torch.channels_last)
