@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ddray.data import Dataset
-from ddray.system.memory import peak_bytes, reset_peak
+from ddray.system.memory import peak_bytes, reset_peak, shrink_budget
 from reports.gpu.lab import Figure, Figures, Lab, attempts, figure
 
 _ROOM = 2**28  # bytes beside a limit: the context's workspaces
@@ -37,8 +37,6 @@ def _peak(lab: Lab, dataset: Dataset, budget: str) -> dict[str, Figure]:
 
 def _drill(lab: Lab, dataset: Dataset) -> dict[str, Figure]:
     """Give a step half of the memory it takes: halve the budget after each failure until it fits."""
-    from ddray.system.memory import shrink_budget
-
     whole = 2**20 * (_peak(lab, dataset, "64GiB")["peak"]["value"] or 0)
     limit = int(whole / 2) + lab.size(_ROOM, 0)
     if lab.on_gpu:
