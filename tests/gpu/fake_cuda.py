@@ -16,7 +16,7 @@ Python calls: it answers `.device`, moves tensors, takes `device="cuda"` out of 
 TorchDispatchMode, sees every ATen operation, those of the C++ backward pass too: it checks devices, marks
 results, counts, and records graphs. `torch.cuda`'s functions are replaced while the fake is entered.
 
-What it can't show: CUDA's own dispatch (cuDNN, autocast lists, layouts: `test_dispatch.py`), numerics, races
+What it can't show: CUDA's own dispatch (cuDNN, autocast lists: `test_dispatch.py`; layouts), numerics, races
 between streams, the allocator's fragments. A kernel is one ATen operation that is no view: close to launches.
 """
 

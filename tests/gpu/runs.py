@@ -67,7 +67,7 @@ def fit_briefly(patch: pytest.MonkeyPatch) -> None:
 
 
 def compute_as_cuda(patch: pytest.MonkeyPatch) -> None:
-    """Let CPU and CUDA take the same memory format, layers and sizes of parts: what changes last digits."""
+    """Let CPU and GPU take the same memory formats, layers and sizes of parts: they change last digits."""
     whole = 2**40
     patch.setattr(CpuLayer, "is_on_cpu", lambda layer, maps: False)
     patch.setattr(engine, "_CHUNK_PIXELS", whole)

@@ -69,7 +69,7 @@ def test_nas(run_command: Command, set_file: Path, tmp_path: Path) -> None:
         result = run_command("nas", "--proxy", str(set_file), *options, *local)
 
         assert gpu.kernels > 0
-    assert result["device"] == "cuda"
+    assert (result["num_archs"], result["num_failed"]) == (2, 0)
 
 
 def test_bench(tmp_path: Path) -> None:

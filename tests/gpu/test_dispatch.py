@@ -1,4 +1,4 @@
-"""What CUDA's dispatch decides, on tensors without memory: vmap of each norm, autocast, layouts.
+"""What CUDA's dispatch decides, on tensors without memory: vmap of each norm, autocast.
 
 FakeTensorMode runs the rules of PyTorch's CUDA build, cuDNN's choices too, on shapes alone. The fake device
 of the other tests can't show these: its tensors are a CPU's.
@@ -6,7 +6,6 @@ of the other tests can't show these: its tensors are a CPU's.
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,15 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddray.nets import Net, build_net
 from ddray.nets.build import training_format
+from ddray.nets.features import CpuLayer
 from ddray.nets.nasbench201 import CellNet, Skeleton, parse_arch_str
-from ddray.ranking import training
-from ddray.ranking.options import NasRecipe
-from ddray.ranking.training import train_seeds
-from ddray.system import numerics
 
 pytestmark = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="PyTorch without CUDA's kernels")
 
@@ -65,28 +60,36 @@ def networks(arch: str) -> list[Net]:
         return [Net(arch, SHAPE, 10, CellNet(parse_arch_str(CELL), 3, 10, skeleton)) for _ in range(2)]
 
 
-def trained_as_one(arch: str, precision: str) -> str:
-    images = torch.empty(16, *SHAPE, device=CUDA).contiguous(memory_format=torch.channels_last)
-    labels = torch.zeros(16, dtype=torch.int64, device=CUDA)
-    recipe = NasRecipe(epochs=1, batch=8)
-    with numerics.applied(precision, device="cuda"):
-        return train_seeds(
-            networks(arch), (images, labels), recipe, seeds=[0, 1], dsa=None, num_steps=2, mode="fused"
-        )
+def fused_logits(arch: str, precision: str, form: torch.memory_format | None = None) -> Tensor:
+    """Return the logits [S, n, K] of networks as one; `form` None: the format that is taken for them."""
+    nets, num = networks(arch), 8
+    form = form or training_format(nets[0], CUDA, fused=True, bf16=precision == "bf16")
+    template, *_ = [net.train().to(memory_format=form) for net in nets]
+    for module in template.modules():
+        if isinstance(module, CpuLayer):
+            module.plain = True
+    images = torch.empty(len(nets) * num, *SHAPE, device=CUDA).contiguous(memory_format=form)
+
+    def outputs(params: Any, buffers: Any, inputs: Tensor) -> Any:
+        return torch.func.functional_call(template, (params, buffers), (inputs,))
+
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
+        stacked = torch.func.stack_module_state(nets)
+        logits: Tensor = torch.func.vmap(outputs)(*stacked, images.view(len(nets), num, *SHAPE))
+        return logits
 
 
-@pytest.mark.parametrize("arch", [*NORMS, *OTHERS, *CELLS])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_networks_are_trained_as_one(arch: str, precision: str) -> None:
-    assert trained_as_one(arch, precision) == "fused"
+@pytest.mark.parametrize("arch", [*NORMS, *OTHERS, *CELLS])
+def test_networks_can_be_fused(arch: str, precision: str) -> None:
+    """In the format that is taken for them, vmap has a rule for every layer."""
+    assert fused_logits(arch, precision).shape == (2, 8, 10)
 
 
-def test_batch_norm_of_channels_last_is_not_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_norm_of_channels_last_maps_can_not() -> None:
     """Why fused networks are contiguous; once torch can do it, so may they be."""
-    monkeypatch.setattr(training, "training_format", lambda *_, **__: torch.channels_last)
-
     with pytest.raises(RuntimeError):
-        trained_as_one("convnet3_bn", "fp32")
+        fused_logits("convnet3_w8_bn", "fp32", torch.channels_last)
 
 
 WEIGHT = (4, 4, 3, 3)
@@ -128,41 +131,3 @@ def test_autocast_computes_in(name: str) -> None:
         result = function(torch.empty(2, 4, 8, 8, device=CUDA))
 
     assert result.dtype == dtype
-
-
-class _Counted(TorchDispatchMode):
-    """Counts operations by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: collections.Counter[str] = collections.Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names[func._schema.name.partition("::")[2]] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def clones(net: nn.Module, form: torch.memory_format) -> int:
-    """Return how often a forward pass changes the memory format of its maps."""
-    images = torch.empty(8, *SHAPE, device=CUDA).contiguous(memory_format=form)
-    with _Counted() as counted, torch.no_grad():
-        net.to(memory_format=form)(images)
-    return counted.names["clone"] + counted.names["contiguous"]
-
-
-def test_a_group_norm_clones_what_is_channels_last() -> None:
-    """PyTorch 2.11 to 2.15: `group_norm` makes its input contiguous on CUDA, and its result is."""
-    norm = nn.GroupNorm(3, 3, device=CUDA)
-
-    assert clones(norm, torch.channels_last) == 1
-    assert clones(norm, torch.contiguous_format) == 0
-
-
-@pytest.mark.parametrize("arch", NORMS)
-def test_layouts_change_as_seldom_as_in_the_better_format(arch: str) -> None:
-    net = networks(arch)[0]
-    form = training_format(net, CUDA)
-
-    taken = clones(net, form)
-    best = min(clones(net, other) for other in (torch.channels_last, torch.contiguous_format))
-    assert taken == best
