@@ -67,8 +67,8 @@ class Numerics:
         full = "tf32" if self.device == "cuda" and self.precision != "fp32" else "fp32"
         if self.precision != "auto":
             return "bf16" if self.precision == "bf16" else full
-        chosen = {"bf16" if bf16 else full for bf16 in self.probed.values()} or {full}
-        return "+".join(sorted(chosen))
+        precisions = {"bf16" if bf16 else full for bf16 in self.probed.values()} or {full}
+        return "+".join(sorted(precisions))
 
 
 _CURRENT: Final[ContextVar[Numerics | None]] = ContextVar("numerics", default=None)
