@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ddray.nets import Net, build_net
-from ddray.nets.build import training_format
+from ddray.nets import Net
+from ddray.nets.build import _body, training_format
 from ddray.nets.features import CpuLayer
+from ddray.nets.names import parse_arch
 from ddray.nets.nasbench201 import CellNet, Skeleton, parse_arch_str
 
 pytestmark = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="PyTorch without CUDA's kernels")
@@ -52,10 +53,11 @@ def without_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def networks(arch: str) -> list[Net]:
-    if arch not in CELLS:
-        return [build_net(arch, SHAPE, 10, seed=0).to(CUDA) for _ in range(2)]
-    affine, mixture = CELLS[arch]
+    """Return two networks made on CUDA: to move them there, PyTorch would swap tensors that are referred to."""
     with torch.device(CUDA):
+        if arch not in CELLS:
+            return [Net(arch, SHAPE, 10, _body(parse_arch(arch), SHAPE, 10)) for _ in range(2)]
+        affine, mixture = CELLS[arch]
         skeleton = Skeleton(8, 1, affine, mixture)
         return [Net(arch, SHAPE, 10, CellNet(parse_arch_str(CELL), 3, 10, skeleton)) for _ in range(2)]
 
