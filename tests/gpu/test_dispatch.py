@@ -53,7 +53,7 @@ def without_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def networks(arch: str) -> list[Net]:
-    """Return two networks made on CUDA: to move them there, PyTorch would swap tensors that are referred to."""
+    """Return two networks, made on CUDA: to move them, PyTorch would swap tensors that are referred to."""
     with torch.device(CUDA):
         if arch not in CELLS:
             return [Net(arch, SHAPE, 10, _body(parse_arch(arch), SHAPE, 10)) for _ in range(2)]
