@@ -17,6 +17,7 @@ from ddray.nets import Net, build_net
 from ddray.pool.spec import ModelPool
 from ddray.seeding import derive_seed
 from ddray.system import numerics
+from ddray.system.memory import total_bytes
 from ddray.system.options import Precision
 from ddray.training.embedding import Score
 from ddray.training.loop import score_net
@@ -49,7 +50,7 @@ class EvalContext:
     def _resident(self) -> tuple[Split, PixelSpace]:
         """The split, on a GPU if it takes at most a sixteenth of its memory; the space on the device."""
         split, space = self.split, self.space.to(self.device)
-        if self.device.type == "cuda" and 16 * split.images.nbytes <= torch.cuda.mem_get_info(self.device)[1]:
+        if self.device.type == "cuda" and 16 * split.images.nbytes <= total_bytes(self.device):
             split = replace(split, images=split.images.to(self.device), labels=split.labels.to(self.device))
         return split, space
 

@@ -32,6 +32,7 @@ from ddray.methods.families.matching.groups import rows_of
 from ddray.methods.families.matching.partitioned import PartitionedConfig, PartitionedEngine, by_class
 from ddray.methods.families.matching.queue import NetQueue
 from ddray.methods.families.state import copy_values
+from ddray.system.transfer import to_device
 
 _FIRST_NETS: Final = 3
 
@@ -146,7 +147,7 @@ class IDM(PartitionedEngine):
         positions = torch.randperm(len(self._queue.members), generator=generator)[: self._config.num_trained]
         for position in positions.tolist():
             for _ in range(self._config.net_steps):
-                index = self._real_batch(generator).to(self._labels.device, non_blocking=True)
+                index = to_device(self._real_batch(generator), self._labels.device)
                 self._queue.train(position, self._pairs.batches.take(index), self._labels[index])
 
     def _real_batch(self, generator: torch.Generator) -> Tensor:

@@ -81,7 +81,7 @@ def memory_budget(device: torch.device, setting: int | None = None) -> int:
     They are the run's `setting` or, without one, a third of all the memory that the device has. What is free
     does not count: how a step is cut decides its last digits, and a seed gives the same bytes every time.
     """
-    return max(1, (setting or _total_bytes(device) // _BUDGET_SHARE) >> len(_halvings))
+    return max(1, (setting or total_bytes(device) // _BUDGET_SHARE) >> len(_halvings))
 
 
 @contextlib.contextmanager
@@ -102,7 +102,7 @@ def is_short() -> bool:
     return bool(_halvings)
 
 
-def _total_bytes(device: torch.device) -> int:
+def total_bytes(device: torch.device) -> int:
     """Return the memory of a device; for a CPU the machine's, or a container's limit."""
     if device.type == "cuda":
         import torch

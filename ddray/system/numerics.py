@@ -67,8 +67,8 @@ class Numerics:
         full = "tf32" if self.device == "cuda" and self.precision != "fp32" else "fp32"
         if self.precision != "auto":
             return "bf16" if self.precision == "bf16" else full
-        chosen = {"bf16" if bf16 else full for bf16 in self.probed.values()} or {full}
-        return "+".join(sorted(chosen))
+        precisions = {"bf16" if bf16 else full for bf16 in self.probed.values()} or {full}
+        return "+".join(sorted(precisions))
 
 
 _CURRENT: Final[ContextVar[Numerics | None]] = ContextVar("numerics", default=None)
@@ -77,6 +77,11 @@ _CURRENT: Final[ContextVar[Numerics | None]] = ContextVar("numerics", default=No
 def current() -> Numerics:
     """Return the settings in force."""
     return _CURRENT.get() or Numerics()
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Return whether `device` is a GPU that computes in bfloat16; older ones than Ampere emulate it."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from ddray.nets import is_per_sample
 from ddray.nets.cpu_blocks import training_pass
 from ddray.nets.features import CpuLayer
 from ddray.system.numerics import current
+from ddray.system.transfer import to_device
 from ddray.training.graph import WORTHWHILE_STEPS, Graphs
 
 Batch = tuple[Tensor, ...]
@@ -89,7 +90,7 @@ class Order:
             order = torch.randperm(self.num, generator=generator) if self.shuffle else torch.arange(self.num)
             if num_drawn < self.num:
                 order = order[:num_drawn]
-            yield from torch.split(order.to(device, non_blocking=True), sizes)
+            yield from torch.split(to_device(order, device), sizes)
 
 
 def run(
@@ -123,11 +124,6 @@ def run(
 def cosine(step: int, num_steps: int) -> float:
     """Return the factor .5 (1 + cos(pi t / T)) on the rate, from 1 to 0; `step` counts from 0."""
     return 0.5 * (1 + math.cos(math.pi * step / num_steps))
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Return whether `device` is a GPU that computes in bfloat16; older ones than Ampere emulate it."""
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def decay_matrices(net: nn.Module) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ddray.data import PixelSpace, Split
 from ddray.nets import Net, training_format
 from ddray.seeding import derive_seed, forked_global
+from ddray.system.memory import total_bytes
 from ddray.system.numerics import current
 from ddray.training.cutmix import cutmix, mixed_cross_entropy
 from ddray.training.dsa import siamese
@@ -72,7 +73,7 @@ def train_together(
 
     def fit(copies: Sequence[Net], fused: bool) -> None:
         probed = [torch.Generator().set_state(state) for state in states[: len(copies)]]
-        training.run(copies, probed, fused=fused, most=PROBE_STEPS)
+        training.run(copies, probed, fused=fused, max_steps=PROBE_STEPS)
 
     can_fuse = len(nets) > 1 and images.device.type == "cuda" and recipe.cutmix == 0  # a share is a batch's
     if can_fuse and fusing_pays(nets, fit):
@@ -101,10 +102,10 @@ class Training:
         generators: Sequence[torch.Generator],
         *,
         fused: bool = False,
-        most: int | None = None,
+        max_steps: int | None = None,
         on_epoch: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
-        """Train a network, or several as one, for `most` steps of each phase; return the mean loss."""
+        """Train a network, or several as one; return the mean loss. `max_steps` is for each phase."""
         recipe, device = self.recipe, self.images.device
         form = training_format(nets[0], device, fused=fused, bf16=current().precision == "bf16")
         images = self.images.contiguous(memory_format=form)
@@ -116,7 +117,7 @@ class Training:
             step = self.step(nets, len(rates) * epoch, fused=fused)
             loss = run(
                 step,
-                islice(self.batches(images, generators), most),
+                islice(self.batches(images, generators), max_steps),
                 lr=lambda step_index, rates=rates: rates[step_index // epoch],  # type: ignore[misc]
                 epoch=epoch,
                 on_epoch=on_epoch,
@@ -182,7 +183,7 @@ def score_net(
     """
     if chunk is None and device.type == "cuda" and isinstance(net, Net):
         largest = max(net.map_bytes(), default=1)
-        chunk = max(1, min(1024, torch.cuda.mem_get_info(device)[1] // (8 * 4 * largest)))
+        chunk = max(1, min(1024, total_bytes(device) // (8 * 4 * largest)))
     return score(net, split.images, split.labels, space.to(device).encode, device, chunk=chunk)
 
 

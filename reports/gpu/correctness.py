@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from ddray.data import Dataset, PixelSpace
 from ddray.methods import REGISTRY
 from ddray.nets import build_net
+from ddray.system import numerics
 from ddray.training.engine import Order, Rule, Step
 from ddray.training.graph import WORTHWHILE_STEPS
-from reports.gpu.lab import Figure, Figures, Lab, attempts, computing, figure
+from reports.gpu.lab import Figure, Figures, Lab, attempts, figure
 
 _WAITS = "called a synchronizing CUDA operation"
 _STEPS = 3
@@ -116,8 +117,8 @@ def parity(lab: Lab) -> Figures:
     differences: dict[str, list[float]] = {"loss": [], "images": []}
 
     def case(method: str) -> dict[str, Figure]:
-        places = (torch.device("cpu"), lab.device)
-        losses, images = zip(*(_first_steps(lab, dataset, method, place) for place in places), strict=True)
+        both = (torch.device("cpu"), lab.device)
+        losses, images = zip(*(_first_steps(lab, dataset, method, device) for device in both), strict=True)
         loss = float(((losses[1] - losses[0]).abs() / losses[0].abs().clamp(min=1e-12)).max())
         pixels = float((images[1] - images[0]).abs().max() / images[0].std())
         differences["loss"].append(loss)
@@ -141,7 +142,7 @@ def _first_steps(
     lab: Lab, dataset: Dataset, method: str, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return losses [S] and images after S steps, computed in float32 on a device."""
-    with computing("fp32", device):
+    with numerics.applied("fp32", device=device.type):
         engine = lab.started(method, dataset, ipc=2, quick=True, device=device)
         losses = [engine.step()["loss"].reshape(()) for _ in range(_STEPS)]
     return torch.stack(losses).double().cpu(), engine.snapshot().images

@@ -182,15 +182,6 @@ class Lab:
             torch.cuda.set_sync_debug_mode("default")
 
 
-@contextlib.contextmanager
-def computing(precision: str, device: torch.device) -> Iterator[None]:
-    """Compute in a precision (tf32, fp32 or bf16), as a run with that setting does."""
-    from ddray.system.numerics import applied
-
-    with applied(precision, device=device.type):
-        yield
-
-
 def covered(spans: list[tuple[float, float]]) -> float:
     """Return the length of the union of spans (start, end), sorted by their starts."""
     total, reached = 0.0, float("-inf")

@@ -38,8 +38,6 @@ def _peak(lab: Lab, dataset: Dataset, budget: str) -> dict[str, Figure]:
 
 def _drill(lab: Lab, dataset: Dataset) -> dict[str, Figure]:
     """Give a step half of the memory it takes: halve the budget after each failure until it fits."""
-    from ddray.system.memory import halved_budget
-
     whole = 2**20 * (_peak(lab, dataset, "64GiB")["peak"]["value"] or 0)
     limit = int(whole / 2) + lab.size(_ROOM, 0)
     if lab.on_gpu:

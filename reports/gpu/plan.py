@@ -58,8 +58,8 @@ def described(parts: Sequence[Part]) -> str:
     """Return the plan as lines, with the minutes."""
     width = max(len(part.name) for part in parts)
     lines = [
-        f"{place:>2}. {part.name:<{width}} at most {part.seconds:>2} s  {part.title}"
-        for place, part in enumerate(parts, 1)
+        f"{number:>2}. {part.name:<{width}} at most {part.seconds:>2} s  {part.title}"
+        for number, part in enumerate(parts, 1)
     ]
     total = sum(part.seconds for part in parts) / 60
     return "\n".join([*lines, f"all: at most {total:.1f} minutes"])

@@ -7,7 +7,9 @@ from functools import partial
 from typing import Any
 
 from ddray.data import Dataset
-from reports.gpu.lab import Figure, Figures, Lab, attempts, computing, figure
+from ddray.system import numerics
+from ddray.system.options import Precision
+from reports.gpu.lab import Figure, Figures, Lab, attempts, figure
 
 # Settings at CIFAR's size beside the preset's, and steps of a measured block.
 _METHODS: Mapping[str, tuple[dict[str, Any], int]] = {
@@ -17,7 +19,7 @@ _METHODS: Mapping[str, tuple[dict[str, Any], int]] = {
     "idm": ({"net_steps": 5}, 5),
     "dc": ({"outer_loop": 2, "inner_loop": 2}, 1),
 }
-_VARIANTS: Mapping[str, tuple[str, str]] = {
+_VARIANTS: Mapping[str, tuple[str, Precision]] = {
     "eager": ("off", "tf32"),
     "eager, fp32": ("off", "fp32"),
     "eager, bf16": ("off", "bf16"),
@@ -54,8 +56,10 @@ def precisions(lab: Lab) -> Figures:
     )
 
 
-def _variant(lab: Lab, dataset: Dataset, method: str, compiled: str, precision: str) -> dict[str, Figure]:
-    with computing(precision, lab.device):
+def _variant(
+    lab: Lab, dataset: Dataset, method: str, compiled: str, precision: Precision
+) -> dict[str, Figure]:
+    with numerics.applied(precision, device=lab.device.type):
         engine = lab.started(method, dataset, ipc=lab.size(10, 1), compile=compiled)
         return {"": lab.timed(engine.step, inner=10)}
 

@@ -28,7 +28,7 @@ def table(report: Mapping[str, Any]) -> str:
     for part in PARTS:
         result = report["parts"][part.name]
         figures = [
-            f"{name}: {shown_figure(value)}"
+            f"{name}: {figure_text(value)}"
             for name, value in result["figures"].items()
             if name.startswith(part.headline)
         ]
@@ -38,7 +38,7 @@ def table(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def shown_figure(value: Mapping[str, Any]) -> str:
+def figure_text(value: Mapping[str, Any]) -> str:
     """Return a figure for people: value, deviation, unit, number of repeats."""
     for reason in ("failed", "not_run"):
         if reason in value:

@@ -69,7 +69,7 @@ def fit_briefly(patch: pytest.MonkeyPatch) -> None:
 def compute_as_cuda(patch: pytest.MonkeyPatch) -> None:
     """Let CPU and GPU take the same memory formats, layers and sizes of parts: they change last digits."""
     whole = 2**40
-    patch.setattr(CpuLayer, "takes_fast_path", lambda layer, maps: False)
+    patch.setattr(CpuLayer, "is_on_cpu", lambda layer, maps: False)
     patch.setattr(engine, "_CHUNK_PIXELS", whole)
     patch.setattr(batches, "_CHUNK_BYTES", whole)
     patch.setitem(embedding._CHUNK, "cpu", embedding._CHUNK["cuda"])

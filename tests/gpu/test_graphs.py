@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ddray.nets import build_net
+from ddray.seeding import derive
 from ddray.system.memory import halved_budget
-from ddray.training.graph import Graphs
+from ddray.training.engine import Rule, Step
+from ddray.training.graph import WORTHWHILE_STEPS, Graphs
 from tests.gpu.fake_cuda import FakeCuda
 
 CUDA = torch.device("cuda")
@@ -114,3 +121,31 @@ def test_a_failed_capture_leaves_generators_that_draw(gpu: FakeCuda, monkeypatch
 
     Graphs(on=True)(lambda values: values.tolist(), [torch.ones(2, device=CUDA)])
     assert generator.state == "drawing"
+
+
+@pytest.mark.parametrize("optimizer", [partial(torch.optim.SGD, momentum=0.9), torch.optim.AdamW])
+@pytest.mark.parametrize("capture_fails", [False, True])
+def test_training_steps_by_graphs_are_those_of_an_eager_training(
+    optimizer: Callable[..., Any], capture_fails: bool
+) -> None:
+    """Warm-ups and captures leave no trace: not on weights, statistics, moments or the loss."""
+
+    def trained(num_steps: int) -> tuple[Step, dict[str, Tensor]]:
+        net = build_net("convnet2_w8_bn", (3, 16, 16), 4, seed=0, device=CUDA).train()
+        step = Step([net], Rule(F.cross_entropy, optimizer), lr=0.01, num_steps=num_steps)
+        for index, num in enumerate((6, 6, 4, 6, 4)):
+            generator = derive(index)
+            images = torch.randn(num, 3, 16, 16, generator=generator)
+            labels = torch.randint(0, 4, (num,), generator=generator)
+            step.set_lr(0.01 / (index + 1))
+            step(images.to(CUDA), labels.to(CUDA))
+        return step, {**net.state_dict(), "loss": step.mean_loss()}
+
+    with FakeCuda(capture_fails=capture_fails) as gpu:
+        _, expected = trained(num_steps=1)
+        step, result = trained(WORTHWHILE_STEPS)
+
+        assert step.captured == (not capture_fails)
+        assert gpu.replays == (0 if capture_fails else 5)
+        for name, value in expected.items():
+            assert torch.allclose(result[name].float(), value.float(), atol=1e-6), name

@@ -19,11 +19,12 @@ from ddray.methods.cafe import Accuracies
 from ddray.methods.families.ssl.teacher import random_view
 from ddray.nets import build_net, reinitialize
 from ddray.seeding import derive
+from ddray.system.numerics import has_bf16
 from ddray.system.transfer import to_device
 from ddray.testing import random_dataset
 from ddray.training.dsa import Dsa, dsa_for
 from ddray.training.embedding import score
-from ddray.training.engine import Rule, Step, has_bf16
+from ddray.training.engine import Rule, Step
 from ddray.training.loop import augmenter
 from ddray.training.operations import crop_and_flip
 from ddray.training.recipe import FinetuneConfig, ProbeConfig, Recipe

@@ -78,7 +78,7 @@ def test_what_is_no_size_is_refused(text: str | int) -> None:
 
 
 def test_a_budget_is_the_setting_or_a_third_of_the_whole_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_total_bytes", lambda device: 3 * 2**30)
+    monkeypatch.setattr(memory, "total_bytes", lambda device: 3 * 2**30)
 
     assert memory_budget(CPU) == 2**30
     assert memory_budget(CPU, 2**20) == 2**20

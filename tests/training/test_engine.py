@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -19,7 +18,6 @@ from ddray.seeding import derive
 from ddray.training import engine
 from ddray.training.cutmix import Mixed, mixed_cross_entropy
 from ddray.training.engine import Batch, Order, Rule, Step, cosine, decay_matrices, run
-from ddray.training.graph import Graphs
 
 CPU = torch.device("cpu")
 SHAPE = (3, 16, 16)
@@ -206,97 +204,6 @@ def test_bf16_computes_the_loss_in_float32() -> None:
     Step([exact], Rule(F.cross_entropy, SGD), lr=0.1)(*batch_of(9))
     assert seen == [torch.float32]
     assert 0 < float((weights(net) - weights(exact)).norm()) < 0.05
-
-
-class FakeGraph:
-    """Stands in for a CUDA graph on a CPU: its replay is the step that was captured."""
-
-    step: Step | None = None
-    replays = 0
-
-    def replay(self) -> None:
-        assert FakeGraph.step is not None
-        FakeGraph.replays += 1
-        Step._update(FakeGraph.step, *self.static)
-
-
-@contextmanager
-def graphs_on_a_cpu(step: Step, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let a step on a CPU take the path of CUDA graphs; work that is captured is not done."""
-    update, capturing = step._update, []
-
-    def recorded(*batch: Tensor) -> None:
-        if capturing:
-            capturing[0].static = batch
-        else:
-            update(*batch)
-
-    @contextmanager
-    def captured(graph: Any) -> Iterator[None]:
-        capturing.append(graph)
-        yield
-        capturing.clear()
-
-    @contextmanager
-    def nothing(*args: Any) -> Iterator[None]:
-        yield
-
-    stream = type("Stream", (), {"wait_stream": lambda self, other: None})
-    for name, stand_in in {
-        "Stream": stream,
-        "current_stream": stream,
-        "set_stream": lambda stream: None,
-        "stream": nothing,
-        "CUDAGraph": FakeGraph,
-        "graph": captured,
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr(step, "_update", recorded)
-    monkeypatch.setattr(step, "_graphs", Graphs(on=True))
-    FakeGraph.step, FakeGraph.replays = step, 0
-    yield
-
-
-@pytest.mark.parametrize("optimizer", [SGD, torch.optim.AdamW])
-def test_graphs_replay_the_steps_that_an_eager_training_does(
-    optimizer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Warm-ups and captures leave no trace: not on weights, statistics, moments or the loss."""
-    batches = [batch_of(num, seed) for seed, num in enumerate((6, 6, 4, 6, 4))]
-    rule = Rule(F.cross_entropy, optimizer)
-    eager, graphed = net_of(arch="convnet2_w8_bn"), net_of(arch="convnet2_w8_bn")
-    plain, step = Step([eager], rule, lr=0.01), Step([graphed], rule, lr=0.01)
-    for index, batch in enumerate(batches):
-        plain.set_lr(0.01 / (index + 1))
-        plain(*batch)
-    with graphs_on_a_cpu(step, monkeypatch):
-        for index, batch in enumerate(batches):
-            step.set_lr(0.01 / (index + 1))
-            step(*(tensor.clone() for tensor in batch))
-
-    assert step.captured
-    assert FakeGraph.replays == 5
-    torch.testing.assert_close(dict(graphed.state_dict()), dict(eager.state_dict()))
-    torch.testing.assert_close(step.mean_loss(), plain.mean_loss())
-
-
-def test_what_cannot_be_captured_runs_eagerly(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    eager, graphed = net_of(), net_of()
-    plain, step = Step([eager], RULE, lr=0.1), Step([graphed], RULE, lr=0.1)
-
-    def refuse(graph: Any) -> Any:
-        raise RuntimeError("not permitted when stream is capturing\nmore lines")
-
-    with graphs_on_a_cpu(step, monkeypatch):
-        monkeypatch.setattr(torch.cuda, "graph", refuse)
-        for seed in range(3):
-            step(*batch_of(5, seed))
-            plain(*batch_of(5, seed))
-    assert not step.captured
-    assert caplog.text.count("no CUDA graph (not permitted when stream is capturing): steps run eagerly") == 1
-    assert torch.equal(weights(eager), weights(graphed))
 
 
 def test_a_step_leaves_no_gradient_of_others_in_the_update() -> None:

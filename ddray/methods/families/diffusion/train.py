@@ -24,8 +24,9 @@ from ddray.methods.families.diffusion.fit import Checkpoint, TrainingStage
 from ddray.methods.families.diffusion.folder import absolute, known_names
 from ddray.methods.families.diffusion.model import DiffusionModel, open_pipeline
 from ddray.seeding import derive, derive_seed, forked_global
+from ddray.system.numerics import has_bf16
 from ddray.system.transfer import to_device
-from ddray.training.engine import cosine, has_bf16
+from ddray.training.engine import cosine
 
 SCHEDULE: Final[dict[str, Any]] = {
     "_class_name": "DDIMScheduler",

@@ -23,6 +23,7 @@ from ddray.nets import Net, build_net, reinitialize, training_format
 from ddray.seeding import derive_numpy, derive_seed
 from ddray.system.memory import memory_budget
 from ddray.system.numerics import current
+from ddray.system.transfer import to_device
 from ddray.training.dsa import DsaPlan, siamese
 from ddray.training.engine import Order, Step, run
 from ddray.training.graph import WORTHWHILE_STEPS, Graphs
@@ -80,7 +81,7 @@ class ClassBatches:
             columns = keys.topk(self.per_class, dim=1, largest=False, sorted=False).indices
         else:
             columns = distinct(self._lengths, self.per_class, generator)
-        return self._members.gather(1, columns).flatten().to(self._images.device, non_blocking=True)
+        return to_device(self._members.gather(1, columns).flatten(), self._images.device)
 
     def take(self, index: Tensor) -> Tensor:
         """Return the images of `index` [n] in their pixel space, float32 [n, C, H, W]."""

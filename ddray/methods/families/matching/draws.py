@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 # Keys for this many images and more (classes times the largest: ImageNet, not CIFAR) take longer than the
-# draw below; fewer are drawn by keys, as in every earlier build: a seed's draws stay what they were.
+# draw below. Fewer are drawn by keys, on which the draws of stored runs depend.
 MANY_IMAGES: Final = 500_000
 
 

@@ -22,6 +22,7 @@ from ddray.methods.families.matching.batches import Init, RealBranch, initial_im
 from ddray.methods.families.matching.groups import rows_of
 from ddray.methods.families.state import images_state, load_images_state
 from ddray.nets import Net
+from ddray.system.transfer import to_device
 from ddray.training.compiled import compiled
 from ddray.training.dsa import DsaPlan
 from ddray.training.recipe import idc_mixes
@@ -165,7 +166,7 @@ class FeaturePairs:
         labels = self._labels_syn[rows_of(classes, learned.parts)]
         if draw.syn_index is not None:
             index = draw.syn_index[rows_of(classes, self._batch_syn)] - classes.start * learned.parts
-            images, labels = images[index.to(images.device, non_blocking=True)], labels[index]
+            images, labels = images[to_device(index, images.device)], labels[index]
         return self._branch.augmented(images, draw.plan, labels)
 
 

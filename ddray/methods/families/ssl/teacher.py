@@ -35,9 +35,10 @@ from ddray.errors import DivergedError, InputError
 from ddray.nets import Net, build_net
 from ddray.pool.spec import PoolEntry, PoolSpec
 from ddray.seeding import derive, derive_seed, forked_global
+from ddray.system.numerics import has_bf16
 from ddray.system.transfer import to_device
 from ddray.training.embedding import embed_images
-from ddray.training.engine import Batch, Order, Rule, Step, cosine, has_bf16, run
+from ddray.training.engine import Batch, Order, Rule, Step, cosine, run
 from ddray.training.operations import luma
 
 KIND: Final = "ssl"
