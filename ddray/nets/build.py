@@ -43,7 +43,8 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits [N, K] of `x` [N, C, H, W]."""
-        if in_training_pass() and isinstance(self.body, ChainNet) and self.body.has_blocks:
+        in_blocks = in_training_pass() and x.dtype == torch.float32
+        if in_blocks and isinstance(self.body, ChainNet) and self.body.has_blocks:
             return self.body.training_logits(x)
         return self.features(x).logits
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ddray.data import Dataset
-from ddray.system.memory import peak_bytes, reset_peak
+from ddray.system.memory import halved_budget, peak_bytes, reset_peak
 from reports.gpu.lab import Figure, Figures, Lab, attempts, figure
 
 _ROOM = 2**28  # bytes beside a limit: the context's workspaces
