@@ -245,10 +245,10 @@ class Step:
         work = (type(model).__name__, model.name, model.num, *(tuple(tensor.shape) for tensor in batch))
         # The loss may count in the network's own buffers, as an accuracy.
         buffers = [buffer.clone() for buffer in self._model.buffers]
-        chosen = numerics.bf16(work, lambda bf16: list(self._backward(model, batch, bf16)))
+        is_faster = numerics.bf16(work, lambda bf16: list(self._backward(model, batch, bf16)))
         for buffer, before in zip(self._model.buffers, buffers, strict=True):
             buffer.copy_(before)
-        return chosen
+        return is_faster
 
     def _chunks(self, batch: Batch) -> Iterable[Batch]:
         """Return the batch, on a CPU cut into parts that fit the cache."""

@@ -12,7 +12,7 @@ import torch
 from ddray.artifact.distilled_set import TrainSet
 from ddray.data import Split, fit_zca, normalized_space
 from ddray.errors import DivergedError
-from ddray.evaluation import robust
+from ddray.evaluation import protocol, robust
 from ddray.evaluation.hard import Hard
 from ddray.evaluation.protocol import EvalContext, summarise
 from ddray.evaluation.robust import (
@@ -91,7 +91,7 @@ class TestRobust:
         right = {(27, "dsa_idc"): 0.6, (6, "dsa_idc"): 0.4, (27, "none"): 0.5, (6, "none"): 0.45}
         monkeypatch.setattr(robust, "fit", fit)
         monkeypatch.setattr(
-            robust, "score_net", lambda net, *args, **kwargs: Score(right[net], (right[net],) * 3)
+            protocol, "score_net", lambda net, *args, **kwargs: Score(right[net], (right[net],) * 3)
         )
         seen: dict[str, Any] = {}
         monkeypatch.setattr(
