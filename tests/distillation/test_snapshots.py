@@ -233,7 +233,8 @@ def test_the_peak_is_of_the_distillation_and_of_all_its_processes(
     assert first.peak_memory_bytes is not None
     assert small.peak_memory_bytes is not None
     assert first.peak_memory_bytes - small.peak_memory_bytes > 3 * size
-    assert again.peak_memory_bytes == first.peak_memory_bytes, "the first process's was the largest"
+    # Linux counts pages in batches: the two readings may differ by some hundred KiB.
+    assert again.peak_memory_bytes == pytest.approx(first.peak_memory_bytes, abs=2**22)
 
 
 def test_what_a_method_measures_is_among_the_costs(ctx: DistillContext) -> None:
