@@ -238,6 +238,7 @@ def _nas_objective(
     values |= {"space": options.nas_space}
     values |= {"num_workers": options.max_concurrent, "address": options.address}
     values |= {"cpus_per_worker": options.cpus_per_trial, "gpus_per_worker": options.gpus}
+    values |= {"precision": plan.config.precision, "deterministic": plan.config.deterministic}
     nas = NasOptions.parse(values)
     return spearman_objective(nas, plan.dataset, train, val, nas_executor(nas), run.folder / "architectures")
 

@@ -20,6 +20,7 @@ from ddray.errors import DivergedError, one_line
 from ddray.nets import build_net
 from ddray.system import numerics
 from ddray.system.files import write_atomically
+from ddray.system.memory import is_short
 
 log = logging.getLogger(__name__)
 _CURVE_POINTS: Final = 200
@@ -42,6 +43,8 @@ class Distillation:
             training.
         measures: what the method measured besides, by name.
         precision: fp32, tf32 or bf16, as it was computed.
+        half_memory_budget: whether memory had run out and this was a second try with half the budget: how
+            steps are cut decides their last digits.
     """
 
     distilled: DistilledSet
@@ -54,6 +57,7 @@ class Distillation:
     peak_memory_bytes: int | None = None
     measures: Mapping[str, float] = field(default_factory=dict)
     precision: str | None = None
+    half_memory_budget: bool = False
 
     def costs(self) -> dict[str, Any]:
         """Return what is known of seconds, also with those of the pool, peak memory, storage and measures."""
@@ -67,6 +71,7 @@ class Distillation:
             "storage_floats": meta.storage_floats,
             "approximation_mse": mse,
             "precision": self.precision,
+            "half_memory_budget": self.half_memory_budget or None,
             **self.measures,
         }
         return {name: value for name, value in costs.items() if value is not None}
@@ -111,7 +116,10 @@ def run_distillation(
             _probe_statistics(ctx, applied)
         run = _Run(distiller, ctx, checkpoint, snapshots)
         distillation = _distil(run, until, checkpoint_every, eval_steps, on_step)
-    return replace(distillation, precision=applied.used())
+    used = applied.used()
+    if applied.precision == "bf16" and used != "bf16":
+        log.warning("precision bf16: this method computes nothing in bfloat16; its set is of %s", used)
+    return replace(distillation, precision=used, half_memory_budget=is_short())
 
 
 @torch.no_grad()

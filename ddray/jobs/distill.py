@@ -63,6 +63,8 @@ class DistillResult(Result):
     """Values that the set stores, labels not counted."""
     precision: str | None = None
     """In which it was computed: fp32, tf32 or bf16."""
+    half_memory_budget: bool | None = None
+    """True: memory had run out, and this is of a second try with half the budget (other last digits)."""
     approximation_mse: float | None = None
     """Boost-SSDD: mean squared error of the approximated shifts, in coefficients."""
     snapshots: str | None = None

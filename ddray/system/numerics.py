@@ -41,11 +41,13 @@ class Numerics:
         precision: as it was asked for.
         device: where the work is done.
         probed: what `auto` has chosen so far, by the probed work: whether bfloat16.
+        computed: what was computed so far of what has a choice: whether in bfloat16.
     """
 
     precision: Precision = "tf32"
     device: str = "cpu"
     probed: dict[Hashable, bool] = field(default_factory=dict)
+    computed: set[bool] = field(default_factory=set)
 
     def bf16(self, work: Hashable, run: Callable[[bool], object] | None = None) -> bool:
         """Return whether to compute some work in bfloat16.
@@ -54,21 +56,22 @@ class Numerics:
         taken for all work that is equal. None: as probed before; if it never was, no.
         """
         if self.precision != "auto":
-            return self.precision == "bf16"
-        if run is None:
-            return self.probed.get(work, False)
-        if work not in self.probed:
-            low, full = _seconds(run, self.device)
-            self.probed[work] = low < _WORTHWHILE * full
-        return self.probed[work]
+            chosen = self.precision == "bf16"
+        else:
+            if run is not None and work not in self.probed:
+                low, full = _seconds(run, self.device)
+                self.probed[work] = low < _WORTHWHILE * full
+            chosen = self.probed.get(work, False)
+        self.computed.add(chosen)
+        return chosen
 
     def used(self) -> str:
-        """Return the precision that was used, for rows: fp32, tf32 or bf16; both where a probe chose both."""
+        """Return the precision that was used, for rows: fp32, tf32 or bf16; both where a probe chose both.
+
+        Of what has no choice, such as a method without networks, it is float32 whatever was asked for.
+        """
         full = "tf32" if self.device == "cuda" and self.precision != "fp32" else "fp32"
-        if self.precision != "auto":
-            return "bf16" if self.precision == "bf16" else full
-        precisions = {"bf16" if bf16 else full for bf16 in self.probed.values()} or {full}
-        return "+".join(sorted(precisions))
+        return "+".join(sorted({"bf16" if bf16 else full for bf16 in self.computed or {False}}))
 
 
 _CURRENT: Final[ContextVar[Numerics | None]] = ContextVar("numerics", default=None)

@@ -176,7 +176,9 @@ class Step:
                 group["lr"] = torch.full((), float(lr), device=device)
         self._lr = lr
         self._chunked = device.type == "cpu" and not fused and is_per_sample(nets[0])
-        self._bf16: bool | None = True if rule.bf16 else None  # None: undecided
+        self._bf16: bool | None = rule.bf16 or None  # None: undecided
+        if not rule.bf16 and current().precision != "auto":
+            self._bf16 = current().bf16(None)
         self._loss_sum = torch.zeros((), device=device)
         self._num_rows = 0
         self._graphs = Graphs(on=graphed)
@@ -198,7 +200,7 @@ class Step:
         """Do one step."""
         self._num_rows += len(inputs)
         if self._bf16 is None:
-            self._bf16 = self._chooses_bf16((inputs, *targets))
+            self._bf16 = self._is_bf16_faster((inputs, *targets))
         self._graphs(self._update, (inputs, *targets), self._state)
 
     def mean_loss(self) -> Tensor:
@@ -236,16 +238,13 @@ class Step:
             (loss if weight == 1 else loss * weight).backward()  # type: ignore[no-untyped-call]
             yield loss.detach(), rows
 
-    def _chooses_bf16(self, batch: Batch) -> bool:
-        """Return whether the precision in force, or a probe on a copy of the networks, chooses bfloat16."""
-        numerics = current()
-        if numerics.precision != "auto":
-            return numerics.bf16(None)
+    def _is_bf16_faster(self, batch: Batch) -> bool:
+        """Return whether bfloat16 was the faster one in a probe on a copy of the networks."""
         model = copy.deepcopy(self._model)
         work = (type(model).__name__, model.name, model.num, *(tuple(tensor.shape) for tensor in batch))
         # The loss may count in the network's own buffers, as an accuracy.
         buffers = [buffer.clone() for buffer in self._model.buffers]
-        is_faster = numerics.bf16(work, lambda bf16: list(self._backward(model, batch, bf16)))
+        is_faster = current().bf16(work, lambda bf16: list(self._backward(model, batch, bf16)))
         for buffer, before in zip(self._model.buffers, buffers, strict=True):
             buffer.copy_(before)
         return is_faster

@@ -74,11 +74,10 @@ def test_a_member_counts_its_right_answers_since_the_last_reset(toy: Any, planne
 def test_a_probe_of_the_precision_counts_no_answers(toy: Any, planned: Any) -> None:
     _, ctx, _ = planned("idm", toy(), steps=1)
     images, labels = ctx.space.encode(ctx.split.images[:10]), ctx.split.labels[:10]
-    queue = NetQueue(ctx, size=1, lr=1e-9)
-    queue.push()
-    right = int((queue.members[0].net(images).argmax(1) == labels).sum())
-
     with applied("auto") as numerics:
+        queue = NetQueue(ctx, size=1, lr=1e-9)
+        queue.push()
+        right = int((queue.members[0].net(images).argmax(1) == labels).sum())
         queue.train(0, images, labels)
 
     assert len(numerics.probed) == 1

@@ -66,7 +66,15 @@ def test_determinism_is_set_and_given_back_even_after_an_error() -> None:
     ],
 )
 def test_what_was_used(precision: numerics.Precision, device: str, used: str) -> None:
-    assert Numerics(precision, device).used() == used
+    settings = Numerics(precision, device)
+    settings.bf16("work")
+
+    assert settings.used() == used
+
+
+def test_what_had_no_choice_was_computed_in_float32() -> None:
+    assert Numerics("bf16").used() == "fp32"
+    assert Numerics("bf16", "cuda").used() == "tf32"
 
 
 @pytest.mark.parametrize("faster", [True, False])
@@ -84,4 +92,5 @@ def test_auto_probes_each_work_once_and_says_what_it_chose(faster: bool) -> None
         assert len(calls) == 8
         assert settings.used() == ("bf16" if faster else "fp32")
         settings.probed["other"] = not faster
+        assert settings.bf16("other") is not faster
         assert settings.used() == "bf16+fp32"

@@ -40,7 +40,9 @@ class MatchingConfig(ImagesConfig):
 
 def in_precision(statistics: Statistics, precision: str, device: torch.device) -> Statistics:
     """Return `statistics` with the forward pass in `precision` and the results in float32."""
-    if precision == "fp32" and not current().bf16("statistics"):
+    if precision == "bf16":
+        current().computed.add(True)
+    elif not current().bf16("statistics"):
         return statistics
 
     def cast(net: Net, images: Tensor) -> tuple[Tensor, ...]:
