@@ -84,10 +84,13 @@ def test_distances_of_several_classes_are_those_of_each() -> None:
         torch.testing.assert_close(gradient_distance(a, b, metric=metric), torch.stack(expected))
 
 
-@pytest.mark.parametrize("suffix", ["", "_bn", "_ln", "_gn", "_nonorm", "_max", "_sigmoid"])
-def test_gradients_of_several_classes_are_those_of_each(suffix: str) -> None:
-    """Values and second derivatives, under every norm; in float64."""
-    net = build_net(f"convnet2_w8{suffix}", (3, 16, 16), 3, seed=0).double()
+CONVNETS = [f"convnet2_w8{suffix}" for suffix in ("", "_bn", "_ln", "_gn", "_nonorm", "_max", "_sigmoid")]
+
+
+@pytest.mark.parametrize("arch", [*CONVNETS, "vit_tiny"])
+def test_gradients_of_several_classes_are_those_of_each(arch: str) -> None:
+    """Values and second derivatives, under every norm and under attention; in float64."""
+    net = build_net(arch, (3, 16, 16), 3, seed=0).double()
     for module in net.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eval()

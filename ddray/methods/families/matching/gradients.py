@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ddray.distillation.method import DistillContext, Distiller, Target
@@ -113,6 +114,10 @@ class ClassGradients:
             labels: the classes, int64 [G], on the images' device.
             create_graph: whether the gradients can be differentiated in the images.
         """
+        with sdpa_kernel(SDPBackend.MATH):  # attention's other kernels have no second derivative
+            return self._of_classes(images, labels, create_graph)
+
+    def _of_classes(self, images: Tensor, labels: Tensor, create_graph: bool) -> tuple[Tensor, ...]:
         if len(labels) == 1:
             loss = F.cross_entropy(self._net(images), labels.expand(len(images)))
             gradients = torch.autograd.grad(loss, list(self._net.parameters()), create_graph=create_graph)
