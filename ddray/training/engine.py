@@ -240,12 +240,14 @@ class Step:
 
     def _is_bf16_faster(self, batch: Batch) -> bool:
         """Return whether bfloat16 was the faster one in a probe on a copy of the networks."""
-        model = copy.deepcopy(self._model)
+        model = self._model
         work = (type(model).__name__, model.name, model.num, *(tuple(tensor.shape) for tensor in batch))
+        if work in current().probed:
+            return current().bf16(work)
         # The loss may count in the network's own buffers, as an accuracy.
-        buffers = [buffer.clone() for buffer in self._model.buffers]
-        is_faster = current().bf16(work, lambda bf16: list(self._backward(model, batch, bf16)))
-        for buffer, before in zip(self._model.buffers, buffers, strict=True):
+        buffers, trained = [buffer.clone() for buffer in model.buffers], copy.deepcopy(model)
+        is_faster = current().bf16(work, lambda bf16: list(self._backward(trained, batch, bf16)))
+        for buffer, before in zip(model.buffers, buffers, strict=True):
             buffer.copy_(before)
         return is_faster
 
