@@ -1,4 +1,4 @@
-# make demo | test | slow | bench | browser | check | reports | clean. Needs Python >= 3.11 and make; everything else goes into .venv.
+# make demo | test | slow | bench | browser | check | reports | gpu | clean. Needs Python >= 3.11 and make; everything else goes into .venv.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -8,7 +8,7 @@ DEMO_ARGS ?= --steps 90 --set evaluate.epochs=100 --set evaluate.seeds=3
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow bench browser check reports clean
+.PHONY: help demo test slow bench browser check reports gpu gpu-wheels clean
 
 help:
 	@echo "make demo    install, tune DataDAM on the embedded digits, show where pictures and table are"
@@ -18,6 +18,7 @@ help:
 	@echo "make browser test the report in chromium (needs chromium and chromedriver)"
 	@echo "make check   install with the dev extra, run ruff, mypy and import-linter"
 	@echo "make reports measure what reports/ holds (about an hour on two cores)"
+	@echo "make gpu     measure on this machine's GPU what only a GPU can show (at most 11 minutes; docs/gpu.md)"
 	@echo "make clean   remove caches and build output (.venv and runs/ stay)"
 
 # pip is the last thing that venv makes: a half-made environment is made again.
@@ -76,6 +77,17 @@ check: $(VENV)/.installed-dev
 reports: $(VENV)/.installed-test
 	$(VENV)/bin/python reports/regenerate.py
 	$(VENV)/bin/python reports/diffusion.py
+
+# Needs a GPU and a Python with torch, but no network: takes the environment of `make demo` if it is there, else $(PYTHON).
+# `make -n gpu` prints the plan with its minutes. gpu-wheels fetches, where there is a network, what such a machine lacks.
+gpu:
+ifneq (,$(findstring n,$(firstword -$(MAKEFLAGS))))
+	+@$(PYTHON) -m reports.gpu --plan
+endif
+	@$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m reports.gpu
+
+gpu-wheels: $(VENV)/.installed-run
+	$(PY) -m reports.gpu --wheels
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar, cast
 
-import torch
-
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.artifact.export import FORMS
 from ddray.artifact.options import ForeignOptions
@@ -27,7 +25,7 @@ from ddray.errors import InputError, unknown
 from ddray.evaluation.options import EvaluateOptions, EvaluateResult
 from ddray.jobs import distill as distill_job
 from ddray.jobs import score
-from ddray.jobs.context import make_context, make_distiller, pick_device
+from ddray.jobs.context import make_context, make_distiller, on_device
 from ddray.jobs.options import DistillOptions, PlanOptions
 from ddray.jobs.plan import Plan, plan_of
 from ddray.nets.names import register_net
@@ -35,6 +33,7 @@ from ddray.ranking import DEFAULT_SPACE
 from ddray.ranking.options import NasModes, NasOptions, NasRequest
 from ddray.ranking.result import ArchList, NasResult
 from ddray.runs.folder import read_config
+from ddray.runs.recovery import recovering
 from ddray.system.options import DeviceOptions, RunOptions
 from ddray.tables.options import BenchOptions
 from ddray.tables.result import BenchResult, Forecast
@@ -139,8 +138,9 @@ def distill(
             return load_set(Path(_distil(plan, how, more_steps).artifact))
     name = SplitName(how.val_seed, how.val_images)
     split, _ = name.carve(plan.dataset.train())
-    ctx = make_context(plan, split, split_name=str(name), device=pick_device(how.device))
-    return run_distillation(make_distiller(plan), ctx).distilled
+    with on_device(how.device) as device:
+        ctx = make_context(plan, split, split_name=str(name), device=device)
+        return recovering(lambda: run_distillation(make_distiller(plan), ctx).distilled)
 
 
 @_takes(PlanOptions, DistillOptions)
@@ -151,8 +151,8 @@ def distill_to_run(method: str, **options: Any) -> distill_job.DistillResult:
 
 
 def _distil(plan: Plan, how: DistillOptions, more_steps: bool) -> distill_job.DistillResult:
-    values = {**dict(how), "device": pick_device(how.device)}
-    return distill_job.distill(plan, **values, more_steps=more_steps)
+    with on_device(how.device) as device:
+        return distill_job.distill(plan, **{**dict(how), "device": device}, more_steps=more_steps)
 
 
 @_takes(ForeignOptions)
@@ -199,9 +199,8 @@ def evaluate(
     for option in {"arch", "archs"} & options.keys():
         options[option] = _arch_names(options[option])
     parsed = EvaluateOptions.pick({**options, "dataset": name})
-    device = pick_device(DeviceOptions.pick(options).device)
-    with _files([distilled]) as (path,):
-        return score.evaluate(path, parsed, device=device, dataset=opened)
+    with on_device(DeviceOptions.pick(options).device) as device, _files([distilled]) as (path,):
+        return recovering(score.evaluate, path, parsed, device=device, dataset=opened)
 
 
 def _arch_names(archs: Any) -> Any:
@@ -284,6 +283,7 @@ def nas(
         DdrayError: no architecture finished on any proxy.
     """
     from ddray.cluster.executor import nas_executor
+    from ddray.cluster.resources import with_gpus
     from ddray.ranking import command
     from ddray.ranking.spaces import resolve_config
 
@@ -292,12 +292,11 @@ def nas(
     modes = NasModes.pick(options)
     sets = [proxies] if isinstance(proxies, DistilledSet | str | Path) else list(proxies)
     command.check_modes({**options, "proxies": sets})
-    if options.get("gpus_per_worker") is None:
-        options["gpus_per_worker"] = float(modes.scores is None and torch.cuda.is_available())
     parsed = NasOptions.pick(options)
     if modes.scores is not None:
         return command.compare_scores(modes.scores, parsed)
     run = RunOptions.pick(options)
+    parsed = with_gpus(parsed, read_config(run.run_dir) if run.resume else {})
     with _files(sets) as paths:
         return command.run_nas(
             NasRequest.pick({**options, "proxies": paths}),
@@ -332,11 +331,14 @@ def bench(file: str | Path | Mapping[str, Any], **options: Any) -> BenchResult:
         DdrayError: no cell was scored.
     """
     from ddray.cluster.executor import bench_executor
+    from ddray.cluster.resources import with_gpus
     from ddray.cluster.runtime import sigterm_as_sigint
     from ddray.tables.run import prepare, run_bench
 
     run, parsed = RunOptions.pick(options), BenchOptions.pick(options)
-    prepared = prepare(_spec(file, parsed), parsed)
+    spec = _spec(file, parsed)
+    parsed = with_gpus(parsed, read_config(run.run_dir) if run.resume else {})
+    prepared = prepare(spec, parsed)
     with sigterm_as_sigint():
         return run_bench(prepared, bench_executor(parsed), run_dir=run.run_dir, resume=run.resume)
 
@@ -344,15 +346,18 @@ def bench(file: str | Path | Mapping[str, Any], **options: Any) -> BenchResult:
 @_takes(BenchOptions, RunOptions)
 def forecast(file: str | Path | Mapping[str, Any], **options: Any) -> Forecast:
     """Return a table's units and their expected cost; nothing is run: `ddray bench --dry-run`."""
+    from ddray.cluster.resources import with_gpus
     from ddray.tables.dry_run import dry_run
 
-    parsed = BenchOptions.pick(options)
-    return dry_run(_spec(file, parsed), parsed, run_dir=RunOptions.pick(options).run_dir)
+    parsed, run_dir = BenchOptions.pick(options), RunOptions.pick(options).run_dir
+    spec = _spec(file, parsed)
+    return dry_run(spec, with_gpus(parsed, read_config(run_dir)), run_dir=run_dir)
 
 
 def _spec(file: str | Path | Mapping[str, Any], options: BenchOptions) -> BenchSpec:
     source = file if isinstance(file, Mapping) else Path(file).expanduser().absolute()
-    return read_spec(source, options.scale, options.content(), parse_overrides(options.sets))
+    sets = {**parse_overrides(options.sets), **options.numerics()}
+    return read_spec(source, options.scale, options.content(), sets)
 
 
 def export(distilled: DistilledSet | str | Path, out: str | Path, *, form: str | None = None) -> Path:

@@ -66,6 +66,8 @@ def main(argv: list[str] | None = None) -> None:
     # Two DataDAM runs at once on 2 cores took 1.1 to 8.8 s a step; with short spins 0.9 to 1.1 s (alone: 0.6,
     # both ways).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # torch.cuda.is_available() asks NVML instead of starting CUDA: drivers leave GPUs to their workers.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     reuse_freed_memory()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: one line, exit 1

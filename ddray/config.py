@@ -20,9 +20,6 @@ from pydantic.fields import FieldInfo
 
 from ddray.errors import InputError, did_you_mean
 
-_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
-
-
 AbsolutePath = Annotated[Path, AfterValidator(lambda path: Path(os.path.abspath(path.expanduser())))]
 """A path made absolute when it is read: Ray's workers have other working directories."""
 
@@ -152,7 +149,11 @@ def _model(annotation: Any) -> type[BaseModel] | None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a mapping names a key once: of two, YAML itself silently takes the last."""
+    """YAML 1.2's plain scalars, and no key twice in a mapping.
+
+    PyYAML's are YAML 1.1's, which makes off a boolean, 010 an 8, 12:30 a 750, 2024-01-05 a date and 1e-3 a
+    word. Of two equal keys YAML silently takes the last.
+    """
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -164,6 +165,39 @@ class _Loader(yaml.SafeLoader):
                     raise yaml.YAMLError(f"line {line}: the key {key.value!r} is there twice; keep one")
                 names.add((key.tag, key.value))
         return node
+
+
+def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    text = str(node.value)
+    return int(text, 16) if "x" in text else int(text)
+
+
+# YAML 1.2's core schema, with 20_000 and merge keys: tag, pattern, first characters.
+_SCALARS = (
+    ("null", r"~|null|Null|NULL|", ("~", "n", "N", "")),
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?(\d+|\d{1,3}(_\d{3})+|0x[0-9a-fA-F]+)", "-+0123456789"),
+    ("float", r"[-+]?(\d+\.\d*|\.\d+|(\d+\.?\d*|\.\d+)[eE][-+]?\d+)", "-+.0123456789"),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
+    ("merge", "<<", "<"),
+)
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in _SCALARS:
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), [*_first])
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the words that `_Loader` takes for numbers, such as 08 and 1e5, besides those of YAML 1.1."""
+
+
+for _tag, _pattern, _first in _SCALARS:
+    _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), [*_first])
+
+
+def yaml_of(values: Mapping[str, Any]) -> str:
+    """Return the YAML that `read_yaml` reads these values from."""
+    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False)
 
 
 def _load(text: str) -> Any:
@@ -179,25 +213,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
         values = _load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"config file must be readable, got {path}: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError) as error:  # YAML raises ValueError for the 45th of a month
+    except (yaml.YAMLError, ValueError) as error:  # YAML raises ValueError for `!!int x`
         reason = " ".join(str(error).split())
         raise InputError(f"config file must be YAML, got {path}: {reason}") from error
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise InputError(f"config file must hold a mapping of names to values, got {path}")
-    return {key: _number(value) for key, value in values.items()}
-
-
-def _number(value: Any) -> Any:
-    """Turn YAML 1.1's string "1e-3" into the number it is meant to be, also inside lists and mappings."""
-    if isinstance(value, str) and _NUMBER.match(value):
-        return float(value)
-    if isinstance(value, list):
-        return [_number(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _number(item) for key, item in value.items()}
-    return value
+    return values
 
 
 def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
@@ -211,7 +234,7 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
         if not equals or not all(name.strip().split(".")):
             raise InputError(f"--set takes key=value, got {pair!r}; example: --set method.lr_img=0.5")
         try:
-            value = _number(_load(text))
+            value = _load(text)
         except (yaml.YAMLError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise InputError(f"--set {name}: the value must be YAML, got {text!r}: {reason}") from error

@@ -24,6 +24,18 @@ class StorageError(DdrayError):
     """A file could not be written (full disk, no permission); the message names the path."""
 
 
+class DeviceError(DdrayError):
+    """A process can't go on computing on its GPU; another process may."""
+
+
+class DeviceMemoryError(DeviceError):
+    """A device's memory did not suffice; the message has the figures."""
+
+
+class DeviceMissingError(DeviceError):
+    """A process was assigned a GPU that it can't use; another node may have one that works."""
+
+
 class InterruptedRunError(DdrayError):
     """SIGINT or SIGTERM ended a run that --resume can continue."""
 

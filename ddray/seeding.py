@@ -48,7 +48,9 @@ def forked_global(seed: int, device: str | torch.device = "cpu") -> Iterator[Non
     random state: library layers initialise themselves from it, and torchvision's augmentation draws from it.
     """
     device = torch.device(device)
-    cuda = [device.index or 0] if device.type == "cuda" else []
+    cuda: list[int] = []
+    if device.type == "cuda":
+        cuda = [torch.cuda.current_device() if device.index is None else device.index]
     with torch.random.fork_rng(devices=cuda):
         torch.random.manual_seed(seed)
         yield

@@ -41,6 +41,12 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _same_random_numbers() -> None:
+    """Tests that draw from the global generator get the same numbers whichever tests ran before."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def ddray_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Gives every test its own home, and no data directory unless it sets one."""
     home = tmp_path / "home"

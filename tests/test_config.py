@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
-from ddray.config import Config, added, difference, merge, nest, parse_overrides, read_yaml
+import ddray
+from ddray.config import Config, added, difference, merge, nest, parse_overrides, read_yaml, yaml_of
 from ddray.errors import InputError
 
 
@@ -103,16 +106,85 @@ def test_a_config_is_frozen_and_dumps_plain_values() -> None:
         ("1e", "1e"),
         ("[1e-3, x]", [1e-3, "x"]),
         ("{a: 1e2}", {"a": 100.0}),
+        ("1.", 1.0),
+        ("-.inf", float("-inf")),
         ("true", True),
+        ("False", False),
         ("3", 3),
+        ("+20_000", 20_000),
+        ("0x1F", 31),
         ("", None),
+        ("~", None),
+        ("null", None),
+        ("None", "None"),
+        *((word, word) for word in ("on", "off", "yes", "no", "On", "NO", "y", "'true'", "'3'")),
+        # What YAML 1.1 takes for 8, 5420, 750, a date and 202401.
+        ("010", 10),
+        ("1:30:20", "1:30:20"),
+        ("12:30", "12:30"),
+        ("2024-01-05", "2024-01-05"),
+        ("2024_01", "2024_01"),
+        ("=", "="),
     ],
 )
-def test_overrides_read_values_as_yaml_and_1e_3_as_a_number(text: str, value: Any) -> None:
+def test_overrides_read_values_as_yaml_1_2(text: str, value: Any) -> None:
     actual = parse_overrides([f"a={text}"])["a"]
+    value = value.strip("'") if isinstance(value, str) else value
 
     assert actual == value
     assert type(actual) is type(value)
+
+
+WORDS = ["08", "0912", "1e5", "12e45", "1.e5", "no", "0x1F", "1_000", "1:30", "~", "+12", "2024-01-05", "="]
+
+
+@pytest.mark.parametrize("value", [*WORDS, "", 8, 1e5, 1e-5, True, None, [1e16, "1e16"], {"a": {"b": "1e5"}}])
+def test_what_a_run_writes_is_read_as_it_was(tmp_path: Path, value: Any) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml_of({"a": value}))
+    assert read_yaml(path) == {"a": value}
+
+
+def test_every_word_that_a_setting_takes_is_read_as_that_word() -> None:
+    for module in pkgutil.walk_packages(ddray.__path__, "ddray."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    words = {word for config in _subclasses(Config) for word in _words(config)}
+
+    assert {"on", "off", "none", "auto"} <= words
+    assert {word: parse_overrides([f"a={word}"])["a"] for word in words} == {word: word for word in words}
+
+
+def _subclasses(cls: type) -> set[type]:
+    return {sub for direct in cls.__subclasses__() for sub in {direct, *_subclasses(direct)}}
+
+
+def _words(config: Any) -> set[str]:
+    """Return the words that a field of `config` has as choices."""
+
+    def choices(annotation: Any) -> set[str]:
+        if get_origin(annotation) is Literal:
+            return {choice for choice in get_args(annotation) if isinstance(choice, str)}
+        return set().union(*map(choices, get_args(annotation)))
+
+    return set().union(*(choices(field.annotation) for field in config.model_fields.values()))
+
+
+@pytest.mark.parametrize(
+    ("word", "flag"), [("on", True), ("off", False), ("yes", True), ("no", False), ("true", True)]
+)
+def test_a_word_is_what_its_setting_makes_of_it(word: str, flag: bool, tmp_path: Path) -> None:
+    class Switches(Config):
+        flag: bool | None = None
+        choice: Literal["on", "off", "yes", "no"] = "on"
+        name: str = ""
+
+    (tmp_path / "a.yaml").write_text(f"flag: {word}\n")
+    assert Switches.parse(read_yaml(tmp_path / "a.yaml")).flag is flag
+    assert Switches.parse(parse_overrides([f"flag={word}"])).flag is flag
+    if word != "true":
+        switches = Switches.parse(parse_overrides([f"choice={word}", f"name={word}"]))
+        assert (switches.choice, switches.name) == (word, word)
 
 
 def test_overrides_nest_and_the_last_one_wins() -> None:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -63,6 +65,24 @@ def test_forked_global_seeds_the_block_and_restores_even_after_an_error() -> Non
     assert torch.equal(torch.get_rng_state(), before)
     with forked_global(6):
         assert not torch.equal(torch.rand(3), first)
+
+
+@pytest.mark.parametrize(("name", "index"), [("cuda", 3), ("cuda:0", 0), ("cuda:1", 1)])
+def test_forked_global_restores_the_gpu_that_is_used(
+    name: str, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    restored: list[list[int]] = []
+
+    @contextmanager
+    def fork_rng(devices: list[int]) -> Iterator[None]:
+        restored.append(devices)
+        yield
+
+    monkeypatch.setattr(torch.random, "fork_rng", fork_rng)
+    monkeypatch.setattr(torch.random, "manual_seed", lambda seed: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    with forked_global(5, name):
+        assert restored == [[index]]
 
 
 def test_forked_numpy_seeds_the_block_and_restores_even_after_an_error() -> None:

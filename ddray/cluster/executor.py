@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ddray.cluster.runtime import check_capacity, check_temporary_folder, ray_runtime, sigterm_as_sigint
-from ddray.errors import InputError
+from ddray.errors import DeviceError, DeviceMissingError, InputError
 from ddray.runs.executor import Executor, LocalExecutor, Outcome, Task, WorkerPool
+from ddray.runs.recovery import recovering
 from ddray.system.worker import prepare_worker, set_threads
 
 if TYPE_CHECKING:
     from ddray.ranking.options import NasOptions
     from ddray.tables.options import BenchOptions
 
+log = logging.getLogger(__name__)
 _LOOK_S = 5.0  # between checks for hung tasks, and for workers that wait for cores
 _CAPACITY_S = 1.0  # for which the number of workers that fit is not asked again
 
@@ -49,9 +52,9 @@ class RayExecutor:
             finally:
                 pool.end()
 
-    def capacity(self) -> int:
-        """Return how many workers fit now; InputError if not even one does."""
-        fits = check_capacity(self.cpus, self.gpus, per=self.per)
+    def capacity(self, without: Collection[str] = ()) -> int:
+        """Return how many workers fit now, `without` some nodes; InputError if not even one does."""
+        fits = check_capacity(self.cpus, self.gpus, per=self.per, without=without)
         return min(fits, self.max_workers or fits)
 
 
@@ -59,16 +62,14 @@ def bench_executor(options: BenchOptions) -> Executor:
     """Return the executor of a bench."""
     if options.executor == "local":
         return LocalExecutor()
-    cpus, gpus = options.cpus_per_unit, options.gpus_per_unit
-    return RayExecutor(cpus, gpus, options.max_concurrent, options.address, "unit")
+    return RayExecutor(options.cpus_per_unit, options.gpus, options.max_concurrent, options.address, "unit")
 
 
 def nas_executor(options: NasOptions) -> Executor:
     """Return the executor of a NAS sweep."""
     if options.executor == "local":
         return LocalExecutor()
-    cpus, gpus = options.cpus_per_worker, options.gpus_per_worker
-    return RayExecutor(cpus, gpus, options.num_workers, options.address, "worker")
+    return RayExecutor(options.cpus_per_worker, options.gpus, options.num_workers, options.address, "worker")
 
 
 class _Worker:
@@ -78,12 +79,15 @@ class _Worker:
         prepare_worker()
         set_threads(cpus)
 
-    def awake(self) -> None:
-        """Return once the process has started."""
+    def awake(self) -> str:
+        """Return the id of this process's node, once it has started."""
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call the function."""
-        return function(*arguments)
+        """Call the function; once more if memory runs out."""
+        return recovering(function, *arguments)
 
 
 @dataclass
@@ -112,6 +116,7 @@ class RayWorkers(WorkerPool):
     executor: RayExecutor
     _idle: list[Any] = field(default_factory=list)
     _running: dict[Any, _Running] = field(default_factory=dict)
+    _left_out: set[str] = field(default_factory=set)  # ids of nodes whose GPUs can't be used
     _limit: int = 1
     _checked: float = -_CAPACITY_S
 
@@ -138,7 +143,7 @@ class RayWorkers(WorkerPool):
         """Return how many workers may run now; nodes may have died or joined since the last check."""
         if time.monotonic() - self._checked >= _CAPACITY_S:
             try:
-                self._limit = self.executor.capacity()
+                self._limit = self.executor.capacity(self._left_out)
             except InputError:  # no node fits a worker any more: tasks wait for a new one
                 self._limit = 1
             self._checked = time.monotonic()
@@ -152,7 +157,10 @@ class RayWorkers(WorkerPool):
             actor = self._idle.pop()
         else:
             cpus, gpus = self.executor.cpus, self.executor.gpus
-            actor_class: Any = ray.remote(num_cpus=cpus, num_gpus=gpus)(_Worker)
+            options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus}
+            if self._left_out:
+                options["label_selector"] = {"ray.io/node-id": f"!in({', '.join(sorted(self._left_out))})"}
+            actor_class: Any = ray.remote(**options)(_Worker)
             actor = actor_class.remote(cpus)
         awake = actor.awake.remote()  # before the task: process start-up is not part of its time
         reference = actor.run.remote(task.function, *task.arguments)
@@ -174,7 +182,21 @@ class RayWorkers(WorkerPool):
                 return None
         entry = self._running.pop(ready[0])
         value, error = self._result(ready[0], entry.actor, timeout_s)
+        if isinstance(error, DeviceMissingError):
+            self._leave_out(ray.get(entry.awake), error)
         return entry.task, Outcome(entry.task.key, value, error, entry.attempt)
+
+    def _leave_out(self, node: str, error: DeviceMissingError) -> None:
+        """Start no more workers on a node: it would fail one task after another, faster than others work.
+
+        Raises the error if no other node can hold a worker.
+        """
+        self._left_out.add(node)
+        try:
+            self._limit = self.executor.capacity(self._left_out)
+        except InputError:
+            raise error from None
+        log.warning("%s; its node gets no more work", error)
 
     def _result(self, reference: Any, actor: Any, timeout_s: float | None) -> tuple[Any, Exception | None]:
         """Return (value, None) or (None, why it failed); a surviving worker becomes idle."""
@@ -186,11 +208,14 @@ class RayWorkers(WorkerPool):
         try:
             value = ray.get(reference)
         except Exception as error:  # what the task raised, or Ray's error that its worker died
+            cause = getattr(error, "cause", None)
+            failure = cause if isinstance(cause, Exception) else error
             if isinstance(error, ray.exceptions.RayActorError):
                 self._idle.clear()  # they may have died with the same node; each would cost a task an attempt
+            elif isinstance(failure, DeviceError):
+                ray.kill(actor)  # a broken CUDA context stays broken, fragmented memory fragmented
             else:
                 self._idle.append(actor)
-            cause = getattr(error, "cause", None)
-            return None, cause if isinstance(cause, Exception) else error
+            return None, failure
         self._idle.append(actor)
         return value, None

@@ -13,9 +13,10 @@ from ray.tune.logger import TBXLoggerCallback
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
 from ddray.cluster.searcher import NumberedSearch, stopped_row
-from ddray.errors import StorageError
+from ddray.errors import DdrayError, DeviceMissingError, StorageError
 from ddray.runs.executor import MAX_ATTEMPTS
 from ddray.runs.ledger import Row
+from ddray.runs.recovery import recovering
 from ddray.tuning.live import LiveTable
 from ddray.tuning.study import status_of, write_study
 from ddray.tuning.trial import ETA, METRIC, run_trial
@@ -58,7 +59,7 @@ class Publisher(Callback):
 
     def __init__(self, search: Search, live: LiveTable) -> None:
         self._search, self._live = search, live
-        self.storage_error: str | None = None
+        self.error: DdrayError | None = None
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -88,10 +89,11 @@ class Publisher(Callback):
         # Tune writes the traceback beside the trial's local files; its last line is the exception.
         text = Path(trial.error_file).read_text(encoding="utf-8") if trial.error_file else ""
         lines = [line.strip() for line in text.splitlines() if line.strip()] or ["its worker died"]
-        if "StorageError" in lines[-1]:
-            # Not the trial's fault: no row, so that --resume runs it when there is space again.
-            self.storage_error = lines[-1].partition("StorageError")[2].lstrip(": ")
-            return
+        for kind in (StorageError, DeviceMissingError):
+            if kind.__name__ in lines[-1]:
+                # Not the trial's fault: no row, so that --resume runs it when there is space, or a GPU.
+                self.error = kind(lines[-1].partition(kind.__name__)[2].lstrip(": "))
+                return
         reason = f"failed {MAX_ATTEMPTS} times; last: {lines[-1][:300]}"
         row = Row.failed(unit, reason, result={"number": trial_number})
         self._search.run.ledger.publish(unit, row, epoch=self._search.job.epoch)
@@ -100,7 +102,8 @@ class Publisher(Callback):
 
 def _trainable(config: dict[str, Any], *, job: Any, payload: Any) -> None:
     """What Tune runs in a worker."""
-    run_trial(job, payload, config["number"], config["params"], tune.report)
+    # Tune replaces the worker of a trial that fails: what it raises is tried again by another process.
+    recovering(run_trial, job, payload, config["number"], config["params"], tune.report)
 
 
 def run_tune(search: Search, payload: Payload, concurrent: int) -> None:
@@ -112,7 +115,7 @@ def run_tune(search: Search, payload: Payload, concurrent: int) -> None:
     asha = len(job.budgets) > 1
     trainable = tune.with_parameters(_trainable, job=job, payload=payload)  # in the object store once
     tuner = Tuner(
-        tune.with_resources(trainable, {"cpu": options.cpus_per_trial, "gpu": options.gpus_per_trial}),
+        tune.with_resources(trainable, {"cpu": options.cpus_per_trial, "gpu": options.gpus}),
         tune_config=TuneConfig(
             search_alg=NumberedSearch(search, rows),
             scheduler=PaperSafeAsha(job.budgets, rows) if asha else FIFOScheduler(),  # type: ignore[no-untyped-call]
@@ -130,6 +133,6 @@ def run_tune(search: Search, payload: Payload, concurrent: int) -> None:
     )
     with live.display():
         tuner.fit()
-    if publisher.storage_error is not None:
-        raise StorageError(publisher.storage_error)
+    if publisher.error is not None:
+        raise publisher.error
     write_study(folder / "optuna.journal", search.space, search.rows())

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -91,35 +91,48 @@ def ray_runtime(address: str | None) -> Iterator[None]:
 def _worker_environment() -> dict[str, str]:
     """Return the environment variables that workers need: where data and the package are."""
     variables = {name: os.environ[name] for name in ("DDRAY_HOME", "DDRAY_DATA") if name in os.environ}
-    # A package run from a folder (PYTHONPATH, `python -m` in a checkout) must be found by local workers too.
+    return {**variables, "PYTHONPATH": python_path()}
+
+
+def python_path() -> str:
+    """Return a PYTHONPATH for other processes: they too must find a package that is run from a folder."""
     root = str(Path(__file__).resolve().parents[2])
     paths = [root, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    return {**variables, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    return os.pathsep.join(path for path in paths if path)
 
 
-def check_capacity(cpus: float, gpus: float, *, per: str = "trial") -> int:
-    """Return how many workers with `cpus` cores and `gpus` GPUs fit the cluster at once.
+def total_resource(kind: str) -> float:
+    """Return how much of a resource (CPU, GPU) all nodes have together."""
+    import ray
+
+    return sum(node["Resources"].get(kind, 0.0) for node in ray.nodes() if node["Alive"])  # type: ignore[no-untyped-call]
+
+
+def check_capacity(cpus: float, gpus: float, *, per: str = "trial", without: Collection[str] = ()) -> int:
+    """Return how many workers with `cpus` cores and `gpus` (at most 1) GPUs fit the cluster at once.
 
     Checked because a task that never fits hangs silently (docs/ray.md, 9). `per` is what the command's
-    options call a worker: `--cpus-per-<per>`.
+    options call a worker: `--cpus-per-<per>`. Nodes `without` (their ids) are left out.
 
     Raises:
         InputError: not even one fits.
     """
     import ray
 
-    if gpus > 1 and gpus != int(gpus):
-        raise InputError(f"--gpus-per-{per} must be whole above 1, got {gpus:g}")
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    nodes = [node["Resources"] for node in alive if node["NodeID"] not in without]
     largest = {kind: max((node.get(kind, 0.0) for node in nodes), default=0.0) for kind in ("CPU", "GPU")}
     for option, per_worker, kind in (("cpus", cpus, "CPU"), ("gpus", gpus, "GPU")):
         if per_worker > largest[kind]:
             raise InputError(
                 f"--{option}-per-{per} must be <= {largest[kind]:g} (of the largest node), got {per_worker:g}"
             )
+    # A worker's share is of one GPU: of two, three workers with 0.6 each fit no more than two.
+    per_gpu = int(1 / gpus + 1e-9) if gpus > 0 else 0
     fits = sum(
-        min(int(node.get("CPU", 0.0) // cpus), int(node.get("GPU", 0.0) // gpus) if gpus > 0 else 2**31)
+        min(int(node.get("CPU", 0.0) / cpus + 1e-9), int(node.get("GPU", 0.0)) * per_gpu or 2**31)
         for node in nodes
+        if gpus == 0 or node.get("GPU", 0.0) >= 1
     )
     if fits == 0:
         raise InputError(f"no node has {cpus:g} CPUs and {gpus:g} GPUs together; ask for less per {per}")

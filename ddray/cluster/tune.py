@@ -15,6 +15,7 @@ import torch
 
 from ddray.cluster.executor import RayExecutor, nas_executor
 from ddray.cluster.pretrain import shared_pool
+from ddray.cluster.resources import with_gpus
 from ddray.cluster.runtime import ray_runtime, sigterm_as_sigint
 from ddray.data import Split, SplitName, carve_val, search_rows
 from ddray.data.pixels import pixel_space
@@ -28,6 +29,7 @@ from ddray.ranking.spaces import get_space
 from ddray.runs.folder import Run, extended_from, open_run, read_config
 from ddray.runs.ledger import Row
 from ddray.runs.results import write_results
+from ddray.system.worker import device_kind
 from ddray.tuning.finals import run_finals
 from ddray.tuning.options import TuneOptions
 from ddray.tuning.payload import pack
@@ -68,8 +70,8 @@ def tune(plan: Plan, options: TuneOptions, *, run_dir: Path | None, resume: bool
     check_size(plan, train)
     _check_objective(plan, options, space)
     num_samples = _num_samples(options, space, paper, plan.config.steps)
-    cpus, gpus = options.cpus_per_trial, options.gpus_per_trial
-    executor = RayExecutor(cpus, gpus, options.max_concurrent, options.address)
+    options = with_gpus(options, before)
+    executor = RayExecutor(options.cpus_per_trial, options.gpus, options.max_concurrent, options.address)
     run, start_points = _open(plan, options, settings, space, paper, num_samples, run_dir, resume)
     job = _job(plan, options, settings, run, _nas_objective(plan, options, train, val, run))
     search = Search(plan, options, space, paper, job, run, num_samples, start_points)
@@ -146,7 +148,8 @@ def _run_config(
         "space": {name: value_range.describe() for name, value_range in space.items()},
         **({"start_points": {str(n): point for n, point in start_points.items()}} if start_points else {}),
         "final_sets": options.final_sets,
-        "device": "cuda" if options.gpus_per_trial > 0 else "cpu",
+        "device": device_kind(options.gpus),
+        **({"gpus_per_trial": options.gpus} if options.gpus else {}),
         **{name: getattr(options, name) for name in names},
     }
 
@@ -165,7 +168,7 @@ def _job(
         config=plan.config.dump(),
         budgets=(1, ETA, ETA**2) if has_rungs else (1,),
         cpus=options.cpus_per_trial,
-        gpus=options.gpus_per_trial,
+        gpus=options.gpus,
         nas=nas,
         budget=plan.budget,
         protocol="" if settings.protocol == protocol_for_sets(plan.method) else settings.protocol,
@@ -183,7 +186,7 @@ def _run_missing(search: Search, train: Split, val: Split, executor: RayExecutor
     space = pixel_space(plan.config.pixel_space, plan.dataset, train)
     train_rows = search_rows(plan.dataset.train(), seed=plan.seed)
     payload = pack(plan.dataset, train, split_name, val, space, train_rows)
-    device = torch.device("cuda" if search.job.gpus > 0 else "cpu")
+    device = torch.device(search.job.device)
     ctx = make_context(plan, train, split_name=split_name, device=device, space=space)
     specs = declared_specs(plan, ctx)
     concurrent = executor.capacity()  # refused before the pool is trained
@@ -234,7 +237,8 @@ def _nas_objective(
     values: dict[str, Any] = {"sample": options.nas_sample, "epochs": options.nas_epochs, "seed": plan.seed}
     values |= {"space": options.nas_space}
     values |= {"num_workers": options.max_concurrent, "address": options.address}
-    values |= {"cpus_per_worker": options.cpus_per_trial, "gpus_per_worker": options.gpus_per_trial}
+    values |= {"cpus_per_worker": options.cpus_per_trial, "gpus_per_worker": options.gpus}
+    values |= {"precision": plan.config.precision, "deterministic": plan.config.deterministic}
     nas = NasOptions.parse(values)
     return spearman_objective(nas, plan.dataset, train, val, nas_executor(nas), run.folder / "architectures")
 

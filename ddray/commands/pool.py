@@ -20,22 +20,24 @@ def pool_train(emit: Emit, **options: Any) -> None:
     """Train the networks of a pool that are not there yet."""
     from ddray.data import open_dataset
     from ddray.jobs import pool_training
-    from ddray.jobs.context import pick_device
+    from ddray.jobs.context import on_device
+    from ddray.runs.recovery import recovering
 
     parsed = PoolOptions.pick(options)
     limited = {"--arch": parsed.arch, "--num-models": parsed.num_models, "--seed": parsed.seed}
     pool_training.check_kind(parsed.kind, [name for name, value in limited.items() if value is not None])
     recipe = parse_overrides(parsed.sets) | ({} if parsed.epochs is None else {"epochs": parsed.epochs})
     opened = open_dataset(parsed.dataset, **parsed.opening())
-    where: dict[str, Any] = {"recipe": recipe, "device": pick_device(parsed.device)}
-    settings = {**where, "arch": parsed.arch or "auto", "seed": parsed.seed or 0, "folder": parsed.out}
-    if parsed.kind == "diffusion":
-        result = pool_training.train_diffusion(opened, **where, out=parsed.out)
-    elif parsed.kind == "ssl":
-        result = pool_training.train_teacher(opened, **settings)
-    else:
-        num = 1 if parsed.num_models is None else parsed.num_models
-        result = pool_training.train_pool(opened, **settings, num_models=num)
+    settings: dict[str, Any] = {"arch": parsed.arch or "auto", "seed": parsed.seed or 0, "folder": parsed.out}
+    num = 1 if parsed.num_models is None else parsed.num_models
+    with on_device(parsed.device) as device:
+        where: dict[str, Any] = {"recipe": recipe, "device": device}
+        if parsed.kind == "diffusion":
+            result = recovering(pool_training.train_diffusion, opened, **where, out=parsed.out)
+        elif parsed.kind == "ssl":
+            result = recovering(pool_training.train_teacher, opened, **where, **settings)
+        else:
+            result = recovering(pool_training.train_pool, opened, **where, **settings, num_models=num)
     emit(result, display.table_of("pool", {**result.dump(), "keys": "\n".join(result.keys)}))
 
 

@@ -82,7 +82,7 @@ class PixelSpace:
         if self.kind == "normalized":
             return encoded * _per_channel(self.std, encoded.device) + _per_channel(self.mean, encoded.device)
         mean, _ = self._whitening(encoded.device)
-        return (encoded.flatten(1) @ self._zca_inverse.to(encoded.device) + mean).reshape(encoded.shape)
+        return (encoded.flatten(1) @ self._zca_inverse(encoded.device) + mean).reshape(encoded.shape)
 
     def to(self, device: torch.device | str) -> PixelSpace:
         """Return this space with its tensors on `device`; itself if they are there already."""
@@ -106,11 +106,16 @@ class PixelSpace:
         """Return (mean [D], matrix [D, D]) on `device`; call `to` beforehand to copy them there only once."""
         return cast(Tensor, self.zca_mean).to(device), cast(Tensor, self.zca_matrix).to(device)
 
+    def _zca_inverse(self, device: torch.device) -> Tensor:
+        """Return the de-whitening matrix [D, D] on `device`, inverted in float64 and copied there once."""
+        if device not in self._inverses:
+            inverse: Tensor = torch.linalg.inv(cast(Tensor, self.zca_matrix).double())
+            self._inverses[device] = inverse.float().to(device)
+        return self._inverses[device]
+
     @cached_property
-    def _zca_inverse(self) -> Tensor:
-        """The de-whitening matrix [D, D], inverted in float64."""
-        inverse: Tensor = torch.linalg.inv(cast(Tensor, self.zca_matrix).double())
-        return inverse.float()
+    def _inverses(self) -> dict[torch.device, Tensor]:
+        return {}
 
 
 @lru_cache(maxsize=64)
@@ -220,8 +225,8 @@ def check_contrast(split: Split, name: str) -> None:
     )
 
 
-def pixel_space(kind: str, dataset: Dataset, split: Split) -> PixelSpace:
-    """Return the pixel space of a run; ZCA is fitted on the split.
+def pixel_space(kind: str, dataset: Dataset, split: Split, device: torch.device | str = "cpu") -> PixelSpace:
+    """Return the pixel space of a run, on the CPU; ZCA is fitted on the split, on `device`.
 
     Raises:
         InputError: the images are too large for ZCA.
@@ -233,4 +238,4 @@ def pixel_space(kind: str, dataset: Dataset, split: Split) -> PixelSpace:
         raise InputError(
             f"pixel_space=zca needs images of at most {MAX_ZCA} values, got {size}; use normalized"
         )
-    return fit_zca(split)
+    return fit_zca(split, device=device).to("cpu")

@@ -17,7 +17,10 @@ from ddray.distillation.meter import Meter, MeteredPool
 from ddray.distillation.method import DistillContext, Distiller
 from ddray.distillation.snapshots import Snapshots
 from ddray.errors import DivergedError, one_line
+from ddray.nets import build_net
+from ddray.system import numerics
 from ddray.system.files import write_atomically
+from ddray.system.memory import is_short
 
 log = logging.getLogger(__name__)
 _CURVE_POINTS: Final = 200
@@ -39,6 +42,9 @@ class Distillation:
         peak_memory_bytes: the largest of all processes (`ddray.system.memory.peak_bytes`), without the pool's
             training.
         measures: what the method measured besides, by name.
+        precision: fp32, tf32 or bf16, as it was computed.
+        half_memory_budget: whether memory had run out and this was a second try with half the budget: how
+            steps are cut decides their last digits.
     """
 
     distilled: DistilledSet
@@ -50,6 +56,8 @@ class Distillation:
     pool_s: float = 0.0
     peak_memory_bytes: int | None = None
     measures: Mapping[str, float] = field(default_factory=dict)
+    precision: str | None = None
+    half_memory_budget: bool = False
 
     def costs(self) -> dict[str, Any]:
         """Return what is known of seconds, also with those of the pool, peak memory, storage and measures."""
@@ -62,6 +70,8 @@ class Distillation:
             "peak_memory_bytes": self.peak_memory_bytes,
             "storage_floats": meta.storage_floats,
             "approximation_mse": mse,
+            "precision": self.precision,
+            "half_memory_budget": self.half_memory_budget or None,
             **self.measures,
         }
         return {name: value for name, value in costs.items() if value is not None}
@@ -100,20 +110,56 @@ def run_distillation(
     the steps of `snapshots` are kept there; a run that finds one missing begins anew. DivergedError if a loss
     or an image became NaN or infinite; StorageError if a file can't be written.
     """
-    begin, settings = time.perf_counter(), ctx.config.get("method", {})
+    settings = {name: ctx.config[name] for name in ("precision", "deterministic") if name in ctx.config}
+    with numerics.applied(device=ctx.device.type, **settings) as applied:
+        if "precision" in ctx.config.get("method", {}):
+            _probe_statistics(ctx, applied)
+        run = _Run(distiller, ctx, checkpoint, snapshots)
+        distillation = _distil(run, until, checkpoint_every, eval_steps, on_step)
+    used = applied.used()
+    if applied.precision == "bf16" and used != "bf16":
+        log.warning("precision bf16: this method computes nothing in bfloat16; its set is of %s", used)
+    return replace(distillation, precision=used, half_memory_budget=is_short())
+
+
+@torch.no_grad()
+def _probe_statistics(ctx: DistillContext, applied: numerics.Numerics) -> None:
+    """Let `auto` choose the precision of the statistics that a method matches, by its network's passes."""
+    if applied.precision != "auto":
+        return
+    shape, num_classes = ctx.dataset.image_shape, ctx.dataset.num_classes
+    net = build_net(ctx.arch, shape, num_classes, seed=0, device=ctx.device).eval()
+    net.to(memory_format=torch.channels_last)
+    blank = torch.zeros(64, *shape, device=ctx.device).contiguous(memory_format=torch.channels_last)
+
+    def run(bf16: bool) -> None:
+        with torch.autocast(ctx.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
+            net.features(blank)
+
+    applied.bf16("statistics", run)
+
+
+def _distil(
+    run: "_Run",
+    until: int | None,
+    checkpoint_every: int | None,
+    eval_steps: Collection[int],
+    on_step: Callable[[int, float], None] | None,
+) -> Distillation:
+    distiller, ctx = run.distiller, run.ctx
+    settings = ctx.config.get("method", {})
     every = checkpoint_every or ctx.config["checkpoint_every"]
-    run = _Run(distiller, ctx, checkpoint, snapshots)
     last = distiller.num_steps if until is None else min(until, distiller.num_steps)
     losses, done = run.losses, run.restore()
-    if losses and done in eval_steps and on_step is not None:
-        on_step(done, _finite(losses[-1], done, settings))
+    if done and done in eval_steps and on_step is not None:
+        on_step(done, _finite(losses.last(), done, settings))
     timer = StepTimer(ctx.device)
     for step in range(done + 1, last + 1):
-        losses.append(distiller.step()["loss"].detach().reshape(1))
+        losses.add(distiller.step()["loss"])
         look = step % every == 0 or step == last or step in eval_steps or run.keeps(step)
         timer.stop(sync=look)
         if look:
-            value = _finite(losses[-1], step, settings)
+            value = _finite(losses.last(), step, settings)
             run.keep(step)
             run.save(step)
             if on_step is not None:
@@ -122,14 +168,40 @@ def run_distillation(
     distilled = run.snapshot(last)
     return Distillation(
         distilled=distilled,
-        losses=torch.cat(losses).cpu().float() if losses else torch.zeros(0),
+        losses=losses.all().float(),
         resumed_from_step=done,
-        wall_s=time.perf_counter() - begin,
+        wall_s=time.perf_counter() - run.begin,
         seconds_per_step=timer.median(),
         pool_s=sum(run.pool.trained_s.values()),
         measures=getattr(distiller, "measures", {}),
         **run.meter.spent(),
     )
+
+
+class _Losses:
+    """The loss of every step: on the CPU, but for those since the last look, where the method left them."""
+
+    def __init__(self) -> None:
+        self._past, self._recent = torch.zeros(0), list[Tensor]()
+
+    def add(self, loss: Tensor) -> None:
+        """Add a scalar on any device, without waiting for it."""
+        self._recent.append(loss.detach().reshape(1))
+
+    def all(self) -> Tensor:
+        """Return the losses [num_steps] on the CPU (the only sync in the loop)."""
+        if self._recent:
+            self._past = torch.cat([self._past, torch.cat(self._recent).cpu()])
+            self._recent = []
+        return self._past
+
+    def last(self) -> float:
+        """Return the latest loss."""
+        return float(self.all()[-1])
+
+    def restore(self, losses: Tensor) -> None:
+        """Begin with the losses [num_steps] of a checkpoint."""
+        self._past, self._recent = losses, []
 
 
 class _Run:
@@ -138,11 +210,12 @@ class _Run:
     def __init__(
         self, distiller: Distiller, ctx: DistillContext, checkpoint: Path | None, snapshots: Snapshots | None
     ) -> None:
-        self._distiller, self._ctx, self._checkpoint = distiller, ctx, checkpoint
+        self.begin = time.perf_counter()
+        self.distiller, self.ctx, self._checkpoint = distiller, ctx, checkpoint
         self._snapshots = snapshots or Snapshots(Path(), ())
         self.meter = Meter(ctx.device)
         self.pool = MeteredPool(ctx.pool, self.meter)
-        self.losses: list[Tensor] = []
+        self.losses = _Losses()
         distiller.setup(replace(ctx, pool=self.pool))
 
     def restore(self) -> int:
@@ -155,8 +228,8 @@ class _Run:
             text = "the snapshots of steps %s are missing from %s: starting anew"
             log.warning(text, ", ".join(map(str, missing)), self._snapshots.folder)
             return 0
-        self._distiller.load_state_dict(checkpoint["state"])
-        self.losses.extend(checkpoint["losses"].to(self._ctx.device).split(1))
+        self.distiller.load_state_dict(checkpoint["state"])
+        self.losses.restore(checkpoint["losses"])
         self.meter.continue_from(checkpoint.get("spent"))
         self.keep(step)  # the run may have been cut off before, or was one of as many steps
         return step
@@ -167,8 +240,8 @@ class _Run:
             return
         checkpoint = {
             "step": step,
-            "state": self._distiller.state_dict(),
-            "losses": torch.cat(self.losses).cpu(),
+            "state": self.distiller.state_dict(),
+            "losses": self.losses.all(),
             "spent": self.meter.spent(),
         }
         write_atomically(self._checkpoint, lambda file: torch.save(checkpoint, file))
@@ -185,11 +258,11 @@ class _Run:
 
     def snapshot(self, step: int) -> DistilledSet:
         """Return the current set; DivergedError if an image is NaN or infinite."""
-        distilled = self._distiller.snapshot()
+        distilled = self.distiller.snapshot()
         if not distilled.is_finite():
-            name = rate_name(self._ctx.config.get("method", {}))
+            name = rate_name(self.ctx.config.get("method", {}))
             raise DivergedError(
-                f"{self._ctx.method} diverged by step {step}: an image is NaN or infinite; lower {name}"
+                f"{self.ctx.method} diverged by step {step}: an image is NaN or infinite; lower {name}"
             )
         return distilled
 
@@ -199,12 +272,11 @@ def rate_name(settings: Mapping[str, Any]) -> str:
     return next((name for name in ("lr_img", "lr_outer") if name in settings), "its learning rate")
 
 
-def _finite(loss: Tensor, step: int, settings: Mapping[str, Any]) -> float:
-    """Return the loss as a float (the only sync in the loop)."""
-    value = float(loss)
-    if math.isfinite(value):
-        return value
-    raise DivergedError(f"the loss must stay finite, got {value} at step {step}; lower {rate_name(settings)}")
+def _finite(loss: float, step: int, settings: Mapping[str, Any]) -> float:
+    """Return the loss; DivergedError if it is NaN or infinite."""
+    if math.isfinite(loss):
+        return loss
+    raise DivergedError(f"the loss must stay finite, got {loss} at step {step}; lower {rate_name(settings)}")
 
 
 class StepTimer:

@@ -55,6 +55,7 @@ class DistillContext:
         config: the resolved configuration, stored in the artifact.
         budget: storage in images, for methods without classes.
         search_seed: for a run on all of train: the seed whose val tenth its shared networks must not see.
+        memory_budget: bytes that one part of a step may take; None: `memory.memory_budget` of the device.
     """
 
     dataset: Dataset
@@ -71,6 +72,7 @@ class DistillContext:
     config: Mapping[str, Any]
     budget: int | None = None
     search_seed: int = 0
+    memory_budget: int | None = None
 
     @property
     def shared_split(self) -> str:

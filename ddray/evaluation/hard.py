@@ -5,6 +5,7 @@ The last epoch's network is scored once; the peers score on test up to 400 times
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -16,7 +17,7 @@ from ddray.evaluation.soft import Soft, check_soft, soft_config
 from ddray.evaluation.soft_recipes import TABLE5
 from ddray.nets import Net, check_arch
 from ddray.seeding import derive
-from ddray.training.loop import Augmenter, augmenter, score_net, train
+from ddray.training.loop import Augmenter, augmenter, train_together
 from ddray.training.recipe import RECIPES, Recipe
 
 
@@ -39,20 +40,39 @@ def fit(
         InputError: the architecture is unknown or does not fit the images.
         DivergedError: the training loss became NaN.
     """
+    return fit_all(train_set, ctx, recipe, arch=arch, seeds=[seed], augment=augment, name=name)[0]
+
+
+def fit_all(
+    train_set: TrainSet,
+    ctx: EvalContext,
+    recipe: Recipe,
+    *,
+    arch: str,
+    seeds: Sequence[int],
+    augment: Augmenter | None = None,
+    name: str = "set",
+) -> list[Net]:
+    """Return a network per seed as `fit` does; on a GPU they may be trained as one.
+
+    Raises:
+        InputError: the architecture is unknown or does not fit the images.
+        DivergedError: a training loss became NaN.
+    """
     recipe, can_flip = recipe.on(ctx.split), ctx.dataset.can_flip
-    net = ctx.fresh_net(arch, train_set.images, seed=seed)
-    loss = train(
-        net,
+    nets = [ctx.fresh_net(arch, train_set.images, seed=seed) for seed in seeds]
+    loss = train_together(
+        nets,
         train_set.images.to(ctx.device),
         train_set.supervision.to(ctx.device),
         recipe,
-        generator=derive(seed, "evaluate", "train"),
+        generators=[derive(seed, "evaluate", "train") for seed in seeds],
         augment=augment
         or augmenter(recipe.augment, can_flip=can_flip, space=ctx.space, strategy=recipe.strategy),
     )
-    if not math.isfinite(loss):
-        raise DivergedError(f"training {arch} on the {name} diverged: its loss is {loss}; lower evaluate.lr")
-    return net
+    if not math.isfinite(value := float(loss)):
+        raise DivergedError(f"training {arch} on the {name} diverged: its loss is {value}; lower evaluate.lr")
+    return nets
 
 
 @dataclass(frozen=True)
@@ -63,11 +83,20 @@ class Hard:
 
     def evaluate(self, train_set: TrainSet, ctx: EvalContext, *, arch: str, seed: int) -> EvalResult:
         """Train one network and score it."""
+        return self.evaluate_together(train_set, ctx, arch=arch, seeds=[seed])[0]
+
+    def evaluate_together(
+        self, train_set: TrainSet, ctx: EvalContext, *, arch: str, seeds: Sequence[int]
+    ) -> list[EvalResult]:
+        """Train a network per seed and score each."""
         begin = time.perf_counter()
-        net = fit(train_set, ctx, self.recipe, arch=arch, seed=seed)
-        score, num = score_net(net, ctx.split, ctx.space, device=ctx.device), len(train_set.labels)
-        wall_s = time.perf_counter() - begin
-        return EvalResult(check_arch(arch), seed, score.accuracy, num, wall_s, per_class=score.per_class)
+        nets = fit_all(train_set, ctx, self.recipe, arch=arch, seeds=seeds)
+        scores, num = [ctx.score(net) for net in nets], len(train_set.labels)
+        wall_s, arch = (time.perf_counter() - begin) / len(nets), check_arch(arch)
+        return [
+            EvalResult(arch, seed, score.accuracy, num, wall_s, per_class=score.per_class)
+            for seed, score in zip(seeds, scores, strict=True)
+        ]
 
 
 def _make(options: EvaluateOptions, distilled: DistilledSet, ctx: EvalContext, real: RealImages) -> Scoring:

@@ -41,7 +41,7 @@ from ddray.system.memory import available_bytes
 from ddray.training.embedding import Score, embed_images, score
 from ddray.training.engine import Batch, Order, Rule, Step, cosine, run
 from ddray.training.loop import augmenter, train
-from ddray.training.operations import crop_and_flip
+from ddray.training.operations import crop_and_flip, luma
 from ddray.training.recipe import FinetuneConfig, ProbeConfig, Recipe
 
 _LARGE: Final = 50_000
@@ -138,7 +138,7 @@ def adapted(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """
     pixels = images.float() / 255 if images.dtype == torch.uint8 else images
     if pixels.shape[1] == 3 and shape[0] == 1:
-        pixels = (pixels * pixels.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+        pixels = luma(pixels)
     if pixels.shape[2:] != shape[1:]:
         pixels = F.interpolate(pixels, size=shape[1:], mode="bilinear", antialias=True)
     return pixels.expand(-1, shape[0], -1, -1)

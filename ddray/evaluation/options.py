@@ -12,7 +12,7 @@ from ddray.config import Names, Result, added, named, parse_overrides
 from ddray.data.reference import DatasetRef
 from ddray.errors import InputError, unknown
 from ddray.evaluation import get_protocol, protocol_names
-from ddray.system.options import DataOptions
+from ddray.system.options import DataOptions, NumericOptions
 from ddray.training.recipe import RECIPES, Augment, FinetuneConfig, ProbeConfig, Recipe, named_recipe
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ _NAMES: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
 _OF_ONE_PROTOCOL: Final = ("num_tasks", "full_epochs", "finetune", "teachers")
 
 
-class EvaluateOptions(DataOptions, ForeignOptions):
+class EvaluateOptions(DataOptions, ForeignOptions, NumericOptions):
     """Options of `ddray evaluate`, with the checks that need no distilled set; None: as the artifact says."""
 
     dataset: str | None = None
@@ -168,6 +168,8 @@ class ArchResult(Result):
     num_images: int
     """Images trained on, as decoded."""
     wall_s: float
+    precision: str | None = None
+    """In which the networks were trained: fp32, tf32 or bf16."""
 
 
 class EvaluateResult(Result):

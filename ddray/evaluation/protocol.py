@@ -1,8 +1,9 @@
 """What a protocol is: its definition, the evaluator that it makes, and an evaluator's results."""
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Final, Protocol
 
 import torch
@@ -15,7 +16,11 @@ from ddray.evaluation.options import EvaluateConfig, EvaluateOptions, check_sett
 from ddray.nets import Net, build_net
 from ddray.pool.spec import ModelPool
 from ddray.seeding import derive_seed
+from ddray.system import numerics
+from ddray.system.memory import total_bytes
+from ddray.system.options import Precision
 from ddray.training.embedding import Score
+from ddray.training.loop import score_net
 from ddray.training.recipe import RECIPES
 
 _HALF_A_POINT: Final = 0.005
@@ -30,12 +35,29 @@ class EvalContext:
         split: its held-out part: val while searching, test at the end.
         space: pixel space of the training images, applied to the split too.
         device: where to compute.
+        precision: of the networks' training (`system.numerics`).
+        deterministic: whether only deterministic algorithms are used.
     """
 
     dataset: Dataset
     split: Split
     space: PixelSpace
     device: torch.device
+    precision: Precision = "tf32"
+    deterministic: bool = False
+
+    @cached_property
+    def _resident(self) -> tuple[Split, PixelSpace]:
+        """The split, on a GPU if it takes at most a sixteenth of its memory; the space on the device."""
+        split, space = self.split, self.space.to(self.device)
+        if self.device.type == "cuda" and 16 * split.images.nbytes <= total_bytes(self.device):
+            split = replace(split, images=split.images.to(self.device), labels=split.labels.to(self.device))
+        return split, space
+
+    def score(self, net: Net) -> Score:
+        """Return the fractions of the split that `net` (in eval mode) classifies correctly."""
+        split, space = self._resident
+        return score_net(net, split, space, device=self.device)
 
     def fresh_net(self, arch: str, images: Tensor, *, seed: int, outputs: int | None = None) -> Net:
         """Return a fresh network for images [N, C, H, W] on the device; by default, an output per class."""
@@ -212,6 +234,18 @@ def _over_seeds(values: Sequence[Any]) -> tuple[Any, Any]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
+def _results(
+    evaluator: Evaluator, train: TrainSet, ctx: EvalContext, arch: str, seeds: Sequence[int]
+) -> Iterator[EvalResult]:
+    """Yield a network's result per seed; on a GPU all at once if the evaluator can train them together."""
+    together = getattr(evaluator, "evaluate_together", None)
+    if together is not None and ctx.device.type == "cuda":
+        yield from together(train, ctx, arch=arch, seeds=seeds)
+        return
+    for seed in seeds:
+        yield evaluator.evaluate(train, ctx, arch=arch, seed=seed)
+
+
 def evaluate_archs(
     evaluator: Evaluator,
     train: TrainSet,
@@ -222,13 +256,18 @@ def evaluate_archs(
     seed: int = 0,
     on_result: Callable[[EvalResult], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Score every architecture with `num_seeds` networks; return one summary each, in order."""
+    """Score every architecture with `num_seeds` networks; return one summary each, in order.
+
+    A summary names the `precision` that was used, of `auto` what the probe chose.
+    """
     summaries = []
+    device = ctx.device.type
     for arch in archs:
         results = []
-        for seed_index in range(num_seeds):
-            results.append(evaluator.evaluate(train, ctx, arch=arch, seed=seed + seed_index))
-            if on_result is not None:
-                on_result(results[-1])
-        summaries.append(summarise(results))
+        with numerics.applied(ctx.precision, deterministic=ctx.deterministic, device=device) as applied:
+            for result in _results(evaluator, train, ctx, arch, range(seed, seed + num_seeds)):
+                results.append(result)
+                if on_result is not None:
+                    on_result(result)
+        summaries.append({**summarise(results), "precision": applied.used()})
     return summaries

@@ -52,7 +52,6 @@ from ddray.runs.ledger import Ledger, Row, Unit
 from ddray.seeding import derive
 from ddray.system.files import home, storage_errors
 from ddray.training.embedding import Score
-from ddray.training.loop import score_net
 from ddray.training.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -100,7 +99,7 @@ class Robust:
 
         def scores(recipe: Recipe) -> list[Score]:
             nets = (fit(images, ctx, recipe, arch=arch, seed=seed) for images in (train_set, random))
-            return [score_net(net, ctx.split, ctx.space, device=ctx.device) for net in nets]
+            return [ctx.score(net) for net in nets]
 
         recipe = self.recipe.on(self.real)
         plain = recipe.without_augmentation()
@@ -158,7 +157,7 @@ def whole_set_accuracy(
 
         train_set = TrainSet(real.images, real.labels)
         net = fit(train_set, ctx, recipe, arch=arch, seed=seed, augment=encode, name="whole set")
-        score = score_net(net, ctx.split, ctx.space, device=ctx.device)
+        score = ctx.score(net)
         row = Row.done(unit, {"accuracy": score.accuracy}, time.perf_counter() - begin)
         if not is_registered(arch):
             ledger.publish(unit, row, epoch=0)
@@ -179,6 +178,9 @@ def _unit(ctx: EvalContext, recipe: Recipe, *, arch: str, split_name: str, seed:
         "recipe": recipe.dump(),
         "device": ctx.device.type,
         "seed": seed,
+        # At their defaults they are left out, as in older rows.
+        **({} if ctx.precision == "tf32" else {"precision": ctx.precision}),
+        **({"deterministic": True} if ctx.deterministic else {}),
     }
     return Unit(kind="truth", spec=spec)
 

@@ -41,10 +41,10 @@ from ddray.evaluation.teachers import Teachers, get_teachers
 from ddray.nets import Net, check_arch
 from ddray.nets.names import resolve_arch
 from ddray.seeding import derive
+from ddray.system.transfer import to_device
 from ddray.training.crops import padded_crop, random_resized_crop
 from ddray.training.cutmix import Mixed, cutmix, draw_share, mixed_cross_entropy
 from ddray.training.engine import Batch, Order, Rule, Step, decay_matrices, run
-from ddray.training.loop import score_net
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class Soft:
         loss = self._train(net, train_set, ctx, settings, derive(seed, "evaluate", "soft"))
         if not math.isfinite(loss):
             raise DivergedError(f"training {arch} on soft labels diverged: its loss is {loss}; lower lr")
-        score = score_net(net, ctx.split, ctx.space, device=ctx.device)
+        score = ctx.score(net)
         wall_s = time.perf_counter() - begin
         return EvalResult(check_arch(arch), seed, score.accuracy, num, wall_s, per_class=score.per_class)
 
@@ -163,7 +163,7 @@ def mix(images: Tensor, kind: str, generator: torch.Generator, *, alpha: float =
     """
     if kind == "mixup":
         share = draw_share(alpha, generator)
-        partner = torch.randperm(len(images), generator=generator).to(images.device, non_blocking=True)
+        partner = to_device(torch.randperm(len(images), generator=generator), images.device)
         return Mixed(share * images + (1 - share) * images[partner], partner, share)
     mixed = cutmix(images, 1.0, generator) if kind == "cutmix" else None
     return mixed or Mixed(images, torch.arange(len(images), device=images.device), 1.0)
@@ -180,7 +180,7 @@ def shuffle_strips(images: Tensor, num: int, generator: torch.Generator) -> Tens
     for axis in (3, 2):
         if images.shape[axis] % num:
             raise InputError(f"patches must divide the image's side of {images.shape[axis]} px, got {num}")
-        order = torch.rand(len(images), num, generator=generator).argsort(1).to(images.device)
+        order = to_device(torch.rand(len(images), num, generator=generator).argsort(1), images.device)
         strips = torch.unflatten(images, axis, (num, -1))
         index = order.view(len(images), *(num if dim == axis else 1 for dim in range(1, 5)))
         images = strips.take_along_dim(index, axis).flatten(axis, axis + 1)

@@ -1,8 +1,10 @@
 """What a run needs before its first step: device, pixel space, pool, and checks against the data."""
 
+import logging
 import shutil
 from bisect import bisect_left, bisect_right
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Final
 
 import torch
@@ -18,7 +20,11 @@ from ddray.nets import build_net
 from ddray.nets.names import parse_arch
 from ddray.pool.local import LocalPool
 from ddray.pool.spec import ModelPool, PoolSpec
+from ddray.runs.recovery import recovering
+from ddray.system.gpus import num_gpus
+from ddray.system.worker import cuda_failure
 
+log = logging.getLogger(__name__)
 # Real 32x32x3 images after which compiling (about 20 s on 2 cores) has paid for itself fourfold.
 _COMPILE_WORTH: Final = 500_000
 
@@ -80,19 +86,38 @@ def check_size(plan: Plan, split: Split) -> None:
         raise InputError(f"budget must be <= {most} for {name} ({len(split)} images), got {budget}")
 
 
+@contextmanager
+def on_device(name: str) -> Iterator[torch.device]:
+    """Pick a device (`pick_device`); of several GPUs it is torch's current one while the block runs."""
+    device = pick_device(name)
+    # For what takes no device: streams, graphs, `synchronize`, tensors on plain "cuda".
+    with nullcontext() if device.index is None else torch.cuda.device(device):
+        yield device
+
+
 def pick_device(name: str) -> torch.device:
-    """Return the device called `name`, `auto` for CUDA if available; InputError if there is none."""
+    """Return the device called `name`, `auto` for CUDA if that works.
+
+    InputError if there is none, DeviceMemoryError if others have all of its memory.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not num_gpus():
+            return torch.device("cpu")
+        if (reason := recovering(cuda_failure)) is None:
+            return torch.device("cuda")
+        log.warning("torch can't use the GPU (%s): computing on the CPU", reason)
+        return torch.device("cpu")
     device = None
     with suppress(RuntimeError):
         device = torch.device(name)
     if device is None or device.type not in ("cpu", "cuda"):
         raise InputError(f"--device must be auto, cpu, cuda or cuda:<n>, got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu"
-        )
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if (device.index or 0) >= num_gpus():
+        raise InputError(f"--device {name}: torch sees {num_gpus()} CUDA devices; use --device cpu")
+    if (reason := recovering(cuda_failure, name)) is not None:
+        raise InputError(f"--device {name}: torch can't use it: {reason}; use --device cpu")
     return device
 
 
@@ -118,7 +143,7 @@ def make_context(
         dataset=dataset,
         split=split,
         split_name=split_name,
-        space=space or pixel_space(config.pixel_space, dataset, split),
+        space=space or pixel_space(config.pixel_space, dataset, split, device),
         ipc=plan.ipc,
         arch=plan.arch,
         seed=plan.seed,
@@ -129,6 +154,7 @@ def make_context(
         config=config.dump(),
         budget=plan.budget,
         search_seed=search_seed,
+        memory_budget=config.memory_budget,
     )
 
 

@@ -21,6 +21,7 @@ from ddray.jobs.context import check_longer, make_context, make_distiller
 from ddray.jobs.plan import Plan
 from ddray.runs.folder import Run, extended_from, open_run, read_config
 from ddray.runs.ledger import Row, Unit
+from ddray.runs.recovery import recovering
 from ddray.runs.results import write_results
 from ddray.system.files import storage_errors, write_text
 from ddray.system.progress import progress
@@ -60,6 +61,10 @@ class DistillResult(Result):
     the pool."""
     storage_floats: int | None = None
     """Values that the set stores, labels not counted."""
+    precision: str | None = None
+    """In which it was computed: fp32, tf32 or bf16."""
+    half_memory_budget: bool | None = None
+    """True: memory had run out, and this is of a second try with half the budget (other last digits)."""
     approximation_mse: float | None = None
     """Boost-SSDD: mean squared error of the approximated shifts, in coefficients."""
     snapshots: str | None = None
@@ -106,7 +111,7 @@ def distill(
     # Reject everything that can be rejected before creating a folder.
     if out is not None:
         _check_out(out)
-    distiller = make_distiller(plan)
+    make_distiller(plan)
     name = SplitName(val_seed, val_images)
     split, split_name = name.carve(plan.dataset.train())[0], str(name)
     ctx = make_context(plan, split, split_name=split_name, device=device)
@@ -118,7 +123,7 @@ def distill(
     if shorter is not None:
         _extend(run, distill_unit(shorter, split_name), unit)
     run.ledger.begin(unit, epoch=run.epoch)
-    distillation = _run(plan, distiller, ctx, run, unit)
+    distiller, distillation = recovering(_run, plan, ctx, run, unit)
     target = (out or run.folder / "distilled.pt").absolute()
     distilled = distillation.distilled
     distilled.save(target)
@@ -154,13 +159,14 @@ def _extend(run: Run, shorter: Unit, unit: Unit) -> None:
     run.write_config()
 
 
-def _run(plan: Plan, distiller: Distiller, ctx: DistillContext, run: Run, unit: Unit) -> Distillation:
+def _run(plan: Plan, ctx: DistillContext, run: Run, unit: Unit) -> tuple[Distiller, Distillation]:
     """Run the steps that are missing; a run that the method's setup rejects leaves no folder."""
+    distiller = make_distiller(plan)
     checkpoint, config = run.checkpoint(unit.key), plan.config
     snapshots = Snapshots(run.folder / SNAPSHOTS, snapshot_steps(config.evaluate.every, config.steps))
     with progress(f"{plan.method} on {plan.dataset.name}", plan.config.steps) as show:
         try:
-            return run_distillation(
+            distillation = run_distillation(
                 distiller,
                 ctx,
                 checkpoint=checkpoint,
@@ -173,6 +179,7 @@ def _run(plan: Plan, distiller: Distiller, ctx: DistillContext, run: Run, unit: 
             else:  # no row, so that a rerun with --resume tries again
                 run.ledger.event("fail", unit.key, run.epoch, error=str(error))
             raise
+    return distiller, distillation
 
 
 def _check_out(out: Path) -> None:

@@ -3,10 +3,10 @@
 from pydantic import Field
 
 from ddray.config import AbsolutePath, Names, named
-from ddray.system.options import DataOptions, DeviceOptions, RunOptions
+from ddray.system.options import DataOptions, DeviceOptions, NumericOptions, RunOptions
 
 
-class PlanOptions(DataOptions):
+class PlanOptions(DataOptions, NumericOptions):
     """What is distilled, and with which settings."""
 
     method: str

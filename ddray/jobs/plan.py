@@ -4,11 +4,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, Generic, Literal, TypeVar, cast
+from typing import Annotated, Any, Final, Generic, Literal, TypeVar, cast
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from ddray.config import Config, merge, nest, parse_overrides, read_yaml
+from ddray.config import Config, added, merge, nest, parse_overrides, read_yaml
 from ddray.data import Dataset, open_dataset
 from ddray.data.catalog import KNOWN
 from ddray.distillation.method import BudgetDistiller, Target
@@ -18,12 +18,16 @@ from ddray.evaluation.options import EvaluateConfig
 from ddray.jobs.options import PlanOptions
 from ddray.methods import get_method
 from ddray.nets.names import resolve_arch
-from ddray.system.options import ContentOptions
+from ddray.system.memory import parse_bytes
+from ddray.system.options import ContentOptions, Precision
 from ddray.system.shipped import shipped
 from ddray.training.recipe import named_recipe
 
 PRESETS: Final = ("paper", "repo")
 M = TypeVar("M", bound=Config)
+MemoryBudget = Annotated[
+    int | None, BeforeValidator(lambda value: None if value in (None, "auto") else parse_bytes(value))
+]
 
 
 class RunConfig(Config, Generic[M]):
@@ -36,6 +40,14 @@ class RunConfig(Config, Generic[M]):
     arch: str = "auto"
     """Network to match in; `auto` is the field's ConvNet for the resolution, suffixes as in `auto_bn`."""
     pixel_space: Literal["normalized", "raw", "zca"] = "normalized"
+    memory_budget: MemoryBudget = added(None)
+    """Memory of one part of a step (bytes, 64MiB, 2GiB); `auto`: a third of the device's.
+
+    Classes are matched in groups that fit it; sums over more groups may differ in their last digits."""
+    precision: Precision = added("tf32")
+    """auto, tf32, fp32 or bf16, of the distillation and of the searches' scoring (`system.numerics`)."""
+    deterministic: bool = added(False)
+    """Compute by deterministic algorithms only."""
     evaluate: EvaluateConfig = EvaluateConfig()
     method: M
 
@@ -139,6 +151,7 @@ def plan_of(
         {} if options.config is None else read_yaml(options.config),
         parse_overrides(options.sets),
         {} if options.steps is None else {"steps": options.steps},
+        options.numerics(),
         *(nest(name, value) for name, value in (settings or {}).items()),
     ]
     in_file, *in_settings = (

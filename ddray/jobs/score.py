@@ -82,7 +82,8 @@ def score_sets(
     if held_out.is_audio and options.augment not in (None, "none"):
         raise InputError(f"--augment must be none for spectrograms ({target.name}), got {options.augment}")
     sets = [one.generated(options.ipc, device) for one in sets]  # after every check: this takes minutes
-    ctx = EvalContext(target, held_out, sets[0].space(), device)
+    precision, deterministic = options.precision or "tf32", bool(options.deterministic)
+    ctx = EvalContext(target, held_out, sets[0].space(), device, precision, deterministic)
     images = RealImages(real, real_name, LocalPool(PoolTrainer(target, real, device)))
     scorings = [get_protocol(options.protocol).make(options, one, ctx, images) for one in sets]
     results = _score(sets, scorings, ctx, archs, options, f"evaluating {path.name}")
@@ -123,7 +124,10 @@ def _score(
                 seed=options.seed + number * num_seeds,
                 on_result=keep,
             )
-    return summaries if len(sets) == 1 else [summarise(each) for each in results.values()]
+    if len(sets) == 1:
+        return summaries
+    used = {summary["arch"]: summary["precision"] for summary in summaries}
+    return [{**summarise(networks), "precision": used[arch]} for arch, networks in results.items()]
 
 
 def _target(name: str | None, options: EvaluateOptions) -> Dataset | None:

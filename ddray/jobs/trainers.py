@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from ddray.data import Dataset, Split, SplitName, normalized_space
-from ddray.errors import DivergedError, unknown
+from ddray.errors import DivergedError, InputError, unknown
 from ddray.methods.families.ssl import teacher as ssl
 from ddray.nets import build_net
 from ddray.pool.local import LocalPool
 from ddray.pool.spec import PoolSpec
 from ddray.seeding import derive, derive_seed
+from ddray.system import numerics
 from ddray.training.embedding import embed_images
 from ddray.training.loop import Augmenter, augmenter, train
 from ddray.training.recipe import Recipe
@@ -41,8 +42,19 @@ class PoolTrainer:
     def __call__(self, spec: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
         """Return an entry's tensors and measurements.
 
-        InputError if the kind is unknown or the spec does not fit the images; DivergedError if a loss is NaN.
+        InputError if the kind is unknown, or the spec does not fit the images or this kind of device;
+        DivergedError if a loss is NaN.
         """
+        if spec.device != self.device.type:  # random weights differ between kinds of devices
+            raise InputError(
+                f"pool entry {spec.key[:12]} ({spec.kind}) must be trained on {spec.device}, this process "
+                f"computes on {self.device.type}"
+            )
+        # Entries are shared: they do not depend on what their first user has set.
+        with numerics.applied(device=self.device.type):
+            return self._trained(spec)
+
+    def _trained(self, spec: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
         if spec.kind not in (kinds := ("supervised", ssl.KIND, *_DIFFUSION_KINDS)):
             raise unknown("kind of pool entry", spec.kind, kinds)
         if spec.kind == "supervised":
@@ -67,7 +79,8 @@ class PoolTrainer:
         recipe = recipe.on(split)
         images, augment = self._images(split, recipe)
         labels = split.labels.to(self.device)
-        loss = train(net, images, labels, recipe, generator=derive(seed, "order"), augment=augment)
+        order = derive(seed, "order")
+        loss = float(train(net, images, labels, recipe, generator=order, augment=augment))
         if not math.isfinite(loss):
             raise DivergedError(f"training {spec.arch} for the pool diverged: its loss is {loss}; lower lr")
         weights = {f"weights.{name}": tensor for name, tensor in net.state_dict().items()}

@@ -18,6 +18,7 @@ when a fresh one is taken, follows its accuracy on real images (dynamic bi-level
 - augmentation and network seeds: wall clock | derived from the run's seed. `augment=dsa` is CAFE+DSA.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Final
 
@@ -92,6 +93,37 @@ def preset(name: str, target: Target) -> dict[str, Any]:
     return {"steps": 20_000, "evaluate": {"epochs": 600, "augment": "none"}}
 
 
+class Accuracies:
+    """The latest `window` accuracies of a network on `num` images; waited for only where they decide."""
+
+    def __init__(self, window: int, num: int) -> None:
+        self.num, self._window = num, window
+        self._read: list[float] = []
+        self._unread: list[Tensor] = []
+
+    def add(self, num_right: Tensor) -> None:
+        """Add how many images were classified correctly, a scalar on the device."""
+        self._unread.append(num_right)
+
+    def values(self) -> list[float]:
+        """Return the accuracies, the oldest first."""
+        if self._unread:
+            latest = torch.stack(self._unread).tolist()
+            self._read = [*self._read, *(right / self.num for right in latest)][-self._window :]
+            self._unread = []
+        return list(self._read)
+
+    def spread(self, otherwise: float) -> float:
+        """Return the largest less the smallest of a full window, `otherwise` of fewer."""
+        if len(self._read) + len(self._unread) < self._window:
+            return otherwise
+        return max(self.values()) - min(self.values())
+
+    def load(self, values: Sequence[float]) -> None:
+        """Begin with accuracies."""
+        self._read, self._unread = [float(value) for value in values], []
+
+
 class CAFE(ImagesEngine):
     """Condensing by aligning features."""
 
@@ -100,8 +132,9 @@ class CAFE(ImagesEngine):
         self._config, self._num_steps = config, int(ctx.config["steps"])
         self._net = self._branch.net
         self._queries = ClassBatches(ctx, config.batch_query)
+        self._labels_cpu = self._labels.cpu()
         self._num_nets = self._turns = 0
-        self._accuracies: list[float] = []
+        self._accuracies = Accuracies(config.window, len(self._queries.labels))
 
     def step(self) -> dict[str, Tensor]:
         """Update the images under the current network, then train it on them, or replace it."""
@@ -113,11 +146,10 @@ class CAFE(ImagesEngine):
             self._branch.renew(self._num_nets)
         loss = self._update_images(generator)
         self._turns += 1
-        self._accuracies = [*self._accuracies, self._accuracy(generator)][-config.window :]
-        spread = max(self._accuracies) - min(self._accuracies)
-        settled = len(self._accuracies) == config.window and spread < config.outer_gap
-        if settled or self._turns == config.max_outer:
-            self._turns, self._accuracies = 0, []
+        self._accuracies.add(self._num_right(generator))
+        if self._turns == config.max_outer or self._accuracies.spread(math.inf) < config.outer_gap:
+            self._turns = 0
+            self._accuracies.load([])
         else:
             self._train_net(generator)
         return {"loss": loss}
@@ -135,7 +167,7 @@ class CAFE(ImagesEngine):
         index, plan = branch.draw(generator)
         real = branch.class_means(index, plan, statistics)
         embedded_real = torch.cat(embedded)
-        synthetic = statistics(self._net, branch.augmented(self._images, plan, self._labels.cpu()))
+        synthetic = statistics(self._net, branch.augmented(self._images, plan, self._labels_cpu))
         loss = cafe_loss(
             real,
             [by_class(values, num_classes).mean(1) for values in synthetic],
@@ -153,25 +185,25 @@ class CAFE(ImagesEngine):
     def _train_net(self, generator: torch.Generator) -> None:
         """Train the network on the images until its accuracy has moved."""
         config, images = self._config, self._images.detach()
-        accuracies: list[float] = []
+        accuracies = Accuracies(config.window, self._accuracies.num)
         for _ in range(config.max_inner):
             self._branch.train(
                 images, self._labels, generator, epochs=1, lr=config.lr_net, batch=config.batch_train
             )
             self._net.train()
-            accuracies = [*accuracies, self._accuracy(generator)][-config.window :]
-            if len(accuracies) == config.window and max(accuracies) - min(accuracies) > config.inner_gap:
+            accuracies.add(self._num_right(generator))
+            if accuracies.spread(0.0) > config.inner_gap:
                 break
 
     @torch.no_grad()
-    def _accuracy(self, generator: torch.Generator) -> float:
-        """Return the network's accuracy on real images, equally many of every class."""
+    def _num_right(self, generator: torch.Generator) -> Tensor:
+        """Return how many real images, equally many of every class, the network classifies correctly."""
         index = self._queries.draw(generator)
         right = torch.zeros((), device=index.device)
         for rows in chunks(len(index), self._branch.sample_bytes, index.device):
             images = self._queries.take(index[rows]).contiguous(memory_format=torch.channels_last)
             right += (self._net(images).argmax(1) == self._queries.labels[rows]).sum()
-        return float(right) / len(index)
+        return right
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -179,13 +211,13 @@ class CAFE(ImagesEngine):
             "net": cpu_copy(list(self._net.state_dict().values())),
             "made": self._num_nets,
             "turns": self._turns,
-            "accuracies": list(self._accuracies),
+            "accuracies": self._accuracies.values(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self._num_nets, self._turns = int(state["made"]), int(state["turns"])
-        self._accuracies = [float(value) for value in state["accuracies"]]
+        self._accuracies.load(state["accuracies"])
         copy_values(self._net, state["net"])
 
 

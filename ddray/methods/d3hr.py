@@ -54,6 +54,7 @@ from ddray.methods.families.selection import centroids
 from ddray.methods.families.state import cpu_copy
 from ddray.pool.spec import PoolSpec
 from ddray.seeding import derive_seed
+from ddray.system.transfer import to_device
 
 __all__ = ["METHOD", "D3HRConfig", "group_sample", "group_scores"]
 
@@ -144,9 +145,11 @@ class D3HR:
             mean, variance = tensors["mean"].clone(), tensors["variance"].clone()
         self._statistics = {"mean": mean, "variance": variance}
         self._labels = torch.arange(num_classes).repeat_interleave(ctx.ipc)
-        self._latents = torch.zeros(len(self._labels), mean.shape[1])
+        # Images stay on the CPU: a batch of them waits for the device once, after its many passes.
         self._images = torch.zeros(len(self._labels), *ctx.dataset.image_shape)
-        self._score = torch.zeros(())
+        self._latents = torch.zeros(len(self._labels), mean.shape[1], device=ctx.device)
+        self._score = torch.zeros((), device=ctx.device)
+        self._space = ctx.space.to(ctx.device)
         self._step = self.num_steps = 0
         self._sampling_s: list[float] = []
         if config.store == "statistics":
@@ -182,7 +185,8 @@ class D3HR:
             centres = centroids(class_latents, ctx.ipc, derive_seed(ctx.seed, "distill", "centres", label))
             centres = centres[torch.arange(ctx.ipc) % len(centres)]  # the noise tells copies apart
             noise = torch.randn(centres.shape, generator=ctx.generator("noise", label))
-            self._latents[rows] = self._sampler.model.add_noise(centres, noise, config.levels())
+            noisy = self._sampler.model.add_noise(centres, noise, config.levels())
+            self._latents[rows] = to_device(noisy, ctx.device)
         else:
             self._latents[rows], score = self._sampler.choose(label, ctx.ipc)
             self._score = (self._score * label + score) / (label + 1)
@@ -208,7 +212,7 @@ class D3HR:
         ctx = self._ctx
         rows = slice(batch_index * self._config.batch, (batch_index + 1) * self._config.batch)
         pixels = self._sampler.decode(self._latents[rows], self._labels[rows], ctx.dataset.image_shape)
-        self._images[rows] = ctx.space.encode(pixels)
+        self._images[rows] = self._space.encode(pixels).cpu()
 
     def snapshot(self) -> DistilledSet:
         """Return the set: its images (blank if not decoded yet) or its statistics."""
@@ -226,9 +230,9 @@ class D3HR:
         num_chosen, num_decoded = self._counts()
         return {
             "step": self._step,
-            "latents": self._latents[num_decoded:num_chosen].clone(),
-            "images": self._images[:num_decoded].clone(),
-            "score": self._score.clone(),
+            "latents": cpu_copy(self._latents[num_decoded:num_chosen]),
+            "images": cpu_copy(self._images[:num_decoded]),
+            "score": cpu_copy(self._score),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -236,7 +240,7 @@ class D3HR:
         num_chosen, num_decoded = self._counts()
         self._latents[num_decoded:num_chosen] = state["latents"]
         self._images[:num_decoded] = state["images"]
-        self._score = state["score"].clone()
+        self._score = state["score"].to(self._ctx.device, copy=True)
 
     def _counts(self) -> tuple[int, int]:
         """Return how many latents are chosen, and how many of them are decoded."""

@@ -148,8 +148,7 @@ def start(ctx: DistillContext, config: DataDAMConfig) -> MeanMatching:
 
     def statistics(net: Net, images: Tensor) -> tuple[Tensor, ...]:
         _, embedding, maps = net.features(images)
-        if config.precision == "bf16":
-            maps = tuple(layer_map.float() for layer_map in maps)  # powers in bf16 would lose more digits
+        maps = tuple(layer_map.float() for layer_map in maps)  # powers in bf16 would lose more digits
         matched = maps[:-1] if config.layers is None else [maps[layer - 1] for layer in config.layers]
         if config.maps == "features":
             return (*(normalised(layer_map, config.sam_norm) for layer_map in matched), embedding)

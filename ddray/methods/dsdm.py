@@ -43,12 +43,15 @@ from torch import Tensor
 from ddray.distillation.method import DistillContext, Target
 from ddray.errors import InputError
 from ddray.methods.families.factory import make_method
+from ddray.methods.families.matching.batches import step_graphs
 from ddray.methods.families.matching.covariance import covariance_distance
+from ddray.methods.families.matching.groups import rows_of
 from ddray.methods.families.matching.partitioned import (
     PartitionedConfig,
     PartitionedEngine,
     StepDraw,
     by_class,
+    embedding,
     idc_evaluation,
 )
 from ddray.methods.families.matching.pretrained import PoolConfig, pretrained_specs, stored_features
@@ -189,49 +192,67 @@ class DSDM(PartitionedEngine):
         self._weights = [[tensor.to(ctx.device) for tensor in net_weights] for net_weights in weights]
         self._features = stored_features(ctx, entries) if config.augment == "none" else None
         self._memory: Tensor | None = None
+        self._member = 0
+        self._prototype_graphs = step_graphs(ctx)
 
     def step(self) -> dict[str, Tensor]:
         """Match one batch under one network, update the images, then their memory."""
         self._step += 1
         config = self._config
         generator = self._ctx.generator("step", self._step)
-        member = self._take_net(generator)
+        self._take_net(generator)
         self._learned.clamp()
         draw = self._pairs.draw(generator)
+        memory = self._memory if config.use_history and self._step >= config.history_from else None
+        loss = self._match(draw, lambda classes: () if memory is None else (memory[classes],))
+        if config.use_history:
+            self._update_memory(draw)
+        return {"loss": loss}
+
+    def _real(self, draw: StepDraw, classes: slice) -> Tensor:
         if self._features is None:
-            real = self._pairs.real(draw)
-        else:  # nothing is augmented: the pool's own
-            real = by_class(self._features.of(member, draw.index), self._pairs.num_classes)
-        synthetic = self._pairs.embedded(draw)
+            return super()._real(draw, classes)
+        index = draw.index[rows_of(classes, self._pairs.batches.per_class)]  # nothing is augmented
+        return by_class(self._features.of(self._member, index), classes.stop - classes.start)
+
+    def _loss(self, images: Tensor, real: Tensor, *others: Tensor) -> Tensor:
+        """Return the loss of some classes (Eq 9); `others` are their memory, in steps with L_h."""
+        config = self._config
+        synthetic = by_class(embedding(self._pairs.net, images), len(real))
         loss = synthetic.new_zeros(())
         if config.use_proto:
             loss = loss + prototype_loss(real, synthetic)
         if config.use_sd:
             loss = loss + config.lambda1 * covariance_distance(real, synthetic, unbiased=config.unbiased)
-        if config.use_history and self._memory is not None and self._step >= config.history_from:
-            history = history_loss(synthetic, self._memory, mean=config.history_mean)
-            loss = loss + config.lambda2 * history  # Eq 9
-        self._learned.update(loss)
-        if config.use_history:
-            self._update_memory(draw)
-        return {"loss": loss.detach()}
+        for memory in others:
+            loss = loss + config.lambda2 * history_loss(synthetic, memory, mean=config.history_mean)
+        return loss
 
-    def _take_net(self, generator: torch.Generator) -> int:
-        """Copy one network's weights into the working network; return its index."""
+    def _take_net(self, generator: torch.Generator) -> None:
+        """Copy one network's weights into the working network."""
         if not self._weights:
             self._pairs.renew(self._step)
-            return 0
-        member = int(torch.randint(len(self._weights), (), generator=generator))
-        copy_values(self._pairs.net, self._weights[member])
-        return member
+            return
+        self._member = int(torch.randint(len(self._weights), (), generator=generator))
+        copy_values(self._pairs.net, self._weights[self._member])
 
     @torch.no_grad()
     def _update_memory(self, draw: StepDraw) -> None:
         """Update the memory with the updated images' prototypes (Eq 7, 8)."""
-        config = self._config
-        plan = draw.plan if config.history_augmented else None
-        prototypes = self._pairs.embedded(StepDraw(draw.index, plan, None)).mean(1)
-        self._memory = update_memory(self._memory, prototypes, ema=config.ema, first=config.history_first)
+        config, learned = self._config, self._learned
+        draw = StepDraw(draw.index, draw.plan if config.history_augmented else None, None)
+        prototypes = []
+        for classes in self._groups:
+            pixels = learned.pixels[rows_of(classes, self._ctx.ipc)]
+            images = self._pairs.synthetic(draw, pixels, classes)
+            prototypes.append(self._prototype_graphs(self._prototypes, (images,)).clone())
+        self._memory = update_memory(
+            self._memory, torch.cat(prototypes), ema=config.ema, first=config.history_first
+        )
+
+    def _prototypes(self, images: Tensor) -> Tensor:
+        """Return the mean embedding [G, d] of each class's mini-images [G * parts, C, H, W]."""
+        return by_class(embedding(self._pairs.net, images), len(images) // self._learned.parts).mean(1)
 
     def state_dict(self) -> dict[str, Any]:
         memory = {} if self._memory is None else {"memory": cpu_copy(self._memory)}

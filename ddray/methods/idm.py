@@ -27,9 +27,12 @@ from torch import Tensor
 
 from ddray.distillation.method import DistillContext, Target
 from ddray.methods.families.factory import make_method
+from ddray.methods.families.matching.draws import MANY_IMAGES, distinct
+from ddray.methods.families.matching.groups import rows_of
 from ddray.methods.families.matching.partitioned import PartitionedConfig, PartitionedEngine, by_class
 from ddray.methods.families.matching.queue import NetQueue
 from ddray.methods.families.state import copy_values
+from ddray.system.transfer import to_device
 
 _FIRST_NETS: Final = 3
 
@@ -107,7 +110,10 @@ class IDM(PartitionedEngine):
         self._config = config
         self._pairs.net.eval()
         self._labels = ctx.split.labels.to(ctx.device)
-        self._queue = NetQueue(ctx, size=config.queue_size, lr=config.lr_net)
+        classes = torch.arange(self._pairs.num_classes, device=ctx.device)
+        self._class_labels = classes.repeat_interleave(self._pairs.per_class)
+        num_steps = ctx.config["steps"] * config.num_trained * config.net_steps
+        self._queue = NetQueue(ctx, size=config.queue_size, lr=config.lr_net, num_steps=num_steps)
         for _ in range(_FIRST_NETS):
             self._queue.push()
 
@@ -123,25 +129,33 @@ class IDM(PartitionedEngine):
         member = queue.members[int(torch.randint(len(queue.members), (), generator=generator))]
         copy_values(pairs.net, member.net.state_dict().values())
         self._learned.clamp()
-        draw = pairs.draw(generator)
-        real = pairs.real(draw)
-        logits, synthetic, _ = pairs.net.features(pairs.synthetic(draw))
-        synthetic = by_class(synthetic, pairs.num_classes)
-        classes = torch.arange(pairs.num_classes, device=synthetic.device)
-        labels = classes.repeat_interleave(synthetic.shape[1])
-        loss = idm_loss(real, synthetic, logits, labels, weight=config.ce_weight * 100 * member.accuracy())
-        self._learned.update(loss)
+        weight = config.ce_weight * 100 * member.accuracy()
+        loss = self._match(
+            pairs.draw(generator),
+            lambda classes: (self._class_labels[rows_of(classes, pairs.per_class)], weight),
+        )
         self._train(generator)
-        return {"loss": loss.detach()}
+        return {"loss": loss}
+
+    def _loss(self, images: Tensor, real: Tensor, *others: Tensor) -> Tensor:
+        labels, weight = others
+        logits, synthetic, _ = self._pairs.net.features(images)
+        return idm_loss(real, by_class(synthetic, len(real)), logits, labels, weight=weight)
 
     def _train(self, generator: torch.Generator) -> None:
         """Train `num_trained` networks of the queue, drawn without repetition."""
         positions = torch.randperm(len(self._queue.members), generator=generator)[: self._config.num_trained]
         for position in positions.tolist():
             for _ in range(self._config.net_steps):
-                order = torch.randperm(len(self._labels), generator=generator)
-                index = order[: self._config.batch_train].to(self._labels.device, non_blocking=True)
+                index = to_device(self._real_batch(generator), self._labels.device)
                 self._queue.train(position, self._pairs.batches.take(index), self._labels[index])
+
+    def _real_batch(self, generator: torch.Generator) -> Tensor:
+        """Return indices of `batch_train` different real images."""
+        num, batch = len(self._labels), self._config.batch_train
+        if num < MANY_IMAGES:
+            return torch.randperm(num, generator=generator)[:batch]
+        return distinct(torch.tensor([num]), min(num, batch), generator)[0]
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "queue": self._queue.state_dict()}

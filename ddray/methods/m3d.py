@@ -23,7 +23,13 @@ from torch import Tensor
 
 from ddray.distillation.method import DistillContext, Target
 from ddray.methods.families.factory import make_method
-from ddray.methods.families.matching.partitioned import PartitionedConfig, PartitionedEngine, idc_evaluation
+from ddray.methods.families.matching.partitioned import (
+    PartitionedConfig,
+    PartitionedEngine,
+    by_class,
+    embedding,
+    idc_evaluation,
+)
 
 Kernel = Literal["gaussian", "polynomial", "linear"]
 
@@ -98,18 +104,24 @@ class M3D(PartitionedEngine):
         super().__init__(ctx, config)
         self._config = config
         self._pairs.net.train()
+        self._net_index = -1
 
     def step(self) -> dict[str, Tensor]:
         """Match one batch under a random network, a fresh one every `steps_per_net` steps."""
         config, pairs = self._config, self._pairs
-        pairs.renew(self._step // config.steps_per_net)
+        net_index = self._step // config.steps_per_net
+        if net_index != self._net_index:
+            pairs.renew(net_index)
+            self._net_index = net_index
         self._step += 1
         self._learned.clamp()
         draw = pairs.draw(self._ctx.generator("step", self._step))
-        real = pairs.real(draw)
-        loss = mmd_loss(real, pairs.embedded(draw), kernel=config.kernel, num_widths=config.num_widths)
-        self._learned.update(loss)
-        return {"loss": loss.detach()}
+        return {"loss": self._match(draw)}
+
+    def _loss(self, images: Tensor, real: Tensor, *others: Tensor) -> Tensor:
+        config = self._config
+        synthetic = by_class(embedding(self._pairs.net, images), len(real))
+        return mmd_loss(real, synthetic, kernel=config.kernel, num_widths=config.num_widths)
 
 
 METHOD: Final = make_method(M3DConfig, preset, M3D)

@@ -29,7 +29,8 @@ from ddray.distillation.method import DistillContext, MethodConfig
 from ddray.errors import InputError
 from ddray.methods.families.selection import selection_method
 from ddray.pool.spec import teacher_spec
-from ddray.training.crops import draw_boxes
+from ddray.system.transfer import to_device
+from ddray.training.crops import batched_crops, draw_boxes
 from ddray.training.recipe import TeacherRecipe
 
 _CHUNK: Final = 256
@@ -56,13 +57,15 @@ class RDEDConfig(MethodConfig):
 def crop(images: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """Return the box of each of N images, top, left, height, width, resized to `size` (h, w).
 
-    Pixels are raw, float [N, C, H, W]; resizing is bilinear, anti-aliased.
+    Pixels are raw, float [N, C, H, W], boxes int64 [N, 4] on the CPU; resizing is bilinear, anti-aliased.
     """
-    parts = [
-        image[None, :, top : top + rows, left : left + columns]
-        for image, (top, left, rows, columns) in zip(images, boxes.tolist(), strict=True)
-    ]
-    return torch.cat([F.interpolate(part, size, mode="bilinear", antialias=True) for part in parts])
+    if images.device.type == "cpu":
+        parts = [
+            image[None, :, top : top + rows, left : left + columns]
+            for image, (top, left, rows, columns) in zip(images, boxes.tolist(), strict=True)
+        ]
+        return torch.cat([F.interpolate(part, size, mode="bilinear", antialias=True) for part in parts])
+    return batched_crops(images, boxes, size)
 
 
 @torch.no_grad()
@@ -110,21 +113,30 @@ def choose_images(ctx: DistillContext, config: RDEDConfig) -> tuple[Tensor, Tens
     recipe = TeacherRecipe(epochs=config.teacher_epochs)
     spec = teacher_spec(ctx.dataset, ctx.split_name, config.teacher_arch, recipe, device=ctx.device)
     net = ctx.pool.get([spec])[0].module().to(ctx.device)
-    space = normalized_space(ctx.dataset)
+    space = normalized_space(ctx.dataset).to(ctx.device)
     stitched = []
     for label in range(ctx.dataset.num_classes):
         generator = ctx.generator("crops", label)
         rows = torch.nonzero(ctx.split.labels == label).flatten()
         rows = rows[torch.randperm(len(rows), generator=generator)[: config.images_per_class]]
         boxes = draw_boxes(len(rows) * config.num_crops, (height, width), generator, ratio=(1.0, 1.0))
-        pixels = ctx.split.images[rows.repeat_interleave(config.num_crops)]
-        raw = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
-        crops = crop(raw, boxes, (height // factor, width // factor))
-        losses = crop_losses(net, space.encode(crops).to(ctx.device), label, (height, width))
-        best = choose(losses.view(-1, config.num_crops), int(counts[label]) * factor**2).cpu()
+        images = to_device(ctx.split.images[rows], ctx.device)
+        crops = _crops(images, boxes, (height // factor, width // factor))
+        losses = crop_losses(net, space.encode(crops), label, (height, width))
+        best = choose(losses.view(-1, config.num_crops), int(counts[label]) * factor**2)
         stitched.append(stitch(crops[best], factor))
     labels = torch.arange(ctx.dataset.num_classes).repeat_interleave(counts)
-    return ctx.space.encode(torch.cat(stitched)), labels
+    return ctx.space.encode(torch.cat(stitched).cpu()), labels
+
+
+def _crops(images: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return equally many crops of each of M images, M * m in their order, as raw float pixels."""
+    sources = torch.arange(len(images)).repeat_interleave(len(boxes) // len(images))
+    crops = []
+    for source, part in zip(torch.split(sources, _CHUNK), torch.split(boxes, _CHUNK), strict=True):
+        pixels = images.index_select(0, to_device(source, images.device))
+        crops.append(crop(pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels, part, size))
+    return torch.cat(crops)
 
 
 def _images_of_classes(ctx: DistillContext, config: RDEDConfig, factor: int) -> Tensor:

@@ -25,7 +25,7 @@ recipe `sre2l` is the authors' code.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, ClassVar, Final, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -39,9 +39,12 @@ from ddray.data import normalized_space
 from ddray.distillation.method import DistillContext, MethodConfig, Target
 from ddray.errors import InputError
 from ddray.methods.families.factory import make_method
-from ddray.methods.families.matching.batches import initial_images
+from ddray.methods.families.matching.batches import initial_images, step_graphs
+from ddray.methods.families.matching.groups import image_bytes
 from ddray.methods.families.state import cpu_copy, load_optimizer_state, optimizer_state
+from ddray.nets import Net
 from ddray.pool.spec import teacher_spec
+from ddray.system.memory import memory_budget
 from ddray.training.crops import draw_boxes, resized_crops
 from ddray.training.engine import cosine
 from ddray.training.recipe import TeacherRecipe
@@ -86,15 +89,19 @@ class BatchStatistics:
 
     def __init__(self, net: nn.Module) -> None:
         self._layers = [module for module in net.modules() if isinstance(module, _BatchNorm)]
+        self._num_batches = 1
         self.distances: list[Tensor] = []
 
     def __len__(self) -> int:
         return len(self._layers)
 
     @contextmanager
-    def watch(self) -> Iterator[None]:
-        """Collect the distances of the forward pass made inside, in layer order."""
-        self.distances = []
+    def watch(self, num_batches: int = 1) -> Iterator[None]:
+        """Collect the distances of the forward pass made inside, in layer order.
+
+        What goes through the network is `num_batches` batches of one size; the distances are their means.
+        """
+        self.distances, self._num_batches = [], num_batches
         with ExitStack() as hooks:
             for layer in self._layers:
                 hooks.enter_context(layer.register_forward_pre_hook(self._note))
@@ -102,11 +109,12 @@ class BatchStatistics:
 
     def _note(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         """Eq 7: ||mean - running mean|| + ||variance - running variance||, over the layer's channels."""
-        maps = inputs[0]
-        axes = [0, *range(2, maps.ndim)]
+        first = int(self._num_batches > 1)  # the axis of a batch's images
+        maps: Tensor = torch.unflatten(inputs[0], 0, (self._num_batches, -1)) if first else inputs[0]
+        axes = [first, *range(first + 2, maps.ndim)]
         mean, variance = maps.mean(axes), maps.var(axes, unbiased=False)
-        running_mean, running_var = layer.running_mean, layer.running_var
-        distance = (mean - running_mean).norm() + (variance - running_var).norm()  # type: ignore[operator]
+        differences = mean - layer.running_mean, variance - layer.running_var  # type: ignore[operator]
+        distance = sum(difference.norm(dim=-1) for difference in differences).mean()
         self.distances.append(distance)
 
 
@@ -162,7 +170,8 @@ class SRe2L:
         self._num_steps = max(1, int(ctx.config["steps"]))
         recipe = TeacherRecipe(epochs=config.teacher_epochs)
         spec = teacher_spec(ctx.dataset, ctx.split_name, config.teacher_arch, recipe, device=ctx.device)
-        self._net = ctx.pool.get([spec])[0].module().to(ctx.device).requires_grad_(False)
+        net = cast(Net, ctx.pool.get([spec])[0].module()).requires_grad_(False)
+        self._net = net.to(ctx.device).to(memory_format=torch.channels_last)
         self._statistics = BatchStatistics(self._net)
         if not len(self._statistics):
             raise InputError(
@@ -174,6 +183,9 @@ class SRe2L:
         blank = torch.zeros(1, *ctx.dataset.image_shape)
         space = normalized_space(ctx.dataset)
         self._low, self._high = (space.encode(blank + value).to(ctx.device) for value in (0.0, 1.0))
+        self._num_batches = self._batches_at_once()
+        self._classes = torch.arange(ctx.dataset.num_classes, device=ctx.device).repeat(self._num_batches)
+        self._graphs = step_graphs(ctx)
         self._step = 0
 
     def step(self) -> dict[str, Tensor]:
@@ -182,24 +194,55 @@ class SRe2L:
         self._optimizer.param_groups[0]["lr"] = config.lr * cosine(self._step, self._num_steps)
         self._step += 1
         generator = ctx.generator("step", self._step)
-        self._optimizer.zero_grad()
         total = torch.zeros((), device=ctx.device)
-        rolls = (-config.jitter if config.jitter_both_ways else 0, config.jitter)
-        for index in range(ctx.ipc):
-            rows = slice(index, None, ctx.ipc)
-            view = batch_view(self._images[rows], generator, crop=config.crop == "fixed", rolls=rolls)
-            with self._statistics.watch():
-                logits = self._net(view.contiguous(memory_format=torch.channels_last))
-            distances, weight = self._statistics.distances, config.bn_weight
-            loss = recover_loss(
-                logits, self._labels[rows], distances, weight=weight, first=config.first_bn_factor
-            )
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach() / ctx.ipc
+        gradient = torch.empty_like(self._images)
+        for first in range(0, ctx.ipc, self._num_batches):
+            part = slice(first, first + self._num_batches)
+            images = self._by_class(self._images.detach())[:, part].requires_grad_(True)
+            views = torch.cat([self._view(batch, generator) for batch in images.unbind(1)])
+            loss, outer = self._graphs(self._recover, (views.detach(), self._classes[: len(views)]))
+            (self._by_class(gradient)[:, part],) = torch.autograd.grad(views, images, outer)
+            total += loss / ctx.ipc
+        self._images.grad = gradient
         self._optimizer.step()
         with torch.no_grad():
             self._images.clamp_(self._low, self._high)
         return {"loss": total}
+
+    def _by_class(self, rows: Tensor) -> Tensor:
+        """Return class-sorted rows [K * ipc, ...] as [K, ipc, ...], a view."""
+        view: Tensor = torch.unflatten(rows, 0, (-1, self._ctx.ipc))
+        return view
+
+    def _view(self, batch: Tensor, generator: torch.Generator) -> Tensor:
+        config = self._config
+        rolls = (-config.jitter if config.jitter_both_ways else 0, config.jitter)
+        view = batch_view(batch, generator, crop=config.crop == "fixed", rolls=rolls)
+        return view.contiguous(memory_format=torch.channels_last)
+
+    def _recover(self, views: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sum of the losses of batches [B * K, C, H, W], and its gradient."""
+        views = views.detach().requires_grad_(True)
+        num_batches = len(views) // self._ctx.dataset.num_classes
+        with self._statistics.watch(num_batches):
+            logits = self._net(views)
+        distances, weight = self._statistics.distances, self._config.bn_weight
+        loss = num_batches * recover_loss(
+            logits, labels, distances, weight=weight, first=self._config.first_bn_factor
+        )
+        return loss.detach(), torch.autograd.grad(loss, views)[0]
+
+    def _batches_at_once(self) -> int:
+        """Return how many batches go through the network at once: on a CPU one, which the cache holds."""
+        ctx = self._ctx
+        if ctx.device.type == "cpu":
+            return 1
+        blank = torch.zeros(2, *ctx.dataset.image_shape, device=ctx.device)
+        blank = blank.contiguous(memory_format=torch.channels_last)
+        with self._statistics.watch():
+            size = image_bytes(self._net, blank, max(self._net.map_bytes()), self._net.parameters())
+        batch_bytes = ctx.dataset.num_classes * size
+        return max(1, min(ctx.ipc, memory_budget(ctx.device, ctx.memory_budget) // batch_bytes))
 
     def snapshot(self) -> DistilledSet:
         return self._ctx.make_set(self._images, self._labels)

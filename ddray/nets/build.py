@@ -10,10 +10,12 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddray.errors import InputError, one_line
 from ddray.nets.convnet import ChainNet
+from ddray.nets.cpu_blocks import in_training_pass
 from ddray.nets.features import Features, InstanceNorm
 from ddray.nets.names import Arch, is_registered, net_factory, parse_arch
 from ddray.seeding import derive_seed, forked_global
@@ -41,6 +43,9 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits [N, K] of `x` [N, C, H, W]."""
+        in_blocks = in_training_pass() and x.dtype == torch.float32
+        if in_blocks and isinstance(self.body, ChainNet) and self.body.has_blocks:
+            return self.body.training_logits(x)
         return self.features(x).logits
 
     def features(self, x: Tensor) -> Features:
@@ -225,12 +230,39 @@ def reinitialize(net: Net, seed: int) -> None:
     """Draw fresh weights and buffers in place: the same bytes as `build_net(..., seed=seed)`.
 
     Parameters keep their identity and memory format, so a compiled network needs no recompilation.
-    Gradients are left alone.
+    Gradients are left alone. No copy from the CPU is waited for.
     """
     tensors = list(chain(net.parameters(), net.buffers()))
-    fresh = build_net(net.arch, net.image_shape, net.num_classes, seed=seed, device=tensors[0].device)
+    device = tensors[0].device
+    if type(net.body) is ChainNet and not parse_arch(net.arch).is_external:
+        fresh = _twin(net.arch, net.image_shape, net.num_classes, device)
+        # A chain's layers draw in their order and nothing is drawn besides, as when it is built.
+        with forked_global(derive_seed(seed, "net"), device):
+            for layer in fresh.modules():
+                if (reset := getattr(layer, "reset_parameters", None)) is not None:
+                    reset()
+    else:
+        with _ScalarsOnDevice():
+            fresh = build_net(net.arch, net.image_shape, net.num_classes, seed=seed, device=device)
     for old, new in zip(tensors, chain(fresh.parameters(), fresh.buffers()), strict=True):
         old.copy_(new)
+
+
+@lru_cache(maxsize=4)
+def _twin(arch: str, image_shape: tuple[int, int, int], num_classes: int, device: torch.device) -> Net:
+    """Return a network to draw weights in: their order depends on the memory format."""
+    return build_net(arch, image_shape, num_classes, seed=0, device=device)
+
+
+class _ScalarsOnDevice(TorchFunctionMode):
+    """Fills scalars, such as batch norm's counters, on their device: copies from the CPU are waited for."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.tensor and args and isinstance(args[0], int | float):
+            return torch.full((), *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 def is_per_sample(net: nn.Module) -> bool:
@@ -241,16 +273,24 @@ def is_per_sample(net: nn.Module) -> bool:
     return not any(isinstance(module, _BatchNorm) for module in net.modules())
 
 
-def training_format(net: nn.Module, device: torch.device) -> torch.memory_format:
+def training_format(
+    net: nn.Module, device: torch.device, *, fused: bool = False, bf16: bool = False
+) -> torch.memory_format:
     """Return the memory format of weights and images in which training `net` as a whole is fastest.
 
-    channels_last, but not on a CPU for instance norms (a step of a ConvNet-3 of width 64 on 256 images took
-    327 ms against 431) and shallow nets without pooling, whose large maps are flattened (ConvNet-1 without
-    norm: 101 against 176).
+    On a CPU as measured: channels_last, but not for shallow nets without pooling, whose large maps are
+    flattened (ConvNet-1 without norm: 101 ms against 176), and for instance norms outside `cpu_blocks`.
+
+    On CUDA by rule, not yet measured: contiguous for group, instance and layer norms in float32, whose
+    kernels copy channels_last maps (torch 2.11), and for networks that are `fused`, as vmap has no rule for
+    a batch norm of channels_last maps. Otherwise channels_last, which the tensor cores take.
     """
     if device.type != "cpu":
-        return torch.channels_last
+        copied = any(isinstance(module, nn.GroupNorm | nn.LayerNorm) for module in net.modules())
+        return torch.contiguous_format if fused or (copied and not bf16) else torch.channels_last
     for module in net.modules():
+        if isinstance(module, ChainNet) and module.has_blocks:
+            return torch.channels_last
         if isinstance(module, InstanceNorm):
             return torch.contiguous_format
         if isinstance(module, ChainNet) and set(module.poolings) == {"none"} and len(module.convs) <= 2:

@@ -17,13 +17,20 @@ ReLU, max-pooling and the authors' default norms: instance norm for VGG-11, none
 """
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddray.errors import InputError
-from ddray.nets.features import Features, Flatten, norm_layer
+from ddray.nets.cpu_blocks import (
+    conv_norm,
+    conv_norm_block,
+    few_inputs,
+    norm_block,
+    takes_low_precision,
+)
+from ddray.nets.features import Features, Flatten, InstanceNorm, norm_layer
 from ddray.nets.names import Arch
 
 LEAKY_SLOPE = 0.01
@@ -83,14 +90,34 @@ class ChainNet(nn.Module):
         """Return the features of `x` [N, C, H, W]."""
         maps: list[Tensor] = []
         for conv, norm, pooling in zip(self.convs, self.norms, self.poolings, strict=True):
-            x = self._activate(norm(conv(x)))
-            maps.append(x)
-            if pooling != "none":
-                x = F.avg_pool2d(x, 2) if pooling == "avg" else F.max_pool2d(x, 2)
+            maps.append(self._activate(_normed(conv, norm, x)))
+            x = _pooled(maps[-1], pooling)
+        embedding = self._embedding(x)
+        return Features(self.classifier(embedding), embedding, tuple(maps))
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether `cpu_blocks` holds all its blocks: instance norm, ReLU, average pooling."""
+        norms = all(isinstance(norm, InstanceNorm) for norm in self.norms)
+        return norms and self._activation == "relu" and {*self.poolings} == {"avg"}
+
+    def training_logits(self, x: Tensor) -> Tensor:
+        """Return the logits of `x` [N, C, H, W], without the maps; for a `training_pass`, if `has_blocks`."""
+        layers: Any = zip(self.convs, self.norms, strict=True)
+        for conv, norm in layers:
+            if norm.is_on_cpu(x) and few_inputs(conv, x):
+                x = conv_norm_block(conv, norm, x)
+                continue
+            x = conv(x)
+            x = norm_block(norm, x) if norm.takes_fast_path(x) else F.avg_pool2d(self._activate(norm(x)), 2)
+        logits: Tensor = self.classifier(self._embedding(x))
+        return logits
+
+    def _embedding(self, x: Tensor) -> Tensor:
         if self._shrink:
             x = F.adaptive_avg_pool2d(x, self._last)
-        embedding = self.flatten(x)
-        return Features(self.classifier(embedding), embedding, tuple(maps))
+        embedding: Tensor = self.flatten(x)
+        return embedding
 
     def _activate(self, x: Tensor) -> Tensor:
         """Apply the activation in place, which conv and norm allow; but not on a LayerNorm's view."""
@@ -99,6 +126,20 @@ class ChainNet(nn.Module):
         if self._activation == "leakyrelu":
             return F.leaky_relu(x, LEAKY_SLOPE, inplace=self._in_place)
         return F.relu(x, inplace=self._in_place)
+
+
+def _normed(conv: Any, norm: nn.Module, x: Tensor) -> Tensor:
+    if isinstance(norm, InstanceNorm) and norm.is_on_cpu(x) and takes_low_precision(conv, x):
+        return conv_norm(conv, norm, x)
+    normed: Tensor = norm(conv(x))
+    return normed
+
+
+def _pooled(maps: Tensor, pooling: str) -> Tensor:
+    """Return `maps` after 2x2 pooling: avg, max, or none."""
+    if pooling == "none":
+        return maps
+    return F.avg_pool2d(maps, 2) if pooling == "avg" else F.max_pool2d(maps, 2)
 
 
 def build(arch: Arch, image_shape: tuple[int, int, int], num_classes: int) -> ChainNet:

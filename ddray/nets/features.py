@@ -30,14 +30,13 @@ class CpuLayer(nn.Module):
 
     plain = False
 
+    def is_on_cpu(self, maps: Tensor) -> bool:
+        """Return whether `maps` are on a CPU, outside vmap and compilation."""
+        return not self.plain and maps.device.type == "cpu" and not torch.compiler.is_compiling()
+
     def takes_fast_path(self, maps: Tensor) -> bool:
         """Return whether `maps` [N, C, H, W] are channels_last on a CPU, outside vmap and compilation."""
-        return (
-            not self.plain
-            and maps.device.type == "cpu"
-            and not torch.compiler.is_compiling()
-            and maps.is_contiguous(memory_format=torch.channels_last)
-        )
+        return self.is_on_cpu(maps) and maps.is_contiguous(memory_format=torch.channels_last)
 
 
 class InstanceNorm(nn.GroupNorm, CpuLayer):

@@ -95,11 +95,6 @@ def prepare(
         InputError: a file, a name or a number is invalid.
     """
     check_compat(request.compat, options.space)
-    if options.executor == "local" and options.gpus_per_worker > 0 and not torch.cuda.is_available():
-        raise InputError(
-            "--gpus-per-worker must be 0 with --executor local where torch sees no GPU, "
-            f"got {options.gpus_per_worker:g}"
-        )
     opening = request.opening()
     name = request.dataset or next(filter(None, map(dataset_of, request.proxies)), None)
     named = None if dataset is None else dataset.with_options(**request.content())
@@ -119,8 +114,9 @@ def prepare(
     names = [proxy.name for proxy in proxies]
     if repeated := [name for name in names if names.count(name) > 1]:
         raise InputError(f"proxies must have different names, 2 are called {repeated[0]}; rename the file")
-    device = "cuda" if options.gpus_per_worker > 0 else "cpu"
-    return Sweep(options, config, dataset, train, val, tuple(proxies), indices, device, can_grow=can_grow)
+    return Sweep(
+        options, config, dataset, train, val, tuple(proxies), indices, options.device, can_grow=can_grow
+    )
 
 
 def _read_proxies(request: NasRequest, dataset: Dataset | None) -> tuple[list[Path], list[DistilledSet]]:

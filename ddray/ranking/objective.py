@@ -85,9 +85,8 @@ def spearman_objective(
     """
     config = resolve_config(options)
     indices = choose_architectures(options, config, dataset)
-    device = "cuda" if options.gpus_per_worker > 0 else "cpu"
     # A search must not open test (docs/architecture.md, Splits), not even for an unused column.
-    sweep = Sweep(options, config, dataset, train, val, (), indices, device, with_test=False)
+    sweep = Sweep(options, config, dataset, train, val, (), indices, options.device, with_test=False)
     _, rows = run_sweep(sweep, executor, run_dir=folder, resume=True)
     accuracies = {row.spec["index"]: row.result["val_accuracy"] for row in rows if row.status == "done"}
     finished = tuple(index for index in indices if index in accuracies)

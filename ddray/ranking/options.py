@@ -9,7 +9,8 @@ from pydantic import BeforeValidator, Field, model_validator
 from ddray.artifact.options import ForeignOptions
 from ddray.config import AbsolutePath, Config, Names, added, named
 from ddray.ranking import DEFAULT_SPACE, space_names
-from ddray.system.options import DataOptions
+from ddray.system.options import DataOptions, Gpus, NumericOptions, Precision
+from ddray.system.worker import device_kind
 
 
 class NasRecipe(Config):
@@ -33,8 +34,19 @@ class NasRecipe(Config):
     """Maximum norm of a network's gradient; None does not clip."""
     augment: Literal["dsa", "none"] = "dsa"
     """DSA with one operation per batch and parameters per sample."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """`bf16`: autocast the forward pass."""
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    """`bf16`: autocast the forward pass; `auto`: where a probe finds that faster."""
+    tf32: bool = added(True)
+    """Whether convolutions in float32 are computed in TF32 on GPUs that have it."""
+    deterministic: bool = added(False)
+    """Whether only deterministic algorithms are used."""
+
+    @property
+    def numerics(self) -> Precision:
+        """The precision as `system.numerics` names it."""
+        if self.precision == "fp32":
+            return "tf32" if self.tf32 else "fp32"
+        return self.precision
 
     def num_steps(self, num_images: int) -> int:
         """Return the optimiser steps of a full training on `num_images`."""
@@ -69,7 +81,7 @@ class NasConfig(Config):
         return {name: value for section in sections for name, value in getattr(self, section).dump().items()}
 
 
-class NasOptions(Config):
+class NasOptions(NumericOptions):
     """How architectures are sampled, trained and compared."""
 
     space: str = Field(default=DEFAULT_SPACE, description=f"{' or '.join(space_names())}.")
@@ -101,12 +113,22 @@ class NasOptions(Config):
     """Ray workers; default all."""
     cpus_per_worker: float = Field(default=1.0, gt=0)
     """CPU cores per worker."""
-    gpus_per_worker: float = Field(default=0.0, ge=0)
-    """GPUs per worker; default 1 where this machine has one."""
+    gpus_per_worker: Gpus | None = None
+    """GPUs per worker, at most 1; fractions share one; default 1 where the cluster has GPUs, else 0."""
     unit_timeout: float | None = Field(default=None, gt=0)
     """Seconds after which a unit counts as hung, is retried, then marked failed; default by cost."""
     address: str | None = None
     """Ray cluster to connect to; default a local one."""
+
+    @property
+    def gpus(self) -> float:
+        """GPUs of a worker; 0 until the default is resolved (`cluster.resources`)."""
+        return self.gpus_per_worker or 0.0
+
+    @property
+    def device(self) -> str:
+        """The kind of device that workers train on."""
+        return device_kind(self.gpus)
 
     @model_validator(mode="after")
     def _sampling_needs_a_sample(self) -> Self:

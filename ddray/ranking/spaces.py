@@ -138,14 +138,25 @@ def resolve_config(options: NasOptions, layers: Sequence[Mapping[str, Any]] = ()
     recipe_changes = changes["recipe"] if isinstance(changes.get("recipe"), Mapping) else {}
     epochs = {"epochs": options.epochs} if options.epochs else {}
     truth_epochs = {"epochs": options.truth_epochs} if options.truth_epochs else {}
+    numerics = numeric_settings(options)
     shared = {name: value for name, value in recipe_changes.items() if name != "epochs"}
     settings: dict[str, Any] = {
-        "recipe": {**definition.recipe, **epochs},
-        "truth_recipe": {**definition.recipe, **epochs, **truth_epochs, **shared},
+        "recipe": {**definition.recipe, **epochs, **numerics},
+        "truth_recipe": {**definition.recipe, **epochs, **truth_epochs, **numerics, **shared},
     }
     if not epochs and "epochs" not in recipe_changes:
         settings["whole_epochs"] = definition.whole_epochs
     return definition.config_type.parse(merge(settings, changes))
+
+
+def numeric_settings(options: NasOptions) -> dict[str, Any]:
+    """Return the recipe's settings for --precision and --deterministic, if these are set."""
+    settings = options.numerics()
+    if options.precision is not None:
+        is_full = options.precision in ("tf32", "fp32")
+        settings["precision"] = "fp32" if is_full else options.precision
+        settings["tf32"] = options.precision != "fp32"
+    return settings
 
 
 def sample(

@@ -98,6 +98,7 @@ class Sweep:
             "truth_column": options.truth_column,
             **({} if self.can_grow else {"proxies": {proxy.name: proxy.data.key for proxy in self.proxies}}),
             "device": self.device,
+            **({"gpus_per_worker": options.gpus} if options.gpus else {}),
             # Release 0.1.0 wrote this for every space; without it, its runs could not be resumed.
             "cells": {"channels": 16, "num_cells": 1, "cell_affine": False},
             **self.config.dump(),
@@ -184,7 +185,7 @@ def patience(options: NasOptions, tasks: Sequence[NasTask]) -> float:
     """
     if options.unit_timeout is not None:
         return options.unit_timeout * max(len(task.units) for task in tasks)
-    slowest = _SLOWEST["cuda" if options.gpus_per_worker > 0 else "cpu"]
+    slowest = _SLOWEST[options.device]
     return max(_LEAST_PATIENCE_S, max(task.cost for task in tasks) / slowest)
 
 
@@ -271,7 +272,7 @@ def _run_missing(
 ) -> None:
     options = sweep.options
     # Not the run's name: a folder that was deleted and made again has the same one.
-    job = SweepJob(str(run.folder), run.epoch, secrets.token_hex(8), options.gpus_per_worker)
+    job = SweepJob(str(run.folder), run.epoch, secrets.token_hex(8), options.device)
     by_key = {task.key: task for task in tasks}
     total, done_cost, begin = sum(task.cost for task in tasks), 0.0, time.monotonic()
     done_units = num_units - sum(len(task.units) for task in tasks)

@@ -1,13 +1,9 @@
 """Training the architectures of a NAS space by the engine.
 
 On CUDA, the seeds of one architecture are trained as one network where a probe shows that this is faster.
-Never on a CPU: 8 fused ConvNets took twice the time of a loop (docs/ray.md, 17).
 """
 
-import copy
-import logging
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any, Literal
@@ -19,13 +15,12 @@ from torch import Tensor
 from ddray.nets import Net, training_format
 from ddray.ranking.options import NasRecipe
 from ddray.seeding import derive
+from ddray.system.numerics import current
 from ddray.training.dsa import Dsa, DsaPlan
 from ddray.training.engine import Batch, Order, Rule, Step, run
-
-log = logging.getLogger(__name__)
+from ddray.training.fusing import PROBE_STEPS, fusing_pays
 
 Mode = Literal["auto", "loop", "fused"]
-_PROBE_STEPS = 6
 
 
 def train_seeds(
@@ -51,26 +46,28 @@ def train_seeds(
     total = num_steps or recipe.num_steps(len(labels))
     settings: dict[str, Any] = {"momentum": recipe.momentum, "weight_decay": recipe.weight_decay}
     optimizer = partial(torch.optim.SGD, **settings, nesterov=recipe.nesterov and recipe.momentum > 0)
-    rule = Rule(F.cross_entropy, optimizer, recipe.clip, bf16=recipe.precision == "bf16")
-    order = Order(len(labels), recipe.batch, shuffle=shuffle)
+    rule = Rule(F.cross_entropy, optimizer, recipe.clip)
+    order, rate = Order(len(labels), recipe.batch, shuffle=shuffle), partial(recipe.lr_at, num_steps=total)
+    device, bf16 = images.device, current().precision == "bf16"
 
-    def fit(trained: Sequence[Net], seeds: Sequence[int], fused: bool, steps: int) -> bool:
+    def fit(trained: Sequence[Net], fused: bool, seeds: Sequence[int], steps: int) -> bool:
         """Do the first `steps` of the training; return whether CUDA graphs did them."""
+        form = training_format(trained[0], device, fused=fused, bf16=bf16)
+        for net in trained:
+            net.to(memory_format=form).train()
         step = Step(trained, rule, fused=fused, num_steps=total)
-        batches = _batches(images, labels, order, seeds, dsa)
-        run(step, islice(batches, steps), lr=partial(recipe.lr_at, num_steps=total))
+        formed = images if device.type == "cpu" else images.contiguous(memory_format=form)
+        run(step, islice(_batches(formed, labels, order, seeds, dsa), steps), lr=rate)
         step.finish()
         return step.captured
 
-    for net in nets:
-        net.to(memory_format=training_format(net, images.device)).train()
     fused = mode == "fused"
-    if mode == "auto" and len(nets) > 1 and images.device.type == "cuda":
-        fused = _fusing_pays(nets, seeds, partial(fit, steps=min(_PROBE_STEPS, total)))
+    if mode == "auto" and len(nets) > 1 and device.type == "cuda":
+        fused = fusing_pays(nets, lambda nets, fused: fit(nets, fused, seeds[: len(nets)], PROBE_STEPS))
     if fused:
-        captured = fit(nets, seeds, True, total)
+        captured = fit(nets, True, seeds, total)
     else:
-        captured = min([fit([net], [seed], False, total) for net, seed in zip(nets, seeds, strict=True)])
+        captured = min([fit([net], False, [seed], total) for net, seed in zip(nets, seeds, strict=True)])
     for net in nets:
         net.to(memory_format=torch.channels_last).eval()
     return ("fused" if fused else "loop") + ("+graph" if captured else "")
@@ -90,24 +87,3 @@ def _batches(
             choices = torch.cat([plan.choices for plan in plans])
             batch = dsa.apply(batch, DsaPlan(choices, torch.cat([plan.params for plan in plans])))
         yield batch, labels.index_select(0, index)
-
-
-def _fusing_pays(
-    nets: Sequence[Net], seeds: Sequence[int], fit: Callable[[Sequence[Net], Sequence[int], bool], object]
-) -> bool:
-    """Return whether fusing is faster, by timing a few steps both ways on copies of the networks."""
-
-    def seconds(num: int, fused: bool) -> float:
-        copies = copy.deepcopy(nets[:num])
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        fit(copies, seeds[:num], fused)
-        torch.cuda.synchronize()
-        return time.perf_counter() - begin
-
-    try:
-        fused = seconds(len(nets), fused=True)
-    except RuntimeError as error:  # an operation that can't be vmapped
-        log.info("seeds are not fused (%s)", str(error).splitlines()[0])
-        return False
-    return fused < seconds(1, fused=False) * len(nets)

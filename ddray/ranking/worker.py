@@ -19,6 +19,7 @@ from ddray.ranking.spaces import get_space
 from ddray.ranking.training import train_seeds
 from ddray.runs.ledger import Ledger, Row, Unit
 from ddray.seeding import derive_seed
+from ddray.system import numerics
 from ddray.system.files import home
 from ddray.system.worker import worker_device
 from ddray.training.dsa import dsa_for
@@ -124,6 +125,13 @@ class Workbench:
 
     def run(self, task: NasTask) -> list[dict[str, Any]]:
         """Train a task's networks and score them on val (and truth on test); one result per unit."""
+        recipe = NasRecipe.parse(task.recipe)
+        device = self._device.type
+        with numerics.applied(recipe.numerics, deterministic=recipe.deterministic, device=device) as applied:
+            results = self._run(task, recipe)
+        return [{**result, "precision": applied.used()} for result in results]
+
+    def _run(self, task: NasTask, recipe: NasRecipe) -> list[dict[str, Any]]:
         data = self._data
         train_set = data.sets[task.set_name]
         encoded = train_set.images.dtype != np.uint8
@@ -136,7 +144,6 @@ class Workbench:
             )
             for seed in task.seeds
         ]
-        recipe = NasRecipe.parse(task.recipe)
         dsa = dsa_for(data.can_flip) if recipe.augment == "dsa" else None
         num_steps = task.num_steps or recipe.num_steps(len(labels))
         mode = train_seeds(
@@ -193,13 +200,13 @@ class SweepJob:
         run_dir: absolute path of the run.
         epoch: run epoch to publish under.
         data_key: identifies the sweep's data, so that a worker copies it once.
-        gpus: of a worker.
+        device: kind of device of the workers.
     """
 
     run_dir: str
     epoch: int
     data_key: str
-    gpus: float
+    device: str
 
 
 _latest: tuple[str, Workbench] | None = None
@@ -213,7 +220,7 @@ def run_task(job: SweepJob, data: SweepData, task: NasTask) -> None:
     """
     global _latest
     if _latest is None or _latest[0] != job.data_key:
-        _latest = (job.data_key, Workbench(data, torch.device(worker_device(job.gpus))))
+        _latest = (job.data_key, Workbench(data, worker_device(job.device)))
     begin = time.perf_counter()
     results = _latest[1].run(task)
     wall_s = (time.perf_counter() - begin) / len(results)

@@ -11,6 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ddray.system.gpus import gpu_names
+
 _PACKAGES = ("ddray", "torch", "torchvision", "numpy", "kornia", "scikit-learn", "ray", "optuna")
 
 
@@ -21,7 +23,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": _processor(),
         "cpu_count": os.cpu_count(),
-        "devices": devices(),
+        "devices": gpu_names(),
         "git_commit": git_commit(),
         "git_dirty": bool(git_commit() and _git("status", "--porcelain", "--untracked-files=no")),
         "command": sys.argv,
@@ -61,10 +63,3 @@ def _processor() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor())
-
-
-def devices() -> list[str]:
-    """Return the names of the GPUs that torch can use."""
-    import torch
-
-    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -1,6 +1,7 @@
 """Running tasks: in this process, or on a cluster (`ddray/cluster/executor.py`); both retry alike."""
 
 import logging
+import traceback
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -8,7 +9,8 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from ddray.errors import DivergedError, InputError, StorageError, one_line
+from ddray.errors import DeviceError, DeviceMemoryError, DivergedError, InputError, StorageError, one_line
+from ddray.runs.recovery import recovering
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +47,7 @@ class Task:
     def is_tried_again(self, attempt: int, error: Exception) -> bool:
         """Return whether to try again, and log it: a diverged run, bad input or a full disk is final.
 
-        A crash, a killed worker, lack of memory or a task that hangs is tried three times in all.
+        A crash, a killed worker, a device that fails or a task that hangs is tried three times in all.
         """
         if attempt >= MAX_ATTEMPTS or isinstance(error, _FINAL):
             return False
@@ -57,6 +59,10 @@ class WorkerPool(ABC):
     """Workers that are ready for tasks."""
 
     _running: Collection[Any]
+
+    def is_tried_again(self, task: Task, outcome: Outcome) -> bool:
+        """Return whether a task that ended so is tried again, and log it."""
+        return outcome.error is not None and task.is_tried_again(outcome.attempts, outcome.error)
 
     @abstractmethod
     def share(self, value: Any) -> Any:
@@ -101,7 +107,7 @@ class WorkerPool(ABC):
             if (ended := self._next(timeout_s)) is None:
                 continue  # nodes may have joined
             task, outcome = ended
-            if outcome.error is not None and task.is_tried_again(outcome.attempts, outcome.error):
+            if self.is_tried_again(task, outcome):
                 waiting.append((task, outcome.attempts + 1))
                 continue
             if follow is not None:
@@ -118,7 +124,10 @@ class Executor(Protocol):
 
 
 class LocalExecutor(WorkerPool):
-    """Runs tasks one after another in this process, which is its only worker."""
+    """Runs tasks one after another in this process, which is its only worker.
+
+    A DeviceError, other than for lack of memory, ends the run: no other worker could take over.
+    """
 
     def __init__(self) -> None:
         self._running: list[tuple[Task, int]] = []
@@ -127,6 +136,10 @@ class LocalExecutor(WorkerPool):
     def workers(self) -> Iterator[WorkerPool]:
         """Return a context with this process as worker."""
         yield self
+
+    def is_tried_again(self, task: Task, outcome: Outcome) -> bool:
+        """Return whether to try again: not for lack of memory, which no other worker has more of."""
+        return not isinstance(outcome.error, DeviceMemoryError) and super().is_tried_again(task, outcome)
 
     def share(self, value: Any) -> Any:
         """Return the value."""
@@ -142,6 +155,10 @@ class LocalExecutor(WorkerPool):
     def _next(self, timeout_s: float | None) -> tuple[Task, Outcome]:
         task, attempt = self._running.pop()
         try:
-            return task, Outcome(task.key, task.function(*task.arguments), None, attempt)
+            return task, Outcome(task.key, recovering(task.function, *task.arguments), None, attempt)
         except Exception as error:
+            if isinstance(error, DeviceError) and not isinstance(error, DeviceMemoryError):
+                raise
+            # Its frames hold the task's tensors, which the next task has no room for.
+            traceback.clear_frames(error.__traceback__)
             return task, Outcome(task.key, None, error, attempt)

@@ -11,9 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
-
-from ddray.config import difference, read_yaml
+from ddray.config import difference, read_yaml, yaml_of
 from ddray.errors import InputError
 from ddray.runs.environment import environment
 from ddray.runs.ledger import Ledger
@@ -21,6 +19,8 @@ from ddray.system.files import storage_errors, write_text
 
 log = logging.getLogger(__name__)
 _GROWING: Final = {"distill": "steps", "tune": "num_samples"}
+# Recorded in config.yaml, and free to change in a resume: shares of a GPU change no result.
+_SHARES: Final = ("gpus_per_trial", "gpus_per_unit", "gpus_per_worker")
 
 
 class Run:
@@ -125,7 +125,8 @@ def _has_run(folder: Path, resume: bool) -> bool:
 def _resumed(folder: Path, settings: Mapping[str, Any], expected: Mapping[str, Any]) -> Run:
     """Open a run whose config.yaml is as expected; write its environment, and warn of what has changed."""
     before = read_yaml(folder / "config.yaml")
-    if changed := difference(before, json.loads(json.dumps(expected))):
+    old, new = ({k: v for k, v in each.items() if k not in _SHARES} for each in (before, expected))
+    if changed := difference(old, json.loads(json.dumps(new))):
         name = _GROWING.get(settings["command"], "")
         is_larger = extended_from(before, name, settings.get(name, 0)) is not None
         grow = f" (or name --{name.replace('_', '-')} {settings[name]} to extend it)" if is_larger else ""
@@ -138,15 +139,15 @@ def _resumed(folder: Path, settings: Mapping[str, Any], expected: Mapping[str, A
     _write_json(folder / f"environment-{run.epoch}.json", now)
     with contextlib.suppress(OSError, ValueError):  # damaged: a report says so
         before = json.loads(latest.read_text("utf-8"))
-        compared = ("versions", "processor", "devices", "git_commit", "git_dirty")
-        old, new = ({name: facts.get(name) for name in compared} for facts in (before, now))
+        names = ("versions", "processor", "devices", "git_commit", "git_dirty")
+        old, new = ({name: facts.get(name) for name in names} for facts in (before, now))
         if changed := difference(old, new):
             log.warning("%s is resumed in a different environment: %s", folder, ", ".join(changed))
     return run
 
 
 def _write_config(folder: Path, settings: Mapping[str, Any]) -> None:
-    write_text(folder / "config.yaml", yaml.safe_dump(dict(settings), sort_keys=False))
+    write_text(folder / "config.yaml", yaml_of(settings))
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -1,10 +1,37 @@
 """Options that several commands share; a field's docstring is its help."""
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from ddray.config import AbsolutePath, Config
+
+Precision = Literal["auto", "tf32", "fp32", "bf16"]
+"""How convolutions and matrix products are computed (`system.numerics`)."""
+
+
+class NumericOptions(Config):
+    """How numbers are computed."""
+
+    precision: Precision | None = None
+    """tf32: float32, on GPUs with TF32 convolutions; fp32: float32 throughout; bf16: forward passes in
+    bfloat16; auto: bf16 where a probe finds it faster; default tf32."""
+    deterministic: bool | None = None
+    """Only deterministic algorithms, so that a GPU gives the same bytes again (slower); default off."""
+
+    def numerics(self) -> dict[str, Any]:
+        """Return the options that are set."""
+        return self.model_dump(include=set(NumericOptions.model_fields), exclude_none=True)
+
+
+def _on_one_device(gpus: float) -> float:
+    if gpus > 1:
+        raise ValueError("must be <= 1, because all of it is computed on one GPU (fractions share one)")
+    return gpus
+
+
+Gpus = Annotated[float, Field(ge=0), AfterValidator(_on_one_device)]
+"""GPUs of a worker."""
 
 
 class DataFolder(Config):

@@ -1,10 +1,18 @@
 """Set-up of a process that computes: cores, threads, device, logging, memory."""
 
+from __future__ import annotations
+
 import logging
 import os
+import platform
 import sys
+from typing import TYPE_CHECKING
 
+from ddray.errors import DeviceMissingError, one_line
 from ddray.system.memory import reuse_freed_memory
+
+if TYPE_CHECKING:
+    import torch
 
 
 def cpu_count() -> int:
@@ -19,11 +27,38 @@ def set_threads(cpus: float) -> None:
     torch.set_num_threads(max(1, int(cpus)))
 
 
-def worker_device(gpus: float) -> str:
-    """Return the device of a worker: CUDA only if it was assigned a GPU (docs/ray.md, 10)."""
+def device_kind(gpus: float) -> str:
+    """Return the kind of device of a worker with so many GPUs: only with one is it CUDA (docs/ray.md, 10)."""
+    return "cuda" if gpus > 0 else "cpu"
+
+
+def worker_device(kind: str) -> torch.device:
+    """Return the device of a worker, of the kind that its results are recorded under.
+
+    Raises:
+        DeviceMissingError: CUDA does not work here; it names the node and the reason.
+    """
     import torch
 
-    return "cuda" if gpus > 0 and torch.cuda.is_available() else "cpu"
+    if kind == "cuda" and (reason := cuda_failure()) is not None:
+        raise DeviceMissingError(f"{platform.node()}: torch can't use the GPU of this worker: {reason}")
+    return torch.device(kind)
+
+
+def cuda_failure(device: str = "cuda") -> str | None:
+    """Return why a CUDA device can't compute, None if it does; opens a CUDA context.
+
+    RuntimeError as torch raises it if the device's memory is full.
+    """
+    import torch
+
+    try:
+        torch.ones(2, device=device).sum().item()
+    except (RuntimeError, AssertionError) as error:  # without a driver; torch without CUDA
+        if "out of memory" in str(error):  # it works, for others
+            raise
+        return one_line(error, 160)
+    return None
 
 
 def prepare_worker() -> None:

@@ -19,7 +19,8 @@ from ddray.training.recipe import RECIPES, named_recipe
 OWN_TEACHER: Final = "own"
 # Settings that change no number, or that a cell holds as facts of their own.
 _ELSEWHERE: Final = frozenset(
-    {"checkpoint_every", "compile", "arch", "evaluate.seeds", "evaluate.val_seeds", "evaluate.every"}
+    {"checkpoint_every", "compile", "memory_budget", "arch"}
+    | {"evaluate.seeds", "evaluate.val_seeds", "evaluate.every"}
     | {"method.diffusion", "method.class_ids", "method.generator.init", "method.teacher_arch"}
 )
 _CUTS: Final = ("train_limit", "ipc")

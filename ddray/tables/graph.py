@@ -307,7 +307,10 @@ def _evaluate_options(
     is_fixed = recipe is not None or get_protocol(evaluation_spec.protocol).config_type is not EvaluateConfig
     if limits.epochs is not None and (epochs is not None or is_fixed):
         epochs = min(epochs or RECIPES.get(recipe or "", {}).get("epochs") or limits.epochs, limits.epochs)
+    run = plan.config
     options = {
+        "precision": None if run.precision == "tf32" else run.precision,
+        "deterministic": run.deterministic or None,
         **evaluation_spec.options,
         **choices,
         "protocol": evaluation_spec.protocol,

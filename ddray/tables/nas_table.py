@@ -20,6 +20,7 @@ from ddray.ranking.sweep import NasOptions, choose_architectures, resolve_config
 from ddray.runs.executor import Executor
 from ddray.runs.folder import Run
 from ddray.system.files import storage_errors
+from ddray.system.options import NumericOptions
 from ddray.tables.facts import yaml_text
 from ddray.tables.likeness import likeness
 from ddray.tables.options import BenchOptions
@@ -124,11 +125,12 @@ def sweep_options(sweep: SweepSpec, spec: BenchSpec, options: BenchOptions) -> N
         InputError: `ddray nas` has no such option, or a value is bad.
     """
     values = {
+        **{k: v for k, v in spec.set.items() if k in NumericOptions.model_fields},
         **{k: v for k, v in sweep.evaluate.options.items() if k not in _REQUEST},
         "seed": spec.seed,
         "executor": options.executor,
         "cpus_per_worker": options.cpus_per_unit,
-        "gpus_per_worker": options.gpus_per_unit,
+        "gpus_per_worker": options.gpus,
         "num_workers": options.max_concurrent,
         "address": options.address,
         **({} if options.unit_timeout is None else {"unit_timeout": options.unit_timeout}),

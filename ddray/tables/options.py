@@ -5,10 +5,11 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from ddray.config import Names, named
-from ddray.system.options import DataOptions
+from ddray.system.options import DataOptions, Gpus, NumericOptions
+from ddray.system.worker import device_kind
 
 
-class BenchOptions(DataOptions):
+class BenchOptions(DataOptions, NumericOptions):
     """How a bench is run (of these, scale, settings and device change what a unit computes)."""
 
     scale: str = "paper"
@@ -21,8 +22,8 @@ class BenchOptions(DataOptions):
     """ray, or local: one after another in this process."""
     cpus_per_unit: float = Field(default=1.0, gt=0)
     """CPU cores per unit."""
-    gpus_per_unit: float = Field(default=0.0, ge=0)
-    """GPUs per unit; fractions share one."""
+    gpus_per_unit: Gpus | None = None
+    """GPUs per unit, at most 1; fractions share one; default 1 where the cluster has GPUs, else 0."""
     max_concurrent: int | None = Field(default=None, ge=1)
     """Units at a time."""
     unit_timeout: float | None = Field(default=None, gt=0)
@@ -44,6 +45,11 @@ class BenchOptions(DataOptions):
         return self
 
     @property
+    def gpus(self) -> float:
+        """GPUs of a worker; 0 until the default is resolved (`cluster.resources`)."""
+        return self.gpus_per_unit or 0.0
+
+    @property
     def device(self) -> str:
-        """Where units compute."""
-        return "cuda" if self.gpus_per_unit > 0 else "cpu"
+        """The kind of device that units compute on."""
+        return device_kind(self.gpus)

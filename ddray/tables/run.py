@@ -120,7 +120,9 @@ def _config(bench: Bench) -> dict[str, Any]:
         left_out["limits"] = {"whole"}  # runs of before there were such rows are continued
     spec = bench.spec.model_dump(mode="json", exclude=left_out)
     options = bench.options
-    return {**spec, "scale": options.scale, "fingerprints": bench.fingerprints, "device": options.device}
+    gpus = {"gpus_per_unit": options.gpus} if options.gpus else {}
+    facts = {"scale": options.scale, "fingerprints": bench.fingerprints, "device": options.device}
+    return {**spec, **facts, **gpus}
 
 
 def _sweep_cells(

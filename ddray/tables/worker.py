@@ -31,6 +31,7 @@ from ddray.pool.files import DamagedEntryError, PoolFiles
 from ddray.pool.spec import ModelPool, PoolEntry, PoolSpec
 from ddray.runs.ledger import Ledger, Row
 from ddray.system.files import file_sha256, home, write_text
+from ddray.system.worker import worker_device
 from ddray.tables.units import BenchUnit
 
 _PER_BUDGET = 20  # distilled images that fit in one image of storage
@@ -243,7 +244,8 @@ def _plan(job: BenchJob, unit: BenchUnit) -> Plan:
 def _context(job: BenchJob, unit: BenchUnit, plan: Plan) -> DistillContext:
     split = _split(unit.dataset, job.data_dir, unit.split)
     space = _space(plan.config.pixel_space, unit.dataset, job.data_dir, unit.split)
-    return make_context(plan, split, split_name=str(unit.split), device=torch.device(job.device), space=space)
+    device = worker_device(job.device)
+    return make_context(plan, split, split_name=str(unit.split), device=device, space=space)
 
 
 def _train_pool(job: BenchJob, unit: BenchUnit) -> dict[str, Any]:
@@ -289,7 +291,7 @@ def _distil(job: BenchJob, unit: BenchUnit) -> dict[str, Any]:
 def _evaluate(job: BenchJob, unit: BenchUnit) -> dict[str, Any]:
     """Score one set, or all real images, with one architecture."""
     options = EvaluateOptions.parse({**unit.options, "data_dir": job.data_dir})
-    dataset, device = _opened(options.dataset or unit.dataset, job.data_dir), torch.device(job.device)
+    dataset, device = _opened(options.dataset or unit.dataset, job.data_dir), worker_device(job.device)
     if unit.is_whole:
         sets, path = [_whole_set(job, unit)], Path("all real images")
         result = scoring.score_sets(path, sets, dataset, options, device=device)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ddray.system.transfer import to_device
+
 _ATTEMPTS = 10
 
 
@@ -53,12 +55,45 @@ def resized_crops(images: Tensor, boxes: Tensor, flips: Tensor | None = None) ->
     """
     height, width = images.shape[2:]
     top, left, rows, columns = boxes.to(images.dtype).unbind(1)
-    theta = images.new_zeros(len(boxes), 2, 3).to(boxes.device)
+    theta = torch.zeros(len(boxes), 2, 3, dtype=images.dtype, device=boxes.device)
     sign = 1 if flips is None else 1 - 2 * flips.to(theta)
     theta[:, 0, 0], theta[:, 0, 2] = sign * columns / width, (2 * left + columns) / width - 1
     theta[:, 1, 1], theta[:, 1, 2] = rows / height, (2 * top + rows) / height - 1
-    grid = F.affine_grid(theta.to(images.device, non_blocking=True), list(images.shape), align_corners=False)
+    grid = F.affine_grid(to_device(theta, images.device), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def batched_crops(images: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return the box of each of N images [N, C, H, W], resized to `size` (h, w), bilinear and anti-aliased.
+
+    As `F.interpolate(..., antialias=True)` of each part, which takes parts of one size alone: an output pixel
+    is the mean of the input pixels around it, weighted by a triangle as wide as a pixel of the coarser side
+    on each of its halves. Boxes of `draw_boxes` [N, 4] are on the CPU.
+    """
+    for axis, out in ((2, size[0]), (3, size[1])):
+        index, weights = _taps(boxes[:, axis - 2], boxes[:, axis], out)
+        index = to_device(index.clamp(max=images.shape[axis] - 1), images.device)
+        weights = to_device(weights.to(images.dtype), images.device)
+        shape = [*images.shape[:axis], out, *images.shape[axis + 1 :]]
+        view = [len(images), 1, *(out if dim == axis else 1 for dim in (2, 3))]
+        resized = images.new_zeros(shape)
+        for positions, shares in zip(index.unbind(2), weights.unbind(2), strict=True):
+            resized += images.gather(axis, positions.view(view).expand(shape)) * shares.view(view)
+        images = resized
+    return images
+
+
+def _taps(start: Tensor, length: Tensor, out: int) -> tuple[Tensor, Tensor]:
+    """Return the input pixels of each output pixel along an axis, int64 [N, out, T], and their weights."""
+    scale = (length.double() / out)[:, None]
+    support = scale.clamp(min=1)
+    centre = scale * (torch.arange(out) + 0.5)
+    first = (centre - support + 0.5).long().clamp(min=0)
+    last = torch.minimum((centre + support + 0.5).long(), length[:, None])
+    pixels = first[..., None] + torch.arange(int((last - first).max()))
+    weights = (1 - ((pixels + 0.5 - centre[..., None]) / support[..., None]).abs()).clamp(min=0)
+    weights *= pixels < last[..., None]
+    return start[:, None, None] + pixels, weights / weights.sum(2, keepdim=True)
 
 
 def random_resized_crop(
@@ -89,8 +124,8 @@ def padded_crop(
     if flip:
         flips = torch.rand(num, generator=generator) < 0.5
         columns = torch.where(flips[:, None], columns.flip(1), columns)
-    rows = (places[0][:, None] + torch.arange(height)).to(images.device, non_blocking=True)
-    columns = (places[1][:, None] + columns).to(images.device, non_blocking=True)
+    rows = to_device(places[0][:, None] + torch.arange(height), images.device)
+    columns = to_device(places[1][:, None] + columns, images.device)
     padded = fill + images.new_zeros(num, channels, height + 2 * padding, width + 2 * padding)
     padded[:, :, padding : padding + height, padding : padding + width] = images
     index = torch.arange(num, device=images.device)[:, None, None]

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ddray.system.transfer import to_device
+
 
 @dataclass(frozen=True)
 class Mixed:
@@ -28,7 +30,7 @@ class Mixed:
 
     def targets(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return what `mixed_cross_entropy` takes beside logits; `labels` [N] or [N, K] are the images'."""
-        shares = torch.tensor([self.share, 1 - self.share]).to(labels.device, non_blocking=True)
+        shares = to_device(torch.tensor([self.share, 1 - self.share]), labels.device)
         return labels, labels[self.partner], shares[0], shares[1]
 
 
@@ -54,7 +56,7 @@ def cutmix(images: Tensor, probability: float, generator: torch.Generator) -> Mi
     drawn, lam, row, column = torch.rand(4, generator=generator).tolist()
     if drawn >= probability:
         return None
-    partner = torch.randperm(len(images), generator=generator).to(images.device, non_blocking=True)
+    partner = to_device(torch.randperm(len(images), generator=generator), images.device)
     height, width = images.shape[2:]
     rows, columns = _side(height, lam, row), _side(width, lam, column)
     mixed = images.clone()

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ddray.errors import InputError, unknown
+from ddray.system.transfer import to_device
 from ddray.training.operations import NUM_COLUMNS, OPERATIONS, DsaParams
 
 Variant = Literal["dsa", "dsa_idc"]
@@ -109,12 +110,15 @@ class Dsa:
             return images
         # Half precision would coarsen offsets and angles; the operations cast what they mix with pixels.
         dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
-        params = plan.params.to(images.device, dtype, non_blocking=True)
+        params = to_device(plan.params, images.device).to(dtype)
+        rows = (
+            params[: len(sets)] if index is None else params.index_select(0, to_device(sets, params.device))
+        )
         choices = plan.choices[sets]
         if len(self._drawn) <= 1 or bool((choices == choices[0]).all()):
-            augmented = self._chain(images, params, sets, int(choices[0]))
+            augmented = self._chain(images, rows, sets, int(choices[0]))
         else:
-            augmented = self._by_choice(images, params, sets, choices)
+            augmented = self._by_choice(images, rows, sets, choices)
         if _is_channels_last(images) and not _is_channels_last(augmented):
             augmented = augmented.contiguous(memory_format=torch.channels_last)
         return augmented
@@ -128,27 +132,26 @@ class Dsa:
             )
         return sets
 
-    def _by_choice(self, images: Tensor, params: Tensor, sets: Tensor, choices: Tensor) -> Tensor:
+    def _by_choice(self, images: Tensor, rows: Tensor, sets: Tensor, choices: Tensor) -> Tensor:
         """Augment the samples of each drawn operation together, and return them in the original order."""
         run_choices, lengths = torch.unique_consecutive(choices, return_counts=True)
         # Samples sorted by class: slices are views, nothing is gathered.
         if len(run_choices) == len(run_choices.unique()):
-            image_parts, set_parts = (torch.split(tensor, lengths.tolist()) for tensor in (images, sets))
-            parts = zip(image_parts, set_parts, run_choices.tolist(), strict=True)
-            return torch.cat([self._chain(part, params, rows, choice) for part, rows, choice in parts])
+            split = (torch.split(tensor, lengths.tolist()) for tensor in (images, rows, sets))
+            parts = zip(*split, run_choices.tolist(), strict=True)
+            return torch.cat([self._chain(*part) for part in parts])
         order = torch.argsort(choices, stable=True)
-        grouped = images.index_select(0, order.to(images.device, non_blocking=True))
-        augmented = self._by_choice(grouped, params, sets[order], choices[order])
-        back = torch.argsort(order)
-        return augmented.index_select(0, back.to(images.device, non_blocking=True))
+        there, back = to_device(torch.stack([order, torch.argsort(order)]), images.device)
+        images, rows = images.index_select(0, there), rows.index_select(0, there)
+        return self._by_choice(images, rows, sets[order], choices[order]).index_select(0, back)
 
-    def _chain(self, images: Tensor, params: Tensor, sets: Tensor, choice: int) -> Tensor:
-        """Apply the fixed operations and the drawn one to samples that share the choice."""
+    def _chain(self, images: Tensor, rows: Tensor, sets: Tensor, choice: int) -> Tensor:
+        """Apply the fixed operations and the drawn one to samples that share the choice.
+
+        `rows` [n, 11] are the samples' parameters, `sets` int64 [n] on the CPU whose they are.
+        """
         if bool((sets == sets[0]).all()):
-            first = int(sets[0])
-            rows = params[first : first + 1]
-        else:
-            rows = params.index_select(0, sets.to(params.device, non_blocking=True))
+            rows = rows[:1]
         for name in (*self._before, *self._drawn[choice : choice + 1], *self._after):
             images = OPERATIONS[name](images, rows, self.params)
         return images

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ddray.nets import Net
+from ddray.system.transfer import to_device
 
 _CHUNK: Final = {"cpu": 64, "cuda": 1024}
 _SCORED: Final = {"cpu": 32, "cuda": 1024}
@@ -29,7 +30,7 @@ def outputs(
     of them: by default 64 on a CPU, 1,024 on a GPU.
     """
     for part in torch.split(images, chunk or _CHUNK[device.type]):
-        encoded = encode(part.to(device, non_blocking=True))
+        encoded = encode(to_device(part, device))
         yield apply(encoded.contiguous(memory_format=torch.channels_last))
 
 
@@ -96,9 +97,9 @@ def score(
     for logits in outputs(apply, images, encode, device, chunk=chunk or _SCORED[device.type]):
         if done == 0:
             right = torch.zeros(logits.shape[1], dtype=torch.int64, device=device)
-        expected = labels[done : done + len(logits)].to(device, non_blocking=True)
+        expected = to_device(labels[done : done + len(logits)], device)
         right.index_add_(0, expected, (logits.argmax(1) == expected).long())
         done += len(logits)
-    counts = torch.bincount(labels, minlength=len(right)).tolist()
-    shares = tuple(hits / num if num else None for hits, num in zip(right.tolist(), counts, strict=True))
-    return Score(int(right.sum()) / len(labels), shares)
+    counts, hits = torch.bincount(labels, minlength=len(right)).tolist(), right.tolist()
+    shares = tuple(right_of / num if num else None for right_of, num in zip(hits, counts, strict=True))
+    return Score(sum(hits) / len(labels), shares)

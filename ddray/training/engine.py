@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-import logging
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -25,16 +23,16 @@ import torch
 from torch import Tensor, nn
 
 from ddray.nets import is_per_sample
+from ddray.nets.cpu_blocks import training_pass
 from ddray.nets.features import CpuLayer
-
-log = logging.getLogger(__name__)
+from ddray.system.numerics import current
+from ddray.system.transfer import to_device
+from ddray.training.graph import WORTHWHILE_STEPS, Graphs
 
 Batch = tuple[Tensor, ...]
 """A step's inputs [n, ...] and its targets: tensors with a row per input, or scalars for all of them."""
 # 64 images of 32 px: a batch of 256 at once took up to 1.5 times as long (ConvNets of width 128, one core).
 _CHUNK_PIXELS: Final = 64 * 32 * 32
-# Steps from which capturing a graph, which costs about five, is worth it.
-_GRAPH_STEPS: Final = 50
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,8 @@ class Rule:
         loss: maps outputs [n, ...] and the batch's targets to the mean of the rows' losses.
         optimizer: a class of torch.optim with its settings but the rate, such as a `functools.partial`.
         clip: maximum norm of a network's gradient; None does not clip.
-        bf16: autocast the forward pass to bfloat16; the loss is computed in float32.
+        bf16: autocast the forward pass to bfloat16 whatever the precision in force (`system.numerics`); the
+            loss is computed in float32.
         groups: maps a network to the optimiser's parameter groups, such as `decay_matrices`; None: all of its
             parameters are one group. Not for fused networks.
     """
@@ -91,7 +90,7 @@ class Order:
             order = torch.randperm(self.num, generator=generator) if self.shuffle else torch.arange(self.num)
             if num_drawn < self.num:
                 order = order[:num_drawn]
-            yield from torch.split(order.to(device, non_blocking=True), sizes)
+            yield from torch.split(to_device(order, device), sizes)
 
 
 def run(
@@ -149,9 +148,6 @@ class Step:
         fused: train `nets` as one; batches then hold equally many rows for each, in order. Their weights are
             updated by `finish`.
         num_steps: steps of the training; few are not worth a CUDA graph.
-
-    Attributes:
-        captured: whether CUDA graphs have done steps.
     """
 
     def __init__(
@@ -167,20 +163,30 @@ class Step:
         self._rule = rule
         self._model: _Alone | _Stacked = _Stacked(nets) if fused else _Alone(*nets)
         device = self._model.params[0].device
-        self._eager = device.type != "cuda" or num_steps < _GRAPH_STEPS
+        graphed = device.type == "cuda" and num_steps >= WORTHWHILE_STEPS
         options: dict[str, Any] = {"lr": lr}
         if device.type == "cuda":
-            options = {"lr": torch.tensor(lr, device=device), "fused": True}
+            options["fused"] = True
             if "capturable" in inspect.signature(rule.optimizer).parameters:
-                options["capturable"] = not self._eager
+                options["capturable"] = graphed
         params = self._model.params if rule.groups is None else rule.groups(nets[0])
         self.optimizer = rule.optimizer(params, **options)
+        if device.type == "cuda":  # filled on the device: a constructor would wait to check it
+            for group in self.optimizer.param_groups:
+                group["lr"] = torch.full((), float(lr), device=device)
         self._lr = lr
         self._chunked = device.type == "cpu" and not fused and is_per_sample(nets[0])
+        self._bf16: bool | None = rule.bf16 or None  # None: undecided
+        if not rule.bf16 and current().precision != "auto":
+            self._bf16 = current().bf16(None)
         self._loss_sum = torch.zeros((), device=device)
         self._num_rows = 0
-        self._graphs: dict[tuple[torch.Size, ...], tuple[torch.cuda.CUDAGraph, Batch]] = {}
-        self.captured = False
+        self._graphs = Graphs(on=graphed)
+
+    @property
+    def captured(self) -> bool:
+        """Whether CUDA graphs have done steps."""
+        return self._graphs.captured
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of the next step."""
@@ -192,25 +198,10 @@ class Step:
 
     def __call__(self, inputs: Tensor, *targets: Tensor) -> None:
         """Do one step."""
-        batch = (inputs, *targets)
         self._num_rows += len(inputs)
-        if self._eager:
-            self._update(batch)
-            return
-        key = tuple(tensor.shape for tensor in batch)
-        if key not in self._graphs:
-            try:
-                self._graphs[key] = self._capture(batch)
-                self.captured = True
-            except RuntimeError as error:
-                self._eager = True
-                log.warning("no CUDA graph (%s): steps run eagerly", str(error).splitlines()[0])
-                self._update(batch)
-                return
-        graph, static = self._graphs[key]
-        for to, tensor in zip(static, batch, strict=True):
-            to.copy_(tensor)
-        graph.replay()
+        if self._bf16 is None:
+            self._bf16 = self._is_bf16_faster((inputs, *targets))
+        self._graphs(self._update, (inputs, *targets), self._state)
 
     def mean_loss(self) -> Tensor:
         """Return the mean loss per row since `forget_loss`, a scalar on the device."""
@@ -225,26 +216,40 @@ class Step:
         """Copy the weights of fused networks into `nets`."""
         self._model.finish()
 
-    def _update(self, batch: Batch) -> None:
+    def _update(self, *batch: Tensor) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        num = len(batch[0])
-        for inputs, *targets in self._chunks(batch):
-            rows = len(inputs)
-            loss = self._rule.loss(self._outputs(inputs), *targets)
-            # A sum over networks keeps their gradients separate, each that of its own mean loss.
-            weight = self._model.num * rows / num
-            (loss if weight == 1 else loss * weight).backward()  # type: ignore[no-untyped-call]
-            self._loss_sum += loss.detach() * rows
+        for loss, rows in self._backward(self._model, batch, bool(self._bf16)):
+            self._loss_sum += loss * rows
         if self._rule.clip is not None:
             self._model.clip(self._rule.clip)
         self.optimizer.step()
 
-    def _outputs(self, inputs: Tensor) -> Tensor:
-        if not self._rule.bf16:
-            return self._model(inputs)
-        # No weight cache: it would outlive the step in a CUDA graph.
-        with torch.autocast(inputs.device.type, torch.bfloat16, cache_enabled=False):
-            return self._model(inputs).float()
+    def _backward(self, model: _Alone | _Stacked, batch: Batch, bf16: bool) -> Iterator[tuple[Tensor, int]]:
+        """Add to the gradients part by part; yield each part's loss and rows."""
+        num = len(batch[0])
+        for inputs, *targets in self._chunks(batch):
+            rows = len(inputs)
+            # No weight cache: it would outlive the step in a CUDA graph.
+            with torch.autocast(inputs.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
+                outputs = model(inputs)
+            loss = self._rule.loss(outputs.float() if bf16 else outputs, *targets)
+            # A sum over networks keeps their gradients separate, each that of its own mean loss.
+            weight = self._model.num * rows / num
+            (loss if weight == 1 else loss * weight).backward()  # type: ignore[no-untyped-call]
+            yield loss.detach(), rows
+
+    def _is_bf16_faster(self, batch: Batch) -> bool:
+        """Return whether bfloat16 was the faster one in a probe on a copy of the networks."""
+        model = self._model
+        work = (type(model).__name__, model.name, model.num, *(tuple(tensor.shape) for tensor in batch))
+        if work in current().probed:
+            return current().bf16(work)
+        # The loss may count in the network's own buffers, as an accuracy.
+        buffers, trained = [buffer.clone() for buffer in model.buffers], copy.deepcopy(model)
+        is_faster = current().bf16(work, lambda bf16: list(self._backward(trained, batch, bf16)))
+        for buffer, before in zip(model.buffers, buffers, strict=True):
+            buffer.copy_(before)
+        return is_faster
 
     def _chunks(self, batch: Batch) -> Iterable[Batch]:
         """Return the batch, on a CPU cut into parts that fit the cache."""
@@ -264,28 +269,9 @@ class Step:
         changed = [*self._model.params, *self._model.buffers, self._loss_sum, *values]
         return [value.detach() for value in changed if isinstance(value, Tensor)]
 
-    def _capture(self, batch: Batch) -> tuple[torch.cuda.CUDAGraph, Batch]:
-        """Warm up on a side stream, capture, and restore what the warm-up changed."""
-        before = {value.data_ptr(): value.clone() for value in self._state()}
-        static = tuple(tensor.clone() for tensor in batch)
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        try:
-            with torch.cuda.stream(side), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", ".*capturable=True")  # the warm-up is no capture
-                for _ in range(3):
-                    self._update(static)
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._update(static)
-        finally:
-            for value in self._state():
-                if (old := before.get(value.data_ptr())) is not None:
-                    value.copy_(old)
-                else:  # the optimiser made it in the warm-up; its moments and counters begin at 0
-                    value.zero_()
-        return graph, static
+
+def _name(net: nn.Module) -> str:
+    return str(getattr(net, "arch", type(net).__name__))
 
 
 class _Alone:
@@ -294,12 +280,13 @@ class _Alone:
     num = 1
 
     def __init__(self, net: nn.Module) -> None:
-        self._net = net
+        self._net, self.name = net, _name(net)
         self.params: list[Tensor] = list(net.parameters())
         self.buffers: list[Tensor] = list(net.buffers())
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        outputs: Tensor = self._net(inputs)
+        with training_pass():
+            outputs: Tensor = self._net(inputs)
         return outputs
 
     def clip(self, norm: float) -> None:
@@ -312,7 +299,7 @@ class _Stacked:
     """Networks of one architecture as one, their weights stacked [S, ...]."""
 
     def __init__(self, nets: Sequence[nn.Module]) -> None:
-        self._nets, self.num = nets, len(nets)
+        self._nets, self.num, self.name = nets, len(nets), _name(nets[0])
         stacked, self._buffers = torch.func.stack_module_state(list(nets))
         self._params = {name: tensor.detach().requires_grad_(True) for name, tensor in stacked.items()}
         self.params, self.buffers = list(self._params.values()), list(self._buffers.values())

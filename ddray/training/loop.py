@@ -1,7 +1,9 @@
 """Training a network by a recipe, augmented by name: for protocols, the pool and methods' inner loops."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +12,13 @@ from torch import Tensor
 from ddray.data import PixelSpace, Split
 from ddray.nets import Net, training_format
 from ddray.seeding import derive_seed, forked_global
+from ddray.system.memory import total_bytes
+from ddray.system.numerics import current
 from ddray.training.cutmix import cutmix, mixed_cross_entropy
 from ddray.training.dsa import siamese
 from ddray.training.embedding import Score, score
 from ddray.training.engine import Batch, Order, Rule, Step, run
+from ddray.training.fusing import PROBE_STEPS, fusing_pays
 from ddray.training.recipe import Augment, Recipe
 
 Augmenter = Callable[[Tensor, torch.Generator], Tensor]
@@ -29,8 +34,10 @@ def train(
     augment: Augmenter | None,
     on_epoch: Callable[[Tensor], None] | None = None,
     regress: bool = False,
-) -> float:
+) -> Tensor:
     """Train `net` in place, leave it in eval mode, and return the mean loss of the last epoch.
+
+    The loss is a scalar on the device, which nothing has waited for.
 
     Args:
         net: the network, on the images' device.
@@ -42,32 +49,109 @@ def train(
         on_epoch: called with each epoch's mean loss, a scalar on the device.
         regress: train on the mean squared error from the targets, instead of on the cross entropy.
     """
-    form = training_format(net, images.device)
-    images = images.contiguous(memory_format=form)
-    net.to(memory_format=form).train()
-    optimizer = partial(torch.optim.SGD, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
-    rule = Rule(F.mse_loss if regress else mixed_cross_entropy, optimizer)
-    order = Order(len(labels), recipe.batch)
-    epoch = len(order.sizes)
-
-    def batch(index: Tensor) -> Batch:
-        inputs = images[index]
-        if augment is not None:
-            inputs = augment(inputs, generator)
-        mixed = cutmix(inputs, recipe.cutmix, generator) if recipe.cutmix > 0 and not regress else None
-        return (inputs, labels[index]) if mixed is None else (mixed.images, *mixed.targets(labels[index]))
-
-    loss = torch.zeros(())
-    for rates in _phases(recipe):
-        loss = run(
-            Step([net], rule, num_steps=len(rates) * epoch),
-            map(batch, order.indices(generator, images.device)),
-            lr=lambda step, rates=rates: rates[step // epoch],  # type: ignore[misc]
-            epoch=epoch,
-            on_epoch=on_epoch,
-        )
+    training = Training(images, labels, recipe, augment, regress)
+    loss = training.run([net], [generator], on_epoch=on_epoch)
     net.to(memory_format=torch.channels_last).eval()
-    return float(loss)
+    return loss
+
+
+def train_together(
+    nets: Sequence[Net],
+    images: Tensor,
+    labels: Tensor,
+    recipe: Recipe,
+    *,
+    generators: Sequence[torch.Generator],
+    augment: Augmenter | None,
+) -> Tensor:
+    """Train networks of one architecture as `train` does each with its generator; return their mean loss.
+
+    On CUDA they are trained as one where a probe shows that this is faster.
+    """
+    training = Training(images, labels, recipe, augment)
+    states = [generator.get_state() for generator in generators]
+
+    def fit(copies: Sequence[Net], fused: bool) -> None:
+        probed = [torch.Generator().set_state(state) for state in states[: len(copies)]]
+        training.run(copies, probed, fused=fused, max_steps=PROBE_STEPS)
+
+    can_fuse = len(nets) > 1 and images.device.type == "cuda" and recipe.cutmix == 0  # a share is a batch's
+    if can_fuse and fusing_pays(nets, fit):
+        loss = training.run(nets, generators, fused=True)
+    else:
+        pairs = zip(nets, generators, strict=True)
+        loss = torch.stack([training.run([net], [generator]) for net, generator in pairs]).mean()
+    for net in nets:
+        net.to(memory_format=torch.channels_last).eval()
+    return loss
+
+
+@dataclass(frozen=True)
+class Training:
+    """What networks are trained on, and how: see `train`."""
+
+    images: Tensor
+    labels: Tensor
+    recipe: Recipe
+    augment: Augmenter | None
+    regress: bool = False
+
+    def run(
+        self,
+        nets: Sequence[Net],
+        generators: Sequence[torch.Generator],
+        *,
+        fused: bool = False,
+        max_steps: int | None = None,
+        on_epoch: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
+        """Train a network, or several as one; return the mean loss. `max_steps` is for each phase."""
+        recipe, device = self.recipe, self.images.device
+        form = training_format(nets[0], device, fused=fused, bf16=current().precision == "bf16")
+        images = self.images.contiguous(memory_format=form)
+        for net in nets:
+            net.to(memory_format=form).train()
+        epoch = len(Order(len(self.labels), recipe.batch).sizes)
+        loss = torch.zeros(())
+        for rates in _phases(recipe):
+            step = self.step(nets, len(rates) * epoch, fused=fused)
+            loss = run(
+                step,
+                islice(self.batches(images, generators), max_steps),
+                lr=lambda step_index, rates=rates: rates[step_index // epoch],  # type: ignore[misc]
+                epoch=epoch,
+                on_epoch=on_epoch,
+            )
+            step.finish()
+        return loss
+
+    def step(self, nets: Sequence[Net], num_steps: int, *, fused: bool = False) -> Step:
+        """Return the engine's step."""
+        recipe = self.recipe
+        optimizer = partial(torch.optim.SGD, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+        rule = Rule(F.mse_loss if self.regress else mixed_cross_entropy, optimizer)
+        return Step(nets, rule, fused=fused, num_steps=num_steps)
+
+    def batches(self, images: Tensor, generators: Sequence[torch.Generator]) -> Iterator[Batch]:
+        """Yield the batches, without end; `images` are those of the training in any memory format."""
+        order = Order(len(self.labels), self.recipe.batch)
+        orders = [order.indices(generator, images.device) for generator in generators]
+        return (self._batch(images, rows, generators) for rows in zip(*orders, strict=True))
+
+    def _batch(self, images: Tensor, rows: Sequence[Tensor], generators: Sequence[torch.Generator]) -> Batch:
+        """Return each network's inputs, with its own draws, one after another, and their targets."""
+        parts = [images[index] for index in rows]
+        if self.augment is not None:
+            drawn = zip(parts, generators, strict=True)
+            parts = [self.augment(part, generator) for part, generator in drawn]
+        inputs, labels = _joined(parts), self.labels[_joined(rows)]
+        cutmixes = self.recipe.cutmix > 0 and not self.regress
+        mixed = cutmix(inputs, self.recipe.cutmix, generators[0]) if cutmixes else None
+        return (inputs, labels) if mixed is None else (mixed.images, *mixed.targets(labels))
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 
 
 def _phases(recipe: Recipe) -> list[list[float]]:
@@ -93,7 +177,13 @@ def _factor(recipe: Recipe, epoch: int) -> float:
 def score_net(
     net: Net, split: Split, space: PixelSpace, *, device: torch.device, chunk: int | None = None
 ) -> Score:
-    """Return the fractions of a split that `net` (in eval mode, trained in `space`) classifies correctly."""
+    """Return the fractions of a split that `net` (in eval mode, trained in `space`) classifies correctly.
+
+    On a GPU, a `chunk` is by default what takes an eighth of its memory, 1,024 images at most.
+    """
+    if chunk is None and device.type == "cuda" and isinstance(net, Net):
+        largest = max(net.map_bytes(), default=1)
+        chunk = max(1, min(1024, total_bytes(device) // (8 * 4 * largest)))
     return score(net, split.images, split.labels, space.to(device).encode, device, chunk=chunk)
 
 
@@ -130,7 +220,9 @@ def _policy(name: str, space: PixelSpace) -> Augmenter:
     spaces: dict[torch.device, PixelSpace] = {}  # a whitening's inverse is computed once, not per batch
 
     def apply(batch: Tensor, generator: torch.Generator) -> Tensor:
-        device_space = spaces.setdefault(batch.device, space.to(batch.device))
+        if (device := batch.device) not in spaces:
+            spaces[device] = space.to(device)
+        device_space = spaces[device]
         pixels = (device_space.decode(batch).clamp(0, 1) * 255).round().to(torch.uint8)
         seed = int(torch.randint(2**62, (), generator=generator))
         with forked_global(derive_seed(seed, "augment")):

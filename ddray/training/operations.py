@@ -7,6 +7,7 @@ depend on the image size. `rows` has shape [N, 11], or [1, 11] where all samples
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Final
 
 import torch
@@ -14,11 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddray.config import Config
+from ddray.system.transfer import to_device
 
 # Columns of a parameter row.
 BRIGHTNESS, SATURATION, CONTRAST, SHIFT_Y, SHIFT_X, CUT_Y, CUT_X, FLIP, SCALE_X, SCALE_Y, ROTATE = range(11)
 NUM_COLUMNS: Final = 11
 _PADDING: Final = 4  # pixels, of `crop_and_flip`
+_LUMA: Final = (0.299, 0.587, 0.114)
 
 
 class DsaParams(Config):
@@ -115,7 +118,7 @@ def _affine(images: Tensor, matrix: Tensor) -> Tensor:
 def scale(images: Tensor, rows: Tensor, params: DsaParams) -> Tensor:
     """Scale each axis by its own factor, uniform in [1/scale, scale]."""
     low, high = 1 / params.scale, params.scale
-    factors = rows[:, [SCALE_X, SCALE_Y]] * (high - low) + low
+    factors = rows[:, SCALE_X : SCALE_Y + 1] * (high - low) + low
     return _affine(images, torch.diag_embed(factors))
 
 
@@ -131,12 +134,23 @@ OPERATIONS: Final[dict[str, Callable[[Tensor, Tensor, DsaParams], Tensor]]] = {
 }
 
 
+def luma(pixels: Tensor) -> Tensor:
+    """Return the luma [N, 1, H, W] of colour pixels [N, 3, H, W] (ITU-R 601)."""
+    return (pixels * _luma_weights(pixels.dtype, pixels.device)).sum(1, keepdim=True)
+
+
+@lru_cache(maxsize=16)
+def _luma_weights(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the weights [1, 3, 1, 1], copied to a device once: it waits for the copy."""
+    return torch.tensor(_LUMA, dtype=dtype, device=device).view(1, 3, 1, 1)
+
+
 def crop_and_flip(images: Tensor, generator: torch.Generator, *, can_flip: bool) -> Tensor:
     """Apply torchvision's RandomCrop(side, padding=4) and, if `can_flip`, a 50% flip, per sample.
 
     The padding is 4 pixels whatever the images' size, as in KRR-ST's code. Images are float [N, C, H, W] in a
     space where 0 is what the padding should be; the generator is on the CPU.
     """
-    rows = torch.rand(len(images), NUM_COLUMNS, generator=generator).to(images.device, non_blocking=True)
+    rows = to_device(torch.rand(len(images), NUM_COLUMNS, generator=generator), images.device)
     shifted = _shifted(images, rows, (_PADDING, _PADDING))
     return flip(shifted, rows, DsaParams()) if can_flip else shifted

@@ -121,7 +121,7 @@ def _final_specs(
     plan: Plan, job: SearchJob, units: Iterable[Unit], train: Split, space: PixelSpace
 ) -> list[PoolSpec]:
     """Return the networks that the units' methods declare."""
-    device = torch.device("cuda" if job.gpus > 0 else "cpu")
+    device = torch.device(job.device)
     specs: dict[str, PoolSpec] = {}
     for unit in units:
         for segment in unit.spec["schedule"]:

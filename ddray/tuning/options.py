@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field
 
 from ddray.config import AbsolutePath, Config, Names, named
 from ddray.ranking import DEFAULT_SPACE
+from ddray.system.options import Gpus
 
 Strategy = Literal["asha-tpe", "tpe", "random", "grid", "pb2"]
 Objective = Literal["val-accuracy", "nas-spearman"]
@@ -48,11 +49,16 @@ class TuneOptions(Config):
     """Fresh seeds on which the winner and the paper's point are scored on test."""
     cpus_per_trial: float = Field(default=1.0, gt=0)
     """CPU cores per trial."""
-    gpus_per_trial: float = Field(default=0.0, ge=0)
-    """GPUs per trial; fractions share one."""
+    gpus_per_trial: Gpus | None = None
+    """GPUs per trial, at most 1; fractions share one; default 1 where the cluster has GPUs, else 0."""
     max_concurrent: int | None = Field(default=None, ge=1)
     """Trials at a time."""
     time_budget: float | None = Field(default=None, gt=0)
     """Seconds after which no trial starts."""
     address: str | None = None
     """Ray cluster to connect to; default a local one."""
+
+    @property
+    def gpus(self) -> float:
+        """GPUs of a worker; 0 until the default is resolved (`cluster.resources`)."""
+        return self.gpus_per_trial or 0.0

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.config import flatten
 from ddray.distillation.loop import rate_name
@@ -22,7 +20,7 @@ from ddray.jobs.trainers import PoolTrainer
 from ddray.pool.local import LocalPool
 from ddray.pool.spec import ModelPool, PoolSource, PoolSpec
 from ddray.ranking.objective import SpearmanObjective
-from ddray.system.worker import set_threads, worker_device
+from ddray.system.worker import device_kind, set_threads, worker_device
 from ddray.tuning.payload import Payload, unpack
 from ddray.tuning.settings import Settings, protocol_for_sets
 
@@ -46,6 +44,11 @@ class SearchJob:
     protocol: str = ""  # what scores the sets; empty: `linear` for sets with targets, else `hard`
     scoring: Mapping[str, Any] | None = None  # what is set of the protocol's own settings, if it has some
     teachers: tuple[str, ...] = ()  # of the protocol
+
+    @property
+    def device(self) -> str:
+        """The kind of device that trials compute on."""
+        return device_kind(self.gpus)
 
     @property
     def settings(self) -> Settings:
@@ -87,7 +90,7 @@ class SearchWorker:
         set_threads(job.cpus)
         self.job = job
         self.data = unpack(payload)
-        self.device = torch.device(worker_device(job.gpus))
+        self.device = worker_device(job.device)
         self._split_name = payload.split_name
 
     def plan(self, params: Mapping[str, Any], seed: int | None = None) -> Plan:
@@ -123,7 +126,14 @@ class SearchWorker:
         sets = [f"{name}={json.dumps(value)}" for name, value in flatten(dict(plan.scoring or {})).items()]
         protocol = job.settings.protocol
         options = EvaluateOptions.parse({"protocol": protocol, "teachers": job.teachers, "sets": sets})
-        ctx = EvalContext(data.dataset, data.held_out, distilled.space(), self.device)
+        ctx = EvalContext(
+            data.dataset,
+            data.held_out,
+            distilled.space(),
+            self.device,
+            plan.config.precision,
+            plan.config.deterministic,
+        )
         real = RealImages(data.split, self._split_name, self.pool())
         scoring = get_protocol(protocol).make(options, distilled, ctx, real)
         return evaluate_archs(
@@ -151,5 +161,4 @@ class SearchWorker:
 
 def train_member(job: SearchJob, payload: Payload, spec: PoolSpec) -> None:
     """Train one network of the pool on the worker's device."""
-    worker = SearchWorker(job, payload)
-    worker.pool().get([spec.model_copy(update={"device": worker.device.type})])
+    SearchWorker(job, payload).pool().get([spec])

@@ -76,7 +76,7 @@ def our_sweep(data: SweepData, indices: list[int], run: Path) -> float:
     tasks.sort(key=lambda task: -task.cost)
     with RayExecutor(cpus=1, gpus=0, max_workers=NUM_WORKERS).workers() as workers:
         data_ref = workers.share(data)
-        job = SweepJob(str(run), epoch, run.name, 0.0)
+        job = SweepJob(str(run), epoch, run.name, "cpu")
         # Workers are long-lived: their start and imports are not part of a unit. No unit is handed out before
         # both workers are ready, or some work would be done before the clock starts.
         work = [Task(task.key, run_task, (job, data_ref, task)) for task in tasks]
@@ -166,7 +166,7 @@ def test_overhead_per_unit(figures: dict[str, Any], tmp_path: Path) -> None:
     ledger = Ledger(run)
     with RayExecutor(cpus=1, gpus=0, max_workers=1).workers() as workers:
         data_ref = workers.share(data)
-        job = SweepJob(str(run), epoch, "overhead", 0.0)
+        job = SweepJob(str(run), epoch, "overhead", "cpu")
 
         def start(key: str, attempt: int) -> None:
             ledger.event("start", key, epoch)

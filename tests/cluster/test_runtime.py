@@ -56,3 +56,31 @@ class TestTemporaryFolder:
             RayExecutor(1, 0)
         monkeypatch.setenv("RAY_TMPDIR", "/tmp")
         assert RayExecutor(1, 0).address is None
+
+
+class TestCapacity:
+    """How many workers fit two nodes, of which one has two GPUs."""
+
+    @pytest.fixture(autouse=True)
+    def _two_nodes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        nodes = [
+            {"NodeID": "a", "Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0}},
+            {"NodeID": "b", "Alive": True, "Resources": {"CPU": 4.0}},
+            {"NodeID": "c", "Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}},
+        ]
+        monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(nodes=lambda: nodes))
+
+    @pytest.mark.parametrize(
+        ("gpus", "cpus", "workers"),
+        [(0, 1, 12), (1, 1, 2), (0.5, 1, 4), (0.6, 1, 2), (0.1, 0.1, 20), (0.1, 1, 8), (0, 0.1, 120)],
+    )
+    def test_a_share_is_of_one_gpu(self, gpus: float, cpus: float, workers: int) -> None:
+        assert runtime.check_capacity(cpus, gpus) == workers
+
+    def test_nodes_that_are_left_out_hold_none(self) -> None:
+        assert runtime.check_capacity(1, 0, without={"a"}) == 4
+        with pytest.raises(InputError, match="--gpus-per-unit must be <= 0"):
+            runtime.check_capacity(1, 1, per="unit", without={"a"})
+
+    def test_all_nodes_together(self) -> None:
+        assert (runtime.total_resource("GPU"), runtime.total_resource("CPU")) == (2, 12)

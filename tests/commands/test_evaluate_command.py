@@ -102,10 +102,10 @@ class TestTrainingSet:
         self, random_set: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         seen: list[int] = []
-        fit = hard.fit
+        fit = hard.fit_all
         monkeypatch.setattr(
             hard,
-            "fit",
+            "fit_all",
             lambda train_set, *args, **kwargs: (
                 seen.append(len(train_set.images)) or fit(train_set, *args, **kwargs)
             ),
@@ -318,13 +318,13 @@ class TestSpeech:
     ) -> None:
         path = self.distilled(clips, tmp_path)
         calls: list[Any] = []
-        train = hard.train
+        train = hard.train_together
 
-        def spy(net: Any, images: Any, labels: Any, recipe: Any, **options: Any) -> float:
+        def spy(nets: Any, images: Any, labels: Any, recipe: Any, **options: Any) -> float:
             calls.append((options["augment"], recipe.cutmix, recipe.schedule, recipe.batch))
-            return train(net, images, labels, recipe, **options)
+            return train(nets, images, labels, recipe, **options)
 
-        monkeypatch.setattr(hard, "train", spy)
+        monkeypatch.setattr(hard, "train_together", spy)
         options = quick(seeds=1, epochs=12, archs=("convnet4_w16",))
         (result,) = evaluate(path, options, device=CPU)["results"]
         assert calls == [(None, 0.0, "multistep", 64)]

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from ddray.cli import _run
+from ddray.cluster import resources
 from ddray.ranking import command as rank
 from ddray.ranking.options import NasOptions
 from ddray.ranking.result import NasResult
@@ -80,10 +80,10 @@ def test_files_hold_architectures_of_the_space(
 
 @pytest.mark.ray
 @pytest.mark.parametrize(
-    ("cuda", "arguments", "gpus"), [(True, (), 1), (True, ("--gpus-per-worker", "0"), 0), (False, (), 0)]
+    ("num", "arguments", "gpus"), [(2, (), 1), (2, ("--gpus-per-worker", "0"), 0), (0, (), 0)]
 )
 def test_a_gpu_that_is_there_is_used(
-    monkeypatch: pytest.MonkeyPatch, cuda: bool, arguments: tuple[str, ...], gpus: float
+    monkeypatch: pytest.MonkeyPatch, num: int, arguments: tuple[str, ...], gpus: float
 ) -> None:
     seen: list[NasOptions] = []
 
@@ -91,7 +91,7 @@ def test_a_gpu_that_is_there_is_used(
         seen.append(options)
         return NasResult(space=options.space, num_archs=0, proxies=[])
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(resources, "_visible_gpus", lambda options: num)
     monkeypatch.setattr(rank, "run_nas", record_options)
     for executor in ("ray", "local"):
         assert _run([*RANK, "--executor", executor, *arguments, "--json"], False) == 0

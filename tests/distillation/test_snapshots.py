@@ -23,6 +23,7 @@ from ddray.pool.files import PoolFiles
 from ddray.pool.local import LocalPool
 from ddray.pool.spec import PoolEntry, PoolSpec
 from ddray.system.files import home
+from ddray.system.memory import halved_budget
 from tests.distillation.test_loop import Counter
 
 EVERY = 3
@@ -245,6 +246,21 @@ def test_what_a_method_measures_is_among_the_costs(ctx: DistillContext) -> None:
 
     assert costs["sampling_seconds_per_class"] == 0.5
     assert costs["storage_floats"] == ctx.dataset.num_classes * math.prod(ctx.dataset.image_shape)
+
+
+def test_bf16_of_a_method_that_computes_nothing_in_it_is_said(
+    ctx: DistillContext, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = replace(ctx, config={**ctx.config, "precision": "bf16"})
+
+    assert run_distillation(Counter(1), asked).costs()["precision"] == "fp32"
+    assert caplog.messages == ["precision bf16: this method computes nothing in bfloat16; its set is of fp32"]
+
+
+def test_a_second_try_with_half_the_memory_budget_says_so(ctx: DistillContext) -> None:
+    assert "half_memory_budget" not in run_distillation(Counter(1), ctx).costs()
+    with halved_budget():
+        assert run_distillation(Counter(1), ctx).costs()["half_memory_budget"] is True
 
 
 def test_the_meter_counts_real_seconds() -> None:

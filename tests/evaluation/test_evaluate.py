@@ -139,7 +139,7 @@ def test_training_is_sgd_by_hand() -> None:
     recipe = Recipe(epochs=6, lr=0.3, momentum=0.8, weight_decay=0.05, batch=3)
     ours, reference = toy_net(), toy_net()
 
-    loss = train(ours, images, labels, recipe, generator=derive(4, "order"), augment=None)
+    loss = float(train(ours, images, labels, recipe, generator=derive(4, "order"), augment=None))
 
     assert loss == pytest.approx(naive_train(reference, images, labels, recipe, derive(4, "order")), rel=1e-5)
     for a, b in zip(ours.parameters(), reference.parameters(), strict=True):
@@ -371,10 +371,45 @@ def test_every_arch_is_scored_with_consecutive_seeds() -> None:
 
     seen: list[EvalResult] = []
     nothing: Any = None
+    ctx = EvalContext(nothing, nothing, nothing, CPU)
     summaries = evaluate_archs(
-        Fake(), nothing, nothing, archs=["b", "a"], num_seeds=3, seed=4, on_result=seen.append
+        Fake(), nothing, ctx, archs=["b", "a"], num_seeds=3, seed=4, on_result=seen.append
     )
 
     assert [(result.arch, result.seed) for result in seen] == [(a, s) for a in "ba" for s in (4, 5, 6)]
     assert [summary["arch"] for summary in summaries] == ["b", "a"]
     assert summaries[0]["per_seed"] == [0.4, 0.5, 0.6]
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16", "auto"])
+def test_networks_are_trained_in_the_precision_that_the_summary_names(precision: Any, toy: Any) -> None:
+    dataset = toy()
+    space, split = normalized_space(dataset), dataset.train()
+    train_set = TrainSet(space.encode(split.images), split.labels)
+    seen: set[torch.dtype] = set()
+
+    class Spy(Hard):
+        def evaluate(self, train_set: TrainSet, ctx: EvalContext, *, arch: str, seed: int) -> EvalResult:
+            hook = torch.nn.modules.module.register_module_forward_hook(
+                lambda module, inputs, output: (
+                    seen.add(output.dtype) if isinstance(module, nn.Linear) else None
+                )
+            )
+            with hook:
+                return super().evaluate(train_set, ctx, arch=arch, seed=seed)
+
+    ctx = EvalContext(dataset, split, space, CPU, precision)
+    summary = evaluate_archs(Spy(Recipe(epochs=2)), train_set, ctx, archs=("convnet2_w8",), num_seeds=2)[0]
+    assert summary["precision"] in {"tf32": ("fp32",), "bf16": ("bf16",), "auto": ("fp32", "bf16")}[precision]
+    assert (torch.bfloat16 in seen) is (precision != "tf32")  # a probe tries it too
+    assert torch.float32 in seen  # scoring
+
+
+def test_networks_that_are_evaluated_together_are_those_that_are_evaluated_alone(toy: Any) -> None:
+    dataset = toy()
+    space, split = normalized_space(dataset), dataset.train()
+    train_set = TrainSet(space.encode(split.images), split.labels)
+    ctx, evaluator = EvalContext(dataset, split, space, CPU), Hard(Recipe(epochs=2))
+    together = evaluator.evaluate_together(train_set, ctx, arch="convnet2_w8", seeds=[3, 4])
+    alone = [evaluator.evaluate(train_set, ctx, arch="convnet2_w8", seed=seed) for seed in (3, 4)]
+    assert [(one.seed, one.per_class) for one in together] == [(one.seed, one.per_class) for one in alone]

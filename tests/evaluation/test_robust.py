@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from ddray.artifact.distilled_set import TrainSet
 from ddray.data import Split, fit_zca, normalized_space
 from ddray.errors import DivergedError
-from ddray.evaluation import robust
+from ddray.evaluation import protocol, robust
 from ddray.evaluation.hard import Hard
 from ddray.evaluation.protocol import EvalContext, summarise
 from ddray.evaluation.robust import (
@@ -90,7 +91,7 @@ class TestRobust:
         right = {(27, "dsa_idc"): 0.6, (6, "dsa_idc"): 0.4, (27, "none"): 0.5, (6, "none"): 0.45}
         monkeypatch.setattr(robust, "fit", fit)
         monkeypatch.setattr(
-            robust, "score_net", lambda net, *args, **kwargs: Score(right[net], (right[net],) * 3)
+            protocol, "score_net", lambda net, *args, **kwargs: Score(right[net], (right[net],) * 3)
         )
         seen: dict[str, Any] = {}
         monkeypatch.setattr(
@@ -211,7 +212,9 @@ class TestWholeSet:
         self.accuracy(dataset, context(dataset, dataset.test().select(torch.arange(20))))
         self.accuracy(toy(counts=(9, 9, 9), seed=1))
         self.accuracy(dataset, EvalContext(dataset, ctx.split, fit_zca(dataset.train()), CPU))
-        assert len(list((ddray_home / "truth" / "ledger").glob("*.json"))) == 8
+        self.accuracy(dataset, replace(ctx, precision="bf16"))
+        self.accuracy(dataset, replace(ctx, deterministic=True))
+        assert len(list((ddray_home / "truth" / "ledger").glob("*.json"))) == 10
 
     def test_a_diverged_training_is_not_kept(self, toy: Any, ddray_home: Path) -> None:
         with pytest.raises(DivergedError, match="on the whole set diverged"):

@@ -205,7 +205,7 @@ def test_training_is_that_of_the_authors_code(recipe: Any, toy: Any, monkeypatch
 
     monkeypatch.setattr("ddray.evaluation.soft.mix", remembered)
     monkeypatch.setattr(
-        "ddray.evaluation.soft.score_net", lambda net, *_, **__: students.append(net) or SCORE
+        "ddray.evaluation.protocol.score_net", lambda net, *_, **__: students.append(net) or SCORE
     )
     train_set = TrainSet(space.encode(train.images[:12]).double(), train.labels[:12])
     config = SoftConfig(recipe=recipe, epochs=3, batch=5)

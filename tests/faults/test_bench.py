@@ -222,7 +222,7 @@ class TestWorkers:
         monkeypatch.setattr(executor_module, "_LOOK_S", 0.3)
         monkeypatch.setattr(executor_module, "_CAPACITY_S", 0.0)
         widths = itertools.chain([1, 1, 1], itertools.repeat(2))  # the first check is the executor's own
-        monkeypatch.setattr(RayExecutor, "capacity", lambda self: next(widths))
+        monkeypatch.setattr(RayExecutor, "capacity", lambda *_: next(widths))
 
         def busy(path: str) -> bool:
             until = time.monotonic() + 60

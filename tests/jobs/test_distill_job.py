@@ -31,7 +31,7 @@ class TestDistill:
         result = distill(self.plan(digits), device=CPU, run_dir=tmp_path / "run")
 
         assert set(result.dump()) == {
-            *("artifact", "method", "dataset", "ipc", "steps", "resumed_from_step", "wall_s"),
+            *("artifact", "method", "dataset", "ipc", "steps", "resumed_from_step", "wall_s", "precision"),
             *("seconds_per_step", "first_loss", "final_loss", "run_dir"),
             *("seconds", "seconds_with_pool", "peak_memory_bytes", "storage_floats"),
         }

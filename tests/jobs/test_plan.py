@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,8 @@ import torch
 
 from ddray.data import fit_zca
 from ddray.data.pixels import pixel_space
-from ddray.errors import InputError
+from ddray.errors import DeviceMemoryError, InputError
+from ddray.jobs import context
 from ddray.jobs import plan as module
 from ddray.jobs.context import check_ipc, make_context, make_distiller, pick_device
 from ddray.jobs.options import PlanOptions
@@ -99,6 +102,21 @@ def test_layers_win_in_order(toy: Any, tmp_path: Path, monkeypatch: pytest.Monke
     assert settings(config=tmp_path / "own.yaml") == (3.0, 0.3, 3, 9, 10)
     later = {"sets": ["method.momentum=.4", "steps=11", "method.momentum=.5"], "steps": 12}
     assert settings(config=tmp_path / "own.yaml", **later) == (3.0, 0.5, 3, 9, 12)
+
+
+def test_precision_and_determinism_change_no_key_at_their_defaults(digits: Any) -> None:
+    def plan(**options: Any) -> Plan:
+        return plan_of(PlanOptions(method="dm", ipc=1, **options), digits)
+
+    default = plan().describe()
+    assert "precision" not in default
+    assert "deterministic" not in default
+    assert plan(precision="tf32", deterministic=False).describe() == default
+    changed = plan(sets=("precision=fp32",), precision="bf16", deterministic=True).describe()
+    assert changed == {**default, "precision": "bf16", "deterministic": True}
+    assert plan(sets=("precision=auto",)).config.precision == "auto"
+    with pytest.raises(InputError, match="precision"):
+        plan(sets=("precision=half",))
 
 
 def test_steps_win_over_sets_and_settings_over_both(digits: Any) -> None:
@@ -238,6 +256,35 @@ def test_a_context_holds_what_the_plan_says(toy: Any) -> None:
     assert ctx.config == plan.config.dump()
 
 
+@pytest.mark.parametrize(
+    ("layer", "bytes_of_it"),
+    [
+        ({}, None),
+        ({"memory_budget": "auto"}, None),
+        ({"memory_budget": "64MiB"}, 2**26),
+        ({"memory_budget": 5}, 5),
+    ],
+)
+def test_a_memory_budget_reaches_the_method(layer: dict[str, Any], bytes_of_it: Any, toy: Any) -> None:
+    dataset = toy()
+    plan = resolve("dm", dataset, ipc=1, layers=[{"compile": "off"}, layer])
+
+    ctx = make_context(plan, dataset.train(), split_name="train", device=CPU)
+
+    assert ctx.memory_budget == bytes_of_it
+    assert ("memory_budget" in plan.describe()) == (bytes_of_it is not None), (
+        "units from before keep their keys"
+    )
+
+
+@pytest.mark.parametrize("text", ["much", "64MB", "0"])
+def test_a_memory_budget_that_is_no_size_is_refused_in_one_line(text: str, toy: Any) -> None:
+    with pytest.raises(
+        InputError, match=rf"memory_budget: must be a number of bytes.*such as 64MiB, got '{text}'"
+    ):
+        resolve("dm", toy(), ipc=1, layers=[{"memory_budget": text}])
+
+
 def test_what_a_plan_says_of_itself_differs_with_everything_that_decides(toy: Any) -> None:
     dataset = toy()
     plan = resolve("dm", dataset, ipc=1)
@@ -256,16 +303,52 @@ def test_what_a_plan_says_of_itself_differs_with_everything_that_decides(toy: An
     assert plan.describe()["method"]["lr_img"] == 1.0
 
 
-def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert pick_device("auto") == CPU
-    assert pick_device("cpu") == CPU
-    assert pick_device("cuda:0") == torch.device("cuda:0")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+def test_devices(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert pick_device("auto") == pick_device("cpu") == pick_device("cpu:0") == CPU
+    with pytest.raises(InputError, match="--device cuda: torch sees 0 CUDA devices; use --device cpu"):
+        pick_device("cuda")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(context, "cuda_failure", lambda device="cuda": None)
     assert pick_device("auto") == torch.device("cuda")
+    assert pick_device("cuda:1") == torch.device("cuda:1")
     for name in ("gpu", "mps", "meta", "cuda:x", ""):
         with pytest.raises(InputError, match="--device must be auto, cpu, cuda"):
             pick_device(name)
-    with pytest.raises(InputError, match="--device cuda:1: torch sees 1 CUDA devices"):
+    with pytest.raises(InputError, match="--device cuda:2: torch sees 2 CUDA devices"):
+        pick_device("cuda:2")
+
+    monkeypatch.setattr(context, "cuda_failure", lambda device="cuda": f"old driver of {device}")
+    assert pick_device("auto") == CPU
+    assert caplog.messages == ["torch can't use the GPU (old driver of cuda): computing on the CPU"]
+    with pytest.raises(InputError, match="--device cuda:1: torch can't use it: old driver of cuda:1"):
         pick_device("cuda:1")
+
+    def is_full(device: str = "cuda") -> str:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(context, "cuda_failure", is_full)
+    for name in ("auto", "cuda:1"):  # others have the memory: one line, and no run on the CPU
+        with pytest.raises(DeviceMemoryError, match="out of memory"):
+            pick_device(name)
+
+
+@pytest.mark.parametrize(("name", "entered"), [("cuda:1", ["cuda:1"]), ("cuda", []), ("cpu", [])])
+def test_a_numbered_gpu_is_the_current_one_while_it_is_used(
+    monkeypatch: pytest.MonkeyPatch, name: str, entered: list[str]
+) -> None:
+    current: list[str] = []
+
+    @contextmanager
+    def enter(device: torch.device) -> Iterator[None]:
+        current.append(str(device))
+        yield
+        current.clear()
+
+    monkeypatch.setattr(torch.cuda, "device", enter)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(context, "cuda_failure", lambda device="cuda": None)
+    with context.on_device(name) as device:
+        assert (str(device), current) == (name, entered)
+    assert not current

@@ -46,7 +46,7 @@ class TestEvaluate:
         assert [result["arch"] for result in answer["results"]] == ["convnet1_w8", "convnet3_bn"]
         for result in answer["results"]:
             assert result.dump().keys() == {
-                *("arch", "accuracy_mean", "accuracy_std", "per_seed", "num_images", "wall_s"),
+                *("arch", "accuracy_mean", "accuracy_std", "per_seed", "num_images", "wall_s", "precision"),
                 *("balanced_accuracy_mean", "balanced_accuracy_std", "per_class"),
             }
             assert len(result["per_seed"]) == 2

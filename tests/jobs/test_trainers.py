@@ -180,3 +180,11 @@ def test_a_pool_may_be_given(toy: Any) -> None:
     plan = resolve("random", dataset, ipc=1)
     pool = LocalPool(lambda spec: ({}, {}))
     assert make_context(plan, dataset.train(), split_name="train", device=CPU, pool=pool).pool is pool
+
+
+def test_an_entry_of_another_kind_of_device_is_not_trained(toy: Any) -> None:
+    """Its key would name a device that it was not computed on."""
+    dataset = toy()
+    spec = pool_spec(dataset).model_copy(update={"device": "cuda"})
+    with pytest.raises(InputError, match="must be trained on cuda, this process computes on cpu"):
+        PoolTrainer(dataset, dataset.train(), CPU)(spec)

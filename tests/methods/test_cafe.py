@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from ddray.methods.cafe import cafe_loss
+from ddray.methods.cafe import Accuracies, cafe_loss
 
 SETTINGS = {"batch_real": 4, "batch_query": 3, "window": 3, "max_inner": 5, "max_outer": 6}
 
@@ -78,7 +79,12 @@ def loops(distiller: Any, accuracies: list[float], steps: int) -> list[tuple[int
     """After each step: networks created so far, and how often the accuracy was measured in that step."""
     calls: list[int] = []
     remaining = iter(accuracies)
-    distiller._engine._accuracy = lambda generator: (calls.append(1), next(remaining, 0.5))[1]
+
+    def num_right(generator: torch.Generator) -> Tensor:
+        calls.append(1)
+        return torch.tensor(next(remaining, 0.5) * distiller._engine._accuracies.num)
+
+    distiller._engine._num_right = num_right
     counts = []
     for _ in range(steps):
         calls.clear()
@@ -121,3 +127,16 @@ def test_the_rate_is_halved_three_times(toy: Any, planned: Any) -> None:
         rates.append(distiller._engine._optimizer.param_groups[0]["lr"])
 
     assert rates == pytest.approx([0.8] * 6 + [0.4] * 2 + [0.2, 0.1])
+
+
+def test_accuracies_are_those_of_the_window_and_survive_a_state() -> None:
+    accuracies = Accuracies(window=3, num=10)
+    for num_right in (2, 9, 4, 5):
+        accuracies.add(torch.tensor(float(num_right)))
+    assert accuracies.values() == [0.9, 0.4, 0.5]
+    assert accuracies.spread(math.inf) == 0.5
+    other = Accuracies(window=3, num=10)
+    other.load(accuracies.values()[1:])
+    assert other.spread(math.inf) == math.inf
+    other.add(torch.tensor(7.0))
+    assert other.values() == [0.4, 0.5, 0.7]

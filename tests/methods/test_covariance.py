@@ -223,6 +223,18 @@ def test_it_takes_no_loop_over_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counts[0] == counts[1] > 0
 
 
+@pytest.mark.parametrize(("columns", "blocks"), [(300, 1), (128, 3), (1, 300)])
+def test_a_gpu_takes_as_many_columns_as_fit_its_block(
+    columns: int, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, synthetic = torch.empty(2, 6, 300), torch.empty(2, 4, 300)
+    monkeypatch.setattr(_covariance, "_GPU_BLOCK", 8 * 2 * 10 * columns)
+
+    assert len(list(_covariance._blocks(300, _covariance._gpu_columns(real, synthetic)))) == blocks
+    monkeypatch.setattr(_covariance, "_GPU_BLOCK", 0)
+    assert _covariance._gpu_columns(real, synthetic) == 1
+
+
 def test_blocks_cover_every_column_once() -> None:
     for dims in (1, 2, 3, 127, 128, 256, 300, 2048):
         columns = [i for part in _covariance._columns(dims) for i in range(part.start, part.stop)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,11 +13,14 @@ from torch import Tensor
 
 from ddray.methods import get_method
 from ddray.methods.families.matching import batches
+from ddray.methods.families.matching import gradients as gradients_module
 from ddray.methods.families.matching.batches import ClassBatches
-from ddray.methods.families.matching.gradients import gradient_distance, loops
+from ddray.methods.families.matching.gradients import ClassGradients, gradient_distance, loops
 from ddray.nets import build_net
 from ddray.seeding import derive_seed
 from ddray.training.dsa import dsa_for
+from tests.gpu.fake_cuda import FakeCuda
+from tests.gpu.runs import started
 
 BATCH, IPC, LR = 5, 2, 0.1
 
@@ -33,6 +37,12 @@ def cosine(a: list[float], b: list[float]) -> float:
     return dot / (math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(y * y for y in b)) + 1e-6)
 
 
+def distance(real: Sequence[Tensor], synthetic: Sequence[Tensor], metric: Any) -> Tensor:
+    """The distance of one class's gradients."""
+    a, b = ([gradient[None] for gradient in tensors] for tensors in (real, synthetic))
+    return gradient_distance(a, b, metric=metric).sum()
+
+
 def test_layerwise_distance_goes_by_output_and_leaves_vectors_out() -> None:
     real, synthetic = gradients(1), gradients(2)
 
@@ -42,9 +52,9 @@ def test_layerwise_distance_goes_by_output_and_leaves_vectors_out() -> None:
             real[layer].flatten(1).tolist(), synthetic[layer].flatten(1).tolist(), strict=True
         ):
             expected += 1 - cosine(one, other)
-    assert float(gradient_distance(real, synthetic, metric="layerwise")) == pytest.approx(expected, rel=1e-12)
+    assert float(distance(real, synthetic, "layerwise")) == pytest.approx(expected, rel=1e-12)
     changed = [g if g.ndim > 1 else g + 1 for g in synthetic]
-    assert float(gradient_distance(real, changed, metric="layerwise")) == pytest.approx(expected, rel=1e-12)
+    assert float(distance(real, changed, "layerwise")) == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_other_distances_take_all_in_one() -> None:
@@ -52,18 +62,109 @@ def test_the_other_distances_take_all_in_one() -> None:
     a, b = ([float(x) for g in tensors for x in g.flatten()] for tensors in (real, synthetic))
 
     squared = sum((x - y) ** 2 for x, y in zip(a, b, strict=True))
-    assert float(gradient_distance(real, synthetic, metric="mse")) == pytest.approx(squared, rel=1e-12)
-    assert float(gradient_distance(real, synthetic, metric="cosine")) == pytest.approx(
-        1 - cosine(a, b), rel=1e-6
-    )
+    assert float(distance(real, synthetic, "mse")) == pytest.approx(squared, rel=1e-12)
+    assert float(distance(real, synthetic, "cosine")) == pytest.approx(1 - cosine(a, b), rel=1e-6)
 
 
 @pytest.mark.parametrize("metric", ["layerwise", "mse", "cosine"])
 def test_equal_gradients_are_no_distance_apart(metric: Any) -> None:
     real = gradients(3)
 
-    assert float(gradient_distance(real, real, metric=metric)) == pytest.approx(0, abs=1e-5)
-    assert float(gradient_distance(real, gradients(4), metric=metric)) > 0.1
+    assert float(distance(real, real, metric)) == pytest.approx(0, abs=1e-5)
+    assert float(distance(real, gradients(4), metric)) > 0.1
+
+
+def test_distances_of_several_classes_are_those_of_each() -> None:
+    real, synthetic = ([gradients(seed) for seed in seeds] for seeds in ((1, 2, 3), (4, 5, 6)))
+    stacked = ([torch.stack(parts) for parts in zip(*each, strict=True)] for each in (real, synthetic))
+    a, b = stacked
+
+    for metric in ("layerwise", "mse", "cosine"):
+        expected = [distance(one, other, metric) for one, other in zip(real, synthetic, strict=True)]
+        torch.testing.assert_close(gradient_distance(a, b, metric=metric), torch.stack(expected))
+
+
+CONVNETS = [f"convnet2_w8{suffix}" for suffix in ("", "_bn", "_ln", "_gn", "_nonorm", "_max", "_sigmoid")]
+
+
+@pytest.mark.parametrize("arch", [*CONVNETS, "vit_tiny"])
+def test_gradients_of_several_classes_are_those_of_each(arch: str) -> None:
+    """Values and second derivatives, under every norm and under attention; in float64."""
+    net = build_net(arch, (3, 16, 16), 3, seed=0).double()
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+            module.running_mean += 0.3
+    gradients_of = ClassGradients(net)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(6, 3, 16, 16, generator=generator, dtype=torch.float64)
+    weights = [torch.randn(3, *param.shape, generator=generator).double() for param in net.parameters()]
+
+    def results(groups: Sequence[slice]) -> tuple[list[Tensor], Tensor]:
+        leaf = images.clone().requires_grad_(True)
+        parts = [
+            gradients_of(leaf[2 * group.start : 2 * group.stop], torch.arange(3)[group], create_graph=True)
+            for group in groups
+        ]
+        gradients = [torch.cat(part) for part in zip(*parts, strict=True)]
+        # Cubes, so that a second derivative that were missing would show.
+        total = sum((g**3 * weight).sum() for g, weight in zip(gradients, weights, strict=True))
+        return [gradient.detach() for gradient in gradients], torch.autograd.grad(total, leaf)[0]
+
+    expected, expected_outer = results([slice(0, 1), slice(1, 2), slice(2, 3)])
+    actual, actual_outer = results([slice(0, 3)])
+
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(actual_outer, expected_outer, rtol=1e-6, atol=1e-12)
+    assert not any(gradient.requires_grad for gradient in gradients_of(images, torch.arange(3)))
+
+
+@pytest.mark.parametrize("method", ["dc", "dsa"])
+@pytest.mark.parametrize(("budget", "sizes"), [("1GiB", [3]), ("1GiB", [2, 1]), ("1KiB", [1, 1, 1])])
+def test_a_gpu_matches_groups_of_classes_within_the_budget(
+    method: str, budget: str, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a fake one: the images of the CPU, which goes class by class, and no wait in a step."""
+    settings = {"outer_loop": 2, "inner_loop": 30, "batch_real": 9}
+    ctx, on_cpu = started(method, "cpu", steps=60, **settings)
+    on_cpu.setup(ctx)
+    expected = [float(on_cpu.step()["loss"]) for _ in range(2)]
+    if sizes == [2, 1]:
+        monkeypatch.setattr(gradients_module, "class_groups", lambda *_: [slice(0, 2), slice(2, 3)])
+
+    with FakeCuda() as gpu:
+        ctx, distiller = started(method, "cuda", steps=60, settings={"memory_budget": budget}, **settings)
+        distiller.setup(ctx)
+        losses = [distiller.step()["loss"]]
+        gpu.syncs.clear()
+        losses.append(distiller.step()["loss"])
+        assert not gpu.syncs
+        assert [float(loss) for loss in losses] == pytest.approx(expected, rel=1e-4)
+        images = distiller.snapshot().images
+
+    engine = distiller._engine
+    assert [group.stop - group.start for group in engine._groups] == sizes
+    assert engine._graphs.captured
+    assert engine._real_graphs.captured
+    assert engine._branch._trainer.captured
+    torch.testing.assert_close(images, on_cpu.snapshot().images, rtol=0, atol=1e-4)
+
+
+def test_a_network_that_vmap_refuses_is_matched_class_by_class(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("Batching rule not implemented for aten::new")
+
+    monkeypatch.setattr(torch.func, "vmap", refuse)
+    with FakeCuda():
+        ctx, distiller = started("dc", "cuda", steps=1, batch_real=4)
+        distiller.setup(ctx)
+        assert torch.isfinite(distiller.step()["loss"])
+
+    assert [group.stop for group in distiller._engine._groups] == [1, 2, 3]
+    assert caplog.messages == ["classes are matched one by one (Batching rule not implemented for aten::new)"]
 
 
 def replay(ctx: Any, settings: dict[str, Any], images: Tensor) -> tuple[float, Tensor]:
@@ -98,7 +199,7 @@ def replay(ctx: Any, settings: dict[str, Any], images: Tensor) -> tuple[float, T
             real = ctx.space.encode(ctx.split.images[index[label]]).double()
             real_gradient = [g.detach() for g in gradient(real, label, plan, graph=False)]
             syn_gradient = gradient(live[IPC * label : IPC * (label + 1)], label, plan, graph=True)
-            loss = loss + gradient_distance(real_gradient, syn_gradient, metric="layerwise")
+            loss = loss + distance(real_gradient, syn_gradient, "layerwise")
         velocity = 0.5 * velocity + torch.autograd.grad(loss, live)[0]
         images = images - LR * velocity
         total += float(loss.detach())

@@ -268,3 +268,12 @@ def test_what_makes_no_sense_is_refused(changes: dict[str, Any], reason: str) ->
     }
     with pytest.raises(InputError, match=reason):
         group_sample(settings.pop("mean"), settings.pop("std"), **settings)
+
+
+def test_a_block_is_by_the_kind_of_device_and_bounded_on_a_gpu() -> None:
+    """Never by free memory: candidates depend on it. The authors' form holds all latents of a group."""
+    gpu = torch.device("cuda", 3)
+    assert block_rows(256, CPU) == block_rows(256, CPU, samples=1000) == 127
+    assert block_rows(256, gpu) == block_rows(256, gpu, samples=16) == 2**15
+    assert block_rows(256, gpu, samples=64) * 64 * 256 == 2**27
+    assert block_rows(2**20, gpu, samples=1000) == 1

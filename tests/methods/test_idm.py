@@ -17,6 +17,7 @@ from ddray.methods.families.matching.queue import NetQueue
 from ddray.methods.idm import idm_loss
 from ddray.nets import build_net
 from ddray.seeding import derive_seed
+from ddray.system.numerics import applied
 
 IMAGENET = {"batch_real": 128, "batch_train": 128, "push_every": 50, "ce_weight": 3.0}
 SETTINGS = {"batch_real": 4, "augment": "none", "net_steps": 2, "batch_train": 6}
@@ -68,6 +69,19 @@ def test_a_member_counts_its_right_answers_since_the_last_reset(toy: Any, planne
     assert float(queue.members[1].accuracy()) == pytest.approx(right / 10)
     queue.forget_accuracies()
     assert queue.members[1].seen == 0
+
+
+def test_a_probe_of_the_precision_counts_no_answers(toy: Any, planned: Any) -> None:
+    _, ctx, _ = planned("idm", toy(), steps=1)
+    images, labels = ctx.space.encode(ctx.split.images[:10]), ctx.split.labels[:10]
+    with applied("auto") as numerics:
+        queue = NetQueue(ctx, size=1, lr=1e-9)
+        queue.push()
+        right = int((queue.members[0].net(images).argmax(1) == labels).sum())
+        queue.train(0, images, labels)
+
+    assert len(numerics.probed) == 1
+    assert float(queue.members[0].right) == pytest.approx(right, abs=1)  # bfloat16 may turn one
 
 
 def test_a_queue_goes_on_from_its_state(toy: Any, planned: Any) -> None:

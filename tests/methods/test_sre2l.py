@@ -13,6 +13,8 @@ from ddray.errors import InputError
 from ddray.methods.sre2l import BatchStatistics, SRe2LConfig, batch_view, preset, recover_loss
 from ddray.nets import build_net
 from ddray.training.crops import draw_boxes
+from tests.gpu.fake_cuda import FakeCuda
+from tests.gpu.runs import started
 
 QUICK = {"teacher_arch": "convnet2_w8_bn", "teacher_epochs": 1}
 
@@ -44,6 +46,36 @@ def test_the_distances_are_those_of_each_layers_input() -> None:
     assert torch.allclose(torch.stack(statistics.distances), torch.stack(expected), rtol=1e-9)
     net(images)
     assert len(statistics.distances) == 2  # the hooks are gone
+
+
+def test_batches_that_go_through_at_once_have_the_gradient_of_their_sum(planned: Any, toy: Any) -> None:
+    _, ctx, method = planned("sre2l", toy(), ipc=4, steps=1, method=QUICK)
+    method.setup(ctx)
+    engine = method._engine
+    engine._net.double()
+    views = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = torch.arange(3).repeat(4)
+
+    loss, gradient = engine._recover(views, labels)
+
+    parts = [engine._recover(part, labels[:3]) for part in views.split(3)]
+    torch.testing.assert_close(loss, sum(part[0] for part in parts), rtol=1e-9, atol=0)
+    torch.testing.assert_close(gradient, torch.cat([part[1] for part in parts]), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("budget", "num_batches"), [("1GiB", 3), ("1KiB", 1)])
+def test_a_gpu_recovers_as_many_batches_at_once_as_fit(budget: str, num_batches: int) -> None:
+    with FakeCuda() as gpu:
+        settings = {"memory_budget": budget}
+        ctx, distiller = started("sre2l", "cuda", steps=60, ipc=3, settings=settings, crop="fixed")
+        distiller.setup(ctx)
+        distiller.step()
+        gpu.syncs.clear()
+        distiller.step()
+        assert not gpu.syncs
+
+    assert distiller._engine._num_batches == num_batches
+    assert distiller._engine._graphs.captured
 
 
 def test_the_first_layers_distance_counts_tenfold() -> None:

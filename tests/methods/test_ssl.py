@@ -159,7 +159,7 @@ def test_a_whole_crop_without_jitter_is_the_image_or_its_mirror(monkeypatch: pyt
     import ddray.methods.families.ssl.teacher as module
 
     monkeypatch.setattr(module, "_jitter", lambda views, u: views)
-    monkeypatch.setattr(module, "_grey", lambda views: views)
+    monkeypatch.setattr(module, "luma", lambda views: views)
     pixels = torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     # At any other ratio than 1 a crop of the whole area would be cut at the image's sides.
     monkeypatch.setattr(module.math, "log", lambda x: 0.0)

@@ -193,7 +193,22 @@ def test_the_format_to_train_in_is_that_of_the_slowest_layer() -> None:
     def best_format(arch: str, device: str = "cpu") -> torch.memory_format:
         return training_format(build_net(arch, (3, 32, 32), 10, seed=0), torch.device(device))
 
-    contiguous = {"convnet3", "vgg11", "convnet1_bn_nopool", "convnet2_nonorm_nopool"}
-    fast = {"convnet3_bn", "convnet1_ln", "convnet3_gn_max", "convnet3_nonorm_nopool", "resnet18"}
+    contiguous = {"convnet3_max", "vgg11", "convnet1_bn_nopool", "convnet2_nonorm_nopool"}
+    fast = {"convnet3", "convnet3_bn", "convnet1_ln", "convnet3_gn_max", "convnet3_nonorm_nopool", "resnet18"}
     assert {arch for arch in contiguous | fast if best_format(arch) == torch.contiguous_format} == contiguous
-    assert best_format("convnet3", "cuda") == torch.channels_last
+
+
+@pytest.mark.parametrize(
+    ("arch", "fused", "bf16", "contiguous"),
+    [
+        ("convnet3", False, False, True),
+        ("convnet3_ln", False, False, True),
+        ("convnet3_gn", False, True, False),
+        ("convnet3_bn", False, False, False),
+        ("convnet3_bn", True, True, True),
+    ],
+)
+def test_the_format_to_train_in_on_a_gpu(arch: str, fused: bool, bf16: bool, contiguous: bool) -> None:
+    net = build_net(arch, (3, 32, 32), 10, seed=0)
+    form = training_format(net, torch.device("cuda"), fused=fused, bf16=bf16)
+    assert (form == torch.contiguous_format) is contiguous

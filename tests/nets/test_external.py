@@ -218,9 +218,8 @@ class TestInUse:
 
     def test_methods_of_an_embedding_need_one(self, planned: Any, toy: Any) -> None:
         _, ctx, distiller = planned("dm", toy(), arch="headless", steps=1, method={"batch_real": 4})
-        distiller.setup(ctx)
         with pytest.raises(InputError, match="net headless must end in an nn"):
-            distiller.step()
+            distiller.setup(ctx)
 
     def test_the_linear_protocol_refuses_one_without_embedding_before_it_trains(
         self, monkeypatch: pytest.MonkeyPatch

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -368,3 +369,25 @@ def test_a_package_offers_a_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert (config.recipe.epochs, config.whole_recipe().epochs) == (3, 2)
     with pytest.raises(InputError, match="--truth table needs --space nasbench201, got --space two"):
         read_truth(NasOptions(space="two", truth="table"), get_space("two"), [0])
+
+
+@pytest.mark.parametrize(
+    ("options", "numerics", "dumped"),
+    [
+        ({}, "tf32", {"precision": "fp32"}),
+        ({"precision": "tf32"}, "tf32", {"precision": "fp32"}),
+        ({"precision": "fp32"}, "fp32", {"precision": "fp32", "tf32": False}),
+        ({"precision": "bf16"}, "bf16", {"precision": "bf16"}),
+        ({"precision": "auto", "deterministic": True}, "auto", {"precision": "auto", "deterministic": True}),
+    ],
+)
+def test_precision_is_of_both_recipes_and_changes_no_key_at_its_default(
+    options: dict[str, Any], numerics: str, dumped: dict[str, Any]
+) -> None:
+    config = resolve_config(NasOptions(**options))
+    for recipe in (config.recipe, config.truth_recipe):
+        assert recipe.numerics == numerics
+        values = recipe.dump()
+        assert {
+            name: values[name] for name in ("precision", "tf32", "deterministic") if name in values
+        } == dumped

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ddray.training.crops import draw_boxes, padded_crop, random_resized_crop, resized_crops
+from ddray.training.crops import batched_crops, draw_boxes, padded_crop, random_resized_crop, resized_crops
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -53,6 +53,22 @@ def test_a_crop_is_the_box_resized() -> None:
         expected = F.interpolate(part, (12, 12), mode="bilinear", align_corners=False)[0]
         inner = slice(2, -2)  # at its edges a crop sees the image around it, a cut-out part does not
         assert torch.allclose(crop[:, inner, inner], expected[:, inner, inner], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("size", "out"), [((12, 12), (12, 12)), ((32, 20), (16, 10)), ((48, 48), (16, 16)), ((8, 8), (20, 20))]
+)
+def test_batched_crops_are_resized_as_one_by_one(size: tuple[int, int], out: tuple[int, int]) -> None:
+    images = torch.rand(24, 2, *size, generator=seeded(), dtype=torch.float64)
+    boxes = draw_boxes(24, size, seeded(1))
+    boxes[:3] = torch.tensor([[0, 0, *size], [size[0] - 2, size[1] - 1, 2, 1], [3, 2, 1, 5]])
+
+    crops = batched_crops(images, boxes, out)
+
+    for image, crop, (top, left, rows, columns) in zip(images, crops, boxes.tolist(), strict=True):
+        part = image[None, :, top : top + rows, left : left + columns]
+        expected = F.interpolate(part, out, mode="bilinear", antialias=True)[0]
+        assert torch.allclose(crop, expected, atol=1e-9)
 
 
 def test_a_flip_mirrors_the_crop() -> None:

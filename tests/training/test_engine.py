@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -145,7 +144,7 @@ def test_chunks_are_the_whole_batch(mixed: bool, clip: float | None, monkeypatch
         trained.append((weights(net), step.mean_loss()))
         sizes.append(seen)
     assert sizes == [[50] * 3, [16, 16, 16, 2] * 3]
-    torch.testing.assert_close(trained[0], trained[1], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(trained[0], trained[1], rtol=1e-5, atol=2e-5)
     assert not torch.allclose(trained[0][0], weights(net_of()), atol=1e-3)
 
 
@@ -207,89 +206,6 @@ def test_bf16_computes_the_loss_in_float32() -> None:
     assert 0 < float((weights(net) - weights(exact)).norm()) < 0.05
 
 
-class FakeGraph:
-    """Stands in for a CUDA graph on a CPU: its replay is the step that was captured."""
-
-    step: Step | None = None
-    replays = 0
-
-    def replay(self) -> None:
-        assert FakeGraph.step is not None
-        FakeGraph.replays += 1
-        FakeGraph.step._update(self.static)
-
-
-@contextmanager
-def graphs_on_a_cpu(step: Step, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let a step on a CPU take the path of CUDA graphs; work that is captured is not done."""
-    capture, update = Step._capture, Step._update
-
-    @contextmanager
-    def captured(graph: Any) -> Iterator[None]:
-        monkeypatch.setattr(Step, "_update", lambda self, batch: setattr(graph, "static", batch))
-        yield
-        monkeypatch.setattr(Step, "_update", update)
-
-    @contextmanager
-    def nothing(*args: Any) -> Iterator[None]:
-        yield
-
-    stream = type("Stream", (), {"wait_stream": lambda self, other: None})
-    for name, stand_in in {
-        "Stream": stream,
-        "current_stream": stream,
-        "stream": nothing,
-        "CUDAGraph": FakeGraph,
-        "graph": captured,
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr(Step, "_capture", capture)
-    FakeGraph.step, FakeGraph.replays, step._eager = step, 0, False
-    yield
-
-
-@pytest.mark.parametrize("optimizer", [SGD, torch.optim.AdamW])
-def test_graphs_replay_the_steps_that_an_eager_training_does(
-    optimizer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Warm-ups and captures leave no trace: not on weights, statistics, moments or the loss."""
-    batches = [batch_of(num, seed) for seed, num in enumerate((6, 6, 4, 6, 4))]
-    rule = Rule(F.cross_entropy, optimizer)
-    eager, graphed = net_of(arch="convnet2_w8_bn"), net_of(arch="convnet2_w8_bn")
-    plain, step = Step([eager], rule, lr=0.01), Step([graphed], rule, lr=0.01)
-    for index, batch in enumerate(batches):
-        plain.set_lr(0.01 / (index + 1))
-        plain(*batch)
-    with graphs_on_a_cpu(step, monkeypatch):
-        for index, batch in enumerate(batches):
-            step.set_lr(0.01 / (index + 1))
-            step(*(tensor.clone() for tensor in batch))
-
-    assert step.captured
-    assert FakeGraph.replays == 5
-    torch.testing.assert_close(dict(graphed.state_dict()), dict(eager.state_dict()))
-    torch.testing.assert_close(step.mean_loss(), plain.mean_loss())
-
-
-def test_what_cannot_be_captured_runs_eagerly(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    eager, graphed = net_of(), net_of()
-    plain, step = Step([eager], RULE, lr=0.1), Step([graphed], RULE, lr=0.1)
-
-    def refuse(graph: Any) -> Any:
-        raise RuntimeError("not permitted when stream is capturing\nmore lines")
-
-    with graphs_on_a_cpu(step, monkeypatch):
-        monkeypatch.setattr(torch.cuda, "graph", refuse)
-        for seed in range(3):
-            step(*batch_of(5, seed))
-            plain(*batch_of(5, seed))
-    assert not step.captured
-    assert caplog.text.count("no CUDA graph (not permitted when stream is capturing): steps run eagerly") == 1
-    assert torch.equal(weights(eager), weights(graphed))
-
-
 def test_a_step_leaves_no_gradient_of_others_in_the_update() -> None:
     """IDM's images are matched through networks of the queue, which leaves gradients there."""
     net = net_of()
@@ -315,7 +231,7 @@ class TestGroups:
         assert len(others["params"]) == 5  # two biases, the norm's pair, the token
 
     def test_every_group_has_the_rate_of_the_step(self) -> None:
-        net, plain = net_of(), net_of()
+        net, plain = net_of(arch="convnet2_w8_bn"), net_of(arch="convnet2_w8_bn")
         rule = Rule(mixed_cross_entropy, partial(torch.optim.AdamW, weight_decay=0.1), groups=decay_matrices)
         step = Step([net], rule)
         optimizer = torch.optim.AdamW(decay_matrices(plain), weight_decay=0.1)

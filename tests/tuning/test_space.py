@@ -174,7 +174,7 @@ def test_a_file_is_read(tmp_path: Path) -> None:
         ("lr: {randint: [0, 1.5]}", "randint takes whole numbers"),
         ("lr: {choice: []}", "choice takes a list"),
         ("lr: {choice: [1, 2, 1]}", "choices must differ"),
-        ("lr: {choice: [2020-01-01]}", "a choice must be a JSON value, got .*quote it"),
+        ("lr: {choice: [!!timestamp 2020-01-01]}", "a choice must be a JSON value, got .*quote it"),
         ("[1]", "must hold a mapping"),
         ("lr: {", "must be YAML"),
     ],

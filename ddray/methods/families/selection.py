@@ -44,7 +44,7 @@ def selection_method(config_class: type[Config], choose: Choose) -> type[Distill
 
     def start(ctx: DistillContext, config: Config) -> Selected:
         images, labels = choose(ctx, config)
-        _warn_of_tail(ctx, labels)
+        _warn_of_tail(ctx, labels.cpu())
         return Selected(ctx.make_set(images, labels))
 
     return make_method(config_class, preset, start, specs_of=specs, has_steps=False)

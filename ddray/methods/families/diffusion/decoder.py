@@ -18,7 +18,7 @@ from ddray.config import added
 from ddray.distillation.method import MethodConfig
 from ddray.errors import InputError
 from ddray.methods.families.diffusion.folder import absolute, resolve_ids
-from ddray.methods.families.diffusion.groups import Form, group_sample
+from ddray.methods.families.diffusion.groups import Form, best_group
 from ddray.methods.families.diffusion.model import DiffusionModel, Encoding, Levels
 from ddray.methods.families.diffusion.stages import load_generator
 from ddray.methods.families.diffusion.train import DiffusionRecipe
@@ -26,6 +26,7 @@ from ddray.pool.local import LocalPool
 from ddray.pool.spec import PoolSpec
 from ddray.seeding import derive
 from ddray.system.files import home
+from ddray.system.transfer import to_device
 
 
 class D3HRConfig(MethodConfig):
@@ -125,26 +126,29 @@ class Sampler:
         model, class_ids = self.model.to(self.device, self.config.precision), self.config.class_ids
         ids = resolve_ids(model.class_names, model.num_classes, self.class_names, class_ids)
         self._ids = torch.tensor(ids)
+        self._mean, self._variance = self.mean.to(self.device), self.variance.to(self.device)
 
-    def choose(self, label: int, ipc: int) -> tuple[Tensor, float]:
-        """Return the chosen latents [ipc, D] of a class, and their score per dimension."""
+    def choose(self, label: int, ipc: int) -> tuple[Tensor, Tensor]:
+        """Return the chosen latents [ipc, D] of a class and their score per dimension, on the device."""
         config = self.config
-        latents, score = group_sample(
-            self.mean[label].to(self.device),
-            (self.variance[label] * config.variance_scale).sqrt().to(self.device),
+        latents, score = best_group(
+            self._mean[label],
+            (self._variance[label] * config.variance_scale).sqrt(),
             ipc=ipc,
             num_candidates=1 if config.sampling == "random" else config.num_candidates,
             generator=derive(self.seed, "distill", "group", 0 if config.shared_draws else label),
             weights=(config.lambda_mean, config.lambda_std, config.lambda_skew),
             form=config.form,
         )
-        return latents.cpu(), score / latents.shape[1]
+        return latents, (score / latents.shape[1]).float()
 
     def decode(self, latents: Tensor, labels: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
-        """Return raw pixels [N, *image_shape] in [0, 1] of latents [N, D] of level T under labels [N]."""
-        ids = self._ids[labels].to(self.device)
-        clean = self.model.sample(latents.to(self.device), ids, self.config.levels())
-        return self.model.decode(clean, image_shape).cpu()
+        """Return raw pixels [N, *image_shape] in [0, 1] of latents [N, D] of level T, on the device.
+
+        The labels [N] are on the CPU.
+        """
+        clean = self.model.sample(latents, to_device(self._ids[labels], self.device), self.config.levels())
+        return self.model.decode(clean, image_shape)
 
 
 def _read(meta: Meta, tensors: Mapping[str, Tensor], zca: Mapping[str, Tensor]) -> DistilledSet:
@@ -191,7 +195,7 @@ def generate(distilled: DistilledSet, ipc: int | None, device: torch.device) -> 
     latents = torch.cat([sampler.choose(label, ipc)[0] for label in range(num_classes)])
     labels = torch.arange(num_classes).repeat_interleave(ipc)
     batches = zip(torch.split(latents, config.batch), torch.split(labels, config.batch), strict=True)
-    pixels = torch.cat([sampler.decode(*batch, meta.image_shape) for batch in batches])
+    pixels = torch.cat([sampler.decode(*batch, meta.image_shape).cpu() for batch in batches])
     return replace(
         distilled,
         images=distilled.space().encode(pixels),

@@ -25,9 +25,11 @@ Form = Literal["paper", "repo"]
 Weights = tuple[float, float, float]
 Result = TypeVar("Result")
 
-# Elements of a buffer. On a CPU the five buffers of a block stay in the L2 cache, and each operation stays
-# below the size at which torch uses several threads: whole blocks are distributed over threads instead.
+# Elements of a buffer, fixed for a type of device: a candidate's draws depend on it. On a CPU the five
+# buffers of a block stay in the L2 cache, and each operation stays below the size at which torch uses several
+# threads: whole blocks are distributed over threads instead. On a GPU one on 32 MiB outlasts its launch.
 _BLOCK: Final = {"cpu": 2**15 - 1, "cuda": 2**23}
+_GROUPS: Final = 2**27  # elements of a block's whole groups, at most, on a GPU: 512 MiB
 _CHUNK: Final = 4096
 
 
@@ -60,25 +62,58 @@ def group_sample(
     Raises:
         InputError: shapes do not fit, or a number is out of range.
     """
+    latents, score = best_group(
+        mean,
+        std,
+        ipc=ipc,
+        num_candidates=num_candidates,
+        generator=generator,
+        weights=weights,
+        form=form,
+        chunk=chunk,
+    )
+    return latents, float(score)
+
+
+def best_group(
+    mean: Tensor,
+    std: Tensor,
+    *,
+    ipc: int,
+    num_candidates: int,
+    generator: torch.Generator,
+    weights: Weights = (1.0, 1.0, 0.5),
+    form: Form = "paper",
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return what `group_sample` does, the score as a float64 scalar on the device.
+
+    A GPU is waited for twice: for facts about mean and deviation, and for the number of the best candidate.
+    """
     _check(mean, std, ipc, num_candidates, weights, form)
     mean, std = mean.detach().float().contiguous(), std.detach().float().contiguous()
-    seed, rows = generator.initial_seed(), block_rows(len(mean), mean.device)
-    # Coarse dimensions are determined once: on a GPU that is a sync.
+    seed, rows = generator.initial_seed(), block_rows(len(mean), mean.device, ipc if form == "repo" else 1)
     score = _paper_scorer if form == "paper" else _repo_scorer
     scorer = partial(score, mean, std, ipc, weights, rows, _rounded(mean, std))
-    best_index = _best_candidate(scorer, seed, mean, ipc, num_candidates, chunk)
+    best_index = _best_candidate(scorer, seed, mean, ipc, num_candidates, rows, chunk)
     block, row = divmod(best_index, rows)
     normal = torch.stack([draw[row].clone() for draw in _draws(seed, block, rows, mean, ipc)])
     latents = mean + std * normal
     exact = group_scores(latents[None].double(), mean.double(), std.double(), weights=weights, form=form)
-    return latents, float(exact)
+    return latents, exact[0]
 
 
 def _best_candidate(
-    scorer: Callable[[], Scorer], seed: int, mean: Tensor, ipc: int, num_candidates: int, chunk: int | None
+    scorer: Callable[[], Scorer],
+    seed: int,
+    mean: Tensor,
+    ipc: int,
+    num_candidates: int,
+    rows: int,
+    chunk: int | None,
 ) -> int:
-    """Return the index of the best candidate; `scorer` makes one for a thread."""
-    dim, rows = len(mean), block_rows(len(mean), mean.device)
+    """Return the index of the best candidate, `rows` a block; `scorer` makes one for a thread."""
+    dim = len(mean)
     blocks = math.ceil(num_candidates / rows)
     threads = torch.get_num_threads() if mean.device.type == "cpu" else 1
     step = max(1, math.ceil((chunk or _CHUNK) / rows))
@@ -154,9 +189,15 @@ def _in_order(work: Callable[[int], Result], starts: Sequence[int], workers: int
             yield ahead.popleft().result()
 
 
-def block_rows(dim: int, device: torch.device) -> int:
-    """Return how many candidates share a generator; it depends only on D and the type of device."""
-    return max(1, _BLOCK.get(device.type, _BLOCK["cpu"]) // dim)
+def block_rows(dim: int, device: torch.device, samples: int = 1) -> int:
+    """Return how many candidates share a generator: by D, the type of device, and `samples`.
+
+    The form `repo` holds that many latents of each candidate at once, which a GPU's memory bounds.
+    """
+    size = _BLOCK.get(device.type, _BLOCK["cpu"])
+    if device.type == "cuda":
+        size = min(size, _GROUPS // samples)
+    return max(1, size // dim)
 
 
 def _check(mean: Tensor, std: Tensor, ipc: int, num_candidates: int, weights: Weights, form: str) -> None:
@@ -165,8 +206,6 @@ def _check(mean: Tensor, std: Tensor, ipc: int, num_candidates: int, weights: We
             f"group sampling takes mean [D] and std [D] on one device, got {list(mean.shape)} on "
             f"{mean.device} and {list(std.shape)} on {std.device}"
         )
-    if not (bool(torch.isfinite(mean).all()) and bool(torch.isfinite(std).all()) and bool((std >= 0).all())):
-        raise InputError("group sampling takes a finite mean and a finite std >= 0")
     if ipc < 1 or num_candidates < 1:
         raise InputError(f"ipc and num_candidates must be >= 1, got {ipc} and {num_candidates}")
     if len(weights) != 3 or min(weights) < 0:
@@ -195,13 +234,22 @@ def _rounded(mean: Tensor, std: Tensor) -> Callable[[Tensor], None]:
 
     Far from 0 a small deviation spans only a few float32 steps, so the cubes of the rounded draws differ from
     those of z. Such dimensions are rare; all others are left alone.
+
+    Raises:
+        InputError: mean or deviation is not finite, or a deviation is negative.
     """
-    coarse = torch.nonzero((std < 2**-10 * mean.abs()) & ~_flat(mean, std)).flatten()
+    is_coarse = (std < 2**-10 * mean.abs()) & ~_flat(mean, std)
+    is_valid = torch.isfinite(mean) & torch.isfinite(std) & (std >= 0)
+    any_coarse, all_valid = torch.stack([is_coarse.any(), is_valid.all()]).tolist()
+    if not all_valid:
+        raise InputError("group sampling takes a finite mean and a finite std >= 0")
+    if not any_coarse:
+        return lambda z: None
+    coarse = torch.nonzero(is_coarse).flatten()
     centre, spread = mean[coarse], std[coarse]
 
     def apply(z: Tensor) -> None:
-        if len(coarse):
-            z[:, coarse] = ((centre + spread * z[:, coarse]) - centre) / spread
+        z[:, coarse] = ((centre + spread * z[:, coarse]) - centre) / spread
 
     return apply
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddray.config import Config, added
 from ddray.errors import InputError
@@ -91,9 +91,8 @@ class DiffusionModel:
         """Move the networks to a device, on a GPU in a precision; return this object."""
         dtype = getattr(torch, precision) if device.type == "cuda" else torch.float32
         for net in (self.transformer, self.vae):
-            net.to(device)
-            if net.dtype != dtype:
-                net.to(dtype)
+            # Not diffusers' own `to`, which prints a warning wherever a precision is named.
+            nn.Module.to(net, device, dtype, non_blocking=device.type == "cuda")
         return self
 
     def fit(self, pixels: Tensor) -> Tensor:

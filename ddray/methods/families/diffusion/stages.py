@@ -34,6 +34,7 @@ from ddray.pool.spec import ModelPool, PoolEntry, PoolSpec
 from ddray.seeding import derive, forked_global
 from ddray.system.files import home, write_atomically
 from ddray.system.progress import progress
+from ddray.system.transfer import to_device
 
 Content = tuple[Mapping[str, Tensor], Mapping[str, Any]]
 
@@ -150,7 +151,7 @@ class StageTrainer:
 
         def encode(index: Tensor) -> Tensor:
             generator = derive(spec.seed, "encode", int(index[0]))
-            return model.encode(images[index].to(self.device).float() / 255, encoding, generator)
+            return model.encode(to_device(images[index], self.device).float() / 255, encoding, generator)
 
         return self._in_batches(spec, model, encode, "encoding")
 
@@ -164,11 +165,11 @@ class StageTrainer:
         levels = Levels.parse({"guidance": 1.0, **stored})
 
         def lift(index: Tensor) -> Tensor:
-            start = clean[index].to(device)
+            start = to_device(clean[index], device)
             if recipe["mapping"] == "ddim":
-                return model.invert(start, labels[index].to(device), levels)
+                return model.invert(start, to_device(labels[index], device), levels)
             noise = torch.randn(start.shape, generator=derive(spec.seed, "noise", int(index[0])))
-            return model.add_noise(start, noise.to(device), levels)
+            return model.add_noise(start, to_device(noise, device), levels)
 
         return self._in_batches(
             spec, model, lift, "inverting" if recipe["mapping"] == "ddim" else "adding noise"

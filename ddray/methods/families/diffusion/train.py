@@ -8,6 +8,7 @@ generator: a run that continues from its checkpoint ends with the same bytes.
 
 import math
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,6 +24,8 @@ from ddray.methods.families.diffusion.fit import Checkpoint, TrainingStage
 from ddray.methods.families.diffusion.folder import absolute, known_names
 from ddray.methods.families.diffusion.model import DiffusionModel, open_pipeline
 from ddray.seeding import derive, derive_seed, forked_global
+from ddray.system.numerics import has_bf16
+from ddray.system.transfer import to_device
 from ddray.training.engine import cosine
 
 SCHEDULE: Final[dict[str, Any]] = {
@@ -192,8 +195,12 @@ def relabel(model: DiffusionModel, class_names: tuple[str, ...], *, seed: int) -
 def _batch(seed: int, network: str, step: int, per_epoch: int, num: int, batch: int) -> Tensor:
     """Return the image indices of a step; an epoch's order depends only on its number."""
     epoch, position = divmod(step, per_epoch)
-    order = torch.randperm(num, generator=derive(seed, network, "epoch", epoch))
-    return order[position * batch : (position + 1) * batch]
+    return _order(seed, network, epoch, num)[position * batch : (position + 1) * batch]
+
+
+@lru_cache(maxsize=1)
+def _order(seed: int, network: str, epoch: int, num: int) -> Tensor:
+    return torch.randperm(num, generator=derive(seed, network, "epoch", epoch))
 
 
 def _train_vae(
@@ -206,9 +213,9 @@ def _train_vae(
 
     def loss(step: int) -> Tensor:
         index = _batch(seed, "vae", step, per_epoch, len(split), recipe.batch)
-        pixels = model.fit(split.images[index].to(device).float() / 255)
+        pixels = model.fit(to_device(split.images[index], device).float() / 255)
         posterior = vae.encode(pixels.contiguous(memory_format=torch.channels_last)).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=derive(seed, "vae", step)).to(device)
+        noise = to_device(torch.randn(posterior.mean.shape, generator=derive(seed, "vae", step)), device)
         reconstruction = vae.decode(posterior.mean + posterior.std * noise).sample
         divergence = posterior.kl().mean() / posterior.mean[0].numel()
         total: Tensor = F.mse_loss(reconstruction, pixels) + recipe.kl_weight * divergence
@@ -232,7 +239,7 @@ def _posteriors(model: DiffusionModel, split: Split, batch: int) -> tuple[Tensor
     device = next(model.vae.parameters()).device
     means, deviations = [], []
     for images in torch.split(split.images, batch):
-        posterior = model.vae.encode(model.fit(images.to(device).float() / 255)).latent_dist
+        posterior = model.vae.encode(model.fit(to_device(images, device).float() / 255)).latent_dist
         means.append(posterior.mean.contiguous())
         deviations.append(posterior.std.contiguous())
     return torch.cat(means), torch.cat(deviations)
@@ -252,10 +259,10 @@ def _train_dit(
         model.vae.register_to_config(scaling_factor=1 / spread)
     factor, steps = float(model.vae.config.scaling_factor), int(model.scheduler["num_train_timesteps"])
     scheduler = DDPMScheduler.from_config({**model.scheduler, "_class_name": "DDPMScheduler"})
-    per_epoch = math.ceil(len(labels) / recipe.batch)
+    per_epoch, bf16 = math.ceil(len(labels) / recipe.batch), has_bf16(device)
 
     def loss(step: int) -> Tensor:
-        index = _batch(seed, "dit", step, per_epoch, len(labels), recipe.batch).to(device)
+        index = to_device(_batch(seed, "dit", step, per_epoch, len(labels), recipe.batch), device)
         generator = derive(seed, "dit", step, device=device)
         drawn, noise = torch.randn((2, *means[index].shape), generator=generator, device=device)
         clean = (means[index] + deviations[index] * drawn) * factor
@@ -263,7 +270,7 @@ def _train_dit(
         dropped = torch.rand(len(index), generator=generator, device=device) < recipe.label_dropout
         conditioning = torch.where(dropped, model.num_classes, labels[index])
         noisy = scheduler.add_noise(clean, noise, times)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             # In eval mode, or diffusers would drop labels too: by the global generator, anew in each block.
             predicted = model.transformer(noisy, timestep=times, class_labels=conditioning).sample
         return F.mse_loss(predicted[:, : noise.shape[1]].float(), noise)

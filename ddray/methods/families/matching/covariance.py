@@ -3,7 +3,8 @@
 With A and B the centred rows of both sets over the square root of their counts, Cov = A'A and B'B, and
 ||A'A - B'B||^2 = ||AA'||^2 + ||BB'||^2 - 2 ||AB'||^2: exact, for unequal counts too. The three terms cancel
 where the sets nearly coincide, so products are summed in float64, a block of columns at a time; synthetic
-rows, which in a search may be as many as the real ones, are also taken in blocks.
+rows, which in a search may be as many as the real ones, are also taken in blocks. On a GPU a block has all
+rows, and all columns if they fit 1 GiB.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ _LEAST_ROWS = 48
 _MOST_COLUMNS = 128
 _FEWER_COLUMNS = 96  # where the gradient leaves less room
 _SHARE = 16  # a block has 1/16 of the columns: its float64 copy is an eighth of the features' size
+_GPU_BLOCK = 2**30  # bytes of its float64 copy
 
 
 def covariance_distance(real: Tensor, synthetic: Tensor, *, unbiased: bool) -> Tensor:
@@ -24,9 +26,9 @@ def covariance_distance(real: Tensor, synthetic: Tensor, *, unbiased: bool) -> T
     The features are `real` [K, n, d], which get no gradient, and `synthetic` [K, m, d]; covariances are over
     n (paper) or, `unbiased`, n - 1 (authors' code). 0 where a set has one image and so no covariance.
 
-    Besides the features it needs n^2 float64 per class for the real images; then the gradient, the products
-    of a block of synthetic rows with all others, and a block of columns. At n = 256, d = 2048 that stays
-    below 2 n^2 + n d floats for every m up to n, the gradient (m d of them) included.
+    Besides the features it needs, on a CPU, n^2 float64 per class for the real images; then the gradient, the
+    products of a block of synthetic rows with all others, and a block of columns. At n = 256, d = 2048 that
+    stays below 2 n^2 + n d floats for every m up to n, the gradient (m d of them) included.
     """
     if min(real.shape[1], synthetic.shape[1]) < 2:
         return synthetic.new_zeros(())
@@ -40,7 +42,7 @@ class _CovarianceDistance(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, real: Tensor, synthetic: Tensor, unbiased: bool) -> Tensor:
         ddof = int(unbiased)
-        if _fits_at_once(real, synthetic):
+        if real.is_cuda or _fits_at_once(real, synthetic):
             gradient = torch.empty_like(synthetic) if ctx.needs_input_grad[1] else None
             total = _at_once(real, synthetic, ddof, gradient)
         else:
@@ -81,7 +83,8 @@ def _at_once(real: Tensor, synthetic: Tensor, ddof: int, gradient: Tensor | None
     n, m, dims = real.shape[1], synthetic.shape[1], real.shape[2]
     scale_real, scale = (n - ddof) ** -0.5, (m - ddof) ** -0.5
     gram = real.new_zeros((len(real), n + m, n + m), dtype=torch.float64)
-    for columns in _columns(dims):
+    blocks = list(_blocks(dims, _gpu_columns(real, synthetic)) if real.is_cuda else _columns(dims))
+    for columns in blocks:
         rows = torch.cat((real[:, :, columns], synthetic[:, :, columns]), 1).double()
         rows.sub_(rows[:, :1].clone())
         gram.baddbmm_(rows, rows.mT)
@@ -92,7 +95,7 @@ def _at_once(real: Tensor, synthetic: Tensor, ddof: int, gradient: Tensor | None
     counts = (scale_real**2, scale**2, scale * scale_real)
     among, within, across = (part.mul_(count) for part, count in zip(parts, counts, strict=True))
     if gradient is not None:
-        for columns in _columns(dims):
+        for columns in blocks:
             block_gradient = within @ synthetic[:, :, columns].double()
             block_gradient.baddbmm_(across, real[:, :, columns].double(), beta=scale, alpha=-scale_real)
             gradient[:, :, columns] = block_gradient.mul_(4 * scale / dims)
@@ -155,6 +158,11 @@ def _most_rows(n: int, m: int, dims: int) -> int:
     left = 2 * n * n + (n - m) * dims
     parts = max(1, m // max(_LEAST_ROWS, 3 * left // (20 * (n + m))))
     return min(m, -(-m // parts // 8) * 8)  # products of a multiple of 8 rows are the fastest
+
+
+def _gpu_columns(real: Tensor, synthetic: Tensor) -> int:
+    """Return how many columns of both sets a block on a GPU has."""
+    return max(1, _GPU_BLOCK // (8 * len(real) * (real.shape[1] + synthetic.shape[1])))
 
 
 def _columns(dims: int, max_columns: int = _MOST_COLUMNS) -> Iterator[slice]:

@@ -5,6 +5,7 @@ per-class means [K, D_l]; everything here is vectorised over classes.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,8 +14,11 @@ from torch import Tensor
 
 from ddray.distillation.method import DistillContext, Distiller, Target
 from ddray.methods.families.factory import make_method
-from ddray.methods.families.matching.batches import ImagesConfig, ImagesEngine, Statistics
+from ddray.methods.families.matching.batches import ImagesConfig, ImagesEngine, Statistics, step_graphs
+from ddray.methods.families.matching.groups import rows_of
 from ddray.nets import Net
+from ddray.system.numerics import current
+from ddray.training.compiled import compiled
 
 MeansLoss = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 
@@ -36,7 +40,9 @@ class MatchingConfig(ImagesConfig):
 
 def in_precision(statistics: Statistics, precision: str, device: torch.device) -> Statistics:
     """Return `statistics` with the forward pass in `precision` and the results in float32."""
-    if precision == "fp32":
+    if precision == "bf16":
+        current().computed.add(True)
+    elif not current().bf16("statistics"):
         return statistics
 
     def cast(net: Net, images: Tensor) -> tuple[Tensor, ...]:
@@ -50,11 +56,13 @@ def in_precision(statistics: Statistics, precision: str, device: torch.device) -
 class MeanMatching(ImagesEngine):
     """Images learned so that class means of their statistics match the real ones; a fresh network per step.
 
+    On CUDA what runs under the network are CUDA graphs: augmentation, whose operations a step draws, is not.
+
     Args:
         ctx: what to work on.
         config: the shared settings.
         statistics: per-sample statistics of images under a network.
-        loss: from real and synthetic class means [K, D_l] to a scalar.
+        loss: from real and synthetic class means [K, D_l] to a scalar, a sum over whatever classes they are.
     """
 
     _momentum = "momentum_buffer"
@@ -65,23 +73,44 @@ class MeanMatching(ImagesEngine):
         super().__init__(ctx, config)
         self._loss = loss
         self._branch.net.requires_grad_(False)
-        self._labels_cpu = self._labels.cpu()
+        self._class_labels = torch.arange(ctx.dataset.num_classes).repeat_interleave(ctx.ipc)
         self._statistics = statistics = in_precision(statistics, config.precision, ctx.device)
-        self._real_statistics = torch.compile(statistics, dynamic=False) if ctx.compile else statistics
+        self._compiled = compiled(statistics, on=ctx.compile)
+        self._real_graphs, self._graphs = (step_graphs(ctx) for _ in range(2))
+        self._groups = self._branch.groups(lambda images: statistics(self._branch.net, images), ctx.ipc)
 
     def step(self) -> dict[str, Tensor]:
         """Draw a network and a batch, match, update the images."""
-        branch, sizes = self._branch, (self._ctx.dataset.num_classes, self._ctx.ipc, -1)
+        branch = self._branch
         self._step += 1
         branch.renew(self._step)
         index, plan = branch.draw(self._ctx.generator("step", self._step))
-        real = branch.class_means(index, plan, self._real_statistics)
-        synthetic = self._statistics(branch.net, branch.augmented(self._images, plan, self._labels_cpu))
-        loss = self._loss(real, [values.view(sizes).mean(1) for values in synthetic])
-        self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        gradient = torch.empty_like(self._images)
+        total = torch.zeros((), device=gradient.device)
+        for classes in self._groups:
+            rows = rows_of(classes, self._ctx.ipc)
+            real = branch.class_means(index, plan, self._real_statistics, classes)
+            images = self._images.detach()[rows].requires_grad_(True)
+            augmented = branch.augmented(images, plan, self._class_labels[rows])
+            loss, outer = self._graphs(self._loss_and_gradient, (augmented.detach(), *real))
+            (gradient[rows],) = torch.autograd.grad(augmented, images, outer)
+            total += loss
+        self._images.grad = gradient
         self._optimizer.step()
-        return {"loss": loss.detach()}
+        return {"loss": total}
+
+    def _real_statistics(self, net: Net, images: Tensor) -> tuple[Tensor, ...]:
+        """Return `statistics` of real images, compiled or replayed where they can be."""
+        results: tuple[Tensor, ...] = self._real_graphs(partial(self._compiled, net), (images,))
+        return results
+
+    def _loss_and_gradient(self, images: Tensor, *real: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss of augmented images of some classes [G * ipc, C, H, W], and its gradient."""
+        images = images.detach().requires_grad_(True)
+        synthetic = self._statistics(self._branch.net, images)
+        sizes = (len(images) // self._ctx.ipc, self._ctx.ipc, -1)
+        loss = self._loss(real, [values.view(sizes).mean(1) for values in synthetic])
+        return loss.detach(), torch.autograd.grad(loss, images)[0]
 
 
 def squared_distance(real: Sequence[Tensor], synthetic: Sequence[Tensor]) -> Tensor:

@@ -6,7 +6,9 @@ synthetic images alike.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,9 +18,12 @@ from torch import Tensor
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.artifact.partition import Partition, Resize, compose, expand
 from ddray.distillation.method import DistillContext, MethodConfig, Target
-from ddray.methods.families.matching.batches import Init, RealBranch, initial_images
+from ddray.methods.families.matching.batches import Init, RealBranch, initial_images, step_graphs
+from ddray.methods.families.matching.groups import rows_of
 from ddray.methods.families.state import images_state, load_images_state
 from ddray.nets import Net
+from ddray.system.transfer import to_device
+from ddray.training.compiled import compiled
 from ddray.training.dsa import DsaPlan
 from ddray.training.recipe import idc_mixes
 
@@ -84,17 +89,13 @@ class LearnedImages:
         if self._raw:
             self.pixels.clamp_(self._low, self._high)
 
-    def stored(self) -> Tensor:
-        """Return the stored images in the context's pixel space; differentiable."""
-        return self._space.encode(self.pixels) if self._raw else self.pixels
+    def encoded(self, pixels: Tensor) -> Tensor:
+        """Return learned pixels, some or all, as images in the context's pixel space; differentiable."""
+        return self._space.encode(pixels) if self._raw else pixels
 
-    def expanded(self) -> Tensor:
-        """Return the mini-images [K * parts, C, H, W] that networks see; differentiable."""
-        return expand(self.stored(), self.partition)
-
-    def update(self, loss: Tensor) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+    def update(self, gradient: Tensor) -> None:
+        """Take a step along a gradient, which has the shape of the pixels."""
+        self.pixels.grad = gradient
         self.optimizer.step()
 
 
@@ -113,18 +114,25 @@ class StepDraw:
 class FeaturePairs:
     """Batches of real images and of the `learned` ones under one augmentation, and features of the real ones.
 
-    `net` computes all features; its weights are swapped in place.
+    `net` computes all features; its weights are swapped in place. `classes` are a range of classes. Attribute
+    `per_class` counts the mini-images of a class in a step.
     """
 
     def __init__(self, ctx: DistillContext, config: PartitionedConfig, learned: LearnedImages) -> None:
         self._learned = learned
         self._batch_syn = config.batch_syn
+        self.per_class = min(learned.parts, config.batch_syn)
         self._branch = RealBranch(ctx, config.batch_real, config.augment, config.strategy)
         self.batches, self.net = self._branch.batches, self._branch.net.requires_grad_(False)
         self.renew = self._branch.renew
         self.num_classes = ctx.dataset.num_classes
-        self._embed_real = torch.compile(embedding, dynamic=False) if ctx.compile else embedding
+        self._embed_real = compiled(embedding, on=ctx.compile)
+        self._real_graphs = step_graphs(ctx)
         self._labels_syn = torch.arange(self.num_classes).repeat_interleave(learned.parts)
+
+    def groups(self) -> list[slice]:
+        """Return ranges of classes that fit the memory budget in the network's mode (train or eval)."""
+        return self._branch.groups(partial(embedding, self.net), self.per_class)
 
     def draw(self, generator: torch.Generator) -> StepDraw:
         """Draw real images, augmentation and, where there are more than `batch_syn`, mini-images."""
@@ -137,26 +145,29 @@ class FeaturePairs:
         return StepDraw(index, plan, syn_index)
 
     @torch.no_grad()
-    def real(self, draw: StepDraw) -> Tensor:
-        """Return the features [K, n, D] of the real images, taken chunk by chunk where samples do not mix."""
-        whole = torch.empty(0)
-        for rows, images in self._branch.chunks(draw.index, draw.plan):
-            values = self._embed_real(self.net, images)
+    def real(self, draw: StepDraw, classes: slice) -> Tensor:
+        """Return the features [G, n, D] of the real images, taken chunk by chunk where samples do not mix."""
+        part = rows_of(classes, self.batches.per_class)
+        index, whole = draw.index[part], torch.empty(0)
+        for rows, images in self._branch.chunks(index, draw.plan, self.batches.labels_cpu[part]):
+            values = self._real_graphs(partial(self._embed_real, self.net), (images,))
             if not len(whole):  # concatenating a list would take the memory twice
-                whole = values.new_empty(len(draw.index), values.shape[1])
+                whole = values.new_empty(len(index), values.shape[1])
             whole[rows] = values
-        return by_class(whole, self.num_classes)
+        return by_class(whole, classes.stop - classes.start)
 
-    def synthetic(self, draw: StepDraw) -> Tensor:
-        """Return the draw's mini-images [K * m, C, H, W] as the network sees them; differentiable."""
-        images, labels = self._learned.expanded(), self._labels_syn
+    def synthetic(self, draw: StepDraw, pixels: Tensor, classes: slice) -> Tensor:
+        """Return the draw's mini-images [G * m, C, H, W] as the network sees them.
+
+        Differentiable with respect to `pixels`, those of the classes' learned images [G * ipc, C, H, W].
+        """
+        learned = self._learned
+        images = expand(learned.encoded(pixels), learned.partition)
+        labels = self._labels_syn[rows_of(classes, learned.parts)]
         if draw.syn_index is not None:
-            images, labels = images[draw.syn_index.to(images.device)], labels[draw.syn_index]
+            index = draw.syn_index[rows_of(classes, self._batch_syn)] - classes.start * learned.parts
+            images, labels = images[to_device(index, images.device)], labels[index]
         return self._branch.augmented(images, draw.plan, labels)
-
-    def embedded(self, draw: StepDraw) -> Tensor:
-        """Return the features [K, m, D] of the draw's mini-images; differentiable."""
-        return by_class(embedding(self.net, self.synthetic(draw)), self.num_classes)
 
 
 def embedding(net: Net, images: Tensor) -> Tensor:
@@ -165,16 +176,61 @@ def embedding(net: Net, images: Tensor) -> Tensor:
 
 
 class PartitionedEngine:
-    """A method that learns partitioned images: a subclass adds its `step`, which counts in `_step`."""
+    """A method that learns partitioned images: a subclass adds its `step`, which counts in `_step`.
+
+    It gives its `_loss` too, a sum over classes. On CUDA what runs under the network are CUDA graphs, as far
+    as the step's augmentation.
+    """
 
     def __init__(self, ctx: DistillContext, config: PartitionedConfig) -> None:
         self._ctx, self._step = ctx, 0
         self._learned = LearnedImages(ctx, config)
         self._pairs = FeaturePairs(ctx, config, self._learned)
+        self._graphs = step_graphs(ctx)
+
+    @cached_property
+    def _groups(self) -> list[slice]:
+        return self._pairs.groups()
+
+    def _loss(self, images: Tensor, real: Tensor, *others: Tensor) -> Tensor:
+        """Return the loss of some classes' mini-images [G * m, C, H, W] and real features [G, n, D].
+
+        A function of its arguments and the network's weights alone; `others` are what `_others` returns.
+        """
+        raise NotImplementedError
+
+    def _real(self, draw: StepDraw, classes: slice) -> Tensor:
+        """Return the features [G, n, D] of the classes' real images."""
+        return self._pairs.real(draw, classes)
+
+    def _match(self, draw: StepDraw, others: Callable[[slice], Sequence[Tensor]] = lambda _: ()) -> Tensor:
+        """Take a step of the pixels along the gradient of the loss, group by group; return the loss.
+
+        `others` gives what else `_loss` takes for a range of classes.
+        """
+        learned, pairs = self._learned, self._pairs
+        gradient = torch.empty_like(learned.pixels)
+        total = torch.zeros((), device=gradient.device)
+        for classes in self._groups:
+            rows = rows_of(classes, self._ctx.ipc)
+            real = self._real(draw, classes)
+            pixels = learned.pixels.detach()[rows].requires_grad_(True)
+            images = pairs.synthetic(draw, pixels, classes)
+            args = (images.detach(), real, *others(classes))
+            loss, outer = self._graphs(self._loss_and_gradient, args)
+            (gradient[rows],) = torch.autograd.grad(images, pixels, outer)
+            total += loss
+        learned.update(gradient)
+        return total
+
+    def _loss_and_gradient(self, images: Tensor, *args: Tensor) -> tuple[Tensor, Tensor]:
+        images = images.detach().requires_grad_(True)
+        loss = self._loss(images, *args)
+        return loss.detach(), torch.autograd.grad(loss, images)[0]
 
     def snapshot(self) -> DistilledSet:
         learned = self._learned
-        return self._ctx.make_set(learned.stored(), learned.labels, learned.partition)
+        return self._ctx.make_set(learned.encoded(learned.pixels), learned.labels, learned.partition)
 
     def state_dict(self) -> dict[str, Any]:
         """Return pixels, momentum and step; draws depend on the step alone."""

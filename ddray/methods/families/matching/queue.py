@@ -12,6 +12,7 @@ from ddray.methods.families.state import copy_values, cpu_copy, load_velocities,
 from ddray.nets import Net, build_net
 from ddray.seeding import derive_seed
 from ddray.training.engine import Rule, Step
+from ddray.training.graph import WORTHWHILE_STEPS
 
 
 class Member:
@@ -24,14 +25,25 @@ class Member:
         seen: real images seen since the last reset.
     """
 
-    def __init__(self, net: Net, lr: float, device: torch.device) -> None:
-        optimizer = partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4)
-        self.net, self.step = net, Step([net], Rule(self._loss, optimizer), lr=lr)
+    def __init__(self, net: Net, lr: float, device: torch.device, num_steps: int = 1) -> None:
         self.right, self.seen = torch.zeros((), device=device), 0
+        # A CUDA graph's warm-up restores what the step changes, a network's buffers among them.
+        net.register_buffer("right", self.right, persistent=False)
+        optimizer = partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4)
+        self.net, self.step = net, Step([net], Rule(self._loss, optimizer), lr=lr, num_steps=num_steps)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        self.right = self.right + (logits.argmax(1) == labels).sum()
+        self.right += (logits.argmax(1) == labels).sum()
         return F.cross_entropy(logits, labels)
+
+    def tensors(self) -> list[Tensor]:
+        """Return all that training changes: weights, velocities (0 before any), what was right."""
+        optimizer = self.step.optimizer
+        for param in self.net.parameters():
+            if "momentum_buffer" not in optimizer.state[param]:
+                optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param)
+        moments = [optimizer.state[param]["momentum_buffer"] for param in self.net.parameters()]
+        return [*self.net.state_dict().values(), *moments, self.right]
 
     def accuracy(self) -> Tensor:
         """Return the fraction right since the last reset; 0 before any training."""
@@ -49,38 +61,52 @@ class Member:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         copy_values(self.net, state["values"])
         load_velocities(self.step.optimizer, state["velocities"])
-        self.right = state["right"].to(self.right.device, copy=True)
+        self.right.copy_(state["right"])
         self.seen = int(state["seen"])
 
 
 class NetQueue:
-    """At most `size` networks in order of creation, trained at rate `lr`; the oldest leaves a full queue."""
+    """At most `size` networks in order of creation, trained at rate `lr`; the oldest leaves a full queue.
 
-    def __init__(self, ctx: DistillContext, *, size: int, lr: float) -> None:
+    On CUDA one more network is trained in place of each, so that one graph serves all, if the members' steps
+    together (`num_steps`) are worth it.
+    """
+
+    def __init__(self, ctx: DistillContext, *, size: int, lr: float, num_steps: int = 1) -> None:
         self._ctx, self._size, self._lr = ctx, size, lr
         self._num_pushed = 0
         self.members: list[Member] = []
+        is_graphed = ctx.device.type == "cuda" and num_steps >= WORTHWHILE_STEPS
+        self._substitute = self._member(0, num_steps) if is_graphed else None
 
     def push(self) -> None:
         self.members = [*self.members, self._member(self._num_pushed)][-self._size :]
         self._num_pushed += 1
 
-    def _member(self, net_index: int) -> Member:
+    def _member(self, net_index: int, num_steps: int = 1) -> Member:
         ctx = self._ctx
         seed = derive_seed(ctx.seed, "distill", "queue", net_index)
         shape, num_classes = ctx.dataset.image_shape, ctx.dataset.num_classes
         net = build_net(ctx.arch, shape, num_classes, seed=seed, device=ctx.device)
-        return Member(net.to(memory_format=torch.channels_last).train(), self._lr, ctx.device)
+        return Member(net.to(memory_format=torch.channels_last).train(), self._lr, ctx.device, num_steps)
 
     def train(self, position: int, images: Tensor, labels: Tensor) -> None:
         """Train one network on one batch [B, C, H, W]."""
-        member = self.members[position]
-        member.step(images.contiguous(memory_format=torch.channels_last), labels)
+        member, substitute = self.members[position], self._substitute
+        images = images.contiguous(memory_format=torch.channels_last)
+        if substitute is None:
+            member.step(images, labels)
+        else:
+            mine, theirs = substitute.tensors(), member.tensors()
+            torch._foreach_copy_(mine, theirs)
+            substitute.step(images, labels)
+            torch._foreach_copy_(theirs, mine)
         member.seen += len(labels)
 
     def forget_accuracies(self) -> None:
         for member in self.members:
-            member.right, member.seen = torch.zeros_like(member.right), 0
+            member.right.zero_()
+            member.seen = 0
 
     def state_dict(self) -> dict[str, Any]:
         return {"made": self._num_pushed, "members": [member.state_dict() for member in self.members]}

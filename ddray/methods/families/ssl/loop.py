@@ -31,6 +31,7 @@ from ddray.methods.families.state import (
 )
 from ddray.nets import Net, build_net, reinitialize
 from ddray.seeding import derive_seed
+from ddray.system.transfer import to_device
 from ddray.training.engine import Rule, Step
 from ddray.training.operations import crop_and_flip
 
@@ -190,7 +191,7 @@ class BilevelLoop:
         def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
             index = torch.randperm(extent.num_images, generator=generator)[:num]
             # Only these are synthesised: the whole set may not fit the device.
-            return self._synthesise(self.parameters, index.to(self._images.device, non_blocking=True))
+            return self._synthesise(self.parameters, to_device(index, self._images.device))
 
         return draw
 
@@ -229,7 +230,7 @@ class BilevelLoop:
         """Yield chunks of a fresh real batch: features under `net`, and the teacher's representations."""
         num = min(self._config.batch_real, len(self._images))
         index = torch.randperm(len(self._images), generator=generator)[:num]
-        index = index.to(self._images.device, non_blocking=True)
+        index = to_device(index, self._images.device)
         for part in chunks(num, self._costs.sample, self._images.device):
             images, representations = self._images[index[part]], self._representations[index[part]]
             if self._teacher is not None:

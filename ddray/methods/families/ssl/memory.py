@@ -101,7 +101,8 @@ def declared_teacher(ctx: DistillContext, config: KrrConfig, extent: Extent) -> 
 
     The worker refuses such a set itself, before it requests a teacher: its device is the one that counts.
     """
-    if ctx.device.type != "cuda" or torch.cuda.is_available():
+    # Asking would open a CUDA context, which a search's driver must not have.
+    if ctx.device.type != "cuda" or torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         try:
             check_memory(ctx, config, extent)
         except InputError:

@@ -35,8 +35,11 @@ from ddray.errors import DivergedError, InputError
 from ddray.nets import Net, build_net
 from ddray.pool.spec import PoolEntry, PoolSpec
 from ddray.seeding import derive, derive_seed, forked_global
+from ddray.system.numerics import has_bf16
+from ddray.system.transfer import to_device
 from ddray.training.embedding import embed_images
 from ddray.training.engine import Batch, Order, Rule, Step, cosine, run
+from ddray.training.operations import luma
 
 KIND: Final = "ssl"
 SOLO_LEARN: Final = {"stem_padding": 2, "crop_area": 0.08, "warmup_epochs": 10}
@@ -154,7 +157,7 @@ def random_view(
     The CPU generator makes every draw. A crop takes at least `crop_area` of the area, sides in a ratio of 3/4
     to 4/3; `flip` mirrors half of the views; `solarize` is the share of them whose bright half is inverted.
     """
-    u = torch.rand(len(pixels), _SOLAR + 1, generator=generator).to(pixels.device, non_blocking=True)
+    u = to_device(torch.rand(len(pixels), _SOLAR + 1, generator=generator), pixels.device)
     area = crop_area + (1 - crop_area) * u[:, _AREA]
     ratio = torch.exp((2 * u[:, _RATIO] - 1) * math.log(4 / 3))
     width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
@@ -167,7 +170,7 @@ def random_view(
     views = F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
     views = torch.where(_drawn(u, _JITTER, 0.8), _jitter(views, u), views)
     if views.shape[1] == 3:
-        views = torch.where(_drawn(u, _GREY, 0.2), _grey(views).expand_as(views), views)
+        views = torch.where(_drawn(u, _GREY, 0.2), luma(views).expand_as(views), views)
     return torch.where(_drawn(u, _SOLAR, solarize) & (views >= 0.5), 1 - views, views) if solarize else views
 
 
@@ -189,16 +192,10 @@ def _jitter(views: Tensor, u: Tensor) -> Tensor:
         return views
     from kornia.enhance import adjust_hue
 
-    grey = _grey(views)
+    grey = luma(views)
     views = ((views - grey) * factor(_SATURATION, 0.2) + grey).clamp(0, 1)
     hued: Tensor = adjust_hue(views, (2 * u[:, _HUE] - 1) * 0.1 * 2 * math.pi)
     return hued
-
-
-def _grey(pixels: Tensor) -> Tensor:
-    """Return the luma [N, 1, H, W] of colour pixels (ITU-R 601)."""
-    weights = pixels.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
-    return (pixels * weights).sum(1, keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -259,7 +256,7 @@ class SslTrainer:
         rule = Rule(
             lambda views: barlow_twins_loss(views[0], views[1], config.off_diagonal),
             partial(torch.optim.AdamW, weight_decay=config.weight_decay),
-            bf16=device.type == "cuda",
+            bf16=has_bf16(device),
         )
         run(
             Step([views], rule, num_steps=steps),
@@ -269,7 +266,8 @@ class SslTrainer:
             on_epoch=losses.append,
         )
         net.eval()
-        return [float(value) for value in losses]
+        means: list[float] = torch.stack(losses).tolist()
+        return means
 
 
 class _TwoViews(nn.Module):
