@@ -56,14 +56,14 @@ class Numerics:
         taken for all work that is equal. None: as probed before; if it never was, no.
         """
         if self.precision != "auto":
-            chosen = self.precision == "bf16"
+            in_bf16 = self.precision == "bf16"
         else:
             if run is not None and work not in self.probed:
                 low, full = _seconds(run, self.device)
                 self.probed[work] = low < _WORTHWHILE * full
-            chosen = self.probed.get(work, False)
-        self.computed.add(chosen)
-        return chosen
+            in_bf16 = self.probed.get(work, False)
+        self.computed.add(in_bf16)
+        return in_bf16
 
     def used(self) -> str:
         """Return the precision that was used, for rows: fp32, tf32 or bf16; both where a probe chose both.

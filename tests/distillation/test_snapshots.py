@@ -251,9 +251,9 @@ def test_what_a_method_measures_is_among_the_costs(ctx: DistillContext) -> None:
 def test_bf16_of_a_method_that_computes_nothing_in_it_is_said(
     ctx: DistillContext, caplog: pytest.LogCaptureFixture
 ) -> None:
-    asked = replace(ctx, config={**ctx.config, "precision": "bf16"})
+    in_bf16 = replace(ctx, config={**ctx.config, "precision": "bf16"})
 
-    assert run_distillation(Counter(1), asked).costs()["precision"] == "fp32"
+    assert run_distillation(Counter(1), in_bf16).costs()["precision"] == "fp32"
     assert caplog.messages == ["precision bf16: this method computes nothing in bfloat16; its set is of fp32"]
 
 
