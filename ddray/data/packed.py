@@ -44,6 +44,7 @@ class PackedImages(Tensor):
     Args:
         file: an `.npy` file of uint8 [M, C, H, W] in C order, in `$DDRAY_HOME/packed/<key>/`.
         rows: int64 [N], which of its images, in this order; None: all.
+        shape: (C, H, W) of its images, if it comes with rows: the file is then opened when it is used.
 
     Raises:
         InputError: the file can't be read, or is none of images.
@@ -52,12 +53,12 @@ class PackedImages(Tensor):
     _file: Path
     _rows: _Rows
 
-    def __new__(cls, file: Path, rows: _Rows | None = None) -> Self:
+    def __new__(cls, file: Path, rows: _Rows | None = None, shape: tuple[int, ...] | None = None) -> Self:
         """Name rows of a file."""
-        pixels = _mapped(file)
-        rows = np.arange(len(pixels)) if rows is None else rows
+        rows = np.arange(len(_mapped(file))) if rows is None else rows
+        shape = _mapped(file).shape[1:] if shape is None else shape
         self: Self = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, (len(rows), *pixels.shape[1:]), dtype=torch.uint8
+            cls, (len(rows), *shape), dtype=torch.uint8
         )
         self._file, self._rows = file, rows
         return self
@@ -77,7 +78,7 @@ class PackedImages(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
-        return _reopened, (self._file, self._rows)
+        return _reopened, (self._file, self._rows, tuple(self.shape[1:]))
 
     def __deepcopy__(self, memo: object) -> Self:
         return self  # it can't change
@@ -87,7 +88,10 @@ class PackedImages(Tensor):
 
     def rows(self, index: Tensor) -> PackedImages:
         """Return the images of `index` [M], or where a bool `index` [N] is true, without reading them."""
-        return PackedImages(self._file, self._rows[index.cpu().numpy()])
+        return self._part(self._rows[index.cpu().numpy()])
+
+    def _part(self, rows: _Rows) -> PackedImages:
+        return PackedImages(self._file, rows, tuple(self.shape[1:]))
 
     def whole(self) -> Tensor:
         """Return all images in memory.
@@ -95,13 +99,24 @@ class PackedImages(Tensor):
         Raises:
             InputError: they take more than is free.
         """
+        self.check_memory()
+        return _gather(self._file, self._rows)
+
+    def check_memory(self, dtype: torch.dtype = torch.uint8) -> None:
+        """Refuse to have all images in memory as numbers of some type if they take more than is free.
+
+        Raises:
+            InputError: they do; it has the figures.
+        """
+        size = self.numel() * dtype.itemsize
+        if size <= _CHECKED_BYTES:
+            return
         free = min(available_bytes(self.device), total_bytes(self.device))
-        if self.nbytes > max(free, _CHECKED_BYTES):
+        if size > free:
             raise InputError(
-                f"this needs all of {len(self)} images in memory, {self.nbytes / 2**30:.1f} GiB, got "
+                f"this needs all of {len(self)} images in memory, {size / 2**30:.1f} GiB, got "
                 f"{free / 2**30:.1f} GiB free; use a smaller --image-size, or a method that draws batches"
             )
-        return _gather(self._file, self._rows)
 
     def numpy(self, *, force: bool = False) -> np.ndarray[Any, Any]:
         """Return all images as an array of its own memory; InputError as for `whole`."""
@@ -150,10 +165,10 @@ def _mapped(file: Path) -> np.memmap[Any, np.dtype[np.uint8]]:
     return pixels
 
 
-def _reopened(file: Path, rows: _Rows) -> PackedImages:
+def _reopened(file: Path, rows: _Rows, shape: tuple[int, ...]) -> PackedImages:
     """Return pickled images: of the file in this process's `$DDRAY_HOME`, else where they were."""
-    own = home() / PACKED / file.parent.name / file.name
-    return PackedImages(own if own.is_file() else file, rows)
+    local = home() / PACKED / file.parent.name / file.name
+    return PackedImages(local if local.is_file() else file, rows, shape)
 
 
 def _advise(pixels: np.memmap[Any, Any], ordered: _Rows) -> None:
@@ -183,7 +198,11 @@ def _gather(file: Path, rows: _Rows) -> Tensor:
     for start in range(0, len(rows), step):
         part = order[start : start + step]
         _advise(pixels, rows[part])
-        target[part if not is_sorted else slice(start, start + step)] = flat[rows[part]]
+        # `take` lets other threads go on while it waits for the disk; "clip" spares it a copy.
+        if is_sorted:
+            np.take(flat, rows[part], axis=0, out=target[start : start + step], mode="clip")
+        else:
+            target[part] = np.take(flat, rows[part], axis=0, mode="clip")
     return torch.from_numpy(gathered)
 
 
@@ -204,7 +223,7 @@ def _select(images: PackedImages, dim: int, index: int) -> Any:
 def _slice(
     images: PackedImages, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
 ) -> Any:
-    return PackedImages(images._file, images._rows[start:end:step]) if dim == 0 else NotImplemented
+    return images._part(images._rows[start:end:step]) if dim == 0 else NotImplemented
 
 
 def _split(images: PackedImages, size: int, dim: int = 0) -> Any:
@@ -219,7 +238,7 @@ def _cat(parts: Sequence[Tensor], dim: int = 0) -> Any:
     packed = [part for part in parts if isinstance(part, PackedImages)]
     if dim != 0 or len(packed) < len(parts) or len({part._file for part in packed}) > 1:
         return NotImplemented
-    return PackedImages(packed[0]._file, np.concatenate([part._rows for part in packed]))
+    return packed[0]._part(np.concatenate([part._rows for part in packed]))
 
 
 def _to_copy(images: PackedImages, *, dtype: Any = None, device: Any = None, **options: Any) -> Any:
@@ -250,7 +269,7 @@ _HANDLERS: Final[dict[Any, Callable[..., Any]]] = {
 def read(images: Tensor, parts: Iterable[Tensor]) -> Iterator[Tensor]:
     """Yield the images of each part, an index [n]; of packed ones the next is read while one is used."""
     if not isinstance(images, PackedImages):
-        yield from (images[part] for part in parts)
+        yield from (images.index_select(0, part) for part in parts)
         return
     with ThreadPoolExecutor(1, "packed") as thread:
         pending = None

@@ -251,7 +251,7 @@ def _decode(
     def missing() -> Iterator[tuple[int, Sequence[Item]]]:
         start = 0
         for batch in source.batches():
-            if len(blocks.get(start, {"labels": ()})["labels"]) != len(batch):
+            if start not in blocks or blocks[start]["labels"] != [item.label for item in batch]:
                 yield start, batch
             start += len(batch)
 
@@ -315,6 +315,7 @@ def _finish(
     except OSError:
         if _load(entry) is None:  # otherwise a process on another node was first
             raise
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _notes(num: int, geometry: Geometry, blocks: Sequence[dict[str, Any]]) -> list[str]:

@@ -71,6 +71,8 @@ class PixelSpace:
         """
         if images.dtype != torch.uint8:
             return self._encode(images.float())
+        if isinstance(images, PackedImages):
+            images.check_memory(torch.float32)
         encoded = torch.empty(images.shape, dtype=torch.float32, device=images.device)
         for start in range(0, len(images), _ENCODE_CHUNK):  # no second float copy of the whole set
             part = slice(start, start + _ENCODE_CHUNK)

@@ -108,19 +108,20 @@ def test_another_home_has_its_own_copy(
     pickled = pickle.dumps(images)
     monkeypatch.setenv("DDRAY_HOME", str(tmp_path / "other"))
     assert torch.equal(pickle.loads(pickled), plain)  # the driver's
-    own = tmp_path / "other" / "packed" / "a" / "images.npy"
-    own.parent.mkdir(parents=True)
-    np.save(own, plain.numpy())
-    assert str(own) in repr(pickle.loads(pickled))
+    local = tmp_path / "other" / "packed" / "a" / "images.npy"
+    local.parent.mkdir(parents=True)
+    np.save(local, plain.numpy())
+    assert str(local) in repr(pickle.loads(pickled))
 
 
 def test_a_node_without_the_file_is_told(pair: tuple[PackedImages, Tensor]) -> None:
     images, _ = pair
-    pickled = pickle.dumps(images)
+    reopened = pickle.loads(pickle.dumps(images))
     images._file.unlink()
     packed._mapped.cache_clear()
+    assert reopened.shape == images.shape
     with pytest.raises(InputError, match=r"readable on every node, got .*images\.npy.*DDRAY_HOME"):
-        pickle.loads(pickled)
+        reopened[[1, 2]]
 
 
 def test_nothing_is_written_to_them(pair: tuple[PackedImages, Tensor]) -> None:
