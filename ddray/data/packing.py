@@ -152,7 +152,8 @@ def _make(entry: Path, partial: Path, source: Source, choose: Callable[[], Geome
                 where = f" in {source.files[0]}" if source.files else ""
                 raise InputError(f"a dataset must have images, got none{where}")
             head = {"num": num, **asdict(choose())}
-        geometry = Geometry(tuple(head["shape"]), head["resize"], head["rule"])
+        channels, height, width = head["shape"]
+        geometry = Geometry((channels, height, width), head["resize"], head["rule"])
         offset = _allocate(partial / IMAGES, head["num"], geometry)
         blocks = {block["start"]: block for block in _intact(partial / IMAGES, blocks)}
         write_text(partial / _BLOCKS, "".join(json.dumps(line) + "\n" for line in (head, *blocks.values())))

@@ -94,7 +94,8 @@ def load(source: Source, size: Size) -> tuple[Split, Geometry]:
     )
     for note in facts["notes"]:
         log.warning("%s", note)
-    return split, Geometry(tuple(facts["shape"]), facts["resize"], facts["rule"])
+    channels, height, width = facts["shape"]
+    return split, Geometry((channels, height, width), facts["resize"], facts["rule"])
 
 
 def survey(source: Source, side: int | None = None) -> Geometry:
