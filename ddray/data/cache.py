@@ -42,14 +42,14 @@ def fetch(
         InputError: a source file cannot be read.
         StorageError: the cache cannot be written.
     """
-    entry = home() / "datasets" / _key(files, settings)
+    entry = home() / "datasets" / file_key(files, settings)
     if (cached := _load(entry)) is not None:
         return cached
-    with _writing(entry.parent, "you can write"):
+    with writing(entry.parent, "you can write"):
         entry.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=entry.name[:16] + "-", suffix=".tmp", dir=entry.parent))
     try:
-        with _writing(temporary, "with free space"):
+        with writing(temporary, "with free space"):
             facts = build(temporary)
             (temporary / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
             _publish(temporary, entry)
@@ -61,7 +61,7 @@ def fetch(
 
 
 @contextmanager
-def _writing(path: Path, fix: str) -> Iterator[None]:
+def writing(path: Path, fix: str) -> Iterator[None]:
     """Turn an OSError into a StorageError that asks for a folder as in `fix`."""
     try:
         yield
@@ -83,7 +83,7 @@ def _publish(temporary: Path, entry: Path) -> None:
             raise
 
 
-def _key(files: Sequence[Path], settings: str) -> str:
+def file_key(files: Sequence[Path], settings: str) -> str:
     """Return the hash of the files' names, sizes and times, and of `settings`."""
     digest = hashlib.sha256(settings.encode())
     for file in files:

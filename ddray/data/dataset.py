@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from ddray import seeding
+from ddray.data.packed import PackedImages, parts_of
 from ddray.data.reference import DatasetRef
 from ddray.errors import InputError
 from ddray.system.tensors import check_channels_first
 
 _SPLIT_NAME: Final = re.compile(r"train(?:-val(\d+)(?:-(\d+))?)?")
-_HASH_CHUNK = 4096  # images hashed at a time: bounds the memory of memory-mapped sets
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Split:
     """Images with their labels.
 
     Attributes:
-        images: uint8 [N, C, H, W]; float32 for spectrograms only.
+        images: uint8 [N, C, H, W], on the disk if they are large (`PackedImages`); float32 for spectrograms
+            only.
         labels: int64 [N].
     """
 
@@ -50,7 +51,12 @@ class Split:
         return self.images.is_floating_point()
 
     def select(self, index: Tensor) -> Split:
-        """Return a copy of the images at `index` [M], in that order, or where a bool `index` [N] is true."""
+        """Return the images at `index` [M], in that order, or where a bool `index` [N] is true.
+
+        They are a copy; packed images stay on the disk.
+        """
+        if isinstance(self.images, PackedImages):
+            return Split(self.images.rows(index), self.labels[index])
         return Split(self.images[index], self.labels[index])
 
 
@@ -153,12 +159,21 @@ class Dataset:
         """SHA-256 over train's images, labels and the class names; test plays no part."""
         split = self.train()
         shape, dtype = list(split.images.shape), str(split.images.dtype)
-        head = {"class_names": self.class_names, "shape": shape, "dtype": dtype}
-        digest = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
-        for chunk in torch.split(split.images, _HASH_CHUNK):
-            digest.update(chunk.contiguous().numpy().data)
-        digest.update(split.labels.contiguous().numpy().data)
-        return digest.hexdigest()
+        head = json.dumps({"class_names": self.class_names, "shape": shape, "dtype": dtype}, sort_keys=True)
+        labels = split.labels.contiguous().numpy()
+
+        def compute() -> str:
+            digest = hashlib.sha256(head.encode())
+            for part in parts_of(split.images):
+                digest.update(part.contiguous().numpy().data)
+            digest.update(labels.data)
+            return digest.hexdigest()
+
+        if not isinstance(split.images, PackedImages):
+            return compute()
+        return str(
+            split.images.remembered(f"fingerprint {head} {hashlib.sha256(labels.data).hexdigest()}", compute)
+        )
 
     def _checked(self, split: Split, which: str) -> Split:
         """Return `split` if its shape and labels fit this dataset."""

@@ -11,7 +11,9 @@ import torch
 
 from ddray.data.listing import IMAGE_SUFFIXES
 from ddray.data.lists import tree_of_lists
-from ddray.data.sources import Item, Layout, Source, chunks, fixed_test, from_sources
+from ddray.data.packing import chunks
+from ddray.data.pictures import Item
+from ddray.data.sources import Layout, Source, fixed_test, from_sources
 from ddray.data.tree import WORD_LISTS, Labelled, Tree, read_table, tree_of
 from ddray.errors import InputError
 

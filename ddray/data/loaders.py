@@ -19,9 +19,10 @@ from ddray.data.dataset import Dataset, Split
 from ddray.data.folders import layout_of_cub, layout_of_dogs, layout_of_folder, layout_of_lists
 from ddray.data.listing import subfolders
 from ddray.data.npz import layout_of_npz
+from ddray.data.pictures import Geometry
 from ddray.data.pixels import channel_statistics, check_contrast
 from ddray.data.reference import DatasetRef
-from ddray.data.sources import Geometry, Layout, Size, fixed_test
+from ddray.data.sources import Layout, Size, fixed_test
 from ddray.data.speech import layout_of_clips
 from ddray.data.tars import layout_of_tars
 from ddray.errors import InputError, did_you_mean

@@ -19,7 +19,8 @@ import torch
 
 from ddray.data import arrays
 from ddray.data.listing import Skipped, halves_of, loose_files, part_of
-from ddray.data.sources import Geometry, Item, Layout, Source, from_one_source, from_sources
+from ddray.data.pictures import Geometry, Item
+from ddray.data.sources import Layout, Source, from_one_source, from_sources
 from ddray.errors import InputError, one_line
 from ddray.system.memory import available_bytes
 

@@ -12,8 +12,7 @@ import torch
 from torch.utils.data import IterableDataset, Subset, TensorDataset
 
 from ddray.data import arrays
-from ddray.data.pictures import decode, header
-from ddray.data.sources import Geometry, Item
+from ddray.data.pictures import Geometry, Item, decode, header
 from ddray.errors import InputError
 from ddray.system.files import home, write_atomically
 

@@ -12,8 +12,9 @@ from typing import Any, Final
 from ddray.data import arrays
 from ddray.data.listing import Skipped, halves_of, loose_files, part_in, part_of, subfolders
 from ddray.data.lists import LABEL_COLUMNS
+from ddray.data.pictures import Item
 from ddray.data.saved import ABOUT, ArrowFile, saved_files
-from ddray.data.sources import Item, Layout, Source, from_one_source, from_sources
+from ddray.data.sources import Layout, Source, from_one_source, from_sources
 from ddray.errors import InputError, one_line
 
 log = logging.getLogger(__name__)

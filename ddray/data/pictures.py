@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING, Final
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Final
 
 import numpy as np
 import torch
@@ -13,8 +15,6 @@ from ddray.errors import InputError, one_line
 
 if TYPE_CHECKING:
     from PIL import Image
-
-    from ddray.data.sources import Geometry, Item
 
 GREY_MODES: Final = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L")
 _DEEP_FORMATS: Final = ("PNG", "PPM")  # their mode I means 16 bits per channel
@@ -35,12 +35,48 @@ Change = tuple[str, str]
 """What was done to a picture, and where it is (with its size, if that changed)."""
 
 
+@dataclass(frozen=True)
+class Item:
+    """One encoded image."""
+
+    where: str  # its file (and row), for messages
+    label: int
+    data: bytes | Path  # the encoded bytes, or the file that holds them
+    changes: tuple[str, ...] = ()  # what was done to it already, to be counted
+
+    def read(self) -> bytes:
+        """Return the encoded bytes."""
+        if isinstance(self.data, bytes):
+            return self.data
+        with self.opened() as file:
+            return file.read()
+
+    def opened(self) -> BinaryIO:
+        """Return the encoded bytes as an open file, of which a header is read alone."""
+        if isinstance(self.data, bytes):
+            return io.BytesIO(self.data)
+        try:
+            return self.data.open("rb")
+        except OSError as error:
+            raise InputError(f"image file must be readable, got {self.where}: {error.strerror}") from error
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What decoded images look like."""
+
+    shape: tuple[int, int, int]  # (C, H, W)
+    # Whether other sizes are resized to it (short side, antialiased bilinear, centre crop) or refused.
+    resize: bool
+    rule: str = field(default="", compare=False, repr=False)  # how it was chosen
+
+
 def header(item: Item) -> tuple[tuple[int, int], bool]:
     """Return an image's (width, height), upright, and whether it is grey, without decoding it."""
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(item.read())) as image:
+        with item.opened() as file, Image.open(file) as image:
             turned = image.format != "TIFF" and _orientation(image) > 4  # Pillow turns TIFF files itself
             is_grey = image.mode in GREY_MODES or (image.mode == "RGBA" and _raw_mode(image) == "LA;16B")
             return image.size[::-1] if turned else image.size, is_grey

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ddray.data.dataset import Dataset, Split
+from ddray.data.packed import PackedImages, parts_of
 from ddray.errors import InputError
 
 MAX_ZCA: Final = 12_288  # 3 x 64 x 64: above, the matrix alone takes gigabytes, its eigenvectors hours
@@ -19,6 +20,7 @@ _ENCODE_CHUNK = 4096  # images converted from uint8 at a time
 _MIDDLE = 128.0
 _COMPARED = 64  # images compared at a time: the first ones nearly always differ
 _EXACT_CHUNK = 1024  # see `_moments`
+_STATISTICS_VALUES = 8 * 2**20  # pixels of packed images that are summed at a time, as float64
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +71,8 @@ class PixelSpace:
         """
         if images.dtype != torch.uint8:
             return self._encode(images.float())
+        if isinstance(images, PackedImages):
+            images.check_memory(torch.float32)
         encoded = torch.empty(images.shape, dtype=torch.float32, device=images.device)
         for start in range(0, len(images), _ENCODE_CHUNK):  # no second float copy of the whole set
             part = slice(start, start + _ENCODE_CHUNK)
@@ -161,7 +165,7 @@ def _moments(images: Tensor, chunk: int, device: torch.device | str) -> tuple[Te
     size, count = images[0].numel(), len(images)
     total = torch.zeros(size, dtype=torch.float64, device=device)
     product = torch.zeros(size, size, dtype=torch.float64, device=device)
-    for part in torch.split(images, min(chunk, _EXACT_CHUNK) if is_bytes else chunk):
+    for part in parts_of(images, min(chunk, _EXACT_CHUNK) if is_bytes else chunk):
         flat = part.to(device).flatten(1)
         flat = flat.float() - _MIDDLE if is_bytes else flat.double()
         total += flat.sum(0, dtype=torch.float64)
@@ -173,10 +177,18 @@ def _moments(images: Tensor, chunk: int, device: torch.device | str) -> tuple[Te
 
 def channel_statistics(images: Tensor, *, chunk: int = 4096) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return (mean, std) per channel of images [N, C, H, W], in [0, 1] units for uint8."""
+    if isinstance(images, PackedImages):
+        chunk = max(1, min(chunk, _STATISTICS_VALUES // images[:1].numel()))
+        mean, std = images.remembered(f"channel statistics {chunk}", lambda: _statistics(images, chunk))
+        return tuple(mean), tuple(std)
+    return _statistics(images, chunk)
+
+
+def _statistics(images: Tensor, chunk: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     channels = images.shape[1]
     total = torch.zeros(channels, dtype=torch.float64)
     square = torch.zeros(channels, dtype=torch.float64)
-    for part in torch.split(images, chunk):
+    for part in parts_of(images, chunk):
         pixels = part.double() / 255 if images.dtype == torch.uint8 else part.double()
         total += pixels.sum((0, 2, 3))
         square += pixels.square().sum((0, 2, 3))
@@ -198,7 +210,7 @@ def check_contrast(split: Split, name: str) -> None:
         return
     images, first = split.images, split.images[:1]
     varies = torch.zeros(images.shape[1], dtype=torch.bool)
-    for part in torch.split(images, _COMPARED):
+    for part in parts_of(images, _COMPARED):
         varies |= (part != first[:, :, :1, :1]).transpose(0, 1).flatten(1).any(1)
         if varies.all():
             break

@@ -1,56 +1,27 @@
-"""What a reader of a folder returns: a Layout of two Sources, which are decoded into cached arrays."""
+"""What a reader of a folder returns: a Layout of two Sources, which are decoded once (`packing`)."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
-import os
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from itertools import chain
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from torch import Tensor
 
 from ddray import seeding
-from ddray.data import cache
 from ddray.data.dataset import Split, stratified_holdout
 from ddray.data.listing import Skipped
-from ddray.data.pictures import RESIZED, Change, decode, header
-from ddray.errors import InputError
+from ddray.data.packing import in_threads, packed
+from ddray.data.pictures import Geometry, Item, header
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-_TASK = 64  # images per task of the thread pool: fewer would be all bookkeeping
-_EXAMPLES = 2  # images that a warning names
 STANDARD_SIZES = (128, 64, 32)
 MAX_KEPT = 256
-
-
-@dataclass(frozen=True)
-class Item:
-    """One encoded image."""
-
-    where: str  # its file (and row), for messages
-    label: int
-    data: bytes | Path  # the encoded bytes, or the file that holds them
-    changes: tuple[str, ...] = ()  # what was done to it already, to be counted
-
-    def read(self) -> bytes:
-        """Return the encoded bytes."""
-        if isinstance(self.data, bytes):
-            return self.data
-        try:
-            return self.data.read_bytes()
-        except OSError as error:
-            raise InputError(f"image file must be readable, got {self.where}: {error.strerror}") from error
 
 
 @dataclass(frozen=True)
@@ -61,16 +32,6 @@ class Source:
     count: Callable[[], int]  # returns the number of images
     batches: Callable[[], Iterator[Sequence[Item]]]  # yields them in order, a batch at a time
     labelling: str = ""  # anything else that determines the labels, such as the order of the classes
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """What decoded images look like."""
-
-    shape: tuple[int, int, int]  # (C, H, W)
-    # Whether other sizes are resized to it (short side, antialiased bilinear, centre crop) or refused.
-    resize: bool
-    rule: str = field(default="", compare=False, repr=False)  # how it was chosen
 
 
 Size = Geometry | int | None
@@ -126,22 +87,15 @@ def load(source: Source, size: Size) -> tuple[Split, Geometry]:
         InputError: there is no image, one cannot be read, or has a size that `geometry` refuses.
         StorageError: the cache cannot be written.
     """
-
-    def build(folder: Path) -> dict[str, object]:
-        if source.count() == 0:
-            raise InputError(
-                "a dataset must have images, got none" + (f" in {source.files[0]}" if source.files else "")
-            )
-        used_geometry = size if isinstance(size, Geometry) else survey(source, size)
-        notes = _decode_into(source, used_geometry, folder)
-        return {**dataclasses.asdict(used_geometry), "notes": notes}
-
-    split, facts = cache.fetch(source.files, f"images v3 {size} {source.labelling}", build)
+    split, facts = packed(
+        source,
+        f"images v3 {size} {source.labelling}",
+        lambda: size if isinstance(size, Geometry) else survey(source, size),
+    )
     for note in facts["notes"]:
         log.warning("%s", note)
-    return split, Geometry(
-        (facts["shape"][0], facts["shape"][1], facts["shape"][2]), facts["resize"], facts["rule"]
-    )
+    channels, height, width = facts["shape"]
+    return split, Geometry((channels, height, width), facts["resize"], facts["rule"])
 
 
 def survey(source: Source, side: int | None = None) -> Geometry:
@@ -152,9 +106,11 @@ def survey(source: Source, side: int | None = None) -> Geometry:
     64, 32 px that the median short side reaches (to 32 below that). One channel if all images are grey, else
     three.
     """
-    headers = [
-        pair for task in _in_threads(lambda _, items: list(map(header, items)), source) for pair in task
-    ]
+    batches = ((0, batch) for batch in source.batches())
+    tasks = (
+        task for _, tasks in in_threads(lambda _, items: list(map(header, items)), batches) for task in tasks
+    )
+    headers = [pair for task in tasks for pair in task]
     sizes = [size for size, _ in headers]
     channels = 1 if all(is_grey for _, is_grey in headers) else 3
     if side is not None:
@@ -167,53 +123,3 @@ def survey(source: Source, side: int | None = None) -> Geometry:
     side = next((size for size in STANDARD_SIZES if size <= median), STANDARD_SIZES[-1])
     rule = f"the largest of 128, 64, 32 up to train's median short side, {median:g}"
     return Geometry((channels, side, side), resize=True, rule=rule)
-
-
-def _in_threads(function: Callable[[int, Sequence[Item]], T], source: Source) -> Iterator[T]:
-    """Yield `function(first row, images)` for every 64 images; Pillow releases the interpreter lock."""
-    first = 0
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for batch in source.batches():
-            tasks = chunks(batch, _TASK)
-            yield from pool.map(function, range(first, first + len(batch), _TASK), tasks)
-            first += len(batch)
-
-
-def chunks(entries: Sequence[T], size: int) -> list[Sequence[T]]:
-    """Cut a sequence into pieces of `size`, the last one shorter."""
-    return [entries[start : start + size] for start in range(0, len(entries), size)]
-
-
-def _decode_into(source: Source, geometry: Geometry, folder: Path) -> list[str]:
-    """Write images.npy (through a memory map, so it may exceed the memory) and labels.npy.
-
-    Return a line for each kind of change that images went through.
-    """
-    file, num = folder / cache.IMAGES, source.count()
-    images = np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=(num, *geometry.shape))
-    with file.open("r+b") as opened:
-        # Without it a full disk shows up inside the memory map, as a fatal SIGBUS.
-        os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
-    labels = np.empty(num, dtype=np.int64)
-
-    def fill(start: int, items: Sequence[Item]) -> list[Change]:
-        changes: list[Change] = []
-        for row, item in enumerate(items, start):
-            images[row], of_item = decode(item, geometry)
-            labels[row] = item.label
-            changes += [*((kind, item.where) for kind in item.changes), *of_item]
-        return changes
-
-    examples: dict[str, list[str]] = defaultdict(list)
-    counts: Counter[str] = Counter()
-    for kind, where in chain.from_iterable(_in_threads(fill, source)):
-        counts[kind] += 1
-        if counts[kind] <= _EXAMPLES:
-            examples[kind].append(where)
-    images.flush()
-    np.save(folder / cache.LABELS, labels)
-    size = f" (to {geometry.shape[2]}x{geometry.shape[1]})"
-    return [
-        f"{counts[kind]} of {num} images are {kind}{size * (kind == RESIZED)}, such as {', '.join(places)}"
-        for kind, places in examples.items()
-    ]

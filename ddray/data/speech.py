@@ -29,7 +29,9 @@ from ddray.data.clips import Samples, read_clip, resampled, sampling_rate
 from ddray.data.dataset import Split
 from ddray.data.listing import IMAGE_SUFFIXES, SOUND_SUFFIXES, files_below
 from ddray.data.lists import tree_of_lists
-from ddray.data.sources import Geometry, Layout, chunks
+from ddray.data.packing import chunks
+from ddray.data.pictures import Geometry
+from ddray.data.sources import Layout
 from ddray.data.tree import Labelled, tree_of
 from ddray.errors import InputError
 from ddray.system.options import ContentOptions

@@ -19,7 +19,8 @@ import numpy as np
 
 from ddray.data import arrays, cache
 from ddray.data.listing import IMAGE_SUFFIXES, Skipped, files_below, halves_of, part_in
-from ddray.data.sources import Item, Layout, Source, from_one_source, from_sources
+from ddray.data.pictures import Item
+from ddray.data.sources import Layout, Source, from_one_source, from_sources
 from ddray.errors import InputError, one_line
 
 log = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ from ddray.data import cache
 from ddray.data.catalog import KnownDataset
 from ddray.data.dataset import Split
 from ddray.data.listing import loose_files
-from ddray.data.pictures import resized
-from ddray.data.sources import Geometry, Layout, Size
+from ddray.data.pictures import Geometry, resized
+from ddray.data.sources import Layout, Size
 from ddray.errors import DdrayError, InputError, one_line
 
 log = logging.getLogger(__name__)

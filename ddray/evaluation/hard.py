@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from ddray.artifact.distilled_set import DistilledSet, TrainSet
+from ddray.data.packed import resident
 from ddray.errors import DivergedError
 from ddray.evaluation.options import EvaluateOptions, check_settings, evaluation_config
 from ddray.evaluation.protocol import EvalContext, EvalResult, EvaluationProtocol, RealImages, Scoring
@@ -63,7 +64,7 @@ def fit_all(
     nets = [ctx.fresh_net(arch, train_set.images, seed=seed) for seed in seeds]
     loss = train_together(
         nets,
-        train_set.images.to(ctx.device),
+        resident(train_set.images, ctx.device),
         train_set.supervision.to(ctx.device),
         recipe,
         generators=[derive(seed, "evaluate", "train") for seed in seeds],

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from ddray.artifact.distilled_set import DistilledSet, TrainSet
 from ddray.data import Dataset, Split
 from ddray.data.catalog import KNOWN
+from ddray.data.packed import resident
 from ddray.data.reference import DatasetRef
 from ddray.errors import DivergedError, InputError
 from ddray.evaluation.options import EvaluateOptions, evaluation_config
@@ -38,6 +39,7 @@ from ddray.evaluation.subsets import limited_set
 from ddray.nets import Net, build_net, check_arch
 from ddray.seeding import derive, derive_seed, forked_global
 from ddray.system.memory import available_bytes
+from ddray.system.transfer import to_device
 from ddray.training.embedding import Score, embed_images, score
 from ddray.training.engine import Batch, Order, Rule, Step, cosine, run
 from ddray.training.loop import augmenter, train
@@ -119,10 +121,10 @@ class Linear:
         tuned.to(memory_format=torch.channels_last).train()
         steps = config.steps or (10_000 if len(self.real) >= _LARGE else 5_000)
         generator = derive(seed, "batches")
-        images, labels = self.real.images.to(device), self.real.labels.to(device)
+        images, labels = resident(self.real.images, device), self.real.labels.to(device)
 
         def batch(rows: Tensor) -> Batch:
-            pixels = adapted(images[rows], net.image_shape)
+            pixels = adapted(to_device(images[rows.to(images.device)], device), net.image_shape)
             pixels = crop_and_flip(pixels, generator, can_flip=ctx.dataset.can_flip)
             return ctx.space.encode(pixels).contiguous(memory_format=torch.channels_last), labels[rows]
 

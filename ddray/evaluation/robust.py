@@ -34,6 +34,7 @@ from torch import Tensor
 
 from ddray.artifact.distilled_set import DistilledSet, TrainSet
 from ddray.data import Split
+from ddray.data.packed import parts_of
 from ddray.errors import InputError
 from ddray.evaluation.hard import fit
 from ddray.evaluation.options import EvaluateOptions, check_settings, evaluation_config
@@ -51,6 +52,7 @@ from ddray.nets.names import is_registered
 from ddray.runs.ledger import Ledger, Row, Unit
 from ddray.seeding import derive
 from ddray.system.files import home, storage_errors
+from ddray.system.transfer import to_device
 from ddray.training.embedding import Score
 from ddray.training.recipe import Recipe
 
@@ -153,7 +155,8 @@ def whole_set_accuracy(
 
         # Batches are encoded one by one: as bytes the whole set takes a quarter of the memory.
         def encode(batch: Tensor, generator: torch.Generator) -> Tensor:
-            return space.encode(batch).contiguous(memory_format=torch.channels_last)
+            encoded = space.encode(to_device(batch, ctx.device))
+            return encoded.contiguous(memory_format=torch.channels_last)
 
         train_set = TrainSet(real.images, real.labels)
         net = fit(train_set, ctx, recipe, arch=arch, seed=seed, augment=encode, name="whole set")
@@ -189,7 +192,8 @@ def _digest(*tensors: Tensor) -> str:
     """Return the sha256 (hex) of tensors' bytes."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().numpy().data)
+        for part in parts_of(tensor.detach().cpu()):
+            digest.update(part.contiguous().numpy().data)
     return digest.hexdigest()
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ddray.data import Dataset, Split, SplitName, normalized_space
+from ddray.data.packed import resident
 from ddray.errors import DivergedError, InputError, unknown
 from ddray.methods.families.ssl import teacher as ssl
 from ddray.nets import build_net
@@ -16,6 +17,7 @@ from ddray.pool.local import LocalPool
 from ddray.pool.spec import PoolSpec
 from ddray.seeding import derive, derive_seed
 from ddray.system import numerics
+from ddray.system.transfer import to_device
 from ddray.training.embedding import embed_images
 from ddray.training.loop import Augmenter, augmenter, train
 from ddray.training.recipe import Recipe
@@ -86,9 +88,9 @@ class PoolTrainer:
         weights = {f"weights.{name}": tensor for name, tensor in net.state_dict().items()}
         measured = {"final_loss": loss, "dataset_name": self.dataset.name}
         encode = normalized_space(self.dataset).encode
-        real = [split.images] if unseen is None else [split.images, unseen.images]
-        features = [embed_images(net.eval(), images, encode, self.device) for images in real]
-        return {**weights, "features": torch.cat(features)}, measured
+        others = None if unseen is None else unseen.images
+        features = embed_images(net.eval(), split.images, encode, self.device, more_images=others)
+        return {**weights, "features": features}, measured
 
     def _images(self, split: Split, recipe: Recipe) -> tuple[Tensor, Augmenter | None]:
         """Return the training images and the transform of a batch; a large split is encoded by the batch."""
@@ -100,7 +102,8 @@ class PoolTrainer:
             return space.encode(split.images).to(self.device), augment
 
         def encode(batch: Tensor, generator: torch.Generator) -> Tensor:
-            encoded = space.encode(batch).contiguous(memory_format=torch.channels_last)
+            encoded = space.encode(to_device(batch, self.device))
+            encoded = encoded.contiguous(memory_format=torch.channels_last)
             return encoded if augment is None else augment(encoded, generator)
 
-        return split.images.to(self.device), encode
+        return resident(split.images, self.device), encode

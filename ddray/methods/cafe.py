@@ -199,8 +199,9 @@ class CAFE(ImagesEngine):
     def _num_right(self, generator: torch.Generator) -> Tensor:
         """Return how many real images, equally many of every class, the network classifies correctly."""
         index = self._queries.draw(generator)
-        right = torch.zeros((), device=index.device)
-        for rows in chunks(len(index), self._branch.sample_bytes, index.device):
+        device = self._queries.labels.device
+        right = torch.zeros((), device=device)
+        for rows in chunks(len(index), self._branch.sample_bytes, device):
             images = self._queries.take(index[rows]).contiguous(memory_format=torch.channels_last)
             right += (self._net(images).argmax(1) == self._queries.labels[rows]).sum()
         return right

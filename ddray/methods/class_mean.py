@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ddray.config import Config
+from ddray.data.packed import PackedImages, parts_of
 from ddray.distillation.method import DistillContext
 from ddray.methods.families.selection import selection_method
 from ddray.seeding import derive_numpy
@@ -25,9 +26,18 @@ def choose_images(ctx: DistillContext, config: Config) -> tuple[Tensor, Tensor]:
         members = torch.nonzero(ctx.split.labels == label).flatten()
         counts.append(min(ctx.ipc, len(members)))
         parts = members[torch.from_numpy(rng.permutation(len(members)))].tensor_split(counts[-1])
-        means += [ctx.space.encode(ctx.split.images[rows]).double().mean(0).float() for rows in parts]
+        means += [_mean(ctx, rows) for rows in parts]
     labels = torch.arange(ctx.dataset.num_classes).repeat_interleave(torch.tensor(counts))
     return torch.stack(means), labels
+
+
+def _mean(ctx: DistillContext, rows: Tensor) -> Tensor:
+    """Return the mean [C, H, W] of images in their pixel space; packed ones are summed part by part."""
+    images = ctx.split.images
+    if not isinstance(images, PackedImages):
+        return ctx.space.encode(images[rows]).double().mean(0).float()
+    parts = (ctx.space.encode(part).sum(0, dtype=torch.float64) for part in parts_of(images.rows(rows)))
+    return (sum(parts, torch.zeros((), dtype=torch.float64)) / len(rows)).float()
 
 
 METHOD: Final = selection_method(Config, choose_images)

@@ -213,7 +213,8 @@ class DSDM(PartitionedEngine):
         if self._features is None:
             return super()._real(draw, classes)
         index = draw.index[rows_of(classes, self._pairs.batches.per_class)]  # nothing is augmented
-        return by_class(self._features.of(self._member, index), classes.stop - classes.start)
+        features = self._features.of(self._member, index).to(self._ctx.device)
+        return by_class(features, classes.stop - classes.start)
 
     def _loss(self, images: Tensor, real: Tensor, *others: Tensor) -> Tensor:
         """Return the loss of some classes (Eq 9); `others` are their memory, in steps with L_h."""

@@ -2,7 +2,10 @@
 
 import collections
 import io
+import math
+import os
 import pickle
+import tempfile
 import zipfile
 from collections.abc import Sequence
 from functools import partial
@@ -14,9 +17,11 @@ import torch
 from torch import Tensor
 
 from ddray.errors import InputError, one_line
+from ddray.system.files import home, storage_errors
 from ddray.system.memory import available_bytes
 
 _CPU: Final = torch.device("cpu")
+_MOST_IN_MEMORY: Final = 2**29  # bytes of a matrix of features
 
 
 def numpy_scalars() -> list[Any]:
@@ -91,6 +96,26 @@ def check_channels_first(shape: Sequence[int], what: str) -> None:
     if len(shape) == 3 and shape[2] in (1, 3) and shape[0] > 4:
         rule = f"{what} must be (channels, height, width), got {tuple(shape)} with the channels last"
         raise InputError(f"{rule}; use images.permute(0, 3, 1, 2)")
+
+
+def empty_matrix(num: int, like: Tensor, device: torch.device | str) -> Tensor:
+    """Return a matrix [num, D] for rows such as those of `like` [n, D]; a large one on the CPU on the disk.
+
+    It is a file without a name below `$DDRAY_HOME`, whose pages the system writes out when it needs memory.
+
+    Raises:
+        StorageError: there is no space for it.
+    """
+    shape, size = (num, like.shape[1]), num * like.shape[1] * like.element_size()
+    if torch.device(device).type != "cpu" or size <= _MOST_IN_MEMORY:
+        return like.new_empty(shape, device=device)
+    folder = home()
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".features-", suffix=".tmp") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+            flat = torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=like.dtype)
+    return flat.view(shape)
 
 
 def is_plain(value: Any) -> bool:

@@ -3,12 +3,15 @@
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Final
 
 import torch
 from torch import Tensor
 
+from ddray.data.packed import parts_of
 from ddray.nets import Net
+from ddray.system.tensors import empty_matrix
 from ddray.system.transfer import to_device
 
 _CHUNK: Final = {"cpu": 64, "cuda": 1024}
@@ -29,7 +32,7 @@ def outputs(
     Images are [N, C, H, W] as stored, `encode` turns them into what the network takes, and a part has `chunk`
     of them: by default 64 on a CPU, 1,024 on a GPU.
     """
-    for part in torch.split(images, chunk or _CHUNK[device.type]):
+    for part in parts_of(images, chunk or _CHUNK[device.type]):
         encoded = encode(to_device(part, device))
         yield apply(encoded.contiguous(memory_format=torch.channels_last))
 
@@ -41,8 +44,9 @@ def embed_images(
     device: torch.device,
     *,
     result_device: str | torch.device = "cpu",
+    more_images: Tensor | None = None,
 ) -> Tensor:
-    """Return the embeddings [N, D] of images [N, C, H, W].
+    """Return the embeddings [N, D] of images [N, C, H, W], on the disk if they are large and on the CPU.
 
     Args:
         net: the network, on `device`, in eval mode.
@@ -50,11 +54,14 @@ def embed_images(
         encode: from images as stored to what the network takes, such as a pixel space's `encode`.
         device: where to compute.
         result_device: where the result is collected.
+        more_images: further ones [M, C, H, W], whose embeddings follow.
     """
     whole, done = torch.empty(0), 0
-    for part in outputs(net.embed, images, encode, device):
+    sets = [images] if more_images is None else [images, more_images]
+    num = sum(map(len, sets))
+    for part in chain.from_iterable(outputs(net.embed, each, encode, device) for each in sets):
         if done == 0:  # concatenating a list would take the memory twice
-            whole = part.new_empty(len(images), part.shape[1], device=result_device)
+            whole = empty_matrix(num, part, result_device)
         whole[done : done + len(part)] = part
         done += len(part)
     return whole

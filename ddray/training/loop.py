@@ -3,13 +3,14 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ddray.data import PixelSpace, Split
+from ddray.data.packed import PackedImages, read
 from ddray.nets import Net, training_format
 from ddray.seeding import derive_seed, forked_global
 from ddray.system.memory import total_bytes
@@ -40,7 +41,7 @@ def train(
     The loss is a scalar on the device, which nothing has waited for.
 
     Args:
-        net: the network, on the images' device.
+        net: the network, on the labels' device, where the images are too unless they are packed.
         images: float32 [N, C, H, W] in their pixel space, or what `augment` takes.
         labels: int64 [N], float32 [N, K] (soft labels, probabilities), or targets [N, D] if `regress`.
         recipe: epochs, rates, batch, schedule, CutMix; not its augmentation.
@@ -90,7 +91,7 @@ def train_together(
 class Training:
     """What networks are trained on, and how: see `train`."""
 
-    images: Tensor
+    images: Tensor  # packed ones may be on the disk while `labels` are on the device to compute on
     labels: Tensor
     recipe: Recipe
     augment: Augmenter | None
@@ -106,7 +107,7 @@ class Training:
         on_epoch: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
         """Train a network, or several as one; return the mean loss. `max_steps` is for each phase."""
-        recipe, device = self.recipe, self.images.device
+        recipe, device = self.recipe, self.labels.device
         form = training_format(nets[0], device, fused=fused, bf16=current().precision == "bf16")
         images = self.images.contiguous(memory_format=form)
         for net in nets:
@@ -136,15 +137,33 @@ class Training:
         """Yield the batches, without end; `images` are those of the training in any memory format."""
         order = Order(len(self.labels), self.recipe.batch)
         orders = [order.indices(generator, images.device) for generator in generators]
-        return (self._batch(images, rows, generators) for rows in zip(*orders, strict=True))
+        steps = zip(*orders, strict=True)
+        if not isinstance(images, PackedImages):
+            return (self._batch([images[index] for index in rows], rows, generators) for rows in steps)
+        return self._read_batches(images, steps, len(order.sizes), generators)
 
-    def _batch(self, images: Tensor, rows: Sequence[Tensor], generators: Sequence[torch.Generator]) -> Batch:
+    def _read_batches(
+        self,
+        images: Tensor,
+        steps: Iterator[tuple[Tensor, ...]],
+        epoch: int,
+        generators: Sequence[torch.Generator],
+    ) -> Iterator[Batch]:
+        """Yield the batches of packed images; while one is used, the next one of its epoch is read."""
+        while True:
+            ahead = list(islice(steps, epoch))  # not more: the next order is drawn after this one's batches
+            parts = read(images, chain.from_iterable(ahead))
+            for rows in ahead:
+                yield self._batch([next(parts) for _ in rows], rows, generators)
+
+    def _batch(
+        self, parts: list[Tensor], rows: Sequence[Tensor], generators: Sequence[torch.Generator]
+    ) -> Batch:
         """Return each network's inputs, with its own draws, one after another, and their targets."""
-        parts = [images[index] for index in rows]
         if self.augment is not None:
             drawn = zip(parts, generators, strict=True)
             parts = [self.augment(part, generator) for part, generator in drawn]
-        inputs, labels = _joined(parts), self.labels[_joined(rows)]
+        inputs, labels = _joined(parts), self.labels[_joined(rows).to(self.labels.device)]
         cutmixes = self.recipe.cutmix > 0 and not self.regress
         mixed = cutmix(inputs, self.recipe.cutmix, generators[0]) if cutmixes else None
         return (inputs, labels) if mixed is None else (mixed.images, *mixed.targets(labels))

@@ -1,14 +1,20 @@
-"""What workers get through the object store: real images once per node, and copies at the boundary."""
+"""What workers get through the object store: real images once per node, and copies at the boundary.
+
+Of images that stay on the disk they get the name, and map them themselves.
+"""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ddray.data import Dataset, PixelSpace, Split
+from ddray.data.packed import PackedImages
 from ddray.errors import InputError
+
+Images: TypeAlias = np.ndarray[Any, Any] | PackedImages
 
 
 @dataclass(frozen=True)
@@ -21,9 +27,9 @@ class Payload:
 
     facts: dict[str, Any]  # name, class names, shape, statistics, fingerprint
     split_name: str  # which part of the dataset `images` is
-    images: np.ndarray[Any, Any]  # uint8 [N, C, H, W] to distil from
+    images: Images  # uint8 [N, C, H, W] to distil from
     labels: np.ndarray[Any, Any]  # int64 [N]
-    held_images: np.ndarray[Any, Any]  # uint8 [M, C, H, W] to score on
+    held_images: Images  # uint8 [M, C, H, W] to score on
     held_labels: np.ndarray[Any, Any]  # int64 [M]
     zca: dict[str, np.ndarray[Any, Any]]  # zca_mean [D] and zca_matrix [D, D] fitted on `images`, or empty
     kind: str  # pixel space
@@ -44,14 +50,22 @@ def pack(
     return Payload(
         facts={name: getattr(dataset, name) for name in facts},
         split_name=split_name,
-        images=split.images.numpy(),
+        images=_shared(split.images),
         labels=split.labels.numpy(),
-        held_images=held_out.images.numpy(),
+        held_images=_shared(held_out.images),
         held_labels=held_out.labels.numpy(),
         zca={name: value.numpy() for name, value in zca.items() if value is not None and space.kind == "zca"},
         kind=space.kind,
         train_rows=None if train_rows is None else train_rows.numpy(),
     )
+
+
+def _shared(images: Tensor) -> Images:
+    return images if isinstance(images, PackedImages) else images.numpy()
+
+
+def _copied(images: Images) -> Tensor:
+    return images if isinstance(images, PackedImages) else torch.tensor(images)
 
 
 @dataclass(frozen=True)
@@ -75,8 +89,8 @@ def unpack(payload: Payload) -> Unpacked:
     identity = (fingerprint, facts["name"], f"{payload.split_name}:{payload.kind}", len(payload.held_labels))
     if _latest is not None and _latest[0] == identity:
         return _latest[1]
-    split = Split(torch.tensor(payload.images), torch.tensor(payload.labels))
-    held_out = Split(torch.tensor(payload.held_images), torch.tensor(payload.held_labels))
+    split = Split(_copied(payload.images), torch.tensor(payload.labels))
+    held_out = Split(_copied(payload.held_images), torch.tensor(payload.held_labels))
     rows = payload.train_rows
 
     def train() -> Split:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddray.data import cache, open_dataset, sources
+from ddray.data import open_dataset, packing
 from ddray.errors import InputError, StorageError
 from tests.data.data_files import random_images, write_parquet
 
@@ -19,7 +19,7 @@ def a_folder(root: Path, seed: int = 0) -> torch.Tensor:
 
 
 def entries(home: Path) -> list[Path]:
-    return sorted((home / "datasets").iterdir())
+    return sorted((home / "packed").iterdir())
 
 
 def test_images_are_decoded_once(tmp_path: Path, ddray_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,7 +31,7 @@ def test_images_are_decoded_once(tmp_path: Path, ddray_home: Path, monkeypatch: 
     def fail(*_: object) -> None:
         raise AssertionError("decoded again")
 
-    monkeypatch.setattr(sources, "decode", fail)
+    monkeypatch.setattr(packing, "decode", fail)
     data = open_dataset(str(tmp_path / "p"))
     assert torch.equal(data.train().images, images)
     assert torch.equal(data.test().images, images)
@@ -59,12 +59,8 @@ def test_a_changed_file_makes_a_new_entry(tmp_path: Path, ddray_home: Path) -> N
     assert len(entries(ddray_home)) == 2
 
 
-@pytest.mark.parametrize("limit", [1, 1 << 30])  # mapped copy-on-write, and read into memory
-def test_writing_to_a_split_leaves_the_cache_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
-) -> None:
+def test_writing_to_a_split_leaves_the_cache_alone(tmp_path: Path) -> None:
     images = a_folder(tmp_path / "p")
-    monkeypatch.setattr(cache, "_IN_MEMORY_BYTES", limit)
     data = open_dataset(str(tmp_path / "p"))
     data.train().images.zero_()
     data.train().labels.zero_()
@@ -73,7 +69,7 @@ def test_writing_to_a_split_leaves_the_cache_alone(
     assert again.train().labels.tolist() == [0, 1] * 5
 
 
-@pytest.mark.parametrize("file", [cache.IMAGES, cache.LABELS, "facts.json"])
+@pytest.mark.parametrize("file", [packing.IMAGES, packing.LABELS, "facts.json"])
 def test_a_damaged_entry_is_made_again(tmp_path: Path, ddray_home: Path, file: str) -> None:
     images = a_folder(tmp_path / "p")
     open_dataset(str(tmp_path / "p"))

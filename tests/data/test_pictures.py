@@ -59,8 +59,7 @@ def test_transparency_is_laid_on_white(tmp_path: Path, mode: str, caplog: pytest
 
 def test_a_palette_with_alpha_is_laid_on_white(tmp_path: Path) -> None:
     """Mode PA, which TIFF files have."""
-    from ddray.data.pictures import _prepared
-    from ddray.data.sources import Item
+    from ddray.data.pictures import Item, _prepared
 
     changes: list[str] = []
     image = _prepared(ink("RGBA").convert("PA"), Item("x", 0, b""), "L", changes)

@@ -24,8 +24,9 @@ from ddray.data.listing import (
     loose_files,
     subfolders,
 )
+from ddray.data.pictures import Geometry
 from ddray.data.pixels import pixel_space
-from ddray.data.sources import Geometry, load
+from ddray.data.sources import load
 from ddray.errors import InputError
 
 META: Final = "meta.json"

@@ -3,7 +3,7 @@
 Also the initial synthetic images, and what learns them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any, Final, Literal
 
@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.data import PixelSpace
+from ddray.data.packed import PackedImages, read, resident
 from ddray.distillation.method import DistillContext, MethodConfig
 from ddray.methods.families.matching.draws import MANY_IMAGES, distinct
 from ddray.methods.families.matching.groups import class_groups, image_bytes, rows_of
@@ -48,17 +49,21 @@ class ClassBatches:
     """Draws real images class by class, without a loop over classes.
 
     Args:
-        ctx: its split is moved to the device once, as uint8 (whitened images: once, as float32).
+        ctx: its split is moved to the device once, as uint8 (whitened images: once, as float32). Packed
+            images stay on the disk where the device has no room, and are encoded batch by batch.
         batch_real: images per class; capped by the smallest class with at least ipc images. A smaller class
             gives its images several times.
     """
 
     def __init__(self, ctx: DistillContext, batch_real: int) -> None:
         self._space = ctx.space.to(ctx.device)
-        split = ctx.split
-        self._encoded = ctx.space.kind == "zca"
-        self._images = _encode_all(split.images, self._space, ctx.device) if self._encoded else split.images
-        self._images = self._images.to(ctx.device)
+        split, self._device = ctx.split, ctx.device
+        self._encoded = ctx.space.kind == "zca" and not isinstance(split.images, PackedImages)
+        self._images = (
+            _encode_all(split.images, self._space, ctx.device)
+            if self._encoded
+            else resident(split.images, ctx.device)
+        )
         self.num_classes = ctx.dataset.num_classes
         counts = torch.bincount(split.labels, minlength=self.num_classes)
         enough = counts[counts >= ctx.ipc]
@@ -85,8 +90,13 @@ class ClassBatches:
 
     def take(self, index: Tensor) -> Tensor:
         """Return the images of `index` [n] in their pixel space, float32 [n, C, H, W]."""
-        images = self._images.index_select(0, index)
-        return images if self._encoded else self._space.encode(images)
+        return next(self.take_parts(index, [slice(0, len(index))]))
+
+    def take_parts(self, index: Tensor, parts: Iterable[slice]) -> Iterator[Tensor]:
+        """Yield what `take` returns of each part of `index`; packed images are read one part ahead."""
+        rows = (index[part].to(self._images.device) for part in parts)
+        for images in read(self._images, rows):
+            yield images if self._encoded else self._space.encode(to_device(images, self._device))
 
 
 def _encode_all(images: Tensor, space: PixelSpace, device: torch.device) -> Tensor:
@@ -198,9 +208,10 @@ class RealBranch:
         """
         labels = self.batches.labels_cpu if labels is None else labels
         whole = [slice(0, len(index))]
-        parts = chunks(len(index), self.sample_bytes, index.device, self.budget)
-        for rows in whole if self.mixes else parts:
-            yield rows, self.augmented(self.batches.take(index[rows]), plan, labels[rows])
+        cut = chunks(len(index), self.sample_bytes, self._ctx.device, self.budget)
+        parts = whole if self.mixes else list(cut)
+        for rows, images in zip(parts, self.batches.take_parts(index, parts), strict=True):
+            yield rows, self.augmented(images, plan, labels[rows])
 
     @torch.no_grad()
     def class_means(

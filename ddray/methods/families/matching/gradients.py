@@ -207,7 +207,7 @@ class GradientMatching(ImagesEngine):
         """Return the mean gradients over real images `index` [G, n] of each class, chunk by chunk."""
         total: list[Tensor] = []
         group_bytes = len(index) * self._sample_bytes
-        for columns in chunks(index.shape[1], group_bytes, index.device, self._branch.budget):
+        for columns in chunks(index.shape[1], group_bytes, self._classes.device, self._branch.budget):
             part = index[:, columns]
             share = part.shape[1] / index.shape[1]
             images = self._batches.take(part.flatten())

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from ddray.config import Config, added
 from ddray.data import Dataset, PixelSpace, Split
+from ddray.data.packed import parts_of, resident
 from ddray.errors import DivergedError, InputError
 from ddray.nets import Net, build_net
 from ddray.pool.spec import PoolEntry, PoolSpec
@@ -44,7 +45,6 @@ from ddray.training.operations import luma
 KIND: Final = "ssl"
 SOLO_LEARN: Final = {"stem_padding": 2, "crop_area": 0.08, "warmup_epochs": 10}
 """Settings of solo-learn's recipe for CIFAR that differ from the defaults, which trained teachers keep."""
-_HASH_CHUNK: Final = 4096
 # Columns of a view's uniform draws.
 _AREA, _RATIO, _TOP, _LEFT, _FLIP, _JITTER = range(6)
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _GREY, _SOLAR = range(6, 12)
@@ -106,8 +106,8 @@ def image_fingerprint(images: Tensor) -> str:
     """Return the sha256 of images [N, C, H, W] alone: labels and class names play no part."""
     head = {"shape": list(images.shape), "dtype": str(images.dtype)}
     digest = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
-    for chunk in torch.split(images, _HASH_CHUNK):
-        digest.update(chunk.contiguous().numpy().data)
+    for part in parts_of(images):
+        digest.update(part.contiguous().numpy().data)
     return digest.hexdigest()
 
 
@@ -235,7 +235,7 @@ class SslTrainer:
     ) -> list[float]:
         """Train `net` in place; return the mean loss of every epoch."""
         device, num = self.device, len(self.images)
-        pixels = self.images.to(device)
+        pixels = resident(self.images, device)
         with torch.no_grad():
             dim = net.eval().embed(torch.zeros(1, *net.image_shape, device=device)).shape[1]
         with forked_global(derive_seed(seed, "projector"), device), torch.device(device):
@@ -249,7 +249,7 @@ class SslTrainer:
         warm = max(1, steps // 10) if config.warmup_epochs is None else config.warmup_epochs * epoch
 
         def batch(index: Tensor) -> Batch:
-            raw = pixels[index].float() / 255
+            raw = to_device(pixels[index.to(pixels.device)], device).float() / 255
             view = partial(random_view, raw, generator, crop_area=config.crop_area, flip=flip)
             return (torch.stack([space.encode(view(solarize=s)) for s in (0.0, config.solarize)], 1),)
 
