@@ -22,19 +22,22 @@ from ddray.data import Dataset, SplitName, open_dataset
 from ddray.data.own import Own, store
 from ddray.distillation.loop import run_distillation
 from ddray.errors import InputError, unknown
-from ddray.evaluation.options import EvaluateOptions, EvaluateResult
+from ddray.evaluation.options import EvaluateOptions, EvaluateResult, EvaluateRunOptions
 from ddray.jobs import distill as distill_job
 from ddray.jobs import score
 from ddray.jobs.context import make_context, make_distiller, on_device
 from ddray.jobs.options import DistillOptions, PlanOptions
 from ddray.jobs.plan import Plan, plan_of
+from ddray.jobs.score_run import evaluate_in_run
 from ddray.nets.names import register_net
 from ddray.ranking import DEFAULT_SPACE
 from ddray.ranking.options import NasModes, NasOptions, NasRequest
 from ddray.ranking.result import ArchList, NasResult
+from ddray.runs.executor import LocalExecutor
 from ddray.runs.folder import read_config
 from ddray.runs.recovery import recovering
-from ddray.system.options import DeviceOptions, RunOptions
+from ddray.system.options import RunOptions
+from ddray.system.worker import device_kind
 from ddray.tables.options import BenchOptions
 from ddray.tables.result import BenchResult, Forecast
 from ddray.tables.spec import BenchSpec, read_spec
@@ -175,7 +178,7 @@ def load(path: str | Path, *, dataset: str | Path | Dataset | None = None, **opt
     return distilled
 
 
-@_takes(EvaluateOptions, DeviceOptions)
+@_takes(EvaluateOptions, EvaluateRunOptions)
 def evaluate(
     distilled: DistilledSet | str | Path,
     *,
@@ -190,17 +193,39 @@ def evaluate(
         dataset: what to test on, as `distill` takes it; default the set's dataset.
         test: the test half of a torch Dataset or of tensors, as `distill` took it.
         options: see below. Among `archs` may also be functions `(image_shape, num_classes)` that return a
-            fresh nn.Module each time; their `__qualname__` is the network's name.
+            fresh nn.Module each time; their `__qualname__` is the network's name. `save`, `run_dir` and
+            `max_concurrent` keep the record in a run folder.
 
     Raises:
         InputError: a name or a value is invalid.
+        InterruptedRunError: a signal ended an evaluation in a run folder; `resume` continues it.
     """
     name, opened = _named(dataset, test)
     for option in {"arch", "archs"} & options.keys():
         options[option] = _arch_names(options[option])
-    parsed = EvaluateOptions.pick({**options, "dataset": name})
-    with on_device(DeviceOptions.pick(options).device) as device, _files([distilled]) as (path,):
-        return recovering(score.evaluate, path, parsed, device=device, dataset=opened)
+    parsed, how = EvaluateOptions.pick({**options, "dataset": name}), EvaluateRunOptions.pick(options)
+    with _files([distilled]) as (path,):
+        if how.is_parallel:
+            return _evaluate_in_parallel(path, parsed, how, opened)
+        with on_device(how.device) as device:
+            if how.has_folder:
+                local = LocalExecutor()
+                return evaluate_in_run(path, parsed, how, local, device=str(device), dataset=opened)
+            return recovering(score.evaluate, path, parsed, device=device, dataset=opened)
+
+
+def _evaluate_in_parallel(
+    path: Path, options: EvaluateOptions, how: EvaluateRunOptions, dataset: Dataset | None
+) -> EvaluateResult:
+    """Score a set by Ray workers."""
+    from ddray.cluster.executor import evaluate_executor
+    from ddray.cluster.resources import with_gpus
+
+    if how.device == "cpu":
+        how = how.model_copy(update={"gpus_per_unit": 0.0})
+    how = with_gpus(how, read_config(how.run_dir) if how.resume else {})
+    executor, device = evaluate_executor(how), device_kind(how.gpus)
+    return evaluate_in_run(path, options, how, executor, device=device, dataset=dataset)
 
 
 def _arch_names(archs: Any) -> Any:

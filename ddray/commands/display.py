@@ -80,31 +80,37 @@ def entry_tables(result: PoolEntryInfo) -> list[Any]:
     return [table_of(result.key[:12], result.meta or {}), table_of("tensors", tensors)]
 
 
-def evaluate_tables(title: str, protocol: str, results: list[dict[str, Any]]) -> list[Any]:
-    """Return tables of an evaluation's accuracies, in percent, and of its protocol's other measures.
+def evaluate_tables(title: str, protocol: str, result: dict[str, Any]) -> list[Any]:
+    """Return tables of an evaluation's accuracies, in percent, of its protocol's other measures, and files.
 
     Accuracies are mean and sample standard deviation over networks.
     """
     from ddray.evaluation import get_protocol
     from ddray.evaluation.protocol import balance_matters
 
+    results = result["results"]
     balanced = ("balanced_accuracy_mean",) if balance_matters(results) else ()
+    peak = ("peak_memory_bytes",) if all("peak_memory_bytes" in one for one in results) else ()
     rows = (
         (
-            *(result["arch"], percent(result["accuracy_mean"]), percent(result["accuracy_std"])),
-            *(percent(result.get(name)) for name in balanced),
-            *(len(result["per_seed"]), result["num_images"], f"{result['wall_s']:.1f}"),
+            *(one["arch"], percent(one["accuracy_mean"]), percent(one["accuracy_std"])),
+            *(percent(one.get(name)) for name in balanced),
+            *(len(one["per_seed"]), one["num_images"], f"{one['wall_s']:.1f}"),
+            *(f"{one[name] / 1e6:,.0f}" for name in peak),
         )
-        for result in results
+        for one in results
     )
-    extra = ("balanced %",) * len(balanced)
-    headers = ("arch", "accuracy %", "std", *extra, "networks", "images", "seconds")
+    extra, memory = ("balanced %",) * len(balanced), ("peak MB",) * len(peak)
+    headers = ("arch", "accuracy %", "std", *extra, "networks", "images", "seconds", *memory)
     tables = [_table(title, headers, rows)]
     if measures := get_protocol(protocol).measures:
-        lines = [dict(_measured(result, measures)) for result in results]
+        lines = [dict(_measured(one, measures)) for one in results]
         titles = ("arch", *lines[0])
         pairs = zip(results, lines, strict=True)
-        tables.append(_table(None, titles, ((result["arch"], *line.values()) for result, line in pairs)))
+        tables.append(_table(None, titles, ((one["arch"], *line.values()) for one, line in pairs)))
+    if folder := result.get("run_dir"):
+        record = {"run": folder, "page": f"ddray report {folder}", "failed networks": result["num_failed"]}
+        tables.append(table_of("record", record))
     return tables
 
 

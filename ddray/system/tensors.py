@@ -1,6 +1,7 @@
 """Files of tensors and plain values (torch's, .npz, pickles), read without running any code in them."""
 
 import collections
+import hashlib
 import io
 import pickle
 import zipfile
@@ -96,3 +97,11 @@ def check_channels_first(shape: Sequence[int], what: str) -> None:
 def is_plain(value: Any) -> bool:
     """Return whether a value is a dense CPU tensor (not sparse, not on the meta device)."""
     return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+
+
+def sha256_of(*tensors: Tensor) -> str:
+    """Return the sha256 (hex) of tensors' bytes."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
