@@ -253,19 +253,19 @@ def forecast_tables(forecast: dict[str, Any]) -> list[Any]:
                 group["kind"],
                 group["unit"] + (f" ({trainings:,} trainings)" if trainings else ""),
                 *(group["units"], group["missing"], needs[0] + others if needs else "-"),
-                _duration(group["estimate_s"]),
+                *(_duration(group["estimate_s"]), _megabytes(group["peak_memory_bytes"])),
             )
         )
     summary = {
         "units": f"{forecast['num_units']} ({forecast['num_missing']} missing)",
-        "expected": f"{_duration(forecast['estimate_s'])} of one worker, from past units on this machine",
+        **_expected(forecast),
         "units without an estimate": forecast["num_without_estimate"],
     }
     if num_smaller := forecast["num_from_smaller"]:
         summary["too high for"] = f"{num_smaller} units: only far smaller ones have been run here"
     if not forecast["pool_known"]:
         summary["pool"] = "some methods report which networks they need only once they start"
-    headers = ("kind", "unit", "units", "missing", "needs", "expected")
+    headers = ("kind", "unit", "units", "missing", "needs", "device time", "peak MB")
     title = ", ".join([forecast["name"], forecast["scale"], *generators_of(forecast["cells"])])
     tables = [_table(title, headers, rows), table_of("forecast", summary)]
     comparisons = list(comparisons_of(forecast["cells"]))
@@ -275,9 +275,23 @@ def forecast_tables(forecast: dict[str, Any]) -> list[Any]:
     return tables
 
 
+def _expected(forecast: Mapping[str, Any]) -> dict[str, str]:
+    """Return the lines of a forecast's totals."""
+    seconds, peak = forecast["estimate_s"], forecast["peak_memory_bytes"]
+    source = ", from past units on this machine"
+    return {
+        "device time": _duration(seconds) + ("" if seconds is None else f" of one worker{source}"),
+        "peak MB": _megabytes(peak) + ("" if peak is None else f" of the largest unit{source}"),
+    }
+
+
+def _megabytes(size: int | None) -> str:
+    return "no estimate" if size is None else f"{size / 1e6:,.0f}"
+
+
 def _duration(seconds: float | None) -> str:
     """Return seconds in readable units."""
     if seconds is None:
-        return "unknown"
+        return "no estimate"
     hours, minutes = seconds / 3600, seconds / 60
     return f"{hours:.1f} h" if hours >= 1 else f"{minutes:.0f} min" if minutes >= 2 else f"{seconds:.1f} s"

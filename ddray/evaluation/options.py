@@ -237,7 +237,7 @@ class EvaluateResult(Result):
     """Where the record is kept; absent if it isn't. With it come `num_failed` and `failures`."""
     num_failed: int = 0
     """Networks that failed; `failures` names them, and `results` are over the others."""
-    failures: list[dict[str, Any]] = []
+    failures: list[dict[str, Any]] = Field(default_factory=list)
 
     def to_pandas(self) -> pd.DataFrame:
         """Return one row per architecture."""
