@@ -3,7 +3,7 @@
 import json
 import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -31,12 +31,14 @@ from ddray.jobs.score_units import (
 )
 from ddray.nets.build import multiply_adds
 from ddray.nets.names import is_registered
+from ddray.runs.costs import record_costs
 from ddray.runs.executor import Executor, Outcome, Task, WorkerPool
 from ddray.runs.folder import Run, open_run
 from ddray.runs.ledger import Row
 from ddray.runs.results import write_results
 from ddray.system.files import write_text
 from ddray.system.progress import progress
+from ddray.training.recipe import RECIPES, Recipe
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +77,20 @@ class Evaluation:
             )
             for group in ([units] if prepared.together else [[unit] for unit in units])
         ]
+
+    def record_costs(self, task: ScoreTask, rows: Sequence[Row]) -> None:
+        """Store what a task's networks cost, for estimates."""
+        meta, options = self.sets[task.set_index][1].meta, self.options
+        settings = meta.config.get("evaluate")
+        epochs = options.epochs or RECIPES.get(options.recipe or "", {}).get("epochs")
+        if epochs is None:
+            epochs = (
+                settings.get("epochs", Recipe().epochs) if isinstance(settings, Mapping) else Recipe().epochs
+            )
+        images = meta.budget or len(meta.class_names) * meta.ipc
+        amount = float(epochs * images * multiply_adds(task.arch, meta.image_shape))
+        signature = {"kind": "evaluate", "what": options.protocol, "which": task.arch}
+        record_costs(signature, [(row, amount) for row in rows], self.job.device.partition(":")[0])
 
     def earlier(self) -> Prepared | None:
         """Return what an earlier process of the run has prepared; None if it must be prepared (again)."""
@@ -237,7 +253,9 @@ def _ended(evaluation: Evaluation, task: ScoreTask, outcome: Outcome) -> str:
             evaluation.crashed[title_of(unit)] = f"failed {outcome.attempts} times; last: {reason}"
         if reason is not None:
             log.warning("%s failed: %s", title_of(unit), reason)
-    scores = [row.result["accuracy_mean"] for _, row in rows if row is not None and row.status == "done"]
+    done = [row for _, row in rows if row is not None and row.status == "done"]
+    evaluation.record_costs(task, done)
+    scores = [row.result["accuracy_mean"] for row in done]
     return f"{task.arch}: {sum(scores) / len(scores):.1%}" if scores else f"{task.arch}: failed"
 
 

@@ -21,6 +21,7 @@ from ddray.errors import DdrayError, InputError
 from ddray.methods import get_method
 from ddray.ranking.report import scatter_plot
 from ddray.report import charts, figures
+from ddray.report.costs import unit_costs
 from ddray.report.plane import make_plane, under_networks
 from ddray.report.runs import RunView, SetView, grouped, read_run
 from ddray.tables.along import group_of
@@ -84,6 +85,7 @@ def write_page(
         networks=list(_networks(views, data_dir)) if planes else [],
         num_curves_left=max(0, len({v.sort_key()[:2] for v in sets if v.losses}) - _MAX_CURVES),
         num_planes_left=max(0, len({v.sort_key()[:2] for v in sets}) - _MAX_PLANES) if planes else 0,
+        costs=[costs for run in runs if (costs := unit_costs(run))["kinds"]],
         failures=[{**one, "run": run.title} for run in runs for one in run.failures],
         skipped=[f"{run.title}: {name}" for run in runs for name in run.skipped],
         corrupt=[f"{run.title}: {name}" for run in runs for name in run.corrupt],
