@@ -37,10 +37,10 @@ from ddray.runs.executor import LocalExecutor
 from ddray.runs.folder import read_config
 from ddray.runs.recovery import recovering
 from ddray.system.options import RunOptions
-from ddray.system.worker import device_kind
 from ddray.tables.options import BenchOptions
 from ddray.tables.result import BenchResult, Forecast
 from ddray.tables.spec import BenchSpec, read_spec
+from ddray.tuning.costs import SearchForecast
 from ddray.tuning.options import TuneOptions
 from ddray.tuning.result import TuneResult
 
@@ -206,26 +206,14 @@ def evaluate(
     parsed, how = EvaluateOptions.pick({**options, "dataset": name}), EvaluateRunOptions.pick(options)
     with _files([distilled]) as (path,):
         if how.is_parallel:
-            return _evaluate_in_parallel(path, parsed, how, opened)
+            from ddray.cluster.evaluation import evaluate_on_workers
+
+            return evaluate_on_workers(path, parsed, how, opened)
         with on_device(how.device) as device:
             if how.has_folder:
                 local = LocalExecutor()
                 return evaluate_in_run(path, parsed, how, local, device=str(device), dataset=opened)
             return recovering(score.evaluate, path, parsed, device=device, dataset=opened)
-
-
-def _evaluate_in_parallel(
-    path: Path, options: EvaluateOptions, how: EvaluateRunOptions, dataset: Dataset | None
-) -> EvaluateResult:
-    """Score a set by Ray workers."""
-    from ddray.cluster.executor import evaluate_executor
-    from ddray.cluster.resources import with_gpus
-
-    if how.device == "cpu":
-        how = how.model_copy(update={"gpus_per_unit": 0.0})
-    how = with_gpus(how, read_config(how.run_dir) if how.resume else {})
-    executor, device = evaluate_executor(how), device_kind(how.gpus)
-    return evaluate_in_run(path, options, how, executor, device=device, dataset=dataset)
 
 
 def _arch_names(archs: Any) -> Any:
@@ -285,6 +273,17 @@ def tune(
     named = {**options, "method": method, "dataset": dataset, "test": test}
     plan = _plan(named, settings, protocol=str(how.protocol))
     return search(plan, how, run_dir=run.run_dir, resume=run.resume)
+
+
+@_takes(PlanOptions, TuneOptions, RunOptions)
+def forecast_tune(method: str, **options: Any) -> SearchForecast:
+    """Return a search's units and what they are expected to take; nothing is run: `ddray tune --dry-run`."""
+    from ddray.cluster.tune import forecast
+    from ddray.tuning.settings import with_protocol
+
+    run_dir = RunOptions.pick(options).run_dir
+    how = with_protocol(TuneOptions.pick(options), method, read_config(run_dir))
+    return forecast(_plan({**options, "method": method}, None, protocol=str(how.protocol)), how, run_dir)
 
 
 @_takes(NasRequest, NasOptions, NasModes, RunOptions)

@@ -16,7 +16,6 @@ from ddray.runs.recovery import recovering
 from ddray.system.worker import prepare_worker, set_threads
 
 if TYPE_CHECKING:
-    from ddray.evaluation.options import EvaluateRunOptions
     from ddray.ranking.options import NasOptions
     from ddray.tables.options import BenchOptions
 
@@ -71,11 +70,6 @@ def nas_executor(options: NasOptions) -> Executor:
     if options.executor == "local":
         return LocalExecutor()
     return RayExecutor(options.cpus_per_worker, options.gpus, options.num_workers, options.address, "worker")
-
-
-def evaluate_executor(options: EvaluateRunOptions) -> Executor:
-    """Return the executor of an evaluation in parallel."""
-    return RayExecutor(options.cpus_per_unit, options.gpus, options.max_concurrent, options.address, "unit")
 
 
 class _Worker:

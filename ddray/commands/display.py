@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ddray.ranking.result import NasResult
     from ddray.tables.columns import Column
     from ddray.tables.result import BenchResult
+    from ddray.tuning.costs import SearchForecast
     from ddray.tuning.result import BestTrial, PaperPoint, TuneResult
 
 
@@ -273,6 +274,27 @@ def forecast_tables(forecast: dict[str, Any]) -> list[Any]:
         headers = ("method", "dataset", "size", "arch", "beside the published", "differs")
         tables.append(_table("comparisons", headers, comparisons))
     return tables
+
+
+def search_forecast_tables(forecast: SearchForecast) -> list[Any]:
+    """Return a search's dry run: its units by kind, and what the missing ones are expected to take."""
+    rows = (
+        (
+            *(line["kind"], line["units"], line["missing"], _duration(line["estimate_s"])),
+            _megabytes(line["peak_memory_bytes"]),
+        )
+        for line in forecast.units
+    )
+    title = f"{forecast.strategy}: {forecast.method} on {forecast.dataset}"
+    headers = ("kind", "units", "missing", "device time of one", "peak MB")
+    summary = {
+        "units": f"{forecast.num_units} ({forecast.num_missing} missing)",
+        **_expected(forecast.dump()),
+        "units without an estimate": forecast.num_without_estimate,
+    }
+    if forecast.is_upper_bound:
+        summary["at most"] = "every trial is counted at full length, of which some are stopped early"
+    return [_table(title, headers, rows), table_of("forecast", summary)]
 
 
 def _expected(forecast: Mapping[str, Any]) -> dict[str, str]:
