@@ -28,12 +28,10 @@ from ddray.jobs import score
 from ddray.jobs.context import make_context, make_distiller, on_device
 from ddray.jobs.options import DistillOptions, PlanOptions
 from ddray.jobs.plan import Plan, plan_of
-from ddray.jobs.score_run import evaluate_in_run
 from ddray.nets.names import register_net
 from ddray.ranking import DEFAULT_SPACE
 from ddray.ranking.options import NasModes, NasOptions, NasRequest
 from ddray.ranking.result import ArchList, NasResult
-from ddray.runs.executor import LocalExecutor
 from ddray.runs.folder import read_config
 from ddray.runs.recovery import recovering
 from ddray.system.options import RunOptions
@@ -205,14 +203,11 @@ def evaluate(
         options[option] = _arch_names(options[option])
     parsed, how = EvaluateOptions.pick({**options, "dataset": name}), EvaluateRunOptions.pick(options)
     with _files([distilled]) as (path,):
-        if how.is_parallel:
-            from ddray.cluster.evaluation import evaluate_on_workers
+        if how.has_folder:
+            from ddray.cluster.evaluation import evaluate_in_folder
 
-            return evaluate_on_workers(path, parsed, how, opened)
+            return evaluate_in_folder(path, parsed, how, opened)
         with on_device(how.device) as device:
-            if how.has_folder:
-                local = LocalExecutor()
-                return evaluate_in_run(path, parsed, how, local, device=str(device), dataset=opened)
             return recovering(score.evaluate, path, parsed, device=device, dataset=opened)
 
 

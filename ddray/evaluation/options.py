@@ -129,6 +129,8 @@ class EvaluateRunOptions(RunOptions, DeviceOptions):
                 "--device must be left out, or cpu, with --max-concurrent; --gpus-per-unit says how much of "
                 f"a GPU each worker gets; got {self.device}"
             )
+        elif self.device == "cpu" and self.gpus:
+            raise ValueError(f"--gpus-per-unit must be 0 with --device cpu, got {self.gpus:g}")
         return self
 
     @property

@@ -25,14 +25,8 @@ _FAR_LARGER: Final = 10
 _KEYS: Final = ("kind", "what", "which")
 # How many of them a past unit must share for its rate to be used, best match first. One method's steps say
 # nothing about another's, and the work of training a pool network is not known beforehand.
-_MATCHES: Final = {
-    "pool": (3,),
-    "distill": (3, 2),
-    "nas": (3, 2),
-    "evaluate": (3, 2, 1),
-    "trial": (3, 2),
-    "final": (3, 2),
-}
+_MATCHES: Final = {"pool": (3,), "evaluate": (3, 2, 1)}
+_MATCHES_OF_OTHERS: Final = (3, 2)
 
 
 def device_seconds(row: Row) -> float:
@@ -132,7 +126,7 @@ class History:
 
     def _most_similar(self, signature: Mapping[str, str]) -> list[dict[str, Any]]:
         """Return the most similar past units, latest first, with amounts of at least 1."""
-        for num_keys in _MATCHES[signature["kind"]]:
+        for num_keys in _MATCHES.get(signature["kind"], _MATCHES_OF_OTHERS):
             names = _KEYS[:num_keys]
             alike = [past for past in self._past if all(past[name] == signature[name] for name in names)]
             if alike:

@@ -236,6 +236,7 @@ def test_what_is_refused_leaves_no_folder(path: Path, tmp_path: Path) -> None:
         ({"gpus_per_unit": 1}, "--gpus-per-unit needs --max-concurrent N"),
         ({"max_concurrent": 0}, "--max-concurrent: input should be greater than or equal to 1"),
         ({"max_concurrent": 2, "device": "cuda:1"}, "--device must be left out, or cpu"),
+        ({"max_concurrent": 2, "device": "cpu", "gpus_per_unit": 1}, "--gpus-per-unit must be 0"),
         ({"resume": True}, "--resume needs --run-dir"),
         ({"save": True, "archs": [lambda *_: toy_net()]}, "must have a name"),
     ],
