@@ -50,7 +50,7 @@ class ReportResult(Result):
 def write_page(
     folders: Sequence[Path], out: Path, *, planes: bool = True, data_dir: Path | None = None
 ) -> ReportResult:
-    """Write the page over run folders of distill, tune, nas or bench; unfinished runs are fine.
+    """Write the page over run folders of any command; unfinished runs are fine.
 
     Each of the t-SNE `planes` needs its dataset (`data_dir`; None is $DDRAY_DATA) and takes some seconds.
 
@@ -60,8 +60,7 @@ def write_page(
     """
     if out.is_dir():
         raise InputError(f"--out must be a file, {out} is a folder; add the page's name")
-    unique = dict.fromkeys(path.resolve() for path in folders)
-    views = [read_run(folder) for folder in unique]
+    views = [read_run(folder) for folder in dict.fromkeys(path.resolve() for path in folders)]
     runs = _with_unique_labels(views)
     cells = [cell for run in runs for cell in run.cells]
     sets = [view for run in runs for view in run.sets]

@@ -101,7 +101,7 @@ class RunView:
     """One run."""
 
     folder: Path
-    command: str  # distill, tune, nas or bench
+    command: str  # distill, evaluate, tune, nas or bench
     config: Mapping[str, Any]  # config.yaml
     config_text: str  # the same as text
     environment: Mapping[str, Any]  # environment.json of the first start
