@@ -147,7 +147,9 @@ def _run_segments(
         if outcome.error is not None:
             errors[int(outcome.key)] = one_line(outcome.error, 300)
     for member, path in zip(members, paths, strict=True):
-        segment = json.loads(path.read_text("utf-8")) if path.exists() else {"error": errors[member.number]}
+        segment: dict[str, Any] = {"error": errors.get(member.number)}
+        if path.exists():
+            segment = json.loads(path.read_text("utf-8"))
         member.error = segment.get("error")
         if member.error is not None:
             member.value = -math.inf

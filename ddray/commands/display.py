@@ -266,9 +266,9 @@ def forecast_tables(forecast: dict[str, Any]) -> list[Any]:
         summary["too high for"] = f"{num_smaller} units: only far smaller ones have been run here"
     if not forecast["pool_known"]:
         summary["pool"] = "some methods report which networks they need only once they start"
-    headers = ("kind", "unit", "units", "missing", "needs", "device time", "peak MB")
+    of_units = ("kind", "unit", "units", "missing", "needs", "device time", "peak MB")
     title = ", ".join([forecast["name"], forecast["scale"], *generators_of(forecast["cells"])])
-    tables = [_table(title, headers, rows), table_of("forecast", summary)]
+    tables = [_table(title, of_units, rows), table_of("forecast", summary)]
     comparisons = list(comparisons_of(forecast["cells"]))
     if comparisons:
         headers = ("method", "dataset", "size", "arch", "beside the published", "differs")
