@@ -22,7 +22,7 @@ from ddray.data import Dataset, SplitName, open_dataset
 from ddray.data.own import Own, store
 from ddray.distillation.loop import run_distillation
 from ddray.errors import InputError, unknown
-from ddray.evaluation.options import EvaluateOptions, EvaluateResult
+from ddray.evaluation.options import EvaluateOptions, EvaluateResult, EvaluateRunOptions
 from ddray.jobs import distill as distill_job
 from ddray.jobs import score
 from ddray.jobs.context import make_context, make_distiller, on_device
@@ -34,10 +34,11 @@ from ddray.ranking.options import NasModes, NasOptions, NasRequest
 from ddray.ranking.result import ArchList, NasResult
 from ddray.runs.folder import read_config
 from ddray.runs.recovery import recovering
-from ddray.system.options import DeviceOptions, RunOptions
+from ddray.system.options import RunOptions
 from ddray.tables.options import BenchOptions
 from ddray.tables.result import BenchResult, Forecast
 from ddray.tables.spec import BenchSpec, read_spec
+from ddray.tuning.costs import SearchForecast
 from ddray.tuning.options import TuneOptions
 from ddray.tuning.result import TuneResult
 
@@ -175,7 +176,7 @@ def load(path: str | Path, *, dataset: str | Path | Dataset | None = None, **opt
     return distilled
 
 
-@_takes(EvaluateOptions, DeviceOptions)
+@_takes(EvaluateOptions, EvaluateRunOptions)
 def evaluate(
     distilled: DistilledSet | str | Path,
     *,
@@ -190,17 +191,24 @@ def evaluate(
         dataset: what to test on, as `distill` takes it; default the set's dataset.
         test: the test half of a torch Dataset or of tensors, as `distill` took it.
         options: see below. Among `archs` may also be functions `(image_shape, num_classes)` that return a
-            fresh nn.Module each time; their `__qualname__` is the network's name.
+            fresh nn.Module each time; their `__qualname__` is the network's name. `save`, `run_dir` and
+            `max_concurrent` keep the record in a run folder.
 
     Raises:
         InputError: a name or a value is invalid.
+        InterruptedRunError: a signal ended an evaluation in a run folder; `resume` continues it.
     """
     name, opened = _named(dataset, test)
     for option in {"arch", "archs"} & options.keys():
         options[option] = _arch_names(options[option])
-    parsed = EvaluateOptions.pick({**options, "dataset": name})
-    with on_device(DeviceOptions.pick(options).device) as device, _files([distilled]) as (path,):
-        return recovering(score.evaluate, path, parsed, device=device, dataset=opened)
+    parsed, how = EvaluateOptions.pick({**options, "dataset": name}), EvaluateRunOptions.pick(options)
+    with _files([distilled]) as (path,):
+        if how.has_folder:
+            from ddray.cluster.evaluation import evaluate_in_folder
+
+            return evaluate_in_folder(path, parsed, how, opened)
+        with on_device(how.device) as device:
+            return recovering(score.evaluate, path, parsed, device=device, dataset=opened)
 
 
 def _arch_names(archs: Any) -> Any:
@@ -260,6 +268,17 @@ def tune(
     named = {**options, "method": method, "dataset": dataset, "test": test}
     plan = _plan(named, settings, protocol=str(how.protocol))
     return search(plan, how, run_dir=run.run_dir, resume=run.resume)
+
+
+@_takes(PlanOptions, TuneOptions, RunOptions)
+def forecast_tune(method: str, **options: Any) -> SearchForecast:
+    """Return a search's units and what they are expected to take; nothing is run: `ddray tune --dry-run`."""
+    from ddray.cluster.tune import forecast
+    from ddray.tuning.settings import with_protocol
+
+    run_dir = RunOptions.pick(options).run_dir
+    how = with_protocol(TuneOptions.pick(options), method, read_config(run_dir))
+    return forecast(_plan({**options, "method": method}, None, protocol=str(how.protocol)), how, run_dir)
 
 
 @_takes(NasRequest, NasOptions, NasModes, RunOptions)

@@ -33,6 +33,7 @@ from ddray.runs.executor import Task, WorkerPool
 from ddray.runs.ledger import Row
 from ddray.seeding import derive_numpy, derive_seed, forked_numpy
 from ddray.system.files import write_atomically, write_text
+from ddray.system.memory import peak_bytes
 from ddray.tuning.payload import Payload
 from ddray.tuning.space import Range, Space, sample
 from ddray.tuning.study import write_study
@@ -62,6 +63,8 @@ class Member:
     value: float = -math.inf  # val accuracy after the last segment; -inf if that diverged
     values: dict[int, float] = field(default_factory=dict)  # step -> val accuracy along its present lineage
     error: str | None = None  # why the last segment failed
+    device_seconds: float = 0.0  # of its segments, whatever lineage they are of
+    peak_memory_bytes: int = 0  # the largest of them
 
 
 def check_space(space: Space, paper: Mapping[str, Any], num_samples: int) -> None:
@@ -144,12 +147,16 @@ def _run_segments(
         if outcome.error is not None:
             errors[int(outcome.key)] = one_line(outcome.error, 300)
     for member, path in zip(members, paths, strict=True):
-        segment = json.loads(path.read_text("utf-8")) if path.exists() else {"error": errors[member.number]}
+        segment: dict[str, Any] = {"error": errors.get(member.number)}
+        if path.exists():
+            segment = json.loads(path.read_text("utf-8"))
         member.error = segment.get("error")
         if member.error is not None:
             member.value = -math.inf
             continue
         member.value = member.values[end] = float(segment["score"])
+        member.device_seconds += segment.get("device_seconds", 0.0)
+        member.peak_memory_bytes = max(member.peak_memory_bytes, segment.get("peak_memory_bytes", 0))
         if end:
             member.state = path.with_suffix(".pt")
             member.schedule.append({"until": end, "params": dict(member.params)})
@@ -160,7 +167,7 @@ def run_segment(job: SearchJob, payload: Payload, member: Member, end: int, path
 
     Runs in a worker. A diverged segment's outcome is its error; step 0 scores the initial images.
     """
-    worker = SearchWorker(job, payload)
+    begin, worker = time.perf_counter(), SearchWorker(job, payload)
     plan, checkpoint = worker.plan(member.params), path.with_suffix(".pt")
     if member.state is not None and not checkpoint.exists():
         with member.state.open("rb") as source:
@@ -170,6 +177,8 @@ def run_segment(job: SearchJob, payload: Payload, member: Member, end: int, path
             make_distiller(plan), worker.context(plan), checkpoint=checkpoint, until=end
         )
         outcome: dict[str, Any] = {"score": worker.val_score(plan, distillation.distilled)}
+        peak = max(distillation.peak_memory_bytes or 0, peak_bytes(worker.device))
+        outcome |= {"device_seconds": time.perf_counter() - begin, "peak_memory_bytes": peak}
     except DivergedError as error:
         outcome = {"error": str(error)}
     write_text(path, json.dumps({"number": member.number, "until": end, "params": member.params, **outcome}))
@@ -238,7 +247,8 @@ def _publish(search: Search, member: Member, initial: dict[str, Any], wall_s: fl
     unit = search.unit(member.number, initial)
     if member.error is None:
         result = trial_result(unit, member.values, search.job.objective)
-        row = Row.done(unit, {**result, "schedule": member.schedule}, wall_s)
+        costs = {name: getattr(member, name) for name in ("device_seconds", "peak_memory_bytes")}
+        row = Row.done(unit, {**result, "schedule": member.schedule, **costs}, wall_s)
     else:
         row = Row.failed(unit, member.error, result={"number": member.number}, wall_s=wall_s)
     search.run.ledger.publish(unit, row, epoch=search.job.epoch)

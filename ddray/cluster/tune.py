@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,9 +27,10 @@ from ddray.ranking.objective import SpearmanObjective, spearman_objective
 from ddray.ranking.options import NasOptions
 from ddray.ranking.spaces import get_space
 from ddray.runs.folder import Run, extended_from, open_run, read_config
-from ddray.runs.ledger import Row
+from ddray.runs.ledger import Ledger, Row
 from ddray.runs.results import write_results
 from ddray.system.worker import device_kind
+from ddray.tuning.costs import SearchForecast, forecast_search, record_search_costs
 from ddray.tuning.finals import run_finals
 from ddray.tuning.options import TuneOptions
 from ddray.tuning.payload import pack
@@ -59,22 +60,15 @@ def tune(plan: Plan, options: TuneOptions, *, run_dir: Path | None, resume: bool
     """
     begin = time.perf_counter()
     before = read_config(run_dir) if resume else {}
-    options = with_protocol(options, plan.method, before)
-    settings = Settings.of(plan, str(options.protocol))
-    # A search goes on in its own space, whatever has become of the shipped one.
-    space = _space(plan, settings, before.get("space") if options.space is None else options.space)
-    make_distiller(plan)
-    check_plan(plan)
-    paper = drawn(space, settings.values(space))
+    options, settings, space, paper, num_samples = check_search(plan, options, before)
     train, val = carve_val(plan.dataset.train(), seed=plan.seed)
     check_size(plan, train)
-    _check_objective(plan, options, space)
-    num_samples = _num_samples(options, space, paper, plan.config.steps)
     options = with_gpus(options, before)
     executor = RayExecutor(options.cpus_per_trial, options.gpus, options.max_concurrent, options.address)
     run, start_points = _open(plan, options, settings, space, paper, num_samples, run_dir, resume)
     job = _job(plan, options, settings, run, _nas_objective(plan, options, train, val, run))
     search = Search(plan, options, space, paper, job, run, num_samples, start_points)
+    earlier = {row.key for row in run.ledger.rows()}
     if search.missing():
         with sigterm_as_sigint(), ray_runtime(options.address):
             _run_missing(search, train, val, executor)
@@ -86,9 +80,53 @@ def tune(plan: Plan, options: TuneOptions, *, run_dir: Path | None, resume: bool
     with sigterm_as_sigint():
         scores = run_finals(search, points, executor, shared_pool)
     write_results(run.folder / "results.csv", run.ledger.rows())
+    record_search_costs(search, [row for row in run.ledger.rows() if row.key not in earlier])
     result = _result(run, settings.protocol, rows, best, paper_row, scores, begin)
     write_report(run.folder, result.dump(), rows, space)
     return result
+
+
+class CheckedSearch(NamedTuple):
+    """A search whose names and values are right."""
+
+    options: TuneOptions
+    """With the protocol that scores the sets."""
+    settings: Settings
+    space: Space
+    paper: dict[str, Any]
+    """The preset's values of the space's names: trial 0."""
+    num_samples: int
+
+
+def check_search(plan: Plan, options: TuneOptions, before: Mapping[str, Any]) -> CheckedSearch:
+    """Check a search, reading no image; `before` is the config.yaml of one that is continued, or empty.
+
+    Raises:
+        InputError: the space, the plan or an option is bad.
+    """
+    options = with_protocol(options, plan.method, before)
+    settings = Settings.of(plan, str(options.protocol))
+    # A search goes on in its own space, whatever has become of the shipped one.
+    space = _space(plan, settings, before.get("space") if options.space is None else options.space)
+    make_distiller(plan)
+    check_plan(plan)
+    paper = drawn(space, settings.values(space))
+    _check_objective(plan, options, space)
+    num_samples = _num_samples(options, space, paper, plan.config.steps)
+    return CheckedSearch(options, settings, space, paper, num_samples)
+
+
+def forecast(plan: Plan, options: TuneOptions, run_dir: Path | None) -> SearchForecast:
+    """Return what a search's missing units are expected to take; nothing is run, and no image is read.
+
+    Raises:
+        InputError: the space, the plan or an option is bad.
+    """
+    before = read_config(run_dir)
+    checked = check_search(plan, options, before)
+    ledger = Ledger(run_dir) if run_dir is not None and before else None
+    device = device_kind(with_gpus(checked.options, before).gpus)
+    return forecast_search(plan, checked.options, checked.num_samples, ledger, device)
 
 
 def _open(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ddray.ranking.result import NasResult
     from ddray.tables.columns import Column
     from ddray.tables.result import BenchResult
+    from ddray.tuning.costs import SearchForecast
     from ddray.tuning.result import BestTrial, PaperPoint, TuneResult
 
 
@@ -80,31 +81,37 @@ def entry_tables(result: PoolEntryInfo) -> list[Any]:
     return [table_of(result.key[:12], result.meta or {}), table_of("tensors", tensors)]
 
 
-def evaluate_tables(title: str, protocol: str, results: list[dict[str, Any]]) -> list[Any]:
-    """Return tables of an evaluation's accuracies, in percent, and of its protocol's other measures.
+def evaluate_tables(title: str, protocol: str, result: dict[str, Any]) -> list[Any]:
+    """Return tables of an evaluation's accuracies, in percent, of its protocol's other measures, and files.
 
     Accuracies are mean and sample standard deviation over networks.
     """
     from ddray.evaluation import get_protocol
     from ddray.evaluation.protocol import balance_matters
 
+    results = result["results"]
     balanced = ("balanced_accuracy_mean",) if balance_matters(results) else ()
+    peak = ("peak_memory_bytes",) if all("peak_memory_bytes" in one for one in results) else ()
     rows = (
         (
-            *(result["arch"], percent(result["accuracy_mean"]), percent(result["accuracy_std"])),
-            *(percent(result.get(name)) for name in balanced),
-            *(len(result["per_seed"]), result["num_images"], f"{result['wall_s']:.1f}"),
+            *(one["arch"], percent(one["accuracy_mean"]), percent(one["accuracy_std"])),
+            *(percent(one.get(name)) for name in balanced),
+            *(len(one["per_seed"]), one["num_images"], f"{one['wall_s']:.1f}"),
+            *(f"{one[name] / 1e6:,.0f}" for name in peak),
         )
-        for result in results
+        for one in results
     )
-    extra = ("balanced %",) * len(balanced)
-    headers = ("arch", "accuracy %", "std", *extra, "networks", "images", "seconds")
+    extra, memory = ("balanced %",) * len(balanced), ("peak MB",) * len(peak)
+    headers = ("arch", "accuracy %", "std", *extra, "networks", "images", "seconds", *memory)
     tables = [_table(title, headers, rows)]
     if measures := get_protocol(protocol).measures:
-        lines = [dict(_measured(result, measures)) for result in results]
+        lines = [dict(_measured(one, measures)) for one in results]
         titles = ("arch", *lines[0])
         pairs = zip(results, lines, strict=True)
-        tables.append(_table(None, titles, ((result["arch"], *line.values()) for result, line in pairs)))
+        tables.append(_table(None, titles, ((one["arch"], *line.values()) for one, line in pairs)))
+    if folder := result.get("run_dir"):
+        record = {"run": folder, "page": f"ddray report {folder}", "failed networks": result["num_failed"]}
+        tables.append(table_of("record", record))
     return tables
 
 
@@ -247,21 +254,21 @@ def forecast_tables(forecast: dict[str, Any]) -> list[Any]:
                 group["kind"],
                 group["unit"] + (f" ({trainings:,} trainings)" if trainings else ""),
                 *(group["units"], group["missing"], needs[0] + others if needs else "-"),
-                _duration(group["estimate_s"]),
+                *(_duration(group["estimate_s"]), _megabytes(group["peak_memory_bytes"])),
             )
         )
     summary = {
         "units": f"{forecast['num_units']} ({forecast['num_missing']} missing)",
-        "expected": f"{_duration(forecast['estimate_s'])} of one worker, from past units on this machine",
+        **_expected(forecast),
         "units without an estimate": forecast["num_without_estimate"],
     }
     if num_smaller := forecast["num_from_smaller"]:
         summary["too high for"] = f"{num_smaller} units: only far smaller ones have been run here"
     if not forecast["pool_known"]:
         summary["pool"] = "some methods report which networks they need only once they start"
-    headers = ("kind", "unit", "units", "missing", "needs", "expected")
+    of_units = ("kind", "unit", "units", "missing", "needs", "device time", "peak MB")
     title = ", ".join([forecast["name"], forecast["scale"], *generators_of(forecast["cells"])])
-    tables = [_table(title, headers, rows), table_of("forecast", summary)]
+    tables = [_table(title, of_units, rows), table_of("forecast", summary)]
     comparisons = list(comparisons_of(forecast["cells"]))
     if comparisons:
         headers = ("method", "dataset", "size", "arch", "beside the published", "differs")
@@ -269,9 +276,44 @@ def forecast_tables(forecast: dict[str, Any]) -> list[Any]:
     return tables
 
 
+def search_forecast_tables(forecast: SearchForecast) -> list[Any]:
+    """Return a search's dry run: its units by kind, and what the missing ones are expected to take."""
+    rows = (
+        (
+            *(line["kind"], line["units"], line["missing"], _duration(line["estimate_s"])),
+            _megabytes(line["peak_memory_bytes"]),
+        )
+        for line in forecast.units
+    )
+    title = f"{forecast.strategy}: {forecast.method} on {forecast.dataset}"
+    headers = ("kind", "units", "missing", "device time of one", "peak MB")
+    summary = {
+        "units": f"{forecast.num_units} ({forecast.num_missing} missing)",
+        **_expected(forecast.dump()),
+        "units without an estimate": forecast.num_without_estimate,
+    }
+    if forecast.is_upper_bound:
+        summary["at most"] = "every trial is counted at full length, of which some are stopped early"
+    return [_table(title, headers, rows), table_of("forecast", summary)]
+
+
+def _expected(forecast: Mapping[str, Any]) -> dict[str, str]:
+    """Return the lines of a forecast's totals."""
+    seconds, peak = forecast["estimate_s"], forecast["peak_memory_bytes"]
+    source = ", from past units on this machine"
+    return {
+        "device time": _duration(seconds) + ("" if seconds is None else f" of one worker{source}"),
+        "peak MB": _megabytes(peak) + ("" if peak is None else f" of the largest unit{source}"),
+    }
+
+
+def _megabytes(size: int | None) -> str:
+    return "no estimate" if size is None else f"{size / 1e6:,.0f}"
+
+
 def _duration(seconds: float | None) -> str:
     """Return seconds in readable units."""
     if seconds is None:
-        return "unknown"
+        return "no estimate"
     hours, minutes = seconds / 3600, seconds / 60
     return f"{hours:.1f} h" if hours >= 1 else f"{minutes:.0f} min" if minutes >= 2 else f"{seconds:.1f} s"

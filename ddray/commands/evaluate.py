@@ -6,8 +6,8 @@ from typing import Any
 from ddray.commands import display
 from ddray.commands.options import Emit, command
 from ddray.config import AbsolutePath, Config
-from ddray.evaluation.options import EvaluateOptions
-from ddray.system.options import DeviceOptions
+from ddray.errors import DdrayError
+from ddray.evaluation.options import EvaluateOptions, EvaluateRunOptions
 
 
 class FileArgument(Config):
@@ -20,7 +20,7 @@ class FileArgument(Config):
 @command(
     FileArgument,
     EvaluateOptions,
-    DeviceOptions,
+    EvaluateRunOptions,
     example="ddray evaluate digits.pt --arch convnet3 --arch resnet18 --seeds 5",
     arguments=("file",),
 )
@@ -30,4 +30,10 @@ def evaluate(emit: Emit, file: Path, **options: Any) -> None:
 
     result = api.evaluate(file, **options)
     title = f"{file.name}: {result.protocol}, {result.split}"
-    emit(result, lambda: display.evaluate_tables(title, result.protocol, result.dump()["results"]))
+    emit(result, lambda: display.evaluate_tables(title, result.protocol, result.dump()))
+    if result.num_failed:
+        first = result.failures[0]
+        raise DdrayError(
+            f"{result.num_failed} networks failed, among them {first['unit']}: {first['reason']}; what the "
+            f"others scored is in {result.run_dir}"
+        )

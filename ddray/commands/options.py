@@ -29,7 +29,7 @@ _PANELS: Final = {
     "Resources": "device executor num_workers cpus_per_worker gpus_per_worker cpus_per_trial gpus_per_trial "
     "cpus_per_unit gpus_per_unit max_concurrent time_budget unit_timeout address",
     "Data": "data_dir download image_size label_column clip_seconds clip_offset can_flip",
-    "Run": "seed run_dir resume retry_failed dry_run",
+    "Run": "seed run_dir resume save retry_failed dry_run",
     "Output": "out form",
 }
 _COMPLETIONS: Final[dict[str, str | Sequence[str]]] = {

@@ -4,20 +4,33 @@ from typing import Any
 
 from ddray.commands import display
 from ddray.commands.options import Emit, command
+from ddray.config import Config
 from ddray.jobs.options import PlanOptions
 from ddray.system.options import RunOptions
 from ddray.tuning.options import TuneOptions
+
+
+class DryRun(Config):
+    """Whether the search is run."""
+
+    dry_run: bool = False
+    """Print the trials and their expected cost; run nothing."""
 
 
 @command(
     PlanOptions,
     TuneOptions,
     RunOptions,
+    DryRun,
     example="ddray tune --method datadam --dataset digits --ipc 1 --num-samples 16",
 )
-def tune(emit: Emit, **options: Any) -> None:
+def tune(emit: Emit, dry_run: bool = False, **options: Any) -> None:
     """Search a method's hyperparameters on val over a Ray cluster; score the winner on test once."""
     from ddray import api
 
+    if dry_run:
+        costs = api.forecast_tune(**options)
+        emit(costs, lambda: display.search_forecast_tables(costs))
+        return
     result = api.tune(**options)
     emit(result, lambda: display.tune_tables(result))

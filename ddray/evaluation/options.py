@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self, get_args
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from ddray.artifact.options import ForeignOptions
-from ddray.config import Names, Result, added, named, parse_overrides
+from ddray.config import AbsolutePath, Names, Result, added, named, parse_overrides
 from ddray.data.reference import DatasetRef
 from ddray.errors import InputError, unknown
 from ddray.evaluation import get_protocol, protocol_names
-from ddray.system.options import DataOptions, NumericOptions
+from ddray.system.options import DataOptions, DeviceOptions, Gpus, NumericOptions, RunOptions
 from ddray.training.recipe import RECIPES, Augment, FinetuneConfig, ProbeConfig, Recipe, named_recipe
 
 if TYPE_CHECKING:
@@ -98,6 +98,57 @@ class EvaluateOptions(DataOptions, ForeignOptions, NumericOptions):
         return self
 
 
+class EvaluateRunOptions(RunOptions, DeviceOptions):
+    """Where networks are trained, and whether the record is kept."""
+
+    run_dir: AbsolutePath | None = None
+    """Folder that keeps the record, a row per network; default none, with --save or --max-concurrent
+    runs/evaluate-<number>."""
+    save: bool = False
+    """Keep the record in a run folder: rows, table, settings."""
+    max_concurrent: int | None = Field(default=None, ge=1)
+    """Networks at a time, on Ray workers; default one after another in this process."""
+    cpus_per_unit: float = Field(default=1.0, gt=0)
+    """CPU cores per network that is trained at a time."""
+    gpus_per_unit: Gpus | None = None
+    """GPUs per network, at most 1; fractions share one; default 1 where the cluster has GPUs, else 0."""
+    address: str | None = None
+    """Ray cluster to connect to; default a local one."""
+
+    @model_validator(mode="after")
+    def _workers_are_asked_for(self) -> Self:
+        if not self.is_parallel:
+            for name in ("cpus_per_unit", "gpus_per_unit"):
+                if name in self.model_fields_set:
+                    raise ValueError(
+                        f"--{name.replace('_', '-')} needs --max-concurrent N: without it networks are "
+                        f"trained one after another in this process; got {getattr(self, name)}"
+                    )
+        elif self.device not in ("auto", "cpu"):
+            raise ValueError(
+                "--device must be left out, or cpu, with --max-concurrent; --gpus-per-unit says how much of "
+                f"a GPU each worker gets; got {self.device}"
+            )
+        elif self.device == "cpu" and self.gpus:
+            raise ValueError(f"--gpus-per-unit must be 0 with --device cpu, got {self.gpus:g}")
+        return self
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether networks are trained by Ray workers."""
+        return self.max_concurrent is not None or self.address is not None
+
+    @property
+    def has_folder(self) -> bool:
+        """Whether the record is kept in a run folder."""
+        return self.is_parallel or self.save or self.resume or self.run_dir is not None
+
+    @property
+    def gpus(self) -> float:
+        """GPUs of a worker; 0 until the default is resolved (`cluster.resources`)."""
+        return self.gpus_per_unit or 0.0
+
+
 class EvaluateConfig(Recipe):
     """How a distilled set is scored; `evaluate.recipe=vico|idc` sets a whole recipe by name (`RECIPES`)."""
 
@@ -170,6 +221,8 @@ class ArchResult(Result):
     wall_s: float
     precision: str | None = None
     """In which the networks were trained: fp32, tf32 or bf16."""
+    peak_memory_bytes: int | None = None
+    """The largest of its networks, where a record is kept. GPU: of its tensors; CPU: of the process."""
 
 
 class EvaluateResult(Result):
@@ -182,6 +235,11 @@ class EvaluateResult(Result):
     teacher: dict[str, Any] | None = None
     """Under protocol `soft`: who labels (`arch`), how well (`accuracy`); `each` if several are averaged."""
     results: list[ArchResult]
+    run_dir: str | None = None
+    """Where the record is kept; absent if it isn't. With it come `num_failed` and `failures`."""
+    num_failed: int = 0
+    """Networks that failed; `failures` names them, and `results` are over the others."""
+    failures: list[dict[str, Any]] = Field(default_factory=list)
 
     def to_pandas(self) -> pd.DataFrame:
         """Return one row per architecture."""

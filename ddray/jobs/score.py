@@ -4,12 +4,13 @@ import functools
 import itertools
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
-from ddray.artifact.distilled_set import DistilledSet
+from ddray.artifact.distilled_set import DistilledSet, TrainSet
 from ddray.artifact.foreign import ForeignRequest
 from ddray.artifact.options import ForeignOptions
 from ddray.artifact.reading import check_options, dataset_of, load_all
@@ -47,17 +48,28 @@ def evaluate(
     options of content than `can_flip`), or the set does not fit the dataset; DivergedError if a training loss
     became NaN.
     """
+    sets, target = read_sets(path, options, dataset)
+    return score_sets(path, sets, target, options, device=device)
+
+
+def read_sets(
+    path: Path, options: EvaluateOptions, dataset: Dataset | None = None
+) -> tuple[list[DistilledSet], Dataset]:
+    """Return the sets of a file, and the open dataset to score them on, as `evaluate` takes both.
+
+    Raises:
+        InputError: the file, the dataset or an option is bad.
+    """
     if dataset is not None:
         dataset = dataset.with_options(**options.content())
     else:
         dataset = _target(options.dataset or dataset_of(path), options)
     sets = load_all(path, foreign_request(dataset, options), options.index)
     check_options(options, sets)
-    meta = sets[0].meta
-    target = dataset or _target(meta.dataset, options)
+    target = dataset or _target(sets[0].meta.dataset, options)
     if target is None:
         raise InputError(f"{path} does not say which dataset it was distilled from: add --dataset NAME")
-    return score_sets(path, sets, target, options, device=device)
+    return sets, target
 
 
 def score_sets(
@@ -74,57 +86,129 @@ def score_sets(
         InputError: the sets do not fit the dataset, or an option does not fit them.
         DivergedError: a training loss became NaN.
     """
+    archs = check_sets(path, sets, target, options)
+    scorer = Scorer.of(with_images(sets, options, device), target, options, device)
+    results = _score(scorer, archs, f"evaluating {path.name}")
+    return EvaluateResult.parse({**scorer.details(), "results": results})
+
+
+def check_sets(
+    path: Path, sets: Sequence[DistilledSet], target: Dataset, options: EvaluateOptions
+) -> tuple[str, ...]:
+    """Check sets and options against the dataset; return the architectures' canonical names.
+
+    Raises:
+        InputError: the sets do not fit the dataset, or an option does not fit them.
+    """
     for distilled in sets:
         check_fits(distilled, target, path, options.protocol)
     meta = sets[0].meta
     archs = tuple(resolve_arch(arch, meta.image_shape) for arch in options.archs) or (meta.arch,)
-    real, real_name, held_out = _real_and_held_out(target, options.split, sets[0])
-    if held_out.is_audio and options.augment not in (None, "none"):
+    split = target.test() if options.split == "test" else target.train()
+    if split.is_audio and options.augment not in (None, "none"):
         raise InputError(f"--augment must be none for spectrograms ({target.name}), got {options.augment}")
-    sets = [one.generated(options.ipc, device) for one in sets]  # after every check: this takes minutes
-    precision, deterministic = options.precision or "tf32", bool(options.deterministic)
-    ctx = EvalContext(target, held_out, sets[0].space(), device, precision, deterministic)
-    images = RealImages(real, real_name, LocalPool(PoolTrainer(target, real, device)))
-    scorings = [get_protocol(options.protocol).make(options, one, ctx, images) for one in sets]
-    results = _score(sets, scorings, ctx, archs, options, f"evaluating {path.name}")
-    details = {"protocol": options.protocol, "split": options.split, **scorings[0].details}
-    if len(sets) > 1:
-        details["num_sets"] = len(sets)
-    return EvaluateResult.parse({**details, "results": results})
+    return archs
 
 
-def _score(
-    sets: Sequence[DistilledSet],
-    scorings: Sequence[Scoring],
-    ctx: EvalContext,
-    archs: Sequence[str],
-    options: EvaluateOptions,
-    label: str,
-) -> list[dict[str, Any]]:
+def with_images(
+    sets: Sequence[DistilledSet], options: EvaluateOptions, device: torch.device
+) -> list[DistilledSet]:
+    """Return the sets with images: of those that store statistics they are sampled, which takes minutes.
+
+    Raises:
+        InputError: `--ipc` for a set that stores its images, or a generator is gone.
+    """
+    return [distilled.generated(options.ipc, device) for distilled in sets]
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Sets with a protocol that is ready to score them: its teachers are trained.
+
+    Attributes:
+        sets: of one file, with images.
+        scorings: the protocol's, one for each set.
+        ctx: what it scores against.
+        options: of the evaluation.
+    """
+
+    sets: Sequence[DistilledSet]
+    scorings: Sequence[Scoring]
+    ctx: EvalContext
+    options: EvaluateOptions
+    _decoded: dict[int, TrainSet] = field(default_factory=dict, repr=False)  # the latest
+
+    @classmethod
+    def of(
+        cls,
+        sets: Sequence[DistilledSet],
+        target: Dataset,
+        options: EvaluateOptions,
+        device: torch.device,
+    ) -> Self:
+        """Return the scorer of sets that `check_sets` has passed; trains what the protocol needs first.
+
+        Raises:
+            InputError: a setting does not fit the protocol or the set.
+        """
+        real, real_name, held_out = _real_and_held_out(target, options.split, sets[0])
+        precision, deterministic = options.precision or "tf32", bool(options.deterministic)
+        ctx = EvalContext(target, held_out, sets[0].space(), device, precision, deterministic)
+        images = RealImages(real, real_name, LocalPool(PoolTrainer(target, real, device)))
+        make = get_protocol(options.protocol).make
+        return cls(sets, [make(options, distilled, ctx, images) for distilled in sets], ctx, options)
+
+    @property
+    def num_seeds(self) -> int:
+        """Networks per set and architecture."""
+        return self.scorings[0].num_seeds
+
+    def details(self) -> dict[str, Any]:
+        """Return the command's JSON but for the results."""
+        details = {
+            "protocol": self.options.protocol,
+            "split": self.options.split,
+            **self.scorings[0].details,
+        }
+        return {**details, "num_sets": len(self.sets)} if len(self.sets) > 1 else details
+
+    def first_seed(self, set_index: int) -> int:
+        """Return the seed of a set's first network; the others' follow it."""
+        return self.options.seed + set_index * self.num_seeds
+
+    def train_set(self, set_index: int) -> TrainSet:
+        """Return what networks are trained on; the latest one stays in memory."""
+        if set_index not in self._decoded:
+            self._decoded.clear()
+            train_set = self.sets[set_index].decode()
+            if not get_protocol(self.options.protocol).trains_on_target:
+                train_set = limited_set(train_set, self.options)
+            self._decoded[set_index] = train_set
+        return self._decoded[set_index]
+
+
+def _score(scorer: Scorer, archs: Sequence[str], label: str) -> list[dict[str, Any]]:
     """Return a summary per architecture, over all networks of all sets."""
-    num_seeds, done = scorings[0].num_seeds, itertools.count(1)
+    num_seeds, done = scorer.num_seeds, itertools.count(1)
     results: dict[str, list[EvalResult]] = {}
     summaries: list[dict[str, Any]] = []
-    with progress(label, len(sets) * len(archs) * num_seeds) as show:
+    with progress(label, len(scorer.sets) * len(archs) * num_seeds) as show:
 
         def keep(result: EvalResult) -> None:
             results.setdefault(result.arch, []).append(result)
             show(next(done), f"{result.arch}: {result.accuracy:.1%}")
 
-        for number, (distilled, scoring) in enumerate(zip(sets, scorings, strict=True)):
-            train_set = distilled.decode()
-            if not get_protocol(options.protocol).trains_on_target:
-                train_set = limited_set(train_set, options)
+        for set_index, scoring in enumerate(scorer.scorings):
             summaries = evaluate_archs(
                 scoring.evaluator,
-                train_set,
-                ctx,
+                scorer.train_set(set_index),
+                scorer.ctx,
                 archs=archs,
                 num_seeds=num_seeds,
-                seed=options.seed + number * num_seeds,
+                seed=scorer.first_seed(set_index),
                 on_result=keep,
             )
-    if len(sets) == 1:
+    if len(scorer.sets) == 1:
         return summaries
     used = {summary["arch"]: summary["precision"] for summary in summaries}
     return [{**summarise(networks), "precision": used[arch]} for arch, networks in results.items()]

@@ -21,6 +21,7 @@ from ddray.runs.ledger import Ledger, Row, Unit
 from ddray.seeding import derive_seed
 from ddray.system import numerics
 from ddray.system.files import home
+from ddray.system.memory import peak_bytes, reset_peak
 from ddray.system.worker import worker_device
 from ddray.training.dsa import dsa_for
 from ddray.training.embedding import score
@@ -120,13 +121,13 @@ class Workbench:
     """One worker's copy of a sweep's data on its device; the sweep's arrays are never modified."""
 
     def __init__(self, data: SweepData, device: torch.device) -> None:
-        self._data, self._device = data, device
+        self._data, self.device = data, device
         self._copies: dict[str, tuple[Tensor, Tensor]] = {}
 
     def run(self, task: NasTask) -> list[dict[str, Any]]:
         """Train a task's networks and score them on val (and truth on test); one result per unit."""
         recipe = NasRecipe.parse(task.recipe)
-        device = self._device.type
+        device = self.device.type
         with numerics.applied(recipe.numerics, deterministic=recipe.deterministic, device=device) as applied:
             results = self._run(task, recipe)
         return [{**result, "precision": applied.used()} for result in results]
@@ -140,7 +141,7 @@ class Workbench:
         space = get_space(**task.space)
         nets = [
             space.build(
-                task.index, shape, data.num_classes, seed=derive_seed(seed, "nas", "net"), device=self._device
+                task.index, shape, data.num_classes, seed=derive_seed(seed, "nas", "net"), device=self.device
             )
             for seed in task.seeds
         ]
@@ -179,11 +180,11 @@ class Workbench:
         if name not in self._copies:
             # torch.tensor copies: the object store's memory must not be modified (docs/ray.md, 11).
             images, labels = torch.tensor(arrays.images), torch.tensor(arrays.labels)
-            images = images.to(self._device)
+            images = images.to(self.device)
             if not encoded:
-                images = _pixel_space(arrays.space).to(self._device).encode(images)
+                images = _pixel_space(arrays.space).to(self.device).encode(images)
             images = images.contiguous(memory_format=torch.channels_last)
-            self._copies[name] = (images, labels.to(self._device))
+            self._copies[name] = (images, labels.to(self.device))
         return self._copies[name]
 
 
@@ -221,8 +222,9 @@ def run_task(job: SweepJob, data: SweepData, task: NasTask) -> None:
     global _latest
     if _latest is None or _latest[0] != job.data_key:
         _latest = (job.data_key, Workbench(data, worker_device(job.device)))
-    begin = time.perf_counter()
-    results = _latest[1].run(task)
+    begin, device = time.perf_counter(), _latest[1].device
+    reset_peak(device)
+    results = [{**result, "peak_memory_bytes": peak_bytes(device)} for result in _latest[1].run(task)]
     wall_s = (time.perf_counter() - begin) / len(results)
     ledger = Ledger(Path(job.run_dir))
     for unit, result in zip(task.units, results, strict=True):

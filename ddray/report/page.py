@@ -21,6 +21,7 @@ from ddray.errors import DdrayError, InputError
 from ddray.methods import get_method
 from ddray.ranking.report import scatter_plot
 from ddray.report import charts, figures
+from ddray.report.costs import unit_costs
 from ddray.report.plane import make_plane, under_networks
 from ddray.report.runs import RunView, SetView, grouped, read_run
 from ddray.tables.along import group_of
@@ -49,7 +50,7 @@ class ReportResult(Result):
 def write_page(
     folders: Sequence[Path], out: Path, *, planes: bool = True, data_dir: Path | None = None
 ) -> ReportResult:
-    """Write the page over run folders of distill, tune, nas or bench; unfinished runs are fine.
+    """Write the page over run folders of any command; unfinished runs are fine.
 
     Each of the t-SNE `planes` needs its dataset (`data_dir`; None is $DDRAY_DATA) and takes some seconds.
 
@@ -59,8 +60,7 @@ def write_page(
     """
     if out.is_dir():
         raise InputError(f"--out must be a file, {out} is a folder; add the page's name")
-    unique = dict.fromkeys(path.resolve() for path in folders)
-    views = [read_run(folder) for folder in unique]
+    views = [read_run(folder) for folder in dict.fromkeys(path.resolve() for path in folders)]
     runs = _with_unique_labels(views)
     cells = [cell for run in runs for cell in run.cells]
     sets = [view for run in runs for view in run.sets]
@@ -84,6 +84,7 @@ def write_page(
         networks=list(_networks(views, data_dir)) if planes else [],
         num_curves_left=max(0, len({v.sort_key()[:2] for v in sets if v.losses}) - _MAX_CURVES),
         num_planes_left=max(0, len({v.sort_key()[:2] for v in sets}) - _MAX_PLANES) if planes else 0,
+        costs=[costs for run in runs if (costs := unit_costs(run))["kinds"]],
         failures=[{**one, "run": run.title} for run in runs for one in run.failures],
         skipped=[f"{run.title}: {name}" for run in runs for name in run.skipped],
         corrupt=[f"{run.title}: {name}" for run in runs for name in run.corrupt],

@@ -101,7 +101,7 @@ class RunView:
     """One run."""
 
     folder: Path
-    command: str  # distill, tune, nas or bench
+    command: str  # distill, evaluate, tune, nas or bench
     config: Mapping[str, Any]  # config.yaml
     config_text: str  # the same as text
     environment: Mapping[str, Any]  # environment.json of the first start
@@ -157,7 +157,7 @@ def read_run(folder: Path) -> RunView:
     kinds = Counter(str(event["event"]) for event in events)
     hosts = Counter(str(event["host"]) for event in events if "host" in event)
     cells_file = _read_cells(folder)
-    failed = [failure_of(_name(row), row) for row in rows if row.status == "failed"]
+    failed = [failure_of(name_of(row), row) for row in rows if row.status == "failed"]
     planned = _planned(folder)
     cells = cells_file.get("cells") or _unfinished_cells(planned, config, rows)
     done = {row.key: row for row in rows if row.status == "done"}
@@ -237,12 +237,16 @@ def _unfinished_cells(
     return cells
 
 
-def _name(row: Row) -> str:
+def name_of(row: Row) -> str:
     """Return a readable name of a row's unit."""
     spec = row.spec
     if row.kind == "trial":
         return f"trial {spec['number']}"
-    parts = [spec.get("method"), spec.get("dataset"), size_of(spec), spec.get("arch")]
+    if row.kind == "pool":  # its dataset is a fingerprint
+        parts = [spec.get("kind"), spec.get("arch")]
+    else:
+        parts = [spec.get(name) for name in ("method", "dataset")]
+        parts += [size_of(spec), spec.get("arch"), spec.get("proxy")]
     text = " ".join(str(part) for part in parts if part)
     return f"{text} seed {spec['seed']}" if "seed" in spec else text or row.key[:12]
 

@@ -1,6 +1,7 @@
 """Files of tensors and plain values (torch's, .npz, pickles), read without running any code in them."""
 
 import collections
+import hashlib
 import io
 import math
 import os
@@ -121,3 +122,11 @@ def empty_matrix(num: int, like: Tensor, device: torch.device | str) -> Tensor:
 def is_plain(value: Any) -> bool:
     """Return whether a value is a dense CPU tensor (not sparse, not on the meta device)."""
     return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+
+
+def sha256_of(*tensors: Tensor) -> str:
+    """Return the sha256 (hex) of tensors' bytes."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()

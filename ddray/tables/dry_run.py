@@ -12,8 +12,9 @@ from ddray.data.catalog import KNOWN
 from ddray.data.reference import DatasetRef
 from ddray.errors import InputError
 from ddray.jobs.context import check_plan
+from ddray.runs.costs import Estimate, History, total
 from ddray.runs.ledger import Ledger, Row
-from ddray.tables.cost import Estimate, History
+from ddray.tables.cost import estimate_of
 from ddray.tables.graph import build_graph
 from ddray.tables.nas_table import NasSweep, resolve_sweeps
 from ddray.tables.options import BenchOptions
@@ -61,7 +62,6 @@ def dry_run(spec: BenchSpec, options: BenchOptions, *, run_dir: Path | None) -> 
     missing = [line for line in lines if line["status"] == "missing"]
     cells = [planned_cell(cell) for cell in _cells_of(graph, sweeps)]
     drop_scaled_differences(cells, options.scale)
-    guessed = [line["estimate_s"] for line in missing if line["estimate_s"] is not None]
     return Forecast(
         name=spec.name,
         scale=options.scale,
@@ -70,8 +70,7 @@ def dry_run(spec: BenchSpec, options: BenchOptions, *, run_dir: Path | None) -> 
         num_units=len(lines),
         num_missing=len(missing),
         pool_known=is_pool_known,
-        estimate_s=sum(guessed) if guessed else (None if missing else 0.0),
-        num_without_estimate=len(missing) - len(guessed),
+        **total(missing),
         num_from_smaller=sum(line["from_smaller"] for line in missing),
         nas_sweeps=[sweep.options.space for sweep in sweeps],
     )
@@ -101,10 +100,10 @@ def _unit_lines(graph: Graph, ledger: Ledger | None, history: History) -> tuple[
             is_pool_known = is_pool_known and specs is not None
             for spec in specs or ():
                 name = f"pool {spec.kind} {spec.arch} for {unit.dataset}, seed {spec.seed}"
-                entry = _line(name, "pool", None, [], history.estimate(pool_unit(unit, spec)))
+                entry = _line(name, "pool", None, [], estimate_of(history, pool_unit(unit, spec)))
                 pool.setdefault(f"{name} {spec.key}", entry)
                 needs.append(name)
-        units.append(_line(unit.title, unit.kind, row, needs, history.estimate(unit)))
+        units.append(_line(unit.title, unit.kind, row, needs, estimate_of(history, unit)))
     return [*pool.values(), *units], is_pool_known
 
 
@@ -129,9 +128,7 @@ def _line(unit: str, kind: str, row: Row | None, needs: list[str], estimate: Est
         "kind": kind,
         "status": row.status if row is not None else "missing",
         "needs": needs,
-        "estimate_s": estimate.wall_s,
-        "past_units": estimate.units,
-        "from_smaller": estimate.is_from_smaller,
+        **estimate.dump(),
     }
 
 

@@ -59,6 +59,9 @@ class Forecast(Result):
     pool_known: bool
     """False if some methods say only once they start which networks they need."""
     estimate_s: float | None
+    """Seconds of one device for all missing units with an estimate; None if none has one."""
+    peak_memory_bytes: int | None
+    """Of the largest missing unit; None if none has an estimate."""
     num_without_estimate: int
     num_from_smaller: int
     """Estimates that are too high, from far smaller units."""

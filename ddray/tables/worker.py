@@ -31,6 +31,7 @@ from ddray.pool.files import DamagedEntryError, PoolFiles
 from ddray.pool.spec import ModelPool, PoolEntry, PoolSpec
 from ddray.runs.ledger import Ledger, Row
 from ddray.system.files import file_sha256, home, write_text
+from ddray.system.memory import peak_bytes, reset_peak
 from ddray.system.worker import worker_device
 from ddray.tables.units import BenchUnit
 
@@ -127,9 +128,11 @@ def run_unit(job: BenchJob, unit: BenchUnit) -> Needs | Damaged | None:
         return None
     reason = {"reason": "its networks are there"} if unit.waited else {}
     ledger.begin(unit.identity, epoch=job.epoch, title=unit.title, **reason)
-    begin = time.perf_counter()
+    begin, device = time.perf_counter(), worker_device(job.device)
+    reset_peak(device)
     try:
         result = _TASKS[unit.kind](job, unit)
+        result.setdefault("peak_memory_bytes", peak_bytes(device))  # a distillation counts its own
     except _MissingError as error:
         return error.missing
     except DivergedError as error:

@@ -27,6 +27,7 @@ from ddray.seeding import derive_seed
 from ddray.system.files import write_atomically
 from ddray.tuning.payload import Payload, pack
 from ddray.tuning.search import Search
+from ddray.tuning.trial import unit_costs
 from ddray.tuning.worker import SearchJob, SearchWorker
 
 log = logging.getLogger(__name__)
@@ -154,7 +155,9 @@ def final_task(job: SearchJob, payload: Payload, unit: Unit) -> None:
         )
     distillation.distilled.save(artifact_path(Path(job.run_dir), unit.key))
     scores = worker.score(plan, distillation.distilled)
-    ledger.publish(unit, Row.done(unit, scores, time.perf_counter() - begin), epoch=job.epoch)
+    wall_s = time.perf_counter() - begin
+    costs = unit_costs(distillation, worker.device, wall_s)
+    ledger.publish(unit, Row.done(unit, {**scores, **costs}, wall_s), epoch=job.epoch)
     job.forget_checkpoint(unit.key)
 
 

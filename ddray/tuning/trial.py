@@ -6,13 +6,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import torch
+
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.data import SplitName
-from ddray.distillation.loop import run_distillation
+from ddray.distillation.loop import Distillation, run_distillation
 from ddray.errors import DivergedError
 from ddray.jobs.context import make_distiller
 from ddray.runs.ledger import Ledger, Row, Unit
 from ddray.system.files import write_text
+from ddray.system.memory import peak_bytes
 from ddray.system.worker import prepare_worker
 from ddray.tuning.payload import Payload
 from ddray.tuning.worker import SearchJob, SearchWorker
@@ -108,8 +111,20 @@ def _run(worker: SearchWorker, unit: Unit, report: Callable[[dict[str, Any]], No
         return Row.failed(unit, error, result=result, wall_s=time.perf_counter() - begin)
     first, final = distillation.edge_losses()
     losses = {"first_loss": first, "final_loss": final, "seconds_per_step": distillation.seconds_per_step}
-    result = {**trial_result(unit, rungs, job.objective), **losses}
+    costs = unit_costs(distillation, worker.device, time.perf_counter() - begin)
+    result = {**trial_result(unit, rungs, job.objective), **losses, **costs}
     return Row.done(unit, result, time.perf_counter() - begin)
+
+
+def unit_costs(distillation: Distillation, device: torch.device, wall_s: float) -> dict[str, Any]:
+    """Return what a unit took that distilled, and then scored, in `wall_s` seconds of this process.
+
+    `device_seconds` are those of earlier processes too; `resumed_from_step` is there if there were some.
+    """
+    earlier = max(0.0, (distillation.seconds or 0.0) - distillation.wall_s)
+    resumed = {"resumed_from_step": step} if (step := distillation.resumed_from_step) else {}
+    peak = max(distillation.peak_memory_bytes or 0, peak_bytes(device))
+    return {"device_seconds": wall_s + earlier, "peak_memory_bytes": peak, **resumed}
 
 
 def trial_result(

@@ -111,6 +111,19 @@ def test_a_large_picture_is_compressed() -> None:
     assert data_uri(noise[:, :34, :34]).startswith("data:image/png;base64,")
 
 
+def test_the_cost_of_every_unit(page: str, bench_folder: Path) -> None:
+    done = [row for row in Ledger(bench_folder).rows() if row.status == "done"]
+    kinds, units = (
+        table for table in tables(page) if "device-seconds" in table[0] and table[0][0] in ("kind", "unit")
+    )
+    assert {line[0]: int(line[1]) for line in kinds[1:]} == {
+        kind: sum(row.kind == kind for row in done) for kind in {row.kind for row in done}
+    }
+    assert len(units) - 1 == len(done)
+    assert all(line[3] not in ("", "-") for line in units[1:]), "every unit's peak memory"
+    assert any("seed 0" in line[0] for line in units[1:])
+
+
 def test_curves_failures_and_provenance(page: str, bench_folder: Path) -> None:
     text = body(page)
     assert "Loss: digits, ipc 2" in text

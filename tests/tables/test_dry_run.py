@@ -10,8 +10,9 @@ import pytest
 from ddray.data import open_dataset
 from ddray.errors import InputError
 from ddray.nets import multiply_adds
+from ddray.runs.costs import History, costs_file
 from ddray.runs.ledger import Ledger
-from ddray.tables.cost import History, costs_file, summarise
+from ddray.tables.cost import estimate_of, summarise
 from ddray.tables.dry_run import dry_run
 from ddray.tables.graph import build_graph
 from ddray.tables.options import BenchOptions
@@ -50,14 +51,14 @@ def test_units_of_about_the_same_size_are_asked_first() -> None:
     small = [{**past_unit, "amount": unit.amount / 1000, "wall_s": 2.0} for _ in range(40)]
     costs_file().parent.mkdir(parents=True, exist_ok=True)
     costs_file().write_text("".join(json.dumps(line) + "\n" for line in small))
-    guess = History("cpu").estimate(unit)
+    guess = estimate_of(History("cpu"), unit)
     assert guess.wall_s == pytest.approx(2000.0)
     assert guess.is_from_smaller, "an upper bound: the start of each was counted as work"
     assert dry_run(spec(seeds=1), LOCAL, run_dir=None)["num_from_smaller"] > 0
     alike = [{**past_unit, "amount": unit.amount * 1.1, "wall_s": 5.5} for _ in range(15)]
     with costs_file().open("a") as file:
         file.write("".join(json.dumps(line) + "\n" for line in alike))
-    guess = History("cpu").estimate(unit)
+    guess = estimate_of(History("cpu"), unit)
     assert guess.wall_s == pytest.approx(5.0)
     assert not guess.is_from_smaller
 
@@ -112,8 +113,8 @@ def test_an_estimate_scales_with_the_work() -> None:
         "\n".join(json.dumps({**line, "amount": unit.amount * k, "wall_s": 3.0 * k}) for k in (1, 2, 9))
         + '\n{"torn'
     )
-    assert History("cpu").estimate(unit).wall_s == pytest.approx(3.0)
-    assert History("cpu").estimate(unit).units == 3
-    assert History("cuda").estimate(unit).wall_s is None
+    assert estimate_of(History("cpu"), unit).wall_s == pytest.approx(3.0)
+    assert estimate_of(History("cpu"), unit).units == 3
+    assert estimate_of(History("cuda"), unit).wall_s is None
     other = next(unit for unit in graph.distil.values() if unit.method != "dm")
-    assert History("cpu").estimate(other).wall_s is None, "one method's rate is not another's"
+    assert estimate_of(History("cpu"), other).wall_s is None, "one method's rate is not another's"

@@ -16,9 +16,10 @@ from ddray.errors import DdrayError, InputError
 from ddray.methods import get_method
 from ddray.ranking import sweep as nas_sweep
 from ddray.ranking.spaces import get_space
+from ddray.runs.costs import costs_file
 from ddray.runs.ledger import Ledger
 from ddray.tables import nas_table
-from ddray.tables.cost import costs_file, summarise
+from ddray.tables.cost import summarise
 from ddray.tables.dry_run import _facts, dry_run
 from ddray.tables.graph import build_graph
 from ddray.tables.nas_table import cell_of, resolve_sweeps
