@@ -242,10 +242,11 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any] | DdrayError:
             tensors, measured = trainer(spec)
         except DivergedError as error:
             return error
-    own = tensors if team.rank == 0 else {"features": tensors["features"]}
+    if team.rank:  # the weights are the same everywhere
+        tensors = {"features": tensors["features"]}
     path = _part(job.folder, team.rank)
     with storage_errors(path):
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in own.items()}, path)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
     return dict(measured)
 
 

@@ -16,6 +16,7 @@ from ddray.pool.local import LocalPool
 from ddray.pool.spec import PoolSpec
 from ddray.seeding import derive, derive_seed
 from ddray.system import numerics
+from ddray.system.transfer import to_device
 from ddray.training.embedding import embed_images
 from ddray.training.loop import Augmenter, Checkpoints, Training, augmenter, train
 from ddray.training.recipe import Recipe
@@ -106,7 +107,7 @@ class PoolTrainer:
             recipe.augment, can_flip=self.dataset.can_flip, space=space, strategy=recipe.strategy
         )
         images = split.images.to(self.device)
-        training = Training(images, labels, recipe, augment, encode=_encoding(space), team=self.team)
+        training = Training(images, labels, recipe, augment, encode=self._encode(space), team=self.team)
         self.team.join(net)
         return training.run([net], [order], checkpoints=self.checkpoints)
 
@@ -119,7 +120,7 @@ class PoolTrainer:
         if 4 * split.images.numel() <= _MAX_ENCODED:
             return space.encode(split.images).to(self.device), augment
 
-        encode = _encoding(space)
+        encode = self._encode(space)
 
         def transform(batch: Tensor, generator: torch.Generator) -> Tensor:
             encoded = encode(batch)
@@ -127,10 +128,14 @@ class PoolTrainer:
 
         return split.images.to(self.device), transform
 
+    def _encode(self, space: PixelSpace) -> Callable[[Tensor], Tensor]:
+        """Return what brings a batch as stored into a space, on the device."""
 
-def _encoding(space: PixelSpace) -> Callable[[Tensor], Tensor]:
-    """Return what brings a batch as stored into a space."""
-    return lambda batch: space.encode(batch).contiguous(memory_format=torch.channels_last)
+        def encode(batch: Tensor) -> Tensor:
+            encoded = space.encode(to_device(batch, self.device))
+            return encoded.contiguous(memory_format=torch.channels_last)
+
+        return encode
 
 
 def _share(parts: Sequence[Tensor], rows: slice) -> Iterator[Tensor]:

@@ -110,7 +110,7 @@ class Training:
         recipe: as of `train`.
         augment: as of `train`.
         regress: as of `train`.
-        encode: applied to the images of a batch before all else.
+        encode: applied to the images of a batch, or of its part, before all else.
         team: processes that train one network together, each with its rows of every batch.
     """
 
@@ -167,40 +167,56 @@ class Training:
         """Yield the batches, without end; `images` are those of the training in any memory format."""
         order = Order(len(self.labels), self.recipe.batch)
         orders = [order.indices(generator, images.device) for generator in generators]
-        batch = self._batch if self.team is None else partial(self._part, self.team)
-        return (batch(images, rows, generators) for rows in zip(*orders, strict=True))
+        for rows in zip(*orders, strict=True):
+            parts = [images[index] for index in self._read(rows)]
+            if self.encode is not None:
+                parts = [self.encode(part) for part in parts]
+            yield self._batch(parts, rows, generators)
 
-    def _part(
-        self, team: Team, images: Tensor, rows: Sequence[Tensor], generators: Sequence[torch.Generator]
-    ) -> Batch:
-        """Return a member's rows of a batch, with the draws that they have in the whole batch.
+    @property
+    def _is_cut_first(self) -> bool:
+        """Whether a member of a team needs its own images alone, and the draws of the whole batch.
 
-        What mixes images, or draws for one after another, is done for the whole batch by every member.
+        It needs all of them where images are mixed, or where one image's draws depend on another's.
         """
-        (index,), (generator,), augment = rows, generators, self.augment
-        own = team.rows(len(index))
         mixes = self.recipe.cutmix > 0 and not self.regress
-        if mixes or not (augment is None or isinstance(augment, DsaAugment)):
-            return tuple(t[own] if t.ndim else t for t in self._batch(images, rows, generators))
-        inputs = self._gathered(images, index[own])
-        if augment is not None:
-            plan = augment.draw(len(index), generator)
-            inputs = augment.dsa.apply(inputs, plan.rows(own))
-        return inputs, self.labels[index[own]]
+        by_image = self.augment is None or isinstance(self.augment, DsaAugment)
+        return self.team is not None and by_image and not mixes
 
-    def _gathered(self, images: Tensor, index: Tensor) -> Tensor:
-        return images[index] if self.encode is None else self.encode(images[index])
+    def _read(self, rows: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return which rows of a batch this process has to read."""
+        if self.team is None or not self._is_cut_first:
+            return rows
+        return [index[self.team.rows(len(index))] for index in rows]
 
-    def _batch(self, images: Tensor, rows: Sequence[Tensor], generators: Sequence[torch.Generator]) -> Batch:
-        """Return each network's inputs, with its own draws, one after another, and their targets."""
-        parts = [self._gathered(images, index) for index in rows]
+    def _batch(
+        self, parts: list[Tensor], rows: Sequence[Tensor], generators: Sequence[torch.Generator]
+    ) -> Batch:
+        """Return each network's inputs, with its own draws, one after another, and their targets.
+
+        `parts` are the images of `_read(rows)`. A member of a team returns its rows of the batch.
+        """
+        if self._is_cut_first:
+            return self._cut_batch(parts[0], rows[0], generators[0])
         if self.augment is not None:
             drawn = zip(parts, generators, strict=True)
             parts = [self.augment(part, generator) for part, generator in drawn]
         inputs, labels = _joined(parts), self.labels[_joined(rows)]
         cutmixes = self.recipe.cutmix > 0 and not self.regress
         mixed = cutmix(inputs, self.recipe.cutmix, generators[0]) if cutmixes else None
-        return (inputs, labels) if mixed is None else (mixed.images, *mixed.targets(labels))
+        batch = (inputs, labels) if mixed is None else (mixed.images, *mixed.targets(labels))
+        if self.team is None:
+            return batch
+        part = self.team.rows(len(inputs))
+        return tuple(tensor[part] if tensor.ndim else tensor for tensor in batch)
+
+    def _cut_batch(self, inputs: Tensor, rows: Tensor, generator: torch.Generator) -> Batch:
+        """Return a member's images, augmented as they are in the whole batch of `rows`, and their targets."""
+        part = slice(None) if self.team is None else self.team.rows(len(rows))
+        if isinstance(self.augment, DsaAugment):
+            plan = self.augment.draw(len(rows), generator)
+            inputs = self.augment.dsa.apply(inputs, plan.rows(part))
+        return inputs, self.labels[rows[part]]
 
 
 class _Resuming:
