@@ -98,23 +98,26 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
 
+def shard_rows(size: int) -> list[Sequence[str]]:
+    """Return the rows of a size: its shards."""
+    rows = []
+    for num_shards in SHARDS:
+        each = shard(size, num_shards)
+        where = "GPU" if each.is_resident else "disk, by the batch"
+        parts = (IMAGES * 3 * size * size, each.images, each.learned, each.step, each.device)
+        rows.append((f"{size} px", str(num_shards), *map(gib, parts), where))
+    return rows
+
+
 def tables() -> dict[str, str]:
     """Return the page's tables by name."""
-    rows = []
-    for size in SIZES:
-        for num_shards in SHARDS:
-            each = shard(size, num_shards)
-            where = "GPU" if each.is_resident else "disk, by the batch"
-            disk = gib(IMAGES * 3 * size * size)
-            parts = (each.images, each.learned, each.step, each.device)
-            rows.append((f"{size} px", str(num_shards), disk, *map(gib, parts), where))
-    names = ("disk", "real images", "what is learned", "step", "GPU in all")
+    names = ("disk", "real images", "what is learned", "step", "GPU in all", "real images are on the")
     teachers = (
         (f"{size} px", *(gib(teacher_bytes(size) * TEACHER_BATCH / workers) for workers in WORKERS))
         for size in SIZES
     )
     return {
-        "shards": table(("size", "shards", *names, "real images are on the"), rows),
+        "shards": table(("size", "shards", *names), [row for size in SIZES for row in shard_rows(size)]),
         "teachers": table(("size", *(f"{n} worker{'s' * (n > 1)}" for n in WORKERS)), teachers),
     }
 
@@ -122,8 +125,8 @@ def tables() -> dict[str, str]:
 def written(text: str) -> str:
     """Return the page's text with its tables as they are computed now."""
     for name, lines in tables().items():
-        pattern = rf"(<!-- computed: {name} -->\n).*?(\n<!-- end -->)"
-        text = re.sub(pattern, lambda match, lines=lines: match[1] + lines + match[2], text, flags=re.S)
+        pattern = rf"(<!-- computed: {name} -->\n).*?(<!-- end -->)"
+        text = re.sub(pattern, lambda match, lines=lines: f"{match[1]}{lines}\n{match[2]}", text, flags=re.S)
     return text
 
 
