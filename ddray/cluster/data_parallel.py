@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -169,7 +170,9 @@ def _fit(job: ParallelJob) -> dict[str, Any]:
         ),
     )
     try:
-        returned: Any = _in_thread(trainer.fit).return_value
+        with warnings.catch_warnings():  # Ray Data, which Ray Train starts, warns of its own settings
+            warnings.simplefilter("ignore", DeprecationWarning)
+            returned: Any = _in_thread(trainer.fit).return_value
     except KeyboardInterrupt as error:
         raise InterruptedRunError("interrupted; run the command again to continue") from error
     except Exception as error:
