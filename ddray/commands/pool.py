@@ -1,11 +1,17 @@
 """`ddray pool`: networks that many runs share."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from ddray.commands import display
 from ddray.commands.options import Emit, command
 from ddray.config import Config, parse_overrides
 from ddray.jobs.options import PoolOptions
+
+if TYPE_CHECKING:
+    from ddray.data import Dataset
+    from ddray.jobs.pool_training import PoolResult
 
 
 class KeyArgument(Config):
@@ -19,26 +25,37 @@ class KeyArgument(Config):
 def pool_train(emit: Emit, **options: Any) -> None:
     """Train the networks of a pool that are not there yet."""
     from ddray.data import open_dataset
+    from ddray.jobs.pool_training import check_kind
+
+    parsed = PoolOptions.pick(options)
+    check_kind(parsed.kind, parsed.limited())
+    recipe = parse_overrides(parsed.sets) | ({} if parsed.epochs is None else {"epochs": parsed.epochs})
+    opened = open_dataset(parsed.dataset, **parsed.opening())
+    if parsed.num_workers is None:
+        result = _train_here(opened, parsed, recipe)
+    else:
+        from ddray.cluster.data_parallel import train_parallel
+
+        result = train_parallel(opened, parsed, recipe)
+    emit(result, display.table_of("pool", {**result.dump(), "keys": "\n".join(result.keys)}))
+
+
+def _train_here(opened: Dataset, options: PoolOptions, recipe: dict[str, Any]) -> PoolResult:
+    """Train in this process."""
     from ddray.jobs import pool_training
     from ddray.jobs.context import on_device
     from ddray.runs.recovery import recovering
 
-    parsed = PoolOptions.pick(options)
-    limited = {"--arch": parsed.arch, "--num-models": parsed.num_models, "--seed": parsed.seed}
-    pool_training.check_kind(parsed.kind, [name for name, value in limited.items() if value is not None])
-    recipe = parse_overrides(parsed.sets) | ({} if parsed.epochs is None else {"epochs": parsed.epochs})
-    opened = open_dataset(parsed.dataset, **parsed.opening())
-    settings: dict[str, Any] = {"arch": parsed.arch or "auto", "seed": parsed.seed or 0, "folder": parsed.out}
-    num = 1 if parsed.num_models is None else parsed.num_models
-    with on_device(parsed.device) as device:
+    settings: dict[str, Any] = {"arch": options.arch or "auto", "seed": options.seed or 0}
+    with on_device(options.device) as device:
         where: dict[str, Any] = {"recipe": recipe, "device": device}
-        if parsed.kind == "diffusion":
-            result = recovering(pool_training.train_diffusion, opened, **where, out=parsed.out)
-        elif parsed.kind == "ssl":
-            result = recovering(pool_training.train_teacher, opened, **where, **settings)
-        else:
-            result = recovering(pool_training.train_pool, opened, **where, **settings, num_models=num)
-    emit(result, display.table_of("pool", {**result.dump(), "keys": "\n".join(result.keys)}))
+        if options.kind == "diffusion":
+            return recovering(pool_training.train_diffusion, opened, **where, out=options.out)
+        where["folder"] = options.out
+        if options.kind == "ssl":
+            return recovering(pool_training.train_teacher, opened, **where, **settings)
+        num = 1 if options.num_models is None else options.num_models
+        return recovering(pool_training.train_pool, opened, **where, **settings, num_models=num)
 
 
 @command(example="ddray pool list --json")

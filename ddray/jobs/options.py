@@ -1,9 +1,11 @@
 """Options of `ddray distill`, which `ddray tune` shares, and of `ddray pool train`."""
 
-from pydantic import Field
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from ddray.config import AbsolutePath, Names, named
-from ddray.system.options import DataOptions, DeviceOptions, NumericOptions, RunOptions
+from ddray.system.options import DataOptions, DeviceOptions, Gpus, NumericOptions, RunOptions
 
 
 class PlanOptions(DataOptions, NumericOptions):
@@ -61,3 +63,40 @@ class PoolOptions(DataOptions, DeviceOptions):
     """supervised: the first network's, ssl: the teacher's; default 0."""
     out: AbsolutePath | None = None
     """Pool folder, default $DDRAY_HOME/pool; diffusion: DiTPipeline folder."""
+    num_workers: int | None = Field(default=None, ge=1)
+    """supervised: train each network on so many workers at once (Ray Train), which share its batches; default
+    in this process."""
+    cpus_per_worker: float | None = Field(default=None, gt=0)
+    """CPU cores per worker; default 1."""
+    gpus_per_worker: Gpus | None = None
+    """GPUs per worker, 0 or 1; default 1 where the cluster has GPUs, else 0."""
+    address: str | None = None
+    """Ray cluster to connect to; default a local one."""
+
+    def limited(self) -> list[str]:
+        """Return the options that are set and that only some kinds take."""
+        names = ("arch", "num_models", "seed", "num_workers")
+        return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) is not None]
+
+    @model_validator(mode="after")
+    def _workers_are_asked_for(self) -> Self:
+        for name in ("cpus_per_worker", "gpus_per_worker", "address"):
+            if self.num_workers is None and getattr(self, name) is not None:
+                option = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{option} needs --num-workers N, got {getattr(self, name)} without it")
+        if self.num_workers is not None and self.device != "auto":
+            raise ValueError(
+                f"--device must be left out with --num-workers, got {self.device}; --gpus-per-worker 0 "
+                "computes on CPUs"
+            )
+        return self
+
+    @property
+    def cpus(self) -> float:
+        """CPU cores of a worker."""
+        return self.cpus_per_worker or 1.0
+
+    @property
+    def gpus(self) -> float:
+        """GPUs of a worker; 0 until the default is resolved (`cluster.resources`)."""
+        return self.gpus_per_worker or 0.0

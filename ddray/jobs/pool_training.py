@@ -15,16 +15,20 @@ from ddray.methods.families.ssl.teacher import ssl_teacher_spec
 from ddray.nets import check_arch
 from ddray.nets.names import resolve_arch
 from ddray.pool.local import LocalPool
-from ddray.pool.spec import SUPERVISED_RECIPE, PoolSpec, supervised_specs
+from ddray.pool.spec import SUPERVISED_RECIPE, PoolSpec, Trainer, supervised_specs
 from ddray.system.files import home
 from ddray.training.recipe import Recipe
 
 KINDS: Final[Mapping[str, frozenset[str]]] = {
-    "supervised": frozenset({"--arch", "--num-models", "--seed"}),
+    "supervised": frozenset({"--arch", "--num-models", "--seed", "--num-workers"}),
     "ssl": frozenset({"--arch", "--seed"}),
     "diffusion": frozenset(),
 }
 """Kinds of entries, and the options that only some kinds take."""
+_WHY_NOT: Final = {
+    ("--num-workers", "ssl"): "its loss compares all images of a batch with each other",
+    ("--num-workers", "diffusion"): "its training is one process's",
+}
 
 
 class PoolResult(Result):
@@ -44,7 +48,10 @@ def check_kind(kind: str, user_options: Iterable[str] = ()) -> None:
     for option in user_options:
         if option not in KINDS[kind]:
             others = " or ".join(name for name, options in KINDS.items() if option in options)
-            raise InputError(f"{option} must go with --kind {others}, got --kind {kind}; leave it out")
+            reason = f" ({why})" if (why := _WHY_NOT.get((option, kind))) else ""
+            raise InputError(
+                f"{option} must go with --kind {others}, got --kind {kind}{reason}; leave it out"
+            )
 
 
 def train_pool(
@@ -56,12 +63,13 @@ def train_pool(
     num_models: int,
     device: torch.device,
     folder: Path | None = None,
+    trainer: Trainer | None = None,
 ) -> PoolResult:
     """Train missing supervised networks on all of train, their seeds counting up from `seed`.
 
     Arch `auto` is the field's ConvNet; `recipe` overrides fields of `SUPERVISED_RECIPE`; the default folder
-    is `$DDRAY_HOME/pool`. InputError for an unknown architecture or field, or a bad value; StorageError if an
-    entry can't be written.
+    is `$DDRAY_HOME/pool`; the default trainer trains in this process, on `device`. InputError for an unknown
+    architecture or field, or a bad value; StorageError if an entry can't be written.
     """
     if num_models < 1:
         raise InputError(f"--num-models must be >= 1, got {num_models}")
@@ -75,12 +83,12 @@ def train_pool(
         seed=seed,
         num=num_models,
     )
-    return _train(dataset, specs, device, folder)
+    return _train(specs, trainer or PoolTrainer(dataset, dataset.train(), device), folder)
 
 
-def _train(dataset: Dataset, specs: list[PoolSpec], device: torch.device, folder: Path | None) -> PoolResult:
+def _train(specs: list[PoolSpec], trainer: Trainer, folder: Path | None) -> PoolResult:
     folder = folder or home() / "pool"
-    LocalPool(PoolTrainer(dataset, dataset.train(), device), folder).get(specs)
+    LocalPool(trainer, folder).get(specs)
     keys = [spec.key for spec in specs]
     return PoolResult(key=keys[0], folder=str(folder / keys[0]), keys=keys)
 
@@ -109,7 +117,7 @@ def train_teacher(
     )
     teacher, split = plan.config.method.teacher, dataset.train()
     spec = ssl_teacher_spec(teacher, dataset, split, split_name="train", device=device)
-    return _train(dataset, [spec], device, folder)
+    return _train([spec], PoolTrainer(dataset, split, device), folder)
 
 
 def train_diffusion(

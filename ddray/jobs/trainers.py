@@ -1,26 +1,27 @@
 """Trains missing pool entries: supervised networks and their features of the real images, D3HR's stages."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from ddray.data import Dataset, Split, SplitName, normalized_space
+from ddray.data import Dataset, PixelSpace, Split, SplitName, normalized_space
 from ddray.data.packed import resident
 from ddray.errors import DivergedError, InputError, unknown
 from ddray.methods.families.ssl import teacher as ssl
-from ddray.nets import build_net
+from ddray.nets import Net, build_net
 from ddray.pool.local import LocalPool
 from ddray.pool.spec import PoolSpec
 from ddray.seeding import derive, derive_seed
 from ddray.system import numerics
 from ddray.system.transfer import to_device
 from ddray.training.embedding import embed_images
-from ddray.training.loop import Augmenter, augmenter, train
+from ddray.training.loop import Augmenter, Checkpoints, Training, augmenter, train
 from ddray.training.recipe import Recipe
+from ddray.training.team import Team
 
 _DIFFUSION_KINDS: Final = ("diffusion", "latents", "inverted", "statistics")  # D3HR's stages
 _MAX_ENCODED: Final = 200 * 2**20  # bytes as floats up to which a split is encoded once, not by the batch
@@ -35,11 +36,16 @@ class PoolTrainer:
             of `train-val<seed>` on that part of it.
         split: the real images for all other splits.
         device: where to compute.
+        team: processes that train a supervised network together; each returns the features of its share of
+            the images.
+        checkpoints: where a team's training goes on from.
     """
 
     dataset: Dataset
     split: Split
     device: torch.device
+    team: Team | None = None
+    checkpoints: Checkpoints | None = None
 
     def __call__(self, spec: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
         """Return an entry's tensors and measurements.
@@ -79,18 +85,35 @@ class PoolTrainer:
         net = build_net(spec.arch, spec.image_shape, spec.num_classes, seed=seed, device=self.device)
         recipe = Recipe.parse({"schedule": "constant", "augment": "none", **spec.recipe}, prefix="recipe.")
         recipe = recipe.on(split)
-        images, augment = self._images(split, recipe)
-        labels = split.labels.to(self.device)
-        order = derive(seed, "order")
-        loss = float(train(net, images, labels, recipe, generator=order, augment=augment))
+        loss = float(self._fit(net, split, recipe, derive(seed, "order")))
         if not math.isfinite(loss):
             raise DivergedError(f"training {spec.arch} for the pool diverged: its loss is {loss}; lower lr")
         weights = {f"weights.{name}": tensor for name, tensor in net.state_dict().items()}
         measured = {"final_loss": loss, "dataset_name": self.dataset.name}
         encode = normalized_space(self.dataset).encode
         others = None if unseen is None else unseen.images
-        features = embed_images(net.eval(), split.images, encode, self.device, more_images=others)
-        return {**weights, "features": features}, measured
+        if self.team is None:
+            features = embed_images(net.eval(), split.images, encode, self.device, more_images=others)
+            return {**weights, "features": features}, measured
+        real = [split.images] if others is None else [split.images, others]
+        shares = _share(real, self.team.share(sum(map(len, real))))
+        parts = [embed_images(net.eval(), images, encode, self.device) for images in shares]
+        return {**weights, "features": torch.cat(parts)}, measured
+
+    def _fit(self, net: Net, split: Split, recipe: Recipe, order: torch.Generator) -> Tensor:
+        """Train a network, alone or as one of a team; return its final loss."""
+        labels = split.labels.to(self.device)
+        if self.team is None:
+            images, augment = self._images(split, recipe)
+            return train(net, images, labels, recipe, generator=order, augment=augment)
+        space = normalized_space(self.dataset)
+        augment = augmenter(
+            recipe.augment, can_flip=self.dataset.can_flip, space=space, strategy=recipe.strategy
+        )
+        images = resident(split.images, self.device)
+        training = Training(images, labels, recipe, augment, encode=self._encode(space), team=self.team)
+        self.team.join(net)
+        return training.run([net], [order], checkpoints=self.checkpoints)
 
     def _images(self, split: Split, recipe: Recipe) -> tuple[Tensor, Augmenter | None]:
         """Return the training images and the transform of a batch; a large split is encoded by the batch."""
@@ -101,9 +124,29 @@ class PoolTrainer:
         if 4 * split.images.numel() <= _MAX_ENCODED:
             return space.encode(split.images).to(self.device), augment
 
-        def encode(batch: Tensor, generator: torch.Generator) -> Tensor:
-            encoded = space.encode(to_device(batch, self.device))
-            encoded = encoded.contiguous(memory_format=torch.channels_last)
+        encode = self._encode(space)
+
+        def transform(batch: Tensor, generator: torch.Generator) -> Tensor:
+            encoded = encode(batch)
             return encoded if augment is None else augment(encoded, generator)
 
-        return resident(split.images, self.device), encode
+        return resident(split.images, self.device), transform
+
+    def _encode(self, space: PixelSpace) -> Callable[[Tensor], Tensor]:
+        """Return what brings a batch as stored into a space, on the device."""
+
+        def encode(batch: Tensor) -> Tensor:
+            encoded = space.encode(to_device(batch, self.device))
+            return encoded.contiguous(memory_format=torch.channels_last)
+
+        return encode
+
+
+def _share(parts: Sequence[Tensor], rows: slice) -> Iterator[Tensor]:
+    """Yield what `rows` of all parts, one after another, are of each part; nothing of those with none."""
+    begin = 0
+    for part in parts:
+        share = part[max(0, rows.start - begin) : max(0, rows.stop - begin)]
+        if len(share):
+            yield share
+        begin += len(part)

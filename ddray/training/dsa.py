@@ -45,6 +45,10 @@ class DsaPlan:
     def __len__(self) -> int:
         return len(self.choices)
 
+    def rows(self, part: slice) -> "DsaPlan":
+        """Return the sets of a part of the samples."""
+        return DsaPlan(self.choices[part], self.params[part])
+
 
 class Dsa:
     """A differentiable augmentation with a strategy.

@@ -28,6 +28,7 @@ from ddray.nets.features import CpuLayer
 from ddray.system.numerics import current
 from ddray.system.transfer import to_device
 from ddray.training.graph import WORTHWHILE_STEPS, Graphs
+from ddray.training.team import Team
 
 Batch = tuple[Tensor, ...]
 """A step's inputs [n, ...] and its targets: tensors with a row per input, or scalars for all of them."""
@@ -148,6 +149,8 @@ class Step:
         fused: train `nets` as one; batches then hold equally many rows for each, in order. Their weights are
             updated by `finish`.
         num_steps: steps of the training; few are not worth a CUDA graph.
+        team: the processes that train the network together, each with its rows of a batch; their steps are
+            no CUDA graphs. None: this one alone.
     """
 
     def __init__(
@@ -158,12 +161,13 @@ class Step:
         lr: float = 0.0,
         fused: bool = False,
         num_steps: int = 1,
+        team: Team | None = None,
     ) -> None:
         self.num_steps = num_steps
-        self._rule = rule
+        self._rule, self._team = rule, team
         self._model: _Alone | _Stacked = _Stacked(nets) if fused else _Alone(*nets)
         device = self._model.params[0].device
-        graphed = device.type == "cuda" and num_steps >= WORTHWHILE_STEPS
+        graphed = device.type == "cuda" and num_steps >= WORTHWHILE_STEPS and team is None
         options: dict[str, Any] = {"lr": lr}
         if device.type == "cuda":
             options["fused"] = True
@@ -205,7 +209,11 @@ class Step:
 
     def mean_loss(self) -> Tensor:
         """Return the mean loss per row since `forget_loss`, a scalar on the device."""
-        return self._loss_sum / max(1, self._num_rows)
+        if self._team is None:
+            return self._loss_sum / max(1, self._num_rows)
+        rows = self._loss_sum.new_full((), self._num_rows)
+        loss_sum, num_rows = self._team.sum(torch.stack([self._loss_sum, rows]))
+        return loss_sum / num_rows.clamp(min=1)
 
     def forget_loss(self) -> None:
         """Let `mean_loss` begin anew."""
@@ -218,14 +226,19 @@ class Step:
 
     def _update(self, *batch: Tensor) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        for loss, rows in self._backward(self._model, batch, bool(self._bf16)):
+        share = None if self._team is None else self._team.share_of_rows(len(batch[0]), self._loss_sum)
+        for loss, rows in self._backward(self._model, batch, bool(self._bf16), share):
             self._loss_sum += loss * rows
+        if self._team is not None:
+            self._team.sum_gradients(self._model.params)
         if self._rule.clip is not None:
             self._model.clip(self._rule.clip)
         self.optimizer.step()
 
-    def _backward(self, model: _Alone | _Stacked, batch: Batch, bf16: bool) -> Iterator[tuple[Tensor, int]]:
-        """Add to the gradients part by part; yield each part's loss and rows."""
+    def _backward(
+        self, model: _Alone | _Stacked, batch: Batch, bf16: bool, share: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, int]]:
+        """Add to the gradients part by part, times `share`; yield each part's loss and rows."""
         num = len(batch[0])
         for inputs, *targets in self._chunks(batch):
             rows = len(inputs)
@@ -235,7 +248,8 @@ class Step:
             loss = self._rule.loss(outputs.float() if bf16 else outputs, *targets)
             # A sum over networks keeps their gradients separate, each that of its own mean loss.
             weight = self._model.num * rows / num
-            (loss if weight == 1 else loss * weight).backward()  # type: ignore[no-untyped-call]
+            scaled = loss if weight == 1 else loss * weight
+            (scaled if share is None else scaled * share).backward()  # type: ignore[no-untyped-call]
             yield loss.detach(), rows
 
     def _is_bf16_faster(self, batch: Batch) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +17,26 @@ from ddray.seeding import derive_seed, forked_global
 from ddray.system.memory import total_bytes
 from ddray.system.numerics import current
 from ddray.training.cutmix import cutmix, mixed_cross_entropy
-from ddray.training.dsa import siamese
+from ddray.training.dsa import Dsa, DsaPlan, siamese
 from ddray.training.embedding import Score, score
 from ddray.training.engine import Batch, Order, Rule, Step, run
 from ddray.training.fusing import PROBE_STEPS, fusing_pays
 from ddray.training.recipe import Augment, Recipe
+from ddray.training.team import Team
 
 Augmenter = Callable[[Tensor, torch.Generator], Tensor]
+
+
+class Checkpoints(Protocol):
+    """Where a training leaves its state at the end of an epoch, and finds it when it is started again."""
+
+    def load(self) -> dict[str, Any] | None:
+        """Return the last state that was saved, if there is one."""
+        ...
+
+    def save(self, state: Callable[[], dict[str, Any]]) -> None:
+        """Save the state, or leave it for this epoch; every member of a team calls this."""
+        ...
 
 
 def train(
@@ -89,13 +103,25 @@ def train_together(
 
 @dataclass(frozen=True)
 class Training:
-    """What networks are trained on, and how: see `train`."""
+    """What networks are trained on, and how: see `train`.
+
+    Attributes:
+        images: as of `train`, or what `encode` takes.
+        labels: as of `train`.
+        recipe: as of `train`.
+        augment: as of `train`.
+        regress: as of `train`.
+        encode: applied to the images of a batch, or of its part, before all else.
+        team: processes that train one network together, each with its rows of every batch.
+    """
 
     images: Tensor  # packed ones may be on the disk while `labels` are on the device to compute on
     labels: Tensor
     recipe: Recipe
     augment: Augmenter | None
     regress: bool = False
+    encode: Callable[[Tensor], Tensor] | None = None
+    team: Team | None = None
 
     def run(
         self,
@@ -105,8 +131,12 @@ class Training:
         fused: bool = False,
         max_steps: int | None = None,
         on_epoch: Callable[[Tensor], None] | None = None,
+        checkpoints: Checkpoints | None = None,
     ) -> Tensor:
-        """Train a network, or several as one; return the mean loss. `max_steps` is for each phase."""
+        """Train a network, or several as one; return the mean loss.
+
+        `max_steps` is for each phase; `checkpoints` take the place of `on_epoch`, for one network.
+        """
         recipe, device = self.recipe, self.labels.device
         form = training_format(nets[0], device, fused=fused, bf16=current().precision == "bf16")
         images = self.images.contiguous(memory_format=form)
@@ -114,14 +144,15 @@ class Training:
             net.to(memory_format=form).train()
         epoch = len(Order(len(self.labels), recipe.batch).sizes)
         loss = torch.zeros(())
-        for rates in _phases(recipe):
+        resuming = _Resuming(nets[0], generators[0], checkpoints)
+        for rates in resuming.left(_phases(recipe)):
             step = self.step(nets, len(rates) * epoch, fused=fused)
             loss = run(
                 step,
                 islice(self.batches(images, generators), max_steps),
                 lr=lambda step_index, rates=rates: rates[step_index // epoch],  # type: ignore[misc]
                 epoch=epoch,
-                on_epoch=on_epoch,
+                on_epoch=on_epoch if checkpoints is None else resuming.begin(step, checkpoints),
             )
             step.finish()
         return loss
@@ -131,16 +162,17 @@ class Training:
         recipe = self.recipe
         optimizer = partial(torch.optim.SGD, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
         rule = Rule(F.mse_loss if self.regress else mixed_cross_entropy, optimizer)
-        return Step(nets, rule, fused=fused, num_steps=num_steps)
+        return Step(nets, rule, fused=fused, num_steps=num_steps, team=self.team)
 
     def batches(self, images: Tensor, generators: Sequence[torch.Generator]) -> Iterator[Batch]:
         """Yield the batches, without end; `images` are those of the training in any memory format."""
         order = Order(len(self.labels), self.recipe.batch)
         orders = [order.indices(generator, images.device) for generator in generators]
         steps = zip(*orders, strict=True)
-        if not isinstance(images, PackedImages):
-            return (self._batch([images[index] for index in rows], rows, generators) for rows in steps)
-        return self._read_batches(images, steps, len(order.sizes), generators)
+        if isinstance(images, PackedImages):
+            yield from self._read_batches(images, steps, len(order.sizes), generators)
+        for rows in steps:
+            yield self._batch([images[index] for index in self._read(rows)], rows, generators)
 
     def _read_batches(
         self,
@@ -152,21 +184,100 @@ class Training:
         """Yield the batches of packed images; while one is used, the next one of its epoch is read."""
         while True:
             ahead = list(islice(steps, epoch))  # not more: the next order is drawn after this one's batches
-            parts = read(images, chain.from_iterable(ahead))
+            parts = read(images, chain.from_iterable(map(self._read, ahead)))
             for rows in ahead:
                 yield self._batch([next(parts) for _ in rows], rows, generators)
+
+    @property
+    def _is_cut_first(self) -> bool:
+        """Whether a member of a team needs its own images alone, and the draws of the whole batch.
+
+        It needs all of them where images are mixed, or where one image's draws depend on another's.
+        """
+        mixes = self.recipe.cutmix > 0 and not self.regress
+        by_image = self.augment is None or isinstance(self.augment, DsaAugment)
+        return self.team is not None and by_image and not mixes
+
+    def _read(self, rows: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return which rows of a batch this process has to read."""
+        if self.team is None or not self._is_cut_first:
+            return rows
+        return [index[self.team.rows(len(index))] for index in rows]
 
     def _batch(
         self, parts: list[Tensor], rows: Sequence[Tensor], generators: Sequence[torch.Generator]
     ) -> Batch:
-        """Return each network's inputs, with its own draws, one after another, and their targets."""
+        """Return each network's inputs, with its own draws, one after another, and their targets.
+
+        `parts` are the images of `_read(rows)`. A member of a team returns its rows of the batch.
+        """
+        if self.encode is not None:
+            parts = [self.encode(part) for part in parts]
+        if self._is_cut_first:
+            return self._cut_batch(parts[0], rows[0], generators[0])
         if self.augment is not None:
             drawn = zip(parts, generators, strict=True)
             parts = [self.augment(part, generator) for part, generator in drawn]
         inputs, labels = _joined(parts), self.labels[_joined(rows).to(self.labels.device)]
         cutmixes = self.recipe.cutmix > 0 and not self.regress
         mixed = cutmix(inputs, self.recipe.cutmix, generators[0]) if cutmixes else None
-        return (inputs, labels) if mixed is None else (mixed.images, *mixed.targets(labels))
+        batch = (inputs, labels) if mixed is None else (mixed.images, *mixed.targets(labels))
+        if self.team is None:
+            return batch
+        part = self.team.rows(len(inputs))
+        return tuple(tensor[part] if tensor.ndim else tensor for tensor in batch)
+
+    def _cut_batch(self, inputs: Tensor, rows: Tensor, generator: torch.Generator) -> Batch:
+        """Return a member's images, augmented as they are in the whole batch of `rows`, and their targets."""
+        part = slice(None) if self.team is None else self.team.rows(len(rows))
+        if isinstance(self.augment, DsaAugment):
+            plan = self.augment.draw(len(rows), generator)
+            inputs = self.augment.dsa.apply(inputs, plan.rows(part))
+        return inputs, self.labels[rows[part].to(self.labels.device)]
+
+
+class _Resuming:
+    """The epochs of a network's training that are left, and its state at the end of each."""
+
+    def __init__(self, net: Net, generator: torch.Generator, checkpoints: Checkpoints | None) -> None:
+        self._net, self._generator, self._done, self._num_epochs = net, generator, 0, 0
+        self._optimizer: dict[int, Any] = {}
+        if checkpoints is not None and (state := checkpoints.load()) is not None:
+            net.load_state_dict(state["weights"])
+            generator.set_state(state["generator"])
+            self._done, self._optimizer = state["epochs"], state["optimizer"]
+
+    def left(self, phases: Sequence[list[float]]) -> Iterator[list[float]]:
+        """Yield the phases, without the epochs that are done; a later phase has a fresh optimiser."""
+        self._num_epochs, begun = sum(map(len, phases)), self._done
+        for rates in phases:
+            if begun == 0:
+                self._optimizer = {}
+            if begun < len(rates):
+                yield rates[begun:]
+            begun = max(0, begun - len(rates))
+
+    def begin(self, step: Step, checkpoints: Checkpoints) -> Callable[[Tensor], None]:
+        """Give a phase's step the state of its optimiser; return what to call at the end of an epoch."""
+        optimizer = step.optimizer
+        if self._optimizer:
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": self._optimizer, "param_groups": groups})
+
+        def state() -> dict[str, Any]:
+            return {
+                "epochs": self._done,
+                "weights": self._net.state_dict(),
+                "optimizer": optimizer.state_dict()["state"],
+                "generator": self._generator.get_state(),
+            }
+
+        def end_epoch(loss: Tensor) -> None:
+            self._done += 1
+            if self._done < self._num_epochs:
+                checkpoints.save(state)
+
+        return end_epoch
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
@@ -206,6 +317,21 @@ def score_net(
     return score(net, split.images, split.labels, space.to(device).encode, device, chunk=chunk)
 
 
+@dataclass(frozen=True)
+class DsaAugment:
+    """DSA for training: one operation for a batch, with parameters per image."""
+
+    dsa: Dsa
+
+    def __call__(self, batch: Tensor, generator: torch.Generator) -> Tensor:
+        """Return a batch [N, C, H, W] augmented by a draw of its own."""
+        return self.dsa.apply(batch, self.draw(len(batch), generator))
+
+    def draw(self, num: int, generator: torch.Generator) -> DsaPlan:
+        """Return a draw for a batch of `num` images."""
+        return self.dsa.draw(num, generator, shared_op=True)
+
+
 def augmenter(
     name: Augment, *, can_flip: bool, space: PixelSpace, strategy: str | None = None
 ) -> Augmenter | None:
@@ -222,13 +348,7 @@ def augmenter(
     if name == "autoaugment" or name == "randaugment":
         return _policy(name, space)
     dsa = siamese(can_flip, name, strategy)
-    if dsa is None:
-        return None
-
-    def apply(batch: Tensor, generator: torch.Generator) -> Tensor:
-        return dsa.apply(batch, dsa.draw(len(batch), generator, shared_op=True))
-
-    return apply
+    return None if dsa is None else DsaAugment(dsa)
 
 
 def _policy(name: str, space: PixelSpace) -> Augmenter:

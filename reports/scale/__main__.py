@@ -1,0 +1,73 @@
+"""Measure what docs/scale.md is about, but for what reports/scale.jsonl has already."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from reports.scale.lab import Lab
+from reports.scale.parts import PARTS
+
+_RECORD = Path(__file__).resolve().parents[1] / "scale.jsonl"
+
+
+def main() -> None:
+    """Run the parts that are named, or all, and print the table."""
+    parser = argparse.ArgumentParser(prog="python -m reports.scale", description=__doc__)
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; default all")
+    parser.add_argument("--folder", type=Path, default=Path("build/scale"), help="datasets and runs")
+    parser.add_argument("--lines", type=Path, default=_RECORD, help="the record, a JSON line per figure")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of a figure")
+    parser.add_argument("--tiny", action="store_true", help="show that the parts work; measures nothing")
+    options = parser.parse_args()
+    if unknown := set(options.parts) - PARTS.keys():
+        parser.error(f"parts must be of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
+    folder = options.folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    lab = Lab(folder, options.lines.absolute(), 1 if options.tiny else options.repeats, options.tiny)
+    for part in options.parts or PARTS:
+        PARTS[part](lab)
+    for line in summary(lab.measured()):
+        print(line)  # noqa: T201
+
+
+def summary(measured: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[str]:
+    """Return a line per figure, and what the issue asks of them."""
+    lines = []
+    for (part, figure), row in measured.items():
+        numbers = ", ".join(
+            f"{name} {value:,.4g} +- {row['std'].get(name, 0):.2g}" for name, value in row["mean"].items()
+        )
+        lines.append(f"{part}, {figure}: {numbers} (n={row['n']})")
+    return lines + _ratios({key: row["mean"] for key, row in measured.items()})
+
+
+def _ratios(means: Mapping[tuple[str, str], Mapping[str, float]]) -> list[str]:
+    """Return the ratios that the figures are for, as far as both of their figures are there."""
+    lines = []
+    base, one = means.get(("many_classes", "base")), means.get(("many_classes", "1"))
+    for num in (2, 4, 8):
+        if base and one and (some := means.get(("many_classes", f"{num}"))):
+            memory = (some["peak_memory_bytes"] - base["peak_memory_bytes"]) / (
+                one["peak_memory_bytes"] - base["peak_memory_bytes"]
+            )
+            seconds = some["largest_shard_s"] / one["largest_shard_s"]
+            lines.append(
+                f"{num} shards: memory {num * memory:.3f} / {num}, seconds {num * seconds:.3f} / {num}"
+            )
+    pairs = (
+        ("evaluate, 4 networks, two at a time", ("evaluation", "1"), ("evaluation", "2"), "wall_s"),
+        ("datadam, 2 shards", ("two_shards", "datadam 1"), ("two_shards", "datadam 2"), "wall_s"),
+        ("dsdm, 2 shards", ("two_shards", "dsdm 1"), ("two_shards", "dsdm 2"), "wall_s"),
+        ("decoding", ("data_on_disk", "decode"), ("data_on_disk", "ImageFolder"), "images_per_s"),
+    )
+    for title, first, second, name in pairs:
+        if first in means and second in means:
+            lines.append(f"{title}: x{means[first][name] / means[second][name]:.2f} ({name})")
+    return lines
+
+
+if __name__ == "__main__":
+    main()
