@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ddray.config import Config
 from ddray.distillation.method import DistillContext
-from ddray.methods.families.selection import selection_method
+from ddray.methods.families.selection import apart, selection_method
 from ddray.seeding import derive_numpy
 
 
@@ -21,13 +21,16 @@ def choose_images(ctx: DistillContext, config: Config) -> tuple[Tensor, Tensor]:
     """Return mean images [K * ipc, C, H, W] and their labels; of a class's own images where it has fewer."""
     rng = derive_numpy(ctx.seed, "distill", "parts")
     means, counts = [], []
-    for label in range(ctx.dataset.num_classes):
+    for label, size in enumerate(ctx.counts.tolist()):
+        order = torch.from_numpy(rng.permutation(size))
+        if label not in ctx.classes:
+            continue
         members = torch.nonzero(ctx.split.labels == label).flatten()
-        counts.append(min(ctx.ipc, len(members)))
-        parts = members[torch.from_numpy(rng.permutation(len(members)))].tensor_split(counts[-1])
+        counts.append(min(ctx.ipc, size))
+        parts = members[order].tensor_split(counts[-1])
         means += [ctx.space.encode(ctx.split.images[rows]).double().mean(0).float() for rows in parts]
-    labels = torch.arange(ctx.dataset.num_classes).repeat_interleave(torch.tensor(counts))
+    labels = torch.arange(ctx.classes.start, ctx.classes.stop).repeat_interleave(torch.tensor(counts))
     return torch.stack(means), labels
 
 
-METHOD: Final = selection_method(Config, choose_images)
+METHOD: Final = selection_method(Config, choose_images, coupling=apart)
