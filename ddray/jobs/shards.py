@@ -58,7 +58,6 @@ def distill_shards(
     make_distiller(plan)
     name = SplitName(how.val_seed, how.val_images)
     split = name.carve(plan.dataset.train())[0]
-    check_size(plan, split)
     check_shards(plan, num_shards, split)
     check_plan(plan)
     config = {**plan.describe(), "device": device, "split": str(name), "shards": num_shards}
@@ -84,12 +83,13 @@ def distill_shards(
 
 
 def check_shards(plan: Plan, num_shards: int, split: Split) -> None:
-    """Reject shards that would not give the unsharded run's bytes: the InputError says why, in one line."""
+    """Reject shards of `split` that would not give the unsharded run's bytes: the InputError says why."""
     num_classes, config = plan.dataset.num_classes, plan.config
     if (reason := coupling_of(get_method(plan.method), config.method, plan.arch)) is not None:
         raise InputError(
             f"--shards needs independent classes, {plan.method}'s are not: {reason}; leave it out"
         )
+    check_size(plan, split)
     if not 1 <= num_shards <= num_classes:
         name = plan.dataset.name
         raise InputError(f"--shards must be in 1..{num_classes} (the classes of {name}), got {num_shards}")

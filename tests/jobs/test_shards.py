@@ -19,9 +19,9 @@ SMALL = {"arch": "convnet2_w8", "compile": "off", "steps": 4, "checkpoint_every"
 DM = {"method": {"batch_real": 4}}
 
 
-def plan_of(digits: Any, method: str = "dm", ipc: int = 1, **settings: Any) -> Plan:
-    budget = {"budget": 10} if method == "krr_st" else {"ipc": ipc}
-    return resolve(method, digits, layers=[{**SMALL, **settings}], **budget)
+def plan_of(digits: Any, name: str = "dm", **settings: Any) -> Plan:
+    size = {"budget": 40} if name == "krr_st" else {"ipc": 1}
+    return resolve(name, digits, layers=[{**SMALL, **settings}], **size)
 
 
 def in_shards(plan: Plan, num: int, run_dir: Path, *, more_steps: bool = False, **how: Any) -> DistillResult:

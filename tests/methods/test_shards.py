@@ -28,8 +28,8 @@ SHAPE = (3, 16, 16)
 def same_bytes(tmp_path: Path) -> Callable[..., None]:
     """Asserts that 2 shards, and one per class, give the file of the unsharded run."""
 
-    def check(method: str, dataset: Dataset, ipc: int, **settings: Any) -> None:
-        plan, ctx, whole = plan_method(method, dataset, ipc=ipc, steps=2, **settings)
+    def check(name: str, dataset: Dataset, ipc: int, **settings: Any) -> None:
+        plan, ctx, whole = plan_method(name, dataset, ipc=ipc, steps=2, **settings)
         run_distillation(whole, ctx).distilled.save(tmp_path / "whole.pt")
         for num_shards in (2, dataset.num_classes):
             sets = []
