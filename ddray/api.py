@@ -26,7 +26,7 @@ from ddray.evaluation.options import EvaluateOptions, EvaluateResult, EvaluateRu
 from ddray.jobs import distill as distill_job
 from ddray.jobs import score
 from ddray.jobs.context import make_context, make_distiller, on_device
-from ddray.jobs.options import DistillOptions, PlanOptions
+from ddray.jobs.options import DistillOptions, PlanOptions, ShardOptions
 from ddray.jobs.plan import Plan, plan_of
 from ddray.nets.names import register_net
 from ddray.ranking import DEFAULT_SPACE
@@ -106,7 +106,7 @@ def _named(dataset: AnyDataset | None, test: Own | None) -> tuple[str | None, Da
     return None if dataset is None else str(dataset), None
 
 
-@_takes(PlanOptions, DistillOptions)
+@_takes(PlanOptions, DistillOptions, ShardOptions)
 def distill(
     method: str,
     dataset: AnyDataset = "digits",
@@ -130,13 +130,13 @@ def distill(
         DivergedError: the loss became NaN.
     """
     plan = _plan({**options, "method": method, "dataset": dataset, "test": test}, settings)
-    how = DistillOptions.pick({"resume": True, **options})
-    if how.run_dir is not None or how.out is not None:
+    how, shards = DistillOptions.pick({"resume": True, **options}), ShardOptions.pick(options)
+    if how.run_dir is not None or how.out is not None or shards.shards is not None:
         with tempfile.TemporaryDirectory() as folder:  # for a run that only its set is wanted of
             run_dir = how.run_dir or Path(folder) / "run"
             how = how.model_copy(update={"run_dir": run_dir})
             more_steps = {**options, **(settings or {})}.get("steps") is not None
-            return load_set(Path(_distil(plan, how, more_steps).artifact))
+            return load_set(Path(_distil(plan, how, shards, more_steps).artifact))
     name = SplitName(how.val_seed, how.val_images)
     split, _ = name.carve(plan.dataset.train())
     with on_device(how.device) as device:
@@ -144,14 +144,21 @@ def distill(
         return recovering(lambda: run_distillation(make_distiller(plan), ctx).distilled)
 
 
-@_takes(PlanOptions, DistillOptions)
+@_takes(PlanOptions, DistillOptions, ShardOptions)
 def distill_to_run(method: str, **options: Any) -> distill_job.DistillResult:
     """Distil a dataset in a run folder and return what was measured: `ddray distill`."""
     plan = _plan({**options, "method": method}, None, default_ipc=None)
-    return _distil(plan, DistillOptions.pick(options), options.get("steps") is not None)
+    how, shards = DistillOptions.pick(options), ShardOptions.pick(options)
+    return _distil(plan, how, shards, options.get("steps") is not None)
 
 
-def _distil(plan: Plan, how: DistillOptions, more_steps: bool) -> distill_job.DistillResult:
+def _distil(
+    plan: Plan, how: DistillOptions, shards: ShardOptions, more_steps: bool
+) -> distill_job.DistillResult:
+    if shards.shards is not None:
+        from ddray.cluster.shards import distill_on
+
+        return distill_on(plan, how, shards, more_steps)
     with on_device(how.device) as device:
         return distill_job.distill(plan, **{**dict(how), "device": device}, more_steps=more_steps)
 

@@ -12,7 +12,7 @@ trained once for all tests of a session.
 import io
 import pickle
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -27,11 +27,16 @@ from ddray.artifact.distilled_set import DistilledSet
 from ddray.artifact.reading import load
 from ddray.config import Config
 from ddray.data import Dataset, Split, open_dataset
-from ddray.distillation.method import DistillContext, Distiller, schedule_of
+from ddray.distillation.loop import run_distillation
+from ddray.distillation.method import DistillContext, Distiller, coupling_of, schedule_of
+from ddray.distillation.shards import Shard, join_sets, shard_classes
 from ddray.errors import InputError
-from ddray.jobs.context import check_longer, make_context, make_distiller
+from ddray.jobs.context import check_longer, declared_specs, make_context, make_distiller
 from ddray.jobs.plan import PRESETS, Plan, budget_method, resolve
+from ddray.jobs.shards import check_shards
 from ddray.methods import get_method
+from ddray.pool.local import LocalPool
+from ddray.pool.spec import PoolSpec
 from ddray.tuning.settings import Settings, method_protocol
 from ddray.tuning.space import conditions, grid, method_space, sample
 
@@ -225,6 +230,28 @@ class MethodContract:
         assert _same(longer.snapshot().images, whole.snapshot().images), f"other images{reason}"
         assert _same(longer.state_dict(), whole.state_dict()), f"another state{reason}"
 
+    def test_shards_of_classes_give_one_file_or_are_refused(self, method: str, tmp_path: Path) -> None:
+        """1, 2 and 3 shards; the networks that they need are those of `pool_specs`."""
+        dataset = random_dataset((9, 7, 8, 6, 9))
+        plan, ctx, whole = plan_method(method, dataset, ipc=2, **_quick(method, dataset, 3, {}))
+        if (reason := coupling_of(get_method(method), plan.config.method, plan.arch)) is not None:
+            assert len(reason.splitlines()) == 1, f"the reason must be one line, got {reason!r}"
+            with pytest.raises(InputError, match=re.escape(reason)):
+                check_shards(plan, 2, ctx.split)
+            return
+        check_shards(plan, 2, ctx.split)
+        run_distillation(whole, ctx).distilled.save(tmp_path / "whole.pt")
+        ctx.pool.get(declared_specs(plan, ctx))
+        for num_shards in (1, 2, 3):
+            sets = []
+            for classes in shard_classes(ctx.dataset.num_classes, num_shards):
+                shard = Shard(classes, ctx.split.labels)
+                part = replace(ctx, split=ctx.split.select(shard.rows), shard=shard, pool=LocalPool(_refuse))
+                sets.append(run_distillation(make_distiller(plan), part).distilled)
+            join_sets(sets).save(tmp_path / "joined.pt")
+            equal = (tmp_path / "joined.pt").read_bytes() == (tmp_path / "whole.pt").read_bytes()
+            assert equal, f"{num_shards} shards give another file; see `DistillContext.shard`"
+
     def test_a_state_is_a_copy(self, method: str) -> None:
         """Later steps change neither a state nor a set returned earlier."""
         _, distiller = _started(method, random_dataset(), steps=3)
@@ -310,12 +337,21 @@ def _started(
     method: str, dataset: Dataset, *, steps: int, seed: int = 0, ipc: int = 1, **method_settings: Any
 ) -> tuple[DistillContext, Distiller]:
     """Return a method that is ready to step, with its quick settings."""
-    settings: dict[str, Any] = {"method": {**getattr(_config_type(method), "quick", {}), **method_settings}}
-    if resolve(method, dataset, ipc=1).config.steps > 0:
-        settings["steps"] = steps
+    settings = _quick(method, dataset, steps, method_settings)
     _, ctx, distiller = plan_method(method, dataset, ipc=ipc, seed=seed, **settings)
     distiller.setup(ctx)
     return ctx, distiller
+
+
+def _quick(method: str, dataset: Dataset, steps: int, method_settings: Mapping[str, Any]) -> dict[str, Any]:
+    settings: dict[str, Any] = {"method": {**getattr(_config_type(method), "quick", {}), **method_settings}}
+    if resolve(method, dataset, ipc=1).config.steps > 0:
+        settings["steps"] = steps
+    return settings
+
+
+def _refuse(spec: PoolSpec) -> Any:
+    raise AssertionError(f"`pool_specs` must declare what a shard needs: {spec.kind} {spec.arch} is missing")
 
 
 def _through_a_file(state: dict[str, Any]) -> dict[str, Any]:

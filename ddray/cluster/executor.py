@@ -16,6 +16,7 @@ from ddray.runs.recovery import recovering
 from ddray.system.worker import prepare_worker, set_threads
 
 if TYPE_CHECKING:
+    from ddray.jobs.options import ShardOptions
     from ddray.ranking.options import NasOptions
     from ddray.tables.options import BenchOptions
 
@@ -70,6 +71,13 @@ def nas_executor(options: NasOptions) -> Executor:
     if options.executor == "local":
         return LocalExecutor()
     return RayExecutor(options.cpus_per_worker, options.gpus, options.num_workers, options.address, "worker")
+
+
+def shard_executor(options: ShardOptions) -> Executor:
+    """Return the executor of a sharded distillation."""
+    if options.executor == "local":
+        return LocalExecutor()
+    return RayExecutor(options.cpus_per_shard, options.gpus, options.max_concurrent, options.address, "shard")
 
 
 class _Worker:

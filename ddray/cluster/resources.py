@@ -8,14 +8,17 @@ from typing import Any, TypeVar
 from ddray.cluster.runtime import ray_runtime, total_resource
 from ddray.errors import InputError
 from ddray.evaluation.options import EvaluateRunOptions
-from ddray.jobs.options import PoolOptions
+from ddray.jobs.options import PoolOptions, ShardOptions
 from ddray.ranking.options import NasOptions
 from ddray.system.gpus import num_gpus
 from ddray.tables.options import BenchOptions
 from ddray.tuning.options import TuneOptions
 
 log = logging.getLogger(__name__)
-Options = TypeVar("Options", TuneOptions, BenchOptions, NasOptions, EvaluateRunOptions, PoolOptions)
+AnyOptions = TuneOptions | BenchOptions | NasOptions | EvaluateRunOptions | PoolOptions | ShardOptions
+Options = TypeVar(
+    "Options", TuneOptions, BenchOptions, NasOptions, EvaluateRunOptions, PoolOptions, ShardOptions
+)
 
 
 def with_gpus(options: Options, before: Mapping[str, Any] | None = None) -> Options:
@@ -42,7 +45,7 @@ def with_gpus(options: Options, before: Mapping[str, Any] | None = None) -> Opti
     return options.model_copy(update={name: float(gpus)})
 
 
-def _visible_gpus(options: TuneOptions | BenchOptions | NasOptions | EvaluateRunOptions | PoolOptions) -> int:
+def _visible_gpus(options: AnyOptions) -> int:
     """Return how many GPUs the workers can get: the cluster's, or this machine's."""
     uses_ray = getattr(options, "executor", "ray") == "ray"
     is_running = "ray" in sys.modules and sys.modules["ray"].is_initialized()

@@ -4,12 +4,13 @@ from typing import Any
 
 from ddray.commands import display
 from ddray.commands.options import Emit, command
-from ddray.jobs.options import DistillOptions, PlanOptions
+from ddray.jobs.options import DistillOptions, PlanOptions, ShardOptions
 
 
 @command(
     PlanOptions,
     DistillOptions,
+    ShardOptions,
     example="ddray distill --method datadam --dataset digits --ipc 1 --out digits.pt",
 )
 def distill(emit: Emit, **options: Any) -> None:

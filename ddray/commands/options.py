@@ -26,8 +26,9 @@ _PANELS: Final = {
     "preset config sets steps scale describe scores",
     "How": "",
     "Other projects' sets": "pixel_space index factor",
-    "Resources": "device executor num_workers cpus_per_worker gpus_per_worker cpus_per_trial gpus_per_trial "
-    "cpus_per_unit gpus_per_unit max_concurrent time_budget unit_timeout address",
+    "Resources": "device shards executor num_workers cpus_per_worker gpus_per_worker cpus_per_trial "
+    "gpus_per_trial cpus_per_unit gpus_per_unit cpus_per_shard gpus_per_shard max_concurrent time_budget "
+    "unit_timeout address",
     "Data": "data_dir download image_size label_column clip_seconds clip_offset can_flip",
     "Run": "seed run_dir resume save retry_failed dry_run",
     "Output": "out form",

@@ -16,7 +16,8 @@ from ddray.errors import InputError
 
 MAX_ZCA: Final = 12_288  # 3 x 64 x 64: above, the matrix alone takes gigabytes, its eigenvectors hours
 
-_ENCODE_CHUNK = 4096  # images converted from uint8 at a time
+ENCODE_CHUNK = 4096
+"""Images converted from uint8 at a time."""
 _MIDDLE = 128.0
 _COMPARED = 64  # images compared at a time: the first ones nearly always differ
 _EXACT_CHUNK = 1024  # see `_moments`
@@ -74,8 +75,8 @@ class PixelSpace:
         if isinstance(images, PackedImages):
             images.check_memory(torch.float32)
         encoded = torch.empty(images.shape, dtype=torch.float32, device=images.device)
-        for start in range(0, len(images), _ENCODE_CHUNK):  # no second float copy of the whole set
-            part = slice(start, start + _ENCODE_CHUNK)
+        for start in range(0, len(images), ENCODE_CHUNK):  # no second float copy of the whole set
+            part = slice(start, start + ENCODE_CHUNK)
             encoded[part] = self._encode(images[part].float() / 255)
         return encoded
 

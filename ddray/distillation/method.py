@@ -12,6 +12,7 @@ from ddray.artifact.distilled_set import DistilledSet, Meta
 from ddray.artifact.partition import Partition
 from ddray.config import Config
 from ddray.data import Dataset, PixelSpace, Split, SplitName
+from ddray.distillation.shards import Shard
 from ddray.nets.names import parse_arch
 from ddray.pool.spec import ModelPool
 from ddray.runs.environment import git_commit, versions
@@ -56,6 +57,7 @@ class DistillContext:
         budget: storage in images, for methods without classes.
         search_seed: for a run on all of train: the seed whose val tenth its shared networks must not see.
         memory_budget: bytes that one part of a step may take; None: `memory.memory_budget` of the device.
+        shard: the classes to distil, all that `split` has images of; None: every class.
     """
 
     dataset: Dataset
@@ -73,6 +75,22 @@ class DistillContext:
     budget: int | None = None
     search_seed: int = 0
     memory_budget: int | None = None
+    shard: Shard | None = None
+
+    @property
+    def classes(self) -> range:
+        """The labels of the classes to distil."""
+        return range(self.dataset.num_classes) if self.shard is None else self.shard.classes
+
+    @property
+    def whole(self) -> Split:
+        """The split that this context's is a shard of; its images, in a shard, are blanks."""
+        return self.split if self.shard is None else self.shard.whole
+
+    @property
+    def counts(self) -> Tensor:
+        """The number of real images of every class, int64 [K], of other shards' classes too."""
+        return torch.bincount(self.whole.labels, minlength=self.dataset.num_classes)
 
     @property
     def shared_split(self) -> str:
@@ -197,6 +215,10 @@ class Distiller(Engine, Protocol):
     falls to 0 over the run". Without it, the first steps of a longer run are those of a shorter one, which
     `--resume --steps MORE` therefore continues (see `schedule_of`).
 
+    A static method `independent_classes(config, arch)` returns None if the images of a class depend on no
+    other class, and the method distils those of `DistillContext.shard` where there is one; else the reason in
+    a line. Without it, `--shards` is refused (see `coupling_of`).
+
     An attribute `measures`, a mapping of names to numbers, is what a method measured itself, such as seconds
     of a part of it; a run's row has them.
     """
@@ -217,6 +239,25 @@ class Distiller(Engine, Protocol):
 def schedule_of(method_class: type[Distiller]) -> str:
     """Return what of a method depends on the number of steps; empty: nothing."""
     return str(getattr(method_class, "schedule", ""))
+
+
+def coupling_of(method_class: type[Distiller], config: Config, arch: str) -> str | None:
+    """Return why classes can't be distilled apart with these settings and network; None if they can."""
+    declare = getattr(method_class, "independent_classes", None)
+    if getattr(method_class, "uses_budget", False):
+        return "it learns from all images together, without classes"
+    if declare is None:
+        return "the method does not say that its classes are independent"
+    reason: str | None = declare(config, arch)
+    return reason
+
+
+def coupling_by_norm(arch: str) -> str | None:
+    """Return why a network in train mode couples classes: batch norm, or layers that ddray does not know."""
+    parsed = parse_arch(arch)
+    if parsed.is_external:
+        return f"whether {arch} mixes samples is not known"
+    return f"the batch norm of {arch} mixes images of all classes" if parsed.norm == "batch" else None
 
 
 class BudgetDistiller(Distiller, Protocol):

@@ -12,6 +12,7 @@ import torch
 from ddray.data import Dataset, PixelSpace, Split
 from ddray.data.pixels import pixel_space
 from ddray.distillation.method import DistillContext, Distiller, schedule_of
+from ddray.distillation.shards import Shard
 from ddray.errors import InputError
 from ddray.jobs.plan import Plan, budget_method
 from ddray.jobs.trainers import PoolTrainer
@@ -130,14 +131,16 @@ def make_context(
     space: PixelSpace | None = None,
     pool: ModelPool | None = None,
     search_seed: int = 0,
+    shard: Shard | None = None,
 ) -> DistillContext:
     """Return the context in which a method distils `split`, the part of the dataset called `split_name`.
 
     A search fits `space` once for many trials. The default `pool` is the files under `$DDRAY_HOME`.
-    `search_seed` is the seed of the search whose final run this is. InputError as for `check_size` and
+    `search_seed` is the seed of the search whose final run this is, `shard` what `split` has the classes of;
+    None: of all. InputError as for `check_size` and
     `check_plan`.
     """
-    check_size(plan, split)
+    check_size(plan, split if shard is None else shard.whole)
     config, dataset = plan.config, plan.dataset
     return DistillContext(
         dataset=dataset,
@@ -155,6 +158,7 @@ def make_context(
         budget=plan.budget,
         search_seed=search_seed,
         memory_budget=config.memory_budget,
+        shard=shard,
     )
 
 

@@ -3,12 +3,14 @@
 import json
 import logging
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from pydantic import ConfigDict
+from torch import Tensor
 
 from ddray.config import Result
 from ddray.data import SplitName
@@ -67,6 +69,8 @@ class DistillResult(Result):
     """True: memory had run out, and this is of a second try with half the budget (other last digits)."""
     approximation_mse: float | None = None
     """Boost-SSDD: mean squared error of the approximated shifts, in coefficients."""
+    shards: int | None = None
+    """Of a sharded run: how many; `seconds` are then those of all devices together."""
     snapshots: str | None = None
     """Folder of the sets along the steps, with `evaluate.every`."""
 
@@ -110,27 +114,67 @@ def distill(
     """
     # Reject everything that can be rejected before creating a folder.
     if out is not None:
-        _check_out(out)
+        check_out(out)
     make_distiller(plan)
     name = SplitName(val_seed, val_images)
     split, split_name = name.carve(plan.dataset.train())[0], str(name)
     ctx = make_context(plan, split, split_name=split_name, device=device)
     config = {**plan.describe(), "device": device.type, "split": split_name}
+    run, (unit,) = start_run(
+        plan,
+        config,
+        lambda plan: [distill_unit(plan, split_name)],
+        run_dir=run_dir,
+        resume=resume,
+        more_steps=more_steps,
+    )
+    run.ledger.begin(unit, epoch=run.epoch)
+    distiller, distillation = recovering(_run, plan, ctx, run, unit)
+    return finish_run(plan, run, unit, distillation, out, getattr(distiller, "representations", None))
+
+
+def start_run(
+    plan: Plan,
+    config: Mapping[str, Any],
+    units_of: Callable[[Plan], list[Unit]],
+    *,
+    run_dir: Path | None,
+    resume: bool,
+    more_steps: bool,
+) -> tuple[Run, list[Unit]]:
+    """Open the folder of a run, and return the units of its plan; those of a shorter run go on from there.
+
+    Of several units the last joins the others, and has no checkpoint.
+    """
     shorter = _shorter(plan, run_dir) if resume and more_steps else None
     extended = None if shorter is None else {"steps": shorter.config.steps}
     run = open_run(run_dir, config, command="distill", resume=resume, extended=extended)
-    unit = distill_unit(plan, split_name)
+    units = units_of(plan)
     if shorter is not None:
-        _extend(run, distill_unit(shorter, split_name), unit)
-    run.ledger.begin(unit, epoch=run.epoch)
-    distiller, distillation = recovering(_run, plan, ctx, run, unit)
+        for before, unit in zip(units_of(shorter), units, strict=True):
+            _extend(run, before, unit, has_checkpoint=unit is not units[-1] or len(units) == 1)
+        run.write_config()
+    return run, units
+
+
+def finish_run(
+    plan: Plan,
+    run: Run,
+    unit: Unit,
+    distillation: Distillation,
+    out: Path | None,
+    representations: Tensor | None = None,
+    shards: int | None = None,
+) -> DistillResult:
+    """Write a run's set with its pictures, losses, row and table, and return its result."""
     target = (out or run.folder / "distilled.pt").absolute()
     distilled = distillation.distilled
     distilled.save(target)
     if len(distilled.images):
-        save_pictures(distilled, target, representations=getattr(distiller, "representations", None))
+        save_pictures(distilled, target, representations=representations)
     write_text(run.folder / "distilled.json", json.dumps({"losses": distillation.curve()}))
     result = _distill_result(plan, distillation, target, run.folder / SNAPSHOTS)
+    result |= {} if shards is None else {"shards": shards}
     run.ledger.publish(unit, Row.done(unit, result, distillation.wall_s), epoch=run.epoch)
     write_results(run.folder / "results.csv", run.ledger.rows())
     return DistillResult.parse({**result, "run_dir": str(run.folder)})
@@ -146,17 +190,16 @@ def _shorter(plan: Plan, run_dir: Path | None) -> Plan | None:
     return shorter
 
 
-def _extend(run: Run, shorter: Unit, unit: Unit) -> None:
+def _extend(run: Run, shorter: Unit, unit: Unit, *, has_checkpoint: bool) -> None:
     """Let a unit go on from the checkpoint of one with fewer steps, in an order that a kill can't harm."""
     before, checkpoint = run.checkpoint(shorter.key), run.checkpoint(unit.key)
     steps = shorter.spec["steps"]
     if before.exists():
         with storage_errors(checkpoint):
             before.replace(checkpoint)
-    elif steps and not checkpoint.exists():
+    elif steps and has_checkpoint and not checkpoint.exists():
         log.warning("there is no checkpoint %s: the first %d steps are run again", before, steps)
     run.ledger.withdraw(shorter.key, "extended")
-    run.write_config()
 
 
 def _run(plan: Plan, ctx: DistillContext, run: Run, unit: Unit) -> tuple[Distiller, Distillation]:
@@ -182,7 +225,7 @@ def _run(plan: Plan, ctx: DistillContext, run: Run, unit: Unit) -> tuple[Distill
     return distiller, distillation
 
 
-def _check_out(out: Path) -> None:
+def check_out(out: Path) -> None:
     """Reject an --out that is a folder, has a picture's name, or is in a folder that can't be written."""
     if out.is_dir():
         raise InputError(f"--out must be a file, {out} is a folder")

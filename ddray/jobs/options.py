@@ -1,11 +1,12 @@
 """Options of `ddray distill`, which `ddray tune` shares, and of `ddray pool train`."""
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from ddray.config import AbsolutePath, Names, named
-from ddray.system.options import DataOptions, DeviceOptions, Gpus, NumericOptions, RunOptions
+from ddray.system.options import DataFolder, DataOptions, DeviceOptions, Gpus, NumericOptions, RunOptions
+from ddray.system.worker import device_kind
 
 
 class PlanOptions(DataOptions, NumericOptions):
@@ -41,6 +42,43 @@ class DistillOptions(RunOptions, DeviceOptions):
     """Leave out the val tenth that tune and nas with this seed score on."""
     val_images: int | None = Field(default=None, ge=1)
     """Leave out this many images instead: those that nas with this seed and --val-images ranks by."""
+
+
+class ShardOptions(DataFolder):
+    """How a distillation is cut into shards of classes, and where these are run."""
+
+    shards: int | None = Field(default=None, ge=1)
+    """Distil so many groups of classes apart, each with its classes' images alone; the set is the same."""
+    executor: Literal["ray", "local"] = "ray"
+    """Where shards are run: ray, or local: one after another in this process."""
+    cpus_per_shard: float = Field(default=1.0, gt=0)
+    """CPU cores per shard."""
+    gpus_per_shard: Gpus | None = None
+    """GPUs per shard, at most 1; fractions share one; default 1 where the cluster has GPUs, else 0."""
+    max_concurrent: int | None = Field(default=None, ge=1)
+    """Shards at a time; default as many as fit."""
+    address: str | None = None
+    """Ray cluster to connect to; default a local one."""
+
+    @model_validator(mode="after")
+    def _ignores_nothing(self) -> Self:
+        unused = set(type(self).model_fields) - {"shards", "data_dir"} if self.shards is None else set()
+        if self.executor == "local":
+            unused |= {"cpus_per_shard", "gpus_per_shard", "max_concurrent", "address"}
+        for name in sorted(unused & self.model_fields_set):
+            why = "without --shards" if self.shards is None else "with --executor local"
+            raise ValueError(f"--{name.replace('_', '-')} must be left out {why}, got {getattr(self, name)}")
+        return self
+
+    @property
+    def gpus(self) -> float:
+        """GPUs of a worker; 0 until the default is resolved (`cluster.resources`)."""
+        return self.gpus_per_shard or 0.0
+
+    @property
+    def device(self) -> str:
+        """The kind of device that shards are computed on."""
+        return device_kind(self.gpus)
 
 
 class PoolOptions(DataOptions, DeviceOptions):

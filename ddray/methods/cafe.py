@@ -223,4 +223,5 @@ class CAFE(ImagesEngine):
 
 
 _SCHEDULE: Final = "its learning rate is halved after 60, 80 and 90 % of the steps"
-METHOD: Final = make_method(CAFEConfig, preset, CAFE, depends_on_steps=_SCHEDULE)
+_COUPLING: Final = "its network is trained on the images of all classes, and its loss compares classes"
+METHOD: Final = make_method(CAFEConfig, preset, CAFE, depends_on_steps=_SCHEDULE, coupling=_COUPLING)

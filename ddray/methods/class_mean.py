@@ -14,7 +14,7 @@ from torch import Tensor
 from ddray.config import Config
 from ddray.data.packed import PackedImages, parts_of
 from ddray.distillation.method import DistillContext
-from ddray.methods.families.selection import selection_method
+from ddray.methods.families.selection import apart, selection_method
 from ddray.seeding import derive_numpy
 
 
@@ -22,12 +22,14 @@ def choose_images(ctx: DistillContext, config: Config) -> tuple[Tensor, Tensor]:
     """Return mean images [K * ipc, C, H, W] and their labels; of a class's own images where it has fewer."""
     rng = derive_numpy(ctx.seed, "distill", "parts")
     means, counts = [], []
-    for label in range(ctx.dataset.num_classes):
+    for label, size in enumerate(ctx.counts.tolist()):
+        order = torch.from_numpy(rng.permutation(size))
+        if label not in ctx.classes:
+            continue
         members = torch.nonzero(ctx.split.labels == label).flatten()
-        counts.append(min(ctx.ipc, len(members)))
-        parts = members[torch.from_numpy(rng.permutation(len(members)))].tensor_split(counts[-1])
-        means += [_mean(ctx, rows) for rows in parts]
-    labels = torch.arange(ctx.dataset.num_classes).repeat_interleave(torch.tensor(counts))
+        counts.append(min(ctx.ipc, size))
+        means += [_mean(ctx, rows) for rows in members[order].tensor_split(counts[-1])]
+    labels = torch.arange(ctx.classes.start, ctx.classes.stop).repeat_interleave(torch.tensor(counts))
     return torch.stack(means), labels
 
 
@@ -40,4 +42,4 @@ def _mean(ctx: DistillContext, rows: Tensor) -> Tensor:
     return (sum(parts, torch.zeros((), dtype=torch.float64)) / len(rows)).float()
 
 
-METHOD: Final = selection_method(Config, choose_images)
+METHOD: Final = selection_method(Config, choose_images, coupling=apart)

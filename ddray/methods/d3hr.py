@@ -42,6 +42,7 @@ from torch import Tensor
 
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.distillation.method import DistillContext, Target
+from ddray.distillation.shards import parts_of
 from ddray.errors import InputError
 from ddray.methods.families.diffusion import stages
 from ddray.methods.families.diffusion.decoder import STATISTICS, D3HRConfig, Sampler
@@ -137,14 +138,19 @@ class D3HR:
         tensors = ctx.pool.get([specs[-1]])[0].tensors
         trained = [PoolSpec.parse(self._source["spec"])] if "spec" in self._source else []
         stages.forget_parts([*trained, *specs])
-        num_classes = ctx.dataset.num_classes
+        num_classes, batch = ctx.dataset.num_classes, config.batch
         if config.sampling == "kmeans":
             self._clean = tensors["latents"]
-            mean, variance = stages.class_statistics(self._clean, ctx.split.labels, num_classes)
+            mean, variance = stages.class_statistics(self._clean, ctx.whole.labels, num_classes)
         else:
             mean, variance = tensors["mean"].clone(), tensors["variance"].clone()
         self._statistics = {"mean": mean, "variance": variance}
-        self._labels = torch.arange(num_classes).repeat_interleave(ctx.ipc)
+        self._labels = torch.arange(ctx.classes.start, ctx.classes.stop).repeat_interleave(ctx.ipc)
+        present = slice(ctx.classes.start * ctx.ipc, ctx.classes.stop * ctx.ipc)
+        total = num_classes * ctx.ipc
+        batches = (slice(start, min(total, start + batch)) for start in range(0, total, batch))
+        # The networks' bits depend on how many images are decoded together.
+        self._batches = list(parts_of(batches, present, exact=True))
         # Images stay on the CPU: a batch of them waits for the device once, after its many passes.
         self._images = torch.zeros(len(self._labels), *ctx.dataset.image_shape)
         self._latents = torch.zeros(len(self._labels), mean.shape[1], device=ctx.device)
@@ -154,7 +160,7 @@ class D3HR:
         self._sampling_s: list[float] = []
         if config.store == "statistics":
             return
-        self.num_steps = num_classes + math.ceil(len(self._labels) / config.batch)
+        self.num_steps = len(ctx.classes) + len(self._batches)
         self._sampler = Sampler(
             **self._statistics,
             model=stages.load_generator(self._source, ctx.pool),
@@ -166,7 +172,7 @@ class D3HR:
 
     def step(self) -> dict[str, Tensor]:
         """Choose a class's latents, or sample and decode a batch of images."""
-        num_classes = self._ctx.dataset.num_classes
+        num_classes = len(self._ctx.classes)
         if self._step < num_classes:
             begin = time.perf_counter()
             self._choose(self._step)
@@ -176,12 +182,12 @@ class D3HR:
         self._step += 1
         return {"loss": self._score.clone()}
 
-    def _choose(self, label: int) -> None:
+    def _choose(self, position: int) -> None:
         """Choose the latents of a class; the loss is its score per dimension, averaged over classes."""
-        ctx, config = self._ctx, self._config
-        rows = slice(label * ctx.ipc, (label + 1) * ctx.ipc)
+        ctx, config, label = self._ctx, self._config, self._ctx.classes[position]
+        rows = slice(position * ctx.ipc, (position + 1) * ctx.ipc)
         if config.sampling == "kmeans":  # centres of the class's clean latents, with noise of level T (D4M)
-            class_latents = self._clean[ctx.split.labels == label]
+            class_latents = self._clean[ctx.whole.labels == label]
             centres = centroids(class_latents, ctx.ipc, derive_seed(ctx.seed, "distill", "centres", label))
             centres = centres[torch.arange(ctx.ipc) % len(centres)]  # the noise tells copies apart
             noise = torch.randn(centres.shape, generator=ctx.generator("noise", label))
@@ -189,7 +195,7 @@ class D3HR:
             self._latents[rows] = to_device(noisy, ctx.device)
         else:
             self._latents[rows], score = self._sampler.choose(label, ctx.ipc)
-            self._score = (self._score * label + score) / (label + 1)
+            self._score = (self._score * position + score) / (position + 1)
 
     @property
     def measures(self) -> dict[str, float]:
@@ -209,10 +215,10 @@ class D3HR:
 
     def _decode(self, batch_index: int) -> None:
         """Sample and decode a batch of the chosen latents."""
-        ctx = self._ctx
-        rows = slice(batch_index * self._config.batch, (batch_index + 1) * self._config.batch)
-        pixels = self._sampler.decode(self._latents[rows], self._labels[rows], ctx.dataset.image_shape)
-        self._images[rows] = self._space.encode(pixels).cpu()
+        ctx, part = self._ctx, self._batches[batch_index]
+        latents, labels = part.padded(self._latents[part.here]), part.padded(self._labels[part.here])
+        pixels = self._sampler.decode(latents, labels, ctx.dataset.image_shape)
+        self._images[part.here] = part.kept(self._space.encode(pixels)).cpu()
 
     def snapshot(self) -> DistilledSet:
         """Return the set: its images (blank if not decoded yet) or its statistics."""
@@ -244,10 +250,18 @@ class D3HR:
 
     def _counts(self) -> tuple[int, int]:
         """Return how many latents are chosen, and how many of them are decoded."""
-        num_classes, total = self._ctx.dataset.num_classes, len(self._labels)
+        num_classes = len(self._ctx.classes)
+        decoded = self._batches[: max(0, self._step - num_classes)]
         num_chosen = min(self._step, num_classes) * self._ctx.ipc
-        return num_chosen, min(total, max(0, self._step - num_classes) * self._config.batch)
+        return num_chosen, decoded[-1].here.stop if decoded else 0
 
 
-METHOD: Final = make_method(D3HRConfig, preset, D3HR, specs_of=pool_specs, has_steps=False)
+def coupling_of(config: D3HRConfig, arch: str) -> str | None:
+    """Return why there is nothing to shard: a set of statistics is that of the pool, without any step."""
+    return "store=statistics stores what the pool has, in no step" if config.store == "statistics" else None
+
+
+METHOD: Final = make_method(
+    D3HRConfig, preset, D3HR, specs_of=pool_specs, has_steps=False, coupling=coupling_of
+)
 DECODER: Final = STATISTICS

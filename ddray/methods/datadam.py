@@ -35,7 +35,7 @@ from torch import Tensor
 from ddray.config import added
 from ddray.distillation.method import DistillContext, Target
 from ddray.methods.families.factory import make_method
-from ddray.methods.families.matching.means import MatchingConfig, MeanMatching
+from ddray.methods.families.matching.means import MatchingConfig, MeanMatching, coupling_of, specs_of
 from ddray.nets import Net
 
 Loss = Literal["mse", "mae", "cosine"]
@@ -160,4 +160,4 @@ def start(ctx: DistillContext, config: DataDAMConfig) -> MeanMatching:
     return MeanMatching(ctx, config, statistics, loss)
 
 
-METHOD: Final = make_method(DataDAMConfig, preset, start)
+METHOD: Final = make_method(DataDAMConfig, preset, start, specs_of=specs_of, coupling=coupling_of)

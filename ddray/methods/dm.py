@@ -12,6 +12,8 @@ synthetic images, both under the same augmentation.
 
 from typing import Final
 
-from ddray.methods.families.matching.means import MatchingConfig, means_method
+from ddray.methods.families.matching.means import MatchingConfig, coupling_of, means_method
 
-METHOD: Final = means_method(MatchingConfig, lambda net, images: (net.features(images).embedding,))
+METHOD: Final = means_method(
+    MatchingConfig, lambda net, images: (net.features(images).embedding,), coupling=coupling_of
+)

@@ -40,18 +40,18 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ddray.distillation.method import DistillContext, Target
+from ddray.distillation.method import DistillContext, Target, coupling_by_norm
 from ddray.errors import InputError
 from ddray.methods.families.factory import make_method
 from ddray.methods.families.matching.batches import step_graphs
 from ddray.methods.families.matching.covariance import covariance_distance
 from ddray.methods.families.matching.groups import rows_of
+from ddray.methods.families.matching.initial import initial_specs
 from ddray.methods.families.matching.partitioned import (
     PartitionedConfig,
     PartitionedEngine,
     StepDraw,
     by_class,
-    embedding,
     idc_evaluation,
 )
 from ddray.methods.families.matching.pretrained import PoolConfig, pretrained_specs, stored_features
@@ -161,7 +161,8 @@ def _evaluation(target: Target) -> dict[str, Any]:
 
 def pool_specs(ctx: DistillContext, config: DSDMConfig) -> list[PoolSpec]:
     """Return a spec per network that the pool must have for this run; none without a pool."""
-    return pretrained_specs(ctx, config.pool) if config.use_pool else []
+    pool = pretrained_specs(ctx, config.pool) if config.use_pool else []
+    return [*pool, *initial_specs(ctx, config.init)]
 
 
 class DSDM(PartitionedEngine):
@@ -186,7 +187,7 @@ class DSDM(PartitionedEngine):
                 f"use_sd={config.use_sd}, {sizes[0]} mini-images and {sizes[1]} real ones"
             )
         self._pairs.net.train(not config.use_pool)
-        entries = ctx.pool.get(pool_specs(ctx, config))
+        entries = ctx.pool.get(pretrained_specs(ctx, config.pool) if config.use_pool else [])
         names = self._pairs.net.state_dict().keys()
         weights = ([entry.tensors[f"weights.{name}"] for name in names] for entry in entries)
         self._weights = [[tensor.to(ctx.device) for tensor in net_weights] for net_weights in weights]
@@ -212,14 +213,15 @@ class DSDM(PartitionedEngine):
     def _real(self, draw: StepDraw, classes: slice) -> Tensor:
         if self._features is None:
             return super()._real(draw, classes)
-        index = draw.index[rows_of(classes, self._pairs.batches.per_class)]  # nothing is augmented
+        here = self._pairs.part(classes).here
+        index = draw.index[rows_of(here, self._pairs.batches.per_class)]  # nothing is augmented
         features = self._features.of(self._member, index).to(self._ctx.device)
-        return by_class(features, classes.stop - classes.start)
+        return by_class(features, here.stop - here.start)
 
     def _loss(self, images: Tensor, real: Tensor, *others: Tensor) -> Tensor:
         """Return the loss of some classes (Eq 9); `others` are their memory, in steps with L_h."""
         config = self._config
-        synthetic = by_class(embedding(self._pairs.net, images), len(real))
+        synthetic = self._embedded(images, len(real))
         loss = synthetic.new_zeros(())
         if config.use_proto:
             loss = loss + prototype_loss(real, synthetic)
@@ -244,16 +246,20 @@ class DSDM(PartitionedEngine):
         draw = StepDraw(draw.index, draw.plan if config.history_augmented else None, None)
         prototypes = []
         for classes in self._groups:
-            pixels = learned.pixels[rows_of(classes, self._ctx.ipc)]
-            images = self._pairs.synthetic(draw, pixels, classes)
-            prototypes.append(self._prototype_graphs(self._prototypes, (images,)).clone())
+            pixels = learned.pixels[rows_of(self._pairs.part(classes).here, self._ctx.ipc)]
+            self._part = part = self._pairs.part(classes, learned.parts)
+            args = (self._pairs.padded(self._pairs.synthetic(draw, pixels, classes), part),)
+            compute = self._prototypes
+            means = compute(*args) if part.is_padded else self._prototype_graphs(compute, args)
+            prototypes.append(means.clone())
         self._memory = update_memory(
             self._memory, torch.cat(prototypes), ema=config.ema, first=config.history_first
         )
 
     def _prototypes(self, images: Tensor) -> Tensor:
         """Return the mean embedding [G, d] of each class's mini-images [G * parts, C, H, W]."""
-        return by_class(embedding(self._pairs.net, images), len(images) // self._learned.parts).mean(1)
+        here = self._part.here
+        return self._embedded(images, (here.stop - here.start) // self._learned.parts).mean(1)
 
     def state_dict(self) -> dict[str, Any]:
         memory = {} if self._memory is None else {"memory": cpu_copy(self._memory)}
@@ -265,4 +271,9 @@ class DSDM(PartitionedEngine):
         self._memory = None if memory is None else memory.to(self._ctx.device, copy=True)
 
 
-METHOD: Final = make_method(DSDMConfig, preset, DSDM, specs_of=pool_specs)
+def coupling_of(config: DSDMConfig, arch: str) -> str | None:
+    """Return why classes depend on each other: the pool's networks match in eval mode, others do not."""
+    return None if config.use_pool else coupling_by_norm(arch)
+
+
+METHOD: Final = make_method(DSDMConfig, preset, DSDM, specs_of=pool_specs, coupling=coupling_of)

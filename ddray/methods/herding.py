@@ -8,6 +8,8 @@ Chosen per class in the embedding of a ConvNet trained on train: argmin over unu
 
 from typing import Final
 
-from ddray.methods.families.selection import FeatureConfig, coreset_method, herding_order
+from ddray.methods.families.selection import FeatureConfig, apart, coreset_method, herding_order
 
-METHOD: Final = coreset_method(FeatureConfig, lambda ctx, features: herding_order(features, ctx.ipc))
+METHOD: Final = coreset_method(
+    FeatureConfig, lambda ctx, features: herding_order(features, ctx.ipc), coupling=apart
+)

@@ -165,4 +165,5 @@ class IDM(PartitionedEngine):
         self._queue.load_state_dict(state["queue"])
 
 
-METHOD: Final = make_method(IDMConfig, preset, IDM)
+_COUPLING: Final = "its queue of networks is trained on images of all classes, one batch after another"
+METHOD: Final = make_method(IDMConfig, preset, IDM, coupling=_COUPLING)

@@ -7,6 +7,8 @@ Chosen per class in the embedding of a ConvNet trained on train.
 
 from typing import Final
 
-from ddray.methods.families.selection import FeatureConfig, coreset_method, kcenter_order
+from ddray.methods.families.selection import FeatureConfig, apart, coreset_method, kcenter_order
 
-METHOD: Final = coreset_method(FeatureConfig, lambda ctx, features: kcenter_order(features, ctx.ipc))
+METHOD: Final = coreset_method(
+    FeatureConfig, lambda ctx, features: kcenter_order(features, ctx.ipc), coupling=apart
+)

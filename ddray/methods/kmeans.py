@@ -11,7 +11,7 @@ from typing import Final
 from torch import Tensor
 
 from ddray.distillation.method import DistillContext
-from ddray.methods.families.selection import FeatureConfig, coreset_method, kmeans_order
+from ddray.methods.families.selection import FeatureConfig, apart, coreset_method, kmeans_order
 from ddray.seeding import derive_seed
 
 
@@ -21,4 +21,4 @@ def cluster(ctx: DistillContext, features: Tensor) -> Tensor:
     return kmeans_order(features.double(), ctx.ipc, seed, num_starts=3)
 
 
-METHOD: Final = coreset_method(FeatureConfig, cluster)
+METHOD: Final = coreset_method(FeatureConfig, cluster, coupling=apart)

@@ -21,13 +21,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ddray.distillation.method import DistillContext, Target
+from ddray.distillation.method import DistillContext, Target, coupling_by_norm
 from ddray.methods.families.factory import make_method
+from ddray.methods.families.matching.initial import initial_specs
 from ddray.methods.families.matching.partitioned import (
     PartitionedConfig,
     PartitionedEngine,
-    by_class,
-    embedding,
     idc_evaluation,
 )
 
@@ -120,8 +119,14 @@ class M3D(PartitionedEngine):
 
     def _loss(self, images: Tensor, real: Tensor, *others: Tensor) -> Tensor:
         config = self._config
-        synthetic = by_class(embedding(self._pairs.net, images), len(real))
+        synthetic = self._embedded(images, len(real))
         return mmd_loss(real, synthetic, kernel=config.kernel, num_widths=config.num_widths)
 
 
-METHOD: Final = make_method(M3DConfig, preset, M3D)
+METHOD: Final = make_method(
+    M3DConfig,
+    preset,
+    M3D,
+    specs_of=lambda ctx, config: initial_specs(ctx, config.init),
+    coupling=lambda config, arch: coupling_by_norm(arch),
+)

@@ -20,4 +20,6 @@ class MMDPixelConfig(MatchingConfig):
     """Learning rate of the images (SGD)."""
 
 
-METHOD: Final = means_method(MMDPixelConfig, lambda net, images: (images.flatten(1),))
+METHOD: Final = means_method(
+    MMDPixelConfig, lambda net, images: (images.flatten(1),), coupling=lambda config, arch: None
+)

@@ -6,7 +6,9 @@
 from typing import Final
 
 from ddray.config import Config
-from ddray.methods.families.matching.batches import initial_images
-from ddray.methods.families.selection import selection_method
+from ddray.methods.families.matching.initial import initial_images
+from ddray.methods.families.selection import apart, selection_method
 
-METHOD: Final = selection_method(Config, lambda ctx, config: initial_images(ctx, "random", repeat=False))
+METHOD: Final = selection_method(
+    Config, lambda ctx, config: initial_images(ctx, "random", repeat=False), coupling=apart
+)

@@ -27,8 +27,9 @@ from ddray.artifact.partition import default_factor
 from ddray.data import normalized_space
 from ddray.distillation.method import DistillContext, MethodConfig
 from ddray.errors import InputError
-from ddray.methods.families.selection import selection_method
-from ddray.pool.spec import teacher_spec
+from ddray.methods.families.selection import apart, selection_method
+from ddray.methods.families.whole import encode_set
+from ddray.pool.spec import PoolSpec, teacher_spec
 from ddray.system.transfer import to_device
 from ddray.training.crops import batched_crops, draw_boxes
 from ddray.training.recipe import TeacherRecipe
@@ -110,12 +111,10 @@ def choose_images(ctx: DistillContext, config: RDEDConfig) -> tuple[Tensor, Tens
     if height % factor or width % factor:
         raise InputError(f"factor must divide the image's sides of {height} x {width} px, got {factor}")
     counts = _images_of_classes(ctx, config, factor)
-    recipe = TeacherRecipe(epochs=config.teacher_epochs)
-    spec = teacher_spec(ctx.dataset, ctx.split_name, config.teacher_arch, recipe, device=ctx.device)
-    net = ctx.pool.get([spec])[0].module().to(ctx.device)
+    net = ctx.pool.get(pool_specs(ctx, config))[0].module().to(ctx.device)
     space = normalized_space(ctx.dataset).to(ctx.device)
     stitched = []
-    for label in range(ctx.dataset.num_classes):
+    for label in ctx.classes:
         generator = ctx.generator("crops", label)
         rows = torch.nonzero(ctx.split.labels == label).flatten()
         rows = rows[torch.randperm(len(rows), generator=generator)[: config.images_per_class]]
@@ -125,8 +124,15 @@ def choose_images(ctx: DistillContext, config: RDEDConfig) -> tuple[Tensor, Tens
         losses = crop_losses(net, space.encode(crops), label, (height, width))
         best = choose(losses.view(-1, config.num_crops), int(counts[label]) * factor**2)
         stitched.append(stitch(crops[best], factor))
-    labels = torch.arange(ctx.dataset.num_classes).repeat_interleave(counts)
-    return ctx.space.encode(torch.cat(stitched).cpu()), labels
+    labels = torch.arange(len(counts)).repeat_interleave(counts)
+    images = encode_set(ctx, torch.cat(stitched).cpu(), counts)
+    return images, labels[(labels >= ctx.classes.start) & (labels < ctx.classes.stop)]
+
+
+def pool_specs(ctx: DistillContext, config: RDEDConfig) -> list[PoolSpec]:
+    """Return the spec of the teacher."""
+    recipe = TeacherRecipe(epochs=config.teacher_epochs)
+    return [teacher_spec(ctx.dataset, ctx.split_name, config.teacher_arch, recipe, device=ctx.device)]
 
 
 def _crops(images: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
@@ -141,8 +147,7 @@ def _crops(images: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _images_of_classes(ctx: DistillContext, config: RDEDConfig, factor: int) -> Tensor:
     """Return how many images the crops of each class make, int64 [K], at most ipc; InputError if too few."""
-    num_real = torch.bincount(ctx.split.labels, minlength=ctx.dataset.num_classes)
-    num_real.clamp_(max=config.images_per_class)
+    num_real = ctx.counts.clamp(max=config.images_per_class)
     counts = num_real * config.num_crops // factor**2
     for label, least in ((int(counts.argmin()), 1), (int(counts.argmax()), ctx.ipc)):
         if counts[label] < least:
@@ -154,4 +159,4 @@ def _images_of_classes(ctx: DistillContext, config: RDEDConfig, factor: int) -> 
     return counts.clamp(max=ctx.ipc)
 
 
-METHOD: Final = selection_method(RDEDConfig, choose_images)
+METHOD: Final = selection_method(RDEDConfig, choose_images, coupling=apart, specs_of=pool_specs)

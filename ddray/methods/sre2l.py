@@ -39,8 +39,9 @@ from ddray.data import normalized_space
 from ddray.distillation.method import DistillContext, MethodConfig, Target
 from ddray.errors import InputError
 from ddray.methods.families.factory import make_method
-from ddray.methods.families.matching.batches import initial_images, step_graphs
+from ddray.methods.families.matching.batches import step_graphs
 from ddray.methods.families.matching.groups import image_bytes
+from ddray.methods.families.matching.initial import initial_images
 from ddray.methods.families.state import cpu_copy, load_optimizer_state, optimizer_state
 from ddray.nets import Net
 from ddray.pool.spec import teacher_spec
@@ -260,4 +261,5 @@ class SRe2L:
 
 
 _SCHEDULE: Final = "its learning rate falls as a cosine over the steps"
-METHOD: Final = make_method(SRe2LConfig, preset, SRe2L, depends_on_steps=_SCHEDULE)
+_COUPLING: Final = "it matches statistics of batches with an image of every class"
+METHOD: Final = make_method(SRe2LConfig, preset, SRe2L, depends_on_steps=_SCHEDULE, coupling=_COUPLING)

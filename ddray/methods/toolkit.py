@@ -11,7 +11,8 @@ from ddray.artifact.partition import Partition
 from ddray.distillation.method import BudgetDistiller, DistillContext, Distiller, MethodConfig, Target
 from ddray.errors import InputError
 from ddray.methods.families.factory import make_method
-from ddray.methods.families.matching.batches import ClassBatches, RealBranch, chunks, initial_images
+from ddray.methods.families.matching.batches import ClassBatches, RealBranch, chunks
+from ddray.methods.families.matching.initial import initial_images
 from ddray.methods.families.matching.means import MatchingConfig, MeanMatching, means_method
 from ddray.methods.families.matching.partitioned import by_class
 from ddray.methods.families.selection import (

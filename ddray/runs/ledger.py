@@ -29,7 +29,7 @@ from ddray.system.files import storage_errors, write_atomically
 log = logging.getLogger(__name__)
 
 _EVENT_START = b'{"event": "'  # inside a JSON string its quotes would be escaped
-Kind = Literal["trial", "distill", "evaluate", "nas", "truth", "pool"]
+Kind = Literal["trial", "distill", "shard", "evaluate", "nas", "truth", "pool"]
 
 
 class Unit(Config):

@@ -97,7 +97,9 @@ class Dsa:
         params = torch.rand(num, NUM_COLUMNS, generator=generator, device=home)
         return DsaPlan(choices.expand(num).contiguous(), params)
 
-    def apply(self, images: Tensor, plan: DsaPlan, index: Tensor | None = None) -> Tensor:
+    def apply(
+        self, images: Tensor, plan: DsaPlan, index: Tensor | None = None, among: slice | None = None
+    ) -> Tensor:
         """Return augmented images, in their order and memory format; differentiable with respect to them.
 
         Args:
@@ -105,6 +107,8 @@ class Dsa:
             plan: a draw. Applying one plan to real and synthetic images is what makes the pair Siamese.
             index: int64 [N], the parameter set of each sample, such as its class; None: sample n uses set n.
                 On the CPU it saves a device sync.
+            among: the sets of a larger batch that these samples are from; gradients are then in its memory
+                format, whose sums differ in their last digits. None: `images` are the batch.
 
         Raises:
             InputError: the plan has no set for a sample.
@@ -119,10 +123,12 @@ class Dsa:
             params[: len(sets)] if index is None else params.index_select(0, to_device(sets, params.device))
         )
         choices = plan.choices[sets]
-        if len(self._drawn) <= 1 or bool((choices == choices[0]).all()):
+        drawn = (choices if among is None else plan.choices[among]).unique_consecutive()
+        if len(self._drawn) <= 1 or len(drawn) == 1:
             augmented = self._chain(images, rows, sets, int(choices[0]))
         else:
-            augmented = self._by_choice(images, rows, sets, choices)
+            is_sorted = len(drawn) == len(drawn.unique())
+            augmented = self._by_choice(images, rows, sets, choices, is_sorted=is_sorted)
         if _is_channels_last(images) and not _is_channels_last(augmented):
             augmented = augmented.contiguous(memory_format=torch.channels_last)
         return augmented
@@ -136,18 +142,23 @@ class Dsa:
             )
         return sets
 
-    def _by_choice(self, images: Tensor, rows: Tensor, sets: Tensor, choices: Tensor) -> Tensor:
-        """Augment the samples of each drawn operation together, and return them in the original order."""
-        run_choices, lengths = torch.unique_consecutive(choices, return_counts=True)
-        # Samples sorted by class: slices are views, nothing is gathered.
-        if len(run_choices) == len(run_choices.unique()):
+    def _by_choice(
+        self, images: Tensor, rows: Tensor, sets: Tensor, choices: Tensor, *, is_sorted: bool
+    ) -> Tensor:
+        """Augment the samples of each drawn operation together, and return them in the original order.
+
+        `is_sorted`: those of an operation follow each other.
+        """
+        if is_sorted:  # slices are views, nothing is gathered
+            run_choices, lengths = torch.unique_consecutive(choices, return_counts=True)
             split = (torch.split(tensor, lengths.tolist()) for tensor in (images, rows, sets))
             parts = zip(*split, run_choices.tolist(), strict=True)
             return torch.cat([self._chain(*part) for part in parts])
         order = torch.argsort(choices, stable=True)
         there, back = to_device(torch.stack([order, torch.argsort(order)]), images.device)
         images, rows = images.index_select(0, there), rows.index_select(0, there)
-        return self._by_choice(images, rows, sets[order], choices[order]).index_select(0, back)
+        parted = self._by_choice(images, rows, sets[order], choices[order], is_sorted=True)
+        return parted.index_select(0, back)
 
     def _chain(self, images: Tensor, rows: Tensor, sets: Tensor, choice: int) -> Tensor:
         """Apply the fixed operations and the drawn one to samples that share the choice.

@@ -163,10 +163,9 @@ def test_real_and_synthetic_images_of_a_class_share_one_plan(
     seen: list[tuple[Any, list[int], bool]] = []
     apply = Dsa.apply
 
-    def spy(self: Dsa, images: Tensor, plan: Any, index: Tensor | None = None) -> Tensor:
-        assert index is not None
+    def spy(self: Dsa, images: Tensor, plan: Any, index: Tensor, among: slice) -> Tensor:
         seen.append((plan, index.tolist(), images.requires_grad))
-        return apply(self, images, plan, index)
+        return apply(self, images, plan, index, among)
 
     monkeypatch.setattr(Dsa, "apply", spy)
     distiller.step()

@@ -14,6 +14,7 @@ from ddray.pool.spec import PoolSpec
 Preset = Callable[[str, Target], dict[str, Any]]
 PoolSpecs = Callable[[DistillContext, Any], list[PoolSpec]]
 NumDistilled = Callable[[Any, int, tuple[int, int, int], int], int]
+Coupling = Callable[[Any, str], str | None]
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ def make_method(
     num_distilled_of: NumDistilled | None = None,
     has_steps: bool = True,
     depends_on_steps: str = "",
+    coupling: Coupling | str | None = None,
 ) -> type[Distiller]:
     """Return a method's class.
 
@@ -87,6 +89,8 @@ def make_method(
         num_distilled_of: `BudgetDistiller.num_distilled`, for a method that takes a budget.
         has_steps: False for a method that takes no number of steps: 0, or the engine's `num_steps`.
         depends_on_steps: what of the method does, and how: its `schedule` (see `Distiller`).
+        coupling: `independent_classes` (see `Distiller`), or the reason whatever the settings; default: not
+            declared.
     """
 
     class Method(_Run):
@@ -108,6 +112,9 @@ def make_method(
             self._engine = start(ctx, self._config)
             self.num_steps = getattr(self._engine, "num_steps", self.num_steps)
 
+    if coupling is not None:
+        declared = coupling if callable(coupling) else lambda config, arch: coupling
+        Method.independent_classes = staticmethod(declared)  # type: ignore[attr-defined]
     if num_distilled_of is None:
         return Method
     num_stored: NumDistilled = staticmethod(num_distilled_of)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ddray.config import Config
 from ddray.distillation.method import DistillContext, Distiller, MethodConfig, Target
-from ddray.methods.families.factory import Selected, make_method
+from ddray.methods.families.factory import Coupling, PoolSpecs, Selected, make_method
+from ddray.methods.families.whole import encode_set
 from ddray.pool.spec import PoolSpec, supervised_specs
 
 log = logging.getLogger(__name__)
@@ -27,65 +28,83 @@ class FeatureConfig(MethodConfig):
     """Epochs of training on train (SGD .01, momentum .9, weight decay 5e-4, batch 256, no augmentation)."""
 
 
-def selection_method(config_class: type[Config], choose: Choose) -> type[Distiller]:
+def apart(config: Config, arch: str) -> None:
+    """Say that the classes of a method are independent, whatever its settings: for `coupling`."""
+
+
+def selection_method(
+    config_class: type[Config],
+    choose: Choose,
+    coupling: Coupling | None = None,
+    specs_of: PoolSpecs | None = None,
+) -> type[Distiller]:
     """Return a method without steps whose set is `choose(ctx, config)`.
 
     Args:
         config_class: its settings.
         choose: chooses or makes images [K * ipc, C, H, W], in the context's pixel space, and their labels;
             fewer of a class that has fewer, which is warned of.
+        coupling: as `make_method` takes it; default: not declared.
+        specs_of: likewise; default: the network of a `FeatureConfig`.
     """
 
     def preset(name: str, target: Target) -> dict[str, Any]:
         return {"steps": 0, "evaluate": {"epochs": 1000, "augment": "dsa"}}
 
     def specs(ctx: DistillContext, config: Config) -> list[PoolSpec]:
-        return _feature_specs(ctx, config.feature_epochs) if isinstance(config, FeatureConfig) else []
+        return feature_specs(ctx, config.feature_epochs) if isinstance(config, FeatureConfig) else []
 
     def start(ctx: DistillContext, config: Config) -> Selected:
         images, labels = choose(ctx, config)
         _warn_of_tail(ctx, labels.cpu())
         return Selected(ctx.make_set(images, labels))
 
-    return make_method(config_class, preset, start, specs_of=specs, has_steps=False)
+    return make_method(
+        config_class, preset, start, specs_of=specs_of or specs, has_steps=False, coupling=coupling
+    )
 
 
 def _warn_of_tail(ctx: DistillContext, labels: Tensor) -> None:
     """Warn of classes that a selection has fewer than ipc images of."""
-    names, counts = (
-        ctx.dataset.class_names,
-        torch.bincount(labels, minlength=ctx.dataset.num_classes).tolist(),
-    )
-    short = [f"{name} {count}" for name, count in zip(names, counts, strict=True) if count < ctx.ipc]
+    counts = torch.bincount(labels, minlength=ctx.dataset.num_classes).tolist()
+    present = {ctx.dataset.class_names[label]: counts[label] for label in ctx.classes}
+    short = [f"{name} {count}" for name, count in present.items() if count < ctx.ipc]
     if short:
         others = f" and {len(short) - _MAX_NAMED} more" if len(short) > _MAX_NAMED else ""
         log.warning(
             "%d of %d classes of %s give fewer than %d images, all that they have: %s%s",
-            *(len(short), len(names), ctx.dataset.name, ctx.ipc, ", ".join(short[:_MAX_NAMED]), others),
+            *(len(short), len(present), ctx.dataset.name, ctx.ipc, ", ".join(short[:_MAX_NAMED]), others),
         )
 
 
 def coreset_method(
-    config_class: type[FeatureConfig], order: Callable[[DistillContext, Tensor], Tensor]
+    config_class: type[FeatureConfig],
+    order: Callable[[DistillContext, Tensor], Tensor],
+    coupling: Coupling | None = None,
 ) -> type[Distiller]:
     """Return a selection of real images, class by class, in the features of a network trained on train.
 
     Args:
         config_class: its settings.
         order: picks `ipc` positions, or all, among the features [n, D] of one class.
+        coupling: as `make_method` takes it; default: not declared.
     """
 
     def choose(ctx: DistillContext, config: FeatureConfig) -> tuple[Tensor, Tensor]:
         features, labels = pool_features(ctx, config.feature_epochs), ctx.split.labels
-        num_classes = ctx.dataset.num_classes
-        return take(ctx, per_class(labels, num_classes, ctx.ipc, lambda rows: order(ctx, features[rows])))
+        present = labels - ctx.classes.start
+        index = per_class(present, len(ctx.classes), ctx.ipc, lambda rows: order(ctx, features[rows]))
+        return take(ctx, index)
 
-    return selection_method(config_class, choose)
+    return selection_method(config_class, choose, coupling=coupling)
 
 
 def take(ctx: DistillContext, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the real images of `index` [M] in the context's pixel space, and their labels."""
-    return ctx.space.encode(ctx.split.images[index]), ctx.split.labels[index]
+    """Return the real images of `index` [M] in the context's pixel space, and their labels.
+
+    In a shard they are as many of each class as there are, and at most ipc.
+    """
+    return encode_set(ctx, ctx.split.images[index], ctx.counts.clamp(max=ctx.ipc)), ctx.split.labels[index]
 
 
 def pool_features(ctx: DistillContext, epochs: int = 20) -> Tensor:
@@ -93,11 +112,13 @@ def pool_features(ctx: DistillContext, epochs: int = 20) -> Tensor:
 
     It is in eval mode, and nothing is augmented.
     """
-    features = ctx.pool.get(_feature_specs(ctx, epochs))[0].tensors["features"]
+    features = ctx.pool.get(feature_specs(ctx, epochs))[0].tensors["features"]
+    if ctx.shard is not None:
+        return features[ctx.shard.rows]
     return features[: len(ctx.split)]  # val's come after them
 
 
-def _feature_specs(ctx: DistillContext, epochs: int) -> list[PoolSpec]:
+def feature_specs(ctx: DistillContext, epochs: int = 20) -> list[PoolSpec]:
     """Return the spec of the one feature network, trained on the split that is distilled."""
     recipe, device = {"epochs": epochs}, ctx.device.type
     return supervised_specs(

@@ -1,6 +1,6 @@
 """The real side of a matching method: batches by class, augmented as the synthetic images are, in chunks.
 
-Also the initial synthetic images, and what learns them.
+Also what learns the synthetic images.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -16,12 +16,15 @@ from ddray.artifact.distilled_set import DistilledSet
 from ddray.data import PixelSpace
 from ddray.data.packed import PackedImages, read, resident
 from ddray.distillation.method import DistillContext, MethodConfig
+from ddray.distillation.shards import Part, parts_of
 from ddray.methods.families.matching.draws import MANY_IMAGES, distinct
 from ddray.methods.families.matching.groups import class_groups, image_bytes, rows_of
-from ddray.methods.families.selection import kcenter_order, pool_features
+from ddray.methods.families.matching.initial import initial_images
 from ddray.methods.families.state import images_state, load_images_state
+from ddray.methods.families.whole import encode_rows
 from ddray.nets import Net, build_net, reinitialize, training_format
-from ddray.seeding import derive_numpy, derive_seed
+from ddray.nets.convnet import ChainNet
+from ddray.seeding import derive_seed
 from ddray.system.memory import memory_budget
 from ddray.system.numerics import current
 from ddray.system.transfer import to_device
@@ -31,7 +34,6 @@ from ddray.training.graph import WORTHWHILE_STEPS, Graphs
 from ddray.training.loop import Training, augmenter
 from ddray.training.recipe import Recipe
 
-Init = Literal["random", "first", "kcenter", "noise"]
 Statistics = Callable[[Net, Tensor], tuple[Tensor, ...]]
 """Per-sample statistics, each [N, D_l], of images [N, C, H, W] under a network."""
 
@@ -41,8 +43,8 @@ Statistics = Callable[[Net, Tensor], tuple[Tensor, ...]]
 _CHUNK_BYTES: Final = 16 * 2**20
 _MOST_CHUNK_BYTES: Final = 2**31  # on a GPU, which larger chunks do not keep busier
 CHUNK_SHARE: Final = 4  # of the memory budget: a layer has its input, its output and a workspace
+_ENCODED: Final = 1024  # images whitened at a time
 _GPU_SHARE: Final = 16  # a quarter of that, as a chunk's CUDA graph has its memory for itself
-_COPY_NOISE: Final = 0.1  # of the images' standard deviation
 
 
 class ClassBatches:
@@ -53,39 +55,45 @@ class ClassBatches:
             images stay on the disk where the device has no room, and are encoded batch by batch.
         batch_real: images per class; capped by the smallest class with at least ipc images. A smaller class
             gives its images several times.
+
+    Attributes:
+        num_classes: K, of the context's classes.
+        per_class: real images of each in a draw.
+        labels_cpu: of a draw, int64 [K * per_class], on the CPU: they select DSA's operations without a sync.
+        labels: the same on the device.
     """
 
     def __init__(self, ctx: DistillContext, batch_real: int) -> None:
         self._space = ctx.space.to(ctx.device)
         split, self._device = ctx.split, ctx.device
         self._encoded = ctx.space.kind == "zca" and not isinstance(split.images, PackedImages)
-        self._images = (
-            _encode_all(split.images, self._space, ctx.device)
-            if self._encoded
-            else resident(split.images, ctx.device)
-        )
-        self.num_classes = ctx.dataset.num_classes
-        counts = torch.bincount(split.labels, minlength=self.num_classes)
+        if self._encoded:
+            self._images = _encode_all(ctx, self._space)
+        else:
+            self._images = resident(split.images, ctx.device)
+        self.num_classes, self._classes = len(ctx.classes), slice(ctx.classes.start, ctx.classes.stop)
+        counts = ctx.counts
         enough = counts[counts >= ctx.ipc]
         self.per_class = min(batch_real, int(enough.min() if len(enough) else counts.max()))
         # The tail's rows of members are repeated whole, so that all of its images are drawn equally often.
         rounds = (self.per_class + counts - 1) // counts
-        columns = torch.arange(int((counts * rounds).max()))
-        order = torch.argsort(split.labels, stable=True)
-        self._members = order[(counts.cumsum(0) - counts)[:, None] + columns % counts[:, None]]
         self._lengths = counts * rounds
-        self._absent = columns >= self._lengths[:, None]
-        # The CPU copy selects DSA's ops without a sync, the device copy indexes the sums.
-        self.labels_cpu = torch.arange(self.num_classes).repeat_interleave(self.per_class)
+        columns = torch.arange(int(self._lengths.max()))
+        self._table = (len(counts), len(columns))
+        order, counts = torch.argsort(split.labels, stable=True), counts[self._classes]
+        self._members = order[(counts.cumsum(0) - counts)[:, None] + columns % counts[:, None]]
+        self._absent = columns >= self._lengths[self._classes, None]
+        labels = torch.arange(ctx.classes.start, ctx.classes.stop)
+        self.labels_cpu = labels.repeat_interleave(self.per_class)
         self.labels = self.labels_cpu.to(ctx.device)
 
     def draw(self, generator: torch.Generator) -> Tensor:
         """Return image indices [K * per_class], class-sorted, without repetition in classes of as many."""
-        if self._members.numel() < MANY_IMAGES:
-            keys = torch.rand(self._members.shape, generator=generator).masked_fill_(self._absent, 2.0)
+        if self._table[0] * self._table[1] < MANY_IMAGES:
+            keys = torch.rand(self._table, generator=generator)[self._classes].masked_fill_(self._absent, 2.0)
             columns = keys.topk(self.per_class, dim=1, largest=False, sorted=False).indices
         else:
-            columns = distinct(self._lengths, self.per_class, generator)
+            columns = distinct(self._lengths, self.per_class, generator)[self._classes]
         return to_device(self._members.gather(1, columns).flatten(), self._images.device)
 
     def take(self, index: Tensor) -> Tensor:
@@ -99,11 +107,16 @@ class ClassBatches:
             yield images if self._encoded else self._space.encode(to_device(images, self._device))
 
 
-def _encode_all(images: Tensor, space: PixelSpace, device: torch.device) -> Tensor:
-    """Return images in a pixel space, float32 [N, C, H, W], made on the device in chunks."""
-    whole = torch.empty(images.shape, dtype=torch.float32, device=device)
-    for start in range(0, len(images), 1024):
-        whole[start : start + 1024] = space.encode(images[start : start + 1024].to(device))
+def _encode_all(ctx: DistillContext, space: PixelSpace) -> Tensor:
+    """Return the real images in a pixel space, float32 [N, C, H, W], made on the device in chunks."""
+    images, shard = ctx.split.images, ctx.shard
+    rows, total = torch.arange(len(images)), len(images)
+    if shard is not None:
+        rows, total = shard.rows, len(shard.labels)
+    whole = torch.empty(images.shape, dtype=torch.float32, device=ctx.device)
+    for start in range(0, len(images), _ENCODED):
+        part = slice(start, start + _ENCODED)
+        whole[part] = encode_rows(space, images[part].to(ctx.device), rows[part], total, _ENCODED)
     return whole
 
 
@@ -131,6 +144,7 @@ class RealBranch:
         strategy: str | None = None,
     ) -> None:
         self._ctx, self._augment = ctx, augment
+        self._classes = slice(ctx.classes.start, ctx.classes.stop)
         self.batches = ClassBatches(ctx, batch_real)
         self._dsa = siamese(ctx.dataset.can_flip, augment, strategy)
         shape, num_classes = ctx.dataset.image_shape, ctx.dataset.num_classes
@@ -143,6 +157,7 @@ class RealBranch:
         self.net.train()
         self._trainer: Step | None = None
         self.budget = memory_budget(ctx.device, ctx.memory_budget)
+        self._exact = not _has_stable_bits(ctx, self.net)
 
     @property
     def mixes(self) -> bool:
@@ -153,12 +168,20 @@ class RealBranch:
         """Return ranges of classes whose synthetic images, `per_class` of each, fit the budget in a step.
 
         `forward` is what is computed of images [N, C, H, W]. Batch norm in train mode mixes samples: all
-        classes are one group then, with a warning if they do not fit.
+        classes are one group then, with a warning if they do not fit. A shard gets those groups of all
+        classes that have classes of its own: `part` tells which.
         """
         blank = torch.zeros(2, *self.net.image_shape, device=self.batches.labels.device)
         images = self.augmented(blank, None, self.batches.labels_cpu[:2])
         size = image_bytes(forward, images, self.sample_bytes, self.net.parameters())
-        return class_groups(self.batches.num_classes, per_class * size, self.budget, mixes=self.mixes)
+        num_classes = self._ctx.dataset.num_classes
+        groups = class_groups(num_classes, per_class * size, self.budget, mixes=self.mixes)
+        return [part.whole for part in parts_of(groups, self._classes, exact=True)]
+
+    def part(self, classes: slice, per_class: int) -> Part:
+        """Return which of a group's images, `per_class` of each class, are those of the context's classes."""
+        group, present = rows_of(classes, per_class), rows_of(self._classes, per_class)
+        return next(parts_of([group], present, exact=self._exact))
 
     def renew(self, net_index: int) -> None:
         """Give the network the fresh random weights of number `net_index`."""
@@ -183,15 +206,20 @@ class RealBranch:
         self.net.to(memory_format=self._format).eval()
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, DsaPlan | None]:
-        """Return indices of real images [K * n], class-sorted, and augmentation parameters for each class."""
+        """Return indices of real images [K * n], class-sorted, and augmentation parameters of every class."""
         index = self.batches.draw(generator)
-        num_classes = self.batches.num_classes
+        num_classes = self._ctx.dataset.num_classes
         return index, self._dsa.draw(num_classes, generator, shared_op=False) if self._dsa else None
 
-    def augmented(self, images: Tensor, plan: DsaPlan | None, labels: Tensor) -> Tensor:
-        """Return images [N, C, H, W] under their classes' parameters; `labels` on the CPU."""
+    def augmented(
+        self, images: Tensor, plan: DsaPlan | None, labels: Tensor, among: slice | None = None
+    ) -> Tensor:
+        """Return images [N, C, H, W] under their classes' parameters; `labels` on the CPU.
+
+        A shard's images are augmented as the unsharded run does it, together with all images of `among`.
+        """
         if plan is not None and self._dsa is not None:
-            images = self._dsa.apply(images, plan, labels)
+            images = self._dsa.apply(images, plan, labels, among)
         return images.contiguous(memory_format=self._format)
 
     def chunks(
@@ -207,65 +235,73 @@ class RealBranch:
             labels: of the images, on the CPU; default: those of a whole draw.
         """
         labels = self.batches.labels_cpu if labels is None else labels
-        whole = [slice(0, len(index))]
-        cut = chunks(len(index), self.sample_bytes, self._ctx.device, self.budget)
-        parts = whole if self.mixes else list(cut)
+        parts = list(self._chunks(len(index)))
         for rows, images in zip(parts, self.batches.take_parts(index, parts), strict=True):
             yield rows, self.augmented(images, plan, labels[rows])
+
+    def _chunks(self, total: int) -> Iterable[slice]:
+        device = self.batches.labels.device
+        return [slice(0, total)] if self.mixes else chunks(total, self.sample_bytes, device, self.budget)
+
+    def passes(self, index: Tensor, plan: DsaPlan | None, classes: slice) -> Iterator[tuple[Part, Tensor]]:
+        """Yield the images of a draw chunk by chunk, augmented, for the context's classes of a group.
+
+        Args:
+            index: real images of a whole draw.
+            plan: the augmentation's parameters.
+            classes: the group.
+
+        Yields:
+            What of the group's real images a chunk has, and the chunk's images [n, C, H, W] with blanks;
+            `Part.here` counts from the first image of the context's classes in the group.
+        """
+        num, group = self.batches.per_class, self.part(classes, self.batches.per_class)
+        index, labels = index[group.here], self.batches.labels_cpu[group.here]
+        first = self._classes.start * num + group.here.start - group.whole.start
+        grid = self._chunks(group.whole.stop - group.whole.start)
+        parts = list(parts_of(grid, slice(first, first + len(index)), exact=self._exact))
+        taken = self.batches.take_parts(index, [part.here for part in parts])
+        for part, images in zip(parts, taken, strict=True):
+            ends = part.whole.start // num, -(-part.whole.stop // num)
+            among = slice(*(classes.start + end for end in ends))
+            augmented = self.augmented(images, plan, labels[part.here], among)
+            yield part, self.padded(augmented, part)
+
+    def padded(self, images: Tensor, part: Part) -> Tensor:
+        """Return augmented images [n, C, H, W] with the blanks of their part."""
+        return part.padded(images).contiguous(memory_format=self._format) if part.is_padded else images
 
     @torch.no_grad()
     def class_means(
         self, index: Tensor, plan: DsaPlan | None, statistics: Statistics, classes: slice | None = None
     ) -> list[Tensor]:
-        """Return the means [K, D_l] of the statistics of a draw's real images, for `classes` or for all."""
-        batches, classes = self.batches, classes or slice(0, self.batches.num_classes)
-        part = rows_of(classes, batches.per_class)
+        """Return the means [K, D_l] of the statistics of a draw's real images, for `classes` or for all.
+
+        In a shard, for those of `classes` that are the shard's.
+        """
+        batches, classes = self.batches, classes or slice(0, self._ctx.dataset.num_classes)
+        here = self.part(classes, 1).here
+        num_classes, first = here.stop - here.start, batches.labels[:1]
         sums: list[Tensor] = []
-        for rows, images in self.chunks(index[part], plan, batches.labels_cpu[part]):
+        for part, images in self.passes(index, plan, classes):
             chunk = statistics(self.net, images)
             if not sums:
-                num_classes = classes.stop - classes.start
                 sums = [values.new_zeros(num_classes, values.shape[1]) for values in chunk]
-            for total, values in zip(sums, chunk, strict=True):
-                total.index_add_(0, batches.labels[rows], values)  # counted from the first of `classes`
+            for total, values in zip(sums, chunk, strict=True):  # counted from the first of the group
+                total.index_add_(0, batches.labels[part.here] - first, part.kept(values))
         return [total.div_(batches.per_class) for total in sums]
 
 
-def initial_images(
-    ctx: DistillContext, init: Init, count: int | None = None, *, repeat: bool = True
-) -> tuple[Tensor, Tensor]:
-    """Return initial images [K * count, C, H, W] and class-sorted labels, on the device.
+def _has_stable_bits(ctx: DistillContext, net: Net) -> bool:
+    """Return whether the bits of a sample do not depend on how many samples are computed with it.
 
-    Args:
-        ctx: what to work on.
-        init: random real images, the first of each class, k-center's choice, or Gaussian noise.
-        count: images per class; default: ipc.
-        repeat: a class with fewer real images starts with copies of them; in a class of fewer than ipc images
-            under a little noise, so that they can part. False: it gives all it has.
+    Of float32 on a CPU that is so for chains of convolutions (measured: any number from two on), not for
+    residual networks with average pooling, depthwise convolutions, attention, nor for kernels that are
+    compiled or chosen by the shapes of their arguments.
     """
-    num_classes, num = ctx.dataset.num_classes, count or ctx.ipc
-    labels = torch.arange(num_classes).repeat_interleave(num).to(ctx.device)
-    if init == "noise":
-        noise = torch.randn((len(labels), *ctx.dataset.image_shape), generator=ctx.generator("init"))
-        return noise.to(ctx.device), labels
-    features = pool_features(ctx) if init == "kcenter" else None
-    rng = derive_numpy(ctx.seed, "distill", "random images")
-    indices, copies = [], []
-    for label in range(num_classes):
-        members = torch.nonzero(ctx.split.labels == label).flatten()
-        if features is not None:
-            members = members[kcenter_order(features[members], min(num, len(members)))]
-        elif init == "random":
-            members = members[torch.from_numpy(rng.permutation(len(members)))]
-        positions = torch.arange(num if repeat else min(num, len(members)))
-        indices.append(members[positions % len(members)])
-        copies.append((positions >= len(members)) & (len(members) < ctx.ipc))
-    index, is_copy = torch.cat(indices), torch.cat(copies)
-    images = ctx.space.encode(ctx.split.images[index])
-    if bool(is_copy.any()):
-        noise = torch.randn((int(is_copy.sum()), *images.shape[1:]), generator=ctx.generator("init copies"))
-        images[is_copy] += _COPY_NOISE * images.std() * noise
-    return images.to(ctx.device), ctx.split.labels[index].to(ctx.device)
+    settings = ctx.config.get("method", {}).get("precision"), current().precision
+    eager = ctx.device.type == "cpu" and not ctx.compile and "bf16" not in settings
+    return ctx.shard is None or (eager and isinstance(net.body, ChainNet))
 
 
 def chunks(total: int, sample_bytes: int, device: torch.device, budget: int | None = None) -> Iterator[slice]:

@@ -269,6 +269,9 @@ class GradientMatching(ImagesEngine):
                 module.eval()
 
 
+_COUPLING: Final = "its inner network is trained on the images of all classes"
+
+
 def gradient_method(config_class: type[GradientConfig], evaluate: dict[str, Any]) -> type[Distiller]:
     """Return a method that matches gradients, whose sets are scored by the settings `evaluate`."""
 
@@ -277,4 +280,4 @@ def gradient_method(config_class: type[GradientConfig], evaluate: dict[str, Any]
         method = {"outer_loop": outer, "inner_loop": inner}
         return {"steps": 1000, "evaluate": evaluate, "method": method}
 
-    return make_method(config_class, preset, GradientMatching)
+    return make_method(config_class, preset, GradientMatching, coupling=_COUPLING)

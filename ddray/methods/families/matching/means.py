@@ -12,11 +12,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ddray.distillation.method import DistillContext, Distiller, Target
-from ddray.methods.families.factory import make_method
+from ddray.config import Config
+from ddray.distillation.method import DistillContext, Distiller, Target, coupling_by_norm
+from ddray.distillation.shards import Part
+from ddray.methods.families.factory import Coupling, make_method
 from ddray.methods.families.matching.batches import ImagesConfig, ImagesEngine, Statistics, step_graphs
-from ddray.methods.families.matching.groups import rows_of
+from ddray.methods.families.matching.initial import initial_specs
 from ddray.nets import Net
+from ddray.pool.spec import PoolSpec
 from ddray.system.numerics import current
 from ddray.training.compiled import compiled
 
@@ -73,7 +76,7 @@ class MeanMatching(ImagesEngine):
         super().__init__(ctx, config)
         self._loss = loss
         self._branch.net.requires_grad_(False)
-        self._class_labels = torch.arange(ctx.dataset.num_classes).repeat_interleave(ctx.ipc)
+        self._class_labels = self._labels.cpu()
         self._statistics = statistics = in_precision(statistics, config.precision, ctx.device)
         self._compiled = compiled(statistics, on=ctx.compile)
         self._real_graphs, self._graphs = (step_graphs(ctx) for _ in range(2))
@@ -88,12 +91,14 @@ class MeanMatching(ImagesEngine):
         gradient = torch.empty_like(self._images)
         total = torch.zeros((), device=gradient.device)
         for classes in self._groups:
-            rows = rows_of(classes, self._ctx.ipc)
+            part = branch.part(classes, self._ctx.ipc)
             real = branch.class_means(index, plan, self._real_statistics, classes)
-            images = self._images.detach()[rows].requires_grad_(True)
-            augmented = branch.augmented(images, plan, self._class_labels[rows])
-            loss, outer = self._graphs(self._loss_and_gradient, (augmented.detach(), *real))
-            (gradient[rows],) = torch.autograd.grad(augmented, images, outer)
+            images = self._images.detach()[part.here].requires_grad_(True)
+            augmented = branch.augmented(images, plan, self._class_labels[part.here], classes)
+            compute = partial(self._loss_and_gradient, part)
+            args = (branch.padded(augmented.detach(), part), *real)
+            loss, outer = compute(*args) if part.is_padded else self._graphs(compute, args)
+            (gradient[part.here],) = torch.autograd.grad(augmented, images, part.kept(outer))
             total += loss
         self._images.grad = gradient
         self._optimizer.step()
@@ -104,11 +109,14 @@ class MeanMatching(ImagesEngine):
         results: tuple[Tensor, ...] = self._real_graphs(partial(self._compiled, net), (images,))
         return results
 
-    def _loss_and_gradient(self, images: Tensor, *real: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the loss of augmented images of some classes [G * ipc, C, H, W], and its gradient."""
+    def _loss_and_gradient(self, part: Part, images: Tensor, *real: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss of a part of the augmented images [n, C, H, W], and its gradient.
+
+        `images` are those of some classes [G * ipc, C, H, W], in a shard among blanks.
+        """
         images = images.detach().requires_grad_(True)
-        synthetic = self._statistics(self._branch.net, images)
-        sizes = (len(images) // self._ctx.ipc, self._ctx.ipc, -1)
+        synthetic = [part.kept(values) for values in self._statistics(self._branch.net, images)]
+        sizes = (len(real[0]), self._ctx.ipc, -1)
         loss = self._loss(real, [values.view(sizes).mean(1) for values in synthetic])
         return loss.detach(), torch.autograd.grad(loss, images)[0]
 
@@ -118,12 +126,25 @@ def squared_distance(real: Sequence[Tensor], synthetic: Sequence[Tensor]) -> Ten
     return (real[0] - synthetic[0]).square().sum()
 
 
-def means_method(config_class: type[MatchingConfig], statistics: Statistics) -> type[Distiller]:
+def specs_of(ctx: DistillContext, config: ImagesConfig) -> list[PoolSpec]:
+    """Return the pool entries that the initial images need."""
+    return initial_specs(ctx, config.init)
+
+
+def coupling_of(config: Config, arch: str) -> str | None:
+    """Return why classes depend on each other where networks match in train mode."""
+    return coupling_by_norm(arch)
+
+
+def means_method(
+    config_class: type[MatchingConfig], statistics: Statistics, coupling: Coupling | None = None
+) -> type[Distiller]:
     """Return a method that minimises `squared_distance` of class means of `statistics`.
 
     Args:
         config_class: its settings.
         statistics: per-sample statistic of images under a network, as a tuple of one [N, D].
+        coupling: as `make_method` takes it; default: not declared.
     """
 
     def preset(name: str, target: Target) -> dict[str, Any]:
@@ -132,4 +153,4 @@ def means_method(config_class: type[MatchingConfig], statistics: Statistics) -> 
     def start(ctx: DistillContext, config: MatchingConfig) -> MeanMatching:
         return MeanMatching(ctx, config, statistics, squared_distance)
 
-    return make_method(config_class, preset, start)
+    return make_method(config_class, preset, start, specs_of=specs_of, coupling=coupling)

@@ -18,8 +18,10 @@ from torch import Tensor
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.artifact.partition import Partition, Resize, compose, expand
 from ddray.distillation.method import DistillContext, MethodConfig, Target
-from ddray.methods.families.matching.batches import Init, RealBranch, initial_images, step_graphs
+from ddray.distillation.shards import Part
+from ddray.methods.families.matching.batches import RealBranch, step_graphs
 from ddray.methods.families.matching.groups import rows_of
+from ddray.methods.families.matching.initial import Init, initial_images
 from ddray.methods.families.state import images_state, load_images_state
 from ddray.nets import Net
 from ddray.system.transfer import to_device
@@ -78,9 +80,9 @@ class LearnedImages:
         self._raw = config.unit_pixels and ctx.space.kind != "zca"
         pixels = ctx.space.decode(images) if self._raw else images
         self.pixels = pixels.to(ctx.device).contiguous().requires_grad_(True)
-        self._low = float(ctx.split.images.min()) if is_sound else 0.0
+        self._low = _minimum(ctx) if is_sound else 0.0
         self._high = math.inf if is_sound else 1.0
-        self.labels = torch.arange(ctx.dataset.num_classes).repeat_interleave(ctx.ipc)
+        self.labels = torch.arange(ctx.classes.start, ctx.classes.stop).repeat_interleave(ctx.ipc)
         self.optimizer = torch.optim.SGD([self.pixels], lr=config.lr_img, momentum=config.momentum)
 
     @torch.no_grad()
@@ -99,6 +101,13 @@ class LearnedImages:
         self.optimizer.step()
 
 
+def _minimum(ctx: DistillContext) -> float:
+    """Return the smallest value of all real images, of other shards' too."""
+    if ctx.shard is not None and ctx.shard.minimum is not None:
+        return ctx.shard.minimum
+    return float(ctx.split.images.min())
+
+
 @dataclass(frozen=True)
 class StepDraw:
     """The images and the augmentation of one step."""
@@ -106,7 +115,7 @@ class StepDraw:
     index: Tensor
     """Real images [K * n], class-sorted."""
     plan: DsaPlan | None
-    """Augmentation parameters, a set per class; None: no augmentation."""
+    """Augmentation parameters, a set for every class; None: no augmentation."""
     syn_index: Tensor | None
     """Mini-images [K * m], class-sorted; None: all."""
 
@@ -114,8 +123,8 @@ class StepDraw:
 class FeaturePairs:
     """Batches of real images and of the `learned` ones under one augmentation, and features of the real ones.
 
-    `net` computes all features; its weights are swapped in place. `classes` are a range of classes. Attribute
-    `per_class` counts the mini-images of a class in a step.
+    `net` computes all features; its weights are swapped in place. `classes` are a range of classes, of which
+    a shard takes its own. Attribute `per_class` counts the mini-images of a class in a step.
     """
 
     def __init__(self, ctx: DistillContext, config: PartitionedConfig, learned: LearnedImages) -> None:
@@ -124,22 +133,28 @@ class FeaturePairs:
         self.per_class = min(learned.parts, config.batch_syn)
         self._branch = RealBranch(ctx, config.batch_real, config.augment, config.strategy)
         self.batches, self.net = self._branch.batches, self._branch.net.requires_grad_(False)
-        self.renew = self._branch.renew
-        self.num_classes = ctx.dataset.num_classes
+        self.renew, self.padded = self._branch.renew, self._branch.padded
+        self.num_classes, self._all_classes = len(ctx.classes), ctx.dataset.num_classes
+        self._classes = slice(ctx.classes.start, ctx.classes.stop)
         self._embed_real = compiled(embedding, on=ctx.compile)
         self._real_graphs = step_graphs(ctx)
-        self._labels_syn = torch.arange(self.num_classes).repeat_interleave(learned.parts)
+        labels = torch.arange(ctx.classes.start, ctx.classes.stop)
+        self._labels_syn = labels.repeat_interleave(learned.parts)
 
     def groups(self) -> list[slice]:
         """Return ranges of classes that fit the memory budget in the network's mode (train or eval)."""
         return self._branch.groups(partial(embedding, self.net), self.per_class)
+
+    def part(self, classes: slice, per_class: int = 1) -> Part:
+        """Return which of a group's classes, or of `per_class` samples of each, are the context's."""
+        return self._branch.part(classes, per_class)
 
     def draw(self, generator: torch.Generator) -> StepDraw:
         """Draw real images, augmentation and, where there are more than `batch_syn`, mini-images."""
         index, plan = self._branch.draw(generator)
         syn_index = None
         if self._learned.parts > self._batch_syn:
-            keys = torch.rand(self.num_classes, self._learned.parts, generator=generator)
+            keys = torch.rand(self._all_classes, self._learned.parts, generator=generator)[self._classes]
             first = torch.arange(self.num_classes)[:, None] * self._learned.parts
             syn_index = (keys.argsort(1)[:, : self._batch_syn] + first).flatten()
         return StepDraw(index, plan, syn_index)
@@ -147,27 +162,27 @@ class FeaturePairs:
     @torch.no_grad()
     def real(self, draw: StepDraw, classes: slice) -> Tensor:
         """Return the features [G, n, D] of the real images, taken chunk by chunk where samples do not mix."""
-        part = rows_of(classes, self.batches.per_class)
-        index, whole = draw.index[part], torch.empty(0)
-        for rows, images in self._branch.chunks(index, draw.plan, self.batches.labels_cpu[part]):
-            values = self._real_graphs(partial(self._embed_real, self.net), (images,))
+        here, num, whole = self.part(classes).here, self.batches.per_class, torch.empty(0)
+        num_classes = here.stop - here.start
+        for part, images in self._branch.passes(draw.index, draw.plan, classes):
+            values = part.kept(self._real_graphs(partial(self._embed_real, self.net), (images,)))
             if not len(whole):  # concatenating a list would take the memory twice
-                whole = values.new_empty(len(index), values.shape[1])
-            whole[rows] = values
-        return by_class(whole, classes.stop - classes.start)
+                whole = values.new_empty(num * num_classes, values.shape[1])
+            whole[part.here] = values
+        return by_class(whole, num_classes)
 
     def synthetic(self, draw: StepDraw, pixels: Tensor, classes: slice) -> Tensor:
         """Return the draw's mini-images [G * m, C, H, W] as the network sees them.
 
         Differentiable with respect to `pixels`, those of the classes' learned images [G * ipc, C, H, W].
         """
-        learned = self._learned
+        learned, here = self._learned, self.part(classes).here
         images = expand(learned.encoded(pixels), learned.partition)
-        labels = self._labels_syn[rows_of(classes, learned.parts)]
+        labels = self._labels_syn[rows_of(here, learned.parts)]
         if draw.syn_index is not None:
-            index = draw.syn_index[rows_of(classes, self._batch_syn)] - classes.start * learned.parts
+            index = draw.syn_index[rows_of(here, self._batch_syn)] - here.start * learned.parts
             images, labels = images[to_device(index, images.device)], labels[index]
-        return self._branch.augmented(images, draw.plan, labels)
+        return self._branch.augmented(images, draw.plan, labels, classes)
 
 
 def embedding(net: Net, images: Tensor) -> Tensor:
@@ -187,6 +202,7 @@ class PartitionedEngine:
         self._learned = LearnedImages(ctx, config)
         self._pairs = FeaturePairs(ctx, config, self._learned)
         self._graphs = step_graphs(ctx)
+        self._part = Part(slice(0), slice(0))
 
     @cached_property
     def _groups(self) -> list[slice]:
@@ -195,9 +211,14 @@ class PartitionedEngine:
     def _loss(self, images: Tensor, real: Tensor, *others: Tensor) -> Tensor:
         """Return the loss of some classes' mini-images [G * m, C, H, W] and real features [G, n, D].
 
-        A function of its arguments and the network's weights alone; `others` are what `_others` returns.
+        A function of its arguments and the network's weights alone; `others` are what `_match` gets. In a
+        shard there may be blanks among the images: see `_embedded`.
         """
         raise NotImplementedError
+
+    def _embedded(self, images: Tensor, num_classes: int) -> Tensor:
+        """Return the embeddings [G, m, D] of some classes' mini-images, without those of blanks."""
+        return by_class(self._part.kept(embedding(self._pairs.net, images)), num_classes)
 
     def _real(self, draw: StepDraw, classes: slice) -> Tensor:
         """Return the features [G, n, D] of the classes' real images."""
@@ -206,19 +227,22 @@ class PartitionedEngine:
     def _match(self, draw: StepDraw, others: Callable[[slice], Sequence[Tensor]] = lambda _: ()) -> Tensor:
         """Take a step of the pixels along the gradient of the loss, group by group; return the loss.
 
-        `others` gives what else `_loss` takes for a range of classes.
+        `others` gives what else `_loss` takes for a range of the context's classes, counted from the first.
         """
         learned, pairs = self._learned, self._pairs
         gradient = torch.empty_like(learned.pixels)
         total = torch.zeros((), device=gradient.device)
         for classes in self._groups:
-            rows = rows_of(classes, self._ctx.ipc)
+            here = pairs.part(classes).here
+            rows = rows_of(here, self._ctx.ipc)
             real = self._real(draw, classes)
             pixels = learned.pixels.detach()[rows].requires_grad_(True)
             images = pairs.synthetic(draw, pixels, classes)
-            args = (images.detach(), real, *others(classes))
-            loss, outer = self._graphs(self._loss_and_gradient, args)
-            (gradient[rows],) = torch.autograd.grad(images, pixels, outer)
+            self._part = part = pairs.part(classes, pairs.per_class)
+            args = (pairs.padded(images.detach(), part), real, *others(here))
+            compute = self._loss_and_gradient
+            loss, outer = compute(*args) if part.is_padded else self._graphs(compute, args)
+            (gradient[rows],) = torch.autograd.grad(images, pixels, part.kept(outer))
             total += loss
         learned.update(gradient)
         return total

@@ -70,11 +70,14 @@ def stored_features(ctx: DistillContext, entries: Sequence[PoolEntry]) -> Stored
     """
     whole = ctx.split_name == "train"
     features = [entry.tensors["features"] for entry in entries if "features" in entry.tensors]
-    if not features or len(features) < len(entries) or (whole and len(features[0]) != len(ctx.split)):
+    if not features or len(features) < len(entries) or (whole and len(features[0]) != len(ctx.whole)):
         return None
+    rows = search_rows(ctx.whole, seed=ctx.search_seed) if whole else None
+    if ctx.shard is not None:  # no more than its own images' are needed
+        present = ctx.shard.rows if rows is None else rows[ctx.shard.rows]
+        features, rows = [tensor[present] for tensor in features], None
     if ctx.device.type == "cuda":
         size = sum(tensor.numel() * tensor.element_size() for tensor in features)
         if 2 * size <= torch.cuda.mem_get_info(ctx.device)[0]:
             features = [tensor.to(ctx.device) for tensor in features]
-    rows = search_rows(ctx.split, seed=ctx.search_seed).to(features[0].device) if whole else None
-    return StoredFeatures(features, rows)
+    return StoredFeatures(features, None if rows is None else rows.to(features[0].device))

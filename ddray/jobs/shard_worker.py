@@ -1,0 +1,269 @@
+"""What a worker does for a sharded distillation: prepare it, train a pool entry, distil a shard."""
+
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ddray.artifact.reading import load
+from ddray.data import Dataset, PixelSpace, Split, SplitName, open_dataset
+from ddray.distillation.loop import Distillation, run_distillation
+from ddray.distillation.method import DistillContext
+from ddray.distillation.shards import Shard, join_sets, shard_classes
+from ddray.errors import InputError
+from ddray.jobs.context import declared_specs, make_context, make_distiller
+from ddray.jobs.plan import Plan, RunConfig
+from ddray.methods import get_method
+from ddray.pool.files import DamagedEntryError, PoolFiles
+from ddray.pool.local import LocalPool
+from ddray.pool.spec import PoolSpec
+from ddray.runs.folder import Run
+from ddray.runs.ledger import Ledger, Row, Unit
+from ddray.system.files import file_sha256, home, write_text
+from ddray.system.memory import memory_budget
+from ddray.system.worker import worker_device
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """What the units of a sharded run share: a plan in plain values, and where it is run.
+
+    Attributes:
+        run_dir: absolute path of the run.
+        epoch: run epoch to publish under.
+        device: kind of device of the workers.
+        split: what is distilled.
+        plan: the plan, without its configuration and its dataset.
+        config: its configuration.
+        dataset: name that the dataset is opened by.
+        data_dir: where datasets are.
+        fingerprint: of the driver's copy of the dataset.
+        opened: the dataset, for units that run in the driver's process.
+    """
+
+    run_dir: str
+    epoch: int
+    device: str
+    split: SplitName
+    plan: Mapping[str, Any]
+    config: Mapping[str, Any]
+    dataset: str
+    data_dir: Path | None
+    fingerprint: str
+    opened: Dataset | None = None
+
+    def resolved(self) -> Plan:
+        """Return the plan on this process's copy of the dataset."""
+        dataset = self.opened or open_dataset(self.dataset, data_dir=self.data_dir)
+        config_type = get_method(self.plan["method"]).config_type
+        config = RunConfig[config_type].parse(self.config)  # type: ignore[valid-type]
+        return Plan(dataset=dataset, config=config, **self.plan)
+
+
+def shard_job(
+    plan: Plan, split: SplitName, run: Run, *, device: str, data_dir: Path | None, here: bool
+) -> ShardJob:
+    """Return the job of a plan; `here`: its units run in this process."""
+    return ShardJob(
+        run_dir=str(run.folder),
+        epoch=run.epoch,
+        device=device,
+        split=split,
+        plan={"method": plan.method, "ipc": plan.ipc, "seed": plan.seed, "budget": plan.budget},
+        config=plan.config.dump(),
+        dataset=plan.dataset.name,
+        data_dir=data_dir,
+        fingerprint=plan.dataset.fingerprint,
+        opened=plan.dataset if here else None,
+    )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What all shards need of the whole split, computed once.
+
+    Attributes:
+        zca: mean [D] and matrix [D, D] of whitened pixels, as NumPy arrays (docs/ray.md, 11), or empty.
+        memory_budget: bytes of a part of a step: the parts of all shards are those of one unsharded run.
+        minimum: the smallest pixel of spectrograms.
+        missing: specs of pool entries that are still to be trained.
+    """
+
+    zca: Mapping[str, np.ndarray[Any, Any]]
+    memory_budget: int
+    minimum: float | None
+    missing: tuple[dict[str, Any], ...]
+
+
+def prepare(job: ShardJob) -> Prepared:
+    """Fit the pixel space, and find out which pool entries are missing.
+
+    Raises:
+        InputError: the plan does not fit, or this node's dataset is not the driver's.
+    """
+    ctx, plan = _whole_context(job)
+    space, images = ctx.space, ctx.split.images
+    zca = {"zca_mean": space.zca_mean, "zca_matrix": space.zca_matrix} if space.kind == "zca" else {}
+    return Prepared(
+        zca={name: value.numpy() for name, value in zca.items() if value is not None},
+        memory_budget=memory_budget(ctx.device, plan.config.memory_budget),
+        minimum=float(images.min()) if images.is_floating_point() else None,
+        missing=tuple(spec.dump() for spec in declared_specs(plan, ctx) if not _has_entry(spec)),
+    )
+
+
+def train_entry(job: ShardJob, spec: Mapping[str, Any]) -> None:
+    """Train a pool entry on the whole split, unless another process has."""
+    _whole_context(job)[0].pool.get([PoolSpec.parse(spec)])
+
+
+def _whole_context(job: ShardJob) -> tuple[DistillContext, Plan]:
+    plan = job.resolved()
+    if plan.dataset.fingerprint != job.fingerprint:
+        raise InputError(
+            f"{job.dataset} must be the same on every node, this one has {plan.dataset.fingerprint[:12]}, "
+            f"the driver {job.fingerprint[:12]}; give all nodes the same --data-dir"
+        )
+    split, _ = job.split.carve(plan.dataset.train())
+    device = worker_device(job.device)
+    return make_context(plan, split, split_name=str(job.split), device=device), plan
+
+
+def _has_entry(spec: PoolSpec) -> bool:
+    try:
+        return PoolFiles(home() / "pool").read(spec.key) is not None
+    except DamagedEntryError:  # the next `get` repairs it
+        return False
+
+
+def shard_units(unit: Unit, num_classes: int, num_shards: int) -> list[Unit]:
+    """Return the ledger units of the shards of a distillation."""
+    return [
+        Unit(kind="shard", spec={**unit.spec, "classes": [classes.start, classes.stop]})
+        for classes in shard_classes(num_classes, num_shards)
+    ]
+
+
+def run_shard(job: ShardJob, prepared: Prepared, unit: Unit) -> None:
+    """Distil a shard from where its checkpoint is, write its set, and publish its row.
+
+    Raises:
+        DivergedError: the loss became NaN.
+        StorageError: a file can't be written.
+    """
+    begin = time.perf_counter()
+    ledger = Ledger(Path(job.run_dir))
+    if ledger.row(unit.key) is not None:
+        return
+    plan, ctx = _shard_context(job, prepared, range(*unit.spec["classes"]))
+    checkpoint = ledger.run_dir / "checkpoints" / f"{unit.key}.pt"
+    distillation = run_distillation(make_distiller(plan), ctx, checkpoint=checkpoint)
+    # Of a late worker's files and these, either are the unit's: both have the same bytes.
+    path = shard_file(ledger.run_dir, unit.key)
+    distillation.distilled.save(path)
+    write_text(path.with_suffix(".json"), json.dumps(distillation.losses.tolist()))
+    first, final = distillation.edge_losses()
+    result = {
+        "artifact": str(path.relative_to(ledger.run_dir)),
+        "sha256": file_sha256(path),
+        "steps": len(distillation.losses),
+        "resumed_from_step": distillation.resumed_from_step,
+        "seconds_per_step": distillation.seconds_per_step,
+        "first_loss": first,
+        "final_loss": final,
+        "pool_s": distillation.pool_s,
+        "measures": dict(distillation.measures),
+        **distillation.costs(),
+    }
+    ledger.publish(unit, Row.done(unit, result, time.perf_counter() - begin), epoch=job.epoch)
+
+
+def shard_file(run_dir: Path, key: str) -> Path:
+    """Return the file of a shard's set."""
+    return run_dir / "shards" / f"{key}.pt"
+
+
+def _shard_context(job: ShardJob, prepared: Prepared, classes: range) -> tuple[Plan, DistillContext]:
+    """Return plan and context of a shard; the rest of the dataset is let go of, if it was opened here."""
+    plan = job.resolved()
+    train = plan.dataset.train()
+    rows = torch.arange(len(train)).view(-1, 1, 1, 1)
+    whole, _ = job.split.carve(Split(rows, train.labels))
+    shard = Shard(classes, whole.labels, prepared.minimum)
+    split = train.select(whole.images.flatten()[shard.rows])
+    del train
+    dataset = replace(plan.dataset, load_train=_no_more, load_test=_no_more)
+    dataset.__dict__["fingerprint"] = job.fingerprint
+    plan = replace(plan, dataset=dataset)
+    kind, zca = plan.config.pixel_space, {name: torch.tensor(part) for name, part in prepared.zca.items()}
+    ctx = make_context(
+        plan,
+        split,
+        split_name=str(job.split),
+        device=worker_device(job.device),
+        space=PixelSpace(kind, dataset.mean, dataset.std, **zca),
+        pool=LocalPool(_no_more),
+        shard=shard,
+    )
+    return plan, replace(ctx, memory_budget=prepared.memory_budget)
+
+
+def _no_more(*_: Any) -> Any:
+    raise InputError("a shard has its own classes' images alone, and its pool entries are trained before it")
+
+
+def drop_unsound(ledger: Ledger, units: Iterable[Unit]) -> list[Unit]:
+    """Return the units that are still to be run; rows whose files are gone or changed are set aside."""
+    missing = []
+    for unit in units:
+        row = ledger.row(unit.key)
+        path = shard_file(ledger.run_dir, unit.key)
+        if row is not None and not (path.is_file() and file_sha256(path) == row.result.get("sha256")):
+            ledger.withdraw(unit.key, "damaged")
+            row = None
+        if row is None:
+            missing.append(unit)
+    return missing
+
+
+def joined(ledger: Ledger, units: Sequence[Unit], wall_s: float) -> Distillation:
+    """Return the distillation of all classes from the rows and files of its shards.
+
+    Its losses are the sums of the shards', in float64; where steps are those of classes (D3HR), one shard's
+    follow the other's. Its seconds are those of all devices, its peak memory the largest.
+    """
+    rows = [row for unit in units if (row := ledger.row(unit.key)) is not None]
+    files = [shard_file(ledger.run_dir, unit.key) for unit in units]
+    losses = [
+        torch.tensor(json.loads(path.with_suffix(".json").read_text("utf-8")), dtype=torch.float64)
+        for path in files
+    ]
+    takes_steps = rows[0].spec["steps"] > 0
+    results = [row.result for row in rows]
+    return Distillation(
+        distilled=join_sets([load(path) for path in files]),
+        losses=torch.stack(losses).sum(0) if takes_steps else torch.cat(losses),
+        resumed_from_step=min(result["resumed_from_step"] for result in results),
+        wall_s=wall_s,
+        seconds_per_step=_over(max, results, "seconds_per_step"),
+        seconds=_over(sum, results, "seconds"),
+        pool_s=max(result["pool_s"] for result in results),
+        peak_memory_bytes=_over(max, results, "peak_memory_bytes"),
+        precision=results[0].get("precision"),
+        half_memory_budget=any(result.get("half_memory_budget") for result in results),
+        measures={
+            name: sum(result["measures"][name] for result in results) / len(results)
+            for name in results[0]["measures"]
+        },
+    )
+
+
+def _over(combine: Any, results: Sequence[Mapping[str, Any]], name: str) -> Any:
+    """Return the sum or the maximum of the shards' values; None if one is not known."""
+    values = [result.get(name) for result in results]
+    return None if None in values else combine(values)

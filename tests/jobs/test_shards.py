@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ddray.cluster.shards import distill_on
+from ddray.errors import DivergedError, InputError
+from ddray.jobs import shard_worker
+from ddray.jobs.distill import DistillResult, distill
+from ddray.jobs.options import DistillOptions, ShardOptions
+from ddray.jobs.plan import Plan, resolve
+from ddray.runs.ledger import Ledger
+
+SMALL = {"arch": "convnet2_w8", "compile": "off", "steps": 4, "checkpoint_every": 2}
+DM = {"method": {"batch_real": 4}}
+
+
+def plan_of(digits: Any, name: str = "dm", **settings: Any) -> Plan:
+    size = {"budget": 40} if name == "krr_st" else {"ipc": 1}
+    return resolve(name, digits, layers=[{**SMALL, **settings}], **size)
+
+
+def in_shards(plan: Plan, num: int, run_dir: Path, *, more_steps: bool = False, **how: Any) -> DistillResult:
+    options = DistillOptions(run_dir=run_dir, device="cpu", **how)
+    return distill_on(plan, options, ShardOptions(shards=num, executor="local"), more_steps)
+
+
+def unsharded(plan: Plan, run_dir: Path) -> DistillResult:
+    return distill(plan, device=torch.device("cpu"), run_dir=run_dir)
+
+
+def test_shards_are_rows_and_their_set_is_the_unsharded_runs(digits: Any, tmp_path: Path) -> None:
+    plan = plan_of(digits, **DM)
+    whole = unsharded(plan, tmp_path / "whole")
+
+    result = in_shards(plan, 3, tmp_path / "run", out=tmp_path / "out.pt")
+
+    assert Path(result["artifact"]).read_bytes() == Path(whole["artifact"]).read_bytes()
+    assert result["artifact"] == str(tmp_path / "out.pt")
+    ledger = Ledger(tmp_path / "run")
+    rows = sorted(ledger.rows("shard"), key=lambda row: row.spec["classes"])
+    assert [row.spec["classes"] for row in rows] == [[0, 3], [3, 6], [6, 10]]
+    seconds = [row.result["seconds"] for row in rows]
+    assert result["seconds"] == pytest.approx(sum(seconds))
+    assert result["peak_memory_bytes"] == max(row.result["peak_memory_bytes"] for row in rows)
+    assert result["shards"] == 3
+    assert result["final_loss"] == pytest.approx(whole["final_loss"])
+    assert result["storage_floats"] == whole["storage_floats"]
+    (row,) = ledger.rows("distill")
+    (expected,) = Ledger(tmp_path / "whole").rows()
+    assert row.key == expected.key
+    curves = [json.loads((tmp_path / name / "distilled.json").read_text()) for name in ("run", "whole")]
+    assert [point[0] for point in curves[0]["losses"]] == [point[0] for point in curves[1]["losses"]]
+    starts = [event["key"] for event in ledger.events() if event["event"] == "start"]
+    assert sorted(starts) == sorted(row.key for row in ledger.rows())
+
+
+def test_a_resumed_run_repeats_no_finished_shard_and_goes_on_in_the_others(
+    digits: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, run = plan_of(digits, **DM), tmp_path / "run"
+    whole = unsharded(plan, tmp_path / "whole")
+    steps: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_worker, "run_distillation", _interrupted(shard_worker.run_distillation, steps))
+        with pytest.raises(DivergedError):
+            in_shards(plan, 3, run)
+    before = {path.name: path.stat().st_mtime_ns for path in (run / "ledger").glob("*.json")}
+    assert len(before) == 1
+    assert not (run / "distilled.pt").exists()
+
+    result = in_shards(plan, 3, run, resume=True)
+
+    assert Path(result["artifact"]).read_bytes() == Path(whole["artifact"]).read_bytes()
+    after = {path.name: path.stat().st_mtime_ns for path in (run / "ledger").glob("*.json")}
+    assert before.items() <= after.items()
+    resumed = sorted(row.result["resumed_from_step"] for row in Ledger(run).rows("shard"))
+    assert resumed == [0, 0, 2]
+    again = in_shards(plan, 3, run, resume=True)
+    assert {path.name: path.stat().st_mtime_ns for path in (run / "ledger").glob("*.json")} == after
+    assert again["seconds"] == result["seconds"]
+
+
+def _interrupted(run: Any, calls: list[int]) -> Any:
+    """Return a run whose second call stops after two of its steps."""
+
+    def call(distiller: Any, ctx: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) < 2:
+            return run(distiller, ctx, **options)
+        run(distiller, ctx, **options, until=2)
+        raise DivergedError("stopped")
+
+    return call
+
+
+def test_a_damaged_shard_is_run_again(digits: Any, tmp_path: Path) -> None:
+    plan, run = plan_of(digits, **DM), tmp_path / "run"
+    first = Path(in_shards(plan, 2, run)["artifact"]).read_bytes()
+    damaged = next(iter((run / "shards").glob("*.pt")))
+    damaged.write_bytes(b"torn")
+
+    again = in_shards(plan, 2, run, resume=True)
+
+    assert Path(again["artifact"]).read_bytes() == first
+    assert (run / "ledger" / f"{damaged.stem}.damaged").is_file()
+
+
+def test_a_run_is_extended_shard_by_shard(digits: Any, tmp_path: Path, caplog: Any) -> None:
+    in_shards(plan_of(digits, **DM), 2, tmp_path / "run")
+    longer = plan_of(digits, **{**DM, "steps": 6})
+
+    result = in_shards(longer, 2, tmp_path / "run", resume=True, more_steps=True)
+
+    whole = unsharded(longer, tmp_path / "whole")
+    assert Path(result["artifact"]).read_bytes() == Path(whole["artifact"]).read_bytes()
+    assert result["resumed_from_step"] == 4
+    assert "no checkpoint" not in caplog.text
+
+
+def test_networks_of_the_pool_are_trained_once_before_the_shards(digits: Any, tmp_path: Path) -> None:
+    pool = {"pool": {"num_models": 2, "epochs": 1}, "batch_real": 4}
+    result = in_shards(plan_of(digits, "dsdm", method=pool), 2, tmp_path / "run")
+
+    rows = Ledger(tmp_path / "run").rows("shard")
+    assert result["seconds_with_pool"] > result["seconds"]
+    assert result["seconds_with_pool"] - result["seconds"] == pytest.approx(rows[0].result["pool_s"])
+
+
+@pytest.mark.parametrize(
+    ("method", "num", "settings", "message"),
+    [
+        ("idm", 2, {}, "idm's are not: its queue of networks"),
+        ("dm", 2, {"arch": "convnet2_w8_bn"}, "dm's are not: the batch norm of convnet2_w8_bn"),
+        ("krr_st", 2, {}, "krr_st's are not: it learns from all images together"),
+        ("dm", 11, {}, r"--shards must be in 1..10 \(the classes of digits\), got 11"),
+        ("dm", 2, {"evaluate": {"every": 2}}, "evaluate.every must be left out"),
+        ("dm", 2, {"precision": "auto"}, "precision must be"),
+    ],
+)
+def test_what_shards_cannot_give_is_refused_before_anything_is_written(
+    method: str, num: int, settings: dict[str, Any], message: str, digits: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        in_shards(plan_of(digits, method, **settings), num, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cpus_per_shard": 2.0}, "--cpus-per-shard must be left out without --shards"),
+        ({"shards": 2, "executor": "local", "address": "auto"}, "--address must be left out with --executor"),
+        ({"shards": 0}, "--shards"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        ShardOptions.pick(options)
+
+
+def test_other_shards_are_another_configuration(digits: Any, tmp_path: Path) -> None:
+    plan = plan_of(digits, **DM)
+    in_shards(plan, 2, tmp_path / "run")
+    with pytest.raises(InputError, match="changed: shards: 2 -> 3"):
+        in_shards(plan, 3, tmp_path / "run", resume=True)
