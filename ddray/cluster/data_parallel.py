@@ -153,15 +153,17 @@ def _fit(job: ParallelJob) -> dict[str, Any]:
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    worker: Any = train_worker
+    run_config: Any = RunConfig  # its stubs are of Ray Train's first version
     trainer = TorchTrainer(
-        train_worker,
+        worker,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(
             num_workers=job.num_workers,
             use_gpu=job.gpus > 0,
             resources_per_worker={"CPU": job.cpus, **({"GPU": job.gpus} if job.gpus else {})},
         ),
-        run_config=RunConfig(
+        run_config=run_config(
             name=job.folder.name,
             storage_path=str(job.folder.parent),
             failure_config=FailureConfig(max_failures=MAX_ATTEMPTS - 1),

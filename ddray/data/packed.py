@@ -57,14 +57,14 @@ class PackedImages(Tensor):
         """Name rows of a file."""
         rows = np.arange(len(_mapped(file))) if rows is None else rows
         shape = _mapped(file).shape[1:] if shape is None else shape
-        self: Self = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        self: Self = Tensor._make_wrapper_subclass(
             cls, (len(rows), *shape), dtype=torch.uint8
         )
         self._file, self._rows = file, rows
         return self
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if function._schema.is_mutable:
@@ -83,7 +83,7 @@ class PackedImages(Tensor):
     def __deepcopy__(self, memo: object) -> Self:
         return self  # it can't change
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"PackedImages({str(self._file)!r}, {list(self.shape)})"
 
     def rows(self, index: Tensor) -> PackedImages:

@@ -275,7 +275,7 @@ def _decode(
 
 def _write(handle: int, pixels: np.ndarray[Any, Any], offset: int) -> None:
     """Write images at an offset; the file system may take them in pieces."""
-    data = memoryview(pixels).cast("B")
+    data = pixels.data.cast("B")
     while data:
         written = os.pwrite(handle, data, offset)
         data, offset = data[written:], offset + written

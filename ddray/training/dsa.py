@@ -123,7 +123,7 @@ class Dsa:
             params[: len(sets)] if index is None else params.index_select(0, to_device(sets, params.device))
         )
         choices = plan.choices[sets]
-        drawn = (choices if among is None else plan.choices[among]).unique_consecutive()
+        drawn = torch.unique_consecutive(choices if among is None else plan.choices[among])
         if len(self._drawn) <= 1 or len(drawn) == 1:
             augmented = self._chain(images, rows, sets, int(choices[0]))
         else:

@@ -213,7 +213,8 @@ class Step:
             return self._loss_sum / max(1, self._num_rows)
         rows = self._loss_sum.new_full((), self._num_rows)
         loss_sum, num_rows = self._team.sum(torch.stack([self._loss_sum, rows]))
-        return loss_sum / num_rows.clamp(min=1)
+        mean: Tensor = loss_sum / num_rows.clamp(min=1)
+        return mean
 
     def forget_loss(self) -> None:
         """Let `mean_loss` begin anew."""

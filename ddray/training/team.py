@@ -53,7 +53,7 @@ class Team:
             for tensor in (*net.parameters(), *net.buffers()):
                 dist.broadcast(tensor, 0)
         if any(tensor.device.type == "cuda" for tensor in net.parameters()):
-            nn.SyncBatchNorm.convert_sync_batchnorm(net)
+            nn.SyncBatchNorm.convert_sync_batchnorm(net)  # type: ignore[no-untyped-call]
             return
         for module in net.modules():
             if isinstance(module, _BatchNorm):
@@ -70,7 +70,7 @@ class Team:
         grads = [param.grad for param in params if param.grad is not None]
         flat = torch.cat([grad.flatten() for grad in grads])
         dist.all_reduce(flat)
-        for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+        for grad, part in zip(grads, torch.split(flat, [grad.numel() for grad in grads]), strict=True):
             grad.copy_(part.view_as(grad))
 
     def sum(self, value: Tensor) -> Tensor:
