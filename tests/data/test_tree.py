@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -289,13 +291,20 @@ def test_links_that_lead_back_end_with_a_line(tmp_path: Path, caplog: pytest.Log
     )
 
 
-def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     classes(tmp_path / "set")
     closed = tmp_path / "set" / "a" / "closed"
     closed.mkdir()
     closed.chmod(0)
-    if os.access(closed, os.R_OK):
-        pytest.skip("root reads everything")
+    if os.access(closed, os.R_OK):  # root reads everything: refused to it as to others
+        scandir = os.scandir
+
+        def refusing(folder: Any) -> Any:
+            if Path(folder) == closed:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+            return scandir(folder)
+
+        monkeypatch.setattr(os, "scandir", refusing)
     try:
         with pytest.raises(InputError, match=r"folders .* must be readable, got .*closed"):
             open_dataset(str(tmp_path / "set"))

@@ -6,9 +6,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import optuna
 import pytest
-from hypothesis import given
 from hypothesis import strategies as st
 
 from ddray.errors import InputError
@@ -36,7 +36,9 @@ def ranges(draw: Any) -> Range:
     return Range(kind, low, high)
 
 
-@given(value_range=ranges(), other=ranges(), seed=st.integers(0, 2**62), trial_number=st.integers(0, 10**6))
+@hypothesis.given(
+    value_range=ranges(), other=ranges(), seed=st.integers(0, 2**62), trial_number=st.integers(0, 10**6)
+)
 def test_a_sample_is_a_pure_function_of_seed_and_number_and_lies_in_range(
     value_range: Range, other: Range, seed: int, trial_number: int
 ) -> None:
@@ -50,7 +52,7 @@ def test_a_sample_is_a_pure_function_of_seed_and_number_and_lies_in_range(
         assert isinstance(point["a"], int)
 
 
-@given(value_range=ranges(), seed=st.integers(0, 2**62))
+@hypothesis.given(value_range=ranges(), seed=st.integers(0, 2**62))
 def test_optuna_holds_a_sample_and_gives_it_back(value_range: Range, seed: int) -> None:
     value = sample({"a": value_range}, seed, 0)["a"]
     distribution = value_range.distribution()
@@ -111,7 +113,7 @@ choices = st.dictionaries(
 )
 
 
-@given(choices=choices, data=st.data())
+@hypothesis.given(choices=choices, data=st.data())
 def test_a_grid_is_every_point_once_with_the_papers_first(choices: dict[str, list[int]], data: Any) -> None:
     space = {name: Range("choice", choices=tuple(values)) for name, values in choices.items()}
     paper = {name: data.draw(st.integers(0, 5)) for name in space}

@@ -6,6 +6,7 @@ synthetic images alike.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -190,7 +191,7 @@ def embedding(net: Net, images: Tensor) -> Tensor:
     return net.features(images).embedding
 
 
-class PartitionedEngine:
+class PartitionedEngine(ABC):
     """A method that learns partitioned images: a subclass adds its `step`, which counts in `_step`.
 
     It gives its `_loss` too, a sum over classes. On CUDA what runs under the network are CUDA graphs, as far
@@ -208,13 +209,13 @@ class PartitionedEngine:
     def _groups(self) -> list[slice]:
         return self._pairs.groups()
 
+    @abstractmethod
     def _loss(self, images: Tensor, real: Tensor, *others: Tensor) -> Tensor:
         """Return the loss of some classes' mini-images [G * m, C, H, W] and real features [G, n, D].
 
         A function of its arguments and the network's weights alone; `others` are what `_match` gets. In a
         shard there may be blanks among the images: see `_embedded`.
         """
-        raise NotImplementedError
 
     def _embedded(self, images: Tensor, num_classes: int) -> Tensor:
         """Return the embeddings [G, m, D] of some classes' mini-images, without those of blanks."""
