@@ -57,9 +57,7 @@ class PackedImages(Tensor):
         """Name rows of a file."""
         rows = np.arange(len(_mapped(file))) if rows is None else rows
         shape = _mapped(file).shape[1:] if shape is None else shape
-        self: Self = Tensor._make_wrapper_subclass(
-            cls, (len(rows), *shape), dtype=torch.uint8
-        )
+        self: Self = Tensor._make_wrapper_subclass(cls, (len(rows), *shape), dtype=torch.uint8)
         self._file, self._rows = file, rows
         return self
 
