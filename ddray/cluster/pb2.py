@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -26,15 +25,15 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import pandas as pd
 
-from ddray.distillation.loop import run_distillation
+from ddray.distillation.loop import Distillation
 from ddray.errors import DivergedError, InputError, StorageError, one_line
-from ddray.jobs.context import make_distiller
 from ddray.runs.executor import Task, WorkerPool
 from ddray.runs.ledger import Row
 from ddray.seeding import derive_numpy, derive_seed, forked_numpy
-from ddray.system.files import write_atomically, write_text
+from ddray.system.files import write_text
 from ddray.system.memory import peak_bytes
 from ddray.tuning.payload import Payload
+from ddray.tuning.shards import Schedule, distil, distil_in_shards
 from ddray.tuning.space import Range, Space, sample
 from ddray.tuning.study import write_study
 from ddray.tuning.trial import trial_result
@@ -133,12 +132,18 @@ def _run_segments(
     search: Search, members: Sequence[Member], end: int, payload: Any, workers: WorkerPool, generation: int
 ) -> None:
     """Bring every member to step `end` in parallel; a segment with a file is done."""
-    folder = search.run.folder / "pb2"
+    folder, job = search.run.folder / "pb2", search.job
     paths = [folder / f"{member.number:04d}-generation{generation}.json" for member in members]
-    tasks = [
-        Task(str(member.number), run_segment, (search.job, payload, member, end, path))
+    missing = {
+        str(member.number): (member, path)
         for member, path in zip(members, paths, strict=True)
         if not path.exists()
+    }
+    schedules = {key: _schedule(*one, end) for key, one in (missing.items() if job.shards else ())}
+    joined = distil_in_shards(workers, job, payload, schedules)
+    tasks = [
+        Task(key, run_segment, (job, payload, member, end, path, joined.get(key)))
+        for key, (member, path) in missing.items()
     ]
     errors = {}
     for outcome in workers.run(tasks):
@@ -162,23 +167,35 @@ def _run_segments(
             member.schedule.append({"until": end, "params": dict(member.params)})
 
 
-def run_segment(job: SearchJob, payload: Payload, member: Member, end: int, path: Path) -> None:
+def _schedule(member: Member, path: Path, end: int) -> Schedule:
+    """Return what brings a member to step `end`; step 0 is its initial images."""
+    segments = [{"until": end, "params": member.params}]
+    return Schedule(segments, None, path.with_suffix(".pt"), source=member.state)
+
+
+def run_segment(
+    job: SearchJob,
+    payload: Payload,
+    member: Member,
+    end: int,
+    path: Path,
+    joined: Distillation | Exception | None = None,
+) -> None:
     """Continue from a member's state to step `end`, score on val, write the outcome to `path`.
 
-    Runs in a worker. A diverged segment's outcome is its error; step 0 scores the initial images.
+    Runs in a worker. A diverged segment's outcome is its error; step 0 scores the initial images. `joined` is
+    what its shards have distilled, or why one failed.
     """
     begin, worker = time.perf_counter(), SearchWorker(job, payload)
-    plan, checkpoint = worker.plan(member.params), path.with_suffix(".pt")
-    if member.state is not None and not checkpoint.exists():
-        with member.state.open("rb") as source:
-            write_atomically(checkpoint, lambda file: shutil.copyfileobj(source, file))
     try:
-        distillation = run_distillation(
-            make_distiller(plan), worker.context(plan), checkpoint=checkpoint, until=end
-        )
+        if isinstance(joined, Exception):
+            raise joined
+        before_s = 0.0 if joined is None else joined.seconds or 0.0
+        distillation = distil(worker, _schedule(member, path, end)) if joined is None else joined
+        plan = worker.plan(member.params)
         outcome: dict[str, Any] = {"score": worker.val_score(plan, distillation.distilled)}
         peak = max(distillation.peak_memory_bytes or 0, peak_bytes(worker.device))
-        outcome |= {"device_seconds": time.perf_counter() - begin, "peak_memory_bytes": peak}
+        outcome |= {"device_seconds": before_s + time.perf_counter() - begin, "peak_memory_bytes": peak}
     except DivergedError as error:
         outcome = {"error": str(error)}
     write_text(path, json.dumps({"number": member.number, "until": end, "params": member.params, **outcome}))

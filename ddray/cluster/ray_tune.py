@@ -7,19 +7,23 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import ray
 from ray import tune
-from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig, Tuner
+from ray.tune import Callback, FailureConfig, PlacementGroupFactory, RunConfig, TuneConfig, Tuner
 from ray.tune.logger import TBXLoggerCallback
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
+from ddray.cluster.executor import RayExecutor
 from ddray.cluster.searcher import NumberedSearch, stopped_row
 from ddray.errors import DdrayError, DeviceMissingError, StorageError
 from ddray.runs.executor import MAX_ATTEMPTS
 from ddray.runs.ledger import Row
 from ddray.runs.recovery import recovering
+from ddray.system.worker import prepare_worker
 from ddray.tuning.live import LiveTable
+from ddray.tuning.shards import run_in_shards
 from ddray.tuning.study import status_of, write_study
-from ddray.tuning.trial import ETA, METRIC, run_trial
+from ddray.tuning.trial import ETA, METRIC, publish_trial, run_trial, trial_unit
 
 if TYPE_CHECKING:
     from ddray.tuning.payload import Payload
@@ -106,21 +110,52 @@ def _trainable(config: dict[str, Any], *, job: Any, payload: Any) -> None:
     recovering(run_trial, job, payload, config["number"], config["params"], tune.report)
 
 
-def run_tune(search: Search, payload: Payload, concurrent: int) -> None:
-    """Run the missing trials of a search under Tune, `concurrent` at a time."""
-    options, job, folder = search.options, search.job, search.run.folder
+def _sharded(config: dict[str, Any], *, job: Any, fingerprint: str, payload: Any, executor: Any) -> None:
+    """What Tune runs in the process of a sharded trial, which computes nothing: its workers do.
+
+    They have the bundles of the trial's placement group, which Tune lets its children take. `payload` is a
+    list of one reference: Ray resolves references that are arguments themselves.
+    """
+    prepare_worker()
+    unit = trial_unit(job, config["number"], config["params"], fingerprint)
+    with executor.workers() as workers:
+        publish_trial(
+            job, unit, tune.report, lambda: run_in_shards(workers, job, payload[0], unit, tune.report)
+        )
+
+
+def _with_resources(search: Search, payload: Payload, workers: int) -> Any:
+    """Return what Tune runs for a trial, with its resources: one worker, or `workers` for its shards."""
+    job, options = search.job, search.options
+    bundle = {"CPU": options.cpus_per_trial, "GPU": options.gpus}
+    if not job.shards:
+        trainable = tune.with_parameters(_trainable, job=job, payload=payload)  # in the object store once
+        return tune.with_resources(trainable, PlacementGroupFactory([bundle]))
+    trainable = tune.with_parameters(
+        _sharded,
+        job=job,
+        fingerprint=payload.facts["fingerprint"],
+        payload=[ray.put(payload)],
+        executor=RayExecutor(options.cpus_per_trial, options.gpus, workers),
+    )
+    return tune.with_resources(trainable, PlacementGroupFactory([{}, *[bundle] * workers]))
+
+
+def run_tune(search: Search, payload: Payload, slots: int) -> None:
+    """Run the missing trials of a search under Tune on `slots` workers, of which a sharded trial has more."""
+    job, folder = search.job, search.run.folder
+    workers = max(1, min(len(job.shards), slots))
     rows = search.rows()
     live = LiveTable(search.num_samples, len(rows))
     publisher = Publisher(search, live)
     asha = len(job.budgets) > 1
-    trainable = tune.with_parameters(_trainable, job=job, payload=payload)  # in the object store once
     tuner = Tuner(
-        tune.with_resources(trainable, {"cpu": options.cpus_per_trial, "gpu": options.gpus}),
+        _with_resources(search, payload, workers),
         tune_config=TuneConfig(
             search_alg=NumberedSearch(search, rows),
             scheduler=PaperSafeAsha(job.budgets, rows) if asha else FIFOScheduler(),  # type: ignore[no-untyped-call]
             num_samples=-1,
-            max_concurrent_trials=concurrent,
+            max_concurrent_trials=slots // workers,
             reuse_actors=True,
         ),
         run_config=RunConfig(

@@ -19,9 +19,11 @@ from ddray.cluster.resources import with_gpus
 from ddray.cluster.runtime import ray_runtime, sigterm_as_sigint
 from ddray.data import Split, SplitName, carve_val, search_rows
 from ddray.data.pixels import pixel_space
+from ddray.distillation.shards import shard_classes
 from ddray.errors import InputError, unknown
 from ddray.jobs.context import check_plan, check_size, declared_specs, make_context, make_distiller
 from ddray.jobs.plan import Plan, budget_method
+from ddray.jobs.shards import check_independent, check_shards
 from ddray.ranking import DEFAULT_SPACE, space_names
 from ddray.ranking.objective import SpearmanObjective, spearman_objective
 from ddray.ranking.options import NasOptions
@@ -64,7 +66,10 @@ def tune(plan: Plan, options: TuneOptions, *, run_dir: Path | None, resume: bool
     train, val = carve_val(plan.dataset.train(), seed=plan.seed)
     check_size(plan, train)
     options = with_gpus(options, before)
-    executor = RayExecutor(options.cpus_per_trial, options.gpus, options.max_concurrent, options.address)
+    if options.shards is not None:
+        check_shards(plan, options.shards, train)
+    most = None if options.max_concurrent is None else options.max_concurrent * (options.shards or 1)
+    executor = RayExecutor(options.cpus_per_trial, options.gpus, most, options.address)
     run, start_points = _open(plan, options, settings, space, paper, num_samples, run_dir, resume)
     job = _job(plan, options, settings, run, _nas_objective(plan, options, train, val, run))
     search = Search(plan, options, space, paper, job, run, num_samples, start_points)
@@ -107,7 +112,8 @@ def check_search(plan: Plan, options: TuneOptions, before: Mapping[str, Any]) ->
     options = with_protocol(options, plan.method, before)
     settings = Settings.of(plan, str(options.protocol))
     # A search goes on in its own space, whatever has become of the shipped one.
-    space = _space(plan, settings, before.get("space") if options.space is None else options.space)
+    ranges = before.get("space") if options.space is None else options.space
+    space = _space(plan, settings, ranges, in_shards=options.shards is not None)
     make_distiller(plan)
     check_plan(plan)
     paper = drawn(space, settings.values(space))
@@ -212,6 +218,9 @@ def _job(
         protocol="" if settings.protocol == protocol_for_sets(plan.method) else settings.protocol,
         scoring=settings.scoring,
         teachers=options.teachers,
+        shards=()
+        if options.shards is None
+        else tuple(shard_classes(plan.dataset.num_classes, options.shards)),
     )
 
 
@@ -227,7 +236,7 @@ def _run_missing(search: Search, train: Split, val: Split, executor: RayExecutor
     device = torch.device(search.job.device)
     ctx = make_context(plan, train, split_name=split_name, device=device, space=space)
     specs = declared_specs(plan, ctx)
-    concurrent = executor.capacity()  # refused before the pool is trained
+    slots = executor.capacity()  # refused before the pool is trained
     with shared_pool(search.job, payload, specs, executor) as job:
         search, begin = replace(search, job=job), time.monotonic()
         if search.options.strategy == "pb2":
@@ -238,7 +247,7 @@ def _run_missing(search: Search, train: Split, val: Split, executor: RayExecutor
         else:
             from ddray.cluster.ray_tune import run_tune
 
-            run_tune(search, payload, concurrent)
+            run_tune(search, payload, slots)
     search.check_ended(time.monotonic() - begin)
 
 
@@ -281,18 +290,20 @@ def _nas_objective(
     return spearman_objective(nas, plan.dataset, train, val, nas_executor(nas), run.folder / "architectures")
 
 
-def _space(plan: Plan, settings: Settings, source: Path | dict[str, Any] | None) -> dict[str, Range]:
+def _space(
+    plan: Plan, settings: Settings, source: Path | dict[str, Any] | None, *, in_shards: bool
+) -> dict[str, Range]:
     """Return the ranges; InputError if the file is missing or names a setting that there is not."""
     space, where = method_space(plan.method, type(plan.config.method), source)
     for name in space:
         settings.check_name(name, f"{where}: a range's name")
-    return {name: _checked(plan, settings, space, name, where) for name in space}
+    return {name: _checked(plan, settings, space, name, where, in_shards) for name in space}
 
 
-def _checked(plan: Plan, settings: Settings, space: Space, name: str, source: str) -> Range:
+def _checked(plan: Plan, settings: Settings, space: Space, name: str, source: str, in_shards: bool) -> Range:
     """Return a range whose values the run accepts, with choices in the setting's type (1 as 1.0).
 
-    InputError if a value breaks the setting's rule, or does not fit the method or the network.
+    InputError if a value breaks the setting's rule, or does not fit the method, the network or shards.
     """
     value_range, others = space[name], conditions(space, name)
     parsed = []
@@ -301,6 +312,8 @@ def _checked(plan: Plan, settings: Settings, space: Space, name: str, source: st
         trial_plan = settings.apply(plan, params, source)
         make_distiller(trial_plan)
         check_plan(trial_plan)
+        if in_shards:
+            check_independent(trial_plan)
         parsed.append(settings.values([name], params)[name])
     return replace(value_range, choices=tuple(parsed)) if value_range.kind == "choice" else value_range
 

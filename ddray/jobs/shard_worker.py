@@ -232,38 +232,53 @@ def drop_unsound(ledger: Ledger, units: Iterable[Unit]) -> list[Unit]:
 
 
 def joined(ledger: Ledger, units: Sequence[Unit], wall_s: float) -> Distillation:
-    """Return the distillation of all classes from the rows and files of its shards.
+    """Return the distillation of all classes from the rows and files of its shards."""
+    rows = [row for unit in units if (row := ledger.row(unit.key)) is not None]
+    files = [shard_file(ledger.run_dir, unit.key) for unit in units]
+    parts = [_part(row.result, path) for row, path in zip(rows, files, strict=True)]
+    return join_distillations(parts, takes_steps=rows[0].spec["steps"] > 0, wall_s=wall_s)
+
+
+def _part(result: Mapping[str, Any], path: Path) -> Distillation:
+    """Return a shard's distillation from its row's result and its file."""
+    losses = json.loads(path.with_suffix(".json").read_text("utf-8"))
+    names = ("seconds", "peak_memory_bytes", "precision")
+    return Distillation(
+        distilled=load(path),
+        losses=torch.tensor(losses, dtype=torch.float64),
+        resumed_from_step=result["resumed_from_step"],
+        wall_s=0.0,
+        seconds_per_step=result["seconds_per_step"],
+        pool_s=result["pool_s"],
+        measures=result["measures"],
+        half_memory_budget=bool(result.get("half_memory_budget")),
+        **{name: result.get(name) for name in names},
+    )
+
+
+def join_distillations(parts: Sequence[Distillation], *, takes_steps: bool, wall_s: float) -> Distillation:
+    """Return the distillation of all classes from those of its shards.
 
     Its losses are the sums of the shards', in float64; where steps are those of classes (D3HR), one shard's
     follow the other's. Its seconds are those of all devices, its peak memory the largest.
     """
-    rows = [row for unit in units if (row := ledger.row(unit.key)) is not None]
-    files = [shard_file(ledger.run_dir, unit.key) for unit in units]
-    losses = [
-        torch.tensor(json.loads(path.with_suffix(".json").read_text("utf-8")), dtype=torch.float64)
-        for path in files
-    ]
-    takes_steps = rows[0].spec["steps"] > 0
-    results = [row.result for row in rows]
+    losses = [part.losses.double() for part in parts]
+    measures = {name: sum(part.measures[name] for part in parts) / len(parts) for name in parts[0].measures}
     return Distillation(
-        distilled=join_sets([load(path) for path in files]),
+        distilled=join_sets([part.distilled for part in parts]),
         losses=torch.stack(losses).sum(0) if takes_steps else torch.cat(losses),
-        resumed_from_step=min(result["resumed_from_step"] for result in results),
+        resumed_from_step=min(part.resumed_from_step for part in parts),
         wall_s=wall_s,
-        seconds_per_step=_over(max, results, "seconds_per_step"),
-        seconds=_over(sum, results, "seconds"),
-        pool_s=max(result["pool_s"] for result in results),
-        peak_memory_bytes=_over(max, results, "peak_memory_bytes"),
-        precision=results[0].get("precision"),
-        half_memory_budget=any(result.get("half_memory_budget") for result in results),
-        measures={
-            name: sum(result["measures"][name] for result in results) / len(results)
-            for name in results[0]["measures"]
-        },
+        seconds_per_step=_over(max, [part.seconds_per_step for part in parts]),
+        seconds=_over(sum, [part.seconds for part in parts]),
+        pool_s=max(part.pool_s for part in parts),
+        peak_memory_bytes=_over(max, [part.peak_memory_bytes for part in parts]),
+        precision=parts[0].precision,
+        half_memory_budget=any(part.half_memory_budget for part in parts),
+        measures=measures,
     )
 
 
-def _over(combine: Any, results: Sequence[Mapping[str, Any]], name: str) -> Any:
+def _over(combine: Any, values: Sequence[Any]) -> Any:
     """Return the sum or the maximum of the shards' values; None if one is not known."""
-    values = [result.get(name) for result in results]
     return None if None in values else combine(values)

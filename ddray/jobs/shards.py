@@ -85,10 +85,7 @@ def distill_shards(
 def check_shards(plan: Plan, num_shards: int, split: Split) -> None:
     """Reject shards of `split` that would not give the unsharded run's bytes: the InputError says why."""
     num_classes, config = plan.dataset.num_classes, plan.config
-    if (reason := coupling_of(get_method(plan.method), config.method, plan.arch)) is not None:
-        raise InputError(
-            f"--shards needs independent classes, {plan.method}'s are not: {reason}; leave it out"
-        )
+    check_independent(plan)
     check_size(plan, split)
     if not 1 <= num_shards <= num_classes:
         name = plan.dataset.name
@@ -99,6 +96,14 @@ def check_shards(plan: Plan, num_shards: int, split: Split) -> None:
         raise InputError("precision must be tf32, fp32 or bf16 with --shards: auto may differ between shards")
     if (init := getattr(config.method, "init", None)) is not None:
         check_copies(torch.bincount(split.labels, minlength=num_classes).tolist(), plan.ipc, init)
+
+
+def check_independent(plan: Plan) -> None:
+    """Reject shards of a method, with its settings and network, whose classes are not independent."""
+    if (reason := coupling_of(get_method(plan.method), plan.config.method, plan.arch)) is not None:
+        raise InputError(
+            f"--shards needs independent classes, {plan.method}'s are not: {reason}; leave it out"
+        )
 
 
 def _run_missing(job: ShardJob, run: Run, executor: Executor, units: Sequence[Unit]) -> None:

@@ -61,6 +61,12 @@ def write_atomically(
             temporary.unlink(missing_ok=True)
 
 
+def copy_atomically(source: Path, path: Path) -> None:
+    """Copy a file through a temporary file beside `path`; errors as for `write_atomically`."""
+    with source.open("rb") as file:
+        write_atomically(path, lambda target: shutil.copyfileobj(file, target))
+
+
 def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
     """Write a folder beside its final name and move it there whole; an old one is replaced after success.
 

@@ -1,7 +1,6 @@
 """The end of a search: distil winner and paper's point from all of train on fresh seeds, score on test."""
 
 import logging
-import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,19 +13,20 @@ import torch
 from ddray.artifact.reading import load
 from ddray.data import PixelSpace, Split
 from ddray.data.pixels import pixel_space
-from ddray.distillation.loop import run_distillation
+from ddray.distillation.loop import Distillation
 from ddray.drawing.images import save_grid
 from ddray.errors import DdrayError, DivergedError, StorageError, one_line
-from ddray.jobs.context import declared_specs, make_context, make_distiller
+from ddray.jobs.context import declared_specs, make_context
 from ddray.jobs.plan import Plan
 from ddray.pool.spec import PoolSpec
 from ddray.runs.executor import Executor, Task
 from ddray.runs.folder import Run
 from ddray.runs.ledger import Ledger, Row, Unit
 from ddray.seeding import derive_seed
-from ddray.system.files import write_atomically
+from ddray.system.files import copy_atomically
 from ddray.tuning.payload import Payload, pack
 from ddray.tuning.search import Search
+from ddray.tuning.shards import Schedule, distil, distil_in_shards
 from ddray.tuning.trial import unit_costs
 from ddray.tuning.worker import SearchJob, SearchWorker
 
@@ -67,8 +67,7 @@ def run_finals(
         reason = row.error if row is not None else "crashed (see above); run again with --resume"
         raise DdrayError(f"the winner failed on every fresh seed: {reason}")
     final = run.folder / "distilled.pt"
-    with Path(results["best"]["artifact"]).open("rb") as source:
-        write_atomically(final, lambda file: shutil.copyfileobj(source, file))
+    copy_atomically(Path(results["best"]["artifact"]), final)
     save_grid(load(final), final.with_suffix(".png"))
     results["best"]["artifact"] = str(final)
     return results
@@ -104,7 +103,14 @@ def _run_missing(search: Search, units: dict[str, Unit], executor: Executor, ser
     specs = _final_specs(plan, job, units.values(), train, space)
     with executor.workers() as workers, serve_pool(job, payload, specs, executor) as served:
         shared = workers.share(payload)
-        tasks = [Task(key, final_task, (served, shared, unit)) for key, unit in units.items()]
+        schedules = {
+            key: Schedule(unit.spec["schedule"], unit.spec["seed"], job.checkpoint(key))
+            for key, unit in (units.items() if job.shards else ())
+        }
+        joined = distil_in_shards(workers, served, shared, schedules)
+        tasks = [
+            Task(key, final_task, (served, shared, unit, joined.get(key))) for key, unit in units.items()
+        ]
         for outcome in workers.run(tasks):
             if isinstance(outcome.error, StorageError):
                 raise outcome.error  # no row: --resume runs it when there is space again
@@ -140,19 +146,23 @@ def _final_specs(
     return list(specs.values())
 
 
-def final_task(job: SearchJob, payload: Payload, unit: Unit) -> None:
-    """Distil one fresh seed and score it; runs in a worker and publishes its row."""
+def final_task(
+    job: SearchJob, payload: Payload, unit: Unit, joined: Distillation | Exception | None = None
+) -> None:
+    """Distil one fresh seed and score it; runs in a worker and publishes its row.
+
+    `joined` is what its shards have distilled, or why one failed, which is raised.
+    """
     begin = time.perf_counter()
     worker, ledger = SearchWorker(job, payload), Ledger(Path(job.run_dir))
     if ledger.row(unit.key) is not None:
         return
+    if isinstance(joined, Exception):
+        raise joined
     ledger.begin(unit, epoch=job.epoch)
-    for segment in unit.spec["schedule"]:
-        plan = worker.plan(segment["params"], unit.spec["seed"])
-        until = segment["until"] or None
-        distillation = run_distillation(
-            make_distiller(plan), worker.context(plan), checkpoint=job.checkpoint(unit.key), until=until
-        )
+    schedule = Schedule(unit.spec["schedule"], unit.spec["seed"], job.checkpoint(unit.key))
+    plan = worker.plan(schedule.segments[-1]["params"], schedule.seed)
+    distillation = distil(worker, schedule) if joined is None else joined
     distillation.distilled.save(artifact_path(Path(job.run_dir), unit.key))
     scores = worker.score(plan, distillation.distilled)
     wall_s = time.perf_counter() - begin

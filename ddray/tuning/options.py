@@ -51,6 +51,9 @@ class TuneOptions(Config):
     """CPU cores per trial."""
     gpus_per_trial: Gpus | None = None
     """GPUs per trial, at most 1; fractions share one; default 1 where the cluster has GPUs, else 0."""
+    shards: int | None = Field(default=None, ge=1)
+    """Distil every set in so many groups of classes, each by a worker of its own, to the same bytes; CPUs and
+    GPUs per trial are then those of each worker."""
     max_concurrent: int | None = Field(default=None, ge=1)
     """Trials at a time."""
     time_budget: float | None = Field(default=None, gt=0)

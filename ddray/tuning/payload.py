@@ -4,6 +4,7 @@ Of images that stay on the disk they get the name, and map them themselves.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ddray.data import Dataset, PixelSpace, Split
 from ddray.data.packed import PackedImages
+from ddray.distillation.shards import Shard
 from ddray.errors import InputError
 
 Images: TypeAlias = np.ndarray[Any, Any] | PackedImages
@@ -70,12 +72,33 @@ def _copied(images: Images) -> Tensor:
 
 @dataclass(frozen=True)
 class Unpacked:
-    """A worker's own copy of a payload."""
+    """A worker's own copy of those parts of a payload that it uses.
 
-    dataset: Dataset  # its metadata, and all of train; a worker can't open its test set
-    split: Split  # to distil from
-    held_out: Split  # to score on
+    `dataset` has its metadata, and all of train; a worker can't open its test set.
+    """
+
+    payload: Payload
+    dataset: Dataset
     space: PixelSpace
+
+    @cached_property
+    def split(self) -> Split:
+        """What is distilled."""
+        return Split(_copied(self.payload.images), torch.tensor(self.payload.labels))
+
+    @cached_property
+    def held_out(self) -> Split:
+        """What is scored on."""
+        return Split(_copied(self.payload.held_images), torch.tensor(self.payload.held_labels))
+
+    def shard(self, classes: range) -> tuple[Shard, Split]:
+        """Return a shard of what is distilled, with a copy of its classes' images only."""
+        images = self.payload.images
+        is_float = isinstance(images, np.ndarray) and images.dtype.kind == "f"
+        shard = Shard(classes, torch.tensor(self.payload.labels), float(images.min()) if is_float else None)
+        rows = shard.rows
+        part = images.rows(rows) if isinstance(images, PackedImages) else torch.tensor(images[rows.numpy()])
+        return shard, Split(part, shard.labels[rows])
 
 
 _latest: tuple[tuple[str, str, str, int], Unpacked] | None = None
@@ -89,11 +112,10 @@ def unpack(payload: Payload) -> Unpacked:
     identity = (fingerprint, facts["name"], f"{payload.split_name}:{payload.kind}", len(payload.held_labels))
     if _latest is not None and _latest[0] == identity:
         return _latest[1]
-    split = Split(_copied(payload.images), torch.tensor(payload.labels))
-    held_out = Split(_copied(payload.held_images), torch.tensor(payload.held_labels))
     rows = payload.train_rows
 
     def train() -> Split:
+        split, held_out = unpacked.split, unpacked.held_out
         if rows is None:
             return split
         joined = Split(torch.cat([split.images, held_out.images]), torch.cat([split.labels, held_out.labels]))
@@ -103,8 +125,9 @@ def unpack(payload: Payload) -> Unpacked:
     dataset.__dict__["fingerprint"] = fingerprint  # the whole train set's, not this part's
     zca = {name: torch.tensor(value) for name, value in payload.zca.items()}
     space = PixelSpace(payload.kind, dataset.mean, dataset.std, **zca)  # type: ignore[arg-type]
-    _latest = (identity, Unpacked(dataset, split, held_out, space))
-    return _latest[1]
+    unpacked = Unpacked(payload, dataset, space)
+    _latest = (identity, unpacked)
+    return unpacked
 
 
 def _no_test() -> Split:

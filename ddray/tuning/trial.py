@@ -49,7 +49,17 @@ def run_trial(
     params: Mapping[str, Any],
     report: Callable[[dict[str, Any]], None],
 ) -> None:
-    """Run one trial to its end and publish its row.
+    """Run one trial to its end and publish its row; arguments and errors as for `publish_trial`."""
+    prepare_worker()
+    worker = SearchWorker(job, payload)
+    unit = trial_unit(job, trial_number, params, worker.data.dataset.fingerprint)
+    publish_trial(job, unit, report, lambda: _run(worker, unit, report))
+
+
+def publish_trial(
+    job: SearchJob, unit: Unit, report: Callable[[dict[str, Any]], None], run: Callable[[], Row]
+) -> None:
+    """Publish the row that `run` returns for a trial, unless it has one.
 
     `report` is called with each rung's metrics; it may not return if the scheduler stops the trial.
 
@@ -57,34 +67,38 @@ def run_trial(
         Exception: a crash or lack of memory; the caller retries it. A diverged trial does not raise: its
             failed row is published, and `report` gets `failed=True`.
     """
-    prepare_worker()
-    worker = SearchWorker(job, payload)
-    unit = trial_unit(job, trial_number, params, worker.data.dataset.fingerprint)
-    ledger = Ledger(Path(job.run_dir))
+    ledger, spec = Ledger(Path(job.run_dir)), unit.spec
     row = ledger.row(unit.key)
     if row is None:
-        ledger.begin(unit, epoch=job.epoch, number=trial_number, params=dict(params))
-        row = _run(worker, unit, report)
+        ledger.begin(unit, epoch=job.epoch, number=spec["number"], params=dict(spec["params"]))
+        row = run()
         ledger.publish(unit, row, epoch=job.epoch)
         if row.status == "done":
             job.forget_checkpoint(unit.key)
     failed, last = row.status == "failed", job.budgets[-1]
     rungs = {last: _WORST} if failed else {int(b): v for b, v in row.result["rungs"].items()}
-    report(_metrics(job, row.result["number"], last, rungs, failed=failed))
+    report(metrics(job, row.result["number"], last, rungs, failed=failed))
+
+
+def read_rungs(job: SearchJob, unit: Unit) -> tuple[dict[int, float], Path]:
+    """Return a trial's scores by budget so far, and their file: a resume scores no rung twice."""
+    path = job.checkpoint(unit.key).with_suffix(".rungs.json")
+    text = path.read_text(encoding="utf-8") if path.exists() else "{}"
+    return {int(budget): float(value) for budget, value in json.loads(text).items()}, path
+
+
+def rung_steps(job: SearchJob, steps: int) -> dict[int, int]:
+    """Return the budgets by the step at which they are used up; a method without steps has no rung."""
+    return {max(1, steps * budget // job.budgets[-1]): budget for budget in job.budgets if steps}
 
 
 def _run(worker: SearchWorker, unit: Unit, report: Callable[[dict[str, Any]], None]) -> Row:
     """Distil, scoring on val at every rung, the last of which is the end; return the trial's row."""
     job, begin = worker.job, time.perf_counter()
-    trial_number, plan = unit.spec["number"], worker.plan(unit.spec["params"])
+    plan = worker.plan(unit.spec["params"])
     distiller = make_distiller(plan)
-    checkpoint = job.checkpoint(unit.key)
-    rungs: dict[int, float] = {}
-    path = checkpoint.with_suffix(".rungs.json")  # beside the checkpoint: a resume scores no rung twice
-    if path.exists():
-        rungs = {int(k): float(v) for k, v in json.loads(path.read_text(encoding="utf-8")).items()}
-    # Step -> budget; a method without steps has no rung on its way.
-    steps = {max(1, plan.config.steps * b // job.budgets[-1]): b for b in job.budgets if plan.config.steps}
+    rungs, path = read_rungs(job, unit)
+    steps = rung_steps(job, plan.config.steps)
 
     def score(budget: int, distil: Callable[[], DistilledSet]) -> None:
         if budget not in rungs:
@@ -95,25 +109,40 @@ def _run(worker: SearchWorker, unit: Unit, report: Callable[[dict[str, Any]], No
         budget = steps.get(step, job.budgets[-1])
         if budget != job.budgets[-1]:
             score(budget, distiller.snapshot)
-            report(_metrics(job, trial_number, budget, rungs, failed=False))
+            report(metrics(job, unit.spec["number"], budget, rungs, failed=False))
 
     try:
         distillation = run_distillation(
             distiller,
             worker.context(plan),
-            checkpoint=checkpoint,
+            checkpoint=job.checkpoint(unit.key),
             eval_steps=tuple(steps),
             on_step=score_rung,
         )
         score(job.budgets[-1], lambda: distillation.distilled)
     except DivergedError as error:
-        result = {"number": trial_number, "rungs": rungs}
-        return Row.failed(unit, error, result=result, wall_s=time.perf_counter() - begin)
+        return failed_row(unit, error, rungs, time.perf_counter() - begin)
+    costs = unit_costs(distillation, worker.device, time.perf_counter() - begin)
+    return done_row(job, unit, rungs, distillation, costs, time.perf_counter() - begin)
+
+
+def done_row(
+    job: SearchJob,
+    unit: Unit,
+    rungs: Mapping[int, float],
+    distillation: Distillation,
+    costs: Mapping[str, Any],
+    wall_s: float,
+) -> Row:
+    """Return the row of a trial that has ended."""
     first, final = distillation.edge_losses()
     losses = {"first_loss": first, "final_loss": final, "seconds_per_step": distillation.seconds_per_step}
-    costs = unit_costs(distillation, worker.device, time.perf_counter() - begin)
-    result = {**trial_result(unit, rungs, job.objective), **losses, **costs}
-    return Row.done(unit, result, time.perf_counter() - begin)
+    return Row.done(unit, {**trial_result(unit, rungs, job.objective), **losses, **costs}, wall_s)
+
+
+def failed_row(unit: Unit, error: DivergedError, rungs: Mapping[int, float], wall_s: float) -> Row:
+    """Return the row of a trial that has diverged."""
+    return Row.failed(unit, error, result={"number": unit.spec["number"], "rungs": rungs}, wall_s=wall_s)
 
 
 def unit_costs(distillation: Distillation, device: torch.device, wall_s: float) -> dict[str, Any]:
@@ -141,7 +170,7 @@ def trial_result(
     }
 
 
-def _metrics(
+def metrics(
     job: SearchJob, trial_number: int, budget: int, rungs: Mapping[int, float], *, failed: bool
 ) -> dict[str, Any]:
     """Return the metrics of a rung for Tune's scheduler."""

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.config import flatten
+from ddray.data.pixels import pixel_space
 from ddray.distillation.loop import rate_name
 from ddray.distillation.method import DistillContext
 from ddray.errors import DivergedError
@@ -44,6 +47,7 @@ class SearchJob:
     protocol: str = ""  # what scores the sets; empty: `linear` for sets with targets, else `hard`
     scoring: Mapping[str, Any] | None = None  # what is set of the protocol's own settings, if it has some
     teachers: tuple[str, ...] = ()  # of the protocol
+    shards: tuple[range, ...] = ()  # classes that are distilled apart; empty: all together
 
     @property
     def device(self) -> str:
@@ -67,8 +71,10 @@ class SearchJob:
 
     def forget_checkpoint(self, key: str) -> None:
         """Remove a unit's checkpoint and rungs once its row is published."""
-        for suffix in (".pt", ".rungs.json"):
-            self.checkpoint(key).with_suffix(suffix).unlink(missing_ok=True)
+        path = self.checkpoint(key)
+        shards = (shard_checkpoint(path, classes) for classes in self.shards)
+        for one in (path, path.with_suffix(".rungs.json"), *shards):
+            one.unlink(missing_ok=True)
 
     def describe(self, seed: int, fingerprint: str) -> dict[str, Any]:
         """Return what the specs of all units name: method, size (a budget where there is one), seed, data.
@@ -81,6 +87,11 @@ class SearchJob:
             teachers = {"teachers": list(self.teachers)} if self.teachers else {}
             spec["options"] = {"protocol": self.protocol, **teachers}
         return spec
+
+
+def shard_checkpoint(checkpoint: Path, classes: range) -> Path:
+    """Return the checkpoint of a shard of the unit whose checkpoint is `checkpoint`."""
+    return checkpoint.with_suffix(f".classes{classes.start}-{classes.stop}.pt")
 
 
 class SearchWorker:
@@ -101,20 +112,30 @@ class SearchWorker:
 
     def pool(self) -> ModelPool:
         """Return the pool; missing networks are trained on the payload's images."""
-        trainer = PoolTrainer(self.data.dataset, self.data.split, self.device)
-        return LocalPool(trainer) if self.job.pool is None else self.job.pool.connect(trainer)
+        data, device = self.data, self.device
 
-    def context(self, plan: Plan) -> DistillContext:
-        """Return what a plan distils from; a pixel space that is not the payload's is fitted here."""
-        space = self.data.space
+        def train(spec: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+            return PoolTrainer(data.dataset, data.split, device)(spec)  # a shard reads all images for this
+
+        return LocalPool(train) if self.job.pool is None else self.job.pool.connect(train)
+
+    def context(self, plan: Plan, classes: range | None = None) -> DistillContext:
+        """Return what a plan distils from, all of it or a shard of classes.
+
+        A pixel space that is not the payload's is fitted here.
+        """
+        data, kind = self.data, plan.config.pixel_space
+        fits = data.space.kind == kind
+        shard, split = (None, data.split) if classes is None else data.shard(classes)
         return make_context(
             plan,
-            self.data.split,
+            split,
             split_name=self._split_name,
             device=self.device,
-            space=space if space.kind == plan.config.pixel_space else None,
+            space=data.space if fits else pixel_space(kind, data.dataset, data.split, self.device),
             pool=self.pool(),
             search_seed=self.job.seed,
+            shard=shard,
         )
 
     def score(self, plan: Plan, distilled: DistilledSet, *, max_seeds: int | None = None) -> dict[str, Any]:
