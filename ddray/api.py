@@ -5,19 +5,17 @@ also by their plural, such as `archs`), raises `InputError` instead of exiting, 
 """
 
 import contextlib
-import functools
-import inspect
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, TypeAlias
 
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.artifact.export import FORMS
 from ddray.artifact.options import ForeignOptions
 from ddray.artifact.reading import check_options, dataset_of
 from ddray.artifact.reading import load as load_set
-from ddray.config import Config, parse_overrides
+from ddray.config import parse_overrides, takes
 from ddray.data import Dataset, SplitName, open_dataset
 from ddray.data.own import Own, store
 from ddray.distillation.loop import run_distillation
@@ -44,38 +42,8 @@ from ddray.tuning.result import TuneResult
 
 AnyDataset: TypeAlias = str | Path | Dataset | Own
 """A name, a path, an open dataset, a torch Dataset, or (images, labels) as `data.own.store` takes."""
-F = TypeVar("F", bound=Callable[..., Any])
 
 __all__ = ["bench", "distill", "evaluate", "export", "load", "nas", "tune"]
-
-
-def _takes(*configs: type[Config]) -> Callable[[F], F]:
-    """Let a function's keyword arguments be the fields of configs: checked, and listed by `help`."""
-    fields = {name: field for config in configs for name, field in config.model_fields.items()}
-    names = sorted({name for config in configs for name in config.option_names()})
-
-    def decorate(function: F) -> F:
-        signature = inspect.signature(function)
-        parameters = {k: p for k, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD}
-
-        @functools.wraps(function)
-        def call(*arguments: Any, **options: Any) -> Any:
-            for name in options:
-                if name not in (*names, *parameters):
-                    raise unknown(f"an option of ddray.{function.__name__}", name, names)
-            return function(*arguments, **options)
-
-        options = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.get_default())
-            for name, field in fields.items()
-            if name not in parameters
-        ]
-        lines = (f"    {name}: {' '.join(str(field.description).split())}" for name, field in fields.items())
-        call.__doc__ = "\n".join([inspect.getdoc(function) or "", "", "Options:", *lines])
-        call.__dict__["__signature__"] = signature.replace(parameters=[*parameters.values(), *options])
-        return cast(F, call)
-
-    return decorate
 
 
 def _plan(
@@ -106,7 +74,7 @@ def _named(dataset: AnyDataset | None, test: Own | None) -> tuple[str | None, Da
     return None if dataset is None else str(dataset), None
 
 
-@_takes(PlanOptions, DistillOptions, ShardOptions)
+@takes(PlanOptions, DistillOptions, ShardOptions)
 def distill(
     method: str,
     dataset: AnyDataset = "digits",
@@ -131,6 +99,8 @@ def distill(
     """
     plan = _plan({**options, "method": method, "dataset": dataset, "test": test}, settings)
     how, shards = DistillOptions.pick({"resume": True, **options}), ShardOptions.pick(options)
+    if shards.address is not None and how.run_dir is None:
+        raise InputError("address needs a run_dir that all nodes share, got none")
     if how.run_dir is not None or how.out is not None or shards.shards is not None:
         with tempfile.TemporaryDirectory() as folder:  # for a run that only its set is wanted of
             run_dir = how.run_dir or Path(folder) / "run"
@@ -144,7 +114,7 @@ def distill(
         return recovering(lambda: run_distillation(make_distiller(plan), ctx).distilled)
 
 
-@_takes(PlanOptions, DistillOptions, ShardOptions)
+@takes(PlanOptions, DistillOptions, ShardOptions)
 def distill_to_run(method: str, **options: Any) -> distill_job.DistillResult:
     """Distil a dataset in a run folder and return what was measured: `ddray distill`."""
     plan = _plan({**options, "method": method}, None, default_ipc=None)
@@ -163,7 +133,7 @@ def _distil(
         return distill_job.distill(plan, **{**dict(how), "device": device}, more_steps=more_steps)
 
 
-@_takes(ForeignOptions)
+@takes(ForeignOptions)
 def load(path: str | Path, *, dataset: str | Path | Dataset | None = None, **options: Any) -> DistilledSet:
     """Read a distilled set: ours, or another project's, whose dataset must be named.
 
@@ -183,7 +153,7 @@ def load(path: str | Path, *, dataset: str | Path | Dataset | None = None, **opt
     return distilled
 
 
-@_takes(EvaluateOptions, EvaluateRunOptions)
+@takes(EvaluateOptions, EvaluateRunOptions)
 def evaluate(
     distilled: DistilledSet | str | Path,
     *,
@@ -242,7 +212,7 @@ def _files(sets: Sequence[DistilledSet | str | Path]) -> Iterator[list[Path]]:
         yield paths
 
 
-@_takes(PlanOptions, TuneOptions, RunOptions)
+@takes(PlanOptions, TuneOptions, RunOptions)
 def tune(
     method: str,
     *,
@@ -267,28 +237,32 @@ def tune(
         DdrayError: no trial finished.
     """
     from ddray.cluster.tune import tune as search
-    from ddray.tuning.settings import with_protocol
 
     run = RunOptions.pick(options)
     before = read_config(run.run_dir) if run.resume else {}
-    how = with_protocol(TuneOptions.pick(options), method, before)
     named = {**options, "method": method, "dataset": dataset, "test": test}
-    plan = _plan(named, settings, protocol=str(how.protocol))
-    return search(plan, how, run_dir=run.run_dir, resume=run.resume)
+    return search(*_search(named, settings, before), run_dir=run.run_dir, resume=run.resume)
 
 
-@_takes(PlanOptions, TuneOptions, RunOptions)
+@takes(PlanOptions, TuneOptions, RunOptions)
 def forecast_tune(method: str, **options: Any) -> SearchForecast:
     """Return a search's units and what they are expected to take; nothing is run: `ddray tune --dry-run`."""
     from ddray.cluster.tune import forecast
-    from ddray.tuning.settings import with_protocol
 
     run_dir = RunOptions.pick(options).run_dir
-    how = with_protocol(TuneOptions.pick(options), method, read_config(run_dir))
-    return forecast(_plan({**options, "method": method}, None, protocol=str(how.protocol)), how, run_dir)
+    return forecast(*_search({**options, "method": method}, None, read_config(run_dir)), run_dir)
 
 
-@_takes(NasRequest, NasOptions, NasModes, RunOptions)
+def _search(
+    options: dict[str, Any], settings: Mapping[str, Any] | None, before: Mapping[str, Any]
+) -> tuple[Plan, TuneOptions]:
+    from ddray.tuning.settings import with_protocol
+
+    how = with_protocol(TuneOptions.pick(options), options["method"], before)
+    return _plan(options, settings, protocol=str(how.protocol)), how
+
+
+@takes(NasRequest, NasOptions, NasModes, RunOptions)
 def nas(
     proxies: DistilledSet | str | Path | Sequence[DistilledSet | str | Path] = (),
     *,
@@ -344,7 +318,7 @@ def describe_archs(archs: str = "all", space: str = DEFAULT_SPACE) -> ArchList:
     return ArchList(archs=[nas_space.describe(index) for index in parse_indices(archs, nas_space)])
 
 
-@_takes(BenchOptions, RunOptions)
+@takes(BenchOptions, RunOptions)
 def bench(file: str | Path | Mapping[str, Any], **options: Any) -> BenchResult:
     """Run a table, methods x datasets x sizes x seeds, and set its numbers beside the published ones.
 
@@ -369,7 +343,7 @@ def bench(file: str | Path | Mapping[str, Any], **options: Any) -> BenchResult:
         return run_bench(prepared, bench_executor(parsed), run_dir=run.run_dir, resume=run.resume)
 
 
-@_takes(BenchOptions, RunOptions)
+@takes(BenchOptions, RunOptions)
 def forecast(file: str | Path | Mapping[str, Any], **options: Any) -> Forecast:
     """Return a table's units and their expected cost; nothing is run: `ddray bench --dry-run`."""
     from ddray.cluster.resources import with_gpus

@@ -1,10 +1,12 @@
 """Config: frozen pydantic models fed from YAML layers and `key=value` overrides; a typo gets a hint."""
 
+import functools
+import inspect
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self, get_args
+from typing import Annotated, Any, Self, TypeVar, cast, get_args
 
 import yaml
 from pydantic import (
@@ -18,7 +20,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from ddray.errors import InputError, did_you_mean
+from ddray.errors import InputError, did_you_mean, unknown
 
 AbsolutePath = Annotated[Path, AfterValidator(lambda path: Path(os.path.abspath(path.expanduser())))]
 """A path made absolute when it is read: Ray's workers have other working directories."""
@@ -47,6 +49,9 @@ def option_name(name: str, field: FieldInfo) -> str:
     """Return the name of a field's option, such as `num-samples`, or `arch` of `archs`."""
     alias = field.validation_alias
     return str(alias.choices[-1] if isinstance(alias, AliasChoices) else name).replace("_", "-")
+
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Config(BaseModel):
@@ -294,3 +299,32 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "")
         elif before != after:
             lines.append(f"{prefix}{key}: {before!r} -> {after!r}")
     return lines
+
+
+def takes(*configs: type[Config]) -> Callable[[F], F]:
+    """Let a function's keyword arguments be the fields of configs: checked, and listed by `help`."""
+    fields = {name: field for config in configs for name, field in config.model_fields.items()}
+    names = sorted({name for config in configs for name in config.option_names()})
+
+    def decorate(function: F) -> F:
+        signature = inspect.signature(function)
+        parameters = {k: p for k, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD}
+
+        @functools.wraps(function)
+        def call(*arguments: Any, **options: Any) -> Any:
+            for name in options:
+                if name not in (*names, *parameters):
+                    raise unknown(f"an option of ddray.{function.__name__}", name, names)
+            return function(*arguments, **options)
+
+        options = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.get_default())
+            for name, field in fields.items()
+            if name not in parameters
+        ]
+        lines = (f"    {name}: {' '.join(str(field.description).split())}" for name, field in fields.items())
+        call.__doc__ = "\n".join([inspect.getdoc(function) or "", "", "Options:", *lines])
+        call.__dict__["__signature__"] = signature.replace(parameters=[*parameters.values(), *options])
+        return cast(F, call)
+
+    return decorate

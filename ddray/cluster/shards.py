@@ -24,7 +24,13 @@ def distill_on(plan: Plan, how: DistillOptions, shards: ShardOptions, more_steps
     if how.device not in ("auto", "cpu", "cuda"):
         raise InputError(f"--device must be auto, cpu or cuda for shards on Ray, got {how.device}")
     if how.device == "cpu":
+        if shards.gpus:
+            raise InputError(f"--gpus-per-shard must be 0 with --device cpu, got {shards.gpus:g}")
         shards = shards.model_copy(update={"gpus_per_shard": 0.0})
     shards = with_gpus(shards, read_config(how.run_dir) if how.resume else {})
+    if how.device == "cuda" and not shards.gpus:
+        raise InputError(
+            "--device cuda needs GPUs that torch can use for the shards, got 0 of them per shard"
+        )
     executor = shard_executor(shards)
     return distill_shards(plan, how, shards, executor, device=shards.device, more_steps=more_steps)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Final, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -252,11 +252,19 @@ def coupling_of(method_class: type[Distiller], config: Config, arch: str) -> str
     return reason
 
 
+_RANDOM_NETS: Final = ("efficientnet_b0", "vgg11_tv")  # before the embedding, in train mode
+
+
 def coupling_by_norm(arch: str) -> str | None:
-    """Return why a network in train mode couples classes: batch norm, or layers that ddray does not know."""
+    """Return why a network in train mode couples classes: batch norm, or layers that ddray does not know.
+
+    Dropout and stochastic depth draw from one stream for all samples.
+    """
     parsed = parse_arch(arch)
     if parsed.is_external:
         return f"whether {arch} mixes samples is not known"
+    if parsed.base in _RANDOM_NETS:
+        return f"the layers that {arch} drops are drawn for images of all classes at once"
     return f"the batch norm of {arch} mixes images of all classes" if parsed.norm == "batch" else None
 
 

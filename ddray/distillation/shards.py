@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.data import Split
+from ddray.errors import DdrayError
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,16 @@ def shard_classes(num_classes: int, num_shards: int) -> list[range]:
 
 
 def join_sets(sets: Sequence[DistilledSet]) -> DistilledSet:
-    """Return the set of all classes from those of all shards, in the order of their classes."""
+    """Return the set of all classes from those of all shards, in the order of their classes.
+
+    Raises:
+        DdrayError: they were whitened by different matrices.
+    """
+    if any(not torch.equal(one.zca[name], tensor) for one in sets for name, tensor in sets[0].zca.items()):
+        raise DdrayError(
+            "the shards were whitened by different matrices (nodes of several kinds, or other CPUs per shard "
+            "before --resume); begin a new run"
+        )
     floats = sum(one.meta.storage_floats for one in sets)
     return replace(
         sets[0],

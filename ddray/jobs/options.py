@@ -65,10 +65,14 @@ class ShardOptions(DataFolder):
         unused = set(type(self).model_fields) - {"shards", "data_dir"} if self.shards is None else set()
         if self.executor == "local":
             unused |= {"cpus_per_shard", "gpus_per_shard", "max_concurrent", "address"}
-        for name in sorted(unused & self.model_fields_set):
+        for name in sorted(name for name in unused if getattr(self, name) != self._default(name)):
             why = "without --shards" if self.shards is None else "with --executor local"
             raise ValueError(f"--{name.replace('_', '-')} must be left out {why}, got {getattr(self, name)}")
         return self
+
+    @classmethod
+    def _default(cls, name: str) -> object:
+        return cls.model_fields[name].default
 
     @property
     def gpus(self) -> float:

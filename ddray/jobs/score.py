@@ -103,7 +103,8 @@ def check_sets(
     for distilled in sets:
         check_fits(distilled, target, path, options.protocol)
     meta = sets[0].meta
-    archs = tuple(resolve_arch(arch, meta.image_shape) for arch in options.archs) or (meta.arch,)
+    names = [resolve_arch(arch, meta.image_shape) for arch in options.archs] or [meta.arch]
+    archs = tuple(dict.fromkeys(names))  # `auto` may be another's name
     split = target.test() if options.split == "test" else target.train()
     if split.is_audio and options.augment not in (None, "none"):
         raise InputError(f"--augment must be none for spectrograms ({target.name}), got {options.augment}")

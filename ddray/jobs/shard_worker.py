@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from ddray.data import Dataset, PixelSpace, Split, SplitName, open_dataset
 from ddray.distillation.loop import Distillation, run_distillation
 from ddray.distillation.method import DistillContext
 from ddray.distillation.shards import Shard, join_sets, shard_classes
-from ddray.errors import InputError
+from ddray.errors import DdrayError, InputError
 from ddray.jobs.context import declared_specs, make_context, make_distiller
 from ddray.jobs.plan import Plan, RunConfig
 from ddray.methods import get_method
@@ -58,8 +59,17 @@ class ShardJob:
     opened: Dataset | None = None
 
     def resolved(self) -> Plan:
-        """Return the plan on this process's copy of the dataset."""
+        """Return the plan on this process's copy of the dataset.
+
+        Raises:
+            InputError: it is not the driver's.
+        """
         dataset = self.opened or open_dataset(self.dataset, data_dir=self.data_dir)
+        if dataset.fingerprint != self.fingerprint:
+            raise InputError(
+                f"{self.dataset} must be the same on every node, this one has {dataset.fingerprint[:12]}, "
+                f"the driver {self.fingerprint[:12]}; give all nodes the same --data-dir"
+            )
         config_type = get_method(self.plan["method"]).config_type
         config = RunConfig[config_type].parse(self.config)  # type: ignore[valid-type]
         return Plan(dataset=dataset, config=config, **self.plan)
@@ -124,11 +134,6 @@ def train_entry(job: ShardJob, spec: Mapping[str, Any]) -> None:
 
 def _whole_context(job: ShardJob) -> tuple[DistillContext, Plan]:
     plan = job.resolved()
-    if plan.dataset.fingerprint != job.fingerprint:
-        raise InputError(
-            f"{job.dataset} must be the same on every node, this one has {plan.dataset.fingerprint[:12]}, "
-            f"the driver {job.fingerprint[:12]}; give all nodes the same --data-dir"
-        )
     split, _ = job.split.carve(plan.dataset.train())
     device = worker_device(job.device)
     return make_context(plan, split, split_name=str(job.split), device=device), plan
@@ -170,7 +175,7 @@ def run_shard(job: ShardJob, prepared: Prepared, unit: Unit) -> None:
     first, final = distillation.edge_losses()
     result = {
         "artifact": str(path.relative_to(ledger.run_dir)),
-        "sha256": file_sha256(path),
+        "sha256": _digests(path),
         "steps": len(distillation.losses),
         "resumed_from_step": distillation.resumed_from_step,
         "seconds_per_step": distillation.seconds_per_step,
@@ -217,13 +222,18 @@ def _no_more(*_: Any) -> Any:
     raise InputError("a shard has its own classes' images alone, and its pool entries are trained before it")
 
 
+def _digests(path: Path) -> list[str]:
+    """Return the hashes of a shard's set and of its losses; without those of files that are missing."""
+    return [file_sha256(file) for file in (path, path.with_suffix(".json")) if file.is_file()]
+
+
 def drop_unsound(ledger: Ledger, units: Iterable[Unit]) -> list[Unit]:
     """Return the units that are still to be run; rows whose files are gone or changed are set aside."""
     missing = []
     for unit in units:
         row = ledger.row(unit.key)
         path = shard_file(ledger.run_dir, unit.key)
-        if row is not None and not (path.is_file() and file_sha256(path) == row.result.get("sha256")):
+        if row is not None and _digests(path) != row.result.get("sha256"):
             ledger.withdraw(unit.key, "damaged")
             row = None
         if row is None:
@@ -232,8 +242,14 @@ def drop_unsound(ledger: Ledger, units: Iterable[Unit]) -> list[Unit]:
 
 
 def joined(ledger: Ledger, units: Sequence[Unit], wall_s: float) -> Distillation:
-    """Return the distillation of all classes from the rows and files of its shards."""
+    """Return the distillation of all classes from the rows and files of its shards.
+
+    Raises:
+        DdrayError: a row is not there, for another process has resumed the run.
+    """
     rows = [row for unit in units if (row := ledger.row(unit.key)) is not None]
+    if len(rows) < len(units):
+        raise DdrayError(f"another process has resumed {ledger.run_dir}: this one ends")
     files = [shard_file(ledger.run_dir, unit.key) for unit in units]
     parts = [_part(row.result, path) for row, path in zip(rows, files, strict=True)]
     return join_distillations(parts, takes_steps=rows[0].spec["steps"] > 0, wall_s=wall_s)
@@ -263,7 +279,8 @@ def join_distillations(parts: Sequence[Distillation], *, takes_steps: bool, wall
     follow the other's. Its seconds are those of all devices, its peak memory the largest.
     """
     losses = [part.losses.double() for part in parts]
-    measures = {name: sum(part.measures[name] for part in parts) / len(parts) for name in parts[0].measures}
+    names = dict.fromkeys(name for part in parts for name in part.measures)
+    measures = {name: fmean(part.measures[name] for part in parts if name in part.measures) for name in names}
     return Distillation(
         distilled=join_sets([part.distilled for part in parts]),
         losses=torch.stack(losses).sum(0) if takes_steps else torch.cat(losses),

@@ -27,7 +27,7 @@ from ddray.methods import get_method
 from ddray.methods.families.matching.initial import check_copies
 from ddray.runs.executor import Executor, LocalExecutor, Task, WorkerPool
 from ddray.runs.folder import Run
-from ddray.runs.ledger import Unit
+from ddray.runs.ledger import Unit, classes_of
 from ddray.system.progress import Show, progress
 
 
@@ -132,7 +132,7 @@ def _run_all(
     job: ShardJob, run: Run, workers: WorkerPool, units: Sequence[Unit], show: Show, num_done: int
 ) -> None:
     """Prepare what all shards need, train what their pool lacks, then run them; the first error ends it."""
-    titles = {unit.key: "classes {}..{}".format(*unit.spec["classes"]) for unit in units}
+    titles = {unit.key: classes_of(unit.spec) for unit in units}
     (prepared,) = _values(workers, [Task("prepare", prepare, (job,), "preparing the shards")])
     specs = enumerate(prepared.missing)
     list(_values(workers, [Task(str(i), train_entry, (job, spec), "a pool entry") for i, spec in specs]))

@@ -124,8 +124,10 @@ def plan_stages(ctx: DistillContext, config: D3HRConfig) -> tuple[Mapping[str, A
 
 
 def pool_specs(ctx: DistillContext, config: D3HRConfig) -> list[PoolSpec]:
-    """Return the last stage needed; its spec contains every stage before it."""
-    return plan_stages(ctx, config)[1][-1:]
+    """Return the last stage needed, whose spec contains every stage before it, and a generator to sample."""
+    source, specs = plan_stages(ctx, config)
+    samples = "spec" in source and config.store == "images"
+    return [*([PoolSpec.parse(source["spec"])] if samples else []), specs[-1]]
 
 
 class D3HR:

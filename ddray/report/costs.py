@@ -15,9 +15,10 @@ _MAX_UNITS: Final = 100
 def unit_costs(run: RunView) -> dict[str, Any]:
     """Return what the page shows of a run's units, those of a bench's NAS sweeps among them.
 
-    `kinds` holds a line per kind; `units` the longest ones, and `num_left` says how many are left out.
+    `kinds` holds a line per kind; `units` the longest ones, and `num_left` says how many are left out. What
+    was joined from shards took what these took.
     """
-    rows = [row for row in (*run.rows, *_of_sweeps(run)) if row.status == "done"]
+    rows = [row for row in (*run.rows, *_of_sweeps(run)) if row.status == "done" and not _is_joined(row)]
     lines = [_line(row) for row in rows]
     kinds = [
         {
@@ -36,6 +37,10 @@ def unit_costs(run: RunView) -> dict[str, Any]:
         "units": longest[:_MAX_UNITS],
         "num_left": max(0, len(longest) - _MAX_UNITS),
     }
+
+
+def _is_joined(row: Row) -> bool:
+    return row.kind == "distill" and "shards" in row.result
 
 
 def _line(row: Row) -> dict[str, Any]:

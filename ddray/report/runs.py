@@ -15,7 +15,7 @@ from ddray.artifact.reading import load
 from ddray.config import read_yaml
 from ddray.errors import InputError
 from ddray.runs.folder import environments
-from ddray.runs.ledger import Ledger, Row
+from ddray.runs.ledger import Ledger, Row, classes_of
 from ddray.tables.along import group_of
 from ddray.tables.columns import size_of
 from ddray.tables.table import accuracy_of, cells_of, drop_scaled_differences, failure_of, names_of
@@ -247,6 +247,7 @@ def name_of(row: Row) -> str:
     else:
         parts = [spec.get(name) for name in ("method", "dataset")]
         parts += [size_of(spec), spec.get("arch"), spec.get("proxy")]
+        parts += [classes_of(spec)] if row.kind == "shard" else []
     text = " ".join(str(part) for part in parts if part)
     return f"{text} seed {spec['seed']}" if "seed" in spec else text or row.key[:12]
 

@@ -75,6 +75,12 @@ class Row(Config):
         return values.model_copy(update={"status": "failed", "error": one_line(error, 300)})
 
 
+def classes_of(spec: Mapping[str, Any]) -> str:
+    """Return which classes a shard's spec is of, such as `classes 0..4`; `class 3` of one."""
+    start, stop = spec["classes"]
+    return f"classes {start}..{stop - 1}" if stop - start > 1 else f"class {start}"
+
+
 def canonical_json(value: Any) -> str:
     """Return JSON with sorted keys and no spaces; NaN is refused."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)

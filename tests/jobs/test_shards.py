@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +10,18 @@ import pytest
 import torch
 
 from ddray.cluster.shards import distill_on
-from ddray.errors import DivergedError, InputError
+from ddray.distillation.loop import Distillation
+from ddray.distillation.method import coupling_by_norm
+from ddray.errors import DdrayError, DivergedError, InputError
 from ddray.jobs import shard_worker
+from ddray.jobs import shards as shards_job
+from ddray.jobs.context import make_context
 from ddray.jobs.distill import DistillResult, distill
 from ddray.jobs.options import DistillOptions, ShardOptions
 from ddray.jobs.plan import Plan, resolve
-from ddray.runs.ledger import Ledger
+from ddray.jobs.shards import distill_shards
+from ddray.runs.executor import LocalExecutor
+from ddray.runs.ledger import Ledger, Unit
 
 SMALL = {"arch": "convnet2_w8", "compile": "off", "steps": 4, "checkpoint_every": 2}
 DM = {"method": {"batch_real": 4}}
@@ -168,3 +176,102 @@ def test_other_shards_are_another_configuration(digits: Any, tmp_path: Path) -> 
     in_shards(plan, 2, tmp_path / "run")
     with pytest.raises(InputError, match="changed: shards: 2 -> 3"):
         in_shards(plan, 3, tmp_path / "run", resume=True)
+
+
+class Elsewhere(LocalExecutor):
+    """Like workers on other machines: what is shared with them, and what they return, are copies."""
+
+    def share(self, value: Any) -> Any:
+        return pickle.loads(pickle.dumps(value))
+
+    def _start(self, task: Any, attempt: int) -> None:
+        super()._start(replace(task, arguments=tuple(map(self.share, task.arguments))), attempt)
+
+
+@pytest.mark.parametrize("settings", [{"pixel_space": "zca"}, {}])
+def test_workers_that_open_the_dataset_themselves_make_the_same_set(
+    settings: dict[str, Any], digits: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, how = plan_of(digits, **DM, **settings), {"val_seed": 3}
+    whole = distill(plan, device=torch.device("cpu"), run_dir=tmp_path / "whole", **how)
+    monkeypatch.setattr(
+        shards_job, "LocalExecutor", type("Other", (), {})
+    )  # so that it is none of this process
+
+    result = distill_shards(
+        plan,
+        DistillOptions(run_dir=tmp_path / "run", device="cpu", **how),
+        ShardOptions(shards=3),
+        Elsewhere(),
+        device="cpu",
+    )
+
+    assert Path(result["artifact"]).read_bytes() == Path(whole["artifact"]).read_bytes()
+
+
+def test_a_worker_with_another_copy_of_the_dataset_ends_the_run(
+    digits: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(digits, **DM)
+    fewer = replace(digits, load_train=lambda: digits.train().select(torch.arange(900)))
+    monkeypatch.setattr(shard_worker, "open_dataset", lambda name, **_: fewer)
+    monkeypatch.setattr(shards_job, "LocalExecutor", type("Other", (), {}))
+    options = DistillOptions(run_dir=tmp_path / "run", device="cpu")
+    with pytest.raises(InputError, match="must be the same on every node"):
+        distill_shards(plan, options, ShardOptions(shards=2), Elsewhere(), device="cpu")
+
+
+def test_a_shard_whose_losses_are_gone_is_run_again(digits: Any, tmp_path: Path) -> None:
+    plan, run = plan_of(digits, **DM), tmp_path / "run"
+    first = in_shards(plan, 2, run)
+    next(iter((run / "shards").glob("*.json"))).unlink()
+
+    again = in_shards(plan, 2, run, resume=True)
+
+    assert again["final_loss"] == first["final_loss"]
+    assert len(list((run / "ledger").glob("*.damaged"))) == 1
+
+
+def test_rows_of_another_process_end_this_one(digits: Any, tmp_path: Path) -> None:
+    plan, run = plan_of(digits, **DM), tmp_path / "run"
+    in_shards(plan, 2, run)
+    ledger = Ledger(run)
+    units = [Unit(kind="shard", spec={"steps": 4, "classes": [0, 1]})]
+    with pytest.raises(DdrayError, match="another process has resumed"):
+        shard_worker.joined(ledger, units, 0.0)
+
+
+@pytest.mark.parametrize("arch", ["vgg11_tv", "efficientnet_b0_in"])
+def test_networks_that_drop_at_random_are_refused(arch: str) -> None:
+    reason = coupling_by_norm(arch)
+    assert reason is not None
+    assert "drops" in reason
+
+
+def test_what_each_shard_measured_is_averaged(digits: Any) -> None:
+    sets = [
+        part_of(digits, label, measures) for label, measures in ((0, {"s": 1.0}), (1, {}), (2, {"s": 3.0}))
+    ]
+    assert shard_worker.join_distillations(sets, takes_steps=True, wall_s=0.0).measures == {"s": 2.0}
+
+
+def part_of(digits: Any, label: int, measures: dict[str, float]) -> Distillation:
+    ctx = make_context(plan_of(digits, **DM), digits.train(), split_name="train", device=torch.device("cpu"))
+    distilled = ctx.make_set(torch.zeros(1, *digits.image_shape), torch.tensor([label]))
+    return Distillation(distilled, torch.zeros(1), 0, 0.0, None, measures=measures)
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "message"),
+    [
+        ("cuda", None, "--device cuda needs GPUs"),
+        ("cpu", 1.0, "--gpus-per-shard must be 0 with --device cpu"),
+    ],
+)
+def test_a_device_that_shards_do_not_get_is_refused(
+    device: str, gpus: float | None, message: str, digits: Any, tmp_path: Path
+) -> None:
+    options = DistillOptions(run_dir=tmp_path / "run", device=device)
+    with pytest.raises(InputError, match=message):
+        distill_on(plan_of(digits, **DM), options, ShardOptions(shards=2, gpus_per_shard=gpus), False)
+    assert not (tmp_path / "run").exists()

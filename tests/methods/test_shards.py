@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from ddray.data import Dataset
+from ddray.data import Dataset, PixelSpace
 from ddray.distillation.loop import run_distillation
 from ddray.distillation.method import coupling_of
 from ddray.distillation.shards import Shard, join_sets, shard_classes
@@ -103,6 +103,18 @@ def test_rows_are_whitened_as_in_chunks_of_all(total: int) -> None:
     for rows in (range(1), range(1, 3), range(total - 1, total), range(2, total)):
         index = torch.tensor(list(rows))
         assert torch.equal(encode_rows(ctx.space, images[index], index, total, chunk=4), whole[index])
+
+
+def test_rows_of_real_size_are_whitened_as_in_chunks_of_all() -> None:
+    images, size = random_dataset((300, 300), (3, 32, 32)).train().images, 3 * 32 * 32
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(size, size, generator=generator) / size
+    space = PixelSpace("zca", (0.0,) * 3, (1.0,) * 3, torch.randn(size, generator=generator), matrix)
+    whole = torch.cat([space.encode(part) for part in torch.split(images, 512)])
+
+    for rows in (range(7), range(250, 350), range(511, 513), range(599, 600)):
+        index = torch.tensor(list(rows))
+        assert torch.equal(encode_rows(space, images[index], index, len(images), chunk=512), whole[index])
 
 
 @pytest.mark.parametrize(

@@ -115,11 +115,13 @@ def make_method(
     if coupling is not None:
         declared = coupling if callable(coupling) else lambda config, arch: coupling
         Method.independent_classes = staticmethod(declared)  # type: ignore[attr-defined]
-    if num_distilled_of is None:
-        return Method
+    return Method if num_distilled_of is None else _with_budget(Method, num_distilled_of)
+
+
+def _with_budget(method: type[_Run], num_distilled_of: NumDistilled) -> type[Distiller]:
     num_stored: NumDistilled = staticmethod(num_distilled_of)
 
-    class BudgetMethod(Method):
+    class BudgetMethod(method):  # type: ignore[valid-type, misc]
         uses_budget: ClassVar[Literal[True]] = True
         num_distilled = num_stored
 
