@@ -2,16 +2,20 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, Final
 
 from ddray.runs.costs import Estimate, History, record_costs
 from ddray.runs.ledger import Row
 from ddray.tables.units import BenchUnit
 
+_ALIKE: Final = {"distill": "shard", "shard": "distill"}
+
 
 def record_cost(unit: BenchUnit, row: Row, device: str) -> None:
-    """Store what a finished unit cost."""
-    record_costs(_signature(unit), [(row, unit.amount)], device)
+    """Store what a finished unit cost; of a set with shards, that is what these cost."""
+    if not _is_joined(unit):
+        record_costs(_signature(unit), [(row, unit.amount)], device)
 
 
 def record_sweep_costs(signature: Mapping[str, str], rows: Sequence[Row], device: str) -> None:
@@ -20,8 +24,23 @@ def record_sweep_costs(signature: Mapping[str, str], rows: Sequence[Row], device
 
 
 def estimate_of(history: History, unit: BenchUnit) -> Estimate:
-    """Return what a unit is expected to take."""
-    return history.estimate(_signature(unit), unit.amount)
+    """Return what a unit is expected to take.
+
+    Seconds per amount of work are those of past sets where no shard was distilled, and the other way round;
+    joining shards is taken to cost nothing.
+    """
+    if _is_joined(unit):
+        return Estimate(0.0, 0)
+    signature = _signature(unit)
+    estimate = history.estimate(signature, unit.amount)
+    if estimate.wall_s is None and unit.kind in _ALIKE:
+        estimate = history.estimate({**signature, "kind": _ALIKE[unit.kind]}, unit.amount)
+        return replace(estimate, peak_memory_bytes=None)
+    return estimate
+
+
+def _is_joined(unit: BenchUnit) -> bool:
+    return unit.kind == "distill" and unit.shards > 1
 
 
 def _signature(unit: BenchUnit) -> dict[str, str]:
