@@ -9,6 +9,7 @@ from ddray.runs.costs import Estimate, History, record_costs
 from ddray.runs.ledger import Row
 from ddray.tables.units import BenchUnit
 
+_CLASSES: Final = r", classes \d+\.\.\d+$"  # the end of a shard's title
 _ALIKE: Final = {"distill": "shard", "shard": "distill"}
 
 
@@ -30,7 +31,8 @@ def estimate_of(history: History, unit: BenchUnit) -> Estimate:
     joining shards is taken to cost nothing.
     """
     if _is_joined(unit):
-        return Estimate(0.0, 0)
+        of_shards = estimate_of(history, replace(unit, shards=1))
+        return Estimate(None if of_shards.wall_s is None else 0.0, of_shards.units)
     signature = _signature(unit)
     estimate = history.estimate(signature, unit.amount)
     if estimate.wall_s is None and unit.kind in _ALIKE:
@@ -58,6 +60,7 @@ def summarise(units: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for unit in units:
         name = re.sub(" seed .*?(?=, |$)", "", unit["unit"], count=1)
+        name = re.sub(_CLASSES, ", shards", name)
         groups.setdefault((unit["kind"], name), []).append(unit)
     summaries = []
     for (kind, name), group in groups.items():
@@ -70,9 +73,13 @@ def summarise(units: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "units": len(group),
                 "missing": sum(unit["status"] == "missing" for unit in group),
                 "trainings": sum(unit.get("num_trainings", 0) for unit in group),
-                "needs": sorted({need.partition(" seed ")[0] for unit in group for need in unit["needs"]}),
+                "needs": sorted({_without_seed(need) for unit in group for need in unit["needs"]}),
                 "estimate_s": sum(guessed) if len(guessed) == len(group) else None,
                 "peak_memory_bytes": max(peaks, default=None),
             }
         )
     return summaries
+
+
+def _without_seed(title: str) -> str:
+    return title.partition(" seed ")[0] + (", shards" if re.search(_CLASSES, title) else "")

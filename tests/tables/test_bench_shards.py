@@ -13,10 +13,11 @@ from ddray.jobs import shard_worker
 from ddray.methods import get_method
 from ddray.report.page import write_page
 from ddray.runs.costs import History
+from ddray.runs.executor import LocalExecutor
 from ddray.runs.ledger import Ledger, Row
 from ddray.system.files import home
 from ddray.tables import worker
-from ddray.tables.cost import estimate_of
+from ddray.tables.cost import estimate_of, summarise
 from ddray.tables.dry_run import dry_run
 from ddray.tables.run import prepare
 from ddray.tables.spec import BenchSpec, read_spec
@@ -65,7 +66,9 @@ def test_a_set_of_shards_is_the_file_of_the_run_without(whole: Path, tmp_path: P
     titles = {event.get("title") for event in Ledger(tmp_path / "run").events()}
     assert "dm digits ipc 1 seed 0, classes 6..9" in titles
     write_page([tmp_path / "run"], tmp_path / "page.html", planes=False)
-    assert "<td>shard</td><td>6</td>" in (tmp_path / "page.html").read_text()
+    text = (tmp_path / "page.html").read_text()
+    assert "<td>shard</td><td>6</td>" in text
+    assert "dm digits ipc 1 seed 0, classes 6..9" in text
 
 
 def test_a_row_has_its_own_number_and_config_says_so_only_of_shards(whole: Path, tmp_path: Path) -> None:
@@ -242,7 +245,7 @@ def test_a_scale_with_another_dataset_has_a_shard_per_class_at_most() -> None:
 def test_a_dry_run_counts_shards_and_estimates_them_from_their_like(tmp_path: Path) -> None:
     sharded = table(shards=3)
     (unit,) = prepare(sharded, LOCAL).graph.distil.values()
-    assert estimate_of(History("cpu"), shards_of(unit, 10)[0]).wall_s is None
+    assert dry_run(sharded, LOCAL, run_dir=None)["num_without_estimate"] == 3 + 1 + 1
     run(tmp_path / "whole", table())
     (row,) = Ledger(tmp_path / "whole").rows("distill")
     result = dry_run(sharded, LOCAL, run_dir=tmp_path / "none")
@@ -252,9 +255,12 @@ def test_a_dry_run_counts_shards_and_estimates_them_from_their_like(tmp_path: Pa
     assert lines["dm digits ipc 1 seed 0"]["estimate_s"] == 0.0
     assert sum(line["estimate_s"] for line in shards) == pytest.approx(row.wall_s), "of the set without"
     assert (result["num_missing"], result["num_without_estimate"]) == (3 + 1 + 1, 0)
+    groups = {(group["kind"], group["unit"]): group for group in summarise(result["units"])}
+    assert groups["shard", "dm digits ipc 1, shards"]["units"] == 3
+    assert groups["distill", "dm digits ipc 1"]["needs"] == ["dm digits ipc 1, shards"]
 
     run(tmp_path / "run", sharded)
-    first, _, last = shard_rows(tmp_path / "run")
+    first, *_ = shard_rows(tmp_path / "run")
     estimate = estimate_of(History("cpu"), shards_of(unit, 10)[2])
     peaks = [row.result["peak_memory_bytes"] for row in shard_rows(tmp_path / "run")]
     assert (estimate.units, estimate.peak_memory_bytes) == (3, max(peaks))
@@ -263,12 +269,9 @@ def test_a_dry_run_counts_shards_and_estimates_them_from_their_like(tmp_path: Pa
     again = dry_run(sharded, LOCAL, run_dir=tmp_path / "run")
     status = [line["status"] for line in again["units"] if line["kind"] == "shard"]
     assert status == ["missing", "done", "done"]
-    assert last.result["sha256"]
 
 
 def test_what_all_shards_need_is_shared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ddray.runs.executor import LocalExecutor
-
     shared: list[Any] = []
     monkeypatch.setattr(LocalExecutor, "share", lambda self, value: shared.append(value) or value)
     run(tmp_path / "run", table(set={**TINY["set"], "pixel_space": "zca"}, shards=3))
