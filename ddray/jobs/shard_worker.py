@@ -116,7 +116,11 @@ def prepare(job: ShardJob) -> Prepared:
     Raises:
         InputError: the plan does not fit, or this node's dataset is not the driver's.
     """
-    ctx, plan = _whole_context(job)
+    return prepared_from(*_whole_context(job))
+
+
+def prepared_from(ctx: DistillContext, plan: Plan) -> Prepared:
+    """Return what shards need of the context of their whole split."""
     space, images = ctx.space, ctx.split.images
     zca = {"zca_mean": space.zca_mean, "zca_matrix": space.zca_matrix} if space.kind == "zca" else {}
     return Prepared(
@@ -165,16 +169,34 @@ def run_shard(job: ShardJob, prepared: Prepared, unit: Unit) -> None:
     ledger = Ledger(Path(job.run_dir))
     if ledger.row(unit.key) is not None:
         return
-    plan, ctx = _shard_context(job, prepared, range(*unit.spec["classes"]))
-    checkpoint = ledger.run_dir / "checkpoints" / f"{unit.key}.pt"
+    plan, ctx = shard_context(
+        job.resolved(),
+        job.split,
+        range(*unit.spec["classes"]),
+        prepared,
+        device=job.device,
+        fingerprint=job.fingerprint,
+    )
+    result = distil_shard(plan, ctx, ledger.run_dir, unit)
+    ledger.publish(unit, Row.done(unit, result, time.perf_counter() - begin), epoch=job.epoch)
+
+
+def distil_shard(plan: Plan, ctx: DistillContext, run_dir: Path, unit: Unit) -> dict[str, Any]:
+    """Distil a shard from where its checkpoint is, write its set, and return its row's result.
+
+    Raises:
+        DivergedError: the loss became NaN.
+        StorageError: a file can't be written.
+    """
+    checkpoint = run_dir / "checkpoints" / f"{unit.key}.pt"
     distillation = run_distillation(make_distiller(plan), ctx, checkpoint=checkpoint)
     # Of a late worker's files and these, either are the unit's: both have the same bytes.
-    path = shard_file(ledger.run_dir, unit.key)
+    path = shard_file(run_dir, unit.key)
     distillation.distilled.save(path)
     write_text(path.with_suffix(".json"), json.dumps(distillation.losses.tolist()))
     first, final = distillation.edge_losses()
-    result = {
-        "artifact": str(path.relative_to(ledger.run_dir)),
+    return {
+        "artifact": str(path.relative_to(run_dir)),
         "sha256": _digests(path),
         "steps": len(distillation.losses),
         "resumed_from_step": distillation.resumed_from_step,
@@ -185,7 +207,6 @@ def run_shard(job: ShardJob, prepared: Prepared, unit: Unit) -> None:
         "measures": dict(distillation.measures),
         **distillation.costs(),
     }
-    ledger.publish(unit, Row.done(unit, result, time.perf_counter() - begin), epoch=job.epoch)
 
 
 def shard_file(run_dir: Path, key: str) -> Path:
@@ -193,24 +214,28 @@ def shard_file(run_dir: Path, key: str) -> Path:
     return run_dir / "shards" / f"{key}.pt"
 
 
-def _shard_context(job: ShardJob, prepared: Prepared, classes: range) -> tuple[Plan, DistillContext]:
-    """Return plan and context of a shard; the rest of the dataset is let go of, if it was opened here."""
-    plan = job.resolved()
+def shard_context(
+    plan: Plan, split_name: SplitName, classes: range, prepared: Prepared, *, device: str, fingerprint: str
+) -> tuple[Plan, DistillContext]:
+    """Return plan and context of a shard of `split_name`, without the dataset's other images.
+
+    `fingerprint` is the dataset's: of a shard alone it can't be computed.
+    """
     train = plan.dataset.train()
     rows = torch.arange(len(train)).view(-1, 1, 1, 1)
-    whole, _ = job.split.carve(Split(rows, train.labels))
+    whole, _ = split_name.carve(Split(rows, train.labels))
     shard = Shard(classes, whole.labels, prepared.minimum)
     split = train.select(whole.images.flatten()[shard.rows])
     del train
     dataset = replace(plan.dataset, load_train=_no_more, load_test=_no_more)
-    dataset.__dict__["fingerprint"] = job.fingerprint
+    dataset.__dict__["fingerprint"] = fingerprint
     plan = replace(plan, dataset=dataset)
     kind, zca = plan.config.pixel_space, {name: torch.tensor(part) for name, part in prepared.zca.items()}
     ctx = make_context(
         plan,
         split,
-        split_name=str(job.split),
-        device=worker_device(job.device),
+        split_name=str(split_name),
+        device=worker_device(device),
         space=PixelSpace(kind, dataset.mean, dataset.std, **zca),
         pool=LocalPool(_no_more),
         shard=shard,
@@ -229,20 +254,23 @@ def _digests(path: Path) -> list[str]:
 
 def drop_unsound(ledger: Ledger, units: Iterable[Unit]) -> list[Unit]:
     """Return the units that are still to be run; rows whose files are gone or changed are set aside."""
-    missing = []
-    for unit in units:
-        row = ledger.row(unit.key)
-        path = shard_file(ledger.run_dir, unit.key)
-        if row is not None and _digests(path) != row.result.get("sha256"):
-            ledger.withdraw(unit.key, "damaged")
-            row = None
-        if row is None:
-            missing.append(unit)
+    missing = [unit for unit in units if not has_shard(ledger, unit)]
+    for unit in missing:
+        ledger.withdraw(unit.key, "damaged")
     return missing
 
 
-def joined(ledger: Ledger, units: Sequence[Unit], wall_s: float) -> Distillation:
+def has_shard(ledger: Ledger, unit: Unit) -> bool:
+    """Return whether a shard is done and its file is there, unchanged."""
+    row, path = ledger.row(unit.key), shard_file(ledger.run_dir, unit.key)
+    return row is not None and _digests(path) == row.result.get("sha256")
+
+
+def joined(ledger: Ledger, units: Sequence[Unit], wall_s: float, *, takes_steps: bool) -> Distillation:
     """Return the distillation of all classes from the rows and files of its shards.
+
+    Its losses are the sums of the shards', in float64; without `takes_steps`, where steps are those of
+    classes (D3HR), one shard's follow the other's.
 
     Raises:
         DdrayError: a row is not there, for another process has resumed the run.
@@ -252,7 +280,7 @@ def joined(ledger: Ledger, units: Sequence[Unit], wall_s: float) -> Distillation
         raise DdrayError(f"another process has resumed {ledger.run_dir}: this one ends")
     files = [shard_file(ledger.run_dir, unit.key) for unit in units]
     parts = [_part(row.result, path) for row, path in zip(rows, files, strict=True)]
-    return join_distillations(parts, takes_steps=rows[0].spec["steps"] > 0, wall_s=wall_s)
+    return join_distillations(parts, takes_steps=takes_steps, wall_s=wall_s)
 
 
 def _part(result: Mapping[str, Any], path: Path) -> Distillation:

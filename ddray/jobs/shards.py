@@ -78,31 +78,41 @@ def distill_shards(
     job = shard_job(plan, name, run, device=device, data_dir=shards.data_dir, here=here)
     _run_missing(job, run, executor, units)
     run.ledger.begin(unit, epoch=run.epoch)
-    distillation = joined(run.ledger, units, time.perf_counter() - begin)
+    takes_steps = plan.config.steps > 0
+    distillation = joined(run.ledger, units, time.perf_counter() - begin, takes_steps=takes_steps)
     return finish_run(plan, run, unit, distillation, how.out, shards=num_shards)
 
 
-def check_shards(plan: Plan, num_shards: int, split: Split) -> None:
-    """Reject shards of `split` that would not give the unsharded run's bytes: the InputError says why."""
+def check_shards(plan: Plan, num_shards: int, split: Split | None, *, option: str = "--shards") -> None:
+    """Reject shards that would not give the unsharded run's bytes: the InputError says why.
+
+    `split` is what is distilled; None, without reading it: as far as the plan says. `option` names the
+    shards in messages.
+    """
     num_classes, config = plan.dataset.num_classes, plan.config
-    check_independent(plan)
-    check_size(plan, split)
+    check_independent(plan, option)
+    if split is not None:
+        check_size(plan, split)
     if not 1 <= num_shards <= num_classes:
         name = plan.dataset.name
-        raise InputError(f"--shards must be in 1..{num_classes} (the classes of {name}), got {num_shards}")
+        raise InputError(f"{option} must be in 1..{num_classes} (the classes of {name}), got {num_shards}")
     if config.evaluate.every is not None:
-        raise InputError("evaluate.every must be left out with --shards: sets are joined at their end")
+        raise InputError(f"evaluate.every must be left out with {option}: sets are joined at their end")
     if config.precision == "auto":
-        raise InputError("precision must be tf32, fp32 or bf16 with --shards: auto may differ between shards")
-    if (init := getattr(config.method, "init", None)) is not None:
-        check_copies(torch.bincount(split.labels, minlength=num_classes).tolist(), plan.ipc, init)
+        raise InputError(
+            f"precision must be tf32, fp32 or bf16 with {option}: auto may differ between shards"
+        )
+    init = getattr(config.method, "init", None)
+    if init is not None and split is not None:
+        counts = torch.bincount(split.labels, minlength=num_classes).tolist()
+        check_copies(counts, plan.ipc, init, option)
 
 
-def check_independent(plan: Plan) -> None:
+def check_independent(plan: Plan, option: str = "--shards") -> None:
     """Reject shards of a method, with its settings and network, whose classes are not independent."""
     if (reason := coupling_of(get_method(plan.method), plan.config.method, plan.arch)) is not None:
         raise InputError(
-            f"--shards needs independent classes, {plan.method}'s are not: {reason}; leave it out"
+            f"{option} needs independent classes, {plan.method}'s are not: {reason}; leave it out"
         )
 
 

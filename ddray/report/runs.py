@@ -249,7 +249,11 @@ def name_of(row: Row) -> str:
         parts += [size_of(spec), spec.get("arch"), spec.get("proxy")]
         parts += [classes_of(spec)] if row.kind == "shard" else []
     text = " ".join(str(part) for part in parts if part)
-    return f"{text} seed {spec['seed']}" if "seed" in spec else text or row.key[:12]
+    text = f"{text} seed {spec['seed']}" if "seed" in spec else text or row.key[:12]
+    if row.kind == "shard":
+        start, stop = spec["classes"]
+        return f"{text}, classes {start}..{stop - 1}"
+    return text
 
 
 def _cells(command: str, dataset: str, rows: tuple[Row, ...]) -> Iterator[dict[str, Any]]:

@@ -19,8 +19,9 @@ from ddray.system.files import storage_errors, write_text
 
 log = logging.getLogger(__name__)
 _GROWING: Final = {"distill": "steps", "tune": "num_samples"}
-# Recorded in config.yaml, and free to change in a resume: shares of a GPU change no result.
-_SHARES: Final = ("gpus_per_trial", "gpus_per_unit", "gpus_per_worker", "gpus_per_shard")
+# Recorded in config.yaml, and free to change in a resume: shares of a GPU, and shards of a bench's sets,
+# change no result.
+_SHARES: Final = ("gpus_per_trial", "gpus_per_unit", "gpus_per_worker", "gpus_per_shard", "shards_of_rows")
 
 
 class Run:

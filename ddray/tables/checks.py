@@ -3,11 +3,12 @@
 from typing import Final
 
 from ddray.config import flatten, merge, nest
-from ddray.data import Dataset
+from ddray.data import Dataset, Split
 from ddray.errors import InputError, unknown
 from ddray.evaluation import get_protocol, protocol_names, target_protocols
 from ddray.evaluation.options import EvaluateConfig, EvaluateOptions
 from ddray.jobs.plan import Plan, budget_method
+from ddray.jobs.shards import check_shards
 from ddray.system.options import ContentOptions
 from ddray.tables.spec import WHOLE, BenchSpec, EvaluateSpec, MethodSpec
 
@@ -48,8 +49,8 @@ def check_sections(spec: BenchSpec) -> None:
         InputError: with the row, or the setting and where it belongs.
     """
     for row in spec.rows():
-        if row.name == WHOLE and (row.preset != "paper" or row.steps is not None):
-            raise InputError(f"row {row.row} has no method: preset and steps must be left out")
+        if row.name == WHOLE and (row.preset != "paper" or (row.steps, row.shards) != (None, None)):
+            raise InputError(f"row {row.row} has no method: preset, steps and shards must be left out")
         if not any(one.takes(row) for one in spec.evaluate):
             raise InputError(
                 f"every row must be scored, but no evaluation takes {row.row}; name it under rows: of one"
@@ -81,6 +82,20 @@ def check_row(row: MethodSpec, evaluation_spec: EvaluateSpec) -> None:
             f"evaluate.protocol must be {target_protocols()} for {row.row}, whose sets hold targets and no "
             f"labels, got {evaluation_spec.protocol}"
         )
+
+
+def check_row_shards(row: MethodSpec, plan: Plan, num_shards: int, split: Split | None) -> None:
+    """Refuse shards that would change a row's sets.
+
+    Raises:
+        InputError: with the row and the reason; of what needs the images of `split` only if it is not None.
+    """
+    if num_shards == 1:
+        return
+    try:
+        check_shards(plan, num_shards, split, option="shards")
+    except InputError as error:
+        raise InputError(f"row {row.row}: {error}; shards: 1 in the row switches them off") from error
 
 
 def check_evaluation(evaluation_spec: EvaluateSpec, plan: Plan, target: Dataset) -> None:

@@ -2,16 +2,21 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, Final
 
 from ddray.runs.costs import Estimate, History, record_costs
 from ddray.runs.ledger import Row
 from ddray.tables.units import BenchUnit
 
+_CLASSES: Final = r", classes \d+\.\.\d+$"  # the end of a shard's title
+_ALIKE: Final = {"distill": "shard", "shard": "distill"}
+
 
 def record_cost(unit: BenchUnit, row: Row, device: str) -> None:
-    """Store what a finished unit cost."""
-    record_costs(_signature(unit), [(row, unit.amount)], device)
+    """Store what a finished unit cost; of a set with shards, that is what these cost."""
+    if not _is_joined(unit):
+        record_costs(_signature(unit), [(row, unit.amount)], device)
 
 
 def record_sweep_costs(signature: Mapping[str, str], rows: Sequence[Row], device: str) -> None:
@@ -20,8 +25,24 @@ def record_sweep_costs(signature: Mapping[str, str], rows: Sequence[Row], device
 
 
 def estimate_of(history: History, unit: BenchUnit) -> Estimate:
-    """Return what a unit is expected to take."""
-    return history.estimate(_signature(unit), unit.amount)
+    """Return what a unit is expected to take.
+
+    Seconds per amount of work are those of past sets where no shard was distilled, and the other way round;
+    joining shards is taken to cost nothing.
+    """
+    if _is_joined(unit):
+        of_shards = estimate_of(history, replace(unit, shards=1))
+        return Estimate(None if of_shards.wall_s is None else 0.0, of_shards.units)
+    signature = _signature(unit)
+    estimate = history.estimate(signature, unit.amount)
+    if estimate.wall_s is None and unit.kind in _ALIKE:
+        estimate = history.estimate({**signature, "kind": _ALIKE[unit.kind]}, unit.amount)
+        return replace(estimate, peak_memory_bytes=None)
+    return estimate
+
+
+def _is_joined(unit: BenchUnit) -> bool:
+    return unit.kind == "distill" and unit.shards > 1
 
 
 def _signature(unit: BenchUnit) -> dict[str, str]:
@@ -39,6 +60,7 @@ def summarise(units: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for unit in units:
         name = re.sub(" seed .*?(?=, |$)", "", unit["unit"], count=1)
+        name = re.sub(_CLASSES, ", shards", name)
         groups.setdefault((unit["kind"], name), []).append(unit)
     summaries = []
     for (kind, name), group in groups.items():
@@ -51,9 +73,13 @@ def summarise(units: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "units": len(group),
                 "missing": sum(unit["status"] == "missing" for unit in group),
                 "trainings": sum(unit.get("num_trainings", 0) for unit in group),
-                "needs": sorted({need.partition(" seed ")[0] for unit in group for need in unit["needs"]}),
+                "needs": sorted({_without_seed(need) for unit in group for need in unit["needs"]}),
                 "estimate_s": sum(guessed) if len(guessed) == len(group) else None,
                 "peak_memory_bytes": max(peaks, default=None),
             }
         )
     return summaries
+
+
+def _without_seed(title: str) -> str:
+    return title.partition(" seed ")[0] + (", shards" if re.search(_CLASSES, title) else "")

@@ -12,16 +12,18 @@ from ddray.data.catalog import KNOWN
 from ddray.data.reference import DatasetRef
 from ddray.errors import InputError
 from ddray.jobs.context import check_plan
+from ddray.jobs.plan import Plan
 from ddray.runs.costs import Estimate, History, total
 from ddray.runs.ledger import Ledger, Row
+from ddray.tables.checks import check_row_shards
 from ddray.tables.cost import estimate_of
 from ddray.tables.graph import build_graph
 from ddray.tables.nas_table import NasSweep, resolve_sweeps
 from ddray.tables.options import BenchOptions
 from ddray.tables.result import Forecast
-from ddray.tables.spec import BenchSpec
+from ddray.tables.spec import BenchSpec, MethodSpec
 from ddray.tables.table import drop_scaled_differences, planned_cell
-from ddray.tables.units import Cell, Graph, pool_unit
+from ddray.tables.units import BenchUnit, Cell, Graph, pool_unit, shards_of
 from ddray.tables.worker import predict_pool_specs
 
 # Datasets whose class names are only in their files: the number of classes, for dry runs without the files.
@@ -54,7 +56,7 @@ def dry_run(spec: BenchSpec, options: BenchOptions, *, run_dir: Path | None) -> 
         dataset.__dict__["fingerprint"] = fingerprints.get(name, "unread")
         return dataset
 
-    graph = build_graph(spec, get, check_plan)
+    graph = build_graph(spec, get, _check)
     sweeps = resolve_sweeps(graph, spec, options, get)
     history = History(options.device)
     lines, is_pool_known = _unit_lines(graph, ledger, history)
@@ -74,6 +76,11 @@ def dry_run(spec: BenchSpec, options: BenchOptions, *, run_dir: Path | None) -> 
         num_from_smaller=sum(line["from_smaller"] for line in missing),
         nas_sweeps=[sweep.options.space for sweep in sweeps],
     )
+
+
+def _check(row: MethodSpec, unit: BenchUnit, plan: Plan) -> None:
+    check_plan(plan)
+    check_row_shards(row, plan, unit.shards, split=None)
 
 
 def _cells_of(graph: Graph, sweeps: Sequence[NasSweep]) -> list[Cell]:
@@ -103,8 +110,24 @@ def _unit_lines(graph: Graph, ledger: Ledger | None, history: History) -> tuple[
                 entry = _line(name, "pool", None, [], estimate_of(history, pool_unit(unit, spec)))
                 pool.setdefault(f"{name} {spec.key}", entry)
                 needs.append(name)
+            shards = _shard_lines(unit, plan.dataset.num_classes, ledger, history, needs)
+            units += shards
+            needs = [line["unit"] for line in shards] or needs
         units.append(_line(unit.title, unit.kind, row, needs, estimate_of(history, unit)))
     return [*pool.values(), *units], is_pool_known
+
+
+def _shard_lines(
+    unit: BenchUnit, num_classes: int, ledger: Ledger | None, history: History, needs: list[str]
+) -> list[dict[str, Any]]:
+    """Return a line per shard of a set; none if it has no shards."""
+    if unit.shards == 1:
+        return []
+    lines = []
+    for shard in shards_of(unit, num_classes):
+        row = None if ledger is None else ledger.row(shard.key)
+        lines.append(_line(shard.title, shard.kind, row, needs, estimate_of(history, shard)))
+    return lines
 
 
 def _sweep_line(

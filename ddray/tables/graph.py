@@ -30,17 +30,18 @@ from ddray.training.recipe import RECIPES, TeacherRecipe
 _COUNTS = ("seeds", "val_seeds")
 _WHOLE_IMAGES: Final = 50_000  # for the cost of a whole dataset, which is not read before the run
 OpenDataset = Callable[[str], Dataset]
+CheckSet = Callable[[MethodSpec, BenchUnit, Plan], object]
 Sets = list[tuple[BenchUnit, Plan]]
 """The distillations of one row, dataset and size, by seed."""
 
 
 def build_graph(
-    spec: BenchSpec, open_dataset: OpenDataset, check: Callable[[Plan], object] = lambda plan: None
+    spec: BenchSpec, open_dataset: OpenDataset, check: CheckSet = lambda row, unit, plan: None
 ) -> Graph:
     """Resolve every row and list the units.
 
     `open_dataset` returns a dataset by name, of which only facts and fingerprint are used. `check` raises for
-    plans that can't be run; it is called once per row, dataset and size.
+    sets that can't be distilled; it is called once per row, dataset and size.
 
     Raises:
         InputError: a method, preset, setting, protocol or architecture is bad, or a dataset is missing.
@@ -56,7 +57,7 @@ def build_graph(
         seeds, source = range(spec.seed, spec.seed + spec.seeds), spec.source(row, name)
         make_unit = whole_unit if row.name == WHOLE else distil_unit
         sets = [make_unit(spec, row, open_dataset(source), source, size, seed) for seed in seeds]
-        check(sets[0][1])
+        check(row, *sets[0])
         for unit, plan in sets if row.name != WHOLE else ():
             distil.setdefault(unit.key, unit)
             plans.setdefault(unit.key, plan)
@@ -130,6 +131,7 @@ def distil_unit(
         config=config,
         amount=float((1 + plan.config.steps) * images * multiply_adds(plan.arch, dataset.image_shape)),
         split=spec.split,
+        shards=spec.num_shards(row, dataset.num_classes),
     )
     return unit, plan
 
@@ -147,7 +149,7 @@ def whole_unit(
     table = spec.model_copy(update={"set": settings})
     unit, plan = distil_unit(table, stand_in, dataset, name, ("ipc", 1), seed)
     title = f"{row.row} {dataset.name} seed {seed}"
-    return replace(unit, size=size, title=title, limit=spec.limits.whole), plan
+    return replace(unit, size=size, title=title, limit=spec.limits.whole, shards=1), plan
 
 
 def _limited(spec: BenchSpec, row: MethodSpec, dataset: Dataset, size: tuple[str, int], seed: int) -> Plan:

@@ -4,7 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +12,24 @@ from ddray.data import Dataset, open_dataset
 from ddray.errors import DdrayError, StorageError, one_line
 from ddray.jobs.context import check_plan, check_size
 from ddray.jobs.plan import Plan
-from ddray.runs.executor import Executor, Task
+from ddray.runs.executor import Executor, Outcome, Task, WorkerPool
 from ddray.runs.folder import Run, open_run
 from ddray.runs.ledger import Ledger
 from ddray.runs.results import write_results
 from ddray.system.files import write_text
 from ddray.system.progress import progress
 from ddray.tables.along import write_along, write_costs
+from ddray.tables.checks import check_row_shards
 from ddray.tables.cost import record_cost, record_sweep_costs
 from ddray.tables.graph import build_graph
 from ddray.tables.nas_table import NasSweep, resolve_sweeps, score_sweep
 from ddray.tables.options import BenchOptions
 from ddray.tables.result import BenchCell, BenchResult
 from ddray.tables.scheduler import UnitScheduler, withdraw_crashes
-from ddray.tables.spec import WHOLE, BenchSpec
+from ddray.tables.spec import WHOLE, BenchSpec, MethodSpec
 from ddray.tables.table import cells_of, drop_scaled_differences, failure_of, write_table
 from ddray.tables.units import BenchUnit, Graph
-from ddray.tables.worker import BenchJob, run_unit
+from ddray.tables.worker import BenchJob, Sharded, run_unit
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +58,11 @@ def prepare(spec: BenchSpec, options: BenchOptions) -> Bench:
             opened[name] = open_dataset(name, data_dir=options.data_dir, download=options.download)
         return opened[name]
 
-    def check(plan: Plan) -> None:
+    def check(row: MethodSpec, unit: BenchUnit, plan: Plan) -> None:
         check_plan(plan)
         check_size(plan, plan.dataset.train())
+        if unit.shards > 1:
+            check_row_shards(row, plan, unit.shards, unit.split.carve(plan.dataset.train())[0])
 
     graph = build_graph(spec, get, check)
     sweeps = resolve_sweeps(graph, spec, options, get)
@@ -118,7 +121,11 @@ def _config(bench: Bench) -> dict[str, Any]:
     left_out: dict[str, Any] = {"replaced": True}  # it follows from the scale
     if all(row.name != WHOLE for row in bench.spec.rows()):
         left_out["limits"] = {"whole"}  # runs of before there were such rows are continued
+    left_out |= {"shards": True, "methods": {"__all__": {"shards"}}}  # any number gives the same sets
     spec = bench.spec.model_dump(mode="json", exclude=left_out)
+    shards = {row.row: row.shards or bench.spec.shards or 1 for row in bench.spec.rows() if row.name != WHOLE}
+    if any(num > 1 for num in shards.values()):
+        spec["shards_of_rows"] = shards
     options = bench.options
     gpus = {"gpus_per_unit": options.gpus} if options.gpus else {}
     facts = {"scale": options.scale, "fingerprints": bench.fingerprints, "device": options.device}
@@ -162,14 +169,20 @@ def _loop(
     """Run what can run; record what it cost."""
 
     def tasks(units: Sequence[BenchUnit]) -> list[Task]:
-        return [Task(unit.key, run_unit, (job, unit), unit.title) for unit in units]
+        return [Task(unit.key, run_unit, (job, unit, *scheduler.shared(unit)), unit.title) for unit in units]
+
+    def follow(outcome: Outcome, workers: WorkerPool) -> list[Task]:
+        if isinstance(outcome.value, Sharded):  # to each node once, not to each shard
+            prepared = workers.share(outcome.value.prepared)
+            outcome = replace(outcome, value=replace(outcome.value, prepared=prepared))
+        return tasks(scheduler.after(outcome))
 
     units = scheduler.first()
     if not units:
         return
     with progress("bench", scheduler.total, start=scheduler.done) as show, executor.workers() as workers:
         for outcome in workers.run(
-            tasks(units), timeout_s=timeout_s, follow=lambda outcome: tasks(scheduler.after(outcome))
+            tasks(units), timeout_s=timeout_s, follow=lambda outcome: follow(outcome, workers)
         ):
             row = run.ledger.row(outcome.key)
             if row is not None:

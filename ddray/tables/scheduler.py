@@ -2,34 +2,37 @@
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
 from ddray.errors import DdrayError, StorageError
+from ddray.jobs.shard_worker import shard_file
 from ddray.runs.executor import Outcome
 from ddray.runs.folder import Run
 from ddray.runs.ledger import Ledger, Row
 from ddray.system.files import home
 from ddray.tables.table import failure_of
 from ddray.tables.units import BenchUnit, Graph, pool_unit
-from ddray.tables.worker import BenchJob, Damaged, Needs, artifact_name, has_entry, is_sound, publish
+from ddray.tables.worker import BenchJob, Damaged, Needs, Sharded, artifact_name, has_entry, is_sound, publish
 
 log = logging.getLogger(__name__)
 
-_MAX_REPEATS: Final = 2  # times that a lost pool entry or a damaged set is recomputed
+_MAX_REPEATS: Final = 2  # times that a lost pool entry, a damaged set or a damaged shard is recomputed
 _MAX_POOL_REQUESTS: Final = 10  # times that a unit may ask the pool: methods ask once per stage
+_SHARE_RUN: Final = "the run's folder must be one that all nodes share"
 _SHARE: Final = "$DDRAY_HOME must be one folder that all nodes share and that nothing empties during the run"
 
 
 class UnitScheduler:
-    """Hands out the units of a run whose inputs are ready, each once; pool units join them during the run."""
+    """Hands out the units of a run whose inputs are ready, each once; pool units and shards join later."""
 
     def __init__(self, graph: Graph, run: Run, job: BenchJob) -> None:
         self._graph, self._run, self._job = graph, run, job
         self._row = run.ledger.row
         self.units = {unit.key: unit for unit in graph.units()}
         self._waiting: dict[str, set[str]] = {}
+        self._prepared: dict[str, Any] = {}  # what unfinished shards share, by their keys
         self._running: set[str] = set()
         self._repeats: Counter[str] = Counter()
         self.done = 0
@@ -68,6 +71,8 @@ class UnitScheduler:
             raise outcome.error  # no row: --resume runs it once there is space
         if isinstance(outcome.value, Needs):
             return self._wait(unit, outcome.value)
+        if isinstance(outcome.value, Sharded):
+            return self._wait_for_shards(unit, outcome.value)
         if isinstance(outcome.value, Damaged):
             return self._redistil(unit)
         if outcome.error is not None:
@@ -78,11 +83,12 @@ class UnitScheduler:
         if row is None:
             raise DdrayError(f"another process has resumed {self._run.folder}: this one ends")
         self.done += 1
+        self._prepared.pop(unit.key, None)
         if row.status == "failed":
             log.warning("%s failed: %s", unit.title, row.error)
         if unit.kind == "distill":
             return self._missing_evaluations(row)
-        return self._unblocked(unit.key) if unit.kind == "pool" else []
+        return self._unblocked(unit.key) if unit.kind in ("pool", "shard") else []
 
     def _fail(self, unit: BenchUnit, reason: str, attempts: int = _MAX_REPEATS) -> None:
         """Publish a failed row, which --retry-failed can withdraw."""
@@ -141,18 +147,32 @@ class UnitScheduler:
         self._repeats[asker.key] += 1
         missing = [pool_unit(asker, spec) for spec in needs.specs if not has_entry(spec)]
         blocked = {unit.key: self.units.get(unit.key, unit) for unit in missing}
-        again = self.units[asker.key] = replace(asker, waited=True)
+        again = self.units[asker.key] = replace(asker, waited_for="networks")
         if self._repeats[asker.key] > _MAX_POOL_REQUESTS:
             self._fail(asker, f"the pool has trained what it asks for, but no longer has it: {_SHARE}")
             self.done += 1
             return []
         if not blocked:
             return [again]
-        self._waiting[asker.key] = set(blocked)
-        return [unit for unit in blocked.values() if self._must_train(unit)]
+        return self._wait_for(asker, blocked)
 
-    def _must_train(self, unit: BenchUnit) -> bool:
-        """Register a missing entry; return whether to train it. After a few times it fails."""
+    def _wait_for_shards(self, asker: BenchUnit, sharded: Sharded) -> list[BenchUnit]:
+        """Let a set wait for its shards; return those to run."""
+        self.units[asker.key] = replace(asker, waited_for="shards")
+        blocked = {unit.key: self.units.get(unit.key, unit) for unit in sharded.units}
+        self._prepared |= dict.fromkeys(blocked, sharded.prepared)
+        return self._wait_for(asker, blocked)
+
+    def shared(self, unit: BenchUnit) -> tuple[Any, ...]:
+        """Return what a shard's worker needs besides the unit: a `Prepared`, or what stands for it."""
+        return (self._prepared[unit.key],) if unit.kind == "shard" else ()
+
+    def _wait_for(self, asker: BenchUnit, blocked: Mapping[str, BenchUnit]) -> list[BenchUnit]:
+        self._waiting[asker.key] = set(blocked)
+        return [unit for unit in blocked.values() if self._must_run(unit)]
+
+    def _must_run(self, unit: BenchUnit) -> bool:
+        """Register a missing entry or shard; return whether to run it. After a few times it fails."""
         if unit.key in self._running:  # still running
             return False
         row = self._row(unit.key)
@@ -164,17 +184,28 @@ class UnitScheduler:
             return True
         if row.status == "failed":
             return False
-        log.warning("%s was trained, but is not in the pool (%s): it is trained again", unit.title, home())
-        self._run.ledger.withdraw(unit.key, "removed")
         self._repeats[unit.key] += 1
+        reason = self._withdraw_lost(unit)
         if self._repeats[unit.key] > _MAX_REPEATS:
-            self._fail(unit, f"trained {_MAX_REPEATS + 1} times, and still not in the pool: {_SHARE}")
+            self._fail(unit, reason)
             return False
         self.done -= 1
         return True
 
+    def _withdraw_lost(self, unit: BenchUnit) -> str:
+        """Withdraw the row of a lost pool entry or a damaged shard; return the reason why it may fail."""
+        times = f"{_MAX_REPEATS + 1} times"
+        if unit.kind == "shard":
+            path = shard_file(self._run.folder, unit.key)
+            log.warning("%s: its set %s is missing or damaged; it is distilled again", unit.title, path)
+            self._run.ledger.withdraw(unit.key, "damaged")
+            return f"distilled {times}, and its set {path} is missing or damaged again: {_SHARE_RUN}"
+        log.warning("%s was trained, but is not in the pool (%s): it is trained again", unit.title, home())
+        self._run.ledger.withdraw(unit.key, "removed")
+        return f"trained {times}, and still not in the pool: {_SHARE}"
+
     def _unblocked(self, key: str) -> list[BenchUnit]:
-        """Return the units for which this was the last missing entry; if it failed, they keep waiting."""
+        """Return the units for which this was the last missing input; if it failed, they keep waiting."""
         row = self._row(key)
         if row is None or row.status == "failed":
             return []

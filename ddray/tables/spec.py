@@ -93,6 +93,8 @@ class MethodSpec(Config):
     ipc: Sizes = ()
     """Sizes of this row, instead of the table's."""
     budget: Sizes = ()
+    shards: int | None = added(None, ge=1)
+    """Shards of this row's sets, instead of the table's; 1: none."""
     published: PublishedSource = PublishedSource()
     """With a method or a setting it says that `set` and `sweep` make the row what the paper has there."""
 
@@ -208,6 +210,8 @@ class BenchSpec(Config):
     evaluate: Annotated[tuple[EvaluateSpec, ...], BeforeValidator(_listed)] = (EvaluateSpec(),)
     set: dict[str, Any] = Field(default_factory=dict)
     """Overrides for every method; a row's own win."""
+    shards: int | None = added(None, ge=1)
+    """Groups of classes that each set is distilled in, a unit each, as with `ddray distill --shards`."""
     generator: dict[str, str] | str | None = None
     """Folder of a DiTPipeline for the rows that take one (`method.diffusion`), or one for each dataset."""
     skip: Names = ()
@@ -299,6 +303,11 @@ class BenchSpec(Config):
             within_limit = [value for value in values if limit is None or value <= limit]
             sizes += [(kind, value) for value in within_limit or ([limit] if values and limit else [])]
         return sizes
+
+    def num_shards(self, row: MethodSpec, num_classes: int) -> int:
+        """Return how many shards a row's sets have, at most one per class where a scale picks the dataset."""
+        num = 1 if row.name == WHOLE else row.shards or self.shards or 1
+        return min(num, num_classes) if self.replaced else num
 
     def datasets(self, entry: MethodSpec | EvaluateSpec) -> list[str]:
         """Return the datasets that a row distils or that an evaluation applies to.

@@ -7,6 +7,7 @@ from typing import Any
 from ddray.config import Config
 from ddray.data import SplitName
 from ddray.jobs.plan import Plan
+from ddray.jobs.shard_worker import shard_units
 from ddray.pool.spec import PoolSpec
 from ddray.runs.ledger import Kind, Unit
 from ddray.tables.spec import WHOLE, EvaluateSpec, PublishedSource
@@ -31,7 +32,8 @@ class BenchUnit:
     pool: PoolSpec | None = None  # a pool unit's spec
     step: int | None = None  # of an evaluation: which of the sets along the steps it scores; None: the last
     limit: int | None = None  # of a `whole` row: how many real images, stratified; None: all
-    waited: bool = False  # whether the unit was started before and then waited for pool networks
+    shards: int = 1  # groups of classes that a set is distilled in; no part of its identity
+    waited_for: str = ""  # what the unit, which was started before, then waited for
 
     @property
     def key(self) -> str:
@@ -57,7 +59,26 @@ def pool_unit(asker: BenchUnit, spec: PoolSpec) -> BenchUnit:
         title=f"pool {spec.kind} {spec.arch} seed {spec.seed}",
         pool=spec,
         amount=0.0,
-        waited=False,
+        waited_for="",
+    )
+
+
+def shards_of(unit: BenchUnit, num_classes: int) -> list[BenchUnit]:
+    """Return the units of a set's shards."""
+    return [
+        _shard_unit(unit, identity, num_classes)
+        for identity in shard_units(unit.identity, num_classes, unit.shards)
+    ]
+
+
+def _shard_unit(unit: BenchUnit, identity: Unit, num_classes: int) -> BenchUnit:
+    start, stop = identity.spec["classes"]
+    return replace(
+        unit,
+        identity=identity,
+        title=f"{unit.title}, classes {start}..{stop - 1}",
+        amount=unit.amount * (stop - start) / num_classes,
+        waited_for="",
     )
 
 

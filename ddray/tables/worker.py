@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from ddray.artifact.distilled_set import DistilledSet, TrainSet
 from ddray.data import Dataset, PixelSpace, Split, SplitName, open_dataset
 from ddray.data.pixels import pixel_space
-from ddray.distillation.loop import run_distillation
+from ddray.distillation.loop import Distillation, run_distillation
 from ddray.distillation.method import DistillContext
 from ddray.distillation.snapshots import Snapshots, snapshot_file, snapshot_steps
 from ddray.errors import DivergedError, InputError
@@ -26,6 +26,14 @@ from ddray.evaluation.subsets import limited
 from ddray.jobs import score as scoring
 from ddray.jobs.context import declared_specs, make_context, make_distiller
 from ddray.jobs.plan import Plan, RunConfig
+from ddray.jobs.shard_worker import (
+    Prepared,
+    distil_shard,
+    has_shard,
+    joined,
+    prepared_from,
+    shard_context,
+)
 from ddray.methods import get_method
 from ddray.pool.files import DamagedEntryError, PoolFiles
 from ddray.pool.spec import ModelPool, PoolEntry, PoolSpec
@@ -33,7 +41,7 @@ from ddray.runs.ledger import Ledger, Row
 from ddray.system.files import file_sha256, home, write_text
 from ddray.system.memory import peak_bytes, reset_peak
 from ddray.system.worker import worker_device
-from ddray.tables.units import BenchUnit
+from ddray.tables.units import BenchUnit, shards_of
 
 _PER_BUDGET = 20  # distilled images that fit in one image of storage
 _MAX_BLANK = 2**26  # values: above this, blank images would take too much memory just to learn a count
@@ -57,6 +65,14 @@ class Needs:
 
 
 @dataclass(frozen=True)
+class Sharded:
+    """Returned by a distillation whose shards are not all done: run it again once they are."""
+
+    prepared: Any  # `Prepared`, or what `WorkerPool.share` returned for it
+    units: tuple[BenchUnit, ...]  # the shards without a sound set
+
+
+@dataclass(frozen=True)
 class Damaged:
     """Returned by an evaluation whose set is missing, or not the one in the ledger: distil it again."""
 
@@ -64,7 +80,7 @@ class Damaged:
 class _MissingError(Exception):
     """Raised inside a unit that can't run yet; `missing` is what `run_unit` returns for it."""
 
-    def __init__(self, missing: Needs | Damaged) -> None:
+    def __init__(self, missing: Needs | Sharded | Damaged) -> None:
         super().__init__(missing)
         self.missing = missing
 
@@ -117,8 +133,10 @@ def predict_pool_specs(plan: Plan) -> tuple[PoolSpec, ...] | None:
     return ()
 
 
-def run_unit(job: BenchJob, unit: BenchUnit) -> Needs | Damaged | None:
+def run_unit(job: BenchJob, unit: BenchUnit, *shared: Prepared) -> Needs | Sharded | Damaged | None:
     """Run a unit and publish its row (if it diverges, a failed one); return what it lacks, or None.
+
+    `shared` is for shards, one for all of a set.
 
     Raises:
         Exception: a crash, or no memory or disk space; the caller retries.
@@ -126,12 +144,12 @@ def run_unit(job: BenchJob, unit: BenchUnit) -> Needs | Damaged | None:
     ledger = Ledger(job.run_dir)
     if ledger.row(unit.key) is not None:
         return None
-    reason = {"reason": "its networks are there"} if unit.waited else {}
+    reason = {"reason": f"its {unit.waited_for} are there"} if unit.waited_for else {}
     ledger.begin(unit.identity, epoch=job.epoch, title=unit.title, **reason)
     begin, device = time.perf_counter(), worker_device(job.device)
     reset_peak(device)
     try:
-        result = _TASKS[unit.kind](job, unit)
+        result = _TASKS[unit.kind](job, unit, *shared)
         result.setdefault("peak_memory_bytes", peak_bytes(device))  # a distillation counts its own
     except _MissingError as error:
         return error.missing
@@ -260,6 +278,8 @@ def _train_pool(job: BenchJob, unit: BenchUnit) -> dict[str, Any]:
 
 def _distil(job: BenchJob, unit: BenchUnit) -> dict[str, Any]:
     plan = _plan(job, unit)
+    if unit.shards > 1:
+        return _join(job, unit, plan)
     ctx = _context(job, unit, plan)
     pool = StoredPool(ctx.pool)
     steps = snapshot_steps(plan.config.evaluate.every, plan.config.steps)
@@ -270,23 +290,56 @@ def _distil(job: BenchJob, unit: BenchUnit) -> dict[str, Any]:
         checkpoint=_checkpoint(job, unit),
         snapshots=snapshots,
     )
+    digests = {str(step): file_sha256(snapshots.path(step)) for step in steps}
+    further = {"snapshots": digests} if digests else {}
+    return {**_written(job, unit, distillation, pool.used), **further}
+
+
+def _join(job: BenchJob, unit: BenchUnit, plan: Plan) -> dict[str, Any]:
+    """Join the shards of a set; _MissingError if one is not done, with what all need."""
+    begin, ledger = time.perf_counter(), Ledger(job.run_dir)
+    shards = shards_of(unit, plan.dataset.num_classes)
+    missing = tuple(shard for shard in shards if not has_shard(ledger, shard.identity))
+    if missing:
+        prepared = prepared_from(_context(job, unit, plan), plan)
+        specs = tuple(map(PoolSpec.parse, prepared.missing))
+        raise _MissingError(Needs(specs) if specs else Sharded(prepared, missing))
+    units, takes_steps = [shard.identity for shard in shards], plan.config.steps > 0
+    distillation = joined(ledger, units, time.perf_counter() - begin, takes_steps=takes_steps)
+    rows = [row for shard in units if (row := ledger.row(shard.key)) is not None]
+    networks = [key for row in rows for key in row.result["pool"]]
+    further = {"shards": unit.shards, "device_seconds": time.perf_counter() - begin}
+    return {**_written(job, unit, distillation, networks), **further}
+
+
+def _distil_shard(job: BenchJob, unit: BenchUnit, prepared: Prepared) -> dict[str, Any]:
+    plan = _plan(job, unit)
+    classes, fingerprint = range(*unit.identity.spec["classes"]), plan.dataset.fingerprint
+    plan, ctx = shard_context(plan, unit.split, classes, prepared, device=job.device, fingerprint=fingerprint)
+    pool = StoredPool(ctx.pool)
+    result = distil_shard(plan, replace(ctx, pool=pool), job.run_dir, unit.identity)
+    return {**result, "pool": list(dict.fromkeys(pool.used))}
+
+
+def _written(
+    job: BenchJob, unit: BenchUnit, distillation: Distillation, networks: Sequence[str]
+) -> dict[str, Any]:
+    """Write a set's draft and its losses, and return its row's result; `networks` are keys of the pool's."""
     draft = _draft(job, unit)
     distillation.distilled.save(draft)
     curve_file = (job.run_dir / artifact_name(unit.key)).with_suffix(".json")
     write_text(curve_file, json.dumps({"losses": distillation.curve()}))
     first, final = distillation.edge_losses()
-    digests = {str(step): file_sha256(snapshots.path(step)) for step in steps}
     return {
         "artifact": artifact_name(unit.key),
         "sha256": file_sha256(draft),
-        "pool": list(dict.fromkeys(pool.used)),
-        "steps": plan.config.steps,
+        "pool": list(dict.fromkeys(networks)),
+        "steps": unit.config["steps"],
         "resumed_from_step": distillation.resumed_from_step,
         "seconds_per_step": distillation.seconds_per_step,
         "first_loss": first,
         "final_loss": final,
         "ipc_decoded": distillation.distilled.meta.ipc_decoded,
-        **({"snapshots": digests} if digests else {}),
         **distillation.costs(),
     }
 
@@ -322,4 +375,9 @@ def _whole_set(job: BenchJob, unit: BenchUnit) -> DistilledSet:
     return replace(ctx, ipc=per_class).make_set(ctx.space.encode(split.images), split.labels)
 
 
-_TASKS = {"pool": _train_pool, "distill": _distil, "evaluate": _evaluate}
+_TASKS: Final[dict[str, Callable[..., dict[str, Any]]]] = {
+    "pool": _train_pool,
+    "distill": _distil,
+    "shard": _distil_shard,
+    "evaluate": _evaluate,
+}

@@ -204,6 +204,22 @@ class TestWorkers:
         assert retried
         assert all(count(run, "start", row.key) == 1 for row in Ledger(run).rows())
 
+    def test_shards_of_a_set_run_on_workers(self, tmp_path: Path) -> None:
+        spec = tmp_path / "bench.yaml"
+        spec.write_text(
+            "name: shards\ndataset: digits\nipc: 1\n"
+            "methods: [{name: dm, steps: 4, set: {method.batch_real: 8}}]\n"
+            "set: {arch: convnet1_w8, compile: 'off', pixel_space: zca}\nevaluate: {epochs: 1, seeds: 1}\n"
+        )
+        local_bench(spec, tmp_path / "whole")
+        spec.write_text(f"{spec.read_text()}shards: 3\n")
+        assert bench(spec, tmp_path / "run", max_concurrent=1)["num_failed"] == 0
+        rows = {name: Ledger(tmp_path / name).rows("distill")[0] for name in ("run", "whole")}
+        assert rows["run"].key == rows["whole"].key
+        assert rows["run"].result["sha256"] == rows["whole"].result["sha256"]
+        shards = Ledger(tmp_path / "run").rows("shard")
+        assert [count(tmp_path / "run", "start", row.key) for row in shards] == [1, 1, 1]
+
     def test_workers_serve_later_calls(self) -> None:
         with RayExecutor(cpus=0.1, gpus=0, max_workers=1).workers() as workers:
 

@@ -51,12 +51,12 @@ def initial_specs(ctx: DistillContext, init: Init) -> list[PoolSpec]:
     return feature_specs(ctx) if init == "kcenter" else []
 
 
-def check_copies(counts: Sequence[int], ipc: int, init: Init) -> None:
-    """Reject shards of classes that start with copies of real images under noise: InputError."""
+def check_copies(counts: Sequence[int], ipc: int, init: Init, option: str = "--shards") -> None:
+    """Reject shards (InputError names their `option`) that start with copies of real images under noise."""
     if init != "noise" and min(counts) < ipc:
         raise InputError(
-            f"--shards needs {ipc} or more images of every class with init={init}, got {min(counts)} of one: "
-            "it begins with copies under noise that depends on all classes; leave --shards out"
+            f"{option} needs {ipc} or more images of every class with init={init}, got {min(counts)} of one: "
+            f"it begins with copies under noise that depends on all classes; leave {option} out"
         )
 
 
