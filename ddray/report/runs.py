@@ -247,13 +247,9 @@ def name_of(row: Row) -> str:
     else:
         parts = [spec.get(name) for name in ("method", "dataset")]
         parts += [size_of(spec), spec.get("arch"), spec.get("proxy")]
-        parts += [classes_of(spec)] if row.kind == "shard" else []
     text = " ".join(str(part) for part in parts if part)
     text = f"{text} seed {spec['seed']}" if "seed" in spec else text or row.key[:12]
-    if row.kind == "shard":
-        start, stop = spec["classes"]
-        return f"{text}, classes {start}..{stop - 1}"
-    return text
+    return f"{text}, {classes_of(spec)}" if row.kind == "shard" else text
 
 
 def _cells(command: str, dataset: str, rows: tuple[Row, ...]) -> Iterator[dict[str, Any]]:

@@ -76,9 +76,9 @@ class Row(Config):
 
 
 def classes_of(spec: Mapping[str, Any]) -> str:
-    """Return which classes a shard's spec is of, such as `classes 0..4`; `class 3` of one."""
+    """Return which classes a shard's spec is of, such as `classes 0..4`."""
     start, stop = spec["classes"]
-    return f"classes {start}..{stop - 1}" if stop - start > 1 else f"class {start}"
+    return f"classes {start}..{stop - 1}"
 
 
 def canonical_json(value: Any) -> str:

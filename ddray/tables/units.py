@@ -9,7 +9,7 @@ from ddray.data import SplitName
 from ddray.jobs.plan import Plan
 from ddray.jobs.shard_worker import shard_units
 from ddray.pool.spec import PoolSpec
-from ddray.runs.ledger import Kind, Unit
+from ddray.runs.ledger import Kind, Unit, classes_of
 from ddray.tables.spec import WHOLE, EvaluateSpec, PublishedSource
 
 
@@ -76,7 +76,7 @@ def _shard_unit(unit: BenchUnit, identity: Unit, num_classes: int) -> BenchUnit:
     return replace(
         unit,
         identity=identity,
-        title=f"{unit.title}, classes {start}..{stop - 1}",
+        title=f"{unit.title}, {classes_of(identity.spec)}",
         amount=unit.amount * (stop - start) / num_classes,
         waited_for="",
     )
