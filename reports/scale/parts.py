@@ -45,8 +45,8 @@ def _of_one(ran: Ran) -> dict[str, Any]:
 
 
 def two_shards(lab: Lab) -> None:
-    """Measure DataDAM and DSDM on data of CIFAR-10's shape: no shards against two, on two cores."""
-    dataset = made_arrays(lab, 10, lab.size(5000, 30), 32)
+    """Measure DataDAM and DSDM on CIFAR-10 (tiny: made data): no shards against two, on two cores."""
+    dataset: object = made_arrays(lab, 10, 30, 32) if lab.is_tiny else "cifar10"
     steps, batch = lab.size(40, 2), lab.size(64, 8)
     for method, pool in (("datadam", ()), ("dsdm", _DSDM)):
         base = (
