@@ -26,6 +26,11 @@ DISTIL = ("distill", "--method", "dm", "--dataset", "digits", "--ipc", "1", "--s
 QUICK = ("--set", "arch=convnet2_w8", "--set", "method.batch_real=4")
 
 
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where commands number their runs
+
+
 @pytest.fixture
 def set_file(tmp_path: Path, run_command: Command) -> Path:
     run_command(*DISTIL, *QUICK, "--device", "cpu", "--out", str(tmp_path / "set.pt"))

@@ -242,10 +242,14 @@ def test_the_pools_features_spare_the_real_images_forward_pass(
     bare = dataclasses.replace(ctx, pool=Bare(ctx.pool))
     _, _, slow = planned("dsdm", toy(), ipc=IPC, steps=2, method=settings)
     taken: list[int] = []
-    take = ClassBatches.take
-    monkeypatch.setattr(
-        ClassBatches, "take", lambda self, index: taken.append(len(index)) or take(self, index)
-    )
+    take_parts = ClassBatches.take_parts
+
+    def counted(self: Any, index: Any, parts: Any) -> Any:
+        rows = list(parts)
+        taken.extend(part.stop - part.start for part in rows)
+        return take_parts(self, index, rows)
+
+    monkeypatch.setattr(ClassBatches, "take_parts", counted)
     fast.setup(ctx), slow.setup(bare)
 
     losses = [float(fast.step()["loss"]) for _ in range(2)]

@@ -137,10 +137,14 @@ def test_a_step_is_the_loop_over_classes(
     # Three images of 8 x 16 x 16 floats at a time: chunks begin and end inside classes.
     monkeypatch.setattr(batches, "_CHUNK_BYTES", 3 * 8 * 16 * 16 * 4)
     sizes: list[int] = []
-    take = ClassBatches.take
-    monkeypatch.setattr(
-        ClassBatches, "take", lambda self, index: sizes.append(len(index)) or take(self, index)
-    )
+    take_parts = ClassBatches.take_parts
+
+    def counted(self: Any, index: Any, parts: Any) -> Any:
+        rows = list(parts)
+        sizes.extend(part.stop - part.start for part in rows)
+        return take_parts(self, index, rows)
+
+    monkeypatch.setattr(ClassBatches, "take_parts", counted)
     distiller.setup(ctx)
     before = distiller.snapshot().images
 

@@ -38,7 +38,8 @@ def search(digits: Any) -> Any:
     return SimpleNamespace(plan=plan, options=TuneOptions(), job=job)
 
 
-def test_without_past_units_there_is_no_estimate() -> None:
+def test_without_past_units_there_is_no_estimate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     costs = forecast(strategy="random", final_sets=2)
     assert (costs["num_units"], costs["num_missing"], costs["num_without_estimate"]) == (7, 7, 7)
     assert costs["estimate_s"] is None
