@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,8 @@ from ddray.errors import InputError
 from ddray.evaluation.hard import fit
 from ddray.evaluation.linear import embeddings
 from ddray.evaluation.protocol import EvalContext
-from ddray.evaluation.robust import _digest
 from ddray.jobs import trainers
+from ddray.system.tensors import sha256_of
 from ddray.testing import _started, plan_method, random_dataset
 from ddray.training.recipe import Recipe
 from ddray.tuning.payload import pack, unpack
@@ -116,7 +117,7 @@ def test_protocols_score_the_same(pair: tuple[Dataset, Dataset], never_whole: No
             augment=lambda batch, generator, space=ctx.space: space.encode(batch),
         )
         scores.append(ctx.score(net))
-        digests.append(_digest(split.images, split.labels))
+        digests.append(sha256_of(chain(packed.parts_of(split.images), [split.labels])))
         features.append(embeddings(net, split, ctx))
     assert scores[0] == scores[1]
     assert digests[0] == digests[1]
