@@ -126,9 +126,8 @@ class Linear:
         def batch(rows: Tensor) -> Batch:
             pixels = adapted(to_device(images[rows], device), net.image_shape)
             pixels = crop_and_flip(pixels, generator, can_flip=ctx.dataset.can_flip)
-            return ctx.space.encode(pixels).contiguous(memory_format=torch.channels_last), labels[
-                to_device(rows, device)
-            ]
+            inputs = ctx.space.encode(pixels).contiguous(memory_format=torch.channels_last)
+            return inputs, labels[to_device(rows, device)]
 
         order = Order(len(labels), config.batch).indices(generator, images.device)
         _descend(tuned, config, steps, map(batch, order))
