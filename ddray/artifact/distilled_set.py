@@ -22,6 +22,7 @@ from ddray.artifact.decoders import decoder_names, get_decoder
 from ddray.artifact.partition import Partition
 from ddray.config import Config
 from ddray.data import PixelSpace
+from ddray.data.packed import PackedImages
 from ddray.errors import InputError
 from ddray.system.files import write_atomically
 
@@ -98,9 +99,14 @@ class TrainSet:
         return self.labels if self.soft_labels is None else self.soft_labels
 
     def select(self, index: Tensor) -> TrainSet:
-        """Return a labelled set's images at `index` [M], or where a bool `index` [N] is true."""
+        """Return a labelled set's images at `index` [M], or where a bool `index` [N] is true.
+
+        Packed images stay on the disk.
+        """
         soft = None if self.soft_labels is None else self.soft_labels[index]
-        return TrainSet(self.images[index], self.labels[index], soft_labels=soft)
+        images = self.images
+        chosen_images = images.rows(index) if isinstance(images, PackedImages) else images[index]
+        return TrainSet(chosen_images, self.labels[index], soft_labels=soft)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 CHECKPOINT_S: Final = 60.0
 _STATE: Final = "state.pt"
+_PEAK: Final = "peak_memory_bytes"
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,8 @@ class ParallelTrainer:
             checkpoint_s=self.checkpoint_s,
         )
         measured = _fit(job)
-        return _collected(folder, num_workers), {**measured, "num_workers": num_workers}
+        tensors, peak = _collected(folder, num_workers)
+        return tensors, {**measured, _PEAK: peak, "num_workers": num_workers}
 
 
 def _fit(job: ParallelJob) -> dict[str, Any]:
@@ -249,9 +251,9 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any] | DdrayError:
             return error
     if team.rank:  # the weights are the same everywhere
         tensors = {"features": tensors["features"]}
-    path = _part(job.folder, team.rank)
+    path, peak = _part(job.folder, team.rank), {_PEAK: str(measured[_PEAK])}
     with storage_errors(path):
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, peak)
     return dict(measured)
 
 
@@ -259,13 +261,22 @@ def _part(folder: Path, rank: int) -> Path:
     return folder / f"worker-{rank}.safetensors"
 
 
-def _collected(folder: Path, num_workers: int) -> dict[str, Tensor]:
-    """Return the first worker's weights and all workers' features."""
-    import torch
+def _collected(folder: Path, num_workers: int) -> tuple[dict[str, Tensor], int]:
+    """Return the first worker's weights and all workers' features, and the largest peak of their memory."""
+    from safetensors import safe_open
     from safetensors.torch import load_file
 
-    parts = [load_file(_part(folder, rank)) for rank in range(num_workers)]
-    return {**parts[0], "features": torch.cat([part["features"] for part in parts])}
+    from ddray.system.tensors import empty_matrix
+
+    files = [_part(folder, rank) for rank in range(num_workers)]
+    tensors, parts = load_file(files[0]), [safe_open(file, framework="pt") for file in files]
+    if num_workers > 1:  # one after another: together they may be more than the memory
+        lengths = [part.get_slice("features").get_shape()[0] for part in parts]
+        features = empty_matrix(sum(lengths), tensors["features"], "cpu")
+        for rows, part in zip(features.split(lengths), parts, strict=True):
+            rows.copy_(part.get_tensor("features"))
+        tensors["features"] = features
+    return tensors, max(int(part.metadata()[_PEAK]) for part in parts)
 
 
 class RayCheckpoints:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeAlias
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ from ddray.system.transfer import to_device
 PACKED: Final = "packed"
 """Folder below `$DDRAY_HOME`."""
 IMAGES: Final = "images.npy"
+REMEMBERED: Final = "remembered-{}.json"
+"""What was computed from an entry's images."""
 _PART_BYTES: Final = 32 * 2**20  # of what is read at a time on a way through all images
 _CHECKED_BYTES: Final = 64 * 2**20  # smaller parts are read without a look at the memory
 _GPU_SHARE: Final = 2  # of a GPU's free memory, that packed images may take whole
@@ -124,10 +126,6 @@ class PackedImages(Tensor):
         """Return itself: what is read of it is contiguous, in any format that its user then gives it."""
         return self
 
-    def advise(self, index: Tensor) -> None:
-        """Let the system begin to read the images of `index` [M], which are about to be used."""
-        _advise(_mapped(self._file), np.sort(self._rows[index.cpu().numpy()]))
-
     def remembered(self, what: str, compute: Callable[[], Any]) -> Any:
         """Return `compute()`, of JSON types, which depends on these images and on what the text says.
 
@@ -135,7 +133,7 @@ class PackedImages(Tensor):
         """
         key = hashlib.sha256(self._rows.data)
         key.update(what.encode())
-        file = self._file.parent / f"remembered-{key.hexdigest()[:24]}.json"
+        file = self._file.parent / REMEMBERED.format(key.hexdigest()[:24])
         try:
             return json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -145,6 +143,10 @@ class PackedImages(Tensor):
         except Exception:  # a home that can't be written only costs the time
             return value
         return value
+
+
+Images: TypeAlias = np.ndarray[Any, Any] | PackedImages
+"""Images as processes share them."""
 
 
 @lru_cache(maxsize=64)
@@ -287,6 +289,16 @@ def parts_of(images: Tensor, size: int | None = None) -> Iterator[Tensor]:
         yield from read(images, torch.split(torch.arange(len(images)), size))
     else:
         yield from torch.split(images, size)
+
+
+def shared(images: Tensor) -> Images:
+    """Return images as they go to other processes: an array, or packed ones, of which the name is sent."""
+    return images if isinstance(images, PackedImages) else images.numpy()
+
+
+def copied(images: Images) -> Tensor:
+    """Return what `shared` gave as a tensor of this process's own; packed images stay on the disk."""
+    return images if isinstance(images, PackedImages) else torch.tensor(images)
 
 
 def resident(images: Tensor, device: torch.device) -> Tensor:

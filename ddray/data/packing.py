@@ -28,7 +28,7 @@ import torch
 
 from ddray.data.cache import file_key, writing
 from ddray.data.dataset import Split
-from ddray.data.packed import IMAGES, PACKED, PackedImages
+from ddray.data.packed import IMAGES, PACKED, REMEMBERED, PackedImages
 from ddray.data.pictures import RESIZED, Change, Geometry, Item, decode
 from ddray.errors import InputError, StorageError
 from ddray.system.files import file_sha256, home, write_text
@@ -49,6 +49,7 @@ _IN_MEMORY_BYTES: Final = 1 << 30  # bigger images stay on the disk
 _TASK: Final = 64  # images that a thread decodes at a time: fewer would be all bookkeeping
 _MOST_THREADS: Final = 32  # Pillow releases the interpreter lock, but what is around it takes a few percent
 _EXAMPLES: Final = 2  # images that a warning names
+_DAMAGED: Final = (OSError, ValueError, EOFError, LookupError, TypeError)  # by what is read from such files
 
 
 def packed(source: Source, settings: str, choose: Callable[[], Geometry]) -> tuple[Split, dict[str, Any]]:
@@ -69,31 +70,37 @@ def packed(source: Source, settings: str, choose: Callable[[], Geometry]) -> tup
     if (stored := _load(entry)) is not None:
         return stored
     partial = entry.with_name(f"{entry.name}.partial")
-    with writing(entry.parent, "you can write"):
-        entry.parent.mkdir(parents=True, exist_ok=True)
-    with writing(partial, "with free space"), _locked(partial):
-        _mend(entry, partial)
-        if _load(entry) is None:
-            _make(entry, partial, source, choose)
-        else:  # another process has made it meanwhile
-            shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with writing(entry.parent, "you can write"):
+            entry.parent.mkdir(parents=True, exist_ok=True)
+        with writing(partial, "with free space"), _locked(partial):
+            _mend(entry, partial)
+            if _load(entry) is None:
+                _make(entry, partial, source, choose)
+            else:  # another process has made it meanwhile
+                shutil.rmtree(partial, ignore_errors=True)
+    except StorageError:  # a copy in a folder that can't be written
+        if _damage(entry) is not None or (stored := _load(entry, stamped=False)) is None:
+            raise
+        log.warning("%s can't be written: its images are checked by every process that opens it", entry)
+        return stored
     if (stored := _load(entry)) is None:
         raise StorageError(f"a decoded dataset must be readable after it was written, got {entry}")
     return stored
 
 
-def _load(entry: Path) -> tuple[Split, dict[str, Any]] | None:
-    """Return an entry's images and facts; None unless it is complete, and the files that were checked."""
+def _load(entry: Path, *, stamped: bool = True) -> tuple[Split, dict[str, Any]] | None:
+    """Return an entry's images and facts; None unless it is complete and, if `stamped`, as it was checked."""
     try:
         facts: dict[str, Any] = json.loads((entry / _FACTS).read_text(encoding="utf-8"))
-        if facts["stamp"] != _stamp(entry):
+        if stamped and facts["stamp"] != _stamp(entry):
             return None
         labels = torch.from_numpy(np.load(entry / LABELS))
         file = entry / IMAGES
         in_memory = file.stat().st_size <= _IN_MEMORY_BYTES
         images = torch.from_numpy(np.load(file)) if in_memory else PackedImages(file)
         return Split(images, labels), facts
-    except (InputError, OSError, ValueError, EOFError, KeyError, TypeError):
+    except (InputError, *_DAMAGED):
         return None
 
 
@@ -107,8 +114,13 @@ def _stamp(entry: Path) -> list[int]:
 def _locked(partial: Path) -> Iterator[None]:
     """Lock an unfinished entry, whose folder is created; of several processes one decodes, others wait."""
     while True:
-        partial.mkdir(exist_ok=True)
-        with (partial / _LOCK).open("w") as file:
+        with suppress(FileExistsError):
+            partial.mkdir()
+        try:
+            file = (partial / _LOCK).open("w")
+        except FileNotFoundError:  # its last owner has renamed the folder
+            continue
+        with file:
             with suppress(OSError):  # a file system without locks: both write the same bytes
                 fcntl.flock(file, fcntl.LOCK_EX)
             try:
@@ -122,24 +134,30 @@ def _locked(partial: Path) -> Iterator[None]:
 
 def _mend(entry: Path, partial: Path) -> None:
     """Set an entry that isn't as it was written aside as an unfinished one; keep a copied one that is."""
-    if not entry.exists():
+    if not entry.exists() or _load(entry) is not None:
         return
-    reason = "it is incomplete"
-    with suppress(OSError, ValueError, KeyError, TypeError):
+    reason = _damage(entry)
+    if reason is None:
         facts = json.loads((entry / _FACTS).read_text(encoding="utf-8"))
-        if facts["stamp"] == _stamp(entry) and _load(entry) is not None:
-            return
+        write_text(entry / _FACTS, json.dumps({**facts, "stamp": _stamp(entry)}))
+        return
+    log.warning("%s is damaged: %s; set aside as %s and decoded again", entry, reason, partial.name)
+    for file in entry.iterdir():
+        if file.name != _LOCK and not file.match(REMEMBERED.format("*")):  # they may be of damaged images
+            file.replace(partial / file.name)
+    shutil.rmtree(entry)
+
+
+def _damage(entry: Path) -> str | None:
+    """Return what of an entry is not as it was written, by the hashes of all of it; None: nothing."""
+    with suppress(*_DAMAGED):
+        facts = json.loads((entry / _FACTS).read_text(encoding="utf-8"))
         _, blocks = _read_blocks(entry)
         num = sum(len(block["labels"]) for block in _intact(entry / IMAGES, blocks))
         if num == facts["num"] and file_sha256(entry / LABELS) == facts["labels_sha256"]:
-            write_text(entry / _FACTS, json.dumps({**facts, "stamp": _stamp(entry)}))
-            return
-        reason = f"{facts['num'] - num} of {facts['num']} images or their labels are not as they were written"
-    log.warning("%s is damaged: %s; set aside as %s and decoded again", entry, reason, partial.name)
-    for file in entry.iterdir():
-        if file.name != _LOCK:
-            file.replace(partial / file.name)
-    shutil.rmtree(entry)
+            return None
+        return f"{facts['num'] - num} of {facts['num']} images or their labels are not as they were written"
+    return "it is incomplete"
 
 
 def _make(entry: Path, partial: Path, source: Source, choose: Callable[[], Geometry]) -> None:
@@ -156,13 +174,20 @@ def _make(entry: Path, partial: Path, source: Source, choose: Callable[[], Geome
         geometry = Geometry((channels, height, width), head["resize"], head["rule"])
         offset = _allocate(partial / IMAGES, head["num"], geometry)
         blocks = {block["start"]: block for block in _intact(partial / IMAGES, blocks)}
-        write_text(partial / _BLOCKS, "".join(json.dumps(line) + "\n" for line in (head, *blocks.values())))
-        _decode(partial, source, geometry, head["num"], offset, blocks)
+        _write_blocks(partial, head, blocks)
+        starts = _decode(partial, source, geometry, head["num"], offset, blocks)
+        if blocks.keys() - starts:  # of an earlier version, which cut the source otherwise
+            blocks = {start: blocks[start] for start in sorted(starts)}
+            _write_blocks(partial, head, blocks)
         _finish(entry, partial, head, geometry, [blocks[start] for start in sorted(blocks)])
     except BaseException as error:
         if isinstance(error, InputError) or not blocks:
             shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _write_blocks(folder: Path, head: dict[str, Any], blocks: dict[int, dict[str, Any]]) -> None:
+    write_text(folder / _BLOCKS, "".join(json.dumps(line) + "\n" for line in (head, *blocks.values())))
 
 
 def _read_blocks(folder: Path) -> tuple[dict[str, Any] | None, dict[int, dict[str, Any]]]:
@@ -233,9 +258,9 @@ def _decode(
     num: int,
     offset: int,
     blocks: dict[int, dict[str, Any]],
-) -> None:
-    """Decode the images that are in none of the blocks, and add theirs."""
-    size = int(np.prod(geometry.shape))
+) -> set[int]:
+    """Decode the images that are in none of the blocks, and add theirs; return where the source's begin."""
+    size, starts = int(np.prod(geometry.shape)), set[int]()
     handle = os.open(partial / IMAGES, os.O_RDWR)
 
     def fill(start: int, items: Sequence[Item]) -> dict[str, Any]:
@@ -252,6 +277,8 @@ def _decode(
     def missing() -> Iterator[tuple[int, Sequence[Item]]]:
         start = 0
         for batch in source.batches():
+            if batch:
+                starts.add(start)
             if start not in blocks or blocks[start]["labels"] != [item.label for item in batch]:
                 yield start, batch
             start += len(batch)
@@ -271,6 +298,7 @@ def _decode(
         os.fsync(handle)
     finally:
         os.close(handle)
+    return starts
 
 
 def _write(handle: int, pixels: np.ndarray[Any, Any], offset: int) -> None:

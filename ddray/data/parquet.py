@@ -16,6 +16,7 @@ from ddray.data.pictures import Item
 from ddray.data.saved import ABOUT, ArrowFile, saved_files
 from ddray.data.sources import Layout, Source, from_one_source, from_sources
 from ddray.errors import InputError, one_line
+from ddray.system.files import reading_error
 
 log = logging.getLogger(__name__)
 
@@ -240,10 +241,11 @@ def _source(train_or_test: Sequence[Shard], class_names: tuple[str, ...], *, num
 
 @contextmanager
 def _readable(file: Path) -> Iterator[None]:
-    """Turn what pyarrow raises for a broken shard into an InputError."""
+    """Turn what pyarrow raises for a broken shard into an InputError, for a failing disk a StorageError."""
     import pyarrow
 
     try:
         yield
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"parquet shard must be readable, got {file}: {one_line(error)}") from error
+        message = f"parquet shard must be readable, got {file}: {one_line(error)}"
+        raise reading_error(message, error) from error

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddray.errors import InputError, one_line
+from ddray.errors import DdrayError, InputError, one_line
+from ddray.system.files import reading_error
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -58,7 +59,8 @@ class Item:
         try:
             return self.data.open("rb")
         except OSError as error:
-            raise InputError(f"image file must be readable, got {self.where}: {error.strerror}") from error
+            message = f"image file must be readable, got {self.where}: {error.strerror}"
+            raise reading_error(message, error) from error
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ def decode(item: Item, geometry: Geometry) -> tuple[np.ndarray, list[Change]]:
 
     Raises:
         InputError: it can't be decoded, has more than 16 bits per channel, or a size that `geometry` refuses.
+        StorageError: the disk fails.
     """
     from PIL import Image
 
@@ -183,11 +186,11 @@ def _raw_mode(image: Image.Image) -> str:
     return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
 
 
-def _unreadable(item: Item, error: Exception) -> InputError:
+def _unreadable(item: Item, error: Exception) -> DdrayError:
     """Return the error for an image that Pillow can't read."""
     reason = one_line(error)
     reason = "no image format that Pillow knows" if "identify" in reason else reason
-    return InputError(f"image must be readable, got {item.where}: {reason}")
+    return reading_error(f"image must be readable, got {item.where}: {reason}", error)
 
 
 def _fit(image: Image.Image, width: int, height: int) -> Image.Image:

@@ -21,7 +21,10 @@ ENCODE_CHUNK = 4096
 _MIDDLE = 128.0
 _COMPARED = 64  # images compared at a time: the first ones nearly always differ
 _EXACT_CHUNK = 1024  # see `_moments`
-_STATISTICS_VALUES = 8 * 2**20  # pixels of packed images that are summed at a time, as float64
+# Values of packed images that are summed at a time, as float64: 4096 images up to 64 px, as in memory, as the
+# last digits depend on it; of larger ones fewer.
+_MOST_VALUES = 50 * 2**20
+_STATISTICS_VALUES = 8 * 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,7 +182,8 @@ def _moments(images: Tensor, chunk: int, device: torch.device | str) -> tuple[Te
 def channel_statistics(images: Tensor, *, chunk: int = 4096) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return (mean, std) per channel of images [N, C, H, W], in [0, 1] units for uint8."""
     if isinstance(images, PackedImages):
-        chunk = max(1, min(chunk, _STATISTICS_VALUES // images[:1].numel()))
+        size = images[:1].numel()
+        chunk = chunk if chunk * size <= _MOST_VALUES else max(1, _STATISTICS_VALUES // size)
         mean, std = images.remembered(f"channel statistics {chunk}", lambda: _statistics(images, chunk))
         return tuple(mean), tuple(std)
     return _statistics(images, chunk)
@@ -190,9 +194,11 @@ def _statistics(images: Tensor, chunk: int) -> tuple[tuple[float, ...], tuple[fl
     total = torch.zeros(channels, dtype=torch.float64)
     square = torch.zeros(channels, dtype=torch.float64)
     for part in parts_of(images, chunk):
-        pixels = part.double() / 255 if images.dtype == torch.uint8 else part.double()
+        pixels = part.to(torch.float64, copy=True)  # in place from here on: it may take 400 MB
+        if images.dtype == torch.uint8:
+            pixels.div_(255)
         total += pixels.sum((0, 2, 3))
-        square += pixels.square().sum((0, 2, 3))
+        square += pixels.square_().sum((0, 2, 3))
     count = images.numel() / channels
     mean = total / count
     std = (square / count - mean.square()).clamp(min=0).sqrt()

@@ -22,6 +22,7 @@ from ddray.data.listing import IMAGE_SUFFIXES, Skipped, files_below, halves_of, 
 from ddray.data.pictures import Item
 from ddray.data.sources import Layout, Source, from_one_source, from_sources
 from ddray.errors import InputError, one_line
+from ddray.system.files import reading_error
 
 log = logging.getLogger(__name__)
 
@@ -172,7 +173,8 @@ class _Tars:
                     for sample in group_by_keys(tar_file_expander(opened)):
                         yield f"{sample['__key__']} in {file}", sample
             except (OSError, tarfile.TarError, ValueError, EOFError, zlib.error) as error:
-                raise InputError(f"tar must be readable, got {file}: {one_line(error)}") from error
+                message = f"tar must be readable, got {file}: {one_line(error)}"
+                raise reading_error(message, error) from error
 
     def _label(self, sample: dict[str, Any], where: str) -> str | None:
         """Return a sample's label as text, or None if it has none."""

@@ -101,7 +101,7 @@ class Part:
         before, after = blanks
         return torch.cat([before, samples, after])
 
-    def kept(self, values: Tensor) -> Tensor:
+    def without_blanks(self, values: Tensor) -> Tensor:
         """Return the rows of `values` that are not of blanks."""
         return values[self.before : len(values) - self.after] if self.is_padded else values
 

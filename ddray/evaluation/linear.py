@@ -124,11 +124,12 @@ class Linear:
         images, labels = resident(self.real.images, device), self.real.labels.to(device)
 
         def batch(rows: Tensor) -> Batch:
-            pixels = adapted(to_device(images[rows.to(images.device)], device), net.image_shape)
+            pixels = adapted(to_device(images[rows], device), net.image_shape)
             pixels = crop_and_flip(pixels, generator, can_flip=ctx.dataset.can_flip)
-            return ctx.space.encode(pixels).contiguous(memory_format=torch.channels_last), labels[rows]
+            inputs = ctx.space.encode(pixels).contiguous(memory_format=torch.channels_last)
+            return inputs, labels[to_device(rows, device)]
 
-        order = Order(len(labels), config.batch).indices(generator, device)
+        order = Order(len(labels), config.batch).indices(generator, images.device)
         _descend(tuned, config, steps, map(batch, order))
         return _score(tuned.eval(), net.image_shape, ctx)
 

@@ -26,6 +26,7 @@ import logging
 import math
 import time
 from dataclasses import KW_ONLY, dataclass
+from itertools import chain
 from typing import Final
 
 import torch
@@ -171,11 +172,11 @@ def _unit(ctx: EvalContext, recipe: Recipe, *, arch: str, split_name: str, seed:
     """Return the ledger's unit: everything that the accuracy depends on."""
     space = ctx.space
     whitening = [tensor for tensor in (space.zca_mean, space.zca_matrix) if tensor is not None]
-    zca = {"zca": sha256_of(*whitening)} if whitening else {}
+    zca = {"zca": sha256_of(whitening)} if whitening else {}
     spec = {
         "dataset": ctx.dataset.fingerprint,
         "split": split_name,
-        "held_out": sha256_of(*parts_of(ctx.split.images), ctx.split.labels),
+        "held_out": sha256_of(chain(parts_of(ctx.split.images), [ctx.split.labels])),
         "space": {"kind": space.kind, "mean": list(space.mean), "std": list(space.std), **zca},
         "arch": check_arch(arch),
         "recipe": recipe.dump(),

@@ -108,7 +108,7 @@ def set_key(distilled: DistilledSet) -> str:
         **distilled.zca,
         **distilled.compact,
     }
-    digests = {name: sha256_of(tensor) for name, tensor in tensors.items() if tensor is not None}
+    digests = {name: sha256_of([tensor]) for name, tensor in tensors.items() if tensor is not None}
     meta = {k: v for k, v in distilled.meta.dump().items() if k not in ("versions", "git_commit")}
     return Unit(kind="distill", spec={"tensors": digests, "meta": canonical_json(meta)}).key
 

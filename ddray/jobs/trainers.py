@@ -17,6 +17,7 @@ from ddray.pool.local import LocalPool
 from ddray.pool.spec import PoolSpec
 from ddray.seeding import derive, derive_seed
 from ddray.system import numerics
+from ddray.system.memory import peak_bytes, reset_peak
 from ddray.system.transfer import to_device
 from ddray.training.embedding import embed_images
 from ddray.training.loop import Augmenter, Checkpoints, Training, augmenter, train
@@ -50,6 +51,7 @@ class PoolTrainer:
     def __call__(self, spec: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
         """Return an entry's tensors and measurements.
 
+        `peak_memory_bytes` are this process's, since the last of the entries that had to be trained for it.
         InputError if the kind is unknown, or the spec does not fit the images or this kind of device;
         DivergedError if a loss is NaN.
         """
@@ -60,7 +62,9 @@ class PoolTrainer:
             )
         # Entries are shared: they do not depend on what their first user has set.
         with numerics.applied(device=self.device.type):
-            return self._trained(spec)
+            reset_peak(self.device)
+            tensors, measured = self._trained(spec)
+            return tensors, {**measured, "peak_memory_bytes": peak_bytes(self.device)}
 
     def _trained(self, spec: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
         if spec.kind not in (kinds := ("supervised", ssl.KIND, *_DIFFUSION_KINDS)):
@@ -96,9 +100,10 @@ class PoolTrainer:
             features = embed_images(net.eval(), split.images, encode, self.device, more_images=others)
             return {**weights, "features": features}, measured
         real = [split.images] if others is None else [split.images, others]
-        shares = _share(real, self.team.share(sum(map(len, real))))
-        parts = [embed_images(net.eval(), images, encode, self.device) for images in shares]
-        return {**weights, "features": torch.cat(parts)}, measured
+        images, *rest = _share(real, self.team.share(sum(map(len, real))))
+        others = rest[0] if rest else None
+        features = embed_images(net.eval(), images, encode, self.device, more_images=others)
+        return {**weights, "features": features}, measured
 
     def _fit(self, net: Net, split: Split, recipe: Recipe, order: torch.Generator) -> Tensor:
         """Train a network, alone or as one of a team; return its final loss."""

@@ -220,7 +220,7 @@ class D3HR:
         ctx, part = self._ctx, self._batches[batch_index]
         latents, labels = part.padded(self._latents[part.here]), part.padded(self._labels[part.here])
         pixels = self._sampler.decode(latents, labels, ctx.dataset.image_shape)
-        self._images[part.here] = part.kept(self._space.encode(pixels)).cpu()
+        self._images[part.here] = part.without_blanks(self._space.encode(pixels)).cpu()
 
     def snapshot(self) -> DistilledSet:
         """Return the set: its images (blank if not decoded yet) or its statistics."""

@@ -215,7 +215,7 @@ class DSDM(PartitionedEngine):
             return super()._real(draw, classes)
         here = self._pairs.part(classes).here
         index = draw.index[rows_of(here, self._pairs.batches.per_class)]  # nothing is augmented
-        features = self._features.of(self._member, index).to(self._ctx.device)
+        features = self._features.of(self._member, index, self._ctx.device)
         return by_class(features, here.stop - here.start)
 
     def _loss(self, images: Tensor, real: Tensor, *others: Tensor) -> Tensor:

@@ -13,13 +13,10 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Final
 
-import torch
-
 from ddray.errors import DdrayError
 from ddray.pool.files import DamagedEntryError, EntryLock, PoolFiles
 from ddray.pool.spec import PoolEntry, PoolSpec, Trainer
 from ddray.system.files import home
-from ddray.system.memory import peak_bytes, reset_peak
 from ddray.system.progress import progress
 
 log = logging.getLogger(__name__)
@@ -30,19 +27,16 @@ _inner_s: Final[ContextVar[float]] = ContextVar("inner_s", default=0.0)
 def draft_entry(files: PoolFiles, spec: PoolSpec, trainer: Trainer, *, times_trained: int) -> Path:
     """Train a spec and write its entry to a draft folder, as `PoolFiles.draft` does; return the folder.
 
-    Its `wall_s` is without the seconds of entries that had to be trained for it; its `peak_memory_bytes` are
-    this process's since the last of these.
+    Its `wall_s` is without the seconds of entries that had to be trained for it.
     """
-    begin, outer, device = time.perf_counter(), _inner_s.set(0.0), torch.device(spec.device)
-    reset_peak(device)
+    begin, outer = time.perf_counter(), _inner_s.set(0.0)
     try:
         tensors, measured = trainer(spec)
         wall_s, inner_s = time.perf_counter() - begin, _inner_s.get()
     finally:
         _inner_s.reset(outer)
     _inner_s.set(_inner_s.get() + wall_s)
-    costs = {"wall_s": wall_s - inner_s, "peak_memory_bytes": peak_bytes(device)}
-    facts = {**measured, "spec": spec.dump(), **costs}
+    facts = {**measured, "spec": spec.dump(), "wall_s": wall_s - inner_s}
     return files.draft(spec.key, tensors, facts, times_trained=times_trained)
 
 

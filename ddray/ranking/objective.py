@@ -13,6 +13,7 @@ import torch
 
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.data import Dataset, Split
+from ddray.data.packed import shared
 from ddray.errors import DdrayError
 from ddray.ranking.figures_of_merit import MIN_ARCHS, figures_of_merit
 from ddray.ranking.options import NasOptions
@@ -52,7 +53,7 @@ class SpearmanObjective:
         decoded = distilled.decode()
         data = SweepData(
             sets={"proxy": training_set(decoded.images, decoded.supervision, distilled.space())},
-            val=(val.images.numpy(), val.labels.numpy()),
+            val=(shared(val.images), val.labels.numpy()),
             test=None,
             num_classes=dataset.num_classes,
             can_flip=dataset.can_flip,

@@ -12,6 +12,7 @@ import torch
 
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.data import Dataset, Split, SplitName
+from ddray.data.packed import PackedImages
 from ddray.errors import InputError, unknown
 from ddray.methods import method_names
 from ddray.ranking.options import NasConfig
@@ -173,5 +174,7 @@ def _class_sorted(proxy: Proxy) -> Proxy:
     order = np.argsort(labels if labels.ndim == 1 else labels.argmax(1), kind="stable")
     if (order == np.arange(len(order))).all():
         return proxy
-    data = TrainingSet(proxy.data.images[order], proxy.data.labels[order], proxy.data.space)
+    images, labels = proxy.data.images, proxy.data.labels[order]
+    in_order = images.rows(torch.from_numpy(order)) if isinstance(images, PackedImages) else images[order]
+    data = TrainingSet(in_order, labels, proxy.data.space)
     return replace(proxy, set_name=f"{proxy.set_name} by class", data=data)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ddray.data import Dataset, Split, SplitName
+from ddray.data.packed import shared
 from ddray.errors import InputError, InterruptedRunError, StorageError, one_line
 from ddray.ranking.options import NasConfig as NasConfig
 from ddray.ranking.options import NasOptions as NasOptions
@@ -167,13 +168,15 @@ class Sweep:
         ]
 
     def data(self, tasks: Sequence[NasTask]) -> SweepData:
-        """Return the arrays that these tasks need."""
+        """Return what these tasks need: arrays, and names of packed images."""
         names = {task.set_name for task in tasks}
-        sets = {each.set_name: each.data for each in (*self.proxies, self._whole) if each.set_name in names}
+        sets = {proxy.set_name: proxy.data for proxy in self.proxies if proxy.set_name in names}
+        if names - sets.keys():
+            sets[self._whole.set_name] = self._whole.data
         test = None
         if self.test is not None and any(task.units[0].kind == "truth" for task in tasks):
-            test = (self.test.images.numpy(), self.test.labels.numpy())
-        val = (self.val.images.numpy(), self.val.labels.numpy())
+            test = (shared(self.test.images), self.test.labels.numpy())
+        val = (shared(self.val.images), self.val.labels.numpy())
         return SweepData(sets, val, test, self.dataset.num_classes, self.dataset.can_flip)
 
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ddray.data import Dataset, PixelSpace, Split
+from ddray.data.packed import Images, PackedImages, copied, parts_of, shared
 from ddray.nets import Net
 from ddray.ranking.options import NasRecipe
 from ddray.ranking.spaces import get_space
@@ -35,22 +37,32 @@ class TrainingSet:
     """A set that architectures are trained on, as NumPy arrays (docs/ray.md, 11).
 
     Attributes:
-        images: float32 [N, C, H, W] in the pixel space, or uint8 [N, C, H, W] of real images.
+        images: float32 [N, C, H, W] in the pixel space, or uint8 [N, C, H, W] of real images; packed ones are
+            sent by name.
         labels: int64 [N], or soft labels float32 [N, K].
         space: pixel space as plain values: kind, mean, std, and zca_mean [D], zca_matrix [D, D] if whitened.
     """
 
-    images: Array
+    images: Images
     labels: Array
     space: Mapping[str, Any]
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether the images are in the pixel space; otherwise they are as stored."""
+        return "uint8" not in str(self.images.dtype)
 
     @cached_property
     def key(self) -> str:
         """Sha256 (hex) of the content."""
-        digest = hashlib.sha256(f"{self.images.dtype}{self.images.shape}{self.space['kind']}".encode())
+        images = self.images
+        dtype = str(images.dtype).removeprefix("torch.")
+        digest = hashlib.sha256(f"{dtype}{tuple(images.shape)}{self.space['kind']}".encode())
         for name in ("mean", "std"):
             digest.update(repr(self.space[name]).encode())
-        for array in (self.images, self.labels, self.space.get("zca_mean"), self.space.get("zca_matrix")):
+        pixels = map(Tensor.numpy, parts_of(images)) if isinstance(images, PackedImages) else [images]
+        whitening = self.space.get("zca_mean"), self.space.get("zca_matrix")
+        for array in chain(pixels, (self.labels, *whitening)):
             if array is not None:
                 digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
@@ -61,7 +73,7 @@ def training_set(images: Tensor, labels: Tensor, space: PixelSpace) -> TrainingS
     space_values: dict[str, Any] = {"kind": space.kind, "mean": space.mean, "std": space.std}
     if space.zca_mean is not None and space.zca_matrix is not None:
         space_values |= {"zca_mean": space.zca_mean.numpy(), "zca_matrix": space.zca_matrix.numpy()}
-    return TrainingSet(images.numpy(), labels.numpy(), space_values)
+    return TrainingSet(shared(images), labels.numpy(), space_values)
 
 
 def real_set(split: Split, dataset: Dataset) -> TrainingSet:
@@ -75,14 +87,14 @@ class SweepData:
 
     Attributes:
         sets: training sets by name.
-        val: uint8 [M, C, H, W] (spectrograms: float32) and labels [M] to rank by.
+        val: uint8 [M, C, H, W] (spectrograms: float32; packed: by name) and labels [M] to rank by.
         test: likewise, for the last column; None if it is not used.
         can_flip: whether a mirrored image keeps its class.
     """
 
     sets: Mapping[str, TrainingSet]
-    val: tuple[Array, Array]
-    test: tuple[Array, Array] | None
+    val: tuple[Images, Array]
+    test: tuple[Images, Array] | None
     num_classes: int
     can_flip: bool
 
@@ -135,8 +147,7 @@ class Workbench:
     def _run(self, task: NasTask, recipe: NasRecipe) -> list[dict[str, Any]]:
         data = self._data
         train_set = data.sets[task.set_name]
-        encoded = train_set.images.dtype != np.uint8
-        images, labels = self._on_device(f"train {task.set_name}", train_set, encoded=encoded)
+        images, labels = self._on_device(f"train {task.set_name}", train_set, encoded=train_set.is_encoded)
         shape = (images.shape[1], images.shape[2], images.shape[3])
         space = get_space(**task.space)
         nets = [
@@ -172,6 +183,9 @@ class Workbench:
         # Sets with the same space share the copy.
         space_key = TrainingSet(np.zeros(0, np.float32), np.zeros(0, np.int64), train_set.space).key
         held_out = TrainingSet(*arrays, train_set.space)
+        if isinstance(arrays[0], PackedImages):  # read and encoded part by part
+            encode = _pixel_space(train_set.space).to(self.device).encode
+            return score(net, arrays[0], torch.tensor(arrays[1]), encode, self.device).accuracy
         images, labels = self._on_device(f"{split} {space_key}", held_out, encoded=False)
         return score(net, images, labels, lambda part: part, images.device).accuracy
 
@@ -179,7 +193,7 @@ class Workbench:
         """Return encoded images in channels_last, and labels, on the device; computed once per name."""
         if name not in self._copies:
             # torch.tensor copies: the object store's memory must not be modified (docs/ray.md, 11).
-            images, labels = torch.tensor(arrays.images), torch.tensor(arrays.labels)
+            images, labels = copied(arrays.images), torch.tensor(arrays.labels)
             images = images.to(self.device)
             if not encoded:
                 images = _pixel_space(arrays.space).to(self.device).encode(images)

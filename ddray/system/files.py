@@ -8,9 +8,9 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Final
 
-from ddray.errors import StorageError
+from ddray.errors import DdrayError, InputError, StorageError
 
 
 def home() -> Path:
@@ -88,6 +88,22 @@ def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
                 draft.rename(folder)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
+
+
+_FAULTS: Final = frozenset(
+    (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+)
+
+
+def reading_error(message: str, error: Exception) -> DdrayError:
+    """Return the error of a source file that can't be read, with a message that names it.
+
+    An InputError where the file is at fault: it is missing, forbidden or malformed (then the error is no
+    system's). What the disk or the network is to blame for may be gone at the next try: a StorageError.
+    """
+    if isinstance(error, OSError) and error.errno is not None and error.errno not in _FAULTS:
+        return StorageError(f"{message}; check the disk or network, then run again")
+    return InputError(message)
 
 
 def file_sha256(path: Path) -> str:

@@ -8,7 +8,7 @@ import os
 import pickle
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -124,8 +124,8 @@ def is_plain(value: Any) -> bool:
     return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
 
 
-def sha256_of(*tensors: Tensor) -> str:
-    """Return the sha256 (hex) of tensors' bytes."""
+def sha256_of(tensors: Iterable[Tensor]) -> str:
+    """Return the sha256 (hex) of tensors' bytes, one after another; of a generator's one is in memory."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().numpy().data)

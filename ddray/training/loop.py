@@ -16,6 +16,7 @@ from ddray.nets import Net, training_format
 from ddray.seeding import derive_seed, forked_global
 from ddray.system.memory import total_bytes
 from ddray.system.numerics import current
+from ddray.system.transfer import to_device
 from ddray.training.cutmix import cutmix, mixed_cross_entropy
 from ddray.training.dsa import Dsa, DsaPlan, siamese
 from ddray.training.embedding import Score, score
@@ -218,7 +219,7 @@ class Training:
         if self.augment is not None:
             drawn = zip(parts, generators, strict=True)
             parts = [self.augment(part, generator) for part, generator in drawn]
-        inputs, labels = _joined(parts), self.labels[_joined(rows).to(self.labels.device)]
+        inputs, labels = _joined(parts), self.labels[to_device(_joined(rows), self.labels.device)]
         cutmixes = self.recipe.cutmix > 0 and not self.regress
         mixed = cutmix(inputs, self.recipe.cutmix, generators[0]) if cutmixes else None
         batch = (inputs, labels) if mixed is None else (mixed.images, *mixed.targets(labels))
@@ -233,7 +234,7 @@ class Training:
         if isinstance(self.augment, DsaAugment):
             plan = self.augment.draw(len(rows), generator)
             inputs = self.augment.dsa.apply(inputs, plan.rows(part))
-        return inputs, self.labels[rows[part].to(self.labels.device)]
+        return inputs, self.labels[to_device(rows[part], self.labels.device)]
 
 
 class _Resuming:

@@ -8,9 +8,12 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from reports.scale.lab import Lab, Ran, ddray, digest, made_arrays, made_folder, shard_rows, typed
+
+if TYPE_CHECKING:
+    from ddray.jobs.plan import Plan
 
 GB: Final = 10**9
 _DSDM: Final = ("--set", "method.pool.num_models=2", "--set", "method.pool.epochs=1")
@@ -116,6 +119,16 @@ def killed_node(lab: Lab) -> None:
     lab.record("killed_node", "64", f"python -m reports.scale killed_node: {typed(settings)}", [run])
 
 
+def _plan(settings: Sequence[object]) -> Plan:
+    """Return the plan of options as they are typed."""
+    from ddray.jobs.options import PlanOptions
+    from ddray.jobs.plan import plan_of
+
+    names = [str(name).removeprefix("--") for name in settings[::2]]
+    options = dict(zip(names, map(str, settings[1::2]), strict=True))
+    return plan_of(PlanOptions.pick({**options, "sets": ("compile=off",)}))
+
+
 def _on_fake_gpus(
     home: Path, settings: Sequence[object], run_dir: Path, num_shards: int, is_due: Callable[[], bool]
 ) -> str:
@@ -125,14 +138,11 @@ def _on_fake_gpus(
     from ddray.cluster.executor import RayExecutor
     from ddray.cluster.runtime import ray_runtime
     from ddray.jobs import shards
-    from ddray.jobs.options import DistillOptions, PlanOptions, ShardOptions
-    from ddray.jobs.plan import plan_of
+    from ddray.jobs.options import DistillOptions, ShardOptions
 
     os.environ |= {"DDRAY_HOME": str(home), "OMP_NUM_THREADS": "1"}
     workers = int(os.environ.get("DDRAY_SIMULATED_WORKERS", "8"))
-    names = [str(name).removeprefix("--") for name in settings[::2]]
-    options = dict(zip(names, settings[1::2], strict=True))
-    plan = plan_of(PlanOptions.pick({**options, "sets": ("compile=off",)}))
+    plan = _plan(settings)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 0})
     nodes = [cluster.add_node(num_cpus=1, num_gpus=max(1, workers // 4)) for _ in range(4)]
 
@@ -198,9 +208,9 @@ def _packed(lab: Lab, folder: Path) -> dict[str, Any]:
     """Return the rate of decoding a folder by all cores, in a process of its own with an empty home."""
     home = lab.folder / "empty-home"
     shutil.rmtree(home, ignore_errors=True)
-    ran = ddray(lab, "data", "info", "--dataset", folder, home=home)
+    ran = ddray(lab, "data", "info", folder, home=home)
     num = ran.out["num_train"]
-    again = ddray(lab, "data", "info", "--dataset", folder, home=home)  # start of the process, hashes and all
+    again = ddray(lab, "data", "info", folder, home=home)  # start of the process, hashes and all
     shutil.rmtree(home)
     return {
         "images_per_s": num / max(1e-9, ran.seconds - again.seconds),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddray.data import Split, carve_val, fit_zca, packed
+from ddray.data import Split, carve_val, fit_zca, packed, pixels
 from ddray.data.packed import PackedImages, parts_of, read, resident
 from ddray.data.pixels import channel_statistics
 from ddray.errors import InputError
@@ -155,7 +155,6 @@ def test_reading_ahead_keeps_the_order_and_ends_early(pair: tuple[PackedImages, 
     assert torch.equal(next(iter(read(images, rows))), plain[rows[0]])
     with pytest.raises(IndexError):
         list(read(images, [torch.tensor([40])]))
-    images.advise(torch.tensor([3, 39]))
     assert resident(images, torch.device("cpu")) is images
 
 
@@ -169,6 +168,18 @@ def test_statistics_are_those_of_images_in_memory_and_computed_once(
     assert torch.equal(spaces[0].zca_matrix, spaces[1].zca_matrix)  # type: ignore[arg-type]
     monkeypatch.setattr(packed, "_gather", None)
     channel_statistics(images)
+
+
+@pytest.mark.parametrize(("most", "chunk"), [(4096 * 60, 4096), (4096 * 60 - 1, 7)])
+def test_statistics_are_summed_as_in_memory_where_there_is_room(
+    pair: tuple[PackedImages, Tensor], monkeypatch: pytest.MonkeyPatch, most: int, chunk: int
+) -> None:
+    """Their last digits depend on the chunk, and keys on them."""
+    monkeypatch.setattr(pixels, "_MOST_VALUES", most)
+    monkeypatch.setattr(pixels, "_STATISTICS_VALUES", 7 * 60)
+    images, plain = pair
+    assert channel_statistics(images) == pixels._statistics(plain, chunk)
+    assert plain.dtype == torch.uint8
 
 
 def test_a_large_read_is_made_in_pieces(

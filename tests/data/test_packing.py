@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import logging
 import os
 import shutil
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from ddray.data import dataset, open_dataset, packing, parquet
+from ddray.data import dataset, folders, open_dataset, packing, parquet
 from ddray.data.packed import PackedImages
 from ddray.data.pictures import Geometry, Item
 from ddray.errors import InputError, StorageError
@@ -170,6 +175,93 @@ def test_a_copy_is_checked_once(
     assert decoded == []
 
 
+@pytest.mark.parametrize("error", [errno.EROFS, errno.EACCES])
+def test_a_copy_that_cannot_be_written_is_checked_and_used(
+    folder: Path, ddray_home: Path, monkeypatch: pytest.MonkeyPatch, decoded: list[str], error: int
+) -> None:
+    expected = open_dataset(str(folder)).train().images
+    (entry,) = (ddray_home / "packed").iterdir()
+    before = (entry / "facts.json").read_bytes()
+    os.utime(entry / "images.npy", ns=(1, 1))
+
+    @contextmanager
+    def refused(partial: Path) -> Iterator[None]:
+        raise OSError(error, os.strerror(error))
+        yield
+
+    monkeypatch.setattr(packing, "_locked", refused)
+    decoded.clear()
+    assert torch.equal(open_dataset(str(folder)).train().images, expected)
+    assert decoded == []
+    assert (entry / "facts.json").read_bytes() == before
+    (entry / "images.npy").write_bytes((entry / "images.npy").read_bytes()[:-1] + b"x")
+    with pytest.raises(StorageError, match="must be writable"):
+        open_dataset(str(folder)).train()
+
+
+@pytest.mark.parametrize("size", [0, 50, 128])
+def test_a_cut_off_file_is_decoded_again(folder: Path, ddray_home: Path, size: int) -> None:
+    expected = open_dataset(str(folder)).train().images
+    (entry,) = (ddray_home / "packed").iterdir()
+    os.truncate(entry / "images.npy", size)
+    assert torch.equal(open_dataset(str(folder)).train().images, expected)
+    assert names(ddray_home) == [entry.name]
+
+
+def test_what_was_computed_of_damaged_images_is_forgotten(
+    folder: Path, ddray_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "_IN_MEMORY_BYTES", 1)
+    expected = open_dataset(str(folder))
+    facts = expected.mean, expected.fingerprint
+    (entry,) = (ddray_home / "packed").iterdir()
+    remembered = sorted(entry.glob("remembered-*.json"))
+    assert len(remembered) == 2
+    remembered[0].write_text('"of damaged images"')
+    with (entry / "images.npy").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"x")
+    again = open_dataset(str(folder))
+    assert (again.mean, again.fingerprint) == facts
+
+
+def test_blocks_of_another_cut_are_left_out(
+    folder: Path, ddray_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = open_dataset(str(folder)).train()
+    shutil.rmtree(ddray_home)
+    with pytest.raises(KeyboardInterrupt):
+        open_until(folder, 17, KeyboardInterrupt())
+    monkeypatch.setattr(parquet, "_BATCH", 6)  # as of another version
+    split = open_dataset(str(folder)).train()
+    assert torch.equal(split.images, expected.images)
+    assert torch.equal(split.labels, expected.labels)
+    (entry,) = (ddray_home / "packed").iterdir()
+    _, *blocks = map(json.loads, (entry / "blocks.jsonl").read_text().splitlines())
+    assert sorted(block["start"] for block in blocks) == [0, 6, 12, 18]
+    os.utime(entry / "images.npy", ns=(1, 1))
+    monkeypatch.setattr(packing, "_make", None)  # it is whole
+    assert torch.equal(open_dataset(str(folder)).train().images, expected.images)
+
+
+def test_a_lock_waits_out_a_folder_that_its_last_owner_moves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = Path.open, 0
+
+    def moved(path: Path, *arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            path.parent.rmdir()
+        return original(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", moved)
+    with packing._locked(tmp_path / "x.partial"):
+        assert (tmp_path / "x.partial" / "lock").exists()
+    assert calls == 2
+
+
 def test_a_changed_label_is_noticed(folder: Path, ddray_home: Path, decoded: list[str]) -> None:
     open_dataset(str(folder))
     (entry,) = (ddray_home / "packed").iterdir()
@@ -203,6 +295,36 @@ def test_a_broken_image_leaves_nothing(
     with pytest.raises(InputError):
         open_until(folder, 19, InputError("image must be readable"))
     assert names(ddray_home) == []
+
+
+@pytest.mark.parametrize("when", ["opened", "read"])
+def test_a_failing_disk_leaves_what_is_decoded(
+    tmp_path: Path, ddray_home: Path, monkeypatch: pytest.MonkeyPatch, decoded: list[str], when: str
+) -> None:
+    for number, image in enumerate(random_images(12, (3, 16, 16))):
+        write_png(tmp_path / "i" / f"class{number % 2}" / f"{number}.png", image)
+    monkeypatch.setattr(folders, "_BATCH", 4)
+
+    class Failing(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def opened(path: Path, *arguments: Any, **options: Any) -> Any:
+        is_due = path.suffix == ".png" and len(decoded) > 8
+        if is_due and when == "opened":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return Failing() if is_due else original(path, *arguments, **options)
+
+    original = Path.open
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", opened)
+        with pytest.raises(StorageError, match=r"png: .*Input/output error; check the disk"):
+            open_dataset(str(tmp_path / "i"))
+    (partial,) = names(ddray_home)
+    assert partial.endswith(".partial")
+    decoded.clear()
+    open_dataset(str(tmp_path / "i"))
+    assert 0 < len(decoded) <= 8
 
 
 def test_of_several_readers_one_decodes(folder: Path, decoded: list[str]) -> None:

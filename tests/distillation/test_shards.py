@@ -56,7 +56,7 @@ def test_the_unsharded_run_has_no_blanks(exact: bool) -> None:
     assert not any(part.is_padded for part in parts)
     samples = torch.rand(5, 2)
     assert parts[1].padded(samples) is samples
-    assert parts[1].kept(samples) is samples
+    assert parts[1].without_blanks(samples) is samples
 
 
 def test_blanks_are_around_the_samples_and_their_values_are_dropped() -> None:
@@ -68,4 +68,4 @@ def test_blanks_are_around_the_samples_and_their_values_are_dropped() -> None:
     assert padded.shape == (6, 3)
     assert torch.equal(padded[3:5], samples)
     assert float(padded.sum()) == pytest.approx(float(samples.sum()))
-    assert torch.equal(part.kept(padded), samples)
+    assert torch.equal(part.without_blanks(padded), samples)

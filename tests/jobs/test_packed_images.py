@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,20 @@ from ddray.artifact.distilled_set import DistilledSet, TrainSet
 from ddray.data import Dataset, Split, carve_val, packed, search_rows
 from ddray.data.packed import PackedImages
 from ddray.data.pixels import pixel_space
+from ddray.distillation.loop import run_distillation
+from ddray.distillation.shards import Shard, join_sets, shard_classes
 from ddray.errors import InputError
 from ddray.evaluation.hard import fit
 from ddray.evaluation.linear import embeddings
 from ddray.evaluation.protocol import EvalContext
-from ddray.evaluation.robust import _digest
 from ddray.jobs import trainers
+from ddray.methods.families.matching import batches
+from ddray.ranking.options import NasOptions
+from ddray.ranking.proxies import Proxy
+from ddray.ranking.spaces import resolve_config
+from ddray.ranking.sweep import Sweep
+from ddray.ranking.worker import Workbench, real_set
+from ddray.system.tensors import sha256_of
 from ddray.testing import _started, plan_method, random_dataset
 from ddray.training.recipe import Recipe
 from ddray.tuning.payload import pack, unpack
@@ -95,6 +104,31 @@ def test_whitening_by_the_batch_is_nearly_the_same(pair: tuple[Dataset, Dataset]
     torch.testing.assert_close(sets[0], sets[1], rtol=1e-4, atol=1e-4)
 
 
+def test_class_shards_whiten_as_the_whole_run(
+    pair: tuple[Dataset, Dataset], never_whole: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A single image is whitened in another way than several: the second shard has one of a chunk's four."""
+    monkeypatch.setattr(batches, "_CHUNK_BYTES", 4 * 8 * 8 * 8 * 4)
+    settings = {"pixel_space": "zca", "steps": 2, "method": {"batch_real": 3}}
+    _, ctx, whole = plan_method("dm", pair[1], **settings)
+    expected, sets = run_distillation(whole, ctx).distilled, []
+    for classes in shard_classes(3, 3):
+        shard = Shard(classes, ctx.split.labels)
+        part = replace(ctx, split=ctx.split.select(shard.rows), shard=shard)
+        sets.append(run_distillation(plan_method("dm", pair[1], **settings)[2], part).distilled)
+    assert torch.equal(join_sets(sets).images, expected.images)
+
+
+def test_a_part_of_a_train_set_stays_on_the_disk(pair: tuple[Dataset, Dataset], never_whole: None) -> None:
+    parts = []
+    for dataset in pair:
+        split = dataset.train()
+        parts.append(TrainSet(split.images, split.labels).select(split.labels == 1))
+    assert isinstance(parts[1].images, PackedImages)
+    assert torch.equal(parts[1].images.whole(), parts[0].images)
+    assert torch.equal(parts[1].labels, parts[0].labels)
+
+
 def contexts(pair: tuple[Dataset, Dataset]) -> list[EvalContext]:
     device = torch.device("cpu")
     return [
@@ -116,7 +150,7 @@ def test_protocols_score_the_same(pair: tuple[Dataset, Dataset], never_whole: No
             augment=lambda batch, generator, space=ctx.space: space.encode(batch),
         )
         scores.append(ctx.score(net))
-        digests.append(_digest(split.images, split.labels))
+        digests.append(sha256_of(chain(packed.parts_of(split.images), [split.labels])))
         features.append(embeddings(net, split, ctx))
     assert scores[0] == scores[1]
     assert digests[0] == digests[1]
@@ -140,6 +174,28 @@ def test_a_search_sends_the_name_of_images_and_no_pixel(
     assert torch.equal(whole.images[index], pair[0].train().images[index])
     assert torch.equal(whole.labels, pair[0].train().labels)
     assert torch.equal(unpacked.held_out.images[[1]], carve_val(pair[0].train(), seed=0)[1].images[[1]])
+
+
+def test_a_sweep_sends_the_name_of_images_and_no_pixel(
+    pair: tuple[Dataset, Dataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = NasOptions(space="convnet720", sample=1, epochs=1, truth="whole")
+    config = resolve_config(options, ({"recipe": {"batch": 64, "augment": "none"}},))
+    results = []
+    for dataset in pair:
+        train, val = carve_val(dataset.train(), seed=0)
+        sweep = Sweep(options, config, dataset, train, val, (), (0,), "cpu")
+        tasks = sweep.tasks(fused=False)
+        sent = pickle.dumps(sweep.data(tasks))
+        is_sent = val.images[0].numpy().tobytes()[:16] in sent
+        assert is_sent == (dataset is pair[0])
+        data = pickle.loads(sent)
+        results.append((data.sets["whole"].key, Workbench(data, torch.device("cpu")).run(tasks[0])))
+    assert results[0] == results[1]
+    proxy = Proxy("some", "some", real_set(val, dataset), 15.0)
+    table = replace(sweep, options=options.model_copy(update={"truth": "table"}), proxies=(proxy,))
+    assert table.data(table.tasks(fused=False)).sets.keys() == {"some"}
+    assert "_whole" not in vars(table)
 
 
 def test_whole_sets_as_floats_are_refused_with_the_figures(

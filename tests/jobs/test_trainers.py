@@ -55,7 +55,10 @@ def test_it_is_plain_sgd_on_the_normalized_images(toy: Any) -> None:
 
     tensors, measured = PoolTrainer(dataset, split, CPU)(pool_spec(dataset))
 
-    assert measured == {"final_loss": pytest.approx(total / len(split), rel=1e-4), "dataset_name": "toy"}
+    peak = measured["peak_memory_bytes"]
+    final = pytest.approx(total / len(split), rel=1e-4)
+    assert measured == {"final_loss": final, "dataset_name": "toy", "peak_memory_bytes": peak}
+    assert peak > 0
     for name, value in net.state_dict().items():
         torch.testing.assert_close(tensors[f"weights.{name}"], value, rtol=1e-3, atol=1e-5)
     with torch.no_grad():

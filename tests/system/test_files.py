@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from ddray.errors import StorageError
+from ddray.errors import InputError, StorageError
 from ddray.system import files
-from ddray.system.files import storage_errors, write_atomically, write_text
+from ddray.system.files import reading_error, storage_errors, write_atomically, write_text
 
 
 def names(folder: Path) -> list[str]:
@@ -126,3 +126,18 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 def test_storage_errors_names_the_fix(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="then run again with --resume"), storage_errors(tmp_path):
         raise OSError(errno.EACCES, "Permission denied")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (FileNotFoundError(errno.ENOENT, "gone"), InputError),
+        (PermissionError(errno.EACCES, "forbidden"), InputError),
+        (OSError("truncated"), InputError),  # as Pillow and pyarrow say it of a file's content
+        (ValueError("malformed"), InputError),
+        (OSError(errno.EIO, "failed"), StorageError),
+        (OSError(errno.ESTALE, "stale"), StorageError),
+    ],
+)
+def test_a_failing_disk_is_not_the_file(error: Exception, kind: type[Exception]) -> None:
+    assert type(reading_error("file must be readable, got x", error)) is kind

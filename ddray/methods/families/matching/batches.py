@@ -3,7 +3,7 @@
 Also what learns the synthetic images.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Final, Literal
 
@@ -100,11 +100,21 @@ class ClassBatches:
         """Return the images of `index` [n] in their pixel space, float32 [n, C, H, W]."""
         return next(self.take_parts(index, [slice(0, len(index))]))
 
-    def take_parts(self, index: Tensor, parts: Iterable[slice]) -> Iterator[Tensor]:
-        """Yield what `take` returns of each part of `index`; packed images are read one part ahead."""
+    def take_parts(
+        self, index: Tensor, parts: Sequence[slice], whole: Sequence[tuple[int, int]] = ()
+    ) -> Iterator[Tensor]:
+        """Yield what `take` returns of each part of `index`; packed images are read one part ahead.
+
+        In a shard, `whole` has where a part begins in that of the unsharded run, and the length of this.
+        """
         rows = (index[part].to(self._images.device) for part in parts)
-        for images in read(self._images, rows):
-            yield images if self._encoded else self._space.encode(to_device(images, self._device))
+        for number, stored in enumerate(read(self._images, rows)):
+            if self._encoded:
+                yield stored
+                continue
+            first, total = whole[number] if whole else (0, len(stored))
+            places = torch.arange(first, first + len(stored))
+            yield encode_rows(self._space, to_device(stored, self._device), places, total)
 
 
 def _encode_all(ctx: DistillContext, space: PixelSpace) -> Tensor:
@@ -235,13 +245,13 @@ class RealBranch:
             labels: of the images, on the CPU; default: those of a whole draw.
         """
         labels = self.batches.labels_cpu if labels is None else labels
-        parts = list(self._chunks(len(index)))
+        parts = self._chunks(len(index))
         for rows, images in zip(parts, self.batches.take_parts(index, parts), strict=True):
             yield rows, self.augmented(images, plan, labels[rows])
 
-    def _chunks(self, total: int) -> Iterable[slice]:
+    def _chunks(self, total: int) -> list[slice]:
         device = self.batches.labels.device
-        return [slice(0, total)] if self.mixes else chunks(total, self.sample_bytes, device, self.budget)
+        return [slice(0, total)] if self.mixes else [*chunks(total, self.sample_bytes, device, self.budget)]
 
     def passes(self, index: Tensor, plan: DsaPlan | None, classes: slice) -> Iterator[tuple[Part, Tensor]]:
         """Yield the images of a draw chunk by chunk, augmented, for the context's classes of a group.
@@ -260,7 +270,8 @@ class RealBranch:
         first = self._classes.start * num + group.here.start - group.whole.start
         grid = self._chunks(group.whole.stop - group.whole.start)
         parts = list(parts_of(grid, slice(first, first + len(index)), exact=self._exact))
-        taken = self.batches.take_parts(index, [part.here for part in parts])
+        whole = [(first + p.here.start - p.whole.start, p.whole.stop - p.whole.start) for p in parts]
+        taken = self.batches.take_parts(index, [part.here for part in parts], whole)
         for part, images in zip(parts, taken, strict=True):
             ends = part.whole.start // num, -(-part.whole.stop // num)
             among = slice(*(classes.start + end for end in ends))
@@ -288,7 +299,7 @@ class RealBranch:
             if not sums:
                 sums = [values.new_zeros(num_classes, values.shape[1]) for values in chunk]
             for total, values in zip(sums, chunk, strict=True):  # counted from the first of the group
-                total.index_add_(0, batches.labels[part.here] - first, part.kept(values))
+                total.index_add_(0, batches.labels[part.here] - first, part.without_blanks(values))
         return [total.div_(batches.per_class) for total in sums]
 
 

@@ -98,7 +98,7 @@ class MeanMatching(ImagesEngine):
             compute = partial(self._loss_and_gradient, part)
             args = (branch.padded(augmented.detach(), part), *real)
             loss, outer = compute(*args) if part.is_padded else self._graphs(compute, args)
-            (gradient[part.here],) = torch.autograd.grad(augmented, images, part.kept(outer))
+            (gradient[part.here],) = torch.autograd.grad(augmented, images, part.without_blanks(outer))
             total += loss
         self._images.grad = gradient
         self._optimizer.step()
@@ -115,7 +115,7 @@ class MeanMatching(ImagesEngine):
         `images` are those of some classes [G * ipc, C, H, W], in a shard among blanks.
         """
         images = images.detach().requires_grad_(True)
-        synthetic = [part.kept(values) for values in self._statistics(self._branch.net, images)]
+        synthetic = [part.without_blanks(values) for values in self._statistics(self._branch.net, images)]
         sizes = (len(real[0]), self._ctx.ipc, -1)
         loss = self._loss(real, [values.view(sizes).mean(1) for values in synthetic])
         return loss.detach(), torch.autograd.grad(loss, images)[0]

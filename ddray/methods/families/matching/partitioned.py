@@ -166,7 +166,7 @@ class FeaturePairs:
         here, num, whole = self.part(classes).here, self.batches.per_class, torch.empty(0)
         num_classes = here.stop - here.start
         for part, images in self._branch.passes(draw.index, draw.plan, classes):
-            values = part.kept(self._real_graphs(partial(self._embed_real, self.net), (images,)))
+            values = part.without_blanks(self._real_graphs(partial(self._embed_real, self.net), (images,)))
             if not len(whole):  # concatenating a list would take the memory twice
                 whole = values.new_empty(num * num_classes, values.shape[1])
             whole[part.here] = values
@@ -219,7 +219,7 @@ class PartitionedEngine(ABC):
 
     def _embedded(self, images: Tensor, num_classes: int) -> Tensor:
         """Return the embeddings [G, m, D] of some classes' mini-images, without those of blanks."""
-        return by_class(self._part.kept(embedding(self._pairs.net, images)), num_classes)
+        return by_class(self._part.without_blanks(embedding(self._pairs.net, images)), num_classes)
 
     def _real(self, draw: StepDraw, classes: slice) -> Tensor:
         """Return the features [G, n, D] of the classes' real images."""
@@ -243,7 +243,7 @@ class PartitionedEngine(ABC):
             args = (pairs.padded(images.detach(), part), real, *others(here))
             compute = self._loss_and_gradient
             loss, outer = compute(*args) if part.is_padded else self._graphs(compute, args)
-            (gradient[rows],) = torch.autograd.grad(images, pixels, part.kept(outer))
+            (gradient[rows],) = torch.autograd.grad(images, pixels, part.without_blanks(outer))
             total += loss
         learned.update(gradient)
         return total

@@ -12,6 +12,7 @@ from ddray.config import Config
 from ddray.data import search_rows
 from ddray.distillation.method import DistillContext
 from ddray.pool.spec import PoolEntry, PoolSpec, supervised_specs
+from ddray.system.transfer import to_device
 
 
 class PoolConfig(Config):
@@ -56,11 +57,11 @@ class StoredFeatures:
     features: list[Tensor]
     rows: Tensor | None
 
-    def of(self, member: int, index: Tensor) -> Tensor:
-        """Return features [B, D] of real images `index` [B] under one network, on the device of `index`."""
+    def of(self, member: int, index: Tensor, device: torch.device) -> Tensor:
+        """Return features [B, D] of real images `index` [B] under one network, on a device."""
         features = self.features[member]
-        rows = index.to(features.device)
-        return features.index_select(0, rows if self.rows is None else self.rows[rows]).to(index.device)
+        rows = to_device(index, features.device)
+        return to_device(features.index_select(0, rows if self.rows is None else self.rows[rows]), device)
 
 
 def stored_features(ctx: DistillContext, entries: Sequence[PoolEntry]) -> StoredFeatures | None:

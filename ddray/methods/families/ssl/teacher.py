@@ -249,7 +249,7 @@ class SslTrainer:
         warm = max(1, steps // 10) if config.warmup_epochs is None else config.warmup_epochs * epoch
 
         def batch(index: Tensor) -> Batch:
-            raw = to_device(pixels[index.to(pixels.device)], device).float() / 255
+            raw = to_device(pixels[index], device).float() / 255
             view = partial(random_view, raw, generator, crop_area=config.crop_area, flip=flip)
             return (torch.stack([space.encode(view(solarize=s)) for s in (0.0, config.solarize)], 1),)
 
@@ -260,7 +260,7 @@ class SslTrainer:
         )
         run(
             Step([views], rule, num_steps=steps),
-            map(batch, order.indices(generator, device)),
+            map(batch, order.indices(generator, pixels.device)),
             lr=lambda step: config.lr * schedule(step, steps, warm),
             epoch=epoch,
             on_epoch=losses.append,
