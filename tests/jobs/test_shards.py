@@ -238,7 +238,7 @@ def test_rows_of_another_process_end_this_one(digits: Any, tmp_path: Path) -> No
     ledger = Ledger(run)
     units = [Unit(kind="shard", spec={"steps": 4, "classes": [0, 1]})]
     with pytest.raises(DdrayError, match="another process has resumed"):
-        shard_worker.joined(ledger, units, 0.0)
+        shard_worker.joined(ledger, units, 0.0, takes_steps=True)
 
 
 @pytest.mark.parametrize("arch", ["vgg11_tv", "efficientnet_b0_in"])
