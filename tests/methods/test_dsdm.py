@@ -244,10 +244,10 @@ def test_the_pools_features_spare_the_real_images_forward_pass(
     taken: list[int] = []
     take_parts = ClassBatches.take_parts
 
-    def counted(self: Any, index: Any, parts: Any, *more: Any) -> Any:
+    def counted(self: Any, index: Any, parts: Any, *wholes: Any) -> Any:
         rows = list(parts)
         taken.extend(part.stop - part.start for part in rows)
-        return take_parts(self, index, rows, *more)
+        return take_parts(self, index, rows, *wholes)
 
     monkeypatch.setattr(ClassBatches, "take_parts", counted)
     fast.setup(ctx), slow.setup(bare)

@@ -139,10 +139,10 @@ def test_a_step_is_the_loop_over_classes(
     sizes: list[int] = []
     take_parts = ClassBatches.take_parts
 
-    def counted(self: Any, index: Any, parts: Any, *more: Any) -> Any:
+    def counted(self: Any, index: Any, parts: Any, *wholes: Any) -> Any:
         rows = list(parts)
         sizes.extend(part.stop - part.start for part in rows)
-        return take_parts(self, index, rows, *more)
+        return take_parts(self, index, rows, *wholes)
 
     monkeypatch.setattr(ClassBatches, "take_parts", counted)
     distiller.setup(ctx)
