@@ -21,12 +21,14 @@ from ddray.methods.families.matching.groups import class_groups, image_bytes
 from ddray.nets import Net, build_net, default_arch
 
 PAGE = Path(__file__).resolve().parent / "scale.md"
-CLASSES, IMAGES = 1000, 1_281_167  # ImageNet-1K's train
+CLASSES, IMAGES, LARGEST_CLASS = 1000, 1_281_167, 1300  # ImageNet-1K's train
 SIZES = (64, 128, 224)
 SHARDS = (1, 8, 64)
 IPC, BATCH_REAL = 10, 256
 GPU_BYTES = 80 * 2**30
 BUDGET = GPU_BYTES // 3  # of `memory_budget`, by default
+PROCESS = 2**29  # Python and torch
+PART = 2**25  # read at a time on the way to a GPU that takes all of a shard's images
 TEACHER, TEACHER_BATCH, WORKERS = "resnet18", 256, (1, 8)
 
 
@@ -37,6 +39,8 @@ class Shard:
     images: int
     learned: int
     step: int
+    chunk: int
+    tables: int
 
     @property
     def is_resident(self) -> bool:
@@ -47,6 +51,12 @@ class Shard:
     def device(self) -> int:
         """Of a GPU."""
         return self.learned + self.step + self.images * self.is_resident
+
+    @property
+    def ram(self) -> int:
+        """Of the memory of a process that computes on a GPU: a checkpoint's copies, two parts of images."""
+        copies = 2 * self.learned // 3  # images and momentum, without the gradient
+        return PROCESS + copies + self.tables + 2 * (PART if self.is_resident else self.chunk)
 
 
 def statistics(net: Net, images: Tensor) -> tuple[Tensor, ...]:
@@ -72,11 +82,14 @@ def shard(size: int, num_shards: int) -> Shard:
     group = class_groups(classes, IPC * both, BUDGET)[0]
     rows = classes * BATCH_REAL
     chunk = next(chunks(rows, largest, torch.device("cuda"), BUDGET))
+    images = min(IMAGES, classes * LARGEST_CLASS)
     return Shard(
-        images=-(-IMAGES // num_shards) * pixels,
+        images=images * pixels,
         learned=3 * 4 * classes * IPC * pixels,  # images, their gradient, its momentum
         step=max((group.stop - group.start) * IPC * both, CHUNK_SHARE * (chunk.stop - chunk.start) * largest)
         + 2 * classes * row,
+        chunk=(chunk.stop - chunk.start) * pixels,
+        tables=8 * (2 * images + classes * LARGEST_CLASS),  # labels, their order, every class's members
     )
 
 
@@ -104,14 +117,14 @@ def shard_rows(size: int) -> list[Sequence[str]]:
     for num_shards in SHARDS:
         each = shard(size, num_shards)
         where = "GPU" if each.is_resident else "disk, by the batch"
-        parts = (IMAGES * 3 * size * size, each.images, each.learned, each.step, each.device)
+        parts = (IMAGES * 3 * size * size, each.ram, each.images, each.learned, each.step, each.device)
         rows.append((f"{size} px", str(num_shards), *map(gib, parts), where))
     return rows
 
 
 def tables() -> dict[str, str]:
     """Return the page's tables by name."""
-    names = ("disk", "real images", "what is learned", "step", "GPU in all", "real images are on the")
+    names = ("disk", "RAM", "real images", "what is learned", "step", "GPU in all", "real images are on the")
     teachers = (
         (f"{size} px", *(gib(teacher_bytes(size) * TEACHER_BATCH / workers) for workers in WORKERS))
         for size in SIZES

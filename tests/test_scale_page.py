@@ -27,7 +27,7 @@ def test_the_tables_are_those_of_the_code(page: Any) -> None:
     text = (DOCS / "scale.md").read_text(encoding="utf-8")
     rows = page.shard_rows(64)
     assert len(rows) == len(page.SHARDS)
-    assert page.table(rows[0], rows[1:]).replace("|---" * 8 + "|\n", "") in text, "run: python docs/scale.py"
+    assert page.table(rows[0], rows[1:]).replace("|---" * 9 + "|\n", "") in text, "run: python docs/scale.py"
 
 
 @pytest.mark.slow
@@ -39,7 +39,10 @@ def test_all_tables_are_those_of_the_code(page: Any) -> None:
 
 def test_more_shards_take_less_each(page: Any) -> None:
     one, eight, many = (page.shard(64, num) for num in (1, 8, 64))
-    assert one.images == pytest.approx(8 * eight.images, rel=1e-5) == page.IMAGES * 3 * 64**2
+    assert one.images == page.IMAGES * 3 * 64**2
+    assert eight.images == 125 * 1300 * 3 * 64**2  # the largest classes, together
+    assert one.images / 8 < eight.images < 1.02 * one.images / 8
     assert one.learned == 8 * eight.learned > many.learned
     assert one.step >= eight.step >= many.step
+    assert page.PROCESS < many.ram < eight.ram < one.ram
     assert many.device < eight.device < one.device < page.GPU_BYTES

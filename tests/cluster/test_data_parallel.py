@@ -7,15 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ddray.cluster import data_parallel
-from ddray.cluster.data_parallel import _failure, train_parallel
+from ddray.cluster.data_parallel import _collected, _failure, _part, train_parallel
 from ddray.errors import DdrayError, DivergedError, InputError
 from ddray.jobs.options import PoolOptions
 from ddray.jobs.pool_training import train_pool
 from ddray.jobs.trainers import PoolTrainer
 from ddray.pool.local import LocalPool
 from ddray.pool.spec import PoolSpec, teacher_spec
+from ddray.system import tensors
 from ddray.training.recipe import TeacherRecipe
 
 CPU = torch.device("cpu")
@@ -42,6 +44,7 @@ class TestOnRay:
         alone = LocalPool(PoolTrainer(digits, digits.train(), CPU), tmp_path / "one").get([spec])[0]
         assert set(entry.meta) - set(alone.meta) == {"num_workers"}
         assert entry.meta["num_workers"] == 2
+        assert entry.meta["peak_memory_bytes"] > 2**20
         assert entry.meta["final_loss"] == pytest.approx(alone.meta["final_loss"], rel=1e-4)
         torch.testing.assert_close(dict(entry.tensors), dict(alone.tensors), rtol=1e-3, atol=1e-4)
 
@@ -97,3 +100,18 @@ def test_another_trainer_may_train_what_is_missing(digits: Any, tmp_path: Path) 
     settings: Any = {"arch": "convnet1_w8", "recipe": {}, "seed": 0, "num_models": 2, "device": CPU}
     result = train_pool(digits, **settings, folder=tmp_path, trainer=record)
     assert result.keys == [spec.key for spec in specs]
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_features_are_put_together_and_the_largest_peak_is_the_entrys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int, ddray_home: Path
+) -> None:
+    monkeypatch.setattr(tensors, "_MOST_IN_MEMORY", 8)  # a larger matrix is on the disk
+    features = torch.arange(14.0).view(7, 2)
+    for rank, part in enumerate(features.tensor_split(num_workers)):
+        values = {"features": part.contiguous(), **({} if rank else {"weights.x": torch.ones(3)})}
+        save_file(values, _part(tmp_path, rank), {"peak_memory_bytes": str(9 - rank)})
+    collected, peak = _collected(tmp_path, num_workers)
+    assert collected.keys() == {"features", "weights.x"}
+    assert torch.equal(collected["features"], features)
+    assert peak == 9

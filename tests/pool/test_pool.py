@@ -419,3 +419,10 @@ def test_a_folder_that_cannot_be_made_is_a_storage_error(ddray_home: Path) -> No
     ddray_home.write_text("a file")
     with pytest.raises(StorageError, match=r"could not write .*\.lock: Not a directory"):
         LocalPool(Trainer()).get([spec()])
+
+
+def test_what_is_computed_elsewhere_needs_no_device_here(ddray_home: Path) -> None:
+    """A head without a GPU drives workers that have one; memory is theirs, as the trainer says."""
+    gpu = spec(device="cuda")
+    pool = LocalPool(lambda _: ({"weights.x": torch.ones(1)}, {"peak_memory_bytes": 7}))
+    assert pool.get([gpu])[0].meta["peak_memory_bytes"] == 7

@@ -64,3 +64,15 @@ def test_the_digest_is_of_images_and_labels(tmp_path: Path) -> None:
         torch.save({"images": torch.full((1, 2), value), "labels": torch.zeros(1)}, tmp_path / name)
     first, second, third = (digest(tmp_path / name) for name in "abc")
     assert first == second != third
+
+
+def test_decoding_is_timed_by_commands_that_there_are(lab: Lab) -> None:
+    run = parts._packed(lab, made_folder(lab, 2, 3, 32))
+    assert run["images"] == 6
+    assert run["images_per_s"] > 0
+
+
+def test_typed_options_are_a_plan(lab: Lab) -> None:
+    dataset = made_arrays(lab, 3, 4, 16)
+    plan = parts._plan(("--method", "datadam", "--dataset", dataset, "--ipc", 1, "--steps", 2))
+    assert (plan.dataset.num_classes, plan.ipc, plan.config.steps) == (3, 1, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ddray.training.loop import DsaAugment, Training
 from ddray.training.recipe import Recipe
 from ddray.training.team import Team
 
+TIMEOUT = timedelta(seconds=60)  # of the other process: its start, and each of its answers
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("convnet2_w4", {"batch": 7, "schedule": "constant"}),  # 23 rows: the last batch has 2
     "phases": ("convnet1_w4", {"batch": 11, "schedule": "vico"}),  # 1 row, which both members take
@@ -74,7 +76,8 @@ def clipped(team: Team | None) -> dict[str, Tensor]:
 
 def member(rank: int, folder: str) -> dict[str, dict[str, Tensor]]:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=TIMEOUT)
     team = Team(rank, 2)
     results = {case: trained(case, team) for case in CASES}
     results["pool"], results["clipped"] = pool_entry(team), clipped(team)
@@ -91,8 +94,12 @@ def members(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str
     folder = str(tmp_path_factory.mktemp("team"))
     other = multiprocessing.get_context("spawn").Process(target=member, args=(1, folder))
     other.start()
-    first = member(0, folder)
-    other.join()
+    try:
+        first = member(0, folder)
+        other.join(TIMEOUT.total_seconds())
+    finally:
+        other.kill()  # in vain if it has ended
+    assert other.exitcode == 0
     return [first, torch.load(Path(folder, "1.pt"), weights_only=True)]
 
 
