@@ -269,7 +269,8 @@ def _collected(folder: Path, num_workers: int) -> tuple[dict[str, Tensor], int]:
     from ddray.system.tensors import empty_matrix
 
     files = [_part(folder, rank) for rank in range(num_workers)]
-    tensors, parts = load_file(files[0]), [safe_open(file, framework="pt") for file in files]
+    tensors = load_file(files[0])
+    parts: list[Any] = [safe_open(file, framework="pt") for file in files]  # type: ignore[no-untyped-call]
     if num_workers > 1:  # one after another: together they may be more than the memory
         lengths = [part.get_slice("features").get_shape()[0] for part in parts]
         features = empty_matrix(sum(lengths), tensors["features"], "cpu")
