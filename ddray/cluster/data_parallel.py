@@ -263,17 +263,19 @@ def _part(folder: Path, rank: int) -> Path:
 
 def _collected(folder: Path, num_workers: int) -> tuple[dict[str, Tensor], int]:
     """Return the first worker's weights and all workers' features, and the largest peak of their memory."""
+    import torch
     from safetensors import safe_open
     from safetensors.torch import load_file
 
     from ddray.system.tensors import empty_matrix
 
+    opened: Any = safe_open  # it has no types
     files = [_part(folder, rank) for rank in range(num_workers)]
-    tensors, parts = load_file(files[0]), [safe_open(file, framework="pt") for file in files]
+    tensors, parts = load_file(files[0]), [opened(file, framework="pt") for file in files]
     if num_workers > 1:  # one after another: together they may be more than the memory
         lengths = [part.get_slice("features").get_shape()[0] for part in parts]
         features = empty_matrix(sum(lengths), tensors["features"], "cpu")
-        for rows, part in zip(features.split(lengths), parts, strict=True):
+        for rows, part in zip(torch.split(features, lengths), parts, strict=True):
             rows.copy_(part.get_tensor("features"))
         tensors["features"] = features
     return tensors, max(int(part.metadata()[_PEAK]) for part in parts)

@@ -242,10 +242,13 @@ def test_the_pools_features_spare_the_real_images_forward_pass(
     bare = dataclasses.replace(ctx, pool=Bare(ctx.pool))
     _, _, slow = planned("dsdm", toy(), ipc=IPC, steps=2, method=settings)
     taken: list[int] = []
-    take = ClassBatches.take
-    monkeypatch.setattr(
-        ClassBatches, "take", lambda self, index: taken.append(len(index)) or take(self, index)
-    )
+    original = ClassBatches.take_parts
+
+    def take_parts(batches: ClassBatches, index: torch.Tensor, parts: Any, *others: Any) -> Any:
+        taken.extend(len(index[part]) for part in parts)
+        return original(batches, index, parts, *others)
+
+    monkeypatch.setattr(ClassBatches, "take_parts", take_parts)
     fast.setup(ctx), slow.setup(bare)
 
     losses = [float(fast.step()["loss"]) for _ in range(2)]
