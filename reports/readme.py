@@ -79,6 +79,7 @@ def write_readme(parts: Parts) -> None:
     lines += ["D3HR's sweeps, inversion, and what its score selects by: [d3hr.md](d3hr.md).", ""]
     lines += ["## Leaderboard: digits, MNIST and CIFAR-10 under one recipe (`vico` with DSA)", ""]
     lines += section("leaderboard", leaderboard)
+    lines += ["Shards, images on the disk, evaluation in parallel: [scale.md](scale.md).", ""]
     lines += ["## Scaling of the fan-out", "", *section("scaling", scaling)]
     lines += ["## Simulation of a large cluster", "", *section("simulation", simulation)]
     lines += ["## Faults injected and survived", "", *section("faults", faults)]

@@ -31,16 +31,39 @@ def main() -> None:
         PARTS[part](lab)
     for line in summary(lab.measured()):
         print(line)  # noqa: T201
+    if not options.tiny:
+        lab.lines.with_suffix(".md").write_text("\n".join(page(lab.measured())), encoding="utf-8")
+
+
+def page(measured: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[str]:
+    """Return the lines of scale.md: a table of the figures with their commands, and the ratios."""
+    lines = ["# Measured: one set on many devices, images on the disk, evaluation in parallel", ""]
+    lines += ["Written by `python -m reports.scale`; do not edit. Means +- sample standard deviation.", ""]
+    lines += ["| part | figure | n | measured | command |", "|---|---|---|---|---|"]
+    for (part, figure), row in measured.items():
+        cells = (part, figure, str(row["n"]), _numbers(row), f"`{row['command']}`")
+        lines.append("| " + " | ".join(cells) + " |")
+    ratios = _ratios({key: row["mean"] for key, row in measured.items()})
+    lines += ["", *(f"- {ratio}" for ratio in ratios), ""]
+    environments = {
+        f"{env['processor']}, {env['cpu_count']} cores, {', '.join(env['devices']) or 'no GPU'}; torch "
+        f"{env['versions']['torch']}; commit {(env['git_commit'] or 'unknown')[:12]}; {env['date'][:10]}"
+        for env in (row["environment"] for row in measured.values())
+    }
+    return [*lines, *sorted(environments), ""]
+
+
+def _numbers(row: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{name} {value:,.4g} +- {row['std'].get(name, 0):.2g}" for name, value in row["mean"].items()
+    )
 
 
 def summary(measured: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[str]:
     """Return a line per figure, and what the issue asks of them."""
     lines = []
     for (part, figure), row in measured.items():
-        numbers = ", ".join(
-            f"{name} {value:,.4g} +- {row['std'].get(name, 0):.2g}" for name, value in row["mean"].items()
-        )
-        lines.append(f"{part}, {figure}: {numbers} (n={row['n']})")
+        lines.append(f"{part}, {figure}: {_numbers(row)} (n={row['n']})")
     return lines + _ratios({key: row["mean"] for key, row in measured.items()})
 
 
