@@ -137,10 +137,13 @@ def test_a_step_is_the_loop_over_classes(
     # Three images of 8 x 16 x 16 floats at a time: chunks begin and end inside classes.
     monkeypatch.setattr(batches, "_CHUNK_BYTES", 3 * 8 * 16 * 16 * 4)
     sizes: list[int] = []
-    take = ClassBatches.take
-    monkeypatch.setattr(
-        ClassBatches, "take", lambda self, index: sizes.append(len(index)) or take(self, index)
-    )
+    original = ClassBatches.take_parts
+
+    def take_parts(real: ClassBatches, index: torch.Tensor, parts: Any, *others: Any) -> Any:
+        sizes.extend(len(index[part]) for part in parts)
+        return original(real, index, parts, *others)
+
+    monkeypatch.setattr(ClassBatches, "take_parts", take_parts)
     distiller.setup(ctx)
     before = distiller.snapshot().images
 
