@@ -17,6 +17,8 @@ from ddray.distillation.method import DistillContext
 from ddray.methods.families.selection import apart, selection_method
 from ddray.seeding import derive_numpy
 
+_VALUES: Final = 4 * 2**20  # of packed images that are summed at a time; as floats several times in memory
+
 
 def choose_images(ctx: DistillContext, config: Config) -> tuple[Tensor, Tensor]:
     """Return mean images [K * ipc, C, H, W] and their labels; of a class's own images where it has fewer."""
@@ -38,7 +40,8 @@ def _mean(ctx: DistillContext, rows: Tensor) -> Tensor:
     images = ctx.split.images
     if not isinstance(images, PackedImages):
         return ctx.space.encode(images[rows]).double().mean(0).float()
-    parts = (ctx.space.encode(part).sum(0, dtype=torch.float64) for part in parts_of(images.rows(rows)))
+    size = max(1, _VALUES // images[:1].numel())
+    parts = (ctx.space.encode(part).sum(0, dtype=torch.float64) for part in parts_of(images.rows(rows), size))
     return (sum(parts, torch.zeros((), dtype=torch.float64)) / len(rows)).float()
 
 

@@ -5,18 +5,16 @@ Of images that stay on the disk they get the name, and map them themselves.
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ddray.data import Dataset, PixelSpace, Split
-from ddray.data.packed import PackedImages
+from ddray.data.packed import Images, PackedImages, copied, shared
 from ddray.distillation.shards import Shard
 from ddray.errors import InputError
-
-Images: TypeAlias = np.ndarray[Any, Any] | PackedImages
 
 
 @dataclass(frozen=True)
@@ -52,22 +50,14 @@ def pack(
     return Payload(
         facts={name: getattr(dataset, name) for name in facts},
         split_name=split_name,
-        images=_shared(split.images),
+        images=shared(split.images),
         labels=split.labels.numpy(),
-        held_images=_shared(held_out.images),
+        held_images=shared(held_out.images),
         held_labels=held_out.labels.numpy(),
         zca={name: value.numpy() for name, value in zca.items() if value is not None and space.kind == "zca"},
         kind=space.kind,
         train_rows=None if train_rows is None else train_rows.numpy(),
     )
-
-
-def _shared(images: Tensor) -> Images:
-    return images if isinstance(images, PackedImages) else images.numpy()
-
-
-def _copied(images: Images) -> Tensor:
-    return images if isinstance(images, PackedImages) else torch.tensor(images)
 
 
 @dataclass(frozen=True)
@@ -84,12 +74,12 @@ class Unpacked:
     @cached_property
     def split(self) -> Split:
         """What is distilled."""
-        return Split(_copied(self.payload.images), torch.tensor(self.payload.labels))
+        return Split(copied(self.payload.images), torch.tensor(self.payload.labels))
 
     @cached_property
     def held_out(self) -> Split:
         """What is scored on."""
-        return Split(_copied(self.payload.held_images), torch.tensor(self.payload.held_labels))
+        return Split(copied(self.payload.held_images), torch.tensor(self.payload.held_labels))
 
     def shard(self, classes: range) -> tuple[Shard, Split]:
         """Return a shard of what is distilled, with a copy of its classes' images only."""
