@@ -56,6 +56,18 @@ def test_distil_continues_a_run(run_command: Command, tmp_path: Path) -> None:
     assert longer["resumed_from_step"] == 2
 
 
+def test_shards_give_the_set_of_a_run_without(run_command: Command, tmp_path: Path) -> None:
+    images = []
+    with FakeCuda() as gpu:
+        for name, more in (("whole", ()), ("shards", ("--shards", "3", "--executor", "local"))):
+            out = tmp_path / f"{name}.pt"
+            run_command(*DISTIL, *QUICK, "--device", "cuda", "--deterministic", "--out", str(out), *more)
+            images.append(load(out).images)
+        assert gpu.memories[0].peak > 0
+
+    assert torch.equal(*images)
+
+
 @pytest.mark.parametrize("protocol", ["hard", "linear", "continual"])
 def test_evaluate(protocol: str, run_command: Command, set_file: Path) -> None:
     quick = ("--epochs", "2", "--seeds", "1", "--protocol", protocol)
