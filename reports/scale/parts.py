@@ -62,7 +62,7 @@ def two_shards(lab: Lab) -> None:
             arguments = (*base, *(("--shards", shards) if shards > 1 else ()))
             read = _of_shards if shards > 1 else _of_one
             if pool:  # the pool is trained once, before
-                _distilled(lab, "pool", base)
+                _distilled(lab, "pool", (*base, "--steps", 0))
             runs = [read(_distilled(lab, f"{method}{shards}", arguments)) for _ in range(lab.repeats)]
             lab.record("two_shards", f"{method} {shards}", typed(("distill", *arguments)), runs)
         figures = [lab.measured()["two_shards", f"{method} {shards}"] for shards in (1, 2)]
