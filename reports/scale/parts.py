@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ddray.jobs.plan import Plan
 
 GB: Final = 10**9
+_SMALL: Final = "arch=convnet3_w32"
 _DSDM: Final = ("--set", "method.pool.num_models=2", "--set", "method.pool.epochs=1")
 
 
@@ -76,10 +77,11 @@ def many_classes(lab: Lab) -> None:
     classes = lab.size(1000, 16)
     dataset = made_arrays(lab, classes, lab.size(100, 12), 32)
     small = made_arrays(lab, 2, 20, 32)
-    steps = lab.size(10, 2)
+    steps = lab.size(6, 2)
     settings = (
         *("--method", "dm", "--ipc", 10, "--steps", steps, "--set", "method.batch_real=16"),
-        *("--set", "arch=convnet3_w32", "--max-concurrent", 1),
+        *("--set", _SMALL, "--max-concurrent", 1),
+        *("--set", "memory_budget=16GiB"),  # without shards too, all classes are one group then
     )
     cases: Mapping[str, tuple[object, ...]] = {
         "base": ("--dataset", small, *settings, "--shards", 1),
@@ -100,8 +102,8 @@ def killed_node(lab: Lab) -> None:
 
     num = lab.size(64, 8)
     dataset = made_arrays(lab, num, 40, 32)
-    settings = ("--method", "datadam", "--dataset", dataset, "--ipc", 1, "--steps", lab.size(60, 10))
-    whole = _distilled(lab, "whole", settings)
+    settings = ("--method", "datadam", "--dataset", dataset, "--ipc", 1, "--steps", lab.size(30, 10))
+    whole = _distilled(lab, "whole", (*settings, "--set", _SMALL))
     run_dir = lab.folder / "runs" / "killed"
     shutil.rmtree(run_dir, ignore_errors=True)
 
@@ -126,7 +128,7 @@ def _plan(settings: Sequence[object]) -> Plan:
 
     names = [str(name).removeprefix("--") for name in settings[::2]]
     options = dict(zip(names, map(str, settings[1::2]), strict=True))
-    return plan_of(PlanOptions.pick({**options, "sets": ("compile=off",)}))
+    return plan_of(PlanOptions.pick({**options, "sets": ("compile=off", _SMALL)}))
 
 
 def _on_fake_gpus(
