@@ -61,13 +61,13 @@ class Lab:
             self.lines,
             part=part,
             figure=figure,
-            command=command,
+            command=command.replace(f"{self.folder}/", ""),
             n=len(runs),
             mean={name: statistics.fmean(values) for name, values in columns.items()},
             std={name: statistics.stdev(values) for name, values in columns.items() if len(values) > 1},
             runs=list(runs),
             tiny=self.is_tiny,
-            environment=environment(),
+            environment={name: value for name, value in environment().items() if name != "command"},
         )
 
 
