@@ -78,11 +78,10 @@ def many_classes(lab: Lab) -> None:
     classes = lab.size(1000, 16)
     dataset = made_arrays(lab, classes, lab.size(100, 12), 32)
     small = made_arrays(lab, 2, 20, 32)
-    steps = lab.size(6, 2)
+    steps = lab.size(10, 2)
     settings = (
         *("--method", "dm", "--ipc", 10, "--steps", steps, "--set", "method.batch_real=16"),
         *("--set", _SMALL, "--max-concurrent", 1),
-        *("--set", "memory_budget=16GiB"),  # without shards too, all classes are one group then
     )
     cases: Mapping[str, tuple[object, ...]] = {
         "base": ("--dataset", small, *settings, "--shards", 1),
@@ -167,7 +166,7 @@ def _on_fake_gpus(
 def evaluation(lab: Lab) -> None:
     """Measure four networks one after another and two at a time."""
     dataset = made_arrays(lab, 10, lab.size(5000, 30), 32)
-    epochs = lab.size(150, 2)
+    epochs = lab.size(120, 2)
     target = _distilled(lab, "random", ("--method", "random", "--dataset", dataset, "--ipc", 10))
     base = ("evaluate", target.out["artifact"], "--seeds", 4, "--epochs", epochs)
     for workers in (1, 2):
