@@ -54,9 +54,9 @@ def page(measured: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[str]:
 
 
 def _numbers(row: Mapping[str, Any]) -> str:
-    return ", ".join(
-        f"{name} {value:,.4g} +- {row['std'].get(name, 0):.2g}" for name, value in row["mean"].items()
-    )
+    """Return the means, with standard deviations where there are several runs."""
+    stds = {name: f" +- {std:.2g}" for name, std in row["std"].items()}
+    return ", ".join(f"{name} {value:,.4g}{stds.get(name, '')}" for name, value in row["mean"].items())
 
 
 def summary(measured: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[str]:
