@@ -59,9 +59,9 @@ def test_distil_continues_a_run(run_command: Command, tmp_path: Path) -> None:
 def test_shards_give_the_set_of_a_run_without(run_command: Command, tmp_path: Path) -> None:
     images = []
     with FakeCuda() as gpu:
-        for name, more in (("whole", ()), ("shards", ("--shards", "3", "--executor", "local"))):
+        for name, options in (("whole", ()), ("shards", ("--shards", "3", "--executor", "local"))):
             out = tmp_path / f"{name}.pt"
-            run_command(*DISTIL, *QUICK, "--device", "cuda", "--deterministic", "--out", str(out), *more)
+            run_command(*DISTIL, *QUICK, "--device", "cuda", "--deterministic", "--out", str(out), *options)
             images.append(load(out).images)
         assert gpu.memories[0].peak > 0
 
