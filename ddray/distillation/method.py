@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Final, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -252,9 +252,6 @@ def coupling_of(method_class: type[Distiller], config: Config, arch: str) -> str
     return reason
 
 
-_RANDOM_NETS: Final = ("efficientnet_b0", "vgg11_tv")  # before the embedding, in train mode
-
-
 def coupling_by_norm(arch: str) -> str | None:
     """Return why a network in train mode couples classes: batch norm, or layers that ddray does not know.
 
@@ -263,7 +260,7 @@ def coupling_by_norm(arch: str) -> str | None:
     parsed = parse_arch(arch)
     if parsed.is_external:
         return f"whether {arch} mixes samples is not known"
-    if parsed.base in _RANDOM_NETS:
+    if parsed.drops:
         return f"the layers that {arch} drops are drawn for images of all classes at once"
     return f"the batch norm of {arch} mixes images of all classes" if parsed.norm == "batch" else None
 

@@ -5,8 +5,15 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from ddray.config import AbsolutePath, Names, named
-from ddray.system.options import DataFolder, DataOptions, DeviceOptions, Gpus, NumericOptions, RunOptions
-from ddray.system.worker import device_kind
+from ddray.system.options import (
+    DataFolder,
+    DataOptions,
+    DeviceOptions,
+    Gpus,
+    GpuWorkers,
+    NumericOptions,
+    RunOptions,
+)
 
 
 class PlanOptions(DataOptions, NumericOptions):
@@ -44,7 +51,7 @@ class DistillOptions(RunOptions, DeviceOptions):
     """Leave out this many images instead: those that nas with this seed and --val-images ranks by."""
 
 
-class ShardOptions(DataFolder):
+class ShardOptions(DataFolder, GpuWorkers):
     """How a distillation is cut into shards of classes, and where these are run."""
 
     shards: int | None = Field(default=None, ge=1)
@@ -73,16 +80,6 @@ class ShardOptions(DataFolder):
     @classmethod
     def _default(cls, name: str) -> object:
         return cls.model_fields[name].default
-
-    @property
-    def gpus(self) -> float:
-        """GPUs of a worker; 0 until the default is resolved (`cluster.resources`)."""
-        return self.gpus_per_shard or 0.0
-
-    @property
-    def device(self) -> str:
-        """The kind of device that shards are computed on."""
-        return device_kind(self.gpus)
 
 
 class PoolOptions(DataOptions, DeviceOptions):

@@ -41,6 +41,7 @@ class Family:
 
     module: str  # below `ddray.nets`; its `build(arch, image_shape, num_classes)` returns the network's body
     norms: tuple[str, ...] = ("batch", "instance")  # that it can be built with; the first is the default
+    drops: bool = False  # whether, in train mode, values before the embedding are dropped at random
 
 
 # Adding an architecture: its module, and its name here.
@@ -55,11 +56,12 @@ _FAMILIES: dict[str, Family] = {
     "resnet18_vico": Family("torchvision_nets", ("instance", "batch")),
     "resnet101": Family("torchvision_nets"),
     "vgg11": Family("convnet", ("instance", "none", "batch")),
-    "vgg11_tv": Family("torchvision_nets", ("none",)),
+    "vgg11_tv": Family("torchvision_nets", ("none",), drops=True),
     "alexnet": Family("convnet", ("none", "batch", "instance")),
     **dict.fromkeys(("mobilenet_v2", "densenet121", "densenet_cifar"), Family("torchvision_nets")),
     "densenet_idc": Family("torchvision_nets"),
-    **dict.fromkeys(("efficientnet_b0", "shufflenet_v2"), Family("torchvision_nets")),
+    "efficientnet_b0": Family("torchvision_nets", drops=True),
+    "shufflenet_v2": Family("torchvision_nets"),
     **dict.fromkeys(("vit_tiny", "deit_tiny"), Family("vit", ("none",))),
 }
 # Older names whose initialisation has changed; the new one keeps what is stored from being taken for it.
@@ -87,6 +89,11 @@ class Arch:
     def module(self) -> str:
         """The module below `ddray.nets` that builds it."""
         return _family(self.base).module
+
+    @property
+    def drops(self) -> bool:
+        """Whether, in train mode, values before the embedding are dropped at random (or whole blocks)."""
+        return _family(self.base).drops
 
     @property
     def is_external(self) -> bool:

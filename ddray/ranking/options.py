@@ -9,8 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from ddray.artifact.options import ForeignOptions
 from ddray.config import AbsolutePath, Config, Names, added, named
 from ddray.ranking import DEFAULT_SPACE, space_names
-from ddray.system.options import DataOptions, Gpus, NumericOptions, Precision
-from ddray.system.worker import device_kind
+from ddray.system.options import DataOptions, Gpus, GpuWorkers, NumericOptions, Precision
 
 
 class NasRecipe(Config):
@@ -81,7 +80,7 @@ class NasConfig(Config):
         return {name: value for section in sections for name, value in getattr(self, section).dump().items()}
 
 
-class NasOptions(NumericOptions):
+class NasOptions(NumericOptions, GpuWorkers):
     """How architectures are sampled, trained and compared."""
 
     space: str = Field(default=DEFAULT_SPACE, description=f"{' or '.join(space_names())}.")
@@ -119,16 +118,6 @@ class NasOptions(NumericOptions):
     """Seconds after which a unit counts as hung, is retried, then marked failed; default by cost."""
     address: str | None = None
     """Ray cluster to connect to; default a local one."""
-
-    @property
-    def gpus(self) -> float:
-        """GPUs of a worker; 0 until the default is resolved (`cluster.resources`)."""
-        return self.gpus_per_worker or 0.0
-
-    @property
-    def device(self) -> str:
-        """The kind of device that workers train on."""
-        return device_kind(self.gpus)
 
     @model_validator(mode="after")
     def _sampling_needs_a_sample(self) -> Self:

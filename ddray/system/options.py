@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from ddray.config import AbsolutePath, Config
+from ddray.system.worker import device_kind
 
 Precision = Literal["auto", "tf32", "fp32", "bf16"]
 """How convolutions and matrix products are computed (`system.numerics`)."""
@@ -87,3 +88,18 @@ class DeviceOptions(Config):
 
     device: str = "auto"
     """auto, cpu, cuda or cuda:<n>."""
+
+
+class GpuWorkers(Config):
+    """What all options say of Ray workers that have a field `gpus_per_<worker>`."""
+
+    @property
+    def gpus(self) -> float:
+        """GPUs of a worker; 0 until the default is resolved (`cluster.resources`)."""
+        name = next(name for name in type(self).model_fields if name.startswith("gpus_per_"))
+        return getattr(self, name) or 0.0
+
+    @property
+    def device(self) -> str:
+        """The kind of device that workers compute on."""
+        return device_kind(self.gpus)

@@ -5,11 +5,10 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from ddray.config import Names, named
-from ddray.system.options import DataOptions, Gpus, NumericOptions
-from ddray.system.worker import device_kind
+from ddray.system.options import DataOptions, Gpus, GpuWorkers, NumericOptions
 
 
-class BenchOptions(DataOptions, NumericOptions):
+class BenchOptions(DataOptions, NumericOptions, GpuWorkers):
     """How a bench is run (of these, scale, settings and device change what a unit computes)."""
 
     scale: str = "paper"
@@ -43,13 +42,3 @@ class BenchOptions(DataOptions, NumericOptions):
                         f"and waits for each; got {value}"
                     )
         return self
-
-    @property
-    def gpus(self) -> float:
-        """GPUs of a worker; 0 until the default is resolved (`cluster.resources`)."""
-        return self.gpus_per_unit or 0.0
-
-    @property
-    def device(self) -> str:
-        """The kind of device that units compute on."""
-        return device_kind(self.gpus)

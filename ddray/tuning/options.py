@@ -5,9 +5,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from ddray.config import AbsolutePath, Config, Names, named
+from ddray.config import AbsolutePath, Names, named
 from ddray.ranking import DEFAULT_SPACE
-from ddray.system.options import Gpus
+from ddray.system.options import Gpus, GpuWorkers
 
 Strategy = Literal["asha-tpe", "tpe", "random", "grid", "pb2"]
 Objective = Literal["val-accuracy", "nas-spearman"]
@@ -19,7 +19,7 @@ StartPoints = Annotated[
 """Files or mappings of names to values, or a single one."""
 
 
-class TuneOptions(Config):
+class TuneOptions(GpuWorkers):
     """How a search is run (of these, space, protocol and teachers change what a trial is)."""
 
     space: AbsolutePath | dict[str, Any] | None = None
@@ -60,8 +60,3 @@ class TuneOptions(Config):
     """Seconds after which no trial starts."""
     address: str | None = None
     """Ray cluster to connect to; default a local one."""
-
-    @property
-    def gpus(self) -> float:
-        """GPUs of a worker; 0 until the default is resolved (`cluster.resources`)."""
-        return self.gpus_per_trial or 0.0

@@ -2,15 +2,15 @@ from __future__ import annotations
 
 from itertools import chain
 
+import hypothesis
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 
 from ddray.distillation.shards import Part, Shard, parts_of, shard_classes
 
 
-@given(st.integers(1, 60), st.integers(1, 60))
+@hypothesis.given(st.integers(1, 60), st.integers(1, 60))
 def test_shards_are_contiguous_and_differ_by_at_most_one_class(num_classes: int, num_shards: int) -> None:
     num_shards = min(num_shards, num_classes)
     shards = shard_classes(num_classes, num_shards)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from ddray.runs.costs import History, costs_file
 from ddray.runs.executor import LocalExecutor
 from ddray.runs.ledger import Ledger
 from tests.evaluation.test_evaluate import toy_net
+from tests.jobs.elsewhere import Elsewhere
 
 CPU = torch.device("cpu")
 ARCHS = ("convnet1_w8", "convnet2_w8")
@@ -41,17 +41,6 @@ def path(digits: Any, tmp_path: Path) -> Path:
     plan = resolve("random", digits, ipc=1, seed=3, layers=[LAYER])
     distill(plan, device=CPU, run_dir=tmp_path / "random", out=tmp_path / "set.pt")
     return tmp_path / "set.pt"
-
-
-class Elsewhere(LocalExecutor):
-    """Like workers on other machines: what is shared with them, and what they return, are copies."""
-
-    def share(self, value: Any) -> Any:
-        """Return a copy of the value."""
-        return pickle.loads(pickle.dumps(value))
-
-    def _start(self, task: Any, attempt: int) -> None:
-        super()._start(replace(task, arguments=tuple(map(self.share, task.arguments))), attempt)
 
 
 def quick(**options: Any) -> EvaluateOptions:

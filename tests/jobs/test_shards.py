@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,8 @@ from ddray.jobs.distill import DistillResult, distill
 from ddray.jobs.options import DistillOptions, ShardOptions
 from ddray.jobs.plan import Plan, resolve
 from ddray.jobs.shards import distill_shards
-from ddray.runs.executor import LocalExecutor
 from ddray.runs.ledger import Ledger, Unit
+from tests.jobs.elsewhere import Elsewhere
 
 SMALL = {"arch": "convnet2_w8", "compile": "off", "steps": 4, "checkpoint_every": 2}
 DM = {"method": {"batch_real": 4}}
@@ -176,16 +175,6 @@ def test_other_shards_are_another_configuration(digits: Any, tmp_path: Path) -> 
     in_shards(plan, 2, tmp_path / "run")
     with pytest.raises(InputError, match="changed: shards: 2 -> 3"):
         in_shards(plan, 3, tmp_path / "run", resume=True)
-
-
-class Elsewhere(LocalExecutor):
-    """Like workers on other machines: what is shared with them, and what they return, are copies."""
-
-    def share(self, value: Any) -> Any:
-        return pickle.loads(pickle.dumps(value))
-
-    def _start(self, task: Any, attempt: int) -> None:
-        super()._start(replace(task, arguments=tuple(map(self.share, task.arguments))), attempt)
 
 
 @pytest.mark.parametrize("settings", [{"pixel_space": "zca"}, {}])

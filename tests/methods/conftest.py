@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from ddray.methods.families.diffusion.model import DiffusionModel, save_pipeline
+from ddray.methods.families.matching.batches import ClassBatches
 from tests.methods.diffusion_models import BASE, untrained
 
 
@@ -44,3 +45,18 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
         monkeypatch.setattr(DiffusionModel, name, count)
     return counts
+
+
+@pytest.fixture
+def read_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many real images `ClassBatches` has read at a time."""
+    sizes: list[int] = []
+    take_parts = ClassBatches.take_parts
+
+    def counted_parts(self: Any, index: Any, parts: Any, *wholes: Any) -> Any:
+        rows = list(parts)
+        sizes.extend(part.stop - part.start for part in rows)
+        return take_parts(self, index, rows, *wholes)
+
+    monkeypatch.setattr(ClassBatches, "take_parts", counted_parts)
+    return sizes

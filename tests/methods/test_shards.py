@@ -25,22 +25,24 @@ SHAPE = (3, 16, 16)
 
 
 @pytest.fixture
-def same_bytes(tmp_path: Path) -> Callable[..., None]:
-    """Asserts that 2 shards, and one per class, give the file of the unsharded run."""
+def saved(tmp_path: Path) -> Callable[..., list[bytes]]:
+    """Returns the files of the unsharded run, of 2 shards, and of one per class."""
 
-    def check(name: str, dataset: Dataset, ipc: int, **settings: Any) -> None:
+    def files(name: str, dataset: Dataset, ipc: int, **settings: Any) -> list[bytes]:
         plan, ctx, whole = plan_method(name, dataset, ipc=ipc, steps=2, **settings)
-        run_distillation(whole, ctx).distilled.save(tmp_path / "whole.pt")
+        runs = [run_distillation(whole, ctx).distilled]
         for num_shards in (2, dataset.num_classes):
             sets = []
             for classes in shard_classes(dataset.num_classes, num_shards):
                 shard = Shard(classes, ctx.split.labels)
                 part = replace(ctx, split=ctx.split.select(shard.rows), shard=shard)
                 sets.append(run_distillation(make_distiller(plan), part).distilled)
-            join_sets(sets).save(tmp_path / "joined.pt")
-            assert (tmp_path / "joined.pt").read_bytes() == (tmp_path / "whole.pt").read_bytes(), num_shards
+            runs.append(join_sets(sets))
+        for index, distilled in enumerate(runs):
+            distilled.save(tmp_path / f"{index}.pt")
+        return [(tmp_path / f"{index}.pt").read_bytes() for index in range(len(runs))]
 
-    return check
+    return files
 
 
 @pytest.mark.parametrize(
@@ -57,16 +59,20 @@ def same_bytes(tmp_path: Path) -> Callable[..., None]:
     ],
 )
 def test_shards_give_the_unsharded_bytes(
-    method: str, ipc: int, settings: dict[str, Any], same_bytes: Callable[..., None]
+    method: str, ipc: int, settings: dict[str, Any], saved: Callable[..., list[bytes]]
 ) -> None:
-    same_bytes(method, random_dataset((13, 17, 13, 21, 14), SHAPE), ipc, **settings)
+    whole, *joined = saved(method, random_dataset((13, 17, 13, 21, 14), SHAPE), ipc, **settings)
+
+    assert joined == [whole, whole]
 
 
 def test_draws_of_many_images_are_those_of_all_classes(
-    same_bytes: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    saved: Callable[..., list[bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batches, "MANY_IMAGES", 10)
-    same_bytes("dm", random_dataset((13, 17, 13), SHAPE), 2, method={"batch_real": 7})
+    whole, *joined = saved("dm", random_dataset((13, 17, 13), SHAPE), 2, method={"batch_real": 7})
+
+    assert joined == [whole, whole]
 
 
 def test_a_shard_streams_the_noise_of_all_classes(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
