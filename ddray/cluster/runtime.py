@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Collection, Iterator
@@ -29,6 +30,7 @@ _ENVIRONMENT = {
 }
 
 _GRACE_S = 30.0
+_ANSWER_S: Final = 10.0  # until a cluster's head node must have accepted a connection
 _MAX_SOCKET: Final = 103 if sys.platform == "darwin" else 107  # bytes of a Unix socket's path
 _SOCKET: Final = "/ray/session_2026-01-01_00-00-00_000000_{pid}/sockets/plasma_store"
 
@@ -74,6 +76,8 @@ def ray_runtime(address: str | None) -> Iterator[None]:
         check_temporary_folder()
         # "local" even if a cluster runs on this machine: one is joined only on request.
         settings |= {"include_dashboard": False, "num_cpus": cpu_count()}
+    else:
+        _check_reachable(address)
     try:
         ray.init(address="local" if address is None else address, **settings)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -86,6 +90,20 @@ def ray_runtime(address: str | None) -> Iterator[None]:
             yield
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Refuse `host:port` where nobody listens, which Ray would try for minutes: InputError."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():  # `auto`, or what Ray itself refuses at once
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(
+            f"--address must be a running Ray cluster, got {address!r}: {error}; `ray status` on its "
+            "head node tells whether it runs"
+        ) from error
 
 
 def _worker_environment() -> dict[str, str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -28,6 +30,19 @@ except KeyboardInterrupt:
 def test_sigterm_ends_a_background_job_whose_shell_ignores_sigint() -> None:
     """A script's `ddray tune &` inherits an ignored SIGINT: SIGTERM did nothing until the watchdog's 30 s."""
     assert subprocess.run([sys.executable, "-c", _DRIVER], timeout=60, check=False).returncode == 7
+
+
+@pytest.mark.parametrize("prefix", ["", "ray://"])
+def test_an_address_where_nobody_listens_is_refused_at_once(prefix: str) -> None:
+    """Ray itself tries for minutes."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"{prefix}127.0.0.1:{closed.getsockname()[1]}"
+        start = time.monotonic()
+        expected = f"--address must be a running Ray cluster, got '{address}': .*refused; `ray status`"
+        with pytest.raises(InputError, match=expected), runtime.ray_runtime(address):
+            pass
+    assert time.monotonic() - start < 10
 
 
 class TestTemporaryFolder:
