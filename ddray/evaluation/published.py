@@ -1,4 +1,4 @@
-"""The papers' 1,024 published numbers (reports/published.csv), and their conditions (reports/conditions.yaml).
+"""Published numbers (reports/published.csv, 1,024), and their conditions (reports/conditions.yaml).
 
 docs/published.md has the conventions, doubtful cells and contradictions within the papers.
 """
