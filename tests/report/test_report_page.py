@@ -98,6 +98,23 @@ def test_methods_show_their_sets(page: str, bench_folder: Path) -> None:
     assert "batch_real: 4" in body(page)
 
 
+def test_pictures_say_what_their_sets_have_learned(bench_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bench"
+    shutil.copytree(bench_folder, folder)
+    for path in (folder / "artifacts").glob("*.pt"):
+        distilled = load(path)
+        changes = {"learned_lr": 0.0213, "label_kind": "values"}
+        meta = distilled.meta.model_copy(update=changes)
+        replace(distilled, meta=meta, soft_labels=torch.eye(10)[distilled.labels]).save(path)
+
+    write_page([folder], tmp_path / "page.html", planes=False)
+
+    page = (tmp_path / "page.html").read_text()
+    captions = re.findall("<figcaption>(.*?)</figcaption>", page)
+    assert captions
+    assert all(caption.endswith("; soft labels: values; learned rate 0.0213") for caption in captions)
+
+
 def test_a_large_picture_is_compressed() -> None:
     generator = torch.Generator().manual_seed(0)
     noise = torch.nn.functional.interpolate(torch.rand(1, 3, 64, 64, generator=generator), scale_factor=5)[0]
