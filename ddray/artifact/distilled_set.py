@@ -20,13 +20,18 @@ from torch.utils.data import TensorDataset
 from ddray.artifact.bases import Bases
 from ddray.artifact.decoders import decoder_names, get_decoder
 from ddray.artifact.partition import Partition
-from ddray.config import Config
+from ddray.artifact.schedule import Schedule
+from ddray.config import Config, added
 from ddray.data import PixelSpace
 from ddray.data.packed import PackedImages
 from ddray.errors import InputError
 from ddray.system.files import write_atomically
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSIONS: Final = (1, 2)
+"""Versions that are read. Files are of version 2 only if their meta has what version 1 lacks."""
+ADDED: Final = ("label_kind", "learned_lr", "schedule")
+"""Fields of meta that version 2 brought."""
+LabelKind = Literal["logits", "probabilities", "values"]
 ZCA: Final = ("zca_mean", "zca_matrix")
 """The tensors that whiten a set; they do not count as storage."""
 
@@ -64,6 +69,13 @@ class Meta(Config):
     """The parameters of decoder `partition`."""
     bases: Bases | None = None
     """The parameters of decoder `boost_ssdd`."""
+    label_kind: LabelKind | None = added(None)
+    """What stored soft labels are: logits, whose softmax networks learn by cross entropy; probabilities; or
+    values, a regression target per class (KIP, FRePo). None: probabilities, where there are any."""
+    learned_lr: float | None = added(None, gt=0)
+    """The learning rate distilled with the images (MTT, DATM), which networks are trained at."""
+    schedule: Schedule | None = added(None)
+    """The ordered steps, with a rate each, that networks are trained by (DD)."""
     versions: dict[str, str] = Field(default_factory=dict)
     git_commit: str | None = None
 
@@ -74,6 +86,11 @@ class Meta(Config):
             raise ValueError(f"must be one of {', '.join(names)}")
         return name
 
+    @property
+    def format_version(self) -> int:
+        """The version of a file with this meta."""
+        return FORMAT_VERSIONS[any(getattr(self, name) is not None for name in ADDED)]
+
 
 @dataclass(frozen=True)
 class TrainSet:
@@ -83,13 +100,16 @@ class TrainSet:
         images: float32 [N, C, H, W].
         labels: int64 [N]; [0] where there are targets instead.
         targets: float32 [N, D] of a self-supervised set, else None.
-        soft_labels: float32 [N, K], probabilities that `labels` are the largest of; None for hard labels.
+        soft_labels: float32 [N, K], probabilities, or values if `regress`, that `labels` are the largest of;
+            None for hard labels.
+        regress: whether soft labels are values that networks learn by the mean squared error.
     """
 
     images: Tensor
     labels: Tensor
     targets: Tensor | None = None
     soft_labels: Tensor | None = None
+    regress: bool = False
 
     @property
     def supervision(self) -> Tensor:
@@ -106,7 +126,7 @@ class TrainSet:
         soft = None if self.soft_labels is None else self.soft_labels[index]
         images = self.images
         chosen_images = images.rows(index) if isinstance(images, PackedImages) else images[index]
-        return TrainSet(chosen_images, self.labels[index], soft_labels=soft)
+        return TrainSet(chosen_images, self.labels[index], soft_labels=soft, regress=self.regress)
 
 
 @dataclass(frozen=True)
@@ -121,7 +141,8 @@ class DistilledSet:
         targets: float32 [N, D] of a self-supervised set, else None.
         compact: stored in place of images: what decoder `boost_ssdd` expands to images and targets, or the
             statistics that `d3hr` samples images from (no images before `generated`).
-        soft_labels: float32 [N, K], probabilities that `labels` are the largest of; None for hard labels.
+        soft_labels: float32 [N, K] of `meta.label_kind`, that `labels` are the largest of; None for
+            hard labels.
     """
 
     images: Tensor
@@ -158,6 +179,11 @@ class DistilledSet:
         """Return the set as networks train on it: partitions cut apart, bases expanded, images generated."""
         return get_decoder(self.meta.decoder).decode(self)
 
+    def learned_labels(self) -> Tensor | None:
+        """Return soft labels [N, K] as networks learn them: logits through softmax, values as they are."""
+        soft = self.soft_labels
+        return soft if soft is None or self.meta.label_kind != "logits" else soft.softmax(1)
+
     def to_torch_dataset(self) -> TensorDataset:
         """Return (image [C, H, W], label) pairs, as decoded, in the set's pixel space.
 
@@ -178,6 +204,13 @@ class DistilledSet:
             value = getattr(meta, name)
             if (meta.decoder == owner) != (value is not None):
                 raise InputError(f"decoder {meta.decoder} and {name} {value} must both be given, or none")
+        if meta.label_kind is not None and self.soft_labels is None:
+            raise InputError(f"label_kind {meta.label_kind} must go with soft_labels, this set has none")
+        if meta.schedule is not None and meta.schedule.num_rows > len(self.images):
+            raise InputError(
+                f"schedule.order must name rows 0..{len(self.images) - 1} of the images, "
+                f"got {meta.schedule.num_rows - 1}"
+            )
         get_decoder(meta.decoder).validate(self)
 
     def _stored(self) -> dict[str, Tensor]:
@@ -205,7 +238,7 @@ class DistilledSet:
             StorageError: the file can't be written.
         """
         self.validate()
-        contents: dict[str, Any] = {"format_version": FORMAT_VERSION}
+        contents: dict[str, Any] = {"format_version": self.meta.format_version}
         for name, tensor in {**self._stored(), **self.zca}.items():
             # A copy: torch.save writes the whole storage behind a view.
             contents[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ddray.artifact.conversion import FOREIGN, adopt, selected
 from ddray.artifact.decoders import get_decoder
-from ddray.artifact.distilled_set import FORMAT_VERSION, ZCA, DistilledSet, Meta
+from ddray.artifact.distilled_set import FORMAT_VERSIONS, ZCA, DistilledSet, Meta
 from ddray.artifact.foreign import ForeignRequest, format_of
 from ddray.artifact.foreign.pictures import exported_meta
 from ddray.artifact.options import ForeignOptions
@@ -79,8 +79,9 @@ def _file_in(path: Path) -> Path:
 
 def _own(path: Path, contents: Mapping[str, Any]) -> DistilledSet:
     version = contents["format_version"]
-    if not isinstance(version, int) or version != FORMAT_VERSION:
-        raise InputError(f"{path}: format_version must be {FORMAT_VERSION}, got {version}; update ddray")
+    if not isinstance(version, int) or version not in FORMAT_VERSIONS:
+        versions = " or ".join(map(str, FORMAT_VERSIONS))
+        raise InputError(f"{path}: format_version must be {versions}, got {version}; update ddray")
     tensors = {key: value for key, value in contents.items() if key not in ("format_version", "meta")}
     wrong = [key for key, value in tensors.items() if not is_plain(value)]
     if wrong:

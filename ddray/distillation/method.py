@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ddray.artifact.bases import Bases, images_of, targets_of
-from ddray.artifact.distilled_set import DistilledSet, Meta
+from ddray.artifact.distilled_set import ADDED, DistilledSet, LabelKind, Meta
 from ddray.artifact.partition import Partition
+from ddray.artifact.schedule import Schedule
 from ddray.config import Config
 from ddray.data import Dataset, PixelSpace, Split, SplitName
 from ddray.distillation.shards import Shard
@@ -35,6 +36,23 @@ class Target:
     """Parts along each axis of a stored image, if settings that override the preset set it."""
     can_flip: bool = True
     """Whether a mirrored image keeps its class."""
+
+
+@dataclass(frozen=True)
+class SetExtras:
+    """What a set may hold beside images and classes.
+
+    Attributes:
+        soft_labels: [N, K], a value per class of every stored image; its class is then the largest one.
+        label_kind: what these are (`Meta.label_kind`); None: probabilities.
+        learned_lr: the learning rate that was distilled, > 0.
+        schedule: the steps that networks are trained by.
+    """
+
+    soft_labels: Tensor | None = None
+    label_kind: LabelKind | None = None
+    learned_lr: float | None = None
+    schedule: Schedule | None = None
 
 
 @dataclass(frozen=True)
@@ -104,11 +122,23 @@ class DistillContext:
         """Return a CPU generator for one purpose; step i's draws depend only on the seed and i."""
         return derive(self.seed, "distill", *labels)
 
-    def make_set(self, images: Tensor, labels: Tensor, partition: Partition | None = None) -> DistilledSet:
+    def make_set(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        partition: Partition | None = None,
+        *,
+        extras: SetExtras | None = None,
+    ) -> DistilledSet:
         """Return stored images [N, C, H, W] (in `space`) and labels [N] as a self-describing set on the CPU.
 
-        Each image splits into the mini-images of a partition; None or one part: not at all.
+        Each image splits into the mini-images of a partition; None or one part: not at all. Soft labels among
+        the `extras` take the place of `labels`, and count as storage.
         """
+        extras, soft = extras or SetExtras(), None
+        if extras.soft_labels is not None:
+            soft = extras.soft_labels.detach().to("cpu", torch.float32, copy=True).contiguous()
+            labels = soft.argmax(1)
         if partition is not None and partition.num_parts == 1:
             partition = None
         zca = {"zca_mean": self.space.zca_mean, "zca_matrix": self.space.zca_matrix}
@@ -118,7 +148,7 @@ class DistillContext:
             class_names=self.dataset.class_names,
             ipc=self.ipc,
             ipc_decoded=self.ipc * (partition.num_parts if partition else 1),
-            storage_floats=images.numel(),
+            storage_floats=images.numel() + (0 if soft is None else soft.numel()),
             pixel_space=self.space.kind,
             mean=self.dataset.mean,
             std=self.dataset.std,
@@ -131,6 +161,7 @@ class DistillContext:
             norm=parse_arch(self.arch).norm,
             decoder="partition" if partition else None,
             partition=partition,
+            **{name: getattr(extras, name) for name in ADDED},
             versions=versions(),
             git_commit=git_commit(),
         )
@@ -139,6 +170,7 @@ class DistillContext:
             labels=labels.detach().to("cpu", torch.int64, copy=True),
             meta=meta,
             zca={k: v.cpu() for k, v in zca.items() if v is not None} if self.space.kind == "zca" else {},
+            soft_labels=soft,
         )
 
     def make_ssl_set(self, images: Tensor, targets: Tensor) -> DistilledSet:

@@ -251,7 +251,7 @@ def ddray_file(path: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, "format_version must be 1, got 2; update ddray"),
+        ({"format_version": 3}, "format_version must be 1 or 2, got 3; update ddray"),
         ({"extra": torch.zeros(1)}, r"unknown \['extra'\]"),
         ({"labels": None}, r"missing \['labels'\]"),
         ({"images": [[1.0]]}, "images must be dense tensors"),

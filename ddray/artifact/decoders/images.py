@@ -43,7 +43,7 @@ def check_images(distilled: DistilledSet) -> None:
         raise InputError("images must be finite, got NaN or infinity")
     _check_labels(distilled.labels, distilled.targets, len(images), len(meta.class_names))
     if distilled.soft_labels is not None:
-        _check_soft(distilled.soft_labels, len(images), len(meta.class_names))
+        _check_soft(distilled, len(images), len(meta.class_names))
     channels = images.shape[1]
     if len(meta.mean) != channels or len(meta.std) != channels or min(meta.std) <= 0:
         raise InputError(f"mean and std must hold {channels} values, std > 0, got {meta.mean}, {meta.std}")
@@ -74,14 +74,18 @@ def _check_labels(labels: Tensor, targets: Tensor | None, num_images: int, num_c
         )
 
 
-def _check_soft(soft_labels: Tensor, num_images: int, num_classes: int) -> None:
-    if soft_labels.dtype != torch.float32 or soft_labels.shape != (num_images, num_classes):
+def _check_soft(distilled: DistilledSet, num_images: int, num_classes: int) -> None:
+    soft, kind = distilled.soft_labels, distilled.meta.label_kind or "probabilities"
+    if soft is None:
+        return
+    if soft.dtype != torch.float32 or soft.shape != (num_images, num_classes):
         raise InputError(
-            f"soft_labels must be float32 [{num_images}, {num_classes}], got {soft_labels.dtype} "
-            f"{list(soft_labels.shape)}"
+            f"soft_labels must be float32 [{num_images}, {num_classes}], got {soft.dtype} {list(soft.shape)}"
         )
-    if not are_probabilities(soft_labels):
+    if kind == "probabilities" and not are_probabilities(soft):
         raise InputError("soft_labels must be probabilities that sum to 1 in every row")
+    if not torch.equal(soft.argmax(1), distilled.labels):
+        raise InputError("labels must be the largest of every row of soft_labels")
 
 
 def are_probabilities(values: Tensor) -> bool:
@@ -90,7 +94,8 @@ def are_probabilities(values: Tensor) -> bool:
 
 
 def _decode(distilled: DistilledSet) -> TrainSet:
-    return TrainSet(distilled.images, distilled.labels, distilled.targets, distilled.soft_labels)
+    soft, regress = distilled.learned_labels(), distilled.meta.label_kind == "values"
+    return TrainSet(distilled.images, distilled.labels, distilled.targets, soft, regress)
 
 
 DECODER: Final = Decoder(read_images, _validate, _decode)

@@ -23,10 +23,10 @@ def _validate(distilled: DistilledSet) -> None:
 def _decode(distilled: DistilledSet) -> TrainSet:
     """Return images [N * P, C, H, W], P per stored image."""
     partition = distilled.meta.partition or Partition()
-    num, soft = partition.num_parts, distilled.soft_labels
+    num, soft = partition.num_parts, distilled.learned_labels()
     soft = None if soft is None else soft.repeat_interleave(num, 0)
-    labels = distilled.labels.repeat_interleave(num)
-    return TrainSet(expand(distilled.images, partition), labels, soft_labels=soft)
+    labels, regress = distilled.labels.repeat_interleave(num), distilled.meta.label_kind == "values"
+    return TrainSet(expand(distilled.images, partition), labels, soft_labels=soft, regress=regress)
 
 
 DECODER: Final = Decoder(read_images, _validate, _decode)
