@@ -69,8 +69,8 @@ class Steps:
         *_, end = descend(loss_of_step, [images], start, torch.tensor(rates, device=ctx.device))
         if not bool(torch.isfinite(end).all()):
             raise DivergedError(
-                f"training {arch} by the set's steps diverged: its weights are not finite; use the --arch that "
-                "it was distilled for, or --set rate=0.001"
+                f"training {arch} by the set's steps diverged: its weights are not finite; use the --arch "
+                "that it was distilled for, or --set rate=0.001"
             )
         with torch.no_grad():
             for parameter, value in zip(net.parameters(), student.parameters(end).values(), strict=True):

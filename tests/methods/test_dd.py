@@ -190,7 +190,7 @@ def test_the_real_batch_is_cropped_from_reflected_borders() -> None:
 
 @pytest.mark.parametrize("net_init", ["random", "fixed"])
 def test_the_file_has_the_steps(net_init: str, tmp_path: Path) -> None:
-    ctx, distiller = started(seed=6, net_init=net_init, rate_start=0.25)
+    _, distiller = started(seed=6, net_init=net_init, rate_start=0.25)
     distiller.snapshot().save(tmp_path / "set.pt")
 
     schedule = load(tmp_path / "set.pt").meta.schedule
