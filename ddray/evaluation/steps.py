@@ -149,5 +149,10 @@ def _make(options: EvaluateOptions, distilled: DistilledSet, ctx: EvalContext, r
 
 
 PROTOCOL: Final = EvaluationProtocol(
-    _make, config_type=StepsConfig, check=_check, recipes=(), published_metric="top1_accuracy"
+    _make,
+    config_type=StepsConfig,
+    check=_check,
+    recipes=(),
+    has_epochs=False,
+    published_metric="top1_accuracy",
 )
