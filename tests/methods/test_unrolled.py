@@ -121,11 +121,11 @@ def test_central_differences(gradient: Gradient, agrees: bool) -> None:
 
 def test_an_augmentation_drawn_before_is_differentiated_and_one_drawn_anew_is_not() -> None:
     dsa, generator = dsa_for(can_flip=True), torch.Generator().manual_seed(0)
-    plans = [dsa.draw(len(rows), generator) for rows in ROWS]
+    plans = [dsa.draw(len(rows), generator, shared_op=True) for rows in ROWS]
     fixed = Training(5, augment=lambda step, images: dsa.apply(images, plans[step]))
 
     def redrawn(step: int, images: Tensor) -> Tensor:
-        plan: DsaPlan = dsa.draw(len(images), generator)
+        plan: DsaPlan = dsa.draw(len(images), generator, shared_op=True)
         return dsa.apply(images, plan)
 
     _, reference = fixed.whole_graph()
