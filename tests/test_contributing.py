@@ -53,7 +53,8 @@ def random_set(tmp_path: Path) -> Path:
 
 
 def test_ours_are_found_by_name_and_import_nothing() -> None:
-    assert protocol_names() == ["continual", "distribution", "hard", "linear", "robust", "soft"]
+    expected = ["continual", "distribution", "hard", "linear", "robust", "soft", "steps"]
+    assert protocol_names() == expected
 
 
 @pytest.mark.usefixtures("nearest")

@@ -74,7 +74,7 @@ def distil(method: str, dataset: Any, planned: Any) -> Any:
     return distiller.snapshot()
 
 
-MIRRORING = {"cafe", "datadam", "dc", "dm", "dsa", "dsdm", "idm", "m3d", "mmd_pixel"}
+MIRRORING = {"cafe", "datadam", "dc", "dd", "dm", "dsa", "dsdm", "idm", "m3d", "mmd_pixel"}
 MIRRORING |= {"boost_ssdd", "krr_st", "kmeans_ssl", "random_ssl"}
 
 
