@@ -1,7 +1,7 @@
 """Protocol `kernel`: held-out images are classified by kernel ridge regression on the set (KIP's own score).
 
 The kernel is the tangent kernel of an infinitely wide network (`nets.ntk`). Targets are one-hot - 1/K, soft
-labels less 1/K, or the values that a set holds. No network is trained, so neither architecture nor seed matters.
+labels less 1/K, or the values that a set holds. No network is trained: architecture and seed do not matter.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ class Kernel:
         fit = KernelRidge(square, targets, config.ridge)
         if not bool(torch.isfinite(fit.alpha).all()):
             raise DivergedError(
-                f"the kernel matrix of {num} images is not positive definite at ridge={config.ridge:g}; raise "
-                "--set ridge=R"
+                f"the kernel matrix of {num} images is not positive definite at ridge={config.ridge:g}; "
+                "raise --set ridge=R"
             )
         return fit
 
@@ -121,8 +121,8 @@ def _make(options: EvaluateOptions, distilled: DistilledSet, ctx: EvalContext, r
     """Return the regression by the set's own kernel, or by the one that is set."""
     method = distilled.meta.config.get("method", {})
     stated = method.get("kernel") if isinstance(method, dict) else None
-    own = {"kernel": stated} if stated in KERNELS else {}
-    config = KernelConfig.parse({**own, **parse_overrides(options.sets)})
+    default = {"kernel": stated} if stated in KERNELS else {}
+    config = KernelConfig.parse({**default, **parse_overrides(options.sets)})
     return Scoring(Kernel(config), 1, {"kernel": config.kernel})
 
 

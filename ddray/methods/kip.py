@@ -2,8 +2,8 @@
 
 Images and labels are learned so that kernel ridge regression on them, by the tangent kernel of an infinitely
 wide network, predicts the labels of real images: L = 1/2 mean over real images and classes of
-(K_ts (K_ss + lambda I)^-1 y_s - y_t)^2. Labels are one-hot - 1/K. The gradient needs no graph through the solve,
-and real images pass chunk by chunk.
+(K_ts (K_ss + lambda I)^-1 y_s - y_t)^2. Labels are one-hot - 1/K. The gradient needs no graph through the
+solve, and real images pass chunk by chunk.
 
 **Deviations** (paper | authors' code | ours)
 
@@ -16,8 +16,8 @@ and real images pass chunk by chunk.
 - pixels: colour by "regularised ZCA" of images of unit norm | mean/std in the notebook | `paper`: ddray's ZCA
   for CIFAR; `repo`: mean/std.
 - steps: up to 50,000 | 300 looked at in the notebook | 5,000 and 300 by preset.
-- networks on the set: width 1024, no norm, 5,000 steps at a rate from the network's own kernel, found by grid |
-  the same | ConvNet without norm, by the recipe that all sets share; for learned labels the squared error.
+- networks on the set: width 1024, no norm, 5,000 steps at a rate from their empirical kernel, by grid | the
+  same | ConvNet without norm, by the recipe that all sets share; the squared error where labels are learned.
 - real batch: 5,000, classes balanced | the same | the same; fewer where a class has fewer.
 """
 
@@ -178,7 +178,7 @@ class KernelPoints:
 
 
 def preset(name: str, target: Target) -> dict[str, Any]:
-    """Return the settings of `paper` (NeurIPS 2021, Table 1, with a cheap kernel) or `repo` (the notebook)."""
+    """Return the settings of `paper` (NeurIPS 2021's, a cheap kernel) or `repo` (the notebook)."""
     whitened = name == "paper" and target.dataset in ("cifar10", "cifar100")
     return {
         "steps": 5000 if name == "paper" else 300,

@@ -106,7 +106,7 @@ def gram(kernel: str, x: Tensor) -> Tensor:
 
 
 def _same_positions(layers: Sequence[str], x: Tensor, y: Tensor, same: Tensor | None) -> Tensor:
-    """Return the kernel of layers that need p = q alone; maps are [n, m, H, W], of single images [n, H, W]."""
+    """Return the kernel of layers that need p = q alone; maps are [n, m, H, W], those of x2 [n, H, W]."""
     covariance = torch.einsum("ichw,jchw->ijhw", x, y) / x.shape[1]
     x2, y2 = x.square().mean(1), y.square().mean(1)
     tangent = torch.zeros_like(covariance)

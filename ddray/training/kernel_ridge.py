@@ -36,8 +36,8 @@ class KernelRidge:
     def gradients(self, in_alpha: Tensor) -> tuple[Tensor, Tensor]:
         """Return a loss's gradients in K_ss [n, n] and Y [n, D], given that in alpha [n, D].
 
-        lambda is not held constant. The loss's dependence on K_ts is the caller's: dL/dK_ts = R alpha' for R =
-        dL/d(predictions), and `in_alpha` is K_ts' R.
+        lambda is not constant. The gradient in K_ts is the caller's: R alpha' for R = dL/d(predictions); then
+        `in_alpha` is K_ts' R.
         """
         in_targets = torch.cholesky_solve(in_alpha, self._factor)
         in_gram = -in_targets @ self.alpha.T
