@@ -103,6 +103,8 @@ def evaluate_tables(title: str, protocol: str, result: dict[str, Any]) -> list[A
     )
     extra, memory = ("balanced %",) * len(balanced), ("peak MB",) * len(peak)
     headers = ("arch", "accuracy %", "std", *extra, "networks", "images", "seconds", *memory)
+    if "learned_lr" in result:
+        title += f", at the learned rate {result['learned_lr']:.4g}"
     tables = [_table(title, headers, rows)]
     if measures := get_protocol(protocol).measures:
         lines = [dict(_measured(one, measures)) for one in results]

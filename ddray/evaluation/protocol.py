@@ -169,6 +169,7 @@ class EvaluationProtocol:
         measures: what it measures besides the accuracy, by name.
         trains_on_target: whether sets only pre-train networks, whose classifiers the target's images train:
             sets may have targets instead of labels, and other classes; `--train-limit` cuts the target.
+        has_epochs: whether `--epochs` is for it, so that a bench's limit cuts them.
         trains_for_all_seeds: whether an architecture's networks need one that is trained for all of them: one
             worker trains these.
         published_metric: metric of its published accuracies (reports/published.csv); None: there are none.
@@ -182,6 +183,7 @@ class EvaluationProtocol:
     editions: Mapping[str, int] = field(default_factory=dict)
     measures: Mapping[str, Measure] = field(default_factory=dict)
     trains_on_target: bool = False
+    has_epochs: bool = True
     trains_for_all_seeds: bool = False
     published_metric: str | None = None
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 import pandas as pd
 import yaml
 
-from ddray.artifact.distilled_set import DistilledSet
+from ddray.artifact.distilled_set import DistilledSet, Meta
 from ddray.config import Result
 from ddray.data import open_dataset
 from ddray.drawing.html import write_html
@@ -214,7 +214,7 @@ def _methods(cells: Sequence[Mapping[str, Any]], sets: Sequence[SetView]) -> Ite
         method_sets = [view for view in sets if view.label == label]
         reached = [cell for cell in cells if cell["method"] == label and cell["accuracy_mean"] is not None]
         pictures = [
-            {"title": title, "data": picture}
+            {"title": "; ".join([title, *_learned(distilled.meta)]), "data": picture}
             for title, views in grouped(method_sets, attrgetter("group")).items()
             if (distilled := views[0].load()) is not None and (picture := set_uri(distilled)) is not None
         ]
@@ -229,6 +229,16 @@ def _methods(cells: Sequence[Mapping[str, Any]], sets: Sequence[SetView]) -> Ite
             "pictures": pictures,
             "settings": yaml.safe_dump(dict(readable.meta.config), sort_keys=False) if readable else "",
         }
+
+
+def _learned(meta: Meta) -> Iterator[str]:
+    """Yield what a set holds beside images and classes, in words."""
+    if meta.label_kind is not None:
+        yield f"soft labels: {meta.label_kind}"
+    if meta.learned_lr is not None:
+        yield f"learned rate {meta.learned_lr:.3g}"
+    if meta.schedule is not None:
+        yield f"{len(meta.schedule.order)} steps, {meta.schedule.init} initialisation"
 
 
 def _about(method: str) -> str:

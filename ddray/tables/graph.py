@@ -306,7 +306,8 @@ def _evaluate_options(
     """
     recipe = evaluation_spec.recipe or evaluation_spec.options.get("recipe")
     epochs, networks = evaluation_spec.epochs, evaluation_spec.seeds or plan.config.evaluate.seeds
-    is_fixed = recipe is not None or get_protocol(evaluation_spec.protocol).config_type is not EvaluateConfig
+    protocol = get_protocol(evaluation_spec.protocol)
+    is_fixed = recipe is not None or (protocol.has_epochs and protocol.config_type is not EvaluateConfig)
     if limits.epochs is not None and (epochs is not None or is_fixed):
         epochs = min(epochs or RECIPES.get(recipe or "", {}).get("epochs") or limits.epochs, limits.epochs)
     run = plan.config

@@ -45,10 +45,17 @@ def trained(recipe: Recipe, checkpoints: Stored | None) -> dict[str, Tensor]:
     return {**net.state_dict(), "loss": loss}
 
 
-@pytest.mark.parametrize(("schedule", "num"), [("vico", 5), ("cosine", 4)])
-def test_a_resumed_training_is_the_undisturbed_one(schedule: Any, num: int) -> None:
+@pytest.mark.parametrize(
+    ("settings", "num"),
+    [
+        ({"schedule": "vico"}, 5),
+        ({"schedule": "cosine"}, 4),
+        ({"schedule": "cosine", "optimizer": "adam", "warmup": 5}, 4),  # of 12 steps
+    ],
+)
+def test_a_resumed_training_is_the_undisturbed_one(settings: dict[str, Any], num: int) -> None:
     """Bit for bit, whichever epoch was the last: `vico` begins anew with momentum after the fourth."""
-    recipe = Recipe(epochs=num - (schedule == "vico"), lr=0.05, batch=8, schedule=schedule)
+    recipe = Recipe(epochs=num - (settings["schedule"] == "vico"), lr=0.05, batch=8, **settings)
     expected = trained(recipe, None)
     undisturbed = Stored()
     torch.testing.assert_close(trained(recipe, undisturbed), expected, rtol=0, atol=0)

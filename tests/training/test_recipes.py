@@ -15,7 +15,8 @@ from ddray.jobs.plan import resolve
 from ddray.seeding import derive
 from ddray.training.cutmix import cutmix
 from ddray.training.dsa import dsa_for
-from ddray.training.loop import _factor, augmenter, train
+from ddray.training.loop import augmenter, train
+from ddray.training.rates import phases
 from ddray.training.recipe import RECIPES, Recipe, named_recipe
 
 SPACE = PixelSpace("normalized", (0.5,), (0.25,))
@@ -26,9 +27,9 @@ def test_multistep_is_pytorchs_scheduler_with_the_milestones_of_idc(epochs: int)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.01)
     milestones = [2 * epochs // 3, 5 * epochs // 6]
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=milestones, gamma=0.2)
-    recipe = Recipe(epochs=epochs, schedule="multistep")
+    (rates,) = phases(Recipe(epochs=epochs, schedule="multistep"))
     for epoch in range(epochs):
-        assert 0.01 * _factor(recipe, epoch) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+        assert rates[epoch] == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
         optimizer.step()
         scheduler.step()
 
