@@ -77,6 +77,7 @@ class Rules:
         factor: maps a step, counted from 0, to its factor on `lr_outer`.
         inner: of the inner networks.
         teacher: gives the outputs anew of augmented real batches; None: they are not augmented.
+        representations: the outputs, if they are a teacher's.
     """
 
     outputs: Tensor
@@ -85,6 +86,7 @@ class Rules:
     factor: Callable[[int], float]
     inner: InnerRules
     teacher: Net | None = None
+    representations: Tensor | None = None
 
 
 def krr_inner_rules(arch: str, config: KrrConfig) -> InnerRules:
@@ -104,6 +106,7 @@ def krr_rules(ctx: DistillContext, config: KrrConfig) -> Rules:
         factor=lambda step: max(1 - step / num_steps, 0.0),
         inner=krr_inner_rules(ctx.arch, config),
         teacher=teacher_net(entry).to(ctx.device) if config.augment_real == "crop_flip" else None,
+        representations=entry.tensors["features"],
     )
 
 
@@ -207,8 +210,8 @@ class BilevelLoop:
 
     `parameters` are learned in place, on the device. `synthesise` maps them and k of the images to these with
     their views [k * (A + 1), C, H, W] and to targets [k * (A + 1), D], and is differentiable; `make_set`
-    returns the set that they stand for. `representations` are what is predicted of all real images [N, D], on
-    the CPU.
+    returns the set that they stand for. `representations` are the teacher's, of all real images [N, D], on
+    the CPU, where there is one.
     """
 
     def __init__(
@@ -221,7 +224,7 @@ class BilevelLoop:
         make_set: Callable[[Mapping[str, Tensor]], DistilledSet],
         rules: Rules,
     ) -> None:
-        self.representations = rules.outputs
+        self.representations = rules.representations
         self._ctx, self._config, self._extent = ctx, config, extent
         self._synthesise, self._make_set, self._rules = synthesise, make_set, rules
         self.parameters = {
