@@ -107,8 +107,8 @@ def frepo_loss(
     """Return the outer loss, with its gradients in distilled features [n, F] and labels [n, K].
 
     It is 1/2 sum over classes, mean over real images, of the squared error of K_ts (K_ss + lambda I)^-1 y,
-    with K = <f, f'> and lambda = ridge tr(K_ss) / n, and the labels' own loss. `real` yields chunks of features
-    [m, F] and outputs [m, K].
+    with K = <f, f'> and lambda = ridge tr(K_ss) / n, and the labels' own loss. `real` yields chunks of
+    features [m, F] and outputs [m, K].
     """
     with torch.enable_grad():
         leaf = targets.detach().clone().requires_grad_(True)
