@@ -53,7 +53,7 @@ def random_set(tmp_path: Path) -> Path:
 
 
 def test_ours_are_found_by_name_and_import_nothing() -> None:
-    assert protocol_names() == ["continual", "distribution", "hard", "linear", "robust", "soft"]
+    assert protocol_names() == ["continual", "distribution", "hard", "kernel", "linear", "robust", "soft"]
 
 
 @pytest.mark.usefixtures("nearest")

@@ -36,6 +36,8 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
     "robust": {"protocol": "robust"},
     "continual": {"protocol": "continual", "num_tasks": 3},
     "distribution": {"protocol": "distribution"},
+    "kernel": {"protocol": "kernel"},
+    "kernel, convolutions": {"protocol": "kernel", "sets": ("kernel=conv3",)},
 }
 
 

@@ -41,7 +41,7 @@ def arc_cosines(k: float, a: float, b: float) -> tuple[float, float]:
 
 @pytest.mark.parametrize("angle", [1e-4, 0.3, 1.0, 2.0, 3.1])
 def test_a_relu_has_the_expectations_of_two_gaussians(angle: float) -> None:
-    """u = sqrt(a) r cos(phi), v = sqrt(b) r cos(phi - angle): E r^2 = 2, and Gauss-Legendre between the kinks."""
+    """u = sqrt(a) r cos(phi), v = sqrt(b) r cos(phi - angle), E r^2 = 2: Gauss-Legendre between the kinks."""
     a, b = 1.7, 0.6
     nodes, weights = np.polynomial.legendre.leggauss(40)
     low, high = angle - math.pi / 2, math.pi / 2

@@ -1,4 +1,4 @@
-"""Kernel ridge regression and its gradients against autograd through an explicit inverse, in float64; LAMB."""
+"""Kernel ridge regression and its gradients against autograd through an inverse, in float64; LAMB."""
 
 from __future__ import annotations
 
