@@ -93,7 +93,7 @@ def test_a_files_own_kernel_is_the_default(planned: Any, toy: Any, tmp_path: Pat
 
 def test_what_it_refuses(toy: Any) -> None:
     ctx = context(toy)
-    with pytest.raises(InputError, match="kernel: .*got 'fc9'"):
+    with pytest.raises(InputError, match=r"kernel: .*got 'fc9'"):
         EvaluateOptions(protocol="kernel", sets=("kernel=fc9",))
     slow = Kernel(KernelConfig(kernel="convnet3", max_hours=1e-9))
     with pytest.raises(

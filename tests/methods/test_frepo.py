@@ -1,4 +1,4 @@
-"""FRePo: its loss against autograd in float64, counters of a pool of two, running statistics, copies, recipe."""
+"""FRePo: its loss against autograd in float64, counters of a pool of two, running statistics, copies."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_losses_by_hand() -> None:
 
 def test_counters_begin_spread_and_a_network_is_replaced_once_its_is_above(planned: Any, toy: Any) -> None:
     """A pool of two with Z = 4: counters 0 and 2; 4 -> 5 is trained, 5 -> 0 is a fresh network."""
-    ctx, distiller = started(planned, toy, inner_steps_max=4)
+    _, distiller = started(planned, toy, inner_steps_max=4)
     pool = distiller._engine.inner
     draw = distiller._engine._draw()
     before = [param.clone() for slot in pool._slots for param in slot.net.parameters()]

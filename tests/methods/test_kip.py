@@ -1,4 +1,4 @@
-"""KIP: its gradient against central differences and autograd, chunks, labels, and kernels that take too long."""
+"""KIP: its gradient against central differences and autograd, chunks, labels, kernels that take too long."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_chunks_change_nothing(kernel: str, planned: Any, toy: Any) -> None:
 
 def test_images_and_labels_move_by_adam(planned: Any, toy: Any) -> None:
     """The first step of Adam moves every value by the rate, against the gradient's sign."""
-    ctx, distiller = started(planned, toy, learn_labels=True, lr_img=0.01)
+    _, distiller = started(planned, toy, learn_labels=True, lr_img=0.01)
     engine = distiller._engine
     before = engine._images.detach().clone(), engine._targets.detach().clone()
     assert float(before[1].max()) == pytest.approx(2 / 3)
