@@ -85,10 +85,9 @@ class KernelPoints:
     def __init__(self, ctx: DistillContext, config: KipConfig) -> None:
         num_classes = ctx.dataset.num_classes
         self._ctx, self._config = ctx, config
-        self._batches = ClassBatches(ctx, max(1, config.batch_real // num_classes))
-        self._num_real = num_classes * self._batches.per_class
         num = num_classes * ctx.ipc
         self._check_hours(num)
+        self._batches = ClassBatches(ctx, max(1, config.batch_real // num_classes))
         pairs = pairs_at_once(
             config.kernel, ctx.dataset.image_shape, memory_budget(ctx.device, ctx.memory_budget)
         )
@@ -107,7 +106,7 @@ class KernelPoints:
         """Refuse a run that takes too long: InputError with the hours."""
         config, ctx = self._config, self._ctx
         steps = max(1, int(ctx.config["steps"]))
-        pairs = steps * num * (num + self._num_real)
+        pairs = steps * num * (num + min(config.batch_real, len(ctx.split)))
         check_hours(
             hours(config.kernel, ctx.dataset.image_shape, pairs, ctx.device),
             config.max_hours,
