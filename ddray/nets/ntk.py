@@ -42,7 +42,7 @@ _B2: Final = 0.01  # sigma_b^2
 _SMALLEST_SIN2: Final = 1e-12
 # Seconds per entry of a pair's largest map, forward and backward, one map a layer. CPU: 2 cores. CUDA: from
 # the double-precision rate of an H100.
-_SECONDS: Final = {"cpu": 5e-8, "cuda": 2e-10}
+_SECONDS: Final = {"cpu": 1e-7, "cuda": 2e-10}
 _MAPS: Final = 16  # maps that a layer's graph holds
 _PAIR_FLOATS: Final = 64  # floats that a pair takes at least: kernels of single numbers
 
