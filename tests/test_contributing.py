@@ -53,7 +53,7 @@ def random_set(tmp_path: Path) -> Path:
 
 
 def test_ours_are_found_by_name_and_import_nothing() -> None:
-    expected = ["continual", "distribution", "hard", "linear", "robust", "soft", "steps"]
+    expected = ["continual", "distribution", "hard", "kernel", "linear", "robust", "soft", "steps"]
     assert protocol_names() == expected
 
 

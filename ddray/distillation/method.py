@@ -294,7 +294,7 @@ def coupling_by_norm(arch: str) -> str | None:
         return f"whether {arch} mixes samples is not known"
     if parsed.drops:
         return f"the layers that {arch} drops are drawn for images of all classes at once"
-    return f"the batch norm of {arch} mixes images of all classes" if parsed.norm == "batch" else None
+    return f"the batch norm of {arch} mixes images of all classes" if "batch" in parsed.norm else None
 
 
 class BudgetDistiller(Distiller, Protocol):

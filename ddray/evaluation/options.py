@@ -49,7 +49,8 @@ class EvaluateOptions(DataOptions, ForeignOptions, NumericOptions):
     """Target; default the artifact's own."""
     protocol: str = "hard"
     """hard: train on hard labels; soft: on a teacher's; linear: pre-train, freeze, probe; robust: LRS and
-    ARS; continual: class by class, as a memory; distribution: where it lies among the real images."""
+    ARS; continual: class by class, as a memory; distribution: where it lies among the real images; kernel: a
+    kernel regression."""
     archs: Names = named("arch", "archs")
     """Network to train; repeatable."""
     seeds: int | None = None

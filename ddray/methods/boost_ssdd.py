@@ -55,8 +55,8 @@ from ddray.methods.families.ssl.budget import (
     teacher_for,
     teacher_of,
 )
-from ddray.methods.families.ssl.loop import SCHEDULE, BilevelLoop, Rows
-from ddray.methods.families.ssl.memory import Extent, check_memory, declared_teacher
+from ddray.methods.families.ssl.loop import SCHEDULE, BilevelLoop, Rows, krr_rules
+from ddray.methods.families.ssl.memory import Extent, check_teacher_memory, declared_teacher
 from ddray.methods.families.ssl.teacher import teacher_net
 from ddray.nets import Net
 from ddray.pool.spec import PoolSpec
@@ -186,7 +186,7 @@ def start(ctx: DistillContext, config: BoostSsddConfig) -> BilevelLoop:
         InputError: the set is too large for the device's memory.
     """
     plan, extent = planned(ctx, config)
-    check_memory(ctx, config, extent)
+    check_teacher_memory(ctx, config, extent)
     entry = teacher_of(ctx, config.teacher)
     learned = Bases(scale=config.scale, augmentation=config.augmentation, approximation="ideal")
 
@@ -198,7 +198,8 @@ def start(ctx: DistillContext, config: BoostSsddConfig) -> BilevelLoop:
     if learned.num_views:
         teacher = teacher_net(entry).to(ctx.device)
         parameters["view_coefficients"] = _start_view_coefficients(ctx, config, parameters, teacher)
-    return BilevelLoop(ctx, config, parameters, synthesise, extent, partial(_based_set, ctx, config))
+    make_set = partial(_based_set, ctx, config)
+    return BilevelLoop(ctx, config, parameters, synthesise, extent, make_set, krr_rules(ctx, config))
 
 
 def _based_set(ctx: DistillContext, config: BoostSsddConfig, learned: Mapping[str, Tensor]) -> DistilledSet:

@@ -38,8 +38,8 @@ from ddray.methods.families.ssl.budget import (
     teacher_for,
     teacher_of,
 )
-from ddray.methods.families.ssl.loop import SCHEDULE, BilevelLoop, Rows
-from ddray.methods.families.ssl.memory import Extent, check_memory, declared_teacher
+from ddray.methods.families.ssl.loop import SCHEDULE, BilevelLoop, Rows, krr_rules
+from ddray.methods.families.ssl.memory import Extent, check_teacher_memory, declared_teacher
 from ddray.pool.spec import PoolSpec
 
 
@@ -89,7 +89,7 @@ def start(ctx: DistillContext, config: KrrStConfig) -> BilevelLoop:
         InputError: the set is too large for the device's memory.
     """
     extent = extent_of(ctx, config)
-    check_memory(ctx, config, extent)
+    check_teacher_memory(ctx, config, extent)
     representations = teacher_of(ctx, config.teacher).tensors["features"]
     index = torch.randperm(len(ctx.split), generator=ctx.generator("init"))[: extent.num_images]
     real_images = ctx.split.images[index]
@@ -99,7 +99,7 @@ def start(ctx: DistillContext, config: KrrStConfig) -> BilevelLoop:
     def make_set(learned: Mapping[str, Tensor]) -> DistilledSet:
         return ctx.make_ssl_set(learned["images"], learned["targets"])
 
-    return BilevelLoop(ctx, config, parameters, synthesise, extent, make_set)
+    return BilevelLoop(ctx, config, parameters, synthesise, extent, make_set, krr_rules(ctx, config))
 
 
 METHOD: Final = make_method(

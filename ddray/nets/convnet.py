@@ -10,6 +10,8 @@ inner networks) each twice the channels of the one before. VGG-11 and AlexNet ar
 ReLU, max-pooling and the authors' default norms: instance norm for VGG-11, none for AlexNet.
 
 **Deviations**
+- FRePo's inner networks (`_bnbefore`) normalise the input of every block but the first one, with running
+  statistics that are nearly the last batch's; one-channel images are padded by 2 more here, by 3 there.
 - Other sizes of VGG-11 and AlexNet, whose originals fit 32 px only. Below, a pooling that would leave less
   than 2x2 before the next convolution is skipped (instance norm of one pixel is constant). Above, the last
   map is average-pooled to the size it has at 32 px (VGG-11 1x1, AlexNet 4x4), so that the classifier does not
@@ -63,14 +65,18 @@ class ChainNet(nn.Module):
     ) -> None:
         super().__init__()
         self._activation, self._in_place = arch.activation, arch.norm != "layer"
+        self._norms_inputs = arch.norm == "batch_before"
         self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
         self.poolings: list[str] = []
         channels, height, width = image_shape
         for index, (out_channels, kernel, pooling) in enumerate(plan):
             extra = 2 if index == 0 and channels == 1 else 0
+            before = (channels, height, width)
             self.convs.append(nn.Conv2d(channels, out_channels, kernel, padding=kernel // 2 + extra))
             channels, height, width = out_channels, height + 2 * extra, width + 2 * extra
-            self.norms.append(norm_layer(arch.norm, (channels, height, width)))
+            normed = before if self._norms_inputs else (channels, height, width)
+            is_input = self._norms_inputs and index == 0
+            self.norms.append(nn.Identity() if is_input else norm_layer(arch.norm, normed))
             if last_size and index < len(plan) - 1 and min(height, width) < 4:
                 pooling = "none"
             if pooling != "none":
@@ -90,7 +96,7 @@ class ChainNet(nn.Module):
         """Return the features of `x` [N, C, H, W]."""
         maps: list[Tensor] = []
         for conv, norm, pooling in zip(self.convs, self.norms, self.poolings, strict=True):
-            maps.append(self._activate(_normed(conv, norm, x)))
+            maps.append(self._activate(conv(norm(x)) if self._norms_inputs else _normed(conv, norm, x)))
             x = _pooled(maps[-1], pooling)
         embedding = self._embedding(x)
         return Features(self.classifier(embedding), embedding, tuple(maps))

@@ -98,7 +98,7 @@ class Flatten(CpuLayer):
 
 
 def norm_layer(norm: str, shape: tuple[int, int, int]) -> nn.Module:
-    """Return an affine norm (none, batch, layer, instance or group of 4) for maps of `shape` (C, H, W).
+    """Return an affine norm, one of `NORMS` (group: of 4), for maps of `shape` (C, H, W).
 
     The field's "instance norm" is a GroupNorm with one group per channel (DC's networks.py), whose statistics
     are the sample's own in train() and eval() alike. Only layer norm depends on H and W.
@@ -106,6 +106,8 @@ def norm_layer(norm: str, shape: tuple[int, int, int]) -> nn.Module:
     channels = shape[0]
     if norm == "batch":
         return nn.BatchNorm2d(channels)
+    if norm == "batch_before":  # its running statistics are nearly the last batch's
+        return nn.BatchNorm2d(channels, momentum=0.9)
     if norm == "layer":
         return LayerNorm(list(shape))
     if norm == "instance":

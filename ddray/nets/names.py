@@ -23,7 +23,10 @@ NetFactory = Callable[[tuple[int, int, int], int], "nn.Module"]
 
 WIDTH = 128
 ACTIVATIONS = {"sigmoid": "_sigmoid", "relu": "_relu", "leakyrelu": "_leakyrelu"}
-NORMS = {"none": "_nonorm", "batch": "_bn", "layer": "_ln", "instance": "_in", "group": "_gn"}
+NORMS = {
+    **{"none": "_nonorm", "batch": "_bn", "layer": "_ln", "instance": "_in", "group": "_gn"},
+    "batch_before": "_bnbefore",  # of a block's input, but for the first one's (FRePo)
+}
 POOLINGS = {"none": "_nopool", "max": "_max", "avg": "_avg"}
 DOUBLING = "_x2"
 _TABLES: dict[str, Mapping[Any, str]] = {
@@ -47,7 +50,7 @@ class Family:
 # Adding an architecture: its module, and its name here.
 _FAMILIES: dict[str, Family] = {
     **{
-        f"convnet{depth}": Family("convnet", ("instance", "none", "batch", "layer", "group"))
+        f"convnet{depth}": Family("convnet", ("instance", "none", "batch", "layer", "group", "batch_before"))
         for depth in range(1, 7)
     },
     **dict.fromkeys(("resnet10", "resnet10_idc"), Family("torchvision_nets")),

@@ -224,7 +224,7 @@ class TestContinual:
     [
         (
             ["--protocol", "hrad"],
-            "protocol must be one of continual, distribution, hard, linear, robust, soft, got 'hrad'",
+            "protocol must be one of continual, distribution, hard, kernel, linear, robust, soft, got 'hrad'",
         ),
         (["--num-tasks", "5"], "--num-tasks must be left out, or used with --protocol continual"),
         (

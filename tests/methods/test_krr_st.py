@@ -20,7 +20,7 @@ from ddray.methods import get_method
 from ddray.methods.families.selection import kmeans_order
 from ddray.methods.families.ssl import memory as _krr_memory
 from ddray.methods.families.ssl.budget import KrrConfig
-from ddray.methods.families.ssl.loop import DrawRows, InnerPool
+from ddray.methods.families.ssl.loop import DrawRows, InnerPool, krr_inner_rules
 from ddray.methods.krr_st import preset
 from ddray.nets import build_net
 from ddray.pool.local import LocalPool
@@ -51,7 +51,7 @@ def filled(ctx: Any, inner_recipe: KrrConfig) -> tuple[InnerPool, DrawRows]:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(6, 3, 16, 16, generator=generator)
     targets = torch.randn(6, 4, generator=generator)
-    pool = InnerPool(ctx, inner_recipe, 4)
+    pool = InnerPool(ctx, inner_recipe, 4, krr_inner_rules(ctx.arch, inner_recipe))
     pool.fill(lambda rows: (images, targets))
     return pool, lambda rows: (images, targets)
 
@@ -100,7 +100,8 @@ def test_an_inner_step_is_sgd_on_the_mean_squared_error_in_train_mode(started: A
     pool, draw = filled(ctx, recipe(pool_size=1, inner_steps_max=1))
     net = build_net(ctx.arch, (3, 16, 16), 4, seed=0)
     net.load_state_dict(pool.net(0).state_dict())
-    pool = InnerPool(ctx, recipe(pool_size=1, inner_steps_max=9), 4)
+    longer = recipe(pool_size=1, inner_steps_max=9)
+    pool = InnerPool(ctx, longer, 4, krr_inner_rules(ctx.arch, longer))
     pool._slots[0].net.load_state_dict(net.state_dict())
     before = [p.detach().clone() for p in net.parameters()]
     images, targets = draw(torch.Generator())

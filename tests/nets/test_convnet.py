@@ -34,6 +34,7 @@ def naive_norm(x: Tensor, norm: str, state: dict[str, Tensor], prefix: str) -> T
     n, c, h, w = x.shape
     grouped, axes = {
         "batch": (x, (0, 2, 3)),
+        "batch_before": (x, (0, 2, 3)),
         "layer": (x, (1, 2, 3)),
         "instance": (x, (2, 3)),
         "group": (x.reshape(n, 4, c // 4, h, w), (2, 3, 4)),
@@ -74,8 +75,13 @@ def test_forward_equals_the_naive_one(norm: str, activation: str, pooling: str) 
         for block in range(depth):
             padding = 3 if block == 0 and channels == 1 else 1
             weight, bias = state[f"convs.{block}.weight"], state[f"convs.{block}.bias"]
-            expected = naive_conv(expected, weight, bias, padding)
-            expected = naive_activation(naive_norm(expected, norm, state, f"norms.{block}"), activation)
+            if norm == "batch_before":  # of a block's input
+                normed = naive_norm(expected, norm, state, f"norms.{block}") if block else expected
+                expected = naive_conv(normed, weight, bias, padding)
+            else:
+                expected = naive_conv(expected, weight, bias, padding)
+                expected = naive_norm(expected, norm, state, f"norms.{block}")
+            expected = naive_activation(expected, activation)
             maps.append(expected)
             expected = naive_pool(expected, pooling)
         embedding = expected.flatten(1)

@@ -1,12 +1,13 @@
-"""The bilevel loop of KRR-ST, which Boost-SSDD runs on other parameters (Algorithm 1 is Boost-SSDD's).
+"""The bilevel loop of KRR-ST, which Boost-SSDD runs on other parameters, and FRePo by other rules.
 
 Each step takes an inner network of the pool, fits its last layer to the distilled set by kernel ridge
 regression, and moves the set so that the fit predicts the teacher's representations of real images (Eq 3);
-then the network is trained for one more step (Eq 2). The gradient in features and targets is in closed form:
-no graph goes through the solve.
+then the network is trained for one more step (Eq 2; Algorithm 1 is Boost-SSDD's). The gradient in features
+and targets is in closed form: no graph goes through the solve.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
@@ -19,8 +20,8 @@ from ddray.data import normalized_space
 from ddray.distillation.method import DistillContext
 from ddray.methods.families.matching.batches import chunks
 from ddray.methods.families.ssl.budget import KrrConfig, teacher_of
-from ddray.methods.families.ssl.memory import Extent, images_at_once, network_costs
-from ddray.methods.families.ssl.ridge import ridge_loss
+from ddray.methods.families.ssl.memory import Extent, LoopConfig, images_at_once, network_costs
+from ddray.methods.families.ssl.ridge import RidgeLoss, ridge_loss
 from ddray.methods.families.ssl.teacher import teacher_net
 from ddray.methods.families.state import (
     cpu_copy,
@@ -43,39 +44,109 @@ Rows = slice | Tensor
 Synthesise = Callable[[Mapping[str, Tensor], Rows], tuple[Tensor, Tensor]]
 
 
-class _Slot:
-    """One network, its momentum and its step counter."""
+@dataclass(frozen=True)
+class InnerRules:
+    """How inner networks are trained and replaced.
 
-    def __init__(self, net: Net, config: KrrConfig) -> None:
+    Attributes:
+        arch: their architecture.
+        rule: loss and optimiser of a step.
+        lr: its learning rate.
+        num_steps: the counter at which a network is replaced.
+        resets: whether a replaced one counts from 0.
+        is_staggered: the counters of untrained networks begin evenly spread (FRePo); otherwise each network
+            is trained for a random number of steps first (KRR-ST).
+    """
+
+    arch: str
+    rule: Rule
+    lr: float
+    num_steps: int
+    resets: bool = True
+    is_staggered: bool = False
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a method decides about the loop.
+
+    Attributes:
+        outputs: what the regression predicts for all real images [N, D], on the CPU.
+        regress: maps distilled features and targets, and chunks of real features and outputs, to the loss.
+        optimizer: of the parameters; a class of torch.optim with its settings.
+        factor: maps a step, counted from 0, to its factor on `lr_outer`.
+        inner: of the inner networks.
+        teacher: gives the outputs anew of augmented real batches; None: they are not augmented.
+        representations: the outputs, if they are a teacher's.
+    """
+
+    outputs: Tensor
+    regress: Callable[[Tensor, Tensor, Iterable[tuple[Tensor, Tensor]]], RidgeLoss]
+    optimizer: Callable[..., torch.optim.Optimizer]
+    factor: Callable[[int], float]
+    inner: InnerRules
+    teacher: Net | None = None
+    representations: Tensor | None = None
+
+
+def krr_inner_rules(arch: str, config: KrrConfig) -> InnerRules:
+    """Return KRR-ST's rules for inner networks of an architecture."""
+    optimizer = partial(torch.optim.SGD, momentum=config.momentum_inner, weight_decay=config.decay_inner)
+    resets = config.pool_reset == "paper"
+    return InnerRules(arch, Rule(F.mse_loss, optimizer), config.lr_inner, config.inner_steps_max, resets)
+
+
+def krr_rules(ctx: DistillContext, config: KrrConfig) -> Rules:
+    """Return KRR-ST's and Boost-SSDD's rules; the teacher is taken from the pool."""
+    entry, num_steps = teacher_of(ctx, config.teacher), max(1, int(ctx.config["steps"]))
+    return Rules(
+        outputs=entry.tensors["features"],
+        regress=partial(ridge_loss, ridge=config.ridge),
+        optimizer=partial(torch.optim.AdamW, weight_decay=0.0),
+        factor=lambda step: max(1 - step / num_steps, 0.0),
+        inner=krr_inner_rules(ctx.arch, config),
+        teacher=teacher_net(entry).to(ctx.device) if config.augment_real == "crop_flip" else None,
+        representations=entry.tensors["features"],
+    )
+
+
+class _Slot:
+    """One network, its optimiser and its step counter."""
+
+    def __init__(self, net: Net, rules: InnerRules) -> None:
         self.net = net
         self.trained = 0
-        optimizer = partial(torch.optim.SGD, momentum=config.momentum_inner, weight_decay=config.decay_inner)
-        self.step = Step([net], Rule(F.mse_loss, optimizer), lr=config.lr_inner)
+        self.step = Step([net], rules.rule, lr=rules.lr)
         self.optimizer = self.step.optimizer
 
     def state(self) -> dict[str, Any]:
-        """Return counter, weights, statistics and momentum as copies on the CPU."""
-        net = cpu_copy(self.net.state_dict())
-        return {"trained": self.trained, "net": net, "velocity": velocities(self.optimizer)}
+        """Return counter, weights, statistics and the optimiser's averages as copies on the CPU."""
+        state = {"trained": self.trained, "net": cpu_copy(self.net.state_dict())}
+        if isinstance(self.optimizer, torch.optim.SGD):
+            return {**state, "velocity": velocities(self.optimizer)}
+        return {**state, "averages": optimizer_state(self.optimizer)}
 
     def load(self, state: dict[str, Any]) -> None:
         self.trained = int(state["trained"])
         self.net.load_state_dict(state["net"])
-        load_velocities(self.optimizer, state["velocity"])
+        if "velocity" in state:
+            load_velocities(self.optimizer, state["velocity"])
+        else:
+            load_optimizer_state(self.optimizer, state["averages"])
 
 
 class InnerPool:
     """Inner networks, each trained for a different number of steps on the current set; `num_outputs` is D."""
 
-    def __init__(self, ctx: DistillContext, config: KrrConfig, num_outputs: int) -> None:
-        self._ctx, self._config = ctx, config
-        self._slots = [_Slot(self._new(index, num_outputs), config) for index in range(config.pool_size)]
+    def __init__(self, ctx: DistillContext, config: LoopConfig, num_outputs: int, rules: InnerRules) -> None:
+        self._ctx, self._config, self._rules = ctx, config, rules
+        self._slots = [_Slot(self._new(index, num_outputs), rules) for index in range(config.pool_size)]
         self.filled = False
 
     def _new(self, slot_index: int, num_outputs: int) -> Net:
         ctx = self._ctx
         seed = self._seed(slot_index, 0)
-        net = build_net(ctx.arch, ctx.dataset.image_shape, num_outputs, seed=seed, device=ctx.device)
+        net = build_net(self._rules.arch, ctx.dataset.image_shape, num_outputs, seed=seed, device=ctx.device)
         return net.to(memory_format=torch.channels_last).requires_grad_(False)
 
     def _seed(self, slot_index: int, step: int) -> int:
@@ -83,8 +154,16 @@ class InnerPool:
         return derive_seed(self._ctx.seed, "distill", "inner", slot_index, step)
 
     def fill(self, draw: DrawRows) -> None:
-        """Train every network for a random number of steps, uniform in 1..Z (Algorithm 1, lines 4-5)."""
+        """Train every network for a random number of steps, uniform in 1..Z (Algorithm 1, lines 4-5).
+
+        Staggered ones only begin to count from there.
+        """
         config = self._config
+        if self._rules.is_staggered:
+            for slot_index, slot in enumerate(self._slots):
+                slot.trained = slot_index * config.inner_steps_max // config.pool_size
+            self.filled = True
+            return
         generator = self._ctx.generator("inner", "lengths")
         lengths = torch.randint(1, config.inner_steps_max + 1, (config.pool_size,), generator=generator)
         for slot_index, (slot, length) in enumerate(zip(self._slots, lengths.tolist(), strict=True)):
@@ -100,16 +179,16 @@ class InnerPool:
     def advance(self, slot_index: int, draw: DrawRows, step: int) -> None:
         """Train a network for one step, or replace it (Algorithm 1, lines 13-19); outer `step` seeds it."""
         slot = self._slots[slot_index]
-        if slot.trained < self._config.inner_steps_max:
+        if slot.trained < self._rules.num_steps:
             self._train(slot, *draw(self._ctx.generator("inner", "rows", step)))
             return
         reinitialize(slot.net, self._seed(slot_index, step))
         slot.optimizer.state.clear()
-        if self._config.pool_reset == "paper":
+        if self._rules.resets:
             slot.trained = 0
 
     def _train(self, slot: _Slot, images: Tensor, targets: Tensor) -> None:
-        """Take one step on Eq 2, the squared error's mean over rows and dimensions, in train mode."""
+        """Take one step on the rule's loss (KRR-ST: Eq 2, the mean squared error), in train mode."""
         net = slot.net.train().requires_grad_(True)
         slot.step(_channels_last(images), targets)
         slot.optimizer.zero_grad()
@@ -132,36 +211,34 @@ class BilevelLoop:
     `parameters` are learned in place, on the device. `synthesise` maps them and k of the images to these with
     their views [k * (A + 1), C, H, W] and to targets [k * (A + 1), D], and is differentiable; `make_set`
     returns the set that they stand for. `representations` are the teacher's, of all real images [N, D], on
-    the CPU.
+    the CPU, where there is one.
     """
 
     def __init__(
         self,
         ctx: DistillContext,
-        config: KrrConfig,
+        config: LoopConfig,
         parameters: Mapping[str, Tensor],
         synthesise: Synthesise,
         extent: Extent,
         make_set: Callable[[Mapping[str, Tensor]], DistilledSet],
+        rules: Rules,
     ) -> None:
+        self.representations = rules.representations
         self._ctx, self._config, self._extent = ctx, config, extent
-        self._synthesise, self._make_set = synthesise, make_set
-        self._num_steps = max(1, int(ctx.config["steps"]))  # the learning rate falls linearly over them
+        self._synthesise, self._make_set, self._rules = synthesise, make_set, rules
         self.parameters = {
             name: value.detach().to(ctx.device, copy=True).contiguous().requires_grad_(True)
             for name, value in parameters.items()
         }
-        learned = self.parameters.values()
-        self._optimizer = torch.optim.AdamW(learned, lr=config.lr_outer, weight_decay=0.0)
-        entry = teacher_of(ctx, config.teacher)
-        self.representations = entry.tensors["features"]
-        self._representations = self.representations.to(ctx.device)
-        self._teacher = teacher_net(entry).to(ctx.device) if config.augment_real == "crop_flip" else None
+        self._optimizer = rules.optimizer(self.parameters.values(), lr=config.lr_outer)
+        self._outputs = rules.outputs.to(ctx.device)
+        self._teacher = rules.teacher
         self._teacher_space = normalized_space(ctx.dataset)
         self._images = ctx.split.images.to(ctx.device)
         self._space = ctx.space.to(ctx.device)
         self._costs = network_costs(ctx)
-        self.inner = InnerPool(ctx, config, self._representations.shape[1])
+        self.inner = InnerPool(ctx, config, self._outputs.shape[1], rules.inner)
         self._step = 0
 
     def step(self) -> dict[str, Tensor]:
@@ -209,14 +286,13 @@ class BilevelLoop:
             features, targets = (torch.cat(tensors) for tensors in zip(*embedded, strict=True))
             embedded.clear()
         real = self._real(net, generator)
-        result = ridge_loss(features.detach(), targets.detach(), real, ridge=self._config.ridge)
+        result = self._rules.regress(features.detach(), targets.detach(), real)
         del features, targets
         self._optimizer.zero_grad()
         gradients = (torch.split(gradient, lengths) for gradient in (result.features, result.targets))
         for part, *gradient in zip(parts, *gradients, strict=True):
             torch.autograd.backward(embedded.pop() if whole else self._embedded(net, part), gradient)
-        factor = 1 - (self._step - 1) / self._num_steps
-        self._optimizer.param_groups[0]["lr"] = self._config.lr_outer * max(factor, 0.0)
+        self._optimizer.param_groups[0]["lr"] = self._config.lr_outer * self._rules.factor(self._step - 1)
         self._optimizer.step()
         return result.loss
 
@@ -227,22 +303,22 @@ class BilevelLoop:
 
     @torch.no_grad()
     def _real(self, net: Net, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield chunks of a fresh real batch: features under `net`, and the teacher's representations."""
+        """Yield chunks of a fresh real batch: features under `net`, and what is to be predicted of them."""
         num = min(self._config.batch_real, len(self._images))
         index = torch.randperm(len(self._images), generator=generator)[:num]
         index = to_device(index, self._images.device)
         for part in chunks(num, self._costs.sample, self._images.device):
-            images, representations = self._images[index[part]], self._representations[index[part]]
+            images, outputs = self._images[index[part]], self._outputs[index[part]]
             if self._teacher is not None:
                 images = crop_and_flip(images.float() / 255, generator, can_flip=self._ctx.dataset.can_flip)
-                representations = self._teacher.embed(_channels_last(self._teacher_space.encode(images)))
-            yield net.embed(_channels_last(self._space.encode(images))), representations
+                outputs = self._teacher.embed(_channels_last(self._teacher_space.encode(images)))
+            yield net.embed(_channels_last(self._space.encode(images))), outputs
 
     def snapshot(self) -> DistilledSet:
         return self._make_set(self.parameters)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return parameters, AdamW's averages, inner networks and the step count."""
+        """Return parameters, the optimiser's averages, inner networks and the step count."""
         buffers = optimizer_state(self._optimizer)
         return {
             "step": self._step,

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 import torch
 
@@ -16,6 +16,25 @@ from ddray.system.memory import available_bytes
 
 # Largest graph of distilled images held at once; beyond it the pass runs twice, in parts.
 _GRAPH_BYTES: Final = 8 * 2**30
+
+
+class LoopConfig(Protocol):
+    """What the bilevel loop reads of a method's settings (`KrrConfig`)."""
+
+    @property
+    def lr_outer(self) -> float: ...
+
+    @property
+    def batch_real(self) -> int: ...
+
+    @property
+    def pool_size(self) -> int: ...
+
+    @property
+    def inner_steps_max(self) -> int: ...
+
+    @property
+    def inner_batch(self) -> int | None: ...
 
 
 @dataclass(frozen=True)
@@ -62,7 +81,7 @@ def images_at_once(costs: NetworkCosts, extent: Extent) -> int:
     return max(1, min(extent.num_images, _GRAPH_BYTES // costs.graph // (extent.num_views + 1)))
 
 
-def needed_bytes(ctx: DistillContext, config: KrrConfig, extent: Extent, num_targets: int) -> int:
+def needed_bytes(ctx: DistillContext, config: LoopConfig, extent: Extent, num_targets: int) -> int:
     """Return a run's approximate peak memory on the device, in bytes; `num_targets` is D."""
     costs, rows = network_costs(ctx), extent.num_rows
     # A row's graph, and its image: as synthesised, channels last, and its gradient.
@@ -80,20 +99,29 @@ def needed_bytes(ctx: DistillContext, config: KrrConfig, extent: Extent, num_tar
     return max(inner, outer) + real + networks + learned
 
 
-def check_memory(ctx: DistillContext, config: KrrConfig, extent: Extent) -> None:
-    """Refuse a set that the device can't hold, before its teacher is trained.
+def check_memory(ctx: DistillContext, config: LoopConfig, extent: Extent, num_targets: int) -> None:
+    """Refuse a set with targets of `num_targets` dimensions that the device can't hold.
 
     Raises:
         InputError: naming the memory that it would need.
     """
-    num_targets = feature_dim(config.teacher.arch, ctx.dataset.image_shape)
     needed = needed_bytes(ctx, config, extent, num_targets) / 2**30
     free = available_bytes(ctx.device) / 2**30
     if needed > free:
+        size = "ipc" if ctx.budget is None else "budget"
         raise InputError(
             f"{ctx.method} needs about {needed:.1f} GiB for {extent.num_rows} images with their views, "
-            f"{ctx.device} has {free:.1f} free: lower the budget, or method.inner_batch"
+            f"{ctx.device} has {free:.1f} free: lower the {size}, or method.inner_batch"
         )
+
+
+def check_teacher_memory(ctx: DistillContext, config: KrrConfig, extent: Extent) -> None:
+    """Refuse a set of the teacher's representations that the device can't hold, before it is trained.
+
+    Raises:
+        InputError: naming the memory that it would need.
+    """
+    check_memory(ctx, config, extent, feature_dim(config.teacher.arch, ctx.dataset.image_shape))
 
 
 def declared_teacher(ctx: DistillContext, config: KrrConfig, extent: Extent) -> list[PoolSpec]:
@@ -104,7 +132,7 @@ def declared_teacher(ctx: DistillContext, config: KrrConfig, extent: Extent) -> 
     # Asking would open a CUDA context, which a search's driver must not have.
     if ctx.device.type != "cuda" or torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         try:
-            check_memory(ctx, config, extent)
+            check_teacher_memory(ctx, config, extent)
         except InputError:
             return []
     return [spec_of_teacher(ctx, config.teacher)]

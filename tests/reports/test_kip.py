@@ -1,0 +1,67 @@
+"""reports/kip: what is recorded is not measured again, and the page says whether the anchor is met."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reports import kip
+from reports.scale.lab import Lab
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Lab:
+    return Lab(tmp_path, tmp_path / "kip.jsonl", repeats=2, is_tiny=True)
+
+
+def test_a_figure_has_its_seeds_and_is_measured_once(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+
+    def run(lab: Lab, name: str, arguments: Any, seed: int) -> dict[str, Any]:
+        seeds.append(seed)
+        return {"accuracy": 0.46 + 0.01 * seed, "at_100": 0.42, "seconds": 3.0, "seed": seed}
+
+    monkeypatch.setattr(kip, "_run", run)
+    for figure in ("kip", "random", "kip"):
+        kip.measure(lab, "cifar10", figure)
+
+    assert seeds == [0, 1, 0, 1]
+    row = lab.measured()["cifar10", "kip"]
+    assert row["n"] == 2
+    assert row["mean"]["accuracy"] == pytest.approx(0.465)
+    assert "method.kernel=fc1 --dataset cifar10 --ipc 10" in row["command"]
+    assert kip.verdict(lab.measured()) == [
+        "CIFAR-10, at_100: 42.00% against the notebook's 45.4%, NOT within a point",
+        "CIFAR-10, accuracy: 46.50% against the notebook's 46.7%, within a point",
+        "cifar10: kip is 0.0 points above random real images",
+    ]
+    text = "\n".join(kip.page(lab.measured()))
+    assert "| cifar10 | kip | 2 | 46.50% +- 0.71% | step 100: 42.00% | 3 |" in text
+
+
+def test_every_command_is_one_that_distils(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's sets along its steps are scored beside its last one."""
+    commands: list[tuple[object, ...]] = []
+
+    class Ran:
+        seconds = 1.0
+
+        def __init__(self, out: dict[str, Any]) -> None:
+            self.out = out
+
+    def ddray(lab: Lab, *arguments: object) -> Ran:
+        commands.append(arguments)
+        if arguments[0] == "distill":
+            steps = lab.folder / "runs" / "digits-kip-0" / "distilled-steps"
+            steps.mkdir(parents=True)
+            (steps / "0000100.pt").touch()
+            return Ran({"artifact": str(lab.folder / "set.pt")})
+        return Ran({"results": [{"accuracy_mean": 0.5}]})
+
+    monkeypatch.setattr(kip, "ddray", ddray)
+    run = kip._run(lab, "digits-kip-0", kip.DIGITS["kip"], 0)
+
+    assert run == {"accuracy": 0.5, "at_100": 0.5, "seconds": 1.0, "seed": 0}
+    assert [arguments[0] for arguments in commands] == ["distill", "evaluate", "evaluate"]
