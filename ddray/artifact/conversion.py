@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ddray.artifact.decoders.images import are_probabilities
-from ddray.artifact.distilled_set import ZCA, DistilledSet, Meta
+from ddray.artifact.distilled_set import ZCA, DistilledSet, LabelKind, Meta
 from ddray.artifact.foreign import ForeignFile, ForeignRequest, ForeignSet
 from ddray.artifact.partition import padded_parts
 from ddray.config import merge
@@ -56,17 +56,17 @@ def adopt(path: Path, name: str, foreign: ForeignSet, request: ForeignRequest) -
             f"got {list(images.shape)}, {list(labels.shape)}"
         )
     check_channels_first(images.shape[1:], f"{path}: the shape of an image")
-    soft, targets = None, labels.float() if foreign.are_targets else None
+    soft, kind, targets = None, None, labels.float() if foreign.are_targets else None
     if targets is not None:
         labels = torch.zeros(0, dtype=torch.int64)
     elif labels.ndim == 2:
-        soft = _probabilities(path, labels.float(), dataset)
+        soft, kind = _soft_labels(path, labels.float(), dataset)
         labels = soft.argmax(1)
     else:
         labels = _classes(path, labels, dataset)
     space = request.pixel_space() if request.pixel_space else foreign.space
     space = space or PixelSpace("normalized", dataset.mean, dataset.std)
-    meta = _describe(name, images, labels, request, foreign, space)
+    meta = _describe(name, images, labels, request, foreign, space).model_copy(update={"label_kind": kind})
     is_unit = foreign.is_unit or images.dtype == torch.uint8
     images = images / 255 if images.dtype == torch.uint8 else images.float()
     rows, columns = _grid(foreign, request)
@@ -91,14 +91,14 @@ def _grid(foreign: ForeignSet, request: ForeignRequest) -> tuple[int, int]:
     return 1 if request.dataset.train().is_audio else columns, columns
 
 
-def _probabilities(path: Path, values: Tensor, dataset: Dataset) -> Tensor:
-    """Return soft labels as probabilities; logits (DATM, DD-Ranking) through softmax."""
+def _soft_labels(path: Path, values: Tensor, dataset: Dataset) -> tuple[Tensor, LabelKind | None]:
+    """Return soft labels and what they are: probabilities, or logits (DATM, DD-Ranking)."""
     if values.shape[1] != dataset.num_classes:
         raise InputError(
             f"{path}: soft labels must be [N, {dataset.num_classes}] for {dataset.name}, "
             f"got {list(values.shape)}"
         )
-    return values if are_probabilities(values) else values.softmax(1)
+    return values, None if are_probabilities(values) else "logits"
 
 
 def _classes(path: Path, labels: Tensor, dataset: Dataset) -> Tensor:
@@ -157,7 +157,7 @@ def _describe(
     rows, columns = _grid(foreign, request)
     config: dict[str, Any] = {"method": {"factor": columns}} if foreign.is_divided else {}
     if foreign.lr is not None:
-        config = merge(config, {"evaluate": {"lr": foreign.lr}})
+        config = merge(config, {"evaluate": {"lr": "learned"}})
     is_normalized = space.kind == "normalized"
     facts = {
         "ipc": per_class,
@@ -165,6 +165,7 @@ def _describe(
         "storage_floats": images.numel() + (foreign.labels.numel() if foreign.labels.ndim == 2 else 0),
         "arch": default_arch((images.shape[1], images.shape[2], images.shape[3])),
         "norm": "instance",
+        "learned_lr": foreign.lr,
         **foreign.facts,
     }
     return Meta.parse(

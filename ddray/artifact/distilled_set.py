@@ -118,6 +118,11 @@ class TrainSet:
             return self.targets
         return self.labels if self.soft_labels is None else self.soft_labels
 
+    @property
+    def classes(self) -> Tensor:
+        """What cross entropy takes: labels, or probabilities; in place of values their classes."""
+        return self.labels if self.regress else self.supervision
+
     def select(self, index: Tensor) -> TrainSet:
         """Return a labelled set's images at `index` [M], or where a bool `index` [N] is true.
 

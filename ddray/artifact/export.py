@@ -53,6 +53,8 @@ def export_folder(distilled: DistilledSet, folder: Path) -> None:
         raise InputError(f"the folder to export to must be new, {folder} exists; name another")
     if distilled.soft_labels is not None:
         log.warning("pictures have no soft labels: their classes alone are written to %s", folder)
+    if distilled.meta.schedule is not None:
+        log.warning("pictures have no order: %s holds no steps, which `--protocol steps` needs", folder)
     pixels = pictures(distilled)
     names = folder_names(distilled.meta.class_names)
     labels = distilled.decode().labels.tolist()
@@ -95,8 +97,8 @@ def export_parquet(distilled: DistilledSet, path: Path) -> None:
         columns["label"] = pa.array(train.labels.tolist(), pa.int64()), feature
     else:
         columns["target"] = _column(train.targets)
-    if train.soft_labels is not None:
-        columns["soft_label"] = _column(train.soft_labels)
+    if (soft := _soft_labels(distilled, len(train.images))) is not None:
+        columns["soft_label"] = _column(soft)
     features = {name: feature for name, (_, feature) in columns.items()}
     meta = {
         "huggingface": json.dumps({"info": {"features": features}}),
@@ -110,7 +112,8 @@ def export_ddranking(distilled: DistilledSet, folder: Path) -> None:
     """Write what DD-Ranking reads: `<folder>/images.pt`, `labels.pt` and `lr.pt`, sorted by class.
 
     Images are as networks are trained on them, in the set's pixel space (its `use_zca` for a whitened set);
-    labels are classes int64 [N], or logits [N, K] of soft ones; the rate is the set's own, if it has one.
+    labels are classes int64 [N], or logits [N, K] of soft ones; the rate is the learned one, or that of the
+    set's own evaluation. It has no regression on values: their classes are written.
 
     Raises:
         InputError: the folder exists, or the set is self-supervised.
@@ -121,10 +124,16 @@ def export_ddranking(distilled: DistilledSet, folder: Path) -> None:
     train = distilled.decode()
     if train.targets is not None:
         raise InputError("a set for DD-Ranking must have labels, this one has targets")
-    train = train.select(train.labels.argsort(stable=True))
-    soft, lr = train.soft_labels, distilled.meta.config.get("evaluate", {}).get("lr")
-    labels = train.labels if soft is None else soft.clamp_min(1e-30).log()
-    tensors = {"images": train.images, "labels": labels}
+    kind, order = distilled.meta.label_kind, train.labels.argsort(stable=True)
+    labels = train.labels
+    soft = _soft_labels(distilled, len(labels))
+    if soft is not None and kind != "values":
+        labels = soft if kind == "logits" else soft.clamp_min(1e-30).log()
+    elif kind == "values":
+        log.warning("DD-Ranking has no regression: %s gets the classes of the set's values", folder)
+    tensors = {"images": train.images[order], "labels": labels[order]}
+    lr = distilled.meta.config.get("evaluate", {}).get("lr")
+    lr = distilled.meta.learned_lr if lr in (None, "learned") else lr
     if lr is not None:
         tensors["lr"] = torch.tensor(float(lr))
 
@@ -133,6 +142,12 @@ def export_ddranking(distilled: DistilledSet, folder: Path) -> None:
             torch.save(tensor.contiguous(), draft / f"{name}.pt")
 
     write_folder(folder, write)
+
+
+def _soft_labels(distilled: DistilledSet, num: int) -> Tensor | None:
+    """Return soft labels [num, K] of the decoded images, as stored, of `meta.label_kind`; None without."""
+    soft = distilled.soft_labels
+    return None if soft is None else soft.repeat_interleave(num // len(soft), 0)
 
 
 def _column(values: Tensor) -> tuple[Any, dict[str, Any]]:

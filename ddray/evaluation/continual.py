@@ -25,7 +25,7 @@ from ddray.artifact.distilled_set import DistilledSet, TrainSet
 from ddray.data import Split
 from ddray.errors import InputError
 from ddray.evaluation.hard import fit
-from ddray.evaluation.options import EvaluateOptions, evaluation_config
+from ddray.evaluation.options import EvaluateOptions, evaluation_config, learned_rate
 from ddray.evaluation.protocol import (
     EvalContext,
     EvalResult,
@@ -98,7 +98,8 @@ def _of_classes(train_set: TrainSet, split: Split, seen: Tensor, new: Tensor) ->
 
 def _make(options: EvaluateOptions, distilled: DistilledSet, ctx: EvalContext, real: RealImages) -> Scoring:
     config = evaluation_config(distilled, options)
-    return Scoring(Continual(config.as_recipe(), options.num_tasks or NUM_TASKS), config.seeds)
+    evaluator = Continual(config.as_recipe(), options.num_tasks or NUM_TASKS)
+    return Scoring(evaluator, config.seeds, learned_rate(distilled, options))
 
 
 PROTOCOL: Final = EvaluationProtocol(

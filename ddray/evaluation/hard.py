@@ -12,7 +12,7 @@ from typing import Final
 from ddray.artifact.distilled_set import DistilledSet, TrainSet
 from ddray.data.packed import resident
 from ddray.errors import DivergedError
-from ddray.evaluation.options import EvaluateOptions, check_settings, evaluation_config
+from ddray.evaluation.options import EvaluateOptions, check_settings, evaluation_config, learned_rate
 from ddray.evaluation.protocol import EvalContext, EvalResult, EvaluationProtocol, RealImages, Scoring
 from ddray.evaluation.soft import Soft, check_soft, soft_config
 from ddray.evaluation.soft_recipes import TABLE5
@@ -70,6 +70,7 @@ def fit_all(
         generators=[derive(seed, "evaluate", "train") for seed in seeds],
         augment=augment
         or augmenter(recipe.augment, can_flip=can_flip, space=ctx.space, strategy=recipe.strategy),
+        regress=train_set.regress,
     )
     if not math.isfinite(value := float(loss)):
         raise DivergedError(f"training {arch} on the {name} diverged: its loss is {value}; lower evaluate.lr")
@@ -78,7 +79,7 @@ def fit_all(
 
 @dataclass(frozen=True)
 class Hard:
-    """Training by a recipe on hard labels, or on the soft ones that a set holds (DATM)."""
+    """Training by a recipe on hard labels, or on the soft ones that a set holds (DATM, KIP)."""
 
     recipe: Recipe
 
@@ -106,7 +107,7 @@ def _make(options: EvaluateOptions, distilled: DistilledSet, ctx: EvalContext, r
         table5 = soft_config(options, distilled, (TABLE5,))
         return Scoring(Soft(table5, None), table5.seeds)
     config = evaluation_config(distilled, options)
-    return Scoring(Hard(config.as_recipe()), config.seeds)
+    return Scoring(Hard(config.as_recipe()), config.seeds, learned_rate(distilled, options))
 
 
 PROTOCOL: Final = EvaluationProtocol(

@@ -33,7 +33,7 @@ from ddray.data.catalog import KNOWN
 from ddray.data.packed import resident
 from ddray.data.reference import DatasetRef
 from ddray.errors import DivergedError, InputError
-from ddray.evaluation.options import EvaluateOptions, evaluation_config
+from ddray.evaluation.options import EvaluateOptions, evaluation_config, learned_rate
 from ddray.evaluation.protocol import EvalContext, EvalResult, EvaluationProtocol, RealImages, Scoring
 from ddray.evaluation.subsets import limited_set
 from ddray.nets import Net, build_net, check_arch
@@ -96,7 +96,7 @@ class Linear:
             generator=derive(seed, "evaluate", "train"),
             augment=augmenter(recipe.augment, can_flip=can_flip, space=ctx.space, strategy=recipe.strategy),
             on_epoch=losses.append,
-            regress=targets is not None,
+            regress=targets is not None or train_set.regress,
         )
         first, last = float(losses[0]), float(losses[-1])
         if not math.isfinite(last):
@@ -225,7 +225,7 @@ def _make(options: EvaluateOptions, distilled: DistilledSet, ctx: EvalContext, r
         can_flip=_can_flip(distilled.meta.dataset, ctx.dataset),
         finetune=config.finetune if options.finetune else None,
     )
-    return Scoring(evaluator, config.seeds)
+    return Scoring(evaluator, config.seeds, learned_rate(distilled, options))
 
 
 PROTOCOL: Final = EvaluationProtocol(

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import functools
+import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, get_args
 
-from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 
 from ddray.artifact.options import ForeignOptions
-from ddray.config import AbsolutePath, Names, Result, added, named, parse_overrides
+from ddray.config import AbsolutePath, Names, Result, added, merge, named, parse_overrides
 from ddray.data.reference import DatasetRef
 from ddray.errors import InputError, unknown
 from ddray.evaluation import get_protocol, protocol_names
@@ -20,7 +30,10 @@ if TYPE_CHECKING:
 
     from ddray.artifact.distilled_set import DistilledSet
 
+log = logging.getLogger(__name__)
+
 SplitName = Literal["val", "test"]
+LEARNED: Final = "learned"
 _NAMES: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
     "split": ("split", get_args(SplitName)),
     "augment": ("--augment", get_args(Augment)),
@@ -152,6 +165,8 @@ class EvaluateRunOptions(RunOptions, DeviceOptions):
 class EvaluateConfig(Recipe):
     """How a distilled set is scored; `evaluate.recipe=vico|idc` sets a whole recipe by name (`RECIPES`)."""
 
+    lr: float | Literal["learned"] = 0.01  # type: ignore[assignment]
+    """A learning rate, or `learned`: the one that the set holds (MTT, DATM)."""
     seeds: int = Field(default=5, ge=1)
     """Networks per architecture."""
     val_seeds: int = Field(default=2, ge=1)
@@ -164,14 +179,24 @@ class EvaluateConfig(Recipe):
     """Keep the set of every so many steps of a distillation; `ddray bench` scores each (a cell's `along`).
     Searches keep none."""
 
+    @field_validator("lr", mode="wrap")
+    @classmethod
+    def _rate(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            if value == LEARNED or handler(value) > 0:
+                return handler(value)
+        except ValidationError:
+            pass
+        raise ValueError(f"must be a number > 0, or {LEARNED}")
+
     def as_recipe(self) -> Recipe:
-        """Return the training part: the fields of `Recipe`."""
+        """Return the training part, the fields of `Recipe`; the rate must be a number."""
         return Recipe.parse(self.model_dump(include=set(Recipe.model_fields)))
 
 
 def check_settings(options: EvaluateOptions) -> None:
     """Refuse `--set` of what a run's `evaluate` section lacks, with the nearest name or a value's rule."""
-    sets = parse_overrides(options.sets)
+    sets = _overrides(options)
     if "every" in sets:
         raise InputError(
             "--set every=N is for `ddray distill --set evaluate.every=N`, which keeps sets; leave it out"
@@ -179,7 +204,39 @@ def check_settings(options: EvaluateOptions) -> None:
     EvaluateConfig.parse(named_recipe(sets), prefix="evaluate.")
 
 
+def _overrides(options: EvaluateOptions) -> dict[str, Any]:
+    """Return what `--set` sets; names may begin with `evaluate.`, as in a run's configuration."""
+    sets = parse_overrides(options.sets)
+    section = sets.pop("evaluate", {})
+    return merge(section, sets) if isinstance(section, Mapping) else {"evaluate": section}
+
+
 def evaluation_config(distilled: DistilledSet, options: EvaluateOptions) -> EvaluateConfig:
+    """Return the evaluation settings: the artifact's own, overridden by the options; `lr` is a number.
+
+    Raises:
+        InputError: a setting is wrong, or the learned rate is asked of a set that has none.
+    """
+    config, rate = _configured(distilled, options), distilled.meta.learned_lr
+    if config.lr != LEARNED:
+        return config
+    if rate is None:
+        raise InputError(
+            f"evaluate.lr must be a number for a set without a learned rate, got {LEARNED}; add --set lr=0.01"
+        )
+    return config.model_copy(update={"lr": rate})
+
+
+def learned_rate(distilled: DistilledSet, options: EvaluateOptions) -> dict[str, float]:
+    """Return `{"learned_lr": rate}` and log it if networks are trained at the rate of the set; else {}."""
+    rate = distilled.meta.learned_lr
+    if rate is None or _configured(distilled, options).lr != LEARNED:
+        return {}
+    log.info("networks are trained at the set's learned rate, %.4g (--set lr=0.01 for another)", rate)
+    return {"learned_lr": rate}
+
+
+def _configured(distilled: DistilledSet, options: EvaluateOptions) -> EvaluateConfig:
     """Return the evaluation settings: the artifact's own, overridden by the options."""
     settings = distilled.meta.config.get("evaluate", {})
     method = distilled.meta.config.get("method", {})
@@ -187,7 +244,7 @@ def evaluation_config(distilled: DistilledSet, options: EvaluateOptions) -> Eval
     recipe = functools.partial(
         named_recipe, dataset=DatasetRef.parse(distilled.meta.dataset).base, factor=factor
     )
-    sets = recipe(parse_overrides(options.sets))
+    sets = recipe(_overrides(options))
     if not isinstance(settings, dict):
         raise InputError(f"meta.config.evaluate must be a mapping, got {settings!r}")
     if options.recipe is not None:

@@ -1,4 +1,4 @@
-"""The papers' 950 published numbers (reports/published.csv), and their conditions (reports/conditions.yaml).
+"""The papers' 1,024 published numbers (reports/published.csv), and their conditions (reports/conditions.yaml).
 
 docs/published.md has the conventions, doubtful cells and contradictions within the papers.
 """
@@ -20,9 +20,9 @@ class Number(Config):
     """One published number, as printed."""
 
     paper: str
-    """datadam, dsdm, boost_ssdd or d3hr."""
+    """datadam, dsdm, boost_ssdd or d3hr; of a method's own paper, the method."""
     table: str
-    """Such as `Table 3`."""
+    """Such as `Table 3`; `as cited` for numbers that other papers print."""
     dataset: str
     """The set distilled."""
     target: str = Field(validation_alias="target_dataset")
@@ -72,6 +72,8 @@ class Conditions(Config):
     """Methods whose budget counts images alone, without what is stored beside them."""
     unstated: tuple[str, ...] = ()
     """What the paper leaves open."""
+    source: str | None = None
+    """Where numbers were read that were not read in the paper itself."""
 
 
 @functools.cache

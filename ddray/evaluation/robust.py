@@ -37,7 +37,7 @@ from ddray.data import Split
 from ddray.data.packed import parts_of
 from ddray.errors import InputError
 from ddray.evaluation.hard import fit
-from ddray.evaluation.options import EvaluateOptions, check_settings, evaluation_config
+from ddray.evaluation.options import EvaluateOptions, check_settings, evaluation_config, learned_rate
 from ddray.evaluation.protocol import (
     EvalContext,
     EvalResult,
@@ -215,6 +215,7 @@ def _make(options: EvaluateOptions, distilled: DistilledSet, ctx: EvalContext, r
         full_epochs=options.full_epochs,
     )
     details = {"full_epochs": options.full_epochs or config.epochs, "random_per_class": per_class}
+    details |= learned_rate(distilled, options)
     return Scoring(evaluator, config.seeds, details)
 
 

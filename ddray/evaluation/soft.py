@@ -86,7 +86,7 @@ class Soft:
         self, net: Net, train_set: TrainSet, ctx: EvalContext, settings: Settings, generator: torch.Generator
     ) -> float:
         """Train `net` in place and leave it in eval mode; return the last epoch's mean loss."""
-        images, labels = train_set.images.to(ctx.device), train_set.supervision.to(ctx.device)
+        images, labels = train_set.images.to(ctx.device), train_set.classes.to(ctx.device)
         space, teachers = ctx.space.to(ctx.device), self.teachers
         if teachers is not None:
             teachers = teachers.set_up(settings.teacher_mode, settings.average)

@@ -52,7 +52,7 @@ class SpearmanObjective:
         """Return Spearman's rho between a set's ranking on val and the truth; 0 where it is undefined."""
         decoded = distilled.decode()
         data = SweepData(
-            sets={"proxy": training_set(decoded.images, decoded.supervision, distilled.space())},
+            sets={"proxy": training_set(decoded.images, decoded.classes, distilled.space())},
             val=(shared(val.images), val.labels.numpy()),
             test=None,
             num_classes=dataset.num_classes,

@@ -75,7 +75,7 @@ def file_proxies(paths: Sequence[Path], sets: Sequence[DistilledSet], split_name
         if any(proxy.name == name for proxy in proxies):
             raise InputError(f"--proxy must name each file once, got {path} twice")
         decoded = distilled.decode()
-        data = training_set(decoded.images, decoded.supervision, distilled.space())
+        data = training_set(decoded.images, decoded.classes, distilled.space())
         storage_images = distilled.meta.storage_floats / math.prod(distilled.meta.image_shape)
         proxies.append(Proxy(name, f"file {name}", data, storage_images))
     if seen := [path.name for path, each in zip(paths, sets, strict=True) if each.meta.split != split_name]:

@@ -23,6 +23,7 @@ from ddray.training.embedding import Score, score
 from ddray.training.engine import Batch, Order, Rule, Step, run
 from ddray.training.fusing import PROBE_STEPS, fusing_pays
 from ddray.training.gsam import Gsam
+from ddray.training.rates import phases, step_rate
 from ddray.training.recipe import Augment, Recipe
 from ddray.training.team import Team
 
@@ -80,12 +81,13 @@ def train_together(
     *,
     generators: Sequence[torch.Generator],
     augment: Augmenter | None,
+    regress: bool = False,
 ) -> Tensor:
     """Train networks of one architecture as `train` does each with its generator; return their mean loss.
 
     On CUDA they are trained as one where a probe shows that this is faster.
     """
-    training = Training(images, labels, recipe, augment)
+    training = Training(images, labels, recipe, augment, regress)
     states = [generator.get_state() for generator in generators]
 
     def fit(copies: Sequence[Net], fused: bool) -> None:
@@ -149,12 +151,12 @@ class Training:
         epoch = len(Order(len(self.labels), recipe.batch).sizes)
         loss = torch.zeros(())
         resuming = _Resuming(nets[0], generators[0], checkpoints)
-        for rates in resuming.left(_phases(recipe)):
+        for rates, done in resuming.left(phases(recipe)):
             step = self.step(nets, len(rates) * epoch, fused=fused)
             loss = run(
                 step,
                 islice(self.batches(images, generators), max_steps),
-                lr=lambda step_index, rates=rates: rates[step_index // epoch],  # type: ignore[misc]
+                lr=step_rate(recipe, rates, done, epoch),
                 epoch=epoch,
                 on_epoch=on_epoch if checkpoints is None else resuming.begin(step, checkpoints),
             )
@@ -164,7 +166,9 @@ class Training:
     def step(self, nets: Sequence[Net], num_steps: int, *, fused: bool = False) -> Step:
         """Return the engine's step."""
         recipe = self.recipe
-        optimizer = partial(torch.optim.SGD, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+        optimizer: Any = partial(torch.optim.Adam, weight_decay=recipe.weight_decay)
+        if recipe.optimizer == "sgd":
+            optimizer = partial(torch.optim.SGD, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
         rule = Rule(F.mse_loss if self.regress else mixed_cross_entropy, optimizer, gsam=self.gsam)
         return Step(nets, rule, fused=fused, num_steps=num_steps, team=self.team)
 
@@ -251,15 +255,18 @@ class _Resuming:
             generator.set_state(state["generator"])
             self._done, self._optimizer = state["epochs"], state["optimizer"]
 
-    def left(self, phases: Sequence[list[float]]) -> Iterator[list[float]]:
-        """Yield the phases, without the epochs that are done; a later phase has a fresh optimiser."""
-        self._num_epochs, begun = sum(map(len, phases)), self._done
+    def left(self, phases: Sequence[list[float]]) -> Iterator[tuple[list[float], int]]:
+        """Yield the phases, without the epochs that are done, and the number of epochs before each.
+
+        A later phase has a fresh optimiser.
+        """
+        self._num_epochs, begun, first = sum(map(len, phases)), self._done, 0
         for rates in phases:
             if begun == 0:
                 self._optimizer = {}
             if begun < len(rates):
-                yield rates[begun:]
-            begun = max(0, begun - len(rates))
+                yield rates[begun:], first + begun
+            begun, first = max(0, begun - len(rates)), first + len(rates)
 
     def begin(self, step: Step, checkpoints: Checkpoints) -> Callable[[Tensor], None]:
         """Give a phase's step the state of its optimiser; return what to call at the end of an epoch."""
@@ -286,26 +293,6 @@ class _Resuming:
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
-
-
-def _phases(recipe: Recipe) -> list[list[float]]:
-    """Return the rate of every epoch, in phases: a phase has an optimiser of its own, so fresh momentum."""
-    if recipe.schedule == "vico":  # the peers re-create the optimiser after epoch E // 2 + 1 of E + 1
-        first = min(recipe.epochs // 2 + 2, recipe.epochs + 1)
-        phases = [recipe.lr] * first, [recipe.lr * 0.1] * (recipe.epochs + 1 - first)
-        return [rates for rates in phases if rates]
-    return [[recipe.lr * _factor(recipe, epoch) for epoch in range(recipe.epochs)]]
-
-
-def _factor(recipe: Recipe, epoch: int) -> float:
-    """Return the schedule's factor on lr in an epoch counted from 0."""
-    if recipe.schedule == "step15":
-        return float(0.5 ** (epoch // 15))
-    if recipe.schedule == "multistep":
-        return float(0.2 ** sum(epoch >= recipe.epochs * sixths // 6 for sixths in (4, 5)))
-    if recipe.schedule == "cosine":
-        return 0.5 * (1.0 + float(torch.cos(torch.tensor(torch.pi * epoch / recipe.epochs))))
-    return 1.0
 
 
 def score_net(

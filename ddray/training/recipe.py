@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 from pydantic import Field, field_validator
 
-from ddray.config import Config
+from ddray.config import Config, added
 from ddray.errors import unknown
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class FinetuneConfig(Config):
 
 
 class Recipe(Config):
-    """How a network is trained (SGD, cross entropy)."""
+    """How a network is trained (cross entropy, or the mean squared error from values)."""
 
     epochs: int = Field(default=1000, ge=1)
     """E; the `vico` schedule runs E + 1, as the peers' loop does."""
@@ -57,6 +57,11 @@ class Recipe(Config):
     default: all of them."""
     cutmix: float = Field(default=0.0, ge=0, le=1)
     """Probability that a batch of pictures is mixed with itself by CutMix (IDC: .5, without cutout)."""
+    optimizer: Literal["sgd", "adam"] = added("sgd")
+    """`adam` has no momentum setting (FRePo)."""
+    warmup: int = added(0, ge=0)
+    """Steps over which the rate rises from 0 (FRePo: 500); schedule `cosine` then falls step by step to a
+    hundredth of lr."""
 
     @field_validator("strategy")
     @classmethod

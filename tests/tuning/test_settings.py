@@ -81,7 +81,7 @@ class TestNames:
 
     def test_a_value_is_checked_where_it_stands(self, plan: Plan) -> None:
         for protocol, params, message in (
-            ("hard", {"evaluate.lr": -1}, "evaluate.lr: input should be greater than 0, got -1 (in here)"),
+            ("hard", {"evaluate.lr": -1}, "evaluate.lr: must be a number > 0, or learned, got -1 (in here)"),
             (
                 "soft",
                 {"evaluate.min_scale": 2},

@@ -44,7 +44,7 @@ class ForeignSet:
         is_unit: whether `images` are pixels in 0..1.
         is_divided: whether an image may hold several, so that the request's factor is for it.
         space: what networks are trained in; default: normalised by the dataset's mean and std.
-        lr: the learning rate that networks are trained with, if the file has one.
+        lr: the learned rate, which networks are trained at, if the file has one.
         facts: fields of `Meta` that the file knows.
     """
 

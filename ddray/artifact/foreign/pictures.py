@@ -40,6 +40,7 @@ _COPIED: Final = (
     "norm",
     "seed",
     "split",
+    "learned_lr",
     "generator",
     "ipc",
     "ipc_decoded",

@@ -139,9 +139,10 @@ class TestTrajectories:
         assert torch.equal(loaded.images, normal())
         assert loaded.labels.tolist() == LABELS.tolist()
         assert loaded.soft_labels is None
-        assert loaded.meta.config == {"evaluate": {"lr": pytest.approx(0.0213)}}
+        assert loaded.meta.config == {"evaluate": {"lr": "learned"}}
+        assert loaded.meta.learned_lr == pytest.approx(0.0213)
 
-    def test_datms_logits_become_soft_labels(self, dataset: Dataset, tmp_path: Path) -> None:
+    def test_datms_logits_are_soft_labels(self, dataset: Dataset, tmp_path: Path) -> None:
         logits = torch.randn(6, 3, generator=torch.Generator().manual_seed(1)) * 4
         path = self.write(
             tmp_path / "a", logits.clone().requires_grad_(True), leaf(torch.tensor(0.01)), "5000"
@@ -149,7 +150,8 @@ class TestTrajectories:
 
         loaded = load(path, ForeignRequest(dataset))
 
-        assert torch.equal(loaded.soft_labels, logits.softmax(1))
+        assert loaded.meta.label_kind == "logits"
+        assert torch.equal(loaded.soft_labels, logits)
         assert loaded.labels.tolist() == logits.argmax(1).tolist()
         assert loaded.meta.storage_floats == 6 * 3 * 16 * 16 + 6 * 3
         train = loaded.decode()
@@ -404,8 +406,9 @@ class TestDdRanking:
         loaded = load(self.write(tmp_path / "a", logits, 0.02), ForeignRequest(dataset))
 
         assert torch.equal(loaded.images, normal())
-        assert torch.equal(loaded.soft_labels, logits.softmax(1))
-        assert loaded.meta.config == {"evaluate": {"lr": 0.02}}
+        assert torch.equal(loaded.soft_labels, logits)
+        assert loaded.meta.config == {"evaluate": {"lr": "learned"}}
+        assert (loaded.meta.label_kind, loaded.meta.learned_lr) == ("logits", 0.02)
 
     def test_without_labels_the_images_are_sorted_by_class(
         self, dataset: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -430,7 +433,7 @@ class TestDdRanking:
         assert torch.equal(again.images, distilled.images[sorted_rows])
         assert again.labels.tolist() == sorted(distilled.labels.tolist())
         if soft:
-            torch.testing.assert_close(again.soft_labels, distilled.soft_labels[sorted_rows])
-        assert again.meta.config == {"evaluate": {"lr": pytest.approx(0.03)}}
+            assert torch.equal(again.soft_labels, distilled.soft_labels[sorted_rows])
+        assert again.meta.learned_lr == pytest.approx(0.03)
         with pytest.raises(InputError, match="the folder to export to must be new"):
             export_ddranking(distilled, tmp_path / "out")
