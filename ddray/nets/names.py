@@ -58,6 +58,7 @@ _FAMILIES: dict[str, Family] = {
     "vgg11": Family("convnet", ("instance", "none", "batch")),
     "vgg11_tv": Family("torchvision_nets", ("none",), drops=True),
     "alexnet": Family("convnet", ("none", "batch", "instance")),
+    **dict.fromkeys(("lenet", "alexcifar"), Family("classic", ("none",))),
     **dict.fromkeys(("mobilenet_v2", "densenet121", "densenet_cifar"), Family("torchvision_nets")),
     "densenet_idc": Family("torchvision_nets"),
     "efficientnet_b0": Family("torchvision_nets", drops=True),

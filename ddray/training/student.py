@@ -6,8 +6,10 @@ Trajectories store such vectors, unrolled training moves along them. The order i
 
 import copy
 import math
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -15,6 +17,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ddray.errors import InputError
 from ddray.nets import Net, parse_arch
 from ddray.nets.features import CpuLayer
+
+StepLoss = Callable[[int, Tensor, Sequence[Tensor]], Tensor]
+"""Maps step i, parameters [P] and what else it depends on (images, soft labels) to its loss, a scalar."""
 
 
 def flat_parameters(net: nn.Module) -> Tensor:
@@ -69,3 +74,36 @@ class Student:
                 self._net, self.parameters(flat), (images.contiguous(),)
             )
         return outputs
+
+
+def ordered_loss(student: Student, order: Sequence[Tensor], labels: Tensor) -> StepLoss:
+    """Return the cross entropy of step i on rows `order[i]`, int64 [n], of images that are passed in.
+
+    `labels` are int64 [N] or probabilities [N, K].
+    """
+
+    def loss(step: int, flat: Tensor, leaves: Sequence[Tensor]) -> Tensor:
+        rows = order[step]
+        return F.cross_entropy(student.logits(flat, leaves[0][rows]), labels[rows])
+
+    return loss
+
+
+def descend(
+    loss_of_step: StepLoss, leaves: Sequence[Tensor], start: Tensor, rates: Tensor
+) -> Iterator[Tensor]:
+    """Yield the parameters [P] after each step of plain SGD, without a graph.
+
+    Args:
+        loss_of_step: each step's loss.
+        leaves: what the losses depend on besides the parameters.
+        start: the first parameters [P].
+        rates: a rate per step [T], on the parameters' device.
+    """
+    constants = [leaf.detach() for leaf in leaves]
+    flat = start.detach()
+    for step, rate in enumerate(rates.detach().unbind()):
+        point = flat.detach().requires_grad_(True)
+        (slope,) = torch.autograd.grad(loss_of_step(step, point, constants), point)
+        flat = torch.addcmul(flat, slope, rate, value=-1)
+        yield flat

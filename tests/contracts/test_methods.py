@@ -22,6 +22,7 @@ SHAPES = {"digits": (1, 16, 16), "tiny_imagenet": (3, 64, 64)}
 
 class TestEveryMethod(MethodContract):
     deterministic = ("class_mean",)  # at ipc 1: the mean of all
+    other_networks = ("dd",)  # LeNet, AlexCifarNet
 
     @pytest.fixture(autouse=True)
     def _short_fits(self, monkeypatch: pytest.MonkeyPatch) -> None:

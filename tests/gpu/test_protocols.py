@@ -36,6 +36,7 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
     "robust": {"protocol": "robust"},
     "continual": {"protocol": "continual", "num_tasks": 3},
     "distribution": {"protocol": "distribution"},
+    "steps": {"protocol": "steps", "epochs": None, "sets": ("rate=0.02",)},
 }
 
 

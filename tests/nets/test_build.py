@@ -74,6 +74,8 @@ def test_shapes_and_finite_values(arch: str, shape: tuple[int, int, int]) -> Non
         ("resnet18", 11_173_962),  # the usual CIFAR ResNet-18
         ("vgg11", 9_231_114),  # DC's networks.py
         ("alexnet", 1_872_202),  # DC's networks.py
+        ("lenet", 62_006),  # DD's
+        ("alexcifar", 1_756_426),  # DD's AlexCifarNet
         (
             "resnet18_vico_ap",
             11_173_962 + 512 * 15 * 10,

@@ -20,13 +20,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Gradient = Literal["exact", "tesla"]
-StepLoss = Callable[[int, Tensor, Sequence[Tensor]], Tensor]
-"""Maps step i, parameters [P] and the leaves to the step's loss, a scalar.
+from ddray.training.student import StepLoss, descend
 
-It is called twice for each step and must compute the same: whatever it draws (rows, augmentation) is drawn
-before, once. It must be differentiable twice.
-"""
+Gradient = Literal["exact", "tesla"]
 EndGradient = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Maps the last parameters [P] to the outer loss, a scalar, and its gradient in them [P]."""
 
@@ -48,24 +44,6 @@ class Swept:
     end: Tensor
 
 
-def forward(loss_of_step: StepLoss, leaves: Sequence[Tensor], start: Tensor, rates: Tensor) -> list[Tensor]:
-    """Return the parameters before, between and after the steps: T + 1 vectors [P] without a graph.
-
-    Args:
-        loss_of_step: each step's loss.
-        leaves: what the losses depend on besides the parameters.
-        start: [P].
-        rates: [T], on the parameters' device.
-    """
-    constants = [leaf.detach() for leaf in leaves]
-    points = [start.detach()]
-    for index, rate in enumerate(rates.detach().unbind()):
-        point = points[-1].detach().requires_grad_(True)
-        (gradient,) = torch.autograd.grad(loss_of_step(index, point, constants), point)
-        points.append(torch.addcmul(points[-1], gradient, rate, value=-1))
-    return points
-
-
 def sweep(
     loss_of_step: StepLoss,
     leaves: Sequence[Tensor],
@@ -77,14 +55,15 @@ def sweep(
     """Train from `start`, and return the outer loss with its gradients in leaves and rates.
 
     Args:
-        loss_of_step: each step's loss.
+        loss_of_step: each step's loss, differentiable twice. It is called twice for each step and must
+            compute the same: whatever it draws (rows, augmentation) is drawn before, once.
         leaves: floating tensors to differentiate in; their `requires_grad` does not matter.
         start: the first parameters [P].
         rates: [T], on the parameters' device.
         end_gradient: the outer loss and its gradient.
         gradient: `exact`, or `tesla` (see the module).
     """
-    points = forward(loss_of_step, leaves, start, rates)
+    points = [start.detach(), *descend(loss_of_step, leaves, start, rates)]
     end = points.pop()
     loss, adjoint = (value.detach() for value in end_gradient(end))
     tracked = [leaf.detach().requires_grad_(True) for leaf in leaves]
