@@ -15,8 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ddray.errors import InputError
-from ddray.nets import Net, parse_arch
+from ddray.nets import Net
 from ddray.nets.features import CpuLayer
+from ddray.nets.names import parse_arch
 
 StepLoss = Callable[[int, Tensor, Sequence[Tensor]], Tensor]
 """Maps step i, parameters [P] and what else it depends on (images, soft labels) to its loss, a scalar."""
