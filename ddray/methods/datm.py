@@ -107,7 +107,7 @@ class DATMConfig(TrajectoryConfig):
     }
     quick: ClassVar = {
         **QUICK,
-        **{"min_start": 0, "first_max_start": None, "grow_steps": 0, "lr_label": 0.001, "threshold": 1e9},
+        **{"min_start": 0, "first_max_start": None, "grow_steps": 0, "lr_label": 1e-6, "threshold": 1e9},
     }
 
     min_start: int = Field(default=0, ge=0)
