@@ -13,6 +13,7 @@ class per step, `epochs` times over.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -44,40 +45,58 @@ class StepsConfig(Config):
 
 @dataclass(frozen=True)
 class Steps:
-    """Training by a schedule."""
+    """Training by a set's schedule.
 
-    schedule: Schedule
+    Attributes:
+        schedule: the set's; None: `epochs` passes over it at `rate`.
+        rate: in place of the schedule's rates, or None.
+        epochs: see `schedule`.
+    """
+
+    schedule: Schedule | None
+    rate: float | None = None
+    epochs: int = 3
 
     def evaluate(self, train_set: TrainSet, ctx: EvalContext, *, arch: str, seed: int) -> EvalResult:
         """Take the steps with one network and score it."""
-        begin = time.perf_counter()
+        begin, labels = time.perf_counter(), train_set.labels
+        order, rates = self._order_and_rates(labels)
         net = self._start(train_set.images, ctx, arch, seed)
         student = Student(net)
-        images = resident(train_set.images, ctx.device)
-        order = [torch.tensor(rows, device=ctx.device) for rows in self.schedule.order]
-        loss_of_step = ordered_loss(student, order, train_set.supervision.to(ctx.device))
-        rates = torch.tensor(self.schedule.rates, device=ctx.device)
-        *_, end = descend(loss_of_step, [images], flat_parameters(net), rates)
+        rows = [torch.tensor(step, device=ctx.device) for step in order]
+        loss_of_step = ordered_loss(student, rows, train_set.supervision.to(ctx.device))
+        images, start = resident(train_set.images, ctx.device), flat_parameters(net)
+        *_, end = descend(loss_of_step, [images], start, torch.tensor(rates, device=ctx.device))
         if not bool(torch.isfinite(end).all()):
             raise DivergedError(
-                f"training {arch} by the set's steps diverged: weights are NaN; use the --arch that it was "
-                "distilled for, or --set rate=..."
+                f"training {arch} by the set's steps diverged: its weights are not finite; use the --arch "
+                "that it was distilled for, or --set rate=0.001"
             )
         with torch.no_grad():
             for parameter, value in zip(net.parameters(), student.parameters(end).values(), strict=True):
                 parameter.copy_(value)
         score = ctx.score(net.to(memory_format=torch.channels_last).eval())
-        wall_s, num = time.perf_counter() - begin, len(train_set.labels)
-        return EvalResult(check_arch(arch), seed, score.accuracy, num, wall_s, per_class=score.per_class)
+        wall_s = time.perf_counter() - begin
+        return EvalResult(
+            check_arch(arch), seed, score.accuracy, len(labels), wall_s, per_class=score.per_class
+        )
+
+    def _order_and_rates(self, labels: Tensor) -> tuple[Sequence[Sequence[int]], Sequence[float]]:
+        schedule = self.schedule
+        order = class_order(labels) * self.epochs if schedule is None else schedule.order
+        if self.rate is not None:
+            return order, [self.rate] * len(order)
+        return order, [] if schedule is None else schedule.rates
 
     def _start(self, images: Tensor, ctx: EvalContext, arch: str, seed: int) -> Net:
         """Return the network before the steps; a fixed one is drawn on the CPU, as while distilling."""
-        if self.schedule.init_seed is None:
+        init_seed = None if self.schedule is None else self.schedule.init_seed
+        if init_seed is None:
             net = ctx.fresh_net(arch, images, seed=seed)
         else:
             _, channels, height, width = images.shape
             shape, num_classes = (channels, height, width), ctx.dataset.num_classes
-            net = build_net(arch, shape, num_classes, seed=self.schedule.init_seed).to(ctx.device)
+            net = build_net(arch, shape, num_classes, seed=init_seed).to(ctx.device)
         if not is_per_sample(net):
             raise InputError(
                 f"--protocol steps needs a network without batch norm, got {arch}: a few steps give it no "
@@ -86,30 +105,28 @@ class Steps:
         return net.train()
 
 
-def plain_schedule(labels: Tensor, rate: float, epochs: int) -> Schedule:
-    """Return steps at one rate: the first image of every class, then the second, `epochs` times over.
+def class_order(labels: Tensor) -> list[list[int]]:
+    """Return the rows of each step of a pass: the first image of every class, then the second, and so on.
 
-    Args:
-        labels: of the images, int64 [N].
-        rate: the learning rate.
-        epochs: passes over the set.
+    `labels` are int64 [N], in any order.
     """
-    seen: dict[int, int] = {}
-    by_position: dict[int, list[int]] = {}
+    counts: dict[int, int] = {}
+    steps: list[list[int]] = []
     for row, label in enumerate(labels.tolist()):
-        position = seen.get(label, 0)
-        seen[label] = position + 1
-        by_position.setdefault(position, []).append(row)
-    order = tuple(tuple(rows) for rows in by_position.values()) * epochs
-    return Schedule(order=order, rates=(rate,) * len(order))
+        position = counts.get(label, 0)
+        counts[label] = position + 1
+        if position == len(steps):
+            steps.append([])
+        steps[position].append(row)
+    return steps
 
 
 def _check(options: EvaluateOptions) -> None:
     """Refuse what the set's steps decide."""
-    for name in ("epochs", "augment"):
+    for name in ("epochs", "augment", "train_limit"):
         if getattr(options, name) is not None:
             raise InputError(
-                f"--{name} must be left out with --protocol steps: the set says how it is trained on"
+                f"--{name.replace('_', '-')} must be left out with --protocol steps: the set's steps decide"
             )
     StepsConfig.parse(parse_overrides(options.sets))
 
@@ -124,15 +141,11 @@ def _make(options: EvaluateOptions, distilled: DistilledSet, ctx: EvalContext, r
         raise InputError("--protocol steps needs a set with labels; this one has values to regress to")
     if schedule is None and config.rate is None:
         raise InputError(
-            f"--protocol steps needs a set with a schedule, as method dd makes, got one of "
+            "--protocol steps needs a set with a schedule, as method dd makes, got one of method "
             f"{distilled.meta.method} without; use --set rate=0.02 for one rate, or --protocol hard"
         )
-    if schedule is None:
-        schedule = plain_schedule(distilled.labels, config.rate or 0.0, config.epochs)
-    elif config.rate is not None:
-        schedule = schedule.model_copy(update={"rates": (config.rate,) * len(schedule.order)})
-    details = {"steps": len(schedule.order), "init": schedule.init}
-    return Scoring(Steps(schedule), config.seeds, details)
+    details = {"init": "random" if schedule is None else schedule.init}
+    return Scoring(Steps(schedule, config.rate, config.epochs), config.seeds, details)
 
 
 PROTOCOL: Final = EvaluationProtocol(

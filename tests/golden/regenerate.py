@@ -18,7 +18,7 @@ from ddray.jobs.context import make_context, make_distiller
 from ddray.jobs.plan import resolve
 
 FOLDER = Path(__file__).resolve().parent
-METHODS = ("cafe", "datadam", "dc", "dm", "dsa", "dsdm", "idm", "m3d", "mmd_pixel")
+METHODS = ("cafe", "datadam", "dc", "dd", "dm", "dsa", "dsdm", "idm", "m3d", "mmd_pixel")
 # CAFE trains its network until an accuracy has moved, which on another CPU may be an epoch earlier or later.
 # IDM's losses move by 1e-3 where its networks' ten batches are multiplied by 1 + 6e-8; after three by 1e-7.
 EXTRA = {

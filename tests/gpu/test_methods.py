@@ -36,6 +36,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dm, noise": ("dm", {"init": "noise"}),
     "dm, dsa_idc": ("dm", {"augment": "dsa_idc"}),
     "dc, batch norm": ("dc", {"settings": {"arch": "convnet2_w8_bn"}}),
+    "dd, fixed": ("dd", {"net_init": "fixed", "augment_real": "crop_flip"}),
     "dsdm, augmented": ("dsdm", {"augment": "dsa", "factor": 2}),
     "dsdm, unbiased": ("dsdm", {"unbiased": True, "history_mean": True, "history_first": "prototype"}),
     "idm, dsa_idc": ("idm", {"augment": "dsa_idc", "unit_pixels": True}),
