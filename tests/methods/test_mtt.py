@@ -186,7 +186,7 @@ def test_a_rate_that_is_not_positive_ends_the_run(planned: Any) -> None:
     _, distiller = started(planned)
     distiller._engine._rate.value.fill_(-0.001)
     with pytest.raises(
-        DivergedError, match=r"mtt diverged by step 0: the learned rate must be > 0, got -0.001"
+        DivergedError, match=r"mtt diverged by step 1: the learned rate must be > 0, got -0.001"
     ):
         distiller.step()
     with pytest.raises(DivergedError, match="learned rate"):

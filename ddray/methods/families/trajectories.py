@@ -253,9 +253,9 @@ class TrajectoryMatching:
 
     def step(self) -> dict[str, Tensor]:
         """Train a student, and move images, labels and rate."""
+        self._step += 1
         if self._ctx.device.type == "cpu" or self._step % _RATE_STEPS == 0:
             self._checked_rate()
-        self._step += 1
         num, generator = len(self._labels), self._ctx.generator("step", self._step)
         drawn = draw_iteration(self._config, self._step - 1, num, self._dsa, generator)
         swept = self._match(drawn)
