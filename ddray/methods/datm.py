@@ -107,6 +107,7 @@ class DATMConfig(TrajectoryConfig):
     }
     quick: ClassVar = {
         **QUICK,
+        "experts": {**QUICK["experts"], "rho": 0.01, "alpha": 0.3},
         **{"min_start": 0, "first_max_start": None, "grow_steps": 0, "lr_label": 1e-6, "threshold": 1e9},
     }
 
