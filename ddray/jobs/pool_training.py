@@ -25,9 +25,9 @@ from ddray.training.recipe import Recipe
 
 KINDS: Final[Mapping[str, frozenset[str]]] = {
     "supervised": frozenset({"--arch", "--num-models", "--seed", "--num-workers"}),
-    trajectories.KIND: frozenset({"--arch", "--num-models", "--seed", "--num-workers"}),
     "ssl": frozenset({"--arch", "--seed"}),
     "diffusion": frozenset(),
+    trajectories.KIND: frozenset({"--arch", "--num-models", "--seed", "--num-workers"}),
 }
 """Kinds of entries, and the options that only some kinds take."""
 _PIXEL_SPACES: Final = ("normalized", "raw", "zca")
