@@ -89,7 +89,7 @@ class DATMConfig(TrajectoryConfig):
 
     search_space: ClassVar = {
         **SEARCH_SPACE,
-        "min_start": {"choice": [0, 3, 6]},
+        "min_start": {"choice": [0, 1, 3]},
         "max_start": {"choice": [8, 12, 16, 20]},
         "lr_label": {"loguniform": [0.5, 20.0]},
     }
@@ -114,7 +114,7 @@ class DATMConfig(TrajectoryConfig):
     min_start: int = Field(default=0, ge=0)
     """T-: students start at epochs from it on."""
     first_max_start: int | None = Field(default=None, ge=1)
-    """T, what the bound of starts grows from to max_start; None: it is max_start throughout."""
+    """T, what the bound of starts grows from to max_start; None, or above that: it is max_start throughout."""
     grow_steps: int = Field(default=0, ge=0)
     """I_end, iterations of the growth."""
     lr_label: float = Field(default=5.0, ge=0)
@@ -129,21 +129,21 @@ class DATMConfig(TrajectoryConfig):
 
     @model_validator(mode="after")
     def _has_starts(self) -> Self:
-        first = self.max_start if self.first_max_start is None else self.first_max_start
-        if not self.min_start < first <= self.max_start:
-            raise ValueError(
-                "min_start must be < first_max_start (default: max_start) <= max_start, "
-                f"got {self.min_start} < {first} <= {self.max_start}"
-            )
+        if self.min_start >= self._first_bound:
+            name = "max_start" if self._first_bound == self.max_start else "first_max_start"
+            raise ValueError(f"min_start must be < {name} = {self._first_bound}, got {self.min_start}")
         return self
+
+    @property
+    def _first_bound(self) -> int:
+        return min(self.max_start, self.first_max_start or self.max_start)
 
     def starts(self, step: int) -> range:
         """Return [T-, U) of an iteration, counted from 0."""
-        first = self.max_start if self.first_max_start is None else self.first_max_start
-        growth = self.max_start - first
+        growth = self.max_start - self._first_bound
         if step < self.grow_steps:
             growth = growth * step // self.grow_steps
-        return range(self.min_start, first + growth)
+        return range(self.min_start, self._first_bound + growth)
 
 
 class DifficultyAligned(TrajectoryMatching):
