@@ -103,7 +103,7 @@ def expert_specs(ctx: DistillContext, config: TrajectoryConfig) -> list[PoolSpec
     return trajectory_specs(
         ctx.dataset,
         split=ctx.shared_split,
-        pixel_space=ctx.space.kind,
+        pixel_space=ctx.config["pixel_space"],  # not the space's: a dry run of a bench has a stand-in
         arch=ctx.arch,
         device=ctx.device.type,
         recipe=ExpertRecipe.parse({**recipe, "augment": config.augment}),
