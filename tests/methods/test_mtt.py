@@ -24,6 +24,7 @@ from ddray.methods.families.trajectories import (
 from ddray.methods.families.unrolled import sweep
 from ddray.methods.mtt import MTTConfig
 from ddray.nets import build_net
+from ddray.tables.worker import predict_pool_specs
 from ddray.testing import random_dataset
 from ddray.training.dsa import siamese
 
@@ -232,3 +233,12 @@ def test_presets_are_those_of_the_table(
     fields = (method.inner_steps, method.expert_epochs, method.max_start, method.batch_syn, method.lr_img)
     assert (*fields, method.lr_lr, method.lr_start, config.pixel_space) == expected
     assert config.evaluate.lr == "learned"
+
+
+def test_a_dry_run_predicts_the_experts(planned: Any) -> None:
+    """Whose keys name the pixel space of the run, not that of a stand-in."""
+    plan, ctx, distiller = planned("mtt", random_dataset((12, 10, 14)), pixel_space="zca", method=METHOD)
+    predicted = predict_pool_specs(plan)
+    assert predicted
+    transforms = [spec.transform for spec in distiller.pool_specs(ctx)]
+    assert [spec.transform for spec in predicted] == transforms == ["zca+dsa"] * 2
