@@ -64,9 +64,10 @@ def _train_here(opened: Dataset, options: PoolOptions, recipe: dict[str, Any]) -
         if options.kind == "ssl":
             return recovering(pool_training.train_teacher, opened, **where, **settings)
         num = 1 if options.num_models is None else options.num_models
-        is_expert = options.kind == "trajectory"
-        train = pool_training.train_experts if is_expert else pool_training.train_pool
-        return recovering(train, opened, **where, **settings, num_models=num)
+        settings["num_models"] = num
+        if options.kind == "trajectory":
+            return recovering(pool_training.train_experts, opened, **where, **settings)
+        return recovering(pool_training.train_pool, opened, **where, **settings)
 
 
 @command(example="ddray pool list --json")

@@ -114,7 +114,7 @@ class DATMConfig(TrajectoryConfig):
     min_start: int = Field(default=0, ge=0)
     """T-: students start at epochs from it on."""
     first_max_start: int | None = Field(default=None, ge=1)
-    """T, what the bound of starts grows from to max_start; None, or above that: it is max_start throughout."""
+    """T, what the bound of starts grows from to max_start; None, or above that: no growth."""
     grow_steps: int = Field(default=0, ge=0)
     """I_end, iterations of the growth."""
     lr_label: float = Field(default=5.0, ge=0)

@@ -1,4 +1,4 @@
-"""`pool train --kind trajectory --num-workers` on a local Ray: several experts at a time, the same entries."""
+"""`pool train --kind trajectory --num-workers` on a local Ray: several at a time, the same entries."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class TestOnRay:
 
     def test_an_expert_that_diverges_ends_the_command(self, digits: Any, tmp_path: Path) -> None:
         options = PoolOptions(**BASE, num_workers=2, out=tmp_path)
-        with pytest.raises(DivergedError, match="an expert .* diverged in epoch 1"):
+        with pytest.raises(DivergedError, match=r"an expert .* diverged in epoch 1"):
             train_experts(digits, options, {**RECIPE, "lr": 1e30})
 
     def test_a_searchs_service_leaves_snapshots_in_their_file(self, digits: Any, tmp_path: Path) -> None:

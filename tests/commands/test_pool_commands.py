@@ -220,7 +220,7 @@ class TestCommands:
             (["pool", "train", "--kind", "supervized"], "--kind must be one of .*did you mean 'supervised'"),
             (
                 ["pool", "train", "--kind", "diffusion", "--seed", "1"],
-                "--seed must go with --kind supervised or ssl or trajectory, got --kind diffusion; leave it out",
+                "--seed must go with --kind supervised or ssl or trajectory, got --kind diff.*; leave it out",
             ),
             (["pool", "train", "--kind", "diffusion", "--arch", "convnet3"], "--arch must go with"),
             (
@@ -229,7 +229,7 @@ class TestCommands:
             ),
             (
                 ["pool", "train", "--kind", "ssl", "--num-workers", "2"],
-                r"--num-workers must go with --kind supervised or trajectory, got --kind ssl \(its .*leave it out",
+                r"--num-workers must go with --kind supervised or trajectory, got --kind ssl \(.*leave it",
             ),
             (["pool", "train", "--kind", "diffusion", "--num-workers", "2"], "--num-workers must go with"),
             ([*TRAIN, "--num-workers", "0"], "--num-workers: .* greater than or equal to 1, got 0"),

@@ -39,7 +39,7 @@ class TestStarts:
     @pytest.mark.parametrize("starts", [(5, None, 5), (8, 9, 8), (4, 4, 8)])
     def test_an_empty_range_is_refused(self, starts: tuple[int, int | None, int]) -> None:
         names = ("min_start", "first_max_start", "max_start")
-        with pytest.raises(InputError, match="min_start must be < (first_)?max_start = "):
+        with pytest.raises(InputError, match=r"min_start must be < (first_)?max_start = "):
             config_of(**dict(zip(names, starts, strict=True)))
 
 
