@@ -5,7 +5,8 @@ that is not kept alive lapses and goes to the next client under a higher token (
 first client is then refused. Only the actor moves entries into place. It holds their file locks while a lease
 stands, so that other clusters and processes that share the folder wait too. A client goes on without the
 actor only when the actor is dead: a slow one may still grant the lease. Weights reach each node once, through
-the object store (docs/ray.md, 11). torch is imported only to open an entry: the actor stays small.
+the object store (docs/ray.md, 11); trajectories are read from their files. torch is imported only to open an
+entry: the actor stays small.
 """
 
 from __future__ import annotations
@@ -161,7 +162,7 @@ class PoolService:
             begin = self._clock()
             meta = self._files.find(key)
             if meta is not None:
-                arrays, is_whole = small_arrays(self._files.tensors_path(key))
+                arrays, is_whole = small_arrays(self._files.tensors_path(key), meta["spec"].get("kind", ""))
                 self._served[key] = Served(meta, self._put(arrays), is_whole)
             for granted in self._granted.values():  # heartbeats had to wait while a large file was hashed
                 granted.deadline += self._clock() - begin

@@ -1,16 +1,25 @@
-"""A search's pool: the networks its method declares are trained before the first trial, then served."""
+"""Pool networks that are trained side by side, each on a worker: a search's, and the experts of a command.
+
+The networks that a search's method declares are trained before its first trial, then served.
+"""
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
+from ddray.cluster.executor import RayExecutor
 from ddray.cluster.pool import PoolAddress, pool_service
+from ddray.cluster.resources import with_gpus
+from ddray.data import Dataset
 from ddray.errors import DdrayError, one_line
+from ddray.jobs.options import PoolOptions
+from ddray.jobs.pool_training import EntryJob, PoolResult, expert_specs, train_entry
 from ddray.pool.files import DamagedEntryError, PoolFiles
 from ddray.pool.spec import PoolSpec
-from ddray.runs.executor import Executor, Task
+from ddray.runs.executor import Executor, Task, WorkerPool
 from ddray.system.files import home
 from ddray.system.progress import progress
 from ddray.tuning.payload import Payload
@@ -55,15 +64,53 @@ def _is_intact(files: PoolFiles, key: str) -> bool:
 def _train(job: SearchJob, payload: Payload, specs: Sequence[PoolSpec], executor: Executor) -> None:
     """Train networks in parallel."""
     log.info("pool: training %d networks (%s)", len(specs), specs[0].arch)
-    with progress("training the pool", len(specs)) as show, executor.workers() as workers:
+    with executor.workers() as workers:
         shared = workers.share(payload)
         tasks = [Task(spec.key, train_member, (job, shared, spec)) for spec in specs]
+        _finish(workers, tasks, "run again with --resume")
+
+
+def _finish(workers: WorkerPool, tasks: Sequence[Task], fix: str) -> None:
+    """Run tasks that train a network each; the first that can't be trained ends them all."""
+    with progress("training the pool", len(tasks)) as show:
         for done, outcome in enumerate(workers.run(tasks), start=1):
             if isinstance(outcome.error, DdrayError):
                 raise outcome.error
             if outcome.error is not None:
                 raise DdrayError(
                     f"pool network {outcome.key[:12]} failed {outcome.attempts} times: "
-                    f"{one_line(outcome.error, 200)}; run again with --resume"
+                    f"{one_line(outcome.error, 200)}; {fix}"
                 )
             show(done, "")
+
+
+def train_experts(dataset: Dataset, options: PoolOptions, recipe: Mapping[str, Any]) -> PoolResult:
+    """Train missing experts' trajectories, `options.num_workers` at a time, each on a worker.
+
+    The entries are those of `jobs.pool_training.train_experts`. Those that are trained stay if one fails.
+
+    Raises:
+        InputError: as there; no worker fits the cluster.
+        DivergedError: a loss is not finite.
+        StorageError: an entry can't be written.
+        DdrayError: a worker failed again and again.
+    """
+    options = with_gpus(options)
+    device, folder = "cuda" if options.gpus else "cpu", options.out or home() / "pool"
+    specs = expert_specs(
+        dataset,
+        arch=options.arch or "auto",
+        recipe=recipe,
+        seed=options.seed or 0,
+        num_models=1 if options.num_models is None else options.num_models,
+        device=device,
+    )
+    if missing := [spec for spec in specs if not _is_intact(PoolFiles(folder), spec.key)]:
+        job = EntryJob(options.dataset, options.opening(), folder, device)
+        executor = RayExecutor(options.cpus, options.gpus, options.num_workers, options.address, "worker")
+        log.info("pool: training %d experts (%s)", len(missing), missing[0].arch)
+        with executor.workers() as workers:
+            tasks = [Task(spec.key, train_entry, (job, spec.dump())) for spec in missing]
+            _finish(workers, tasks, "run the command again, which continues")
+    keys = [spec.key for spec in specs]
+    return PoolResult(key=keys[0], folder=str(folder / keys[0]), keys=keys)

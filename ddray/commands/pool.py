@@ -34,10 +34,19 @@ def pool_train(emit: Emit, **options: Any) -> None:
     if parsed.num_workers is None:
         result = _train_here(opened, parsed, recipe)
     else:
-        from ddray.cluster.data_parallel import train_parallel
-
-        result = train_parallel(opened, parsed, recipe)
+        result = _train_on_workers(opened, parsed, recipe)
     emit(result, display.table_of("pool", {**result.dump(), "keys": "\n".join(result.keys)}))
+
+
+def _train_on_workers(opened: Dataset, options: PoolOptions, recipe: dict[str, Any]) -> PoolResult:
+    """Train on a cluster: a network on all workers, or a network on each."""
+    if options.kind == "trajectory":
+        from ddray.cluster.pretrain import train_experts
+
+        return train_experts(opened, options, recipe)
+    from ddray.cluster.data_parallel import train_parallel
+
+    return train_parallel(opened, options, recipe)
 
 
 def _train_here(opened: Dataset, options: PoolOptions, recipe: dict[str, Any]) -> PoolResult:
@@ -55,7 +64,10 @@ def _train_here(opened: Dataset, options: PoolOptions, recipe: dict[str, Any]) -
         if options.kind == "ssl":
             return recovering(pool_training.train_teacher, opened, **where, **settings)
         num = 1 if options.num_models is None else options.num_models
-        return recovering(pool_training.train_pool, opened, **where, **settings, num_models=num)
+        settings["num_models"] = num
+        if options.kind == "trajectory":
+            return recovering(pool_training.train_experts, opened, **where, **settings)
+        return recovering(pool_training.train_pool, opened, **where, **settings)
 
 
 @command(example="ddray pool list --json")

@@ -86,25 +86,25 @@ class PoolOptions(DataOptions, DeviceOptions):
     """What a pool is to hold."""
 
     kind: str
-    """supervised: networks trained on labels; ssl: the self-supervised methods' teacher; diffusion: D3HR's
-    generator."""
+    """supervised: networks trained on labels; trajectory: experts for mtt and datm; ssl: the self-supervised
+    methods' teacher; diffusion: D3HR's generator."""
     dataset: str = "digits"
     """Dataset name, or a folder (see `ddray data list`)."""
     arch: str | None = None
-    """supervised: default auto, the field's ConvNet; ssl: default resnet18."""
+    """supervised, trajectory: default auto, the field's ConvNet; ssl: default resnet18."""
     num_models: int | None = None
-    """supervised: networks, on seeds that count up; default 1."""
+    """supervised, trajectory: networks, on seeds that count up; default 1."""
     epochs: int | None = None
-    """Epochs of training; supervised: default 20."""
+    """Epochs of training; supervised: default 20, trajectory: 50."""
     sets: Names = named("set", "sets")
-    """key=value of the recipe, such as batch=64; repeatable."""
+    """key=value of the recipe, such as batch=64, trajectory also pixel_space=zca; repeatable."""
     seed: int | None = None
-    """supervised: the first network's, ssl: the teacher's; default 0."""
+    """supervised, trajectory: the first network's, ssl: the teacher's; default 0."""
     out: AbsolutePath | None = None
     """Pool folder, default $DDRAY_HOME/pool; diffusion: DiTPipeline folder."""
     num_workers: int | None = Field(default=None, ge=1)
-    """supervised: train each network on so many workers at once (Ray Train), which share its batches; default
-    in this process."""
+    """supervised: train each network on so many workers at once (Ray Train), which share its batches;
+    trajectory: so many networks at a time, each on a worker; default in this process."""
     cpus_per_worker: float | None = Field(default=None, gt=0)
     """CPU cores per worker; default 1."""
     gpus_per_worker: Gpus | None = None

@@ -1,30 +1,36 @@
 """The functions behind `ddray pool train`."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
 from ddray.config import Result
-from ddray.data import Dataset
+from ddray.data import Dataset, SplitName, open_dataset
 from ddray.errors import InputError, unknown
 from ddray.jobs.plan import resolve
 from ddray.jobs.trainers import PoolTrainer
 from ddray.methods.families.ssl.teacher import ssl_teacher_spec
 from ddray.nets import check_arch
 from ddray.nets.names import resolve_arch
+from ddray.pool import trajectories
 from ddray.pool.local import LocalPool
 from ddray.pool.spec import SUPERVISED_RECIPE, PoolSpec, Trainer, supervised_specs
 from ddray.system.files import home
+from ddray.system.worker import worker_device
+from ddray.training.experts import ExpertRecipe
 from ddray.training.recipe import Recipe
 
 KINDS: Final[Mapping[str, frozenset[str]]] = {
     "supervised": frozenset({"--arch", "--num-models", "--seed", "--num-workers"}),
     "ssl": frozenset({"--arch", "--seed"}),
     "diffusion": frozenset(),
+    trajectories.KIND: frozenset({"--arch", "--num-models", "--seed", "--num-workers"}),
 }
 """Kinds of entries, and the options that only some kinds take."""
+_PIXEL_SPACES: Final = ("normalized", "raw", "zca")
 _WHY_NOT: Final = {
     ("--num-workers", "ssl"): "its loss compares all images of a batch with each other",
     ("--num-workers", "diffusion"): "its training is one process's",
@@ -91,6 +97,85 @@ def _train(specs: list[PoolSpec], trainer: Trainer, folder: Path | None) -> Pool
     LocalPool(trainer, folder).get(specs)
     keys = [spec.key for spec in specs]
     return PoolResult(key=keys[0], folder=str(folder / keys[0]), keys=keys)
+
+
+def expert_specs(
+    dataset: Dataset, *, arch: str, recipe: Mapping[str, Any], seed: int, num_models: int, device: str
+) -> list[PoolSpec]:
+    """Return the specs of experts whose trajectories MTT and DATM match, their seeds counting up from `seed`.
+
+    They are trained without val, as runs of all seeds and searches with seed 0 use them. Arch `auto` is the
+    field's ConvNet; `recipe` overrides fields of `ExpertRecipe`, and may name the `pixel_space`, by default
+    normalized; `device` is a kind. InputError as for `train_pool`.
+    """
+    if num_models < 1:
+        raise InputError(f"--num-models must be >= 1, got {num_models}")
+    fields = {"pixel_space": "normalized", **recipe}
+    if (kind := fields.pop("pixel_space")) not in _PIXEL_SPACES:
+        raise unknown("pixel_space", str(kind), _PIXEL_SPACES)
+    return trajectories.trajectory_specs(
+        dataset,
+        split=str(SplitName(0)),
+        pixel_space=str(kind),
+        arch=resolve_arch(arch, dataset.image_shape),
+        device=device,
+        recipe=ExpertRecipe.parse(fields),
+        seed=seed,
+        num=num_models,
+    )
+
+
+def train_experts(
+    dataset: Dataset,
+    *,
+    arch: str,
+    recipe: Mapping[str, Any],
+    seed: int,
+    num_models: int,
+    device: torch.device,
+    folder: Path | None = None,
+) -> PoolResult:
+    """Train the missing ones of `expert_specs`, one after another in this process.
+
+    InputError as there, DivergedError if a loss is not finite, StorageError if an entry can't be written.
+    """
+    specs = expert_specs(
+        dataset, arch=arch, recipe=recipe, seed=seed, num_models=num_models, device=device.type
+    )
+    return _train(specs, PoolTrainer(dataset, dataset.train(), device), folder)
+
+
+@dataclass(frozen=True)
+class EntryJob:
+    """What the workers know that train entries side by side, each its own.
+
+    Attributes:
+        dataset: name that the dataset is opened by.
+        opening: with which options.
+        folder: the pool, which all nodes share.
+        device: kind of device of the workers.
+    """
+
+    dataset: str
+    opening: Mapping[str, Any]
+    folder: Path
+    device: str
+
+
+def train_entry(job: EntryJob, spec: Mapping[str, Any]) -> None:
+    """Train an entry as one of the workers of a job, unless another process has.
+
+    Raises:
+        InputError: this node's dataset is not the driver's; and as `PoolTrainer` does.
+    """
+    pool_spec, dataset = PoolSpec.parse(spec), open_dataset(job.dataset, **job.opening)
+    if dataset.fingerprint != pool_spec.dataset:
+        raise InputError(
+            f"{job.dataset} must be the same on every node, this one has {dataset.fingerprint[:12]}, the "
+            f"driver {pool_spec.dataset[:12]}; give all nodes the same --data-dir"
+        )
+    trainer = PoolTrainer(dataset, dataset.train(), worker_device(job.device))
+    LocalPool(trainer, job.folder).get([pool_spec])
 
 
 def train_teacher(

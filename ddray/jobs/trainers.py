@@ -1,4 +1,4 @@
-"""Trains missing pool entries: supervised networks and their features of the real images, D3HR's stages."""
+"""Trains missing pool entries: supervised networks and their features, experts, D3HR's stages."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from ddray.data import Dataset, PixelSpace, Split, SplitName, normalized_space
-from ddray.data.packed import resident
+from ddray.data.packed import PackedImages, resident
+from ddray.data.pixels import ENCODE_CHUNK
 from ddray.errors import DivergedError, InputError, unknown
 from ddray.methods.families.ssl import teacher as ssl
 from ddray.nets import Net, build_net
+from ddray.pool import trajectories
 from ddray.pool.local import LocalPool
 from ddray.pool.spec import PoolSpec
 from ddray.seeding import derive, derive_seed
@@ -20,6 +22,7 @@ from ddray.system import numerics
 from ddray.system.memory import peak_bytes, reset_peak
 from ddray.system.transfer import to_device
 from ddray.training.embedding import embed_images
+from ddray.training.experts import ExpertRecipe, expert_images, train_expert
 from ddray.training.loop import Augmenter, Checkpoints, Training, augmenter, train
 from ddray.training.recipe import Recipe
 from ddray.training.team import Team
@@ -67,10 +70,12 @@ class PoolTrainer:
             return tensors, {**measured, "peak_memory_bytes": peak_bytes(self.device)}
 
     def _trained(self, spec: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
-        if spec.kind not in (kinds := ("supervised", ssl.KIND, *_DIFFUSION_KINDS)):
+        if spec.kind not in (kinds := ("supervised", trajectories.KIND, ssl.KIND, *_DIFFUSION_KINDS)):
             raise unknown("kind of pool entry", spec.kind, kinds)
         if spec.kind == "supervised":
             return self._supervised(spec)
+        if spec.kind == trajectories.KIND:
+            return self._expert(spec)
         split = self.dataset.train() if spec.split == "train" else self.split
         if spec.kind == ssl.KIND:
             return ssl.SslTrainer(split.images, self.device, self.dataset.name)(spec)
@@ -105,11 +110,24 @@ class PoolTrainer:
         features = embed_images(net.eval(), images, encode, self.device, more_images=others)
         return {**weights, "features": features}, measured
 
+    def _expert(self, spec: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+        """Return the snapshots of an expert trained by `spec.recipe`, and its final loss."""
+        kind = trajectories.space_kind(spec)
+        split, space = expert_images(kind, self.dataset, spec.split, self.split, self.device)
+        recipe = ExpertRecipe.parse(spec.recipe, prefix="recipe.")
+        seed = derive_seed(spec.seed, "pool", spec.kind)
+        net = build_net(spec.arch, spec.image_shape, spec.num_classes, seed=seed, device=self.device)
+        images, augment = self._images(split, recipe.supervised().on(split), space)
+        labels, order = split.labels.to(self.device), derive(seed, "order")
+        snapshots, loss = train_expert(net, images, labels, recipe, generator=order, augment=augment)
+        measured = {"final_loss": loss, "parameters": trajectories.entry_shapes(net)}
+        return trajectories.entry_tensors(snapshots, net), {**measured, "dataset_name": self.dataset.name}
+
     def _fit(self, net: Net, split: Split, recipe: Recipe, order: torch.Generator) -> Tensor:
         """Train a network, alone or as one of a team; return its final loss."""
         labels = split.labels.to(self.device)
         if self.team is None:
-            images, augment = self._images(split, recipe)
+            images, augment = self._images(split, recipe, normalized_space(self.dataset))
             return train(net, images, labels, recipe, generator=order, augment=augment)
         space = normalized_space(self.dataset)
         augment = augmenter(
@@ -120,16 +138,19 @@ class PoolTrainer:
         self.team.join(net)
         return training.run([net], [order], checkpoints=self.checkpoints)
 
-    def _images(self, split: Split, recipe: Recipe) -> tuple[Tensor, Augmenter | None]:
-        """Return the training images and the transform of a batch; a large split is encoded by the batch."""
-        space = normalized_space(self.dataset)
+    def _images(self, split: Split, recipe: Recipe, space: PixelSpace) -> tuple[Tensor, Augmenter | None]:
+        """Return the training images and the transform of a batch; a large split is encoded by the batch.
+
+        Whitening takes as long as a step of a small network: it is done once.
+        """
         augment = augmenter(
             recipe.augment, can_flip=self.dataset.can_flip, space=space, strategy=recipe.strategy
         )
+        encode = self._encode(space)
+        if space.kind == "zca" and not isinstance(split.images, PackedImages):
+            return torch.cat([encode(part) for part in torch.split(split.images, ENCODE_CHUNK)]), augment
         if 4 * split.images.numel() <= _MAX_ENCODED:
             return space.encode(split.images).to(self.device), augment
-
-        encode = self._encode(space)
 
         def transform(batch: Tensor, generator: torch.Generator) -> Tensor:
             encoded = encode(batch)
@@ -139,6 +160,7 @@ class PoolTrainer:
 
     def _encode(self, space: PixelSpace) -> Callable[[Tensor], Tensor]:
         """Return what brings a batch as stored into a space, on the device."""
+        space = space.to(self.device)
 
         def encode(batch: Tensor) -> Tensor:
             encoded = space.encode(to_device(batch, self.device))

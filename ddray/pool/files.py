@@ -38,6 +38,8 @@ ENTRY: Final = "entry.json"
 TENSORS: Final = "tensors.safetensors"
 _MAX_SHARED: Final = 64 * 2**20
 """Larger tensors, in bytes, stay memory-mapped in their file (features of a whole dataset)."""
+_MAPPED_KINDS: Final = ("trajectory",)
+"""Kinds whose tensors, of any size, stay memory-mapped: a hundred experts would fill an object store."""
 _ABANDONED_S: Final = 3600.0
 """Seconds without a change after which a draft from another machine counts as abandoned."""
 _BYTES: Final = {"F64": 8, "F32": 4, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -233,10 +235,15 @@ class PoolFiles:
                 shutil.rmtree(draft, ignore_errors=True)
 
 
-def small_arrays(path: Path) -> tuple[dict[str, np.ndarray[Any, Any]], bool]:
-    """Return an entry's tensors of up to 64 MiB as arrays, and whether those are all its tensors."""
+def small_arrays(path: Path, kind: str = "") -> tuple[dict[str, np.ndarray[Any, Any]], bool]:
+    """Return an entry's tensors of up to 64 MiB as arrays, and whether those are all its tensors.
+
+    None of an entry of a `kind` that is always read from its file.
+    """
     from safetensors import safe_open
 
+    if kind in _MAPPED_KINDS:
+        return {}, False
     arrays = {}
     with safe_open(path, framework="numpy") as file:
         names = list(file.keys())

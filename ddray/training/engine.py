@@ -28,6 +28,7 @@ from ddray.nets.features import CpuLayer
 from ddray.system.numerics import current
 from ddray.system.transfer import to_device
 from ddray.training.graph import WORTHWHILE_STEPS, Graphs
+from ddray.training.gsam import Gsam
 from ddray.training.team import Team
 
 Batch = tuple[Tensor, ...]
@@ -48,6 +49,7 @@ class Rule:
             loss is computed in float32.
         groups: maps a network to the optimiser's parameter groups, such as `decay_matrices`; None: all of its
             parameters are one group. Not for fused networks.
+        gsam: steps along its gradients instead, at twice the cost; None: along the loss's.
     """
 
     loss: Callable[..., Tensor]
@@ -55,6 +57,7 @@ class Rule:
     clip: float | None = None
     bf16: bool = False
     groups: Callable[[nn.Module], list[dict[str, Any]]] | None = None
+    gsam: Gsam | None = None
 
 
 @dataclass(frozen=True)
@@ -226,15 +229,41 @@ class Step:
         self._model.finish()
 
     def _update(self, *batch: Tensor) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        share = None if self._team is None else self._team.share_of_rows(len(batch[0]), self._loss_sum)
-        for loss, rows in self._backward(self._model, batch, bool(self._bf16), share):
-            self._loss_sum += loss * rows
-        if self._team is not None:
-            self._team.sum_gradients(self._model.params)
+        self._differentiate(batch)
+        if self._rule.gsam is not None:
+            self._sharpen(self._rule.gsam, batch)
         if self._rule.clip is not None:
             self._model.clip(self._rule.clip)
         self.optimizer.step()
+
+    def _differentiate(self, batch: Batch, *, counts: bool = True) -> None:
+        """Set the gradients to those of a batch; `counts`: its losses are part of `mean_loss`."""
+        self.optimizer.zero_grad(set_to_none=True)
+        share = None if self._team is None else self._team.share_of_rows(len(batch[0]), self._loss_sum)
+        for loss, rows in self._backward(self._model, batch, bool(self._bf16), share):
+            if counts:
+                self._loss_sum += loss * rows
+        if self._team is not None:
+            self._team.sum_gradients(self._model.params)
+
+    @torch.no_grad()
+    def _sharpen(self, gsam: Gsam, batch: Batch) -> None:
+        """Replace the gradients of a batch by GSAM's; the weights are left as they were."""
+        params = [param for param in self._model.params if param.grad is not None]
+        is_stacked = isinstance(self._model, _Stacked)
+
+        def by_net(tensors: Iterable[Tensor | None]) -> list[Tensor]:
+            return [part if is_stacked else part[None] for part in tensors if part is not None]
+
+        weights, first = [param.clone() for param in params], by_net(param.grad for param in params)
+        for param, change in zip(by_net(params), gsam.perturbation(by_net(weights), first), strict=True):
+            param.add_(change)
+        with torch.enable_grad():
+            self._differentiate(batch, counts=False)
+        combined = gsam.combined(first, by_net(param.grad for param in params))
+        for param, weight, slope in zip(params, weights, combined, strict=True):
+            param.copy_(weight)
+            param.grad = slope if is_stacked else slope[0]
 
     def _backward(
         self, model: _Alone | _Stacked, batch: Batch, bf16: bool, share: Tensor | None = None

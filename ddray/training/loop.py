@@ -22,6 +22,7 @@ from ddray.training.dsa import Dsa, DsaPlan, siamese
 from ddray.training.embedding import Score, score
 from ddray.training.engine import Batch, Order, Rule, Step, run
 from ddray.training.fusing import PROBE_STEPS, fusing_pays
+from ddray.training.gsam import Gsam
 from ddray.training.rates import phases, step_rate
 from ddray.training.recipe import Augment, Recipe
 from ddray.training.team import Team
@@ -116,6 +117,7 @@ class Training:
         regress: as of `train`.
         encode: applied to the images of a batch, or of its part, before all else.
         team: processes that train one network together, each with its rows of every batch.
+        gsam: as of the engine's `Rule`.
     """
 
     images: Tensor  # packed ones may be on the disk while `labels` are on the device to compute on
@@ -125,6 +127,7 @@ class Training:
     regress: bool = False
     encode: Callable[[Tensor], Tensor] | None = None
     team: Team | None = None
+    gsam: Gsam | None = None
 
     def run(
         self,
@@ -166,7 +169,7 @@ class Training:
         optimizer: Any = partial(torch.optim.Adam, weight_decay=recipe.weight_decay)
         if recipe.optimizer == "sgd":
             optimizer = partial(torch.optim.SGD, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
-        rule = Rule(F.mse_loss if self.regress else mixed_cross_entropy, optimizer)
+        rule = Rule(F.mse_loss if self.regress else mixed_cross_entropy, optimizer, gsam=self.gsam)
         return Step(nets, rule, fused=fused, num_steps=num_steps, team=self.team)
 
     def batches(self, images: Tensor, generators: Sequence[torch.Generator]) -> Iterator[Batch]:

@@ -183,6 +183,7 @@ def test_an_entry_is_shown_by_a_prefix(toy: Any, ddray_home: Path) -> None:
 
 class TestCommands:
     TRAIN = ("pool", "train", "--kind", "supervised", "--arch", "convnet1_w8", "--epochs", "1")
+    EXPERTS = ("pool", "train", "--kind", "trajectory", "--arch", "convnet1_w8", "--epochs", "1")
 
     def test_train_list_show(self, capfd: pytest.CaptureFixture[str], ddray_home: Path) -> None:
         assert _run([*self.TRAIN, "--num-models", "2", "--device", "cpu", "--json"], False) == 0
@@ -200,27 +201,43 @@ class TestCommands:
             assert _run(command, False) == 0
             assert result["key"][:12] in capfd.readouterr().out
 
+    def test_train_list_show_experts(self, capfd: pytest.CaptureFixture[str], ddray_home: Path) -> None:
+        command = [*self.EXPERTS, "--num-models", "2", "--device", "cpu", "--set", "pixel_space=zca"]
+        assert _run([*command, "--json"], False) == 0
+        result = json.loads(capfd.readouterr().out)
+        assert _run(["pool", "list", "--json"], False) == 0
+        models = json.loads(capfd.readouterr().out)["models"]
+        assert sorted(result["keys"]) == [model["key"] for model in models]
+        assert {(model["kind"], model["epochs"]) for model in models} == {("trajectory", 1)}
+        assert _run(["pool", "show", result["key"][:8], "--json"], False) == 0
+        entry = json.loads(capfd.readouterr().out)
+        assert entry["tensors"]["snapshots"]["shape"][0] == 2
+        assert entry["meta"]["spec"]["transform"] == "zca+dsa"
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
             (["pool", "train", "--kind", "supervized"], "--kind must be one of .*did you mean 'supervised'"),
             (
                 ["pool", "train", "--kind", "diffusion", "--seed", "1"],
-                "--seed must go with --kind supervised or ssl, got --kind diffusion; leave it out",
+                "--seed must go with --kind supervised or ssl or trajectory, got --kind diff.*; leave it out",
             ),
             (["pool", "train", "--kind", "diffusion", "--arch", "convnet3"], "--arch must go with"),
             (
                 ["pool", "train", "--kind", "ssl", "--num-models", "1"],
-                "--num-models must go with --kind supervised, got --kind ssl",
+                "--num-models must go with --kind supervised or trajectory, got --kind ssl",
             ),
             (
                 ["pool", "train", "--kind", "ssl", "--num-workers", "2"],
-                r"--num-workers must go with --kind supervised, got --kind ssl \(its loss .*leave it out",
+                r"--num-workers must go with --kind supervised or trajectory, got --kind ssl \(.*leave it",
             ),
             (["pool", "train", "--kind", "diffusion", "--num-workers", "2"], "--num-workers must go with"),
             ([*TRAIN, "--num-workers", "0"], "--num-workers: .* greater than or equal to 1, got 0"),
             ([*TRAIN, "--address", "auto"], "--address needs --num-workers N, got auto without it"),
             ([*TRAIN, "--num-workers", "2", "--device", "cpu"], "--device must be left out .*, got cpu"),
+            ([*EXPERTS, "--num-models", "0"], "--num-models must be >= 1, got 0"),
+            ([*EXPERTS, "--set", "pixel_space=zka"], "pixel_space must be one of .*did you mean 'zca'"),
+            ([*EXPERTS, "--set", "momentom=0"], "unknown option 'momentom'"),
             (["pool", "show", "abc"], "0 start with 'abc'; there: none"),
             ([*TRAIN, "--set", "epoch=2"], "unknown option 'epoch'"),
             ([*TRAIN, "--dataset", "digitz"], "did you mean 'digits'"),

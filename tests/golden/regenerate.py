@@ -16,12 +16,20 @@ from ddray.data import open_dataset
 from ddray.distillation.loop import run_distillation
 from ddray.jobs.context import make_context, make_distiller
 from ddray.jobs.plan import resolve
+from ddray.methods import get_method
 
 FOLDER = Path(__file__).resolve().parent
-METHODS = ("cafe", "datadam", "dc", "dd", "dm", "dsa", "dsdm", "frepo", "idm", "kip", "m3d", "mmd_pixel")
+METHODS = (
+    *("cafe", "datadam", "datm", "dc", "dd", "dm", "dsa", "dsdm", "frepo", "idm", "kip", "m3d"),
+    *("mmd_pixel", "mtt"),
+)
 # CAFE trains its network until an accuracy has moved, which on another CPU may be an epoch earlier or later.
 # IDM's losses move by 1e-3 where its networks' ten batches are multiplied by 1 + 6e-8; after three by 1e-7.
+_EXPERTS = {"num_models": 1, "epochs": 2, "batch": 64}
+_BRIEF = {"inner_steps": 3, "expert_epochs": 1, "max_start": 1, "experts": _EXPERTS}
 EXTRA = {
+    "datm": {**_BRIEF, "min_start": 0, "threshold": 10.0},
+    "mtt": _BRIEF,
     "dsdm": {"pool": {"num_models": 2, "epochs": 1}},
     "cafe": {"max_inner": 3},
     "idm": {"net_steps": 3},
@@ -34,7 +42,8 @@ def losses(method: str) -> list[float]:
     """Return the losses of the first steps on digits: ipc 1, batch_real 8, seed 0, one thread."""
     torch.set_num_threads(1)
     dataset = open_dataset("digits")
-    settings = {"batch_real": 8, **EXTRA.get(method, {})}
+    has_real = "batch_real" in get_method(method).config_type.model_fields
+    settings = {**({"batch_real": 8} if has_real else {}), **EXTRA.get(method, {})}
     layers = [{"steps": STEPS, "compile": "off", "method": settings}]
     plan = resolve(method, dataset, ipc=1, seed=0, layers=layers)
     ctx = make_context(plan, dataset.train(), split_name="train", device=torch.device("cpu"))

@@ -17,6 +17,7 @@ from ddray.seeding import derive
 from ddray.system.memory import halved_budget
 from ddray.training.engine import Rule, Step
 from ddray.training.graph import WORTHWHILE_STEPS, Graphs
+from ddray.training.gsam import Gsam
 from tests.gpu.fake_cuda import FakeCuda
 
 CUDA = torch.device("cuda")
@@ -125,14 +126,15 @@ def test_a_failed_capture_leaves_generators_that_draw(gpu: FakeCuda, monkeypatch
 
 @pytest.mark.parametrize("optimizer", [partial(torch.optim.SGD, momentum=0.9), torch.optim.AdamW])
 @pytest.mark.parametrize("capture_fails", [False, True])
+@pytest.mark.parametrize("gsam", [None, Gsam(0.05, 0.3)])
 def test_training_steps_by_graphs_are_those_of_an_eager_training(
-    optimizer: Callable[..., Any], capture_fails: bool
+    optimizer: Callable[..., Any], capture_fails: bool, gsam: Gsam | None
 ) -> None:
     """Warm-ups and captures leave no trace: not on weights, statistics, moments or the loss."""
 
     def trained(num_steps: int) -> tuple[Step, dict[str, Tensor]]:
         net = build_net("convnet2_w8_bn", (3, 16, 16), 4, seed=0, device=CUDA).train()
-        step = Step([net], Rule(F.cross_entropy, optimizer), lr=0.01, num_steps=num_steps)
+        step = Step([net], Rule(F.cross_entropy, optimizer, gsam=gsam), lr=0.01, num_steps=num_steps)
         for index, num in enumerate((6, 6, 4, 6, 4)):
             generator = derive(index)
             images = torch.randn(num, 3, 16, 16, generator=generator)

@@ -39,11 +39,16 @@ def initial_images(
         return _noise(ctx, num).to(ctx.device), labels.to(ctx.device)
     index, is_copy = _choose(ctx, init, num, repeat)
     sizes = ctx.counts.clamp(max=num) if not repeat else torch.full_like(ctx.counts, num)
-    images = encode_set(ctx, ctx.split.images[index], sizes)
+    images = parted_copies(ctx, encode_set(ctx, ctx.split.images[index], sizes), is_copy)
+    return images.to(ctx.device), ctx.split.labels[index].to(ctx.device)
+
+
+def parted_copies(ctx: DistillContext, images: Tensor, is_copy: Tensor) -> Tensor:
+    """Return initial images [N, C, H, W], changed in place: copies, bool [N], get a little noise."""
     if bool(is_copy.any()):
         noise = torch.randn((int(is_copy.sum()), *images.shape[1:]), generator=ctx.generator("init copies"))
         images[is_copy] += _COPY_NOISE * images.std() * noise
-    return images.to(ctx.device), ctx.split.labels[index].to(ctx.device)
+    return images
 
 
 def initial_specs(ctx: DistillContext, init: Init) -> list[PoolSpec]:
