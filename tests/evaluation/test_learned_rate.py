@@ -30,7 +30,7 @@ def learned(planned: Any, digits: Any) -> Any:
     """Makes a set of digits, scored at its learned rate."""
 
     def make(extras: SetExtras) -> DistilledSet:
-        _, ctx, _ = planned("random", digits, ipc=1, layers=[SETTINGS])
+        _, ctx, _ = planned("random", digits, ipc=1, **SETTINGS)
         distilled: DistilledSet = ctx.make_set(torch.randn(10, 1, 16, 16), torch.arange(10), extras=extras)
         return distilled
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,16 +23,22 @@ def rates_of(recipe: Recipe, epoch: int) -> list[float]:
     return [rate(step) for step in range(recipe.epochs * epoch)]
 
 
-def test_a_warm_cosine_is_pytorchs_schedulers_one_after_the_other() -> None:
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.2)
-    rise = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / 6, total_iters=5)
-    fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=14, eta_min=0.002)
-    scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, [rise, fall], milestones=[6])
-    expected = []
-    for _ in range(20):
-        expected.append(optimizer.param_groups[0]["lr"])
+def scheduled(scheduler: Callable[[Any], Any], num: int) -> list[float]:
+    """Return the rates of `num` steps by a scheduler of PyTorch's, from .2."""
+    optimizer, rates = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.2), []
+    schedule = scheduler(optimizer)
+    for _ in range(num):
+        rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
-        scheduler.step()
+        schedule.step()
+    return rates
+
+
+def test_a_warm_cosine_is_pytorchs_schedulers_one_after_the_other() -> None:
+    schedulers = torch.optim.lr_scheduler
+    rise = scheduled(lambda opt: schedulers.LinearLR(opt, start_factor=1 / 6, total_iters=5), 6)
+    fall = scheduled(lambda opt: schedulers.CosineAnnealingLR(opt, T_max=14, eta_min=0.002), 14)
+    expected = [*rise, *fall]
     recipe = Recipe(epochs=5, lr=0.2, schedule="cosine", warmup=6)
     assert rates_of(recipe, 4) == pytest.approx(expected, rel=1e-9)
     assert warm_cosine(20, 6, 20) == pytest.approx(0.01)
