@@ -78,7 +78,8 @@ def test_the_gradients_of_images_and_rates_pass_gradcheck() -> None:
     class Outer(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, images: Tensor, raw: Tensor) -> Tensor:
-            swept = unrolled.swept(images, raw)
+            with torch.enable_grad():
+                swept = unrolled.swept(images, raw)
             ctx.save_for_backward(swept.leaves[0], swept.rates * torch.sigmoid(raw))
             return swept.loss
 
