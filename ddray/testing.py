@@ -137,7 +137,8 @@ class MethodContract:
         if budget_method(method) is None:
             assert loaded.images.shape == (10 * ipc, 1, 16, 16), "ipc images per class, of the data's shape"
             assert loaded.labels.tolist() == [k for k in range(10) for _ in range(ipc)], "sorted by class"
-            assert meta.storage_floats == floats, "what is stored is counted"
+            soft = 0 if loaded.soft_labels is None else loaded.soft_labels.numel()
+            assert meta.storage_floats == floats + soft, "what is stored is counted"
         else:
             assert loaded.targets is not None, "a method without classes stores targets"
             assert len(loaded.images) == len(loaded.targets) >= 1, "a target for each image"
