@@ -75,7 +75,8 @@ class MTTConfig(TrajectoryConfig):
     search_space: ClassVar = {**SEARCH_SPACE, "max_start": {"choice": [1, 2, 3, 5, 10]}}
     dataset_settings: ClassVar = {
         "digits": {
-            "steps": 400,
+            "arch": "convnet3_w32",
+            "steps": 300,
             "method": {
                 **{"inner_steps": 20, "expert_epochs": 3, "max_start": 4, "batch_syn": None},
                 **{"lr_img": 100.0, "lr_lr": 1e-7, "lr_start": 0.02, "experts": _DIGITS},

@@ -25,14 +25,14 @@ from ddray.config import Config
 from ddray.distillation.method import DistillContext, MethodConfig, SetExtras, Target
 from ddray.errors import DivergedError
 from ddray.methods.families.state import cpu_copy
-from ddray.methods.families.unrolled import EndGradient, Gradient, StepLoss, Swept, sweep
+from ddray.methods.families.unrolled import EndGradient, Gradient, Swept, sweep
 from ddray.nets import build_net
 from ddray.pool.spec import PoolEntry, PoolSpec
 from ddray.pool.trajectories import SNAPSHOTS, trajectory_specs
 from ddray.system.transfer import to_device
 from ddray.training.dsa import Dsa, DsaPlan, siamese
 from ddray.training.experts import ExpertRecipe, expert_images
-from ddray.training.student import Student
+from ddray.training.student import StepLoss, Student
 
 COUPLING: Final = "its students are trained on the images of all classes"
 _RATE_STEPS: Final = 50  # on a GPU, between looks at the learned rate, each of which waits for the device
@@ -142,7 +142,7 @@ def draw_batches(num: int, batch: int | None, steps: int, generator: torch.Gener
     size = num if batch is None else min(batch, num)
     batches: list[Tensor] = []
     while len(batches) < steps:
-        batches += reversed(torch.randperm(num, generator=generator).split(size))
+        batches += reversed(torch.split(torch.randperm(num, generator=generator), size))
     return batches[:steps]
 
 
@@ -299,7 +299,7 @@ class TrajectoryMatching:
     def _loss_of_step(self, drawn: Draw) -> StepLoss:
         """Return the student's loss in each step, which repeats the draws."""
         sizes = [len(rows) for rows in drawn.batches]
-        batches = to_device(torch.cat(drawn.batches), self._ctx.device).split(sizes)
+        batches = torch.split(to_device(torch.cat(drawn.batches), self._ctx.device), sizes)
 
         def loss(index: int, weights: Tensor, leaves: Sequence[Tensor]) -> Tensor:
             rows, plan = batches[index], drawn.plans[index]
