@@ -64,7 +64,7 @@ class Kernel:
         images = resident(train_set.images, ctx.device)
         fit = self._fit(images, regression_targets(train_set, ctx.dataset.num_classes).to(ctx.device), ctx)
         predicted, space = [], ctx.space.to(ctx.device)
-        for index in torch.arange(len(ctx.split)).split(self._at_once(ctx, num)):
+        for index in torch.split(torch.arange(len(ctx.split)), self._at_once(ctx, num)):
             held_out = space.encode(ctx.split.images[index].to(ctx.device))
             predicted.append(ntk(self._config.kernel, held_out, images) @ fit.alpha)
         values, labels = torch.cat(predicted).cpu(), ctx.split.labels
@@ -90,7 +90,7 @@ class Kernel:
             square = gram(config.kernel, images)
         else:
             same = torch.eye(num, dtype=torch.bool, device=images.device)
-            rows = torch.arange(num, device=images.device).split(size)
+            rows = torch.split(torch.arange(num, device=images.device), size)
             square = torch.cat([ntk(config.kernel, images[i], images, same=same[i]) for i in rows])
         fit = KernelRidge(square, targets, config.ridge)
         if not bool(torch.isfinite(fit.alpha).all()):

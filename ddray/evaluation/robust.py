@@ -214,8 +214,11 @@ def _make(options: EvaluateOptions, distilled: DistilledSet, ctx: EvalContext, r
         random_per_class=per_class,
         full_epochs=options.full_epochs,
     )
-    details = {"full_epochs": options.full_epochs or config.epochs, "random_per_class": per_class}
-    details |= learned_rate(distilled, options)
+    details = {
+        "full_epochs": options.full_epochs or config.epochs,
+        "random_per_class": per_class,
+        **learned_rate(distilled, options),
+    }
     return Scoring(evaluator, config.seeds, details)
 
 

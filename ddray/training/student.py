@@ -64,7 +64,7 @@ class Student:
 
     def parameters(self, flat: Tensor) -> dict[str, Tensor]:
         """Return the parameters by name, views of a vector [P]."""
-        parts = flat.split(self._sizes)
+        parts = torch.split(flat, self._sizes)
         named = zip(self.names, parts, self.shapes, strict=True)
         return {name: part.view(shape) for name, part, shape in named}
 

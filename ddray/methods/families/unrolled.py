@@ -82,8 +82,7 @@ def sweep(
             materialize_grads=True,
         )
         if carries:
-            *products, change = products
-            adjoint = adjoint + change
-        for total, product in zip(totals, products, strict=True):
+            adjoint = adjoint + products[-1]
+        for total, product in zip(totals, products, strict=False):
             total += product
     return Swept(loss, totals, torch.stack(by_step[::-1]) if by_step else rates.detach().clone(), end)
