@@ -59,10 +59,17 @@ class DDConfig(MethodConfig):
     protocol: ClassVar = "steps"
     dataset_settings: ClassVar = {
         "digits": {
-            "steps": 3000,
+            "steps": 1500,
             "arch": "lenet",
-            "method": {"batch_real": 256, "decay_every": 1500, "num_nets": 1},
-        }
+            "method": {
+                "batch_real": 256,
+                "decay_every": 500,
+                "distill_epochs": 10,
+                "lr_img": 0.05,
+                "rate_start": 0.1,
+            },
+        },
+        "digits_ipc10": {"method": {"distill_epochs": 3}},
     }
     quick: ClassVar = {"batch_real": 8, "distill_epochs": 2}
 

@@ -16,7 +16,7 @@ from ddray.nets.ntk import gram, ntk
 
 def started(planned: Any, toy: Any, steps: int = 3, **method: Any) -> Any:
     dataset = toy((6, 5, 6), (1, 8, 8))
-    settings = {"batch_real": 12, **method}
+    settings = {"batch_real": 12, "learn_labels": False, **method}
     _, ctx, distiller = planned("kip", dataset, ipc=2, steps=steps, arch="convnet1_w8", method=settings)
     distiller.setup(ctx)
     return ctx, distiller
@@ -91,8 +91,10 @@ def test_images_and_labels_move_by_adam(planned: Any, toy: Any) -> None:
     distiller.step()
     for old, learned in zip(before, (engine._images, engine._targets), strict=True):
         assert learned.dtype == torch.float64
-        moved = old - learned.detach()
-        torch.testing.assert_close(moved, 0.01 * learned.grad.sign(), rtol=1e-3, atol=1e-6)
+        large = learned.grad.abs() > 1e-4  # far above Adam's eps
+        moved = (old - learned.detach())[large]
+        torch.testing.assert_close(moved, 0.01 * learned.grad[large].sign(), rtol=1e-3, atol=0)
+        assert len(moved) > 0
 
 
 def test_labels_are_fixed_or_in_the_set_as_values(planned: Any, toy: Any) -> None:

@@ -147,7 +147,7 @@ POOLED = ("conv", "relu", "conv", "relu", "pool", "conv", "relu", "flatten", "de
 def test_a_convolutional_kernel_equals_loops_over_positions(layers: tuple[str, ...]) -> None:
     x, y = images(2, (2, 4, 4)), images(2, (2, 4, 5 if "pool" in layers else 4), seed=1)[..., :4]
     result = _all_positions(layers, x, y, None)
-    expected = torch.tensor([[Loops(u, v).run(layers) for v in y] for u in x]).double()
+    expected = torch.tensor([[Loops(u, v).run(layers) for v in y] for u in x], dtype=torch.float64)
     torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-12)
 
 
