@@ -61,7 +61,7 @@ def test_fractions_are_no_labels(dataset: Dataset, tmp_path: Path) -> None:
 
 
 def test_soft_labels_are_probabilities_of_every_image(dataset: Dataset, tmp_path: Path) -> None:
-    torch.save({"data": [normal(), torch.rand(6, 3)]}, tmp_path / "a.pt")
+    torch.save({"data": [normal(), torch.rand(6, 3).softmax(1)]}, tmp_path / "a.pt")
     loaded = load(tmp_path / "a.pt", ForeignRequest(dataset))
 
     def broken(soft_labels: Tensor) -> DistilledSet:

@@ -59,7 +59,8 @@ def distil(method: str, dataset: Any, planned: Any) -> Any:
     settings = dict(getattr(config_type, "quick", {}))
     fields = config_type.model_fields
     if "augment" in fields:
-        settings |= {"augment": "dsa_idc", **({"strategy": None} if "strategy" in fields else {})}
+        augment = "dsa" if method in ("datm", "mtt") else "dsa_idc"
+        settings |= {"augment": augment, **({"strategy": None} if "strategy" in fields else {})}
     if "augment_real" in fields:
         settings["augment_real"] = "crop_flip"
     if method == "d3hr":
@@ -74,8 +75,8 @@ def distil(method: str, dataset: Any, planned: Any) -> Any:
     return distiller.snapshot()
 
 
-MIRRORING = {"cafe", "datadam", "dc", "dd", "dm", "dsa", "dsdm", "idm", "m3d", "mmd_pixel"}
-MIRRORING |= {"boost_ssdd", "krr_st", "kmeans_ssl", "random_ssl"}
+MIRRORING = {"cafe", "datadam", "datm", "dc", "dd", "dm", "dsa", "dsdm", "idm", "m3d", "mmd_pixel"}
+MIRRORING |= {"mtt", "boost_ssdd", "krr_st", "kmeans_ssl", "random_ssl"}
 
 
 @pytest.mark.parametrize("method", method_names())

@@ -99,7 +99,7 @@ def test_training_on_values_by_adam_is_by_hand() -> None:
                 v.mul_(0.999).add_(0.001 * gradient**2)
                 weight.data -= rate * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
             last += float(error.detach()) * len(index) / 6
-    assert float(loss) == pytest.approx(last, rel=1e-9)
+    assert float(loss) == pytest.approx(last, rel=1e-6)  # a float32
     for actual, expected in zip(ours.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
 
