@@ -151,7 +151,7 @@ def _evaluation_changes(
             yield f"evaluate.epochs {options['epochs']}, not the protocol's own"
         yield from (f"evaluate.{text.replace('=', ' ')}, not the protocol's own" for text in sets)
         return
-    theirs = flatten(preset.model_dump())
+    theirs = flatten(preset.every_value())
     if recipe is not None and _is_other(str(recipe), theirs, plan):
         yield f"evaluate.recipe {recipe}, not the method's own"
     plain = {name: options[name] for name in ("epochs", "augment") if options.get(name) is not None}

@@ -81,7 +81,7 @@ class Recipe(Config):
         return self.without_augmentation() if split.is_audio else self
 
 
-_VICO: Final = Recipe().model_dump()
+_VICO: Final = Recipe().every_value()
 RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
     "vico": _VICO,
     "idc": {

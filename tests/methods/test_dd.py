@@ -146,7 +146,8 @@ def replayed(ctx: Any, images: Tensor, raw: Tensor, ipc: int, net_seeds: list[in
 
 @pytest.mark.parametrize(("net_init", "num_nets"), [("random", 1), ("random", 2), ("fixed", 2)])
 def test_a_step_is_adams_on_the_mean_loss_of_its_networks(net_init: str, num_nets: int) -> None:
-    ctx, distiller = started(seed=4, net_init=net_init, num_nets=num_nets, rate_start=0.5, lr_img=0.01)
+    method = {"net_init": net_init, "num_nets": num_nets, "rate_start": 0.5, "lr_img": 0.01}
+    ctx, distiller = started(seed=4, augment_real="none", **method)
     engine = distiller._engine
     images, raw = engine._images.detach().clone(), engine._raw_rates.detach().clone()
     fresh = [derive_seed(4, "distill", "net", 1, number) for number in range(num_nets)]

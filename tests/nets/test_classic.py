@@ -80,8 +80,8 @@ def test_weights_are_xaviers_normal_and_biases_zero(arch: str) -> None:
     layers = [module for module in net.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
 
     for layer in layers:
-        weight, bias = layer.weight, layer.bias
-        assert bias is not None
+        assert layer.bias is not None
+        weight, bias = layer.weight.detach(), layer.bias
         assert not bool(bias.any())
         receptive = math.prod(weight.shape[2:])
         deviation = math.sqrt(2 / (receptive * (weight.shape[0] + weight.shape[1])))

@@ -59,8 +59,9 @@ def distil(method: str, dataset: Any, planned: Any) -> Any:
     settings = dict(getattr(config_type, "quick", {}))
     fields = config_type.model_fields
     if "augment" in fields:
-        augment = "dsa" if method in ("datm", "mtt") else "dsa_idc"
-        settings |= {"augment": augment, **({"strategy": None} if "strategy" in fields else {})}
+        settings |= {"augment": "dsa_idc", **({"strategy": None} if "strategy" in fields else {})}
+    if method in ("datm", "mtt"):  # an operation a step, which must be flip once
+        settings |= {"augment": "dsa", "inner_steps": 40}
     if "augment_real" in fields:
         settings["augment_real"] = "crop_flip"
     if method == "d3hr":
