@@ -77,7 +77,7 @@ class TestSettings:
         assert {name: getattr(back, name) for name in RECIPES["vico"]} == RECIPES["vico"]
 
     def test_the_artifacts_own_recipe_is_the_default(self, random_set: Path) -> None:
-        settings = evaluation_config(with_evaluate(random_set, **self.idc), EvaluateOptions()).dump()
+        settings = evaluation_config(with_evaluate(random_set, **self.idc), EvaluateOptions()).every_value()
         assert {name: settings[name] for name in self.idc} == self.idc
 
     @pytest.mark.parametrize("augment", ["dsa", "none", "autoaugment"])
@@ -224,7 +224,8 @@ class TestContinual:
     [
         (
             ["--protocol", "hrad"],
-            "protocol must be one of continual, distribution, hard, kernel, linear, robust, soft, got 'hrad'",
+            "protocol must be one of continual, distribution, hard, kernel, linear, robust, soft, steps, "
+            "got 'hrad'",
         ),
         (["--num-tasks", "5"], "--num-tasks must be left out, or used with --protocol continual"),
         (

@@ -108,7 +108,7 @@ class TestEvaluate:
         [
             (
                 {"protocol": "soft-ish"},
-                "protocol must be one of continual, distribution, hard, kernel, linear, robust, soft",
+                "protocol must be one of continual, distribution, hard, kernel, linear, robust, soft, steps",
             ),
             ({"split": "train"}, "split must be one of test, val, got 'train'"),
             ({"archs": ("convnet33",)}, "convnet33"),
