@@ -210,6 +210,8 @@ class MethodConfig(Config):
     """Run settings by dataset, over the preset's: `{"digits": {"steps": 300}, "digits_ipc10": {...}}`."""
     quick: ClassVar[Mapping[str, Any]] = {}
     """Settings with which the contract tests take seconds."""
+    with_fewer_epochs: ClassVar[Mapping[str, Any]] = {}
+    """Settings that a table's limit changes too where it lowers epochs, such as which of them are used."""
     uses_maps: ClassVar[bool] = False
     """Whether the method needs `Features.maps`, which other people's networks may not have."""
 

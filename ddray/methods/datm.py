@@ -105,6 +105,10 @@ class DATMConfig(TrajectoryConfig):
         },
         "digits_ipc1": {"method": {"min_start": 0, "max_start": 4, "lr_lr": 1e-7}},
     }
+    with_fewer_epochs: ClassVar = {
+        **TrajectoryConfig.with_fewer_epochs,
+        **{"min_start": 0, "first_max_start": None},
+    }
     quick: ClassVar = {
         **QUICK,
         "experts": {**QUICK["experts"], "rho": 0.01, "alpha": 0.3},

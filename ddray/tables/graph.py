@@ -171,11 +171,13 @@ def _limited(spec: BenchSpec, row: MethodSpec, dataset: Dataset, size: tuple[str
             raise InputError(f"row {row.row}: {error}") from error
 
     plan, limits = resolved(), spec.limits
-    config = plan.config.dump()
+    config, fewer_epochs = plan.config.dump(), _lowered(plan.config.method.dump(), "epochs", limits.epochs)
+    if fewer_epochs:
+        fewer_epochs |= getattr(plan.config.method, "with_fewer_epochs", {})
     lower: dict[str, Any] = {
         "method": merge(
             _lowered(config["method"], "steps", limits.steps),
-            _lowered(config["method"], "epochs", limits.epochs),
+            fewer_epochs,
             _exceeded(config["method"], batch_real=limits.batch_real),
         ),
         "evaluate": _exceeded(config["evaluate"], epochs=limits.epochs, seeds=limits.networks),

@@ -11,9 +11,9 @@ where the expert was M epochs later (Eq 2):
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal, Self
+from typing import Any, ClassVar, Final, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +59,8 @@ class ExpertsConfig(Config):
 
 class TrajectoryConfig(MethodConfig):
     """Settings of the methods that match trajectories."""
+
+    with_fewer_epochs: ClassVar[Mapping[str, Any]] = {"expert_epochs": 1, "max_start": 1}
 
     inner_steps: int = Field(default=50, ge=1)
     """N, steps of the student."""
