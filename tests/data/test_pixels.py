@@ -79,6 +79,20 @@ def test_zca_whitens() -> None:
     torch.testing.assert_close(torch.cov(flat.T), torch.eye(48, dtype=torch.float64), rtol=0, atol=5e-3)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_image_has_the_same_bytes_whatever_batch_it_is_in(threads: int) -> None:
+    """Shards whiten alone what is theirs; without AVX-512, products of few rows are summed otherwise."""
+    images, before = some_split(90, (3, 8, 8)).images, torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        space = fit_zca(some_split(90, (3, 8, 8)))
+        whole = space.encode(images)
+        for num in (*range(1, 20), 33, 64):
+            assert torch.equal(space.encode(images[7 : 7 + num]), whole[7 : 7 + num])
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_gradients_pass_through_encode() -> None:
     images = (some_split(3).images / 255).requires_grad_()
     for space in spaces():
