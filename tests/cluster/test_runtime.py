@@ -33,8 +33,11 @@ def test_sigterm_ends_a_background_job_whose_shell_ignores_sigint() -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", "ray://"])
-def test_an_address_where_nobody_listens_is_refused_at_once(prefix: str) -> None:
+def test_an_address_where_nobody_listens_is_refused_at_once(
+    prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ray itself tries for minutes."""
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # by another test
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         address = f"{prefix}127.0.0.1:{closed.getsockname()[1]}"
