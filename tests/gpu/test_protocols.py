@@ -75,7 +75,9 @@ def test_a_protocol_gives_the_scores_of_the_cpu(
 
         assert gpu.memories[0].peak == 0
         assert gpu.kernels > 0
-        assert (gpu.replays > 0) == ((PROTOCOLS[name].get("epochs") or 0) > 50 or "probe" in str(PROTOCOLS[name]))
+        assert (gpu.replays > 0) == (
+            (PROTOCOLS[name].get("epochs") or 0) > 50 or "probe" in str(PROTOCOLS[name])
+        )
     assert (result.pop("precision"), expected.pop("precision")) == ("tf32", "fp32")
     assert result.keys() == expected.keys()
     for key, value in result.items():
