@@ -1,6 +1,7 @@
 """Another project's set as a `DistilledSet`: labels, pixel space, and images that hold several, cut apart."""
 
 import logging
+import math
 from pathlib import Path
 from typing import Any, Final
 
@@ -156,7 +157,11 @@ def _describe(
     per_class = int(torch.bincount(labels).max()) if len(labels) else max(1, num // dataset.num_classes)
     rows, columns = _grid(foreign, request)
     config: dict[str, Any] = {"method": {"factor": columns}} if foreign.is_divided else {}
-    if foreign.lr is not None:
+    lr = foreign.lr
+    if lr is not None and not 0 < lr < math.inf:
+        log.warning("its learning rate, %g, is left out: networks can't be trained at it", lr)
+        lr = None
+    if lr is not None:
         config = merge(config, {"evaluate": {"lr": "learned"}})
     is_normalized = space.kind == "normalized"
     facts = {
@@ -165,7 +170,7 @@ def _describe(
         "storage_floats": images.numel() + (foreign.labels.numel() if foreign.labels.ndim == 2 else 0),
         "arch": default_arch((images.shape[1], images.shape[2], images.shape[3])),
         "norm": "instance",
-        "learned_lr": foreign.lr,
+        "learned_lr": lr,
         **foreign.facts,
     }
     return Meta.parse(

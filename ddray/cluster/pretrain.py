@@ -106,7 +106,7 @@ def train_experts(dataset: Dataset, options: PoolOptions, recipe: Mapping[str, A
         device=device,
     )
     if missing := [spec for spec in specs if not _is_intact(PoolFiles(folder), spec.key)]:
-        job = EntryJob(options.dataset, options.opening(), folder, device)
+        job = EntryJob(dataset.name, {"data_dir": options.data_dir}, folder, device)
         executor = RayExecutor(options.cpus, options.gpus, options.num_workers, options.address, "worker")
         log.info("pool: training %d experts (%s)", len(missing), missing[0].arch)
         with executor.workers() as workers:

@@ -60,6 +60,8 @@ def join_sets(sets: Sequence[DistilledSet]) -> DistilledSet:
             "the shards were whitened by different matrices (nodes of several kinds, or other CPUs per shard "
             "before --resume); begin a new run"
         )
+    if any(one.meta.format_version > 1 for one in sets):
+        raise DdrayError("shards can't be joined: each has soft labels, a learned rate or steps of its own")
     floats = sum(one.meta.storage_floats for one in sets)
     return replace(
         sets[0],

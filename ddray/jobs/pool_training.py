@@ -110,7 +110,8 @@ def expert_specs(
     """
     if num_models < 1:
         raise InputError(f"--num-models must be >= 1, got {num_models}")
-    fields = {"pixel_space": "normalized", **recipe}
+    audio = {"augment": "none"} if dataset.train().is_audio else {}  # as the methods train them
+    fields: dict[str, Any] = {"pixel_space": "normalized", **audio, **recipe}
     if (kind := fields.pop("pixel_space")) not in _PIXEL_SPACES:
         raise unknown("pixel_space", str(kind), _PIXEL_SPACES)
     return trajectories.trajectory_specs(

@@ -171,6 +171,8 @@ class Scorer:
             "split": self.options.split,
             **self.scorings[0].details,
         }
+        if len({scoring.details.get("learned_lr") for scoring in self.scorings}) > 1:
+            details.pop("learned_lr", None)  # each set has its own
         return {**details, "num_sets": len(self.sets)} if len(self.sets) > 1 else details
 
     def first_seed(self, set_index: int) -> int:

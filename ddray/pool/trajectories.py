@@ -73,9 +73,9 @@ def entry_tensors(snapshots: Tensor, net: Net) -> dict[str, Tensor]:
     return {SNAPSHOTS: snapshots, **{_BUFFERS + name: buffer for name, buffer in net.named_buffers()}}
 
 
-def entry_shapes(net: Net) -> dict[str, list[int]]:
-    """Return the shapes of a network's parameters by name, in the order of its snapshots."""
-    return {name: list(parameter.shape) for name, parameter in net.named_parameters()}
+def entry_shapes(net: Net) -> list[tuple[str, list[int]]]:
+    """Return the names and shapes of a network's parameters, in the order of its snapshots."""
+    return [(name, list(parameter.shape)) for name, parameter in net.named_parameters()]
 
 
 def trained_expert(entry: PoolEntry, device: torch.device) -> Net:

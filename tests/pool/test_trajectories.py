@@ -59,7 +59,7 @@ def test_an_entry_is_plain_sgd_replayed_by_hand() -> None:
                     parameter -= 0.05 * gradient
         torch.testing.assert_close(flat_parameters(net), snapshots[epoch], rtol=1e-4, atol=1e-5)
         assert not torch.equal(snapshots[epoch], snapshots[epoch - 1])
-    assert measured["parameters"] == {name: [*p.shape] for name, p in net.named_parameters()}
+    assert measured["parameters"] == [(name, [*p.shape]) for name, p in net.named_parameters()]
 
 
 def test_an_experts_network_comes_back_with_its_buffers(ddray_home: Path) -> None:
