@@ -89,8 +89,6 @@ class DATMConfig(TrajectoryConfig):
 
     search_space: ClassVar = {
         **SEARCH_SPACE,
-        "min_start": {"choice": [0, 1, 3]},
-        "max_start": {"choice": [8, 12, 16, 20]},
         "lr_label": {"loguniform": [0.5, 20.0]},
     }
     dataset_settings: ClassVar = {
@@ -205,7 +203,7 @@ def preset(name: str, target: Target) -> dict[str, Any]:
         method["threshold"] = 1.1
     if (target.dataset, target.ipc) == ("cifar100", 50):
         method["init"] = "random"
-    whitened = target.dataset in ("cifar10", "cifar100", "tiny_imagenet")
+    whitened = family(target) == target.dataset.replace("_", "")
     return {
         "steps": 10_000,
         "pixel_space": "zca" if whitened else "normalized",

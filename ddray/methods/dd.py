@@ -64,12 +64,11 @@ class DDConfig(MethodConfig):
             "method": {
                 "batch_real": 256,
                 "decay_every": 500,
-                "distill_epochs": 10,
                 "lr_img": 0.05,
                 "rate_start": 0.1,
             },
         },
-        "digits_ipc10": {"method": {"distill_epochs": 3}},
+        "digits_ipc1": {"method": {"distill_epochs": 10}},
     }
     quick: ClassVar = {"batch_real": 8, "distill_epochs": 2}
 
@@ -178,7 +177,7 @@ class Distillation:
         num = min(self._config.batch_real, len(self._real))
         index = torch.randperm(len(self._real), generator=generator)[:num]
         rows = to_device(index, self._real_labels.device)
-        stored = to_device(self._real[rows.to(self._real.device)], rows.device)
+        stored = to_device(self._real[to_device(index, self._real.device)], rows.device)
         images = self._space.encode(stored)
         if self._config.augment_real == "crop_flip" and not self._ctx.split.is_audio:
             bordered = F.pad(images, (_PADDING,) * 4, mode="reflect")

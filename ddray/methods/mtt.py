@@ -93,7 +93,7 @@ def preset(name: str, target: Target) -> dict[str, Any]:
     """Return the settings; those of the paper's table and of the code are the same (see Deviations)."""
     rows = _TABLE[family(target)]
     ipc = max((published for published in rows if published <= target.ipc), default=1)
-    whitened = (target.dataset, ipc) in _WHITENED
+    whitened = family(target) == target.dataset and (target.dataset, ipc) in _WHITENED
     return {
         "steps": 5000,
         "pixel_space": "zca" if whitened else "normalized",

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from ddray.errors import InputError
 from ddray.nets import Net
@@ -47,9 +48,10 @@ class Student:
 
     def __init__(self, net: nn.Module) -> None:
         self._net = copy.deepcopy(net).requires_grad_(False).to(memory_format=torch.contiguous_format).train()
-        if isinstance(net, Net) and parse_arch(net.arch).drops:
+        arch = net.arch if isinstance(net, Net) else type(net).__name__
+        if (isinstance(net, Net) and parse_arch(arch).drops) or _has_dropout(net):
             raise InputError(
-                f"a student must repeat its steps exactly, but {net.arch} drops at random; use another --arch"
+                f"a student must repeat its steps exactly, but {arch} drops at random; use another --arch"
             )
         for module in self._net.modules():
             if isinstance(module, CpuLayer):
@@ -75,6 +77,10 @@ class Student:
                 self._net, self.parameters(flat), (images.contiguous(),)
             )
         return outputs
+
+
+def _has_dropout(net: nn.Module) -> bool:
+    return any(isinstance(module, _DropoutNd) and module.p > 0 for module in net.modules())
 
 
 def ordered_loss(student: Student, order: Sequence[Tensor], labels: Tensor) -> StepLoss:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from ddray.errors import InputError
 from ddray.nets import build_net
@@ -57,6 +58,12 @@ def test_batch_norm_takes_the_batchs_statistics_and_keeps_none() -> None:
     assert torch.equal(first, second)
     torch.testing.assert_close(first, expected, rtol=1e-4, atol=1e-5)
     assert all(int(buffer) == 0 for name, buffer in student._net.named_buffers() if "num_batches" in name)
+
+
+def test_another_persons_network_with_dropout_is_refused() -> None:
+    Student(nn.Sequential(nn.Flatten(), nn.Dropout(0.0), nn.Linear(4, 2)))
+    with pytest.raises(InputError, match="repeat its steps exactly, but Sequential drops at random"):
+        Student(nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(4, 2)))
 
 
 def test_a_network_that_drops_at_random_is_refused() -> None:
