@@ -8,14 +8,13 @@ regression.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from reports.scale.lab import Lab, ddray
+from reports.scale.lab import Lab, ddray, environments, opened
 
 _RECORD: Final = Path(__file__).resolve().parent / "kip.jsonl"
 _KIP: Final = ("--method", "kip", "--preset", "repo", "--set", "method.kernel=fc1")
@@ -106,12 +105,7 @@ def page(measured: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[str]:
         cells = (part, figure, str(row["n"]), _cell(row), along, f"{row['mean']['seconds']:.0f}")
         lines.append("| " + " | ".join(cells) + f" | `{row['command']}` |")
     lines += ["", *(f"- {line}" for line in verdict(measured)), ""]
-    environments = {
-        f"{env['processor']}, {env['cpu_count']} cores, {', '.join(env['devices']) or 'no GPU'}; torch "
-        f"{env['versions']['torch']}; commit {(env['git_commit'] or 'unknown')[:12]}; {env['date'][:10]}"
-        for env in (row["environment"] for row in measured.values())
-    }
-    return [*lines, *sorted(environments), ""]
+    return [*lines, *environments(measured), ""]
 
 
 def _cell(row: Mapping[str, Any]) -> str:
@@ -122,24 +116,13 @@ def _cell(row: Mapping[str, Any]) -> str:
 
 def main() -> None:
     """Measure the parts that are named, or all, but for what is recorded."""
-    parser = argparse.ArgumentParser(prog="python -m reports.kip", description=__doc__)
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; default all")
-    parser.add_argument("--folder", type=Path, default=Path("build/kip"), help="runs")
-    parser.add_argument("--lines", type=Path, default=_RECORD, help="the record, a JSON line per figure")
-    parser.add_argument("--repeats", type=int, default=3, help="seeds of a figure")
-    parser.add_argument("--tiny", action="store_true", help="show that the parts work; measures nothing")
-    options = parser.parse_args()
-    if unknown := set(options.parts) - PARTS.keys():
-        parser.error(f"parts must be of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
-    folder = options.folder.absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    lab = Lab(folder, options.lines.absolute(), options.repeats, options.tiny)
-    for part in options.parts or PARTS:
+    lab, parts = opened("kip", __doc__, _RECORD, list(PARTS))
+    for part in parts:
         for figure in PARTS[part]:
             measure(lab, part, figure)
     for line in verdict(lab.measured()):
         print(line)  # noqa: T201
-    if not options.tiny:
+    if not lab.is_tiny:
         lab.lines.with_suffix(".md").write_text("\n".join(page(lab.measured())), encoding="utf-8")
 
 

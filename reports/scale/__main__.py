@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from reports.scale.lab import Lab
+from reports.scale.lab import environments, opened
 from reports.scale.parts import PARTS
 
 _RECORD = Path(__file__).resolve().parents[1] / "scale.jsonl"
@@ -15,23 +14,12 @@ _RECORD = Path(__file__).resolve().parents[1] / "scale.jsonl"
 
 def main() -> None:
     """Run the parts that are named, or all, and print the table."""
-    parser = argparse.ArgumentParser(prog="python -m reports.scale", description=__doc__)
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; default all")
-    parser.add_argument("--folder", type=Path, default=Path("build/scale"), help="datasets and runs")
-    parser.add_argument("--lines", type=Path, default=_RECORD, help="the record, a JSON line per figure")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of a figure")
-    parser.add_argument("--tiny", action="store_true", help="show that the parts work; measures nothing")
-    options = parser.parse_args()
-    if unknown := set(options.parts) - PARTS.keys():
-        parser.error(f"parts must be of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
-    folder = options.folder.absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    lab = Lab(folder, options.lines.absolute(), 1 if options.tiny else options.repeats, options.tiny)
-    for part in options.parts or PARTS:
+    lab, parts = opened("scale", __doc__, _RECORD, list(PARTS))
+    for part in parts:
         PARTS[part](lab)
     for line in summary(lab.measured()):
         print(line)  # noqa: T201
-    if not options.tiny:
+    if not lab.is_tiny:
         lab.lines.with_suffix(".md").write_text("\n".join(page(lab.measured())), encoding="utf-8")
 
 
@@ -45,12 +33,7 @@ def page(measured: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[str]:
         lines.append("| " + " | ".join(cells) + " |")
     ratios = _ratios({key: row["mean"] for key, row in measured.items()})
     lines += ["", *(f"- {ratio}" for ratio in ratios), ""]
-    environments = {
-        f"{env['processor']}, {env['cpu_count']} cores, {', '.join(env['devices']) or 'no GPU'}; torch "
-        f"{env['versions']['torch']}; commit {(env['git_commit'] or 'unknown')[:12]}; {env['date'][:10]}"
-        for env in (row["environment"] for row in measured.values())
-    }
-    return [*lines, *sorted(environments), ""]
+    return [*lines, *environments(measured), ""]
 
 
 def _numbers(row: Mapping[str, Any]) -> str:

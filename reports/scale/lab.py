@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -78,6 +79,34 @@ class Ran:
     out: dict[str, Any]
     seconds: float
     anonymous_bytes: int
+
+
+def opened(name: str, doc: str | None, record: Path, parts: Sequence[str]) -> tuple[Lab, list[str]]:
+    """Return the lab that the command line of `python -m reports.<name>` describes, and its parts."""
+    parser = argparse.ArgumentParser(prog=f"python -m reports.{name}", description=doc)
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(parts)}; default all")
+    parser.add_argument("--folder", type=Path, default=Path("build") / name, help="datasets and runs")
+    parser.add_argument("--lines", type=Path, default=record, help="the record, a JSON line per figure")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of a figure")
+    parser.add_argument("--tiny", action="store_true", help="show that the parts work; measures nothing")
+    options = parser.parse_args()
+    if unknown := {*options.parts} - {*parts}:
+        parser.error(f"parts must be of {', '.join(parts)}, got {', '.join(sorted(unknown))}")
+    folder = options.folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    repeats = 1 if options.tiny else options.repeats
+    return Lab(folder, options.lines.absolute(), repeats, options.tiny), options.parts or [*parts]
+
+
+def environments(measured: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[str]:
+    """Return a line for each machine and commit that figures are of."""
+    return sorted(
+        {
+            f"{env['processor']}, {env['cpu_count']} cores, {', '.join(env['devices']) or 'no GPU'}; torch "
+            f"{env['versions']['torch']}; commit {(env['git_commit'] or 'unknown')[:12]}; {env['date'][:10]}"
+            for env in (row["environment"] for row in measured.values())
+        }
+    )
 
 
 def ddray(lab: Lab, *arguments: object, home: Path | None = None) -> Ran:
