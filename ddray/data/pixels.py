@@ -129,7 +129,6 @@ class PixelSpace:
         return {}
 
 
-@lru_cache(maxsize=64)
 def _product(rows: Tensor, matrix: Tensor) -> Tensor:
     """Return rows [N, D] @ matrix [D, D], on a CPU with the same bytes of a row whatever N is.
 
@@ -141,6 +140,7 @@ def _product(rows: Tensor, matrix: Tensor) -> Tensor:
     return (F.pad(rows, (0, 0, 0, lacking)) @ matrix)[: len(rows)]
 
 
+@lru_cache(maxsize=64)
 def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
     """Return `values` as [1, C, 1, 1] on `device`, copied there once."""
     return torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+
 import kornia
 import pytest
 import torch
@@ -22,6 +24,15 @@ def spaces() -> list[PixelSpace]:
         PixelSpace("normalized", (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)),
         fit_zca(some_split()),
     ]
+
+
+@pytest.mark.parametrize("space", spaces(), ids=lambda space: space.kind)
+def test_no_batch_outlives_its_encoding(space: PixelSpace) -> None:
+    pixels = torch.rand(37, 3, 4, 4)
+    space.decode(space.encode(pixels))
+    del pixels
+    batches = [one for one in gc.get_objects() if type(one) is torch.Tensor and one.shape[:1] == (37,)]
+    assert not batches
 
 
 @pytest.mark.parametrize("space", spaces(), ids=lambda space: space.kind)
