@@ -211,6 +211,8 @@ class DistilledSet:
                 raise InputError(f"decoder {meta.decoder} and {name} {value} must both be given, or none")
         if meta.label_kind is not None and self.soft_labels is None:
             raise InputError(f"label_kind {meta.label_kind} must go with soft_labels, this set has none")
+        if meta.schedule is not None and meta.decoder is not None:
+            raise InputError(f"decoder must be null with a schedule of stored images, got {meta.decoder}")
         if meta.schedule is not None and meta.schedule.num_rows > len(self.images):
             raise InputError(
                 f"schedule.order must name rows 0..{len(self.images) - 1} of the images, "

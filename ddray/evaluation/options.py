@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, get_args
 
 from pydantic import (
@@ -197,7 +197,7 @@ class EvaluateConfig(Recipe):
 
 def check_settings(options: EvaluateOptions) -> None:
     """Refuse `--set` of what a run's `evaluate` section lacks, with the nearest name or a value's rule."""
-    sets = _overrides(options)
+    sets = overrides(options.sets)
     if "every" in sets:
         raise InputError(
             "--set every=N is for `ddray distill --set evaluate.every=N`, which keeps sets; leave it out"
@@ -205,11 +205,11 @@ def check_settings(options: EvaluateOptions) -> None:
     EvaluateConfig.parse(named_recipe(sets), prefix="evaluate.")
 
 
-def _overrides(options: EvaluateOptions) -> dict[str, Any]:
+def overrides(sets: Iterable[str]) -> dict[str, Any]:
     """Return what `--set` sets; names may begin with `evaluate.`, as in a run's configuration."""
-    sets = parse_overrides(options.sets)
-    section = sets.pop("evaluate", {})
-    return merge(section, sets) if isinstance(section, Mapping) else {"evaluate": section}
+    parsed = parse_overrides(sets)
+    section = parsed.pop("evaluate", {})
+    return merge(section, parsed) if isinstance(section, Mapping) else {"evaluate": section}
 
 
 def evaluation_config(distilled: DistilledSet, options: EvaluateOptions) -> EvaluateConfig:
@@ -245,7 +245,7 @@ def _configured(distilled: DistilledSet, options: EvaluateOptions) -> EvaluateCo
     recipe = functools.partial(
         named_recipe, dataset=DatasetRef.parse(distilled.meta.dataset).base, factor=factor
     )
-    sets = recipe(_overrides(options))
+    sets = recipe(overrides(options.sets))
     if not isinstance(settings, dict):
         raise InputError(f"meta.config.evaluate must be a mapping, got {settings!r}")
     if options.recipe is not None:

@@ -76,6 +76,7 @@ _TABLE: Final[dict[str, dict[int, tuple[Any, ...]]]] = {
         50: (20, 2, 40, None, 70, 0, 1000, 10.0, 100.0, 1e-4),
     },
 }
+_NUM_CLASSES: Final = {"cifar10": 10, "cifar100": 100, "tinyimagenet": 200}
 _PAPER: Final[dict[tuple[str, int], dict[str, int]]] = {
     ("cifar10", 1000): {"inner_steps": 40},
     ("tinyimagenet", 1): {"inner_steps": 60},
@@ -197,6 +198,9 @@ def preset(name: str, target: Target) -> dict[str, Any]:
     rows = _TABLE[like]
     ipc = max((published for published in rows if published <= target.ipc), default=1)
     method = {**dict(zip(_FIELDS, rows[ipc], strict=True)), "lr_start": 0.01, "experts": _FTD}
+    published_images = ipc * _NUM_CLASSES[like]
+    if method["batch_syn"] >= published_images != target.num_classes * target.ipc:
+        method["batch_syn"] = None  # all of the set, as theirs
     if name == "paper":
         method |= _PAPER.get((like, ipc), {})
     if (target.dataset, ipc) == ("cifar10", 1):

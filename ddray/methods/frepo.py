@@ -34,6 +34,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ddray.artifact.distilled_set import DistilledSet
+from ddray.data.pixels import MAX_ZCA
 from ddray.distillation.method import DistillContext, MethodConfig, SetExtras, Target
 from ddray.methods.families.factory import make_method
 from ddray.methods.families.matching.initial import Init, initial_images, initial_specs
@@ -131,6 +132,17 @@ def frepo_loss(
     return RidgeLoss(value, in_features.to(features.dtype), in_targets.to(targets.dtype))
 
 
+def regression_bytes(num_rows: int, num_features: int, num_targets: int) -> int:
+    """Return the peak bytes of `frepo_loss` for n rows, F features and K targets, with its input features.
+
+    In float64: four matrices [n, n] (the kernel, its regularised copy, and the factor twice), three [n, F],
+    four [n, K] and two [F, K].
+    """
+    square, features = num_rows * num_rows, num_rows * num_features
+    small = num_targets * (4 * num_rows + 2 * num_features)
+    return 8 * (4 * square + 3 * features + small) + 4 * features
+
+
 def inner_loss(outputs: Tensor, targets: Tensor) -> Tensor:
     """Return 1/2 sum over classes, mean over rows, of the squared error."""
     return (outputs - targets).square().sum(1).mean() / 2
@@ -154,7 +166,7 @@ def start(ctx: DistillContext, config: FrepoConfig) -> BilevelLoop:
     mirrors = config.mirror and ctx.dataset.can_flip
     floats = num * (math.prod(ctx.dataset.image_shape) + num_classes)
     extent = Extent(num, int(mirrors), floats)
-    check_memory(ctx, config, extent, num_classes)
+    check_memory(ctx, config, extent, num_classes, regression_bytes)
     images, labels = initial_images(ctx, config.init)
     parameters = {"images": images, "labels": centred(labels, num_classes) / math.sqrt(num_classes / 10)}
 
@@ -196,12 +208,14 @@ def score_epochs(num: int) -> int:
 def preset(name: str, target: Target) -> dict[str, Any]:
     """Return the settings; paper and code agree, so both presets are the same."""
     num, is_tiny = target.num_classes * target.ipc, target.dataset == "tiny_imagenet"
+    is_whitened = is_tiny or target.dataset in ("cifar10", "cifar100")
+    is_whitened = is_whitened and math.prod(target.image_shape) <= MAX_ZCA
     mirrors = target.dataset == "cifar10" or (target.ipc == 1 and (target.dataset == "cifar100" or is_tiny))
     return {
         "steps": 500_000,
         "checkpoint_every": 1000,
         "arch": "auto_x2_nonorm",
-        "pixel_space": "zca" if target.dataset.startswith("cifar") or is_tiny else "normalized",
+        "pixel_space": "zca" if is_whitened else "normalized",
         "evaluate": {
             "epochs": score_epochs(num),
             "lr": 3e-4,

@@ -21,6 +21,7 @@ solve, and real images pass chunk by chunk.
 - real batch: 5,000, classes balanced | the same | the same; fewer where a class has fewer.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any, ClassVar, Final
 
@@ -29,6 +30,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ddray.artifact.distilled_set import DistilledSet
+from ddray.data.pixels import MAX_ZCA
 from ddray.distillation.method import DistillContext, MethodConfig, SetExtras, Target
 from ddray.methods.families.factory import make_method
 from ddray.methods.families.matching.batches import ClassBatches
@@ -179,6 +181,7 @@ class KernelPoints:
 def preset(name: str, target: Target) -> dict[str, Any]:
     """Return the settings of `paper` (NeurIPS 2021's, a cheap kernel) or `repo` (the notebook)."""
     whitened = name == "paper" and target.dataset in ("cifar10", "cifar100")
+    whitened = whitened and math.prod(target.image_shape) <= MAX_ZCA
     return {
         "steps": 5000 if name == "paper" else 300,
         "arch": "auto_nonorm",

@@ -28,7 +28,6 @@ from ddray.data import normalized_space
 from ddray.distillation.method import DistillContext, MethodConfig
 from ddray.errors import InputError
 from ddray.methods.families.selection import apart, selection_method
-from ddray.methods.families.whole import encode_set
 from ddray.pool.spec import PoolSpec, teacher_spec
 from ddray.system.transfer import to_device
 from ddray.training.crops import batched_crops, draw_boxes
@@ -125,7 +124,7 @@ def choose_images(ctx: DistillContext, config: RDEDConfig) -> tuple[Tensor, Tens
         best = choose(losses.view(-1, config.num_crops), int(counts[label]) * factor**2)
         stitched.append(stitch(crops[best], factor))
     labels = torch.arange(len(counts)).repeat_interleave(counts)
-    images = encode_set(ctx, torch.cat(stitched).cpu(), counts)
+    images = ctx.space.encode(torch.cat(stitched).cpu())
     return images, labels[(labels >= ctx.classes.start) & (labels < ctx.classes.stop)]
 
 

@@ -4,11 +4,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from ddray.config import flatten, merge, parse_overrides
+from ddray.config import flatten, merge
 from ddray.data.catalog import KNOWN
 from ddray.data.reference import DatasetRef
 from ddray.errors import InputError
-from ddray.evaluation.options import EvaluateConfig
+from ddray.evaluation.options import EvaluateConfig, overrides
 from ddray.evaluation.soft_recipes import own_recipe
 from ddray.jobs.plan import Plan, budget_method, resolve
 from ddray.methods import get_method
@@ -155,7 +155,7 @@ def _evaluation_changes(
     if recipe is not None and _is_other(str(recipe), theirs, plan):
         yield f"evaluate.recipe {recipe}, not the method's own"
     plain = {name: options[name] for name in ("epochs", "augment") if options.get(name) is not None}
-    for name, value in flatten(merge(plain, parse_overrides(sets))).items():
+    for name, value in flatten(merge(plain, overrides(sets))).items():
         if value != theirs.get(name):
             yield f"evaluate.{name} {yaml_text(value)}, the preset's {yaml_text(theirs.get(name))}"
 

@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-from ddray.config import merge, parse_overrides
+from ddray.config import merge
 from ddray.data import Dataset
 from ddray.distillation.snapshots import snapshot_steps
 from ddray.errors import InputError
 from ddray.evaluation import get_protocol
-from ddray.evaluation.options import EvaluateConfig, EvaluateOptions
+from ddray.evaluation.options import EvaluateConfig, EvaluateOptions, overrides
 from ddray.jobs.context import make_distiller
 from ddray.jobs.distill import edition_of
 from ddray.jobs.plan import Plan, resolve
@@ -384,16 +384,16 @@ def _trained_on(unit: BenchUnit, plan: Plan) -> dict[str, Any]:
 def _limited_options(evaluation_spec: EvaluateSpec, limits: Limits) -> dict[str, Any]:
     """Return the options `full_epochs` and `sets`, with epochs and teachers' epochs within the limits."""
     sets, full = (evaluation_spec.options.get(name) for name in ("sets", "full_epochs"))
-    parsed = parse_overrides(sets or ())
+    parsed = overrides(sets or ())
     teacher = parsed.get("teacher", {})
     teacher_epochs = teacher.get("epochs", TeacherRecipe().epochs) if isinstance(teacher, Mapping) else None
-    overrides = []
+    lowered = []
     if _is_above(parsed.get("epochs"), limits.epochs):
-        overrides.append(f"epochs={limits.epochs}")
+        lowered.append(f"epochs={limits.epochs}")
     has_teachers = "teachers" in get_protocol(evaluation_spec.protocol).options
     if has_teachers and _is_above(teacher_epochs, limits.teacher_epochs):
-        overrides.append(f"teacher.epochs={limits.teacher_epochs}")
+        lowered.append(f"teacher.epochs={limits.teacher_epochs}")
     return {
-        "sets": [*(sets or ()), *overrides] or None,
+        "sets": [*(sets or ()), *lowered] or None,
         "full_epochs": limits.epochs if _is_above(full, limits.epochs) else full,
     }

@@ -48,11 +48,7 @@ class Student:
 
     def __init__(self, net: nn.Module) -> None:
         self._net = copy.deepcopy(net).requires_grad_(False).to(memory_format=torch.contiguous_format).train()
-        arch = net.arch if isinstance(net, Net) else type(net).__name__
-        if (isinstance(net, Net) and parse_arch(arch).drops) or _has_dropout(net):
-            raise InputError(
-                f"a student must repeat its steps exactly, but {arch} drops at random; use another --arch"
-            )
+        check_repeats(net)
         for module in self._net.modules():
             if isinstance(module, CpuLayer):
                 module.plain = True
@@ -79,8 +75,18 @@ class Student:
         return outputs
 
 
-def _has_dropout(net: nn.Module) -> bool:
-    return any(isinstance(module, _DropoutNd) and module.p > 0 for module in net.modules())
+def check_repeats(net: nn.Module) -> None:
+    """Refuse a network that drops at random, so that a student can't repeat a step.
+
+    Raises:
+        InputError: naming the network.
+    """
+    arch = net.arch if isinstance(net, Net) else type(net).__name__
+    has_dropout = any(isinstance(module, _DropoutNd) and module.p > 0 for module in net.modules())
+    if has_dropout or (isinstance(net, Net) and parse_arch(arch).drops):
+        raise InputError(
+            f"a student must repeat its steps exactly, but {arch} drops at random; use another --arch"
+        )
 
 
 def ordered_loss(student: Student, order: Sequence[Tensor], labels: Tensor) -> StepLoss:

@@ -87,6 +87,7 @@ class TestFile:
                 {"schedule": {"order": [[4]], "rates": [1.0]}},
                 r"schedule\.order must name rows 0\.\.3 of the images, got 4",
             ),
+            (None, {**PARTS, "schedule": SCHEDULE}, "decoder must be null with a schedule .* got partition"),
         ],
     )
     def test_what_does_not_go_together_is_refused(

@@ -168,6 +168,7 @@ def test_labels_move_by_their_own_rate_and_momentum(planned: Any) -> None:
     ("preset", "dataset", "size", "ipc", "expected"),
     [
         ("repo", "cifar10", 32, 1, (80, 0, None, 4, 0, 10, 5.0, 100.0, 1e-7, 1.1)),
+        ("repo", "cifar10", 32, 5, (80, 0, None, 4, 0, None, 5.0, 100.0, 1e-7, 1.1)),
         ("repo", "cifar10", 32, 10, (80, 0, 10, 20, 1000, 100, 2.0, 100.0, 1e-5, 1.0)),
         ("repo", "tiny_imagenet", 64, 10, (40, 10, None, 50, 0, 500, 10.0, 100.0, 1e-4, 1.0)),
         ("paper", "tiny_imagenet", 64, 10, (60, 10, None, 50, 0, 250, 10.0, 100.0, 1e-4, 1.0)),

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from ddray.distillation.method import Target
-from ddray.methods.frepo import frepo_loss, inner_loss, label_loss, preset, score_epochs
+from ddray.methods.frepo import (
+    frepo_loss,
+    inner_loss,
+    label_loss,
+    preset,
+    regression_bytes,
+    score_epochs,
+)
+from ddray.system.memory import peak_bytes, reset_peak
 
 
 def drawn(*shape: int, seed: int) -> Tensor:
@@ -43,6 +51,18 @@ def test_loss_and_gradients_are_those_of_autograd(num: int, dim: int) -> None:
     torch.testing.assert_close(result.loss, expected.detach(), rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(result.features, in_features, rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(result.targets, in_targets, rtol=1e-6, atol=1e-8)
+
+
+def test_the_peak_of_the_regression_is_known_beforehand() -> None:
+    cpu, num, dim = torch.device("cpu"), 1500, 64
+    features, targets = drawn(num, dim, seed=0).float(), drawn(num, 10, seed=1).float()
+    real = [(drawn(8, dim, seed=2), drawn(8, 10, seed=3))]
+    frepo_loss(features[:20], targets[:20], real, ridge=1e-3)
+    reset_peak(cpu)
+    before = peak_bytes(cpu)
+    frepo_loss(features, targets, real, ridge=1e-3)
+    used = peak_bytes(cpu) - before
+    assert 0.9 * used < regression_bytes(num, dim, 10) < 1.3 * used
 
 
 def test_losses_by_hand() -> None:
@@ -151,3 +171,6 @@ def test_presets_mirror_and_train_as_the_authors() -> None:
     epochs = {num: score_epochs(num) for num in (10, 100, 200, 500, 1000, 2000)}
     assert epochs == {10: 1000, 100: 2000, 200: 20_000, 500: 5000, 1000: 5000, 2000: 10_000}
     assert settings("cifar10", 1)["evaluate"]["optimizer"] == "adam"
+    assert settings("cifar10", 1)["pixel_space"] == "zca"
+    large = Target("cifar10", (3, 128, 128), 10, 1)
+    assert preset("paper", large)["pixel_space"] == "normalized", "too large to whiten"

@@ -235,6 +235,14 @@ def test_presets_are_those_of_the_table(
     assert config.evaluate.lr == "learned"
 
 
+@pytest.mark.parametrize("method", ["mtt", "datm"])
+def test_a_network_that_drops_is_refused_before_its_experts_are_trained(method: str, planned: Any) -> None:
+    dataset = random_dataset((4, 4), (3, 32, 32))
+    _, ctx, distiller = planned(method, dataset, arch="efficientnet_b0", method=METHOD)
+    with pytest.raises(InputError, match=r"repeat its steps exactly, but efficientnet_b0 drops at random"):
+        distiller.pool_specs(ctx)
+
+
 def test_a_dry_run_predicts_the_experts(planned: Any) -> None:
     """Whose keys name the pixel space of the run, not that of a stand-in."""
     plan, ctx, distiller = planned("mtt", random_dataset((12, 10, 14)), pixel_space="zca", method=METHOD)

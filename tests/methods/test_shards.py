@@ -18,7 +18,6 @@ from ddray.errors import InputError
 from ddray.jobs.context import make_distiller
 from ddray.methods import get_method
 from ddray.methods.families.matching import batches, initial
-from ddray.methods.families.whole import encode_rows
 from ddray.testing import plan_method, random_dataset
 
 SHAPE = (3, 16, 16)
@@ -99,18 +98,6 @@ def test_copies_under_noise_are_refused(toy: Any) -> None:
         initial.initial_images(part, "random")
 
 
-@pytest.mark.parametrize("total", [4, 5, 9])
-def test_rows_are_whitened_as_in_chunks_of_all(total: int) -> None:
-    dataset = random_dataset((30, 30), (3, 16, 16))
-    _, ctx, _ = plan_method("dm", dataset, pixel_space="zca")
-    images = ctx.split.images[:total]
-    whole = torch.cat([ctx.space.encode(part) for part in torch.split(images, 4)])
-
-    for rows in (range(1), range(1, 3), range(total - 1, total), range(2, total)):
-        index = torch.tensor(list(rows))
-        assert torch.equal(encode_rows(ctx.space, images[index], index, total, chunk=4), whole[index])
-
-
 def test_rows_of_real_size_are_whitened_as_in_chunks_of_all() -> None:
     images, size = random_dataset((300, 300), (3, 32, 32)).train().images, 3 * 32 * 32
     generator = torch.Generator().manual_seed(0)
@@ -120,7 +107,7 @@ def test_rows_of_real_size_are_whitened_as_in_chunks_of_all() -> None:
 
     for rows in (range(7), range(250, 350), range(511, 513), range(599, 600)):
         index = torch.tensor(list(rows))
-        assert torch.equal(encode_rows(space, images[index], index, len(images), chunk=512), whole[index])
+        assert torch.equal(space.encode(images[index]), whole[index])
 
 
 @pytest.mark.parametrize(

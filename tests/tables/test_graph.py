@@ -9,6 +9,7 @@ import pytest
 
 from ddray.data import open_dataset
 from ddray.errors import InputError
+from ddray.evaluation.options import overrides
 from ddray.ranking.sweep import NasOptions
 from ddray.tables.dry_run import _facts
 from ddray.tables.graph import build_graph
@@ -193,6 +194,14 @@ def test_a_recipe_is_the_same_for_every_row_and_within_the_limits(tmp_path: Path
     assert all("epochs" not in unit.options for unit in paper.evaluate.values()), "the recipe's own"
     result = run(tmp_path / "run", spec(methods=["random"], seeds=1, evaluate={**scored, "epochs": 1}))
     assert result["num_failed"] == 0
+
+
+@pytest.mark.parametrize("name", ["epochs", "evaluate.epochs"])
+def test_epochs_that_an_evaluation_sets_are_within_the_limits(name: str) -> None:
+    evaluation = {"options": {"sets": [f"{name}=900"]}, "seeds": 1}
+    bench_spec = spec(methods=["random"], seeds=1, ipc=[1], evaluate=evaluation, limits={"epochs": 7})
+    (unit,) = build_graph(bench_spec, open_dataset).evaluate.values()
+    assert overrides(unit.options["sets"])["epochs"] == 7
 
 
 def test_rows_whose_images_are_mirrored_are_sets_of_their_own() -> None:

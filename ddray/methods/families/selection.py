@@ -11,7 +11,6 @@ from torch import Tensor
 from ddray.config import Config
 from ddray.distillation.method import DistillContext, Distiller, MethodConfig, Target
 from ddray.methods.families.factory import Coupling, PoolSpecs, Selected, make_method
-from ddray.methods.families.whole import encode_set
 from ddray.pool.spec import PoolSpec, supervised_specs
 
 log = logging.getLogger(__name__)
@@ -100,11 +99,8 @@ def coreset_method(
 
 
 def take(ctx: DistillContext, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the real images of `index` [M] in the context's pixel space, and their labels.
-
-    In a shard they are as many of each class as there are, and at most ipc.
-    """
-    return encode_set(ctx, ctx.split.images[index], ctx.counts.clamp(max=ctx.ipc)), ctx.split.labels[index]
+    """Return the real images of `index` [M] in the context's pixel space, and their labels."""
+    return ctx.space.encode(ctx.split.images[index]), ctx.split.labels[index]
 
 
 def pool_features(ctx: DistillContext, epochs: int = 20) -> Tensor:

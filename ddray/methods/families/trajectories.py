@@ -32,7 +32,7 @@ from ddray.pool.trajectories import SNAPSHOTS, trajectory_specs
 from ddray.system.transfer import to_device
 from ddray.training.dsa import Dsa, DsaPlan, siamese
 from ddray.training.experts import ExpertRecipe, expert_images
-from ddray.training.student import StepLoss, Student
+from ddray.training.student import StepLoss, Student, check_repeats
 
 COUPLING: Final = "its students are trained on the images of all classes"
 _RATE_STEPS: Final = 50  # on a GPU, between looks at the learned rate, each of which waits for the device
@@ -100,7 +100,12 @@ class TrajectoryConfig(MethodConfig):
 
 
 def expert_specs(ctx: DistillContext, config: TrajectoryConfig) -> list[PoolSpec]:
-    """Return the experts' specs: none has seen val, so that searches and other runs share them."""
+    """Return the experts' specs: none has seen val, so that searches and other runs share them.
+
+    Raises:
+        InputError: a student of this architecture can't repeat its steps; no expert is trained for it.
+    """
+    check_repeats(build_net(ctx.arch, ctx.dataset.image_shape, ctx.dataset.num_classes, seed=0))
     recipe = config.experts.model_dump(exclude={"num_models", "seed"})
     return trajectory_specs(
         ctx.dataset,

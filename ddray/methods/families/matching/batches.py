@@ -21,7 +21,6 @@ from ddray.methods.families.matching.draws import MANY_IMAGES, distinct
 from ddray.methods.families.matching.groups import class_groups, image_bytes, rows_of
 from ddray.methods.families.matching.initial import initial_images
 from ddray.methods.families.state import images_state, load_images_state
-from ddray.methods.families.whole import encode_rows
 from ddray.nets import Net, build_net, reinitialize, training_format
 from ddray.nets.convnet import ChainNet
 from ddray.seeding import derive_seed
@@ -100,33 +99,20 @@ class ClassBatches:
         """Return the images of `index` [n] in their pixel space, float32 [n, C, H, W]."""
         return next(self.take_parts(index, [slice(0, len(index))]))
 
-    def take_parts(
-        self, index: Tensor, parts: Sequence[slice], whole: Sequence[tuple[int, int]] = ()
-    ) -> Iterator[Tensor]:
-        """Yield what `take` returns of each part of `index`; packed images are read one part ahead.
-
-        In a shard, `whole` has where a part begins in that of the unsharded run, and the length of this.
-        """
+    def take_parts(self, index: Tensor, parts: Sequence[slice]) -> Iterator[Tensor]:
+        """Yield what `take` returns of each part of `index`; packed images are read one part ahead."""
         rows = (index[part].to(self._images.device) for part in parts)
-        for number, stored in enumerate(read(self._images, rows)):
-            if self._encoded:
-                yield stored
-                continue
-            first, total = whole[number] if whole else (0, len(stored))
-            places = torch.arange(first, first + len(stored))
-            yield encode_rows(self._space, to_device(stored, self._device), places, total)
+        for stored in read(self._images, rows):
+            yield stored if self._encoded else self._space.encode(to_device(stored, self._device))
 
 
 def _encode_all(ctx: DistillContext, space: PixelSpace) -> Tensor:
     """Return the real images in a pixel space, float32 [N, C, H, W], made on the device in chunks."""
-    images, shard = ctx.split.images, ctx.shard
-    rows, total = torch.arange(len(images)), len(images)
-    if shard is not None:
-        rows, total = shard.rows, len(shard.labels)
+    images = ctx.split.images
     whole = torch.empty(images.shape, dtype=torch.float32, device=ctx.device)
     for start in range(0, len(images), _ENCODED):
         part = slice(start, start + _ENCODED)
-        whole[part] = encode_rows(space, images[part].to(ctx.device), rows[part], total, _ENCODED)
+        whole[part] = space.encode(images[part].to(ctx.device))
     return whole
 
 
@@ -270,8 +256,7 @@ class RealBranch:
         first = self._classes.start * num + group.here.start - group.whole.start
         grid = self._chunks(group.whole.stop - group.whole.start)
         parts = list(parts_of(grid, slice(first, first + len(index)), exact=self._exact))
-        whole = [(first + p.here.start - p.whole.start, p.whole.stop - p.whole.start) for p in parts]
-        taken = self.batches.take_parts(index, [part.here for part in parts], whole)
+        taken = self.batches.take_parts(index, [part.here for part in parts])
         for part, images in zip(parts, taken, strict=True):
             ends = part.whole.start // num, -(-part.whole.stop // num)
             among = slice(*(classes.start + end for end in ends))

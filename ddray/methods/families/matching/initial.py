@@ -9,7 +9,6 @@ from torch import Tensor
 from ddray.distillation.method import DistillContext
 from ddray.errors import InputError
 from ddray.methods.families.selection import feature_specs, kcenter_order, pool_features
-from ddray.methods.families.whole import encode_set
 from ddray.pool.spec import PoolSpec
 from ddray.seeding import derive_numpy
 
@@ -38,8 +37,7 @@ def initial_images(
         labels = torch.arange(ctx.classes.start, ctx.classes.stop).repeat_interleave(num)
         return _noise(ctx, num).to(ctx.device), labels.to(ctx.device)
     index, is_copy = _choose(ctx, init, num, repeat)
-    sizes = ctx.counts.clamp(max=num) if not repeat else torch.full_like(ctx.counts, num)
-    images = parted_copies(ctx, encode_set(ctx, ctx.split.images[index], sizes), is_copy)
+    images = parted_copies(ctx, ctx.space.encode(ctx.split.images[index]), is_copy)
     return images.to(ctx.device), ctx.split.labels[index].to(ctx.device)
 
 

@@ -1,6 +1,7 @@
 """Memory that the bilevel loop of KRR-ST and Boost-SSDD takes, checked before any teacher is trained."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -81,14 +82,28 @@ def images_at_once(costs: NetworkCosts, extent: Extent) -> int:
     return max(1, min(extent.num_images, _GRAPH_BYTES // costs.graph // (extent.num_views + 1)))
 
 
-def needed_bytes(ctx: DistillContext, config: LoopConfig, extent: Extent, num_targets: int) -> int:
-    """Return a run's approximate peak memory on the device, in bytes; `num_targets` is D."""
+def needed_bytes(
+    ctx: DistillContext,
+    config: LoopConfig,
+    extent: Extent,
+    num_targets: int,
+    regression_bytes: Callable[[int, int, int], int] = solve_bytes,
+) -> int:
+    """Return a run's approximate peak memory on the device, in bytes.
+
+    Args:
+        ctx: what to work on.
+        config: settings.
+        extent: how large the set is.
+        num_targets: D.
+        regression_bytes: the peak of the regression, for rows, features and targets.
+    """
     costs, rows = network_costs(ctx), extent.num_rows
     # A row's graph, and its image: as synthesised, channels last, and its gradient.
     row = costs.graph + 3 * 4 * math.prod(ctx.dataset.image_shape)
     inner = min(rows, config.inner_batch or rows) * row
     at_once = images_at_once(costs, extent) * (extent.num_views + 1)
-    solving = solve_bytes(rows, costs.num_features, num_targets)
+    solving = regression_bytes(rows, costs.num_features, num_targets)
     # In parts, no graph is held during the solve, and the features' gradients while a part's graph is.
     gradients = 2 * 4 * rows * (costs.num_features + num_targets)
     outer = at_once * row + solving if at_once == rows else max(at_once * row + gradients, solving)
@@ -99,13 +114,19 @@ def needed_bytes(ctx: DistillContext, config: LoopConfig, extent: Extent, num_ta
     return max(inner, outer) + real + networks + learned
 
 
-def check_memory(ctx: DistillContext, config: LoopConfig, extent: Extent, num_targets: int) -> None:
+def check_memory(
+    ctx: DistillContext,
+    config: LoopConfig,
+    extent: Extent,
+    num_targets: int,
+    regression_bytes: Callable[[int, int, int], int] = solve_bytes,
+) -> None:
     """Refuse a set with targets of `num_targets` dimensions that the device can't hold.
 
     Raises:
         InputError: naming the memory that it would need.
     """
-    needed = needed_bytes(ctx, config, extent, num_targets) / 2**30
+    needed = needed_bytes(ctx, config, extent, num_targets, regression_bytes) / 2**30
     free = available_bytes(ctx.device) / 2**30
     if needed > free:
         size = "ipc" if ctx.budget is None else "budget"
