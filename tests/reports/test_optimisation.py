@@ -1,4 +1,4 @@
-"""reports/kip: what is recorded is not measured again, and the page says whether the anchor is met."""
+"""reports/optimisation: what is recorded is not measured again; the page says whether the anchor is met."""
 
 from __future__ import annotations
 
@@ -7,38 +7,38 @@ from typing import Any
 
 import pytest
 
-from reports import kip
+from reports import optimisation
 from reports.scale.lab import Lab
 
 
 @pytest.fixture
 def lab(tmp_path: Path) -> Lab:
-    return Lab(tmp_path, tmp_path / "kip.jsonl", repeats=2, is_tiny=True)
+    return Lab(tmp_path, tmp_path / "optimisation.jsonl", repeats=2, is_tiny=True)
 
 
 def test_a_figure_has_its_seeds_and_is_measured_once(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     seeds: list[int] = []
 
-    def run(lab: Lab, name: str, arguments: Any, seed: int) -> dict[str, Any]:
+    def run(lab: Lab, name: str, figure: Any, seed: int) -> dict[str, Any]:
         seeds.append(seed)
         return {"accuracy": 0.46 + 0.01 * seed, "at_100": 0.42, "seconds": 3.0, "seed": seed}
 
-    monkeypatch.setattr(kip, "_run", run)
+    monkeypatch.setattr(optimisation, "_run", run)
     for figure in ("kip", "random", "kip"):
-        kip.measure(lab, "cifar10", figure)
+        optimisation.measure(lab, "kip_cifar10", figure)
 
     assert seeds == [0, 1, 0, 1]
-    row = lab.measured()["cifar10", "kip"]
+    row = lab.measured()["kip_cifar10", "kip"]
     assert row["n"] == 2
     assert row["mean"]["accuracy"] == pytest.approx(0.465)
-    assert "method.kernel=fc1 --dataset cifar10 --ipc 10" in row["command"]
-    assert kip.verdict(lab.measured()) == [
-        "CIFAR-10, at_100: 42.00% against the notebook's 45.4%, NOT within a point",
-        "CIFAR-10, accuracy: 46.50% against the notebook's 46.7%, within a point",
-        "cifar10: kip is 0.0 points above random real images",
+    assert "ddray distill --method kip --preset repo --dataset cifar10 --ipc 10 --steps 300" in row["command"]
+    assert optimisation.verdict(lab.measured()) == [
+        "kip_cifar10, at_100: 42.00% against the notebook's 45.4%, NOT within a point",
+        "kip_cifar10, accuracy: 46.50% against the notebook's 46.7%, within a point",
+        "kip_cifar10: kip is +0.0 points from random",
     ]
-    text = "\n".join(kip.page(lab.measured()))
-    assert "| cifar10 | kip | 2 | 46.50% +- 0.71% | step 100: 42.00% | 3 |" in text
+    text = "\n".join(optimisation.page(lab.measured()))
+    assert "| kip_cifar10 | kip | 2 | 46.50% +- 0.71% | step 100: 42.00% | 3, 3 |" in text
 
 
 def test_every_command_is_one_that_distils(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,8 +60,8 @@ def test_every_command_is_one_that_distils(lab: Lab, monkeypatch: pytest.MonkeyP
             return Ran({"artifact": str(lab.folder / "set.pt")})
         return Ran({"results": [{"accuracy_mean": 0.5}]})
 
-    monkeypatch.setattr(kip, "ddray", ddray)
-    run = kip._run(lab, "digits-kip-0", kip.DIGITS["kip"], 0)
+    monkeypatch.setattr(optimisation, "ddray", ddray)
+    run = optimisation._run(lab, "digits-kip-0", optimisation.PARTS["kip_digits"]["kip"], 0)
 
     assert run == {"accuracy": 0.5, "at_100": 0.5, "seconds": 1.0, "seed": 0}
     assert [arguments[0] for arguments in commands] == ["distill", "evaluate", "evaluate"]
