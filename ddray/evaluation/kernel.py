@@ -41,7 +41,7 @@ class KernelConfig(Config):
     """fc1, fc2, fc3: so many hidden layers; conv3: three convolutions without pooling; convnet3: with it;
     convnet: one convolution more. Default: the set's own where KIP made it."""
     ridge: float = Field(default=1e-6, gt=0)
-    """lambda, as a fraction of the mean of the kernel's diagonal."""
+    """lambda, as a fraction of the mean of the kernel's diagonal. Default: KIP's own, as above."""
     max_hours: float = added(24.0, gt=0)
     """An evaluation that is estimated to take longer is refused."""
 
@@ -119,17 +119,17 @@ def _share(right: Tensor) -> float | None:
 
 def _check(options: EvaluateOptions) -> None:
     """Refuse what trains a network."""
-    for name in ("epochs", "augment"):
+    for name in ("epochs", "augment", "seeds"):
         if getattr(options, name) is not None:
             raise InputError(f"--{name} must be left out with --protocol kernel: no network is trained")
     KernelConfig.parse(parse_overrides(options.sets))
 
 
 def _make(options: EvaluateOptions, distilled: DistilledSet, ctx: EvalContext, real: RealImages) -> Scoring:
-    """Return the regression by the set's own kernel, or by the one that is set."""
+    """Return the regression by the set's own kernel and ridge, or by those that are set."""
     method = distilled.meta.config.get("method", {})
-    stated = method.get("kernel") if isinstance(method, dict) else None
-    default = {"kernel": stated} if stated in KERNELS else {}
+    is_own = isinstance(method, dict) and method.get("kernel") in KERNELS
+    default = {name: method[name] for name in ("kernel", "ridge") if is_own and name in method}
     config = KernelConfig.parse({**default, **parse_overrides(options.sets)})
     return Scoring(Kernel(config), 1, {"kernel": config.kernel})
 
@@ -140,5 +140,7 @@ PROTOCOL: Final = EvaluationProtocol(
     check=_check,
     recipes=(),
     has_epochs=False,
+    has_networks=False,
     measures={"kernel_loss": Measure("kernel loss", in_tables=True, is_fraction=False)},
+    published_metric="kernel_accuracy",
 )

@@ -50,7 +50,7 @@ class EvaluateOptions(DataOptions, ForeignOptions, NumericOptions):
     protocol: str = "hard"
     """hard: train on hard labels; soft: on a teacher's; linear: pre-train, freeze, probe; robust: LRS and
     ARS; continual: class by class, as a memory; distribution: where it lies among the real images; kernel: a
-    kernel regression."""
+    kernel regression; steps: the set's own ordered steps."""
     archs: Names = named("arch", "archs")
     """Network to train; repeatable."""
     seeds: int | None = None
@@ -252,8 +252,8 @@ def _configured(distilled: DistilledSet, options: EvaluateOptions) -> EvaluateCo
         settings = {**settings, **recipe({"recipe": options.recipe})}
     if options.augment not in (None, settings.get("augment", "dsa")):
         settings = {**settings, "strategy": None, "cutmix": 0.0}
-    if options.augment == "none" and options.epochs is None:
-        # The peers' length without augmentation.
+    if options.augment == "none" and options.epochs is None and not settings.get("warmup"):
+        # The peers' length without augmentation; a warm-up counts on the set's own.
         settings = {**settings, "epochs": min(300, settings.get("epochs", 300))}
     values = options.model_dump(include={"seeds", "epochs", "augment"}, exclude_none=True)
     return EvaluateConfig.parse({**settings, **sets, **values}, prefix="evaluate.")

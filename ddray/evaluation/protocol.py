@@ -170,6 +170,7 @@ class EvaluationProtocol:
         trains_on_target: whether sets only pre-train networks, whose classifiers the target's images train:
             sets may have targets instead of labels, and other classes; `--train-limit` cuts the target.
         has_epochs: whether `--epochs` is for it, so that a bench's limit cuts them.
+        has_networks: whether it trains networks, of which `--seeds` is the number.
         trains_for_all_seeds: whether an architecture's networks need one that is trained for all of them: one
             worker trains these.
         published_metric: metric of its published accuracies (reports/published.csv); None: there are none.
@@ -184,6 +185,7 @@ class EvaluationProtocol:
     measures: Mapping[str, Measure] = field(default_factory=dict)
     trains_on_target: bool = False
     has_epochs: bool = True
+    has_networks: bool = True
     trains_for_all_seeds: bool = False
     published_metric: str | None = None
 

@@ -135,10 +135,18 @@ def _make(options: EvaluateOptions, distilled: DistilledSet, ctx: EvalContext, r
     section = distilled.meta.config.get("evaluate", {})
     default = {"seeds": section["seeds"]} if isinstance(section, dict) and "seeds" in section else {}
     counts = options.model_dump(include={"seeds"}, exclude_none=True)
-    config = StepsConfig.parse({**default, **parse_overrides(options.sets), **counts})
+    sets = parse_overrides(options.sets)
+    config = StepsConfig.parse({**default, **sets, **counts})
     schedule = distilled.meta.schedule
     if distilled.targets is not None or distilled.meta.label_kind == "values":
-        raise InputError("--protocol steps needs a set with labels; this one has values to regress to")
+        raise InputError(
+            "--protocol steps needs a set with labels, this one has values to regress to; use --protocol hard"
+        )
+    if schedule is not None and "epochs" in sets:
+        raise InputError(
+            f"--set epochs must be left out for a set with a schedule, got {sets['epochs']}: its "
+            f"{len(schedule.order)} steps decide"
+        )
     if schedule is None and config.rate is None:
         raise InputError(
             "--protocol steps needs a set with a schedule, as method dd makes, got one of method "

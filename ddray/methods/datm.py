@@ -86,10 +86,13 @@ _PAPER: Final[dict[tuple[str, int], dict[str, int]]] = {
 
 
 class DATMConfig(TrajectoryConfig):
-    """DATM's settings; defaults are those of CIFAR-10 at ipc 1."""
+    """DATM's settings; defaults are MTT's, the presets have DATM's own."""
 
     search_space: ClassVar = {
         **SEARCH_SPACE,
+        # For some tens of images of a class; many want later starts, which longer experts allow.
+        "min_start": {"choice": [0, 1, 3]},
+        "max_start": {"choice": [4, 8, 12, 16, 20]},
         "lr_label": {"loguniform": [0.5, 20.0]},
     }
     dataset_settings: ClassVar = {

@@ -15,6 +15,8 @@ usual recipe they fail.
 - loss on the real batch: in eval mode | the same | networks with batch norm are refused.
 - network: LeNet for MNIST, "AlexNet" for CIFAR-10 | `lenet`, `alexcifar` by preset, Xavier's initialisation |
   the same; on other datasets the default ConvNet, with PyTorch's initialisation.
+- pixels: mean and std of train | the same | ddray's constants of the dataset (CIFAR-10's are the DC family's,
+  whose standard deviations are a fifth smaller).
 - settings of `dataset_settings` are ours.
 - score: 200 held-out networks | 1 | `evaluate.seeds`.
 """

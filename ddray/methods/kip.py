@@ -18,6 +18,8 @@ solve, and real images pass chunk by chunk.
 - steps: up to 50,000 | 300 looked at in the notebook | 5,000 and 300 by preset.
 - networks on the set: width 1024, no norm, 5,000 steps at a rate from their empirical kernel, by grid | the
   same | ConvNet without norm, by the recipe that all sets share; the squared error where labels are learned.
+- pixels: channel mean and std of train, no ZCA in the notebook | the same | ddray's constants of the dataset
+  (CIFAR-10's are the DC family's, whose standard deviations are a fifth smaller).
 - real batch: 5,000, classes balanced | the same | the same; fewer where a class has fewer.
 """
 
@@ -36,7 +38,7 @@ from ddray.methods.families.factory import make_method
 from ddray.methods.families.matching.batches import ClassBatches
 from ddray.methods.families.matching.initial import Init, initial_images, initial_specs
 from ddray.methods.families.state import cpu_copy, load_optimizer_state, optimizer_state
-from ddray.nets.ntk import KernelName, check_hours, gram, hours, ntk, pairs_at_once
+from ddray.nets.ntk import KernelName, check_hours, check_row, gram, hours, ntk, pairs_at_once
 from ddray.system.memory import memory_budget
 from ddray.training.kernel_ridge import KernelRidge
 
@@ -89,6 +91,7 @@ class KernelPoints:
         self._ctx, self._config = ctx, config
         num = num_classes * ctx.ipc
         self._check_hours(num)
+        check_row(config.kernel, ctx.dataset.image_shape, num, ctx.device)
         self._batches = ClassBatches(ctx, max(1, config.batch_real // num_classes))
         pairs = pairs_at_once(
             config.kernel, ctx.dataset.image_shape, memory_budget(ctx.device, ctx.memory_budget)

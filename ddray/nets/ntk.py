@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddray.errors import InputError
+from ddray.system.memory import available_bytes
 
 KernelName = Literal["fc1", "fc2", "fc3", "conv3", "convnet3", "convnet"]
 KERNELS: Final[tuple[str, ...]] = get_args(KernelName)
@@ -40,8 +41,8 @@ _W2: Final = 2.0  # sigma_w^2
 _B2: Final = 0.01  # sigma_b^2
 # Below this sin^2 th is rounding (some 1e-15), and th counts as 0.
 _SMALLEST_SIN2: Final = 1e-12
-# Seconds per entry of a pair's largest map, forward and backward, one map a layer. CPU: 2 cores. CUDA: from
-# the double-precision rate of an H100.
+# Seconds per entry of a pair's maps, one map a layer, forward and backward. CPU: one thread of an AMD EPYC
+# took .6 to .8e-7 for conv3 and 1.5 to 2.8e-7 with pooling. CUDA: from the double-precision rate of an H100.
 _SECONDS: Final = {"cpu": 1e-7, "cuda": 2e-10}
 _MAPS: Final = 16  # maps that a layer's graph holds
 _PAIR_FLOATS: Final = 64  # floats that a pair takes at least: kernels of single numbers
@@ -68,9 +69,28 @@ def pair_floats(kernel: str, image_shape: tuple[int, int, int]) -> int:
     return total
 
 
+def pair_bytes(kernel: str, image_shape: tuple[int, int, int]) -> int:
+    """Return about how many bytes one pair's graph takes."""
+    return 8 * max(_PAIR_FLOATS, _MAPS * pair_floats(kernel, image_shape))
+
+
 def pairs_at_once(kernel: str, image_shape: tuple[int, int, int], budget: int) -> int:
     """Return how many pairs' graphs fit `budget` bytes; at least 1."""
-    return max(1, budget // (8 * max(_PAIR_FLOATS, _MAPS * pair_floats(kernel, image_shape))))
+    return max(1, budget // pair_bytes(kernel, image_shape))
+
+
+def check_row(kernel: str, image_shape: tuple[int, int, int], num: int, device: torch.device) -> None:
+    """Refuse images of which one with all `num` of them, the least that is computed at once, does not fit.
+
+    Raises:
+        InputError: naming the memory.
+    """
+    needed, free = num * pair_bytes(kernel, image_shape) / 2**30, available_bytes(device) / 2**30
+    if needed > free:
+        raise InputError(
+            f"kernel {kernel} of {num} images needs about {needed:,.1f} GiB for one of them with all, "
+            f"{device} has {free:.1f} free: take fewer images, kernel=fc1 or conv3"
+        )
 
 
 def hours(kernel: str, image_shape: tuple[int, int, int], num_pairs: int, device: torch.device) -> float:

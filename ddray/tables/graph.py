@@ -178,6 +178,7 @@ def _limited(spec: BenchSpec, row: MethodSpec, dataset: Dataset, size: tuple[str
         "method": merge(
             _lowered(config["method"], "steps", limits.steps),
             fewer_epochs,
+            _lowered({"experts": config["method"].get("experts")}, "models", limits.networks),
             _exceeded(config["method"], batch_real=limits.batch_real),
         ),
         "evaluate": _exceeded(config["evaluate"], epochs=limits.epochs, seeds=limits.networks),
@@ -307,8 +308,10 @@ def _evaluate_options(
     Epochs that the method decides are left out: they are limited already.
     """
     recipe = evaluation_spec.recipe or evaluation_spec.options.get("recipe")
-    epochs, networks = evaluation_spec.epochs, evaluation_spec.seeds or plan.config.evaluate.seeds
+    epochs, networks = evaluation_spec.epochs, evaluation_spec.seeds
     protocol = get_protocol(evaluation_spec.protocol)
+    if protocol.has_networks and (networks := networks or plan.config.evaluate.seeds):
+        networks = min(networks, limits.networks or networks)
     is_fixed = recipe is not None or (protocol.has_epochs and protocol.config_type is not EvaluateConfig)
     if limits.epochs is not None and (epochs is not None or is_fixed):
         epochs = min(epochs or RECIPES.get(recipe or "", {}).get("epochs") or limits.epochs, limits.epochs)
@@ -320,7 +323,7 @@ def _evaluate_options(
         **choices,
         "protocol": evaluation_spec.protocol,
         "epochs": epochs,
-        "seeds": min(networks, limits.networks or networks),
+        "seeds": networks,
         "augment": evaluation_spec.augment,
         "recipe": recipe,
         # The same networks for every method, so that rows differ only in their sets.
@@ -387,9 +390,7 @@ def _limited_options(evaluation_spec: EvaluateSpec, limits: Limits) -> dict[str,
     parsed = overrides(sets or ())
     teacher = parsed.get("teacher", {})
     teacher_epochs = teacher.get("epochs", TeacherRecipe().epochs) if isinstance(teacher, Mapping) else None
-    lowered = []
-    if _is_above(parsed.get("epochs"), limits.epochs):
-        lowered.append(f"epochs={limits.epochs}")
+    lowered = [f"epochs={limits.epochs}"] if _is_above(parsed.get("epochs"), limits.epochs) else []
     has_teachers = "teachers" in get_protocol(evaluation_spec.protocol).options
     if has_teachers and _is_above(teacher_epochs, limits.teacher_epochs):
         lowered.append(f"teacher.epochs={limits.teacher_epochs}")

@@ -121,7 +121,8 @@ def _is_their_convnet(cell: Cell, stated: Conditions) -> bool:
     if stated.protocol == "linear":
         channels = arch.width * 2 ** (arch.depth - 1)
         return arch.doubling and arch.norm == "batch" and channels == _LAST_CHANNELS
-    return not arch.doubling and (stated.norm in (None, arch.norm) or cell.arch == cell.distilled_in)
+    is_plain = not arch.doubling and stated.norm in (None, arch.norm)
+    return is_plain or cell.arch == cell.distilled_in
 
 
 def _blanks(number: Number, stated: Conditions) -> Iterator[str]:

@@ -177,6 +177,7 @@ class Limits(Config):
     steps: int | None = Field(default=None, ge=0)
     epochs: int | None = Field(default=None, ge=1)
     networks: int | None = Field(default=None, ge=1)
+    """Of an evaluation; also experts whose trajectories are matched."""
     ipc: int | None = Field(default=None, ge=1)
     """Larger sizes are left out; a row with only larger ones gets this size."""
     budget: int | None = Field(default=None, ge=1)

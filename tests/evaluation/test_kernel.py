@@ -76,25 +76,29 @@ def test_targets_are_one_hot_probabilities_or_values_by_their_kind() -> None:
 
 def test_a_files_own_kernel_is_the_default(planned: Any, toy: Any, tmp_path: Path) -> None:
     dataset = toy((6, 5, 7), (1, 8, 8))
-    method = {"kernel": "fc2", "batch_real": 12, "learn_labels": True}
+    method = {"kernel": "fc2", "batch_real": 12, "learn_labels": True, "ridge": 0.3}
     _, ctx, distiller = planned("kip", dataset, steps=1, arch="convnet1_w8", method=method)
     distiller.setup(ctx)
     distiller.step()
     distiller.snapshot().save(tmp_path / "set.pt")
 
-    def kernel_of(*sets: str) -> str:
+    def scored(*sets: str) -> tuple[str, float]:
         options = EvaluateOptions(protocol="kernel", sets=sets)
         result = evaluate(tmp_path / "set.pt", options, device=CPU, dataset=dataset)
         assert len(result.results[0].per_seed) == 1
-        return str(result["kernel"])
+        return str(result["kernel"]), result.results[0]["kernel_loss"]
 
-    assert (kernel_of(), kernel_of("kernel=fc1")) == ("fc2", "fc1")
+    assert scored("kernel=fc1")[0] == "fc1"
+    assert scored() == scored("kernel=fc2", "ridge=0.3")
+    assert scored()[1] != scored("ridge=1e-6")[1]
 
 
 def test_what_it_refuses(toy: Any) -> None:
     ctx = context(toy)
     with pytest.raises(InputError, match=r"kernel: .*got 'fc9'"):
         EvaluateOptions(protocol="kernel", sets=("kernel=fc9",))
+    with pytest.raises(InputError, match="--seeds must be left out with --protocol kernel"):
+        EvaluateOptions(protocol="kernel", seeds=3)
     slow = Kernel(KernelConfig(kernel="convnet3", max_hours=1e-9))
     with pytest.raises(
         InputError, match="kernel convnet3 of 6 images and 18 held-out ones on cpu takes about"

@@ -175,6 +175,14 @@ def test_a_distilled_set_is_scored_by_its_steps(toy: Any, tmp_path: Any) -> None
     assert result.results[0]["arch"] == ARCH
 
 
+def test_passes_over_a_set_with_a_schedule_are_refused(toy: Any, tmp_path: Any) -> None:
+    dataset = toy()
+    a_set(dataset).save(tmp_path / "set.pt")
+    options = EvaluateOptions(protocol="steps", sets=("epochs=5",))
+    with pytest.raises(InputError, match=r"--set epochs must be left out .* got 5: its \d+ steps decide"):
+        evaluate(tmp_path / "set.pt", options, device=CPU, dataset=dataset)
+
+
 def test_a_set_without_schedule_needs_a_rate(toy: Any, tmp_path: Any) -> None:
     dataset = toy()
     a_set(dataset, "random").save(tmp_path / "set.pt")

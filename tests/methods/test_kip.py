@@ -129,6 +129,17 @@ def test_a_hopeless_kernel_is_refused_with_its_hours(planned: Any, toy: Any) -> 
         distiller.setup(ctx)
 
 
+def test_a_kernel_that_does_not_fit_is_refused_with_its_memory(planned: Any, toy: Any) -> None:
+    """A pair of 32 px takes 295 MB with pooling: 16 maps of 2.3 million float64 values for all layers."""
+    dataset = toy((120, 120, 120), (3, 32, 32))
+    settings = {"kernel": "convnet3", "batch_real": 3, "max_hours": 1e9}
+    _, ctx, distiller = planned("kip", dataset, ipc=100, steps=1, arch="convnet1_w8", method=settings)
+    with pytest.raises(
+        InputError, match=r"convnet3 of 300 images needs about 8\d\.\d GiB .* cpu has [\d.]+ free"
+    ):
+        distiller.setup(ctx)
+
+
 def test_presets_are_the_papers_labels_and_whitening_or_the_notebooks() -> None:
     target = Target("cifar10", (3, 32, 32), 10, 10)
     paper, code = preset("paper", target), preset("repo", target)

@@ -183,6 +183,16 @@ def test_a_methods_own_trainings_are_within_the_limits() -> None:
     assert (generator["epochs"], generator["vae_epochs"]) == (2, 2)
 
 
+def test_experts_are_within_the_limits() -> None:
+    """Epochs are lowered together with what must fit them."""
+    limits = {"epochs": 2, "networks": 1}
+    bench_spec = spec(methods=["mtt", "datm"], seeds=1, ipc=[1], limits=limits)
+    for unit in build_graph(bench_spec, open_dataset).distil.values():
+        experts = unit.config["method"]["experts"]
+        assert (experts["num_models"], experts["epochs"]) == (1, 2)
+        assert unit.config["method"]["max_start"] == 1
+
+
 def test_a_recipe_is_the_same_for_every_row_and_within_the_limits(tmp_path: Path) -> None:
     scored: dict[str, Any] = {"recipe": "vico", "augment": "dsa", "seeds": 1}
     for evaluation in (scored, {"options": {"recipe": "vico"}, "augment": "dsa", "seeds": 1}):

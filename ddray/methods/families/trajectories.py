@@ -27,6 +27,7 @@ from ddray.errors import DivergedError
 from ddray.methods.families.state import cpu_copy
 from ddray.methods.families.unrolled import EndGradient, Gradient, Swept, sweep
 from ddray.nets import build_net
+from ddray.nets.names import parse_arch
 from ddray.pool.spec import PoolEntry, PoolSpec
 from ddray.pool.trajectories import SNAPSHOTS, trajectory_specs
 from ddray.system.transfer import to_device
@@ -105,7 +106,8 @@ def expert_specs(ctx: DistillContext, config: TrajectoryConfig) -> list[PoolSpec
     Raises:
         InputError: a student of this architecture can't repeat its steps; no expert is trained for it.
     """
-    check_repeats(build_net(ctx.arch, ctx.dataset.image_shape, ctx.dataset.num_classes, seed=0))
+    if parse_arch(ctx.arch).drops or parse_arch(ctx.arch).is_external:
+        check_repeats(build_net(ctx.arch, ctx.dataset.image_shape, ctx.dataset.num_classes, seed=0))
     recipe = config.experts.model_dump(exclude={"num_models", "seed"})
     return trajectory_specs(
         ctx.dataset,
