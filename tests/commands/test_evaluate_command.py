@@ -88,6 +88,14 @@ class TestSettings:
         same = evaluation_config(idc_set, EvaluateOptions(augment="dsa_idc"))
         assert (same.strategy, same.cutmix) == (self.idc["strategy"], 0.5)
 
+    @pytest.mark.parametrize(("warmup", "epochs"), [(0, 300), (500, 1000)])
+    def test_fewer_epochs_without_augmentation_leave_a_warm_up_whole(
+        self, warmup: int, epochs: int, random_set: Path
+    ) -> None:
+        settings = {"epochs": 1000, "schedule": "cosine", "warmup": warmup}
+        config = evaluation_config(with_evaluate(random_set, **settings), EvaluateOptions(augment="none"))
+        assert config.epochs == epochs
+
     def test_an_unknown_recipe_is_refused(self, random_set: Path) -> None:
         with pytest.raises(InputError, match="recipe must be one of idc, table5, vico, got 'icd'"):
             evaluate(random_set, quick(recipe="icd"), device=CPU)
