@@ -112,5 +112,5 @@ def test_they_can_be_differentiated_twice(arch: str) -> None:
         return torch.stack([slope.square().sum() for slope in slopes]).sum()
 
     (slope,) = torch.autograd.grad(size(inputs), inputs)
-    ends = [float(size(inputs.detach() + sign * 1e-6 * direction)) for sign in (1, -1)]
+    ends = [size(inputs.detach() + sign * 1e-6 * direction).item() for sign in (1, -1)]
     assert float((slope * direction).sum()) == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-5)
