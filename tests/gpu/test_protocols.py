@@ -37,8 +37,8 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
     "continual": {"protocol": "continual", "num_tasks": 3},
     "distribution": {"protocol": "distribution"},
     "steps": {"protocol": "steps", "epochs": None, "sets": ("rate=0.02",)},
-    "kernel": {"protocol": "kernel"},
-    "kernel, convolutions": {"protocol": "kernel", "sets": ("kernel=conv3",)},
+    "kernel": {"protocol": "kernel", "epochs": None, "seeds": None},
+    "kernel, convolutions": {"protocol": "kernel", "epochs": None, "seeds": None, "sets": ("kernel=conv3",)},
 }
 
 
