@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from reports.scale.lab import Lab, ddray, environments, opened
+from reports.scale.lab import Lab, ddray, environments, opened, typed
 
 _RECORD: Final = Path(__file__).resolve().parent / "optimisation.jsonl"
 
@@ -103,8 +103,10 @@ def measure(lab: Lab, part: str, figure: str) -> None:
     what = PARTS[part][figure]
     name = f"{part}-{figure.replace(', ', '-').replace(' ', '-')}"
     runs = [_run(lab, f"{name}-{seed}", what, seed) for seed in range(lab.repeats)]
-    commands = (("distill", *what.distil, "--seed", "0.."), ("evaluate", "SET", *what.score))
-    lab.record(part, figure, "; ".join(" ".join(map(str, ("ddray", *words))) for words in commands), runs)
+    scores = [("evaluate", "SET", *score) for score in (what.score, what.by_dm) if score]
+    lab.record(
+        part, figure, "; ".join(map(typed, [("distill", *what.distil, "--seed", "0.."), *scores])), runs
+    )
 
 
 def _run(lab: Lab, name: str, figure: Figure, seed: int) -> dict[str, Any]:
@@ -153,10 +155,8 @@ def page(measured: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[str]:
     lines = [
         *("# Measured: trajectory matching, kernel points, ordered steps", ""),
         "Written by `python -m reports.optimisation`; do not edit. Test accuracies, means +- sample standard",
-        *(
-            "deviation over n sets; seconds are a set's, with experts where it was the first to need them.",
-            "",
-        ),
+        "deviation over n sets; seconds are of each set, with experts where it was the first to need them.",
+        "",
         "| part | set | n | accuracy | also | seconds | commands |",
         "|---|---|---|---|---|---|---|",
     ]

@@ -17,7 +17,7 @@ from torch import Tensor
 from ddray.artifact.distilled_set import DistilledSet, TrainSet
 from ddray.config import Config, added, parse_overrides
 from ddray.data.packed import resident
-from ddray.errors import DivergedError, InputError
+from ddray.errors import DivergedError
 from ddray.evaluation.options import EvaluateOptions
 from ddray.evaluation.protocol import (
     EvalContext,
@@ -117,14 +117,6 @@ def _share(right: Tensor) -> float | None:
     return float(right.mean()) if len(right) else None
 
 
-def _check(options: EvaluateOptions) -> None:
-    """Refuse what trains a network."""
-    for name in ("epochs", "augment", "seeds"):
-        if getattr(options, name) is not None:
-            raise InputError(f"--{name} must be left out with --protocol kernel: no network is trained")
-    KernelConfig.parse(parse_overrides(options.sets))
-
-
 def _make(options: EvaluateOptions, distilled: DistilledSet, ctx: EvalContext, real: RealImages) -> Scoring:
     """Return the regression by the set's own kernel and ridge, or by those that are set."""
     method = distilled.meta.config.get("method", {})
@@ -137,10 +129,9 @@ def _make(options: EvaluateOptions, distilled: DistilledSet, ctx: EvalContext, r
 PROTOCOL: Final = EvaluationProtocol(
     _make,
     config_type=KernelConfig,
-    check=_check,
     recipes=(),
-    has_epochs=False,
-    has_networks=False,
+    without=("epochs", "augment", "seeds"),
+    why="no network is trained",
     measures={"kernel_loss": Measure("kernel loss", in_tables=True, is_fraction=False)},
     published_metric="kernel_accuracy",
 )

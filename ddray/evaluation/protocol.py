@@ -12,6 +12,7 @@ from torch import Tensor
 from ddray.artifact.distilled_set import DistilledSet, TrainSet
 from ddray.config import Config, parse_overrides
 from ddray.data import Dataset, PixelSpace, Split
+from ddray.errors import InputError
 from ddray.evaluation.options import EvaluateConfig, EvaluateOptions, check_settings
 from ddray.nets import Net, build_net
 from ddray.pool.spec import ModelPool
@@ -169,8 +170,8 @@ class EvaluationProtocol:
         measures: what it measures besides the accuracy, by name.
         trains_on_target: whether sets only pre-train networks, whose classifiers the target's images train:
             sets may have targets instead of labels, and other classes; `--train-limit` cuts the target.
-        has_epochs: whether `--epochs` is for it, so that a bench's limit cuts them.
-        has_networks: whether it trains networks, of which `--seeds` is the number.
+        without: options that it has no use for and refuses (`epochs`, `seeds`, ...); a bench leaves them out.
+        why: the reason, for whoever names one.
         trains_for_all_seeds: whether an architecture's networks need one that is trained for all of them: one
             worker trains these.
         published_metric: metric of its published accuracies (reports/published.csv); None: there are none.
@@ -184,8 +185,8 @@ class EvaluationProtocol:
     editions: Mapping[str, int] = field(default_factory=dict)
     measures: Mapping[str, Measure] = field(default_factory=dict)
     trains_on_target: bool = False
-    has_epochs: bool = True
-    has_networks: bool = True
+    without: tuple[str, ...] = ()
+    why: str = ""
     trains_for_all_seeds: bool = False
     published_metric: str | None = None
 
@@ -195,6 +196,10 @@ class EvaluationProtocol:
         Raises:
             InputError: with what would be allowed.
         """
+        for name in self.without:
+            if getattr(options, name) is not None:
+                option = f"--{name.replace('_', '-')}"
+                raise InputError(f"{option} must be left out with --protocol {options.protocol}: {self.why}")
         if self.check is not None:
             self.check(options)
         elif self.config_type is EvaluateConfig:

@@ -121,16 +121,6 @@ def class_order(labels: Tensor) -> list[list[int]]:
     return steps
 
 
-def _check(options: EvaluateOptions) -> None:
-    """Refuse what the set's steps decide."""
-    for name in ("epochs", "augment", "train_limit"):
-        if getattr(options, name) is not None:
-            raise InputError(
-                f"--{name.replace('_', '-')} must be left out with --protocol steps: the set's steps decide"
-            )
-    StepsConfig.parse(parse_overrides(options.sets))
-
-
 def _make(options: EvaluateOptions, distilled: DistilledSet, ctx: EvalContext, real: RealImages) -> Scoring:
     section = distilled.meta.config.get("evaluate", {})
     default = {"seeds": section["seeds"]} if isinstance(section, dict) and "seeds" in section else {}
@@ -159,8 +149,8 @@ def _make(options: EvaluateOptions, distilled: DistilledSet, ctx: EvalContext, r
 PROTOCOL: Final = EvaluationProtocol(
     _make,
     config_type=StepsConfig,
-    check=_check,
     recipes=(),
-    has_epochs=False,
+    without=("epochs", "augment", "train_limit"),
+    why="the set's steps decide",
     published_metric="top1_accuracy",
 )

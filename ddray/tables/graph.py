@@ -310,10 +310,10 @@ def _evaluate_options(
     recipe = evaluation_spec.recipe or evaluation_spec.options.get("recipe")
     epochs, networks = evaluation_spec.epochs, evaluation_spec.seeds
     protocol = get_protocol(evaluation_spec.protocol)
-    if protocol.has_networks and (networks := networks or plan.config.evaluate.seeds):
+    if "seeds" not in protocol.without and (networks := networks or plan.config.evaluate.seeds):
         networks = min(networks, limits.networks or networks)
-    is_fixed = recipe is not None or (protocol.has_epochs and protocol.config_type is not EvaluateConfig)
-    if limits.epochs is not None and (epochs is not None or is_fixed):
+    has_own = "epochs" not in protocol.without and protocol.config_type is not EvaluateConfig
+    if limits.epochs is not None and (epochs is not None or recipe is not None or has_own):
         epochs = min(epochs or RECIPES.get(recipe or "", {}).get("epochs") or limits.epochs, limits.epochs)
     run = plan.config
     options = {

@@ -106,7 +106,8 @@ def expert_specs(ctx: DistillContext, config: TrajectoryConfig) -> list[PoolSpec
     Raises:
         InputError: a student of this architecture can't repeat its steps; no expert is trained for it.
     """
-    if parse_arch(ctx.arch).drops or parse_arch(ctx.arch).is_external:
+    arch = parse_arch(ctx.arch)
+    if arch.drops or arch.is_external:  # only others' networks must be built to know
         check_repeats(build_net(ctx.arch, ctx.dataset.image_shape, ctx.dataset.num_classes, seed=0))
     recipe = config.experts.model_dump(exclude={"num_models", "seed"})
     return trajectory_specs(
