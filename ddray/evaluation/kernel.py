@@ -130,7 +130,7 @@ PROTOCOL: Final = EvaluationProtocol(
     _make,
     config_type=KernelConfig,
     recipes=(),
-    without=("epochs", "augment", "seeds"),
+    without=("archs", "epochs", "augment", "seeds"),
     why="no network is trained",
     measures={"kernel_loss": Measure("kernel loss", in_tables=True, is_fraction=False)},
     published_metric="kernel_accuracy",

@@ -197,8 +197,8 @@ class EvaluationProtocol:
             InputError: with what would be allowed.
         """
         for name in self.without:
-            if getattr(options, name) is not None:
-                option = f"--{name.replace('_', '-')}"
+            if getattr(options, name) not in (None, ()):
+                option = f"--{name.replace('_', '-').replace('archs', 'arch')}"
                 raise InputError(f"{option} must be left out with --protocol {options.protocol}: {self.why}")
         if self.check is not None:
             self.check(options)

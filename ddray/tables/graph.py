@@ -310,15 +310,13 @@ def _evaluate_options(
     recipe = evaluation_spec.recipe or evaluation_spec.options.get("recipe")
     epochs, networks = evaluation_spec.epochs, evaluation_spec.seeds
     protocol = get_protocol(evaluation_spec.protocol)
-    if "seeds" not in protocol.without and (networks := networks or plan.config.evaluate.seeds):
+    if networks := networks or plan.config.evaluate.seeds:
         networks = min(networks, limits.networks or networks)
-    has_own = "epochs" not in protocol.without and protocol.config_type is not EvaluateConfig
-    if limits.epochs is not None and (epochs is not None or recipe is not None or has_own):
+    if limits.epochs is not None and (epochs or recipe or protocol.config_type is not EvaluateConfig):
         epochs = min(epochs or RECIPES.get(recipe or "", {}).get("epochs") or limits.epochs, limits.epochs)
-    run = plan.config
     options = {
-        "precision": None if run.precision == "tf32" else run.precision,
-        "deterministic": run.deterministic or None,
+        "precision": None if plan.config.precision == "tf32" else plan.config.precision,
+        "deterministic": plan.config.deterministic or None,
         **evaluation_spec.options,
         **choices,
         "protocol": evaluation_spec.protocol,
@@ -330,7 +328,9 @@ def _evaluate_options(
         "seed": derive_seed(plan.seed, "bench", "evaluate") % 2**31,
         **_limited_options(evaluation_spec, limits),
     }
-    return {k: v for k, v in options.items() if v is not None}
+    named = {*evaluation_spec.options, *evaluation_spec.model_dump(exclude_defaults=True)}
+    unused = {*protocol.without} - named
+    return {k: v for k, v in options.items() if v is not None and k not in unused}
 
 
 def _evaluate_unit(
@@ -339,7 +339,7 @@ def _evaluate_unit(
     """Return the unit that scores one set with one architecture."""
     for teacher in EvaluateOptions.parse(options, prefix="evaluate.options.").teachers:
         resolve_arch(teacher, plan.dataset.image_shape)
-    (arch,) = options["archs"]
+    (arch,) = options.get("archs", (plan.arch,))
     described = {
         **_trained_on(unit, plan),
         "seed": unit.seed,
@@ -359,17 +359,17 @@ def _evaluate_unit(
         evaluation_spec.augment and f"augment {evaluation_spec.augment}",
         _settings(evaluation_spec, options, unit.limit),
     )
-    images = plan.budget or plan.dataset.num_classes * plan.ipc
-    if unit.is_whole:
-        images = unit.limit or _WHOLE_IMAGES
+    of_set = plan.budget or plan.dataset.num_classes * plan.ipc
+    images = unit.limit or _WHOLE_IMAGES if unit.is_whole else of_set
     recipe_epochs = RECIPES.get(options.get("recipe", ""), {}).get("epochs")
     epochs = options.get("epochs") or recipe_epochs or plan.config.evaluate.epochs
+    operations = images * multiply_adds(arch, plan.dataset.image_shape)
     return replace(
         unit,
         identity=Unit(kind="evaluate", spec=described, inputs=() if unit.is_whole else (unit.key,)),
         title=", ".join(filter(None, title)),
         options=options,
-        amount=float(options["seeds"] * epochs * images * multiply_adds(arch, plan.dataset.image_shape)),
+        amount=float(options.get("seeds", 1) * epochs * operations),
     )
 
 

@@ -99,6 +99,8 @@ def test_what_it_refuses(toy: Any) -> None:
         EvaluateOptions(protocol="kernel", sets=("kernel=fc9",))
     with pytest.raises(InputError, match="--seeds must be left out with --protocol kernel"):
         EvaluateOptions(protocol="kernel", seeds=3)
+    with pytest.raises(InputError, match="--arch must be left out with --protocol kernel"):
+        EvaluateOptions(protocol="kernel", archs=("resnet18",))
     slow = Kernel(KernelConfig(kernel="convnet3", max_hours=1e-9))
     with pytest.raises(
         InputError, match="kernel convnet3 of 6 images and 18 held-out ones on cpu takes about"

@@ -112,6 +112,18 @@ def test_a_scale_bounds_what_an_evaluation_asks_for() -> None:
     assert (score.options["sets"], score.options["full_epochs"]) == (["epochs=400", "epochs=2"], 2)
 
 
+def test_what_the_kernel_protocol_has_no_use_for_is_left_out(tmp_path: Path) -> None:
+    """What the table does not name is not passed on; what it names is refused."""
+    scored: dict[str, Any] = {"protocol": "kernel", "options": {"sets": ["kernel=fc1"]}}
+    changes: dict[str, Any] = {"methods": ["random"], "seeds": 1, "limits": {"epochs": 7, "networks": 1}}
+    result = run(tmp_path / "run", spec(evaluate=scored, **changes))
+    (cell,) = result["cells"]
+    assert (cell["n"], cell["arch"], result["num_failed"]) == (1, "convnet1_w8", 0)
+    for name, value in {"archs": "convnet3", "epochs": 3, "seeds": 1, "augment": "none"}.items():
+        with pytest.raises(InputError, match=f"--{name[:4]}.* must be left out with --protocol kernel"):
+            build_graph(spec(evaluate={**scored, name: value}, **changes), open_dataset)
+
+
 def test_a_scale_bounds_a_ranking() -> None:
     limits = {"epochs": 3, "networks": 2, "sample": 4}
 
