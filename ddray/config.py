@@ -131,6 +131,8 @@ def _one_line(cls: type[BaseModel], error: ValidationError, prefix: str, source:
     message = message[:1].lower() + message[1:]
     if not path:
         return f"{message}{where}"
+    if first["type"] == "value_error" and isinstance(first["input"], Mapping):
+        return f"{name}: {message}{where}"  # fields that don't go together: it has their values
     choices = re.findall(r"'([^']*)'", first["ctx"]["expected"]) if first["type"] == "literal_error" else ()
     return f"{name}: {message}, got {first['input']!r}{where}{did_you_mean(str(first['input']), choices)}"
 

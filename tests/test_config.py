@@ -4,12 +4,12 @@ import importlib
 import pkgutil
 import re
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Self, get_args, get_origin
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import Field
+from pydantic import Field, model_validator
 
 import ddray
 from ddray.config import Config, added, difference, merge, nest, parse_overrides, read_yaml, yaml_of
@@ -19,6 +19,12 @@ from ddray.errors import InputError
 class Inner(Config):
     lr_img: float = Field(default=1.0, gt=0)
     momentum: float = 0.5
+
+    @model_validator(mode="after")
+    def _go_together(self) -> Self:
+        if self.momentum > self.lr_img:
+            raise ValueError(f"momentum must be <= lr_img, got {self.momentum}")
+        return self
 
 
 class Outer(Config):
@@ -42,13 +48,14 @@ nested = st.dictionaries(names, leaves | st.dictionaries(names, leaves, max_size
         ({"method": {"lr_img": float("nan")}}, "method.lr_img: input should be a finite number, got nan"),
         ({"method": {"momentum": float("inf")}}, "method.momentum: input should be a finite number, got inf"),
         ({"steps": "many"}, "steps: input should be a valid integer"),
+        ({"method": {"momentum": 3}}, "method: momentum must be <= lr_img, got 3.0$"),
     ],
 )
 def test_a_bad_value_is_one_line_with_rule_value_and_fix(values: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError) as caught:
         Outer.parse(values)
 
-    assert str(caught.value).startswith(message)
+    assert f"{caught.value}$".startswith(message)
     assert "\n" not in str(caught.value)
 
 
