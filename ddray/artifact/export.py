@@ -131,6 +131,8 @@ def export_ddranking(distilled: DistilledSet, folder: Path) -> None:
         labels = soft if kind == "logits" else soft.clamp_min(1e-30).log()
     elif kind == "values":
         log.warning("DD-Ranking has no regression: %s gets the classes of the set's values", folder)
+    if distilled.meta.schedule is not None:
+        log.warning("DD-Ranking has no steps: %s gets neither their order nor their rates", folder)
     tensors = {"images": train.images[order], "labels": labels[order]}
     lr = distilled.meta.config.get("evaluate", {}).get("lr")
     lr = distilled.meta.learned_lr if lr in (None, "learned") else lr

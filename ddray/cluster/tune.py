@@ -21,6 +21,7 @@ from ddray.data import Split, SplitName, carve_val, search_rows
 from ddray.data.pixels import pixel_space
 from ddray.distillation.shards import shard_classes
 from ddray.errors import InputError, unknown
+from ddray.evaluation import get_protocol
 from ddray.jobs.context import check_plan, check_size, declared_specs, make_context, make_distiller
 from ddray.jobs.plan import Plan, budget_method
 from ddray.jobs.shards import check_independent, check_shards
@@ -116,6 +117,11 @@ def check_search(plan: Plan, options: TuneOptions, before: Mapping[str, Any]) ->
     space = _space(plan, settings, ranges, in_shards=options.shards is not None)
     make_distiller(plan)
     check_plan(plan)
+    if (check_method := get_protocol(settings.protocol).check_method) is not None:
+        in_space = {
+            name.removeprefix("evaluate."): each for name, each in space.items() if "evaluate." in name
+        }
+        check_method(plan.method, plan.config.method, {**(settings.scoring or {}), **in_space})
     paper = drawn(space, settings.values(space))
     _check_objective(plan, options, space)
     num_samples = _num_samples(options, space, paper, plan.config.steps)
@@ -306,10 +312,15 @@ def _checked(plan: Plan, settings: Settings, space: Space, name: str, source: st
     InputError if a value breaks the setting's rule, or does not fit the method, the network or shards.
     """
     value_range, others = space[name], conditions(space, name)
+    drawn_too = {other: each.probes()[0] for other, each in space.items() if not each.when}
     parsed = []
     for value in value_range.probes():
         params = {**others, name: value}
-        trial_plan = settings.apply(plan, params, source)
+        try:
+            trial_plan = settings.apply(plan, params, source)
+        except InputError:  # a rule may bind it to others, whose values in the preset no trial has
+            params = {**drawn_too, **params}
+            trial_plan = settings.apply(plan, params, source)
         make_distiller(trial_plan)
         check_plan(trial_plan)
         if in_shards:

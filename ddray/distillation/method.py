@@ -14,6 +14,7 @@ from ddray.artifact.schedule import Schedule
 from ddray.config import Config
 from ddray.data import Dataset, PixelSpace, Split, SplitName
 from ddray.distillation.shards import Shard
+from ddray.nets.build import multiply_adds
 from ddray.nets.names import parse_arch
 from ddray.pool.spec import ModelPool
 from ddray.runs.environment import git_commit, versions
@@ -214,11 +215,25 @@ class MethodConfig(Config):
     """Settings that a table's limit changes too where it lowers epochs, such as which of them are used."""
     uses_maps: ClassVar[bool] = False
     """Whether the method needs `Features.maps`, which other people's networks may not have."""
+    orders_steps: ClassVar[bool] = False
+    """Whether sets have a schedule, by which the protocol `steps` trains."""
+    compiles: ClassVar[bool] = False
+    """Whether the method uses `ctx.compile`, which else is false."""
 
     @property
     def edition(self) -> int:
         """How often these settings have come to make other sets: from 1 on it is in the keys of units."""
         return 0
+
+    def work_per_step(
+        self, num_images: int, num_classes: int, arch: str, image_shape: tuple[int, int, int]
+    ) -> float:
+        """Return what a step on `num_images` learned images computes, up to a factor, for forecasts.
+
+        Here its learned and real images' multiply-adds; `batch_real` counts the real ones of a class.
+        """
+        real = num_classes * int(getattr(self, "batch_real", 0))
+        return float((num_images + real) * multiply_adds(arch, image_shape))
 
 
 class Engine(Protocol):

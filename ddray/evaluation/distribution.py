@@ -171,6 +171,8 @@ PROTOCOL: Final = EvaluationProtocol(
     _make,
     config_type=DistributionConfig,
     recipes=(),
+    without=("recipe",),
+    why="its networks have settings of their own",
     measures={
         "prototype_loss": Measure("prototype loss", in_tables=True, is_fraction=False),
         "covariance_loss": Measure("covariance loss", in_tables=True, is_fraction=False),

@@ -3,6 +3,7 @@
 The last epoch's network is scored once; the peers score on test up to 400 times and report the best score.
 """
 
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from ddray.nets import Net, check_arch
 from ddray.seeding import derive
 from ddray.training.loop import Augmenter, augmenter, train_together
 from ddray.training.recipe import RECIPES, Recipe
+
+log = logging.getLogger(__name__)
 
 
 def fit(
@@ -104,9 +107,13 @@ class Hard:
 def _make(options: EvaluateOptions, distilled: DistilledSet, ctx: EvalContext, real: RealImages) -> Scoring:
     """Return training by the set's recipe, or as in D3HR's Table 5."""
     if options.recipe == TABLE5:
+        if distilled.meta.label_kind == "values":
+            log.warning("the set's values are not regressed to: recipe %s trains on their classes", TABLE5)
         table5 = soft_config(options, distilled, (TABLE5,))
         return Scoring(Soft(table5, None), table5.seeds)
     config = evaluation_config(distilled, options)
+    if config.cutmix and distilled.meta.label_kind == "values":
+        log.warning("cutmix is left out: it mixes classes, and the set has values to regress to")
     return Scoring(Hard(config.as_recipe()), config.seeds, learned_rate(distilled, options))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ddray.artifact.distilled_set import DistilledSet, TrainSet
 from ddray.config import Config, added, parse_overrides
 from ddray.data.packed import resident
-from ddray.errors import DivergedError
+from ddray.errors import DivergedError, InputError
 from ddray.evaluation.options import EvaluateOptions
 from ddray.evaluation.protocol import (
     EvalContext,
@@ -29,7 +29,7 @@ from ddray.evaluation.protocol import (
 )
 from ddray.nets import check_arch
 from ddray.nets.ntk import KERNELS, KernelName, check_hours, gram, hours, ntk, pairs_at_once
-from ddray.system.memory import memory_budget
+from ddray.system.memory import available_bytes, memory_budget
 from ddray.training.embedding import Score
 from ddray.training.kernel_ridge import KernelRidge
 
@@ -57,7 +57,7 @@ class Kernel:
         """Fit the set and classify the split.
 
         Raises:
-            InputError: it would take more than `max_hours`.
+            InputError: it would take more than `max_hours`, or than the memory.
             DivergedError: the kernel matrix is not positive definite, or not finite.
         """
         begin, num = time.perf_counter(), len(train_set.labels)
@@ -85,6 +85,12 @@ class Kernel:
             f"kernel {config.kernel} of {num} images and {len(ctx.split)} held-out ones on {ctx.device}",
             "take kernel=fc1 or conv3, or raise it by --set max_hours=N",
         )
+        needed, free = 4 * 8 * num**2 / 2**30, available_bytes(ctx.device) / 2**30
+        if needed > free:
+            raise InputError(
+                f"a kernel regression on {num} images needs about {needed:,.1f} GiB for its matrices, "
+                f"{ctx.device} has {free:.1f} free: take fewer images (--train-limit N)"
+            )
         size = self._at_once(ctx, num)
         if size >= num:
             square = gram(config.kernel, images)
@@ -130,7 +136,7 @@ PROTOCOL: Final = EvaluationProtocol(
     _make,
     config_type=KernelConfig,
     recipes=(),
-    without=("archs", "epochs", "augment", "seeds"),
+    without=("archs", "epochs", "augment", "seeds", "recipe"),
     why="no network is trained",
     measures={"kernel_loss": Measure("kernel loss", in_tables=True, is_fraction=False)},
     published_metric="kernel_accuracy",

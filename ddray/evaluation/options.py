@@ -105,10 +105,10 @@ class EvaluateOptions(DataOptions, ForeignOptions, NumericOptions):
                 option = "--teacher" if name == "teachers" else "--" + name.replace("_", "-")
                 owners = [other for other in protocol_names() if name in get_protocol(other).options]
                 raise InputError(f"{option} must be left out, or used with --protocol {' or '.join(owners)}")
+        protocol.check_options(self)
         if self.recipe not in (None, *protocol.recipes):
             label = "recipe" if {*RECIPES} <= {*protocol.recipes} else f"recipe of --protocol {self.protocol}"
             raise unknown(label, str(self.recipe), protocol.recipes)
-        protocol.check_options(self)
         return self
 
 

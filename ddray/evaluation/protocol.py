@@ -172,6 +172,7 @@ class EvaluationProtocol:
             sets may have targets instead of labels, and other classes; `--train-limit` cuts the target.
         without: options that it has no use for and refuses (`epochs`, `seeds`, ...); a bench leaves them out.
         why: the reason, for whoever names one.
+        check_method: refuses a method whose sets it can't score, by name, the method's settings and its own.
         trains_for_all_seeds: whether an architecture's networks need one that is trained for all of them: one
             worker trains these.
         published_metric: metric of its published accuracies (reports/published.csv); None: there are none.
@@ -187,6 +188,7 @@ class EvaluationProtocol:
     trains_on_target: bool = False
     without: tuple[str, ...] = ()
     why: str = ""
+    check_method: Callable[[str, Config, Mapping[str, Any]], None] | None = None
     trains_for_all_seeds: bool = False
     published_metric: str | None = None
 

@@ -84,5 +84,6 @@ def _stated() -> dict[str, Any]:
 def conditions_of(number: Number) -> Conditions:
     """Return the conditions of a published number."""
     paper = _stated()[number.paper]
-    general = {name: value for name, value in paper.items() if name != "tables"}
-    return Conditions.parse(merge(general, paper.get("tables", {}).get(number.table, {})))
+    general = {name: value for name, value in paper.items() if name not in ("tables", "methods")}
+    of_table = paper.get("tables", {}).get(number.table, {})
+    return Conditions.parse(merge(general, of_table, paper.get("methods", {}).get(number.method, {})))

@@ -11,7 +11,7 @@ before it.
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -207,8 +207,7 @@ def soft_config(
     """
     sets, meta = parse_overrides(options.sets), distilled.meta
     settings = meta.config.get("method") or {}
-    default = own_recipe(meta.method, settings)
-    recipe = options.recipe or sets.get("recipe") or (default if default in recipes else recipes[0])
+    recipe = options.recipe or sets.get("recipe") or _default_recipe(meta.method, settings, recipes)
     if recipe not in recipes:
         raise unknown(f"recipe of --protocol {options.protocol}", recipe, recipes)
     defaults: dict[str, Any] = {}
@@ -216,6 +215,19 @@ def soft_config(
         defaults["patches"] = settings.get("factor") or default_factor(meta.image_shape)
     overrides = options.model_dump(include={"seeds", "epochs"}, exclude_none=True)
     return SoftConfig.parse(merge(defaults, sets, overrides, {"recipe": recipe}))
+
+
+def _default_recipe(method: str, settings: Mapping[str, Any], recipes: tuple[str, ...]) -> str:
+    recipe = own_recipe(method, settings)
+    return recipe if recipe in recipes else recipes[0]
+
+
+def recipe_epochs(
+    recipe: str | None, method: str, settings: Mapping[str, Any], **network_and_set: Any
+) -> int:
+    """Return the epochs of a recipe, by default of the one for a method's sets (see `resolve_settings`)."""
+    name = recipe or _default_recipe(method, settings, RECIPES)
+    return resolve_settings(SoftConfig.parse({"recipe": name}), **network_and_set).epochs
 
 
 def _make(options: EvaluateOptions, distilled: DistilledSet, ctx: EvalContext, real: RealImages) -> Scoring:

@@ -13,9 +13,10 @@ class per step, `epochs` times over.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 from pydantic import Field
@@ -66,7 +67,8 @@ class Steps:
         rows = [torch.tensor(step, device=ctx.device) for step in order]
         loss_of_step = ordered_loss(student, rows, train_set.supervision.to(ctx.device))
         images, start = resident(train_set.images, ctx.device), flat_parameters(net)
-        *_, end = descend(loss_of_step, [images], start, torch.tensor(rates, device=ctx.device))
+        path = descend(loss_of_step, [images], start, torch.tensor(rates, device=ctx.device))
+        end = deque(path, maxlen=1).pop()  # the others are as large
         if not bool(torch.isfinite(end).all()):
             raise DivergedError(
                 f"training {arch} by the set's steps diverged: its weights are not finite; use the --arch "
@@ -137,20 +139,31 @@ def _make(options: EvaluateOptions, distilled: DistilledSet, ctx: EvalContext, r
             f"--set epochs must be left out for a set with a schedule, got {sets['epochs']}: its "
             f"{len(schedule.order)} steps decide"
         )
-    if schedule is None and config.rate is None:
-        raise InputError(
-            "--protocol steps needs a set with a schedule, as method dd makes, got one of method "
-            f"{distilled.meta.method} without; use --set rate=0.02 for one rate, or --protocol hard"
-        )
+    if schedule is None:
+        _check_rate(distilled.meta.method, config.rate)
     details = {"init": "random" if schedule is None else schedule.init}
     return Scoring(Steps(schedule, config.rate, config.epochs), config.seeds, details)
+
+
+def _check_rate(method: str, rate: object) -> None:
+    if rate is None:
+        raise InputError(
+            "--protocol steps needs a set with a schedule, as method dd makes, got one of method "
+            f"{method} without; use --set rate=0.02 for one rate, or --protocol hard"
+        )
+
+
+def _check_method(method: str, config: Config, settings: Mapping[str, Any]) -> None:
+    if not getattr(config, "orders_steps", False):
+        _check_rate(method, settings.get("rate"))
 
 
 PROTOCOL: Final = EvaluationProtocol(
     _make,
     config_type=StepsConfig,
     recipes=(),
-    without=("epochs", "augment", "train_limit"),
+    without=("epochs", "augment", "train_limit", "recipe"),
     why="the set's steps decide",
+    check_method=_check_method,
     published_metric="top1_accuracy",
 )

@@ -184,12 +184,13 @@ def check_plan(plan: Plan) -> bool:
             raise InputError(
                 f"method.layers must be within 1..{num} for {plan.arch}, got {list(layers or ())}"
             )
-    return not is_external and wants_compile(
+    is_wanted = wants_compile(
         config.compile,
         num_steps=config.steps,
         images_per_step=int(getattr(config.method, "batch_real", 0)) * dataset.num_classes,
         image_shape=dataset.image_shape,
     )
+    return is_wanted and not is_external and getattr(config.method, "compiles", False)
 
 
 def check_longer(shorter: Plan, plan: Plan) -> None:

@@ -1,5 +1,6 @@
 """Turns a command's options into what a run needs: resolved configuration, context, shared networks."""
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from pydantic import BeforeValidator, Field
 from ddray.config import Config, added, merge, nest, parse_overrides, read_yaml
 from ddray.data import Dataset, open_dataset
 from ddray.data.catalog import KNOWN
-from ddray.distillation.method import BudgetDistiller, Target
+from ddray.distillation.method import BudgetDistiller, MethodConfig, Target
 from ddray.errors import InputError, unknown
 from ddray.evaluation import get_protocol
 from ddray.evaluation.options import EvaluateConfig
@@ -84,6 +85,14 @@ class Plan:
     def arch(self) -> str:
         """Canonical name of the network to match in."""
         return resolve_arch(self.config.arch, self.dataset.image_shape)
+
+    @property
+    def work(self) -> float:
+        """What distilling the set computes, up to a factor of the method; a budget's images have no class."""
+        num_classes, method = 1 if self.budget else self.dataset.num_classes, self.config.method
+        size = (self.budget or num_classes * self.ipc, num_classes, self.arch, self.dataset.image_shape)
+        of_step = getattr(method, "work_per_step", functools.partial(MethodConfig.work_per_step, method))
+        return float((1 + self.config.steps) * of_step(*size))
 
 
 def resolve(

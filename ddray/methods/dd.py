@@ -73,6 +73,7 @@ class DDConfig(MethodConfig):
         "digits_ipc1": {"method": {"distill_epochs": 10}},
     }
     quick: ClassVar = {"batch_real": 8, "distill_epochs": 2}
+    orders_steps: ClassVar = True
 
     net_init: Literal["random", "fixed"] = "random"
     """What the steps start from: fresh random networks, or one network, drawn by the run's seed."""
@@ -95,6 +96,10 @@ class DDConfig(MethodConfig):
     augment_real: Literal["crop_flip", "none"] = "none"
     """Augmentation of the real batch: reflected borders of 4 pixels, random crop, and flip where it keeps the
     class."""
+
+    def work_per_step(self, num_images: int, num_classes: int, *network: Any) -> float:
+        """Return a step's multiply-adds, of a batch that is of all classes together."""
+        return super().work_per_step(num_images, 1, *network)
 
 
 def step_rows(num_classes: int, ipc: int, images_per_step: int, epochs: int) -> list[list[int]]:

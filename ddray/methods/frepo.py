@@ -93,6 +93,10 @@ class FrepoConfig(MethodConfig):
     init: Init = "random"
     """Initial images."""
 
+    def work_per_step(self, num_images: int, num_classes: int, *network: Any) -> float:
+        """Return a step's multiply-adds, of a batch that is of all classes together."""
+        return super().work_per_step(num_images, 1, *network)
+
 
 def label_loss(targets: Tensor) -> Tensor:
     """Return -mean min(top1 - top2, 1/K) of labels [n, K]: the largest value is to stand out."""

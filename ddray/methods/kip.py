@@ -38,7 +38,7 @@ from ddray.methods.families.factory import make_method
 from ddray.methods.families.matching.batches import ClassBatches
 from ddray.methods.families.matching.initial import Init, initial_images, initial_specs
 from ddray.methods.families.state import cpu_copy, load_optimizer_state, optimizer_state
-from ddray.nets.ntk import KernelName, check_hours, check_row, gram, hours, ntk, pairs_at_once
+from ddray.nets.ntk import KernelName, check_hours, check_row, gram, hours, ntk, pair_floats, pairs_at_once
 from ddray.system.memory import memory_budget
 from ddray.training.kernel_ridge import KernelRidge
 
@@ -71,6 +71,13 @@ class KipConfig(MethodConfig):
     """Initial images."""
     max_hours: float = Field(default=24, gt=0)
     """A run that is estimated to take longer is refused."""
+
+    def work_per_step(
+        self, num_images: int, num_classes: int, arch: str, image_shape: tuple[int, int, int]
+    ) -> float:
+        """Return what the kernel's values of a step's pairs take, by the numbers each holds."""
+        pairs = num_images * (num_images + self.batch_real)
+        return float(pairs * pair_floats(self.kernel, image_shape))
 
 
 def targets_of(labels: Tensor, num_classes: int) -> Tensor:

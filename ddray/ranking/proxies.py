@@ -75,6 +75,8 @@ def file_proxies(paths: Sequence[Path], sets: Sequence[DistilledSet], split_name
         if any(proxy.name == name for proxy in proxies):
             raise InputError(f"--proxy must name each file once, got {path} twice")
         decoded = distilled.decode()
+        if distilled.meta.label_kind == "values":
+            log.warning("%s holds values to regress to: architectures are trained on their classes", name)
         data = training_set(decoded.images, decoded.classes, distilled.space())
         storage_images = distilled.meta.storage_floats / math.prod(distilled.meta.image_shape)
         proxies.append(Proxy(name, f"file {name}", data, storage_images))

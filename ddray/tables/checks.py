@@ -6,7 +6,7 @@ from ddray.config import flatten, merge, nest
 from ddray.data import Dataset, Split
 from ddray.errors import InputError, unknown
 from ddray.evaluation import get_protocol, protocol_names, target_protocols
-from ddray.evaluation.options import EvaluateConfig, EvaluateOptions
+from ddray.evaluation.options import EvaluateConfig, EvaluateOptions, overrides
 from ddray.jobs.plan import Plan, budget_method
 from ddray.jobs.shards import check_shards
 from ddray.system.options import ContentOptions
@@ -38,8 +38,10 @@ def check_names(spec: BenchSpec) -> None:
                     f"(as `ddray nas` has them), got {getattr(evaluation_spec, name)!r}"
                 )
         recipes = ("none",) if protocol == "nas" else get_protocol(protocol).recipes
-        if evaluation_spec.recipe is not None and evaluation_spec.recipe not in recipes:
+        if recipes and evaluation_spec.recipe is not None and evaluation_spec.recipe not in recipes:
             raise unknown(f"evaluate.recipe of {protocol}", evaluation_spec.recipe, recipes)
+        if "seeds" in overrides(evaluation_spec.options.get("sets") or ()):
+            raise InputError("evaluate.options.sets must not have seeds=...; use evaluate.seeds")
 
 
 def check_sections(spec: BenchSpec) -> None:
@@ -59,9 +61,13 @@ def check_sections(spec: BenchSpec) -> None:
         return
     for name in flatten(merge(*(nest(name, value) for name, value in spec.set.items()))):
         if name.startswith("evaluate.") and name != "evaluate.every":
+            field = name.removeprefix("evaluate.")
+            place = (
+                f"evaluate.{field}" if field in EvaluateSpec.model_fields else f"options.sets: [{field}=...]"
+            )
             raise InputError(
-                f"set.{name} is not taken by {spec.evaluate[0].protocol}, which has settings of its own; put "
-                f"it under evaluate.options.sets: [{name.removeprefix('evaluate.')}=...]"
+                f"set.{name} is not taken by {spec.evaluate[0].protocol}, which has settings of its own; use "
+                f"{place}"
             )
 
 
@@ -118,6 +124,10 @@ def check_evaluation(evaluation_spec: EvaluateSpec, plan: Plan, target: Dataset)
             f"evaluate.options.ipc must be left out for {plan.method}, whose sets hold their images "
             f"(d3hr with method.store=statistics generates them), got {evaluation_spec.options['ipc']}"
         )
+    protocol = get_protocol(evaluation_spec.protocol)
+    if protocol.check_method is not None:
+        settings = overrides(evaluation_spec.options.get("sets") or ())
+        protocol.check_method(plan.method, plan.config.method, settings)
     distilled = plan.dataset
     if not _trains_on_target(evaluation_spec) and (
         target.image_shape != distilled.image_shape or target.class_names != distilled.class_names

@@ -10,7 +10,7 @@ from ddray.data import Dataset
 from ddray.distillation.snapshots import snapshot_steps
 from ddray.errors import InputError
 from ddray.evaluation import get_protocol
-from ddray.evaluation.options import EvaluateConfig, EvaluateOptions, overrides
+from ddray.evaluation.options import EvaluateOptions
 from ddray.jobs.context import make_distiller
 from ddray.jobs.distill import edition_of
 from ddray.jobs.plan import Plan, resolve
@@ -22,9 +22,10 @@ from ddray.runs.ledger import Unit
 from ddray.seeding import derive_seed
 from ddray.tables.checks import check_evaluation, check_names, check_row, check_sections
 from ddray.tables.facts import facts_of, generator_layer, teachers_of
+from ddray.tables.limits import exceeded, limited_epochs, limited_options, lowered
 from ddray.tables.spec import WHOLE, BenchSpec, EvaluateSpec, Limits, MethodSpec, PublishedSource
 from ddray.tables.units import BenchUnit, Cell, Graph, SweepSpec
-from ddray.training.recipe import RECIPES, TeacherRecipe
+from ddray.training.recipe import RECIPES
 
 # Changing how many networks are trained on a set does not change the set.
 _COUNTS = ("seeds", "val_seeds")
@@ -117,8 +118,6 @@ def distil_unit(
         "config": set_config,
         **edition_of(plan),
     }
-    real = getattr(plan.config.method, "batch_real", 0)  # per class, or in total with a budget
-    images = plan.budget + real if plan.budget else dataset.num_classes * (plan.ipc + real)
     unit = BenchUnit(
         identity=Unit(kind="distill", spec=unit_spec),
         title=f"{row.row} {dataset.name} {size[0]} {size[1]} seed {seed}",
@@ -129,7 +128,7 @@ def distil_unit(
         budget=plan.budget,
         seed=seed,
         config=config,
-        amount=float((1 + plan.config.steps) * images * multiply_adds(plan.arch, dataset.image_shape)),
+        amount=plan.work,
         split=spec.split,
         shards=spec.num_shards(row, dataset.num_classes),
     )
@@ -171,44 +170,23 @@ def _limited(spec: BenchSpec, row: MethodSpec, dataset: Dataset, size: tuple[str
             raise InputError(f"row {row.row}: {error}") from error
 
     plan, limits = resolved(), spec.limits
-    config, fewer_epochs = plan.config.dump(), _lowered(plan.config.method.dump(), "epochs", limits.epochs)
+    config, fewer_epochs = plan.config.dump(), lowered(plan.config.method.dump(), "epochs", limits.epochs)
     if fewer_epochs:
         fewer_epochs |= getattr(plan.config.method, "with_fewer_epochs", {})
     lower: dict[str, Any] = {
         "method": merge(
-            _lowered(config["method"], "steps", limits.steps),
+            lowered(config["method"], "steps", limits.steps),
             fewer_epochs,
-            _lowered({"experts": config["method"].get("experts")}, "models", limits.networks),
-            _exceeded(config["method"], batch_real=limits.batch_real),
+            lowered({"experts": config["method"].get("experts")}, "models", limits.networks),
+            exceeded(config["method"], batch_real=limits.batch_real),
         ),
-        "evaluate": _exceeded(config["evaluate"], epochs=limits.epochs, seeds=limits.networks),
-        **_exceeded(config, steps=limits.steps),
+        "evaluate": exceeded(config["evaluate"], epochs=limits.epochs, seeds=limits.networks),
+        **exceeded(config, steps=limits.steps),
     }
     if "steps" in lower and plan.config.evaluate.every is not None:  # as many sets along the steps
         every = -(-plan.config.evaluate.every * lower["steps"] // plan.config.steps)
         lower["evaluate"]["every"] = max(1, every)
     return plan if lower == {"method": {}, "evaluate": {}} else resolved(lower)
-
-
-def _lowered(settings: Mapping[str, Any], word: str, limit: int | None) -> dict[str, Any]:
-    """Return the (nested) settings with a word in their name, such as `inner_steps`, that exceed a limit."""
-    lower: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping) and (within := _lowered(value, word, limit)):
-            lower[name] = within
-        elif word in name.split("_") and _is_above(value, limit):
-            lower[name] = limit
-    return lower
-
-
-def _exceeded(settings: Mapping[str, Any], **limits: int | None) -> dict[str, Any]:
-    """Return the limits that the settings of these names exceed."""
-    return {name: limit for name, limit in limits.items() if _is_above(settings.get(name), limit)}
-
-
-def _is_above(value: Any, limit: int | None) -> bool:
-    """Return whether an integer is above a limit; anything else is refused later, by its own rule."""
-    return limit is not None and isinstance(value, int) and value > limit
 
 
 def _cells(
@@ -308,25 +286,22 @@ def _evaluate_options(
     Epochs that the method decides are left out: they are limited already.
     """
     recipe = evaluation_spec.recipe or evaluation_spec.options.get("recipe")
-    epochs, networks = evaluation_spec.epochs, evaluation_spec.seeds
-    protocol = get_protocol(evaluation_spec.protocol)
+    protocol, networks = get_protocol(evaluation_spec.protocol), evaluation_spec.seeds
     if networks := networks or plan.config.evaluate.seeds:
         networks = min(networks, limits.networks or networks)
-    if limits.epochs is not None and (epochs or recipe or protocol.config_type is not EvaluateConfig):
-        epochs = min(epochs or RECIPES.get(recipe or "", {}).get("epochs") or limits.epochs, limits.epochs)
     options = {
         "precision": None if plan.config.precision == "tf32" else plan.config.precision,
         "deterministic": plan.config.deterministic or None,
         **evaluation_spec.options,
         **choices,
         "protocol": evaluation_spec.protocol,
-        "epochs": epochs,
+        "epochs": limited_epochs(evaluation_spec, recipe, limits.epochs, plan, choices),
         "seeds": networks,
         "augment": evaluation_spec.augment,
         "recipe": recipe,
         # The same networks for every method, so that rows differ only in their sets.
         "seed": derive_seed(plan.seed, "bench", "evaluate") % 2**31,
-        **_limited_options(evaluation_spec, limits),
+        **limited_options(evaluation_spec, limits),
     }
     named = {*evaluation_spec.options, *evaluation_spec.model_dump(exclude_defaults=True)}
     unused = {*protocol.without} - named
@@ -382,19 +357,3 @@ def _trained_on(unit: BenchUnit, plan: Plan) -> dict[str, Any]:
     config = {name: described["config"][name] for name in ("pixel_space", "evaluate")}
     whole = {**facts, **config, "images": unit.limit}
     return {"method": WHOLE, "dataset": plan.dataset.name, "trained_on": whole}
-
-
-def _limited_options(evaluation_spec: EvaluateSpec, limits: Limits) -> dict[str, Any]:
-    """Return the options `full_epochs` and `sets`, with epochs and teachers' epochs within the limits."""
-    sets, full = (evaluation_spec.options.get(name) for name in ("sets", "full_epochs"))
-    parsed = overrides(sets or ())
-    teacher = parsed.get("teacher", {})
-    teacher_epochs = teacher.get("epochs", TeacherRecipe().epochs) if isinstance(teacher, Mapping) else None
-    lowered = [f"epochs={limits.epochs}"] if _is_above(parsed.get("epochs"), limits.epochs) else []
-    has_teachers = "teachers" in get_protocol(evaluation_spec.protocol).options
-    if has_teachers and _is_above(teacher_epochs, limits.teacher_epochs):
-        lowered.append(f"teacher.epochs={limits.teacher_epochs}")
-    return {
-        "sets": [*(sets or ()), *lowered] or None,
-        "full_epochs": limits.epochs if _is_above(full, limits.epochs) else full,
-    }

@@ -87,7 +87,7 @@ def _conditions(number: Number, cell: Cell) -> Iterator[str]:
 
 def _is_protocol(protocol: str, theirs: str) -> bool:
     """Return whether accuracies are of the paper's protocol, as those of `robust` are of `hard`."""
-    if "nas" in (protocol, theirs):
+    if {"nas", "steps"} & {protocol, theirs}:
         return protocol == theirs
     return metric_of(protocol) == metric_of(theirs) and has_teachers(protocol) == has_teachers(theirs)
 

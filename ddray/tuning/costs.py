@@ -7,7 +7,6 @@ from typing import Any
 
 from ddray.config import Result
 from ddray.jobs.plan import Plan
-from ddray.nets.build import multiply_adds
 from ddray.runs.costs import History, record_costs, total
 from ddray.runs.ledger import Ledger, Row
 from ddray.tuning.options import TuneOptions
@@ -42,7 +41,7 @@ def record_search_costs(search: Search, rows: Sequence[Row]) -> None:
         StorageError: the file can't be written.
     """
     plan, objective = search.plan, str(search.options.objective)
-    work, device = _work(plan), search.job.device
+    work, device = plan.work, search.job.device
     trials = [(row, work * _share(row, search.job.budgets[-1])) for row in rows if row.kind == "trial"]
     record_costs(_signature("trial", plan, objective), trials, device)
     finals = [(row, work) for row in rows if row.kind == "evaluate"]
@@ -53,7 +52,7 @@ def forecast_search(
     plan: Plan, options: TuneOptions, num_samples: int, ledger: Ledger | None, device: str
 ) -> SearchForecast:
     """Return what a search's missing units are expected to take; `ledger` has the rows of an earlier part."""
-    history, work = History(device), _work(plan)
+    history, work = History(device), plan.work
     rows = [] if ledger is None else ledger.rows()
     kinds = [
         ("trial", num_samples, "trial", _signature("trial", plan, str(options.objective))),
@@ -82,13 +81,6 @@ def _signature(kind: str, plan: Plan, objective: str = "val-accuracy") -> dict[s
     """Return the keys by which units are compared: a trial that ranks architectures costs as no other."""
     what = plan.method if objective == "val-accuracy" else f"{plan.method} by {objective}"
     return {"kind": kind, "what": what, "which": plan.dataset.name}
-
-
-def _work(plan: Plan) -> float:
-    """Return the work of distilling one set, as a bench counts it."""
-    real = getattr(plan.config.method, "batch_real", 0)  # per class, or in total with a budget
-    images = plan.budget + real if plan.budget else plan.dataset.num_classes * (plan.ipc + real)
-    return float((1 + plan.config.steps) * images * multiply_adds(plan.arch, plan.dataset.image_shape))
 
 
 def _share(row: Row, last: int) -> float:

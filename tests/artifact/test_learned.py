@@ -203,6 +203,13 @@ class TestExport:
         assert torch.load(tmp_path / "out" / "labels.pt", weights_only=True).tolist() == [0, 0, 1, 1]
         assert "has no regression" in caplog.text
 
+    def test_ddranking_has_no_steps(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        schedule = Schedule(order=((0, 1), (2, 3)), rates=(0.1, 0.2), init="random")
+
+        export_ddranking(learned_set(None, schedule=schedule), tmp_path / "out")
+
+        assert "gets neither their order nor their rates" in caplog.text
+
     def test_a_parquet_file_has_the_labels_as_stored_and_their_kind(self, tmp_path: Path) -> None:
         import pyarrow.parquet as pq
 

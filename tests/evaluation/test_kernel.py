@@ -93,7 +93,25 @@ def test_a_files_own_kernel_is_the_default(planned: Any, toy: Any, tmp_path: Pat
     assert scored()[1] != scored("ridge=1e-6")[1]
 
 
-def test_what_it_refuses(toy: Any) -> None:
+def test_recipes_that_can_not_regress_say_so(
+    planned: Any, toy: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = toy((6, 5, 7), (1, 8, 8))
+    method = {"kernel": "fc1", "batch_real": 12, "learn_labels": True}
+    _, ctx, distiller = planned("kip", dataset, steps=1, arch="convnet1_w8", method=method)
+    distiller.setup(ctx)
+    distiller.snapshot().save(tmp_path / "set.pt")
+    for recipe, message in (
+        ("idc", "cutmix is left out"),
+        ("table5", "the set's values are not regressed to"),
+    ):
+        caplog.clear()
+        options = EvaluateOptions(recipe=recipe, epochs=1, seeds=1)
+        evaluate(tmp_path / "set.pt", options, device=CPU, dataset=dataset)
+        assert message in caplog.text
+
+
+def test_what_it_refuses(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ctx = context(toy)
     with pytest.raises(InputError, match=r"kernel: .*got 'fc9'"):
         EvaluateOptions(protocol="kernel", sets=("kernel=fc9",))
@@ -106,6 +124,12 @@ def test_what_it_refuses(toy: Any) -> None:
         InputError, match="kernel convnet3 of 6 images and 18 held-out ones on cpu takes about"
     ):
         slow.evaluate(labelled(ctx), ctx, arch="convnet3", seed=0)
+    with monkeypatch.context() as small:
+        small.setattr(kernel_protocol, "available_bytes", lambda device: 4 * 8 * 36 - 1)
+        with pytest.raises(
+            InputError, match=r"regression on 6 images needs about 0\.0 GiB for its matrices, cpu"
+        ):
+            Kernel(KernelConfig()).evaluate(labelled(ctx), ctx, arch="convnet3", seed=0)
     broken = replace(labelled(ctx), images=torch.full((6, 1, 8, 8), torch.inf))
     with pytest.raises(DivergedError, match="raise --set ridge=R"):
         Kernel(KernelConfig()).evaluate(broken, ctx, arch="convnet3", seed=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from ddray.artifact.distilled_set import DistilledSet, TrainSet
 from ddray.artifact.schedule import Schedule
 from ddray.data import normalized_space
 from ddray.errors import DivergedError, InputError
+from ddray.evaluation import steps as steps_protocol
 from ddray.evaluation.options import EvaluateOptions
 from ddray.evaluation.protocol import EvalContext
 from ddray.evaluation.steps import PROTOCOL, Steps, class_order
@@ -113,6 +115,23 @@ def test_other_sets_take_an_image_of_each_class_per_step(toy: Any, scored: list[
         torch.testing.assert_close(ours, theirs.detach(), rtol=1e-4, atol=1e-6)
 
 
+def test_weights_of_steps_that_are_done_are_dropped(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive = []
+    real = steps_protocol.descend
+
+    def counted(*args: Any) -> Any:
+        refs: list[Any] = []
+        for flat in real(*args):
+            refs.append(weakref.ref(flat))
+            del flat
+            yield refs[-1]()
+            alive.append(sum(ref() is not None for ref in refs))
+
+    monkeypatch.setattr(steps_protocol, "descend", counted)
+    Steps(None, rate=0.1, epochs=9).evaluate(three(toy()), context(toy()), arch=ARCH, seed=0)
+    assert (len(alive), max(alive)) == (9, 1)
+
+
 def test_soft_labels_are_learned(toy: Any, scored: list[list[Tensor]]) -> None:
     dataset = toy()
     soft = torch.rand(3, 3, generator=torch.Generator().manual_seed(1)).softmax(1)
@@ -136,7 +155,7 @@ def test_steps_that_diverge_are_named(toy: Any) -> None:
         Steps(None, rate=1e38).evaluate(three(toy()), context(toy()), arch=ARCH, seed=0)
 
 
-@pytest.mark.parametrize("option", [{"epochs": 3}, {"augment": "dsa"}, {"train_limit": 4}])
+@pytest.mark.parametrize("option", [{"epochs": 3}, {"augment": "dsa"}, {"train_limit": 4}, {"recipe": "idc"}])
 def test_what_the_set_decides_is_refused(option: dict[str, Any]) -> None:
     name = next(iter(option)).replace("_", "-")
     with pytest.raises(InputError, match=rf"--{name} must be left out with --protocol steps"):

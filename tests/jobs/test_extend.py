@@ -203,6 +203,16 @@ def test_a_run_that_only_its_length_would_compile_is_refused(
         run(digits, tmp_path / "run", 9)
 
 
+def test_a_method_that_compiles_nothing_is_extended(digits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(context, "wants_compile", lambda choice, *, num_steps, **_: num_steps > 5)
+    compiles = {
+        name: context.check_plan(resolve(name, digits, ipc=1, layers=[{"arch": "convnet2_w8", "steps": 9}]))
+        for name in ("dm", "dsdm", "dc", "dd", "kip", "frepo", "mtt")
+    }
+    assert [name for name, does in compiles.items() if does] == ["dm", "dsdm"]
+    context.check_longer(plan_of(digits, 3, "dc"), plan_of(digits, 9, "dc"))
+
+
 @pytest.mark.parametrize(
     ("steps", "more_steps", "message"),
     [

@@ -18,12 +18,25 @@ from ddray.jobs.context import check_ipc, make_context, make_distiller, pick_dev
 from ddray.jobs.options import PlanOptions
 from ddray.jobs.plan import PRESETS, Plan, plan_of, resolve, shipped_configs
 from ddray.methods import get_method, method_names
+from ddray.nets import multiply_adds
 from ddray.nets.names import resolve_arch
 
 CPU = torch.device("cpu")
 
 
 AUGMENTED = [name for name in method_names() if "augment" in get_method(name).config_type.model_fields]
+
+
+def test_the_work_of_a_run_counts_what_its_steps_compute(digits: Any) -> None:
+    def work(method: str, ipc: int = 1, **settings: Any) -> float:
+        layer = {"arch": "convnet2_w8", "steps": 9, "method": {"batch_real": 30, **settings}}
+        return resolve(method, digits, ipc=ipc, layers=[layer]).work
+
+    each = multiply_adds("convnet2_w8", digits.image_shape)
+    assert work("dm") == 10 * (10 + 10 * 30) * each
+    assert work("dd") == 10 * (10 + 30) * each  # a batch of all classes together
+    assert work("kip", 3) / work("kip") == (30 * (30 + 30)) / (10 * (10 + 30))  # pairs
+    assert work("kip", kernel="conv3") > 20 * work("kip")
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ddray import api
 from ddray.errors import InputError
 from ddray.jobs.plan import resolve
 from ddray.methods.datm import DATMConfig
@@ -41,6 +42,22 @@ class TestStarts:
         names = ("min_start", "first_max_start", "max_start")
         with pytest.raises(InputError, match=r"min_start must be < (first_)?max_start = "):
             config_of(**dict(zip(names, starts, strict=True)))
+
+
+@pytest.mark.parametrize("ipc", [1, 10])
+def test_a_search_may_start_earlier_and_end_earlier_than_the_preset(ipc: int) -> None:
+    forecast = api.forecast_tune("datm", dataset="digits", ipc=ipc, num_samples=3, gpus_per_trial=0)
+    assert forecast.num_samples == 3
+
+
+def test_a_search_that_its_protocol_can_not_score_is_refused_before_it_starts() -> None:
+    search: dict[str, Any] = {"dataset": "digits", "ipc": 1, "num_samples": 3, "gpus_per_trial": 0}
+    with pytest.raises(InputError, match=r"needs a set with a schedule, .* got one of method datm without"):
+        api.forecast_tune("datm", protocol="steps", **search)
+    assert (
+        api.forecast_tune("datm", protocol="steps", sets=("evaluate.rate=0.02",), **search).num_samples == 3
+    )
+    assert api.forecast_tune("dd", protocol="steps", **search).num_samples == 3
 
 
 class TestRightImages:

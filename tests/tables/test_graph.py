@@ -226,6 +226,28 @@ def test_epochs_that_an_evaluation_sets_are_within_the_limits(name: str) -> None
     assert overrides(unit.options["sets"])["epochs"] == 7
 
 
+@pytest.mark.parametrize(
+    ("evaluation", "limit", "epochs"),
+    [
+        ({"protocol": "distribution"}, 300, None),
+        ({"protocol": "distribution"}, 7, 7),
+        ({"protocol": "soft"}, 300, 300),  # D3HR's recipe has 400 at 8 px
+        ({"protocol": "soft"}, 900, None),
+        ({"protocol": "soft", "options": {"sets": ["epochs=10"]}}, 300, None),
+        ({"protocol": "soft", "options": {"sets": ["recipe=rded"]}}, 300, None),
+        ({"recipe": "table5"}, 3000, None),
+        ({"recipe": "table5"}, 1999, 1999),
+        ({"recipe": "idc"}, 2000, None),
+        ({"recipe": "idc"}, 1000, 1000),
+        ({"epochs": 20}, 300, 20),
+    ],
+)
+def test_a_limit_never_raises_the_epochs(evaluation: dict[str, Any], limit: int, epochs: int | None) -> None:
+    changes: dict[str, Any] = {"methods": ["random"], "seeds": 1, "limits": {"epochs": limit}}
+    (unit,) = build_graph(spec(evaluate=evaluation, **changes), open_dataset).evaluate.values()
+    assert unit.options.get("epochs") == epochs
+
+
 def test_rows_whose_images_are_mirrored_are_sets_of_their_own() -> None:
     """`can_flip` is a setting of the table, a row or a sweep; sets are scored as they were distilled."""
     rows = [
@@ -281,6 +303,22 @@ def test_rows_whose_images_are_mirrored_are_sets_of_their_own() -> None:
         ({"evaluate": {"teacher": "resnet18"}}, "--teacher must be left out"),
         ({"evaluate": {"protocol": "soft", "teacher": "resnet99"}}, "did you mean 'resnet18'"),
         ({"evaluate": {"augment": "foo"}}, "--augment must be one of"),
+        (
+            {"evaluate": {"protocol": "steps"}},
+            "needs a set with a schedule, .* got one of method random without",
+        ),
+        (
+            {"evaluate": {"options": {"sets": ["seeds=1"]}}},
+            "sets must not have seeds=...; use evaluate.seeds",
+        ),
+        (
+            {"evaluate": {"protocol": "kernel", "recipe": "idc"}},
+            "--recipe must be left out with --protocol steps",
+        ),
+        (
+            {"evaluate": {"protocol": "distribution"}, "set": {**TINY["set"], "evaluate.seeds": 1}},
+            "set.evaluate.seeds is not taken by distribution, .* use evaluate.seeds",
+        ),
         ({"evaluate": {"options": {"train_limit": -3}}}, "--train-limit must be >= 1, got -3"),
         ({"evaluate": {"options": {"sets": ["epchs=3"]}}}, "did you mean 'epochs'"),
         ({"evaluate": {"protocol": "soft", "options": {"sets": ["teacher.epchs=3"]}}}, "'epochs'"),

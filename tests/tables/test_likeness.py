@@ -35,6 +35,10 @@ PROBED: dict[str, Any] = {
     **{"arch": "convnet3_x2_bn", "distilled_in": "convnet3_x2_bn", "num_images": 100},
     "source": PublishedSource(paper="boost_ssdd", table="Table 1"),
 }
+DD: dict[str, Any] = {
+    **{"method": "dd", "name": "dd", "size": ("ipc", 10), "source": PublishedSource(paper="dd")},
+    **{"arch": "alexcifar", "distilled_in": "alexcifar"},
+}
 
 
 def judged(**changes: Any) -> Likeness:
@@ -55,6 +59,8 @@ def judged(**changes: Any) -> Likeness:
         ({**LARGE, "name": "d3hr", "teacher": "vgg11", "distilled_with": None}, 38.3),
         (PROBED, 43.66),
         ({**PROBED, "name": "boost_ssdd", "num_images": 114}, 52.41),
+        ({**DD, "protocol": "steps"}, 36.8),
+        ({**DD, "protocol": "steps", "source": PublishedSource(paper="dsdm", table="Table 1")}, 36.8),
     ],
 )
 def test_like_is_compared_with_like(cell: dict[str, Any], value: float) -> None:
@@ -75,6 +81,10 @@ def test_like_is_compared_with_like(cell: dict[str, Any], value: float) -> None:
         ({"size": ("ipc", 2)}, "ipc 2, theirs ipc 1, ipc 10, ipc 50", False),
         ({"dataset": "mnist", "target": "mnist"}, "dataset mnist, theirs cifar10", False),
         ({"protocol": "soft"}, "protocol soft, theirs hard", True),
+        ({"protocol": "steps"}, "protocol steps, theirs hard", True),
+        (DD, "protocol hard, theirs steps", True),
+        ({**DD, "source": PublishedSource(paper="dsdm")}, "protocol hard, theirs steps", True),
+        ({**DD, "protocol": "robust"}, "protocol robust, theirs steps", True),
         ({"protocol": "linear"}, "protocol linear, theirs hard", False),
         ({"changes": ("steps 3, the preset's 8000",)}, "steps 3, the preset's 8000", True),
         ({**SOFT, "teacher": "convnet3_bn"}, "teacher convnet3_bn, theirs resnet18", False),

@@ -16,7 +16,7 @@ from ddray.jobs.plan import resolve
 from ddray.runs.costs import History, costs_file
 from ddray.runs.folder import open_run
 from ddray.runs.ledger import Row, Unit
-from ddray.tuning.costs import _work, record_search_costs
+from ddray.tuning.costs import record_search_costs
 from ddray.tuning.options import TuneOptions
 
 LAYER = {"arch": "convnet1_w8", "compile": "off", "steps": 18}
@@ -75,8 +75,8 @@ def test_a_trial_that_was_stopped_early_counts_for_its_steps(search: Any) -> Non
     stopped = row("trial", 2.0, rungs={"1": 0.1, "3": 0.2}, stopped_early=True)
     record_search_costs(search, [stopped])
     (line,) = map(json.loads, costs_file().read_text().splitlines())
-    assert line["amount"] == pytest.approx(_work(search.plan) * 3 / 9)
-    estimate = History("cpu").estimate({"kind": "trial", "what": "dm", "which": "digits"}, _work(search.plan))
+    assert line["amount"] == pytest.approx(search.plan.work * 3 / 9)
+    estimate = History("cpu").estimate({"kind": "trial", "what": "dm", "which": "digits"}, search.plan.work)
     assert estimate.wall_s == pytest.approx(6.0)
 
 

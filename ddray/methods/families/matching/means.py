@@ -30,6 +30,7 @@ class MatchingConfig(ImagesConfig):
     """Settings of every method that learns images by matching means."""
 
     quick: ClassVar = {"batch_real": 8}
+    compiles: ClassVar = True
 
     lr_img: float = Field(default=1.0, gt=0)
     """Learning rate of the images (SGD)."""

@@ -35,6 +35,7 @@ class PartitionedConfig(MethodConfig):
     """Settings of every method that learns partitioned images."""
 
     quick: ClassVar = {"batch_real": 8}
+    compiles: ClassVar = True
 
     lr_img: float = Field(default=0.1, gt=0)
     """Learning rate of the pixels (SGD)."""
