@@ -62,12 +62,10 @@ def check_sections(spec: BenchSpec) -> None:
     for name in flatten(merge(*(nest(name, value) for name, value in spec.set.items()))):
         if name.startswith("evaluate.") and name != "evaluate.every":
             field = name.removeprefix("evaluate.")
-            place = (
-                f"evaluate.{field}" if field in EvaluateSpec.model_fields else f"options.sets: [{field}=...]"
-            )
+            place = field if field in EvaluateSpec.model_fields else f"options.sets: [{field}=...]"
             raise InputError(
-                f"set.{name} is not taken by {spec.evaluate[0].protocol}, which has settings of its own; use "
-                f"{place}"
+                f"set.{name} is not taken by {spec.evaluate[0].protocol}, which has settings of its own; put "
+                f"it under evaluate.{place}"
             )
 
 

@@ -83,8 +83,10 @@ def test_what_a_table_changes_of_an_evaluation_is_said(evaluate: dict[str, Any],
 
 
 def test_settings_of_hard_labels_are_refused_where_labels_are_soft() -> None:
+    with pytest.raises(InputError, match=r"set.evaluate.lr is not taken by soft.*options.sets: \[lr="):
+        changes_of("dm", SOFT, set={"evaluate.lr": 5})
     with pytest.raises(
-        InputError, match=r"set.evaluate.epochs is not taken by soft.*options.sets: \[epochs="
+        InputError, match=r"set.evaluate.epochs is not taken by soft.* under evaluate.epochs$"
     ):
         changes_of("dm", SOFT, set={"evaluate.epochs": 5})
 

@@ -313,11 +313,11 @@ def test_rows_whose_images_are_mirrored_are_sets_of_their_own() -> None:
         ),
         (
             {"evaluate": {"protocol": "kernel", "recipe": "idc"}},
-            "--recipe must be left out with --protocol steps",
+            "--recipe must be left out with --protocol kernel",
         ),
         (
             {"evaluate": {"protocol": "distribution"}, "set": {**TINY["set"], "evaluate.seeds": 1}},
-            "set.evaluate.seeds is not taken by distribution, .* use evaluate.seeds",
+            "set.evaluate.seeds is not taken by distribution, .* under evaluate.seeds",
         ),
         ({"evaluate": {"options": {"train_limit": -3}}}, "--train-limit must be >= 1, got -3"),
         ({"evaluate": {"options": {"sets": ["epchs=3"]}}}, "did you mean 'epochs'"),
