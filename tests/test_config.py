@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_origin
 
+import hypothesis
 import pytest
-from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field, model_validator
 
@@ -229,7 +229,7 @@ def test_a_missing_file_and_a_folder_are_refused_by_name(tmp_path: Path) -> None
             read_yaml(path)
 
 
-@given(nested, nested, nested)
+@hypothesis.given(nested, nested, nested)
 def test_of_merged_layers_the_later_wins_name_by_name_and_none_is_changed(a: Any, b: Any, c: Any) -> None:
     before = repr((a, b, c))
     merged = merge(a, b)
@@ -243,7 +243,7 @@ def test_of_merged_layers_the_later_wins_name_by_name_and_none_is_changed(a: Any
     assert repr((a, b, c)) == before
 
 
-@given(nested, nested)
+@hypothesis.given(nested, nested)
 def test_difference_is_empty_exactly_at_equality(a: Any, b: Any) -> None:
     assert difference(a, a) == []
     assert (difference(a, b) == []) == (a == b or not _unlike(a, b))

@@ -119,7 +119,9 @@ def check_search(plan: Plan, options: TuneOptions, before: Mapping[str, Any]) ->
     check_plan(plan)
     if (check_method := get_protocol(settings.protocol).check_method) is not None:
         in_space = {
-            name.removeprefix("evaluate."): each for name, each in space.items() if "evaluate." in name
+            name.removeprefix("evaluate."): each
+            for name, each in space.items()
+            if name.startswith("evaluate.")
         }
         check_method(plan.method, plan.config.method, {**(settings.scoring or {}), **in_space})
     paper = drawn(space, settings.values(space))

@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from ddray.artifact.options import ForeignOptions
-from ddray.config import AbsolutePath, Names, Result, added, merge, named, parse_overrides
+from ddray.config import AbsolutePath, Names, Result, added, merge, named, option_name, parse_overrides
 from ddray.data.reference import DatasetRef
 from ddray.errors import InputError, unknown
 from ddray.evaluation import get_protocol, protocol_names
@@ -102,9 +102,11 @@ class EvaluateOptions(DataOptions, ForeignOptions, NumericOptions):
         protocol = get_protocol(self.protocol)
         for name in _OF_ONE_PROTOCOL:
             if getattr(self, name) not in (None, False, ()) and name not in protocol.options:
-                option = "--teacher" if name == "teachers" else "--" + name.replace("_", "-")
+                option = option_name(name, type(self).model_fields[name])
                 owners = [other for other in protocol_names() if name in get_protocol(other).options]
-                raise InputError(f"{option} must be left out, or used with --protocol {' or '.join(owners)}")
+                raise InputError(
+                    f"--{option} must be left out, or used with --protocol {' or '.join(owners)}"
+                )
         protocol.check_options(self)
         if self.recipe not in (None, *protocol.recipes):
             label = "recipe" if {*RECIPES} <= {*protocol.recipes} else f"recipe of --protocol {self.protocol}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ddray.artifact.distilled_set import DistilledSet, TrainSet
-from ddray.config import Config, parse_overrides
+from ddray.config import Config, option_name, parse_overrides
 from ddray.data import Dataset, PixelSpace, Split
 from ddray.errors import InputError
 from ddray.evaluation.options import EvaluateConfig, EvaluateOptions, check_settings
@@ -200,8 +200,10 @@ class EvaluationProtocol:
         """
         for name in self.without:
             if getattr(options, name) not in (None, ()):
-                option = f"--{name.replace('_', '-').replace('archs', 'arch')}"
-                raise InputError(f"{option} must be left out with --protocol {options.protocol}: {self.why}")
+                option = option_name(name, EvaluateOptions.model_fields[name])
+                raise InputError(
+                    f"--{option} must be left out with --protocol {options.protocol}: {self.why}"
+                )
         if self.check is not None:
             self.check(options)
         elif self.config_type is EvaluateConfig:
