@@ -12,6 +12,7 @@ class per step, `epochs` times over.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,8 @@ from ddray.evaluation.options import EvaluateOptions
 from ddray.evaluation.protocol import EvalContext, EvalResult, EvaluationProtocol, RealImages, Scoring
 from ddray.nets import Net, build_net, check_arch, is_per_sample
 from ddray.training.student import Student, descend, flat_parameters, ordered_loss
+
+log = logging.getLogger(__name__)
 
 
 class StepsConfig(Config):
@@ -141,8 +144,22 @@ def _make(options: EvaluateOptions, distilled: DistilledSet, ctx: EvalContext, r
         )
     if schedule is None:
         _check_rate(distilled.meta.method, config.rate)
+    if schedule is not None and schedule.init == "fixed":
+        _check_fixed(options.archs, distilled.meta.arch, config.seeds)
     details = {"init": "random" if schedule is None else schedule.init}
     return Scoring(Steps(schedule, config.rate, config.epochs), config.seeds, details)
+
+
+def _check_fixed(archs: Sequence[str], arch: str, num_seeds: int) -> None:
+    """Refuse other networks than the one that a set is for; warn of one that is scored more than once."""
+    others = [name for name in archs if check_arch(name) != arch]
+    if others:
+        raise InputError(
+            f"--arch must be {arch} for a set with a fixed initialisation, which is of one network, got "
+            f"{', '.join(others)}; leave it out"
+        )
+    if num_seeds > 1:
+        log.warning("a fixed initialisation is one network: its %d scores are the same", num_seeds)
 
 
 def _check_rate(method: str, rate: object) -> None:

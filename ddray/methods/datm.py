@@ -109,7 +109,7 @@ class DATMConfig(TrajectoryConfig):
     }
     with_fewer_epochs: ClassVar = {
         **TrajectoryConfig.with_fewer_epochs,
-        **{"min_start": 0, "first_max_start": None},
+        **{"min_start": 0, "first_max_start": None, "grow_steps": 0},
     }
     quick: ClassVar = {
         **QUICK,
@@ -120,9 +120,9 @@ class DATMConfig(TrajectoryConfig):
     min_start: int = Field(default=0, ge=0)
     """T-: students start at epochs from it on."""
     first_max_start: int | None = Field(default=None, ge=1)
-    """T, what the bound of starts grows from to max_start; None, or above that: no growth."""
+    """T, what the bound of starts grows from to max_start; None: no growth."""
     grow_steps: int = Field(default=0, ge=0)
-    """I_end, iterations of the growth."""
+    """I_end, iterations of the growth; 0: none."""
     lr_label: float = Field(default=5.0, ge=0)
     """Learning rate of the labels' logits (SGD)."""
     label_momentum: float = Field(default=0.9, ge=0, lt=1)
@@ -135,6 +135,11 @@ class DATMConfig(TrajectoryConfig):
 
     @model_validator(mode="after")
     def _has_starts(self) -> Self:
+        if (self.first_max_start is None) != (self.grow_steps == 0):
+            raise ValueError(
+                "first_max_start and grow_steps must be set together, or left at none and 0, got "
+                f"{'none' if self.first_max_start is None else self.first_max_start} and {self.grow_steps}"
+            )
         if self.min_start >= self._first_bound:
             name = "max_start" if self._first_bound == self.max_start else "first_max_start"
             raise ValueError(f"min_start must be < {name} = {self._first_bound}, got {self.min_start}")

@@ -21,6 +21,7 @@ usual recipe they fail.
 - score: 200 held-out networks | 1 | `evaluate.seeds`.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any, ClassVar, Final, Literal
 
@@ -43,6 +44,8 @@ from ddray.seeding import derive_seed
 from ddray.system.transfer import to_device
 from ddray.training.operations import crop_and_flip
 from ddray.training.student import Student, flat_parameters, ordered_loss
+
+log = logging.getLogger(__name__)
 
 _PADDING: Final = 4  # pixels
 _EPOCHS: Final = 400
@@ -98,8 +101,9 @@ class DDConfig(MethodConfig):
     class."""
 
     def work_per_step(self, num_images: int, num_classes: int, *network: Any) -> float:
-        """Return a step's multiply-adds, of a batch that is of all classes together."""
-        return super().work_per_step(num_images, 1, *network)
+        """Return an iteration's multiply-adds: each network's passes, and its batch of all classes."""
+        num_nets = 1 if self.net_init == "fixed" else self.num_nets
+        return num_nets * super().work_per_step(self.distill_epochs * num_images, 1, *network)
 
 
 def step_rows(num_classes: int, ipc: int, images_per_step: int, epochs: int) -> list[list[int]]:
@@ -137,6 +141,7 @@ class Distillation:
             )
         self._fixed = flat_parameters(self._net) if fixed else None
         self._student = Student(self._net)
+        _warn_of_the_unused(ctx, config)
         images, labels = initial_images(ctx, config.init)
         self._rows = step_rows(num_classes, ctx.ipc, config.images_per_step, config.distill_epochs)
         order = [torch.tensor(rows, device=ctx.device) for rows in self._rows]
@@ -214,6 +219,13 @@ class Distillation:
         self._images.copy_(state["images"])
         self._raw_rates.copy_(state["raw_rates"])
         load_optimizer_state(self._optimizer, state["optimizer"])
+
+
+def _warn_of_the_unused(ctx: DistillContext, config: DDConfig) -> None:
+    if config.net_init == "fixed" and config.num_nets > 1:
+        log.warning("num_nets=%d is not used: a fixed initialisation is one network", config.num_nets)
+    if config.augment_real != "none" and ctx.split.is_audio:
+        log.warning("augment_real=%s is not used: spectrograms are not augmented", config.augment_real)
 
 
 def _mean(tensors: Sequence[Tensor]) -> Tensor:

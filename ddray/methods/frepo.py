@@ -14,16 +14,16 @@ learned labels by kernel ridge regression on its features, and moves both so tha
 - replacement: once a counter is above 100; counters begin at 0, 10, ..., 90, of untrained networks | at 100
   | the code's.
 - inner networks: batch norm before every convolution but the first, running statistics of nearly the last
-  batch; grey images padded by 3 | momentum .1 | the code's norm; grey images padded by 2 more.
-- mirrored copies with the same labels: CIFAR-10 at every ipc, CIFAR-100 and Tiny ImageNet at ipc 1 | - | the
-  same, in the kernel and in the inner steps, whose batches count them; never where a mirrored image changes
-  its class.
+  batch; LeCun's initial weights, biases of 0 | momentum .1 | the code's norm, PyTorch's initial weights.
+- mirrored copies with the same labels join the kernel: CIFAR-10 at every ipc, CIFAR-100 and Tiny ImageNet at
+  ipc 1 | - | the same, but never where a mirrored image changes its class.
 - pixels: colour whitened after mean/std | the same | ddray's ZCA for CIFAR and Tiny ImageNet, else mean/std.
 - steps: 500,000, the best of looks at test every 10,000 | fewer | 500,000 in both presets, the last set.
 - score: squared error from the labels, Adam 3e-4 with warm-up and cosine, one DSA-like operation a batch, a
   network without norm | 3 nets | the same recipe.
 """
 
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -45,6 +45,8 @@ from ddray.nets.names import parse_arch, with_norm
 from ddray.training.engine import Rule, cosine
 from ddray.training.kernel_ridge import KernelRidge
 from ddray.training.lamb import Lamb
+
+log = logging.getLogger(__name__)
 
 SCHEDULE: Final = "its learning rate falls by a cosine over the steps"
 _LAST: Final = 0.1  # where the cosine ends, as a share of the rate
@@ -84,14 +86,19 @@ class FrepoConfig(MethodConfig):
     lr_inner: float = Field(default=3e-4, gt=0)
     """Learning rate of the inner networks (Adam)."""
     inner_batch: int | None = Field(default=1000, ge=2)
-    """Rows of the set per inner step: images drawn at random, with their copies; none: all."""
+    """Images of the set per inner step, drawn at random; none: all."""
     inner_norm: Literal["batch_before", "arch"] = "batch_before"
     """batch_before: the inner networks are `arch` with batch norm before every convolution but the first;
     arch: they are `arch` itself."""
     mirror: bool = False
-    """Whether mirrored copies with the same labels join the set."""
+    """Whether mirrored copies with the same labels join the kernel."""
     init: Init = "random"
     """Initial images."""
+
+    @property
+    def edition(self) -> int:
+        """1 with mirrored copies, which the inner steps were first trained on too."""
+        return int(self.mirror)
 
     def work_per_step(self, num_images: int, num_classes: int, *network: Any) -> float:
         """Return a step's multiply-adds, of a batch that is of all classes together."""
@@ -168,15 +175,20 @@ def start(ctx: DistillContext, config: FrepoConfig) -> BilevelLoop:
     num_classes, num_steps = ctx.dataset.num_classes, max(1, int(ctx.config["steps"]))
     num = num_classes * ctx.ipc
     mirrors = config.mirror and ctx.dataset.can_flip
+    if config.mirror and not mirrors:
+        log.warning("mirror is not used: a mirrored image of %s changes its class", ctx.dataset.name)
     floats = num * (math.prod(ctx.dataset.image_shape) + num_classes)
     extent = Extent(num, int(mirrors), floats)
     check_memory(ctx, config, extent, num_classes, regression_bytes)
     images, labels = initial_images(ctx, config.init)
     parameters = {"images": images, "labels": centred(labels, num_classes) / math.sqrt(num_classes / 10)}
 
-    def synthesise(learned: Mapping[str, Tensor], rows: Rows) -> tuple[Tensor, Tensor]:
-        images, targets = learned["images"][rows], learned["labels"][rows]
-        return (torch.cat([images, images.flip(3)]), targets.repeat(2, 1)) if mirrors else (images, targets)
+    def stored(learned: Mapping[str, Tensor], rows: Rows) -> tuple[Tensor, Tensor]:
+        return learned["images"][rows], learned["labels"][rows]
+
+    def with_copies(learned: Mapping[str, Tensor], rows: Rows) -> tuple[Tensor, Tensor]:
+        images, targets = stored(learned, rows)
+        return torch.cat([images, images.flip(3)]), targets.repeat(2, 1)
 
     def make_set(learned: Mapping[str, Tensor]) -> DistilledSet:
         return ctx.make_set(learned["images"], labels, extras=SetExtras(learned["labels"], "values"))
@@ -194,8 +206,9 @@ def start(ctx: DistillContext, config: FrepoConfig) -> BilevelLoop:
         optimizer=Lamb,
         factor=lambda step: _LAST + (1 - _LAST) * cosine(min(step, num_steps), num_steps),
         inner=inner,
+        synthesise_inner=stored,
     )
-    return BilevelLoop(ctx, config, parameters, synthesise, extent, make_set, rules)
+    return BilevelLoop(ctx, config, parameters, with_copies if mirrors else stored, extent, make_set, rules)
 
 
 def centred(labels: Tensor, num_classes: int) -> Tensor:

@@ -13,13 +13,12 @@ solve, and real images pass chunk by chunk.
 - lambda: 1e-6 tr(K_ss) / n | the same, not held constant in the gradient | the code's.
 - labels: learned in Table 1 | fixed by default | by preset.
 - augmentation of real images: in Table 1, "in most instances no benefit" | off | off.
-- pixels: colour by "regularised ZCA" of images of unit norm | mean/std in the notebook | `paper`: ddray's ZCA
-  for CIFAR; `repo`: mean/std.
+- pixels: colour by "regularised ZCA" of images of unit norm | channel mean and std of train in the notebook |
+  `paper`: ddray's ZCA for CIFAR; `repo`: ddray's constants of the dataset (CIFAR-10's are the DC family's,
+  whose standard deviations are a fifth smaller).
 - steps: up to 50,000 | 300 looked at in the notebook | 5,000 and 300 by preset.
 - networks on the set: width 1024, no norm, 5,000 steps at a rate from their empirical kernel, by grid | the
   same | ConvNet without norm, by the recipe that all sets share; the squared error where labels are learned.
-- pixels: channel mean and std of train, no ZCA in the notebook | the same | ddray's constants of the dataset
-  (CIFAR-10's are the DC family's, whose standard deviations are a fifth smaller).
 - real batch: 5,000, classes balanced | the same | the same; fewer where a class has fewer.
 """
 

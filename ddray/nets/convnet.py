@@ -11,7 +11,7 @@ ReLU, max-pooling and the authors' default norms: instance norm for VGG-11, none
 
 **Deviations**
 - FRePo's inner networks (`_bnbefore`) normalise the input of every block but the first one, with running
-  statistics that are nearly the last batch's; one-channel images are padded by 2 more here, by 3 there.
+  statistics that are nearly the last batch's.
 - Other sizes of VGG-11 and AlexNet, whose originals fit 32 px only. Below, a pooling that would leave less
   than 2x2 before the next convolution is skipped (instance norm of one pixel is constant). Above, the last
   map is average-pooled to the size it has at 32 px (VGG-11 1x1, AlexNet 4x4), so that the classifier does not

@@ -21,7 +21,6 @@ _ARCHS: Final[dict[str, tuple[str, ...]]] = {
     "convnet3_bn": ("convnet3", "convnet"),
     "resnet10_ap": ("resnet_ap10",),
     "vgg11_tv": ("vgg11",),
-    "alexcifar": ("alexcifar", "alexnet"),
 }
 _METHODS: Final = {
     "mmd_pixel": ("mmd_pixel", "mmd"),

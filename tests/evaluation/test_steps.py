@@ -167,8 +167,8 @@ def test_settings_are_checked_before_there_is_a_set() -> None:
         EvaluateOptions(protocol="steps", sets=("rate=0",))
 
 
-def a_set(dataset: Any, method: str = "dd") -> DistilledSet:
-    settings = {"method": {"batch_real": 8}, "steps": 2} if method == "dd" else {}
+def a_set(dataset: Any, method: str = "dd", **method_settings: Any) -> DistilledSet:
+    settings = {"method": {"batch_real": 8, **method_settings}, "steps": 2} if method == "dd" else {}
     _, ctx, distiller = plan_method(method, dataset, ipc=2, **{**settings, "arch": ARCH})
     distiller.setup(ctx)
     for _ in range(distiller.num_steps):
@@ -199,6 +199,23 @@ def test_passes_over_a_set_with_a_schedule_are_refused(toy: Any, tmp_path: Any) 
     a_set(dataset).save(tmp_path / "set.pt")
     options = EvaluateOptions(protocol="steps", sets=("epochs=5",))
     with pytest.raises(InputError, match=r"--set epochs must be left out .* got 5: its \d+ steps decide"):
+        evaluate(tmp_path / "set.pt", options, device=CPU, dataset=dataset)
+
+
+def test_a_fixed_initialisation_is_one_network(
+    toy: Any, tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = toy()
+    a_set(dataset, net_init="fixed", num_nets=2, distill_epochs=1).save(tmp_path / "set.pt")
+    assert "num_nets=2 is not used: a fixed initialisation is one network" in caplog.text
+    result = evaluate(
+        tmp_path / "set.pt", EvaluateOptions(protocol="steps", seeds=2), device=CPU, dataset=dataset
+    )
+    first, second = result.results[0]["per_seed"]
+    assert first == second
+    assert "a fixed initialisation is one network: its 2 scores are the same" in caplog.text
+    options = EvaluateOptions(protocol="steps", archs=("convnet2_w4",))
+    with pytest.raises(InputError, match=f"--arch must be {ARCH} for a set with a fixed .* got convnet2_w4"):
         evaluate(tmp_path / "set.pt", options, device=CPU, dataset=dataset)
 
 

@@ -34,9 +34,19 @@ def test_the_work_of_a_run_counts_what_its_steps_compute(digits: Any) -> None:
 
     each = multiply_adds("convnet2_w8", digits.image_shape)
     assert work("dm") == 10 * (10 + 10 * 30) * each
-    assert work("dd") == 10 * (10 + 30) * each  # a batch of all classes together
+    assert work("dd", distill_epochs=1) == 10 * (10 + 30) * each  # a batch of all classes together
+    assert work("dd", distill_epochs=4, num_nets=2) == 10 * 2 * (40 + 30) * each
+    assert work("dd", distill_epochs=4, num_nets=2, net_init="fixed") == 10 * (40 + 30) * each
     assert work("kip", 3) / work("kip") == (30 * (30 + 30)) / (10 * (10 + 30))  # pairs
     assert work("kip", kernel="conv3") > 20 * work("kip")
+
+    def student(method: str, ipc: int, batch: int | None) -> float:
+        settings = {"inner_steps": 7, "batch_syn": batch}
+        layer = {"arch": "convnet2_w8", "steps": 9, "method": settings}
+        return resolve(method, digits, ipc=ipc, layers=[layer]).work
+
+    assert student("mtt", 3, 20) == 10 * 7 * 20 * each  # N batches of the student
+    assert student("datm", 3, None) == student("mtt", 3, 50) == 10 * 7 * 30 * each
 
 
 @pytest.mark.parametrize("preset", PRESETS)

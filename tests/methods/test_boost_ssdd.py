@@ -265,7 +265,8 @@ def test_the_set_that_is_stored_is_the_set_that_is_trained_on(started: Any) -> N
     distilled.validate()
     decoded = distilled.decode()
 
-    images, targets = distiller._engine._current()
+    with torch.no_grad():
+        images, targets = distiller._engine._synthesise(distiller._engine.parameters, slice(None))
     torch.testing.assert_close(decoded.images, images, rtol=1e-5, atol=1e-5)
     m = len(distilled.images)
     torch.testing.assert_close(decoded.targets[:m], targets[:m], rtol=1e-5, atol=1e-5)
@@ -389,7 +390,8 @@ def test_every_row_of_the_tables_fits_a_gpu_of_24_gib(
 def test_an_inner_batch_is_images_with_all_of_their_views(started: Any) -> None:
     ctx, distiller = started(inner_batch=9)
     images, targets = distiller._engine._draw()(ctx.generator("rows"))
-    whole_images, whole_targets = distiller._engine._current()
+    with torch.no_grad():
+        whole_images, whole_targets = distiller._engine._synthesise(distiller._engine.parameters, slice(None))
     m = distiller._engine._extent.num_images
     rows = [int((whole_images - image).abs().amax((1, 2, 3)).argmin()) for image in images]
     assert len(rows) == 8 < len(whole_images)

@@ -35,13 +35,23 @@ class TestStarts:
 
     def test_without_growth_it_is_max_start(self) -> None:
         assert config_of(min_start=40, max_start=60).starts(0) == range(40, 60)
-        assert config_of(min_start=2, first_max_start=9, max_start=8).starts(0) == range(2, 8)
+        above = config_of(min_start=2, first_max_start=9, max_start=8, grow_steps=10)
+        assert above.starts(0) == range(2, 8)
 
     @pytest.mark.parametrize("starts", [(5, None, 5), (8, 9, 8), (4, 4, 8)])
     def test_an_empty_range_is_refused(self, starts: tuple[int, int | None, int]) -> None:
         names = ("min_start", "first_max_start", "max_start")
+        growth = {} if starts[1] is None else {"grow_steps": 10}
         with pytest.raises(InputError, match=r"min_start must be < (first_)?max_start = "):
-            config_of(**dict(zip(names, starts, strict=True)))
+            config_of(**dict(zip(names, starts, strict=True)), **growth)
+
+    @pytest.mark.parametrize(
+        ("growth", "values"),
+        [({"first_max_start": 1, "grow_steps": 0}, "1 and 0"), ({"grow_steps": 9}, "none and 9")],
+    )
+    def test_half_of_a_growth_is_refused(self, growth: dict[str, int], values: str) -> None:
+        with pytest.raises(InputError, match=f"first_max_start and grow_steps must be .* got {values}"):
+            config_of(max_start=4, **growth)
 
 
 @pytest.mark.parametrize("ipc", [1, 10])

@@ -21,6 +21,7 @@ from ddray.methods.frepo import (
     regression_bytes,
     score_epochs,
 )
+from ddray.nets import build_net
 
 
 def drawn(*shape: int, seed: int) -> Tensor:
@@ -98,6 +99,10 @@ def test_counters_begin_spread_and_a_network_is_replaced_once_its_is_above(plann
     seen, fresh = [], []
     for step in range(1, 8):
         pool.advance(1, draw, step)
+        if step == 4:
+            expected = build_net("convnet2_w8_bnbefore", (3, 16, 16), 3, seed=pool._seed(1, 4))
+            weights = pool._slots[1].net.state_dict()
+            assert all(torch.equal(weights[name], value) for name, value in expected.state_dict().items())
         seen.append(pool._slots[1].trained)
         fresh.append(not pool._slots[1].optimizer.state)
     assert seen == [3, 4, 5, 0, 1, 2, 3]
@@ -109,7 +114,7 @@ def test_an_inner_step_is_adam_on_the_summed_squares(planned: Any, toy: Any) -> 
     engine = distiller._engine
     engine.inner.fill(engine._draw())
     net = engine.inner.net(0).train()
-    images, targets = engine._current()
+    images, targets = engine._draw()(torch.Generator())
     before = [param.detach().clone() for param in net.parameters()]
     net.requires_grad_(True)
     gradients = torch.autograd.grad(
@@ -136,7 +141,7 @@ def test_inner_networks_normalise_by_running_statistics_of_nearly_the_last_batch
     net = engine.inner.net(0)
     assert not net.training
     fresh = engine.inner._new(0, 3)
-    images, _ = engine._current()
+    images, _ = engine._draw()(torch.Generator())
     pooled = torch.nn.functional.avg_pool2d(fresh.body.convs[0](images).relu(), 2)
     torch.testing.assert_close(norm.running_mean, 0.9 * pooled.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
 
@@ -156,15 +161,20 @@ def test_images_and_labels_are_learned_and_stored(planned: Any, toy: Any) -> Non
     assert distiller.representations is None
 
 
-def test_mirrored_copies_join_with_the_same_labels(planned: Any, toy: Any) -> None:
+def test_mirrored_copies_join_the_kernel_and_not_the_inner_steps(planned: Any, toy: Any) -> None:
     _, distiller = started(planned, toy, mirror=True)
-    images, targets = distiller._engine._current()
+    images, targets = distiller._engine._synthesise(distiller._engine.parameters, slice(None))
     assert len(images) == 12
     assert torch.equal(images[6:], images[:6].flip(3))
     assert torch.equal(targets[6:], targets[:6])
+    inner_images, inner_targets = distiller._engine._draw()(torch.Generator())
+    assert torch.equal(inner_images, images[:6])
+    assert torch.equal(inner_targets, targets[:6])
+    _, few = started(planned, toy, mirror=True, inner_batch=4)
+    assert len(few._engine._draw()(torch.Generator())[0]) == 4, "a batch counts images, not copies"
     distiller.step()
     _, alone = started(planned, lambda: toy(can_flip=False), mirror=True)
-    assert len(alone._engine._current()[0]) == 6
+    assert len(alone._engine._synthesise(alone._engine.parameters, slice(None))[0]) == 6
 
 
 def test_the_rate_falls_by_a_cosine_to_a_tenth(planned: Any, toy: Any) -> None:

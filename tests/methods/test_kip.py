@@ -22,10 +22,12 @@ def started(planned: Any, toy: Any, steps: int = 3, **method: Any) -> Any:
     return ctx, distiller
 
 
-def whole_loss(kernel: str, x: Tensor, y: Tensor, real: Tensor, outputs: Tensor) -> Tensor:
+def whole_loss(
+    kernel: str, x: Tensor, y: Tensor, real: Tensor, outputs: Tensor, *, ridge: float = 1e-6
+) -> Tensor:
     """The loss by an explicit inverse, all of it differentiable."""
     square = gram(kernel, x)
-    penalty = 1e-6 * square.diagonal().mean()
+    penalty = ridge * square.diagonal().mean()
     inverse = torch.linalg.inv(square + penalty * torch.eye(len(x)).double())
     return (ntk(kernel, real, x) @ inverse @ y - outputs).square().mean() / 2
 
@@ -52,22 +54,24 @@ def test_loss_and_gradients_are_those_of_the_whole_graph(kernel: str, planned: A
     torch.testing.assert_close(in_targets, expected_gradients[1], rtol=1e-6, atol=1e-9)
 
 
-def test_the_gradient_is_that_of_central_differences(planned: Any, toy: Any) -> None:
-    ctx, distiller = started(planned, toy)
+@pytest.mark.parametrize("ridge", [1e-6, 0.5])
+def test_the_gradient_is_that_of_central_differences(ridge: float, planned: Any, toy: Any) -> None:
+    """In images and labels; at a large ridge lambda's own dependence on the images counts too."""
+    ctx, distiller = started(planned, toy, ridge=ridge, learn_labels=True)
     engine = distiller._engine
     real = engine._batches.take(engine._batches.draw(ctx.generator("step", 1)))
     engine._backward(real)
-    images, gradient = engine._images.detach().clone(), engine._images.grad
-    for index in ((0, 0, 3, 4), (5, 0, 7, 0)):
-        shift = torch.zeros_like(images)
-        shift[index] = 1e-4
-        losses = [
-            whole_loss("fc1", x, engine._targets, real, engine._real_targets)
-            for x in (images + shift, images - shift)
-        ]
-        assert float(gradient[index]) == pytest.approx(
-            float(losses[0] - losses[1]) / 2e-4, rel=1e-5, abs=1e-9
-        )
+    leaves = {"_images": ((0, 0, 3, 4), (5, 0, 7, 0)), "_targets": ((0, 1), (5, 2))}
+    for name, indices in leaves.items():
+        for index in indices:
+            losses = []
+            for sign in (1, -1):
+                moved = {each: getattr(engine, each).detach().clone() for each in leaves}
+                moved[name][index] += sign * 1e-4
+                losses.append(whole_loss("fc1", *moved.values(), real, engine._real_targets, ridge=ridge))
+            numeric = float(losses[0] - losses[1]) / 2e-4
+            gradient = float(getattr(engine, name).grad[index])
+            assert gradient == pytest.approx(numeric, rel=1e-5, abs=1e-9)
 
 
 @pytest.mark.parametrize("kernel", ["fc1", "convnet3"])

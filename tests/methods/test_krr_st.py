@@ -119,7 +119,7 @@ def test_a_batch_of_images_is_drawn_anew_each_step(started: Any) -> None:
     draw, rows = distiller._engine._draw(), ctx.generator("inner", "fill", 0)
     first, second = draw(rows), draw(rows)
     again = draw(ctx.generator("inner", "fill", 0))
-    whole = distiller._engine._current()
+    whole = distiller._engine._synthesise(distiller._engine.parameters, slice(None))
     for images, targets in (first, second):
         assert len(images) == 3
         for image, target in zip(images, targets, strict=True):
@@ -132,7 +132,9 @@ def test_a_batch_of_images_is_drawn_anew_each_step(started: Any) -> None:
 
 def test_a_batch_as_large_as_the_set_is_all_of_it_in_order(started: Any) -> None:
     _, distiller = started(inner_batch=5)
-    assert torch.equal(distiller._engine._draw()(torch.Generator())[0], distiller._engine._current()[0])
+    engine = distiller._engine
+    images, _ = engine._synthesise(engine.parameters, slice(None))
+    assert torch.equal(engine._draw()(torch.Generator())[0], images)
 
 
 def test_the_outer_rate_falls_linearly(started: Any) -> None:

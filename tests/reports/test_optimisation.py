@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -65,3 +66,23 @@ def test_every_command_is_one_that_distils(lab: Lab, monkeypatch: pytest.MonkeyP
 
     assert run == {"accuracy": 0.5, "at_100": 0.5, "seconds": 1.0, "seed": 0}
     assert [arguments[0] for arguments in commands] == ["distill", "evaluate", "evaluate"]
+
+
+def test_steps_fill_the_time_of_another_figure(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[Any] = []
+    pace = {"seconds_per_step": 0.5}
+
+    def run(lab: Lab, name: str, figure: Any, seed: int) -> dict[str, Any]:
+        steps.append(figure.distil[-1])
+        return {"accuracy": 0.25, "seconds": 80.0 if "dm" in name else 100.0, "seed": seed}
+
+    monkeypatch.setattr(optimisation, "ddray", lambda *arguments: SimpleNamespace(out=pace))
+    monkeypatch.setattr(optimisation, "_run", run)
+    for figure in ("mtt", "dm"):
+        optimisation.measure(lab, "mtt_cifar10", figure)
+
+    assert steps[2:] == [200, 200], "of .5 seconds each"
+    assert "--steps 200" in lab.measured()["mtt_cifar10", "dm"]["command"]
+    assert optimisation.verdict(lab.measured()) == [
+        "mtt_cifar10: mtt is +0.0 points from dm, in x1.25 of its time"
+    ]

@@ -77,6 +77,12 @@ def test_like_is_compared_with_like(cell: dict[str, Any], value: float) -> None:
         ({**LARGE, "image_size": 64}, "resolution 64 px, theirs 224 px", True),
         ({"arch": "alexnet"}, "network alexnet, theirs convnet3", False),
         ({"arch": "convnet4"}, "network convnet4, theirs convnet3", False),
+        ({**DD, "protocol": "steps", "arch": "alexnet"}, "network alexnet, theirs alexcifar", False),
+        (
+            {**PROBED, "arch": "alexcifar"},
+            "network alexcifar, theirs convnet3, vgg11, resnet18, alexnet, mobilenet, vit",
+            False,
+        ),
         ({"arch": "convnet3_bn"}, "network convnet3_bn, theirs convnet3 with instance norm", True),
         ({"size": ("ipc", 2)}, "ipc 2, theirs ipc 1, ipc 10, ipc 50", False),
         ({"dataset": "mnist", "target": "mnist"}, "dataset mnist, theirs cifar10", False),

@@ -99,6 +99,11 @@ class TrajectoryConfig(MethodConfig):
         """Return the epochs that the student of a step, counted from 0, may start at."""
         return range(self.max_start)
 
+    def work_per_step(self, num_images: int, num_classes: int, *network: Any) -> float:
+        """Return an iteration's multiply-adds: those of the student's N batches."""
+        batch = min(self.batch_syn or num_images, num_images)
+        return super().work_per_step(self.inner_steps * batch, num_classes, *network)
+
 
 def expert_specs(ctx: DistillContext, config: TrajectoryConfig) -> list[PoolSpec]:
     """Return the experts' specs: none has seen val, so that searches and other runs share them.

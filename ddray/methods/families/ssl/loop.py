@@ -78,6 +78,7 @@ class Rules:
         inner: of the inner networks.
         teacher: gives the outputs anew of augmented real batches; None: they are not augmented.
         representations: the outputs, if they are a teacher's.
+        synthesise_inner: what inner networks are trained on, images without views; None: as the regression.
     """
 
     outputs: Tensor
@@ -87,6 +88,7 @@ class Rules:
     inner: InnerRules
     teacher: Net | None = None
     representations: Tensor | None = None
+    synthesise_inner: Synthesise | None = None
 
 
 def krr_inner_rules(arch: str, config: KrrConfig) -> InnerRules:
@@ -253,22 +255,21 @@ class BilevelLoop:
         return {"loss": loss}
 
     @torch.no_grad()
-    def _current(self) -> tuple[Tensor, Tensor]:
-        return self._synthesise(self.parameters, slice(None))
-
     def _draw(self) -> DrawRows:
         """Return what draws an inner step's rows: all, or random images that fit `inner_batch`."""
-        batch, extent = self._config.inner_batch, self._extent
-        if batch is None or batch >= extent.num_rows:
-            pairs = self._current()
+        batch, num_images = self._config.inner_batch, self._extent.num_images
+        rows_per_image = 1 if self._rules.synthesise_inner else self._extent.num_views + 1
+        synthesise = self._rules.synthesise_inner or self._synthesise
+        if batch is None or batch >= num_images * rows_per_image:
+            pairs = synthesise(self.parameters, slice(None))
             return lambda generator: pairs
-        num = max(1, batch // (extent.num_views + 1))
+        num = max(1, batch // rows_per_image)
 
         @torch.no_grad()
         def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-            index = torch.randperm(extent.num_images, generator=generator)[:num]
+            index = torch.randperm(num_images, generator=generator)[:num]
             # Only these are synthesised: the whole set may not fit the device.
-            return self._synthesise(self.parameters, to_device(index, self._images.device))
+            return synthesise(self.parameters, to_device(index, self._images.device))
 
         return draw
 
