@@ -7,8 +7,8 @@ learned, the squeezed network's weights take K steps up the cross entropy of the
 
 so that the whole move is rho at most. The moved weights serve all iterations of the batch; the next batch
 begins from the squeezed network again. The loss is the cross entropy plus, for every batch norm layer, the
-weighted distances of the batch's means and, `r_var` times, of its variances from the running ones. Soft labels
-are the protocol's (`evaluate --protocol soft`, recipe `dwa`).
+weighted distances of the batch's means and, `r_var` times, of its variances from the running ones. Soft
+labels are the protocol's (`evaluate --protocol soft`, recipe `dwa`).
 
 The run's `steps` are shared out among the images of a class, one after another: the presets give each the
 authors' 1,000 (up to 32 px) or 2,000 iterations. With fewer steps than images, some stay real images.
@@ -23,8 +23,8 @@ authors' 1,000 (up to 32 px) or 2,000 iterations. With fewer steps than images, 
 - iterations, rate, weight, r_var, jitter, K, rho: - | its commands: 1,000, .25, .01, 11, 4, 12, .015 for
   CIFAR; 2,000, .1, .01, 11, 4, 12, .015 for Tiny-ImageNet; 2,000, .25, .01, 2, 32, 15, .015 for ImageNet (its
   options' defaults are others: K 1, rho .05, r_var 1) | both presets: the commands', by the images' size.
-- views: - | Tiny-ImageNet and ImageNet: a random resized crop and a flip, one draw for the batch; then rolls |
-  the code's. The K passes and the first iteration share one draw, as theirs do.
+- views: - | Tiny-ImageNet and ImageNet: a random resized crop and a flip, one draw for the batch; then rolls
+  of 0..jitter | the code's. The K passes and the first iteration share one draw, as theirs do.
 - squeezing: - | SGD .1, weight decay 5e-4, batch 128, cosine, crops of the image padded by 4, flips; 200
   epochs (CIFAR), 100 (Tiny-ImageNet, by its file's name); ImageNet: torchvision's weights | the same; above
   64 px SGD .05 with DSA, `teacher_epochs`' default.

@@ -5,6 +5,12 @@ noise and minimise the network's cross entropy plus the distance of the batch's 
 norm layer, from the running ones. Relabel: soft labels are the protocol's (`evaluate --protocol soft`), whose
 recipe `sre2l` is the authors' code.
 
+Options that later work adds, all off by default: real images at the start (`init=random`), a weight of the
+variances' distance (`r_var`; both DWA's), and CDA's curriculum of crops (Yin & Shen, TMLR 2024,
+arXiv:2311.18838): `crop=cosine` with `milestone=1` is what its commands run, with lr, bn_weight, jitter .25, .01,
+32 on ImageNet and .4, .05, 4 on Tiny-ImageNet, 4,000 steps each. That is sre2l with CDA's curriculum, not CDA's
+code: compare it with `crop=fixed`, which SRe2L's own commands have there; for CIFAR neither code crops.
+
 **Deviations** (paper | authors' code | ours)
 
 - one image per class in a batch, batches one after another | the same | the same batches, all in every step.
@@ -17,8 +23,9 @@ recipe `sre2l` is the authors' code.
 - jitter: - | the batch rolled along each axis by 0..4 px (CIFAR), -4..4 (Tiny-ImageNet), 0..32 (ImageNet) |
   the code's; `paper` rolls by 0..4 at 64 px too.
 - squeezing: - | CIFAR: 200 epochs of SGD .1, batch 128, crop and flip; Tiny-ImageNet: its script trains 50,
-  100 and 200 epochs and does not say which is recovered from; ImageNet: torchvision's weights | SGD .05,
-  batch 64, DSA; 200 epochs in `repo` up to 32 px, else `teacher_epochs`' default.
+  100 and 200 epochs and does not say which is recovered from; ImageNet: torchvision's weights | `repo` up to
+  32 px: the code's (`squeeze=crop_flip`); else SGD .05, batch 64, DSA for `teacher_epochs`' default.
+- flips: - | whatever the dataset | where a mirrored image keeps its class.
 - pixels: - | CIFAR-100 with CIFAR-10's mean and deviation; stored as JPEG files | the dataset's own; floats.
 - the last image or the best one: - | the last (its "best images" are overwritten by them) | the last.
 """
@@ -42,7 +49,13 @@ from ddray.training.engine import cosine
 
 # The commands that the authors' code ships, with the defaults of options that they leave out.
 _SHIPPED: Final[dict[str, dict[str, Any]]] = {
-    "cifar": {"steps": 1000, "method": {"lr": 0.25, "bn_weight": 0.01, "jitter": 4, "teacher_epochs": 200}},
+    "cifar": {
+        "steps": 1000,
+        "method": {
+            **{"lr": 0.25, "bn_weight": 0.01, "jitter": 4},
+            **{"teacher_epochs": 200, "squeeze": "crop_flip"},
+        },
+    },
     "tiny": {
         "steps": 4000,
         "method": {"lr": 0.1, "bn_weight": 1.0, "jitter": 4, "jitter_both_ways": True, "crop": "fixed"},

@@ -133,7 +133,7 @@ def test_whitened_pixels_are_refused(planned: Any, toy: Any) -> None:
 @pytest.mark.parametrize(
     ("side", "steps", "method"),
     [  # recover_cifar.sh, recover_tiny.sh and recover.sh, with what they leave at its default
-        (32, 1000, {"lr": 0.25, "bn_weight": 0.01, "jitter": 4, "teacher_epochs": 200}),
+        (32, 1000, {"lr": 0.25, "bn_weight": 0.01, "teacher_epochs": 200, "squeeze": "crop_flip"}),
         (64, 4000, {"lr": 0.1, "bn_weight": 1.0, "jitter": 4, "jitter_both_ways": True, "crop": "fixed"}),
         (224, 4000, {"lr": 0.25, "bn_weight": 0.01, "jitter": 32, "crop": "fixed"}),
     ],

@@ -53,7 +53,7 @@ class RecoveryConfig(MethodConfig):
     jitter_both_ways: bool = added(False)
     """Roll by -jitter..jitter instead of 0..jitter."""
     crop: Crop = added("none")
-    """Before the roll, a random resized crop and a flip of the batch. `fixed`: of 8% to 100% of the area;
+    """Before the roll, a random resized crop and a flip (where a mirror keeps the class). `fixed`: of 8% to 100% of the area;
     `step`, `linear`, `cosine`: of m(t) to 100%, where m falls from 1 to 8% (CDA's curriculum)."""
     milestone: float = added(1.0, ge=0, le=1)
     """Share of the steps over which m falls, or after which it falls at once (`step`)."""
@@ -136,21 +136,26 @@ def smallest_area(crop: Crop, progress: float, milestone: float) -> float | None
 
 
 def batch_view(
-    images: Tensor, generator: torch.Generator, *, min_area: float | None, rolls: tuple[int, int]
+    images: Tensor,
+    generator: torch.Generator,
+    *,
+    min_area: float | None,
+    rolls: tuple[int, int],
+    flip: bool = True,
 ) -> Tensor:
     """Return a batch [N, C, H, W] as the network sees it; one draw of everything serves all of its images.
 
     Args:
         images: the batch.
         generator: on the CPU; makes every draw.
-        min_area: begin with a random resized crop of this share of the area or more, mirrored in half of the
-            cases; None: without.
+        min_area: begin with a random resized crop of this share of the area or more; None: without.
         rolls: smallest and largest roll along each axis, in pixels.
+        flip: mirror half of the crops.
     """
     if min_area is not None:
         size = (images.shape[2], images.shape[3])
         box = draw_boxes(1, size, generator, scale=(min_area, 1.0))
-        mirrored = torch.rand(1, generator=generator) < 0.5
+        mirrored = (torch.rand(1, generator=generator) < 0.5) & flip
         images = resized_crops(images, box.expand(len(images), -1), mirrored.expand(len(images)))
     shifts = torch.randint(rolls[0], rolls[1] + 1, (2,), generator=generator).tolist()
     return torch.roll(images, shifts=shifts, dims=(2, 3))
@@ -198,7 +203,8 @@ class Recovery:
         config = self._config
         rolls = (-config.jitter if config.jitter_both_ways else 0, config.jitter)
         min_area = smallest_area(config.crop, progress, config.milestone)
-        view = batch_view(batch, generator, min_area=min_area, rolls=rolls)
+        flip = self._ctx.dataset.can_flip
+        view = batch_view(batch, generator, min_area=min_area, rolls=rolls, flip=flip)
         return view.contiguous(memory_format=torch.channels_last)
 
     def gradient(self, views: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
