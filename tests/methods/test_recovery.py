@@ -1,4 +1,4 @@
-"""Recovery: CDA's curriculum of crops, the parts of the statistics' distance, and how a network is squeezed."""
+"""Recovery: CDA's curriculum of crops, the two parts of a distance, and how a network is squeezed."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_the_weight_of_the_variances_scales_their_distance_alone() -> None:
     (means, mean_slopes), (sums, sum_slopes), (weighted, slopes) = map(distances, (0.0, 1.0, 11.0))
     for layer in range(2):
         variance, slope = sums[layer] - means[layer], sum_slopes[layer] - mean_slopes[layer]
-        assert float(variance) > 1e-3
+        assert float(variance.detach()) > 1e-3
         torch.testing.assert_close(weighted[layer], means[layer] + 11 * variance)
         torch.testing.assert_close(slopes[layer], mean_slopes[layer] + 11 * slope)
 

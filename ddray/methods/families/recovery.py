@@ -53,8 +53,9 @@ class RecoveryConfig(MethodConfig):
     jitter_both_ways: bool = added(False)
     """Roll by -jitter..jitter instead of 0..jitter."""
     crop: Crop = added("none")
-    """Before the roll, a random resized crop and a flip (where a mirror keeps the class). `fixed`: of 8% to 100% of the area;
-    `step`, `linear`, `cosine`: of m(t) to 100%, where m falls from 1 to 8% (CDA's curriculum)."""
+    """Before the roll, a random resized crop and a flip (where a mirror keeps the class) of the batch.
+    `fixed`: of 8% to 100% of the area; `step`, `linear`, `cosine`: of m(t) to 100%, where m falls from 1 to
+    8% (CDA's curriculum)."""
     milestone: float = added(1.0, ge=0, le=1)
     """Share of the steps over which m falls, or after which it falls at once (`step`)."""
     r_var: float = added(1.0, ge=0)
