@@ -8,8 +8,8 @@ recipe `sre2l` is the authors' code.
 Options that later work adds, all off by default: real images at the start (`init=random`), a weight of the
 variances' distance (`r_var`; both DWA's), and CDA's curriculum of crops (Yin & Shen, TMLR 2024,
 arXiv:2311.18838): `crop=cosine` with `milestone=1` is what its commands run, with lr, bn_weight, jitter .25,
-.01, 32 on ImageNet and .4, .05, 4 on Tiny-ImageNet, 4,000 steps each. Call it sre2l with CDA's curriculum, and
-compare it with `crop=fixed`, which SRe2L's own commands have there; for CIFAR neither code crops.
+.01, 32 on ImageNet and .4, .05, 4 on Tiny-ImageNet, 4,000 steps each. Call it sre2l with CDA's curriculum,
+and compare it with `crop=fixed`, which SRe2L's own commands have there; for CIFAR neither code crops.
 
 **Deviations** (paper | authors' code | ours)
 
