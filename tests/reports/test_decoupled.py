@@ -44,13 +44,18 @@ def test_a_figure_has_its_seeds_and_is_measured_once(lab: Lab, monkeypatch: pyte
     assert "| dwa_digits | dwa | 2 |  | 55.00% +- 7.07% | 3, 3 |" in text
 
 
-def test_a_ladder_takes_one_part_at_a_time_and_others_stand_beside_the_last() -> None:
+def test_dwas_parts_are_added_one_by_one_and_other_rows_stand_beside_their_base() -> None:
     assert decoupled.PARTS["dwa_digits"].pairs() == [
         ("sre2l, real start", "sre2l"),
         ("sre2l, real start, r_var", "sre2l, real start"),
         ("dwa", "sre2l, real start, r_var"),
     ]
-    assert decoupled.PARTS["diffusion_digits"].pairs() == [("minimax", "random"), ("dit", "random")]
+    assert decoupled.PARTS["diffusion_digits"].pairs() == [
+        *(("minimax", "dit"), ("minimax", "random")),
+        ("dit", "random"),
+    ]
+    assert decoupled.PARTS["esfr_mnist"].pairs() == [("esfr", "its base, dm")]
+    assert {base for _, base in decoupled.PARTS["generators_digits"].pairs()} == {"random"}
 
 
 def sets(figure: decoupled.Figure, brief: bool = False) -> list[str]:
