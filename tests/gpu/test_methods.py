@@ -51,6 +51,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "kip, labels": ("kip", {"learn_labels": True, "kernel": "conv3"}),
     "frepo, mirrored": ("frepo", {"mirror": True, "inner_batch": 2}),
     "sre2l, crop": ("sre2l", {"crop": "fixed", "jitter_both_ways": True}),
+    "sre2l, curriculum": ("sre2l", {"crop": "cosine", "init": "random", "squeeze": "crop_flip"}),
+    "dwa, crop": ("dwa", {"crop": "fixed", "r_var": 2.0, "num_moves": 2}),
     "d3hr, k-means": ("d3hr", {"sampling": "kmeans"}),
     "d3hr, code": ("d3hr", {"form": "repo", "encoding": "sample", "shared_draws": True, "mapping": "ddpm"}),
     "d3hr, bfloat16": ("d3hr", {"precision": "bfloat16", "fixed_point": 1}),
