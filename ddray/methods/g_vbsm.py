@@ -1,11 +1,10 @@
 """G-VBSM: data condensation via various backbone and statistical matching (Shao et al., CVPR 2024).
 
-arXiv:2311.17950 ("Generalized Large-Scale Data Condensation via Various Backbone and Statistical Matching").
-Images start as noise; step t takes network t mod M of several that were trained on the real images. It
-minimises the cross entropy plus the distances of a batch's statistics from the real ones in every batch norm
-(channels) and every convolution (channels, and places of a grid of patches), plus the data densification
-term. A statistic enters with the value of its running average over steps, and with its own gradient. Soft
-labels are the protocol's (`evaluate --protocol soft --recipe gvbsm`).
+arXiv:2311.17950. Images start as noise; step t takes network t mod M of several that were trained on the
+real images. It minimises the cross entropy plus the distances of a batch's statistics from the real ones in
+every batch norm (channels) and convolution (channels, and places of a grid of patches), plus the data
+densification term. A statistic enters with the value of its running average over steps, and with its own
+gradient. Soft labels are the protocol's (`evaluate --protocol soft --recipe gvbsm`).
 
 **Deviations** (authors' code | ours; the paper's text was not read: both presets are the code)
 
@@ -15,8 +14,8 @@ labels are the protocol's (`evaluate --protocol soft --recipe gvbsm`).
 - their training: SGD .05, batch 64, constant rate, no weight decay, 5 epochs for CIFAR-10, 50 for
   CIFAR-100; Tiny-ImageNet .1, 128, a cosine over 50 epochs of which the 41st is kept | the same, padded crops
   and flips; the 50th.
-- running averages: meant to begin with the first batch, begin at 0; those of batch norms with real data, where
-  the real statistics were measured in the same process | from 0.
+- running averages: begin at 0 (meant: the first batch), in batch norms with real data where the process has
+  measured the real statistics too | at 0.
 - batches: CIFAR: whole classes; Tiny-ImageNet: a tenth of ipc of each of its classes; ImageNet: 80 images
   in a row, which cuts classes | whole classes, or `per_class` images of each; ImageNet's are whole as well.
 - views: one crop and one flip for a batch (torchvision's on a tensor) | each image has its own; mirrored
@@ -43,7 +42,13 @@ from ddray.config import Names
 from ddray.data import normalized_space
 from ddray.distillation.method import DistillContext, MethodConfig, Target
 from ddray.errors import InputError
-from ddray.methods.families.activations import ActivationRecipe, WatchedNet, activation_spec, view
+from ddray.methods.families.activations import (
+    ActivationRecipe,
+    WatchedNet,
+    activation_spec,
+    load_averages,
+    view,
+)
 from ddray.methods.families.factory import make_method
 from ddray.methods.families.matching.initial import initial_images
 from ddray.methods.families.state import cpu_copy, load_optimizer_state, optimizer_state
@@ -231,23 +236,16 @@ class GVBSM:
 
     def state_dict(self) -> dict[str, Any]:
         """Return images, Adam's moments of the current batch, all networks' averages and the step."""
-        moments = optimizer_state(self._optimizer).get(0, {})
+        state = {"step": self._step, "images": cpu_copy(self._images)}
         averages = cpu_copy([net.averages for net in self._nets])
-        return {
-            "step": self._step,
-            "images": cpu_copy(self._images),
-            "moments": moments,
-            "averages": averages,
-        }
+        return {**state, "moments": optimizer_state(self._optimizer).get(0, {}), "averages": averages}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._step = int(state["step"])
         self._images.copy_(state["images"])
         for net, stored in zip(self._nets, state["averages"], strict=True):
-            for averages, values in zip(net.averages, stored, strict=True):
-                for average, value in zip(averages, values, strict=True):
-                    average.copy_(value)
+            load_averages(net.averages, stored)
         with torch.enable_grad():
             self._open(max(0, self._step - 1))
         load_optimizer_state(self._optimizer, {0: state["moments"]} if state["moments"] else {})

@@ -160,6 +160,14 @@ def update_average(average: Tensor, statistic: Tensor, decay: float) -> None:
     average.mul_(decay).add_(statistic.detach(), alpha=1 - decay)
 
 
+@torch.no_grad()
+def load_averages(averages: Sequence[Sequence[Tensor]], values: Sequence[Sequence[Tensor]]) -> None:
+    """Copy stored values, a list for each layer, into running averages."""
+    for layer, stored in zip(averages, values, strict=True):
+        for average, value in zip(layer, stored, strict=True):
+            average.copy_(value)
+
+
 def activation_spec(network: PoolSpec, recipe: ActivationRecipe) -> PoolSpec:
     """Return the spec of the statistics of a pool network's activations on the split it was trained on."""
     fields = {"network": network.dump(), **recipe.dump()}
