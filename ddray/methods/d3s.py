@@ -46,6 +46,7 @@ from ddray.methods.families.activations import (
 from ddray.methods.families.factory import make_method
 from ddray.methods.families.matching.initial import initial_images
 from ddray.methods.families.state import cpu_copy, load_optimizer_state, optimizer_state
+from ddray.nets.names import parse_arch
 from ddray.pool.spec import PoolEntry, PoolSpec, teacher_spec
 from ddray.training.engine import cosine
 from ddray.training.recipe import TeacherRecipe
@@ -77,6 +78,8 @@ class D3SConfig(MethodConfig):
     """How many, of seeds 0, 1, ..."""
     teacher_epochs: int = Field(default=50, ge=1)
     """Epochs of their training on the real images."""
+    teacher_lr: float = Field(default=0.05, gt=0)
+    """Its learning rate (SGD, cosine)."""
     lr: float = Field(default=0.1, gt=0)
     """Learning rate of the pixels (Adam .5, .9; cosine to 0)."""
     kl_weight: float = Field(default=1.0, ge=0)
@@ -178,6 +181,11 @@ class D3S:
     def __init__(self, ctx: DistillContext, config: D3SConfig) -> None:
         if ctx.space.kind != "normalized":
             raise InputError(f"d3s needs pixel_space=normalized, got {ctx.space.kind}")
+        arch = parse_arch(config.teacher_arch)
+        if not arch.is_external and "batch" not in arch.norm:
+            raise InputError(
+                f"teacher_arch must have batch norm for d3s, {config.teacher_arch} has none; add _bn"
+            )
         self._ctx, self._config = ctx, config
         self._nets = _networks(ctx, config)
         self._num_steps = max(1, int(ctx.config["steps"]))
@@ -231,23 +239,19 @@ class D3S:
 
 
 def _networks(ctx: DistillContext, config: D3SConfig) -> list[_Network]:
-    specs = pool_specs(ctx, config)
-    networks = [entry.module() for entry in ctx.pool.get(specs[: config.num_teachers])]
-    if not watched_layers(networks[0], "norms"):
-        raise InputError(
-            f"teacher_arch must have batch norm for d3s, {config.teacher_arch} has none; add _bn"
-        )
+    entries, num = ctx.pool.get(pool_specs(ctx, config)), config.num_teachers
+    networks = [entry.module() for entry in entries[:num]]
     return [
         _Network(
             net.requires_grad_(False).to(ctx.device).to(memory_format=torch.channels_last), entry, config
         )
-        for net, entry in zip(networks, ctx.pool.get(specs[config.num_teachers :]), strict=True)
+        for net, entry in zip(networks, entries[num:], strict=True)
     ]
 
 
 def pool_specs(ctx: DistillContext, config: D3SConfig) -> list[PoolSpec]:
     """Return the specs of the networks, then of their real statistics."""
-    recipe = TeacherRecipe(epochs=config.teacher_epochs)
+    recipe = TeacherRecipe(epochs=config.teacher_epochs, lr=config.teacher_lr)
     networks = [
         teacher_spec(ctx.dataset, ctx.split_name, config.teacher_arch, recipe, device=ctx.device, seed=seed)
         for seed in range(config.num_teachers)

@@ -53,6 +53,7 @@ from ddray.methods.families.factory import make_method
 from ddray.methods.families.matching.initial import initial_images
 from ddray.methods.families.state import cpu_copy, load_optimizer_state, optimizer_state
 from ddray.pool.spec import PoolSpec, teacher_spec
+from ddray.system.transfer import to_device
 from ddray.training.engine import cosine
 from ddray.training.recipe import TeacherRecipe
 
@@ -184,7 +185,6 @@ class GVBSM:
         self._images, self._labels = initial_images(ctx, "noise")
         blank, space = torch.zeros(1, *ctx.dataset.image_shape), normalized_space(ctx.dataset)
         self._low, self._high = (space.encode(blank + value).to(ctx.device) for value in (0.0, 1.0))
-        self._fill = torch.zeros(1, 1, 1, 1, device=ctx.device)
         self._batches = batches_of(ctx.dataset.num_classes, ctx.ipc, config.batch, config.per_class)
         num, steps = len(self._batches), max(1, int(ctx.config["steps"]))
         self._starts = [index * steps // num for index in range(num + 1)]
@@ -194,7 +194,7 @@ class GVBSM:
     def _open(self, step: int) -> None:
         """Begin to learn the batch of a step, counted from 0, from its images as they are."""
         self._current = bisect_right(self._starts[:-1], step) - 1
-        self._rows = self._batches[self._current].flatten().to(self._ctx.device)
+        self._rows = to_device(self._batches[self._current].flatten(), self._ctx.device)
         self._batch = self._images[self._rows].requires_grad_(True)
         self._optimizer = torch.optim.Adam([self._batch], lr=self._config.lr, betas=(0.5, 0.9))
 
@@ -224,9 +224,8 @@ class GVBSM:
 
     def _view(self, generator: torch.Generator) -> Tensor:
         config, flip = self._config, self._ctx.dataset.can_flip
-        views = view(
-            self._batch, generator, crop=config.crop, padding=config.padding, fill=self._fill, flip=flip
-        )
+        fill = torch.zeros((), device=self._ctx.device)
+        views = view(self._batch, generator, crop=config.crop, padding=config.padding, fill=fill, flip=flip)
         shifts = torch.randint(config.jitter + 1, (2,), generator=generator).tolist()
         rolled = torch.roll(views, shifts=shifts, dims=(2, 3))
         return rolled.contiguous(memory_format=torch.channels_last)
@@ -246,15 +245,14 @@ class GVBSM:
         self._images.copy_(state["images"])
         for net, stored in zip(self._nets, state["averages"], strict=True):
             load_averages(net.averages, stored)
-        with torch.enable_grad():
-            self._open(max(0, self._step - 1))
+        self._open(max(0, self._step - 1))
         load_optimizer_state(self._optimizer, {0: state["moments"]} if state["moments"] else {})
 
 
 def _watched_nets(ctx: DistillContext, config: GVBSMConfig) -> list[WatchedNet]:
-    networks, statistics = _specs(ctx, config)
+    entries, num = ctx.pool.get(pool_specs(ctx, config)), len(config.teacher_archs)
     recipe, nets = activation_recipe(config), []
-    for network, entry in zip(ctx.pool.get(networks), ctx.pool.get(statistics), strict=True):
+    for network, entry in zip(entries[:num], entries[num:], strict=True):
         net = network.module().requires_grad_(False).to(ctx.device)
         nets.append(WatchedNet(net.to(memory_format=torch.channels_last), entry, recipe, config.decay))
     return nets
@@ -272,8 +270,8 @@ def activation_recipe(config: GVBSMConfig) -> ActivationRecipe:
     )
 
 
-def _specs(ctx: DistillContext, config: GVBSMConfig) -> tuple[list[PoolSpec], list[PoolSpec]]:
-    """Return the specs of the networks, and of their real statistics."""
+def pool_specs(ctx: DistillContext, config: GVBSMConfig) -> list[PoolSpec]:
+    """Return the specs of the networks, then of their real statistics."""
     recipe = TeacherRecipe(
         epochs=config.teacher_epochs,
         lr=config.teacher_lr,
@@ -290,13 +288,7 @@ def _specs(ctx: DistillContext, config: GVBSMConfig) -> tuple[list[PoolSpec], li
         )
         for index, arch in enumerate(archs)
     ]
-    return networks, [activation_spec(network, activation_recipe(config)) for network in networks]
-
-
-def pool_specs(ctx: DistillContext, config: GVBSMConfig) -> list[PoolSpec]:
-    """Return the specs of the networks, then of their real statistics."""
-    networks, statistics = _specs(ctx, config)
-    return [*networks, *statistics]
+    return [*networks, *(activation_spec(network, activation_recipe(config)) for network in networks)]
 
 
 _SCHEDULE: Final = "its batches share the steps, and its learning rate falls as a cosine over those of each"
