@@ -26,7 +26,7 @@ def gaussian(dim: int, seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(4 * dim, dim, generator=generator, dtype=torch.float64)
     rows = rows @ torch.randn(dim, dim, generator=generator, dtype=torch.float64) + seed
-    return rows.mean(0), rows.T.cov(correction=0)
+    return rows.mean(0), torch.cov(rows.T, correction=0).reshape(dim, dim)
 
 
 @pytest.mark.parametrize(("dim", "ridge"), [(1, 0.0), (5, 0.0), (12, 0.0), (5, 0.3)])

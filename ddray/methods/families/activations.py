@@ -247,7 +247,6 @@ class ActivationTrainer:
     device: torch.device
     pool: ModelPool
 
-    @torch.no_grad()
     def __call__(self, spec: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
         """Return the statistics to store, and the number of images that they are of.
 
@@ -268,7 +267,7 @@ class ActivationTrainer:
                 name, share = f"{index}.{number}", len(maps) / len(self.split)
                 sums[name] = sums.get(name, torch.zeros_like(tensor.double())) + share * tensor.double()
 
-        with watching(layers, note, outputs=recipe.layers == "norms"):
+        with torch.no_grad(), watching(layers, note, outputs=recipe.layers == "norms"):
             for batch in self._views(spec, recipe):
                 net(batch)
         return sums, {"num_images": len(self.split), "dataset_name": self.dataset.name}
