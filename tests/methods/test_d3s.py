@@ -40,7 +40,7 @@ def test_the_divergence_is_that_of_torchs_distributions(dim: int, ridge: float) 
 
     result = gaussian_kl(mean, covariance, set_mean, leaf, ridge=ridge)
 
-    assert float(result) == pytest.approx(float(expected), rel=1e-9)
+    assert float(result.detach()) == pytest.approx(float(expected.detach()), rel=1e-9)
     (gradient,) = torch.autograd.grad(result, leaf)
     torch.testing.assert_close(gradient + gradient.T, in_leaf + in_leaf.T, rtol=1e-6, atol=1e-9)
 
