@@ -239,7 +239,7 @@ class TestAugmenter:
     def test_none_is_none(self) -> None:
         assert augmenter("none", can_flip=True, space=self.space) is None
 
-    @pytest.mark.parametrize("name", ["dsa", "dsa_idc", "autoaugment", "randaugment"])
+    @pytest.mark.parametrize("name", ["dsa", "dsa_idc", "autoaugment", "randaugment", "crop_flip"])
     def test_it_changes_images_as_the_generator_says_and_nothing_else(self, name: Any) -> None:
         apply = augmenter(name, can_flip=True, space=self.space)
         assert apply is not None

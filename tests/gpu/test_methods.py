@@ -54,6 +54,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "g_vbsm, a map of 6 px": ("g_vbsm", {"patch": 6, "decay": 0.0, "skip": 0.0}),
     "d3s, noise": ("d3s", {"init": "noise", "batch": 3, "per_channel": False}),
     "sre2l, crop": ("sre2l", {"crop": "fixed", "jitter_both_ways": True}),
+    "sre2l, curriculum": ("sre2l", {"crop": "cosine", "init": "random", "squeeze": "crop_flip"}),
+    "dwa, crop": ("dwa", {"crop": "fixed", "r_var": 2.0, "num_moves": 2}),
     "d3hr, k-means": ("d3hr", {"sampling": "kmeans"}),
     "d3hr, code": ("d3hr", {"form": "repo", "encoding": "sample", "shared_draws": True, "mapping": "ddpm"}),
     "d3hr, bfloat16": ("d3hr", {"precision": "bfloat16", "fixed_point": 1}),

@@ -96,7 +96,7 @@ class TestEvaluate:
             with pytest.raises(InputError, match="image_size must be set where a dataset is opened, got 8"):
                 evaluate(random_set, quick(image_size=8), device=CPU, dataset=dataset)
 
-    @pytest.mark.parametrize("augment", ["none", "dsa", "dsa_idc", "autoaugment", "randaugment"])
+    @pytest.mark.parametrize("augment", ["none", "dsa", "dsa_idc", "autoaugment", "randaugment", "crop_flip"])
     def test_every_augmentation_runs(self, augment: Any, random_set: Path) -> None:
         (result,) = evaluate(random_set, quick(augment=augment, seeds=1), device=CPU)["results"]
 
