@@ -28,7 +28,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ddray.artifact.distilled_set import DistilledSet
-from ddray.data import normalized_space
 from ddray.distillation.method import DistillContext, MethodConfig, Target
 from ddray.errors import InputError
 from ddray.methods.families.activations import (
@@ -45,6 +44,7 @@ from ddray.methods.families.activations import (
 )
 from ddray.methods.families.factory import make_method
 from ddray.methods.families.matching.initial import initial_images
+from ddray.methods.families.recovery import BETAS, pixel_range
 from ddray.methods.families.state import cpu_copy, load_optimizer_state, optimizer_state
 from ddray.nets.names import parse_arch
 from ddray.pool.spec import PoolEntry, PoolSpec, teacher_spec
@@ -191,9 +191,8 @@ class D3S:
         self._num_steps = max(1, int(ctx.config["steps"]))
         images, self._labels = initial_images(ctx, config.init)
         self._images = images.requires_grad_(True)
-        self._optimizer = torch.optim.Adam([self._images], lr=config.lr, betas=(0.5, 0.9))
-        blank, space = torch.zeros(1, *ctx.dataset.image_shape), normalized_space(ctx.dataset)
-        self._low, self._high = (space.encode(blank + value).to(ctx.device) for value in (0.0, 1.0))
+        self._optimizer = torch.optim.Adam([self._images], lr=config.lr, betas=BETAS)
+        self._low, self._high = pixel_range(ctx)
         self._num_batches = -(-len(images) // config.batch)
         self._step = 0
 

@@ -39,7 +39,6 @@ from torch import Tensor
 
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.config import Names
-from ddray.data import normalized_space
 from ddray.distillation.method import DistillContext, MethodConfig, Target
 from ddray.errors import InputError
 from ddray.methods.families.activations import (
@@ -51,6 +50,7 @@ from ddray.methods.families.activations import (
 )
 from ddray.methods.families.factory import make_method
 from ddray.methods.families.matching.initial import initial_images
+from ddray.methods.families.recovery import BETAS, pixel_range
 from ddray.methods.families.state import cpu_copy, load_optimizer_state, optimizer_state
 from ddray.pool.spec import PoolSpec, teacher_spec
 from ddray.system.transfer import to_device
@@ -183,8 +183,7 @@ class GVBSM:
         self._ctx, self._config = ctx, config
         self._nets = _watched_nets(ctx, config)
         self._images, self._labels = initial_images(ctx, "noise")
-        blank, space = torch.zeros(1, *ctx.dataset.image_shape), normalized_space(ctx.dataset)
-        self._low, self._high = (space.encode(blank + value).to(ctx.device) for value in (0.0, 1.0))
+        self._low, self._high = pixel_range(ctx)
         self._batches = batches_of(ctx.dataset.num_classes, ctx.ipc, config.batch, config.per_class)
         num, steps = len(self._batches), max(1, int(ctx.config["steps"]))
         self._starts = [index * steps // num for index in range(num + 1)]
@@ -196,7 +195,7 @@ class GVBSM:
         self._current = bisect_right(self._starts[:-1], step) - 1
         self._rows = to_device(self._batches[self._current].flatten(), self._ctx.device)
         self._batch = self._images[self._rows].requires_grad_(True)
-        self._optimizer = torch.optim.Adam([self._batch], lr=self._config.lr, betas=(0.5, 0.9))
+        self._optimizer = torch.optim.Adam([self._batch], lr=self._config.lr, betas=BETAS)
 
     def step(self) -> dict[str, Tensor]:
         """Take one optimiser step on the current batch, under the next network."""
