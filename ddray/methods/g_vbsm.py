@@ -122,7 +122,7 @@ class GVBSMConfig(MethodConfig):
     """Pixels of the padding."""
     jitter: int = Field(default=32, ge=0)
     """Largest roll of a batch along each axis, in pixels."""
-    batch_real: int = Field(default=64, ge=1)
+    real_batch: int = Field(default=64, ge=1)
     """Real images per batch whose statistics are averaged."""
 
 
@@ -140,7 +140,7 @@ def preset(name: str, target: Target) -> dict[str, Any]:
             "per_class": max(1, target.ipc // 10),
         }
     else:
-        views = {"crop": "resized", "patch": 16, "batch_real": 256}
+        views = {"crop": "resized", "patch": 16, "real_batch": 256}
         rules = {"lr": 0.1, "decay": 0.4, "skip": 0.0, "batch": 80}
         method = {**views, **rules, "teacher_archs": list(_IMAGENET), "teacher_epochs": 50}
     config = GVBSMConfig.parse(method)
@@ -263,7 +263,7 @@ def activation_recipe(config: GVBSMConfig) -> ActivationRecipe:
         layers="convolutions",
         statistics=("channel", "patch"),
         patch=config.patch,
-        batch=config.batch_real,
+        batch=config.real_batch,
         crop=config.crop,
         padding=config.padding if config.crop == "pad" else 0,
     )

@@ -266,7 +266,7 @@ def test_imagenets_preset_crops_by_area_and_leaves_no_layer_out() -> None:
     config = GVBSMConfig.parse(preset("repo", Target("imagenet", (3, 224, 224), 1000, 10))["method"])
 
     assert (config.lr, config.decay, config.skip, config.patch) == (0.1, 0.4, 0.0, 16)
-    assert (config.crop, config.batch, config.batch_real) == ("resized", 80, 256)
+    assert (config.crop, config.batch, config.real_batch) == ("resized", 80, 256)
     assert config.teacher_archs == ("resnet18", "mobilenet_v2", "efficientnet_b0", "shufflenet_v2")
 
 
