@@ -22,7 +22,7 @@ comment says "same result"; both presets are the code's)
   ipc | the same, as `base=idm`'s defaults; IDM's own deviations are `idm`'s.
 - initial images, augmentation and network seeds: wall clock | derived from the run's seed.
 
-Published numbers (D3HR Table A6: ConvNet, CIFAR-10, ipc 10 and 50: 59.9, 69.0) are, as far as can be inferred,
+Published numbers (D3HR Table A6: ConvNet, CIFAR-10, ipc 10 and 50: 59.9, 69.0) are, as far as one can infer,
 of IDM + ESFR on hard labels; IDM alone is at 58.6 and 67.5. Sets of `base=dm` do not compare with them.
 """
 
