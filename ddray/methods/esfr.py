@@ -69,8 +69,8 @@ class ObserverConfig(PoolConfig):
     """Networks, one of which is drawn each step."""
     epochs: int = Field(default=40, ge=1)
     """Epochs on the real images (SGD .01, momentum .9, weight decay 5e-4, batch 256, constant rate)."""
-    arch: str = "resnet18_in"
-    """Their architecture, in eval mode."""
+    arch: str = "resnet18_vico"
+    """Their architecture, in eval mode: the code's ResNet-18, with instance norm."""
 
 
 class ESFRConfig(IDMConfig, MatchingConfig):

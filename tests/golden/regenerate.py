@@ -23,7 +23,7 @@ from ddray.pool.spec import SUPERVISED_RECIPE
 FOLDER = Path(__file__).resolve().parent
 METHODS = (
     *("cafe", "datadam", "datm", "dc", "dd", "dm", "dsa", "dsdm", "frepo", "idm", "kip", "m3d"),
-    *("mmd_pixel", "mtt"),
+    *("mmd_pixel", "mtt", "esfr"),
 )
 # CAFE trains its network until an accuracy has moved, which on another CPU may be an epoch earlier or later.
 # IDM's losses move by 1e-3 where its networks' ten batches are multiplied by 1 + 6e-8; after three by 1e-7.
@@ -34,6 +34,7 @@ EXTRA = {
     "mtt": _BRIEF,
     "dsdm": {"pool": {"num_models": 2, "epochs": 1}},
     "cafe": {"max_inner": 3},
+    "esfr": {"base": "idm", "net_steps": 3, "pool": {"num_models": 2, "epochs": 1, "arch": "convnet3_w64"}},
     "idm": {"net_steps": 3},
     "frepo": {"pool_size": 2},
 }
