@@ -25,7 +25,7 @@ statistics are pool entries; a run itself does group sampling, class by class, a
 - terms that ipc leaves undefined (skewness below 3; in the code's form deviation and skewness at 1: NaN) are
   dropped.
 - generator: DiT-XL/2, fine-tuned 400 epochs per dataset | - | any DiTPipeline folder, or one trained here.
-- preset `d4m` is in the style of D4M (Su et al., CVPR 2024), no reproduction of any of its numbers: centres of
+- preset `d4m` is in the style of D4M (Su et al., CVPR 2024) and reproduces none of its numbers: centres of
   mini-batch k-means on a class's latents, noised to 35 of 50 steps and denoised with guidance 8. D4M: Stable
   Diffusion 1.5 at 512 px, the class's name and a negative prompt as text, latents left over by the last
   mini-batch not used | the generator above at the data's resolution, its class label for text, all latents.
