@@ -1,4 +1,4 @@
-"""d3hr's preset d4m and mini-batch k-means: centres against scikit-learn's, and by hand where blobs are apart."""
+"""d3hr's preset d4m and mini-batch k-means: centres against scikit-learn's, and by hand of blobs apart."""
 
 from __future__ import annotations
 
@@ -91,9 +91,9 @@ def test_the_preset_is_d4ms_over_the_papers_and_the_datasets(toy: Any, digits: A
 
 
 def test_it_is_no_preset_of_other_methods(toy: Any) -> None:
-    with pytest.raises(InputError, match="^preset must be one of paper, repo, got 'd4m'$"):
+    with pytest.raises(InputError, match=r"^preset must be one of paper, repo, got 'd4m'$"):
         resolve("dm", toy(), ipc=2, preset="d4m")
-    with pytest.raises(InputError, match="^preset must be one of d4m, paper, repo, got 'd4'; did you mean"):
+    with pytest.raises(InputError, match=r"^preset must be one of d4m, paper, repo, got 'd4'; did you mean"):
         resolve("d3hr", toy(), ipc=2, preset="d4")
 
 
