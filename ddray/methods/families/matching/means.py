@@ -92,13 +92,13 @@ class MeanMatching(ImagesEngine):
 
     def step(self) -> dict[str, Tensor]:
         """Draw a network and a batch, match, update the images."""
-        branch = self._branch
+        branch, groups = self._branch, self._groups
         self._step += 1
         branch.renew(self._step)
         index, plan = branch.draw(self._ctx.generator("step", self._step))
         gradient = torch.empty_like(self._images)
         total = torch.zeros((), device=gradient.device)
-        for classes in self._groups:
+        for classes in groups:
             part = branch.part(classes, self._ctx.ipc)
             real = branch.class_means(index, plan, self._real_statistics, classes)
             images = self._images.detach()[part.here].requires_grad_(True)
