@@ -117,7 +117,7 @@ class ESFRConfig(IDMConfig, MatchingConfig):
     def _go_together(self) -> Self:
         other = MatchingConfig if self.base == "idm" else IDMConfig
         here = IDMConfig if self.base == "idm" else MatchingConfig
-        for name in other.model_fields.keys() - here.model_fields.keys():
+        for name in sorted(other.model_fields.keys() - here.model_fields.keys()):
             value, default = getattr(self, name), type(self).model_fields[name].default
             if value != default:
                 needed = "dm" if self.base == "idm" else "idm"
