@@ -42,9 +42,8 @@ def started(planned: Any, toy: Any, tmp_path_factory: Any, monkeypatch: pytest.M
     """Starts a method on toy images; the pool is shared by all tests."""
     monkeypatch.setenv("DDRAY_HOME", str(tmp_path_factory.getbasetemp() / "esfr"))
 
-    def go(method: str = "esfr", *, ipc: int = 2, steps: int = 3, **options: Any) -> Any:
-        settings = options.pop("method", {})
-        _, ctx, distiller = planned(method, toy(), ipc=ipc, steps=steps, method=settings, **options)
+    def go(name: str = "esfr", *, ipc: int = 2, steps: int = 3, **options: Any) -> Any:
+        _, ctx, distiller = planned(name, toy(), ipc=ipc, steps=steps, **options)
         distiller.setup(ctx)
         return ctx, distiller
 
