@@ -73,14 +73,17 @@ def _presets(method: str, budget: bool) -> Iterator[str]:
         "method": method_type.config_type().every_value(),
     }
     preset_layers = {name: method_type.preset(name, target) for name in ("paper", "repo")}
+    variants = getattr(method_type.config_type, "variants", {})
+    preset_layers |= {name: merge(preset_layers["paper"], layer) for name, layer in variants.items()}
     names = sorted({key for one in preset_layers.values() for key in flatten(one)})
     both = {name: flatten(merge(defaults, one)) for name, one in preset_layers.items()}
     where = "CIFAR-100, 100 images of storage" if budget else "CIFAR-10, 10 images per class"
     yield f"## Presets\n\nSettings for {where}."
-    lines = ["| setting | `paper` | `repo` |", "|---|---|---|"]
+    titles = "".join(f" `{name}` |" for name in preset_layers)
+    lines = [f"| setting |{titles}", "|---" * (1 + len(preset_layers)) + "|"]
     for name in names:
-        cells = [_cell(both[preset].get(name)) for preset in ("paper", "repo")]
-        lines.append(f"| `{name}` | {cells[0]} | {cells[1]} |")
+        cells = [f" {_cell(values.get(name))} |" for values in both.values()]
+        lines.append(f"| `{name}` |{''.join(cells)}")
     yield "\n".join(lines)
 
 

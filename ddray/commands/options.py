@@ -38,7 +38,7 @@ _COMPLETIONS: Final[dict[str, str | Sequence[str]]] = {
     "dataset": "ddray.data.catalog:KNOWN",
     **dict.fromkeys(("arch", "archs", "teachers"), "ddray.nets.names:arch_names"),
     "protocol": "ddray.evaluation:protocol_names",
-    "preset": ("paper", "repo"),
+    "preset": ("paper", "repo", "d4m"),
     "scale": ("paper", "cpu", "smoke"),
     "kind": ("supervised", "ssl", "diffusion"),
 }

@@ -209,6 +209,8 @@ class MethodConfig(Config):
     """What `ddray tune` scores its sets by: the papers' protocol; default `hard`, for targets `linear`."""
     dataset_settings: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Run settings by dataset, over the preset's: `{"digits": {"steps": 300}, "digits_ipc10": {...}}`."""
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Run settings of presets of its own, by name: over preset `paper` and over the dataset's settings."""
     quick: ClassVar[Mapping[str, Any]] = {}
     """Settings with which the contract tests take seconds."""
     with_fewer_epochs: ClassVar[Mapping[str, Any]] = {}

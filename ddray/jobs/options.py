@@ -28,7 +28,7 @@ class PlanOptions(DataOptions, NumericOptions):
     budget: int | None = None
     """Images of storage, for self-supervised methods."""
     preset: str = "paper"
-    """paper: as printed; repo: as in the authors' code."""
+    """paper: as printed; repo: as in the authors' code; for d3hr also d4m, D4M's style without its text."""
     config: AbsolutePath | None = None
     """YAML that overrides preset and shipped config."""
     sets: Names = named("set", "sets")

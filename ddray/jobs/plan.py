@@ -112,13 +112,15 @@ def resolve(
     unknown method, preset or field, or a value that breaks a field's rule.
     """
     method_class = get_method(method)
-    if preset not in PRESETS:
-        raise unknown("preset", preset, PRESETS)
+    variants = preset_variants(method)
+    if preset not in (*PRESETS, *variants):
+        raise unknown("preset", preset, (*PRESETS, *variants))
     ipc, budget = _size(method, dataset, ipc, budget)
     declared: Mapping[str, Mapping[str, Any]] = getattr(method_class.config_type, "dataset_settings", {})
     upper_layers = (
         *(declared[name] for name in (dataset.base, f"{dataset.base}_ipc{ipc}") if name in declared),
         *(read_yaml(path) for path in shipped_configs(method, dataset.base, ipc)),
+        variants.get(preset, {}),
         *layers,
     )
     method_settings = merge(*upper_layers).get("method")
@@ -135,11 +137,18 @@ def resolve(
     fields = method_class.config_type.model_fields
     sound = {"method": {"augment": "none"}} if target.is_audio and "augment" in fields else {}
     factor = target.factor or (fields["factor"].default if "factor" in fields else 1)
-    all_layers = (method_class.preset(preset, target), sound, *upper_layers)
+    lowest = method_class.preset("paper" if preset in variants else preset, target)
+    all_layers = (lowest, sound, *upper_layers)
     merged = merge({"method": {}}, *(_with_recipe(layer, dataset.base, factor) for layer in all_layers))
     config = RunConfig[method_class.config_type].parse(merged)  # type: ignore[name-defined]
     resolve_arch(config.arch, dataset.image_shape)
     return Plan(method, dataset, ipc, seed, config, budget)
+
+
+def preset_variants(method: str) -> Mapping[str, Mapping[str, Any]]:
+    """Return the settings of the presets that a method has besides `PRESETS`, by name."""
+    variants: Mapping[str, Mapping[str, Any]] = getattr(get_method(method).config_type, "variants", {})
+    return variants
 
 
 def plan_of(

@@ -22,8 +22,8 @@ from ddray.pool.spec import SUPERVISED_RECIPE
 
 FOLDER = Path(__file__).resolve().parent
 METHODS = (
-    *("cafe", "d3s", "datadam", "datm", "dc", "dd", "dm", "dsa", "dsdm", "frepo", "g_vbsm", "idm", "kip"),
-    *("m3d", "mmd_pixel", "mtt"),
+    *("cafe", "d3s", "datadam", "datm", "dc", "dd", "dm", "dsa", "dsdm", "esfr", "frepo", "g_vbsm", "idm"),
+    *("kip", "m3d", "mmd_pixel", "mtt"),
 )
 # CAFE trains its network until an accuracy has moved, which on another CPU may be an epoch earlier or later.
 # IDM's losses move by 1e-3 where its networks' ten batches are multiplied by 1 + 6e-8; after three by 1e-7.
@@ -34,6 +34,7 @@ EXTRA = {
     "mtt": _BRIEF,
     "dsdm": {"pool": {"num_models": 2, "epochs": 1}},
     "cafe": {"max_inner": 3},
+    "esfr": {"base": "idm", "net_steps": 3, "pool": {"num_models": 2, "epochs": 1, "arch": "convnet3_w64"}},
     "idm": {"net_steps": 3},
     "frepo": {"pool_size": 2},
     "d3s": {"teacher_arch": "convnet2_w8_bn", "num_teachers": 2, "teacher_epochs": 1, "teacher_lr": 1e-5},

@@ -27,6 +27,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "m3d": ("m3d", {}),
     "m3d, polynomial": ("m3d", {"kernel": "polynomial", "batch_syn": 3}),
     "idm": ("idm", {}),
+    "esfr": ("esfr", {}),
+    "esfr, IDM": ("esfr", {"base": "idm", "net_steps": 2, "batch_train": 8}),
 }
 
 
@@ -66,7 +68,7 @@ def test_a_graph_does_the_eager_step(name: str, monkeypatch: pytest.MonkeyPatch)
     assert syncs == {}
 
 
-@pytest.mark.parametrize("name", ["datadam", "dsdm", "idm", "m3d"])
+@pytest.mark.parametrize("name", ["datadam", "dsdm", "esfr", "idm", "m3d"])
 def test_groups_of_classes_share_their_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four classes, two at a time: the images of the whole, with one graph of synthetic images for both."""
     with FakeCuda() as gpu:

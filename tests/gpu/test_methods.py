@@ -43,6 +43,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mtt, batch norm": ("mtt", {"settings": {"arch": "convnet2_w8_bn"}}),
     "dsdm, augmented": ("dsdm", {"augment": "dsa", "factor": 2}),
     "dsdm, unbiased": ("dsdm", {"unbiased": True, "history_mean": True, "history_first": "prototype"}),
+    "esfr, IDM": (
+        "esfr",
+        {"base": "idm", "net_steps": 2, "batch_train": 8, "lambda_cc": 0.1, "augment": "dsa_idc"},
+    ),
+    "esfr, bf16": ("esfr", {"precision": "bf16"}),
     "idm, dsa_idc": ("idm", {"augment": "dsa_idc", "unit_pixels": True}),
     "krr_st, views": ("krr_st", {"augment_real": "crop_flip", "init_raw": True}),
     "krr_st, inner batch": ("krr_st", {"inner_batch": 2, "pool_reset": "krrst_code"}),

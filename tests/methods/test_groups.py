@@ -26,6 +26,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "m3d": ("m3d", {}),
     "m3d_polynomial": ("m3d", {"kernel": "polynomial", "batch_syn": 3}),
     "idm": ("idm", {"net_steps": 2, "batch_train": 8, "momentum": 0.5}),
+    "esfr": ("esfr", {"pool": {"num_models": 2, "epochs": 1, "arch": "convnet2_w8"}}),
     "idm_factor_1": ("idm", {"net_steps": 1, "batch_train": 8, "factor": 1, "augment": "none"}),
 }
 

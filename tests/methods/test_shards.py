@@ -54,6 +54,11 @@ def saved(tmp_path: Path) -> Callable[..., list[bytes]]:
         ("datadam", 2, {"method": {"batch_real": 5, "loss": "cosine"}, "pixel_space": "zca"}),
         ("datadam", 1, {"method": {"batch_real": 5}, "memory_budget": 2_000_000}),  # groups of classes
         ("mmd_pixel", 1, {"arch": "convnet2_w8_bn"}),
+        (
+            "esfr",
+            3,
+            {"method": {"batch_real": 5, "pool": {"num_models": 1, "epochs": 1, "arch": "resnet10_in"}}},
+        ),
         ("m3d", 1, {"method": {"batch_real": 5, "batch_syn": 3, "augment": "dsa", "strategy": None}}),
     ],
 )
@@ -120,6 +125,9 @@ def test_rows_of_real_size_are_whitened_as_in_chunks_of_all() -> None:
         ("mmd_pixel", "convnet3_bn", {}, None),
         ("dc", "convnet3", {}, "inner network"),
         ("idm", "convnet3", {}, "queue of networks"),
+        ("esfr", "convnet3", {"base": "idm"}, "queue of networks"),
+        ("esfr", "convnet3_bn", {}, "batch norm"),
+        ("esfr", "convnet3", {}, None),
         ("sre2l", "convnet3_bn", {}, "every class"),
         ("krr_st", "convnet3", {}, "without classes"),
         ("d3hr", "convnet3", {"store": "statistics"}, "no step"),

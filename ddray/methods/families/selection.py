@@ -169,6 +169,20 @@ def centroids(features: Tensor, num: int, seed: int, *, num_starts: int = 1) -> 
     return torch.from_numpy(fit.cluster_centers_).to(features.dtype)
 
 
+def minibatch_centroids(features: Tensor, num: int, seed: int, *, batch: int) -> Tensor:
+    """Return the centres [num, D], or n, of mini-batch k-means on features [n, D] (scikit-learn).
+
+    One pass in order, `batch` features at a time, or `num` where that is more; the last batch is the rest.
+    """
+    from sklearn.cluster import MiniBatchKMeans
+
+    num = min(num, len(features))
+    fit = MiniBatchKMeans(n_clusters=num, n_init="auto", random_state=seed % 2**32)
+    for part in torch.split(features, max(batch, num)):
+        fit.partial_fit(part.numpy())
+    return torch.from_numpy(fit.cluster_centers_).to(features.dtype)
+
+
 def kmeans_order(features: Tensor, num: int, seed: int, *, num_starts: int = 1) -> Tensor:
     """Return `num` positions, or all: to each centroid the nearest of the features [n, D] not yet taken."""
     free = torch.ones(len(features), dtype=torch.bool)

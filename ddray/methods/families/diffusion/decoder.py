@@ -33,6 +33,14 @@ class D3HRConfig(MethodConfig):
     """D3HR's settings; defaults are the paper's."""
 
     protocol: ClassVar = "soft"
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "d4m": {
+            "method": {
+                **{"sampling": "kmeans", "km_expand": 1, "encoding": "sample"},
+                **{"num_inference_steps": 50, "inversion_steps": 35, "guidance": 8.0},
+            }
+        }
+    }
     quick: ClassVar[Mapping[str, Any]] = {
         "generator": {"epochs": 1, "vae_epochs": 1, "vae_width": 8, "depth": 1, "heads": 1, "head_dim": 8},
         "num_candidates": 5,
@@ -59,6 +67,8 @@ class D3HRConfig(MethodConfig):
     """Domain mapping: inversion (Eq 3), or added noise (Eq 1; Table 3's Base-DDPM with `sampling=random`)."""
     sampling: Literal["group", "random", "kmeans"] = "group"
     """`random`: one group (Table 3's Base-RS); `kmeans`: centres of a class's clean latents, noised (D4M)."""
+    km_expand: int = added(0, ge=0)
+    """Mini-batch k-means on so many times ipc latents at a time (D4M's name for it); 0: k-means on all."""
     num_candidates: int = Field(default=100_000, ge=1)
     """m, groups to choose from."""
     lambda_mean: float = Field(default=1.0, ge=0)
@@ -86,6 +96,8 @@ class D3HRConfig(MethodConfig):
     def _go_together(self) -> Self:
         if self.store == "statistics" and self.sampling == "kmeans":
             raise ValueError("store=statistics needs sampling=group or random: k-means needs the images")
+        if self.km_expand and self.sampling != "kmeans":
+            raise ValueError(f"km_expand={self.km_expand} needs sampling=kmeans, got {self.sampling}")
         if self.inversion_steps is not None and self.inversion_steps > self.num_inference_steps:
             raise ValueError(
                 f"inversion_steps must be <= num_inference_steps ({self.num_inference_steps}), got "

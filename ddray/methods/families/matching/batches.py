@@ -4,7 +4,7 @@ Also what learns the synthetic images.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Final, Literal
 
 import torch
@@ -154,6 +154,12 @@ class RealBranch:
         self._trainer: Step | None = None
         self.budget = memory_budget(ctx.device, ctx.memory_budget)
         self._exact = not _has_stable_bits(ctx, self.net)
+        self._nets = [self.net]
+
+    def sees_too(self, net: Net) -> None:
+        """Reckon with a second network that the synthetic images go through, in eval mode."""
+        self._nets.append(net)
+        self._exact = self._exact or not _has_stable_bits(self._ctx, net)
 
     @property
     def mixes(self) -> bool:
@@ -169,7 +175,8 @@ class RealBranch:
         """
         blank = torch.zeros(2, *self.net.image_shape, device=self.batches.labels.device)
         images = self.augmented(blank, None, self.batches.labels_cpu[:2])
-        size = image_bytes(forward, images, self.sample_bytes, self.net.parameters())
+        weights = chain.from_iterable(net.parameters() for net in self._nets)
+        size = image_bytes(forward, images, self.sample_bytes, weights)
         num_classes = self._ctx.dataset.num_classes
         groups = class_groups(num_classes, per_class * size, self.budget, mixes=self.mixes)
         return [part.whole for part in parts_of(groups, self._classes, exact=True)]

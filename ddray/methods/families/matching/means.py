@@ -5,7 +5,7 @@ per-class means [K, D_l]; everything here is vectorised over classes.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -81,17 +81,24 @@ class MeanMatching(ImagesEngine):
         self._statistics = statistics = in_precision(statistics, config.precision, ctx.device)
         self._compiled = compiled(statistics, on=ctx.compile)
         self._real_graphs, self._graphs = (step_graphs(ctx) for _ in range(2))
-        self._groups = self._branch.groups(lambda images: statistics(self._branch.net, images), ctx.ipc)
+
+    @cached_property
+    def _groups(self) -> list[slice]:
+        return self._branch.groups(self._forward, self._ctx.ipc)
+
+    def _forward(self, images: Tensor) -> Any:
+        """Compute what a step does of images [N, C, H, W]: for the memory that it takes."""
+        return self._statistics(self._branch.net, images)
 
     def step(self) -> dict[str, Tensor]:
         """Draw a network and a batch, match, update the images."""
-        branch = self._branch
+        branch, groups = self._branch, self._groups
         self._step += 1
         branch.renew(self._step)
         index, plan = branch.draw(self._ctx.generator("step", self._step))
         gradient = torch.empty_like(self._images)
         total = torch.zeros((), device=gradient.device)
-        for classes in self._groups:
+        for classes in groups:
             part = branch.part(classes, self._ctx.ipc)
             real = branch.class_means(index, plan, self._real_statistics, classes)
             images = self._images.detach()[part.here].requires_grad_(True)
@@ -116,10 +123,14 @@ class MeanMatching(ImagesEngine):
         `images` are those of some classes [G * ipc, C, H, W], in a shard among blanks.
         """
         images = images.detach().requires_grad_(True)
+        loss = self._loss_of(part, images, *real)
+        return loss.detach(), torch.autograd.grad(loss, images)[0]
+
+    def _loss_of(self, part: Part, images: Tensor, *real: Tensor) -> Tensor:
+        """Return the loss of a part of the augmented images [n, C, H, W]."""
         synthetic = [part.without_blanks(values) for values in self._statistics(self._branch.net, images)]
         sizes = (len(real[0]), self._ctx.ipc, -1)
-        loss = self._loss(real, [values.view(sizes).mean(1) for values in synthetic])
-        return loss.detach(), torch.autograd.grad(loss, images)[0]
+        return self._loss(real, [values.view(sizes).mean(1) for values in synthetic])
 
 
 def squared_distance(real: Sequence[Tensor], synthetic: Sequence[Tensor]) -> Tensor:

@@ -73,8 +73,7 @@ class LearnedImages:
 
     def __init__(self, ctx: DistillContext, config: PartitionedConfig) -> None:
         is_sound = ctx.split.images.is_floating_point()
-        axes = ("time" if is_sound else "both") if config.axes == "auto" else config.axes
-        self.partition = Partition(factor=config.factor, axes=axes)
+        self.partition = partition_of(ctx, config)
         self.parts = ctx.ipc * self.partition.num_parts
         first, _ = initial_images(ctx, config.init, self.parts)
         images = compose(first.cpu(), self.partition, config.resize)
@@ -101,6 +100,12 @@ class LearnedImages:
         """Take a step along a gradient, which has the shape of the pixels."""
         self.pixels.grad = gradient
         self.optimizer.step()
+
+
+def partition_of(ctx: DistillContext, config: PartitionedConfig) -> Partition:
+    """Return how a stored image of the context's dataset holds its mini-images."""
+    auto = "time" if ctx.split.images.is_floating_point() else "both"
+    return Partition(factor=config.factor, axes=auto if config.axes == "auto" else config.axes)
 
 
 def _minimum(ctx: DistillContext) -> float:
@@ -136,6 +141,7 @@ class FeaturePairs:
         self._branch = RealBranch(ctx, config.batch_real, config.augment, config.strategy)
         self.batches, self.net = self._branch.batches, self._branch.net.requires_grad_(False)
         self.renew, self.padded = self._branch.renew, self._branch.padded
+        self.sees_too = self._branch.sees_too
         self.num_classes, self._all_classes = len(ctx.classes), ctx.dataset.num_classes
         self._classes = slice(ctx.classes.start, ctx.classes.stop)
         self._embed_real = compiled(embedding, on=ctx.compile)
@@ -143,9 +149,9 @@ class FeaturePairs:
         labels = torch.arange(ctx.classes.start, ctx.classes.stop)
         self._labels_syn = labels.repeat_interleave(learned.parts)
 
-    def groups(self) -> list[slice]:
+    def groups(self, forward: Callable[[Tensor], Any]) -> list[slice]:
         """Return ranges of classes that fit the memory budget in the network's mode (train or eval)."""
-        return self._branch.groups(partial(embedding, self.net), self.per_class)
+        return self._branch.groups(forward, self.per_class)
 
     def part(self, classes: slice, per_class: int = 1) -> Part:
         """Return which of a group's classes, or of `per_class` samples of each, are the context's."""
@@ -208,7 +214,11 @@ class PartitionedEngine(ABC):
 
     @cached_property
     def _groups(self) -> list[slice]:
-        return self._pairs.groups()
+        return self._pairs.groups(self._forward)
+
+    def _forward(self, images: Tensor) -> Any:
+        """Compute what a step does of mini-images [N, C, H, W]: for the memory that it takes."""
+        return embedding(self._pairs.net, images)
 
     @abstractmethod
     def _loss(self, images: Tensor, real: Tensor, *others: Tensor) -> Tensor:

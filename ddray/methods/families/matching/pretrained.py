@@ -32,14 +32,17 @@ class PoolConfig(Config):
     """Seed of the first network, the others count up; not the run's: runs of all seeds share one pool."""
 
 
-def pretrained_specs(ctx: DistillContext, config: PoolConfig) -> list[PoolSpec]:
-    """Return the specs of the networks: none has seen val, so that searches and other runs share them."""
+def pretrained_specs(ctx: DistillContext, config: PoolConfig, arch: str | None = None) -> list[PoolSpec]:
+    """Return the specs of the networks: none has seen val, so that searches and other runs share them.
+
+    `arch` is the canonical name of theirs; default: that of the network to match in.
+    """
     return supervised_specs(
         ctx.dataset,
         split=ctx.shared_split,
-        arch=ctx.arch,
+        arch=arch or ctx.arch,
         device=ctx.device.type,
-        recipe=config.model_dump(exclude={"num_models", "seed"}),
+        recipe=config.model_dump(exclude={"num_models", "seed", "arch"}),
         seed=config.seed,
         num=config.num_models,
     )
