@@ -14,8 +14,7 @@ no statistics are matched: D3HR's Base-RS is another baseline.
 - guidance: the first 3 of 4 channels of the noise; the fourth and the variance are the conditional model's |
   the same; `guided_channels` 4 guides all.
 - null label: 1000 | the generator's number of classes.
-- ipc images per class, in whose order of drawing: one class after another | the same; draws are those of a
-  batch of 64.
+- images: ipc per class, drawn one class after another | the same, in batches of 64.
 """
 
 from typing import ClassVar, Final

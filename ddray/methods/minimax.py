@@ -1,4 +1,4 @@
-"""Minimax: a diffusion model fine-tuned to be representative and diverse (Gu et al., CVPR 2024, arXiv 2311.15529).
+"""Minimax: a generator fine-tuned to be representative and diverse (Gu et al., CVPR 2024, arXiv 2311.15529).
 
 The generator's biases and class embeddings are fine-tuned on the images for a few epochs by the diffusion
 loss, plus per class of a batch `lambda_r` (1 - the lowest cosine of its predicted clean latents with its last

@@ -129,10 +129,10 @@ class Generation:
 
     @property
     def measures(self) -> dict[str, float]:
-        """Mean cosine of two samples' latents within a class (above ipc 1), and of a sample's and the nearest
-        real image's of its class.
+        """How alike samples are: `cosine_within_class` and `cosine_to_real`, of latents.
 
-        They are of the classes that this process sampled, and of 256 real images of each at most.
+        The first is the mean of two samples of a class (above ipc 1), the other of a sample and the nearest
+        of 256 real images of its class, or of all; over the classes that this process sampled.
         """
         if self._step < self.num_steps:
             return {}
