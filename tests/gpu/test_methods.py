@@ -53,6 +53,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "sre2l, crop": ("sre2l", {"crop": "fixed", "jitter_both_ways": True}),
     "d3hr, k-means": ("d3hr", {"sampling": "kmeans"}),
     "d3hr, code": ("d3hr", {"form": "repo", "encoding": "sample", "shared_draws": True, "mapping": "ddpm"}),
+    "dit, float16": ("dit", {"precision": "float16", "guided_channels": 4}),
+    "minimax, bfloat16": ("minimax", {"precision": "bfloat16", "finetune": {"epochs": 2, "memory": 1}}),
     "d3hr, bfloat16": ("d3hr", {"precision": "bfloat16", "fixed_point": 1}),
 }
 

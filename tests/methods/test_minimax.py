@@ -185,7 +185,10 @@ def test_without_weights_it_is_plain_fine_tuning(toy: Any) -> None:
         drawn = Draws.of(5, step, index, dim=256, num_levels=1000, dropout=0.1)
         pixels = split.images[index].float() / 255
         pixels[drawn.flipped] = pixels[drawn.flipped].flip(3)
-        clean = model.encode(pixels, "sample", drawn.generator)
+        with torch.no_grad():
+            posterior = model.vae.encode(model.fit(pixels)).latent_dist
+        clean = posterior.mean.flatten(1) + posterior.std.flatten(1) * drawn.posterior
+        clean = clean * model.vae.config.scaling_factor
         share = alphas[drawn.steps][:, None]
         noisy = (share.sqrt() * clean + (1 - share).sqrt() * drawn.noise).float()
         labels = torch.where(drawn.dropped, null, split.labels[index])

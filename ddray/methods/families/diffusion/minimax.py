@@ -158,8 +158,8 @@ class Draws:
     """Whether its label is, [N]."""
     noise: Tensor
     """[N, D]."""
-    generator: torch.Generator
-    """For the posterior's samples."""
+    posterior: Tensor
+    """Of the real latents, [N, D]."""
 
     @classmethod
     def of(cls, seed: int, step: int, index: Tensor, *, dim: int, num_levels: int, dropout: float) -> "Draws":
@@ -170,8 +170,7 @@ class Draws:
             torch.rand(num, generator=generator) < 0.5,
             torch.randint(num_levels, (num,), generator=generator),
             torch.rand(num, generator=generator) < dropout,
-            torch.randn(num, dim, generator=generator),
-            generator,
+            *torch.randn(2, num, dim, generator=generator),
         )
 
 
@@ -215,13 +214,17 @@ class Finetuning:
             loss = loss + variational_bound(clean, noisy, predicted.detach(), learned, at, first).mean()
         return loss + self._terms(noisy, predicted, at, labels, clean)
 
+    @torch.no_grad()
     def _encoded(self, draws: Draws) -> Tensor:
-        """Return a sample [N, D] of the posterior of each image, half of them mirrored."""
+        """Return a sample [N, D] of the posterior of each image, half of them mirrored, scaled."""
         pixels = to_device(self.split.images[draws.index], self.device).float() / 255
         if self.can_flip:
             flipped = to_device(draws.flipped, self.device)[:, None, None, None]
             pixels = torch.where(flipped, pixels.flip(3), pixels)
-        return self.model.encode(pixels, "sample", draws.generator)
+        posterior = self.model.vae.encode(self.model.fit(pixels)).latent_dist
+        noise = to_device(draws.posterior, self.device)
+        latents: Tensor = posterior.mean.flatten(1) + posterior.std.flatten(1) * noise
+        return latents * float(self.model.vae.config.scaling_factor)
 
     def _predicted(
         self, noisy: Tensor, steps: Tensor, labels: Tensor, dropped: Tensor
