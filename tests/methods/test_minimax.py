@@ -85,8 +85,9 @@ def test_a_class_without_memories_counts_with_0() -> None:
     both = memories.terms(latents, torch.tensor([0, 1]))
     alone = memories.terms(latents[1:], torch.tensor([1]))
 
-    assert [float(term) for term in nothing] == [0, 0]
-    assert [float(term) for term in both] == pytest.approx([float(term) / 2 for term in alone])
+    assert [float(term.detach()) for term in nothing] == [0, 0]
+    halves = [float(term.detach()) / 2 for term in alone]
+    assert [float(term.detach()) for term in both] == pytest.approx(halves)
     sum(both).backward()  # type: ignore[union-attr]
     assert latents.grad is not None
     assert torch.isfinite(latents.grad).all()
@@ -204,6 +205,8 @@ def test_without_weights_it_is_plain_fine_tuning(toy: Any) -> None:
     assert 0 < loss < 3
     assert not job.memories.counts.any(), "nothing is remembered"
     for name, weight in changed.items():
+        if name.endswith("to_k.bias"):
+            continue  # attention ignores it: Adam moves it by the rounding of a gradient of 0
         moved = expected[name] - before[name]
         assert torch.allclose(weight - before[name], moved, atol=2e-5 + 0.02 * float(moved.abs().max())), name
     other, _ = finetune(finetuning(dataset, lambda_r=1.0, lambda_d=1.0))
