@@ -28,7 +28,7 @@ from ddray.training.loop import Augmenter, Checkpoints, Training, augmenter, tra
 from ddray.training.recipe import Recipe
 from ddray.training.team import Team
 
-_DIFFUSION_KINDS: Final = ("diffusion", "latents", "inverted", "statistics")  # D3HR's stages
+_DIFFUSION_KINDS: Final = ("diffusion", "latents", "inverted", "statistics", "minimax")  # `StageTrainer`'s
 _MAX_ENCODED: Final = 200 * 2**20  # bytes as floats up to which a split is encoded once, not by the batch
 
 

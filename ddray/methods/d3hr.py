@@ -39,7 +39,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -48,13 +47,12 @@ from torch import Tensor
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.distillation.method import DistillContext, Target
 from ddray.distillation.shards import parts_of
-from ddray.errors import InputError
 from ddray.methods.families.diffusion import stages
 from ddray.methods.families.diffusion.decoder import STATISTICS, D3HRConfig, Sampler
-from ddray.methods.families.diffusion.folder import read_folder, record_folder, resolve_ids, warn_of_leak
 from ddray.methods.families.diffusion.groups import group_sample, group_scores
 from ddray.methods.families.diffusion.model import check_levels
-from ddray.methods.families.diffusion.train import SCHEDULE, default_recipe
+from ddray.methods.families.diffusion.source import resolve_source
+from ddray.methods.families.diffusion.train import default_recipe
 from ddray.methods.families.factory import make_method
 from ddray.methods.families.selection import centroids, minibatch_centroids
 from ddray.methods.families.state import cpu_copy
@@ -100,32 +98,14 @@ def plan_stages(ctx: DistillContext, config: D3HRConfig) -> tuple[Mapping[str, A
     Raises:
         InputError: the given folder can't be read, or does not fit images, classes or steps.
     """
-    dataset = ctx.dataset
-    base = stages.base_spec(dataset, ctx.split_name, ctx.device)
-    source: dict[str, Any]
-    if config.diffusion is None:
-        source = {"spec": stages.generator_spec(base, config.generator).dump()}
-        names, num, timesteps = dataset.class_names, dataset.num_classes, SCHEDULE["num_train_timesteps"]
-        if config.generator.init is not None:  # it keeps its own schedule
-            timesteps = read_folder(Path(config.generator.init)).num_train_timesteps
-    else:
-        folder = read_folder(Path(config.diffusion))
-        if folder.channels < dataset.image_shape[0]:
-            raise InputError(
-                f"a diffusion model of {dataset.name}'s images must have {dataset.image_shape[0]} channels, "
-                f"{folder.path} has {folder.channels}; leave method.diffusion out to train one"
-            )
-        record_folder(folder)
-        warn_of_leak(folder, dataset.fingerprint, ctx.split_name)
-        source = {"fingerprint": folder.fingerprint}
-        names, num, timesteps = folder.class_names, folder.num_classes, folder.num_train_timesteps
-    check_levels(config.levels(), timesteps)
-    ids = resolve_ids(names, num, dataset.class_names, config.class_ids)
-    latents = stages.latents_spec(base, source, encoding=config.encoding, precision=config.precision)
+    source = resolve_source(ctx, config)
+    check_levels(config.levels(), source.num_train_timesteps)
+    base = stages.base_spec(ctx.dataset, ctx.split_name, ctx.device)
+    latents = stages.latents_spec(base, source.recipe, encoding=config.encoding, precision=config.precision)
     if config.sampling == "kmeans":
-        return source, [latents]
-    inverted = stages.inverted_spec(latents, config.levels(), mapping=config.mapping, ids=ids)
-    return source, [latents, inverted, stages.statistics_spec(inverted)]
+        return source.recipe, [latents]
+    inverted = stages.inverted_spec(latents, config.levels(), mapping=config.mapping, ids=source.ids)
+    return source.recipe, [latents, inverted, stages.statistics_spec(inverted)]
 
 
 def pool_specs(ctx: DistillContext, config: D3HRConfig) -> list[PoolSpec]:

@@ -63,6 +63,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dwa, crop": ("dwa", {"crop": "fixed", "r_var": 2.0, "num_moves": 2}),
     "d3hr, k-means": ("d3hr", {"sampling": "kmeans"}),
     "d3hr, code": ("d3hr", {"form": "repo", "encoding": "sample", "shared_draws": True, "mapping": "ddpm"}),
+    "dit, float16": ("dit", {"precision": "float16", "guided_channels": 4}),
+    "minimax, bfloat16": ("minimax", {"precision": "bfloat16", "finetune": {"epochs": 2, "memory": 1}}),
     "d3hr, bfloat16": ("d3hr", {"precision": "bfloat16", "fixed_point": 1}),
 }
 

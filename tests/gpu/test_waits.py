@@ -16,6 +16,7 @@ from ddray.data.pixels import PixelSpace, fit_zca
 from ddray.evaluation.linear import Linear, adapted
 from ddray.evaluation.protocol import EvalContext
 from ddray.methods.cafe import Accuracies
+from ddray.methods.families.diffusion.minimax import Finetuning, MinimaxRecipe, trained_parameters
 from ddray.methods.families.ssl.teacher import random_view
 from ddray.nets import build_net, reinitialize
 from ddray.seeding import derive
@@ -30,6 +31,7 @@ from ddray.training.operations import crop_and_flip
 from ddray.training.recipe import FinetuneConfig, ProbeConfig, Recipe
 from tests.gpu.fake_cuda import FakeCuda
 from tests.gpu.runs import compute_as_cuda, distilled, started
+from tests.methods.diffusion_models import untrained
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 SORTED, MIXED = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]), torch.tensor([0, 3, 1, 2, 0, 1, 2, 3])
@@ -128,6 +130,9 @@ STEPS: dict[str, tuple[dict[str, Any], list[int]]] = {
     "boost_ssdd": ({"approximation": "bias"}, [0, 0, 0, 0]),
     # A class: facts about its statistics, and which candidate is drawn again. A batch: its images.
     "d3hr": ({"batch": 4}, [2, 2, 2, 1, 1]),
+    # A batch: its images.
+    "dit": ({"batch": 4}, [1, 1]),
+    "minimax": ({"batch": 4}, [1, 1]),
 }
 
 
@@ -142,6 +147,21 @@ def test_a_step_waits_only_for_what_decides(gpu: FakeCuda, method: str) -> None:
         assert distiller.step()["loss"].device == CUDA
         waits.append(sum(gpu.syncs.values()))
     assert waits == expected, gpu.syncs
+
+
+def test_a_step_of_minimax_fine_tuning_waits_for_nothing(gpu: FakeCuda) -> None:
+    model, split = untrained((3, 16, 16)).to(CUDA), random_dataset().train()
+    recipe = MinimaxRecipe(batch=4, memory=2)
+    loss = Finetuning(model, split, (0, 1, 2), recipe, seed=0, can_flip=True)
+    for parameter in trained_parameters(model.transformer).values():
+        parameter.requires_grad_()
+    loss(0), loss(1)
+    gpu.forget()
+
+    loss(2).backward()  # type: ignore[no-untyped-call]
+
+    assert not gpu.syncs
+    assert loss.memories.real.device == CUDA
 
 
 @pytest.mark.parametrize("method", ["cafe", "d3hr", "krr_st"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,6 +30,20 @@ def untrained(
         for layer in (model.transformer.proj_out_2, model.transformer.transformer_blocks[0].norm1.linear):
             layer.weight.copy_(0.3 * torch.randn(layer.weight.shape, generator=generator))
     return model
+
+
+def with_variances(channels: int = 1) -> DiffusionModel:
+    """Return an untrained generator whose network also has variances, as the released one does."""
+    from diffusers import DiTTransformer2DModel
+
+    plain = untrained((channels, 16, 16))
+    config = {name: value for name, value in plain.transformer.config.items() if name[0] != "_"}
+    transformer = DiTTransformer2DModel(**{**config, "out_channels": 8})
+    with torch.no_grad():
+        for index, weight in enumerate(transformer.parameters()):
+            generator = torch.Generator().manual_seed(index)
+            weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
+    return replace(plain, transformer=transformer)
 
 
 def trained_on(dataset: Dataset, num: int, **changes: Any) -> tuple[DiffusionModel, Split]:

@@ -3,13 +3,13 @@
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddray.errors import DivergedError, one_line
 from ddray.system.files import write_atomically
@@ -44,6 +44,16 @@ class Checkpoint:
         self._saved = time.monotonic()
 
 
+class Stateful(Protocol):
+    """What a loss keeps from step to step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return its state, on the CPU."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore a state."""
+
+
 @dataclass
 class TrainingStage:
     """One network being trained; `loss` and `lr` map a step's number to its loss and learning rate."""
@@ -60,10 +70,16 @@ class TrainingStage:
     epochs: int
     ema: float | None = None
     """Decay of the moving average of the parameters, which replaces them at the end; None: no average."""
+    is_warm: bool = True
+    """Whether a young average has a smaller decay, and so forgets its start sooner."""
+    trained: Sequence[nn.Parameter] | None = None
+    """The parameters that are trained; None: all of the network's."""
+    memory: Stateful | None = None
+    """What the loss keeps from step to step, for checkpoints."""
 
     def run(self, checkpoint: Checkpoint) -> float:
         """Train from the checkpoint's state, if it has one; return the mean loss of the last epoch."""
-        parameters = list(self.net.parameters())
+        parameters = list(self.net.parameters() if self.trained is None else self.trained)
         average = [parameter.detach().clone() for parameter in parameters] if self.ema is not None else []
         total, done, mean = self.per_epoch * self.epochs, 0, math.nan
         loss_sum = torch.zeros((), device=parameters[0].device)
@@ -77,14 +93,18 @@ class TrainingStage:
             self.optimizer.load_state_dict(state["optimizer"])
             average = [tensor.to(loss_sum.device) for tensor in state["average"]]
             loss_sum += state["loss_sum"]
+            if self.memory is not None:
+                self.memory.load_state_dict(state["memory"])
 
         def current_state() -> dict[str, Any]:
             state = {"step": done, "mean": mean, "net": self.net.state_dict(), "loss_sum": float(loss_sum)}
             if done < total:
                 state |= {"optimizer": self.optimizer.state_dict(), "average": average}
+                state |= {} if self.memory is None else {"memory": self.memory.state_dict()}
             return state
 
-        self.net.requires_grad_(True)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
         with progress(f"training the {self.name}", total, start=done) as show:
             while done < total:
                 loss_sum += self._step(done, parameters, average)
@@ -110,7 +130,7 @@ class TrainingStage:
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         if average and self.ema is not None:
-            decay = min(self.ema, (step + 1) / (step + 11))  # a young average forgets its start sooner
+            decay = min(self.ema, (step + 1) / (step + 11)) if self.is_warm else self.ema
             torch._foreach_lerp_(average, [parameter.detach() for parameter in parameters], 1 - decay)
         return loss.detach()
 

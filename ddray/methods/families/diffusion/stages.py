@@ -1,5 +1,7 @@
 """D3HR's stages up to the statistics, as pool entries: generator -> latents -> inverted -> statistics.
 
+Another entry made from a generator is the weights that Minimax's fine-tuning has changed (kind `minimax`).
+
 A spec contains the specs of its inputs, so an entry's key covers everything that determines it and nothing
 that comes later: other candidates, score weights or ipc never repeat an inversion. The run's seed plays no
 part. Latents and inversions are saved batch by batch until the entry is complete: a killed process loses at
@@ -10,7 +12,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from ddray.methods.families.diffusion.folder import (
     warn_of_leak,
     weight_files,
 )
+from ddray.methods.families.diffusion.minimax import Finetuning, MinimaxRecipe, finetune
 from ddray.methods.families.diffusion.model import DiffusionModel, Levels, network_kinds, open_pipeline
 from ddray.methods.families.diffusion.train import DiffusionRecipe, train_generator
 from ddray.pool.files import PoolFiles
@@ -98,6 +101,17 @@ def statistics_spec(inverted: PoolSpec) -> PoolSpec:
     return _derived(inverted, "statistics", {"inverted": inverted.dump()}, inverted.key)
 
 
+def minimax_spec(
+    base: PoolSpec, source: Mapping[str, Any], ids: Sequence[int], recipe: MinimaxRecipe, parent: str
+) -> PoolSpec:
+    """Return the spec of a generator fine-tuned by `recipe`; `source` is as for `latents_spec`.
+
+    `ids` are the generator's class labels, `parent` its key or its folder's fingerprint.
+    """
+    settings = {"source": dict(source), "class_ids": list(ids), **recipe.dump()}
+    return _derived(base, "minimax", settings, parent)
+
+
 def _derived(base: PoolSpec, kind: str, recipe: dict[str, Any], *parents: str) -> PoolSpec:
     return base.model_copy(update={"kind": kind, "recipe": recipe, "parents": parents})
 
@@ -114,7 +128,7 @@ class StageTrainer:
     """Provides an entry's inputs."""
 
     def __call__(self, spec: PoolSpec) -> Content:
-        """Return the tensors to store and the measurements of a generator, latents, inversion or statistics.
+        """Return the tensors to store and the measurements of an entry of one of D3HR's kinds, or `minimax`.
 
         InputError if images or generator do not fit, DivergedError if training the generator diverges.
         """
@@ -123,6 +137,7 @@ class StageTrainer:
             "latents": self._latents,
             "inverted": self._inverted,
             "statistics": self._statistics,
+            "minimax": self._minimax,
         }
         tensors, measured = compute[spec.kind](spec)
         return tensors, {**measured, "dataset_name": self.dataset.name}
@@ -145,8 +160,7 @@ class StageTrainer:
 
     def _latents(self, spec: PoolSpec) -> Content:
         images, encoding = self.split.images, spec.recipe["encoding"]
-        if images.dtype != torch.uint8:
-            raise InputError("a diffusion model encodes uint8 images, got spectrograms; use another method")
+        _check_uint8(self.split)
         model = load_generator(spec.recipe["source"], self.pool).to(self.device, spec.recipe["precision"])
 
         def encode(index: Tensor) -> Tensor:
@@ -179,6 +193,16 @@ class StageTrainer:
         inverted = self.pool.get([PoolSpec.parse(spec.recipe["inverted"])])[0].tensors["latents"]
         mean, variance = class_statistics(inverted, self.split.labels, self.dataset.num_classes)
         return {"mean": mean, "variance": variance}, {}
+
+    def _minimax(self, spec: PoolSpec) -> Content:
+        names = MinimaxRecipe.model_fields
+        recipe = MinimaxRecipe.parse({k: v for k, v in spec.recipe.items() if k in names}, prefix="recipe.")
+        _check_uint8(self.split)
+        model = load_generator(spec.recipe["source"], self.pool).to(self.device)
+        ids, can_flip = spec.recipe["class_ids"], self.dataset.can_flip
+        finetuning = Finetuning(model, self.split, ids, recipe, spec.seed, can_flip)
+        weights, loss = finetune(finetuning, _scratch(spec) / "checkpoint.pt")
+        return {f"transformer.{name}": weight for name, weight in weights.items()}, {"loss": loss}
 
     def _in_batches(
         self, spec: PoolSpec, model: DiffusionModel, compute: Callable[[Tensor], Tensor], activity: str
@@ -221,6 +245,19 @@ def load_generator(source: Mapping[str, Any], pool: ModelPool) -> DiffusionModel
     if "spec" in source:
         return entry_generator(pool.get([PoolSpec.parse(source["spec"])])[0])
     return open_pipeline(locate(source["fingerprint"], source.get("folder")))
+
+
+def load_minimax(spec: PoolSpec, pool: ModelPool) -> DiffusionModel:
+    """Return the fine-tuned generator of a spec of kind `minimax`; InputError as for `load_generator`."""
+    entry, model = pool.get([spec])[0], load_generator(spec.recipe["source"], pool)
+    weights = {name.removeprefix("transformer."): tensor for name, tensor in entry.tensors.items()}
+    model.transformer.load_state_dict(weights, strict=False)
+    return replace(model, fingerprint=spec.key)
+
+
+def _check_uint8(split: Split) -> None:
+    if split.images.dtype != torch.uint8:
+        raise InputError("a diffusion model encodes uint8 images, got spectrograms; use another method")
 
 
 def generator_floats(fingerprint: str) -> int | None:

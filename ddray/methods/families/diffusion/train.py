@@ -192,7 +192,7 @@ def relabel(model: DiffusionModel, class_names: tuple[str, ...], *, seed: int) -
     return replace(model, fingerprint="", class_names=class_names)
 
 
-def _batch(seed: int, network: str, step: int, per_epoch: int, num: int, batch: int) -> Tensor:
+def epoch_batch(seed: int, network: str, step: int, per_epoch: int, num: int, batch: int) -> Tensor:
     """Return the image indices of a step; an epoch's order depends only on its number."""
     epoch, position = divmod(step, per_epoch)
     return _order(seed, network, epoch, num)[position * batch : (position + 1) * batch]
@@ -212,7 +212,7 @@ def _train_vae(
     total = per_epoch * recipe.vae_epochs
 
     def loss(step: int) -> Tensor:
-        index = _batch(seed, "vae", step, per_epoch, len(split), recipe.batch)
+        index = epoch_batch(seed, "vae", step, per_epoch, len(split), recipe.batch)
         pixels = model.fit(to_device(split.images[index], device).float() / 255)
         posterior = vae.encode(pixels.contiguous(memory_format=torch.channels_last)).latent_dist
         noise = to_device(torch.randn(posterior.mean.shape, generator=derive(seed, "vae", step)), device)
@@ -262,7 +262,7 @@ def _train_dit(
     per_epoch, bf16 = math.ceil(len(labels) / recipe.batch), has_bf16(device)
 
     def loss(step: int) -> Tensor:
-        index = to_device(_batch(seed, "dit", step, per_epoch, len(labels), recipe.batch), device)
+        index = to_device(epoch_batch(seed, "dit", step, per_epoch, len(labels), recipe.batch), device)
         generator = derive(seed, "dit", step, device=device)
         drawn, noise = torch.randn((2, *means[index].shape), generator=generator, device=device)
         clean = (means[index] + deviations[index] * drawn) * factor
