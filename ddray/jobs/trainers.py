@@ -1,4 +1,4 @@
-"""Trains missing pool entries: supervised networks and their features, experts, D3HR's stages."""
+"""Trains missing pool entries: supervised networks and their features, experts, generators, D3HR's stages."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +12,7 @@ from ddray.data import Dataset, PixelSpace, Split, SplitName, normalized_space
 from ddray.data.packed import PackedImages, resident
 from ddray.data.pixels import ENCODE_CHUNK
 from ddray.errors import DivergedError, InputError, unknown
+from ddray.methods.families.generative import pool as generators
 from ddray.methods.families.ssl import teacher as ssl
 from ddray.nets import Net, build_net
 from ddray.pool import trajectories
@@ -70,7 +71,8 @@ class PoolTrainer:
             return tensors, {**measured, "peak_memory_bytes": peak_bytes(self.device)}
 
     def _trained(self, spec: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
-        if spec.kind not in (kinds := ("supervised", trajectories.KIND, ssl.KIND, *_DIFFUSION_KINDS)):
+        kinds = ("supervised", trajectories.KIND, ssl.KIND, generators.KIND, *_DIFFUSION_KINDS)
+        if spec.kind not in kinds:
             raise unknown("kind of pool entry", spec.kind, kinds)
         if spec.kind == "supervised":
             return self._supervised(spec)
@@ -79,6 +81,8 @@ class PoolTrainer:
         split = self.dataset.train() if spec.split == "train" else self.split
         if spec.kind == ssl.KIND:
             return ssl.SslTrainer(split.images, self.device, self.dataset.name)(spec)
+        if spec.kind == generators.KIND:
+            return generators.train_generator(self.dataset, split, self.device, spec)
         from ddray.methods.families.diffusion.stages import StageTrainer
 
         return StageTrainer(self.dataset, split, self.device, LocalPool(self))(spec)
