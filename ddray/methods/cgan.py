@@ -1,4 +1,4 @@
-"""cGAN: samples of a conditional generative adversarial network (Mirza & Osindero 2014, arXiv:1411.1784; Eq 2).
+"""cGAN: samples of a conditional adversarial network (Mirza & Osindero 2014, arXiv:1411.1784; Eq 2).
 
 Generator and discriminator are both given the class. A set is ipc samples of each class. A row of DataDAM's
 supplement (Table 3), whose protocol is not published: its numbers are not claimed, and which network made its

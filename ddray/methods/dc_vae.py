@@ -1,4 +1,4 @@
-"""DC-VAE: samples of the dual contradistinctive generative autoencoder (Parmar et al., CVPR 2021, arXiv:2011.10063).
+"""DC-VAE: samples of a dual contradistinctive autoencoder (Parmar et al., CVPR 2021, arXiv:2011.10063).
 
 An autoencoder without a pixel loss: a discriminator tells real images from samples and reconstructions (the
 set-level loss), and an instance's reconstruction must be nearer to it than to other images, in features of

@@ -1,9 +1,9 @@
-"""GMMN: samples of generative moment matching networks (Li, Swersky & Zemel, ICML 2015, arXiv:1502.02761; Eq 3).
+"""GMMN: samples of generative moment matching networks (Li et al., ICML 2015, arXiv:1502.02761; Eq 3).
 
-A perceptron for every class maps uniform noise to pixels; what is minimised is the root of the squared maximum
-mean discrepancy between a batch of its samples and one of real images, under a sum of Gaussian kernels. A set
-is ipc samples of each class. A row of DataDAM's supplement (Table 3), whose protocol is not published: its
-numbers are not claimed.
+A perceptron for every class maps uniform noise to pixels; what is minimised is the root of the squared
+maximum mean discrepancy between a batch of its samples and one of real images, under a sum of Gaussian
+kernels. A set is ipc samples of each class. A row of DataDAM's supplement (Table 3), whose protocol is not
+published: its numbers are not claimed.
 
 **Deviations** (paper | authors' code | ours)
 

@@ -81,7 +81,7 @@ class ContrastiveAutoencoder(Training):
         )
         self._keys = Average(self._comparer, recipe.key_momentum)  # embeds the real images
         self._average = Average(self._decoder, recipe.ema)
-        self.nets["keys"], self.nets["average"] = self._keys.net, self._average.net
+        self.nets["key_comparer"], self.nets["average"] = self._keys.net, self._average.net
         coders = [*self._encoder.parameters(), *self._decoder.parameters()]
         critic = list(self._critic.parameters())
         self.optimizers = [

@@ -6,6 +6,7 @@ pixels and returns their middle.
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Final
 
 import torch
@@ -175,7 +176,7 @@ class ResidualDiscriminator(nn.Module):
 
 
 class ResidualGenerator(nn.Module):
-    """Noise [N, d] and labels [N] to images [N, C, H, W] in [-1, 1], by blocks with conditional batch norm."""
+    """Noise [N, d] and labels [N] to images [N, C, H, W], by blocks with conditional batch norm."""
 
     def __init__(self, shape: Shape, num_classes: int, *, width: int, noise_dim: int, spectral: bool) -> None:
         super().__init__()
@@ -218,16 +219,16 @@ class PlainGenerator(nn.Module):
         self._side, self._width = math.ceil(max(shape[1:]) / 4), width
         self.linear = _linear(noise_dim + num_classes, width * self._side**2, spectral=False)
         self.norms = nn.ModuleList([nn.BatchNorm2d(width), nn.BatchNorm2d(width // 2)])
-        half, colours = (
+        first, last = (
             nn.ConvTranspose2d(inputs, outputs, 4, stride=2, padding=1)
             for inputs, outputs in ((width, width // 2), (width // 2, shape[0]))
         )
-        self.half, self.last = (_ready(layer, spectral=False) for layer in (half, colours))
+        self.first, self.last = (_ready(layer, spectral=False) for layer in (first, last))
 
     def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
         inputs = torch.cat([noise, F.one_hot(labels, self._num_classes).to(noise.dtype)], 1)
         maps = self.linear(inputs).view(-1, self._width, self._side, self._side)
-        maps = self.half(F.relu(self.norms[0](maps.contiguous(memory_format=torch.channels_last))))
+        maps = self.first(F.relu(self.norms[0](maps.contiguous(memory_format=torch.channels_last))))
         return middle(torch.tanh(self.last(F.relu(self.norms[1](maps)))), self._shape)
 
 
@@ -269,7 +270,7 @@ class ClassPerceptrons(nn.Module):
         self._shape = shape
         widths = (noise_dim, *hidden, math.prod(shape))
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for inputs, outputs in zip(widths, widths[1:], strict=False):
+        for inputs, outputs in pairwise(widths):
             bound = inputs**-0.5  # as PyTorch's linear layers begin
             for parameters, size in ((self.weights, (inputs, outputs)), (self.biases, (1, outputs))):
                 parameters.append(torch.empty(num_classes, *size).uniform_(-bound, bound))

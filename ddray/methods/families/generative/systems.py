@@ -116,7 +116,7 @@ class ConditionalGan(Training):
         ]
 
     def update(self, step: int) -> Tensor:
-        """Take a step of the discriminator on a real batch and samples of its classes, then the generator's."""
+        """Take the discriminator's step on real images and samples of their classes, and the generator's."""
         images, labels = self._real.batch(step, self._recipe.batch)
         noise = normal(len(labels), self._recipe.noise_dim, self._real.draws(step))
         samples = self._generator(noise, labels)
