@@ -96,9 +96,6 @@ class DcVaeRecipe(Config):
     """Decay of the moving average of the decoder's weights, which is what is sampled."""
 
 
-Recipe = GmmnRecipe | CganRecipe | BigGanRecipe | DcVaeRecipe
-
-
 class GenerativeConfig(MethodConfig):
     """What all methods that sample a generator have; each adds its `generator`."""
 

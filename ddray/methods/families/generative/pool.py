@@ -8,12 +8,13 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from ddray.artifact.distilled_set import DistilledSet
+from ddray.config import Config
 from ddray.data import Dataset, Split
 from ddray.distillation.method import DistillContext, Distiller, Target
 from ddray.errors import unknown
@@ -85,20 +86,8 @@ SYSTEMS: Final[Mapping[str, System]] = {
 }
 
 
-class SampledConfig(Protocol):
-    """The settings of a method that samples a generator."""
-
-    @property
-    def generator(self) -> Any:
-        """The system's recipe."""
-
-    @property
-    def generator_seed(self) -> int:
-        """Seed of its training."""
-
-
-def generator_spec(ctx: DistillContext, system: str, config: SampledConfig) -> PoolSpec:
-    """Return the spec of a system trained on the real images that are distilled."""
+def generator_spec(ctx: DistillContext, system: str, recipe: Config, seed: int) -> PoolSpec:
+    """Return the spec of a system trained on the real images that are distilled, with a seed of its own."""
     dataset = ctx.dataset
     return PoolSpec(
         kind=KIND,
@@ -106,8 +95,8 @@ def generator_spec(ctx: DistillContext, system: str, config: SampledConfig) -> P
         split=ctx.split_name,
         transform=", ".join(["raw", *(f"{name}={value}" for name, value in dataset.overrides.items())]),
         arch=system,
-        recipe=config.generator.dump(),
-        seed=config.generator_seed,
+        recipe=recipe.dump(),
+        seed=seed,
         image_shape=dataset.image_shape,
         num_classes=dataset.num_classes,
         device=ctx.device.type,
@@ -202,7 +191,7 @@ def generative_method(name: str, config_class: type[GenerativeConfig], preset: P
     """Return the method that samples a system of `SYSTEMS`: ipc images of each class, in no step."""
 
     def specs(ctx: DistillContext, config: Any) -> list[PoolSpec]:
-        return [generator_spec(ctx, name, config)]
+        return [generator_spec(ctx, name, config.generator, config.generator_seed)]
 
     def start(ctx: DistillContext, config: Any) -> Sampled:
         needed = specs(ctx, config)
