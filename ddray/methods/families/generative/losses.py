@@ -34,7 +34,7 @@ def mmd2(x: Tensor, y: Tensor, scales: Sequence[float]) -> Tensor:
 
 def guarded_root(values: Tensor) -> Tensor:
     """Return the roots of values; 0, with gradient 0, where rounding leaves a value <= 0."""
-    is_positive = values > 0
+    is_positive = ~(values <= 0)  # NaN stays NaN: a training that diverges is noticed
     return torch.where(is_positive, torch.where(is_positive, values, 1.0).sqrt(), 0.0)
 
 
