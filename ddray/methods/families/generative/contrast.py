@@ -14,7 +14,7 @@ from ddray.methods.families.generative.nets import (
     ResidualDiscriminator,
     ResidualGenerator,
     Trunk,
-    fold,
+    folded_state,
 )
 from ddray.methods.families.generative.systems import normal, placed
 
@@ -148,5 +148,5 @@ class ContrastiveAutoencoder(Training):
         labels = self._real.labels_for(num, generator)
         return self._decoder(normal(num, self._recipe.noise_dim, generator), labels), labels
 
-    def generator(self) -> nn.Module:
-        return fold(self._average.net)
+    def generator_state(self) -> dict[str, Tensor]:
+        return folded_state(self._average.net)

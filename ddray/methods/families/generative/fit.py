@@ -164,8 +164,8 @@ class Training(ABC):
         """Take step number `step`; return its losses, on the device, as `loss_names` lists them."""
 
     @abstractmethod
-    def generator(self) -> nn.Module:
-        """Return what is sampled, once training is over."""
+    def generator_state(self) -> dict[str, Tensor]:
+        """Return the weights of what is sampled, once training is over."""
 
     def run(self, checkpoint: Checkpoint) -> dict[str, float]:
         """Train from the checkpoint's state, if it has one; return the mean losses of the last epoch.

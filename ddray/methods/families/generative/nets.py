@@ -12,8 +12,8 @@ from typing import Final
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.parametrize import is_parametrized
 
 _BASE: Final = 4  # side that generators start from
 _INIT: Final = 0.02
@@ -40,21 +40,20 @@ def _embedding(num: int, dim: int, *, spectral: bool) -> nn.Module:
     return _ready(nn.Embedding(num, dim), spectral=spectral)
 
 
-def fold(net: nn.Module) -> nn.Module:
-    """Return the network in eval mode, its spectral norms as part of plain weights; changed in place.
+@torch.no_grad()
+def folded_state(net: nn.Module) -> dict[str, Tensor]:
+    """Return a network's state with its spectral norms as part of plain weights, for one without them.
 
-    Averaged weights have no singular vectors of their own: power iterations find them first.
+    Averaged weights have no singular vectors of their own: power iterations find them first. The network is
+    left in eval mode.
     """
-    net.train()
-    layers = [module for module in net.modules() if parametrize.is_parametrized(module, "weight")]
-    with torch.no_grad():
-        for layer in layers:
-            for _ in range(_SETTLING):
-                layer.weight  # noqa: B018 - each reading is an iteration
+    layers = {name: part for name, part in net.train().named_modules() if is_parametrized(part, "weight")}
+    for layer in layers.values():
+        for _ in range(_SETTLING):
+            layer.weight  # noqa: B018 - each reading is an iteration
     net.eval()
-    for layer in layers:
-        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
-    return net.requires_grad_(False)
+    state = {name: value for name, value in net.state_dict().items() if "parametrizations." not in name}
+    return state | {f"{name}.weight": layer.weight.detach().clone() for name, layer in layers.items()}
 
 
 def halvings(shape: Shape) -> int:

@@ -119,7 +119,7 @@ def train_generator(
     with forked_global(derive_seed(seed, "build")):
         training = system.training(real, recipe)
     losses = training.run(Checkpoint(_checkpoint(spec)))
-    weights = {f"{_PREFIX}{name}": tensor for name, tensor in training.generator().state_dict().items()}
+    weights = {f"{_PREFIX}{name}": tensor for name, tensor in training.generator_state().items()}
     measured = {f"{name}_loss": loss for name, loss in losses.items()}
     return weights, {**measured, "dataset_name": dataset.name}
 

@@ -16,7 +16,7 @@ from ddray.methods.families.generative.nets import (
     PlainGenerator,
     ResidualDiscriminator,
     ResidualGenerator,
-    fold,
+    folded_state,
 )
 from ddray.seeding import derive
 from ddray.training.operations import NUM_COLUMNS
@@ -94,8 +94,8 @@ class MomentMatching(Training):
         if self._recipe.optimizer == "sgd":
             group["momentum"] = _MOMENTUM[is_late]
 
-    def generator(self) -> nn.Module:
-        return self._net.eval().requires_grad_(False)
+    def generator_state(self) -> dict[str, Tensor]:
+        return self._net.state_dict()
 
 
 class ConditionalGan(Training):
@@ -129,8 +129,8 @@ class ConditionalGan(Training):
         self._critic.requires_grad_(True)
         return torch.stack([of_generator, of_critic])
 
-    def generator(self) -> nn.Module:
-        return self._generator.eval().requires_grad_(False)
+    def generator_state(self) -> dict[str, Tensor]:
+        return self._generator.state_dict()
 
 
 class BigGan(Training):
@@ -189,5 +189,5 @@ class BigGan(Training):
         logits: Tensor = self._critic(images.contiguous(memory_format=torch.channels_last), labels)
         return logits
 
-    def generator(self) -> nn.Module:
-        return fold(self._average.net)
+    def generator_state(self) -> dict[str, Tensor]:
+        return folded_state(self._average.net)
