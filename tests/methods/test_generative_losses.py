@@ -75,6 +75,7 @@ def test_the_gradient_of_the_root_is_guarded_at_0() -> None:
     roots.sum().backward()
 
     assert roots.tolist() == [0, 0, 2]
+    assert math.isnan(float(guarded_root(torch.tensor(math.nan)))), "a training that diverges is noticed"
     assert values.grad is not None
     assert values.grad.tolist() == [0, 0, 0.25]
     x = drawn(5, 3).requires_grad_()
@@ -126,7 +127,7 @@ def test_the_queue_forgets_the_oldest_first() -> None:
 
 
 def rows_of(num: int, **columns: float) -> torch.Tensor:
-    names = {"down": SHIFT_Y, "right": SHIFT_X, "cut_y": CUT_Y, "cut_x": CUT_X}
+    names = {"up": SHIFT_Y, "right": SHIFT_X, "cut_y": CUT_Y, "cut_x": CUT_X}
     rows = torch.full((num, NUM_COLUMNS), 0.5)
     for name, value in columns.items():
         rows[:, names[name]] = value
@@ -135,14 +136,14 @@ def rows_of(num: int, **columns: float) -> torch.Tensor:
 
 def test_translation_moves_by_up_to_an_eighth_and_cutout_blanks_a_square_of_half_the_side() -> None:
     images = torch.arange(1.0, 257.0).view(1, 1, 16, 16)
-    still = {"down": 0.5, "right": 0.5}
+    still = {"up": 0.5, "right": 0.5}
 
-    moved = augmented(images, rows_of(1, down=0.999, right=0.0, cut_y=0.0, cut_x=0.0))
+    moved = augmented(images, rows_of(1, up=0.999, right=0.0, cut_y=0.0, cut_x=0.0))
     cut = augmented(images, rows_of(1, **still, cut_y=0.5, cut_x=0.5))
 
-    assert moved[0, 0, 8:, 8:14].tolist() == images[0, 0, 6:14, 10:].tolist(), "2 px down, 2 to the left"
-    assert not moved[0, 0, :2].any(), "what comes in is 0"
-    assert not moved[0, 0, :, 14:].any()
+    assert moved[0, 0, 4:14, 4:].tolist() == images[0, 0, 6:, 2:14].tolist(), "2 px up, 2 to the right"
+    assert not moved[0, 0, 14:].any(), "what comes in is 0"
+    assert not moved[0, 0, :, :2].any()
     covered = (cut == 0)[0, 0].nonzero()
     assert (len(covered), covered.amin(0).tolist(), covered.amax(0).tolist()) == (64, [4, 4], [11, 11])
     kept_pixels = cut[cut != 0]
@@ -167,12 +168,13 @@ def test_the_projection_is_a_linear_logit_plus_the_class_embeddings_product() ->
 
     logits = head(features, labels)
 
-    weight, bias, embedding = head.linear.weight[0], head.linear.bias[0], head.embedding.weight
+    weight, embedding = head.linear.weight.detach()[0], head.embedding.weight.detach()
+    bias = head.linear.bias.detach()[0]
     for row, label in enumerate(labels.tolist()):
         expected = float(bias)
         for unit in range(3):
             expected += float(features[row, unit] * (weight[unit] + embedding[label, unit]))
-        assert float(logits[row]) == pytest.approx(expected, abs=1e-6)
+        assert float(logits.detach()[row]) == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_norm_has_gain_and_bias_of_the_class() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +75,10 @@ def test_training_that_was_killed_ends_with_the_same_weights(
     system: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoints, "_SAVE_EVERY_S", 0.0)
-    whole = training_of(system, epochs=3)
+    whole = training_of(system, epochs=2, batch=12)
     losses = whole.run(Checkpoint(None))
-    killed = training_of(system, epochs=3)
-    update, num = killed.update, 3 * killed.per_epoch
+    killed = training_of(system, epochs=2, batch=12)
+    update, num = killed.update, 2 * killed.per_epoch
 
     def interrupted(step: int) -> Tensor:
         if step == num // 2:
@@ -88,7 +88,7 @@ def test_training_that_was_killed_ends_with_the_same_weights(
     monkeypatch.setattr(killed, "update", interrupted)
     with pytest.raises(KeyboardInterrupt):
         killed.run(Checkpoint(tmp_path / "checkpoint.pt"))
-    again = training_of(system, epochs=3)
+    again = training_of(system, epochs=2, batch=12)
 
     resumed = again.run(Checkpoint(tmp_path / "checkpoint.pt"))
 
@@ -96,7 +96,7 @@ def test_training_that_was_killed_ends_with_the_same_weights(
     assert resumed == losses
     expected = values_of(whole.nets)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in values_of(again.nets).items())
-    after = training_of(system, epochs=3)
+    after = training_of(system, epochs=2, batch=12)
     assert after.run(Checkpoint(tmp_path / "checkpoint.pt")) == losses, "nothing is left to train"
     assert changed(expected, after.nets) == set()
 
@@ -177,7 +177,8 @@ def test_the_contrast_tells_a_reconstruction_from_the_other_images() -> None:
         losses.append(float(training._compare(images, labels, training._real.draws(step), step)))
         training._keys.update(step)
 
-    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    chance = math.log(1 + 8)  # the own key among a queue of eight
+    assert sum(losses[-5:]) / 5 < 0.9 * chance < sum(losses[1:6]) / 5
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
@@ -269,8 +270,9 @@ def test_an_unknown_system_is_refused(quadrants: Any) -> None:
         PoolTrainer(quadrants, quadrants.train(), CPU)(spec)
 
 
-def test_a_training_that_diverges_says_so() -> None:
-    training = training_of("gmmn", epochs=6, lr=1e30, optimizer="adam")
+def test_a_training_that_diverges_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = training_of("gmmn", epochs=6)
+    monkeypatch.setattr(training, "update", lambda step: torch.tensor([math.nan]))
 
     with pytest.raises(DivergedError, match=r"losses must stay finite, .*; lower its lr"):
         training.run(Checkpoint(None))
@@ -288,4 +290,3 @@ def test_a_class_is_sampled_alike_whatever_else_is(quadrants: Any, planned: Any)
     alone = ctx.space.encode(sample_class(net, noise, 2, (1, 8, 8)))
 
     assert torch.equal(whole[6:9], alone)
-    assert replace(ctx, seed=1).seed != ctx.seed
