@@ -42,8 +42,8 @@ class BigGanConfig(GenerativeConfig):
             "evaluate": {"epochs": 300},
             "method": {
                 "generator": {
-                    **{"epochs": 60, "width": 8, "critic_steps": 2, "lr": 1e-3},
-                    **{"ema": 0.99, "ema_start": 100, "noise_dim": 32},
+                    **{"epochs": 40, "batch": 32, "width": 8, "critic_steps": 2, "lr": 4e-4},
+                    **{"ema": 0.98, "ema_start": 100, "noise_dim": 32},
                 }
             },
         }

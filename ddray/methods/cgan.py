@@ -32,7 +32,7 @@ class CganConfig(GenerativeConfig):
     dataset_settings: ClassVar = {
         "digits": {
             "evaluate": {"epochs": 300},
-            "method": {"generator": {"epochs": 200, "batch": 64, "width": 64, "lr": 5e-4}},
+            "method": {"generator": {"epochs": 100, "batch": 64, "width": 32, "lr": 1e-3}},
         }
     }
     quick: ClassVar = {"generator": {"epochs": 1, "batch": 8, "width": 8, "noise_dim": 4}}

@@ -41,8 +41,8 @@ class DcVaeConfig(GenerativeConfig):
             "evaluate": {"epochs": 300},
             "method": {
                 "generator": {
-                    **{"epochs": 60, "width": 8, "critic_steps": 2, "lr": 1e-3, "queue": 512},
-                    **{"ema": 0.99, "noise_dim": 32},
+                    **{"epochs": 40, "batch": 24, "width": 6, "critic_steps": 2, "lr": 4e-4},
+                    **{"ema": 0.98, "noise_dim": 32, "queue": 512},
                 }
             },
         }

@@ -41,7 +41,12 @@ class GmmnConfig(GenerativeConfig):
     dataset_settings: ClassVar = {
         "digits": {
             "evaluate": {"epochs": 300},
-            "method": {"generator": {"epochs": 1000, "batch": 128, "optimizer": "adam", "lr": 1e-3}},
+            "method": {
+                "generator": {
+                    **{"epochs": 400, "batch": 64, "hidden": [64, 256]},
+                    **{"optimizer": "adam", "lr": 1e-3},
+                }
+            },
         }
     }
     quick: ClassVar = {"generator": {"epochs": 1, "batch": 4, "hidden": [8]}}
