@@ -1,4 +1,4 @@
-"""Trains missing pool entries: supervised networks and their activations, experts, D3HR's stages."""
+"""Trains missing pool entries: supervised networks, their activations, experts, generators, D3HR's stages."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +13,7 @@ from ddray.data.packed import PackedImages, resident
 from ddray.data.pixels import ENCODE_CHUNK
 from ddray.errors import DivergedError, InputError, unknown
 from ddray.methods.families import activations
+from ddray.methods.families.generative import pool as generators
 from ddray.methods.families.ssl import teacher as ssl
 from ddray.nets import Net, build_net
 from ddray.pool import trajectories
@@ -71,7 +72,7 @@ class PoolTrainer:
             return tensors, {**measured, "peak_memory_bytes": peak_bytes(self.device)}
 
     def _trained(self, spec: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
-        single_kinds = ("supervised", trajectories.KIND, ssl.KIND, activations.KIND)
+        single_kinds = ("supervised", trajectories.KIND, ssl.KIND, activations.KIND, generators.KIND)
         if spec.kind not in (kinds := (*single_kinds, *_DIFFUSION_KINDS)):
             raise unknown("kind of pool entry", spec.kind, kinds)
         if spec.kind == "supervised":
@@ -85,6 +86,8 @@ class PoolTrainer:
         split = self.dataset.train() if spec.split == "train" else self.split
         if spec.kind == ssl.KIND:
             return ssl.SslTrainer(split.images, self.device, self.dataset.name)(spec)
+        if spec.kind == generators.KIND:
+            return generators.train_generator(self.dataset, split, self.device, spec)
         from ddray.methods.families.diffusion.stages import StageTrainer
 
         return StageTrainer(self.dataset, split, self.device, LocalPool(self))(spec)

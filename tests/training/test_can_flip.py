@@ -77,8 +77,7 @@ def distil(method: str, dataset: Any, planned: Any) -> Any:
 
 
 MIRRORING = {"cafe", "datadam", "datm", "dc", "dd", "dm", "dsa", "dsdm", "idm", "m3d", "mmd_pixel"}
-MIRRORING |= {"esfr"}
-MIRRORING |= {"mtt", "boost_ssdd", "krr_st", "kmeans_ssl", "random_ssl"}
+MIRRORING |= {"biggan", "esfr", "mtt", "boost_ssdd", "krr_st", "kmeans_ssl", "random_ssl"}
 
 
 @pytest.mark.parametrize("method", method_names())

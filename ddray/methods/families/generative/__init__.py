@@ -1,0 +1,1 @@
+"""Generators that are trained on all real images; a set is samples of them."""
