@@ -5,6 +5,12 @@ noise and minimise the network's cross entropy plus the distance of the batch's 
 norm layer, from the running ones. Relabel: soft labels are the protocol's (`evaluate --protocol soft`), whose
 recipe `sre2l` is the authors' code.
 
+Options that later work adds, all off by default: real images at the start (`init=random`), a weight of the
+variances' distance (`r_var`; both DWA's), and CDA's curriculum of crops (Yin & Shen, TMLR 2024,
+arXiv:2311.18838): `crop=cosine` with `milestone=1` is what its commands run, with lr, bn_weight, jitter .25, .01,
+32 on ImageNet and .4, .05, 4 on Tiny-ImageNet, 4,000 steps each. That is sre2l with CDA's curriculum, not CDA's
+code: compare it with `crop=fixed`, which SRe2L's own commands have there; for CIFAR neither code crops.
+
 **Deviations** (paper | authors' code | ours)
 
 - one image per class in a batch, batches one after another | the same | the same batches, all in every step.
@@ -17,42 +23,39 @@ recipe `sre2l` is the authors' code.
 - jitter: - | the batch rolled along each axis by 0..4 px (CIFAR), -4..4 (Tiny-ImageNet), 0..32 (ImageNet) |
   the code's; `paper` rolls by 0..4 at 64 px too.
 - squeezing: - | CIFAR: 200 epochs of SGD .1, batch 128, crop and flip; Tiny-ImageNet: its script trains 50,
-  100 and 200 epochs and does not say which is recovered from; ImageNet: torchvision's weights | SGD .05,
-  batch 64, DSA; 200 epochs in `repo` up to 32 px, else `teacher_epochs`' default.
+  100 and 200 epochs and does not say which is recovered from; ImageNet: torchvision's weights | `repo` up to
+  32 px: the code's (`squeeze=crop_flip`); else SGD .05, batch 64, DSA for `teacher_epochs`' default.
+- flips: - | whatever the dataset | where a mirrored image keeps its class.
 - pixels: - | CIFAR-100 with CIFAR-10's mean and deviation; stored as JPEG files | the dataset's own; floats.
 - the last image or the best one: - | the last (its "best images" are overwritten by them) | the last.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any, ClassVar, Final, Literal, cast
+from typing import Any, Final, Literal
 
 import torch
-import torch.nn.functional as F
-from pydantic import Field
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.config import added
-from ddray.data import normalized_space
-from ddray.distillation.method import DistillContext, MethodConfig, Target
-from ddray.errors import InputError
+from ddray.distillation.method import DistillContext, Target
 from ddray.methods.families.factory import make_method
 from ddray.methods.families.matching.batches import step_graphs
 from ddray.methods.families.matching.groups import image_bytes
 from ddray.methods.families.matching.initial import initial_images
+from ddray.methods.families.recovery import BETAS, Recovery, RecoveryConfig, pixel_range
 from ddray.methods.families.state import cpu_copy, load_optimizer_state, optimizer_state
-from ddray.nets import Net
-from ddray.pool.spec import teacher_spec
 from ddray.system.memory import memory_budget
-from ddray.training.crops import draw_boxes, resized_crops
 from ddray.training.engine import cosine
-from ddray.training.recipe import TeacherRecipe
 
 # The commands that the authors' code ships, with the defaults of options that they leave out.
 _SHIPPED: Final[dict[str, dict[str, Any]]] = {
-    "cifar": {"steps": 1000, "method": {"lr": 0.25, "bn_weight": 0.01, "jitter": 4, "teacher_epochs": 200}},
+    "cifar": {
+        "steps": 1000,
+        "method": {
+            **{"lr": 0.25, "bn_weight": 0.01, "jitter": 4},
+            **{"teacher_epochs": 200, "squeeze": "crop_flip"},
+        },
+    },
     "tiny": {
         "steps": 4000,
         "method": {"lr": 0.1, "bn_weight": 1.0, "jitter": 4, "jitter_both_ways": True, "crop": "fixed"},
@@ -61,87 +64,11 @@ _SHIPPED: Final[dict[str, dict[str, Any]]] = {
 }
 
 
-class SRe2LConfig(MethodConfig):
+class SRe2LConfig(RecoveryConfig):
     """SRe2L's settings; defaults are those for small images."""
 
-    protocol: ClassVar = "soft"
-    quick: ClassVar = {"teacher_arch": "convnet2_w8_bn", "teacher_epochs": 1}
-
-    teacher_arch: str = "resnet18"
-    """The squeezed network; it needs batch norm."""
-    teacher_epochs: int = Field(default=50, ge=1)
-    """Epochs of its training on the real images."""
-    lr: float = Field(default=0.1, gt=0)
-    """Learning rate of the pixels (Adam .5, .9; cosine)."""
-    bn_weight: float = Field(default=0.05, ge=0)
-    """Weight of the distance between batch and running statistics."""
-    first_bn_factor: float = Field(default=10.0, ge=0)
-    """Factor on the first layer's distance."""
-    jitter: int = Field(default=4, ge=0)
-    """Largest roll of a batch along each axis, in pixels."""
-    jitter_both_ways: bool = added(False)
-    """Roll by -jitter..jitter instead of 0..jitter."""
-    crop: Literal["none", "fixed"] = added("none")
-    """`fixed`: before the roll, a random resized crop of 8% to 100% of the area and a flip of the batch."""
-
-
-class BatchStatistics:
-    """Distances between a batch's statistics and the running ones, per batch norm layer of a forward pass."""
-
-    def __init__(self, net: nn.Module) -> None:
-        self._layers = [module for module in net.modules() if isinstance(module, _BatchNorm)]
-        self._num_batches = 1
-        self.distances: list[Tensor] = []
-
-    def __len__(self) -> int:
-        return len(self._layers)
-
-    @contextmanager
-    def watch(self, num_batches: int = 1) -> Iterator[None]:
-        """Collect the distances of the forward pass made inside, in layer order.
-
-        What goes through the network is `num_batches` batches of one size; the distances are their means.
-        """
-        self.distances, self._num_batches = [], num_batches
-        with ExitStack() as hooks:
-            for layer in self._layers:
-                hooks.enter_context(layer.register_forward_pre_hook(self._note))
-            yield
-
-    def _note(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        """Eq 7: ||mean - running mean|| + ||variance - running variance||, over the layer's channels."""
-        first = int(self._num_batches > 1)  # the axis of a batch's images
-        maps: Tensor = torch.unflatten(inputs[0], 0, (self._num_batches, -1)) if first else inputs[0]
-        axes = [first, *range(first + 2, maps.ndim)]
-        mean, variance = maps.mean(axes), maps.var(axes, unbiased=False)
-        differences = mean - layer.running_mean, variance - layer.running_var  # type: ignore[operator]
-        distance = sum(difference.norm(dim=-1) for difference in differences).mean()
-        self.distances.append(distance)
-
-
-def recover_loss(
-    logits: Tensor, labels: Tensor, distances: list[Tensor], *, weight: float, first: float
-) -> Tensor:
-    """Return the cross entropy plus the weighted distances, the first one times `first` (Eq 6, 8)."""
-    total = first * distances[0] + sum(distances[1:], torch.zeros((), device=logits.device))
-    return F.cross_entropy(logits, labels) + weight * total
-
-
-def batch_view(images: Tensor, generator: torch.Generator, *, crop: bool, rolls: tuple[int, int]) -> Tensor:
-    """Return a batch [N, C, H, W] as the network sees it; one draw of everything serves all of its images.
-
-    Args:
-        images: the batch.
-        generator: on the CPU; makes every draw.
-        crop: begin with a random resized crop, mirrored in half of the cases.
-        rolls: smallest and largest roll along each axis, in pixels.
-    """
-    if crop:
-        box = draw_boxes(1, (images.shape[2], images.shape[3]), generator)
-        mirrored = torch.rand(1, generator=generator) < 0.5
-        images = resized_crops(images, box.expand(len(images), -1), mirrored.expand(len(images)))
-    shifts = torch.randint(rolls[0], rolls[1] + 1, (2,), generator=generator).tolist()
-    return torch.roll(images, shifts=shifts, dims=(2, 3))
+    init: Literal["noise", "random"] = added("noise")
+    """Initial images: Gaussian noise, or random real ones."""
 
 
 def preset(name: str, target: Target) -> dict[str, Any]:
@@ -158,32 +85,20 @@ def preset(name: str, target: Target) -> dict[str, Any]:
 
 
 class SRe2L:
-    """Images recovered from a network's batch norm statistics, from noise on.
+    """Images recovered from a network's batch norm statistics, from noise or real images on.
 
     Raises:
         InputError: the network has no batch norm, or the pixels are whitened.
     """
 
     def __init__(self, ctx: DistillContext, config: SRe2LConfig) -> None:
-        if ctx.space.kind != "normalized":
-            raise InputError(f"sre2l needs pixel_space=normalized, got {ctx.space.kind}")
         self._ctx, self._config = ctx, config
         self._num_steps = max(1, int(ctx.config["steps"]))
-        recipe = TeacherRecipe(epochs=config.teacher_epochs)
-        spec = teacher_spec(ctx.dataset, ctx.split_name, config.teacher_arch, recipe, device=ctx.device)
-        net = cast(Net, ctx.pool.get([spec])[0].module()).requires_grad_(False)
-        self._net = net.to(ctx.device).to(memory_format=torch.channels_last)
-        self._statistics = BatchStatistics(self._net)
-        if not len(self._statistics):
-            raise InputError(
-                f"teacher_arch must have batch norm for sre2l, {config.teacher_arch} has none; add _bn"
-            )
-        images, self._labels = initial_images(ctx, "noise")
+        self._recovery = Recovery(ctx, config)
+        images, self._labels = initial_images(ctx, config.init)
         self._images = images.requires_grad_(True)
-        self._optimizer = torch.optim.Adam([self._images], lr=config.lr, betas=(0.5, 0.9))
-        blank = torch.zeros(1, *ctx.dataset.image_shape)
-        space = normalized_space(ctx.dataset)
-        self._low, self._high = (space.encode(blank + value).to(ctx.device) for value in (0.0, 1.0))
+        self._optimizer = torch.optim.Adam([self._images], lr=config.lr, betas=BETAS)
+        self._low, self._high = pixel_range(ctx)
         self._num_batches = self._batches_at_once()
         self._classes = torch.arange(ctx.dataset.num_classes, device=ctx.device).repeat(self._num_batches)
         self._graphs = step_graphs(ctx)
@@ -191,8 +106,9 @@ class SRe2L:
 
     def step(self) -> dict[str, Tensor]:
         """Take one optimiser step over all batches of one image per class."""
-        ctx, config = self._ctx, self._config
-        self._optimizer.param_groups[0]["lr"] = config.lr * cosine(self._step, self._num_steps)
+        ctx, recovery = self._ctx, self._recovery
+        progress = self._step / self._num_steps
+        self._optimizer.param_groups[0]["lr"] = self._config.lr * cosine(self._step, self._num_steps)
         self._step += 1
         generator = ctx.generator("step", self._step)
         total = torch.zeros((), device=ctx.device)
@@ -200,8 +116,8 @@ class SRe2L:
         for first in range(0, ctx.ipc, self._num_batches):
             part = slice(first, first + self._num_batches)
             images = self._by_class(self._images.detach())[:, part].requires_grad_(True)
-            views = torch.cat([self._view(batch, generator) for batch in images.unbind(1)])
-            loss, outer = self._graphs(self._recover, (views.detach(), self._classes[: len(views)]))
+            views = torch.cat([recovery.view(batch, generator, progress) for batch in images.unbind(1)])
+            loss, outer = self._graphs(recovery.gradient, (views.detach(), self._classes[: len(views)]))
             (self._by_class(gradient)[:, part],) = torch.autograd.grad(views, images, outer)
             total += loss / ctx.ipc
         self._images.grad = gradient
@@ -215,33 +131,15 @@ class SRe2L:
         view: Tensor = torch.unflatten(rows, 0, (-1, self._ctx.ipc))
         return view
 
-    def _view(self, batch: Tensor, generator: torch.Generator) -> Tensor:
-        config = self._config
-        rolls = (-config.jitter if config.jitter_both_ways else 0, config.jitter)
-        view = batch_view(batch, generator, crop=config.crop == "fixed", rolls=rolls)
-        return view.contiguous(memory_format=torch.channels_last)
-
-    def _recover(self, views: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the sum of the losses of batches [B * K, C, H, W], and its gradient."""
-        views = views.detach().requires_grad_(True)
-        num_batches = len(views) // self._ctx.dataset.num_classes
-        with self._statistics.watch(num_batches):
-            logits = self._net(views)
-        distances, weight = self._statistics.distances, self._config.bn_weight
-        loss = num_batches * recover_loss(
-            logits, labels, distances, weight=weight, first=self._config.first_bn_factor
-        )
-        return loss.detach(), torch.autograd.grad(loss, views)[0]
-
     def _batches_at_once(self) -> int:
         """Return how many batches go through the network at once: on a CPU one, which the cache holds."""
-        ctx = self._ctx
+        ctx, net = self._ctx, self._recovery.net
         if ctx.device.type == "cpu":
             return 1
         blank = torch.zeros(2, *ctx.dataset.image_shape, device=ctx.device)
         blank = blank.contiguous(memory_format=torch.channels_last)
-        with self._statistics.watch():
-            size = image_bytes(self._net, blank, max(self._net.map_bytes()), self._net.parameters())
+        with self._recovery.statistics.watch():
+            size = image_bytes(net, blank, max(net.map_bytes()), net.parameters())
         batch_bytes = ctx.dataset.num_classes * size
         return max(1, min(ctx.ipc, memory_budget(ctx.device, ctx.memory_budget) // batch_bytes))
 

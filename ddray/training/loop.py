@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from ddray.seeding import derive_seed, forked_global
 from ddray.system.memory import total_bytes
 from ddray.system.numerics import current
 from ddray.system.transfer import to_device
+from ddray.training.crops import padded_crop
 from ddray.training.cutmix import cutmix, mixed_cross_entropy
 from ddray.training.dsa import Dsa, DsaPlan, siamese
 from ddray.training.embedding import Score, score
@@ -28,6 +29,7 @@ from ddray.training.recipe import Augment, Recipe
 from ddray.training.team import Team
 
 Augmenter = Callable[[Tensor, torch.Generator], Tensor]
+_PADDING: Final = 4
 
 
 class Checkpoints(Protocol):
@@ -328,6 +330,8 @@ def augmenter(
 ) -> Augmenter | None:
     """Return the augmentation called `name` for batches [N, C, H, W] in `space`; None if it does nothing.
 
+    `crop_flip`: windows of the image with 4 black pixels around it, and a flip where `can_flip`.
+
     `dsa` and `dsa_idc`: per-sample parameters, one op for a batch (`dsa`) as at the peers' evaluation; of all
     operations or those of `strategy`, without flip unless mirrored images keep their class (`can_flip`).
     `autoaugment` and `randaugment`: torchvision's policies on the pixels as 8-bit images, image by image
@@ -338,8 +342,18 @@ def augmenter(
     """
     if name == "autoaugment" or name == "randaugment":
         return _policy(name, space)
+    if name == "crop_flip":
+        return partial(_crop_flip, space=space, flip=can_flip)
     dsa = siamese(can_flip, name, strategy)
     return None if dsa is None else DsaAugment(dsa)
+
+
+def _crop_flip(batch: Tensor, generator: torch.Generator, *, space: PixelSpace, flip: bool) -> Tensor:
+    """Return random windows of a batch [N, C, H, W]; black is the mean over a whitened black image."""
+    blank = torch.zeros(1, *batch.shape[1:])
+    black = to_device(space.to(blank.device).encode(blank).mean((2, 3), keepdim=True), batch.device)
+    crops = padded_crop(batch, generator, padding=_PADDING, fill=black, flip=flip)
+    return crops.contiguous(memory_format=torch.channels_last)
 
 
 def _policy(name: str, space: PixelSpace) -> Augmenter:

@@ -13,7 +13,7 @@ from ddray.errors import unknown
 if TYPE_CHECKING:
     from ddray.data import Split
 
-Augment = Literal["dsa", "dsa_idc", "autoaugment", "randaugment", "none"]
+Augment = Literal["dsa", "dsa_idc", "autoaugment", "randaugment", "crop_flip", "none"]
 Schedule = Literal["vico", "step15", "multistep", "cosine", "constant"]
 
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from ddray.distillation.method import Target
 from ddray.errors import InputError
-from ddray.methods.sre2l import BatchStatistics, SRe2LConfig, batch_view, preset, recover_loss
+from ddray.methods.families.recovery import BatchStatistics, batch_view, recover_loss
+from ddray.methods.sre2l import SRe2LConfig, preset
 from ddray.nets import build_net
 from ddray.training.crops import draw_boxes
 from tests.gpu.fake_cuda import FakeCuda
@@ -51,14 +52,14 @@ def test_the_distances_are_those_of_each_layers_input() -> None:
 def test_batches_that_go_through_at_once_have_the_gradient_of_their_sum(planned: Any, toy: Any) -> None:
     _, ctx, method = planned("sre2l", toy(), ipc=4, steps=1, method=QUICK)
     method.setup(ctx)
-    engine = method._engine
-    engine._net.double()
+    recovery = method._engine._recovery
+    recovery.net.double()
     views = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     labels = torch.arange(3).repeat(4)
 
-    loss, gradient = engine._recover(views, labels)
+    loss, gradient = recovery.gradient(views, labels)
 
-    parts = [engine._recover(part, labels[:3]) for part in views.split(3)]
+    parts = [recovery.gradient(part, labels[:3]) for part in views.split(3)]
     torch.testing.assert_close(loss, sum(part[0] for part in parts), rtol=1e-9, atol=0)
     torch.testing.assert_close(gradient, torch.cat([part[1] for part in parts]), rtol=1e-9, atol=1e-12)
 
@@ -109,7 +110,7 @@ def test_a_batch_is_one_image_of_each_class(planned: Any, toy: Any, monkeypatch:
         seen.append(labels.tolist())
         return real(logits, labels, *args, **kwargs)
 
-    monkeypatch.setattr("ddray.methods.sre2l.recover_loss", note)
+    monkeypatch.setattr("ddray.methods.families.recovery.recover_loss", note)
     method.step()
 
     assert seen == [[0, 1, 2], [0, 1, 2]]
@@ -132,7 +133,7 @@ def test_whitened_pixels_are_refused(planned: Any, toy: Any) -> None:
 @pytest.mark.parametrize(
     ("side", "steps", "method"),
     [  # recover_cifar.sh, recover_tiny.sh and recover.sh, with what they leave at its default
-        (32, 1000, {"lr": 0.25, "bn_weight": 0.01, "jitter": 4, "teacher_epochs": 200}),
+        (32, 1000, {"lr": 0.25, "bn_weight": 0.01, "teacher_epochs": 200, "squeeze": "crop_flip"}),
         (64, 4000, {"lr": 0.1, "bn_weight": 1.0, "jitter": 4, "jitter_both_ways": True, "crop": "fixed"}),
         (224, 4000, {"lr": 0.25, "bn_weight": 0.01, "jitter": 32, "crop": "fixed"}),
     ],
@@ -161,7 +162,7 @@ def test_a_batch_is_cropped_mirrored_and_rolled_as_one() -> None:
         down, right = torch.randint(-2, 3, (2,), generator=generator).tolist()
         mirrored += flip
 
-        view = batch_view(images, torch.Generator().manual_seed(seed), crop=True, rolls=(-2, 2))
+        view = batch_view(images, torch.Generator().manual_seed(seed), min_area=0.08, rolls=(-2, 2))
 
         for image, viewed in zip(images, view, strict=True):
             expected = resized_crop(image[None], top, left, height, width, [12, 12], antialias=False)[0]
@@ -178,7 +179,7 @@ def test_rolls_go_one_way_by_default_and_both_ways_in_the_tiny_command() -> None
 
     def offsets(rolls: tuple[int, int]) -> set[int]:
         views = [
-            batch_view(image, torch.Generator().manual_seed(seed), crop=False, rolls=rolls)
+            batch_view(image, torch.Generator().manual_seed(seed), min_area=None, rolls=rolls)
             for seed in range(80)
         ]
         return {int(index) - 4 for view in views for index in torch.nonzero(view[0, 0])[0]}
