@@ -60,10 +60,10 @@ class EvaluateOptions(DataOptions, ForeignOptions, NumericOptions):
     split: SplitName = "test"
     """test, or val: the tenth of train a search keeps back."""
     augment: Augment | None = None
-    """dsa, dsa_idc, autoaugment, randaugment or none; default the method's."""
+    """dsa, dsa_idc, autoaugment, randaugment, crop_flip, crop_jitter or none; default the method's."""
     recipe: str | None = None
-    """hard: vico, idc or table5 (D3HR's); soft: paper or repo (D3HR's), rded, sre2l. How all sets are trained
-    on; default the method's."""
+    """hard: vico, idc, minimax or table5 (D3HR's); soft: paper or repo (D3HR's), rded, sre2l, sre2l_cifar,
+    gvbsm, dwa, or rd3, one protocol for all. How all sets are trained on; default the method's."""
     train_limit: int | None = None
     """Train on at most so many images (linear: of the target)."""
     num_tasks: int | None = None
@@ -166,7 +166,7 @@ class EvaluateRunOptions(RunOptions, DeviceOptions):
 
 
 class EvaluateConfig(Recipe):
-    """How a distilled set is scored; `evaluate.recipe=vico|idc` sets a whole recipe by name (`RECIPES`)."""
+    """How a distilled set is scored; `evaluate.recipe=vico|idc|minimax` sets a recipe by name (`RECIPES`)."""
 
     lr: float | Literal["learned"] = 0.01  # type: ignore[assignment]
     """A learning rate, or `learned`: the one that the set holds (MTT, DATM)."""
@@ -244,9 +244,9 @@ def _configured(distilled: DistilledSet, options: EvaluateOptions) -> EvaluateCo
     settings = distilled.meta.config.get("evaluate", {})
     method = distilled.meta.config.get("method", {})
     factor = method.get("factor", 1) if isinstance(method, dict) else 1
-    recipe = functools.partial(
-        named_recipe, dataset=DatasetRef.parse(distilled.meta.dataset).base, factor=factor
-    )
+    meta = distilled.meta
+    facts = {"factor": factor, "ipc": meta.ipc, "num_classes": len(meta.class_names)}
+    recipe = functools.partial(named_recipe, dataset=DatasetRef.parse(meta.dataset).base, **facts)
     sets = recipe(overrides(options.sets))
     if not isinstance(settings, dict):
         raise InputError(f"meta.config.evaluate must be a mapping, got {settings!r}")

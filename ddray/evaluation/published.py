@@ -1,4 +1,4 @@
-"""Published numbers (reports/published.csv, 1,024), and their conditions (reports/conditions.yaml).
+"""Published numbers (reports/published.csv, 1,122), and their conditions (reports/conditions.yaml).
 
 docs/published.md has the conventions, doubtful cells and contradictions within the papers.
 """
@@ -20,9 +20,9 @@ class Number(Config):
     """One published number, as printed."""
 
     paper: str
-    """datadam, dsdm, boost_ssdd or d3hr; of a method's own paper, the method."""
+    """datadam, dsdm, boost_ssdd or d3hr; of another method's or protocol's own paper, its name."""
     table: str
-    """Such as `Table 3`; `as cited` for numbers that other papers print."""
+    """Such as `Table 3`; `as cited`: printed in other papers; `repository`: in the authors' repository."""
     dataset: str
     """The set distilled."""
     target: str = Field(validation_alias="target_dataset")

@@ -1,8 +1,8 @@
 """Protocol `soft` (SRe2L, RDED, D3HR): a fresh network learns a teacher's probabilities on crops of the set.
 
-The loss is the KL divergence of softened probabilities, batch mean; student and teacher see the same crops,
-flipped and mixed. A set is trained on by the recipe of its own method, or by the one named: `soft_recipes`
-holds them with their **Deviations**.
+The loss is the KL divergence of softened probabilities, batch mean, or G-VBSM's of logits (`mse_gt`);
+student and teacher see the same crops, flipped and mixed. A set is trained on by the recipe of its own
+method, or by the one named: `soft_recipes` holds them with their **Deviations**.
 
 A last batch of one image, an error in the batch norms of all three authors' code, is joined to the batch
 before it.
@@ -33,8 +33,10 @@ from ddray.evaluation.soft_recipes import (
     TABLE5,
     Settings,
     SoftConfig,
+    check_loss,
     own_recipe,
     rate_factor,
+    recipe_teachers,
     resolve_settings,
 )
 from ddray.evaluation.teachers import Teachers, get_teachers
@@ -100,6 +102,8 @@ class Soft:
             inputs = mixed.images.contiguous(memory_format=torch.channels_last)
             if teachers is None:
                 return (inputs, *mixed.targets(labels[index]))
+            if settings.loss == "mse_gt":
+                return inputs, teachers.logits(mixed.images, space), labels[index]
             return inputs, teachers.probabilities(mixed.images, space, settings.temperature)
 
         repeat_updates(net, settings.bn_updates)
@@ -117,11 +121,16 @@ class Soft:
 def training_rule(settings: Settings, *, hard: bool) -> Rule:
     """Return loss and optimiser of a training on soft labels, or on `hard` ones."""
     factor = settings.temperature**2 if settings.scale_loss else 1.0
+    loss: Any = partial(soft_loss, temperature=settings.temperature, factor=factor)
+    if hard:
+        loss = mixed_cross_entropy
+    elif settings.loss == "mse_gt":
+        loss = partial(mse_gt, ce_weight=settings.ce_weight)
     optimizer: Any = torch.optim.AdamW
     if settings.optimizer == "sgd":
         optimizer = partial(torch.optim.SGD, momentum=0.9)
     return Rule(
-        mixed_cross_entropy if hard else partial(soft_loss, temperature=settings.temperature, factor=factor),
+        loss,
         partial(optimizer, weight_decay=settings.weight_decay),
         groups=decay_matrices if settings.decay == "matrices" else None,
     )
@@ -154,6 +163,14 @@ def soft_loss(logits: Tensor, soft_labels: Tensor, temperature: float, factor: f
     """Return `factor` times the KL divergence of softmax(logits / T) [N, K] from soft labels, batch mean."""
     loss = F.kl_div(F.log_softmax(logits / temperature, 1), soft_labels, reduction="batchmean")
     return loss if factor == 1 else factor * loss
+
+
+def mse_gt(logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, ce_weight: float) -> Tensor:
+    """Return the mean squared error of logits [N, K] plus `ce_weight` times their cross entropy (G-VBSM).
+
+    The labels int64 [N] are the images' own, also where they are mixed with others.
+    """
+    return F.mse_loss(logits, teacher_logits) + ce_weight * F.cross_entropy(logits, labels)
 
 
 def mix(images: Tensor, kind: str, generator: torch.Generator, *, alpha: float = 1.0) -> Mixed:
@@ -203,7 +220,7 @@ def soft_config(
     Stitched sets default to their own patches.
 
     Raises:
-        InputError: a setting is unknown, or the recipe belongs to the other protocol.
+        InputError: a setting is unknown or not its loss's, or the recipe belongs to the other protocol.
     """
     sets, meta = parse_overrides(options.sets), distilled.meta
     settings = meta.config.get("method") or {}
@@ -214,7 +231,9 @@ def soft_config(
     if meta.method == "rded":
         defaults["patches"] = settings.get("factor") or default_factor(meta.image_shape)
     overrides = options.model_dump(include={"seeds", "epochs"}, exclude_none=True)
-    return SoftConfig.parse(merge(defaults, sets, overrides, {"recipe": recipe}))
+    config = SoftConfig.parse(merge(defaults, sets, overrides, {"recipe": recipe}))
+    check_loss(config)
+    return config
 
 
 def _default_recipe(method: str, settings: Mapping[str, Any], recipes: tuple[str, ...]) -> str:
@@ -235,7 +254,9 @@ def _make(options: EvaluateOptions, distilled: DistilledSet, ctx: EvalContext, r
     config = soft_config(options, distilled)
     if distilled.soft_labels is not None:
         log.warning("the set's own soft labels are not used: the teacher labels its images anew")
-    archs = [resolve_arch(arch, distilled.meta.image_shape) for arch in options.teachers or ("resnet18",)]
+    shape = distilled.meta.image_shape
+    teachers_by_recipe = recipe_teachers(config.recipe, max(shape[1:]))
+    archs = [resolve_arch(arch, shape) for arch in options.teachers or teachers_by_recipe]
     teachers = get_teachers(real.pool, archs, config.teacher, ctx, split_name=real.split_name)
     log.info("teacher %s: accuracy %.1f%%", teachers.arch, 100 * teachers.accuracy)
     details = {"recipe": config.recipe, "teacher": teachers.describe()}

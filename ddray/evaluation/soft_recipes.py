@@ -1,10 +1,12 @@
 """Recipes of protocol `soft` by name: what the papers, or their authors' code, train students with.
 
-`paper` is D3HR's Table A1 as printed and `repo` D3HR's code; `table5` is that code on hard labels; `rded` and
-`sre2l` are the code of these two, `sre2l` one recipe each for images up to 32 px (CIFAR), up to 64 px
-(Tiny-ImageNet) and above (ImageNet). All rates change between epochs.
+`paper` is D3HR's Table A1 as printed, `repo` D3HR's code (also called `d3hr`); `table5` is that code on hard
+labels; `rded`, `sre2l`, `dwa` and `gvbsm` are the code of these, the last three one recipe each for images up
+to 32 px (CIFAR), up to 64 px (Tiny-ImageNet) and above (ImageNet); `sre2l_cifar` is SRe2L's first one at any
+size. `rd3` is the one protocol under which RD3 (ICLR 2026, arXiv 2509.19743) scores everybody's sets. All
+rates change between epochs.
 
-**Deviations** (paper | authors' code | ours). The papers of RDED and SRe2L were not compared.
+**Deviations** (paper | authors' code | ours). The papers of RDED, SRe2L, DWA and G-VBSM were not compared.
 
 D3HR:
 - rate, batch: .01, 128 (Table A1) | .001, others for some networks; 15, 50, 100 from 1, 10, 50 images per
@@ -37,6 +39,25 @@ SRe2L:
 - ImageNet: ? | labels of 300 epochs, stored as float16, serve every student; two halves of a batch | new
   labels in float32, whole batches.
 - result: ? | CIFAR: the last epoch's, otherwise the best on test | the last epoch's.
+
+DWA:
+- CIFAR: ? | SRe2L's code, its teacher in train mode too | recipe `sre2l_cifar`.
+- Tiny-ImageNet: ? | as SRe2L's, with 200 epochs, batches of 64 and CutMix | the same.
+- result: ? | the best on test | the last epoch's.
+
+G-VBSM:
+- loss: ? | mean squared error of logits over batch and classes, plus a share of the cross entropy from an
+  image's own label, unmixed; no temperature | the same.
+- several teachers: ? | their logits are averaged, on ImageNet after scaling each teacher's batch of logits to
+  the teachers' mean norm | the same.
+- teachers: ? | ResNet-18, ConvNet of width 128, MobileNetV2 and ShuffleNetV2 of half width, WRN-16-2;
+  ImageNet: ResNet-18, MobileNetV2, EfficientNet-B0, ShuffleNetV2 of half width | whole widths, densenet_cifar
+  for the WRN, all trained by this protocol's `teacher` settings.
+- CIFAR-10: ? | normalised by CIFAR-100's mean and deviation | by its own.
+- result: ? | the best on test | the last epoch's.
+
+RD3 (read second-hand): temperature and weight decay are not known to us | - | 20, none. Its one teacher is a
+ResNet-18; `--teacher` names another. RDED's sets have their strips shuffled, as under their own recipe.
 """
 
 from collections.abc import Callable, Mapping
@@ -45,13 +66,16 @@ from typing import Any, Final, Literal
 
 from pydantic import Field
 
-from ddray.config import Config
+from ddray.config import Config, added
+from ddray.errors import InputError
 from ddray.nets.names import parse_arch
 from ddray.training.engine import cosine
 from ddray.training.recipe import TeacherRecipe
 
-RECIPES: Final = ("paper", "repo", "rded", "sre2l")
+RECIPES: Final = ("paper", "repo", "rded", "sre2l", "rd3", "sre2l_cifar", "gvbsm", "d3hr", "dwa")
 TABLE5: Final = "table5"
+Average = Literal["probabilities", "logits", "scaled_logits"]
+"""What of several teachers is averaged; `scaled_logits`: logits scaled to one norm per batch first."""
 _LR: Final = {
     "vgg11": 5e-4,
     "vgg11_tv": 5e-4,
@@ -60,14 +84,24 @@ _LR: Final = {
     "alexnet": 1e-4,
 }
 _WARMUP_START: Final = 0.01
+_CE_WEIGHT: Final = 0.15
 _D3HR_REPO: Final = {"form": "repo", "encoding": "sample", "shared_draws": True}
+_D4M: Final = {"sampling": "kmeans", "inversion_steps": 35, "guidance": 8}
+# Methods and the recipe that they were published with, where its name is another.
+_OWN: Final = {
+    **{name: name for name in ("rded", "sre2l", "dwa")},
+    **{"g_vbsm": "gvbsm", "d3s": "d3hr", "minimax": "rded", "dit": "rded"},
+}
 
 
 class SoftConfig(Config):
     """Settings of the protocol; None: as the recipe says."""
 
-    recipe: Literal["paper", "repo", "rded", "sre2l", "table5"] = "paper"
-    """`paper`: D3HR's Table A1; `repo`: its code; `rded`, `sre2l`: theirs; `table5`: D3HR's hard labels."""
+    recipe: Literal[
+        "paper", "repo", "rded", "sre2l", "rd3", "sre2l_cifar", "gvbsm", "d3hr", "dwa", "table5"
+    ] = "paper"
+    """`paper`: D3HR's Table A1; `repo` or `d3hr`: its code; `rded`, `sre2l`, `sre2l_cifar`, `gvbsm`, `dwa`:
+    theirs; `rd3`: RD3's one protocol for all; `table5`: D3HR's hard labels."""
     epochs: int | None = Field(default=None, ge=1)
     lr: float | None = Field(default=None, gt=0)
     batch: int | None = Field(default=None, ge=1)
@@ -79,6 +113,12 @@ class SoftConfig(Config):
     """What is decayed: all parameters, or weights of two or more axes (no biases and norms)."""
     schedule: Literal["cosine", "half_cosine"] | None = None
     """From lr to 0, or along the first half of that: to lr / 2."""
+    zeta: float | None = added(None, ge=1)
+    """Over `schedule`: the rate falls by .5 (1 + cos(pi e / (zeta E))); 1 is `cosine`, 2 `half_cosine`."""
+    loss: Literal["kl", "mse_gt"] | None = added(None)
+    """The divergence of softened probabilities, or G-VBSM's squared error of logits and cross entropy."""
+    ce_weight: float | None = added(None, ge=0)
+    """Weight of the cross entropy from an image's own label in the loss `mse_gt`; default .15."""
     warmup: int | None = Field(default=None, ge=0)
     """Epochs in which the rate first rises, from a hundredth of lr."""
     temperature: float | None = Field(default=None, gt=0)
@@ -98,8 +138,8 @@ class SoftConfig(Config):
     """How often a step moves the running averages of batch norms towards its batch."""
     teacher_mode: Literal["eval", "train"] | None = None
     """`train`: batch norms of teachers use the mixed batch's statistics."""
-    average: Literal["probabilities", "logits"] | None = None
-    """What of several teachers is averaged."""
+    average: Average | None = None
+    """What of several teachers is averaged; `scaled_logits`: logits of one norm (G-VBSM on ImageNet)."""
     seeds: int = Field(default=5, ge=1)
     """Networks per architecture."""
     teacher: TeacherRecipe = TeacherRecipe()
@@ -115,6 +155,9 @@ class Settings(SoftConfig):
     weight_decay: float
     decay: Literal["all", "matrices"]
     schedule: Literal["cosine", "half_cosine"]
+    zeta: float
+    loss: Literal["kl", "mse_gt"]
+    ce_weight: float
     warmup: int
     temperature: float
     scale_loss: bool
@@ -125,7 +168,7 @@ class Settings(SoftConfig):
     patches: int
     bn_updates: int
     teacher_mode: Literal["eval", "train"]
-    average: Literal["probabilities", "logits"]
+    average: Average
 
 
 @dataclass(frozen=True)
@@ -149,6 +192,8 @@ _COMMON: Final[Mapping[str, Any]] = {
     "weight_decay": 0.01,
     "decay": "matrices",
     "schedule": "cosine",
+    "loss": "kl",
+    "ce_weight": _CE_WEIGHT,
     "warmup": 0,
     "temperature": 20.0,
     "scale_loss": False,
@@ -204,18 +249,50 @@ def _rded(training: _Training) -> dict[str, Any]:
 def _sre2l(training: _Training) -> dict[str, Any]:
     """SRe2L's relabel_cifar.py, its train_kd.py for Tiny-ImageNet, or its train_FKD.py for ImageNet."""
     if training.size <= 32:
-        mix = {
-            "mix": "mixup",
-            "mix_alpha": 0.8,
-            "crop": "padded",
-            "temperature": 30.0,
-            "teacher_mode": "train",
-        }
-        return {"epochs": 400, "lr": 0.001, "batch": 128, "decay": "all", **mix}
+        return _sre2l_cifar(training)
     if training.size <= 64:
-        sgd = {"optimizer": "sgd", "lr": 0.2, "weight_decay": 1e-4, "decay": "all", "warmup": 5}
-        return {"epochs": 100, "batch": 256, "mix": "none", "scale_loss": True, **sgd}
+        return {"epochs": 100, "batch": 256, "mix": "none", **_TINY_SGD}
     return {"epochs": 300, "lr": 0.001, "batch": 1024}
+
+
+def _sre2l_cifar(_: _Training) -> dict[str, Any]:
+    """SRe2L's relabel_cifar.py, at any size."""
+    mix = {"mix": "mixup", "mix_alpha": 0.8, "crop": "padded", "temperature": 30.0, "teacher_mode": "train"}
+    return {"epochs": 400, "lr": 0.001, "batch": 128, "decay": "all", **mix}
+
+
+_TINY_SGD: Final[Mapping[str, Any]] = {
+    **{"optimizer": "sgd", "lr": 0.2, "weight_decay": 1e-4, "decay": "all", "warmup": 5, "scale_loss": True}
+}
+
+
+def _dwa(training: _Training) -> dict[str, Any]:
+    """DWA's validation_cifar.py, or its commands for Tiny-ImageNet and ImageNet."""
+    if training.size <= 32:
+        return _sre2l_cifar(training)
+    if training.size <= 64:
+        return {"epochs": 200, "batch": 64, **_TINY_SGD}
+    return {"epochs": 300, "lr": 0.001, "batch": 128}
+
+
+def _gvbsm(training: _Training) -> dict[str, Any]:
+    """G-VBSM's train_FKD.py of its four branches."""
+    common = {"loss": "mse_gt", "average": "logits"}
+    if training.size > 64:
+        scaled = {**common, "average": "scaled_logits", "ce_weight": 0.1}
+        return {"epochs": 300, "lr": 0.001, "batch": 1024, **scaled}
+    if training.size <= 32 and training.num_classes < 100:
+        return {"epochs": 1000, "lr": 0.001, "batch": 100, "weight_decay": 0.0, **common}
+    sgd = {"optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4, **common}
+    if training.size <= 32:
+        return {"epochs": 1000, "batch": 64, **sgd}
+    return {"epochs": 100, "batch": 100, "ce_weight": 0.1, **sgd}
+
+
+def _rd3(training: _Training) -> dict[str, Any]:
+    """RD3's protocol for all methods: zeta is 1 for a ResNet-18 and 2 for other networks."""
+    schedule = "cosine" if parse_arch(training.arch).base.startswith("resnet18") else "half_cosine"
+    return {"epochs": 400, "lr": 0.001, "batch": 50, "weight_decay": 0.0, "schedule": schedule}
 
 
 _BY_NAME: Final[Mapping[str, Callable[[_Training], dict[str, Any]]]] = {
@@ -223,8 +300,15 @@ _BY_NAME: Final[Mapping[str, Callable[[_Training], dict[str, Any]]]] = {
     "repo": _repo,
     "rded": _rded,
     "sre2l": _sre2l,
+    "rd3": _rd3,
+    "sre2l_cifar": _sre2l_cifar,
+    "gvbsm": _gvbsm,
+    "d3hr": _repo,
+    "dwa": _dwa,
     "table5": _table5,
 }
+_GVBSM_TEACHERS: Final = ("resnet18", "convnet3", "mobilenet_v2", "densenet_cifar", "shufflenet_v2")
+_GVBSM_IMAGENET: Final = ("resnet18", "mobilenet_v2", "efficientnet_b0", "shufflenet_v2")
 
 
 def resolve_settings(
@@ -236,23 +320,50 @@ def resolve_settings(
     defaults = {**_COMMON, **_BY_NAME[config.recipe](training), "patches": patches}
     overrides = {k: v for k, v in config.dump().items() if v is not None and (k, v) != ("mix", "auto")}
     resolved = {**defaults, **overrides}
+    if "zeta" not in resolved:
+        resolved["zeta"] = 2.0 if resolved["schedule"] == "half_cosine" else 1.0
+    if resolved["loss"] == "mse_gt" and resolved["average"] == "probabilities":
+        resolved["average"] = "logits"  # it has no probabilities
     return Settings.parse({**resolved, "batch": min(resolved["batch"], num_images)})
+
+
+def check_loss(config: SoftConfig) -> None:
+    """Refuse settings of a loss that the recipe does not have (InputError)."""
+    if config.recipe == TABLE5:
+        if config.loss is not None:
+            raise InputError(f"loss must be left out with recipe {TABLE5}: it has no teacher")
+        return
+    loss = config.loss or ("mse_gt" if config.recipe == "gvbsm" else "kl")
+    if loss == "kl" and config.ce_weight is not None:
+        raise InputError(
+            f"ce_weight must be left out with loss kl, got {config.ce_weight:g}; add --set loss=mse_gt"
+        )
+    if loss == "mse_gt" and config.average == "probabilities":
+        raise InputError("average must be logits or scaled_logits with loss mse_gt, got probabilities")
+
+
+def recipe_teachers(recipe: str, size: int) -> tuple[str, ...]:
+    """Return the networks that label by a recipe, where nobody names one, on images of `size` pixels."""
+    if recipe != "gvbsm":
+        return ("resnet18",)
+    return _GVBSM_TEACHERS if size <= 64 else _GVBSM_IMAGENET
 
 
 def rate_factor(settings: Settings, epoch: int) -> float:
     """Return the factor on lr in an epoch counted from 0: a linear warm-up, then a cosine or half of it."""
     if epoch < settings.warmup:
         return _WARMUP_START + (1 - _WARMUP_START) * epoch / settings.warmup
-    halves = 2 if settings.schedule == "half_cosine" else 1
-    return cosine(epoch - settings.warmup, halves * (settings.epochs - settings.warmup))
+    return cosine(epoch - settings.warmup, settings.zeta * (settings.epochs - settings.warmup))
 
 
 def own_recipe(method: str, settings: Mapping[str, Any]) -> str:
-    """Return the recipe that a method was published with, D3HR's where it is not of these three.
+    """Return the soft recipe that a method was published with, D3HR's `paper` where it has none.
 
-    By a set's `settings` of its method: those of D3HR's preset `repo` are trained on by its code's recipe, an
-    ablation that has only some of them by `paper`.
+    By a set's `settings` of its method: those of D3HR's preset `repo` are trained on by its code's recipe and
+    those of `d4m` by SRe2L's; an ablation that has only some of them by `paper`.
     """
-    if method == "d3hr" and settings.items() >= _D3HR_REPO.items():
-        return "repo"
-    return method if method in RECIPES else "paper"
+    if method == "d3hr":
+        if settings.items() >= _D3HR_REPO.items():
+            return "repo"
+        return "sre2l" if settings.items() >= _D4M.items() else "paper"
+    return _OWN.get(method, "paper")

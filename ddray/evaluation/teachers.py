@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import Any, Literal, Self
@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ddray.data import PixelSpace, normalized_space
 from ddray.errors import DdrayError
 from ddray.evaluation.protocol import EvalContext
+from ddray.evaluation.soft_recipes import Average
 from ddray.nets import Net, check_arch
 from ddray.pool.spec import ModelPool, teacher_spec
 from ddray.training.loop import score_net
@@ -31,7 +32,8 @@ class Teachers:
         arch: their names, joined by "+".
         accuracy: of the averaged probabilities on the context's split.
         each: one {"arch", "accuracy"} per network.
-        average: what is averaged: the softened probabilities, or the logits before they are softened.
+        average: what is averaged: the softened probabilities, or the logits before they are softened, also
+            scaled so that each teacher's of a batch have the same norm.
     """
 
     nets: Sequence[Net]
@@ -39,9 +41,9 @@ class Teachers:
     arch: str
     accuracy: float
     each: Sequence[dict[str, Any]]
-    average: Literal["probabilities", "logits"] = "probabilities"
+    average: Average = "probabilities"
 
-    def set_up(self, mode: Literal["eval", "train"], average: Literal["probabilities", "logits"]) -> Self:
+    def set_up(self, mode: Literal["eval", "train"], average: Average) -> Self:
         """Return teachers that label in this way; under `train` they are copies.
 
         `train`: batch norms normalise by the statistics of the batch, as in SRe2L's CIFAR code, which leaves
@@ -58,14 +60,30 @@ class Teachers:
     @torch.no_grad()
     def probabilities(self, images: Tensor, space: PixelSpace, temperature: float) -> Tensor:
         """Return soft labels [N, K] of images [N, C, H, W] that are in `space`."""
+        each = [logits / temperature for logits in self._each(images, space)]
+        if self.average != "probabilities":
+            return F.softmax(self._mean(each), 1)
+        return reduce(torch.add, (F.softmax(logits, 1) for logits in each)) / len(each)
+
+    @torch.no_grad()
+    def logits(self, images: Tensor, space: PixelSpace) -> Tensor:
+        """Return the teachers' mean logits [N, K] of images [N, C, H, W] that are in `space`."""
+        return self._mean(list(self._each(images, space)))
+
+    def _mean(self, each: Sequence[Tensor]) -> Tensor:
+        """Return the mean of the teachers' logits; `scaled_logits`: of logits scaled to their mean norm."""
+        if self.average == "scaled_logits":
+            norms = torch.stack([logits.norm() for logits in each])
+            each = [logits * (norms.mean() / norm) for logits, norm in zip(each, norms, strict=True)]
+        return reduce(torch.add, each) / len(each)
+
+    def _each(self, images: Tensor, space: PixelSpace) -> Iterator[Tensor]:
+        """Yield each teacher's logits [N, K]."""
         encoded = space.kind == self.space.kind == "normalized" and space.mean == self.space.mean
         if not (encoded and space.std == self.space.std):
             images = self.space.encode(space.decode(images))
         images = images.contiguous(memory_format=torch.channels_last)
-        each = (net(images) / temperature for net in self.nets)
-        if self.average == "logits":
-            return F.softmax(reduce(torch.add, each) / len(self.nets), 1)
-        return reduce(torch.add, (F.softmax(logits, 1) for logits in each)) / len(self.nets)
+        yield from (net(images) for net in self.nets)
 
     def describe(self) -> dict[str, Any]:
         """Return the command's JSON: arch and accuracy, and those of each teacher if there are several."""

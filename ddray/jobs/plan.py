@@ -139,7 +139,8 @@ def resolve(
     factor = target.factor or (fields["factor"].default if "factor" in fields else 1)
     lowest = method_class.preset("paper" if preset in variants else preset, target)
     all_layers = (lowest, sound, *upper_layers)
-    merged = merge({"method": {}}, *(_with_recipe(layer, dataset.base, factor) for layer in all_layers))
+    facts = {"dataset": dataset.base, "factor": factor, "ipc": ipc, "num_classes": dataset.num_classes}
+    merged = merge({"method": {}}, *(_with_recipe(layer, facts) for layer in all_layers))
     config = RunConfig[method_class.config_type].parse(merged)  # type: ignore[name-defined]
     resolve_arch(config.arch, dataset.image_shape)
     return Plan(method, dataset, ipc, seed, config, budget)
@@ -228,11 +229,14 @@ def _size(method: str, dataset: Dataset, ipc: int | None, budget: int | None) ->
     return max(1, images // dataset.num_classes), images
 
 
-def _with_recipe(layer: Mapping[str, Any], dataset: str, factor: int) -> Mapping[str, Any]:
-    """Return a layer with a recipe's name replaced by its fields, so that they override earlier layers."""
+def _with_recipe(layer: Mapping[str, Any], facts: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a layer with a recipe's name replaced by its fields, so that they override earlier layers.
+
+    `facts` of the run are what a recipe may depend on (`named_recipe`).
+    """
     if not isinstance(evaluate_layer := layer.get("evaluate"), Mapping):
         return layer
-    return {**layer, "evaluate": named_recipe(evaluate_layer, dataset=dataset, factor=factor)}
+    return {**layer, "evaluate": named_recipe(evaluate_layer, **facts)}
 
 
 def shipped_configs(method: str, dataset: str, ipc: int) -> list[Path]:

@@ -8,8 +8,9 @@ from ddray.config import flatten, merge
 from ddray.data.catalog import KNOWN
 from ddray.data.reference import DatasetRef
 from ddray.errors import InputError
+from ddray.evaluation import get_protocol
 from ddray.evaluation.options import EvaluateConfig, overrides
-from ddray.evaluation.soft_recipes import own_recipe
+from ddray.evaluation.soft_recipes import own_recipe, recipe_teachers
 from ddray.jobs.plan import Plan, budget_method, resolve
 from ddray.methods import get_method
 from ddray.tables.checks import has_recipe
@@ -92,7 +93,19 @@ def teachers_of(evaluation_spec: EvaluateSpec, plan: Plan) -> tuple[str | None, 
             f"(method.teacher_arch), got {plan.method}; leave it out by rows:"
         )
     names = (own_teacher if name == OWN_TEACHER else name for name in evaluation_spec.teacher)
-    return tuple(dict.fromkeys(names)) or (None,)
+    return tuple(dict.fromkeys(names)) or (_recipes_teachers(evaluation_spec, plan),)
+
+
+def _recipes_teachers(evaluation_spec: EvaluateSpec, plan: Plan) -> str | None:
+    """Return the teachers of a recipe that has several, joined by "+"; None: the protocol's default."""
+    protocol = evaluation_spec.protocol
+    if protocol == "nas" or "teachers" not in get_protocol(protocol).options:
+        return None
+    sets = overrides(evaluation_spec.options.get("sets") or ())
+    recipe = evaluation_spec.recipe or evaluation_spec.options.get("recipe") or sets.get("recipe")
+    recipe = recipe or own_recipe(plan.method, plan.config.method.dump())
+    teachers = recipe_teachers(str(recipe), max(plan.dataset.image_shape[1:]))
+    return "+".join(teachers) if len(teachers) > 1 else None
 
 
 def _vouches(source: PublishedSource) -> bool:
@@ -165,7 +178,8 @@ def _is_other(recipe: str, theirs: Mapping[str, Any], plan: Plan) -> bool:
     if recipe not in RECIPES:
         return True
     factor = getattr(plan.config.method, "factor", None) or 1
-    fields = named_recipe({"recipe": recipe}, dataset=plan.dataset.base, factor=factor)
+    facts = {"factor": factor, "ipc": plan.ipc, "num_classes": plan.dataset.num_classes}
+    fields = named_recipe({"recipe": recipe}, dataset=plan.dataset.base, **facts)
     return any(value != theirs.get(name) for name, value in fields.items())
 
 

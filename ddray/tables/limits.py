@@ -9,7 +9,7 @@ from ddray.evaluation.soft import recipe_epochs
 from ddray.evaluation.soft_recipes import TABLE5, SoftConfig
 from ddray.jobs.plan import Plan
 from ddray.tables.spec import EvaluateSpec, Limits
-from ddray.training.recipe import RECIPES, TeacherRecipe
+from ddray.training.recipe import RECIPES, TeacherRecipe, named_recipe
 
 
 def lowered(settings: Mapping[str, Any], word: str, limit: int | None) -> dict[str, Any]:
@@ -52,7 +52,8 @@ def limited_epochs(
     if "epochs" in sets:
         return None
     if recipe in RECIPES:
-        epochs = RECIPES[str(recipe)].get("epochs")
+        of_set = {"ipc": plan.ipc, "num_classes": plan.dataset.num_classes}
+        epochs = named_recipe({"recipe": recipe}, **of_set)["epochs"]
     elif recipe == TABLE5 or config_type is SoftConfig:
         epochs = recipe_epochs(
             recipe,

@@ -17,7 +17,7 @@ _ARCHS: Final[dict[str, tuple[str, ...]]] = {
     "resnet10_idc": ("resnet10",),
     "densenet121": (),
     "densenet_idc": ("densenet121",),
-    "convnet3": ("convnet3", "convnet_w128"),
+    "convnet3": ("convnet3", "convnet_w128", "convnet"),
     "convnet3_bn": ("convnet3", "convnet"),
     "resnet10_ap": ("resnet_ap10",),
     "vgg11_tv": ("vgg11",),

@@ -125,7 +125,7 @@ def run(
     return step.mean_loss()
 
 
-def cosine(step: int, num_steps: int) -> float:
+def cosine(step: int, num_steps: float) -> float:
     """Return the factor .5 (1 + cos(pi t / T)) on the rate, from 1 to 0; `step` counts from 0."""
     return 0.5 * (1 + math.cos(math.pi * step / num_steps))
 

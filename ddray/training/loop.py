@@ -24,6 +24,7 @@ from ddray.training.embedding import Score, score
 from ddray.training.engine import Batch, Order, Rule, Step, run
 from ddray.training.fusing import PROBE_STEPS, fusing_pays
 from ddray.training.gsam import Gsam
+from ddray.training.jitter import crop_jitter
 from ddray.training.rates import phases, step_rate
 from ddray.training.recipe import Augment, Recipe
 from ddray.training.team import Team
@@ -330,7 +331,8 @@ def augmenter(
 ) -> Augmenter | None:
     """Return the augmentation called `name` for batches [N, C, H, W] in `space`; None if it does nothing.
 
-    `crop_flip`: windows of the image with 4 black pixels around it, and a flip where `can_flip`.
+    `crop_flip`: windows of the image with 4 black pixels around it, and a flip where `can_flip`;
+    `crop_jitter`: resized crops, the same flip and colour jitter.
 
     `dsa` and `dsa_idc`: per-sample parameters, one op for a batch (`dsa`) as at the peers' evaluation; of all
     operations or those of `strategy`, without flip unless mirrored images keep their class (`can_flip`).
@@ -344,6 +346,8 @@ def augmenter(
         return _policy(name, space)
     if name == "crop_flip":
         return partial(_crop_flip, space=space, flip=can_flip)
+    if name == "crop_jitter":
+        return crop_jitter(space, flip=can_flip)
     dsa = siamese(can_flip, name, strategy)
     return None if dsa is None else DsaAugment(dsa)
 

@@ -13,7 +13,7 @@ from ddray.errors import unknown
 if TYPE_CHECKING:
     from ddray.data import Split
 
-Augment = Literal["dsa", "dsa_idc", "autoaugment", "randaugment", "crop_flip", "none"]
+Augment = Literal["dsa", "dsa_idc", "autoaugment", "randaugment", "crop_flip", "crop_jitter", "none"]
 Schedule = Literal["vico", "step15", "multistep", "cosine", "constant"]
 
 
@@ -93,8 +93,17 @@ RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
         "strategy": "color_crop_flip_scale_rotate",
         "cutmix": 0.5,
     },
+    "minimax": {
+        **_VICO,
+        "epochs": 2000,
+        "batch": 64,
+        "schedule": "multistep",
+        "augment": "crop_jitter",
+        "cutmix": 1.0,
+    },
 }
-"""Whole recipes by name: `vico` of DC, DSA, DM and their kin; `idc` of IDC and DSDM (DSDM's 1,500 epochs)."""
+"""Whole recipes by name: `vico` of DC, DSA, DM and their kin; `idc` of IDC and DSDM (DSDM's 1,500 epochs);
+`minimax` of Minimax and DiT, with its epochs at 2 to 10 images per class (`minimax_epochs`)."""
 
 
 class TeacherRecipe(Recipe):
@@ -107,10 +116,13 @@ class TeacherRecipe(Recipe):
     augment: Augment = "dsa"
 
 
-def named_recipe(values: Mapping[str, Any], *, dataset: str = "", factor: int = 1) -> dict[str, Any]:
+def named_recipe(
+    values: Mapping[str, Any], *, dataset: str = "", factor: int = 1, ipc: int = 10, num_classes: int = 10
+) -> dict[str, Any]:
     """Return evaluation settings with the name under `recipe` replaced by its fields; the other settings win.
 
-    `idc` has exceptions by the set's dataset and `factor`, the parts along each axis of a stored image.
+    `idc` has exceptions by the set's dataset and `factor`, the parts along each axis of a stored image;
+    `minimax` trains longer on fewer images.
 
     Raises:
         InputError: no recipe has this name.
@@ -121,8 +133,18 @@ def named_recipe(values: Mapping[str, Any], *, dataset: str = "", factor: int = 
     name = str(rest.pop("recipe"))
     if name not in RECIPES:
         raise unknown("recipe", name, RECIPES)
-    exceptions = {"cutmix": 0.0} if name == "idc" and not idc_mixes(dataset, factor) else {}
+    exceptions: dict[str, Any] = {}
+    if name == "idc" and not idc_mixes(dataset, factor):
+        exceptions = {"cutmix": 0.0}
+    elif name == "minimax":
+        exceptions = {"epochs": minimax_epochs(ipc, num_classes)}
     return {**RECIPES[name], **exceptions, **rest}
+
+
+def minimax_epochs(ipc: int, num_classes: int) -> int:
+    """Return the epochs of Minimax's code: fewer on more images, and two thirds of them for 100 classes."""
+    epochs = 3000 if ipc <= 1 else 2000 if ipc <= 10 else 1500 if ipc <= 50 else 1000
+    return epochs * 2 // 3 if num_classes == 100 else epochs
 
 
 def idc_mixes(dataset: str, factor: int) -> bool:

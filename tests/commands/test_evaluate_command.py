@@ -97,7 +97,7 @@ class TestSettings:
         assert config.epochs == epochs
 
     def test_an_unknown_recipe_is_refused(self, random_set: Path) -> None:
-        with pytest.raises(InputError, match="recipe must be one of idc, table5, vico, got 'icd'"):
+        with pytest.raises(InputError, match="recipe must be one of idc, minimax, table5, vico, got 'icd'"):
             evaluate(random_set, quick(recipe="icd"), device=CPU)
 
     def test_the_idc_recipe_runs(self, random_set: Path) -> None:
@@ -246,8 +246,8 @@ class TestContinual:
         (["--train-limit", "0"], "--train-limit must be >= 1, got 0"),
         (["--protocol", "continual", "--num-tasks", "11"], "--num-tasks must be in 2..10"),
         (["--protocol", "continual", "--num-tasks", "1"], "--num-tasks must be in 2..10"),
-        (["--recipe", "icd"], "recipe must be one of idc, table5, vico"),
-        (["--recipe", "table5", "--protocol", "robust"], "recipe must be one of idc, vico"),
+        (["--recipe", "icd"], "recipe must be one of idc, minimax, table5, vico"),
+        (["--recipe", "table5", "--protocol", "robust"], "recipe must be one of idc, minimax, vico"),
     ],
 )
 def test_bad_options_are_one_line_and_exit_2(

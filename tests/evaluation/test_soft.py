@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from ddray.evaluation.soft import (
     Soft,
     cropper,
     mix,
+    mse_gt,
     repeat_updates,
     shuffle_strips,
     soft_config,
@@ -59,6 +61,47 @@ def test_the_loss_is_the_kl_divergence_at_a_temperature_without_its_square() -> 
     assert float(loss) == pytest.approx(total / 5, rel=1e-9)
     scaled = soft_loss(logits, torch.softmax(teacher / 20, 1), 20.0, 400.0)
     assert float(scaled) == pytest.approx(80 * total, rel=1e-9)
+
+
+def test_mse_gt_is_over_batch_and_classes_and_takes_an_images_own_label() -> None:
+    logits, teacher = torch.randn(2, 5, 7, generator=seeded(), dtype=torch.float64)
+    labels = torch.tensor([3, 0, 6, 6, 2])
+
+    loss = mse_gt(logits, teacher, labels, ce_weight=0.15)
+
+    ours, theirs = logits.numpy(), teacher.numpy()
+    entropy = np.mean([np.log(np.exp(row).sum()) - row[k] for row, k in zip(ours, labels, strict=True)])
+    assert float(loss) == pytest.approx(((ours - theirs) ** 2).sum() / 35 + 0.15 * entropy, rel=1e-12)
+    assert float(mse_gt(teacher, teacher, labels, ce_weight=0.0)) == 0
+
+
+def test_mse_gt_trains_on_the_mixed_images_logits_and_the_unmixed_labels(
+    toy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = toy()
+    train, space = dataset.train(), normalized_space(dataset)
+    nets: list[Any] = [build_net("convnet2_w8_bn", (3, 16, 16), 3, seed=seed).eval() for seed in (8, 9)]
+    batches: list[Any] = []
+
+    class Remembered(Step):
+        def __call__(self, inputs: Tensor, *targets: Tensor) -> None:
+            batches.append((inputs.clone(), *targets))
+            super().__call__(inputs, *targets)
+
+    monkeypatch.setattr("ddray.evaluation.soft.Step", Remembered)
+    images, labels = space.encode(train.images[:12]), train.labels[:12]
+    ctx = EvalContext(dataset, train, space, CPU)
+    config = SoftConfig(recipe="gvbsm", epochs=1, batch=12, crop="resized", min_scale=1.0)
+    Soft(config, Teachers(nets, space, "x+y", 0.9, [])).evaluate(
+        TrainSet(images, labels), ctx, arch="convnet2_w8_bn", seed=4
+    )
+
+    ((mixed, logits, targets),) = batches
+    torch.testing.assert_close(logits, sum(net(mixed) for net in nets).detach() / 2)
+    assert sorted(targets.tolist()) == sorted(labels.tolist())
+    # Most of an image's pixels, or all but a partner's box, are those of the image of its label.
+    own = [(mixed[row] - images).abs().flatten(1).lt(1e-4).float().mean(1).argmax() for row in range(12)]
+    assert sum(int(labels[index] == target) for index, target in zip(own, targets, strict=True)) >= 6
 
 
 def test_mixes() -> None:
@@ -118,11 +161,12 @@ def test_crops_of_a_recipe(toy: Any) -> None:
     assert (padded == images).all(3).all(2).all(1).float().mean() < 0.1
 
 
-@pytest.mark.parametrize("recipe", ["paper", "repo", "rded", "sre2l", "table5"])
+@pytest.mark.parametrize("recipe", ["paper", "repo", "rded", "sre2l", "table5", "gvbsm"])
 def test_weight_decay_is_on_weights_of_two_or_more_axes_or_on_all(recipe: Any) -> None:
     """AdamW at lr .5 without a gradient takes lr x decay of what is decayed, and nothing of the rest."""
     config = SoftConfig(recipe=recipe)
-    settings = resolve_settings(config, arch="resnet18", num_images=100, num_classes=10, size=32)
+    size = 224 if recipe == "gvbsm" else 32  # where it has a decay of .01
+    settings = resolve_settings(config, arch="resnet18", num_images=100, num_classes=10, size=size)
     net = build_net("convnet2_w8_bn", (3, 16, 16), 3, seed=0)
     with torch.no_grad():
         for param in net.parameters():
@@ -357,8 +401,9 @@ def test_table_5_is_a_recipe_of_hard_labels(distilled: Path) -> None:
         ({"augment": "dsa"}, "--augment must be left out here"),
         (
             {"recipe": "table5"},
-            "recipe of --protocol soft must be one of paper, rded, repo, sre2l, got 'table5'",
+            "recipe of --protocol soft must be one of d3hr, .*, repo, sre2l, sre2l_cifar, got 'table5'",
         ),
+        ({"sets": ("ce_weight=.1",)}, "ce_weight must be left out with loss kl, got 0.1"),
         ({"sets": ("temprature=3",)}, "unknown option 'temprature'; did you mean 'temperature'"),
         ({"teachers": ("resnet19",)}, "did you mean 'resnet18'"),
     ],

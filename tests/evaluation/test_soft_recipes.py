@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from ddray.distillation.method import Target
-from ddray.evaluation.soft_recipes import Settings, SoftConfig, own_recipe, rate_factor, resolve_settings
+from ddray.errors import InputError
+from ddray.evaluation.soft_recipes import (
+    Settings,
+    SoftConfig,
+    check_loss,
+    own_recipe,
+    rate_factor,
+    recipe_teachers,
+    resolve_settings,
+)
 from ddray.methods.d3hr import preset
 
 TARGET = Target("cifar10", (3, 32, 32), 10, 10)
@@ -43,6 +52,17 @@ def resolved(
         ("sre2l", {"ipc": 50, "num_classes": 100}, (400, 0.001, 128)),
         ("sre2l", {"ipc": 50, "num_classes": 200, "size": 64}, (100, 0.2, 256)),
         ("sre2l", {"ipc": 10, "num_classes": 1000, "size": 224}, (300, 0.001, 1024)),
+        ("rd3", {}, (400, 0.001, 50)),
+        ("rd3", {"ipc": 50, "num_classes": 1000, "size": 224, "arch": "convnet3"}, (400, 0.001, 50)),
+        ("sre2l_cifar", {"ipc": 50, "size": 64}, (400, 0.001, 128)),
+        ("gvbsm", {}, (1000, 0.001, 100)),
+        ("gvbsm", {"num_classes": 100}, (1000, 0.1, 64)),
+        ("gvbsm", {"num_classes": 200, "size": 64}, (100, 0.1, 100)),
+        ("gvbsm", {"ipc": 50, "num_classes": 1000, "size": 224}, (300, 0.001, 1024)),
+        ("d3hr", {"ipc": 50, "num_classes": 100}, (400, 0.001, 200)),
+        ("dwa", {"ipc": 50, "num_classes": 100}, (400, 0.001, 128)),
+        ("dwa", {"ipc": 50, "num_classes": 200, "size": 64}, (200, 0.2, 64)),
+        ("dwa", {"ipc": 10, "num_classes": 1000, "size": 224}, (300, 0.001, 128)),
     ],
 )
 def test_lengths_rates_and_batches(recipe: str, task: dict[str, Any], expected: tuple[Any, ...]) -> None:
@@ -63,6 +83,13 @@ COMMON = {
     **{"teacher_mode": "eval", "average": "probabilities"},
 }
 CODE = {"schedule": "half_cosine", "mix": "cutmix", "bn_updates": 2}
+SRE2L_CIFAR = {
+    **{"schedule": "cosine", "mix": "mixup", "mix_alpha": 0.8, "crop": "padded", "decay": "all"},
+    **{"temperature": 30.0, "teacher_mode": "train"},
+}
+GVBSM = {"loss": "mse_gt", "ce_weight": 0.15, "average": "logits", "zeta": 1.0, "mix": "cutmix"}
+GVBSM_SGD = {**GVBSM, "optimizer": "sgd", "weight_decay": 5e-4}
+TINY_SGD = {"optimizer": "sgd", "weight_decay": 1e-4, "decay": "all", "warmup": 5, "scale_loss": True}
 
 
 @pytest.mark.parametrize(
@@ -73,29 +100,21 @@ CODE = {"schedule": "half_cosine", "mix": "cutmix", "bn_updates": 2}
         ("table5", {}, {"schedule": "half_cosine", "mix": "mixup", "average": "logits"}),
         ("rded", {}, {**CODE, "min_scale": 1.0}),
         ("rded", {"size": 224, "patches": 2}, {**CODE, "min_scale": 0.5}),
-        (
-            "sre2l",
-            {},
-            {
-                **{"schedule": "cosine", "mix": "mixup", "mix_alpha": 0.8, "crop": "padded", "decay": "all"},
-                **{"temperature": 30.0, "teacher_mode": "train"},
-            },
-        ),
-        (
-            "sre2l",
-            {"size": 64},
-            {
-                **{
-                    "schedule": "cosine",
-                    "mix": "none",
-                    "optimizer": "sgd",
-                    "weight_decay": 1e-4,
-                    "decay": "all",
-                },
-                **{"warmup": 5, "scale_loss": True},
-            },
-        ),
+        ("sre2l", {}, SRE2L_CIFAR),
+        ("sre2l", {"size": 64}, {**TINY_SGD, "schedule": "cosine", "mix": "none"}),
         ("sre2l", {"size": 224}, {"schedule": "cosine", "mix": "cutmix"}),
+        ("sre2l_cifar", {}, SRE2L_CIFAR),
+        ("sre2l_cifar", {"size": 224}, SRE2L_CIFAR),
+        ("d3hr", {}, {**CODE, "average": "logits", "loss": "kl"}),
+        ("dwa", {}, SRE2L_CIFAR),
+        ("dwa", {"size": 64}, {**TINY_SGD, "schedule": "cosine", "mix": "cutmix"}),
+        ("dwa", {"size": 224}, {"schedule": "cosine", "mix": "cutmix"}),
+        ("gvbsm", {}, {**GVBSM, "weight_decay": 0.0}),
+        ("gvbsm", {"num_classes": 100}, GVBSM_SGD),
+        ("gvbsm", {"num_classes": 200, "size": 64}, {**GVBSM_SGD, "ce_weight": 0.1}),
+        ("gvbsm", {"size": 224}, {**GVBSM, "average": "scaled_logits", "ce_weight": 0.1}),
+        ("rd3", {}, {"zeta": 1.0, "mix": "cutmix", "weight_decay": 0.0, "loss": "kl"}),
+        ("rd3", {"arch": "convnet3_bn"}, {"zeta": 2.0, "mix": "cutmix", "weight_decay": 0.0}),
     ],
 )
 def test_a_recipe_is_its_source(recipe: str, task: dict[str, Any], differences: dict[str, Any]) -> None:
@@ -123,6 +142,47 @@ def test_half_a_cosine_is_the_codes_and_ends_near_half_the_rate() -> None:
     assert factors == pytest.approx([0.5 * (1 + math.cos(math.pi * epoch / 40 / 2)) for epoch in range(40)])
     assert factors[0] == 1
     assert 0.5 < factors[-1] < 0.52
+
+
+def test_zeta_two_is_half_a_cosine_and_zeta_one_ends_near_zero() -> None:
+    """RD3's rate .5 (1 + cos(pi e / (zeta E))); it wins over the schedule of the recipe."""
+
+    def factors(**options: Any) -> list[float]:
+        settings = resolved(epochs=40, **options)
+        return [rate_factor(settings, epoch) for epoch in range(40)]
+
+    assert factors(recipe="paper", zeta=2) == factors(recipe="repo")
+    assert factors(recipe="repo", zeta=1) == factors(recipe="paper")
+    assert factors(recipe="rd3", arch="convnet3") == factors(recipe="repo")
+    assert factors(recipe="rd3") == pytest.approx(
+        [0.5 * (1 + math.cos(math.pi * epoch / 40)) for epoch in range(40)]
+    )
+    assert factors(recipe="rd3")[-1] < 0.002
+    assert factors(recipe="rd3", zeta=3)[-1] > 0.7
+    with pytest.raises(InputError, match=r"zeta: input should be greater than or equal to 1, got 0\.5"):
+        SoftConfig.parse({"zeta": 0.5})
+
+
+def test_settings_that_the_loss_lacks_are_refused() -> None:
+    assert resolved(recipe="rd3", loss="mse_gt").average == "logits"
+    assert resolved(recipe="rd3", loss="mse_gt", average="scaled_logits").average == "scaled_logits"
+    for options, reason in (
+        ({"ce_weight": 0.1}, "ce_weight must be left out with loss kl, got 0.1; add --set loss=mse_gt"),
+        ({"recipe": "gvbsm", "average": "probabilities"}, "average must be logits or scaled_logits"),
+        ({"recipe": "table5", "loss": "kl"}, "loss must be left out with recipe table5"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            check_loss(SoftConfig.parse(options))
+
+
+def test_what_came_later_is_no_part_of_older_settings() -> None:
+    assert not {"zeta", "loss", "ce_weight"} & SoftConfig().dump().keys()
+
+
+def test_the_teachers_of_a_recipe() -> None:
+    assert recipe_teachers("rd3", 32) == recipe_teachers("paper", 224) == ("resnet18",)
+    assert len(recipe_teachers("gvbsm", 32)) == 5
+    assert len(recipe_teachers("gvbsm", 224)) == 4
 
 
 @pytest.mark.parametrize("recipe", ["paper", "sre2l"])
@@ -159,6 +219,14 @@ def test_a_warm_up_is_that_of_sre2ls_log() -> None:
         ("d3hr", {"form": "repo", "lambda_skew": 0.1}, "paper"),  # an ablation of the score
         ("d3hr", preset("repo", TARGET)["method"], "repo"),
         ("d3hr", preset("paper", TARGET)["method"], "paper"),
+        ("d3hr", {"sampling": "kmeans"}, "paper"),  # an ablation
+        ("d3hr", {"sampling": "kmeans", "inversion_steps": 35, "guidance": 8.0}, "sre2l"),  # D4M's settings
+        ("dwa", {}, "dwa"),
+        ("g_vbsm", {}, "gvbsm"),
+        ("d3s", {}, "d3hr"),
+        ("minimax", {}, "rded"),
+        ("dit", {}, "rded"),
+        ("rd3", {}, "paper"),
         ("dm", {}, "paper"),
         ("table5", {}, "paper"),
     ],

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,28 @@ def test_several_teachers_probabilities_are_averaged() -> None:
     assert not torch.allclose(averaged, actual, atol=1e-6)
     assert "each" in teachers_of(nets, space).describe()
     assert "each" not in teachers_of(nets[:1], space).describe()
+
+
+def test_logits_are_averaged_or_scaled_to_one_norm_first() -> None:
+    """G-VBSM's labels against numpy; on ImageNet each teacher's batch of logits has the mean norm."""
+    nets = [build_net("convnet2_w8", (3, 16, 16), 3, seed=seed).eval() for seed in (0, 1, 2)]
+    with torch.no_grad():
+        nets[2].body.classifier.weight.mul_(50)
+    space = PixelSpace("normalized", (0.5,) * 3, (0.2,) * 3)
+    images = torch.randn(4, 3, 16, 16, generator=seeded())
+    each = np.stack([net(images).detach().double().numpy() for net in nets])
+    norms = np.sqrt((each**2).sum((1, 2)))
+
+    plain = teachers_of(nets, space).set_up("eval", "logits")
+    scaled = teachers_of(nets, space).set_up("eval", "scaled_logits")
+
+    expected = (each * (norms.mean() / norms)[:, None, None]).mean(0)
+    np.testing.assert_allclose(plain.logits(images, space).numpy(), each.mean(0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(scaled.logits(images, space).numpy(), expected, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(expected, each.mean(0), rtol=0.1)
+    softened = np.exp(expected / 20)
+    softened /= softened.sum(1, keepdims=True)
+    np.testing.assert_allclose(scaled.probabilities(images, space, 20.0).numpy(), softened, rtol=1e-5)
 
 
 def test_a_teacher_sees_images_in_its_own_pixel_space(toy: Any) -> None:

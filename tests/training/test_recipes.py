@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.transforms import v2
 
 from ddray.data import PixelSpace, Split
 from ddray.errors import InputError
@@ -15,9 +17,10 @@ from ddray.jobs.plan import resolve
 from ddray.seeding import derive
 from ddray.training.cutmix import cutmix
 from ddray.training.dsa import dsa_for
+from ddray.training.jitter import color_jitter
 from ddray.training.loop import augmenter, train
 from ddray.training.rates import phases
-from ddray.training.recipe import RECIPES, Recipe, named_recipe
+from ddray.training.recipe import RECIPES, Recipe, minimax_epochs, named_recipe
 
 SPACE = PixelSpace("normalized", (0.5,), (0.25,))
 
@@ -215,6 +218,43 @@ class TestStrategy:
             Recipe.parse({"strategy": "color_cuttout"})
 
 
+class TestCropJitter:
+    @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+    def test_the_jitter_is_torchvisions(self, order: tuple[int, ...]) -> None:
+        pixels = torch.rand(4, 3, 8, 8, generator=derive(0), dtype=torch.float64)
+        factors = 0.6 + 0.8 * torch.rand(3, 4, generator=derive(1), dtype=torch.float64)
+        adjust = (v2.functional.adjust_brightness, v2.functional.adjust_contrast)
+        for index, image in enumerate(pixels):
+            expected = image
+            for which in order:
+                operation = (*adjust, v2.functional.adjust_saturation)[which]
+                expected = operation(expected, float(factors[which, index]))
+            actual = color_jitter(pixels, factors, order)[index]
+            torch.testing.assert_close(actual, expected, rtol=0, atol=1e-3)  # its weights of grey are rounded
+
+    def test_grey_images_keep_their_channel_and_have_no_saturation(self) -> None:
+        pixels = torch.rand(5, 1, 8, 8, generator=derive(0))
+        factors = torch.tensor([[1.0], [1.0], [0.6]]).expand(3, 5)
+        torch.testing.assert_close(color_jitter(pixels, factors, (2, 0, 1)), pixels)
+
+    def test_crops_show_at_least_half_and_are_mirrored_where_they_may_be(self) -> None:
+        ramp = (torch.arange(16.0) / 15).expand(400, 3, 16, 16).contiguous()
+        batch = SPACE.encode(ramp)
+        for can_flip in (True, False):
+            apply = augmenter("crop_jitter", can_flip=can_flip, space=SPACE)
+            assert apply is not None
+            pixels = SPACE.decode(apply(batch, derive(3)))
+            assert torch.equal(apply(batch, derive(3)), apply(batch, derive(3)))
+            assert float(pixels.min()) >= -1e-6
+            assert float(pixels.max()) <= 1 + 1e-6
+            mirrored = float((pixels[..., -1] < pixels[..., 0]).all(2).all(1).float().mean())
+            assert mirrored == pytest.approx(0.5 * can_flip, abs=0.1)
+            spread = pixels[:, 0, 8].amax(1) - pixels[:, 0, 8].amin(1)
+            # sqrt(.5 x 3/4) of the side at least, times factors of contrast and brightness of .6 each.
+            assert float(spread.min()) > (math.sqrt(0.375) - 2 / 16) * 0.36 - 0.05
+            assert float(spread.std()) > 0.05
+
+
 class TestNamedRecipe:
     def test_vico_is_the_default(self) -> None:
         assert Recipe(**RECIPES["vico"]) == Recipe()
@@ -226,6 +266,21 @@ class TestNamedRecipe:
         assert recipe.strategy == "color_crop_flip_scale_rotate"
         assert (recipe.lr, recipe.momentum, recipe.weight_decay) == (0.01, 0.9, 5e-4)
 
+    def test_minimaxs_is_its_code_for_hard_labels(self) -> None:
+        recipe = Recipe.parse(named_recipe({"recipe": "minimax"}, ipc=10))
+        assert (recipe.epochs, recipe.batch, recipe.schedule, recipe.cutmix) == (2000, 64, "multistep", 1.0)
+        assert (recipe.lr, recipe.momentum, recipe.weight_decay) == (0.01, 0.9, 5e-4)
+        assert recipe.augment == "crop_jitter"
+        lengths = {1: 3000, 2: 2000, 10: 2000, 11: 1500, 50: 1500, 51: 1000, 200: 1000}
+        assert {ipc: minimax_epochs(ipc, 10) for ipc in lengths} == lengths
+        assert [minimax_epochs(ipc, 100) for ipc in (1, 10, 50, 100)] == [2000, 1333, 1000, 666]
+        assert named_recipe({"recipe": "minimax", "epochs": 7}, ipc=50)["epochs"] == 7
+
+    @pytest.mark.parametrize(("ipc", "epochs"), [(1, 3000), (10, 2000), (20, 1500)])
+    def test_minimaxs_epochs_are_those_of_the_run(self, ipc: int, epochs: int, digits: Any) -> None:
+        config = resolve("dm", digits, ipc=ipc, layers=[{"evaluate": {"recipe": "minimax"}}]).config.evaluate
+        assert (config.epochs, config.augment, config.cutmix) == (epochs, "crop_jitter", 1.0)
+
     @pytest.mark.parametrize("name", sorted(RECIPES))
     def test_it_names_every_field(self, name: str) -> None:
         assert set(RECIPES[name]) == set(Recipe.model_fields)
@@ -236,7 +291,7 @@ class TestNamedRecipe:
 
     @pytest.mark.parametrize("name", ["idd", 3, ["idc"]])
     def test_another_name_is_refused(self, name: Any) -> None:
-        with pytest.raises(InputError, match="recipe must be one of idc, vico"):
+        with pytest.raises(InputError, match="recipe must be one of idc, minimax, vico"):
             named_recipe({"recipe": name})
 
     def test_it_wins_over_the_preset_and_later_layers_over_it(self, digits: Any) -> None:
