@@ -121,6 +121,7 @@ def test_rows_of_real_size_are_whitened_as_in_chunks_of_all() -> None:
         ("dc", "convnet3", {}, "inner network"),
         ("idm", "convnet3", {}, "queue of networks"),
         ("sre2l", "convnet3_bn", {}, "every class"),
+        ("dwa", "convnet3_bn", {}, "every class"),
         ("krr_st", "convnet3", {}, "without classes"),
         ("d3hr", "convnet3", {"store": "statistics"}, "no step"),
     ],
