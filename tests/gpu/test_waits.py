@@ -128,6 +128,7 @@ def test_a_new_step_waits_for_nothing(gpu: FakeCuda, optimizer: Any) -> None:
 STEPS: dict[str, tuple[dict[str, Any], list[int]]] = {
     "krr_st": ({"augment_real": "crop_flip"}, [0, 0, 0, 0]),
     "boost_ssdd": ({"approximation": "bias"}, [0, 0, 0, 0]),
+    "dwa": ({}, [0, 0, 0, 0]),
     # A class: facts about its statistics, and which candidate is drawn again. A batch: its images.
     "d3hr": ({"batch": 4}, [2, 2, 2, 1, 1]),
     # A batch: its images.

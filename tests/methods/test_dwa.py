@@ -16,6 +16,8 @@ from ddray.errors import InputError
 from ddray.methods.dwa import DWAConfig, move_weights, preset
 from ddray.methods.families.recovery import recover_loss
 from ddray.nets import build_net
+from tests.gpu.fake_cuda import FakeCuda
+from tests.gpu.runs import started as started_on
 
 QUICK = {"teacher_arch": "convnet2_w8_bn", "teacher_epochs": 1}
 RHO = 0.3
@@ -231,6 +233,23 @@ def test_steps_are_shared_out_and_an_image_without_one_stays_real(planned: Any, 
     changed = [not torch.equal(images[row], start[row]) for row in range(9)]
     assert changed == [False, True, True] * 3
     assert started(planned, toy, ipc=3, steps=11)._engine._ends == [3, 7, 11]
+
+
+def test_one_graph_serves_every_index_though_its_weights_move() -> None:
+    with FakeCuda() as gpu:
+        ctx, distiller = started_on("dwa", "cuda", steps=60, ipc=2, rho=RHO)
+        distiller.setup(ctx)
+        thetas = []
+        for step in range(60):
+            gpu.syncs.clear()
+            distiller.step()
+            assert not (gpu.syncs and step), "only the capture waits"
+            if step in (29, 30):
+                thetas.append([w.clone() for w in distiller._engine._recovery.net.parameters()])
+
+        assert distiller._engine._graphs.captured
+        assert len(distiller._engine._graphs._graphs) == 1
+        assert any(not torch.equal(a, b) for a, b in zip(*thetas, strict=True))
 
 
 def test_images_stay_pixels(planned: Any, toy: Any) -> None:

@@ -129,6 +129,7 @@ def test_rows_of_real_size_are_whitened_as_in_chunks_of_all() -> None:
         ("esfr", "convnet3_bn", {}, "batch norm"),
         ("esfr", "convnet3", {}, None),
         ("sre2l", "convnet3_bn", {}, "every class"),
+        ("dwa", "convnet3_bn", {}, "every class"),
         ("krr_st", "convnet3", {}, "without classes"),
         ("d3hr", "convnet3", {"store": "statistics"}, "no step"),
     ],
