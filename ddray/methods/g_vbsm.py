@@ -209,7 +209,7 @@ class GVBSM:
         generator = ctx.generator("step", self._step)
         views = self._view(generator)
         logits, distances = net(views, generator, config.skip)
-        total = config.first_factor * distances[0] + torch.stack(distances[1:]).sum()
+        total = (config.first_factor - 1) * distances[0] + torch.stack(distances).sum()
         loss = F.cross_entropy(logits, self._labels[self._rows]) + config.statistics_weight * total
         shape = self._batches[self._current].shape
         if config.densify_weight and shape[1] > 1:
