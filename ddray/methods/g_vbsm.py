@@ -152,8 +152,8 @@ def batches_of(num_classes: int, ipc: int, batch: int, per_class: int | None = N
     """Return the rows of each batch of class-sorted images, int64 [k, n]: n images of each of k classes."""
     share = min(per_class or ipc, ipc, batch)
     rows = torch.arange(num_classes * ipc).view(num_classes, ipc)
-    groups = rows.split(max(1, batch // share))
-    return [part for classes in groups for part in classes.split(share, dim=1)]
+    groups = torch.split(rows, max(1, batch // share))
+    return [part for classes in groups for part in torch.split(classes, share, dim=1)]
 
 
 def densification(images: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ def densification(images: Tensor) -> Tensor:
 
     l are the eigenvalues of XX' for a class's images as rows X; images [K, n, C, H, W], pooled to 32 x 32.
     """
-    sides = [min(side, _LARGEST) for side in images.shape[3:]]
+    sides = min(images.shape[3], _LARGEST), min(images.shape[4], _LARGEST)
     rows = F.adaptive_avg_pool2d(images.flatten(0, 1), sides).reshape(*images.shape[:2], -1)
     values = torch.linalg.eigvalsh(rows @ rows.mT)
     target = (values.detach() / _TEMPERATURE).softmax(1)
@@ -209,7 +209,7 @@ class GVBSM:
         generator = ctx.generator("step", self._step)
         views = self._view(generator)
         logits, distances = net(views, generator, config.skip)
-        total = config.first_factor * distances[0] + torch.stack(distances[1:]).sum()
+        total = (config.first_factor - 1) * distances[0] + torch.stack(distances).sum()
         loss = F.cross_entropy(logits, self._labels[self._rows]) + config.statistics_weight * total
         shape = self._batches[self._current].shape
         if config.densify_weight and shape[1] > 1:

@@ -278,7 +278,8 @@ class ActivationTrainer:
         images, space = resident(self.split.images, self.device), normalized_space(self.dataset)
         blank = torch.zeros(1, self.dataset.image_shape[0], 1, 1)
         fill = to_device(space.encode(blank), self.device)
-        for index in torch.randperm(len(self.split), generator=generator).split(recipe.batch):
+        order = torch.randperm(len(self.split), generator=generator)
+        for index in torch.split(order, recipe.batch):
             batch = space.encode(to_device(images[to_device(index, images.device)], self.device))
             views = view(
                 batch,
