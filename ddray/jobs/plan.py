@@ -115,12 +115,13 @@ def resolve(
     variants = preset_variants(method)
     if preset not in (*PRESETS, *variants):
         raise unknown("preset", preset, (*PRESETS, *variants))
+    variant, preset = variants.get(preset, {}), "paper" if preset in variants else preset
     ipc, budget = _size(method, dataset, ipc, budget)
     declared: Mapping[str, Mapping[str, Any]] = getattr(method_class.config_type, "dataset_settings", {})
     upper_layers = (
         *(declared[name] for name in (dataset.base, f"{dataset.base}_ipc{ipc}") if name in declared),
         *(read_yaml(path) for path in shipped_configs(method, dataset.base, ipc)),
-        variants.get(preset, {}),
+        variant,
         *layers,
     )
     method_settings = merge(*upper_layers).get("method")
@@ -137,8 +138,7 @@ def resolve(
     fields = method_class.config_type.model_fields
     sound = {"method": {"augment": "none"}} if target.is_audio and "augment" in fields else {}
     factor = target.factor or (fields["factor"].default if "factor" in fields else 1)
-    lowest = method_class.preset("paper" if preset in variants else preset, target)
-    all_layers = (lowest, sound, *upper_layers)
+    all_layers = (method_class.preset(preset, target), sound, *upper_layers)
     facts = {"dataset": dataset.base, "factor": factor, "ipc": ipc, "num_classes": dataset.num_classes}
     merged = merge({"method": {}}, *(_with_recipe(layer, facts) for layer in all_layers))
     config = RunConfig[method_class.config_type].parse(merged)  # type: ignore[name-defined]

@@ -38,7 +38,6 @@ import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any, Final
 
 import torch
@@ -176,8 +175,10 @@ class D3HR:
         if config.sampling == "kmeans":  # centres of the class's clean latents, with noise of level T (D4M)
             class_latents = self._clean[ctx.whole.labels == label]
             seed, batch = derive_seed(ctx.seed, "distill", "centres", label), config.km_expand * ctx.ipc
-            cluster = partial(minibatch_centroids, batch=batch) if batch else centroids
-            centres = cluster(class_latents, ctx.ipc, seed)
+            if batch:
+                centres = minibatch_centroids(class_latents, ctx.ipc, seed, batch=batch)
+            else:
+                centres = centroids(class_latents, ctx.ipc, seed)
             centres = centres[torch.arange(ctx.ipc) % len(centres)]  # the noise tells copies apart
             noise = torch.randn(centres.shape, generator=ctx.generator("noise", label))
             noisy = self._sampler.model.add_noise(centres, noise, config.levels())

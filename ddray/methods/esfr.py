@@ -239,7 +239,7 @@ class OnDM(MeanMatching):
         loss = squared_distance(real, synthetic)
         if not self._channels:
             return loss
-        matrices = (relations_of_means(*means, channels=self._channels) for means in (real, synthetic))
+        matrices = (relations_of_means(maps, grams, self._channels) for maps, grams in (real, synthetic))
         return loss + self._lambda_cm * relation_loss(*matrices)
 
     def _forward(self, images: Tensor) -> Any:

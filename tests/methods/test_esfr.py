@@ -217,6 +217,8 @@ def test_a_step_on_idm_adds_both_terms_of_the_mini_images(started: Any) -> None:
     distiller._engine._queue.members = members[:-1]  # the step pushes it itself
     distiller._engine._queue._num_pushed -= 1
 
+    net.requires_grad_(False), observer.requires_grad_(False)
+
     expected = float(base.step()["loss"])
     for label in range(3):
         real = ctx.space.encode(ctx.split.images[index[label]]).double()

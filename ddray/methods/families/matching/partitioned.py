@@ -104,8 +104,9 @@ class LearnedImages:
 
 def partition_of(ctx: DistillContext, config: PartitionedConfig) -> Partition:
     """Return how a stored image of the context's dataset holds its mini-images."""
-    auto = "time" if ctx.split.images.is_floating_point() else "both"
-    return Partition(factor=config.factor, axes=auto if config.axes == "auto" else config.axes)
+    is_sound = ctx.split.images.is_floating_point()
+    axes = ("time" if is_sound else "both") if config.axes == "auto" else config.axes
+    return Partition(factor=config.factor, axes=axes)
 
 
 def _minimum(ctx: DistillContext) -> float:
