@@ -42,6 +42,8 @@ class Comparer(nn.Module):
 class Queue(nn.Module):
     """The embeddings [2, Q, d] of the latest real images; at first random ones."""
 
+    keys: Tensor
+
     def __init__(self, size: int, dim: int) -> None:
         super().__init__()
         self.register_buffer("keys", F.normalize(torch.randn(2, size, dim), dim=2))

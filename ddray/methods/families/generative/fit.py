@@ -114,24 +114,17 @@ class Average:
     def __init__(self, net: nn.Module, decay: float, start: int = 0) -> None:
         self.net = copy.deepcopy(net).requires_grad_(False)
         self._decay, self._start = decay, start
-        mine, theirs = (list(one.state_dict().values()) for one in (self.net, net))
-        floats = [tensor.is_floating_point() for tensor in mine]
-        self._floats = [list(_where(tensors, floats)) for tensors in (mine, theirs)]
-        self._counts = list(
-            zip(*(_where(tensors, [not f for f in floats]) for tensors in (mine, theirs)), strict=True)
-        )
+        pairs = list(zip(self.net.state_dict().values(), net.state_dict().values(), strict=True))
+        self._floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        self._counts = [pair for pair in pairs if not pair[0].is_floating_point()]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Move towards the network's values of after `step` (from 0)."""
-        mine, theirs = self._floats
+        mine, theirs = (list(tensors) for tensors in zip(*self._floats, strict=True))
         torch._foreach_lerp_(mine, theirs, 1.0 if step < self._start else 1 - self._decay)
         for count, new in self._counts:
             count.copy_(new)
-
-
-def _where(tensors: Sequence[Tensor], mask: Sequence[bool]) -> list[Tensor]:
-    return [tensor for tensor, is_in in zip(tensors, mask, strict=True) if is_in]
 
 
 def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
