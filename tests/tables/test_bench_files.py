@@ -90,7 +90,7 @@ def check_comparisons(name: str, cells: list[dict[str, Any]]) -> None:
     if name == "leaderboard":  # of no table: by one recipe, which is not every method's own
         differs = {cell["method"] for cell in cells if is_unlike(cell)}
         generators = {"gmmn", "cgan", "biggan", "dc_vae"}  # of no published protocol
-        others = {"datadam (repo)", "dc", "cafe", "m3d", "dsdm", "mtt", "datm", "frepo"}
+        others = {"datadam (repo)", "dc", "cafe", "m3d", "dsdm", "mtt", "datm", "frepo", "esfr"}
         assert differs == others | generators
         assert {cell["method"] for cell in cells if "compared" in cell} >= {"random", "dm", "dsa", "datadam"}
         return
