@@ -11,6 +11,7 @@ from ddray import api
 from ddray.commands.display import bench_tables, forecast_tables
 from ddray.data import open_dataset
 from ddray.errors import InputError
+from ddray.evaluation.soft_recipes import recipe_teachers
 from ddray.tables.graph import build_graph
 from ddray.tables.result import BenchResult
 from ddray.tables.spec import BenchSpec, read_spec
@@ -29,6 +30,21 @@ def cells(**changes: Any) -> tuple[Cell, ...]:
 def changes_of(method: Any, evaluate: dict[str, Any] = HARD, **table: Any) -> tuple[str, ...]:
     (cell,) = cells(methods=[method], evaluate=evaluate, **table)
     return cell.changes
+
+
+def test_a_recipe_with_several_teachers_has_them_where_the_table_names_none() -> None:
+    """G-VBSM's five; another recipe has the protocol's one, a table its own."""
+    five = recipe_teachers("gvbsm", 8)
+    for evaluate, teacher in (
+        ({**SOFT, "recipe": "gvbsm"}, "+".join(five)),
+        ({**SOFT, "options": {"sets": ["recipe=gvbsm"]}}, "+".join(five)),
+        ({**SOFT, "recipe": "gvbsm", "teacher": "convnet3_bn"}, "convnet3_bn"),
+        ({**SOFT, "recipe": "rd3"}, None),
+        (SOFT, None),
+        (HARD, None),
+    ):
+        (cell,) = cells(methods=["random"], ipc=[1], evaluate=evaluate)
+        assert cell.teacher == teacher
 
 
 @pytest.mark.parametrize(

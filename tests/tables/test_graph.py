@@ -239,6 +239,10 @@ def test_epochs_that_an_evaluation_sets_are_within_the_limits(name: str) -> None
         ({"recipe": "table5"}, 1999, 1999),
         ({"recipe": "idc"}, 2000, None),
         ({"recipe": "idc"}, 1000, 1000),
+        ({"recipe": "minimax"}, 2500, 2500),  # 3,000 at ipc 1
+        ({"recipe": "minimax"}, 3000, None),
+        ({"protocol": "soft", "recipe": "rd3"}, 390, 390),
+        ({"protocol": "soft", "recipe": "rd3"}, 400, None),
         ({"epochs": 20}, 300, 20),
     ],
 )
