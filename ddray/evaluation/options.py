@@ -245,8 +245,13 @@ def _configured(distilled: DistilledSet, options: EvaluateOptions) -> EvaluateCo
     method = distilled.meta.config.get("method", {})
     factor = method.get("factor", 1) if isinstance(method, dict) else 1
     meta = distilled.meta
-    facts = {"factor": factor, "ipc": meta.ipc, "num_classes": len(meta.class_names)}
-    recipe = functools.partial(named_recipe, dataset=DatasetRef.parse(meta.dataset).base, **facts)
+    recipe = functools.partial(
+        named_recipe,
+        dataset=DatasetRef.parse(meta.dataset).base,
+        factor=factor,
+        ipc=meta.ipc,
+        num_classes=len(meta.class_names),
+    )
     sets = recipe(overrides(options.sets))
     if not isinstance(settings, dict):
         raise InputError(f"meta.config.evaluate must be a mapping, got {settings!r}")

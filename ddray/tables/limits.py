@@ -52,8 +52,8 @@ def limited_epochs(
     if "epochs" in sets:
         return None
     if recipe in RECIPES:
-        of_set = {"ipc": plan.ipc, "num_classes": plan.dataset.num_classes}
-        epochs = named_recipe({"recipe": recipe}, **of_set)["epochs"]
+        num_classes = plan.dataset.num_classes
+        epochs = named_recipe({"recipe": recipe}, ipc=plan.ipc, num_classes=num_classes)["epochs"]
     elif recipe == TABLE5 or config_type is SoftConfig:
         epochs = recipe_epochs(
             recipe,

@@ -141,7 +141,7 @@ class ContrastiveAutoencoder(Training):
     ) -> tuple[Tensor, Tensor]:
         """Return reconstructions from a draw of the latent units, and the units' divergence."""
         mean, log_variance = self._encoder(images)
-        noise = normal(*mean.shape, generator)
+        noise = normal(len(mean), mean.shape[1], generator)
         latent = mean + (0.5 * log_variance).exp() * noise
         return self._decoder(latent, labels), divergence(mean, log_variance)
 

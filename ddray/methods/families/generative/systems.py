@@ -167,7 +167,7 @@ class BigGan(Training):
             with torch.no_grad():
                 samples, drawn = self._samples(generator)
             logits = self._judged(torch.cat([images, samples]), torch.cat([labels, drawn]), generator)
-            real, fake = logits.split(self._batch)
+            real, fake = torch.split(logits, self._batch)
             losses.append(descend(self.optimizers[1], hinge(real, (fake, 1.0))))
         self._critic.requires_grad_(False)
         samples, drawn = self._samples(generator)
