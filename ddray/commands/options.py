@@ -40,7 +40,7 @@ _COMPLETIONS: Final[dict[str, str | Sequence[str]]] = {
     "protocol": "ddray.evaluation:protocol_names",
     "preset": ("paper", "repo", "d4m"),
     "scale": ("paper", "cpu", "smoke"),
-    "kind": ("supervised", "ssl", "diffusion"),
+    "kind": ("supervised", "ssl", "diffusion", "trajectory"),
 }
 """Values of options: names, or where they are; that is imported only to complete one."""
 
