@@ -136,7 +136,7 @@ class Generation:
         """
         if self._step < self.num_steps:
             return {}
-        ctx, latents = self._ctx, F.normalize(self._latents.unflatten(0, (-1, self._ctx.ipc)), dim=2)
+        ctx, latents = self._ctx, F.normalize(torch.unflatten(self._latents, 0, (-1, self._ctx.ipc)), dim=2)
         measured: dict[str, float] = {}
         if ctx.ipc > 1:
             measured["cosine_within_class"] = float(within_class(latents))
@@ -161,7 +161,8 @@ class Generation:
     def state_dict(self) -> dict[str, Any]:
         """Return the images and latents so far, without blanks."""
         done = self._done()
-        return cpu_copy({"step": self._step, "latents": self._latents[:done], "images": self._images[:done]})
+        sampled = {"latents": self._latents[:done], "images": self._images[:done]}
+        return {"step": self._step, **cpu_copy(sampled)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._step = int(state["step"])
