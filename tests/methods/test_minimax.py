@@ -142,7 +142,7 @@ def test_a_step_on_a_term_raises_the_lowest_or_lowers_the_highest_cosine(term: i
     after = memories.terms((latents - 0.05 * gradient).detach(), labels)
 
     assert float(gradient.norm()) > 0
-    assert float(after[term]) < float(before[term])
+    assert float(after[term]) < float(before[term].detach())
     alone = terms_by_loops((latents - 0.05 * gradient).detach(), labels.tolist(), memories)[term]
     assert alone == pytest.approx(float(after[term]))
 

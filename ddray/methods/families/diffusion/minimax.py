@@ -108,7 +108,7 @@ class Memories:
     def terms(self, latents: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return `minimax_terms` of predictions [N, D] of classes [N], which are on the CPU."""
         device, size = latents.device, self.real.shape[1]
-        groups = torch.unique(labels, return_inverse=True)[1]
+        groups: Tensor = torch.unique(labels, return_inverse=True)[1]
         filled = torch.arange(size) < self.counts[labels, None]
         rows = to_device(labels, device)
         return minimax_terms(
