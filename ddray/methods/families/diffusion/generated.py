@@ -161,13 +161,8 @@ class Generation:
     def state_dict(self) -> dict[str, Any]:
         """Return the images and latents so far, without blanks."""
         done = self._done()
-<<<<<<< HEAD
         samples = cpu_copy({"latents": self._latents[:done], "images": self._images[:done]})
         return {"step": self._step, **samples}
-=======
-        sampled = {"latents": self._latents[:done], "images": self._images[:done]}
-        return {"step": self._step, **cpu_copy(sampled)}
->>>>>>> minimax22
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._step = int(state["step"])
