@@ -18,6 +18,7 @@ from reports.scale.lab import Lab, ddray, environments, opened, typed
 
 _RECORD: Final = Path(__file__).resolve().parent / "decoupled.jsonl"
 _NET: Final = "convnet3_w64"
+_MEASURES: Final = ("cosine_within_class", "cosine_to_real", "generator_epochs", "storage_floats")
 _HARD: Final = ("--arch", _NET, "--seeds", 3, "--epochs", 300, "--augment", "dsa")
 _SOFT: Final = (
     *("--protocol", "soft", "--recipe", "rd3"),
@@ -153,19 +154,21 @@ def measure(lab: Lab, part: str, figure: str) -> None:
 def _run(
     lab: Lab, name: str, figure: Figure, scores: Mapping[str, Sequence[object]], seed: int
 ) -> dict[str, Any]:
-    """Return a set's accuracy under each score, and the seconds it took to distil."""
+    """Return a set's accuracy under each score, its own measures, the teacher's accuracy, and seconds."""
     folder = lab.folder / "runs" / name
     shutil.rmtree(folder, ignore_errors=True)  # of a start that was killed
     brief = figure.brief if lab.is_tiny else ()
     ran = ddray(lab, "distill", *figure.distil, *brief, "--seed", seed, "--run-dir", folder)
     quick = ("--epochs", 2) if lab.is_tiny else ()
-    accuracies = {
-        score: float(
-            ddray(lab, "evaluate", ran.out["artifact"], *arguments, *quick).out["results"][0]["accuracy_mean"]
-        )
+    scored = {
+        score: ddray(lab, "evaluate", ran.out["artifact"], *arguments, *quick).out
         for score, arguments in scores.items()
     }
-    return {**accuracies, "seconds": ran.seconds, "seed": seed}
+    accuracies = {score: float(out["results"][0]["accuracy_mean"]) for score, out in scored.items()}
+    measures = {name: ran.out[name] for name in _MEASURES if name in ran.out}
+    if "soft" in scored:
+        measures["teacher"] = scored["soft"]["teacher"]["accuracy"]
+    return {**accuracies, **measures, "seconds": ran.seconds, "seed": seed}
 
 
 def verdict(measured: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[str]:
@@ -195,12 +198,17 @@ def page(measured: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[str]:
         "about published numbers, which are of other datasets, networks and recipes. `crop=cosine` is sre2l",
         "with CDA's curriculum, not CDA.",
         "",
-        "| part | set | n | hard | soft | seconds | commands |",
-        "|---|---|---|---|---|---|---|",
+        "| part | set | n | hard | soft | also | seconds | commands |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for (part, figure), row in measured.items():
         seconds = ", ".join(f"{run['seconds']:.0f}" for run in row["runs"])
-        cells = (part, figure, str(row["n"]), _cell(row, "hard"), _cell(row, "soft"), seconds)
+        also = ", ".join(
+            f"{name.replace('_', ' ')} {row['mean'][name]:.4g}"
+            for name in ("teacher", *_MEASURES)
+            if name in row["mean"]
+        )
+        cells = (part, figure, str(row["n"]), _cell(row, "hard"), _cell(row, "soft"), also, seconds)
         lines.append("| " + " | ".join(cells) + f" | `{row['command']}` |")
     lines += ["", *(f"- {line}" for line in verdict(measured)), ""]
     return [*lines, *environments(measured), ""]

@@ -19,6 +19,7 @@ from ddray.cluster.resources import with_gpus
 from ddray.cluster.runtime import ray_runtime, sigterm_as_sigint
 from ddray.data import Split, SplitName, carve_val, search_rows
 from ddray.data.pixels import pixel_space
+from ddray.distillation.method import MethodConfig
 from ddray.distillation.shards import shard_classes
 from ddray.errors import InputError, unknown
 from ddray.evaluation import get_protocol
@@ -114,6 +115,12 @@ def check_search(plan: Plan, options: TuneOptions, before: Mapping[str, Any]) ->
     settings = Settings.of(plan, str(options.protocol))
     # A search goes on in its own space, whatever has become of the shipped one.
     ranges = before.get("space") if options.space is None else options.space
+    if ranges is None and not getattr(plan.config.method, "has_space", True):
+        raise InputError(f"--space must be given: with these settings {plan.method}'s own varies nothing")
+    if options.strategy == "pb2" and _in_turn(plan):
+        raise InputError(
+            f"strategy pb2 must not be used with {plan.method}, which learns its images in turn; use tpe"
+        )
     space = _space(plan, settings, ranges, in_shards=options.shards is not None)
     make_distiller(plan)
     check_plan(plan)
@@ -210,7 +217,7 @@ def _job(
     plan: Plan, options: TuneOptions, settings: Settings, run: Run, nas: SpearmanObjective | None
 ) -> SearchJob:
     # Rungs are parts of the last: a ninth, a third and the whole for ASHA.
-    has_rungs = options.strategy == "asha-tpe" and plan.config.steps >= ETA**2
+    has_rungs = options.strategy == "asha-tpe" and plan.config.steps >= ETA**2 and not _in_turn(plan)
     return SearchJob(
         run_dir=str(run.folder),
         epoch=run.epoch,
@@ -230,6 +237,12 @@ def _job(
         if options.shards is None
         else tuple(shard_classes(plan.dataset.num_classes, options.shards)),
     )
+
+
+def _in_turn(plan: Plan) -> bool:
+    """Return whether the method learns images in turn: a part of the steps then leaves some as they began."""
+    method = plan.config.method
+    return isinstance(method, MethodConfig) and method.learns_in_turn(plan.dataset.num_classes, plan.ipc)
 
 
 def _run_missing(search: Search, train: Split, val: Split, executor: RayExecutor) -> None:

@@ -215,6 +215,8 @@ class MethodConfig(Config):
     """Settings with which the contract tests take seconds."""
     with_fewer_epochs: ClassVar[Mapping[str, Any]] = {}
     """Settings that a table's limit changes too where it lowers epochs, such as which of them are used."""
+    decide_defaults: ClassVar[tuple[str, ...]] = ()
+    """Settings that the defaults of others depend on: a search varies none of them."""
     uses_maps: ClassVar[bool] = False
     """Whether the method needs `Features.maps`, which other people's networks may not have."""
     orders_steps: ClassVar[bool] = False
@@ -226,6 +228,15 @@ class MethodConfig(Config):
     def edition(self) -> int:
         """How often these settings have come to make other sets: from 1 on it is in the keys of units."""
         return 0
+
+    @property
+    def has_space(self) -> bool:
+        """Whether the search space of the method varies anything that these settings use."""
+        return True
+
+    def learns_in_turn(self, num_classes: int, ipc: int) -> bool:
+        """Return whether some images are learned only after others: a part of the steps tells little then."""
+        return False
 
     def work_per_step(
         self, num_images: int, num_classes: int, arch: str, image_shape: tuple[int, int, int]

@@ -249,7 +249,7 @@ def _configured(distilled: DistilledSet, options: EvaluateOptions) -> EvaluateCo
         named_recipe,
         dataset=DatasetRef.parse(meta.dataset).base,
         factor=factor,
-        ipc=meta.ipc,
+        ipc=options.ipc or meta.ipc,
         num_classes=len(meta.class_names),
     )
     sets = recipe(overrides(options.sets))

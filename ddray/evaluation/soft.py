@@ -209,7 +209,9 @@ def check_soft(options: EvaluateOptions) -> None:
     if options.augment is not None:
         raise InputError("--augment must be left out here: the recipe trains on random crops")
     sets = parse_overrides(options.sets)
-    SoftConfig.parse(sets if options.recipe is None else {**sets, "recipe": options.recipe})
+    config = SoftConfig.parse(sets if options.recipe is None else {**sets, "recipe": options.recipe})
+    if options.recipe or {"recipe", "loss"} & sets.keys():  # else the set's own recipe has a say
+        check_loss(config)
 
 
 def soft_config(

@@ -54,6 +54,7 @@ G-VBSM:
   ImageNet: ResNet-18, MobileNetV2, EfficientNet-B0, ShuffleNetV2 of half width | whole widths, densenet_cifar
   for the WRN, all trained by this protocol's `teacher` settings.
 - CIFAR-10: ? | normalised by CIFAR-100's mean and deviation | by its own.
+- labels: ? | stored once as float16, for every student | new ones in float32.
 - result: ? | the best on test | the last epoch's.
 
 RD3 (read second-hand): temperature and weight decay are not known to us | - | 20, none. Its one teacher is a
@@ -86,7 +87,7 @@ _LR: Final = {
 _WARMUP_START: Final = 0.01
 _CE_WEIGHT: Final = 0.15
 _D3HR_REPO: Final = {"form": "repo", "encoding": "sample", "shared_draws": True}
-_D4M: Final = {"sampling": "kmeans", "inversion_steps": 35, "guidance": 8}
+_D4M: Final = {"sampling": "kmeans", "km_expand": 1}
 # Methods and the recipe that they were published with, where its name is another.
 _OWN: Final = {
     **{name: name for name in ("rded", "sre2l", "dwa")},
@@ -329,15 +330,17 @@ def resolve_settings(
 
 def check_loss(config: SoftConfig) -> None:
     """Refuse settings of a loss that the recipe does not have (InputError)."""
-    if config.recipe == TABLE5:
-        if config.loss is not None:
-            raise InputError(f"loss must be left out with recipe {TABLE5}: it has no teacher")
-        return
     loss = config.loss or ("mse_gt" if config.recipe == "gvbsm" else "kl")
-    if loss == "kl" and config.ce_weight is not None:
-        raise InputError(
-            f"ce_weight must be left out with loss kl, got {config.ce_weight:g}; add --set loss=mse_gt"
-        )
+    unused: tuple[str, ...] = ("ce_weight",)
+    what, fix = "loss kl", "add --set loss=mse_gt"
+    if config.recipe == TABLE5:
+        unused = ("loss", "ce_weight", "temperature", "scale_loss", "teacher_mode", "average")
+        what, fix = f"recipe {TABLE5}", "it has no teacher"
+    elif loss == "mse_gt":
+        unused, what, fix = ("temperature", "scale_loss"), "loss mse_gt", "its logits are not softened"
+    for name in unused:
+        if (value := getattr(config, name)) is not None:
+            raise InputError(f"{name} must be left out with {what}, got {value}; {fix}")
     if loss == "mse_gt" and config.average == "probabilities":
         raise InputError("average must be logits or scaled_logits with loss mse_gt, got probabilities")
 

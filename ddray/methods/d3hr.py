@@ -28,7 +28,8 @@ statistics are pool entries; a run itself does group sampling, class by class, a
 - preset `d4m` is in the style of D4M (Su et al., CVPR 2024) and reproduces none of its numbers: centres of
   mini-batch k-means on a class's latents, noised to 35 of 50 steps and denoised with guidance 8. D4M: Stable
   Diffusion 1.5 at 512 px, the class's name and a negative prompt as text, latents left over by the last
-  mini-batch not used | the generator above at the data's resolution, its class label for text, all latents.
+  mini-batch used for the last class alone | the generator above at the data's resolution, its class label for
+  text, all latents.
 - soft labels (`evaluate --protocol soft`): Table A1 | half a cosine, CutMix, other rates and batches | recipe
   `paper` or `repo`, by preset.
 """

@@ -15,6 +15,7 @@ these are never the authors' D3S, and no number of theirs may be set beside one 
   real one singular | `ridge` times the mean real variance of a layer on both diagonals; float64.
 - a set larger than a batch: running averages estimate mu_S and S_S | of first and second moments, from 0 and
   corrected for that; their value and the batch's own gradient. Every step goes through all batches.
+- soft labels: by these networks | by the protocol's teacher, one ResNet-18 unless `--teacher` names more.
 - start, views, optimiser, iterations: not stated | random real images, none, Adam (.5, .9) .1 with a cosine
   to 0, 1,000 steps.
 """
@@ -44,9 +45,8 @@ from ddray.methods.families.activations import (
 )
 from ddray.methods.families.factory import make_method
 from ddray.methods.families.matching.initial import initial_images
-from ddray.methods.families.recovery import BETAS, pixel_range
+from ddray.methods.families.recovery import BETAS, check_batch_norm, pixel_range
 from ddray.methods.families.state import cpu_copy, load_optimizer_state, optimizer_state
-from ddray.nets.names import parse_arch
 from ddray.pool.spec import PoolEntry, PoolSpec, teacher_spec
 from ddray.training.engine import cosine
 from ddray.training.recipe import TeacherRecipe
@@ -181,11 +181,7 @@ class D3S:
     def __init__(self, ctx: DistillContext, config: D3SConfig) -> None:
         if ctx.space.kind != "normalized":
             raise InputError(f"d3s needs pixel_space=normalized, got {ctx.space.kind}")
-        arch = parse_arch(config.teacher_arch)
-        if not arch.is_external and "batch" not in arch.norm:
-            raise InputError(
-                f"teacher_arch must have batch norm for d3s, {config.teacher_arch} has none; add _bn"
-            )
+        check_batch_norm(config.teacher_arch, "d3s")
         self._ctx, self._config = ctx, config
         self._nets = _networks(ctx, config)
         self._num_steps = max(1, int(ctx.config["steps"]))

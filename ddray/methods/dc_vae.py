@@ -33,7 +33,7 @@ class DcVaeConfig(GenerativeConfig):
 
     search_space: ClassVar = {
         "generator.lr": {"loguniform": [5e-5, 2e-3]},
-        "generator.contrast_weight": {"choice": [0.0, 0.1, 0.5]},
+        "generator.contrast_weight": {"choice": [0.1, 0.5, 1.0]},  # without it, it is no DC-VAE
         "generator.critic_steps": {"choice": [1, 2, 5]},
     }
     dataset_settings: ClassVar = {

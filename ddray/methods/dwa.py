@@ -28,6 +28,8 @@ authors' 1,000 (up to 32 px) or 2,000 iterations. With fewer steps than images, 
 - squeezing: - | SGD .1, weight decay 5e-4, batch 128, cosine, crops of the image padded by 4, flips; 200
   epochs (CIFAR), 100 (Tiny-ImageNet, by its file's name); ImageNet: torchvision's weights | the same; above
   64 px SGD .05 with DSA, `teacher_epochs`' default.
+- labels: - | by the network that images are recovered from | by the protocol's teacher, trained anew.
+- flips: - | whatever the dataset | where a mirrored image keeps its class.
 - pixels: - | CIFAR-10 squeezed by one standard deviation, recovered and scored by another; JPEG files | the
   dataset's own throughout; floats. Its Tiny-ImageNet script stops at its first clamp.
 - the last image or the best one: - | the last (its "best images" are overwritten by them) | the last.
@@ -101,6 +103,9 @@ class DWAConfig(RecoveryConfig):
     """Length that the moves of the weights add up to; 0: they stay."""
     num_moves: int = Field(default=12, ge=1)
     """K: moves of the weights before an image of every class is learned."""
+
+    def learns_in_turn(self, num_classes: int, ipc: int) -> bool:
+        return ipc > 1
 
     def work_per_step(
         self, num_images: int, num_classes: int, arch: str, image_shape: tuple[int, int, int]

@@ -31,9 +31,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Final, Literal, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor
 
+from ddray.config import Config
 from ddray.distillation.method import DistillContext, Engine, Target, coupling_by_norm
 from ddray.distillation.shards import Part
 from ddray.errors import InputError
@@ -78,6 +79,7 @@ class ESFRConfig(IDMConfig, MatchingConfig):
 
     quick: ClassVar = {"batch_real": 8, "pool": {"num_models": 2, "epochs": 1, "arch": "convnet2_w8"}}
     uses_maps: ClassVar = True
+    decide_defaults: ClassVar = ("base",)
     search_space: ClassVar = {
         "lr_img": {"loguniform": [0.01, 10.0]},
         "momentum": {"uniform": [0.0, 0.9]},
@@ -115,14 +117,23 @@ class ESFRConfig(IDMConfig, MatchingConfig):
 
     @model_validator(mode="after")
     def _go_together(self) -> Self:
-        other = MatchingConfig if self.base == "idm" else IDMConfig
-        here = IDMConfig if self.base == "idm" else MatchingConfig
-        for name in sorted(other.model_fields.keys() - here.model_fields.keys()):
+        for name in sorted(self._idle):
             value, default = getattr(self, name), type(self).model_fields[name].default
             if value != default:
                 needed = "dm" if self.base == "idm" else "idm"
                 raise ValueError(f"{name}={value} needs base={needed}, got base={self.base}")
         return self
+
+    @property
+    def _idle(self) -> set[str]:
+        """The settings of the other base alone."""
+        bases: list[type[Config]] = [IDMConfig, MatchingConfig]
+        here, other = bases if self.base == "idm" else reversed(bases)
+        return {*other.model_fields} - {*here.model_fields}
+
+    @model_serializer(mode="wrap")
+    def _without_idle_ones(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in handler(self).items() if name not in self._idle}
 
     def work_per_step(
         self, num_images: int, num_classes: int, arch: str, image_shape: tuple[int, int, int]

@@ -12,8 +12,8 @@ gradient. Soft labels are the protocol's (`evaluate --protocol soft --recipe gvb
   ShuffleNetV2-.5; torchvision's weights on ImageNet | `densenet_cifar` in WRN's place, MobileNetV2 and
   ShuffleNetV2 of width 1; trained here on ImageNet too.
 - their training: SGD .05, batch 64, constant rate, no weight decay, 5 epochs for CIFAR-10, 50 for
-  CIFAR-100; Tiny-ImageNet .1, 128, a cosine over 50 epochs of which the 41st is kept | the same, padded crops
-  and flips; the 50th.
+  CIFAR-100; Tiny-ImageNet .1, 128, a cosine over 50 epochs of which the 41st is kept; crops of the padded
+  image and flips | the same, padded by 4 pixels at every size; the 50th.
 - running averages: begin at 0 (meant: the first batch), in batch norms with real data where the process has
   measured the real statistics too | at 0.
 - batches: CIFAR: whole classes; Tiny-ImageNet: a tenth of ipc of each of its classes; ImageNet: 80 images
@@ -52,6 +52,8 @@ from ddray.methods.families.factory import make_method
 from ddray.methods.families.matching.initial import initial_images
 from ddray.methods.families.recovery import BETAS, pixel_range
 from ddray.methods.families.state import cpu_copy, load_optimizer_state, optimizer_state
+from ddray.nets.build import multiply_adds
+from ddray.nets.names import resolve_arch
 from ddray.pool.spec import PoolSpec, teacher_spec
 from ddray.system.transfer import to_device
 from ddray.training.engine import cosine
@@ -88,7 +90,7 @@ class GVBSMConfig(MethodConfig):
         }
     }
 
-    teacher_archs: Names = _CIFAR
+    teacher_archs: Names = Field(default=_CIFAR, min_length=1)
     """The networks; the second of a name has another seed."""
     teacher_epochs: int = Field(default=5, ge=1)
     """Epochs of their training on the real images."""
@@ -125,12 +127,22 @@ class GVBSMConfig(MethodConfig):
     real_batch: int = Field(default=64, ge=1)
     """Real images per batch whose statistics are averaged."""
 
+    def learns_in_turn(self, num_classes: int, ipc: int) -> bool:
+        return len(batches_of(num_classes, ipc, self.batch, self.per_class)) > 1
+
+    def work_per_step(
+        self, num_images: int, num_classes: int, arch: str, image_shape: tuple[int, int, int]
+    ) -> float:
+        """Return the multiply-adds of a batch, in the networks' mean."""
+        each = [multiply_adds(resolve_arch(name, image_shape), image_shape) for name in self.teacher_archs]
+        return float(min(self.batch, num_images) * sum(each) / len(each))
+
 
 def preset(name: str, target: Target) -> dict[str, Any]:
     """Return the authors' commands by the images' size, for `paper` as for `repo`."""
     side, method = max(target.image_shape[1:]), dict[str, Any]()
     if side <= 32:
-        method = {} if target.num_classes <= 10 else {"teacher_epochs": 50}
+        method = {} if target.num_classes < 100 else {"teacher_epochs": 50}
     elif side <= 64:
         training = {"teacher_epochs": 50, "teacher_lr": 0.1, "teacher_batch": 128}
         method = {
@@ -277,8 +289,7 @@ def pool_specs(ctx: DistillContext, config: GVBSMConfig) -> list[PoolSpec]:
         batch=config.teacher_batch,
         schedule=config.teacher_schedule,
         weight_decay=0.0,
-        augment="dsa_idc",
-        strategy="crop_flip",
+        augment="crop_flip",
     )
     archs = config.teacher_archs
     networks = [

@@ -27,7 +27,11 @@ from ddray.methods.families.generative.config import GenerativeConfig, GmmnRecip
 from ddray.methods.families.generative.pool import generative_method
 
 _STEPS: Final = 40_000
-_PER_CLASS: Final = {"mnist": 6742, "cifar100": 500, "tiny_imagenet": 500}  # images of the largest class
+# Images of the largest class.
+_PER_CLASS: Final = {
+    **{"mnist": 6742, "fashion_mnist": 6000, "svhn": 13_861},
+    **{"cifar100": 500, "tiny_imagenet": 500, "imagenette": 993},
+}
 _CIFAR10: Final = 5000
 
 
@@ -35,7 +39,7 @@ class GmmnConfig(GenerativeConfig):
     """GMMN's settings."""
 
     search_space: ClassVar = {
-        "generator.lr": {"loguniform": [0.1, 10.0]},
+        "generator.lr": {"loguniform": [0.0001, 10.0]},  # Adam's rates, and SGD's
         "generator.noise_dim": {"choice": [10, 32]},
     }
     dataset_settings: ClassVar = {
@@ -56,7 +60,7 @@ class GmmnConfig(GenerativeConfig):
 
 
 def preset(name: str, target: Target) -> dict[str, Any]:
-    """Return the settings; both presets are the authors' code's, of about 40,000 steps."""
+    """Return the settings; both presets are the authors' code's, of about 40,000 steps on known datasets."""
     per_epoch = -(-_PER_CLASS.get(target.dataset, _CIFAR10) // GmmnRecipe().batch)
     generator = {"epochs": _STEPS // per_epoch}
     return {"steps": 0, "evaluate": {"epochs": 1000, "augment": "dsa"}, "method": {"generator": generator}}

@@ -24,7 +24,8 @@ generator, so that runs of other ipc or seed share them.
   allows it.
 - autoencoder: "ema" in fine-tuning, "mse" in sampling | the generator's.
 - sampling: as `dit` says.
-- scores: hard labels, recipe `minimax`; the code's networks have instance norm.
+- images of a run: at most 1,000 of a class, and full batches alone | all, and the last batch as it is.
+- scores: hard labels, networks with instance norm | recipe `minimax`, any network.
 """
 
 from collections.abc import Mapping
@@ -42,7 +43,7 @@ from ddray.methods.families.diffusion.minimax import MinimaxRecipe
 from ddray.methods.families.diffusion.source import Source
 from ddray.methods.families.factory import make_method
 from ddray.methods.families.selection import apart
-from ddray.pool.spec import PoolSpec
+from ddray.pool.spec import PoolSpec, transform_of
 
 
 class MinimaxConfig(GeneratedConfig):
@@ -66,6 +67,7 @@ def plan(ctx: DistillContext, config: MinimaxConfig) -> tuple[Source, PoolSpec]:
     """Return the generator and the spec of its fine-tuning; InputError if settings and images don't fit."""
     source = sampled_source(ctx, config)
     base = stages.base_spec(ctx.dataset, ctx.split_name, ctx.device)
+    base = base.model_copy(update={"transform": transform_of(ctx.dataset, "raw")})  # fine-tuning mirrors
     return source, stages.minimax_spec(base, source.recipe, source.ids, config.finetune, source.parent)
 
 

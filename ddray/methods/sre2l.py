@@ -25,6 +25,7 @@ and compare it with `crop=fixed`, which SRe2L's own commands have there; for CIF
 - squeezing: - | CIFAR: 200 epochs of SGD .1, batch 128, crop and flip; Tiny-ImageNet: its script trains 50,
   100 and 200 epochs and does not say which is recovered from; ImageNet: torchvision's weights | `repo` up to
   32 px: the code's (`squeeze=crop_flip`); else SGD .05, batch 64, DSA for `teacher_epochs`' default.
+- labels: by the squeezed network | the same | by the protocol's teacher, trained anew.
 - flips: - | whatever the dataset | where a mirrored image keeps its class.
 - pixels: - | CIFAR-100 with CIFAR-10's mean and deviation; stored as JPEG files | the dataset's own; floats.
 - the last image or the best one: - | the last (its "best images" are overwritten by them) | the last.
@@ -69,6 +70,11 @@ class SRe2LConfig(RecoveryConfig):
 
     init: Literal["noise", "random"] = added("noise")
     """Initial images: Gaussian noise, or random real ones."""
+
+    @property
+    def edition(self) -> int:
+        """1 with crops, which once were mirrored whatever the dataset."""
+        return int(self.crop != "none")
 
 
 def preset(name: str, target: Target) -> dict[str, Any]:

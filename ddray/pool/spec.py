@@ -33,6 +33,11 @@ def teacher_spec(
     )[0]
 
 
+def transform_of(dataset: Dataset, pixels: str) -> str:
+    """Return `PoolSpec.transform`: the pixels' space, and what the dataset's name sets of trainings."""
+    return ", ".join([pixels, *(f"{name}={value}" for name, value in dataset.overrides.items())])
+
+
 class PoolSpec(Config):
     """Identity of a pool entry; equal specs are the same entry."""
 
@@ -86,7 +91,7 @@ def supervised_specs(
             kind="supervised",
             dataset=dataset.fingerprint,
             split=split,
-            transform=", ".join(["normalized", *(f"{k}={v}" for k, v in dataset.overrides.items())]),
+            transform=transform_of(dataset, "normalized"),
             arch=arch,
             recipe={**SUPERVISED_RECIPE, **recipe},
             seed=seed + index,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ddray.data import Dataset
 from ddray.nets import Net, build_net
-from ddray.pool.spec import PoolEntry, PoolSpec
+from ddray.pool.spec import PoolEntry, PoolSpec, transform_of
 from ddray.training.experts import ExpertRecipe
 
 KIND: Final = "trajectory"
@@ -51,7 +51,7 @@ def trajectory_specs(
             kind=KIND,
             dataset=dataset.fingerprint,
             split=split,
-            transform=", ".join([space, *(f"{k}={v}" for k, v in dataset.overrides.items())]),
+            transform=transform_of(dataset, space),
             arch=arch,
             recipe=recipe.dump(),
             seed=seed + index,

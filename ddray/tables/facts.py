@@ -80,8 +80,12 @@ def _name_of(folder: str) -> str:
     return "/".join(Path(folder).parts[-2:])
 
 
-def teachers_of(evaluation_spec: EvaluateSpec, plan: Plan) -> tuple[str | None, ...]:
+def teachers_of(
+    evaluation_spec: EvaluateSpec, plan: Plan, limit: int | None = None
+) -> tuple[str | None, ...]:
     """Return the teachers of soft labels; `own` is the network that made the row's sets.
+
+    Of a recipe's own teachers at most `limit` are taken.
 
     Raises:
         InputError: `own` for a method without one.
@@ -93,10 +97,10 @@ def teachers_of(evaluation_spec: EvaluateSpec, plan: Plan) -> tuple[str | None, 
             f"(method.teacher_arch), got {plan.method}; leave it out by rows:"
         )
     names = (own_teacher if name == OWN_TEACHER else name for name in evaluation_spec.teacher)
-    return tuple(dict.fromkeys(names)) or (_recipes_teachers(evaluation_spec, plan),)
+    return tuple(dict.fromkeys(names)) or (_recipes_teachers(evaluation_spec, plan, limit),)
 
 
-def _recipes_teachers(evaluation_spec: EvaluateSpec, plan: Plan) -> str | None:
+def _recipes_teachers(evaluation_spec: EvaluateSpec, plan: Plan, limit: int | None) -> str | None:
     """Return the teachers of a recipe that has several, joined by "+"; None: the protocol's default."""
     protocol = evaluation_spec.protocol
     if protocol == "nas" or "teachers" not in get_protocol(protocol).options:
@@ -104,7 +108,7 @@ def _recipes_teachers(evaluation_spec: EvaluateSpec, plan: Plan) -> str | None:
     sets = overrides(evaluation_spec.options.get("sets") or ())
     recipe = evaluation_spec.recipe or evaluation_spec.options.get("recipe") or sets.get("recipe")
     recipe = recipe or own_recipe(plan.method, plan.config.method.dump())
-    teachers = recipe_teachers(str(recipe), max(plan.dataset.image_shape[1:]))
+    teachers = recipe_teachers(str(recipe), max(plan.dataset.image_shape[1:]))[:limit]
     return "+".join(teachers) if len(teachers) > 1 else None
 
 

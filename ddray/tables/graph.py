@@ -25,10 +25,11 @@ from ddray.tables.facts import facts_of, generator_layer, teachers_of
 from ddray.tables.limits import exceeded, limited_epochs, limited_options, lowered
 from ddray.tables.spec import WHOLE, BenchSpec, EvaluateSpec, Limits, MethodSpec, PublishedSource
 from ddray.tables.units import BenchUnit, Cell, Graph, SweepSpec
-from ddray.training.recipe import RECIPES
+from ddray.training.recipe import RECIPES, named_recipe
 
 # Changing how many networks are trained on a set does not change the set.
 _COUNTS = ("seeds", "val_seeds")
+_POOLS: Final = ("experts", "pool")  # sections of a method's settings that have `num_models`
 _WHOLE_IMAGES: Final = 50_000  # for the cost of a whole dataset, which is not read before the run
 OpenDataset = Callable[[str], Dataset]
 CheckSet = Callable[[MethodSpec, BenchUnit, Plan], object]
@@ -177,7 +178,7 @@ def _limited(spec: BenchSpec, row: MethodSpec, dataset: Dataset, size: tuple[str
         "method": merge(
             lowered(config["method"], "steps", limits.steps),
             fewer_epochs,
-            lowered({"experts": config["method"].get("experts")}, "models", limits.networks),
+            lowered({name: config["method"].get(name) for name in _POOLS}, "models", limits.networks),
             exceeded(config["method"], batch_real=limits.batch_real),
         ),
         "evaluate": exceeded(config["evaluate"], epochs=limits.epochs, seeds=limits.networks),
@@ -196,7 +197,7 @@ def _cells(
     first, plan = sets[0]
     for name, teacher, arch in itertools.product(
         evaluation_spec.target or (first.dataset,),
-        teachers_of(evaluation_spec, plan),
+        teachers_of(evaluation_spec, plan, spec.limits.teachers),
         evaluation_spec.archs or (plan.arch,),
     ):
         target = open_dataset(name)
@@ -336,8 +337,12 @@ def _evaluate_unit(
     )
     of_set = plan.budget or plan.dataset.num_classes * plan.ipc
     images = unit.limit or _WHOLE_IMAGES if unit.is_whole else of_set
-    recipe_epochs = RECIPES.get(options.get("recipe", ""), {}).get("epochs")
-    epochs = options.get("epochs") or recipe_epochs or plan.config.evaluate.epochs
+    epochs = options.get("epochs") or plan.config.evaluate.epochs
+    if "epochs" not in options and options.get("recipe") in RECIPES:
+        named = named_recipe(
+            {"recipe": options["recipe"]}, ipc=plan.ipc, num_classes=plan.dataset.num_classes
+        )
+        epochs = named["epochs"]
     operations = images * multiply_adds(arch, plan.dataset.image_shape)
     return replace(
         unit,

@@ -122,7 +122,7 @@ def named_recipe(
     """Return evaluation settings with the name under `recipe` replaced by its fields; the other settings win.
 
     `idc` has exceptions by the set's dataset and `factor`, the parts along each axis of a stored image;
-    `minimax` trains longer on fewer images.
+    `minimax` trains longer on fewer images, `factor`^2 for each of the `ipc` of a class.
 
     Raises:
         InputError: no recipe has this name.
@@ -137,14 +137,18 @@ def named_recipe(
     if name == "idc" and not idc_mixes(dataset, factor):
         exceptions = {"cutmix": 0.0}
     elif name == "minimax":
-        exceptions = {"epochs": minimax_epochs(ipc, num_classes)}
+        exceptions = {"epochs": minimax_epochs(ipc * factor**2, num_classes)}
     return {**RECIPES[name], **exceptions, **rest}
 
 
 def minimax_epochs(ipc: int, num_classes: int) -> int:
-    """Return the epochs of Minimax's code: fewer on more images, and two thirds of them for 100 classes."""
-    epochs = 3000 if ipc <= 1 else 2000 if ipc <= 10 else 1500 if ipc <= 50 else 1000
-    return epochs * 2 // 3 if num_classes == 100 else epochs
+    """Return the epochs of Minimax's code: fewer on more images.
+
+    For 100 classes two thirds of them, in whole hundreds.
+    """
+    lengths = {1: 3000, 10: 2000, 50: 1500, 200: 1000, 500: 500}
+    epochs = next((epochs for most, epochs in lengths.items() if ipc <= most), 300)
+    return epochs * 2 // 300 * 100 if num_classes == 100 else epochs
 
 
 def idc_mixes(dataset: str, factor: int) -> bool:

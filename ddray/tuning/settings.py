@@ -84,6 +84,11 @@ class Settings:
     def check_name(self, name: str, where: str) -> None:
         """Refuse a name that no setting has with the nearest of the same section: InputError."""
         names = self.names()
+        if name in getattr(self._method_type, "decide_defaults", ()):
+            raise InputError(
+                f"{where} can't be {name}, which other defaults depend on; search once for each of its values: "
+                f"--set method.{name}=VALUE"
+            )
         if name not in names:
             part = name.partition(".")[0] + "."
             near = [one for one in names if one.startswith(part)] or [one for one in names if "." not in one]

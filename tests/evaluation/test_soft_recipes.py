@@ -169,7 +169,9 @@ def test_settings_that_the_loss_lacks_are_refused() -> None:
     for options, reason in (
         ({"ce_weight": 0.1}, "ce_weight must be left out with loss kl, got 0.1; add --set loss=mse_gt"),
         ({"recipe": "gvbsm", "average": "probabilities"}, "average must be logits or scaled_logits"),
-        ({"recipe": "table5", "loss": "kl"}, "loss must be left out with recipe table5"),
+        ({"recipe": "table5", "loss": "kl"}, "loss must be left out with recipe table5, got kl; it has no"),
+        ({"recipe": "table5", "average": "logits"}, "average must be left out with recipe table5, got log"),
+        ({"recipe": "gvbsm", "temperature": 4.0}, "temperature must be left out with loss mse_gt, got 4.0"),
     ):
         with pytest.raises(InputError, match=reason):
             check_loss(SoftConfig.parse(options))

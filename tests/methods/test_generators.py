@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddray.errors import DivergedError, InputError
+from ddray.jobs.plan import resolve
 from ddray.jobs.trainers import PoolTrainer
+from ddray.methods import get_method
 from ddray.methods.families.diffusion import fit as checkpoints
 from ddray.methods.families.diffusion.fit import Checkpoint
 from ddray.methods.families.generative.pool import SYSTEMS, open_generator, sample_class, train_generator
@@ -292,3 +295,12 @@ def test_a_class_is_sampled_alike_whatever_else_is(quadrants: Any, planned: Any)
     alone = ctx.space.encode(sample_class(net, noise, 2, (1, 8, 8)))
 
     assert torch.equal(whole[6:9], alone)
+
+
+@pytest.mark.parametrize("method", ["gmmn", "cgan", "biggan", "dc_vae"])
+def test_the_settings_of_digits_are_in_the_search_space(method: str, digits: Any) -> None:
+    config = resolve(method, digits, ipc=1).config.method
+    for name, space in get_method(method).config_type.search_space.items():
+        value = functools.reduce(getattr, name.split("."), config)
+        low, high = space.get("loguniform", (value, value))
+        assert low <= value <= high, name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,18 @@ def test_without_weights_it_is_plain_fine_tuning(toy: Any) -> None:
     assert not all(torch.equal(other[name], changed[name]) for name in changed)
 
 
+def test_images_are_mirrored_only_where_that_keeps_their_class(toy: Any) -> None:
+    changed = [finetune(finetuning(toy(can_flip=can_flip), ema=0.0))[0] for can_flip in (False, False, True)]
+    assert all(torch.equal(changed[0][name], changed[1][name]) for name in changed[0])
+    assert not all(torch.equal(changed[0][name], changed[2][name]) for name in changed[0])
+    job = finetuning(toy(can_flip=False))
+    index = torch.arange(8)
+    drawn = Draws.of(5, 0, index, dim=256, num_levels=1000, dropout=0.1)
+    assert drawn.flipped.any()
+    unflipped = replace(drawn, flipped=torch.zeros_like(drawn.flipped))
+    assert torch.equal(job._encoded(drawn), job._encoded(unflipped))
+
+
 def test_frozen_tensors_keep_their_bytes(toy: Any) -> None:
     model = untrained((3, 16, 16))
     before, vae = weights_of(model), {k: v.clone() for k, v in model.vae.state_dict().items()}
@@ -310,8 +323,9 @@ def test_a_rate_that_diverges_is_an_error(toy: Any) -> None:
 def test_the_entrys_parent_is_the_generator_and_its_key_covers_the_settings(
     planned: Any, toy: Any, dit: str
 ) -> None:
-    def spec(seed: int = 0, ipc: int = 1, **method: Any) -> Any:
-        _, ctx, distiller = planned("minimax", toy(), ipc=ipc, seed=seed, method={**QUICK, **method})
+    def spec(seed: int = 0, ipc: int = 1, dataset: Dataset | None = None, **method: Any) -> Any:
+        settings = {**QUICK, **method}
+        _, ctx, distiller = planned("minimax", dataset or toy(), ipc=ipc, seed=seed, method=settings)
         return distiller.pool_specs(ctx)
 
     generator, entry = spec()
@@ -320,6 +334,9 @@ def test_the_entrys_parent_is_the_generator_and_its_key_covers_the_settings(
     assert spec(guidance=2.0, num_inference_steps=3)[1].key == entry.key
     assert spec(finetune={**QUICK["finetune"], "lambda_d": 0.1})[1].key != entry.key
     assert spec(class_ids=(1, 0, 2))[1].key != entry.key
+    mirrored = toy().with_options(can_flip=False)
+    assert spec(dataset=mirrored)[0].key == generator.key, "the generator never sees mirrored images"
+    assert spec(dataset=mirrored)[1].key != entry.key
     (of_folder,) = spec(diffusion=dit)
     assert of_folder.recipe["source"] == {"fingerprint": of_folder.parents[0]}
 

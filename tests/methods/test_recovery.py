@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ddray.data import normalized_space, open_dataset
+from ddray.errors import InputError
 from ddray.jobs.context import make_context
 from ddray.jobs.plan import resolve
 from ddray.methods.families import recovery
@@ -191,3 +192,10 @@ def test_crop_flip_pads_by_4_black_pixels(toy: Any, flips: bool) -> None:
     )
     torch.testing.assert_close(space.decode(views), expected, atol=1e-5, rtol=0)
     assert not torch.equal(expected, raw)
+
+
+@pytest.mark.parametrize("crop", ["none", "fixed"])
+def test_a_milestone_without_a_curriculum_is_refused(crop: str) -> None:
+    with pytest.raises(InputError, match=f"milestone must be left out with crop={crop}, got 0.5; it is for"):
+        SRe2LConfig.parse({"crop": crop, "milestone": 0.5})
+    assert SRe2LConfig.parse({"crop": "linear", "milestone": 0.5}).milestone == 0.5

@@ -26,7 +26,7 @@ def test_a_figure_has_its_seeds_and_is_measured_once(lab: Lab, monkeypatch: pyte
     def run(lab: Lab, name: str, figure: Any, scores: Any, seed: int) -> dict[str, Any]:
         seeds.append(seed)
         gain = 0.1 * seed if "dwa-" in name and "sre2l" not in name else 0
-        return {"soft": 0.5 + gain, "seconds": 3.0, "seed": seed}
+        return {"soft": 0.5 + gain, "teacher": 0.98, "seconds": 3.0, "seed": seed}
 
     monkeypatch.setattr(decoupled, "_run", run)
     for figure in ("sre2l, real start, r_var", "dwa", "dwa"):
@@ -41,7 +41,7 @@ def test_a_figure_has_its_seeds_and_is_measured_once(lab: Lab, monkeypatch: pyte
         "dwa_digits, soft: dwa is +5.0 points from sre2l, real start, r_var, above it with 1 of 2 seeds"
     ]
     text = "\n".join(decoupled.page(lab.measured()))
-    assert "| dwa_digits | dwa | 2 |  | 55.00% +- 7.07% | 3, 3 |" in text
+    assert "| dwa_digits | dwa | 2 |  | 55.00% +- 7.07% | teacher 0.98 | 3, 3 |" in text
 
 
 def test_dwas_parts_are_added_one_by_one_and_other_rows_stand_beside_their_base() -> None:
@@ -110,13 +110,16 @@ def test_a_run_is_distilled_and_scored_by_every_score(lab: Lab, monkeypatch: pyt
 
     def ddray(lab: Lab, *arguments: object) -> Ran:
         commands.append(arguments)
-        artifact = {"artifact": str(lab.folder / "set.pt"), "results": [{"accuracy_mean": 0.5}]}
-        return Ran(artifact)
+        if arguments[0] == "distill":
+            return Ran({"artifact": str(lab.folder / "set.pt"), "cosine_to_real": 0.7})
+        teacher = {"teacher": {"accuracy": 0.9}} if "soft" in arguments else {}
+        return Ran({"results": [{"accuracy_mean": 0.5}], **teacher})
 
     monkeypatch.setattr(decoupled, "ddray", ddray)
     part = decoupled.PARTS["diffusion_digits"]
     run = decoupled._run(lab, "digits-dit-0", part.figures["dit"], part.scores, 0)
 
-    assert run == {"hard": 0.5, "soft": 0.5, "seconds": 1.0, "seed": 0}
+    measures = {"cosine_to_real": 0.7, "teacher": 0.9}
+    assert run == {"hard": 0.5, "soft": 0.5, **measures, "seconds": 1.0, "seed": 0}
     assert [arguments[0] for arguments in commands] == ["distill", "evaluate", "evaluate"]
     assert "method.generator.vae_epochs=1" in commands[0]

@@ -271,9 +271,9 @@ class TestNamedRecipe:
         assert (recipe.epochs, recipe.batch, recipe.schedule, recipe.cutmix) == (2000, 64, "multistep", 1.0)
         assert (recipe.lr, recipe.momentum, recipe.weight_decay) == (0.01, 0.9, 5e-4)
         assert recipe.augment == "crop_jitter"
-        lengths = {1: 3000, 2: 2000, 10: 2000, 11: 1500, 50: 1500, 51: 1000, 200: 1000}
+        lengths = {1: 3000, 2: 2000, 10: 2000, 11: 1500, 50: 1500, 51: 1000, 200: 1000, 201: 500, 501: 300}
         assert {ipc: minimax_epochs(ipc, 10) for ipc in lengths} == lengths
-        assert [minimax_epochs(ipc, 100) for ipc in (1, 10, 50, 100)] == [2000, 1333, 1000, 666]
+        assert [minimax_epochs(ipc, 100) for ipc in (1, 10, 50, 100)] == [2000, 1300, 1000, 600]
         assert named_recipe({"recipe": "minimax", "epochs": 7}, ipc=50)["epochs"] == 7
 
     @pytest.mark.parametrize(("ipc", "epochs"), [(1, 3000), (10, 2000), (20, 1500)])

@@ -261,8 +261,10 @@ class ActivationTrainer:
         if not layers:
             raise InputError(f"arch must have {recipe.layers} for their activations, {spec.arch} has none")
         sums: dict[str, Tensor] = {}
+        seen = [0] * len(layers)
 
         def note(index: int, maps: Tensor) -> None:
+            seen[index] += len(maps)
             for number, tensor in enumerate(statistics_of(maps, recipe)):
                 name, share = f"{index}.{number}", len(maps) / len(self.split)
                 sums[name] = sums.get(name, torch.zeros_like(tensor.double())) + share * tensor.double()
@@ -270,6 +272,10 @@ class ActivationTrainer:
         with torch.no_grad(), watching(layers, note, outputs=recipe.layers == "norms"):
             for batch in self._views(spec, recipe):
                 net(batch)
+        if set(seen) != {len(self.split)}:
+            raise InputError(
+                f"arch must use each of its {recipe.layers} once for their statistics, {spec.arch} does not"
+            )
         return sums, {"num_images": len(self.split), "dataset_name": self.dataset.name}
 
     def _views(self, spec: PoolSpec, recipe: ActivationRecipe) -> Iterator[Tensor]:

@@ -8,11 +8,11 @@ network, the distances of a batch's statistics, the views of a batch, and the cu
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import ClassVar, Final, Literal, cast
+from typing import ClassVar, Final, Literal, Self, cast
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -20,7 +20,9 @@ from ddray.config import added
 from ddray.data import normalized_space
 from ddray.distillation.method import DistillContext, MethodConfig
 from ddray.errors import InputError
+from ddray.methods.families.matching.initial import smallest_value
 from ddray.nets import Net
+from ddray.nets.names import parse_arch
 from ddray.pool.spec import PoolSpec, teacher_spec
 from ddray.training.crops import draw_boxes, resized_crops
 from ddray.training.recipe import TeacherRecipe
@@ -63,6 +65,15 @@ class RecoveryConfig(MethodConfig):
     squeeze: Literal["dsa", "crop_flip"] = added("dsa")
     """How the network is trained. `dsa`: SGD .05, batches of 64, DSA; `crop_flip`: SGD .1, batches of 128,
     crops of the image padded by 4 pixels and flips, the authors' for CIFAR."""
+
+    @model_validator(mode="after")
+    def _milestone_is_of_a_curriculum(self) -> Self:
+        if self.milestone != 1 and self.crop in ("none", "fixed"):
+            raise ValueError(
+                f"milestone must be left out with crop={self.crop}, got {self.milestone:g}; it is for crop="
+                "step, linear and cosine"
+            )
+        return self
 
 
 class BatchStatistics:
@@ -162,8 +173,16 @@ def batch_view(
     return torch.roll(images, shifts=shifts, dims=(2, 3))
 
 
+def check_batch_norm(arch: str, method: str) -> None:
+    """Refuse a network that is known to have no batch norm (InputError)."""
+    parsed = parse_arch(arch)
+    if not parsed.is_external and "batch" not in parsed.norm:
+        raise InputError(f"teacher_arch must have batch norm for {method}, {arch} has none; add _bn")
+
+
 def squeezed_spec(ctx: DistillContext, config: RecoveryConfig) -> PoolSpec:
     """Return the spec of the network that images are recovered from."""
+    check_batch_norm(config.teacher_arch, ctx.method)
     recipe = TeacherRecipe(epochs=config.teacher_epochs)
     if config.squeeze == "crop_flip":
         recipe = TeacherRecipe(epochs=config.teacher_epochs, lr=0.1, batch=128, augment="crop_flip")
@@ -171,9 +190,13 @@ def squeezed_spec(ctx: DistillContext, config: RecoveryConfig) -> PoolSpec:
 
 
 def pixel_range(ctx: DistillContext) -> tuple[Tensor, Tensor]:
-    """Return black and white [1, C, H, W] in the normalised space, on the device; images stay between."""
+    """Return black and white [1, C, H, W] in the normalised space, on the device; images stay between.
+
+    Spectrograms, in their own units, are bounded from below alone, by the smallest real value.
+    """
     space, blank = normalized_space(ctx.dataset), torch.zeros(1, *ctx.dataset.image_shape)
-    return space.encode(blank).to(ctx.device), space.encode(blank + 1.0).to(ctx.device)
+    low, high = (smallest_value(ctx), math.inf) if ctx.split.images.is_floating_point() else (0.0, 1.0)
+    return space.encode(blank + low).to(ctx.device), space.encode(blank + high).to(ctx.device)
 
 
 class Recovery:
@@ -195,9 +218,7 @@ class Recovery:
         self.net = net.to(ctx.device).to(memory_format=torch.channels_last)
         self.statistics = BatchStatistics(self.net, config.r_var)
         if not len(self.statistics):
-            raise InputError(
-                f"teacher_arch must have batch norm for {ctx.method}, {config.teacher_arch} has none; add _bn"
-            )
+            raise InputError(f"teacher_arch must have batch norm for {ctx.method}, got {config.teacher_arch}")
 
     def view(self, batch: Tensor, generator: torch.Generator, progress: float) -> Tensor:
         """Return a batch [K, C, H, W] as the network sees it after `progress` (0..1) of its steps."""

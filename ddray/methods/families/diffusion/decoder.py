@@ -110,6 +110,11 @@ class D3HRConfig(MethodConfig):
         """1 for the authors' score, whose skewness first ran over other axes."""
         return int(self.form == "repo")
 
+    @property
+    def has_space(self) -> bool:
+        """Not with k-means: the ranges are of group sampling."""
+        return self.sampling != "kmeans"
+
     def levels(self) -> Levels:
         """Return the steps and the guidance of inversion and sampling."""
         steps = self.inversion_steps or max(1, round(self.num_inference_steps * 31 / 50))

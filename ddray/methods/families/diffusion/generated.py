@@ -66,7 +66,7 @@ def generated_preset(name: str, target: Target) -> dict[str, Any]:
     return {
         "steps": 0,
         "checkpoint_every": max(1, math.ceil(4 * floats / _WRITTEN_PER_STEP)),
-        "evaluate": {"epochs": 1000, "augment": "dsa"},
+        "evaluate": {"recipe": "minimax"},
         "method": {"generator": default_recipe(target.image_shape)},
     }
 

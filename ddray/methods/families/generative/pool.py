@@ -33,7 +33,7 @@ from ddray.methods.families.generative.fit import RealImages, Training
 from ddray.methods.families.generative.nets import ClassPerceptrons, PlainGenerator, ResidualGenerator, Shape
 from ddray.methods.families.generative.systems import BigGan, ConditionalGan, MomentMatching
 from ddray.methods.families.selection import apart
-from ddray.pool.spec import PoolEntry, PoolSpec
+from ddray.pool.spec import PoolEntry, PoolSpec, transform_of
 from ddray.seeding import derive_seed, forked_global
 from ddray.system.files import home
 from ddray.system.transfer import to_device
@@ -93,7 +93,7 @@ def generator_spec(ctx: DistillContext, system: str, recipe: Config, seed: int) 
         kind=KIND,
         dataset=dataset.fingerprint,
         split=ctx.split_name,
-        transform=", ".join(["raw", *(f"{name}={value}" for name, value in dataset.overrides.items())]),
+        transform=transform_of(dataset, "raw"),
         arch=system,
         recipe=recipe.dump(),
         seed=seed,

@@ -49,6 +49,13 @@ def parted_copies(ctx: DistillContext, images: Tensor, is_copy: Tensor) -> Tenso
     return images
 
 
+def smallest_value(ctx: DistillContext) -> float:
+    """Return the smallest value of all real images, of other shards' too."""
+    if ctx.shard is not None and ctx.shard.minimum is not None:
+        return ctx.shard.minimum
+    return float(ctx.split.images.min())
+
+
 def initial_specs(ctx: DistillContext, init: Init) -> list[PoolSpec]:
     """Return the pool entries that `initial_images` will use."""
     return feature_specs(ctx) if init == "kcenter" else []

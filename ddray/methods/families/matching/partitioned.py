@@ -22,7 +22,7 @@ from ddray.distillation.method import DistillContext, MethodConfig, Target
 from ddray.distillation.shards import Part
 from ddray.methods.families.matching.batches import RealBranch, step_graphs
 from ddray.methods.families.matching.groups import rows_of
-from ddray.methods.families.matching.initial import Init, initial_images
+from ddray.methods.families.matching.initial import Init, initial_images, smallest_value
 from ddray.methods.families.state import images_state, load_images_state
 from ddray.nets import Net
 from ddray.system.transfer import to_device
@@ -81,7 +81,7 @@ class LearnedImages:
         self._raw = config.unit_pixels and ctx.space.kind != "zca"
         pixels = ctx.space.decode(images) if self._raw else images
         self.pixels = pixels.to(ctx.device).contiguous().requires_grad_(True)
-        self._low = _minimum(ctx) if is_sound else 0.0
+        self._low = smallest_value(ctx) if is_sound else 0.0
         self._high = math.inf if is_sound else 1.0
         self.labels = torch.arange(ctx.classes.start, ctx.classes.stop).repeat_interleave(ctx.ipc)
         self.optimizer = torch.optim.SGD([self.pixels], lr=config.lr_img, momentum=config.momentum)
@@ -107,13 +107,6 @@ def partition_of(ctx: DistillContext, config: PartitionedConfig) -> Partition:
     is_sound = ctx.split.images.is_floating_point()
     axes = ("time" if is_sound else "both") if config.axes == "auto" else config.axes
     return Partition(factor=config.factor, axes=axes)
-
-
-def _minimum(ctx: DistillContext) -> float:
-    """Return the smallest value of all real images, of other shards' too."""
-    if ctx.shard is not None and ctx.shard.minimum is not None:
-        return ctx.shard.minimum
-    return float(ctx.split.images.min())
 
 
 @dataclass(frozen=True)
