@@ -38,7 +38,7 @@ from ddray.runs.ledger import Row
 from ddray.runs.results import write_results
 from ddray.system.files import write_text
 from ddray.system.progress import progress
-from ddray.training.recipe import RECIPES, Recipe
+from ddray.training.recipe import RECIPES, Recipe, named_recipe
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,10 @@ class Evaluation:
         """Store what a task's networks cost, for estimates."""
         meta, options = self.sets[task.set_index][1].meta, self.options
         settings = meta.config.get("evaluate")
-        epochs = options.epochs or RECIPES.get(options.recipe or "", {}).get("epochs")
+        epochs = options.epochs
+        if epochs is None and options.recipe in RECIPES:
+            sizes = {"ipc": meta.ipc, "num_classes": len(meta.class_names)}
+            epochs = named_recipe({"recipe": options.recipe}, **sizes)["epochs"]  # type: ignore[arg-type]
         if epochs is None:
             epochs = (
                 settings.get("epochs", Recipe().epochs) if isinstance(settings, Mapping) else Recipe().epochs

@@ -86,8 +86,8 @@ class Settings:
         names = self.names()
         if name in getattr(self._method_type, "decide_defaults", ()):
             raise InputError(
-                f"{where} can't be {name}, which other defaults depend on; search once for each of its values: "
-                f"--set method.{name}=VALUE"
+                f"{where} can't be {name}, which other defaults depend on; search once for each of its "
+                f"values: --set method.{name}=VALUE"
             )
         if name not in names:
             part = name.partition(".")[0] + "."

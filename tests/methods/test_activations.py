@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ddray.data import carve_val, normalized_space
 from ddray.errors import InputError
 from ddray.jobs.trainers import PoolTrainer
+from ddray.methods.families import activations
 from ddray.methods.families.activations import (
     ActivationRecipe,
     WatchedNet,
@@ -243,6 +244,14 @@ def test_the_images_are_those_of_the_networks_split(toy: Any) -> None:
 def test_a_network_without_the_layers_is_refused(toy: Any) -> None:
     with pytest.raises(InputError, match="arch must have norms for their activations, convnet2_w8 has none"):
         measured(toy(), NORMS, arch="convnet2_w8")
+
+
+def test_a_network_that_leaves_a_layer_out_is_refused(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        activations, "watched_layers", lambda net, layers: [*watched_layers(net, layers), nn.BatchNorm2d(8)]
+    )
+    with pytest.raises(InputError, match="arch must use each of its norms once for their statistics"):
+        measured(toy(), NORMS)
 
 
 def test_what_is_not_a_recipe_is_refused() -> None:

@@ -13,9 +13,16 @@ from ddray.errors import InputError
 from ddray.jobs.context import make_context
 from ddray.jobs.plan import resolve
 from ddray.methods.families import recovery
-from ddray.methods.families.recovery import BatchStatistics, batch_view, smallest_area, squeezed_spec
+from ddray.methods.families.recovery import (
+    BatchStatistics,
+    batch_view,
+    pixel_range,
+    smallest_area,
+    squeezed_spec,
+)
 from ddray.methods.sre2l import SRe2LConfig
 from ddray.nets import build_net
+from ddray.testing import random_dataset
 from ddray.training.crops import draw_boxes, padded_crop
 from ddray.training.loop import augmenter
 
@@ -199,3 +206,19 @@ def test_a_milestone_without_a_curriculum_is_refused(crop: str) -> None:
     with pytest.raises(InputError, match=f"milestone must be left out with crop={crop}, got 0.5; it is for"):
         SRe2LConfig.parse({"crop": crop, "milestone": 0.5})
     assert SRe2LConfig.parse({"crop": "linear", "milestone": 0.5}).milestone == 0.5
+
+
+def test_spectrograms_are_bounded_by_their_smallest_value_alone(planned: Any, sounds: Any) -> None:
+    _, ctx, _ = planned("sre2l", sounds, method=QUICK)
+    low, high = pixel_range(ctx)
+    space = normalized_space(sounds)
+    smallest = float(sounds.train().images.min())
+    torch.testing.assert_close(space.decode(low), torch.full((1, 1, 64, 64), smallest))
+    assert torch.isinf(high).all()
+    pictures = pixel_range(planned("sre2l", random_dataset(), method=QUICK)[1])
+    decoded = [float(normalized_space(random_dataset()).decode(end).mean()) for end in pictures]
+    assert decoded == pytest.approx([0.0, 1.0], abs=1e-6)
+
+
+def test_crops_make_other_sets_than_they_once_did() -> None:
+    assert [SRe2LConfig.parse({"crop": crop}).edition for crop in ("none", "fixed", "cosine")] == [0, 1, 1]

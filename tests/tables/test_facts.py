@@ -45,6 +45,9 @@ def test_a_recipe_with_several_teachers_has_them_where_the_table_names_none() ->
     ):
         (cell,) = cells(methods=["random"], ipc=[1], evaluate=evaluate)
         assert cell.teacher == teacher
+    limited = {"methods": ["random"], "ipc": [1], "limits": {"teachers": 1}}
+    (cell,) = cells(**limited, evaluate={**SOFT, "recipe": "gvbsm"})
+    assert cell.teacher is None, "the first of them is the protocol's own"
 
 
 @pytest.mark.parametrize(
