@@ -222,7 +222,7 @@ def test_a_warm_up_is_that_of_sre2ls_log() -> None:
         ("d3hr", preset("repo", TARGET)["method"], "repo"),
         ("d3hr", preset("paper", TARGET)["method"], "paper"),
         ("d3hr", {"sampling": "kmeans"}, "paper"),  # an ablation
-        ("d3hr", {"sampling": "kmeans", "inversion_steps": 35, "guidance": 8.0}, "sre2l"),  # D4M's settings
+        ("d3hr", {"sampling": "kmeans", "km_expand": 1, "guidance": 8.0}, "sre2l"),  # D4M's settings
         ("dwa", {}, "dwa"),
         ("g_vbsm", {}, "gvbsm"),
         ("d3s", {}, "d3hr"),
