@@ -88,7 +88,7 @@ def run(planned: Any, dataset: Any, steps: int = 5, **settings: Any) -> torch.Te
 
 
 def test_without_a_crop_a_batch_is_rolled_and_nothing_else_is_drawn(planned: Any, toy: Any) -> None:
-    """`none` keeps sre2l's draws and bytes, whatever the milestone."""
+    """`none` keeps the draws and bytes of before there were crops."""
     images = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     shifts = torch.randint(0, 5, (2,), generator=torch.Generator().manual_seed(3)).tolist()
 
