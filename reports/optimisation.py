@@ -186,8 +186,8 @@ def page(measured: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[str]:
     lines = [
         *("# Measured: trajectory matching, kernel points, ordered steps", ""),
         "Written by `python -m reports.optimisation`; do not edit. Test accuracies, means +- sample standard",
-        "deviation over n sets; seconds are of each set, with experts where it was the first to need them, on",
-        "a machine that had other work: only those of one part compare.",
+        "deviation over n sets; seconds are of each set, with experts where it was the first to need them,",
+        "on a machine that had other work: only those of one part compare.",
         "",
         "| part | set | n | accuracy | also | seconds | commands |",
         "|---|---|---|---|---|---|---|",
