@@ -157,7 +157,7 @@ def start(ctx: DistillContext, config: DataDAMConfig) -> MeanMatching:
         return (*(attention(m, config.p, config.sam_norm, overwrite=overwrite) for m in matched), embedding)
 
     loss = partial(datadam_loss, lambda_mmd=config.lambda_mmd, loss_scale=config.loss_scale, loss=config.loss)
-    return MeanMatching(ctx, config, statistics, loss)
+    return MeanMatching(ctx, config, statistics, loss).grouped()
 
 
 METHOD: Final = make_method(DataDAMConfig, preset, start, specs_of=specs_of, coupling=coupling_of)

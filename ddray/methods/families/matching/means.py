@@ -6,7 +6,7 @@ per-class means [K, D_l]; everything here is vectorised over classes.
 
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
@@ -86,6 +86,11 @@ class MeanMatching(ImagesEngine):
     def _groups(self) -> list[slice]:
         return self._branch.groups(self._forward, self._ctx.ipc)
 
+    def grouped(self) -> Self:
+        """Return itself, its classes in groups; InputError if the network lacks what it is matched in."""
+        _ = self._groups
+        return self
+
     def _forward(self, images: Tensor) -> Any:
         """Compute what a step does of images [N, C, H, W]: for the memory that it takes."""
         return self._statistics(self._branch.net, images)
@@ -163,6 +168,6 @@ def means_method(
         return {"steps": 20_000, "evaluate": {"epochs": 1000, "augment": "dsa"}}
 
     def start(ctx: DistillContext, config: MatchingConfig) -> MeanMatching:
-        return MeanMatching(ctx, config, statistics, squared_distance)
+        return MeanMatching(ctx, config, statistics, squared_distance).grouped()
 
     return make_method(config_class, preset, start, specs_of=specs_of, coupling=coupling)
