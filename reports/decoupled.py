@@ -10,11 +10,12 @@ import shutil
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from reports.scale.lab import Lab, ddray, environments, opened, typed
+from reports.scale.lab import Lab, ddray, environments, figures_table, opened, percent, run_parts, typed
 
 _RECORD: Final = Path(__file__).resolve().parent / "decoupled.jsonl"
 _NET: Final = "convnet3_w64"
@@ -138,9 +139,7 @@ PARTS: Final[Mapping[str, Part]] = {
 
 
 def measure(lab: Lab, part: str, figure: str) -> None:
-    """Distil a figure's sets, one per seed, and score them; record it unless it is there."""
-    if (part, figure) in lab.measured():
-        return
+    """Distil a figure's sets, one per seed, score them, and record it."""
     what, scores = PARTS[part].figures[figure], PARTS[part].scores
     name = f"{part}-{figure}".replace(", ", "-").replace(" ", "-").replace("=", "-")
     runs = [_run(lab, f"{name}-{seed}", what, scores, seed) for seed in range(lab.repeats)]
@@ -198,40 +197,23 @@ def page(measured: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[str]:
         "about published numbers, which are of other datasets, networks and recipes. `crop=cosine` is sre2l",
         "with CDA's curriculum, not CDA.",
         "",
-        "| part | set | n | hard | soft | also | seconds | commands |",
-        "|---|---|---|---|---|---|---|---|",
     ]
-    for (part, figure), row in measured.items():
-        seconds = ", ".join(f"{run['seconds']:.0f}" for run in row["runs"])
-        also = ", ".join(
-            f"{name.replace('_', ' ')} {row['mean'][name]:.4g}"
-            for name in ("teacher", *_MEASURES)
-            if name in row["mean"]
-        )
-        cells = (part, figure, str(row["n"]), _cell(row, "hard"), _cell(row, "soft"), also, seconds)
-        lines.append("| " + " | ".join(cells) + f" | `{row['command']}` |")
+    scores = {score: partial(percent, name=score) for score in ("hard", "soft")}
+    lines += figures_table(measured, {**scores, "also": _measures})
     lines += ["", *(f"- {line}" for line in verdict(measured)), ""]
     return [*lines, *environments(measured), ""]
 
 
-def _cell(row: Mapping[str, Any], score: str) -> str:
-    values = [run[score] for run in row["runs"] if score in run]
-    if not values:
-        return ""
-    spread = f" +- {statistics.stdev(values):.2%}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.2%}{spread}"
+def _measures(row: Mapping[str, Any]) -> str:
+    """Return the teacher's accuracy and what the method measured itself."""
+    names = [name for name in ("teacher", *_MEASURES) if name in row["mean"]]
+    return ", ".join(f"{name.replace('_', ' ')} {row['mean'][name]:.4g}" for name in names)
 
 
 def main() -> None:
     """Measure the parts that are named, or all, but for what is recorded."""
     lab, parts = opened("decoupled", __doc__, _RECORD, list(PARTS))
-    for part in parts:
-        for figure in PARTS[part].figures:
-            measure(lab, part, figure)
-    for line in verdict(lab.measured()):
-        print(line)  # noqa: T201
-    if not lab.is_tiny:
-        lab.lines.with_suffix(".md").write_text("\n".join(page(lab.measured())), encoding="utf-8")
+    run_parts(lab, {part: PARTS[part].figures for part in parts}, measure, verdict, page)
 
 
 if __name__ == "__main__":

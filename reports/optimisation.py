@@ -10,13 +10,12 @@ std, without ZCA, on 100 images with fixed labels, prints test accuracies of 24.
 from __future__ import annotations
 
 import shutil
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from reports.scale.lab import Lab, ddray, environments, opened, typed
+from reports.scale.lab import Lab, ddray, environments, figures_table, opened, percent, run_parts, typed
 
 _RECORD: Final = Path(__file__).resolve().parent / "optimisation.jsonl"
 
@@ -108,9 +107,7 @@ _AIMS: Final = {
 
 
 def measure(lab: Lab, part: str, figure: str) -> None:
-    """Distil a figure's sets, one per seed, and score them; record it unless it is there."""
-    if (part, figure) in lab.measured():
-        return
+    """Distil a figure's sets, one per seed, score them, and record it."""
     what = PARTS[part][figure]
     name = f"{part}-{figure.replace(', ', '-').replace(' ', '-')}"
     if what.in_the_time_of:
@@ -187,40 +184,27 @@ def page(measured: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[str]:
         *("# Measured: trajectory matching, kernel points, ordered steps", ""),
         "Written by `python -m reports.optimisation`; do not edit. Test accuracies, means +- sample standard",
         "deviation over n sets; seconds are of each set, with experts where it was the first to need them,",
-        "on a machine that had other work: only those of one part compare.",
+        "on a machine that had other work.",
         "",
-        "| part | set | n | accuracy | also | seconds | commands |",
-        "|---|---|---|---|---|---|---|",
     ]
-    for (part, figure), row in measured.items():
-        others = {name: value for name, value in row["mean"].items() if name.startswith(("at_", "by_"))}
-        along = ", ".join(
-            f"{name.replace('at_', 'step ').replace('by_dm', 'by the recipe of dm')}: {value:.2%}"
-            for name, value in others.items()
-        )
-        seconds = ", ".join(f"{run['seconds']:.0f}" for run in row["runs"])
-        cells = (part, figure, str(row["n"]), _cell(row), along, seconds)
-        lines.append("| " + " | ".join(cells) + f" | `{row['command']}` |")
+    lines += figures_table(measured, {"accuracy": lambda row: percent(row, "accuracy"), "also": _along})
     lines += ["", *(f"- {line}" for line in verdict(measured)), ""]
     return [*lines, *environments(measured), ""]
 
 
-def _cell(row: Mapping[str, Any]) -> str:
-    values = [run["accuracy"] for run in row["runs"]]
-    spread = f" +- {statistics.stdev(values):.2%}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.2%}{spread}"
+def _along(row: Mapping[str, Any]) -> str:
+    """Return the accuracies along the steps and by DM's recipe."""
+    others = {name: value for name, value in row["mean"].items() if name.startswith(("at_", "by_"))}
+    return ", ".join(
+        f"{name.replace('at_', 'step ').replace('by_dm', 'by the recipe of dm')}: {value:.2%}"
+        for name, value in others.items()
+    )
 
 
 def main() -> None:
     """Measure the parts that are named, or all, but for what is recorded."""
     lab, parts = opened("optimisation", __doc__, _RECORD, list(PARTS))
-    for part in parts:
-        for figure in PARTS[part]:
-            measure(lab, part, figure)
-    for line in verdict(lab.measured()):
-        print(line)  # noqa: T201
-    if not lab.is_tiny:
-        lab.lines.with_suffix(".md").write_text("\n".join(page(lab.measured())), encoding="utf-8")
+    run_parts(lab, {part: PARTS[part] for part in parts}, measure, verdict, page)
 
 
 if __name__ == "__main__":

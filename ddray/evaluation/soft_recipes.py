@@ -308,8 +308,8 @@ _BY_NAME: Final[Mapping[str, Callable[[_Training], dict[str, Any]]]] = {
     "dwa": _dwa,
     "table5": _table5,
 }
-_GVBSM_TEACHERS: Final = ("resnet18", "convnet3", "mobilenet_v2", "densenet_cifar", "shufflenet_v2")
-_GVBSM_IMAGENET: Final = ("resnet18", "mobilenet_v2", "efficientnet_b0", "shufflenet_v2")
+GVBSM_NETWORKS: Final = ("resnet18", "convnet3", "mobilenet_v2", "densenet_cifar", "shufflenet_v2")
+GVBSM_ON_IMAGENET: Final = ("resnet18", "mobilenet_v2", "efficientnet_b0", "shufflenet_v2")
 
 
 def resolve_settings(
@@ -349,7 +349,7 @@ def recipe_teachers(recipe: str, size: int) -> tuple[str, ...]:
     """Return the networks that label by a recipe, where nobody names one, on images of `size` pixels."""
     if recipe != "gvbsm":
         return ("resnet18",)
-    return _GVBSM_TEACHERS if size <= 64 else _GVBSM_IMAGENET
+    return GVBSM_NETWORKS if size <= 64 else GVBSM_ON_IMAGENET
 
 
 def rate_factor(settings: Settings, epoch: int) -> float:

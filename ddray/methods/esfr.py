@@ -39,7 +39,7 @@ from ddray.distillation.method import DistillContext, Engine, Target, coupling_b
 from ddray.distillation.shards import Part
 from ddray.errors import InputError
 from ddray.methods.families.factory import make_method
-from ddray.methods.families.matching.enriched import IDM, IDM_COUPLING, IDMConfig
+from ddray.methods.families.matching.idm import IDM, IDM_COUPLING, IDMConfig
 from ddray.methods.families.matching.initial import initial_specs
 from ddray.methods.families.matching.means import MatchingConfig, MeanMatching, squared_distance
 from ddray.methods.families.matching.partitioned import by_class, embedding, partition_of

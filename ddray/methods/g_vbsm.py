@@ -41,6 +41,7 @@ from ddray.artifact.distilled_set import DistilledSet
 from ddray.config import Names
 from ddray.distillation.method import DistillContext, MethodConfig, Target
 from ddray.errors import InputError
+from ddray.evaluation.soft_recipes import GVBSM_NETWORKS, GVBSM_ON_IMAGENET
 from ddray.methods.families.activations import (
     ActivationRecipe,
     WatchedNet,
@@ -59,8 +60,6 @@ from ddray.system.transfer import to_device
 from ddray.training.engine import cosine
 from ddray.training.recipe import TeacherRecipe
 
-_CIFAR: Final = ("resnet18", "convnet3", "mobilenet_v2", "densenet_cifar", "shufflenet_v2")
-_IMAGENET: Final = ("resnet18", "mobilenet_v2", "efficientnet_b0", "shufflenet_v2")
 _ITERATIONS: Final = 4000  # of a batch
 _TEMPERATURE: Final = 4.0
 _LARGEST: Final = 32  # side in pixels that the densification term pools to
@@ -90,7 +89,7 @@ class GVBSMConfig(MethodConfig):
         }
     }
 
-    teacher_archs: Names = Field(default=_CIFAR, min_length=1)
+    teacher_archs: Names = Field(default=GVBSM_NETWORKS, min_length=1)
     """The networks; the second of a name has another seed."""
     teacher_epochs: int = Field(default=5, ge=1)
     """Epochs of their training on the real images."""
@@ -154,7 +153,7 @@ def preset(name: str, target: Target) -> dict[str, Any]:
     else:
         views = {"crop": "resized", "patch": 16, "real_batch": 256}
         rules = {"lr": 0.1, "decay": 0.4, "skip": 0.0, "batch": 80}
-        method = {**views, **rules, "teacher_archs": list(_IMAGENET), "teacher_epochs": 50}
+        method = {**views, **rules, "teacher_archs": list(GVBSM_ON_IMAGENET), "teacher_epochs": 50}
     config = GVBSMConfig.parse(method)
     num = len(batches_of(target.num_classes, target.ipc, config.batch, config.per_class))
     return {"steps": _ITERATIONS * num, "evaluate": {"epochs": 1000, "augment": "dsa"}, "method": method}

@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from ddray.distillation.method import Target
 from ddray.methods.families.factory import make_method
-from ddray.methods.families.matching.enriched import IDM, IDM_COUPLING, IDMConfig
+from ddray.methods.families.matching.idm import IDM, IDM_COUPLING, IDMConfig
 
 
 def preset(name: str, target: Target) -> dict[str, Any]:

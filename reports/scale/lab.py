@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from ddray.runs.ledger import Ledger, Row
 from reports.gpu.record import append, read
 
 _LOOK_S = 0.02
+Measured = Mapping[tuple[str, str], Mapping[str, Any]]
+"""Recorded figures by part and name."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,44 @@ def opened(name: str, doc: str | None, record: Path, parts: Sequence[str]) -> tu
     return Lab(folder, options.lines.absolute(), repeats, options.tiny), options.parts or [*parts]
 
 
-def environments(measured: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[str]:
+def run_parts(
+    lab: Lab,
+    figures: Mapping[str, Iterable[str]],
+    measure: Callable[[Lab, str, str], None],
+    verdict: Callable[[Measured], list[str]],
+    page: Callable[[Measured], list[str]],
+) -> None:
+    """Measure the figures of each part that are not recorded, print the verdict, and write the page."""
+    for part, names in figures.items():
+        for name in names:
+            if (part, name) not in lab.measured():
+                measure(lab, part, name)
+    for line in verdict(lab.measured()):
+        print(line)  # noqa: T201
+    if not lab.is_tiny:
+        lab.lines.with_suffix(".md").write_text("\n".join(page(lab.measured())), encoding="utf-8")
+
+
+def percent(row: Mapping[str, Any], name: str) -> str:
+    """Return the mean of a figure's runs in percent, +- their sample deviation; empty if none has `name`."""
+    if name not in row["mean"]:
+        return ""
+    spread = f" +- {row['std'][name]:.2%}" if name in row["std"] else ""
+    return f"{row['mean'][name]:.2%}{spread}"
+
+
+def figures_table(measured: Measured, columns: Mapping[str, Callable[[Mapping[str, Any]], str]]) -> list[str]:
+    """Return a Markdown table of figures: part, set, n, `columns`, seconds of each run, commands."""
+    titles = ("part", "set", "n", *columns, "seconds", "commands")
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    for (part, figure), row in measured.items():
+        seconds = ", ".join(f"{run['seconds']:.0f}" for run in row["runs"])
+        cells = (part, figure, str(row["n"]), *(cell(row) for cell in columns.values()), seconds)
+        lines.append("| " + " | ".join(cells) + f" | `{row['command']}` |")
+    return lines
+
+
+def environments(measured: Measured) -> list[str]:
     """Return a line for each machine and commit that figures are of."""
     return sorted(
         {

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddray.methods.families.matching import batches, enriched
+from ddray.methods.families.matching import batches, idm
 from ddray.methods.families.matching.batches import ClassBatches
 from ddray.methods.families.matching.draws import distinct
 from ddray.seeding import derive
@@ -74,7 +74,7 @@ def test_classes_of_a_large_dataset_are_drawn_so(
 
 
 def test_idm_trains_its_queue_on_such_draws(toy: Any, planned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(enriched, "MANY_IMAGES", 1)
+    monkeypatch.setattr(idm, "MANY_IMAGES", 1)
     settings = {"batch_real": 4, "net_steps": 2, "batch_train": 6}
     _, ctx, distiller = planned("idm", toy(), steps=1, method=settings)
     distiller.setup(ctx)

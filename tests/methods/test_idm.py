@@ -13,7 +13,7 @@ from ddray.artifact.partition import Partition, expand
 from ddray.distillation.method import Target
 from ddray.methods import get_method
 from ddray.methods.families.matching.batches import ClassBatches
-from ddray.methods.families.matching.enriched import idm_loss
+from ddray.methods.families.matching.idm import idm_loss
 from ddray.methods.families.matching.queue import NetQueue
 from ddray.nets import build_net
 from ddray.seeding import derive_seed

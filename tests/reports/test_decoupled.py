@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from ddray.jobs.options import PlanOptions
 from ddray.jobs.plan import plan_of
 from ddray.methods import method_names
 from reports import decoupled
-from reports.scale.lab import Lab
+from reports.scale.lab import Lab, run_parts
 
 
 @pytest.fixture
@@ -29,8 +30,8 @@ def test_a_figure_has_its_seeds_and_is_measured_once(lab: Lab, monkeypatch: pyte
         return {"soft": 0.5 + gain, "teacher": 0.98, "seconds": 3.0, "seed": seed}
 
     monkeypatch.setattr(decoupled, "_run", run)
-    for figure in ("sre2l, real start, r_var", "dwa", "dwa"):
-        decoupled.measure(lab, "dwa_digits", figure)
+    figures = {"dwa_digits": ("sre2l, real start, r_var", "dwa", "dwa")}
+    run_parts(lab, figures, decoupled.measure, decoupled.verdict, decoupled.page)
 
     assert seeds == [0, 1, 0, 1]
     row = lab.measured()["dwa_digits", "dwa"]
@@ -102,18 +103,13 @@ def test_settings_of_a_row_and_of_its_brief_run_are_settings_of_the_method(part:
 def test_a_run_is_distilled_and_scored_by_every_score(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     commands: list[tuple[object, ...]] = []
 
-    class Ran:
-        seconds = 1.0
-
-        def __init__(self, out: dict[str, Any]) -> None:
-            self.out = out
-
-    def ddray(lab: Lab, *arguments: object) -> Ran:
+    def ddray(lab: Lab, *arguments: object) -> Any:
         commands.append(arguments)
         if arguments[0] == "distill":
-            return Ran({"artifact": str(lab.folder / "set.pt"), "cosine_to_real": 0.7})
+            out = {"artifact": str(lab.folder / "set.pt"), "cosine_to_real": 0.7}
+            return SimpleNamespace(out=out, seconds=1.0)
         teacher = {"teacher": {"accuracy": 0.9}} if "soft" in arguments else {}
-        return Ran({"results": [{"accuracy_mean": 0.5}], **teacher})
+        return SimpleNamespace(out={"results": [{"accuracy_mean": 0.5}], **teacher})
 
     monkeypatch.setattr(decoupled, "ddray", ddray)
     part = decoupled.PARTS["diffusion_digits"]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from reports import optimisation
-from reports.scale.lab import Lab
+from reports.scale.lab import Lab, run_parts
 
 
 @pytest.fixture
@@ -25,8 +25,8 @@ def test_a_figure_has_its_seeds_and_is_measured_once(lab: Lab, monkeypatch: pyte
         return {"accuracy": 0.46 + 0.01 * seed, "at_100": 0.42, "seconds": 3.0, "seed": seed}
 
     monkeypatch.setattr(optimisation, "_run", run)
-    for figure in ("kip", "random", "kip"):
-        optimisation.measure(lab, "kip_cifar10", figure)
+    figures = {"kip_cifar10": ("kip", "random", "kip")}
+    run_parts(lab, figures, optimisation.measure, optimisation.verdict, optimisation.page)
 
     assert seeds == [0, 1, 0, 1]
     row = lab.measured()["kip_cifar10", "kip"]
@@ -46,20 +46,14 @@ def test_every_command_is_one_that_distils(lab: Lab, monkeypatch: pytest.MonkeyP
     """A run's sets along its steps are scored beside its last one."""
     commands: list[tuple[object, ...]] = []
 
-    class Ran:
-        seconds = 1.0
-
-        def __init__(self, out: dict[str, Any]) -> None:
-            self.out = out
-
-    def ddray(lab: Lab, *arguments: object) -> Ran:
+    def ddray(lab: Lab, *arguments: object) -> Any:
         commands.append(arguments)
         if arguments[0] == "distill":
             steps = lab.folder / "runs" / "digits-kip-0" / "distilled-steps"
             steps.mkdir(parents=True)
             (steps / "0000100.pt").touch()
-            return Ran({"artifact": str(lab.folder / "set.pt")})
-        return Ran({"results": [{"accuracy_mean": 0.5}]})
+            return SimpleNamespace(out={"artifact": str(lab.folder / "set.pt")}, seconds=1.0)
+        return SimpleNamespace(out={"results": [{"accuracy_mean": 0.5}]})
 
     monkeypatch.setattr(optimisation, "ddray", ddray)
     run = optimisation._run(lab, "digits-kip-0", optimisation.PARTS["kip_digits"]["kip"], 0)
