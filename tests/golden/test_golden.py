@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from tests.golden.regenerate import FOLDER, METHODS, STEPS, losses
+from tests.golden.regenerate import DRAWN, FOLDER, METHODS, STEPS, losses, mean_squares
 
 
 def test_every_golden_file_is_checked() -> None:
-    assert sorted(path.stem for path in FOLDER.glob("*.json")) == sorted(METHODS)
+    assert sorted(path.stem for path in FOLDER.glob("*.json")) == sorted((*METHODS, *DRAWN))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -19,3 +19,11 @@ def test_losses_are_what_they_were(method: str) -> None:
 
     assert len(expected) == STEPS
     assert losses(method) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", DRAWN)
+def test_drawn_images_are_what_they_were(method: str) -> None:
+    expected = json.loads((FOLDER / f"{method}.json").read_text(encoding="utf-8"))["mean_squares"]
+
+    assert len(expected) == 10
+    assert mean_squares(method) == pytest.approx(expected, rel=1e-4)
