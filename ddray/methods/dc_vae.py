@@ -19,6 +19,8 @@ published: its numbers are not claimed.
 - steps: 5 of the discriminator (64 images) for each of the others (128) | the same; an epoch is a pass of the
   discriminator over the images, its last steps left out if they are fewer than 5.
 - epochs: 800, weights' average .999 | the same; settings for digits are ours.
+- statistics of the decoder's batch norms, when it is sampled: averaged in training, over samples and
+  reconstructions | of samples alone, taken after training: with the others, digits come out black.
 """
 
 from typing import Any, ClassVar, Final

@@ -226,6 +226,29 @@ def test_an_average_of_normalised_weights_is_normalised_when_it_is_folded() -> N
     net(noise, labels)  # a copy's weights are not the original's
 
 
+def test_a_folded_generator_has_the_batch_statistics_of_samples() -> None:
+    net = ResidualGenerator((1, 8, 8), 3, width=2, noise_dim=4, spectral=True)
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    with torch.no_grad():
+        for _ in range(20):  # what it saw last was distributed otherwise
+            net(10 + 5 * torch.randn(6, 4), labels)
+    noise = torch.randn(2, 6, 4)
+    seen: list[torch.Tensor] = []
+    plain = ResidualGenerator((1, 8, 8), 3, width=2, noise_dim=4, spectral=False).eval()
+
+    plain.load_state_dict(folded_state(net, [(part, labels) for part in noise]))
+
+    first = plain.blocks[0].norms[0].norm
+    first.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        for part in noise:
+            plain(part, labels)
+    means = torch.stack([maps.mean((0, 2, 3)) for maps in seen]).mean(0)
+    variances = torch.stack([maps.transpose(0, 1).flatten(1).var(1) for maps in seen]).mean(0)
+    assert torch.allclose(first.running_mean, means, atol=1e-6)
+    assert torch.allclose(first.running_var, variances, rtol=1e-5)
+
+
 def names_of(net: nn.Module) -> list[str]:
     layers = (nn.Conv2d, nn.Linear, nn.Embedding)
     return [name for name, layer in net.named_modules() if isinstance(layer, layers)]

@@ -17,8 +17,10 @@ from ddray.methods.families.generative.nets import (
     folded_state,
 )
 from ddray.methods.families.generative.systems import normal, placed
+from ddray.seeding import derive
 
 _SHARE: Final = 0.5  # weight of the samples, and of the reconstructions
+_STATISTICS: Final = 50  # batches of samples that give the decoder's batch norms their statistics
 
 
 class Comparer(nn.Module):
@@ -151,4 +153,11 @@ class ContrastiveAutoencoder(Training):
         return self._decoder(normal(num, self._recipe.noise_dim, generator), labels), labels
 
     def generator_state(self) -> dict[str, Tensor]:
-        return folded_state(self._average.net)
+        # In training the decoder's batch norms average what they see of reconstructions too, whose latent
+        # units are not distributed as those of samples are.
+        generator = derive(self._real.seed, "statistics", device=self._real.device)
+        num, dim = 2 * self._recipe.batch, self._recipe.noise_dim
+        samples = [
+            (normal(num, dim, generator), self._real.labels_for(num, generator)) for _ in range(_STATISTICS)
+        ]
+        return folded_state(self._average.net, samples)

@@ -5,7 +5,7 @@ pixels and returns their middle.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Final
 
@@ -41,16 +41,23 @@ def _embedding(num: int, dim: int, *, spectral: bool) -> nn.Module:
 
 
 @torch.no_grad()
-def folded_state(net: nn.Module) -> dict[str, Tensor]:
+def folded_state(net: nn.Module, samples: Sequence[tuple[Tensor, Tensor]] = ()) -> dict[str, Tensor]:
     """Return a network's state with its spectral norms as part of plain weights, for one without them.
 
-    Averaged weights have no singular vectors of their own: power iterations find them first. The network is
-    left in eval mode.
+    Averaged weights have no singular vectors of their own: power iterations find them first. Batches of
+    `samples`, noise [N, d] and labels [N], give batch norms their means and variances; without any, these
+    are what training has left. The network is left in eval mode.
     """
     layers = {name: part for name, part in net.train().named_modules() if is_parametrized(part, "weight")}
     for layer in layers.values():
         for _ in range(_SETTLING):
             layer.weight  # noqa: B018 - each reading is an iteration
+    if samples:
+        for norm in (part for part in net.modules() if isinstance(part, nn.BatchNorm2d)):
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean over all batches
+    for noise, labels in samples:
+        net(noise, labels)
     net.eval()
     state = {name: value for name, value in net.state_dict().items() if "parametrizations." not in name}
     return state | {f"{name}.weight": layer.weight.detach().clone() for name, layer in layers.items()}
