@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from ddray.config import flatten
+from ddray.errors import InputError
 from ddray.jobs.plan import Plan, resolve
 
 # Settings that change no number, or that a table's cell holds as facts of their own.
@@ -77,6 +78,14 @@ def departure(changes: Iterable[Change]) -> dict[str, Any]:
     cut = [change.cut for change in by_name if change.cut is not None]
     overridden = [change.name for change in by_name if change.cut is None]
     return {**({"cut": "; ".join(cut)} if cut else {}), **({"overridden": overridden} if overridden else {})}
+
+
+def plan_departure(plan: Plan) -> dict[str, Any]:
+    """Return what `departure` does of a plan; nothing where the preset alone can't be run."""
+    try:
+        return departure(plan_changes(plan))
+    except InputError:  # a setting must be named
+        return {}
 
 
 def yaml_text(value: Any) -> str:

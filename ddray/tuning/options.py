@@ -26,9 +26,9 @@ class TuneOptions(GpuWorkers):
     """YAML of ranges by setting: lr_img, pool.epochs, evaluate.lr, arch, steps; default the method's shipped
     one."""
     num_samples: int = Field(default=16, ge=1)
-    """Trials, the paper's point among them. With --resume, a larger number extends a search."""
+    """Trials, the preset among them. With --resume, a larger number extends a search."""
     start_points: StartPoints = named("start_point", "start_points")
-    """YAML of values for some of the space's names, or a best.yaml, tried after the paper's point; the other
+    """YAML of values for some of the space's names, or a best.yaml, tried after the preset; the other
     names keep the preset's values; repeatable."""
     strategy: Strategy = "asha-tpe"
     """asha-tpe, tpe, random, grid or pb2."""
@@ -46,7 +46,9 @@ class TuneOptions(GpuWorkers):
     nas_epochs: int = Field(default=50, ge=1)
     """Epochs of each of them, on a trial's set and on the whole train part."""
     final_sets: int = Field(default=3, ge=1)
-    """Fresh seeds on which the winner and the paper's point are scored on test."""
+    """Fresh seeds on which the winner and the preset are scored on test."""
+    log_to: Names = ()
+    """wandb or mlflow, besides TensorBoard's files in the run folder (an extra of that name); repeatable."""
     cpus_per_trial: float = Field(default=1.0, gt=0)
     """CPU cores per trial."""
     gpus_per_trial: Gpus | None = None
