@@ -2,39 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 from typing import TYPE_CHECKING, Any, Final
 
 from ray.tune.logger import LoggerCallback, TBXLoggerCallback
 
-from ddray.errors import InputError, unknown
 from ddray.tuning.trial import ACCURACY_PERCENT, METRIC, rung_picture
 
 if TYPE_CHECKING:
     from ddray.tuning.search import Search
 
-LOGGERS: Final = ("mlflow", "wandb")
-"""What `--log-to` takes, each an extra of its name."""
 _MAX_NAME: Final = 100
-
-
-def check_loggers(names: tuple[str, ...], strategy: str) -> None:
-    """Refuse loggers whose package is missing, and a strategy without Ray Tune's trials.
-
-    Raises:
-        InputError: names the first of them.
-    """
-    for name in names:
-        if name not in LOGGERS:
-            raise unknown("--log-to", name, LOGGERS)
-        if strategy == "pb2":
-            raise InputError(
-                f"--log-to can't be used with strategy pb2, whose members are not logged; got {name}"
-            )
-        if importlib.util.find_spec(name) is None:
-            raise InputError(f"--log-to {name} needs a package that is missing: pip install 'ddray[{name}]'")
 
 
 def loggers(search: Search) -> list[LoggerCallback]:

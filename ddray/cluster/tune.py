@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 
 from ddray.cluster.executor import RayExecutor, nas_executor
-from ddray.cluster.loggers import check_loggers
 from ddray.cluster.pretrain import shared_pool
 from ddray.cluster.resources import with_gpus
 from ddray.cluster.runtime import ray_runtime, sigterm_as_sigint
@@ -66,7 +65,6 @@ def tune(plan: Plan, options: TuneOptions, *, run_dir: Path | None, resume: bool
     begin = time.perf_counter()
     before = read_config(run_dir) if resume else {}
     options, settings, space, paper, num_samples = check_search(plan, options, before)
-    check_loggers(options.log_to, options.strategy)
     train, val = carve_val(plan.dataset.train(), seed=plan.seed)
     check_size(plan, train)
     options = with_gpus(options, before)

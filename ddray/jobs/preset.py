@@ -74,9 +74,11 @@ def plan_changes(
 
 def departure(changes: Iterable[Change]) -> dict[str, Any]:
     """Return `cut`, what was lowered of budgets, and `overridden`, the other settings' names, if any."""
-    by_name = {change.name: change for change in changes}.values()
-    cut = [change.cut for change in by_name if change.cut is not None]
-    overridden = [change.name for change in by_name if change.cut is None]
+    by_name: dict[str, Change] = {}
+    for change in changes:
+        by_name.setdefault(change.name, change)
+    cut = [change.cut for change in by_name.values() if change.cut is not None]
+    overridden = [name for name, change in by_name.items() if change.cut is None]
     return {**({"cut": "; ".join(cut)} if cut else {}), **({"overridden": overridden} if overridden else {})}
 
 

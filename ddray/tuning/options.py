@@ -1,17 +1,21 @@
 """Options of `ddray tune`."""
 
+import importlib.util
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from ddray.config import AbsolutePath, Names, named
+from ddray.errors import InputError, unknown
 from ddray.ranking import DEFAULT_SPACE
 from ddray.system.options import Gpus, GpuWorkers
 
 Strategy = Literal["asha-tpe", "tpe", "random", "grid", "pb2"]
 Objective = Literal["val-accuracy", "nas-spearman"]
 
+LOGGERS: Final = ("mlflow", "wandb")
+"""What `--log-to` takes, each an extra of its name."""
 StartPoints = Annotated[
     tuple[AbsolutePath | dict[str, Any], ...],
     BeforeValidator(lambda value: (value,) if isinstance(value, str | Path | dict) else value),
@@ -62,3 +66,19 @@ class TuneOptions(GpuWorkers):
     """Seconds after which no trial starts."""
     address: str | None = None
     """Ray cluster to connect to; default a local one."""
+
+    @model_validator(mode="after")
+    def _loggers_are_there(self) -> Self:
+        """Refuse loggers whose package is missing, and a strategy without Ray Tune's trials."""
+        for name in self.log_to:
+            if name not in LOGGERS:
+                raise unknown("--log-to", name, LOGGERS)
+            if self.strategy == "pb2":
+                raise InputError(
+                    f"--log-to must be left out with strategy pb2, whose trials log nothing, got {name}"
+                )
+            if importlib.util.find_spec(name) is None:
+                raise InputError(
+                    f"--log-to {name} needs a package that is missing: pip install 'ddray[{name}]'"
+                )
+        return self

@@ -15,6 +15,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from ddray.cluster import loggers
 from ddray.errors import InputError
+from ddray.tuning.options import TuneOptions
 from ddray.tuning.trial import METRIC, rung_picture
 
 
@@ -90,15 +91,15 @@ def test_a_rank_correlation_is_logged_under_its_name(tmp_path: Path) -> None:
     [
         (("wandb",), "tpe", r"--log-to wandb needs a package that is missing: pip install 'ddray\[wandb\]'"),
         (("mlfow",), "tpe", "--log-to must be one of mlflow, wandb, got 'mlfow'; did you mean 'mlflow'"),
-        (("wandb",), "pb2", "--log-to can't be used with strategy pb2"),
+        (("wandb",), "pb2", "--log-to must be left out with strategy pb2"),
     ],
 )
 def test_loggers_that_can_not_be_are_refused(
     names: tuple[str, ...], strategy: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: None)  # type: ignore[attr-defined]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=message):
-        loggers.check_loggers(names, strategy)
+        TuneOptions.parse({"log_to": names, "strategy": strategy})
 
 
 def test_rays_own_loggers_get_the_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
