@@ -22,7 +22,7 @@ def distill_tables(result: DistillResult) -> list[Any]:
         values.pop(name, None) for name in ("seconds", "seconds_with_pool", "whitening_s")
     )
     picture = artifact.with_suffix(".png")
-    summary = {
+    summary: dict[str, Any] = {
         **({"picture": picture} if picture.is_file() else {}),
         "artifact": values.pop("artifact"),
         **(
