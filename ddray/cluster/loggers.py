@@ -55,8 +55,9 @@ class Boards(TBXLoggerCallback):
         if trial not in self._trial_writer:
             self.log_trial_start(trial)
         writer, step = self._trial_writer[trial], int(result.get("step", 0))
-        score = {} if ACCURACY_PERCENT in result else {self._objective: result[METRIC]}
-        scalars = {**score, **{name: result[name] for name in (ACCURACY_PERCENT, "loss") if name in result}}
+        scalars = {name: result[name] for name in (ACCURACY_PERCENT, "loss") if name in result}
+        if ACCURACY_PERCENT not in result:
+            scalars[self._objective] = result[METRIC]
         for name, value in scalars.items():
             writer.add_scalar(name, value, global_step=step)
         picture = rung_picture(self._run_dir, int(result["number"]), step)
