@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -24,7 +23,7 @@ from pydantic import Field
 
 from ddray.config import Config
 from ddray.errors import one_line
-from ddray.system.files import storage_errors, write_atomically
+from ddray.system.files import locked, storage_errors, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -213,11 +212,5 @@ class Ledger:
     @contextmanager
     def _locked(self, *, exclusive: bool) -> Iterator[None]:
         """Hold the epoch lock, so that no stale row slips in between the check and the link."""
-        path = self.run_dir / "epoch.lock"
-        with storage_errors(path):
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+        with locked(self.run_dir / "epoch.lock", exclusive=exclusive):
             yield
-        finally:
-            os.close(handle)

@@ -1,7 +1,7 @@
 """What the units of a bench cost, by the keys that `runs.costs` compares units by."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -39,6 +39,19 @@ def estimate_of(history: History, unit: BenchUnit) -> Estimate:
         estimate = history.estimate({**signature, "kind": _ALIKE[unit.kind]}, unit.amount)
         return replace(estimate, peak_memory_bytes=None)
     return estimate
+
+
+def share_done(history: History, units: Mapping[str, BenchUnit], done: Collection[str]) -> float:
+    """Return the part of the work of all units that those with the keys `done` were.
+
+    A unit counts by what it is expected to take, or as the mean of the others where nothing is expected.
+    """
+    expected = {key: estimate_of(history, unit).wall_s for key, unit in units.items()}
+    times = [wall_s for wall_s in expected.values() if wall_s is not None]
+    mean = (sum(times) / len(times) if times else 0.0) or 1.0
+    weights = {key: mean if wall_s is None else wall_s for key, wall_s in expected.items()}
+    total = sum(weights.values())
+    return sum(weights[key] for key in done) / total if total else 0.0
 
 
 def _is_joined(unit: BenchUnit) -> bool:
