@@ -73,7 +73,8 @@ def tune(plan: Plan, options: TuneOptions, *, run_dir: Path | None, resume: bool
     most = None if options.max_concurrent is None else options.max_concurrent * (options.shards or 1)
     executor = RayExecutor(options.cpus_per_trial, options.gpus, most, options.address)
     run, start_points = _open(plan, options, settings, space, paper, num_samples, run_dir, resume)
-    job = _job(plan, options, settings, run, _nas_objective(plan, options, train, val, run))
+    with run.continued("the search"):
+        job = _job(plan, options, settings, run, _nas_objective(plan, options, train, val, run))
     search = Search(plan, options, space, paper, job, run, num_samples, start_points)
     earlier = {row.key for row in run.ledger.rows()}
     if search.missing():

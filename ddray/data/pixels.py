@@ -283,12 +283,11 @@ def pixel_space(kind: str, dataset: Dataset, split: Split, device: torch.device 
         raise InputError(
             f"pixel_space=zca needs images of at most {MAX_ZCA} values, got {size}; use normalized"
         )
-    parts = map(torch.Tensor.contiguous, parts_of(split.images))
     about = f"zca 1 {torch.device(device).type} {split.images.dtype} {list(split.images.shape)}"
     if isinstance(split.images, PackedImages):
-        digest = str(split.images.remembered("sha256", lambda: sha256_of(parts)))
+        digest = str(split.images.remembered("sha256", lambda: sha256_of(parts_of(split.images))))
     else:
-        digest = sha256_of(parts)
+        digest = sha256_of([split.images])
     file = home() / "whitening" / f"{hashlib.sha256(f'{about} {digest}'.encode()).hexdigest()}.pt"
     if (space := _stored(file)) is not None:
         return space

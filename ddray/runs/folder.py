@@ -62,6 +62,8 @@ class Run:
         """
         try:
             yield
+        except InterruptedRunError as error:  # of a run within this one
+            raise InterruptedRunError(error.event, self.folder) from error
         except KeyboardInterrupt as error:
             where = f" {error}" if isinstance(error, SavedInterrupt) else ""
             raise InterruptedRunError(f"{what} was interrupted{where}", self.folder) from error

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ddray.data import Dataset, open_dataset
-from ddray.errors import DdrayError, StorageError, one_line
+from ddray.errors import DdrayError, InterruptedRunError, StorageError, one_line
 from ddray.jobs.context import check_plan, check_size
 from ddray.jobs.plan import Plan
 from ddray.runs.costs import History
@@ -149,7 +149,7 @@ def _sweep_cells(
         before = {row.key for row in ledger.rows()}
         try:
             cells += score_sweep(sweep, executor, run, data_dir=bench.options.data_dir)
-        except StorageError:
+        except (StorageError, InterruptedRunError):
             raise
         except DdrayError as error:
             reason = one_line(error)
