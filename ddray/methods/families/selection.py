@@ -108,20 +108,19 @@ def pool_features(ctx: DistillContext, epochs: int = 20) -> Tensor:
 
     It is in eval mode, and nothing is augmented.
     """
-    *_, spec = feature_specs(ctx, epochs)
-    features = ctx.pool.get([spec])[0].tensors["features"]
+    features = ctx.pool.get(feature_specs(ctx, epochs))[0].tensors["features"]
     if ctx.shard is not None:
         return features[ctx.shard.rows]
     return features[: len(ctx.split)]  # val's come after them
 
 
 def feature_specs(ctx: DistillContext, epochs: int = 20) -> list[PoolSpec]:
-    """Return the specs of the one feature network, of the split that is distilled, and of its features."""
+    """Return the spec of the features of one network, which is trained on the split that is distilled."""
     recipe, device = {"epochs": epochs}, ctx.device.type
     (network,) = supervised_specs(
         ctx.dataset, split=ctx.split_name, arch=ctx.arch, device=device, recipe=recipe, seed=ctx.seed, num=1
     )
-    return [network, features_spec(network)]
+    return [features_spec(network)]
 
 
 def per_class(labels: Tensor, num_classes: int, ipc: int, choose: Callable[[Tensor], Tensor]) -> Tensor:
