@@ -55,8 +55,8 @@ def test_a_row_has_one_eta_at_the_pace_of_late(monkeypatch: pytest.MonkeyPatch) 
     row = row_at([0.0, 2.0, 30.0, 30.0, 31.0], monkeypatch, unit="step", done=10)
     row(11, "loss 1")
     row(30, "loss 0.5")
-    assert row.left_s() == pytest.approx(30 / 20 * 60)
-    assert row.details() == "loss 0.5, 1.5 s/step, ETA 0:01:29"
+    assert row.left_s() == pytest.approx(28 / 19 * 60)
+    assert row.details() == "loss 0.5, 1.47 s/step, ETA 0:01:27"
     assert row.counted() == "30/90"
 
 
