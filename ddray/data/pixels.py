@@ -291,8 +291,9 @@ def pixel_space(kind: str, dataset: Dataset, split: Split, device: torch.device 
     file = home() / "whitening" / f"{hashlib.sha256(f'{about} {digest}'.encode()).hexdigest()}.pt"
     if (space := _stored(file)) is not None:
         return space
+    is_absent = not file.exists()
     with suppress(StorageError, OSError), locked(file.with_suffix(".lock")):  # of several processes one fits
-        return _stored(file) or _fitted(file, dataset, split, device)
+        return (_stored(file) if is_absent else None) or _fitted(file, dataset, split, device)
     return _fitted(file, dataset, split, device)
 
 

@@ -354,7 +354,12 @@ def test_checkpoints_by_time_change_no_result(
     monkeypatch.setattr(module, "_SAVE_SHARE", 1e9)
     seen, saved = list[int](), list[int]()
     save = module._Run.save
-    monkeypatch.setattr(module._Run, "save", lambda run, step: (saved.append(step), save(run, step)))
+
+    def note(run: Any, step: int) -> None:
+        saved.append(step)
+        save(run, step)
+
+    monkeypatch.setattr(module._Run, "save", note)
     result = run_distillation(
         Counter(9),
         ctx,
