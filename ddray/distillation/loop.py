@@ -168,7 +168,7 @@ def _distil(
     if done and done in eval_steps and on_step is not None:
         on_step(done, _finite(losses.last(), done, settings))
     timer = StepTimer(ctx.device)
-    with run.shown(done, last) as (show, interrupted):
+    with run.drawn(done, last) as (show, interrupted):
         show(done, "compiling" if ctx.compile else "")
         for step in range(done + 1, last + 1):
             losses.add(distiller.step()["loss"])
@@ -249,7 +249,7 @@ class _Run:
         distiller.setup(replace(ctx, pool=self.pool))
 
     @contextmanager
-    def shown(self, done: int, last: int) -> Iterator[tuple[Row, Callable[[], bool]]]:
+    def drawn(self, done: int, last: int) -> Iterator[tuple[Row, Callable[[], bool]]]:
         """Show the steps while the block does them; yield the row, and what says whether a signal came.
 
         A run without checkpoint has nothing to wait for: a signal ends it at once.

@@ -402,10 +402,10 @@ def test_a_slow_checkpoint_is_written_less_often(
 def test_the_row_moves_with_every_step(
     ctx: DistillContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shown: list[tuple[str, str]] = []
-    monkeypatch.setattr(Row, "__call__", lambda row, done, note: shown.append((row.title, f"{done} {note}")))
+    calls: list[tuple[str, str]] = []
+    monkeypatch.setattr(Row, "__call__", lambda row, done, note: calls.append((row.title, f"{done} {note}")))
     run_distillation(Counter(3), ctx)
-    assert shown == [("random on toy", text) for text in ("0 ", "1 loss 1", "2 loss 2", "3 loss 3")]
+    assert calls == [("random on toy", text) for text in ("0 ", "1 loss 1", "2 loss 2", "3 loss 3")]
 
 
 class TestStepTimer:
