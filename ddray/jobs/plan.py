@@ -168,7 +168,8 @@ def _in_full(layer: Mapping[str, Any], method_type: type[Config]) -> dict[str, A
         if name.partition(".")[0] not in method_type.model_fields:
             names = [*RunConfig.model_fields, *dotted_names(method_type)]
             names += dotted_names(EvaluateConfig, "evaluate.")
-            hint = did_you_mean(name, names) or f"; known: {', '.join(sorted(names))}"
+            hint = did_you_mean(name, names)
+            hint = hint or f"; known: {', '.join(sorted(RunConfig.model_fields | method_type.model_fields))}"
             raise InputError(f"unknown option {name!r}{hint}")
     if not short or not isinstance(full := run.get("method", {}), Mapping):
         return run
