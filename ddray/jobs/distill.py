@@ -21,11 +21,13 @@ from ddray.drawing.images import save_pictures
 from ddray.errors import DdrayError, InputError
 from ddray.jobs.context import check_longer, make_context, make_distiller
 from ddray.jobs.plan import Plan
+from ddray.jobs.preset import plan_departure
 from ddray.runs.costs import record_costs
 from ddray.runs.folder import Run, extended_from, open_run, read_config
 from ddray.runs.ledger import Row, Unit
 from ddray.runs.recovery import recovering
 from ddray.runs.results import write_results
+from ddray.runs.scores import remember_run
 from ddray.system.files import storage_errors, write_text
 from ddray.system.progress import progress
 
@@ -41,6 +43,8 @@ class DistillResult(Result):
 
     artifact: str
     """The set's file."""
+    name: str | None = None
+    """What people call the set, such as `datadam-cifar10-ipc1-seed0`."""
     run_dir: str
     method: str
     dataset: str
@@ -48,6 +52,10 @@ class DistillResult(Result):
     budget: int | None = None
     """Storage in images, of methods that count it."""
     steps: int
+    cut: str | None = None
+    """What was lowered of the preset's budget, such as `steps 10 of 8,000`."""
+    overridden: list[str] | None = None
+    """Names of the other settings that are not the preset's."""
     resumed_from_step: int
     wall_s: float
     seconds_per_step: float | None
@@ -175,6 +183,8 @@ def finish_run(
     target = (out or run.folder / "distilled.pt").absolute()
     distilled = distillation.distilled
     distilled.save(target)
+    if target.parent != run.folder:
+        remember_run(target, run.folder)
     if len(distilled.images):
         save_pictures(distilled, target, representations=representations)
     write_text(run.folder / "distilled.json", json.dumps({"losses": distillation.curve()}))
@@ -245,11 +255,13 @@ def _distill_result(plan: Plan, distillation: Distillation, target: Path, snapsh
     first, final = distillation.edge_losses()
     return {
         "artifact": str(target),
+        "name": distillation.distilled.meta.name,
         "method": plan.method,
         "dataset": plan.dataset.name,
         "ipc": plan.ipc,
         **({} if plan.budget is None else {"budget": plan.budget}),
         "steps": len(distillation.losses),
+        **plan_departure(plan),
         "resumed_from_step": distillation.resumed_from_step,
         "wall_s": distillation.wall_s,
         "seconds_per_step": distillation.seconds_per_step,
