@@ -19,7 +19,7 @@ from ddray.config import parse_overrides, takes
 from ddray.data import Dataset, SplitName, open_dataset
 from ddray.data.own import Own, store
 from ddray.distillation.loop import run_distillation
-from ddray.errors import InputError
+from ddray.errors import InputError, InterruptedRunError
 from ddray.evaluation.options import EvaluateOptions, EvaluateResult, EvaluateRunOptions
 from ddray.jobs import distill as distill_job
 from ddray.jobs import score
@@ -96,6 +96,7 @@ def distill(
     Raises:
         InputError: a name or a value is invalid.
         DivergedError: the loss became NaN.
+        InterruptedRunError: a signal ended the run; the same call with its `run_dir` continues it.
     """
     plan = _plan({**options, "method": method, "dataset": dataset, "test": test}, settings)
     how, shards = DistillOptions.pick({"resume": True, **options}), ShardOptions.pick(options)
@@ -106,7 +107,12 @@ def distill(
             run_dir = how.run_dir or Path(folder) / "run"
             how = how.model_copy(update={"run_dir": run_dir})
             more_steps = {**options, **(settings or {})}.get("steps") is not None
-            return load_set(Path(_distil(plan, how, shards, more_steps).artifact))
+            try:
+                return load_set(Path(_distil(plan, how, shards, more_steps).artifact))
+            except InterruptedRunError as error:
+                if run_dir.is_relative_to(folder):  # which ends here: nothing goes on from it
+                    raise KeyboardInterrupt from error
+                raise
     name = SplitName(how.val_seed, how.val_images)
     split, _ = name.carve(plan.dataset.train())
     with on_device(how.device) as device:

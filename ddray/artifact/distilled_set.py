@@ -28,9 +28,13 @@ from ddray.data.packed import PackedImages
 from ddray.data.reference import DatasetRef
 from ddray.errors import InputError
 from ddray.system.files import write_atomically
+from ddray.system.tensors import sha256_of
 
-FORMAT_VERSIONS: Final = (1, 2)
-"""Versions that are read. Files are of version 2 only if their meta has what version 1 lacks."""
+FORMAT_VERSIONS: Final = (1, 2, 3)
+"""Versions that are read. Files are of version 2 only if their meta has what version 1 lacks, and of
+version 3 only in the folder of a run, whose sets share their whitening."""
+WHITENING: Final = "whitening"
+"""Entry of a version 3 file: the name of the file, in a folder above, that has its ZCA."""
 ADDED: Final = ("label_kind", "learned_lr", "schedule")
 """Fields of meta that version 2 brought."""
 LabelKind = Literal["logits", "probabilities", "values"]
@@ -247,6 +251,11 @@ class DistilledSet:
         name, second = next((name, one) for name, one in tensors.items() if one is not None)
         return dict(self.compact) or {"images": self.images, name: second}
 
+    def made_of(self) -> dict[str, int]:
+        """Return the bytes of what the file holds, by name."""
+        parts = {name: tensor.nbytes for name, tensor in self._stored().items()}
+        return parts | ({"whitening": sum(one.nbytes for one in self.zca.values())} if self.zca else {})
+
     def check_storage(self) -> None:
         """Check that `storage_floats` counts every stored value except labels and ZCA; else InputError."""
         floats = sum(tensor.numel() for name, tensor in self._stored().items() if name != "labels")
@@ -258,8 +267,11 @@ class DistilledSet:
         tensors = (self.images, self.targets, self.soft_labels, *self.compact.values())
         return all(bool(torch.isfinite(tensor).all()) for tensor in tensors if tensor is not None)
 
-    def save(self, path: Path | str) -> None:
+    def save(self, path: Path | str, *, shared: Path | None = None) -> None:
         """Validate, then write the file atomically.
+
+        A run writes the whitening of its sets (38 MB for images of 32 px) once, to its folder `shared`, up to
+        two folders above them; by default a file is whole.
 
         Raises:
             InputError: the set is not valid.
@@ -267,8 +279,24 @@ class DistilledSet:
         """
         self.validate()
         contents: dict[str, Any] = {"format_version": self.meta.format_version}
-        for name, tensor in {**self._stored(), **self.zca}.items():
+        apart = self.zca if shared is not None else {}
+        if shared is not None and apart:
+            contents = {"format_version": FORMAT_VERSIONS[-1], WHITENING: _write_whitening(shared, apart)}
+        for name, tensor in {**self._stored(), **(self.zca if not apart else {})}.items():
             # A copy: torch.save writes the whole storage behind a view.
             contents[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         contents["meta"] = json.dumps(self.meta.dump(), sort_keys=True)
         write_atomically(Path(path), lambda file: torch.save(contents, file))
+
+
+def _write_whitening(folder: Path, zca: Mapping[str, Tensor]) -> str:
+    """Write a whitening to a run's folder unless it is there; return the name of its file."""
+    file = folder / whitening_name(zca)
+    if not file.exists():
+        write_atomically(file, lambda target: torch.save(dict(zca), target))
+    return file.name
+
+
+def whitening_name(zca: Mapping[str, Tensor]) -> str:
+    """Return the name of the file that has a whitening, which is a hash of it."""
+    return f"{WHITENING}-{sha256_of(zca[name] for name in ZCA)[:16]}.pt"

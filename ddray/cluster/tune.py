@@ -73,18 +73,19 @@ def tune(plan: Plan, options: TuneOptions, *, run_dir: Path | None, resume: bool
     most = None if options.max_concurrent is None else options.max_concurrent * (options.shards or 1)
     executor = RayExecutor(options.cpus_per_trial, options.gpus, most, options.address)
     run, start_points = _open(plan, options, settings, space, paper, num_samples, run_dir, resume)
-    job = _job(plan, options, settings, run, _nas_objective(plan, options, train, val, run))
+    with run.continued("the search"):
+        job = _job(plan, options, settings, run, _nas_objective(plan, options, train, val, run))
     search = Search(plan, options, space, paper, job, run, num_samples, start_points)
     earlier = {row.key for row in run.ledger.rows()}
     if search.missing():
-        with sigterm_as_sigint(), ray_runtime(options.address):
+        with run.continued("the search"), sigterm_as_sigint(), ray_runtime(options.address):
             _run_missing(search, train, val, executor)
     rows = search.rows()
     write_results(run.folder / "results.csv", run.ledger.rows())
     best, paper_row = best_trial(rows), paper_trial(rows)
     points = {"best": best, "paper": paper_row}
     search.close()
-    with sigterm_as_sigint():
+    with run.continued("the search"), sigterm_as_sigint():
         scores = run_finals(search, points, executor, shared_pool)
     write_results(run.folder / "results.csv", run.ledger.rows())
     record_search_costs(search, [row for row in run.ledger.rows() if row.key not in earlier])

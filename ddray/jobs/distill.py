@@ -30,7 +30,6 @@ from ddray.runs.recovery import recovering
 from ddray.runs.results import write_results
 from ddray.runs.scores import remember_run
 from ddray.system.files import storage_errors, write_text
-from ddray.system.progress import progress
 
 log = logging.getLogger(__name__)
 SNAPSHOTS: Final = "distilled-steps"
@@ -68,6 +67,12 @@ class DistillResult(Result):
     """Of the distillation in all processes that worked on it, without the pool's."""
     seconds_with_pool: float | None = None
     """With the training of the pool's networks that it used, whenever that was."""
+    whitening_s: float | None = None
+    """Seconds that fitting the whitening took, whenever that was; in neither of the two above."""
+    size_bytes: int | None = None
+    """Of the set's file."""
+    made_of: dict[str, int] | None = None
+    """Bytes of what is in it: images, labels, whitening, ..."""
     peak_memory_bytes: int | None = None
     """GPU: of its tensors; CPU: of the process, with Python, libraries and dataset. Without the training of
     the pool."""
@@ -139,7 +144,8 @@ def distill(
         more_steps=more_steps,
     )
     run.ledger.begin(unit, epoch=run.epoch)
-    distiller, distillation = recovering(_run, plan, ctx, run, unit)
+    with run.continued("the run"):
+        distiller, distillation = recovering(_run, plan, ctx, run, unit)
     result = finish_run(plan, run, unit, distillation, out, getattr(distiller, "representations", None))
     if (row := run.ledger.row(unit.key)) is not None:
         signature = {"kind": "distill", "what": plan.method, "which": plan.dataset.name}
@@ -223,22 +229,16 @@ def _run(plan: Plan, ctx: DistillContext, run: Run, unit: Unit) -> tuple[Distill
     """Run the steps that are missing; a run that the method's setup rejects leaves no folder."""
     distiller = make_distiller(plan)
     checkpoint, config = run.checkpoint(unit.key), plan.config
-    snapshots = Snapshots(run.folder / SNAPSHOTS, snapshot_steps(config.evaluate.every, config.steps))
-    with progress(f"{plan.method} on {plan.dataset.name}", plan.config.steps) as show:
-        try:
-            distillation = run_distillation(
-                distiller,
-                ctx,
-                checkpoint=checkpoint,
-                on_step=lambda step, loss: show(step, f"loss {loss:.4g}"),
-                snapshots=snapshots,
-            )
-        except DdrayError as error:
-            if isinstance(error, InputError) and not run.resumed and not checkpoint.exists():
-                run.discard()  # nothing was written
-            else:  # no row, so that a rerun with --resume tries again
-                run.ledger.event("fail", unit.key, run.epoch, error=str(error))
-            raise
+    steps = snapshot_steps(config.evaluate.every, config.steps)
+    snapshots = Snapshots(run.folder / SNAPSHOTS, steps, run.folder)
+    try:
+        distillation = run_distillation(distiller, ctx, checkpoint=checkpoint, snapshots=snapshots)
+    except DdrayError as error:
+        if isinstance(error, InputError) and not run.resumed and not checkpoint.exists():
+            run.discard()  # nothing was written
+        else:  # no row, so that a rerun with --resume tries again
+            run.ledger.event("fail", unit.key, run.epoch, error=str(error))
+        raise
     return distiller, distillation
 
 
@@ -270,5 +270,7 @@ def _distill_result(plan: Plan, distillation: Distillation, target: Path, snapsh
         "first_loss": first,
         "final_loss": final,
         **distillation.costs(),
+        "size_bytes": target.stat().st_size,
+        "made_of": distillation.distilled.made_of(),
         **({"snapshots": str(snapshots)} if snapshots.is_dir() else {}),
     }

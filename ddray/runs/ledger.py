@@ -7,11 +7,9 @@ A row is `<run>/ledger/<key>.json`; its key is the hash of the unit's descriptio
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
-import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +21,7 @@ from pydantic import Field
 
 from ddray.config import Config
 from ddray.errors import one_line
-from ddray.system.files import append_line, read_json_lines, storage_errors, write_atomically
+from ddray.system.files import append_line, locked, read_json_lines, storage_errors, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -195,11 +193,5 @@ class Ledger:
     @contextmanager
     def _locked(self, *, exclusive: bool) -> Iterator[None]:
         """Hold the epoch lock, so that no stale row slips in between the check and the link."""
-        path = self.run_dir / "epoch.lock"
-        with storage_errors(path):
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+        with locked(self.run_dir / "epoch.lock", exclusive=exclusive):
             yield
-        finally:
-            os.close(handle)

@@ -66,6 +66,22 @@ def write_atomically(
             temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def locked(path: Path, *, exclusive: bool = True) -> Iterator[None]:
+    """Hold a lock file while the block runs, after waiting for the processes that hold it.
+
+    StorageError if it can't be created.
+    """
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(handle)
+
+
 def copy_atomically(source: Path, path: Path) -> None:
     """Copy a file through a temporary file beside `path`; errors as for `write_atomically`."""
     with source.open("rb") as file:

@@ -86,13 +86,13 @@ class Search:
 
         InterruptedRunError if a signal came, or the time budget ended before the paper's point.
         """
-        missing, folder = self.missing(), self.run.folder
+        missing = self.missing()
         out_of_time = self.options.time_budget is not None and run_s >= self.options.time_budget
         # A budget lets running trials end; a signal leaves some without a row.
         if missing and (self.unfinished() or not out_of_time or 0 in missing):
+            num_done = self.num_samples - len(missing)
             raise InterruptedRunError(
-                f"the search ended with {self.num_samples - len(missing)} of {self.num_samples} trials in "
-                f"{folder}; run again with --run-dir {folder} --resume to finish it"
+                f"the search ended with {num_done} of {self.num_samples} trials", self.run.folder
             )
 
 
