@@ -169,8 +169,8 @@ def methods_table(result: MethodList) -> Any:
     )
     title = f"methods, with the cost of their presets on {result.dataset}, ipc {result.ipc}"
     caption = (
-        "networks: trained before, once for all runs (in brackets: not in the pool yet); time here: of the "
-        "steps, from past runs on this machine. ddray methods NAME shows settings."
+        "networks: trained before, once for all runs (missing: not in the pool yet); time here: of the steps, "
+        "by past runs on this machine. ddray methods NAME shows settings."
     )
     table = Table(*headers, title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for line in result.methods:
@@ -182,20 +182,20 @@ def _method_costs(line: MethodLine) -> tuple[str, str, str]:
     """Return steps, networks (of which missing) and time of a method."""
     if line.steps is None:
         return ("-", "-", "-")
-    missing = f" ({line.networks_missing})" if line.networks else ""
+    missing = f" ({line.networks_missing} missing)" if line.networks_missing else ""
     networks = "?" if line.networks is None else f"{line.networks}{missing}"
-    return f"{line.steps:,}", networks, "-" if line.estimate_s is None else _duration(line.estimate_s)
+    return f"{line.steps:,}", networks, _duration(line.estimate_s)
 
 
 def method_tables(page: MethodPage, dataset: str, ipc: int, size: int) -> list[Any]:
     """Return what a method is, its cost and its settings; `size` is what its preset's `page.size` is."""
     steps, networks, seconds = _method_costs(page)
+    costs = f"{steps} steps; networks trained before: {networks}; time here: {seconds}"
     facts = {
         "paper": page.paper or "-",
         "scored by": f"--protocol {page.protocol}",
         "presets": page.presets,
-        f"on {dataset}, ipc {ipc}": page.unsuited
-        or f"{steps} steps, {networks} networks, time here {seconds}",
+        f"on {dataset}, ipc {ipc}": page.unsuited or costs,
         "tune varies": {name: _ranges(space) for name, space in page.search_space.items()},
     }
     settings = ((one["name"], _value(one["default"]), one["meaning"]) for one in page.settings)
