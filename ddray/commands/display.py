@@ -169,8 +169,8 @@ def methods_table(result: MethodList) -> Any:
     )
     title = f"methods, with the cost of their presets on {result.dataset}, ipc {result.ipc}"
     caption = (
-        "networks: trained before, once for all runs (missing: not in the pool yet); time here: of the steps, "
-        "by past runs on this machine. ddray methods NAME shows settings."
+        "networks: trained before, once for all runs (missing: not in the pool yet); time here: of the "
+        "steps, by past runs on this machine. ddray methods NAME shows settings."
     )
     table = Table(*headers, title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for line in result.methods:
