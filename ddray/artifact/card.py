@@ -31,7 +31,7 @@ _OF_FOLDER: Final = """import torch
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import PILToTensor
 
-folder = ImageFolder("{out}", transform=PILToTensor())
+folder = ImageFolder("{out}", transform=PILToTensor(), allow_empty=True)
 pictures = torch.stack([picture for picture, _ in folder]){grey}.float()  # 0..255
 labels = torch.tensor(folder.targets)
 """
@@ -96,7 +96,7 @@ def card(distilled: DistilledSet, out: Path, num_images: int, whitening: Path) -
         num_images=num_images,
         method=meta.method,
         dataset=_dataset(meta),
-        facts=_facts(meta, num_images),
+        facts=_facts(distilled, num_images, is_table),
         reading=(_OF_PARQUET if is_table else _OF_FOLDER).format(
             out=out.name,
             column="label" if distilled.targets is None else "target",
@@ -122,8 +122,10 @@ def _size(meta: Meta) -> str:
     return f"{meta.ipc} image{'s' if meta.ipc > 1 else ''} per class"
 
 
-def _facts(meta: Meta, num_images: int) -> str:
+def _facts(distilled: DistilledSet, num_images: int, is_table: bool) -> str:
     """Return a table of what the set is."""
+    meta = distilled.meta
+    soft = meta.label_kind or "probabilities"
     rows = {
         "method": meta.method,
         "distilled from": f"{_dataset(meta)}, {meta.split or 'train'} (sha256 {meta.fingerprint[:12]}...)",
@@ -131,6 +133,9 @@ def _facts(meta: Meta, num_images: int) -> str:
         "stored values": f"{meta.storage_floats:,}",
         "classes": f"{len(meta.class_names)}: {', '.join(meta.class_names[:20])}"
         + (", ..." if len(meta.class_names) > 20 else ""),
+        "soft labels": f"{soft}, in the column soft_label"
+        if is_table and distilled.soft_labels is not None
+        else "",
         "pixel space": meta.pixel_space,
         "network": meta.arch,
         "learned rate": meta.learned_lr,

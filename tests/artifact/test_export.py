@@ -53,6 +53,7 @@ class TestParquet:
         assert torch.equal(again.images, distilled.images)
         assert again.labels.tolist() == distilled.labels.tolist()
         assert again.meta == distilled.meta
+        assert (f"| {kind}, in the column soft_label |" in readme(tmp_path)[1]) == (soft is not None)
         assert (again.soft_labels is None) if soft is None else torch.equal(again.soft_labels, soft)
 
     def test_steps_targets_and_partitions_come_back_as_networks_learn_them(self, tmp_path: Path) -> None:
