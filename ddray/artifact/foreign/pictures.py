@@ -9,7 +9,7 @@ import unicodedata
 from pathlib import Path
 from typing import Any, Final
 
-from ddray.artifact.distilled_set import Meta
+from ddray.artifact.distilled_set import ZCA, Meta
 from ddray.artifact.export import CARD, META, folder_names, whitening_file
 from ddray.artifact.exported import exported_meta, read_whitening
 from ddray.artifact.foreign import ForeignFile, ForeignFormat, ForeignRequest, ForeignSet
@@ -113,7 +113,9 @@ def _space(path: Path, meta: Meta, dataset: Dataset) -> PixelSpace:
     """Return the pixel space of an exported set; whitening is fitted again where a release wrote no file."""
     if meta.pixel_space == "zca" and not whitening_file(path).is_file():
         return pixel_space(meta.pixel_space, dataset, dataset.train())
-    return PixelSpace(meta.pixel_space, meta.mean, meta.std, **read_whitening(path, meta))
+    zca = read_whitening(path, meta)
+    mean, matrix = (zca.get(name) for name in ZCA)
+    return PixelSpace(meta.pixel_space, meta.mean, meta.std, mean, matrix)
 
 
 def _fits(path: Path, contents: Any) -> bool:
