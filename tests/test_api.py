@@ -21,6 +21,7 @@ from ddray.artifact.export import export_folder, export_parquet, pictures
 from ddray.artifact.reading import load
 from ddray.cluster.doctor import DoctorResult
 from ddray.commands.export import ExportResult
+from ddray.commands.methods import MethodList, MethodPage
 from ddray.config import Result
 from ddray.data import open_dataset
 from ddray.data.loaders import DatasetInfo, DatasetList
@@ -233,6 +234,8 @@ RESULTS: dict[str, type[Result]] = {
     "bench": BenchResult,
     "report": ReportResult,
     "export": ExportResult,
+    "methods": MethodList,
+    "methods NAME": MethodPage,
     "pool train": PoolResult,
     "pool list": PoolList,
     "pool show": PoolEntryInfo,
@@ -340,7 +343,7 @@ class TestExport:
         distilled.save(tmp_path / "a.pt")
         assert ddray.export(tmp_path / "a.pt", tmp_path / "a.parquet").is_file()
         assert ddray.export(distilled, tmp_path / "b").is_dir()
-        assert ddray.export(distilled, tmp_path / "c.parquet", form="folder").is_dir()
+        assert ddray.export(distilled, tmp_path / "c", form="folder").is_dir()
         assert load(tmp_path / "a.pt").meta == ddray.load(tmp_path / "a.pt").meta
 
 

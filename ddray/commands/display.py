@@ -12,6 +12,7 @@ from ddray.drawing.text import percent
 from ddray.system.progress import plain_console
 
 if TYPE_CHECKING:
+    from ddray.commands.methods import MethodLine, MethodList, MethodPage
     from ddray.pool.listing import PoolEntryInfo, PoolModel
     from ddray.ranking.result import NasResult
     from ddray.tables.columns import Column
@@ -154,6 +155,59 @@ def _measured(result: dict[str, Any], measures: Mapping[str, Any]) -> Iterator[t
             yield f"{measure.title} %", percent(value, std)
         else:
             yield measure.title, f"{value:.4g}" + ("" if std is None else f" +- {std:.2g}")
+
+
+def methods_table(result: MethodList) -> Any:
+    """Return a table of all methods, with the cost of their presets."""
+    from rich import box
+    from rich.table import Column, Table
+
+    right: dict[str, Any] = {"justify": "right", "no_wrap": True}
+    headers = (
+        *(Column("method", no_wrap=True), Column("what it is", ratio=3), Column("paper", ratio=2)),
+        *("protocol", Column("steps", **right), Column("networks", **right), Column("time here", **right)),
+    )
+    title = f"methods, with the cost of their presets on {result.dataset}, ipc {result.ipc}"
+    caption = (
+        "networks: trained before, once for all runs (missing: not in the pool yet); time here: of the "
+        "steps, by past runs on this machine. ddray methods NAME shows settings."
+    )
+    table = Table(*headers, title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for line in result.methods:
+        table.add_row(*(line.name, line.summary, line.paper or "-", line.protocol), *_method_costs(line))
+    return table
+
+
+def _method_costs(line: MethodLine) -> tuple[str, str, str]:
+    """Return steps, networks (of which missing) and time of a method."""
+    if line.steps is None:
+        return ("-", "-", "-")
+    missing = f" ({line.networks_missing} missing)" if line.networks_missing else ""
+    networks = "?" if line.networks is None else f"{line.networks}{missing}"
+    return f"{line.steps:,}", networks, _duration(line.estimate_s)
+
+
+def method_tables(page: MethodPage, dataset: str, ipc: int, size: int) -> list[Any]:
+    """Return what a method is, its cost and its settings; `size` is what its preset's `page.size` is."""
+    steps, networks, seconds = _method_costs(page)
+    costs = f"{steps} steps; networks trained before: {networks}; time here: {seconds}"
+    facts = {
+        "paper": page.paper or "-",
+        "scored by": f"--protocol {page.protocol}",
+        "presets": page.presets,
+        f"on {dataset}, ipc {ipc}": page.unsuited or costs,
+        "tune varies": {name: _ranges(space) for name, space in page.search_space.items()},
+    }
+    settings = ((one["name"], _value(one["default"]), one["meaning"]) for one in page.settings)
+    return [
+        *(page.description, "", table_of(page.name, facts)),
+        *([_table("settings", ("--set", "default", "meaning"), settings)] if page.settings else ()),
+        next_step("distill", "--method", page.name, "--dataset", dataset, f"--{page.size}", size),
+    ]
+
+
+def _ranges(space: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {_value(value)}" for name, value in space.items())
 
 
 def archs_table(space: str, archs: Sequence[dict[str, Any]]) -> Any:
@@ -306,8 +360,11 @@ def search_forecast_tables(forecast: SearchForecast) -> list[Any]:
 def _expected(forecast: Mapping[str, Any]) -> dict[str, str]:
     """Return the lines of a forecast's totals."""
     seconds, peak = forecast["estimate_s"], forecast["peak_memory_bytes"]
-    source = ", from past units on this machine"
+    workers, source = forecast["num_workers"], ", from past units on this machine"
+    at_a_time = f" on this machine, {workers} unit{'s' if workers != 1 else ''} at a time"
+    wall = {"wall time": _duration(forecast["estimate_wall_s"]) + ("" if seconds is None else at_a_time)}
     return {
+        **({} if workers is None else wall),
         "device time": _duration(seconds) + ("" if seconds is None else f" of one worker{source}"),
         "peak MB": _megabytes(peak) + ("" if peak is None else f" of the largest unit{source}"),
     }

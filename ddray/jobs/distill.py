@@ -4,6 +4,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -18,10 +19,11 @@ from ddray.distillation.loop import Distillation, run_distillation
 from ddray.distillation.method import DistillContext, Distiller
 from ddray.distillation.snapshots import Snapshots, snapshot_steps
 from ddray.drawing.images import save_pictures
-from ddray.errors import DdrayError, InputError
+from ddray.errors import DdrayError, InputError, StorageError
 from ddray.jobs.context import check_longer, make_context, make_distiller
 from ddray.jobs.plan import Plan
 from ddray.jobs.preset import plan_departure
+from ddray.runs.costs import record_costs
 from ddray.runs.folder import Run, extended_from, open_run, read_config
 from ddray.runs.ledger import Row, Unit
 from ddray.runs.recovery import recovering
@@ -144,7 +146,12 @@ def distill(
     run.ledger.begin(unit, epoch=run.epoch)
     with run.continued("the run"):
         distiller, distillation = recovering(_run, plan, ctx, run, unit)
-    return finish_run(plan, run, unit, distillation, out, getattr(distiller, "representations", None))
+    result = finish_run(plan, run, unit, distillation, out, getattr(distiller, "representations", None))
+    if (row := run.ledger.row(unit.key)) is not None:
+        signature = {"kind": "distill", "what": plan.method, "which": plan.dataset.name}
+        with suppress(StorageError):  # forecasts lack it; the run is done
+            record_costs(signature, [(row, plan.work)], device.type)
+    return result
 
 
 def start_run(

@@ -7,12 +7,9 @@ A row is `<run>/ledger/<key>.json`; its key is the hash of the unit's descriptio
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import logging
-import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
