@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.artifact.reading import load
 from ddray.config import read_yaml
+from ddray.drawing.text import size_of
 from ddray.errors import InputError
 from ddray.runs.folder import environments
 from ddray.runs.ledger import Ledger, Row, classes_of
 from ddray.tables.along import group_of
-from ddray.tables.columns import size_of
 from ddray.tables.table import accuracy_of, cells_of, drop_scaled_differences, failure_of, names_of
 from ddray.tables.units import Cell
 

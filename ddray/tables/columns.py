@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from ddray.drawing.text import percent
+from ddray.drawing.text import percent, size_of
 from ddray.evaluation import get_protocol, protocol_names
 
 Entry = Mapping[str, Any]
@@ -58,13 +58,6 @@ def _flat(entry: Entry) -> Entry:
 def short(value: float) -> str:
     """Return a number with three digits; from 1000 on as a whole number."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-
-
-def size_of(entry: Entry) -> str:
-    """Return `ipc 10` or `100 images`; empty without a size."""
-    if "budget" in entry:
-        return f"{entry['budget']} images"
-    return f"ipc {entry['ipc']}" if "ipc" in entry else ""
 
 
 def _field(name: str, header: str | None = None, kind: Literal["name", "setting"] = "name") -> Column:
