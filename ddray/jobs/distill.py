@@ -25,6 +25,7 @@ from ddray.runs.folder import Run, extended_from, open_run, read_config
 from ddray.runs.ledger import Row, Unit
 from ddray.runs.recovery import recovering
 from ddray.runs.results import write_results
+from ddray.runs.scores import remember_run
 from ddray.system.files import storage_errors, write_text
 from ddray.system.progress import progress
 
@@ -170,6 +171,8 @@ def finish_run(
     target = (out or run.folder / "distilled.pt").absolute()
     distilled = distillation.distilled
     distilled.save(target)
+    if target.parent != run.folder:
+        remember_run(target, run.folder)
     if len(distilled.images):
         save_pictures(distilled, target, representations=representations)
     write_text(run.folder / "distilled.json", json.dumps({"losses": distillation.curve()}))

@@ -15,6 +15,7 @@ from ddray.errors import DdrayError, InputError, InterruptedRunError, StorageErr
 from ddray.evaluation.options import EvaluateOptions, EvaluateResult, EvaluateRunOptions
 from ddray.evaluation.protocol import EvalResult, summarise
 from ddray.jobs.score import check_sets, read_sets
+from ddray.jobs.score_record import record_score
 from ddray.jobs.score_units import (
     Prepared,
     ScoreData,
@@ -153,7 +154,8 @@ def evaluate_in_run(
         ) from error
     finally:
         forget()
-    return _finish(evaluation, prepared)
+    result = _finish(evaluation, prepared)
+    return record_score(path, sets, target.name, options, result)
 
 
 def _config(

@@ -1,12 +1,15 @@
 """scores.jsonl: what `ddray evaluate` measured of a run's sets, one line per evaluation."""
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from ddray.errors import StorageError
 from ddray.system.files import append_line, file_sha256, home, read_json_lines, write_text
 
+log = logging.getLogger(__name__)
 _FILE: Final = "scores.jsonl"
 _DEPTH: Final = 2  # a set lies in its run's folder, or in a folder of that
 
@@ -31,12 +34,11 @@ def read_scores(folder: Path) -> list[dict[str, Any]]:
 
 
 def remember_run(artifact: Path, folder: Path) -> None:
-    """Note which run wrote a set outside its folder (`--out`): `run_of` finds it by the file's content.
-
-    Raises:
-        StorageError: the note can't be written.
-    """
-    write_text(_note(file_sha256(artifact)), str(folder))
+    """Note which run wrote a set outside its folder (`--out`): `run_of` finds it by the file's content."""
+    try:
+        write_text(_note(file_sha256(artifact)), str(folder))
+    except StorageError as error:  # costs no set
+        log.warning("evaluations of %s will not be in its run's record: %s", artifact, error)
 
 
 def run_of(artifact: Path, sha256: str) -> Path | None:

@@ -44,6 +44,8 @@ def _flat(entry: Entry) -> Entry:
     flat.pop("compared", None)  # the published number, as printed
     if differs := flat.pop("differs", None):
         flat["differs"] = "; ".join(differs)
+    if overridden := flat.pop("overridden", None):
+        flat["overridden"] = ", ".join(overridden)
     if published := flat.pop("published", None):
         flat |= {
             "published": published["accuracy_mean"],
@@ -101,6 +103,8 @@ _COLUMNS: Final = (
     ),
     _figure("difference", "difference", lambda value: f"{100 * value:+.2f}", csv=True),
     _figure("difference_se", "in SE", "{:+.1f}".format, csv=True),
+    Column("cut", "cut", csv=("cut",)),
+    Column("overridden", "overridden", csv=("overridden",)),
     Column("differs", "differs", csv=("differs",)),
 )
 

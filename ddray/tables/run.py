@@ -19,6 +19,7 @@ from ddray.runs.results import write_results
 from ddray.system.files import write_text
 from ddray.system.progress import progress
 from ddray.tables.along import write_along, write_costs
+from ddray.tables.anomalies import anomalies
 from ddray.tables.checks import check_row_shards
 from ddray.tables.cost import record_cost, record_sweep_costs
 from ddray.tables.graph import build_graph
@@ -112,6 +113,7 @@ def run_bench(
         num_failed=len(failures),
         failures=failures,
         skipped=skipped,
+        anomalies=anomalies(bare_cells),
         wall_s=time.perf_counter() - begin,
     )
 
