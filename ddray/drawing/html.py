@@ -12,7 +12,7 @@ from ddray.system.files import write_text
 
 # Okabe and Ito's colour-blind safe palette with a lighter blue, readable on white and on black.
 COLOURS: Final = ("#1f84c9", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#b8a100", "#8a94a3")
-DIM: Final = "#8a94a3"
+GREY: Final = COLOURS[-1]
 # The parts of plotly's own templates that show here: these take 7 kB in every figure.
 _AXIS: Final = {"gridcolor": "#e3e6ea", "automargin": True, "zeroline": False, "title": {"standoff": 8}}
 # Transparent, so that plots take the page's background, light or dark.
@@ -22,7 +22,7 @@ _LAYOUT: Final[Mapping[str, Any]] = {
     "margin": {"l": 55, "r": 15, "t": 30, "b": 50},
     "paper_bgcolor": "rgba(0,0,0,0)",
     "plot_bgcolor": "rgba(0,0,0,0)",
-    "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": DIM},
+    "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": GREY},
     "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
 }
 _CONFIG: Final = {"responsive": True, "displaylogo": False}

@@ -8,7 +8,7 @@ import torch
 from plotly.colors import qualitative
 from torch import Tensor
 
-from ddray.drawing.html import COLOURS, DIM, to_html
+from ddray.drawing.html import COLOURS, GREY, to_html
 from ddray.report.plane import Plane
 from ddray.report.runs import RunView, SetView, grouped
 from ddray.tables.along import curve, curve_names
@@ -42,7 +42,7 @@ def accuracy_bars(cells: Sequence[Mapping[str, Any]]) -> str:
             error_x={
                 "type": "data",
                 "array": [100 * (cell["accuracy_std"] or 0) for cell in arch_cells],
-                "color": DIM,
+                "color": GREY,
                 "thickness": 1.5,
                 "width": 3,
             },
@@ -173,7 +173,7 @@ def plane_scatter(plane: Plane) -> str:
         labels = plane.real_labels[mask].tolist()
         figure.add_scatter(
             **_points(plane.real[mask]),
-            marker={"size": 4, "opacity": 0.5, "color": colours.get(name, DIM)},
+            marker={"size": 4, "opacity": 0.5, "color": colours.get(name, GREY)},
             text=None if name in colours else [plane.class_names[label] for label in labels],
             hovertemplate=("" if name in colours else "%{text}, ") + "real<extra>" + name + "</extra>",
             name=name,

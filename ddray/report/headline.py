@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ddray.drawing.text import percent_short
+from ddray.ranking.report import sweep_title
 from ddray.report.board import matrix_of
 from ddray.report.runs import RunView, SetView, grouped
 from ddray.tables.along import group_of
@@ -13,10 +15,17 @@ from ddray.tables.columns import Entry
 from ddray.tuning.report import search_title
 
 
-def headline(run: RunView) -> str:
-    """Return a run's result, such as `datadam on cifar10, ipc 1: 32.6 % (preset 32.0)`."""
+def headline(run: RunView, rankings: Sequence[Mapping[str, Any]] = ()) -> str:
+    """Return a run's result, such as `datadam on cifar10, ipc 1: 32.6 % (preset 32.0)`.
+
+    `rankings` are those of a sweep: `{"proxy", "spearman", "num_archs"}`.
+    """
     if run.command == "tune":
         return _of_search(run)
+    if run.command == "nas" and rankings:
+        num_archs = max(ranking["num_archs"] for ranking in rankings)
+        correlations = {ranking["proxy"]: ranking["spearman"] for ranking in rankings}
+        return sweep_title(str(run.config.get("space")), run.config.get("dataset"), num_archs, correlations)
     if run.cells:
         return of_cells(run.cells, run.title)
     if run.sets:
@@ -25,25 +34,29 @@ def headline(run: RunView) -> str:
 
 
 def of_cells(cells: Sequence[Entry], title: str) -> str:
-    """Return what cells came to: the best of one column, or who leads most; `title` names their table."""
+    """Return what cells came to; `title` names their table.
+
+    That is the score of a single method (the first, of several), the best of a single column, or who leads
+    in most columns.
+    """
     first = next(iter(grouped(cells, lambda cell: cell["protocol"]).values()), [])
     matrix = matrix_of(first)
     if not matrix.heads:
         return title
+    if len(matrix.rows) == 1:
+        entry = next(cell for cell in first if cell["accuracy_mean"] is not None)
+        return _scored(entry, str(entry["arch"]))
     if len(matrix.heads) == 1:
-        best, *others = (row[0].entry for _, row in matrix.rows if row[0] is not None)
-        beside = best["arch"]
-        if others:
-            beside = f"next: {others[0]['method']} {percent_short(others[0]['accuracy_mean'])}"
-        return f"{named(best)}: {percent_short(best['accuracy_mean'])} % ({beside})"
+        best, second, *_ = (row[0].entry for _, row in matrix.rows if row[0] is not None)
+        return _scored(best, f"next: {second['method']} {percent_short(second['accuracy_mean'])}")
     ((leader, count),) = Counter(matrix.leaders()).most_common(1)
     return f"{leader} leads in {count} of {len(matrix.heads)} columns ({title})"
 
 
-def named(cell: Entry) -> str:
-    """Return what a cell scored, such as `dm on digits, ipc 1`; another protocol than `hard` is named."""
-    group = group_of(cell).removesuffix(", hard")
-    return f"{cell['method']} on {group}"
+def _scored(cell: Entry, beside: str) -> str:
+    """Return a cell's score, such as `dm on digits, ipc 1: 71.2 % (convnet3)`; `hard` is not named."""
+    where = f"{cell['method']} on {group_of(cell)}".removesuffix(", hard")
+    return f"{where}: {percent_short(cell['accuracy_mean'])} % ({beside})"
 
 
 def _of_search(run: RunView) -> str:

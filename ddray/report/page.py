@@ -28,6 +28,7 @@ from ddray.report.headline import headline, of_cells
 from ddray.report.plane import make_plane, under_networks
 from ddray.report.runs import RunView, SetView, grouped, read_run
 from ddray.tables.along import group_of
+from ddray.tables.anomalies import anomalies
 from ddray.tables.columns import generators_of
 from ddray.tuning.report import search_view
 from ddray.tuning.space import read_space
@@ -67,11 +68,12 @@ def write_page(
     runs = _with_unique_labels(views)
     cells = [cell for run in runs for cell in run.cells]
     sets = [view for run in runs for view in run.sets]
+    rankings = [part for run in runs for part in _rankings(run)]
     write_html(
         out,
         "report.html",
         runs=runs,
-        title=headline(runs[0]) if len(runs) == 1 else of_cells(cells, f"{len(runs)} runs"),
+        title=headline(runs[0], rankings) if len(runs) == 1 else of_cells(cells, f"{len(runs)} runs"),
         boards=list(_leaderboards(cells, sets)),
         charts=[{**chart, "run": run.title} for run in views for chart in charts.charts(run)],
         methods=list(_methods(cells, sets)),
@@ -82,7 +84,7 @@ def write_page(
             for run in runs
             if run.command == "tune"
         ],
-        rankings=[part for run in runs for part in _rankings(run)],
+        rankings=rankings,
         planes=list(_planes(sets, runs, data_dir)) if planes else [],
         networks=list(_networks(views, data_dir)) if planes else [],
         num_curves_left=max(0, len({v.sort_key()[:2] for v in sets if v.losses}) - _MAX_CURVES),
@@ -153,6 +155,7 @@ def _leaderboards(cells: Sequence[Mapping[str, Any]], sets: Sequence[SetView]) -
             "matrix": matrix_of(entries),
             **table_of(entries),
             "generators": "; ".join(generators_of(entries)),
+            "anomalies": anomalies(entries),
             "plots": [
                 {"title": name, "html": figures.accuracy_bars(group)}
                 for name, group in grouped(protocol_cells, group_of).items()
@@ -274,7 +277,8 @@ def _rankings(run: RunView) -> Iterator[dict[str, Any]]:
             rho: Any = both.corr(method="spearman").iloc[0, 1] if len(both) > 2 else None
             yield {
                 "title": f"{folder.name}: {proxy}",
-                "spearman": None if pd.isna(rho) else rho,
+                "proxy": str(proxy),
+                "spearman": None if pd.isna(rho) else float(rho),
                 "num_archs": len(both),
                 "html": scatter_plot(proxy_rows),
             }

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, Final
 
-from ddray.drawing.html import COLOURS, DIM, to_html
+from ddray.drawing.html import COLOURS, GREY, to_html
 from ddray.runs.ledger import Row
 from ddray.tuning.space import Range, Space
 from ddray.tuning.study import score_of, status_of
@@ -51,7 +51,7 @@ def history_plot(rows: Sequence[Row]) -> str:
         figure.add_scatter(x=numbers, y=best, mode="lines", line=line, name="best so far", hoverinfo="skip")
     if done and done[0].spec["number"] == 0:
         preset = _scores(done[:1])[0]
-        figure.add_hline(preset, line_dash="dot", line_color=DIM, annotation_text="preset")
+        figure.add_hline(preset, line_dash="dot", line_color=GREY, annotation_text="preset")
     failed = [row for row in rows if row.status == "failed"]
     if failed:
         lowest = min(_scores([row for row in rows if row.status != "failed"]), default=0.0)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ddray.artifact.reading import load
-from ddray.drawing.html import DIM, to_html, write_run_page
+from ddray.drawing.html import GREY, to_html, write_run_page
 from ddray.drawing.images import page_picture
 from ddray.drawing.text import percent_short, size_of
 from ddray.runs.folder import read_config
@@ -16,7 +16,7 @@ from ddray.tuning.plots import axis_of, history_plot, objective_of, scale_of, sl
 from ddray.tuning.space import Space
 from ddray.tuning.study import status_of, study_of
 
-_WORST_TO_BEST: Final = (DIM, "#d55e00")
+_WORST_TO_BEST: Final = (GREY, "#d55e00")
 
 
 def write_report(run_dir: Path, result: Mapping[str, Any], rows: Sequence[Row], space: Space) -> None:
@@ -45,7 +45,8 @@ def search_title(config: Mapping[str, Any], best: float | None, preset: float | 
     )
     if best is None:
         return f"{where}: no score on test"
-    return f"{where}: {percent_short(best)} % (preset {percent_short(preset)})"
+    beside = "" if preset is None else f" (preset {percent_short(preset)})"
+    return f"{where}: {percent_short(best)} %{beside}"
 
 
 def search_view(space: Space, rows: Sequence[Row]) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import json
 import re
 from html.parser import HTMLParser
 from typing import Any
@@ -55,3 +57,21 @@ def tables(page: str) -> list[list[list[str]]]:
     parser = Tables()
     parser.feed(body(page))
     return parser.tables
+
+
+def board(page: str) -> list[list[str]]:
+    """The first table with every figure of the cells."""
+    return next(table for table in tables(page) if "accuracy %" in table[0])
+
+
+def heading(page: str) -> str:
+    """The text of the page's only h1."""
+    (text,) = re.findall(r"(?s)<h1>(.*?)</h1>", page)
+    return html.unescape(text)
+
+
+def traces(figure: str) -> list[dict[str, Any]]:
+    """A figure's data, read from the page's own script."""
+    start = figure.index("[", figure.index("Plotly.newPlot("))
+    data: list[dict[str, Any]] = json.JSONDecoder().raw_decode(figure[start:])[0]
+    return data

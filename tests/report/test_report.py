@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import json
 import re
@@ -17,11 +18,13 @@ from PIL import Image
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.config import flatten
 from ddray.data import fit_zca
-from ddray.drawing.images import grid, grid_along, png, save_grid
+from ddray.drawing.images import grid, images_along, png, save_grid
 from ddray.runs.ledger import Row
 from ddray.runs.results import write_results
+from ddray.tuning.plots import history_plot, slice_plots
 from ddray.tuning.report import write_report
 from ddray.tuning.space import Range
+from tests.report.pages import heading, traces
 
 leaves = st.integers() | st.none() | st.lists(st.integers(), max_size=2)
 nested = st.recursive(
@@ -138,13 +141,13 @@ def test_the_same_images_stand_in_a_row_along_the_steps(toy: Any, planned: Any) 
     first = a_set(toy, planned, ipc=3)
     second = replace(first, images=first.images * 0)
 
-    tiles = cells(grid_along([first, second]), 6, 2)
+    images = images_along([first, second])
 
+    assert images is not None
     pixels = first.space().decode(first.images).clamp(0, 1)
-    for row, index in enumerate([0, 1, 3, 4, 6, 7]):  # two of the three images of each class
-        assert torch.allclose(tiles[row, 0], pixels[index])
-    assert torch.allclose(tiles[:, 1], second.space().decode(second.images)[:6])
-    assert grid_along([]) is None
+    assert torch.allclose(images[:, 0], pixels[[0, 1, 3, 4, 6, 7]]), "two of the three images of each class"
+    assert torch.allclose(images[:, 1], second.space().decode(second.images)[:6])
+    assert images_along([]) is None
 
 
 def test_a_set_without_images_has_no_picture(toy: Any, planned: Any, tmp_path: Path) -> None:
@@ -192,7 +195,7 @@ class TestTunePage:
 
     def page(self, rows: list[Row], toy: Any, planned: Any, folder: Path) -> str:
         a_set(toy, planned).save(folder / "distilled.pt")
-        (folder / "config.yaml").write_text("steps: 3\nname: <b>bold</b>\n")
+        (folder / "config.yaml").write_text("method_name: dm\ndataset: digits\nipc: 1\nname: <b>bold</b>\n")
         environment = {
             "date": "2026-01-01",
             "processor": "CPU",
@@ -223,7 +226,7 @@ class TestTunePage:
         page = self.page(rows, toy, planned, tmp_path)
 
         body = page[page.index("</script>") :]
-        table = body[body.index("<h2>Trials</h2>") :]
+        table = body[body.index("<h3>Trials</h3>") :]
         assert re.findall(r"<td>(done|stopped early|failed)</td>", table) == [
             *("done", "stopped early", "failed", "done")
         ]
@@ -239,6 +242,32 @@ class TestTunePage:
         )
         assert "@import" not in body
 
+    def test_its_title_is_the_result_and_the_preset_has_its_name(
+        self, toy: Any, planned: Any, tmp_path: Path
+    ) -> None:
+        page = self.page([self.row(0), self.row(3)], toy, planned, tmp_path)
+
+        assert heading(page) == "dm on digits, ipc 1: 14.0 % (preset 11.0)"
+        assert "paper's point" not in html.unescape(page)
+        assert "No improvement over the preset" not in page
+
+    def test_trials_that_were_stopped_or_failed_are_drawn(self) -> None:
+        failed = {"status": "failed", "error": "loss NaN", "result": {"number": 2}}
+        rows = [self.row(0), self.row(1), self.row(2, **failed), self.row(3)]
+
+        by_name = {trace["name"]: trace for trace in traces(history_plot(rows))}
+
+        assert by_name["done"]["x"] == [0, 3]
+        assert by_name["done"]["y"] == pytest.approx([12.34, 15.34]), "percent"
+        assert by_name["stopped early"]["x"] == [1]
+        assert by_name["best so far"]["y"] == pytest.approx([12.34, 15.34])
+        assert by_name["failed"]["text"] == ["loss NaN"]
+        lr_img, init = slice_plots(SPACE, rows)
+        assert [trace["name"] for trace in traces(lr_img["html"])] == ["done", "stopped early"]
+        assert traces(lr_img["html"])[1]["x"] == pytest.approx([0.246912])
+        assert '"type":"log"' in lr_img["html"]
+        assert traces(init["html"])[0]["x"] == ["random", "random"]
+
     def test_figures_that_cannot_be_drawn_give_their_reason(
         self, toy: Any, planned: Any, tmp_path: Path
     ) -> None:
@@ -248,7 +277,7 @@ class TestTunePage:
         assert "Hyperparameter importances" in page
 
 
-@pytest.mark.parametrize("name", ["result", "search", "picture", "config", "environment"])
+@pytest.mark.parametrize("name", ["title", "result", "search", "picture", "config", "environment"])
 def test_the_template_uses_what_it_is_given(name: str) -> None:
     import ddray.drawing
 

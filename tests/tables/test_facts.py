@@ -93,7 +93,12 @@ def test_what_a_row_changes_of_its_preset_is_said(method: Any, table: dict[str, 
         ("dm", {"evaluate": {**HARD, "epochs": 5}}, "epochs 5 of 300", ()),
         ("dm", {"evaluate": {**HARD, "options": {"train_limit": 5}}}, "train_limit 5 of all", ()),
         ("dm", {"evaluate": {**HARD, "augment": "none"}}, None, ("evaluate.augment",)),
-        ("random", {"evaluate": {**SOFT, "recipe": "rded", "epochs": 5}}, "epochs 5 of 400", ("evaluate.recipe",)),
+        (
+            "random",
+            {"evaluate": {**SOFT, "recipe": "rded", "epochs": 5}},
+            "epochs 5 of 400",
+            ("evaluate.recipe",),
+        ),
         ("random", {"set": {"arch": "convnet1_w8"}}, None, ("arch",)),
         ({"name": "dm", "steps": 3, "published": {"setting": "3 steps"}}, {}, None, ()),  # the paper's row
     ],
