@@ -23,7 +23,7 @@ from ddray.ranking.report import (
     sweep_title,
     write_nas_report,
 )
-from tests.report.pages import heading, traces
+from tests.report.pages import ENVIRONMENT, heading, traces
 
 NAN = float("nan")
 
@@ -84,15 +84,7 @@ def result(*proxies: dict[str, Any], **changes: Any) -> dict[str, Any]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "config.yaml").write_text("command: nas\nname: <b>bold</b>\n")
-    environment = {
-        "date": "2026-01-01",
-        "processor": "CPU",
-        "cpu_count": 2,
-        "devices": ["H200"],
-        "versions": {"ddray": "0", "torch": "2"},
-        "git_commit": None,
-    }
-    (tmp_path / "environment.json").write_text(json.dumps(environment))
+    (tmp_path / "environment.json").write_text(json.dumps(ENVIRONMENT))
     return tmp_path
 
 

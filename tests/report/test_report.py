@@ -3,7 +3,6 @@ from __future__ import annotations
 import csv
 import html
 import io
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -22,9 +21,7 @@ from ddray.drawing.images import grid, images_along, png, save_grid
 from ddray.runs.ledger import Row
 from ddray.runs.results import write_results
 from ddray.tuning.plots import history_plot, slice_plots
-from ddray.tuning.report import write_report
-from ddray.tuning.space import Range
-from tests.report.pages import heading, traces
+from tests.report.pages import SPACE, heading, traces, trial_row, write_search
 
 leaves = st.integers() | st.none() | st.lists(st.integers(), max_size=2)
 nested = st.recursive(
@@ -173,55 +170,14 @@ def test_the_png_holds_the_picture(toy: Any, planned: Any, tmp_path: Path) -> No
     assert png(grid(distilled)) == (tmp_path / "a.png").read_bytes()
 
 
-SPACE = {"lr_img": Range("loguniform", 0.01, 10.0), "init": Range("choice", choices=("random", "noise"))}
-
-
 class TestTunePage:
-    def row(self, trial_id: int, **changes: Any) -> Row:
-        values: dict[str, Any] = {
-            "key": f"{trial_id}",
-            "kind": "trial",
-            "spec": {"number": trial_id, "params": {"lr_img": 0.123456 * (trial_id + 1), "init": "random"}},
-            "status": "done",
-            "result": {
-                "number": trial_id,
-                "val_accuracy": 0.1234 + trial_id / 100,
-                "stopped_early": trial_id == 1,
-                "rungs": {"5": 0.1, "10": 0.12},
-            },
-            "wall_s": 1.5,
-        }
-        return Row.parse({**values, **changes})
-
     def page(self, rows: list[Row], toy: Any, planned: Any, folder: Path) -> str:
         a_set(toy, planned).save(folder / "distilled.pt")
-        (folder / "config.yaml").write_text("method_name: dm\ndataset: digits\nipc: 1\nname: <b>bold</b>\n")
-        environment = {
-            "date": "2026-01-01",
-            "processor": "CPU",
-            "cpu_count": 2,
-            "devices": ["H200"],
-            "versions": {"ddray": "0", "torch": "2"},
-            "git_commit": None,
-        }
-        (folder / "environment.json").write_text(json.dumps(environment))
-        result = {
-            "artifact": str(folder / "distilled.pt"),
-            "num_trials": len(rows),
-            "num_failed": 1,
-            "num_stopped_early": 1,
-            "objective": "val_accuracy",
-            "best": {"val_accuracy": 0.1534, "trial": 3},
-            "paper_point": {"val_accuracy": 0.1234, "test_accuracy_mean": 0.11, "test_accuracy_std": None},
-            "test_accuracy_mean": 0.14,
-            "test_accuracy_std": 0.01,
-        }
-        write_report(folder, result, rows, SPACE)
-        return (folder / "report.html").read_text()
+        return write_search(folder, rows)
 
     def test_it_shows_every_trial_and_needs_no_network(self, toy: Any, planned: Any, tmp_path: Path) -> None:
         failed = {"status": "failed", "error": "loss <i>NaN</i>", "result": {"number": 2}}
-        rows = [self.row(0), self.row(1), self.row(2, **failed), self.row(3)]
+        rows = [trial_row(0), trial_row(1), trial_row(2, **failed), trial_row(3)]
 
         page = self.page(rows, toy, planned, tmp_path)
 
@@ -245,7 +201,7 @@ class TestTunePage:
     def test_its_title_is_the_result_and_the_preset_has_its_name(
         self, toy: Any, planned: Any, tmp_path: Path
     ) -> None:
-        page = self.page([self.row(0), self.row(3)], toy, planned, tmp_path)
+        page = self.page([trial_row(0), trial_row(3)], toy, planned, tmp_path)
 
         assert heading(page) == "dm on digits, ipc 1: 14.0 % (preset 11.0)"
         assert "paper's point" not in html.unescape(page)
@@ -253,7 +209,7 @@ class TestTunePage:
 
     def test_trials_that_were_stopped_or_failed_are_drawn(self) -> None:
         failed = {"status": "failed", "error": "loss NaN", "result": {"number": 2}}
-        rows = [self.row(0), self.row(1), self.row(2, **failed), self.row(3)]
+        rows = [trial_row(0), trial_row(1), trial_row(2, **failed), trial_row(3)]
 
         by_name = {trace["name"]: trace for trace in traces(history_plot(rows))}
 
@@ -271,7 +227,7 @@ class TestTunePage:
     def test_figures_that_cannot_be_drawn_give_their_reason(
         self, toy: Any, planned: Any, tmp_path: Path
     ) -> None:
-        page = self.page([self.row(3)], toy, planned, tmp_path)
+        page = self.page([trial_row(3)], toy, planned, tmp_path)
 
         assert page.count("Not drawn:") >= 1
         assert "Hyperparameter importances" in page

@@ -21,7 +21,7 @@ from ddray.tables.columns import MEASURED
 from ddray.tables.options import BenchOptions
 from ddray.tables.run import prepare, run_bench
 from ddray.tables.spec import BenchSpec
-from tests.report.pages import SPEC, board, body, heading, tables
+from tests.report.pages import ENVIRONMENT, SPEC, board, body, heading, tables
 
 
 def test_a_run_that_has_not_ended_is_shown_as_far_as_it_got(bench_folder: Path, tmp_path: Path) -> None:
@@ -87,17 +87,7 @@ def test_a_search_has_a_page(tmp_path: Path) -> None:
     space = {"lr_img": {"loguniform": [0.01, 10.0]}, "init": {"choice": ["random", "noise"]}}
     config = {"command": "tune", "method_name": "dm", "dataset": "digits", "ipc": 1, "space": space}
     (run / "config.yaml").write_text(json.dumps(config))
-    environment = {
-        "date": "2026-01-01",
-        "processor": "CPU",
-        "cpu_count": 2,
-        "devices": [],
-        "versions": {"ddray": "0", "torch": "2"},
-        "git_commit": None,
-        "command": ["ddray", "tune"],
-        "platform": "Linux",
-    }
-    (run / "environment.json").write_text(json.dumps(environment))
+    (run / "environment.json").write_text(json.dumps(ENVIRONMENT))
     ledger = Ledger(run)
     epoch = ledger.open_epoch()
     for trial_id in range(3):
