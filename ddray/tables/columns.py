@@ -146,7 +146,7 @@ def columns_of(entries: Iterable[Entry]) -> list[Column]:
     entries = list(entries)
     protocols = {entry["protocol"] for entry in entries} & {*protocol_names()}
     measures = [
-        _figure(name, measure.title)
+        _figure(name, f"{measure.title} %", percent) if measure.is_fraction else _figure(name, measure.title)
         for protocol in sorted(protocols)
         for name, measure in get_protocol(protocol).measures.items()
         if measure.in_tables
