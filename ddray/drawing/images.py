@@ -17,7 +17,7 @@ from ddray.system.files import write_atomically
 _MAX_PER_CLASS = 10
 _MAX_CLASSES = 50
 _MAX_UNLABELLED = 100
-_LOSSLESS_BYTES = 16_000
+_LOSSLESS_BYTES = 6_000
 _SMALLEST = 32  # pixels of an image's side on a page
 _LARGEST = 64
 _CLASSES_ALONG = 10
@@ -172,7 +172,7 @@ def data_uri(picture: Tensor) -> str:
     """
     encoded, kind = png(picture), "png"
     if len(encoded) > _LOSSLESS_BYTES:
-        encoded, kind = encode_picture(picture, "WEBP", quality=80), "webp"
+        encoded, kind = encode_picture(picture, "WEBP", quality=75), "webp"
     return f"data:image/{kind};base64,{base64.b64encode(encoded).decode()}"
 
 
