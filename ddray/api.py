@@ -28,7 +28,7 @@ from ddray.jobs.options import DistillOptions, PlanOptions, ShardOptions
 from ddray.jobs.plan import Plan, plan_of
 from ddray.nets.names import register_net
 from ddray.ranking import DEFAULT_SPACE
-from ddray.ranking.options import NasModes, NasOptions, NasRequest
+from ddray.ranking.options import NasModes, NasOptions, NasRequest, named_file
 from ddray.ranking.result import ArchList, NasResult
 from ddray.runs.folder import read_config
 from ddray.runs.recovery import recovering
@@ -273,7 +273,7 @@ def nas(
     """Rank architectures on distilled sets, and compare with their ranking on the whole dataset.
 
     Args:
-        proxies: one or several distilled sets, or their files.
+        proxies: one or several distilled sets, or their files, also as `name=FILE`.
         dataset: the real data, as `distill` takes it; default the first set's.
         test: the test half of a torch Dataset or of tensors.
         options: see below.
@@ -297,9 +297,12 @@ def nas(
         return command.compare_scores(modes.scores, parsed)
     run = RunOptions.pick(options)
     parsed = with_gpus(parsed, read_config(run.run_dir) if run.resume else {})
-    with _files(sets) as paths:
+    with _files([one if isinstance(one, DistilledSet) else named_file(one).path for one in sets]) as paths:
+        named = [
+            path if isinstance(one, DistilledSet) else one for path, one in zip(paths, sets, strict=True)
+        ]
         return command.run_nas(
-            NasRequest.pick({**options, "proxies": paths}),
+            NasRequest.pick({**options, "proxies": named}),
             parsed,
             resolve_config(parsed, (parse_overrides(modes.sets),)),
             nas_executor(parsed),

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from ddray.artifact.schedule import Schedule
 from ddray.config import Config, added
 from ddray.data import PixelSpace
 from ddray.data.packed import PackedImages
+from ddray.data.reference import DatasetRef
 from ddray.errors import InputError
 from ddray.system.files import write_atomically
 
@@ -90,6 +92,25 @@ class Meta(Config):
     def format_version(self) -> int:
         """The version of a file with this meta."""
         return FORMAT_VERSIONS[any(getattr(self, name) is not None for name in ADDED)]
+
+    @property
+    def name(self) -> str:
+        """What people call the set, such as `datadam-cifar10-ipc1-seed0`."""
+        return set_name(self.method, self.dataset, ipc=self.ipc, budget=self.budget, seed=self.seed)
+
+
+def set_name(method: str, dataset: str, *, ipc: int, budget: int | None, seed: int | None) -> str:
+    """Return a set's name: method, dataset (of a folder the last part), size, and seed if there is one."""
+    size = f"ipc{ipc}" if budget is None else f"budget{budget}"
+    base = Path(DatasetRef.parse(dataset).base).name
+    parts = (method, base, size, *(() if seed is None else (f"seed{seed}",)))
+    return "-".join(re.sub(r"[^\w.]+", "-", part) for part in parts)
+
+
+def name_of_file(path: Path, meta: Meta) -> str:
+    """Return what people call a set's file: its name, or where ddray gave it that, what is in it."""
+    is_ours = path.stem == "distilled" or re.fullmatch("[0-9a-f]{64}", path.stem) is not None
+    return meta.name if is_ours else path.stem
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ def run_pb2(search: Search, payload: Payload, workers: WorkerPool) -> None:
             history = _exploit(members, history, space, job.seed, generation)
     for member, params in zip(members, initial, strict=True):
         _publish(search, member, params, time.perf_counter() - begin)
-    write_study(search.run.folder / "optuna.journal", search.space, search.rows())
+    write_study(search.run.folder, search.name, search.space, search.rows())
 
 
 def _run_segments(

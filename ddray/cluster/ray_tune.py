@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray import tune
 from ray.tune import Callback, FailureConfig, PlacementGroupFactory, RunConfig, TuneConfig, Tuner
-from ray.tune.logger import TBXLoggerCallback
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
 from ddray.cluster.executor import RayExecutor
+from ddray.cluster.loggers import loggers, trial_name
 from ddray.cluster.searcher import NumberedSearch, stopped_row
 from ddray.errors import DdrayError, DeviceMissingError, StorageError
 from ddray.runs.executor import MAX_ATTEMPTS
@@ -157,11 +157,13 @@ def run_tune(search: Search, payload: Payload, slots: int) -> None:
             num_samples=-1,
             max_concurrent_trials=slots // workers,
             reuse_actors=True,
+            trial_name_creator=trial_name,
+            trial_dirname_creator=trial_name,
         ),
         run_config=RunConfig(
             name=f"epoch-{job.epoch}",
             storage_path=str(folder / "tune"),
-            callbacks=[publisher, TBXLoggerCallback()],  # type: ignore[no-untyped-call]
+            callbacks=[publisher, *loggers(search)],
             failure_config=FailureConfig(max_failures=MAX_ATTEMPTS - 1),
             verbose=0,
         ),
@@ -170,4 +172,4 @@ def run_tune(search: Search, payload: Payload, slots: int) -> None:
         tuner.fit()
     if publisher.error is not None:
         raise publisher.error
-    write_study(folder / "optuna.journal", search.space, search.rows())
+    write_study(folder, search.name, search.space, search.rows())

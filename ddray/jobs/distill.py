@@ -21,6 +21,7 @@ from ddray.drawing.images import save_pictures
 from ddray.errors import DdrayError, InputError
 from ddray.jobs.context import check_longer, make_context, make_distiller
 from ddray.jobs.plan import Plan
+from ddray.jobs.preset import plan_departure
 from ddray.runs.folder import Run, extended_from, open_run, read_config
 from ddray.runs.ledger import Row, Unit
 from ddray.runs.recovery import recovering
@@ -41,6 +42,8 @@ class DistillResult(Result):
 
     artifact: str
     """The set's file."""
+    name: str | None = None
+    """What people call the set, such as `datadam-cifar10-ipc1-seed0`."""
     run_dir: str
     method: str
     dataset: str
@@ -48,6 +51,10 @@ class DistillResult(Result):
     budget: int | None = None
     """Storage in images, of methods that count it."""
     steps: int
+    cut: str | None = None
+    """What was lowered of the preset's budget, such as `steps 10 of 8,000`."""
+    overridden: list[str] | None = None
+    """Names of the other settings that are not the preset's."""
     resumed_from_step: int
     wall_s: float
     seconds_per_step: float | None
@@ -243,11 +250,13 @@ def _distill_result(plan: Plan, distillation: Distillation, target: Path, snapsh
     first, final = distillation.edge_losses()
     return {
         "artifact": str(target),
+        "name": distillation.distilled.meta.name,
         "method": plan.method,
         "dataset": plan.dataset.name,
         "ipc": plan.ipc,
         **({} if plan.budget is None else {"budget": plan.budget}),
         "steps": len(distillation.losses),
+        **plan_departure(plan),
         "resumed_from_step": distillation.resumed_from_step,
         "wall_s": distillation.wall_s,
         "seconds_per_step": distillation.seconds_per_step,

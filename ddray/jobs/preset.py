@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from ddray.config import flatten
+from ddray.errors import InputError
 from ddray.jobs.plan import Plan, resolve
 
 # Settings that change no number, or that a table's cell holds as facts of their own.
@@ -73,10 +74,20 @@ def plan_changes(
 
 def departure(changes: Iterable[Change]) -> dict[str, Any]:
     """Return `cut`, what was lowered of budgets, and `overridden`, the other settings' names, if any."""
-    by_name = {change.name: change for change in changes}.values()
-    cut = [change.cut for change in by_name if change.cut is not None]
-    overridden = [change.name for change in by_name if change.cut is None]
+    by_name: dict[str, Change] = {}
+    for change in changes:
+        by_name.setdefault(change.name, change)
+    cut = [change.cut for change in by_name.values() if change.cut is not None]
+    overridden = [name for name, change in by_name.items() if change.cut is None]
     return {**({"cut": "; ".join(cut)} if cut else {}), **({"overridden": overridden} if overridden else {})}
+
+
+def plan_departure(plan: Plan) -> dict[str, Any]:
+    """Return what `departure` does of a plan; nothing where the preset alone can't be run."""
+    try:
+        return departure(plan_changes(plan))
+    except InputError:  # a setting must be named
+        return {}
 
 
 def yaml_text(value: Any) -> str:

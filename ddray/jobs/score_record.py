@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from ddray.artifact.distilled_set import DistilledSet
+from ddray.artifact.distilled_set import DistilledSet, name_of_file
 from ddray.errors import StorageError
 from ddray.evaluation.options import EvaluateOptions, EvaluateResult
 from ddray.runs.scores import append_score, read_scores, run_of
@@ -23,16 +23,18 @@ _IDENTITY: Final = ("artifact_sha256", "dataset", "protocol", "split", "options"
 def record_score(
     path: Path, sets: Sequence[DistilledSet], dataset: str, options: EvaluateOptions, result: EvaluateResult
 ) -> EvaluateResult:
-    """Append an evaluation of a set's file to the record of the run that wrote it; return the result with it.
+    """Append an evaluation of a set's file to the record of the run that wrote it.
 
-    An evaluation that is on record already, to the last network, is not noted again; a set of no run is not
-    noted, and a record that can't be written costs no result.
+    Return the result with the names of the set and of that run's folder. An evaluation that is on record
+    already, to the last network, is not noted again; a set of no run is not noted, and a record that can't be
+    written costs no result.
     """
+    meta = sets[0].meta
+    result = result.model_copy(update={"name": name_of_file(path, meta)})
     sha256 = file_sha256(path) if path.is_file() else ""
     folder = run_of(path, sha256)
     if not sha256 or folder is None:
         return result
-    meta = sets[0].meta
     score = {
         "artifact": path.name,
         "artifact_sha256": sha256,

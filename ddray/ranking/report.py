@@ -21,7 +21,7 @@ from ddray.drawing.plots import DIM, save_plot
 from ddray.evaluation.published import read_numbers
 from ddray.methods import method_names
 from ddray.ranking import get_definition, space_names
-from ddray.ranking.figures_of_merit import Array
+from ddray.ranking.figures_of_merit import ENOUGH_ARCHS, TOO_FEW, Array, is_telling
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,8 +35,6 @@ _PUBLISHED: Final = {
     "storage_images": "storage_images",
 }
 _NUM_RANKED: Final = 20
-ENOUGH_ARCHS: Final = 8
-"""Architectures from which on a correlation is worth a title."""
 _MANY_POINTS: Final = 3000
 _LARGE: Final = 40.0  # a dot's area in square points
 _FIXED: Final = (
@@ -85,7 +83,7 @@ def sweep_title(
     where = f"{num_archs} architectures of {space}" + (f" on {dataset}" if dataset else "")
     defined = {proxy: value for proxy, value in correlations.items() if value is not None}
     if num_archs < ENOUGH_ARCHS:
-        return f"{where}: too few for a correlation"
+        return f"{where}: {TOO_FEW}"
     if not defined:
         return f"{where}: no proxy's ranking has a correlation with the truth"
     best = max(defined, key=lambda proxy: defined[proxy])
@@ -213,6 +211,8 @@ def _title(figures: Mapping[str, Any]) -> str:
     """Return a plot title with the correlations of a proxy."""
 
     def text(key: str) -> str:
+        if not is_telling(figures, key):
+            return TOO_FEW
         if figures.get(key) is None:
             return "undefined"
         interval = figures.get(f"{key}_ci95")

@@ -161,10 +161,10 @@ def _evaluation_changes(
         if recipe not in (None, own_recipe(plan.method, plan.config.method.dump())):
             yield Change("evaluate.recipe", f"evaluate.recipe {recipe}, not the method's own")
         if (epochs := options.get("epochs")) is not None:
-            theirs = own_epochs(evaluation_spec.protocol, None, plan, options["archs"][0])
-            yield Change(
-                "evaluate.epochs", f"evaluate.epochs {epochs}, not the protocol's own", epochs, theirs
-            )
+            protocol, arch = evaluation_spec.protocol, (options.get("archs") or (plan.arch,))[0]
+            full = None if protocol == "nas" else own_epochs(protocol, None, plan, arch)
+            text = f"evaluate.epochs {epochs}, not the protocol's own"
+            yield Change("evaluate.epochs", text, epochs, full)
         for text in sets:
             name = f"evaluate.{text.partition('=')[0]}"
             yield Change(name, f"evaluate.{text.replace('=', ' ')}, not the protocol's own")

@@ -12,6 +12,7 @@ from ddray.drawing.images import page_picture
 from ddray.drawing.text import percent_short, size_of
 from ddray.runs.folder import read_config
 from ddray.runs.ledger import Row
+from ddray.tuning.importances import importance_plot
 from ddray.tuning.plots import axis_of, history_plot, objective_of, scale_of, slice_plots
 from ddray.tuning.space import Space
 from ddray.tuning.study import status_of, study_of
@@ -85,7 +86,7 @@ def search_figures(space: Space, rows: Sequence[Row]) -> list[dict[str, str]]:
     )
     plot_functions: dict[str, Callable[..., Any]] = {
         "Parallel coordinates": parallel,
-        "Hyperparameter importances": plots.plot_param_importances,
+        "Hyperparameter importances": importance_plot,
     }
     figures = []
     for title, plot in plot_functions.items():

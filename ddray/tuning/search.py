@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ddray.artifact.distilled_set import set_name
 from ddray.errors import DdrayError, InterruptedRunError
 from ddray.jobs.plan import Plan
 from ddray.runs.folder import Run
@@ -33,6 +34,12 @@ class Search:
     run: Run
     num_samples: int
     start_points: Points = field(default_factory=dict)  # the user's
+
+    @property
+    def name(self) -> str:
+        """What people call the search, such as `datadam-cifar10-ipc1-seed0`."""
+        plan = self.plan
+        return set_name(plan.method, plan.dataset.name, ipc=plan.ipc, budget=plan.budget, seed=plan.seed)
 
     def rows(self) -> list[Row]:
         """Return the trials' rows, by number."""

@@ -32,11 +32,14 @@ class TestDistill:
 
         assert set(result.dump()) == {
             *("artifact", "method", "dataset", "ipc", "steps", "resumed_from_step", "wall_s", "precision"),
-            *("seconds_per_step", "first_loss", "final_loss", "run_dir"),
+            *("seconds_per_step", "first_loss", "final_loss", "run_dir", "name", "cut", "overridden"),
             *("seconds", "seconds_with_pool", "peak_memory_bytes", "storage_floats"),
         }
         assert result["artifact"] == str(tmp_path / "run" / "distilled.pt")
         assert (result["method"], result["dataset"], result["ipc"], result["steps"]) == ("dm", "digits", 1, 6)
+        assert result["name"] == "dm-digits-ipc1-seed0"
+        assert result["cut"] == "epochs 3 of 300; steps 6 of 150"
+        assert result["overridden"] == ["method.batch_real", "arch"]
         assert json.loads(to_json(result)) == result.dump()
         distilled = load(Path(result["artifact"]))
         assert distilled.meta.config["steps"] == 6
