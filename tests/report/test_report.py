@@ -205,7 +205,8 @@ class TestTunePage:
 
         assert heading(page) == "dm on digits, ipc 1: 14.0 % (preset 11.0)"
         assert "paper's point" not in html.unescape(page)
-        assert "No improvement over the preset" not in page
+        assert "better than the preset by 3.00 points" in page
+        assert "cut to steps 3 of 300" in page
 
     def test_trials_that_were_stopped_or_failed_are_drawn(self) -> None:
         failed = {"status": "failed", "error": "loss NaN", "result": {"number": 2}}

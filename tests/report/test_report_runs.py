@@ -197,7 +197,7 @@ def test_runs_that_share_a_row_are_told_apart_by_name(bench_folder: Path, tmp_pa
     result = write_page(runs, tmp_path / "page.html", planes=False)
     assert result["runs"] == [str(path.resolve()) for path in runs[:2]], "each once"
     head, *lines = board((tmp_path / "page.html").read_text())
-    seconds = {line[0]: line[head.index("seconds (with pool)")] for line in lines}
+    seconds = {line[0]: line[head.index("seconds (with pool and whitening)")] for line in lines}
     assert seconds == {
         "random (one)": "1",
         "random (two)": "9",
