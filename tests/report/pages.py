@@ -76,11 +76,15 @@ def heading(page: str) -> str:
     return html.unescape(text)
 
 
+def figures_of(page: str) -> list[list[dict[str, Any]]]:
+    """The data of every figure, read from the page's own scripts."""
+    starts = [match.end() for match in re.finditer(r"Plotly\.newPlot\(", page)]
+    return [json.JSONDecoder().raw_decode(page[page.index("[", start) :])[0] for start in starts]
+
+
 def traces(figure: str) -> list[dict[str, Any]]:
-    """A figure's data, read from the page's own script."""
-    start = figure.index("[", figure.index("Plotly.newPlot("))
-    data: list[dict[str, Any]] = json.JSONDecoder().raw_decode(figure[start:])[0]
-    return data
+    """The data of the first figure."""
+    return figures_of(figure)[0]
 
 
 SPACE = {"lr_img": Range("loguniform", 0.01, 10.0), "init": Range("choice", choices=("random", "noise"))}

@@ -8,14 +8,17 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from plotly.offline import get_plotlyjs, get_plotlyjs_version
 from torchvision.transforms.functional import to_tensor
 
 from ddray.artifact.reading import load
+from ddray.drawing import html
 from ddray.drawing.images import data_uri, page_picture, png
 from ddray.errors import InputError
 from ddray.report import page as page_module
@@ -23,7 +26,8 @@ from ddray.report.figures import accuracy_bars
 from ddray.report.page import write_page
 from ddray.report.runs import read_run
 from ddray.runs.ledger import Ledger
-from tests.report.pages import board, body, tables
+from ddray.tables.anomalies import anomalies
+from tests.report.pages import board, body, figures_of, tables
 
 
 def test_it_needs_no_network(page: str) -> None:
@@ -32,6 +36,25 @@ def test_it_needs_no_network(page: str) -> None:
     assert "@import" not in outside
     assert "url(http" not in outside
     assert "plotly" in page.lower()
+
+
+def test_figures_have_no_traces_but_those_of_the_bundle_which_is_as_new_as_plotly(page: str) -> None:
+    kinds = {trace["type"] for figure in figures_of(page) for trace in figure}
+    assert kinds == {"bar", "scatter"}
+    bundle = Path(html.__file__).with_name(html.BUNDLE)
+    version = get_plotlyjs_version()
+    renew = f"npm pack plotly.js-basic-dist-min@{version} has the file"
+    assert f"plotly.js (basic - minified) v{version}\n" in bundle.read_text(encoding="utf-8")[:200], renew
+    assert bundle.stat().st_size < len(get_plotlyjs()) / 3
+
+
+def test_what_stands_out_is_told(page: str, bench_folder: Path) -> None:
+    cells = json.loads((bench_folder / "cells.json").read_text())["cells"]
+    told = re.findall("<li>([^<]*)</li>", page[page.index("What stands out") :])
+    expected = [text.replace("+-", "±") for text in anomalies(cells)]
+    assert expected, "tiny networks of one epoch tie or lie below random"
+    in_any_order = {frozenset(re.split("[ ,]+", unescape(text))) for text in told}
+    assert {frozenset(re.split("[ ,]+", text)) for text in expected} <= in_any_order
 
 
 def test_the_leaderboard_has_every_cell_best_first(page: str, bench_folder: Path) -> None:
@@ -250,6 +273,6 @@ def test_bars_of_published_numbers_are_markers() -> None:
         "accuracy_std": None,
     }
     published = {"accuracy_mean": 0.26}
-    html = accuracy_bars([cell, {**cell, "method": "datadam", "published": published}])
-    assert "convnet3, published" in html
-    assert '"x":[26.0]' in html
+    figure = accuracy_bars([cell, {**cell, "method": "datadam", "published": published}])
+    assert "convnet3, published" in figure
+    assert '"x":[26.0]' in figure
