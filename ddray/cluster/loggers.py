@@ -53,7 +53,7 @@ class Boards(TBXLoggerCallback):
     def log_trial_result(self, iteration: int, trial: Any, result: dict[str, Any]) -> None:
         """Log a rung, at its step."""
         if trial not in self._trial_writer:
-            self.log_trial_start(trial)  # type: ignore[no-untyped-call]
+            self.log_trial_start(trial)
         writer, step = self._trial_writer[trial], int(result.get("step", 0))
         score = {} if ACCURACY_PERCENT in result else {self._objective: result[METRIC]}
         scalars = {**score, **{name: result[name] for name in (ACCURACY_PERCENT, "loss") if name in result}}

@@ -166,7 +166,7 @@ def _evaluation_changes(
             text = f"evaluate.epochs {epochs}, not the protocol's own"
             yield Change("evaluate.epochs", text, epochs, full)
         for text in sets:
-            name = f"evaluate.{text.partition('=')[0]}"
+            name = f"evaluate.{text.partition('=')[0].removeprefix('evaluate.')}"
             yield Change(name, f"evaluate.{text.replace('=', ' ')}, not the protocol's own")
         return
     theirs = flatten(preset_of(plan, layers).config.evaluate.every_value())
