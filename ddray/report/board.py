@@ -32,7 +32,10 @@ class Mark:
 
 @dataclass(frozen=True)
 class Matrix:
-    """Accuracies of methods (rows, best first) by dataset, size and conditions (columns)."""
+    """Accuracies of methods by dataset, size and conditions (columns).
+
+    Rows with most columns come first, among them those that are least behind the best of each.
+    """
 
     heads: tuple[str, ...]
     rows: tuple[tuple[str, tuple[Mark | None, ...]], ...]
@@ -61,7 +64,7 @@ def matrix_of(entries: Sequence[Entry]) -> Matrix:
             marks[str(entry["method"])][index] = Mark(entry, _is_tied(entry, best))
             behind[str(entry["method"])].append(best["accuracy_mean"] - entry["accuracy_mean"])
     heads = tuple(_head(group[0], [*varying, *telling]) for group in columns.values())
-    ranked = sorted(marks, key=lambda method: math.fsum(behind[method]) / len(behind[method]))
+    ranked = sorted(marks, key=lambda method: (-len(behind[method]), math.fsum(behind[method])))
     return Matrix(heads, tuple((method, tuple(marks[method])) for method in ranked))
 
 

@@ -41,11 +41,12 @@ def marked(cells: list[dict[str, Any]]) -> dict[str, list[str]]:
 def test_the_best_of_a_column_and_what_is_within_its_error_are_marked_and_lead() -> None:
     cells = [
         *(cell("a", 0.50), cell("b", 0.513), cell("c", 0.40)),
-        *(cell("a", 0.80, ipc=10), cell("c", 0.90, ipc=10), cell("c", None, ipc=50)),
+        *(cell("a", 0.80, ipc=10), cell("c", 0.95, ipc=10), cell("c", None, ipc=50)),
     ]
 
     # The error of the difference of a and b is 0.014.
-    assert marked(cells) == {"b": ["51*", "-"], "a": ["50*", "80"], "c": ["40", "90*"]}
+    assert marked(cells) == {"c": ["40", "95*"], "a": ["50*", "80"], "b": ["51*", "-"]}
+    assert [*marked(cells)] == ["c", "a", "b"], "less behind first, fewer columns last"
     assert matrix_of(cells).heads == ("ipc 1", "ipc 10")
     assert matrix_of(cells).leaders() == ["b", "c"]
 
