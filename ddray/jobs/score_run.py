@@ -154,8 +154,7 @@ def evaluate_in_run(
         ) from error
     finally:
         forget()
-    result = _finish(evaluation, prepared)
-    return record_score(path, sets, target.name, options, result)
+    return record_score(path, sets, target.name, options, _finish(evaluation, prepared))
 
 
 def _config(

@@ -1,12 +1,15 @@
 """The end of a search in words, and best.yaml: the winner's settings, which `--config` takes."""
 
+import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from ddray.config import flatten, merge, nest, yaml_of
 from ddray.drawing.text import percent
+from ddray.errors import InputError
 from ddray.jobs.plan import Plan
 from ddray.jobs.preset import plan_departure, preset_of
 from ddray.runs.ledger import Row
@@ -55,15 +58,18 @@ def write_best(folder: Path, plan: Plan, settings: Settings, params: Mapping[str
         StorageError: the file can't be written.
     """
     config, scoring = settings.configs(params)
-    preset = flatten(preset_of(replace(plan, preset="paper")).config.every_value())
+    preset: dict[str, Any] = {}
+    with suppress(InputError):  # a preset in which a setting must be named: all of them are written
+        preset = flatten(preset_of(replace(plan, preset="paper")).config.every_value())
     changed = {
         name: value
         for name, value in flatten(config.every_value()).items()
         if name not in _OF_MACHINE and (name not in preset or preset[name] != value)
     }
     nested: dict[str, Any] = merge({"method": {}}, *(nest(name, value) for name, value in changed.items()))
-    size = f"--ipc {plan.ipc}" if plan.budget is None else f"--budget {plan.budget}"
-    command = f"ddray distill --method {plan.method} --dataset {plan.dataset.name} {size} --config {BEST}"
+    size = ("--ipc", plan.ipc) if plan.budget is None else ("--budget", plan.budget)
+    words_of = ("ddray", "distill", "--method", plan.method, "--dataset", plan.dataset.name, *size)
+    command = shlex.join(map(str, (*words_of, "--config", BEST)))
     sets = "".join(f" --set {name}={value}" for name, value in flatten(dict(scoring or {})).items())
     lines = [words, command]
     lines += [f"ddray evaluate SET --protocol {settings.protocol}{sets}"] if scoring is not None else []

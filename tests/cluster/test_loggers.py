@@ -19,13 +19,15 @@ from ddray.tuning.options import TuneOptions
 from ddray.tuning.trial import METRIC, rung_picture
 
 
-def trial(folder: Path, number: int = 3, **params: Any) -> Any:
-    return SimpleNamespace(
-        config={"number": number, "params": params},
-        evaluated_params=params,
-        local_path=str(folder),
-        init_local_path=lambda: folder.mkdir(parents=True, exist_ok=True),
-    )
+class Trial:
+    """What loggers read of Tune's."""
+
+    def __init__(self, folder: Path, **params: Any) -> None:
+        self.config = {"number": 3, "params": params}
+        self.evaluated_params, self.local_path = params, str(folder)
+
+    def init_local_path(self) -> None:
+        Path(self.local_path).mkdir(parents=True, exist_ok=True)
 
 
 def search(folder: Path, *log_to: str) -> Any:
@@ -51,14 +53,14 @@ def events(folder: Path) -> list[tuple[int, str, Any]]:
 
 
 def test_a_trial_is_called_by_its_number_and_settings(tmp_path: Path) -> None:
-    named = loggers.trial_name(trial(tmp_path, lr_img=0.123456, arch="convnet3 /w8", layers=[1, 2]))
+    named = loggers.trial_name(Trial(tmp_path, lr_img=0.123456, arch="convnet3 /w8", layers=[1, 2]))
 
     assert named == "trial-0003,lr_img=0.123,arch=convnet3_w8,layers=_1,_2_"
-    assert len(loggers.trial_name(trial(tmp_path, name="x" * 300))) == 100
+    assert len(loggers.trial_name(Trial(tmp_path, name="x" * 300))) == 100
 
 
 def test_score_loss_and_picture_of_each_rung_stand_at_its_step(tmp_path: Path) -> None:
-    boards, one = loggers.Boards(search(tmp_path)), trial(tmp_path / "events", lr_img=0.5)
+    boards, one = loggers.Boards(search(tmp_path)), Trial(tmp_path / "events", lr_img=0.5)
     picture = rung_picture(str(tmp_path), 3, 50)
     picture.parent.mkdir(parents=True)
     Image.fromarray(np.full((4, 6), 200, np.uint8)).save(picture)
@@ -79,7 +81,7 @@ def test_score_loss_and_picture_of_each_rung_stand_at_its_step(tmp_path: Path) -
 def test_a_rank_correlation_is_logged_under_its_name(tmp_path: Path) -> None:
     ranked = search(tmp_path)
     ranked.job.objective = "val_spearman"
-    boards, one = loggers.Boards(ranked), trial(tmp_path / "events")
+    boards, one = loggers.Boards(ranked), Trial(tmp_path / "events")
 
     boards.log_trial_result(1, one, {"number": 3, METRIC: 0.25, "step": 7})
 
