@@ -172,7 +172,7 @@ def data_uri(picture: Tensor) -> str:
     """
     encoded, kind = png(picture), "png"
     if len(encoded) > _LOSSLESS_BYTES:
-        encoded, kind = encode_picture(picture, "WEBP", quality=75), "webp"
+        encoded, kind = encode_picture(picture, "WEBP", quality=70, method=6), "webp"
     return f"data:image/{kind};base64,{base64.b64encode(encoded).decode()}"
 
 
