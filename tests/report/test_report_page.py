@@ -48,13 +48,19 @@ def test_figures_have_no_traces_but_those_of_the_bundle_which_is_as_new_as_plotl
     assert bundle.stat().st_size < len(get_plotlyjs()) / 3
 
 
-def test_what_stands_out_is_told(page: str, bench_folder: Path) -> None:
-    cells = json.loads((bench_folder / "cells.json").read_text())["cells"]
+def test_what_stands_out_is_told(bench_folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(bench_folder, copy)
+    cells_file = json.loads((copy / "cells.json").read_text())
+    for cell in cells_file["cells"]:
+        cell["accuracy_mean"] = (0.5 if cell["method"] == "random" else 0.3) + cell["ipc"] / 100
+    (copy / "cells.json").write_text(json.dumps(cells_file))
+    write_page([copy], copy / "report.html", planes=False)
+    page = (copy / "report.html").read_text()
     told = re.findall("<li>([^<]*)</li>", page[page.index("What stands out") :])
-    expected = [text.replace("+-", "±") for text in anomalies(cells)]
-    assert expected, "tiny networks of one epoch tie or lie below random"
-    in_any_order = {frozenset(re.split("[ ,]+", unescape(text))) for text in told}
-    assert {frozenset(re.split("[ ,]+", text)) for text in expected} <= in_any_order
+    expected = {text.replace("+-", "±") for text in anomalies(cells_file["cells"])}
+    assert sum("dm & co is below random" in text for text in expected) == 4
+    assert {unescape(text) for text in told} >= expected
 
 
 def test_the_leaderboard_has_every_cell_best_first(page: str, bench_folder: Path) -> None:
