@@ -44,7 +44,8 @@ def write_html(path: Path, template: str, **values: Any) -> None:
     from jinja2 import Environment, PackageLoader, select_autoescape
 
     loader = Environment(loader=PackageLoader("ddray.drawing"), autoescape=select_autoescape())
-    loader.filters |= {"percent": percent, "percent_short": percent_short}
+    loader.filters["percent"] = percent
+    loader.filters["percent_short"] = percent_short
     bundle = (files("ddray.drawing") / BUNDLE).read_text(encoding="utf-8")
     write_text(path, loader.get_template(template).render(**values, plotly=bundle))
 

@@ -81,7 +81,7 @@ def search_figures(space: Space, rows: Sequence[Row]) -> list[dict[str, str]]:
     objective = objective_of(rows)
     parallel = partial(
         plots.plot_parallel_coordinate,
-        target=lambda trial: scale_of(objective) * trial.value,
+        target=lambda trial: scale_of(objective) * (trial.value or 0.0),
         target_name=axis_of(objective),
     )
     plot_functions: dict[str, Callable[..., Any]] = {
