@@ -79,11 +79,7 @@ def write_page(
         methods=list(_methods(cells, sets)),
         along=list(_along(cells, sets)),
         curves=list(_curves(sets, runs)),
-        searches=[
-            {"title": run.title, **search_view(read_space(run.config.get("space", {})), run.trials)}
-            for run in runs
-            if run.command == "tune"
-        ],
+        searches=list(_searches(runs)),
         rankings=rankings,
         planes=list(_planes(sets, runs, data_dir)) if planes else [],
         networks=list(_networks(views, data_dir)) if planes else [],
@@ -102,6 +98,14 @@ def write_page(
         num_sets=len(sets),
         num_failed=sum(len(run.failures) for run in runs),
     )
+
+
+def _searches(runs: Sequence[RunView]) -> Iterator[dict[str, Any]]:
+    """Yield the trials of each search."""
+    for run in runs:
+        if run.command == "tune":
+            space = read_space(run.config.get("space", {}))
+            yield {"title": run.title, **search_view(space, run.trials)}
 
 
 def _warn_of_empty(runs: Sequence[RunView]) -> None:
