@@ -2,9 +2,11 @@
 
 import base64
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ddray.artifact.distilled_set import DistilledSet
@@ -15,7 +17,9 @@ from ddray.system.files import write_atomically
 _MAX_PER_CLASS = 10
 _MAX_CLASSES = 50
 _MAX_UNLABELLED = 100
-_LOSSLESS_BYTES = 32_000
+_LOSSLESS_BYTES = 6_000
+_SMALLEST = 32  # pixels of an image's side on a page
+_LARGEST = 64
 _CLASSES_ALONG = 10
 _PER_CLASS_ALONG = 2
 _MAX_BASES = 64  # as many as the paper's figure shows
@@ -56,17 +60,66 @@ def grid(distilled: DistilledSet) -> Tensor | None:
     """
     if not len(distilled.images):
         return None
-    if distilled.targets is not None:
+    cells, columns = _cells(distilled)
+    return _tiled(cells, columns if columns > 1 else _MAX_PER_CLASS)
+
+
+def _classes(distilled: DistilledSet) -> list[int]:
+    """Return the classes that are drawn; empty for a set without labels."""
+    return [] if distilled.targets is not None else torch.unique(distilled.labels)[:_MAX_CLASSES].tolist()
+
+
+def _cells(distilled: DistilledSet) -> tuple[Tensor, int]:
+    """Return a set's images by row, white where a row is shorter [R * M, C, H, W], and M, the columns."""
+    rows = [
+        torch.nonzero(distilled.labels == label).flatten()[:_MAX_PER_CLASS] for label in _classes(distilled)
+    ]
+    if not rows:
         rows = list(torch.split(torch.arange(min(_MAX_UNLABELLED, len(distilled.images))), _MAX_PER_CLASS))
-    else:
-        classes = torch.unique(distilled.labels)[:_MAX_CLASSES]
-        rows = [torch.nonzero(distilled.labels == label).flatten()[:_MAX_PER_CLASS] for label in classes]
     columns = max(len(row) for row in rows)
     pixels = _visible(distilled, torch.cat(rows))
     cells = torch.ones(len(rows) * columns, *pixels.shape[1:])
     positions = torch.cat([torch.arange(len(row)) + index * columns for index, row in enumerate(rows)])
     cells[positions] = pixels
-    return _tiled(cells, columns if columns > 1 else _MAX_PER_CLASS)
+    return cells, columns
+
+
+@dataclass(frozen=True)
+class PagePicture:
+    """A set's images for a page, a class per row."""
+
+    uri: str
+    width: int  # pixels on the page
+    names: tuple[str, ...]  # of the rows' classes; empty for a set without labels
+    num_classes: int  # of the set; some may not be drawn
+
+
+def page_picture(distilled: DistilledSet) -> PagePicture | None:
+    """Return a set's picture for a page, no larger than it is shown; None for a set that stores no images."""
+    if not len(distilled.images):
+        return None
+    cells, columns = _cells(distilled)
+    names = distilled.meta.class_names
+    return PagePicture(
+        *grid_uri(cells, columns),
+        tuple(names[label] if label < len(names) else str(label) for label in _classes(distilled)),
+        num_classes=len(torch.unique(distilled.labels)),
+    )
+
+
+def grid_uri(cells: Tensor, columns: int) -> tuple[str, int]:
+    """Return images [N, C, H, W] in [0, 1] as a grid's data URI and its width on a page in pixels.
+
+    It holds no more pixels than are shown: large images are made smaller, browsers enlarge small ones.
+    """
+    from torchvision.utils import make_grid
+
+    side = max(cells.shape[-2:])
+    if side > _LARGEST:
+        cells = F.interpolate(cells, scale_factor=_LARGEST / side, mode="area").clamp(0, 1)
+    zoom = max(1, _SMALLEST // cells.shape[-1])
+    picture: Tensor = make_grid(cells, nrow=columns, padding=1, pad_value=1.0)
+    return data_uri(picture), zoom * picture.shape[-1]
 
 
 def _visible(distilled: DistilledSet, index: Tensor) -> Tensor:
@@ -78,8 +131,8 @@ def _visible(distilled: DistilledSet, index: Tensor) -> Tensor:
     return pixels.clamp(0, 1)
 
 
-def grid_along(sets: Sequence[DistilledSet]) -> Tensor | None:
-    """Return the same images at every step as one picture, a step per column (DataDAM's supplement, Fig 3).
+def images_along(sets: Sequence[DistilledSet]) -> Tensor | None:
+    """Return the same images at every step, [N, steps, C, H, W] in [0, 1] (DataDAM's supplement, Fig 3).
 
     `sets` are those of one run, by step: the first two images of each of the first ten classes, or the first
     twenty of a set without labels. None without images.
@@ -92,8 +145,7 @@ def grid_along(sets: Sequence[DistilledSet]) -> Tensor | None:
         index = torch.cat([torch.nonzero(labels == label).flatten()[:_PER_CLASS_ALONG] for label in classes])
     else:
         index = torch.arange(min(len(sets[0].images), _CLASSES_ALONG * _PER_CLASS_ALONG))
-    by_image = torch.stack([_visible(distilled, index) for distilled in sets], dim=1)
-    return _tiled(by_image.flatten(0, 1), len(sets))
+    return torch.stack([_visible(distilled, index) for distilled in sets], dim=1)
 
 
 def bases_grid(bases: Tensor) -> Tensor:
@@ -113,12 +165,6 @@ def _tiled(cells: Tensor, columns: int) -> Tensor:
     return picture
 
 
-def set_uri(distilled: DistilledSet) -> str | None:
-    """Return a set's image grid as a data URI; None for a set that stores no images."""
-    picture = grid(distilled)
-    return None if picture is None else data_uri(picture)
-
-
 def data_uri(picture: Tensor) -> str:
     """Return a picture as a data URI: PNG, or lossy WebP where the PNG is too large.
 
@@ -126,7 +172,7 @@ def data_uri(picture: Tensor) -> str:
     """
     encoded, kind = png(picture), "png"
     if len(encoded) > _LOSSLESS_BYTES:
-        encoded, kind = encode_picture(picture, "WEBP", quality=90), "webp"
+        encoded, kind = encode_picture(picture, "WEBP", quality=70, method=6), "webp"
     return f"data:image/{kind};base64,{base64.b64encode(encoded).decode()}"
 
 

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ddray.drawing.html import COLOURS, to_html, write_run_page
+from ddray.drawing.html import COLOURS, GREY, to_html, write_run_page
 from ddray.drawing.plots import DIM, save_plot
 from ddray.evaluation.published import read_numbers
 from ddray.methods import method_names
 from ddray.ranking import get_definition, space_names
-from ddray.ranking.figures_of_merit import TOO_FEW, Array, is_telling
+from ddray.ranking.figures_of_merit import ENOUGH_ARCHS, TOO_FEW, Array, is_telling
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,12 +62,32 @@ def write_nas_report(run_dir: Path, result: Mapping[str, Any], table: pd.DataFra
     write_run_page(
         run_dir,
         "nas.html",
+        title=sweep_title(
+            result["space"],
+            result.get("dataset"),
+            result["num_archs"],
+            {figures["proxy"]: figures["spearman"] for figures in result["proxies"]},
+        ),
         result=result,
         lines=summary(result),
         proxies=proxies,
         choices=choices,
         failures=_records(table[table["failed"].astype(bool)]),
     )
+
+
+def sweep_title(
+    space: str, dataset: str | None, num_archs: int, correlations: Mapping[str, float | None]
+) -> str:
+    """Return what a sweep came to: the proxy with the highest Spearman correlation, None if undefined."""
+    where = f"{num_archs} architectures of {space}" + (f" on {dataset}" if dataset else "")
+    defined = {proxy: value for proxy, value in correlations.items() if value is not None}
+    if num_archs < ENOUGH_ARCHS:
+        return f"{where}: {TOO_FEW}"
+    if not defined:
+        return f"{where}: no proxy's ranking has a correlation with the truth"
+    best = max(defined, key=lambda proxy: defined[proxy])
+    return f"{best} ranks {where} with Spearman {defined[best]:.2f}"
 
 
 def _records(table: pd.DataFrame) -> list[dict[Any, Any]]:
@@ -110,33 +130,31 @@ def _points(table: pd.DataFrame) -> _Points:
 
 
 def scatter_plot(table: pd.DataFrame) -> str:
-    """Return one proxy's interactive scatter plot as an HTML fragment."""
+    """Return one proxy's interactive scatter plot as an HTML fragment, with at most 3000 of the points."""
     import plotly.graph_objects as go
 
     points = _points(table)
     figure = go.Figure()
-    kind = go.Scattergl if len(points.x) > _MANY_POINTS else go.Scatter
+    drawn = np.arange(len(points.x)) % math.ceil(max(1, len(points.x)) / _MANY_POINTS) == 0
     for colour, (label, mask) in zip(itertools.cycle(COLOURS), points.groups.items(), strict=False):
-        figure.add_trace(
-            kind(
-                x=points.x[mask],
-                y=points.y[mask],
-                mode="markers",
-                name=label,
-                marker={"color": colour, "size": 7, "opacity": 0.9},
-                customdata=points.table.loc[mask, ["name", "index", "proxy_rank", "truth_rank"]].to_numpy(
-                    object
-                ),
-                hovertemplate="%{customdata[0]}<br>index %{customdata[1]}"
-                "<br>proxy %{x:.2f} % (rank %{customdata[2]:.0f})"
-                "<br>truth %{y:.2f} % (rank %{customdata[3]:.0f})<extra></extra>",
-            )
+        visible = mask & drawn
+        names = points.table.loc[visible, ["name", "index", "proxy_rank", "truth_rank"]]
+        figure.add_scatter(
+            x=points.x[visible],
+            y=points.y[visible],
+            mode="markers",
+            name=label,
+            marker={"color": colour, "size": 7, "opacity": 0.9},
+            customdata=names.to_numpy(object),
+            hovertemplate="%{customdata[0]}<br>index %{customdata[1]}"
+            "<br>proxy %{x:.2f} % (rank %{customdata[2]:.0f})"
+            "<br>truth %{y:.2f} % (rank %{customdata[3]:.0f})<extra></extra>",
         )
     if (line := points.line()) is not None:
-        style = {"mode": "lines", "line_color": "#8a94a3", "hoverinfo": "skip", "name": "line"}
+        style = {"mode": "lines", "line_color": GREY, "hoverinfo": "skip", "name": "line"}
         figure.add_scatter(x=line[0], y=line[1], **style)
     if len(points.x):
-        figure.add_hline(points.border(), line_dash="dot", line_color="#8a94a3", annotation_text="top 20 %")
+        figure.add_hline(points.border(), line_dash="dot", line_color=GREY, annotation_text="top 20 %")
     showlegend = len(points.groups) > 1
     return to_html(figure, height=480, xaxis_title=_X_TITLE, yaxis_title=_Y_TITLE, showlegend=showlegend)
 

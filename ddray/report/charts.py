@@ -22,7 +22,7 @@ def charts(run: RunView) -> Iterator[dict[str, str]]:
     scored = [one for one in run.scored if one.rows]
     for title, group in grouped(scored, lambda one: one.group).items():
         if any(len(one.per_set) > 1 and len(one.per_set[0]) > 1 for one in group):
-            yield {"title": f"Spread over sets and networks: {title}", "html": accuracy_boxes(group)}
+            yield {"title": f"Spread over sets and networks: {title}", "html": accuracy_points(group)}
         if any(len(one.per_set) >= _MANY_SETS for one in group):
             yield {"title": f"Set by set: {title}", "html": accuracy_by_seed(group)}
         if any(len(_distances(one)) > 1 for one in group):
@@ -79,21 +79,46 @@ def sweep_curve(sweep: Sweep, group: Sequence[Scored]) -> str:
     return to_html(figure, **axes, showlegend=True)
 
 
-def accuracy_boxes(group: Sequence[Scored]) -> str:
-    """Return a box per row with all its networks' accuracies in percent (D3HR, Fig 4)."""
+def accuracy_points(group: Sequence[Scored]) -> str:
+    """Return all networks' accuracies of each row in percent, with mean and deviation (as D3HR's Fig 4)."""
     figure = go.Figure()
-    for index, (name, same) in enumerate(grouped(group, lambda one: one.network).items()):
-        accuracies = [(one.cell.method, value) for one in same for values in one.per_set for value in values]
-        figure.add_box(
-            x=[method for method, _ in accuracies],
-            y=[100 * value for _, value in accuracies],
-            boxpoints="all",
-            pointpos=0,
-            jitter=0.4,
-            marker={"color": COLOURS[index % len(COLOURS)], "size": 5},
+    methods = list(dict.fromkeys(one.cell.method for one in group))
+    networks = grouped(group, lambda one: one.network)
+    width = 0.8 / len(networks)
+    for index, (name, same) in enumerate(networks.items()):
+        colour = COLOURS[index % len(COLOURS)]
+        centres = [methods.index(one.cell.method) - 0.4 + width * (index + 0.5) for one in same]
+        values = [[100 * value for values in one.per_set for value in values] for one in same]
+        figure.add_scatter(
+            x=[
+                x for centre, ys in zip(centres, values, strict=True) for x in _beside(centre, width, len(ys))
+            ],
+            y=[y for ys in values for y in ys],
+            mode="markers",
+            marker={"color": colour, "size": 6, "opacity": 0.7},
             name=name,
+            legendgroup=name,
+            hovertemplate="%{y:.2f} %<extra>" + name + "</extra>",
         )
-    return to_html(figure, yaxis_title="accuracy (%)", boxmode="group", showlegend=True)
+        means = [_accuracy(one) for one in same]
+        figure.add_scatter(
+            x=centres,
+            y=[100 * mean for mean, _ in means],
+            error_y={"type": "data", "array": [100 * (std or 0) for _, std in means], "color": colour},
+            mode="markers",
+            marker={"color": colour, "symbol": "line-ew-open", "size": 22, "line": {"width": 2}},
+            name="mean",
+            legendgroup=name,
+            showlegend=False,
+            hovertemplate="mean %{y:.2f} %<extra>" + name + "</extra>",
+        )
+    figure.update_xaxes(tickvals=list(range(len(methods))), ticktext=methods, showgrid=False)
+    return to_html(figure, yaxis_title="accuracy (%)", showlegend=True)
+
+
+def _beside(centre: float, width: float, num: int) -> list[float]:
+    """Return `num` places side by side within half of `width`."""
+    return [centre + 0.5 * width * ((index + 0.5) / num - 0.5) for index in range(num)]
 
 
 def accuracy_by_seed(group: Sequence[Scored]) -> str:

@@ -1,20 +1,31 @@
 """The plots of a report: plotly figures as HTML fragments, coloured by the page's style sheet."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import plotly.graph_objects as go
+import torch
 from plotly.colors import qualitative
 from torch import Tensor
 
-from ddray.drawing.html import COLOURS, to_html
+from ddray.drawing.html import COLOURS, GREY, to_html
 from ddray.report.plane import Plane
 from ddray.report.runs import RunView, SetView, grouped
 from ddray.tables.along import curve, curve_names
 
+_MAX_COLOURS: Final = 20
+_DISTILLED: Final = "#d55e00"  # a star whose class has no colour of its own
+_PLANE: Final[Mapping[str, Any]] = {
+    "height": 560,
+    "margin": {"l": 5, "r": 5, "t": 45, "b": 40},
+    "legend": {"orientation": "h", "y": -0.02, "yanchor": "top", "x": 0, "itemsizing": "constant"},
+    "showlegend": True,
+}
+_MENU: Final[Mapping[str, Any]] = {"x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"}
+
 
 def accuracy_bars(cells: Sequence[Mapping[str, Any]]) -> str:
-    """Return a bar chart of a group's accuracies in percent with standard deviations.
+    """Return a bar chart of a group's accuracies in percent with standard deviations, the first row on top.
 
     An architecture has a colour, a published number is a diamond.
     """
@@ -25,26 +36,38 @@ def accuracy_bars(cells: Sequence[Mapping[str, Any]]) -> str:
     for arch_index, (arch, all_cells) in enumerate(grouped(cells, lambda cell: _arch(cell, names)).items()):
         arch_cells = [cell for cell in all_cells if cell["accuracy_mean"] is not None]
         figure.add_bar(
-            x=[cell["method"] for cell in arch_cells],
-            y=[100 * cell["accuracy_mean"] for cell in arch_cells],
-            error_y={"type": "data", "array": [100 * (cell["accuracy_std"] or 0) for cell in arch_cells]},
+            orientation="h",
+            y=[cell["method"] for cell in arch_cells],
+            x=[100 * cell["accuracy_mean"] for cell in arch_cells],
+            error_x={
+                "type": "data",
+                "array": [100 * (cell["accuracy_std"] or 0) for cell in arch_cells],
+                "color": GREY,
+                "thickness": 1.5,
+                "width": 3,
+            },
             name=arch,
             offsetgroup=arch,
             marker_color=COLOURS[arch_index % len(COLOURS)],
-            hovertemplate="%{x}<br>%{y:.2f} %<extra>" + arch + "</extra>",
+            hovertemplate="%{y}<br>%{x:.2f} %<extra>" + arch + "</extra>",
         )
         printed = [cell for cell in arch_cells if "published" in cell]
         if printed:
             figure.add_scatter(
-                x=[cell["method"] for cell in printed],
-                y=[100 * cell["published"]["accuracy_mean"] for cell in printed],
+                orientation="h",
+                y=[cell["method"] for cell in printed],
+                x=[100 * cell["published"]["accuracy_mean"] for cell in printed],
                 mode="markers",
                 marker={"symbol": "diamond-open", "size": 11, "color": "#d55e00", "line": {"width": 2}},
                 name=f"{arch}, published",
                 offsetgroup=arch,
-                hovertemplate="%{x}<br>published %{y:.2f} %<extra>" + arch + "</extra>",
+                hovertemplate="%{y}<br>published %{x:.2f} %<extra>" + arch + "</extra>",
             )
-    return to_html(figure, yaxis_title="accuracy (%)", barmode="group", scattermode="group", showlegend=True)
+    figure.update_yaxes(autorange="reversed", showgrid=False)
+    figure.update_xaxes(rangemode="tozero")
+    height = 130 + max(18 * len(cells), 26 * len({cell["method"] for cell in cells}))
+    axes = {"xaxis_title": "accuracy (%)", "barmode": "group", "scattermode": "group", "bargap": 0.25}
+    return to_html(figure, **axes, height=height, showlegend=len(figure.data) > 1)
 
 
 def _arch(cell: Mapping[str, Any], names: Sequence[str]) -> str:
@@ -57,6 +80,7 @@ def loss_curves(sets: Sequence[SetView]) -> str:
     """Return the loss curves of sets, relative to the first value (methods' losses differ in scale)."""
     figure = go.Figure()
     labels = list(dict.fromkeys(view.label for view in sets))
+    named = set()  # a row's seeds share an entry of the legend
     for view in sets:
         label_index = labels.index(view.label)
         first = abs(view.losses[0][1]) or 1.0
@@ -71,10 +95,12 @@ def loss_curves(sets: Sequence[SetView]) -> str:
                 "dash": "solid" if label_index < len(COLOURS) else "dot",
                 "width": 1.6,
             },
-            name=name,
+            name=view.label,
             legendgroup=view.label,
+            showlegend=view.label not in named,
             hovertemplate="step %{x}<br>loss %{customdata:.4g}<extra>" + name + "</extra>",
         )
+        named.add(view.label)
     return to_html(
         figure, xaxis_title="step", yaxis_title="loss / its first value", yaxis_type="log", showlegend=True
     )
@@ -136,38 +162,58 @@ def rung_curves(run: RunView) -> str | None:
     )
 
 
-def plane_scatter(plane: Plane, row: int) -> str:
-    """Return a scatter plot: real images as small points, a row's as stars, a colour per class."""
-    label, points, classes = plane.distilled[row]
-    small = {"size": 4, "opacity": 0.45}
-    star = {"symbol": "star", "size": 12, "line": {"width": 1, "color": "#12161c"}}
+def plane_scatter(plane: Plane) -> str:
+    """Return a scatter plot: real images as small points, one row's as stars, a colour per class.
+
+    A menu changes the row. More than 20 classes can't be told apart by colour: hovering names them.
+    """
     figure = go.Figure()
-    many = len(plane.class_names) > 20  # too many to tell apart by colour
-    for name, xy, labels, marker in (
-        ("real", plane.real, plane.real_labels.tolist(), small),
-        (label, points, classes.tolist(), star),
-    ):
+    colours = _class_colours(plane)
+    for name, mask in _real_groups(plane, colours).items():
+        labels = plane.real_labels[mask].tolist()
         figure.add_scatter(
-            x=_rounded(xy[:, 0]),
-            y=_rounded(xy[:, 1]),
-            mode="markers",
-            marker={**marker, "color": _class_colours(labels, many)},
-            text=["no class" if label_id < 0 else plane.class_names[label_id] for label_id in labels],
-            hovertemplate="%{text}<extra>" + name + "</extra>",
+            **_points(plane.real[mask]),
+            marker={"size": 4, "opacity": 0.5, "color": colours.get(name, GREY)},
+            text=None if name in colours else [plane.class_names[label] for label in labels],
+            hovertemplate=("" if name in colours else "%{text}, ") + "real<extra>" + name + "</extra>",
             name=name,
         )
+    num_real = len(figure.data)
+    buttons = []
+    for row, (label, points, classes) in enumerate(plane.distilled):
+        names = [plane.class_names[one] if one >= 0 else "no class" for one in classes.tolist()]
+        colour = [colours.get(name, _DISTILLED) for name in names]
+        figure.add_scatter(
+            **_points(points),
+            marker={"symbol": "star", "size": 12, "color": colour, "line": {"width": 1, "color": "#12161c"}},
+            text=names,
+            hovertemplate="%{text}<extra>" + label + "</extra>",
+            name=label,
+            visible=row == 0,
+            showlegend=False,
+        )
+        visible = [True] * num_real + [index == row for index in range(len(plane.distilled))]
+        buttons.append({"label": label, "method": "restyle", "args": [{"visible": visible}]})
     figure.update_xaxes(visible=False)
     figure.update_yaxes(visible=False, scaleanchor="x")
-    return to_html(figure, showlegend=True)
+    return to_html(figure, **_PLANE, updatemenus=[{"buttons": buttons, **_MENU}])
 
 
-def _rounded(values: Tensor) -> list[float]:
-    """Return coordinates rounded to 0.01, less than a point's size; makes the page much smaller."""
-    return [round(value, 2) for value in values.tolist()]
-
-
-def _class_colours(classes: Sequence[int], many: bool) -> list[str]:
-    if many:
-        return ["#8a94a3" if label_id >= 0 else "#d55e00" for label_id in classes]
+def _class_colours(plane: Plane) -> dict[str, str]:
+    """Return a colour per class name; empty if there are too many classes to tell apart."""
     palette = [*COLOURS[:7], *qualitative.Dark24]
-    return ["#d55e00" if label_id < 0 else palette[label_id % len(palette)] for label_id in classes]
+    names = plane.class_names
+    return dict(zip(names, palette, strict=False)) if len(names) <= _MAX_COLOURS else {}
+
+
+def _real_groups(plane: Plane, colours: Mapping[str, str]) -> dict[str, Tensor]:
+    """Return masks [N] of the real images by what the legend calls them: their class, if it has a colour."""
+    if not colours:
+        return {"real images": torch.ones_like(plane.real_labels, dtype=torch.bool)}
+    return {name: plane.real_labels == label for label, name in enumerate(plane.class_names)}
+
+
+def _points(points: Tensor) -> dict[str, Any]:
+    """Return points [N, 2] as a trace's coordinates, rounded to less than a pixel: pages are smaller so."""
+    x, y = ([round(value, 1) for value in column.tolist()] for column in points.T)
+    return {"x": x, "y": y, "mode": "markers"}

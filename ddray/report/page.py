@@ -16,16 +16,20 @@ from ddray.artifact.distilled_set import DistilledSet, Meta
 from ddray.config import Result
 from ddray.data import open_dataset
 from ddray.drawing.html import write_html
-from ddray.drawing.images import data_uri, grid_along, set_uri
+from ddray.drawing.images import grid_uri, images_along, page_picture
+from ddray.drawing.text import size_of
 from ddray.errors import DdrayError, InputError
 from ddray.methods import get_method
 from ddray.ranking.report import scatter_plot
 from ddray.report import charts, figures
+from ddray.report.board import matrix_of, table_of
 from ddray.report.costs import unit_costs
+from ddray.report.headline import headline, of_cells
 from ddray.report.plane import make_plane, under_networks
 from ddray.report.runs import RunView, SetView, grouped, read_run
 from ddray.tables.along import group_of
-from ddray.tables.columns import columns_of, generators_of, size_of
+from ddray.tables.anomalies import anomalies
+from ddray.tables.columns import generators_of
 from ddray.tuning.report import search_view
 from ddray.tuning.space import read_space
 
@@ -64,22 +68,19 @@ def write_page(
     runs = _with_unique_labels(views)
     cells = [cell for run in runs for cell in run.cells]
     sets = [view for run in runs for view in run.sets]
+    rankings = [part for run in runs for part in _rankings(run)]
     write_html(
         out,
         "report.html",
         runs=runs,
-        title=" + ".join(run.title for run in runs),
+        title=headline(runs[0], rankings) if len(runs) == 1 else of_cells(cells, f"{len(runs)} runs"),
         boards=list(_leaderboards(cells, sets)),
         charts=[{**chart, "run": run.title} for run in views for chart in charts.charts(run)],
         methods=list(_methods(cells, sets)),
         along=list(_along(cells, sets)),
         curves=list(_curves(sets, runs)),
-        searches=[
-            {"title": run.title, **search_view(read_space(run.config.get("space", {})), run.trials)}
-            for run in runs
-            if run.command == "tune"
-        ],
-        rankings=[part for run in runs for part in _rankings(run)],
+        searches=list(_searches(runs)),
+        rankings=rankings,
         planes=list(_planes(sets, runs, data_dir)) if planes else [],
         networks=list(_networks(views, data_dir)) if planes else [],
         num_curves_left=max(0, len({v.sort_key()[:2] for v in sets if v.losses}) - _MAX_CURVES),
@@ -97,6 +98,14 @@ def write_page(
         num_sets=len(sets),
         num_failed=sum(len(run.failures) for run in runs),
     )
+
+
+def _searches(runs: Sequence[RunView]) -> Iterator[dict[str, Any]]:
+    """Yield the trials of each search."""
+    for run in runs:
+        if run.command == "tune":
+            space = read_space(run.config.get("space", {}))
+            yield {"title": run.title, **search_view(space, run.trials)}
 
 
 def _warn_of_empty(runs: Sequence[RunView]) -> None:
@@ -144,24 +153,17 @@ def _leaderboards(cells: Sequence[Mapping[str, Any]], sets: Sequence[SetView]) -
             return (*where, archs.index(cell["arch"]), -(cell["accuracy_mean"] or 0.0))
 
         protocol_cells.sort(key=sort_key)
-        groups = grouped(protocol_cells, group_of)
         entries = [_with_sets(cell, sets) for cell in protocol_cells]
-        columns = [column for column in columns_of(entries) if column.header != "protocol"]
-        # Settings shared by all lines are shown once, above the table: as columns they push numbers off it.
-        shared = [
-            column
-            for column in columns
-            if column.kind == "setting"
-            and len({column.value(entry) for entry in entries}) == 1 < len(entries)
-        ]
         yield {
             "protocol": protocol,
-            "entries": entries,
-            "shared": "; ".join(f"{column.header} {column.text_of(entries[0])}" for column in shared),
+            "matrix": matrix_of(entries),
+            **table_of(entries),
             "generators": "; ".join(generators_of(entries)),
-            "columns": [column for column in columns if column not in shared],
+            "anomalies": anomalies(entries),
             "plots": [
-                {"title": name, "html": figures.accuracy_bars(group)} for name, group in groups.items()
+                {"title": name, "html": figures.accuracy_bars(group)}
+                for name, group in grouped(protocol_cells, group_of).items()
+                if len(group) > 1
             ],
         }
 
@@ -199,8 +201,11 @@ def _picture_along(view: SetView, last: int) -> dict[str, Any] | None:
     indices = sorted({round(i * (len(snapshots) - 1) / max(1, num - 1)) for i in range(num)})
     views = [*(snapshots[index] for index in indices), (last, view)] if indices else []
     sets = {step: distilled for step, one in views if (distilled := one.load()) is not None}
-    picture = grid_along(list(sets.values()))
-    return None if picture is None else {"steps": list(sets), "picture": data_uri(picture)}
+    images = images_along(list(sets.values()))
+    if images is None:
+        return None
+    uri, width = grid_uri(images.flatten(0, 1), images.shape[1])
+    return {"steps": list(sets), "uri": uri, "width": width}
 
 
 def _first_readable(sets: Iterable[SetView]) -> DistilledSet | None:
@@ -214,9 +219,9 @@ def _methods(cells: Sequence[Mapping[str, Any]], sets: Sequence[SetView]) -> Ite
         method_sets = [view for view in sets if view.label == label]
         reached = [cell for cell in cells if cell["method"] == label and cell["accuracy_mean"] is not None]
         pictures = [
-            {"title": "; ".join([title, *_learned(distilled.meta)]), "data": picture}
+            {"title": "; ".join([title, *_learned(distilled.meta)]), "picture": picture}
             for title, views in grouped(method_sets, attrgetter("group")).items()
-            if (distilled := views[0].load()) is not None and (picture := set_uri(distilled)) is not None
+            if (distilled := views[0].load()) is not None and (picture := page_picture(distilled)) is not None
         ]
         readable = _first_readable(method_sets)
         best = max(reached, key=lambda cell: cell["accuracy_mean"], default=None)
@@ -276,7 +281,8 @@ def _rankings(run: RunView) -> Iterator[dict[str, Any]]:
             rho: Any = both.corr(method="spearman").iloc[0, 1] if len(both) > 2 else None
             yield {
                 "title": f"{folder.name}: {proxy}",
-                "spearman": None if pd.isna(rho) else rho,
+                "proxy": str(proxy),
+                "spearman": None if pd.isna(rho) else float(rho),
                 "num_archs": len(both),
                 "html": scatter_plot(proxy_rows),
             }
@@ -285,7 +291,7 @@ def _rankings(run: RunView) -> Iterator[dict[str, Any]]:
 def _planes(
     sets: Sequence[SetView], runs: Sequence[RunView], data_dir: Path | None
 ) -> Iterator[dict[str, Any]]:
-    """Yield a t-SNE plane per dataset, size and network, with a plot per method; or why it can't be drawn.
+    """Yield a t-SNE plane per dataset, size and network with all methods; or why it can't be drawn.
 
     The networks are the first ones of the runs' protocol `distribution`, or else one of the pool.
     """
@@ -308,14 +314,10 @@ def _plane(
         dataset = open_dataset(group_sets[0].dataset, data_dir=data_dir)
         plane = make_plane(dataset, first_sets, network=network)
     except DdrayError as error:
-        yield {"title": title, "reason": str(error), "plots": [], "network": ""}
+        yield {"title": title, "reason": str(error), "html": "", "network": ""}
         return
     if plane is not None:
-        plots = [
-            {"title": label, "html": figures.plane_scatter(plane, row)}
-            for row, (label, *_) in enumerate(plane.distilled)
-        ]
-        yield {"title": title, "reason": "", "plots": plots, "network": plane.network}
+        yield {"title": title, "reason": "", "html": figures.plane_scatter(plane), "network": plane.network}
 
 
 def _networks(runs: Sequence[RunView], data_dir: Path | None) -> Iterator[dict[str, str]]:

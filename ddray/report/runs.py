@@ -13,11 +13,12 @@ from typing import Any, TypeVar
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.artifact.reading import load
 from ddray.config import read_yaml
+from ddray.drawing.text import size_of
 from ddray.errors import InputError
+from ddray.report.scored import score_cells
 from ddray.runs.folder import environments
 from ddray.runs.ledger import Ledger, Row, classes_of
 from ddray.tables.along import group_of
-from ddray.tables.columns import size_of
 from ddray.tables.table import accuracy_of, cells_of, drop_scaled_differences, failure_of, names_of
 from ddray.tables.units import Cell
 
@@ -160,6 +161,7 @@ def read_run(folder: Path) -> RunView:
     failed = [failure_of(name_of(row), row) for row in rows if row.status == "failed"]
     planned = _planned(folder)
     cells = cells_file.get("cells") or _unfinished_cells(planned, config, rows)
+    cells = [*cells, *score_cells(folder, rows, cells)]
     done = {row.key: row for row in rows if row.status == "done"}
     return RunView(
         folder=folder,

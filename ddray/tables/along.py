@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ddray.drawing.html import COLOURS
 from ddray.drawing.plots import save_plot
+from ddray.drawing.text import size_of
 from ddray.system.files import write_text
-from ddray.tables.columns import MEASURED, name_columns, size_of
+from ddray.tables.columns import MEASURED, name_columns
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from ddray.drawing.text import percent
+from ddray.drawing.text import percent, size_of
 from ddray.evaluation import get_protocol, protocol_names
 from ddray.ranking.figures_of_merit import is_telling
 
@@ -61,13 +61,6 @@ def _flat(entry: Entry) -> Entry:
 def short(value: float) -> str:
     """Return a number with three digits; from 1000 on as a whole number."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-
-
-def size_of(entry: Entry) -> str:
-    """Return `ipc 10` or `100 images`; empty without a size."""
-    if "budget" in entry:
-        return f"{entry['budget']} images"
-    return f"ipc {entry['ipc']}" if "ipc" in entry else ""
 
 
 def _field(name: str, header: str | None = None, kind: Literal["name", "setting"] = "name") -> Column:
@@ -161,7 +154,7 @@ def columns_of(entries: Iterable[Entry]) -> list[Column]:
     entries = list(entries)
     protocols = {entry["protocol"] for entry in entries} & {*protocol_names()}
     measures = [
-        _figure(name, measure.title)
+        _figure(name, f"{measure.title} %", percent) if measure.is_fraction else _figure(name, measure.title)
         for protocol in sorted(protocols)
         for name, measure in get_protocol(protocol).measures.items()
         if measure.in_tables

@@ -2,19 +2,22 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from ddray.artifact.reading import load
-from ddray.drawing.html import to_html, write_run_page
-from ddray.drawing.images import set_uri
+from ddray.drawing.html import GREY, to_html, write_run_page
+from ddray.drawing.images import page_picture
+from ddray.drawing.text import percent_short, size_of
+from ddray.runs.folder import read_config
 from ddray.runs.ledger import Row
 from ddray.tuning.importances import importance_plot
+from ddray.tuning.plots import axis_of, history_plot, objective_of, scale_of, slice_plots
 from ddray.tuning.space import Space
 from ddray.tuning.study import status_of, study_of
 
-_ACCURACY: Final = "val_accuracy"
-_WORST_TO_BEST: Final = ("#8a94a3", "#d55e00")
+_WORST_TO_BEST: Final = (GREY, "#d55e00")
 
 
 def write_report(run_dir: Path, result: Mapping[str, Any], rows: Sequence[Row], space: Space) -> None:
@@ -22,20 +25,41 @@ def write_report(run_dir: Path, result: Mapping[str, Any], rows: Sequence[Row], 
 
     StorageError if the page can't be written.
     """
-    picture = set_uri(load(Path(result["artifact"])))
-    write_run_page(run_dir, "tune.html", result=result, search=search_view(space, rows), picture=picture)
+    preset = result["paper_point"]["test_accuracy_mean"]
+    write_run_page(
+        run_dir,
+        "tune.html",
+        title=search_title(read_config(run_dir), result["test_accuracy_mean"], preset),
+        result=result,
+        search=search_view(space, rows),
+        picture=page_picture(load(Path(result["artifact"]))),
+    )
+
+
+def search_title(config: Mapping[str, Any], best: float | None, preset: float | None) -> str:
+    """Return what a search came to, `datadam on cifar10, ipc 1: 32.6 % (preset 32.0)`.
+
+    `config` is that of the run, `best` and `preset` are test accuracies; None: not known (yet).
+    """
+    where = ", ".join(
+        filter(None, (f"{config.get('method_name')} on {config.get('dataset')}", size_of(config)))
+    )
+    if best is None:
+        return f"{where}: no score on test"
+    beside = "" if preset is None else f" (preset {percent_short(preset)})"
+    return f"{where}: {percent_short(best)} %{beside}"
 
 
 def search_view(space: Space, rows: Sequence[Row]) -> dict[str, Any]:
     """Return what the templates show of a search: its settings' names, trials, and figures."""
     return {
         "names": list(space),
-        "objective": next((row.result["objective"] for row in rows if "objective" in row.result), _ACCURACY),
+        "objective": objective_of(rows),
         "trials": [
             {
                 "number": row.spec["number"],
                 "status": status_of(row),
-                "val": row.result.get(row.result.get("objective", _ACCURACY)),
+                "val": row.result.get(objective_of([row])),
                 "num_evaluations": len(row.result.get("rungs", {})),
                 "values": [row.spec["params"].get(name) for name in space],
                 "wall_s": row.wall_s,
@@ -43,6 +67,8 @@ def search_view(space: Space, rows: Sequence[Row]) -> dict[str, Any]:
             }
             for row in rows
         ],
+        "history": history_plot(rows) if rows else "",
+        "slices": slice_plots(space, rows) if rows else [],
         "figures": search_figures(space, rows) if space and rows else [],
     }
 
@@ -52,9 +78,14 @@ def search_figures(space: Space, rows: Sequence[Row]) -> list[dict[str, str]]:
     import optuna.visualization as plots
 
     study = study_of(space, rows)
+    objective = objective_of(rows)
+    parallel = partial(
+        plots.plot_parallel_coordinate,
+        target=lambda trial: scale_of(objective) * (trial.value or 0.0),
+        target_name=axis_of(objective),
+    )
     plot_functions: dict[str, Callable[..., Any]] = {
-        "Optimisation history": plots.plot_optimization_history,
-        "Parallel coordinates": plots.plot_parallel_coordinate,
+        "Parallel coordinates": parallel,
         "Hyperparameter importances": importance_plot,
     }
     figures = []
@@ -67,7 +98,7 @@ def search_figures(space: Space, rows: Sequence[Row]) -> list[dict[str, str]]:
         except (ValueError, RuntimeError, UserWarning) as error:
             figures.append({"title": title, "html": "", "reason": str(error).splitlines()[0]})
             continue
-        if plot is plots.plot_parallel_coordinate:
+        if plot is parallel:
             _recolour(figure)
         figures.append({"title": title, "html": to_html(figure, height=450, title=None), "reason": ""})
     return figures
@@ -88,4 +119,5 @@ def _recolour(figure: Any) -> None:
         share = (float(line.customdata[0][1]) - low) / (high - low) if high > low else 1.0
         line.line.color = sample_colorscale(_WORST_TO_BEST, [min(max(share, 0.0), 1.0)])[0]
         line.opacity = 0.9
+    bar.marker.reversescale = False
     bar.marker.colorscale = [[end, colour] for end, colour in enumerate(_WORST_TO_BEST)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -10,11 +11,15 @@ from typing import Any
 
 import pytest
 
+from ddray.ranking.report import write_nas_report
 from ddray.report.page import write_page
 from ddray.runs.executor import LocalExecutor
 from ddray.tables.options import BenchOptions
 from ddray.tables.run import prepare, run_bench
 from ddray.tables.spec import BenchSpec
+from tests.ranking.test_nas_page import figures, result
+from tests.ranking.test_nas_page import lines as architectures
+from tests.report.pages import ENVIRONMENT, trial_row, write_search
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is in the browser extra")
 
@@ -31,7 +36,7 @@ SPEC = {
     "methods": [
         "random",
         "class_mean",
-        {"name": "dm", "steps": 20, "set": {"method.batch_real": 4}},
+        {"name": "dm", "label": "dm, 20 steps of four images", "steps": 20, "set": {"method.batch_real": 4}},
         {"name": "dm", "label": "wild", "steps": 2, "set": {"method.lr_img": 1e30}},
     ],
     "ipc": [1, 10],
@@ -41,15 +46,35 @@ SPEC = {
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bench's page with all its sections."""
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The pages of a bench, with all its sections, of a search and of a sweep."""
     folder = tmp_path_factory.mktemp("browser")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DDRAY_HOME", str(folder / "home"))
         plan = prepare(BenchSpec.parse(SPEC), BenchOptions(executor="local"))
         run_bench(plan, LocalExecutor(), run_dir=folder / "run")
         write_page([folder / "run"], folder / "page.html")
-    return folder / "page.html"
+    for name in ("tune", "nas"):
+        (folder / name).mkdir()
+    shutil.copy(next((folder / "run" / "artifacts").glob("*.pt")), folder / "tune" / "distilled.pt")
+    failed = {"status": "failed", "error": "the loss must stay finite, got nan", "result": {"number": 2}}
+    trials = [trial_row(trial_id, **(failed if trial_id == 2 else {})) for trial_id in range(8)]
+    write_search(folder / "tune", trials)
+    (folder / "nas" / "config.yaml").write_text("command: nas\n")
+    (folder / "nas" / "environment.json").write_text(json.dumps(ENVIRONMENT))
+    write_nas_report(
+        folder / "nas", result(figures("a proxy of some name")), architectures("a proxy of some name")
+    )
+    return {
+        "bench": folder / "page.html",
+        "tune": folder / "tune" / "report.html",
+        "nas": folder / "nas" / "report.html",
+    }
+
+
+@pytest.fixture(scope="module")
+def page(pages: dict[str, Path]) -> Path:
+    return pages["bench"]
 
 
 Open = Callable[..., Any]
@@ -92,7 +117,7 @@ def test_it_loads_without_errors_and_draws_every_plot(desktop: Any) -> None:
     errors = [entry for entry in desktop.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
     assert errors == []
     plots = desktop.find_elements("css selector", ".js-plotly-plot")
-    assert len(plots) >= 2 + 2 + 6
+    assert len(plots) >= 2 + 2 + 2
     empty = (
         "return [...document.querySelectorAll('.js-plotly-plot')].filter(p => !p.querySelector('.main-svg'))"
     )
@@ -144,15 +169,80 @@ def test_a_plot_answers_a_hover(desktop: Any) -> None:
     assert "%" in plot.find_element("css selector", ".hoverlayer .hovertext").text
 
 
-def test_it_fits_a_phone(browser: Open, page: Path) -> None:
-    phone = browser(page, width=390)
-    wide = phone.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
-    assert wide <= 0, f"the page is {wide} px wider than the phone"
-    sizes = phone.execute_script(
-        "return [...document.querySelectorAll('.js-plotly-plot')].map(p => p.getBoundingClientRect().right)"
+@pytest.mark.parametrize("width", [400, 1280])
+@pytest.mark.parametrize("name", ["bench", "tune", "nas"])
+def test_it_fits_a_phone_and_a_desk_with_the_accuracy_on_the_first_screen(
+    browser: Open, pages: dict[str, Path], name: str, width: int
+) -> None:
+    driver = browser(pages[name], width=width, dark=name == "tune")
+    wide = driver.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
+    assert wide <= 0, f"the page is {wide} px wider than the screen"
+    spilled = driver.execute_script(
+        """
+        const kinds = "h1, h2, h3, p, li, .card, figure, img, .js-plotly-plot";
+        const spills = e => e.getBoundingClientRect().right > window.innerWidth;
+        return [...document.body.querySelectorAll(kinds)]
+          .filter(e => spills(e) && !e.closest(".wide, nav, pre, .set")).map(e => e.outerHTML.slice(0, 80));
+        """
     )
-    assert sizes
-    assert max(sizes) <= 390
+    assert spilled == []
+    text, right, bottom = driver.execute_script(
+        """
+        const seen = document.querySelector(arguments[0]), box = seen.getBoundingClientRect();
+        return [seen.textContent, box.right, box.bottom];
+        """,
+        {"bench": "table td.num", "tune": ".card b", "nas": "td:nth-child(2)"}[name],
+    )
+    assert any(character.isdigit() for character in text)
+    assert right <= width
+    assert bottom <= 900, f"{text} stands {bottom} px below the top"
+
+
+def test_the_method_stays_in_view_while_a_table_is_scrolled(browser: Open, page: Path) -> None:
+    driver = browser(page, width=400)
+    before, after = driver.execute_script(
+        """
+        const box = [...document.querySelectorAll(".wide")].find(e => e.scrollWidth > e.clientWidth + 100);
+        const cell = box.querySelector("tbody td"), left = () => cell.getBoundingClientRect().left;
+        const first = left(); box.scrollLeft = 100; return [first, left()];
+        """
+    )
+    assert after == before
+
+
+def test_rows_are_filtered_by_words_and_the_table_is_a_csv(desktop: Any) -> None:
+    field = desktop.find_element("css selector", "input[data-filter='#board-hard']")
+    field.send_keys("random ipc 10")
+    rows = "return [...document.querySelectorAll('#board-hard table')].at(-1).tBodies[0].rows"
+    visible = desktop.execute_script(f"return [...({rows[7:]})].filter(r => !r.hidden).map(r => r.innerText)")
+    assert visible
+    assert all("random" in text and "ipc 10" in text for text in visible)
+    field.clear()
+    field.send_keys(" ")
+    link = desktop.find_element("css selector", "#board-hard a[download]")
+    lines = desktop.execute_async_script(
+        "const done = arguments[1]; fetch(arguments[0]).then(r => r.text()).then(done)",
+        link.get_attribute("href"),
+    ).splitlines()
+    assert lines[0].startswith("method,dataset")
+    assert len(lines) - 1 == desktop.execute_script(f"return ({rows[7:]}).length")
+
+
+def test_the_menu_of_a_plane_changes_its_method(desktop: Any) -> None:
+    visible = """
+        const plot = document.querySelector("#plane ~ .js-plotly-plot, #plane ~ div .js-plotly-plot");
+        return [...plot.data].filter(t => t.marker.symbol === "star" && t.visible).map(t => t.name);
+        """
+    change = """
+        const plot = document.querySelector("#plane ~ .js-plotly-plot, #plane ~ div .js-plotly-plot");
+        const button = plot.layout.updatemenus[0].buttons[1];
+        return Plotly[button.method](plot, ...button.args).then(() => button.label);
+        """
+    before = desktop.execute_script(visible)
+    label = desktop.execute_script(change)
+    assert len(before) == 1
+    assert before != [label]
+    assert desktop.execute_script(visible) == [label]
 
 
 @pytest.mark.parametrize("dark", [False, True])

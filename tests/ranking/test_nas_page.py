@@ -20,8 +20,10 @@ from ddray.ranking.report import (
     published_figures,
     save_scatters,
     summary,
+    sweep_title,
     write_nas_report,
 )
+from tests.report.pages import ENVIRONMENT, heading, traces
 
 NAN = float("nan")
 
@@ -82,15 +84,7 @@ def result(*proxies: dict[str, Any], **changes: Any) -> dict[str, Any]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "config.yaml").write_text("command: nas\nname: <b>bold</b>\n")
-    environment = {
-        "date": "2026-01-01",
-        "processor": "CPU",
-        "cpu_count": 2,
-        "devices": ["H200"],
-        "versions": {"ddray": "0", "torch": "2"},
-        "git_commit": None,
-    }
-    (tmp_path / "environment.json").write_text(json.dumps(environment))
+    (tmp_path / "environment.json").write_text(json.dumps(ENVIRONMENT))
     return tmp_path
 
 
@@ -256,10 +250,23 @@ class TestPage:
         assert "<th>arch_str</th>" in text
         assert "|none~0|" in text
 
-    def test_many_points_are_drawn_by_the_graphics_card(self, page: Any) -> None:
+    def test_its_title_is_the_result(self, page: Any) -> None:
+        text = page(result(figures("random")), lines("random"))
+
+        assert heading(text).startswith("random ranks ")
+        assert heading(text).endswith(" with Spearman 0.71")
+        best = sweep_title("nasbench201", None, 20, {"a": None, "b": 0.2, "c": 0.613})
+        assert best == "c ranks 20 architectures of nasbench201 with Spearman 0.61"
+        few = sweep_title("convnet720", "digits", 7, {"a": 1.0})
+        assert few == "7 architectures of convnet720 on digits: too few for a correlation"
+        assert "no proxy's ranking" in sweep_title("convnet720", "digits", 8, {"a": None})
+
+    def test_of_many_points_some_are_drawn(self, page: Any) -> None:
         text = page(result(figures("random")), lines("random", 3500, depth=False))
 
-        assert '"type":"scattergl"' in text
+        points = traces(text)[0]
+        assert points["type"] == "scatter"
+        assert 1500 < len(points["customdata"]) <= 3000
 
     def test_a_proxy_that_ranked_nothing(self, page: Any) -> None:
         table = lines("random").iloc[-2:]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from ddray.report.runs import Scored, read_run
 from ddray.runs.ledger import Row
 from ddray.tables.spec import BenchSpec
 from ddray.tables.units import Cell
-from tests.report.pages import body
+from tests.report.pages import body, traces
 from tests.tables.benches import run
 
 
@@ -44,27 +43,23 @@ def scored(method: str, per_set: list[list[float]], **changes: Any) -> Scored:
     return Scored(Cell.parse({**values, **changes}), tuple(rows))
 
 
-def traces(html: str) -> list[dict[str, Any]]:
-    """The figure's data, read from the page's own script."""
-    start = html.index("[", html.index("Plotly.newPlot("))
-    data: list[dict[str, Any]] = json.JSONDecoder().raw_decode(html[start:])[0]
-    return data
-
-
 def run_of(cells: list[Scored], methods: Sequence[Any] = (), rows: Sequence[Row] = ()) -> Any:
     return SimpleNamespace(scored=cells, config={"command": "bench", "methods": methods}, rows=rows)
 
 
-def test_three_sets_with_three_networks_each_give_a_box_of_nine_points() -> None:
+def test_three_sets_with_three_networks_each_give_nine_points_and_their_mean() -> None:
     cells = [scored(name, [[0.1, 0.2, 0.3]] * 3) for name in ("d3hr", "Base-RS")]
 
     (chart,) = charts.charts(run_of(cells))
 
     assert chart["title"] == "Spread over sets and networks: cifar10, ipc 50, hard"
-    (box,) = traces(chart["html"])
-    assert (box["type"], box["boxpoints"]) == ("box", "all")
-    assert box["x"] == ["d3hr"] * 9 + ["Base-RS"] * 9
-    assert box["y"] == pytest.approx([10, 20, 30] * 6)
+    points, means = traces(chart["html"])
+    assert points["y"] == pytest.approx([10, 20, 30] * 6)
+    assert [round(x) for x in points["x"]] == [0] * 9 + [1] * 9, "each row's points beside each other"
+    assert len(set(points["x"])) == 18
+    assert means["y"] == pytest.approx([20, 20])
+    assert means["error_y"]["array"] == pytest.approx([75**0.5] * 2)
+    assert '"ticktext":["d3hr","Base-RS"]' in chart["html"]
 
 
 def test_ten_sets_give_a_line_per_row_over_their_seeds_and_five_do_not() -> None:

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +17,11 @@ from PIL import Image
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.config import flatten
 from ddray.data import fit_zca
-from ddray.drawing.images import grid, grid_along, png, save_grid
+from ddray.drawing.images import grid, images_along, png, save_grid
 from ddray.runs.ledger import Row
 from ddray.runs.results import write_results
-from ddray.tuning.report import write_report
-from ddray.tuning.space import Range
+from ddray.tuning.plots import history_plot, slice_plots
+from tests.report.pages import SPACE, heading, traces, trial_row, write_search
 
 leaves = st.integers() | st.none() | st.lists(st.integers(), max_size=2)
 nested = st.recursive(
@@ -138,13 +138,13 @@ def test_the_same_images_stand_in_a_row_along_the_steps(toy: Any, planned: Any) 
     first = a_set(toy, planned, ipc=3)
     second = replace(first, images=first.images * 0)
 
-    tiles = cells(grid_along([first, second]), 6, 2)
+    images = images_along([first, second])
 
+    assert images is not None
     pixels = first.space().decode(first.images).clamp(0, 1)
-    for row, index in enumerate([0, 1, 3, 4, 6, 7]):  # two of the three images of each class
-        assert torch.allclose(tiles[row, 0], pixels[index])
-    assert torch.allclose(tiles[:, 1], second.space().decode(second.images)[:6])
-    assert grid_along([]) is None
+    assert torch.allclose(images[:, 0], pixels[[0, 1, 3, 4, 6, 7]]), "two of the three images of each class"
+    assert torch.allclose(images[:, 1], second.space().decode(second.images)[:6])
+    assert images_along([]) is None
 
 
 def test_a_set_without_images_has_no_picture(toy: Any, planned: Any, tmp_path: Path) -> None:
@@ -170,60 +170,19 @@ def test_the_png_holds_the_picture(toy: Any, planned: Any, tmp_path: Path) -> No
     assert png(grid(distilled)) == (tmp_path / "a.png").read_bytes()
 
 
-SPACE = {"lr_img": Range("loguniform", 0.01, 10.0), "init": Range("choice", choices=("random", "noise"))}
-
-
 class TestTunePage:
-    def row(self, trial_id: int, **changes: Any) -> Row:
-        values: dict[str, Any] = {
-            "key": f"{trial_id}",
-            "kind": "trial",
-            "spec": {"number": trial_id, "params": {"lr_img": 0.123456 * (trial_id + 1), "init": "random"}},
-            "status": "done",
-            "result": {
-                "number": trial_id,
-                "val_accuracy": 0.1234 + trial_id / 100,
-                "stopped_early": trial_id == 1,
-                "rungs": {"5": 0.1, "10": 0.12},
-            },
-            "wall_s": 1.5,
-        }
-        return Row.parse({**values, **changes})
-
     def page(self, rows: list[Row], toy: Any, planned: Any, folder: Path) -> str:
         a_set(toy, planned).save(folder / "distilled.pt")
-        (folder / "config.yaml").write_text("steps: 3\nname: <b>bold</b>\n")
-        environment = {
-            "date": "2026-01-01",
-            "processor": "CPU",
-            "cpu_count": 2,
-            "devices": ["H200"],
-            "versions": {"ddray": "0", "torch": "2"},
-            "git_commit": None,
-        }
-        (folder / "environment.json").write_text(json.dumps(environment))
-        result = {
-            "artifact": str(folder / "distilled.pt"),
-            "num_trials": len(rows),
-            "num_failed": 1,
-            "num_stopped_early": 1,
-            "objective": "val_accuracy",
-            "best": {"val_accuracy": 0.1534, "trial": 3},
-            "paper_point": {"val_accuracy": 0.1234, "test_accuracy_mean": 0.11, "test_accuracy_std": None},
-            "test_accuracy_mean": 0.14,
-            "test_accuracy_std": 0.01,
-        }
-        write_report(folder, result, rows, SPACE)
-        return (folder / "report.html").read_text()
+        return write_search(folder, rows)
 
     def test_it_shows_every_trial_and_needs_no_network(self, toy: Any, planned: Any, tmp_path: Path) -> None:
         failed = {"status": "failed", "error": "loss <i>NaN</i>", "result": {"number": 2}}
-        rows = [self.row(0), self.row(1), self.row(2, **failed), self.row(3)]
+        rows = [trial_row(0), trial_row(1), trial_row(2, **failed), trial_row(3)]
 
         page = self.page(rows, toy, planned, tmp_path)
 
         body = page[page.index("</script>") :]
-        table = body[body.index("<h2>Trials</h2>") :]
+        table = body[body.index("<h3>Trials</h3>") :]
         assert re.findall(r"<td>(done|stopped early|failed)</td>", table) == [
             *("done", "stopped early", "failed", "done")
         ]
@@ -239,16 +198,43 @@ class TestTunePage:
         )
         assert "@import" not in body
 
+    def test_its_title_is_the_result_and_the_preset_has_its_name(
+        self, toy: Any, planned: Any, tmp_path: Path
+    ) -> None:
+        page = self.page([trial_row(0), trial_row(3)], toy, planned, tmp_path)
+
+        assert heading(page) == "dm on digits, ipc 1: 14.0 % (preset 11.0)"
+        assert "paper's point" not in html.unescape(page)
+        assert "better than the preset by 3.00 points" in page
+        assert "cut to steps 3 of 300" in page
+
+    def test_trials_that_were_stopped_or_failed_are_drawn(self) -> None:
+        failed = {"status": "failed", "error": "loss NaN", "result": {"number": 2}}
+        rows = [trial_row(0), trial_row(1), trial_row(2, **failed), trial_row(3)]
+
+        by_name = {trace["name"]: trace for trace in traces(history_plot(rows))}
+
+        assert by_name["done"]["x"] == [0, 3]
+        assert by_name["done"]["y"] == pytest.approx([12.34, 15.34]), "percent"
+        assert by_name["stopped early"]["x"] == [1]
+        assert by_name["best so far"]["y"] == pytest.approx([12.34, 15.34])
+        assert by_name["failed"]["text"] == ["loss NaN"]
+        lr_img, init = slice_plots(SPACE, rows)
+        assert [trace["name"] for trace in traces(lr_img["html"])] == ["done", "stopped early"]
+        assert traces(lr_img["html"])[1]["x"] == pytest.approx([0.246912])
+        assert '"type":"log"' in lr_img["html"]
+        assert traces(init["html"])[0]["x"] == ["random", "random"]
+
     def test_figures_that_cannot_be_drawn_give_their_reason(
         self, toy: Any, planned: Any, tmp_path: Path
     ) -> None:
-        page = self.page([self.row(3)], toy, planned, tmp_path)
+        page = self.page([trial_row(3)], toy, planned, tmp_path)
 
         assert page.count("Not drawn:") >= 1
         assert "Hyperparameter importances" in page
 
 
-@pytest.mark.parametrize("name", ["result", "search", "picture", "config", "environment"])
+@pytest.mark.parametrize("name", ["title", "result", "search", "picture", "config", "environment"])
 def test_the_template_uses_what_it_is_given(name: str) -> None:
     import ddray.drawing
 

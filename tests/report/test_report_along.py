@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -15,7 +14,7 @@ from ddray.report.page import write_page
 from ddray.report.runs import read_run
 from ddray.tables.along import group_of
 from ddray.tables.spec import BenchSpec
-from tests.report.pages import SPEC, body
+from tests.report.pages import SPEC, body, traces
 from tests.tables.benches import run
 
 ALONG: dict[str, Any] = {
@@ -34,13 +33,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("DDRAY_HOME", str(temporary / "home"))
         run(temporary / "run", BenchSpec.parse(ALONG))
     return temporary / "run"
-
-
-def plotted(html: str) -> list[dict[str, Any]]:
-    """Return the traces of a plotly fragment."""
-    (text,) = re.findall(r"Plotly\.newPlot\(\s*\"[^\"]*\",\s*(\[.*?\]),\s*\{\"template\"", html, re.S)
-    traces: list[dict[str, Any]] = json.loads(text)
-    return traces
 
 
 def test_the_page_draws_accuracies_and_pictures_along_the_steps(folder: Path, tmp_path: Path) -> None:
@@ -70,7 +62,7 @@ def test_a_curve_has_the_points_of_its_cell_and_a_band_of_a_deviation() -> None:
         }
         for method in ("dm", "datadam")
     ]
-    band, line, *others = plotted(along_curves(cells))
+    band, line, *others = traces(along_curves(cells))
     assert (line["name"], line["x"], line["y"]) == ("dm", [5, 10], [25.0, 50.0])
     assert (band["x"], band["y"]) == ([5, 10, 10, 5], [37.5, 50.0, 50.0, 12.5])
     assert others[1]["name"] == "datadam"
@@ -79,7 +71,7 @@ def test_a_curve_has_the_points_of_its_cell_and_a_band_of_a_deviation() -> None:
 def test_rows_of_a_group_that_share_a_label_are_told_apart() -> None:
     cell = {"method": "dm", "dataset": "cifar10", "ipc": 1, "protocol": "hard", "along": []}
     names = [
-        trace["name"] for trace in plotted(along_curves([{**cell, "arch": "a"}, {**cell, "arch": "b"}]))[1::2]
+        trace["name"] for trace in traces(along_curves([{**cell, "arch": "a"}, {**cell, "arch": "b"}]))[1::2]
     ]
     assert names == ["dm, a", "dm, b"]
 

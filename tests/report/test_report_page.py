@@ -8,22 +8,26 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from plotly.offline import get_plotlyjs, get_plotlyjs_version
 from torchvision.transforms.functional import to_tensor
 
 from ddray.artifact.reading import load
-from ddray.drawing.images import data_uri, grid, png, set_uri
+from ddray.drawing import html
+from ddray.drawing.images import data_uri, page_picture, png
 from ddray.errors import InputError
 from ddray.report import page as page_module
 from ddray.report.figures import accuracy_bars
 from ddray.report.page import write_page
 from ddray.report.runs import read_run
 from ddray.runs.ledger import Ledger
-from tests.report.pages import body, tables
+from ddray.tables.anomalies import anomalies
+from tests.report.pages import board, body, figures_of, tables
 
 
 def test_it_needs_no_network(page: str) -> None:
@@ -34,9 +38,33 @@ def test_it_needs_no_network(page: str) -> None:
     assert "plotly" in page.lower()
 
 
+def test_figures_have_no_traces_but_those_of_the_bundle_which_is_as_new_as_plotly(page: str) -> None:
+    kinds = {trace["type"] for figure in figures_of(page) for trace in figure}
+    assert kinds == {"bar", "scatter"}
+    bundle = Path(html.__file__).with_name(html.BUNDLE)
+    version = get_plotlyjs_version()
+    renew = f"npm pack plotly.js-basic-dist-min@{version} has the file"
+    assert f"plotly.js (basic - minified) v{version}\n" in bundle.read_text(encoding="utf-8")[:200], renew
+    assert bundle.stat().st_size < len(get_plotlyjs()) / 3
+
+
+def test_what_stands_out_is_told(bench_folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(bench_folder, copy)
+    cells_file = json.loads((copy / "cells.json").read_text())
+    for cell in cells_file["cells"]:
+        cell["accuracy_mean"] = (0.5 if cell["method"] == "random" else 0.3) + cell["ipc"] / 100
+    (copy / "cells.json").write_text(json.dumps(cells_file))
+    write_page([copy], copy / "report.html", planes=False)
+    page = (copy / "report.html").read_text()
+    told = re.findall("<li>([^<]*)</li>", page[page.index("What stands out") :])
+    expected = {text.replace("+-", "±") for text in anomalies(cells_file["cells"])}
+    assert sum("dm & co is below random" in text for text in expected) == 4
+    assert {unescape(text) for text in told} >= expected
+
+
 def test_the_leaderboard_has_every_cell_best_first(page: str, bench_folder: Path) -> None:
-    board = tables(page)[0]
-    head, lines = board[0], board[1:]
+    head, *lines = board(page)
     cells = json.loads((bench_folder / "cells.json").read_text())["cells"]
     assert len(lines) == len(cells) == 2 * 2 * 2
     assert all(len(line) == len(head) for line in lines)
@@ -50,10 +78,13 @@ def test_the_leaderboard_has_every_cell_best_first(page: str, bench_folder: Path
         ]
         mean, std = (f"{100 * cell[name]:.2f}" for name in ("accuracy_mean", "accuracy_std"))
         assert line["accuracy %"] == f"{mean} ± {std}"
-        assert line["n (sets)"] == "2 (1)"
         assert line["storage"] == f"{cell['ipc'] * 10 * 256:,}"
         assert float(line["seconds (with pool and whitening)"]) == pytest.approx(cell["seconds"], rel=0.01)
         assert line["peak MB"] == f"{cell['peak_memory_bytes'] / 1e6:,.0f}"
+    assert head[:2] == ["method", "accuracy %"]
+    (shared,) = re.findall("All rows: (.*?)[.]<", body(page))
+    assert {"dataset digits", "n (sets) 2 (1)"} <= set(shared.split("; ")), "told once"
+    assert not {"dataset", "n (sets)"} & set(head)
     groups: dict[tuple[str, str], list[float]] = {}
     for line in rows:
         groups.setdefault((line["size"], line["arch"]), []).append(float(line["accuracy %"].split()[0]))
@@ -74,8 +105,8 @@ def test_published_numbers_stand_beside_ours(bench_folder: Path, tmp_path: Path)
     }
     (copy / "cells.json").write_text(json.dumps(cells_file))
     write_page([copy], copy / "report.html", planes=False)
-    board = tables((copy / "report.html").read_text())[0]
-    rows = [dict(zip(board[0], line, strict=True)) for line in board[1:]]
+    head, *lines = board((copy / "report.html").read_text())
+    rows = [dict(zip(head, line, strict=True)) for line in lines]
     (line,) = [line for line in rows if line["published %"] != "-"]
     assert (line["published %"], line["difference"], line["in SE"]) == ("32.00 ± 1.20", "-3.12", "-2.5")
 
@@ -89,11 +120,9 @@ def test_text_of_users_is_escaped(page: str) -> None:
 def test_methods_show_their_sets(page: str, bench_folder: Path) -> None:
     run = read_run(bench_folder)
     assert sorted({view.label for view in run.sets}) == ["dm & co", "random"]
-    expected = {base64.b64encode(png(grid(load(view.path)))).decode() for view in run.sets}
-    pictures = set(re.findall(r'src="data:image/png;base64,([^"]+)"', body(page)))
-    assert pictures == expected
-    for encoded in pictures:
-        assert Image.open(io.BytesIO(base64.b64decode(encoded))).size[0] > 64
+    expected = {page_picture(load(view.path)).uri for view in run.sets}
+    assert set(re.findall(r'src="(data:image/[^"]+)"', body(page))) == expected
+    assert len(expected) == 4
     assert "Random real images" in body(page) or "random" in body(page)
     assert "batch_real: 4" in body(page)
 
@@ -113,6 +142,29 @@ def test_pictures_say_what_their_sets_have_learned(bench_folder: Path, tmp_path:
     captions = re.findall("<figcaption>(.*?)</figcaption>", page)
     assert captions
     assert all(caption.endswith("; soft labels: values; learned rate 0.0213") for caption in captions)
+
+
+def test_a_picture_has_a_row_per_class_with_its_name_and_no_more_pixels_than_shown(
+    bench_folder: Path,
+) -> None:
+    view = next(view for view in read_run(bench_folder).sets if view.size == "ipc 2")
+    distilled = load(view.path)
+    names = tuple(f"class {label}" for label in range(10))
+    distilled = replace(distilled, meta=distilled.meta.model_copy(update={"class_names": names}))
+
+    picture = page_picture(distilled)
+
+    assert picture is not None
+    assert picture.names == names
+    pixels = Image.open(io.BytesIO(base64.b64decode(picture.uri.partition("base64,")[2])))
+    assert pixels.size == (2 * 17 + 1, 10 * 17 + 1), "16 pixels an image, one between"
+    assert picture.width == 2 * pixels.size[0], "browsers enlarge them"
+    large = replace(
+        distilled, images=torch.rand(20, 1, 16, 16).repeat_interleave(16, 2).repeat_interleave(16, 3)
+    )
+    shrunk = page_picture(large)
+    assert shrunk is not None
+    assert shrunk.width == 2 * 65 + 1
 
 
 def test_a_large_picture_is_compressed() -> None:
@@ -174,8 +226,8 @@ def test_what_every_row_shares_is_said_once(bench_folder: Path, tmp_path: Path) 
     (copy / "cells.json").write_text(json.dumps(cells_file))
     write_page([copy], copy / "report.html", planes=False)
     text = (copy / "report.html").read_text()
-    head, *lines = tables(text)[0]
-    assert "All rows: settings recipe=vico." in body(text)
+    head, *lines = board(text)
+    assert "settings recipe=vico" in re.findall("All rows: (.*?)[.]<", body(text))[0]
     assert "settings" not in head
     assert {line[head.index("augmentation")] for line in lines} == {"dsa", "none"}
 
@@ -189,8 +241,8 @@ def test_published_correlations_stand_beside_ours(bench_folder: Path, tmp_path: 
     cells_file["cells"] = [{**cells_file["cells"][0], **figures}]
     (copy / "cells.json").write_text(json.dumps(cells_file))
     write_page([copy], copy / "report.html", planes=False)
-    board = tables((copy / "report.html").read_text())[0]
-    (line,) = [dict(zip(board[0], line, strict=True)) for line in board[1:]]
+    head, *lines = board((copy / "report.html").read_text())
+    (line,) = [dict(zip(head, line, strict=True)) for line in lines]
     assert (line["Spearman"], line["published Spearman"]) == ("0.61", "0.72")
     assert "Spearman, top 20 %" not in line
     assert (line["search, minutes"], line["published minutes"], line["images"]) == ("12.3", "5,169", "500")
@@ -201,9 +253,9 @@ def test_a_set_without_images_has_no_picture(bench_folder: Path) -> None:
     view = read_run(bench_folder).sets[0]
     distilled = view.load()
     assert distilled is not None
-    assert set_uri(distilled) is not None
+    assert page_picture(distilled) is not None
     empty = replace(distilled, images=distilled.images[:0], labels=distilled.labels[:0])
-    assert set_uri(empty) is None
+    assert page_picture(empty) is None
 
 
 def test_what_is_not_drawn_is_counted(
@@ -227,6 +279,6 @@ def test_bars_of_published_numbers_are_markers() -> None:
         "accuracy_std": None,
     }
     published = {"accuracy_mean": 0.26}
-    html = accuracy_bars([cell, {**cell, "method": "datadam", "published": published}])
-    assert "convnet3, published" in html
-    assert '"y":[26.0]' in html
+    figure = accuracy_bars([cell, {**cell, "method": "datadam", "published": published}])
+    assert "convnet3, published" in figure
+    assert '"x":[26.0]' in figure

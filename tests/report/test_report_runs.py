@@ -16,11 +16,12 @@ from ddray.report.page import default_out, write_page
 from ddray.report.runs import read_run
 from ddray.runs.executor import LocalExecutor
 from ddray.runs.ledger import Ledger, Row, Unit
+from ddray.runs.scores import append_score
 from ddray.tables.columns import MEASURED
 from ddray.tables.options import BenchOptions
 from ddray.tables.run import prepare, run_bench
 from ddray.tables.spec import BenchSpec
-from tests.report.pages import SPEC, body, tables
+from tests.report.pages import ENVIRONMENT, SPEC, board, body, heading, tables
 
 
 def test_a_run_that_has_not_ended_is_shown_as_far_as_it_got(bench_folder: Path, tmp_path: Path) -> None:
@@ -31,9 +32,9 @@ def test_a_run_that_has_not_ended_is_shown_as_far_as_it_got(bench_folder: Path, 
     (copy / "ledger" / f"{gone.key}.json").unlink()
     result = write_page([copy], copy / "report.html", planes=False)
     assert result["num_failed"] == 2
-    board = tables((copy / "report.html").read_text())[0]
-    assert len(board) - 1 in (7, 8)
-    assert {line[0] for line in board[1:]} == {"random", "dm & co"}, "rows keep their labels"
+    _, *lines = board((copy / "report.html").read_text())
+    assert len(lines) in (7, 8)
+    assert {line[0] for line in lines} == {"random", "dm & co"}, "rows keep their labels"
 
 
 def test_a_bench_that_has_not_ended_keeps_its_cells_apart(
@@ -55,8 +56,8 @@ def test_a_bench_that_has_not_ended_keeps_its_cells_apart(
     write_page([tmp_path / "run"], tmp_path / "page.html", planes=False)
     text = (tmp_path / "page.html").read_text()
     assert "None of its cells is compared with a published number" in body(text)
-    (board,) = [table for table in tables(text) if table[0][0] == "method"]
-    rows = [dict(zip(board[0], line, strict=True)) for line in board[1:]]
+    head, *lines = board(text)
+    rows = [dict(zip(head, line, strict=True)) for line in lines]
     assert {(line["augmentation"], line["settings"]) for line in rows} == {
         ("dsa", "epochs=1"),
         ("none", "epochs=1"),
@@ -86,17 +87,7 @@ def test_a_search_has_a_page(tmp_path: Path) -> None:
     space = {"lr_img": {"loguniform": [0.01, 10.0]}, "init": {"choice": ["random", "noise"]}}
     config = {"command": "tune", "method_name": "dm", "dataset": "digits", "ipc": 1, "space": space}
     (run / "config.yaml").write_text(json.dumps(config))
-    environment = {
-        "date": "2026-01-01",
-        "processor": "CPU",
-        "cpu_count": 2,
-        "devices": [],
-        "versions": {"ddray": "0", "torch": "2"},
-        "git_commit": None,
-        "command": ["ddray", "tune"],
-        "platform": "Linux",
-    }
-    (run / "environment.json").write_text(json.dumps(environment))
+    (run / "environment.json").write_text(json.dumps(ENVIRONMENT))
     ledger = Ledger(run)
     epoch = ledger.open_epoch()
     for trial_id in range(3):
@@ -126,11 +117,12 @@ def test_a_search_has_a_page(tmp_path: Path) -> None:
         assert f'"color":"{colour}"' in text, "the worst and the best trial, seen on light and dark"
     (trials,) = [table for table in tables(text) if table[0][0] == "trial"]
     assert [line[:3] for line in trials[1:]] == [
-        ["0", "done", "20.00 %"],
-        ["1", "done", "30.00 %"],
-        ["2", "done", "40.00 %"],
+        ["0", "20.00 %", "done"],
+        ["1", "30.00 %", "done"],
+        ["2", "40.00 %", "done"],
     ]
     assert "Val accuracy: " in body(text)
+    assert heading(text) == "dm on digits, ipc 1: 60.0 %"
 
 
 def test_several_runs_stand_on_one_page(bench_folder: Path, tmp_path: Path, digits: Any) -> None:
@@ -156,6 +148,39 @@ def test_a_distillation_shows_its_curve_wherever_its_set_lies(tmp_path: Path, di
     assert "Loss: digits, ipc 1" in (tmp_path / "page.html").read_text()
 
 
+def test_later_evaluations_of_a_runs_set_are_cells_and_its_title(tmp_path: Path, digits: Any) -> None:
+    from ddray.jobs.distill import distill
+
+    plan = resolve("random", digits, ipc=1, layers=[{"arch": "convnet1_w8"}])
+    distill(plan, device=torch.device("cpu"), run_dir=tmp_path / "run")
+    write_page([tmp_path / "run"], tmp_path / "page.html", planes=False)
+    assert (
+        heading((tmp_path / "page.html").read_text()) == "random on digits, ipc 1: distilled, not evaluated"
+    )
+    score = {
+        "artifact": "distilled.pt",
+        "method": "random",
+        "dataset": "digits",
+        "ipc": 1,
+        "protocol": "hard",
+        "split": "test",
+        "recipe": None,
+        "options": {"seeds": 2, "epochs": 20},
+        "results": [{"arch": "convnet1_w8", "per_seed": [0.4, 0.45]}],
+    }
+    for changes in ({}, {"results": [{"arch": "convnet1_w8", "per_seed": [0.5, 0.54]}]}, {"split": "val"}):
+        append_score(tmp_path / "run", {**score, **changes})
+
+    write_page([tmp_path / "run"], tmp_path / "page.html", planes=False)
+
+    text = (tmp_path / "page.html").read_text()
+    assert heading(text) == "random on digits, ipc 1: 52.0 % (convnet1_w8)"
+    head, *lines = board(text)
+    assert [line[1] for line in lines] == ["52.00 ± 2.83", "42.50 ± 3.54"]
+    settings = [line[head.index("settings")] for line in lines]
+    assert settings == ["epochs=20", "epochs=20, split=val"]
+
+
 def test_runs_that_share_a_row_are_told_apart_by_name(bench_folder: Path, tmp_path: Path) -> None:
     for name, wall_s in (("one", 1.0), ("two", 9.0)):
         shutil.copytree(bench_folder, tmp_path / name)
@@ -171,8 +196,8 @@ def test_runs_that_share_a_row_are_told_apart_by_name(bench_folder: Path, tmp_pa
     runs = [tmp_path / "one", tmp_path / "two", tmp_path / "one"]
     result = write_page(runs, tmp_path / "page.html", planes=False)
     assert result["runs"] == [str(path.resolve()) for path in runs[:2]], "each once"
-    board = tables((tmp_path / "page.html").read_text())[0]
-    seconds = {line[0]: line[-1] for line in board[1:]}
+    head, *lines = board((tmp_path / "page.html").read_text())
+    seconds = {line[0]: line[head.index("seconds (with pool and whitening)")] for line in lines}
     assert seconds == {
         "random (one)": "1",
         "random (two)": "9",

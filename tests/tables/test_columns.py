@@ -91,9 +91,9 @@ def test_people_read_what_is_set_beside_what() -> None:
 
 def test_a_protocol_brings_its_columns() -> None:
     columns = texts(cell(protocol="robust", lrs=0.2689, ars=0.3, hlr=0.1), cell())
-    assert (columns["LRS"], columns["ARS"]) == (["0.269", "-"], ["0.3", "-"])
+    assert (columns["LRS %"], columns["ARS %"]) == (["26.89", "-"], ["30.00", "-"])
     assert "hlr" not in columns
-    assert "LRS" not in texts(cell(lrs=0.3))  # of another protocol
+    assert "LRS %" not in texts(cell(lrs=0.3))  # of another protocol
 
 
 def test_balanced_accuracy_is_one_column_everywhere(tmp_path: Path) -> None:
