@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ddray.artifact.distilled_set import DistilledSet
-from ddray.artifact.export import FORMS
+from ddray.artifact.export import export_set
 from ddray.artifact.options import ForeignOptions
 from ddray.artifact.reading import check_options, dataset_of
 from ddray.artifact.reading import load as load_set
@@ -19,7 +19,7 @@ from ddray.config import parse_overrides, takes
 from ddray.data import Dataset, SplitName, open_dataset
 from ddray.data.own import Own, store
 from ddray.distillation.loop import run_distillation
-from ddray.errors import InputError, unknown
+from ddray.errors import InputError
 from ddray.evaluation.options import EvaluateOptions, EvaluateResult, EvaluateRunOptions
 from ddray.jobs import distill as distill_job
 from ddray.jobs import score
@@ -369,12 +369,9 @@ def export(distilled: DistilledSet | str | Path, out: str | Path, *, form: str |
         form: folder, parquet or ddranking; default parquet if `out` ends in `.parquet`, else folder.
 
     Raises:
-        InputError: the form is unknown, `out` exists, or the set can't be shown as pictures.
+        InputError: the form is unknown or does not fit the name, `out` exists, or the set has no pictures.
         StorageError: it can't be written.
     """
-    if form not in (None, *FORMS):
-        raise unknown("form", str(form), FORMS)
-    loaded = distilled if isinstance(distilled, DistilledSet) else load(distilled)
     target = Path(out).absolute()
-    FORMS[form or ("parquet" if target.suffix == ".parquet" else "folder")](loaded, target)
+    export_set(distilled if isinstance(distilled, DistilledSet) else load(distilled), target, form)
     return target

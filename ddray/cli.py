@@ -17,6 +17,7 @@ from ddray.commands.distill import distill
 from ddray.commands.doctor import doctor
 from ddray.commands.evaluate import evaluate
 from ddray.commands.export import export
+from ddray.commands.methods import methods
 from ddray.commands.nas import nas
 from ddray.commands.pool import pool_list, pool_show, pool_train
 from ddray.commands.report import report
@@ -24,14 +25,19 @@ from ddray.commands.tune import tune
 from ddray.errors import DdrayError, InterruptedRunError
 from ddray.system.memory import reuse_freed_memory
 
+_PANELS = {  # in the order of --help
+    "Distil and score": (distill, evaluate, export),
+    "Search and compare": (tune, nas, bench, report),
+    "What there is": (methods, doctor),
+}
 app = typer.Typer(name="ddray", no_args_is_help=True, pretty_exceptions_enable=False)
-data_app = typer.Typer(help="Datasets: what is known, what is there.", no_args_is_help=True)
-app.add_typer(data_app, name="data")
+for panel, commands in _PANELS.items():
+    for command in commands:
+        app.command(rich_help_panel=panel)(command)
+data_app = typer.Typer(help="Datasets: the known ones, and what one holds.", no_args_is_help=True)
+app.add_typer(data_app, name="data", rich_help_panel="What there is")
 pool_app = typer.Typer(help="Model pools: networks that many runs share, trained once.", no_args_is_help=True)
-app.add_typer(pool_app, name="pool")
-
-for command in (distill, evaluate, tune, nas, bench, report, export, doctor):  # in the order of --help
-    app.command()(command)
+app.add_typer(pool_app, name="pool", rich_help_panel="What there is")
 data_app.command("info")(data_info)
 data_app.command("list")(data_list)
 pool_app.command("train")(pool_train)
@@ -51,11 +57,19 @@ def version(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Distil datasets, tune the distillation over a cluster, and score what comes out."""
+    """Distil datasets, tune the distillation over a cluster, and score what comes out.
+
+    Start with these two; the --help of each command has an example:
+
+    ddray distill --method dm --dataset digits --ipc 1 --out digits.pt
+
+    ddray evaluate digits.pt
+    """
 
 
 # Newer versions of Typer bundle click, older ones import it: the base class of Typer's error works for both.
 _USAGE_ERROR: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+_NO_ARGUMENTS = "NoArgsIsHelpError"  # what is raised once the help has been printed
 _INTERRUPTED = 130  # what Typer returns after Ctrl-C
 _CONTINUE = "interrupted; run again with --resume and the same --run-dir to continue"
 
@@ -89,6 +103,8 @@ def _run(arguments: list[str], debug: bool) -> int:
     except (typer.Abort, KeyboardInterrupt):
         code = _INTERRUPTED
     except Exception as error:
+        if type(error).__name__ == _NO_ARGUMENTS:
+            return 0
         if debug and not isinstance(error, (_USAGE_ERROR, InterruptedRunError)):
             traceback.print_exc()
         return _fail(*_explain(error))

@@ -239,7 +239,7 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals or not all(name.strip().split(".")):
-            raise InputError(f"--set takes key=value, got {pair!r}; example: --set method.lr_img=0.5")
+            raise InputError(f"--set takes key=value, got {pair!r}; example: --set lr_img=0.5")
         try:
             value = _load(text)
         except (yaml.YAMLError, ValueError) as error:

@@ -46,9 +46,14 @@ def one_line(error: object, length: int | None = None) -> str:
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """Return "; did you mean 'x'?" for the choice nearest to `name`, or "" when none is near."""
-    near = difflib.get_close_matches(name.lower(), list(choices), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    """Return "; did you mean 'x'?" for the choice nearest to `name`, or "" when none is near.
+
+    Dotted choices that end in the name, as `evaluate.epochs` in `epochs`, are nearest: all of them are named.
+    """
+    listed = list(choices)
+    near = [one for one in listed if one.endswith(f".{name}")]
+    near = near or difflib.get_close_matches(name.lower(), listed, n=1, cutoff=0.6)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def unknown(option: str, name: str, choices: Iterable[str]) -> InputError:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ddray.commands.methods import description_of, fields_of, summary_of
 from ddray.config import Config, merge
 from ddray.distillation.method import Target
 from ddray.evaluation.options import EvaluateConfig
@@ -27,8 +26,7 @@ _HEAD = "<!-- Written by docs/regenerate.py from the sources; do not edit. -->"
 def page(method: str) -> str:
     """Return a method's page."""
     method_type = get_method(method)
-    module = importlib.import_module(f"ddray.methods.{method}")
-    text, _, deviations = (module.__doc__ or "").strip().partition("**Deviations**")
+    text, _, deviations = description_of(method).partition("**Deviations**")
     budget = bool(getattr(method_type, "uses_budget", False))
     size = "--budget 200" if budget else "--ipc 1"
     sections = [
@@ -89,21 +87,13 @@ def _presets(method: str, budget: bool) -> Iterator[str]:
 
 def _settings(config: type[Config], prefix: str = "method.") -> Iterator[str]:
     """Yield a table of the method's own settings."""
-    lines = list(_fields(config, prefix))
+    lines = [
+        f"| `{name}` | {_cell(default)} | {meaning.replace('|', chr(92) + '|')} |"
+        for name, default, meaning in fields_of(config, prefix)
+    ]
     if lines:
         yield "## Settings"
         yield "\n".join(["| `--set` | default | meaning |", "|---|---|---|", *lines])
-
-
-def _fields(config: type[Config], prefix: str) -> Iterator[str]:
-    for name, field in config.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, Config):
-            yield from _fields(kind, f"{prefix}{name}.")
-            continue
-        default = field.get_default(call_default_factory=True)
-        what = " ".join((field.description or "").split()).replace("|", "\\|")
-        yield f"| `{prefix}{name}` | {_cell(default)} | {what} |"
 
 
 def _cell(value: Any) -> str:
@@ -168,9 +158,7 @@ def index(pages: Mapping[str, str]) -> str:
     """Return the list of all pages."""
     lines = ["# Methods", "", _HEAD, "", "| method | summary |", "|---|---|"]
     for method in pages:
-        text = importlib.import_module(f"ddray.methods.{method}").__doc__ or ""
-        what = re.sub(r"^[^:]{1,40}: ", "", text.strip().split("\n")[0])
-        lines.append(f"| [{method}]({method}.md) | {what} |")
+        lines.append(f"| [{method}]({method}.md) | {summary_of(method)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -21,6 +21,7 @@ from ddray.artifact.export import export_folder, export_parquet, pictures
 from ddray.artifact.reading import load
 from ddray.cluster.doctor import DoctorResult
 from ddray.commands.export import ExportResult
+from ddray.commands.methods import MethodList, MethodPage
 from ddray.config import Result
 from ddray.data import open_dataset
 from ddray.data.loaders import DatasetInfo, DatasetList
@@ -233,6 +234,8 @@ RESULTS: dict[str, type[Result]] = {
     "bench": BenchResult,
     "report": ReportResult,
     "export": ExportResult,
+    "methods": MethodList,
+    "methods NAME": MethodPage,
     "pool train": PoolResult,
     "pool list": PoolList,
     "pool show": PoolEntryInfo,

@@ -171,6 +171,7 @@ def _describe(
         "arch": default_arch((images.shape[1], images.shape[2], images.shape[3])),
         "norm": "instance",
         "learned_lr": lr,
+        "method": f"{FOREIGN}{name}",
         **foreign.facts,
     }
     return Meta.parse(
@@ -183,7 +184,6 @@ def _describe(
             "mean": space.mean if is_normalized else dataset.mean,
             "std": space.std if is_normalized else dataset.std,
             "image_shape": tuple(images.shape[1:]),
-            "method": f"{FOREIGN}{name}",
             "config": merge(facts.get("config", {}), config),
         }
     )

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import re
+import unicodedata
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -11,11 +12,58 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from ddray.artifact.distilled_set import DistilledSet
-from ddray.errors import InputError
-from ddray.system.files import write_atomically, write_folder
+from ddray.artifact.card import card
+from ddray.artifact.distilled_set import ZCA, DistilledSet
+from ddray.errors import InputError, unknown
+from ddray.system.files import write_atomically, write_folder, write_text
 
 log = logging.getLogger(__name__)
+
+META: Final = "meta.json"
+PARQUET: Final = ".parquet"
+CARD: Final = "README.md"
+_WHITENING: Final = "whitening"
+_ARCHIVES: Final = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z")
+_LONGEST: Final = 60  # characters of a class's name in a folder's: at most 240 bytes
+
+
+def export_set(distilled: DistilledSet, out: Path, form: str | None = None) -> Path | None:
+    """Write a set in a form of `FORMS` (default parquet if `out` ends in .parquet, else folder).
+
+    Return its dataset card; None for a form without one.
+
+    Raises:
+        InputError: the form is unknown or does not fit the name, `out` exists, or the set has no pictures.
+        StorageError: it can't be written.
+    """
+    if form not in (None, *FORMS):
+        raise unknown("form", str(form), FORMS)
+    suffix = out.suffix.lower()
+    form = form or ("parquet" if suffix == PARQUET else "folder")
+    if form == "parquet" and suffix != PARQUET:
+        raise InputError(f"a parquet file's name must end in {PARQUET}, got {out.name}")
+    if form != "parquet" and suffix in _ARCHIVES:
+        raise InputError(
+            f"pictures must go to a folder or a {PARQUET} file, got {out.name}; export to "
+            f"{out.name.partition('.')[0]}, then pack that folder"
+        )
+    return FORMS[form](distilled, out)
+
+
+def whitening_file(out: Path) -> Path:
+    """Return the file with the whitening of a set that was exported to a folder or parquet file."""
+    if out.suffix == PARQUET:
+        return out.with_name(f"{_WHITENING}-{out.stem}.safetensors")
+    return out / f"{_WHITENING}.safetensors"
+
+
+def _write_whitening(distilled: DistilledSet, path: Path) -> None:
+    """Write the whitening of a whitened set as float32 `mean` [D] and `matrix` [D, D]."""
+    from safetensors.torch import save
+
+    if distilled.zca:
+        tensors = {name.removeprefix("zca_"): distilled.zca[name].contiguous() for name in ZCA}
+        write_atomically(path, lambda file: file.write(save(tensors)))
 
 
 def pictures(distilled: DistilledSet) -> Tensor:
@@ -39,9 +87,10 @@ def pictures(distilled: DistilledSet) -> Tensor:
     return (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def export_folder(distilled: DistilledSet, folder: Path) -> None:
-    """Write `<folder>/<label>_<class>/<number>.png` and `<folder>/meta.json`; `--dataset <folder>` reads it.
+def export_folder(distilled: DistilledSet, folder: Path) -> Path:
+    """Write `<folder>/<label>_<class>/<number>.png`, `meta.json` and a card; return the card, README.md.
 
+    `ddray evaluate`, `nas` and `--dataset` read it. With a whitened set goes its `whitening.safetensors`.
     Images of a self-supervised set have no labels and go to `<folder>/unlabelled`. The folder gets its name
     only once it is complete.
 
@@ -67,17 +116,23 @@ def export_folder(distilled: DistilledSet, folder: Path) -> None:
             (draft / name).mkdir(exist_ok=True)
             (draft / name / f"{index:05d}.png").write_bytes(encode_picture(picture))
         text = json.dumps(distilled.meta.dump(), indent=2, sort_keys=True)
-        (draft / "meta.json").write_text(text + "\n", encoding="utf-8")
+        (draft / META).write_text(text + "\n", encoding="utf-8")
+        _write_whitening(distilled, whitening_file(draft))
+        text = card(distilled, folder, len(pixels), whitening_file(folder))
+        (draft / CARD).write_text(text, encoding="utf-8")
 
     write_folder(folder, write)
+    return folder / CARD
 
 
-def export_parquet(distilled: DistilledSet, path: Path) -> None:
+def export_parquet(distilled: DistilledSet, path: Path) -> Path:
     """Write one row per image: image {bytes, path} as PNG, label (or target), and tensor, its exact values.
 
-    `tensor` is C*H*W float32 values in the set's pixel space. The schema's metadata has the set's meta under
-    `ddray`, and what Hugging Face's readers need. `--dataset` reads a folder of such files named
-    `train-*.parquet`.
+    `tensor` is float32 [C, H, W] in the set's pixel space, soft_label [K] as stored. The schema's metadata
+    has the set's meta under `ddray`, and what Hugging Face's readers need. `ddray evaluate` and `nas` read
+    the file as the set, `--dataset` a folder of such files named `train-*.parquet`. Beside it go a card,
+    which is returned (README.md, or where there is one already README-<name>.md), and of a whitened set
+    `whitening-<name>.safetensors`.
 
     Raises:
         InputError: the file exists, or the set holds spectrograms.
@@ -91,7 +146,7 @@ def export_parquet(distilled: DistilledSet, path: Path) -> None:
     train = distilled.decode()
     encoded = [{"bytes": encode_picture(picture), "path": None} for picture in pictures(distilled)]
     image = pa.array(encoded, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
-    columns: dict[str, Any] = {"image": (image, {"_type": "Image"}), "tensor": _column(train.images)}
+    columns: dict[str, Any] = {"image": (image, {"_type": "Image"}), "tensor": _images_column(train.images)}
     if train.targets is None:
         feature = {"names": list(distilled.meta.class_names), "_type": "ClassLabel"}
         columns["label"] = pa.array(train.labels.tolist(), pa.int64()), feature
@@ -105,7 +160,12 @@ def export_parquet(distilled: DistilledSet, path: Path) -> None:
         "ddray": json.dumps(distilled.meta.dump(), sort_keys=True),
     }
     table = pa.table({name: values for name, (values, _) in columns.items()}, metadata=meta)
+    _write_whitening(distilled, whitening_file(path))
     write_atomically(path, lambda file: pq.write_table(table, file))
+    readme = path.with_name(CARD)
+    readme = path.with_name(f"README-{path.stem}.md") if readme.exists() else readme
+    write_text(readme, card(distilled, path, len(train.images), whitening_file(path)))
+    return readme
 
 
 def export_ddranking(distilled: DistilledSet, folder: Path) -> None:
@@ -161,11 +221,22 @@ def _column(values: Tensor) -> tuple[Any, dict[str, Any]]:
     return pa.FixedSizeListArray.from_arrays(flat, length), feature
 
 
+def _images_column(images: Tensor) -> tuple[Any, dict[str, Any]]:
+    """Return float32 [N, C, H, W] as a column of nested lists, and its Hugging Face feature, Array3D."""
+    import pyarrow as pa
+
+    column = pa.array(images.contiguous().flatten().numpy())
+    for length in reversed(images.shape[1:]):
+        offsets = pa.array(range(0, len(column) + 1, length), pa.int32())
+        column = pa.ListArray.from_arrays(offsets, column)
+    return column, {"shape": list(images.shape[1:]), "dtype": "float32", "_type": "Array3D"}
+
+
 def folder_names(classes: tuple[str, ...]) -> list[str]:
-    """Return folder names that sort as the labels do."""
+    """Return folder names that sort as the labels do; they keep the letters of every script."""
     width = len(str(len(classes) - 1))
-    names = (re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-") for name in classes)
-    return [f"{label:0{width}d}_{name}" for label, name in enumerate(names)]
+    names = (re.sub(r"[\W_]+", "-", unicodedata.normalize("NFC", name)).strip("-") for name in classes)
+    return [f"{label:0{width}d}_{name[:_LONGEST]}" for label, name in enumerate(names)]
 
 
 def encode_picture(picture: Tensor, form: str = "PNG", **options: int) -> bytes:
@@ -179,7 +250,7 @@ def encode_picture(picture: Tensor, form: str = "PNG", **options: int) -> bytes:
     return buffer.getvalue()
 
 
-FORMS: Final[Mapping[str, Callable[[DistilledSet, Path], None]]] = {
+FORMS: Final[Mapping[str, Callable[[DistilledSet, Path], Path | None]]] = {
     "folder": export_folder,
     "parquet": export_parquet,
     "ddranking": export_ddranking,

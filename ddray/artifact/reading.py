@@ -11,8 +11,8 @@ from torch import Tensor
 from ddray.artifact.conversion import FOREIGN, adopt, selected
 from ddray.artifact.decoders import get_decoder
 from ddray.artifact.distilled_set import FORMAT_VERSIONS, ZCA, DistilledSet, Meta
+from ddray.artifact.exported import exported_meta, is_parquet, read_parquet
 from ddray.artifact.foreign import ForeignRequest, format_of
-from ddray.artifact.foreign.pictures import exported_meta
 from ddray.artifact.options import ForeignOptions
 from ddray.errors import InputError
 from ddray.system.tensors import is_plain, read_tensors
@@ -25,7 +25,7 @@ def load(path: Path, request: ForeignRequest | None = None, index: int | None = 
     """Read a distilled set: ours, or another project's (`ddray.artifact.foreign`).
 
     Args:
-        path: the file, or a folder of pictures by class.
+        path: the file, a folder of pictures by class, or a parquet file that `ddray export` wrote.
         request: what another project's file is read as, which few files say.
         index: which set of another project's file, from 0; default: its only one, or the last of a series.
 
@@ -42,6 +42,8 @@ def load(path: Path, request: ForeignRequest | None = None, index: int | None = 
 def load_all(path: Path, request: ForeignRequest | None, index: int | None = None) -> list[DistilledSet]:
     """Read a file as `load` does; one of several runs gives all their sets, unless `index` names one."""
     path = _file_in(path)
+    if is_parquet(path):
+        return [_validated(path, partial(read_parquet, path))]
     contents = None if path.is_dir() else read_tensors(path)
     if isinstance(contents, dict) and "format_version" in contents:
         return [_own(path, contents)]

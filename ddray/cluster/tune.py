@@ -146,8 +146,8 @@ def forecast(plan: Plan, options: TuneOptions, run_dir: Path | None) -> SearchFo
     before = read_config(run_dir)
     checked = check_search(plan, options, before)
     ledger = Ledger(run_dir) if run_dir is not None and before else None
-    device = device_kind(with_gpus(checked.options, before).gpus)
-    return forecast_search(plan, checked.options, checked.num_samples, ledger, device)
+    options = with_gpus(checked.options, before)
+    return forecast_search(plan, options, checked.num_samples, ledger, device_kind(options.gpus))
 
 
 def _open(

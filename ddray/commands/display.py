@@ -11,6 +11,7 @@ from ddray.drawing.text import percent
 from ddray.system.progress import plain_console
 
 if TYPE_CHECKING:
+    from ddray.commands.methods import MethodLine, MethodList, MethodPage
     from ddray.pool.listing import PoolEntryInfo, PoolModel
     from ddray.ranking.result import NasResult
     from ddray.tables.columns import Column
@@ -159,6 +160,60 @@ def _val_line(objective: str, best: BestTrial, paper: PaperPoint) -> dict[str, s
     return {"val Spearman": f"{_number(best[objective])} (paper's point {_number(paper[objective])})"}
 
 
+def methods_table(result: MethodList) -> Any:
+    """Return a table of all methods, with the cost of their presets."""
+    from rich import box
+    from rich.table import Column, Table
+
+    right: dict[str, Any] = {"justify": "right", "no_wrap": True}
+    headers = (
+        *(Column("method", no_wrap=True), Column("what it is", ratio=3), Column("paper", ratio=2)),
+        *("protocol", Column("steps", **right), Column("networks", **right), Column("time here", **right)),
+    )
+    title = f"methods, with the cost of their presets on {result.dataset}, ipc {result.ipc}"
+    caption = (
+        "networks: trained before, once for all runs (in brackets: not in the pool yet); time here: of the "
+        "steps, from past runs on this machine. ddray methods NAME shows settings."
+    )
+    table = Table(*headers, title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for line in result.methods:
+        table.add_row(*(line.name, line.summary, line.paper or "-", line.protocol), *_method_costs(line))
+    return table
+
+
+def _method_costs(line: MethodLine) -> tuple[str, str, str]:
+    """Return steps, networks (of which missing) and time of a method."""
+    if line.steps is None:
+        return ("-", "-", "-")
+    missing = f" ({line.networks_missing})" if line.networks else ""
+    networks = "?" if line.networks is None else f"{line.networks}{missing}"
+    return f"{line.steps:,}", networks, "-" if line.estimate_s is None else _duration(line.estimate_s)
+
+
+def method_tables(page: MethodPage, dataset: str, ipc: int) -> list[Any]:
+    """Return what a method is, its cost and its settings."""
+    steps, networks, seconds = _method_costs(page)
+    size = f"--budget {100 * ipc}" if page.size == "budget" else f"--ipc {ipc}"
+    facts = {
+        "paper": page.paper or "-",
+        "scored by": f"--protocol {page.protocol}",
+        "presets": page.presets,
+        f"on {dataset}, ipc {ipc}": page.unsuited
+        or f"{steps} steps, {networks} networks, time here {seconds}",
+        "tune varies": {name: _ranges(space) for name, space in page.search_space.items()},
+        "next": f"ddray distill --method {page.name} --dataset {dataset} {size}",
+    }
+    settings = ((one["name"], _value(one["default"]), one["meaning"]) for one in page.settings)
+    tables = [page.description, "", table_of(page.name, facts)]
+    return (
+        [*tables, _table("settings", ("--set", "default", "meaning"), settings)] if page.settings else tables
+    )
+
+
+def _ranges(space: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {_value(value)}" for name, value in space.items())
+
+
 def archs_table(space: str, archs: Sequence[dict[str, Any]]) -> Any:
     """Return a table of a NAS space's architectures."""
     rows = (
@@ -302,8 +357,11 @@ def search_forecast_tables(forecast: SearchForecast) -> list[Any]:
 def _expected(forecast: Mapping[str, Any]) -> dict[str, str]:
     """Return the lines of a forecast's totals."""
     seconds, peak = forecast["estimate_s"], forecast["peak_memory_bytes"]
-    source = ", from past units on this machine"
+    workers, source = forecast["num_workers"], ", from past units on this machine"
+    at_a_time = f" on this machine, {workers} unit{'s' if workers != 1 else ''} at a time"
+    wall = {"wall time": _duration(forecast["estimate_wall_s"]) + ("" if seconds is None else at_a_time)}
     return {
+        **({} if workers is None else wall),
         "device time": _duration(seconds) + ("" if seconds is None else f" of one worker{source}"),
         "peak MB": _megabytes(peak) + ("" if peak is None else f" of the largest unit{source}"),
     }

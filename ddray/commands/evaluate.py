@@ -14,7 +14,8 @@ class FileArgument(Config):
     """The set to evaluate."""
 
     file: AbsolutePath
-    """Distilled set: ours, another project's file, or a folder of pictures by class."""
+    """Distilled set: ours, what `ddray export` wrote, another project's file, or a folder of pictures by
+    class."""
 
 
 @command(

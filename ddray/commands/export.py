@@ -1,5 +1,6 @@
 """`ddray export`: a distilled set for other tools."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ class ExportOptions(ForeignOptions):
     """What is exported, and where to."""
 
     file: AbsolutePath
-    """Distilled set."""
+    """Distilled set: ours, another project's file, or what `ddray export` wrote."""
     out: AbsolutePath
-    """A new folder, or a .parquet file."""
+    """A new folder, or a .parquet file; `ddray evaluate` and `nas` read both."""
     form: str | None = named("format", "form", None)
     """folder, parquet or ddranking (images.pt, labels.pt, lr.pt); default by the name of OUT."""
     dataset: str | None = None
@@ -27,18 +28,27 @@ class ExportResult(Result):
 
     out: str
     num_images: int
+    card: str | None = None
+    """The dataset card, a README.md; absent for DD-Ranking's tensors."""
 
 
 @command(ExportOptions, example="ddray export digits.pt digits.parquet", arguments=("file", "out"))
 def export(emit: Emit, file: Path, out: Path, form: Any = None, **foreign: Any) -> None:
-    """Write a distilled set for other tools: pictures by class, one parquet file, or DD-Ranking's tensors."""
+    """Write a distilled set for other tools: pictures by class, one parquet file, or DD-Ranking's tensors.
+
+    Pictures and parquet files come with a dataset card, and a whitened set's with its whitening.
+    """
     from ddray import api
-    from ddray.artifact.export import FORMS
+    from ddray.artifact.export import FORMS, export_set
     from ddray.errors import unknown
 
     if form not in (None, *FORMS):
         raise unknown("--format", form, FORMS)
     distilled = api.load(file, **foreign)
-    written = api.export(distilled, out, form=form)
-    result = ExportResult(out=str(written), num_images=len(distilled.decode().images))
-    emit(result, display.table_of("exported", result.dump()))
+    card = export_set(distilled, out, form)
+    facts = {"out": str(out), "num_images": len(distilled.decode().images)}
+    result = ExportResult.parse(facts if card is None else {**facts, "card": str(card)})
+    dataset = "" if card is not None else f" --dataset {distilled.meta.dataset}"
+    dataset += " --pixel-space zca" if card is None and distilled.zca else ""
+    line = f"ddray evaluate {shlex.quote(str(out))}{dataset}"
+    emit(result, display.table_of("exported", {**result.dump(), "next": line}))

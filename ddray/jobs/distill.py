@@ -21,6 +21,7 @@ from ddray.drawing.images import save_pictures
 from ddray.errors import DdrayError, InputError
 from ddray.jobs.context import check_longer, make_context, make_distiller
 from ddray.jobs.plan import Plan
+from ddray.runs.costs import record_costs
 from ddray.runs.folder import Run, extended_from, open_run, read_config
 from ddray.runs.ledger import Row, Unit
 from ddray.runs.recovery import recovering
@@ -130,7 +131,11 @@ def distill(
     )
     run.ledger.begin(unit, epoch=run.epoch)
     distiller, distillation = recovering(_run, plan, ctx, run, unit)
-    return finish_run(plan, run, unit, distillation, out, getattr(distiller, "representations", None))
+    result = finish_run(plan, run, unit, distillation, out, getattr(distiller, "representations", None))
+    if (row := run.ledger.row(unit.key)) is not None:
+        signature = {"kind": "distill", "what": plan.method, "which": plan.dataset.name}
+        record_costs(signature, [(row, plan.work)], device.type)
+    return result
 
 
 def start_run(

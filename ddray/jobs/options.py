@@ -32,7 +32,7 @@ class PlanOptions(DataOptions, NumericOptions):
     config: AbsolutePath | None = None
     """YAML that overrides preset and shipped config."""
     sets: Names = named("set", "sets")
-    """key=value, such as method.lr_img=0.5; repeatable."""
+    """key=value, such as lr_img=0.5 of the method or evaluate.epochs=300; repeatable."""
     steps: int | None = None
     """Steps of a run (in a search: of a full trial); 0 writes the initial images. With --resume, a larger
     number extends a run."""

@@ -9,11 +9,20 @@ from typing import Annotated, Any, Final, Generic, Literal, TypeVar, cast
 
 from pydantic import BeforeValidator, Field
 
-from ddray.config import Config, added, merge, nest, parse_overrides, read_yaml
+from ddray.config import (
+    Config,
+    added,
+    dotted_names,
+    flatten,
+    merge,
+    nest,
+    parse_overrides,
+    read_yaml,
+)
 from ddray.data import Dataset, open_dataset
 from ddray.data.catalog import KNOWN
 from ddray.distillation.method import BudgetDistiller, MethodConfig, Target
-from ddray.errors import InputError, unknown
+from ddray.errors import InputError, did_you_mean, unknown
 from ddray.evaluation import get_protocol
 from ddray.evaluation.options import EvaluateConfig
 from ddray.jobs.options import PlanOptions
@@ -107,11 +116,12 @@ def resolve(
 ) -> Plan:
     """Resolve a run: preset, settings for dataset and ipc (the method's, shipped files), the user's layers.
 
-    The last one wins. No preset augments spectrograms (IDC, DSDM); later layers may. For a method that takes
-    a budget (storage in images, >= 1), `ipc` is a budget of as many images per class. InputError for an
-    unknown method, preset or field, or a value that breaks a field's rule.
+    The last one wins; the user's may name the method's own settings in short (`lr_img`). No preset augments
+    spectrograms (IDC, DSDM); later layers may. For a method that takes a budget (storage in images, >= 1),
+    `ipc` is a budget of as many images per class. InputError for an unknown name, or a value out of range.
     """
     method_class = get_method(method)
+    layers = [_in_full(layer, method_class.config_type) for layer in layers]
     variants = preset_variants(method)
     if preset not in (*PRESETS, *variants):
         raise unknown("preset", preset, (*PRESETS, *variants))
@@ -144,6 +154,27 @@ def resolve(
     config = RunConfig[method_class.config_type].parse(merged)  # type: ignore[name-defined]
     resolve_arch(config.arch, dataset.image_shape)
     return Plan(method, dataset, ipc, seed, config, budget)
+
+
+def _in_full(layer: Mapping[str, Any], method_type: type[Config]) -> dict[str, Any]:
+    """Return a layer with the method's own settings under `method`, also those that go by short names.
+
+    A name that the run has too (`precision`) is the run's. InputError for a name that neither has, or a
+    setting that goes by both names.
+    """
+    run = {name: value for name, value in layer.items() if name in RunConfig.model_fields}
+    short = {name: value for name, value in layer.items() if name not in run}
+    for name in flatten(short):
+        if name.partition(".")[0] not in method_type.model_fields:
+            names = [*RunConfig.model_fields, *dotted_names(method_type)]
+            names += dotted_names(EvaluateConfig, "evaluate.")
+            hint = did_you_mean(name, names) or f"; known: {', '.join(sorted(names))}"
+            raise InputError(f"unknown option {name!r}{hint}")
+    if not short or not isinstance(full := run.get("method", {}), Mapping):
+        return run
+    if both := flatten(short).keys() & flatten(full).keys():
+        raise InputError(f"{min(both)} must be set once, got method.{min(both)} too: keep one")
+    return {**run, "method": merge(full, short)}
 
 
 def preset_variants(method: str) -> Mapping[str, Mapping[str, Any]]:

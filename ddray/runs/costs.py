@@ -8,6 +8,7 @@ its memory is the largest that one of them took.
 from __future__ import annotations
 
 import contextlib
+import heapq
 import json
 import math
 import statistics
@@ -91,6 +92,7 @@ class History:
     """Past units' costs on one kind of device."""
 
     def __init__(self, device: str) -> None:
+        self.device = device
         self._past: list[dict[str, Any]] = []
         self._estimates: dict[tuple[Any, ...], Estimate] = {}  # a table has many units of one kind and size
         lines = costs_file().read_bytes().splitlines() if costs_file().is_file() else []
@@ -136,6 +138,30 @@ class History:
 
 def _peak(past: Sequence[Mapping[str, Any]]) -> int | None:
     return max((int(one["peak_memory_bytes"]) for one in past if "peak_memory_bytes" in one), default=None)
+
+
+def wall_seconds(lines: Sequence[Mapping[str, Any]], num_workers: int) -> float | None:
+    """Return how long the missing lines of a forecast take on so many workers; None as for `total`.
+
+    Each begins when a worker is free and what it `needs` is done; a sweep (`nas`) takes all workers. Lines
+    without an estimate count nothing.
+    """
+    if lines and all(line["estimate_s"] is None for line in lines):
+        return None
+    free, ends = [0.0] * num_workers, dict.fromkeys((line["unit"] for line in lines), 0.0)
+    for line in lines:
+        seconds, needed = (
+            line["estimate_s"] or 0.0,
+            max((ends.get(one, 0.0) for one in line["needs"]), default=0.0),
+        )
+        if line["kind"] == "nas":
+            free = [max(*free, needed) + seconds / num_workers] * num_workers
+            ends[line["unit"]] = free[0]
+        else:
+            end = max(heapq.heappop(free), needed) + seconds
+            heapq.heappush(free, end)
+            ends[line["unit"]] = max(end, ends[line["unit"]])
+    return max(free)
 
 
 def total(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import importlib.util
 import pkgutil
 from functools import cache
 from importlib.metadata import entry_points
+from types import ModuleType
 from typing import Any
 
 from ddray.errors import InputError, unknown
@@ -34,15 +35,19 @@ class Registry:
         Raises:
             InputError: there is no such name (with the nearest one), or its module ends in no such thing.
         """
-        if name in _modules(self._package, self._attribute):
-            path = f"{self._package}.{name}"
-        elif (path := self._offered().get(name, "")) == "":
-            raise unknown(option or self._kind, name, self.names())
-        module = importlib.import_module(path)
+        module = self.module(name, option)
         if not hasattr(module, self._attribute):
             ending = f"{self._attribute}: Final = ..."
             raise InputError(f"{self._kind} {name}: its module {module.__name__} must end in {ending}")
         return getattr(module, self._attribute)
+
+    def module(self, name: str, option: str | None = None) -> ModuleType:
+        """Return the module or entry point called `name`; InputError as for `get` if there is none."""
+        if name in _modules(self._package, self._attribute):
+            path = f"{self._package}.{name}"
+        elif (path := self._offered().get(name, "")) == "":
+            raise unknown(option or self._kind, name, self.names())
+        return importlib.import_module(path)
 
     def _offered(self) -> dict[str, str]:
         """Read the entry points of every installed package: 10 ms, so only for a name that is not ours."""

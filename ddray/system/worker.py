@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from ddray.errors import DeviceMissingError, one_line
+from ddray.system.gpus import num_gpus
 from ddray.system.memory import reuse_freed_memory
 
 if TYPE_CHECKING:
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
 def cpu_count() -> int:
     """Return the CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def workers_here(cpus: float, gpus: float, most: int | None = None) -> int:
+    """Return how many workers with so many cores and GPUs this machine holds at a time, at most `most`."""
+    fits = [cpu_count() / cpus, *([num_gpus() / gpus] if gpus else [])]
+    return max(1, min(int(min(fits) + 1e-9), most or sys.maxsize))
 
 
 def set_threads(cpus: float) -> None:

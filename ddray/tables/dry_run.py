@@ -13,8 +13,11 @@ from ddray.data.reference import DatasetRef
 from ddray.errors import InputError
 from ddray.jobs.context import check_plan
 from ddray.jobs.plan import Plan
-from ddray.runs.costs import Estimate, History, total
+from ddray.jobs.pool_needs import StoredEntries, predict_pool_specs
+from ddray.pool.spec import PoolSpec
+from ddray.runs.costs import Estimate, History, total, wall_seconds
 from ddray.runs.ledger import Ledger, Row
+from ddray.system.worker import workers_here
 from ddray.tables.checks import check_row_shards
 from ddray.tables.cost import estimate_of
 from ddray.tables.graph import build_graph
@@ -24,7 +27,6 @@ from ddray.tables.result import Forecast
 from ddray.tables.spec import BenchSpec, MethodSpec
 from ddray.tables.table import drop_scaled_differences, planned_cell
 from ddray.tables.units import BenchUnit, Cell, Graph, pool_unit, shards_of
-from ddray.tables.worker import predict_pool_specs
 
 # Datasets whose class names are only in their files: the number of classes, for dry runs without the files.
 _NUM_CLASSES: Final = {
@@ -39,7 +41,8 @@ _NUM_CLASSES: Final = {
 def dry_run(spec: BenchSpec, options: BenchOptions, *, run_dir: Path | None) -> Forecast:
     """Return the unit graph with an estimated cost, and what each cell is compared with.
 
-    No image is read, and datasets may be missing. The finished units of the run in `run_dir` are marked.
+    No image is read, and datasets may be missing. What is finished is marked: units of the run in `run_dir`,
+    and networks in the pool.
 
     Raises:
         InputError: a row is bad.
@@ -62,6 +65,7 @@ def dry_run(spec: BenchSpec, options: BenchOptions, *, run_dir: Path | None) -> 
     lines, is_pool_known = _unit_lines(graph, ledger, history)
     lines += [_sweep_line(graph, sweep, get(sweep.spec.dataset), run_dir, history) for sweep in sweeps]
     missing = [line for line in lines if line["status"] == "missing"]
+    num_workers = _num_workers(options)
     cells = [planned_cell(cell) for cell in _cells_of(graph, sweeps)]
     drop_scaled_differences(cells, options.scale)
     return Forecast(
@@ -73,9 +77,20 @@ def dry_run(spec: BenchSpec, options: BenchOptions, *, run_dir: Path | None) -> 
         num_missing=len(missing),
         pool_known=is_pool_known,
         **total(missing),
+        num_workers=num_workers,
+        estimate_wall_s=None if num_workers is None else wall_seconds(missing, num_workers),
         num_from_smaller=sum(line["from_smaller"] for line in missing),
         nas_sweeps=[sweep.options.space for sweep in sweeps],
     )
+
+
+def _num_workers(options: BenchOptions) -> int | None:
+    """Return how many units this machine runs at a time; None for a cluster, which is not asked."""
+    if options.address is not None:
+        return options.max_concurrent
+    if options.executor == "local":
+        return 1
+    return workers_here(options.cpus_per_unit, options.gpus, options.max_concurrent)
 
 
 def _check(row: MethodSpec, unit: BenchUnit, plan: Plan) -> None:
@@ -95,26 +110,39 @@ def _unit_lines(graph: Graph, ledger: Ledger | None, history: History) -> tuple[
     is_pool_known = True
     needs_no_pool: set[str] = set()  # settings whose method needs nothing at any size and seed
     pool: dict[str, dict[str, Any]] = {}
+    stored = StoredEntries()
     for unit in graph.units():
         row = ledger.row(unit.key) if ledger is not None else None
         needs = [titles[key] for key in unit.identity.inputs]
         if unit.kind == "distill" and row is None:
             plan = graph.plans[unit.key]
             settings = json.dumps([plan.method, plan.dataset.name, plan.config.dump()])
-            specs = () if settings in needs_no_pool else predict_pool_specs(plan)
+            specs = (
+                () if settings in needs_no_pool else predict_pool_specs(plan, str(unit.split), history.device)
+            )
             if specs == ():
                 needs_no_pool.add(settings)
             is_pool_known = is_pool_known and specs is not None
             for spec in specs or ():
                 name = f"pool {spec.kind} {spec.arch} for {unit.dataset}, seed {spec.seed}"
-                entry = _line(name, "pool", None, [], estimate_of(history, pool_unit(unit, spec)))
-                pool.setdefault(f"{name} {spec.key}", entry)
+                pool.setdefault(f"{name} {spec.key}", _pool_line(name, unit, spec, history, stored))
                 needs.append(name)
             shards = _shard_lines(unit, plan.dataset.num_classes, ledger, history, needs)
             units += shards
             needs = [line["unit"] for line in shards] or needs
         units.append(_line(unit.title, unit.kind, row, needs, estimate_of(history, unit)))
     return [*pool.values(), *units], is_pool_known
+
+
+def _pool_line(
+    name: str, asker: BenchUnit, spec: PoolSpec, history: History, stored: StoredEntries
+) -> dict[str, Any]:
+    """Return the line of a network; where no bench has trained any, it takes what those in the pool took."""
+    estimate = estimate_of(history, pool_unit(asker, spec))
+    if estimate.wall_s is None and (seconds := stored.seconds(spec, asker.dataset)) is not None:
+        estimate = Estimate(seconds, 1)
+    line = _line(name, "pool", None, [], estimate)
+    return {**line, "status": "done"} if stored.has(spec, asker.dataset) else line
 
 
 def _shard_lines(

@@ -13,13 +13,14 @@ from ddray.evaluation import get_protocol
 from ddray.evaluation.options import EvaluateOptions
 from ddray.jobs.context import make_distiller
 from ddray.jobs.distill import edition_of
-from ddray.jobs.plan import Plan, resolve
+from ddray.jobs.plan import Plan, RunConfig, resolve
 from ddray.methods import get_method
 from ddray.nets import multiply_adds
 from ddray.nets.names import resolve_arch
 from ddray.ranking import DEFAULT_SPACE
 from ddray.runs.ledger import Unit
 from ddray.seeding import derive_seed
+from ddray.system.options import ContentOptions
 from ddray.tables.checks import check_evaluation, check_names, check_row, check_sections
 from ddray.tables.facts import facts_of, generator_layer, teachers_of
 from ddray.tables.limits import exceeded, limited_epochs, limited_options, lowered
@@ -144,8 +145,8 @@ def whole_unit(
     Its settings are those of `random`, so that networks are trained on the whole as on a set.
     """
     stand_in = row.model_copy(update={"name": "random", "label": row.row, "preset": "paper"})
-    of_methods = ("method", "steps")
-    settings = {k: v for k, v in spec.set.items() if k.partition(".")[0] not in of_methods}
+    of_any = (RunConfig.model_fields.keys() | ContentOptions.model_fields.keys()) - {"method", "steps"}
+    settings = {k: v for k, v in spec.set.items() if k.partition(".")[0] in of_any}
     table = spec.model_copy(update={"set": settings})
     unit, plan = distil_unit(table, stand_in, dataset, name, ("ipc", 1), seed)
     title = f"{row.row} {dataset.name} seed {seed}"

@@ -63,6 +63,10 @@ class Forecast(Result):
     peak_memory_bytes: int | None
     """Of the largest missing unit; None if none has an estimate."""
     num_without_estimate: int
+    num_workers: int | None = None
+    """Units at a time on this machine; None for a cluster whose size no option says."""
+    estimate_wall_s: float | None = None
+    """Seconds until those workers have run them, each after what it needs; None as for `estimate_s`."""
     num_from_smaller: int
     """Estimates that are too high, from far smaller units."""
     nas_sweeps: list[str]

@@ -1,7 +1,6 @@
 """What a worker does with a bench unit: train a pool entry, distil or score a set; publish its row."""
 
 import json
-import math
 import os
 import shutil
 import socket
@@ -11,8 +10,6 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Final
-
-import torch
 
 from ddray.artifact.distilled_set import DistilledSet, TrainSet
 from ddray.data import Dataset, PixelSpace, Split, SplitName, open_dataset
@@ -24,7 +21,7 @@ from ddray.errors import DivergedError, InputError
 from ddray.evaluation.options import EvaluateOptions
 from ddray.evaluation.subsets import limited
 from ddray.jobs import score as scoring
-from ddray.jobs.context import declared_specs, make_context, make_distiller
+from ddray.jobs.context import make_context, make_distiller
 from ddray.jobs.plan import Plan, RunConfig
 from ddray.jobs.shard_worker import (
     Prepared,
@@ -42,9 +39,6 @@ from ddray.system.files import file_sha256, home, write_text
 from ddray.system.memory import peak_bytes, reset_peak
 from ddray.system.worker import worker_device
 from ddray.tables.units import BenchUnit, shards_of
-
-_PER_BUDGET = 20  # distilled images that fit in one image of storage
-_MAX_BLANK = 2**26  # values: above this, blank images would take too much memory just to learn a count
 
 
 @dataclass(frozen=True)
@@ -89,13 +83,13 @@ class _MissingError(Exception):
 class StoredPool:
     """A pool that trains nothing: it returns existing entries, and raises naming the missing ones."""
 
-    pool: ModelPool | None  # where the entries come from; None has none
+    pool: ModelPool  # where the entries come from
     used: list[str] = field(default_factory=list)  # keys of the returned entries, in order
 
     def get(self, specs: Sequence[PoolSpec]) -> list[PoolEntry]:
         """Return the entries of `specs`, in order."""
-        missing = [spec for spec in specs if self.pool is None or not has_entry(spec)]
-        if self.pool is None or missing:
+        missing = [spec for spec in specs if not has_entry(spec)]
+        if missing:
             raise _MissingError(Needs(tuple(missing)))
         self.used += [spec.key for spec in specs]
         return self.pool.get(specs)
@@ -107,30 +101,6 @@ def has_entry(spec: PoolSpec) -> bool:
         return PoolFiles(home() / "pool").read(spec.key) is not None
     except DamagedEntryError:  # the next `get` repairs it
         return False
-
-
-def predict_pool_specs(plan: Plan) -> tuple[PoolSpec, ...] | None:
-    """Return the pool entries that a method asks for first, without reading images; None if unknown."""
-    num, shape = max(plan.dataset.num_classes, _PER_BUDGET * (plan.budget or 0)), plan.dataset.image_shape
-    if num * math.prod(shape) > _MAX_BLANK:
-        return None
-    labels = torch.arange(num) % plan.dataset.num_classes
-    split = Split(torch.zeros(num, *shape, dtype=torch.uint8), labels)
-    stand_in = replace(plan.dataset, load_train=lambda: split, load_test=lambda: split)
-    stand_in.__dict__["fingerprint"] = "stand-in"
-    config = plan.config.model_copy(update={"compile": "off"})
-    stand_in_plan = replace(plan, dataset=stand_in, config=config, ipc=1)
-    space = PixelSpace("normalized", plan.dataset.mean, plan.dataset.std)
-    try:
-        ctx = make_context(stand_in_plan, split, split_name="train", device=torch.device("cpu"), space=space)
-        if declared := declared_specs(stand_in_plan, ctx):
-            return tuple(declared)
-        make_distiller(stand_in_plan).setup(replace(ctx, pool=StoredPool(None)))
-    except _MissingError as error:
-        return error.missing.specs if isinstance(error.missing, Needs) else None
-    except Exception:  # a method may need real images before it asks
-        return None
-    return ()
 
 
 def run_unit(job: BenchJob, unit: BenchUnit, *shared: Prepared) -> Needs | Sharded | Damaged | None:

@@ -178,18 +178,30 @@ def method_space(
     return read_space(source, title), title
 
 
+def by_short_names(entries: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return entries by what trials call settings: the method's own without `method.`.
+
+    InputError, which begins with `where`, if a setting is there under both names.
+    """
+    short = {name.removeprefix("method."): entry for name, entry in entries.items()}
+    if both := [name for name in short if name in entries and f"method.{name}" in entries]:
+        raise InputError(f"{where}: {both[0]} must be there once, got method.{both[0]} too: keep one")
+    return short
+
+
 def read_space(source: Path | Mapping[str, Any], title: str = "the space") -> dict[str, Range]:
     """Read a space file, or what one would hold.
 
     An entry is `name: {kind: [a, b]}`, kind loguniform, uniform or randint, or `name: {choice: [...]}`. With
     it may stand `step: s` (uniform, randint) and `when: {other: value}`, where `other` has choices or a step.
-    `title` is what messages call content that is not from a file.
+    Names may begin with `method.`, which is left out. `title` is what messages call content that is not from
+    a file.
 
     Raises:
         InputError: the file can't be read, a range is none of these or empty, or a condition can't hold.
     """
-    entries = source if isinstance(source, Mapping) else read_yaml(source)
     where = title if isinstance(source, Mapping) else str(source)
+    entries = by_short_names(source if isinstance(source, Mapping) else read_yaml(source), where)
     ranges = {name: _range(value, f"{where}: {name}") for name, value in entries.items()}
     for name, value_range in ranges.items():
         _check_conditions(name, value_range, ranges, where)
@@ -234,7 +246,7 @@ def _range(entry: Any, where: str) -> Range:
     when = extras.get("when", {})
     if not isinstance(when, dict) or not all(isinstance(name, str) for name in when):
         raise InputError(f"{where}: when takes a mapping of names to values, got {when!r}")
-    value_range = replace(_plain_range(value, where), when=when)
+    value_range = replace(_plain_range(value, where), when=by_short_names(when, f"{where}: when"))
     return _with_step(value_range, extras["step"], where) if "step" in extras else value_range
 
 

@@ -12,7 +12,7 @@ from ddray.errors import InputError, unknown
 from ddray.jobs.context import check_plan
 from ddray.jobs.plan import Plan
 from ddray.tuning.settings import Settings
-from ddray.tuning.space import Range, Space, conditions, drawn
+from ddray.tuning.space import Range, Space, by_short_names, conditions, drawn
 
 log = logging.getLogger(__name__)
 Points = dict[int, dict[str, Any]]
@@ -39,6 +39,7 @@ def _read(source: Path | Mapping[str, Any], plan: Plan, settings: Settings, spac
     values = read_yaml(source) if isinstance(source, Path) else source
     if isinstance(values.get("method"), Mapping):
         values = _of_run(values, settings, space, where)
+    values = by_short_names(values, where)
     for name in sorted(values.keys() - space.keys()):
         if name not in settings.names() or not settings.is_preset(name, values[name]):
             raise unknown(f"{where}: a name", name, space)

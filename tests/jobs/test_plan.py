@@ -186,6 +186,21 @@ def test_a_config_file_may_name_options_of_content_which_the_command_overrides(t
     assert plan(can_flip=True, sets=["can_flip=false"]).dataset.name == "digits?can_flip=false&image_size=12"
 
 
+def test_a_methods_settings_go_by_short_and_full_names_whose_last_one_wins(tmp_path: Path) -> None:
+    (tmp_path / "best.yaml").write_text("lr_img: 0.25\npool: {num_models: 3}\nmethod: {pool: {epochs: 2}}\n")
+
+    def plan(method: str = "dsdm", **options: Any) -> Plan:
+        values = {"method": method, "ipc": 1, "config": tmp_path / "best.yaml", **options}
+        return plan_of(PlanOptions.parse(values), settings=None)
+
+    in_file = plan().config.method
+    assert (in_file.lr_img, in_file.pool.num_models, in_file.pool.epochs) == (0.25, 3, 2)
+    assert plan(sets=["method.lr_img=0.5"]).config == plan(sets=["lr_img=0.5"]).config
+    assert plan(sets=["lr_img=0.1", "lr_img=0.5"]).config.method.lr_img == 0.5
+    both = plan("dm", config=None, sets=["precision=bf16", "method.precision=fp32"]).config
+    assert (both.precision, both.method.precision) == ("bf16", "fp32"), "the run's own name comes first"
+
+
 @pytest.mark.parametrize("name", ["../dm", "/etc/passwd", "a b", "", "Digits", "a.b"])
 def test_a_dataset_given_by_path_has_no_shipped_files(name: str) -> None:
     assert shipped_configs("dm", name, 1) == []
@@ -201,6 +216,22 @@ def test_a_dataset_given_by_path_has_no_shipped_files(name: str) -> None:
         ({"layers": [{"stepz": 1}]}, "unknown option 'stepz'; did you mean 'steps'"),
         ({"layers": [{"method": {"lr_imgs": 1}}]}, "unknown option 'method.lr_imgs'; did you mean 'lr_img'"),
         ({"layers": [{"evaluate": {"epoch": 1}}]}, "unknown option 'evaluate.epoch'; did you mean 'epochs'"),
+        ({"layers": [{"lr_imgs": 1}]}, "unknown option 'lr_imgs'; did you mean 'lr_img'"),
+        (
+            {"layers": [{"evalute": {"epochs": 1}}]},
+            "unknown option 'evalute.epochs'; did you mean 'evaluate.ep",
+        ),
+        ({"layers": [{"epochs": 1}]}, r"unknown option 'epochs'; did you mean 'evaluate.epochs'\?"),
+        (
+            {"method": "dsdm", "layers": [{"epochs": 1}]},
+            "unknown option 'epochs'; did you mean 'pool.epochs' or 'evaluate.epochs'",
+        ),
+        ({"layers": [{"qqq": 1}]}, "unknown option 'qqq'; known: .*lr_img"),
+        (
+            {"layers": [{"lr_img": 1, "method": {"lr_img": 2}}]},
+            "lr_img must be set once, got method.lr_img too: keep one",
+        ),
+        ({"layers": [{"lr_img": "x"}]}, "method.lr_img: .*got 'x'"),
         ({"layers": [{"steps": -1}]}, "steps: .*got -1"),
         ({"layers": [{"compile": "maybe"}]}, "compile: .*got 'maybe'"),
         ({"layers": [{"arch": "convnet9"}]}, "convnet9"),

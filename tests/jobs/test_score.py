@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ddray.artifact.export import export_folder
+from ddray.artifact.export import export_set
 from ddray.artifact.reading import load
 from ddray.commands.options import to_json
 from ddray.data import carve_val, open_dataset
@@ -322,10 +322,11 @@ class TestForeignSets:
         with pytest.raises(InputError, match=f"{message} must be left out for ddray's own files"):
             evaluate(random_set, quick(dataset="digits", **options), device=CPU)
 
-    def test_exported_pictures_name_their_dataset(self, random_set: Path, tmp_path: Path) -> None:
-        export_folder(load(random_set), tmp_path / "pictures")
+    @pytest.mark.parametrize("name", ["pictures", "set.parquet"])
+    def test_what_is_exported_names_its_dataset(self, name: str, random_set: Path, tmp_path: Path) -> None:
+        export_set(load(random_set), tmp_path / name)
 
-        answer = evaluate(tmp_path / "pictures", EvaluateOptions(), device=CPU)
+        answer = evaluate(tmp_path / name, EvaluateOptions(), device=CPU)
 
         (result,) = answer["results"]
         assert (result["arch"], result["num_images"], len(result["per_seed"])) == ("convnet2_w8", 10, 2)

@@ -13,6 +13,7 @@ from ddray.data import SplitName
 from ddray.data.pixels import fit_zca
 from ddray.errors import DivergedError, InputError
 from ddray.jobs.plan import resolve
+from ddray.jobs.pool_needs import predict_pool_specs
 from ddray.methods.families.trajectories import (
     Learned,
     TrajectoryConfig,
@@ -24,7 +25,6 @@ from ddray.methods.families.trajectories import (
 from ddray.methods.families.unrolled import sweep
 from ddray.methods.mtt import MTTConfig
 from ddray.nets import build_net
-from ddray.tables.worker import predict_pool_specs
 from ddray.testing import random_dataset
 from ddray.training.dsa import siamese
 

@@ -11,6 +11,7 @@ import pytest
 from ddray.data import open_dataset
 from ddray.distillation.method import DistillContext
 from ddray.errors import DdrayError
+from ddray.jobs.pool_needs import predict_pool_specs
 from ddray.runs.executor import Outcome
 from ddray.runs.folder import open_run
 from ddray.runs.ledger import Ledger
@@ -19,7 +20,7 @@ from ddray.tables import scheduler
 from ddray.tables import worker as bench_worker
 from ddray.tables.graph import build_graph
 from ddray.tables.spec import BenchSpec
-from ddray.tables.worker import StoredPool, predict_pool_specs
+from ddray.tables.worker import StoredPool
 from tests.tables.benches import TINY, run, spec, starts
 
 

@@ -10,13 +10,13 @@ import pytest
 from ddray.data import open_dataset
 from ddray.errors import InputError
 from ddray.nets import multiply_adds
-from ddray.runs.costs import History, costs_file
+from ddray.runs.costs import History, costs_file, wall_seconds
 from ddray.runs.ledger import Ledger
 from ddray.tables.cost import estimate_of, summarise
 from ddray.tables.dry_run import dry_run
 from ddray.tables.graph import build_graph
 from ddray.tables.options import BenchOptions
-from tests.tables.benches import LOCAL, run, spec
+from tests.tables.benches import LOCAL, TINY, run, spec
 
 
 def test_the_graph_is_listed_with_what_it_needs_and_nothing_is_made(tmp_path: Path) -> None:
@@ -118,3 +118,50 @@ def test_an_estimate_scales_with_the_work() -> None:
     assert estimate_of(History("cuda"), unit).wall_s is None
     other = next(unit for unit in graph.distil.values() if unit.method != "dm")
     assert estimate_of(History("cpu"), other).wall_s is None, "one method's rate is not another's"
+
+
+def test_networks_in_the_pool_are_done_and_say_what_others_take(tmp_path: Path) -> None:
+    bench_spec = spec(methods=["kcenter"], seeds=1)
+    run(tmp_path / "run", bench_spec)
+    costs_file().unlink()
+    entry = next((costs_file().parent / "pool").glob("*/entry.json"))
+    took = json.loads(entry.read_text())["wall_s"]
+
+    again = dry_run(bench_spec, LOCAL, run_dir=None)
+    other_seeds = dry_run(spec(methods=["kcenter"], seeds=3), LOCAL, run_dir=None)
+
+    assert [unit["status"] for unit in again["units"]] == ["done", "missing", "missing", "missing"]
+    networks = [unit for unit in other_seeds["units"] if unit["kind"] == "pool"]
+    assert [unit["status"] for unit in networks] == ["done", "missing", "missing"]
+    assert networks[1]["estimate_s"] == pytest.approx(took)
+    longer = spec(methods=["kcenter"], seeds=1, set={**TINY["set"], "method.feature_epochs": 9})
+    assert dry_run(longer, LOCAL, run_dir=None)["units"][0]["status"] == "missing", "of another recipe"
+    assert dry_run(longer, LOCAL, run_dir=None)["units"][0]["estimate_s"] > took
+
+
+def test_the_wall_time_is_that_of_this_machines_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ddray.system.worker.cpu_count", lambda: 4)
+    options = {"gpus_per_unit": 0}
+
+    def num_workers(**changes: object) -> int | None:
+        parsed = BenchOptions.parse({**options, **changes})
+        return dry_run(spec(seeds=1), parsed, run_dir=None)["num_workers"]
+
+    assert num_workers() == 4
+    assert num_workers(cpus_per_unit=3) == 1
+    assert num_workers(cpus_per_unit=0.5, max_concurrent=6) == 6
+    assert num_workers(address="auto") is None
+    assert num_workers(executor="local") == 1
+    assert dry_run(spec(seeds=1), LOCAL, run_dir=None)["estimate_wall_s"] is None, "nothing was run here"
+
+
+def test_units_wait_for_what_they_need_and_sweeps_take_all_workers() -> None:
+    def line(unit: str, seconds: float | None, *needs: str, kind: str = "distill") -> dict[str, object]:
+        return {"unit": unit, "kind": kind, "estimate_s": seconds, "needs": list(needs)}
+
+    sets = [line("a", 3.0), line("b", 1.0), line("c", 1.0, "a")]
+    assert wall_seconds(sets, 1) == 5.0
+    assert wall_seconds(sets, 2) == 4.0, "c waits for a"
+    assert wall_seconds([*sets, line("d", 6.0, "b", kind="nas"), line("e", 1.0)], 2) == 8.0
+    assert wall_seconds([line("a", None)], 2) is None
+    assert wall_seconds([], 2) == 0.0

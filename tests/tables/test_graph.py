@@ -10,11 +10,11 @@ import pytest
 from ddray.data import open_dataset
 from ddray.errors import InputError
 from ddray.evaluation.options import overrides
+from ddray.jobs.pool_needs import predict_pool_specs
 from ddray.ranking.sweep import NasOptions
 from ddray.tables.dry_run import _facts
 from ddray.tables.graph import build_graph
 from ddray.tables.nas_table import sweep_options
-from ddray.tables.worker import predict_pool_specs
 from tests.tables.benches import LOCAL, TINY, nas_of, run, spec
 
 

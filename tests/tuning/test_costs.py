@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from ddray import api
 from ddray.commands.display import search_forecast_tables
 from ddray.errors import InputError
 from ddray.jobs.plan import resolve
-from ddray.runs.costs import History, costs_file
+from ddray.nets import multiply_adds
+from ddray.runs.costs import History, costs_file, record_costs
 from ddray.runs.folder import open_run
 from ddray.runs.ledger import Row, Unit
 from ddray.tuning.costs import record_search_costs
@@ -29,6 +32,13 @@ def row(kind: Any, wall_s: float, **result: Any) -> Row:
 
 def forecast(**options: Any) -> Any:
     return api.forecast_tune("dm", ipc=1, num_samples=3, sets=SMALL, gpus_per_trial=0, **options)
+
+
+def printed(costs: Any) -> str:
+    console = Console(width=200, record=True, file=io.StringIO())
+    for table in search_forecast_tables(costs):
+        console.print(table)
+    return console.export_text()
 
 
 @pytest.fixture
@@ -69,6 +79,54 @@ def test_trials_and_final_runs_are_estimated_from_their_own_kind(search: Any) ->
         "asha-tpe: dm on digits",
         "forecast",
     ]
+
+
+def test_without_past_searches_a_trial_takes_what_distilling_and_scoring_took(search: Any) -> None:
+    plan, scoring = search.plan, search.plan.config.evaluate
+    network = scoring.epochs * 10 * multiply_adds(plan.arch, plan.dataset.image_shape)
+    distilled = {"kind": "distill", "what": "dm", "which": "digits"}
+    record_costs(distilled, [(row("distill", 2.0), plan.work)], "cpu")
+    assert forecast()["units"][0]["estimate_s"] is None
+    scored = {"kind": "evaluate", "what": "hard", "which": plan.arch}
+    record_costs(scored, [(row("evaluate", 1.0), float(network))], "cpu")
+
+    costs = forecast(final_sets=2)
+
+    assert costs["units"][0]["estimate_s"] == pytest.approx(2.0 + min(scoring.seeds, scoring.val_seeds))
+    assert costs["units"][1]["estimate_s"] == pytest.approx(2.0 + scoring.seeds)
+    assert forecast(objective="nas-spearman")["units"][0]["estimate_s"] is None
+
+
+def test_the_wall_time_counts_rounds_of_this_machines_workers(
+    search: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record_search_costs(search, [row("trial", 6.0), row("evaluate", 9.0)])
+    monkeypatch.setattr("ddray.system.worker.cpu_count", lambda: 2)
+
+    costs = forecast(final_sets=2)
+
+    assert (costs["num_workers"], costs["estimate_wall_s"]) == (2, pytest.approx(2 * 6 + 2 * 9))
+    assert forecast(max_concurrent=1)["estimate_wall_s"] == pytest.approx(3 * 6 + 6 * 9)
+    elsewhere = forecast(address="auto")
+    assert (elsewhere["num_workers"], elsewhere["estimate_wall_s"]) == (None, None)
+    assert "2 units at a time" in printed(costs)
+    assert "wall time" not in printed(elsewhere)
+
+
+def test_networks_of_the_pool_are_counted_until_they_are_there() -> None:
+    sets = ("arch=convnet1_w8", "feature_epochs=1", "compile=off")
+
+    def pool_line(*further: str) -> Any:
+        costs = api.forecast_tune("kcenter", ipc=1, num_samples=1, sets=(*sets, *further), gpus_per_trial=0)
+        assert costs["pool_known"]
+        return costs["units"][0]
+
+    assert (pool_line()["kind"], pool_line()["missing"], pool_line()["estimate_s"]) == ("pool", 1, None)
+    settings = {"arch": "convnet1_w8", "feature_epochs": 1, "compile": "off"}
+    api.distill("kcenter", "digits", val_seed=0, settings=settings)  # trained without val, as in a search
+    assert (pool_line()["units"], pool_line()["missing"]) == (1, 0)
+    assert pool_line("feature_epochs=2")["missing"] == 1
+    assert pool_line("feature_epochs=2")["estimate_s"] > 0, "from the pool's own entry"
 
 
 def test_a_trial_that_was_stopped_early_counts_for_its_steps(search: Any) -> None:

@@ -36,6 +36,16 @@ def ranges(draw: Any) -> Range:
     return Range(kind, low, high)
 
 
+def test_names_may_begin_with_method_which_trials_leave_out() -> None:
+    rates = {"uniform": [0.0, 1.0]}
+    short = read_space({"init": {"choice": ["real", "noise"]}, "p": {**rates, "when": {"init": "real"}}})
+    full = {"method.init": {"choice": ["real", "noise"]}, "p": {**rates, "when": {"method.init": "real"}}}
+
+    assert read_space(full) == short
+    with pytest.raises(InputError, match=r"the space: p must be there once, got method\.p too: keep one"):
+        read_space({"p": rates, "method.p": rates})
+
+
 @hypothesis.given(
     value_range=ranges(), other=ranges(), seed=st.integers(0, 2**62), trial_number=st.integers(0, 10**6)
 )

@@ -47,6 +47,15 @@ class TestRead:
             {"lr_img": plan.config.method.lr_img, "p": 3.0, "layers": [1, 2]},
         ]
 
+    def test_names_may_begin_with_method(self, plan: Plan) -> None:
+        settings = Settings.of(plan, "hard")
+
+        assert read_start_points([{"method.lr_img": 0.5}], plan, settings, SPACE) == [
+            {"lr_img": 0.5, "p": 3.0, "layers": [1]}
+        ]
+        with pytest.raises(InputError, match=r"lr_img must be there once, got method\.lr_img too"):
+            read_start_points([{"method.lr_img": 0.5, "lr_img": 0.5}], plan, settings, SPACE)
+
     def test_a_runs_settings_are_taken_as_far_as_they_are_in_the_space(
         self, plan: Plan, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
