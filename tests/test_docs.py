@@ -166,7 +166,7 @@ def test_every_line_on_data_names_tests_that_exist() -> None:
     assert not [line for line in lines if not TEST_NAME.search(line)]
     names = set(TEST_NAME.findall(text))
     assert len(names) == len(set(re.findall(r"tests/[^ `]+::[^ `]+", text))), "each is read whole"
-    defined = {file: defined_names(ROOT / file) for file, _ in names}
+    defined = {file: defined_names(ROOT / file) for file in {file for file, _ in names}}
     assert not sorted(f"{file}::{name}" for file, name in names if name not in defined[file])
 
 
