@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from reports import findings
 from reports.findings import Part, percent, within_error
-from reports.tables import TITLES
+from reports.tables import TITLES, described
 
 DATASETS = ("digits", "mnist", "cifar10")
 LEADERBOARD = (
@@ -143,11 +143,13 @@ def bench(name: str) -> Lines:
         several = len({cell["dataset"] for cell in part["cells"]}) > 1
         cells = {(cell["method"], findings.column_of(cell, several)): cell for cell in part["cells"]}
         number = cells[next(iter(cells))]["n"]
-        note = (
-            f"Test accuracy in percent of {number} networks, **bold** the best and what is within its error. "
-        )
-        end = f"{part['num_failed']} units failed; {part['wall_s']:.0f} s. `{_bench_command(part, name)}`."
-        return [*_matrix(cells), f"{note}Spec: [{name}.yaml](specs/{name}.yaml). {end}"]
+        return [
+            *(described(name), ""),
+            *_matrix(cells),
+            f"Test accuracy in percent of {number} networks; **bold**: the best, and what is within its "
+            f"error. {part['num_failed']} units failed; {part['wall_s']:.0f} s. "
+            f"`{_bench_command(part, name)}` ([the spec](specs/{name}.yaml)).",
+        ]
 
     return lines
 

@@ -11,6 +11,7 @@ import tarfile
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,6 +34,13 @@ TITLES = {
     "diffusion_mnist": "D3HR and its baselines: MNIST",
     "imagenette": "ImageNette at 128 and 224 px",
 }
+
+
+def described(part: str) -> str:
+    """Return what a spec says of itself: the comment that it begins with, but for its last line."""
+    lines = (SPECS / f"{part}.yaml").read_text(encoding="utf-8").splitlines()
+    comment = list(takewhile(lambda line: line.startswith("# "), lines))
+    return " ".join(line.removeprefix("# ") for line in comment[:-1])
 
 
 def measure(ddray: Run, part: str, replaced: str = "", folder: str = "") -> dict[str, Any]:
